@@ -1,0 +1,67 @@
+# make run | test | bench | lint | install PREFIX=DIR | fuzz
+#
+# Every target does its own set-up. `make` alone lists them.
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+# Where `make run` publishes and where its container listens.
+RUN_PORT ?= 8080
+HELLO_PORT ?= 8000
+BENCH_ARGS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS = $(notdir $(basename $(wildcard fuzz/fuzz_targets/*.rs)))
+
+.PHONY: help build run test bench bench-quick lint install man fuzz clean
+
+help:
+	@echo "make run      build, and publish port $(RUN_PORT) in front of a hello server"
+	@echo "make test     install what the tests need (as root, with apt) and run them all"
+	@echo "make bench    compare with the peers installed here; results in benches/results/"
+	@echo "make lint     formatting, clippy, documentation, licences and sources of dependencies"
+	@echo "make install  PREFIX=DIR: tidegate, docker-proxy, manual pages, completion (default /usr/local)"
+	@echo "make fuzz     each fuzz target for FUZZ_SECONDS=$(FUZZ_SECONDS) (needs cargo-fuzz and a nightly)"
+
+build:
+	$(CARGO) build --release --locked
+
+run: build
+	@scripts/run-hello target/release/tidegate $(RUN_PORT) $(HELLO_PORT)
+
+# The README's test command. Namespaces, a real dockerd and the peers want root; see scripts/test-deps.
+test:
+	@scripts/test-deps
+	$(CARGO) test --locked --workspace
+
+bench:
+	@scripts/test-deps
+	$(CARGO) bench --locked --bench compare -- --out benches/results $(BENCH_ARGS)
+
+# A few minutes instead of twenty: whether everything runs, not how fast.
+bench-quick:
+	@scripts/test-deps
+	$(CARGO) bench --locked --bench compare -- --quick $(BENCH_ARGS)
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --quiet
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --locked check bans licenses sources; \
+	 elif [ -n "$$CI" ]; then echo "cargo-deny is missing" >&2; exit 1; \
+	 else echo "note: cargo-deny is not installed; licences and sources were not checked"; fi
+
+install: build
+	install -d "$(PREFIX)/bin" "$(PREFIX)/share/man/man1" "$(PREFIX)/share/bash-completion/completions" \
+	  "$(PREFIX)/share/zsh/site-functions" "$(PREFIX)/share/fish/vendor_completions.d"
+	install -m 755 target/release/tidegate target/release/docker-proxy "$(PREFIX)/bin/"
+	target/release/tidegate man "$(PREFIX)/share/man/man1"
+	target/release/tidegate completion bash > "$(PREFIX)/share/bash-completion/completions/tidegate"
+	target/release/tidegate completion zsh > "$(PREFIX)/share/zsh/site-functions/_tidegate"
+	target/release/tidegate completion fish > "$(PREFIX)/share/fish/vendor_completions.d/tidegate.fish"
+
+fuzz:
+	@command -v cargo-fuzz >/dev/null || { echo "make fuzz needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
+	@for target in $(FUZZ_TARGETS); do \
+	  $(CARGO) +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) || exit 1; done
+
+clean:
+	$(CARGO) clean
