@@ -1,0 +1,221 @@
+//! How one conversation is named ([`FlowKey`]) and how one published socket is ([`PublishLabel`]).
+//!
+//! What a flow is doing (its state, its counters, when it expires) belongs to the tables of `proxy` and
+//! `nat`, which use these as keys.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use crate::{Protocol, UnknownProtocol};
+
+/// The five-tuple of a flow, seen in one direction.
+///
+/// It is compared as it stands: a caller that reads addresses from a dual-stack socket passes them through
+/// [`canonical`] first, or the same peer can appear under two keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FlowKey {
+    /// The transport of both ends.
+    pub protocol: Protocol,
+    /// The end that sends in this direction.
+    pub source: SocketAddr,
+    /// The end that receives in this direction.
+    pub destination: SocketAddr,
+}
+
+impl FlowKey {
+    /// The key of the same flow's packets in the other direction. Reversing twice gives the key back.
+    #[must_use]
+    pub const fn reversed(self) -> Self {
+        Self { protocol: self.protocol, source: self.destination, destination: self.source }
+    }
+}
+
+/// `tcp 192.0.2.1:4000 -> 192.0.2.10:80`
+impl fmt::Display for FlowKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} -> {}", self.protocol, self.source, self.destination)
+    }
+}
+
+/// The IPv4 form of an IPv4-mapped IPv6 address (`[::ffff:192.0.2.1]:80` becomes `192.0.2.1:80`, RFC 4291
+/// section 2.5.5.2); every other address unchanged.
+///
+/// A dual-stack socket reports IPv4 peers in the mapped form, and a policy or a table that misses the
+/// mapping can be walked around.
+#[must_use]
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    match address.ip().to_canonical() {
+        IpAddr::V4(ip) => SocketAddr::from((ip, address.port())),
+        // Not rebuilt from the address and the port: that would lose the scope of a link-local address.
+        IpAddr::V6(_) => address,
+    }
+}
+
+/// The value of the metrics label `publish`: one published socket, as `0.0.0.0:8080/tcp` or
+/// `[::]:8080/tcp`.
+///
+/// The address is kept in its [`canonical`] form and without an IPv6 flow label, so that one socket has
+/// one label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PublishLabel(SocketAddr, Protocol);
+
+impl PublishLabel {
+    /// The label of a socket that listens for `protocol` on `address`.
+    #[must_use]
+    pub fn new(address: SocketAddr, protocol: Protocol) -> Self {
+        let mut address = canonical(address);
+        if let SocketAddr::V6(v6) = &mut address {
+            v6.set_flowinfo(0);
+        }
+        Self(address, protocol)
+    }
+
+    /// The host address and port.
+    #[must_use]
+    pub const fn address(self) -> SocketAddr {
+        self.0
+    }
+
+    /// The transport.
+    #[must_use]
+    pub const fn protocol(self) -> Protocol {
+        self.1
+    }
+}
+
+impl From<(SocketAddr, Protocol)> for PublishLabel {
+    fn from((address, protocol): (SocketAddr, Protocol)) -> Self {
+        Self::new(address, protocol)
+    }
+}
+
+impl fmt::Display for PublishLabel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.0, self.1)
+    }
+}
+
+impl FromStr for PublishLabel {
+    type Err = PublishLabelError;
+
+    fn from_str(label: &str) -> Result<Self, Self::Err> {
+        let Some((address, protocol)) = label.rsplit_once('/') else {
+            return Err(PublishLabelError::NoProtocol { label: label.to_owned() });
+        };
+        let protocol = protocol
+            .parse()
+            .map_err(|source| PublishLabelError::Protocol { label: label.to_owned(), source })?;
+        let address = address.parse().map_err(|_| PublishLabelError::Address {
+            label: label.to_owned(),
+            address: address.to_owned(),
+        })?;
+        Ok(Self::new(address, protocol))
+    }
+}
+
+/// Why a text is not a [`PublishLabel`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PublishLabelError {
+    /// There is no `/`.
+    #[error("publish label {label:?}: no protocol; a label looks like 0.0.0.0:8080/tcp")]
+    NoProtocol {
+        /// The whole label.
+        label: String,
+    },
+    /// The word behind the last `/` is no protocol.
+    #[error("publish label {label:?}: {source}")]
+    Protocol {
+        /// The whole label.
+        label: String,
+        /// Which word it was.
+        source: UnknownProtocol,
+    },
+    /// What stands before the `/` is not `IPV4:PORT` or `[IPV6]:PORT`.
+    #[error("publish label {label:?}: {address:?} is not an address and a port")]
+    Address {
+        /// The whole label.
+        label: String,
+        /// The part that did not parse.
+        address: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddrV6;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_flow_prints_its_direction() {
+        let key = FlowKey {
+            protocol: Protocol::Tcp,
+            source: address("192.0.2.1:4000"),
+            destination: address("192.0.2.10:80"),
+        };
+        assert_eq!(key.to_string(), "tcp 192.0.2.1:4000 -> 192.0.2.10:80");
+        assert_eq!(key.reversed().to_string(), "tcp 192.0.2.10:80 -> 192.0.2.1:4000");
+        assert_eq!(key.reversed().reversed(), key);
+    }
+
+    #[test]
+    fn only_mapped_addresses_become_ipv4() {
+        assert_eq!(canonical(address("[::ffff:192.0.2.1]:80")), address("192.0.2.1:80"));
+        // The deprecated IPv4-compatible form is not the mapped form.
+        assert_eq!(canonical(address("[::192.0.2.1]:80")), address("[::192.0.2.1]:80"));
+        assert_eq!(canonical(address("[fe80::1%7]:80")), address("[fe80::1%7]:80"));
+        assert_eq!(canonical(address("192.0.2.1:80")), address("192.0.2.1:80"));
+    }
+
+    #[test]
+    fn labels_look_like_the_socket_they_name() {
+        let label = |text, protocol| PublishLabel::new(address(text), protocol).to_string();
+        assert_eq!(label("0.0.0.0:8080", Protocol::Tcp), "0.0.0.0:8080/tcp");
+        assert_eq!(label("[::]:8080", Protocol::Tcp), "[::]:8080/tcp");
+        assert_eq!(label("[::ffff:192.0.2.1]:53", Protocol::Udp), "192.0.2.1:53/udp");
+    }
+
+    #[test]
+    fn label_errors_name_the_part() {
+        let error = |text: &str| text.parse::<PublishLabel>().unwrap_err().to_string();
+        assert_eq!(
+            error("0.0.0.0:80"),
+            r#"publish label "0.0.0.0:80": no protocol; a label looks like 0.0.0.0:8080/tcp"#
+        );
+        assert_eq!(
+            error("0.0.0.0:80/xtp"),
+            r#"publish label "0.0.0.0:80/xtp": protocol "xtp" is not tcp, udp or sctp"#
+        );
+        assert_eq!(error(":80/tcp"), r#"publish label ":80/tcp": ":80" is not an address and a port"#);
+    }
+
+    proptest! {
+        #[test]
+        fn a_label_prints_and_parses_back(
+            ip: IpAddr,
+            port: u16,
+            flowinfo: u32,
+            scope: u32,
+            protocol in proptest::sample::select(&Protocol::ALL[..]),
+        ) {
+            let socket = match ip {
+                IpAddr::V4(ip) => SocketAddr::from((ip, port)),
+                IpAddr::V6(ip) => SocketAddrV6::new(ip, port, flowinfo, scope).into(),
+            };
+            let label = PublishLabel::new(socket, protocol);
+            prop_assert_eq!(label.to_string().parse(), Ok(label));
+        }
+
+        #[test]
+        fn parsing_a_label_never_panics(text: String) {
+            let _ = text.parse::<PublishLabel>();
+        }
+    }
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+}

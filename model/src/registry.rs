@@ -1,0 +1,161 @@
+//! The one registry of what tidegate claims on a host.
+//!
+//! Marks, routing tables, rule priorities, protocol numbers and names are shared with every other network
+//! program of the host, and nobody hands them out. Every value tidegate uses is therefore here and nowhere
+//! else, with the reason for it and the neighbours it was chosen to avoid. Nothing here touches the host.
+//!
+//! Sources: <https://github.com/fwmark/registry> for marks; `include/uapi/linux/rtnetlink.h` and
+//! iproute2's `rt_protos` for route protocols; the constants in the sources of moby (`libnetwork`),
+//! Cilium (`linux_defaults`) and Tailscale (`linuxfw`, `wgengine`).
+
+/// The packet mark on the sockets and in the rules that are tidegate's own.
+///
+/// The upper half is `tg` in ASCII. It is one whole value, compared under the full [`MARK_MASK`], and it
+/// is set with `SO_MARK` on sockets tidegate made itself, never on packets of others. Of the neighbours,
+///
+/// - kube-proxy tests bits 14 and 15 (0x4000, 0x8000), CNI portmap and netavark bit 13 (0x2000): clear here;
+/// - Tailscale compares bits 16 to 23 with 0x04 and 0x08: they are 0x67 here;
+/// - Docker Swarm counts whole marks upwards from 256, Istio has 0x1337, AWS App Mesh 0x1e7700ce;
+/// - Cilium keeps its magic in bits 8 to 11: clear here, though with tunnels or IPsec it also stores
+///   identities in the upper half of packets it handles;
+/// - Weave Net, no longer maintained, tests bit 17 (0x20000), which is set here: the two do not mix;
+/// - Calico takes bits 16 to 31 for itself (`iptablesMarkMask`, default 0xffff0000) and may change any of
+///   them on the way. On such a host its mask has to be moved to bits that are clear here, such as
+///   0x8b980f00.
+pub const MARK: u32 = 0x7467_0001;
+
+/// The bits of a packet mark that are compared with [`MARK`]: all of them. A mark that shares bits with
+/// ours is somebody else's.
+pub const MARK_MASK: u32 = 0xffff_ffff;
+
+/// The routing protocol (`rtm_protocol`, `FRA_PROTOCOL`) of every route and policy rule that tidegate
+/// adds: `t` in ASCII. What carries it is ours to delete after a crash; what does not is never touched.
+///
+/// Free in the kernel's registry and in iproute2's `rt_protos`: assigned are 0 to 18, 42 (babel), 99
+/// (Open/R) and 186 to 192 (BGP, IS-IS, OSPF, RIP, EIGRP; FRRouting goes on upwards from there).
+///
+/// systemd-networkd from version 248 removes routes and rules it did not make, whatever their protocol but
+/// `kernel`, whenever it restarts (`ManageForeignRoutes=`, `ManageForeignRoutingPolicyRules=`, both default
+/// yes). Cilium hides behind `kernel` for that reason; tidegate does not, because it could then no longer
+/// tell its own from the kernel's. What networkd removed has to be noticed and put back.
+pub const ROUTE_PROTOCOL: u8 = b't';
+
+/// How many owners there can be at once; see [`OwnerSlot`].
+pub const OWNER_SLOTS: u32 = 256;
+
+/// The rule priority of slot 0; the slots take 7400 to 7655.
+const FIRST_RULE_PRIORITY: u32 = 7_400;
+
+/// The routing table of slot 0; the slots take 29700 to 29955.
+const FIRST_TABLE: u32 = 29_700;
+
+/// One of the [`OWNER_SLOTS`] places on a host for an owner of policy routes: a bridge, or a published
+/// port's return path. Each slot has one rule priority and one routing table, so that an owner can be
+/// taken down, or found again after a crash, without looking at another's.
+///
+/// Who holds which slot is decided and remembered elsewhere; every `u8` is a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OwnerSlot(pub u8);
+
+impl OwnerSlot {
+    /// Every slot, lowest first.
+    pub fn all() -> impl ExactSizeIterator<Item = Self> {
+        (0..=u8::MAX).map(Self)
+    }
+
+    /// The slot whose rules have this priority; `None` outside 7400..=7655.
+    #[must_use]
+    pub fn of_rule_priority(priority: u32) -> Option<Self> {
+        offset(priority, FIRST_RULE_PRIORITY)
+    }
+
+    /// The slot whose routes are in this table; `None` outside 29700..=29955.
+    #[must_use]
+    pub fn of_table_id(table: u32) -> Option<Self> {
+        offset(table, FIRST_TABLE)
+    }
+}
+
+/// The priority of a slot's policy rules, 7400..=7655.
+///
+/// Behind the `local` table (0), Cilium (1 to 112) and Tailscale (5210 to 5270, on some systems 1310 to
+/// 1370), whose rules therefore keep their effect; before Talos KubeSpan (32500 and 32501), the rules that
+/// the kernel numbers by itself, wg-quick's among them (32765 downwards), and the `main` table (32766),
+/// which ours have to precede.
+#[must_use]
+pub const fn rule_priority(slot: OwnerSlot) -> u32 {
+    FIRST_RULE_PRIORITY + slot.0 as u32
+}
+
+/// The routing table of a slot, 29700..=29955.
+///
+/// Above the kernel's own (253 to 255), the single-byte ids that administrators and Calico use, Tailscale
+/// (52) and Cilium (200 to 202, 2004 and 2005, and from 10 and 300 one per cloud interface); below wg-quick,
+/// which counts upwards from 51820.
+#[must_use]
+pub const fn table_id(slot: OwnerSlot) -> u32 {
+    FIRST_TABLE + slot.0 as u32
+}
+
+/// What every network interface that tidegate makes on the host begins with. A name has at most 15 bytes
+/// (`IFNAMSIZ` less the NUL), which leaves 13 behind the prefix.
+pub const INTERFACE_PREFIX: &str = "tg";
+
+/// The nftables table, of family `inet`, that holds every rule of tidegate. It is replaced as a whole, and
+/// deleting it is all of the teardown.
+pub const NFTABLES_TABLE: &str = "tidegate";
+
+/// What every iptables chain of tidegate begins with. A chain's name has at most 28 bytes
+/// (`XT_EXTENSION_MAXNAMELEN` less the NUL), which leaves 19 behind the prefix.
+pub const IPTABLES_CHAIN_PREFIX: &str = "TIDEGATE-";
+
+fn offset(value: u32, first: u32) -> Option<OwnerSlot> {
+    value.checked_sub(first).and_then(|index| u8::try_from(index).ok()).map(OwnerSlot)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mark_spells_tg_and_misses_the_bits_of_its_neighbours() {
+        assert_eq!(MARK >> 16, u32::from(u16::from_be_bytes(*b"tg")));
+        for (mask, value, owner) in [
+            (0x4000, 0x4000, "kube-proxy masquerade"),
+            (0x8000, 0x8000, "kube-proxy drop"),
+            (0x2000, 0x2000, "CNI portmap"),
+            (0x00ff_0000, 0x0004_0000, "Tailscale subnet route"),
+            (0x00ff_0000, 0x0008_0000, "Tailscale bypass"),
+            (0x0f00, 0x0a00, "Cilium ingress proxy"),
+            (0x0f00, 0x0c00, "Cilium host"),
+        ] {
+            assert_ne!(MARK & mask, value, "{owner}");
+        }
+        assert_eq!(MARK & 0x8b98_0f00, 0, "Calico, where its mask is moved as MARK's comment says");
+    }
+
+    #[test]
+    fn every_slot_has_its_own_table_and_priority() {
+        assert_eq!(OwnerSlot::all().len(), OWNER_SLOTS as usize);
+        for slot in OwnerSlot::all() {
+            assert_eq!(OwnerSlot::of_rule_priority(rule_priority(slot)), Some(slot));
+            assert_eq!(OwnerSlot::of_table_id(table_id(slot)), Some(slot));
+        }
+    }
+
+    #[test]
+    fn numbers_of_others_are_no_slot() {
+        for priority in [0, 5_270, 7_399, 7_656, 32_766, u32::MAX] {
+            assert_eq!(OwnerSlot::of_rule_priority(priority), None);
+        }
+        for table in [0, 52, 255, 29_699, 29_956, 51_820, u32::MAX] {
+            assert_eq!(OwnerSlot::of_table_id(table), None);
+        }
+    }
+
+    #[test]
+    fn the_route_protocol_is_not_assigned() {
+        let assigned = (0..=18).chain([42, 99]).chain(186..=200);
+        assert!(assigned.into_iter().all(|number: u8| number != ROUTE_PROTOCOL));
+    }
+}
