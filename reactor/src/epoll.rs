@@ -1,0 +1,165 @@
+//! epoll(7) in the words of this house.
+
+use crate::arena::Key;
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::time::Timespec;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+/// What an event, a timer or a run queue refers to: an arena's [`Key`] and a tag of the handler's own.
+///
+/// It is the 64 bits that epoll carries for us: generation (32), index (28), tag (4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Token(u64);
+
+impl Token {
+    /// The mailbox's own token; no arena hands out its index.
+    pub(crate) const MAILBOX: Self = Self(u64::MAX);
+
+    /// A token for `key`. `tag` (0 to 15) says which arena the key belongs to, or which of an entry's
+    /// descriptors is meant.
+    pub const fn new(tag: u8, key: Key) -> Self {
+        assert!(tag < 16, "a token has four bits for its tag");
+        Self((key.generation as u64) << 32 | (key.index as u64) << 4 | tag as u64)
+    }
+
+    /// The tag it was made with.
+    pub const fn tag(self) -> u8 {
+        (self.0 & 0xf) as u8
+    }
+
+    /// The key it was made with.
+    pub const fn key(self) -> Key {
+        Key { index: (self.0 >> 4) as u32 & 0x0fff_ffff, generation: (self.0 >> 32) as u32 }
+    }
+}
+
+/// What a descriptor is watched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// Readable, reported for as long as it is (level-triggered).
+    Readable,
+    /// As `Readable`, with several loops watching the same descriptor: one event wakes one of them,
+    /// the first that sleeps (`EPOLLEXCLUSIVE`).
+    ReadableShared,
+    /// Readable, writable, half-closed: each change reported once (edge-triggered). The handler reads or
+    /// writes until the kernel says `EAGAIN`.
+    Edges,
+}
+
+impl Interest {
+    fn flags(self) -> EventFlags {
+        match self {
+            Self::Readable => EventFlags::IN,
+            Self::ReadableShared => EventFlags::IN | EventFlags::EXCLUSIVE,
+            Self::Edges => EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET,
+        }
+    }
+}
+
+/// What the kernel reported about a descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Readiness(EventFlags);
+
+impl Readiness {
+    /// Data, an end of stream or an error waits to be read.
+    pub fn is_readable(self) -> bool {
+        self.0.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR)
+    }
+
+    /// There is room to write, or a write will tell the error.
+    pub fn is_writable(self) -> bool {
+        self.0.intersects(EventFlags::OUT | EventFlags::HUP | EventFlags::ERR)
+    }
+
+    /// The peer has sent its FIN (or worse): a short read does not mean that nothing is left.
+    pub fn is_read_closed(self) -> bool {
+        self.0.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR)
+    }
+
+    /// An error is pending on the socket: a reset, or a failed connect.
+    pub fn is_error(self) -> bool {
+        self.0.contains(EventFlags::ERR)
+    }
+}
+
+/// An epoll instance.
+#[derive(Debug)]
+pub struct Epoll(OwnedFd);
+
+impl Epoll {
+    /// # Errors
+    /// What epoll_create1(2) says: no descriptor, no memory.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(epoll::create(CreateFlags::CLOEXEC)?))
+    }
+
+    /// Watches `source`; its events carry `token`.
+    ///
+    /// # Errors
+    /// What epoll_ctl(2) says: `ENOSPC` at `fs.epoll.max_user_watches`, `ENOMEM`.
+    pub fn add(&self, source: impl AsFd, token: Token, interest: Interest) -> io::Result<()> {
+        Ok(epoll::add(&self.0, source, EventData::new_u64(token.0), interest.flags())?)
+    }
+
+    /// Watches `source` no longer. Closing the last copy of a descriptor does the same.
+    ///
+    /// # Errors
+    /// What epoll_ctl(2) says: `ENOENT` if it was not watched.
+    pub fn remove(&self, source: impl AsFd) -> io::Result<()> {
+        Ok(epoll::delete(&self.0, source)?)
+    }
+
+    /// Waits until something is ready or `timeout` is over (`None`: without limit) and replaces
+    /// `events` by what there is, at most its capacity. A signal ends the wait early, with none.
+    pub(crate) fn wait(&self, events: &mut Vec<Event>, timeout: Option<Duration>) -> io::Result<()> {
+        events.clear();
+        let timeout = timeout.map(whole_milliseconds);
+        match epoll::wait(&self.0, rustix::buffer::spare_capacity(events), timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl AsFd for Epoll {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// epoll_wait(2) counts in milliseconds: rounded up, or a loop would spin through the last of them.
+fn whole_milliseconds(timeout: Duration) -> Timespec {
+    let ms = timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i64;
+    Timespec { tv_sec: ms / 1000, tv_nsec: ms % 1000 * 1_000_000 }
+}
+
+pub(crate) fn split(event: Event) -> (Token, Readiness) {
+    (Token(event.data.u64()), Readiness(event.flags))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_token_gives_back_what_it_was_made_of(tag in 0u8..16, index in 0u32..1 << 28, generation: u32) {
+            let key = Key { index, generation };
+            let token = Token::new(tag, key);
+            prop_assert_eq!((token.tag(), token.key()), (tag, key));
+        }
+    }
+
+    #[test]
+    fn a_wait_is_never_rounded_down_to_a_spin() {
+        assert_eq!(whole_milliseconds(Duration::from_nanos(1)), Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
+        assert_eq!(whole_milliseconds(Duration::ZERO), Timespec { tv_sec: 0, tv_nsec: 0 });
+        assert_eq!(
+            whole_milliseconds(Duration::from_millis(1500)),
+            Timespec { tv_sec: 1, tv_nsec: 500_000_000 }
+        );
+    }
+}

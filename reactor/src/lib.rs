@@ -1,0 +1,29 @@
+//! The data plane's only runtime: what the port publisher and the NAT engine share.
+//!
+//! - [`EventLoop`]: one thread, one epoll instance, one [`Handler`]; timers and a mailbox included.
+//! - [`Arena`]: slots that events refer to by a key which goes stale when the slot is freed.
+//! - [`Timers`]: deadlines by token, pure.
+//! - [`PipePool`]: the pipes that `splice(2)` moves payload through.
+//! - [`Descriptors`]: the allowance of file descriptors that all loops of a process share.
+//! - [`batch`]: many datagrams per system call, merged into segmentation offload where they allow it.
+//!
+//! It knows no protocol and no policy, and it is not an async runtime: the control plane (API, DNS,
+//! metrics) runs on tokio, and no byte of payload passes through there. Own loops measured 25% more
+//! connections and requests per second than tokio with the same system calls (ARCHITECTURE.md).
+
+mod arena;
+pub mod batch;
+mod descriptors;
+mod epoll;
+mod event_loop;
+mod mailbox;
+mod pipes;
+mod timers;
+
+pub use arena::{Arena, Key};
+pub use descriptors::{Descriptors, Permit};
+pub use epoll::{Epoll, Interest, Readiness, Token};
+pub use event_loop::{Context, EventLoop, Handler};
+pub use mailbox::{Closed, Sender};
+pub use pipes::{Loan, Pipe, PipePool, Splice};
+pub use timers::Timers;
