@@ -1,0 +1,43 @@
+//! A network namespace as a factory: of sockets, of knowledge about addresses and routes, and of policy routes.
+//!
+//! A socket belongs to the namespace it was made in, for life, whoever holds it. So no part of tidegate lives in
+//! a container. It asks for what it needs to be made there, and then does ordinary I/O from one process:
+//!
+//! ```no_run
+//! use std::{net::TcpListener, path::Path};
+//! use tidegate_netns::Namespace;
+//!
+//! let container = Namespace::from_path(Path::new("/run/netns/blue"))?;
+//! let listener = container.with(|| TcpListener::bind("127.0.0.11:53"))??;
+//! let (connection, client) = listener.accept()?; // of a process in the container
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! - [`Namespace`]: a handle by path or process; makes things inside, reads and sets sysctls.
+//! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours; always current.
+//! - [`gateway`], [`connected_interface`]: where its packets go.
+//! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it goes, and that is
+//!   cleaned up after when its process was killed ([`sweep`]).
+//!
+//! Everything is synchronous. Entering a namespace takes a microsecond or two, the kernel answers netlink
+//! requests at once, and programs as small as the docker-proxy drop-in link this crate without a runtime.
+//! Entering takes root; for an ordinary user a helper in the user namespace will stand behind the same types.
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("network namespaces exist on Linux only");
+
+mod addresses;
+mod family;
+mod handle;
+mod netlink;
+mod policy_route;
+mod routes;
+mod system;
+
+pub use addresses::AddressBook;
+pub use family::{Families, Family};
+pub use handle::{Namespace, NamespaceId, OpenError};
+pub use policy_route::{
+    MAX_SELECTORS, PolicyRoute, PolicyRouteError, Selector, Steered, Sysctl, sweep, sweep_in,
+};
+pub use routes::{connected_interface, gateway};

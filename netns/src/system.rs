@@ -1,0 +1,33 @@
+//! The few system calls that rustix does not have.
+
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// Whether `file` stands for a network namespace. Of any other file, the kernel does not know the question.
+pub(crate) fn is_network_namespace(file: impl AsFd) -> bool {
+    // SAFETY: NS_GET_NSTYPE takes no argument and returns a CLONE_NEW* flag (ioctl_ns(2)).
+    let kind = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), libc::NS_GET_NSTYPE) };
+    kind == libc::CLONE_NEWNET
+}
+
+/// The cookie of the namespace that `socket` belongs to: a number that no other network namespace has or will
+/// have until the next boot, unlike its inode number.
+///
+/// # Errors
+/// `ENOPROTOOPT` before Linux 5.14.
+pub(crate) fn namespace_cookie(socket: impl AsFd) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: value and length point to live variables, and the length is the size of the value.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}

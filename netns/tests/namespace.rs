@@ -1,0 +1,271 @@
+//! Handles, addresses and routes, against the kernel.
+
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::Duration;
+use tidegate_netns::{AddressBook, Family, Namespace, connected_interface, gateway};
+use tidegate_testbed::{Topology, addr, eventually, require_root};
+
+const SOON: Duration = Duration::from_secs(10);
+
+fn open(namespace: &tidegate_testbed::Namespace) -> Namespace {
+    Namespace::from_path(&namespace.path()).unwrap()
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn a_socket_belongs_to_the_namespace_it_was_made_in() {
+    let inside = tidegate_testbed::Namespace::new();
+    let namespace = open(&inside);
+    let listener = namespace.with(|| TcpListener::bind("127.0.0.1:0")).unwrap().unwrap();
+    let address = listener.local_addr().unwrap();
+    assert!(inside.run(|| TcpStream::connect(address)).is_ok());
+    // The same port out here is another one.
+    let outside = tidegate_testbed::Namespace::new();
+    assert!(outside.run(|| TcpStream::connect(address)).is_err());
+}
+
+#[test]
+fn calls_nest_and_every_one_returns_to_where_it_came_from() {
+    let (a, b) = (tidegate_testbed::Namespace::new(), tidegate_testbed::Namespace::new());
+    let (home, a, b) = (Namespace::current().unwrap(), open(&a), open(&b));
+    a.with(|| {
+        assert!(a.is_current());
+        b.with(|| {
+            assert!(b.is_current());
+            a.with(|| assert_eq!(Namespace::current().unwrap().id(), a.id())).unwrap();
+            home.with(|| assert!(home.is_current())).unwrap();
+            assert!(b.is_current());
+        })
+        .unwrap();
+        assert!(a.is_current());
+    })
+    .unwrap();
+    assert!(home.is_current());
+}
+
+#[test]
+fn a_panic_brings_the_thread_home() {
+    let inside = tidegate_testbed::Namespace::new();
+    let (home, namespace) = (Namespace::current().unwrap(), open(&inside));
+    let result = catch_unwind(AssertUnwindSafe(|| namespace.with(|| panic!("on purpose"))));
+    assert!(result.is_err());
+    assert!(home.is_current());
+    assert!(namespace.with(|| namespace.is_current()).unwrap());
+}
+
+#[test]
+fn a_handle_keeps_its_namespace_alive() {
+    let inside = tidegate_testbed::Namespace::new();
+    let namespace = open(&inside);
+    drop(inside);
+    assert_eq!(namespace.sysctl("net.ipv4.tcp_congestion_control").unwrap(), "reno");
+}
+
+#[test]
+fn the_namespace_of_a_process_is_opened_by_its_number() {
+    let inside = tidegate_testbed::Namespace::new();
+    let child = tidegate_testbed::Process::spawn(inside.command("sleep").arg("60"));
+    // The child enters the namespace before it executes `sleep`, and spawn returns after that.
+    assert_eq!(Namespace::from_pid(child.pid()).unwrap().id(), open(&inside).id());
+}
+
+#[test]
+fn sysctls_are_those_of_the_namespace() {
+    let inside = tidegate_testbed::Namespace::new();
+    let namespace = open(&inside);
+    let before = Namespace::current().unwrap().sysctl("net.ipv4.ip_forward").unwrap();
+    for value in ["1", "0"] {
+        namespace.set_sysctl("net.ipv4.ip_forward", value).unwrap();
+        assert_eq!(inside.read_sysctl("net.ipv4.ip_forward"), value);
+    }
+    assert_eq!(Namespace::current().unwrap().sysctl("net.ipv4.ip_forward").unwrap(), before);
+    assert!(namespace.set_sysctl("net.ipv4.no_such_thing", "1").is_err());
+}
+
+#[test]
+fn many_threads_enter_at_once() {
+    let inside = [tidegate_testbed::Namespace::new(), tidegate_testbed::Namespace::new()];
+    let namespaces = inside.each_ref().map(open);
+    thread::scope(|scope| {
+        for number in 0..8 {
+            let namespace = &namespaces[number % 2];
+            scope.spawn(move || {
+                for _ in 0..200 {
+                    namespace.with(|| assert!(namespace.is_current())).unwrap();
+                    assert!(!namespace.is_current());
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_namespace_that_may_not_be_entered_is_an_error_and_nothing_runs() {
+    require_root();
+    let inside = tidegate_testbed::Namespace::new();
+    let namespace = open(&inside);
+    // Capabilities are a thread's, so this ends with the thread.
+    let result = thread::spawn(move || {
+        rustix::thread::set_capabilities(
+            None,
+            rustix::thread::CapabilitySets {
+                effective: rustix::thread::CapabilitySet::empty(),
+                permitted: rustix::thread::CapabilitySet::empty(),
+                inheritable: rustix::thread::CapabilitySet::empty(),
+            },
+        )
+        .unwrap();
+        namespace.with(|| unreachable!("the closure must not run"))
+    })
+    .join()
+    .unwrap();
+    assert_eq!(result.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
+}
+
+#[test]
+fn a_fifo_does_not_keep_the_caller_waiting() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let error = Namespace::from_path(&path).unwrap_err();
+    assert_eq!(error.to_string(), format!("{} is not a network namespace", path.display()));
+}
+
+#[test]
+fn handles_leak_no_descriptors() {
+    let inside = tidegate_testbed::Namespace::new();
+    let before = descriptors_to(&inside);
+    for _ in 0..10 {
+        let namespace = open(&inside);
+        let book = AddressBook::open(&namespace).unwrap();
+        drop((namespace, book));
+    }
+    assert_eq!(descriptors_to(&inside), before);
+}
+
+/// How many descriptors of this process are to that namespace.
+fn descriptors_to(namespace: &tidegate_testbed::Namespace) -> usize {
+    let id = open(namespace).id().to_string();
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    descriptors.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|link| link.as_os_str() == &*id)).count()
+}
+
+#[test]
+fn the_address_book_follows_every_change() {
+    let net = Topology::three();
+    let book = AddressBook::open(&open(&net.container)).unwrap();
+    assert!(book.is_local(addr::CONTAINER_V4.into()) && book.is_local(addr::CONTAINER_V6.into()));
+    assert!(book.is_on_link(addr::GATEWAY_V4.into()) && !book.is_on_link(addr::CLIENT_V4.into()));
+    assert!(book.on_link_with(addr::CONTAINER_V6.into(), addr::NEIGHBOUR_V6.into()));
+    assert!(!book.is_on_link(ip("127.0.0.1")));
+
+    for (address, prefix) in [("10.99.0.5", 24), ("fd99::5", 64)] {
+        let (own, block) = (ip(address), format!("{address}/{prefix}"));
+        assert!(!book.is_local(own));
+        net.container.ip(&["addr", "add", &block, "dev", "eth0", "nodad"]);
+        // IPv4 addresses are announced before `ip` returns, IPv6 addresses when the kernel gets round to it.
+        assert!(own.is_ipv6() || book.is_local(own));
+        assert!(eventually(SOON, || book.is_local(own) && book.is_on_link(own)));
+        net.container.ip(&["addr", "del", &block, "dev", "eth0"]);
+        assert!(!book.is_local(own) && !book.is_on_link(own));
+    }
+}
+
+#[test]
+fn the_address_book_survives_more_changes_than_its_socket_holds() {
+    let inside = tidegate_testbed::Namespace::new();
+    let book = AddressBook::open(&open(&inside)).unwrap();
+    let mut batch = String::from("link add eth0 type veth peer name other\n");
+    for _ in 0..10 {
+        for host in 1..250 {
+            batch += &format!("addr add 10.99.0.{host}/32 dev eth0\n");
+        }
+        batch += "addr flush dev eth0\n";
+    }
+    batch += "addr add 10.99.1.1/32 dev eth0\n";
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("batch");
+    std::fs::write(&file, batch).unwrap();
+    inside.ip(&["-batch", file.to_str().unwrap()]);
+    assert!(book.is_local(ip("10.99.1.1")) && !book.is_local(ip("10.99.0.1")));
+}
+
+#[test]
+fn a_container_is_reached_by_its_global_addresses_in_order() {
+    let net = Topology::three();
+    net.container.ip_all(
+        "link add first type veth peer name other
+         addr add 10.1.0.2/24 dev first
+         addr add fd01::2/64 dev first nodad
+         link set first up
+         addr add 127.0.0.53/32 dev lo
+         addr add 192.0.2.9/32 dev lo",
+    );
+    let expected: [IpAddr; 4] =
+        [addr::CONTAINER_V4.into(), ip("10.1.0.2"), addr::CONTAINER_V6.into(), ip("fd01::2")];
+    let book = AddressBook::open(&open(&net.container)).unwrap();
+    assert_eq!(book.container_addresses(), expected);
+}
+
+#[test]
+fn the_gateway_is_that_of_the_best_default_route() {
+    let net = Topology::three();
+    let container = open(&net.container);
+    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
+    assert_eq!(gateway(&container, Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
+    assert_eq!(gateway(&open(&net.host), Family::V4).unwrap(), None);
+
+    // Other tables and worse metrics do not count.
+    net.container.ip_all(
+        "route add default via 172.30.0.77 metric 1000
+         route add default via 172.30.0.78 table 99
+         -6 route add default via fd30::77 metric 4096",
+    );
+    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
+    assert_eq!(gateway(&container, Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
+
+    // Several next hops are equivalent, so the first stands for them.
+    net.container
+        .ip_all("route replace default nexthop via 172.30.0.1 dev eth0 nexthop via 172.30.0.3 dev eth0");
+    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
+    // An IPv4 route over an IPv6 router, and one that leads to no router at all.
+    net.container.ip_all("-4 route flush exact default\n-4 route add default via inet6 fd30::1 dev eth0");
+    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V6.into()));
+    net.container.ip_all("-4 route flush exact default\n-4 route add default dev eth0");
+    assert_eq!(gateway(&container, Family::V4).unwrap(), None);
+}
+
+#[test]
+fn the_connected_interface_is_the_one_that_reaches_an_address_without_a_router() {
+    let net = Topology::three();
+    let host = open(&net.host);
+    let found = |address: IpAddr| connected_interface(&host, address).unwrap().map(|(_, name)| name);
+    assert_eq!(found(addr::CONTAINER_V4.into()).as_deref(), Some("br0"));
+    assert_eq!(found(addr::CONTAINER_V6.into()).as_deref(), Some("br0"));
+    assert_eq!(found(addr::CLIENT_V4.into()).as_deref(), Some("eth0"));
+    assert_eq!(found(addr::HOST_V4.into()), None, "its own");
+    assert_eq!(found(ip("198.51.100.1")), None, "no route");
+    net.host.ip_all("route add 198.51.100.0/24 via 203.0.113.9\nroute add unreachable 10.0.0.0/8");
+    assert_eq!(found(ip("198.51.100.1")), None, "behind a router");
+    assert_eq!(found(ip("10.1.2.3")), None, "unreachable");
+
+    let (index, _) = connected_interface(&host, addr::CONTAINER_V4.into()).unwrap().unwrap();
+    let listed = net.host.ip(&["-oneline", "link", "show", "br0"]);
+    assert!(listed.starts_with(&format!("{index}: br0:")), "{listed}");
+}
+
+#[test]
+fn a_path_may_vanish_and_the_handle_stays() {
+    let inside = tidegate_testbed::Namespace::new();
+    let namespace = open(&inside);
+    let path = namespace.path().unwrap().to_owned();
+    drop(inside);
+    // The descriptor the path went through is closed; the namespace is not.
+    assert!(!path.exists() || Namespace::from_path(&path).is_err());
+    assert!(namespace.with(|| namespace.is_current()).unwrap());
+}

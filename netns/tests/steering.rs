@@ -1,0 +1,411 @@
+//! What policy routes are for: a container sees its clients' own addresses, and its answers come back to us.
+//!
+//! Two ways, each for TCP and UDP, IPv4 and IPv6:
+//!
+//! - the short path: the socket is made in the container's namespace, so nothing crosses the bridge;
+//! - from the host: the socket is made in the host's namespace, for a container into which there is no handle.
+
+use socket2::{Domain, Socket, Type};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use tidegate_model::Protocol;
+use tidegate_model::registry::MARK;
+use tidegate_netns::{Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl};
+use tidegate_testbed::server::{EchoServer, PeerServer};
+use tidegate_testbed::{Topology, addr};
+
+const SHORT_PATH_SYSCTLS: [&str; 3] =
+    ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"];
+
+/// The published port inside the container, and a port nobody listens on.
+const PORT: u16 = 8080;
+const CLOSED_PORT: u16 = 8081;
+
+/// The client's own port, another one each time: what other tests start inherits descriptors for a moment, so a
+/// port may be in use a little longer than its socket.
+static NEXT_CLIENT_PORT: AtomicU16 = AtomicU16::new(40_001);
+
+/// Long enough for an answer on this machine, short enough to wait for one that must not come.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+struct Scene {
+    net: Topology,
+    container: Namespace,
+    host: Namespace,
+    journal: TempDir,
+}
+
+/// The addresses of one family.
+#[derive(Clone, Copy)]
+struct Ends {
+    family: Family,
+    client: IpAddr,
+    container: IpAddr,
+    neighbour: IpAddr,
+}
+
+const ENDS: [Ends; 2] = [
+    Ends {
+        family: Family::V4,
+        client: IpAddr::V4(addr::CLIENT_V4),
+        container: IpAddr::V4(addr::CONTAINER_V4),
+        neighbour: IpAddr::V4(addr::NEIGHBOUR_V4),
+    },
+    Ends {
+        family: Family::V6,
+        client: IpAddr::V6(addr::CLIENT_V6),
+        container: IpAddr::V6(addr::CONTAINER_V6),
+        neighbour: IpAddr::V6(addr::NEIGHBOUR_V6),
+    },
+];
+
+impl Scene {
+    fn new() -> Self {
+        Self::of(Topology::three())
+    }
+
+    fn of(net: Topology) -> Self {
+        let open = |namespace: &tidegate_testbed::Namespace| Namespace::from_path(&namespace.path()).unwrap();
+        let (container, host) = (open(&net.container), open(&net.host));
+        Self { net, container, host, journal: tempfile::tempdir().unwrap() }
+    }
+
+    fn install(&self, namespace: &Namespace, sysctls: &[&str]) -> Arc<PolicyRoute> {
+        let sysctls: Vec<Sysctl> = sysctls.iter().map(|name| Sysctl::new(*name, "1")).collect();
+        let route = PolicyRoute::install_in(self.journal.path(), namespace, Families::Both, &sysctls);
+        Arc::new(route.unwrap())
+    }
+
+    /// What makes the short path work for TCP, with these sysctls.
+    fn short_path(&self, sysctls: &[&str]) -> [Steered; 2] {
+        let route = self.install(&self.container, sysctls);
+        Family::ALL.map(|family| route.steer(Selector::marked(family, MARK)).unwrap())
+    }
+
+    /// Every interface of both namespaces checks that it would send to where a packet came from.
+    fn filter_reverse_paths(&self) {
+        for namespace in [&self.net.container, &self.net.host] {
+            for interface in ["all", "default", "lo", "eth0"] {
+                namespace.sysctl(&format!("net.ipv4.conf.{interface}.rp_filter"), "1");
+            }
+        }
+        self.net.host.sysctl("net.ipv4.conf.br0.rp_filter", "1");
+    }
+}
+
+impl Ends {
+    fn next_client(self) -> SocketAddr {
+        SocketAddr::new(self.client, NEXT_CLIENT_PORT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn server(self) -> SocketAddr {
+        SocketAddr::new(self.container, PORT)
+    }
+
+    /// The container's answers to this client, from one port.
+    fn answers(self, protocol: Protocol) -> Selector {
+        Selector {
+            to: Some(self.client),
+            protocol: Some(protocol),
+            source_port: Some(PORT),
+            ..Selector::new(self.family)
+        }
+    }
+
+    /// The same, as they come in at the host.
+    fn answers_at_host(self, protocol: Protocol) -> Selector {
+        Selector {
+            from: Some(self.container),
+            input_interface: Some("br0".to_owned()),
+            ..self.answers(protocol)
+        }
+    }
+}
+
+/// A socket that speaks in the name of `client`.
+fn in_the_name_of(client: SocketAddr, kind: Type, mark: Option<u32>) -> Socket {
+    let socket = Socket::new(Domain::for_address(client), kind, None).unwrap();
+    match client {
+        SocketAddr::V4(_) => socket.set_ip_transparent_v4(true).unwrap(),
+        SocketAddr::V6(_) => socket.set_ip_transparent_v6(true).unwrap(),
+    }
+    if let Some(mark) = mark {
+        socket.set_mark(mark).unwrap();
+    }
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.bind(&client.into()).unwrap();
+    socket
+}
+
+fn connect(
+    namespace: &Namespace,
+    client: SocketAddr,
+    server: SocketAddr,
+    mark: Option<u32>,
+) -> io::Result<Socket> {
+    namespace.with(|| {
+        let socket = in_the_name_of(client, Type::STREAM, mark);
+        socket.connect_timeout(&server.into(), PATIENCE)?;
+        Ok(socket)
+    })?
+}
+
+/// Connects, reads whom the server sees, and moves a megabyte each way.
+#[track_caller]
+fn check_tcp(scene: &Scene, namespace: &Namespace, ends: Ends, mark: Option<u32>) {
+    let server = PeerServer::tcp(&scene.net.container, ends.server());
+    let client = ends.next_client();
+    let mut seen = String::new();
+    connect(namespace, client, ends.server(), mark).unwrap().read_to_string(&mut seen).unwrap();
+    assert_eq!(seen, client.to_string());
+    drop(server);
+
+    let _server = EchoServer::tcp(&scene.net.container, ends.server());
+    let stream = connect(namespace, ends.next_client(), ends.server(), mark).unwrap();
+    let sent = vec![0x5a_u8; 1 << 20];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            (&stream).write_all(&sent).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut received = Vec::new();
+        (&stream).read_to_end(&mut received).unwrap();
+        assert!(received == sent, "{} of {} bytes came back", received.len(), sent.len());
+    });
+}
+
+/// Sends one datagram and says whether the answer shows that the server sees the client.
+fn udp_shows_the_client(namespace: &Namespace, ends: Ends) -> io::Result<bool> {
+    let client = ends.next_client();
+    let socket = namespace.with(|| in_the_name_of(client, Type::DGRAM, None))?;
+    socket.connect(&ends.server().into())?;
+    socket.send(b"who am I?")?;
+    let mut answer = [0; 100];
+    let length = (&socket).read(&mut answer)?;
+    Ok(answer[..length] == *client.to_string().as_bytes())
+}
+
+#[test]
+fn short_path_tcp_shows_the_client_and_moves_data_both_ways() {
+    let scene = Scene::new();
+    let _steered = scene.short_path(&SHORT_PATH_SYSCTLS);
+    let before = scene.net.container.ip(&["-s", "link", "show", "eth0"]);
+    for ends in ENDS {
+        check_tcp(&scene, &scene.container, ends, Some(MARK));
+    }
+    let after = scene.net.container.ip(&["-s", "link", "show", "eth0"]);
+    let packets = |text: &str| -> u64 {
+        // The figures stand in the line below `RX:` and `TX:`, bytes before packets.
+        let lines: Vec<&str> = text.lines().collect();
+        let figures = lines.windows(2).filter(|pair| pair[0].trim_start().starts_with(['R', 'T']));
+        figures.map(|pair| pair[1].split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()).sum()
+    };
+    assert!(packets(&after) - packets(&before) < 20, "nothing crosses the veth pair but a few IPv6 reports");
+}
+
+#[test]
+fn short_path_tcp_passes_reverse_path_filters() {
+    let scene = Scene::new();
+    scene.filter_reverse_paths();
+    let _steered = scene.short_path(&SHORT_PATH_SYSCTLS);
+    for ends in ENDS {
+        check_tcp(&scene, &scene.container, ends, Some(MARK));
+    }
+}
+
+#[test]
+fn short_path_tcp_is_refused_at_once_by_a_closed_port() {
+    let scene = Scene::new();
+    let _steered = scene.short_path(&SHORT_PATH_SYSCTLS);
+    for ends in ENDS {
+        let closed = SocketAddr::new(ends.container, CLOSED_PORT);
+        let start = Instant::now();
+        let error = connect(&scene.container, ends.next_client(), closed, Some(MARK)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
+        assert!(start.elapsed() < PATIENCE / 5, "{:?}", start.elapsed());
+    }
+}
+
+#[test]
+fn short_path_tcp_reset_reaches_both_sides() {
+    let scene = Scene::new();
+    let _steered = scene.short_path(&SHORT_PATH_SYSCTLS);
+    for ends in ENDS {
+        let listener = scene.container.with(|| TcpListener::bind(ends.server())).unwrap().unwrap();
+        for server_resets in [true, false] {
+            let near = connect(&scene.container, ends.next_client(), ends.server(), Some(MARK)).unwrap();
+            let far = Socket::from(listener.accept().unwrap().0);
+            let (cut, mut told) = if server_resets { (far, near) } else { (near, far) };
+            told.set_read_timeout(Some(PATIENCE)).unwrap();
+            cut.set_linger(Some(Duration::ZERO)).unwrap();
+            drop(cut);
+            assert_eq!(told.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        }
+    }
+}
+
+/// What each sysctl is for: without it, the answers leave by the default route.
+#[test]
+fn short_path_tcp_needs_each_of_its_sysctls() {
+    let [accept, reflect_v4, reflect_v6] = SHORT_PATH_SYSCTLS;
+    let timed_out = |result: io::Result<Socket>| result.unwrap_err().kind() == io::ErrorKind::TimedOut;
+
+    // The name says IPv4, and it serves both families.
+    let scene = Scene::new();
+    let _steered = scene.short_path(&[reflect_v4, reflect_v6]);
+    for ends in ENDS {
+        let _server = EchoServer::tcp(&scene.net.container, ends.server());
+        // The SYN-ACK is sent by the listener, before there is a socket that could have inherited the mark.
+        assert!(
+            timed_out(connect(&scene.container, ends.next_client(), ends.server(), Some(MARK))),
+            "{}",
+            ends.family
+        );
+    }
+
+    let scene = Scene::new();
+    let _steered = scene.short_path(&[accept]);
+    for ends in ENDS {
+        check_tcp(&scene, &scene.container, ends, Some(MARK));
+        let closed = SocketAddr::new(ends.container, CLOSED_PORT);
+        assert!(
+            timed_out(connect(&scene.container, ends.next_client(), closed, Some(MARK))),
+            "{}",
+            ends.family
+        );
+    }
+}
+
+/// The rule is about marked packets alone, so whoever talks to the container directly goes on as before.
+#[test]
+fn short_path_tcp_leaves_neighbours_and_the_host_alone() {
+    let scene = Scene::new();
+    let neighbour = scene.net.neighbour();
+    let _steered = scene.short_path(&SHORT_PATH_SYSCTLS);
+    for ends in ENDS {
+        let _server = PeerServer::tcp(&scene.net.container, ends.server());
+        let ask = || {
+            let mut seen = String::new();
+            TcpStream::connect(ends.server())
+                .and_then(|mut stream| stream.read_to_string(&mut seen))
+                .unwrap();
+            seen.parse::<SocketAddr>().unwrap().ip()
+        };
+        assert_eq!(neighbour.run(ask), ends.neighbour);
+        assert!(scene.net.host.run(ask) != ends.client);
+        assert_eq!(scene.net.client.run(ask), ends.client, "by way of the host, which forwards");
+    }
+}
+
+#[test]
+fn short_path_udp_shows_the_client_when_its_answers_are_steered() {
+    let scene = Scene::new();
+    scene.filter_reverse_paths();
+    let route = scene.install(&scene.container, &[]);
+    for ends in ENDS {
+        let _server = PeerServer::udp(&scene.net.container, ends.server());
+        let lost = udp_shows_the_client(&scene.container, ends).unwrap_err();
+        assert_eq!(lost.kind(), io::ErrorKind::WouldBlock, "nothing is steered yet");
+        let steered = route.steer(ends.answers(Protocol::Udp)).unwrap();
+        assert!(udp_shows_the_client(&scene.container, ends).unwrap());
+        drop(steered);
+        assert!(udp_shows_the_client(&scene.container, ends).is_err());
+    }
+}
+
+#[test]
+fn short_path_udp_hears_of_a_closed_port() {
+    let scene = Scene::new();
+    let route = scene.install(&scene.container, &SHORT_PATH_SYSCTLS);
+    for ends in ENDS {
+        let mark = route.steer(Selector::marked(ends.family, MARK)).unwrap();
+        let socket =
+            scene.container.with(|| in_the_name_of(ends.next_client(), Type::DGRAM, Some(MARK))).unwrap();
+        socket.connect(&ends.server().into()).unwrap();
+        socket.send(b"anybody there?").unwrap();
+        let error = (&socket).read(&mut [0; 10]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
+        drop(mark);
+    }
+}
+
+/// The rule is about one client: direct datagrams from a neighbour or the host are answered as before.
+#[test]
+fn short_path_udp_leaves_neighbours_and_the_host_alone() {
+    let scene = Scene::new();
+    let neighbour = scene.net.neighbour();
+    let route = scene.install(&scene.container, &[]);
+    for ends in ENDS {
+        let _server = PeerServer::udp(&scene.net.container, ends.server());
+        let _steered = route.steer(ends.answers(Protocol::Udp)).unwrap();
+        let ask = || {
+            let any: SocketAddr =
+                if ends.family == Family::V4 { "0.0.0.0:0" } else { "[::]:0" }.parse().unwrap();
+            let socket = UdpSocket::bind(any).unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.send_to(b"who am I?", ends.server()).unwrap();
+            let mut answer = [0; 100];
+            let length = socket.recv(&mut answer).unwrap();
+            std::str::from_utf8(&answer[..length]).unwrap().parse::<SocketAddr>().unwrap().ip()
+        };
+        assert_eq!(neighbour.run(ask), ends.neighbour);
+        assert!(scene.net.host.run(ask) != ends.client);
+    }
+}
+
+#[test]
+fn from_the_host_tcp_shows_the_client_and_moves_data_both_ways() {
+    let scene = Scene::new();
+    let route = scene.install(&scene.host, &[]);
+    for ends in ENDS {
+        let steered = route.steer(ends.answers_at_host(Protocol::Tcp)).unwrap();
+        check_tcp(&scene, &scene.host, ends, None);
+        drop(steered);
+        let _server = EchoServer::tcp(&scene.net.container, ends.server());
+        assert!(
+            connect(&scene.host, ends.next_client(), ends.server(), None).is_err(),
+            "nothing is steered any more"
+        );
+    }
+}
+
+#[test]
+fn from_the_host_works_with_reverse_path_filters_and_without_forwarding() {
+    let scene = Scene::of(Topology::builder().forwarding(false).build());
+    scene.filter_reverse_paths();
+    let route = scene.install(&scene.host, &[]);
+    for ends in ENDS {
+        let _tcp = route.steer(ends.answers_at_host(Protocol::Tcp)).unwrap();
+        check_tcp(&scene, &scene.host, ends, None);
+        let _udp = route.steer(ends.answers_at_host(Protocol::Udp)).unwrap();
+        let _server = PeerServer::udp(&scene.net.container, ends.server());
+        assert!(udp_shows_the_client(&scene.host, ends).unwrap());
+    }
+}
+
+#[test]
+fn from_the_host_tcp_is_refused_at_once_by_a_closed_port() {
+    let scene = Scene::new();
+    let route = scene.install(&scene.host, &[]);
+    for ends in ENDS {
+        let _steered = route.steer(ends.answers_at_host(Protocol::Tcp)).unwrap();
+        let error = connect(&scene.host, ends.next_client(), ends.server(), None).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
+    }
+}
+
+#[test]
+fn from_the_host_udp_shows_the_client() {
+    let scene = Scene::new();
+    let route = scene.install(&scene.host, &[]);
+    for ends in ENDS {
+        let _server = PeerServer::udp(&scene.net.container, ends.server());
+        assert!(udp_shows_the_client(&scene.host, ends).is_err(), "nothing is steered yet");
+        let _steered = route.steer(ends.answers_at_host(Protocol::Udp)).unwrap();
+        assert!(udp_shows_the_client(&scene.host, ends).unwrap());
+    }
+}
