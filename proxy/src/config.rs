@@ -1,0 +1,72 @@
+//! What can be set, and what it is when nobody sets it.
+
+use crate::{ProxyProtocol, TableLimits, Upstream};
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_model::CidrSet;
+
+/// Settings of a whole [`Engine`](crate::Engine).
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Event loops at most, at least 1. They are started as the load asks for them.
+    pub workers: usize,
+    /// TCP connections over all ports at most; beyond that a client is reset.
+    pub max_connections: usize,
+    /// How long a backend may take to accept before the client is reset.
+    pub dial_timeout: Duration,
+    /// Descriptors to leave alone for the rest of the process.
+    pub reserved_descriptors: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            // One loop moves some 60 Gbit/s here; four are more than a host's network card brings.
+            workers: cores.min(4),
+            max_connections: 100_000,
+            // docker-proxy leaves it to the kernel (127 s); a client has given up by then.
+            dial_timeout: Duration::from_secs(10),
+            reserved_descriptors: 24,
+        }
+    }
+}
+
+/// Options of a published port; ports that share them share one value.
+pub struct PortOptions {
+    /// Where its flows go.
+    pub upstream: Arc<dyn Upstream>,
+    /// The header that tells the backend the client's address (TCP).
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// Who may connect; `None`: everybody.
+    pub allow: Option<CidrSet>,
+    /// TCP connections of this port at most; beyond that a client is reset.
+    pub max_connections: usize,
+    /// Bounds of the table of UDP sessions.
+    pub sessions: TableLimits,
+}
+
+impl PortOptions {
+    /// The defaults, towards `upstream`.
+    pub fn new(upstream: Arc<dyn Upstream>) -> Self {
+        Self {
+            upstream,
+            proxy_protocol: None,
+            allow: None,
+            max_connections: 100_000,
+            sessions: TableLimits { sessions: 4096, per_source: 1024, idle: Duration::from_secs(90) },
+        }
+    }
+}
+
+impl fmt::Debug for PortOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PortOptions")
+            .field("proxy_protocol", &self.proxy_protocol)
+            .field("allow", &self.allow)
+            .field("max_connections", &self.max_connections)
+            .field("sessions", &self.sessions)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,241 @@
+//! The engine: starts loops, gives them ports, takes ports away, stops.
+
+use crate::config::{PortOptions, Settings};
+use crate::listener::Listener;
+use crate::metrics::{PortSnapshot, ProcessMetrics};
+use crate::port::{Port, PortStats};
+use crate::worker::{Message, Worker};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tidegate_model::PublishLabel;
+use tidegate_reactor::{Descriptors, EventLoop, Sender};
+
+/// How often a draining engine looks whether everything has ended.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// What all loops share.
+pub(crate) struct Shared {
+    pub(crate) settings: Settings,
+    pub(crate) descriptors: Arc<Descriptors>,
+    /// TCP connections of each loop; the length is the number of loops there may be.
+    pub(crate) loads: Box<[AtomicUsize]>,
+    pub(crate) metrics: ProcessMetrics,
+    pub(crate) pause_log: OncePerSecond,
+    loops: Mutex<Vec<Option<Loop>>>,
+}
+
+struct Loop {
+    sender: Sender<Message>,
+    thread: JoinHandle<()>,
+}
+
+impl Shared {
+    /// TCP connections over all loops.
+    pub(crate) fn connections(&self) -> usize {
+        self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum()
+    }
+
+    /// The loop that a new connection of loop `own` should go to: its own, unless another has at least `slack`
+    /// connections fewer.
+    pub(crate) fn idlest(&self, own: usize, slack: usize) -> usize {
+        let load = |index: usize| self.loads[index].load(Ordering::Relaxed);
+        let idlest = (0..self.loads.len()).min_by_key(|index| (load(*index), *index != own)).unwrap_or(own);
+        if load(own) >= load(idlest) + slack { idlest } else { own }
+    }
+
+    /// Tells loop `index`, which is started if it was not yet.
+    ///
+    /// # Errors
+    /// The message comes back when the loop cannot be started or has ended.
+    pub(crate) fn send(self: &Arc<Self>, index: usize, message: Message) -> Result<(), Message> {
+        let mut loops = self.loops();
+        if loops[index].is_none() {
+            match self.start(index) {
+                Ok(started) => loops[index] = Some(started),
+                Err(error) => {
+                    tracing::error!(%error, "no event loop could be started");
+                    return Err(message);
+                }
+            }
+        }
+        let Some(Loop { sender, .. }) = &loops[index] else { return Err(message) };
+        sender.send(message).map_err(|closed| closed.0)
+    }
+
+    fn start(self: &Arc<Self>, index: usize) -> io::Result<Loop> {
+        let (event_loop, sender) = EventLoop::new()?;
+        let shared = Arc::clone(self);
+        let thread = std::thread::Builder::new().name(format!("tidegate-data-{index}")).spawn(move || {
+            let mut worker = Worker::new(index, shared);
+            if let Err(error) = event_loop.run(&mut worker) {
+                tracing::error!(%error, "event loop ended");
+            }
+        })?;
+        Ok(Loop { sender, thread })
+    }
+
+    fn loops(&self) -> MutexGuard<'_, Vec<Option<Loop>>> {
+        self.loops.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells every loop that runs, with `message`, and waits until each has dropped its `done`.
+    fn tell_all(&self, message: impl Fn(mpsc::Sender<()>) -> Message) {
+        let (done, all_done) = mpsc::channel();
+        for running in self.loops().iter().flatten() {
+            // A loop that has ended has nothing left to close.
+            let _ = running.sender.send(message(done.clone()));
+        }
+        drop(done);
+        // Nothing is ever sent: this returns when the last copy is dropped.
+        let _ = all_done.recv();
+    }
+}
+
+/// Lets a log line through once a second.
+#[derive(Debug, Default)]
+pub(crate) struct OncePerSecond(Mutex<Option<Instant>>);
+
+impl OncePerSecond {
+    pub(crate) fn is_due(&self, now: Instant) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| now >= last + Duration::from_secs(1));
+        if due {
+            *last = Some(now);
+        }
+        due
+    }
+}
+
+/// A published port, as its owner holds it. Dropping it changes nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PublishedPort(u64);
+
+/// How a drain ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drained {
+    /// TCP connections that were cut because the deadline passed.
+    pub cut: usize,
+}
+
+/// Publishes ports and carries their traffic, on threads of its own.
+pub struct Engine {
+    shared: Arc<Shared>,
+    ports: Mutex<BTreeMap<PublishedPort, Arc<Port>>>,
+    next: AtomicU64,
+}
+
+impl Engine {
+    /// An engine with no ports; threads are started as they are needed.
+    pub fn new(settings: Settings) -> Self {
+        let workers = settings.workers.max(1);
+        let shared = Shared {
+            descriptors: Arc::new(Descriptors::of_process(settings.reserved_descriptors)),
+            loads: (0..workers).map(|_| AtomicUsize::new(0)).collect(),
+            metrics: ProcessMetrics::new(),
+            pause_log: OncePerSecond::default(),
+            loops: Mutex::new((0..workers).map(|_| None).collect()),
+            settings,
+        };
+        Self { shared: Arc::new(shared), ports: Mutex::default(), next: AtomicU64::new(0) }
+    }
+
+    /// Serves `listeners`, each for the port of the container beside it, all with the same options. Ports are
+    /// spread over the loops.
+    ///
+    /// # Errors
+    /// When no event loop can be started (no thread, no descriptor); the listeners are closed then.
+    pub fn publish(
+        &self,
+        listeners: Vec<(Listener, u16)>,
+        options: &Arc<PortOptions>,
+    ) -> io::Result<Vec<PublishedPort>> {
+        let loops = self.shared.loads.len();
+        let mut shares: Vec<Vec<(Arc<Port>, Listener)>> = (0..loops).map(|_| Vec::new()).collect();
+        let mut published = Vec::with_capacity(listeners.len());
+        for (listener, container_port) in listeners {
+            let id = self.next.fetch_add(1, Ordering::Relaxed);
+            let port = Arc::new(Port {
+                label: listener.label(),
+                container_port,
+                options: Arc::clone(options),
+                stats: PortStats::default(),
+            });
+            published.push((PublishedPort(id), Arc::clone(&port)));
+            shares[id as usize % loops].push((port, listener));
+        }
+        for (index, share) in shares.into_iter().enumerate() {
+            if !share.is_empty() && self.shared.send(index, Message::Publish(share)).is_err() {
+                return Err(io::Error::other("no event loop could be started"));
+            }
+        }
+        let ids = published.iter().map(|(id, _)| *id).collect();
+        self.ports().extend(published);
+        Ok(ids)
+    }
+
+    /// Closes one port: it can be bound again when this returns. Its connections are reset, its sessions
+    /// end; other ports notice nothing. False if there is no such port (any more).
+    pub fn unpublish(&self, port: PublishedPort) -> bool {
+        let Some(port) = self.ports().remove(&port) else { return false };
+        self.shared.tell_all(|done| Message::Unpublish { port: Arc::clone(&port), done });
+        true
+    }
+
+    /// Closes every port at once, lets connections go on until they end or `deadline` has passed, then resets
+    /// what is left. `impatient` is asked meanwhile whether to cut it short.
+    pub fn drain(&self, deadline: Duration, impatient: impl Fn() -> bool) -> Drained {
+        self.shared.tell_all(|done| Message::Drain { done });
+        let deadline = Instant::now() + deadline;
+        while self.shared.connections() > 0 && Instant::now() < deadline && !impatient() {
+            std::thread::sleep(DRAIN_POLL);
+        }
+        let cut = self.shared.connections();
+        self.stop();
+        Drained { cut }
+    }
+
+    /// Closes every port, resets every connection and ends the threads, at once.
+    pub fn stop(&self) {
+        self.ports().clear();
+        let loops: Vec<Loop> = self.shared.loops().iter_mut().filter_map(Option::take).collect();
+        for running in &loops {
+            // A loop that has ended needs no telling.
+            let _ = running.sender.send(Message::Stop);
+        }
+        for running in loops {
+            if running.thread.join().is_err() {
+                tracing::error!("an event loop panicked");
+            }
+        }
+    }
+
+    /// The figures of every published port, in the order of publishing.
+    pub fn snapshot(&self) -> Vec<PortSnapshot> {
+        self.ports().values().map(|port| PortSnapshot::of(port)).collect()
+    }
+
+    /// What the ports are called, in the order of publishing.
+    pub fn labels(&self) -> Vec<PublishLabel> {
+        self.ports().values().map(|port| port.label).collect()
+    }
+
+    fn ports(&self) -> MutexGuard<'_, BTreeMap<PublishedPort, Arc<Port>>> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("settings", &self.shared.settings).finish_non_exhaustive()
+    }
+}

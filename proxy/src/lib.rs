@@ -1,0 +1,34 @@
+//! Published ports: what arrives at a port of the host is carried to a port of a container.
+//!
+//! The [`Engine`] runs a few event loops (`tidegate_reactor`), each with its share of the ports, connections and
+//! UDP sessions; nothing is shared between loops but counters. Where a flow goes says an [`Upstream`], so this
+//! crate knows neither networks nor namespaces nor containers.
+//!
+//! What it promises, each under test:
+//! - What one side does the other sees: half-close, reset, refusal, backpressure. Bytes are never lost,
+//!   reordered or invented, and a cut connection never looks complete.
+//! - Every table, queue and buffer has a limit. At the limit new work is refused and counted, and what is
+//!   running goes on.
+//! - Ports come and go without disturbing other ports' flows.
+//!
+//! TCP is in [`tcp`], UDP in [`udp`]; both begin with a theory of operation.
+
+mod config;
+mod engine;
+mod listener;
+mod metrics;
+mod port;
+pub mod proxy_protocol;
+pub mod tcp;
+pub mod udp;
+mod upstream;
+mod worker;
+
+pub use config::{PortOptions, Settings};
+pub use engine::{Drained, Engine, PublishedPort};
+pub use listener::{AdoptError, BindError, Listener};
+pub use metrics::{FAMILIES, Family, Kind, PortSnapshot, describe};
+pub use port::{Direction, Drop, Refusal};
+pub use proxy_protocol::ProxyProtocol;
+pub use udp::session_table::TableLimits;
+pub use upstream::{Direct, Flow, Lease, Opened, Upstream, begin_connect, is_exhaustion, socket};

@@ -1,0 +1,228 @@
+//! A bound socket, made here or taken over.
+
+use rustix::io::Errno;
+use rustix::net::{SocketType, sockopt};
+use socket2::{Domain, Protocol as IpProtocol, SockRef, Socket, TcpKeepalive, Type};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::LazyLock;
+use std::time::Duration;
+use tidegate_model::{Protocol, PublishLabel, canonical};
+use tidegate_reactor::batch;
+
+/// The queue of connections that wait to be accepted; the kernel caps it at `net.core.somaxconn`, whose default
+/// it is.
+const BACKLOG: i32 = 4096;
+
+/// When a silent connection is probed, how often, and after how many unanswered probes it is cut: a vanished
+/// peer is noticed after 15 + 9 × 15 s, docker-proxy's (and Go's) figures.
+const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(15))
+    .with_interval(Duration::from_secs(15))
+    .with_retries(9);
+
+/// Payload that may wait unsent in a socket's send buffer, in bytes (`TCP_NOTSENT_LOWAT`). What is in flight
+/// comes on top, and is the receiver's own window. Without it the send buffer grows to `tcp_wmem` (4 MiB)
+/// in front of a peer that has stopped reading.
+const UNSENT_BYTES: u32 = 256 << 10;
+
+/// Payload that may wait to be read in a stream socket, in bytes (the kernel doubles it for its own bookkeeping). Left to
+/// itself the receive buffer grows to `tcp_rmem` (6 to 32 MiB) in front of a backend that has stopped reading. With
+/// [`UNSENT_BYTES`] and a full pipe this makes less than 4 MiB that a stalled direction can hold. The price is the
+/// window: 1 MiB or a little more for each round trip.
+const UNREAD_BYTES: usize = 1 << 20;
+
+/// What socket buffers of a UDP port are asked to be, in bytes; the kernel caps it at `net.core.rmem_max`. A
+/// sender with segmentation offload delivers 64 KiB in one go.
+const UDP_BUFFER: usize = 4 << 20;
+
+/// A socket that a published port answers on.
+#[derive(Debug)]
+pub struct Listener {
+    socket: OwnedFd,
+    label: PublishLabel,
+}
+
+/// A port that could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("listen {label}: {source}")]
+pub struct BindError {
+    /// What was to be opened.
+    pub label: PublishLabel,
+    /// Why not: in use, not permitted, no such address here, protocol not supported.
+    pub source: io::Error,
+}
+
+/// A descriptor that was handed over and is not what it was said to be.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// Not a socket, or closed.
+    #[error("it is not a socket: {0}")]
+    NotASocket(#[source] io::Error),
+    /// A socket of another type.
+    #[error("it is not a {0} socket")]
+    WrongType(Protocol),
+    /// A TCP socket that nobody called listen(2) on.
+    #[error("it is not listening")]
+    NotListening,
+    /// A socket that does not speak IP, or is not bound.
+    #[error("it has no IP address")]
+    NoAddress,
+}
+
+impl Listener {
+    /// Opens `address` for `protocol`, in the calling thread's namespace. Port 0 takes any free one.
+    ///
+    /// # Errors
+    /// [`BindError`]; nothing is left open then.
+    pub fn bind(address: SocketAddr, protocol: Protocol) -> Result<Self, BindError> {
+        let error = |source| BindError { label: PublishLabel::new(address, protocol), source };
+        let socket = bind(address, protocol).map_err(error)?;
+        let bound = socket.local_addr().map_err(error)?.as_socket().unwrap_or(address);
+        Ok(Self { socket: socket.into(), label: PublishLabel::new(bound, protocol) })
+    }
+
+    /// Takes over a socket that someone else has bound (and, for TCP, is listening on), as newer dockerd
+    /// hands them down.
+    ///
+    /// # Errors
+    /// [`AdoptError`] says what is wrong with it.
+    pub fn adopt(socket: OwnedFd, protocol: Protocol) -> Result<Self, AdoptError> {
+        let kind = sockopt::socket_type(&socket).map_err(|errno| AdoptError::NotASocket(errno.into()))?;
+        let wanted = match protocol {
+            Protocol::Tcp => SocketType::STREAM,
+            Protocol::Udp => SocketType::DGRAM,
+            Protocol::Sctp => return Err(AdoptError::WrongType(protocol)),
+        };
+        if kind != wanted {
+            return Err(AdoptError::WrongType(protocol));
+        }
+        let socket = Socket::from(socket);
+        let address = socket.local_addr().ok().and_then(|address| address.as_socket());
+        let address = canonical(address.filter(|address| address.port() != 0).ok_or(AdoptError::NoAddress)?);
+        if protocol == Protocol::Tcp && !sockopt::socket_acceptconn(&socket).unwrap_or(false) {
+            return Err(AdoptError::NotListening);
+        }
+        let prepared = socket
+            .set_nonblocking(true)
+            .and_then(|()| socket.set_cloexec(true))
+            .and_then(|()| prepare(&socket, address, protocol));
+        prepared.map_err(AdoptError::NotASocket)?;
+        Ok(Self { socket: socket.into(), label: PublishLabel::new(address, protocol) })
+    }
+
+    /// What it is called in metrics and messages: its bound address and protocol.
+    pub fn label(&self) -> PublishLabel {
+        self.label
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Socket> {
+    let (kind, ip_protocol) = match protocol {
+        Protocol::Tcp => (Type::STREAM, IpProtocol::TCP),
+        Protocol::Udp => (Type::DGRAM, IpProtocol::UDP),
+        // No kernel with SCTP has been at hand to prove it on.
+        Protocol::Sctp => return Err(Errno::PROTONOSUPPORT.into()),
+    };
+    let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), Some(ip_protocol))?;
+    if address.is_ipv6() {
+        // The IPv4 half of the port has a socket of its own.
+        socket.set_only_v6(true)?;
+    }
+    if protocol == Protocol::Tcp {
+        // Past connections in TIME_WAIT do not hold the port; a live listener still does.
+        socket.set_reuse_address(true)?;
+    }
+    prepare(&socket, address, protocol)?;
+    socket.bind(&address.into())?;
+    if protocol == Protocol::Tcp {
+        socket.listen(BACKLOG)?;
+    }
+    Ok(socket)
+}
+
+fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Result<()> {
+    if protocol == Protocol::Tcp {
+        return prepare_stream(socket);
+    }
+    // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
+    let _ = batch::enable_receive_offload(socket);
+    prepare_datagrams(socket);
+    batch::enable_packet_info(socket, address.is_ipv6())
+}
+
+/// What both sockets of a TCP connection are set to. A listener's settings pass to what it accepts, which
+/// saves a connection four system calls.
+pub(crate) fn prepare_stream(stream: impl AsFd) -> io::Result<()> {
+    let socket = SockRef::from(&stream);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    bound_receive_buffer(&stream);
+    socket.set_tcp_notsent_lowat(UNSENT_BYTES)
+}
+
+/// Fixes the receive buffer at [`UNREAD_BYTES`]. With neither the privilege nor a `net.core.rmem_max` that allows it, it
+/// is left to the kernel: a much smaller one would cost more throughput than the bound is worth.
+fn bound_receive_buffer(socket: impl AsFd) {
+    static ALLOWED: LazyLock<bool> = LazyLock::new(|| {
+        let limit = std::fs::read_to_string("/proc/sys/net/core/rmem_max").ok();
+        limit.and_then(|limit| limit.trim().parse::<usize>().ok()).is_some_and(|limit| limit >= UNREAD_BYTES)
+    });
+    if sockopt::set_socket_recv_buffer_size_force(&socket, UNREAD_BYTES).is_err() && *ALLOWED {
+        // It was looked up before; what still fails stays as it is.
+        let _ = sockopt::set_socket_recv_buffer_size(&socket, UNREAD_BYTES);
+    }
+}
+
+/// Larger buffers for a datagram socket, as far as the system allows; less is no error.
+pub(crate) fn prepare_datagrams(datagrams: impl AsFd) {
+    let socket = SockRef::from(&datagrams);
+    if sockopt::set_socket_recv_buffer_size_force(&datagrams, UDP_BUFFER).is_err() {
+        let _ = socket.set_recv_buffer_size(UDP_BUFFER);
+    }
+    let _ = socket.set_send_buffer_size(UDP_BUFFER);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+
+    #[test]
+    fn a_busy_port_is_told_with_its_label() {
+        let holder = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = holder.local_addr().unwrap();
+        let error = Listener::bind(address, Protocol::Tcp).unwrap_err();
+        assert_eq!(error.source.kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(error.to_string(), format!("listen {address}/tcp: Address already in use (os error 98)"));
+    }
+
+    #[test]
+    fn sctp_is_refused_as_the_kernel_would() {
+        let error = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0)), Protocol::Sctp).unwrap_err();
+        assert_eq!(error.source.raw_os_error(), Some(Errno::PROTONOSUPPORT.raw_os_error()));
+    }
+
+    #[test]
+    fn only_a_listening_socket_of_the_right_type_is_adopted() {
+        let listening = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listening.local_addr().unwrap().port();
+        let adopted = Listener::adopt(listening.into(), Protocol::Tcp).unwrap();
+        assert_eq!(adopted.label().to_string(), format!("127.0.0.1:{port}/tcp"));
+
+        let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        assert!(matches!(Listener::adopt(udp.into(), Protocol::Tcp), Err(AdoptError::WrongType(_))));
+        let idle = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        idle.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        assert!(matches!(Listener::adopt(idle.into(), Protocol::Tcp), Err(AdoptError::NotListening)));
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(Listener::adopt(file.into(), Protocol::Tcp), Err(AdoptError::NotASocket(_))));
+    }
+}

@@ -1,0 +1,364 @@
+//! One connection and how its halves move payload.
+
+use super::{COPY_BYTES, READS_PER_TURN, SPLICE_AFTER, SPLICE_BYTES};
+use crate::port::{Direction, Port};
+use crate::upstream::Lease;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown, sockopt};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tidegate_reactor::{Loan, Permit, PipePool, Readiness, Splice};
+
+/// One of a connection's two sockets; also the tag of its epoll token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    Client = 0,
+    Backend = 1,
+}
+
+/// Where a connection is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The backend is being connected to.
+    Dialling {
+        /// When that began.
+        since: Instant,
+        /// When it is given up.
+        deadline: Instant,
+    },
+    /// Payload may flow.
+    Open,
+}
+
+/// What a turn left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// Nothing more to do until an event comes.
+    Wait,
+    /// The budget is used up, the work is not.
+    Again,
+    /// Both directions have ended well.
+    Done,
+    /// The connection is broken.
+    Broken,
+}
+
+/// What a loop lends to the connection whose turn it is.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    pub(crate) buffer: Box<[u8]>,
+    pub(crate) pipes: PipePool,
+}
+
+impl Scratch {
+    pub(crate) fn new(pipes: PipePool) -> Self {
+        Self { buffer: vec![0; COPY_BYTES].into_boxed_slice(), pipes }
+    }
+}
+
+/// Payload that was read and not yet delivered.
+#[derive(Debug)]
+enum Waiting {
+    Nothing,
+    Copied { bytes: Box<[u8]>, delivered: usize },
+    Piped(Loan),
+}
+
+/// One direction of a connection.
+#[derive(Debug)]
+struct Half {
+    waiting: Waiting,
+    moved: u64,
+    /// The source may have something to read.
+    readable: bool,
+    /// The source has closed its writing side: read until the end shows.
+    closing: bool,
+    /// The end was read.
+    ended: bool,
+    /// The sink may have room.
+    writable: bool,
+    /// The end was passed on.
+    shut: bool,
+}
+
+impl Half {
+    fn new() -> Self {
+        Self {
+            waiting: Waiting::Nothing,
+            moved: 0,
+            readable: false,
+            closing: false,
+            ended: false,
+            writable: false,
+            shut: false,
+        }
+    }
+}
+
+/// A client's connection and the one to the backend.
+pub(crate) struct Connection {
+    sockets: [OwnedFd; 2],
+    /// Indexed by [`Direction`]: `In` reads from the client, `Out` from the backend.
+    halves: [Half; 2],
+    /// Whether each side has told of an error.
+    failed: [bool; 2],
+    pub(crate) phase: Phase,
+    pub(crate) port: Arc<Port>,
+    /// In the loop's run queue.
+    pub(crate) queued: bool,
+    _lease: Option<Lease>,
+    _permit: Permit,
+}
+
+impl Connection {
+    /// A connection whose backend is being dialled. `header` goes to the backend before anything else.
+    pub(crate) fn new(
+        client: OwnedFd,
+        backend: OwnedFd,
+        phase: Phase,
+        port: Arc<Port>,
+        header: Option<Vec<u8>>,
+        lease: Option<Lease>,
+        permit: Permit,
+    ) -> Self {
+        let mut halves = [Half::new(), Half::new()];
+        // The client may be written to from the start.
+        halves[Direction::Out as usize].writable = true;
+        if let Some(header) = header {
+            halves[Direction::In as usize].waiting =
+                Waiting::Copied { bytes: header.into_boxed_slice(), delivered: 0 };
+        }
+        Self {
+            sockets: [client, backend],
+            halves,
+            failed: [false; 2],
+            phase,
+            port,
+            queued: false,
+            _lease: lease,
+            _permit: permit,
+        }
+    }
+
+    pub(crate) fn socket(&self, side: Side) -> &OwnedFd {
+        &self.sockets[side as usize]
+    }
+
+    /// Notes what an event says about one side.
+    pub(crate) fn note(&mut self, side: Side, readiness: Readiness) {
+        let (reads, writes) = match side {
+            Side::Client => (Direction::In, Direction::Out),
+            Side::Backend => (Direction::Out, Direction::In),
+        };
+        let source = &mut self.halves[reads as usize];
+        source.readable |= readiness.is_readable();
+        source.closing |= readiness.is_read_closed();
+        self.halves[writes as usize].writable |= readiness.is_writable();
+        self.failed[side as usize] |= readiness.is_error();
+    }
+
+    /// Whether `side` has told of an error.
+    pub(crate) fn has_failed(&self, side: Side) -> bool {
+        self.failed[side as usize]
+    }
+
+    /// Moves what can be moved.
+    pub(crate) fn turn(&mut self, scratch: &mut Scratch) -> Turn {
+        let mut turn = Turn::Wait;
+        for direction in Direction::ALL {
+            match self.advance(direction, scratch) {
+                Ok(true) => turn = Turn::Again,
+                Ok(false) => {}
+                Err(_) => return Turn::Broken,
+            }
+        }
+        if turn == Turn::Again {
+            return turn;
+        }
+        // What a broken side had left is passed on by now, or cannot be.
+        if self.failed[0] || self.failed[1] {
+            return Turn::Broken;
+        }
+        if self.halves.iter().all(|half| half.ended && matches!(half.waiting, Waiting::Nothing)) {
+            return Turn::Done;
+        }
+        turn
+    }
+
+    /// Moves payload in one direction until the source is empty, the sink is full or the budget is used up;
+    /// true in the last case.
+    fn advance(&mut self, direction: Direction, scratch: &mut Scratch) -> io::Result<bool> {
+        let [client, backend] = &self.sockets;
+        let (source, sink) = match direction {
+            Direction::In => (client, backend),
+            Direction::Out => (backend, client),
+        };
+        let other_ended = self.halves[1 - direction as usize].shut;
+        let half = &mut self.halves[direction as usize];
+        let stats = &self.port.stats;
+        let mut reads = READS_PER_TURN;
+        loop {
+            if !matches!(half.waiting, Waiting::Nothing) {
+                if !half.writable {
+                    return Ok(false);
+                }
+                let delivered = half.deliver(sink, &mut scratch.pipes)?;
+                stats.add_bytes(direction, delivered);
+                continue;
+            }
+            if half.ended {
+                // When the other half is through as well, closing says it all.
+                if !half.shut && !other_ended {
+                    shut_down(sink)?;
+                }
+                half.shut = true;
+                return Ok(false);
+            }
+            if !half.readable {
+                return Ok(false);
+            }
+            if reads == 0 {
+                return Ok(true);
+            }
+            reads -= 1;
+            if half.moved >= SPLICE_AFTER
+                && let Some(pipe) = scratch.pipes.obtain()
+            {
+                half.splice(source, pipe, &mut scratch.pipes)?;
+            } else {
+                let delivered = half.copy(source, sink, &mut scratch.buffer)?;
+                stats.add_bytes(direction, delivered);
+            }
+        }
+    }
+
+    /// Ends the connection with a reset to both sides; what they had not read yet is lost, as it should be.
+    pub(crate) fn reset(self, pipes: &mut PipePool) {
+        reset_on_close(&self.sockets[0]);
+        reset_on_close(&self.sockets[1]);
+        self.close(pipes);
+    }
+
+    /// Ends the connection: what was sent is delivered, then FIN. Borrowed pipes go back.
+    pub(crate) fn close(self, pipes: &mut PipePool) {
+        for half in self.halves {
+            if let Waiting::Piped(pipe) = half.waiting {
+                pipes.release(pipe);
+            }
+        }
+    }
+
+    /// Ends a connection whose backend was never reached: the client is reset.
+    pub(crate) fn refuse(self, pipes: &mut PipePool) {
+        reset_on_close(&self.sockets[Side::Client as usize]);
+        self.close(pipes);
+    }
+
+    /// The result of the connect that has just ended.
+    pub(crate) fn connect_result(&self) -> io::Result<()> {
+        Ok(sockopt::socket_error(&self.sockets[Side::Backend as usize])??)
+    }
+}
+
+impl Half {
+    /// Delivers some of what waits. Returns the bytes that went.
+    fn deliver(&mut self, sink: &OwnedFd, pipes: &mut PipePool) -> io::Result<u64> {
+        let (moved, empty) = match &mut self.waiting {
+            Waiting::Nothing => return Ok(0),
+            Waiting::Copied { bytes, delivered } => match try_send(sink, &bytes[*delivered..])? {
+                Some(sent) => {
+                    *delivered += sent;
+                    (sent, *delivered == bytes.len())
+                }
+                None => (0, false),
+            },
+            Waiting::Piped(pipe) => match pipe.drain(sink)? {
+                Splice::Moved(sent) => (sent, pipe.held() == 0),
+                Splice::Blocked => (0, false),
+                // A pipe that holds something does not end.
+                Splice::End => return Err(Errno::PIPE.into()),
+            },
+        };
+        if moved == 0 {
+            self.writable = false;
+        }
+        if empty && let Waiting::Piped(pipe) = std::mem::replace(&mut self.waiting, Waiting::Nothing) {
+            pipes.release(pipe);
+        }
+        Ok(moved as u64)
+    }
+
+    /// Reads through the loop's buffer and sends at once; what the sink does not take is kept. Returns
+    /// the bytes that went.
+    fn copy(&mut self, source: &OwnedFd, sink: &OwnedFd, buffer: &mut [u8]) -> io::Result<u64> {
+        let read = match recv(source, &mut *buffer, RecvFlags::empty()) {
+            Ok((0, _)) => {
+                self.ended = true;
+                return Ok(0);
+            }
+            Ok((read, _)) => read,
+            Err(Errno::AGAIN) => {
+                self.readable = false;
+                return Ok(0);
+            }
+            Err(Errno::INTR) => return Ok(0),
+            Err(error) => return Err(error.into()),
+        };
+        self.moved += read as u64;
+        if read < buffer.len() && !self.closing {
+            self.readable = false;
+        }
+        let sent = if self.writable { try_send(sink, &buffer[..read])? } else { None };
+        let sent_bytes = sent.unwrap_or(0);
+        if sent_bytes < read {
+            // Until the sink says so, it has no more room.
+            self.writable = false;
+            self.waiting = Waiting::Copied { bytes: buffer[sent_bytes..read].into(), delivered: 0 };
+        }
+        Ok(sent_bytes as u64)
+    }
+
+    /// Fills `pipe` from the source.
+    fn splice(&mut self, source: &OwnedFd, mut pipe: Loan, pipes: &mut PipePool) -> io::Result<()> {
+        match pipe.fill(source, SPLICE_BYTES) {
+            Ok(Splice::Moved(read)) => {
+                self.moved += read as u64;
+                self.waiting = Waiting::Piped(pipe);
+                return Ok(());
+            }
+            Ok(Splice::Blocked) => self.readable = false,
+            Ok(Splice::End) => self.ended = true,
+            Err(error) => {
+                pipes.release(pipe);
+                return Err(error);
+            }
+        }
+        pipes.release(pipe);
+        Ok(())
+    }
+}
+
+/// Sends what there is room for; `None` when there is none.
+fn try_send(sink: impl AsFd, bytes: &[u8]) -> io::Result<Option<usize>> {
+    match rustix::io::retry_on_intr(|| send(&sink, bytes, SendFlags::NOSIGNAL)) {
+        Ok(sent) => Ok(Some(sent)),
+        Err(Errno::AGAIN) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Passes the end on. A sink that is no longer connected has its own way of saying so.
+fn shut_down(sink: impl AsFd) -> io::Result<()> {
+    match shutdown(sink, Shutdown::Write) {
+        Ok(()) | Err(Errno::NOTCONN) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Makes the next close(2) of `socket` a reset.
+pub(super) fn reset_on_close(socket: impl AsFd) {
+    // It fails on what is not a socket only.
+    let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+}

@@ -1,0 +1,49 @@
+//! TCP: one connection from the client, one to the backend, and payload moved between them.
+//!
+//! # Theory of operation
+//!
+//! ```text
+//!            accept                    connected
+//!  (backlog) ------> Dialling ------------------------> Open ----> both directions ended: close
+//!                      |  backend refuses, no route,      |
+//!                      |  no answer in time: reset client |  error on either side: reset both
+//!                      |  client resets: abandon the dial |
+//!                      +----------------------------------+----> gone
+//! ```
+//!
+//! A connection has two halves, one for each direction. A half reads from its source until there is nothing
+//! to read, delivers before it reads again, and so holds at most one buffer or pipe of payload: when the sink
+//! stops reading, the half stops, the source's receive window closes, and the sender waits. When the source ends
+//! (FIN) and everything is delivered, the half shuts the sink's writing side down (FIN), and the other half
+//! goes on.
+//!
+//! A half begins by copying through the loop's one buffer. After [`SPLICE_AFTER`] bytes it borrows a pipe and
+//! splices: the payload then stays in the kernel. A drained pipe goes back to the pool at once, so idle
+//! connections hold none.
+//!
+//! An error is a reset, a timeout, anything that means the connection did not end well. What has already
+//! arrived is passed on first, as far as the other side takes it; then both sides are reset (`SO_LINGER` with zero
+//! seconds, and no `shutdown` before it, which would send a FIN). So a cut connection never looks complete.
+//!
+//! Readiness is edge-triggered: what a half knows of its sockets is kept in flags, set by events and cleared by
+//! `EAGAIN`. A read that fills less than the buffer has emptied the socket, which saves the read that would
+//! say so, unless the peer has closed: then only a read that returns nothing is the end.
+
+mod accept;
+mod connection;
+
+pub(crate) use accept::{Accepted, refusal};
+pub(crate) use connection::{Connection, Phase, Scratch, Side, Turn};
+
+/// Payload after which a half splices, in bytes. Swept with `make bench` (ARCHITECTURE.md has the figures):
+/// below it the four system calls and the pool cost more than the copy.
+pub const SPLICE_AFTER: u64 = 64 << 10;
+
+/// The loop's copy buffer, in bytes, and so the most that a copying half holds.
+pub const COPY_BYTES: usize = 64 << 10;
+
+/// The most that a splicing half holds in its pipe, in bytes.
+pub const SPLICE_BYTES: usize = 1 << 20;
+
+/// Reads of one half in one turn, so that a fast connection does not keep the others waiting.
+pub const READS_PER_TURN: u32 = 8;

@@ -1,0 +1,269 @@
+//! The moving of datagrams, both ways.
+
+use super::session_table::{Client, SessionTable};
+use crate::listener::{Listener, prepare_datagrams};
+use crate::port::{Direction, Drop, Port};
+use crate::upstream::{Flow, Lease, is_exhaustion};
+use crate::worker::{PortState, SessionRef, Tag, Worker};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+use tidegate_model::{Protocol, canonical};
+use tidegate_reactor::batch::{self, Datagram, Destination, Offload, RecvBatch, SendBatch, Sent};
+use tidegate_reactor::{Arena, Context, Descriptors, Interest, Key, Permit};
+
+/// Batches taken from one socket before other sockets have their turn.
+const BATCHES_PER_TURN: usize = 4;
+
+/// What a session carries.
+pub(crate) struct Session {
+    socket: OwnedFd,
+    /// Its entry among the loop's sessions, which its events name.
+    reference: Key,
+    to_backend: Offload,
+    to_client: Offload,
+    _lease: Option<Lease>,
+    _permit: Permit,
+}
+
+/// A published UDP port: its socket and its sessions.
+pub(crate) struct Relay {
+    pub(crate) port: Arc<Port>,
+    pub(crate) listener: Listener,
+    sessions: SessionTable<Session>,
+    timer: Option<Instant>,
+}
+
+/// A loop's scratch space for datagrams, made when the first UDP port comes.
+#[derive(Debug, Default)]
+pub(crate) struct Batches {
+    received: RecvBatch,
+    sending: SendBatch,
+}
+
+impl Relay {
+    pub(crate) fn new(port: Arc<Port>, listener: Listener) -> Self {
+        let sessions = SessionTable::new(port.options.sessions);
+        Self { port, listener, sessions, timer: None }
+    }
+
+    /// Ends every session and hands out the loop's references to them.
+    pub(crate) fn end_sessions(&mut self) -> Vec<Key> {
+        let references: Vec<Key> = self.sessions.drain().map(|session| session.reference).collect();
+        self.port.stats.live.fetch_sub(references.len(), Ordering::Relaxed);
+        references
+    }
+
+    /// Counts what became of a run.
+    fn account(&self, direction: Direction, sent: &Sent) {
+        let stats = &self.port.stats;
+        stats.add_bytes(direction, sent.bytes);
+        stats.datagrams[direction as usize].fetch_add(sent.datagrams, Ordering::Relaxed);
+        stats.drop_datagrams(Drop::NoRoom, sent.no_room);
+        stats.drop_datagrams(Drop::TooLong, sent.too_long);
+        stats.drop_datagrams(Drop::BackendUnreachable, sent.failed);
+        stats.drop_datagrams(Drop::BackendRefused, sent.refusals);
+    }
+}
+
+impl Worker {
+    /// Carries what clients sent to port `key` to the backend.
+    pub(crate) fn relay_in(&mut self, cx: &mut Context<'_>, key: Key) {
+        let Some(PortState::Udp(relay)) = self.ports.get_mut(key) else { return };
+        let Batches { received, sending } = self.batches.get_or_insert_default();
+        for _ in 0..BATCHES_PER_TURN {
+            // An error here is a client's ICMP for an answer of ours; the next receive is clear of it.
+            let count = match received.receive(&relay.listener) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => continue,
+            };
+            let mut start = 0;
+            while start < count {
+                let datagram = received.get(start);
+                let sender = (datagram.source, datagram.destination);
+                let same = |index: &usize| {
+                    let next = received.get(*index);
+                    (next.source, next.destination) == sender
+                };
+                let run = start..(start + 1..count).take_while(same).last().unwrap_or(start) + 1;
+                start = run.end;
+                let Some(client) = client(&relay.listener, &datagram) else { continue };
+                let opening = Opening { cx, key, references: &mut self.sessions };
+                let session = match opening.find_or_open(relay, client, &self.shared.descriptors) {
+                    Ok(session) => session,
+                    Err(reason) => {
+                        let lost: usize = run.map(|index| received.get(index).count()).sum();
+                        relay.port.stats.drop_datagrams(reason, lost as u64);
+                        continue;
+                    }
+                };
+                relay.sessions.touch(session, false, cx.now);
+                let Some((_, carried)) = relay.sessions.get_mut(session) else { continue };
+                let sent = sending.forward(&carried.socket, received, run, None, &mut carried.to_backend);
+                relay.account(Direction::In, &sent);
+                if let Some(error) = sent.error {
+                    tracing::debug!(publish = %relay.port.label, %error, "session's path is gone");
+                    end(relay, &mut self.sessions, session);
+                }
+            }
+            if count < batch::SLOTS {
+                break;
+            }
+        }
+        arm(cx, key, relay);
+    }
+
+    /// Carries the backend's answers of one session to its client.
+    pub(crate) fn relay_out(&mut self, cx: &mut Context<'_>, reference: Key) {
+        let Some(&SessionRef { port, session }) = self.sessions.get(reference) else { return };
+        let Some(PortState::Udp(relay)) = self.ports.get_mut(port) else { return };
+        let Batches { received, sending } = self.batches.get_or_insert_default();
+        for _ in 0..BATCHES_PER_TURN {
+            let Some((client, carried)) = relay.sessions.get_mut(session) else { return };
+            let count = match received.receive(&carried.socket) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    relay.port.stats.drop_datagrams(Drop::BackendRefused, 1);
+                    continue;
+                }
+                Err(error) => {
+                    tracing::debug!(publish = %relay.port.label, %error, "session's path is gone");
+                    return end(relay, &mut self.sessions, session);
+                }
+            };
+            let destination = Destination { to: client.address, from: client.local.map(|local| (local, 0)) };
+            let sent = sending.forward(
+                &relay.listener,
+                received,
+                0..count,
+                Some(&destination),
+                &mut carried.to_client,
+            );
+            relay.account(Direction::Out, &sent);
+            relay.sessions.touch(session, true, cx.now);
+            if count < batch::SLOTS {
+                return;
+            }
+        }
+    }
+
+    /// Ends the sessions of port `key` that have been silent for too long.
+    pub(crate) fn expire_sessions(&mut self, cx: &mut Context<'_>, key: Key) {
+        let Some(PortState::Udp(relay)) = self.ports.get_mut(key) else { return };
+        relay.timer = None;
+        while let Some(session) = relay.sessions.expire(cx.now) {
+            self.sessions.remove(session.reference);
+            relay.port.stats.live.fetch_sub(1, Ordering::Relaxed);
+        }
+        arm(cx, key, relay);
+    }
+}
+
+/// What the making of a session needs of its loop.
+struct Opening<'a, 'b> {
+    cx: &'a mut Context<'b>,
+    key: Key,
+    references: &'a mut Arena<SessionRef>,
+}
+
+impl Opening<'_, '_> {
+    fn find_or_open(
+        self,
+        relay: &mut Relay,
+        client: Client,
+        descriptors: &Arc<Descriptors>,
+    ) -> Result<Key, Drop> {
+        if let Some(session) = relay.sessions.find(&client) {
+            return Ok(session);
+        }
+        admit(relay, &client)?;
+        self.open(relay, client, descriptors)
+    }
+
+    fn open(self, relay: &mut Relay, client: Client, descriptors: &Arc<Descriptors>) -> Result<Key, Drop> {
+        if let Some(evicted) = relay.sessions.evict() {
+            self.references.remove(evicted.reference);
+            relay.port.stats.live.fetch_sub(1, Ordering::Relaxed);
+            relay.port.stats.cut.fetch_add(1, Ordering::Relaxed);
+        }
+        let permit = descriptors.take(1).ok_or(Drop::Exhausted)?;
+        let flow = Flow {
+            protocol: Protocol::Udp,
+            client: client.address,
+            local: client.local.map(|local| SocketAddr::new(local, relay.port.label.address().port())),
+            container_port: relay.port.container_port,
+        };
+        let opened = relay.port.options.upstream.open(&flow).map_err(|error| {
+            tracing::debug!(publish = %relay.port.label, %error, "backend cannot be reached");
+            if is_exhaustion(&error) { Drop::Exhausted } else { Drop::BackendUnreachable }
+        })?;
+        // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
+        let _ = batch::enable_receive_offload(&opened.socket);
+        prepare_datagrams(&opened.socket);
+        let now = self.cx.now;
+        let port = self.key;
+        let mut session = None;
+        let reference = self.references.insert_with(|reference| {
+            let carried = Session {
+                socket: opened.socket,
+                reference,
+                to_backend: Offload::default(),
+                to_client: Offload::default(),
+                _lease: opened.lease,
+                _permit: permit,
+            };
+            let key = relay.sessions.insert(client, carried, now);
+            session = Some(key);
+            SessionRef { port, session: key }
+        });
+        relay.port.stats.accepted.fetch_add(1, Ordering::Relaxed);
+        relay.port.stats.live.fetch_add(1, Ordering::Relaxed);
+        let session = session.ok_or(Drop::Exhausted)?;
+        let Some((_, carried)) = relay.sessions.get_mut(session) else { return Err(Drop::Exhausted) };
+        if self.cx.epoll.add(&carried.socket, Tag::Session.token(reference), Interest::Readable).is_err() {
+            end(relay, self.references, session);
+            return Err(Drop::Exhausted);
+        }
+        Ok(session)
+    }
+}
+
+/// Whether a new client may come in.
+fn admit(relay: &Relay, client: &Client) -> Result<(), Drop> {
+    let allow = relay.port.options.allow.as_ref();
+    if allow.is_some_and(|allow| !allow.contains(client.address.ip())) {
+        return Err(Drop::NotAllowed);
+    }
+    relay.sessions.admit(client).map_err(|_| Drop::SourceLimit)
+}
+
+fn end(relay: &mut Relay, references: &mut Arena<SessionRef>, session: Key) {
+    if let Some(ended) = relay.sessions.remove(session) {
+        references.remove(ended.reference);
+        relay.port.stats.live.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Arms the port's timer if it is not; a session that speaks in the meantime only makes it fire early.
+fn arm(cx: &mut Context<'_>, key: Key, relay: &mut Relay) {
+    if relay.timer.is_none()
+        && let Some(expiry) = relay.sessions.next_expiry()
+    {
+        relay.timer = Some(expiry);
+        cx.timers.arm(expiry, Tag::Sessions.token(key));
+    }
+}
+
+/// Who sent `datagram`; `None` for what cannot be answered.
+fn client(listener: &Listener, datagram: &Datagram<'_>) -> Option<Client> {
+    let address = canonical(datagram.source?);
+    let bound = listener.label().address().ip();
+    let local = if bound.is_unspecified() { datagram.destination } else { Some(bound) };
+    let local = local.filter(|local| !matches!(local, IpAddr::V6(v6) if v6.is_multicast()));
+    (address.port() != 0).then_some(Client { address, local })
+}

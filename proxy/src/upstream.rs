@@ -1,0 +1,103 @@
+//! Where a flow goes: the seam between the proxy and whoever knows the backend.
+//!
+//! The proxy forwards; it does not choose. Which address a flow goes to, from which address and in which
+//! network namespace its socket is made, says an [`Upstream`]: the binary implements it over a namespace, the
+//! NAT engine or the mesh.
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use tidegate_model::Protocol;
+
+/// A client that asks to be connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// The client's own address and port.
+    pub client: SocketAddr,
+    /// The address of this host that the client used; `None` unless [`Upstream::wants_local_address`].
+    pub local: Option<SocketAddr>,
+    /// The port of the container that the published port stands for.
+    pub container_port: u16,
+}
+
+/// Kept for as long as the flow lives, then dropped: what an upstream holds on its behalf.
+pub type Lease = Box<dyn Send>;
+
+/// A socket on its way to the backend.
+pub struct Opened {
+    /// Non-blocking, close-on-exec; UDP: connected, TCP: connected or connecting.
+    pub socket: OwnedFd,
+    /// What ends with the flow, if anything does.
+    pub lease: Option<Lease>,
+}
+
+impl From<OwnedFd> for Opened {
+    fn from(socket: OwnedFd) -> Self {
+        Self { socket, lease: None }
+    }
+}
+
+/// Opens the way to a backend, flow by flow. Called on the data plane's threads: it must not wait.
+pub trait Upstream: Send + Sync {
+    /// A socket for `flow`. A TCP connect is begun, not awaited.
+    ///
+    /// # Errors
+    /// What the system says. Lack of descriptors or memory ([`is_exhaustion`]) pauses accepting; everything
+    /// else refuses this flow.
+    fn open(&self, flow: &Flow) -> io::Result<Opened>;
+
+    /// Whether [`Flow::local`] is to be filled in; it costs a system call for each TCP connection.
+    fn wants_local_address(&self) -> bool {
+        false
+    }
+}
+
+/// Whether `error` says that this process or the system has run out of something that comes back.
+pub fn is_exhaustion(error: &io::Error) -> bool {
+    let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
+    Errno::from_io_error(error).is_some_and(|errno| exhausted.contains(&errno))
+}
+
+/// A backend reached from this process's own namespace, from whatever address the route says.
+#[derive(Clone, Copy, Debug)]
+pub struct Direct {
+    /// The container's address.
+    pub container: IpAddr,
+}
+
+impl Upstream for Direct {
+    fn open(&self, flow: &Flow) -> io::Result<Opened> {
+        let socket = socket(flow.protocol, self.container)?;
+        begin_connect(&socket, SocketAddr::new(self.container, flow.container_port))?;
+        Ok(socket.into())
+    }
+}
+
+/// A non-blocking socket for `protocol`, of the family of `address`, in the calling thread's namespace.
+///
+/// # Errors
+/// What socket(2) says; SCTP is `EPROTONOSUPPORT`.
+pub fn socket(protocol: Protocol, address: IpAddr) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let (kind, protocol) = match protocol {
+        Protocol::Tcp => (SocketType::STREAM, ipproto::TCP),
+        Protocol::Udp => (SocketType::DGRAM, ipproto::UDP),
+        Protocol::Sctp => return Err(Errno::PROTONOSUPPORT.into()),
+    };
+    Ok(socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, Some(protocol))?)
+}
+
+/// Begins to connect `socket`; that it is not done yet is no error.
+///
+/// # Errors
+/// What connect(2) says at once: no route, no free port, refused (UDP never; TCP over loopback).
+pub fn begin_connect(socket: impl AsFd, address: SocketAddr) -> io::Result<()> {
+    match connect(socket, &address) {
+        Ok(()) | Err(Errno::INPROGRESS) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}

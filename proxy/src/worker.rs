@@ -1,0 +1,290 @@
+//! One event loop of the engine: its ports, its connections, its sessions.
+
+use crate::engine::Shared;
+use crate::listener::Listener;
+use crate::port::{Port, Refusal};
+use crate::tcp::{Accepted, Connection, Phase, Scratch, Side, Turn};
+use crate::udp::{Batches, Relay};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use tidegate_reactor::{Arena, Context, Handler, Interest, Key, PipePool, Readiness, Token};
+
+/// Pipes that one loop may have lent at a time, and keeps when idle. Each is two descriptors and, full, up to
+/// 1 MiB of kernel memory.
+const PIPES: usize = 256;
+const IDLE_PIPES: usize = 16;
+
+/// What a token refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tag {
+    /// The client's socket of a connection.
+    Client = Side::Client as isize,
+    /// The backend's.
+    Backend = Side::Backend as isize,
+    /// A connection's dial timer.
+    Dial,
+    /// A published port.
+    Port,
+    /// A UDP port's session timer.
+    Sessions,
+    /// A UDP session's socket.
+    Session,
+    /// The timer of ports that rest.
+    Rest,
+}
+
+impl Tag {
+    const ALL: [Self; 7] =
+        [Self::Client, Self::Backend, Self::Dial, Self::Port, Self::Sessions, Self::Session, Self::Rest];
+
+    pub(crate) fn token(self, key: Key) -> Token {
+        Token::new(self as u8, key)
+    }
+
+    fn of(token: Token) -> Self {
+        Self::ALL[usize::from(token.tag())]
+    }
+}
+
+/// What a loop is told.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// Serve these ports.
+    Publish(Vec<(Arc<Port>, Listener)>),
+    /// Close this port; its flows end now. `done` is dropped when that has happened.
+    Unpublish { port: Arc<Port>, done: mpsc::Sender<()> },
+    /// Take over a connection that another loop accepted.
+    Adopt(Accepted),
+    /// Accept nothing more; what is running goes on.
+    Drain { done: mpsc::Sender<()> },
+    /// Cut everything and end.
+    Stop,
+}
+
+/// A port as its loop sees it.
+pub(crate) enum PortState {
+    Tcp {
+        port: Arc<Port>,
+        listener: Listener,
+        /// Not accepting, for want of descriptors.
+        resting: bool,
+    },
+    Udp(Box<Relay>),
+}
+
+impl PortState {
+    fn port(&self) -> &Arc<Port> {
+        match self {
+            Self::Tcp { port, .. } => port,
+            Self::Udp(relay) => &relay.port,
+        }
+    }
+
+    fn listener(&self) -> &Listener {
+        match self {
+            Self::Tcp { listener, .. } => listener,
+            Self::Udp(relay) => &relay.listener,
+        }
+    }
+}
+
+/// Where the session of an event is to be found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SessionRef {
+    pub(crate) port: Key,
+    pub(crate) session: Key,
+}
+
+/// The handler of one loop.
+pub(crate) struct Worker {
+    pub(crate) index: usize,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) ports: Arena<PortState>,
+    pub(crate) connections: Arena<Connection>,
+    pub(crate) sessions: Arena<SessionRef>,
+    pub(crate) resting: Vec<Key>,
+    pub(crate) scratch: Scratch,
+    pub(crate) batches: Option<Batches>,
+    run_queue: VecDeque<Key>,
+}
+
+impl Worker {
+    pub(crate) fn new(index: usize, shared: Arc<Shared>) -> Self {
+        let pipes = PipePool::new(PIPES, IDLE_PIPES, Arc::clone(&shared.descriptors));
+        Self {
+            index,
+            shared,
+            ports: Arena::new(),
+            connections: Arena::new(),
+            sessions: Arena::new(),
+            resting: Vec::new(),
+            scratch: Scratch::new(pipes),
+            batches: None,
+            run_queue: VecDeque::new(),
+        }
+    }
+
+    fn publish(&mut self, cx: &mut Context<'_>, port: Arc<Port>, listener: Listener) {
+        let label = port.label;
+        let state = match label.protocol() {
+            tidegate_model::Protocol::Udp => PortState::Udp(Box::new(Relay::new(port, listener))),
+            _ => PortState::Tcp { port, listener, resting: false },
+        };
+        let key = self.ports.insert(state);
+        let added = match self.ports.get(key) {
+            Some(state) => cx.epoll.add(state.listener(), Tag::Port.token(key), Interest::Readable),
+            None => Ok(()),
+        };
+        if let Err(error) = added {
+            tracing::error!(publish = %label, %error, "port cannot be watched; see fs.epoll.max_user_watches");
+            self.ports.remove(key);
+        }
+    }
+
+    /// Closes the ports that `which` names; their UDP sessions end, their TCP connections do not.
+    fn close_ports(&mut self, which: impl Fn(&Arc<Port>) -> bool) {
+        for key in self.ports.keys() {
+            if self.ports.get(key).is_some_and(|state| which(state.port()))
+                && let Some(PortState::Udp(mut relay)) = self.ports.remove(key)
+            {
+                for reference in relay.end_sessions() {
+                    self.sessions.remove(reference);
+                }
+            }
+        }
+    }
+
+    /// Cuts the connections that `which` names.
+    fn cut_connections(&mut self, cx: &mut Context<'_>, which: impl Fn(&Arc<Port>) -> bool) {
+        for key in self.connections.keys() {
+            if self.connections.get(key).is_some_and(|connection| which(&connection.port)) {
+                self.end_connection(cx, key, |connection, scratch| connection.reset(&mut scratch.pipes));
+            }
+        }
+    }
+
+    /// Takes connection `key` out and ends it with `how`.
+    fn end_connection(&mut self, cx: &mut Context<'_>, key: Key, how: impl FnOnce(Connection, &mut Scratch)) {
+        let Some(connection) = self.connections.remove(key) else { return };
+        if let Phase::Dialling { deadline, .. } = connection.phase {
+            cx.timers.disarm(deadline, Tag::Dial.token(key));
+        }
+        connection.port.stats.live.fetch_sub(1, Ordering::Relaxed);
+        self.shared.loads[self.index].fetch_sub(1, Ordering::Relaxed);
+        how(connection, &mut self.scratch);
+        if !self.resting.is_empty() {
+            self.wake_resting(cx);
+        }
+    }
+
+    /// Ends a connection whose backend was not reached.
+    pub(crate) fn refuse_connection(&mut self, cx: &mut Context<'_>, key: Key, refusal: Refusal) {
+        if let Some(connection) = self.connections.get(key) {
+            connection.port.stats.refuse(refusal);
+            tracing::debug!(publish = %connection.port.label, reason = refusal.as_str(), "connection refused");
+        }
+        self.end_connection(cx, key, |connection, scratch| connection.refuse(&mut scratch.pipes));
+    }
+
+    /// An event on one of a connection's sockets.
+    fn connection_ready(&mut self, cx: &mut Context<'_>, key: Key, side: Side, readiness: Readiness) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        connection.note(side, readiness);
+        if let Phase::Dialling { since, deadline } = connection.phase {
+            match side {
+                Side::Client if connection.has_failed(Side::Client) => {
+                    return self.refuse_connection(cx, key, Refusal::ClientGone);
+                }
+                // Its bytes wait in the socket.
+                Side::Client => return,
+                Side::Backend if !readiness.is_writable() => return,
+                Side::Backend => {}
+            }
+            if let Err(error) = connection.connect_result() {
+                let refusal = crate::tcp::refusal(&error);
+                return self.refuse_connection(cx, key, refusal);
+            }
+            connection.phase = Phase::Open;
+            cx.timers.disarm(deadline, Tag::Dial.token(key));
+            self.shared.metrics.dial_seconds.record(cx.now - since);
+        }
+        if !connection.queued {
+            connection.queued = true;
+            self.run_queue.push_back(key);
+        }
+    }
+}
+
+impl Handler for Worker {
+    type Message = Message;
+
+    fn ready(&mut self, cx: &mut Context<'_>, token: Token, readiness: Readiness) {
+        let key = token.key();
+        match Tag::of(token) {
+            Tag::Client => self.connection_ready(cx, key, Side::Client, readiness),
+            Tag::Backend => self.connection_ready(cx, key, Side::Backend, readiness),
+            Tag::Port => match self.ports.get(key) {
+                Some(PortState::Tcp { .. }) => self.accept(cx, key),
+                Some(PortState::Udp(_)) => self.relay_in(cx, key),
+                None => {}
+            },
+            Tag::Session => self.relay_out(cx, key),
+            Tag::Dial | Tag::Sessions | Tag::Rest => {}
+        }
+    }
+
+    fn message(&mut self, cx: &mut Context<'_>, message: Message) {
+        match message {
+            Message::Publish(ports) => {
+                for (port, listener) in ports {
+                    self.publish(cx, port, listener);
+                }
+            }
+            Message::Unpublish { port, done } => {
+                self.close_ports(|other| Arc::ptr_eq(other, &port));
+                self.cut_connections(cx, |other| Arc::ptr_eq(other, &port));
+                drop(done);
+            }
+            Message::Adopt(accepted) => self.adopt(cx, accepted),
+            Message::Drain { done } => {
+                self.close_ports(|_| true);
+                drop(done);
+            }
+            Message::Stop => {
+                self.close_ports(|_| true);
+                self.cut_connections(cx, |_| true);
+                cx.stop();
+            }
+        }
+    }
+
+    fn timer(&mut self, cx: &mut Context<'_>, token: Token) {
+        match Tag::of(token) {
+            Tag::Dial => self.refuse_connection(cx, token.key(), Refusal::DialTimeout),
+            Tag::Sessions => self.expire_sessions(cx, token.key()),
+            Tag::Rest => self.wake_resting(cx),
+            Tag::Client | Tag::Backend | Tag::Port | Tag::Session => {}
+        }
+    }
+
+    fn turn(&mut self, cx: &mut Context<'_>) -> bool {
+        for _ in 0..self.run_queue.len() {
+            let Some(key) = self.run_queue.pop_front() else { break };
+            let Some(connection) = self.connections.get_mut(key) else { continue };
+            match connection.turn(&mut self.scratch) {
+                Turn::Wait => connection.queued = false,
+                Turn::Again => self.run_queue.push_back(key),
+                Turn::Done => self.end_connection(cx, key, |connection, scratch| {
+                    connection.close(&mut scratch.pipes);
+                }),
+                Turn::Broken => {
+                    connection.port.stats.cut.fetch_add(1, Ordering::Relaxed);
+                    self.end_connection(cx, key, |connection, scratch| connection.reset(&mut scratch.pipes));
+                }
+            }
+        }
+        !self.run_queue.is_empty()
+    }
+}
