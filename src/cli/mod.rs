@@ -1,0 +1,86 @@
+//! The command line of `tidegate`.
+
+mod completion;
+mod duration;
+mod hello;
+mod publish;
+
+use crate::compat::docker_proxy;
+use crate::{EXIT_FAILURE, EXIT_USAGE, logging};
+use clap::{CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Container networking in userspace: published ports that tell the truth.
+#[derive(Debug, Parser)]
+#[command(name = "tidegate", version, about, max_term_width = 100)]
+#[command(after_help = "Environment:\n  TIDEGATE_LOG  what is logged to standard error: a level (info, debug, trace), \
+    or target=level,...\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood.")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Publish ports of a container or an address, in the foreground
+    Publish(Box<publish::Publish>),
+    /// Be Docker's docker-proxy (see the binary of that name)
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    DockerProxy {
+        /// docker-proxy's own flags
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
+        flags: Vec<OsString>,
+    },
+    /// Serve a page that says hello and who is asking, to try things with
+    Hello(hello::Hello),
+    /// Print a completion script for a shell
+    Completion(completion::Completion),
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man(completion::Man),
+}
+
+/// The whole program, given its arguments with its own name first. Called as `docker-proxy` (a link to
+/// this binary) it is that.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.collect();
+    let name = args.first().and_then(|name| Path::new(name).file_name().map(OsString::from));
+    if name.is_some_and(|name| name == "docker-proxy") {
+        return docker_proxy::main(args.into_iter().skip(1));
+    }
+    // Before anything is opened: docker-proxy's descriptors are recognised by their numbers.
+    if args.get(1).is_some_and(|command| command == "docker-proxy") {
+        return docker_proxy::main(args.into_iter().skip(2));
+    }
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are "errors" of this kind too, and exit 0.
+            let code = if error.use_stderr() { EXIT_USAGE } else { 0 };
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let result = logging::init(LevelFilter::INFO).map_err(Into::into).and_then(|()| match cli.command {
+        Command::Publish(publish) => publish.run(),
+        Command::DockerProxy { .. } => unreachable!("taken care of above"),
+        Command::Hello(hello) => hello.run(),
+        Command::Completion(completion) => completion.run(&mut Cli::command()),
+        Command::Man(man) => man.run(Cli::command()),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tidegate: error: {error:#}");
+            ExitCode::from(if error.is::<UsageError>() { EXIT_USAGE } else { EXIT_FAILURE })
+        }
+    }
+}
+
+/// A command line that is well-formed and makes no sense.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);

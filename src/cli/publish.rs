@@ -1,0 +1,389 @@
+//! `tidegate publish`: ports of a container, in the foreground, without a daemon.
+
+use super::UsageError;
+use super::duration::{optional_timeout, timeout};
+use crate::compat::docker_proxy::raise_descriptor_limit;
+use crate::metrics_endpoint::{MetricsAddress, Recorder};
+use crate::port_error;
+use crate::source::Source;
+use anyhow::{Context, anyhow, bail};
+use clap::{ArgGroup, Args};
+use rustix::io::Errno;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_model::{CidrSet, HostPort, PortMapping, PortSpec, Protocol, PublishLabel, host_addresses, overlap};
+use tidegate_netns::Namespace;
+use tidegate_proxy::{BindError, Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream};
+
+/// Attempts to find an ephemeral port that is free on both 0.0.0.0 and [::].
+const EPHEMERAL_ATTEMPTS: usize = 16;
+
+/// Publish ports of a container or an address, in the foreground
+///
+/// Connections and datagrams that arrive at the published ports of this host are carried to the container. Stops
+/// on SIGINT or SIGTERM: no new connections from then on, the running ones may end within --drain-timeout; a second
+/// signal cuts them.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("target").required(true).multiple(true))]
+#[command(after_help = "Examples:\n  \
+    tidegate publish 8080:80 --to 172.17.0.2\n  \
+    tidegate publish 127.0.0.1:5353:53/udp --netns /run/netns/web\n  \
+    tidegate publish 9000-9009:9000-9009 --pid 4711 --source client --metrics 127.0.0.1:9464")]
+pub(super) struct Publish {
+    /// What to publish, in the grammar of docker's -p
+    ///
+    /// [HOST_IP:][HOST_PORT[-END]:]CONTAINER_PORT[-END][/tcp|udp]; an IPv6 HOST_IP in brackets. Without a HOST_IP: all
+    /// addresses, IPv4 and IPv6. Without a HOST_PORT: a free one, which is printed.
+    #[arg(required = true, value_name = "SPEC")]
+    specs: Vec<PortSpec>,
+
+    /// The container's address
+    #[arg(long, value_name = "IP", group = "target")]
+    to: Option<IpAddr>,
+
+    /// The container's network namespace; its address is found there unless --to says one
+    #[arg(long, value_name = "PATH", group = "target", conflicts_with = "pid")]
+    netns: Option<PathBuf>,
+
+    /// A process in the container, in place of --netns
+    #[arg(long, value_name = "PID", group = "target")]
+    pid: Option<u32>,
+
+    /// What the container sees as its client: proxy, client or proxy-protocol
+    ///
+    /// proxy: the gateway's address. client: the client's own. proxy-protocol: the gateway's, and a PROXY protocol header
+    /// tells the client's. Without --source: with a namespace client for TCP and proxy for UDP, else proxy.
+    #[arg(long)]
+    source: Option<Source>,
+
+    /// Version of the PROXY protocol header sent to the backend: v1 or v2 [with --source proxy-protocol: v2]
+    #[arg(long, value_name = "VERSION")]
+    proxy_protocol: Option<ProxyProtocol>,
+
+    /// Let only clients of this network in; may be repeated
+    #[arg(long, value_name = "CIDR")]
+    allow: Vec<String>,
+
+    /// TCP connections over all ports at most
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    max_connections: usize,
+
+    /// TCP connections of one port at most
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    max_port_connections: usize,
+
+    /// How long the container may take to accept a connection
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = timeout)]
+    dial_timeout: Duration,
+
+    /// How long a UDP session may be silent in both directions
+    #[arg(long, value_name = "TIME", default_value = "90s", value_parser = timeout)]
+    udp_idle_timeout: Duration,
+
+    /// UDP sessions of one port at most; the longest silent one makes room
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    udp_max_sessions: u32,
+
+    /// UDP sessions of one client address at one port at most
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    udp_max_source_sessions: u32,
+
+    /// How long running connections may go on after the first signal; 0 cuts them at once
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = optional_timeout)]
+    drain_timeout: Duration,
+
+    /// Event loops at most [default: one per core, up to 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    workers: Option<u32>,
+
+    /// Serve Prometheus metrics at this ADDRESS:PORT, or "none"
+    #[arg(long, value_name = "ADDRESS", default_value = "none")]
+    metrics: String,
+
+    /// Tell what was published as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Publish {
+    pub(super) fn run(&self) -> anyhow::Result<()> {
+        // From here on neither signal kills: one that comes early waits until we look.
+        let mut signals = Signals::new([SIGINT, SIGTERM]).context("signal handlers")?;
+        overlap(&self.specs).map_err(|error| UsageError(error.to_string()))?;
+        let allow = self.allow_list()?;
+        let metrics = self.metrics_address()?;
+        if let Some(spec) = self.specs.iter().find(|spec| spec.protocol() == Protocol::Sctp) {
+            bail!("port spec \"{spec}\": protocol not supported");
+        }
+        let target = self.target()?;
+        raise_descriptor_limit();
+
+        let mut bound: BTreeMap<Protocol, Vec<(Listener, u16)>> = BTreeMap::new();
+        for mapping in self.specs.iter().flat_map(PortSpec::mappings) {
+            let listeners = bind(&mapping)?.into_iter().map(|listener| (listener, mapping.container_port));
+            bound.entry(mapping.protocol).or_default().extend(listeners);
+        }
+        // The recorder goes first: instruments are resolved against it once.
+        let recorder = metrics.map(Recorder::install).transpose()?;
+        let engine = Arc::new(Engine::new(self.settings()));
+        let mut published = Vec::new();
+        for (protocol, listeners) in bound {
+            let options = Arc::new(self.port_options(self.upstream(&target, protocol)?, allow.clone()));
+            published.extend(listeners.iter().map(|(listener, port)| (listener.label(), *port)));
+            engine.publish(listeners, &options).context("event loops")?;
+        }
+        let metrics_at = match recorder {
+            Some(recorder) => {
+                let address = recorder.address().context("metrics address")?;
+                recorder.serve(Arc::clone(&engine)).context("metrics endpoint")?;
+                Some(address)
+            }
+            None => None,
+        };
+        self.announce(&published, &target, metrics_at)?;
+
+        signals.forever().next();
+        let mut hurried = false;
+        let impatient = std::cell::RefCell::new(&mut hurried);
+        let pending = std::cell::RefCell::new(&mut signals);
+        let drained = engine.drain(self.drain_timeout, || {
+            let mut hurried = impatient.borrow_mut();
+            **hurried |= pending.borrow_mut().pending().next().is_some();
+            **hurried
+        });
+        if drained.cut > 0 {
+            tracing::warn!(connections = drained.cut, "connections were cut");
+        }
+        Ok(())
+    }
+
+    fn allow_list(&self) -> anyhow::Result<Option<CidrSet>> {
+        if self.allow.is_empty() {
+            return Ok(None);
+        }
+        let set = CidrSet::parse(&self.allow).map_err(|error| UsageError(format!("--allow: {error}")))?;
+        Ok(Some(set))
+    }
+
+    fn metrics_address(&self) -> anyhow::Result<Option<MetricsAddress>> {
+        match self.metrics.as_str() {
+            "none" => Ok(None),
+            text => Ok(Some(text.parse().map_err(|error| UsageError(format!("--metrics: {error}")))?)),
+        }
+    }
+
+    fn settings(&self) -> Settings {
+        let mut settings = Settings {
+            max_connections: self.max_connections,
+            dial_timeout: self.dial_timeout,
+            ..Settings::default()
+        };
+        if let Some(workers) = self.workers {
+            settings.workers = workers as usize;
+        }
+        // A listener each, too.
+        settings.reserved_descriptors += self.specs.iter().map(|spec| 2 * spec.mappings().len()).sum::<usize>();
+        settings
+    }
+
+    fn port_options(&self, upstream: Arc<dyn Upstream>, allow: Option<CidrSet>) -> PortOptions {
+        let mut options = PortOptions::new(upstream);
+        options.allow = allow;
+        options.max_connections = self.max_port_connections;
+        options.sessions.sessions = self.udp_max_sessions as usize;
+        options.sessions.per_source = self.udp_max_source_sessions as usize;
+        options.sessions.idle = self.udp_idle_timeout;
+        options.proxy_protocol = match self.source {
+            Some(Source::ProxyProtocol) => self.proxy_protocol.or(Some(ProxyProtocol::V2)),
+            _ => self.proxy_protocol,
+        };
+        options
+    }
+
+    fn target(&self) -> anyhow::Result<Target> {
+        let namespace = match (&self.netns, self.pid) {
+            (Some(path), _) => Some((Namespace::from_path(path)?, path.display().to_string())),
+            (None, Some(pid)) => Some((Namespace::from_pid(pid)?, format!("process {pid}"))),
+            (None, None) => None,
+        };
+        match (namespace, self.to) {
+            (Some((namespace, name)), address) => Ok(Target::Namespace { namespace, name, address }),
+            (None, Some(address)) if address.is_unspecified() => {
+                Err(UsageError(format!("--to {address}: that is no address to connect to")).into())
+            }
+            (None, Some(address)) => Ok(Target::Address(address)),
+            (None, None) => Err(anyhow!("a target is required")),
+        }
+    }
+
+    fn upstream(&self, target: &Target, protocol: Protocol) -> anyhow::Result<Arc<dyn Upstream>> {
+        Ok(match target {
+            Target::Address(address) => self.source.unwrap_or(Source::Proxy).towards(*address)?,
+            Target::Namespace { namespace, address, .. } => {
+                Source::towards_namespace(self.source, namespace, address.as_slice(), protocol)?
+            }
+        })
+    }
+
+    /// Tells what is published, once it is.
+    fn announce(
+        &self,
+        published: &[(PublishLabel, u16)],
+        target: &Target,
+        metrics: Option<SocketAddr>,
+    ) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        let result = if self.json {
+            let ports: Vec<_> = published
+                .iter()
+                .map(|(label, container_port)| {
+                    serde_json::json!({
+                        "publish": label.to_string(),
+                        "host_ip": label.address().ip(),
+                        "host_port": label.address().port(),
+                        "protocol": label.protocol().as_str(),
+                        "container_port": container_port,
+                    })
+                })
+                .collect();
+            let metrics = metrics.map(|address| format!("http://{address}/metrics"));
+            writeln!(out, "{}", serde_json::json!({ "published": ports, "metrics": metrics }))
+        } else {
+            let runs = runs(published);
+            let width = runs.iter().map(|(from, _)| from.len()).max().unwrap_or(0);
+            let to = target.to_string();
+            runs.iter()
+                .try_for_each(|(from, ports)| writeln!(out, "{from:width$}  ->  {to} port {ports}"))
+                .and_then(|()| match metrics {
+                    Some(address) => writeln!(out, "metrics at http://{address}/metrics"),
+                    None => Ok(()),
+                })
+        };
+        match result.and_then(|()| out.flush()) {
+            // Whoever read it has seen enough; the ports are published all the same.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            result => result.context("standard output"),
+        }
+    }
+}
+
+/// Where published ports lead.
+enum Target {
+    Address(IpAddr),
+    Namespace { namespace: Namespace, name: String, address: Option<IpAddr> },
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Address(address) => write!(f, "{address}"),
+            Self::Namespace { name, address: Some(address), .. } => write!(f, "{address} in {name}"),
+            Self::Namespace { name, .. } => f.write_str(name),
+        }
+    }
+}
+
+/// Opens the sockets of one mapping.
+fn bind(mapping: &PortMapping) -> anyhow::Result<Vec<Listener>> {
+    let explained = |error: BindError| anyhow!(port_error::explain(&error));
+    let open = |port: u16| bind_addresses(mapping, port);
+    match mapping.host_port {
+        HostPort::Fixed(port) => open(port).map_err(explained),
+        HostPort::AnyOf(range) => {
+            let free = range.iter().find_map(|port| match open(port) {
+                Err(error) if error.source.kind() == std::io::ErrorKind::AddrInUse => None,
+                result => Some(result),
+            });
+            match free {
+                Some(result) => result.map_err(explained),
+                None => bail!("no port of {range} is free for {}", mapping.protocol),
+            }
+        }
+        HostPort::Ephemeral => {
+            let mut last = None;
+            for _ in 0..EPHEMERAL_ATTEMPTS {
+                match open(0) {
+                    Ok(listeners) => return Ok(listeners),
+                    Err(error) if error.source.kind() == std::io::ErrorKind::AddrInUse => last = Some(error),
+                    Err(error) => return Err(explained(error)),
+                }
+            }
+            Err(last.map_or_else(|| anyhow!("no free port"), explained))
+        }
+    }
+}
+
+/// Opens `port` (0: any free one, the same on each) on every address of the mapping.
+fn bind_addresses(mapping: &PortMapping, mut port: u16) -> Result<Vec<Listener>, BindError> {
+    let mut listeners: Vec<Listener> = Vec::new();
+    for ip in host_addresses(mapping.host_ip) {
+        match Listener::bind(SocketAddr::new(ip, port), mapping.protocol) {
+            Ok(listener) => {
+                port = listener.label().address().port();
+                listeners.push(listener);
+            }
+            // A kernel without IPv6: IPv4 was what could be meant by "all addresses".
+            Err(error)
+                if mapping.host_ip.is_none()
+                    && ip.is_ipv6()
+                    && Errno::from_io_error(&error.source) == Some(Errno::AFNOSUPPORT) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(listeners)
+}
+
+/// Neighbouring ports, told as ranges: what is published, and the container's ports.
+fn runs(published: &[(PublishLabel, u16)]) -> Vec<(String, String)> {
+    let mut runs: Vec<((PublishLabel, u16), u16)> = Vec::new();
+    for (label, container_port) in published {
+        let next = runs.iter_mut().find(|((first, first_port), length)| {
+            let (address, wanted) = (label.address(), first.address().port().checked_add(*length));
+            first.protocol() == label.protocol()
+                && first.address().ip() == address.ip()
+                && wanted == Some(address.port())
+                && first_port.checked_add(*length) == Some(*container_port)
+        });
+        match next {
+            Some((_, length)) => *length += 1,
+            None => runs.push(((*label, *container_port), 1)),
+        }
+    }
+    let range = |first: u16, length: u16| match length {
+        1 => first.to_string(),
+        _ => format!("{first}-{}", first + (length - 1)),
+    };
+    runs.into_iter()
+        .map(|((label, container_port), length)| {
+            let ip = label.address().ip();
+            let host = if ip.is_ipv6() { format!("[{ip}]") } else { ip.to_string() };
+            let ports = range(label.address().port(), length);
+            (format!("{host}:{ports}/{}", label.protocol()), range(container_port, length))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbouring_ports_are_told_as_ranges() {
+        let label = |text: &str| text.parse::<PublishLabel>().unwrap();
+        let published = [
+            (label("0.0.0.0:9000/tcp"), 80),
+            (label("[::]:9000/tcp"), 80),
+            (label("0.0.0.0:9001/tcp"), 81),
+            (label("[::]:9001/tcp"), 81),
+            (label("0.0.0.0:5353/udp"), 53),
+        ];
+        let expected = [("0.0.0.0:9000-9001/tcp", "80-81"), ("[::]:9000-9001/tcp", "80-81"), ("0.0.0.0:5353/udp", "53")];
+        assert_eq!(runs(&published), expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
+    }
+}

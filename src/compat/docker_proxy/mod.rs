@@ -1,0 +1,174 @@
+//! A stand-in for Docker's `docker-proxy`, for `dockerd --userland-proxy-path`.
+//!
+//! dockerd starts one process for each published port and address, hands it the write end of a pipe as descriptor
+//! 3 (and, since 28, the bound socket as descriptor 4), waits for it to say that it is ready, and stops it
+//! with SIGINT, without limit: a proxy that does not end hangs `docker stop`. So the signals are the main
+//! thread's only occupation, and ending is immediate: connections are not drained, as with the original.
+//!
+//! What the original does not do is steered by the environment, which is dockerd's own:
+//! [`SOURCE`], [`PROXY_PROTOCOL`], [`METRICS`].
+
+pub mod flags;
+mod ready;
+
+use crate::metrics_endpoint::{MetricsAddress, Recorder};
+use crate::source::{Source, SourceError};
+use crate::{EXIT_FAILURE, EXIT_USAGE, logging, port_error, version};
+use flags::{Invocation, Listen, Options};
+use ready::ReadyPipe;
+use rustix::io::{FdFlags, fcntl_getfd};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::ffi::OsString;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+use tidegate_proxy::{AdoptError, Engine, Listener, PortOptions, ProxyProtocol, Settings};
+use tracing_subscriber::filter::LevelFilter;
+
+/// `proxy` (default), `client` or `proxy-protocol`: what the container sees as the client's address.
+pub const SOURCE: &str = "TIDEGATE_PROXY_SOURCE";
+
+/// `v1` or `v2`: tell the backend the client's address by the PROXY protocol.
+pub const PROXY_PROTOCOL: &str = "TIDEGATE_PROXY_PROTOCOL";
+
+/// Where to serve metrics: `ADDRESS:PORT`, or `ADDRESS:PORT-PORT` for the first free one. Off without it.
+pub const METRICS: &str = "TIDEGATE_PROXY_METRICS";
+
+/// The descriptor that newer daemons hand the bound socket down as.
+const LISTEN_FD: i32 = 4;
+
+/// Why the proxy does not start.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("{variable}={value:?}: {reason}")]
+    Environment { variable: &'static str, value: String, reason: String },
+    #[error("{0}")]
+    Port(String),
+    #[error("descriptor {LISTEN_FD} was to be the listening socket: {0}")]
+    Adopt(#[from] AdoptError),
+    #[error("descriptor {LISTEN_FD} was to be the listening socket, and is not open")]
+    NoListenFd,
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Logging(#[from] logging::FilterError),
+    #[error(transparent)]
+    Metrics(#[from] crate::metrics_endpoint::EndpointError),
+    #[error("{0}")]
+    System(#[from] std::io::Error),
+}
+
+/// The whole program, given its arguments without its own name. Must be the first thing that main does:
+/// descriptor 3 is ours only as long as nothing else was opened.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let ready = ReadyPipe::inherit();
+    let options = match flags::parse(args) {
+        Ok(Invocation::Run(options)) => options,
+        Ok(Invocation::Version) => {
+            println!("docker-proxy (commit {}) version {} (tidegate)", version::COMMIT, version::VERSION);
+            return ExitCode::SUCCESS;
+        }
+        Ok(Invocation::Help) => {
+            eprint!("{}", flags::usage());
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprint!("{error}\n{}", flags::usage());
+            ready.failed(&error.to_string());
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    // From here on neither signal kills: one that comes early waits until we look.
+    let mut signals = match Signals::new([SIGINT, SIGTERM]) {
+        Ok(signals) => signals,
+        Err(error) => return fail(ready, &error.into()),
+    };
+    let engine = match start(&options) {
+        Ok(engine) => engine,
+        Err(error) => return fail(ready, &error),
+    };
+    ready.succeeded();
+    signals.forever().next();
+    // Connections are reset, so that none looks complete, and rules in the host's namespace are put away.
+    engine.stop();
+    ExitCode::SUCCESS
+}
+
+fn fail(ready: ReadyPipe, error: &StartError) -> ExitCode {
+    eprintln!("docker-proxy: error: {error}");
+    ready.failed(&error.to_string());
+    ExitCode::from(EXIT_FAILURE)
+}
+
+fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
+    logging::init(LevelFilter::WARN)?;
+    let environment = Environment::read()?;
+    raise_descriptor_limit();
+    let listener = match options.listen {
+        Listen::Bind(address) => Listener::bind(address, options.protocol)
+            .map_err(|error| StartError::Port(port_error::explain(&error)))?,
+        Listen::Inherited(_) => Listener::adopt(inherited(LISTEN_FD)?, options.protocol)?,
+    };
+    let recorder = environment.metrics.map(Recorder::install).transpose()?;
+    let upstream = environment.source.towards(options.container.ip())?;
+    let mut port_options = PortOptions::new(upstream);
+    port_options.proxy_protocol = environment.proxy_protocol;
+    let engine = Arc::new(Engine::new(Settings::default()));
+    engine.publish(vec![(listener, options.container.port())], &Arc::new(port_options))?;
+    if let Some(recorder) = recorder {
+        recorder.serve(Arc::clone(&engine))?;
+    }
+    Ok(engine)
+}
+
+/// What the environment asks for.
+struct Environment {
+    source: Source,
+    proxy_protocol: Option<ProxyProtocol>,
+    metrics: Option<MetricsAddress>,
+}
+
+impl Environment {
+    fn read() -> Result<Self, StartError> {
+        let mut source = variable::<Source>(SOURCE)?.unwrap_or(Source::Proxy);
+        let mut proxy_protocol = variable(PROXY_PROTOCOL)?;
+        if source == Source::ProxyProtocol {
+            proxy_protocol = proxy_protocol.or(Some(ProxyProtocol::V2));
+            source = Source::Proxy;
+        }
+        Ok(Self { source, proxy_protocol, metrics: variable(METRICS)? })
+    }
+}
+
+fn variable<T: std::str::FromStr<Err: std::fmt::Display>>(name: &'static str) -> Result<Option<T>, StartError> {
+    let value = match std::env::var_os(name) {
+        Some(value) if !value.is_empty() => value.to_string_lossy().into_owned(),
+        _ => return Ok(None),
+    };
+    match value.parse() {
+        Ok(parsed) => Ok(Some(parsed)),
+        Err(error) => Err(StartError::Environment { variable: name, reason: format!("{error}"), value }),
+    }
+}
+
+/// Descriptor `number`, which our parent has opened for us.
+fn inherited(number: i32) -> Result<OwnedFd, StartError> {
+    // SAFETY: only looked at; a number that is not open is an error.
+    let open = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) });
+    // Everything that we open ourselves is close-on-exec, what was handed down is not.
+    if open.is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
+        // SAFETY: it is open, was not opened by us, and the flag that names it is honoured once.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    } else {
+        Err(StartError::NoListenFd)
+    }
+}
+
+/// As many descriptors as the hard limit allows: each connection takes two.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // What is refused stays as it was.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}

@@ -1,0 +1,3 @@
+//! Drop-in personalities: other programs' command lines and protocols, with our engine behind them.
+
+pub mod docker_proxy;

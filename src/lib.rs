@@ -1,0 +1,17 @@
+//! What tidegate's binaries are made of: command line, drop-in personalities, and the wiring between the crates.
+//!
+//! This is no library for others; it is one so that `tidegate`, `docker-proxy` and the tests share it.
+
+pub mod cli;
+pub mod compat;
+pub mod logging;
+pub mod metrics_endpoint;
+pub mod port_error;
+pub mod source;
+pub mod version;
+
+/// What a failed command exits with.
+pub const EXIT_FAILURE: u8 = 1;
+
+/// What a command line that was not understood exits with.
+pub const EXIT_USAGE: u8 = 2;

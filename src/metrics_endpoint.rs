@@ -1,0 +1,266 @@
+//! `GET /metrics`, for Prometheus.
+//!
+//! A scrape is one short request every few seconds, so this is a thread that answers with plain blocking I/O, and
+//! it serves the small docker-proxy binary, which has no async runtime, as well as the large one. It is bounded:
+//! [`MAX_CLIENTS`] at a time, [`MAX_REQUEST`] bytes of request, [`PATIENCE`] for a slow client. Whatever
+//! happens here, the data plane does not notice.
+
+use metrics::gauge;
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_process::Collector;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tidegate_proxy::{Engine, describe};
+
+/// Scrapes answered at the same time; more are told 503.
+const MAX_CLIENTS: usize = 16;
+
+/// The most that a request may be, in bytes, headers included.
+const MAX_REQUEST: usize = 8 << 10;
+
+/// How long a client may take over its request, and over reading the answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often histograms are folded when nobody scrapes, so that they do not pile up.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Bucket bounds of `tidegate_proxy_dial_seconds`: from a container on this host to the dial timeout.
+const DIAL_BUCKETS: [f64; 12] =
+    [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 3.0, 10.0];
+
+/// Where to serve: an address and a port, or the first free port of a range (for the many docker-proxies of one
+/// host, which share one environment).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MetricsAddress {
+    ip: IpAddr,
+    first: u16,
+    last: u16,
+}
+
+/// An address that is not understood.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("metrics address {0:?} is not ADDRESS:PORT or ADDRESS:PORT-PORT")]
+pub struct MetricsAddressError(String);
+
+impl FromStr for MetricsAddress {
+    type Err = MetricsAddressError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let error = || MetricsAddressError(text.to_owned());
+        let (single, last) = match text.rsplit_once('-') {
+            Some((single, last)) => (single, Some(last.parse::<u16>().map_err(|_| error())?)),
+            None => (text, None),
+        };
+        let address: SocketAddr = single.parse().map_err(|_| error())?;
+        let last = last.unwrap_or(address.port());
+        if last < address.port() {
+            return Err(error());
+        }
+        Ok(Self { ip: address.ip(), first: address.port(), last })
+    }
+}
+
+/// Why there is no endpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// The port, or every port of the range, is taken.
+    #[error("metrics address {ip}:{ports}: {source}", ip = .address.ip, ports = ports(.address))]
+    Bind {
+        /// Where it should have been.
+        address: MetricsAddress,
+        /// What the system says of the last port tried.
+        source: io::Error,
+    },
+    /// The exporter could not be set up; a mistake of ours.
+    #[error("metrics exporter: {0}")]
+    Exporter(#[from] BuildError),
+}
+
+fn ports(address: &MetricsAddress) -> String {
+    if address.first == address.last { address.first.to_string() } else { format!("{}-{}", address.first, address.last) }
+}
+
+/// The recorder behind the `metrics` facade; make it before anything resolves its instruments.
+pub struct Recorder {
+    handle: PrometheusHandle,
+    listener: TcpListener,
+}
+
+impl Recorder {
+    /// Binds `address` and takes the facade's place.
+    ///
+    /// # Errors
+    /// [`EndpointError`]; nothing is left open then.
+    pub fn install(address: MetricsAddress) -> Result<Self, EndpointError> {
+        let listener = bind(address)?;
+        let dial = Matcher::Full("tidegate_proxy_dial_seconds".to_owned());
+        let recorder =
+            PrometheusBuilder::new().set_buckets_for_metric(dial, &DIAL_BUCKETS)?.build_recorder();
+        let handle = recorder.handle();
+        if metrics::set_global_recorder(recorder).is_err() {
+            tracing::warn!("metrics were set up twice; the first stay");
+        }
+        Ok(Self { handle, listener })
+    }
+
+    /// Where it answers.
+    ///
+    /// # Errors
+    /// What getsockname(2) says.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Answers scrapes with the figures of `engine` and of the process, on threads of its own, until the process
+    /// ends.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn serve(self, engine: Arc<Engine>) -> io::Result<()> {
+        gauge!("tidegate_build_info", "version" => crate::version::VERSION, "commit" => crate::version::COMMIT)
+            .set(1.0);
+        metrics::describe_gauge!("tidegate_build_info", "Always 1; its labels say what was built.");
+        let collector = Collector::default();
+        collector.describe();
+        let upkeep = self.handle.clone();
+        std::thread::Builder::new().name("tidegate-upkeep".into()).spawn(move || {
+            loop {
+                std::thread::sleep(UPKEEP);
+                upkeep.run_upkeep();
+            }
+        })?;
+        let page = Arc::new(Page { handle: self.handle, engine, collector });
+        let clients = Arc::new(AtomicUsize::new(0));
+        std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
+            for client in self.listener.incoming() {
+                match client {
+                    Ok(client) => admit(client, &page, &clients),
+                    // Out of descriptors: the client waits in the queue meanwhile.
+                    Err(_) => std::thread::sleep(Duration::from_millis(100)),
+                }
+            }
+        })?;
+        Ok(())
+    }
+}
+
+fn bind(address: MetricsAddress) -> Result<TcpListener, EndpointError> {
+    let mut last_error = None;
+    for port in address.first..=address.last {
+        match TcpListener::bind((address.ip, port)) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last_error = Some(error),
+        }
+    }
+    let source = last_error.unwrap_or_else(|| io::ErrorKind::InvalidInput.into());
+    Err(EndpointError::Bind { address, source })
+}
+
+/// What is on the page.
+struct Page {
+    handle: PrometheusHandle,
+    engine: Arc<Engine>,
+    collector: Collector,
+}
+
+impl Page {
+    fn render(&self) -> String {
+        self.collector.collect();
+        let mut text = self.handle.render();
+        // Writing to a String does not fail.
+        let _ = describe(&self.engine.snapshot(), &mut text);
+        text
+    }
+}
+
+/// Gives `client` a thread, if one is left.
+fn admit(client: TcpStream, page: &Arc<Page>, clients: &Arc<AtomicUsize>) {
+    if clients.fetch_add(1, Ordering::Relaxed) >= MAX_CLIENTS {
+        clients.fetch_sub(1, Ordering::Relaxed);
+        let _ = respond(&client, "503 Service Unavailable", "too many scrapes at once\n");
+        return;
+    }
+    let (page, at_work) = (Arc::clone(page), Arc::clone(clients));
+    let answer = move || {
+        // A client that goes away, or dawdles, is its own loss.
+        let _ = answer(&client, &page);
+        at_work.fetch_sub(1, Ordering::Relaxed);
+    };
+    if std::thread::Builder::new().name("tidegate-scrape".into()).spawn(answer).is_err() {
+        clients.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn answer(client: &TcpStream, page: &Page) -> io::Result<()> {
+    client.set_write_timeout(Some(PATIENCE))?;
+    match request_path(client)? {
+        Some(path) if path == "/metrics" => respond(client, "200 OK", &page.render()),
+        Some(path) if path == "/" => respond(client, "200 OK", "tidegate's metrics are at /metrics\n"),
+        Some(_) => respond(client, "404 Not Found", "there is only /metrics\n"),
+        None => respond(client, "400 Bad Request", "that was not a GET request\n"),
+    }
+}
+
+/// Reads a request and returns the path of a GET; `None` for anything else.
+fn request_path(mut client: &TcpStream) -> io::Result<Option<String>> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut request = Vec::new();
+    let mut chunk = [0; 1024];
+    loop {
+        let left = deadline.checked_duration_since(Instant::now()).ok_or(io::ErrorKind::TimedOut)?;
+        client.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        let read = client.read(&mut chunk)?;
+        request.extend_from_slice(&chunk[..read]);
+        let mut headers = [httparse::EMPTY_HEADER; 64];
+        let mut parsed = httparse::Request::new(&mut headers);
+        match parsed.parse(&request) {
+            Ok(httparse::Status::Complete(_)) if parsed.method == Some("GET") => {
+                let path = parsed.path.unwrap_or_default();
+                return Ok(Some(path.split('?').next().unwrap_or_default().to_owned()));
+            }
+            Ok(httparse::Status::Partial) if read > 0 && request.len() < MAX_REQUEST => {}
+            _ => return Ok(None),
+        }
+    }
+}
+
+fn respond(mut client: &TcpStream, status: &str, body: &str) -> io::Result<()> {
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
+         Content-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    client.write_all(head.as_bytes())?;
+    client.write_all(body.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_may_be_a_range_of_ports() {
+        let one: MetricsAddress = "127.0.0.1:9464".parse().unwrap();
+        assert_eq!((one.first, one.last), (9464, 9464));
+        let many: MetricsAddress = "[::1]:9500-9599".parse().unwrap();
+        assert_eq!((many.first, many.last), (9500, 9599));
+        for bad in ["9464", "127.0.0.1", "127.0.0.1:9-8", "localhost:1", "127.0.0.1:1-x", ""] {
+            assert!(bad.parse::<MetricsAddress>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_first_free_port_of_a_range_is_taken_and_a_full_range_is_told() {
+        let holder = TcpListener::bind("127.0.0.1:0").unwrap();
+        let busy = holder.local_addr().unwrap().port();
+        let range: MetricsAddress = format!("127.0.0.1:{busy}-{}", busy.saturating_add(20)).parse().unwrap();
+        assert_ne!(bind(range).unwrap().local_addr().unwrap().port(), busy);
+        let only: MetricsAddress = format!("127.0.0.1:{busy}").parse().unwrap();
+        let error = bind(only).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("metrics address 127.0.0.1:{busy}: ")), "{error}");
+    }
+}

@@ -1,0 +1,118 @@
+//! Why a port cannot be opened, said so that one knows what to do.
+
+use procfs::net::{TcpNetEntry, TcpState, UdpNetEntry};
+use procfs::process::FDTarget;
+use rustix::io::Errno;
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use tidegate_model::{Protocol, PublishLabel};
+use tidegate_proxy::BindError;
+
+/// One line that names the port, the reason, and the remedy where there is one.
+pub fn explain(error: &BindError) -> String {
+    let address = error.label.address();
+    let port = format!("port {}/{} on {}", address.port(), error.label.protocol(), bracketed(address.ip()));
+    match Errno::from_io_error(&error.source) {
+        Some(Errno::ADDRINUSE) => match holders(error.label).as_slice() {
+            [] => format!("{port} is in use"),
+            holders => format!("{port} is in use by {}", holders.join(", ")),
+        },
+        Some(Errno::ACCESS) => format!(
+            "{port}: permission denied; set net.ipv4.ip_unprivileged_port_start to {} or lower, \
+             or run with CAP_NET_BIND_SERVICE",
+            address.port()
+        ),
+        Some(Errno::ADDRNOTAVAIL) => format!("{port}: this host has no address {}", bracketed(address.ip())),
+        Some(Errno::PROTONOSUPPORT) => format!("{port}: protocol not supported"),
+        Some(Errno::AFNOSUPPORT) => format!("{port}: this kernel has no IPv6"),
+        Some(Errno::MFILE) => format!("{port}: too many open files; raise the limit (ulimit -n)"),
+        _ => format!("{port}: {}", error.source),
+    }
+}
+
+fn bracketed(ip: IpAddr) -> String {
+    match ip {
+        IpAddr::V4(v4) => v4.to_string(),
+        IpAddr::V6(v6) => format!("[{v6}]"),
+    }
+}
+
+/// The processes that hold the port, as `nginx (pid 812)`, as far as this one may look.
+fn holders(label: PublishLabel) -> Vec<String> {
+    let wanted = label.address();
+    let clashes = |local: SocketAddr| {
+        let overlaps = local.ip() == wanted.ip() || local.ip().is_unspecified() || wanted.ip().is_unspecified();
+        local.port() == wanted.port() && overlaps
+    };
+    let inodes: BTreeSet<u64> = match label.protocol() {
+        Protocol::Tcp => {
+            let listening = |entry: &TcpNetEntry| entry.state == TcpState::Listen && clashes(entry.local_address);
+            both(procfs::net::tcp(), procfs::net::tcp6()).filter(listening).map(|entry| entry.inode).collect()
+        }
+        Protocol::Udp => {
+            let bound = |entry: &UdpNetEntry| clashes(entry.local_address);
+            both(procfs::net::udp(), procfs::net::udp6()).filter(bound).map(|entry| entry.inode).collect()
+        }
+        Protocol::Sctp => BTreeSet::new(),
+    };
+    if inodes.is_empty() {
+        return Vec::new();
+    }
+    let mut holders = BTreeSet::new();
+    for process in procfs::process::all_processes().into_iter().flatten().flatten() {
+        let Ok(descriptors) = process.fd() else { continue };
+        let holds = |target: &FDTarget| matches!(target, FDTarget::Socket(inode) if inodes.contains(inode));
+        if descriptors.flatten().any(|descriptor| holds(&descriptor.target)) {
+            let name = process.stat().map_or_else(|_| "a process".to_owned(), |stat| stat.comm);
+            holders.insert(format!("{name} (pid {})", process.pid()));
+        }
+    }
+    holders.into_iter().collect()
+}
+
+fn both<T>(
+    v4: procfs::ProcResult<Vec<T>>,
+    v6: procfs::ProcResult<Vec<T>>,
+) -> impl Iterator<Item = T> {
+    v4.into_iter().chain(v6).flatten()
+}
+
+/// A short name for an I/O error of a path or address, without Rust's `(os error N)`.
+pub fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or(&text).to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+    use tidegate_proxy::Listener;
+
+    fn explained(address: SocketAddr, protocol: Protocol) -> String {
+        explain(&Listener::bind(address, protocol).unwrap_err())
+    }
+
+    #[test]
+    fn a_busy_port_is_told_with_its_holder() {
+        let me = format!("(pid {})", std::process::id());
+        let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+        let holder = TcpListener::bind(tcp).unwrap();
+        let text = explained(tcp, Protocol::Tcp);
+        assert!(text.starts_with(&format!("port {}/tcp on 127.0.0.1 is in use by ", tcp.port())), "{text}");
+        assert!(text.ends_with(&me), "{text}");
+        drop(holder);
+
+        let udp = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, udp.local_addr().unwrap().port()));
+        let text = explained(address, Protocol::Udp);
+        assert!(text.ends_with(&me), "{text}");
+    }
+
+    #[test]
+    fn an_address_that_is_not_here_is_named() {
+        let text = explained("192.0.2.77:80".parse().unwrap(), Protocol::Tcp);
+        assert_eq!(text, "port 80/tcp on 192.0.2.77: this host has no address 192.0.2.77");
+    }
+}

@@ -1,0 +1,199 @@
+//! Sockets made inside the container's namespace.
+
+use super::{Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tidegate_model::{Protocol, registry};
+use tidegate_netns::{
+    AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl, connected_interface, gateway,
+};
+use tidegate_proxy::{Flow, Lease, Opened, Upstream, begin_connect, socket};
+
+/// What makes TCP answers inherit the mark of the connection they belong to: those of an accepted connection, and those
+/// of no socket at all (a closed port's RST, an ICMP error).
+const MARK_SYSCTLS: [(&str, Family); 3] = [
+    ("net.ipv4.tcp_fwmark_accept", Family::V4),
+    ("net.ipv4.fwmark_reflect", Family::V4),
+    ("net.ipv6.fwmark_reflect", Family::V6),
+];
+
+/// A container reached by sockets of its own namespace.
+pub struct Inside {
+    namespace: Namespace,
+    /// At most one of each family.
+    containers: Vec<Container>,
+    host: AddressBook,
+    there: AddressBook,
+    show_client: bool,
+    routes: Option<Arc<PolicyRoute>>,
+    /// The rules for our mark.
+    _marked: Vec<Steered>,
+    fallbacks: Fallbacks,
+}
+
+/// One address of the container.
+struct Container {
+    address: IpAddr,
+    gateway: Option<IpAddr>,
+    /// This process's own namespace is on the container's network.
+    connected: bool,
+}
+
+impl Inside {
+    /// The way to `containers` (or, without any, to the namespace's own addresses) for flows of `protocol`.
+    ///
+    /// # Errors
+    /// [`SourceError`]; nothing is left behind then.
+    pub fn new(
+        namespace: &Namespace,
+        containers: &[IpAddr],
+        protocol: Protocol,
+        show_client: bool,
+    ) -> Result<Self, SourceError> {
+        let name = namespace.id().to_string();
+        let addresses = |source| SourceError::Addresses { namespace: name.clone(), source };
+        let home = Namespace::current().map_err(addresses)?;
+        let there = AddressBook::open(namespace).map_err(addresses)?;
+        let mut found = containers.to_vec();
+        if found.is_empty() {
+            found = there.container_addresses();
+        }
+        let mut containers = Vec::new();
+        for family in Family::ALL {
+            let Some(address) = found.iter().copied().find(|address| Family::of(*address) == family) else {
+                continue;
+            };
+            let connected = !namespace.is_current()
+                && connected_interface(&home, address).map_err(addresses)?.is_some();
+            containers.push(Container {
+                address,
+                gateway: gateway(namespace, family).map_err(addresses)?,
+                connected,
+            });
+        }
+        if containers.is_empty() {
+            return Err(SourceError::NoAddress { namespace: name });
+        }
+        let mut inside = Self {
+            namespace: namespace.clone(),
+            containers,
+            host: AddressBook::open(&home).map_err(addresses)?,
+            there,
+            show_client,
+            routes: None,
+            _marked: Vec::new(),
+            fallbacks: Fallbacks::new(),
+        };
+        let families = match (inside.has(Family::V4), inside.has(Family::V6)) {
+            (true, false) => Families::V4,
+            (false, _) => Families::V6,
+            (true, true) => Families::Both,
+        };
+        match protocol {
+            Protocol::Tcp => {
+                // The first sysctl is the switch for IPv6 too, whatever its name says.
+                let needed = |family| family == Family::V4 || families.contains(family);
+                let sysctls = MARK_SYSCTLS.iter().filter(|(_, family)| needed(*family));
+                let sysctls: Vec<_> = sysctls.map(|(name, _)| Sysctl::new(*name, "1")).collect();
+                let routes = Arc::new(PolicyRoute::install(namespace, families, &sysctls)?);
+                for family in families.iter() {
+                    inside._marked.push(routes.steer(Selector::marked(family, registry::MARK))?);
+                }
+                inside.routes = Some(routes);
+            }
+            Protocol::Udp if show_client => {
+                inside.routes = Some(Arc::new(PolicyRoute::install(namespace, families, &[])?));
+            }
+            Protocol::Udp | Protocol::Sctp => {}
+        }
+        Ok(inside)
+    }
+
+    fn has(&self, family: Family) -> bool {
+        self.containers.iter().any(|container| Family::of(container.address) == family)
+    }
+
+    /// The container's address for `client`: of its own family if there is one.
+    fn container_for(&self, client: IpAddr) -> &Container {
+        let same = self.containers.iter().find(|container| container.address.is_ipv4() == client.is_ipv4());
+        // There is at least one: `new` saw to it.
+        same.unwrap_or(&self.containers[0])
+    }
+
+    /// The client's address, if this flow may show it.
+    fn shown(&self, flow: &Flow, container: &Container) -> Option<SocketAddr> {
+        let client = flow.client;
+        if !self.show_client || shows_as_gateway(client.ip(), container.address, &self.host, Some(&self.there)) {
+            return None;
+        }
+        if client.is_ipv4() != container.address.is_ipv4() {
+            self.fallbacks.family.increment(1);
+            return None;
+        }
+        // A scope id is meaningful on the client's link only.
+        Some(SocketAddr::new(client.ip(), client.port()))
+    }
+
+    /// A socket made inside, from `source`, marked if the flow is TCP.
+    fn inside(&self, flow: &Flow, source: Option<SocketAddr>, to: SocketAddr) -> io::Result<OwnedFd> {
+        let mark = (flow.protocol == Protocol::Tcp).then_some(registry::MARK);
+        self.namespace.with(|| {
+            let socket = match source {
+                Some(source) => transparent_socket(flow.protocol, source, mark)?,
+                None => socket(flow.protocol, to.ip())?,
+            };
+            begin_connect(&socket, to)?;
+            Ok(socket)
+        })?
+    }
+
+    /// Shows the gateway.
+    fn open_as_gateway(&self, flow: &Flow, container: &Container) -> io::Result<Opened> {
+        let to = SocketAddr::new(container.address, flow.container_port);
+        let socket = match (flow.protocol, container.gateway) {
+            (Protocol::Tcp, Some(gateway)) => self.inside(flow, Some(SocketAddr::new(gateway, 0)), to)?,
+            // From our own namespace the route says the gateway's address, and the answers find their way.
+            (Protocol::Udp, _) if container.connected => {
+                let socket = socket(flow.protocol, to.ip())?;
+                begin_connect(&socket, to)?;
+                socket
+            }
+            // A namespace without a gateway, or out of our reach: it sees an address of its own.
+            _ => self.inside(flow, None, to)?,
+        };
+        Ok(socket.into())
+    }
+
+    fn open_as_client(&self, flow: &Flow, client: SocketAddr, container: &Container) -> io::Result<Opened> {
+        let to = SocketAddr::new(container.address, flow.container_port);
+        let lease = match (&self.routes, flow.protocol) {
+            (Some(routes), Protocol::Udp) => {
+                let answers = Selector {
+                    to: Some(client.ip()),
+                    protocol: Some(Protocol::Udp),
+                    source_port: Some(flow.container_port),
+                    ..Selector::new(Family::of(client.ip()))
+                };
+                Some(Box::new(routes.steer(answers).map_err(no_rule)?) as Lease)
+            }
+            _ => None,
+        };
+        Ok(Opened { socket: self.inside(flow, Some(client), to)?, lease })
+    }
+}
+
+impl Upstream for Inside {
+    fn open(&self, flow: &Flow) -> io::Result<Opened> {
+        let container = self.container_for(flow.client.ip());
+        if let Some(client) = self.shown(flow, container) {
+            match self.open_as_client(flow, client, container) {
+                Err(error) if is_conflict(&error) => self.fallbacks.conflict.increment(1),
+                Err(error) if is_missing_rule(&error) => self.fallbacks.rule.increment(1),
+                result => return result,
+            }
+        }
+        self.open_as_gateway(flow, container)
+    }
+}

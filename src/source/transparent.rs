@@ -1,0 +1,83 @@
+//! Transparent sockets in this process's own namespace: the client's address without a handle on the container.
+//!
+//! The container's answers go to the client's address and so through this host, where a rule for the container, the
+//! published port and the client leads them to our socket instead of out. The rule is there while the client has a
+//! flow. Traffic of that client that reaches the container past the proxy (kernel DNAT) would be led to us as well: that is
+//! why this is only done on request.
+
+use super::{Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use tidegate_model::Protocol;
+use tidegate_netns::{AddressBook, Families, Family, Namespace, PolicyRoute, Selector, connected_interface};
+use tidegate_proxy::{Direct, Flow, Lease, Opened, Upstream, begin_connect};
+
+/// A container reached from this host, as if by its clients.
+pub struct Transparent {
+    plain: Direct,
+    interface: String,
+    host: AddressBook,
+    routes: Arc<PolicyRoute>,
+    fallbacks: Fallbacks,
+}
+
+impl Transparent {
+    /// The way to `container`, which must be on a network of this host.
+    ///
+    /// # Errors
+    /// [`SourceError`] when it is not, or this process may not do that.
+    pub fn new(container: IpAddr) -> Result<Self, SourceError> {
+        let namespace = "this host".to_owned();
+        let home = Namespace::current()
+            .map_err(|source| SourceError::Addresses { namespace: namespace.clone(), source })?;
+        let addresses = |source| SourceError::Addresses { namespace: namespace.clone(), source };
+        let (_, interface) = connected_interface(&home, container)
+            .map_err(addresses)?
+            .ok_or(SourceError::NotConnected(container))?;
+        let host = AddressBook::open(&home).map_err(addresses)?;
+        let any = SocketAddr::new(if container.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
+        transparent_socket(Protocol::Tcp, any, None)
+            .map_err(|source| SourceError::Transparent { namespace: namespace.clone(), source })?;
+        let families = if container.is_ipv4() { Families::V4 } else { Families::V6 };
+        let routes = Arc::new(PolicyRoute::install(&home, families, &[])?);
+        Ok(Self { plain: Direct { container }, interface, host, routes, fallbacks: Fallbacks::new() })
+    }
+
+    fn open_as_client(&self, flow: &Flow) -> io::Result<Opened> {
+        let container = self.plain.container;
+        let answers = Selector {
+            from: Some(container),
+            to: Some(flow.client.ip()),
+            protocol: Some(flow.protocol),
+            source_port: Some(flow.container_port),
+            input_interface: Some(self.interface.clone()),
+            ..Selector::new(Family::of(container))
+        };
+        let lease: Lease = Box::new(self.routes.steer(answers).map_err(no_rule)?);
+        let client = SocketAddr::new(flow.client.ip(), flow.client.port());
+        let socket = transparent_socket(flow.protocol, client, None)?;
+        begin_connect(&socket, SocketAddr::new(container, flow.container_port))?;
+        Ok(Opened { socket, lease: Some(lease) })
+    }
+}
+
+impl Upstream for Transparent {
+    fn open(&self, flow: &Flow) -> io::Result<Opened> {
+        let container = self.plain.container;
+        let client = flow.client.ip();
+        if shows_as_gateway(client, container, &self.host, None) {
+            return self.plain.open(flow);
+        }
+        if client.is_ipv4() != container.is_ipv4() {
+            self.fallbacks.family.increment(1);
+            return self.plain.open(flow);
+        }
+        match self.open_as_client(flow) {
+            Err(error) if is_conflict(&error) => self.fallbacks.conflict.increment(1),
+            Err(error) if is_missing_rule(&error) => self.fallbacks.rule.increment(1),
+            result => return result,
+        }
+        self.plain.open(flow)
+    }
+}
