@@ -1,0 +1,213 @@
+//! The figures that tidegate promises, as data, and the verdict on each.
+//!
+//! A figure is the worst of its cells. Below its floor the work is not done; a stretch that is missed is
+//! reported and explained.
+
+use crate::contender::Kind;
+use crate::results::Results;
+use crate::stats::Summary;
+
+/// One row of promises.
+pub(crate) struct Figure {
+    pub(crate) title: &'static str,
+    /// The metrics to look at; the worst counts.
+    pub(crate) cells: &'static [&'static str],
+    /// Whose values.
+    pub(crate) subject: Kind,
+    /// What they are compared with; `None` for the bare value.
+    pub(crate) against: Option<Kind>,
+    pub(crate) better: Better,
+    pub(crate) floor: f64,
+    pub(crate) stretch: Option<f64>,
+    /// `x` for a ratio.
+    pub(crate) unit: &'static str,
+}
+
+/// Which way a figure improves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Better {
+    More,
+    Less,
+}
+
+/// What a figure came to.
+pub(crate) struct Outcome {
+    pub(crate) figure: &'static Figure,
+    /// The worst cell and its value; `None` if no cell was measured.
+    pub(crate) worst: Option<(&'static str, Summary)>,
+    pub(crate) verdict: Verdict,
+}
+
+/// How a figure compares with its bounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The stretch is reached, or the floor where there is no stretch.
+    Stretch,
+    /// The floor holds.
+    Floor,
+    /// The floor does not hold.
+    Missed,
+    /// There is nothing to judge by.
+    NotMeasured,
+}
+
+const ONE_STREAM: &[&str] = &["tcp.1.up.rate", "tcp.1.down.rate"];
+const CPU: &[&str] =
+    &["tcp.1.up.cpu", "tcp.1.down.cpu", "tcp.4.up.cpu", "tcp.4.down.cpu", "tcp.16.up.cpu", "tcp.16.down.cpu"];
+
+/// The promises.
+pub(crate) const FIGURES: &[Figure] = &[
+    ratio("TCP throughput, 1 stream / docker-proxy", ONE_STREAM, Kind::Publish, Kind::DockerProxy)
+        .at_least(1.3, 1.6),
+    ratio("TCP throughput, 1 stream, in the namespace / DNAT", ONE_STREAM, Kind::PublishNetns, Kind::Dnat)
+        .at_least(0.9, 1.1),
+    ratio("TCP throughput, 1 stream / DNAT", ONE_STREAM, Kind::Publish, Kind::Dnat).at_least(0.8, 0.95),
+    ratio("CPU per GB / docker-proxy", CPU, Kind::Publish, Kind::DockerProxy).at_most(0.50, 0.33),
+    ratio("requests/s, 64 connections / docker-proxy", &["requests.rate"], Kind::Publish, Kind::DockerProxy)
+        .at_least(1.3, 1.7),
+    ratio(
+        "new connections/s / docker-proxy",
+        &["connections.1.rate", "connections.32.rate"],
+        Kind::Publish,
+        Kind::DockerProxy,
+    )
+    .at_least(1.6, 2.0),
+    ratio("UDP received, 1200 B / docker-proxy", &["udp.1200.rate"], Kind::Publish, Kind::DockerProxy)
+        .at_least(2.5, 3.0),
+    ratio(
+        "UDP received, GSO sender / docker-proxy",
+        &["udp.1200-gso.rate"],
+        Kind::Publish,
+        Kind::DockerProxy,
+    )
+    .at_least(10.0, 14.0),
+    value("RSS per idle connection", &["idle.1000", "idle.10000"], Kind::Publish, "KB").at_most(1.5, 0.5),
+    value("10,000 ports: RSS", &["ports.10000.memory"], Kind::Publish, "MB").at_most(64.0, 24.0),
+    value("10,000 ports: time to ready", &["ports.10000.ready"], Kind::Publish, "s").at_most(1.0, 0.3),
+    value("docker-proxy drop-in, idle: PSS", &["ports.pair"], Kind::DropIn, "MB").at_most(1.2, 0.8),
+    value("buffered for a stalled peer", &["stalled"], Kind::Publish, "MB").below(4.0),
+];
+
+const fn ratio(title: &'static str, cells: &'static [&'static str], subject: Kind, peer: Kind) -> Figure {
+    Figure { against: Some(peer), ..value(title, cells, subject, "x") }
+}
+
+const fn value(
+    title: &'static str,
+    cells: &'static [&'static str],
+    subject: Kind,
+    unit: &'static str,
+) -> Figure {
+    Figure { title, cells, subject, against: None, better: Better::Less, floor: 0.0, stretch: None, unit }
+}
+
+impl Figure {
+    const fn at_least(self, floor: f64, stretch: f64) -> Self {
+        Self { better: Better::More, floor, stretch: Some(stretch), ..self }
+    }
+
+    const fn at_most(self, floor: f64, stretch: f64) -> Self {
+        Self { stretch: Some(stretch), ..self.below(floor) }
+    }
+
+    const fn below(self, floor: f64) -> Self {
+        Self { better: Better::Less, floor, ..self }
+    }
+
+    /// Finds the worst cell and judges it.
+    pub(crate) fn judge(&'static self, results: &Results) -> Outcome {
+        let measured = self.cells.iter().filter_map(|cell| {
+            let summary = match self.against {
+                Some(peer) => results.ratio(cell, self.subject, peer),
+                None => results.summary(cell, self.subject),
+            };
+            Some((*cell, summary?))
+        });
+        let worst =
+            measured.reduce(
+                |worst, next| {
+                    if self.better.reaches(next.1.median, worst.1.median) { worst } else { next }
+                },
+            );
+        let verdict = match (worst, self.stretch) {
+            (None, _) => Verdict::NotMeasured,
+            (Some((_, worst)), _) if !self.better.reaches(worst.median, self.floor) => Verdict::Missed,
+            (Some((_, worst)), Some(stretch)) if !self.better.reaches(worst.median, stretch) => {
+                Verdict::Floor
+            }
+            (Some(_), _) => Verdict::Stretch,
+        };
+        Outcome { figure: self, worst, verdict }
+    }
+}
+
+impl Better {
+    /// Whether `value` is as good as `bound` or better.
+    fn reaches(self, value: f64, bound: f64) -> bool {
+        match self {
+            Self::More => value >= bound,
+            Self::Less => value <= bound,
+        }
+    }
+}
+
+impl Verdict {
+    /// In a word or two, for tables.
+    pub(crate) fn text(self) -> &'static str {
+        match self {
+            Self::Stretch => "stretch",
+            Self::Floor => "floor holds",
+            Self::Missed => "MISSED",
+            Self::NotMeasured => "not measured",
+        }
+    }
+}
+
+/// Judges every promise.
+pub(crate) fn judge_all(results: &Results) -> Vec<Outcome> {
+    FIGURES.iter().map(|figure| figure.judge(results)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::results::tests::results;
+
+    static UP: Figure = ratio("up", &["x", "y"], Kind::Publish, Kind::DockerProxy).at_least(1.5, 2.0);
+    static DOWN: Figure = value("down", &["x"], Kind::Publish, "MB").at_most(10.0, 5.0);
+    static LIMIT: Figure = value("limit", &["x"], Kind::Publish, "MB").below(10.0);
+
+    fn verdict(figure: &'static Figure, ours: f64) -> Verdict {
+        let cells: [(Kind, &[f64]); 2] = [(Kind::Publish, &[ours]), (Kind::DockerProxy, &[1.0])];
+        figure.judge(&results("x", &cells)).verdict
+    }
+
+    #[test]
+    fn a_bound_itself_holds() {
+        assert_eq!(verdict(&UP, 2.0), Verdict::Stretch);
+        assert_eq!(verdict(&UP, 1.5), Verdict::Floor);
+        assert_eq!(verdict(&UP, 1.49), Verdict::Missed);
+        assert_eq!(verdict(&DOWN, 5.0), Verdict::Stretch);
+        assert_eq!(verdict(&DOWN, 10.0), Verdict::Floor);
+        assert_eq!(verdict(&DOWN, 10.1), Verdict::Missed);
+        assert_eq!(verdict(&LIMIT, 9.0), Verdict::Stretch);
+    }
+
+    #[test]
+    fn the_worst_cell_counts() {
+        let cells = |ours| [(Kind::Publish, ours), (Kind::DockerProxy, &[1.0] as &[f64])];
+        let mut both = results("x", &cells(&[3.0]));
+        let other = results("y", &cells(&[1.6]));
+        for kind in [Kind::Publish, Kind::DockerProxy] {
+            both.add(&other.metrics[0], kind, 0, other.samples("y", kind)[0]);
+        }
+        let outcome = UP.judge(&both);
+        assert_eq!(outcome.worst.unwrap().0, "y");
+        assert_eq!(outcome.verdict, Verdict::Floor);
+    }
+
+    #[test]
+    fn without_a_sample_there_is_no_verdict() {
+        assert_eq!(UP.judge(&Results::default()).verdict, Verdict::NotMeasured);
+    }
+}

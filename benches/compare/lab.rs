@@ -1,0 +1,75 @@
+//! Where one cell is measured: three fresh namespaces, the same for everybody.
+//!
+//! A lab lasts for one cell of one contender. Ports in TIME_WAIT, learnt TCP metrics, tracked connections
+//! and rules thus never reach the next cell.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use tidegate_testbed::{Protocol, Topology, addr};
+
+/// The address that contenders publish ports on.
+pub(crate) const HOST: Ipv4Addr = addr::HOST_V4;
+
+/// The address that published ports lead to.
+pub(crate) const CONTAINER: Ipv4Addr = addr::CONTAINER_V4;
+
+/// The network of one cell.
+pub(crate) struct Lab {
+    /// Client, host and container.
+    pub(crate) net: Topology,
+}
+
+/// A range of ports to publish, each to the same port of the container.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Service {
+    pub(crate) protocol: Protocol,
+    pub(crate) first_port: u16,
+    pub(crate) ports: u16,
+}
+
+impl Lab {
+    /// Makes the namespaces.
+    pub(crate) fn new(congestion_control: &str) -> Self {
+        let net = Topology::builder().congestion_control(congestion_control).build();
+        for namespace in [&net.client, &net.host, &net.container] {
+            // A connection per request uses up ports: each stays in TIME_WAIT for a minute.
+            namespace.sysctl("net.ipv4.ip_local_port_range", "1024 65535");
+        }
+        Self { net }
+    }
+}
+
+impl Service {
+    /// One TCP port, the one that iperf3 likes.
+    pub(crate) const TCP: Self = Self { protocol: Protocol::Tcp, first_port: 5201, ports: 1 };
+    /// One UDP port.
+    pub(crate) const UDP: Self = Self { protocol: Protocol::Udp, first_port: 5201, ports: 1 };
+
+    /// `count` TCP ports.
+    pub(crate) fn many(count: u16) -> Self {
+        Self { protocol: Protocol::Tcp, first_port: 20_000, ports: count }
+    }
+
+    /// The last port, inclusive.
+    pub(crate) fn last_port(&self) -> u16 {
+        self.first_port + (self.ports - 1)
+    }
+
+    /// What the client connects to.
+    pub(crate) fn published(&self) -> SocketAddr {
+        SocketAddr::new(IpAddr::V4(HOST), self.first_port)
+    }
+
+    /// Where the server in the container listens.
+    pub(crate) fn backend(&self) -> SocketAddr {
+        SocketAddr::new(IpAddr::V4(CONTAINER), self.first_port)
+    }
+
+    /// `tcp` or `udp`.
+    pub(crate) fn protocol_name(&self) -> &'static str {
+        match self.protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        }
+    }
+}

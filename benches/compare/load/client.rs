@@ -1,0 +1,248 @@
+//! The TCP clients: requests on open connections, a connection per request, idle connections, a blind pusher.
+//!
+//! Each function opens its sockets in the calling thread's namespace: call them through
+//! [`Namespace::run`](tidegate_testbed::Namespace::run).
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::buffer::spare_capacity;
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use socket2::{Domain, Socket, Type};
+
+use super::{EVENTS, MESSAGE};
+use crate::stats::quantile;
+
+/// How long a connection may take to open, and a reply to come, before the run counts as failed.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Requests answered before this much time has passed are not counted.
+const WARM_UP: Duration = Duration::from_millis(200);
+
+/// Connections after which a run of [`connections`] ends early: each leaves a port in TIME_WAIT behind.
+const MOST_CONNECTIONS: u64 = 50_000;
+
+/// What came of [`requests`].
+pub(crate) struct Requests {
+    pub(crate) per_second: f64,
+    pub(crate) p50: Duration,
+    pub(crate) p99: Duration,
+}
+
+/// Keeps one request in flight on each of `count` connections for `duration`.
+///
+/// `at_start` is called when counting begins: the place to read the CPU time of whatever is in between.
+pub(crate) fn requests(
+    target: SocketAddr,
+    count: usize,
+    duration: Duration,
+    at_start: impl FnOnce(),
+) -> Result<Requests> {
+    let mut ring = Ring::open(target, count)?;
+    ring.run(WARM_UP)?;
+    ring.latencies.clear();
+    at_start();
+    let elapsed = ring.run(duration)?;
+    let mut latencies = ring.latencies;
+    ensure!(!latencies.is_empty(), "no request was answered");
+    latencies.sort_unstable();
+    Ok(Requests {
+        per_second: latencies.len() as f64 / elapsed.as_secs_f64(),
+        p50: Duration::from_nanos(quantile(&latencies, 0.50).into()),
+        p99: Duration::from_nanos(quantile(&latencies, 0.99).into()),
+    })
+}
+
+/// Connections that each have one request under way.
+struct Ring {
+    epoll: OwnedFd,
+    slots: Vec<Slot>,
+    /// Nanoseconds from a request to the last byte of its reply.
+    latencies: Vec<u32>,
+}
+
+struct Slot {
+    stream: TcpStream,
+    sent: Instant,
+    received: usize,
+}
+
+impl Ring {
+    fn open(target: SocketAddr, count: usize) -> Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let mut slots = Vec::with_capacity(count);
+        for number in 0..count {
+            let mut stream = connect(target).with_context(|| format!("connection {number}"))?;
+            stream.set_nonblocking(true)?;
+            let token = epoll::EventData::new_u64(number as u64);
+            epoll::add(&epoll, &stream, token, epoll::EventFlags::IN)?;
+            stream.write_all(&[b'?'; MESSAGE])?;
+            slots.push(Slot { stream, sent: Instant::now(), received: 0 });
+        }
+        Ok(Self { epoll, slots, latencies: Vec::new() })
+    }
+
+    /// Goes on for `duration` and returns how long it really was.
+    fn run(&mut self, duration: Duration) -> Result<Duration> {
+        let start = Instant::now();
+        let mut events = Vec::with_capacity(EVENTS);
+        while start.elapsed() < duration {
+            wait(&self.epoll, &mut events)?;
+            for event in &events {
+                let slot = &mut self.slots[event.data.u64() as usize];
+                if let Some(latency) = slot.advance()? {
+                    self.latencies.push(latency);
+                }
+            }
+        }
+        Ok(start.elapsed())
+    }
+}
+
+impl Slot {
+    /// Takes what has come; once the reply is whole sends the next request and returns the time it took.
+    fn advance(&mut self) -> Result<Option<u32>> {
+        let mut buffer = [0; MESSAGE];
+        self.received += match self.stream.read(&mut buffer[self.received..]) {
+            Ok(0) => bail!("the connection was closed in the middle"),
+            Ok(length) => length,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+            Err(error) => return Err(error).context("read a reply"),
+        };
+        if self.received < MESSAGE {
+            return Ok(None);
+        }
+        let now = Instant::now();
+        let latency = now.duration_since(self.sent).as_nanos();
+        self.received = 0;
+        self.sent = now;
+        self.stream.write_all(&[b'?'; MESSAGE]).context("send a request")?;
+        Ok(Some(u32::try_from(latency).unwrap_or(u32::MAX)))
+    }
+}
+
+/// Opens a connection, asks once, closes it, and begins again, `at_a_time` of them side by side.
+///
+/// Returns connections per second and how many there were in all.
+pub(crate) fn connections(target: SocketAddr, at_a_time: usize, duration: Duration) -> Result<(f64, u64)> {
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let mut slots = Vec::with_capacity(at_a_time);
+    for number in 0..at_a_time {
+        slots.push(Visit::start(&epoll, number, target)?);
+    }
+    let start = Instant::now();
+    let mut done = 0;
+    let mut events = Vec::with_capacity(EVENTS);
+    while start.elapsed() < duration && done < MOST_CONNECTIONS {
+        wait(&epoll, &mut events)?;
+        for event in &events {
+            let number = event.data.u64() as usize;
+            if slots[number].advance().with_context(|| format!("after {done} connections"))? {
+                done += 1;
+                // Closes the finished connection, and with it takes it out of epoll.
+                slots[number] = Visit::start(&epoll, number, target)?;
+            }
+        }
+    }
+    Ok((done as f64 / start.elapsed().as_secs_f64(), done))
+}
+
+/// One connection of [`connections`].
+struct Visit {
+    socket: Socket,
+    asked: bool,
+    received: usize,
+}
+
+impl Visit {
+    fn start(epoll: &OwnedFd, number: usize, target: SocketAddr) -> Result<Self> {
+        let socket = Socket::new(Domain::for_address(target), Type::STREAM.nonblocking().cloexec(), None)?;
+        socket.set_tcp_nodelay(true)?;
+        match socket.connect(&target.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => {
+                return Err(error).with_context(|| format!("connect to {target}"));
+            }
+            _ => {}
+        }
+        // Edge-triggered, so one registration serves both steps: writable once connected, readable later.
+        let both = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        epoll::add(epoll, &socket, epoll::EventData::new_u64(number as u64), both)?;
+        Ok(Self { socket, asked: false, received: 0 })
+    }
+
+    /// Takes the next step; true when the reply is whole.
+    fn advance(&mut self) -> Result<bool> {
+        if !self.asked {
+            match self.socket.write(&[b'?'; MESSAGE]) {
+                Ok(_) => self.asked = true,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error).context("connect"),
+            }
+        }
+        let mut buffer = [0; MESSAGE];
+        match self.socket.read(&mut buffer) {
+            Ok(0) => bail!("the connection was closed without a reply"),
+            Ok(length) => self.received += length,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error).context("read the reply"),
+        }
+        Ok(self.received >= MESSAGE)
+    }
+}
+
+/// Opens `count` connections, asks once on each to prove it goes all the way, and leaves them idle.
+pub(crate) fn idle(target: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
+    (0..count).map(|number| ask_once(target).with_context(|| format!("connection {number}"))).collect()
+}
+
+fn ask_once(target: SocketAddr) -> Result<TcpStream> {
+    let mut stream = connect(target)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(&[b'?'; MESSAGE])?;
+    stream.read_exact(&mut [0; MESSAGE])?;
+    Ok(stream)
+}
+
+/// Writes into one connection until it takes nothing more for `patience`, at most `limit` bytes.
+///
+/// Returns how many it took.
+pub(crate) fn push(target: SocketAddr, patience: Duration, limit: usize) -> Result<usize> {
+    let mut stream = connect(target)?;
+    stream.set_nonblocking(true)?;
+    let chunk = vec![0; 64 * 1024];
+    let patience = Timespec::try_from(patience)?;
+    let mut pushed = 0;
+    while pushed < limit {
+        match stream.write(&chunk) {
+            Ok(length) => pushed += length,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                if poll(&mut [PollFd::new(&stream, PollFlags::OUT)], Some(&patience))? == 0 {
+                    break;
+                }
+            }
+            Err(error) => return Err(error).context("push"),
+        }
+    }
+    Ok(pushed)
+}
+
+fn connect(target: SocketAddr) -> Result<TcpStream> {
+    let stream =
+        TcpStream::connect_timeout(&target, PATIENCE).with_context(|| format!("connect to {target}"))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Replaces `events` with the next ones; an error if none comes for [`PATIENCE`].
+fn wait(epoll: &OwnedFd, events: &mut Vec<epoll::Event>) -> Result<()> {
+    events.clear();
+    let patience = Timespec::try_from(PATIENCE)?;
+    match epoll::wait(epoll, spare_capacity(events), Some(&patience)) {
+        Ok(0) => bail!("nothing happened for {PATIENCE:?}"),
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error).context("epoll_wait"),
+    }
+}

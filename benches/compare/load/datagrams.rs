@@ -1,0 +1,234 @@
+//! A UDP sender that floods and a receiver that counts.
+//!
+//! Both batch as much as the kernel lets them: `sendmmsg` or segmentation offload (`UDP_SEGMENT`) at the
+//! sender, `recvmmsg` with `UDP_GRO` at the receiver. rustix has no `recvmmsg`, hence libc.
+
+use std::io;
+use std::mem::{self, size_of};
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use socket2::SockRef;
+use tidegate_testbed::Namespace;
+
+/// Messages per system call.
+const BATCH: usize = 64;
+
+/// The largest message with UDP_GRO or UDP_SEGMENT: an IPv4 packet's length field.
+const LARGEST: usize = 65_536;
+
+/// What UDP_SEGMENT takes in one call: 64 segments in kernels before 6.9, and 65,507 bytes.
+const MOST_SEGMENTS: usize = 64;
+const MOST_PAYLOAD: usize = 65_507;
+
+/// Wish for socket buffers, so that the generators' own sockets do not drop.
+const SOCKET_BUFFER: usize = 16 << 20;
+
+/// A thread that sends datagrams as fast as it can until dropped.
+pub(crate) struct Flood {
+    running: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flood {
+    /// Starts to send datagrams of `size` bytes from `namespace`, from one socket; `offload` sends them as
+    /// segments of large ones.
+    pub(crate) fn start(
+        namespace: &Namespace,
+        target: SocketAddr,
+        size: usize,
+        offload: bool,
+    ) -> Result<Self> {
+        let socket = namespace.run(|| -> io::Result<UdpSocket> {
+            let socket = UdpSocket::bind(("0.0.0.0", 0))?;
+            socket.connect(target)?;
+            Ok(socket)
+        })?;
+        let length = if offload {
+            set_option(&socket, libc::UDP_SEGMENT, size)?;
+            size * MOST_SEGMENTS.min(MOST_PAYLOAD / size)
+        } else {
+            size
+        };
+        let running = Arc::new(AtomicBool::new(true));
+        let thread = {
+            let running = Arc::clone(&running);
+            std::thread::spawn(move || {
+                let payload = vec![0x5a; length];
+                while running.load(Ordering::Relaxed) {
+                    // ENOBUFS under pressure, ECONNREFUSED from a proxy that is not there: the receiver's
+                    // count tells.
+                    let _ = send_batch(&socket, &payload);
+                }
+            })
+        };
+        Ok(Self { running, thread: Some(thread) })
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.running.store(false, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A thread that receives and counts datagrams until dropped.
+pub(crate) struct Counter {
+    received: Arc<AtomicU64>,
+    running: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Counter {
+    /// Starts to receive on `addr` in `namespace`.
+    pub(crate) fn start(namespace: &Namespace, addr: SocketAddr) -> Result<Self> {
+        let socket = namespace.run(|| UdpSocket::bind(addr)).with_context(|| format!("bind {addr}"))?;
+        set_option(&socket, libc::UDP_GRO, 1)?;
+        // Looks at `running` at least this often.
+        socket.set_read_timeout(Some(Duration::from_millis(20)))?;
+        enlarge_receive_buffer(&socket)?;
+        let received = Arc::new(AtomicU64::new(0));
+        let running = Arc::new(AtomicBool::new(true));
+        let thread = {
+            let (received, running) = (Arc::clone(&received), Arc::clone(&running));
+            std::thread::spawn(move || {
+                let mut batch = ReceiveBatch::new();
+                while running.load(Ordering::Relaxed) {
+                    received.fetch_add(batch.receive(&socket), Ordering::Relaxed);
+                }
+            })
+        };
+        Ok(Self { received, running, thread: Some(thread) })
+    }
+
+    /// How many datagrams have come in so far.
+    pub(crate) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        self.running.store(false, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Sends `payload` [`BATCH`] times.
+fn send_batch(socket: &UdpSocket, payload: &[u8]) -> io::Result<()> {
+    let mut part = libc::iovec { iov_base: payload.as_ptr().cast_mut().cast(), iov_len: payload.len() };
+    // SAFETY: zero is a valid value for each field of this plain C structure.
+    let mut message: libc::mmsghdr = unsafe { mem::zeroed() };
+    message.msg_hdr.msg_iov = &raw mut part;
+    message.msg_hdr.msg_iovlen = 1;
+    let mut messages = [message; BATCH];
+    // SAFETY: every header points to `part`, which points to `payload`; both outlive the call, which only
+    // reads them.
+    let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), BATCH as u32, 0) };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Space for one control message that carries an `int`, aligned as `cmsghdr` wants.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Control([u8; 24]);
+
+/// Buffers for `recvmmsg`.
+struct ReceiveBatch {
+    payloads: Vec<u8>,
+    controls: [Control; BATCH],
+}
+
+impl ReceiveBatch {
+    fn new() -> Self {
+        Self { payloads: vec![0; BATCH * LARGEST], controls: [Control([0; 24]); BATCH] }
+    }
+
+    /// Receives what is there, waiting for the first, and returns the number of datagrams.
+    fn receive(&mut self, socket: &UdpSocket) -> u64 {
+        // SAFETY: zero is a valid value for each field of these plain C structures.
+        let mut parts: [libc::iovec; BATCH] = unsafe { mem::zeroed() };
+        // SAFETY: as above.
+        let mut messages: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
+        let buffers = self.payloads.chunks_exact_mut(LARGEST).zip(&mut self.controls);
+        for ((message, part), (payload, control)) in messages.iter_mut().zip(&mut parts).zip(buffers) {
+            *part = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: LARGEST };
+            message.msg_hdr.msg_iov = part;
+            message.msg_hdr.msg_iovlen = 1;
+            message.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
+            message.msg_hdr.msg_controllen = size_of::<Control>();
+        }
+        // SAFETY: each header points to a payload and a control buffer of its own, of the lengths given, and
+        // all of them outlive the call.
+        let count = unsafe {
+            libc::recvmmsg(
+                socket.as_raw_fd(),
+                messages.as_mut_ptr(),
+                BATCH as u32,
+                libc::MSG_WAITFORONE,
+                ptr::null_mut(),
+            )
+        };
+        // An error is the read time-out.
+        messages.iter().take(count.max(0) as usize).map(datagrams).sum()
+    }
+}
+
+/// How many datagrams the kernel delivered as this one message.
+fn datagrams(message: &libc::mmsghdr) -> u64 {
+    let mut segment = 0;
+    // SAFETY: the kernel filled in the control buffer and its length; CMSG_FIRSTHDR answers null if there is
+    // no whole header in it.
+    unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message.msg_hdr);
+        if !header.is_null() && (*header).cmsg_level == libc::SOL_UDP && (*header).cmsg_type == libc::UDP_GRO
+        {
+            segment = ptr::read_unaligned(libc::CMSG_DATA(header).cast::<libc::c_int>());
+        }
+    }
+    // Without the message, or for an empty datagram, it is one.
+    if segment > 0 { u64::from(message.msg_len).div_ceil(segment as u64) } else { 1 }
+}
+
+/// Sets an integer option of level `SOL_UDP`.
+fn set_option(socket: &UdpSocket, option: libc::c_int, value: usize) -> io::Result<()> {
+    let value = value as libc::c_int;
+    set_int(socket, libc::SOL_UDP, option, value)
+}
+
+/// Asks for a large buffer beyond `net.core.rmem_max`, which takes CAP_NET_ADMIN.
+fn enlarge_receive_buffer(socket: &UdpSocket) -> io::Result<()> {
+    set_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, SOCKET_BUFFER as libc::c_int)?;
+    debug_assert!(SockRef::from(socket).recv_buffer_size()? >= SOCKET_BUFFER);
+    Ok(())
+}
+
+fn set_int(
+    socket: &UdpSocket,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: the kernel reads one `int` from `value`.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,89 @@
+//! The command line of the benchmark.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+/// Compares tidegate's published ports with other ways to publish a port.
+///
+/// Runs as root; all traffic stays in network namespaces that the benchmark makes itself.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "compare")]
+pub(crate) struct Options {
+    /// Rounds; each runs every cell once for every contender
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=50))]
+    pub(crate) rounds: u32,
+
+    /// Seconds of load per cell
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=60))]
+    pub(crate) seconds: u64,
+
+    /// One short round with fewer cells: shows that everything runs, its figures say little
+    #[arg(long)]
+    pub(crate) quick: bool,
+
+    /// Only these cells, or those below them: tcp, tcp.1, tcp.1.up, requests, connections, udp, idle, ports,
+    /// stalled
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) only: Vec<String>,
+
+    /// Only these contenders: dnat, docker-proxy, haproxy, socat, tidegate, tidegate-netns, drop-in
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) contenders: Vec<String>,
+
+    /// TCP congestion control in all namespaces
+    #[arg(long, default_value = "reno")]
+    pub(crate) congestion_control: String,
+
+    /// Directory for the results as JSON, SVG and Markdown; none are written without it
+    #[arg(long)]
+    pub(crate) out: Option<PathBuf>,
+
+    /// File name of the results, without extension [default: DATE-compare]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+
+    /// Exit with 1 if a floor does not hold
+    #[arg(long)]
+    pub(crate) enforce: bool,
+
+    /// What `cargo bench` passes; without it (`cargo test --benches`) nothing is run
+    #[arg(long, hide = true)]
+    pub(crate) bench: bool,
+}
+
+impl Options {
+    /// Reads the command line of this process.
+    pub(crate) fn from_args() -> Self {
+        let mut options = Self::parse();
+        if options.quick {
+            options.rounds = 1;
+            options.seconds = 1;
+        }
+        options
+    }
+
+    /// Whether the cell of this name, or a group that it is in, is asked for.
+    pub(crate) fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|group| is_within(name, group))
+    }
+}
+
+/// Whether the dotted `name` is `group` or below it.
+fn is_within(name: &str, group: &str) -> bool {
+    name.strip_prefix(group).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_end_at_dots() {
+        assert!(is_within("tcp.1.up", "tcp"));
+        assert!(is_within("tcp.1.up", "tcp.1"));
+        assert!(is_within("tcp.1.up", "tcp.1.up"));
+        assert!(!is_within("tcp.16.up", "tcp.1"));
+        assert!(!is_within("tcp.1.up", "tcp.1.up.rate"));
+    }
+}

@@ -1,0 +1,87 @@
+//! What published ports cost while nobody uses them.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::{Metric, Scenario};
+use crate::contender::{Contender, Kind};
+use crate::lab::{Lab, Service};
+
+/// How many ports a contender with a process for each really publishes; the figures are scaled up from here.
+const SAMPLE: u16 = 50;
+
+/// From the last open port to the reading of memory.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// `count` idle ports.
+///
+/// Memory is the resident set of a single process, which takes the whole of its program. Where each port has
+/// a process it is the sum of proportional sets, which counts the pages of the program once.
+pub(super) struct Ports {
+    pub(super) count: u16,
+}
+
+impl Scenario for Ports {
+    fn name(&self) -> String {
+        format!("ports.{}", self.count)
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        let name = self.name();
+        let title = format!("{} published ports", self.count);
+        vec![
+            Metric::new(format!("{name}.memory"), format!("{title}: memory"), "MB"),
+            Metric::new(format!("{name}.ready"), format!("{title}: time to ready"), "s"),
+        ]
+    }
+
+    fn takes(&self, kind: Kind) -> bool {
+        matches!(kind, Kind::DockerProxy | Kind::Publish | Kind::DropIn)
+    }
+
+    fn most_rounds(&self) -> u32 {
+        3
+    }
+
+    fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
+        let process_per_port = contender.kind != Kind::Publish;
+        let count = if process_per_port { SAMPLE } else { self.count };
+        let scale = f64::from(self.count) / f64::from(count);
+        let running = contender.start(lab, Service::many(count))?;
+        thread::sleep(SETTLE);
+        let memory = if process_per_port { running.pss() } else { running.rss() };
+        Ok(vec![memory.map(|bytes| bytes * scale / 1e6), Some(running.ready_after.as_secs_f64() * scale)])
+    }
+}
+
+/// One `docker run -p`: two processes, for IPv4 and for IPv6.
+///
+/// The proportional set of a process counts what it shares with the other one by half, and less if more
+/// processes of the same program run on the machine.
+pub(super) struct Pair;
+
+impl Scenario for Pair {
+    fn name(&self) -> String {
+        "ports.pair".into()
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        vec![Metric::new("ports.pair", "PSS of a process, two of them for one -p", "MB")]
+    }
+
+    fn takes(&self, kind: Kind) -> bool {
+        matches!(kind, Kind::DockerProxy | Kind::DropIn)
+    }
+
+    fn most_rounds(&self) -> u32 {
+        3
+    }
+
+    fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
+        let running = contender.start(lab, Service::many(2))?;
+        thread::sleep(SETTLE);
+        Ok(vec![running.pss().map(|bytes| bytes / 2.0 / 1e6)])
+    }
+}

@@ -1,0 +1,71 @@
+//! The little arithmetic behind every figure.
+
+/// The median of samples and how far the others lie from it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Summary {
+    /// The middle sample, or the mean of the two middle ones.
+    pub(crate) median: f64,
+    /// The smallest sample.
+    pub(crate) min: f64,
+    /// The largest sample.
+    pub(crate) max: f64,
+}
+
+impl Summary {
+    /// Summarises `samples`; `None` if there are none.
+    pub(crate) fn of(samples: &[f64]) -> Option<Self> {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        let middle = sorted.len() / 2;
+        let median = match sorted.len() % 2 {
+            1 => sorted[middle],
+            _ => (sorted[middle - 1] + sorted[middle]) / 2.0,
+        };
+        Some(Self { median, min, max })
+    }
+
+    /// The larger distance of an extreme from the median, as a share of the median.
+    pub(crate) fn spread(&self) -> f64 {
+        let distance = (self.max - self.median).max(self.median - self.min);
+        if distance == 0.0 { 0.0 } else { distance / self.median.abs() }
+    }
+}
+
+/// The value below which the share `q` (0 to 1) of `sorted` lies, by the nearest-rank method.
+///
+/// # Panics
+///
+/// If `sorted` is empty.
+pub(crate) fn quantile(sorted: &[u32], q: f64) -> u32 {
+    let rank = (q * sorted.len() as f64).ceil() as usize;
+    sorted[rank.clamp(1, sorted.len()) - 1]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_of_odd_and_even_counts() {
+        let odd = Summary::of(&[3.0, 1.0, 2.0]).unwrap();
+        assert_eq!(odd, Summary { median: 2.0, min: 1.0, max: 3.0 });
+        assert_eq!(Summary::of(&[4.0, 1.0, 2.0, 3.0]).unwrap().median, 2.5);
+        assert_eq!(Summary::of(&[]), None);
+    }
+
+    #[test]
+    fn spread_is_the_farther_extreme() {
+        assert_eq!(Summary::of(&[9.0, 10.0, 15.0]).unwrap().spread(), 0.5);
+        assert_eq!(Summary::of(&[0.0]).unwrap().spread(), 0.0);
+    }
+
+    #[test]
+    fn quantiles_by_nearest_rank() {
+        let sorted: Vec<u32> = (1..=100).collect();
+        assert_eq!(quantile(&sorted, 0.5), 50);
+        assert_eq!(quantile(&sorted, 0.99), 99);
+        assert_eq!(quantile(&sorted, 1.0), 100);
+        assert_eq!(quantile(&[7], 0.0), 7);
+    }
+}

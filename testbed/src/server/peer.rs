@@ -1,0 +1,52 @@
+//! Servers that tell each client the address it is seen under.
+
+use std::io::{self, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+
+use super::{tcp::TcpServer, udp::UdpServer};
+use crate::Namespace;
+
+/// Answers with the textual address of its peer: `203.0.113.9:40001`, `[2001:db8:1::9]:40001`.
+///
+/// TCP: at once on connecting, followed by its half-close, so `read_to_string` gives the address. UDP: one
+/// datagram for each that comes in.
+pub struct PeerServer(Transport);
+
+enum Transport {
+    Tcp(TcpServer),
+    Udp(UdpServer),
+}
+
+impl PeerServer {
+    /// Starts a TCP server on `addr` in `namespace`.
+    #[track_caller]
+    pub fn tcp(namespace: &Namespace, addr: SocketAddr) -> Self {
+        Self(Transport::Tcp(TcpServer::start(namespace, addr, |stream, peer| {
+            let _ = answer(stream, peer);
+        })))
+    }
+
+    /// Starts a UDP server on `addr` in `namespace`.
+    #[track_caller]
+    pub fn udp(namespace: &Namespace, addr: SocketAddr) -> Self {
+        Self(Transport::Udp(UdpServer::start(namespace, addr, |socket, _datagram, peer| {
+            let _ = socket.send_to(peer.to_string().as_bytes(), peer);
+        })))
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        match &self.0 {
+            Transport::Tcp(server) => server.addr(),
+            Transport::Udp(server) => server.addr(),
+        }
+    }
+}
+
+fn answer(mut stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
+    stream.write_all(peer.to_string().as_bytes())?;
+    stream.shutdown(Shutdown::Write)?;
+    // Closing with unread data would send a reset, which may overtake the answer.
+    io::copy(&mut stream, &mut io::sink())?;
+    Ok(())
+}

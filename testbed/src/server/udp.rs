@@ -1,0 +1,74 @@
+//! The receive loop beneath the UDP servers.
+
+use std::net::{Shutdown, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+
+use socket2::SockRef;
+
+use crate::Namespace;
+
+/// More than any UDP payload: 65,507 bytes over IPv4, 65,527 over IPv6.
+const LARGEST_DATAGRAM: usize = 65_536;
+
+/// A bound socket with a thread that handles its datagrams one by one.
+pub(super) struct UdpServer {
+    socket: Arc<UdpSocket>,
+    addr: SocketAddr,
+    received: Arc<AtomicU64>,
+    stopped: Arc<AtomicBool>,
+    receiving: Option<JoinHandle<()>>,
+}
+
+impl UdpServer {
+    /// Binds `addr` in `namespace` and runs `serve` for each datagram.
+    #[track_caller]
+    pub(super) fn start(
+        namespace: &Namespace,
+        addr: SocketAddr,
+        mut serve: impl FnMut(&UdpSocket, &[u8], SocketAddr) + Send + 'static,
+    ) -> Self {
+        let socket = namespace.run(|| UdpSocket::bind(addr));
+        let socket = Arc::new(socket.unwrap_or_else(|error| panic!("bind {addr} for UDP: {error}")));
+        let addr = socket.local_addr().expect("a bound socket has an address");
+        let received = Arc::new(AtomicU64::new(0));
+        let stopped = Arc::new(AtomicBool::new(false));
+        let receiving = {
+            let (socket, received, stopped) =
+                (Arc::clone(&socket), Arc::clone(&received), Arc::clone(&stopped));
+            thread::spawn(move || {
+                let mut buffer = vec![0; LARGEST_DATAGRAM];
+                while !stopped.load(Ordering::Acquire) {
+                    // Errors are answers to what was sent before (ECONNREFUSED, EHOSTUNREACH), or the wake-up.
+                    if let Ok((length, peer)) = socket.recv_from(&mut buffer) {
+                        received.fetch_add(1, Ordering::Relaxed);
+                        serve(&socket, &buffer[..length], peer);
+                    }
+                }
+            })
+        };
+        Self { socket, addr, received, stopped, receiving: Some(receiving) }
+    }
+
+    pub(super) fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// How many datagrams have come in so far.
+    pub(super) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for UdpServer {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Release);
+        // Answers ENOTCONN for an unconnected socket and wakes its readers all the same (inet_shutdown in the
+        // kernel's net/ipv4/af_inet.c).
+        let _ = SockRef::from(&*self.socket).shutdown(Shutdown::Both);
+        if let Some(receiving) = self.receiving.take() {
+            let _ = receiving.join();
+        }
+    }
+}
