@@ -81,7 +81,11 @@ pub enum EndpointError {
 }
 
 fn ports(address: &MetricsAddress) -> String {
-    if address.first == address.last { address.first.to_string() } else { format!("{}-{}", address.first, address.last) }
+    if address.first == address.last {
+        address.first.to_string()
+    } else {
+        format!("{}-{}", address.first, address.last)
+    }
 }
 
 /// The recorder behind the `metrics` facade; make it before anything resolves its instruments.
@@ -98,8 +102,7 @@ impl Recorder {
     pub fn install(address: MetricsAddress) -> Result<Self, EndpointError> {
         let listener = bind(address)?;
         let dial = Matcher::Full("tidegate_proxy_dial_seconds".to_owned());
-        let recorder =
-            PrometheusBuilder::new().set_buckets_for_metric(dial, &DIAL_BUCKETS)?.build_recorder();
+        let recorder = PrometheusBuilder::new().set_buckets_for_metric(dial, &DIAL_BUCKETS)?.build_recorder();
         let handle = recorder.handle();
         if metrics::set_global_recorder(recorder).is_err() {
             tracing::warn!("metrics were set up twice; the first stay");

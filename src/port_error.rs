@@ -42,12 +42,14 @@ fn bracketed(ip: IpAddr) -> String {
 fn holders(label: PublishLabel) -> Vec<String> {
     let wanted = label.address();
     let clashes = |local: SocketAddr| {
-        let overlaps = local.ip() == wanted.ip() || local.ip().is_unspecified() || wanted.ip().is_unspecified();
+        let overlaps =
+            local.ip() == wanted.ip() || local.ip().is_unspecified() || wanted.ip().is_unspecified();
         local.port() == wanted.port() && overlaps
     };
     let inodes: BTreeSet<u64> = match label.protocol() {
         Protocol::Tcp => {
-            let listening = |entry: &TcpNetEntry| entry.state == TcpState::Listen && clashes(entry.local_address);
+            let listening =
+                |entry: &TcpNetEntry| entry.state == TcpState::Listen && clashes(entry.local_address);
             both(procfs::net::tcp(), procfs::net::tcp6()).filter(listening).map(|entry| entry.inode).collect()
         }
         Protocol::Udp => {
@@ -71,10 +73,7 @@ fn holders(label: PublishLabel) -> Vec<String> {
     holders.into_iter().collect()
 }
 
-fn both<T>(
-    v4: procfs::ProcResult<Vec<T>>,
-    v6: procfs::ProcResult<Vec<T>>,
-) -> impl Iterator<Item = T> {
+fn both<T>(v4: procfs::ProcResult<Vec<T>>, v6: procfs::ProcResult<Vec<T>>) -> impl Iterator<Item = T> {
     v4.into_iter().chain(v6).flatten()
 }
 

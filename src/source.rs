@@ -164,7 +164,12 @@ impl Fallbacks {
 
 /// Whether `client` must not be shown to a container at `container` as itself. `there` is what is known of the
 /// container's own namespace.
-fn shows_as_gateway(client: IpAddr, container: IpAddr, host: &AddressBook, there: Option<&AddressBook>) -> bool {
+fn shows_as_gateway(
+    client: IpAddr,
+    container: IpAddr,
+    host: &AddressBook,
+    there: Option<&AddressBook>,
+) -> bool {
     client.is_loopback()
         || client.is_unspecified()
         || matches!(client, IpAddr::V6(v6) if is_link_local(v6))

@@ -2,15 +2,15 @@
 //!
 //! # Theory of operation
 //!
-//! A netlink socket made in the namespace is a member of the groups to which the kernel reports every change of
-//! an address. A look-up first tries to receive from it: as a rule there is nothing, and the table
-//! at hand is current. If there is something, or if there was too much for the socket to hold
-//! (`ENOBUFS`), what it says does not matter: the queue is emptied, and then the table is read anew. In this
-//! order, so that a change during the reading is noticed by the next look-up.
+//! A netlink socket made in the namespace is a member of the groups to which the kernel reports every change
+//! of an address. A look-up first tries to receive from it: as a rule there is nothing, and the table at hand
+//! is current. If there is something, or if there was too much for the socket to hold (`ENOBUFS`), what it
+//! says does not matter: the queue is emptied, and then the table is read anew. In this order, so that a
+//! change during the reading is noticed by the next look-up.
 //!
-//! So a look-up costs one system call, and the answer is no older than that call. An IPv4 address is announced
-//! before the program that added it goes on; an IPv6 address a moment later, when the kernel has found that nobody
-//! else on the link has it.
+//! So a look-up costs one system call, and the answer is no older than that call. An IPv4 address is
+//! announced before the program that added it goes on; an IPv6 address a moment later, when the kernel has
+//! found that nobody else on the link has it.
 //!
 //! Addresses count from when the kernel lists them until it does not, also while their interface is down.
 //! Routes without an address behind them (`ip route add local`, `ip route add ... dev`) are not seen.
@@ -77,14 +77,15 @@ impl AddressBook {
         self.current().table.is_on_link(ip)
     }
 
-    /// Whether some interface has both addresses in its subnet, so that they reach one another past any router.
+    /// Whether some interface has both addresses in its subnet, so that they reach one another past any
+    /// router.
     #[must_use]
     pub fn on_link_with(&self, a: IpAddr, b: IpAddr) -> bool {
         self.current().table.on_link_with(a, b)
     }
 
-    /// The addresses by which a container is reached: those of global scope on interfaces other than loopback.
-    /// IPv4 first, and of each family those of the interface that the default route uses.
+    /// The addresses by which a container is reached: those of global scope on interfaces other than
+    /// loopback. IPv4 first, and of each family those of the interface that the default route uses.
     #[must_use]
     pub fn container_addresses(&self) -> Vec<IpAddr> {
         let mut state = self.current();

@@ -76,11 +76,19 @@ struct Inner {
     path: Option<PathBuf>,
 }
 
+/// Where a thread is.
+#[derive(Clone)]
+struct Here {
+    namespace: Namespace,
+    /// The thread may enter it, and so may come back.
+    enterable: bool,
+}
+
 thread_local! {
-    /// Where the calling thread is, as far as this crate knows: it is found out once, and then kept up to date
-    /// by whoever moves the thread, which is [`enter`] alone. Asking the kernel takes longer than the
+    /// Where the calling thread is, as far as this crate knows: it is found out once, and then kept up to
+    /// date by whoever moves the thread, which is [`enter`] alone. Asking the kernel takes longer than the
     /// whole round trip into another namespace and back.
-    static HERE: RefCell<Option<Namespace>> = const { RefCell::new(None) };
+    static HERE: RefCell<Option<Here>> = const { RefCell::new(None) };
 }
 
 impl Namespace {
@@ -91,8 +99,11 @@ impl Namespace {
     pub fn current() -> io::Result<Self> {
         let id = current_id()?;
         HERE.with_borrow_mut(|here| match here {
-            Some(here) if here.id() == id => Ok(here.clone()),
-            _ => Ok(here.insert(Self::adopt(File::open(OWN)?, None)?).clone()),
+            Some(here) if here.namespace.id() == id => Ok(here.namespace.clone()),
+            _ => {
+                let namespace = Self::adopt(File::open(OWN)?, None)?;
+                Ok(here.insert(Here { namespace, enterable: false }).namespace.clone())
+            }
         })
     }
 
@@ -161,24 +172,30 @@ impl Namespace {
     /// in there already, just runs `f`.
     ///
     /// Meant for short calls: make a socket, open a file below `/proc/sys/net`. What `f` makes belongs to the
-    /// namespace for life and may be handed out; a thread or process that `f` starts stays inside. Calls nest.
+    /// namespace for life and may be handed out; a thread or process that `f` starts stays inside. Calls
+    /// nest.
     ///
-    /// The thread comes back when `f` panics, too. Should the kernel refuse to let it back (it never did), the
-    /// process is aborted: code that believes itself on the host must not run in a container.
+    /// The thread comes back when `f` panics, too. Should the kernel refuse to let it back although that was
+    /// tried before, the process is aborted: code that believes itself on the host must not run in a
+    /// container.
     ///
     /// A thread that something else than this crate moves between namespaces, by `setns(2)` or `unshare(2)`,
     /// must not have called this before: it would be returned to where it was then. Debug builds check.
     ///
     /// # Errors
-    /// `EPERM`: entering takes `CAP_SYS_ADMIN`, here and in the user namespace that owns this namespace. `f` has
-    /// not run then.
+    /// `EPERM`: entering takes `CAP_SYS_ADMIN`, here and in the user namespace that owns this namespace, and
+    /// coming back takes the same for where the thread is: root of a user namespace cannot do it from the
+    /// host's network. `f` has not run then.
     pub fn with<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
         let home = here()?;
-        if home.id() == self.id() {
+        if home.namespace.id() == self.id() {
             return Ok(f());
         }
+        if !home.enterable {
+            enter(&home.namespace)?;
+        }
         enter(self)?;
-        let _way_back = WayBack(home);
+        let _way_back = WayBack(home.namespace);
         Ok(f())
     }
 
@@ -228,7 +245,7 @@ struct WayBack(Namespace);
 impl Drop for WayBack {
     fn drop(&mut self) {
         if let Err(error) = enter(&self.0) {
-            tracing::error!(namespace = %self.0.id(), %error, "cannot return to the namespace a thread came from");
+            tracing::error!(namespace = %self.0.id(), %error, "a thread cannot return to its namespace");
             std::process::abort();
         }
     }
@@ -236,18 +253,21 @@ impl Drop for WayBack {
 
 fn enter(namespace: &Namespace) -> io::Result<()> {
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-    HERE.set(Some(namespace.clone()));
+    HERE.set(Some(Here { namespace: namespace.clone(), enterable: true }));
     Ok(())
 }
 
-fn here() -> io::Result<Namespace> {
-    match HERE.with_borrow(Clone::clone) {
-        Some(here) => {
-            debug_assert!(here.is_current(), "something else has moved this thread out of {}", here.id());
-            Ok(here)
-        }
-        None => Namespace::current(),
-    }
+fn here() -> io::Result<Here> {
+    let here = match HERE.with_borrow(Clone::clone) {
+        Some(here) => here,
+        None => Here { namespace: Namespace::current()?, enterable: false },
+    };
+    debug_assert!(
+        here.namespace.is_current(),
+        "something else has moved this thread out of {:?}",
+        here.namespace
+    );
+    Ok(here)
 }
 
 fn current_id() -> io::Result<NamespaceId> {

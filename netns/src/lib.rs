@@ -1,7 +1,7 @@
-//! A network namespace as a factory: of sockets, of knowledge about addresses and routes, and of policy routes.
+//! A network namespace as a factory: of sockets, of policy routes, and of knowledge about its network.
 //!
-//! A socket belongs to the namespace it was made in, for life, whoever holds it. So no part of tidegate lives in
-//! a container. It asks for what it needs to be made there, and then does ordinary I/O from one process:
+//! A socket belongs to the namespace it was made in, for life, whoever holds it. So no part of tidegate lives
+//! in a container. It asks for what it needs to be made there, and then does ordinary I/O from one process:
 //!
 //! ```no_run
 //! use std::{net::TcpListener, path::Path};
@@ -16,12 +16,14 @@
 //! - [`Namespace`]: a handle by path or process; makes things inside, reads and sets sysctls.
 //! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours; always current.
 //! - [`gateway`], [`connected_interface`]: where its packets go.
-//! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it goes, and that is
-//!   cleaned up after when its process was killed ([`sweep`]).
+//! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it goes, and
+//!   that is cleaned up after when its process was killed ([`sweep()`]).
 //!
-//! Everything is synchronous. Entering a namespace takes a microsecond or two, the kernel answers netlink
+//! Everything is synchronous. Going into a namespace and back takes some 5 µs, the kernel answers netlink
 //! requests at once, and programs as small as the docker-proxy drop-in link this crate without a runtime.
-//! Entering takes root; for an ordinary user a helper in the user namespace will stand behind the same types.
+//!
+//! Entering takes root, or a user namespace that owns both the namespace to enter and the one to return to:
+//! all of this works for an ordinary user behind `unshare --user --map-root-user --net`.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("network namespaces exist on Linux only");

@@ -6,8 +6,8 @@
 use crate::Namespace;
 use crate::system::namespace_cookie;
 use netlink_packet_core::{
-    ErrorBuffer, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NetlinkBuffer, NetlinkMessage, ParseableParametrized,
+    ErrorBuffer, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REPLACE,
+    NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage, ParseableParametrized,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -26,6 +26,8 @@ pub(crate) enum Order {
     Create,
     /// Make it although it may be there; of what the kernel keeps in order, at the end.
     CreateAgain,
+    /// Put it in the place of the one that is there.
+    Replace,
     /// Delete it; `ENOENT` or `ESRCH` if it is not there.
     Delete,
 }
@@ -57,6 +59,7 @@ impl Netlink {
         let flags = match order {
             Order::Create => NLM_F_CREATE | NLM_F_EXCL,
             Order::CreateAgain => NLM_F_CREATE,
+            Order::Replace => NLM_F_CREATE | NLM_F_REPLACE,
             Order::Delete => 0,
         };
         self.request(message, flags, |_| ()).map(drop)

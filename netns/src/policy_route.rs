@@ -1,9 +1,9 @@
-//! Rules, routes and sysctls that steer some packets into sockets of ours, as one value that can be taken back.
+//! Rules, routes and sysctls that steer packets into our sockets, as one value that can be taken back.
 //!
 //! # Theory of operation
 //!
-//! A socket bound to somebody else's address (`IP_TRANSPARENT`) can send in that one's name. For the answers to
-//! reach it, the kernel has to deliver locally what is addressed elsewhere. Two things do that: a route in
+//! A socket bound to somebody else's address (`IP_TRANSPARENT`) can send in that one's name. For the answers
+//! to reach it, the kernel has to deliver locally what is addressed elsewhere. Two things do that: a route in
 //! a table of its own that calls every address local, and rules that say which packets look there.
 //!
 //! ```text
@@ -11,23 +11,24 @@
 //!   table 29700:  local default dev lo                  <- PolicyRoute::install
 //! ```
 //!
-//! Priority and table belong to an owner slot ([`OwnerSlot`]), which belongs to one [`PolicyRoute`]: many processes
-//! may have policy routes in one namespace and never meet. Whatever is added carries tidegate's protocol number
-//! ([`ROUTE_PROTOCOL`](tidegate_model::registry::ROUTE_PROTOCOL)), and nothing is deleted that does not.
+//! Priority and table belong to an owner slot ([`OwnerSlot`]), which belongs to one [`PolicyRoute`]: many
+//! processes may have policy routes in one namespace and never meet. Whatever is added carries tidegate's
+//! protocol number ([`ROUTE_PROTOCOL`](tidegate_model::registry::ROUTE_PROTOCOL)), and nothing is deleted
+//! that does not.
 //!
 //! A sysctl belongs to the namespace as a whole. The first owner that needs another value writes the original
 //! down; the last one to leave puts it back, unless somebody else has set it meanwhile.
 //!
 //! # When a process is killed
 //!
-//! Its slots and the sysctls' original values are in a journal. The next [`PolicyRoute::install`] in that namespace,
-//! and every [`sweep`], undoes what owners that have ended left behind. A journal speaks of processes by number:
-//! those that share one share a pid namespace.
+//! Its slots and the sysctls' original values are in a journal. The next [`PolicyRoute::install`] in that
+//! namespace, and every [`sweep()`], undoes what owners that have ended left behind. A journal speaks of
+//! processes by number: those that share one share a pid namespace.
 //!
 //! # What stays
 //!
-//! With the first policy rule ever, the kernel takes the tables `local` and `main` of the namespace apart, which it
-//! had looked up as one, and never joins them again. Nothing but a little time per look-up comes of it.
+//! With the first policy rule ever, the kernel takes the tables `local` and `main` of the namespace apart,
+//! which it had looked up as one, and never joins them again: it costs a little time per look-up.
 
 mod error;
 mod journal;
@@ -50,17 +51,19 @@ use session::{Session, kernel_error};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use tidegate_model::registry::{OwnerSlot, table_id};
 
-/// How many rules one [`PolicyRoute`] can have. The kernel goes through all rules of a namespace for every packet
-/// that it has no route for yet.
+/// How many rules one [`PolicyRoute`] can have. The kernel goes through all rules of a namespace for every
+/// packet that it has no route for yet.
 pub const MAX_SELECTORS: usize = 256;
 
 /// A place in a namespace from which packets can be steered into local sockets.
 ///
-/// Dropped, it takes everything back. Errors are logged then; what could not be taken back stays in the journal.
+/// Dropped, it takes everything back. Errors are logged then; what could not be taken back stays in the
+/// journal.
 pub struct PolicyRoute {
     namespace: Namespace,
     directory: PathBuf,
@@ -76,11 +79,11 @@ struct Rules {
 }
 
 impl PolicyRoute {
-    /// Cleans up after owners that have ended, claims a slot in `namespace`, adds its route for `families` and
-    /// sets `sysctls`. No packet is steered yet.
+    /// Cleans up after owners that have ended, claims a slot in `namespace`, adds its route for `families`
+    /// and sets `sysctls`. No packet is steered yet.
     ///
-    /// The journal is in `$TIDEGATE_RUN_DIR/policy` if that is set, else in `/run/tidegate/policy` or, for whoever
-    /// may not write to `/run`, in `$XDG_RUNTIME_DIR/tidegate/policy`.
+    /// The journal is in `$TIDEGATE_RUN_DIR/policy` if that is set, else in `/run/tidegate/policy` or, for
+    /// whoever may not write to `/run`, in `$XDG_RUNTIME_DIR/tidegate/policy`.
     ///
     /// # Errors
     /// [`PolicyRouteError`] says what was refused. Nothing is left of what was done before it.
@@ -89,13 +92,11 @@ impl PolicyRoute {
         families: Families,
         sysctls: &[Sysctl],
     ) -> Result<Self, PolicyRouteError> {
-        let directory = journal::directory()
-            .map_err(|source| PolicyRouteError::Journal { path: "policy".into(), source })?;
-        Self::install_in(&directory, namespace, families, sysctls)
+        Self::install_in(&journal::directory()?, namespace, families, sysctls)
     }
 
-    /// [`install`](Self::install) with the journal in `directory`. All owners in a namespace should use the same:
-    /// those that do not cannot undo one another's remains, nor know whether they are the last.
+    /// [`install`](Self::install) with the journal in `directory`. All owners in a namespace should use the
+    /// same: those that do not cannot undo one another's remains, nor know whether they are the last.
     ///
     /// # Errors
     /// As for [`install`](Self::install).
@@ -124,10 +125,12 @@ impl PolicyRoute {
         })
     }
 
-    /// Delivers packets that match `selector` to local sockets, until the last guard for this selector is dropped.
+    /// Delivers packets that match `selector` to local sockets, until the last guard for this selector is
+    /// dropped.
     ///
-    /// One or two system calls the first time, none for a selector that is there. Needs no privilege to enter
-    /// the namespace any more, only `CAP_NET_ADMIN` in it.
+    /// Takes two system calls, and two more when the rule is deleted; none for a selector that is there. They
+    /// wait for the kernel's lock on network configuration, which someone who sets up many interfaces keeps
+    /// busy.
     ///
     /// # Errors
     /// [`PolicyRouteError`]: the kernel refused the rule, there are [`MAX_SELECTORS`], or the selector makes
@@ -156,6 +159,22 @@ impl PolicyRoute {
             rules.holders.insert(selector.clone(), 1);
         }
         Ok(Steered { route: Arc::clone(self), selector })
+    }
+
+    /// Names the address of the namespace that steered answers leave from when their socket has not chosen one.
+    ///
+    /// An IPv4 server that is bound to no address answers a datagram from the one that the route says, and a local route
+    /// without a preferred source says the *destination*: such an answer seems to come from the client itself and finds
+    /// nobody (`ip_route_output_key_hash_rcu`, net/ipv4/route.c). IPv6 picks an address of the namespace by itself.
+    ///
+    /// # Errors
+    /// [`PolicyRouteError`]: the kernel refuses an address that is not the namespace's.
+    pub fn answer_from(&self, address: IpAddr) -> Result<(), PolicyRouteError> {
+        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        slot::set_source(&mut rules.netlink, self.slot, address).map_err(|source| {
+            let route = format!("local default dev lo table {} src {address}", table_id(self.slot));
+            kernel_error(&self.namespace, route, source)
+        })
     }
 
     /// How many rules there are, at most [`MAX_SELECTORS`].
@@ -187,7 +206,7 @@ impl PolicyRoute {
     }
 
     fn rule_error(&self, selector: &Selector, source: io::Error) -> PolicyRouteError {
-        let rule = format_args!("rule {selector} lookup {}", table_id(self.slot)).to_string();
+        let rule = format!("rule {selector} lookup {}", table_id(self.slot));
         kernel_error(&self.namespace, rule, source)
     }
 }
@@ -195,8 +214,8 @@ impl PolicyRoute {
 impl Rules {
     /// Deletes the rule of `selector` and no other.
     ///
-    /// The kernel deletes the first rule that meets the request, and one that `selector` covers may
-    /// come first. So those are all added again, behind the one to delete; then as many deletions as there are
+    /// The kernel deletes the first rule that meets the request, and one that `selector` covers may come
+    /// first. So those are all added again, behind the one to delete; then as many deletions as there are
     /// rules before them hit that one and the old copies. There is no moment in which one is missing.
     fn delete(&mut self, slot: OwnerSlot, selector: &Selector) -> io::Result<()> {
         let covered: Vec<&Selector> = self.holders.keys().filter(|other| selector.covers(other)).collect();
@@ -210,10 +229,15 @@ impl Rules {
 impl Drop for PolicyRoute {
     fn drop(&mut self) {
         let netlink = &mut self.rules.get_mut().unwrap_or_else(PoisonError::into_inner).netlink;
-        let errors = match Session::begin(&self.directory, &self.namespace, netlink) {
-            Ok(mut session) => session.leave(self.slot),
-            Err(error) => vec![error],
-        };
+        let left = Session::begin(&self.directory, &self.namespace, netlink)
+            .map(|mut session| session.leave(self.slot));
+        let errors = left.unwrap_or_else(|error| {
+            // Without the journal nobody knows whether the sysctls may go back; what is the slot's alone may.
+            let rest =
+                slot::delete_rules(netlink, self.slot).and_then(|()| slot::delete_routes(netlink, self.slot));
+            let rest = rest.map_err(|source| kernel_error(&self.namespace, "rules and routes", source));
+            [Err(error), rest].into_iter().filter_map(Result::err).collect()
+        });
         for error in errors {
             tracing::warn!(%error, "cannot take back a policy route");
         }

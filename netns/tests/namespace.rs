@@ -1,7 +1,9 @@
 //! Handles, addresses and routes, against the kernel.
 
+use std::io;
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 use tidegate_netns::{AddressBook, Family, Namespace, connected_interface, gateway};
@@ -124,7 +126,34 @@ fn a_namespace_that_may_not_be_entered_is_an_error_and_nothing_runs() {
     })
     .join()
     .unwrap();
-    assert_eq!(result.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
+    assert_eq!(result.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+}
+
+/// What root of a user namespace meets that has not got a network namespace of its own: it owns those that it
+/// makes and may enter them, but the one it came from belongs to someone else.
+#[test]
+fn a_namespace_without_a_way_back_is_not_entered() {
+    // A user namespace is a whole process's, so this takes another process.
+    const OUTSIDE: &str = "TIDEGATE_TEST_WITHOUT_A_WAY_BACK";
+    if std::env::var_os(OUTSIDE).is_none() {
+        let output = Command::new("unshare")
+            .args(["--user", "--map-root-user"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "a_namespace_without_a_way_back_is_not_entered"])
+            .env(OUTSIDE, "1")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        return;
+    }
+    let inside = tidegate_testbed::Namespace::new();
+    let (home, namespace) = (Namespace::current().unwrap(), open(&inside));
+    let error = namespace.with(|| unreachable!("the closure must not run")).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    assert!(home.is_current());
+    assert_eq!(home.with(|| 7).unwrap(), 7, "staying takes no privilege");
+    // A thread that is in a namespace of that user's may go to and fro.
+    assert!(inside.run(|| namespace.with(|| namespace.is_current())).unwrap());
 }
 
 #[test]
@@ -250,6 +279,7 @@ fn the_connected_interface_is_the_one_that_reaches_an_address_without_a_router()
     assert_eq!(found(addr::CLIENT_V4.into()).as_deref(), Some("eth0"));
     assert_eq!(found(addr::HOST_V4.into()), None, "its own");
     assert_eq!(found(ip("198.51.100.1")), None, "no route");
+    assert_eq!(found(ip("2001:db8:99::1")), None, "no route");
     net.host.ip_all("route add 198.51.100.0/24 via 203.0.113.9\nroute add unreachable 10.0.0.0/8");
     assert_eq!(found(ip("198.51.100.1")), None, "behind a router");
     assert_eq!(found(ip("10.1.2.3")), None, "unreachable");

@@ -106,8 +106,8 @@ fn udp_reply(port: u16) -> Selector {
 const OWNER_NAMESPACE: &str = "TIDEGATE_TEST_OWNER_NAMESPACE";
 const OWNER_JOURNAL: &str = "TIDEGATE_TEST_OWNER_JOURNAL";
 
-/// Not a test but the body of the process that [`Scene::owner_elsewhere`] starts: holds a policy route until it
-/// is killed. In a run of the tests it does nothing.
+/// Not a test but the body of the process that [`Scene::owner_elsewhere`] starts: holds a policy route until
+/// it is killed. In a run of the tests it does nothing.
 #[test]
 fn owner_in_another_process() {
     let (Some(namespace), Some(journal)) = (env::var_os(OWNER_NAMESPACE), env::var_os(OWNER_JOURNAL)) else {
@@ -272,7 +272,8 @@ fn without_cookies_an_owners_route_proves_the_namespace() {
 #[test]
 fn rules_and_routes_of_others_survive() {
     let scene = Scene::new();
-    // At the priority of slot 0, and at that of slot 1 in our very words but for the protocol; a table in use.
+    // At the priority of slot 0, and at that of slot 1 in our very words but for the protocol; a table in
+    // use.
     scene.inside.ip_all(
         "rule add priority 7400 fwmark 0x74670001 lookup 99
          rule add priority 7401 fwmark 0x74670001 lookup 29701
@@ -339,6 +340,29 @@ fn a_failed_installation_leaves_nothing() {
 }
 
 #[test]
+fn rules_and_routes_go_although_the_journal_is_lost() {
+    let scene = Scene::new();
+    let take_out = |journal: &Path| {
+        let route = scene.install();
+        let guard = route.steer(marked(Family::V6)).unwrap();
+        fs::remove_dir_all(journal).unwrap();
+        (route, guard)
+    };
+    let lost = take_out(scene.journal.path());
+    drop(lost);
+    assert!(!snapshot(&scene.inside).contains("29700"));
+
+    // A file in its place: it cannot even be made anew.
+    let unusable = take_out(scene.journal.path());
+    fs::write(scene.journal.path(), "").unwrap();
+    drop(unusable);
+    assert!(!snapshot(&scene.inside).contains("29700"));
+    assert_eq!(scene.sysctls(), ["1", "1", "1"], "nobody knows what they were");
+    fs::remove_file(scene.journal.path()).unwrap();
+    fs::create_dir(scene.journal.path()).unwrap();
+}
+
+#[test]
 fn a_rule_stays_until_its_last_guard_goes() {
     let scene = Scene::new();
     let route = scene.install();
@@ -390,8 +414,8 @@ fn a_full_set_of_rules_goes_with_a_killed_owner() {
     let route = scene.install();
     let guards: Vec<_> =
         (1..).take(MAX_SELECTORS).map(|port| route.steer(udp_reply(port)).unwrap()).collect();
-    // Guards that are never dropped, as in a process that is killed: the policy route is never dropped either, but
-    // another one that takes its remains for those of a dead process deletes them all.
+    // Guards that are never dropped, as in a process that is killed: the policy route is never dropped
+    // either, but another one that takes its remains for those of a dead process deletes them all.
     std::mem::forget(guards);
     drop(route);
     let journal = fs::read_dir(scene.journal.path()).unwrap().next().unwrap().unwrap().path();

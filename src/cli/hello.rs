@@ -24,7 +24,8 @@ pub(super) struct Hello {
 
 impl Hello {
     pub(super) fn run(&self) -> anyhow::Result<()> {
-        let listener = TcpListener::bind(self.listen).with_context(|| format!("listen on {}", self.listen))?;
+        let listener =
+            TcpListener::bind(self.listen).with_context(|| format!("listen on {}", self.listen))?;
         println!("hello: serving on http://{}", listener.local_addr()?);
         let clients = Arc::new(AtomicUsize::new(0));
         for client in listener.incoming() {

@@ -16,8 +16,10 @@ use tracing_subscriber::filter::LevelFilter;
 /// Container networking in userspace: published ports that tell the truth.
 #[derive(Debug, Parser)]
 #[command(name = "tidegate", version, about, max_term_width = 100)]
-#[command(after_help = "Environment:\n  TIDEGATE_LOG  what is logged to standard error: a level (info, debug, trace), \
-    or target=level,...\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood.")]
+#[command(
+    after_help = "Environment:\n  TIDEGATE_LOG  what is logged to standard error: a level (info, debug, trace), \
+    or target=level,...\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
+)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,

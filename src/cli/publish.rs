@@ -17,7 +17,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_model::{CidrSet, HostPort, PortMapping, PortSpec, Protocol, PublishLabel, host_addresses, overlap};
+use tidegate_model::{
+    CidrSet, HostPort, PortMapping, PortSpec, Protocol, PublishLabel, host_addresses, overlap,
+};
 use tidegate_netns::Namespace;
 use tidegate_proxy::{BindError, Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream};
 
@@ -188,7 +190,8 @@ impl Publish {
             settings.workers = workers as usize;
         }
         // A listener each, too.
-        settings.reserved_descriptors += self.specs.iter().map(|spec| 2 * spec.mappings().len()).sum::<usize>();
+        settings.reserved_descriptors +=
+            self.specs.iter().map(|spec| 2 * spec.mappings().len()).sum::<usize>();
         settings
     }
 
@@ -383,7 +386,8 @@ mod tests {
             (label("[::]:9001/tcp"), 81),
             (label("0.0.0.0:5353/udp"), 53),
         ];
-        let expected = [("0.0.0.0:9000-9001/tcp", "80-81"), ("[::]:9000-9001/tcp", "80-81"), ("0.0.0.0:5353/udp", "53")];
+        let expected =
+            [("0.0.0.0:9000-9001/tcp", "80-81"), ("[::]:9000-9001/tcp", "80-81"), ("0.0.0.0:5353/udp", "53")];
         assert_eq!(runs(&published), expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
     }
 }

@@ -1,13 +1,16 @@
 //! Sockets made inside the container's namespace.
 
-use super::{Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket};
+use super::{
+    Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket,
+};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use tidegate_model::{Protocol, registry};
 use tidegate_netns::{
-    AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl, connected_interface, gateway,
+    AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl, connected_interface,
+    gateway,
 };
 use tidegate_proxy::{Flow, Lease, Opened, Upstream, begin_connect, socket};
 
@@ -65,8 +68,8 @@ impl Inside {
             let Some(address) = found.iter().copied().find(|address| Family::of(*address) == family) else {
                 continue;
             };
-            let connected = !namespace.is_current()
-                && connected_interface(&home, address).map_err(addresses)?.is_some();
+            let connected =
+                !namespace.is_current() && connected_interface(&home, address).map_err(addresses)?.is_some();
             containers.push(Container {
                 address,
                 gateway: gateway(namespace, family).map_err(addresses)?,
@@ -104,7 +107,11 @@ impl Inside {
                 inside.routes = Some(routes);
             }
             Protocol::Udp if show_client => {
-                inside.routes = Some(Arc::new(PolicyRoute::install(namespace, families, &[])?));
+                let routes = PolicyRoute::install(namespace, families, &[])?;
+                for container in inside.containers.iter().filter(|container| container.address.is_ipv4()) {
+                    routes.answer_from(container.address)?;
+                }
+                inside.routes = Some(Arc::new(routes));
             }
             Protocol::Udp | Protocol::Sctp => {}
         }
@@ -125,7 +132,9 @@ impl Inside {
     /// The client's address, if this flow may show it.
     fn shown(&self, flow: &Flow, container: &Container) -> Option<SocketAddr> {
         let client = flow.client;
-        if !self.show_client || shows_as_gateway(client.ip(), container.address, &self.host, Some(&self.there)) {
+        if !self.show_client
+            || shows_as_gateway(client.ip(), container.address, &self.host, Some(&self.there))
+        {
             return None;
         }
         if client.is_ipv4() != container.address.is_ipv4() {

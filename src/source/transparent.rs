@@ -5,7 +5,9 @@
 //! flow. Traffic of that client that reaches the container past the proxy (kernel DNAT) would be led to us as well: that is
 //! why this is only done on request.
 
-use super::{Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket};
+use super::{
+    Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket,
+};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

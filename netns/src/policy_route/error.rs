@@ -56,6 +56,9 @@ pub enum PolicyRouteError {
         /// What is wrong with it.
         flaw: &'static str,
     },
+    /// There is nowhere to keep the journal.
+    #[error("no place for the policy journal: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR")]
+    NoRunDirectory,
     /// The journal could not be read or written. Nothing is changed without it.
     #[error("policy journal {}: {}", .path.display(), because(.source, "the right to write there"))]
     Journal {

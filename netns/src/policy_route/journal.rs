@@ -1,10 +1,12 @@
 //! What has to be known after a crash: who owns which slot, and what every sysctl was before.
 //!
-//! One JSON file per namespace, in a directory that only its owner may write: what stands there is carried out
-//! with that owner's rights, by whoever reads it next. The directory itself is the lock, by flock(2), which the
-//! kernel gives back however its holder ends. A file is replaced as a whole, so a reader finds the old one or the
-//! new one. Nothing is synced to the disk: what is described does not outlive the kernel either.
+//! One JSON file per namespace, in a directory that only its owner may write: what stands there is carried
+//! out with that owner's rights, by whoever reads it next. The directory itself is the lock, by flock(2),
+//! which the kernel gives back however its holder ends. A file is replaced as a whole, so a reader finds the
+//! old one or the new one. Nothing is synced to the disk: what is described does not outlive the kernel
+//! either.
 
+use super::PolicyRouteError;
 use super::process::Process;
 use super::sysctl::Saved;
 use crate::NamespaceId;
@@ -21,8 +23,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tidegate_model::registry::OwnerSlot;
 
-/// How long to wait for another process to finish with the journal. It takes milliseconds unless the process is
-/// stopped.
+/// How long to wait for another process to finish with the journal. It takes milliseconds unless the process
+/// is stopped.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What is written about one namespace.
@@ -177,11 +179,12 @@ fn parse_name(name: &str) -> Option<NamespaceId> {
 }
 
 /// Where this user's journals are: `$TIDEGATE_RUN_DIR/policy` if set, else `/run/tidegate/policy` for who may
-/// write to `/run`, else `$XDG_RUNTIME_DIR/tidegate/policy`. All of them are directories that a reboot empties.
+/// write to `/run`, else `$XDG_RUNTIME_DIR/tidegate/policy`. All of them are directories that a reboot
+/// empties.
 ///
 /// # Errors
-/// None of these is there.
-pub(super) fn directory() -> io::Result<PathBuf> {
+/// [`PolicyRouteError::NoRunDirectory`].
+pub(super) fn directory() -> Result<PathBuf, PolicyRouteError> {
     if let Some(run) = set("TIDEGATE_RUN_DIR") {
         return Ok(run.join("policy"));
     }
@@ -191,9 +194,7 @@ pub(super) fn directory() -> io::Result<PathBuf> {
     } else {
         set("XDG_RUNTIME_DIR")
     };
-    base.map(|base| base.join("tidegate/policy")).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::NotFound, "XDG_RUNTIME_DIR is not set; set it or TIDEGATE_RUN_DIR")
-    })
+    base.map(|base| base.join("tidegate/policy")).ok_or(PolicyRouteError::NoRunDirectory)
 }
 
 fn set(variable: &str) -> Option<PathBuf> {

@@ -26,7 +26,8 @@ impl Process {
     pub(super) fn is_alive(&self) -> bool {
         match fs::read_to_string(format!("/proc/{}/stat", self.pid)) {
             Ok(stat) => parse(&stat).is_none_or(|(state, start_time)| {
-                // A zombie has ended; that its parent has not asked for its status yet is none of our business.
+                // A zombie has ended; that its parent has not asked for its status yet is none of our
+                // business.
                 !matches!(state, "Z" | "X") && start_time == self.start_time
             }),
             Err(error) => {

@@ -13,8 +13,8 @@
 //!
 //! Every step is written down before it is taken, so the record tells of at least what is there, wherever a
 //! process was killed; and undoing what is not there does nothing. Whoever comes next undoes what dead owners
-//! left, by the same steps. An owner that could not be undone stays in the record, and is tried again when its
-//! process has ended.
+//! left, by the same steps. An owner that could not be undone stays in the record, and is tried again when
+//! its process has ended.
 
 use super::PolicyRouteError;
 use super::journal::{Identity, Journal, Owner, Record};
@@ -61,8 +61,8 @@ impl<'a> Session<'a> {
         Ok(Self { namespace, netlink, journal, record })
     }
 
-    /// Undoes what owners that have ended left behind, and counts them. What fails is logged and stays written
-    /// down.
+    /// Undoes what owners that have ended left behind, and counts them. What fails is logged and stays
+    /// written down.
     pub(super) fn prune(&mut self) -> usize {
         let orphans = self.record.orphans();
         for slot in &orphans {
@@ -99,7 +99,7 @@ impl<'a> Session<'a> {
                 }
                 Err((family, source)) => {
                     self.give_up(slot);
-                    let route = format_args!("{family} route local default dev lo table {}", table_id(slot));
+                    let route = format!("{family} route local default dev lo table {}", table_id(slot));
                     return Err(self.refused(route, source));
                 }
             }
@@ -155,13 +155,16 @@ impl<'a> Session<'a> {
 
     /// Undoes all steps of the owner of `slot`, and goes on where one fails.
     pub(super) fn leave(&mut self, slot: OwnerSlot) -> Vec<PolicyRouteError> {
+        if !self.record.owns(slot) {
+            tracing::warn!(slot = slot.0, "not in the journal any more; sysctls are left as they are");
+        }
         let mut errors = Vec::new();
-        let rules = format_args!("rules of priority {}", rule_priority(slot)).to_string();
+        let rules = format!("rules of priority {}", rule_priority(slot));
         errors.extend(slot::delete_rules(self.netlink, slot).err().map(|source| self.refused(rules, source)));
         if self.record.is_last(slot) {
             errors.extend(self.restore_sysctls());
         }
-        let routes = format_args!("routes of table {}", table_id(slot)).to_string();
+        let routes = format!("routes of table {}", table_id(slot));
         errors
             .extend(slot::delete_routes(self.netlink, slot).err().map(|source| self.refused(routes, source)));
         if errors.is_empty() {
@@ -181,7 +184,7 @@ impl<'a> Session<'a> {
     fn restore_sysctls(&mut self) -> Vec<PolicyRouteError> {
         let namespace = self.namespace;
         let restored = self.record.sysctls.iter().rev().map(|saved| {
-            let sysctl = format_args!("sysctl {} = {}", saved.name, saved.original).to_string();
+            let sysctl = format!("sysctl {} = {}", saved.name, saved.original);
             saved.restore(namespace).map_err(|source| kernel_error(namespace, sysctl, source))
         });
         restored.filter_map(Result::err).collect()
@@ -208,8 +211,8 @@ pub(super) fn kernel_error(
 
 /// Whether `record` tells of the namespace before us, and not of an earlier one with the same inode number.
 ///
-/// A kernel that gives out no cookies leaves evidence: as long as anything else is changed, an owner's route is
-/// there (steps 2 and 3 above), and it is in no other namespace.
+/// A kernel that gives out no cookies leaves evidence: as long as anything else is changed, an owner's route
+/// is there (steps 2 and 3 above), and it is in no other namespace.
 fn is_about(record: &Record, identity: &Identity, netlink: &mut Netlink) -> bool {
     record.identity.same(identity).unwrap_or_else(|| {
         let mut slots = record.owners.iter().map(|owner| OwnerSlot(owner.slot));

@@ -1,7 +1,8 @@
 //! The rules and routes of one owner slot, in the kernel.
 //!
-//! What is ours carries three things: the slot's priority or table, and [`ROUTE_PROTOCOL`]. Every request below
-//! names them, whether it adds or deletes, so that nothing of another slot or of another program can be meant.
+//! What is ours carries three things: the slot's priority or table, and [`ROUTE_PROTOCOL`]. Every request
+//! below names them, whether it adds or deletes, so that nothing of another slot or of another program can be
+//! meant.
 
 use super::Selector;
 use crate::Family;
@@ -13,6 +14,7 @@ use netlink_packet_route::{IpProtocol, RouteNetlinkMessage};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 use tidegate_model::Protocol;
 use tidegate_model::registry::{MARK_MASK, OwnerSlot, ROUTE_PROTOCOL, rule_priority, table_id};
 
@@ -46,6 +48,13 @@ pub(super) fn delete_rules(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result
 /// Adds `local default dev lo`, by which whatever is looked up in the slot's table is delivered locally.
 pub(super) fn add_route(netlink: &mut Netlink, slot: OwnerSlot, family: Family) -> io::Result<()> {
     netlink.execute(RouteNetlinkMessage::NewRoute(route(slot, family)), Order::Create)
+}
+
+/// Gives it `source` as the address that local sockets send from when they have not chosen one.
+pub(super) fn set_source(netlink: &mut Netlink, slot: OwnerSlot, source: IpAddr) -> io::Result<()> {
+    let mut route = route(slot, Family::of(source));
+    route.attributes.push(RouteAttribute::PrefSource(source.into()));
+    netlink.execute(RouteNetlinkMessage::NewRoute(route), Order::Replace)
 }
 
 /// Deletes it again.
@@ -172,8 +181,8 @@ fn until_none_is_left(mut delete: impl FnMut() -> io::Result<()>) -> io::Result<
     Err(io::Error::other("there is no end to them"))
 }
 
-/// Whether the kernel says that what was to be deleted is not there: a rule (`ENOENT`), a route (`ESRCH`), or the
-/// whole family (`EAFNOSUPPORT`, `EOPNOTSUPP`).
+/// Whether the kernel says that what was to be deleted is not there: a rule (`ENOENT`), a route (`ESRCH`), or
+/// the whole family (`EAFNOSUPPORT`, `EOPNOTSUPP`).
 pub(super) fn is_absence(error: &io::Error) -> bool {
     let absent = [Errno::NOENT, Errno::SRCH, Errno::AFNOSUPPORT, Errno::OPNOTSUPP];
     Errno::from_io_error(error).is_some_and(|errno| absent.contains(&errno))

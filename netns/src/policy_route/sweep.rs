@@ -9,19 +9,18 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Undoes what policy routes of processes that have ended left behind, in every namespace that can still be found
-/// and entered: by the path it was opened by, or through a process that is in it. The journal of one that cannot is
-/// deleted when all its owners have ended. Counts the owners cleaned up after; what fails is logged.
+/// Undoes what policy routes of processes that have ended left behind, in every namespace that can still be
+/// found and entered: by the path it was opened by, or through a process that is in it. The journal of one
+/// that cannot is deleted when all its owners have ended. Counts the owners cleaned up after; what fails is
+/// logged.
 ///
-/// For the start of a program. Takes some milliseconds if there is a namespace that has to be looked for among
-/// the processes, and well under one otherwise.
+/// For the start of a program. Takes some milliseconds if there is a namespace that has to be looked for
+/// among the processes, and well under one otherwise.
 ///
 /// # Errors
 /// The journal cannot be read.
 pub fn sweep() -> Result<usize, PolicyRouteError> {
-    let directory =
-        journal::directory().map_err(|source| PolicyRouteError::Journal { path: "policy".into(), source })?;
-    sweep_in(&directory)
+    sweep_in(&journal::directory()?)
 }
 
 /// [`sweep`] with the journal in `directory`.
@@ -55,7 +54,8 @@ pub fn sweep_in(directory: &Path) -> Result<usize, PolicyRouteError> {
     Ok(swept)
 }
 
-/// Deletes what is written about a namespace that nobody can be found in, if none of its owners is left to use it.
+/// Deletes what is written about a namespace that nobody can be found in, if none of its owners is left to
+/// use it.
 fn forget(directory: &Path, id: NamespaceId) -> std::io::Result<()> {
     let journal = Journal::lock(directory)?;
     match journal.load(id)? {
@@ -69,7 +69,8 @@ fn forget(directory: &Path, id: NamespaceId) -> std::io::Result<()> {
 /// Finds namespaces by their ids.
 #[derive(Default)]
 struct Finder {
-    /// The namespaces that processes are in, and one such process's link for each; looked for once, if at all.
+    /// The namespaces that processes are in, and one such process's link for each; looked for once, if at
+    /// all.
     processes: Option<BTreeMap<NamespaceId, PathBuf>>,
 }
 

@@ -141,7 +141,9 @@ impl Environment {
     }
 }
 
-fn variable<T: std::str::FromStr<Err: std::fmt::Display>>(name: &'static str) -> Result<Option<T>, StartError> {
+fn variable<T: std::str::FromStr<Err: std::fmt::Display>>(
+    name: &'static str,
+) -> Result<Option<T>, StartError> {
     let value = match std::env::var_os(name) {
         Some(value) if !value.is_empty() => value.to_string_lossy().into_owned(),
         _ => return Ok(None),
