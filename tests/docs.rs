@@ -1,0 +1,120 @@
+//! What the documents say is so: metrics that exist, flags that exist, files that exist.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+use tidegate_testbed::server::EchoServer;
+use tidegate_testbed::{Process, Topology, addr, require_root};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[test]
+fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
+    require_root();
+    let net = Topology::three();
+    let run_directory = tempfile::tempdir().unwrap();
+    let _server = EchoServer::tcp(&net.container, SocketAddr::new(addr::CONTAINER_V4.into(), 80));
+    let publish = Process::spawn(
+        net.host
+            .command(env!("CARGO_BIN_EXE_tidegate"))
+            .env("TIDEGATE_RUN_DIR", run_directory.path())
+            .args(["publish", "8080:80", "8080:80/udp", "--metrics", "127.0.0.1:9464", "--netns"])
+            .arg(net.container.path()),
+    );
+    publish.wait_for_line("metrics at", PATIENCE);
+    let scrape = net.host.run(|| {
+        let mut asking = TcpStream::connect("127.0.0.1:8080").unwrap();
+        asking.set_read_timeout(Some(PATIENCE)).unwrap();
+        asking.write_all(b"echo").unwrap();
+        asking.read_exact(&mut [0; 4]).unwrap();
+        let mut scraping = TcpStream::connect("127.0.0.1:9464").unwrap();
+        scraping.set_read_timeout(Some(PATIENCE)).unwrap();
+        scraping.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        let mut page = String::new();
+        scraping.read_to_string(&mut page).unwrap();
+        page
+    });
+    let shown: BTreeSet<String> = scrape
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+        .filter(|name| name.starts_with("tidegate_"))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(words(&read("docs/metrics.md"), "tidegate_"), shown);
+}
+
+#[test]
+fn documents_name_only_metrics_that_are_on_the_metrics_page() {
+    let known = words(&read("docs/metrics.md"), "tidegate_");
+    for document in documents() {
+        // Crates are named in the same way as metrics.
+        let unknown: Vec<_> = words(&read(&document), "tidegate_")
+            .into_iter()
+            .filter(|word| !known.contains(word) && !Path::new(&root(&word["tidegate_".len()..])).is_dir())
+            .collect();
+        assert!(unknown.is_empty(), "{document}: {unknown:?}");
+    }
+}
+
+#[test]
+fn flags_in_the_documents_are_flags_of_tidegate() {
+    let help = |command: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_tidegate")).args([command, "--help"]).output().unwrap();
+        assert!(output.status.success());
+        words(&String::from_utf8(output.stdout).unwrap(), "--")
+    };
+    let mut known = help("publish");
+    known.extend(help("hello"));
+    for document in documents() {
+        for line in read(&document).lines().filter(|line| line.contains("tidegate publish")) {
+            let unknown: Vec<_> = words(line, "--").into_iter().filter(|flag| !known.contains(flag)).collect();
+            assert!(unknown.is_empty(), "{document}: {unknown:?} in {line:?}");
+        }
+    }
+}
+
+#[test]
+fn links_between_the_documents_lead_somewhere() {
+    for document in documents() {
+        let text = read(&document);
+        let directory = Path::new(&document).parent().unwrap_or(Path::new(""));
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let path = target.split('#').next().unwrap_or_default();
+            if !path.is_empty() && !path.contains("://") {
+                assert!(Path::new(&root(&directory.join(path).to_string_lossy())).exists(), "{document}: {target}");
+            }
+        }
+    }
+}
+
+fn root(path: &str) -> String {
+    format!("{}/{path}", env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(root(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The documents, by their path from the root.
+fn documents() -> Vec<String> {
+    let mut documents: Vec<String> =
+        ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"].iter().map(ToString::to_string).collect();
+    for entry in std::fs::read_dir(root("docs")).unwrap() {
+        let name = entry.unwrap().file_name().to_string_lossy().into_owned();
+        if name.ends_with(".md") {
+            documents.push(format!("docs/{name}"));
+        }
+    }
+    documents
+}
+
+/// The words of `text` that begin with `prefix`.
+fn words(text: &str, prefix: &str) -> BTreeSet<String> {
+    text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '-')
+        .filter(|word| word.len() > prefix.len() && word.starts_with(prefix))
+        .map(|word| word.trim_end_matches(['_', '-']).to_owned())
+        .collect()
+}
