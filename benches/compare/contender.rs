@@ -228,16 +228,21 @@ impl Contender {
     fn socat(&self, lab: &Lab, service: Service) -> Result<Process> {
         ensure!(service.ports == 1, "socat publishes one port");
         let port = service.first_port;
-        let (listen, connect) = match service.protocol {
-            Protocol::Tcp => ("TCP4-LISTEN", "TCP4"),
-            Protocol::Udp => ("UDP4-LISTEN", "UDP4"),
-        };
         let mut command = self.command(lab);
         // The default buffer of 8 KiB would say more about the default than about socat.
         command.args(["-b", "131072"]);
-        let backlog = if service.protocol == Protocol::Tcp { ",backlog=4096" } else { "" };
-        command.arg(format!("{listen}:{port},bind={HOST},reuseaddr,fork{backlog}"));
-        command.arg(format!("{connect}:{CONTAINER}:{port}"));
+        match service.protocol {
+            Protocol::Tcp => {
+                command.arg(format!("TCP4-LISTEN:{port},bind={HOST},reuseaddr,fork,backlog=4096"));
+                command.arg(format!("TCP4:{CONTAINER}:{port}"));
+            }
+            Protocol::Udp => {
+                // A datagram has no end of stream: only idle time ends the process of a client.
+                command.args(["-T", "5"]);
+                command.arg(format!("UDP4-LISTEN:{port},bind={HOST},reuseaddr,fork"));
+                command.arg(format!("UDP4:{CONTAINER}:{port}"));
+            }
+        }
         Ok(Process::spawn(&mut command))
     }
 

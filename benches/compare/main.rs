@@ -31,9 +31,11 @@ mod schedule;
 mod stats;
 
 use std::env;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::process::ExitCode;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use tidegate_testbed::{debian_package, find_program, raise_open_files, require_root};
 
 use contender::Contender;
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
 /// Runs what is asked for and reports it; whether every floor held.
 fn compare(options: &Options) -> Result<bool> {
     require_root();
+    let _alone = only_one()?;
     raise_open_files(OPEN_FILES);
     let contenders = contenders(options)?;
     let mut scenarios = scenario::all(options);
@@ -92,6 +95,14 @@ fn compare(options: &Options) -> Result<bool> {
         }
     }
     Ok(results.failures.is_empty() && outcomes.iter().all(|outcome| holds(outcome, options)))
+}
+
+/// Makes sure that no second comparison runs on the machine: both would measure each other.
+///
+/// The claim is a Unix socket with an abstract name, which the kernel lets go of with the process.
+fn only_one() -> Result<UnixListener> {
+    let name = SocketAddr::from_abstract_name("tidegate-compare")?;
+    UnixListener::bind_addr(&name).context("another comparison is running on this machine")
 }
 
 /// Whether a figure's floor holds. In a partial run what was not measured is not held against it.

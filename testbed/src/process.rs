@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use rustix::process::Signal;
-use rustix::process::{Pid, kill_process};
+use rustix::process::{Pid, kill_process, kill_process_group};
 
 use crate::{eventually, procfs};
 
@@ -20,7 +20,10 @@ const KEPT_LINES: usize = 10_000;
 /// How long a line may grow before it is cut in two.
 const LONGEST_LINE: u64 = 64 * 1024;
 
-/// A running child, killed by pid and reaped when dropped.
+/// A running child, killed and reaped when dropped.
+///
+/// It leads a process group of its own, and dropping it kills what it forked as well, unless that moved to
+/// another group. A child that ended before is reaped and nothing else: what it left behind is its business.
 ///
 /// Its standard output and error are read by threads from the start, so that it never blocks on a full pipe;
 /// the last 10,000 lines of both together are kept in the order of arrival.
@@ -51,7 +54,7 @@ impl Process {
     #[track_caller]
     pub fn spawn(command: &mut Command) -> Self {
         let name = command.get_program().to_string_lossy().into_owned();
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
         let mut child = command.spawn().unwrap_or_else(|error| panic!("start {name}: {error}"));
         let output = Arc::new(Output::default());
         Output::drain(&output, child.stdout.take().expect("standard output is piped"));
@@ -195,9 +198,11 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Fails only if it was reaped already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        // Until it is reaped neither its pid nor the group of that number can be anybody else's.
+        if self.is_running() {
+            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+            let _ = self.child.wait();
+        }
     }
 }
 
@@ -304,6 +309,17 @@ mod tests {
         let pid = process.pid();
         drop(process);
         assert_eq!(procfs::state(pid), None);
+    }
+
+    #[test]
+    fn a_dropped_process_takes_along_what_it_forked() {
+        let process = shell("sleep 60 & echo forked $!; wait");
+        let line = process.wait_for_line("forked", SOON);
+        let forked: u32 = line.split(' ').nth(1).unwrap().parse().unwrap();
+        assert!(procfs::state(forked).is_some());
+        drop(process);
+        // Whoever inherits an orphan reaps it when it pleases.
+        assert!(eventually(SOON, || matches!(procfs::state(forked), None | Some('Z'))));
     }
 
     #[test]

@@ -17,8 +17,9 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
-use crate::Namespace;
+use crate::{Namespace, eventually};
 
 /// The addresses of [`Topology`]: documentation prefixes outside, private ones inside.
 pub mod addr {
@@ -45,6 +46,9 @@ pub mod addr {
     /// The first neighbour's IPv6 address.
     pub const NEIGHBOUR_V6: Ipv6Addr = Ipv6Addr::new(0xfd30, 0, 0, 0, 0, 0, 0, 3);
 }
+
+/// How long a link may take to come up.
+const LINK_UP: Duration = Duration::from_secs(10);
 
 /// The last byte of the addresses on the bridge that the first container gets.
 const FIRST_CONTAINER: u8 = 2;
@@ -115,6 +119,8 @@ impl Topology {
             host4 = addr::HOST_V4,
             host6 = addr::HOST_V6,
         ));
+        wait_until_up(&self.host, "eth0");
+        wait_until_up(&self.client, "eth0");
     }
 
     fn add_bridge(&self) {
@@ -149,6 +155,9 @@ impl Topology {
             gateway4 = addr::GATEWAY_V4,
             gateway6 = addr::GATEWAY_V6,
         ));
+        wait_until_up(container, "eth0");
+        wait_until_up(&self.host, &format!("port{last}"));
+        wait_until_up(&self.host, "br0");
     }
 }
 
@@ -197,6 +206,21 @@ impl Builder {
         topology.attach(&topology.container);
         topology
     }
+}
+
+/// Waits until the kernel has taken note that `link` can carry packets, as a bridge's port too.
+///
+/// It does so in the background, at times a second after both ends of a veth pair have been set up. What is
+/// sent before is lost, and the first repetition, of TCP and of ARP alike, comes a second later.
+#[track_caller]
+fn wait_until_up(namespace: &Namespace, link: &str) {
+    let state = || namespace.ip(&["-details", "-oneline", "link", "show", "dev", link]);
+    let is_port = state().contains(" master ");
+    let up = eventually(LINK_UP, || {
+        let state = state();
+        state.contains(" state UP ") && (!is_port || state.contains(" state forwarding "))
+    });
+    assert!(up, "link is not up after {LINK_UP:?}: {}", state());
 }
 
 /// Makes IPv6 addresses of links added from now on usable at once, the link-local ones included.
