@@ -2,6 +2,7 @@
 //!
 //! The filter is a level (`debug`) or a list of `target=level` (`info,tidegate_proxy=debug`).
 
+use std::io::IsTerminal;
 use tracing_subscriber::filter::{LevelFilter, ParseError, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -28,7 +29,10 @@ pub fn init(default: LevelFilter) -> Result<(), FilterError> {
         }
         _ => Targets::new().with_default(default),
     };
-    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    let output = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
     tracing_subscriber::registry().with(output).with(filter).init();
     Ok(())
 }

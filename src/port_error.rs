@@ -4,7 +4,6 @@ use procfs::net::{TcpNetEntry, TcpState, UdpNetEntry};
 use procfs::process::FDTarget;
 use rustix::io::Errno;
 use std::collections::BTreeSet;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use tidegate_model::{Protocol, PublishLabel};
 use tidegate_proxy::BindError;
@@ -75,12 +74,6 @@ fn holders(label: PublishLabel) -> Vec<String> {
 
 fn both<T>(v4: procfs::ProcResult<Vec<T>>, v6: procfs::ProcResult<Vec<T>>) -> impl Iterator<Item = T> {
     v4.into_iter().chain(v6).flatten()
-}
-
-/// A short name for an I/O error of a path or address, without Rust's `(os error N)`.
-pub fn plain(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or(&text).to_lowercase()
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@
 //! would answer them directly), the host's own addresses, and loopback above all (applications trust
 //! 127.0.0.1: CVE-2021-20199). Where binding a single flow fails, it goes by the gateway too, and that is counted.
 
+mod claims;
 mod inside;
 mod transparent;
 
@@ -35,6 +36,16 @@ use tidegate_proxy::{Direct, Upstream};
 
 pub use inside::Inside;
 pub use transparent::Transparent;
+
+/// Removes what processes that were killed have left in namespaces, as their journal tells.
+pub fn clean_up_after_the_dead() {
+    match tidegate_netns::sweep() {
+        Ok(0) => {}
+        Ok(owners) => tracing::info!(owners, "cleaned up after processes that were killed"),
+        // It is the next one's turn then; nothing that is begun here depends on it.
+        Err(error) => tracing::debug!(%error, "cannot look for what killed processes left"),
+    }
+}
 
 /// What the container sees as its client's address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +77,7 @@ impl Source {
     /// [`SourceError`] when the client's address is to be shown and this process may not do that.
     pub fn towards(self, container: IpAddr) -> Result<Arc<dyn Upstream>, SourceError> {
         match self {
-            Self::Proxy | Self::ProxyProtocol => Ok(Arc::new(Direct { container })),
+            Self::Proxy | Self::ProxyProtocol => Ok(Arc::new(Direct::new(container))),
             Self::Client => Ok(Arc::new(Transparent::new(container)?)),
         }
     }
@@ -114,23 +125,18 @@ impl FromStr for Source {
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// Transparent sockets need a privilege.
-    #[error("source address \"client\": a transparent socket needs CAP_NET_ADMIN in {namespace}: {source}")]
-    Transparent {
-        /// Whose.
-        namespace: String,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error("source address \"client\": a transparent socket needs CAP_NET_ADMIN: {0}")]
+    Transparent(io::Error),
     /// The rules that lead answers back could not be set.
-    #[error("source address: {0}")]
+    #[error(transparent)]
     PolicyRoute(#[from] PolicyRouteError),
     /// The container's addresses and routes could not be read.
-    #[error("addresses of {namespace}: {source}")]
+    #[error("addresses of {namespace}: {cause}{}", hint(.cause))]
     Addresses {
         /// Whose.
         namespace: String,
         /// What the system said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The namespace has nothing to connect to.
     #[error("{namespace} has no address but loopback: give it one, or say --to ADDRESS")]
@@ -141,6 +147,13 @@ pub enum SourceError {
     /// The container cannot be reached from here other than by the default route.
     #[error("source address \"client\": {0} is on no network of this host, so its answers do not pass here")]
     NotConnected(IpAddr),
+}
+
+fn hint(cause: &io::Error) -> &'static str {
+    match cause.kind() {
+        io::ErrorKind::PermissionDenied => " (entering a namespace needs CAP_SYS_ADMIN: run as root)",
+        _ => "",
+    }
 }
 
 /// How often a flow could not show the address it should, by reason.
@@ -238,5 +251,5 @@ fn no_rule(error: PolicyRouteError) -> io::Error {
 }
 
 fn is_missing_rule(error: &io::Error) -> bool {
-    error.get_ref().is_some_and(|inner| inner.is::<PolicyRouteError>())
+    error.get_ref().is_some_and(<dyn std::error::Error + Send + Sync>::is::<PolicyRouteError>)
 }

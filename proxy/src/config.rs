@@ -1,6 +1,6 @@
 //! What can be set, and what it is when nobody sets it.
 
-use crate::{ProxyProtocol, TableLimits, Upstream};
+use crate::{ProxyProtocol, TableLimits, Upstream, tcp};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +17,8 @@ pub struct Settings {
     pub dial_timeout: Duration,
     /// Descriptors to leave alone for the rest of the process.
     pub reserved_descriptors: usize,
+    /// Bytes after which a direction of a connection is spliced and no longer copied.
+    pub splice_after: u64,
 }
 
 impl Default for Settings {
@@ -29,6 +31,7 @@ impl Default for Settings {
             // docker-proxy leaves it to the kernel (127 s); a client has given up by then.
             dial_timeout: Duration::from_secs(10),
             reserved_descriptors: 24,
+            splice_after: tcp::SPLICE_AFTER,
         }
     }
 }

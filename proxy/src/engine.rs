@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use tidegate_model::PublishLabel;
+use tidegate_model::{Protocol, PublishLabel};
 use tidegate_reactor::{Descriptors, EventLoop, Sender};
 
 /// How often a draining engine looks whether everything has ended.
@@ -39,12 +39,10 @@ impl Shared {
         self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum()
     }
 
-    /// The loop that a new connection of loop `own` should go to: its own, unless another has at least `slack`
-    /// connections fewer.
-    pub(crate) fn idlest(&self, own: usize, slack: usize) -> usize {
-        let load = |index: usize| self.loads[index].load(Ordering::Relaxed);
-        let idlest = (0..self.loads.len()).min_by_key(|index| (load(*index), *index != own)).unwrap_or(own);
-        if load(own) >= load(idlest) + slack { idlest } else { own }
+    /// The loop with the fewest TCP connections, running or not.
+    pub(crate) fn idlest(&self) -> usize {
+        let load = |index: &usize| self.loads[*index].load(Ordering::Relaxed);
+        (0..self.loads.len()).min_by_key(load).unwrap_or(0)
     }
 
     /// Tells loop `index`, which is started if it was not yet.
@@ -143,8 +141,8 @@ impl Engine {
         Self { shared: Arc::new(shared), ports: Mutex::default(), next: AtomicU64::new(0) }
     }
 
-    /// Serves `listeners`, each for the port of the container beside it, all with the same options. Ports are
-    /// spread over the loops.
+    /// Serves `listeners`, each for the port of the container beside it, all with the same options. UDP ports
+    /// are spread over the loops.
     ///
     /// # Errors
     /// When no event loop can be started (no thread, no descriptor); the listeners are closed then.
@@ -164,8 +162,13 @@ impl Engine {
                 options: Arc::clone(options),
                 stats: PortStats::default(),
             });
+            // Connections move on to other loops when one is saturated, sessions do not.
+            let index = match port.label.protocol() {
+                Protocol::Udp => id as usize % loops,
+                Protocol::Tcp | Protocol::Sctp => 0,
+            };
             published.push((PublishedPort(id), Arc::clone(&port)));
-            shares[id as usize % loops].push((port, listener));
+            shares[index].push((port, listener));
         }
         for (index, share) in shares.into_iter().enumerate() {
             if !share.is_empty() && self.shared.send(index, Message::Publish(share)).is_err() {

@@ -16,9 +16,11 @@
 mod config;
 mod engine;
 mod listener;
+mod load;
 mod metrics;
 mod port;
 pub mod proxy_protocol;
+mod source_ports;
 pub mod tcp;
 pub mod udp;
 mod upstream;
@@ -30,5 +32,6 @@ pub use listener::{AdoptError, BindError, Listener};
 pub use metrics::{FAMILIES, Family, Kind, PortSnapshot, describe};
 pub use port::{Direction, Drop, Refusal};
 pub use proxy_protocol::ProxyProtocol;
+pub use source_ports::SourcePorts;
 pub use udp::session_table::TableLimits;
 pub use upstream::{Direct, Flow, Lease, Opened, Upstream, begin_connect, is_exhaustion, socket};

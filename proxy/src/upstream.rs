@@ -4,6 +4,7 @@
 //! network namespace its socket is made, says an [`Upstream`]: the binary implements it over a namespace, the
 //! NAT engine or the mesh.
 
+use crate::SourcePorts;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with};
 use std::io;
@@ -63,17 +64,29 @@ pub fn is_exhaustion(error: &io::Error) -> bool {
 }
 
 /// A backend reached from this process's own namespace, from whatever address the route says.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Direct {
+    container: IpAddr,
+    ports: SourcePorts,
+}
+
+impl Direct {
+    /// The way to `container`.
+    pub fn new(container: IpAddr) -> Self {
+        Self { container, ports: SourcePorts::of_this_namespace() }
+    }
+
     /// The container's address.
-    pub container: IpAddr,
+    pub fn container(&self) -> IpAddr {
+        self.container
+    }
 }
 
 impl Upstream for Direct {
     fn open(&self, flow: &Flow) -> io::Result<Opened> {
-        let socket = socket(flow.protocol, self.container)?;
-        begin_connect(&socket, SocketAddr::new(self.container, flow.container_port))?;
-        Ok(socket.into())
+        let to = SocketAddr::new(self.container, flow.container_port);
+        let make = || socket(flow.protocol, self.container);
+        Ok(self.ports.connect(make, None, to)?.into())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::engine::Shared;
 use crate::listener::Listener;
+use crate::load::Meter;
 use crate::port::{Port, Refusal};
 use crate::tcp::{Accepted, Connection, Phase, Scratch, Side, Turn};
 use crate::udp::{Batches, Relay};
@@ -9,6 +10,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
+use std::time::Instant;
 use tidegate_reactor::{Arena, Context, Handler, Interest, Key, PipePool, Readiness, Token};
 
 /// Pipes that one loop may have lent at a time, and keeps when idle. Each is two descriptors and, full, up to
@@ -107,12 +109,14 @@ pub(crate) struct Worker {
     pub(crate) resting: Vec<Key>,
     pub(crate) scratch: Scratch,
     pub(crate) batches: Option<Batches>,
+    pub(crate) meter: Meter,
     run_queue: VecDeque<Key>,
 }
 
 impl Worker {
     pub(crate) fn new(index: usize, shared: Arc<Shared>) -> Self {
         let pipes = PipePool::new(PIPES, IDLE_PIPES, Arc::clone(&shared.descriptors));
+        let scratch = Scratch::new(pipes, shared.settings.splice_after);
         Self {
             index,
             shared,
@@ -120,8 +124,9 @@ impl Worker {
             connections: Arena::new(),
             sessions: Arena::new(),
             resting: Vec::new(),
-            scratch: Scratch::new(pipes),
+            scratch,
             batches: None,
+            meter: Meter::new(Instant::now()),
             run_queue: VecDeque::new(),
         }
     }

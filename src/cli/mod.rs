@@ -76,10 +76,24 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("tidegate: error: {error:#}");
+            eprintln!("tidegate: error: {}", one_line(&error));
             ExitCode::from(if error.is::<UsageError>() { EXIT_USAGE } else { EXIT_FAILURE })
         }
     }
+}
+
+/// The error and its causes, each said once: some errors say their cause themselves.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        let gist = cause.split(" (os error").next().unwrap_or(&cause);
+        if !line.contains(gist) {
+            let separator = if line.is_empty() { "" } else { ": " };
+            line.push_str(separator);
+            line.push_str(&cause);
+        }
+    }
+    line
 }
 
 /// A command line that is well-formed and makes no sense.

@@ -5,7 +5,7 @@ use super::duration::{optional_timeout, timeout};
 use crate::compat::docker_proxy::raise_descriptor_limit;
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
 use crate::port_error;
-use crate::source::Source;
+use crate::source::{Source, clean_up_after_the_dead};
 use anyhow::{Context, anyhow, bail};
 use clap::{ArgGroup, Args};
 use rustix::io::Errno;
@@ -104,6 +104,10 @@ pub(super) struct Publish {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     workers: Option<u32>,
 
+    /// Bytes after which a direction of a connection is spliced and no longer copied (for measuring)
+    #[arg(long, value_name = "BYTES", hide = true)]
+    splice_after: Option<u64>,
+
     /// Serve Prometheus metrics at this ADDRESS:PORT, or "none"
     #[arg(long, value_name = "ADDRESS", default_value = "none")]
     metrics: String,
@@ -124,6 +128,7 @@ impl Publish {
             bail!("port spec \"{spec}\": protocol not supported");
         }
         let target = self.target()?;
+        clean_up_after_the_dead();
         raise_descriptor_limit();
 
         let mut bound: BTreeMap<Protocol, Vec<(Listener, u16)>> = BTreeMap::new();
@@ -188,6 +193,9 @@ impl Publish {
         };
         if let Some(workers) = self.workers {
             settings.workers = workers as usize;
+        }
+        if let Some(bytes) = self.splice_after {
+            settings.splice_after = bytes;
         }
         // A listener each, too.
         settings.reserved_descriptors +=

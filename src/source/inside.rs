@@ -1,5 +1,6 @@
 //! Sockets made inside the container's namespace.
 
+use super::claims::Claims;
 use super::{
     Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket,
 };
@@ -12,7 +13,7 @@ use tidegate_netns::{
     AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl, connected_interface,
     gateway,
 };
-use tidegate_proxy::{Flow, Lease, Opened, Upstream, begin_connect, socket};
+use tidegate_proxy::{Flow, Lease, Opened, SourcePorts, Upstream, begin_connect, socket};
 
 /// What makes TCP answers inherit the mark of the connection they belong to: those of an accepted connection, and those
 /// of no socket at all (a closed port's RST, an ICMP error).
@@ -34,6 +35,8 @@ pub struct Inside {
     /// The rules for our mark.
     _marked: Vec<Steered>,
     fallbacks: Fallbacks,
+    ports: SourcePorts,
+    claims: Arc<Claims>,
 }
 
 /// One address of the container.
@@ -56,7 +59,7 @@ impl Inside {
         show_client: bool,
     ) -> Result<Self, SourceError> {
         let name = namespace.id().to_string();
-        let addresses = |source| SourceError::Addresses { namespace: name.clone(), source };
+        let addresses = |cause| SourceError::Addresses { namespace: name.clone(), cause };
         let home = Namespace::current().map_err(addresses)?;
         let there = AddressBook::open(namespace).map_err(addresses)?;
         let mut found = containers.to_vec();
@@ -88,6 +91,8 @@ impl Inside {
             routes: None,
             _marked: Vec::new(),
             fallbacks: Fallbacks::new(),
+            claims: Arc::default(),
+            ports: namespace.with(SourcePorts::of_this_namespace).map_err(addresses)?,
         };
         let families = match (inside.has(Family::V4), inside.has(Family::V6)) {
             (true, false) => Families::V4,
@@ -145,16 +150,21 @@ impl Inside {
         Some(SocketAddr::new(client.ip(), client.port()))
     }
 
-    /// A socket made inside, from `source`, marked if the flow is TCP.
+    /// A socket made inside, from `source`, marked if the flow is TCP. Without a port, or without a source, one
+    /// is found.
     fn inside(&self, flow: &Flow, source: Option<SocketAddr>, to: SocketAddr) -> io::Result<OwnedFd> {
         let mark = (flow.protocol == Protocol::Tcp).then_some(registry::MARK);
-        self.namespace.with(|| {
-            let socket = match source {
-                Some(source) => transparent_socket(flow.protocol, source, mark)?,
-                None => socket(flow.protocol, to.ip())?,
-            };
-            begin_connect(&socket, to)?;
-            Ok(socket)
+        let make = || match source {
+            Some(source) => transparent_socket(flow.protocol, source, mark),
+            None => socket(flow.protocol, to.ip()),
+        };
+        self.namespace.with(|| match source {
+            Some(source) if source.port() != 0 => {
+                let socket = make()?;
+                begin_connect(&socket, to)?;
+                Ok(socket)
+            }
+            _ => self.ports.connect(make, source.map(|source| source.ip()), to),
         })?
     }
 
@@ -179,13 +189,14 @@ impl Inside {
         let to = SocketAddr::new(container.address, flow.container_port);
         let lease = match (&self.routes, flow.protocol) {
             (Some(routes), Protocol::Udp) => {
+                let claim = self.claims.claim(client, to)?;
                 let answers = Selector {
                     to: Some(client.ip()),
                     protocol: Some(Protocol::Udp),
                     source_port: Some(flow.container_port),
                     ..Selector::new(Family::of(client.ip()))
                 };
-                Some(Box::new(routes.steer(answers).map_err(no_rule)?) as Lease)
+                Some(Box::new((routes.steer(answers).map_err(no_rule)?, claim)) as Lease)
             }
             _ => None,
         };

@@ -5,6 +5,7 @@
 //! flow. Traffic of that client that reaches the container past the proxy (kernel DNAT) would be led to us as well: that is
 //! why this is only done on request.
 
+use super::claims::Claims;
 use super::{
     Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket,
 };
@@ -22,6 +23,7 @@ pub struct Transparent {
     host: AddressBook,
     routes: Arc<PolicyRoute>,
     fallbacks: Fallbacks,
+    claims: Arc<Claims>,
 }
 
 impl Transparent {
@@ -30,24 +32,28 @@ impl Transparent {
     /// # Errors
     /// [`SourceError`] when it is not, or this process may not do that.
     pub fn new(container: IpAddr) -> Result<Self, SourceError> {
-        let namespace = "this host".to_owned();
-        let home = Namespace::current()
-            .map_err(|source| SourceError::Addresses { namespace: namespace.clone(), source })?;
-        let addresses = |source| SourceError::Addresses { namespace: namespace.clone(), source };
+        let addresses = |cause| SourceError::Addresses { namespace: "this host".to_owned(), cause };
+        let home = Namespace::current().map_err(addresses)?;
         let (_, interface) = connected_interface(&home, container)
             .map_err(addresses)?
             .ok_or(SourceError::NotConnected(container))?;
         let host = AddressBook::open(&home).map_err(addresses)?;
         let any = SocketAddr::new(if container.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
-        transparent_socket(Protocol::Tcp, any, None)
-            .map_err(|source| SourceError::Transparent { namespace: namespace.clone(), source })?;
+        transparent_socket(Protocol::Tcp, any, None).map_err(SourceError::Transparent)?;
         let families = if container.is_ipv4() { Families::V4 } else { Families::V6 };
         let routes = Arc::new(PolicyRoute::install(&home, families, &[])?);
-        Ok(Self { plain: Direct { container }, interface, host, routes, fallbacks: Fallbacks::new() })
+        Ok(Self {
+            plain: Direct::new(container),
+            interface,
+            host,
+            routes,
+            fallbacks: Fallbacks::new(),
+            claims: Arc::default(),
+        })
     }
 
     fn open_as_client(&self, flow: &Flow) -> io::Result<Opened> {
-        let container = self.plain.container;
+        let container = self.plain.container();
         let answers = Selector {
             from: Some(container),
             to: Some(flow.client.ip()),
@@ -56,17 +62,19 @@ impl Transparent {
             input_interface: Some(self.interface.clone()),
             ..Selector::new(Family::of(container))
         };
-        let lease: Lease = Box::new(self.routes.steer(answers).map_err(no_rule)?);
         let client = SocketAddr::new(flow.client.ip(), flow.client.port());
+        let to = SocketAddr::new(container, flow.container_port);
+        let claim = self.claims.claim(client, to)?;
+        let lease: Lease = Box::new((self.routes.steer(answers).map_err(no_rule)?, claim));
         let socket = transparent_socket(flow.protocol, client, None)?;
-        begin_connect(&socket, SocketAddr::new(container, flow.container_port))?;
+        begin_connect(&socket, to)?;
         Ok(Opened { socket, lease: Some(lease) })
     }
 }
 
 impl Upstream for Transparent {
     fn open(&self, flow: &Flow) -> io::Result<Opened> {
-        let container = self.plain.container;
+        let container = self.plain.container();
         let client = flow.client.ip();
         if shows_as_gateway(client, container, &self.host, None) {
             return self.plain.open(flow);

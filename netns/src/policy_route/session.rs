@@ -92,15 +92,15 @@ impl<'a> Session<'a> {
             self.store()?;
             match self.add_routes(slot, families) {
                 Ok(()) => return Ok(slot),
-                // Someone who keeps another journal was quicker. The slot is theirs, so undo nothing in it.
-                Err((_, source)) if Errno::from_io_error(&source) == Some(Errno::EXIST) => {
+                Err((family, source)) => {
+                    // None was added, so there is nothing to undo in the slot.
                     self.record.remove(slot);
                     self.store()?;
-                }
-                Err((family, source)) => {
-                    self.give_up(slot);
-                    let route = format!("{family} route local default dev lo table {}", table_id(slot));
-                    return Err(self.refused(route, source));
+                    // Someone who keeps another journal was quicker, and the slot is theirs.
+                    if Errno::from_io_error(&source) != Some(Errno::EXIST) {
+                        let route = format!("{family} route local default dev lo table {}", table_id(slot));
+                        return Err(self.refused(route, source));
+                    }
                 }
             }
         }

@@ -18,10 +18,6 @@ use tidegate_reactor::{Context, Interest, Key, Permit};
 /// Connections accepted from one port before other events have their turn.
 const BATCH: usize = 64;
 
-/// A loop that has so many connections more than the idlest one hands new ones over to it. Waking another
-/// thread costs more than a short connection, so a few are kept.
-const HAND_OVER_AFTER: usize = 8;
-
 /// How long a port rests when descriptors have run out and none came back on this loop.
 const REST: Duration = Duration::from_millis(50);
 
@@ -79,10 +75,11 @@ impl Worker {
         Ok(())
     }
 
-    /// Keeps the connection, or hands it to a loop that has much less to do.
+    /// Keeps the connection, or hands it to another loop if this one has all it can do.
     fn place(&mut self, cx: &mut Context<'_>, accepted: Accepted) {
         accepted.port.stats.live.fetch_add(1, Ordering::Relaxed);
-        let target = self.shared.idlest(self.index, HAND_OVER_AFTER);
+        let saturated = self.meter.is_saturated(cx.now);
+        let target = if saturated { self.shared.idlest() } else { self.index };
         self.shared.loads[target].fetch_add(1, Ordering::Relaxed);
         if target == self.index {
             self.adopt(cx, accepted);

@@ -1,6 +1,6 @@
 //! One connection and how its halves move payload.
 
-use super::{COPY_BYTES, READS_PER_TURN, SPLICE_AFTER, SPLICE_BYTES};
+use super::{COPY_BYTES, READS_PER_TURN, SPLICE_BYTES};
 use crate::port::{Direction, Port};
 use crate::upstream::Lease;
 use rustix::io::Errno;
@@ -50,11 +50,13 @@ pub(crate) enum Turn {
 pub(crate) struct Scratch {
     pub(crate) buffer: Box<[u8]>,
     pub(crate) pipes: PipePool,
+    /// Bytes after which a half is spliced.
+    splice_after: u64,
 }
 
 impl Scratch {
-    pub(crate) fn new(pipes: PipePool) -> Self {
-        Self { buffer: vec![0; COPY_BYTES].into_boxed_slice(), pipes }
+    pub(crate) fn new(pipes: PipePool, splice_after: u64) -> Self {
+        Self { buffer: vec![0; COPY_BYTES].into_boxed_slice(), pipes, splice_after }
     }
 }
 
@@ -223,7 +225,7 @@ impl Connection {
                 return Ok(true);
             }
             reads -= 1;
-            if half.moved >= SPLICE_AFTER
+            if half.moved >= scratch.splice_after
                 && let Some(pipe) = scratch.pipes.obtain()
             {
                 half.splice(source, pipe, &mut scratch.pipes)?;

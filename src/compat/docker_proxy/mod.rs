@@ -12,7 +12,7 @@ pub mod flags;
 mod ready;
 
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
-use crate::source::{Source, SourceError};
+use crate::source::{Source, SourceError, clean_up_after_the_dead};
 use crate::{EXIT_FAILURE, EXIT_USAGE, logging, port_error, version};
 use flags::{Invocation, Listen, Options};
 use ready::ReadyPipe;
@@ -104,6 +104,7 @@ fn fail(ready: ReadyPipe, error: &StartError) -> ExitCode {
 fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     logging::init(LevelFilter::WARN)?;
     let environment = Environment::read()?;
+    clean_up_after_the_dead();
     raise_descriptor_limit();
     let listener = match options.listen {
         Listen::Bind(address) => Listener::bind(address, options.protocol)

@@ -1,16 +1,19 @@
 //! The receive loop beneath the UDP servers.
 
-use std::net::{Shutdown, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-
-use socket2::SockRef;
+use std::time::Duration;
 
 use crate::Namespace;
 
 /// More than any UDP payload: 65,507 bytes over IPv4, 65,527 over IPv6.
 const LARGEST_DATAGRAM: usize = 65_536;
+
+/// How often the receiving thread looks whether it is to stop. (A shutdown would wake it, and std cannot read the
+/// nameless message that it then receives.)
+const LOOK_UP: Duration = Duration::from_millis(50);
 
 /// A bound socket with a thread that handles its datagrams one by one.
 pub(super) struct UdpServer {
@@ -31,6 +34,7 @@ impl UdpServer {
     ) -> Self {
         let socket = namespace.run(|| UdpSocket::bind(addr));
         let socket = Arc::new(socket.unwrap_or_else(|error| panic!("bind {addr} for UDP: {error}")));
+        socket.set_read_timeout(Some(LOOK_UP)).expect("a timeout longer than nothing");
         let addr = socket.local_addr().expect("a bound socket has an address");
         let received = Arc::new(AtomicU64::new(0));
         let stopped = Arc::new(AtomicBool::new(false));
@@ -40,7 +44,7 @@ impl UdpServer {
             thread::spawn(move || {
                 let mut buffer = vec![0; LARGEST_DATAGRAM];
                 while !stopped.load(Ordering::Acquire) {
-                    // Errors are answers to what was sent before (ECONNREFUSED, EHOSTUNREACH), or the wake-up.
+                    // Errors are answers to what was sent before (ECONNREFUSED, EHOSTUNREACH), or the time-out.
                     if let Ok((length, peer)) = socket.recv_from(&mut buffer) {
                         received.fetch_add(1, Ordering::Relaxed);
                         serve(&socket, &buffer[..length], peer);
@@ -64,9 +68,6 @@ impl UdpServer {
 impl Drop for UdpServer {
     fn drop(&mut self) {
         self.stopped.store(true, Ordering::Release);
-        // Answers ENOTCONN for an unconnected socket and wakes its readers all the same (inet_shutdown in the
-        // kernel's net/ipv4/af_inet.c).
-        let _ = SockRef::from(&*self.socket).shutdown(Shutdown::Both);
         if let Some(receiving) = self.receiving.take() {
             let _ = receiving.join();
         }

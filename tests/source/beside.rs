@@ -1,0 +1,161 @@
+//! What goes to the container past us, while its ports are published: nothing of it is ours, and none of it astray.
+
+use std::net::{IpAddr, TcpStream, UdpSocket};
+
+use tidegate_testbed::Namespace;
+use tidegate_testbed::Protocol::{Tcp, Udp};
+use tidegate_testbed::server::{EchoServer, PeerServer};
+
+use crate::ask::{ask, echo, echo_datagram, open, open_datagrams};
+use crate::scene::{ABOVE, Family, Mode, SERVED, Scene, Servers};
+
+/// Where the container echoes.
+const ECHO: u16 = 90;
+
+/// Where neighbour, host and client have servers of their own.
+const ELSEWHERE: u16 = 5000;
+
+#[test]
+fn neighbour_and_host_reach_the_container_directly_in_every_mode() {
+    let scene = Scene::new();
+    let _servers = Servers::start(&scene);
+    let any = (Family::V6.unspecified(), ECHO).into();
+    let _echo = [EchoServer::tcp(&scene.net.container, any), EchoServer::udp(&scene.net.container, any)];
+    let _elsewhere: Vec<_> = [&scene.net.client, &scene.net.host, &scene.neighbour]
+        .into_iter()
+        .flat_map(|namespace| {
+            let any = (Family::V6.unspecified(), ELSEWHERE).into();
+            [PeerServer::tcp(namespace, any), PeerServer::udp(namespace, any)]
+        })
+        .collect();
+    let mut lasting = Talks::beside(&scene);
+    lasting.go_on("before anything is published");
+    for mode in Mode::STEERING {
+        assert_direct(&scene, &format!("{mode:?}: before"));
+        let ports = "8080-8082:80-82";
+        let echo = format!("{}:{ECHO}", ABOVE + ECHO);
+        let publisher = scene.publish(
+            mode,
+            &[ports, &format!("{ports}/udp"), &echo, &format!("{echo}/udp")],
+            &["--udp-idle-timeout", "300ms", "--drain-timeout", "0"],
+        );
+        lasting.go_on("published");
+        assert_direct(&scene, &format!("{mode:?}: published"));
+
+        // Clients of the very port to which the others talk directly, and of those that are asked.
+        let mut sessions = Talks::through(&scene);
+        sessions.go_on("a session");
+        for port in SERVED {
+            for protocol in [Tcp, Udp] {
+                for family in Family::BOTH {
+                    ask(&scene.net.client, protocol, (family.host(), ABOVE + port));
+                }
+            }
+        }
+        lasting.go_on("with sessions");
+        assert_direct(&scene, &format!("{mode:?}: with sessions"));
+        sessions.go_on("the session goes on");
+
+        drop(sessions);
+        lasting.go_on("after the sessions");
+        assert_direct(&scene, &format!("{mode:?}: after the sessions"));
+        publisher.terminate();
+        lasting.go_on("no longer published");
+        assert_direct(&scene, &format!("{mode:?}: no longer published"));
+    }
+}
+
+#[test]
+fn outside_clients_reach_the_container_directly_as_far_as_the_page_says() {
+    let scene = Scene::new();
+    let _servers = Servers::start(&scene);
+    for mode in [Mode::Netns, Mode::NetnsProxy, Mode::NetnsClient] {
+        let publisher = scene.publish_all(mode, &["--udp-idle-timeout", "300ms"]);
+        for family in Family::BOTH {
+            for port in SERVED {
+                for protocol in [Tcp, Udp] {
+                    let published = || ask(&scene.net.client, protocol, (family.host(), ABOVE + port));
+                    let direct = || {
+                        let seen = ask(&scene.net.client, protocol, (family.container(), port));
+                        assert_eq!(seen.peer, seen.own, "{mode:?}: {protocol:?} port {port}");
+                    };
+                    direct();
+                    published();
+                    // With a UDP session this one waits until the session is over: then, at the latest, it is served.
+                    direct();
+                    published();
+                }
+            }
+        }
+        publisher.terminate();
+    }
+}
+
+/// Neighbour and host ask each server of the container, and the container theirs and the client's.
+#[track_caller]
+fn assert_direct(scene: &Scene, when: &str) {
+    let (host, neighbour) = (&scene.net.host, &scene.neighbour);
+    for family in Family::BOTH {
+        for protocol in [Tcp, Udp] {
+            for (who, from) in [("neighbour", neighbour), ("host", host)] {
+                for port in SERVED {
+                    let seen = ask(from, protocol, (family.container(), port));
+                    assert_eq!(seen.peer, seen.own, "{when}: {who}, {protocol:?} port {port}");
+                }
+            }
+            let others =
+                [("neighbour", family.neighbour()), ("host", family.gateway()), ("client", family.client())];
+            for (who, address) in others {
+                let seen = ask(&scene.net.container, protocol, (address, ELSEWHERE));
+                assert_eq!(seen.peer, seen.own, "{when}: container to {who}, {protocol:?}");
+            }
+        }
+    }
+}
+
+/// Conversations with echo servers that last.
+#[derive(Default)]
+struct Talks {
+    streams: Vec<TcpStream>,
+    sockets: Vec<UdpSocket>,
+}
+
+impl Talks {
+    /// From neighbour and host to the container itself.
+    fn beside(scene: &Scene) -> Self {
+        let mut talks = Self::default();
+        for family in Family::BOTH {
+            for from in [&scene.neighbour, &scene.net.host] {
+                talks.add(from, (family.container(), ECHO));
+            }
+        }
+        talks
+    }
+
+    /// From an outside client, the host and the neighbour to the published port.
+    fn through(scene: &Scene) -> Self {
+        let mut talks = Self::default();
+        for family in Family::BOTH {
+            for from in [&scene.net.client, &scene.neighbour, &scene.net.host] {
+                talks.add(from, (family.host(), ABOVE + ECHO));
+            }
+        }
+        talks
+    }
+
+    fn add(&mut self, from: &Namespace, to: (IpAddr, u16)) {
+        self.streams.push(open(from, to));
+        self.sockets.push(open_datagrams(from, to));
+    }
+
+    /// Each says `what`, and hears it.
+    #[track_caller]
+    fn go_on(&mut self, what: &str) {
+        for stream in &mut self.streams {
+            echo(stream, what);
+        }
+        for socket in &self.sockets {
+            echo_datagram(socket, what);
+        }
+    }
+}
