@@ -8,6 +8,9 @@ use std::net::{IpAddr, SocketAddr};
 use tidegate_model::{Protocol, PublishLabel};
 use tidegate_proxy::BindError;
 
+/// A server that forks shares its socket with every child; more than so many are counted, not told.
+const HOLDERS_TOLD: usize = 3;
+
 /// One line that names the port, the reason, and the remedy where there is one.
 pub fn explain(error: &BindError) -> String {
     let address = error.label.address();
@@ -15,7 +18,8 @@ pub fn explain(error: &BindError) -> String {
     match Errno::from_io_error(&error.source) {
         Some(Errno::ADDRINUSE) => match holders(error.label).as_slice() {
             [] => format!("{port} is in use"),
-            holders => format!("{port} is in use by {}", holders.join(", ")),
+            holders if holders.len() <= HOLDERS_TOLD => format!("{port} is in use by {}", holders.join(", ")),
+            [first, others @ ..] => format!("{port} is in use by {first} and {} more", others.len()),
         },
         Some(Errno::ACCESS) => format!(
             "{port}: permission denied; set net.ipv4.ip_unprivileged_port_start to {} or lower, \

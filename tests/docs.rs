@@ -70,7 +70,8 @@ fn flags_in_the_documents_are_flags_of_tidegate() {
     known.extend(help("hello"));
     for document in documents() {
         for line in read(&document).lines().filter(|line| line.contains("tidegate publish")) {
-            let unknown: Vec<_> = words(line, "--").into_iter().filter(|flag| !known.contains(flag)).collect();
+            let unknown: Vec<_> =
+                words(line, "--").into_iter().filter(|flag| !known.contains(flag)).collect();
             assert!(unknown.is_empty(), "{document}: {unknown:?} in {line:?}");
         }
     }
@@ -84,7 +85,10 @@ fn links_between_the_documents_lead_somewhere() {
         for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
             let path = target.split('#').next().unwrap_or_default();
             if !path.is_empty() && !path.contains("://") {
-                assert!(Path::new(&root(&directory.join(path).to_string_lossy())).exists(), "{document}: {target}");
+                assert!(
+                    Path::new(&root(&directory.join(path).to_string_lossy())).exists(),
+                    "{document}: {target}"
+                );
             }
         }
     }

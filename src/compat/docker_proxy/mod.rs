@@ -20,6 +20,7 @@ use rustix::io::{FdFlags, fcntl_getfd};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::ffi::OsString;
+use std::io::{self, Write};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -56,7 +57,7 @@ enum StartError {
     #[error(transparent)]
     Metrics(#[from] crate::metrics_endpoint::EndpointError),
     #[error("{0}")]
-    System(#[from] std::io::Error),
+    System(#[from] io::Error),
 }
 
 /// The whole program, given its arguments without its own name. Must be the first thing that main does:
@@ -66,15 +67,16 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let options = match flags::parse(args) {
         Ok(Invocation::Run(options)) => options,
         Ok(Invocation::Version) => {
-            println!("docker-proxy (commit {}) version {} (tidegate)", version::COMMIT, version::VERSION);
+            let (commit, version) = (version::COMMIT, version::VERSION);
+            say(io::stdout(), &format!("docker-proxy (commit {commit}) version {version} (tidegate)\n"));
             return ExitCode::SUCCESS;
         }
         Ok(Invocation::Help) => {
-            eprint!("{}", flags::usage());
+            say(io::stderr(), &flags::usage());
             return ExitCode::SUCCESS;
         }
         Err(error) => {
-            eprint!("{error}\n{}", flags::usage());
+            say(io::stderr(), &format!("{error}\n{}", flags::usage()));
             ready.failed(&error.to_string());
             return ExitCode::from(EXIT_USAGE);
         }
@@ -96,9 +98,14 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn fail(ready: ReadyPipe, error: &StartError) -> ExitCode {
-    eprintln!("docker-proxy: error: {error}");
+    say(io::stderr(), &format!("docker-proxy: error: {error}\n"));
     ready.failed(&error.to_string());
     ExitCode::from(EXIT_FAILURE)
+}
+
+/// Writes `text`; that nobody can read it is no reason not to go on.
+fn say(mut to: impl Write, text: &str) {
+    let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
 }
 
 fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
@@ -112,7 +119,11 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
         Listen::Inherited(_) => Listener::adopt(inherited(LISTEN_FD)?, options.protocol)?,
     };
     let recorder = environment.metrics.map(Recorder::install).transpose()?;
-    let upstream = environment.source.towards(options.container.ip())?;
+    let container = options.container.ip();
+    // Clients of another family than the container's cannot be shown; that is all that come to such a listener.
+    let same_family = listener.label().address().is_ipv4() == container.is_ipv4();
+    let source = if same_family { environment.source } else { Source::Proxy };
+    let upstream = source.towards(container)?;
     let mut port_options = PortOptions::new(upstream);
     port_options.proxy_protocol = environment.proxy_protocol;
     let engine = Arc::new(Engine::new(Settings::default()));

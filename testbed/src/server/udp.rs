@@ -17,7 +17,6 @@ const LOOK_UP: Duration = Duration::from_millis(50);
 
 /// A bound socket with a thread that handles its datagrams one by one.
 pub(super) struct UdpServer {
-    socket: Arc<UdpSocket>,
     addr: SocketAddr,
     received: Arc<AtomicU64>,
     stopped: Arc<AtomicBool>,
@@ -33,14 +32,13 @@ impl UdpServer {
         mut serve: impl FnMut(&UdpSocket, &[u8], SocketAddr) + Send + 'static,
     ) -> Self {
         let socket = namespace.run(|| UdpSocket::bind(addr));
-        let socket = Arc::new(socket.unwrap_or_else(|error| panic!("bind {addr} for UDP: {error}")));
+        let socket = socket.unwrap_or_else(|error| panic!("bind {addr} for UDP: {error}"));
         socket.set_read_timeout(Some(LOOK_UP)).expect("a timeout longer than nothing");
         let addr = socket.local_addr().expect("a bound socket has an address");
         let received = Arc::new(AtomicU64::new(0));
         let stopped = Arc::new(AtomicBool::new(false));
         let receiving = {
-            let (socket, received, stopped) =
-                (Arc::clone(&socket), Arc::clone(&received), Arc::clone(&stopped));
+            let (received, stopped) = (Arc::clone(&received), Arc::clone(&stopped));
             thread::spawn(move || {
                 let mut buffer = vec![0; LARGEST_DATAGRAM];
                 while !stopped.load(Ordering::Acquire) {
@@ -52,7 +50,7 @@ impl UdpServer {
                 }
             })
         };
-        Self { socket, addr, received, stopped, receiving: Some(receiving) }
+        Self { addr, received, stopped, receiving: Some(receiving) }
     }
 
     pub(super) fn addr(&self) -> SocketAddr {

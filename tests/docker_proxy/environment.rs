@@ -1,0 +1,366 @@
+//! What docker-proxy does not do and ours does if the environment, which is dockerd's own, asks for it.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
+use std::path::Path;
+
+use tidegate_testbed::server::{EchoServer, PeerServer, Source, StalledServer};
+use tidegate_testbed::{Namespace, Process, Protocol, Signal, Topology, addr, eventually};
+
+use crate::driver::{LOOPBACK, LOOPBACK_UDP, Launch, SOON, assert_reset, back, connect, echo, front, udp};
+
+const METRICS: &str = "TIDEGATE_PROXY_METRICS";
+const PROXY_PROTOCOL: &str = "TIDEGATE_PROXY_PROTOCOL";
+const SOURCE: &str = "TIDEGATE_PROXY_SOURCE";
+
+/// The proxies of these tests, in front of port 80 of the container.
+const TO_CONTAINER: &str = "-host-port 8080 -container-ip 172.30.0.2 -container-port 80";
+
+#[test]
+fn the_metrics_of_a_tcp_port_are_exact() {
+    let host = Namespace::new();
+    let source = Source::tcp(&host, back(), 1, 4_321_000);
+    let _proxy = Launch::new(&host, LOOPBACK).env(METRICS, "127.0.0.1:9464").start().ready();
+    let mut client = connect(&host, front());
+    client.write_all(&[7; 1234]).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(std::io::copy(&mut client, &mut std::io::sink()).unwrap(), 4_321_000);
+    assert_settles(
+        &host,
+        9464,
+        &[
+            (r#"tidegate_proxy_connections_total{publish="127.0.0.1:8080/tcp"}"#, 1),
+            (r#"tidegate_proxy_connections{publish="127.0.0.1:8080/tcp"}"#, 0),
+            (r#"tidegate_proxy_connection_resets_total{publish="127.0.0.1:8080/tcp"}"#, 0),
+            (r#"tidegate_proxy_bytes_total{publish="127.0.0.1:8080/tcp",direction="in"}"#, 1234),
+            (r#"tidegate_proxy_bytes_total{publish="127.0.0.1:8080/tcp",direction="out"}"#, 4_321_000),
+            ("tidegate_proxy_dial_seconds_count", 1),
+        ],
+    );
+    drop(source);
+    // A connection that finds nobody is told apart.
+    assert_reset(&host, front());
+    assert_settles(
+        &host,
+        9464,
+        &[
+            (
+                r#"tidegate_proxy_refused_connections_total{publish="127.0.0.1:8080/tcp",reason="backend_refused"}"#,
+                1,
+            ),
+            (r#"tidegate_proxy_connections_total{publish="127.0.0.1:8080/tcp"}"#, 2),
+        ],
+    );
+    let (_, page) = scrape(&host, 9464, "/metrics");
+    assert!(page.contains("tidegate_build_info{"), "{page}");
+    assert!(page.contains("\nprocess_open_fds "), "{page}");
+    assert!(!page.contains(&client.local_addr().unwrap().port().to_string()), "no peer is named in {page}");
+}
+
+#[test]
+fn the_metrics_of_a_udp_port_are_exact() {
+    let host = Namespace::new();
+    let _server = EchoServer::udp(&host, back());
+    let _proxy = Launch::new(&host, LOOPBACK_UDP).env(METRICS, "127.0.0.1:9464").start().ready();
+    let clients = [udp(&host, front()), udp(&host, front())];
+    for length in [0, 100, 1200] {
+        for client in &clients {
+            client.send(&vec![7; length]).unwrap();
+            client.recv(&mut [0; 2000]).unwrap();
+        }
+    }
+    assert_settles(
+        &host,
+        9464,
+        &[
+            (r#"tidegate_proxy_sessions_total{publish="127.0.0.1:8080/udp"}"#, 2),
+            (r#"tidegate_proxy_sessions{publish="127.0.0.1:8080/udp"}"#, 2),
+            (r#"tidegate_proxy_datagrams_total{publish="127.0.0.1:8080/udp",direction="in"}"#, 6),
+            (r#"tidegate_proxy_datagrams_total{publish="127.0.0.1:8080/udp",direction="out"}"#, 6),
+            (r#"tidegate_proxy_bytes_total{publish="127.0.0.1:8080/udp",direction="in"}"#, 2600),
+            (r#"tidegate_proxy_bytes_total{publish="127.0.0.1:8080/udp",direction="out"}"#, 2600),
+        ],
+    );
+}
+
+#[test]
+fn proxies_of_one_host_share_a_range_of_metrics_ports() {
+    let host = Namespace::new();
+    let _tcp = Launch::new(&host, LOOPBACK).env(METRICS, "127.0.0.1:9500-9501").start().ready();
+    let _udp = Launch::new(&host, LOOPBACK_UDP).env(METRICS, "127.0.0.1:9500-9501").start().ready();
+    assert!(scrape(&host, 9500, "/metrics").1.contains(r#"publish="127.0.0.1:8080/tcp""#));
+    assert!(scrape(&host, 9501, "/metrics").1.contains(r#"publish="127.0.0.1:8080/udp""#));
+    let third = LOOPBACK.replace("8080", "8081");
+    let refusal = Launch::new(&host, &third).env(METRICS, "127.0.0.1:9500-9501").start().refused();
+    assert!(refusal.reason.starts_with("metrics address 127.0.0.1:9500-9501: "), "{}", refusal.reason);
+    assert_eq!(refusal.exit_code, Some(1));
+}
+
+#[test]
+fn metrics_answer_nothing_but_what_they_are_for() {
+    let host = Namespace::new();
+    let _proxy = Launch::new(&host, LOOPBACK).env(METRICS, "127.0.0.1:9464").start().ready();
+    assert_eq!(scrape(&host, 9464, "/elsewhere").0, "HTTP/1.1 404 Not Found");
+    assert_eq!(scrape(&host, 9464, "/metrics?x=y").0, "HTTP/1.1 200 OK");
+}
+
+#[test]
+fn without_being_asked_it_opens_its_port_and_nothing_else() {
+    let host = Namespace::new();
+    let _proxy = Launch::new(&host, LOOPBACK).env(METRICS, "").env(SOURCE, "").start().ready();
+    assert_eq!(host.bound_ports(Protocol::Tcp), [8080].into());
+    assert!(host.bound_ports(Protocol::Udp).is_empty());
+}
+
+#[test]
+fn version_1_of_the_proxy_protocol_tells_the_backend_who_connects() {
+    let net = Topology::three();
+    let backend = net.container.run(|| TcpListener::bind((addr::CONTAINER_V4, 80))).unwrap();
+    for (host, family) in [(IpAddr::from(addr::HOST_V4), "TCP4"), (addr::HOST_V6.into(), "TCP6")] {
+        let arguments = with_host(host);
+        let _proxy = Launch::new(&net.host, &arguments).env(PROXY_PROTOCOL, "v1").start().ready();
+        let (received, client) = one_connection(&net, &backend, host);
+        let expected = format!("PROXY {family} {} {host} {} 8080\r\npayload", client.ip(), client.port());
+        assert_eq!(String::from_utf8_lossy(&received), expected);
+    }
+}
+
+#[test]
+fn version_2_of_the_proxy_protocol_tells_the_backend_who_connects() {
+    let net = Topology::three();
+    let backend = net.container.run(|| TcpListener::bind((addr::CONTAINER_V4, 80))).unwrap();
+    // Asked for by its version, and as the way to show the source.
+    for (variable, value) in [(PROXY_PROTOCOL, "v2"), (SOURCE, "proxy-protocol")] {
+        for host in [IpAddr::from(addr::HOST_V4), addr::HOST_V6.into()] {
+            let arguments = with_host(host);
+            let _proxy = Launch::new(&net.host, &arguments).env(variable, value).start().ready();
+            let (received, client) = one_connection(&net, &backend, host);
+            assert_eq!(
+                received,
+                [version_2_header(client, (host, 8080).into()), b"payload".to_vec()].concat()
+            );
+        }
+    }
+}
+
+#[test]
+fn the_proxy_protocol_leaves_datagrams_alone() {
+    let host = Namespace::new();
+    let _server = EchoServer::udp(&host, back());
+    let _proxy = Launch::new(&host, LOOPBACK_UDP).env(PROXY_PROTOCOL, "v2").start().ready();
+    let client = udp(&host, front());
+    client.send(b"payload").unwrap();
+    let mut answer = [0; 100];
+    let length = client.recv(&mut answer).unwrap();
+    assert_eq!(&answer[..length], b"payload");
+}
+
+#[test]
+fn a_variable_that_is_not_understood_is_refused_in_one_clear_line() {
+    let host = Namespace::new();
+    let cases = [
+        (SOURCE, "nat", r#"TIDEGATE_PROXY_SOURCE="nat": "nat" is none of proxy, client, proxy-protocol"#),
+        (
+            PROXY_PROTOCOL,
+            "3",
+            r#"TIDEGATE_PROXY_PROTOCOL="3": PROXY protocol version "3" is not known: say v1 or v2"#,
+        ),
+        (
+            METRICS,
+            "9464",
+            r#"TIDEGATE_PROXY_METRICS="9464": metrics address "9464" is not ADDRESS:PORT or ADDRESS:PORT-PORT"#,
+        ),
+    ];
+    for (variable, value, reason) in cases {
+        let refusal = Launch::new(&host, LOOPBACK).env(variable, value).start().refused();
+        assert_eq!(refusal.reason, reason);
+        assert_eq!(refusal.stderr, format!("docker-proxy: error: {reason}\n"));
+        assert_eq!(refusal.exit_code, Some(1));
+    }
+    let refusal = Launch::new(&host, LOOPBACK).env("TIDEGATE_LOG", "=/=").start().refused();
+    assert!(refusal.reason.starts_with(r#"TIDEGATE_LOG="=/=" is no log filter"#), "{}", refusal.reason);
+    assert!(!refusal.reason.contains('\n'), "{}", refusal.reason);
+    assert_eq!(refusal.exit_code, Some(1));
+}
+
+#[test]
+fn the_clients_own_address_is_shown_if_asked_and_its_rules_go_with_the_proxy() {
+    let net = Topology::three();
+    let run = tempfile::tempdir().unwrap();
+    let _tcp = PeerServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
+    let _udp = PeerServer::udp(&net.container, (addr::CONTAINER_V4, 80).into());
+    let before = rules(&net.host);
+    for protocol in ["tcp", "udp"] {
+        let mut proxy = showing_clients(&net, run.path(), &format!("-proto {protocol} {TO_CONTAINER}"));
+        assert_eq!(seen_by_container(&net.client, protocol, (addr::HOST_V4, 8080)), addr::CLIENT_V4);
+        assert_ne!(rules(&net.host), before, "answers are led back by a rule");
+        // The host itself is no stranger to the container.
+        assert_eq!(seen_by_container(&net.host, protocol, (addr::HOST_V4, 8080)), addr::GATEWAY_V4);
+        assert_eq!(proxy.stop(Signal::INT, SOON).code(), Some(0));
+        assert_eq!(rules(&net.host), before);
+    }
+}
+
+#[test]
+fn proxies_that_show_the_client_do_not_disturb_one_another() {
+    let net = Topology::three();
+    let run = tempfile::tempdir().unwrap();
+    let _server = PeerServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
+    let before = rules(&net.host);
+    let start = |ports: &str| showing_clients(&net, run.path(), &format!("{TO_CONTAINER} {ports}"));
+    let seen = |port| seen_by_container(&net.client, "tcp", (addr::HOST_V4, port));
+    let mut first = start("-host-port 8081");
+    let mut second = start("-host-port 8082");
+    // As dockerd starts it beside them. A client that speaks IPv6 cannot be shown to a container that does
+    // not.
+    let mut third = start("-host-ip :: -host-port 8081");
+    assert_eq!((seen(8081), seen(8082)), (addr::CLIENT_V4.into(), addr::CLIENT_V4.into()));
+    assert_eq!(seen_by_container(&net.client, "tcp", (addr::HOST_V6, 8081)), addr::GATEWAY_V4);
+    assert_eq!(first.stop(Signal::TERM, SOON).code(), Some(0));
+    assert_eq!(seen(8082), addr::CLIENT_V4);
+
+    // One that is killed cannot tidy up; the next one does it.
+    second.stop(Signal::KILL, SOON);
+    let mut fourth = start("-host-port 8082");
+    assert_eq!(seen(8082), addr::CLIENT_V4);
+    for proxy in [&mut third, &mut fourth] {
+        assert_eq!(proxy.stop(Signal::TERM, SOON).code(), Some(0));
+    }
+    assert_eq!(rules(&net.host), before);
+}
+
+#[test]
+fn a_log_that_cannot_be_written_costs_no_connection() {
+    let host = Namespace::new();
+    let _server = EchoServer::tcp(&host, back());
+    let mut proxy = short_of_descriptors(&host, "2>/dev/full");
+    let mut first = connect(&host, front());
+    echo(&mut first, b"first");
+    let crowd: Vec<_> = (0..40).map(|_| connect(&host, front())).collect();
+    for _ in 0..20 {
+        echo(&mut first, b"still there");
+    }
+    drop(crowd);
+    assert!(proxy.is_running());
+    echo(&mut connect(&host, front()), b"and so is the port");
+}
+
+#[test]
+fn a_warning_that_goes_to_no_terminal_is_plain_text() {
+    let host = Namespace::new();
+    let _server = StalledServer::tcp(&host, back());
+    let proxy = short_of_descriptors(&host, "");
+    let _crowd: Vec<_> = (0..40).map(|_| connect(&host, front())).collect();
+    let line = proxy.wait_for_line("accepting pauses", SOON);
+    assert!(line.contains(" WARN ") && line.contains("publish=127.0.0.1:8080/tcp"), "{line:?}");
+    assert!(!line.contains('\x1b'), "{line:?}");
+}
+
+#[test]
+fn an_idle_proxy_tells_its_memory() {
+    let host = Namespace::new();
+    for (name, arguments) in [("tcp", LOOPBACK), ("udp", LOOPBACK_UDP)] {
+        let proxy = Launch::new(&host, arguments).start().ready();
+        println!(
+            "idle {name} docker-proxy: PSS {} KB, RSS {} KB, {} descriptors",
+            proxy.pss() / 1024,
+            proxy.rss() / 1024,
+            proxy.open_fds()
+        );
+        assert!(proxy.open_fds() < 20);
+    }
+}
+
+fn with_host(host: IpAddr) -> String {
+    format!("-host-ip {host} {TO_CONTAINER}")
+}
+
+/// Sends `payload` through the proxy; returns what the backend received and the client's address.
+fn one_connection(net: &Topology, backend: &TcpListener, host: IpAddr) -> (Vec<u8>, SocketAddr) {
+    let mut client = connect(&net.client, (host, 8080));
+    client.write_all(b"payload").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let (mut server, _) = backend.accept().unwrap();
+    let mut received = Vec::new();
+    server.read_to_end(&mut received).unwrap();
+    (received, client.local_addr().unwrap())
+}
+
+/// Section 2.2 of the PROXY protocol: signature, version and command, family and protocol, length, addresses,
+/// ports.
+fn version_2_header(client: SocketAddr, host: SocketAddr) -> Vec<u8> {
+    let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21".to_vec();
+    header.extend(if client.is_ipv4() { [0x11, 0, 12] } else { [0x21, 0, 36] });
+    for end in [client, host] {
+        match end.ip() {
+            IpAddr::V4(ip) => header.extend(ip.octets()),
+            IpAddr::V6(ip) => header.extend(ip.octets()),
+        }
+    }
+    header.extend(client.port().to_be_bytes());
+    header.extend(host.port().to_be_bytes());
+    header
+}
+
+/// Status line and body of a GET.
+fn scrape(namespace: &Namespace, port: u16, path: &str) -> (String, String) {
+    let mut stream = connect(namespace, ([127, 0, 0, 1], port));
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").expect("an answer has a head");
+    (head.lines().next().unwrap_or_default().to_owned(), body.to_owned())
+}
+
+/// Waits until the page has exactly these values; counters follow payload by a moment.
+#[track_caller]
+fn assert_settles(namespace: &Namespace, port: u16, expected: &[(&str, u64)]) {
+    let mut page = String::new();
+    let settled = eventually(SOON, || {
+        page = scrape(namespace, port, "/metrics").1;
+        let values: BTreeMap<&str, &str> = page.lines().filter_map(|line| line.rsplit_once(' ')).collect();
+        expected.iter().all(|(series, value)| values.get(series) == Some(&value.to_string().as_str()))
+    });
+    assert!(settled, "not all of {expected:?} in:\n{page}");
+}
+
+/// A proxy with a warning to give as soon as a few clients come.
+#[track_caller]
+fn short_of_descriptors(host: &Namespace, redirection: &str) -> Process {
+    let mut shell = host.command("sh");
+    let binary = env!("CARGO_BIN_EXE_docker-proxy");
+    shell.args(["-c", &format!("ulimit -n 40; exec {binary} {LOOPBACK} {redirection}")]);
+    shell.env_remove("TIDEGATE_LOG");
+    Launch::of(shell).start().ready()
+}
+
+/// A proxy on the host that shows the container its clients. What has to survive a crash is kept in `run`.
+#[track_caller]
+fn showing_clients(net: &Topology, run: &Path, arguments: &str) -> Process {
+    let launch = Launch::new(&net.host, arguments).env(SOURCE, "client");
+    launch.env("TIDEGATE_RUN_DIR", run).start().ready()
+}
+
+/// Whom a [`PeerServer`] behind `to` sees.
+#[track_caller]
+fn seen_by_container(from: &Namespace, protocol: &str, to: impl Into<SocketAddr>) -> IpAddr {
+    let mut seen = String::new();
+    if protocol == "tcp" {
+        connect(from, to).read_to_string(&mut seen).unwrap();
+    } else {
+        let socket = udp(from, to);
+        socket.send(b"?").unwrap();
+        let mut answer = [0; 100];
+        let length = socket.recv(&mut answer).unwrap();
+        seen.push_str(std::str::from_utf8(&answer[..length]).unwrap());
+    }
+    seen.parse::<SocketAddr>().unwrap().ip()
+}
+
+/// The namespace's policy rules and the routes of every table.
+fn rules(namespace: &Namespace) -> String {
+    ["rule", "-6 rule", "route show table all", "-6 route show table all"]
+        .map(|what| namespace.ip(&what.split(' ').collect::<Vec<_>>()))
+        .concat()
+}

@@ -1,0 +1,140 @@
+//! A place to be a client at: a network namespace, and the two questions that the containers' server answers.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use tidegate_testbed::Protocol;
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A network namespace under a name.
+pub(crate) struct Place {
+    name: String,
+    net: File,
+}
+
+impl Place {
+    /// The namespace that `path` leads to.
+    #[track_caller]
+    pub(crate) fn open(name: &str, path: impl AsRef<Path>) -> Self {
+        let net = File::open(&path);
+        let net = net.unwrap_or_else(|error| panic!("{name}: open {}: {error}", path.as_ref().display()));
+        Self { name: name.to_owned(), net }
+    }
+
+    /// Runs `f` on a thread inside.
+    pub(crate) fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        let done = thread::scope(|scope| {
+            let inside = || {
+                move_into_link_name_space(self.net.as_fd(), Some(LinkNameSpaceType::Network))
+                    .expect("enter a network namespace");
+                f()
+            };
+            scope.spawn(inside).join()
+        });
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Asks the server at `to`, and returns whom it took us for.
+    #[track_caller]
+    pub(crate) fn asks(&self, protocol: Protocol, to: impl Into<SocketAddr>) -> IpAddr {
+        let to = to.into();
+        let seen = self.try_ask(protocol, to);
+        seen.unwrap_or_else(|error| panic!("{self} gets no answer from {to} ({protocol:?}): {error}"))
+    }
+
+    /// Asserts that nobody is at `to`: the host says so at once.
+    #[track_caller]
+    pub(crate) fn is_refused(&self, protocol: Protocol, to: impl Into<SocketAddr>) {
+        let to = to.into();
+        let error = self.try_ask(protocol, to).expect_err("somebody answers");
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{self} and {to} ({protocol:?}): {error}");
+    }
+
+    /// A connection that has been greeted by the server.
+    #[track_caller]
+    pub(crate) fn connects(&self, to: impl Into<SocketAddr>) -> TcpStream {
+        let to = to.into();
+        let connected = self.run(|| {
+            let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            let mut byte = [0];
+            while byte != *b"\n" {
+                stream.read_exact(&mut byte)?;
+            }
+            io::Result::Ok(stream)
+        });
+        connected.unwrap_or_else(|error| panic!("{self} cannot talk to {to}: {error}"))
+    }
+
+    fn try_ask(&self, protocol: Protocol, to: SocketAddr) -> io::Result<IpAddr> {
+        const QUESTION: &[u8] = b"who am I?";
+        let answer = match protocol {
+            Protocol::Tcp => self.run(|| ask_tcp(to, QUESTION)),
+            Protocol::Udp => self.run(|| ask_udp(to, QUESTION)),
+        }?;
+        let (peer, echo) = answer.split_once('\n').unwrap_or_default();
+        assert_eq!(echo.as_bytes(), QUESTION, "{self} and {to} ({protocol:?})");
+        let peer: SocketAddr = peer.parse().expect("the server names an address");
+        Ok(peer.ip())
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+/// Sends `payload` over a connection from [`Place::connects`], and expects it back.
+#[track_caller]
+pub(crate) fn echo(stream: &mut TcpStream, payload: &[u8]) {
+    stream.write_all(payload).expect("send");
+    let mut answer = vec![0; payload.len()];
+    stream.read_exact(&mut answer).expect("receive what was sent");
+    assert_eq!(answer, payload);
+}
+
+/// What a web server on loopback answers, head and all.
+#[track_caller]
+pub(crate) fn get(place: &Place, port: u16, path: &str) -> String {
+    place.run(|| {
+        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let mut stream = TcpStream::connect_timeout(&to, PATIENCE).expect("connect");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a stream has timeouts");
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("send");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("receive");
+        answer
+    })
+}
+
+fn ask_tcp(to: SocketAddr, question: &[u8]) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(question)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+fn ask_udp(to: SocketAddr, question: &[u8]) -> io::Result<String> {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    // Connected, it takes answers from the address it asked, and hears of refusals.
+    socket.connect(to)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.send(question)?;
+    let mut answer = [0; 1000];
+    let length = socket.recv(&mut answer)?;
+    Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
+}
