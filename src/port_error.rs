@@ -30,8 +30,18 @@ pub fn explain(error: &BindError) -> String {
         Some(Errno::PROTONOSUPPORT) => format!("{port}: protocol not supported"),
         Some(Errno::AFNOSUPPORT) => format!("{port}: this kernel has no IPv6"),
         Some(Errno::MFILE) => format!("{port}: too many open files; raise the limit (ulimit -n)"),
-        _ => format!("{port}: {}", error.source),
+        _ => format!("{port}: {}", without_numbers(&error.source.to_string())),
     }
+}
+
+/// `text` without the `(os error N)` that Rust puts behind what the system says.
+pub fn without_numbers(text: &str) -> String {
+    let mut pieces = text.split(" (os error ");
+    let first = pieces.next().unwrap_or_default().to_owned();
+    pieces.fold(first, |said, rest| match rest.split_once(')') {
+        Some((number, behind)) if number.bytes().all(|byte| byte.is_ascii_digit()) => said + behind,
+        _ => said + " (os error " + rest,
+    })
 }
 
 fn bracketed(ip: IpAddr) -> String {
@@ -104,6 +114,12 @@ mod tests {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, udp.local_addr().unwrap().port()));
         let text = explained(address, Protocol::Udp);
         assert!(text.ends_with(&me), "{text}");
+    }
+
+    #[test]
+    fn only_the_systems_numbers_are_left_out() {
+        let text = "a: Invalid argument (os error 22): b (os error x) c (os error 1)";
+        assert_eq!(without_numbers(text), "a: Invalid argument: b (os error x) c");
     }
 
     #[test]

@@ -216,6 +216,12 @@ impl Engine {
         }
     }
 
+    /// How many descriptors connections and sessions may still take.
+    pub fn descriptors_left(&self) -> usize {
+        let descriptors = &self.shared.descriptors;
+        descriptors.limit().saturating_sub(descriptors.taken())
+    }
+
     /// The figures of every published port, in the order of publishing.
     pub fn snapshot(&self) -> Vec<PortSnapshot> {
         self.ports().values().map(|port| PortSnapshot::of(port)).collect()

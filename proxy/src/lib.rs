@@ -34,4 +34,6 @@ pub use port::{Direction, Drop, Refusal};
 pub use proxy_protocol::ProxyProtocol;
 pub use source_ports::SourcePorts;
 pub use udp::session_table::TableLimits;
-pub use upstream::{Direct, Flow, Lease, Opened, Upstream, begin_connect, is_exhaustion, socket};
+pub use upstream::{
+    Direct, Flow, Lease, Opened, Upstream, begin_connect, has_lost_its_address, is_exhaustion, socket,
+};

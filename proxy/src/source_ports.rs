@@ -67,6 +67,12 @@ impl SourcePorts {
         source: Option<IpAddr>,
         to: SocketAddr,
     ) -> io::Result<OwnedFd> {
+        let make = || {
+            let socket = make()?;
+            // A port in TIME_WAIT is bound again only if its last socket allowed that as well.
+            sockopt::set_socket_reuseaddr(&socket, true)?;
+            Ok::<_, io::Error>(socket)
+        };
         if !self.by_number() {
             let socket = make()?;
             match begin_connect(&socket, to) {
@@ -80,7 +86,6 @@ impl SourcePorts {
             if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         for _ in 0..ATTEMPTS {
             let socket = make()?;
-            sockopt::set_socket_reuseaddr(&socket, true)?;
             let from = SocketAddr::new(source.unwrap_or(any), self.next_port());
             match bind(&socket, &from).map_err(io::Error::from).and_then(|()| begin_connect(&socket, to)) {
                 // A live connection's, or somebody's listener.

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use tidegate_model::Protocol;
 
 /// A client that asks to be connected.
@@ -51,6 +51,13 @@ pub trait Upstream: Send + Sync {
     /// else refuses this flow.
     fn open(&self, flow: &Flow) -> io::Result<Opened>;
 
+    /// Whether the UDP `socket` that this upstream has opened has lost the address it sends from, so that answers cannot
+    /// find it. Asked from time to time of sessions that get none.
+    fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
+        let _ = socket;
+        false
+    }
+
     /// Whether [`Flow::local`] is to be filled in; it costs a system call for each TCP connection.
     fn wants_local_address(&self) -> bool {
         false
@@ -86,7 +93,29 @@ impl Upstream for Direct {
     fn open(&self, flow: &Flow) -> io::Result<Opened> {
         let to = SocketAddr::new(self.container, flow.container_port);
         let make = || socket(flow.protocol, self.container);
-        Ok(self.ports.connect(make, None, to)?.into())
+        if flow.protocol == Protocol::Tcp {
+            return Ok(self.ports.connect(make, None, to)?.into());
+        }
+        let socket = make()?;
+        begin_connect(&socket, to)?;
+        Ok(socket.into())
+    }
+
+    fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
+        has_lost_its_address(socket)
+    }
+}
+
+/// Whether the address that `socket` sends from is not one of the calling thread's namespace any more.
+///
+/// The kernel tells that to a connected IPv4 socket, and not to an IPv6 one, whose datagrams go on leaving.
+pub fn has_lost_its_address(socket: BorrowedFd<'_>) -> bool {
+    let local = rustix::net::getsockname(socket).ok().and_then(|local| SocketAddr::try_from(local).ok());
+    let Some(mut local) = local else { return false };
+    local.set_port(0);
+    match self::socket(Protocol::Udp, local.ip()) {
+        Ok(probe) => rustix::net::bind(&probe, &local) == Err(Errno::ADDRNOTAVAIL),
+        Err(_) => false,
     }
 }
 

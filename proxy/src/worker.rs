@@ -7,6 +7,7 @@ use crate::port::{Port, Refusal};
 use crate::tcp::{Accepted, Connection, Phase, Scratch, Side, Turn};
 use crate::udp::{Batches, Relay};
 use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -207,7 +208,10 @@ impl Worker {
                 Side::Backend if !readiness.is_writable() => return,
                 Side::Backend => {}
             }
-            if let Err(error) = connection.connect_result() {
+            // One that was accepted and reset since was reached all the same, and may have said something.
+            if let Err(error) = connection.connect_result()
+                && error.kind() != io::ErrorKind::ConnectionReset
+            {
                 let refusal = crate::tcp::refusal(&error);
                 return self.refuse_connection(cx, key, refusal);
             }

@@ -43,7 +43,7 @@ pub enum Interest {
     /// As `Readable`, with several loops watching the same descriptor: one event wakes one of them,
     /// the first that sleeps (`EPOLLEXCLUSIVE`).
     ReadableShared,
-    /// Readable, writable, half-closed: each change reported once (edge-triggered). The handler reads or
+    /// Readable, writable, half-closed, urgent data: each change reported once (edge-triggered). The handler reads or
     /// writes until the kernel says `EAGAIN`.
     Edges,
 }
@@ -53,7 +53,9 @@ impl Interest {
         match self {
             Self::Readable => EventFlags::IN,
             Self::ReadableShared => EventFlags::IN | EventFlags::EXCLUSIVE,
-            Self::Edges => EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET,
+            Self::Edges => {
+                EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET
+            }
         }
     }
 }
@@ -76,6 +78,12 @@ impl Readiness {
     /// The peer has sent its FIN (or worse): a short read does not mean that nothing is left.
     pub fn is_read_closed(self) -> bool {
         self.0.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR)
+    }
+
+    /// There is urgent data in the stream: reads stop short at its mark although more waits behind it, and splice(2) does not
+    /// pass it at all (`tcp_read_sock`, net/ipv4/tcp.c).
+    pub fn is_urgent(self) -> bool {
+        self.0.contains(EventFlags::PRI)
     }
 
     /// An error is pending on the socket: a reset, or a failed connect.

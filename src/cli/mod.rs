@@ -6,9 +6,11 @@ mod hello;
 mod publish;
 
 use crate::compat::docker_proxy;
+use crate::port_error::without_numbers;
 use crate::{EXIT_FAILURE, EXIT_USAGE, logging};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
@@ -27,7 +29,6 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Publish ports of a container or an address, in the foreground
     Publish(Box<publish::Publish>),
     /// Be Docker's docker-proxy (see the binary of that name)
     #[command(disable_help_flag = true, disable_version_flag = true)]
@@ -76,7 +77,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("tidegate: error: {}", one_line(&error));
+            // That nobody can read it changes nothing about the exit status.
+            let _ = writeln!(std::io::stderr(), "tidegate: error: {}", one_line(&error));
             ExitCode::from(if error.is::<UsageError>() { EXIT_USAGE } else { EXIT_FAILURE })
         }
     }
@@ -85,9 +87,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 /// The error and its causes, each said once: some errors say their cause themselves.
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
-    for cause in error.chain().map(ToString::to_string) {
-        let gist = cause.split(" (os error").next().unwrap_or(&cause);
-        if !line.contains(gist) {
+    for cause in error.chain().map(|cause| without_numbers(&cause.to_string())) {
+        if !line.contains(&cause) {
             let separator = if line.is_empty() { "" } else { ": " };
             line.push_str(separator);
             line.push_str(&cause);

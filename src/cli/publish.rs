@@ -138,7 +138,13 @@ impl Publish {
         }
         // The recorder goes first: instruments are resolved against it once.
         let recorder = metrics.map(Recorder::install).transpose()?;
-        let engine = Arc::new(Engine::new(self.settings()));
+        let listeners = bound.values().map(Vec::len).sum();
+        let engine = Arc::new(Engine::new(self.settings(listeners)));
+        if engine.descriptors_left() < 2 {
+            bail!(
+                "{listeners} sockets to listen on leave no file descriptors for connections; raise the limit (ulimit -n)"
+            );
+        }
         let mut published = Vec::new();
         for (protocol, listeners) in bound {
             let options = Arc::new(self.port_options(self.upstream(&target, protocol)?, allow.clone()));
@@ -185,7 +191,8 @@ impl Publish {
         }
     }
 
-    fn settings(&self) -> Settings {
+    /// The engine's settings, with so many `listeners` open already.
+    fn settings(&self, listeners: usize) -> Settings {
         let mut settings = Settings {
             max_connections: self.max_connections,
             dial_timeout: self.dial_timeout,
@@ -197,9 +204,7 @@ impl Publish {
         if let Some(bytes) = self.splice_after {
             settings.splice_after = bytes;
         }
-        // A listener each, too.
-        settings.reserved_descriptors +=
-            self.specs.iter().map(|spec| 2 * spec.mappings().len()).sum::<usize>();
+        settings.reserved_descriptors += listeners;
         settings
     }
 

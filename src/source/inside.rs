@@ -6,14 +6,16 @@ use super::{
 };
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use tidegate_model::{Protocol, registry};
 use tidegate_netns::{
     AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl, connected_interface,
     gateway,
 };
-use tidegate_proxy::{Flow, Lease, Opened, SourcePorts, Upstream, begin_connect, socket};
+use tidegate_proxy::{
+    Flow, Lease, Opened, SourcePorts, Upstream, begin_connect, has_lost_its_address, socket,
+};
 
 /// What makes TCP answers inherit the mark of the connection they belong to: those of an accepted connection, and those
 /// of no socket at all (a closed port's RST, an ICMP error).
@@ -159,12 +161,14 @@ impl Inside {
             None => socket(flow.protocol, to.ip()),
         };
         self.namespace.with(|| match source {
-            Some(source) if source.port() != 0 => {
+            _ if flow.protocol == Protocol::Tcp && source.is_none_or(|source| source.port() == 0) => {
+                self.ports.connect(make, source.map(|source| source.ip()), to)
+            }
+            _ => {
                 let socket = make()?;
                 begin_connect(&socket, to)?;
                 Ok(socket)
             }
-            _ => self.ports.connect(make, source.map(|source| source.ip()), to),
         })?
     }
 
@@ -215,5 +219,11 @@ impl Upstream for Inside {
             }
         }
         self.open_as_gateway(flow, container)
+    }
+
+    fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
+        // Only sockets of our own namespace can be asked here; with the client's address they may be either.
+        let all_ours = !self.show_client && self.containers.iter().all(|container| container.connected);
+        all_ours && has_lost_its_address(socket)
     }
 }

@@ -5,7 +5,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -208,7 +208,7 @@ fn ask_once(target: SocketAddr) -> Result<TcpStream> {
 
 /// Writes into one connection until it takes nothing more for `patience`, at most `limit` bytes.
 ///
-/// Returns how many it took.
+/// Returns how many have left its socket by then.
 pub(crate) fn push(target: SocketAddr, patience: Duration, limit: usize) -> Result<usize> {
     let mut stream = connect(target)?;
     stream.set_nonblocking(true)?;
@@ -226,7 +226,19 @@ pub(crate) fn push(target: SocketAddr, patience: Duration, limit: usize) -> Resu
             Err(error) => return Err(error).context("push"),
         }
     }
-    Ok(pushed)
+    Ok(pushed - unacknowledged(&stream)?)
+}
+
+/// What `stream` has taken and its peer has not acknowledged yet, in bytes: what never left this end (tcp(7),
+/// `SIOCOUTQ`).
+fn unacknowledged(stream: &TcpStream) -> Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the request writes one int, which `bytes` is.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error()).context("SIOCOUTQ");
+    }
+    usize::try_from(bytes).context("SIOCOUTQ")
 }
 
 fn connect(target: SocketAddr) -> Result<TcpStream> {

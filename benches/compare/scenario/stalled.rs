@@ -18,8 +18,8 @@ const LIMIT: usize = 1 << 30;
 
 /// A client that pushes, and a server that accepts and never reads.
 ///
-/// The figure includes what the kernel holds in the sockets of client and server: it is that of the whole
-/// path, and the kernel's own path shows the least it can be.
+/// The figure is what has left the client: what the path holds, the server's own receive buffer included. What
+/// still waits in the client's own socket is not the path's; the kernel's own path shows the least it can be.
 pub(super) struct Stalled;
 
 impl Scenario for Stalled {

@@ -77,6 +77,8 @@ struct Half {
     readable: bool,
     /// The source has closed its writing side: read until the end shows.
     closing: bool,
+    /// Urgent data has passed: reads stop short at its mark, and splicing would take the mark for the end.
+    urgent: bool,
     /// The end was read.
     ended: bool,
     /// The sink may have room.
@@ -92,6 +94,7 @@ impl Half {
             moved: 0,
             readable: false,
             closing: false,
+            urgent: false,
             ended: false,
             writable: false,
             shut: false,
@@ -157,6 +160,7 @@ impl Connection {
         let source = &mut self.halves[reads as usize];
         source.readable |= readiness.is_readable();
         source.closing |= readiness.is_read_closed();
+        source.urgent |= readiness.is_urgent();
         self.halves[writes as usize].writable |= readiness.is_writable();
         self.failed[side as usize] |= readiness.is_error();
     }
@@ -168,30 +172,30 @@ impl Connection {
 
     /// Moves what can be moved.
     pub(crate) fn turn(&mut self, scratch: &mut Scratch) -> Turn {
-        let mut turn = Turn::Wait;
+        let (mut again, mut broken) = (false, self.failed[0] || self.failed[1]);
         for direction in Direction::ALL {
-            match self.advance(direction, scratch) {
-                Ok(true) => turn = Turn::Again,
-                Ok(false) => {}
-                Err(_) => return Turn::Broken,
+            match self.advance(direction, broken, scratch) {
+                Ok(more) => again |= more,
+                // The other direction may still have something to pass on: the answer of a server that hung up on a
+                // client in the middle of its request.
+                Err(_) => broken = true,
             }
         }
-        if turn == Turn::Again {
-            return turn;
+        if again {
+            return Turn::Again;
         }
-        // What a broken side had left is passed on by now, or cannot be.
-        if self.failed[0] || self.failed[1] {
+        if broken {
             return Turn::Broken;
         }
         if self.halves.iter().all(|half| half.ended && matches!(half.waiting, Waiting::Nothing)) {
             return Turn::Done;
         }
-        turn
+        Turn::Wait
     }
 
     /// Moves payload in one direction until the source is empty, the sink is full or the budget is used up;
-    /// true in the last case.
-    fn advance(&mut self, direction: Direction, scratch: &mut Scratch) -> io::Result<bool> {
+    /// true in the last case. Of a `broken` connection the end of the source is no end that may be passed on.
+    fn advance(&mut self, direction: Direction, broken: bool, scratch: &mut Scratch) -> io::Result<bool> {
         let [client, backend] = &self.sockets;
         let (source, sink) = match direction {
             Direction::In => (client, backend),
@@ -211,6 +215,9 @@ impl Connection {
                 continue;
             }
             if half.ended {
+                if broken {
+                    return Err(Errno::CONNRESET.into());
+                }
                 // When the other half is through as well, closing says it all.
                 if !half.shut && !other_ended {
                     shut_down(sink)?;
@@ -226,6 +233,7 @@ impl Connection {
             }
             reads -= 1;
             if half.moved >= scratch.splice_after
+                && !half.urgent
                 && let Some(pipe) = scratch.pipes.obtain()
             {
                 half.splice(source, pipe, &mut scratch.pipes)?;
@@ -309,7 +317,7 @@ impl Half {
             Err(error) => return Err(error.into()),
         };
         self.moved += read as u64;
-        if read < buffer.len() && !self.closing {
+        if read < buffer.len() && !self.closing && !self.urgent {
             self.readable = false;
         }
         let sent = if self.writable { try_send(sink, &buffer[..read])? } else { None };

@@ -7,16 +7,19 @@ use crate::upstream::{Flow, Lease, is_exhaustion};
 use crate::worker::{PortState, SessionRef, Tag, Worker};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tidegate_model::{Protocol, canonical};
 use tidegate_reactor::batch::{self, Datagram, Destination, Offload, RecvBatch, SendBatch, Sent};
 use tidegate_reactor::{Arena, Context, Descriptors, Interest, Key, Permit};
 
 /// Batches taken from one socket before other sockets have their turn.
 const BATCHES_PER_TURN: usize = 4;
+
+/// How long a session may get no answer before its path is looked at.
+const TRUST: Duration = Duration::from_millis(500);
 
 /// What a session carries.
 pub(crate) struct Session {
@@ -25,6 +28,8 @@ pub(crate) struct Session {
     reference: Key,
     to_backend: Offload,
     to_client: Offload,
+    /// When the backend last answered, or the path was last found to be in order.
+    trusted: Instant,
     _lease: Option<Lease>,
     _permit: Permit,
 }
@@ -55,6 +60,16 @@ impl Relay {
         let references: Vec<Key> = self.sessions.drain().map(|session| session.reference).collect();
         self.port.stats.live.fetch_sub(references.len(), Ordering::Relaxed);
         references
+    }
+
+    /// Whether the session's socket can be answered, as far as one knows.
+    fn is_in_order(&mut self, session: Key, now: Instant) -> bool {
+        let Some((_, carried)) = self.sessions.get_mut(session) else { return false };
+        if now < carried.trusted + TRUST {
+            return true;
+        }
+        carried.trusted = now;
+        !self.port.options.upstream.is_stale(carried.socket.as_fd())
     }
 
     /// Counts what became of a run.
@@ -144,6 +159,7 @@ impl Worker {
                 Some(&destination),
                 &mut carried.to_client,
             );
+            carried.trusted = cx.now;
             relay.account(Direction::Out, &sent);
             relay.sessions.touch(session, true, cx.now);
             if count < batch::SLOTS {
@@ -179,7 +195,11 @@ impl Opening<'_, '_> {
         descriptors: &Arc<Descriptors>,
     ) -> Result<Key, Drop> {
         if let Some(session) = relay.sessions.find(&client) {
-            return Ok(session);
+            if relay.is_in_order(session, self.cx.now) {
+                return Ok(session);
+            }
+            tracing::debug!(publish = %relay.port.label, "session's own address is gone");
+            end(relay, self.references, session);
         }
         admit(relay, &client)?;
         self.open(relay, client, descriptors)
@@ -214,6 +234,7 @@ impl Opening<'_, '_> {
                 reference,
                 to_backend: Offload::default(),
                 to_client: Offload::default(),
+                trusted: now,
                 _lease: opened.lease,
                 _permit: permit,
             };

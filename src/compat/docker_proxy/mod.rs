@@ -98,8 +98,9 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn fail(ready: ReadyPipe, error: &StartError) -> ExitCode {
-    say(io::stderr(), &format!("docker-proxy: error: {error}\n"));
-    ready.failed(&error.to_string());
+    let reason = port_error::without_numbers(&error.to_string());
+    say(io::stderr(), &format!("docker-proxy: error: {reason}\n"));
+    ready.failed(&reason);
     ExitCode::from(EXIT_FAILURE)
 }
 
