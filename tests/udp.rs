@@ -1,8 +1,9 @@
 //! A published UDP port, as both of its ends see it: datagrams, sessions, and addresses that come and go.
 //!
 //! UDP may lose and reorder. Here nothing between the ends does so unless a buffer is full or an address is not
-//! resolved yet, so the tests exchange a datagram before they send many, send no more than buffers hold, and compare
-//! what arrived without regard to its order.
+//! resolved yet, so the tests exchange a datagram before they send many, compare what arrived without regard to its
+//! order, and have no more than a few hundred packets under way: a CPU's queue of received packets holds 1,000
+//! (`net.core.netdev_max_backlog`), and all namespaces share it.
 
 mod support;
 
@@ -80,17 +81,18 @@ fn a_burst_of_mixed_sizes_keeps_every_boundary() {
         1200, 1200, 1200, 700, 0, 0, 1200, 1200, 1, 1, 1, 0, 1473, 1473, 5, 1200, 9000, 9000, 3, LARGEST,
         1200, 1200, 1201, 1200, 0, LARGEST, 2,
     ];
-    let sent: Vec<Vec<u8>> = (0..8)
-        .flat_map(|round| sizes.iter().zip(round * 100..).map(|(size, seed)| payload(*size, seed)))
-        .collect();
-    for datagram in &sent {
-        client.send_to(datagram, host(5353)).unwrap();
+    for round in 0..8 {
+        let sent: Vec<Vec<u8>> =
+            sizes.iter().zip(round * 100..).map(|(size, seed)| payload(*size, seed)).collect();
+        for datagram in &sent {
+            client.send_to(datagram, host(5353)).unwrap();
+        }
+        assert_same_datagrams(&sent, &server);
+        for datagram in &sent {
+            server.send_to(datagram, upstream).unwrap();
+        }
+        assert_same_datagrams(&sent, &client);
     }
-    assert_same_datagrams(&sent, &server);
-    for datagram in &sent {
-        server.send_to(datagram, upstream).unwrap();
-    }
-    assert_same_datagrams(&sent, &client);
 }
 
 #[test]
@@ -117,12 +119,13 @@ fn segments_of_an_offloading_sender_arrive_whole_in_each_direction() {
             server.send_to(train, upstream).unwrap();
         }
         assert_same_datagrams(&segments, &client);
-        let (publish, metrics) = (if to.is_ipv4() { PORT } else { PORT_V6 }, publisher.metrics());
-        for direction in ["in", "out"] {
-            let datagrams = metrics.labelled("datagrams_total", publish, "direction", direction);
+        let publish = if to.is_ipv4() { PORT } else { PORT_V6 };
+        let count = segments.len() as u64;
+        publisher.wait_for_metrics(|metrics| {
+            let datagrams = |direction| metrics.labelled("datagrams_total", publish, "direction", direction);
             // One more said hello.
-            assert_eq!(datagrams, segments.len() as u64 + u64::from(direction == "in"), "{direction}");
-        }
+            (datagrams("in"), datagrams("out")) == (count + 1, count)
+        });
     }
 }
 
@@ -466,12 +469,14 @@ fn figures_count_every_datagram_and_byte() {
     for size in sizes {
         assert_eq!(echo(&client, host(5353), &payload(size, 1)).len(), size);
     }
-    let metrics = publisher.metrics();
-    for direction in ["in", "out"] {
-        let value = |name| metrics.labelled(name, PORT, "direction", direction);
-        assert_eq!(value("datagrams_total"), sizes.len() as u64);
-        assert_eq!(value("bytes_total"), sizes.iter().sum::<usize>() as u64);
-    }
+    let (datagrams, bytes) = (sizes.len() as u64, sizes.iter().sum::<usize>() as u64);
+    // An answer may be here before it is counted.
+    let metrics = publisher.wait_for_metrics(|metrics| {
+        let value = |name, direction| metrics.labelled(name, PORT, "direction", direction);
+        ["in", "out"].iter().all(|direction| {
+            (value("datagrams_total", direction), value("bytes_total", direction)) == (datagrams, bytes)
+        })
+    });
     assert_eq!(metrics.port("sessions", PORT), 1);
     assert_eq!(metrics.port("sessions", PORT_V6), 0);
 }
@@ -479,7 +484,7 @@ fn figures_count_every_datagram_and_byte() {
 #[test]
 fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_out() {
     const SOURCES: u32 = 20_000;
-    const BATCH: usize = 500;
+    const BATCH: usize = 100;
     const SESSIONS: usize = 1000;
     let net = Topology::three();
     // The client may be any address of this block, and the host believes it.
@@ -526,11 +531,11 @@ fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_o
     assert!(grown < 1 << 20, "{grown} bytes more than after a quarter of them");
 
     // One address with as many ports gets its share and no more.
-    let greedy: Vec<UdpSocket> = (0..300).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+    let greedy: Vec<UdpSocket> = (0..150).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
     for client in &greedy {
         client.send_to(b"greedy", host(5353)).unwrap();
     }
-    let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT, "source_limit") >= 201);
+    let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT, "source_limit") >= 51);
     assert_eq!(metrics.port("sessions", PORT), SESSIONS as u64);
     assert_eq!(echo(&at_work, host(5353), b"?still there"), b"?still there");
 }

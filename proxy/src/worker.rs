@@ -209,7 +209,8 @@ impl Worker {
                 Side::Backend => {}
             }
             // One that was accepted and reset since was reached all the same, and may have said something.
-            if let Err(error) = connection.connect_result()
+            if readiness.is_error()
+                && let Err(error) = connection.connect_result()
                 && error.kind() != io::ErrorKind::ConnectionReset
             {
                 let refusal = crate::tcp::refusal(&error);
