@@ -44,7 +44,7 @@ bench-quick:
 lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --quiet
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" $(CARGO) doc --locked --workspace --no-deps --quiet
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --locked check bans licenses sources; \
 	 elif [ -n "$$CI" ]; then echo "cargo-deny is missing" >&2; exit 1; \
 	 else echo "note: cargo-deny is not installed; licences and sources were not checked"; fi

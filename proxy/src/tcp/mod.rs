@@ -35,8 +35,8 @@ mod connection;
 pub(crate) use accept::{Accepted, refusal};
 pub(crate) use connection::{Connection, Phase, Scratch, Side, Turn};
 
-/// Payload after which a half splices, in bytes. Swept with `make bench` (ARCHITECTURE.md has the figures):
-/// below it the four system calls and the pool cost more than the copy.
+/// Payload after which a half splices, in bytes: below it the four system calls and the pool cost more than the copy
+/// (docs/benchmarks.md has the figures).
 pub const SPLICE_AFTER: u64 = 64 << 10;
 
 /// The loop's copy buffer, in bytes, and so the most that a copying half holds.
