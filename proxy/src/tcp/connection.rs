@@ -77,8 +77,10 @@ struct Half {
     readable: bool,
     /// The source has closed its writing side: read until the end shows.
     closing: bool,
-    /// Urgent data has passed: reads stop short at its mark, and splicing would take the mark for the end.
-    urgent: bool,
+    /// Splicing is over, and a short read does not mean that nothing is left: there is urgent data, at whose mark reads stop
+    /// short and splice(2) returns 0 as if the stream had ended (`tcp_read_sock`, net/ipv4/tcp.c); or splice(2) has
+    /// returned 0, and only a read can tell whether that was the end.
+    copy_only: bool,
     /// The end was read.
     ended: bool,
     /// The sink may have room.
@@ -94,7 +96,7 @@ impl Half {
             moved: 0,
             readable: false,
             closing: false,
-            urgent: false,
+            copy_only: false,
             ended: false,
             writable: false,
             shut: false,
@@ -109,6 +111,8 @@ pub(crate) struct Connection {
     halves: [Half; 2],
     /// Whether each side has told of an error.
     failed: [bool; 2],
+    /// A read or a write has failed: what looks like an end from here on is none.
+    broken: bool,
     pub(crate) phase: Phase,
     pub(crate) port: Arc<Port>,
     /// In the loop's run queue.
@@ -139,6 +143,7 @@ impl Connection {
             sockets: [client, backend],
             halves,
             failed: [false; 2],
+            broken: false,
             phase,
             port,
             queued: false,
@@ -160,7 +165,7 @@ impl Connection {
         let source = &mut self.halves[reads as usize];
         source.readable |= readiness.is_readable();
         source.closing |= readiness.is_read_closed();
-        source.urgent |= readiness.is_urgent();
+        source.copy_only |= readiness.is_urgent();
         self.halves[writes as usize].writable |= readiness.is_writable();
         self.failed[side as usize] |= readiness.is_error();
     }
@@ -172,19 +177,20 @@ impl Connection {
 
     /// Moves what can be moved.
     pub(crate) fn turn(&mut self, scratch: &mut Scratch) -> Turn {
-        let (mut again, mut broken) = (false, self.failed[0] || self.failed[1]);
+        let mut again = false;
+        self.broken |= self.failed[0] || self.failed[1];
         for direction in Direction::ALL {
-            match self.advance(direction, broken, scratch) {
+            match self.advance(direction, scratch) {
                 Ok(more) => again |= more,
                 // The other direction may still have something to pass on: the answer of a server that hung up on a
                 // client in the middle of its request.
-                Err(_) => broken = true,
+                Err(_) => self.broken = true,
             }
         }
         if again {
             return Turn::Again;
         }
-        if broken {
+        if self.broken {
             return Turn::Broken;
         }
         if self.halves.iter().all(|half| half.ended && matches!(half.waiting, Waiting::Nothing)) {
@@ -194,8 +200,8 @@ impl Connection {
     }
 
     /// Moves payload in one direction until the source is empty, the sink is full or the budget is used up;
-    /// true in the last case. Of a `broken` connection the end of the source is no end that may be passed on.
-    fn advance(&mut self, direction: Direction, broken: bool, scratch: &mut Scratch) -> io::Result<bool> {
+    /// true in the last case.
+    fn advance(&mut self, direction: Direction, scratch: &mut Scratch) -> io::Result<bool> {
         let [client, backend] = &self.sockets;
         let (source, sink) = match direction {
             Direction::In => (client, backend),
@@ -215,7 +221,7 @@ impl Connection {
                 continue;
             }
             if half.ended {
-                if broken {
+                if self.broken {
                     return Err(Errno::CONNRESET.into());
                 }
                 // When the other half is through as well, closing says it all.
@@ -233,7 +239,7 @@ impl Connection {
             }
             reads -= 1;
             if half.moved >= scratch.splice_after
-                && !half.urgent
+                && !half.copy_only
                 && let Some(pipe) = scratch.pipes.obtain()
             {
                 half.splice(source, pipe, &mut scratch.pipes)?;
@@ -317,7 +323,7 @@ impl Half {
             Err(error) => return Err(error.into()),
         };
         self.moved += read as u64;
-        if read < buffer.len() && !self.closing && !self.urgent {
+        if read < buffer.len() && !self.closing && !self.copy_only {
             self.readable = false;
         }
         let sent = if self.writable { try_send(sink, &buffer[..read])? } else { None };
@@ -339,7 +345,7 @@ impl Half {
                 return Ok(());
             }
             Ok(Splice::Blocked) => self.readable = false,
-            Ok(Splice::End) => self.ended = true,
+            Ok(Splice::End) => self.copy_only = true,
             Err(error) => {
                 pipes.release(pipe);
                 return Err(error);
