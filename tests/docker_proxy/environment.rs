@@ -331,7 +331,7 @@ fn short_of_descriptors(host: &Namespace, redirection: &str) -> Process {
     let mut shell = host.command("sh");
     let binary = env!("CARGO_BIN_EXE_docker-proxy");
     shell.args(["-c", &format!("ulimit -n 40; exec {binary} {LOOPBACK} {redirection}")]);
-    shell.env_remove("TIDEGATE_LOG");
+    shell.env("TIDEGATE_LOG", "warn");
     Launch::of(shell).start().ready()
 }
 
