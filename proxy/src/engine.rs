@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use tidegate_model::{Protocol, PublishLabel};
+use tidegate_model::Protocol;
 use tidegate_reactor::{Descriptors, EventLoop, Sender};
 
 /// How often a draining engine looks whether everything has ended.
@@ -190,7 +190,7 @@ impl Engine {
 
     /// Closes every port at once, lets connections go on until they end or `deadline` has passed, then resets
     /// what is left. `impatient` is asked meanwhile whether to cut it short.
-    pub fn drain(&self, deadline: Duration, impatient: impl Fn() -> bool) -> Drained {
+    pub fn drain(&self, deadline: Duration, mut impatient: impl FnMut() -> bool) -> Drained {
         self.shared.tell_all(|done| Message::Drain { done });
         let deadline = Instant::now() + deadline;
         while self.shared.connections() > 0 && Instant::now() < deadline && !impatient() {
@@ -225,11 +225,6 @@ impl Engine {
     /// The figures of every published port, in the order of publishing.
     pub fn snapshot(&self) -> Vec<PortSnapshot> {
         self.ports().values().map(|port| PortSnapshot::of(port)).collect()
-    }
-
-    /// What the ports are called, in the order of publishing.
-    pub fn labels(&self) -> Vec<PublishLabel> {
-        self.ports().values().map(|port| port.label).collect()
     }
 
     fn ports(&self) -> MutexGuard<'_, BTreeMap<PublishedPort, Arc<Port>>> {

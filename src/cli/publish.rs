@@ -162,14 +162,7 @@ impl Publish {
         self.announce(&published, &target, metrics_at)?;
 
         signals.forever().next();
-        let mut hurried = false;
-        let impatient = std::cell::RefCell::new(&mut hurried);
-        let pending = std::cell::RefCell::new(&mut signals);
-        let drained = engine.drain(self.drain_timeout, || {
-            let mut hurried = impatient.borrow_mut();
-            **hurried |= pending.borrow_mut().pending().next().is_some();
-            **hurried
-        });
+        let drained = engine.drain(self.drain_timeout, || signals.pending().next().is_some());
         if drained.cut > 0 {
             tracing::warn!(connections = drained.cut, "connections were cut");
         }
