@@ -25,7 +25,7 @@ use tidegate_testbed::{Namespace, Pattern, Protocol, Signal, Topology, addr, pro
 
 const MIB: u64 = 1 << 20;
 
-/// What is moved before a connection counts as fast: several times what is copied before splicing begins.
+/// What is moved before a connection counts as fast.
 const FAST: u64 = MIB;
 
 /// How the published port is called where only IPv4 is looked at.
@@ -126,25 +126,17 @@ fn connections_side_by_side_do_not_mix() {
 
 #[test]
 fn bytes_behind_urgent_data_arrive() {
-    let bed = Bed::new("");
-    let (client, server) = bed.pair_after(1);
-    send_around_urgent_data(&bed, &client, false);
-    assert_eq!(read_past_urgent_data(&server), "beforeafter");
-    assert_eq!(ask_and_answer(&client, &server), (b"more".to_vec(), b"an answer".to_vec()));
-}
-
-#[test]
-fn bytes_behind_urgent_data_arrive_on_a_fast_connection() {
-    let bed = Bed::new("");
-    let (client, server) = bed.pair_after(FAST);
-    send_around_urgent_data(&bed, &client, false);
-    assert_eq!(read_past_urgent_data(&server), "beforeafter");
+    for (bed, moved) in Bed::each([1, FAST]) {
+        let (client, server) = bed.pair_after(moved);
+        send_around_urgent_data(&bed, &client, false);
+        assert_eq!(read_past_urgent_data(&server), "beforeafter", "after {moved} bytes each way");
+        assert_eq!(ask_and_answer(&client, &server), (b"more".to_vec(), b"an answer".to_vec()));
+    }
 }
 
 #[test]
 fn bytes_between_urgent_data_and_the_end_are_not_cut_off() {
-    let bed = Bed::new("");
-    for moved in [1, FAST] {
+    for (bed, moved) in Bed::each([1, FAST]) {
         let (client, server) = bed.pair_after(moved);
         send_around_urgent_data(&bed, &client, true);
         assert_eq!(read_past_urgent_data(&server), "beforeafter", "after {moved} bytes each way");
@@ -178,8 +170,7 @@ fn urgent_data_in_a_fast_transfer_never_cuts_it_short() {
 
 #[test]
 fn a_client_that_has_said_all_gets_a_late_answer() {
-    let bed = Bed::new("");
-    for length in [1000, FAST] {
+    for (bed, length) in Bed::each([1000, FAST]) {
         let (client, server) = bed.pair();
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -199,8 +190,7 @@ fn a_client_that_has_said_all_gets_a_late_answer() {
 
 #[test]
 fn a_server_that_has_said_all_gets_a_late_request() {
-    let bed = Bed::new("");
-    for length in [1000, FAST] {
+    for (bed, length) in Bed::each([1000, FAST]) {
         let (client, server) = bed.pair();
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -232,8 +222,7 @@ fn an_end_without_a_single_byte_is_passed_on() {
 
 #[test]
 fn a_reset_by_the_client_reaches_the_server() {
-    let bed = Bed::new("");
-    for moved in [0, 1000, FAST] {
+    for (bed, moved) in Bed::each([0, 1000, FAST]) {
         let (client, server) = bed.pair_after(moved);
         reset(client);
         assert_eq!(read_all(&server), (vec![], Some(io::ErrorKind::ConnectionReset)), "after {moved} bytes");
@@ -242,8 +231,7 @@ fn a_reset_by_the_client_reaches_the_server() {
 
 #[test]
 fn a_reset_by_the_server_reaches_the_client() {
-    let bed = Bed::new("");
-    for moved in [0, 1000, FAST] {
+    for (bed, moved) in Bed::each([0, 1000, FAST]) {
         let (client, server) = bed.pair_after(moved);
         reset(server);
         assert_eq!(read_all(&client), (vec![], Some(io::ErrorKind::ConnectionReset)), "after {moved} bytes");
@@ -252,8 +240,7 @@ fn a_reset_by_the_server_reaches_the_client() {
 
 #[test]
 fn a_reset_reaches_the_other_side_when_that_has_said_all() {
-    let bed = Bed::new("");
-    for moved in [0, FAST] {
+    for (bed, moved) in Bed::each([0, FAST]) {
         for by_client in [true, false] {
             let (resetter, other) = bed.ordered_pair_after(moved, by_client);
             other.shutdown(Shutdown::Write).unwrap();
@@ -267,8 +254,7 @@ fn a_reset_reaches_the_other_side_when_that_has_said_all() {
 
 #[test]
 fn a_reset_reaches_the_other_side_when_the_resetting_one_has_said_all() {
-    let bed = Bed::new("");
-    for moved in [0, FAST] {
+    for (bed, moved) in Bed::each([0, FAST]) {
         for by_client in [true, false] {
             let (resetter, other) = bed.ordered_pair_after(moved, by_client);
             resetter.shutdown(Shutdown::Write).unwrap();
@@ -296,8 +282,7 @@ fn a_reset_in_the_middle_of_a_transfer_never_looks_like_its_end() {
 
 #[test]
 fn what_a_server_sends_right_before_its_reset_arrives_as_without_a_proxy() {
-    let bed = Bed::new("");
-    for moved in [1, FAST] {
+    for (bed, moved) in Bed::each([1, FAST]) {
         same_as_without_a_proxy(&bed, moved, |_, client, mut server| {
             server.write_all(&[b'x'; 8192]).unwrap();
             reset(server);
@@ -308,8 +293,7 @@ fn what_a_server_sends_right_before_its_reset_arrives_as_without_a_proxy() {
 
 #[test]
 fn what_a_client_sends_right_before_its_reset_arrives_as_without_a_proxy() {
-    let bed = Bed::new("");
-    for moved in [1, FAST] {
+    for (bed, moved) in Bed::each([1, FAST]) {
         same_as_without_a_proxy(&bed, moved, |_, mut client, server| {
             client.write_all(&[b'x'; 8192]).unwrap();
             reset(client);
@@ -321,8 +305,7 @@ fn what_a_client_sends_right_before_its_reset_arrives_as_without_a_proxy() {
 /// A web server that turns an upload down does this: it answers and closes while the client is still sending.
 #[test]
 fn the_answer_to_an_upload_that_is_turned_down_arrives_as_without_a_proxy() {
-    let mut bed = Bed::new("");
-    for moved in [1, FAST] {
+    for (mut bed, moved) in Bed::each([1, FAST]) {
         same_as_without_a_proxy(&bed, moved, |stop, client, mut server| {
             push_until_blocked(&client, &mut Pattern::new(3));
             // What the proxy does in the meantime is then not a matter of luck.
@@ -333,14 +316,13 @@ fn the_answer_to_an_upload_that_is_turned_down_arrives_as_without_a_proxy() {
             stop(false);
             read_all(&client)
         });
+        assert!(bed.publisher.process.is_running());
     }
-    assert!(bed.publisher.process.is_running());
 }
 
 #[test]
 fn what_a_server_sends_right_before_it_closes_arrives() {
-    let bed = Bed::new("");
-    for moved in [0, FAST] {
+    for (bed, moved) in Bed::each([0, FAST]) {
         let (client, mut server) = bed.pair_after(moved);
         server.write_all(&[b'x'; 300_000]).unwrap();
         drop(server);
@@ -482,6 +464,27 @@ fn both_sockets_have_no_delay_and_keep_alive_set() {
 }
 
 #[test]
+fn messages_are_copied_and_streams_are_spliced() {
+    let bed = Bed::new("");
+    let pipes = || {
+        let link =
+            |name: &str| std::fs::read_link(format!("/proc/{}/fd/{name}", bed.publisher.process.pid()));
+        let names = std::fs::read_dir(format!("/proc/{}/fd", bed.publisher.process.pid())).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| link(name).is_ok_and(|to| to.to_string_lossy().starts_with("pipe:"))).count()
+    };
+    let before = pipes();
+    let (client, server) = bed.pair();
+    for _ in 0..2000 {
+        carry(&client, &server, 64);
+        carry(&server, &client, 64);
+    }
+    assert_eq!(pipes(), before, "an exchange of small messages, however long, borrows no pipe");
+    carry(&client, &server, 16 * MIB);
+    assert_eq!(pipes(), before + 2, "a stream does, and the pool keeps it");
+}
+
+#[test]
 fn a_stalled_server_is_sent_no_more_than_buffers_hold_and_goes_on_intact() {
     stalled_peer(true);
 }
@@ -504,7 +507,7 @@ fn a_stalled_connection_does_not_hold_up_another_on_the_same_loop() {
 
 #[test]
 fn bytes_left_behind_by_a_cut_connection_reach_no_other() {
-    let bed = Bed::new("--workers 1");
+    let bed = Bed::new("--workers 1 --splice-from 0");
     for by_client in [true, false, true, false] {
         let (sender, receiver) = bed.ordered_pair_after(FAST, by_client);
         // The proxy holds some of it when the connection is cut.
@@ -901,6 +904,12 @@ impl Bed {
         let publisher =
             Publisher::start(&net.host, &format!("8080:80 --to {} {options}", addr::CONTAINER_V4));
         Self { net, backend, publisher }
+    }
+
+    /// One that copies and one that splices, whatever a read brings, for each of `amounts`.
+    fn each<const N: usize>(amounts: [u64; N]) -> impl Iterator<Item = (Self, u64)> {
+        let ways = ["--splice-from 1000000000", "--splice-from 0"];
+        ways.into_iter().flat_map(move |way| amounts.map(|moved| (Self::new(way), moved)))
     }
 
     /// A connection: the client's end and the server's.

@@ -50,6 +50,11 @@ impl Service {
         Self { protocol: Protocol::Tcp, first_port: 20_000, ports: count }
     }
 
+    /// Each of its ports for itself.
+    pub(crate) fn each(self) -> impl Iterator<Item = Self> {
+        (self.first_port..=self.last_port()).map(move |first_port| Self { first_port, ports: 1, ..self })
+    }
+
     /// The last port, inclusive.
     pub(crate) fn last_port(&self) -> u16 {
         self.first_port + (self.ports - 1)

@@ -17,8 +17,8 @@ pub struct Settings {
     pub dial_timeout: Duration,
     /// Descriptors to leave alone for the rest of the process.
     pub reserved_descriptors: usize,
-    /// Bytes after which a direction of a connection is spliced and no longer copied.
-    pub splice_after: u64,
+    /// Payload of one read, in bytes, from which the next one is spliced and not copied.
+    pub splice_from: usize,
 }
 
 impl Default for Settings {
@@ -31,7 +31,7 @@ impl Default for Settings {
             // docker-proxy leaves it to the kernel (127 s); a client has given up by then.
             dial_timeout: Duration::from_secs(10),
             reserved_descriptors: 24,
-            splice_after: tcp::SPLICE_AFTER,
+            splice_from: tcp::SPLICE_FROM,
         }
     }
 }

@@ -5,6 +5,7 @@
 //! NAT engine or the mesh.
 
 use crate::SourcePorts;
+use crate::listener::prepare_stream;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with};
 use std::io;
@@ -119,10 +120,11 @@ pub fn has_lost_its_address(socket: BorrowedFd<'_>) -> bool {
     }
 }
 
-/// A non-blocking socket for `protocol`, of the family of `address`, in the calling thread's namespace.
+/// A non-blocking socket for `protocol`, of the family of `address`, in the calling thread's namespace. A stream
+/// socket has the same options as the client's.
 ///
 /// # Errors
-/// What socket(2) says; SCTP is `EPROTONOSUPPORT`.
+/// What socket(2) and setsockopt(2) say; SCTP is `EPROTONOSUPPORT`.
 pub fn socket(protocol: Protocol, address: IpAddr) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let (kind, protocol) = match protocol {
@@ -130,7 +132,12 @@ pub fn socket(protocol: Protocol, address: IpAddr) -> io::Result<OwnedFd> {
         Protocol::Udp => (SocketType::DGRAM, ipproto::UDP),
         Protocol::Sctp => return Err(Errno::PROTONOSUPPORT.into()),
     };
-    Ok(socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, Some(protocol))?)
+    let socket = socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, Some(protocol))?;
+    if kind == SocketType::STREAM {
+        // Before the connect, not between it and the first bytes: the backend is awake by then.
+        prepare_stream(&socket)?;
+    }
+    Ok(socket)
 }
 
 /// Begins to connect `socket`; that it is not done yet is no error.

@@ -4,7 +4,7 @@ use crate::engine::Shared;
 use crate::listener::Listener;
 use crate::load::Meter;
 use crate::port::{Port, Refusal};
-use crate::tcp::{Accepted, Connection, Phase, Scratch, Side, Turn};
+use crate::tcp::{Accepted, Connection, Crowd, Phase, Scratch, Side, Turn};
 use crate::udp::{Batches, Relay};
 use std::collections::VecDeque;
 use std::io;
@@ -73,6 +73,7 @@ pub(crate) enum PortState {
         listener: Listener,
         /// Not accepting, for want of descriptors.
         resting: bool,
+        crowd: Crowd,
     },
     Udp(Box<Relay>),
 }
@@ -117,7 +118,7 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn new(index: usize, shared: Arc<Shared>) -> Self {
         let pipes = PipePool::new(PIPES, IDLE_PIPES, Arc::clone(&shared.descriptors));
-        let scratch = Scratch::new(pipes, shared.settings.splice_after);
+        let scratch = Scratch::new(pipes, shared.settings.splice_from);
         Self {
             index,
             shared,
@@ -136,7 +137,7 @@ impl Worker {
         let label = port.label;
         let state = match label.protocol() {
             tidegate_model::Protocol::Udp => PortState::Udp(Box::new(Relay::new(port, listener))),
-            _ => PortState::Tcp { port, listener, resting: false },
+            _ => PortState::Tcp { port, listener, resting: false, crowd: Crowd::default() },
         };
         let key = self.ports.insert(state);
         let added = match self.ports.get(key) {
@@ -196,16 +197,28 @@ impl Worker {
 
     /// An event on one of a connection's sockets.
     fn connection_ready(&mut self, cx: &mut Context<'_>, key: Key, side: Side, readiness: Readiness) {
-        let Some(connection) = self.connections.get_mut(key) else { return };
+        if self.learn(cx, key, side, readiness)
+            && let Some(connection) = self.connections.get_mut(key)
+            && !connection.queued
+        {
+            connection.queued = true;
+            self.run_queue.push_back(key);
+        }
+    }
+
+    /// Notes what one of a connection's sockets is ready for, and ends a dial that is over; whether payload may flow.
+    pub(crate) fn learn(&mut self, cx: &mut Context<'_>, key: Key, side: Side, readiness: Readiness) -> bool {
+        let Some(connection) = self.connections.get_mut(key) else { return false };
         connection.note(side, readiness);
         if let Phase::Dialling { since, deadline } = connection.phase {
             match side {
                 Side::Client if connection.has_failed(Side::Client) => {
-                    return self.refuse_connection(cx, key, Refusal::ClientGone);
+                    self.refuse_connection(cx, key, Refusal::ClientGone);
+                    return false;
                 }
                 // Its bytes wait in the socket.
-                Side::Client => return,
-                Side::Backend if !readiness.is_writable() => return,
+                Side::Client => return false,
+                Side::Backend if !readiness.is_writable() => return false,
                 Side::Backend => {}
             }
             // One that was accepted and reset since was reached all the same, and may have said something.
@@ -214,16 +227,40 @@ impl Worker {
                 && error.kind() != io::ErrorKind::ConnectionReset
             {
                 let refusal = crate::tcp::refusal(&error);
-                return self.refuse_connection(cx, key, refusal);
+                self.refuse_connection(cx, key, refusal);
+                return false;
             }
             connection.phase = Phase::Open;
             cx.timers.disarm(deadline, Tag::Dial.token(key));
             self.shared.metrics.dial_seconds.record(cx.now - since);
         }
-        if !connection.queued {
-            connection.queued = true;
-            self.run_queue.push_back(key);
+        true
+    }
+
+    /// Lets connection `key` move payload, and ends it when it is through.
+    pub(crate) fn take_turn(&mut self, cx: &mut Context<'_>, key: Key) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        connection.queued = false;
+        match connection.turn(&mut self.scratch) {
+            Turn::Wait => self.watch_for_room(cx, key),
+            Turn::Again => {
+                connection.queued = true;
+                self.run_queue.push_back(key);
+                self.watch_for_room(cx, key);
+            }
+            Turn::Done => self.end_connection(cx, key, |connection, scratch| {
+                connection.close(&mut scratch.pipes);
+            }),
+            Turn::Broken => self.cut_connection(cx, key),
         }
+    }
+
+    /// Ends a connection that did not end well.
+    pub(crate) fn cut_connection(&mut self, cx: &mut Context<'_>, key: Key) {
+        self.end_connection(cx, key, |connection, scratch| {
+            connection.port.stats.cut.fetch_add(1, Ordering::Relaxed);
+            connection.reset(&mut scratch.pipes);
+        });
     }
 }
 
@@ -282,18 +319,7 @@ impl Handler for Worker {
     fn turn(&mut self, cx: &mut Context<'_>) -> bool {
         for _ in 0..self.run_queue.len() {
             let Some(key) = self.run_queue.pop_front() else { break };
-            let Some(connection) = self.connections.get_mut(key) else { continue };
-            match connection.turn(&mut self.scratch) {
-                Turn::Wait => connection.queued = false,
-                Turn::Again => self.run_queue.push_back(key),
-                Turn::Done => self.end_connection(cx, key, |connection, scratch| {
-                    connection.close(&mut scratch.pipes);
-                }),
-                Turn::Broken => {
-                    connection.port.stats.cut.fetch_add(1, Ordering::Relaxed);
-                    self.end_connection(cx, key, |connection, scratch| connection.reset(&mut scratch.pipes));
-                }
-            }
+            self.take_turn(cx, key);
         }
         !self.run_queue.is_empty()
     }

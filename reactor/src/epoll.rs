@@ -2,6 +2,7 @@
 
 use crate::arena::Key;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -43,8 +44,11 @@ pub enum Interest {
     /// As `Readable`, with several loops watching the same descriptor: one event wakes one of them,
     /// the first that sleeps (`EPOLLEXCLUSIVE`).
     ReadableShared,
-    /// Readable, writable, half-closed, urgent data: each change reported once (edge-triggered). The handler reads or
-    /// writes until the kernel says `EAGAIN`.
+    /// Readable, half-closed, urgent data: each change reported once (edge-triggered). The handler reads until the
+    /// kernel says `EAGAIN`.
+    InputEdges,
+    /// As `InputEdges`, and writable. Room is there from the start, so it is worth watching only for one who is waiting for it:
+    /// watched earlier, it is an event more for every descriptor.
     Edges,
 }
 
@@ -53,9 +57,8 @@ impl Interest {
         match self {
             Self::Readable => EventFlags::IN,
             Self::ReadableShared => EventFlags::IN | EventFlags::EXCLUSIVE,
-            Self::Edges => {
-                EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET
-            }
+            Self::InputEdges => EventFlags::IN | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET,
+            Self::Edges => Self::InputEdges.flags() | EventFlags::OUT,
         }
     }
 }
@@ -92,6 +95,18 @@ impl Readiness {
     }
 }
 
+impl Readiness {
+    /// What a watched descriptor would report, asked for right now: what two sockets are ready for costs one system
+    /// call, and less than a round through the loop.
+    pub fn of(sources: [BorrowedFd<'_>; 2]) -> [Self; 2] {
+        let asked = PollFlags::IN | PollFlags::OUT | PollFlags::RDHUP | PollFlags::PRI;
+        let mut polled = sources.map(|source| PollFd::from_borrowed_fd(source, asked));
+        let _ = poll(&mut polled, Some(&Timespec::default()));
+        // The bits are the same ones (include/uapi/linux/eventpoll.h). Where the call fails, none is set.
+        polled.map(|one| Self(EventFlags::from_bits_truncate(one.revents().bits().into())))
+    }
+}
+
 /// An epoll instance.
 #[derive(Debug)]
 pub struct Epoll(OwnedFd);
@@ -109,6 +124,14 @@ impl Epoll {
     /// What epoll_ctl(2) says: `ENOSPC` at `fs.epoll.max_user_watches`, `ENOMEM`.
     pub fn add(&self, source: impl AsFd, token: Token, interest: Interest) -> io::Result<()> {
         Ok(epoll::add(&self.0, source, EventData::new_u64(token.0), interest.flags())?)
+    }
+
+    /// Watches `source`, which is watched already, for `interest` from now on. What is ready at this moment is reported again.
+    ///
+    /// # Errors
+    /// What epoll_ctl(2) says: `ENOENT` if it was not watched.
+    pub fn modify(&self, source: impl AsFd, token: Token, interest: Interest) -> io::Result<()> {
+        Ok(epoll::modify(&self.0, source, EventData::new_u64(token.0), interest.flags())?)
     }
 
     /// Watches `source` no longer. Closing the last copy of a descriptor does the same.
@@ -151,6 +174,9 @@ pub(crate) fn split(event: Event) -> (Token, Readiness) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::io::Write;
+    use std::net::Shutdown;
+    use std::os::unix::net::UnixStream;
 
     proptest! {
         #[test]
@@ -159,6 +185,35 @@ mod tests {
             let token = Token::new(tag, key);
             prop_assert_eq!((token.tag(), token.key()), (tag, key));
         }
+    }
+
+    #[test]
+    fn readiness_asked_for_is_what_epoll_would_report() {
+        let (one, mut other) = UnixStream::pair().unwrap();
+        let of_both = |one: &UnixStream, other: &UnixStream| Readiness::of([one.as_fd(), other.as_fd()]);
+        let [fresh, _] = of_both(&one, &other);
+        assert!(fresh.is_writable() && !fresh.is_readable() && !fresh.is_error());
+        other.write_all(b"x").unwrap();
+        let [spoken_to, speaker] = of_both(&one, &other);
+        assert!(spoken_to.is_readable() && !spoken_to.is_read_closed() && !speaker.is_readable());
+        other.shutdown(Shutdown::Write).unwrap();
+        assert!(of_both(&one, &other)[0].is_read_closed());
+    }
+
+    #[test]
+    fn room_is_reported_to_those_only_who_wait_for_it() {
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let (epoll, token) = (Epoll::new().unwrap(), Token::new(1, Key { index: 7, generation: 9 }));
+        let mut events = Vec::with_capacity(4);
+        let mut reported = |epoll: &Epoll| {
+            epoll.wait(&mut events, Some(Duration::ZERO)).unwrap();
+            events.iter().map(|event| split(*event)).any(|(told, ready)| told == token && ready.is_writable())
+        };
+        epoll.add(&stream, token, Interest::InputEdges).unwrap();
+        assert!(!reported(&epoll));
+        epoll.modify(&stream, token, Interest::Edges).unwrap();
+        assert!(reported(&epoll), "room that was there before is reported");
+        assert!(!reported(&epoll), "once");
     }
 
     #[test]

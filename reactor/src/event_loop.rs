@@ -43,6 +43,8 @@ pub struct Context<'a> {
     pub timers: &'a mut Timers,
     /// The time at which this round began: good enough for deadlines, and free.
     pub now: Instant,
+    /// Which round this is, counted from 1.
+    pub round: u64,
     stop: &'a mut bool,
 }
 
@@ -80,11 +82,14 @@ impl<M: Send> EventLoop<M> {
         let mut events = Vec::with_capacity(EVENTS_PER_WAIT);
         let (mut more, mut stop) = (false, false);
         let mut now = Instant::now();
+        let mut round = 0;
         while !stop {
             let sleep = if more { Some(Duration::ZERO) } else { self.until_next_deadline(now) };
             self.epoll.wait(&mut events, sleep)?;
             now = Instant::now();
-            let mut cx = Context { epoll: &self.epoll, timers: &mut self.timers, now, stop: &mut stop };
+            round += 1;
+            let mut cx =
+                Context { epoll: &self.epoll, timers: &mut self.timers, now, round, stop: &mut stop };
             if events.iter().any(|event| split(*event).0 == Token::MAILBOX) {
                 for message in self.mailbox.take() {
                     handler.message(&mut cx, message);

@@ -104,9 +104,9 @@ pub(super) struct Publish {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     workers: Option<u32>,
 
-    /// Bytes after which a direction of a connection is spliced and no longer copied (for measuring)
+    /// Payload of one read from which the next one is spliced and not copied (for measuring)
     #[arg(long, value_name = "BYTES", hide = true)]
-    splice_after: Option<u64>,
+    splice_from: Option<usize>,
 
     /// Serve Prometheus metrics at this ADDRESS:PORT, or "none"
     #[arg(long, value_name = "ADDRESS", default_value = "none")]
@@ -194,8 +194,8 @@ impl Publish {
         if let Some(workers) = self.workers {
             settings.workers = workers as usize;
         }
-        if let Some(bytes) = self.splice_after {
-            settings.splice_after = bytes;
+        if let Some(bytes) = self.splice_from {
+            settings.splice_from = bytes;
         }
         settings.reserved_descriptors += listeners;
         settings

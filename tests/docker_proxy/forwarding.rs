@@ -6,7 +6,7 @@ use std::thread;
 
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
-use tidegate_testbed::{Process, Topology, addr};
+use tidegate_testbed::{Process, Topology, addr, eventually};
 
 use crate::driver::{Launch, SOON, assert_reset, connect, echo, udp};
 
@@ -131,4 +131,20 @@ fn launch(net: &Topology, protocol: &str, host: &str, port: u16, container: Sock
         container.port()
     );
     Launch::new(&net.host, &arguments).start().ready()
+}
+
+/// dockerd starts two for every published port, and most of them wait for ever.
+#[test]
+fn what_only_starting_up_has_used_is_given_back_and_comes_back_when_needed() {
+    let net = Topology::three();
+    let _server = EchoServer::tcp(&net.container, (CONTAINER, 80).into());
+    let proxies = publish(&net, "tcp", CONTAINER);
+    for proxy in &proxies {
+        // Debug builds are larger; without giving back they hold more than twice as much.
+        assert!(eventually(SOON, || proxy.rss() < 3 << 20), "idle it holds {} bytes", proxy.rss());
+    }
+    for host in HOST {
+        let mut client = connect(&net.client, (host, 8080));
+        echo(&mut client, b"there and back");
+    }
 }

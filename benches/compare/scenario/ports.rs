@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::{Metric, Scenario};
-use crate::contender::{Contender, Kind};
+use crate::contender::{Contender, Kind, Running};
 use crate::lab::{Lab, Service};
+use crate::load::{client, server::RequestServer};
 
 /// How many ports a contender with a process for each really publishes; the figures are scaled up from here.
 const SAMPLE: u16 = 50;
@@ -56,7 +57,11 @@ impl Scenario for Ports {
     }
 }
 
-/// One `docker run -p`: two processes, for IPv4 and for IPv6.
+/// Connections that each of a pair of processes carries before its memory is read the second time.
+const CARRIED: usize = 100;
+
+/// One `docker run -p`: two processes, for IPv4 and for IPv6. Their memory before the first connection, which is all that
+/// most of them ever see, and after some.
 ///
 /// The proportional set of a process counts what it shares with the other one by half, and less if more
 /// processes of the same program run on the machine.
@@ -68,7 +73,10 @@ impl Scenario for Pair {
     }
 
     fn metrics(&self) -> Vec<Metric> {
-        vec![Metric::new("ports.pair", "PSS of a process, two of them for one -p", "MB")]
+        vec![
+            Metric::new("ports.pair", "PSS of a process, two of them for one -p", "MB"),
+            Metric::new("ports.pair.used", format!("the same after {CARRIED} connections"), "MB"),
+        ]
     }
 
     fn takes(&self, kind: Kind) -> bool {
@@ -80,8 +88,18 @@ impl Scenario for Pair {
     }
 
     fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
-        let running = contender.start(lab, Service::many(2))?;
+        let pair = Service::many(2);
+        let ports: Vec<Service> = pair.each().collect();
+        let servers = ports.iter().map(|port| RequestServer::start(&lab.net.container, port.backend()));
+        let _servers = servers.collect::<Result<Vec<_>>>()?;
+        let running = contender.start(lab, pair)?;
+        let each = |running: &Running| running.pss().map(|bytes| bytes / 2.0 / 1e6);
         thread::sleep(SETTLE);
-        Ok(vec![running.pss().map(|bytes| bytes / 2.0 / 1e6)])
+        let idle = each(&running);
+        for port in ports {
+            lab.net.client.run(|| client::idle(port.published(), CARRIED))?;
+        }
+        thread::sleep(SETTLE);
+        Ok(vec![idle, each(&running)])
     }
 }

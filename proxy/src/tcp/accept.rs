@@ -1,25 +1,61 @@
 //! Taking connections in, and what stands at the door: allow-list, limits, descriptors.
 
 use super::connection::{Connection, Phase, Side, reset_on_close};
-use crate::listener::prepare_stream;
 use crate::port::{Port, Refusal};
 use crate::upstream::{Flow, is_exhaustion};
 use crate::worker::{Message, PortState, Tag, Worker};
+use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tidegate_model::{Protocol, canonical};
-use tidegate_reactor::{Context, Interest, Key, Permit};
+use tidegate_reactor::{Context, Interest, Key, Permit, Readiness};
 
 /// Connections accepted from one port before other events have their turn.
 const BATCH: usize = 64;
 
 /// How long a port rests when descriptors have run out and none came back on this loop.
 const REST: Duration = Duration::from_millis(50);
+
+/// How many connections arrive at a port at a time. accept(2) makes a socket and its file before it finds out that
+/// nobody waits, which costs more than a tenth of a connection's system calls; so it is asked only for as many as
+/// there will be. Those that it is not asked for keep the port readable.
+#[derive(Debug)]
+pub(crate) struct Crowd {
+    expected: usize,
+    /// The last round in which as many came.
+    filled: Option<u64>,
+}
+
+impl Default for Crowd {
+    fn default() -> Self {
+        Self { expected: 1, filled: None }
+    }
+}
+
+impl Crowd {
+    /// How many to accept in `round`: twice as many as last time, if that was the round before and there were more.
+    fn expect(&mut self, round: u64) -> usize {
+        if self.filled.is_some_and(|filled| filled + 1 == round) {
+            self.expected = (2 * self.expected).min(BATCH);
+        }
+        self.expected
+    }
+
+    /// So many came.
+    fn came(&mut self, round: u64, count: usize) {
+        if count == self.expected {
+            self.filled = Some(round);
+        } else {
+            self.expected = count.max(1);
+        }
+    }
+}
 
 /// A client that was let in and has no backend yet.
 #[derive(Debug)]
@@ -33,30 +69,43 @@ pub(crate) struct Accepted {
 impl Worker {
     /// Accepts what waits at port `key`.
     pub(crate) fn accept(&mut self, cx: &mut Context<'_>, key: Key) {
-        for _ in 0..BATCH {
-            let Some(PortState::Tcp { port, listener, .. }) = self.ports.get(key) else { return };
-            // Two sockets: what cannot have both is left in the kernel's queue.
-            let Some(permit) = self.shared.descriptors.take(2) else {
-                self.scratch.pipes.shrink();
-                return self.rest(cx, key);
-            };
-            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            let (client, address) = match acceptfrom_with(listener, flags) {
-                Ok(accepted) => accepted,
-                Err(rustix::io::Errno::AGAIN) => return,
-                Err(errno) if is_exhaustion(&errno.into()) => return self.rest(cx, key),
-                // The connection that was to be accepted is gone already (accept(2), "Error handling").
-                Err(_) => continue,
-            };
-            let Some(address) = address.and_then(|address| SocketAddr::try_from(address).ok()) else {
-                continue;
-            };
-            let accepted = Accepted { client, address: canonical(address), port: Arc::clone(port), permit };
-            match self.admit(&accepted) {
-                Ok(()) => self.place(cx, accepted),
-                Err(refusal) => refuse(&accepted, refusal),
-            }
+        let Some(PortState::Tcp { crowd, .. }) = self.ports.get_mut(key) else { return };
+        let expected = crowd.expect(cx.round);
+        let came = (0..expected).find(|_| !self.accept_one(cx, key)).unwrap_or(expected);
+        if let Some(PortState::Tcp { crowd, .. }) = self.ports.get_mut(key) {
+            crowd.came(cx.round, came);
         }
+    }
+
+    /// Accepts the next one that waits at port `key`; false if there is none, or none can be taken.
+    fn accept_one(&mut self, cx: &mut Context<'_>, key: Key) -> bool {
+        let Some(PortState::Tcp { port, listener, .. }) = self.ports.get(key) else { return false };
+        // Two sockets: what cannot have both is left in the kernel's queue.
+        let Some(permit) = self.shared.descriptors.take(2) else {
+            self.scratch.pipes.shrink();
+            self.rest(cx, key);
+            return false;
+        };
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (client, address) = match acceptfrom_with(listener, flags) {
+            Ok(accepted) => accepted,
+            Err(Errno::AGAIN) => return false,
+            Err(errno) if is_exhaustion(&errno.into()) => {
+                self.rest(cx, key);
+                return false;
+            }
+            // The connection that was to be accepted is gone already (accept(2), "Error handling").
+            Err(_) => return true,
+        };
+        let Some(address) = address.and_then(|address| SocketAddr::try_from(address).ok()) else {
+            return true;
+        };
+        let accepted = Accepted { client, address: canonical(address), port: Arc::clone(port), permit };
+        match self.admit(&accepted) {
+            Ok(()) => self.place(cx, accepted),
+            Err(refusal) => refuse(&accepted, refusal),
+        }
+        true
     }
 
     /// Whether the client may come in; if so it is counted.
@@ -117,9 +166,6 @@ impl Worker {
                 return Err((accepted, refusal(&error)));
             }
         };
-        if let Err(error) = prepare_stream(&opened.socket) {
-            return Err((accepted, refusal(&error)));
-        }
         let header = options
             .proxy_protocol
             .map(|version| version.header(accepted.address, local.unwrap_or(accepted.port.label.address())));
@@ -128,20 +174,55 @@ impl Worker {
         let Accepted { client, port, permit, .. } = accepted;
         let connection = Connection::new(client, opened.socket, phase, port, header, opened.lease, permit);
         let key = self.connections.insert(connection);
-        cx.timers.arm(deadline, Tag::Dial.token(key));
-        let Some(connection) = self.connections.get(key) else { return Ok(()) };
+        self.make_a_start(cx, key);
+        self.watch(cx, key);
+        Ok(())
+    }
+
+    /// Does at once what can be done at once: on one host, often the whole connect and the client's first message.
+    fn make_a_start(&mut self, cx: &mut Context<'_>, key: Key) {
+        let Some(connection) = self.connections.get(key) else { return };
+        let sides = [Side::Backend, Side::Client];
+        let ready = Readiness::of(sides.map(|side| connection.socket(side).as_fd()));
+        let learnt = sides.into_iter().zip(ready).map(|(side, ready)| self.learn(cx, key, side, ready));
+        // Both, and in this order: what the client says first has a meaning only when there is a backend.
+        if learnt.fold(false, |_, open| open) {
+            self.take_turn(cx, key);
+        }
+    }
+
+    /// Has epoll watch connection `key`, if there was not an end to it at the start.
+    fn watch(&mut self, cx: &mut Context<'_>, key: Key) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        if let Phase::Dialling { deadline, .. } = connection.phase {
+            cx.timers.arm(deadline, Tag::Dial.token(key));
+        }
         for (side, tag) in [(Side::Backend, Tag::Backend), (Side::Client, Tag::Client)] {
-            if cx.epoll.add(connection.socket(side), tag.token(key), Interest::Edges).is_err() {
-                self.refuse_connection(cx, key, Refusal::Exhausted);
-                break;
+            let interest = connection.interest(side);
+            if cx.epoll.add(connection.socket(side), tag.token(key), interest).is_err() {
+                return self.refuse_connection(cx, key, Refusal::Exhausted);
             }
         }
-        Ok(())
+    }
+
+    /// Has epoll tell of room on a side that connection `key` waits for, from the first time that there is none.
+    pub(crate) fn watch_for_room(&mut self, cx: &mut Context<'_>, key: Key) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        for (side, tag) in [(Side::Backend, Tag::Backend), (Side::Client, Tag::Client)] {
+            if !connection.must_watch_for_room(side) {
+                continue;
+            }
+            let interest = connection.interest(side);
+            if cx.epoll.modify(connection.socket(side), tag.token(key), interest).is_err() {
+                tracing::debug!(publish = %connection.port.label, "a connection cannot be watched and is cut");
+                return self.cut_connection(cx, key);
+            }
+        }
     }
 
     /// Stops accepting at port `key` until descriptors come back.
     fn rest(&mut self, cx: &mut Context<'_>, key: Key) {
-        let Some(PortState::Tcp { listener, resting, port }) = self.ports.get_mut(key) else { return };
+        let Some(PortState::Tcp { listener, resting, port, .. }) = self.ports.get_mut(key) else { return };
         if *resting || cx.epoll.remove(&*listener).is_err() {
             return;
         }
@@ -197,4 +278,32 @@ pub(crate) fn refusal(error: &io::Error) -> Refusal {
 fn local_address(client: &OwnedFd) -> Option<SocketAddr> {
     let address = rustix::net::getsockname(client).ok()?;
     SocketAddr::try_from(address).ok().map(canonical)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What accept(2) is asked for in each round in which the port is readable, with so many waiting then.
+    fn asked(arrivals: &[(u64, usize)]) -> Vec<usize> {
+        let mut crowd = Crowd::default();
+        let ask = |(round, waiting): &(u64, usize)| {
+            let expected = crowd.expect(*round);
+            crowd.came(*round, expected.min(*waiting));
+            expected
+        };
+        arrivals.iter().map(ask).collect()
+    }
+
+    #[test]
+    fn those_who_come_one_by_one_are_accepted_without_asking_for_a_second() {
+        assert_eq!(asked(&[(1, 1), (3, 1), (5, 1), (9, 1)]), [1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn a_crowd_is_met_with_ever_more_up_to_a_batch_and_forgotten_when_it_is_gone() {
+        let crowd: Vec<_> = (1..=8).map(|round| (round, 1000)).collect();
+        assert_eq!(asked(&crowd), [1, 2, 4, 8, 16, 32, 64, 64]);
+        assert_eq!(asked(&[(1, 9), (2, 8), (3, 6), (4, 2), (5, 1), (6, 1)]), [1, 2, 4, 8, 2, 1]);
+    }
 }

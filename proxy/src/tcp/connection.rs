@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_reactor::{Loan, Permit, PipePool, Readiness, Splice};
+use tidegate_reactor::{Interest, Loan, Permit, PipePool, Readiness, Splice};
 
 /// One of a connection's two sockets; also the tag of its epoll token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,13 +50,13 @@ pub(crate) enum Turn {
 pub(crate) struct Scratch {
     pub(crate) buffer: Box<[u8]>,
     pub(crate) pipes: PipePool,
-    /// Bytes after which a half is spliced.
-    splice_after: u64,
+    /// Payload of one read from which the next one is spliced.
+    splice_from: usize,
 }
 
 impl Scratch {
-    pub(crate) fn new(pipes: PipePool, splice_after: u64) -> Self {
-        Self { buffer: vec![0; COPY_BYTES].into_boxed_slice(), pipes, splice_after }
+    pub(crate) fn new(pipes: PipePool, splice_from: usize) -> Self {
+        Self { buffer: Box::default(), pipes, splice_from }
     }
 }
 
@@ -72,7 +72,8 @@ enum Waiting {
 #[derive(Debug)]
 struct Half {
     waiting: Waiting,
-    moved: u64,
+    /// The last read brought so much that the next one is worth a pipe.
+    plenty: bool,
     /// The source may have something to read.
     readable: bool,
     /// The source has closed its writing side: read until the end shows.
@@ -93,7 +94,7 @@ impl Half {
     fn new() -> Self {
         Self {
             waiting: Waiting::Nothing,
-            moved: 0,
+            plenty: false,
             readable: false,
             closing: false,
             copy_only: false,
@@ -111,6 +112,8 @@ pub(crate) struct Connection {
     halves: [Half; 2],
     /// Whether each side has told of an error.
     failed: [bool; 2],
+    /// What epoll tells of each side; nothing before it has been asked the first time.
+    watched: [Option<Interest>; 2],
     /// A read or a write has failed: what looks like an end from here on is none.
     broken: bool,
     pub(crate) phase: Phase,
@@ -143,6 +146,7 @@ impl Connection {
             sockets: [client, backend],
             halves,
             failed: [false; 2],
+            watched: [None; 2],
             broken: false,
             phase,
             port,
@@ -170,6 +174,26 @@ impl Connection {
         self.failed[side as usize] |= readiness.is_error();
     }
 
+    /// Whether payload for `side` waits for room that epoll has not been asked to tell of.
+    pub(crate) fn must_watch_for_room(&self, side: Side) -> bool {
+        self.watched[side as usize] == Some(Interest::InputEdges) && self.waits_for_room(side)
+    }
+
+    /// What to watch `side` for from now on. To be connected is to have room.
+    pub(crate) fn interest(&mut self, side: Side) -> Interest {
+        let dialling = side == Side::Backend && matches!(self.phase, Phase::Dialling { .. });
+        let for_room = dialling || self.waits_for_room(side);
+        *self.watched[side as usize].insert(if for_room { Interest::Edges } else { Interest::InputEdges })
+    }
+
+    fn waits_for_room(&self, side: Side) -> bool {
+        let half = match side {
+            Side::Client => &self.halves[Direction::Out as usize],
+            Side::Backend => &self.halves[Direction::In as usize],
+        };
+        !half.writable && !matches!(half.waiting, Waiting::Nothing)
+    }
+
     /// Whether `side` has told of an error.
     pub(crate) fn has_failed(&self, side: Side) -> bool {
         self.failed[side as usize]
@@ -177,6 +201,10 @@ impl Connection {
 
     /// Moves what can be moved.
     pub(crate) fn turn(&mut self, scratch: &mut Scratch) -> Turn {
+        // Not before there is a use for it: most published ports are idle, and some have a process to themselves.
+        if scratch.buffer.is_empty() {
+            scratch.buffer = vec![0; COPY_BYTES].into_boxed_slice();
+        }
         let mut again = false;
         self.broken |= self.failed[0] || self.failed[1];
         for direction in Direction::ALL {
@@ -238,13 +266,13 @@ impl Connection {
                 return Ok(true);
             }
             reads -= 1;
-            if half.moved >= scratch.splice_after
+            if (half.plenty || scratch.splice_from == 0)
                 && !half.copy_only
                 && let Some(pipe) = scratch.pipes.obtain()
             {
-                half.splice(source, pipe, &mut scratch.pipes)?;
+                half.splice(source, pipe, scratch)?;
             } else {
-                let delivered = half.copy(source, sink, &mut scratch.buffer)?;
+                let delivered = half.copy(source, sink, scratch)?;
                 stats.add_bytes(direction, delivered);
             }
         }
@@ -308,8 +336,9 @@ impl Half {
 
     /// Reads through the loop's buffer and sends at once; what the sink does not take is kept. Returns
     /// the bytes that went.
-    fn copy(&mut self, source: &OwnedFd, sink: &OwnedFd, buffer: &mut [u8]) -> io::Result<u64> {
-        let read = match recv(source, &mut *buffer, RecvFlags::empty()) {
+    fn copy(&mut self, source: &OwnedFd, sink: &OwnedFd, scratch: &mut Scratch) -> io::Result<u64> {
+        let buffer = &mut scratch.buffer;
+        let read = match recv(source, &mut buffer[..], RecvFlags::empty()) {
             Ok((0, _)) => {
                 self.ended = true;
                 return Ok(0);
@@ -322,7 +351,7 @@ impl Half {
             Err(Errno::INTR) => return Ok(0),
             Err(error) => return Err(error.into()),
         };
-        self.moved += read as u64;
+        self.plenty = read >= scratch.splice_from;
         if read < buffer.len() && !self.closing && !self.copy_only {
             self.readable = false;
         }
@@ -337,21 +366,21 @@ impl Half {
     }
 
     /// Fills `pipe` from the source.
-    fn splice(&mut self, source: &OwnedFd, mut pipe: Loan, pipes: &mut PipePool) -> io::Result<()> {
+    fn splice(&mut self, source: &OwnedFd, mut pipe: Loan, scratch: &mut Scratch) -> io::Result<()> {
         match pipe.fill(source, SPLICE_BYTES) {
             Ok(Splice::Moved(read)) => {
-                self.moved += read as u64;
+                self.plenty = read >= scratch.splice_from / 4;
                 self.waiting = Waiting::Piped(pipe);
                 return Ok(());
             }
             Ok(Splice::Blocked) => self.readable = false,
             Ok(Splice::End) => self.copy_only = true,
             Err(error) => {
-                pipes.release(pipe);
+                scratch.pipes.release(pipe);
                 return Err(error);
             }
         }
-        pipes.release(pipe);
+        scratch.pipes.release(pipe);
         Ok(())
     }
 }

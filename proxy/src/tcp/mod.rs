@@ -17,9 +17,14 @@
 //! (FIN) and everything is delivered, the half shuts the sink's writing side down (FIN), and the other half
 //! goes on.
 //!
-//! A half begins by copying through the loop's one buffer. After [`SPLICE_AFTER`] bytes it borrows a pipe and
-//! splices: the payload then stays in the kernel. A drained pipe goes back to the pool at once, so idle
-//! connections hold none.
+//! A half begins by copying through the loop's one buffer. When a read brings [`SPLICE_FROM`] bytes or more, it borrows a
+//! pipe for the next one and splices: the payload then stays in the kernel. When that brings less than a quarter of it, it
+//! copies again: an exchange of small messages never splices, however long it goes on. A drained pipe goes back to the pool at once,
+//! so idle connections hold none.
+//!
+//! On one host a connect is over by the time connect(2) returns, and a client that speaks first has spoken by the time it
+//! is accepted. So both sockets are asked at once, and the first exchange goes on its way before epoll has heard of
+//! them; the backend, which the connect wakes up, finds it there already.
 //!
 //! An error is a reset, a timeout, anything that means the connection did not end well. What has already
 //! arrived is passed on first, as far as the other side takes it; then both sides are reset (`SO_LINGER` with zero
@@ -32,12 +37,12 @@
 mod accept;
 mod connection;
 
-pub(crate) use accept::{Accepted, refusal};
+pub(crate) use accept::{Accepted, Crowd, refusal};
 pub(crate) use connection::{Connection, Phase, Scratch, Side, Turn};
 
-/// Payload after which a half splices, in bytes: below it the four system calls and the pool cost more than the copy
-/// (docs/benchmarks.md has the figures).
-pub const SPLICE_AFTER: u64 = 64 << 10;
+/// Payload of one read from which the next one is spliced, in bytes: below it moving pages through a pipe costs as much as
+/// the copy or more (`cargo bench --bench splice_threshold`; docs/benchmarks.md has the figures).
+pub const SPLICE_FROM: usize = COPY_BYTES;
 
 /// The loop's copy buffer, in bytes, and so the most that a copying half holds.
 pub const COPY_BYTES: usize = 64 << 10;

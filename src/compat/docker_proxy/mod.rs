@@ -10,6 +10,7 @@
 
 pub mod flags;
 mod ready;
+mod start_up_pages;
 
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
 use crate::source::{Source, SourceError, clean_up_after_the_dead};
@@ -91,6 +92,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Err(error) => return fail(ready, &error),
     };
     ready.succeeded();
+    start_up_pages::give_back();
     signals.forever().next();
     // Connections are reset, so that none looks complete, and rules in the host's namespace are put away.
     engine.stop();
