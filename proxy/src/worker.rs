@@ -112,6 +112,8 @@ pub(crate) struct Worker {
     pub(crate) scratch: Scratch,
     pub(crate) batches: Option<Batches>,
     pub(crate) meter: Meter,
+    /// Something will come of the connection that was accepted last, and soon.
+    pub(crate) expects_until: Option<Instant>,
     run_queue: VecDeque<Key>,
 }
 
@@ -129,6 +131,7 @@ impl Worker {
             scratch,
             batches: None,
             meter: Meter::new(Instant::now()),
+            expects_until: None,
             run_queue: VecDeque::new(),
         }
     }
@@ -322,5 +325,9 @@ impl Handler for Worker {
             self.take_turn(cx, key);
         }
         !self.run_queue.is_empty()
+    }
+
+    fn expects_until(&self) -> Option<Instant> {
+        self.expects_until
     }
 }

@@ -32,6 +32,12 @@ pub trait Handler {
 
     /// Does the work that the events made possible. True if some is left: the loop then does not sleep.
     fn turn(&mut self, cx: &mut Context<'_>) -> bool;
+
+    /// Until when something is expected so soon that falling asleep and being woken would take longer than to look again; in the
+    /// past most of the time. See [`EventLoop`].
+    fn expects_until(&self) -> Option<Instant> {
+        None
+    }
 }
 
 /// What a [`Handler`] may use of the loop it runs on.
@@ -55,7 +61,19 @@ impl Context<'_> {
     }
 }
 
+/// The most that giving way may take, if nobody else wants the core: beyond it someone does.
+const GAVE_WAY: Duration = Duration::from_micros(100);
+
+/// How long a loop does not give way after someone has used that to the full.
+const NO_MORE_GIVING_WAY: Duration = Duration::from_millis(100);
+
 /// One thread's loop.
+///
+/// It sleeps in epoll_wait(2) when there is nothing to do. Falling asleep and being woken by another core takes as long as two
+/// or three small exchanges, in a virtual machine longer. So while the handler [expects](Handler::expects_until) something,
+/// the loop looks again and again, giving way to whoever wants the core (sched_yield(2)) in between: with the client and the
+/// server on the same two cores, they are who is waited for. Where a program that computes takes the core instead, the
+/// loop does without for a while, because one that slept would be let in before it.
 pub struct EventLoop<M> {
     epoll: Epoll,
     timers: Timers,
@@ -83,9 +101,23 @@ impl<M: Send> EventLoop<M> {
         let (mut more, mut stop) = (false, false);
         let mut now = Instant::now();
         let mut round = 0;
+        let mut give_way_from = now;
         while !stop {
-            let sleep = if more { Some(Duration::ZERO) } else { self.until_next_deadline(now) };
-            self.epoll.wait(&mut events, sleep)?;
+            events.clear();
+            if more {
+                self.epoll.wait(&mut events, Some(Duration::ZERO))?;
+            } else {
+                if let Some(until) = handler.expects_until()
+                    && until > now
+                    && now >= give_way_from
+                {
+                    give_way_from = self.look_until(until, &mut events)?;
+                }
+                if events.is_empty() {
+                    let sleep = self.until_next_deadline(Instant::now());
+                    self.epoll.wait(&mut events, sleep)?;
+                }
+            }
             now = Instant::now();
             round += 1;
             let mut cx =
@@ -106,6 +138,27 @@ impl<M: Send> EventLoop<M> {
             more = handler.turn(&mut cx);
         }
         Ok(())
+    }
+
+    /// Looks for events until there are some or `until` has come. Returns from when on to do so again.
+    fn look_until(
+        &self,
+        until: Instant,
+        events: &mut Vec<rustix::event::epoll::Event>,
+    ) -> io::Result<Instant> {
+        let mut before = Instant::now();
+        loop {
+            self.epoll.wait(events, Some(Duration::ZERO))?;
+            if !events.is_empty() || before >= until {
+                return Ok(before);
+            }
+            std::thread::yield_now();
+            let after = Instant::now();
+            if after - before > GAVE_WAY {
+                return Ok(after + NO_MORE_GIVING_WAY);
+            }
+            before = after;
+        }
     }
 
     fn until_next_deadline(&self, now: Instant) -> Option<Duration> {
