@@ -97,6 +97,14 @@ pub const fn table_id(slot: OwnerSlot) -> u32 {
     FIRST_TABLE + slot.0 as u32
 }
 
+/// The priority of the rules that let the host itself reach its networks past [`GUARD_PRIORITY`].
+///
+/// Behind the [`OwnerSlot`]s, which lead a network's way out; before `main`.
+pub const GUARD_EXEMPTION_PRIORITY: u32 = 7_656;
+
+/// The priority of the rules that make a network unreachable for packets to be forwarded, in either direction.
+pub const GUARD_PRIORITY: u32 = 7_657;
+
 /// What every network interface that tidegate makes on the host begins with. A name has at most 15 bytes
 /// (`IFNAMSIZ` less the NUL), which leaves 13 behind the prefix.
 pub const INTERFACE_PREFIX: &str = "tg";

@@ -107,6 +107,23 @@ impl Namespace {
         })
     }
 
+    /// A new namespace, which has nothing but a loopback interface that is down. It is gone when its last handle, process and
+    /// socket is.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_SYS_ADMIN`, `ENOSPC` at `user.max_net_namespaces`.
+    pub fn create() -> io::Result<Self> {
+        let made = std::thread::Builder::new().name("tidegate-netns".into()).spawn(|| {
+            // SAFETY: of what threads share, this one takes nothing out: its network namespace alone becomes another, and it
+            // ends right after.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
+            File::open(OWN)
+        })?;
+        let file =
+            made.join().map_err(|_| io::Error::other("the thread that makes a namespace panicked"))??;
+        Self::adopt(file, None)
+    }
+
     /// The namespace at `path`: a bind mount such as `ip netns` makes (`/run/netns/blue`), or
     /// `/proc/PID/ns/net`.
     ///

@@ -299,3 +299,13 @@ fn a_path_may_vanish_and_the_handle_stays() {
     assert!(!path.exists() || Namespace::from_path(&path).is_err());
     assert!(namespace.with(|| namespace.is_current()).unwrap());
 }
+
+#[test]
+fn a_created_namespace_is_new_and_empty_and_goes_with_its_last_handle() {
+    require_root();
+    let (one, other) = (Namespace::create().unwrap(), Namespace::create().unwrap());
+    assert_ne!(one.id(), other.id());
+    assert!(!one.is_current());
+    let bound = one.with(|| TcpListener::bind("127.0.0.1:1")).unwrap();
+    assert_eq!(bound.unwrap_err().kind(), io::ErrorKind::AddrNotAvailable, "not even loopback is up");
+}

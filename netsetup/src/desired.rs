@@ -1,0 +1,148 @@
+//! What networks and endpoints there shall be, and which facts make them.
+
+use crate::{Fact, Interface, Isolation, Place};
+use ipnet::IpNet;
+use std::net::IpAddr;
+
+/// Everything that one owner wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Desired {
+    /// The networks; names and bridges differ.
+    pub networks: Vec<Network>,
+    /// What is attached to them; names differ.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A network: a bridge of the host and the subnets on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// What its owner calls it.
+    pub name: String,
+    /// The bridge.
+    pub bridge: Interface,
+    /// At most one of each family.
+    pub subnets: Vec<Subnet>,
+    /// It has no way out: its endpoints get no default route.
+    pub internal: bool,
+    /// Its endpoints reach one another.
+    pub inter_container: bool,
+    /// Bytes that fit into one packet.
+    pub mtu: u32,
+}
+
+/// A subnet and the host's address in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Subnet {
+    /// The subnet.
+    pub subnet: IpNet,
+    /// The bridge's address, which endpoints send by.
+    pub gateway: IpAddr,
+}
+
+/// A namespace that is attached to networks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// What its owner calls it.
+    pub name: String,
+    /// Where it is attached; networks and interfaces differ.
+    pub attachments: Vec<Attachment>,
+}
+
+/// One end of a veth pair in an endpoint, the other on a network's bridge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// The network's name.
+    pub network: String,
+    /// The end on the host.
+    pub host_end: Interface,
+    /// The end in the namespace.
+    pub inside: Interface,
+    /// Its addresses, each with its subnet's prefix length.
+    pub addresses: Vec<IpNet>,
+    /// The endpoint's default route leads by this network, unless it is internal.
+    pub default_route: bool,
+}
+
+impl Network {
+    /// Whether it has a subnet of that family.
+    #[must_use]
+    pub fn has(&self, v6: bool) -> bool {
+        self.subnets.iter().any(|subnet| subnet.gateway.is_ipv6() == v6)
+    }
+
+    /// The facts of the network itself, in the order to make them. What closes it comes before it is up.
+    pub(crate) fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {
+        let link = self.bridge.name.clone();
+        let mut facts = vec![Fact::Bridge { interface: self.bridge.clone(), mtu: self.mtu }];
+        facts.extend(isolation.facts(self));
+        facts.extend(self.subnets.iter().filter_map(|Subnet { subnet, gateway }| {
+            let address = IpNet::new(*gateway, subnet.prefix_len()).ok()?;
+            Some(Fact::Address { place: Place::Host, link: link.clone(), address })
+        }));
+        facts.push(Fact::Up { place: Place::Host, link });
+        facts
+    }
+}
+
+impl Desired {
+    /// All facts, in the order to make them.
+    #[must_use]
+    pub fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {
+        let mut facts: Vec<Fact> =
+            self.networks.iter().flat_map(|network| network.facts(isolation)).collect();
+        for endpoint in &self.endpoints {
+            let place = Place::Endpoint(endpoint.name.clone());
+            facts.push(Fact::Up { place: place.clone(), link: "lo".into() });
+            for attachment in &endpoint.attachments {
+                if let Some(network) = self.networks.iter().find(|network| network.name == attachment.network)
+                {
+                    facts.extend(attachment.facts(&place, &endpoint.name, network));
+                }
+            }
+        }
+        facts
+    }
+}
+
+impl Attachment {
+    fn facts(&self, place: &Place, endpoint: &str, network: &Network) -> Vec<Fact> {
+        let (host_end, inside) = (self.host_end.name.clone(), self.inside.name.clone());
+        let mut facts = vec![
+            Fact::Veth {
+                interface: self.host_end.clone(),
+                endpoint: endpoint.to_owned(),
+                inside: self.inside.clone(),
+                mtu: network.mtu,
+            },
+            // A port of a bridge needs no address of its own, and one would be a way around the bridge's rules.
+            setting(Place::Host, format!("net.ipv6.conf.{host_end}.disable_ipv6"), "1"),
+            Fact::Port {
+                link: host_end.clone(),
+                bridge: network.bridge.name.clone(),
+                isolated: !network.inter_container,
+            },
+        ];
+        if !network.has(true) {
+            facts.push(setting(place.clone(), format!("net.ipv6.conf.{inside}.disable_ipv6"), "1"));
+        }
+        let address =
+            |address: &IpNet| Fact::Address { place: place.clone(), link: inside.clone(), address: *address };
+        facts.extend(self.addresses.iter().map(address));
+        facts.push(Fact::Up { place: Place::Host, link: host_end });
+        facts.push(Fact::Up { place: place.clone(), link: inside.clone() });
+        if self.default_route && !network.internal {
+            let route = |subnet: &Subnet| Fact::DefaultRoute {
+                place: place.clone(),
+                link: inside.clone(),
+                gateway: subnet.gateway,
+            };
+            facts.extend(network.subnets.iter().map(route));
+        }
+        facts
+    }
+}
+
+/// A setting of one of our own links.
+pub(crate) fn setting(place: Place, name: String, value: &str) -> Fact {
+    Fact::Setting { place, name, value: value.to_owned() }
+}

@@ -1,0 +1,218 @@
+//! What can be true in a kernel, and how it becomes so.
+
+use crate::Mac;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::IpAddr;
+
+/// Which network namespace.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Place {
+    /// The one that the bridges are in.
+    Host,
+    /// The one of the endpoint of this name.
+    Endpoint(String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("the host"),
+            Self::Endpoint(name) => write!(f, "endpoint {name:?}"),
+        }
+    }
+}
+
+/// An interface that is ours: by its name and its hardware address, which together nobody else's has.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Interface {
+    /// At most 15 bytes (`IFNAMSIZ`).
+    pub name: String,
+    /// Chosen by us, and in force from the moment the interface is there.
+    pub mac: Mac,
+}
+
+impl fmt::Display for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+/// A policy rule (ip-rule(8)).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Rule {
+    /// Where among the others; lower ones are asked first.
+    pub priority: u32,
+    /// Of the IPv6 rules, not the IPv4 ones.
+    pub v6: bool,
+    /// Packets that came in here (`iif`); `lo` means those that the host itself sends.
+    pub from_interface: Option<String>,
+    /// Packets to here.
+    pub to: Option<IpNet>,
+    /// What becomes of them.
+    pub reach: Reach,
+}
+
+/// What a [`Rule`] does with the packets it matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Reach {
+    /// They are routed by the `main` table.
+    Main,
+    /// They go nowhere.
+    Nothing,
+}
+
+/// Something that is true in a kernel, or is to become so.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Fact {
+    /// There is a bridge on the host.
+    Bridge {
+        /// Its own end.
+        interface: Interface,
+        /// Bytes that fit into one packet.
+        mtu: u32,
+    },
+    /// There is a veth pair: one end on the host, the other with the endpoint.
+    Veth {
+        /// The host's end.
+        interface: Interface,
+        /// Whose the other end is.
+        endpoint: String,
+        /// The other end.
+        inside: Interface,
+        /// Bytes that fit into one packet, at both ends.
+        mtu: u32,
+    },
+    /// A link of the host is a port of a bridge.
+    Port {
+        /// The link.
+        link: String,
+        /// The bridge.
+        bridge: String,
+        /// It reaches the bridge itself, and none of the other ports that are isolated too.
+        isolated: bool,
+    },
+    /// A setting of one of our links (sysctl(8), a dot in an interface's name written `/`). It goes with the link.
+    Setting {
+        /// Where.
+        place: Place,
+        /// Its name.
+        name: String,
+        /// Its value.
+        value: String,
+    },
+    /// A link has an address.
+    Address {
+        /// Where.
+        place: Place,
+        /// The link.
+        link: String,
+        /// The address, and the network that is on the link with it.
+        address: IpNet,
+    },
+    /// A link is up.
+    Up {
+        /// Where.
+        place: Place,
+        /// The link.
+        link: String,
+    },
+    /// All that is not on a link goes this way.
+    DefaultRoute {
+        /// Where.
+        place: Place,
+        /// By this link.
+        link: String,
+        /// To this address.
+        gateway: IpAddr,
+    },
+    /// A policy rule of the host.
+    Rule(Rule),
+}
+
+impl Fact {
+    /// Whether it ends by itself with the link that it is about.
+    pub(crate) fn goes_with_its_link(&self) -> bool {
+        matches!(
+            self,
+            Self::Port { .. }
+                | Self::Setting { .. }
+                | Self::Address { .. }
+                | Self::Up { .. }
+                | Self::DefaultRoute { .. }
+        )
+    }
+}
+
+impl fmt::Display for Fact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bridge { interface, .. } => write!(f, "bridge {:?}", interface.name),
+            Self::Veth { interface, endpoint, inside, .. } => {
+                write!(f, "veth pair {:?} to {:?} of endpoint {endpoint:?}", interface.name, inside.name)
+            }
+            Self::Port { link, bridge, .. } => write!(f, "port {link:?} of bridge {bridge:?}"),
+            Self::Setting { place, name, value } => write!(f, "{name} = {value} on {place}"),
+            Self::Address { place, link, address } => write!(f, "address {address} of {link:?} on {place}"),
+            Self::Up { place, link } => write!(f, "{link:?} up on {place}"),
+            Self::DefaultRoute { place, link, gateway } => {
+                write!(f, "default route by {gateway} on {link:?} of {place}")
+            }
+            Self::Rule(rule) => write!(f, "{rule}"),
+        }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rule {}{}:", if self.v6 { "-6 " } else { "" }, self.priority)?;
+        if let Some(to) = &self.to {
+            write!(f, " to {to}")?;
+        }
+        if let Some(interface) = &self.from_interface {
+            write!(f, " iif {interface}")?;
+        }
+        f.write_str(match self.reach {
+            Reach::Main => " lookup main",
+            Reach::Nothing => " unreachable",
+        })
+    }
+}
+
+/// One step: a fact becomes true, or ceases to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Op {
+    /// Makes it so.
+    Add(Fact),
+    /// Unmakes it.
+    Remove(Fact),
+}
+
+impl Op {
+    /// What takes it back.
+    #[must_use]
+    pub fn inverse(&self) -> Self {
+        match self {
+            Self::Add(fact) => Self::Remove(fact.clone()),
+            Self::Remove(fact) => Self::Add(fact.clone()),
+        }
+    }
+
+    /// What it is about.
+    #[must_use]
+    pub fn fact(&self) -> &Fact {
+        match self {
+            Self::Add(fact) | Self::Remove(fact) => fact,
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Add(fact) => write!(f, "add {fact}"),
+            Self::Remove(fact) => write!(f, "remove {fact}"),
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! What was made, written down before it is made.
+//!
+//! One file for each owner, a JSON value on each line: who writes, then each operation. "add" is written before the kernel is
+//! asked, "remove" after it has done it: so a fact that may be true is always in the file, whenever the process ends. What the
+//! file says twice, or says although it never came to be, does no harm: removing what is not there is no error.
+//!
+//! The file lives in a directory that does not survive a reboot, as the things it tells of do not. It is locked (flock(2)) for
+//! as long as its owner lives; the lock goes with the process, however that ends.
+
+use crate::{Fact, JournalError, Op};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Lines after which the file is written anew, if they tell of less than half as many facts.
+const COMPACT_FROM: usize = 4096;
+
+/// How often to try for the lock, and how long to wait in between, before another process is said to have it: a child of a dead
+/// owner holds on to it until it executes its program, and an owner that ends may delete the file meanwhile.
+const ATTEMPTS: usize = 10;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// One line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Line {
+    Owner { pid: u32 },
+    Add(Fact),
+    Remove(Fact),
+}
+
+/// The journal of one owner, locked.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    facts: Vec<Fact>,
+    lines: usize,
+}
+
+impl Journal {
+    /// Opens the journal at `path`, making it and its directory if need be, and reads what it tells.
+    ///
+    /// # Errors
+    /// [`JournalError::InUse`] if another process has it; [`JournalError`] otherwise.
+    pub fn open(path: &Path) -> Result<Self, JournalError> {
+        let failed = |source| JournalError::Io { path: path.to_owned(), source };
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory).map_err(failed)?;
+        }
+        let file = lock(path)?;
+        let (facts, lines) = read(path, &file)?;
+        let mut journal = Self { path: path.to_owned(), file, facts, lines };
+        journal.write(&Line::Owner { pid: std::process::id() })?;
+        Ok(journal)
+    }
+
+    /// What may be true because of its owner, in the order in which it was made.
+    #[must_use]
+    pub fn facts(&self) -> &[Fact] {
+        &self.facts
+    }
+
+    /// To be called before `op` adds something.
+    pub(crate) fn before(&mut self, op: &Op) -> Result<(), JournalError> {
+        if let Op::Add(fact) = op {
+            self.write(&Line::Add(fact.clone()))?;
+            self.facts.push(fact.clone());
+        }
+        Ok(())
+    }
+
+    /// To be called after `op` has removed something.
+    pub(crate) fn after(&mut self, op: &Op) -> Result<(), JournalError> {
+        if let Op::Remove(fact) = op {
+            self.write(&Line::Remove(fact.clone()))?;
+            self.facts.retain(|other| other != fact);
+            if self.lines > COMPACT_FROM && self.facts.len() < self.lines / 2 {
+                self.compact()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets the facts that are not in `true_ones`: they have gone without us.
+    pub(crate) fn keep(&mut self, true_ones: impl Fn(&Fact) -> bool) -> Result<(), JournalError> {
+        let (kept, gone): (Vec<Fact>, Vec<Fact>) =
+            std::mem::take(&mut self.facts).into_iter().partition(true_ones);
+        self.facts = kept;
+        gone.into_iter().try_for_each(|fact| self.write(&Line::Remove(fact)))
+    }
+
+    /// Deletes the file: nothing of its owner's is left.
+    ///
+    /// # Errors
+    /// What unlink(2) says.
+    pub fn finish(self) -> Result<(), JournalError> {
+        fs::remove_file(&self.path).map_err(|source| JournalError::Io { path: self.path.clone(), source })
+    }
+
+    fn write(&mut self, line: &Line) -> Result<(), JournalError> {
+        let failed = |source| JournalError::Io { path: self.path.clone(), source };
+        let mut text = serde_json::to_vec(line).map_err(|error| failed(error.into()))?;
+        text.push(b'\n');
+        // One write(2): a line is there as a whole or not at all.
+        self.file.write_all(&text).map_err(failed)?;
+        self.lines += 1;
+        Ok(())
+    }
+
+    /// Writes down what is true, and nothing of what was.
+    fn compact(&mut self) -> Result<(), JournalError> {
+        let failed = |source| JournalError::Io { path: self.path.clone(), source };
+        let mut text = Vec::new();
+        let owner = Line::Owner { pid: std::process::id() };
+        for line in std::iter::once(owner).chain(self.facts.iter().cloned().map(Line::Add)) {
+            serde_json::to_writer(&mut text, &line).map_err(|error| failed(error.into()))?;
+            text.push(b'\n');
+        }
+        let new = self.path.with_extension("new");
+        let _ = fs::remove_file(&new);
+        let mut file = create(&new).map_err(failed)?;
+        // Locked before it takes the name: whoever opens it from then on has to wait.
+        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| failed(errno.into()))?;
+        file.write_all(&text).and_then(|()| fs::rename(&new, &self.path)).map_err(failed)?;
+        self.file = file;
+        self.lines = self.facts.len() + 1;
+        Ok(())
+    }
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
+}
+
+/// Opens and locks the file that is at `path` when the lock is had.
+fn lock(path: &Path) -> Result<File, JournalError> {
+    let failed = |source| JournalError::Io { path: path.to_owned(), source };
+    let mut holder_seen = 0;
+    for _ in 0..ATTEMPTS {
+        let file = create(path).map_err(failed)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                holder_seen = holder(&file);
+                std::thread::sleep(PAUSE);
+                continue;
+            }
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        // Its last owner may have deleted it meanwhile.
+        let same = fs::metadata(path).and_then(|there| Ok(there.ino() == file.metadata()?.ino()));
+        if same.unwrap_or(false) {
+            return Ok(file);
+        }
+    }
+    Err(JournalError::InUse { path: path.to_owned(), holder: holder_seen })
+}
+
+/// Who wrote last that it owns the file.
+fn holder(file: &File) -> u32 {
+    let lines = BufReader::new(file).lines().map_while(Result::ok);
+    let owners = lines.filter_map(|line| match serde_json::from_str(&line) {
+        Ok(Line::Owner { pid }) => Some(pid),
+        _ => None,
+    });
+    owners.last().unwrap_or(0)
+}
+
+/// The facts that the file leaves, and how many lines it has.
+fn read(path: &Path, file: &File) -> Result<(Vec<Fact>, usize), JournalError> {
+    let mut facts: Vec<Fact> = Vec::new();
+    let mut lines = 0;
+    for text in BufReader::new(file).split(b'\n') {
+        let text = text.map_err(|source| JournalError::Io { path: path.to_owned(), source })?;
+        lines += 1;
+        match serde_json::from_slice(&text) {
+            Ok(Line::Owner { .. }) => {}
+            Ok(Line::Add(fact)) => facts.push(fact),
+            Ok(Line::Remove(fact)) => facts.retain(|other| *other != fact),
+            Err(source) => return Err(JournalError::Damaged { path: path.to_owned(), line: lines, source }),
+        }
+    }
+    Ok((facts, lines))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Place;
+
+    fn up(link: &str) -> Fact {
+        Fact::Up { place: Place::Host, link: link.into() }
+    }
+
+    #[test]
+    fn what_was_added_and_not_removed_is_there_the_next_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new/demo.journal");
+        let mut journal = Journal::open(&path).unwrap();
+        for link in ["a", "b", "c"] {
+            journal.before(&Op::Add(up(link))).unwrap();
+        }
+        journal.after(&Op::Remove(up("b"))).unwrap();
+        drop(journal);
+        let journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.facts(), [up("a"), up("c")]);
+        journal.finish().unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_second_owner_is_told_who_the_first_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("demo.journal");
+        let _journal = Journal::open(&path).unwrap();
+        match Journal::open(&path).unwrap_err() {
+            JournalError::InUse { holder, .. } => assert_eq!(holder, std::process::id()),
+            error => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn it_does_not_grow_with_what_has_come_and_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("demo.journal");
+        let mut journal = Journal::open(&path).unwrap();
+        journal.before(&Op::Add(up("stays"))).unwrap();
+        for number in 0..3 * COMPACT_FROM {
+            let fact = up(&number.to_string());
+            journal.before(&Op::Add(fact.clone())).unwrap();
+            journal.after(&Op::Remove(fact)).unwrap();
+        }
+        assert!(journal.lines <= COMPACT_FROM + 2);
+        assert!(
+            matches!(Journal::open(&path), Err(JournalError::InUse { .. })),
+            "the new file is locked as well"
+        );
+        drop(journal);
+        assert_eq!(Journal::open(&path).unwrap().facts(), [up("stays")]);
+    }
+
+    #[test]
+    fn a_damaged_line_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("demo.journal");
+        fs::write(&path, "{\"owner\":{\"pid\":1}}\nnonsense\n").unwrap();
+        assert!(matches!(Journal::open(&path), Err(JournalError::Damaged { line: 2, .. })));
+    }
+}

@@ -1,0 +1,581 @@
+//! The real kernel: observes and carries out, by rtnetlink, with sockets made in the namespaces concerned.
+
+use crate::{Fact, Interface, KernelError, Mac, Observed, Op, Place, Reach, Rule};
+use futures_util::TryStreamExt;
+use ipnet::IpNet;
+use rtnetlink::packet_core::ErrorMessage;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
+use rtnetlink::packet_route::link::{
+    InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use rtnetlink::{
+    Handle, IpVersion, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth,
+    RouteMessageBuilder,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd};
+use tidegate_model::registry;
+use tidegate_netns::Namespace;
+use tokio::task::JoinHandle;
+
+/// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
+const MAIN: u32 = 254;
+
+/// The kernel of one host namespace and of the endpoints' namespaces.
+#[derive(Debug)]
+pub struct Kernel {
+    host: Namespace,
+    endpoints: BTreeMap<String, Namespace>,
+    connections: BTreeMap<Place, Connection>,
+}
+
+/// A routing socket in one namespace, and what is known of its links.
+#[derive(Debug)]
+struct Connection {
+    handle: Handle,
+    task: JoinHandle<()>,
+    indexes: BTreeMap<String, u32>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A link as it was found.
+struct Link {
+    index: u32,
+    name: String,
+    mac: Option<Mac>,
+    mtu: u32,
+    up: bool,
+    controller: Option<u32>,
+    isolated: bool,
+}
+
+impl Kernel {
+    /// The kernel as `host` sees it. To be used within a tokio runtime.
+    #[must_use]
+    pub fn new(host: Namespace) -> Self {
+        Self { host, endpoints: BTreeMap::new(), connections: BTreeMap::new() }
+    }
+
+    /// Tells where the endpoint `name` is.
+    pub fn add_endpoint(&mut self, name: &str, namespace: Namespace) {
+        self.connections.remove(&Place::Endpoint(name.to_owned()));
+        self.endpoints.insert(name.to_owned(), namespace);
+    }
+
+    /// Forgets the endpoint `name`.
+    pub fn remove_endpoint(&mut self, name: &str) {
+        self.connections.remove(&Place::Endpoint(name.to_owned()));
+        self.endpoints.remove(name);
+    }
+
+    /// The namespace of an endpoint.
+    #[must_use]
+    pub fn endpoint(&self, name: &str) -> Option<&Namespace> {
+        self.endpoints.get(name)
+    }
+
+    fn namespace(&self, place: &Place) -> Result<&Namespace, KernelError> {
+        match place {
+            Place::Host => Ok(&self.host),
+            Place::Endpoint(name) => self.endpoints.get(name).ok_or_else(|| KernelError {
+                what: format!("enter the namespace of {place}"),
+                source: io::Error::new(io::ErrorKind::NotFound, "it is not known"),
+            }),
+        }
+    }
+
+    /// The connection to `place`, made when it is first asked for. Of endpoints only the last one's is kept: there may be
+    /// thousands, and each is dealt with once.
+    fn connection(&mut self, place: &Place) -> Result<&mut Connection, KernelError> {
+        if !self.connections.contains_key(place) {
+            let open = || -> io::Result<Connection> {
+                let namespace = self.namespace(place).map_err(|error| error.source)?;
+                let (connection, handle, _) = namespace.with(rtnetlink::new_connection)??;
+                let task = tokio::spawn(connection);
+                Ok(Connection { handle, task, indexes: BTreeMap::new() })
+            };
+            let connection = open()
+                .map_err(|source| KernelError { what: format!("routing socket on {place}"), source })?;
+            if *place != Place::Host {
+                self.connections.retain(|other, _| *other == Place::Host);
+            }
+            self.connections.insert(place.clone(), connection);
+        }
+        self.connections.get_mut(place).ok_or_else(|| KernelError {
+            what: format!("routing socket on {place}"),
+            source: io::ErrorKind::NotConnected.into(),
+        })
+    }
+
+    /// Looks which of `asked` are true, and what there is besides.
+    ///
+    /// # Errors
+    /// The first question that the kernel did not answer. An endpoint that is not known has nothing.
+    pub async fn observe(&mut self, asked: &[Fact]) -> Result<Observed, KernelError> {
+        let mut observed = Observed::default();
+        let mut places = BTreeSet::from([Place::Host]);
+        for fact in asked {
+            match fact {
+                Fact::Veth { endpoint, .. } => drop(places.insert(Place::Endpoint(endpoint.clone()))),
+                Fact::Address { place, .. }
+                | Fact::Up { place, .. }
+                | Fact::DefaultRoute { place, .. }
+                | Fact::Setting { place, .. } => drop(places.insert(place.clone())),
+                _ => {}
+            }
+        }
+        places.retain(|place| matches!(place, Place::Host) || self.namespace(place).is_ok());
+        let mut by_place: BTreeMap<&Place, Vec<&Fact>> = BTreeMap::new();
+        for fact in asked {
+            match place_of(fact) {
+                Some(place) => by_place.entry(place).or_default().push(fact),
+                None => by_place.entry(&Place::Host).or_default().push(fact),
+            }
+        }
+        for place in &places {
+            let here = Here::look(self, place).await?;
+            let links = here.links.values().map(|link| (link.name.clone(), link.mac)).collect();
+            observed.links.insert(place.clone(), links);
+            if *place == Place::Host {
+                observed.routes = here.reached();
+            }
+            for fact in by_place.get(place).into_iter().flatten() {
+                if here.holds(self, fact)? {
+                    observed.facts.insert((*fact).clone());
+                }
+            }
+        }
+        Ok(observed)
+    }
+
+    /// Carries `op` out.
+    ///
+    /// # Errors
+    /// What the kernel said. That what is to be removed is not there is none, nor that in its place is something else, which is
+    /// left alone.
+    pub async fn execute(&mut self, op: &Op) -> Result<(), KernelError> {
+        let result = match op {
+            Op::Add(fact) => self.add(fact).await,
+            Op::Remove(fact) => match self.remove(fact).await {
+                Err(error) if is_absent(&error) => Ok(()),
+                result => result,
+            },
+        };
+        result.map_err(|source| KernelError { what: op.to_string(), source })
+    }
+
+    async fn add(&mut self, fact: &Fact) -> io::Result<()> {
+        match fact {
+            Fact::Bridge { interface, mtu } => {
+                let bridge = LinkBridge::new(&interface.name).address(interface.mac.0.to_vec()).mtu(*mtu);
+                self.host()?.link().add(bridge.build()).execute().await.map_err(error)
+            }
+            Fact::Veth { interface, endpoint, inside, mtu } => {
+                let namespace =
+                    self.namespace(&Place::Endpoint(endpoint.clone())).map_err(|error| error.source)?;
+                let namespace = namespace.clone();
+                let peer = LinkMessageBuilder::<LinkUnspec>::new()
+                    .name(inside.name.clone())
+                    .address(inside.mac.0.to_vec())
+                    .mtu(*mtu)
+                    .setns_by_fd(namespace.as_fd().as_raw_fd())
+                    .build();
+                let pair = LinkVeth::new(&interface.name, &inside.name)
+                    .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+                    .address(interface.mac.0.to_vec())
+                    .mtu(*mtu);
+                self.host()?.link().add(pair.build()).execute().await.map_err(error)
+            }
+            Fact::Port { link, bridge, isolated } => {
+                let (link, bridge) =
+                    (self.index(&Place::Host, link).await?, self.index(&Place::Host, bridge).await?);
+                let enslave = LinkUnspec::new_with_index(link).controller(bridge).build();
+                self.host()?.link().set(enslave).execute().await.map_err(error)?;
+                if !isolated {
+                    return Ok(());
+                }
+                let port = LinkBridgePort::new(link).isolated(true).build();
+                self.host()?.link().set_port(port).execute().await.map_err(error)
+            }
+            Fact::Setting { place, name, value } => {
+                match self.namespace(place).map_err(|error| error.source)?.set_sysctl(name, value) {
+                    // A kernel without IPv6 has it switched off.
+                    Err(error)
+                        if error.kind() == io::ErrorKind::NotFound && name.starts_with("net.ipv6.") =>
+                    {
+                        Ok(())
+                    }
+                    result => result,
+                }
+            }
+            Fact::Address { place, link, address } => {
+                let index = self.index(place, link).await?;
+                let handle = self.handle(place)?;
+                let mut request = handle.address().add(index, address.addr(), address.prefix_len());
+                if address.addr().is_ipv6() {
+                    // Nobody else can have it: it is we who give addresses out, and waiting for that would take a second.
+                    request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+                }
+                request.execute().await.map_err(error)
+            }
+            Fact::Up { place, link } => {
+                let index = self.index(place, link).await?;
+                let up = LinkUnspec::new_with_index(index).up().build();
+                self.handle(place)?.link().set(up).execute().await.map_err(error)
+            }
+            Fact::DefaultRoute { place, link, gateway } => {
+                let route = default_route(self.index(place, link).await?, *gateway);
+                self.handle(place)?.route().add(route).execute().await.map_err(error)
+            }
+            Fact::Rule(rule) => {
+                let mut request = self.host()?.rule().add();
+                *request.message_mut() = message_of(rule);
+                request.execute().await.map_err(error)
+            }
+        }
+    }
+
+    async fn remove(&mut self, fact: &Fact) -> io::Result<()> {
+        match fact {
+            Fact::Bridge { interface, .. } | Fact::Veth { interface, .. } => {
+                self.delete_link(interface).await
+            }
+            Fact::Port { link, .. } => {
+                let index = self.index(&Place::Host, link).await?;
+                let free = LinkUnspec::new_with_index(index).nocontroller().build();
+                self.host()?.link().set(free).execute().await.map_err(error)
+            }
+            Fact::Setting { .. } => Ok(()),
+            Fact::Address { place, link, address } => {
+                let index = self.index(place, link).await?;
+                let handle = self.handle(place)?;
+                let message =
+                    handle.address().add(index, address.addr(), address.prefix_len()).message_mut().clone();
+                handle.address().del(message).execute().await.map_err(error)
+            }
+            Fact::Up { place, link } => {
+                let index = self.index(place, link).await?;
+                let down = LinkUnspec::new_with_index(index).down().build();
+                self.handle(place)?.link().set(down).execute().await.map_err(error)
+            }
+            Fact::DefaultRoute { place, link, gateway } => {
+                let route = default_route(self.index(place, link).await?, *gateway);
+                self.handle(place)?.route().del(route).execute().await.map_err(error)
+            }
+            Fact::Rule(rule) => self.host()?.rule().del(message_of(rule)).execute().await.map_err(error),
+        }
+    }
+
+    /// Deletes a link of the host, if it is the one that is meant.
+    async fn delete_link(&mut self, interface: &Interface) -> io::Result<()> {
+        let handle = self.host()?;
+        let mut found = handle.link().get().match_name(interface.name.clone()).execute();
+        let Some(message) = found.try_next().await.map_err(error)? else { return Ok(()) };
+        let link = link_of(&message);
+        self.forget(&Place::Host, &interface.name);
+        if link.mac != Some(interface.mac) {
+            tracing::warn!(interface = %interface.name, "an interface that is not ours any more is left alone");
+            return Ok(());
+        }
+        handle.link().del(link.index).execute().await.map_err(error)
+    }
+
+    fn host(&mut self) -> io::Result<Handle> {
+        self.handle(&Place::Host)
+    }
+
+    fn handle(&mut self, place: &Place) -> io::Result<Handle> {
+        Ok(self.connection(place).map_err(|error| error.source)?.handle.clone())
+    }
+
+    fn forget(&mut self, place: &Place, link: &str) {
+        if let Some(connection) = self.connections.get_mut(place) {
+            connection.indexes.remove(link);
+        }
+    }
+
+    /// The number of a link.
+    async fn index(&mut self, place: &Place, link: &str) -> io::Result<u32> {
+        let connection = self.connection(place).map_err(|error| error.source)?;
+        if let Some(index) = connection.indexes.get(link) {
+            return Ok(*index);
+        }
+        let mut found = connection.handle.link().get().match_name(link.to_owned()).execute();
+        let message = found.try_next().await.map_err(error)?;
+        let index = message.ok_or_else(|| io::Error::from_raw_os_error(NO_DEVICE))?.header.index;
+        connection.indexes.insert(link.to_owned(), index);
+        Ok(index)
+    }
+}
+
+/// `ENODEV`.
+const NO_DEVICE: i32 = rustix::io::Errno::NODEV.raw_os_error();
+
+/// Whether the kernel says that there is no such thing.
+fn is_absent(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let absent = [Errno::NODEV, Errno::NOENT, Errno::SRCH, Errno::ADDRNOTAVAIL, Errno::NXIO];
+    error.kind() == io::ErrorKind::NotFound
+        || Errno::from_io_error(error).is_some_and(|errno| absent.contains(&errno))
+}
+
+fn error(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(ErrorMessage { code: Some(code), .. }) => {
+            io::Error::from_raw_os_error(code.get().abs())
+        }
+        error => io::Error::other(error),
+    }
+}
+
+/// The namespace that decides whether `fact` is true; `None` for the host.
+fn place_of(fact: &Fact) -> Option<&Place> {
+    match fact {
+        Fact::Setting { place, .. }
+        | Fact::Address { place, .. }
+        | Fact::Up { place, .. }
+        | Fact::DefaultRoute { place, .. } => Some(place),
+        Fact::Bridge { .. } | Fact::Veth { .. } | Fact::Port { .. } | Fact::Rule(_) => None,
+    }
+}
+
+/// What one namespace has.
+struct Here {
+    place: Place,
+    links: BTreeMap<u32, Link>,
+    addresses: Vec<(u32, IpNet)>,
+    routes: Vec<RouteMessage>,
+    rules: Vec<Rule>,
+}
+
+impl Here {
+    async fn look(kernel: &mut Kernel, place: &Place) -> Result<Self, KernelError> {
+        let failed = |what: &'static str| {
+            move |source| KernelError { what: format!("list the {what} of {place}"), source: error(source) }
+        };
+        let handle = kernel.connection(place)?.handle.clone();
+        let links: Vec<LinkMessage> =
+            handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
+        let links = links.iter().map(link_of).map(|link| (link.index, link)).collect();
+        let mut addresses = Vec::new();
+        let mut listed = handle.address().get().execute();
+        while let Some(message) = listed.try_next().await.map_err(failed("addresses"))? {
+            // On a point-to-point link `IFA_ADDRESS` is the peer's; `IFA_LOCAL` is there on IPv4 only.
+            let mut address = None;
+            for attribute in message.attributes {
+                match attribute {
+                    AddressAttribute::Local(ip) => address = Some(ip),
+                    AddressAttribute::Address(ip) => address = address.or(Some(ip)),
+                    _ => {}
+                }
+            }
+            if let Some(net) = address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok()) {
+                addresses.push((message.header.index, net));
+            }
+        }
+        let mut routes = Vec::new();
+        for any in
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
+        {
+            let listed: Vec<RouteMessage> =
+                handle.route().get(any).execute().try_collect().await.map_err(failed("routes"))?;
+            routes.extend(listed.into_iter().filter(|route| table(route) == MAIN));
+        }
+        let mut rules = Vec::new();
+        if *place == Place::Host {
+            for version in [IpVersion::V4, IpVersion::V6] {
+                let listed: Vec<RuleMessage> =
+                    handle.rule().get(version).execute().try_collect().await.map_err(failed("rules"))?;
+                rules.extend(listed.iter().filter_map(rule_of));
+            }
+        }
+        Ok(Self { place: place.clone(), links, addresses, routes, rules })
+    }
+
+    fn link(&self, name: &str) -> Option<&Link> {
+        self.links.values().find(|link| link.name == name)
+    }
+
+    fn holds(&self, kernel: &Kernel, fact: &Fact) -> Result<bool, KernelError> {
+        let is = |interface: &Interface, mtu: u32| {
+            self.link(&interface.name).is_some_and(|link| link.mac == Some(interface.mac) && link.mtu == mtu)
+        };
+        Ok(match fact {
+            Fact::Bridge { interface, mtu } | Fact::Veth { interface, mtu, .. } => is(interface, *mtu),
+            Fact::Port { link, bridge, isolated } => {
+                let bridge = self.link(bridge).map(|bridge| bridge.index);
+                let port = self.link(link);
+                bridge.is_some()
+                    && port.is_some_and(|port| port.controller == bridge && port.isolated == *isolated)
+            }
+            Fact::Setting { place, name, value } => match kernel.namespace(place)?.sysctl(name) {
+                Ok(found) => found == *value,
+                Err(_) => false,
+            },
+            Fact::Address { link, address, .. } => self.link(link).is_some_and(|link| {
+                self.addresses.iter().any(|(index, one)| *index == link.index && one == address)
+            }),
+            Fact::Up { link, .. } => self.link(link).is_some_and(|link| link.up),
+            Fact::DefaultRoute { link, gateway, .. } => self.link(link).is_some_and(|link| {
+                self.routes.iter().any(|route| is_default(route) && leads(route, link.index, *gateway))
+            }),
+            Fact::Rule(rule) => self.rules.contains(rule),
+        })
+    }
+
+    /// What is reached from here otherwise than by a default route.
+    fn reached(&self) -> Vec<(IpNet, String)> {
+        let name = |index: u32| self.links.get(&index).map(|link| link.name.clone()).unwrap_or_default();
+        let routes = self.routes.iter().filter(|route| !is_default(route)).filter_map(|route| {
+            let mut to = None;
+            let mut by = 0;
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Destination(RouteAddress::Inet(ip)) => to = Some(IpAddr::from(*ip)),
+                    RouteAttribute::Destination(RouteAddress::Inet6(ip)) => to = Some(IpAddr::from(*ip)),
+                    RouteAttribute::Oif(index) => by = *index,
+                    _ => {}
+                }
+            }
+            let net = IpNet::new(to?, route.header.destination_prefix_length).ok()?;
+            // Link-local prefixes are on every link.
+            let everywhere = matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local() || net.addr().is_multicast());
+            (!everywhere).then(|| (net.trunc(), name(by)))
+        });
+        debug_assert_eq!(self.place, Place::Host);
+        let addresses = self.addresses.iter().filter(|(_, net)| !is_link_local(net.addr()));
+        routes.chain(addresses.map(|(index, net)| (net.trunc(), name(*index)))).collect()
+    }
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
+}
+
+fn link_of(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: None,
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        controller: None,
+        isolated: false,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(bytes) => link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Controller(index) => link.controller = Some(*index),
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
+                        link.isolated = port.contains(&InfoBridgePort::Isolated(true));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    link
+}
+
+fn table(route: &RouteMessage) -> u32 {
+    let wide = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    wide.unwrap_or_else(|| u32::from(route.header.table))
+}
+
+fn is_default(route: &RouteMessage) -> bool {
+    route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
+}
+
+fn leads(route: &RouteMessage, by: u32, to: IpAddr) -> bool {
+    let to = match to {
+        IpAddr::V4(ip) => RouteAddress::Inet(ip),
+        IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+    };
+    route.attributes.contains(&RouteAttribute::Oif(by))
+        && route.attributes.contains(&RouteAttribute::Gateway(to))
+}
+
+fn default_route(by: u32, gateway: IpAddr) -> RouteMessage {
+    let protocol = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
+    match gateway {
+        IpAddr::V4(gateway) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .gateway(gateway)
+            .output_interface(by)
+            .protocol(protocol)
+            .build(),
+        IpAddr::V6(gateway) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .gateway(gateway)
+            .output_interface(by)
+            .protocol(protocol)
+            .build(),
+    }
+}
+
+fn message_of(rule: &Rule) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = if rule.v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+    message.header.action = match rule.reach {
+        Reach::Main => RuleAction::ToTable,
+        Reach::Nothing => RuleAction::Unreachable,
+    };
+    let attributes = &mut message.attributes;
+    attributes.push(RuleAttribute::Priority(rule.priority));
+    attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL)));
+    if rule.reach == Reach::Main {
+        message.header.table = MAIN as u8;
+        attributes.push(RuleAttribute::Table(MAIN));
+    }
+    if let Some(interface) = &rule.from_interface {
+        attributes.push(RuleAttribute::Iifname(interface.clone()));
+    }
+    if let Some(to) = &rule.to {
+        message.header.dst_len = to.prefix_len();
+        attributes.push(RuleAttribute::Destination(to.network()));
+    }
+    message
+}
+
+/// A rule of ours as it was found; `None` for those of others, and for what we never make.
+fn rule_of(message: &RuleMessage) -> Option<Rule> {
+    let ours = RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL));
+    if !message.attributes.contains(&ours) {
+        return None;
+    }
+    let mut rule = Rule {
+        priority: 0,
+        v6: message.header.family == AddressFamily::Inet6,
+        from_interface: None,
+        to: None,
+        reach: match message.header.action {
+            RuleAction::ToTable => Reach::Main,
+            RuleAction::Unreachable => Reach::Nothing,
+            _ => return None,
+        },
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Iifname(name) => rule.from_interface = Some(name.clone()),
+            RuleAttribute::Destination(ip) => rule.to = IpNet::new(*ip, message.header.dst_len).ok(),
+            _ => {}
+        }
+    }
+    Some(rule)
+}

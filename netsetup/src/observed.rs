@@ -1,0 +1,16 @@
+//! What a kernel has, as far as a plan must know.
+
+use crate::{Fact, Mac, Place};
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What was found when the kernel was asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Those of the facts asked about that are true.
+    pub facts: BTreeSet<Fact>,
+    /// Every link, also those of others.
+    pub links: BTreeMap<Place, BTreeMap<String, Option<Mac>>>,
+    /// What the host reaches otherwise than by a default route, and by which link: its routes and its own addresses.
+    pub routes: Vec<(IpNet, String)>,
+}

@@ -1,0 +1,193 @@
+//! Plans against a thought kernel.
+
+use super::*;
+use crate::{Attachment, Endpoint, Mac, Network, Subnet, WithoutFirewall};
+use proptest::prelude::*;
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn interface(name: &str, number: u8) -> Interface {
+    Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, number]) }
+}
+
+fn network(name: &str, number: u8) -> Network {
+    let subnet = net(&format!("10.9.{number}.0/24"));
+    let gateway = crate::gateway(subnet);
+    Network {
+        name: name.into(),
+        bridge: interface(&format!("tg-{name}"), number),
+        subnets: vec![Subnet { subnet, gateway }],
+        internal: false,
+        inter_container: true,
+        mtu: 1500,
+    }
+}
+
+fn endpoint(name: &str, number: u8, network: &Network) -> Endpoint {
+    let IpNet::V4(subnet) = network.subnets[0].subnet else { panic!("IPv4 comes first") };
+    let address =
+        IpAddr::from(std::net::Ipv4Addr::from_bits(subnet.network().to_bits() + 10 + u32::from(number)));
+    Endpoint {
+        name: name.into(),
+        attachments: vec![Attachment {
+            network: network.name.clone(),
+            host_end: interface(&format!("tgv{name}"), 100 + number),
+            inside: interface("eth0", 200 + number),
+            addresses: vec![IpNet::new(address, 24).unwrap()],
+            default_route: true,
+        }],
+    }
+}
+
+fn plan_in(world: &World, owned: &[Fact], desired: &Desired) -> Vec<Op> {
+    let observed = Observed { facts: world.facts().clone(), ..Observed::default() };
+    plan(desired, owned, &observed, &WithoutFirewall).unwrap().ops
+}
+
+/// Some networks and endpoints on them, chosen by bits.
+fn some_desired() -> impl Strategy<Value = Desired> {
+    let networks =
+        prop::collection::vec((any::<bool>(), any::<bool>(), prop::sample::select(vec![1400_u32, 1500])), 3);
+    let endpoints = prop::collection::vec((any::<bool>(), 0_usize..3), 4);
+    (any::<[bool; 3]>(), networks, endpoints).prop_map(|(there, looks, endpoints)| {
+        let mut networks = Vec::new();
+        for (number, (internal, inter_container, mtu)) in looks.into_iter().enumerate() {
+            let name = format!("n{number}");
+            networks.push(Network { internal, inter_container, mtu, ..network(&name, number as u8) });
+        }
+        let endpoints = endpoints
+            .into_iter()
+            .enumerate()
+            .filter(|(_, (there, _))| *there)
+            .filter(|(_, (_, on))| there[*on])
+            .map(|(number, (_, on))| endpoint(&format!("e{number}"), number as u8, &networks[on]));
+        let endpoints = endpoints.collect();
+        let networks =
+            networks.into_iter().zip(there).filter(|(_, there)| *there).map(|(network, _)| network).collect();
+        Desired { networks, endpoints }
+    })
+}
+
+proptest! {
+    #[test]
+    fn a_plan_leads_from_anything_of_ours_to_what_is_desired_and_back(first in some_desired(), second in some_desired()) {
+        let mut world = World::default();
+        let ops = plan_in(&world, &[], &first);
+        ops.iter().for_each(|op| world.execute(op));
+        let owned = first.facts(&WithoutFirewall);
+        prop_assert_eq!(world.facts(), &owned.iter().cloned().collect());
+        prop_assert_eq!(plan_in(&world, &owned, &first), vec![], "there is nothing left to do");
+
+        let mut back = world.clone();
+        ops.iter().rev().for_each(|op| back.execute(&op.inverse()));
+        prop_assert_eq!(&back, &World::default(), "the inverses lead back");
+
+        plan_in(&world, &owned, &second).iter().for_each(|op| world.execute(op));
+        let owned = second.facts(&WithoutFirewall);
+        prop_assert_eq!(world.facts(), &owned.iter().cloned().collect(), "what was there before does not matter");
+        plan_in(&world, &owned, &Desired::default()).iter().for_each(|op| world.execute(op));
+        prop_assert_eq!(&world, &World::default());
+    }
+
+    /// The process may end after any step.
+    #[test]
+    fn what_was_begun_is_cleared_or_completed(desired in some_desired(), done in any::<prop::sample::Index>()) {
+        let ops = plan_in(&World::default(), &[], &desired);
+        let done = done.index(ops.len() + 1);
+        let owned: Vec<Fact> = ops[..done].iter().map(|op| op.fact().clone()).collect();
+        let mut world = World::default();
+        ops[..done].iter().for_each(|op| world.execute(op));
+        let mut cleared = world.clone();
+        plan_in(&world, &owned, &Desired::default()).iter().for_each(|op| cleared.execute(op));
+        prop_assert_eq!(&cleared, &World::default());
+        plan_in(&world, &owned, &desired).iter().for_each(|op| world.execute(op));
+        prop_assert_eq!(world.facts(), &desired.facts(&WithoutFirewall).into_iter().collect());
+    }
+}
+
+#[test]
+fn a_network_is_closed_before_it_is_up() {
+    let desired = Desired { networks: vec![network("blue", 1)], endpoints: Vec::new() };
+    let steps: Vec<String> = plan_in(&World::default(), &[], &desired).iter().map(Op::to_string).collect();
+    assert_eq!(
+        steps,
+        [
+            "add bridge \"tg-blue\"",
+            "add net.ipv4.conf.tg-blue.forwarding = 0 on the host",
+            "add net.ipv6.conf.tg-blue.disable_ipv6 = 1 on the host",
+            "add rule 7656: to 10.9.1.0/24 iif lo lookup main",
+            "add rule 7657: to 10.9.1.0/24 unreachable",
+            "add rule 7657: iif tg-blue unreachable",
+            "add address 10.9.1.1/24 of \"tg-blue\" on the host",
+            "add \"tg-blue\" up on the host",
+        ]
+    );
+}
+
+#[test]
+fn an_endpoint_of_an_internal_network_has_no_way_out() {
+    let internal = Network { internal: true, ..network("inside", 1) };
+    let desired = Desired { endpoints: vec![endpoint("web", 1, &internal)], networks: vec![internal] };
+    let facts = desired.facts(&WithoutFirewall);
+    assert!(!facts.iter().any(|fact| matches!(fact, Fact::DefaultRoute { .. })));
+}
+
+#[test]
+fn contradictions_are_told_and_nothing_is_planned() {
+    let (blue, red) = (network("blue", 1), network("red", 2));
+    let taken = |links: &[(&str, u8)]| Observed {
+        links: BTreeMap::from([(
+            Place::Host,
+            links.iter().map(|(name, mac)| ((*name).to_owned(), Some(Mac([2, 0, 0, 0, 0, *mac])))).collect(),
+        )]),
+        ..Observed::default()
+    };
+    let refused = |networks: Vec<Network>, endpoints: Vec<Endpoint>, observed: &Observed| {
+        plan(&Desired { networks, endpoints }, &[], observed, &WithoutFirewall).unwrap_err().to_string()
+    };
+    let nothing = Observed::default();
+    let wide = Network {
+        subnets: vec![Subnet { subnet: net("10.9.0.0/16"), gateway: ip("10.9.0.1") }],
+        ..red.clone()
+    };
+    assert_eq!(
+        refused(vec![blue.clone(), wide], vec![], &nothing),
+        "network \"red\": subnet 10.9.0.0/16 overlaps 10.9.1.0/24 of network \"blue\"; give it another one"
+    );
+    let routed = Observed { routes: vec![(net("10.0.0.0/8"), "eth7".into())], ..Observed::default() };
+    assert_eq!(
+        refused(vec![blue.clone()], vec![], &routed),
+        "network \"blue\": subnet 10.9.1.0/24 overlaps 10.0.0.0/8, which the host reaches by \"eth7\"; give it another one"
+    );
+    assert_eq!(
+        refused(vec![blue.clone()], vec![], &taken(&[("tg-blue", 99)])),
+        "interface \"tg-blue\" on the host exists already and is not ours; choose another name or remove it"
+    );
+    let long = Network { bridge: interface("tg-a-name-too-long", 1), ..blue.clone() };
+    assert_eq!(
+        refused(vec![long], vec![], &nothing),
+        "interface name \"tg-a-name-too-long\" is too long: 15 bytes at most"
+    );
+    let (one, mut other) = (endpoint("one", 1, &blue), endpoint("other", 2, &blue));
+    other.attachments[0].addresses.clone_from(&one.attachments[0].addresses);
+    assert_eq!(
+        refused(vec![blue.clone()], vec![one.clone(), other], &nothing),
+        "endpoint \"other\": address 10.9.1.11 is endpoint \"one\"'s already"
+    );
+    assert_eq!(refused(vec![red], vec![one], &nothing), "endpoint \"one\": there is no network \"blue\"");
+    assert!(
+        plan(
+            &Desired { networks: vec![blue], endpoints: vec![] },
+            &[],
+            &taken(&[("tg-blue", 1)]),
+            &WithoutFirewall
+        )
+        .is_ok()
+    );
+}

@@ -1,0 +1,141 @@
+//! Plan, apply, verify, and take it all back.
+
+use crate::{
+    ApplyError, ConflictError, Desired, Fact, Isolation, Journal, JournalError, Kernel, KernelError,
+    Observed, Op, plan,
+};
+
+/// Networks and endpoints of one owner.
+#[derive(Debug)]
+pub struct Setup<I> {
+    kernel: Kernel,
+    journal: Journal,
+    isolation: I,
+}
+
+/// Why networks are not as desired.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// They cannot be; nothing was changed.
+    #[error(transparent)]
+    Conflict(#[from] ConflictError),
+    /// The kernel did not answer; nothing was changed.
+    #[error(transparent)]
+    Observe(#[from] KernelError),
+    /// A step failed; what was done before it was undone.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// The journal failed; nothing is done that it does not tell of.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The kernel took every step, and yet not all is as it should be: someone else is at it.
+    #[error("{0} was undone by someone else meanwhile")]
+    Verify(Op),
+}
+
+impl<I: Isolation> Setup<I> {
+    /// Works on `kernel`, and keeps `journal`.
+    pub fn new(kernel: Kernel, journal: Journal, isolation: I) -> Self {
+        Self { kernel, journal, isolation }
+    }
+
+    /// The kernel, to tell it of endpoints.
+    pub fn kernel(&mut self) -> &mut Kernel {
+        &mut self.kernel
+    }
+
+    /// What may be there because of us.
+    #[must_use]
+    pub fn owned(&self) -> &[Fact] {
+        self.journal.facts()
+    }
+
+    /// What the host has besides, to choose names and subnets by.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub async fn surroundings(&mut self) -> Result<Observed, KernelError> {
+        self.kernel.observe(&[]).await
+    }
+
+    /// Makes it so. Fails a step, the ones before it are undone.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    pub async fn apply(&mut self, desired: &Desired) -> Result<usize, SetupError> {
+        let ops = self.plan(desired).await?;
+        self.carry_out(&ops).await?;
+        match self.plan(desired).await?.into_iter().next() {
+            None => Ok(ops.len()),
+            Some(op) => Err(SetupError::Verify(op)),
+        }
+    }
+
+    /// Takes back all that is ours, whoever made it: this process or one before it that was killed.
+    ///
+    /// # Errors
+    /// [`SetupError`]: the first failure; what could be removed is, and the rest stays in the journal.
+    pub async fn clear(&mut self) -> Result<usize, SetupError> {
+        let ops = self.plan(&Desired::default()).await?;
+        let mut first = None;
+        for op in &ops {
+            match self.kernel.execute(op).await {
+                Ok(()) => self.journal.after(op)?,
+                Err(source) => {
+                    first.get_or_insert(ApplyError { op: Box::new(op.clone()), source, left: Vec::new() });
+                }
+            }
+        }
+        if let Some(error) = first {
+            return Err(error.into());
+        }
+        self.journal.keep(|_| false)?;
+        Ok(ops.len())
+    }
+
+    /// Takes back all that is ours, and the journal with it.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    pub async fn finish(mut self) -> Result<(), SetupError> {
+        self.clear().await?;
+        Ok(self.journal.finish()?)
+    }
+
+    async fn plan(&mut self, desired: &Desired) -> Result<Vec<Op>, SetupError> {
+        let mut asked = self.journal.facts().to_vec();
+        asked.extend(desired.facts(&self.isolation));
+        let observed = self.kernel.observe(&asked).await?;
+        Ok(plan(desired, self.journal.facts(), &observed, &self.isolation)?.ops)
+    }
+
+    async fn carry_out(&mut self, ops: &[Op]) -> Result<(), SetupError> {
+        for (done, op) in ops.iter().enumerate() {
+            self.journal.before(op)?;
+            match self.kernel.execute(op).await {
+                Ok(()) => self.journal.after(op)?,
+                Err(source) => {
+                    let left = self.undo(&ops[..=done]).await?;
+                    return Err(ApplyError { op: Box::new(op.clone()), source, left }.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Undoes `ops`, last first; the last one may have been done in part.
+    async fn undo(&mut self, ops: &[Op]) -> Result<Vec<KernelError>, JournalError> {
+        let mut left = Vec::new();
+        for op in ops.iter().rev().map(Op::inverse) {
+            self.journal.before(&op)?;
+            match self.kernel.execute(&op).await {
+                Ok(()) => self.journal.after(&op)?,
+                Err(error) => left.push(error),
+            }
+        }
+        Ok(left)
+    }
+}
+
+#[cfg(test)]
+mod tests;

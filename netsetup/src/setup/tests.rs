@@ -1,0 +1,264 @@
+//! Against the real kernel, in namespaces of the tests' own.
+
+use super::*;
+use crate::{Attachment, Endpoint, Interface, Mac, Network, Subnet, WithoutFirewall};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::time::Duration;
+use tidegate_netns::Namespace;
+use tidegate_testbed::Topology;
+
+const SOON: Duration = Duration::from_secs(5);
+const NEVER: Duration = Duration::from_millis(300);
+
+/// A host with an outside, and a place for journals.
+struct Bed {
+    net: Topology,
+    host: Namespace,
+    directory: tempfile::TempDir,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let net = Topology::three();
+        let host = Namespace::from_path(&net.host.path()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        Self { net, host, directory: tempfile::tempdir().unwrap(), runtime }
+    }
+
+    fn setup(&self, endpoints: &[(&str, &Namespace)]) -> Setup<WithoutFirewall> {
+        let mut kernel = Kernel::new(self.host.clone());
+        for (name, namespace) in endpoints {
+            kernel.add_endpoint(name, (*namespace).clone());
+        }
+        let journal = Journal::open(&self.directory.path().join("test.journal")).unwrap();
+        Setup::new(kernel, journal, WithoutFirewall)
+    }
+
+    /// All that can be seen of the host: links, addresses, routes, rules.
+    fn state(&self) -> String {
+        let ip = |args: &[&str]| self.net.host.exec("ip", args);
+        [
+            ip(&["-o", "link"]),
+            ip(&["-o", "addr"]),
+            ip(&["route", "show", "table", "all"]),
+            ip(&["-6", "route", "show", "table", "all"]),
+            ip(&["rule"]),
+            ip(&["-6", "rule"]),
+        ]
+        .join("")
+        .lines()
+        .filter(|line| !line.contains("expires") && !line.contains("fe80:"))
+        .map(|line| format!("{line}\n"))
+        .collect()
+    }
+}
+
+fn interface(name: &str, number: u8) -> Interface {
+    Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, number]) }
+}
+
+/// Two networks, dual-stack, with two endpoints on the first and one on the second.
+fn two_networks() -> Desired {
+    let subnet = |text: &str| {
+        let subnet = text.parse().unwrap();
+        Subnet { subnet, gateway: crate::gateway(subnet) }
+    };
+    let network = |name: &str, number: u8, inter_container| Network {
+        name: name.into(),
+        bridge: interface(&format!("tg-{name}"), number),
+        subnets: vec![subnet(&format!("10.9.{number}.0/24")), subnet(&format!("fd09:{number}::/64"))],
+        internal: false,
+        inter_container,
+        mtu: 1500,
+    };
+    let endpoint = |name: &str, on: &str, number: u8, host: u8| Endpoint {
+        name: name.into(),
+        attachments: vec![Attachment {
+            network: on.into(),
+            host_end: interface(&format!("tgv-{name}"), 100 + host),
+            inside: interface("eth0", 200 + host),
+            addresses: vec![
+                format!("10.9.{number}.{host}/24").parse().unwrap(),
+                format!("fd09:{number}::{host}/64").parse().unwrap(),
+            ],
+            default_route: true,
+        }],
+    };
+    Desired {
+        networks: vec![network("blue", 1, true), network("red", 2, true)],
+        endpoints: vec![
+            endpoint("a", "blue", 1, 10),
+            endpoint("b", "blue", 1, 11),
+            endpoint("c", "red", 2, 12),
+        ],
+    }
+}
+
+/// Whether a client in `from` gets an answer from a server at `to` in `there`.
+fn reaches(from: &Namespace, there: &Namespace, to: &str, patience: Duration) -> bool {
+    let to: SocketAddr = to.parse().unwrap();
+    let listener = there.with(|| TcpListener::bind((to.ip(), 0))).unwrap().unwrap();
+    let to = listener.local_addr().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            listener.set_nonblocking(true).unwrap();
+            let asked = std::time::Instant::now();
+            while asked.elapsed() < patience {
+                if let Ok((mut stream, _)) = listener.accept() {
+                    let _ = stream.write_all(b"!");
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        let stream = from.with(|| TcpStream::connect_timeout(&to, patience)).unwrap();
+        let Ok(mut stream) = stream else { return false };
+        stream.set_read_timeout(Some(patience)).unwrap();
+        stream.read_exact(&mut [0]).is_ok()
+    })
+}
+
+#[test]
+fn endpoints_reach_their_network_and_the_host_and_nothing_else() {
+    let bed = Bed::new();
+    let outside = Namespace::from_path(&bed.net.client.path()).unwrap();
+    let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
+    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+    // A host that forwards for others, as Docker leaves it, and an outside that sends containers' subnets its way.
+    for key in ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"] {
+        bed.host.set_sysctl(key, "1").unwrap();
+    }
+    bed.net.client.ip_all(
+        "route add 10.9.0.0/16 via 203.0.113.1
+         -6 route add fd09::/16 via 2001:db8:1::1",
+    );
+    bed.runtime.block_on(setup.apply(&two_networks())).unwrap();
+    for (to_b, to_host, to_c) in
+        [("10.9.1.11:0", "10.9.1.1:0", "10.9.2.12:0"), ("[fd09:1::11]:0", "[fd09:1::1]:0", "[fd09:2::12]:0")]
+    {
+        assert!(reaches(&a, &b, to_b, SOON), "a neighbour at {to_b}");
+        assert!(reaches(&a, &bed.host, to_host, SOON), "the host at {to_host}");
+        assert!(reaches(&bed.host, &c, to_c, SOON), "the host reaches {to_c}");
+        assert!(!reaches(&a, &c, to_c, NEVER), "another network at {to_c}");
+        assert!(!reaches(&outside, &c, to_c, NEVER), "the outside gets to {to_c}");
+        assert!(!reaches(&outside, &b, to_b, NEVER), "the outside gets to {to_b}");
+    }
+    assert!(!reaches(&a, &outside, "203.0.113.9:0", NEVER), "nothing gets out without an engine for it");
+    bed.runtime.block_on(setup.finish()).unwrap();
+}
+
+#[test]
+fn without_inter_container_traffic_endpoints_reach_the_host_alone() {
+    let bed = Bed::new();
+    let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
+    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+    let mut desired = two_networks();
+    desired.networks[0].inter_container = false;
+    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    for (to_b, to_host) in [("10.9.1.11:0", "10.9.1.1:0"), ("[fd09:1::11]:0", "[fd09:1::1]:0")] {
+        assert!(!reaches(&a, &b, to_b, NEVER), "a neighbour at {to_b}");
+        assert!(reaches(&a, &bed.host, to_host, SOON), "the host at {to_host}");
+    }
+}
+
+#[test]
+fn what_is_there_is_not_made_again_and_all_of_it_goes_at_the_end() {
+    let bed = Bed::new();
+    let before = bed.state();
+    let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
+    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+    assert!(bed.runtime.block_on(setup.apply(&two_networks())).unwrap() > 30);
+    assert_eq!(bed.runtime.block_on(setup.apply(&two_networks())).unwrap(), 0);
+    let mut less = two_networks();
+    less.networks.pop();
+    less.endpoints.pop();
+    bed.runtime.block_on(setup.apply(&less)).unwrap();
+    assert!(!bed.state().contains("tg-red") && bed.state().contains("tg-blue"));
+    bed.runtime.block_on(setup.finish()).unwrap();
+    assert_eq!(bed.state(), before);
+    assert!(!bed.directory.path().join("test.journal").exists());
+}
+
+/// At every operation the process may be killed: before the kernel is asked, and after, before that is written down.
+#[test]
+fn whatever_a_killed_process_left_is_cleared_by_the_next() {
+    let bed = Bed::new();
+    let before = bed.state();
+    let count = {
+        let names = [(); 3].map(|()| Namespace::create().unwrap());
+        let mut setup = bed.setup(&[("a", &names[0]), ("b", &names[1]), ("c", &names[2])]);
+        let count = bed.runtime.block_on(setup.plan(&two_networks())).unwrap().len();
+        bed.runtime.block_on(setup.finish()).unwrap();
+        count
+    };
+    for killed_at in 0..count {
+        for asked in [false, true] {
+            let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
+            let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+            bed.runtime.block_on(async {
+                let ops = setup.plan(&two_networks()).await.unwrap();
+                for op in &ops[..killed_at] {
+                    setup.journal.before(op).unwrap();
+                    setup.kernel.execute(op).await.unwrap();
+                    setup.journal.after(op).unwrap();
+                }
+                setup.journal.before(&ops[killed_at]).unwrap();
+                if asked {
+                    setup.kernel.execute(&ops[killed_at]).await.unwrap();
+                }
+            });
+            // The namespaces live on, as a container's would whose runtime holds them.
+            drop(setup);
+            let mut next = bed.setup(&[]);
+            bed.runtime.block_on(next.clear()).unwrap();
+            assert_eq!(bed.state(), before, "killed at step {killed_at}, asked {asked}");
+            bed.runtime.block_on(next.finish()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_step_that_fails_undoes_those_before_it() {
+    let bed = Bed::new();
+    let before = bed.state();
+    let [a, b] = [(); 2].map(|()| Namespace::create().unwrap());
+    // The third endpoint's namespace is not known, as if it had vanished.
+    let mut setup = bed.setup(&[("a", &a), ("b", &b)]);
+    let error = bed.runtime.block_on(setup.apply(&two_networks())).unwrap_err().to_string();
+    assert!(error.contains("endpoint \"c\""), "{error}");
+    assert_eq!(bed.state(), before);
+    assert_eq!(setup.owned(), []);
+}
+
+#[test]
+fn an_interface_that_someone_else_made_under_our_name_is_left_alone() {
+    let bed = Bed::new();
+    let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
+    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+    bed.runtime.block_on(setup.apply(&two_networks())).unwrap();
+    bed.net.host.ip_all("link del tg-blue\nlink add tg-blue type bridge");
+    drop(setup);
+    let mut next = bed.setup(&[]);
+    bed.runtime.block_on(next.clear()).unwrap();
+    assert!(bed.state().contains("tg-blue"));
+    assert!(!bed.state().contains("tg-red"));
+    let error = bed.runtime.block_on(next.apply(&two_networks())).unwrap_err().to_string();
+    assert!(error.contains("\"tg-blue\" on the host exists already"), "{error}");
+}
+
+#[test]
+fn a_subnet_that_the_host_reaches_otherwise_is_refused_and_nothing_is_changed() {
+    let bed = Bed::new();
+    bed.net.host.ip_all("route add 10.9.1.128/25 via 203.0.113.9");
+    let before = bed.state();
+    let mut setup = bed.setup(&[]);
+    let mut desired = two_networks();
+    desired.endpoints.clear();
+    let error = bed.runtime.block_on(setup.apply(&desired)).unwrap_err().to_string();
+    assert!(error.starts_with("network \"blue\": subnet 10.9.1.0/24 overlaps 10.9.1.128/25"), "{error}");
+    assert_eq!(bed.state(), before);
+    assert!(Path::new(&bed.directory.path().join("test.journal")).exists());
+}
