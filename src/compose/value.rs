@@ -1,0 +1,189 @@
+//! A value of the tree with its path of keys and all it takes to read it: types, variables, errors that say where.
+
+use super::error::{Fault, Site};
+use super::interpolate::Interpolation;
+use super::tree::{Body, Kind, MAX_TEXT, Node};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::str::FromStr;
+
+/// What reading needs beside the tree.
+pub(super) struct Context<'a> {
+    env: &'a dyn Fn(&str) -> Option<String>,
+    /// Bytes that interpolated values had in all.
+    spent: Cell<usize>,
+    /// Variables that are not set, and where each is first used.
+    warnings: RefCell<BTreeMap<String, Fault>>,
+}
+
+impl<'a> Context<'a> {
+    pub(super) fn new(env: &'a dyn Fn(&str) -> Option<String>) -> Self {
+        Self { env, spent: Cell::new(0), warnings: RefCell::new(BTreeMap::new()) }
+    }
+
+    /// A variable of our own environment.
+    pub(super) fn variable(&self, name: &str) -> Option<String> {
+        (self.env)(name)
+    }
+
+    /// What is not wrong but worth telling.
+    pub(super) fn warnings(&self) -> Vec<Fault> {
+        self.warnings.borrow().values().cloned().collect()
+    }
+
+    fn interpolate(&self, text: &str, site: &Site) -> Result<String, Fault> {
+        let allowance = MAX_TEXT.saturating_sub(self.spent.get());
+        let mut interpolation = Interpolation::new(self.env, allowance);
+        let value = interpolation.of(text).map_err(|error| site.fault(error.to_string()))?;
+        self.spent.set(self.spent.get() + value.len());
+        let mut warnings = self.warnings.borrow_mut();
+        for name in interpolation.unset {
+            let warning = site.fault(format!("variable {name} is not set and taken as empty"));
+            warnings.entry(name).or_insert(warning);
+        }
+        Ok(value)
+    }
+}
+
+/// A value of the file.
+#[derive(Clone)]
+pub(super) struct Value<'a> {
+    node: &'a Node,
+    site: Site,
+    context: &'a Context<'a>,
+}
+
+/// A key of a map with its value.
+pub(super) struct Field<'a> {
+    pub(super) key: &'a str,
+    /// The place of the key, with it in the path.
+    pub(super) site: Site,
+    pub(super) value: Value<'a>,
+}
+
+impl Field<'_> {
+    /// Whether it belongs to others: `x-anything`.
+    pub(super) fn is_extension(&self) -> bool {
+        self.key.starts_with("x-")
+    }
+}
+
+impl<'a> Value<'a> {
+    /// The value of the whole file.
+    pub(super) fn root(node: &'a Node, context: &'a Context<'a>) -> Self {
+        Self { node, site: Site::new(node.place, ""), context }
+    }
+
+    /// Where it stands; for one that is missing, where its key does.
+    pub(super) fn site(&self) -> &Site {
+        &self.site
+    }
+
+    pub(super) fn context(&self) -> &'a Context<'a> {
+        self.context
+    }
+
+    pub(super) fn fault(&self, problem: impl Into<String>) -> Fault {
+        self.site.fault(problem)
+    }
+
+    pub(super) fn is_null(&self) -> bool {
+        matches!(self.node.body, Body::Scalar { kind: Kind::Null, .. })
+    }
+
+    pub(super) fn is_list(&self) -> bool {
+        matches!(self.node.body, Body::List(_))
+    }
+
+    pub(super) fn is_map(&self) -> bool {
+        matches!(self.node.body, Body::Map(_))
+    }
+
+    /// The error that something else was expected.
+    pub(super) fn expected(&self, what: &str) -> Fault {
+        let found = match &self.node.body {
+            Body::Scalar { kind: Kind::Null, .. } => "nothing".to_owned(),
+            Body::Scalar { kind: Kind::Bool, text } => format!("the boolean {text}"),
+            Body::Scalar { kind: Kind::Number, text } => format!("the number {text}"),
+            Body::Scalar { kind: Kind::Text, .. } => "a string".to_owned(),
+            Body::List(_) => "a list".to_owned(),
+            Body::Map(_) => "a map".to_owned(),
+        };
+        self.fault(format!("expected {what}, found {found}"))
+    }
+
+    /// The keys of a map, in their order.
+    pub(super) fn fields(&self) -> Result<Vec<Field<'a>>, Fault> {
+        let Body::Map(entries) = &self.node.body else { return Err(self.expected("a map")) };
+        let fields = entries.iter().map(|entry| {
+            let site = self.site.at_key(&entry.key, entry.place);
+            let mut value = Value { node: &entry.value, site: site.clone(), context: self.context };
+            if !value.is_null() {
+                value.site.place = entry.value.place;
+            }
+            Field { key: &entry.key, site, value }
+        });
+        Ok(fields.collect())
+    }
+
+    /// The keys of a map; none if there is nothing.
+    pub(super) fn fields_if_any(&self) -> Result<Vec<Field<'a>>, Fault> {
+        if self.is_null() { Ok(Vec::new()) } else { self.fields() }
+    }
+
+    /// The items of a list.
+    pub(super) fn items(&self) -> Result<Vec<Self>, Fault> {
+        let Body::List(items) = &self.node.body else { return Err(self.expected("a list")) };
+        let items = items.iter().enumerate().map(|(index, node)| Value {
+            node,
+            site: self.site.at_index(index, node.place),
+            context: self.context,
+        });
+        Ok(items.collect())
+    }
+
+    /// A string, with its variables replaced.
+    pub(super) fn string(&self) -> Result<String, Fault> {
+        match &self.node.body {
+            Body::Scalar { kind: Kind::Text, text } => self.context.interpolate(text, &self.site),
+            Body::Scalar { kind: Kind::Bool | Kind::Number, .. } => {
+                Err(self.expected("a string").with_advice("put it in quotes"))
+            }
+            _ => Err(self.expected("a string")),
+        }
+    }
+
+    /// A string, a number or a boolean, as it is written, with its variables replaced.
+    pub(super) fn scalar(&self) -> Result<String, Fault> {
+        match &self.node.body {
+            Body::Scalar { kind: Kind::Text, .. } => self.string(),
+            Body::Scalar { kind: Kind::Bool | Kind::Number, text } => Ok(text.clone()),
+            _ => Err(self.expected("a string or a number")),
+        }
+    }
+
+    /// `true` or `false`; as in Compose also as a string, which a variable always is.
+    pub(super) fn boolean(&self) -> Result<bool, Fault> {
+        let text = match &self.node.body {
+            Body::Scalar { kind: Kind::Bool | Kind::Text, .. } => self.scalar()?,
+            _ => return Err(self.expected("true or false")),
+        };
+        match text.to_ascii_lowercase().as_str() {
+            "true" => Ok(true),
+            "false" => Ok(false),
+            _ => Err(self.fault(format!("expected true or false, found {text:?}"))),
+        }
+    }
+
+    /// A string that is a `T`, which `what` calls by name.
+    pub(super) fn parsed<T: FromStr>(&self, what: &str) -> Result<T, Fault> {
+        let text = self.string()?;
+        text.parse().map_err(|_| self.fault(format!("{text:?} is not {what}")))
+    }
+
+    /// `result` with an error told as one of this value.
+    pub(super) fn checked<T, E: Display>(&self, result: Result<T, E>) -> Result<T, Fault> {
+        result.map_err(|error| self.fault(error.to_string()))
+    }
+}
