@@ -1,0 +1,98 @@
+//! Whether and when a service that has ended is started again. Pure: told how long it ran.
+
+use super::{Exit, RestartPolicy};
+use std::time::Duration;
+
+/// The first pause, doubled with each restart. As dockerd's restart manager, so that Compose files behave alike.
+const FIRST: Duration = Duration::from_millis(100);
+
+/// The longest pause.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// Who has run for so long has started well: the next pause is the first again.
+const SETTLED: Duration = Duration::from_secs(10);
+
+/// The restarts of one service.
+#[derive(Debug)]
+pub(super) struct Restarts {
+    policy: RestartPolicy,
+    pause: Duration,
+    count: u32,
+}
+
+impl Restarts {
+    pub(super) fn new(policy: RestartPolicy) -> Self {
+        Self { policy, pause: FIRST, count: 0 }
+    }
+
+    /// How often the service was started again.
+    pub(super) fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// The pause before the next start of a service that ended so after having run for `ran`; `None` if it is
+    /// not to be started again.
+    pub(super) fn next(&mut self, exit: Exit, ran: Duration) -> Option<Duration> {
+        let again = match self.policy {
+            RestartPolicy::No => false,
+            RestartPolicy::OnFailure { max } => !exit.success() && max.is_none_or(|max| self.count < max),
+            RestartPolicy::Always | RestartPolicy::UnlessStopped => true,
+        };
+        if !again {
+            return None;
+        }
+        if ran >= SETTLED {
+            self.pause = FIRST;
+        }
+        self.count = self.count.saturating_add(1);
+        let pause = self.pause;
+        self.pause = (pause * 2).min(LONGEST);
+        Some(pause)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FAILED: Exit = Exit::Code(1);
+    const AT_ONCE: Duration = Duration::ZERO;
+
+    #[test]
+    fn pauses_double_up_to_a_minute() {
+        let mut restarts = Restarts::new(RestartPolicy::Always);
+        let pauses: Vec<u128> =
+            (0..12).filter_map(|_| restarts.next(FAILED, AT_ONCE)).map(|pause| pause.as_millis()).collect();
+        let expected = [100, 200, 400, 800, 1600, 3200, 6400, 12_800, 25_600, 51_200, 60_000, 60_000];
+        assert_eq!(pauses, expected);
+        assert_eq!(restarts.count(), 12);
+    }
+
+    #[test]
+    fn a_service_that_had_settled_starts_with_the_first_pause_again() {
+        let mut restarts = Restarts::new(RestartPolicy::UnlessStopped);
+        for _ in 0..5 {
+            restarts.next(FAILED, AT_ONCE);
+        }
+        assert_eq!(restarts.next(FAILED, SETTLED - Duration::from_nanos(1)), Some(FIRST * 32));
+        assert_eq!(restarts.next(FAILED, SETTLED), Some(FIRST));
+        assert_eq!(restarts.next(FAILED, AT_ONCE), Some(FIRST * 2));
+    }
+
+    #[test]
+    fn success_is_no_failure_and_a_signal_is_one() {
+        let mut on_failure = Restarts::new(RestartPolicy::OnFailure { max: None });
+        assert_eq!(on_failure.next(Exit::Code(0), AT_ONCE), None);
+        assert_eq!(on_failure.next(Exit::Signal(9), AT_ONCE), Some(FIRST));
+        assert_eq!(Restarts::new(RestartPolicy::Always).next(Exit::Code(0), AT_ONCE), Some(FIRST));
+        assert_eq!(Restarts::new(RestartPolicy::No).next(FAILED, AT_ONCE), None);
+    }
+
+    #[test]
+    fn restarts_on_failure_come_to_an_end() {
+        let mut restarts = Restarts::new(RestartPolicy::OnFailure { max: Some(2) });
+        let given = [(); 4].map(|()| restarts.next(FAILED, SETTLED).is_some());
+        assert_eq!(given, [true, true, false, false]);
+        assert_eq!(Restarts::new(RestartPolicy::OnFailure { max: Some(0) }).next(FAILED, AT_ONCE), None);
+    }
+}
