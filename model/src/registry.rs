@@ -105,6 +105,10 @@ pub const GUARD_EXEMPTION_PRIORITY: u32 = 7_656;
 /// The priority of the rules that make a network unreachable for packets to be forwarded, in either direction.
 pub const GUARD_PRIORITY: u32 = 7_657;
 
+/// The first group of links that tidegate puts those into that it is about to delete; the next free one above is taken. `tg` in
+/// the upper half, as in [`MARK`]. iproute2's groups are small numbers.
+pub const DELETION_GROUP: u32 = 0x7467_0000;
+
 /// What every network interface that tidegate makes on the host begins with. A name has at most 15 bytes
 /// (`IFNAMSIZ` less the NUL), which leaves 13 behind the prefix.
 pub const INTERFACE_PREFIX: &str = "tg";

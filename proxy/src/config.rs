@@ -1,7 +1,10 @@
 //! What can be set, and what it is when nobody sets it.
 
 use crate::{ProxyProtocol, TableLimits, Upstream, tcp};
+use ipnet::IpNet;
+use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::CidrSet;
@@ -36,6 +39,33 @@ impl Default for Settings {
     }
 }
 
+/// Addresses of this host that are there for one network each: the gateways of container networks. A socket on all addresses answers
+/// on these as well, and the kernel hands it what comes in by any interface (the weak host model, RFC 1122, 3.3.4.2).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Enclosures(BTreeMap<IpAddr, IpNet>);
+
+impl Enclosures {
+    /// Whether `client` must not be answered at `local`. Over TCP no client can pretend to be of the network: the answer to its SYN
+    /// goes there.
+    #[must_use]
+    pub fn shut_out(&self, client: IpAddr, local: IpAddr) -> bool {
+        self.0.get(&local).is_some_and(|network| !network.contains(&client))
+    }
+
+    /// Whether there are none, so that nobody has to be asked for the address he used.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl FromIterator<(IpAddr, IpNet)> for Enclosures {
+    /// Each address with the network whose clients may use it.
+    fn from_iter<T: IntoIterator<Item = (IpAddr, IpNet)>>(enclosures: T) -> Self {
+        Self(enclosures.into_iter().collect())
+    }
+}
+
 /// Options of a published port; ports that share them share one value.
 pub struct PortOptions {
     /// Where its flows go.
@@ -44,6 +74,8 @@ pub struct PortOptions {
     pub proxy_protocol: Option<ProxyProtocol>,
     /// Who may connect; `None`: everybody.
     pub allow: Option<CidrSet>,
+    /// Who may use which address of this host.
+    pub enclosures: Enclosures,
     /// TCP connections of this port at most; beyond that a client is reset.
     pub max_connections: usize,
     /// Bounds of the table of UDP sessions.
@@ -57,6 +89,7 @@ impl PortOptions {
             upstream,
             proxy_protocol: None,
             allow: None,
+            enclosures: Enclosures::default(),
             max_connections: 100_000,
             sessions: TableLimits { sessions: 4096, per_source: 1024, idle: Duration::from_secs(90) },
         }
@@ -68,8 +101,32 @@ impl fmt::Debug for PortOptions {
         f.debug_struct("PortOptions")
             .field("proxy_protocol", &self.proxy_protocol)
             .field("allow", &self.allow)
+            .field("enclosures", &self.enclosures)
             .field("max_connections", &self.max_connections)
             .field("sessions", &self.sessions)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gateway_answers_its_own_network_alone() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let pairs = [("10.9.0.1", "10.9.0.0/24"), ("fd09::1", "fd09::/64")];
+        let enclosures: Enclosures = pairs.iter().map(|(at, net)| (ip(at), net.parse().unwrap())).collect();
+        for (client, local, out) in [
+            ("10.9.0.7", "10.9.0.1", false),
+            ("10.9.0.1", "10.9.0.1", false),
+            ("10.9.1.7", "10.9.0.1", true),
+            ("203.0.113.9", "10.9.0.1", true),
+            ("203.0.113.9", "203.0.113.1", false),
+            ("fd09::7", "fd09::1", false),
+            ("2001:db8::7", "fd09::1", true),
+        ] {
+            assert_eq!(enclosures.shut_out(ip(client), ip(local)), out, "{client} at {local}");
+        }
     }
 }

@@ -26,7 +26,7 @@ pub mod udp;
 mod upstream;
 mod worker;
 
-pub use config::{PortOptions, Settings};
+pub use config::{Enclosures, PortOptions, Settings};
 pub use engine::{Drained, Engine, PublishedPort};
 pub use listener::{AdoptError, BindError, Listener};
 pub use metrics::{FAMILIES, Family, Kind, PortSnapshot, describe};

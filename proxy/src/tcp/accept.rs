@@ -119,6 +119,12 @@ impl Worker {
         if options.allow.as_ref().is_some_and(|allow| !allow.contains(accepted.address.ip())) {
             return Err(Refusal::NotAllowed);
         }
+        if !options.enclosures.is_empty()
+            && let Some(local) = local_address(&accepted.client)
+            && options.enclosures.shut_out(accepted.address.ip(), local.ip())
+        {
+            return Err(Refusal::NotAllowed);
+        }
         if stats.live.load(Ordering::Relaxed) >= options.max_connections {
             return Err(Refusal::PortLimit);
         }

@@ -260,6 +260,10 @@ fn admit(relay: &Relay, client: &Client) -> Result<(), Drop> {
     if allow.is_some_and(|allow| !allow.contains(client.address.ip())) {
         return Err(Drop::NotAllowed);
     }
+    let enclosures = &relay.port.options.enclosures;
+    if client.local.is_some_and(|local| enclosures.shut_out(client.address.ip(), local)) {
+        return Err(Drop::NotAllowed);
+    }
     relay.sessions.admit(client).map_err(|_| Drop::SourceLimit)
 }
 
