@@ -34,6 +34,7 @@ mod handle;
 mod netlink;
 mod policy_route;
 mod routes;
+mod run_directory;
 mod system;
 
 pub use addresses::AddressBook;
@@ -43,3 +44,4 @@ pub use policy_route::{
     MAX_SELECTORS, PolicyRoute, PolicyRouteError, Selector, Steered, Sysctl, sweep, sweep_in,
 };
 pub use routes::{connected_interface, gateway};
+pub use run_directory::run_directory;

@@ -13,4 +13,6 @@ pub struct Observed {
     pub links: BTreeMap<Place, BTreeMap<String, Option<Mac>>>,
     /// What the host reaches otherwise than by a default route, and by which link: its routes and its own addresses.
     pub routes: Vec<(IpNet, String)>,
+    /// What packets hold, in bytes, on the way out of the host; `None` without a default route.
+    pub default_mtu: Option<u32>,
 }

@@ -1,8 +1,8 @@
 //! Plan, apply, verify, and take it all back.
 
 use crate::{
-    ApplyError, ConflictError, Desired, Fact, Isolation, Journal, JournalError, Kernel, KernelError,
-    Observed, Op, plan,
+    ApplyError, ConflictError, Desired, Fact, Interface, Isolation, Journal, JournalError, Kernel,
+    KernelError, Observed, Op, plan,
 };
 
 /// Networks and endpoints of one owner.
@@ -11,6 +11,14 @@ pub struct Setup<I> {
     kernel: Kernel,
     journal: Journal,
     isolation: I,
+}
+
+/// The link of the host that `op` removes, if that is what it does.
+fn removes_link(op: &Op) -> Option<&Interface> {
+    match op {
+        Op::Remove(Fact::Bridge { interface, .. } | Fact::Veth { interface, .. }) => Some(interface),
+        _ => None,
+    }
 }
 
 /// Why networks are not as desired.
@@ -78,7 +86,17 @@ impl<I: Isolation> Setup<I> {
     pub async fn clear(&mut self) -> Result<usize, SetupError> {
         let ops = self.plan(&Desired::default()).await?;
         let mut first = None;
-        for op in &ops {
+        // The plan has the links first.
+        let interfaces: Vec<&Interface> = ops.iter().map_while(removes_link).collect();
+        let (links, others) = ops.split_at(interfaces.len());
+        match self.kernel.remove_links(&interfaces).await {
+            Ok(()) => links.iter().try_for_each(|op| self.journal.after(op))?,
+            Err(source) => {
+                let op = Box::new(links[0].clone());
+                first = Some(ApplyError { op, source, left: Vec::new() });
+            }
+        }
+        for op in others {
             match self.kernel.execute(op).await {
                 Ok(()) => self.journal.after(op)?,
                 Err(source) => {

@@ -14,7 +14,6 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
-use std::env;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -178,27 +177,13 @@ fn parse_name(name: &str) -> Option<NamespaceId> {
     Some(NamespaceId { device: device.parse().ok()?, inode: inode.parse().ok()? })
 }
 
-/// Where this user's journals are: `$TIDEGATE_RUN_DIR/policy` if set, else `/run/tidegate/policy` for who may
-/// write to `/run`, else `$XDG_RUNTIME_DIR/tidegate/policy`. All of them are directories that a reboot
-/// empties.
+/// Where this user's journals are: below the [`run_directory`](crate::run_directory).
 ///
 /// # Errors
 /// [`PolicyRouteError::NoRunDirectory`].
 pub(super) fn directory() -> Result<PathBuf, PolicyRouteError> {
-    if let Some(run) = set("TIDEGATE_RUN_DIR") {
-        return Ok(run.join("policy"));
-    }
-    // Not by user id: root of a user namespace is no root out here.
-    let base = if rustix::fs::access("/run", rustix::fs::Access::WRITE_OK).is_ok() {
-        Some(PathBuf::from("/run"))
-    } else {
-        set("XDG_RUNTIME_DIR")
-    };
-    base.map(|base| base.join("tidegate/policy")).ok_or(PolicyRouteError::NoRunDirectory)
-}
-
-fn set(variable: &str) -> Option<PathBuf> {
-    env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
+    let run = crate::run_directory().ok_or(PolicyRouteError::NoRunDirectory)?;
+    Ok(run.join("policy"))
 }
 
 #[cfg(test)]

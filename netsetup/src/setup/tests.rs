@@ -262,3 +262,40 @@ fn a_subnet_that_the_host_reaches_otherwise_is_refused_and_nothing_is_changed() 
     assert_eq!(bed.state(), before);
     assert!(Path::new(&bed.directory.path().join("test.journal")).exists());
 }
+
+/// As many as one bridge has ports for, less some. Printed, not judged: speed is the benchmark's.
+#[test]
+fn a_thousand_endpoints_are_set_up_and_taken_down() {
+    const COUNT: u16 = 1000;
+    let bed = Bed::new();
+    let before = bed.state();
+    let mut desired = two_networks();
+    desired.networks.pop();
+    desired.networks[0].subnets =
+        vec![Subnet { subnet: "10.9.0.0/16".parse().unwrap(), gateway: "10.9.0.1".parse().unwrap() }];
+    let namespaces: Vec<Namespace> = (0..COUNT).map(|_| Namespace::create().unwrap()).collect();
+    let mut setup = bed.setup(&[]);
+    desired.endpoints = (0..COUNT)
+        .map(|number| {
+            let [high, low] = number.to_be_bytes();
+            let name = format!("e{number}");
+            setup.kernel().add_endpoint(&name, namespaces[usize::from(number)].clone());
+            Endpoint {
+                name,
+                attachments: vec![Attachment {
+                    network: "blue".into(),
+                    host_end: Interface { name: format!("tgv-{number}"), mac: Mac([2, 0, 0, 1, high, low]) },
+                    inside: Interface { name: "eth0".into(), mac: Mac([2, 0, 0, 2, high, low]) },
+                    addresses: vec![format!("10.9.{}.{low}/16", high + 1).parse().unwrap()],
+                    default_route: true,
+                }],
+            }
+        })
+        .collect();
+    let start = std::time::Instant::now();
+    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    println!("{COUNT} endpoints after {:?}", start.elapsed());
+    bed.runtime.block_on(setup.finish()).unwrap();
+    println!("and gone after {:?}", start.elapsed());
+    assert_eq!(bed.state(), before);
+}
