@@ -14,7 +14,7 @@ FUZZ_TARGETS = $(notdir $(basename $(wildcard fuzz/fuzz_targets/*.rs)))
 .PHONY: help build run test bench bench-quick lint install man fuzz clean
 
 help:
-	@echo "make run      build, and publish port $(RUN_PORT) in front of a hello server"
+	@echo "make run      build, and bring up examples/hello, published at port $(RUN_PORT)"
 	@echo "make test     install what the tests need (as root, with apt) and run them all"
 	@echo "make bench    compare with the peers installed here; results in benches/results/"
 	@echo "make lint     formatting, clippy, documentation, licences and sources of dependencies"

@@ -4,10 +4,14 @@
 
 pub mod cli;
 pub mod compat;
+pub mod compose;
 pub mod logging;
 pub mod metrics_endpoint;
 pub mod port_error;
+mod ports;
+pub mod services;
 pub mod source;
+pub mod up;
 pub mod version;
 
 /// What a failed command exits with.

@@ -4,9 +4,11 @@ mod completion;
 mod duration;
 mod hello;
 mod publish;
+mod up;
 
 use crate::compat::docker_proxy;
 use crate::port_error::without_numbers;
+use crate::services;
 use crate::{EXIT_FAILURE, EXIT_USAGE, logging};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
@@ -29,6 +31,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Up(up::Up),
     Publish(Box<publish::Publish>),
     /// Be Docker's docker-proxy (see the binary of that name)
     #[command(disable_help_flag = true, disable_version_flag = true)]
@@ -58,6 +61,10 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     if args.get(1).is_some_and(|command| command == "docker-proxy") {
         return docker_proxy::main(args.into_iter().skip(2));
     }
+    // Not for people, hence no command of which help and completion know.
+    if args.get(1).is_some_and(|command| command == services::init::SUBCOMMAND) {
+        return services::init::main();
+    }
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
@@ -67,19 +74,35 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let result = logging::init(LevelFilter::INFO).map_err(Into::into).and_then(|()| match cli.command {
-        Command::Publish(publish) => publish.run(),
-        Command::DockerProxy { .. } => unreachable!("taken care of above"),
-        Command::Hello(hello) => hello.run(),
-        Command::Completion(completion) => completion.run(&mut Cli::command()),
-        Command::Man(man) => man.run(Cli::command()),
-    });
+    let result = logging::init(LevelFilter::INFO).map_err(Into::into).and_then(|()| cli.command.run());
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        // What went wrong has been told, service by service.
+        Ok(well) => {
+            if well {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::from(EXIT_FAILURE)
+            }
+        }
         Err(error) => {
             // That nobody can read it changes nothing about the exit status.
             let _ = writeln!(std::io::stderr(), "tidegate: error: {}", one_line(&error));
             ExitCode::from(if error.is::<UsageError>() { EXIT_USAGE } else { EXIT_FAILURE })
+        }
+    }
+}
+
+impl Command {
+    /// Whether it did what it was asked to.
+    fn run(self) -> anyhow::Result<bool> {
+        let done = |()| true;
+        match self {
+            Self::Up(up) => up.run(),
+            Self::Publish(publish) => publish.run().map(done),
+            Self::DockerProxy { .. } => unreachable!("taken care of above"),
+            Self::Hello(hello) => hello.run().map(done),
+            Self::Completion(completion) => completion.run(&mut Cli::command()).map(done),
+            Self::Man(man) => man.run(Cli::command()).map(done),
         }
     }
 }

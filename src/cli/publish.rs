@@ -2,13 +2,11 @@
 
 use super::UsageError;
 use super::duration::{optional_timeout, timeout};
-use crate::compat::docker_proxy::raise_descriptor_limit;
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
-use crate::port_error;
+use crate::ports::{bind, raise_descriptor_limit, runs};
 use crate::source::{Source, clean_up_after_the_dead};
 use anyhow::{Context, anyhow, bail};
 use clap::{ArgGroup, Args};
-use rustix::io::Errno;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::collections::BTreeMap;
@@ -17,14 +15,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_model::{
-    CidrSet, HostPort, PortMapping, PortSpec, Protocol, PublishLabel, host_addresses, overlap,
-};
+use tidegate_model::{CidrSet, PortSpec, Protocol, PublishLabel, overlap};
 use tidegate_netns::Namespace;
-use tidegate_proxy::{BindError, Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream};
-
-/// Attempts to find an ephemeral port that is free on both 0.0.0.0 and [::].
-const EPHEMERAL_ATTEMPTS: usize = 16;
+use tidegate_proxy::{Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream};
 
 /// Publish ports of a container or an address, in the foreground
 ///
@@ -295,105 +288,5 @@ impl std::fmt::Display for Target {
             Self::Namespace { name, address: Some(address), .. } => write!(f, "{address} in {name}"),
             Self::Namespace { name, .. } => f.write_str(name),
         }
-    }
-}
-
-/// Opens the sockets of one mapping.
-fn bind(mapping: &PortMapping) -> anyhow::Result<Vec<Listener>> {
-    let explained = |error: BindError| anyhow!(port_error::explain(&error));
-    let open = |port: u16| bind_addresses(mapping, port);
-    match mapping.host_port {
-        HostPort::Fixed(port) => open(port).map_err(explained),
-        HostPort::AnyOf(range) => {
-            let free = range.iter().find_map(|port| match open(port) {
-                Err(error) if error.source.kind() == std::io::ErrorKind::AddrInUse => None,
-                result => Some(result),
-            });
-            match free {
-                Some(result) => result.map_err(explained),
-                None => bail!("no port of {range} is free for {}", mapping.protocol),
-            }
-        }
-        HostPort::Ephemeral => {
-            let mut last = None;
-            for _ in 0..EPHEMERAL_ATTEMPTS {
-                match open(0) {
-                    Ok(listeners) => return Ok(listeners),
-                    Err(error) if error.source.kind() == std::io::ErrorKind::AddrInUse => last = Some(error),
-                    Err(error) => return Err(explained(error)),
-                }
-            }
-            Err(last.map_or_else(|| anyhow!("no free port"), explained))
-        }
-    }
-}
-
-/// Opens `port` (0: any free one, the same on each) on every address of the mapping.
-fn bind_addresses(mapping: &PortMapping, mut port: u16) -> Result<Vec<Listener>, BindError> {
-    let mut listeners: Vec<Listener> = Vec::new();
-    for ip in host_addresses(mapping.host_ip) {
-        match Listener::bind(SocketAddr::new(ip, port), mapping.protocol) {
-            Ok(listener) => {
-                port = listener.label().address().port();
-                listeners.push(listener);
-            }
-            // A kernel without IPv6: IPv4 was what could be meant by "all addresses".
-            Err(error)
-                if mapping.host_ip.is_none()
-                    && ip.is_ipv6()
-                    && Errno::from_io_error(&error.source) == Some(Errno::AFNOSUPPORT) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(listeners)
-}
-
-/// Neighbouring ports, told as ranges: what is published, and the container's ports.
-fn runs(published: &[(PublishLabel, u16)]) -> Vec<(String, String)> {
-    let mut runs: Vec<((PublishLabel, u16), u16)> = Vec::new();
-    for (label, container_port) in published {
-        let next = runs.iter_mut().find(|((first, first_port), length)| {
-            let (address, wanted) = (label.address(), first.address().port().checked_add(*length));
-            first.protocol() == label.protocol()
-                && first.address().ip() == address.ip()
-                && wanted == Some(address.port())
-                && first_port.checked_add(*length) == Some(*container_port)
-        });
-        match next {
-            Some((_, length)) => *length += 1,
-            None => runs.push(((*label, *container_port), 1)),
-        }
-    }
-    let range = |first: u16, length: u16| match length {
-        1 => first.to_string(),
-        _ => format!("{first}-{}", first + (length - 1)),
-    };
-    runs.into_iter()
-        .map(|((label, container_port), length)| {
-            let ip = label.address().ip();
-            let host = if ip.is_ipv6() { format!("[{ip}]") } else { ip.to_string() };
-            let ports = range(label.address().port(), length);
-            (format!("{host}:{ports}/{}", label.protocol()), range(container_port, length))
-        })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn neighbouring_ports_are_told_as_ranges() {
-        let label = |text: &str| text.parse::<PublishLabel>().unwrap();
-        let published = [
-            (label("0.0.0.0:9000/tcp"), 80),
-            (label("[::]:9000/tcp"), 80),
-            (label("0.0.0.0:9001/tcp"), 81),
-            (label("[::]:9001/tcp"), 81),
-            (label("0.0.0.0:5353/udp"), 53),
-        ];
-        let expected =
-            [("0.0.0.0:9000-9001/tcp", "80-81"), ("[::]:9000-9001/tcp", "80-81"), ("0.0.0.0:5353/udp", "53")];
-        assert_eq!(runs(&published), expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
     }
 }

@@ -13,6 +13,7 @@ mod ready;
 mod start_up_pages;
 
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
+use crate::ports::raise_descriptor_limit;
 use crate::source::{Source, SourceError, clean_up_after_the_dead};
 use crate::{EXIT_FAILURE, EXIT_USAGE, logging, port_error, version};
 use flags::{Invocation, Listen, Options};
@@ -183,12 +184,4 @@ fn inherited(number: i32) -> Result<OwnedFd, StartError> {
     } else {
         Err(StartError::NoListenFd)
     }
-}
-
-/// As many descriptors as the hard limit allows: each connection takes two.
-pub fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    // What is refused stays as it was.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }

@@ -1,0 +1,67 @@
+//! `tidegate up`: the networks and services of a Compose file, in the foreground.
+
+use super::UsageError;
+use super::duration::optional_timeout;
+use crate::up::Up as Instance;
+use clap::Args;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The names that Compose looks for, in its order.
+const FILES: [&str; 4] = ["compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml"];
+
+/// Bring up the networks and services of a Compose file, in the foreground
+///
+/// Services are processes of this host, each in network, mount, process and host-name namespaces of its own. Networks are closed to one
+/// another and to the outside; only published ports answer. When all services have ended, or on SIGINT or SIGTERM, everything is
+/// taken down again; a second signal kills what has not ended yet.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  tidegate up\n  tidegate up -f examples/hello/compose.yaml --metrics none"
+)]
+pub(super) struct Up {
+    /// The Compose file [default: compose.yaml, compose.yml, docker-compose.yaml or docker-compose.yml in this directory]
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+
+    /// What the project is called [default: the file's name key, or its directory's name]
+    #[arg(short, long, value_name = "NAME")]
+    project_name: Option<String>,
+
+    /// Serve Prometheus metrics at this ADDRESS:PORT, or "none"
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464")]
+    metrics: String,
+
+    /// How long services may take to end after the first signal, before they are killed
+    #[arg(short, long, value_name = "TIME", default_value = "10s", value_parser = optional_timeout)]
+    timeout: Duration,
+}
+
+impl Up {
+    pub(super) fn run(&self) -> anyhow::Result<bool> {
+        let file = match &self.file {
+            Some(file) => file.clone(),
+            None => FILES
+                .iter()
+                .map(PathBuf::from)
+                .find(|file| file.exists())
+                .ok_or_else(|| UsageError(format!("no {} here; say -f FILE", FILES.join(", "))))?,
+        };
+        let metrics = match self.metrics.as_str() {
+            "none" => None,
+            text => Some(text.parse().map_err(|error| UsageError(format!("--metrics: {error}")))?),
+        };
+        if let Some(name) = &self.project_name {
+            let sound =
+                |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'_';
+            let begins_well =
+                name.starts_with(|first: char| first.is_ascii_lowercase() || first.is_ascii_digit());
+            if !begins_well || !name.bytes().all(sound) || name.len() > 63 {
+                let rule = "lower-case letters, digits, - and _, a letter or digit first, 63 at most";
+                return Err(UsageError(format!("--project-name {name:?}: {rule}")).into());
+            }
+        }
+        let up = Instance { file, project: self.project_name.clone(), metrics, grace: self.timeout };
+        up.run()
+    }
+}

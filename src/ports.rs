@@ -1,0 +1,122 @@
+//! Opening published ports, and telling which are open: what `publish` and `up` have in common.
+
+use crate::port_error;
+use anyhow::{anyhow, bail};
+use rustix::io::Errno;
+use std::net::SocketAddr;
+use tidegate_model::{HostPort, PortMapping, PublishLabel, host_addresses};
+use tidegate_proxy::{BindError, Listener};
+
+/// Attempts to find an ephemeral port that is free on both 0.0.0.0 and [::].
+const EPHEMERAL_ATTEMPTS: usize = 16;
+
+/// As many descriptors as the hard limit allows: each connection takes two.
+pub(crate) fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // What is refused stays as it was.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
+/// Opens the sockets of one mapping. Clients may connect from here on, and wait.
+///
+/// # Errors
+/// One line that names the port, who has it, and what to do.
+pub(crate) fn bind(mapping: &PortMapping) -> anyhow::Result<Vec<Listener>> {
+    let explained = |error: BindError| anyhow!(port_error::explain(&error));
+    let open = |port: u16| bind_addresses(mapping, port);
+    match mapping.host_port {
+        HostPort::Fixed(port) => open(port).map_err(explained),
+        HostPort::AnyOf(range) => {
+            let free = range.iter().find_map(|port| match open(port) {
+                Err(error) if error.source.kind() == std::io::ErrorKind::AddrInUse => None,
+                result => Some(result),
+            });
+            match free {
+                Some(result) => result.map_err(explained),
+                None => bail!("no port of {range} is free for {}", mapping.protocol),
+            }
+        }
+        HostPort::Ephemeral => {
+            let mut last = None;
+            for _ in 0..EPHEMERAL_ATTEMPTS {
+                match open(0) {
+                    Ok(listeners) => return Ok(listeners),
+                    Err(error) if error.source.kind() == std::io::ErrorKind::AddrInUse => last = Some(error),
+                    Err(error) => return Err(explained(error)),
+                }
+            }
+            Err(last.map_or_else(|| anyhow!("no free port"), explained))
+        }
+    }
+}
+
+/// Opens `port` (0: any free one, the same on each) on every address of the mapping.
+fn bind_addresses(mapping: &PortMapping, mut port: u16) -> Result<Vec<Listener>, BindError> {
+    let mut listeners: Vec<Listener> = Vec::new();
+    for ip in host_addresses(mapping.host_ip) {
+        match Listener::bind(SocketAddr::new(ip, port), mapping.protocol) {
+            Ok(listener) => {
+                port = listener.label().address().port();
+                listeners.push(listener);
+            }
+            // A kernel without IPv6: IPv4 was what could be meant by "all addresses".
+            Err(error)
+                if mapping.host_ip.is_none()
+                    && ip.is_ipv6()
+                    && Errno::from_io_error(&error.source) == Some(Errno::AFNOSUPPORT) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(listeners)
+}
+
+/// Neighbouring ports, told as ranges: what is published, and the container's ports.
+pub(crate) fn runs(published: &[(PublishLabel, u16)]) -> Vec<(String, String)> {
+    let mut runs: Vec<((PublishLabel, u16), u16)> = Vec::new();
+    for (label, container_port) in published {
+        let next = runs.iter_mut().find(|((first, first_port), length)| {
+            let (address, wanted) = (label.address(), first.address().port().checked_add(*length));
+            first.protocol() == label.protocol()
+                && first.address().ip() == address.ip()
+                && wanted == Some(address.port())
+                && first_port.checked_add(*length) == Some(*container_port)
+        });
+        match next {
+            Some((_, length)) => *length += 1,
+            None => runs.push(((*label, *container_port), 1)),
+        }
+    }
+    let range = |first: u16, length: u16| match length {
+        1 => first.to_string(),
+        _ => format!("{first}-{}", first + (length - 1)),
+    };
+    runs.into_iter()
+        .map(|((label, container_port), length)| {
+            let ip = label.address().ip();
+            let host = if ip.is_ipv6() { format!("[{ip}]") } else { ip.to_string() };
+            let ports = range(label.address().port(), length);
+            (format!("{host}:{ports}/{}", label.protocol()), range(container_port, length))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbouring_ports_are_told_as_ranges() {
+        let label = |text: &str| text.parse::<PublishLabel>().unwrap();
+        let published = [
+            (label("0.0.0.0:9000/tcp"), 80),
+            (label("[::]:9000/tcp"), 80),
+            (label("0.0.0.0:9001/tcp"), 81),
+            (label("[::]:9001/tcp"), 81),
+            (label("0.0.0.0:5353/udp"), 53),
+        ];
+        let expected =
+            [("0.0.0.0:9000-9001/tcp", "80-81"), ("[::]:9000-9001/tcp", "80-81"), ("0.0.0.0:5353/udp", "53")];
+        assert_eq!(runs(&published), expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
+    }
+}

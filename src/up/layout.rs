@@ -1,0 +1,310 @@
+//! From a Compose file to networks with names, addresses and interfaces: pure, but for what is passed in.
+
+use crate::compose::{self, Project};
+use ipnet::IpNet;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::net::IpAddr;
+use std::time::Instant;
+use tidegate_model::registry;
+use tidegate_netsetup::{
+    Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Mac, Network, Observed, Pools,
+    Subnet, gateway,
+};
+
+/// What a network's packets hold where the host has no way out to take the figure from.
+const MTU: u32 = 1500;
+
+/// A project on this host.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub(super) desired: Desired,
+    /// The addresses of each service, in the order of its networks, IPv4 first.
+    pub(super) addresses: BTreeMap<String, Vec<IpAddr>>,
+}
+
+/// Why a project finds no place.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum LayoutError {
+    #[error("network {network:?}: {source}")]
+    NoSubnet { network: String, source: Exhausted },
+    #[error("service {service:?} on network {network:?}: {source}")]
+    NoAddress { service: String, network: String, source: IpamError },
+}
+
+/// What a layout is made with.
+pub(super) struct Surroundings<'a> {
+    /// What the host has.
+    pub(super) observed: &'a Observed,
+    /// Distinguishes this host from others, for IPv6 prefixes.
+    pub(super) host_id: [u8; 5],
+    /// For hardware addresses and the names of veth ends.
+    pub(super) random: &'a mut dyn FnMut() -> [u8; 6],
+}
+
+/// Gives every network its subnets and bridge, and every service its interfaces and addresses.
+///
+/// # Errors
+/// [`LayoutError`]: subnets or addresses have run out, or a fixed one is taken.
+pub(super) fn layout(project: &Project, with: &mut Surroundings<'_>) -> Result<Layout, LayoutError> {
+    let (networks, mut pools) = networks(project, with)?;
+    let mut desired = Desired { networks, endpoints: Vec::new() };
+    let mut addresses = BTreeMap::new();
+    // Fixed addresses first, whatever the order of the file: nobody shall be given one that another has asked for.
+    for service in &project.services {
+        for attachment in &service.networks {
+            let failed = |source| no_address(&service.name, &attachment.network, source);
+            for fixed in fixed(attachment) {
+                if let Some(pool) = pool_for(&mut pools, &attachment.network, fixed) {
+                    pool.claim(fixed).map_err(failed)?;
+                }
+            }
+        }
+    }
+    let now = Instant::now();
+    for service in &project.services {
+        let mut attachments = Vec::new();
+        let mut all = Vec::new();
+        let way_out = service
+            .networks
+            .iter()
+            .position(|one| project.networks.get(&one.network).is_some_and(|network| !network.internal));
+        for (number, attachment) in service.networks.iter().enumerate() {
+            let mut nets = Vec::new();
+            for pool in pools.get_mut(&attachment.network).into_iter().flatten() {
+                let fixed =
+                    fixed(attachment).find(|ip| ip.is_ipv4() == matches!(pool.subnet(), IpNet::V4(_)));
+                let address = match fixed {
+                    Some(address) => address,
+                    None => pool
+                        .obtain(now)
+                        .map_err(|source| no_address(&service.name, &attachment.network, source))?,
+                };
+                nets.extend(IpNet::new(address, pool.subnet().prefix_len()));
+                all.push(address);
+            }
+            let random = (with.random)();
+            attachments.push(Attachment {
+                network: attachment.network.clone(),
+                host_end: Interface { name: veth_name(random), mac: Mac::local((with.random)()) },
+                inside: Interface { name: format!("eth{number}"), mac: Mac::local((with.random)()) },
+                addresses: nets,
+                default_route: way_out == Some(number),
+            });
+        }
+        desired.endpoints.push(Endpoint { name: service.name.clone(), attachments });
+        addresses.insert(service.name.clone(), all);
+    }
+    Ok(Layout { desired, addresses })
+}
+
+type AddressPools = BTreeMap<String, Vec<Ipam>>;
+
+fn networks(
+    project: &Project,
+    with: &mut Surroundings<'_>,
+) -> Result<(Vec<Network>, AddressPools), LayoutError> {
+    let pools = Pools::usual(with.host_id);
+    let given = project.networks.values().flat_map(|network| &network.subnets).map(|subnet| subnet.subnet);
+    let mut in_use: Vec<IpNet> = with.observed.routes.iter().map(|(net, _)| *net).chain(given).collect();
+    let mut networks = Vec::new();
+    let mut addresses = AddressPools::new();
+    for network in project.networks.values() {
+        let mut subnets: Vec<Subnet> = network
+            .subnets
+            .iter()
+            .map(|one| Subnet { subnet: one.subnet, gateway: one.gateway_address() })
+            .collect();
+        for v6 in [false, true] {
+            let has = subnets.iter().any(|subnet| subnet.gateway.is_ipv6() == v6);
+            if has || (v6 && !network.enable_ipv6) {
+                continue;
+            }
+            let subnet = pools
+                .obtain(v6, &in_use)
+                .map_err(|source| LayoutError::NoSubnet { network: network.name.clone(), source })?;
+            in_use.push(subnet);
+            subnets.push(Subnet { subnet, gateway: gateway(subnet) });
+        }
+        subnets.sort_by_key(|subnet| subnet.gateway.is_ipv6());
+        let pools = subnets.iter().map(|subnet| Ipam::new(subnet.subnet, subnet.gateway)).collect();
+        addresses.insert(network.name.clone(), pools);
+        let name = network.bridge.clone().unwrap_or_else(|| bridge_name(&project.name, &network.name));
+        networks.push(Network {
+            name: network.name.clone(),
+            bridge: Interface { name, mac: Mac::local((with.random)()) },
+            subnets,
+            internal: network.internal,
+            inter_container: network.inter_container,
+            mtu: network.mtu.or(with.observed.default_mtu).unwrap_or(MTU),
+        });
+    }
+    Ok((networks, addresses))
+}
+
+fn fixed(attachment: &compose::Attachment) -> impl Iterator<Item = IpAddr> + use<> {
+    let v4 = attachment.ipv4_address.map(IpAddr::V4);
+    v4.into_iter().chain(attachment.ipv6_address.map(IpAddr::V6))
+}
+
+fn pool_for<'a>(pools: &'a mut AddressPools, network: &str, address: IpAddr) -> Option<&'a mut Ipam> {
+    pools.get_mut(network)?.iter_mut().find(|pool| pool.subnet().contains(&address))
+}
+
+fn no_address(service: &str, network: &str, source: IpamError) -> LayoutError {
+    LayoutError::NoAddress { service: service.to_owned(), network: network.to_owned(), source }
+}
+
+/// `tg-`, what fits of the network's name, and what tells projects apart: the same every time, for those who capture packets.
+fn bridge_name(project: &str, network: &str) -> String {
+    let readable = network.chars().filter(char::is_ascii_alphanumeric).take(7);
+    let id = fnv(format!("{project}/{network}").as_bytes()) as u16;
+    format!("{}-{}-{id:04x}", registry::INTERFACE_PREFIX, readable.collect::<String>().to_ascii_lowercase())
+}
+
+/// `tgv` and what nobody else has.
+fn veth_name(random: [u8; 6]) -> String {
+    let mut name = format!("{}v", registry::INTERFACE_PREFIX);
+    for byte in random {
+        let _ = write!(name, "{byte:02x}");
+    }
+    name
+}
+
+/// The FNV-1a hash, folded to 16 bits by those who take less of it: not for secrets.
+pub(super) fn fnv(bytes: &[u8]) -> u64 {
+    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    hash ^ (hash >> 32)
+}
+
+/// `/etc/hosts` of a service: itself, and every service that shares a network with it, by name and by its aliases there.
+pub(super) fn hosts(project: &Project, layout: &Layout, service: &str, hostname: &str) -> String {
+    let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    let networks_of = |name: &str| {
+        let endpoint = layout.desired.endpoints.iter().find(|endpoint| endpoint.name == name);
+        endpoint.map(|endpoint| endpoint.attachments.as_slice()).unwrap_or_default()
+    };
+    for own in networks_of(service) {
+        for other in &project.services {
+            let Some(there) = networks_of(&other.name).iter().find(|there| there.network == own.network)
+            else {
+                continue;
+            };
+            let mut names = vec![other.name.clone()];
+            if other.name == service && hostname != service {
+                names.insert(0, hostname.to_owned());
+            }
+            let here = other.networks.iter().filter(|one| one.network == own.network);
+            names.extend(here.flat_map(|one| one.aliases.clone()));
+            for address in &there.addresses {
+                let _ = writeln!(text, "{}\t{}", address.addr(), names.join(" "));
+            }
+        }
+    }
+    text
+}
+
+/// `/etc/resolv.conf` of a service: the servers that the file names. Names of its networks are in [`hosts`].
+pub(super) fn resolv_conf(servers: &[IpAddr]) -> String {
+    let mut text = String::from("# written by tidegate; names of services are in /etc/hosts\n");
+    for server in servers {
+        let _ = writeln!(text, "nameserver {server}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    const FILE: &str = "
+networks:
+  front: {}
+  back:
+    internal: true
+    enable_ipv6: true
+    ipam: { config: [ { subnet: 10.77.0.0/24 } ] }
+services:
+  web:
+    command: web
+    networks: [ back, front ]
+  db:
+    command: db
+    hostname: data
+    networks: { back: { aliases: [ sql ], ipv4_address: 10.77.0.2 } }
+";
+
+    fn lay_out(text: &str, observed: &Observed) -> (Project, Result<Layout, LayoutError>) {
+        let project = compose::parse(text, Path::new("compose.yaml"), "demo", &|_| None).unwrap();
+        let mut count = 0;
+        let mut random = || {
+            count += 1;
+            [0x10, 0, 0, 0, 0, count]
+        };
+        let laid_out =
+            layout(&project, &mut Surroundings { observed, host_id: [1, 2, 3, 4, 5], random: &mut random });
+        (project, laid_out)
+    }
+
+    #[test]
+    fn networks_and_services_get_what_the_file_leaves_open() {
+        let observed = Observed {
+            routes: vec![("172.28.0.0/24".parse().unwrap(), "eth0".into())],
+            default_mtu: Some(1400),
+            ..Observed::default()
+        };
+        let (project, laid_out) = lay_out(FILE, &observed);
+        let laid_out = laid_out.unwrap();
+        let [back, front] = &laid_out.desired.networks[..] else { panic!("two networks") };
+        assert_eq!(
+            back.subnets.iter().map(|one| one.subnet.to_string()).collect::<Vec<_>>(),
+            ["10.77.0.0/24", "fd01:203:405::/64"]
+        );
+        assert_eq!(front.subnets[0].subnet.to_string(), "172.28.1.0/24", "the first that is free");
+        assert_eq!((front.mtu, back.internal, front.internal), (1400, true, false));
+        assert_eq!(front.bridge.name.len(), "tg-front-0000".len());
+        let web = &laid_out.desired.endpoints[0].attachments;
+        assert_eq!(
+            web.iter().map(|one| one.default_route).collect::<Vec<_>>(),
+            [false, true],
+            "not by the internal one"
+        );
+        assert_eq!(
+            laid_out.addresses["web"],
+            ["10.77.0.3", "fd01:203:405::2", "172.28.1.2"].map(|ip| ip.parse::<IpAddr>().unwrap()),
+            "10.77.0.2 is spoken for"
+        );
+        assert_eq!(
+            hosts(&project, &laid_out, "db", "data"),
+            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n\
+             10.77.0.3\tweb\nfd01:203:405::2\tweb\n10.77.0.2\tdata db sql\nfd01:203:405::3\tdata db sql\n"
+        );
+    }
+
+    #[test]
+    fn names_fit_the_kernel_and_differ_between_projects() {
+        for network in ["a", "default", "a-very-long-name-of-a-network"] {
+            assert!(bridge_name("demo", network).len() <= 15);
+            assert_ne!(bridge_name("demo", network), bridge_name("other", network));
+        }
+        assert_eq!(veth_name([1, 2, 3, 4, 5, 6]).len(), 15);
+    }
+
+    #[test]
+    fn a_full_subnet_is_told_with_the_service_that_finds_no_room() {
+        let text = "
+networks: { tiny: { ipam: { config: [ { subnet: 10.77.0.0/30 } ] } } }
+services:
+  one: { command: x, networks: [ tiny ] }
+  two: { command: x, networks: [ tiny ] }
+";
+        let error = lay_out(text, &Observed::default()).1.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "service \"two\" on network \"tiny\": no address is left in 10.77.0.0/30"
+        );
+    }
+}

@@ -1,0 +1,331 @@
+//! `tidegate up`: the networks and services of a Compose file, for as long as it runs.
+//!
+//! ```text
+//! read the file ─► clear what a killed instance left ─► lay out ─► open ports ─► networks ─► publish ─► services
+//!                                                                                                        │ all ended,
+//! remove networks ◄─ close ports, cut connections ◄─ stop services ◄────────────────────────────────────┘ or a signal
+//! ```
+//!
+//! Ports are opened before anything is changed, because that is what fails most; clients that connect early wait. Networks are
+//! closed before they are up (see [`tidegate_netsetup`]), so there is no moment at which more can be reached than
+//! what is published.
+
+mod layout;
+
+use crate::compose::{self, Project, Restart, Run};
+use crate::metrics_endpoint::{MetricsAddress, Recorder};
+use crate::ports::{bind, raise_descriptor_limit, runs};
+use crate::services::{self, RestartPolicy, ServiceSpec, StandardOutput, Supervisor};
+use crate::source::{Source, clean_up_after_the_dead};
+use anyhow::{Context, anyhow, bail};
+use layout::{Layout, Surroundings, fnv, hosts, layout, resolv_conf};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_model::{PortSpec, Protocol, PublishLabel};
+use tidegate_netns::{Namespace, run_directory};
+use tidegate_netsetup::{Journal, JournalError, Kernel, Setup, WithoutFirewall};
+use tidegate_proxy::{Enclosures, Engine, Listener, PortOptions, Settings};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// How long running connections may go on once all services have ended: none is answered any more.
+const DRAIN: Duration = Duration::from_millis(100);
+
+/// What is asked for.
+#[derive(Debug)]
+pub struct Up {
+    /// The Compose file.
+    pub file: PathBuf,
+    /// Instead of the file's or its directory's name.
+    pub project: Option<String>,
+    /// Where metrics are served.
+    pub metrics: Option<MetricsAddress>,
+    /// How long services may take to end.
+    pub grace: Duration,
+}
+
+/// What is made for the project, to be taken back in the end.
+struct Instance {
+    setup: Setup<WithoutFirewall>,
+    up: Running,
+}
+
+/// What runs on the networks.
+struct Running {
+    layout: Layout,
+    /// What is published for each service: where, and which port of it.
+    published: BTreeMap<String, Vec<(PublishLabel, u16)>>,
+    engine: Arc<Engine>,
+    supervisor: Supervisor,
+}
+
+/// The signals that end it.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+impl Up {
+    /// Runs until all services have ended or a signal comes. True if every service ended well, or was told to.
+    ///
+    /// # Errors
+    /// One line. Nothing is left behind, unless it says so.
+    pub fn run(&self) -> anyhow::Result<bool> {
+        // One thread: children are tied to the thread that made them, so that they go when this process is killed.
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
+        runtime.block_on(self.run_here())
+    }
+
+    async fn run_here(&self) -> anyhow::Result<bool> {
+        // From here on neither signal kills.
+        let mut signals = Signals {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        };
+        let mut project = compose::load(&self.file)?;
+        if let Some(name) = &self.project {
+            project.name.clone_from(name);
+        }
+        for warning in &project.warnings {
+            tracing::warn!("{warning}");
+        }
+        let run = run_directory()
+            .context("no place for what is to be remembered: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR")?;
+        let run = run.join("projects").join(&project.name);
+        let journal = Journal::open(&run.join("network.journal")).map_err(|error| match error {
+            JournalError::InUse { holder, .. } => {
+                anyhow!(
+                    "project {:?} is up already (process {holder}); stop that one, or choose another name",
+                    project.name
+                )
+            }
+            error => error.into(),
+        })?;
+        services::sweep(&run).context("files of services that were killed")?;
+        clean_up_after_the_dead();
+        raise_descriptor_limit();
+        let host = Namespace::current().context("this process's own network namespace")?;
+        let mut setup = Setup::new(Kernel::new(host), journal, WithoutFirewall);
+        let left = setup.clear().await?;
+        if left > 0 {
+            tracing::info!(steps = left, "cleared what an instance that was killed had left");
+        }
+
+        let up = match self.start(&project, &mut setup, &run).await {
+            Ok(up) => up,
+            Err(error) => {
+                // What went wrong first is what matters; what cannot be taken back is in the journal, for the next start.
+                if let Err(second) = setup.finish().await {
+                    tracing::warn!(error = %second, "not all could be taken back");
+                }
+                return Err(error);
+            }
+        };
+        let mut instance = Instance { setup, up };
+        instance.up.announce()?;
+        let well = instance.up.follow(&mut signals).await;
+        instance.take_down(&mut signals).await?;
+        let _ = fs::remove_dir_all(&run);
+        Ok(well)
+    }
+
+    /// Brings the project up. With an error, what was made of its networks is in `setup`, to be taken back.
+    async fn start(
+        &self,
+        project: &Project,
+        setup: &mut Setup<WithoutFirewall>,
+        run: &Path,
+    ) -> anyhow::Result<Running> {
+        let observed = setup.surroundings().await?;
+        let mut random = || {
+            let mut bytes = [0; 6];
+            // Without a source of randomness names collide, and that is told as what it is.
+            let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+            bytes
+        };
+        let mut surroundings = Surroundings { observed: &observed, host_id: host_id(), random: &mut random };
+        let layout = layout(project, &mut surroundings)?;
+        let ports = open_ports(project)?;
+        let recorder = self.metrics.map(Recorder::install).transpose()?;
+
+        let mut namespaces = BTreeMap::new();
+        for service in &project.services {
+            let namespace = match &service.run {
+                Run::Command(_) => Namespace::create().context("make a network namespace")?,
+                Run::Adopt(path) => {
+                    Namespace::from_path(path).with_context(|| format!("service {:?}", service.name))?
+                }
+            };
+            setup.kernel().add_endpoint(&service.name, namespace.clone());
+            namespaces.insert(service.name.clone(), namespace);
+        }
+        setup.apply(&layout.desired).await?;
+
+        let listeners = ports.values().map(Vec::len).sum::<usize>();
+        let mut settings = Settings::default();
+        settings.reserved_descriptors += listeners + 2 * namespaces.len();
+        let engine = Arc::new(Engine::new(settings));
+        let mut published: BTreeMap<String, Vec<(PublishLabel, u16)>> = BTreeMap::new();
+        let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
+        let enclosures: Enclosures = gateways.map(|subnet| (subnet.gateway, subnet.subnet)).collect();
+        for ((service, protocol), listeners) in ports {
+            let (Some(namespace), Some(addresses)) =
+                (namespaces.get(&service), layout.addresses.get(&service))
+            else {
+                continue;
+            };
+            let labels = listeners.iter().map(|(listener, port)| (listener.label(), *port));
+            published.entry(service.clone()).or_default().extend(labels);
+            let upstream = Source::towards_namespace(None, namespace, addresses, protocol)
+                .with_context(|| format!("service {service:?}"))?;
+            let mut options = PortOptions::new(upstream);
+            options.enclosures = enclosures.clone();
+            engine.publish(listeners, &Arc::new(options)).context("event loops")?;
+        }
+        if let Some(recorder) = recorder {
+            recorder.serve(Arc::clone(&engine)).context("metrics endpoint")?;
+        }
+
+        let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
+        let specs = specs(project, &layout, &namespaces);
+        supervisor.start(specs).await?;
+        Ok(Running { layout, published, engine, supervisor })
+    }
+}
+
+impl Running {
+    /// Waits for the services to end, or a signal. Whether all is well.
+    async fn follow(&mut self, signals: &mut Signals) -> bool {
+        if self.supervisor.statuses().is_empty() {
+            signals.next().await;
+            return true;
+        }
+        tokio::select! {
+            ended = self.supervisor.wait() => ended.success(),
+            () = signals.next() => true,
+        }
+    }
+
+    /// Tells what is there.
+    fn announce(&self) -> anyhow::Result<()> {
+        let mut rows = vec![["SERVICE", "NETWORK", "ADDRESS", "PUBLISHED"].map(str::to_owned)];
+        for endpoint in &self.layout.desired.endpoints {
+            let published = self.published.get(&endpoint.name).map(Vec::as_slice).unwrap_or_default();
+            let ports: Vec<_> =
+                runs(published).into_iter().map(|(from, to)| format!("{from}->{to}")).collect();
+            let (mut name, mut ports) = (endpoint.name.clone(), ports.join(", "));
+            for attachment in &endpoint.attachments {
+                let addresses: Vec<_> =
+                    attachment.addresses.iter().map(|net| net.addr().to_string()).collect();
+                let (name, ports) = (std::mem::take(&mut name), std::mem::take(&mut ports));
+                rows.push([name, attachment.network.clone(), addresses.join(", "), ports]);
+            }
+        }
+        let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+        let widths = [0, 1, 2, 3].map(width);
+        let mut out = std::io::stdout().lock();
+        for row in &rows {
+            let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+            writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+        }
+        writeln!(out, "Ctrl-C takes all of it down again.")?;
+        Ok(out.flush()?)
+    }
+}
+
+impl Instance {
+    /// Takes everything back; a signal meanwhile ends the patience with services.
+    async fn take_down(self, signals: &mut Signals) -> anyhow::Result<()> {
+        let Running { engine, mut supervisor, .. } = self.up;
+        let impatient = {
+            let stop = supervisor.stop();
+            tokio::pin!(stop);
+            tokio::select! {
+                () = &mut stop => false,
+                () = signals.next() => true,
+            }
+        };
+        if impatient {
+            supervisor.kill();
+            supervisor.wait().await;
+        }
+        let drained = engine.drain(DRAIN, || false);
+        if drained.cut > 0 {
+            tracing::info!(connections = drained.cut, "connections were cut");
+        }
+        drop(engine);
+        Ok(self.setup.finish().await?)
+    }
+}
+
+/// Open sockets and the port of the container that each stands for, by service and protocol.
+type OpenPorts = BTreeMap<(String, Protocol), Vec<(Listener, u16)>>;
+
+/// Opens every published port, by service and protocol.
+fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
+    let mut ports = OpenPorts::new();
+    for service in &project.services {
+        for mapping in service.ports.iter().flat_map(PortSpec::mappings) {
+            if mapping.protocol == Protocol::Sctp {
+                bail!(
+                    "service {:?}: port {}/sctp: protocol not supported",
+                    service.name,
+                    mapping.container_port
+                );
+            }
+            let opened = bind(&mapping).with_context(|| format!("service {:?}", service.name))?;
+            let entry = ports.entry((service.name.clone(), mapping.protocol)).or_default();
+            entry.extend(opened.into_iter().map(|listener| (listener, mapping.container_port)));
+        }
+    }
+    Ok(ports)
+}
+
+/// What the supervisor is to run. Adopted namespaces have processes of their own.
+fn specs(project: &Project, layout: &Layout, namespaces: &BTreeMap<String, Namespace>) -> Vec<ServiceSpec> {
+    let runs = |name: &String| {
+        project.services.iter().any(|service| service.name == *name && matches!(service.run, Run::Command(_)))
+    };
+    let spec = |service: &compose::Service| {
+        let Run::Command(command) = &service.run else { return None };
+        let hostname = service.hostname.clone().unwrap_or_else(|| service.name.clone());
+        Some(ServiceSpec {
+            name: service.name.clone(),
+            command: command.clone(),
+            environment: service.environment.clone(),
+            hosts: hosts(project, layout, &service.name, &hostname),
+            hostname,
+            working_dir: service.working_dir.clone(),
+            namespace: namespaces.get(&service.name)?.clone(),
+            resolv_conf: resolv_conf(&service.dns),
+            restart: match service.restart {
+                Restart::No => RestartPolicy::No,
+                Restart::OnFailure { max } => RestartPolicy::OnFailure { max },
+                Restart::Always => RestartPolicy::Always,
+                Restart::UnlessStopped => RestartPolicy::UnlessStopped,
+            },
+            depends_on: service.depends_on.iter().filter(|name| runs(name)).cloned().collect(),
+        })
+    };
+    project.services.iter().filter_map(spec).collect()
+}
+
+/// Five bytes that are this host's, and the same at every start: of its machine id (machine-id(5)), which itself is not to be shown.
+fn host_id() -> [u8; 5] {
+    let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    let [.., a, b, c, d, e] = fnv(format!("tidegate {}", id.trim()).as_bytes()).to_be_bytes();
+    [a, b, c, d, e]
+}

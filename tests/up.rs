@@ -1,0 +1,170 @@
+//! `tidegate up` with a real kernel: who reaches what, and what is left when it has ended, whatever way.
+
+mod up {
+    pub(crate) mod matrix;
+    pub(crate) mod scene;
+}
+
+use std::fs;
+use std::time::Duration;
+use tidegate_testbed::{Namespace, Signal, eventually};
+use up::scene::{Scene, TIDEGATE, state};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// Two services on two networks, one of them internal, one port published.
+const HELLO: &str = r#"
+name: demo
+networks:
+  front: { enable_ipv6: true }
+  back: { internal: true }
+services:
+  web:
+    command: TIDEGATE hello --listen [::]:80
+    networks: [ front, back ]
+    ports: [ "8080:80" ]
+    depends_on: [ db ]
+  db:
+    command: TIDEGATE hello --listen 0.0.0.0:80
+    networks: { back: { aliases: [ sql ] } }
+"#;
+
+#[test]
+fn a_project_comes_up_answers_and_goes_without_a_trace() {
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    let mut up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
+    up.wait_for_line("Ctrl-C takes all of it down again.", SOON);
+    let told = up.output();
+    assert!(told.contains("0.0.0.0:8080/tcp->80, [::]:8080/tcp->80"), "{told}");
+    for url in ["http://203.0.113.1:8080/", "http://[2001:db8:1::1]:8080/"] {
+        let answer = scene.net.client.exec("curl", &["-sS", "--max-time", "5", url]);
+        assert!(
+            answer.contains("203.0.113.9") || answer.contains("2001:db8:1::9"),
+            "the client's own address: {answer}"
+        );
+    }
+    up.stop(Signal::INT, SOON);
+    assert_eq!(state(&scene.net.host), before);
+    assert!(!scene.run.path().join("projects/demo").exists());
+}
+
+#[test]
+fn services_know_each_other_by_name_and_alias() {
+    let scene = Scene::new();
+    let file = r#"
+name: demo
+networks: { back: {}, apart: {} }
+services:
+  asker:
+    command: [ sh, -c, "cat /etc/hosts; hostname; getent hosts sql; getent hosts stranger || echo no stranger" ]
+    hostname: curious
+    networks: [ back ]
+    depends_on: [ db ]
+  db: { command: [ sleep, "60" ], networks: { back: { aliases: [ sql ] } } }
+  stranger: { command: [ sleep, "60" ], networks: [ apart ] }
+"#;
+    let up = scene.up(file);
+    up.wait_for_line("no stranger", SOON);
+    let told = up.output();
+    assert!(told.lines().any(|line| line.ends_with("| curious")), "{told}");
+    assert!(told.lines().any(|line| line.contains("172.28.") && line.ends_with("db sql")), "{told}");
+}
+
+#[test]
+fn what_a_killed_instance_left_is_cleared_by_the_next_and_its_services_are_gone() {
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    let mut up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
+    up.wait_for_line("Ctrl-C takes", SOON);
+    up.signal(Signal::KILL);
+    up.wait(SOON);
+    assert_ne!(state(&scene.net.host), before, "a killed process cannot clear up");
+    let mut next = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
+    next.wait_for_line("Ctrl-C takes", SOON);
+    next.stop(Signal::TERM, SOON);
+    assert_eq!(state(&scene.net.host), before);
+}
+
+#[test]
+fn a_second_instance_is_told_who_the_first_is() {
+    let scene = Scene::new();
+    let up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let pid = up.pid();
+    let error = scene.refused(&HELLO.replace("TIDEGATE", TIDEGATE));
+    assert_eq!(
+        error,
+        format!(
+            "tidegate: error: project \"demo\" is up already (process {pid}); stop that one, or choose another name\n"
+        )
+    );
+}
+
+#[test]
+fn what_cannot_be_is_one_line_and_changes_nothing() {
+    let scene = Scene::new();
+    scene.net.host.ip_all("route add 10.66.0.0/16 via 203.0.113.9");
+    let _holder = scene.net.host.run(|| std::net::TcpListener::bind("0.0.0.0:8080")).unwrap();
+    let before = state(&scene.net.host);
+    let service = |more: &str| format!("name: demo\nservices: {{ web: {{ command: 'true'{more} }} }}\n");
+    let subnet = "networks: { default: { ipam: { config: [ { subnet: 10.66.3.0/24 } ] } } }\n";
+    for (file, error) in [
+        (service(", ports: [ '8080:80' ]"), "service \"web\": port 8080/tcp on 0.0.0.0 is in use by "),
+        (
+            service("") + subnet,
+            "network \"default\": subnet 10.66.3.0/24 overlaps 10.66.0.0/16, which the host reaches by \"eth0\"; give it another one",
+        ),
+        (
+            service(", x-netns: /nowhere").replace("command: 'true', ", ""),
+            "service \"web\": no such namespace /nowhere",
+        ),
+        (service("").replace("'true'", "/no/such/program"), "web"),
+        (service(", image: nginx"), "compose.yaml:"),
+    ] {
+        let told = scene.refused(&file);
+        assert!(told.starts_with("tidegate: error: ") && told.contains(error), "{told}");
+        assert_eq!(told.lines().count(), 1, "{told}");
+        assert_eq!(state(&scene.net.host), before, "{told}");
+    }
+}
+
+#[test]
+fn an_adopted_namespace_is_left_as_it_was() {
+    let scene = Scene::new();
+    let (adopted, before) = (Namespace::new(), state(&scene.net.host));
+    let inside = state(&adopted);
+    let file = format!(
+        "name: demo\nservices: {{ box: {{ x-netns: {}, ports: [ '8080:80' ] }} }}\n",
+        adopted.path().display()
+    );
+    let mut up = scene.up(&file);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    assert!(state(&adopted).contains("eth0"));
+    up.stop(Signal::INT, SOON);
+    assert!(eventually(SOON, || state(&adopted) == inside));
+    assert_eq!(state(&scene.net.host), before);
+}
+
+#[test]
+fn when_all_services_have_ended_it_ends_and_says_whether_they_ended_well() {
+    let scene = Scene::new();
+    let file = |code: u8| {
+        format!("name: demo\nservices: {{ job: {{ command: [ sh, -c, 'echo done; exit {code}' ] }} }}\n")
+    };
+    for code in [0, 3] {
+        let mut up = scene.up(&file(code));
+        assert_eq!(up.wait(SOON).success(), code == 0);
+        assert!(up.wait_for_output(SOON).contains("| done"));
+    }
+}
+
+#[test]
+fn the_example_is_a_project() {
+    let text = fs::read_to_string("examples/hello/compose.yaml").unwrap();
+    let scene = Scene::new();
+    let up = scene.up(&text.replace("tidegate hello", &format!("{TIDEGATE} hello")));
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let answer = scene.net.client.exec("curl", &["-sS", "--max-time", "5", "http://203.0.113.1:8080/"]);
+    assert!(answer.contains("203.0.113.9"), "{answer}");
+}

@@ -1,0 +1,59 @@
+//! A host with an outside, to bring projects up on.
+
+use std::fs;
+use std::time::Duration;
+use tidegate_testbed::{Namespace, Process, Topology};
+
+/// The binary under test.
+pub(crate) const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
+
+/// A host, its outside, and a place of its own for what would be below `/run`.
+pub(crate) struct Scene {
+    pub(crate) net: Topology,
+    pub(crate) run: tempfile::TempDir,
+    pub(crate) directory: tempfile::TempDir,
+}
+
+impl Scene {
+    pub(crate) fn new() -> Self {
+        let directory = || tempfile::tempdir().unwrap();
+        Self { net: Topology::three(), run: directory(), directory: directory() }
+    }
+
+    /// Begins to bring `file` up.
+    pub(crate) fn up(&self, file: &str) -> Process {
+        let path = self.directory.path().join("compose.yaml");
+        fs::write(&path, file).unwrap();
+        let mut command = self.net.host.command(TIDEGATE);
+        command.arg("up").arg("-f").arg(path).args(["--metrics", "none"]);
+        command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
+        Process::spawn(&mut command)
+    }
+
+    /// What is told of `file`, which cannot be brought up.
+    #[track_caller]
+    pub(crate) fn refused(&self, file: &str) -> String {
+        let mut up = self.up(file);
+        let code = up.wait(Duration::from_secs(10)).code();
+        let told = up.wait_for_output(Duration::from_secs(10));
+        assert_eq!(code, Some(1), "{told}");
+        told
+    }
+}
+
+/// All that can be seen of a namespace: links, addresses, routes, rules.
+pub(crate) fn state(namespace: &Namespace) -> String {
+    let ip = |args: &[&str]| namespace.exec("ip", args);
+    let all = [
+        ip(&["-o", "addr"]),
+        ip(&["route", "show", "table", "all"]),
+        ip(&["-6", "route", "show", "table", "all"]),
+        ip(&["rule"]),
+        ip(&["-6", "rule"]),
+    ];
+    let lines = all.iter().flat_map(|text| text.lines());
+    lines
+        .filter(|line| !line.contains("fe80:") && !line.contains("expires"))
+        .map(|line| format!("{line}\n"))
+        .collect()
+}
