@@ -11,8 +11,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+use tidegate::compose::Restart;
 use tidegate::services::{
-    Exit, Output, RestartPolicy, ServiceError, ServiceSpec, StandardOutput, State, Status, Supervisor, sweep,
+    Exit, Output, ServiceError, ServiceSpec, StandardOutput, State, Status, Supervisor, sweep,
 };
 use tidegate_testbed::{Namespace, Process, Signal, eventually, procfs, require_root};
 
@@ -111,7 +112,7 @@ fn shell_in(namespace: tidegate_netns::Namespace, name: &str, script: &str) -> S
         namespace,
         hosts: format!("127.0.0.1 localhost\n10.9.8.7 {name}-friend\n"),
         resolv_conf: "nameserver 127.0.0.11\n".to_owned(),
-        restart: RestartPolicy::No,
+        restart: Restart::No,
         depends_on: vec![],
     }
 }
@@ -121,7 +122,7 @@ fn after(mut spec: ServiceSpec, dependencies: &[&str]) -> ServiceSpec {
     spec
 }
 
-fn restarting(mut spec: ServiceSpec, policy: RestartPolicy) -> ServiceSpec {
+fn restarting(mut spec: ServiceSpec, policy: Restart) -> ServiceSpec {
     spec.restart = policy;
     spec
 }
@@ -326,7 +327,7 @@ fn a_service_that_fails_is_restarted_as_often_as_allowed_in_the_same_namespace()
     let mut bed = Bed::new(FOREVER);
     run(async {
         let script = "readlink /proc/self/ns/net; exit 4";
-        let spec = restarting(bed.shell("web", script), RestartPolicy::OnFailure { max: Some(2) });
+        let spec = restarting(bed.shell("web", script), Restart::OnFailure { max: Some(2) });
         bed.supervisor.start(vec![spec]).await.unwrap();
         assert_eq!(bed.supervisor.wait().await.0, [("web".to_owned(), Exit::Code(4))]);
         assert_eq!(bed.status("web").restarts, 2);
@@ -344,8 +345,8 @@ fn a_service_that_fails_is_restarted_as_often_as_allowed_in_the_same_namespace()
 fn a_service_is_restarted_until_it_is_stopped() {
     let mut bed = Bed::new(FOREVER);
     run(async {
-        let failing = restarting(bed.shell("good", "exit 0"), RestartPolicy::OnFailure { max: None });
-        let always = restarting(bed.shell("always", "exit 0"), RestartPolicy::Always);
+        let failing = restarting(bed.shell("good", "exit 0"), Restart::OnFailure { max: None });
+        let always = restarting(bed.shell("always", "exit 0"), Restart::Always);
         bed.supervisor.start(vec![failing, always]).await.unwrap();
         bed.lines.wait_for("always restarts in 400ms").await;
         assert!(matches!(bed.status("always").state, State::Restarting(Exit::Code(0)) | State::Running));

@@ -16,8 +16,8 @@ use rustix::event::PollFlags;
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use socket2::SockRef;
 use support::{
-    Backend, PATIENCE, Publisher, ask, connect, is_ready, limit_open_files, read_all, read_to_end, reset,
-    wait_for_reset, wait_until,
+    Backend, PATIENCE, Publisher, ask, connect, container, host, host_v6, is_ready, limit_open_files,
+    read_all, read_to_end, reset, wait_for_reset, wait_until,
 };
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
@@ -939,18 +939,6 @@ impl Bed {
         wait_until("the port is closed", || !self.net.host.is_bound(Protocol::Tcp, 8080));
         assert_eq!(refused(&self.net.client, host(8080)), io::ErrorKind::ConnectionRefused);
     }
-}
-
-fn container(port: u16) -> SocketAddr {
-    (addr::CONTAINER_V4, port).into()
-}
-
-fn host(port: u16) -> SocketAddr {
-    (addr::HOST_V4, port).into()
-}
-
-fn host_v6(port: u16) -> SocketAddr {
-    (addr::HOST_V6, port).into()
 }
 
 /// Sends `length` bytes over a connection and checks what arrives.

@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
-use support::{PATIENCE, Publisher, is_ready, wait_until};
+use support::{PATIENCE, Publisher, container, host, host_v6, is_ready, wait_until};
 use tidegate_testbed::server::{EchoServer, PeerServer};
 use tidegate_testbed::{Namespace, Pattern, Protocol, Signal, Topology, addr};
 
@@ -575,18 +575,6 @@ fn sessions_do_not_hold_up_the_end() {
 }
 
 // ---- helpers
-
-fn container(port: u16) -> SocketAddr {
-    (addr::CONTAINER_V4, port).into()
-}
-
-fn host(port: u16) -> SocketAddr {
-    (addr::HOST_V4, port).into()
-}
-
-fn host_v6(port: u16) -> SocketAddr {
-    (addr::HOST_V6, port).into()
-}
 
 /// Any address and port of the family of `like`.
 fn unspecified(like: SocketAddr) -> SocketAddr {

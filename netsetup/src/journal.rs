@@ -86,12 +86,9 @@ impl Journal {
         Ok(())
     }
 
-    /// Forgets the facts that are not in `true_ones`: they have gone without us.
-    pub(crate) fn keep(&mut self, true_ones: impl Fn(&Fact) -> bool) -> Result<(), JournalError> {
-        let (kept, gone): (Vec<Fact>, Vec<Fact>) =
-            std::mem::take(&mut self.facts).into_iter().partition(true_ones);
-        self.facts = kept;
-        gone.into_iter().try_for_each(|fact| self.write(&Line::Remove(fact)))
+    /// To be called when none of its facts is true any more.
+    pub(crate) fn forget_all(&mut self) -> Result<(), JournalError> {
+        std::mem::take(&mut self.facts).into_iter().try_for_each(|fact| self.write(&Line::Remove(fact)))
     }
 
     /// Deletes the file: nothing of its owner's is left.

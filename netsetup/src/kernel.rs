@@ -72,18 +72,6 @@ impl Kernel {
         self.endpoints.insert(name.to_owned(), namespace);
     }
 
-    /// Forgets the endpoint `name`.
-    pub fn remove_endpoint(&mut self, name: &str) {
-        self.connections.remove(&Place::Endpoint(name.to_owned()));
-        self.endpoints.remove(name);
-    }
-
-    /// The namespace of an endpoint.
-    #[must_use]
-    pub fn endpoint(&self, name: &str) -> Option<&Namespace> {
-        self.endpoints.get(name)
-    }
-
     fn namespace(&self, place: &Place) -> Result<&Namespace, KernelError> {
         match place {
             Place::Host => Ok(&self.host),
@@ -254,12 +242,7 @@ impl Kernel {
             }
             Fact::Setting { place, name, value } => {
                 match self.namespace(place).map_err(|error| error.source)?.set_sysctl(name, value) {
-                    // A kernel without IPv6 has it switched off.
-                    Err(error)
-                        if error.kind() == io::ErrorKind::NotFound && name.starts_with("net.ipv6.") =>
-                    {
-                        Ok(())
-                    }
+                    Err(error) if is_without_ipv6(&error, name) => Ok(()),
                     result => result,
                 }
             }
@@ -363,6 +346,13 @@ impl Kernel {
     }
 }
 
+/// Whether a setting is not there because the kernel has no IPv6: then it is switched off as far as can be.
+fn is_without_ipv6(error: &io::Error, setting: &str) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        && setting.starts_with("net.ipv6.")
+        && !std::path::Path::new("/proc/sys/net/ipv6").exists()
+}
+
 /// `ENODEV`.
 const NO_DEVICE: i32 = rustix::io::Errno::NODEV.raw_os_error();
 
@@ -396,7 +386,6 @@ fn place_of(fact: &Fact) -> Option<&Place> {
 
 /// What one namespace has.
 struct Here {
-    place: Place,
     links: BTreeMap<u32, Link>,
     addresses: Vec<(u32, IpNet)>,
     routes: Vec<RouteMessage>,
@@ -444,7 +433,7 @@ impl Here {
                 rules.extend(listed.iter().filter_map(rule_of));
             }
         }
-        Ok(Self { place: place.clone(), links, addresses, routes, rules })
+        Ok(Self { links, addresses, routes, rules })
     }
 
     fn link(&self, name: &str) -> Option<&Link> {
@@ -465,7 +454,8 @@ impl Here {
             }
             Fact::Setting { place, name, value } => match kernel.namespace(place)?.sysctl(name) {
                 Ok(found) => found == *value,
-                Err(_) => false,
+                // As in `add`.
+                Err(error) => is_without_ipv6(&error, name),
             },
             Fact::Address { link, address, .. } => self.link(link).is_some_and(|link| {
                 self.addresses.iter().any(|(index, one)| *index == link.index && one == address)
@@ -507,7 +497,6 @@ impl Here {
             let everywhere = matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local() || net.addr().is_multicast());
             (!everywhere).then(|| (net.trunc(), name(by)))
         });
-        debug_assert_eq!(self.place, Place::Host);
         let addresses = self.addresses.iter().filter(|(_, net)| !is_link_local(net.addr()));
         routes.chain(addresses.map(|(index, net)| (net.trunc(), name(*index)))).collect()
     }

@@ -7,6 +7,7 @@ mod publish;
 mod up;
 
 use crate::compat::docker_proxy;
+use crate::metrics_endpoint::MetricsAddress;
 use crate::port_error::without_numbers;
 use crate::services;
 use crate::{EXIT_FAILURE, EXIT_USAGE, logging};
@@ -118,6 +119,14 @@ fn one_line(error: &anyhow::Error) -> String {
         }
     }
     line
+}
+
+/// The value of `--metrics`; `none` switches them off.
+fn metrics_address(text: &str) -> Result<Option<MetricsAddress>, UsageError> {
+    match text {
+        "none" => Ok(None),
+        text => text.parse().map(Some).map_err(|error| UsageError(format!("--metrics: {error}"))),
+    }
 }
 
 /// A command line that is well-formed and makes no sense.

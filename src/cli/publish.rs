@@ -1,8 +1,8 @@
 //! `tidegate publish`: ports of a container, in the foreground, without a daemon.
 
-use super::UsageError;
 use super::duration::{optional_timeout, timeout};
-use crate::metrics_endpoint::{MetricsAddress, Recorder};
+use super::{UsageError, metrics_address};
+use crate::metrics_endpoint::Recorder;
 use crate::ports::{bind, raise_descriptor_limit, runs};
 use crate::source::{Source, clean_up_after_the_dead};
 use anyhow::{Context, anyhow, bail};
@@ -116,7 +116,7 @@ impl Publish {
         let mut signals = Signals::new([SIGINT, SIGTERM]).context("signal handlers")?;
         overlap(&self.specs).map_err(|error| UsageError(error.to_string()))?;
         let allow = self.allow_list()?;
-        let metrics = self.metrics_address()?;
+        let metrics = metrics_address(&self.metrics)?;
         if let Some(spec) = self.specs.iter().find(|spec| spec.protocol() == Protocol::Sctp) {
             bail!("port spec \"{spec}\": protocol not supported");
         }
@@ -168,13 +168,6 @@ impl Publish {
         }
         let set = CidrSet::parse(&self.allow).map_err(|error| UsageError(format!("--allow: {error}")))?;
         Ok(Some(set))
-    }
-
-    fn metrics_address(&self) -> anyhow::Result<Option<MetricsAddress>> {
-        match self.metrics.as_str() {
-            "none" => Ok(None),
-            text => Ok(Some(text.parse().map_err(|error| UsageError(format!("--metrics: {error}")))?)),
-        }
     }
 
     /// The engine's settings, with so many `listeners` open already.

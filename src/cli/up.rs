@@ -1,7 +1,7 @@
 //! `tidegate up`: the networks and services of a Compose file, in the foreground.
 
-use super::UsageError;
 use super::duration::optional_timeout;
+use super::{UsageError, metrics_address};
 use crate::up::Up as Instance;
 use clap::Args;
 use std::path::PathBuf;
@@ -47,10 +47,7 @@ impl Up {
                 .find(|file| file.exists())
                 .ok_or_else(|| UsageError(format!("no {} here; say -f FILE", FILES.join(", "))))?,
         };
-        let metrics = match self.metrics.as_str() {
-            "none" => None,
-            text => Some(text.parse().map_err(|error| UsageError(format!("--metrics: {error}")))?),
-        };
+        let metrics = metrics_address(&self.metrics)?;
         if let Some(name) = &self.project_name {
             let sound =
                 |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'_';

@@ -159,13 +159,14 @@ pub enum Restart {
     /// Nothing.
     #[default]
     No,
-    /// Start it again if it failed, `max` times at most; without `max` always.
+    /// Start it again if it failed (exit code other than 0, or killed by a signal), `max` times at most; without `max` always.
     OnFailure {
         /// How often, 1 and up.
         max: Option<u32>,
     },
     /// Start it again.
     Always,
-    /// Start it again unless it was stopped on purpose.
+    /// Start it again unless it was stopped on purpose. Differs from `Always` only where services are started by themselves after
+    /// a reboot, which is not done here.
     UnlessStopped,
 }

@@ -1,6 +1,7 @@
 //! Whether and when a service that has ended is started again. Pure: told how long it ran.
 
-use super::{Exit, RestartPolicy};
+use super::Exit;
+use crate::compose::Restart;
 use std::time::Duration;
 
 /// The first pause, doubled with each restart. As dockerd's restart manager, so that Compose files behave alike.
@@ -15,13 +16,13 @@ const SETTLED: Duration = Duration::from_secs(10);
 /// The restarts of one service.
 #[derive(Debug)]
 pub(super) struct Restarts {
-    policy: RestartPolicy,
+    policy: Restart,
     pause: Duration,
     count: u32,
 }
 
 impl Restarts {
-    pub(super) fn new(policy: RestartPolicy) -> Self {
+    pub(super) fn new(policy: Restart) -> Self {
         Self { policy, pause: FIRST, count: 0 }
     }
 
@@ -34,9 +35,9 @@ impl Restarts {
     /// not to be started again.
     pub(super) fn next(&mut self, exit: Exit, ran: Duration) -> Option<Duration> {
         let again = match self.policy {
-            RestartPolicy::No => false,
-            RestartPolicy::OnFailure { max } => !exit.success() && max.is_none_or(|max| self.count < max),
-            RestartPolicy::Always | RestartPolicy::UnlessStopped => true,
+            Restart::No => false,
+            Restart::OnFailure { max } => !exit.success() && max.is_none_or(|max| self.count < max),
+            Restart::Always | Restart::UnlessStopped => true,
         };
         if !again {
             return None;
@@ -60,7 +61,7 @@ mod tests {
 
     #[test]
     fn pauses_double_up_to_a_minute() {
-        let mut restarts = Restarts::new(RestartPolicy::Always);
+        let mut restarts = Restarts::new(Restart::Always);
         let pauses: Vec<u128> =
             (0..12).filter_map(|_| restarts.next(FAILED, AT_ONCE)).map(|pause| pause.as_millis()).collect();
         let expected = [100, 200, 400, 800, 1600, 3200, 6400, 12_800, 25_600, 51_200, 60_000, 60_000];
@@ -70,7 +71,7 @@ mod tests {
 
     #[test]
     fn a_service_that_had_settled_starts_with_the_first_pause_again() {
-        let mut restarts = Restarts::new(RestartPolicy::UnlessStopped);
+        let mut restarts = Restarts::new(Restart::UnlessStopped);
         for _ in 0..5 {
             restarts.next(FAILED, AT_ONCE);
         }
@@ -81,18 +82,18 @@ mod tests {
 
     #[test]
     fn success_is_no_failure_and_a_signal_is_one() {
-        let mut on_failure = Restarts::new(RestartPolicy::OnFailure { max: None });
+        let mut on_failure = Restarts::new(Restart::OnFailure { max: None });
         assert_eq!(on_failure.next(Exit::Code(0), AT_ONCE), None);
         assert_eq!(on_failure.next(Exit::Signal(9), AT_ONCE), Some(FIRST));
-        assert_eq!(Restarts::new(RestartPolicy::Always).next(Exit::Code(0), AT_ONCE), Some(FIRST));
-        assert_eq!(Restarts::new(RestartPolicy::No).next(FAILED, AT_ONCE), None);
+        assert_eq!(Restarts::new(Restart::Always).next(Exit::Code(0), AT_ONCE), Some(FIRST));
+        assert_eq!(Restarts::new(Restart::No).next(FAILED, AT_ONCE), None);
     }
 
     #[test]
     fn restarts_on_failure_come_to_an_end() {
-        let mut restarts = Restarts::new(RestartPolicy::OnFailure { max: Some(2) });
+        let mut restarts = Restarts::new(Restart::OnFailure { max: Some(2) });
         let given = [(); 4].map(|()| restarts.next(FAILED, SETTLED).is_some());
         assert_eq!(given, [true, true, false, false]);
-        assert_eq!(Restarts::new(RestartPolicy::OnFailure { max: Some(0) }).next(FAILED, AT_ONCE), None);
+        assert_eq!(Restarts::new(Restart::OnFailure { max: Some(0) }).next(FAILED, AT_ONCE), None);
     }
 }

@@ -144,7 +144,7 @@ pub fn sweep(run_dir: &Path) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::services::RestartPolicy;
+    use crate::compose::Restart;
 
     fn spec(name: &str) -> ServiceSpec {
         ServiceSpec {
@@ -156,7 +156,7 @@ mod tests {
             namespace: tidegate_netns::Namespace::current().unwrap(),
             hosts: "127.0.0.1 localhost\n".to_owned(),
             resolv_conf: "nameserver 127.0.0.11\n".to_owned(),
-            restart: RestartPolicy::No,
+            restart: Restart::No,
             depends_on: vec![],
         }
     }

@@ -37,6 +37,7 @@ pub use files::sweep;
 pub use output::{Output, StandardOutput};
 pub use supervisor::{DEFAULT_GRACE, Supervisor};
 
+use crate::compose::Restart;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -64,27 +65,9 @@ pub struct ServiceSpec {
     /// The contents of its `/etc/resolv.conf`.
     pub resolv_conf: String,
     /// Whether it is started again when it has ended.
-    pub restart: RestartPolicy,
+    pub restart: Restart,
     /// The names of services that have to run before it starts.
     pub depends_on: Vec<String>,
-}
-
-/// Whether a service that has ended by itself is started again, as in Compose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RestartPolicy {
-    /// Never.
-    #[default]
-    No,
-    /// When it has failed: exit code other than 0, or killed by a signal.
-    OnFailure {
-        /// At most so often; `None` is without end.
-        max: Option<u32>,
-    },
-    /// However it ended.
-    Always,
-    /// However it ended. Differs from `Always` only where services are started by themselves after a reboot, which
-    /// is not done here.
-    UnlessStopped,
 }
 
 /// How a service's command has ended.

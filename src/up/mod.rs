@@ -12,10 +12,10 @@
 
 mod layout;
 
-use crate::compose::{self, Project, Restart, Run};
+use crate::compose::{self, Project, Run};
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
 use crate::ports::{bind, raise_descriptor_limit, runs};
-use crate::services::{self, RestartPolicy, ServiceSpec, StandardOutput, Supervisor};
+use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use crate::source::{Source, clean_up_after_the_dead};
 use anyhow::{Context, anyhow, bail};
 use layout::{Layout, Surroundings, fnv, hosts, layout, resolv_conf};
@@ -311,12 +311,7 @@ fn specs(project: &Project, layout: &Layout, namespaces: &BTreeMap<String, Names
             working_dir: service.working_dir.clone(),
             namespace: namespaces.get(&service.name)?.clone(),
             resolv_conf: resolv_conf(&service.dns),
-            restart: match service.restart {
-                Restart::No => RestartPolicy::No,
-                Restart::OnFailure { max } => RestartPolicy::OnFailure { max },
-                Restart::Always => RestartPolicy::Always,
-                Restart::UnlessStopped => RestartPolicy::UnlessStopped,
-            },
+            restart: service.restart,
             depends_on: service.depends_on.iter().filter(|name| runs(name)).cloned().collect(),
         })
     };

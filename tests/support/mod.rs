@@ -12,10 +12,25 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use socket2::SockRef;
-use tidegate_testbed::{Namespace, Process, eventually};
+use tidegate_testbed::{Namespace, Process, addr, eventually};
 
 /// How long anything may take that ought to take no time: much more than a busy machine needs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A port of the container, by IPv4.
+pub(crate) fn container(port: u16) -> SocketAddr {
+    (addr::CONTAINER_V4, port).into()
+}
+
+/// A port of the host as its clients call it, by IPv4.
+pub(crate) fn host(port: u16) -> SocketAddr {
+    (addr::HOST_V4, port).into()
+}
+
+/// The same by IPv6.
+pub(crate) fn host_v6(port: u16) -> SocketAddr {
+    (addr::HOST_V6, port).into()
+}
 
 /// Where a [`Publisher`] tells its figures, in its own namespace.
 pub(crate) const METRICS: &str = "127.0.0.1:9464";
