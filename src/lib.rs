@@ -5,6 +5,7 @@
 pub mod cli;
 pub mod compat;
 pub mod compose;
+pub mod ground;
 pub mod logging;
 pub mod metrics_endpoint;
 pub mod port_error;

@@ -24,6 +24,7 @@ mod claims;
 mod inside;
 mod transparent;
 
+use crate::ground::Ground;
 use metrics::{Counter, counter};
 use std::fmt;
 use std::io;
@@ -82,13 +83,14 @@ impl Source {
         }
     }
 
-    /// The way to the container that lives in `namespace`. `protocol` matters where nothing was asked for (`None`):
+    /// The way to the container that lives in `namespace`, on a network of `ground`. `protocol` matters where nothing was asked for (`None`):
     /// TCP then shows the client's address, and UDP the gateway's.
     ///
     /// # Errors
     /// [`SourceError`].
     pub fn towards_namespace(
         asked: Option<Self>,
+        ground: &Ground,
         namespace: &Namespace,
         container: &[IpAddr],
         protocol: Protocol,
@@ -97,7 +99,7 @@ impl Source {
             Some(source) => source == Self::Client,
             None => protocol == Protocol::Tcp,
         };
-        Ok(Arc::new(Inside::new(namespace, container, protocol, show_client)?))
+        Ok(Arc::new(Inside::new(ground, namespace, container, protocol, show_client)?))
     }
 }
 

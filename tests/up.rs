@@ -2,6 +2,7 @@
 
 mod up {
     pub(crate) mod matrix;
+    pub(crate) mod rootless;
     pub(crate) mod scene;
 }
 

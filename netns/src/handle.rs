@@ -188,6 +188,9 @@ impl Namespace {
     /// Enters the namespace on the calling thread, runs `f`, and returns to where the thread was. If it is
     /// in there already, just runs `f`.
     ///
+    /// A thread that could not return, because the namespace it is in belongs to a user namespace above its own, stays
+    /// where it is: another one, made for it, enters in its place and ends there. That costs some 30 µs instead of 5.
+    ///
     /// Meant for short calls: make a socket, open a file below `/proc/sys/net`. What `f` makes belongs to the
     /// namespace for life and may be handed out; a thread or process that `f` starts stays inside. Calls
     /// nest.
@@ -200,20 +203,49 @@ impl Namespace {
     /// must not have called this before: it would be returned to where it was then. Debug builds check.
     ///
     /// # Errors
-    /// `EPERM`: entering takes `CAP_SYS_ADMIN`, here and in the user namespace that owns this namespace, and
-    /// coming back takes the same for where the thread is: root of a user namespace cannot do it from the
-    /// host's network. `f` has not run then.
-    pub fn with<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
+    /// `EPERM`: entering takes `CAP_SYS_ADMIN`, here and in the user namespace that owns this namespace. `f` has
+    /// not run then.
+    pub fn with<T: Send>(&self, f: impl FnOnce() -> T + Send) -> io::Result<T> {
         let home = here()?;
         if home.namespace.id() == self.id() {
             return Ok(f());
         }
         if !home.enterable {
-            enter(&home.namespace)?;
+            match enter(&home.namespace) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    return self.send_a_thread(f);
+                }
+                entered => entered?,
+            }
         }
         enter(self)?;
         let _way_back = WayBack(home.namespace);
         Ok(f())
+    }
+
+    fn send_a_thread<T: Send>(&self, f: impl FnOnce() -> T + Send) -> io::Result<T> {
+        std::thread::scope(|scope| {
+            let inside = || enter(self).map(|()| f());
+            let sent =
+                std::thread::Builder::new().name("tidegate-netns".into()).spawn_scoped(scope, inside)?;
+            sent.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Moves the calling thread into the namespace, for good: a thread that will enter others from here, often, and has
+    /// no business where it came from.
+    ///
+    /// # Errors
+    /// As of [`with`](Self::with).
+    pub fn enter(&self) -> io::Result<()> {
+        enter(self)
+    }
+
+    /// Whether the calling thread could enter the namespace that it is in, were it in another: what
+    /// [`with`](Self::with) needs to return to it.
+    #[must_use]
+    pub fn current_is_enterable() -> bool {
+        here().is_ok_and(|here| here.enterable || enter(&here.namespace).is_ok())
     }
 
     /// Reads a sysctl, named as sysctl(8) does (`net.ipv4.ip_forward`; a dot in the name of an interface is

@@ -22,8 +22,10 @@
 //! Everything is synchronous. Going into a namespace and back takes some 5 µs, the kernel answers netlink
 //! requests at once, and programs as small as the docker-proxy drop-in link this crate without a runtime.
 //!
-//! Entering takes root, or a user namespace that owns both the namespace to enter and the one to return to:
-//! all of this works for an ordinary user behind `unshare --user --map-root-user --net`.
+//! Entering takes root, or a user namespace that owns the namespace to enter. An ordinary user has one made
+//! ([`become_root_of_a_user_namespace`]) and stays in the host's network. Its threads find no way back there once they have entered another
+//! namespace, so those that come from the host send one of their own ([`Namespace::with`]), and those that enter often live inside
+//! from the start ([`Namespace::enter`]).
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("network namespaces exist on Linux only");
@@ -36,6 +38,7 @@ mod policy_route;
 mod routes;
 mod run_directory;
 mod system;
+mod user;
 
 pub use addresses::AddressBook;
 pub use family::{Families, Family};
@@ -45,3 +48,4 @@ pub use policy_route::{
 };
 pub use routes::{connected_interface, gateway};
 pub use run_directory::run_directory;
+pub use user::{become_root_of_a_user_namespace, is_privileged};

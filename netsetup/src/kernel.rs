@@ -21,6 +21,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use tidegate_model::registry;
 use tidegate_netns::Namespace;
+use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
 /// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
@@ -88,7 +89,13 @@ impl Kernel {
         if !self.connections.contains_key(place) {
             let open = || -> io::Result<Connection> {
                 let namespace = self.namespace(place).map_err(|error| error.source)?;
-                let (connection, handle, _) = namespace.with(rtnetlink::new_connection)??;
+                // It registers its socket with the runtime, and may do so on another thread.
+                let runtime = Runtime::current();
+                let connect = || {
+                    let _runtime = runtime.enter();
+                    rtnetlink::new_connection()
+                };
+                let (connection, handle, _) = namespace.with(connect)??;
                 let task = tokio::spawn(connection);
                 Ok(Connection { handle, task, indexes: BTreeMap::new() })
             };

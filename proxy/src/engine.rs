@@ -25,8 +25,12 @@ pub(crate) struct Shared {
     pub(crate) loads: Box<[AtomicUsize]>,
     pub(crate) metrics: ProcessMetrics,
     pub(crate) pause_log: OncePerSecond,
+    /// What every thread does first.
+    prepare: Prepare,
     loops: Mutex<Vec<Option<Loop>>>,
 }
+
+type Prepare = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 struct Loop {
     sender: Sender<Message>,
@@ -67,12 +71,21 @@ impl Shared {
     fn start(self: &Arc<Self>, index: usize) -> io::Result<Loop> {
         let (event_loop, sender) = EventLoop::new()?;
         let shared = Arc::clone(self);
+        let (prepared, is_prepared) = mpsc::channel();
         let thread = std::thread::Builder::new().name(format!("tidegate-data-{index}")).spawn(move || {
+            let ready = (shared.prepare)();
+            let failed = ready.is_err();
+            // The one who waits for it is `start`, right here.
+            let _ = prepared.send(ready);
+            if failed {
+                return;
+            }
             let mut worker = Worker::new(index, shared);
             if let Err(error) = event_loop.run(&mut worker) {
                 tracing::error!(%error, "event loop ended");
             }
         })?;
+        is_prepared.recv().unwrap_or_else(|_| Err(io::Error::other("an event loop's thread panicked")))?;
         Ok(Loop { sender, thread })
     }
 
@@ -129,12 +142,22 @@ pub struct Engine {
 impl Engine {
     /// An engine with no ports; threads are started as they are needed.
     pub fn new(settings: Settings) -> Self {
+        Self::with_prepared_threads(settings, || Ok(()))
+    }
+
+    /// The same, and every thread calls `prepare` before it does anything: to enter a network namespace, for instance. One that
+    /// fails to is no event loop, which [`publish`](Self::publish) tells.
+    pub fn with_prepared_threads(
+        settings: Settings,
+        prepare: impl Fn() -> io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
         let workers = settings.workers.max(1);
         let shared = Shared {
             descriptors: Arc::new(Descriptors::of_process(settings.reserved_descriptors)),
             loads: (0..workers).map(|_| AtomicUsize::new(0)).collect(),
             metrics: ProcessMetrics::new(),
             pause_log: OncePerSecond::default(),
+            prepare: Box::new(prepare),
             loops: Mutex::new((0..workers).map(|_| None).collect()),
             settings,
         };

@@ -2,6 +2,7 @@
 
 use super::duration::{optional_timeout, timeout};
 use super::{UsageError, metrics_address};
+use crate::ground::Ground;
 use crate::metrics_endpoint::Recorder;
 use crate::ports::{bind, raise_descriptor_limit, runs};
 use crate::source::{Source, clean_up_after_the_dead};
@@ -221,7 +222,8 @@ impl Publish {
         Ok(match target {
             Target::Address(address) => self.source.unwrap_or(Source::Proxy).towards(*address)?,
             Target::Namespace { namespace, address, .. } => {
-                Source::towards_namespace(self.source, namespace, address.as_slice(), protocol)?
+                let ground = Ground::here().context("this process's own network namespace")?;
+                Source::towards_namespace(self.source, &ground, namespace, address.as_slice(), protocol)?
             }
         })
     }

@@ -4,6 +4,7 @@ use super::claims::Claims;
 use super::{
     Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket,
 };
+use crate::ground::Ground;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -45,7 +46,7 @@ pub struct Inside {
 struct Container {
     address: IpAddr,
     gateway: Option<IpAddr>,
-    /// This process's own namespace is on the container's network.
+    /// The namespace that the event loops live in is on the container's network.
     connected: bool,
 }
 
@@ -55,6 +56,7 @@ impl Inside {
     /// # Errors
     /// [`SourceError`]; nothing is left behind then.
     pub fn new(
+        ground: &Ground,
         namespace: &Namespace,
         containers: &[IpAddr],
         protocol: Protocol,
@@ -62,7 +64,6 @@ impl Inside {
     ) -> Result<Self, SourceError> {
         let name = namespace.id().to_string();
         let addresses = |cause| SourceError::Addresses { namespace: name.clone(), cause };
-        let home = Namespace::current().map_err(addresses)?;
         let there = AddressBook::open(namespace).map_err(addresses)?;
         let mut found = containers.to_vec();
         if found.is_empty() {
@@ -73,8 +74,9 @@ impl Inside {
             let Some(address) = found.iter().copied().find(|address| Family::of(*address) == family) else {
                 continue;
             };
-            let connected =
-                !namespace.is_current() && connected_interface(&home, address).map_err(addresses)?.is_some();
+            let home = ground.networks();
+            let connected = namespace.id() != home.id()
+                && connected_interface(home, address).map_err(addresses)?.is_some();
             containers.push(Container {
                 address,
                 gateway: gateway(namespace, family).map_err(addresses)?,
@@ -87,7 +89,7 @@ impl Inside {
         let mut inside = Self {
             namespace: namespace.clone(),
             containers,
-            host: AddressBook::open(&home).map_err(addresses)?,
+            host: AddressBook::open(ground.ports()).map_err(addresses)?,
             there,
             show_client,
             routes: None,

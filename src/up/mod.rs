@@ -13,15 +13,17 @@
 mod layout;
 
 use crate::compose::{self, Project, Run};
+use crate::ground::Ground;
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
 use crate::ports::{bind, raise_descriptor_limit, runs};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use crate::source::{Source, clean_up_after_the_dead};
 use anyhow::{Context, anyhow, bail};
 use layout::{Layout, Surroundings, fnv, hosts, layout, resolv_conf};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,13 +85,15 @@ impl Up {
     /// # Errors
     /// One line. Nothing is left behind, unless it says so.
     pub fn run(&self) -> anyhow::Result<bool> {
+        // While there is one thread only.
+        let ground = Ground::for_networks()?;
         // One thread: children are tied to the thread that made them, so that they go when this process is killed.
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
-        runtime.block_on(self.run_here())
+        runtime.block_on(self.run_on(&ground))
     }
 
-    async fn run_here(&self) -> anyhow::Result<bool> {
+    async fn run_on(&self, ground: &Ground) -> anyhow::Result<bool> {
         // From here on neither signal kills.
         let mut signals = Signals {
             interrupt: signal(SignalKind::interrupt())?,
@@ -117,14 +121,13 @@ impl Up {
         services::sweep(&run).context("files of services that were killed")?;
         clean_up_after_the_dead();
         raise_descriptor_limit();
-        let host = Namespace::current().context("this process's own network namespace")?;
-        let mut setup = Setup::new(Kernel::new(host), journal, WithoutFirewall);
+        let mut setup = Setup::new(Kernel::new(ground.networks().clone()), journal, WithoutFirewall);
         let left = setup.clear().await?;
         if left > 0 {
             tracing::info!(steps = left, "cleared what an instance that was killed had left");
         }
 
-        let up = match self.start(&project, &mut setup, &run).await {
+        let up = match self.start(ground, &project, &mut setup, &run).await {
             Ok(up) => up,
             Err(error) => {
                 // What went wrong first is what matters; what cannot be taken back is in the journal, for the next start.
@@ -145,11 +148,17 @@ impl Up {
     /// Brings the project up. With an error, what was made of its networks is in `setup`, to be taken back.
     async fn start(
         &self,
+        ground: &Ground,
         project: &Project,
         setup: &mut Setup<WithoutFirewall>,
         run: &Path,
     ) -> anyhow::Result<Running> {
-        let observed = setup.surroundings().await?;
+        let mut observed = setup.surroundings().await?;
+        if ground.is_rootless() {
+            // The networks of the host are not in the way there. But who is to reach them one day must not have their addresses.
+            let host = Kernel::new(ground.ports().clone()).observe(&[]).await?;
+            observed.routes.extend(host.routes);
+        }
         let mut random = || {
             let mut bytes = [0; 6];
             // Without a source of randomness names collide, and that is told as what it is.
@@ -158,7 +167,7 @@ impl Up {
         };
         let mut surroundings = Surroundings { observed: &observed, host_id: host_id(), random: &mut random };
         let layout = layout(project, &mut surroundings)?;
-        let ports = open_ports(project)?;
+        let mut ports = open_ports(project)?;
         let recorder = self.metrics.map(Recorder::install).transpose()?;
 
         let mut namespaces = BTreeMap::new();
@@ -173,11 +182,20 @@ impl Up {
             namespaces.insert(service.name.clone(), namespace);
         }
         setup.apply(&layout.desired).await?;
+        if ground.is_rootless() {
+            open_gateway_ports(&layout, ground, &mut ports)?;
+            tracing::warn!(
+                "containers have no way out as yet: networks are apart from the host's without root"
+            );
+        }
 
         let listeners = ports.values().map(Vec::len).sum::<usize>();
         let mut settings = Settings::default();
         settings.reserved_descriptors += listeners + 2 * namespaces.len();
-        let engine = Arc::new(Engine::new(settings));
+        let inside = ground.networks().clone();
+        let rootless = ground.is_rootless();
+        let enter = move || if rootless { inside.enter() } else { Ok(()) };
+        let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
         let mut published: BTreeMap<String, Vec<(PublishLabel, u16)>> = BTreeMap::new();
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let enclosures: Enclosures = gateways.map(|subnet| (subnet.gateway, subnet.subnet)).collect();
@@ -189,7 +207,7 @@ impl Up {
             };
             let labels = listeners.iter().map(|(listener, port)| (listener.label(), *port));
             published.entry(service.clone()).or_default().extend(labels);
-            let upstream = Source::towards_namespace(None, namespace, addresses, protocol)
+            let upstream = Source::towards_namespace(None, ground, namespace, addresses, protocol)
                 .with_context(|| format!("service {service:?}"))?;
             let mut options = PortOptions::new(upstream);
             options.enclosures = enclosures.clone();
@@ -292,6 +310,32 @@ fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
         }
     }
     Ok(ports)
+}
+
+/// Opens what is published on all addresses at the gateways of the project's networks too, where those are not addresses of the host.
+fn open_gateway_ports(layout: &Layout, ground: &Ground, ports: &mut OpenPorts) -> anyhow::Result<()> {
+    for ((service, protocol), opened) in ports {
+        let on_all: BTreeSet<(u16, u16)> = opened
+            .iter()
+            .map(|(listener, container_port)| (listener.label().address(), *container_port))
+            .filter(|(address, _)| address.ip().is_unspecified())
+            .map(|(address, container_port)| (address.port(), container_port))
+            .collect();
+        for gateway in layout.desired.networks.iter().flat_map(|network| &network.subnets) {
+            for (port, container_port) in &on_all {
+                let address = SocketAddr::new(gateway.gateway, *port);
+                let listener = ground
+                    .networks()
+                    .with(|| Listener::bind(address, *protocol))
+                    .context("the networks' namespace")?
+                    .with_context(|| {
+                        format!("service {service:?}: port {port} at gateway {}", gateway.gateway)
+                    })?;
+                opened.push((listener, *container_port));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What the supervisor is to run. Adopted namespaces have processes of their own.

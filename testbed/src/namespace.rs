@@ -9,7 +9,7 @@ use std::fmt;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -51,6 +51,13 @@ impl Namespace {
         namespace.ip(&["link", "set", "lo", "up"]);
         namespace.sysctl("net.ipv4.tcp_congestion_control", DEFAULT_CONGESTION_CONTROL);
         namespace
+    }
+
+    /// The namespace at `path`, which someone else has made: `/proc/PID/ns/net` of a program under test.
+    #[track_caller]
+    pub fn at(path: &Path) -> Self {
+        let net = fs::File::open(path).unwrap_or_else(|error| panic!("open {}: {error}", path.display()));
+        Self { net: Arc::new(net.into()), mounts: None }
     }
 
     /// The same namespace, with `mounts` entered too by every command started through the returned handle.

@@ -1,11 +1,16 @@
 //! A host with an outside, to bring projects up on.
 
 use std::fs;
+use std::os::unix::fs::chown;
+use std::process::Command;
 use std::time::Duration;
 use tidegate_testbed::{Namespace, Process, Topology};
 
 /// The binary under test.
 pub(crate) const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
+
+/// The user `nobody` of Debian and most others.
+const NOBODY: u32 = 65_534;
 
 /// A host, its outside, and a place of its own for what would be below `/run`.
 pub(crate) struct Scene {
@@ -22,9 +27,24 @@ impl Scene {
 
     /// Begins to bring `file` up.
     pub(crate) fn up(&self, file: &str) -> Process {
+        self.spawn(self.net.host.command(TIDEGATE), file)
+    }
+
+    /// The same, as a user who has no privilege.
+    pub(crate) fn up_as_nobody(&self, file: &str) -> Process {
+        for directory in [&self.run, &self.directory] {
+            chown(directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        let mut command = self.net.host.command("setpriv");
+        command.args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}"), "--clear-groups"]);
+        // The wish to go with the test is lost with the privileges.
+        command.args(["--pdeathsig", "KILL", TIDEGATE]);
+        self.spawn(command, file)
+    }
+
+    fn spawn(&self, mut command: Command, file: &str) -> Process {
         let path = self.directory.path().join("compose.yaml");
         fs::write(&path, file).unwrap();
-        let mut command = self.net.host.command(TIDEGATE);
         command.arg("up").arg("-f").arg(path).args(["--metrics", "none"]);
         command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
         Process::spawn(&mut command)

@@ -1,0 +1,79 @@
+//! Where this process stands: the namespace that it publishes ports in, and the one that its networks are in.
+//!
+//! | | ports | bridges and rules | the data plane's threads |
+//! |---|---|---|---|
+//! | as root | the namespace it was started in | the same | the same |
+//! | as an ordinary user | the same | one of its own, in a user namespace of its own | in the latter |
+//!
+//! A listening socket belongs to the namespace that it was made in, whoever accepts from it. So without privileges too one process
+//! does it all: what publishes stays outside, what connects to containers lives inside, and only descriptors of one process lie in between.
+
+use anyhow::{Context, anyhow};
+use rustix::io::Errno;
+use std::io;
+use tidegate_netns::{Namespace, become_root_of_a_user_namespace, is_privileged};
+
+/// See the [module](self).
+#[derive(Clone, Debug)]
+pub struct Ground {
+    ports: Namespace,
+    networks: Namespace,
+}
+
+impl Ground {
+    /// Where this process was started; its networks are there too.
+    ///
+    /// # Errors
+    /// `/proc` is not mounted, or no descriptor is left.
+    pub fn here() -> io::Result<Self> {
+        let here = Namespace::current()?;
+        Ok(Self { ports: here.clone(), networks: here })
+    }
+
+    /// Here, for who may make networks here. For others, who become root of a user namespace by it, one inside that. To be called while the process has
+    /// but one thread.
+    ///
+    /// # Errors
+    /// One line that says what the host would have to allow.
+    pub fn for_networks() -> anyhow::Result<Self> {
+        let here = Self::here().context("this process's own network namespace")?;
+        if Namespace::current_is_enterable() {
+            return Ok(here);
+        }
+        if !is_privileged() {
+            become_root_of_a_user_namespace().map_err(|error| explain(&error))?;
+        }
+        let networks = Namespace::create().context("make a network namespace")?;
+        Ok(Self { networks, ..here })
+    }
+
+    /// Where ports are published.
+    #[must_use]
+    pub fn ports(&self) -> &Namespace {
+        &self.ports
+    }
+
+    /// Where bridges are.
+    #[must_use]
+    pub fn networks(&self) -> &Namespace {
+        &self.networks
+    }
+
+    /// Whether the networks are apart from the host.
+    #[must_use]
+    pub fn is_rootless(&self) -> bool {
+        self.ports.id() != self.networks.id()
+    }
+}
+
+fn explain(error: &io::Error) -> anyhow::Error {
+    let fix = match Errno::from_io_error(error) {
+        Some(Errno::NOSPC) => "the host allows no more of them; raise sysctl user.max_user_namespaces",
+        Some(Errno::PERM | Errno::ACCESS) => {
+            "the host keeps them from ordinary users; set sysctl kernel.unprivileged_userns_clone=1 or \
+             kernel.apparmor_restrict_unprivileged_userns=0, whichever it has, or run as root"
+        }
+        _ => "run as root",
+    };
+    anyhow!("make a user namespace: {error}: {fix}")
+}

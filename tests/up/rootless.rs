@@ -1,0 +1,147 @@
+//! `tidegate up` by an ordinary user: the networks are in a namespace of its own, the ports on the host.
+
+use super::scene::{Scene, TIDEGATE, state};
+use std::fs;
+use std::net::{SocketAddr, UdpSocket};
+use std::path::PathBuf;
+use std::time::Duration;
+use tidegate_testbed::server::PeerServer;
+use tidegate_testbed::{Namespace, Process, Signal, eventually};
+
+const SOON: Duration = Duration::from_secs(10);
+
+const FILE: &str = r#"
+name: demo
+networks:
+  front: { enable_ipv6: true, ipam: { config: [ { subnet: 10.77.1.0/24 }, { subnet: "fd77:1::/64" } ] } }
+  back: { internal: true, ipam: { config: [ { subnet: 10.77.2.0/24 } ] } }
+services:
+  web:
+    command: TIDEGATE hello --listen [::]:80
+    networks: { front: { ipv4_address: 10.77.1.10 } }
+    ports: [ "8080:80", "5353:53/udp", "127.0.0.1:9090:80" ]
+  neighbour: { command: sleep 60, networks: [ front ] }
+  stranger: { command: sleep 60, networks: [ back ] }
+"#;
+
+fn up(scene: &Scene) -> Process {
+    let up = scene.up_as_nobody(&FILE.replace("TIDEGATE", TIDEGATE));
+    up.wait_for_line("Ctrl-C takes all of it down again.", SOON);
+    up.wait_for_line("serving on", SOON);
+    up
+}
+
+/// The network namespace of a service, by the process that is its init.
+fn inside(up: &Process, service: &str) -> Namespace {
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", up.pid())).unwrap();
+    let init = children.split_whitespace().find(|pid| {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.ends_with(format!("service-init\0{service}\0").as_bytes())
+    });
+    let init = init.unwrap_or_else(|| panic!("no init of {service} among {children}"));
+    Namespace::at(&PathBuf::from(format!("/proc/{init}/ns/net")))
+}
+
+fn get(from: &Namespace, url: &str) -> Result<String, String> {
+    let mut curl = from.command("curl");
+    let output = curl.args(["-sS", "--max-time", "1", url]).output().unwrap();
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+#[test]
+fn an_ordinary_user_publishes_ports_and_nothing_of_the_host_changes() {
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    let mut up = up(&scene);
+    assert_eq!(state(&scene.net.host), before, "the networks are not the host's");
+    for (url, shown) in
+        [("http://203.0.113.1:8080/", "203.0.113.9"), ("http://[2001:db8:1::1]:8080/", "2001:db8:1::9")]
+    {
+        let answer = get(&scene.net.client, url).unwrap();
+        assert!(answer.contains(shown), "the client's own address: {answer}");
+    }
+    for url in ["http://127.0.0.1:8080/", "http://[::1]:8080/", "http://127.0.0.1:9090/"] {
+        let answer = get(&scene.net.host, url).unwrap();
+        assert!(answer.contains("10.77.1.1]") || answer.contains("fd77:1::1]"), "the gateway: {answer}");
+    }
+    let web = inside(&up, "web");
+    let at: SocketAddr = "10.77.1.10:53".parse().unwrap();
+    let _server = PeerServer::udp(&web, at);
+    let answer = scene.net.client.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        socket.send_to(b"?", "203.0.113.1:5353").unwrap();
+        let mut answer = [0; 100];
+        let length = socket.recv(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer[..length]).into_owned()
+    });
+    assert!(answer.starts_with("10.77.1.1:"), "over UDP the gateway: {answer}");
+    up.stop(Signal::INT, SOON);
+    assert_eq!(state(&scene.net.host), before);
+    assert!(!scene.run.path().join("projects/demo").exists());
+}
+
+#[test]
+fn networks_are_as_closed_as_those_of_root() {
+    let scene = Scene::new();
+    let up = up(&scene);
+    scene.net.client.ip_all(
+        "route add 10.77.0.0/16 via 203.0.113.1
+         -6 route add fd77::/16 via 2001:db8:1::1",
+    );
+    let (web, neighbour, stranger) = (inside(&up, "web"), inside(&up, "neighbour"), inside(&up, "stranger"));
+    let outside = &scene.net.client;
+    let host = &scene.net.host;
+    for (who, from, url, reached) in [
+        ("outside", outside, "http://10.77.1.10/", false),
+        ("host", host, "http://10.77.1.10/", false),
+        ("neighbour", &neighbour, "http://10.77.1.10/", true),
+        ("stranger", &stranger, "http://10.77.1.10/", false),
+        ("outside", outside, "http://203.0.113.1:9090/", false),
+        ("outside", outside, "http://10.77.1.1:8080/", false),
+        ("itself", &web, "http://10.77.1.1:8080/", true),
+        ("itself", &web, "http://[fd77:1::1]:8080/", true),
+        ("neighbour", &neighbour, "http://10.77.1.1:8080/", true),
+        ("neighbour", &neighbour, "http://10.77.1.1:9090/", false),
+        ("stranger", &stranger, "http://10.77.2.1:8080/", true),
+        ("stranger", &stranger, "http://10.77.1.1:8080/", false),
+    ] {
+        assert_eq!(get(from, url).is_ok(), reached, "{who} asks {url}");
+    }
+}
+
+#[test]
+fn killed_it_leaves_nothing_and_comes_up_again() {
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    let mut first = up(&scene);
+    let service = fs::read_to_string(format!("/proc/{0}/task/{0}/children", first.pid())).unwrap();
+    first.signal(Signal::KILL);
+    first.wait(SOON);
+    let alive =
+        || service.split_whitespace().any(|pid| fs::exists(format!("/proc/{pid}/ns/net")).unwrap_or(false));
+    assert!(eventually(SOON, || !alive()), "services go with it: {service}");
+    let mut next = up(&scene);
+    assert!(get(&scene.net.client, "http://203.0.113.1:8080/").is_ok());
+    next.stop(Signal::TERM, SOON);
+    assert_eq!(state(&scene.net.host), before);
+}
+
+#[test]
+fn what_an_ordinary_user_may_not_do_is_one_line() {
+    let scene = Scene::new();
+    let adopted = Namespace::new();
+    scene.net.host.sysctl("net.ipv4.ip_unprivileged_port_start", "1024");
+    let service = |more: &str| format!("name: demo\nservices: {{ web: {{ {more} }} }}\n");
+    for (file, error) in [
+        (service("command: 'true', ports: [ '80:80' ]"), "port 80/tcp on 0.0.0.0"),
+        (service(&format!("x-netns: {}", adopted.path().display())), "service \"web\""),
+    ] {
+        let mut up = scene.up_as_nobody(&file);
+        assert_eq!(up.wait(SOON).code(), Some(1));
+        let told = up.wait_for_output(SOON);
+        assert!(told.starts_with("tidegate: error: ") && told.contains(error), "{told}");
+        assert_eq!(told.lines().count(), 1, "{told}");
+    }
+}
