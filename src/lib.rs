@@ -5,6 +5,8 @@
 pub mod cli;
 pub mod compat;
 pub mod compose;
+pub mod doctor;
+mod listeners;
 pub mod logging;
 pub mod metrics_endpoint;
 pub mod port_error;
