@@ -3,6 +3,8 @@
 mod up {
     pub(crate) mod matrix;
     pub(crate) mod scene;
+    pub(crate) mod uplink;
+    pub(crate) mod witness;
 }
 
 use std::fs;
