@@ -5,7 +5,9 @@
 pub mod cli;
 pub mod compat;
 pub mod compose;
+pub mod doctor;
 pub mod ground;
+mod listeners;
 pub mod logging;
 pub mod metrics_endpoint;
 pub mod port_error;

@@ -1,11 +1,10 @@
 //! Why a port cannot be opened, said so that one knows what to do.
 
-use procfs::net::{TcpNetEntry, TcpState, UdpNetEntry};
-use procfs::process::FDTarget;
+use crate::listeners;
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use tidegate_model::{Protocol, PublishLabel};
+use tidegate_model::PublishLabel;
 use tidegate_proxy::BindError;
 
 /// A server that forks shares its socket with every child; more than so many are counted, not told.
@@ -59,41 +58,17 @@ fn holders(label: PublishLabel) -> Vec<String> {
             local.ip() == wanted.ip() || local.ip().is_unspecified() || wanted.ip().is_unspecified();
         local.port() == wanted.port() && overlaps
     };
-    let inodes: BTreeSet<u64> = match label.protocol() {
-        Protocol::Tcp => {
-            let listening =
-                |entry: &TcpNetEntry| entry.state == TcpState::Listen && clashes(entry.local_address);
-            both(procfs::net::tcp(), procfs::net::tcp6()).filter(listening).map(|entry| entry.inode).collect()
-        }
-        Protocol::Udp => {
-            let bound = |entry: &UdpNetEntry| clashes(entry.local_address);
-            both(procfs::net::udp(), procfs::net::udp6()).filter(bound).map(|entry| entry.inode).collect()
-        }
-        Protocol::Sctp => BTreeSet::new(),
-    };
-    if inodes.is_empty() {
-        return Vec::new();
-    }
-    let mut holders = BTreeSet::new();
-    for process in procfs::process::all_processes().into_iter().flatten().flatten() {
-        let Ok(descriptors) = process.fd() else { continue };
-        let holds = |target: &FDTarget| matches!(target, FDTarget::Socket(inode) if inodes.contains(inode));
-        if descriptors.flatten().any(|descriptor| holds(&descriptor.target)) {
-            let name = process.stat().map_or_else(|_| "a process".to_owned(), |stat| stat.comm);
-            holders.insert(format!("{name} (pid {})", process.pid()));
-        }
-    }
+    let bound = listeners::bound(label.protocol()).unwrap_or_default();
+    let inodes = bound.iter().filter(|socket| clashes(socket.local)).map(|socket| socket.inode).collect();
+    let holders: BTreeSet<String> = listeners::holders(&inodes).iter().map(ToString::to_string).collect();
     holders.into_iter().collect()
-}
-
-fn both<T>(v4: procfs::ProcResult<Vec<T>>, v6: procfs::ProcResult<Vec<T>>) -> impl Iterator<Item = T> {
-    v4.into_iter().chain(v6).flatten()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+    use tidegate_model::Protocol;
     use tidegate_proxy::Listener;
 
     fn explained(address: SocketAddr, protocol: Protocol) -> String {

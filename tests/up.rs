@@ -4,6 +4,8 @@ mod up {
     pub(crate) mod matrix;
     pub(crate) mod rootless;
     pub(crate) mod scene;
+    pub(crate) mod uplink;
+    pub(crate) mod witness;
 }
 
 use std::fs;

@@ -164,6 +164,13 @@ impl Pools {
         }
     }
 
+    /// Whether some of `net` is in the pools.
+    #[must_use]
+    pub fn overlap(&self, net: &IpNet) -> bool {
+        let v4 = self.v4.iter().map(|(pool, _)| IpNet::V4(*pool));
+        v4.chain([IpNet::V6(self.v6)]).any(|pool| overlap(&pool, net))
+    }
+
     /// The first subnet that overlaps none of `in_use`.
     ///
     /// # Errors
@@ -237,6 +244,9 @@ mod tests {
         );
         assert_eq!(pools.obtain(false, &[net("172.16.0.0/12")]), Ok(net("10.201.0.0/24")));
         assert!(pools.obtain(false, &[net("172.16.0.0/12"), net("10.0.0.0/8")]).is_err());
+        for (other, overlaps) in [("172.28.5.0/24", true), ("10.0.0.0/8", true), ("172.17.0.0/16", false)] {
+            assert_eq!(pools.overlap(&net(other)), overlaps, "{other}");
+        }
         assert_eq!(pools.obtain(true, &[net("fd01:203:405::/64")]), Ok(net("fd01:203:405:1::/64")));
         assert_eq!(gateway(net("172.28.0.0/24")), ip("172.28.0.1"));
         assert_eq!(gateway(net("fd01:203:405:1::/64")), ip("fd01:203:405:1::1"));

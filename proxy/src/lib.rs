@@ -28,7 +28,7 @@ mod worker;
 
 pub use config::{Enclosures, PortOptions, Settings};
 pub use engine::{Drained, Engine, PublishedPort};
-pub use listener::{AdoptError, BindError, Listener};
+pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
 pub use metrics::{FAMILIES, Family, Kind, PortSnapshot, describe};
 pub use port::{Direction, Drop, Refusal};
 pub use proxy_protocol::ProxyProtocol;

@@ -31,11 +31,11 @@ const UNSENT_BYTES: u32 = 256 << 10;
 /// itself the receive buffer grows to `tcp_rmem` (6 to 32 MiB) in front of a backend that has stopped reading. With
 /// [`UNSENT_BYTES`] and a full pipe this makes less than 4 MiB that a stalled direction can hold. The price is the
 /// window: 1 MiB or a little more for each round trip.
-const UNREAD_BYTES: usize = 1 << 20;
+pub const UNREAD_BYTES: usize = 1 << 20;
 
 /// What socket buffers of a UDP port are asked to be, in bytes; the kernel caps it at `net.core.rmem_max`. A
 /// sender with segmentation offload delivers 64 KiB in one go.
-const UDP_BUFFER: usize = 4 << 20;
+pub const UDP_BUFFER: usize = 4 << 20;
 
 /// A socket that a published port answers on.
 #[derive(Debug)]

@@ -1,12 +1,14 @@
 //! The command line of `tidegate`.
 
 mod completion;
+mod doctor;
 mod duration;
 mod hello;
 mod publish;
 mod up;
 
 use crate::compat::docker_proxy;
+use crate::doctor::{TRIAL, trial};
 use crate::metrics_endpoint::MetricsAddress;
 use crate::port_error::without_numbers;
 use crate::services;
@@ -34,6 +36,7 @@ pub struct Cli {
 enum Command {
     Up(up::Up),
     Publish(Box<publish::Publish>),
+    Doctor(doctor::Doctor),
     /// Be Docker's docker-proxy (see the binary of that name)
     #[command(disable_help_flag = true, disable_version_flag = true)]
     DockerProxy {
@@ -62,9 +65,12 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     if args.get(1).is_some_and(|command| command == "docker-proxy") {
         return docker_proxy::main(args.into_iter().skip(2));
     }
-    // Not for people, hence no command of which help and completion know.
+    // These two are not for people, hence no commands of which help and completion know.
     if args.get(1).is_some_and(|command| command == services::init::SUBCOMMAND) {
         return services::init::main();
+    }
+    if args.get(1).is_some_and(|command| command == TRIAL) {
+        return trial(args.into_iter().skip(2));
     }
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
@@ -100,6 +106,7 @@ impl Command {
         match self {
             Self::Up(up) => up.run(),
             Self::Publish(publish) => publish.run().map(done),
+            Self::Doctor(doctor) => doctor.run(),
             Self::DockerProxy { .. } => unreachable!("taken care of above"),
             Self::Hello(hello) => hello.run().map(done),
             Self::Completion(completion) => completion.run(&mut Cli::command()).map(done),

@@ -6,6 +6,7 @@
 //! - [`Namespace`]: a network namespace that exists as a descriptor of this process and nowhere else, so it
 //!   vanishes with the process however that ends;
 //! - [`Topology`]: client, host and container joined by veth pairs and a bridge, IPv4 and IPv6;
+//! - [`Segment`]: one more link, with as many hosts on it as wanted;
 //! - [`Process`]: a child that is killed and reaped when its guard goes, with its output and its use of CPU,
 //!   memory and descriptors at hand;
 //! - [`server`]: small TCP and UDP servers that run on threads of their own inside a namespace.
@@ -44,6 +45,7 @@ mod pattern;
 mod process;
 pub mod procfs;
 mod require;
+mod segment;
 pub mod server;
 mod topology;
 pub mod transfer;
@@ -55,6 +57,7 @@ pub use process::{Process, Signal, pass_fd};
 pub use require::{
     debian_package, find_program, raise_open_files, require_program, require_root, version_line,
 };
+pub use segment::Segment;
 pub use topology::{Builder as TopologyBuilder, Topology, addr};
 
 use std::time::{Duration, Instant};

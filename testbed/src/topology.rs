@@ -213,7 +213,7 @@ impl Builder {
 /// It does so in the background, at times a second after both ends of a veth pair have been set up. What is
 /// sent before is lost, and the first repetition, of TCP and of ARP alike, comes a second later.
 #[track_caller]
-fn wait_until_up(namespace: &Namespace, link: &str) {
+pub(crate) fn wait_until_up(namespace: &Namespace, link: &str) {
     let state = || namespace.ip(&["-details", "-oneline", "link", "show", "dev", link]);
     let is_port = state().contains(" master ");
     let up = eventually(LINK_UP, || {
@@ -224,7 +224,7 @@ fn wait_until_up(namespace: &Namespace, link: &str) {
 }
 
 /// Makes IPv6 addresses of links added from now on usable at once, the link-local ones included.
-fn quicken_ipv6(namespace: &Namespace) {
+pub(crate) fn quicken_ipv6(namespace: &Namespace) {
     namespace.sysctl("net.ipv6.conf.default.disable_ipv6", "0");
     namespace.sysctl("net.ipv6.conf.default.accept_dad", "0");
     namespace.sysctl("net.ipv6.conf.default.accept_ra", "0");

@@ -1,21 +1,33 @@
 //! Who reaches what: one table, for every way to keep networks closed.
 
 use super::scene::Scene;
-use std::io::{Read, Write};
+use super::uplink::{self, Uplink};
+use super::witness::Witness;
+use socket2::{Domain, Socket, Type};
+use std::fs;
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 use tidegate_testbed::server::PeerServer;
-use tidegate_testbed::{Namespace, Signal};
+use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
 /// How long an answer is waited for that is to come, and one that is not.
-const PATIENCE: [Duration; 2] = [Duration::from_secs(3), Duration::from_millis(250)];
+const PATIENCE: [Duration; 2] = [Duration::from_secs(5), Duration::from_millis(250)];
 
-/// Where a client is.
+/// Where a client is, or whom it pretends to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum From {
-    /// Beyond the host.
+    /// Beyond the host, on its first uplink.
     Outside,
+    /// Beyond the host, on its second uplink.
+    Beyond,
+    /// A host on the second uplink that sends everything, loopback addresses too, by way of the host.
+    Hostile,
+    /// The same, with the source address of an endpoint of the server's network.
+    AsNeighbour,
+    /// The same, with a loopback address for its source.
+    AsLoopback,
     /// The host itself.
     Host,
     /// Another endpoint of the same network.
@@ -33,27 +45,69 @@ enum From {
 enum To {
     /// The container's address and port.
     Container,
-    /// The published port at the host's address on the outside.
+    /// The published port at the host's address on the first uplink.
     Published,
+    /// The published port at the host's address on the second uplink.
+    PublishedBeyond,
     /// The published port at the gateway address of the server's network.
     Gateway,
+    /// The published port at the gateway address of the stranger's network.
+    AwayGateway,
+    /// The published port at the gateway address of the internal network.
+    InsideGateway,
     /// The published port on the host's loopback address; a client elsewhere asks its own.
     Loopback,
-    /// Another port, published on the host's loopback address alone, at the host's address on the outside.
+    /// Another port, published on the host's loopback address alone, there.
     LoopbackOnly,
+    /// The same at the host's address on the outside.
+    LoopbackOnlyOutside,
+    /// The same at the gateway address of the server's network.
+    LoopbackOnlyGateway,
 }
 
-const FROM: [From; 6] =
-    [From::Outside, From::Host, From::Neighbour, From::Stranger, From::Inmate, From::Itself];
+/// What comes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// Nothing gets to the server, and nothing comes back.
+    Nothing,
+    /// The server answers.
+    Answer,
+    /// A datagram gets to the server; its answer goes elsewhere. Of TCP nothing does.
+    OneWay,
+}
 
-/// Rows in the order of [`FROM`].
-const EXPECTED: [(To, [bool; 6]); 5] = [
-    //                  outside  host   neighbour stranger inmate itself
-    (To::Container, [false, true, true, false, false, true]),
-    (To::Published, [true, true, true, true, false, true]),
-    (To::Gateway, [false, true, true, false, false, true]),
-    (To::Loopback, [false, true, false, false, false, false]),
-    (To::LoopbackOnly, [false, false, false, false, false, false]),
+const NO: Outcome = Outcome::Nothing;
+const YES: Outcome = Outcome::Answer;
+const IN: Outcome = Outcome::OneWay;
+
+const FROM: [From; 10] = [
+    From::Outside,
+    From::Beyond,
+    From::Hostile,
+    From::AsNeighbour,
+    From::AsLoopback,
+    From::Host,
+    From::Neighbour,
+    From::Stranger,
+    From::Inmate,
+    From::Itself,
+];
+
+/// Rows in the order of [`FROM`]. Whoever pretends to be another gets no answer, but may get a datagram into what is published.
+#[rustfmt::skip]
+const EXPECTED: [(To, [Outcome; 10]); 10] = [
+    //                        ---------- beyond the host -----------  ------------- here --------------
+    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
+    (To::Container,           [NO,    NO,    NO,     NO,       NO,    YES, YES,    NO,     NO,    YES]),
+    (To::Published,           [YES,   YES,   YES,    IN,       NO,    YES, YES,    YES,    NO,    YES]),
+    (To::PublishedBeyond,     [YES,   YES,   YES,    IN,       NO,    YES, YES,    YES,    NO,    YES]),
+    (To::Gateway,             [NO,    NO,    NO,     IN,       NO,    YES, YES,    NO,     NO,    YES]),
+    (To::AwayGateway,         [NO,    NO,    NO,     NO,       NO,    YES, NO,     YES,    NO,    NO]),
+    (To::InsideGateway,       [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     YES,   NO]),
+    (To::Loopback,            [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::LoopbackOnly,        [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::LoopbackOnlyOutside, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
 ];
 
 const FILE: &str = r#"
@@ -66,81 +120,215 @@ services:
   server:
     x-netns: SERVER
     networks: { home: { ipv4_address: 10.77.1.10, ipv6_address: "fd77:1::10" } }
-    ports: [ "8080:80", "8080:80/udp", "127.0.0.1:9090:80", "127.0.0.1:9090:80/udp" ]
+    ports: [ "8080:80", "8080:80/udp", "127.0.0.1:9090:80", "127.0.0.1:9090:80/udp", "[::1]:9090:80", "[::1]:9090:80/udp" ]
   neighbour: { x-netns: NEIGHBOUR, networks: [ home ] }
   stranger: { x-netns: STRANGER, networks: [ away ] }
   inmate: { x-netns: INMATE, networks: [ inside ] }
 "#;
 
-/// Whether a server that tells its client's address answers at `to`.
-fn answers(from: &Namespace, to: SocketAddr, udp: bool, patience: Duration) -> bool {
-    from.run(|| {
-        let mut answer = [0; 100];
-        if udp {
-            let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-            let socket = UdpSocket::bind(any).unwrap();
-            socket.set_read_timeout(Some(patience)).unwrap();
-            return socket.connect(to).and_then(|()| socket.send(b"?")).is_ok()
-                && socket.recv(&mut answer).is_ok_and(|length| length > 0);
-        }
-        let Ok(mut stream) = TcpStream::connect_timeout(&to, patience) else { return false };
-        stream.set_read_timeout(Some(patience)).unwrap();
-        let _ = stream.write_all(b"?");
-        stream.read(&mut answer).is_ok_and(|length| length > 0)
-    })
+/// The project on a host with two uplinks, and everybody who is in the table.
+struct Matrix {
+    scene: Scene,
+    uplink: Uplink,
+    endpoints: [Namespace; 4],
+    witness: Witness,
+    _servers: [PeerServer; 2],
+    up: Process,
 }
 
-fn address(to: To, v6: bool) -> SocketAddr {
-    let at = |v4: &str, six: &str, port| {
-        SocketAddr::new((if v6 { six } else { v4 }).parse::<IpAddr>().unwrap(), port)
-    };
-    match to {
-        To::Container => at("10.77.1.10", "fd77:1::10", 80),
-        To::Published => at("203.0.113.1", "2001:db8:1::1", 8080),
-        To::Gateway => at("10.77.1.1", "fd77:1::1", 8080),
-        To::Loopback => at("127.0.0.1", "::1", 8080),
-        To::LoopbackOnly => at("203.0.113.1", "2001:db8:1::1", 9090),
-    }
-}
-
-/// Also where the host forwards for others, and the outside knows the way to every subnet.
-#[test]
-fn everyone_reaches_what_the_table_says_and_nothing_else() {
-    for forwarding in [false, true] {
+impl Matrix {
+    /// On a host that forwards for others, or does not.
+    #[track_caller]
+    fn new(forwarding: bool) -> Self {
         let scene = Scene::new();
-        let [server, neighbour, stranger, inmate] = [(); 4].map(|()| Namespace::new());
-        let mut file = FILE.to_owned();
-        for (name, namespace) in
-            [("SERVER", &server), ("NEIGHBOUR", &neighbour), ("STRANGER", &stranger), ("INMATE", &inmate)]
-        {
-            file = file.replace(name, &namespace.path().display().to_string());
-        }
+        let uplink = Uplink::new(&scene);
         let on = if forwarding { "1" } else { "0" };
         scene.net.host.sysctl("net.ipv4.ip_forward", on);
         scene.net.host.sysctl("net.ipv6.conf.all.forwarding", on);
-        scene.net.client.ip_all(
-            "route add 10.77.0.0/16 via 203.0.113.1
-             -6 route add fd77::/16 via 2001:db8:1::1",
-        );
-        let mut up = scene.up(&file);
-        up.wait_for_line("Ctrl-C takes", SOON);
-        let _servers = ["10.77.1.10:80", "[fd77:1::10]:80"].map(|at| {
-            let at = at.parse().unwrap();
-            (PeerServer::tcp(&server, at), PeerServer::udp(&server, at))
-        });
-        let clients = [&scene.net.client, &scene.net.host, &neighbour, &stranger, &inmate, &server];
-        let mut wrong = Vec::new();
-        for (to, row) in EXPECTED {
-            for ((from, client), expected) in FROM.into_iter().zip(clients).zip(row) {
-                for (udp, v6) in [(false, false), (false, true), (true, false), (true, true)] {
-                    let reached = answers(client, address(to, v6), udp, PATIENCE[usize::from(!expected)]);
-                    if reached != expected {
-                        wrong.push(format!("{from:?} to {to:?}, udp {udp}, v6 {v6}: {reached}"));
-                    }
-                }
-            }
+        let endpoints = [(); 4].map(|()| Namespace::new());
+        let mut file = FILE.to_owned();
+        for (name, namespace) in ["SERVER", "NEIGHBOUR", "STRANGER", "INMATE"].iter().zip(&endpoints) {
+            file = file.replace(name, &namespace.path().display().to_string());
         }
-        assert!(wrong.is_empty(), "forwarding {forwarding}:\n{}", wrong.join("\n"));
-        up.stop(Signal::INT, SOON);
+        let up = scene.up(&file);
+        up.wait_for_line("Ctrl-C takes", SOON);
+        let at: [SocketAddr; 2] = ["10.77.1.10:80", "[fd77:1::10]:80"].map(|at| at.parse().unwrap());
+        let servers = at.map(|at| PeerServer::tcp(&endpoints[0], at));
+        let witness = Witness::new(&endpoints[0], &at);
+        Self { scene, uplink, endpoints, witness, _servers: servers, up }
+    }
+
+    fn place(&self, from: From) -> &Namespace {
+        let [server, neighbour, stranger, inmate] = &self.endpoints;
+        match from {
+            From::Outside => &self.scene.net.client,
+            From::Beyond => &self.uplink.client,
+            From::Hostile | From::AsNeighbour | From::AsLoopback => &self.uplink.hostile,
+            From::Host => &self.scene.net.host,
+            From::Neighbour => neighbour,
+            From::Stranger => stranger,
+            From::Inmate => inmate,
+            From::Itself => server,
+        }
+    }
+
+    /// Asks, and waits as long as it takes if `expected` is to come.
+    fn outcome(&self, probe: &Probe, expected: Outcome) -> Outcome {
+        let patience = PATIENCE[usize::from(expected == NO)];
+        let answered = self.place(probe.from).run(|| {
+            let asked = if probe.udp { probe.ask_by_udp(patience) } else { probe.ask_by_tcp(patience) };
+            asked.is_ok_and(|length| length > 0)
+        });
+        let seen = || self.witness.has_seen(&probe.text());
+        if answered {
+            YES
+        } else if probe.udp && (seen() || expected == IN && eventually(PATIENCE[0], seen)) {
+            IN
+        } else {
+            NO
+        }
+    }
+
+    /// Everybody asks everything at the same time. What came out otherwise than expected.
+    fn wrong(&self) -> Vec<String> {
+        let by_both = [(false, false), (false, true), (true, false), (true, true)];
+        let cells = EXPECTED.iter().flat_map(|(to, row)| FROM.iter().zip(row).map(move |cell| (to, cell)));
+        std::thread::scope(|scope| {
+            let asking: Vec<_> = cells
+                .flat_map(|(to, (from, expected))| {
+                    by_both.map(|(udp, v6)| {
+                        let probe = Probe { from: *from, to: *to, udp, v6 };
+                        let expected = if *expected == IN && !udp { NO } else { *expected };
+                        scope.spawn(move || (self.outcome(&probe, expected), expected, probe))
+                    })
+                })
+                .collect();
+            let outcomes = asking.into_iter().map(|one| one.join().unwrap());
+            let wrong = outcomes.filter(|(outcome, expected, _)| outcome != expected);
+            wrong
+                .map(|(outcome, expected, probe)| format!("{probe:?}: {outcome:?}, not {expected:?}"))
+                .collect()
+        })
+    }
+}
+
+/// One question.
+#[derive(Clone, Copy, Debug)]
+struct Probe {
+    from: From,
+    to: To,
+    udp: bool,
+    v6: bool,
+}
+
+impl Probe {
+    /// What is asked, by which it is recognised.
+    fn text(&self) -> String {
+        format!("{self:?}")
+    }
+
+    fn address(&self) -> SocketAddr {
+        let at = |v4: &str, v6: &str, port| {
+            SocketAddr::new((if self.v6 { v6 } else { v4 }).parse::<IpAddr>().unwrap(), port)
+        };
+        match self.to {
+            To::Container => at("10.77.1.10", "fd77:1::10", 80),
+            To::Published => at("203.0.113.1", "2001:db8:1::1", 8080),
+            To::PublishedBeyond => at(uplink::HOST[0], uplink::HOST[1], 8080),
+            To::Gateway => at("10.77.1.1", "fd77:1::1", 8080),
+            To::AwayGateway => at("10.77.2.1", "fd77:2::1", 8080),
+            To::InsideGateway => at("10.77.3.1", "fd77:3::1", 8080),
+            To::Loopback => at("127.0.0.1", "::1", 8080),
+            To::LoopbackOnly => at("127.0.0.1", "::1", 9090),
+            To::LoopbackOnlyOutside => at("203.0.113.1", "2001:db8:1::1", 9090),
+            To::LoopbackOnlyGateway => at("10.77.1.1", "fd77:1::1", 9090),
+        }
+    }
+
+    /// A socket with the source address that is pretended, if one is.
+    fn socket(&self, kind: Type) -> io::Result<Socket> {
+        let socket = Socket::new(if self.v6 { Domain::IPV6 } else { Domain::IPV4 }, kind, None)?;
+        let pretended = match (self.from, self.v6) {
+            (From::AsNeighbour, false) => "10.77.1.66:0",
+            (From::AsNeighbour, true) => "[fd77:1::66]:0",
+            (From::AsLoopback, false) => "127.0.0.1:0",
+            (From::AsLoopback, true) => "[::1]:0",
+            _ => return Ok(socket),
+        };
+        if self.v6 {
+            socket.set_ip_transparent_v6(true)?;
+        } else {
+            socket.set_ip_transparent_v4(true)?;
+        }
+        socket.bind(&pretended.parse::<SocketAddr>().unwrap().into())?;
+        Ok(socket)
+    }
+
+    /// The length of the answer.
+    fn ask_by_udp(&self, patience: Duration) -> io::Result<usize> {
+        let socket = UdpSocket::from(self.socket(Type::DGRAM).expect("a socket with that source"));
+        // Nobody else answers one who pretends to be another, however long he waits.
+        let pretends = matches!(self.from, From::AsNeighbour | From::AsLoopback);
+        socket.set_read_timeout(Some(if pretends { PATIENCE[1] } else { patience }))?;
+        socket.connect(self.address())?;
+        socket.send(self.text().as_bytes())?;
+        socket.recv(&mut [0; 100])
+    }
+
+    /// The length of what comes of the answer.
+    fn ask_by_tcp(&self, patience: Duration) -> io::Result<usize> {
+        let socket = self.socket(Type::STREAM).expect("a socket with that source");
+        socket.connect_timeout(&self.address().into(), patience)?;
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(patience))?;
+        let _ = stream.write_all(b"?");
+        stream.read(&mut [0; 100])
+    }
+}
+
+#[test]
+fn everyone_reaches_what_the_table_says_and_nothing_else() {
+    let mut matrix = Matrix::new(false);
+    assert_eq!(matrix.wrong(), [""; 0]);
+    matrix.up.stop(Signal::INT, SOON);
+}
+
+#[test]
+fn the_same_holds_on_a_host_that_forwards_for_others_and_it_goes_on_doing_so() {
+    let mut matrix = Matrix::new(true);
+    assert_eq!(matrix.wrong(), [""; 0]);
+    let others = PeerServer::tcp(&matrix.scene.net.container, SocketAddr::new(addr::CONTAINER_V4.into(), 80));
+    let to_others =
+        |place: &Namespace| place.run(|| TcpStream::connect_timeout(&others.addr(), SOON).is_ok());
+    assert!(to_others(&matrix.uplink.hostile), "what is not ours is as open as it was");
+    matrix.up.stop(Signal::INT, SOON);
+}
+
+/// Or the table would hold for want of an attack: where the kernel is told to let them through, they come through.
+#[test]
+fn what_the_hostile_neighbour_sends_does_arrive() {
+    let matrix = Matrix::new(false);
+    let ask = |from, to, udp, expected| {
+        let probe = Probe { from, to, udp, v6: false };
+        assert_eq!(matrix.outcome(&probe, expected), expected, "{probe:?}");
+    };
+    ask(From::AsLoopback, To::PublishedBeyond, true, NO);
+    matrix.scene.net.host.sysctl("net.ipv4.conf.eth1.route_localnet", "1");
+    ask(From::Hostile, To::LoopbackOnly, false, YES);
+    ask(From::Hostile, To::LoopbackOnly, true, YES);
+    matrix.scene.net.host.sysctl("net.ipv4.conf.eth1.accept_local", "1");
+    ask(From::AsLoopback, To::PublishedBeyond, true, IN);
+
+    // IPv6 has no such switch; it counts what it throws away.
+    let thrown_away = || {
+        let path = "/proc/thread-self/net/snmp6";
+        let table = matrix.scene.net.host.run(|| fs::read_to_string(path)).unwrap();
+        let line = table.lines().find_map(|line| line.strip_prefix("Ip6InHdrErrors"));
+        line.and_then(|count| count.trim().parse::<u64>().ok()).unwrap()
+    };
+    for (from, to) in [(From::Hostile, To::LoopbackOnly), (From::AsLoopback, To::PublishedBeyond)] {
+        let before = thrown_away();
+        assert_eq!(matrix.outcome(&Probe { from, to, udp: true, v6: true }, NO), NO);
+        assert!(thrown_away() > before, "{from:?} to {to:?}");
     }
 }

@@ -1,0 +1,41 @@
+//! Verdicts: from what is known of a host to what is told of it. Pure.
+
+mod features;
+mod limits;
+mod namespaces;
+mod surroundings;
+#[cfg(test)]
+mod tests;
+
+use super::host::{Found, Host};
+use super::report::Row;
+
+/// Every check, in the order to tell them.
+pub(super) fn all(host: &Host) -> Vec<Row> {
+    vec![
+        features::kernel(host),
+        namespaces::network_namespaces(host),
+        namespaces::user_namespaces(host),
+        namespaces::networks(host),
+        namespaces::tun(host),
+        namespaces::tun_offload(host),
+        features::tcp_peek_offset(host),
+        features::udp_offload(host),
+        features::ipv6(host),
+        surroundings::ip_forward(host),
+        surroundings::ipv6_force_forwarding(host),
+        surroundings::firewall_tools(host),
+        surroundings::address_pools(host),
+        surroundings::host_services(host),
+        limits::low_ports(host),
+        limits::open_files(host),
+        limits::pipe_memory(host),
+        limits::receive_buffer(host),
+        limits::run_directory(host),
+    ]
+}
+
+/// The value of a setting, or the row that says why there is none to judge.
+fn known<T: Copy>(check: &'static str, found: &Found<T>) -> Result<T, Box<Row>> {
+    found.as_ref().copied().map_err(|why| Box::new(Row::cannot_tell(check, why)))
+}

@@ -1,0 +1,194 @@
+//! Namespaces, and what can be made in them.
+
+use crate::doctor::host::{Code, Found, Host, Inside, Trial, UserNamespaces};
+use crate::doctor::report::Row;
+use rustix::io::Errno;
+
+const NO_NAMESPACE: &str = "there is no namespace to try it in";
+
+/// What a trial came to in the namespace, if there was one.
+fn inside(trial: &Found<Trial>) -> Option<&Inside> {
+    match trial {
+        Ok(Trial::Entered(inside)) => Some(inside),
+        _ => None,
+    }
+}
+
+/// Why nothing may be done in a namespace that could be made: AppArmor, as Ubuntu sets it up, takes the capabilities away inside.
+fn powerless(inside: &Inside) -> Option<Code> {
+    match inside.network {
+        Err((_, error)) if is_denial(error) => Some(error),
+        _ => None,
+    }
+}
+
+fn is_denial(error: Code) -> bool {
+    error == Errno::PERM || error == Errno::ACCESS
+}
+
+/// What can be done within a user namespace, if anything.
+fn in_user_namespace(host: &Host) -> Option<&Inside> {
+    inside(&host.in_user_namespace).filter(|inside| powerless(inside).is_none())
+}
+
+/// The best namespace that this process can have.
+fn any_inside(host: &Host) -> Option<&Inside> {
+    inside(&host.direct).or_else(|| in_user_namespace(host))
+}
+
+pub(super) fn network_namespaces(host: &Host) -> Row {
+    let check = "network-namespaces";
+    let (why, fix) = match &host.direct {
+        Ok(Trial::Entered(_)) if host.capabilities.net_admin => {
+            return Row::ok(check, "one was made, entered and left");
+        }
+        Ok(Trial::Entered(_)) => ("no CAP_NET_ADMIN".to_owned(), "run as root, with CAP_NET_ADMIN"),
+        Ok(Trial::NoWayBack(error)) => (
+            format!("the host's network cannot be entered from another namespace: {error}"),
+            "run as root of the host, or in a network namespace of your own (unshare --user --map-root-user --net)",
+        ),
+        Ok(Trial::NotMade(error)) if *error == Errno::NOSPC => {
+            ("user.max_net_namespaces is used up".to_owned(), "sysctl -w user.max_net_namespaces=10000")
+        }
+        Ok(Trial::NotMade(error)) if *error == Errno::INVAL => (
+            "this kernel has no network namespaces".to_owned(),
+            "run a kernel with CONFIG_NET_NS, outside of sandboxes",
+        ),
+        Ok(Trial::NotMade(error)) => (format!("cannot make one: {error}"), "run as root, with CAP_SYS_ADMIN"),
+        Err(why) => return Row::cannot_tell(check, why),
+    };
+    if in_user_namespace(host).is_some() {
+        Row::limited(
+            check,
+            format!("{why}; only within a user namespace: no `tidegate up`, no `publish --netns` or --pid"),
+        )
+        .fix(fix)
+    } else {
+        Row::missing(check, why).fix(fix)
+    }
+}
+
+pub(super) fn user_namespaces(host: &Host) -> Row {
+    let check = "user-namespaces";
+    let refused = match &host.in_user_namespace {
+        Ok(Trial::NotMade(error) | Trial::NoWayBack(error)) => Some(("cannot make one", *error)),
+        Ok(Trial::Entered(inside)) => powerless(inside).map(|error| ("nothing may be done in one", error)),
+        Err(why) => return Row::cannot_tell(check, why),
+    };
+    let forbidding = forbidding(&host.user_namespaces);
+    let is_root = inside(&host.direct).is_some();
+    let Some((what, error)) = refused else {
+        return match forbidding {
+            Some((setting, fix)) if is_root => {
+                Row::note(check, format!("this user can make them, ordinary ones cannot: {setting}")).fix(fix)
+            }
+            _ => Row::ok(check, "one was made, with a network namespace"),
+        };
+    };
+    let (why, fix) = match forbidding {
+        Some((setting, fix)) => (format!("{what}: {error}; {setting}"), fix),
+        None if error == Errno::NOSPC || error == Errno::USERS => {
+            ("too many are there, or too deep".to_owned(), "sysctl -w user.max_user_namespaces=10000")
+        }
+        None => (
+            format!("{what}: {error}"),
+            "lift what forbids unshare(2): a container's seccomp profile, or a security module",
+        ),
+    };
+    if is_root {
+        Row::note(check, format!("{why}; only ordinary users need them")).fix(fix)
+    } else {
+        Row::limited(check, why).fix(fix)
+    }
+}
+
+/// The setting that forbids ordinary users to make user namespaces, and what allows it again.
+fn forbidding(settings: &UserNamespaces) -> Option<(&'static str, &'static str)> {
+    let is = |setting: &Found<Option<u64>>, value: u64| *setting == Ok(Some(value));
+    if is(&settings.max, 0) {
+        Some(("user.max_user_namespaces is 0", "sysctl -w user.max_user_namespaces=10000"))
+    } else if is(&settings.unprivileged_clone, 0) {
+        Some(("kernel.unprivileged_userns_clone is 0", "sysctl -w kernel.unprivileged_userns_clone=1"))
+    } else if is(&settings.apparmor_restricts, 1) {
+        Some((
+            "kernel.apparmor_restrict_unprivileged_userns is 1",
+            "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
+        ))
+    } else {
+        None
+    }
+}
+
+pub(super) fn networks(host: &Host) -> Row {
+    let check = "networks";
+    let Some(inside) = any_inside(host) else { return Row::cannot_tell(check, NO_NAMESPACE) };
+    let Err((what, error)) = &inside.network else {
+        return Row::ok(
+            check,
+            "bridge, veth pair, addresses and guards were made in a namespace of their own",
+        );
+    };
+    let found = format!("{what}: {error}");
+    let row = if self::inside(&host.direct).is_some() {
+        Row::missing(check, found)
+    } else {
+        Row::limited(check, found)
+    };
+    row.fix(fix_for_network(*error))
+}
+
+fn fix_for_network(error: Code) -> &'static str {
+    if error == Errno::ROFS {
+        "mount -o remount,rw /proc/sys"
+    } else if is_denial(error) {
+        "run as root, with CAP_NET_ADMIN"
+    } else {
+        "modprobe -a bridge veth"
+    }
+}
+
+pub(super) fn tun(host: &Host) -> Row {
+    let check = "tun";
+    let mode = host.tun_mode.map_or_else(String::new, |mode| format!(" (mode {mode:04o})"));
+    let limited = |found: String, fix: &str| {
+        Row::limited(
+            check,
+            format!("{found}; networks will have no way out without a firewall (it is to come)"),
+        )
+        .fix(fix)
+    };
+    if let Err(error) = host.tun_device {
+        let found = format!("/dev/net/tun: {error}");
+        return if error == Errno::NOENT {
+            limited(found, "modprobe tun (into a container: --device /dev/net/tun)")
+        } else if error == Errno::ACCESS {
+            limited(found + &mode, "chmod 0666 /dev/net/tun (udev's own choice)")
+        } else if error == Errno::PERM {
+            limited(found, "allow the container its device: --device /dev/net/tun")
+        } else {
+            limited(found, "modprobe tun")
+        };
+    }
+    match any_inside(host).map(|inside| inside.tun) {
+        Some(Ok(_)) => Row::ok(check, "a device was made"),
+        Some(Err(error)) => {
+            limited(format!("cannot make a device: {error}"), "run as root, with CAP_NET_ADMIN")
+        }
+        None => Row::cannot_tell(check, &format!("/dev/net/tun opens, and {NO_NAMESPACE}")),
+    }
+}
+
+pub(super) fn tun_offload(host: &Host) -> Row {
+    let check = "tun-offload";
+    match any_inside(host).map(|inside| inside.tun) {
+        Some(Ok(offload)) if offload.tcp && offload.udp => Row::ok(check, "TCP and UDP segmentation"),
+        Some(Ok(offload)) if offload.tcp => {
+            Row::limited(check, "TCP segmentation, no UDP segmentation: UDP goes out datagram by datagram")
+                .fix("run Linux 6.2 or newer")
+        }
+        Some(Ok(_)) => Row::limited(check, "no segmentation: everything goes out packet by packet")
+            .fix("use the kernel's own TUN driver, outside of sandboxes"),
+        Some(Err(_)) => Row::cannot_tell(check, "there is no TUN device to ask"),
+        None => Row::cannot_tell(check, NO_NAMESPACE),
+    }
+}

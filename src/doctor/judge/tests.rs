@@ -1,0 +1,314 @@
+//! Verdicts on hosts that are only thought: each is a good one but for what the test changes.
+
+use super::all;
+use crate::doctor::host::*;
+use crate::doctor::report::{Row, Verdict};
+use rustix::io::Errno;
+use tidegate_model::Protocol;
+
+/// A host where nothing is amiss, seen by root.
+fn good() -> Host {
+    let full = Inside { network: Ok(()), tun: Ok(TunOffload { tcp: true, udp: true }) };
+    Host {
+        release: "6.18.4".into(),
+        capabilities: Capabilities { net_admin: true, net_bind_service: true, many_pipes: true },
+        direct: Ok(Trial::Entered(full.clone())),
+        in_user_namespace: Ok(Trial::Entered(full)),
+        user_namespaces: UserNamespaces {
+            max: Ok(Some(96365)),
+            unprivileged_clone: Ok(None),
+            apparmor_restricts: Ok(None),
+        },
+        tun_device: Ok(()),
+        tun_mode: Some(0o666),
+        sockets: Sockets {
+            tcp_peek_offset: Ok(()),
+            udp_gro: Ok(()),
+            udp_segment: Ok(()),
+            force_buffer: Ok(()),
+            ipv6: Ok(()),
+        },
+        forwarding: Forwarding {
+            v4: Ok(Some(0)),
+            v6: Ok(Some(0)),
+            v6_disabled: Ok(Some(0)),
+            v6_per_interface: Ok(Some(0)),
+        },
+        firewalls: vec!["nft"],
+        routes: Ok(vec![("203.0.113.0/24".parse().unwrap(), "eth0".into())]),
+        services: Ok(Vec::new()),
+        limits: Limits {
+            open_files: (Some(1024), Some(524_288)),
+            pipe_bytes: Ok(Some(64 << 20)),
+            receive_buffer: Ok(Some(212_992)),
+            first_port: Ok(Some(1024)),
+        },
+        run_directory: RunDirectory { path: Some("/run/tidegate".into()), writable: Ok(()) },
+    }
+}
+
+/// The same host, seen by an ordinary user.
+fn ordinary() -> Host {
+    let mut host = good();
+    host.capabilities = Capabilities::default();
+    host.direct = Ok(Trial::NotMade(Errno::PERM.into()));
+    host.sockets.force_buffer = Err(Errno::PERM.into());
+    host
+}
+
+#[track_caller]
+fn row(check: &str, host: &Host) -> Row {
+    all(host).into_iter().find(|row| row.check == check).unwrap()
+}
+
+/// What is said of `check`, and that there is a fix for what is not as it should be.
+#[track_caller]
+fn judged(check: &str, host: &Host) -> (Verdict, String) {
+    let row = row(check, host);
+    if row.verdict >= Verdict::Limited {
+        assert!(row.fix.is_some(), "{row:?}");
+    }
+    (row.verdict, row.found + row.fix.as_deref().unwrap_or_default())
+}
+
+#[track_caller]
+fn expect(check: &str, host: &Host, verdict: Verdict, text: &str) {
+    let (judged, told) = judged(check, host);
+    assert_eq!(judged, verdict, "{check}: {told}");
+    assert!(told.contains(text), "{check}: {told}");
+}
+
+#[test]
+fn on_a_good_host_all_is_ok() {
+    for row in all(&good()) {
+        let expected = if row.check == "firewall-tools" { Verdict::Note } else { Verdict::Ok };
+        assert_eq!((row.verdict, &row.fix), (expected, &None), "{row:?}");
+    }
+}
+
+#[test]
+fn names_of_checks_differ() {
+    let rows = all(&good());
+    let names: std::collections::BTreeSet<_> = rows.iter().map(|row| row.check).collect();
+    assert_eq!(names.len(), rows.len());
+}
+
+#[test]
+fn a_kernel_below_the_floor_is_missing_and_one_without_a_number_cannot_be_told() {
+    let release = |release: &str| Host { release: release.into(), ..good() };
+    expect("kernel", &release("5.10.0"), Verdict::Ok, "5.10.0");
+    expect("kernel", &release("5.9.16"), Verdict::Missing, "run Linux 5.10");
+    expect("kernel", &release("generic"), Verdict::Note, "cannot tell");
+}
+
+#[test]
+fn without_privilege_there_are_namespaces_only_within_a_user_namespace() {
+    let mut host = ordinary();
+    expect("network-namespaces", &host, Verdict::Limited, "run as root");
+    expect("user-namespaces", &host, Verdict::Ok, "");
+    expect("networks", &host, Verdict::Ok, "");
+    expect("tun", &host, Verdict::Ok, "");
+    host.in_user_namespace = Ok(Trial::NotMade(Errno::PERM.into()));
+    expect("network-namespaces", &host, Verdict::Missing, "run as root");
+    expect("user-namespaces", &host, Verdict::Limited, "seccomp");
+    expect("networks", &host, Verdict::Note, "cannot tell");
+    expect("tun", &host, Verdict::Note, "cannot tell");
+    expect("tun-offload", &host, Verdict::Note, "cannot tell");
+}
+
+#[test]
+fn every_reason_against_a_network_namespace_has_its_own_fix() {
+    let mut host = good();
+    for (trial, fix) in [
+        (Trial::NotMade(Errno::NOSPC.into()), "user.max_net_namespaces"),
+        (Trial::NotMade(Errno::INVAL.into()), "CONFIG_NET_NS"),
+        (Trial::NoWayBack(Errno::PERM.into()), "unshare --user"),
+    ] {
+        host.direct = Ok(trial);
+        expect("network-namespaces", &host, Verdict::Limited, fix);
+    }
+    let mut host = good();
+    host.capabilities.net_admin = false;
+    expect("network-namespaces", &host, Verdict::Limited, "CAP_NET_ADMIN");
+    host.direct = Err("cannot start a process: no such file".into());
+    expect("network-namespaces", &host, Verdict::Note, "cannot tell: cannot start a process");
+}
+
+#[test]
+fn what_forbids_user_namespaces_is_named() {
+    let refused = Ok(Trial::NotMade(Errno::PERM.into()));
+    let with = |change: &dyn Fn(&mut UserNamespaces)| {
+        let mut host = ordinary();
+        host.in_user_namespace = refused.clone();
+        change(&mut host.user_namespaces);
+        host
+    };
+    for (host, fix) in [
+        (with(&|one| one.max = Ok(Some(0))), "sysctl -w user.max_user_namespaces=10000"),
+        (with(&|one| one.unprivileged_clone = Ok(Some(0))), "sysctl -w kernel.unprivileged_userns_clone=1"),
+        (
+            with(&|one| one.apparmor_restricts = Ok(Some(1))),
+            "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
+        ),
+    ] {
+        expect("user-namespaces", &host, Verdict::Limited, fix);
+        let as_root = Host { direct: good().direct, ..host };
+        expect("user-namespaces", &as_root, Verdict::Note, fix);
+        let root_may = Host { in_user_namespace: good().in_user_namespace, ..as_root };
+        expect("user-namespaces", &root_may, Verdict::Note, "ordinary ones cannot");
+    }
+}
+
+#[test]
+fn a_user_namespace_without_power_is_none() {
+    let mut host = ordinary();
+    host.in_user_namespace = Ok(Trial::Entered(Inside {
+        network: Err(("add bridge \"tg-trial\"".into(), Errno::PERM.into())),
+        tun: Err(Errno::PERM.into()),
+    }));
+    host.user_namespaces.apparmor_restricts = Ok(Some(1));
+    expect("user-namespaces", &host, Verdict::Limited, "nothing may be done in one: Operation not permitted");
+    expect("user-namespaces", &host, Verdict::Limited, "apparmor_restrict_unprivileged_userns=0");
+    expect("network-namespaces", &host, Verdict::Missing, "run as root");
+    expect("networks", &host, Verdict::Note, "cannot tell");
+}
+
+#[test]
+fn a_network_that_cannot_be_made_is_told_with_its_step() {
+    let failed = |errno: Errno| {
+        Ok(Trial::Entered(Inside {
+            network: Err(("add bridge \"tg-trial\"".into(), errno.into())),
+            tun: Ok(TunOffload { tcp: true, udp: true }),
+        }))
+    };
+    let root = |errno| Host { direct: failed(errno), ..good() };
+    expect("networks", &root(Errno::OPNOTSUPP), Verdict::Missing, "modprobe -a bridge veth");
+    expect(
+        "networks",
+        &root(Errno::OPNOTSUPP),
+        Verdict::Missing,
+        "add bridge \"tg-trial\": Operation not supported",
+    );
+    expect("networks", &root(Errno::ROFS), Verdict::Missing, "remount,rw /proc/sys");
+    let user = Host { in_user_namespace: failed(Errno::ROFS), ..ordinary() };
+    expect("networks", &user, Verdict::Limited, "remount,rw /proc/sys");
+}
+
+#[test]
+fn a_tun_device_that_is_hidden_or_closed_is_limited() {
+    let with = |errno: Errno, mode| Host { tun_device: Err(errno.into()), tun_mode: mode, ..good() };
+    expect("tun", &with(Errno::NOENT, None), Verdict::Limited, "modprobe tun");
+    expect("tun", &with(Errno::ACCESS, Some(0o600)), Verdict::Limited, "(mode 0600)");
+    expect("tun", &with(Errno::PERM, Some(0o666)), Verdict::Limited, "--device /dev/net/tun");
+    expect("tun", &with(Errno::NODEV, Some(0o666)), Verdict::Limited, "modprobe tun");
+    let made = |tun| Host { direct: Ok(Trial::Entered(Inside { network: Ok(()), tun })), ..good() };
+    let refused = made(Err(Errno::PERM.into()));
+    expect("tun", &refused, Verdict::Limited, "cannot make a device");
+    expect("tun-offload", &refused, Verdict::Note, "cannot tell");
+    let offload = |tcp, udp| made(Ok(TunOffload { tcp, udp }));
+    expect("tun-offload", &offload(true, false), Verdict::Limited, "run Linux 6.2");
+    expect("tun-offload", &offload(false, false), Verdict::Limited, "packet by packet");
+}
+
+#[test]
+fn socket_options_that_are_refused_are_named() {
+    let refused = Err(Errno::OPNOTSUPP.into());
+    let mut host = good();
+    host.sockets.tcp_peek_offset = refused;
+    expect("tcp-peek-offset", &host, Verdict::Limited, "run Linux 6.9");
+    host.sockets.udp_segment = refused;
+    expect("udp-offload", &host, Verdict::Limited, "UDP_SEGMENT: Operation not supported");
+    host.sockets.ipv6 = Err(Errno::AFNOSUPPORT.into());
+    expect("ipv6", &host, Verdict::Limited, "ipv6.disable=1");
+    let mut host = good();
+    host.forwarding.v6_disabled = Ok(Some(1));
+    expect("ipv6", &host, Verdict::Limited, "sysctl -w net.ipv6.conf.all.disable_ipv6=0");
+}
+
+#[test]
+fn forwarding_is_a_note_that_names_what_is_on() {
+    let mut host = good();
+    host.forwarding.v4 = Ok(Some(1));
+    expect("ip-forward", &host, Verdict::Note, "on (IPv4): networks are kept closed by guards");
+    expect("ip-forward", &host, Verdict::Note, "sysctl -w net.ipv4.ip_forward=0");
+    host.forwarding.v6 = Ok(Some(1));
+    expect("ip-forward", &host, Verdict::Note, "net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=0");
+    // A kernel without IPv6 forwards none of it.
+    host.forwarding = Forwarding { v4: Ok(Some(0)), v6: Ok(None), ..host.forwarding };
+    expect("ip-forward", &host, Verdict::Ok, "off");
+    host.forwarding.v4 = Err("/proc/sys/net/ipv4/ip_forward: No such file or directory".into());
+    expect("ip-forward", &host, Verdict::Note, "cannot tell: /proc/sys");
+    host.forwarding.v6_per_interface = Ok(None);
+    expect("ipv6-force-forwarding", &host, Verdict::Note, "run Linux 6.17");
+}
+
+#[test]
+fn routes_in_the_address_pools_are_passed_over_until_none_is_left() {
+    let with = |routes: &[(&str, &str)]| {
+        let routes = routes.iter().map(|(net, link)| (net.parse().unwrap(), (*link).to_owned()));
+        Host { routes: Ok(routes.collect()), ..good() }
+    };
+    let host = with(&[("172.28.0.0/24", "br-x"), ("10.0.0.0/8", "tun0"), ("172.28.0.0/24", "br-x")]);
+    expect("address-pools", &host, Verdict::Note, "the next network gets 172.28.1.0/24");
+    assert_eq!(row("address-pools", &host).details, ["10.0.0.0/8 by tun0", "172.28.0.0/24 by br-x"]);
+    let own = with(&[("172.28.0.0/24", "tg-front-0000")]);
+    expect("address-pools", &own, Verdict::Ok, "");
+    let full = with(&[("172.16.0.0/12", "br-x"), ("10.0.0.0/8", "tun0")]);
+    expect("address-pools", &full, Verdict::Limited, "ipam.config.subnet");
+}
+
+#[test]
+fn services_on_all_addresses_are_listed_with_their_holders() {
+    let service = |port, holder: Option<&str>| Service {
+        port,
+        protocol: Protocol::Tcp,
+        holder: holder.map(str::to_owned),
+    };
+    let host = Host { services: Ok(vec![service(22, Some("sshd (pid 1)")), service(111, None)]), ..good() };
+    expect("host-services", &host, Verdict::Note, "2 sockets answer on all addresses");
+    let details = row("host-services", &host).details;
+    assert_eq!(details, ["22/tcp: sshd (pid 1)", "111/tcp: holder not visible from here"]);
+    let many = Host { services: Ok((1..=100).map(|port| service(port, None)).collect()), ..good() };
+    let details = row("host-services", &many).details;
+    assert_eq!((details.len(), details[30].as_str()), (31, "and 70 more"));
+}
+
+#[test]
+fn limits_count_for_those_that_they_hold_for() {
+    let mut host = ordinary();
+    expect("low-ports", &host, Verdict::Limited, "below 1024");
+    expect("pipe-memory", &host, Verdict::Ok, "64 connections");
+    expect("receive-buffer", &host, Verdict::Limited, "sysctl -w net.core.rmem_max=4194304");
+    expect("open-files", &host, Verdict::Ok, "soft 1024, hard 524288");
+    host.limits = Limits {
+        open_files: (Some(1024), Some(1024)),
+        pipe_bytes: Ok(Some(4 << 20)),
+        receive_buffer: Ok(Some(4 << 20)),
+        first_port: Ok(Some(0)),
+    };
+    expect("low-ports", &host, Verdict::Ok, "from 0");
+    expect("pipe-memory", &host, Verdict::Limited, "fs.pipe-user-pages-soft");
+    expect("receive-buffer", &host, Verdict::Ok, "4194304");
+    expect("open-files", &host, Verdict::Limited, "512 connections");
+    // For root the first three are none.
+    let root = Host { limits: host.limits, ..good() };
+    for check in ["low-ports", "pipe-memory", "receive-buffer"] {
+        expect(check, &root, Verdict::Ok, "");
+    }
+}
+
+#[test]
+fn a_run_directory_is_needed() {
+    let with = |path: Option<&str>, writable| Host {
+        run_directory: RunDirectory { path: path.map(Into::into), writable },
+        ..good()
+    };
+    expect("run-directory", &with(None, Err(Errno::NOENT.into())), Verdict::Missing, "XDG_RUNTIME_DIR");
+    let closed = with(Some("/run/tidegate"), Err(Errno::ACCESS.into()));
+    expect(
+        "run-directory",
+        &closed,
+        Verdict::Missing,
+        "/run/tidegate cannot be written to: Permission denied",
+    );
+}

@@ -1,0 +1,159 @@
+//! Asks the kernel. What it does not answer is told as that; nothing here fails.
+
+mod device;
+mod sockets;
+mod trial;
+
+pub use trial::{TRIAL, trial};
+
+use super::host::{Capabilities, Forwarding, Found, Host, Limits, RunDirectory, Service, UserNamespaces};
+use crate::listeners;
+use crate::port_error::without_numbers;
+use ipnet::IpNet;
+use rustix::fs::{Access, access};
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
+use rustix::thread::CapabilitySet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::fs;
+use std::io;
+use std::path::Path;
+use tidegate_model::Protocol;
+use tidegate_netns::{Namespace, run_directory};
+use tidegate_netsetup::Kernel;
+
+/// Where programs are looked for besides `PATH`: what sets firewalls is not in that of ordinary users.
+const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/// This host as this process sees it.
+pub(super) fn host() -> Host {
+    Host {
+        release: rustix::system::uname().release().to_string_lossy().into_owned(),
+        capabilities: capabilities(),
+        direct: trial::run(trial::Kind::Direct),
+        in_user_namespace: trial::run(trial::Kind::InUserNamespace),
+        user_namespaces: UserNamespaces {
+            max: setting("user.max_user_namespaces"),
+            unprivileged_clone: setting("kernel.unprivileged_userns_clone"),
+            apparmor_restricts: setting("kernel.apparmor_restrict_unprivileged_userns"),
+        },
+        tun_device: device::open().map(drop).map_err(Into::into),
+        tun_mode: device::mode(),
+        sockets: sockets::probe(),
+        forwarding: Forwarding {
+            v4: setting("net.ipv4.ip_forward"),
+            v6: setting("net.ipv6.conf.all.forwarding"),
+            v6_disabled: setting("net.ipv6.conf.all.disable_ipv6"),
+            v6_per_interface: setting("net.ipv6.conf.all.force_forwarding"),
+        },
+        firewalls: ["nft", "iptables"].into_iter().filter(|program| is_installed(program)).collect(),
+        routes: routes().map_err(|error| said(&error)),
+        services: services(),
+        limits: limits(),
+        run_directory: run_place(),
+    }
+}
+
+fn said(error: &dyn Display) -> String {
+    without_numbers(&error.to_string())
+}
+
+fn capabilities() -> Capabilities {
+    let held = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+    Capabilities {
+        net_admin: held.contains(CapabilitySet::NET_ADMIN),
+        net_bind_service: held.contains(CapabilitySet::NET_BIND_SERVICE),
+        many_pipes: held.intersects(CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN),
+    }
+}
+
+/// A numeric sysctl; `None` if this kernel does not have it.
+fn setting(name: &str) -> Found<Option<u64>> {
+    let path = format!("/proc/sys/{}", name.replace('.', "/"));
+    match fs::read_to_string(&path) {
+        Ok(text) => match text.trim().parse() {
+            Ok(value) => Ok(Some(value)),
+            Err(_) => Err(format!("{name} is {:?}", text.trim())),
+        },
+        // Without this one there is no /proc/sys at all, which says nothing about the kernel.
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound && Path::new("/proc/sys/kernel/ostype").exists() =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(format!("{path}: {}", said(&error))),
+    }
+}
+
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut directories = std::env::split_paths(&path).chain(SYSTEM_DIRECTORIES.map(Into::into));
+    directories.any(|directory| access(directory.join(program), Access::EXEC_OK).is_ok())
+}
+
+fn routes() -> io::Result<Vec<(IpNet, String)>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let here = Namespace::current();
+        let here = here.map_err(|error| io::Error::other(format!("/proc/thread-self/ns/net: {error}")))?;
+        let mut kernel = Kernel::new(here);
+        let observed = kernel.observe(&[]).await.map_err(io::Error::other)?;
+        Ok(observed.routes)
+    })
+}
+
+fn services() -> Found<Vec<Service>> {
+    let mut open = Vec::new();
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let bound = listeners::bound(protocol).map_err(|error| said(&error))?;
+        open.extend(bound.into_iter().filter(listeners::Bound::is_open_to_all).map(|one| (protocol, one)));
+    }
+    let inodes: BTreeSet<u64> = open.iter().map(|(_, socket)| socket.inode).collect();
+    let mut by_inode = BTreeMap::new();
+    for holder in listeners::holders(&inodes) {
+        // A published port of a project tells networks apart by itself.
+        let is_project = holder.name == "tidegate" && holder.command.get(1).is_some_and(|word| word == "up");
+        for inode in &holder.inodes {
+            // Of several that share it the first, which is the oldest as a rule, stands for all.
+            by_inode.entry(*inode).or_insert((is_project, holder.to_string()));
+        }
+    }
+    // By IPv4 and by IPv6 it is the same service.
+    let services: BTreeSet<Service> = open
+        .into_iter()
+        .filter_map(|(protocol, socket)| {
+            let holder = by_inode.get(&socket.inode);
+            let is_project = holder.is_some_and(|(is_project, _)| *is_project);
+            let holder = holder.map(|(_, holder)| holder.clone());
+            (!is_project).then(|| Service { port: socket.local.port(), protocol, holder })
+        })
+        .collect();
+    Ok(services.into_iter().collect())
+}
+
+fn limits() -> Limits {
+    let files = getrlimit(Resource::Nofile);
+    let page = rustix::param::page_size() as u64;
+    Limits {
+        open_files: (files.current, files.maximum),
+        pipe_bytes: setting("fs.pipe-user-pages-soft")
+            .map(|pages| pages.map(|pages| pages.saturating_mul(page))),
+        receive_buffer: setting("net.core.rmem_max"),
+        first_port: setting("net.ipv4.ip_unprivileged_port_start"),
+    }
+}
+
+fn run_place() -> RunDirectory {
+    let path = run_directory();
+    // What is not there yet is made in the nearest directory that is.
+    let nearest = path.as_deref().and_then(|path| path.ancestors().find(|one| one.exists()));
+    let writable = match nearest {
+        Some(directory) if directory.is_dir() => {
+            access(directory, Access::WRITE_OK | Access::EXEC_OK).map_err(Into::into)
+        }
+        Some(_) => Err(Errno::NOTDIR.into()),
+        None => Err(Errno::NOENT.into()),
+    };
+    RunDirectory { path, writable }
+}

@@ -1,0 +1,156 @@
+//! What can be done in a namespace that is made for the purpose: tried by a process of its own, with which all of it ends.
+//!
+//! A process of its own because a user namespace takes one without threads, and because the way back out of one is closed.
+
+use super::device;
+use crate::doctor::host::{Code, Found, Inside, Trial};
+use crate::{EXIT_FAILURE, EXIT_USAGE};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, socket};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::process::{Command, ExitCode, Stdio};
+use tidegate_netns::Namespace;
+use tidegate_netsetup::{
+    Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, Subnet, WithoutFirewall,
+};
+
+/// What this program is called with to be the process that tries.
+pub const TRIAL: &str = "doctor-trial";
+
+/// How many seconds a trial may take: the kernel makes namespaces one at a time, and a busy one lets wait.
+const PATIENCE: libc::c_uint = 20;
+
+/// In what kind of namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A network namespace.
+    Direct,
+    /// A network namespace that belongs to a user namespace.
+    InUserNamespace,
+}
+
+impl Kind {
+    const ALL: [Self; 2] = [Self::Direct, Self::InUserNamespace];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::InUserNamespace => "user",
+        }
+    }
+}
+
+/// Has a process of its own try, and returns what it reports.
+pub(super) fn run(kind: Kind) -> Found<Trial> {
+    // Not by its path: a program that was replaced, or is in a directory closed to us, runs all the same.
+    let mut command = Command::new("/proc/self/exe");
+    command.args([TRIAL, kind.word()]).env_clear().stdin(Stdio::null()).stderr(Stdio::null());
+    let output = command.output().map_err(|error| format!("/proc/self/exe: {}", super::said(&error)))?;
+    serde_json::from_slice(&output.stdout)
+        .map_err(|_| format!("the process that tries ended early ({})", output.status))
+}
+
+/// The process that tries: `arguments` say in what kind of namespace. Reports on standard output.
+pub fn trial(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let word = arguments.next();
+    let Some(kind) = Kind::ALL.into_iter().find(|kind| word.as_ref().is_some_and(|word| word == kind.word()))
+    else {
+        let _ = writeln!(io::stderr(), "tidegate: error: {TRIAL} is what tidegate doctor starts by itself");
+        return ExitCode::from(EXIT_USAGE);
+    };
+    // SAFETY: a number goes in and one comes out. The signal ends this process.
+    unsafe { libc::alarm(PATIENCE) };
+    let report = attempt(kind);
+    match serde_json::to_writer(io::stdout(), &report) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::from(EXIT_FAILURE),
+    }
+}
+
+fn attempt(kind: Kind) -> Trial {
+    let old = Namespace::current();
+    let flags = match kind {
+        Kind::Direct => UnshareFlags::NEWNET,
+        Kind::InUserNamespace => UnshareFlags::NEWUSER | UnshareFlags::NEWNET,
+    };
+    // SAFETY: this process has one thread, which shares neither network nor user namespace with anybody in here.
+    if let Err(errno) = unsafe { unshare_unsafe(flags) } {
+        return Trial::NotMade(errno.into());
+    }
+    // Out of a user namespace there is no way, for nobody.
+    if kind == Kind::Direct
+        && let Err(errno) = there_and_back(old)
+    {
+        return Trial::NoWayBack(errno);
+    }
+    Trial::Entered(Inside { network: network(), tun: device::make().map_err(Into::into) })
+}
+
+/// Leaves the namespace for `old`, and comes back.
+fn there_and_back(old: io::Result<Namespace>) -> Result<(), Code> {
+    let new = File::open("/proc/self/ns/net")?;
+    let enter = |namespace: std::os::fd::BorrowedFd<'_>| {
+        move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))
+    };
+    enter(old?.as_fd())?;
+    Ok(enter(new.as_fd())?)
+}
+
+/// Makes a network with one endpoint, as `tidegate up` does, in the namespace that this process is in.
+fn network() -> Result<(), (String, Code)> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |error: io::Error| (what, error.into())
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(failed("event loop"))?;
+    runtime.block_on(async {
+        let mut kernel = Kernel::new(Namespace::current().map_err(failed("open the namespace"))?);
+        kernel.add_endpoint("trial", Namespace::create().map_err(failed("make a second namespace"))?);
+        let facts = desired().facts(&WithoutFirewall);
+        for fact in &facts {
+            let added = kernel.execute(&Op::Add(fact.clone())).await;
+            added.map_err(|error| (error.what, error.source.into()))?;
+        }
+        let observed =
+            kernel.observe(&facts).await.map_err(|error| (error.what, Code::from(error.source)))?;
+        match facts.iter().find(|fact| !observed.facts.contains(fact)) {
+            Some(fact) => Err((format!("{fact} was made and is not there"), Errno::IO.into())),
+            None => Ok(()),
+        }
+    })
+}
+
+/// One network, one endpoint. In a namespace of their own any names and addresses do.
+fn desired() -> Desired {
+    let has_ipv6 = socket(AddressFamily::INET6, SocketType::DGRAM, None).is_ok();
+    let families = ["192.0.2.1/24", "2001:db8::1/64"].iter().take(if has_ipv6 { 2 } else { 1 });
+    let subnets: Vec<Subnet> = families
+        .filter_map(|text| text.parse::<ipnet::IpNet>().ok())
+        .map(|net| Subnet { subnet: net.trunc(), gateway: net.addr() })
+        .collect();
+    let interface =
+        |name: &str, last| Interface { name: name.to_owned(), mac: Mac::local([0, 0, 0, 0, 0, last]) };
+    let network = Network {
+        name: "trial".into(),
+        bridge: interface("tg-trial", 1),
+        subnets,
+        internal: false,
+        inter_container: true,
+        mtu: 1500,
+    };
+    let addresses = ["192.0.2.2/24", "2001:db8::2/64"].iter().take(network.subnets.len());
+    let attachment = Attachment {
+        network: "trial".into(),
+        host_end: interface("tgv-trial", 2),
+        inside: interface("eth0", 3),
+        addresses: addresses.filter_map(|text| text.parse().ok()).collect(),
+        default_route: true,
+    };
+    let endpoint = Endpoint { name: "trial".into(), attachments: vec![attachment] };
+    Desired { networks: vec![network], endpoints: vec![endpoint] }
+}
