@@ -69,6 +69,30 @@ fn a_datagram_too_long_for_the_backends_family_is_counted_and_harms_no_other() {
     assert_eq!(publisher.metrics().port("sessions_total", PORT_V6), 1);
 }
 
+/// The kernel keeps such a source out if it is IPv4.
+#[test]
+fn a_datagram_that_claims_to_come_from_a_published_port_is_not_answered_for_ever() {
+    let net = Topology::three();
+    let _echo = EchoServer::udp(&net.container, (addr::CONTAINER_V6, 53).into());
+    let publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp 5454:53/udp --to {}", addr::CONTAINER_V6));
+    let client = socket(&net.client, unspecified(host_v6(5353)));
+    for to in [host_v6(5353), host_v6(5454)] {
+        assert_eq!(echo(&client, to, b"before"), b"before");
+    }
+    for (claimed, to) in [(host_v6(5353), host_v6(5353)), (host_v6(5454), host_v6(5353))] {
+        net.client.run(|| {
+            let forger = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
+            forger.set_ip_transparent_v6(true).unwrap();
+            forger.bind(&claimed.into()).unwrap();
+            forger.send_to(b"for ever", &to.into()).unwrap();
+        });
+    }
+    let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT_V6, "reflected") == 2);
+    assert_eq!(metrics.port("sessions_total", PORT_V6), 1, "the client's alone");
+    assert_eq!(echo(&client, host_v6(5353), b"after"), b"after");
+}
+
 #[test]
 fn a_burst_of_mixed_sizes_keeps_every_boundary() {
     let net = Topology::three();

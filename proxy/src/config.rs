@@ -1,10 +1,7 @@
 //! What can be set, and what it is when nobody sets it.
 
-use crate::{ProxyProtocol, TableLimits, Upstream, tcp};
-use ipnet::IpNet;
-use std::collections::BTreeMap;
+use crate::{Enclosures, ProxyProtocol, TableLimits, Upstream, tcp};
 use std::fmt;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::CidrSet;
@@ -36,33 +33,6 @@ impl Default for Settings {
             reserved_descriptors: 24,
             splice_from: tcp::SPLICE_FROM,
         }
-    }
-}
-
-/// Addresses of this host that are there for one network each: the gateways of container networks. A socket on all addresses answers
-/// on these as well, and the kernel hands it what comes in by any interface (the weak host model, RFC 1122, 3.3.4.2).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Enclosures(BTreeMap<IpAddr, IpNet>);
-
-impl Enclosures {
-    /// Whether `client` must not be answered at `local`. Over TCP no client can pretend to be of the network: the answer to its SYN
-    /// goes there.
-    #[must_use]
-    pub fn shut_out(&self, client: IpAddr, local: IpAddr) -> bool {
-        self.0.get(&local).is_some_and(|network| !network.contains(&client))
-    }
-
-    /// Whether there are none, so that nobody has to be asked for the address he used.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-impl FromIterator<(IpAddr, IpNet)> for Enclosures {
-    /// Each address with the network whose clients may use it.
-    fn from_iter<T: IntoIterator<Item = (IpAddr, IpNet)>>(enclosures: T) -> Self {
-        Self(enclosures.into_iter().collect())
     }
 }
 
@@ -105,28 +75,5 @@ impl fmt::Debug for PortOptions {
             .field("max_connections", &self.max_connections)
             .field("sessions", &self.sessions)
             .finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_gateway_answers_its_own_network_alone() {
-        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-        let pairs = [("10.9.0.1", "10.9.0.0/24"), ("fd09::1", "fd09::/64")];
-        let enclosures: Enclosures = pairs.iter().map(|(at, net)| (ip(at), net.parse().unwrap())).collect();
-        for (client, local, out) in [
-            ("10.9.0.7", "10.9.0.1", false),
-            ("10.9.0.1", "10.9.0.1", false),
-            ("10.9.1.7", "10.9.0.1", true),
-            ("203.0.113.9", "10.9.0.1", true),
-            ("203.0.113.9", "203.0.113.1", false),
-            ("fd09::7", "fd09::1", false),
-            ("2001:db8::7", "fd09::1", true),
-        ] {
-            assert_eq!(enclosures.shut_out(ip(client), ip(local)), out, "{client} at {local}");
-        }
     }
 }

@@ -4,6 +4,7 @@ use crate::config::{PortOptions, Settings};
 use crate::listener::Listener;
 use crate::metrics::{PortSnapshot, ProcessMetrics};
 use crate::port::{Port, PortStats};
+use crate::udp::Reflection;
 use crate::worker::{Message, Worker};
 use std::collections::BTreeMap;
 use std::io;
@@ -25,6 +26,7 @@ pub(crate) struct Shared {
     pub(crate) loads: Box<[AtomicUsize]>,
     pub(crate) metrics: ProcessMetrics,
     pub(crate) pause_log: OncePerSecond,
+    pub(crate) reflection: Reflection,
     /// What every thread does first.
     prepare: Prepare,
     loops: Mutex<Vec<Option<Loop>>>,
@@ -157,6 +159,7 @@ impl Engine {
             loads: (0..workers).map(|_| AtomicUsize::new(0)).collect(),
             metrics: ProcessMetrics::new(),
             pause_log: OncePerSecond::default(),
+            reflection: Reflection::default(),
             prepare: Box::new(prepare),
             loops: Mutex::new((0..workers).map(|_| None).collect()),
             settings,
@@ -165,7 +168,7 @@ impl Engine {
     }
 
     /// Serves `listeners`, each for the port of the container beside it, all with the same options. UDP ports
-    /// are spread over the loops.
+    /// are spread over the loops. To be called in the namespace that the listeners are of, as far as they are the host's.
     ///
     /// # Errors
     /// When no event loop can be started (no thread, no descriptor); the listeners are closed then.
@@ -185,6 +188,9 @@ impl Engine {
                 options: Arc::clone(options),
                 stats: PortStats::default(),
             });
+            if port.label.protocol() == Protocol::Udp {
+                self.shared.reflection.add(port.label.address());
+            }
             // Connections move on to other loops when one is saturated, sessions do not.
             let index = match port.label.protocol() {
                 Protocol::Udp => id as usize % loops,
@@ -207,6 +213,9 @@ impl Engine {
     /// end; other ports notice nothing. False if there is no such port (any more).
     pub fn unpublish(&self, port: PublishedPort) -> bool {
         let Some(port) = self.ports().remove(&port) else { return false };
+        if port.label.protocol() == Protocol::Udp {
+            self.shared.reflection.remove(port.label.address());
+        }
         self.shared.tell_all(|done| Message::Unpublish { port: Arc::clone(&port), done });
         true
     }

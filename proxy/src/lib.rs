@@ -14,6 +14,7 @@
 //! TCP is in [`tcp`], UDP in [`udp`]; both begin with a theory of operation.
 
 mod config;
+mod enclosures;
 mod engine;
 mod listener;
 mod load;
@@ -26,7 +27,8 @@ pub mod udp;
 mod upstream;
 mod worker;
 
-pub use config::{Enclosures, PortOptions, Settings};
+pub use config::{PortOptions, Settings};
+pub use enclosures::{Enclosure, Enclosures};
 pub use engine::{Drained, Engine, PublishedPort};
 pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
 pub use metrics::{FAMILIES, Family, Kind, PortSnapshot, describe};

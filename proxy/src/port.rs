@@ -75,6 +75,8 @@ reasons! {
         NotAllowed = "not_allowed",
         /// The source address has as many sessions as one may have.
         SourceLimit = "source_limit",
+        /// It claims to come from a published port of ours, which answering would ask.
+        Reflected = "reflected",
         /// No descriptors or memory for another session.
         Exhausted = "exhausted",
         /// There is no way to the backend.

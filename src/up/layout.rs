@@ -11,6 +11,7 @@ use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Mac, Network, Observed, Pools,
     Subnet, gateway,
 };
+use tidegate_proxy::{Enclosure, Enclosures};
 
 /// What a network's packets hold where the host has no way out to take the figure from.
 const MTU: u32 = 1500;
@@ -96,6 +97,29 @@ pub(super) fn layout(project: &Project, with: &mut Surroundings<'_>) -> Result<L
         addresses.insert(service.name.clone(), all);
     }
     Ok(Layout { desired, addresses })
+}
+
+impl Layout {
+    /// Who may ask for what `endpoint` publishes at which gateway: the members of the network, who come by its bridge. An internal network
+    /// has no way out: what an endpoint elsewhere publishes, its members are not answered. `index` tells the index of a bridge.
+    pub(super) fn enclosures(&self, endpoint: &str, index: impl Fn(&str) -> u32) -> Enclosures {
+        let endpoint = self.desired.endpoints.iter().find(|one| one.name == endpoint);
+        let joined = |network: &str| {
+            endpoint.is_some_and(|one| one.attachments.iter().any(|there| there.network == network))
+        };
+        let of = |network: &Network, subnet: &Subnet| Enclosure {
+            gateway: subnet.gateway,
+            network: if network.internal && !joined(&network.name) {
+                // The host itself still may, whose address it is.
+                subnet.gateway.into()
+            } else {
+                subnet.subnet
+            },
+            interface: index(&network.bridge.name),
+        };
+        let networks = self.desired.networks.iter();
+        networks.flat_map(|network| network.subnets.iter().map(move |subnet| of(network, subnet))).collect()
+    }
 }
 
 type AddressPools = BTreeMap<String, Vec<Ipam>>;
@@ -282,6 +306,33 @@ services:
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n\
              10.77.0.3\tweb\nfd01:203:405::2\tweb\n10.77.0.2\tdata db sql\nfd01:203:405::3\tdata db sql\n"
         );
+    }
+
+    #[test]
+    fn members_of_an_internal_network_are_answered_by_its_own_endpoints_alone() {
+        let text = "
+networks: { open: {}, shut: { internal: true } }
+services:
+  inside: { command: x, networks: [ shut ] }
+  outside: { command: x, networks: [ open ] }
+";
+        let layout = lay_out(text, &Observed::default()).1.unwrap();
+        let [open, shut] = &layout.desired.networks[..] else { panic!("two networks") };
+        let asks = |network: &Network| {
+            (network.subnets[0].subnet.hosts().nth(5).unwrap(), network.subnets[0].gateway)
+        };
+        for (endpoint, from, answered) in [
+            ("inside", shut, true),
+            ("outside", shut, false),
+            ("outside", open, true),
+            ("inside", open, true),
+        ] {
+            let (client, gateway) = asks(from);
+            let out = layout.enclosures(endpoint, |_| 0).shut_out(client, gateway, 0);
+            assert_eq!(!out, answered, "{endpoint} from {}", from.name);
+        }
+        let (_, gateway) = asks(shut);
+        assert!(!layout.enclosures("outside", |_| 0).shut_out(gateway, gateway, 0), "the host itself");
     }
 
     #[test]

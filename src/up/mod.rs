@@ -20,9 +20,10 @@ use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use crate::source::{Source, clean_up_after_the_dead};
 use anyhow::{Context, anyhow, bail};
 use layout::{Layout, Surroundings, fnv, hosts, layout, resolv_conf};
+use rustix::net::netdevice::name_to_index;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,7 +31,7 @@ use std::time::Duration;
 use tidegate_model::{PortSpec, Protocol, PublishLabel};
 use tidegate_netns::{Namespace, run_directory};
 use tidegate_netsetup::{Journal, JournalError, Kernel, Setup, WithoutFirewall};
-use tidegate_proxy::{Enclosures, Engine, Listener, PortOptions, Settings};
+use tidegate_proxy::{Engine, Listener, PortOptions, Settings};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// How long running connections may go on once all services have ended: none is answered any more.
@@ -197,8 +198,7 @@ impl Up {
         let enter = move || if rootless { inside.enter() } else { Ok(()) };
         let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
         let mut published: BTreeMap<String, Vec<(PublishLabel, u16)>> = BTreeMap::new();
-        let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
-        let enclosures: Enclosures = gateways.map(|subnet| (subnet.gateway, subnet.subnet)).collect();
+        let bridges = bridges(&layout, ground)?;
         for ((service, protocol), listeners) in ports {
             let (Some(namespace), Some(addresses)) =
                 (namespaces.get(&service), layout.addresses.get(&service))
@@ -210,7 +210,8 @@ impl Up {
             let upstream = Source::towards_namespace(None, ground, namespace, addresses, protocol)
                 .with_context(|| format!("service {service:?}"))?;
             let mut options = PortOptions::new(upstream);
-            options.enclosures = enclosures.clone();
+            options.enclosures =
+                layout.enclosures(&service, |bridge| bridges.get(bridge).copied().unwrap_or(0));
             engine.publish(listeners, &Arc::new(options)).context("event loops")?;
         }
         if let Some(recorder) = recorder {
@@ -254,7 +255,7 @@ impl Running {
         }
         let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
         let widths = [0, 1, 2, 3].map(width);
-        let mut out = std::io::stdout().lock();
+        let mut out = io::stdout().lock();
         for row in &rows {
             let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
             writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
@@ -310,6 +311,17 @@ fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
         }
     }
     Ok(ports)
+}
+
+/// The index of each bridge.
+fn bridges(layout: &Layout, ground: &Ground) -> anyhow::Result<BTreeMap<String, u32>> {
+    let index = || {
+        // Any socket will do to ask with.
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
+        let names = layout.desired.networks.iter().map(|network| network.bridge.name.clone());
+        names.map(|name| Ok((name.clone(), name_to_index(&socket, &name)?))).collect::<io::Result<_>>()
+    };
+    ground.networks().with(index)?.context("look for the bridges")
 }
 
 /// Opens what is published on all addresses at the gateways of the project's networks too, where those are not addresses of the host.

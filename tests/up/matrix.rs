@@ -1,6 +1,6 @@
 //! Who reaches what: one table, for every way to keep networks closed.
 
-use super::scene::Scene;
+use super::scene::{Scene, service_namespace};
 use super::uplink::{self, Uplink};
 use super::witness::Witness;
 use socket2::{Domain, Socket, Type};
@@ -93,6 +93,26 @@ const FROM: [From; 10] = [
     From::Itself,
 ];
 
+/// How the project is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// By root, without a firewall.
+    Root,
+    /// The same, on a host that forwards for others.
+    RootForwarding,
+    /// By an ordinary user: the networks are apart from the host, and have no way out as yet.
+    Rootless,
+}
+
+impl Mode {
+    fn expected(self) -> &'static [(To, [Outcome; 10])] {
+        match self {
+            Self::Root | Self::RootForwarding => &EXPECTED,
+            Self::Rootless => &EXPECTED_ROOTLESS,
+        }
+    }
+}
+
 /// Rows in the order of [`FROM`]. Whoever pretends to be another gets no answer, but may get a datagram into what is published.
 #[rustfmt::skip]
 const EXPECTED: [(To, [Outcome; 10]); 10] = [
@@ -101,9 +121,25 @@ const EXPECTED: [(To, [Outcome; 10]); 10] = [
     (To::Container,           [NO,    NO,    NO,     NO,       NO,    YES, YES,    NO,     NO,    YES]),
     (To::Published,           [YES,   YES,   YES,    IN,       NO,    YES, YES,    YES,    NO,    YES]),
     (To::PublishedBeyond,     [YES,   YES,   YES,    IN,       NO,    YES, YES,    YES,    NO,    YES]),
-    (To::Gateway,             [NO,    NO,    NO,     IN,       NO,    YES, YES,    NO,     NO,    YES]),
+    (To::Gateway,             [NO,    NO,    NO,     NO,       NO,    YES, YES,    NO,     NO,    YES]),
     (To::AwayGateway,         [NO,    NO,    NO,     NO,       NO,    YES, NO,     YES,    NO,    NO]),
-    (To::InsideGateway,       [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     YES,   NO]),
+    (To::InsideGateway,       [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::Loopback,            [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::LoopbackOnly,        [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::LoopbackOnlyOutside, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+];
+
+/// The same for networks apart from the host. Containers do not reach its addresses.
+#[rustfmt::skip]
+const EXPECTED_ROOTLESS: [(To, [Outcome; 10]); 10] = [
+    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
+    (To::Container,           [NO,    NO,    NO,     NO,       NO,    NO,  YES,    NO,     NO,    YES]),
+    (To::Published,           [YES,   YES,   YES,    IN,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::PublishedBeyond,     [YES,   YES,   YES,    IN,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::Gateway,             [NO,    NO,    NO,     NO,       NO,    NO,  YES,    NO,     NO,    YES]),
+    (To::AwayGateway,         [NO,    NO,    NO,     NO,       NO,    NO,  NO,     YES,    NO,    NO]),
+    (To::InsideGateway,       [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
     (To::Loopback,            [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
     (To::LoopbackOnly,        [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
     (To::LoopbackOnlyOutside, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
@@ -126,8 +162,11 @@ services:
   inmate: { x-netns: INMATE, networks: [ inside ] }
 "#;
 
+const ENDPOINTS: [&str; 4] = ["server", "neighbour", "stranger", "inmate"];
+
 /// The project on a host with two uplinks, and everybody who is in the table.
 struct Matrix {
+    mode: Mode,
     scene: Scene,
     uplink: Uplink,
     endpoints: [Namespace; 4],
@@ -137,25 +176,35 @@ struct Matrix {
 }
 
 impl Matrix {
-    /// On a host that forwards for others, or does not.
     #[track_caller]
-    fn new(forwarding: bool) -> Self {
+    fn new(mode: Mode) -> Self {
         let scene = Scene::new();
         let uplink = Uplink::new(&scene);
-        let on = if forwarding { "1" } else { "0" };
+        let on = if mode == Mode::RootForwarding { "1" } else { "0" };
         scene.net.host.sysctl("net.ipv4.ip_forward", on);
         scene.net.host.sysctl("net.ipv6.conf.all.forwarding", on);
-        let endpoints = [(); 4].map(|()| Namespace::new());
         let mut file = FILE.to_owned();
-        for (name, namespace) in ["SERVER", "NEIGHBOUR", "STRANGER", "INMATE"].iter().zip(&endpoints) {
-            file = file.replace(name, &namespace.path().display().to_string());
-        }
-        let up = scene.up(&file);
-        up.wait_for_line("Ctrl-C takes", SOON);
+        let (up, endpoints) = if mode == Mode::Rootless {
+            for name in ENDPOINTS {
+                file = file.replace(&format!("x-netns: {}", name.to_uppercase()), "command: sleep 60");
+            }
+            let up = scene.up_as_nobody(&file);
+            up.wait_for_line("Ctrl-C takes", SOON);
+            let endpoints = ENDPOINTS.map(|name| service_namespace(&up, name));
+            (up, endpoints)
+        } else {
+            let endpoints = ENDPOINTS.map(|_| Namespace::new());
+            for (name, namespace) in ENDPOINTS.iter().zip(&endpoints) {
+                file = file.replace(&name.to_uppercase(), &namespace.path().display().to_string());
+            }
+            let up = scene.up(&file);
+            up.wait_for_line("Ctrl-C takes", SOON);
+            (up, endpoints)
+        };
         let at: [SocketAddr; 2] = ["10.77.1.10:80", "[fd77:1::10]:80"].map(|at| at.parse().unwrap());
         let servers = at.map(|at| PeerServer::tcp(&endpoints[0], at));
         let witness = Witness::new(&endpoints[0], &at);
-        Self { scene, uplink, endpoints, witness, _servers: servers, up }
+        Self { mode, scene, uplink, endpoints, witness, _servers: servers, up }
     }
 
     fn place(&self, from: From) -> &Namespace {
@@ -192,7 +241,11 @@ impl Matrix {
     /// Everybody asks everything at the same time. What came out otherwise than expected.
     fn wrong(&self) -> Vec<String> {
         let by_both = [(false, false), (false, true), (true, false), (true, true)];
-        let cells = EXPECTED.iter().flat_map(|(to, row)| FROM.iter().zip(row).map(move |cell| (to, cell)));
+        let cells = self
+            .mode
+            .expected()
+            .iter()
+            .flat_map(|(to, row)| FROM.iter().zip(row).map(move |cell| (to, cell)));
         std::thread::scope(|scope| {
             let asking: Vec<_> = cells
                 .flat_map(|(to, (from, expected))| {
@@ -288,14 +341,14 @@ impl Probe {
 
 #[test]
 fn everyone_reaches_what_the_table_says_and_nothing_else() {
-    let mut matrix = Matrix::new(false);
+    let mut matrix = Matrix::new(Mode::Root);
     assert_eq!(matrix.wrong(), [""; 0]);
     matrix.up.stop(Signal::INT, SOON);
 }
 
 #[test]
 fn the_same_holds_on_a_host_that_forwards_for_others_and_it_goes_on_doing_so() {
-    let mut matrix = Matrix::new(true);
+    let mut matrix = Matrix::new(Mode::RootForwarding);
     assert_eq!(matrix.wrong(), [""; 0]);
     let others = PeerServer::tcp(&matrix.scene.net.container, SocketAddr::new(addr::CONTAINER_V4.into(), 80));
     let to_others =
@@ -304,10 +357,17 @@ fn the_same_holds_on_a_host_that_forwards_for_others_and_it_goes_on_doing_so() {
     matrix.up.stop(Signal::INT, SOON);
 }
 
+#[test]
+fn the_networks_of_an_ordinary_user_are_as_closed() {
+    let mut matrix = Matrix::new(Mode::Rootless);
+    assert_eq!(matrix.wrong(), [""; 0]);
+    matrix.up.stop(Signal::INT, SOON);
+}
+
 /// Or the table would hold for want of an attack: where the kernel is told to let them through, they come through.
 #[test]
 fn what_the_hostile_neighbour_sends_does_arrive() {
-    let matrix = Matrix::new(false);
+    let matrix = Matrix::new(Mode::Root);
     let ask = |from, to, udp, expected| {
         let probe = Probe { from, to, udp, v6: false };
         assert_eq!(matrix.outcome(&probe, expected), expected, "{probe:?}");

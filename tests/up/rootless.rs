@@ -1,9 +1,8 @@
 //! `tidegate up` by an ordinary user: the networks are in a namespace of its own, the ports on the host.
 
-use super::scene::{Scene, TIDEGATE, state};
+use super::scene::{Scene, TIDEGATE, service_namespace, state};
 use std::fs;
 use std::net::{SocketAddr, UdpSocket};
-use std::path::PathBuf;
 use std::time::Duration;
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, eventually};
@@ -31,17 +30,6 @@ fn up(scene: &Scene) -> Process {
     up
 }
 
-/// The network namespace of a service, by the process that is its init.
-fn inside(up: &Process, service: &str) -> Namespace {
-    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", up.pid())).unwrap();
-    let init = children.split_whitespace().find(|pid| {
-        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        command.ends_with(format!("service-init\0{service}\0").as_bytes())
-    });
-    let init = init.unwrap_or_else(|| panic!("no init of {service} among {children}"));
-    Namespace::at(&PathBuf::from(format!("/proc/{init}/ns/net")))
-}
-
 fn get(from: &Namespace, url: &str) -> Result<String, String> {
     let mut curl = from.command("curl");
     let output = curl.args(["-sS", "--max-time", "1", url]).output().unwrap();
@@ -65,7 +53,7 @@ fn an_ordinary_user_publishes_ports_and_nothing_of_the_host_changes() {
         let answer = get(&scene.net.host, url).unwrap();
         assert!(answer.contains("10.77.1.1]") || answer.contains("fd77:1::1]"), "the gateway: {answer}");
     }
-    let web = inside(&up, "web");
+    let web = service_namespace(&up, "web");
     let at: SocketAddr = "10.77.1.10:53".parse().unwrap();
     let _server = PeerServer::udp(&web, at);
     let answer = scene.net.client.run(|| {
@@ -80,35 +68,6 @@ fn an_ordinary_user_publishes_ports_and_nothing_of_the_host_changes() {
     up.stop(Signal::INT, SOON);
     assert_eq!(state(&scene.net.host), before);
     assert!(!scene.run.path().join("projects/demo").exists());
-}
-
-#[test]
-fn networks_are_as_closed_as_those_of_root() {
-    let scene = Scene::new();
-    let up = up(&scene);
-    scene.net.client.ip_all(
-        "route add 10.77.0.0/16 via 203.0.113.1
-         -6 route add fd77::/16 via 2001:db8:1::1",
-    );
-    let (web, neighbour, stranger) = (inside(&up, "web"), inside(&up, "neighbour"), inside(&up, "stranger"));
-    let outside = &scene.net.client;
-    let host = &scene.net.host;
-    for (who, from, url, reached) in [
-        ("outside", outside, "http://10.77.1.10/", false),
-        ("host", host, "http://10.77.1.10/", false),
-        ("neighbour", &neighbour, "http://10.77.1.10/", true),
-        ("stranger", &stranger, "http://10.77.1.10/", false),
-        ("outside", outside, "http://203.0.113.1:9090/", false),
-        ("outside", outside, "http://10.77.1.1:8080/", false),
-        ("itself", &web, "http://10.77.1.1:8080/", true),
-        ("itself", &web, "http://[fd77:1::1]:8080/", true),
-        ("neighbour", &neighbour, "http://10.77.1.1:8080/", true),
-        ("neighbour", &neighbour, "http://10.77.1.1:9090/", false),
-        ("stranger", &stranger, "http://10.77.2.1:8080/", true),
-        ("stranger", &stranger, "http://10.77.1.1:8080/", false),
-    ] {
-        assert_eq!(get(from, url).is_ok(), reached, "{who} asks {url}");
-    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::chown;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 use tidegate_testbed::{Namespace, Process, Topology};
@@ -76,4 +77,15 @@ pub(crate) fn state(namespace: &Namespace) -> String {
         .filter(|line| !line.contains("fe80:") && !line.contains("expires"))
         .map(|line| format!("{line}\n"))
         .collect()
+}
+
+/// The network namespace of a service, by the process that is its init.
+pub(crate) fn service_namespace(up: &Process, service: &str) -> Namespace {
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", up.pid())).unwrap();
+    let init = children.split_whitespace().find(|pid| {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.ends_with(format!("service-init\0{service}\0").as_bytes())
+    });
+    let init = init.unwrap_or_else(|| panic!("no init of {service} among {children}"));
+    Namespace::at(Path::new(&format!("/proc/{init}/ns/net")))
 }

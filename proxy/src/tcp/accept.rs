@@ -121,7 +121,7 @@ impl Worker {
         }
         if !options.enclosures.is_empty()
             && let Some(local) = local_address(&accepted.client)
-            && options.enclosures.shut_out(accepted.address.ip(), local.ip())
+            && options.enclosures.shut_out(accepted.address.ip(), local.ip(), 0)
         {
             return Err(Refusal::NotAllowed);
         }

@@ -11,10 +11,14 @@
 //! Datagrams are received and sent many at a time (`tidegate_reactor::batch`): neighbours in a batch that belong to
 //! the same session go out as one run.
 //!
+//! A datagram whose sender is a published port of ours would be answered for ever, and opens no session ([`reflection`]).
+//!
 //! A closed port at the backend (`ECONNREFUSED`, from ICMP) is counted and changes nothing: the backend may be
 //! starting. UDP promises no delivery, so a full send buffer drops, and that is counted too.
 
+mod reflection;
 mod relay;
 pub mod session_table;
 
+pub(crate) use reflection::Reflection;
 pub(crate) use relay::{Batches, Relay};

@@ -1,6 +1,7 @@
 //! The moving of datagrams, both ways.
 
 use super::session_table::{Client, SessionTable};
+use crate::engine::Shared;
 use crate::listener::{Listener, prepare_datagrams};
 use crate::port::{Direction, Drop, Port};
 use crate::upstream::{Flow, Lease, is_exhaustion};
@@ -13,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tidegate_model::{Protocol, canonical};
 use tidegate_reactor::batch::{self, Datagram, Destination, Offload, RecvBatch, SendBatch, Sent};
-use tidegate_reactor::{Arena, Context, Descriptors, Interest, Key, Permit};
+use tidegate_reactor::{Arena, Context, Interest, Key, Permit};
 
 /// Batches taken from one socket before other sockets have their turn.
 const BATCHES_PER_TURN: usize = 4;
@@ -99,16 +100,14 @@ impl Worker {
             let mut start = 0;
             while start < count {
                 let datagram = received.get(start);
-                let sender = (datagram.source, datagram.destination);
-                let same = |index: &usize| {
-                    let next = received.get(*index);
-                    (next.source, next.destination) == sender
-                };
+                let way =
+                    |datagram: &Datagram<'_>| (datagram.source, datagram.destination, datagram.interface);
+                let same = |index: &usize| way(&received.get(*index)) == way(&datagram);
                 let run = start..(start + 1..count).take_while(same).last().unwrap_or(start) + 1;
                 start = run.end;
                 let Some(client) = client(&relay.listener, &datagram) else { continue };
-                let opening = Opening { cx, key, references: &mut self.sessions };
-                let session = match opening.find_or_open(relay, client, &self.shared.descriptors) {
+                let opening = Opening { cx, key, references: &mut self.sessions, shared: &self.shared };
+                let session = match opening.find_or_open(relay, client, datagram.interface) {
                     Ok(session) => session,
                     Err(reason) => {
                         let lost: usize = run.map(|index| received.get(index).count()).sum();
@@ -185,15 +184,16 @@ struct Opening<'a, 'b> {
     cx: &'a mut Context<'b>,
     key: Key,
     references: &'a mut Arena<SessionRef>,
+    shared: &'a Shared,
 }
 
 impl Opening<'_, '_> {
-    fn find_or_open(
-        self,
-        relay: &mut Relay,
-        client: Client,
-        descriptors: &Arc<Descriptors>,
-    ) -> Result<Key, Drop> {
+    fn find_or_open(self, relay: &mut Relay, client: Client, interface: u32) -> Result<Key, Drop> {
+        let enclosures = &relay.port.options.enclosures;
+        // Of one that has a session too: it is by the interface alone that a forged datagram differs.
+        if client.local.is_some_and(|local| enclosures.shut_out(client.address.ip(), local, interface)) {
+            return Err(Drop::NotAllowed);
+        }
         if let Some(session) = relay.sessions.find(&client) {
             if relay.is_in_order(session, self.cx.now) {
                 return Ok(session);
@@ -202,16 +202,19 @@ impl Opening<'_, '_> {
             end(relay, self.references, session);
         }
         admit(relay, &client)?;
-        self.open(relay, client, descriptors)
+        if self.shared.reflection.is_ours(client.address, &relay.port.options) {
+            return Err(Drop::Reflected);
+        }
+        self.open(relay, client)
     }
 
-    fn open(self, relay: &mut Relay, client: Client, descriptors: &Arc<Descriptors>) -> Result<Key, Drop> {
+    fn open(self, relay: &mut Relay, client: Client) -> Result<Key, Drop> {
         if let Some(evicted) = relay.sessions.evict() {
             self.references.remove(evicted.reference);
             relay.port.stats.live.fetch_sub(1, Ordering::Relaxed);
             relay.port.stats.cut.fetch_add(1, Ordering::Relaxed);
         }
-        let permit = descriptors.take(1).ok_or(Drop::Exhausted)?;
+        let permit = self.shared.descriptors.take(1).ok_or(Drop::Exhausted)?;
         let flow = Flow {
             protocol: Protocol::Udp,
             client: client.address,
@@ -258,10 +261,6 @@ impl Opening<'_, '_> {
 fn admit(relay: &Relay, client: &Client) -> Result<(), Drop> {
     let allow = relay.port.options.allow.as_ref();
     if allow.is_some_and(|allow| !allow.contains(client.address.ip())) {
-        return Err(Drop::NotAllowed);
-    }
-    let enclosures = &relay.port.options.enclosures;
-    if client.local.is_some_and(|local| enclosures.shut_out(client.address.ip(), local)) {
         return Err(Drop::NotAllowed);
     }
     relay.sessions.admit(client).map_err(|_| Drop::SourceLimit)

@@ -1,0 +1,95 @@
+//! Datagrams that claim to come from a published port of our own.
+//!
+//! Answering one is asking ourselves, whose answer is asked again, for ever: two ports of services that answer everything keep a core
+//! busy with a single datagram (CERT advisory CA-1996-01, "UDP port denial-of-service attack"). The kernel drops such a source if it is IPv4
+//! and comes from outside (a martian, `fib_validate_source`); of IPv6 it lets it in.
+
+use crate::config::PortOptions;
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketFlags, SocketType, connect, connect_unspec, getsockname, socket_with,
+};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
+
+/// The UDP ports that are published, and a way to ask which addresses are this host's.
+#[derive(Debug, Default)]
+pub(crate) struct Reflection {
+    ours: RwLock<BTreeSet<SocketAddr>>,
+    /// One socket of each family, of the namespace in which ports are published, whichever the asking thread is in.
+    probes: OnceLock<[Option<Mutex<OwnedFd>>; 2]>,
+}
+
+impl Reflection {
+    /// Notes that `address` is published. Call it in the namespace of ports.
+    pub(crate) fn add(&self, address: SocketAddr) {
+        self.probes.get_or_init(|| [AddressFamily::INET, AddressFamily::INET6].map(probe));
+        self.ours.write().unwrap_or_else(PoisonError::into_inner).insert(address);
+    }
+
+    pub(crate) fn remove(&self, address: SocketAddr) {
+        self.ours.write().unwrap_or_else(PoisonError::into_inner).remove(&address);
+    }
+
+    /// Whether an answer to `client` would come back to a port of ours.
+    pub(crate) fn is_ours(&self, client: SocketAddr, options: &PortOptions) -> bool {
+        let (on_it, on_all) = {
+            let ours = self.ours.read().unwrap_or_else(PoisonError::into_inner);
+            let any: IpAddr =
+                if client.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+            let has = |ip| ours.contains(&SocketAddr::new(ip, client.port()));
+            (has(client.ip()), has(any))
+        };
+        on_it || on_all && (options.enclosures.contains(client.ip()) || self.is_local(client))
+    }
+
+    /// Whether the address is this host's: the kernel then answers from it. Without a probe nothing is known, and nothing is refused.
+    fn is_local(&self, client: SocketAddr) -> bool {
+        if client.ip().is_loopback() {
+            return true;
+        }
+        let probe = self.probes.get().and_then(|probes| probes[usize::from(client.is_ipv6())].as_ref());
+        let Some(probe) = probe else { return false };
+        let probe = probe.lock().unwrap_or_else(PoisonError::into_inner);
+        // Of a datagram socket this looks for a route and sends nothing.
+        let own = connect(&*probe, &client).and_then(|()| getsockname(&*probe));
+        let _ = connect_unspec(&*probe);
+        own.ok().and_then(|own| SocketAddr::try_from(own).ok()).is_some_and(|own| own.ip() == client.ip())
+    }
+}
+
+fn probe(family: AddressFamily) -> Option<Mutex<OwnedFd>> {
+    let made: Result<OwnedFd, Errno> = socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    made.ok().map(Mutex::new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Direct;
+    use std::sync::Arc;
+
+    #[test]
+    fn an_address_of_this_host_with_a_published_port_is_ours() {
+        let reflection = Reflection::default();
+        let options = PortOptions::new(Arc::new(Direct::new([127, 0, 0, 1].into())));
+        let at = |text: &str| text.parse::<SocketAddr>().unwrap();
+        reflection.add(at("0.0.0.0:7000"));
+        reflection.add(at("192.0.2.1:7001"));
+        for (client, ours) in [
+            ("127.0.0.1:7000", true),
+            ("127.0.0.9:7000", true),
+            ("127.0.0.1:7002", false),
+            ("192.0.2.1:7001", true),
+            ("127.0.0.1:7001", false),
+            ("192.0.2.1:7000", false),
+            ("[::1]:7000", false),
+        ] {
+            assert_eq!(reflection.is_ours(at(client), &options), ours, "{client}");
+        }
+        reflection.remove(at("0.0.0.0:7000"));
+        assert!(!reflection.is_ours(at("127.0.0.1:7000"), &options));
+    }
+}
