@@ -6,6 +6,8 @@ pub mod cli;
 pub mod compat;
 pub mod compose;
 pub mod doctor;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod ground;
 mod listeners;
 pub mod logging;

@@ -1,0 +1,26 @@
+//! Replays the fuzz corpora of this package's parsers, so that what a fuzzer once found stays fixed.
+
+use std::fs;
+use std::path::Path;
+
+#[test]
+fn compose_corpus_holds() {
+    replay("compose", tidegate::fuzz::check_compose);
+}
+
+#[test]
+fn docker_proxy_flags_corpus_holds() {
+    replay("docker_proxy_flags", tidegate::fuzz::check_docker_proxy_flags);
+}
+
+/// Runs `check` on every file of a target's corpus, and makes sure that there are some.
+fn replay(target: &str, check: fn(&[u8])) {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+    let entries = fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
+    let mut replayed = 0;
+    for entry in entries {
+        check(&fs::read(entry.unwrap().path()).unwrap());
+        replayed += 1;
+    }
+    assert!(replayed > 0, "{} is empty", corpus.display());
+}
