@@ -66,10 +66,10 @@ impl Kernel {
         Self { host, endpoints: BTreeMap::new(), connections: BTreeMap::new() }
     }
 
-    /// Tells where the endpoint `name` is.
-    pub fn add_endpoint(&mut self, name: &str, namespace: Namespace) {
+    /// Tells where the endpoint `name` is, and returns where it was.
+    pub fn add_endpoint(&mut self, name: &str, namespace: Namespace) -> Option<Namespace> {
         self.connections.remove(&Place::Endpoint(name.to_owned()));
-        self.endpoints.insert(name.to_owned(), namespace);
+        self.endpoints.insert(name.to_owned(), namespace)
     }
 
     fn namespace(&self, place: &Place) -> Result<&Namespace, KernelError> {
