@@ -3,6 +3,7 @@
 mod completion;
 mod duration;
 mod hello;
+mod ps;
 mod publish;
 mod up;
 
@@ -22,8 +23,8 @@ use tracing_subscriber::filter::LevelFilter;
 #[derive(Debug, Parser)]
 #[command(name = "tidegate", version, about, max_term_width = 100)]
 #[command(
-    after_help = "Environment:\n  TIDEGATE_LOG  what is logged to standard error: a level (info, debug, trace), \
-    or target=level,...\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
+    after_help = "Environment:\n  TIDEGATE_LOG     what is logged to standard error: a level (info, debug, trace), \
+    or target=level,...\n  TIDEGATE_SOCKET  where tidegate up serves its API, and where tidegate ps asks\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -33,6 +34,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Up(up::Up),
+    Ps(ps::Ps),
     Publish(Box<publish::Publish>),
     /// Be Docker's docker-proxy (see the binary of that name)
     #[command(disable_help_flag = true, disable_version_flag = true)]
@@ -99,6 +101,7 @@ impl Command {
         let done = |()| true;
         match self {
             Self::Up(up) => up.run(),
+            Self::Ps(ps) => ps.run().map(done),
             Self::Publish(publish) => publish.run().map(done),
             Self::DockerProxy { .. } => unreachable!("taken care of above"),
             Self::Hello(hello) => hello.run().map(done),

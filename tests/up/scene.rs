@@ -1,6 +1,10 @@
 //! A host with an outside, to bring projects up on.
 
+#![allow(dead_code, reason = "every test crate uses a part of it")]
+
 use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 use tidegate_testbed::{Namespace, Process, Topology};
 
@@ -20,25 +24,48 @@ impl Scene {
         Self { net: Topology::three(), run: directory(), directory: directory() }
     }
 
-    /// Begins to bring `file` up.
-    pub(crate) fn up(&self, file: &str) -> Process {
+    /// `tidegate` on the host, with the scene's place for what would be below `/run`.
+    pub(crate) fn tidegate(&self) -> Command {
+        let mut command = self.net.host.command(TIDEGATE);
+        command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
+        command.env_remove("TIDEGATE_SOCKET");
+        command
+    }
+
+    /// What brings `file` up.
+    pub(crate) fn command(&self, file: &str) -> Command {
         let path = self.directory.path().join("compose.yaml");
         fs::write(&path, file).unwrap();
-        let mut command = self.net.host.command(TIDEGATE);
+        let mut command = self.tidegate();
         command.arg("up").arg("-f").arg(path).args(["--metrics", "none"]);
-        command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
-        Process::spawn(&mut command)
+        command
+    }
+
+    /// Begins to bring `file` up.
+    pub(crate) fn up(&self, file: &str) -> Process {
+        Process::spawn(&mut self.command(file))
     }
 
     /// What is told of `file`, which cannot be brought up.
     #[track_caller]
     pub(crate) fn refused(&self, file: &str) -> String {
-        let mut up = self.up(file);
-        let code = up.wait(Duration::from_secs(10)).code();
-        let told = up.wait_for_output(Duration::from_secs(10));
-        assert_eq!(code, Some(1), "{told}");
-        told
+        refused(&mut self.command(file))
     }
+
+    /// Where the API is.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.run.path().join("api.sock")
+    }
+}
+
+/// What is told by `command`, which fails.
+#[track_caller]
+pub(crate) fn refused(command: &mut Command) -> String {
+    let mut process = Process::spawn(command);
+    let code = process.wait(Duration::from_secs(10)).code();
+    let told = process.wait_for_output(Duration::from_secs(10));
+    assert_eq!(code, Some(1), "{told}");
+    told
 }
 
 /// All that can be seen of a namespace: links, addresses, routes, rules.
