@@ -21,7 +21,7 @@ struct Target {
 }
 
 impl Relocatable {
-    /// Leads to `addresses` by `upstream`.
+    /// Leads to `addresses` by `upstream`; without any, to those that the upstream finds by itself.
     pub fn new(upstream: Arc<dyn Upstream>, addresses: &[IpAddr]) -> Self {
         Self(RwLock::new(Target { upstream, addresses: addresses.into() }))
     }
@@ -49,7 +49,7 @@ impl Upstream for Relocatable {
         let target = self.target();
         let peer = getpeername(socket).ok().flatten().and_then(|peer| SocketAddr::try_from(peer).ok());
         let elsewhere = peer.is_some_and(|peer| !target.addresses.contains(&peer.ip().to_canonical()));
-        elsewhere || target.upstream.is_stale(socket)
+        (elsewhere && !target.addresses.is_empty()) || target.upstream.is_stale(socket)
     }
 
     fn wants_local_address(&self) -> bool {
