@@ -129,6 +129,10 @@ fn what_cannot_be_is_one_line_and_changes_nothing() {
             service(", x-netns: /nowhere").replace("command: 'true', ", ""),
             "service \"web\": no such namespace /nowhere",
         ),
+        (
+            service(", x-netns: /proc/self/ns/net").replace("command: 'true', ", ""),
+            "endpoint \"web\": its network namespace is the host's own; give it a container's",
+        ),
         (service("").replace("'true'", "/no/such/program"), "web"),
         (service(", image: nginx"), "compose.yaml:"),
     ] {

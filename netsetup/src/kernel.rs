@@ -72,6 +72,11 @@ impl Kernel {
         self.endpoints.insert(name.to_owned(), namespace)
     }
 
+    /// Whether the endpoint `name` is in the host's own namespace.
+    pub(crate) fn is_on_the_host(&self, name: &str) -> bool {
+        self.endpoints.get(name).is_some_and(|namespace| namespace.id() == self.host.id())
+    }
+
     fn namespace(&self, place: &Place) -> Result<&Namespace, KernelError> {
         match place {
             Place::Host => Ok(&self.host),

@@ -181,6 +181,7 @@ impl<I: Isolation> Setup<I> {
     }
 
     async fn plan(&mut self, desired: &Desired) -> Result<Vec<Op>, SetupError> {
+        self.check_places(desired)?;
         let mut asked = self.journal.facts().to_vec();
         asked.extend(desired.facts(&self.isolation));
         let observed = self.kernel.observe(&asked).await?;
@@ -189,8 +190,17 @@ impl<I: Isolation> Setup<I> {
 
     /// What is missing of `part`, which is a part of what was applied.
     async fn plan_part(&mut self, part: &Desired) -> Result<Vec<Op>, SetupError> {
+        self.check_places(part)?;
         let observed = self.kernel.observe(&part.facts(&self.isolation)).await?;
         Ok(plan(part, &[], &observed, &self.isolation)?.ops)
+    }
+
+    /// Whether every endpoint is somewhere else than its bridge.
+    fn check_places(&self, desired: &Desired) -> Result<(), ConflictError> {
+        match desired.endpoints.iter().find(|endpoint| self.kernel.is_on_the_host(&endpoint.name)) {
+            Some(endpoint) => Err(ConflictError::OnTheHost { endpoint: endpoint.name.clone() }),
+            None => Ok(()),
+        }
     }
 
     async fn carry_out(&mut self, ops: &[Op]) -> Result<(), SetupError> {

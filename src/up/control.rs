@@ -3,6 +3,8 @@
 //! An adopted namespace is a container of somebody else's. When that is restarted, the path it was adopted by leads to another namespace:
 //! that is looked for once a second, since nothing announces it. The old namespace cannot be mistaken for a new one meanwhile, because
 //! our handle keeps it, and with it its number.
+//!
+//! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
 use super::{Instance, Signals};
 use crate::api::{Order, Problem};
@@ -79,22 +81,17 @@ impl Instance {
     async fn look_after_adopted(&mut self, said: &mut BTreeMap<String, String>) {
         for (endpoint, path) in self.up.adopted.paths() {
             let Some(known) = self.up.publisher.namespace(&endpoint) else { continue };
-            let there = if leads_to(&path) == Some(known.id()) {
-                Ok(known.clone())
-            } else {
-                Namespace::from_path(&path)
-            };
-            let failed = match there {
-                Ok(namespace) if namespace.id() == known.id() => {
+            let failed = match look(&path, known.id()) {
+                Ok(None) => {
                     self.up.adopted.set(&endpoint, path, false);
                     None
                 }
-                Ok(namespace) => {
+                Ok(Some(namespace)) => {
                     self.replug(&endpoint, path, &namespace).await.err().map(|problem| problem.to_string())
                 }
-                Err(error) => {
+                Err(reason) => {
                     self.up.adopted.set(&endpoint, path, true);
-                    Some(error.to_string())
+                    Some(reason)
                 }
             };
             match failed {
@@ -109,8 +106,38 @@ impl Instance {
     }
 }
 
-/// Which namespace is at `path`, without opening it; nonsense if it is none.
-fn leads_to(path: &Path) -> Option<NamespaceId> {
-    let there = fs::metadata(path).ok()?;
-    Some(NamespaceId { device: there.dev(), inode: there.ino() })
+/// What `path` leads to, unless it still is the namespace `known`.
+///
+/// # Errors
+/// Why it leads to none that the container could have come back in.
+fn look(path: &Path, known: NamespaceId) -> Result<Option<Namespace>, String> {
+    // Without opening it, which is more work for everyone.
+    let there = fs::metadata(path).map(|there| NamespaceId { device: there.dev(), inode: there.ino() });
+    if there.is_ok_and(|there| there == known) {
+        return Ok(None);
+    }
+    if path.starts_with("/proc") {
+        return Err(format!("the process of {} is another one now, or none", path.display()));
+    }
+    Namespace::from_path(path).map(Some).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_leads_where_it_did_or_elsewhere_or_nowhere() {
+        let own = Namespace::current().unwrap();
+        let other = NamespaceId { device: own.id().device, inode: 1 };
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("box");
+        assert!(look(&path, own.id()).unwrap_err().starts_with("no such namespace "));
+        std::os::unix::fs::symlink(format!("/proc/{}/ns/net", std::process::id()), &path).unwrap();
+        assert!(look(&path, own.id()).unwrap().is_none());
+        assert_eq!(look(&path, other).unwrap().unwrap().id(), own.id());
+        let of_a_process = format!("/proc/{}/ns/net", std::process::id());
+        assert!(look(Path::new(&of_a_process), own.id()).unwrap().is_none());
+        assert!(look(Path::new(&of_a_process), other).is_err(), "a stranger");
+    }
 }

@@ -140,3 +140,26 @@ fn an_endpoint_is_plugged_in_elsewhere_when_that_is_asked_for() {
     assert_eq!(get(&scene.socket(), "/v1/endpoints/box").1["netns"], second.path().to_str().unwrap());
     assert_ne!(state(&second), inside);
 }
+
+/// The path names a process, which moves to another namespace as a stranger with its number would be in one.
+#[test]
+fn what_follows_a_process_under_its_number_is_not_plugged_in() {
+    let scene = Scene::new();
+    let (other, first, second) = (Namespace::new(), Namespace::new(), Namespace::new());
+    let go = scene.directory.path().join("go");
+    let script = format!(
+        "echo ready; while [ ! -e {} ]; do sleep 0.02; done; exec nsenter --net={} sleep 60",
+        go.display(),
+        second.path().display()
+    );
+    let process = Process::spawn(first.command("sh").args(["-c", &script]));
+    process.wait_for_line("ready", SOON);
+    let path = PathBuf::from(format!("/proc/{}/ns/net", process.pid()));
+    let _up = up(&scene, &path, &other);
+    let before = state(&second);
+    std::fs::write(&go, "").unwrap();
+    let service = || get(&scene.socket(), "/v1/status").1["services"][0]["state"].clone();
+    assert!(eventually(SOON, || service() == "gone"));
+    assert_eq!(state(&second), before);
+    assert!(state(&first).contains("eth0"));
+}
