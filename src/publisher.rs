@@ -143,14 +143,15 @@ impl Publisher {
     /// [`PublishError`].
     pub(crate) fn publish(&self, endpoint: &str, spec: &PortSpec) -> Result<Vec<OpenPort>, PublishError> {
         let sockets = spec.mappings().len() * host_addresses(spec.host_ip()).count();
-        // Before anything is opened, and once more when it is.
+        // Before anything is opened, so that nobody else is left without descriptors meanwhile.
         self.state().check(endpoint, sockets)?;
+        let permits = self.permits(sockets)?;
         let mut listeners = Vec::new();
         for mapping in spec.mappings() {
             let opened = bind(&mapping)?;
             listeners.extend(opened.into_iter().map(|listener| (listener, mapping.container_port)));
         }
-        self.adopt(endpoint, spec.protocol(), listeners)
+        self.lead(endpoint, spec.protocol(), listeners, permits)
     }
 
     /// Leads `listeners`, which are all of `protocol`, each to the port of `endpoint` beside it. They are closed if that fails.
@@ -163,16 +164,27 @@ impl Publisher {
         protocol: Protocol,
         listeners: Vec<(Listener, u16)>,
     ) -> Result<Vec<OpenPort>, PublishError> {
+        let permits = self.permits(listeners.len())?;
+        self.lead(endpoint, protocol, listeners, permits)
+    }
+
+    /// What `count` sockets need: one descriptor each, with two left for a connection.
+    fn permits(&self, count: usize) -> Result<Vec<Permit>, PublishError> {
+        let permits: Option<Vec<Permit>> = (0..count).map(|_| self.engine.reserve(1)).collect();
+        let permits = permits.filter(|_| self.engine.descriptors_left() >= 2);
+        permits.ok_or(PublishError::NoDescriptors(count))
+    }
+
+    fn lead(
+        &self,
+        endpoint: &str,
+        protocol: Protocol,
+        listeners: Vec<(Listener, u16)>,
+        permits: Vec<Permit>,
+    ) -> Result<Vec<OpenPort>, PublishError> {
         let mut state = self.state();
         state.check(endpoint, listeners.len())?;
-        let no_descriptors = || PublishError::NoDescriptors(listeners.len());
-        let permits: Option<Vec<Permit>> = listeners.iter().map(|_| self.engine.reserve(1)).collect();
-        let permits = permits.ok_or_else(no_descriptors)?;
         let options = state.way(endpoint, protocol, self)?;
-        // What a connection needs.
-        if self.engine.descriptors_left() < 2 {
-            return Err(no_descriptors());
-        }
         let told: Vec<_> = listeners.iter().map(|(listener, port)| (listener.label(), *port)).collect();
         let published = self.engine.publish(listeners, &options).map_err(PublishError::Engine)?;
         let mut opened = Vec::with_capacity(told.len());

@@ -169,10 +169,9 @@ async fn add_ports(
         return Err(Problem::bad_request(&format!("port spec \"{spec}\": protocol not supported")));
     }
     // Opening sockets is quick; finding out who is in the way is not.
-    let opened = blocking(move || subject.publisher.publish(&new.endpoint, &spec)).await??;
-    for port in &opened {
-        tracing::info!(publish = %port.label, endpoint = port.endpoint, port = port.container_port, "published");
-    }
+    let endpoint = new.endpoint.clone();
+    let opened = blocking(move || subject.publisher.publish(&endpoint, &spec)).await??;
+    tracing::info!(endpoint = new.endpoint, %spec, sockets = opened.len(), "published");
     Ok((StatusCode::CREATED, Json(opened.iter().map(port_of).collect())))
 }
 
