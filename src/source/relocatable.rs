@@ -11,32 +11,31 @@ use tidegate_proxy::{Flow, Opened, Upstream};
 ///
 /// Flows that were begun stay on the way they took: a TCP connection ends with the container that it reached, and a UDP session to an
 /// address that is not the container's any more is stale, so that its next datagram opens a new one.
-pub struct Relocatable(RwLock<Target>);
+pub struct Relocatable(RwLock<Arc<Target>>);
 
 /// Where it leads now.
-#[derive(Clone)]
 struct Target {
     upstream: Arc<dyn Upstream>,
-    addresses: Arc<[IpAddr]>,
+    addresses: Vec<IpAddr>,
 }
 
 impl Relocatable {
     /// Leads to `addresses` by `upstream`; without any, to those that the upstream finds by itself.
     pub fn new(upstream: Arc<dyn Upstream>, addresses: &[IpAddr]) -> Self {
-        Self(RwLock::new(Target { upstream, addresses: addresses.into() }))
+        Self(RwLock::new(Arc::new(Target { upstream, addresses: addresses.to_vec() })))
     }
 
     /// Leads to `addresses` by `upstream` from here on.
     pub fn relocate(&self, upstream: Arc<dyn Upstream>, addresses: &[IpAddr]) {
-        let target = Target { upstream, addresses: addresses.into() };
+        let target = Arc::new(Target { upstream, addresses: addresses.to_vec() });
         let old = std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), target);
         // Not under the lock: what it takes back takes a while.
         drop(old);
     }
 
-    /// A copy, so that nobody waits for the lock while a socket is opened.
-    fn target(&self) -> Target {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Not under the lock either: nobody waits for it while a socket is opened.
+    fn target(&self) -> Arc<Target> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
