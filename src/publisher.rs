@@ -13,9 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tidegate_model::{PortSpec, Protocol, PublishLabel, host_addresses};
 use tidegate_netns::Namespace;
-use tidegate_proxy::{
-    Drained, Enclosures, Engine, Listener, Permit, PortOptions, PublishedPort, Settings, Upstream,
-};
+use tidegate_proxy::{Drained, Enclosures, Engine, Listener, Permit, PortOptions, PublishedPort, Upstream};
 
 /// Sockets to listen on at most: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses. What goes beyond that is a
 /// mistake, and the list of them has to be told in one piece.
@@ -109,9 +107,9 @@ struct Port {
 }
 
 impl Publisher {
-    /// Publishes nothing yet. `enclosures` says who may use which address of this host.
-    pub(crate) fn new(settings: Settings, enclosures: Enclosures) -> Self {
-        Self { engine: Arc::new(Engine::new(settings)), enclosures, state: Mutex::default() }
+    /// Publishes nothing yet; `engine` will carry the traffic. `enclosures` says who may use which address of this host.
+    pub(crate) fn new(engine: Engine, enclosures: Enclosures) -> Self {
+        Self { engine: Arc::new(engine), enclosures, state: Mutex::default() }
     }
 
     /// What carries the traffic.
@@ -304,10 +302,11 @@ fn towards(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tidegate_proxy::Settings;
 
     #[test]
     fn nothing_is_opened_for_an_endpoint_that_is_not_there_nor_after_the_end_has_begun() {
-        let publisher = Publisher::new(Settings::default(), Enclosures::default());
+        let publisher = Publisher::new(Engine::new(Settings::default()), Enclosures::default());
         let spec: PortSpec = "127.0.0.1::80".parse().unwrap();
         assert_eq!(publisher.publish("web", &spec).unwrap_err().to_string(), "there is no endpoint \"web\"");
         publisher.add_endpoint("web", Namespace::current().unwrap(), &[]);
@@ -319,7 +318,7 @@ mod tests {
 
     #[test]
     fn there_is_an_end_to_how_many_ports_there_are() {
-        let publisher = Publisher::new(Settings::default(), Enclosures::default());
+        let publisher = Publisher::new(Engine::new(Settings::default()), Enclosures::default());
         publisher.add_endpoint("web", Namespace::current().unwrap(), &[]);
         let state = publisher.state();
         assert!(state.check("web", MAX_PORTS).is_ok());

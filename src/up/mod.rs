@@ -33,7 +33,7 @@ use std::time::{Duration, SystemTime};
 use tidegate_model::{PortSpec, Protocol};
 use tidegate_netns::{Namespace, run_directory};
 use tidegate_netsetup::{Isolation, Journal, JournalError, Kernel, Setup, WithoutFirewall};
-use tidegate_proxy::{Enclosures, Listener, Settings};
+use tidegate_proxy::{Enclosures, Engine, Listener, Settings};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -207,7 +207,7 @@ impl Up {
         settings.reserved_descriptors += SERVICE_DESCRIPTORS * namespaces.len() + MAX_CLIENTS;
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let enclosures: Enclosures = gateways.map(|subnet| (subnet.gateway, subnet.subnet)).collect();
-        let publisher = Arc::new(Publisher::new(settings, enclosures));
+        let publisher = Arc::new(Publisher::new(Engine::new(settings), enclosures));
         for (name, namespace) in &namespaces {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             publisher.add_endpoint(name, namespace.clone(), addresses);
