@@ -234,14 +234,19 @@ impl Publisher {
         Ok(())
     }
 
-    /// Closes every port for good, lets connections go on for at most `deadline`, and cuts what is left.
+    /// Closes every port for good, lets connections go on for at most `deadline`, and cuts what is left. Nothing is left in the
+    /// endpoints' namespaces then, whoever still knows of this.
     pub(crate) fn close(&self, deadline: Duration) -> Drained {
         {
             let mut state = self.state();
             state.closed = true;
             state.ports.clear();
         }
-        self.engine.drain(deadline, || false)
+        let drained = self.engine.drain(deadline, || false);
+        // With the ways goes what they have set in there. Not under the lock: it takes a while.
+        let endpoints = std::mem::take(&mut self.state().endpoints);
+        drop(endpoints);
+        drained
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

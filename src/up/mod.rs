@@ -164,7 +164,10 @@ impl Up {
         };
         let server = Server::start(socket, Arc::new(subject));
         let mut instance = Instance { setup, up, server, orders: received };
-        instance.up.announce()?;
+        if let Err(error) = instance.up.announce() {
+            // Whoever read it has seen enough.
+            tracing::debug!(%error, "standard output");
+        }
         let well = instance.follow(&mut signals).await;
         instance.take_down(&mut signals).await?;
         let _ = fs::remove_dir_all(&run);
@@ -212,18 +215,23 @@ impl Up {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             publisher.add_endpoint(name, namespace.clone(), addresses);
         }
-        for ((service, protocol), listeners) in ports {
-            publisher.adopt(&service, protocol, listeners)?;
-        }
-        if let Some(recorder) = recorder {
-            let (desired, told) = (layout.desired.clone(), Arc::clone(&publisher));
-            let recorder = recorder.with(move |page| metrics::families(&desired, &told, page));
-            recorder.serve(Arc::clone(publisher.engine())).context("metrics endpoint")?;
-        }
-
-        let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
-        let specs = specs(project, &layout, &namespaces);
-        supervisor.start(specs).await?;
+        let begun = async {
+            for ((service, protocol), listeners) in ports {
+                publisher.adopt(&service, protocol, listeners)?;
+            }
+            if let Some(recorder) = recorder {
+                let (desired, told) = (layout.desired.clone(), Arc::clone(&publisher));
+                let recorder = recorder.with(move |page| metrics::families(&desired, &told, page));
+                recorder.serve(Arc::clone(publisher.engine())).context("metrics endpoint")?;
+            }
+            let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
+            supervisor.start(specs(project, &layout, &namespaces)).await?;
+            anyhow::Ok(supervisor)
+        };
+        // The metrics know of the publisher until the process ends.
+        let supervisor = begun.await.inspect_err(|_| {
+            publisher.close(Duration::ZERO);
+        })?;
         let adopted = project.services.iter().filter_map(|service| match &service.run {
             Run::Adopt(path) => Some((service.name.clone(), path.clone())),
             Run::Command(_) => None,
@@ -253,7 +261,6 @@ impl Instance {
         if drained.cut > 0 {
             tracing::info!(connections = drained.cut, "connections were cut");
         }
-        drop(publisher);
         Ok(self.setup.finish().await?)
     }
 }

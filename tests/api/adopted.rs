@@ -2,7 +2,7 @@
 
 use super::ask::{ask, get};
 use crate::SOON;
-use crate::scene::{Scene, state};
+use crate::scene::{Scene, refused, state};
 use serde_json::json;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -135,7 +135,8 @@ fn an_endpoint_is_plugged_in_elsewhere_when_that_is_asked_for() {
     }
     assert!(answer(&scene, "203.0.113.1:8080").is_some());
     // The first path is not looked after any more.
-    name.leads_to(&Namespace::new());
+    let third = Namespace::new();
+    name.leads_to(&third);
     std::thread::sleep(std::time::Duration::from_millis(1500));
     assert_eq!(get(&scene.socket(), "/v1/endpoints/box").1["netns"], second.path().to_str().unwrap());
     assert_ne!(state(&second), inside);
@@ -162,4 +163,34 @@ fn what_follows_a_process_under_its_number_is_not_plugged_in() {
     assert!(eventually(SOON, || service() == "gone"));
     assert_eq!(state(&second), before);
     assert!(state(&first).contains("eth0"));
+}
+
+/// Also by the ways of published ports, of which metrics and API know until the end.
+#[test]
+fn an_adopted_namespace_is_left_as_it_was_found() {
+    let scene = Scene::new();
+    let (name, other, again) = (Named::new(&scene, "box"), Namespace::new(), Namespace::new());
+    let setting = "net.ipv4.tcp_fwmark_accept";
+    let all = |namespace: &Namespace| (state(namespace), namespace.read_sysctl(setting));
+    let before = [&other, &again].map(all);
+    let first = Namespace::new();
+    name.leads_to(&first);
+    let path = scene.directory.path().join("with-metrics.yaml");
+    let file = FILE.replace("BOX", &name.0.display().to_string());
+    std::fs::write(&path, file.replace("OTHER", &other.path().display().to_string())).unwrap();
+    let mut command = scene.tidegate();
+    let mut up = Process::spawn(command.args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(&path));
+    up.wait_for_line("Ctrl-C takes", SOON);
+    name.leads_to(&again);
+    assert!(eventually(SOON, || again.read_sysctl(setting) == "1"), "plugged in, with ports");
+    up.stop(Signal::INT, SOON);
+    assert!(eventually(SOON, || [&other, &again].map(all) == before), "{:?}", [&other, &again].map(all));
+
+    // And when it does not come up after all.
+    let file = std::fs::read_to_string(&path).unwrap() + "  job: { command: /no/such/program }\n";
+    std::fs::write(&path, file).unwrap();
+    let mut command = scene.tidegate();
+    let told = refused(command.args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(path));
+    assert!(told.contains("/no/such/program"), "{told}");
+    assert!(eventually(SOON, || [&other, &again].map(all) == before), "{:?}", [&other, &again].map(all));
 }
