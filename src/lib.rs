@@ -2,6 +2,7 @@
 //!
 //! This is no library for others; it is one so that `tidegate`, `docker-proxy` and the tests share it.
 
+mod api;
 pub mod cli;
 pub mod compat;
 pub mod compose;
@@ -14,8 +15,10 @@ pub mod logging;
 pub mod metrics_endpoint;
 pub mod port_error;
 mod ports;
+mod publisher;
 pub mod services;
 pub mod source;
+mod table;
 pub mod up;
 pub mod version;
 

@@ -92,7 +92,11 @@ fn ports(address: &MetricsAddress) -> String {
 pub struct Recorder {
     handle: PrometheusHandle,
     listener: TcpListener,
+    more: Vec<Families>,
 }
+
+/// Writes families of series in the text format of Prometheus.
+type Families = Box<dyn Fn(&mut String) + Send + Sync>;
 
 impl Recorder {
     /// Binds `address` and takes the facade's place.
@@ -107,7 +111,14 @@ impl Recorder {
         if metrics::set_global_recorder(recorder).is_err() {
             tracing::warn!("metrics were set up twice; the first stay");
         }
-        Ok(Self { handle, listener })
+        Ok(Self { handle, listener, more: Vec::new() })
+    }
+
+    /// With the families that `families` writes at each scrape (exposition format 0.0.4).
+    #[must_use]
+    pub fn with(mut self, families: impl Fn(&mut String) + Send + Sync + 'static) -> Self {
+        self.more.push(Box::new(families));
+        self
     }
 
     /// Where it answers.
@@ -136,7 +147,7 @@ impl Recorder {
                 upkeep.run_upkeep();
             }
         })?;
-        let page = Arc::new(Page { handle: self.handle, engine, collector });
+        let page = Arc::new(Page { handle: self.handle, engine, collector, more: self.more });
         let clients = Arc::new(AtomicUsize::new(0));
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
             for client in self.listener.incoming() {
@@ -168,6 +179,7 @@ struct Page {
     handle: PrometheusHandle,
     engine: Arc<Engine>,
     collector: Collector,
+    more: Vec<Families>,
 }
 
 impl Page {
@@ -176,6 +188,7 @@ impl Page {
         let mut text = self.handle.render();
         // Writing to a String does not fail.
         let _ = describe(&self.engine.snapshot(), &mut text);
+        self.more.iter().for_each(|families| families(&mut text));
         text
     }
 }

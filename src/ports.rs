@@ -1,8 +1,8 @@
 //! Opening published ports, and telling which are open: what `publish` and `up` have in common.
 
 use crate::port_error;
-use anyhow::{anyhow, bail};
 use rustix::io::Errno;
+use std::io;
 use std::net::SocketAddr;
 use tidegate_model::{HostPort, PortMapping, PublishLabel, host_addresses};
 use tidegate_proxy::{BindError, Listener};
@@ -18,23 +18,44 @@ pub(crate) fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
+/// Why a port cannot be opened: one line that names the port, who has it, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{line}")]
+pub(crate) struct PortError {
+    line: String,
+    kind: io::ErrorKind,
+}
+
+impl PortError {
+    /// What kind of reason it is: `AddrInUse` where someone else has the port.
+    pub(crate) fn kind(&self) -> io::ErrorKind {
+        self.kind
+    }
+}
+
+impl From<BindError> for PortError {
+    fn from(error: BindError) -> Self {
+        Self { line: port_error::explain(&error), kind: error.source.kind() }
+    }
+}
+
 /// Opens the sockets of one mapping. Clients may connect from here on, and wait.
 ///
 /// # Errors
-/// One line that names the port, who has it, and what to do.
-pub(crate) fn bind(mapping: &PortMapping) -> anyhow::Result<Vec<Listener>> {
-    let explained = |error: BindError| anyhow!(port_error::explain(&error));
+/// [`PortError`]; nothing is open then.
+pub(crate) fn bind(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
+    let taken = |line: String| PortError { line, kind: io::ErrorKind::AddrInUse };
     let open = |port: u16| bind_addresses(mapping, port);
     match mapping.host_port {
-        HostPort::Fixed(port) => open(port).map_err(explained),
+        HostPort::Fixed(port) => Ok(open(port)?),
         HostPort::AnyOf(range) => {
             let free = range.iter().find_map(|port| match open(port) {
-                Err(error) if error.source.kind() == std::io::ErrorKind::AddrInUse => None,
+                Err(error) if error.source.kind() == io::ErrorKind::AddrInUse => None,
                 result => Some(result),
             });
             match free {
-                Some(result) => result.map_err(explained),
-                None => bail!("no port of {range} is free for {}", mapping.protocol),
+                Some(result) => Ok(result?),
+                None => Err(taken(format!("no port of {range} is free for {}", mapping.protocol))),
             }
         }
         HostPort::Ephemeral => {
@@ -42,11 +63,11 @@ pub(crate) fn bind(mapping: &PortMapping) -> anyhow::Result<Vec<Listener>> {
             for _ in 0..EPHEMERAL_ATTEMPTS {
                 match open(0) {
                     Ok(listeners) => return Ok(listeners),
-                    Err(error) if error.source.kind() == std::io::ErrorKind::AddrInUse => last = Some(error),
-                    Err(error) => return Err(explained(error)),
+                    Err(error) if error.source.kind() == io::ErrorKind::AddrInUse => last = Some(error),
+                    Err(error) => return Err(error.into()),
                 }
             }
-            Err(last.map_or_else(|| anyhow!("no free port"), explained))
+            Err(last.map_or_else(|| taken("no free port".to_owned()), PortError::from))
         }
     }
 }

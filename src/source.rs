@@ -22,6 +22,7 @@
 
 mod claims;
 mod inside;
+mod relocatable;
 mod transparent;
 
 use crate::ground::Ground;
@@ -36,6 +37,7 @@ use tidegate_netns::{AddressBook, Namespace, PolicyRouteError};
 use tidegate_proxy::{Direct, Upstream};
 
 pub use inside::Inside;
+pub use relocatable::Relocatable;
 pub use transparent::Transparent;
 
 /// Removes what processes that were killed have left in namespaces, as their journal tells.

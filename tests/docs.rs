@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 use tidegate_testbed::server::EchoServer;
-use tidegate_testbed::{Process, Topology, addr, require_root};
+use tidegate_testbed::{Namespace, Process, Topology, addr, require_root};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -15,35 +15,47 @@ const PATIENCE: Duration = Duration::from_secs(10);
 fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
     require_root();
     let net = Topology::three();
-    let run_directory = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let tidegate = || {
+        let mut command = net.host.command(env!("CARGO_BIN_EXE_tidegate"));
+        command.env("TIDEGATE_RUN_DIR", directory.path()).env_remove("TIDEGATE_SOCKET");
+        command
+    };
     let _server = EchoServer::tcp(&net.container, SocketAddr::new(addr::CONTAINER_V4.into(), 80));
     let publish = Process::spawn(
-        net.host
-            .command(env!("CARGO_BIN_EXE_tidegate"))
-            .env("TIDEGATE_RUN_DIR", run_directory.path())
+        tidegate()
             .args(["publish", "8080:80", "8080:80/udp", "--metrics", "127.0.0.1:9464", "--netns"])
             .arg(net.container.path()),
     );
     publish.wait_for_line("metrics at", PATIENCE);
-    let scrape = net.host.run(|| {
+    net.host.run(|| {
         let mut asking = TcpStream::connect("127.0.0.1:8080").unwrap();
         asking.set_read_timeout(Some(PATIENCE)).unwrap();
         asking.write_all(b"echo").unwrap();
         asking.read_exact(&mut [0; 4]).unwrap();
-        let mut scraping = TcpStream::connect("127.0.0.1:9464").unwrap();
+    });
+    let mut shown = families(&net.host, "127.0.0.1:9464");
+
+    let file = directory.path().join("compose.yaml");
+    std::fs::write(&file, "services: { web: { command: [ sleep, '60' ], ports: [ '8081:80' ] } }").unwrap();
+    let up = Process::spawn(tidegate().args(["up", "--metrics", "127.0.0.1:9465", "-f"]).arg(&file));
+    up.wait_for_line("Ctrl-C takes", PATIENCE);
+    shown.extend(families(&net.host, "127.0.0.1:9465"));
+    assert_eq!(words(&read("docs/metrics.md"), "tidegate_"), shown);
+}
+
+/// The families of ours that a scrape at `address` shows.
+fn families(host: &Namespace, address: &str) -> BTreeSet<String> {
+    let page = host.run(|| {
+        let mut scraping = TcpStream::connect(address).unwrap();
         scraping.set_read_timeout(Some(PATIENCE)).unwrap();
         scraping.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
         let mut page = String::new();
         scraping.read_to_string(&mut page).unwrap();
         page
     });
-    let shown: BTreeSet<String> = scrape
-        .lines()
-        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
-        .filter(|name| name.starts_with("tidegate_"))
-        .map(str::to_owned)
-        .collect();
-    assert_eq!(words(&read("docs/metrics.md"), "tidegate_"), shown);
+    let families = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+    families.filter(|name| name.starts_with("tidegate_")).map(str::to_owned).collect()
 }
 
 #[test]

@@ -11,7 +11,7 @@ mod up {
 use std::fs;
 use std::time::Duration;
 use tidegate_testbed::{Namespace, Signal, eventually};
-use up::scene::{Scene, TIDEGATE, state};
+use up::scene::{Scene, TIDEGATE, refused, state};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -50,6 +50,7 @@ fn a_project_comes_up_answers_and_goes_without_a_trace() {
     up.stop(Signal::INT, SOON);
     assert_eq!(state(&scene.net.host), before);
     assert!(!scene.run.path().join("projects/demo").exists());
+    assert!(!scene.socket().exists() && !scene.socket().with_extension("sock.lock").exists());
 }
 
 #[test]
@@ -95,13 +96,22 @@ fn a_second_instance_is_told_who_the_first_is() {
     let up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
     up.wait_for_line("Ctrl-C takes", SOON);
     let pid = up.pid();
-    let error = scene.refused(&HELLO.replace("TIDEGATE", TIDEGATE));
+    let socket = scene.socket();
     assert_eq!(
-        error,
+        scene.refused(&HELLO.replace("TIDEGATE", TIDEGATE)),
+        format!(
+            "tidegate: error: tidegate is up already (process {pid}, socket {}); stop that one, or set TIDEGATE_SOCKET to another path\n",
+            socket.display()
+        )
+    );
+    let mut again = scene.command(&HELLO.replace("TIDEGATE", TIDEGATE));
+    assert_eq!(
+        refused(again.env("TIDEGATE_SOCKET", socket.with_extension("other"))),
         format!(
             "tidegate: error: project \"demo\" is up already (process {pid}); stop that one, or choose another name\n"
         )
     );
+    assert!(!socket.with_extension("other").exists() && socket.exists());
 }
 
 #[test]
@@ -121,6 +131,10 @@ fn what_cannot_be_is_one_line_and_changes_nothing() {
         (
             service(", x-netns: /nowhere").replace("command: 'true', ", ""),
             "service \"web\": no such namespace /nowhere",
+        ),
+        (
+            service(", x-netns: /proc/self/ns/net").replace("command: 'true', ", ""),
+            "endpoint \"web\": its network namespace is the host's own; give it a container's",
         ),
         (service("").replace("'true'", "/no/such/program"), "web"),
         (service(", image: nginx"), "compose.yaml:"),

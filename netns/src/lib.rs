@@ -33,6 +33,7 @@ compile_error!("network namespaces exist on Linux only");
 mod addresses;
 mod family;
 mod handle;
+mod lock;
 mod netlink;
 mod policy_route;
 mod routes;
@@ -43,6 +44,7 @@ mod user;
 pub use addresses::AddressBook;
 pub use family::{Families, Family};
 pub use handle::{Namespace, NamespaceId, OpenError};
+pub use lock::{Lock, lock_file};
 pub use policy_route::{
     MAX_SELECTORS, PolicyRoute, PolicyRouteError, Selector, Steered, Sysctl, sweep, sweep_in,
 };

@@ -85,6 +85,12 @@ impl Network {
 }
 
 impl Desired {
+    /// The networks, and of the endpoints `name` alone.
+    pub(crate) fn with_endpoint(&self, name: &str) -> Self {
+        let endpoints = self.endpoints.iter().filter(|endpoint| endpoint.name == name).cloned().collect();
+        Self { networks: self.networks.clone(), endpoints }
+    }
+
     /// All facts, in the order to make them.
     #[must_use]
     pub fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {

@@ -47,6 +47,12 @@ pub enum ConflictError {
         /// Where it should be.
         subnet: IpNet,
     },
+    /// An endpoint would be plugged into the namespace that its bridge is in.
+    #[error("endpoint {endpoint:?}: its network namespace is the host's own; give it a container's")]
+    OnTheHost {
+        /// Which.
+        endpoint: String,
+    },
     /// An endpoint names a network that is not there.
     #[error("endpoint {endpoint:?}: there is no network {network:?}")]
     NoSuchNetwork {

@@ -132,6 +132,18 @@ pub enum Fact {
 }
 
 impl Fact {
+    /// Whether it is about the endpoint `name`: in its namespace, or the link to it.
+    pub(crate) fn is_of_endpoint(&self, name: &str) -> bool {
+        match self {
+            Self::Veth { endpoint, .. } => endpoint == name,
+            Self::Setting { place, .. }
+            | Self::Address { place, .. }
+            | Self::Up { place, .. }
+            | Self::DefaultRoute { place, .. } => matches!(place, Place::Endpoint(there) if there == name),
+            Self::Bridge { .. } | Self::Port { .. } | Self::Rule(_) => false,
+        }
+    }
+
     /// Whether it ends by itself with the link that it is about.
     pub(crate) fn goes_with_its_link(&self) -> bool {
         matches!(

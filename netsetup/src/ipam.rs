@@ -190,6 +190,12 @@ impl Pools {
     }
 }
 
+/// How many addresses there are to give out in `subnet`, the gateway's included. More than 2^64 are not counted.
+#[must_use]
+pub fn capacity(subnet: IpNet) -> u128 {
+    usable(subnet).1
+}
+
 /// The address that a bridge takes when none is given: the first usable one.
 #[must_use]
 pub fn gateway(subnet: IpNet) -> IpAddr {

@@ -6,6 +6,9 @@ use tidegate_model::registry;
 
 /// A way to keep networks closed.
 pub trait Isolation: Send + Sync {
+    /// What it is called where one is told: a word.
+    fn name(&self) -> &'static str;
+
     /// What `network` needs, in the order to make it, behind its bridge and before its addresses.
     fn facts(&self, network: &Network) -> Vec<Fact>;
 }
@@ -25,6 +28,10 @@ pub trait Isolation: Send + Sync {
 pub struct WithoutFirewall;
 
 impl Isolation for WithoutFirewall {
+    fn name(&self) -> &'static str {
+        "without-firewall"
+    }
+
     fn facts(&self, network: &Network) -> Vec<Fact> {
         let bridge = &network.bridge.name;
         let set = |name: String, value| setting(Place::Host, name, value);

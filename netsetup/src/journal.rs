@@ -2,27 +2,24 @@
 //!
 //! One file for each owner, a JSON value on each line: who writes, then each operation. "add" is written before the kernel is
 //! asked, "remove" after it has done it: so a fact that may be true is always in the file, whenever the process ends. What the
-//! file says twice, or says although it never came to be, does no harm: removing what is not there is no error.
+//! file says twice, or says although it never came to be, does no harm: removing what is not there is no error. With the removal
+//! of a link goes what was on it, without a line of its own.
 //!
 //! The file lives in a directory that does not survive a reboot, as the things it tells of do not. It is locked (flock(2)) for
 //! as long as its owner lives; the lock goes with the process, however that ends.
 
+use crate::world::outlasts;
 use crate::{Fact, JournalError, Op};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use tidegate_netns::{Lock, lock_file};
 
 /// Lines after which the file is written anew, if they tell of less than half as many facts.
 const COMPACT_FROM: usize = 4096;
-
-/// How often to try for the lock, and how long to wait in between, before another process is said to have it: a child of a dead
-/// owner holds on to it until it executes its program, and an owner that ends may delete the file meanwhile.
-const ATTEMPTS: usize = 10;
-const PAUSE: Duration = Duration::from_millis(20);
 
 /// One line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -78,7 +75,7 @@ impl Journal {
     pub(crate) fn after(&mut self, op: &Op) -> Result<(), JournalError> {
         if let Op::Remove(fact) = op {
             self.write(&Line::Remove(fact.clone()))?;
-            self.facts.retain(|other| other != fact);
+            self.facts.retain(outlasts(fact));
             if self.lines > COMPACT_FROM && self.facts.len() < self.lines / 2 {
                 self.compact()?;
             }
@@ -134,28 +131,12 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
 }
 
-/// Opens and locks the file that is at `path` when the lock is had.
+/// Opens and locks the file that is at `path`.
 fn lock(path: &Path) -> Result<File, JournalError> {
-    let failed = |source| JournalError::Io { path: path.to_owned(), source };
-    let mut holder_seen = 0;
-    for _ in 0..ATTEMPTS {
-        let file = create(path).map_err(failed)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                holder_seen = holder(&file);
-                std::thread::sleep(PAUSE);
-                continue;
-            }
-            Err(errno) => return Err(failed(errno.into())),
-        }
-        // Its last owner may have deleted it meanwhile.
-        let same = fs::metadata(path).and_then(|there| Ok(there.ino() == file.metadata()?.ino()));
-        if same.unwrap_or(false) {
-            return Ok(file);
-        }
+    match lock_file(path).map_err(|source| JournalError::Io { path: path.to_owned(), source })? {
+        Lock::Had(file) => Ok(file),
+        Lock::Held(file) => Err(JournalError::InUse { path: path.to_owned(), holder: holder(&file) }),
     }
-    Err(JournalError::InUse { path: path.to_owned(), holder: holder_seen })
 }
 
 /// Who wrote last that it owns the file.
@@ -178,7 +159,7 @@ fn read(path: &Path, file: &File) -> Result<(Vec<Fact>, usize), JournalError> {
         match serde_json::from_slice(&text) {
             Ok(Line::Owner { .. }) => {}
             Ok(Line::Add(fact)) => facts.push(fact),
-            Ok(Line::Remove(fact)) => facts.retain(|other| *other != fact),
+            Ok(Line::Remove(fact)) => facts.retain(outlasts(&fact)),
             Err(source) => return Err(JournalError::Damaged { path: path.to_owned(), line: lines, source }),
         }
     }
@@ -239,6 +220,22 @@ mod tests {
         );
         drop(journal);
         assert_eq!(Journal::open(&path).unwrap().facts(), [up("stays")]);
+    }
+
+    #[test]
+    fn with_a_link_goes_what_was_on_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("demo.journal");
+        let mut journal = Journal::open(&path).unwrap();
+        let mac = crate::Mac([2, 0, 0, 0, 0, 1]);
+        let bridge = Fact::Bridge { interface: crate::Interface { name: "a".into(), mac }, mtu: 1500 };
+        for fact in [bridge.clone(), up("a"), up("b")] {
+            journal.before(&Op::Add(fact)).unwrap();
+        }
+        journal.after(&Op::Remove(bridge)).unwrap();
+        assert_eq!(journal.facts(), [up("b")]);
+        drop(journal);
+        assert_eq!(Journal::open(&path).unwrap().facts(), [up("b")]);
     }
 
     #[test]

@@ -67,10 +67,15 @@ impl Kernel {
         Self { host, endpoints: BTreeMap::new(), connections: BTreeMap::new() }
     }
 
-    /// Tells where the endpoint `name` is.
-    pub fn add_endpoint(&mut self, name: &str, namespace: Namespace) {
+    /// Tells where the endpoint `name` is, and returns where it was.
+    pub fn add_endpoint(&mut self, name: &str, namespace: Namespace) -> Option<Namespace> {
         self.connections.remove(&Place::Endpoint(name.to_owned()));
-        self.endpoints.insert(name.to_owned(), namespace);
+        self.endpoints.insert(name.to_owned(), namespace)
+    }
+
+    /// Whether the endpoint `name` is in the host's own namespace.
+    pub(crate) fn is_on_the_host(&self, name: &str) -> bool {
+        self.endpoints.get(name).is_some_and(|namespace| namespace.id() == self.host.id())
     }
 
     fn namespace(&self, place: &Place) -> Result<&Namespace, KernelError> {

@@ -37,7 +37,7 @@ mod world;
 pub use desired::{Attachment, Desired, Endpoint, Network, Subnet};
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
 pub use fact::{Fact, Interface, Op, Place, Reach, Rule};
-pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, gateway};
+pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
 pub use isolation::{Isolation, WithoutFirewall};
 pub use journal::Journal;
 pub use kernel::Kernel;

@@ -4,6 +4,7 @@ use crate::{
     ApplyError, ConflictError, Desired, Fact, Interface, Isolation, Journal, JournalError, Kernel,
     KernelError, Observed, Op, plan,
 };
+use tidegate_netns::Namespace;
 
 /// Networks and endpoints of one owner.
 #[derive(Debug)]
@@ -52,6 +53,11 @@ impl<I: Isolation> Setup<I> {
         &mut self.kernel
     }
 
+    /// How networks are kept closed.
+    pub fn isolation(&self) -> &I {
+        &self.isolation
+    }
+
     /// What may be there because of us.
     #[must_use]
     pub fn owned(&self) -> &[Fact] {
@@ -77,6 +83,60 @@ impl<I: Isolation> Setup<I> {
             None => Ok(ops.len()),
             Some(op) => Err(SetupError::Verify(op)),
         }
+    }
+
+    /// Plugs the endpoint `name` of `desired`, which must have been applied, into `namespace`: its container has come back in
+    /// another one. It keeps its interfaces, addresses and routes; other endpoints are not touched. In the namespace that it is in
+    /// already, what is missing is made again. Returns the number of steps.
+    ///
+    /// # Errors
+    /// [`SetupError`]. Where it cannot be, because an interface is in the way for instance, nothing was changed; where a step
+    /// fails, the endpoint is unplugged.
+    pub async fn replug(
+        &mut self,
+        desired: &Desired,
+        name: &str,
+        namespace: Namespace,
+    ) -> Result<usize, SetupError> {
+        let part = desired.with_endpoint(name);
+        let old = self.kernel.add_endpoint(name, namespace.clone());
+        if let Some(old) = old.filter(|old| old.id() != namespace.id()) {
+            let fits = self.plan_part(&part).await;
+            self.kernel.add_endpoint(name, old);
+            fits?;
+            self.unplug(name).await?;
+            self.kernel.add_endpoint(name, namespace);
+        }
+        let ops = self.plan_part(&part).await?;
+        self.carry_out(&ops).await?;
+        match self.plan_part(&part).await?.into_iter().next() {
+            None => Ok(ops.len()),
+            Some(op) => Err(SetupError::Verify(op)),
+        }
+    }
+
+    /// Takes back what endpoint `name` has.
+    async fn unplug(&mut self, name: &str) -> Result<(), SetupError> {
+        let facts = self.journal.facts().iter().rev().filter(|fact| fact.is_of_endpoint(name)).cloned();
+        let (on_links, others): (Vec<Fact>, Vec<Fact>) = facts.partition(Fact::goes_with_its_link);
+        for op in others.into_iter().map(Op::Remove) {
+            match self.kernel.execute(&op).await {
+                Ok(()) => self.journal.after(&op)?,
+                Err(source) => {
+                    return Err(ApplyError { op: Box::new(op), source, left: Vec::new() }.into());
+                }
+            }
+        }
+        // Of links that are not ours, `lo` above all. The namespace may be past everything.
+        for op in on_links.into_iter().map(Op::Remove) {
+            if self.journal.facts().contains(op.fact()) {
+                if let Err(error) = self.kernel.execute(&op).await {
+                    tracing::debug!(%error, "not taken back in a namespace that is left");
+                }
+                self.journal.after(&op)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes back all that is ours, whoever made it: this process or one before it that was killed.
@@ -121,10 +181,26 @@ impl<I: Isolation> Setup<I> {
     }
 
     async fn plan(&mut self, desired: &Desired) -> Result<Vec<Op>, SetupError> {
+        self.check_places(desired)?;
         let mut asked = self.journal.facts().to_vec();
         asked.extend(desired.facts(&self.isolation));
         let observed = self.kernel.observe(&asked).await?;
         Ok(plan(desired, self.journal.facts(), &observed, &self.isolation)?.ops)
+    }
+
+    /// What is missing of `part`, which is a part of what was applied.
+    async fn plan_part(&mut self, part: &Desired) -> Result<Vec<Op>, SetupError> {
+        self.check_places(part)?;
+        let observed = self.kernel.observe(&part.facts(&self.isolation)).await?;
+        Ok(plan(part, &[], &observed, &self.isolation)?.ops)
+    }
+
+    /// Whether every endpoint is somewhere else than its bridge.
+    fn check_places(&self, desired: &Desired) -> Result<(), ConflictError> {
+        match desired.endpoints.iter().find(|endpoint| self.kernel.is_on_the_host(&endpoint.name)) {
+            Some(endpoint) => Err(ConflictError::OnTheHost { endpoint: endpoint.name.clone() }),
+            None => Ok(()),
+        }
     }
 
     async fn carry_out(&mut self, ops: &[Op]) -> Result<(), SetupError> {

@@ -36,11 +36,20 @@ impl World {
             }
             Op::Remove(fact) => {
                 self.facts.remove(fact);
-                for (place, link) in links_of(fact) {
-                    self.facts.retain(|other| !(other.goes_with_its_link() && is_on(other, &place, &link)));
+                if !links_of(fact).is_empty() {
+                    self.facts.retain(outlasts(fact));
                 }
             }
         }
+    }
+}
+
+/// Which facts are still true when `gone` is not: neither `gone` itself nor, if it is a link, what was on it.
+pub(crate) fn outlasts(gone: &Fact) -> impl Fn(&Fact) -> bool {
+    let links = links_of(gone);
+    move |fact| {
+        let on_it = || links.iter().any(|(place, link)| is_on(fact, place, link));
+        fact != gone && !(fact.goes_with_its_link() && on_it())
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
-use tidegate_reactor::{Descriptors, EventLoop, Sender};
+use tidegate_reactor::{Descriptors, EventLoop, Permit, Sender};
 
 /// How often a draining engine looks whether everything has ended.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
@@ -246,6 +246,12 @@ impl Engine {
                 tracing::error!("an event loop panicked");
             }
         }
+    }
+
+    /// Takes `count` descriptors out of those that connections and sessions may have, for as long as the permit is kept: for
+    /// sockets that are opened while the engine runs, and that [`Settings::reserved_descriptors`] could not count.
+    pub fn reserve(&self, count: u32) -> Option<Permit> {
+        self.shared.descriptors.take(count)
     }
 
     /// How many descriptors connections and sessions may still take.

@@ -35,6 +35,7 @@ pub use metrics::{FAMILIES, Family, Kind, PortSnapshot, describe};
 pub use port::{Direction, Drop, Refusal};
 pub use proxy_protocol::ProxyProtocol;
 pub use source_ports::SourcePorts;
+pub use tidegate_reactor::Permit;
 pub use udp::session_table::TableLimits;
 pub use upstream::{
     Direct, Flow, Lease, Opened, Upstream, begin_connect, has_lost_its_address, is_exhaustion, socket,

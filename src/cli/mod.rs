@@ -4,6 +4,7 @@ mod completion;
 mod doctor;
 mod duration;
 mod hello;
+mod ps;
 mod publish;
 mod up;
 
@@ -24,8 +25,8 @@ use tracing_subscriber::filter::LevelFilter;
 #[derive(Debug, Parser)]
 #[command(name = "tidegate", version, about, max_term_width = 100)]
 #[command(
-    after_help = "Environment:\n  TIDEGATE_LOG  what is logged to standard error: a level (info, debug, trace), \
-    or target=level,...\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
+    after_help = "Environment:\n  TIDEGATE_LOG     what is logged to standard error: a level (info, debug, trace), \
+    or target=level,...\n  TIDEGATE_SOCKET  where tidegate up serves its API, and where tidegate ps asks\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -35,6 +36,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Up(up::Up),
+    Ps(ps::Ps),
     Publish(Box<publish::Publish>),
     Doctor(doctor::Doctor),
     /// Be Docker's docker-proxy (see the binary of that name)
@@ -105,6 +107,7 @@ impl Command {
         let done = |()| true;
         match self {
             Self::Up(up) => up.run(),
+            Self::Ps(ps) => ps.run().map(done),
             Self::Publish(publish) => publish.run().map(done),
             Self::Doctor(doctor) => doctor.run(),
             Self::DockerProxy { .. } => unreachable!("taken care of above"),

@@ -35,7 +35,7 @@ mod supervisor;
 pub use error::ServiceError;
 pub use files::sweep;
 pub use output::{Output, StandardOutput};
-pub use supervisor::{DEFAULT_GRACE, Supervisor};
+pub use supervisor::{DEFAULT_GRACE, Observer, Supervisor};
 
 use crate::compose::Restart;
 use serde::{Deserialize, Serialize};

@@ -156,7 +156,25 @@ impl Supervisor {
     /// How the services are, in the order of their start; those not yet begun with are missing.
     #[must_use]
     pub fn statuses(&self) -> Vec<Status> {
-        self.services.iter().map(|service| service.status.borrow().clone()).collect()
+        self.observer().statuses()
+    }
+
+    /// What tells how the services that have been begun with are, wherever the supervisor is.
+    #[must_use]
+    pub fn observer(&self) -> Observer {
+        Observer(self.services.iter().map(|service| service.status.clone()).collect())
+    }
+}
+
+/// Looks how services are.
+#[derive(Clone, Debug)]
+pub struct Observer(Vec<watch::Receiver<Status>>);
+
+impl Observer {
+    /// How they are now, in the order of their start.
+    #[must_use]
+    pub fn statuses(&self) -> Vec<Status> {
+        self.0.iter().map(|status| status.borrow().clone()).collect()
     }
 }
 

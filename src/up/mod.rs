@@ -10,32 +10,44 @@
 //! closed before they are up (see [`tidegate_netsetup`]), so there is no moment at which more can be reached than
 //! what is published.
 
+mod announce;
+mod control;
 mod layout;
+mod metrics;
 
+use crate::api::socket::{self, Socket};
+use crate::api::{Adopted, MAX_CLIENTS, Order, Server, Subject};
 use crate::compose::{self, Project, Run};
 use crate::ground::Ground;
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
-use crate::ports::{bind, raise_descriptor_limit, runs};
+use crate::ports::{bind, raise_descriptor_limit};
+use crate::publisher::{Endpoint, Publisher};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
-use crate::source::{Source, clean_up_after_the_dead};
+use crate::source::clean_up_after_the_dead;
 use anyhow::{Context, anyhow, bail};
 use layout::{Layout, Surroundings, fnv, hosts, layout, resolv_conf};
 use rustix::net::netdevice::name_to_index;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
-use std::net::SocketAddr;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
-use tidegate_model::{PortSpec, Protocol, PublishLabel};
+use std::time::{Duration, SystemTime};
+use tidegate_model::{PortSpec, Protocol};
 use tidegate_netns::{Namespace, run_directory};
-use tidegate_netsetup::{Journal, JournalError, Kernel, Setup, WithoutFirewall};
-use tidegate_proxy::{Engine, Listener, PortOptions, Settings};
+use tidegate_netsetup::{Isolation, Journal, JournalError, Kernel, Setup, WithoutFirewall};
+use tidegate_proxy::{Listener, Settings};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 
 /// How long running connections may go on once all services have ended: none is answered any more.
 const DRAIN: Duration = Duration::from_millis(100);
+
+/// Descriptors that a service keeps: its namespace, and its init's socket, process and two streams.
+const SERVICE_DESCRIPTORS: usize = 5;
+
+/// Orders that may wait; who gives one more waits himself.
+const ORDERS: usize = 8;
 
 /// What is asked for.
 #[derive(Debug)]
@@ -54,14 +66,15 @@ pub struct Up {
 struct Instance {
     setup: Setup<WithoutFirewall>,
     up: Running,
+    server: Server,
+    orders: mpsc::Receiver<Order>,
 }
 
 /// What runs on the networks.
 struct Running {
     layout: Layout,
-    /// What is published for each service: where, and which port of it.
-    published: BTreeMap<String, Vec<(PublishLabel, u16)>>,
-    engine: Arc<Engine>,
+    publisher: Arc<Publisher>,
+    adopted: Arc<Adopted>,
     supervisor: Supervisor,
 }
 
@@ -100,6 +113,7 @@ impl Up {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
         };
+        let started = SystemTime::now();
         let mut project = compose::load(&self.file)?;
         if let Some(name) = &self.project {
             project.name.clone_from(name);
@@ -110,6 +124,7 @@ impl Up {
         let run = run_directory()
             .context("no place for what is to be remembered: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR")?;
         let run = run.join("projects").join(&project.name);
+        let socket = Socket::open(socket::path()?)?;
         let journal = Journal::open(&run.join("network.journal")).map_err(|error| match error {
             JournalError::InUse { holder, .. } => {
                 anyhow!(
@@ -138,9 +153,26 @@ impl Up {
                 return Err(error);
             }
         };
-        let mut instance = Instance { setup, up };
-        instance.up.announce()?;
-        let well = instance.up.follow(&mut signals).await;
+        let (orders, received) = mpsc::channel(ORDERS);
+        let subject = Subject {
+            compose_file: std::path::absolute(&self.file).unwrap_or_else(|_| self.file.clone()),
+            started,
+            isolation: setup.isolation().name(),
+            desired: up.layout.desired.clone(),
+            services: project.services.iter().map(|service| service.name.clone()).collect(),
+            observer: up.supervisor.observer(),
+            publisher: Arc::clone(&up.publisher),
+            adopted: Arc::clone(&up.adopted),
+            orders,
+            project: project.name,
+        };
+        let server = Server::start(socket, Arc::new(subject));
+        let mut instance = Instance { setup, up, server, orders: received };
+        if let Err(error) = instance.up.announce() {
+            // Whoever read it has seen enough.
+            tracing::debug!(%error, "standard output");
+        }
+        let well = instance.follow(&mut signals).await;
         instance.take_down(&mut signals).await?;
         let _ = fs::remove_dir_all(&run);
         Ok(well)
@@ -168,7 +200,7 @@ impl Up {
         };
         let mut surroundings = Surroundings { observed: &observed, host_id: host_id(), random: &mut random };
         let layout = layout(project, &mut surroundings)?;
-        let mut ports = open_ports(project)?;
+        let ports = open_ports(project)?;
         let recorder = self.metrics.map(Recorder::install).transpose()?;
 
         let mut namespaces = BTreeMap::new();
@@ -184,91 +216,52 @@ impl Up {
         }
         setup.apply(&layout.desired).await?;
         if ground.is_rootless() {
-            open_gateway_ports(&layout, ground, &mut ports)?;
             tracing::warn!(
-                "containers have no way out as yet: networks are apart from the host's without root"
+                "containers have no way out as yet: without root their networks are apart from the host's"
             );
         }
 
-        let listeners = ports.values().map(Vec::len).sum::<usize>();
         let mut settings = Settings::default();
-        settings.reserved_descriptors += listeners + 2 * namespaces.len();
-        let inside = ground.networks().clone();
-        let rootless = ground.is_rootless();
-        let enter = move || if rootless { inside.enter() } else { Ok(()) };
-        let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
-        let mut published: BTreeMap<String, Vec<(PublishLabel, u16)>> = BTreeMap::new();
+        settings.reserved_descriptors += SERVICE_DESCRIPTORS * namespaces.len() + MAX_CLIENTS;
         let bridges = bridges(&layout, ground)?;
-        for ((service, protocol), listeners) in ports {
-            let (Some(namespace), Some(addresses)) =
-                (namespaces.get(&service), layout.addresses.get(&service))
-            else {
-                continue;
-            };
-            let labels = listeners.iter().map(|(listener, port)| (listener.label(), *port));
-            published.entry(service.clone()).or_default().extend(labels);
-            let upstream = Source::towards_namespace(None, ground, namespace, addresses, protocol)
-                .with_context(|| format!("service {service:?}"))?;
-            let mut options = PortOptions::new(upstream);
-            options.enclosures =
-                layout.enclosures(&service, |bridge| bridges.get(bridge).copied().unwrap_or(0));
-            engine.publish(listeners, &Arc::new(options)).context("event loops")?;
+        let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
+        let gateways = gateways.map(|subnet| subnet.gateway).collect();
+        let publisher = Arc::new(Publisher::new(ground.clone(), settings, gateways));
+        for (name, namespace) in &namespaces {
+            let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
+            let enclosures = layout.enclosures(name, |bridge| bridges.get(bridge).copied().unwrap_or(0));
+            publisher.add_endpoint(name, Endpoint::new(namespace.clone(), addresses, enclosures));
         }
-        if let Some(recorder) = recorder {
-            recorder.serve(Arc::clone(&engine)).context("metrics endpoint")?;
-        }
-
-        let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
-        let specs = specs(project, &layout, &namespaces);
-        supervisor.start(specs).await?;
-        Ok(Running { layout, published, engine, supervisor })
-    }
-}
-
-impl Running {
-    /// Waits for the services to end, or a signal. Whether all is well.
-    async fn follow(&mut self, signals: &mut Signals) -> bool {
-        if self.supervisor.statuses().is_empty() {
-            signals.next().await;
-            return true;
-        }
-        tokio::select! {
-            ended = self.supervisor.wait() => ended.success(),
-            () = signals.next() => true,
-        }
-    }
-
-    /// Tells what is there.
-    fn announce(&self) -> anyhow::Result<()> {
-        let mut rows = vec![["SERVICE", "NETWORK", "ADDRESS", "PUBLISHED"].map(str::to_owned)];
-        for endpoint in &self.layout.desired.endpoints {
-            let published = self.published.get(&endpoint.name).map(Vec::as_slice).unwrap_or_default();
-            let ports: Vec<_> =
-                runs(published).into_iter().map(|(from, to)| format!("{from}->{to}")).collect();
-            let (mut name, mut ports) = (endpoint.name.clone(), ports.join(", "));
-            for attachment in &endpoint.attachments {
-                let addresses: Vec<_> =
-                    attachment.addresses.iter().map(|net| net.addr().to_string()).collect();
-                let (name, ports) = (std::mem::take(&mut name), std::mem::take(&mut ports));
-                rows.push([name, attachment.network.clone(), addresses.join(", "), ports]);
+        let begun = async {
+            for ((service, protocol), listeners) in ports {
+                publisher.adopt(&service, protocol, listeners)?;
             }
-        }
-        let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-        let widths = [0, 1, 2, 3].map(width);
-        let mut out = io::stdout().lock();
-        for row in &rows {
-            let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-            writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
-        }
-        writeln!(out, "Ctrl-C takes all of it down again.")?;
-        Ok(out.flush()?)
+            if let Some(recorder) = recorder {
+                let (desired, told) = (layout.desired.clone(), Arc::clone(&publisher));
+                let recorder = recorder.with(move |page| metrics::families(&desired, &told, page));
+                recorder.serve(Arc::clone(publisher.engine())).context("metrics endpoint")?;
+            }
+            let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
+            supervisor.start(specs(project, &layout, &namespaces)).await?;
+            anyhow::Ok(supervisor)
+        };
+        // The metrics know of the publisher until the process ends.
+        let supervisor = begun.await.inspect_err(|_| {
+            publisher.close(Duration::ZERO);
+        })?;
+        let adopted = project.services.iter().filter_map(|service| match &service.run {
+            Run::Adopt(path) => Some((service.name.clone(), path.clone())),
+            Run::Command(_) => None,
+        });
+        Ok(Running { layout, publisher, adopted: Arc::new(Adopted::new(adopted)), supervisor })
     }
 }
 
 impl Instance {
     /// Takes everything back; a signal meanwhile ends the patience with services.
     async fn take_down(self, signals: &mut Signals) -> anyhow::Result<()> {
-        let Running { engine, mut supervisor, .. } = self.up;
+        self.server.close();
+        let Running { publisher, mut supervisor, .. } = self.up;
         let impatient = {
             let stop = supervisor.stop();
             tokio::pin!(stop);
@@ -281,11 +274,10 @@ impl Instance {
             supervisor.kill();
             supervisor.wait().await;
         }
-        let drained = engine.drain(DRAIN, || false);
+        let drained = publisher.close(DRAIN);
         if drained.cut > 0 {
             tracing::info!(connections = drained.cut, "connections were cut");
         }
-        drop(engine);
         Ok(self.setup.finish().await?)
     }
 }
@@ -322,32 +314,6 @@ fn bridges(layout: &Layout, ground: &Ground) -> anyhow::Result<BTreeMap<String, 
         names.map(|name| Ok((name.clone(), name_to_index(&socket, &name)?))).collect::<io::Result<_>>()
     };
     ground.networks().with(index)?.context("look for the bridges")
-}
-
-/// Opens what is published on all addresses at the gateways of the project's networks too, where those are not addresses of the host.
-fn open_gateway_ports(layout: &Layout, ground: &Ground, ports: &mut OpenPorts) -> anyhow::Result<()> {
-    for ((service, protocol), opened) in ports {
-        let on_all: BTreeSet<(u16, u16)> = opened
-            .iter()
-            .map(|(listener, container_port)| (listener.label().address(), *container_port))
-            .filter(|(address, _)| address.ip().is_unspecified())
-            .map(|(address, container_port)| (address.port(), container_port))
-            .collect();
-        for gateway in layout.desired.networks.iter().flat_map(|network| &network.subnets) {
-            for (port, container_port) in &on_all {
-                let address = SocketAddr::new(gateway.gateway, *port);
-                let listener = ground
-                    .networks()
-                    .with(|| Listener::bind(address, *protocol))
-                    .context("the networks' namespace")?
-                    .with_context(|| {
-                        format!("service {service:?}: port {port} at gateway {}", gateway.gateway)
-                    })?;
-                opened.push((listener, *container_port));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// What the supervisor is to run. Adopted namespaces have processes of their own.

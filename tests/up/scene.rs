@@ -1,8 +1,10 @@
 //! A host with an outside, to bring projects up on.
 
+#![allow(dead_code, reason = "every test crate uses a part of it")]
+
 use std::fs;
 use std::os::unix::fs::chown;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 use tidegate_testbed::{Namespace, Process, Topology};
@@ -26,13 +28,13 @@ impl Scene {
         Self { net: Topology::three(), run: directory(), directory: directory() }
     }
 
-    /// Begins to bring `file` up.
-    pub(crate) fn up(&self, file: &str) -> Process {
-        self.spawn(self.net.host.command(TIDEGATE), file)
+    /// `tidegate` on the host, with the scene's place for what would be below `/run`.
+    pub(crate) fn tidegate(&self) -> Command {
+        self.at_home(self.net.host.command(TIDEGATE))
     }
 
     /// The same, as a user who has no privilege.
-    pub(crate) fn up_as_nobody(&self, file: &str) -> Process {
+    pub(crate) fn tidegate_as_nobody(&self) -> Command {
         for directory in [&self.run, &self.directory] {
             chown(directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
         }
@@ -40,26 +42,57 @@ impl Scene {
         command.args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}"), "--clear-groups"]);
         // The wish to go with the test is lost with the privileges.
         command.args(["--pdeathsig", "KILL", TIDEGATE]);
-        self.spawn(command, file)
+        self.at_home(command)
     }
 
-    fn spawn(&self, mut command: Command, file: &str) -> Process {
+    fn at_home(&self, mut command: Command) -> Command {
+        command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
+        command.env_remove("TIDEGATE_SOCKET");
+        command
+    }
+
+    /// What brings `file` up.
+    pub(crate) fn command(&self, file: &str) -> Command {
+        self.brings_up(self.tidegate(), file)
+    }
+
+    fn brings_up(&self, mut tidegate: Command, file: &str) -> Command {
         let path = self.directory.path().join("compose.yaml");
         fs::write(&path, file).unwrap();
-        command.arg("up").arg("-f").arg(path).args(["--metrics", "none"]);
-        command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
-        Process::spawn(&mut command)
+        tidegate.arg("up").arg("-f").arg(path).args(["--metrics", "none"]);
+        tidegate
+    }
+
+    /// Begins to bring `file` up.
+    pub(crate) fn up(&self, file: &str) -> Process {
+        Process::spawn(&mut self.command(file))
+    }
+
+    /// The same, as a user who has no privilege.
+    pub(crate) fn up_as_nobody(&self, file: &str) -> Process {
+        Process::spawn(&mut self.brings_up(self.tidegate_as_nobody(), file))
     }
 
     /// What is told of `file`, which cannot be brought up.
     #[track_caller]
     pub(crate) fn refused(&self, file: &str) -> String {
-        let mut up = self.up(file);
-        let code = up.wait(Duration::from_secs(10)).code();
-        let told = up.wait_for_output(Duration::from_secs(10));
-        assert_eq!(code, Some(1), "{told}");
-        told
+        refused(&mut self.command(file))
     }
+
+    /// Where the API is.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.run.path().join("api.sock")
+    }
+}
+
+/// What is told by `command`, which fails.
+#[track_caller]
+pub(crate) fn refused(command: &mut Command) -> String {
+    let mut process = Process::spawn(command);
+    let code = process.wait(Duration::from_secs(10)).code();
+    let told = process.wait_for_output(Duration::from_secs(10));
+    assert_eq!(code, Some(1), "{told}");
+    told
 }
 
 /// All that can be seen of a namespace: links, addresses, routes, rules.

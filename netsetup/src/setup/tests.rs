@@ -29,11 +29,15 @@ impl Bed {
     }
 
     fn setup(&self, endpoints: &[(&str, &Namespace)]) -> Setup<WithoutFirewall> {
+        self.setup_at("test.journal", endpoints)
+    }
+
+    fn setup_at(&self, journal: &str, endpoints: &[(&str, &Namespace)]) -> Setup<WithoutFirewall> {
         let mut kernel = Kernel::new(self.host.clone());
         for (name, namespace) in endpoints {
             kernel.add_endpoint(name, (*namespace).clone());
         }
-        let journal = Journal::open(&self.directory.path().join("test.journal")).unwrap();
+        let journal = Journal::open(&self.directory.path().join(journal)).unwrap();
         Setup::new(kernel, journal, WithoutFirewall)
     }
 
@@ -298,4 +302,62 @@ fn a_thousand_endpoints_are_set_up_and_taken_down() {
     bed.runtime.block_on(setup.finish()).unwrap();
     println!("and gone after {:?}", start.elapsed());
     assert_eq!(bed.state(), before);
+}
+
+/// Blue's endpoint `a` in another namespace, as a container that was restarted.
+#[test]
+fn an_endpoint_is_plugged_into_another_namespace_and_its_neighbours_notice_nothing() {
+    let bed = Bed::new();
+    let before = bed.state();
+    let [a, b, c, again] = [(); 4].map(|()| Namespace::create().unwrap());
+    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+    let desired = two_networks();
+    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    let owned = setup.owned().len();
+    let neighbours = |state: String| -> Vec<String> {
+        state
+            .lines()
+            .filter(|line| line.contains("tgv-b") || line.contains("tgv-c"))
+            .map(str::to_owned)
+            .collect()
+    };
+    let (there, theirs) = (a.id(), neighbours(bed.state()));
+    for namespace in [&again, &a, &again] {
+        bed.runtime.block_on(setup.replug(&desired, "a", namespace.clone())).unwrap();
+        assert!(reaches(&b, namespace, "10.9.1.10:0", SOON));
+        assert_eq!(setup.owned().len(), owned, "nothing is remembered twice");
+    }
+    assert_eq!(a.id(), there);
+    assert!(a.sysctl("net.ipv4.conf.eth0.forwarding").is_err(), "nothing is left where it was");
+    assert_eq!(neighbours(bed.state()), theirs);
+    assert_eq!(bed.runtime.block_on(setup.apply(&desired)).unwrap(), 0);
+    bed.runtime.block_on(setup.finish()).unwrap();
+    assert_eq!(bed.state(), before);
+}
+
+#[test]
+fn a_namespace_in_which_the_interface_is_taken_is_refused_and_the_endpoint_stays_where_it_was() {
+    let bed = Bed::new();
+    let [a, b, c, full] = [(); 4].map(|()| Namespace::create().unwrap());
+    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+    let desired = two_networks();
+    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    let mut other = bed.setup_at("other.journal", &[("full", &full)]);
+    let mut elsewhere = two_networks();
+    elsewhere.networks.truncate(1);
+    elsewhere.networks[0].bridge = interface("tg-other", 77);
+    elsewhere.networks[0].subnets.truncate(1);
+    elsewhere.networks[0].subnets[0].subnet = "10.9.7.0/24".parse().unwrap();
+    elsewhere.networks[0].subnets[0].gateway = "10.9.7.1".parse().unwrap();
+    elsewhere.endpoints.truncate(1);
+    elsewhere.endpoints[0].name = "full".into();
+    elsewhere.endpoints[0].attachments[0].host_end = interface("tgv-full", 78);
+    elsewhere.endpoints[0].attachments[0].inside = interface("eth0", 79);
+    elsewhere.endpoints[0].attachments[0].addresses = vec!["10.9.7.2/24".parse().unwrap()];
+    bed.runtime.block_on(other.apply(&elsewhere)).unwrap();
+    let before = bed.state();
+    let error = bed.runtime.block_on(setup.replug(&desired, "a", full)).unwrap_err().to_string();
+    assert!(error.contains("\"eth0\" on endpoint \"a\" exists already"), "{error}");
+    assert_eq!(bed.state(), before);
+    assert!(reaches(&b, &a, "10.9.1.10:0", SOON));
 }

@@ -1,0 +1,270 @@
+//! The requests that there are.
+
+use super::problem::Problem;
+use super::subject::{Order, Subject, port_of};
+use super::types::{Endpoint, ErrorBody, Network, NewNamespace, NewPorts, Port, Status};
+use crate::publisher::{PortId, PublishError};
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, PathRejection};
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::{StatusCode, Uri};
+use axum::routing::{delete, get, put};
+use axum::{Json, Router};
+use serde::de::DeserializeOwned;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tidegate_model::{PortSpec, Protocol};
+use tokio::sync::oneshot;
+use utoipa::OpenApi;
+
+/// The most that a request's body may be, in bytes: some hundred times what there is to say.
+const MAX_BODY: usize = 64 << 10;
+
+/// The document that describes the API.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "tidegate",
+        description = "What `tidegate up` runs on this host. HTTP on a Unix socket, for the user who ran it and for root."
+    ),
+    paths(
+        status,
+        networks,
+        network,
+        endpoints,
+        endpoint,
+        set_namespace,
+        ports,
+        add_ports,
+        remove_port,
+        document
+    ),
+    components(schemas(ErrorBody))
+)]
+struct Document;
+
+type Answer<T> = Result<Json<T>, Problem>;
+type Named = Result<Path<String>, PathRejection>;
+type Body = Result<Bytes, BytesRejection>;
+
+/// All routes, over `subject`.
+pub(super) fn router(subject: Arc<Subject>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/networks", get(networks))
+        .route("/v1/networks/{name}", get(network))
+        .route("/v1/endpoints", get(endpoints))
+        .route("/v1/endpoints/{name}", get(endpoint))
+        .route("/v1/endpoints/{name}/namespace", put(set_namespace))
+        .route("/v1/ports", get(ports).post(add_ports))
+        .route("/v1/ports/{id}", delete(remove_port))
+        .route("/v1/openapi.json", get(document))
+        .fallback(nothing_there)
+        .method_not_allowed_fallback(not_that_way)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(subject)
+}
+
+/// What runs, and how its services are
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, body = Status)))]
+async fn status(State(subject): State<Arc<Subject>>) -> Json<Status> {
+    Json(subject.status())
+}
+
+/// All networks
+#[utoipa::path(get, path = "/v1/networks", responses((status = 200, body = Vec<Network>)))]
+async fn networks(State(subject): State<Arc<Subject>>) -> Json<Vec<Network>> {
+    Json(subject.networks())
+}
+
+/// One network
+#[utoipa::path(
+    get,
+    path = "/v1/networks/{name}",
+    params(("name" = String, Path)),
+    responses((status = 200, body = Network), (status = 404, body = ErrorBody))
+)]
+async fn network(State(subject): State<Arc<Subject>>, name: Named) -> Answer<Network> {
+    let name = text(name)?;
+    let found = subject.networks().into_iter().find(|network| network.name == name);
+    found.map(Json).ok_or_else(|| Problem::not_found(&format!("there is no network {name:?}")))
+}
+
+/// All endpoints, with their attachments and published ports
+#[utoipa::path(get, path = "/v1/endpoints", responses((status = 200, body = Vec<Endpoint>)))]
+async fn endpoints(State(subject): State<Arc<Subject>>) -> Json<Vec<Endpoint>> {
+    Json(subject.endpoints())
+}
+
+/// One endpoint
+#[utoipa::path(
+    get,
+    path = "/v1/endpoints/{name}",
+    params(("name" = String, Path)),
+    responses((status = 200, body = Endpoint), (status = 404, body = ErrorBody))
+)]
+async fn endpoint(State(subject): State<Arc<Subject>>, name: Named) -> Answer<Endpoint> {
+    find_endpoint(&subject, text(name)?)
+}
+
+/// Plug an adopted endpoint into another namespace
+///
+/// Its container has come back there. It keeps its interfaces, addresses and published ports. That the path it was adopted by leads to
+/// another namespace is noticed without this request.
+#[utoipa::path(
+    put,
+    path = "/v1/endpoints/{name}/namespace",
+    params(("name" = String, Path)),
+    request_body = NewNamespace,
+    responses(
+        (status = 200, body = Endpoint),
+        (status = 400, body = ErrorBody, description = "The path leads to no network namespace."),
+        (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody, description = "The endpoint was not adopted, or does not fit into that namespace."),
+        (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody)
+    )
+)]
+async fn set_namespace(State(subject): State<Arc<Subject>>, name: Named, body: Body) -> Answer<Endpoint> {
+    let (name, new) = (text(name)?, json::<NewNamespace>(body)?);
+    let netns = PathBuf::from(new.netns);
+    if !netns.is_absolute() {
+        return Err(Problem::bad_request(&format!("netns: {} is not an absolute path", netns.display())));
+    }
+    let (done, is_done) = oneshot::channel();
+    let order = Order::Replug { endpoint: name.clone(), netns, done };
+    let closed = || Problem::from(PublishError::Closed);
+    subject.orders.send(order).await.map_err(|_| closed())?;
+    is_done.await.map_err(|_| closed())??;
+    find_endpoint(&subject, name)
+}
+
+/// All published ports
+#[utoipa::path(get, path = "/v1/ports", responses((status = 200, body = Vec<Port>)))]
+async fn ports(State(subject): State<Arc<Subject>>) -> Json<Vec<Port>> {
+    Json(subject.ports())
+}
+
+/// Publish ports of an endpoint: all of them, or none
+#[utoipa::path(
+    post,
+    path = "/v1/ports",
+    request_body = NewPorts,
+    responses(
+        (status = 201, body = Vec<Port>, description = "What was opened."),
+        (status = 400, body = ErrorBody),
+        (status = 404, body = ErrorBody, description = "There is no such endpoint."),
+        (status = 409, body = ErrorBody, description = "A port is in use; the error says by whom."),
+        (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody)
+    )
+)]
+async fn add_ports(
+    State(subject): State<Arc<Subject>>,
+    body: Body,
+) -> Result<(StatusCode, Json<Vec<Port>>), Problem> {
+    let new = json::<NewPorts>(body)?;
+    let spec: PortSpec = new.spec.parse().map_err(|error| Problem::bad_request(&error))?;
+    if spec.protocol() == Protocol::Sctp {
+        return Err(Problem::bad_request(&format!("port spec \"{spec}\": protocol not supported")));
+    }
+    // Opening sockets is quick; finding out who is in the way is not.
+    let endpoint = new.endpoint.clone();
+    let opened = blocking(move || subject.publisher.publish(&endpoint, &spec)).await??;
+    tracing::info!(endpoint = new.endpoint, %spec, sockets = opened.len(), "published");
+    Ok((StatusCode::CREATED, Json(opened.iter().map(port_of).collect())))
+}
+
+/// Close a published port: its connections are reset
+#[utoipa::path(
+    delete,
+    path = "/v1/ports/{id}",
+    params(("id" = u32, Path)),
+    responses((status = 204), (status = 404, body = ErrorBody))
+)]
+async fn remove_port(State(subject): State<Arc<Subject>>, id: Named) -> Result<StatusCode, Problem> {
+    let id = text(id)?;
+    let not_there = || Problem::not_found(&format!("there is no published port {id:?}"));
+    let number = id.parse().map_err(|_| not_there())?;
+    let removed = blocking(move || subject.publisher.unpublish(PortId(number))).await?;
+    if !removed {
+        return Err(not_there());
+    }
+    tracing::info!(id, "port closed");
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// This document
+#[utoipa::path(get, path = "/v1/openapi.json", responses((status = 200, body = serde_json::Value)))]
+async fn document() -> Json<utoipa::openapi::OpenApi> {
+    Json(Document::openapi())
+}
+
+async fn nothing_there(uri: Uri) -> Problem {
+    Problem::not_found(&format!("there is nothing at {}; see /v1/openapi.json", uri.path()))
+}
+
+async fn not_that_way(uri: Uri) -> Problem {
+    let line = format!("{} does not take requests of that method; see /v1/openapi.json", uri.path());
+    Problem::of(StatusCode::METHOD_NOT_ALLOWED, &line)
+}
+
+fn find_endpoint(subject: &Subject, name: String) -> Answer<Endpoint> {
+    let found = subject.endpoints().into_iter().find(|endpoint| endpoint.name == name);
+    found.map(Json).ok_or_else(|| PublishError::NoEndpoint(name).into())
+}
+
+/// The part of the path that is a name.
+fn text(name: Named) -> Result<String, Problem> {
+    name.map(|Path(name)| name).map_err(|rejection| Problem::of(rejection.status(), &rejection.body_text()))
+}
+
+/// The body as JSON, whatever its `Content-Type` says: `curl -d` says something else.
+fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
+    let body = body.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            Problem::of(rejection.status(), &format!("a request's body may have {MAX_BODY} bytes at most"))
+        }
+        status => Problem::of(status, &rejection.body_text()),
+    })?;
+    serde_json::from_slice(&body)
+        .map_err(|error| Problem::bad_request(&format!("the request's body: {error}")))
+}
+
+/// Runs what takes a while where nobody waits for it.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_body_that_is_not_understood_is_told_with_its_reason() {
+        let line = |body: &str| json::<NewPorts>(Ok(Bytes::from(body.to_owned()))).unwrap_err().line;
+        assert!(line("").starts_with("the request's body: EOF"), "{}", line(""));
+        assert!(line(r#"{"endpoint":"web"}"#).contains("missing field `spec`"));
+        assert!(line(r#"{"endpoint":"web","spec":"80","port":1}"#).contains("unknown field `port`"));
+    }
+
+    #[test]
+    fn the_document_describes_every_route() {
+        let document = serde_json::to_value(Document::openapi()).unwrap();
+        let paths: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
+        assert_eq!(
+            paths,
+            [
+                "/v1/endpoints",
+                "/v1/endpoints/{name}",
+                "/v1/endpoints/{name}/namespace",
+                "/v1/networks",
+                "/v1/networks/{name}",
+                "/v1/openapi.json",
+                "/v1/ports",
+                "/v1/ports/{id}",
+                "/v1/status"
+            ]
+        );
+    }
+}

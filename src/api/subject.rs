@@ -1,0 +1,236 @@
+//! What the API tells about, turned into what it says.
+
+use super::problem::Problem;
+use super::types::{Attachment, Endpoint, Exit, Network, Port, Service, State, Status, Subnet, Transport};
+use crate::publisher::{OpenPort, Publisher};
+use crate::services::{self, Observer};
+use crate::version::{COMMIT, VERSION};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+use tidegate_model::Protocol;
+use tidegate_netsetup::{self as netsetup, Desired};
+use tokio::sync::{mpsc, oneshot};
+
+/// A running project.
+pub(crate) struct Subject {
+    /// Its name.
+    pub(crate) project: String,
+    /// Its Compose file.
+    pub(crate) compose_file: PathBuf,
+    /// When it was started.
+    pub(crate) started: SystemTime,
+    /// How its networks are kept closed.
+    pub(crate) isolation: &'static str,
+    /// Its networks and endpoints.
+    pub(crate) desired: Desired,
+    /// The names of its services, in the order of the file.
+    pub(crate) services: Vec<String>,
+    /// Its services' states.
+    pub(crate) observer: Observer,
+    /// Where its endpoints are and what they publish.
+    pub(crate) publisher: Arc<Publisher>,
+    /// The paths of adopted namespaces.
+    pub(crate) adopted: Arc<Adopted>,
+    /// To whoever makes networks.
+    pub(crate) orders: mpsc::Sender<Order>,
+}
+
+/// The paths of adopted namespaces by endpoint, and which of them lead nowhere.
+#[derive(Debug, Default)]
+pub(crate) struct Adopted(Mutex<BTreeMap<String, (PathBuf, bool)>>);
+
+/// Something to be done to the networks.
+#[derive(Debug)]
+pub(crate) enum Order {
+    /// The container of an adopted endpoint has come back.
+    Replug {
+        /// Which endpoint.
+        endpoint: String,
+        /// Where its namespace is now.
+        netns: PathBuf,
+        /// Told what came of it.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
+}
+
+impl Adopted {
+    /// Each of `paths` leads to a namespace.
+    pub(crate) fn new(paths: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
+        Self(Mutex::new(paths.into_iter().map(|(name, path)| (name, (path, false))).collect()))
+    }
+
+    /// All paths.
+    pub(crate) fn paths(&self) -> BTreeMap<String, PathBuf> {
+        self.all().iter().map(|(name, (path, _))| (name.clone(), path.clone())).collect()
+    }
+
+    /// The path of `endpoint`, and whether it leads nowhere now.
+    pub(crate) fn get(&self, endpoint: &str) -> Option<(PathBuf, bool)> {
+        self.all().get(endpoint).cloned()
+    }
+
+    /// The namespace of `endpoint` is at `path`, or was until it went.
+    pub(crate) fn set(&self, endpoint: &str, path: PathBuf, gone: bool) {
+        self.all().insert(endpoint.to_owned(), (path, gone));
+    }
+
+    fn all(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, (PathBuf, bool)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Subject {
+    pub(super) fn status(&self) -> Status {
+        let statuses = self.observer.statuses();
+        let service = |name: &String| match statuses.iter().find(|status| status.name == *name) {
+            Some(status) => service_of(status),
+            None => {
+                let gone = self.adopted.get(name).is_some_and(|(_, gone)| gone);
+                let state = if gone { State::Gone } else { State::Adopted };
+                Service { name: name.clone(), state, pid: None, restarts: 0, exit: None, since: None }
+            }
+        };
+        Status {
+            version: VERSION.to_owned(),
+            commit: COMMIT.to_owned(),
+            project: self.project.clone(),
+            compose_file: self.compose_file.display().to_string(),
+            pid: std::process::id(),
+            started: time(self.started),
+            isolation: self.isolation.to_owned(),
+            services: self.services.iter().map(service).collect(),
+        }
+    }
+
+    pub(super) fn networks(&self) -> Vec<Network> {
+        self.desired.networks.iter().map(|network| self.network(network)).collect()
+    }
+
+    fn network(&self, network: &netsetup::Network) -> Network {
+        let on_it = |endpoint: &&netsetup::Endpoint| {
+            endpoint.attachments.iter().any(|attachment| attachment.network == network.name)
+        };
+        let subnet = |one: &netsetup::Subnet| Subnet { subnet: one.subnet, gateway: one.gateway };
+        Network {
+            name: network.name.clone(),
+            bridge: network.bridge.name.clone(),
+            subnets: network.subnets.iter().map(subnet).collect(),
+            internal: network.internal,
+            inter_container: network.inter_container,
+            mtu: network.mtu,
+            endpoints: self
+                .desired
+                .endpoints
+                .iter()
+                .filter(on_it)
+                .map(|endpoint| endpoint.name.clone())
+                .collect(),
+        }
+    }
+
+    pub(super) fn endpoints(&self) -> Vec<Endpoint> {
+        let mut ports: BTreeMap<String, Vec<Port>> = BTreeMap::new();
+        for port in self.publisher.ports() {
+            ports.entry(port.endpoint.clone()).or_default().push(port_of(&port));
+        }
+        let endpoint = |endpoint: &netsetup::Endpoint| Endpoint {
+            name: endpoint.name.clone(),
+            namespace: self
+                .publisher
+                .namespace(&endpoint.name)
+                .map_or_else(String::new, |it| it.id().to_string()),
+            netns: self.adopted.get(&endpoint.name).map(|(path, _)| path.display().to_string()),
+            attachments: self.attachments(endpoint),
+            ports: ports.remove(&endpoint.name).unwrap_or_default(),
+        };
+        self.desired.endpoints.iter().map(endpoint).collect()
+    }
+
+    fn attachments(&self, endpoint: &netsetup::Endpoint) -> Vec<Attachment> {
+        let internal: BTreeSet<&str> = self
+            .desired
+            .networks
+            .iter()
+            .filter(|network| network.internal)
+            .map(|network| network.name.as_str())
+            .collect();
+        let attachment = |one: &netsetup::Attachment| Attachment {
+            network: one.network.clone(),
+            interface: one.inside.name.clone(),
+            mac: one.inside.mac.to_string(),
+            addresses: one.addresses.clone(),
+            default_route: one.default_route && !internal.contains(one.network.as_str()),
+        };
+        endpoint.attachments.iter().map(attachment).collect()
+    }
+
+    pub(super) fn ports(&self) -> Vec<Port> {
+        self.publisher.ports().iter().map(port_of).collect()
+    }
+}
+
+pub(super) fn port_of(port: &OpenPort) -> Port {
+    let address = port.label.address();
+    Port {
+        id: port.id.0,
+        endpoint: port.endpoint.clone(),
+        publish: port.label.to_string(),
+        host_ip: address.ip(),
+        host_port: address.port(),
+        protocol: match port.label.protocol() {
+            Protocol::Tcp => Transport::Tcp,
+            Protocol::Udp => Transport::Udp,
+            Protocol::Sctp => Transport::Sctp,
+        },
+        container_port: port.container_port,
+    }
+}
+
+fn service_of(status: &services::Status) -> Service {
+    let exit = |exit: services::Exit| match exit {
+        services::Exit::Code(code) => Exit { code: Some(code), signal: None },
+        services::Exit::Signal(signal) => Exit { code: None, signal: Some(signal) },
+    };
+    let (state, ended) = match status.state {
+        services::State::Starting => (State::Starting, None),
+        services::State::Running => (State::Running, None),
+        services::State::Restarting(how) => (State::Restarting, Some(exit(how))),
+        services::State::Ended(how) => (State::Ended, Some(exit(how))),
+    };
+    Service {
+        name: status.name.clone(),
+        state,
+        pid: status.pid,
+        restarts: status.restarts,
+        exit: ended,
+        since: Some(time(status.since)),
+    }
+}
+
+fn time(time: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(time).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_a_service_has_ended_is_told_with_its_state() {
+        let mut status = services::Status {
+            name: "web".into(),
+            pid: None,
+            state: services::State::Restarting(services::Exit::Signal(9)),
+            restarts: 2,
+            since: SystemTime::UNIX_EPOCH,
+        };
+        let service = service_of(&status);
+        assert_eq!((service.state, service.restarts), (State::Restarting, 2));
+        assert_eq!(service.exit, Some(Exit { code: None, signal: Some(9) }));
+        assert_eq!(service.since.as_deref(), Some("1970-01-01T00:00:00Z"));
+        status.state = services::State::Running;
+        assert_eq!(service_of(&status).exit, None);
+    }
+}

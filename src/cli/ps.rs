@@ -1,0 +1,139 @@
+//! `tidegate ps`: what runs here.
+
+use crate::api::client::Client;
+use crate::api::types::{Endpoint, Network, Service, State, Status};
+use crate::ports::runs;
+use crate::table::table;
+use anyhow::Context;
+use clap::Args;
+use std::io::{self, Write};
+use tidegate_model::PublishLabel;
+
+/// List what tidegate up runs here: services, their addresses and published ports, and networks
+///
+/// Asks the instance whose socket TIDEGATE_SOCKET names, or else the usual one. Exits 1 if there is none.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  tidegate ps\n  tidegate ps --json | jq '.endpoints[].ports[].publish'")]
+pub(super) struct Ps {
+    /// Tell it as JSON: an object of status, networks and endpoints, each as the API has it
+    #[arg(long)]
+    json: bool,
+}
+
+impl Ps {
+    pub(super) fn run(&self) -> anyhow::Result<()> {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
+        let (status, networks, endpoints): (Status, Vec<Network>, Vec<Endpoint>) =
+            runtime.block_on(async {
+                let client = Client::new()?;
+                let status = client.get("/v1/status").await?;
+                let networks = client.get("/v1/networks").await?;
+                anyhow::Ok((status, networks, client.get("/v1/endpoints").await?))
+            })?;
+        let text = if self.json {
+            let all = serde_json::json!({ "status": status, "networks": networks, "endpoints": endpoints });
+            format!("{all:#}\n")
+        } else {
+            format!("{}\n{}", services_table(&status.services, &endpoints), networks_table(&networks))
+        };
+        let mut out = io::stdout().lock();
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            // Whoever read it has seen enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result.context("standard output"),
+        }
+    }
+}
+
+/// A row for each network of each service; what is the service's stands in the first.
+fn services_table(services: &[Service], endpoints: &[Endpoint]) -> String {
+    let mut rows = vec![["SERVICE", "STATE", "NETWORK", "ADDRESS", "PUBLISHED"].map(str::to_owned)];
+    for endpoint in endpoints {
+        let state = services.iter().find(|service| service.name == endpoint.name).map(state);
+        let mut own = [endpoint.name.clone(), state.unwrap_or_default(), published(endpoint)];
+        for attachment in &endpoint.attachments {
+            let [name, state, ports] = std::mem::take(&mut own);
+            let addresses: Vec<_> = attachment.addresses.iter().map(|net| net.addr().to_string()).collect();
+            rows.push([name, state, attachment.network.clone(), addresses.join(", "), ports]);
+        }
+    }
+    table(&rows)
+}
+
+fn networks_table(networks: &[Network]) -> String {
+    let mut rows = vec![["NETWORK", "SUBNET", "GATEWAY", "INTERNAL", "BRIDGE"].map(str::to_owned)];
+    for network in networks {
+        let list = |of: fn(&crate::api::types::Subnet) -> String| {
+            network.subnets.iter().map(of).collect::<Vec<_>>().join(", ")
+        };
+        rows.push([
+            network.name.clone(),
+            list(|one| one.subnet.to_string()),
+            list(|one| one.gateway.to_string()),
+            if network.internal { "yes" } else { "no" }.to_owned(),
+            network.bridge.clone(),
+        ]);
+    }
+    table(&rows)
+}
+
+/// `running`, `ended (1)`, `restarting (signal 9, 3 times)`.
+fn state(service: &Service) -> String {
+    let word = match service.state {
+        State::Starting => "starting",
+        State::Running => "running",
+        State::Restarting => "restarting",
+        State::Ended => "ended",
+        State::Adopted => "adopted",
+        State::Gone => "gone",
+    };
+    let mut remarks = Vec::new();
+    if let Some(exit) = service.exit {
+        remarks.extend(exit.code.map(|code| code.to_string()));
+        remarks.extend(exit.signal.map(|signal| format!("signal {signal}")));
+    }
+    match service.restarts {
+        0 => {}
+        1 => remarks.push("restarted once".to_owned()),
+        times => remarks.push(format!("restarted {times} times")),
+    }
+    if remarks.is_empty() { word.to_owned() } else { format!("{word} ({})", remarks.join(", ")) }
+}
+
+fn published(endpoint: &Endpoint) -> String {
+    let label = |port: &crate::api::types::Port| {
+        Some((port.publish.parse::<PublishLabel>().ok()?, port.container_port))
+    };
+    let ports: Vec<_> = endpoint.ports.iter().filter_map(label).collect();
+    let runs = runs(&ports).into_iter().map(|(from, to)| format!("{from}->{to}"));
+    runs.collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::types::Exit;
+
+    #[test]
+    fn a_state_tells_how_it_came_to_be() {
+        let mut service = Service {
+            name: "web".into(),
+            state: State::Running,
+            pid: Some(1),
+            restarts: 0,
+            exit: None,
+            since: None,
+        };
+        assert_eq!(state(&service), "running");
+        service.restarts = 3;
+        assert_eq!(state(&service), "running (restarted 3 times)");
+        service.state = State::Ended;
+        service.restarts = 1;
+        service.exit = Some(Exit { code: Some(2), signal: None });
+        assert_eq!(state(&service), "ended (2, restarted once)");
+        service.exit = Some(Exit { code: None, signal: Some(9) });
+        service.restarts = 0;
+        assert_eq!(state(&service), "ended (signal 9)");
+    }
+}

@@ -1,0 +1,394 @@
+//! The published ports of endpoints: which are open, where they lead, and how they come and go at run time.
+//!
+//! An endpoint is a namespace and its addresses. All its ports of one protocol share one way to it ([`Relocatable`]), so that a
+//! container that comes back elsewhere takes a thousand ports along at once. Nothing that is done to one port or one
+//! endpoint is noticed by the flows of another.
+//!
+//! Where networks are apart from the host ([`Ground::is_rootless`]) their gateways are no addresses of its own. What is published on all
+//! addresses is opened there too then, and comes and goes with the port.
+
+use crate::ground::Ground;
+use crate::ports::{PortError, bind};
+use crate::source::{Relocatable, Source, SourceError};
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tidegate_model::{PortSpec, Protocol, PublishLabel, host_addresses};
+use tidegate_netns::Namespace;
+use tidegate_proxy::{
+    Drained, Enclosures, Engine, Listener, Permit, PortOptions, PublishedPort, Settings, Upstream,
+};
+
+/// Sockets to listen on at most: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses. What goes beyond that is a
+/// mistake, and the list of them has to be told in one piece.
+pub(crate) const MAX_PORTS: usize = 4 * 65_535;
+
+/// Descriptors that a way into a namespace keeps: two for each of its two books of addresses, one for its policy route.
+const WAY_DESCRIPTORS: u32 = 5;
+
+/// Which port it is. Numbers are not given out twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct PortId(pub(crate) u32);
+
+/// A published port, as it is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct OpenPort {
+    /// Which one.
+    pub(crate) id: PortId,
+    /// Whose port it leads to.
+    pub(crate) endpoint: String,
+    /// Where it listens.
+    pub(crate) label: PublishLabel,
+    /// The endpoint's port.
+    pub(crate) container_port: u16,
+}
+
+/// Why a port is not published, or an endpoint not relocated. Nothing has changed then.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PublishError {
+    /// There is no such endpoint.
+    #[error("there is no endpoint {0:?}")]
+    NoEndpoint(String),
+    /// The port cannot be had.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// There are [`MAX_PORTS`].
+    #[error("{0} ports more would be over {MAX_PORTS}, which is all there may be; remove some first")]
+    TooMany(usize),
+    /// Descriptors have run out.
+    #[error("{0} ports more leave no file descriptors for connections; raise the limit (ulimit -n)")]
+    NoDescriptors(usize),
+    /// There is no way into the endpoint.
+    #[error("endpoint {endpoint:?}: {source}")]
+    NoWay {
+        /// Which endpoint.
+        endpoint: String,
+        /// What is in the way.
+        source: SourceError,
+    },
+    /// No event loop could be started.
+    #[error("event loops: {0}")]
+    Engine(io::Error),
+    /// The end has begun.
+    #[error("everything is being taken down")]
+    Closed,
+}
+
+/// Publishes ports of endpoints.
+pub(crate) struct Publisher {
+    ground: Ground,
+    engine: Arc<Engine>,
+    /// Where a port on all addresses has to be opened besides.
+    gateways: Vec<IpAddr>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    endpoints: BTreeMap<String, Endpoint>,
+    ports: BTreeMap<PortId, Port>,
+    /// The last number that was given out.
+    last: u32,
+    closed: bool,
+}
+
+/// What ports can lead to.
+pub(crate) struct Endpoint {
+    namespace: Namespace,
+    addresses: Vec<IpAddr>,
+    enclosures: Enclosures,
+    relocations: u64,
+    ways: BTreeMap<Protocol, Way>,
+}
+
+impl Endpoint {
+    /// At `addresses` in `namespace`; `enclosures` says who may use which address of this host to get there.
+    pub(crate) fn new(namespace: Namespace, addresses: &[IpAddr], enclosures: Enclosures) -> Self {
+        Self { namespace, addresses: addresses.to_vec(), enclosures, relocations: 0, ways: BTreeMap::new() }
+    }
+}
+
+/// How flows of one protocol reach an endpoint.
+struct Way {
+    upstream: Arc<Relocatable>,
+    options: Arc<PortOptions>,
+    _descriptors: Permit,
+}
+
+struct Port {
+    told: OpenPort,
+    /// Itself, and the same at gateways.
+    published: Vec<PublishedPort>,
+    _descriptors: Vec<Permit>,
+}
+
+impl Publisher {
+    /// Publishes nothing yet. `gateways` are the addresses of all networks on this side.
+    pub(crate) fn new(ground: Ground, settings: Settings, gateways: Vec<IpAddr>) -> Self {
+        // What connects to containers lives where their networks are.
+        let (inside, gateways) = if ground.is_rootless() {
+            (Some(ground.networks().clone()), gateways)
+        } else {
+            (None, Vec::new())
+        };
+        let enter = move || inside.as_ref().map_or(Ok(()), Namespace::enter);
+        let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
+        Self { ground, engine, gateways, state: Mutex::default() }
+    }
+
+    /// What carries the traffic.
+    pub(crate) fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// Makes `name` an endpoint that ports can lead to.
+    pub(crate) fn add_endpoint(&self, name: &str, endpoint: Endpoint) {
+        self.state().endpoints.insert(name.to_owned(), endpoint);
+    }
+
+    /// Where endpoint `name` is.
+    pub(crate) fn namespace(&self, name: &str) -> Option<Namespace> {
+        self.state().endpoints.get(name).map(|endpoint| endpoint.namespace.clone())
+    }
+
+    /// How often each endpoint has moved.
+    pub(crate) fn relocations(&self) -> BTreeMap<String, u64> {
+        let state = self.state();
+        state.endpoints.iter().map(|(name, endpoint)| (name.clone(), endpoint.relocations)).collect()
+    }
+
+    /// Opens the ports of `spec` and leads them to `endpoint`: all, or none.
+    ///
+    /// # Errors
+    /// [`PublishError`].
+    pub(crate) fn publish(&self, endpoint: &str, spec: &PortSpec) -> Result<Vec<OpenPort>, PublishError> {
+        let per_mapping = host_addresses(spec.host_ip()).map(|ip| 1 + self.gateways_for(ip).count());
+        let sockets = spec.mappings().len() * per_mapping.sum::<usize>();
+        // Before anything is opened, so that nobody else is left without descriptors meanwhile.
+        self.state().check(endpoint, sockets)?;
+        let permits = self.permits(sockets)?;
+        let mut listeners = Vec::new();
+        for mapping in spec.mappings() {
+            let opened = bind(&mapping)?;
+            listeners.extend(opened.into_iter().map(|listener| (listener, mapping.container_port)));
+        }
+        self.lead(endpoint, spec.protocol(), listeners, permits)
+    }
+
+    /// Leads `listeners`, which are all of `protocol`, each to the port of `endpoint` beside it. They are closed if that fails.
+    ///
+    /// # Errors
+    /// [`PublishError`].
+    pub(crate) fn adopt(
+        &self,
+        endpoint: &str,
+        protocol: Protocol,
+        listeners: Vec<(Listener, u16)>,
+    ) -> Result<Vec<OpenPort>, PublishError> {
+        let sockets =
+            |(listener, _): &(Listener, u16)| 1 + self.gateways_for(listener.label().address().ip()).count();
+        let permits = self.permits(listeners.iter().map(sockets).sum())?;
+        self.lead(endpoint, protocol, listeners, permits)
+    }
+
+    /// What `count` sockets need: one descriptor each, with two left for a connection.
+    fn permits(&self, count: usize) -> Result<Vec<Permit>, PublishError> {
+        let permits: Option<Vec<Permit>> = (0..count).map(|_| self.engine.reserve(1)).collect();
+        let permits = permits.filter(|_| self.engine.descriptors_left() >= 2);
+        permits.ok_or(PublishError::NoDescriptors(count))
+    }
+
+    fn lead(
+        &self,
+        endpoint: &str,
+        protocol: Protocol,
+        listeners: Vec<(Listener, u16)>,
+        permits: Vec<Permit>,
+    ) -> Result<Vec<OpenPort>, PublishError> {
+        let told: Vec<_> = listeners.iter().map(|(listener, port)| (listener.label(), *port)).collect();
+        let mut sockets = Vec::with_capacity(permits.len());
+        // How many sockets each port has.
+        let mut counts = Vec::with_capacity(told.len());
+        for (listener, container_port) in listeners {
+            let at_gateways = self.open_at_gateways(listener.label())?;
+            counts.push(1 + at_gateways.len());
+            let all = std::iter::once(listener).chain(at_gateways);
+            sockets.extend(all.map(|listener| (listener, container_port)));
+        }
+        let mut state = self.state();
+        state.check(endpoint, sockets.len())?;
+        let options = state.way(endpoint, protocol, self)?;
+        let published = self.engine.publish(sockets, &options).map_err(PublishError::Engine)?;
+        let (mut published, mut permits) = (published.into_iter(), permits.into_iter());
+        let mut opened = Vec::with_capacity(told.len());
+        for ((label, container_port), count) in told.into_iter().zip(counts) {
+            state.last += 1;
+            let id = PortId(state.last);
+            let told = OpenPort { id, endpoint: endpoint.to_owned(), label, container_port };
+            opened.push(told.clone());
+            let published = published.by_ref().take(count).collect();
+            let descriptors = permits.by_ref().take(count).collect();
+            state.ports.insert(id, Port { told, published, _descriptors: descriptors });
+        }
+        Ok(opened)
+    }
+
+    /// The gateways at which a port on `ip` is opened too.
+    fn gateways_for(&self, ip: IpAddr) -> impl Iterator<Item = IpAddr> + '_ {
+        let same = move |gateway: &IpAddr| ip.is_unspecified() && gateway.is_ipv4() == ip.is_ipv4();
+        self.gateways.iter().copied().filter(same)
+    }
+
+    fn open_at_gateways(&self, label: PublishLabel) -> Result<Vec<Listener>, PublishError> {
+        let at = |gateway| SocketAddr::new(gateway, label.address().port());
+        let open = |gateway| Listener::bind(at(gateway), label.protocol()).map_err(PortError::from);
+        let gateways: Vec<IpAddr> = self.gateways_for(label.address().ip()).collect();
+        if gateways.is_empty() {
+            return Ok(Vec::new());
+        }
+        let opened = self.ground.networks().with(|| gateways.into_iter().map(open).collect::<Result<_, _>>());
+        Ok(opened.map_err(PublishError::Engine)??)
+    }
+
+    /// Closes a port: it can be bound again when this returns. Its connections are reset, its sessions end. False if there is no such
+    /// port (any more).
+    pub(crate) fn unpublish(&self, id: PortId) -> bool {
+        // Not under the lock: the loops have to be waited for.
+        let Some(port) = self.state().ports.remove(&id) else { return false };
+        port.published.into_iter().all(|socket| self.engine.unpublish(socket))
+    }
+
+    /// The open ports, in the order in which they were published.
+    pub(crate) fn ports(&self) -> Vec<OpenPort> {
+        self.state().ports.values().map(|port| port.told.clone()).collect()
+    }
+
+    /// `endpoint` is now at `addresses` in `namespace`. Its ports stay open and lead there from here on.
+    ///
+    /// # Errors
+    /// [`PublishError`]; its ports lead where they did.
+    pub(crate) fn relocate(
+        &self,
+        endpoint: &str,
+        namespace: &Namespace,
+        addresses: &[IpAddr],
+    ) -> Result<(), PublishError> {
+        let mut state = self.state();
+        let Some(found) = state.endpoints.get_mut(endpoint) else {
+            return Err(PublishError::NoEndpoint(endpoint.to_owned()));
+        };
+        let towards = |protocol: &Protocol| towards(&self.ground, endpoint, namespace, addresses, *protocol);
+        let ways = found.ways.keys().map(towards).collect::<Result<Vec<_>, _>>()?;
+        for (way, upstream) in found.ways.values().zip(ways) {
+            way.upstream.relocate(upstream, addresses);
+        }
+        found.namespace = namespace.clone();
+        found.addresses = addresses.to_vec();
+        found.relocations += 1;
+        Ok(())
+    }
+
+    /// Closes every port for good, lets connections go on for at most `deadline`, and cuts what is left. Nothing is left in the
+    /// endpoints' namespaces then, whoever still knows of this.
+    pub(crate) fn close(&self, deadline: Duration) -> Drained {
+        {
+            let mut state = self.state();
+            state.closed = true;
+            state.ports.clear();
+        }
+        let drained = self.engine.drain(deadline, || false);
+        // With the ways goes what they have set in there. Not under the lock: it takes a while.
+        let endpoints = std::mem::take(&mut self.state().endpoints);
+        drop(endpoints);
+        drained
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Whether `more` ports of `endpoint` may be opened.
+    fn check(&self, endpoint: &str, more: usize) -> Result<(), PublishError> {
+        if self.closed {
+            return Err(PublishError::Closed);
+        }
+        if !self.endpoints.contains_key(endpoint) {
+            return Err(PublishError::NoEndpoint(endpoint.to_owned()));
+        }
+        if self.ports.len() + more > MAX_PORTS {
+            return Err(PublishError::TooMany(more));
+        }
+        Ok(())
+    }
+
+    /// The way of `protocol` to `name`, made when it is first asked for.
+    fn way(
+        &mut self,
+        name: &str,
+        protocol: Protocol,
+        publisher: &Publisher,
+    ) -> Result<Arc<PortOptions>, PublishError> {
+        let Some(endpoint) = self.endpoints.get_mut(name) else {
+            return Err(PublishError::NoEndpoint(name.to_owned()));
+        };
+        if let Some(way) = endpoint.ways.get(&protocol) {
+            return Ok(Arc::clone(&way.options));
+        }
+        let descriptors = publisher.engine.reserve(WAY_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
+        let upstream = towards(&publisher.ground, name, &endpoint.namespace, &endpoint.addresses, protocol)?;
+        let upstream = Arc::new(Relocatable::new(upstream, &endpoint.addresses));
+        let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
+        options.enclosures = endpoint.enclosures.clone();
+        let options = Arc::new(options);
+        let way = Way { upstream, options: Arc::clone(&options), _descriptors: descriptors };
+        endpoint.ways.insert(protocol, way);
+        Ok(options)
+    }
+}
+
+fn towards(
+    ground: &Ground,
+    endpoint: &str,
+    namespace: &Namespace,
+    addresses: &[IpAddr],
+    protocol: Protocol,
+) -> Result<Arc<dyn Upstream>, PublishError> {
+    Source::towards_namespace(None, ground, namespace, addresses, protocol)
+        .map_err(|source| PublishError::NoWay { endpoint: endpoint.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With one endpoint, `web`.
+    fn publisher() -> Publisher {
+        let publisher = Publisher::new(Ground::here().unwrap(), Settings::default(), Vec::new());
+        let web = Endpoint::new(Namespace::current().unwrap(), &[], Enclosures::default());
+        publisher.add_endpoint("web", web);
+        publisher
+    }
+
+    #[test]
+    fn nothing_is_opened_for_an_endpoint_that_is_not_there_nor_after_the_end_has_begun() {
+        let publisher = publisher();
+        let spec: PortSpec = "127.0.0.1::80".parse().unwrap();
+        assert_eq!(publisher.publish("db", &spec).unwrap_err().to_string(), "there is no endpoint \"db\"");
+        publisher.close(Duration::ZERO);
+        assert!(matches!(publisher.publish("web", &spec), Err(PublishError::Closed)));
+        assert_eq!(publisher.ports(), []);
+        assert!(!publisher.unpublish(PortId(1)));
+    }
+
+    #[test]
+    fn there_is_an_end_to_how_many_ports_there_are() {
+        let publisher = publisher();
+        let state = publisher.state();
+        assert!(state.check("web", MAX_PORTS).is_ok());
+        assert!(matches!(state.check("web", MAX_PORTS + 1), Err(PublishError::TooMany(_))));
+    }
+}

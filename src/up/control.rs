@@ -1,0 +1,143 @@
+//! While a project runs: its end is waited for, orders are carried out, and containers that come back are plugged in again.
+//!
+//! An adopted namespace is a container of somebody else's. When that is restarted, the path it was adopted by leads to another namespace:
+//! that is looked for once a second, since nothing announces it. The old namespace cannot be mistaken for a new one meanwhile, because
+//! our handle keeps it, and with it its number.
+//!
+//! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
+
+use super::{Instance, Signals};
+use crate::api::{Order, Problem};
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tidegate_netns::{Namespace, NamespaceId};
+use tidegate_netsetup::SetupError;
+use tokio::time::{MissedTickBehavior, interval};
+
+/// How often adopted namespaces are looked after.
+const LOOK: Duration = Duration::from_secs(1);
+
+impl Instance {
+    /// Waits for the services to end, or a signal. Whether all is well.
+    pub(super) async fn follow(&mut self, signals: &mut Signals) -> bool {
+        let has_services = !self.up.supervisor.statuses().is_empty();
+        let mut ticks = interval(LOOK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // What was said last of an endpoint that could not be plugged in, so that it is not said every second.
+        let mut said = BTreeMap::new();
+        loop {
+            tokio::select! {
+                ended = self.up.supervisor.wait(), if has_services => return ended.success(),
+                () = signals.next() => return true,
+                Some(order) = self.orders.recv() => self.carry_out(order).await,
+                _ = ticks.tick() => self.look_after_adopted(&mut said).await,
+            }
+        }
+    }
+
+    async fn carry_out(&mut self, order: Order) {
+        match order {
+            Order::Replug { endpoint, netns, done } => {
+                let result = self.replug_to(&endpoint, netns).await;
+                // Who has gone meanwhile does not hear of it.
+                let _ = done.send(result);
+            }
+        }
+    }
+
+    async fn replug_to(&mut self, endpoint: &str, netns: PathBuf) -> Result<(), Problem> {
+        if self.up.adopted.get(endpoint).is_none() {
+            let known = self.up.layout.desired.endpoints.iter().any(|one| one.name == endpoint);
+            return Err(if known {
+                Problem::conflict(&format!(
+                    "endpoint {endpoint:?} is in a namespace that tidegate made; only adopted ones (x-netns) can be plugged in elsewhere"
+                ))
+            } else {
+                Problem::not_found(&format!("there is no endpoint {endpoint:?}"))
+            });
+        }
+        let namespace = Namespace::from_path(&netns).map_err(|error| Problem::bad_request(&error))?;
+        self.replug(endpoint, netns, &namespace).await
+    }
+
+    /// Plugs `endpoint` into `namespace`, which is at `path`, and leads its ports there.
+    async fn replug(&mut self, endpoint: &str, path: PathBuf, namespace: &Namespace) -> Result<(), Problem> {
+        let plugged = self.setup.replug(&self.up.layout.desired, endpoint, namespace.clone()).await;
+        plugged.map_err(|error| match error {
+            SetupError::Conflict(_) => Problem::conflict(&error),
+            error => Problem::failed(&error),
+        })?;
+        let addresses = self.up.layout.addresses.get(endpoint).map(Vec::as_slice).unwrap_or_default();
+        self.up.publisher.relocate(endpoint, namespace, addresses)?;
+        tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "plugged in again");
+        self.up.adopted.set(endpoint, path, false);
+        Ok(())
+    }
+
+    /// Plugs those in again whose containers have come back.
+    async fn look_after_adopted(&mut self, said: &mut BTreeMap<String, String>) {
+        for (endpoint, path) in self.up.adopted.paths() {
+            let Some(known) = self.up.publisher.namespace(&endpoint) else { continue };
+            let failed = match look(&path, known.id()) {
+                Ok(None) => {
+                    self.up.adopted.set(&endpoint, path, false);
+                    None
+                }
+                Ok(Some(namespace)) => {
+                    self.replug(&endpoint, path, &namespace).await.err().map(|problem| problem.to_string())
+                }
+                Err(reason) => {
+                    self.up.adopted.set(&endpoint, path, true);
+                    Some(reason)
+                }
+            };
+            match failed {
+                None => drop(said.remove(&endpoint)),
+                Some(reason) if said.get(&endpoint) == Some(&reason) => {}
+                Some(reason) => {
+                    tracing::warn!(endpoint, "waiting for its container to come back: {reason}");
+                    said.insert(endpoint, reason);
+                }
+            }
+        }
+    }
+}
+
+/// What `path` leads to, unless it still is the namespace `known`.
+///
+/// # Errors
+/// Why it leads to none that the container could have come back in.
+fn look(path: &Path, known: NamespaceId) -> Result<Option<Namespace>, String> {
+    // Without opening it, which is more work for everyone.
+    let there = fs::metadata(path).map(|there| NamespaceId { device: there.dev(), inode: there.ino() });
+    if there.is_ok_and(|there| there == known) {
+        return Ok(None);
+    }
+    if path.starts_with("/proc") {
+        return Err(format!("the process of {} is another one now, or none", path.display()));
+    }
+    Namespace::from_path(path).map(Some).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_leads_where_it_did_or_elsewhere_or_nowhere() {
+        let own = Namespace::current().unwrap();
+        let other = NamespaceId { device: own.id().device, inode: 1 };
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("box");
+        assert!(look(&path, own.id()).unwrap_err().starts_with("no such namespace "));
+        std::os::unix::fs::symlink(format!("/proc/{}/ns/net", std::process::id()), &path).unwrap();
+        assert!(look(&path, own.id()).unwrap().is_none());
+        assert_eq!(look(&path, other).unwrap().unwrap().id(), own.id());
+        let of_a_process = format!("/proc/{}/ns/net", std::process::id());
+        assert!(look(Path::new(&of_a_process), own.id()).unwrap().is_none());
+        assert!(look(Path::new(&of_a_process), other).is_err(), "a stranger");
+    }
+}

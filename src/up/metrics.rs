@@ -1,0 +1,152 @@
+//! `tidegate_network_*`: rendered at each scrape from what there is then, so that a family's series go with their object.
+
+use crate::publisher::Publisher;
+use ipnet::IpNet;
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
+use tidegate_netsetup::{Desired, Network, capacity};
+
+/// A family: its name, its type, and what it tells.
+type Family = (&'static str, &'static str, &'static str);
+
+const INFO: Family =
+    ("tidegate_network_info", "gauge", "Always 1 for a network that is there; its labels name its bridge.");
+const ENDPOINTS: Family = ("tidegate_network_endpoints", "gauge", "Endpoints on a network.");
+const USED: Family = (
+    "tidegate_network_addresses_used",
+    "gauge",
+    "Addresses of a network that are taken, the gateway's included.",
+);
+const FREE: Family =
+    ("tidegate_network_addresses_free", "gauge", "Addresses of a network that are left to give out.");
+const ATTACHED: Family =
+    ("tidegate_network_endpoint_info", "gauge", "Always 1 for an endpoint on a network.");
+const PORTS: Family =
+    ("tidegate_network_endpoint_ports", "gauge", "Ports published for an endpoint, one for each socket.");
+const RELOCATIONS: Family = (
+    "tidegate_network_endpoint_relocations_total",
+    "counter",
+    "Times that an endpoint was plugged into another namespace because its container had come back.",
+);
+
+/// Writes the families of the networks and endpoints of `desired` in the text format of Prometheus (exposition format 0.0.4).
+pub(super) fn families(desired: &Desired, publisher: &Publisher, page: &mut String) {
+    let mut ports: BTreeMap<String, u64> = BTreeMap::new();
+    for port in publisher.ports() {
+        *ports.entry(port.endpoint).or_default() += 1;
+    }
+    // Writing to a String does not fail.
+    let _ = render(desired, &ports, &publisher.relocations(), page);
+}
+
+fn render(
+    desired: &Desired,
+    ports: &BTreeMap<String, u64>,
+    relocations: &BTreeMap<String, u64>,
+    page: &mut String,
+) -> fmt::Result {
+    head(INFO, page)?;
+    for network in &desired.networks {
+        writeln!(page, "{}{{network=\"{}\",bridge=\"{}\"}} 1", INFO.0, network.name, network.bridge.name)?;
+    }
+    head(ENDPOINTS, page)?;
+    for network in &desired.networks {
+        let attachments = desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
+        let count = attachments.filter(|attachment| attachment.network == network.name).count();
+        writeln!(page, "{}{{network=\"{}\"}} {count}", ENDPOINTS.0, network.name)?;
+    }
+    for family in [USED, FREE] {
+        head(family, page)?;
+        for network in &desired.networks {
+            for (word, used, free) in addresses(desired, network) {
+                let value = if family == USED { used } else { free };
+                writeln!(page, "{}{{network=\"{}\",family=\"{word}\"}} {value}", family.0, network.name)?;
+            }
+        }
+    }
+    head(ATTACHED, page)?;
+    for endpoint in &desired.endpoints {
+        for attachment in &endpoint.attachments {
+            let (name, network) = (&endpoint.name, &attachment.network);
+            writeln!(page, "{}{{endpoint=\"{name}\",network=\"{network}\"}} 1", ATTACHED.0)?;
+        }
+    }
+    for (family, values) in [(PORTS, ports), (RELOCATIONS, relocations)] {
+        head(family, page)?;
+        for endpoint in &desired.endpoints {
+            let value = values.get(&endpoint.name).copied().unwrap_or_default();
+            writeln!(page, "{}{{endpoint=\"{}\"}} {value}", family.0, endpoint.name)?;
+        }
+    }
+    Ok(())
+}
+
+fn head((name, kind, help): Family, page: &mut String) -> fmt::Result {
+    writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}")
+}
+
+/// How many addresses of each family are taken and how many are not.
+fn addresses(desired: &Desired, network: &Network) -> Vec<(&'static str, u128, u128)> {
+    let count = |subnet: IpNet| {
+        let attachments = desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
+        let here = attachments.filter(|attachment| attachment.network == network.name);
+        let given = here.flat_map(|one| &one.addresses).filter(|one| subnet.contains(&one.addr())).count();
+        let used = given as u128 + 1;
+        let word = if subnet.addr().is_ipv4() { "ipv4" } else { "ipv6" };
+        (word, used, capacity(subnet).saturating_sub(used))
+    };
+    network.subnets.iter().map(|one| count(one.subnet)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidegate_netsetup::{Attachment, Endpoint, Interface, Mac, Subnet};
+
+    #[test]
+    fn networks_and_endpoints_are_told_as_they_are() {
+        let interface = |name: &str| Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, 1]) };
+        let subnet = |subnet: &str, gateway: &str| Subnet {
+            subnet: subnet.parse().unwrap(),
+            gateway: gateway.parse().unwrap(),
+        };
+        let desired = Desired {
+            networks: vec![Network {
+                name: "front".into(),
+                bridge: interface("tg-front-0001"),
+                subnets: vec![subnet("10.9.0.0/24", "10.9.0.1"), subnet("fd09::/64", "fd09::1")],
+                internal: false,
+                inter_container: true,
+                mtu: 1500,
+            }],
+            endpoints: vec![Endpoint {
+                name: "web".into(),
+                attachments: vec![Attachment {
+                    network: "front".into(),
+                    host_end: interface("tgv-1"),
+                    inside: interface("eth0"),
+                    addresses: vec!["10.9.0.2/24".parse().unwrap(), "fd09::2/64".parse().unwrap()],
+                    default_route: true,
+                }],
+            }],
+        };
+        let ports = BTreeMap::from([("web".to_owned(), 2)]);
+        let mut page = String::new();
+        render(&desired, &ports, &BTreeMap::new(), &mut page).unwrap();
+        let series: Vec<&str> = page.lines().filter(|line| !line.starts_with('#')).collect();
+        assert_eq!(
+            series,
+            [
+                "tidegate_network_info{network=\"front\",bridge=\"tg-front-0001\"} 1",
+                "tidegate_network_endpoints{network=\"front\"} 1",
+                "tidegate_network_addresses_used{network=\"front\",family=\"ipv4\"} 2",
+                "tidegate_network_addresses_used{network=\"front\",family=\"ipv6\"} 2",
+                "tidegate_network_addresses_free{network=\"front\",family=\"ipv4\"} 252",
+                "tidegate_network_addresses_free{network=\"front\",family=\"ipv6\"} 18446744073709551613",
+                "tidegate_network_endpoint_info{endpoint=\"web\",network=\"front\"} 1",
+                "tidegate_network_endpoint_ports{endpoint=\"web\"} 2",
+                "tidegate_network_endpoint_relocations_total{endpoint=\"web\"} 0",
+            ]
+        );
+    }
+}

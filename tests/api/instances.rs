@@ -1,0 +1,91 @@
+//! One instance per socket, and sockets that nobody serves.
+
+use super::ask::get;
+use crate::scene::{Scene, TIDEGATE, refused, state};
+use crate::{SOON, project};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use tidegate_testbed::{Process, Signal};
+
+/// The user id of nobody.
+const NOBODY: u32 = 65_534;
+
+/// One line on standard error, nothing on standard output, exit 1.
+#[track_caller]
+fn says(command: &mut Command) -> String {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), output.stdout.len(), said.lines().count()), (Some(1), 0, 1), "{said}");
+    said
+}
+
+#[test]
+fn a_second_project_on_the_same_socket_is_refused_and_on_another_one_runs_beside() {
+    let scene = Scene::new();
+    let up = scene.up(&project());
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let before = state(&scene.net.host);
+    let other = "name: other\nservices: { web: { command: [ sleep, '60' ], ports: [ '9090:80' ] } }\n";
+    let told = scene.refused(other);
+    assert_eq!(
+        told,
+        format!(
+            "tidegate: error: tidegate is up already (process {}, socket {}); stop that one, or set TIDEGATE_SOCKET to another path\n",
+            up.pid(),
+            scene.socket().display()
+        )
+    );
+    assert_eq!(state(&scene.net.host), before);
+    assert!(!scene.run.path().join("projects/other").exists());
+
+    let second = scene.run.path().join("second.sock");
+    let beside = Process::spawn(scene.command(other).env("TIDEGATE_SOCKET", &second));
+    beside.wait_for_line("Ctrl-C takes", SOON);
+    assert_eq!(get(&scene.socket(), "/v1/status").1["project"], "demo");
+    let output = scene.tidegate().args(["ps", "--json"]).env("TIDEGATE_SOCKET", &second).output().unwrap();
+    assert!(String::from_utf8(output.stdout).unwrap().contains("\"project\": \"other\""));
+}
+
+#[test]
+fn a_socket_that_a_killed_instance_left_is_taken_over() {
+    let scene = Scene::new();
+    let mut up = scene.up(&project());
+    up.wait_for_line("Ctrl-C takes", SOON);
+    up.stop(Signal::KILL, SOON);
+    assert!(scene.socket().exists(), "a killed process cannot clear up");
+    let said = says(scene.tidegate().arg("ps"));
+    assert!(said.starts_with("tidegate: error: nothing is up: nobody listens on socket "), "{said}");
+    let mut next = scene.up(&project());
+    next.wait_for_line("Ctrl-C takes", SOON);
+    assert_eq!(get(&scene.socket(), "/v1/status").1["pid"], next.pid());
+    next.stop(Signal::INT, SOON);
+    assert!(!scene.socket().exists());
+    let said = says(scene.tidegate().arg("ps"));
+    assert!(said.starts_with("tidegate: error: nothing is up: there is no socket "), "{said}");
+}
+
+#[test]
+fn the_socket_is_its_users_alone() {
+    let scene = Scene::new();
+    let open = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(scene.run.path(), open).unwrap();
+    let up = scene.up(&project());
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let mode = std::fs::metadata(scene.socket()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o600);
+    let mut nobody = Command::new(TIDEGATE);
+    nobody.arg("ps").env("TIDEGATE_SOCKET", scene.socket()).uid(NOBODY).gid(NOBODY);
+    let said = says(&mut nobody);
+    assert!(said.starts_with("tidegate: error: permission denied for socket "), "{said}");
+}
+
+#[test]
+fn what_is_there_and_no_socket_is_left_alone() {
+    let scene = Scene::new();
+    let precious = scene.directory.path().join("precious");
+    std::fs::write(&precious, "kept").unwrap();
+    let told = refused(scene.command(&project()).env("TIDEGATE_SOCKET", &precious));
+    assert!(told.contains("is there and not a socket of tidegate's"), "{told}");
+    assert_eq!(std::fs::read_to_string(&precious).unwrap(), "kept");
+}
