@@ -71,6 +71,34 @@ fn an_ordinary_user_publishes_ports_and_nothing_of_the_host_changes() {
 }
 
 #[test]
+fn ports_come_and_go_at_run_time_at_the_gateways_too() {
+    let scene = Scene::new();
+    let up = up(&scene);
+    let ps = scene.tidegate_as_nobody().arg("ps").output().unwrap();
+    let told = String::from_utf8(ps.stdout).unwrap();
+    assert!(ps.status.success() && told.contains("0.0.0.0:8080/tcp->80"), "{told}");
+    let ask = |method: &str, path: &str, body: &str| {
+        let socket = scene.run.path().join("api.sock");
+        let mut curl = scene.net.host.command("curl");
+        curl.args(["-sS", "--max-time", "5", "-X", method, "--unix-socket"]).arg(socket);
+        curl.args(["-H", "content-type: application/json", "-d", body, &format!("http://localhost{path}")]);
+        String::from_utf8(curl.output().unwrap().stdout).unwrap()
+    };
+    let opened = ask("POST", "/v1/ports", r#"{"endpoint":"web","spec":"0.0.0.0:8181:80"}"#);
+    let opened: serde_json::Value = serde_json::from_str(&opened).unwrap();
+    let [port] = opened.as_array().unwrap().as_slice() else { panic!("one port: {opened}") };
+    let neighbour = service_namespace(&up, "neighbour");
+    let reached = || {
+        let outside = get(&scene.net.client, "http://203.0.113.1:8181/").is_ok();
+        (outside, get(&neighbour, "http://10.77.1.1:8181/").is_ok())
+    };
+    assert_eq!(reached(), (true, true));
+    ask("DELETE", &format!("/v1/ports/{}", port["id"]), "");
+    assert_eq!(reached(), (false, false));
+    assert!(get(&neighbour, "http://10.77.1.1:8080/").is_ok(), "the others are as they were");
+}
+
+#[test]
 fn killed_it_leaves_nothing_and_comes_up_again() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
