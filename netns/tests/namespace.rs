@@ -4,9 +4,10 @@ use std::io;
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
-use tidegate_netns::{AddressBook, Family, Namespace, connected_interface, gateway};
+use tidegate_netns::{AddressBook, Family, Namespace};
 use tidegate_testbed::{Topology, addr, eventually, require_root};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -242,12 +243,24 @@ fn a_container_is_reached_by_its_global_addresses_in_order() {
 }
 
 #[test]
+fn those_who_ask_about_one_namespace_share_a_book() {
+    let [one, other] = [Namespace::create().unwrap(), Namespace::create().unwrap()];
+    let book = AddressBook::of(&one).unwrap();
+    assert!(Arc::ptr_eq(&book, &AddressBook::of(&one).unwrap()));
+    assert!(!Arc::ptr_eq(&book, &AddressBook::of(&other).unwrap()));
+    let gone = Arc::downgrade(&book);
+    drop(book);
+    assert!(gone.upgrade().is_none(), "nobody keeps it without need");
+    assert!(AddressBook::of(&one).is_ok(), "it is opened anew");
+}
+
+#[test]
 fn the_gateway_is_that_of_the_best_default_route() {
     let net = Topology::three();
-    let container = open(&net.container);
-    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
-    assert_eq!(gateway(&container, Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
-    assert_eq!(gateway(&open(&net.host), Family::V4).unwrap(), None);
+    let book = AddressBook::of(&open(&net.container)).unwrap();
+    assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
+    assert_eq!(book.gateway(Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
+    assert_eq!(AddressBook::of(&open(&net.host)).unwrap().gateway(Family::V4).unwrap(), None);
 
     // Other tables and worse metrics do not count.
     net.container.ip_all(
@@ -255,25 +268,25 @@ fn the_gateway_is_that_of_the_best_default_route() {
          route add default via 172.30.0.78 table 99
          -6 route add default via fd30::77 metric 4096",
     );
-    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
-    assert_eq!(gateway(&container, Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
+    assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
+    assert_eq!(book.gateway(Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
 
     // Several next hops are equivalent, so the first stands for them.
     net.container
         .ip_all("route replace default nexthop via 172.30.0.1 dev eth0 nexthop via 172.30.0.3 dev eth0");
-    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
+    assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
     // An IPv4 route over an IPv6 router, and one that leads to no router at all.
     net.container.ip_all("-4 route flush exact default\n-4 route add default via inet6 fd30::1 dev eth0");
-    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V6.into()));
+    assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V6.into()));
     net.container.ip_all("-4 route flush exact default\n-4 route add default dev eth0");
-    assert_eq!(gateway(&container, Family::V4).unwrap(), None);
+    assert_eq!(book.gateway(Family::V4).unwrap(), None);
 }
 
 #[test]
 fn the_connected_interface_is_the_one_that_reaches_an_address_without_a_router() {
     let net = Topology::three();
-    let host = open(&net.host);
-    let found = |address: IpAddr| connected_interface(&host, address).unwrap().map(|(_, name)| name);
+    let book = AddressBook::of(&open(&net.host)).unwrap();
+    let found = |address: IpAddr| book.connected_interface(address).unwrap().map(|(_, name)| name);
     assert_eq!(found(addr::CONTAINER_V4.into()).as_deref(), Some("br0"));
     assert_eq!(found(addr::CONTAINER_V6.into()).as_deref(), Some("br0"));
     assert_eq!(found(addr::CLIENT_V4.into()).as_deref(), Some("eth0"));
@@ -284,7 +297,7 @@ fn the_connected_interface_is_the_one_that_reaches_an_address_without_a_router()
     assert_eq!(found(ip("198.51.100.1")), None, "behind a router");
     assert_eq!(found(ip("10.1.2.3")), None, "unreachable");
 
-    let (index, _) = connected_interface(&host, addr::CONTAINER_V4.into()).unwrap().unwrap();
+    let (index, _) = book.connected_interface(addr::CONTAINER_V4.into()).unwrap().unwrap();
     let listed = net.host.ip(&["-oneline", "link", "show", "br0"]);
     assert!(listed.starts_with(&format!("{index}: br0:")), "{listed}");
 }
