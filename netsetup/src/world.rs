@@ -1,6 +1,6 @@
 //! A kernel that is only thought: what plans are computed with, and what tests apply them to.
 
-use crate::{Fact, Op, Place};
+use crate::{Fact, Op};
 use std::collections::BTreeSet;
 
 /// The facts that are true, and what becomes of them as operations are carried out.
@@ -31,41 +31,20 @@ impl World {
     /// Carries `op` out. With a link goes what was on it.
     pub fn execute(&mut self, op: &Op) {
         match op {
-            Op::Add(fact) => {
-                self.facts.insert(fact.clone());
-            }
-            Op::Remove(fact) => {
-                self.facts.remove(fact);
-                for (place, link) in links_of(fact) {
-                    self.facts.retain(|other| !(other.goes_with_its_link() && is_on(other, &place, &link)));
-                }
-            }
+            Op::Add(fact) => drop(self.facts.insert(fact.clone())),
+            Op::Remove(fact) => self.remove([fact]),
         }
     }
-}
 
-/// The links that are there because of `fact`.
-fn links_of(fact: &Fact) -> Vec<(Place, String)> {
-    match fact {
-        Fact::Bridge { interface, .. } => vec![(Place::Host, interface.name.clone())],
-        Fact::Veth { interface, endpoint, inside, .. } => vec![
-            (Place::Host, interface.name.clone()),
-            (Place::Endpoint(endpoint.clone()), inside.name.clone()),
-        ],
-        _ => Vec::new(),
-    }
-}
-
-/// Whether `fact` is about that link, or about its being a port of that bridge.
-fn is_on(fact: &Fact, place: &Place, name: &str) -> bool {
-    match fact {
-        Fact::Port { link, bridge, .. } => *place == Place::Host && (link == name || bridge == name),
-        Fact::Setting { place: there, name: setting, .. } => {
-            there == place && setting.split('.').nth(3) == Some(name)
+    /// Removes `facts`, and with links what was on them, in one go through all.
+    pub(crate) fn remove<'a>(&mut self, facts: impl IntoIterator<Item = &'a Fact>) {
+        let mut links = BTreeSet::new();
+        for fact in facts {
+            self.facts.remove(fact);
+            links.extend(fact.links());
         }
-        Fact::Address { place: there, link, .. }
-        | Fact::Up { place: there, link }
-        | Fact::DefaultRoute { place: there, link, .. } => there == place && link == name,
-        Fact::Bridge { .. } | Fact::Veth { .. } | Fact::Rule(_) => false,
+        if !links.is_empty() {
+            self.facts.retain(|other| !other.on().any(|link| links.contains(&link)));
+        }
     }
 }
