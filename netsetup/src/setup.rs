@@ -86,15 +86,9 @@ impl<I: Isolation> Setup<I> {
     /// # Errors
     /// [`SetupError`]: the first failure; what could be removed is, and the rest stays in the journal.
     pub async fn clear(&mut self) -> Result<usize, SetupError> {
-        // Without looking first: that something is gone already is no error.
-        let ops =
-            removals(self.journal.facts(), &mut World::new(self.journal.facts().iter().cloned().collect()));
-        let failed = self.execute(&ops, true).await?;
-        if let Some((at, source)) = failed.into_iter().next() {
-            return Err(ApplyError { op: Box::new(ops[at].clone()), source, left: Vec::new() }.into());
-        }
+        let steps = self.take_back().await?;
         self.journal.forget_all()?;
-        Ok(ops.len())
+        Ok(steps)
     }
 
     /// Takes back all that is ours, and the journal with it.
@@ -102,8 +96,19 @@ impl<I: Isolation> Setup<I> {
     /// # Errors
     /// [`SetupError`].
     pub async fn finish(mut self) -> Result<(), SetupError> {
-        self.clear().await?;
+        self.take_back().await?;
         Ok(self.journal.finish()?)
+    }
+
+    async fn take_back(&mut self) -> Result<usize, SetupError> {
+        // Without looking first: that something is gone already is no error.
+        let facts = self.journal.facts();
+        let ops = removals(facts, &mut World::new(facts.iter().cloned().collect()));
+        let failed = self.execute(&ops, true).await?;
+        if let Some((at, source)) = failed.into_iter().next() {
+            return Err(ApplyError { op: Box::new(ops[at].clone()), source, left: Vec::new() }.into());
+        }
+        Ok(ops.len())
     }
 
     async fn plan(&mut self, desired: &Desired) -> Result<Vec<Op>, SetupError> {

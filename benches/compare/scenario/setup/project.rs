@@ -1,11 +1,12 @@
 //! `tidegate up` with a Compose file whose services adopt namespaces.
 
 use std::fmt::Write;
-use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
+use std::{fs, io};
 
 use anyhow::{Result, ensure};
+use tempfile::TempDir;
 use tidegate_testbed::{Namespace, Process, Signal};
 
 use super::{CONTAINER_PORT, FIRST_PORT, PATIENCE, Times};
@@ -23,7 +24,7 @@ pub(super) fn time(
     endpoints: &[Namespace],
     check: impl FnOnce() -> Result<()>,
 ) -> Result<Times> {
-    let directory = tempfile::tempdir()?;
+    let directory = in_memory()?;
     let file = directory.path().join("compose.yaml");
     let paths: Vec<PathBuf> = endpoints.iter().map(Namespace::path).collect();
     fs::write(&file, compose(networks, &paths))?;
@@ -42,6 +43,12 @@ pub(super) fn time(
     let gone = begin.elapsed();
     ensure!(process.wait(PATIENCE).success(), "tidegate up failed: {told}");
     Ok(Times { ready, gone })
+}
+
+/// A directory in memory, as `/run` is on hosts: on a disk a thousand small files make a difference.
+fn in_memory() -> io::Result<TempDir> {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }
 }
 
 /// A service for each of `namespaces`, on one of `networks` in turn, with one published port.
