@@ -25,8 +25,8 @@ use tidegate_proxy::{
 /// mistake, and the list of them has to be told in one piece.
 pub(crate) const MAX_PORTS: usize = 4 * 65_535;
 
-/// Descriptors that a way into a namespace keeps: two for each of its two books of addresses, one for its policy route.
-const WAY_DESCRIPTORS: u32 = 5;
+/// Descriptors that a way into a namespace keeps: two for its book of addresses, one for its policy route.
+const WAY_DESCRIPTORS: u32 = 3;
 
 /// Which port it is. Numbers are not given out twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

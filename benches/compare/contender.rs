@@ -34,7 +34,9 @@ pub(crate) enum Kind {
     Haproxy,
     /// socat, a process per client.
     Socat,
-    /// `tidegate publish --to`.
+    /// netavark, which sets up networks for podman: no way to publish a port on a network that is there.
+    Netavark,
+    /// `tidegate publish --to`; where networks are set up, `tidegate up`.
     Publish,
     /// `tidegate publish --netns`: the upstream socket is made in the container's namespace.
     PublishNetns,
@@ -43,11 +45,12 @@ pub(crate) enum Kind {
 }
 
 /// The contenders in the order of columns.
-pub(crate) const ALL: [Kind; 7] = [
+pub(crate) const ALL: [Kind; 8] = [
     Kind::Dnat,
     Kind::DockerProxy,
     Kind::Haproxy,
     Kind::Socat,
+    Kind::Netavark,
     Kind::Publish,
     Kind::PublishNetns,
     Kind::DropIn,
@@ -61,6 +64,7 @@ impl Kind {
             Self::DockerProxy => "docker-proxy",
             Self::Haproxy => "haproxy",
             Self::Socat => "socat",
+            Self::Netavark => "netavark",
             Self::Publish => "tidegate",
             Self::PublishNetns => "tidegate-netns",
             Self::DropIn => "drop-in",
@@ -72,9 +76,14 @@ impl Kind {
         matches!(self, Self::Publish | Self::PublishNetns | Self::DropIn)
     }
 
+    /// Whether it can publish a TCP port of a container that has its network.
+    pub(crate) fn publishes(self) -> bool {
+        self != Self::Netavark
+    }
+
     /// Whether it can publish a UDP port.
     pub(crate) fn does_udp(self) -> bool {
-        self != Self::Haproxy
+        self.publishes() && self != Self::Haproxy
     }
 
     /// Where its program is: an environment variable for our own binaries, else what Cargo built.
@@ -87,6 +96,7 @@ impl Kind {
             Self::DockerProxy => find_program("docker-proxy"),
             Self::Haproxy => find_program("haproxy"),
             Self::Socat => find_program("socat"),
+            Self::Netavark => find_program("netavark"),
             Self::Publish | Self::PublishNetns => {
                 built("TIDEGATE_BENCH_BIN", option_env!("CARGO_BIN_EXE_tidegate"))
             }
@@ -128,7 +138,9 @@ impl Contender {
             Kind::DockerProxy => version_line("dockerd", &["--version"]),
             Kind::Haproxy | Kind::DropIn => version_line(&program, &["-v"]),
             Kind::Socat => socat_version(&self.program),
-            Kind::Dnat | Kind::Publish | Kind::PublishNetns => version_line(&program, &["--version"]),
+            Kind::Dnat | Kind::Netavark | Kind::Publish | Kind::PublishNetns => {
+                version_line(&program, &["--version"])
+            }
         };
         line.unwrap_or_else(|| "unknown version".to_owned())
     }
@@ -150,6 +162,7 @@ impl Contender {
                 vec![self.haproxy(lab, service, directory.path())?]
             }
             Kind::Socat => vec![self.socat(lab, service)?],
+            Kind::Netavark => bail!("netavark publishes a port with its network, not by itself"),
             Kind::Publish => vec![self.publish(lab, service, "--to", &CONTAINER.to_string())],
             Kind::PublishNetns => {
                 let path = lab.net.container.path().display().to_string();
@@ -255,7 +268,8 @@ impl Contender {
         Process::spawn(self.command(lab).args(["publish", &spec, target, value]))
     }
 
-    fn command(&self, lab: &Lab) -> Command {
+    /// Its program, to be run on the host.
+    pub(crate) fn command(&self, lab: &Lab) -> Command {
         lab.net.host.command(&self.program.to_string_lossy())
     }
 }

@@ -86,6 +86,14 @@ pub(crate) const FIGURES: &[Figure] = &[
     value("10,000 ports: time to ready", &["ports.10000.ready"], Kind::Publish, "s").at_most(1.0, 0.3),
     value("docker-proxy drop-in, idle: PSS", &["ports.pair"], Kind::DropIn, "MB").at_most(1.2, 0.8),
     value("buffered for a stalled peer", &["stalled"], Kind::Publish, "MB").below(4.0),
+    ratio(
+        "network with one endpoint: set up / netavark",
+        &["setup.netavark.ready"],
+        Kind::Publish,
+        Kind::Netavark,
+    )
+    .below(0.5),
+    value("1,000 endpoints and ports: set up", &["setup.1000.4.ready"], Kind::Publish, "s").below(3.0),
 ];
 
 const fn ratio(title: &'static str, cells: &'static [&'static str], subject: Kind, peer: Kind) -> Figure {

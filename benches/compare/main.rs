@@ -1,4 +1,5 @@
-//! Compares tidegate's published ports with the kernel's DNAT, Docker's docker-proxy, haproxy and socat.
+//! Compares tidegate's published ports with the kernel's DNAT, Docker's docker-proxy, haproxy and socat, and its networks
+//! with netavark's.
 //!
 //! ```text
 //! cargo bench --bench compare                                  everything: some 15 minutes, as root

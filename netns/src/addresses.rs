@@ -16,18 +16,19 @@
 //! Routes without an address behind them (`ip route add local`, `ip route add ... dev`) are not seen.
 
 use crate::netlink::Netlink;
-use crate::routes::default_route;
-use crate::{Family, Namespace};
+use crate::routes::{connected_interface, default_route};
+use crate::{Family, Namespace, NamespaceId};
 use ipnet::IpNet;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// `RTMGRP_IPV4_IFADDR` and `RTMGRP_IPV6_IFADDR` (`include/uapi/linux/rtnetlink.h`).
 const ADDRESS_GROUPS: u32 = 0x10 | 0x100;
@@ -40,9 +41,14 @@ pub(crate) const LOOPBACK: u32 = 1;
 ///
 /// May be asked from several threads. Keeps two descriptors; needs no privilege once it is open.
 pub struct AddressBook {
+    namespace: NamespaceId,
     news: Socket,
     state: Mutex<State>,
 }
+
+/// Those that [`AddressBook::of`] has handed out and that are still in use. An open book keeps its namespace alive, so no
+/// other one can have come by its id.
+static SHARED: Mutex<BTreeMap<NamespaceId, Weak<AddressBook>>> = Mutex::new(BTreeMap::new());
 
 struct State {
     netlink: Netlink,
@@ -62,7 +68,22 @@ impl AddressBook {
         news.set_non_blocking(true)?;
         let mut netlink = Netlink::open(namespace)?;
         let table = Table::read(&mut netlink)?;
-        Ok(Self { news, state: Mutex::new(State { netlink, table, stale: false }) })
+        let state = Mutex::new(State { netlink, table, stale: false });
+        Ok(Self { namespace: namespace.id(), news, state })
+    }
+
+    /// The book of `namespace` that this process has open, or a new one: thousands of ports may ask about one host.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open).
+    pub fn of(namespace: &Namespace) -> io::Result<Arc<Self>> {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = shared.get(&namespace.id()).and_then(Weak::upgrade) {
+            return Ok(open);
+        }
+        let book = Arc::new(Self::open(namespace)?);
+        shared.insert(namespace.id(), Arc::downgrade(&book));
+        Ok(book)
     }
 
     /// Whether `ip` is one of the namespace's own addresses, or in a loopback range.
@@ -96,9 +117,34 @@ impl AddressBook {
         state.table.container_addresses(preferred)
     }
 
+    /// The next hop of the default route in the main table; the one of lowest metric if there are several.
+    ///
+    /// `None` without a default route, or if it leads to an interface and not to a router.
+    ///
+    /// # Errors
+    /// The routes cannot be read.
+    pub fn gateway(&self, family: Family) -> io::Result<Option<IpAddr>> {
+        Ok(default_route(&mut self.state().netlink, family)?.and_then(|route| route.gateway))
+    }
+
+    /// Index and name of the interface behind which `ip` is on the same link: a packet to it from inside the namespace is
+    /// sent to it and not to a router.
+    ///
+    /// `None` if the way leads over a router, to the namespace itself, or nowhere.
+    ///
+    /// # Errors
+    /// The routes cannot be read.
+    pub fn connected_interface(&self, ip: IpAddr) -> io::Result<Option<(u32, String)>> {
+        connected_interface(&mut self.state().netlink, ip)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The table, read anew if there is news.
     fn current(&self) -> MutexGuard<'_, State> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         if self.drain_news() || state.stale {
             match Table::read(&mut state.netlink) {
                 Ok(table) => (state.table, state.stale) = (table, false),
@@ -121,6 +167,16 @@ impl AddressBook {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return changed,
                 _ => changed = true,
             }
+        }
+    }
+}
+
+impl Drop for AddressBook {
+    fn drop(&mut self) {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another may have been opened meanwhile.
+        if shared.get(&self.namespace).is_some_and(|book| book.strong_count() == 0) {
+            shared.remove(&self.namespace);
         }
     }
 }

@@ -274,6 +274,13 @@ impl Namespace {
                 .and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()))
         })?
     }
+
+    /// Opens a sysctl to read it and then perhaps to set it: in a thousand namespaces that have the same files, the kernel takes
+    /// longest to find the one that is meant.
+    pub(crate) fn open_sysctl(&self, name: &str) -> io::Result<File> {
+        let path = sysctl_path(name)?;
+        self.with(|| OpenOptions::new().read(true).write(true).open(path))?
+    }
 }
 
 impl AsFd for Namespace {

@@ -14,8 +14,7 @@
 //! ```
 //!
 //! - [`Namespace`]: a handle by path or process; makes things inside, reads and sets sysctls.
-//! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours; always current.
-//! - [`gateway`], [`connected_interface`]: where its packets go.
+//! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours, where its packets go; always current.
 //! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it goes, and
 //!   that is cleaned up after when its process was killed ([`sweep()`]).
 //!
@@ -48,6 +47,5 @@ pub use lock::{Lock, lock_file};
 pub use policy_route::{
     MAX_SELECTORS, PolicyRoute, PolicyRouteError, Selector, Steered, Sysctl, sweep, sweep_in,
 };
-pub use routes::{connected_interface, gateway};
 pub use run_directory::run_directory;
 pub use user::{become_root_of_a_user_namespace, is_privileged};

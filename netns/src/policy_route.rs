@@ -109,8 +109,9 @@ impl PolicyRoute {
         let mut netlink = connect(namespace)?;
         let mut session = Session::begin(directory, namespace, &mut netlink)?;
         session.prune();
-        let slot = session.claim(families)?;
-        if let Err(error) = session.set_sysctls(sysctls) {
+        let changes = session.changes(sysctls)?;
+        let slot = session.claim(families, &changes)?;
+        if let Err(error) = session.make(&changes) {
             session.give_up(slot);
             return Err(error);
         }

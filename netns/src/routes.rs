@@ -1,7 +1,7 @@
 //! Where a namespace sends its packets.
 
+use crate::Family;
 use crate::netlink::Netlink;
-use crate::{Family, Namespace};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteNextHop, RouteType, RouteVia,
@@ -10,26 +10,9 @@ use rustix::io::Errno;
 use std::io;
 use std::net::IpAddr;
 
-/// The next hop of the default route in the main table; the one of lowest metric if there are several.
-///
-/// `None` without a default route, or if it leads to an interface and not to a router.
-///
-/// # Errors
-/// The namespace cannot be entered, or its routes not be read.
-pub fn gateway(namespace: &Namespace, family: Family) -> io::Result<Option<IpAddr>> {
-    Ok(default_route(&mut Netlink::open(namespace)?, family)?.and_then(|route| route.gateway))
-}
-
-/// Index and name of the interface behind which `ip` is on the same link: a packet to it from inside
-/// `namespace` is sent to it and not to a router.
-///
-/// Asks the kernel for the way of one packet, so policy rules have their say. `None` if the way leads over a
-/// router, to the namespace itself, or nowhere.
-///
-/// # Errors
-/// The namespace cannot be entered, or its routes not be read.
-pub fn connected_interface(namespace: &Namespace, ip: IpAddr) -> io::Result<Option<(u32, String)>> {
-    let mut netlink = Netlink::open(namespace)?;
+/// Index and name of the interface behind which `ip` is on the same link: asks the kernel for the way of one packet, so policy
+/// rules have their say.
+pub(crate) fn connected_interface(netlink: &mut Netlink, ip: IpAddr) -> io::Result<Option<(u32, String)>> {
     let ip = ip.to_canonical();
     let mut question = RouteMessage::default();
     question.header.address_family = Family::of(ip).into();

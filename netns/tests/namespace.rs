@@ -4,9 +4,10 @@ use std::io;
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
-use tidegate_netns::{AddressBook, Family, Namespace, connected_interface, gateway};
+use tidegate_netns::{AddressBook, Family, Namespace};
 use tidegate_testbed::{Topology, addr, eventually, require_root};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -132,14 +133,14 @@ fn a_namespace_that_may_not_be_entered_is_an_error_and_nothing_runs() {
 /// What root of a user namespace meets that has not got a network namespace of its own: it owns those that it
 /// makes and may enter them, but the one it came from belongs to someone else.
 #[test]
-fn a_namespace_without_a_way_back_is_not_entered() {
+fn without_a_way_back_another_thread_is_sent_and_this_one_stays() {
     // A user namespace is a whole process's, so this takes another process.
     const OUTSIDE: &str = "TIDEGATE_TEST_WITHOUT_A_WAY_BACK";
     if std::env::var_os(OUTSIDE).is_none() {
         let output = Command::new("unshare")
             .args(["--user", "--map-root-user"])
             .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "a_namespace_without_a_way_back_is_not_entered"])
+            .args(["--exact", "without_a_way_back_another_thread_is_sent_and_this_one_stays"])
             .env(OUTSIDE, "1")
             .output()
             .unwrap();
@@ -148,12 +149,46 @@ fn a_namespace_without_a_way_back_is_not_entered() {
     }
     let inside = tidegate_testbed::Namespace::new();
     let (home, namespace) = (Namespace::current().unwrap(), open(&inside));
-    let error = namespace.with(|| unreachable!("the closure must not run")).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    assert!(!Namespace::current_is_enterable());
+    let here = thread::current().id();
+    let (inside_it, sent) = namespace.with(|| (namespace.is_current(), thread::current().id())).unwrap();
+    assert!(inside_it && sent != here);
+    let socket = namespace.with(|| std::net::UdpSocket::bind("127.0.0.1:0")).unwrap().unwrap();
+    assert_eq!(
+        inside.bound_ports(tidegate_testbed::Protocol::Udp),
+        [socket.local_addr().unwrap().port()].into()
+    );
+    let panicked = catch_unwind(|| namespace.with(|| panic!("inside")));
+    assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"inside"));
     assert!(home.is_current());
     assert_eq!(home.with(|| 7).unwrap(), 7, "staying takes no privilege");
     // A thread that is in a namespace of that user's may go to and fro.
     assert!(inside.run(|| namespace.with(|| namespace.is_current())).unwrap());
+    // What the event loops do: they live inside.
+    let other = open(&tidegate_testbed::Namespace::new());
+    thread::scope(|scope| {
+        let moved = scope.spawn(|| {
+            namespace.enter().unwrap();
+            let here = thread::current().id();
+            assert_eq!(
+                other.with(|| thread::current().id()).unwrap(),
+                here,
+                "no thread is sent from in here"
+            );
+            assert!(namespace.is_current());
+        });
+        moved.join().unwrap();
+    });
+    assert!(home.is_current());
+}
+
+/// Of a program with one thread: tests/up/rootless.rs.
+#[test]
+fn a_process_of_several_threads_makes_no_user_namespace() {
+    let before = std::fs::read_link("/proc/self/ns/user").unwrap();
+    let refused = tidegate_netns::become_root_of_a_user_namespace().unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+    assert_eq!(std::fs::read_link("/proc/self/ns/user").unwrap(), before);
 }
 
 #[test]
@@ -242,12 +277,24 @@ fn a_container_is_reached_by_its_global_addresses_in_order() {
 }
 
 #[test]
+fn those_who_ask_about_one_namespace_share_a_book() {
+    let [one, other] = [Namespace::create().unwrap(), Namespace::create().unwrap()];
+    let book = AddressBook::of(&one).unwrap();
+    assert!(Arc::ptr_eq(&book, &AddressBook::of(&one).unwrap()));
+    assert!(!Arc::ptr_eq(&book, &AddressBook::of(&other).unwrap()));
+    let gone = Arc::downgrade(&book);
+    drop(book);
+    assert!(gone.upgrade().is_none(), "nobody keeps it without need");
+    assert!(AddressBook::of(&one).is_ok(), "it is opened anew");
+}
+
+#[test]
 fn the_gateway_is_that_of_the_best_default_route() {
     let net = Topology::three();
-    let container = open(&net.container);
-    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
-    assert_eq!(gateway(&container, Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
-    assert_eq!(gateway(&open(&net.host), Family::V4).unwrap(), None);
+    let book = AddressBook::of(&open(&net.container)).unwrap();
+    assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
+    assert_eq!(book.gateway(Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
+    assert_eq!(AddressBook::of(&open(&net.host)).unwrap().gateway(Family::V4).unwrap(), None);
 
     // Other tables and worse metrics do not count.
     net.container.ip_all(
@@ -255,25 +302,25 @@ fn the_gateway_is_that_of_the_best_default_route() {
          route add default via 172.30.0.78 table 99
          -6 route add default via fd30::77 metric 4096",
     );
-    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
-    assert_eq!(gateway(&container, Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
+    assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
+    assert_eq!(book.gateway(Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
 
     // Several next hops are equivalent, so the first stands for them.
     net.container
         .ip_all("route replace default nexthop via 172.30.0.1 dev eth0 nexthop via 172.30.0.3 dev eth0");
-    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
+    assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
     // An IPv4 route over an IPv6 router, and one that leads to no router at all.
     net.container.ip_all("-4 route flush exact default\n-4 route add default via inet6 fd30::1 dev eth0");
-    assert_eq!(gateway(&container, Family::V4).unwrap(), Some(addr::GATEWAY_V6.into()));
+    assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V6.into()));
     net.container.ip_all("-4 route flush exact default\n-4 route add default dev eth0");
-    assert_eq!(gateway(&container, Family::V4).unwrap(), None);
+    assert_eq!(book.gateway(Family::V4).unwrap(), None);
 }
 
 #[test]
 fn the_connected_interface_is_the_one_that_reaches_an_address_without_a_router() {
     let net = Topology::three();
-    let host = open(&net.host);
-    let found = |address: IpAddr| connected_interface(&host, address).unwrap().map(|(_, name)| name);
+    let book = AddressBook::of(&open(&net.host)).unwrap();
+    let found = |address: IpAddr| book.connected_interface(address).unwrap().map(|(_, name)| name);
     assert_eq!(found(addr::CONTAINER_V4.into()).as_deref(), Some("br0"));
     assert_eq!(found(addr::CONTAINER_V6.into()).as_deref(), Some("br0"));
     assert_eq!(found(addr::CLIENT_V4.into()).as_deref(), Some("eth0"));
@@ -284,7 +331,7 @@ fn the_connected_interface_is_the_one_that_reaches_an_address_without_a_router()
     assert_eq!(found(ip("198.51.100.1")), None, "behind a router");
     assert_eq!(found(ip("10.1.2.3")), None, "unreachable");
 
-    let (index, _) = connected_interface(&host, addr::CONTAINER_V4.into()).unwrap().unwrap();
+    let (index, _) = book.connected_interface(addr::CONTAINER_V4.into()).unwrap().unwrap();
     let listed = net.host.ip(&["-oneline", "link", "show", "br0"]);
     assert!(listed.starts_with(&format!("{index}: br0:")), "{listed}");
 }

@@ -15,6 +15,15 @@ pub enum Place {
     Endpoint(String),
 }
 
+impl Place {
+    fn endpoint(&self) -> Option<&str> {
+        match self {
+            Self::Host => None,
+            Self::Endpoint(name) => Some(name),
+        }
+    }
+}
+
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -131,6 +140,9 @@ pub enum Fact {
     Rule(Rule),
 }
 
+/// A link: the endpoint that it is with, none for the host, and its name.
+type Link<'a> = (Option<&'a str>, &'a str);
+
 impl Fact {
     /// Whether it is about the endpoint `name`: in its namespace, or the link to it.
     pub(crate) fn is_of_endpoint(&self, name: &str) -> bool {
@@ -144,16 +156,41 @@ impl Fact {
         }
     }
 
+    /// Whether it is a link of the host, perhaps with another end elsewhere.
+    pub(crate) fn is_link(&self) -> bool {
+        matches!(self, Self::Bridge { .. } | Self::Veth { .. })
+    }
+
+    /// The links that are there because of it.
+    pub(crate) fn links(&self) -> impl Iterator<Item = Link<'_>> {
+        let (host, other) = match self {
+            Self::Bridge { interface, .. } => (Some((None, interface.name.as_str())), None),
+            Self::Veth { interface, endpoint, inside, .. } => {
+                (Some((None, interface.name.as_str())), Some((Some(endpoint.as_str()), inside.name.as_str())))
+            }
+            _ => (None, None),
+        };
+        host.into_iter().chain(other)
+    }
+
+    /// The links without any one of which it would not be.
+    pub(crate) fn on(&self) -> impl Iterator<Item = Link<'_>> {
+        let (link, other) = match self {
+            Self::Port { link, bridge, .. } => (Some((None, link.as_str())), Some((None, bridge.as_str()))),
+            Self::Setting { place, name, .. } => {
+                (name.split('.').nth(3).map(|link| (place.endpoint(), link)), None)
+            }
+            Self::Address { place, link, .. }
+            | Self::Up { place, link }
+            | Self::DefaultRoute { place, link, .. } => (Some((place.endpoint(), link.as_str())), None),
+            Self::Bridge { .. } | Self::Veth { .. } | Self::Rule(_) => (None, None),
+        };
+        link.into_iter().chain(other)
+    }
+
     /// Whether it ends by itself with the link that it is about.
     pub(crate) fn goes_with_its_link(&self) -> bool {
-        matches!(
-            self,
-            Self::Port { .. }
-                | Self::Setting { .. }
-                | Self::Address { .. }
-                | Self::Up { .. }
-                | Self::DefaultRoute { .. }
-        )
+        self.on().next().is_some()
     }
 }
 
@@ -208,6 +245,14 @@ impl Op {
         match self {
             Self::Add(fact) => Self::Remove(fact.clone()),
             Self::Remove(fact) => Self::Add(fact.clone()),
+        }
+    }
+
+    /// What it makes true, if it does not end something.
+    pub(crate) fn added(&self) -> Option<&Fact> {
+        match self {
+            Self::Add(fact) => Some(fact),
+            Self::Remove(_) => None,
         }
     }
 

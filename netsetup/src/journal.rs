@@ -1,9 +1,9 @@
 //! What was made, written down before it is made.
 //!
 //! One file for each owner, a JSON value on each line: who writes, then each operation. "add" is written before the kernel is
-//! asked, "remove" after it has done it: so a fact that may be true is always in the file, whenever the process ends. What the
-//! file says twice, or says although it never came to be, does no harm: removing what is not there is no error. With the removal
-//! of a link goes what was on it, without a line of its own.
+//! asked, for all operations of a plan at once, "remove" after it has done it: so a fact that may be true is always in the file,
+//! whenever the process ends. What the file says twice, or says although it never came to be, does no harm: removing what is
+//! not there is no error. With the removal of a link goes what was on it, without a line of its own.
 //!
 //! The file lives in a directory that does not survive a reboot, as the things it tells of do not. It is locked (flock(2)) for
 //! as long as its owner lives; the lock goes with the process, however that ends.
@@ -12,8 +12,10 @@ use crate::world::outlasts;
 use crate::{Fact, JournalError, Op};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use tidegate_netns::{Lock, lock_file};
@@ -24,10 +26,27 @@ const COMPACT_FROM: usize = 4096;
 /// One line.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Line {
+enum Line<'a> {
     Owner { pid: u32 },
-    Add(Fact),
-    Remove(Fact),
+    Add(Cow<'a, Fact>),
+    Remove(Cow<'a, Fact>),
+}
+
+impl Line<'_> {
+    fn this_process() -> Self {
+        Self::Owner { pid: std::process::id() }
+    }
+}
+
+/// `lines` as they stand in the file, and how many.
+fn text<'a>(lines: impl IntoIterator<Item = Line<'a>>) -> io::Result<(Vec<u8>, usize)> {
+    let (mut text, mut count) = (Vec::new(), 0);
+    for line in lines {
+        serde_json::to_writer(&mut text, &line)?;
+        text.push(b'\n');
+        count += 1;
+    }
+    Ok((text, count))
 }
 
 /// The journal of one owner, locked.
@@ -49,10 +68,10 @@ impl Journal {
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(failed)?;
         }
-        let file = lock(path)?;
-        let (facts, lines) = read(path, &file)?;
+        let mut file = lock(path)?;
+        let (facts, lines) = read(path, &mut file)?;
         let mut journal = Self { path: path.to_owned(), file, facts, lines };
-        journal.write(&Line::Owner { pid: std::process::id() })?;
+        journal.write([Line::this_process()])?;
         Ok(journal)
     }
 
@@ -62,30 +81,35 @@ impl Journal {
         &self.facts
     }
 
-    /// To be called before `op` adds something.
-    pub(crate) fn before(&mut self, op: &Op) -> Result<(), JournalError> {
-        if let Op::Add(fact) = op {
-            self.write(&Line::Add(fact.clone()))?;
-            self.facts.push(fact.clone());
-        }
+    /// To be called before the first of `ops` is carried out.
+    pub(crate) fn before(&mut self, ops: &[Op]) -> Result<(), JournalError> {
+        let added: Vec<&Fact> = ops.iter().filter_map(Op::added).collect();
+        self.write(added.iter().map(|fact| Line::Add(Cow::Borrowed(fact))))?;
+        self.facts.extend(added.into_iter().cloned());
         Ok(())
     }
 
-    /// To be called after `op` has removed something.
-    pub(crate) fn after(&mut self, op: &Op) -> Result<(), JournalError> {
-        if let Op::Remove(fact) = op {
-            self.write(&Line::Remove(fact.clone()))?;
-            self.facts.retain(outlasts(fact));
-            if self.lines > COMPACT_FROM && self.facts.len() < self.lines / 2 {
-                self.compact()?;
-            }
+    /// To be called after the last of `ops` was carried out.
+    pub(crate) fn after(&mut self, ops: &[Op]) -> Result<(), JournalError> {
+        let removed: BTreeSet<&Fact> = ops.iter().filter(|op| op.added().is_none()).map(Op::fact).collect();
+        if removed.is_empty() {
+            return Ok(());
+        }
+        self.write(removed.iter().map(|fact| Line::Remove(Cow::Borrowed(fact))))?;
+        self.facts.retain(outlasts(&removed));
+        if self.lines > COMPACT_FROM && self.facts.len() < self.lines / 2 {
+            self.compact()?;
         }
         Ok(())
     }
 
     /// To be called when none of its facts is true any more.
     pub(crate) fn forget_all(&mut self) -> Result<(), JournalError> {
-        std::mem::take(&mut self.facts).into_iter().try_for_each(|fact| self.write(&Line::Remove(fact)))
+        if self.facts.is_empty() {
+            return Ok(());
+        }
+        self.facts.clear();
+        self.compact()
     }
 
     /// Deletes the file: nothing of its owner's is left.
@@ -96,25 +120,20 @@ impl Journal {
         fs::remove_file(&self.path).map_err(|source| JournalError::Io { path: self.path.clone(), source })
     }
 
-    fn write(&mut self, line: &Line) -> Result<(), JournalError> {
+    /// Appends `lines`, in one write(2).
+    fn write<'a>(&mut self, lines: impl IntoIterator<Item = Line<'a>>) -> Result<(), JournalError> {
         let failed = |source| JournalError::Io { path: self.path.clone(), source };
-        let mut text = serde_json::to_vec(line).map_err(|error| failed(error.into()))?;
-        text.push(b'\n');
-        // One write(2): a line is there as a whole or not at all.
+        let (text, count) = text(lines).map_err(failed)?;
         self.file.write_all(&text).map_err(failed)?;
-        self.lines += 1;
+        self.lines += count;
         Ok(())
     }
 
     /// Writes down what is true, and nothing of what was.
     fn compact(&mut self) -> Result<(), JournalError> {
         let failed = |source| JournalError::Io { path: self.path.clone(), source };
-        let mut text = Vec::new();
-        let owner = Line::Owner { pid: std::process::id() };
-        for line in std::iter::once(owner).chain(self.facts.iter().cloned().map(Line::Add)) {
-            serde_json::to_writer(&mut text, &line).map_err(|error| failed(error.into()))?;
-            text.push(b'\n');
-        }
+        let facts = self.facts.iter().map(|fact| Line::Add(Cow::Borrowed(fact)));
+        let (text, lines) = text(std::iter::once(Line::this_process()).chain(facts)).map_err(failed)?;
         let new = self.path.with_extension("new");
         let _ = fs::remove_file(&new);
         let mut file = create(&new).map_err(failed)?;
@@ -122,7 +141,7 @@ impl Journal {
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| failed(errno.into()))?;
         file.write_all(&text).and_then(|()| fs::rename(&new, &self.path)).map_err(failed)?;
         self.file = file;
-        self.lines = self.facts.len() + 1;
+        self.lines = lines;
         Ok(())
     }
 }
@@ -150,16 +169,24 @@ fn holder(file: &File) -> u32 {
 }
 
 /// The facts that the file leaves, and how many lines it has.
-fn read(path: &Path, file: &File) -> Result<(Vec<Fact>, usize), JournalError> {
+///
+/// A last line without an end was being written when its owner was killed: nothing of what it tells was done yet, and it is cut off.
+fn read(path: &Path, file: &mut File) -> Result<(Vec<Fact>, usize), JournalError> {
+    let failed = |source| JournalError::Io { path: path.to_owned(), source };
+    let mut text = Vec::new();
+    file.read_to_end(&mut text).map_err(failed)?;
+    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+    if whole < text.len() {
+        file.set_len(whole as u64).map_err(failed)?;
+    }
     let mut facts: Vec<Fact> = Vec::new();
     let mut lines = 0;
-    for text in BufReader::new(file).split(b'\n') {
-        let text = text.map_err(|source| JournalError::Io { path: path.to_owned(), source })?;
+    for line in text[..whole].split_inclusive(|byte| *byte == b'\n') {
         lines += 1;
-        match serde_json::from_slice(&text) {
+        match serde_json::from_slice(line) {
             Ok(Line::Owner { .. }) => {}
-            Ok(Line::Add(fact)) => facts.push(fact),
-            Ok(Line::Remove(fact)) => facts.retain(outlasts(&fact)),
+            Ok(Line::Add(fact)) => facts.push(fact.into_owned()),
+            Ok(Line::Remove(fact)) => facts.retain(outlasts(&BTreeSet::from([&*fact]))),
             Err(source) => return Err(JournalError::Damaged { path: path.to_owned(), line: lines, source }),
         }
     }
@@ -181,9 +208,9 @@ mod tests {
         let path = directory.path().join("new/demo.journal");
         let mut journal = Journal::open(&path).unwrap();
         for link in ["a", "b", "c"] {
-            journal.before(&Op::Add(up(link))).unwrap();
+            journal.before(&[Op::Add(up(link))]).unwrap();
         }
-        journal.after(&Op::Remove(up("b"))).unwrap();
+        journal.after(&[Op::Remove(up("b"))]).unwrap();
         drop(journal);
         let journal = Journal::open(&path).unwrap();
         assert_eq!(journal.facts(), [up("a"), up("c")]);
@@ -207,11 +234,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("demo.journal");
         let mut journal = Journal::open(&path).unwrap();
-        journal.before(&Op::Add(up("stays"))).unwrap();
+        journal.before(&[Op::Add(up("stays"))]).unwrap();
         for number in 0..3 * COMPACT_FROM {
             let fact = up(&number.to_string());
-            journal.before(&Op::Add(fact.clone())).unwrap();
-            journal.after(&Op::Remove(fact)).unwrap();
+            journal.before(&[Op::Add(fact.clone())]).unwrap();
+            journal.after(&[Op::Remove(fact)]).unwrap();
         }
         assert!(journal.lines <= COMPACT_FROM + 2);
         assert!(
@@ -229,13 +256,27 @@ mod tests {
         let mut journal = Journal::open(&path).unwrap();
         let mac = crate::Mac([2, 0, 0, 0, 0, 1]);
         let bridge = Fact::Bridge { interface: crate::Interface { name: "a".into(), mac }, mtu: 1500 };
-        for fact in [bridge.clone(), up("a"), up("b")] {
-            journal.before(&Op::Add(fact)).unwrap();
-        }
-        journal.after(&Op::Remove(bridge)).unwrap();
+        journal.before(&[bridge.clone(), up("a"), up("b")].map(Op::Add)).unwrap();
+        journal.after(&[Op::Remove(bridge)]).unwrap();
         assert_eq!(journal.facts(), [up("b")]);
         drop(journal);
         assert_eq!(Journal::open(&path).unwrap().facts(), [up("b")]);
+    }
+
+    #[test]
+    fn a_line_that_was_being_written_counts_for_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("demo.journal");
+        let mut journal = Journal::open(&path).unwrap();
+        journal.before(&[Op::Add(up("a")), Op::Add(up("b"))]).unwrap();
+        let length = fs::metadata(&path).unwrap().len();
+        drop(journal);
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(length - 3).unwrap();
+        let mut journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.facts(), [up("a")]);
+        journal.before(&[Op::Add(up("c"))]).unwrap();
+        drop(journal);
+        assert_eq!(Journal::open(&path).unwrap().facts(), [up("a"), up("c")]);
     }
 
     #[test]

@@ -7,7 +7,8 @@ use rtnetlink::packet_core::ErrorMessage;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use rtnetlink::packet_route::link::{
-    InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkFlags,
+    LinkInfo, LinkMessage,
 };
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType};
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
@@ -58,6 +59,8 @@ struct Link {
     up: bool,
     controller: Option<u32>,
     isolated: bool,
+    /// Its `disable_ipv6`, if the kernel has IPv6.
+    without_ipv6: Option<bool>,
 }
 
 impl Kernel {
@@ -123,36 +126,22 @@ impl Kernel {
     /// The first question that the kernel did not answer. An endpoint that is not known has nothing.
     pub async fn observe(&mut self, asked: &[Fact]) -> Result<Observed, KernelError> {
         let mut observed = Observed::default();
-        let mut places = BTreeSet::from([Place::Host]);
+        let mut by_place: BTreeMap<&Place, Vec<&Fact>> = BTreeMap::from([(&Place::Host, Vec::new())]);
         for fact in asked {
-            match fact {
-                Fact::Veth { endpoint, .. } => drop(places.insert(Place::Endpoint(endpoint.clone()))),
-                Fact::Address { place, .. }
-                | Fact::Up { place, .. }
-                | Fact::DefaultRoute { place, .. }
-                | Fact::Setting { place, .. } => drop(places.insert(place.clone())),
-                _ => {}
-            }
+            by_place.entry(place_of(fact).unwrap_or(&Place::Host)).or_default().push(fact);
         }
-        places.retain(|place| matches!(place, Place::Host) || self.namespace(place).is_ok());
-        let mut by_place: BTreeMap<&Place, Vec<&Fact>> = BTreeMap::new();
-        for fact in asked {
-            match place_of(fact) {
-                Some(place) => by_place.entry(place).or_default().push(fact),
-                None => by_place.entry(&Place::Host).or_default().push(fact),
-            }
-        }
-        for place in &places {
-            let here = Here::look(self, place).await?;
+        by_place.retain(|place, _| self.namespace(place).is_ok());
+        for (place, asked) in by_place {
+            let here = Here::look(self, place, &asked).await?;
             let links = here.links.values().map(|link| (link.name.clone(), link.mac)).collect();
             observed.links.insert(place.clone(), links);
             if *place == Place::Host {
                 observed.routes = here.reached();
                 observed.default_mtu = here.default_mtu();
             }
-            for fact in by_place.get(place).into_iter().flatten() {
+            for fact in asked {
                 if here.holds(self, fact)? {
-                    observed.facts.insert((*fact).clone());
+                    observed.facts.insert(fact.clone());
                 }
             }
         }
@@ -399,60 +388,78 @@ fn place_of(fact: &Fact) -> Option<&Place> {
 /// What one namespace has.
 struct Here {
     links: BTreeMap<u32, Link>,
+    indexes: BTreeMap<String, u32>,
     addresses: Vec<(u32, IpNet)>,
     routes: Vec<RouteMessage>,
     rules: Vec<Rule>,
 }
 
 impl Here {
-    async fn look(kernel: &mut Kernel, place: &Place) -> Result<Self, KernelError> {
+    /// Asks for links, and for the rest as far as `asked` makes it necessary: there may be thousands of endpoints. Of the host all
+    /// is of interest.
+    async fn look(kernel: &mut Kernel, place: &Place, asked: &[&Fact]) -> Result<Self, KernelError> {
         let failed = |what: &'static str| {
             move |source| KernelError { what: format!("list the {what} of {place}"), source: error(source) }
         };
         let handle = kernel.connection(place)?.handle.clone();
         let links: Vec<LinkMessage> =
             handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
-        let links = links.iter().map(link_of).map(|link| (link.index, link)).collect();
-        let mut addresses = Vec::new();
-        let mut listed = handle.address().get().execute();
-        while let Some(message) = listed.try_next().await.map_err(failed("addresses"))? {
-            // On a point-to-point link `IFA_ADDRESS` is the peer's; `IFA_LOCAL` is there on IPv4 only.
-            let mut address = None;
-            for attribute in message.attributes {
-                match attribute {
-                    AddressAttribute::Local(ip) => address = Some(ip),
-                    AddressAttribute::Address(ip) => address = address.or(Some(ip)),
-                    _ => {}
+        let links: BTreeMap<u32, Link> = links.iter().map(link_of).map(|link| (link.index, link)).collect();
+        let indexes = links.values().map(|link| (link.name.clone(), link.index)).collect();
+        let mut here = Self { links, indexes, addresses: Vec::new(), routes: Vec::new(), rules: Vec::new() };
+        let host = *place == Place::Host;
+        if host || asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact)) {
+            let mut listed = handle.address().get().execute();
+            while let Some(message) = listed.try_next().await.map_err(failed("addresses"))? {
+                // On a point-to-point link `IFA_ADDRESS` is the peer's; `IFA_LOCAL` is there on IPv4 only.
+                let mut address = None;
+                for attribute in message.attributes {
+                    match attribute {
+                        AddressAttribute::Local(ip) => address = Some(ip),
+                        AddressAttribute::Address(ip) => address = address.or(Some(ip)),
+                        _ => {}
+                    }
+                }
+                if let Some(net) = address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok()) {
+                    here.addresses.push((message.header.index, net));
                 }
             }
-            if let Some(net) = address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok()) {
-                addresses.push((message.header.index, net));
+        }
+        for (v6, any) in [
+            (false, RouteMessageBuilder::<Ipv4Addr>::new().build()),
+            (true, RouteMessageBuilder::<Ipv6Addr>::new().build()),
+        ] {
+            let leads =
+                |fact: &Fact| matches!(fact, Fact::DefaultRoute { gateway, .. } if gateway.is_ipv6() == v6);
+            if host || asked.iter().any(|fact| leads(fact) && here.has_links_of(fact)) {
+                let listed: Vec<RouteMessage> =
+                    handle.route().get(any).execute().try_collect().await.map_err(failed("routes"))?;
+                here.routes.extend(listed.into_iter().filter(|route| table(route) == MAIN));
             }
         }
-        let mut routes = Vec::new();
-        for any in
-            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
-        {
-            let listed: Vec<RouteMessage> =
-                handle.route().get(any).execute().try_collect().await.map_err(failed("routes"))?;
-            routes.extend(listed.into_iter().filter(|route| table(route) == MAIN));
-        }
-        let mut rules = Vec::new();
-        if *place == Place::Host {
+        if host {
             for version in [IpVersion::V4, IpVersion::V6] {
                 let listed: Vec<RuleMessage> =
                     handle.rule().get(version).execute().try_collect().await.map_err(failed("rules"))?;
-                rules.extend(listed.iter().filter_map(rule_of));
+                here.rules.extend(listed.iter().filter_map(rule_of));
             }
         }
-        Ok(Self { links, addresses, routes, rules })
+        Ok(here)
     }
 
     fn link(&self, name: &str) -> Option<&Link> {
-        self.links.values().find(|link| link.name == name)
+        self.links.get(self.indexes.get(name)?)
+    }
+
+    /// Whether the links are there without which `fact` cannot be true.
+    fn has_links_of(&self, fact: &Fact) -> bool {
+        fact.on().all(|(_, name)| self.indexes.contains_key(name))
     }
 
     fn holds(&self, kernel: &Kernel, fact: &Fact) -> Result<bool, KernelError> {
+        if !self.has_links_of(fact) {
+            return Ok(false);
+        }
         let is = |interface: &Interface, mtu: u32| {
             self.link(&interface.name).is_some_and(|link| link.mac == Some(interface.mac) && link.mtu == mtu)
         };
@@ -464,11 +471,18 @@ impl Here {
                 bridge.is_some()
                     && port.is_some_and(|port| port.controller == bridge && port.isolated == *isolated)
             }
-            Fact::Setting { place, name, value } => match kernel.namespace(place)?.sysctl(name) {
-                Ok(found) => found == *value,
-                // As in `add`.
-                Err(error) => is_without_ipv6(&error, name),
-            },
+            Fact::Setting { place, name, value } => {
+                // Told with the link; and a file that thousands of namespaces have takes the kernel long to find.
+                let told = fact.on().find_map(|(_, link)| self.link(link)?.without_ipv6);
+                match told.filter(|_| name.ends_with(".disable_ipv6")) {
+                    Some(off) => *value == u8::from(off).to_string(),
+                    None => match kernel.namespace(place)?.sysctl(name) {
+                        Ok(found) => found == *value,
+                        // As in `add`.
+                        Err(error) => is_without_ipv6(&error, name),
+                    },
+                }
+            }
             Fact::Address { link, address, .. } => self.link(link).is_some_and(|link| {
                 self.addresses.iter().any(|(index, one)| *index == link.index && one == address)
             }),
@@ -527,6 +541,7 @@ fn link_of(message: &LinkMessage) -> Link {
         up: message.header.flags.contains(LinkFlags::Up),
         controller: None,
         isolated: false,
+        without_ipv6: None,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -539,6 +554,15 @@ fn link_of(message: &LinkMessage) -> Link {
                     if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
                         link.isolated = port.contains(&InfoBridgePort::Isolated(true));
                     }
+                }
+            }
+            LinkAttribute::AfSpecUnspec(families) => {
+                for family in families {
+                    let AfSpecUnspec::Inet6(told) = family else { continue };
+                    link.without_ipv6 = told.iter().find_map(|one| match one {
+                        AfSpecInet6::DevConf(settings) => Some(settings.disable_ipv6 != 0),
+                        _ => None,
+                    });
                 }
             }
             _ => {}

@@ -31,25 +31,41 @@ pub fn plan(
     let facts = desired.facts(isolation);
     let wanted: BTreeSet<&Fact> = facts.iter().collect();
     let mut world = World::new(observed.facts.clone());
-    let mut ops = Vec::new();
-    let mut step = |world: &mut World, op: Op| {
-        world.execute(&op);
-        ops.push(op);
-    };
-    // Links first: with them goes what is on them, and need not be removed one by one.
-    let (on_links, links): (Vec<&Fact>, Vec<&Fact>) =
-        owned.iter().rev().filter(|fact| !wanted.contains(fact)).partition(|fact| fact.goes_with_its_link());
-    for fact in links.into_iter().chain(on_links) {
-        if world.holds(fact) {
-            step(&mut world, Op::Remove(fact.clone()));
-        }
-    }
+    let mut ops = removals(owned.iter().filter(|fact| !wanted.contains(fact)), &mut world);
     for fact in &facts {
         if !world.holds(fact) {
-            step(&mut world, Op::Add(fact.clone()));
+            let op = Op::Add(fact.clone());
+            world.execute(&op);
+            ops.push(op);
         }
     }
     Ok(Plan { ops })
+}
+
+/// The steps that take back those of `facts` that hold in `world`, last first, and what they leave of the world.
+///
+/// Links come before all else: with them goes what is on them and need not be removed one by one, and rules that close a
+/// network outlast it.
+pub(crate) fn removals<'a>(
+    facts: impl IntoIterator<Item = &'a Fact, IntoIter: DoubleEndedIterator>,
+    world: &mut World,
+) -> Vec<Op> {
+    let mut ops = Vec::new();
+    let mut rest: Vec<&Fact> = facts.into_iter().rev().collect();
+    for kind in [Fact::is_link, |fact: &Fact| !fact.goes_with_its_link(), |_: &Fact| true] {
+        let these: Vec<&Fact>;
+        (these, rest) = rest.into_iter().partition(|fact| kind(fact));
+        let held: BTreeSet<&Fact> = these.iter().copied().filter(|fact| world.holds(fact)).collect();
+        world.remove(held.iter().copied());
+        let mut told = BTreeSet::new();
+        ops.extend(
+            these
+                .into_iter()
+                .filter(|fact| held.contains(fact) && told.insert(*fact))
+                .map(|fact| Op::Remove(fact.clone())),
+        );
+    }
+    ops
 }
 
 /// Whether `desired` is free of contradictions.

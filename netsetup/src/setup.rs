@@ -1,9 +1,11 @@
 //! Plan, apply, verify, and take it all back.
 
+use crate::plan::removals;
 use crate::{
     ApplyError, ConflictError, Desired, Fact, Interface, Isolation, Journal, JournalError, Kernel,
-    KernelError, Observed, Op, plan,
+    KernelError, Observed, Op, World, plan,
 };
+use std::collections::BTreeSet;
 use tidegate_netns::Namespace;
 
 /// Networks and endpoints of one owner.
@@ -121,7 +123,7 @@ impl<I: Isolation> Setup<I> {
         let (on_links, others): (Vec<Fact>, Vec<Fact>) = facts.partition(Fact::goes_with_its_link);
         for op in others.into_iter().map(Op::Remove) {
             match self.kernel.execute(&op).await {
-                Ok(()) => self.journal.after(&op)?,
+                Ok(()) => self.journal.after(&[op])?,
                 Err(source) => {
                     return Err(ApplyError { op: Box::new(op), source, left: Vec::new() }.into());
                 }
@@ -133,7 +135,7 @@ impl<I: Isolation> Setup<I> {
                 if let Err(error) = self.kernel.execute(&op).await {
                     tracing::debug!(%error, "not taken back in a namespace that is left");
                 }
-                self.journal.after(&op)?;
+                self.journal.after(&[op])?;
             }
         }
         Ok(())
@@ -144,31 +146,9 @@ impl<I: Isolation> Setup<I> {
     /// # Errors
     /// [`SetupError`]: the first failure; what could be removed is, and the rest stays in the journal.
     pub async fn clear(&mut self) -> Result<usize, SetupError> {
-        let ops = self.plan(&Desired::default()).await?;
-        let mut first = None;
-        // The plan has the links first.
-        let interfaces: Vec<&Interface> = ops.iter().map_while(removes_link).collect();
-        let (links, others) = ops.split_at(interfaces.len());
-        match self.kernel.remove_links(&interfaces).await {
-            Ok(()) => links.iter().try_for_each(|op| self.journal.after(op))?,
-            Err(source) => {
-                let op = Box::new(links[0].clone());
-                first = Some(ApplyError { op, source, left: Vec::new() });
-            }
-        }
-        for op in others {
-            match self.kernel.execute(op).await {
-                Ok(()) => self.journal.after(op)?,
-                Err(source) => {
-                    first.get_or_insert(ApplyError { op: Box::new(op.clone()), source, left: Vec::new() });
-                }
-            }
-        }
-        if let Some(error) = first {
-            return Err(error.into());
-        }
+        let steps = self.take_back().await?;
         self.journal.forget_all()?;
-        Ok(ops.len())
+        Ok(steps)
     }
 
     /// Takes back all that is ours, and the journal with it.
@@ -176,14 +156,27 @@ impl<I: Isolation> Setup<I> {
     /// # Errors
     /// [`SetupError`].
     pub async fn finish(mut self) -> Result<(), SetupError> {
-        self.clear().await?;
+        self.take_back().await?;
         Ok(self.journal.finish()?)
+    }
+
+    async fn take_back(&mut self) -> Result<usize, SetupError> {
+        // Without looking first: that something is gone already is no error.
+        let facts = self.journal.facts();
+        let ops = removals(facts, &mut World::new(facts.iter().cloned().collect()));
+        let failed = self.execute(&ops, true).await?;
+        if let Some((at, source)) = failed.into_iter().next() {
+            return Err(ApplyError { op: Box::new(ops[at].clone()), source, left: Vec::new() }.into());
+        }
+        Ok(ops.len())
     }
 
     async fn plan(&mut self, desired: &Desired) -> Result<Vec<Op>, SetupError> {
         self.check_places(desired)?;
-        let mut asked = self.journal.facts().to_vec();
-        asked.extend(desired.facts(&self.isolation));
+        let mut asked = desired.facts(&self.isolation);
+        asked.extend_from_slice(self.journal.facts());
+        asked.sort_unstable();
+        asked.dedup();
         let observed = self.kernel.observe(&asked).await?;
         Ok(plan(desired, self.journal.facts(), &observed, &self.isolation)?.ops)
     }
@@ -204,31 +197,56 @@ impl<I: Isolation> Setup<I> {
     }
 
     async fn carry_out(&mut self, ops: &[Op]) -> Result<(), SetupError> {
-        for (done, op) in ops.iter().enumerate() {
-            self.journal.before(op)?;
+        let failed = self.execute(ops, false).await?;
+        let Some((at, source)) = failed.into_iter().next() else { return Ok(()) };
+        let left = self.undo(ops, at).await?;
+        Err(ApplyError { op: Box::new(ops[at].clone()), source, left }.into())
+    }
+
+    /// Carries `ops` out: links that are to be removed together, as far as they come first, and all else one by one. The
+    /// journal has all of it before the first step. Returns which steps failed; with `go_on` those after them were tried.
+    async fn execute(&mut self, ops: &[Op], go_on: bool) -> Result<Vec<(usize, KernelError)>, JournalError> {
+        self.journal.before(ops)?;
+        let links: Vec<&Interface> = ops.iter().map_while(removes_link).collect();
+        let mut done = 0;
+        // If they cannot be removed together, one by one tells which it is.
+        if self.kernel.remove_links(&links).await.is_ok() {
+            done = links.len();
+            self.journal.after(&ops[..done])?;
+        }
+        let mut failed = Vec::new();
+        for (at, op) in ops.iter().enumerate().skip(done) {
             match self.kernel.execute(op).await {
-                Ok(()) => self.journal.after(op)?,
-                Err(source) => {
-                    let left = self.undo(&ops[..=done]).await?;
-                    return Err(ApplyError { op: Box::new(op.clone()), source, left }.into());
+                Ok(()) => self.journal.after(std::slice::from_ref(op))?,
+                Err(error) => {
+                    failed.push((at, error));
+                    if !go_on {
+                        break;
+                    }
                 }
             }
         }
-        Ok(())
+        Ok(failed)
     }
 
-    /// Undoes `ops`, last first; the last one may have been done in part.
-    async fn undo(&mut self, ops: &[Op]) -> Result<Vec<KernelError>, JournalError> {
-        let mut left = Vec::new();
-        for op in ops.iter().rev().map(Op::inverse) {
-            self.journal.before(&op)?;
-            match self.kernel.execute(&op).await {
-                Ok(()) => self.journal.after(&op)?,
-                Err(error) => left.push(error),
-            }
-        }
-        Ok(left)
+    /// Undoes `ops`, of which the one at `failed` was the last to be tried and may have been done in part.
+    async fn undo(&mut self, ops: &[Op], failed: usize) -> Result<Vec<KernelError>, JournalError> {
+        let back = way_back(&ops[..failed], &ops[failed]);
+        let left = self.execute(&back, true).await?;
+        // With its link has gone what was on it, and what was not tried has never been.
+        let stays: BTreeSet<&Fact> = left.iter().map(|(at, _)| back[*at].fact()).collect();
+        let never: Vec<Op> = ops.iter().map(Op::inverse).filter(|op| !stays.contains(op.fact())).collect();
+        self.journal.after(&never)?;
+        Ok(left.into_iter().map(|(_, error)| error).collect())
     }
+}
+
+/// The steps that undo `done`, and the one after them that failed. What that was to remove is still there.
+fn way_back(done: &[Op], failed: &Op) -> Vec<Op> {
+    let added: Vec<Fact> = done.iter().chain([failed]).filter_map(Op::added).cloned().collect();
+    let mut back = removals(&added, &mut World::new(added.iter().cloned().collect()));
+    back.extend(done.iter().rev().filter(|op| op.added().is_none()).map(Op::inverse));
+    back
 }
 
 #[cfg(test)]

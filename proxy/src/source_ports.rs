@@ -15,7 +15,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Where the kernel's range is to be read, for the namespace of the reading thread.
@@ -31,31 +31,15 @@ const BY_NUMBER_FOR: Duration = Duration::from_secs(60);
 const ATTEMPTS: u32 = 256;
 
 /// Chooses source ports of TCP connections, from one namespace to one backend.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct SourcePorts {
-    first: u16,
-    count: u32,
+    /// The first port and how many there are; read when they are first needed, which most backends never do.
+    range: OnceLock<(u16, u32)>,
     next: AtomicU32,
     by_number_until: Mutex<Option<Instant>>,
 }
 
 impl SourcePorts {
-    /// Ports of the range that the calling thread's namespace sets.
-    pub fn of_this_namespace() -> Self {
-        let text = std::fs::read_to_string(RANGE).unwrap_or_default();
-        let mut numbers = text.split_whitespace().filter_map(|number| number.parse::<u16>().ok());
-        let (first, last) = match (numbers.next(), numbers.next()) {
-            (Some(first), Some(last)) if first <= last => (first, last),
-            _ => DEFAULT_RANGE,
-        };
-        Self {
-            first,
-            count: u32::from(last - first) + 1,
-            next: AtomicU32::new(0),
-            by_number_until: Mutex::default(),
-        }
-    }
-
     /// Begins to connect a socket from `make` to `to`. `make` has bound it to an address without a port, if the
     /// address matters (`source`); otherwise `source` is `None`.
     ///
@@ -97,8 +81,9 @@ impl SourcePorts {
     }
 
     fn next_port(&self) -> u16 {
-        let offset = self.next.fetch_add(1, Ordering::Relaxed) % self.count;
-        self.first + offset as u16
+        let (first, count) = *self.range.get_or_init(range_of_this_namespace);
+        let offset = self.next.fetch_add(1, Ordering::Relaxed) % count;
+        first + offset as u16
     }
 
     fn by_number(&self) -> bool {
@@ -113,6 +98,17 @@ impl SourcePorts {
     fn until(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
         self.by_number_until.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The range that the calling thread's namespace sets.
+fn range_of_this_namespace() -> (u16, u32) {
+    let text = std::fs::read_to_string(RANGE).unwrap_or_default();
+    let mut numbers = text.split_whitespace().filter_map(|number| number.parse::<u16>().ok());
+    let (first, last) = match (numbers.next(), numbers.next()) {
+        (Some(first), Some(last)) if first <= last => (first, last),
+        _ => DEFAULT_RANGE,
+    };
+    (first, u32::from(last - first) + 1)
 }
 
 fn is_taken(error: &io::Error) -> bool {

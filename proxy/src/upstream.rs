@@ -81,7 +81,7 @@ pub struct Direct {
 impl Direct {
     /// The way to `container`.
     pub fn new(container: IpAddr) -> Self {
-        Self { container, ports: SourcePorts::of_this_namespace() }
+        Self { container, ports: SourcePorts::default() }
     }
 
     /// The container's address.

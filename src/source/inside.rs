@@ -10,10 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use tidegate_model::{Protocol, registry};
-use tidegate_netns::{
-    AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl, connected_interface,
-    gateway,
-};
+use tidegate_netns::{AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl};
 use tidegate_proxy::{
     Flow, Lease, Opened, SourcePorts, Upstream, begin_connect, has_lost_its_address, socket,
 };
@@ -31,8 +28,8 @@ pub struct Inside {
     namespace: Namespace,
     /// At most one of each family.
     containers: Vec<Container>,
-    host: AddressBook,
-    there: AddressBook,
+    host: Arc<AddressBook>,
+    there: Arc<AddressBook>,
     show_client: bool,
     routes: Option<Arc<PolicyRoute>>,
     /// The rules for our mark.
@@ -64,7 +61,9 @@ impl Inside {
     ) -> Result<Self, SourceError> {
         let name = namespace.id().to_string();
         let addresses = |cause| SourceError::Addresses { namespace: name.clone(), cause };
-        let there = AddressBook::open(namespace).map_err(addresses)?;
+        let host = AddressBook::of(ground.ports()).map_err(addresses)?;
+        let there = AddressBook::of(namespace).map_err(addresses)?;
+        let home = AddressBook::of(ground.networks()).map_err(addresses)?;
         let mut found = containers.to_vec();
         if found.is_empty() {
             found = there.container_addresses();
@@ -74,12 +73,11 @@ impl Inside {
             let Some(address) = found.iter().copied().find(|address| Family::of(*address) == family) else {
                 continue;
             };
-            let home = ground.networks();
-            let connected = namespace.id() != home.id()
-                && connected_interface(home, address).map_err(addresses)?.is_some();
+            let connected = namespace.id() != ground.networks().id()
+                && home.connected_interface(address).map_err(addresses)?.is_some();
             containers.push(Container {
                 address,
-                gateway: gateway(namespace, family).map_err(addresses)?,
+                gateway: there.gateway(family).map_err(addresses)?,
                 connected,
             });
         }
@@ -89,14 +87,14 @@ impl Inside {
         let mut inside = Self {
             namespace: namespace.clone(),
             containers,
-            host: AddressBook::open(ground.ports()).map_err(addresses)?,
+            host,
             there,
             show_client,
             routes: None,
             _marked: Vec::new(),
             fallbacks: Fallbacks::new(),
             claims: Arc::default(),
-            ports: namespace.with(SourcePorts::of_this_namespace).map_err(addresses)?,
+            ports: SourcePorts::default(),
         };
         let families = match (inside.has(Family::V4), inside.has(Family::V6)) {
             (true, false) => Families::V4,

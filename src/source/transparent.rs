@@ -13,14 +13,14 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tidegate_model::Protocol;
-use tidegate_netns::{AddressBook, Families, Family, Namespace, PolicyRoute, Selector, connected_interface};
+use tidegate_netns::{AddressBook, Families, Family, Namespace, PolicyRoute, Selector};
 use tidegate_proxy::{Direct, Flow, Lease, Opened, Upstream, begin_connect};
 
 /// A container reached from this host, as if by its clients.
 pub struct Transparent {
     plain: Direct,
     interface: String,
-    host: AddressBook,
+    host: Arc<AddressBook>,
     routes: Arc<PolicyRoute>,
     fallbacks: Fallbacks,
     claims: Arc<Claims>,
@@ -34,10 +34,11 @@ impl Transparent {
     pub fn new(container: IpAddr) -> Result<Self, SourceError> {
         let addresses = |cause| SourceError::Addresses { namespace: "this host".to_owned(), cause };
         let home = Namespace::current().map_err(addresses)?;
-        let (_, interface) = connected_interface(&home, container)
+        let host = AddressBook::of(&home).map_err(addresses)?;
+        let (_, interface) = host
+            .connected_interface(container)
             .map_err(addresses)?
             .ok_or(SourceError::NotConnected(container))?;
-        let host = AddressBook::open(&home).map_err(addresses)?;
         let any = SocketAddr::new(if container.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
         transparent_socket(Protocol::Tcp, any, None).map_err(SourceError::Transparent)?;
         let families = if container.is_ipv4() { Families::V4 } else { Families::V6 };

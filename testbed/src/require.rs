@@ -25,11 +25,12 @@ pub fn require_program(program: &str) {
     );
 }
 
-/// Searches `PATH` for `program`, then `/usr/sbin` and `/sbin`, which an ordinary user's `PATH` leaves out.
+/// Searches `PATH` for `program`, then `/usr/sbin` and `/sbin`, which an ordinary user's `PATH` leaves out, and
+/// `/usr/lib/podman`, where Debian keeps what podman alone calls.
 pub fn find_program(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
-        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .chain(["/usr/sbin", "/sbin", "/usr/lib/podman"].map(PathBuf::from))
         .map(|directory| directory.join(program))
         .find(|path| path.is_file())
 }

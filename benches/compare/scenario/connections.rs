@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::{Metric, Scenario, per};
-use crate::contender::{Contender, Kind};
+use crate::contender::Contender;
 use crate::lab::{Lab, Service};
 use crate::load::{client, server::RequestServer};
 
@@ -26,10 +26,6 @@ impl Scenario for Connections {
             Metric::new(format!("{name}.rate"), &title, "1/s"),
             Metric::new(format!("{name}.cpu"), format!("{title}: CPU"), "us each"),
         ]
-    }
-
-    fn takes(&self, _kind: Kind) -> bool {
-        true
     }
 
     fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {

@@ -46,7 +46,7 @@ impl Scenario for Idle {
 
     fn takes(&self, kind: Kind) -> bool {
         // DNAT has no process; socat forks one for each connection.
-        !matches!(kind, Kind::Dnat | Kind::Socat)
+        kind.publishes() && !matches!(kind, Kind::Dnat | Kind::Socat)
     }
 
     fn most_rounds(&self) -> u32 {

@@ -5,6 +5,7 @@ mod datagrams;
 mod idle;
 mod ports;
 mod requests;
+mod setup;
 mod stalled;
 mod throughput;
 
@@ -25,7 +26,9 @@ pub(crate) trait Scenario {
     fn metrics(&self) -> Vec<Metric>;
 
     /// Whether the contender can take part.
-    fn takes(&self, kind: Kind) -> bool;
+    fn takes(&self, kind: Kind) -> bool {
+        kind.publishes()
+    }
 
     /// How many rounds are of use at most: memory hardly differs from one to the next.
     fn most_rounds(&self) -> u32 {
@@ -76,6 +79,10 @@ pub(crate) fn all(options: &Options) -> Vec<Box<dyn Scenario>> {
     all.push(Box::new(ports::Ports { count: 1_000 }));
     all.push(Box::new(ports::Ports { count: 10_000 }));
     all.push(Box::new(stalled::Stalled));
+    all.push(Box::new(setup::Single));
+    let endpoints = setup::Endpoints::new(if options.quick { 50 } else { 1_000 });
+    all.push(Box::new(setup::Many { networks: 4, endpoints: endpoints.clone() }));
+    all.push(Box::new(setup::Many { networks: 1, endpoints }));
     all.retain(|scenario| options.wants(&scenario.name()));
     all
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::{Metric, Scenario, per};
-use crate::contender::{Contender, Kind};
+use crate::contender::Contender;
 use crate::lab::{Lab, Service};
 use crate::load::{client, server::RequestServer};
 
@@ -27,10 +27,6 @@ impl Scenario for Requests {
             Metric::new("requests.p99", "Requests: p99 latency", "us"),
             Metric::new("requests.cpu", "Requests: CPU", "us each"),
         ]
-    }
-
-    fn takes(&self, _kind: Kind) -> bool {
-        true
     }
 
     fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {

@@ -6,7 +6,7 @@ use anyhow::Result;
 use tidegate_testbed::server::StalledServer;
 
 use super::{Metric, Scenario};
-use crate::contender::{Contender, Kind};
+use crate::contender::Contender;
 use crate::lab::{Lab, Service};
 use crate::load::client;
 
@@ -29,10 +29,6 @@ impl Scenario for Stalled {
 
     fn metrics(&self) -> Vec<Metric> {
         vec![Metric::new("stalled", "Buffered for a stalled peer", "MB")]
-    }
-
-    fn takes(&self, _kind: Kind) -> bool {
-        true
     }
 
     fn most_rounds(&self) -> u32 {

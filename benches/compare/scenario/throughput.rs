@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use tidegate_testbed::Process;
 
 use super::{Metric, Scenario, per};
-use crate::contender::{Contender, Kind};
+use crate::contender::Contender;
 use crate::iperf::Report;
 use crate::lab::{CONTAINER, HOST, Lab, Service};
 
@@ -50,10 +50,6 @@ impl Scenario for Throughput {
             Metric::new(format!("{name}.rate"), &title, "Gbit/s"),
             Metric::new(format!("{name}.cpu"), format!("{title}: CPU"), "s/GB"),
         ]
-    }
-
-    fn takes(&self, _kind: Kind) -> bool {
-        true
     }
 
     fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {

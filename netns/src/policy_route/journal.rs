@@ -72,6 +72,16 @@ impl Record {
         Self { identity, owners: Vec::new(), sysctls: Vec::new() }
     }
 
+    /// Notes what sysctls were. One that is known has been set by someone else since: that is now what it goes back to.
+    pub(super) fn save<'a>(&mut self, sysctls: impl IntoIterator<Item = &'a Saved>) {
+        for sysctl in sysctls {
+            match self.sysctls.iter_mut().find(|saved| saved.name == sysctl.name) {
+                Some(overtaken) => overtaken.clone_from(sysctl),
+                None => self.sysctls.push(sysctl.clone()),
+            }
+        }
+    }
+
     /// The slots whose owners have ended.
     pub(super) fn orphans(&self) -> Vec<OwnerSlot> {
         let dead = self.owners.iter().filter(|owner| !owner.process.is_alive());

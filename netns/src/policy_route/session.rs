@@ -6,9 +6,9 @@
 //!
 //! | step | done | undone |
 //! |---|---|---|
-//! | 1 | its slot is written down | and struck out, with the last owner the whole record |
+//! | 1 | its slot and the sysctls' values are written down | and struck out, with the last owner the whole record |
 //! | 2 | `local default dev lo` is added to the slot's table | deleted |
-//! | 3 | each sysctl's value is written down, then changed | put back, by the last owner |
+//! | 3 | the sysctls are changed | put back, by the last owner |
 //! | 4 | rules are added, at any time and without a word in the journal | all rules of the slot are deleted |
 //!
 //! Every step is written down before it is taken, so the record tells of at least what is there, wherever a
@@ -20,7 +20,7 @@ use super::PolicyRouteError;
 use super::journal::{Identity, Journal, Owner, Record};
 use super::process::{Process, boot_id};
 use super::slot::{self, Table};
-use super::sysctl::{Saved, Sysctl};
+use super::sysctl::{Change, Saved, Sysctl};
 use crate::netlink::Netlink;
 use crate::{Families, Family, Namespace};
 use rustix::io::Errno;
@@ -73,8 +73,35 @@ impl<'a> Session<'a> {
         orphans.iter().filter(|slot| !self.record.owns(**slot)).count()
     }
 
-    /// Steps 1 and 2: finds a slot that nobody uses, and takes it.
-    pub(super) fn claim(&mut self, families: Families) -> Result<OwnerSlot, PolicyRouteError> {
+    /// Looks which of `sysctls` will have to be changed.
+    pub(super) fn changes(&self, sysctls: &[Sysctl]) -> Result<Vec<Change>, PolicyRouteError> {
+        let mut changes = Vec::new();
+        for sysctl in sysctls {
+            let change = Change::needed(self.namespace, sysctl)
+                .map_err(|source| self.refused(format_args!("sysctl {sysctl}"), source))?;
+            let Some(change) = change else { continue };
+            let now = &change.saved.original;
+            let held = self.record.sysctls.iter().find(|saved| saved.name == sysctl.name);
+            if held.is_some_and(|held| held.ours == *now) {
+                return Err(PolicyRouteError::SysctlTaken {
+                    namespace: self.namespace.id(),
+                    name: sysctl.name.clone(),
+                    value: now.clone(),
+                    pid: self.record.owners.first().map_or(0, |owner| owner.process.pid),
+                });
+            }
+            changes.push(change);
+        }
+        Ok(changes)
+    }
+
+    /// Steps 1 and 2: finds a slot that nobody uses, and takes it. `changes` are written down, not made.
+    pub(super) fn claim(
+        &mut self,
+        families: Families,
+        changes: &[Change],
+    ) -> Result<OwnerSlot, PolicyRouteError> {
+        let before = self.record.clone();
         let process = Process::current().map_err(|source| self.refused("process", source))?;
         let with_rules =
             slot::with_rules(self.netlink).map_err(|source| self.refused("list of rules", source))?;
@@ -89,12 +116,13 @@ impl<'a> Session<'a> {
             }
             let path = self.namespace.path().map(Path::to_owned);
             self.record.owners.push(Owner { slot: slot.0, process, path });
+            self.record.save(changes.iter().map(|change| &change.saved));
             self.store()?;
             match self.add_routes(slot, families) {
                 Ok(()) => return Ok(slot),
                 Err((family, source)) => {
                     // None was added, so there is nothing to undo in the slot.
-                    self.record.remove(slot);
+                    self.record.clone_from(&before);
                     self.store()?;
                     // Someone who keeps another journal was quicker, and the slot is theirs.
                     if Errno::from_io_error(&source) != Some(Errno::EXIST) {
@@ -122,35 +150,11 @@ impl<'a> Session<'a> {
     }
 
     /// Step 3.
-    pub(super) fn set_sysctls(&mut self, sysctls: &[Sysctl]) -> Result<(), PolicyRouteError> {
-        sysctls.iter().try_for_each(|sysctl| self.set_sysctl(sysctl))
-    }
-
-    fn set_sysctl(&mut self, sysctl: &Sysctl) -> Result<(), PolicyRouteError> {
-        let refused =
-            |namespace: &Namespace, source| kernel_error(namespace, format_args!("sysctl {sysctl}"), source);
-        let now = self.namespace.sysctl(&sysctl.name).map_err(|source| refused(self.namespace, source))?;
-        if now == sysctl.value {
-            return Ok(());
-        }
-        let saved = Saved { name: sysctl.name.clone(), original: now.clone(), ours: sysctl.value.clone() };
-        match self.record.sysctls.iter_mut().find(|saved| saved.name == sysctl.name) {
-            Some(held) if held.ours == now => {
-                return Err(PolicyRouteError::SysctlTaken {
-                    namespace: self.namespace.id(),
-                    name: sysctl.name.clone(),
-                    value: now,
-                    pid: self.record.owners.first().map_or(0, |owner| owner.process.pid),
-                });
-            }
-            // Someone else has set it since: that is now what it goes back to.
-            Some(overtaken) => *overtaken = saved,
-            None => self.record.sysctls.push(saved),
-        }
-        self.store()?;
-        self.namespace
-            .set_sysctl(&sysctl.name, &sysctl.value)
-            .map_err(|source| refused(self.namespace, source))
+    pub(super) fn make(&self, changes: &[Change]) -> Result<(), PolicyRouteError> {
+        changes.iter().try_for_each(|change| {
+            let Saved { name, ours, .. } = &change.saved;
+            change.make().map_err(|source| self.refused(format_args!("sysctl {name} = {ours}"), source))
+        })
     }
 
     /// Undoes all steps of the owner of `slot`, and goes on where one fails.

@@ -3,7 +3,9 @@
 use crate::Namespace;
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 
 /// A sysctl of a namespace and the value it is to have.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,10 +40,53 @@ pub(super) struct Saved {
 impl Saved {
     /// Puts the original value back, unless someone else has set another since: then it is theirs.
     pub(super) fn restore(&self, namespace: &Namespace) -> io::Result<()> {
-        if namespace.sysctl(&self.name)? != self.ours {
+        let mut file = namespace.open_sysctl(&self.name)?;
+        if read(&mut file)? != self.ours {
             tracing::debug!(sysctl = self.name, "set by someone else meanwhile; left as it is");
             return Ok(());
         }
-        namespace.set_sysctl(&self.name, &self.original)
+        write(&file, &self.original)
     }
+}
+
+/// A sysctl that has another value than it is to have, open.
+pub(super) struct Change {
+    pub(super) saved: Saved,
+    file: File,
+}
+
+impl Change {
+    /// Looks what has to be done; `None` if nothing.
+    pub(super) fn needed(namespace: &Namespace, sysctl: &Sysctl) -> io::Result<Option<Self>> {
+        let opened = namespace.open_sysctl(&sysctl.name).and_then(|mut file| Ok((read(&mut file)?, file)));
+        let (now, file) = match opened {
+            Ok(opened) => opened,
+            // What cannot be written may have the value all the same.
+            Err(error) => match namespace.sysctl(&sysctl.name) {
+                Ok(now) if now == sysctl.value => return Ok(None),
+                _ => return Err(error),
+            },
+        };
+        if now == sysctl.value {
+            return Ok(None);
+        }
+        let saved = Saved { name: sysctl.name.clone(), original: now, ours: sysctl.value.clone() };
+        Ok(Some(Self { saved, file }))
+    }
+
+    /// Does it.
+    pub(super) fn make(&self) -> io::Result<()> {
+        write(&self.file, &self.saved.ours)
+    }
+}
+
+fn read(file: &mut File) -> io::Result<String> {
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text.trim_end().to_owned())
+}
+
+/// At the beginning of the file: anywhere else is not heeded (`kernel.sysctl_writes_strict`).
+fn write(file: &File, value: &str) -> io::Result<()> {
+    file.write_all_at(value.as_bytes(), 0)
 }
