@@ -114,6 +114,56 @@ fn a_second_instance_is_told_who_the_first_is() {
     assert!(!socket.with_extension("other").exists() && socket.exists());
 }
 
+/// As systemd-networkd does with policy rules it does not know, and Docker with `ip_forward`.
+#[test]
+fn what_others_take_away_is_put_back() {
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    let mut up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let ours = state(&scene.net.host);
+    let bridge =
+        ours.lines().find_map(|line| Some(line.split_once("tg-front-")?.1.split_once(' ')?.0)).unwrap();
+    let bridge = format!("tg-front-{bridge}");
+    let forwarding = format!("net.ipv4.conf.{bridge}.forwarding");
+    let whole = || state(&scene.net.host) == ours && scene.net.host.read_sysctl(&forwarding) == "0";
+    assert!(whole());
+    for harm in ["rule flush", "-6 rule flush"] {
+        scene.net.host.ip_all(harm);
+        // Its own, without which a host has no network.
+        let family = if harm.starts_with("-6") { "-6 " } else { "" };
+        scene.net.host.ip_all(&format!("{family}rule add from all lookup main pref 32766"));
+        if family.is_empty() {
+            scene.net.host.ip_all("rule add from all lookup default pref 32767");
+        }
+        assert!(eventually(SOON, whole), "{harm}:\n{}\ninstead of\n{ours}", state(&scene.net.host));
+    }
+    scene.net.host.sysctl("net.ipv4.ip_forward", "1");
+    assert!(eventually(SOON, whole), "forwarding");
+    scene.net.host.sysctl("net.ipv4.ip_forward", "0");
+    scene.net.host.ip_all(&format!("link delete {bridge}"));
+    let answers = || {
+        let answer = scene
+            .net
+            .client
+            .command("curl")
+            .args(["-sS", "--max-time", "1", "http://203.0.113.1:8080/"])
+            .output();
+        answer.unwrap().status.success()
+    };
+    let neighbours = || {
+        let links = scene.net.host.exec("ip", &["-o", "link", "show", "master", &bridge]);
+        links.lines().count() == 1
+    };
+    assert!(
+        eventually(SOON, || scene.net.host.exec("ip", &["-o", "link"]).contains(&bridge) && neighbours()),
+        "the bridge"
+    );
+    assert!(answers());
+    up.stop(Signal::INT, SOON);
+    assert_eq!(state(&scene.net.host), before);
+}
+
 #[test]
 fn what_cannot_be_is_one_line_and_changes_nothing() {
     let scene = Scene::new();

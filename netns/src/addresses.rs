@@ -17,21 +17,17 @@
 
 use crate::netlink::Netlink;
 use crate::routes::{connected_interface, default_route};
-use crate::{Family, Namespace, NamespaceId};
+use crate::{Family, Namespace, NamespaceId, News, Topic};
 use ipnet::IpNet;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-
-/// `RTMGRP_IPV4_IFADDR` and `RTMGRP_IPV6_IFADDR` (`include/uapi/linux/rtnetlink.h`).
-const ADDRESS_GROUPS: u32 = 0x10 | 0x100;
 
 /// The index of `lo`, which is the first interface of every namespace (`LOOPBACK_IFINDEX` in
 /// `include/net/net_namespace.h`).
@@ -42,7 +38,7 @@ pub(crate) const LOOPBACK: u32 = 1;
 /// May be asked from several threads. Keeps two descriptors; needs no privilege once it is open.
 pub struct AddressBook {
     namespace: NamespaceId,
-    news: Socket,
+    news: News,
     state: Mutex<State>,
 }
 
@@ -63,9 +59,7 @@ impl AddressBook {
     /// # Errors
     /// The namespace cannot be entered, or its addresses not be read.
     pub fn open(namespace: &Namespace) -> io::Result<Self> {
-        let mut news = namespace.with(|| Socket::new(NETLINK_ROUTE))??;
-        news.bind(&SocketAddr::new(0, ADDRESS_GROUPS))?;
-        news.set_non_blocking(true)?;
+        let news = News::of(namespace, &[Topic::Addresses])?;
         let mut netlink = Netlink::open(namespace)?;
         let table = Table::read(&mut netlink)?;
         let state = Mutex::new(State { netlink, table, stale: false });
@@ -145,7 +139,7 @@ impl AddressBook {
     /// The table, read anew if there is news.
     fn current(&self) -> MutexGuard<'_, State> {
         let mut state = self.state();
-        if self.drain_news() || state.stale {
+        if self.news.drain() || state.stale {
             match Table::read(&mut state.netlink) {
                 Ok(table) => (state.table, state.stale) = (table, false),
                 Err(error) => {
@@ -155,19 +149,6 @@ impl AddressBook {
             }
         }
         state
-    }
-
-    /// Whether there was anything to receive.
-    fn drain_news(&self) -> bool {
-        let mut changed = false;
-        loop {
-            // What does not fit is cut off, and none of it is read anyway.
-            let mut beginning = [0; 16];
-            match self.news.recv(&mut &mut beginning[..], 0) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return changed,
-                _ => changed = true,
-            }
-        }
     }
 }
 

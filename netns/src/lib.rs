@@ -15,6 +15,7 @@
 //!
 //! - [`Namespace`]: a handle by path or process; makes things inside, reads and sets sysctls.
 //! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours, where its packets go; always current.
+//! - [`News`]: word that something has changed.
 //! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it goes, and
 //!   that is cleaned up after when its process was killed ([`sweep()`]).
 //!
@@ -34,6 +35,7 @@ mod family;
 mod handle;
 mod lock;
 mod netlink;
+mod news;
 mod policy_route;
 mod routes;
 mod run_directory;
@@ -44,6 +46,7 @@ pub use addresses::AddressBook;
 pub use family::{Families, Family};
 pub use handle::{Namespace, NamespaceId, OpenError};
 pub use lock::{Lock, lock_file};
+pub use news::{News, Topic};
 pub use policy_route::{
     MAX_SELECTORS, PolicyRoute, PolicyRouteError, Selector, Steered, Sysctl, sweep, sweep_in,
 };

@@ -87,6 +87,19 @@ impl<I: Isolation> Setup<I> {
         }
     }
 
+    /// Puts back what someone else has removed or changed of the networks of `desired`, which must have been applied: their bridges and
+    /// what keeps them closed. Endpoints are looked at only if a bridge was gone. Returns the number of steps.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    pub async fn repair(&mut self, desired: &Desired) -> Result<usize, SetupError> {
+        let networks = Desired { networks: desired.networks.clone(), endpoints: Vec::new() };
+        let ops = self.plan_part(&networks).await?;
+        self.carry_out(&ops).await?;
+        let others = if ops.iter().any(|op| op.fact().is_link()) { self.apply(desired).await? } else { 0 };
+        Ok(ops.len() + others)
+    }
+
     /// Plugs the endpoint `name` of `desired`, which must have been applied, into `namespace`: its container has come back in
     /// another one. It keeps its interfaces, addresses and routes; other endpoints are not touched. In the namespace that it is in
     /// already, what is missing is made again. Returns the number of steps.

@@ -4,6 +4,10 @@
 //! that is looked for once a second, since nothing announces it. The old namespace cannot be mistaken for a new one meanwhile, because
 //! our handle keeps it, and with it its number.
 //!
+//! The host's networks are others' too: a daemon that flushes policy rules when it starts (systemd-networkd does with those it does not know), or one
+//! that switches forwarding on everywhere, would open what is closed. So changes of rules, links and settings are listened for, and what is ours
+//! is put back.
+//!
 //! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
 use super::{Instance, Signals};
@@ -15,10 +19,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tidegate_netns::{Namespace, NamespaceId};
 use tidegate_netsetup::SetupError;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 /// How often adopted namespaces are looked after.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How long what changes may go on changing before it is put right, so that a flush of many rules is one repair.
+const SETTLE: Duration = Duration::from_millis(10);
+
+/// The least time between two repairs, should someone insist.
+const REPAIR_PAUSE: Duration = Duration::from_millis(500);
 
 impl Instance {
     /// Waits for the services to end, or a signal. Whether all is well.
@@ -28,12 +38,39 @@ impl Instance {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // What was said last of an endpoint that could not be plugged in, so that it is not said every second.
         let mut said = BTreeMap::new();
+        let mut repair_at: Option<Instant> = None;
+        let mut repaired = Instant::now() - REPAIR_PAUSE;
         loop {
             tokio::select! {
+                changed = self.news.readable(), if repair_at.is_none() => {
+                    if let Ok(mut changed) = changed {
+                        changed.get_inner().drain();
+                        changed.clear_ready();
+                    }
+                    repair_at = Some((Instant::now() + SETTLE).max(repaired + REPAIR_PAUSE));
+                },
+                () = sleep_until(repair_at.unwrap_or(repaired)), if repair_at.is_some() => {
+                    repair_at = None;
+                    repaired = Instant::now();
+                    self.repair().await;
+                },
                 ended = self.up.supervisor.wait(), if has_services => return ended.success(),
                 () = signals.next() => return true,
                 Some(order) = self.orders.recv() => self.carry_out(order).await,
                 _ = ticks.tick() => self.look_after_adopted(&mut said).await,
+            }
+        }
+    }
+
+    async fn repair(&mut self) {
+        match self.setup.repair(&self.up.layout.desired).await {
+            Ok(0) => {}
+            Ok(steps) => {
+                self.repairs.increment(1);
+                tracing::warn!(steps, "someone else has changed our networks; put right again");
+            }
+            Err(error) => {
+                tracing::error!(%error, "someone else has changed our networks, and they cannot be put right")
             }
         }
     }

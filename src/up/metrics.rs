@@ -1,6 +1,7 @@
 //! `tidegate_network_*`: rendered at each scrape from what there is then, so that a family's series go with their object.
 
 use crate::publisher::Publisher;
+use ::metrics::{Counter, counter, describe_counter};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -28,6 +29,13 @@ const RELOCATIONS: Family = (
     "counter",
     "Times that an endpoint was plugged into another namespace because its container had come back.",
 );
+
+/// Counts how often networks had to be put right.
+pub(super) fn repairs() -> Counter {
+    const NAME: &str = "tidegate_network_repairs_total";
+    describe_counter!(NAME, "Times that networks were put right after someone else had changed them.");
+    counter!(NAME)
+}
 
 /// Writes the families of the networks and endpoints of `desired` in the text format of Prometheus (exposition format 0.0.4).
 pub(super) fn families(desired: &Desired, publisher: &Publisher, page: &mut String) {

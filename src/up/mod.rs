@@ -24,6 +24,7 @@ use crate::ports::{bind, raise_descriptor_limit};
 use crate::publisher::{Endpoint, Publisher};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use crate::source::clean_up_after_the_dead;
+use ::metrics::Counter;
 use anyhow::{Context, anyhow, bail};
 use layout::{Layout, Surroundings, fnv, hosts, layout, resolv_conf};
 use rustix::net::netdevice::name_to_index;
@@ -34,9 +35,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tidegate_model::{PortSpec, Protocol};
-use tidegate_netns::{Namespace, run_directory};
+use tidegate_netns::{Namespace, News, Topic, run_directory};
 use tidegate_netsetup::{Isolation, Journal, JournalError, Kernel, Setup, WithoutFirewall};
 use tidegate_proxy::{Listener, Settings};
+use tokio::io::{Interest, unix::AsyncFd};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -68,6 +70,10 @@ struct Instance {
     up: Running,
     server: Server,
     orders: mpsc::Receiver<Order>,
+    /// Of what could have opened the networks.
+    news: AsyncFd<News>,
+    /// How often they were put right.
+    repairs: Counter,
 }
 
 /// What runs on the networks.
@@ -143,6 +149,11 @@ impl Up {
             tracing::info!(steps = left, "cleared what an instance that was killed had left");
         }
 
+        let topics = [Topic::Links, Topic::Rules, Topic::Settings, Topic::Addresses];
+        let news = News::of(ground.networks(), &topics).context("listen for changes of networks")?;
+        // SAFETY: its descriptor is its own, and the same for as long as it lives.
+        let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }
+            .context("listen for changes of networks")?;
         let up = match self.start(ground, &project, &mut setup, &run).await {
             Ok(up) => up,
             Err(error) => {
@@ -167,7 +178,8 @@ impl Up {
             project: project.name,
         };
         let server = Server::start(socket, Arc::new(subject));
-        let mut instance = Instance { setup, up, server, orders: received };
+        let mut instance =
+            Instance { setup, up, server, orders: received, news, repairs: metrics::repairs() };
         if let Err(error) = instance.up.announce() {
             // Whoever read it has seen enough.
             tracing::debug!(%error, "standard output");
