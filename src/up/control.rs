@@ -70,7 +70,7 @@ impl Instance {
                 tracing::warn!(steps, "someone else has changed our networks; put right again");
             }
             Err(error) => {
-                tracing::error!(%error, "someone else has changed our networks, and they cannot be put right")
+                tracing::error!(%error, "someone else has changed our networks, and they cannot be put right");
             }
         }
     }

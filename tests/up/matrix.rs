@@ -7,6 +7,7 @@ use socket2::{Domain, Socket, Type};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
@@ -104,8 +105,11 @@ enum Mode {
     Rootless,
 }
 
+/// Who gets what by asking where, in the order of [`FROM`].
+type Table = &'static [(To, [Outcome; 10])];
+
 impl Mode {
-    fn expected(self) -> &'static [(To, [Outcome; 10])] {
+    fn expected(self) -> Table {
         match self {
             Self::Root | Self::RootForwarding => &EXPECTED,
             Self::Rootless => &EXPECTED_ROOTLESS,
@@ -142,6 +146,22 @@ const EXPECTED_ROOTLESS: [(To, [Outcome; 10]); 10] = [
     (To::InsideGateway,       [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
     (To::Loopback,            [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
     (To::LoopbackOnly,        [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::LoopbackOnlyOutside, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+];
+
+/// What is left of it when root's instance was killed, until the next one clears it: bridges, and what keeps them closed.
+#[rustfmt::skip]
+const EXPECTED_OF_THE_DEAD: [(To, [Outcome; 10]); 10] = [
+    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
+    (To::Container,           [NO,    NO,    NO,     NO,       NO,    YES, YES,    NO,     NO,    YES]),
+    (To::Published,           [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::PublishedBeyond,     [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::Gateway,             [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::AwayGateway,         [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::InsideGateway,       [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::Loopback,            [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::LoopbackOnly,        [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
     (To::LoopbackOnlyOutside, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
     (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
 ];
@@ -239,13 +259,9 @@ impl Matrix {
     }
 
     /// Everybody asks everything at the same time. What came out otherwise than expected.
-    fn wrong(&self) -> Vec<String> {
+    fn wrong(&self, table: Table) -> Vec<String> {
         let by_both = [(false, false), (false, true), (true, false), (true, true)];
-        let cells = self
-            .mode
-            .expected()
-            .iter()
-            .flat_map(|(to, row)| FROM.iter().zip(row).map(move |cell| (to, cell)));
+        let cells = table.iter().flat_map(|(to, row)| FROM.iter().zip(row).map(move |cell| (to, cell)));
         std::thread::scope(|scope| {
             let asking: Vec<_> = cells
                 .flat_map(|(to, (from, expected))| {
@@ -342,14 +358,14 @@ impl Probe {
 #[test]
 fn everyone_reaches_what_the_table_says_and_nothing_else() {
     let mut matrix = Matrix::new(Mode::Root);
-    assert_eq!(matrix.wrong(), [""; 0]);
+    assert_eq!(matrix.wrong(matrix.mode.expected()), [""; 0]);
     matrix.up.stop(Signal::INT, SOON);
 }
 
 #[test]
 fn the_same_holds_on_a_host_that_forwards_for_others_and_it_goes_on_doing_so() {
     let mut matrix = Matrix::new(Mode::RootForwarding);
-    assert_eq!(matrix.wrong(), [""; 0]);
+    assert_eq!(matrix.wrong(matrix.mode.expected()), [""; 0]);
     let others = PeerServer::tcp(&matrix.scene.net.container, SocketAddr::new(addr::CONTAINER_V4.into(), 80));
     let to_others =
         |place: &Namespace| place.run(|| TcpStream::connect_timeout(&others.addr(), SOON).is_ok());
@@ -360,8 +376,70 @@ fn the_same_holds_on_a_host_that_forwards_for_others_and_it_goes_on_doing_so() {
 #[test]
 fn the_networks_of_an_ordinary_user_are_as_closed() {
     let mut matrix = Matrix::new(Mode::Rootless);
-    assert_eq!(matrix.wrong(), [""; 0]);
+    assert_eq!(matrix.wrong(matrix.mode.expected()), [""; 0]);
     matrix.up.stop(Signal::INT, SOON);
+}
+
+#[test]
+fn what_a_killed_instance_leaves_is_closed() {
+    let mut matrix = Matrix::new(Mode::RootForwarding);
+    matrix.up.signal(Signal::KILL);
+    matrix.up.wait(SOON);
+    assert_eq!(matrix.wrong(&EXPECTED_OF_THE_DEAD), [""; 0]);
+}
+
+/// On a host that forwards for others, with an outside that knows the way and a container that listens all the while.
+#[test]
+fn there_is_no_moment_at_which_a_container_is_open() {
+    let scene = Scene::new();
+    scene.net.host.sysctl("net.ipv4.ip_forward", "1");
+    scene.net.host.sysctl("net.ipv6.conf.all.forwarding", "1");
+    scene.net.client.ip_all(
+        "route add 10.77.0.0/16 via 203.0.113.1
+         -6 route add fd77::/16 via 2001:db8:1::1",
+    );
+    let endpoints = ENDPOINTS.map(|_| Namespace::new());
+    let mut file = FILE.to_owned();
+    for (name, namespace) in ENDPOINTS.iter().zip(&endpoints) {
+        file = file.replace(&name.to_uppercase(), &namespace.path().display().to_string());
+    }
+    let witness = Witness::new(&endpoints[0], &["[::]:80".parse().unwrap()]);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for to in ["10.77.1.10:80", "[fd77:1::10]:80"] {
+            let asking = scene.net.client.run(|| {
+                let any = if to.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
+                UdpSocket::bind(any).unwrap()
+            });
+            let over = &over;
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    // That there is no way is what is hoped for.
+                    let _ = asking.send_to(b"let me in", to);
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            });
+        }
+        for ending in [Signal::INT, Signal::KILL, Signal::TERM, Signal::KILL, Signal::INT] {
+            let mut up = scene.up(&file);
+            up.wait_for_line("Ctrl-C takes", SOON);
+            // The witness does see what comes in.
+            assert!(answers_datagram(&endpoints[1], "10.77.1.10:80"));
+            up.signal(ending);
+            up.wait(SOON);
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    assert!(witness.has_seen("hello"));
+    assert!(!witness.has_seen("let me in"));
+}
+
+fn answers_datagram(from: &Namespace, to: &str) -> bool {
+    from.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        socket.send_to(b"hello", to).is_ok() && socket.recv(&mut [0; 10]).is_ok()
+    })
 }
 
 /// Or the table would hold for want of an attack: where the kernel is told to let them through, they come through.
