@@ -115,6 +115,25 @@ fn killed_it_leaves_nothing_and_comes_up_again() {
     assert_eq!(state(&scene.net.host), before);
 }
 
+/// `user.max_user_namespaces` is every user namespace's own, so one can be made that allows none.
+#[test]
+fn where_user_namespaces_are_not_allowed_it_says_what_would_allow_them() {
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    let path = scene.directory.path().join("compose.yaml");
+    fs::write(&path, FILE).unwrap();
+    let mut command = scene.net.host.command("unshare");
+    let deny = "echo 0 > /proc/sys/user/max_user_namespaces
+        exec setpriv --bounding-set=-sys_admin \"$0\" up -f \"$1\" --metrics none";
+    command.args(["--user", "--map-root-user", "sh", "-c", deny, TIDEGATE]).arg(path);
+    let output = command.env("TIDEGATE_RUN_DIR", scene.run.path()).output().unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.starts_with("tidegate: error: make a user namespace: "), "{told}");
+    assert!(told.contains("user.max_user_namespaces") && told.lines().count() == 1, "{told}");
+    assert_eq!(state(&scene.net.host), before);
+}
+
 #[test]
 fn what_an_ordinary_user_may_not_do_is_one_line() {
     let scene = Scene::new();
