@@ -1,7 +1,12 @@
-//! Replays the fuzz corpora of this package's parsers, so that what a fuzzer once found stays fixed.
+//! Replays the fuzz corpora of all parsers, so that what a fuzzer once found stays fixed.
 
 use std::fs;
 use std::path::Path;
+
+#[test]
+fn port_spec_corpus_holds() {
+    replay("port_spec", tidegate_model::fuzz::check_port_spec);
+}
 
 #[test]
 fn compose_corpus_holds() {

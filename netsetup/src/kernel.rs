@@ -1,29 +1,24 @@
 //! The real kernel: observes and carries out, by rtnetlink, with sockets made in the namespaces concerned.
 
-use crate::{Fact, Interface, KernelError, Mac, Observed, Op, Place, Reach, Rule};
+mod look;
+mod messages;
+
+use crate::{Fact, Interface, KernelError, Mac, Observed, Op, Place};
 use futures_util::TryStreamExt;
-use ipnet::IpNet;
 use rtnetlink::packet_core::ErrorMessage;
-use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
-use rtnetlink::packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, InfoBridgePort, InfoData, InfoPortData, InfoVeth, LinkAttribute, LinkFlags,
-    LinkInfo, LinkMessage,
-};
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType};
-use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use rtnetlink::{
-    Handle, IpVersion, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth,
-    RouteMessageBuilder,
-};
+use rtnetlink::packet_route::address::AddressHeaderFlags;
+use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use tidegate_model::registry;
 use tidegate_netns::Namespace;
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
+
+use look::Here;
+use messages::{default_route, group, link_of, message_of};
 
 /// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
@@ -48,19 +43,6 @@ impl Drop for Connection {
     fn drop(&mut self) {
         self.task.abort();
     }
-}
-
-/// A link as it was found.
-struct Link {
-    index: u32,
-    name: String,
-    mac: Option<Mac>,
-    mtu: u32,
-    up: bool,
-    controller: Option<u32>,
-    isolated: bool,
-    /// Its `disable_ipv6`, if the kernel has IPv6.
-    without_ipv6: Option<bool>,
 }
 
 impl Kernel {
@@ -383,286 +365,4 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         | Fact::DefaultRoute { place, .. } => Some(place),
         Fact::Bridge { .. } | Fact::Veth { .. } | Fact::Port { .. } | Fact::Rule(_) => None,
     }
-}
-
-/// What one namespace has.
-struct Here {
-    links: BTreeMap<u32, Link>,
-    indexes: BTreeMap<String, u32>,
-    addresses: Vec<(u32, IpNet)>,
-    routes: Vec<RouteMessage>,
-    rules: Vec<Rule>,
-}
-
-impl Here {
-    /// Asks for links, and for the rest as far as `asked` makes it necessary: there may be thousands of endpoints. Of the host all
-    /// is of interest.
-    async fn look(kernel: &mut Kernel, place: &Place, asked: &[&Fact]) -> Result<Self, KernelError> {
-        let failed = |what: &'static str| {
-            move |source| KernelError { what: format!("list the {what} of {place}"), source: error(source) }
-        };
-        let handle = kernel.connection(place)?.handle.clone();
-        let links: Vec<LinkMessage> =
-            handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
-        let links: BTreeMap<u32, Link> = links.iter().map(link_of).map(|link| (link.index, link)).collect();
-        let indexes = links.values().map(|link| (link.name.clone(), link.index)).collect();
-        let mut here = Self { links, indexes, addresses: Vec::new(), routes: Vec::new(), rules: Vec::new() };
-        let host = *place == Place::Host;
-        if host || asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact)) {
-            let mut listed = handle.address().get().execute();
-            while let Some(message) = listed.try_next().await.map_err(failed("addresses"))? {
-                // On a point-to-point link `IFA_ADDRESS` is the peer's; `IFA_LOCAL` is there on IPv4 only.
-                let mut address = None;
-                for attribute in message.attributes {
-                    match attribute {
-                        AddressAttribute::Local(ip) => address = Some(ip),
-                        AddressAttribute::Address(ip) => address = address.or(Some(ip)),
-                        _ => {}
-                    }
-                }
-                if let Some(net) = address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok()) {
-                    here.addresses.push((message.header.index, net));
-                }
-            }
-        }
-        for (v6, any) in [
-            (false, RouteMessageBuilder::<Ipv4Addr>::new().build()),
-            (true, RouteMessageBuilder::<Ipv6Addr>::new().build()),
-        ] {
-            let leads =
-                |fact: &Fact| matches!(fact, Fact::DefaultRoute { gateway, .. } if gateway.is_ipv6() == v6);
-            if host || asked.iter().any(|fact| leads(fact) && here.has_links_of(fact)) {
-                let listed: Vec<RouteMessage> =
-                    handle.route().get(any).execute().try_collect().await.map_err(failed("routes"))?;
-                here.routes.extend(listed.into_iter().filter(|route| table(route) == MAIN));
-            }
-        }
-        if host {
-            for version in [IpVersion::V4, IpVersion::V6] {
-                let listed: Vec<RuleMessage> =
-                    handle.rule().get(version).execute().try_collect().await.map_err(failed("rules"))?;
-                here.rules.extend(listed.iter().filter_map(rule_of));
-            }
-        }
-        Ok(here)
-    }
-
-    fn link(&self, name: &str) -> Option<&Link> {
-        self.links.get(self.indexes.get(name)?)
-    }
-
-    /// Whether the links are there without which `fact` cannot be true.
-    fn has_links_of(&self, fact: &Fact) -> bool {
-        fact.on().all(|(_, name)| self.indexes.contains_key(name))
-    }
-
-    fn holds(&self, kernel: &Kernel, fact: &Fact) -> Result<bool, KernelError> {
-        if !self.has_links_of(fact) {
-            return Ok(false);
-        }
-        let is = |interface: &Interface, mtu: u32| {
-            self.link(&interface.name).is_some_and(|link| link.mac == Some(interface.mac) && link.mtu == mtu)
-        };
-        Ok(match fact {
-            Fact::Bridge { interface, mtu } | Fact::Veth { interface, mtu, .. } => is(interface, *mtu),
-            Fact::Port { link, bridge, isolated } => {
-                let bridge = self.link(bridge).map(|bridge| bridge.index);
-                let port = self.link(link);
-                bridge.is_some()
-                    && port.is_some_and(|port| port.controller == bridge && port.isolated == *isolated)
-            }
-            Fact::Setting { place, name, value } => {
-                // Told with the link; and a file that thousands of namespaces have takes the kernel long to find.
-                let told = fact.on().find_map(|(_, link)| self.link(link)?.without_ipv6);
-                match told.filter(|_| name.ends_with(".disable_ipv6")) {
-                    Some(off) => *value == u8::from(off).to_string(),
-                    None => match kernel.namespace(place)?.sysctl(name) {
-                        Ok(found) => found == *value,
-                        // As in `add`.
-                        Err(error) => is_without_ipv6(&error, name),
-                    },
-                }
-            }
-            Fact::Address { link, address, .. } => self.link(link).is_some_and(|link| {
-                self.addresses.iter().any(|(index, one)| *index == link.index && one == address)
-            }),
-            Fact::Up { link, .. } => self.link(link).is_some_and(|link| link.up),
-            Fact::DefaultRoute { link, gateway, .. } => self.link(link).is_some_and(|link| {
-                self.routes.iter().any(|route| is_default(route) && leads(route, link.index, *gateway))
-            }),
-            Fact::Rule(rule) => self.rules.contains(rule),
-        })
-    }
-
-    fn default_mtu(&self) -> Option<u32> {
-        let by = self.routes.iter().filter(|route| is_default(route)).flat_map(|route| &route.attributes);
-        let link = |attribute: &RouteAttribute| match attribute {
-            RouteAttribute::Oif(index) => self.links.get(index).map(|link| link.mtu),
-            _ => None,
-        };
-        // With several ways out a packet must fit through each.
-        by.filter_map(link).min()
-    }
-
-    /// What is reached from here otherwise than by a default route.
-    fn reached(&self) -> Vec<(IpNet, String)> {
-        let name = |index: u32| self.links.get(&index).map(|link| link.name.clone()).unwrap_or_default();
-        let routes = self.routes.iter().filter(|route| !is_default(route)).filter_map(|route| {
-            let mut to = None;
-            let mut by = 0;
-            for attribute in &route.attributes {
-                match attribute {
-                    RouteAttribute::Destination(RouteAddress::Inet(ip)) => to = Some(IpAddr::from(*ip)),
-                    RouteAttribute::Destination(RouteAddress::Inet6(ip)) => to = Some(IpAddr::from(*ip)),
-                    RouteAttribute::Oif(index) => by = *index,
-                    _ => {}
-                }
-            }
-            let net = IpNet::new(to?, route.header.destination_prefix_length).ok()?;
-            // Link-local prefixes are on every link.
-            let everywhere = matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local() || net.addr().is_multicast());
-            (!everywhere).then(|| (net.trunc(), name(by)))
-        });
-        let addresses = self.addresses.iter().filter(|(_, net)| !is_link_local(net.addr()));
-        routes.chain(addresses.map(|(index, net)| (net.trunc(), name(*index)))).collect()
-    }
-}
-
-fn is_link_local(ip: IpAddr) -> bool {
-    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
-}
-
-fn link_of(message: &LinkMessage) -> Link {
-    let mut link = Link {
-        index: message.header.index,
-        name: String::new(),
-        mac: None,
-        mtu: 0,
-        up: message.header.flags.contains(LinkFlags::Up),
-        controller: None,
-        isolated: false,
-        without_ipv6: None,
-    };
-    for attribute in &message.attributes {
-        match attribute {
-            LinkAttribute::IfName(name) => link.name.clone_from(name),
-            LinkAttribute::Address(bytes) => link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac),
-            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-            LinkAttribute::Controller(index) => link.controller = Some(*index),
-            LinkAttribute::LinkInfo(infos) => {
-                for info in infos {
-                    if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
-                        link.isolated = port.contains(&InfoBridgePort::Isolated(true));
-                    }
-                }
-            }
-            LinkAttribute::AfSpecUnspec(families) => {
-                for family in families {
-                    let AfSpecUnspec::Inet6(told) = family else { continue };
-                    link.without_ipv6 = told.iter().find_map(|one| match one {
-                        AfSpecInet6::DevConf(settings) => Some(settings.disable_ipv6 != 0),
-                        _ => None,
-                    });
-                }
-            }
-            _ => {}
-        }
-    }
-    link
-}
-
-fn group(attribute: &LinkAttribute) -> Option<u32> {
-    match attribute {
-        LinkAttribute::Group(group) => Some(*group),
-        _ => None,
-    }
-}
-
-fn table(route: &RouteMessage) -> u32 {
-    let wide = route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Table(table) => Some(*table),
-        _ => None,
-    });
-    wide.unwrap_or_else(|| u32::from(route.header.table))
-}
-
-fn is_default(route: &RouteMessage) -> bool {
-    route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
-}
-
-fn leads(route: &RouteMessage, by: u32, to: IpAddr) -> bool {
-    let to = match to {
-        IpAddr::V4(ip) => RouteAddress::Inet(ip),
-        IpAddr::V6(ip) => RouteAddress::Inet6(ip),
-    };
-    route.attributes.contains(&RouteAttribute::Oif(by))
-        && route.attributes.contains(&RouteAttribute::Gateway(to))
-}
-
-fn default_route(by: u32, gateway: IpAddr) -> RouteMessage {
-    let protocol = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
-    match gateway {
-        IpAddr::V4(gateway) => RouteMessageBuilder::<Ipv4Addr>::new()
-            .gateway(gateway)
-            .output_interface(by)
-            .protocol(protocol)
-            .build(),
-        IpAddr::V6(gateway) => RouteMessageBuilder::<Ipv6Addr>::new()
-            .gateway(gateway)
-            .output_interface(by)
-            .protocol(protocol)
-            .build(),
-    }
-}
-
-fn message_of(rule: &Rule) -> RuleMessage {
-    let mut message = RuleMessage::default();
-    message.header.family = if rule.v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-    message.header.action = match rule.reach {
-        Reach::Main => RuleAction::ToTable,
-        Reach::Nothing => RuleAction::Unreachable,
-    };
-    let attributes = &mut message.attributes;
-    attributes.push(RuleAttribute::Priority(rule.priority));
-    attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL)));
-    if rule.reach == Reach::Main {
-        message.header.table = MAIN as u8;
-        attributes.push(RuleAttribute::Table(MAIN));
-    }
-    if let Some(interface) = &rule.from_interface {
-        attributes.push(RuleAttribute::Iifname(interface.clone()));
-    }
-    if let Some(to) = &rule.to {
-        message.header.dst_len = to.prefix_len();
-        attributes.push(RuleAttribute::Destination(to.network()));
-    }
-    message
-}
-
-/// A rule of ours as it was found; `None` for those of others, and for what we never make.
-fn rule_of(message: &RuleMessage) -> Option<Rule> {
-    let ours = RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL));
-    if !message.attributes.contains(&ours) {
-        return None;
-    }
-    let mut rule = Rule {
-        priority: 0,
-        v6: message.header.family == AddressFamily::Inet6,
-        from_interface: None,
-        to: None,
-        reach: match message.header.action {
-            RuleAction::ToTable => Reach::Main,
-            RuleAction::Unreachable => Reach::Nothing,
-            _ => return None,
-        },
-    };
-    for attribute in &message.attributes {
-        match attribute {
-            RuleAttribute::Priority(priority) => rule.priority = *priority,
-            RuleAttribute::Iifname(name) => rule.from_interface = Some(name.clone()),
-            RuleAttribute::Destination(ip) => rule.to = IpNet::new(*ip, message.header.dst_len).ok(),
-            _ => {}
-        }
-    }
-    Some(rule)
 }

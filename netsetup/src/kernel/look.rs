@@ -1,0 +1,178 @@
+//! What one namespace has, as the kernel tells it.
+
+use super::messages::{is_default, leads, link_of, rule_of, table};
+use super::{Kernel, MAIN, error, is_without_ipv6};
+use crate::{Fact, Interface, KernelError, Mac, Place, Rule};
+use futures_util::TryStreamExt;
+use ipnet::IpNet;
+use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::link::LinkMessage;
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use rtnetlink::packet_route::rule::RuleMessage;
+use rtnetlink::{IpVersion, RouteMessageBuilder};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// A link as it was found.
+pub(super) struct Link {
+    pub(super) index: u32,
+    pub(super) name: String,
+    pub(super) mac: Option<Mac>,
+    pub(super) mtu: u32,
+    pub(super) up: bool,
+    pub(super) controller: Option<u32>,
+    pub(super) isolated: bool,
+    /// Its `disable_ipv6`, if the kernel has IPv6.
+    pub(super) without_ipv6: Option<bool>,
+}
+
+/// What one namespace has.
+pub(super) struct Here {
+    pub(super) links: BTreeMap<u32, Link>,
+    indexes: BTreeMap<String, u32>,
+    addresses: Vec<(u32, IpNet)>,
+    routes: Vec<RouteMessage>,
+    rules: Vec<Rule>,
+}
+
+impl Here {
+    /// Asks for links, and for the rest as far as `asked` makes it necessary: there may be thousands of endpoints. Of the host all
+    /// is of interest.
+    pub(super) async fn look(
+        kernel: &mut Kernel,
+        place: &Place,
+        asked: &[&Fact],
+    ) -> Result<Self, KernelError> {
+        let failed = |what: &'static str| {
+            move |source| KernelError { what: format!("list the {what} of {place}"), source: error(source) }
+        };
+        let handle = kernel.connection(place)?.handle.clone();
+        let links: Vec<LinkMessage> =
+            handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
+        let links: BTreeMap<u32, Link> = links.iter().map(link_of).map(|link| (link.index, link)).collect();
+        let indexes = links.values().map(|link| (link.name.clone(), link.index)).collect();
+        let mut here = Self { links, indexes, addresses: Vec::new(), routes: Vec::new(), rules: Vec::new() };
+        let host = *place == Place::Host;
+        if host || asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact)) {
+            let mut listed = handle.address().get().execute();
+            while let Some(message) = listed.try_next().await.map_err(failed("addresses"))? {
+                // On a point-to-point link `IFA_ADDRESS` is the peer's; `IFA_LOCAL` is there on IPv4 only.
+                let mut address = None;
+                for attribute in message.attributes {
+                    match attribute {
+                        AddressAttribute::Local(ip) => address = Some(ip),
+                        AddressAttribute::Address(ip) => address = address.or(Some(ip)),
+                        _ => {}
+                    }
+                }
+                if let Some(net) = address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok()) {
+                    here.addresses.push((message.header.index, net));
+                }
+            }
+        }
+        for (v6, any) in [
+            (false, RouteMessageBuilder::<Ipv4Addr>::new().build()),
+            (true, RouteMessageBuilder::<Ipv6Addr>::new().build()),
+        ] {
+            let leads =
+                |fact: &Fact| matches!(fact, Fact::DefaultRoute { gateway, .. } if gateway.is_ipv6() == v6);
+            if host || asked.iter().any(|fact| leads(fact) && here.has_links_of(fact)) {
+                let listed: Vec<RouteMessage> =
+                    handle.route().get(any).execute().try_collect().await.map_err(failed("routes"))?;
+                here.routes.extend(listed.into_iter().filter(|route| table(route) == MAIN));
+            }
+        }
+        if host {
+            for version in [IpVersion::V4, IpVersion::V6] {
+                let listed: Vec<RuleMessage> =
+                    handle.rule().get(version).execute().try_collect().await.map_err(failed("rules"))?;
+                here.rules.extend(listed.iter().filter_map(rule_of));
+            }
+        }
+        Ok(here)
+    }
+
+    fn link(&self, name: &str) -> Option<&Link> {
+        self.links.get(self.indexes.get(name)?)
+    }
+
+    /// Whether the links are there without which `fact` cannot be true.
+    fn has_links_of(&self, fact: &Fact) -> bool {
+        fact.on().all(|(_, name)| self.indexes.contains_key(name))
+    }
+
+    pub(super) fn holds(&self, kernel: &Kernel, fact: &Fact) -> Result<bool, KernelError> {
+        if !self.has_links_of(fact) {
+            return Ok(false);
+        }
+        let is = |interface: &Interface, mtu: u32| {
+            self.link(&interface.name).is_some_and(|link| link.mac == Some(interface.mac) && link.mtu == mtu)
+        };
+        Ok(match fact {
+            Fact::Bridge { interface, mtu } | Fact::Veth { interface, mtu, .. } => is(interface, *mtu),
+            Fact::Port { link, bridge, isolated } => {
+                let bridge = self.link(bridge).map(|bridge| bridge.index);
+                let port = self.link(link);
+                bridge.is_some()
+                    && port.is_some_and(|port| port.controller == bridge && port.isolated == *isolated)
+            }
+            Fact::Setting { place, name, value } => {
+                // Told with the link; and a file that thousands of namespaces have takes the kernel long to find.
+                let told = fact.on().find_map(|(_, link)| self.link(link)?.without_ipv6);
+                match told.filter(|_| name.ends_with(".disable_ipv6")) {
+                    Some(off) => *value == u8::from(off).to_string(),
+                    None => match kernel.namespace(place)?.sysctl(name) {
+                        Ok(found) => found == *value,
+                        // As in `add`.
+                        Err(error) => is_without_ipv6(&error, name),
+                    },
+                }
+            }
+            Fact::Address { link, address, .. } => self.link(link).is_some_and(|link| {
+                self.addresses.iter().any(|(index, one)| *index == link.index && one == address)
+            }),
+            Fact::Up { link, .. } => self.link(link).is_some_and(|link| link.up),
+            Fact::DefaultRoute { link, gateway, .. } => self.link(link).is_some_and(|link| {
+                self.routes.iter().any(|route| is_default(route) && leads(route, link.index, *gateway))
+            }),
+            Fact::Rule(rule) => self.rules.contains(rule),
+        })
+    }
+
+    pub(super) fn default_mtu(&self) -> Option<u32> {
+        let by = self.routes.iter().filter(|route| is_default(route)).flat_map(|route| &route.attributes);
+        let link = |attribute: &RouteAttribute| match attribute {
+            RouteAttribute::Oif(index) => self.links.get(index).map(|link| link.mtu),
+            _ => None,
+        };
+        // With several ways out a packet must fit through each.
+        by.filter_map(link).min()
+    }
+
+    /// What is reached from here otherwise than by a default route.
+    pub(super) fn reached(&self) -> Vec<(IpNet, String)> {
+        let name = |index: u32| self.links.get(&index).map(|link| link.name.clone()).unwrap_or_default();
+        let routes = self.routes.iter().filter(|route| !is_default(route)).filter_map(|route| {
+            let mut to = None;
+            let mut by = 0;
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Destination(RouteAddress::Inet(ip)) => to = Some(IpAddr::from(*ip)),
+                    RouteAttribute::Destination(RouteAddress::Inet6(ip)) => to = Some(IpAddr::from(*ip)),
+                    RouteAttribute::Oif(index) => by = *index,
+                    _ => {}
+                }
+            }
+            let net = IpNet::new(to?, route.header.destination_prefix_length).ok()?;
+            // Link-local prefixes are on every link.
+            let everywhere = matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local() || net.addr().is_multicast());
+            (!everywhere).then(|| (net.trunc(), name(by)))
+        });
+        let addresses = self.addresses.iter().filter(|(_, net)| !is_link_local(net.addr()));
+        routes.chain(addresses.map(|(index, net)| (net.trunc(), name(*index)))).collect()
+    }
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
+}

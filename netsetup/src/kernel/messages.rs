@@ -1,0 +1,150 @@
+//! Between facts and the messages of rtnetlink.
+
+use super::MAIN;
+use super::look::Link;
+use crate::{Mac, Reach, Rule};
+use ipnet::IpNet;
+use rtnetlink::RouteMessageBuilder;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, InfoBridgePort, InfoPortData, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use tidegate_model::registry;
+
+pub(super) fn link_of(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: None,
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        controller: None,
+        isolated: false,
+        without_ipv6: None,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(bytes) => link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Controller(index) => link.controller = Some(*index),
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
+                        link.isolated = port.contains(&InfoBridgePort::Isolated(true));
+                    }
+                }
+            }
+            LinkAttribute::AfSpecUnspec(families) => {
+                for family in families {
+                    let AfSpecUnspec::Inet6(told) = family else { continue };
+                    link.without_ipv6 = told.iter().find_map(|one| match one {
+                        AfSpecInet6::DevConf(settings) => Some(settings.disable_ipv6 != 0),
+                        _ => None,
+                    });
+                }
+            }
+            _ => {}
+        }
+    }
+    link
+}
+
+pub(super) fn group(attribute: &LinkAttribute) -> Option<u32> {
+    match attribute {
+        LinkAttribute::Group(group) => Some(*group),
+        _ => None,
+    }
+}
+
+pub(super) fn table(route: &RouteMessage) -> u32 {
+    let wide = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    wide.unwrap_or_else(|| u32::from(route.header.table))
+}
+
+pub(super) fn is_default(route: &RouteMessage) -> bool {
+    route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
+}
+
+pub(super) fn leads(route: &RouteMessage, by: u32, to: IpAddr) -> bool {
+    let to = match to {
+        IpAddr::V4(ip) => RouteAddress::Inet(ip),
+        IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+    };
+    route.attributes.contains(&RouteAttribute::Oif(by))
+        && route.attributes.contains(&RouteAttribute::Gateway(to))
+}
+
+pub(super) fn default_route(by: u32, gateway: IpAddr) -> RouteMessage {
+    let protocol = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
+    match gateway {
+        IpAddr::V4(gateway) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .gateway(gateway)
+            .output_interface(by)
+            .protocol(protocol)
+            .build(),
+        IpAddr::V6(gateway) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .gateway(gateway)
+            .output_interface(by)
+            .protocol(protocol)
+            .build(),
+    }
+}
+
+pub(super) fn message_of(rule: &Rule) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = if rule.v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+    message.header.action = match rule.reach {
+        Reach::Main => RuleAction::ToTable,
+        Reach::Nothing => RuleAction::Unreachable,
+    };
+    let attributes = &mut message.attributes;
+    attributes.push(RuleAttribute::Priority(rule.priority));
+    attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL)));
+    if rule.reach == Reach::Main {
+        message.header.table = MAIN as u8;
+        attributes.push(RuleAttribute::Table(MAIN));
+    }
+    if let Some(interface) = &rule.from_interface {
+        attributes.push(RuleAttribute::Iifname(interface.clone()));
+    }
+    if let Some(to) = &rule.to {
+        message.header.dst_len = to.prefix_len();
+        attributes.push(RuleAttribute::Destination(to.network()));
+    }
+    message
+}
+
+/// A rule of ours as it was found; `None` for those of others, and for what we never make.
+pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
+    let ours = RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL));
+    if !message.attributes.contains(&ours) {
+        return None;
+    }
+    let mut rule = Rule {
+        priority: 0,
+        v6: message.header.family == AddressFamily::Inet6,
+        from_interface: None,
+        to: None,
+        reach: match message.header.action {
+            RuleAction::ToTable => Reach::Main,
+            RuleAction::Unreachable => Reach::Nothing,
+            _ => return None,
+        },
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Iifname(name) => rule.from_interface = Some(name.clone()),
+            RuleAttribute::Destination(ip) => rule.to = IpNet::new(*ip, message.header.dst_len).ok(),
+            _ => {}
+        }
+    }
+    Some(rule)
+}
