@@ -576,7 +576,10 @@ fn with_64_descriptors_sessions_at_work_go_on_and_those_too_many_are_counted() {
         client.send_to(b"hello", host(5353)).unwrap();
     }
     let settled = |metrics: &support::Metrics| {
-        metrics.port("sessions", PORT) + metrics.dropped(PORT, "exhausted") == clients.len() as u64
+        metrics.port("sessions", PORT)
+            + metrics.port("evicted_sessions_total", PORT)
+            + metrics.dropped(PORT, "exhausted")
+            == clients.len() as u64
     };
     let metrics = publisher.wait_for_metrics(settled);
     let served = metrics.port("sessions", PORT) as usize;
@@ -585,6 +588,41 @@ fn with_64_descriptors_sessions_at_work_go_on_and_those_too_many_are_counted() {
         assert_eq!(receive(client).0, b"hello");
         assert_eq!(echo(client, host(5353), b"and again"), b"and again");
     }
+}
+
+#[test]
+fn whom_nobody_answers_does_not_keep_others_out_when_descriptors_are_short() {
+    let net = Topology::three();
+    let server = socket(&net.container, container(53));
+    let arguments = format!("5353:53/udp --to {}", addr::CONTAINER_V4);
+    let publisher =
+        Publisher::start_with(&net.host, &arguments, |command| support::limit_open_files(command, 64));
+    let at_work = socket(&net.client, unspecified(host(5353)));
+    let upstream = meet(&at_work, host(5353), &server);
+    server.send_to(b"welcome", upstream).unwrap();
+    assert_eq!(receive(&at_work).0, b"welcome");
+    let silent: Vec<UdpSocket> = (0..100).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+    for client in &silent {
+        client.send_to(b"ignore me", host(5353)).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let late = socket(&net.client, unspecified(host(5353)));
+    server.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    let arrived = |wanted: &[u8]| {
+        let mut buffer = [0; 100];
+        std::iter::from_fn(|| {
+            server.recv_from(&mut buffer).ok().map(|(length, from)| (buffer[..length].to_vec(), from))
+        })
+        .find(|(datagram, _)| datagram == wanted)
+        .map(|(_, from)| from)
+    };
+    wait_until("a late client is let in", || {
+        late.send_to(b"let me in", host(5353)).unwrap();
+        arrived(b"let me in").is_some()
+    });
+    at_work.send_to(b"still there", host(5353)).unwrap();
+    assert_eq!(arrived(b"still there"), Some(upstream), "by the same session as before");
+    assert!(publisher.metrics().port("evicted_sessions_total", PORT) > 0);
 }
 
 #[test]

@@ -126,6 +126,14 @@ impl<T> SessionTable<T> {
         self.remove(tentative.oldest.or(assured.oldest)?)
     }
 
+    /// Takes the session out that has been silent for longest of those that the backend has not answered, if that is since `before`:
+    /// something else than room in the table is short.
+    pub fn evict_tentative(&mut self, before: Instant) -> Option<T> {
+        let oldest = self.silence[0].oldest?;
+        self.sessions.get(oldest).filter(|session| session.last_seen <= before)?;
+        self.remove(oldest)
+    }
+
     /// Adds a session for `client`, which has none and was admitted; room was made by [`Self::evict`].
     pub fn insert(&mut self, client: Client, value: T, now: Instant) -> Key {
         let session = Session { client, last_seen: now, assured: false, older: None, newer: None, value };
