@@ -108,6 +108,12 @@ fn what_cannot_be_done_is_told_in_one_line() {
         ),
         // Beyond the largest pid there may be (PID_MAX_LIMIT of include/linux/threads.h).
         ("8080:80 --pid 4194305".to_owned(), "no process 4194305".to_owned()),
+        ("8080 8081:8081 --to 127.0.0.1".to_owned(), "port 0.0.0.0:8081/tcp would lead to itself".to_owned()),
+        ("8080:8080/udp --to ::1".to_owned(), "port [::]:8080/udp would lead to itself".to_owned()),
+        (
+            "203.0.113.1:8080:8080 --to 203.0.113.1".to_owned(),
+            "port 203.0.113.1:8080/tcp would lead to itself, at 203.0.113.1:8080".to_owned(),
+        ),
         (
             "8080:80 --to 172.30.0.2 --metrics 192.0.2.77:9464".to_owned(),
             "metrics address 192.0.2.77:9464".to_owned(),

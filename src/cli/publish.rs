@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::{CidrSet, PortSpec, Protocol, PublishLabel, overlap};
-use tidegate_netns::Namespace;
+use tidegate_netns::{AddressBook, Namespace};
 use tidegate_proxy::{Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream};
 
 /// Publish ports of a container or an address, in the foreground
@@ -111,6 +111,27 @@ pub(super) struct Publish {
     json: bool,
 }
 
+/// A port that leads to itself would take connections from itself until it has all that it may.
+fn refuse_itself<'a>(
+    container: IpAddr,
+    mut listeners: impl Iterator<Item = &'a (Listener, u16)>,
+) -> anyhow::Result<()> {
+    let own = AddressBook::of(&Namespace::current()?).context("addresses of this host")?.is_local(container);
+    let leads_to_itself = |(listener, container_port): &&(Listener, u16)| {
+        let at = listener.label().address();
+        let on_all = at.ip().is_unspecified() && at.is_ipv4() == container.is_ipv4();
+        at.port() == *container_port && (at.ip() == container || on_all && own)
+    };
+    match listeners.find(leads_to_itself) {
+        Some((listener, container_port)) => bail!(
+            "port {} would lead to itself, at {}; publish another one",
+            listener.label(),
+            SocketAddr::new(container, *container_port)
+        ),
+        None => Ok(()),
+    }
+}
+
 impl Publish {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         // From here on neither signal kills: one that comes early waits until we look.
@@ -129,6 +150,9 @@ impl Publish {
         for mapping in self.specs.iter().flat_map(PortSpec::mappings) {
             let listeners = bind(&mapping)?.into_iter().map(|listener| (listener, mapping.container_port));
             bound.entry(mapping.protocol).or_default().extend(listeners);
+        }
+        if let Target::Address(container) = target {
+            refuse_itself(container, bound.values().flatten())?;
         }
         // The recorder goes first: instruments are resolved against it once.
         let recorder = metrics.map(Recorder::install).transpose()?;
