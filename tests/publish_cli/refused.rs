@@ -1,0 +1,223 @@
+//! What is refused.
+
+use super::*;
+
+#[test]
+fn a_command_line_that_makes_no_sense_is_refused_with_its_reason() {
+    let host = Namespace::new();
+    for (arguments, reason) in [
+        ("300.0.0.1:8080:80 --to 172.30.0.2", "300.0.0.1"),
+        ("example.org:8080:80 --to 172.30.0.2", "example.org"),
+        ("::1:8080:80 --to 172.30.0.2", "brackets"),
+        ("8080:0 --to 172.30.0.2", "container port 0 is not between 1 and 65535"),
+        ("0 --to 172.30.0.2", "container port 0 is not between 1 and 65535"),
+        ("8080:70000 --to 172.30.0.2", "container port 70000 is not between 1 and 65535"),
+        ("70000:80 --to 172.30.0.2", "host port 70000 is not between 1 and 65535"),
+        ("8080:-1 --to 172.30.0.2", "8080:-1"),
+        ("9001-9000:80-81 --to 172.30.0.2", "host port range 9001-9000 ends before it starts"),
+        ("9000-9001:81-80 --to 172.30.0.2", "container port range 81-80 ends before it starts"),
+        ("9000-9002:80-81 --to 172.30.0.2", "differ in number"),
+        ("8080:80/icmp --to 172.30.0.2", "icmp"),
+        ("8080: --to 172.30.0.2", "8080:"),
+        ("8080:80 8080:81 --to 172.30.0.2", "\"8080:80\" and \"8080:81\" both claim 8080/tcp"),
+        ("8080:80 127.0.0.1:8080:80 --to 172.30.0.2", "both claim 8080/tcp on 127.0.0.1"),
+        ("9000-9010:9000-9010 [::]:9005:80 --to 172.30.0.2", "both claim 9005/tcp"),
+        ("8080:80/udp 8080:80/tcp 8080:81/udp --to 172.30.0.2", "both claim 8080/udp"),
+        ("8080:80 --to 172.30.0.2 --allow 10.0.0.0/33", "10.0.0.0/33"),
+        ("8080:80 --to 172.30.0.2 --allow 10.0.0.1/8", "10.0.0.0/8 or 10.0.0.1/32"),
+        ("8080:80 --to 172.30.0.2 --allow everybody", "everybody"),
+        ("8080:80 --to 172.30.0", "172.30.0"),
+        ("8080:80 --to 0.0.0.0", "0.0.0.0"),
+        ("8080:80 --to ::", "::"),
+        ("8080:80", "required"),
+        ("--to 172.30.0.2", "required"),
+        ("8080:80 --netns /proc/self/ns/net --pid 1", "cannot be used with"),
+        ("8080:80 --to 172.30.0.2 --to 172.30.0.3", "--to"),
+        ("8080:80 --to 172.30.0.2 --pid -1", "-1"),
+        ("8080:80 --to 172.30.0.2 --source gateway", "gateway"),
+        ("8080:80 --to 172.30.0.2 --proxy-protocol v3", "v3"),
+        ("8080:80 --to 172.30.0.2 --dial-timeout 5", "5"),
+        ("8080:80 --to 172.30.0.2 --dial-timeout 0s", "longer than nothing"),
+        ("8080:80 --to 172.30.0.2 --udp-idle-timeout 1y", "7 days"),
+        ("8080:80 --to 172.30.0.2 --drain-timeout soon", "soon"),
+        ("8080:80 --to 172.30.0.2 --max-connections many", "many"),
+        ("8080:80 --to 172.30.0.2 --udp-max-sessions 0", "0"),
+        ("8080:80 --to 172.30.0.2 --udp-max-source-sessions 0", "0"),
+        ("8080:80 --to 172.30.0.2 --workers 0", "0"),
+        ("8080:80 --to 172.30.0.2 --metrics 9464", "9464"),
+        ("8080:80 --to 172.30.0.2 --metrics localhost:9464", "localhost:9464"),
+        ("8080:80 --to 172.30.0.2 --no-such-flag", "--no-such-flag"),
+    ] {
+        let said = fails(tidegate(&host, &format!("publish {arguments}")), 2);
+        let line = said.lines().next().unwrap_or_default();
+        let ours = line.starts_with("tidegate: error: ");
+        assert!(ours || line.starts_with("error: "), "{arguments}: {said}");
+        assert!(!ours || said.lines().count() == 1, "{arguments}: {said}");
+        // What was missing stands in the line below.
+        assert!(line.contains(reason), "{arguments}: {said}");
+    }
+    assert_nothing_is_bound(&host);
+}
+
+#[test]
+fn what_cannot_be_done_is_told_in_one_line() {
+    let net = Topology::three();
+    let host = &net.host;
+    let directory = tempfile::tempdir().unwrap();
+    let (there, not_there) = (directory.path().display(), directory.path().join("nosuch"));
+    for (arguments, reason) in [
+        ("8080:80/sctp --to 172.30.0.2".to_owned(), "protocol not supported".to_owned()),
+        ("8080:80 8081:80/sctp --to 172.30.0.2".to_owned(), "protocol not supported".to_owned()),
+        ("192.0.2.77:8080:80 --to 172.30.0.2".to_owned(), "192.0.2.77".to_owned()),
+        ("[2001:db8::77]:8080:80/udp --to 172.30.0.2".to_owned(), "[2001:db8::77]".to_owned()),
+        ("8080:80 192.0.2.77:8081:80 --to 172.30.0.2".to_owned(), "port 8081/tcp on 192.0.2.77".to_owned()),
+        (
+            format!("8080:80 --netns {}", not_there.display()),
+            format!("no such namespace {}", not_there.display()),
+        ),
+        ("8080:80 --netns /etc/passwd".to_owned(), "/etc/passwd is not a network namespace".to_owned()),
+        (format!("8080:80 --netns {there}"), format!("{there} is not a network namespace")),
+        (
+            "8080:80 --netns /proc/self/ns/mnt".to_owned(),
+            "/proc/self/ns/mnt is not a network namespace".to_owned(),
+        ),
+        // Beyond the largest pid there may be (PID_MAX_LIMIT of include/linux/threads.h).
+        ("8080:80 --pid 4194305".to_owned(), "no process 4194305".to_owned()),
+        ("8080 8081:8081 --to 127.0.0.1".to_owned(), "port 0.0.0.0:8081/tcp would lead to itself".to_owned()),
+        ("8080:8080/udp --to ::1".to_owned(), "port [::]:8080/udp would lead to itself".to_owned()),
+        (
+            "203.0.113.1:8080:8080 --to 203.0.113.1".to_owned(),
+            "port 203.0.113.1:8080/tcp would lead to itself, at 203.0.113.1:8080".to_owned(),
+        ),
+        (
+            "8080:80 --to 172.30.0.2 --metrics 192.0.2.77:9464".to_owned(),
+            "metrics address 192.0.2.77:9464".to_owned(),
+        ),
+    ] {
+        let said = fails(tidegate(host, &format!("publish {arguments}")), 1);
+        assert_one_line(&said);
+        assert!(said.contains(&reason), "{arguments}: {said}");
+    }
+    assert_nothing_is_bound(host);
+}
+
+#[test]
+fn a_process_that_has_just_ended_is_no_process() {
+    let host = Namespace::new();
+    let mut child = Command::new("true").spawn().unwrap();
+    let pid = child.id();
+    child.wait().unwrap();
+    let said = fails(tidegate(&host, &format!("publish 8080:80 --pid {pid}")), 1);
+    assert_eq!(said, format!("tidegate: error: no process {pid}\n"));
+}
+
+#[test]
+fn a_busy_port_is_told_with_its_holder() {
+    let net = Topology::three();
+    let holder = Publisher::start(&net.host, "8080:80 5353:53/udp --to 172.30.0.2");
+    let holder_is = format!("is in use by tidegate (pid {})", holder.process.pid());
+    for (arguments, port) in [
+        ("8080:80", "port 8080/tcp on 0.0.0.0"),
+        ("127.0.0.1:8080:80", "port 8080/tcp on 127.0.0.1"),
+        ("[::1]:8080:80", "port 8080/tcp on [::1]"),
+        ("5353:53/udp", "port 5353/udp on 0.0.0.0"),
+        ("8075-8085:75-85", "port 8080/tcp on 0.0.0.0"),
+    ] {
+        let said = fails(tidegate(&net.host, &format!("publish {arguments} --to 172.30.0.2")), 1);
+        assert_one_line(&said);
+        assert!(said.contains(&format!("{port} {holder_is}")), "{arguments}: {said}");
+    }
+    // Another program, and one that holds the port on one address only.
+    let loopback = net.host.run(|| TcpListener::bind((Ipv6Addr::LOCALHOST, 8090))).unwrap();
+    let said = fails(tidegate(&net.host, "publish 8090:80 --to 172.30.0.2"), 1);
+    assert!(said.contains("port 8090/tcp on [::] is in use by "), "{said}");
+    assert!(said.contains(&format!("(pid {})", std::process::id())), "{said}");
+    drop(loopback);
+    // A child that another test is just starting may hold a copy of the socket for a moment.
+    wait_until("it is closed", || net.host.bound_ports(Protocol::Tcp) == BTreeSet::from([8080, 9464]));
+    assert_eq!(net.host.bound_ports(Protocol::Udp), BTreeSet::from([5353]));
+    // The port of another namespace is nobody's here.
+    let mut elsewhere = Process::spawn(&mut tidegate(&net.client, "publish 8080:80 --to 172.30.0.2"));
+    elsewhere.wait_for_line("0.0.0.0:8080/tcp", PATIENCE);
+    assert!(elsewhere.is_running());
+}
+
+#[test]
+fn a_busy_metrics_address_is_told() {
+    let net = Topology::three();
+    let _holder = Publisher::start(&net.host, "8080:80 --to 172.30.0.2");
+    let said = fails(tidegate(&net.host, &format!("publish 8081:80 --to 172.30.0.2 --metrics {METRICS}")), 1);
+    assert_one_line(&said);
+    assert!(said.contains(METRICS) && said.contains("in use"), "{said}");
+    assert!(!net.host.is_bound(Protocol::Tcp, 8081));
+}
+
+#[test]
+fn a_low_port_without_the_permission_is_told_with_both_remedies_and_the_remedy_works() {
+    let net = Topology::three();
+    let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
+    let program = Unprivileged::new();
+    for port in ["80:80", "127.0.0.1:80:80", "80:80/udp"] {
+        let said = fails(program.command(&net.host, &format!("publish {port} --to 172.30.0.2")), 1);
+        assert_one_line(&said);
+        assert!(said.contains("port 80/") && said.contains("permission denied"), "{said}");
+        assert!(said.contains("net.ipv4.ip_unprivileged_port_start"), "{said}");
+        assert!(said.contains("CAP_NET_BIND_SERVICE"), "{said}");
+    }
+    assert_nothing_is_bound(&net.host);
+    net.host.sysctl("net.ipv4.ip_unprivileged_port_start", "80");
+    let process = Process::spawn(&mut program.command(&net.host, "publish 80:80 --to 172.30.0.2"));
+    process.wait_for_line("[::]:80/tcp", PATIENCE);
+    assert_eq!(ask(&connect(&net.client, (addr::HOST_V4, 80).into()), b"remedied"), b"remedied");
+}
+
+#[test]
+fn an_ordinary_user_publishes_high_ports() {
+    let net = Topology::three();
+    let _tcp = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
+    let _udp = EchoServer::udp(&net.container, (addr::CONTAINER_V4, 53).into());
+    let program = Unprivileged::new();
+    let arguments = format!("publish 8080:80 5353:53/udp --to 172.30.0.2 --metrics {METRICS}");
+    let mut process = Process::spawn(&mut program.command(&net.host, &arguments));
+    process.wait_for_line("metrics at", PATIENCE);
+    let mut status = String::new();
+    std::fs::File::open(format!("/proc/{}/status", process.pid()))
+        .unwrap()
+        .read_to_string(&mut status)
+        .unwrap();
+    assert!(status.contains(&format!("Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}")), "{status}");
+    // More than is copied before splicing begins.
+    let request = vec![b'x'; 300_000];
+    for to in [SocketAddr::from((addr::HOST_V4, 8080)), (addr::HOST_V6, 8080).into()] {
+        let stream = connect(&net.client, to);
+        let answer = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                (&stream).write_all(&request).unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+            });
+            read_all(&stream)
+        });
+        assert_eq!((answer.0 == request, answer.1), (true, None), "{to}");
+    }
+    let client = net.client.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.send_to(b"datagram", (addr::HOST_V4, 5353)).unwrap();
+    let mut answer = [0; 64];
+    assert_eq!(client.recv(&mut answer).unwrap(), 8);
+    assert_eq!(process.stop(Signal::TERM, PATIENCE).code(), Some(0));
+}
+
+#[test]
+fn an_ordinary_user_is_told_what_a_namespace_and_a_clients_address_take() {
+    let net = Topology::three();
+    let program = Unprivileged::new();
+    for arguments in [
+        format!("8080:80 --netns {}", net.container.path().display()),
+        "8080:80 --to 172.30.0.2 --source client".to_owned(),
+    ] {
+        let said = fails(program.command(&net.host, &format!("publish {arguments}")), 1);
+        assert_one_line(&said);
+        assert!(said.contains("CAP_") || said.contains("permission"), "{arguments}: {said}");
+    }
+    assert_nothing_is_bound(&net.host);
+}

@@ -1,0 +1,114 @@
+//! Resets.
+
+use super::*;
+
+#[test]
+fn a_reset_by_the_client_reaches_the_server() {
+    for (bed, moved) in Bed::each([0, 1000, FAST]) {
+        let (client, server) = bed.pair_after(moved);
+        reset(client);
+        assert_eq!(read_all(&server), (vec![], Some(io::ErrorKind::ConnectionReset)), "after {moved} bytes");
+    }
+}
+
+#[test]
+fn a_reset_by_the_server_reaches_the_client() {
+    for (bed, moved) in Bed::each([0, 1000, FAST]) {
+        let (client, server) = bed.pair_after(moved);
+        reset(server);
+        assert_eq!(read_all(&client), (vec![], Some(io::ErrorKind::ConnectionReset)), "after {moved} bytes");
+    }
+}
+
+#[test]
+fn a_reset_reaches_the_other_side_when_that_has_said_all() {
+    for (bed, moved) in Bed::each([0, FAST]) {
+        for by_client in [true, false] {
+            let (resetter, other) = bed.ordered_pair_after(moved, by_client);
+            other.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(read_to_end(&resetter), b"");
+            reset(resetter);
+            let seen = read_all(&other);
+            assert_eq!(seen, (vec![], Some(io::ErrorKind::ConnectionReset)), "by client: {by_client}");
+        }
+    }
+}
+
+#[test]
+fn a_reset_reaches_the_other_side_when_the_resetting_one_has_said_all() {
+    for (bed, moved) in Bed::each([0, FAST]) {
+        for by_client in [true, false] {
+            let (resetter, other) = bed.ordered_pair_after(moved, by_client);
+            resetter.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(read_to_end(&other), b"");
+            reset(resetter);
+            wait_for_reset(&other);
+        }
+    }
+}
+
+#[test]
+fn a_reset_in_the_middle_of_a_transfer_never_looks_like_its_end() {
+    let bed = Bed::new("");
+    for by_client in [true, false] {
+        let (sender, receiver) = bed.ordered_pair_after(0, by_client);
+        thread::scope(|scope| {
+            let received = scope.spawn(|| transfer::receive(&mut &receiver, 1));
+            transfer::send(&mut &sender, 1, 8 * MIB).unwrap();
+            reset(sender);
+            let received = received.join().unwrap();
+            assert_eq!((received.error, received.wrong_at), (Some(io::ErrorKind::ConnectionReset), None));
+        });
+    }
+}
+
+#[test]
+fn what_a_server_sends_right_before_its_reset_arrives_as_without_a_proxy() {
+    for (bed, moved) in Bed::each([1, FAST]) {
+        same_as_without_a_proxy(&bed, moved, |_, client, mut server| {
+            server.write_all(&[b'x'; 8192]).unwrap();
+            reset(server);
+            read_all(&client)
+        });
+    }
+}
+
+#[test]
+fn what_a_client_sends_right_before_its_reset_arrives_as_without_a_proxy() {
+    for (bed, moved) in Bed::each([1, FAST]) {
+        same_as_without_a_proxy(&bed, moved, |_, mut client, server| {
+            client.write_all(&[b'x'; 8192]).unwrap();
+            reset(client);
+            read_all(&server)
+        });
+    }
+}
+
+/// A web server that turns an upload down does this: it answers and closes while the client is still sending.
+#[test]
+fn the_answer_to_an_upload_that_is_turned_down_arrives_as_without_a_proxy() {
+    for (mut bed, moved) in Bed::each([1, FAST]) {
+        same_as_without_a_proxy(&bed, moved, |stop, client, mut server| {
+            push_until_blocked(&client, &mut Pattern::new(3));
+            // What the proxy does in the meantime is then not a matter of luck.
+            stop(true);
+            server.write_all(b"413 Content Too Large\r\n").unwrap();
+            // With unread data, that is a reset.
+            drop(server);
+            stop(false);
+            read_all(&client)
+        });
+        assert!(bed.publisher.process.is_running());
+    }
+}
+
+#[test]
+fn what_a_server_sends_right_before_it_closes_arrives() {
+    for (bed, moved) in Bed::each([0, FAST]) {
+        let (client, mut server) = bed.pair_after(moved);
+        server.write_all(&[b'x'; 300_000]).unwrap();
+        drop(server);
+        let (bytes, error) = read_all(&client);
+        assert_eq!((bytes.len(), error), (300_000, None));
+    }
+}

@@ -1,0 +1,104 @@
+//! Addresses.
+
+use super::*;
+
+#[test]
+fn an_answer_comes_from_the_address_that_the_client_used() {
+    let net = Topology::three();
+    net.host.ip_all(
+        "addr add 203.0.113.2/24 dev eth0
+         addr add 198.51.100.7/32 dev lo
+         addr add 2001:db8:1::2/64 dev eth0 nodad
+         addr add 2001:db8:9::7/128 dev lo nodad",
+    );
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    // One socket talks to all of them: each is a conversation of its own.
+    let client = socket(&net.client, unspecified(host(5353)));
+    let addresses = [addr::HOST_V4, Ipv4Addr::new(203, 0, 113, 2), Ipv4Addr::new(198, 51, 100, 7)];
+    for round in 0..2 {
+        for address in addresses {
+            let to = SocketAddr::from((address, 5353));
+            client.send_to(address.to_string().as_bytes(), to).unwrap();
+            assert_eq!(receive(&client), (address.to_string().into_bytes(), to), "round {round}");
+        }
+    }
+    let client = socket(&net.client, unspecified(host_v6(5353)));
+    let addresses = ["2001:db8:1::1", "2001:db8:1::2", "2001:db8:9::7"];
+    for address in addresses {
+        let to = SocketAddr::from((address.parse::<Ipv6Addr>().unwrap(), 5353));
+        client.send_to(address.as_bytes(), to).unwrap();
+        assert_eq!(receive(&client), (address.as_bytes().to_vec(), to));
+    }
+    let client = socket(&net.host, unspecified(host(5353)));
+    for address in [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 0, 9), addr::HOST_V4] {
+        let to = SocketAddr::from((address, 5353));
+        client.send_to(b"from the host itself", to).unwrap();
+        assert_eq!(receive(&client), (b"from the host itself".to_vec(), to));
+    }
+}
+
+#[test]
+fn a_broadcast_is_answered_from_the_hosts_own_address() {
+    let net = Topology::three();
+    net.host.ip_all(
+        "addr del 203.0.113.1/24 dev eth0
+         addr add 203.0.113.1/24 broadcast 203.0.113.255 dev eth0",
+    );
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let client = socket(&net.client, unspecified(host(5353)));
+    client.set_broadcast(true).unwrap();
+    client.send_to(b"anybody?", "203.0.113.255:5353").unwrap();
+    assert_eq!(receive(&client), (b"anybody?".to_vec(), host(5353)));
+}
+
+#[test]
+fn a_client_with_a_link_local_address_is_answered() {
+    let net = Topology::three();
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let to = support::link_local(&net.host, &net.client, 5353);
+    let client = socket(&net.client, unspecified(to));
+    assert_eq!(echo(&client, to, b"from next door"), b"from next door");
+}
+
+#[test]
+fn clients_and_their_sockets_are_kept_apart() {
+    let net = Topology::three();
+    let neighbour = net.neighbour();
+    let _peers = PeerServer::udp(&net.container, container(53));
+    let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let clients =
+        [&net.client, &net.client, &neighbour, &net.host].map(|from| socket(from, unspecified(host(5353))));
+    let ask_all = || {
+        // All questions before the first answer.
+        for client in &clients {
+            client.send_to(b"who am I?", host(5353)).unwrap();
+        }
+        clients.each_ref().map(|client| String::from_utf8(receive(client).0).unwrap())
+    };
+    let seen = ask_all();
+    assert!(seen.iter().all(|peer| peer.starts_with("172.30.0.1:")), "{seen:?}");
+    let mut distinct = seen.to_vec();
+    distinct.sort();
+    distinct.dedup();
+    assert_eq!(distinct.len(), clients.len(), "{seen:?}");
+    assert_eq!(ask_all(), seen, "a session keeps its socket");
+    assert_eq!(publisher.metrics().port("sessions", PORT), clients.len() as u64);
+}
+
+#[test]
+fn only_clients_of_the_allowed_networks_get_a_session() {
+    let net = Topology::three();
+    let neighbour = net.neighbour();
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let arguments = format!("5353:53/udp --to {} --allow 203.0.113.0/25", addr::CONTAINER_V4);
+    let publisher = Publisher::start(&net.host, &arguments);
+    let client = socket(&net.client, unspecified(host(5353)));
+    assert_eq!(echo(&client, host(5353), b"welcome"), b"welcome");
+    let stranger = socket(&neighbour, unspecified(host(5353)));
+    stranger.send_to(b"let me in", host(5353)).unwrap();
+    let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT, "not_allowed") == 1);
+    assert_eq!(metrics.port("sessions_total", PORT), 1);
+}

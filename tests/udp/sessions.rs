@@ -1,0 +1,277 @@
+//! Sessions and their limits.
+
+use super::*;
+
+#[test]
+fn a_silent_session_ends_and_gives_its_descriptor_back() {
+    let net = Topology::three();
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let arguments = format!("5353:53/udp --to {} --udp-idle-timeout 300ms", addr::CONTAINER_V4);
+    let publisher = Publisher::start(&net.host, &arguments);
+    let idle = publisher.process.open_fds();
+    for round in 1..=3 {
+        let clients: Vec<_> = (0..5).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+        for client in &clients {
+            assert_eq!(echo(client, host(5353), b"hello"), b"hello");
+        }
+        publisher.wait_for_metrics(|metrics| metrics.port("sessions", PORT) == 0);
+        wait_until("the descriptors are back", || publisher.process.open_fds() <= idle);
+        // The same socket begins another one.
+        assert_eq!(echo(&clients[0], host(5353), b"hello again"), b"hello again");
+        publisher.wait_for_metrics(|metrics| metrics.port("sessions", PORT) == 0);
+        assert_eq!(publisher.metrics().port("sessions_total", PORT), 6 * round);
+        assert_eq!(publisher.metrics().port("evicted_sessions_total", PORT), 0);
+    }
+}
+
+#[test]
+fn traffic_in_one_direction_keeps_a_session() {
+    // Far longer than a pause between two datagrams can become, far shorter than what follows.
+    const IDLE: Duration = Duration::from_millis(1500);
+    const TALK: Duration = Duration::from_millis(4000);
+    let net = Topology::three();
+    let server = socket(&net.container, container(53));
+    let arguments =
+        format!("5353:53/udp --to {} --udp-idle-timeout {}ms", addr::CONTAINER_V4, IDLE.as_millis());
+    let publisher = Publisher::start(&net.host, &arguments);
+    let talker = socket(&net.client, unspecified(host(5353)));
+    let listener = socket(&net.client, unspecified(host(5353)));
+    let of_talker = meet(&talker, host(5353), &server);
+    let of_listener = meet(&listener, host(5353), &server);
+    let start = Instant::now();
+    while start.elapsed() < TALK {
+        talker.send_to(b"up", host(5353)).unwrap();
+        server.send_to(b"down", of_listener).unwrap();
+        assert_eq!(receive(&server), (b"up".to_vec(), of_talker));
+        assert_eq!(receive(&listener).0, b"down");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let metrics = publisher.metrics();
+    assert_eq!(metrics.port("sessions_total", PORT), 2);
+    assert_eq!(metrics.port("sessions", PORT), 2);
+}
+
+#[test]
+fn a_full_table_makes_room_at_the_cost_of_the_longest_silent_unanswered_session() {
+    let net = Topology::three();
+    let server = socket(&net.container, container(53));
+    let arguments =
+        format!("5353:53/udp --to {} --udp-max-sessions 8 --udp-idle-timeout 1h", addr::CONTAINER_V4);
+    let publisher = Publisher::start(&net.host, &arguments);
+    let idle = publisher.process.open_fds();
+    let meet = |client: &UdpSocket| meet(client, host(5353), &server);
+    let answered = |client: &UdpSocket| {
+        let upstream = meet(client);
+        server.send_to(b"an answer", upstream).unwrap();
+        assert_eq!(receive(client).0, b"an answer");
+        upstream
+    };
+    let new_socket = || socket(&net.client, unspecified(host(5353)));
+
+    let friends: Vec<UdpSocket> = (0..4).map(|_| new_socket()).collect();
+    let met: Vec<SocketAddr> = friends.iter().map(answered).collect();
+    let strangers: Vec<UdpSocket> = (0..20).map(|_| new_socket()).collect();
+    let strangers_met: Vec<SocketAddr> = strangers.iter().map(meet).collect();
+    let metrics = publisher.metrics();
+    assert_eq!(metrics.port("sessions", PORT), 8);
+    assert_eq!(metrics.port("sessions_total", PORT), 24);
+    assert_eq!(metrics.port("evicted_sessions_total", PORT), 16);
+    wait_until("the evicted ones have closed", || publisher.process.open_fds() <= idle + 8);
+    // The answered ones are still there, as are the last of the others.
+    for (friend, upstream) in friends.iter().zip(&met) {
+        assert_eq!(meet(friend), *upstream);
+    }
+    assert_eq!(meet(&strangers[19]), strangers_met[19]);
+    assert_eq!(publisher.metrics().port("evicted_sessions_total", PORT), 16);
+
+    // Four more that are answered push the last strangers out; then the longest silent friend has to go.
+    let more: Vec<UdpSocket> = (0..4).map(|_| new_socket()).collect();
+    for client in &more {
+        answered(client);
+    }
+    assert_eq!(meet(&friends[0]), met[0], "it speaks up, which makes its neighbour the longest silent one");
+    answered(&new_socket());
+    assert_eq!(meet(&friends[0]), met[0]);
+    assert_ne!(meet(&friends[1]), met[1], "a new session, for the old one made room");
+    let metrics = publisher.metrics();
+    assert_eq!(metrics.port("sessions", PORT), 8);
+    assert_eq!(metrics.port("evicted_sessions_total", PORT), 16 + 4 + 2);
+}
+
+#[test]
+fn a_source_address_gets_no_more_than_its_share_of_sessions() {
+    let net = Topology::three();
+    net.client.ip(&["addr", "add", "203.0.113.10/24", "dev", "eth0"]);
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let arguments = format!("5353:53/udp --to {} --udp-max-source-sessions 3", addr::CONTAINER_V4);
+    let publisher = Publisher::start(&net.host, &arguments);
+    let from = |address: Ipv4Addr| socket(&net.client, (address, 0).into());
+    let greedy: Vec<UdpSocket> = (0..3).map(|_| from(addr::CLIENT_V4)).collect();
+    for client in &greedy {
+        assert_eq!(echo(client, host(5353), b"one of three"), b"one of three");
+    }
+    for refusals in 1..=4 {
+        from(addr::CLIENT_V4).send_to(b"one too many", host(5353)).unwrap();
+        publisher.wait_for_metrics(|metrics| metrics.dropped(PORT, "source_limit") == refusals);
+    }
+    assert_eq!(echo(&from(Ipv4Addr::new(203, 0, 113, 10)), host(5353), b"another"), b"another");
+    for client in &greedy {
+        assert_eq!(echo(client, host(5353), b"still here"), b"still here");
+    }
+    let metrics = publisher.metrics();
+    assert_eq!(metrics.port("sessions_total", PORT), 4);
+    assert_eq!(metrics.port("evicted_sessions_total", PORT), 0);
+}
+
+#[test]
+fn figures_count_every_datagram_and_byte() {
+    let net = Topology::three();
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let client = socket(&net.client, unspecified(host(5353)));
+    let sizes = [0, 1, 1200, 9000, LARGEST];
+    for size in sizes {
+        assert_eq!(echo(&client, host(5353), &payload(size, 1)).len(), size);
+    }
+    let (datagrams, bytes) = (sizes.len() as u64, sizes.iter().sum::<usize>() as u64);
+    // An answer may be here before it is counted.
+    let metrics = publisher.wait_for_metrics(|metrics| {
+        let value = |name, direction| metrics.labelled(name, PORT, "direction", direction);
+        ["in", "out"].iter().all(|direction| {
+            (value("datagrams_total", direction), value("bytes_total", direction)) == (datagrams, bytes)
+        })
+    });
+    assert_eq!(metrics.port("sessions", PORT), 1);
+    assert_eq!(metrics.port("sessions", PORT_V6), 0);
+}
+
+#[test]
+fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_out() {
+    const SOURCES: u32 = 20_000;
+    const BATCH: usize = 100;
+    const SESSIONS: usize = 1000;
+    let net = Topology::three();
+    // The client may be any address of this block, and the host believes it.
+    net.client.ip(&["route", "add", "local", "198.18.0.0/15", "dev", "lo"]);
+    net.host.ip(&["route", "add", "198.18.0.0/15", "via", &addr::CLIENT_V4.to_string()]);
+    let _server = Choosy::start(&net.container, container(53));
+    let arguments = format!(
+        "5353:53/udp --to {} --udp-max-sessions {SESSIONS} --udp-max-source-sessions 100",
+        addr::CONTAINER_V4
+    );
+    let publisher = Publisher::start(&net.host, &arguments);
+    let idle = publisher.process.open_fds();
+    let at_work = socket(&net.client, unspecified(host(5353)));
+    assert_eq!(echo(&at_work, host(5353), b"?answer me"), b"?answer me");
+
+    let mut memory = 0;
+    for batch in (0..SOURCES).step_by(BATCH) {
+        net.client.run(|| {
+            for number in batch..batch + BATCH as u32 {
+                let source = Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + number);
+                let forged = UdpSocket::bind((source, 1024 + number as u16)).unwrap();
+                forged.send_to(b"forged", host(5353)).unwrap();
+            }
+        });
+        // No faster than it is dealt with.
+        let sent = u64::from(batch) + BATCH as u64;
+        publisher.wait_for_metrics(|metrics| metrics.port("sessions_total", PORT) > sent);
+        assert_eq!(echo(&at_work, host(5353), b"?still there"), b"?still there");
+        assert!(publisher.process.open_fds() <= idle + SESSIONS);
+        if sent == u64::from(SOURCES) / 4 {
+            memory = publisher.process.rss();
+        }
+    }
+    let metrics = publisher.metrics();
+    assert_eq!(metrics.port("sessions", PORT), SESSIONS as u64);
+    assert_eq!(
+        metrics.port("sessions_total", PORT),
+        u64::from(SOURCES) + 1,
+        "the client at work kept its own"
+    );
+    let evicted = u64::from(SOURCES) + 1 - SESSIONS as u64;
+    assert_eq!(metrics.port("evicted_sessions_total", PORT), evicted);
+    let grown = publisher.process.rss().saturating_sub(memory);
+    assert!(grown < 1 << 20, "{grown} bytes more than after a quarter of them");
+
+    // One address with as many ports gets its share and no more.
+    let greedy: Vec<UdpSocket> = (0..150).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+    for client in &greedy {
+        client.send_to(b"greedy", host(5353)).unwrap();
+    }
+    let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT, "source_limit") >= 51);
+    assert_eq!(metrics.port("sessions", PORT), SESSIONS as u64);
+    assert_eq!(echo(&at_work, host(5353), b"?still there"), b"?still there");
+}
+
+#[test]
+fn with_64_descriptors_sessions_at_work_go_on_and_those_too_many_are_counted() {
+    let net = Topology::three();
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let arguments = format!("5353:53/udp --to {}", addr::CONTAINER_V4);
+    let publisher =
+        Publisher::start_with(&net.host, &arguments, |command| support::limit_open_files(command, 64));
+    let clients: Vec<UdpSocket> = (0..100).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+    for client in &clients {
+        client.send_to(b"hello", host(5353)).unwrap();
+    }
+    let settled = |metrics: &support::Metrics| {
+        metrics.port("sessions", PORT)
+            + metrics.port("evicted_sessions_total", PORT)
+            + metrics.dropped(PORT, "exhausted")
+            == clients.len() as u64
+    };
+    let metrics = publisher.wait_for_metrics(settled);
+    let served = metrics.port("sessions", PORT) as usize;
+    assert!((10..=64).contains(&served), "{served} sessions");
+    for client in &clients[..served] {
+        assert_eq!(receive(client).0, b"hello");
+        assert_eq!(echo(client, host(5353), b"and again"), b"and again");
+    }
+}
+
+#[test]
+fn whom_nobody_answers_does_not_keep_others_out_when_descriptors_are_short() {
+    let net = Topology::three();
+    let server = socket(&net.container, container(53));
+    let arguments = format!("5353:53/udp --to {}", addr::CONTAINER_V4);
+    let publisher =
+        Publisher::start_with(&net.host, &arguments, |command| support::limit_open_files(command, 64));
+    let at_work = socket(&net.client, unspecified(host(5353)));
+    let upstream = meet(&at_work, host(5353), &server);
+    server.send_to(b"welcome", upstream).unwrap();
+    assert_eq!(receive(&at_work).0, b"welcome");
+    let silent: Vec<UdpSocket> = (0..100).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+    for client in &silent {
+        client.send_to(b"ignore me", host(5353)).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let late = socket(&net.client, unspecified(host(5353)));
+    server.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    let arrived = |wanted: &[u8]| {
+        let mut buffer = [0; 100];
+        std::iter::from_fn(|| {
+            server.recv_from(&mut buffer).ok().map(|(length, from)| (buffer[..length].to_vec(), from))
+        })
+        .find(|(datagram, _)| datagram == wanted)
+        .map(|(_, from)| from)
+    };
+    wait_until("a late client is let in", || {
+        late.send_to(b"let me in", host(5353)).unwrap();
+        arrived(b"let me in").is_some()
+    });
+    at_work.send_to(b"still there", host(5353)).unwrap();
+    assert_eq!(arrived(b"still there"), Some(upstream), "by the same session as before");
+    assert!(publisher.metrics().port("evicted_sessions_total", PORT) > 0);
+}
+
+#[test]
+fn sessions_do_not_hold_up_the_end() {
+    let net = Topology::three();
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let mut publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {} --drain-timeout 1h", addr::CONTAINER_V4));
+    let client = socket(&net.client, unspecified(host(5353)));
+    assert_eq!(echo(&client, host(5353), b"hello"), b"hello");
+    assert_eq!(publisher.process.stop(Signal::TERM, PATIENCE).code(), Some(0));
+}
