@@ -113,8 +113,17 @@ impl Endpoint {
 /// How flows of one protocol reach an endpoint.
 struct Way {
     upstream: Arc<Relocatable>,
-    options: Arc<PortOptions>,
+    options: Ways,
     _descriptors: Permit,
+}
+
+/// Options of ports of one protocol of an endpoint.
+#[derive(Clone)]
+struct Ways {
+    /// Of sockets of the host.
+    outside: Arc<PortOptions>,
+    /// Of those at gateways that are not addresses of the host's namespace.
+    at_gateways: Arc<PortOptions>,
 }
 
 struct Port {
@@ -208,28 +217,30 @@ impl Publisher {
         permits: Vec<Permit>,
     ) -> Result<Vec<OpenPort>, PublishError> {
         let told: Vec<_> = listeners.iter().map(|(listener, port)| (listener.label(), *port)).collect();
-        let mut sockets = Vec::with_capacity(permits.len());
-        // How many sockets each port has.
+        let mut at_gateways = Vec::new();
+        // How many of those each port has.
         let mut counts = Vec::with_capacity(told.len());
-        for (listener, container_port) in listeners {
-            let at_gateways = self.open_at_gateways(listener.label())?;
-            counts.push(1 + at_gateways.len());
-            let all = std::iter::once(listener).chain(at_gateways);
-            sockets.extend(all.map(|listener| (listener, container_port)));
+        for (label, container_port) in &told {
+            let more = self.open_at_gateways(*label)?;
+            counts.push(more.len());
+            at_gateways.extend(more.into_iter().map(|listener| (listener, *container_port)));
         }
         let mut state = self.state();
-        state.check(endpoint, sockets.len())?;
+        state.check(endpoint, listeners.len() + at_gateways.len())?;
         let options = state.way(endpoint, protocol, self)?;
-        let published = self.engine.publish(sockets, &options).map_err(PublishError::Engine)?;
-        let (mut published, mut permits) = (published.into_iter(), permits.into_iter());
+        let mut published =
+            self.engine.publish(listeners, &options.outside).map_err(PublishError::Engine)?.into_iter();
+        let mut at_gateways =
+            self.engine.publish(at_gateways, &options.at_gateways).map_err(PublishError::Engine)?.into_iter();
+        let mut permits = permits.into_iter();
         let mut opened = Vec::with_capacity(told.len());
         for ((label, container_port), count) in told.into_iter().zip(counts) {
             state.last += 1;
             let id = PortId(state.last);
             let told = OpenPort { id, endpoint: endpoint.to_owned(), label, container_port };
             opened.push(told.clone());
-            let published = published.by_ref().take(count).collect();
-            let descriptors = permits.by_ref().take(count).collect();
+            let published = published.by_ref().take(1).chain(at_gateways.by_ref().take(count)).collect();
+            let descriptors = permits.by_ref().take(1 + count).collect();
             state.ports.insert(id, Port { told, published, _descriptors: descriptors });
         }
         Ok(opened)
@@ -326,25 +337,29 @@ impl State {
     }
 
     /// The way of `protocol` to `name`, made when it is first asked for.
-    fn way(
-        &mut self,
-        name: &str,
-        protocol: Protocol,
-        publisher: &Publisher,
-    ) -> Result<Arc<PortOptions>, PublishError> {
+    fn way(&mut self, name: &str, protocol: Protocol, publisher: &Publisher) -> Result<Ways, PublishError> {
         let Some(endpoint) = self.endpoints.get_mut(name) else {
             return Err(PublishError::NoEndpoint(name.to_owned()));
         };
         if let Some(way) = endpoint.ways.get(&protocol) {
-            return Ok(Arc::clone(&way.options));
+            return Ok(way.options.clone());
         }
         let descriptors = publisher.engine.reserve(WAY_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
         let upstream = towards(&publisher.ground, name, &endpoint.namespace, &endpoint.addresses, protocol)?;
         let upstream = Arc::new(Relocatable::new(upstream, &endpoint.addresses));
-        let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
-        options.enclosures = endpoint.enclosures.clone();
-        let options = Arc::new(options);
-        let way = Way { upstream, options: Arc::clone(&options), _descriptors: descriptors };
+        let with = |enclosures| {
+            let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
+            options.enclosures = enclosures;
+            Arc::new(options)
+        };
+        let at_gateways = with(endpoint.enclosures.clone());
+        let outside = if publisher.ground.is_rootless() {
+            with(endpoint.enclosures.seen_from_elsewhere())
+        } else {
+            Arc::clone(&at_gateways)
+        };
+        let options = Ways { outside, at_gateways };
+        let way = Way { upstream, options: options.clone(), _descriptors: descriptors };
         endpoint.ways.insert(protocol, way);
         Ok(options)
     }

@@ -54,6 +54,58 @@ fn a_project_comes_up_answers_and_goes_without_a_trace() {
 }
 
 #[test]
+fn a_terminal_that_is_closed_takes_everything_down_too() {
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    for signal in [Signal::HUP, Signal::QUIT, Signal::TERM] {
+        let mut up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
+        up.wait_for_line("Ctrl-C takes all of it down again.", SOON);
+        assert!(up.stop(signal, SOON).success(), "{signal:?}");
+        assert_eq!(state(&scene.net.host), before, "{signal:?}");
+    }
+}
+
+/// A service that is waited for, and never ends its start: here one that comes after a hundred others.
+#[test]
+fn a_signal_during_the_start_ends_it_and_nothing_is_left() {
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    let services: String =
+        (0..100).map(|number| format!("  s{number}: {{ command: [ sleep, '60' ] }}\n")).collect();
+    let mut up = scene.up(&format!("name: demo\nservices:\n{services}"));
+    assert!(eventually(SOON, || state(&scene.net.host) != before));
+    assert!(up.stop(Signal::INT, SOON).success());
+    assert_eq!(state(&scene.net.host), before);
+    assert!(!scene.run.path().join("projects/demo").exists());
+}
+
+/// Its output is a pipe that is full and that nobody reads.
+#[test]
+fn it_serves_and_ends_though_nobody_reads_what_it_says() {
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&write, true).unwrap();
+    while rustix::io::write(&write, &[b'x'; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&write, false).unwrap();
+    let mut command = scene.command(&HELLO.replace("TIDEGATE", TIDEGATE));
+    let mut up = command.stdout(write).stderr(std::process::Stdio::null()).spawn().unwrap();
+    drop(command);
+    let answers = || {
+        let mut curl = scene.net.client.command("curl");
+        curl.args(["-sS", "--max-time", "1", "http://203.0.113.1:8080/"]).output().unwrap().status.success()
+    };
+    assert!(eventually(SOON, answers));
+    assert!(eventually(SOON, || scene.tidegate().arg("ps").output().unwrap().status.success()));
+    let pid = rustix::process::Pid::from_child(&up);
+    rustix::process::kill_process(pid, Signal::INT).unwrap();
+    let ended = || up.try_wait().unwrap().is_some();
+    assert!(eventually(SOON, ended));
+    drop(read);
+    assert_eq!(state(&scene.net.host), before);
+}
+
+#[test]
 fn services_know_each_other_by_name_and_alias() {
     let scene = Scene::new();
     let file = r#"

@@ -26,11 +26,23 @@ pub enum Lock {
 /// alone. The lock goes with the process, however that ends.
 ///
 /// # Errors
-/// What open(2) and flock(2) say.
+/// What open(2) and flock(2) say; `PermissionDenied` for what is not a file, or not this user's, and a link is not followed.
 pub fn lock_file(path: &Path) -> io::Result<Lock> {
     let mut held = None;
     for _ in 0..ATTEMPTS {
-        let file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(path)?;
+        // What another could have put there is not written into.
+        let there = file.metadata()?;
+        if !there.is_file() || there.uid() != rustix::process::geteuid().as_raw() {
+            let reason = format!("{} is not a file of this user's", path.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
+        }
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
@@ -65,5 +77,18 @@ mod tests {
         assert!(matches!(lock_file(&path).unwrap(), Lock::Had(_)), "another file");
         drop(first);
         assert!(matches!(lock_file(&path).unwrap(), Lock::Had(_)));
+    }
+
+    #[test]
+    fn what_is_no_file_of_ours_is_not_taken() {
+        let directory = tempfile::tempdir().unwrap();
+        let [target, link, fifo] = ["target", "link", "fifo"].map(|name| directory.path().join(name));
+        fs::write(&target, "important").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        for path in [&link, &fifo, &directory.path().to_owned()] {
+            assert!(lock_file(path).is_err(), "{}", path.display());
+        }
+        assert_eq!(fs::read_to_string(&target).unwrap(), "important");
     }
 }

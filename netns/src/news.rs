@@ -37,6 +37,9 @@ impl Topic {
     }
 }
 
+/// Messages taken at a time, should someone change things without end.
+const AT_A_TIME: usize = 1024;
+
 /// A socket at which word arrives. It becomes readable then, and stays so until [`drain`](Self::drain).
 pub struct News(Socket);
 
@@ -58,7 +61,7 @@ impl News {
     /// Takes what has come. Whether there was anything.
     pub fn drain(&self) -> bool {
         let mut changed = false;
-        loop {
+        for _ in 0..AT_A_TIME {
             // What does not fit is cut off, and none of it is read anyway.
             let mut beginning = [0; 16];
             match self.0.recv(&mut &mut beginning[..], 0) {
@@ -66,6 +69,7 @@ impl News {
                 _ => changed = true,
             }
         }
+        changed
     }
 }
 

@@ -128,7 +128,12 @@ impl Attachment {
                 isolated: !network.inter_container,
             },
         ];
-        if !network.has(true) {
+        if network.has(true) {
+            // Its neighbours are no routers.
+            for name in ["accept_ra", "accept_redirects"] {
+                facts.push(setting(place.clone(), format!("net.ipv6.conf.{inside}.{name}"), "0"));
+            }
+        } else {
             facts.push(setting(place.clone(), format!("net.ipv6.conf.{inside}.disable_ipv6"), "1"));
         }
         let address =

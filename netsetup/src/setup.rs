@@ -225,12 +225,12 @@ impl<I: Isolation> Setup<I> {
         // If they cannot be removed together, one by one tells which it is.
         if self.kernel.remove_links(&links).await.is_ok() {
             done = links.len();
-            self.journal.after(&ops[..done])?;
+            self.note(&ops[..done], go_on)?;
         }
         let mut failed = Vec::new();
         for (at, op) in ops.iter().enumerate().skip(done) {
             match self.kernel.execute(op).await {
-                Ok(()) => self.journal.after(std::slice::from_ref(op))?,
+                Ok(()) => self.note(std::slice::from_ref(op), go_on)?,
                 Err(error) => {
                     failed.push((at, error));
                     if !go_on {
@@ -242,6 +242,17 @@ impl<I: Isolation> Setup<I> {
         Ok(failed)
     }
 
+    /// Notes what was carried out. With `go_on` what cannot be noted is let be: what is gone can be removed once more.
+    fn note(&mut self, ops: &[Op], go_on: bool) -> Result<(), JournalError> {
+        match self.journal.after(ops) {
+            Err(error) if go_on => {
+                tracing::debug!(%error, "not noted");
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
     /// Undoes `ops`, of which the one at `failed` was the last to be tried and may have been done in part.
     async fn undo(&mut self, ops: &[Op], failed: usize) -> Result<Vec<KernelError>, JournalError> {
         let back = way_back(&ops[..failed], &ops[failed]);
@@ -249,7 +260,7 @@ impl<I: Isolation> Setup<I> {
         // With its link has gone what was on it, and what was not tried has never been.
         let stays: BTreeSet<&Fact> = left.iter().map(|(at, _)| back[*at].fact()).collect();
         let never: Vec<Op> = ops.iter().map(Op::inverse).filter(|op| !stays.contains(op.fact())).collect();
-        self.journal.after(&never)?;
+        self.note(&never, true)?;
         Ok(left.into_iter().map(|(_, error)| error).collect())
     }
 }

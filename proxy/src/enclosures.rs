@@ -15,10 +15,22 @@ const LOOPBACK: u32 = 1;
 pub struct Enclosure {
     /// The address.
     pub gateway: IpAddr,
-    /// Who may ask there.
+    /// The network.
     pub network: IpNet,
-    /// The index of the only interface that they come by, besides `lo`; 0 if it is not known.
+    /// Its members may ask there; otherwise the host alone may, whose address it is.
+    pub admits: bool,
+    /// The index of the only interface that they come by, besides `lo`; 0 if it is not known, [`ELSEWHERE`](Self::ELSEWHERE) if
+    /// it is in another namespace than the listening socket.
     pub interface: u32,
+}
+
+impl Enclosure {
+    /// An interface by which nothing comes here.
+    pub const ELSEWHERE: u32 = u32::MAX;
+
+    fn is_by_another(&self, interface: u32) -> bool {
+        interface != 0 && self.interface != 0 && ![self.interface, LOOPBACK].contains(&interface)
+    }
 }
 
 /// All of them.
@@ -31,11 +43,23 @@ impl Enclosures {
     #[must_use]
     pub fn shut_out(&self, client: IpAddr, local: IpAddr, interface: u32) -> bool {
         self.0.get(&local).is_some_and(|enclosure| {
-            let by_another = interface != 0
-                && enclosure.interface != 0
-                && ![enclosure.interface, LOOPBACK].contains(&interface);
-            by_another || !enclosure.network.contains(&client)
+            let may = client == enclosure.gateway || enclosure.admits && enclosure.network.contains(&client);
+            !may || enclosure.is_by_another(interface)
         })
+    }
+
+    /// Whether a datagram claims to come from one of the networks and came by another interface, whichever address it was sent to.
+    #[must_use]
+    pub fn is_forged(&self, client: IpAddr, interface: u32) -> bool {
+        let claims = |enclosure: &&Enclosure| enclosure.network.contains(&client);
+        self.0.values().find(claims).is_some_and(|enclosure| enclosure.is_by_another(interface))
+    }
+
+    /// The same, for sockets of another namespace than the networks'.
+    #[must_use]
+    pub fn seen_from_elsewhere(&self) -> Self {
+        let elsewhere = |one: &Enclosure| Enclosure { interface: Enclosure::ELSEWHERE, ..*one };
+        self.0.values().map(elsewhere).collect()
     }
 
     /// Whether `address` is one of them.
@@ -70,6 +94,7 @@ mod tests {
             .map(|(at, net, interface)| Enclosure {
                 gateway: ip(at),
                 network: net.parse().unwrap(),
+                admits: true,
                 interface,
             })
             .collect();
@@ -90,5 +115,22 @@ mod tests {
                 "{client} at {local} by {interface}"
             );
         }
+        assert!(enclosures.is_forged(ip("10.9.0.7"), 2) && !enclosures.is_forged(ip("10.9.0.7"), 7));
+        assert!(!enclosures.is_forged(ip("203.0.113.9"), 2));
+        assert!(enclosures.seen_from_elsewhere().is_forged(ip("10.9.0.7"), 7));
+    }
+
+    #[test]
+    fn one_that_admits_nobody_answers_the_host() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let one = Enclosure {
+            gateway: ip("10.9.0.1"),
+            network: "10.9.0.0/24".parse().unwrap(),
+            admits: false,
+            interface: 7,
+        };
+        let enclosures = Enclosures::from_iter([one]);
+        assert!(enclosures.shut_out(ip("10.9.0.7"), ip("10.9.0.1"), 7));
+        assert!(!enclosures.shut_out(ip("10.9.0.1"), ip("10.9.0.1"), LOOPBACK));
     }
 }

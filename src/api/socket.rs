@@ -6,9 +6,9 @@
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use tidegate_netns::{Lock, lock_file, run_directory};
@@ -100,7 +100,7 @@ impl Socket {
         let failed = |source: io::Error| SocketError::Failed { path: path.clone(), source };
         let address = SocketAddrUnix::new(&path).map_err(|_| SocketError::TooLong(path.clone()))?;
         if let Some(directory) = path.parent().filter(|_| std::env::var_os(VARIABLE).is_none()) {
-            fs::create_dir_all(directory).map_err(failed)?;
+            DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(failed)?;
         }
         let owner = OwnersFile::lock(&path)?;
         match fs::symlink_metadata(&path) {
@@ -143,6 +143,11 @@ impl OwnersFile {
         let path = PathBuf::from(path);
         match lock_file(&path).map_err(failed)? {
             Lock::Had(mut file) => {
+                let mut left = String::new();
+                let readable = (&file).take(64).read_to_string(&mut left).is_ok();
+                if !readable || !(left.trim().is_empty() || left.trim().parse::<u32>().is_ok()) {
+                    return Err(SocketError::Foreign(path));
+                }
                 file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failed)?;
                 Ok(Self { path, file })
             }

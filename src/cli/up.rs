@@ -13,7 +13,7 @@ const FILES: [&str; 4] = ["compose.yaml", "compose.yml", "docker-compose.yaml", 
 /// Bring up the networks and services of a Compose file, in the foreground
 ///
 /// Services are processes of this host, each in network, mount, process and host-name namespaces of its own. Networks are closed to one
-/// another and to the outside; only published ports answer. When all services have ended, or on SIGINT or SIGTERM, everything is
+/// another and to the outside; only published ports answer. When all services have ended, or on SIGINT, SIGTERM, SIGHUP or SIGQUIT, everything is
 /// taken down again; a second signal kills what has not ended yet.
 #[derive(Debug, Args)]
 #[command(

@@ -3,9 +3,15 @@
 use super::Running;
 use crate::ports::runs;
 use crate::table::table;
+use anyhow::bail;
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::sync::mpsc;
+use std::time::Duration;
 use tidegate_model::PublishLabel;
+
+/// How long the announcement is waited for, so that it comes before what services say.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 impl Running {
     /// Tells what is there.
@@ -26,9 +32,17 @@ impl Running {
                 rows.push([name, attachment.network.clone(), addresses.join(", "), ports]);
             }
         }
-        let mut out = std::io::stdout().lock();
-        out.write_all(table(&rows).as_bytes())?;
-        writeln!(out, "Ctrl-C takes all of it down again.")?;
-        Ok(out.flush()?)
+        let text = table(&rows) + "Ctrl-C takes all of it down again.\n";
+        // On a thread of its own: where nobody reads, a write waits, and signals and the API are not to wait with it.
+        let (done, is_done) = mpsc::channel();
+        std::thread::Builder::new().name("tidegate-announce".into()).spawn(move || {
+            let mut out = std::io::stdout().lock();
+            // Whoever stopped listening does not miss it.
+            let _ = done.send(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
+        })?;
+        match is_done.recv_timeout(PATIENCE) {
+            Ok(written) => Ok(written?),
+            Err(_) => bail!("nobody reads it"),
+        }
     }
 }

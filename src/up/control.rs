@@ -107,10 +107,11 @@ impl Instance {
             SetupError::Conflict(_) => Problem::conflict(&error),
             error => Problem::failed(&error),
         })?;
+        // Before its ports: should those not follow, the next look tries again, here.
+        self.up.adopted.set(endpoint, path.clone(), false);
         let addresses = self.up.layout.addresses.get(endpoint).map(Vec::as_slice).unwrap_or_default();
         self.up.publisher.relocate(endpoint, namespace, addresses)?;
         tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "plugged in again");
-        self.up.adopted.set(endpoint, path, false);
         Ok(())
     }
 

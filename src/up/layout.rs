@@ -109,12 +109,8 @@ impl Layout {
         };
         let of = |network: &Network, subnet: &Subnet| Enclosure {
             gateway: subnet.gateway,
-            network: if network.internal && !joined(&network.name) {
-                // The host itself still may, whose address it is.
-                subnet.gateway.into()
-            } else {
-                subnet.subnet
-            },
+            network: subnet.subnet,
+            admits: !network.internal || joined(&network.name),
             interface: index(&network.bridge.name),
         };
         let networks = self.desired.networks.iter();

@@ -85,16 +85,26 @@ struct Running {
 }
 
 /// The signals that end it.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-}
+struct Signals([Signal; 4]);
 
 impl Signals {
+    /// Ctrl-C, a request to end, a terminal that was closed, Ctrl-\.
+    const KINDS: [SignalKind; 4] =
+        [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()];
+
+    /// From here on none of them kills.
+    fn new() -> io::Result<Self> {
+        let [interrupt, terminate, hangup, quit] = Self::KINDS.map(signal);
+        Ok(Self([interrupt?, terminate?, hangup?, quit?]))
+    }
+
     async fn next(&mut self) {
+        let [interrupt, terminate, hangup, quit] = &mut self.0;
         tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+            _ = quit.recv() => {}
         }
     }
 }
@@ -114,16 +124,13 @@ impl Up {
     }
 
     async fn run_on(&self, ground: &Ground) -> anyhow::Result<bool> {
-        // From here on neither signal kills.
-        let mut signals = Signals {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        };
         let started = SystemTime::now();
         let mut project = compose::load(&self.file)?;
         if let Some(name) = &self.project {
             project.name.clone_from(name);
         }
+        // Not before the file was read, which may be a pipe that nobody writes to.
+        let mut signals = Signals::new().context("signal handlers")?;
         for warning in &project.warnings {
             tracing::warn!("{warning}");
         }
@@ -154,14 +161,15 @@ impl Up {
         // SAFETY: its descriptor is its own, and the same for as long as it lives.
         let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }
             .context("listen for changes of networks")?;
-        let up = match self.start(ground, &project, &mut setup, &run).await {
-            Ok(up) => up,
-            Err(error) => {
+        let up = match self.start(ground, &project, &mut setup, &run, &mut signals).await {
+            Ok(Some(up)) => up,
+            not_up => {
                 // What went wrong first is what matters; what cannot be taken back is in the journal, for the next start.
-                if let Err(second) = setup.finish().await {
-                    tracing::warn!(error = %second, "not all could be taken back");
+                match setup.finish().await {
+                    Ok(()) => drop(fs::remove_dir_all(&run)),
+                    Err(second) => tracing::warn!(error = %second, "not all could be taken back"),
                 }
-                return Err(error);
+                return not_up.map(|_| true);
             }
         };
         let (orders, received) = mpsc::channel(ORDERS);
@@ -190,14 +198,16 @@ impl Up {
         Ok(well)
     }
 
-    /// Brings the project up. With an error, what was made of its networks is in `setup`, to be taken back.
+    /// Brings the project up; `None` if a signal came meanwhile. What was made of its networks is then, and with an error, in `setup`,
+    /// to be taken back.
     async fn start(
         &self,
         ground: &Ground,
         project: &Project,
         setup: &mut Setup<WithoutFirewall>,
         run: &Path,
-    ) -> anyhow::Result<Running> {
+        signals: &mut Signals,
+    ) -> anyhow::Result<Option<Running>> {
         let mut observed = setup.surroundings().await?;
         if ground.is_rootless() {
             // The networks of the host are not in the way there. But who is to reach them one day must not have their addresses.
@@ -254,18 +264,34 @@ impl Up {
                 recorder.serve(Arc::clone(publisher.engine())).context("metrics endpoint")?;
             }
             let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
-            supervisor.start(specs(project, &layout, &namespaces)).await?;
-            anyhow::Ok(supervisor)
+            let specs = specs(project, &layout, &namespaces);
+            let interrupted = {
+                let starting = supervisor.start(specs);
+                tokio::pin!(starting);
+                tokio::select! {
+                    started = &mut starting => started.map(|()| false)?,
+                    () = signals.next() => true,
+                }
+            };
+            if interrupted {
+                supervisor.kill();
+                supervisor.wait().await;
+            }
+            anyhow::Ok((!interrupted).then_some(supervisor))
         };
         // The metrics know of the publisher until the process ends.
-        let supervisor = begun.await.inspect_err(|_| {
+        let Some(supervisor) = begun.await.inspect_err(|_| {
             publisher.close(Duration::ZERO);
-        })?;
+        })?
+        else {
+            publisher.close(Duration::ZERO);
+            return Ok(None);
+        };
         let adopted = project.services.iter().filter_map(|service| match &service.run {
             Run::Adopt(path) => Some((service.name.clone(), path.clone())),
             Run::Command(_) => None,
         });
-        Ok(Running { layout, publisher, adopted: Arc::new(Adopted::new(adopted)), supervisor })
+        Ok(Some(Running { layout, publisher, adopted: Arc::new(Adopted::new(adopted)), supervisor }))
     }
 }
 

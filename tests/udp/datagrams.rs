@@ -51,7 +51,10 @@ fn a_datagram_that_claims_to_come_from_a_published_port_is_not_answered_for_ever
     for to in [host_v6(5353), host_v6(5454)] {
         assert_eq!(echo(&client, to, b"before"), b"before");
     }
-    for (claimed, to) in [(host_v6(5353), host_v6(5353)), (host_v6(5454), host_v6(5353))] {
+    let backend = SocketAddr::from((addr::CONTAINER_V6, 53));
+    for (claimed, to) in
+        [(host_v6(5353), host_v6(5353)), (host_v6(5454), host_v6(5353)), (backend, host_v6(5353))]
+    {
         net.client.run(|| {
             let forger = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
             forger.set_ip_transparent_v6(true).unwrap();
@@ -59,7 +62,7 @@ fn a_datagram_that_claims_to_come_from_a_published_port_is_not_answered_for_ever
             forger.send_to(b"for ever", &to.into()).unwrap();
         });
     }
-    let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT_V6, "reflected") == 2);
+    let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT_V6, "reflected") == 3);
     assert_eq!(metrics.port("sessions_total", PORT_V6), 1, "the client's alone");
     assert_eq!(echo(&client, host_v6(5353), b"after"), b"after");
 }

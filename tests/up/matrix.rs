@@ -123,8 +123,8 @@ const EXPECTED: [(To, [Outcome; 10]); 10] = [
     //                        ---------- beyond the host -----------  ------------- here --------------
     //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
     (To::Container,           [NO,    NO,    NO,     NO,       NO,    YES, YES,    NO,     NO,    YES]),
-    (To::Published,           [YES,   YES,   YES,    IN,       NO,    YES, YES,    YES,    NO,    YES]),
-    (To::PublishedBeyond,     [YES,   YES,   YES,    IN,       NO,    YES, YES,    YES,    NO,    YES]),
+    (To::Published,           [YES,   YES,   YES,    NO,       NO,    YES, YES,    YES,    NO,    YES]),
+    (To::PublishedBeyond,     [YES,   YES,   YES,    NO,       NO,    YES, YES,    YES,    NO,    YES]),
     (To::Gateway,             [NO,    NO,    NO,     NO,       NO,    YES, YES,    NO,     NO,    YES]),
     (To::AwayGateway,         [NO,    NO,    NO,     NO,       NO,    YES, NO,     YES,    NO,    NO]),
     (To::InsideGateway,       [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
@@ -139,8 +139,8 @@ const EXPECTED: [(To, [Outcome; 10]); 10] = [
 const EXPECTED_ROOTLESS: [(To, [Outcome; 10]); 10] = [
     //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
     (To::Container,           [NO,    NO,    NO,     NO,       NO,    NO,  YES,    NO,     NO,    YES]),
-    (To::Published,           [YES,   YES,   YES,    IN,       NO,    YES, NO,     NO,     NO,    NO]),
-    (To::PublishedBeyond,     [YES,   YES,   YES,    IN,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::Published,           [YES,   YES,   YES,    NO,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::PublishedBeyond,     [YES,   YES,   YES,    NO,       NO,    YES, NO,     NO,     NO,    NO]),
     (To::Gateway,             [NO,    NO,    NO,     NO,       NO,    NO,  YES,    NO,     NO,    YES]),
     (To::AwayGateway,         [NO,    NO,    NO,     NO,       NO,    NO,  NO,     YES,    NO,    NO]),
     (To::InsideGateway,       [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
@@ -378,6 +378,15 @@ fn the_networks_of_an_ordinary_user_are_as_closed() {
     let mut matrix = Matrix::new(Mode::Rootless);
     assert_eq!(matrix.wrong(matrix.mode.expected()), [""; 0]);
     matrix.up.stop(Signal::INT, SOON);
+}
+
+/// A neighbour is no router.
+#[test]
+fn endpoints_do_not_listen_to_router_advertisements() {
+    let matrix = Matrix::new(Mode::Root);
+    for name in ["accept_ra", "accept_redirects"] {
+        assert_eq!(matrix.endpoints[0].read_sysctl(&format!("net.ipv6.conf.eth0.{name}")), "0", "{name}");
+    }
 }
 
 #[test]

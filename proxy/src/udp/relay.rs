@@ -206,6 +206,9 @@ impl Opening<'_, '_> {
             end(relay, self.references, session);
         }
         admit(relay, &client)?;
+        if relay.port.options.enclosures.is_forged(client.address.ip(), interface) {
+            return Err(Drop::NotAllowed);
+        }
         if self.shared.reflection.is_ours(client.address, &relay.port.options) {
             return Err(Drop::Reflected);
         }
@@ -237,6 +240,10 @@ impl Opening<'_, '_> {
             tracing::debug!(publish = %relay.port.label, %error, "backend cannot be reached");
             if is_exhaustion(&error) { Drop::Exhausted } else { Drop::BackendUnreachable }
         })?;
+        // The backend would be answered by itself, and so on.
+        if peer(&opened.socket) == Some(client.address) {
+            return Err(Drop::Reflected);
+        }
         // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
         let _ = batch::enable_receive_offload(&opened.socket);
         prepare_datagrams(&opened.socket);
@@ -276,6 +283,12 @@ fn admit(relay: &Relay, client: &Client) -> Result<(), Drop> {
         return Err(Drop::NotAllowed);
     }
     relay.sessions.admit(client).map_err(|_| Drop::SourceLimit)
+}
+
+/// Whom a connected socket talks to.
+fn peer(socket: &OwnedFd) -> Option<SocketAddr> {
+    let peer = rustix::net::getpeername(socket).ok()??;
+    SocketAddr::try_from(peer).ok().map(canonical)
 }
 
 /// Accounts for a session that was taken out to make room.
