@@ -221,6 +221,7 @@ fn what_cannot_be_is_one_line_and_changes_nothing() {
     let scene = Scene::new();
     scene.net.host.ip_all("route add 10.66.0.0/16 via 203.0.113.9");
     let _holder = scene.net.host.run(|| std::net::TcpListener::bind("0.0.0.0:8080")).unwrap();
+    let adopted = Namespace::new();
     let before = state(&scene.net.host);
     let service = |more: &str| format!("name: demo\nservices: {{ web: {{ command: 'true'{more} }} }}\n");
     let subnet = "networks: { default: { ipam: { config: [ { subnet: 10.66.3.0/24 } ] } } }\n";
@@ -237,6 +238,13 @@ fn what_cannot_be_is_one_line_and_changes_nothing() {
         (
             service(", x-netns: /proc/self/ns/net").replace("command: 'true', ", ""),
             "endpoint \"web\": its network namespace is the host's own; give it a container's",
+        ),
+        (
+            format!(
+                "name: demo\nservices: {{ a: {{ x-netns: {0} }}, b: {{ x-netns: {0} }} }}\n",
+                adopted.path().display()
+            ),
+            "services \"a\" and \"b\" are in the same namespace, net:[",
         ),
         (service("").replace("'true'", "/no/such/program"), "web"),
         (service(", image: nginx"), "compose.yaml:"),

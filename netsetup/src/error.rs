@@ -124,11 +124,11 @@ fn hint(source: &io::Error) -> &'static str {
 
 /// A plan was not carried out.
 #[derive(Debug, thiserror::Error)]
-#[error("{op}: {source}{}", not_undone(.left))]
+#[error("{source}{}", not_undone(.left))]
 pub struct ApplyError {
     /// The step that failed; those before it were undone.
     pub op: Box<Op>,
-    /// Why.
+    /// Why; it names the step.
     pub source: KernelError,
     /// What could not be undone. It is in the journal.
     pub left: Vec<KernelError>,

@@ -187,8 +187,8 @@ fn inode(path: &Path) -> io::Result<Inode> {
 }
 
 /// Why a client does not get in, as one line.
-pub(crate) fn explain_connect(path: &Path, error: &io::Error) -> String {
-    let path = path.display();
+pub(crate) fn explain_connect(path_given: &Path, error: &io::Error) -> String {
+    let path = path_given.display();
     match Errno::from_io_error(error) {
         Some(Errno::NOENT | Errno::NOTDIR) => format!(
             "nothing is up: there is no socket {path} (tidegate up makes it; {VARIABLE} says where another one is)"
@@ -200,6 +200,10 @@ pub(crate) fn explain_connect(path: &Path, error: &io::Error) -> String {
             format!(
                 "permission denied for socket {path}; it is for the user who ran tidegate up, and for root"
             )
+        }
+        // Not one of the kernel's: it was not asked.
+        None if error.kind() == io::ErrorKind::InvalidInput => {
+            SocketError::TooLong(path_given.to_owned()).to_string()
         }
         _ => format!("socket {path}: {error}"),
     }

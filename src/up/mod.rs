@@ -233,6 +233,14 @@ impl Up {
                     Namespace::from_path(path).with_context(|| format!("service {:?}", service.name))?
                 }
             };
+            let shared = |(_, other): &(&String, &Namespace)| other.id() == namespace.id();
+            if let Some((other, _)) = namespaces.iter().find(shared) {
+                bail!(
+                    "services {other:?} and {:?} are in the same namespace, {}; adopt it once",
+                    service.name,
+                    namespace.id()
+                );
+            }
             setup.kernel().add_endpoint(&service.name, namespace.clone());
             namespaces.insert(service.name.clone(), namespace);
         }
