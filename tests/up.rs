@@ -204,14 +204,16 @@ fn what_others_take_away_is_put_back() {
         answer.unwrap().status.success()
     };
     let neighbours = || {
-        let links = scene.net.host.exec("ip", &["-o", "link", "show", "master", &bridge]);
-        links.lines().count() == 1
+        // While it is on its way out the kernel may still list it, and then no more.
+        let links = scene.net.host.command("ip").args(["-o", "link", "show", "master", &bridge]).output();
+        String::from_utf8_lossy(&links.unwrap().stdout).lines().count() == 1
     };
     assert!(
         eventually(SOON, || scene.net.host.exec("ip", &["-o", "link"]).contains(&bridge) && neighbours()),
         "the bridge"
     );
     assert!(answers());
+    assert!(!up.output().contains("ERROR"), "{}", up.output());
     up.stop(Signal::INT, SOON);
     assert_eq!(state(&scene.net.host), before);
 }

@@ -63,7 +63,13 @@ impl Instance {
     }
 
     async fn repair(&mut self) {
-        match self.setup.repair(&self.up.layout.desired).await {
+        let mut repaired = self.setup.repair(&self.up.layout.desired).await;
+        if repaired.is_err() {
+            // A link on its way out is still listed for a moment, and nothing can be put on it.
+            tokio::time::sleep(SETTLE).await;
+            repaired = self.setup.repair(&self.up.layout.desired).await;
+        }
+        match repaired {
             Ok(0) => {}
             Ok(steps) => {
                 self.repairs.increment(1);
