@@ -28,6 +28,15 @@ pub const MARK: u32 = 0x7467_0001;
 /// ours is somebody else's.
 pub const MARK_MASK: u32 = 0xffff_ffff;
 
+/// The packet mark by which our firewall rules tell our policy rules that a packet may be forwarded into a network.
+///
+/// Packets carry it from the end of the `prerouting` hook until they are on their way through a bridge. The upper half is that of [`MARK`]; the
+/// lower half is left as others have set it, and not compared.
+pub const FORWARD_MARK: u32 = 0x7467_0000;
+
+/// The bits of a packet mark that are set to and compared with [`FORWARD_MARK`].
+pub const FORWARD_MARK_MASK: u32 = 0xffff_0000;
+
 /// The routing protocol (`rtm_protocol`, `FRA_PROTOCOL`) of every route and policy rule that tidegate
 /// adds: `t` in ASCII. What carries it is ours to delete after a crash; what does not is never touched.
 ///
@@ -113,9 +122,16 @@ pub const DELETION_GROUP: u32 = 0x7467_0000;
 /// (`IFNAMSIZ` less the NUL), which leaves 13 behind the prefix.
 pub const INTERFACE_PREFIX: &str = "tg";
 
-/// The nftables table, of family `inet`, that holds every rule of tidegate. It is replaced as a whole, and
-/// deleting it is all of the teardown.
-pub const NFTABLES_TABLE: &str = "tidegate";
+/// What the nftables tables, of family `inet`, begin with that hold the rules of one owner each; his name follows. They are replaced as a whole,
+/// and deleting one is all of its teardown.
+pub const NFTABLES_PREFIX: &str = "tidegate-";
+
+/// The nftables table, of family `inet`, that holds the user's chain ([`USER_CHAIN`]) and what leads to it. One for all owners; what the user
+/// has put into his chain stays when they are gone.
+pub const NFTABLES_USER_TABLE: &str = "tidegate_user";
+
+/// The user's own chain, in nftables and iptables. What is dropped there reaches no container.
+pub const USER_CHAIN: &str = "TIDEGATE-USER";
 
 /// What every iptables chain of tidegate begins with. A chain's name has at most 28 bytes
 /// (`XT_EXTENSION_MAXNAMELEN` less the NUL), which leaves 19 behind the prefix.

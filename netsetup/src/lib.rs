@@ -24,6 +24,7 @@
 mod desired;
 mod error;
 mod fact;
+mod firewall;
 mod ipam;
 mod isolation;
 mod journal;
@@ -37,6 +38,7 @@ mod world;
 pub use desired::{Attachment, Desired, Endpoint, Network, Subnet};
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
 pub use fact::{Fact, Interface, Op, Place, Reach, Rule};
+pub use firewall::{Opening, Ruleset, Zone};
 pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
 pub use isolation::{Isolation, WithoutFirewall};
 pub use journal::Journal;

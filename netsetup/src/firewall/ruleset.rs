@@ -1,0 +1,58 @@
+//! What a firewall shall do for one owner's networks: the one value that every back-end renders.
+//!
+//! # What the rules do
+//!
+//! | where | rule | why |
+//! |---|---|---|
+//! | before connection tracking | what is addressed to a subnet and came in otherwise than by its bridge or from the host is dropped | the direct-route hole, and gateway addresses |
+//! | | what claims to come from a subnet and came in otherwise than by its bridge or from the host is dropped | forged sources |
+//! | | what is addressed to a port published on a loopback address and did not come in by `lo` is dropped | a neighbour may send those too |
+//! | behind destination NAT, before routing | answers to connections of containers, and what was translated to a published port, get the mark [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK) | without it the guards (policy rules, outside of the firewall) make every container unreachable: rules that are gone let nothing through |
+//! | forwarding | the user's chain comes first | |
+//! | | to a bridge: invalid ones dropped; the same bridge, established ones, and what was translated to a published port accepted; all else dropped | isolation |
+//! | | from a bridge to elsewhere: from an internal network dropped, invalid ones dropped, segments clamped to the path, accepted | |
+//! | input | the user's chain, for ports that are served in userspace and were not asked for by way of `lo` | |
+//! | behind routing | what comes from a subnet that is not internal and leaves otherwise than by a bridge of ours is masqueraded | |
+//! | destination NAT | what is addressed to the host at a port published by the kernel and did not come in by a bridge of ours is translated | those that did are served in userspace (hairpin) |
+//!
+//! Nothing is ever a chain's policy, and what is neither from nor to a network of ours is left alone.
+
+use ipnet::IpNet;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use tidegate_model::Protocol;
+
+/// Everything that a firewall shall do for one owner.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ruleset {
+    /// Tells owners apart where names are shared: letters, digits, `-` and `_`, at most 63 bytes.
+    pub owner: String,
+    /// The networks.
+    pub zones: Vec<Zone>,
+    /// The published ports.
+    pub ports: BTreeSet<Opening>,
+}
+
+/// A network as a firewall sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Zone {
+    /// The bridge's name.
+    pub bridge: String,
+    /// At most one of each family, not truncated to fewer bits than their prefix.
+    pub subnets: Vec<IpNet>,
+    /// It has no way out.
+    pub internal: bool,
+}
+
+/// A published port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Opening {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// On which address of the host; `0.0.0.0` and `::` stand for all of their family.
+    pub address: IpAddr,
+    /// The host's port.
+    pub port: u16,
+    /// What the kernel translates it to, of the same family; `None` where a socket of ours serves it alone.
+    pub to: Option<SocketAddr>,
+}
