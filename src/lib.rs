@@ -7,6 +7,7 @@ pub mod cli;
 pub mod compat;
 pub mod compose;
 pub mod doctor;
+pub mod firewall;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod ground;

@@ -7,6 +7,7 @@
 //! Where networks are apart from the host ([`Ground::is_rootless`]) their gateways are no addresses of its own. What is published on all
 //! addresses is opened there too then, and comes and goes with the port.
 
+use crate::firewall::opening;
 use crate::ground::Ground;
 use crate::ports::{PortError, bind};
 use crate::source::{Relocatable, Source, SourceError};
@@ -17,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tidegate_model::{PortSpec, Protocol, PublishLabel, host_addresses};
 use tidegate_netns::Namespace;
+use tidegate_netsetup::{Firewall, Opening};
 use tidegate_proxy::{
     Drained, Enclosures, Engine, Listener, Permit, PortOptions, PublishedPort, Settings, Upstream,
 };
@@ -68,6 +70,9 @@ pub(crate) enum PublishError {
         /// What is in the way.
         source: SourceError,
     },
+    /// The firewall has not opened it.
+    #[error("firewall: {0}")]
+    Firewall(io::Error),
     /// No event loop could be started.
     #[error("event loops: {0}")]
     Engine(io::Error),
@@ -79,6 +84,8 @@ pub(crate) enum PublishError {
 /// Publishes ports of endpoints.
 pub(crate) struct Publisher {
     ground: Ground,
+    /// Where ports are opened too.
+    firewall: Option<Arc<Firewall>>,
     engine: Arc<Engine>,
     /// Where a port on all addresses has to be opened besides.
     gateways: Vec<IpAddr>,
@@ -99,6 +106,8 @@ pub(crate) struct Endpoint {
     namespace: Namespace,
     addresses: Vec<IpAddr>,
     enclosures: Enclosures,
+    /// Those of its addresses that the kernel may translate its ports to.
+    targets: Vec<IpAddr>,
     relocations: u64,
     ways: BTreeMap<Protocol, Way>,
 }
@@ -106,7 +115,13 @@ pub(crate) struct Endpoint {
 impl Endpoint {
     /// At `addresses` in `namespace`; `enclosures` says who may use which address of this host to get there.
     pub(crate) fn new(namespace: Namespace, addresses: &[IpAddr], enclosures: Enclosures) -> Self {
-        Self { namespace, addresses: addresses.to_vec(), enclosures, relocations: 0, ways: BTreeMap::new() }
+        let (addresses, targets) = (addresses.to_vec(), Vec::new());
+        Self { namespace, addresses, enclosures, targets, relocations: 0, ways: BTreeMap::new() }
+    }
+
+    /// Its ports are translated to `targets` by the kernel, where that can be.
+    pub(crate) fn translated_to(self, targets: Vec<IpAddr>) -> Self {
+        Self { targets, ..self }
     }
 }
 
@@ -134,8 +149,13 @@ struct Port {
 }
 
 impl Publisher {
-    /// Publishes nothing yet. `gateways` are the addresses of all networks on this side.
-    pub(crate) fn new(ground: Ground, settings: Settings, gateways: Vec<IpAddr>) -> Self {
+    /// Publishes nothing yet. Ports are opened in `firewall` too. `gateways` are the addresses of all networks on this side.
+    pub(crate) fn new(
+        ground: Ground,
+        settings: Settings,
+        firewall: Option<Arc<Firewall>>,
+        gateways: Vec<IpAddr>,
+    ) -> Self {
         // What connects to containers lives where their networks are.
         let (inside, gateways) = if ground.is_rootless() {
             (Some(ground.networks().clone()), gateways)
@@ -144,7 +164,7 @@ impl Publisher {
         };
         let enter = move || inside.as_ref().map_or(Ok(()), Namespace::enter);
         let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
-        Self { ground, engine, gateways, state: Mutex::default() }
+        Self { ground, firewall, engine, gateways, state: Mutex::default() }
     }
 
     /// What carries the traffic.
@@ -228,10 +248,18 @@ impl Publisher {
         let mut state = self.state();
         state.check(endpoint, listeners.len() + at_gateways.len())?;
         let options = state.way(endpoint, protocol, self)?;
-        let mut published =
-            self.engine.publish(listeners, &options.outside).map_err(PublishError::Engine)?.into_iter();
-        let mut at_gateways =
-            self.engine.publish(at_gateways, &options.at_gateways).map_err(PublishError::Engine)?.into_iter();
+        let openings: Vec<Opening> =
+            told.iter().map(|(label, port)| state.opening(endpoint, *label, *port)).collect();
+        // Before anything is answered.
+        self.change_firewall(&openings, &[])?;
+        let publish = |listeners, options| self.engine.publish(listeners, options);
+        let published = publish(listeners, &options.outside)
+            .and_then(|published| Ok((published, publish(at_gateways, &options.at_gateways)?)));
+        let (published, at_gateways) = published.map_err(|error| {
+            self.close_in_firewall(&openings);
+            PublishError::Engine(error)
+        })?;
+        let (mut published, mut at_gateways) = (published.into_iter(), at_gateways.into_iter());
         let mut permits = permits.into_iter();
         let mut opened = Vec::with_capacity(told.len());
         for ((label, container_port), count) in told.into_iter().zip(counts) {
@@ -267,8 +295,27 @@ impl Publisher {
     /// port (any more).
     pub(crate) fn unpublish(&self, id: PortId) -> bool {
         // Not under the lock: the loops have to be waited for.
-        let Some(port) = self.state().ports.remove(&id) else { return false };
-        port.published.into_iter().all(|socket| self.engine.unpublish(socket))
+        let (port, opening) = {
+            let mut state = self.state();
+            let Some(port) = state.ports.remove(&id) else { return false };
+            let opening = state.opening(&port.told.endpoint, port.told.label, port.told.container_port);
+            (port, opening)
+        };
+        let closed = port.published.into_iter().all(|socket| self.engine.unpublish(socket));
+        self.close_in_firewall(&[opening]);
+        closed
+    }
+
+    fn change_firewall(&self, added: &[Opening], removed: &[Opening]) -> Result<(), PublishError> {
+        let Some(firewall) = &self.firewall else { return Ok(()) };
+        firewall.change_ports(added, removed).map_err(PublishError::Firewall)
+    }
+
+    /// Where that fails nothing answers any more, and it goes with the rest in the end.
+    fn close_in_firewall(&self, ports: &[Opening]) {
+        if let Err(error) = self.change_firewall(&[], ports) {
+            tracing::warn!(%error, "a port that is closed is still in the firewall");
+        }
     }
 
     /// The open ports, in the order in which they were published.
@@ -322,6 +369,12 @@ impl Publisher {
 }
 
 impl State {
+    /// What a firewall has to know of a port of `endpoint`.
+    fn opening(&self, endpoint: &str, label: PublishLabel, container_port: u16) -> Opening {
+        let targets = self.endpoints.get(endpoint).map(|endpoint| endpoint.targets.as_slice());
+        opening(label, container_port, targets.unwrap_or_default())
+    }
+
     /// Whether `more` ports of `endpoint` may be opened.
     fn check(&self, endpoint: &str, more: usize) -> Result<(), PublishError> {
         if self.closed {
@@ -382,7 +435,7 @@ mod tests {
 
     /// With one endpoint, `web`.
     fn publisher() -> Publisher {
-        let publisher = Publisher::new(Ground::here().unwrap(), Settings::default(), Vec::new());
+        let publisher = Publisher::new(Ground::here().unwrap(), Settings::default(), None, Vec::new());
         let web = Endpoint::new(Namespace::current().unwrap(), &[], Enclosures::default());
         publisher.add_endpoint("web", web);
         publisher

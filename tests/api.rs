@@ -86,7 +86,7 @@ fn what_runs_is_told_as_it_is() {
     assert_eq!(code, 200);
     assert_eq!(status["pid"], up.pid());
     assert_eq!(status["version"], env!("CARGO_PKG_VERSION"));
-    assert_eq!(status["isolation"], "without-firewall");
+    assert_eq!(status["isolation"], "nftables");
     assert_eq!(status["compose_file"], scene.directory.path().join("compose.yaml").to_str().unwrap());
     let service = |name: &str| {
         let services = status["services"].as_array().unwrap();

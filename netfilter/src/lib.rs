@@ -1,9 +1,27 @@
 //! The kernel's packet filter: tables of nftables as values, which are written down for people and sent to the kernel.
 //!
-//! It knows nothing of networks or containers. What a table says is the business of who makes it.
+//! ```text
+//! Table ──Display──► what nft(8) reads and lists
+//!      └──Change───► messages ──► one transaction: all of it, or nothing
+//! ```
+//!
+//! It speaks to the kernel itself (nfnetlink), needs neither the program `nft` nor a C library, and can do what they cannot yet everywhere: tables that
+//! [belong](Change::Replace) to a connection and outlast it. It knows nothing of networks or containers. What a table says is the business of who
+//! makes it.
 
+mod changes;
+mod connection;
+mod conntrack;
+mod encode;
+mod expression;
+mod socket;
 mod table;
+mod text;
+mod wire;
 
+pub use changes::Changes;
+pub use connection::{Change, Connection, Error, Listed};
+pub use conntrack::{Conntrack, Flow};
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
 };

@@ -11,6 +11,19 @@ pub struct Desired {
     pub networks: Vec<Network>,
     /// What is attached to them; names differ.
     pub endpoints: Vec<Endpoint>,
+    /// Links of the host that forward for the networks alone, where their way out is the kernel's and the host forwards for nobody.
+    pub uplinks: Vec<Uplink>,
+}
+
+/// A link of a host that forwards for nobody.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Uplink {
+    /// Its name.
+    pub link: String,
+    /// Answers over IPv4 come by it.
+    pub v4: bool,
+    /// Answers over IPv6.
+    pub v6: bool,
 }
 
 /// A network: a bridge of the host and the subnets on it.
@@ -88,14 +101,20 @@ impl Desired {
     /// The networks, and of the endpoints `name` alone.
     pub(crate) fn with_endpoint(&self, name: &str) -> Self {
         let endpoints = self.endpoints.iter().filter(|endpoint| endpoint.name == name).cloned().collect();
-        Self { networks: self.networks.clone(), endpoints }
+        Self { endpoints, ..self.without_endpoints() }
+    }
+
+    /// The same without any endpoint.
+    pub(crate) fn without_endpoints(&self) -> Self {
+        let (networks, uplinks) = (self.networks.clone(), self.uplinks.clone());
+        Self { networks, endpoints: Vec::new(), uplinks }
     }
 
     /// All facts, in the order to make them.
     #[must_use]
     pub fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {
-        let mut facts: Vec<Fact> =
-            self.networks.iter().flat_map(|network| network.facts(isolation)).collect();
+        let mut facts = isolation.groundwork(self);
+        facts.extend(self.networks.iter().flat_map(|network| network.facts(isolation)));
         for endpoint in &self.endpoints {
             let place = Place::Endpoint(endpoint.name.clone());
             facts.push(Fact::Up { place: place.clone(), link: "lo".into() });

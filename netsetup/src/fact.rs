@@ -1,10 +1,11 @@
 //! What can be true in a kernel, and how it becomes so.
 
-use crate::Mac;
+use crate::{FirewallKind, Mac};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
+use tidegate_model::registry;
 
 /// Which network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -59,6 +60,9 @@ pub struct Rule {
     pub from_interface: Option<String>,
     /// Packets to here.
     pub to: Option<IpNet>,
+    /// Packets that our firewall rules have marked (`fwmark` [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)).
+    #[serde(default)]
+    pub marked: bool,
     /// What becomes of them.
     pub reach: Reach,
 }
@@ -68,8 +72,10 @@ pub struct Rule {
 pub enum Reach {
     /// They are routed by the `main` table.
     Main,
-    /// They go nowhere.
+    /// They go nowhere, and who sent them is told.
     Nothing,
+    /// They go nowhere, and nobody is told: as on a host that does not forward.
+    Silence,
 }
 
 /// Something that is true in a kernel, or is to become so.
@@ -138,6 +144,20 @@ pub enum Fact {
     },
     /// A policy rule of the host.
     Rule(Rule),
+    /// What comes in by this link of the host, which is somebody else's, may be forwarded, although the host forwards for nobody.
+    Forwarding {
+        /// The link.
+        link: String,
+        /// IPv6, by `force_forwarding` (Linux 6.17).
+        v6: bool,
+    },
+    /// The host's firewall has our rules.
+    Ruleset {
+        /// Which one.
+        firewall: FirewallKind,
+        /// Whose rules, if there are several of us.
+        owner: String,
+    },
 }
 
 /// A link: the endpoint that it is with, none for the host, and its name.
@@ -152,7 +172,11 @@ impl Fact {
             | Self::Address { place, .. }
             | Self::Up { place, .. }
             | Self::DefaultRoute { place, .. } => matches!(place, Place::Endpoint(there) if there == name),
-            Self::Bridge { .. } | Self::Port { .. } | Self::Rule(_) => false,
+            Self::Bridge { .. }
+            | Self::Port { .. }
+            | Self::Rule(_)
+            | Self::Forwarding { .. }
+            | Self::Ruleset { .. } => false,
         }
     }
 
@@ -183,7 +207,12 @@ impl Fact {
             Self::Address { place, link, .. }
             | Self::Up { place, link }
             | Self::DefaultRoute { place, link, .. } => (Some((place.endpoint(), link.as_str())), None),
-            Self::Bridge { .. } | Self::Veth { .. } | Self::Rule(_) => (None, None),
+            // Forwarding does end with its link. But it has to be over before the rules are gone that bound it.
+            Self::Bridge { .. }
+            | Self::Veth { .. }
+            | Self::Rule(_)
+            | Self::Forwarding { .. }
+            | Self::Ruleset { .. } => (None, None),
         };
         link.into_iter().chain(other)
     }
@@ -209,6 +238,10 @@ impl fmt::Display for Fact {
                 write!(f, "default route by {gateway} on {link:?} of {place}")
             }
             Self::Rule(rule) => write!(f, "{rule}"),
+            Self::Forwarding { link, v6 } => {
+                write!(f, "forwarding of IPv{} from {link:?}", if *v6 { '6' } else { '4' })
+            }
+            Self::Ruleset { firewall, owner } => write!(f, "rules of {owner:?} in {firewall}"),
         }
     }
 }
@@ -222,9 +255,13 @@ impl fmt::Display for Rule {
         if let Some(interface) = &self.from_interface {
             write!(f, " iif {interface}")?;
         }
+        if self.marked {
+            write!(f, " fwmark {:#x}/{:#x}", registry::FORWARD_MARK, registry::FORWARD_MARK_MASK)?;
+        }
         f.write_str(match self.reach {
             Reach::Main => " lookup main",
             Reach::Nothing => " unreachable",
+            Reach::Silence => " blackhole",
         })
     }
 }

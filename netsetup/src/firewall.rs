@@ -1,5 +1,226 @@
 //! Networks kept closed by the host's firewall.
+//!
+//! ```text
+//! Ruleset ──► nftables: a table of our own     ──► one netlink transaction
+//!        └──► iptables: chains of our own      ──► iptables-restore --noflush, one for each family
+//! ```
+//!
+//! [`Ruleset`] says what shall be let through, and is pure; a back-end renders it as a whole and puts it in the place of what it rendered before.
+//! [`Firewall`] is what others hold: it knows the ruleset that is in force, opens ports in it and closes them.
 
+mod nftables;
 mod ruleset;
 
 pub use ruleset::{Opening, Ruleset, Zone};
+
+use crate::Fact;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tidegate_model::Protocol;
+use tidegate_netfilter::{Changes, Conntrack, Flow, Transport};
+use tidegate_netns::Namespace;
+
+/// Which firewall.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum FirewallKind {
+    /// nf_tables, over netlink.
+    Nftables,
+    /// iptables and ip6tables, of either variant.
+    Iptables,
+}
+
+impl FirewallKind {
+    /// What it is called: a word.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+        }
+    }
+}
+
+impl fmt::Display for FirewallKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A way to put a ruleset into force. Called in the namespace of the host.
+trait Backend: fmt::Debug + Send + Sync {
+    /// Puts `ruleset` in the place of what its owner had: all of it, or nothing changes.
+    fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()>;
+
+    /// The same, where only its ports differ from what was applied last, by `change`.
+    fn change_ports(&mut self, ruleset: &Ruleset, _change: &Ports) -> io::Result<()> {
+        self.apply(ruleset)
+    }
+
+    /// Whether all of `ruleset` is in force, and nothing of others among it.
+    fn holds(&mut self, ruleset: &Ruleset) -> io::Result<bool>;
+
+    /// Removes what `owner` has, whoever made it.
+    fn remove(&mut self, owner: &str) -> io::Result<()>;
+
+    /// Word of changes; `None` if the kernel sends none, and one has to look.
+    fn changes(&self) -> io::Result<Option<Changes>>;
+}
+
+/// Ports that come and go.
+#[derive(Debug)]
+struct Ports {
+    added: BTreeSet<Opening>,
+    removed: BTreeSet<Opening>,
+}
+
+/// The host's firewall, with the rules of one owner.
+#[derive(Debug)]
+pub struct Firewall {
+    kind: FirewallKind,
+    owner: String,
+    host: Namespace,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    backend: Box<dyn Backend>,
+    ruleset: Ruleset,
+    in_force: bool,
+}
+
+impl Firewall {
+    /// The firewall of `host`, with no rules of `owner` as yet.
+    ///
+    /// # Errors
+    /// It cannot be used here: one line that says what is missing.
+    pub fn new(kind: FirewallKind, host: &Namespace, owner: &str) -> io::Result<Self> {
+        let backend: Box<dyn Backend> = match kind {
+            FirewallKind::Nftables => Box::new(host.with(nftables::Nftables::open)??),
+            FirewallKind::Iptables => return Err(io::Error::other("stub")),
+        };
+        let ruleset = Ruleset { owner: owner.to_owned(), ..Ruleset::default() };
+        let state = Mutex::new(State { backend, ruleset, in_force: false });
+        Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), state })
+    }
+
+    /// Which one it is.
+    pub fn kind(&self) -> FirewallKind {
+        self.kind
+    }
+
+    /// Whose rules it has.
+    pub fn owner(&self) -> &str {
+        &self.owner
+    }
+
+    /// The fact that its rules are in force.
+    pub(crate) fn fact(&self) -> Fact {
+        Fact::Ruleset { firewall: self.kind, owner: self.owner.clone() }
+    }
+
+    /// Where word of changes of rules arrives; `None` if the kernel sends none, and one has to look.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn changes(&self) -> io::Result<Option<Changes>> {
+        let state = self.state();
+        let backend = &state.backend;
+        self.host.with(|| backend.changes())?
+    }
+
+    /// What there shall be, before it is in force.
+    pub fn prepare(&self, zones: Vec<Zone>, ports: BTreeSet<Opening>) {
+        let mut state = self.state();
+        state.ruleset.zones = zones;
+        state.ruleset.ports = ports;
+    }
+
+    /// Opens `added` and closes `removed`.
+    ///
+    /// # Errors
+    /// The firewall's; nothing has changed then.
+    pub fn change_ports(&self, added: &[Opening], removed: &[Opening]) -> io::Result<()> {
+        let mut state = self.state();
+        let mut ruleset = state.ruleset.clone();
+        let added: BTreeSet<Opening> =
+            added.iter().copied().filter(|one| ruleset.ports.insert(*one)).collect();
+        let removed: BTreeSet<Opening> =
+            removed.iter().copied().filter(|one| ruleset.ports.remove(one)).collect();
+        if state.in_force && !(added.is_empty() && removed.is_empty()) {
+            let backend = &mut state.backend;
+            let ports = Ports { added, removed };
+            self.host.with(|| {
+                backend.change_ports(&ruleset, &ports)?;
+                forget(&ports.added.union(&ports.removed).copied().collect())
+            })??;
+        }
+        state.ruleset = ruleset;
+        Ok(())
+    }
+
+    pub(crate) fn apply(&self) -> io::Result<()> {
+        let mut state = self.state();
+        let State { backend, ruleset, in_force } = &mut *state;
+        let begins = !*in_force;
+        self.host.with(|| {
+            backend.apply(ruleset)?;
+            if begins { forget(&ruleset.ports) } else { Ok(()) }
+        })??;
+        *in_force = true;
+        Ok(())
+    }
+
+    pub(crate) fn holds(&self) -> io::Result<bool> {
+        let mut state = self.state();
+        let State { backend, ruleset, in_force } = &mut *state;
+        Ok(*in_force && self.host.with(|| backend.holds(ruleset))??)
+    }
+
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        let mut state = self.state();
+        state.in_force = false;
+        let backend = &mut state.backend;
+        self.host.with(|| backend.remove(&self.owner))?
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Forgets the flows of those of `ports` that the kernel translates: they would go on going where they went before, however long that is no longer right.
+fn forget(ports: &BTreeSet<Opening>) -> io::Result<()> {
+    if !ports.iter().any(|port| port.to.is_some()) {
+        return Ok(());
+    }
+    let is_one = |flow: &Flow| {
+        let protocol = match flow.protocol {
+            Transport::Tcp => Protocol::Tcp,
+            Transport::Udp => Protocol::Udp,
+        };
+        let at = |address: IpAddr| {
+            // In the order of a set: all ports that differ in where they lead.
+            let port = |to| Opening { protocol, address, port: flow.asked.port(), to };
+            ports
+                .range(port(None)..)
+                .take_while(|one| {
+                    (one.protocol, one.address, one.port) == (protocol, address, flow.asked.port())
+                })
+                .any(|one| one.to.is_some())
+        };
+        let any = if flow.asked.is_ipv4() {
+            IpAddr::from(Ipv4Addr::UNSPECIFIED)
+        } else {
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        at(flow.asked.ip()) || at(any)
+    };
+    let forgotten = Conntrack::open()?.forget(is_one)?;
+    tracing::debug!(flows = forgotten, "forgotten, for their ports have changed");
+    Ok(())
+}

@@ -1,13 +1,20 @@
 //! What keeps a network closed: to the outside, and to the other networks.
 
 use crate::desired::setting;
-use crate::{Fact, Network, Place, Reach, Rule, Subnet};
+use crate::{Desired, Fact, FirewallKind, Network, Place, Reach, Rule, Uplink};
+use ipnet::IpNet;
+use std::fmt;
 use tidegate_model::registry;
 
 /// A way to keep networks closed.
-pub trait Isolation: Send + Sync {
+pub trait Isolation: fmt::Debug + Send + Sync {
     /// What it is called where one is told: a word.
     fn name(&self) -> &'static str;
+
+    /// What all networks need together, before the first of them.
+    fn groundwork(&self, _desired: &Desired) -> Vec<Fact> {
+        Vec::new()
+    }
 
     /// What `network` needs, in the order to make it, behind its bridge and before its addresses.
     fn facts(&self, network: &Network) -> Vec<Fact>;
@@ -33,40 +40,113 @@ impl Isolation for WithoutFirewall {
     }
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
-        let bridge = &network.bridge.name;
-        let set = |name: String, value| setting(Place::Host, name, value);
-        let mut facts = vec![set(format!("net.ipv4.conf.{bridge}.forwarding"), "0")];
-        if network.has(true) {
-            facts.push(set(format!("net.ipv6.conf.{bridge}.accept_ra"), "0"));
-            facts.push(set(format!("net.ipv6.conf.{bridge}.forwarding"), "0"));
-        } else {
-            facts.push(set(format!("net.ipv6.conf.{bridge}.disable_ipv6"), "1"));
+        closed(network)
+    }
+}
+
+/// With a firewall: by its rules, and behind them by the policy rules of [`WithoutFirewall`], with an exemption for what the firewall has marked.
+///
+/// Rules of a firewall can be flushed by whoever likes to. The policy rules are then what keeps the networks closed: without its rules the
+/// firewall marks nothing, and nothing but the host itself reaches a container. What containers send is not concerned: from a network that is not
+/// internal it goes the way that the host's own routes and rules say.
+///
+/// A host that forwards for nobody is not made a router. The links by which answers to containers come ([`Uplink`]) forward, and what else comes
+/// in there goes nowhere, as before.
+#[derive(Clone, Debug)]
+pub struct WithFirewall {
+    /// Which one.
+    pub firewall: FirewallKind,
+    /// Whose rules.
+    pub owner: String,
+}
+
+impl Isolation for WithFirewall {
+    fn name(&self) -> &'static str {
+        self.firewall.name()
+    }
+
+    fn groundwork(&self, desired: &Desired) -> Vec<Fact> {
+        if desired.networks.is_empty() {
+            return Vec::new();
         }
-        for Subnet { subnet, gateway } in &network.subnets {
-            let v6 = gateway.is_ipv6();
-            let to = Some(subnet.trunc());
-            facts.push(Fact::Rule(Rule {
-                priority: registry::GUARD_EXEMPTION_PRIORITY,
-                v6,
-                from_interface: Some("lo".into()),
-                to,
-                reach: Reach::Main,
-            }));
-            facts.push(Fact::Rule(Rule {
-                priority: registry::GUARD_PRIORITY,
-                v6,
-                from_interface: None,
-                to,
-                reach: Reach::Nothing,
-            }));
-            facts.push(Fact::Rule(Rule {
-                priority: registry::GUARD_PRIORITY,
-                v6,
-                from_interface: Some(bridge.clone()),
-                to: None,
-                reach: Reach::Nothing,
-            }));
+        let mut facts = vec![Fact::Ruleset { firewall: self.firewall, owner: self.owner.clone() }];
+        for Uplink { link, v4, v6 } in &desired.uplinks {
+            for v6 in v4.then_some(false).into_iter().chain(v6.then_some(true)) {
+                facts.push(Fact::Rule(Rule {
+                    from_interface: Some(link.clone()),
+                    reach: Reach::Silence,
+                    ..guard(v6)
+                }));
+                facts.push(Fact::Forwarding { link: link.clone(), v6 });
+            }
         }
         facts
+    }
+
+    fn facts(&self, network: &Network) -> Vec<Fact> {
+        if network.internal {
+            return closed(network);
+        }
+        let bridge = &network.bridge.name;
+        let mut facts = vec![setting(Place::Host, format!("net.ipv4.conf.{bridge}.forwarding"), "1")];
+        facts.push(ipv6(network));
+        if network.has(true) {
+            facts.push(Fact::Forwarding { link: bridge.clone(), v6: true });
+        }
+        for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
+            facts.extend(shut(to));
+            facts.push(Fact::Rule(Rule { to: Some(to), marked: true, ..exemption(is_v6(to)) }));
+        }
+        facts
+    }
+}
+
+/// No way in, and none out.
+fn closed(network: &Network) -> Vec<Fact> {
+    let bridge = &network.bridge.name;
+    let mut facts = vec![setting(Place::Host, format!("net.ipv4.conf.{bridge}.forwarding"), "0")];
+    facts.push(ipv6(network));
+    if network.has(true) {
+        facts.push(setting(Place::Host, format!("net.ipv6.conf.{bridge}.forwarding"), "0"));
+    }
+    for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
+        facts.extend(shut(to));
+        facts.push(Fact::Rule(Rule { from_interface: Some(bridge.clone()), ..guard(is_v6(to)) }));
+    }
+    facts
+}
+
+/// IPv6 on the bridge, or none.
+fn ipv6(network: &Network) -> Fact {
+    let bridge = &network.bridge.name;
+    let (name, value) = if network.has(true) { ("accept_ra", "0") } else { ("disable_ipv6", "1") };
+    setting(Place::Host, format!("net.ipv6.conf.{bridge}.{name}"), value)
+}
+
+/// Nothing but the host itself reaches the subnet `to`.
+fn shut(to: IpNet) -> [Fact; 2] {
+    let (own, all) = (exemption(is_v6(to)), guard(is_v6(to)));
+    [
+        Fact::Rule(Rule { from_interface: Some("lo".into()), to: Some(to), ..own }),
+        Fact::Rule(Rule { to: Some(to), ..all }),
+    ]
+}
+
+fn is_v6(net: IpNet) -> bool {
+    matches!(net, IpNet::V6(_))
+}
+
+fn exemption(v6: bool) -> Rule {
+    Rule { priority: registry::GUARD_EXEMPTION_PRIORITY, reach: Reach::Main, ..guard(v6) }
+}
+
+fn guard(v6: bool) -> Rule {
+    Rule {
+        priority: registry::GUARD_PRIORITY,
+        v6,
+        from_interface: None,
+        to: None,
+        marked: false,
+        reach: Reach::Nothing,
     }
 }

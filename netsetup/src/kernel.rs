@@ -3,7 +3,7 @@
 mod look;
 mod messages;
 
-use crate::{Fact, Interface, KernelError, Mac, Observed, Op, Place};
+use crate::{Fact, Firewall, Interface, KernelError, Mac, Observed, Op, Place, Uplink};
 use futures_util::TryStreamExt;
 use rtnetlink::packet_core::ErrorMessage;
 use rtnetlink::packet_route::address::AddressHeaderFlags;
@@ -12,6 +12,7 @@ use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnsp
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 use tidegate_model::registry;
 use tidegate_netns::Namespace;
 use tokio::runtime::Handle as Runtime;
@@ -27,6 +28,7 @@ const MAIN: u32 = 254;
 #[derive(Debug)]
 pub struct Kernel {
     host: Namespace,
+    firewall: Option<Arc<Firewall>>,
     endpoints: BTreeMap<String, Namespace>,
     connections: BTreeMap<Place, Connection>,
 }
@@ -49,7 +51,12 @@ impl Kernel {
     /// The kernel as `host` sees it. To be used within a tokio runtime.
     #[must_use]
     pub fn new(host: Namespace) -> Self {
-        Self { host, endpoints: BTreeMap::new(), connections: BTreeMap::new() }
+        Self { host, firewall: None, endpoints: BTreeMap::new(), connections: BTreeMap::new() }
+    }
+
+    /// Closes networks with `firewall`, which is the host's.
+    pub fn use_firewall(&mut self, firewall: Arc<Firewall>) {
+        self.firewall = Some(firewall);
     }
 
     /// Tells where the endpoint `name` is, and returns where it was.
@@ -120,6 +127,7 @@ impl Kernel {
             if *place == Place::Host {
                 observed.routes = here.reached();
                 observed.default_mtu = here.default_mtu();
+                observed.uplinks = self.uplinks(&here)?;
             }
             for fact in asked {
                 if here.holds(self, fact)? {
@@ -128,6 +136,14 @@ impl Kernel {
             }
         }
         Ok(observed)
+    }
+
+    /// The links of a host that forwards for nobody by which answers to containers may come.
+    fn uplinks(&self, here: &Here) -> Result<Vec<Uplink>, KernelError> {
+        let failed = |source| KernelError { what: "look whether the host forwards".to_owned(), source };
+        let v4 = !self.forwards(false).map_err(failed)?;
+        let v6 = !self.forwards(true).map_err(failed)? && self.host.sysctl(FORCE_FORWARDING).is_ok();
+        Ok(here.uplinks(v4, v6))
     }
 
     /// Carries `op` out.
@@ -253,6 +269,8 @@ impl Kernel {
                 *request.message_mut() = message_of(rule);
                 request.execute().await.map_err(error)
             }
+            Fact::Forwarding { link, v6 } => self.host.set_sysctl(&forwarding_of(link, *v6), "1"),
+            Fact::Ruleset { .. } => self.firewall(fact)?.apply(),
         }
     }
 
@@ -284,6 +302,34 @@ impl Kernel {
                 self.handle(place)?.route().del(route).execute().await.map_err(error)
             }
             Fact::Rule(rule) => self.host()?.rule().del(message_of(rule)).execute().await.map_err(error),
+            Fact::Forwarding { link, v6 } => {
+                // Has someone switched it on for all links meanwhile, it is no longer ours to switch off.
+                if self.forwards(*v6)? {
+                    return Ok(());
+                }
+                self.host.set_sysctl(&forwarding_of(link, *v6), "0")
+            }
+            Fact::Ruleset { firewall, owner } => match self.firewall(fact) {
+                Ok(firewall) => firewall.remove(),
+                // Of one that was killed, which had chosen another.
+                Err(_) => Firewall::new(*firewall, &self.host, owner)?.remove(),
+            },
+        }
+    }
+
+    /// The firewall that `fact` is about, if it is the one in use.
+    fn firewall(&self, fact: &Fact) -> io::Result<&Firewall> {
+        let named = |firewall: &&Arc<Firewall>| firewall.fact() == *fact;
+        let firewall = self.firewall.as_ref().filter(named);
+        firewall.map(Arc::as_ref).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it is not in use"))
+    }
+
+    /// Whether the host forwards, from all its links.
+    fn forwards(&self, v6: bool) -> io::Result<bool> {
+        let name = if v6 { "net.ipv6.conf.all.forwarding" } else { "net.ipv4.ip_forward" };
+        match self.host.sysctl(name) {
+            Err(error) if is_without_ipv6(&error, name) => Ok(false),
+            value => Ok(value? != "0"),
         }
     }
 
@@ -329,12 +375,24 @@ impl Kernel {
     }
 }
 
+/// The setting of a link of somebody else's that lets what comes in there be forwarded.
+fn forwarding_of(link: &str, v6: bool) -> String {
+    if v6 {
+        format!("net.ipv6.conf.{link}.force_forwarding")
+    } else {
+        format!("net.ipv4.conf.{link}.forwarding")
+    }
+}
+
 /// Whether a setting is not there because the kernel has no IPv6: then it is switched off as far as can be.
 fn is_without_ipv6(error: &io::Error, setting: &str) -> bool {
     error.kind() == io::ErrorKind::NotFound
         && setting.starts_with("net.ipv6.")
         && !std::path::Path::new("/proc/sys/net/ipv6").exists()
 }
+
+/// What lets single links forward IPv6, if the kernel has it.
+const FORCE_FORWARDING: &str = "net.ipv6.conf.all.force_forwarding";
 
 /// `ENODEV`.
 const NO_DEVICE: i32 = rustix::io::Errno::NODEV.raw_os_error();
@@ -363,6 +421,11 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         | Fact::Address { place, .. }
         | Fact::Up { place, .. }
         | Fact::DefaultRoute { place, .. } => Some(place),
-        Fact::Bridge { .. } | Fact::Veth { .. } | Fact::Port { .. } | Fact::Rule(_) => None,
+        Fact::Bridge { .. }
+        | Fact::Veth { .. }
+        | Fact::Port { .. }
+        | Fact::Rule(_)
+        | Fact::Forwarding { .. }
+        | Fact::Ruleset { .. } => None,
     }
 }

@@ -35,12 +35,12 @@ mod plan;
 mod setup;
 mod world;
 
-pub use desired::{Attachment, Desired, Endpoint, Network, Subnet};
+pub use desired::{Attachment, Desired, Endpoint, Network, Subnet, Uplink};
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
 pub use fact::{Fact, Interface, Op, Place, Reach, Rule};
-pub use firewall::{Opening, Ruleset, Zone};
+pub use firewall::{Firewall, FirewallKind, Opening, Ruleset, Zone};
 pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
-pub use isolation::{Isolation, WithoutFirewall};
+pub use isolation::{Isolation, WithFirewall, WithoutFirewall};
 pub use journal::Journal;
 pub use kernel::Kernel;
 pub use mac::Mac;

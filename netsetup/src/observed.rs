@@ -1,6 +1,6 @@
 //! What a kernel has, as far as a plan must know.
 
-use crate::{Fact, Mac, Place};
+use crate::{Fact, Mac, Place, Uplink};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,4 +15,6 @@ pub struct Observed {
     pub routes: Vec<(IpNet, String)>,
     /// What packets hold, in bytes, on the way out of the host; `None` without a default route.
     pub default_mtu: Option<u32>,
+    /// Of a host that forwards for nobody, the links by which answers to containers could come: those that have an address.
+    pub uplinks: Vec<Uplink>,
 }

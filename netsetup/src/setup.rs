@@ -10,10 +10,10 @@ use tidegate_netns::Namespace;
 
 /// Networks and endpoints of one owner.
 #[derive(Debug)]
-pub struct Setup<I> {
+pub struct Setup {
     kernel: Kernel,
     journal: Journal,
-    isolation: I,
+    isolation: Box<dyn Isolation>,
 }
 
 /// The link of the host that `op` removes, if that is what it does.
@@ -44,10 +44,10 @@ pub enum SetupError {
     Verify(Op),
 }
 
-impl<I: Isolation> Setup<I> {
+impl Setup {
     /// Works on `kernel`, and keeps `journal`.
-    pub fn new(kernel: Kernel, journal: Journal, isolation: I) -> Self {
-        Self { kernel, journal, isolation }
+    pub fn new(kernel: Kernel, journal: Journal, isolation: impl Isolation + 'static) -> Self {
+        Self { kernel, journal, isolation: Box::new(isolation) }
     }
 
     /// The kernel, to tell it of endpoints.
@@ -56,8 +56,8 @@ impl<I: Isolation> Setup<I> {
     }
 
     /// How networks are kept closed.
-    pub fn isolation(&self) -> &I {
-        &self.isolation
+    pub fn isolation(&self) -> &dyn Isolation {
+        &*self.isolation
     }
 
     /// What may be there because of us.
@@ -93,7 +93,7 @@ impl<I: Isolation> Setup<I> {
     /// # Errors
     /// [`SetupError`].
     pub async fn repair(&mut self, desired: &Desired) -> Result<usize, SetupError> {
-        let networks = Desired { networks: desired.networks.clone(), endpoints: Vec::new() };
+        let networks = desired.without_endpoints();
         let ops = self.plan_part(&networks).await?;
         self.carry_out(&ops).await?;
         let others = if ops.iter().any(|op| op.fact().is_link()) { self.apply(desired).await? } else { 0 };
@@ -186,19 +186,19 @@ impl<I: Isolation> Setup<I> {
 
     async fn plan(&mut self, desired: &Desired) -> Result<Vec<Op>, SetupError> {
         self.check_places(desired)?;
-        let mut asked = desired.facts(&self.isolation);
+        let mut asked = desired.facts(&*self.isolation);
         asked.extend_from_slice(self.journal.facts());
         asked.sort_unstable();
         asked.dedup();
         let observed = self.kernel.observe(&asked).await?;
-        Ok(plan(desired, self.journal.facts(), &observed, &self.isolation)?.ops)
+        Ok(plan(desired, self.journal.facts(), &observed, &*self.isolation)?.ops)
     }
 
     /// What is missing of `part`, which is a part of what was applied.
     async fn plan_part(&mut self, part: &Desired) -> Result<Vec<Op>, SetupError> {
         self.check_places(part)?;
-        let observed = self.kernel.observe(&part.facts(&self.isolation)).await?;
-        Ok(plan(part, &[], &observed, &self.isolation)?.ops)
+        let observed = self.kernel.observe(&part.facts(&*self.isolation)).await?;
+        Ok(plan(part, &[], &observed, &*self.isolation)?.ops)
     }
 
     /// Whether every endpoint is somewhere else than its bridge.

@@ -58,9 +58,10 @@ impl From<PublishError> for Problem {
                 _ => Self::failed(&error),
             },
             PublishError::TooMany(_) | PublishError::Closed => Self::conflict(&error),
-            PublishError::NoDescriptors(_) | PublishError::NoWay { .. } | PublishError::Engine(_) => {
-                Self::failed(&error)
-            }
+            PublishError::NoDescriptors(_)
+            | PublishError::NoWay { .. }
+            | PublishError::Firewall(_)
+            | PublishError::Engine(_) => Self::failed(&error),
         }
     }
 }

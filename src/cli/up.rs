@@ -2,6 +2,7 @@
 
 use super::duration::optional_timeout;
 use super::{UsageError, metrics_address};
+use crate::firewall::{FirewallChoice, PublishBy};
 use crate::up::Up as Instance;
 use clap::Args;
 use std::path::PathBuf;
@@ -27,6 +28,14 @@ pub(super) struct Up {
     /// What the project is called [default: the file's name key, or its directory's name]
     #[arg(short, long, value_name = "NAME")]
     project_name: Option<String>,
+
+    /// What closes networks to one another and to the outside, and leads containers out
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
+    firewall: FirewallChoice,
+
+    /// What carries connections to published ports
+    #[arg(long, value_name = "HOW", value_enum, default_value_t)]
+    publish: PublishBy,
 
     /// Serve Prometheus metrics at this ADDRESS:PORT, or "none"
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464")]
@@ -58,7 +67,14 @@ impl Up {
                 return Err(UsageError(format!("--project-name {name:?}: {rule}")).into());
             }
         }
-        let up = Instance { file, project: self.project_name.clone(), metrics, grace: self.timeout };
+        let up = Instance {
+            file,
+            project: self.project_name.clone(),
+            firewall: self.firewall,
+            publish: self.publish,
+            metrics,
+            grace: self.timeout,
+        };
         up.run()
     }
 }

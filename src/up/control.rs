@@ -10,15 +10,19 @@
 //!
 //! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
-use super::{Instance, Signals};
+use super::{Instance, Signals, uplinks};
 use crate::api::{Order, Problem};
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tidegate_netfilter::Changes;
 use tidegate_netns::{Namespace, NamespaceId};
-use tidegate_netsetup::SetupError;
+use tidegate_netsetup::{Firewall, SetupError};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 /// How often adopted namespaces are looked after.
@@ -28,11 +32,53 @@ const LOOK: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_millis(10);
 
 /// The least time between two repairs, should someone insist.
-const REPAIR_PAUSE: Duration = Duration::from_millis(500);
+const REPAIR_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often rules are looked at where the kernel sends no word of changes.
+const LOOK_AT_RULES: Duration = Duration::from_millis(200);
+
+/// What tells that rules of the firewall have changed.
+enum Rules {
+    /// There are none.
+    None,
+    /// Word of the kernel's.
+    Word(AsyncFd<Changes>),
+    /// Nothing does.
+    Look,
+}
+
+impl Rules {
+    fn of(firewall: &Firewall) -> io::Result<Self> {
+        let Some(changes) = firewall.changes()? else { return Ok(Self::Look) };
+        // SAFETY: its descriptor is its own, and the same for as long as it lives.
+        Ok(Self::Word(unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?))
+    }
+
+    /// Returns when it is time to look.
+    async fn changed(&self) {
+        match self {
+            Self::None => std::future::pending().await,
+            Self::Look => tokio::time::sleep(LOOK_AT_RULES).await,
+            Self::Word(word) => {
+                if let Ok(mut changed) = word.readable().await {
+                    changed.get_inner().drain();
+                    changed.clear_ready();
+                }
+            }
+        }
+    }
+}
 
 impl Instance {
     /// Waits for the services to end, or a signal. Whether all is well.
     pub(super) async fn follow(&mut self, signals: &mut Signals) -> bool {
+        let rules = match &self.firewall {
+            Some(firewall) => Rules::of(firewall).unwrap_or_else(|error| {
+                tracing::warn!(%error, "rules of the firewall that others remove are looked for now and then only");
+                Rules::Look
+            }),
+            None => Rules::None,
+        };
         let has_services = !self.up.supervisor.statuses().is_empty();
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -49,6 +95,9 @@ impl Instance {
                     }
                     repair_at = Some((Instant::now() + SETTLE).max(repaired + REPAIR_PAUSE));
                 },
+                () = rules.changed(), if repair_at.is_none() => {
+                    repair_at = Some((Instant::now() + SETTLE).max(repaired + REPAIR_PAUSE));
+                },
                 () = sleep_until(repair_at.unwrap_or(repaired)), if repair_at.is_some() => {
                     repair_at = None;
                     repaired = Instant::now();
@@ -63,11 +112,11 @@ impl Instance {
     }
 
     async fn repair(&mut self) {
-        let mut repaired = self.setup.repair(&self.up.layout.desired).await;
+        let mut repaired = self.put_right().await;
         if repaired.is_err() {
             // A link on its way out is still listed for a moment, and nothing can be put on it.
             tokio::time::sleep(SETTLE).await;
-            repaired = self.setup.repair(&self.up.layout.desired).await;
+            repaired = self.put_right().await;
         }
         match repaired {
             Ok(0) => {}
@@ -79,6 +128,19 @@ impl Instance {
                 tracing::error!(%error, "someone else has changed our networks, and they cannot be put right");
             }
         }
+    }
+
+    async fn put_right(&mut self) -> Result<usize, SetupError> {
+        let desired = &mut self.up.layout.desired;
+        if self.firewall.is_some() {
+            let uplinks = uplinks(&self.setup.surroundings().await?, desired);
+            if uplinks != desired.uplinks {
+                // A new link, or the host has begun to forward: not our networks that someone has changed.
+                desired.uplinks = uplinks;
+                return self.setup.apply(desired).await.map(|_| 0);
+            }
+        }
+        self.setup.repair(desired).await
     }
 
     async fn carry_out(&mut self, order: Order) {

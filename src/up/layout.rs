@@ -49,7 +49,7 @@ pub(super) struct Surroundings<'a> {
 /// [`LayoutError`]: subnets or addresses have run out, or a fixed one is taken.
 pub(super) fn layout(project: &Project, with: &mut Surroundings<'_>) -> Result<Layout, LayoutError> {
     let (networks, mut pools) = networks(project, with)?;
-    let mut desired = Desired { networks, endpoints: Vec::new() };
+    let mut desired = Desired { networks, ..Desired::default() };
     let mut addresses = BTreeMap::new();
     // Fixed addresses first, whatever the order of the file: nobody shall be given one that another has asked for.
     for service in &project.services {

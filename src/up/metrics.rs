@@ -119,6 +119,7 @@ mod tests {
             gateway: gateway.parse().unwrap(),
         };
         let desired = Desired {
+            uplinks: Vec::new(),
             networks: vec![Network {
                 name: "front".into(),
                 bridge: interface("tg-front-0001"),

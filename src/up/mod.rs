@@ -18,6 +18,7 @@ mod metrics;
 use crate::api::socket::{self, Socket};
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, Subject};
 use crate::compose::{self, Project, Run};
+use crate::firewall::{Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones};
 use crate::ground::Ground;
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
 use crate::ports::{bind, raise_descriptor_limit};
@@ -28,15 +29,19 @@ use ::metrics::Counter;
 use anyhow::{Context, anyhow, bail};
 use layout::{Layout, Surroundings, fnv, hosts, layout, resolv_conf};
 use rustix::net::netdevice::name_to_index;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tidegate_model::{PortSpec, Protocol};
 use tidegate_netns::{Namespace, News, Topic, run_directory};
-use tidegate_netsetup::{Isolation, Journal, JournalError, Kernel, Setup, WithoutFirewall};
+use tidegate_netsetup::{
+    Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, Setup, Uplink, WithFirewall,
+    WithoutFirewall,
+};
 use tidegate_proxy::{Listener, Settings};
 use tokio::io::{Interest, unix::AsyncFd};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -58,6 +63,10 @@ pub struct Up {
     pub file: PathBuf,
     /// Instead of the file's or its directory's name.
     pub project: Option<String>,
+    /// What closes networks.
+    pub firewall: FirewallChoice,
+    /// What carries published ports.
+    pub publish: PublishBy,
     /// Where metrics are served.
     pub metrics: Option<MetricsAddress>,
     /// How long services may take to end.
@@ -66,7 +75,8 @@ pub struct Up {
 
 /// What is made for the project, to be taken back in the end.
 struct Instance {
-    setup: Setup<WithoutFirewall>,
+    setup: Setup,
+    firewall: Option<Arc<Firewall>>,
     up: Running,
     server: Server,
     orders: mpsc::Receiver<Order>,
@@ -150,7 +160,8 @@ impl Up {
         services::sweep(&run).context("files of services that were killed")?;
         clean_up_after_the_dead();
         raise_descriptor_limit();
-        let mut setup = Setup::new(Kernel::new(ground.networks().clone()), journal, WithoutFirewall);
+        let firewall = self.choose_firewall(ground, &project.name)?;
+        let mut setup = setup_with(ground, journal, firewall.as_ref());
         let left = setup.clear().await?;
         if left > 0 {
             tracing::info!(steps = left, "cleared what an instance that was killed had left");
@@ -161,7 +172,7 @@ impl Up {
         // SAFETY: its descriptor is its own, and the same for as long as it lives.
         let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }
             .context("listen for changes of networks")?;
-        let up = match self.start(ground, &project, &mut setup, &run, &mut signals).await {
+        let up = match self.start(ground, &project, &mut setup, firewall.as_ref(), &run, &mut signals).await {
             Ok(Some(up)) => up,
             not_up => {
                 // What went wrong first is what matters; what cannot be taken back is in the journal, for the next start.
@@ -187,7 +198,7 @@ impl Up {
         };
         let server = Server::start(socket, Arc::new(subject));
         let mut instance =
-            Instance { setup, up, server, orders: received, news, repairs: metrics::repairs() };
+            Instance { setup, firewall, up, server, orders: received, news, repairs: metrics::repairs() };
         if let Err(error) = instance.up.announce() {
             // Whoever read it has seen enough.
             tracing::debug!(%error, "standard output");
@@ -204,7 +215,8 @@ impl Up {
         &self,
         ground: &Ground,
         project: &Project,
-        setup: &mut Setup<WithoutFirewall>,
+        setup: &mut Setup,
+        firewall: Option<&Arc<Firewall>>,
         run: &Path,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Running>> {
@@ -221,8 +233,12 @@ impl Up {
             bytes
         };
         let mut surroundings = Surroundings { observed: &observed, host_id: host_id(), random: &mut random };
-        let layout = layout(project, &mut surroundings)?;
+        let mut layout = layout(project, &mut surroundings)?;
         let ports = open_ports(project)?;
+        if let Some(firewall) = firewall {
+            layout.desired.uplinks = uplinks(&observed, &layout.desired);
+            firewall.prepare(zones(&layout.desired.networks), self.openings(&layout, &ports));
+        }
         let recorder = self.metrics.map(Recorder::install).transpose()?;
 
         let mut namespaces = BTreeMap::new();
@@ -256,11 +272,12 @@ impl Up {
         let bridges = bridges(&layout, ground)?;
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
-        let publisher = Arc::new(Publisher::new(ground.clone(), settings, gateways));
+        let publisher = Arc::new(Publisher::new(ground.clone(), settings, firewall.cloned(), gateways));
         for (name, namespace) in &namespaces {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let enclosures = layout.enclosures(name, |bridge| bridges.get(bridge).copied().unwrap_or(0));
-            publisher.add_endpoint(name, Endpoint::new(namespace.clone(), addresses, enclosures));
+            let endpoint = Endpoint::new(namespace.clone(), addresses, enclosures);
+            publisher.add_endpoint(name, endpoint.translated_to(self.targets(&layout, name)));
         }
         let begun = async {
             for ((service, protocol), listeners) in ports {
@@ -303,6 +320,40 @@ impl Up {
     }
 }
 
+impl Up {
+    fn choose_firewall(&self, ground: &Ground, owner: &str) -> anyhow::Result<Option<Arc<Firewall>>> {
+        let Chosen { firewall, why } = choose(self.firewall, ground, owner)?;
+        match &firewall {
+            Some(firewall) => tracing::info!(firewall = %firewall.kind(), why, "networks are closed by"),
+            None if self.publish == PublishBy::Kernel => {
+                bail!("--publish=kernel needs a firewall, and none is used: {why}")
+            }
+            None => tracing::info!(why, "networks are closed without a firewall"),
+        }
+        Ok(firewall)
+    }
+
+    /// What the kernel may translate ports of the endpoint `name` to.
+    fn targets(&self, layout: &Layout, name: &str) -> Vec<IpAddr> {
+        let endpoint = layout.desired.endpoints.iter().find(|endpoint| endpoint.name == name);
+        match self.publish {
+            PublishBy::Proxy => Vec::new(),
+            PublishBy::Kernel => endpoint.map(targets).unwrap_or_default(),
+        }
+    }
+
+    /// What the firewall has to know of `ports`.
+    fn openings(&self, layout: &Layout, ports: &OpenPorts) -> BTreeSet<Opening> {
+        let of = |((service, _), listeners): (&(String, Protocol), &Vec<(Listener, u16)>)| {
+            let targets = self.targets(layout, service);
+            let openings =
+                listeners.iter().map(|(listener, port)| opening(listener.label(), *port, &targets));
+            openings.collect::<Vec<_>>()
+        };
+        ports.iter().flat_map(of).collect()
+    }
+}
+
 impl Instance {
     /// Takes everything back; a signal meanwhile ends the patience with services.
     async fn take_down(self, signals: &mut Signals) -> anyhow::Result<()> {
@@ -326,6 +377,25 @@ impl Instance {
         }
         Ok(self.setup.finish().await?)
     }
+}
+
+/// How networks are made and taken back; closed by `firewall`, if there is one.
+fn setup_with(ground: &Ground, journal: Journal, firewall: Option<&Arc<Firewall>>) -> Setup {
+    let mut kernel = Kernel::new(ground.networks().clone());
+    match firewall {
+        None => Setup::new(kernel, journal, WithoutFirewall),
+        Some(firewall) => {
+            kernel.use_firewall(Arc::clone(firewall));
+            let (kind, owner) = (firewall.kind(), firewall.owner().to_owned());
+            Setup::new(kernel, journal, WithFirewall { firewall: kind, owner })
+        }
+    }
+}
+
+/// The links of others that have to forward for `desired`.
+fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
+    let ours = |uplink: &&Uplink| desired.networks.iter().any(|network| network.bridge.name == uplink.link);
+    observed.uplinks.iter().filter(|uplink| !ours(uplink)).cloned().collect()
 }
 
 /// Open sockets and the port of the container that each stands for, by service and protocol.

@@ -1,13 +1,12 @@
 //! Who reaches what: one table, for every way to keep networks closed.
 
-use super::scene::{Scene, service_namespace};
+use super::scene::{Scene, service_namespace, state};
 use super::uplink::{self, Uplink};
 use super::witness::Witness;
 use socket2::{Domain, Socket, Type};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
@@ -95,25 +94,39 @@ const FROM: [From; 10] = [
 ];
 
 /// How the project is up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
-    /// By root, without a firewall.
-    Root,
-    /// The same, on a host that forwards for others.
-    RootForwarding,
+#[derive(Clone, Copy, Debug)]
+struct Mode {
     /// By an ordinary user: the networks are apart from the host, and have no way out as yet.
-    Rootless,
+    rootless: bool,
+    /// On a host that forwards for others.
+    forwarding: bool,
+    /// Flags of `tidegate up`.
+    flags: &'static [&'static str],
 }
+
+const ROOT: Mode = Mode { rootless: false, forwarding: false, flags: &["--firewall=none"] };
+const ROOTLESS: Mode = Mode { rootless: true, forwarding: false, flags: &[] };
+const NFTABLES: Mode = Mode { flags: &["--firewall=nftables"], ..ROOT };
+const NFTABLES_KERNEL: Mode = Mode { flags: &["--firewall=nftables", "--publish=kernel"], ..ROOT };
+const IPTABLES: Mode = Mode { flags: &["--firewall=iptables"], ..ROOT };
+const IPTABLES_KERNEL: Mode = Mode { flags: &["--firewall=iptables", "--publish=kernel"], ..ROOT };
 
 /// Who gets what by asking where, in the order of [`FROM`].
 type Table = &'static [(To, [Outcome; 10])];
 
 impl Mode {
     fn expected(self) -> Table {
-        match self {
-            Self::Root | Self::RootForwarding => &EXPECTED,
-            Self::Rootless => &EXPECTED_ROOTLESS,
-        }
+        if self.rootless { &EXPECTED_ROOTLESS } else { &EXPECTED }
+    }
+
+    /// On a host that forwards for others.
+    const fn forwarding(self) -> Self {
+        Self { forwarding: true, ..self }
+    }
+
+    /// Whether containers reach the outside.
+    fn has_way_out(self) -> bool {
+        !self.rootless && !self.flags.contains(&"--firewall=none")
     }
 }
 
@@ -166,7 +179,7 @@ const EXPECTED_OF_THE_DEAD: [(To, [Outcome; 10]); 10] = [
     (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
 ];
 
-const FILE: &str = r#"
+pub(super) const FILE: &str = r#"
 name: matrix
 networks:
   home: { enable_ipv6: true, ipam: { config: [ { subnet: 10.77.1.0/24 }, { subnet: "fd77:1::/64" } ] } }
@@ -182,11 +195,13 @@ services:
   inmate: { x-netns: INMATE, networks: [ inside ] }
 "#;
 
-const ENDPOINTS: [&str; 4] = ["server", "neighbour", "stranger", "inmate"];
+pub(super) const ENDPOINTS: [&str; 4] = ["server", "neighbour", "stranger", "inmate"];
 
 /// The project on a host with two uplinks, and everybody who is in the table.
 struct Matrix {
     mode: Mode,
+    /// The host as it was.
+    before: String,
     scene: Scene,
     uplink: Uplink,
     endpoints: [Namespace; 4],
@@ -200,11 +215,12 @@ impl Matrix {
     fn new(mode: Mode) -> Self {
         let scene = Scene::new();
         let uplink = Uplink::new(&scene);
-        let on = if mode == Mode::RootForwarding { "1" } else { "0" };
+        let on = if mode.forwarding { "1" } else { "0" };
         scene.net.host.sysctl("net.ipv4.ip_forward", on);
         scene.net.host.sysctl("net.ipv6.conf.all.forwarding", on);
+        let before = state(&scene.net.host);
         let mut file = FILE.to_owned();
-        let (up, endpoints) = if mode == Mode::Rootless {
+        let (up, endpoints) = if mode.rootless {
             for name in ENDPOINTS {
                 file = file.replace(&format!("x-netns: {}", name.to_uppercase()), "command: sleep 60");
             }
@@ -217,14 +233,14 @@ impl Matrix {
             for (name, namespace) in ENDPOINTS.iter().zip(&endpoints) {
                 file = file.replace(&name.to_uppercase(), &namespace.path().display().to_string());
             }
-            let up = scene.up(&file);
+            let up = scene.up_with(&file, mode.flags);
             up.wait_for_line("Ctrl-C takes", SOON);
             (up, endpoints)
         };
         let at: [SocketAddr; 2] = ["10.77.1.10:80", "[fd77:1::10]:80"].map(|at| at.parse().unwrap());
         let servers = at.map(|at| PeerServer::tcp(&endpoints[0], at));
         let witness = Witness::new(&endpoints[0], &at);
-        Self { mode, scene, uplink, endpoints, witness, _servers: servers, up }
+        Self { mode, before, scene, uplink, endpoints, witness, _servers: servers, up }
     }
 
     fn place(&self, from: From) -> &Namespace {
@@ -279,6 +295,70 @@ impl Matrix {
                 .collect()
         })
     }
+}
+
+/// Where containers go when they go out: a server on each uplink, which tells the address that it is asked from.
+impl Matrix {
+    /// What containers do not reach although they should, or do although they should not, or not as the host.
+    fn wrong_ways_out(&self) -> Vec<String> {
+        let servers = [
+            (&self.scene.net.client, "203.0.113.9:7777", "203.0.113.1"),
+            (&self.scene.net.client, "[2001:db8:1::9]:7777", "2001:db8:1::1"),
+            (&self.uplink.client, "198.51.100.9:7777", uplink::HOST[0]),
+            (&self.uplink.client, "[2001:db8:2::9]:7777", uplink::HOST[1]),
+        ];
+        let mut wrong = Vec::new();
+        for (place, at, host) in servers {
+            let at: SocketAddr = at.parse().unwrap();
+            let (_tcp, _udp) = (PeerServer::tcp(place, at), PeerServer::udp(place, at));
+            for from in [From::Itself, From::Neighbour, From::Stranger, From::Inmate] {
+                let has = self.mode.has_way_out() && from != From::Inmate;
+                let expected = has.then(|| host.to_owned());
+                for udp in [false, true] {
+                    let asked = self.place(from).run(|| peer_as_seen(at, udp, PATIENCE[usize::from(!has)]));
+                    if asked.as_ref().ok() != expected.as_ref() {
+                        wrong.push(format!("{from:?} asks {at} (udp {udp}): {asked:?}, not {expected:?}"));
+                    }
+                }
+            }
+        }
+        wrong
+    }
+
+    /// What is not ours is as open, or as closed, as it was.
+    #[track_caller]
+    fn forwards_for_others_as_before(&self) {
+        let others =
+            PeerServer::tcp(&self.scene.net.container, SocketAddr::new(addr::CONTAINER_V4.into(), 80));
+        let others6 =
+            PeerServer::tcp(&self.scene.net.container, SocketAddr::new(addr::CONTAINER_V6.into(), 80));
+        for server in [others, others6] {
+            let patience = PATIENCE[usize::from(!self.mode.forwarding)];
+            let reached =
+                self.uplink.hostile.run(|| TcpStream::connect_timeout(&server.addr(), patience).is_ok());
+            assert_eq!(reached, self.mode.forwarding, "{}", server.addr());
+        }
+    }
+}
+
+/// The address that `server` sees us under.
+fn peer_as_seen(server: SocketAddr, udp: bool, patience: Duration) -> io::Result<String> {
+    let mut answer = [0; 100];
+    let length = if udp {
+        let socket = UdpSocket::bind(if server.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })?;
+        socket.set_read_timeout(Some(patience))?;
+        socket.connect(server)?;
+        socket.send(b"?")?;
+        socket.recv(&mut answer)?
+    } else {
+        let mut stream = TcpStream::connect_timeout(&server, patience)?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.write_all(b"?")?;
+        stream.read(&mut answer)?
+    };
+    let peer: SocketAddr =
+        String::from_utf8_lossy(&answer[..length]).trim().parse().map_err(io::Error::other)?;
+    Ok(peer.ip().to_string())
 }
 
 /// One question.
@@ -355,35 +435,76 @@ impl Probe {
     }
 }
 
+/// The whole table, ways out, and nothing left behind.
+#[track_caller]
+fn holds(mode: Mode) {
+    let mut matrix = Matrix::new(mode);
+    assert_eq!(matrix.wrong(mode.expected()), [""; 0]);
+    assert_eq!(matrix.wrong_ways_out(), [""; 0]);
+    matrix.forwards_for_others_as_before();
+    matrix.up.stop(Signal::INT, SOON);
+    assert_eq!(state(&matrix.scene.net.host), matrix.before);
+}
+
 #[test]
 fn everyone_reaches_what_the_table_says_and_nothing_else() {
-    let mut matrix = Matrix::new(Mode::Root);
-    assert_eq!(matrix.wrong(matrix.mode.expected()), [""; 0]);
-    matrix.up.stop(Signal::INT, SOON);
+    holds(ROOT);
 }
 
 #[test]
 fn the_same_holds_on_a_host_that_forwards_for_others_and_it_goes_on_doing_so() {
-    let mut matrix = Matrix::new(Mode::RootForwarding);
-    assert_eq!(matrix.wrong(matrix.mode.expected()), [""; 0]);
-    let others = PeerServer::tcp(&matrix.scene.net.container, SocketAddr::new(addr::CONTAINER_V4.into(), 80));
-    let to_others =
-        |place: &Namespace| place.run(|| TcpStream::connect_timeout(&others.addr(), SOON).is_ok());
-    assert!(to_others(&matrix.uplink.hostile), "what is not ours is as open as it was");
-    matrix.up.stop(Signal::INT, SOON);
+    holds(ROOT.forwarding());
+}
+
+#[test]
+fn with_nftables_the_same_holds_and_containers_reach_the_outside() {
+    holds(NFTABLES);
+}
+
+#[test]
+fn with_nftables_the_same_holds_on_a_host_that_forwards_for_others() {
+    holds(NFTABLES.forwarding());
+}
+
+#[test]
+fn published_by_the_kernel_with_nftables_the_same_holds() {
+    holds(NFTABLES_KERNEL);
+}
+
+#[test]
+fn published_by_the_kernel_with_nftables_the_same_holds_on_a_host_that_forwards_for_others() {
+    holds(NFTABLES_KERNEL.forwarding());
+}
+
+#[test]
+fn with_iptables_the_same_holds_and_containers_reach_the_outside() {
+    holds(IPTABLES);
+}
+
+#[test]
+fn with_iptables_the_same_holds_on_a_host_that_forwards_for_others() {
+    holds(IPTABLES.forwarding());
+}
+
+#[test]
+fn published_by_the_kernel_with_iptables_the_same_holds() {
+    holds(IPTABLES_KERNEL);
+}
+
+#[test]
+fn published_by_the_kernel_with_iptables_the_same_holds_on_a_host_that_forwards_for_others() {
+    holds(IPTABLES_KERNEL.forwarding());
 }
 
 #[test]
 fn the_networks_of_an_ordinary_user_are_as_closed() {
-    let mut matrix = Matrix::new(Mode::Rootless);
-    assert_eq!(matrix.wrong(matrix.mode.expected()), [""; 0]);
-    matrix.up.stop(Signal::INT, SOON);
+    holds(ROOTLESS);
 }
 
 /// A neighbour is no router.
 #[test]
 fn endpoints_do_not_listen_to_router_advertisements() {
-    let matrix = Matrix::new(Mode::Root);
+    let matrix = Matrix::new(ROOT);
     for name in ["accept_ra", "accept_redirects"] {
         assert_eq!(matrix.endpoints[0].read_sysctl(&format!("net.ipv6.conf.eth0.{name}")), "0", "{name}");
     }
@@ -391,70 +512,16 @@ fn endpoints_do_not_listen_to_router_advertisements() {
 
 #[test]
 fn what_a_killed_instance_leaves_is_closed() {
-    let mut matrix = Matrix::new(Mode::RootForwarding);
+    let mut matrix = Matrix::new(ROOT.forwarding());
     matrix.up.signal(Signal::KILL);
     matrix.up.wait(SOON);
     assert_eq!(matrix.wrong(&EXPECTED_OF_THE_DEAD), [""; 0]);
 }
 
-/// On a host that forwards for others, with an outside that knows the way and a container that listens all the while.
-#[test]
-fn there_is_no_moment_at_which_a_container_is_open() {
-    let scene = Scene::new();
-    scene.net.host.sysctl("net.ipv4.ip_forward", "1");
-    scene.net.host.sysctl("net.ipv6.conf.all.forwarding", "1");
-    scene.net.client.ip_all(
-        "route add 10.77.0.0/16 via 203.0.113.1
-         -6 route add fd77::/16 via 2001:db8:1::1",
-    );
-    let endpoints = ENDPOINTS.map(|_| Namespace::new());
-    let mut file = FILE.to_owned();
-    for (name, namespace) in ENDPOINTS.iter().zip(&endpoints) {
-        file = file.replace(&name.to_uppercase(), &namespace.path().display().to_string());
-    }
-    let witness = Witness::new(&endpoints[0], &["[::]:80".parse().unwrap()]);
-    let over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for to in ["10.77.1.10:80", "[fd77:1::10]:80"] {
-            let asking = scene.net.client.run(|| {
-                let any = if to.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
-                UdpSocket::bind(any).unwrap()
-            });
-            let over = &over;
-            scope.spawn(move || {
-                while !over.load(Ordering::Relaxed) {
-                    // That there is no way is what is hoped for.
-                    let _ = asking.send_to(b"let me in", to);
-                    std::thread::sleep(Duration::from_micros(200));
-                }
-            });
-        }
-        for ending in [Signal::INT, Signal::KILL, Signal::TERM, Signal::KILL, Signal::INT] {
-            let mut up = scene.up(&file);
-            up.wait_for_line("Ctrl-C takes", SOON);
-            // The witness does see what comes in.
-            assert!(answers_datagram(&endpoints[1], "10.77.1.10:80"));
-            up.signal(ending);
-            up.wait(SOON);
-        }
-        over.store(true, Ordering::Relaxed);
-    });
-    assert!(witness.has_seen("hello"));
-    assert!(!witness.has_seen("let me in"));
-}
-
-fn answers_datagram(from: &Namespace, to: &str) -> bool {
-    from.run(|| {
-        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-        socket.set_read_timeout(Some(SOON)).unwrap();
-        socket.send_to(b"hello", to).is_ok() && socket.recv(&mut [0; 10]).is_ok()
-    })
-}
-
 /// Or the table would hold for want of an attack: where the kernel is told to let them through, they come through.
 #[test]
 fn what_the_hostile_neighbour_sends_does_arrive() {
-    let matrix = Matrix::new(Mode::Root);
+    let matrix = Matrix::new(ROOT);
     let ask = |from, to, udp, expected| {
         let probe = Probe { from, to, udp, v6: false };
         assert_eq!(matrix.outcome(&probe, expected), expected, "{probe:?}");

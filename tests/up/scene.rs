@@ -68,6 +68,11 @@ impl Scene {
         Process::spawn(&mut self.command(file))
     }
 
+    /// The same, with flags.
+    pub(crate) fn up_with(&self, file: &str, flags: &[&str]) -> Process {
+        Process::spawn(self.command(file).args(flags))
+    }
+
     /// The same, as a user who has no privilege.
     pub(crate) fn up_as_nobody(&self, file: &str) -> Process {
         Process::spawn(&mut self.brings_up(self.tidegate_as_nobody(), file))
@@ -95,7 +100,7 @@ pub(crate) fn refused(command: &mut Command) -> String {
     told
 }
 
-/// All that can be seen of a namespace: links, addresses, routes, rules.
+/// All that can be seen of a namespace: links, addresses, routes, rules, and those of firewalls.
 pub(crate) fn state(namespace: &Namespace) -> String {
     let ip = |args: &[&str]| namespace.exec("ip", args);
     let all = [
@@ -104,12 +109,21 @@ pub(crate) fn state(namespace: &Namespace) -> String {
         ip(&["-6", "route", "show", "table", "all"]),
         ip(&["rule"]),
         ip(&["-6", "rule"]),
+        tables(namespace),
     ];
     let lines = all.iter().flat_map(|text| text.lines());
     lines
         .filter(|line| !line.contains("fe80:") && !line.contains("expires"))
         .map(|line| format!("{line}\n"))
         .collect()
+}
+
+/// The tables of the packet filter by name, whichever was made first.
+fn tables(namespace: &Namespace) -> String {
+    let listed = namespace.exec("nft", &["-s", "list", "ruleset"]);
+    let mut tables: Vec<&str> = listed.split_inclusive("\n}\n").collect();
+    tables.sort_unstable();
+    tables.concat()
 }
 
 /// The network namespace of a service, by the process that is its init.

@@ -1,8 +1,8 @@
 //! What one namespace has, as the kernel tells it.
 
 use super::messages::{is_default, leads, link_of, rule_of, table};
-use super::{Kernel, MAIN, error, is_without_ipv6};
-use crate::{Fact, Interface, KernelError, Mac, Place, Rule};
+use super::{Kernel, MAIN, error, forwarding_of, is_without_ipv6};
+use crate::{Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::address::AddressAttribute;
@@ -136,7 +136,37 @@ impl Here {
                 self.routes.iter().any(|route| is_default(route) && leads(route, link.index, *gateway))
             }),
             Fact::Rule(rule) => self.rules.contains(rule),
+            Fact::Forwarding { link, v6 } => {
+                match kernel.host.sysctl(&forwarding_of(link, *v6)) {
+                    Ok(value) if value == "1" => true,
+                    // A kernel that cannot single links out; that is told elsewhere.
+                    Err(_) if *v6 && self.indexes.contains_key(link) => true,
+                    _ => *v6 && kernel.forwards(true).unwrap_or(false),
+                }
+            }
+            Fact::Ruleset { .. } => match kernel.firewall(fact) {
+                Ok(firewall) => firewall
+                    .holds()
+                    .map_err(|source| KernelError { what: format!("look for {fact}"), source })?,
+                // Of one that was killed: removing what is not there costs nothing.
+                Err(_) => true,
+            },
         })
+    }
+
+    /// The links that have an address which others may answer to, of the families that are asked for.
+    pub(super) fn uplinks(&self, v4: bool, v6: bool) -> Vec<Uplink> {
+        let of = |link: &Link| {
+            let has = |v6: bool| {
+                let usable = |net: &IpNet| {
+                    let ip = net.addr();
+                    ip.is_ipv6() == v6 && !ip.is_loopback() && !is_link_local(ip)
+                };
+                self.addresses.iter().any(|(index, net)| *index == link.index && usable(net))
+            };
+            Uplink { link: link.name.clone(), v4: v4 && has(false), v6: v6 && has(true) }
+        };
+        self.links.values().map(of).filter(|uplink| uplink.v4 || uplink.v6).collect()
     }
 
     pub(super) fn default_mtu(&self) -> Option<u32> {

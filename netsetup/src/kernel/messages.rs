@@ -103,6 +103,7 @@ pub(super) fn message_of(rule: &Rule) -> RuleMessage {
     message.header.action = match rule.reach {
         Reach::Main => RuleAction::ToTable,
         Reach::Nothing => RuleAction::Unreachable,
+        Reach::Silence => RuleAction::Blackhole,
     };
     let attributes = &mut message.attributes;
     attributes.push(RuleAttribute::Priority(rule.priority));
@@ -113,6 +114,10 @@ pub(super) fn message_of(rule: &Rule) -> RuleMessage {
     }
     if let Some(interface) = &rule.from_interface {
         attributes.push(RuleAttribute::Iifname(interface.clone()));
+    }
+    if rule.marked {
+        attributes.push(RuleAttribute::FwMark(registry::FORWARD_MARK));
+        attributes.push(RuleAttribute::FwMask(registry::FORWARD_MARK_MASK));
     }
     if let Some(to) = &rule.to {
         message.header.dst_len = to.prefix_len();
@@ -132,9 +137,11 @@ pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
         v6: message.header.family == AddressFamily::Inet6,
         from_interface: None,
         to: None,
+        marked: message.attributes.contains(&RuleAttribute::FwMark(registry::FORWARD_MARK)),
         reach: match message.header.action {
             RuleAction::ToTable => Reach::Main,
             RuleAction::Unreachable => Reach::Nothing,
+            RuleAction::Blackhole => Reach::Silence,
             _ => return None,
         },
     };

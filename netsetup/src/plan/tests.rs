@@ -1,8 +1,11 @@
 //! Plans against a thought kernel.
 
 use super::*;
-use crate::{Attachment, Endpoint, Mac, Network, Subnet, WithoutFirewall};
+use crate::{
+    Attachment, Endpoint, FirewallKind, Mac, Network, Subnet, Uplink, WithFirewall, WithoutFirewall,
+};
 use proptest::prelude::*;
+use std::sync::Arc;
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()
@@ -46,8 +49,19 @@ fn endpoint(name: &str, number: u8, network: &Network) -> Endpoint {
 }
 
 fn plan_in(world: &World, owned: &[Fact], desired: &Desired) -> Vec<Op> {
+    plan_with(&WithoutFirewall, world, owned, desired)
+}
+
+fn plan_with(isolation: &dyn Isolation, world: &World, owned: &[Fact], desired: &Desired) -> Vec<Op> {
     let observed = Observed { facts: world.facts().clone(), ..Observed::default() };
-    plan(desired, owned, &observed, &WithoutFirewall).unwrap().ops
+    plan(desired, owned, &observed, isolation).unwrap().ops
+}
+
+/// Every way to keep networks closed.
+fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
+    let with = |firewall| Arc::new(WithFirewall { firewall, owner: "demo".to_owned() }) as Arc<dyn Isolation>;
+    let all = vec![Arc::new(WithoutFirewall), with(FirewallKind::Nftables), with(FirewallKind::Iptables)];
+    prop::sample::select(all)
 }
 
 /// Some networks and endpoints on them, chosen by bits.
@@ -55,7 +69,8 @@ fn some_desired() -> impl Strategy<Value = Desired> {
     let networks =
         prop::collection::vec((any::<bool>(), any::<bool>(), prop::sample::select(vec![1400_u32, 1500])), 3);
     let endpoints = prop::collection::vec((any::<bool>(), 0_usize..3), 4);
-    (any::<[bool; 3]>(), networks, endpoints).prop_map(|(there, looks, endpoints)| {
+    let uplinks = prop::collection::vec((any::<bool>(), any::<bool>()), 0..3);
+    (any::<[bool; 3]>(), networks, endpoints, uplinks).prop_map(|(there, looks, endpoints, uplinks)| {
         let mut networks = Vec::new();
         for (number, (internal, inter_container, mtu)) in looks.into_iter().enumerate() {
             let name = format!("n{number}");
@@ -70,50 +85,53 @@ fn some_desired() -> impl Strategy<Value = Desired> {
         let endpoints = endpoints.collect();
         let networks =
             networks.into_iter().zip(there).filter(|(_, there)| *there).map(|(network, _)| network).collect();
-        Desired { networks, endpoints }
+        let uplinks = uplinks.into_iter().enumerate();
+        let uplinks =
+            uplinks.map(|(number, (v4, v6))| Uplink { link: format!("eth{number}"), v4, v6 }).collect();
+        Desired { networks, endpoints, uplinks }
     })
 }
 
 proptest! {
     #[test]
-    fn a_plan_leads_from_anything_of_ours_to_what_is_desired_and_back(first in some_desired(), second in some_desired()) {
+    fn a_plan_leads_from_anything_of_ours_to_what_is_desired_and_back(isolation in some_isolation(), first in some_desired(), second in some_desired()) {
         let mut world = World::default();
-        let ops = plan_in(&world, &[], &first);
+        let ops = plan_with(&*isolation, &world, &[], &first);
         ops.iter().for_each(|op| world.execute(op));
-        let owned = first.facts(&WithoutFirewall);
+        let owned = first.facts(&*isolation);
         prop_assert_eq!(world.facts(), &owned.iter().cloned().collect());
-        prop_assert_eq!(plan_in(&world, &owned, &first), vec![], "there is nothing left to do");
+        prop_assert_eq!(plan_with(&*isolation, &world, &owned, &first), vec![], "there is nothing left to do");
 
         let mut back = world.clone();
         ops.iter().rev().for_each(|op| back.execute(&op.inverse()));
         prop_assert_eq!(&back, &World::default(), "the inverses lead back");
 
-        plan_in(&world, &owned, &second).iter().for_each(|op| world.execute(op));
-        let owned = second.facts(&WithoutFirewall);
+        plan_with(&*isolation, &world, &owned, &second).iter().for_each(|op| world.execute(op));
+        let owned = second.facts(&*isolation);
         prop_assert_eq!(world.facts(), &owned.iter().cloned().collect(), "what was there before does not matter");
-        plan_in(&world, &owned, &Desired::default()).iter().for_each(|op| world.execute(op));
+        plan_with(&*isolation, &world, &owned, &Desired::default()).iter().for_each(|op| world.execute(op));
         prop_assert_eq!(&world, &World::default());
     }
 
     /// The process may end after any step.
     #[test]
-    fn what_was_begun_is_cleared_or_completed(desired in some_desired(), done in any::<prop::sample::Index>()) {
-        let ops = plan_in(&World::default(), &[], &desired);
+    fn what_was_begun_is_cleared_or_completed(isolation in some_isolation(), desired in some_desired(), done in any::<prop::sample::Index>()) {
+        let ops = plan_with(&*isolation, &World::default(), &[], &desired);
         let done = done.index(ops.len() + 1);
         let owned: Vec<Fact> = ops[..done].iter().map(|op| op.fact().clone()).collect();
         let mut world = World::default();
         ops[..done].iter().for_each(|op| world.execute(op));
         let mut cleared = world.clone();
-        plan_in(&world, &owned, &Desired::default()).iter().for_each(|op| cleared.execute(op));
+        plan_with(&*isolation, &world, &owned, &Desired::default()).iter().for_each(|op| cleared.execute(op));
         prop_assert_eq!(&cleared, &World::default());
-        plan_in(&world, &owned, &desired).iter().for_each(|op| world.execute(op));
-        prop_assert_eq!(world.facts(), &desired.facts(&WithoutFirewall).into_iter().collect());
+        plan_with(&*isolation, &world, &owned, &desired).iter().for_each(|op| world.execute(op));
+        prop_assert_eq!(world.facts(), &desired.facts(&*isolation).into_iter().collect());
     }
 }
 
 #[test]
 fn a_network_is_closed_before_it_is_up() {
-    let desired = Desired { networks: vec![network("blue", 1)], endpoints: Vec::new() };
+    let desired = Desired { networks: vec![network("blue", 1)], ..Desired::default() };
     let steps: Vec<String> = plan_in(&World::default(), &[], &desired).iter().map(Op::to_string).collect();
     assert_eq!(
         steps,
@@ -130,10 +148,43 @@ fn a_network_is_closed_before_it_is_up() {
     );
 }
 
+/// Its rules may be flushed. Then nothing is marked, and what stands behind the exemption holds.
+#[test]
+fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
+    let desired = Desired {
+        networks: vec![network("blue", 1)],
+        endpoints: Vec::new(),
+        uplinks: vec![Uplink { link: "eth0".to_owned(), v4: true, v6: false }],
+    };
+    let isolation = WithFirewall { firewall: FirewallKind::Nftables, owner: "demo".to_owned() };
+    let steps: Vec<String> =
+        plan_with(&isolation, &World::default(), &[], &desired).iter().map(Op::to_string).collect();
+    assert_eq!(
+        steps,
+        [
+            "add rules of \"demo\" in nftables",
+            "add rule 7657: iif eth0 blackhole",
+            "add forwarding of IPv4 from \"eth0\"",
+            "add bridge \"tg-blue\"",
+            "add net.ipv4.conf.tg-blue.forwarding = 1 on the host",
+            "add net.ipv6.conf.tg-blue.disable_ipv6 = 1 on the host",
+            "add rule 7656: to 10.9.1.0/24 iif lo lookup main",
+            "add rule 7657: to 10.9.1.0/24 unreachable",
+            "add rule 7656: to 10.9.1.0/24 fwmark 0x74670000/0xffff0000 lookup main",
+            "add address 10.9.1.1/24 of \"tg-blue\" on the host",
+            "add \"tg-blue\" up on the host",
+        ]
+    );
+}
+
 #[test]
 fn an_endpoint_of_an_internal_network_has_no_way_out() {
     let internal = Network { internal: true, ..network("inside", 1) };
-    let desired = Desired { endpoints: vec![endpoint("web", 1, &internal)], networks: vec![internal] };
+    let desired = Desired {
+        endpoints: vec![endpoint("web", 1, &internal)],
+        networks: vec![internal],
+        uplinks: Vec::new(),
+    };
     let facts = desired.facts(&WithoutFirewall);
     assert!(!facts.iter().any(|fact| matches!(fact, Fact::DefaultRoute { .. })));
 }
@@ -149,7 +200,9 @@ fn contradictions_are_told_and_nothing_is_planned() {
         ..Observed::default()
     };
     let refused = |networks: Vec<Network>, endpoints: Vec<Endpoint>, observed: &Observed| {
-        plan(&Desired { networks, endpoints }, &[], observed, &WithoutFirewall).unwrap_err().to_string()
+        plan(&Desired { networks, endpoints, uplinks: Vec::new() }, &[], observed, &WithoutFirewall)
+            .unwrap_err()
+            .to_string()
     };
     let nothing = Observed::default();
     let wide = Network {
@@ -183,7 +236,7 @@ fn contradictions_are_told_and_nothing_is_planned() {
     assert_eq!(refused(vec![red], vec![one], &nothing), "endpoint \"one\": there is no network \"blue\"");
     assert!(
         plan(
-            &Desired { networks: vec![blue], endpoints: vec![] },
+            &Desired { networks: vec![blue], ..Desired::default() },
             &[],
             &taken(&[("tg-blue", 1)]),
             &WithoutFirewall

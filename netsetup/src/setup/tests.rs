@@ -28,11 +28,11 @@ impl Bed {
         Self { net, host, directory: tempfile::tempdir().unwrap(), runtime }
     }
 
-    fn setup(&self, endpoints: &[(&str, &Namespace)]) -> Setup<WithoutFirewall> {
+    fn setup(&self, endpoints: &[(&str, &Namespace)]) -> Setup {
         self.setup_at("test.journal", endpoints)
     }
 
-    fn setup_at(&self, journal: &str, endpoints: &[(&str, &Namespace)]) -> Setup<WithoutFirewall> {
+    fn setup_at(&self, journal: &str, endpoints: &[(&str, &Namespace)]) -> Setup {
         let mut kernel = Kernel::new(self.host.clone());
         for (name, namespace) in endpoints {
             kernel.add_endpoint(name, (*namespace).clone());
@@ -92,6 +92,7 @@ fn two_networks() -> Desired {
         }],
     };
     Desired {
+        uplinks: Vec::new(),
         networks: vec![network("blue", 1, true), network("red", 2, true)],
         endpoints: vec![
             endpoint("a", "blue", 1, 10),

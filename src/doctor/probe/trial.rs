@@ -152,5 +152,5 @@ fn desired() -> Desired {
         default_route: true,
     };
     let endpoint = Endpoint { name: "trial".into(), attachments: vec![attachment] };
-    Desired { networks: vec![network], endpoints: vec![endpoint] }
+    Desired { networks: vec![network], endpoints: vec![endpoint], ..Desired::default() }
 }

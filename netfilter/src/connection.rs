@@ -1,0 +1,356 @@
+//! Changes of tables, all or nothing.
+
+use crate::encode::{
+    delete_chain, delete_elements, delete_set, delete_table, flush_chain, message, new_chain, new_elements,
+    new_rule, new_set, new_table, request,
+};
+use crate::socket::NetfilterSocket;
+use crate::table::{Chain, Set, Table};
+use crate::wire::{Attributes, Message, NFTABLES, attribute, attributes, number, text};
+use rustix::io::Errno;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+
+/// `NFT_TABLE_F_OWNER` (Linux 5.12), `NFT_TABLE_F_PERSIST` (Linux 6.9).
+const OWNER: u32 = 2;
+const PERSIST: u32 = 4;
+
+/// How often a change is tried that others have come in the way of.
+const ATTEMPTS: u32 = 5;
+
+/// A name that nobody else's table has, to try things with.
+const TRIAL: &str = "tidegate-trial";
+
+/// A change of what a namespace has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A table comes in the place of what is there under its name.
+    Replace {
+        /// The table.
+        table: Table,
+        /// It belongs to this connection: others can neither change nor delete it, and when the connection ends it stays. Needs a kernel that
+        /// [can do that](Connection::can_own).
+        owned: bool,
+    },
+    /// A table goes, if it is there.
+    Remove {
+        /// Its name.
+        table: String,
+    },
+    /// In a table that others use too, some chains and sets come in the place of those of their names. The table is made if it is missing, and so is `kept`; what
+    /// is in that chain stays.
+    ReplacePart {
+        /// The chains and sets, and the table's name.
+        part: Table,
+        /// A chain that they may jump to.
+        kept: String,
+    },
+    /// Chains and sets of these names go. If nothing of others is left in the table, and nothing in the chain `kept`, the table goes with them.
+    RemovePart {
+        /// The table's name.
+        table: String,
+        /// Of the chains and sets.
+        names: BTreeSet<String>,
+        /// The chain that is not deleted if it has rules.
+        kept: String,
+    },
+    /// Elements are added to a set, and others deleted from it.
+    Elements {
+        /// The table's name.
+        table: String,
+        /// The set with what is added.
+        added: Set,
+        /// The same set with what is deleted.
+        removed: Set,
+    },
+}
+
+/// Why nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel refused a part of it.
+    #[error("{about}: {source}")]
+    Refused {
+        /// Which part.
+        about: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The table belongs to another process, which is running.
+    #[error("table {0} belongs to another process; stop that first")]
+    Owned(String),
+    /// The kernel was not heard.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// A table that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// The socket that it belongs to.
+    pub owner: Option<u32>,
+    /// It stays when that ends.
+    pub persists: bool,
+}
+
+/// A connection to the packet filter of one namespace. The tables that it owns it owns as long as it lives.
+pub struct Connection {
+    socket: NetfilterSocket,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Connection").field(&self.socket.port()).finish()
+    }
+}
+
+impl Connection {
+    /// Connects to the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// No descriptor is left, or the kernel has no netfilter.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self { socket: NetfilterSocket::open()? })
+    }
+
+    /// Carries all of `changes` out, or none.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn commit(&mut self, changes: &[Change]) -> Result<(), Error> {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let mut messages = vec![end_of_batch(BATCH_BEGIN)];
+            let mut ids = 0;
+            for change in changes {
+                self.plan(change, &mut ids, &mut messages)?;
+            }
+            messages.push(end_of_batch(BATCH_END));
+            let refused = self.socket.send_all(&messages)?;
+            let Some(first) = refused.into_iter().next() else { return Ok(()) };
+            // What was there while it was planned was gone when it was done, or the other way round.
+            let overtaken = [Errno::NOENT, Errno::EXIST, Errno::BUSY];
+            let overtaken =
+                Errno::from_io_error(&first.source).is_some_and(|errno| overtaken.contains(&errno));
+            if !overtaken || attempt == ATTEMPTS {
+                let about = messages[first.index].about.clone();
+                return Err(Error::Refused { about, source: first.source });
+            }
+        }
+    }
+
+    /// The tables of the family `inet`.
+    ///
+    /// # Errors
+    /// The kernel's: `EPERM` without the privilege to ask.
+    pub fn tables(&mut self) -> io::Result<Vec<Listed>> {
+        let mut tables = Vec::new();
+        self.socket.dump(&list(request::GET_TABLE, Attributes::default()), |table| {
+            let flags = attribute(table, 2).and_then(number).unwrap_or(0);
+            tables.push(Listed {
+                name: attribute(table, 1).map(text).unwrap_or_default(),
+                owner: attribute(table, 7).and_then(number).filter(|_| flags & OWNER != 0),
+                persists: flags & PERSIST != 0,
+            });
+        })?;
+        Ok(tables)
+    }
+
+    /// Whether the table `name` is there and this connection owns it, so that nobody else can have changed it.
+    ///
+    /// # Errors
+    /// As of [`tables`](Self::tables).
+    pub fn owns(&mut self, name: &str) -> io::Result<bool> {
+        let port = self.socket.port();
+        Ok(self.tables()?.iter().any(|table| table.name == name && table.owner == Some(port)))
+    }
+
+    /// Whether this kernel lets tables belong to a connection and stay when it ends. It is tried, and leaves nothing.
+    ///
+    /// # Errors
+    /// Tables cannot be made at all.
+    pub fn can_own(&mut self) -> Result<bool, Error> {
+        let trial = |owned| {
+            let table = Table { name: TRIAL.to_owned(), ..Table::default() };
+            [Change::Replace { table, owned }, Change::Remove { table: TRIAL.to_owned() }]
+        };
+        let [make, remove] = trial(true);
+        if self.commit(&[make]).is_ok() {
+            self.commit(&[remove])?;
+            return Ok(true);
+        }
+        let [make, remove] = trial(false);
+        self.commit(&[make])?;
+        self.commit(&[remove])?;
+        Ok(false)
+    }
+
+    /// A number that changes with the table `name`, or with those of its chains and sets that `of` picks: with each chain, rule, set and element. `None` if the table is not
+    /// there. Counters do not change it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn fingerprint(&mut self, name: &str, of: impl Fn(&str) -> bool) -> io::Result<Option<u64>> {
+        if !self.tables()?.iter().any(|table| table.name == name) {
+            return Ok(None);
+        }
+        let mut hasher = DefaultHasher::new();
+        for chain in self.chains(name)?.into_iter().filter(|chain| of(chain)) {
+            chain.hash(&mut hasher);
+            // A rule that is replaced gets a new number.
+            self.rules(name, &chain)?.hash(&mut hasher);
+        }
+        for (set, handle) in self.sets(name)?.into_iter().filter(|(set, _)| of(set)) {
+            (&set, handle).hash(&mut hasher);
+            let mut elements = Vec::new();
+            let asked = Attributes::default().text(1, name).text(2, &set);
+            self.socket.dump(&list(request::GET_ELEMENTS, asked), |answer| {
+                let all = attribute(answer, 3).unwrap_or_default();
+                elements.extend(attributes(all).map(|(_, element)| element.to_vec()));
+            })?;
+            elements.sort_unstable();
+            elements.hash(&mut hasher);
+        }
+        Ok(Some(hasher.finish()))
+    }
+
+    /// The messages of one change, of what is there now.
+    fn plan(&mut self, change: &Change, ids: &mut u32, messages: &mut Vec<Message>) -> Result<(), Error> {
+        match change {
+            Change::Replace { table, owned } => {
+                if self.is_there(&table.name)? {
+                    messages.push(delete_table(&table.name));
+                }
+                messages.push(new_table(&table.name, if *owned { OWNER | PERSIST } else { 0 }));
+                contents(table, ids, messages);
+            }
+            Change::Remove { table } => {
+                if self.is_there(table)? {
+                    messages.push(delete_table(table));
+                }
+            }
+            Change::ReplacePart { part, kept } => {
+                if self.is_there(&part.name)? {
+                    let names = part.sets.iter().map(|set| set.name.clone());
+                    let names = names.chain(part.chains.iter().map(|chain| chain.name.clone())).collect();
+                    self.remove_part(&part.name, &names, messages)?;
+                } else {
+                    messages.push(new_table(&part.name, 0));
+                }
+                let kept = Chain { name: kept.clone(), base: None, rules: Vec::new() };
+                messages.push(new_chain(&part.name, &kept));
+                contents(part, ids, messages);
+            }
+            Change::RemovePart { table, names, kept } => {
+                if !self.is_there(table)? {
+                    return Ok(());
+                }
+                let others =
+                    self.chains(table)?.into_iter().any(|chain| chain != *kept && !names.contains(&chain));
+                let others = others || self.sets(table)?.iter().any(|(set, _)| !names.contains(set));
+                if others || !self.rules(table, kept)?.is_empty() {
+                    self.remove_part(table, names, messages)?;
+                } else {
+                    messages.push(delete_table(table));
+                }
+            }
+            Change::Elements { table, added, removed } => {
+                messages.extend(delete_elements(table, removed));
+                messages.extend(new_elements(table, added));
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_part(
+        &mut self,
+        table: &str,
+        names: &BTreeSet<String>,
+        messages: &mut Vec<Message>,
+    ) -> io::Result<()> {
+        let chains: Vec<_> = self.chains(table)?.into_iter().filter(|chain| names.contains(chain)).collect();
+        messages.extend(chains.iter().map(|chain| flush_chain(table, chain)));
+        messages.extend(chains.iter().map(|chain| delete_chain(table, chain)));
+        let sets = self.sets(table)?;
+        let sets = sets.iter().filter(|(set, _)| names.contains(set));
+        messages.extend(sets.map(|(set, _)| delete_set(table, set)));
+        Ok(())
+    }
+
+    /// Whether the table is there, and may be changed.
+    fn is_there(&mut self, name: &str) -> Result<bool, Error> {
+        let port = self.socket.port();
+        match self.tables()?.into_iter().find(|table| table.name == name) {
+            None => Ok(false),
+            Some(Listed { owner: Some(owner), .. }) if owner != port => Err(Error::Owned(name.to_owned())),
+            Some(_) => Ok(true),
+        }
+    }
+
+    /// The names of a table's chains.
+    fn chains(&mut self, table: &str) -> io::Result<Vec<String>> {
+        let mut chains = Vec::new();
+        self.socket.dump(&list(request::GET_CHAIN, Attributes::default().text(1, table)), |chain| {
+            // The kernel tells of all tables.
+            if attribute(chain, 1).map(text).as_deref() == Some(table) {
+                chains.extend(attribute(chain, 3).map(text));
+            }
+        })?;
+        Ok(chains)
+    }
+
+    /// The names and numbers of a table's sets, but for those without a name that rules have.
+    fn sets(&mut self, table: &str) -> io::Result<Vec<(String, Vec<u8>)>> {
+        let mut sets = Vec::new();
+        self.socket.dump(&list(request::GET_SET, Attributes::default().text(1, table)), |set| {
+            /// `NFT_SET_ANONYMOUS`.
+            const ANONYMOUS: u32 = 1;
+            let flags = attribute(set, 3).and_then(number).unwrap_or(0);
+            if let Some(name) = attribute(set, 2).filter(|_| flags & ANONYMOUS == 0) {
+                sets.push((text(name), attribute(set, 16).unwrap_or_default().to_vec()));
+            }
+        })?;
+        Ok(sets)
+    }
+
+    /// The numbers of a chain's rules.
+    fn rules(&mut self, table: &str, chain: &str) -> io::Result<Vec<Vec<u8>>> {
+        let mut rules = Vec::new();
+        let asked = Attributes::default().text(1, table).text(2, chain);
+        self.socket.dump(&list(request::GET_RULE, asked), |rule| {
+            rules.push(attribute(rule, 3).unwrap_or_default().to_vec());
+        })?;
+        Ok(rules)
+    }
+}
+
+/// `NFNL_MSG_BATCH_BEGIN`, `NFNL_MSG_BATCH_END`.
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+
+fn end_of_batch(kind: u16) -> Message {
+    let about = "transaction".to_owned();
+    Message { kind, flags: 0, family: 0, resource: NFTABLES, attributes: Attributes::default(), about }
+}
+
+fn list(request: u16, attributes: Attributes) -> Message {
+    message(request, 0, attributes, String::new())
+}
+
+/// Sets, then chains, then rules: each may name those before it.
+fn contents(table: &Table, ids: &mut u32, messages: &mut Vec<Message>) {
+    for set in &table.sets {
+        *ids += 1;
+        messages.push(new_set(&table.name, set, *ids));
+        messages.extend(new_elements(&table.name, set));
+    }
+    messages.extend(table.chains.iter().map(|chain| new_chain(&table.name, chain)));
+    for chain in &table.chains {
+        messages.extend(chain.rules.iter().map(|rule| new_rule(&table.name, &chain.name, rule)));
+    }
+}

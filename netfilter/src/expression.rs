@@ -1,0 +1,290 @@
+//! Rules as expressions of nf_tables: small steps over registers (`include/uapi/linux/netfilter/nf_tables.h`).
+//!
+//! Registers are 4 bytes wide here (`NFT_REG32_*`); a concatenation lies in them one field after the other, each begun in a new one. A condition loads
+//! what it is about into the first ones and compares; the rule ends where that fails.
+
+use crate::table::{Action, Key, Match, Transport, Value};
+use crate::wire::Attributes;
+use std::net::IpAddr;
+
+/// `NFTA_LIST_ELEM`.
+pub(crate) const LIST_ELEMENT: u16 = 1;
+/// `NFTA_DATA_VALUE`.
+const DATA_VALUE: u16 = 1;
+/// `NFTA_DATA_VERDICT`.
+const DATA_VERDICT: u16 = 2;
+
+/// The register of verdicts (`NFT_REG_VERDICT`).
+const VERDICT: u32 = 0;
+/// The first register of 4 bytes (`NFT_REG32_00`).
+const FIRST: u32 = 8;
+
+/// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
+const PROTOCOL_FAMILY: [u8; 2] = [2, 10];
+
+/// Bytes of an interface's name in a register (`IFNAMSIZ`).
+pub(crate) const INTERFACE_LENGTH: usize = 16;
+
+/// The expressions of a rule, as its attribute has them.
+pub(crate) fn expressions(matches: &[Match], actions: &[Action]) -> Attributes {
+    let mut list = Expressions::default();
+    for one in matches {
+        list.condition(one);
+    }
+    for one in actions {
+        list.action(one);
+    }
+    list.0
+}
+
+/// A value as set elements, comparisons and verdicts have it.
+pub(crate) fn data(bytes: &[u8]) -> Attributes {
+    Attributes::default().bytes(DATA_VALUE, bytes)
+}
+
+/// The bytes of `value`; of a network its first address.
+pub(crate) fn bytes_of(value: &Value) -> Vec<u8> {
+    match value {
+        Value::Interface(name) => {
+            let mut bytes = name.as_bytes().to_vec();
+            bytes.resize(INTERFACE_LENGTH, 0);
+            bytes
+        }
+        Value::Net(net) => address(net.network()),
+        Value::Protocol(protocol) => vec![number_of(*protocol)],
+        Value::Port(port) => port.to_be_bytes().to_vec(),
+    }
+}
+
+/// The bytes of an address.
+pub(crate) fn address(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+fn number_of(protocol: Transport) -> u8 {
+    match protocol {
+        Transport::Tcp => 6,
+        Transport::Udp => 17,
+    }
+}
+
+/// How many registers of 4 bytes the value of `key` takes.
+fn registers(key: Key) -> u32 {
+    match key {
+        Key::InInterface | Key::OutInterface | Key::SourceV6 | Key::DestinationV6 => 4,
+        Key::SourceV4 | Key::DestinationV4 | Key::Protocol | Key::DestinationPort => 1,
+    }
+}
+
+/// `NFTA_META_*` and `NFT_META_*`.
+mod meta {
+    pub(super) const DESTINATION: u16 = 1;
+    pub(super) const KEY: u16 = 2;
+    pub(super) const SOURCE: u16 = 3;
+    pub(super) const MARK: u32 = 3;
+    pub(super) const IN_INTERFACE: u32 = 6;
+    pub(super) const OUT_INTERFACE: u32 = 7;
+    pub(super) const FAMILY: u32 = 15;
+    pub(super) const PROTOCOL: u32 = 16;
+}
+
+/// `NFT_CMP_EQ`, `NFT_CMP_NEQ`.
+const EQUAL: u32 = 0;
+const DIFFERENT: u32 = 1;
+
+/// Headers that payload is loaded from (`NFT_PAYLOAD_NETWORK_HEADER`, `NFT_PAYLOAD_TRANSPORT_HEADER`).
+const NETWORK: u32 = 1;
+const TRANSPORT: u32 = 2;
+
+#[derive(Default)]
+struct Expressions(Attributes);
+
+impl Expressions {
+    fn push(&mut self, name: &str, data: &Attributes) {
+        // NFTA_EXPR_NAME, NFTA_EXPR_DATA
+        let expression = Attributes::default().text(1, name).nest(2, data);
+        let list = std::mem::take(&mut self.0);
+        self.0 = list.nest(LIST_ELEMENT, &expression);
+    }
+
+    fn meta(&mut self, key: u32, register: u32) {
+        let load = Attributes::default().number(meta::DESTINATION, register).number(meta::KEY, key);
+        self.push("meta", &load);
+    }
+
+    /// Goes on if what is in the first registers compares with `value`.
+    fn compare(&mut self, operation: u32, value: &[u8]) {
+        let compare = Attributes::default().number(1, FIRST).number(2, operation).nest(3, &data(value));
+        self.push("cmp", &compare);
+    }
+
+    fn payload(&mut self, base: u32, offset: u32, length: u32, register: u32) {
+        let load = Attributes::default().number(1, register).number(2, base);
+        self.push("payload", &load.number(3, offset).number(4, length));
+    }
+
+    /// What is in the first registers is masked, then has bits flipped.
+    fn bitwise(&mut self, mask: &[u8], flip: &[u8]) {
+        let bits = Attributes::default().number(1, FIRST).number(2, FIRST).number(3, mask.len() as u32);
+        self.push("bitwise", &bits.nest(4, &data(mask)).nest(5, &data(flip)));
+    }
+
+    /// What is in the first registers is masked, and has to compare with `value`.
+    fn masked(&mut self, mask: &[u8], operation: u32, value: &[u8]) {
+        self.bitwise(mask, &vec![0; mask.len()]);
+        self.compare(operation, value);
+    }
+
+    /// Goes on for packets of the family that `key` is about, if it is about one.
+    fn family_of(&mut self, key: Key) {
+        let v6 = match key {
+            Key::SourceV4 | Key::DestinationV4 => false,
+            Key::SourceV6 | Key::DestinationV6 => true,
+            Key::InInterface | Key::OutInterface | Key::Protocol | Key::DestinationPort => return,
+        };
+        self.meta(meta::FAMILY, FIRST);
+        self.compare(EQUAL, &[PROTOCOL_FAMILY[usize::from(v6)]]);
+    }
+
+    fn load(&mut self, key: Key, register: u32) {
+        match key {
+            Key::InInterface => self.meta(meta::IN_INTERFACE, register),
+            Key::OutInterface => self.meta(meta::OUT_INTERFACE, register),
+            Key::Protocol => self.meta(meta::PROTOCOL, register),
+            Key::SourceV4 => self.payload(NETWORK, 12, 4, register),
+            Key::DestinationV4 => self.payload(NETWORK, 16, 4, register),
+            Key::SourceV6 => self.payload(NETWORK, 8, 16, register),
+            Key::DestinationV6 => self.payload(NETWORK, 24, 16, register),
+            Key::DestinationPort => self.payload(TRANSPORT, 2, 2, register),
+        }
+    }
+
+    /// Loads `keys` one after the other.
+    fn load_all(&mut self, keys: &[Key]) {
+        for key in keys {
+            self.family_of(*key);
+        }
+        let mut register = FIRST;
+        for key in keys {
+            self.load(*key, register);
+            register += registers(*key);
+        }
+    }
+
+    fn condition(&mut self, condition: &Match) {
+        match condition {
+            Match::In { keys, set, not } => {
+                self.load_all(keys);
+                // NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFTA_LOOKUP_FLAGS: NFT_LOOKUP_F_INV
+                let lookup = Attributes::default().text(1, set).number(2, FIRST);
+                let lookup = if *not { lookup.number(5, 1) } else { lookup };
+                self.push("lookup", &lookup);
+            }
+            Match::Is { key, value, not } => {
+                self.load_all(&[*key]);
+                let operation = if *not { DIFFERENT } else { EQUAL };
+                match value {
+                    Value::Net(net) if net.prefix_len() < net.max_prefix_len() => {
+                        self.masked(&address(net.netmask()), operation, &bytes_of(value));
+                    }
+                    _ => self.compare(operation, &bytes_of(value)),
+                }
+            }
+            Match::Established => self.connection(ct::STATE, ct::ESTABLISHED | ct::RELATED),
+            Match::Invalid => self.connection(ct::STATE, ct::INVALID),
+            Match::TranslatedDestination => self.connection(ct::STATUS, ct::TRANSLATED_DESTINATION),
+            Match::ToHost => {
+                // NFTA_FIB_DREG; NFTA_FIB_RESULT: NFT_FIB_RESULT_ADDRTYPE; NFTA_FIB_FLAGS: NFTA_FIB_F_DADDR
+                let lookup = Attributes::default().number(1, FIRST).number(2, 3).number(3, 2);
+                self.push("fib", &lookup);
+                // RTN_LOCAL
+                self.compare(EQUAL, &2_u32.to_ne_bytes());
+            }
+            Match::Syn => {
+                self.meta(meta::PROTOCOL, FIRST);
+                self.compare(EQUAL, &[number_of(Transport::Tcp)]);
+                self.payload(TRANSPORT, 13, 1, FIRST);
+                // SYN is 2, RST 4.
+                self.masked(&[2 | 4], EQUAL, &[2]);
+            }
+        }
+    }
+
+    /// Goes on if the connection that the packet belongs to has one of `bits`.
+    fn connection(&mut self, key: u32, bits: u32) {
+        // NFTA_CT_DREG, NFTA_CT_KEY
+        self.push("ct", &Attributes::default().number(1, FIRST).number(2, key));
+        self.masked(&bits.to_ne_bytes(), DIFFERENT, &0_u32.to_ne_bytes());
+    }
+
+    fn action(&mut self, action: &Action) {
+        match action {
+            // NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
+            Action::Count => self.push("counter", &Attributes::default().bytes(1, &[0; 8]).bytes(2, &[0; 8])),
+            Action::Accept => self.verdict(verdict::ACCEPT, None),
+            Action::Drop => self.verdict(verdict::DROP, None),
+            Action::Return => self.verdict(verdict::RETURN, None),
+            Action::Jump(chain) => self.verdict(verdict::JUMP, Some(chain)),
+            Action::Mark { value, mask } => {
+                self.meta(meta::MARK, FIRST);
+                self.bitwise(&(!mask).to_ne_bytes(), &value.to_ne_bytes());
+                let store = Attributes::default().number(meta::KEY, meta::MARK).number(meta::SOURCE, FIRST);
+                self.push("meta", &store);
+            }
+            Action::ClampSegments => {
+                // NFTA_RT_DREG; NFTA_RT_KEY: NFT_RT_TCPMSS
+                self.push("rt", &Attributes::default().number(1, FIRST).number(2, 3));
+                // NFTA_BYTEORDER_SREG, _DREG; _OP: NFT_BYTEORDER_HTON; _LEN, _SIZE
+                let swap = Attributes::default().number(1, FIRST).number(2, FIRST).number(3, 1);
+                self.push("byteorder", &swap.number(4, 2).number(5, 2));
+                // NFTA_EXTHDR_TYPE: TCPOPT_MAXSEG; _OFFSET, _LEN; _OP: NFT_EXTHDR_OP_TCPOPT; _SREG
+                let option = Attributes::default().bytes(2, &[2]).number(3, 2).number(4, 2);
+                self.push("exthdr", &option.number(6, 1).number(7, FIRST));
+            }
+            Action::Masquerade => self.push("masq", &Attributes::default()),
+            Action::Translate { keys, map, v6 } => {
+                self.load_all(keys);
+                // NFTA_LOOKUP_SET, _SREG, _DREG
+                self.push("lookup", &Attributes::default().text(1, map).number(2, FIRST).number(3, FIRST));
+                let port = FIRST + registers(if *v6 { Key::DestinationV6 } else { Key::DestinationV4 });
+                // NFTA_NAT_TYPE: NFT_NAT_DNAT; _FAMILY, _REG_ADDR_MIN, _REG_PROTO_MIN
+                let family = u32::from(PROTOCOL_FAMILY[usize::from(*v6)]);
+                let translate = Attributes::default().number(1, 1).number(2, family);
+                self.push("nat", &translate.number(3, FIRST).number(5, port));
+            }
+        }
+    }
+
+    fn verdict(&mut self, code: i32, chain: Option<&str>) {
+        // NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN
+        let verdict = Attributes::default().bytes(1, &code.to_be_bytes());
+        let verdict = match chain {
+            Some(chain) => verdict.text(2, chain),
+            None => verdict,
+        };
+        let data = Attributes::default().nest(DATA_VERDICT, &verdict);
+        // NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA
+        self.push("immediate", &Attributes::default().number(1, VERDICT).nest(2, &data));
+    }
+}
+
+/// `NFT_CT_*`, `NF_CT_STATE_*`, `IPS_*`.
+mod ct {
+    pub(super) const STATE: u32 = 0;
+    pub(super) const STATUS: u32 = 2;
+    pub(super) const INVALID: u32 = 1;
+    pub(super) const ESTABLISHED: u32 = 2;
+    pub(super) const RELATED: u32 = 4;
+    pub(super) const TRANSLATED_DESTINATION: u32 = 1 << 5;
+}
+
+/// `NF_*` and `NFT_*`.
+mod verdict {
+    pub(super) const DROP: i32 = 0;
+    pub(super) const ACCEPT: i32 = 1;
+    pub(super) const JUMP: i32 = -3;
+    pub(super) const RETURN: i32 = -5;
+}

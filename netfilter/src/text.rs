@@ -1,0 +1,188 @@
+//! Tables as nft(8) reads them.
+
+use crate::table::{
+    Action, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
+};
+use std::fmt::{self, Display, Formatter};
+
+/// What nft(8) reads with `-f`. With `{:#}` sets are without their elements.
+impl Display for Table {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        writeln!(f, "table inet {} {{", self.name)?;
+        for (number, set) in self.sets.iter().enumerate() {
+            if number > 0 {
+                writeln!(f)?;
+            }
+            set.write(f)?;
+        }
+        for chain in &self.chains {
+            writeln!(f)?;
+            chain.write(f)?;
+        }
+        writeln!(f, "}}")
+    }
+}
+
+impl Set {
+    fn write(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let kind = if self.data.is_empty() { "set" } else { "map" };
+        writeln!(f, "\t{kind} {} {{", self.name)?;
+        write!(f, "\t\ttype {}", Joined(&self.key))?;
+        if !self.data.is_empty() {
+            write!(f, " : {}", Joined(&self.data))?;
+        }
+        writeln!(f)?;
+        if self.intervals {
+            writeln!(f, "\t\tflags interval")?;
+        }
+        if !self.elements.is_empty() && !f.alternate() {
+            write!(f, "\t\telements = {{ ")?;
+            for (number, element) in self.elements.iter().enumerate() {
+                if number > 0 {
+                    write!(f, ",\n\t\t\t     ")?;
+                }
+                write!(f, "{element}")?;
+            }
+            writeln!(f, " }}")?;
+        }
+        writeln!(f, "\t}}")
+    }
+}
+
+impl Display for Element {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", Joined(&self.key))?;
+        if !self.data.is_empty() {
+            write!(f, " : {}", Joined(&self.data))?;
+        }
+        Ok(())
+    }
+}
+
+impl Chain {
+    fn write(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\tchain {} {{", self.name)?;
+        if let Some(base) = &self.base {
+            let kind = match base.kind {
+                Kind::Filter => "filter",
+                Kind::Nat => "nat",
+            };
+            let hook = match base.hook {
+                Hook::Prerouting => "prerouting",
+                Hook::Input => "input",
+                Hook::Forward => "forward",
+                Hook::Postrouting => "postrouting",
+            };
+            writeln!(f, "\t\ttype {kind} hook {hook} priority {}; policy accept;", base.priority)?;
+        }
+        for rule in &self.rules {
+            writeln!(f, "\t\t{rule}")?;
+        }
+        writeln!(f, "\t}}")
+    }
+}
+
+impl Display for Rule {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for one in &self.matches {
+            write!(f, "{one} ")?;
+        }
+        for (number, one) in self.actions.iter().enumerate() {
+            let separator = if number > 0 { " " } else { "" };
+            write!(f, "{separator}{one}")?;
+        }
+        if !self.why.is_empty() {
+            write!(f, " comment \"{}\"", self.why)?;
+        }
+        Ok(())
+    }
+}
+
+impl Display for Match {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let different = |not: &bool| if *not { "!= " } else { "" };
+        match self {
+            Self::In { keys, set, not } => write!(f, "{} {}@{set}", Joined(keys), different(not)),
+            Self::Is { key, value, not } => write!(f, "{key} {}{value}", different(not)),
+            Self::Established => f.write_str("ct state established,related"),
+            Self::Invalid => f.write_str("ct state invalid"),
+            Self::TranslatedDestination => f.write_str("ct status dnat"),
+            Self::ToHost => f.write_str("fib daddr type local"),
+            Self::Syn => f.write_str("tcp flags syn / syn,rst"),
+        }
+    }
+}
+
+impl Display for Action {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Count => f.write_str("counter"),
+            Self::Accept => f.write_str("accept"),
+            Self::Drop => f.write_str("drop"),
+            Self::Return => f.write_str("return"),
+            Self::Jump(chain) => write!(f, "jump {chain}"),
+            Self::Mark { value, mask } => {
+                write!(f, "meta mark set meta mark & {:#010x} ^ {value:#010x}", !mask)
+            }
+            Self::ClampSegments => f.write_str("tcp option maxseg size set rt mtu"),
+            Self::Masquerade => f.write_str("masquerade"),
+            Self::Translate { keys, map, v6 } => {
+                let family = if *v6 { "ip6" } else { "ip" };
+                write!(f, "dnat {family} to {} map @{map}", Joined(keys))
+            }
+        }
+    }
+}
+
+impl Display for Key {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::InInterface => "iifname",
+            Self::OutInterface => "oifname",
+            Self::SourceV4 => "ip saddr",
+            Self::SourceV6 => "ip6 saddr",
+            Self::DestinationV4 => "ip daddr",
+            Self::DestinationV6 => "ip6 daddr",
+            Self::Protocol => "meta l4proto",
+            Self::DestinationPort => "th dport",
+        })
+    }
+}
+
+impl Display for Field {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Interface => "ifname",
+            Self::Ipv4 => "ipv4_addr",
+            Self::Ipv6 => "ipv6_addr",
+            Self::Protocol => "inet_proto",
+            Self::Port => "inet_service",
+        })
+    }
+}
+
+impl Display for Value {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Interface(name) => write!(f, "\"{name}\""),
+            Self::Net(net) if net.prefix_len() == net.max_prefix_len() => write!(f, "{}", net.addr()),
+            Self::Net(net) => write!(f, "{}", net.trunc()),
+            Self::Protocol(Transport::Tcp) => f.write_str("tcp"),
+            Self::Protocol(Transport::Udp) => f.write_str("udp"),
+            Self::Port(port) => write!(f, "{port}"),
+        }
+    }
+}
+
+/// A concatenation.
+struct Joined<'a, T>(&'a [T]);
+
+impl<T: Display> Display for Joined<'_, T> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for (number, one) in self.0.iter().enumerate() {
+            let separator = if number > 0 { " . " } else { "" };
+            write!(f, "{separator}{one}")?;
+        }
+        Ok(())
+    }
+}

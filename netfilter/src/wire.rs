@@ -1,0 +1,136 @@
+//! Netlink attributes, and the messages of nf_tables that they make (`include/uapi/linux/netfilter/nfnetlink.h`).
+
+/// The nf_tables part of netfilter (`NFNL_SUBSYS_NFTABLES`).
+pub(crate) const NFTABLES: u16 = 10;
+/// The connection tracking part (`NFNL_SUBSYS_CTNETLINK`).
+pub(crate) const CONNTRACK: u16 = 1;
+
+/// `NLA_F_NESTED`.
+const NESTED: u16 = 0x8000;
+/// The flags in an attribute's type.
+const TYPE_MASK: u16 = 0x3fff;
+
+/// A message without its header: what is asked for, for which family, and the attributes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Message {
+    /// Subsystem in the upper byte, request in the lower one.
+    pub(crate) kind: u16,
+    /// `NLM_F_*`, beyond `NLM_F_REQUEST`.
+    pub(crate) flags: u16,
+    /// `NFPROTO_*`.
+    pub(crate) family: u8,
+    /// In network order behind the family; the subsystem for the ends of a batch.
+    pub(crate) resource: u16,
+    /// The attributes.
+    pub(crate) attributes: Attributes,
+    /// What it is about, should the kernel refuse it.
+    pub(crate) about: String,
+}
+
+/// Length of a message's header (`struct nlmsghdr`) with what follows in netfilter (`struct nfgenmsg`), in bytes.
+pub(crate) const HEADER: usize = 16 + 4;
+
+impl Message {
+    /// Appends it to `buffer`.
+    pub(crate) fn write(&self, sequence: u32, more_flags: u16, buffer: &mut Vec<u8>) {
+        /// `NLM_F_REQUEST`.
+        const REQUEST: u16 = 1;
+        let length = HEADER + self.attributes.0.len();
+        // A message that is too long for its length is never made: sets are split.
+        buffer.extend((length as u32).to_ne_bytes());
+        buffer.extend(self.kind.to_ne_bytes());
+        buffer.extend((REQUEST | self.flags | more_flags).to_ne_bytes());
+        buffer.extend(sequence.to_ne_bytes());
+        buffer.extend(0_u32.to_ne_bytes());
+        buffer.extend([self.family, 0]);
+        buffer.extend(self.resource.to_be_bytes());
+        buffer.extend(&self.attributes.0);
+    }
+}
+
+/// A list of attributes as it stands in a message.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Attributes(Vec<u8>);
+
+impl Attributes {
+    /// Appends an attribute.
+    pub(crate) fn bytes(mut self, kind: u16, value: &[u8]) -> Self {
+        self.put(kind, value);
+        self
+    }
+
+    /// A number in network order, as nearly all of netfilter has them.
+    pub(crate) fn number(self, kind: u16, value: u32) -> Self {
+        self.bytes(kind, &value.to_be_bytes())
+    }
+
+    /// A string, with the NUL that ends it.
+    pub(crate) fn text(self, kind: u16, value: &str) -> Self {
+        let mut bytes = value.as_bytes().to_vec();
+        bytes.push(0);
+        self.bytes(kind, &bytes)
+    }
+
+    /// A list of attributes.
+    pub(crate) fn nest(self, kind: u16, inner: &Self) -> Self {
+        self.bytes(kind | NESTED, &inner.0)
+    }
+
+    fn put(&mut self, kind: u16, value: &[u8]) {
+        let length = 4 + value.len();
+        self.0.extend((length as u16).to_ne_bytes());
+        self.0.extend(kind.to_ne_bytes());
+        self.0.extend(value);
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+    }
+
+    /// How long it is, in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// The attributes in `bytes`, each with its type and value. Ends where something is malformed.
+pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
+        let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?) & TYPE_MASK;
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+/// The value of the first attribute of type `kind`.
+pub(crate) fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(one, _)| *one == kind).map(|(_, value)| value)
+}
+
+/// A number in network order.
+pub(crate) fn number(value: &[u8]) -> Option<u32> {
+    Some(u32::from_be_bytes(value.get(..4)?.try_into().ok()?))
+}
+
+/// A string up to its NUL.
+pub(crate) fn text(value: &[u8]) -> String {
+    let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
+    String::from_utf8_lossy(&value[..end]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let inner = Attributes::default().text(1, "abc").number(2, 7);
+        let all = Attributes::default().bytes(9, &[1]).nest(3, &inner);
+        let read: Vec<_> = attributes(&all.0).collect();
+        assert_eq!(read[0], (9, &[1_u8][..]), "padding is not part of it");
+        assert_eq!(read[1].0, 3, "without its flags");
+        assert_eq!(text(attribute(read[1].1, 1).unwrap()), "abc");
+        assert_eq!(attribute(read[1].1, 2).and_then(number), Some(7));
+        assert_eq!(attributes(&[9, 0, 1, 0, 0]).count(), 0, "longer than it is");
+        assert_eq!(attributes(&[0, 0, 1, 0]).count(), 0, "shorter than its own header");
+    }
+}

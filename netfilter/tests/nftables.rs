@@ -1,0 +1,428 @@
+//! Against the kernel, with nft(8) as the judge.
+
+use serde_json::Value as Json;
+use std::fs;
+use std::net::UdpSocket;
+use std::time::{Duration, Instant};
+use tidegate_netfilter::{
+    Action, Base, Chain, Change, Changes, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule,
+    Set, Table, Transport, Value,
+};
+use tidegate_testbed::Namespace;
+
+fn interface(name: &str) -> Value {
+    Value::Interface(name.to_owned())
+}
+
+fn net(text: &str) -> Value {
+    Value::Net(text.parse().unwrap())
+}
+
+fn ip(text: &str) -> Value {
+    Value::Net(text.parse::<std::net::IpAddr>().unwrap().into())
+}
+
+fn element<const N: usize>(key: [Value; N]) -> Element {
+    Element { key: key.into(), data: Vec::new() }
+}
+
+fn set<const N: usize>(name: &str, key: [Field; N], elements: Vec<Element>) -> Set {
+    Set { name: name.to_owned(), key: key.to_vec(), data: Vec::new(), intervals: false, elements }
+}
+
+fn rule(matches: Vec<Match>, actions: Vec<Action>) -> Rule {
+    Rule { matches, actions, why: "because".to_owned() }
+}
+
+fn is_in<const N: usize>(keys: [Key; N], set: &str, not: bool) -> Match {
+    Match::In { keys: keys.to_vec(), set: set.to_owned(), not }
+}
+
+fn base(name: &str, kind: Kind, hook: Hook, priority: i32, rules: Vec<Rule>) -> Chain {
+    Chain { name: name.to_owned(), base: Some(Base { kind, hook, priority }), rules }
+}
+
+/// A map from a protocol and a port to an address and a port.
+fn ports(count: u16) -> Set {
+    let to = |port| Element {
+        key: vec![Value::Protocol(Transport::Tcp), Value::Port(port)],
+        data: vec![ip("10.9.0.2"), Value::Port(80)],
+    };
+    Set {
+        data: vec![Field::Ipv4, Field::Port],
+        ..set("ports", [Field::Protocol, Field::Port], (1..=count).map(to).collect())
+    }
+}
+
+/// One that has everything once.
+fn everything() -> Table {
+    let own = |bridge: &str, subnet: &str| element([interface(bridge), net(subnet)]);
+    let mut ports6 = ports(1);
+    ports6.name = "ports6".to_owned();
+    ports6.data[0] = Field::Ipv6;
+    ports6.elements[0].data[0] = ip("fd09::2");
+    let sets = vec![
+        set("bridges", [Field::Interface], vec![element([interface("tg-a")]), element([interface("tg-b")])]),
+        set("empty", [Field::Protocol], vec![]),
+        set("same", [Field::Interface; 2], vec![element([interface("tg-a"), interface("tg-a")])]),
+        Set {
+            intervals: true,
+            ..set(
+                "subnets4",
+                [Field::Ipv4],
+                vec![
+                    element([net("10.9.1.0/24")]),
+                    element([net("10.9.2.0/24")]),
+                    element([net("10.77.0.0/16")]),
+                ],
+            )
+        },
+        Set { intervals: true, ..set("subnets6", [Field::Ipv6], vec![element([net("fd09::/64")])]) },
+        Set {
+            intervals: true,
+            ..set(
+                "own4",
+                [Field::Interface, Field::Ipv4],
+                vec![own("tg-a", "10.9.1.0/24"), own("tg-b", "10.9.2.0/24")],
+            )
+        },
+        Set {
+            intervals: true,
+            ..set("own6", [Field::Interface, Field::Ipv6], vec![own("tg-a", "fd09::/64")])
+        },
+        set(
+            "at",
+            [Field::Ipv4, Field::Protocol, Field::Port],
+            vec![element([ip("127.0.0.1"), Value::Protocol(Transport::Udp), Value::Port(53)])],
+        ),
+        ports(3),
+        ports6,
+    ];
+    let is = |key, value, not| Match::Is { key, value, not };
+    let both = [Key::Protocol, Key::DestinationPort];
+    let inner = vec![
+        rule(vec![Match::Invalid], vec![Action::Count, Action::Drop]),
+        rule(vec![is_in([Key::InInterface, Key::OutInterface], "same", false)], vec![Action::Accept]),
+        rule(vec![Match::Established], vec![Action::Accept]),
+        rule(vec![Match::TranslatedDestination], vec![Action::Return]),
+        rule(vec![is_in([Key::SourceV6], "subnets6", true)], vec![Action::Drop]),
+        rule(vec![], vec![Action::Drop]),
+    ];
+    let outer = vec![
+        rule(vec![is(Key::InInterface, interface("lo"), false)], vec![Action::Accept]),
+        rule(
+            vec![
+                is_in([Key::DestinationV4], "subnets4", false),
+                is_in([Key::InInterface, Key::DestinationV4], "own4", true),
+            ],
+            vec![Action::Drop],
+        ),
+        rule(vec![is_in([Key::InInterface, Key::SourceV6], "own6", false)], vec![Action::Accept]),
+        rule(
+            vec![is_in([Key::DestinationV4, Key::Protocol, Key::DestinationPort], "at", false)],
+            vec![Action::Drop],
+        ),
+        rule(vec![is(Key::DestinationV4, net("127.0.0.0/8"), true)], vec![Action::Jump("inner".to_owned())]),
+        rule(vec![is(Key::SourceV4, ip("10.9.1.1"), false)], vec![Action::Accept]),
+        rule(vec![is(Key::DestinationV6, ip("::1"), true)], vec![Action::Accept]),
+        rule(
+            vec![is(Key::OutInterface, interface("lo"), true)],
+            vec![Action::Mark { value: 0x7467_0000, mask: 0xffff_0000 }],
+        ),
+    ];
+    let translate = |map: &str, v6| vec![Action::Translate { keys: both.to_vec(), map: map.to_owned(), v6 }];
+    let nat = vec![
+        rule(
+            vec![is(Key::DestinationV4, net("127.0.0.0/8"), true), Match::ToHost],
+            translate("ports", false),
+        ),
+        rule(vec![is(Key::DestinationV6, ip("::1"), true), Match::ToHost], translate("ports6", true)),
+    ];
+    let leave = vec![rule(
+        vec![is_in([Key::OutInterface], "bridges", true), is_in([Key::SourceV4], "subnets4", false)],
+        vec![Action::Masquerade],
+    )];
+    let chains = vec![
+        Chain { name: "inner".to_owned(), base: None, rules: inner },
+        base("raw", Kind::Filter, Hook::Prerouting, -300, outer),
+        base("input", Kind::Filter, Hook::Input, -10, vec![]),
+        base(
+            "forward",
+            Kind::Filter,
+            Hook::Forward,
+            0,
+            vec![rule(vec![Match::Syn], vec![Action::ClampSegments])],
+        ),
+        base("translate", Kind::Nat, Hook::Prerouting, -100, nat),
+        base("leave", Kind::Nat, Hook::Postrouting, 100, leave),
+    ];
+    Table { name: "everything".to_owned(), sets, chains }
+}
+
+fn connect(namespace: &Namespace) -> Connection {
+    namespace.run(Connection::open).unwrap()
+}
+
+fn replace(table: &Table, owned: bool) -> [Change; 1] {
+    [Change::Replace { table: table.clone(), owned }]
+}
+
+/// What nft(8) lists, without what differs from one time to the next.
+fn listed(namespace: &Namespace) -> Json {
+    let mut all: Json =
+        serde_json::from_str(&namespace.exec("nft", &["-j", "-s", "list", "ruleset"])).unwrap();
+    tidy(&mut all);
+    all
+}
+
+fn tidy(json: &mut Json) {
+    match json {
+        Json::Object(map) => {
+            map.retain(|key, _| !["handle", "metainfo", "flags"].contains(&key.as_str()));
+            map.values_mut().for_each(tidy);
+            if let Some(Json::Array(elements)) = map.get_mut("elem") {
+                elements.sort_by_key(Json::to_string);
+            }
+        }
+        Json::Array(list) => list.iter_mut().for_each(tidy),
+        _ => {}
+    }
+}
+
+#[test]
+fn what_is_sent_is_what_nft_makes_of_the_text() {
+    let (ours, theirs) = (Namespace::new(), Namespace::new());
+    let table = everything();
+    connect(&ours).commit(&replace(&table, false)).unwrap();
+    let directory = std::env::temp_dir().join(format!("tidegate-nft-{}", std::process::id()));
+    fs::write(&directory, table.to_string()).unwrap();
+    theirs.exec("nft", &["-f", directory.to_str().unwrap()]);
+    fs::remove_file(directory).unwrap();
+    let (ours, theirs) = (listed(&ours), listed(&theirs));
+    let lines =
+        |json: &Json| json["nftables"].as_array().unwrap().iter().map(Json::to_string).collect::<Vec<_>>();
+    assert_eq!(lines(&ours), lines(&theirs));
+    assert!(lines(&ours).len() > 30);
+}
+
+#[test]
+fn what_nft_lists_can_be_fed_back_to_it() {
+    let (ours, theirs) = (Namespace::new(), Namespace::new());
+    connect(&ours).commit(&replace(&everything(), false)).unwrap();
+    let text = ours.exec("nft", &["-s", "list", "ruleset"]);
+    let file = std::env::temp_dir().join(format!("tidegate-nft-list-{}", std::process::id()));
+    fs::write(&file, text).unwrap();
+    theirs.exec("nft", &["-f", file.to_str().unwrap()]);
+    fs::remove_file(file).unwrap();
+    assert_eq!(listed(&ours), listed(&theirs));
+}
+
+#[test]
+fn a_table_that_is_owned_is_out_of_reach_for_others() {
+    let namespace = Namespace::new();
+    let mut owner = connect(&namespace);
+    assert!(owner.can_own().unwrap());
+    assert_eq!(owner.tables().unwrap(), [], "the trial leaves nothing");
+    owner.commit(&replace(&everything(), true)).unwrap();
+    let before = listed(&namespace);
+    namespace.exec("nft", &["flush", "ruleset"]);
+    for harm in [
+        "delete table inet everything",
+        "flush chain inet everything raw",
+        "add rule inet everything raw accept",
+    ] {
+        let refused = namespace.command("nft").args(harm.split(' ')).output().unwrap();
+        assert!(!refused.status.success(), "{harm}");
+    }
+    assert_eq!(listed(&namespace), before);
+    assert!(owner.owns("everything").unwrap());
+
+    let mut other = connect(&namespace);
+    let refused = other.commit(&replace(&everything(), true)).unwrap_err();
+    assert!(matches!(&refused, Error::Owned(name) if name == "everything"), "{refused}");
+    assert!(!other.owns("everything").unwrap());
+}
+
+#[test]
+fn an_owned_table_outlasts_its_owner_and_the_next_one_takes_it_over() {
+    let namespace = Namespace::new();
+    let mut first = connect(&namespace);
+    first.commit(&replace(&everything(), true)).unwrap();
+    let before = listed(&namespace);
+    drop(first);
+    assert_eq!(listed(&namespace), before);
+    let mut next = connect(&namespace);
+    assert!(!next.owns("everything").unwrap());
+    assert!(next.tables().unwrap()[0].persists);
+    next.commit(&replace(&everything(), true)).unwrap();
+    assert!(next.owns("everything").unwrap());
+    namespace.exec("nft", &["flush", "ruleset"]);
+    assert_eq!(listed(&namespace), before);
+    next.commit(&[Change::Remove { table: "everything".to_owned() }]).unwrap();
+    assert_eq!(next.tables().unwrap(), []);
+    next.commit(&[Change::Remove { table: "everything".to_owned() }]).unwrap();
+}
+
+#[test]
+fn a_change_is_made_as_a_whole_or_not_at_all_and_the_error_names_what_is_wrong() {
+    let namespace = Namespace::new();
+    let mut connection = connect(&namespace);
+    connection.commit(&replace(&everything(), true)).unwrap();
+    let before = listed(&namespace);
+    let mut broken = everything();
+    broken.chains[1].rules[3].matches = vec![is_in([Key::InInterface], "nowhere", false)];
+    let error = connection.commit(&replace(&broken, true)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "rule \"because\" in chain raw of table everything: No such file or directory (os error 2)"
+    );
+    assert_eq!(listed(&namespace), before);
+    assert!(connection.owns("everything").unwrap());
+}
+
+#[test]
+fn whatever_changes_changes_the_fingerprint() {
+    let namespace = Namespace::new();
+    let mut connection = connect(&namespace);
+    let print = |connection: &mut Connection| connection.fingerprint("everything", |_| true).unwrap();
+    assert_eq!(print(&mut connection), None);
+    for harm in [
+        "add rule inet everything raw accept",
+        "insert rule inet everything raw accept",
+        "flush chain inet everything inner",
+        "add element inet everything bridges { eth0 }",
+        "delete element inet everything own4 { tg-a . 10.9.1.0/24 }",
+        "delete element inet everything ports { tcp . 2 }",
+        "add chain inet everything more",
+        "delete table inet everything",
+    ] {
+        connection.commit(&replace(&everything(), false)).unwrap();
+        let before = print(&mut connection);
+        assert_eq!(print(&mut connection), before);
+        namespace.exec("nft", &[harm]);
+        assert_ne!(print(&mut connection), before, "{harm}");
+    }
+}
+
+#[test]
+fn a_part_comes_and_goes_beside_what_is_somebody_elses() {
+    let namespace = Namespace::new();
+    let mut connection = connect(&namespace);
+    let part = |owner: &str| {
+        let bridges = format!("bridges-{owner}");
+        let jump =
+            rule(vec![is_in([Key::InInterface], &bridges, false)], vec![Action::Jump("USER".to_owned())]);
+        let chain = base(&format!("forward-{owner}"), Kind::Filter, Hook::Forward, -10, vec![jump]);
+        let sets = vec![set(&bridges, [Field::Interface], vec![element([interface("tg-a")])])];
+        Table { name: "shared".to_owned(), sets, chains: vec![chain] }
+    };
+    let put = |owner: &str| Change::ReplacePart { part: part(owner), kept: "USER".to_owned() };
+    let take = |owner: &str| Change::RemovePart {
+        table: "shared".to_owned(),
+        names: [format!("bridges-{owner}"), format!("forward-{owner}")].into(),
+        kept: "USER".to_owned(),
+    };
+    connection.commit(&[put("one"), put("two")].map(|change| change)[..1]).unwrap();
+    connection.commit(&[put("two")]).unwrap();
+    namespace.exec("nft", &["add rule inet shared USER ip saddr 192.0.2.1 drop"]);
+    let both = listed(&namespace);
+    connection.commit(&[put("one")]).unwrap();
+    connection.commit(&[put("two")]).unwrap();
+    assert_eq!(listed(&namespace), both, "what is in the chain stays");
+    connection.commit(&[take("one")]).unwrap();
+    let left = namespace.exec("nft", &["list", "table", "inet", "shared"]);
+    assert!(left.contains("192.0.2.1") && left.contains("forward-two") && !left.contains("one"), "{left}");
+    connection.commit(&[take("two")]).unwrap();
+    let left = namespace.exec("nft", &["list", "table", "inet", "shared"]);
+    assert!(left.contains("192.0.2.1") && !left.contains("forward"), "{left}");
+    namespace.exec("nft", &["flush chain inet shared USER"]);
+    connection.commit(&[put("one")]).unwrap();
+    connection.commit(&[take("one")]).unwrap();
+    assert_eq!(connection.tables().unwrap(), [], "nobody is left");
+}
+
+#[test]
+fn one_port_among_ten_thousand_is_an_element() {
+    let namespace = Namespace::new();
+    let mut connection = connect(&namespace);
+    let table = Table { name: "many".to_owned(), sets: vec![ports(10_000)], chains: vec![] };
+    let begin = Instant::now();
+    connection.commit(&replace(&table, true)).unwrap();
+    let replaced = begin.elapsed();
+    let mut more = ports(10_001);
+    more.elements.drain(..10_000);
+    let mut less = ports(1);
+    less.elements.truncate(1);
+    let begin = Instant::now();
+    connection.commit(&[Change::Elements { table: "many".to_owned(), added: more, removed: less }]).unwrap();
+    println!("10,000 ports in {replaced:?}, one more and one less in {:?}", begin.elapsed());
+    let listed = namespace.exec("nft", &["list", "map", "inet", "many", "ports"]);
+    assert_eq!(listed.matches("tcp . ").count(), 10_000);
+    assert!(listed.contains("tcp . 10001 :") && !listed.contains("tcp . 1 :"));
+}
+
+#[test]
+fn changes_are_heard_of() {
+    let namespace = Namespace::new();
+    let changes = namespace.run(Changes::listen).unwrap();
+    assert!(!changes.drain());
+    namespace.exec("nft", &["add table ip other"]);
+    assert!(changes.drain());
+    assert!(!changes.drain());
+    namespace.exec("iptables-nft", &["-A", "FORWARD", "-j", "ACCEPT"]);
+    assert!(changes.drain());
+}
+
+/// A packet meets the rules that were meant: a map's entry translates, and of two networks on two links each has its own.
+#[test]
+fn packets_are_translated_and_dropped_as_the_table_says() {
+    let (host, outside) = (Namespace::new(), Namespace::new());
+    host.ip_all(&format!(
+        "link add eth0 type veth peer name eth0 netns {}
+         addr add 192.0.2.1/24 dev eth0
+         addr add 192.0.2.2/32 dev eth0
+         link set eth0 up
+         link set lo up",
+        outside.path().display()
+    ));
+    outside.ip_all("addr add 192.0.2.9/24 dev eth0\n link set eth0 up");
+    let mut map = ports(1);
+    map.elements[0] = Element {
+        key: vec![Value::Protocol(Transport::Udp), Value::Port(5000)],
+        data: vec![ip("192.0.2.2"), Value::Port(6000)],
+    };
+    let own = Set {
+        intervals: true,
+        ..set("own", [Field::Interface, Field::Ipv4], vec![element([interface("eth0"), net("192.0.2.0/25")])])
+    };
+    let keys = vec![Key::Protocol, Key::DestinationPort];
+    let translate = Action::Translate { keys, map: "ports".to_owned(), v6: false };
+    let translate = rule(
+        vec![Match::Is { key: Key::DestinationV4, value: net("127.0.0.0/8"), not: true }],
+        vec![translate],
+    );
+    let mut table = Table {
+        name: "t".to_owned(),
+        sets: vec![map, own],
+        chains: vec![
+            base("translate", Kind::Nat, Hook::Prerouting, -100, vec![translate]),
+            base("raw", Kind::Filter, Hook::Prerouting, -300, vec![]),
+        ],
+    };
+    let server = host.run(|| UdpSocket::bind("192.0.2.2:6000")).unwrap();
+    server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let client = outside.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+    let mut connection = connect(&host);
+    let mut arrives = |table: &Table| {
+        connection.commit(&replace(table, true)).unwrap();
+        client.send_to(b"?", "192.0.2.1:5000").unwrap();
+        server.recv(&mut [0; 9]).is_ok()
+    };
+    assert!(arrives(&table));
+    let drop =
+        |not| vec![rule(vec![is_in([Key::InInterface, Key::SourceV4], "own", not)], vec![Action::Drop])];
+    table.chains[1].rules = drop(true);
+    assert!(arrives(&table));
+    table.chains[1].rules = drop(false);
+    assert!(!arrives(&table));
+}

@@ -1,0 +1,516 @@
+//! The ruleset as tables of nftables.
+//!
+//! What differs between hosts is in sets and maps, and the rules are always the same few: however many networks and ports there are, a packet
+//! passes the same number of rules, and a port that comes or goes is an element.
+
+use super::{Backend, Opening, Ports, Ruleset, Zone};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use tidegate_model::{Protocol, registry};
+use tidegate_netfilter::{
+    Action, Base, Chain, Change, Changes, Connection, Element, Field, Hook, Key, Kind, Match, Rule, Set,
+    Table, Transport, Value,
+};
+
+/// The rules of one owner, by a connection that owns their table where the kernel lets it.
+#[derive(Debug)]
+pub(super) struct Nftables {
+    connection: Connection,
+    owns: bool,
+    /// Of the tables as they were made, where others can change them.
+    fingerprints: Option<[Option<u64>; 2]>,
+}
+
+impl Nftables {
+    /// In the namespace of the calling thread.
+    pub(super) fn open() -> io::Result<Self> {
+        let mut connection = Connection::open()?;
+        let owns = connection.can_own().map_err(io::Error::other)?;
+        Ok(Self { connection, owns, fingerprints: None })
+    }
+
+    fn commit(&mut self, changes: &[Change]) -> io::Result<()> {
+        self.connection.commit(changes).map_err(io::Error::other)
+    }
+
+    /// What tells whether the owner's table, and its part of the user's, are as they were.
+    fn look(&mut self, owner: &str) -> io::Result<[Option<u64>; 2]> {
+        let table = table_name(owner);
+        let own = match self.owns && self.connection.owns(&table)? {
+            // Nobody else can have changed it.
+            true => Some(0),
+            false => self.connection.fingerprint(&table, |_| true)?,
+        };
+        let names = names_of_ways(owner);
+        let theirs =
+            self.connection.fingerprint(registry::NFTABLES_USER_TABLE, |name| names.contains(name))?;
+        Ok([own, theirs])
+    }
+}
+
+impl Backend for Nftables {
+    fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()> {
+        let replace = Change::Replace { table: table(ruleset), owned: self.owns };
+        let part = Change::ReplacePart { part: ways_to_user(ruleset), kept: registry::USER_CHAIN.to_owned() };
+        self.commit(&[replace, part])?;
+        self.fingerprints = Some(self.look(&ruleset.owner)?);
+        Ok(())
+    }
+
+    fn change_ports(&mut self, ruleset: &Ruleset, change: &Ports) -> io::Result<()> {
+        let mut changes = Vec::new();
+        // Two ports may lead to one, and what they lead to is known as long as one of them does.
+        let targets =
+            |ports: &BTreeSet<Opening>| ports.iter().filter_map(|port| port.to).collect::<BTreeSet<_>>();
+        let left = targets(&ruleset.ports);
+        for family in &FAMILIES {
+            let [added, removed] =
+                [&change.added, &change.removed].map(|ports| port_sets(ports.iter(), family));
+            for (added, mut removed) in added.into_iter().zip(removed) {
+                if added.name == family.set("to") {
+                    removed.elements.retain(|element| !left.iter().any(|target| is_to(element, *target)));
+                }
+                changes.push(Change::Elements { table: table_name(&ruleset.owner), added, removed });
+            }
+        }
+        let of = |ports: &BTreeSet<Opening>| {
+            ways_to_user(&Ruleset { ports: ports.clone(), owner: ruleset.owner.clone(), zones: Vec::new() })
+                .sets
+        };
+        for (added, removed) in of(&change.added).into_iter().zip(of(&change.removed)) {
+            let table = registry::NFTABLES_USER_TABLE.to_owned();
+            changes.push(Change::Elements { table, added, removed });
+        }
+        changes.retain(|change| match change {
+            Change::Elements { added, removed, .. } => {
+                !(added.elements.is_empty() && removed.elements.is_empty())
+            }
+            _ => true,
+        });
+        match self.commit(&changes) {
+            Ok(()) => {
+                self.fingerprints = Some(self.look(&ruleset.owner)?);
+                Ok(())
+            }
+            // Someone has thrown a part of it away, so all of it is made again.
+            Err(_) => self.apply(ruleset),
+        }
+    }
+
+    fn holds(&mut self, ruleset: &Ruleset) -> io::Result<bool> {
+        let made = self.fingerprints;
+        Ok(made.is_some() && made == Some(self.look(&ruleset.owner)?))
+    }
+
+    fn remove(&mut self, owner: &str) -> io::Result<()> {
+        self.fingerprints = None;
+        let table = registry::NFTABLES_USER_TABLE.to_owned();
+        let kept = registry::USER_CHAIN.to_owned();
+        self.commit(&[
+            Change::Remove { table: table_name(owner) },
+            Change::RemovePart { table, names: names_of_ways(owner), kept },
+        ])
+    }
+
+    fn changes(&self) -> io::Result<Option<Changes>> {
+        Changes::listen().map(Some)
+    }
+}
+
+/// Whether `element` of the sets of targets stands for `target`.
+fn is_to(element: &Element, target: SocketAddr) -> bool {
+    element.key.contains(&Value::Net(target.ip().into())) && element.key.contains(&Value::Port(target.port()))
+}
+
+/// The names of what [`ways_to_user`] makes.
+fn names_of_ways(owner: &str) -> BTreeSet<String> {
+    let ways = ways_to_user(&Ruleset { owner: owner.to_owned(), ..Ruleset::default() });
+    let sets = ways.sets.into_iter().map(|set| set.name);
+    sets.chain(ways.chains.into_iter().map(|chain| chain.name)).collect()
+}
+
+/// The families, with what each has a name of its own for.
+const FAMILIES: [Family; 2] = [
+    Family {
+        digit: '4',
+        address: Field::Ipv4,
+        source: Key::SourceV4,
+        destination: Key::DestinationV4,
+        loopback: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+    },
+    Family {
+        digit: '6',
+        address: Field::Ipv6,
+        source: Key::SourceV6,
+        destination: Key::DestinationV6,
+        loopback: IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
+    },
+];
+
+struct Family {
+    digit: char,
+    address: Field,
+    source: Key,
+    destination: Key,
+    loopback: IpNet,
+}
+
+impl Family {
+    fn is_of(&self, ip: IpAddr) -> bool {
+        ip.is_ipv6() == self.is_v6()
+    }
+
+    fn is_v6(&self) -> bool {
+        self.address == Field::Ipv6
+    }
+
+    /// A set's name, for this family.
+    fn set(&self, name: &str) -> String {
+        format!("{name}{}", self.digit)
+    }
+}
+
+/// The table of `ruleset`'s owner.
+pub(crate) fn table(ruleset: &Ruleset) -> Table {
+    let name = table_name(&ruleset.owner);
+    let chains = vec![to_network(), from_network(), raw(), translate(), mark(), forward(), masquerade()];
+    Table { name, sets: sets(ruleset), chains }
+}
+
+/// The name of the table of `owner`.
+pub(crate) fn table_name(owner: &str) -> String {
+    format!("{}{owner}", registry::NFTABLES_PREFIX)
+}
+
+/// What leads to the user's chain, in the table that it shares with the other owners' ways there.
+pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
+    let owner = &ruleset.owner;
+    let of = |name: &str| format!("{name}-{owner}");
+    let jump = |matches: Vec<Match>, why: &str| {
+        rule(matches, vec![Action::Jump(registry::USER_CHAIN.to_owned())], why)
+    };
+    let mut sets = vec![Set {
+        name: of("bridges"),
+        elements: bridges(ruleset).map(|bridge| element([bridge])).collect(),
+        ..set("", vec![Field::Interface])
+    }];
+    let leaves = vec![is_in([Key::OutInterface], &of("bridges"))];
+    let comes = vec![is_in([Key::InInterface], &of("bridges")), not_in([Key::OutInterface], &of("bridges"))];
+    let forward = Chain {
+        name: of("forward"),
+        base: Some(Base { kind: Kind::Filter, hook: Hook::Forward, priority: BEFORE_FILTER }),
+        rules: vec![
+            jump(leaves, "forwarded to a container: the user comes first"),
+            jump(comes, "forwarded from a container: the user comes first"),
+        ],
+    };
+    let mut rules = vec![rule(
+        vec![from_host()],
+        vec![Action::Return],
+        "the host asks itself: nothing that is forwarded",
+    )];
+    for family in &FAMILIES {
+        let [at, any] = ["at", "any"].map(|name| format!("{}-{owner}", family.set(name)));
+        let served = ruleset.ports.iter().filter(|port| family.is_of(port.address));
+        let (everywhere, somewhere): (Vec<&Opening>, Vec<&Opening>) =
+            served.partition(|port| port.address.is_unspecified());
+        let key = |port: &Opening| [Value::Protocol(transport(port.protocol)), Value::Port(port.port)];
+        sets.push(Set {
+            name: at.clone(),
+            elements: somewhere
+                .iter()
+                .map(|port| element([Value::Net(port.address.into())].into_iter().chain(key(port))))
+                .collect(),
+            ..set("", vec![family.address, Field::Protocol, Field::Port])
+        });
+        sets.push(Set {
+            name: any.clone(),
+            elements: everywhere.iter().map(|port| element(key(port))).collect(),
+            ..set("", vec![Field::Protocol, Field::Port])
+        });
+        let why = "a published port that a socket of ours serves: the user comes first";
+        rules.push(jump(vec![is_in([family.destination, Key::Protocol, Key::DestinationPort], &at)], why));
+        rules.push(jump(vec![not_loopback(family), is_in([Key::Protocol, Key::DestinationPort], &any)], why));
+    }
+    let input = Chain {
+        name: of("input"),
+        base: Some(Base { kind: Kind::Filter, hook: Hook::Input, priority: BEFORE_FILTER }),
+        rules,
+    };
+    Table { name: registry::NFTABLES_USER_TABLE.to_owned(), sets, chains: vec![forward, input] }
+}
+
+/// `raw`.
+const RAW: i32 = -300;
+/// `dstnat`.
+const DSTNAT: i32 = -100;
+/// Behind `dstnat`: where a packet goes is known, and the route not yet looked up.
+const AFTER_DSTNAT: i32 = DSTNAT + 1;
+/// Before `filter`, where the rules of others are.
+const BEFORE_FILTER: i32 = FILTER - 10;
+/// `filter`.
+const FILTER: i32 = 0;
+/// `srcnat`.
+const SRCNAT: i32 = 100;
+
+fn sets(ruleset: &Ruleset) -> Vec<Set> {
+    let zones = &ruleset.zones;
+    let internal = zones.iter().filter(|zone| zone.internal).map(bridge);
+    let same = bridges(ruleset).map(|bridge| element([bridge.clone(), bridge]));
+    let mut sets = vec![
+        Set {
+            elements: bridges(ruleset).map(|bridge| element([bridge])).collect(),
+            ..set("bridges", vec![Field::Interface])
+        },
+        Set {
+            elements: internal.map(|bridge| element([bridge])).collect(),
+            ..set("internal", vec![Field::Interface])
+        },
+        Set { elements: same.collect(), ..set("same", vec![Field::Interface, Field::Interface]) },
+    ];
+    for family in &FAMILIES {
+        let subnets = || {
+            let of = |zone| subnets(zone, family).map(move |subnet| (zone, Value::Net(subnet)));
+            zones.iter().flat_map(of)
+        };
+        let own = subnets().map(|(zone, subnet)| element([bridge(zone), subnet]));
+        let outgoing = subnets().filter(|(zone, _)| !zone.internal).map(|(_, subnet)| element([subnet]));
+        sets.extend([
+            Set {
+                intervals: true,
+                elements: subnets().map(|(_, subnet)| element([subnet])).collect(),
+                ..set(&family.set("subnets"), vec![family.address])
+            },
+            Set {
+                intervals: true,
+                elements: own.collect(),
+                ..set(&family.set("own"), vec![Field::Interface, family.address])
+            },
+            Set {
+                intervals: true,
+                elements: outgoing.collect(),
+                ..set(&family.set("outgoing"), vec![family.address])
+            },
+        ]);
+        sets.extend(port_sets(ruleset.ports.iter(), family));
+    }
+    sets
+}
+
+/// The sets that published ports are in, with the elements of `ports`.
+fn port_sets<'a>(ports: impl Iterator<Item = &'a Opening> + Clone, family: &Family) -> [Set; 4] {
+    let ports = ports.filter(|port| family.is_of(port.address));
+    let here = |port: &Opening| {
+        [Value::Net(port.address.into()), Value::Protocol(transport(port.protocol)), Value::Port(port.port)]
+    };
+    let translated = ports.clone().filter_map(|port| Some((port, port.to?)));
+    let (mut at, mut any, mut to) = (Vec::new(), Vec::new(), Vec::new());
+    for (port, target) in translated {
+        let key = here(port);
+        let data = [Value::Net(target.ip().into()), Value::Port(target.port())];
+        to.push(element([data[0].clone(), key[1].clone(), data[1].clone()]));
+        if port.address.is_unspecified() {
+            any.push(Element { key: key[1..].to_vec(), data: data.to_vec() });
+        } else {
+            at.push(Element { key: key.to_vec(), data: data.to_vec() });
+        }
+    }
+    to.sort();
+    to.dedup();
+    let loopback = ports.filter(|port| port.address.is_loopback()).map(|port| element(here(port)));
+    let here = vec![family.address, Field::Protocol, Field::Port];
+    let target = vec![family.address, Field::Port];
+    [
+        Set { elements: loopback.collect(), ..set(&family.set("loopback"), here.clone()) },
+        Set { elements: at, data: target.clone(), ..set(&family.set("at"), here.clone()) },
+        Set { elements: any, data: target, ..set(&family.set("any"), vec![Field::Protocol, Field::Port]) },
+        Set { elements: to, ..set(&family.set("to"), here) },
+    ]
+}
+
+fn to_network() -> Chain {
+    let mut rules = vec![
+        rule(vec![Match::Invalid], drop(), "belongs to no connection"),
+        rule(
+            vec![is_in([Key::InInterface, Key::OutInterface], "same")],
+            accept(),
+            "bridged, where br_netfilter shows that",
+        ),
+        rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path"),
+        rule(
+            vec![Match::Established],
+            accept(),
+            "an answer to a container, or a connection to a published port",
+        ),
+    ];
+    for family in &FAMILIES {
+        let to = is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
+        rules.push(rule(vec![Match::TranslatedDestination, to], accept(), "a published port"));
+    }
+    rules.push(rule(vec![], drop(), "networks are closed, to the outside and to one another"));
+    Chain { name: "to-network".to_owned(), base: None, rules }
+}
+
+fn from_network() -> Chain {
+    let rules = vec![
+        rule(vec![is_in([Key::InInterface], "internal")], drop(), "an internal network has no way out"),
+        rule(
+            vec![Match::Invalid],
+            drop(),
+            "belongs to no connection, and would leave with a container's address",
+        ),
+        rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path"),
+        rule(vec![], accept(), "containers reach the outside"),
+    ];
+    Chain { name: "from-network".to_owned(), base: None, rules }
+}
+
+fn raw() -> Chain {
+    let mut rules = vec![rule(vec![from_host()], accept(), "the host reaches its networks")];
+    for family in &FAMILIES {
+        let own = family.set("own");
+        let strays = |key: Key, why: &str| {
+            let inside = is_in([key], &family.set("subnets"));
+            rule(vec![inside, not_in([Key::InInterface, key], &own)], drop(), why)
+        };
+        rules.push(strays(
+            family.destination,
+            "sent straight to a container or a gateway, past the published ports",
+        ));
+        rules.push(strays(family.source, "claims to come from a container"));
+        let keys = [family.destination, Key::Protocol, Key::DestinationPort];
+        let loopback = is_in(keys, &family.set("loopback"));
+        rules.push(rule(
+            vec![loopback],
+            drop(),
+            "published on a loopback address, and asked for from elsewhere",
+        ));
+    }
+    base("raw", Kind::Filter, Hook::Prerouting, RAW, rules)
+}
+
+fn translate() -> Chain {
+    let hairpin = vec![is_in([Key::InInterface], "bridges")];
+    let mut rules = vec![rule(
+        hairpin,
+        accept(),
+        "containers are served by our sockets: they may ask for their own port",
+    )];
+    for family in &FAMILIES {
+        let ports = [Key::Protocol, Key::DestinationPort];
+        let translate = |keys: Vec<Key>, map: &str| {
+            vec![Action::Translate { keys, map: family.set(map), v6: family.is_v6() }]
+        };
+        let at = [family.destination].into_iter().chain(ports).collect();
+        rules.push(rule(vec![], translate(at, "at"), "a port published on one address"));
+        let everywhere = vec![not_loopback(family), Match::ToHost];
+        rules.push(rule(everywhere, translate(ports.to_vec(), "any"), "a port published on all addresses"));
+    }
+    base("translate", Kind::Nat, Hook::Prerouting, DSTNAT, rules)
+}
+
+fn mark() -> Chain {
+    let mut rules = Vec::new();
+    let mark = || vec![Action::Mark { value: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK }];
+    for family in &FAMILIES {
+        let inside = || is_in([family.destination], &family.set("subnets"));
+        rules.push(rule(
+            vec![inside(), Match::Established],
+            mark(),
+            "may be forwarded: policy rules let nothing else pass",
+        ));
+        let to = is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
+        rules.push(rule(
+            vec![Match::TranslatedDestination, to],
+            mark(),
+            "may be forwarded: it came by a published port",
+        ));
+    }
+    base("mark", Kind::Filter, Hook::Prerouting, AFTER_DSTNAT, rules)
+}
+
+fn forward() -> Chain {
+    let jump = |key, chain: &str, why| {
+        rule(vec![is_in([key], "bridges")], vec![Action::Jump(chain.to_owned())], why)
+    };
+    let rules = vec![
+        jump(Key::OutInterface, "to-network", "all that goes to a container"),
+        jump(Key::InInterface, "from-network", "all that comes from one"),
+    ];
+    base("forward", Kind::Filter, Hook::Forward, FILTER, rules)
+}
+
+fn masquerade() -> Chain {
+    let leaves = |family: &Family| {
+        let lo = Match::Is { key: Key::OutInterface, value: Value::Interface("lo".to_owned()), not: true };
+        vec![not_in([Key::OutInterface], "bridges"), lo, is_in([family.source], &family.set("outgoing"))]
+    };
+    let rules = FAMILIES
+        .iter()
+        .map(|family| rule(leaves(family), vec![Action::Masquerade], "leaves with the host's address"));
+    base("masquerade", Kind::Nat, Hook::Postrouting, SRCNAT, rules.collect())
+}
+
+fn base(name: &str, kind: Kind, hook: Hook, priority: i32, rules: Vec<Rule>) -> Chain {
+    Chain { name: name.to_owned(), base: Some(Base { kind, hook, priority }), rules }
+}
+
+fn rule(matches: Vec<Match>, actions: Vec<Action>, why: &str) -> Rule {
+    Rule { matches, actions, why: why.to_owned() }
+}
+
+fn accept() -> Vec<Action> {
+    vec![Action::Accept]
+}
+
+/// What is dropped is counted, for those who wonder.
+fn drop() -> Vec<Action> {
+    vec![Action::Count, Action::Drop]
+}
+
+fn is_in<const N: usize>(keys: [Key; N], set: &str) -> Match {
+    Match::In { keys: keys.to_vec(), set: set.to_owned(), not: false }
+}
+
+fn not_in<const N: usize>(keys: [Key; N], set: &str) -> Match {
+    Match::In { keys: keys.to_vec(), set: set.to_owned(), not: true }
+}
+
+fn from_host() -> Match {
+    Match::Is { key: Key::InInterface, value: Value::Interface("lo".to_owned()), not: false }
+}
+
+/// It is of this family, and not for the host alone.
+fn not_loopback(family: &Family) -> Match {
+    Match::Is { key: family.destination, value: Value::Net(family.loopback), not: true }
+}
+
+fn set(name: &str, key: Vec<Field>) -> Set {
+    Set { name: name.to_owned(), key, data: Vec::new(), intervals: false, elements: Vec::new() }
+}
+
+fn element(key: impl IntoIterator<Item = Value>) -> Element {
+    Element { key: key.into_iter().collect(), data: Vec::new() }
+}
+
+fn bridge(zone: &Zone) -> Value {
+    Value::Interface(zone.bridge.clone())
+}
+
+fn bridges(ruleset: &Ruleset) -> impl Iterator<Item = Value> + '_ {
+    ruleset.zones.iter().map(bridge)
+}
+
+fn subnets<'a>(zone: &'a Zone, family: &'a Family) -> impl Iterator<Item = IpNet> + 'a {
+    zone.subnets.iter().map(IpNet::trunc).filter(|subnet| family.is_of(subnet.addr()))
+}
+
+fn transport(protocol: Protocol) -> Transport {
+    match protocol {
+        Protocol::Udp => Transport::Udp,
+        // SCTP is refused before it gets here.
+        Protocol::Tcp | Protocol::Sctp => Transport::Tcp,
+    }
+}
