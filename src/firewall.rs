@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tidegate_model::PublishLabel;
-use tidegate_netsetup::{Endpoint, Firewall, FirewallKind, Network, Opening, Zone};
+use tidegate_netsetup::{Endpoint, Firewall, FirewallKind, IptablesState, Network, Opening, Zone};
 
 /// What closes networks, and leads containers out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -33,25 +33,102 @@ pub enum PublishBy {
 }
 
 /// A firewall that was chosen, and why.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Chosen {
     /// `None` for none.
     pub(crate) firewall: Option<Arc<Firewall>>,
+    /// What carries published ports.
+    pub(crate) publish: PublishBy,
+    /// Rules of Docker's user that ports served by a socket would pass by.
+    pub(crate) passed_by: PassedBy,
     /// For those who wonder: a clause.
     pub(crate) why: String,
 }
 
-/// Chooses the firewall for the networks of `ground`, with the rules of `owner`.
+impl Chosen {
+    /// Tells the log.
+    pub(crate) fn tell(&self) {
+        let why = &self.why;
+        match &self.firewall {
+            Some(firewall) => tracing::info!(firewall = %firewall.kind(), why, "networks are closed by"),
+            None => tracing::info!(why, "networks are closed without a firewall"),
+        }
+    }
+}
+
+/// For each family, IPv4 first, a rule in `DOCKER-USER` that is not asked of what comes in for a port that a socket serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PassedBy([Option<String>; 2]);
+
+impl PassedBy {
+    /// With the firewall `kind`. The chains of iptables ask Docker's, of all that comes in; but some of its rules mean something of forwarded packets alone.
+    fn of(kind: Option<FirewallKind>, iptables: &[Option<IptablesState>; 2]) -> Self {
+        Self(iptables.each_ref().map(|state| {
+            let rules = &state.as_ref()?.docker_user;
+            let rule = match kind {
+                Some(FirewallKind::Iptables) => rules.about_forwarding(),
+                Some(FirewallKind::Nftables) | None => rules.rules.first(),
+            };
+            rule.map(|rule| rule.text.clone())
+        }))
+    }
+
+    /// One of them.
+    pub(crate) fn any(&self) -> Option<&str> {
+        self.0.iter().flatten().map(String::as_str).next()
+    }
+
+    /// The rule that `opening` would pass by. What is forwarded Docker's own chains ask it of, and what the host asks itself nobody does.
+    pub(crate) fn by(&self, opening: &Opening) -> Option<&str> {
+        let served_by_a_socket = opening.to.is_none() && !opening.address.is_loopback();
+        served_by_a_socket.then(|| self.0[usize::from(opening.address.is_ipv6())].as_deref())?
+    }
+}
+
+/// Chooses the firewall for the networks of `ground`, with the rules of `owner`, and what carries published ports.
 ///
 /// # Errors
 /// What was asked for cannot be had: one line that says why.
-pub(crate) fn choose(choice: FirewallChoice, ground: &Ground, owner: &str) -> anyhow::Result<Chosen> {
-    let none = |why: &str| Chosen { firewall: None, why: why.to_owned() };
+pub(crate) fn choose(
+    choice: FirewallChoice,
+    publish: Option<PublishBy>,
+    ground: &Ground,
+    owner: &str,
+) -> anyhow::Result<Chosen> {
+    let iptables = if ground.is_rootless() { [None, None] } else { IptablesState::of(ground.networks())? };
+    let (firewall, mut why) = choose_firewall(choice, ground, owner, &iptables)?;
+    let kind = firewall.as_ref().map(|firewall| firewall.kind());
+    let passed_by = PassedBy::of(kind, &iptables);
+    let publish = match (kind, publish, passed_by.any()) {
+        (None, Some(PublishBy::Kernel), _) => {
+            bail!("--publish=kernel needs a firewall, and none is used: {why}")
+        }
+        (None, _, Some(rule)) => bail!(
+            "--firewall=none: Docker's users have the rule {rule:?}, which published ports would pass by; use --firewall=iptables, or remove it"
+        ),
+        (Some(kind), Some(PublishBy::Proxy), Some(rule)) => bail!(
+            "--publish=proxy with {kind}: Docker's users have the rule {rule:?}, which ports served by a socket would pass by; use --publish=kernel, or remove it"
+        ),
+        (Some(_), None, Some(rule)) => {
+            why = format!("{why}; ports are published by the kernel, because of the rule {rule:?}");
+            PublishBy::Kernel
+        }
+        (_, publish, _) => publish.unwrap_or_default(),
+    };
+    Ok(Chosen { firewall, publish, passed_by, why })
+}
+
+fn choose_firewall(
+    choice: FirewallChoice,
+    ground: &Ground,
+    owner: &str,
+    iptables: &[Option<IptablesState>; 2],
+) -> anyhow::Result<(Option<Arc<Firewall>>, String)> {
     let open = |kind| Firewall::new(kind, ground.networks(), owner).map(Arc::new);
     let wanted = match choice {
-        FirewallChoice::None => return Ok(none("asked for")),
+        FirewallChoice::None => return Ok((None, "asked for".to_owned())),
         FirewallChoice::Auto if ground.is_rootless() => {
-            return Ok(none("the networks are apart from the host"));
+            return Ok((None, "the networks are apart from the host".to_owned()));
         }
         FirewallChoice::Auto => None,
         FirewallChoice::Nftables => Some(FirewallKind::Nftables),
@@ -62,19 +139,33 @@ pub(crate) fn choose(choice: FirewallChoice, ground: &Ground, owner: &str) -> an
             bail!("--firewall={kind} needs root: without it the networks are apart from the host's firewall");
         }
         let firewall = open(kind).with_context(|| format!("--firewall={kind}"))?;
-        return Ok(Chosen { firewall: Some(firewall), why: "asked for".to_owned() });
+        return Ok((Some(firewall), "asked for".to_owned()));
     }
+    let (order, because) = preference(iptables);
     let mut missing = Vec::new();
-    for kind in [FirewallKind::Nftables, FirewallKind::Iptables] {
+    for kind in order {
         match open(kind) {
             Ok(firewall) => {
-                let why = if missing.is_empty() { "it is there".to_owned() } else { missing.join("; ") };
-                return Ok(Chosen { firewall: Some(firewall), why });
+                let why = if missing.is_empty() { because.to_owned() } else { missing.join("; ") };
+                return Ok((Some(firewall), why));
             }
             Err(error) => missing.push(format!("no {kind}: {error}")),
         }
     }
-    Ok(none(&missing.join("; ")))
+    Ok((None, missing.join("; ")))
+}
+
+/// Which firewall is tried first, and why. What nftables lets through iptables may drop, if it is in use.
+pub(crate) fn preference(iptables: &[Option<IptablesState>; 2]) -> ([FirewallKind; 2], &'static str) {
+    let any = |is: fn(&IptablesState) -> bool| iptables.iter().flatten().any(is);
+    let because = if any(|state| state.forward_drops) {
+        "the chain FORWARD of iptables drops what it does not know"
+    } else if any(|state| state.docker_user.has_rules()) {
+        "the chain DOCKER-USER has rules"
+    } else {
+        return ([FirewallKind::Nftables, FirewallKind::Iptables], "it is there");
+    };
+    ([FirewallKind::Iptables, FirewallKind::Nftables], because)
 }
 
 /// What a firewall has to know of `networks`.
@@ -111,6 +202,44 @@ pub(crate) fn opening(label: PublishLabel, container_port: u16, targets: &[IpAdd
 mod tests {
     use super::*;
     use tidegate_model::Protocol;
+    use tidegate_netsetup::{DockerUser, UserRule};
+
+    fn with_rules(rules: &[&str]) -> [Option<IptablesState>; 2] {
+        let rules = rules.iter().map(|rule| UserRule { text: format!("-A DOCKER-USER {rule}") }).collect();
+        [Some(IptablesState { docker_user: DockerUser { rules }, ..IptablesState::default() }), None]
+    }
+
+    #[test]
+    fn iptables_goes_first_where_it_has_something_to_say() {
+        let first = |state| preference(&state).0[0];
+        assert_eq!(first([None, None]), FirewallKind::Nftables);
+        assert_eq!(first(with_rules(&[])), FirewallKind::Nftables);
+        assert_eq!(first(with_rules(&["-j DROP"])), FirewallKind::Iptables);
+        let drops = IptablesState { forward_drops: true, ..IptablesState::default() };
+        assert_eq!(first([None, Some(drops)]), FirewallKind::Iptables);
+    }
+
+    #[test]
+    fn rules_of_dockers_users_are_passed_by_where_nobody_asks_them() {
+        let (about_clients, about_containers) = ("-s 198.51.100.0/24 -j DROP", "-p tcp --dport 80 -j DROP");
+        let state = with_rules(&[about_clients, about_containers]);
+        let passed = |kind| PassedBy::of(kind, &state).any().map(str::to_owned);
+        assert_eq!(passed(Some(FirewallKind::Iptables)), Some(format!("-A DOCKER-USER {about_containers}")));
+        assert_eq!(passed(Some(FirewallKind::Nftables)), Some(format!("-A DOCKER-USER {about_clients}")));
+        assert_eq!(passed(None), passed(Some(FirewallKind::Nftables)));
+        assert_eq!(PassedBy::of(Some(FirewallKind::Iptables), &with_rules(&[about_clients])).any(), None);
+
+        let passed = PassedBy::of(None, &state);
+        let at = |at: &str, to: Option<&str>| {
+            let at: SocketAddr = at.parse().unwrap();
+            let to = to.map(|to| to.parse().unwrap());
+            Opening { protocol: Protocol::Tcp, address: at.ip(), port: at.port(), to }
+        };
+        assert!(passed.by(&at("0.0.0.0:80", None)).is_some());
+        assert_eq!(passed.by(&at("0.0.0.0:80", Some("10.9.0.2:80"))), None, "forwarded");
+        assert_eq!(passed.by(&at("127.0.0.1:80", None)), None, "the host itself");
+        assert_eq!(passed.by(&at("[::]:80", None)), None, "no rule of that family");
+    }
 
     #[test]
     fn the_kernel_translates_to_an_address_of_the_same_family_and_never_from_loopback() {

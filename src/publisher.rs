@@ -7,7 +7,7 @@
 //! Where networks are apart from the host ([`Ground::is_rootless`]) their gateways are no addresses of its own. What is published on all
 //! addresses is opened there too then, and comes and goes with the port.
 
-use crate::firewall::opening;
+use crate::firewall::{Chosen, PassedBy, opening};
 use crate::ground::Ground;
 use crate::ports::{PortError, bind};
 use crate::source::{Relocatable, Source, SourceError};
@@ -70,6 +70,11 @@ pub(crate) enum PublishError {
         /// What is in the way.
         source: SourceError,
     },
+    /// Rules of the host's would not be asked.
+    #[error(
+        "port {0}: a socket has to serve it, which the rule {1:?} of Docker's users would pass by; give the container an address of that family, or remove the rule"
+    )]
+    PassesBy(PublishLabel, String),
     /// The firewall has not opened it.
     #[error("firewall: {0}")]
     Firewall(io::Error),
@@ -86,6 +91,8 @@ pub(crate) struct Publisher {
     ground: Ground,
     /// Where ports are opened too.
     firewall: Option<Arc<Firewall>>,
+    /// Rules of the host's that no port may pass by.
+    passed_by: PassedBy,
     engine: Arc<Engine>,
     /// Where a port on all addresses has to be opened besides.
     gateways: Vec<IpAddr>,
@@ -149,13 +156,8 @@ struct Port {
 }
 
 impl Publisher {
-    /// Publishes nothing yet. Ports are opened in `firewall` too. `gateways` are the addresses of all networks on this side.
-    pub(crate) fn new(
-        ground: Ground,
-        settings: Settings,
-        firewall: Option<Arc<Firewall>>,
-        gateways: Vec<IpAddr>,
-    ) -> Self {
+    /// Publishes nothing yet. Ports are opened in the firewall of `chosen` too. `gateways` are the addresses of all networks on this side.
+    pub(crate) fn new(ground: Ground, settings: Settings, chosen: &Chosen, gateways: Vec<IpAddr>) -> Self {
         // What connects to containers lives where their networks are.
         let (inside, gateways) = if ground.is_rootless() {
             (Some(ground.networks().clone()), gateways)
@@ -164,7 +166,8 @@ impl Publisher {
         };
         let enter = move || inside.as_ref().map_or(Ok(()), Namespace::enter);
         let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
-        Self { ground, firewall, engine, gateways, state: Mutex::default() }
+        let (firewall, passed_by) = (chosen.firewall.clone(), chosen.passed_by.clone());
+        Self { ground, firewall, passed_by, engine, gateways, state: Mutex::default() }
     }
 
     /// What carries the traffic.
@@ -250,6 +253,11 @@ impl Publisher {
         let options = state.way(endpoint, protocol, self)?;
         let openings: Vec<Opening> =
             told.iter().map(|(label, port)| state.opening(endpoint, *label, *port)).collect();
+        for ((label, _), opening) in told.iter().zip(&openings) {
+            if let Some(rule) = self.passed_by.by(opening) {
+                return Err(PublishError::PassesBy(*label, rule.to_owned()));
+            }
+        }
         // Before anything is answered.
         self.change_firewall(&openings, &[])?;
         let publish = |listeners, options| self.engine.publish(listeners, options);
@@ -435,7 +443,8 @@ mod tests {
 
     /// With one endpoint, `web`.
     fn publisher() -> Publisher {
-        let publisher = Publisher::new(Ground::here().unwrap(), Settings::default(), None, Vec::new());
+        let publisher =
+            Publisher::new(Ground::here().unwrap(), Settings::default(), &Chosen::default(), Vec::new());
         let web = Endpoint::new(Namespace::current().unwrap(), &[], Enclosures::default());
         publisher.add_endpoint("web", web);
         publisher

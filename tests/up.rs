@@ -1,6 +1,7 @@
 //! `tidegate up` with a real kernel: who reaches what, and what is left when it has ended, whatever way.
 
 mod up {
+    pub(crate) mod firewall;
     pub(crate) mod knocking;
     pub(crate) mod matrix;
     pub(crate) mod rootless;
@@ -167,19 +168,30 @@ fn a_second_instance_is_told_who_the_first_is() {
     assert!(!socket.with_extension("other").exists() && socket.exists());
 }
 
-/// As systemd-networkd does with policy rules it does not know, and Docker with `ip_forward`.
 #[test]
 fn what_others_take_away_is_put_back() {
+    is_put_back("none", "0");
+}
+
+#[test]
+fn what_others_take_away_behind_a_firewall_is_put_back() {
+    is_put_back("nftables", "1");
+    is_put_back("iptables", "1");
+}
+
+/// As systemd-networkd does with policy rules it does not know, and Docker with `ip_forward`. `forwards` is what the bridge's own setting is.
+#[track_caller]
+fn is_put_back(firewall: &str, forwards: &str) {
     let scene = Scene::new();
     let before = state(&scene.net.host);
-    let mut up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
+    let mut up = scene.up_with(&HELLO.replace("TIDEGATE", TIDEGATE), &[&format!("--firewall={firewall}")]);
     up.wait_for_line("Ctrl-C takes", SOON);
     let ours = state(&scene.net.host);
     let bridge =
         ours.lines().find_map(|line| Some(line.split_once("tg-front-")?.1.split_once(' ')?.0)).unwrap();
     let bridge = format!("tg-front-{bridge}");
     let forwarding = format!("net.ipv4.conf.{bridge}.forwarding");
-    let whole = || state(&scene.net.host) == ours && scene.net.host.read_sysctl(&forwarding) == "0";
+    let whole = || state(&scene.net.host) == ours && scene.net.host.read_sysctl(&forwarding) == forwards;
     assert!(whole());
     for harm in ["rule flush", "-6 rule flush"] {
         scene.net.host.ip_all(harm);
@@ -191,9 +203,12 @@ fn what_others_take_away_is_put_back() {
         }
         assert!(eventually(SOON, whole), "{harm}:\n{}\ninstead of\n{ours}", state(&scene.net.host));
     }
-    scene.net.host.sysctl("net.ipv4.ip_forward", "1");
-    assert!(eventually(SOON, whole), "forwarding");
-    scene.net.host.sysctl("net.ipv4.ip_forward", "0");
+    // With a firewall the host's own links are dealt with in another way while it forwards.
+    if firewall == "none" {
+        scene.net.host.sysctl("net.ipv4.ip_forward", "1");
+        assert!(eventually(SOON, whole), "forwarding");
+        scene.net.host.sysctl("net.ipv4.ip_forward", "0");
+    }
     scene.net.host.ip_all(&format!("link delete {bridge}"));
     let answers = || {
         let answer = scene

@@ -67,6 +67,25 @@ pub enum Change {
     },
 }
 
+/// A family of tables beside `inet`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TableFamily {
+    /// `ip`
+    Ipv4,
+    /// `ip6`
+    Ipv6,
+}
+
+impl TableFamily {
+    /// `NFPROTO_*`.
+    const fn number(self) -> u8 {
+        match self {
+            Self::Ipv4 => 2,
+            Self::Ipv6 => 10,
+        }
+    }
+}
+
 /// Why nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -144,6 +163,15 @@ impl Connection {
         }
     }
 
+    /// How many changes this namespace has seen, ours and those of others, modulo 2^32: one more for each transaction.
+    ///
+    /// # Errors
+    /// As of [`tables`](Self::tables).
+    pub fn generation(&mut self) -> io::Result<u32> {
+        let answer = self.socket.ask(&list(request::GET_GENERATION, Attributes::default()))?;
+        attribute(&answer, 1).and_then(number).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
     /// The tables of the family `inet`.
     ///
     /// # Errors
@@ -188,6 +216,51 @@ impl Connection {
         self.commit(&[make])?;
         self.commit(&[remove])?;
         Ok(false)
+    }
+
+    /// Whether there is a table of that family and name.
+    ///
+    /// # Errors
+    /// As of [`tables`](Self::tables).
+    pub fn has_table(&mut self, family: TableFamily, name: &str) -> io::Result<bool> {
+        let mut found = false;
+        let asked = list(request::GET_TABLE, Attributes::default());
+        self.socket.dump(&Message { family: family.number(), ..asked }, |table| {
+            found |= attribute(table, 1).map(text).as_deref() == Some(name);
+        })?;
+        Ok(found)
+    }
+
+    /// Removes a table that nobody uses: one without rules, and without a chain that is jumped to or that drops. Whether it was there and is gone.
+    ///
+    /// It is for the tables that the variant of iptables makes which is made of nf_tables: it makes them when they are first asked for, and leaves them.
+    ///
+    /// # Errors
+    /// The kernel was not heard.
+    pub fn remove_unused(&mut self, family: TableFamily, name: &str) -> io::Result<bool> {
+        /// `NLM_F_NONREC`: only if nothing is in it.
+        const IF_EMPTY: u16 = 0x100;
+        /// `NF_ACCEPT`.
+        const ACCEPT: u32 = 1;
+        let of_family = |message: Message| Message { family: family.number(), ..message };
+        let mut chains = Vec::new();
+        let mut in_use = false;
+        let asked = list(request::GET_CHAIN, Attributes::default().text(1, name));
+        self.socket.dump(&of_family(asked), |chain| {
+            if attribute(chain, 1).map(text).as_deref() == Some(name) {
+                in_use |= attribute(chain, 5).and_then(number) != Some(ACCEPT);
+                chains.extend(attribute(chain, 3).map(text));
+            }
+        })?;
+        if in_use || chains.is_empty() {
+            return Ok(false);
+        }
+        let mut messages = vec![end_of_batch(BATCH_BEGIN)];
+        let deletions = chains.iter().map(|chain| delete_chain(name, chain)).chain([delete_table(name)]);
+        messages.extend(deletions.map(|message| Message { flags: IF_EMPTY, ..of_family(message) }));
+        messages.push(end_of_batch(BATCH_END));
+        // Refused: a rule was put there meanwhile.
+        Ok(self.socket.send_all(&messages)?.is_empty())
     }
 
     /// A number that changes with the table `name`, or with those of its chains and sets that `of` picks: with each chain, rule, set and element. `None` if the table is not

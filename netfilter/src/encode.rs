@@ -23,6 +23,7 @@ pub(crate) mod request {
     pub(crate) const NEW_ELEMENTS: u16 = 12;
     pub(crate) const GET_ELEMENTS: u16 = 13;
     pub(crate) const DELETE_ELEMENTS: u16 = 14;
+    pub(crate) const GET_GENERATION: u16 = 16;
 }
 
 /// `NFPROTO_INET`.

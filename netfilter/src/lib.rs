@@ -20,7 +20,7 @@ mod text;
 mod wire;
 
 pub use changes::Changes;
-pub use connection::{Change, Connection, Error, Listed};
+pub use connection::{Change, Connection, Error, Listed, TableFamily};
 pub use conntrack::{Conntrack, Flow};
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,

@@ -85,6 +85,13 @@ impl NetfilterSocket {
         self.request(message, ACK, |_| ()).map(drop)
     }
 
+    /// Asks for one thing: its attributes.
+    pub(crate) fn ask(&mut self, message: &Message) -> io::Result<Vec<u8>> {
+        let mut answer = Vec::new();
+        self.request(message, ACK, |attributes| answer = attributes.to_vec())?;
+        Ok(answer)
+    }
+
     /// Asks for all there is that `message` lets through: the attributes of each.
     pub(crate) fn dump(&mut self, message: &Message, mut each: impl FnMut(&[u8])) -> io::Result<()> {
         for _ in 0..DUMP_ATTEMPTS {

@@ -8,9 +8,13 @@
 //! [`Ruleset`] says what shall be let through, and is pure; a back-end renders it as a whole and puts it in the place of what it rendered before.
 //! [`Firewall`] is what others hold: it knows the ruleset that is in force, opens ports in it and closes them.
 
+#[cfg(test)]
+mod golden;
+mod iptables;
 mod nftables;
 mod ruleset;
 
+pub use iptables::{DockerUser, IptablesState, UserRule};
 pub use ruleset::{Opening, Ruleset, Zone};
 
 use crate::Fact;
@@ -101,7 +105,7 @@ impl Firewall {
     pub fn new(kind: FirewallKind, host: &Namespace, owner: &str) -> io::Result<Self> {
         let backend: Box<dyn Backend> = match kind {
             FirewallKind::Nftables => Box::new(host.with(nftables::Nftables::open)??),
-            FirewallKind::Iptables => return Err(io::Error::other("stub")),
+            FirewallKind::Iptables => Box::new(host.with(iptables::Iptables::open)??),
         };
         let ruleset = Ruleset { owner: owner.to_owned(), ..Ruleset::default() };
         let state = Mutex::new(State { backend, ruleset, in_force: false });

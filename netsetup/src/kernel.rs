@@ -127,7 +127,7 @@ impl Kernel {
             if *place == Place::Host {
                 observed.routes = here.reached();
                 observed.default_mtu = here.default_mtu();
-                observed.uplinks = self.uplinks(&here)?;
+                observed.uplinks = self.uplinks(&here);
             }
             for fact in asked {
                 if here.holds(self, fact)? {
@@ -139,11 +139,10 @@ impl Kernel {
     }
 
     /// The links of a host that forwards for nobody by which answers to containers may come.
-    fn uplinks(&self, here: &Here) -> Result<Vec<Uplink>, KernelError> {
-        let failed = |source| KernelError { what: "look whether the host forwards".to_owned(), source };
-        let v4 = !self.forwards(false).map_err(failed)?;
-        let v6 = !self.forwards(true).map_err(failed)? && self.host.sysctl(FORCE_FORWARDING).is_ok();
-        Ok(here.uplinks(v4, v6))
+    fn uplinks(&self, here: &Here) -> Vec<Uplink> {
+        // What cannot be read here cannot be changed either.
+        let forwards = |v6| self.forwards(v6).unwrap_or(true);
+        here.uplinks(!forwards(false), !forwards(true) && self.host.sysctl(FORCE_FORWARDING).is_ok())
     }
 
     /// Carries `op` out.

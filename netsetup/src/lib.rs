@@ -38,7 +38,7 @@ mod world;
 pub use desired::{Attachment, Desired, Endpoint, Network, Subnet, Uplink};
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
 pub use fact::{Fact, Interface, Op, Place, Reach, Rule};
-pub use firewall::{Firewall, FirewallKind, Opening, Ruleset, Zone};
+pub use firewall::{DockerUser, Firewall, FirewallKind, IptablesState, Opening, Ruleset, UserRule, Zone};
 pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
 pub use isolation::{Isolation, WithFirewall, WithoutFirewall};
 pub use journal::Journal;

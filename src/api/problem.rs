@@ -57,7 +57,9 @@ impl From<PublishError> for Problem {
                 io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported => Self::bad_request(&error),
                 _ => Self::failed(&error),
             },
-            PublishError::TooMany(_) | PublishError::Closed => Self::conflict(&error),
+            PublishError::TooMany(_) | PublishError::PassesBy(..) | PublishError::Closed => {
+                Self::conflict(&error)
+            }
             PublishError::NoDescriptors(_)
             | PublishError::NoWay { .. }
             | PublishError::Firewall(_)

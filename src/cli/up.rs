@@ -33,9 +33,9 @@ pub(super) struct Up {
     #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
     firewall: FirewallChoice,
 
-    /// What carries connections to published ports
-    #[arg(long, value_name = "HOW", value_enum, default_value_t)]
-    publish: PublishBy,
+    /// What carries connections to published ports (default: proxy, unless rules in Docker's DOCKER-USER can be asked by the kernel alone)
+    #[arg(long, value_name = "HOW", value_enum)]
+    publish: Option<PublishBy>,
 
     /// Serve Prometheus metrics at this ADDRESS:PORT, or "none"
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464")]

@@ -72,7 +72,7 @@ impl Rules {
 impl Instance {
     /// Waits for the services to end, or a signal. Whether all is well.
     pub(super) async fn follow(&mut self, signals: &mut Signals) -> bool {
-        let rules = match &self.firewall {
+        let rules = match &self.chosen.firewall {
             Some(firewall) => Rules::of(firewall).unwrap_or_else(|error| {
                 tracing::warn!(%error, "rules of the firewall that others remove are looked for now and then only");
                 Rules::Look
@@ -99,9 +99,10 @@ impl Instance {
                     repair_at = Some((Instant::now() + SETTLE).max(repaired + REPAIR_PAUSE));
                 },
                 () = sleep_until(repair_at.unwrap_or(repaired)), if repair_at.is_some() => {
-                    repair_at = None;
+                    let done = self.repair().await;
                     repaired = Instant::now();
-                    self.repair().await;
+                    // Nobody may say a word about it again.
+                    repair_at = (!done).then(|| repaired + LOOK);
                 },
                 ended = self.up.supervisor.wait(), if has_services => return ended.success(),
                 () = signals.next() => return true,
@@ -111,14 +112,15 @@ impl Instance {
         }
     }
 
-    async fn repair(&mut self) {
+    /// Whether all is as it shall be.
+    async fn repair(&mut self) -> bool {
         let mut repaired = self.put_right().await;
         if repaired.is_err() {
             // A link on its way out is still listed for a moment, and nothing can be put on it.
             tokio::time::sleep(SETTLE).await;
             repaired = self.put_right().await;
         }
-        match repaired {
+        match &repaired {
             Ok(0) => {}
             Ok(steps) => {
                 self.repairs.increment(1);
@@ -128,11 +130,12 @@ impl Instance {
                 tracing::error!(%error, "someone else has changed our networks, and they cannot be put right");
             }
         }
+        repaired.is_ok()
     }
 
     async fn put_right(&mut self) -> Result<usize, SetupError> {
         let desired = &mut self.up.layout.desired;
-        if self.firewall.is_some() {
+        if self.chosen.firewall.is_some() {
             let uplinks = uplinks(&self.setup.surroundings().await?, desired);
             if uplinks != desired.uplinks {
                 // A new link, or the host has begun to forward: not our networks that someone has changed.

@@ -65,8 +65,8 @@ pub struct Up {
     pub project: Option<String>,
     /// What closes networks.
     pub firewall: FirewallChoice,
-    /// What carries published ports.
-    pub publish: PublishBy,
+    /// What carries published ports; none for what suits.
+    pub publish: Option<PublishBy>,
     /// Where metrics are served.
     pub metrics: Option<MetricsAddress>,
     /// How long services may take to end.
@@ -76,7 +76,7 @@ pub struct Up {
 /// What is made for the project, to be taken back in the end.
 struct Instance {
     setup: Setup,
-    firewall: Option<Arc<Firewall>>,
+    chosen: Chosen,
     up: Running,
     server: Server,
     orders: mpsc::Receiver<Order>,
@@ -160,8 +160,9 @@ impl Up {
         services::sweep(&run).context("files of services that were killed")?;
         clean_up_after_the_dead();
         raise_descriptor_limit();
-        let firewall = self.choose_firewall(ground, &project.name)?;
-        let mut setup = setup_with(ground, journal, firewall.as_ref());
+        let chosen = choose(self.firewall, self.publish, ground, &project.name)?;
+        chosen.tell();
+        let mut setup = setup_with(ground, journal, chosen.firewall.as_ref());
         let left = setup.clear().await?;
         if left > 0 {
             tracing::info!(steps = left, "cleared what an instance that was killed had left");
@@ -172,7 +173,7 @@ impl Up {
         // SAFETY: its descriptor is its own, and the same for as long as it lives.
         let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }
             .context("listen for changes of networks")?;
-        let up = match self.start(ground, &project, &mut setup, firewall.as_ref(), &run, &mut signals).await {
+        let up = match self.start(ground, &project, &mut setup, &chosen, &run, &mut signals).await {
             Ok(Some(up)) => up,
             not_up => {
                 // What went wrong first is what matters; what cannot be taken back is in the journal, for the next start.
@@ -197,8 +198,8 @@ impl Up {
             project: project.name,
         };
         let server = Server::start(socket, Arc::new(subject));
-        let mut instance =
-            Instance { setup, firewall, up, server, orders: received, news, repairs: metrics::repairs() };
+        let repairs = metrics::repairs();
+        let mut instance = Instance { setup, chosen, up, server, orders: received, news, repairs };
         if let Err(error) = instance.up.announce() {
             // Whoever read it has seen enough.
             tracing::debug!(%error, "standard output");
@@ -216,7 +217,7 @@ impl Up {
         ground: &Ground,
         project: &Project,
         setup: &mut Setup,
-        firewall: Option<&Arc<Firewall>>,
+        chosen: &Chosen,
         run: &Path,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Running>> {
@@ -235,9 +236,9 @@ impl Up {
         let mut surroundings = Surroundings { observed: &observed, host_id: host_id(), random: &mut random };
         let mut layout = layout(project, &mut surroundings)?;
         let ports = open_ports(project)?;
-        if let Some(firewall) = firewall {
+        if let Some(firewall) = &chosen.firewall {
             layout.desired.uplinks = uplinks(&observed, &layout.desired);
-            firewall.prepare(zones(&layout.desired.networks), self.openings(&layout, &ports));
+            firewall.prepare(zones(&layout.desired.networks), openings(&layout, &ports, chosen.publish));
         }
         let recorder = self.metrics.map(Recorder::install).transpose()?;
 
@@ -272,12 +273,12 @@ impl Up {
         let bridges = bridges(&layout, ground)?;
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
-        let publisher = Arc::new(Publisher::new(ground.clone(), settings, firewall.cloned(), gateways));
+        let publisher = Arc::new(Publisher::new(ground.clone(), settings, chosen, gateways));
         for (name, namespace) in &namespaces {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let enclosures = layout.enclosures(name, |bridge| bridges.get(bridge).copied().unwrap_or(0));
             let endpoint = Endpoint::new(namespace.clone(), addresses, enclosures);
-            publisher.add_endpoint(name, endpoint.translated_to(self.targets(&layout, name)));
+            publisher.add_endpoint(name, endpoint.translated_to(targets_of(&layout, name, chosen.publish)));
         }
         let begun = async {
             for ((service, protocol), listeners) in ports {
@@ -320,38 +321,23 @@ impl Up {
     }
 }
 
-impl Up {
-    fn choose_firewall(&self, ground: &Ground, owner: &str) -> anyhow::Result<Option<Arc<Firewall>>> {
-        let Chosen { firewall, why } = choose(self.firewall, ground, owner)?;
-        match &firewall {
-            Some(firewall) => tracing::info!(firewall = %firewall.kind(), why, "networks are closed by"),
-            None if self.publish == PublishBy::Kernel => {
-                bail!("--publish=kernel needs a firewall, and none is used: {why}")
-            }
-            None => tracing::info!(why, "networks are closed without a firewall"),
-        }
-        Ok(firewall)
+/// What the kernel may translate ports of the endpoint `name` to.
+fn targets_of(layout: &Layout, name: &str, publish: PublishBy) -> Vec<IpAddr> {
+    let endpoint = layout.desired.endpoints.iter().find(|endpoint| endpoint.name == name);
+    match publish {
+        PublishBy::Proxy => Vec::new(),
+        PublishBy::Kernel => endpoint.map(targets).unwrap_or_default(),
     }
+}
 
-    /// What the kernel may translate ports of the endpoint `name` to.
-    fn targets(&self, layout: &Layout, name: &str) -> Vec<IpAddr> {
-        let endpoint = layout.desired.endpoints.iter().find(|endpoint| endpoint.name == name);
-        match self.publish {
-            PublishBy::Proxy => Vec::new(),
-            PublishBy::Kernel => endpoint.map(targets).unwrap_or_default(),
-        }
-    }
-
-    /// What the firewall has to know of `ports`.
-    fn openings(&self, layout: &Layout, ports: &OpenPorts) -> BTreeSet<Opening> {
-        let of = |((service, _), listeners): (&(String, Protocol), &Vec<(Listener, u16)>)| {
-            let targets = self.targets(layout, service);
-            let openings =
-                listeners.iter().map(|(listener, port)| opening(listener.label(), *port, &targets));
-            openings.collect::<Vec<_>>()
-        };
-        ports.iter().flat_map(of).collect()
-    }
+/// What the firewall has to know of `ports`.
+fn openings(layout: &Layout, ports: &OpenPorts, publish: PublishBy) -> BTreeSet<Opening> {
+    let of = |((service, _), listeners): (&(String, Protocol), &Vec<(Listener, u16)>)| {
+        let targets = targets_of(layout, service, publish);
+        let openings = listeners.iter().map(|(listener, port)| opening(listener.label(), *port, &targets));
+        openings.collect::<Vec<_>>()
+    };
+    ports.iter().flat_map(of).collect()
 }
 
 impl Instance {

@@ -100,16 +100,20 @@ struct Mode {
     rootless: bool,
     /// On a host that forwards for others.
     forwarding: bool,
+    /// With the variant of iptables that is not made of nf_tables.
+    legacy: bool,
     /// Flags of `tidegate up`.
     flags: &'static [&'static str],
 }
 
-const ROOT: Mode = Mode { rootless: false, forwarding: false, flags: &["--firewall=none"] };
-const ROOTLESS: Mode = Mode { rootless: true, forwarding: false, flags: &[] };
+const ROOT: Mode = Mode { rootless: false, forwarding: false, legacy: false, flags: &["--firewall=none"] };
+const ROOTLESS: Mode = Mode { rootless: true, flags: &[], ..ROOT };
 const NFTABLES: Mode = Mode { flags: &["--firewall=nftables"], ..ROOT };
 const NFTABLES_KERNEL: Mode = Mode { flags: &["--firewall=nftables", "--publish=kernel"], ..ROOT };
 const IPTABLES: Mode = Mode { flags: &["--firewall=iptables"], ..ROOT };
 const IPTABLES_KERNEL: Mode = Mode { flags: &["--firewall=iptables", "--publish=kernel"], ..ROOT };
+
+const LEGACY_KERNEL: Mode = Mode { legacy: true, ..IPTABLES_KERNEL };
 
 /// Who gets what by asking where, in the order of [`FROM`].
 type Table = &'static [(To, [Outcome; 10])];
@@ -213,7 +217,7 @@ struct Matrix {
 impl Matrix {
     #[track_caller]
     fn new(mode: Mode) -> Self {
-        let scene = Scene::new();
+        let scene = if mode.legacy { Scene::with_legacy_iptables() } else { Scene::new() };
         let uplink = Uplink::new(&scene);
         let on = if mode.forwarding { "1" } else { "0" };
         scene.net.host.sysctl("net.ipv4.ip_forward", on);
@@ -342,7 +346,7 @@ impl Matrix {
 }
 
 /// The address that `server` sees us under.
-fn peer_as_seen(server: SocketAddr, udp: bool, patience: Duration) -> io::Result<String> {
+pub(super) fn peer_as_seen(server: SocketAddr, udp: bool, patience: Duration) -> io::Result<String> {
     let mut answer = [0; 100];
     let length = if udp {
         let socket = UdpSocket::bind(if server.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })?;
@@ -494,6 +498,12 @@ fn published_by_the_kernel_with_iptables_the_same_holds() {
 #[test]
 fn published_by_the_kernel_with_iptables_the_same_holds_on_a_host_that_forwards_for_others() {
     holds(IPTABLES_KERNEL.forwarding());
+}
+
+#[test]
+fn published_by_the_kernel_with_legacy_iptables_the_same_holds() {
+    holds(LEGACY_KERNEL);
+    holds(LEGACY_KERNEL.forwarding());
 }
 
 #[test]

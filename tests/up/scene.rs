@@ -3,11 +3,11 @@
 #![allow(dead_code, reason = "every test crate uses a part of it")]
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use tidegate_testbed::{Namespace, Process, Topology};
+use tidegate_testbed::{Namespace, Process, Topology, find_program};
 
 /// The binary under test.
 pub(crate) const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
@@ -20,12 +20,40 @@ pub(crate) struct Scene {
     pub(crate) net: Topology,
     pub(crate) run: tempfile::TempDir,
     pub(crate) directory: tempfile::TempDir,
+    /// Programs that are found before those of the machine.
+    pub(crate) programs: tempfile::TempDir,
 }
 
 impl Scene {
     pub(crate) fn new() -> Self {
         let directory = || tempfile::tempdir().unwrap();
-        Self { net: Topology::three(), run: directory(), directory: directory() }
+        Self { net: Topology::three(), run: directory(), directory: directory(), programs: directory() }
+    }
+
+    /// With the variant of iptables that is not made of nf_tables.
+    pub(crate) fn with_legacy_iptables() -> Self {
+        let scene = Self::new();
+        for family in ["iptables", "ip6tables"] {
+            for end in ["", "-save", "-restore"] {
+                let legacy = find_program(&format!("{family}-legacy{end}")).unwrap();
+                symlink(legacy, scene.programs.path().join(format!("{family}{end}"))).unwrap();
+            }
+        }
+        scene
+    }
+
+    /// `PATH` with the scene's own programs first.
+    pub(crate) fn path(&self) -> String {
+        let machine = std::env::var("PATH").unwrap_or_default();
+        format!("{}:{machine}:/usr/sbin:/sbin", self.programs.path().display())
+    }
+
+    /// What a user types on the host.
+    #[track_caller]
+    pub(crate) fn sh(&self, script: &str) {
+        let output =
+            self.net.host.command("sh").args(["-ec", script]).env("PATH", self.path()).output().unwrap();
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
     /// `tidegate` on the host, with the scene's place for what would be below `/run`.
@@ -47,7 +75,7 @@ impl Scene {
 
     fn at_home(&self, mut command: Command) -> Command {
         command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
-        command.env_remove("TIDEGATE_SOCKET");
+        command.env_remove("TIDEGATE_SOCKET").env("PATH", self.path());
         command
     }
 
@@ -110,6 +138,8 @@ pub(crate) fn state(namespace: &Namespace) -> String {
         ip(&["rule"]),
         ip(&["-6", "rule"]),
         tables(namespace),
+        legacy_rules(namespace, "iptables"),
+        legacy_rules(namespace, "ip6tables"),
     ];
     let lines = all.iter().flat_map(|text| text.lines());
     lines
@@ -124,6 +154,17 @@ fn tables(namespace: &Namespace) -> String {
     let mut tables: Vec<&str> = listed.split_inclusive("\n}\n").collect();
     tables.sort_unstable();
     tables.concat()
+}
+
+/// The rules and chains of the legacy variant of `program`; its tables come into being when they are looked at.
+fn legacy_rules(namespace: &Namespace, program: &str) -> String {
+    let saved = namespace.exec(&format!("{program}-legacy-save"), &[]);
+    let is_there = |line: &&str| line.starts_with("-A") || line.starts_with('*') || line.contains(" - [");
+    let lines = saved.lines().filter(is_there).map(|line| line.split(" [").next().unwrap_or_default());
+    let lines: Vec<&str> = lines.collect();
+    // Tables without anything in them are as good as none.
+    let tables = lines.split(|line| line.starts_with('*')).filter(|table| !table.is_empty());
+    tables.map(|table| format!("{program}: {}\n", table.join("\n"))).collect()
 }
 
 /// The network namespace of a service, by the process that is its init.

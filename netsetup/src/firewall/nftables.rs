@@ -35,6 +35,17 @@ impl Nftables {
         self.connection.commit(changes).map_err(io::Error::other)
     }
 
+    /// Carries `changes` out and takes the fingerprints of what `owner` then has. False if someone else may have changed it in between: then nothing is known.
+    fn commit_and_look(&mut self, changes: &[Change], owner: &str) -> io::Result<bool> {
+        let before = self.connection.generation()?;
+        self.fingerprints = None;
+        self.commit(changes)?;
+        let fingerprints = self.look(owner)?;
+        let ours_alone = self.connection.generation()? == before.wrapping_add(1);
+        self.fingerprints = ours_alone.then_some(fingerprints);
+        Ok(ours_alone)
+    }
+
     /// What tells whether the owner's table, and its part of the user's, are as they were.
     fn look(&mut self, owner: &str) -> io::Result<[Option<u64>; 2]> {
         let table = table_name(owner);
@@ -54,8 +65,13 @@ impl Backend for Nftables {
     fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()> {
         let replace = Change::Replace { table: table(ruleset), owned: self.owns };
         let part = Change::ReplacePart { part: ways_to_user(ruleset), kept: registry::USER_CHAIN.to_owned() };
-        self.commit(&[replace, part])?;
-        self.fingerprints = Some(self.look(&ruleset.owner)?);
+        let changes = [replace, part];
+        for _ in 0..ATTEMPTS {
+            if self.commit_and_look(&changes, &ruleset.owner)? {
+                break;
+            }
+        }
+        // What could not be looked at undisturbed does not hold, and is applied again with the next look.
         Ok(())
     }
 
@@ -89,13 +105,10 @@ impl Backend for Nftables {
             }
             _ => true,
         });
-        match self.commit(&changes) {
-            Ok(()) => {
-                self.fingerprints = Some(self.look(&ruleset.owner)?);
-                Ok(())
-            }
-            // Someone has thrown a part of it away, so all of it is made again.
-            Err(_) => self.apply(ruleset),
+        match self.commit_and_look(&changes, &ruleset.owner) {
+            Ok(true) => Ok(()),
+            // Someone has thrown a part of it away, or may have, so all of it is made again.
+            Ok(false) | Err(_) => self.apply(ruleset),
         }
     }
 
@@ -118,6 +131,9 @@ impl Backend for Nftables {
         Changes::listen().map(Some)
     }
 }
+
+/// How often rules are put in place while others change theirs.
+const ATTEMPTS: u32 = 5;
 
 /// Whether `element` of the sets of targets stands for `target`.
 fn is_to(element: &Element, target: SocketAddr) -> bool {

@@ -1,0 +1,111 @@
+//! What the ruleset becomes with each combination of options, as it stands in `golden/`.
+//!
+//! With `UPDATE_GOLDEN=1` the files are written instead of compared; what changed is then for a person to read.
+
+use super::{Opening, Ruleset, Zone, iptables, nftables};
+use std::fs;
+use std::path::Path;
+use tidegate_model::Protocol;
+
+const FRONT: [&str; 2] = ["10.9.1.1/24", "fd09:1::1/64"];
+const BACK: [&str; 2] = ["10.9.2.1/24", "fd09:2::1/64"];
+
+fn zone(bridge: &str, subnets: &[&str], internal: bool) -> Zone {
+    let subnets = subnets.iter().map(|subnet| subnet.parse().unwrap()).collect();
+    Zone { bridge: bridge.to_owned(), subnets, internal }
+}
+
+fn opening(protocol: Protocol, at: &str, to: Option<&str>) -> Opening {
+    let at: std::net::SocketAddr = at.parse().unwrap();
+    Opening { protocol, address: at.ip(), port: at.port(), to: to.map(|to| to.parse().unwrap()) }
+}
+
+fn ruleset(zones: Vec<Zone>, ports: impl IntoIterator<Item = Opening>) -> Ruleset {
+    Ruleset { owner: "demo".to_owned(), zones, ports: ports.into_iter().collect() }
+}
+
+/// Everything that can be rendered of it.
+fn rendered(ruleset: &Ruleset, docker_user: bool) -> String {
+    format!(
+        "# nftables\n{}\n{}\n# iptables\n{}\n# ip6tables\n{}",
+        nftables::table(ruleset),
+        nftables::ways_to_user(ruleset),
+        iptables::rendered(ruleset, false, docker_user),
+        iptables::rendered(ruleset, true, docker_user)
+    )
+}
+
+#[track_caller]
+fn is_golden(name: &str, ruleset: &Ruleset, docker_user: bool) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(format!("{name}.txt"));
+    let text = rendered(ruleset, docker_user);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(&path, &text).unwrap();
+    }
+    let golden = fs::read_to_string(&path).unwrap_or_default();
+    assert!(text == golden, "{} is not this:\n{text}", path.display());
+}
+
+/// The one of the documentation.
+#[test]
+fn the_demo_is_as_it_was() {
+    let zones = vec![zone("tg-front", &FRONT, false), zone("tg-back", &BACK[..1], true)];
+    let ports = [
+        opening(Protocol::Tcp, "0.0.0.0:8080", Some("10.9.1.2:80")),
+        opening(Protocol::Tcp, "[::]:8080", Some("[fd09:1::2]:80")),
+        opening(Protocol::Udp, "0.0.0.0:53", None),
+        opening(Protocol::Udp, "[::]:53", None),
+        opening(Protocol::Tcp, "127.0.0.1:9090", None),
+    ];
+    is_golden("demo", &ruleset(zones, ports), false);
+}
+
+#[test]
+fn every_combination_of_options_is_as_it_was() {
+    for (families, subnets) in [("v4", &FRONT[..1]), ("v6", &FRONT[1..]), ("v46", &FRONT[..])] {
+        for (way_out, internal) in [("", false), ("-internal", true)] {
+            for publish in ["", "-proxy", "-kernel"] {
+                let at = |at: &str, protocol, to| {
+                    opening(
+                        protocol,
+                        at,
+                        Some(to).filter(|_| publish == "-kernel" && !at.starts_with("127.")),
+                    )
+                };
+                let (v4, v6) = ("10.9.1.2:80", "[fd09:1::2]:80");
+                let ports = [
+                    at("0.0.0.0:8080", Protocol::Tcp, v4),
+                    at("203.0.113.1:8081", Protocol::Udp, v4),
+                    at("127.0.0.1:9090", Protocol::Tcp, v4),
+                    at("[::]:8080", Protocol::Tcp, v6),
+                    at("[2001:db8::1]:8081", Protocol::Udp, v6),
+                ];
+                let has = |port: &Opening| {
+                    !publish.is_empty()
+                        && subnets.iter().any(|subnet| subnet.contains(':') == port.address.is_ipv6())
+                };
+                let ports = ports.into_iter().filter(has);
+                let name = format!("{families}{way_out}{publish}");
+                is_golden(&name, &ruleset(vec![zone("tg-front", subnets, internal)], ports), false);
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_two_networks_and_rules_of_dockers_users_are_as_they_were() {
+    is_golden("nothing", &ruleset(Vec::new(), []), false);
+    let zones = || vec![zone("tg-front", &FRONT, false), zone("tg-back", &BACK, false)];
+    is_golden("two-networks", &ruleset(zones(), []), false);
+    is_golden("docker-user", &ruleset(zones(), [opening(Protocol::Tcp, "0.0.0.0:8080", None)]), true);
+}
+
+/// Two ports that lead to one, and more than go into one rule.
+#[test]
+fn many_ports_are_as_they_were() {
+    let more = (0..20).map(|port| opening(Protocol::Tcp, &format!("0.0.0.0:{}", 9000 + port), None));
+    let two =
+        [8080, 8081].map(|port| opening(Protocol::Tcp, &format!("0.0.0.0:{port}"), Some("10.9.1.2:80")));
+    let zones = vec![zone("tg-front", &FRONT[..1], false)];
+    is_golden("many-ports", &ruleset(zones, more.chain(two)), false);
+}

@@ -1,0 +1,210 @@
+//! The programs `iptables-save` and `iptables-restore`, run for a bounded time.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use std::io::{self, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+
+/// How long a program waits for another one that changes rules, in seconds (its `--wait`).
+const LOCK_WAIT: &str = "5";
+
+/// How long a program may take in all. Ten thousand rules take less than one second.
+const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+
+/// Where programs are that set firewalls, whatever `PATH` says.
+const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/// IPv4 or IPv6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// The programs of this family are called by it, and by `-save` and `-restore` behind it.
+    pub(super) const fn program(self) -> &'static str {
+        match self {
+            Self::V4 => "iptables",
+            Self::V6 => "ip6tables",
+        }
+    }
+
+    pub(super) const fn is_v6(self) -> bool {
+        matches!(self, Self::V6)
+    }
+}
+
+/// iptables of one family, as it is installed.
+#[derive(Debug)]
+pub(super) struct Program {
+    pub(super) family: Family,
+    /// As `iptables v1.8.9 (nf_tables)`.
+    pub(super) version: String,
+    save: PathBuf,
+    restore: PathBuf,
+}
+
+impl Program {
+    /// # Errors
+    /// It is not installed, does not say what it is, or is older than 1.6 (of 2015), which cannot wait for its lock.
+    pub(super) fn find(family: Family) -> io::Result<Self> {
+        let name = family.program();
+        let [program, save, restore] = ["", "-save", "-restore"].map(|end| find(&format!("{name}{end}")));
+        let version = run(&program?, &["--version"], "")?.trim().to_owned();
+        if numbers(&version).is_none_or(|numbers| numbers < (1, 6)) {
+            return Err(io::Error::other(format!("{version:?} is too old; 1.6 or newer is needed")));
+        }
+        Ok(Self { family, version, save: save?, restore: restore? })
+    }
+
+    /// Whether it is the variant that makes its tables in nf_tables.
+    pub(super) fn is_made_of_nftables(&self) -> bool {
+        self.version.contains("nf_tables")
+    }
+
+    /// What there is, of all tables or of one.
+    pub(super) fn save(&self, table: Option<&str>) -> io::Result<String> {
+        let of: &[&str] = match &table {
+            Some(table) => &["-t", table],
+            None => &[],
+        };
+        run(&self.save, of, "")
+    }
+
+    /// Carries `text` out.
+    pub(super) fn restore(&self, text: &str) -> io::Result<()> {
+        run(&self.restore, &["--noflush", "--wait", LOCK_WAIT], text).map(drop).map_err(|error| {
+            // It tells of a line by its number.
+            let told = error.to_string();
+            let number = told.split("line").nth(1).and_then(|rest| {
+                rest.trim_start_matches([':', ' '])
+                    .split(|c: char| !c.is_ascii_digit())
+                    .next()?
+                    .parse::<usize>()
+                    .ok()
+            });
+            let line = number.and_then(|number| text.lines().nth(number.checked_sub(1)?));
+            match line {
+                Some(line) => io::Error::other(format!("{told}: {line}")),
+                None => error,
+            }
+        })
+    }
+}
+
+fn find(name: &str) -> io::Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut directories = std::env::split_paths(&path).chain(SYSTEM_DIRECTORIES.map(Into::into));
+    let found = directories.find_map(|directory| Some(directory.join(name)).filter(|file| file.is_file()));
+    found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("{name} is not installed")))
+}
+
+/// Major and minor version.
+fn numbers(version: &str) -> Option<(u32, u32)> {
+    let mut numbers = version.split_once(" v")?.1.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Runs `program` with `input`, and returns what it writes.
+///
+/// # Errors
+/// It does not start, fails (the first line of what it says), or takes longer than [`PATIENCE`]; then it is killed.
+fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
+    let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let failed = |what: &str| io::Error::other(format!("{name}: {what}"));
+    let piped = Stdio::piped;
+    // A group of its own, for it may be a script, whose children would keep the pipes open.
+    let mut child = Command::new(program)
+        .args(args)
+        .env("LC_ALL", "C")
+        .stdin(piped())
+        .stdout(piped())
+        .stderr(piped())
+        .process_group(0)
+        .spawn()
+        .map_err(|error| failed(&error.to_string()))?;
+    let (mut stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            // Whether it has read all of it its status tells.
+            let _ = stdin.as_mut().map(|stdin| stdin.write_all(input.as_bytes()));
+        });
+        let output = scope.spawn(|| read(stdout));
+        let errors = scope.spawn(|| read(stderr));
+        let status = wait(&mut child)?;
+        let [output, errors] = [output, errors].map(|thread| thread.join().unwrap_or_default());
+        match status {
+            None => Err(failed(&format!("has not ended within {} s, and was killed", PATIENCE.tv_sec))),
+            Some(status) if status.success() => Ok(output),
+            Some(status) => {
+                let told = errors.lines().map(str::trim).find(|line| !line.is_empty());
+                Err(told
+                    .map_or_else(|| failed(&status.to_string()), |told| io::Error::other(told.to_owned())))
+            }
+        }
+    })
+}
+
+fn read(from: Option<impl Read>) -> String {
+    let mut bytes = Vec::new();
+    let _ = from.map(|mut from| from.read_to_end(&mut bytes));
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Waits for `child`; `None` if it had to be killed.
+fn wait(child: &mut Child) -> io::Result<Option<ExitStatus>> {
+    let pid = Pid::from_child(child);
+    let ended = pidfd_open(pid, PidfdFlags::empty()).and_then(|pidfd| {
+        let mut ready = [PollFd::new(&pidfd, PollFlags::IN)];
+        poll(&mut ready, Some(&PATIENCE))
+    });
+    if matches!(ended, Ok(1..)) {
+        return child.wait().map(Some);
+    }
+    let _ = kill_process_group(pid, Signal::KILL);
+    child.wait()?;
+    ended.map(|_| None).map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_told_apart() {
+        for (version, expected) in [
+            ("iptables v1.8.9 (nf_tables)", Some((1, 8))),
+            ("ip6tables v1.4.21", Some((1, 4))),
+            ("iptables v1.10.0 (legacy)", Some((1, 10))),
+            ("something else", None),
+        ] {
+            assert_eq!(numbers(version), expected, "{version}");
+        }
+    }
+
+    #[test]
+    fn what_a_program_says_is_told_and_what_it_is_given_it_gets() {
+        let sh = Path::new("/bin/sh");
+        assert_eq!(run(sh, &["-c", "cat"], "text").unwrap(), "text");
+        let error = |script: &str| run(sh, &["-c", script], "").unwrap_err().to_string();
+        assert_eq!(error("echo; echo wrong >&2; echo more >&2; exit 1"), "wrong");
+        assert_eq!(error("exit 3"), "sh: exit status: 3");
+        assert!(
+            run(Path::new("/no/such/program"), &[], "")
+                .unwrap_err()
+                .to_string()
+                .starts_with("program: No such")
+        );
+    }
+
+    /// More than fits into a pipe, both ways at once.
+    #[test]
+    fn a_lot_goes_both_ways() {
+        let text = "x".repeat(1 << 20);
+        assert_eq!(run(Path::new("/bin/cat"), &[], &text).unwrap().len(), text.len());
+    }
+}

@@ -1,0 +1,323 @@
+//! What `iptables-save` lists, as far as it concerns us.
+
+use super::{is_of_owner, rules};
+use std::collections::BTreeSet;
+use tidegate_model::registry;
+
+/// Tables as they are listed, without counters.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Saved {
+    tables: Vec<SavedTable>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct SavedTable {
+    name: String,
+    /// Name and policy; `-` for a chain that is jumped to.
+    chains: Vec<(String, String)>,
+    /// As `-A CHAIN …`.
+    rules: Vec<String>,
+}
+
+impl SavedTable {
+    fn rules_of<'a>(&'a self, chain: &'a str) -> impl Iterator<Item = &'a str> {
+        self.rules.iter().filter(move |rule| chain_of(rule) == chain).map(String::as_str)
+    }
+}
+
+impl Saved {
+    pub(super) fn of(text: &str) -> Self {
+        let mut tables: Vec<SavedTable> = Vec::new();
+        for line in text.lines() {
+            if let Some(name) = line.strip_prefix('*') {
+                tables.push(SavedTable { name: name.to_owned(), ..SavedTable::default() });
+            } else if let Some(table) = tables.last_mut() {
+                if let Some(chain) = line.strip_prefix(':') {
+                    let mut words = chain.split(' ').map(str::to_owned);
+                    table.chains.extend(words.next().zip(words.next()));
+                } else if line.starts_with("-A ") {
+                    table.rules.push(line.to_owned());
+                }
+            }
+        }
+        Self { tables }
+    }
+
+    fn table(&self, name: &str) -> Option<&SavedTable> {
+        self.tables.iter().find(|table| table.name == name)
+    }
+
+    /// Whether the table is there.
+    pub(super) fn has_table(&self, name: &str) -> bool {
+        self.table(name).is_some()
+    }
+
+    /// Whether the chain is there.
+    pub(super) fn has_chain(&self, table: &str, chain: &str) -> bool {
+        self.table(table).is_some_and(|table| table.chains.iter().any(|(name, _)| name == chain))
+    }
+
+    /// The chains of `owner` in `table`.
+    pub(super) fn chains_of<'a>(&'a self, table: &'a str, owner: &'a str) -> impl Iterator<Item = &'a str> {
+        let chains = self.table(table).into_iter().flat_map(|table| &table.chains);
+        chains
+            .map(|(name, _)| name.as_str())
+            .filter(move |name| is_of_owner(name, owner) && *name != registry::USER_CHAIN)
+    }
+
+    /// How often `rule` is there.
+    pub(super) fn count(&self, table: &str, rule: &str) -> usize {
+        self.table(table).map_or(0, |table| table.rules.iter().filter(|line| *line == rule).count())
+    }
+
+    /// Whether the user's chain is empty, and nobody but `owner` leads there.
+    pub(super) fn user_chain_is_owners_alone(&self, owner: &str) -> bool {
+        self.table("filter").is_some_and(|table| {
+            let lead = |rule: &&String| {
+                let mut words = rule.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
+                words.nth(1) == Some(registry::USER_CHAIN)
+            };
+            table.rules_of(registry::USER_CHAIN).next().is_none()
+                && table.rules.iter().filter(lead).all(|rule| is_of_owner(chain_of(rule), owner))
+        })
+    }
+
+    /// The tables that were made for `owner`.
+    pub(super) fn made_by(&self, owner: &str) -> BTreeSet<String> {
+        let is_marked = |table: &&SavedTable| {
+            table
+                .rules
+                .iter()
+                .any(|rule| rule.ends_with(rules::TABLE_MADE) && is_of_owner(chain_of(rule), owner))
+        };
+        self.tables.iter().filter(is_marked).map(|table| table.name.clone()).collect()
+    }
+
+    /// All that is there of `owner`: his chains, their rules, the jumps to them, and that the user's chain is there.
+    pub(super) fn of_owner(&self, owner: &str) -> Vec<String> {
+        let mut lines = Vec::new();
+        for table in &self.tables {
+            let chains = table.chains.iter().filter(|(name, _)| is_of_owner(name, owner));
+            lines.extend(chains.map(|(name, _)| format!("{}:{name}", table.name)));
+            let leads = |rule: &str| {
+                let to = rule.split(' ').next_back().unwrap_or_default();
+                is_of_owner(to, owner) && to != registry::USER_CHAIN
+            };
+            let is_one = |rule: &&String| {
+                let chain = chain_of(rule);
+                chain != registry::USER_CHAIN && (is_of_owner(chain, owner) || leads(rule))
+            };
+            lines.extend(table.rules.iter().filter(is_one).cloned());
+        }
+        lines
+    }
+
+    /// Whether what no rule lets through is not forwarded.
+    pub(super) fn forward_drops(&self) -> bool {
+        let forward = ("FORWARD".to_owned(), "DROP".to_owned());
+        self.table("filter").is_some_and(|table| table.chains.contains(&forward))
+    }
+
+    /// The chain `DOCKER-USER`.
+    pub(super) fn docker_user(&self) -> DockerUser {
+        let Some(table) = self.table("filter") else { return DockerUser::default() };
+        let mut rules = Vec::new();
+        let mut asked = vec![DOCKER_USER.to_owned()];
+        let mut next = 0;
+        while let Some(chain) = asked.get(next).cloned() {
+            next += 1;
+            for rule in table.rules_of(&chain) {
+                let rule = UserRule { text: rule.to_owned() };
+                if let Some(target) = rule.target()
+                    && table.chains.iter().any(|(name, policy)| name == target && policy == "-")
+                    && !asked.iter().any(|known| known == target)
+                {
+                    asked.push(target.to_owned());
+                }
+                if !rule.only_returns() {
+                    rules.push(rule);
+                }
+            }
+        }
+        DockerUser { rules }
+    }
+}
+
+/// Docker's chain for rules of the host's administrator.
+pub(super) const DOCKER_USER: &str = "DOCKER-USER";
+
+/// The chain `DOCKER-USER`, with those that it leads to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DockerUser {
+    /// Its rules, without the `RETURN` that Docker puts there.
+    pub rules: Vec<UserRule>,
+}
+
+impl DockerUser {
+    /// Whether there is anything in it.
+    #[must_use]
+    pub fn has_rules(&self) -> bool {
+        !self.rules.is_empty()
+    }
+
+    /// The first rule that means something for forwarded packets alone.
+    #[must_use]
+    pub fn about_forwarding(&self) -> Option<&UserRule> {
+        self.rules.iter().find(|rule| rule.is_about_forwarding())
+    }
+}
+
+/// A rule of iptables as `iptables-save` writes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserRule {
+    /// As `-A DOCKER-USER -s 198.51.100.0/24 -j DROP`.
+    pub text: String,
+}
+
+impl UserRule {
+    /// Options that mean the same of a packet that is forwarded to a container and of one that comes in for a published port: what is known of the client, and of the
+    /// connection as the client sees it. With the number of words behind each.
+    const PORTABLE: [(&str, usize); 27] = [
+        ("-A", 1),
+        ("!", 0),
+        ("-s", 1),
+        ("-i", 1),
+        ("-p", 1),
+        ("-j", 1),
+        ("-g", 1),
+        ("--sport", 1),
+        ("--sports", 1),
+        ("--ctstate", 1),
+        ("--state", 1),
+        ("--ctproto", 1),
+        ("--ctorigsrc", 1),
+        ("--ctorigdst", 1),
+        ("--ctorigsrcport", 1),
+        ("--ctorigdstport", 1),
+        ("--ctdir", 1),
+        ("--comment", 1),
+        ("--limit", 1),
+        ("--limit-burst", 1),
+        ("--src-range", 1),
+        ("--mac-source", 1),
+        ("--reject-with", 1),
+        ("--log-prefix", 1),
+        ("--log-level", 1),
+        ("--syn", 0),
+        ("--tcp-flags", 2),
+    ];
+
+    /// Where it leads: a verdict, or a chain.
+    fn target(&self) -> Option<&str> {
+        let mut words = self.text.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
+        words.nth(1)
+    }
+
+    /// `-A CHAIN -j RETURN`: nothing.
+    fn only_returns(&self) -> bool {
+        self.text.split(' ').skip(2).eq(["-j", "RETURN"])
+    }
+
+    /// Whether it is, or may be, about where a packet is forwarded to: the container's address or port, or the way out.
+    #[must_use]
+    pub fn is_about_forwarding(&self) -> bool {
+        let words = words(&self.text);
+        let mut words = words.iter().map(String::as_str);
+        while let Some(word) = words.next() {
+            let known = match word {
+                // A match's name; what matters are its options.
+                "-m" => Some(1),
+                _ => Self::PORTABLE.iter().find(|(option, _)| *option == word).map(|(_, values)| *values),
+            };
+            let Some(values) = known else { return true };
+            for _ in 0..values {
+                words.next();
+            }
+        }
+        false
+    }
+}
+
+/// The words of a rule; what is quoted is one.
+fn words(text: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    let mut word = String::new();
+    let (mut quoted, mut escaped) = (false, false);
+    for c in text.chars() {
+        match c {
+            _ if escaped => {
+                word.push(c);
+                escaped = false;
+            }
+            '\\' if quoted => escaped = true,
+            '"' => quoted = !quoted,
+            ' ' if !quoted => words.push(std::mem::take(&mut word)),
+            _ => word.push(c),
+        }
+    }
+    words.push(word);
+    words
+}
+
+/// The chain of a rule.
+fn chain_of(rule: &str) -> &str {
+    rule.split(' ').nth(1).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BESIDE_DOCKER: &str = r#"# Generated by iptables-save
+*nat
+:PREROUTING ACCEPT [1:60]
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+COMMIT
+*filter
+:FORWARD DROP [0:0]
+:DOCKER-USER - [0:0]
+:OFFICE - [0:0]
+-A FORWARD -j DOCKER-USER
+-A DOCKER-USER -s 198.51.100.0/24 -m comment --comment "not \"them\" -d" -j DROP
+-A DOCKER-USER -i eth0 -j OFFICE
+-A DOCKER-USER -j RETURN
+-A OFFICE -p tcp -m tcp --dport 80 -j DROP
+COMMIT
+"#;
+
+    #[test]
+    fn docker_user_is_read_with_the_chains_it_leads_to() {
+        let saved = Saved::of(BESIDE_DOCKER);
+        assert!(saved.forward_drops());
+        let docker_user = saved.docker_user();
+        assert_eq!(docker_user.rules.len(), 3);
+        assert_eq!(
+            docker_user.about_forwarding().map(|rule| rule.text.as_str()),
+            Some("-A OFFICE -p tcp -m tcp --dport 80 -j DROP")
+        );
+        assert!(
+            !Saved::of("*filter\n:DOCKER-USER - [0:0]\n-A DOCKER-USER -j RETURN\n").docker_user().has_rules()
+        );
+        assert!(!Saved::default().docker_user().has_rules());
+    }
+
+    #[test]
+    fn rules_about_the_client_and_the_published_port_are_told_from_those_about_the_container() {
+        for (rule, about_forwarding) in [
+            ("-s 203.0.113.0/24 -j DROP", false),
+            ("! -s 203.0.113.0/24 -i eth0 -j REJECT --reject-with icmp-port-unreachable", false),
+            ("-p tcp -m conntrack --ctorigdstport 8080 -j DROP", false),
+            ("-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", false),
+            ("-p tcp -m tcp --sport 1:1023 -j DROP", false),
+            ("-d 172.18.0.2/32 -j DROP", true),
+            ("-o docker0 -j DROP", true),
+            ("-p tcp -m multiport --dports 80,443 -j DROP", true),
+            ("-m set --match-set bad src -j DROP", true),
+            ("-m mark --mark 0x1 -j ACCEPT", true),
+        ] {
+            let text = format!("-A DOCKER-USER {rule}");
+            assert_eq!(UserRule { text }.is_about_forwarding(), about_forwarding, "{rule}");
+        }
+    }
+}
