@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tidegate_model::PublishLabel;
+use tidegate_netns::Namespace;
 use tidegate_netsetup::{Endpoint, Firewall, FirewallKind, IptablesState, Network, Opening, Zone};
 
 /// What closes networks, and leads containers out.
@@ -53,6 +54,25 @@ impl Chosen {
             Some(firewall) => tracing::info!(firewall = %firewall.kind(), why, "networks are closed by"),
             None => tracing::info!(why, "networks are closed without a firewall"),
         }
+    }
+
+    /// Rules of `host` have changed: warns of one that ports served by sockets have begun to pass by.
+    pub(crate) fn look_again(&mut self, host: &Namespace) {
+        let kind = self.firewall.as_ref().map(|firewall| firewall.kind());
+        let Ok(iptables) = IptablesState::of(host) else { return };
+        let passed_by = PassedBy::of(kind, &iptables);
+        if passed_by == self.passed_by {
+            return;
+        }
+        if self.publish == PublishBy::Proxy
+            && let Some(rule) = passed_by.any()
+        {
+            tracing::warn!(
+                rule,
+                "a rule of Docker's users does not hold for ports that sockets serve; start again, and the kernel publishes them"
+            );
+        }
+        self.passed_by = passed_by;
     }
 }
 

@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
+use tidegate_model::registry;
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Topology, addr, require_root};
 
@@ -58,14 +59,39 @@ fn families(host: &Namespace, address: &str) -> BTreeSet<String> {
     families.filter(|name| name.starts_with("tidegate_")).map(str::to_owned).collect()
 }
 
+/// The page about firewalls is its source with the golden files of the demo in it. With `UPDATE_GOLDEN=1` it is written.
+#[test]
+fn the_firewall_page_shows_the_rules_as_they_are() {
+    let golden = read("netsetup/golden/demo.txt");
+    let part = |name: &str| {
+        let (_, rest) = golden.split_once(&format!("# {name}\n")).unwrap();
+        rest.split("\n# ").next().unwrap().trim_end().replace('\t', "    ")
+    };
+    let mut page = read("docs/src/firewall.md");
+    for name in ["nftables", "iptables"] {
+        let gap = format!("{{{{{name}}}}}");
+        assert_eq!(page.matches(&gap).count(), 1, "{gap}");
+        page = page.replace(&gap, &part(name));
+    }
+    assert!(!page.contains("{{"));
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(root("docs/firewall.md"), &page).unwrap();
+    }
+    assert!(
+        page == read("docs/firewall.md"),
+        "docs/firewall.md is not what UPDATE_GOLDEN=1 makes of its source"
+    );
+}
+
 #[test]
 fn documents_name_only_metrics_that_are_on_the_metrics_page() {
     let known = words(&read("docs/metrics.md"), "tidegate_");
     for document in documents() {
-        // Crates are named in the same way as metrics.
+        // Crates and a table of nftables are named in the same way as metrics.
         let unknown: Vec<_> = words(&read(&document), "tidegate_")
             .into_iter()
-            .filter(|word| !known.contains(word) && !Path::new(&root(&word["tidegate_".len()..])).is_dir())
+            .filter(|word| word != registry::NFTABLES_USER_TABLE && !known.contains(word))
+            .filter(|word| !Path::new(&root(&word["tidegate_".len()..])).is_dir())
             .collect();
         assert!(unknown.is_empty(), "{document}: {unknown:?}");
     }

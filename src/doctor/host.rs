@@ -5,6 +5,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use tidegate_model::Protocol;
+use tidegate_netsetup::IptablesState;
 
 /// What was found, or why it cannot be told.
 pub(super) type Found<T> = Result<T, String>;
@@ -26,8 +27,10 @@ pub(super) struct Host {
     pub(super) tun_mode: Option<u32>,
     pub(super) sockets: Sockets,
     pub(super) forwarding: Forwarding,
-    /// Programs that set firewall rules.
-    pub(super) firewalls: Vec<&'static str>,
+    /// What iptables has here, IPv4 and IPv6; none where it is not in use.
+    pub(super) iptables: Found<[Option<IptablesState>; 2]>,
+    /// Whether the programs are installed.
+    pub(super) iptables_installed: bool,
     /// What the host reaches otherwise than by a default route, and by which link.
     pub(super) routes: Found<Vec<(IpNet, String)>>,
     /// What listens on all addresses.
@@ -92,6 +95,8 @@ pub(super) enum Trial {
 pub(super) struct Inside {
     /// Bridge, veth pair, addresses and guards: what failed.
     pub(super) network: Result<(), (String, Code)>,
+    /// Tables of nftables, and whether they can be made so that nobody else changes them.
+    pub(super) nftables: Result<bool, Code>,
     /// A TUN device.
     pub(super) tun: Result<TunOffload, Code>,
 }

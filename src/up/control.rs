@@ -86,6 +86,7 @@ impl Instance {
         let mut said = BTreeMap::new();
         let mut repair_at: Option<Instant> = None;
         let mut repaired = Instant::now() - REPAIR_PAUSE;
+        let mut rules_changed = false;
         loop {
             tokio::select! {
                 changed = self.news.readable(), if repair_at.is_none() => {
@@ -97,9 +98,13 @@ impl Instance {
                 },
                 () = rules.changed(), if repair_at.is_none() => {
                     repair_at = Some((Instant::now() + SETTLE).max(repaired + REPAIR_PAUSE));
+                    rules_changed = true;
                 },
                 () = sleep_until(repair_at.unwrap_or(repaired)), if repair_at.is_some() => {
                     let done = self.repair().await;
+                    if std::mem::take(&mut rules_changed) {
+                        self.chosen.look_again(&self.host);
+                    }
                     repaired = Instant::now();
                     // Nobody may say a word about it again.
                     repair_at = (!done).then(|| repaired + LOOK);

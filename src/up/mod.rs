@@ -77,6 +77,8 @@ pub struct Up {
 struct Instance {
     setup: Setup,
     chosen: Chosen,
+    /// Where the networks are.
+    host: Namespace,
     up: Running,
     server: Server,
     orders: mpsc::Receiver<Order>,
@@ -199,7 +201,8 @@ impl Up {
         };
         let server = Server::start(socket, Arc::new(subject));
         let repairs = metrics::repairs();
-        let mut instance = Instance { setup, chosen, up, server, orders: received, news, repairs };
+        let host = ground.networks().clone();
+        let mut instance = Instance { setup, chosen, host, up, server, orders: received, news, repairs };
         if let Err(error) = instance.up.announce() {
             // Whoever read it has seen enough.
             tracing::debug!(%error, "standard output");

@@ -236,7 +236,7 @@ fn a_rule_about_containers_makes_the_kernel_publish() {
 #[test]
 fn a_rule_for_dockers_ports_that_comes_later_holds_within_a_second() {
     let wall = Wall::new(Scene::new());
-    let _up = wall.up(MODES[2]);
+    let up = wall.up(MODES[2]);
     let _servers = wall.servers();
     wall.answers(&wall.scene.net.client, true);
     wall.scene.sh(&docker_user("-s 203.0.113.9 -j DROP"));
@@ -246,6 +246,9 @@ fn a_rule_for_dockers_ports_that_comes_later_holds_within_a_second() {
     assert!(added.elapsed() < Duration::from_secs(1));
     wall.answers(&wall.scene.net.client, false);
     wall.answers(&wall.uplink.client, true);
+    // One that cannot hold is not passed over in silence.
+    wall.scene.sh("iptables -I DOCKER-USER -p tcp -m tcp --dport 80 -j DROP");
+    up.wait_for_line("rule=\"-A DOCKER-USER -p tcp -m tcp --dport 80 -j DROP\"", SOON);
 }
 
 /// What ufw makes of iptables, in short: policies that drop, chains of its own, one port that is open.

@@ -1,6 +1,7 @@
 //! Verdicts: from what is known of a host to what is told of it. Pure.
 
 mod features;
+mod firewall;
 mod limits;
 mod namespaces;
 mod surroundings;
@@ -24,7 +25,9 @@ pub(super) fn all(host: &Host) -> Vec<Row> {
         features::ipv6(host),
         surroundings::ip_forward(host),
         surroundings::ipv6_force_forwarding(host),
-        surroundings::firewall_tools(host),
+        firewall::nftables(host),
+        firewall::iptables(host),
+        firewall::choice(host),
         surroundings::address_pools(host),
         surroundings::host_services(host),
         limits::low_ports(host),

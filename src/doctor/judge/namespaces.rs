@@ -7,7 +7,7 @@ use rustix::io::Errno;
 const NO_NAMESPACE: &str = "there is no namespace to try it in";
 
 /// What a trial came to in the namespace, if there was one.
-fn inside(trial: &Found<Trial>) -> Option<&Inside> {
+pub(super) fn inside(trial: &Found<Trial>) -> Option<&Inside> {
     match trial {
         Ok(Trial::Entered(inside)) => Some(inside),
         _ => None,

@@ -49,14 +49,6 @@ pub(super) fn ipv6_force_forwarding(host: &Host) -> Row {
     }
 }
 
-pub(super) fn firewall_tools(host: &Host) -> Row {
-    let found = match host.firewalls.as_slice() {
-        [] => "neither nft nor iptables".to_owned(),
-        programs => programs.join(", "),
-    };
-    Row::note("firewall-tools", format!("{found}; not needed, networks are closed without a firewall"))
-}
-
 pub(super) fn address_pools(host: &Host) -> Row {
     let check = "address-pools";
     let routes = match &host.routes {
@@ -119,7 +111,7 @@ pub(super) fn host_services(host: &Host) -> Row {
     ))
 }
 
-fn shortened(mut lines: Vec<String>) -> Vec<String> {
+pub(super) fn shortened(mut lines: Vec<String>) -> Vec<String> {
     if lines.len() > TOLD {
         let more = lines.len() - TOLD;
         lines.truncate(TOLD);

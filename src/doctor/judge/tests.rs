@@ -5,10 +5,11 @@ use crate::doctor::host::*;
 use crate::doctor::report::{Row, Verdict};
 use rustix::io::Errno;
 use tidegate_model::Protocol;
+use tidegate_netsetup::{DockerUser, IptablesState, UserRule};
 
 /// A host where nothing is amiss, seen by root.
 fn good() -> Host {
-    let full = Inside { network: Ok(()), tun: Ok(TunOffload { tcp: true, udp: true }) };
+    let full = Inside { network: Ok(()), nftables: Ok(true), tun: Ok(TunOffload { tcp: true, udp: true }) };
     Host {
         release: "6.18.4".into(),
         capabilities: Capabilities { net_admin: true, net_bind_service: true, many_pipes: true },
@@ -34,7 +35,8 @@ fn good() -> Host {
             v6_disabled: Ok(Some(0)),
             v6_per_interface: Ok(Some(0)),
         },
-        firewalls: vec!["nft"],
+        iptables: Ok([None, None]),
+        iptables_installed: true,
         routes: Ok(vec![("203.0.113.0/24".parse().unwrap(), "eth0".into())]),
         services: Ok(Vec::new()),
         limits: Limits {
@@ -81,7 +83,7 @@ fn expect(check: &str, host: &Host, verdict: Verdict, text: &str) {
 #[test]
 fn on_a_good_host_all_is_ok() {
     for row in all(&good()) {
-        let expected = if row.check == "firewall-tools" { Verdict::Note } else { Verdict::Ok };
+        let expected = if row.check == "firewall" { Verdict::Note } else { Verdict::Ok };
         assert_eq!((row.verdict, &row.fix), (expected, &None), "{row:?}");
     }
 }
@@ -164,6 +166,7 @@ fn a_user_namespace_without_power_is_none() {
     let mut host = ordinary();
     host.in_user_namespace = Ok(Trial::Entered(Inside {
         network: Err(("add bridge \"tg-trial\"".into(), Errno::PERM.into())),
+        nftables: Err(Errno::PERM.into()),
         tun: Err(Errno::PERM.into()),
     }));
     host.user_namespaces.apparmor_restricts = Ok(Some(1));
@@ -178,6 +181,7 @@ fn a_network_that_cannot_be_made_is_told_with_its_step() {
     let failed = |errno: Errno| {
         Ok(Trial::Entered(Inside {
             network: Err(("add bridge \"tg-trial\"".into(), errno.into())),
+            nftables: Ok(true),
             tun: Ok(TunOffload { tcp: true, udp: true }),
         }))
     };
@@ -201,7 +205,10 @@ fn a_tun_device_that_is_hidden_or_closed_is_limited() {
     expect("tun", &with(Errno::ACCESS, Some(0o600)), Verdict::Limited, "(mode 0600)");
     expect("tun", &with(Errno::PERM, Some(0o666)), Verdict::Limited, "--device /dev/net/tun");
     expect("tun", &with(Errno::NODEV, Some(0o666)), Verdict::Limited, "modprobe tun");
-    let made = |tun| Host { direct: Ok(Trial::Entered(Inside { network: Ok(()), tun })), ..good() };
+    let made = |tun| Host {
+        direct: Ok(Trial::Entered(Inside { network: Ok(()), nftables: Ok(true), tun })),
+        ..good()
+    };
     let refused = made(Err(Errno::PERM.into()));
     expect("tun", &refused, Verdict::Limited, "cannot make a device");
     expect("tun-offload", &refused, Verdict::Note, "cannot tell");
@@ -311,4 +318,41 @@ fn a_run_directory_is_needed() {
         Verdict::Missing,
         "/run/tidegate cannot be written to: Permission denied",
     );
+}
+
+fn with_nftables(nftables: Result<bool, Errno>) -> Host {
+    let nftables = nftables.map_err(Into::into);
+    let inside = Inside { network: Ok(()), nftables, tun: Ok(TunOffload { tcp: true, udp: true }) };
+    Host { direct: Ok(Trial::Entered(inside)), ..good() }
+}
+
+#[test]
+fn a_firewall_is_chosen_and_the_reason_is_told() {
+    let docker = |rules: &[&str]| {
+        let rules: Vec<_> = rules.iter().map(|text| UserRule { text: (*text).to_owned() }).collect();
+        let state = IptablesState {
+            version: "iptables v1.8.9 (legacy)".into(),
+            forward_drops: rules.is_empty(),
+            docker_user: DockerUser { rules },
+        };
+        Host { iptables: Ok([Some(state), None]), ..good() }
+    };
+    expect("firewall", &good(), Verdict::Note, "takes nftables: it is there");
+    expect("firewall", &docker(&[]), Verdict::Note, "takes iptables: the chain FORWARD");
+    expect("iptables", &docker(&[]), Verdict::Note, "iptables v1.8.9 (legacy)");
+    let rules =
+        docker(&["-A DOCKER-USER -s 192.0.2.0/24 -j DROP", "-A DOCKER-USER -p tcp --dport 80 -j DROP"]);
+    expect("firewall", &rules, Verdict::Note, "takes iptables: the chain DOCKER-USER has rules");
+    let details = row("iptables", &rules).details;
+    assert!(details[0].ends_with("-j DROP (it holds for published ports)"), "{details:?}");
+    assert!(details[1].ends_with("ports are published by the kernel)"), "{details:?}");
+
+    let host = with_nftables(Err(Errno::PROTONOSUPPORT));
+    expect("nftables", &host, Verdict::Note, "not in this kernel");
+    expect("firewall", &host, Verdict::Note, "takes iptables: no nftables");
+    let host = Host { iptables_installed: false, ..host };
+    expect("firewall", &host, Verdict::Limited, "no way out");
+    expect("iptables", &host, Verdict::Note, "not installed");
+    expect("nftables", &with_nftables(Ok(false)), Verdict::Note, "Linux 6.9");
+    expect("firewall", &ordinary(), Verdict::Note, "none is used");
 }

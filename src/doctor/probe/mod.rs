@@ -21,7 +21,7 @@ use std::io;
 use std::path::Path;
 use tidegate_model::Protocol;
 use tidegate_netns::{Namespace, run_directory};
-use tidegate_netsetup::Kernel;
+use tidegate_netsetup::{IptablesState, Kernel};
 
 /// Where programs are looked for besides `PATH`: what sets firewalls is not in that of ordinary users.
 const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
@@ -47,7 +47,8 @@ pub(super) fn host() -> Host {
             v6_disabled: setting("net.ipv6.conf.all.disable_ipv6"),
             v6_per_interface: setting("net.ipv6.conf.all.force_forwarding"),
         },
-        firewalls: ["nft", "iptables"].into_iter().filter(|program| is_installed(program)).collect(),
+        iptables: iptables(),
+        iptables_installed: is_installed("iptables"),
         routes: routes().map_err(|error| said(&error)),
         services: services(),
         limits: limits(),
@@ -90,6 +91,14 @@ fn is_installed(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut directories = std::env::split_paths(&path).chain(SYSTEM_DIRECTORIES.map(Into::into));
     directories.any(|directory| access(directory.join(program), Access::EXEC_OK).is_ok())
+}
+
+fn iptables() -> Found<[Option<IptablesState>; 2]> {
+    if !capabilities().net_admin {
+        return Err("only root is told of rules".to_owned());
+    }
+    let here = Namespace::current().map_err(|error| format!("/proc/thread-self/ns/net: {}", said(&error)))?;
+    IptablesState::of(&here).map_err(|error| said(&error))
 }
 
 fn routes() -> io::Result<Vec<(IpNet, String)>> {

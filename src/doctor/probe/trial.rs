@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
+use tidegate_netfilter::{Connection, Error};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, Subnet, WithoutFirewall,
@@ -87,7 +88,14 @@ fn attempt(kind: Kind) -> Trial {
     {
         return Trial::NoWayBack(errno);
     }
-    Trial::Entered(Inside { network: network(), tun: device::make().map_err(Into::into) })
+    let nftables = Connection::open().and_then(|mut nftables| {
+        nftables.can_own().map_err(|error| match error {
+            Error::Refused { source, .. } | Error::Io(source) => source,
+            other => io::Error::other(other),
+        })
+    });
+    let tun = device::make().map_err(Into::into);
+    Trial::Entered(Inside { network: network(), nftables: nftables.map_err(Into::into), tun })
 }
 
 /// Leaves the namespace for `old`, and comes back.
