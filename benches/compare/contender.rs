@@ -42,10 +42,16 @@ pub(crate) enum Kind {
     PublishNetns,
     /// tidegate's docker-proxy.
     DropIn,
+    /// The rules that dockerd has for a published port, by iptables.
+    DockerRules,
+    /// `tidegate up --publish=kernel --firewall=nftables`.
+    KernelNftables,
+    /// `tidegate up --publish=kernel --firewall=iptables`.
+    KernelIptables,
 }
 
 /// The contenders in the order of columns.
-pub(crate) const ALL: [Kind; 8] = [
+pub(crate) const ALL: [Kind; 11] = [
     Kind::Dnat,
     Kind::DockerProxy,
     Kind::Haproxy,
@@ -54,6 +60,9 @@ pub(crate) const ALL: [Kind; 8] = [
     Kind::Publish,
     Kind::PublishNetns,
     Kind::DropIn,
+    Kind::DockerRules,
+    Kind::KernelNftables,
+    Kind::KernelIptables,
 ];
 
 impl Kind {
@@ -68,17 +77,23 @@ impl Kind {
             Self::Publish => "tidegate",
             Self::PublishNetns => "tidegate-netns",
             Self::DropIn => "drop-in",
+            Self::DockerRules => "docker-rules",
+            Self::KernelNftables => "nftables",
+            Self::KernelIptables => "iptables",
         }
     }
 
     /// Whether it is a part of tidegate.
     pub(crate) fn is_ours(self) -> bool {
-        matches!(self, Self::Publish | Self::PublishNetns | Self::DropIn)
+        matches!(
+            self,
+            Self::Publish | Self::PublishNetns | Self::DropIn | Self::KernelNftables | Self::KernelIptables
+        )
     }
 
     /// Whether it can publish a TCP port of a container that has its network.
     pub(crate) fn publishes(self) -> bool {
-        self != Self::Netavark
+        !matches!(self, Self::Netavark | Self::DockerRules | Self::KernelNftables | Self::KernelIptables)
     }
 
     /// Whether it can publish a UDP port.
@@ -97,7 +112,8 @@ impl Kind {
             Self::Haproxy => find_program("haproxy"),
             Self::Socat => find_program("socat"),
             Self::Netavark => find_program("netavark"),
-            Self::Publish | Self::PublishNetns => {
+            Self::DockerRules => find_program("iptables-restore"),
+            Self::Publish | Self::PublishNetns | Self::KernelNftables | Self::KernelIptables => {
                 built("TIDEGATE_BENCH_BIN", option_env!("CARGO_BIN_EXE_tidegate"))
             }
             Self::DropIn => built("TIDEGATE_BENCH_DOCKER_PROXY", option_env!("CARGO_BIN_EXE_docker-proxy")),
@@ -138,9 +154,7 @@ impl Contender {
             Kind::DockerProxy => version_line("dockerd", &["--version"]),
             Kind::Haproxy | Kind::DropIn => version_line(&program, &["-v"]),
             Kind::Socat => socat_version(&self.program),
-            Kind::Dnat | Kind::Netavark | Kind::Publish | Kind::PublishNetns => {
-                version_line(&program, &["--version"])
-            }
+            _ => version_line(&program, &["--version"]),
         };
         line.unwrap_or_else(|| "unknown version".to_owned())
     }
@@ -162,7 +176,9 @@ impl Contender {
                 vec![self.haproxy(lab, service, directory.path())?]
             }
             Kind::Socat => vec![self.socat(lab, service)?],
-            Kind::Netavark => bail!("netavark publishes a port with its network, not by itself"),
+            Kind::Netavark | Kind::DockerRules | Kind::KernelNftables | Kind::KernelIptables => {
+                bail!("{} publishes a port with its network, not by itself", self.kind.name())
+            }
             Kind::Publish => vec![self.publish(lab, service, "--to", &CONTAINER.to_string())],
             Kind::PublishNetns => {
                 let path = lab.net.container.path().display().to_string();

@@ -52,6 +52,8 @@ pub(crate) enum Verdict {
 }
 
 const ONE_STREAM: &[&str] = &["tcp.1.up.rate", "tcp.1.down.rate"];
+const FORWARD: &[&str] =
+    &["forward.1.up.rate", "forward.1.down.rate", "forward.16.up.rate", "forward.16.down.rate"];
 const CPU: &[&str] =
     &["tcp.1.up.cpu", "tcp.1.down.cpu", "tcp.4.up.cpu", "tcp.4.down.cpu", "tcp.16.up.cpu", "tcp.16.down.cpu"];
 
@@ -88,12 +90,26 @@ pub(crate) const FIGURES: &[Figure] = &[
     value("buffered for a stalled peer", &["stalled"], Kind::Publish, "MB").below(4.0),
     ratio(
         "network with one endpoint: set up / netavark",
-        &["setup.netavark.ready"],
+        &["setup.netavark.none.ready", "setup.netavark.nftables.ready"],
         Kind::Publish,
         Kind::Netavark,
     )
     .below(0.5),
-    value("1,000 endpoints and ports: set up", &["setup.1000.4.ready"], Kind::Publish, "s").below(3.0),
+    value("1,000 endpoints and ports, no firewall: set up", &["setup.1000.4.none.ready"], Kind::Publish, "s")
+        .below(3.0),
+    value(
+        "1,000 endpoints and ports, with a firewall: set up",
+        &["setup.1000.4.nftables.ready", "setup.1000.1.nftables.ready", "setup.1000.4.iptables.ready"],
+        Kind::Publish,
+        "s",
+    )
+    .at_most(4.0, 2.0),
+    value("10,000 ports in nftables: one more or less", &["rules.10000.update"], Kind::Publish, "ms")
+        .at_most(100.0, 20.0),
+    value("rules for 10,000 ports, less those for one", &["rules.10000.more"], Kind::Publish, "rules")
+        .at_most(0.0, 0.0),
+    ratio("published by the kernel / Docker's rules", FORWARD, Kind::KernelNftables, Kind::DockerRules)
+        .at_least(1.0, 1.0),
 ];
 
 const fn ratio(title: &'static str, cells: &'static [&'static str], subject: Kind, peer: Kind) -> Figure {

@@ -23,11 +23,12 @@ pub(crate) struct Options {
     pub(crate) quick: bool,
 
     /// Only these cells, or those below them: tcp, tcp.1, tcp.1.up, requests, connections, udp, idle, ports,
-    /// stalled, setup
+    /// stalled, forward, rules, setup
     #[arg(long, value_delimiter = ',')]
     pub(crate) only: Vec<String>,
 
-    /// Only these contenders: dnat, docker-proxy, haproxy, socat, netavark, tidegate, tidegate-netns, drop-in
+    /// Only these contenders: dnat, docker-proxy, haproxy, socat, netavark, tidegate, tidegate-netns, drop-in,
+    /// docker-rules, nftables, iptables
     #[arg(long, value_delimiter = ',')]
     pub(crate) contenders: Vec<String>,
 

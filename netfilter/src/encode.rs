@@ -109,12 +109,18 @@ fn comment(text: &str) -> Option<Vec<u8>> {
 /// Makes a set without its elements. `id` is its own within a transaction.
 pub(crate) fn new_set(table: &str, set: &Set, id: u32) -> Message {
     /// `NFT_SET_*`.
+    const CONSTANT: u32 = 2;
     const INTERVAL: u32 = 4;
     const MAP: u32 = 8;
     const CONCATENATION: u32 = 0x80;
 
     let concatenation = set.key.len() > 1;
-    let flags = [(set.intervals, INTERVAL), (!set.data.is_empty(), MAP), (concatenation, CONCATENATION)];
+    let flags = [
+        (set.constant, CONSTANT),
+        (set.intervals, INTERVAL),
+        (!set.data.is_empty(), MAP),
+        (concatenation, CONCATENATION),
+    ];
     let flags = flags.iter().filter(|(is, _)| *is).fold(0, |flags, (_, flag)| flags | flag);
     let mut attributes = Attributes::default().text(1, table).text(2, &set.name).number(3, flags);
     attributes = attributes.number(4, type_of(&set.key)).number(5, length_of(&set.key));
@@ -125,13 +131,22 @@ pub(crate) fn new_set(table: &str, set: &Set, id: u32) -> Message {
     if set.key == [Field::Interface] {
         attributes = attributes.bytes(13, &key_byte_order());
     }
+    let mut description = Attributes::default();
+    if set.constant && !set.intervals {
+        // NFTA_SET_DESC_SIZE: with it a hash of fixed size is taken, which is never moved while it is asked.
+        description = description.number(1, set.elements.len().max(1) as u32);
+    }
     if concatenation {
         let mut fields = Attributes::default();
         for field in &set.key {
             fields = fields.nest(LIST_ELEMENT, &Attributes::default().number(1, length(*field)));
         }
-        // NFTA_SET_DESC: NFTA_SET_DESC_CONCAT
-        attributes = attributes.nest(9, &Attributes::default().nest(2, &fields));
+        // NFTA_SET_DESC_CONCAT
+        description = description.nest(2, &fields);
+    }
+    if description != Attributes::default() {
+        // NFTA_SET_DESC
+        attributes = attributes.nest(9, &description);
     }
     message(request::NEW_SET, CREATE, attributes, format!("set {} of table {table}", set.name))
 }
@@ -298,6 +313,7 @@ mod tests {
             key: vec![Field::Port],
             data: Vec::new(),
             intervals: false,
+            constant: false,
             elements: (1..=10_000).map(port).collect(),
         };
         let messages = new_elements("t", &set);

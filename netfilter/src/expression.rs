@@ -194,6 +194,7 @@ impl Expressions {
                 }
             }
             Match::Established => self.connection(ct::STATE, ct::ESTABLISHED | ct::RELATED),
+            Match::Known => self.connection(ct::STATE, ct::ESTABLISHED),
             Match::Invalid => self.connection(ct::STATE, ct::INVALID),
             Match::TranslatedDestination => self.connection(ct::STATUS, ct::TRANSLATED_DESTINATION),
             Match::ToHost => {
@@ -228,6 +229,7 @@ impl Expressions {
             Action::Drop => self.verdict(verdict::DROP, None),
             Action::Return => self.verdict(verdict::RETURN, None),
             Action::Jump(chain) => self.verdict(verdict::JUMP, Some(chain)),
+            Action::Goto(chain) => self.verdict(verdict::GOTO, Some(chain)),
             Action::Mark { value, mask } => {
                 self.meta(meta::MARK, FIRST);
                 self.bitwise(&(!mask).to_ne_bytes(), &value.to_ne_bytes());
@@ -286,5 +288,6 @@ mod verdict {
     pub(super) const DROP: i32 = 0;
     pub(super) const ACCEPT: i32 = 1;
     pub(super) const JUMP: i32 = -3;
+    pub(super) const GOTO: i32 = -4;
     pub(super) const RETURN: i32 = -5;
 }

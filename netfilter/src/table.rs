@@ -27,6 +27,8 @@ pub struct Set {
     pub data: Vec<Field>,
     /// Elements may be ranges (`flags interval`).
     pub intervals: bool,
+    /// The elements stay as they are (`flags constant`), which makes a set without intervals quicker to ask.
+    pub constant: bool,
     /// The elements. None is part of another.
     pub elements: Vec<Element>,
 }
@@ -155,6 +157,8 @@ pub enum Match {
     },
     /// `ct state established,related`.
     Established,
+    /// `ct state established`: a part of a connection that is known, not only about one.
+    Known,
     /// `ct state invalid`.
     Invalid,
     /// `ct status dnat`: its destination was translated.
@@ -199,6 +203,8 @@ pub enum Action {
     Return,
     /// `jump CHAIN`.
     Jump(String),
+    /// `goto CHAIN`: a packet that comes to its end does not come back.
+    Goto(String),
     /// `meta mark set meta mark & 0xKEPT ^ 0xVALUE`: `value` in the bits of `mask`, the others as they were.
     Mark {
         /// The new bits.

@@ -32,8 +32,10 @@ impl Set {
             write!(f, " : {}", Joined(&self.data))?;
         }
         writeln!(f)?;
-        if self.intervals {
-            writeln!(f, "\t\tflags interval")?;
+        let flags = [(self.constant, "constant"), (self.intervals, "interval")];
+        let flags: Vec<&str> = flags.iter().filter(|(is, _)| *is).map(|(_, flag)| *flag).collect();
+        if !flags.is_empty() {
+            writeln!(f, "\t\tflags {}", flags.join(","))?;
         }
         if !self.elements.is_empty() && !f.alternate() {
             write!(f, "\t\telements = {{ ")?;
@@ -105,6 +107,7 @@ impl Display for Match {
             Self::In { keys, set, not } => write!(f, "{} {}@{set}", Joined(keys), different(not)),
             Self::Is { key, value, not } => write!(f, "{key} {}{value}", different(not)),
             Self::Established => f.write_str("ct state established,related"),
+            Self::Known => f.write_str("ct state established"),
             Self::Invalid => f.write_str("ct state invalid"),
             Self::TranslatedDestination => f.write_str("ct status dnat"),
             Self::ToHost => f.write_str("fib daddr type local"),
@@ -121,6 +124,7 @@ impl Display for Action {
             Self::Drop => f.write_str("drop"),
             Self::Return => f.write_str("return"),
             Self::Jump(chain) => write!(f, "jump {chain}"),
+            Self::Goto(chain) => write!(f, "goto {chain}"),
             Self::Mark { value, mask } => {
                 write!(f, "meta mark set meta mark & {:#010x} ^ {value:#010x}", !mask)
             }

@@ -27,7 +27,14 @@ fn element<const N: usize>(key: [Value; N]) -> Element {
 }
 
 fn set<const N: usize>(name: &str, key: [Field; N], elements: Vec<Element>) -> Set {
-    Set { name: name.to_owned(), key: key.to_vec(), data: Vec::new(), intervals: false, elements }
+    Set {
+        name: name.to_owned(),
+        key: key.to_vec(),
+        data: Vec::new(),
+        intervals: false,
+        constant: false,
+        elements,
+    }
 }
 
 fn rule(matches: Vec<Match>, actions: Vec<Action>) -> Rule {
@@ -62,7 +69,14 @@ fn everything() -> Table {
     ports6.data[0] = Field::Ipv6;
     ports6.elements[0].data[0] = ip("fd09::2");
     let sets = vec![
-        set("bridges", [Field::Interface], vec![element([interface("tg-a")]), element([interface("tg-b")])]),
+        Set {
+            constant: true,
+            ..set(
+                "bridges",
+                [Field::Interface],
+                vec![element([interface("tg-a")]), element([interface("tg-b")])],
+            )
+        },
         set("empty", [Field::Protocol], vec![]),
         set("same", [Field::Interface; 2], vec![element([interface("tg-a"), interface("tg-a")])]),
         Set {
@@ -77,7 +91,11 @@ fn everything() -> Table {
                 ],
             )
         },
-        Set { intervals: true, ..set("subnets6", [Field::Ipv6], vec![element([net("fd09::/64")])]) },
+        Set {
+            intervals: true,
+            constant: true,
+            ..set("subnets6", [Field::Ipv6], vec![element([net("fd09::/64")])])
+        },
         Set {
             intervals: true,
             ..set(
@@ -104,6 +122,7 @@ fn everything() -> Table {
         rule(vec![Match::Invalid], vec![Action::Count, Action::Drop]),
         rule(vec![is_in([Key::InInterface, Key::OutInterface], "same", false)], vec![Action::Accept]),
         rule(vec![Match::Established], vec![Action::Accept]),
+        rule(vec![Match::Known], vec![Action::Accept]),
         rule(vec![Match::TranslatedDestination], vec![Action::Return]),
         rule(vec![is_in([Key::SourceV6], "subnets6", true)], vec![Action::Drop]),
         rule(vec![], vec![Action::Drop]),
@@ -290,7 +309,7 @@ fn whatever_changes_changes_the_fingerprint() {
         "add rule inet everything raw accept",
         "insert rule inet everything raw accept",
         "flush chain inet everything inner",
-        "add element inet everything bridges { eth0 }",
+        "add element inet everything empty { tcp }",
         "delete element inet everything own4 { tg-a . 10.9.1.0/24 }",
         "delete element inet everything ports { tcp . 2 }",
         "add chain inet everything more",

@@ -70,6 +70,9 @@ trait Backend: fmt::Debug + Send + Sync {
     /// Removes what `owner` has, whoever made it.
     fn remove(&mut self, owner: &str) -> io::Result<()>;
 
+    /// Leaves its rules open to changes by others, as kernels do that know no better.
+    fn share(&mut self) {}
+
     /// Word of changes; `None` if the kernel sends none, and one has to look.
     fn changes(&self) -> io::Result<Option<Changes>>;
 }
@@ -110,6 +113,13 @@ impl Firewall {
         let ruleset = Ruleset { owner: owner.to_owned(), ..Ruleset::default() };
         let state = Mutex::new(State { backend, ruleset, in_force: false });
         Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), state })
+    }
+
+    /// Does without tables that are out of reach for others, whatever the kernel can do. Before the rules are in force.
+    #[must_use]
+    pub fn shared(self) -> Self {
+        self.state().backend.share();
+        self
     }
 
     /// Which one it is.

@@ -159,6 +159,36 @@ fn nftables_flushed_a_hundred_times_let_nobody_in() {
 }
 
 #[test]
+fn tables_of_nftables_that_are_everybodys_flushed_let_nobody_in() {
+    let harms = [
+        "nft flush ruleset",
+        "nft delete table inet tidegate-matrix",
+        "nft flush chain inet tidegate-matrix forward",
+    ];
+    heals(Scene::without_owned_tables(), &["--firewall=nftables", "--publish=kernel"], &harms, 30);
+}
+
+/// Nobody is there to put anything back, and the tables are nobody's.
+#[test]
+fn flushed_while_we_are_dead_let_nobody_in() {
+    for firewall in ["nftables", "iptables"] {
+        let flags = &[&format!("--firewall={firewall}")[..], "--publish=kernel"];
+        let knocking = Knocking::new(Scene::new());
+        for _ in 0..3 {
+            let mut up = knocking.up(flags);
+            assert!(knocking.neighbour_is_answered());
+            up.signal(Signal::KILL);
+            up.wait(SOON);
+            knocking.scene.sh("nft flush ruleset");
+            thread::sleep(50 * PAUSE);
+        }
+        let mut up = knocking.up(flags);
+        up.stop(Signal::INT, SOON);
+        knocking.end();
+    }
+}
+
+#[test]
 fn iptables_flushed_a_hundred_times_let_nobody_in() {
     let harms = [
         "iptables -F; ip6tables -F",

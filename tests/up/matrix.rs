@@ -102,17 +102,21 @@ struct Mode {
     forwarding: bool,
     /// With the variant of iptables that is not made of nf_tables.
     legacy: bool,
+    /// On a kernel whose tables of nftables are everybody's.
+    shared: bool,
     /// Flags of `tidegate up`.
     flags: &'static [&'static str],
 }
 
-const ROOT: Mode = Mode { rootless: false, forwarding: false, legacy: false, flags: &["--firewall=none"] };
+const ROOT: Mode =
+    Mode { rootless: false, forwarding: false, legacy: false, shared: false, flags: &["--firewall=none"] };
 const ROOTLESS: Mode = Mode { rootless: true, flags: &[], ..ROOT };
 const NFTABLES: Mode = Mode { flags: &["--firewall=nftables"], ..ROOT };
 const NFTABLES_KERNEL: Mode = Mode { flags: &["--firewall=nftables", "--publish=kernel"], ..ROOT };
 const IPTABLES: Mode = Mode { flags: &["--firewall=iptables"], ..ROOT };
 const IPTABLES_KERNEL: Mode = Mode { flags: &["--firewall=iptables", "--publish=kernel"], ..ROOT };
 
+const NFTABLES_SHARED: Mode = Mode { shared: true, ..NFTABLES_KERNEL };
 const LEGACY_KERNEL: Mode = Mode { legacy: true, ..IPTABLES_KERNEL };
 
 /// Who gets what by asking where, in the order of [`FROM`].
@@ -217,7 +221,11 @@ struct Matrix {
 impl Matrix {
     #[track_caller]
     fn new(mode: Mode) -> Self {
-        let scene = if mode.legacy { Scene::with_legacy_iptables() } else { Scene::new() };
+        let scene = match mode {
+            Mode { legacy: true, .. } => Scene::with_legacy_iptables(),
+            Mode { shared: true, .. } => Scene::without_owned_tables(),
+            _ => Scene::new(),
+        };
         let uplink = Uplink::new(&scene);
         let on = if mode.forwarding { "1" } else { "0" };
         scene.net.host.sysctl("net.ipv4.ip_forward", on);
@@ -498,6 +506,11 @@ fn published_by_the_kernel_with_iptables_the_same_holds() {
 #[test]
 fn published_by_the_kernel_with_iptables_the_same_holds_on_a_host_that_forwards_for_others() {
     holds(IPTABLES_KERNEL.forwarding());
+}
+
+#[test]
+fn published_by_the_kernel_with_tables_that_are_everybodys_the_same_holds() {
+    holds(NFTABLES_SHARED.forwarding());
 }
 
 #[test]

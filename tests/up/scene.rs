@@ -22,12 +22,25 @@ pub(crate) struct Scene {
     pub(crate) directory: tempfile::TempDir,
     /// Programs that are found before those of the machine.
     pub(crate) programs: tempfile::TempDir,
+    /// What the kernel is taken not to have.
+    pub(crate) lacks: &'static str,
 }
 
 impl Scene {
     pub(crate) fn new() -> Self {
         let directory = || tempfile::tempdir().unwrap();
-        Self { net: Topology::three(), run: directory(), directory: directory(), programs: directory() }
+        Self {
+            net: Topology::three(),
+            run: directory(),
+            directory: directory(),
+            programs: directory(),
+            lacks: "",
+        }
+    }
+
+    /// On a kernel before Linux 6.9: tables of nftables are everybody's.
+    pub(crate) fn without_owned_tables() -> Self {
+        Self { lacks: "owned-tables", ..Self::new() }
     }
 
     /// With the variant of iptables that is not made of nf_tables.
@@ -76,6 +89,7 @@ impl Scene {
     fn at_home(&self, mut command: Command) -> Command {
         command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
         command.env_remove("TIDEGATE_SOCKET").env("PATH", self.path());
+        command.env("TIDEGATE_LACKS", self.lacks);
         command
     }
 

@@ -2,9 +2,11 @@
 
 mod connections;
 mod datagrams;
+mod forward;
 mod idle;
 mod ports;
 mod requests;
+mod rules;
 mod setup;
 mod stalled;
 mod throughput;
@@ -79,10 +81,19 @@ pub(crate) fn all(options: &Options) -> Vec<Box<dyn Scenario>> {
     all.push(Box::new(ports::Ports { count: 1_000 }));
     all.push(Box::new(ports::Ports { count: 10_000 }));
     all.push(Box::new(stalled::Stalled));
-    all.push(Box::new(setup::Single));
+    for direction in [throughput::Direction::Up, throughput::Direction::Down] {
+        all.push(Box::new(forward::Forward { streams: 1, direction }));
+        all.push(Box::new(forward::Forward { streams: 16, direction }));
+    }
+    all.push(Box::new(rules::Rules { ports: if options.quick { 100 } else { 10_000 } }));
+    for firewall in [setup::Firewall::None, setup::Firewall::Nftables] {
+        all.push(Box::new(setup::Single { firewall }));
+    }
     let endpoints = setup::Endpoints::new(if options.quick { 50 } else { 1_000 });
-    all.push(Box::new(setup::Many { networks: 4, endpoints: endpoints.clone() }));
-    all.push(Box::new(setup::Many { networks: 1, endpoints }));
+    for firewall in [setup::Firewall::None, setup::Firewall::Nftables, setup::Firewall::Iptables] {
+        all.push(Box::new(setup::Many { networks: 4, firewall, endpoints: endpoints.clone() }));
+    }
+    all.push(Box::new(setup::Many { networks: 1, firewall: setup::Firewall::Nftables, endpoints }));
     all.retain(|scenario| options.wants(&scenario.name()));
     all
 }

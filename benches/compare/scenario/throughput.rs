@@ -1,9 +1,10 @@
 //! TCP throughput by iperf3, and the CPU time that moving a gigabyte costs.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tidegate_testbed::Process;
+use tidegate_testbed::{Namespace, Process};
 
 use super::{Metric, Scenario, per};
 use crate::contender::Contender;
@@ -29,12 +30,34 @@ pub(super) struct Throughput {
 }
 
 impl Direction {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Up => "up",
             Self::Down => "down",
         }
     }
+}
+
+/// Starts an iperf3 for one run in `namespace`.
+pub(super) fn serve(namespace: &Namespace, address: Ipv4Addr) -> Process {
+    let (address, port) = (address.to_string(), Service::TCP.first_port.to_string());
+    let mut command = namespace.command("iperf3");
+    let server = Process::spawn(command.args(["-s", "-1", "--forceflush", "-B", &address, "-p", &port]));
+    server.wait_for_line("Server listening", PATIENCE);
+    server
+}
+
+/// Has the client send to the published port, or be sent from there.
+pub(super) fn load(lab: &Lab, streams: u32, direction: Direction, duration: Duration) -> Result<Report> {
+    let (seconds, streams) = (duration.as_secs().to_string(), streams.to_string());
+    let (host, port) = (HOST.to_string(), Service::TCP.first_port.to_string());
+    let mut client = lab.net.client.command("iperf3");
+    client.args(["-J", "-i", "0", "-c", &host, "-p", &port, "-t", &seconds, "-P", &streams]);
+    if direction == Direction::Down {
+        client.arg("-R");
+    }
+    let output = Process::spawn(&mut client).wait_for_output(duration + PATIENCE);
+    Report::parse(&output).context("iperf3")
 }
 
 impl Scenario for Throughput {
@@ -53,32 +76,11 @@ impl Scenario for Throughput {
     }
 
     fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {
-        let port = Service::TCP.first_port.to_string();
-        let container = CONTAINER.to_string();
-        let server = Process::spawn(lab.net.container.command("iperf3").args([
-            "-s",
-            "-1",
-            "--forceflush",
-            "-B",
-            &container,
-            "-p",
-            &port,
-        ]));
-        server.wait_for_line("Server listening", PATIENCE);
+        let _server = serve(&lab.net.container, CONTAINER);
         let running = contender.start(lab, Service::TCP)?;
-
-        let seconds = duration.as_secs().to_string();
-        let streams = self.streams.to_string();
-        let host = HOST.to_string();
-        let mut client = lab.net.client.command("iperf3");
-        client.args(["-J", "-i", "0", "-c", &host, "-p", &port, "-t", &seconds, "-P", &streams]);
-        if self.direction == Direction::Down {
-            client.arg("-R");
-        }
         let before = running.cpu_seconds();
-        let output = Process::spawn(&mut client).wait_for_output(duration + PATIENCE);
+        let report = load(lab, self.streams, self.direction, duration)?;
         let after = running.cpu_seconds();
-        let report = Report::parse(&output).context("iperf3")?;
         let gigabytes = report.bytes / 1e9;
         Ok(vec![Some(report.bits_per_second / 1e9), per(before, after, gigabytes)])
     }

@@ -127,6 +127,10 @@ impl Backend for Nftables {
         ])
     }
 
+    fn share(&mut self) {
+        self.owns = false;
+    }
+
     fn changes(&self) -> io::Result<Option<Changes>> {
         Changes::listen().map(Some)
     }
@@ -191,7 +195,7 @@ impl Family {
 /// The table of `ruleset`'s owner.
 pub(crate) fn table(ruleset: &Ruleset) -> Table {
     let name = table_name(&ruleset.owner);
-    let chains = vec![to_network(), from_network(), raw(), translate(), mark(), forward(), masquerade()];
+    let chains = vec![to_network(), from_network(), strays(), translate(), mark(), forward(), masquerade()];
     Table { name, sets: sets(ruleset), chains }
 }
 
@@ -207,19 +211,23 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
     let jump = |matches: Vec<Match>, why: &str| {
         rule(matches, vec![Action::Jump(registry::USER_CHAIN.to_owned())], why)
     };
+    let go = |matches: Vec<Match>, why: &str| {
+        rule(matches, vec![Action::Goto(registry::USER_CHAIN.to_owned())], why)
+    };
     let mut sets = vec![Set {
         name: of("bridges"),
+        constant: true,
         elements: bridges(ruleset).map(|bridge| element([bridge])).collect(),
         ..set("", vec![Field::Interface])
     }];
     let leaves = vec![is_in([Key::OutInterface], &of("bridges"))];
-    let comes = vec![is_in([Key::InInterface], &of("bridges")), not_in([Key::OutInterface], &of("bridges"))];
+    let comes = vec![is_in([Key::InInterface], &of("bridges"))];
     let forward = Chain {
         name: of("forward"),
         base: Some(Base { kind: Kind::Filter, hook: Hook::Forward, priority: BEFORE_FILTER }),
         rules: vec![
-            jump(leaves, "forwarded to a container: the user comes first"),
-            jump(comes, "forwarded from a container: the user comes first"),
+            go(leaves, "forwarded to a container: the user comes first"),
+            go(comes, "forwarded from a container: the user comes first"),
         ],
     };
     let mut rules = vec![rule(
@@ -258,8 +266,9 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
     Table { name: registry::NFTABLES_USER_TABLE.to_owned(), sets, chains: vec![forward, input] }
 }
 
-/// `raw`.
-const RAW: i32 = -300;
+/// `NF_IP_PRI_CONNTRACK` is -200: which connection a packet is of is known, and not yet changed. What is dropped here is forgotten by connection tracking
+/// at once.
+const AFTER_CONNTRACK: i32 = -190;
 /// `dstnat`.
 const DSTNAT: i32 = -100;
 /// Behind `dstnat`: where a packet goes is known, and the route not yet looked up.
@@ -277,14 +286,20 @@ fn sets(ruleset: &Ruleset) -> Vec<Set> {
     let same = bridges(ruleset).map(|bridge| element([bridge.clone(), bridge]));
     let mut sets = vec![
         Set {
+            constant: true,
             elements: bridges(ruleset).map(|bridge| element([bridge])).collect(),
             ..set("bridges", vec![Field::Interface])
         },
         Set {
+            constant: true,
             elements: internal.map(|bridge| element([bridge])).collect(),
             ..set("internal", vec![Field::Interface])
         },
-        Set { elements: same.collect(), ..set("same", vec![Field::Interface, Field::Interface]) },
+        Set {
+            constant: true,
+            elements: same.collect(),
+            ..set("same", vec![Field::Interface, Field::Interface])
+        },
     ];
     for family in &FAMILIES {
         let subnets = || {
@@ -296,16 +311,19 @@ fn sets(ruleset: &Ruleset) -> Vec<Set> {
         sets.extend([
             Set {
                 intervals: true,
+                constant: true,
                 elements: subnets().map(|(_, subnet)| element([subnet])).collect(),
                 ..set(&family.set("subnets"), vec![family.address])
             },
             Set {
                 intervals: true,
+                constant: true,
                 elements: own.collect(),
                 ..set(&family.set("own"), vec![Field::Interface, family.address])
             },
             Set {
                 intervals: true,
+                constant: true,
                 elements: outgoing.collect(),
                 ..set(&family.set("outgoing"), vec![family.address])
             },
@@ -348,17 +366,17 @@ fn port_sets<'a>(ports: impl Iterator<Item = &'a Opening> + Clone, family: &Fami
 
 fn to_network() -> Chain {
     let mut rules = vec![
-        rule(vec![Match::Invalid], drop(), "belongs to no connection"),
-        rule(
-            vec![is_in([Key::InInterface, Key::OutInterface], "same")],
-            accept(),
-            "bridged, where br_netfilter shows that",
-        ),
         rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path"),
         rule(
             vec![Match::Established],
             accept(),
             "an answer to a container, or a connection to a published port",
+        ),
+        rule(vec![Match::Invalid], drop(), "belongs to no connection"),
+        rule(
+            vec![is_in([Key::InInterface, Key::OutInterface], "same")],
+            accept(),
+            "bridged, where br_netfilter shows that",
         ),
     ];
     for family in &FAMILIES {
@@ -371,31 +389,34 @@ fn to_network() -> Chain {
 
 fn from_network() -> Chain {
     let rules = vec![
+        rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path"),
+        rule(vec![Match::Established], accept(), "what has begun goes on"),
         rule(vec![is_in([Key::InInterface], "internal")], drop(), "an internal network has no way out"),
         rule(
             vec![Match::Invalid],
             drop(),
             "belongs to no connection, and would leave with a container's address",
         ),
-        rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path"),
         rule(vec![], accept(), "containers reach the outside"),
     ];
     Chain { name: "from-network".to_owned(), base: None, rules }
 }
 
-fn raw() -> Chain {
+/// Sources are looked at in every packet: a part of a connection may be forged as well. Where it goes only until the connection is known: one that was
+/// translated is known by the host's address, and what is sent straight to a container is no part of it.
+fn strays() -> Chain {
+    let stray = |family: &Family, key: Key, why: &str| {
+        let inside = is_in([key], &family.set("subnets"));
+        rule(vec![inside, not_in([Key::InInterface, key], &family.set("own"))], drop(), why)
+    };
     let mut rules = vec![rule(vec![from_host()], accept(), "the host reaches its networks")];
     for family in &FAMILIES {
-        let own = family.set("own");
-        let strays = |key: Key, why: &str| {
-            let inside = is_in([key], &family.set("subnets"));
-            rule(vec![inside, not_in([Key::InInterface, key], &own)], drop(), why)
-        };
-        rules.push(strays(
-            family.destination,
-            "sent straight to a container or a gateway, past the published ports",
-        ));
-        rules.push(strays(family.source, "claims to come from a container"));
+        rules.push(stray(family, family.source, "claims to come from a container"));
+    }
+    rules.push(rule(vec![Match::Known], accept(), "a part of a connection that was let through"));
+    for family in &FAMILIES {
+        let why = "sent straight to a container or a gateway, past the published ports";
+        rules.push(stray(family, family.destination, why));
         let keys = [family.destination, Key::Protocol, Key::DestinationPort];
         let loopback = is_in(keys, &family.set("loopback"));
         rules.push(rule(
@@ -404,7 +425,7 @@ fn raw() -> Chain {
             "published on a loopback address, and asked for from elsewhere",
         ));
     }
-    base("raw", Kind::Filter, Hook::Prerouting, RAW, rules)
+    base("strays", Kind::Filter, Hook::Prerouting, AFTER_CONNTRACK, rules)
 }
 
 fn translate() -> Chain {
@@ -428,8 +449,12 @@ fn translate() -> Chain {
 }
 
 fn mark() -> Chain {
-    let mut rules = Vec::new();
-    let mark = || vec![Action::Mark { value: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK }];
+    let own = vec![is_in([Key::InInterface], "bridges")];
+    let mut rules = vec![rule(own, accept(), "from a container: nothing that a network is closed to")];
+    let mark = || {
+        let set = Action::Mark { value: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
+        vec![set, Action::Accept]
+    };
     for family in &FAMILIES {
         let inside = || is_in([family.destination], &family.set("subnets"));
         rules.push(rule(
@@ -504,7 +529,14 @@ fn not_loopback(family: &Family) -> Match {
 }
 
 fn set(name: &str, key: Vec<Field>) -> Set {
-    Set { name: name.to_owned(), key, data: Vec::new(), intervals: false, elements: Vec::new() }
+    Set {
+        name: name.to_owned(),
+        key,
+        data: Vec::new(),
+        intervals: false,
+        constant: false,
+        elements: Vec::new(),
+    }
 }
 
 fn element(key: impl IntoIterator<Item = Value>) -> Element {

@@ -4,16 +4,18 @@
 //!
 //! | where | rule | why |
 //! |---|---|---|
-//! | before connection tracking | what is addressed to a subnet and came in otherwise than by its bridge or from the host is dropped | the direct-route hole, and gateway addresses |
-//! | | what claims to come from a subnet and came in otherwise than by its bridge or from the host is dropped | forged sources |
+//! | before destination NAT | what claims to come from a subnet and came in otherwise than by its bridge or from the host is dropped | forged sources |
+//! | | what is addressed to a subnet and came in otherwise than by its bridge or from the host is dropped | the direct-route hole, and gateway addresses |
 //! | | what is addressed to a port published on a loopback address and did not come in by `lo` is dropped | a neighbour may send those too |
 //! | behind destination NAT, before routing | answers to connections of containers, and what was translated to a published port, get the mark [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK) | without it the guards (policy rules, outside of the firewall) make every container unreachable: rules that are gone let nothing through |
 //! | forwarding | the user's chain comes first | |
-//! | | to a bridge: invalid ones dropped; the same bridge, established ones, and what was translated to a published port accepted; all else dropped | isolation |
-//! | | from a bridge to elsewhere: from an internal network dropped, invalid ones dropped, segments clamped to the path, accepted | |
+//! | | to a bridge: segments clamped to the path; established ones accepted, invalid ones dropped, the same bridge and what was translated to a published port accepted; all else dropped | isolation |
+//! | | from a bridge to elsewhere: segments clamped to the path; established ones accepted, from an internal network dropped, invalid ones dropped; accepted | |
 //! | input | the user's chain, for ports that are served in userspace and were not asked for by way of `lo` | |
 //! | behind routing | what comes from a subnet that is not internal and leaves otherwise than by a bridge of ours is masqueraded | |
 //! | destination NAT | what is addressed to the host at a port published by the kernel and did not come in by a bridge of ours is translated | those that did are served in userspace (hairpin) |
+//!
+//! nftables looks at the last two of what comes first only until a connection is established: iptables, whose `raw` table does not know that, in every packet.
 //!
 //! Nothing is ever a chain's policy, and what is neither from nor to a network of ours is left alone.
 

@@ -4,7 +4,7 @@
 //! from the signal to the exit of tidegate. That the ports answer is seen to outside of what is timed.
 
 mod netavark;
-mod project;
+pub(super) mod project;
 
 use std::cell::OnceCell;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -34,20 +34,46 @@ struct Times {
     gone: Duration,
 }
 
+/// What closes the networks of `tidegate up`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Firewall {
+    None,
+    Nftables,
+    Iptables,
+}
+
+impl Firewall {
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+        }
+    }
+
+    fn flag(self) -> String {
+        format!("--firewall={}", self.name())
+    }
+}
+
 /// One network, one endpoint, one published TCP port.
 ///
 /// netavark publishes the port by its default firewall: before 2.0 that is iptables, then nftables.
-pub(super) struct Single;
+pub(super) struct Single {
+    pub(super) firewall: Firewall,
+}
 
 impl Scenario for Single {
     fn name(&self) -> String {
-        "setup.netavark".into()
+        format!("setup.netavark.{}", self.firewall.name())
     }
 
     fn metrics(&self) -> Vec<Metric> {
+        let name = self.name();
+        let title = format!("Network with one endpoint and port ({})", self.firewall.name());
         vec![
-            Metric::new("setup.netavark.ready", "Network with one endpoint and port: set up", "ms"),
-            Metric::new("setup.netavark.gone", "Network with one endpoint and port: taken down", "ms"),
+            Metric::new(format!("{name}.ready"), format!("{title}: set up"), "ms"),
+            Metric::new(format!("{name}.gone"), format!("{title}: taken down"), "ms"),
         ]
     }
 
@@ -60,7 +86,7 @@ impl Scenario for Single {
         let check = || answer(lab, &endpoints);
         let times = match contender.kind {
             Kind::Netavark => netavark::time(lab, contender, &endpoints[0], check)?,
-            _ => project::time(lab, contender, 1, &endpoints, check)?,
+            _ => project::time(lab, contender, 1, &endpoints, self.firewall, check)?,
         };
         Ok(vec![Some(times.ready.as_secs_f64() * 1e3), Some(times.gone.as_secs_f64() * 1e3)])
     }
@@ -88,19 +114,20 @@ impl Endpoints {
 /// As many endpoints as there are, each with a published TCP port, spread over some networks.
 pub(super) struct Many {
     pub(super) networks: u8,
+    pub(super) firewall: Firewall,
     pub(super) endpoints: Endpoints,
 }
 
 impl Scenario for Many {
     fn name(&self) -> String {
-        format!("setup.{}.{}", self.endpoints.count, self.networks)
+        format!("setup.{}.{}.{}", self.endpoints.count, self.networks, self.firewall.name())
     }
 
     fn metrics(&self) -> Vec<Metric> {
         let name = self.name();
         let plural = if self.networks == 1 { "" } else { "s" };
-        let title =
-            format!("{} endpoints and ports, {} network{plural}", self.endpoints.count, self.networks);
+        let (count, firewall) = (self.endpoints.count, self.firewall.name());
+        let title = format!("{count} endpoints and ports, {} network{plural} ({firewall})", self.networks);
         vec![
             Metric::new(format!("{name}.ready"), format!("{title}: set up"), "s"),
             Metric::new(format!("{name}.gone"), format!("{title}: taken down"), "s"),
@@ -117,7 +144,9 @@ impl Scenario for Many {
 
     fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
         let endpoints = self.endpoints.get();
-        let times = project::time(lab, contender, self.networks, endpoints, || answer(lab, endpoints))?;
+        let times = project::time(lab, contender, self.networks, endpoints, self.firewall, || {
+            answer(lab, endpoints)
+        })?;
         Ok(vec![Some(times.ready.as_secs_f64()), Some(times.gone.as_secs_f64())])
     }
 }

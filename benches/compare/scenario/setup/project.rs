@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use tempfile::TempDir;
 use tidegate_testbed::{Namespace, Process, Signal};
 
-use super::{CONTAINER_PORT, FIRST_PORT, PATIENCE, Times};
+use super::{CONTAINER_PORT, FIRST_PORT, Firewall, PATIENCE, Times};
 use crate::contender::Contender;
 use crate::lab::Lab;
 
@@ -22,27 +22,39 @@ pub(super) fn time(
     contender: &Contender,
     networks: u8,
     endpoints: &[Namespace],
+    firewall: Firewall,
     check: impl FnOnce() -> Result<()>,
 ) -> Result<Times> {
-    let directory = in_memory()?;
-    let file = directory.path().join("compose.yaml");
     let paths: Vec<PathBuf> = endpoints.iter().map(Namespace::path).collect();
-    fs::write(&file, compose(networks, &paths))?;
-    let mut command = contender.command(lab);
-    command.arg("up").arg("-f").arg(file).env("TIDEGATE_RUN_DIR", directory.path().join("run"));
-
     let begin = Instant::now();
-    let mut process = Process::spawn(&mut command);
-    process.wait_for_line(ANNOUNCEMENT, PATIENCE);
+    let mut up = up(lab, contender, &compose(networks, &paths), &[&firewall.flag()])?;
     let ready = begin.elapsed();
     check()?;
     let begin = Instant::now();
-    process.signal(Signal::TERM);
+    up.process.signal(Signal::TERM);
     // Its output ends with it, to the microsecond; waiting for a process would look once a millisecond.
-    let told = process.wait_for_output(PATIENCE);
+    let told = up.process.wait_for_output(PATIENCE);
     let gone = begin.elapsed();
-    ensure!(process.wait(PATIENCE).success(), "tidegate up failed: {told}");
+    ensure!(up.process.wait(PATIENCE).success(), "tidegate up failed: {told}");
     Ok(Times { ready, gone })
+}
+
+/// A project that is up, for as long as this lives.
+pub(crate) struct Up {
+    pub(crate) process: Process,
+    pub(crate) directory: TempDir,
+}
+
+/// Brings `file` up.
+pub(crate) fn up(lab: &Lab, contender: &Contender, file: &str, flags: &[&str]) -> Result<Up> {
+    let directory = in_memory()?;
+    let path = directory.path().join("compose.yaml");
+    fs::write(&path, file)?;
+    let mut command = contender.command(lab);
+    command.arg("up").arg("-f").arg(path).args(flags);
+    let process = Process::spawn(command.env("TIDEGATE_RUN_DIR", directory.path().join("run")));
+    process.wait_for_line(ANNOUNCEMENT, PATIENCE);
+    Ok(Up { process, directory })
 }
 
 /// A directory in memory, as `/run` is on hosts: on a disk a thousand small files make a difference.
