@@ -4,6 +4,8 @@
 //! what was left behind. With `--iptables=false` all traffic to a published port passes our proxy, so most
 //! tests use it; that the container sees the bridge's address as its client proves the way.
 
+#[path = "dockerd/beside.rs"]
+mod beside;
 #[path = "dockerd/container_server.rs"]
 #[allow(dead_code, reason = "a program of its own, which the tests compile; here for the lints")]
 mod container_server;
