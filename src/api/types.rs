@@ -24,8 +24,8 @@ pub(crate) struct Status {
     /// When it was started (RFC 3339, UTC).
     #[schema(example = "2026-01-31T12:00:00Z")]
     pub(crate) started: String,
-    /// How networks are kept closed: "without-firewall" is by policy rules and forwarding switched off on the bridges.
-    #[schema(example = "without-firewall")]
+    /// How networks are kept closed: "nftables", "iptables", or "without-firewall", by policy rules and forwarding switched off on the bridges.
+    #[schema(example = "nftables")]
     pub(crate) isolation: String,
     /// The services, in the order of the Compose file.
     pub(crate) services: Vec<Service>,
