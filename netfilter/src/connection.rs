@@ -280,14 +280,18 @@ impl Connection {
         }
         for (set, handle) in self.sets(name)?.into_iter().filter(|(set, _)| of(set)) {
             (&set, handle).hash(&mut hasher);
-            let mut elements = Vec::new();
+            // A sum, for they come in no order, and there may be thousands.
+            let (mut count, mut sum) = (0_usize, 0_u64);
             let asked = Attributes::default().text(1, name).text(2, &set);
             self.socket.dump(&list(request::GET_ELEMENTS, asked), |answer| {
-                let all = attribute(answer, 3).unwrap_or_default();
-                elements.extend(attributes(all).map(|(_, element)| element.to_vec()));
+                for (_, element) in attributes(attribute(answer, 3).unwrap_or_default()) {
+                    let mut hasher = DefaultHasher::new();
+                    element.hash(&mut hasher);
+                    count += 1;
+                    sum = sum.wrapping_add(hasher.finish());
+                }
             })?;
-            elements.sort_unstable();
-            elements.hash(&mut hasher);
+            (count, sum).hash(&mut hasher);
         }
         Ok(Some(hasher.finish()))
     }

@@ -70,6 +70,11 @@ trait Backend: fmt::Debug + Send + Sync {
     /// Removes what `owner` has, whoever made it.
     fn remove(&mut self, owner: &str) -> io::Result<()>;
 
+    /// Takes note of how the rules of `owner` look when they are as they were put, to know them again. Now and then, while nobody waits.
+    fn settle(&mut self, _owner: &str) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Leaves its rules open to changes by others, as kernels do that know no better.
     fn share(&mut self) {}
 
@@ -175,6 +180,20 @@ impl Firewall {
         }
         state.ruleset = ruleset;
         Ok(())
+    }
+
+    /// Takes note of how its rules look, so that what others change elsewhere is told from what they change here. To be called now and then; a port that comes or goes
+    /// does not wait for it.
+    ///
+    /// # Errors
+    /// The firewall's.
+    pub fn settle(&self) -> io::Result<()> {
+        let mut state = self.state();
+        if !state.in_force {
+            return Ok(());
+        }
+        let backend = &mut state.backend;
+        self.host.with(|| backend.settle(&self.owner))?
     }
 
     pub(crate) fn apply(&self) -> io::Result<()> {

@@ -112,7 +112,12 @@ impl Instance {
                 ended = self.up.supervisor.wait(), if has_services => return ended.success(),
                 () = signals.next() => return true,
                 Some(order) = self.orders.recv() => self.carry_out(order).await,
-                _ = ticks.tick() => self.look_after_adopted(&mut said).await,
+                _ = ticks.tick() => {
+                    if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.settle()) {
+                        tracing::debug!(%error, "a look at the firewall's rules");
+                    }
+                    self.look_after_adopted(&mut said).await;
+                },
             }
         }
     }

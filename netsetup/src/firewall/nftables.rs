@@ -19,7 +19,9 @@ use tidegate_netfilter::{
 pub(super) struct Nftables {
     connection: Connection,
     owns: bool,
-    /// Of the tables as they were made, where others can change them.
+    /// The state of the namespace at which all was known to be as it was put.
+    sound_at: Option<u32>,
+    /// Of the tables as they were then, once they were looked at.
     fingerprints: Option<[Option<u64>; 2]>,
 }
 
@@ -28,22 +30,33 @@ impl Nftables {
     pub(super) fn open() -> io::Result<Self> {
         let mut connection = Connection::open()?;
         let owns = connection.can_own().map_err(io::Error::other)?;
-        Ok(Self { connection, owns, fingerprints: None })
+        Ok(Self { connection, owns, sound_at: None, fingerprints: None })
     }
 
     fn commit(&mut self, changes: &[Change]) -> io::Result<()> {
         self.connection.commit(changes).map_err(io::Error::other)
     }
 
-    /// Carries `changes` out and takes the fingerprints of what `owner` then has. False if someone else may have changed it in between: then nothing is known.
-    fn commit_and_look(&mut self, changes: &[Change], owner: &str) -> io::Result<bool> {
+    /// Carries `changes` out. Whether nobody else has changed anything meanwhile: then what was sound is, with them.
+    fn commit_alone(&mut self, changes: &[Change]) -> io::Result<bool> {
         let before = self.connection.generation()?;
-        self.fingerprints = None;
+        (self.sound_at, self.fingerprints) = (None, None);
         self.commit(changes)?;
-        let fingerprints = self.look(owner)?;
-        let ours_alone = self.connection.generation()? == before.wrapping_add(1);
-        self.fingerprints = ours_alone.then_some(fingerprints);
-        Ok(ours_alone)
+        let after = self.connection.generation()?;
+        self.sound_at = Some(after).filter(|_| after == before.wrapping_add(1));
+        Ok(self.sound_at.is_some())
+    }
+
+    /// Whether all is as it was put. It costs a look at every element, unless nobody has changed anything at all since.
+    fn is_sound(&mut self, owner: &str) -> io::Result<bool> {
+        let generation = self.connection.generation()?;
+        if self.sound_at == Some(generation) {
+            return Ok(true);
+        }
+        let Some(fingerprints) = self.fingerprints else { return Ok(false) };
+        let same = self.look(owner)? == fingerprints;
+        self.sound_at = Some(generation).filter(|_| same);
+        Ok(same)
     }
 
     /// What tells whether the owner's table, and its part of the user's, are as they were.
@@ -67,7 +80,7 @@ impl Backend for Nftables {
         let part = Change::ReplacePart { part: ways_to_user(ruleset), kept: registry::USER_CHAIN.to_owned() };
         let changes = [replace, part];
         for _ in 0..ATTEMPTS {
-            if self.commit_and_look(&changes, &ruleset.owner)? {
+            if self.commit_alone(&changes)? {
                 break;
             }
         }
@@ -76,6 +89,9 @@ impl Backend for Nftables {
     }
 
     fn change_ports(&mut self, ruleset: &Ruleset, change: &Ports) -> io::Result<()> {
+        if !self.is_sound(&ruleset.owner)? {
+            return self.apply(ruleset);
+        }
         let mut changes = Vec::new();
         // Two ports may lead to one, and what they lead to is known as long as one of them does.
         let targets =
@@ -105,7 +121,7 @@ impl Backend for Nftables {
             }
             _ => true,
         });
-        match self.commit_and_look(&changes, &ruleset.owner) {
+        match self.commit_alone(&changes) {
             Ok(true) => Ok(()),
             // Someone has thrown a part of it away, or may have, so all of it is made again.
             Ok(false) | Err(_) => self.apply(ruleset),
@@ -113,12 +129,21 @@ impl Backend for Nftables {
     }
 
     fn holds(&mut self, ruleset: &Ruleset) -> io::Result<bool> {
-        let made = self.fingerprints;
-        Ok(made.is_some() && made == Some(self.look(&ruleset.owner)?))
+        self.is_sound(&ruleset.owner)
+    }
+
+    fn settle(&mut self, owner: &str) -> io::Result<()> {
+        if self.fingerprints.is_some() || !self.is_sound(owner)? {
+            return Ok(());
+        }
+        let fingerprints = self.look(owner)?;
+        let undisturbed = self.sound_at == Some(self.connection.generation()?);
+        self.fingerprints = Some(fingerprints).filter(|_| undisturbed);
+        Ok(())
     }
 
     fn remove(&mut self, owner: &str) -> io::Result<()> {
-        self.fingerprints = None;
+        (self.sound_at, self.fingerprints) = (None, None);
         let table = registry::NFTABLES_USER_TABLE.to_owned();
         let kept = registry::USER_CHAIN.to_owned();
         self.commit(&[
