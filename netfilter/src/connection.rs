@@ -77,8 +77,8 @@ pub enum TableFamily {
 }
 
 impl TableFamily {
-    /// `NFPROTO_*`.
-    const fn number(self) -> u8 {
+    /// `NFPROTO_*`, which is `AF_*`.
+    pub(crate) const fn number(self) -> u8 {
         match self {
             Self::Ipv4 => 2,
             Self::Ipv6 => 10,

@@ -3,6 +3,7 @@
 //! Where a packet goes is decided for the first one of a flow and remembered for the others. A UDP flow that goes on is sent where its port once led, for
 //! as long as it does not pause; so when a port is opened, moved or closed, what is remembered of it has to go.
 
+use crate::connection::TableFamily;
 use crate::socket::NetfilterSocket;
 use crate::table::Transport;
 use crate::wire::{Attributes, CONNTRACK, Message, attribute};
@@ -39,9 +40,6 @@ mod field {
     pub(super) const ZONE: u16 = 18;
 }
 
-/// `AF_INET`, `AF_INET6`.
-const FAMILIES: [u8; 2] = [2, 10];
-
 impl Conntrack {
     /// Those of the namespace of the calling thread.
     ///
@@ -51,13 +49,15 @@ impl Conntrack {
         Ok(Self(NetfilterSocket::open()?))
     }
 
-    /// Forgets the flows that `which` picks, and returns how many they were. Packets that still come begin new ones.
+    /// Forgets the flows of `families` that `which` picks, and returns how many they were. Packets that still come begin new ones.
+    ///
+    /// The kernel goes through its whole table for each family, however few flows it has: 10 ms where it has 256 Ki places.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn forget(&mut self, which: impl Fn(&Flow) -> bool) -> io::Result<usize> {
+    pub fn forget(&mut self, families: &[TableFamily], which: impl Fn(&Flow) -> bool) -> io::Result<usize> {
         let mut found = Vec::new();
-        for family in FAMILIES {
+        for family in families.iter().map(|family| family.number()) {
             self.0.dump(&message(GET, family, Attributes::default()), |entry| {
                 if flow(entry).is_some_and(|flow| which(&flow)) {
                     let of = |kind| attribute(entry, kind).map(<[u8]>::to_vec);

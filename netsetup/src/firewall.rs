@@ -25,7 +25,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tidegate_model::Protocol;
-use tidegate_netfilter::{Changes, Conntrack, Flow, Transport};
+use tidegate_netfilter::{Changes, Conntrack, Flow, TableFamily, Transport};
 use tidegate_netns::Namespace;
 
 /// Which firewall.
@@ -228,7 +228,11 @@ impl Firewall {
 
 /// Forgets the flows of those of `ports` that the kernel translates: they would go on going where they went before, however long that is no longer right.
 fn forget(ports: &BTreeSet<Opening>) -> io::Result<()> {
-    if !ports.iter().any(|port| port.to.is_some()) {
+    let translated = |v6| ports.iter().any(|port| port.to.is_some() && port.address.is_ipv6() == v6);
+    let families = [(TableFamily::Ipv4, false), (TableFamily::Ipv6, true)];
+    let families: Vec<_> =
+        families.iter().filter(|(_, v6)| translated(*v6)).map(|(family, _)| *family).collect();
+    if families.is_empty() {
         return Ok(());
     }
     let is_one = |flow: &Flow| {
@@ -253,7 +257,7 @@ fn forget(ports: &BTreeSet<Opening>) -> io::Result<()> {
         };
         at(flow.asked.ip()) || at(any)
     };
-    let forgotten = Conntrack::open()?.forget(is_one)?;
+    let forgotten = Conntrack::open()?.forget(&families, is_one)?;
     tracing::debug!(flows = forgotten, "forgotten, for their ports have changed");
     Ok(())
 }
