@@ -117,6 +117,8 @@ pub enum Hook {
     Input,
     /// `forward`.
     Forward,
+    /// `output`.
+    Output,
     /// `postrouting`.
     Postrouting,
 }

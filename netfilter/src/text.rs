@@ -71,6 +71,7 @@ impl Chain {
                 Hook::Prerouting => "prerouting",
                 Hook::Input => "input",
                 Hook::Forward => "forward",
+                Hook::Output => "output",
                 Hook::Postrouting => "postrouting",
             };
             writeln!(f, "\t\ttype {kind} hook {hook} priority {}; policy accept;", base.priority)?;

@@ -138,6 +138,13 @@ fn everything() -> Table {
         ),
         rule(vec![is(Key::DestinationV6, ip("::1"), true), Match::ToHost], translate("ports6", true)),
     ];
+    let own = vec![rule(
+        vec![
+            is(Key::DestinationV4, ip("127.0.0.11"), false),
+            is(Key::DestinationPort, Value::Port(53), false),
+        ],
+        translate("ports", false),
+    )];
     let leave = vec![rule(
         vec![is_in([Key::OutInterface], "bridges", true), is_in([Key::SourceV4], "subnets4", false)],
         vec![Action::Masquerade],
@@ -154,6 +161,7 @@ fn everything() -> Table {
             vec![rule(vec![Match::Syn], vec![Action::ClampSegments])],
         ),
         base("translate", Kind::Nat, Hook::Prerouting, -100, nat),
+        base("own", Kind::Nat, Hook::Output, -100, own),
         base("leave", Kind::Nat, Hook::Postrouting, 100, leave),
     ];
     Table { name: "everything".to_owned(), sets, chains }
