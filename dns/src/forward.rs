@@ -14,6 +14,7 @@ use crate::metrics::{NetworkStats, Overload, ProcessMetrics};
 use crate::servers::{HOST, ServerList};
 use crate::upstream::{Figures, Health, Pursuit, Step};
 use port::{Outstanding, Ports};
+use rustix::net::SendFlags;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -349,7 +350,9 @@ impl Forwarder {
             let mut out = Vec::new();
             relay(&request, &answer.given(Duration::ZERO), waiter.limit, &mut out);
             let sent = match &waiter.to {
-                ReplyTo::Datagram(socket, client) => socket.try_send_to(&out, *client).is_ok(),
+                ReplyTo::Datagram(socket, client) => {
+                    rustix::net::sendto(socket, &out, SendFlags::DONTWAIT, client).is_ok()
+                }
                 // It has room, or is gone.
                 ReplyTo::Stream(stream) => stream.try_send(out).is_ok() || stream.is_closed(),
             };

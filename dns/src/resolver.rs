@@ -66,12 +66,20 @@ impl Settings {
     }
 }
 
+/// What is known of servers in the namespace that questions go out from.
+#[derive(Default)]
+struct Host {
+    /// Where we are ourselves, and how often.
+    ourselves: BTreeMap<SocketAddr, usize>,
+    /// Those of the host's file.
+    servers: Arc<[SocketAddr]>,
+}
+
 /// What every server has in common.
 pub(crate) struct Shared {
     zones: RwLock<Zones>,
     lists: Mutex<ServerLists>,
-    /// Where we are ourselves in the namespace that questions go out from, and how often; and the host's servers before those are left out.
-    ourselves: Mutex<(BTreeMap<SocketAddr, usize>, Arc<[SocketAddr]>)>,
+    host: Mutex<Host>,
     pub(crate) forwarder: Arc<Forwarder>,
     pub(crate) policy: Policy,
     pub(crate) ttl: u32,
@@ -93,32 +101,32 @@ impl Shared {
 
     /// We are at `address` from now on.
     pub(crate) fn ourselves(&self, address: SocketAddr) {
-        let mut known = lock(&self.ourselves);
-        *known.0.entry(address).or_default() += 1;
-        self.tell_forwarder(&known);
+        let mut host = lock(&self.host);
+        *host.ourselves.entry(address).or_default() += 1;
+        self.tell_forwarder(&host);
     }
 
     pub(crate) fn no_longer_ourselves(&self, address: SocketAddr) {
-        let mut known = lock(&self.ourselves);
-        if let Some(count) = known.0.get_mut(&address) {
+        let mut host = lock(&self.host);
+        if let Some(count) = host.ourselves.get_mut(&address) {
             *count -= 1;
             if *count == 0 {
-                known.0.remove(&address);
+                host.ourselves.remove(&address);
             }
         }
-        self.tell_forwarder(&known);
+        self.tell_forwarder(&host);
     }
 
     fn host_servers(&self, servers: Arc<[SocketAddr]>) {
-        let mut known = lock(&self.ourselves);
-        known.1 = servers;
-        self.tell_forwarder(&known);
+        let mut host = lock(&self.host);
+        host.servers = servers;
+        self.tell_forwarder(&host);
     }
 
     /// The host's servers are those of its file but for ourselves: we would ask ourselves, and so on.
-    fn tell_forwarder(&self, (ourselves, servers): &(BTreeMap<SocketAddr, usize>, Arc<[SocketAddr]>)) {
-        let (own, others): (Vec<_>, Vec<_>) =
-            servers.iter().copied().partition(|server| ourselves.contains_key(server));
+    fn tell_forwarder(&self, host: &Host) {
+        let is_own = |server: &SocketAddr| host.ourselves.contains_key(server);
+        let (own, others): (Vec<_>, Vec<_>) = host.servers.iter().copied().partition(is_own);
         for server in own {
             tracing::warn!(%server, "a DNS server of the host is tidegate itself, and is not asked");
         }
@@ -127,7 +135,7 @@ impl Shared {
 
     /// The list of `servers`, which `of` is to have.
     fn list(&self, of: impl Fn() -> String, servers: &[SocketAddr]) -> Result<Option<ServerList>, ZoneError> {
-        if let Some(server) = servers.iter().find(|server| lock(&self.ourselves).0.contains_key(server)) {
+        if let Some(server) = servers.iter().find(|server| lock(&self.host).ourselves.contains_key(server)) {
             return Err(ZoneError::Ourselves { of: of(), server: *server });
         }
         lock(&self.lists).get(servers).map_err(|TooManyLists| ZoneError::TooManyServerLists(of()))
@@ -163,7 +171,7 @@ impl Resolver {
         let shared = Arc::new(Shared {
             zones: RwLock::new(Zones::new(settings.limits)),
             lists: Mutex::new(ServerLists::new(settings.server_lists)),
-            ourselves: Mutex::new((BTreeMap::new(), Arc::new([]))),
+            host: Mutex::default(),
             forwarder: Arc::new(Forwarder::new(outside.clone(), bounds, Arc::clone(&metrics))),
             policy: Policy { forward_single_labels: settings.forward_single_labels },
             ttl: u32::try_from(settings.ttl.as_secs()).unwrap_or(u32::MAX),

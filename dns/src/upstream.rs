@@ -236,13 +236,11 @@ impl Pursuit {
         if now < self.due {
             return Step::Wait(self.due.min(self.deadline));
         }
-        if let Some(probe) = self.probe {
-            if let Some(one) =
-                self.candidates.iter_mut().find(|one| one.server == probe && one.asked.is_none())
-            {
-                one.ask(now);
-                return Step::Ask(probe);
-            }
+        let probe =
+            self.candidates.iter_mut().find(|one| Some(one.server) == self.probe && one.asked.is_none());
+        if let Some(one) = probe {
+            one.ask(now);
+            return Step::Ask(one.server);
         }
         let fresh = self.candidates.iter_mut().find(|one| !one.out && one.asked.is_none());
         if let Some(one) = fresh {

@@ -314,7 +314,7 @@ impl Zones {
         let mut seen: Vec<&Network> = Vec::new();
         match networks {
             Some(networks) => {
-                seen.extend(networks.iter().filter_map(|(number, _)| self.networks.get(number)))
+                seen.extend(networks.iter().filter_map(|(number, _)| self.networks.get(number)));
             }
             None => seen.extend(alone),
         }

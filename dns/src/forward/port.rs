@@ -7,6 +7,9 @@ use crate::answer::{Asked, Reading};
 use crate::cache::Key;
 use crate::message::{Bits, question};
 use metrics::Counter;
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -133,9 +136,9 @@ impl Shared {
             let mut random = [0; 2];
             rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
             let id = u16::from_ne_bytes(random);
-            if !waiting.contains_key(&id) {
+            if let Entry::Vacant(place) = waiting.entry(id) {
                 let asked = Asked { id, name: key.name.clone(), kind: key.kind };
-                waiting.insert(id, (asked, heard));
+                place.insert((asked, heard));
                 return Ok(id);
             }
         }
@@ -191,16 +194,17 @@ impl Outstanding {
 
     /// Sends it, for the first time or again. Whether there was a way.
     pub(super) fn send(&self) -> bool {
-        let send = || self.port.shared.socket.try_send(&self.message);
+        // Not by the runtime, which has not heard yet that a new socket has room.
+        let send = || rustix::net::send(&self.port.shared.socket, &self.message, SendFlags::DONTWAIT);
         match send() {
             Ok(_) => true,
             // Of an earlier datagram.
-            Err(error) if is_refusal(&error) => {
+            Err(Errno::CONNREFUSED) => {
                 self.port.shared.tell_all();
                 send().is_ok()
             }
             // A full buffer loses datagrams, as networks do.
-            Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+            Err(error) => error == Errno::AGAIN,
         }
     }
 }

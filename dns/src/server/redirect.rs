@@ -14,6 +14,7 @@
 
 use crate::resolv_conf::{PORT, SERVER};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tidegate_model::registry::NFTABLES_DNS_TABLE;
 use tidegate_netfilter::{
     Action, Base, Chain, Change, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule, Set, Table,
@@ -25,6 +26,8 @@ use tidegate_netns::Namespace;
 const MAP: &str = "ports";
 /// `dstnat` of nft(8).
 const PRIORITY: i32 = -100;
+/// Threads that close connections.
+const CLOSERS: usize = 64;
 
 /// The rule, as long as this is there.
 #[derive(Debug)]
@@ -42,11 +45,33 @@ impl Redirect {
 impl Drop for Redirect {
     fn drop(&mut self) {
         let change = Change::Remove { table: NFTABLES_DNS_TABLE.to_owned() };
-        let removed = self.0.with(|| Connection::open()?.commit(&[change]));
-        if let Err(error) = removed.map_err(Error::from).flatten() {
+        let remove = || {
+            let mut connection = Connection::open()?;
+            connection.commit(&[change])?;
+            close_elsewhere(connection);
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = self.0.with(remove).map_err(Error::from).flatten() {
             tracing::debug!(namespace = %self.0.id(), %error, "the redirection of DNS stays");
         }
     }
+}
+
+/// Closes what has deleted something: the kernel lets go of that then, after a grace period of some 12 ms, which a thousand servers that end together would
+/// have to wait for one after the other.
+fn close_elsewhere(connection: Connection) {
+    static CLOSING: AtomicUsize = AtomicUsize::new(0);
+    if CLOSING.fetch_add(1, Ordering::Relaxed) < CLOSERS {
+        let close = move || {
+            drop(connection);
+            CLOSING.fetch_sub(1, Ordering::Relaxed);
+        };
+        // Without a thread it is closed here and now.
+        if std::thread::Builder::new().name("tidegate-dns".into()).spawn(close).is_ok() {
+            return;
+        }
+    }
+    CLOSING.fetch_sub(1, Ordering::Relaxed);
 }
 
 fn table((udp, tcp): (u16, u16)) -> Table {

@@ -61,7 +61,9 @@ fn no_question_is_lost_while_200_networks_come_and_go() {
     std::thread::sleep(Duration::from_secs(1));
     ends.store(true, Ordering::Relaxed);
     let (asked, answered, time) = asking.join().unwrap();
-    println!("{answered} of {asked} questions in {time:?}, while {NETWORKS} networks with 8 servers each came and went");
+    println!(
+        "{answered} of {asked} questions in {time:?}, while {NETWORKS} networks with 8 servers each came and went"
+    );
     assert_eq!(asked, answered);
     assert!(f64::from(asked) / time.as_secs_f64() > 900.0, "{asked} in {time:?}");
 }

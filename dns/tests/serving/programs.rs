@@ -19,6 +19,12 @@ fn scene() -> (House, Upstream, Container) {
     house.endpoint("un1", "web", &["site"], &["172.30.1.2"]);
     house.endpoint("un1", "six", &[], &["172.30.1.3", "fd88::3"]);
     let container = house.serve("web");
+    // glibc leaves out families that the host has no address of, and loopback's do not count.
+    container.namespace.ip_all(
+        "link add eth0 type bridge
+         addr add 172.30.1.2/24 dev eth0
+         link set eth0 up",
+    );
     (house, upstream, container)
 }
 
@@ -35,10 +41,16 @@ fn dig_is_content() {
     assert_eq!(dig(&asker, &["+short", "-x", "172.30.1.2"]), "web.un1.\n");
     assert_eq!(dig(&asker, &["+short", "six", "AAAA"]), "fd88::3\n");
     assert_eq!(dig(&asker, &["+short", "+tcp", "site.un1"]), "172.30.1.2\n");
-    assert_eq!(dig(&asker, &["+short", "+tcp", "+keepopen", "web", "A", "six", "A"]), "172.30.1.2\n172.30.1.3\n");
+    assert_eq!(
+        dig(&asker, &["+short", "+tcp", "+keepopen", "web", "A", "six", "A"]),
+        "172.30.1.2\n172.30.1.3\n"
+    );
     let empty = dig(&asker, &["web", "AAAA"]);
     assert!(empty.contains("status: NOERROR") && empty.contains("ANSWER: 0, AUTHORITY: 1"), "{empty}");
-    assert!(!empty.contains("WARNING") && !empty.contains("Malformed") && !empty.contains("malformed"), "{empty}");
+    assert!(
+        !empty.contains("WARNING") && !empty.contains("Malformed") && !empty.contains("malformed"),
+        "{empty}"
+    );
     assert!(dig(&asker, &["+edns=1", "+noednsneg", "web"]).contains("status: BADVERS"));
     assert!(dig(&asker, &["+opcode=status", "web"]).contains("status: NOTIMP"));
     assert!(dig(&asker, &["version.bind", "TXT", "CH"]).contains("status: REFUSED"));
@@ -59,7 +71,10 @@ fn getent(asker: &Container, house: &House, host: &str, options: &[String], args
     let mounts = Mounts::builder().bind(&path, target).build(&asker.namespace);
     let inside = asker.namespace.with_mounts(mounts);
     let output = inside.command("getent").args(args).stdin(Stdio::null()).output().unwrap();
-    (output.status.success(), String::from_utf8(output.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" "))
+    (
+        output.status.success(),
+        String::from_utf8(output.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" "),
+    )
 }
 
 #[test]
@@ -88,7 +103,7 @@ fn dots_are_counted_as_the_container_says() {
     let get = |args: &[&str]| getent(&asker, &house, host, &options, args);
     assert!(get(&["ahostsv4", "www.example"]).1.starts_with("192.0.2.1 "));
     assert_eq!(upstream.names().first().map(String::as_str), Some("www.example.example.test."));
-    assert_eq!(get(&["ahostsv4", "nx.web"]).0, false);
+    assert!(!get(&["ahostsv4", "nx.web"]).0);
 }
 
 /// musl asks for both families at once from one socket, and takes the answers in any order.

@@ -63,15 +63,15 @@ impl House {
     }
 
     pub(crate) fn network(&self, name: &str) {
-        self.network_with(NetworkSpec { name: name.to_owned(), ..NetworkSpec::default() });
+        self.network_with(&NetworkSpec { name: name.to_owned(), ..NetworkSpec::default() });
     }
 
     pub(crate) fn internal_network(&self, name: &str) {
-        self.network_with(NetworkSpec { name: name.to_owned(), internal: true, ..NetworkSpec::default() });
+        self.network_with(&NetworkSpec { name: name.to_owned(), internal: true, ..NetworkSpec::default() });
     }
 
-    pub(crate) fn network_with(&self, spec: NetworkSpec) {
-        self.resolver.add_network(&spec).unwrap();
+    pub(crate) fn network_with(&self, spec: &NetworkSpec) {
+        self.resolver.add_network(spec).unwrap();
     }
 
     pub(crate) fn endpoint(&self, network: &str, container: &str, aliases: &[&str], addresses: &[&str]) {

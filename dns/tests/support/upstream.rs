@@ -1,8 +1,8 @@
 //! A server that others ask, in any mood, and that remembers what it was asked.
 
-use hickory_server::proto::op::{Message, ResponseCode};
+use hickory_server::proto::op::{Message, MessageType, ResponseCode};
 use hickory_server::proto::rr::rdata::SOA;
-use hickory_server::proto::rr::{Name, RData, Record};
+use hickory_server::proto::rr::{Name, RData, Record, RecordType};
 use std::collections::BinaryHeap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -190,7 +190,7 @@ impl State {
         if text.starts_with("nx") {
             answer.metadata.response_code = ResponseCode::NXDomain;
             answer.add_authority(soa);
-        } else if kind == hickory_server::proto::rr::RecordType::A {
+        } else if kind == RecordType::A {
             for number in 1..=count {
                 let data = RData::A(Ipv4Addr::from(0xc000_0200 + number).into());
                 answer.add_answer(Record::from_rdata(name.clone(), 60, data));
@@ -231,11 +231,9 @@ impl State {
                 };
                 vec![
                     lie(&|lie| lie.metadata.id ^= 1),
-                    lie(&|lie| drop(lie.queries[0].set_name(Name::from_ascii("bank.test.").unwrap()))),
-                    lie(&|lie| {
-                        drop(lie.queries[0].set_query_type(hickory_server::proto::rr::RecordType::MX))
-                    }),
-                    lie(&|lie| lie.metadata.message_type = hickory_server::proto::op::MessageType::Query),
+                    lie(&|lie| lie.queries[0].name = Name::from_ascii("bank.test.").unwrap()),
+                    lie(&|lie| lie.queries[0].query_type = RecordType::MX),
+                    lie(&|lie| lie.metadata.message_type = MessageType::Query),
                     bytes(&answer),
                 ]
             }
