@@ -17,6 +17,7 @@ use port::{Outstanding, Ports};
 use rustix::net::SendFlags;
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_netns::Namespace;
@@ -59,6 +60,23 @@ struct State {
     host: Arc<[SocketAddr]>,
 }
 
+/// One of the places that a server's askers have to wait in, so that one container cannot take all there are. Given back when it is dropped.
+pub(crate) struct Seat(Arc<AtomicUsize>);
+
+impl Seat {
+    /// Takes one of `limit`.
+    pub(crate) fn take(taken: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
+        let seat = Self(Arc::clone(taken));
+        (taken.fetch_add(1, Ordering::Relaxed) < limit).then_some(seat)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// An asker that waits.
 pub(crate) struct Waiter {
     /// Its question, as it came.
@@ -67,6 +85,7 @@ pub(crate) struct Waiter {
     /// The most bytes that the answer may have.
     pub(crate) limit: usize,
     pub(crate) stats: Option<Arc<NetworkStats>>,
+    pub(crate) _seat: Seat,
 }
 
 /// Where an answer goes.
@@ -119,12 +138,12 @@ impl Forwarder {
         self.state().health.figures().collect()
     }
 
-    /// Asks the servers of `list`, or the host's, what `request` asks; `waiter` is made if somebody has to wait.
+    /// Asks the servers of `list`, or the host's, what `request` asks; `waiter` is made if somebody has to wait, and may.
     pub(crate) fn ask(
         self: &Arc<Self>,
         request: &Request<'_>,
         list: Option<&ServerList>,
-        waiter: impl FnOnce() -> Waiter,
+        waiter: impl FnOnce() -> Option<Waiter>,
     ) -> Taken {
         let bits = Bits::of(request);
         let servers = list.map_or(HOST, |list| list.number);
@@ -140,20 +159,25 @@ impl Forwarder {
             return Taken::Refused;
         }
         let flights = state.flights.len();
-        if let Some(waiters) = state.flights.get_mut(&key) {
-            waiters.push(waiter());
+        let known = state.flights.get_mut(&key);
+        if known.is_none() && flights >= self.bounds.flights {
+            self.metrics.refused(Overload::Flights);
+            return Taken::Refused;
+        }
+        let Some(waiter) = waiter() else {
+            self.metrics.refused(Overload::Waiters);
+            return Taken::Refused;
+        };
+        if let Some(waiters) = known {
+            waiters.push(waiter);
             state.waiters += 1;
             self.metrics.coalesced.increment(1);
             return Taken::OnItsWay;
         }
-        if flights >= self.bounds.flights {
-            self.metrics.refused(Overload::Flights);
-            return Taken::Refused;
-        }
         self.metrics.misses.increment(1);
         let servers = list.map_or_else(|| Arc::clone(&state.host), |list| Arc::clone(&list.servers));
         let pursuit = state.health.pursue(&servers, now);
-        state.flights.insert(key.clone(), vec![waiter()]);
+        state.flights.insert(key.clone(), vec![waiter]);
         state.waiters += 1;
         self.metrics.flights.set(state.flights.len() as f64);
         drop(state);

@@ -1,6 +1,6 @@
 //! One message in, its answer out, or word that the answer will come. No I/O of its own.
 
-use crate::forward::{ReplyTo, Taken, Waiter};
+use crate::forward::{ReplyTo, Seat, Taken, Waiter};
 use crate::message::{Bits, Rcode, Reply, Request, relay};
 use crate::metrics::NetworkStats;
 use crate::name::Shown;
@@ -11,7 +11,7 @@ use crate::unusual;
 use crate::zone::{Asker, Zones};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 /// Where questions come in, and whose they are.
 pub(crate) struct Site {
@@ -23,6 +23,8 @@ pub(crate) struct Site {
     pub(crate) datagram: u16,
     /// Counts questions, for who comes first in an answer.
     pub(crate) turn: AtomicU32,
+    /// Its questions that are with other servers.
+    pub(crate) waiting: Arc<AtomicUsize>,
 }
 
 /// What became of a message.
@@ -77,14 +79,17 @@ impl Site {
         tracing::debug!(asker = ?self.asker, name = %Shown(request.name()), kind = request.kind, ?resolution, "question");
         let rcode = match &resolution {
             Resolution::Forward(list) => {
-                let waiter = || Waiter {
-                    message: message.into(),
-                    to: match channel {
-                        Channel::Datagram(socket) => ReplyTo::Datagram(Arc::clone(socket), client),
-                        Channel::Stream(stream) => ReplyTo::Stream((*stream).clone()),
-                    },
-                    limit,
-                    stats: stats.cloned(),
+                let waiter = || {
+                    Some(Waiter {
+                        _seat: Seat::take(&self.waiting, self.shared.waiting_of_one)?,
+                        message: message.into(),
+                        to: match channel {
+                            Channel::Datagram(socket) => ReplyTo::Datagram(Arc::clone(socket), client),
+                            Channel::Stream(stream) => ReplyTo::Stream((*stream).clone()),
+                        },
+                        limit,
+                        stats: stats.cloned(),
+                    })
                 };
                 match self.shared.forwarder.ask(&request, self.servers.as_ref().or(*list), waiter) {
                     Taken::OnItsWay => return Outcome::Waiting,

@@ -40,6 +40,8 @@ pub struct Settings {
     pub in_flight: usize,
     /// Askers that wait for other servers at once.
     pub waiting: usize,
+    /// The same of one server: the others shall have some left.
+    pub waiting_of_one: usize,
     /// TCP clients of one server.
     pub tcp_clients: usize,
     /// TCP clients of all servers.
@@ -60,6 +62,7 @@ impl Settings {
             cache: 8 << 20,
             in_flight: 8192,
             waiting: 32_768,
+            waiting_of_one: 6_144,
             tcp_clients: 128,
             tcp_clients_in_all: 4096,
         }
@@ -84,6 +87,7 @@ pub(crate) struct Shared {
     pub(crate) policy: Policy,
     pub(crate) ttl: u32,
     pub(crate) outside: Namespace,
+    pub(crate) waiting_of_one: usize,
     pub(crate) tcp_clients: usize,
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) metrics: Arc<ProcessMetrics>,
@@ -176,6 +180,7 @@ impl Resolver {
             policy: Policy { forward_single_labels: settings.forward_single_labels },
             ttl: u32::try_from(settings.ttl.as_secs()).unwrap_or(u32::MAX),
             outside: outside.clone(),
+            waiting_of_one: settings.waiting_of_one,
             tcp_clients: settings.tcp_clients.max(1),
             connections: Arc::new(Semaphore::new(settings.tcp_clients_in_all)),
             metrics,

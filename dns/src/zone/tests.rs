@@ -1,4 +1,5 @@
 use super::*;
+use proptest::prelude::*;
 
 pub(crate) fn network(name: &str) -> NetworkSpec {
     NetworkSpec { name: name.into(), ..NetworkSpec::default() }
@@ -157,4 +158,45 @@ fn a_host_name_with_dots_is_the_containers_own_affair() {
     assert_eq!(addresses(&zones, "web", "www.example.com"), ["10.0.1.2"]);
     assert!(addresses(&zones, "db", "www.example.com").is_empty(), "the one on the Internet is meant");
     assert_eq!(addresses(&zones, "web", "data"), ["10.0.1.2"]);
+}
+
+proptest! {
+    /// Whatever came and went, what is there is what a fresh start with the same endpoints would have.
+    #[test]
+    fn no_history_shows(steps in proptest::collection::vec((0..3_usize, 0..4_usize, 0..3_usize, any::<bool>()), 0..60)) {
+        const NETWORKS: [&str; 3] = ["a", "b", "c"];
+        let container = |number: usize| format!("c{number}");
+        let spec = |network: usize, number: usize, alias: usize| {
+            endpoint(&container(number), &["x", "y", "z"][..alias], &[&format!("10.0.{network}.{number}")])
+        };
+        let mut lived = zones(&NETWORKS.map(network), &[]);
+        let mut there: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+        for (network, number, alias, adds) in steps {
+            if adds {
+                lived.add_endpoint(NETWORKS[network], &spec(network, number, alias)).unwrap();
+                there.insert((network, number), alias);
+            } else {
+                let name = container(number);
+                let was = there.remove(&(network, number)).is_some();
+                prop_assert_eq!(lived.remove_endpoint(NETWORKS[network], &name, &name), was);
+            }
+        }
+        let endpoints: Vec<_> =
+            there.iter().map(|((network, number), alias)| (NETWORKS[*network], spec(*network, *number, *alias))).collect();
+        let fresh = zones(&NETWORKS.map(network), &endpoints);
+        prop_assert_eq!(lived.endpoints, there.len());
+        prop_assert_eq!(lived.containers.len(), fresh.containers.len());
+        for asker in (0..4).map(container) {
+            for name in ["c0", "c1", "c2", "c3", "x", "y", "z", "c0.a", "x.b", "c"] {
+                let [mut one, mut other] = [&lived, &fresh].map(|zones| addresses(zones, &asker, name));
+                one.sort();
+                other.sort();
+                prop_assert_eq!(one, other, "{} of {}", name, asker);
+            }
+        }
+        for network in lived.networks.values() {
+            prop_assert_eq!(network.reverse.len(), network.endpoints.len());
+            prop_assert!(network.names.values().all(|holders| !holders.is_empty()));
+        }
+    }
 }

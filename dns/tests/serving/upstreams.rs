@@ -274,6 +274,31 @@ fn too_many_questions_are_told_so_and_local_names_go_on() {
     assert!(start.elapsed() < Duration::from_secs(1));
 }
 
+#[test]
+fn one_container_leaves_places_to_the_others() {
+    let host = Namespace::new();
+    let upstream = Upstream::start(&host, "127.0.0.53:53");
+    let house = House::with(host, "nameserver 127.0.0.53\n", |settings| settings.waiting_of_one = 10);
+    house.network("un1");
+    house.endpoint("un1", "greedy", &[], &["172.30.1.2"]);
+    house.endpoint("un1", "modest", &[], &["172.30.1.3"]);
+    let (greedy, modest) = (house.serve("greedy"), house.serve("modest"));
+    upstream.mood(Mood::Silent);
+    let socket = greedy.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    for number in 0..30 {
+        let question = question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        socket.send_to(&question, "127.0.0.11:53").unwrap();
+    }
+    // What is too much is told at once.
+    for _ in 0..20 {
+        socket.recv(&mut [0; 512]).unwrap();
+    }
+    upstream.mood(Mood::Good);
+    time(&modest, "modest.example");
+    assert_eq!(upstream.names().len(), 11);
+}
+
 /// CVE-2024-29018: an internal network's names went out.
 #[test]
 fn nothing_leaves_an_internal_network() {
