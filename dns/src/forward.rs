@@ -338,13 +338,10 @@ impl Forwarder {
     }
 
     fn strike(&self, pursuit: &Pursuit, winner: Option<SocketAddr>) {
+        // Of a probe, `fly` hears the end.
         let probed = pursuit.probe().map(|(server, _)| server);
-        for server in pursuit.silent(now(), winner) {
-            // Of that, `fly` hears the end.
-            if winner.is_none() || Some(server) != probed {
-                self.miss(server);
-            }
-        }
+        let silent = pursuit.silent(now(), winner);
+        silent.into_iter().filter(|server| Some(*server) != probed).for_each(|server| self.miss(server));
     }
 
     fn miss(&self, server: SocketAddr) {

@@ -9,6 +9,7 @@ use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 /// The types of questions that are told apart.
 const KINDS: [(u16, &str); 9] = [
@@ -182,7 +183,13 @@ pub(crate) struct ProcessMetrics {
     /// Datagrams from a server's address that answer no question.
     pub(crate) strangers: Counter,
     refused: [Counter; Overload::ALL.len()],
+    started: Instant,
+    /// When the log last told of each, in seconds from a second before the start; 0 for never.
+    told: [AtomicU64; Overload::ALL.len()],
 }
+
+/// Seconds between two lines of the log about one limit.
+const QUIET: u64 = 60;
 
 impl ProcessMetrics {
     pub(crate) fn new() -> Self {
@@ -219,10 +226,20 @@ impl ProcessMetrics {
             unusual: counter!(UNUSUAL),
             strangers: counter!(STRANGERS),
             refused: Overload::ALL.map(|reason| counter!(REFUSED, "reason" => reason.as_str())),
+            started: Instant::now(),
+            told: Default::default(),
         }
     }
 
+    /// Counts it, and says so now and then.
     pub(crate) fn refused(&self, reason: Overload) {
         self.refused[reason as usize].increment(1);
+        let now = self.started.elapsed().as_secs() + 1;
+        let last = &self.told[reason as usize];
+        let before = last.load(Ordering::Relaxed);
+        let is_due = before == 0 || now >= before + QUIET;
+        if is_due && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            tracing::warn!(reason = reason.as_str(), "a limit of the DNS servers is reached");
+        }
     }
 }

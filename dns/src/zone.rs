@@ -14,7 +14,7 @@ use crate::metrics::NetworkStats;
 use crate::name::{Name, suffixes};
 use crate::servers::ServerList;
 use ipnet::IpNet;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -104,7 +104,25 @@ pub(crate) struct Network {
     reverse: HashMap<IpAddr, Arc<Endpoint>>,
     /// By container and name.
     endpoints: BTreeMap<(Arc<str>, Name), Arc<Endpoint>>,
+    /// `name.network` of endpoints that have gone, the oldest first: nobody outside shall be asked for a service that is being restarted.
+    gone: VecDeque<Name>,
     pub(crate) stats: Arc<NetworkStats>,
+}
+
+/// Names of endpoints that have gone that a network remembers.
+const GONE: usize = 256;
+
+impl Network {
+    /// Remembers a name that has gone, if it is one that others could be asked for.
+    fn remember(&mut self, name: &Name) {
+        let is_qualified = suffixes(name.wire()).skip(1).any(|(_, suffix)| suffix == self.name.wire());
+        if is_qualified && !self.gone.contains(name) {
+            if self.gone.len() == GONE {
+                self.gone.pop_front();
+            }
+            self.gone.push_back(name.clone());
+        }
+    }
 }
 
 /// A network's number: in the order in which they were added.
@@ -157,6 +175,7 @@ impl Zones {
             names: HashMap::new(),
             reverse: HashMap::new(),
             endpoints: BTreeMap::new(),
+            gone: VecDeque::new(),
             stats,
         };
         self.networks.insert(number, network);
@@ -256,6 +275,7 @@ impl Zones {
                 holders.retain(|holder| !Arc::ptr_eq(&holder.endpoint, &endpoint));
                 if holders.is_empty() {
                     zone.names.remove(name);
+                    zone.remember(name);
                 }
             }
         }
@@ -363,11 +383,13 @@ impl<'a> View<'a> {
             .any(|network| network.subnets.iter().any(|subnet| subnet.contains(&address)))
     }
 
-    /// Whether it is `name.network` of an endpoint on some network, and if so where that network's name begins.
+    /// Whether it is, or was, `name.network` of an endpoint on some network, and if so where that network's name begins.
     pub(crate) fn hidden(&self, name: &[u8]) -> Option<usize> {
         suffixes(name).skip(1).find_map(|(at, suffix)| {
             let network = self.zones.networks.get(self.zones.by_wire.get(suffix)?)?;
-            network.names.contains_key(name).then_some(at)
+            let is_known =
+                network.names.contains_key(name) || network.gone.iter().any(|gone| gone.wire() == name);
+            is_known.then_some(at)
         })
     }
 

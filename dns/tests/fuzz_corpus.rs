@@ -27,3 +27,34 @@ fn the_corpus_of_messages_holds() {
     }
     assert!(replayed > 30, "{replayed} files");
 }
+
+/// `FUZZ_ROUNDS` says how many, for who has no fuzzer at hand.
+#[test]
+fn messages_that_are_mixed_at_random_hold() {
+    let rounds = std::env::var("FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50_000_u64);
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/dns_message");
+    let files: Vec<Vec<u8>> =
+        fs::read_dir(corpus).unwrap().map(|file| fs::read(file.unwrap().path()).unwrap()).collect();
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as usize % below.max(1)
+    };
+    for _ in 0..rounds {
+        let mut bytes = files[random(files.len())].clone();
+        for _ in 0..=random(6) {
+            let other = &files[random(files.len())];
+            let (at, from) = (random(bytes.len() + 1), random(other.len() + 1));
+            match random(4) {
+                0 => bytes.truncate(at.max(12)),
+                1 => drop(bytes.splice(at.., other[from..].iter().copied())),
+                2 => bytes.insert(at, random(256) as u8),
+                _ if at < bytes.len() => bytes[at] = random(256) as u8,
+                _ => {}
+            }
+        }
+        check_message(&bytes);
+    }
+}

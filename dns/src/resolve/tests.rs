@@ -108,6 +108,22 @@ fn names_of_others_are_none_and_stay_here() {
     assert_eq!(ask(&zones, "web", "other.own", kind::A), "host", "a network may be called like a domain");
 }
 
+#[test]
+fn names_of_services_that_are_being_restarted_stay_here() {
+    let mut zones = example();
+    zones.remove_endpoint("un1", "db", "db");
+    assert_eq!(ask(&zones, "web", "db.un1", kind::A), "no name in un1");
+    assert_eq!(ask(&zones, "alone", "db.un1", kind::A), "no name in un1");
+    assert_eq!(ask(&zones, "web", "never.un1", kind::A), "host", "a network may be called like a domain");
+    for number in 0..1_000 {
+        let name = format!("c{number}");
+        zones.add_endpoint("un1", &endpoint(&name, &[], &[])).unwrap();
+        zones.remove_endpoint("un1", &name, &name);
+    }
+    assert_eq!(ask(&zones, "web", "c999.un1", kind::A), "no name in un1");
+    assert_eq!(ask(&zones, "web", "c0.un1", kind::A), "host", "of so many the last ones");
+}
+
 /// RFC 6761 section 6.3 (localhost), 6.4 (invalid), RFC 7686 (onion).
 #[test]
 fn reserved_names_are_nobody_elses_business() {
