@@ -145,6 +145,15 @@ fn everything() -> Table {
         ],
         translate("ports", false),
     )];
+    let set_port = |protocol, key, source, port| {
+        let matches =
+            vec![is(Key::Protocol, Value::Protocol(protocol), false), is(key, Value::Port(53), false)];
+        rule(matches, vec![Action::SetPort { protocol, source, port }])
+    };
+    let rewrite = vec![
+        set_port(Transport::Udp, Key::DestinationPort, false, 4053),
+        set_port(Transport::Tcp, Key::SourcePort, true, 4054),
+    ];
     let leave = vec![rule(
         vec![is_in([Key::OutInterface], "bridges", true), is_in([Key::SourceV4], "subnets4", false)],
         vec![Action::Masquerade],
@@ -162,6 +171,7 @@ fn everything() -> Table {
         ),
         base("translate", Kind::Nat, Hook::Prerouting, -100, nat),
         base("own", Kind::Nat, Hook::Output, -100, own),
+        base("rewrite", Kind::Filter, Hook::Output, -150, rewrite),
         base("leave", Kind::Nat, Hook::Postrouting, 100, leave),
     ];
     Table { name: "everything".to_owned(), sets, chains }

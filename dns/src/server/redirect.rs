@@ -2,30 +2,35 @@
 //!
 //! ```text
 //! table inet tidegate_dns {
-//!     map ports { type inet_proto : ipv4_addr . inet_service; elements = { tcp : 127.0.0.11 . 40001, udp : 127.0.0.11 . 40002 } }
-//!     chain output {
-//!         type nat hook output priority -100; policy accept;
-//!         ip daddr 127.0.0.11 th dport 53 dnat ip to meta l4proto map @ports
+//!     chain questions {
+//!         type filter hook output priority -150; policy accept;
+//!         ip daddr 127.0.0.11 udp dport 53 udp dport set 40001
+//!         ip daddr 127.0.0.11 tcp dport 53 tcp dport set 40002
+//!     }
+//!     chain answers {
+//!         type filter hook output priority -300; policy accept;
+//!         ip saddr 127.0.0.11 udp sport 40001 udp sport set 53
+//!         ip saddr 127.0.0.11 tcp sport 40002 tcp sport set 53
 //!     }
 //! }
 //! ```
 //!
-//! The kernel's connection tracking turns answers round again: they come from port 53.
+//! Ports are rewritten, packet by packet, and nothing is remembered: a translation (`dnat`, what Docker has) costs an entry of connection tracking for each question, a quarter of the time that
+//! an answer takes, and the names of a busy container when that table is full. Where a container tracks connections for reasons of its own, it sees both
+//! directions with port 53: questions are rewritten after that (-200), answers before.
 
 use crate::resolv_conf::{PORT, SERVER};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tidegate_model::registry::NFTABLES_DNS_TABLE;
 use tidegate_netfilter::{
-    Action, Base, Chain, Change, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule, Set, Table,
-    Transport, Value,
+    Action, Base, Chain, Change, Connection, Error, Hook, Key, Kind, Match, Rule, Table, Transport, Value,
 };
 use tidegate_netns::Namespace;
 
-/// Name of the map.
-const MAP: &str = "ports";
-/// `dstnat` of nft(8).
-const PRIORITY: i32 = -100;
+/// `mangle` and `raw` of nft(8); connections are tracked at -200.
+const AFTER_TRACKING: i32 = -150;
+const BEFORE_TRACKING: i32 = -300;
 /// Threads that close connections.
 const CLOSERS: usize = 64;
 
@@ -75,28 +80,30 @@ fn close_elsewhere(connection: Connection) {
 }
 
 fn table((udp, tcp): (u16, u16)) -> Table {
-    let server = || Value::Net(IpAddr::from(SERVER).into());
-    let port = |protocol, port| Element {
-        key: vec![Value::Protocol(protocol)],
-        data: vec![server(), Value::Port(port)],
-    };
-    let map = Set {
-        name: MAP.to_owned(),
-        key: vec![Field::Protocol],
-        data: vec![Field::Ipv4, Field::Port],
-        intervals: false,
-        elements: vec![port(Transport::Tcp, tcp), port(Transport::Udp, udp)],
-    };
     let is = |key, value| Match::Is { key, value, not: false };
-    let rule = Rule {
-        matches: vec![is(Key::DestinationV4, server()), is(Key::DestinationPort, Value::Port(PORT))],
-        actions: vec![Action::Translate { keys: vec![Key::Protocol], map: MAP.to_owned(), v6: false }],
-        why: "names of containers".to_owned(),
+    let server = || Value::Net(IpAddr::from(SERVER).into());
+    let rules = |address, side, source: bool| {
+        let rule = |protocol, from, to| Rule {
+            matches: vec![
+                is(address, server()),
+                is(Key::Protocol, Value::Protocol(protocol)),
+                is(side, Value::Port(from)),
+            ],
+            actions: vec![Action::SetPort { protocol, source, port: to }],
+            why: "names of containers".to_owned(),
+        };
+        let ends = |port| if source { (port, PORT) } else { (PORT, port) };
+        [(Transport::Udp, ends(udp)), (Transport::Tcp, ends(tcp))]
+            .map(|(protocol, (from, to))| rule(protocol, from, to))
     };
-    let chain = Chain {
-        name: "output".to_owned(),
-        base: Some(Base { kind: Kind::Nat, hook: Hook::Output, priority: PRIORITY }),
-        rules: vec![rule],
+    let chain = |name: &str, priority, rules: [Rule; 2]| Chain {
+        name: name.to_owned(),
+        base: Some(Base { kind: Kind::Filter, hook: Hook::Output, priority }),
+        rules: rules.into(),
     };
-    Table { name: NFTABLES_DNS_TABLE.to_owned(), sets: vec![map], chains: vec![chain] }
+    let questions = rules(Key::DestinationV4, Key::DestinationPort, false);
+    let answers = rules(Key::SourceV4, Key::SourcePort, true);
+    let chains =
+        vec![chain("questions", AFTER_TRACKING, questions), chain("answers", BEFORE_TRACKING, answers)];
+    Table { name: NFTABLES_DNS_TABLE.to_owned(), sets: Vec::new(), chains }
 }

@@ -46,7 +46,8 @@ fn what_has_been_set_up_goes_with_the_server() {
     let house = scene();
     let mut container = house.serve("web");
     let tables = || container.namespace.exec("nft", &["list", "ruleset"]);
-    assert!(tables().contains("dnat ip to meta l4proto map @ports"), "{}", tables());
+    assert!(tables().contains("ip daddr 127.0.0.11 udp dport 53 udp dport set "), "{}", tables());
+    assert!(tables().contains("ip saddr 127.0.0.11 tcp sport "), "{}", tables());
     drop(container.serving.take());
     assert_eq!(container.namespace.exec("nft", &["list", "ruleset"]), "");
     let gone = || {
@@ -112,4 +113,51 @@ fn a_change_is_seen_by_the_next_question() {
         house.resolver.remove_endpoint("un1", &name, &name);
         assert_eq!(container.told(&name, RecordType::A), "NXDomain");
     }
+}
+
+#[test]
+fn a_firewall_in_the_container_sees_port_53_both_ways() {
+    let house = scene();
+    let container = house.serve("web");
+    let rules = house.directory.path().join("rules");
+    std::fs::write(
+        &rules,
+        "table inet fw {
+            chain input {
+                type filter hook input priority 0; policy drop;
+                ct state invalid drop
+                ct original proto-dst 53 accept
+            }
+            chain output {
+                type filter hook output priority 0; policy drop;
+                ct state invalid drop
+                ct original proto-dst 53 accept
+            }
+        }",
+    )
+    .unwrap();
+    container.namespace.exec("nft", &["-f", rules.to_str().unwrap()]);
+    for _ in 0..3 {
+        assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+        let mut stream = container.connect();
+        for id in 0..3 {
+            crate::support::client::write(
+                &mut stream,
+                &crate::support::client::question(id, "web", RecordType::A),
+            );
+            assert!(crate::support::client::read(&mut stream).is_ok());
+        }
+    }
+}
+
+#[test]
+fn where_no_server_is_any_more_the_port_is_closed() {
+    let house = scene();
+    let mut container = house.serve("web");
+    drop(container.serving.take());
+    let refused = || {
+        let connected = container.namespace.run(|| std::net::TcpStream::connect(SERVER));
+        matches!(connected, Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused)
+    };
+    assert!(eventually(Duration::from_secs(2), refused));
 }
