@@ -126,12 +126,14 @@ fn a_firewall_in_the_container_sees_port_53_both_ways() {
             chain input {
                 type filter hook input priority 0; policy drop;
                 ct state invalid drop
-                ct original proto-dst 53 accept
+                meta l4proto udp ct original proto-dst 53 accept
+                meta l4proto tcp ct original proto-dst 53 accept
             }
             chain output {
                 type filter hook output priority 0; policy drop;
                 ct state invalid drop
-                ct original proto-dst 53 accept
+                meta l4proto udp ct original proto-dst 53 accept
+                meta l4proto tcp ct original proto-dst 53 accept
             }
         }",
     )
