@@ -252,10 +252,11 @@ fn aardvark_dns(program: &Path, directory: &Path) -> Contender {
 
 impl Drop for Contender {
     fn drop(&mut self) {
-        if self.name == "aardvark-dns" {
-            if let Some(pid) = rustix::process::Pid::from_raw(self.pid.cast_signed()) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
+        // It has left its parent, and so the guard of that.
+        let pid =
+            rustix::process::Pid::from_raw(self.pid.cast_signed()).filter(|_| self.name == "aardvark-dns");
+        if let Some(pid) = pid {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
 }
