@@ -9,7 +9,7 @@ mod tcp;
 
 use crate::answer::{Answer, Reading};
 use crate::cache::{Cache, Key};
-use crate::message::{Bits, Request, relay};
+use crate::message::{Bits, Kept, Request, relay};
 use crate::metrics::{NetworkStats, Overload, ProcessMetrics};
 use crate::servers::{HOST, ServerList};
 use crate::upstream::{Figures, Health, Pursuit, Step};
@@ -79,8 +79,7 @@ impl Drop for Seat {
 
 /// An asker that waits.
 pub(crate) struct Waiter {
-    /// Its question, as it came.
-    pub(crate) message: Box<[u8]>,
+    pub(crate) request: Kept,
     pub(crate) to: ReplyTo,
     /// The most bytes that the answer may have.
     pub(crate) limit: usize,
@@ -364,7 +363,7 @@ impl Forwarder {
             waiters
         };
         for waiter in waiters {
-            let Some(request) = Request::read(&waiter.message) else { continue };
+            let request = waiter.request.request();
             if let Some(stats) = &waiter.stats {
                 stats.count(request.kind, answer.rcode);
             }

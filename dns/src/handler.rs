@@ -82,7 +82,7 @@ impl Site {
                 let waiter = || {
                     Some(Waiter {
                         _seat: Seat::take(&self.waiting, self.shared.waiting_of_one)?,
-                        message: message.into(),
+                        request: request.keep(),
                         to: match channel {
                             Channel::Datagram(socket) => ReplyTo::Datagram(Arc::clone(socket), client),
                             Channel::Stream(stream) => ReplyTo::Stream((*stream).clone()),

@@ -113,6 +113,21 @@ pub(crate) struct Edns {
     pub(crate) dnssec: bool,
 }
 
+/// A request that waits: however long it was, this is short.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    id: u16,
+    flags: u16,
+    question: Box<[u8]>,
+    edns: Option<Edns>,
+}
+
+impl Kept {
+    pub(crate) fn request(&self) -> Request<'_> {
+        Request::of(self.id, self.flags, &self.question, self.edns)
+    }
+}
+
 impl<'a> Request<'a> {
     /// Reads a plain question. `None` is everything else, malformed or not.
     pub(crate) fn read(message: &'a [u8]) -> Option<Self> {
@@ -124,8 +139,7 @@ impl<'a> Request<'a> {
         }
         let name_end = skip_plain_name(message, HEADER)?;
         let end = name_end + 4;
-        let (kind, class) = (short(message, name_end)?, short(message, name_end + 2)?);
-        if class != IN {
+        if short(message, name_end + 2)? != IN {
             return None;
         }
         let mut edns = None;
@@ -141,11 +155,22 @@ impl<'a> Request<'a> {
             }
             _ => return None,
         }
-        let name = &message[HEADER..name_end];
+        Some(Self::of(id, flags, &message[HEADER..end], edns))
+    }
+
+    /// `question` is a name without pointers, a type and a class.
+    fn of(id: u16, flags: u16, question: &'a [u8], edns: Option<Edns>) -> Self {
+        let (name, behind) = question.split_at(question.len() - 4);
         let mut lower = [0; LONGEST];
         lower[..name.len()].copy_from_slice(name);
         lower.make_ascii_lowercase();
-        Some(Self { id, flags, question: &message[HEADER..end], lower, kind, edns })
+        let kind = u16::from_be_bytes([behind[0], behind[1]]);
+        Self { id, flags, question, lower, kind, edns }
+    }
+
+    /// What of it has to be kept until there is an answer.
+    pub(crate) fn keep(&self) -> Kept {
+        Kept { id: self.id, flags: self.flags, question: self.question.into(), edns: self.edns }
     }
 
     /// The name in lower case. Length bytes are below 64, where there are no letters.

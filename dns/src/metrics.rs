@@ -144,7 +144,7 @@ fn head((name, kind, help): Family, page: &mut impl Write) -> fmt::Result {
     writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}")
 }
 
-/// Why something was not done.
+/// Why something was not done, or given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Overload {
     /// Too many questions are with other servers.
@@ -240,6 +240,45 @@ impl ProcessMetrics {
         let is_due = before == 0 || now >= before + QUIET;
         if is_due && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
             tracing::warn!(reason = reason.as_str(), "a limit of the DNS servers is reached");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_family_is_told_once_and_a_histogram_adds_up() {
+        let stats = NetworkStats::new("un1");
+        stats.count(kind::A, Rcode::NoError);
+        stats.count(kind::A, Rcode::NoError);
+        stats.count(65_280, Rcode::Other(9));
+        let figures = Figures {
+            asked: 9,
+            missed: 2,
+            took: [1, 2, 0, 0, 0, 0, 0, 0, 4],
+            took_micros: 1_500_000,
+            ..Figures::default()
+        };
+        let server = ("192.0.2.1:53".parse().unwrap(), false, figures);
+        let mut page = String::new();
+        describe([(&stats, 3)].into_iter(), &[server], &mut page).unwrap();
+        for family in FAMILIES {
+            assert_eq!(page.matches(&format!("# TYPE {family} ")).count(), 1, "{family}");
+        }
+        for line in [
+            "tidegate_dns_queries_total{network=\"un1\",qtype=\"A\",rcode=\"NOERROR\"} 2",
+            "tidegate_dns_queries_total{network=\"un1\",qtype=\"other\",rcode=\"other\"} 1",
+            "tidegate_dns_endpoints{network=\"un1\"} 3",
+            "tidegate_dns_upstream_trusted{server=\"192.0.2.1:53\"} 0",
+            "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"0.001\"} 1",
+            "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"5\"} 3",
+            "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"+Inf\"} 7",
+            "tidegate_dns_upstream_seconds_sum{server=\"192.0.2.1:53\"} 1.5",
+            "tidegate_dns_upstream_seconds_count{server=\"192.0.2.1:53\"} 7",
+        ] {
+            assert!(page.lines().any(|one| one == line), "{line}\n{page}");
         }
     }
 }

