@@ -7,9 +7,10 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
+use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tidegate_dns::{EndpointSpec, Listen, NetworkSpec, Resolver, ServeOptions, Settings};
 use tidegate_testbed::{Namespace, Process, eventually, find_program, procfs, require_program, require_root};
@@ -122,6 +123,34 @@ fn compare() {
             );
         }
     }
+    println!("\nlocal names, 1,000 a second, one after the other: us for half of the answers, for 99 of 100");
+    for contender in &contenders {
+        let (half, most) = latency(contender);
+        println!("{:<24} {half:>8.0} {most:>8.0}", contender.name);
+    }
+}
+
+/// What half of the answers take at most, and what 99 of 100 do, at 1,000 questions a second for a name of a container; in us.
+fn latency(contender: &Contender) -> (f64, f64) {
+    const COUNT: u32 = 3_000;
+    let question = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x05svc-7\0\0\x01\0\x01";
+    let socket = contender.namespace.run(|| UdpSocket::bind((bind(contender), 0)).expect("a socket"));
+    socket.connect((contender.address, 53)).expect("a server");
+    socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a time");
+    let start = Instant::now();
+    let mut times: Vec<f64> = (1..=COUNT)
+        .map(|number| {
+            let asked = Instant::now();
+            socket.send(question).expect("sent");
+            socket.recv(&mut [0; 512]).expect("an answer");
+            let took = asked.elapsed();
+            let next = start + number * Duration::from_millis(1);
+            std::thread::sleep(next.saturating_duration_since(Instant::now()));
+            took.as_secs_f64() * 1e6
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    (times[times.len() / 2], times[times.len() * 99 / 100])
 }
 
 fn median(samples: &[Sample], value: impl Fn(&Sample) -> f64) -> (f64, f64, f64) {
@@ -190,6 +219,7 @@ fn contenders(directory: &Path) -> Vec<Contender> {
     });
     match aardvark() {
         Some(program) => all.push(aardvark_dns(&program, directory)),
+        None if std::env::var_os("CI").is_some() => panic!("aardvark-dns is not installed"),
         None => println!("aardvark-dns is not installed, and is left out"),
     }
     for one in &all {

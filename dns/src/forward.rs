@@ -253,7 +253,10 @@ impl Forwarder {
                     self.note_time(server, pursuit, outstanding);
                     self.fetch(key, server, heard);
                 }
-                Reading::NotUnderstood if self.state().health.takes_edns(server, now()) => {
+                // Whatever others have learnt of it meanwhile.
+                Reading::NotUnderstood
+                    if outstanding.iter().all(|one| one.server() != server || one.bits().edns) =>
+                {
                     self.state().health.plain(server, now());
                     if !self.put(key, server, heard, outstanding) {
                         self.give_up_on(server, pursuit);

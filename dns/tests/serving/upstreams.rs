@@ -1,6 +1,6 @@
 //! Other servers: dead, slow, lying, cut short, gone and back, and what is not asked of them.
 
-use crate::support::client::{question, with_edns};
+use crate::support::client::{question, told, with_edns};
 use crate::support::upstream::{Mood, Upstream};
 use crate::support::{Container, House, SOON, at};
 use hickory_server::proto::op::{Message, ResponseCode};
@@ -166,6 +166,24 @@ fn a_server_without_edns_is_asked_again_without() {
     time(&asker, "1.example");
     let edns: Vec<_> = first.seen().iter().map(|seen| seen.edns).collect();
     assert_eq!(edns, [true, false, false]);
+}
+
+#[test]
+fn many_questions_learn_at_once_that_a_server_has_no_edns() {
+    let (_house, first, second, asker) = scene();
+    first.mood(Mood::Plain);
+    second.mood(Mood::Plain);
+    let socket = asker.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    for number in 0..50 {
+        let question = question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        socket.send_to(&question, "127.0.0.11:53").unwrap();
+    }
+    for _ in 0..50 {
+        let mut buffer = [0; 512];
+        let length = socket.recv(&mut buffer).unwrap();
+        assert_eq!(told(&Message::from_vec(&buffer[..length]).unwrap()), "192.0.2.1");
+    }
 }
 
 #[test]
