@@ -10,7 +10,7 @@
 use crate::message::{Data, Rcode, kind};
 use crate::name::{Reverse, labels, reverse, suffixes};
 use crate::servers::ServerList;
-use crate::zone::{Endpoint, Network, View};
+use crate::zone::View;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -67,8 +67,7 @@ pub(crate) fn resolve<'a>(
     if is_meta(kind) {
         return Resolution::Refused(Refusal::Type);
     }
-    if let Some(found) = view.endpoints(name) {
-        let answers = addresses(&found, kind, turn);
+    if let Some(answers) = addresses(view, name, kind, turn) {
         return if answers.is_empty() { Resolution::NoData(0) } else { Resolution::Answer(answers) };
     }
     if let Some(local) = about_addresses(view, name, kind) {
@@ -100,24 +99,28 @@ fn is_about_zones(kind: u16) -> bool {
     matches!(kind, kind::NS | kind::SOA | kind::DS | kind::DNSKEY)
 }
 
-/// The addresses of type `kind`, network by network, each network's turned by `turn`.
-fn addresses(found: &[(&Network, Vec<&Endpoint>)], kind: u16, turn: u32) -> Vec<Data> {
+/// The addresses of type `kind` of the endpoints that have a name: network by network, each network's turned by `turn`. `None` if it is no name.
+fn addresses(view: &View<'_>, name: &[u8], kind: u16, turn: u32) -> Option<Vec<Data>> {
     let wants = |one: u16| kind == one || kind == kind::ANY;
     let mut answers = Vec::new();
-    for (_, endpoints) in found {
+    let mut is_known = false;
+    for endpoints in view.holders(name) {
         let start = answers.len();
-        if wants(kind::A) {
-            answers.extend(endpoints.iter().flat_map(|one| &one.v4).map(|ip| Data::A(*ip)));
-        }
-        if wants(kind::AAAA) {
-            answers.extend(endpoints.iter().flat_map(|one| &one.v6).map(|ip| Data::Aaaa(*ip)));
+        for endpoint in endpoints {
+            is_known = true;
+            if wants(kind::A) {
+                answers.extend(endpoint.v4.iter().map(|ip| Data::A(*ip)));
+            }
+            if wants(kind::AAAA) {
+                answers.extend(endpoint.v6.iter().map(|ip| Data::Aaaa(*ip)));
+            }
         }
         let of_network = &mut answers[start..];
         if of_network.len() > 1 {
             of_network.rotate_left(turn as usize % of_network.len());
         }
     }
-    answers
+    is_known.then_some(answers)
 }
 
 /// Questions about addresses, but for those that public servers know something about.
@@ -130,7 +133,7 @@ fn about_addresses<'a>(view: &View<'a>, name: &[u8], kind: u16) -> Option<Resolu
             is_private(address, length).then_some(Resolution::NxDomain(at))
         }
         Reverse::Of(address) => {
-            if let Some((_, endpoint)) = view.holder(address) {
+            if let Some(endpoint) = view.holder(address) {
                 let asks = matches!(kind, kind::PTR | kind::ANY);
                 let pointer = || vec![Data::Ptr(endpoint.canonical.clone())];
                 return Some(if asks { Resolution::Answer(pointer()) } else { Resolution::NoData(0) });

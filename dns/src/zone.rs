@@ -330,15 +330,9 @@ impl Zones {
                 (holder.map(|endpoint| &endpoint.container), network)
             }
         };
-        let networks = container.and_then(|container| self.containers.get(container));
-        let mut seen: Vec<&Network> = Vec::new();
-        match networks {
-            Some(networks) => {
-                seen.extend(networks.iter().filter_map(|(number, _)| self.networks.get(number)));
-            }
-            None => seen.extend(alone),
-        }
-        View { zones: self, container: container.map(|container| &**container), networks: seen }
+        let joined = container.and_then(|container| self.containers.get(container));
+        let networks = joined.map_or(Seen::One(alone), |networks| Seen::Joined(networks));
+        View { zones: self, container: container.map(|container| &**container), networks }
     }
 }
 
@@ -346,33 +340,49 @@ impl Zones {
 pub(crate) struct View<'a> {
     zones: &'a Zones,
     container: Option<&'a str>,
-    networks: Vec<&'a Network>,
+    networks: Seen<'a>,
+}
+
+/// Which networks.
+#[derive(Clone, Copy)]
+enum Seen<'a> {
+    /// Those that a container has joined.
+    Joined(&'a [(Number, usize)]),
+    /// The one that a stranger is on.
+    One(Option<&'a Network>),
 }
 
 impl<'a> View<'a> {
-    /// The network that the asker joined first.
-    pub(crate) fn first(&self) -> Option<&'a Network> {
-        self.networks.first().copied()
+    /// In the order in which the asker joined them.
+    fn networks(&self) -> impl Iterator<Item = &'a Network> + use<'a> {
+        let zones = self.zones;
+        let (joined, one) = match self.networks {
+            Seen::Joined(joined) => (joined, None),
+            Seen::One(one) => (&[][..], one),
+        };
+        joined.iter().filter_map(|(number, _)| zones.networks.get(number)).chain(one)
     }
 
-    /// The endpoints that have a name, by network: those on the network that the asker joined first come first. `None` if it is no name of theirs.
-    pub(crate) fn endpoints(&self, name: &[u8]) -> Option<Vec<(&'a Network, Vec<&'a Endpoint>)>> {
-        let mut found = Vec::new();
-        for network in &self.networks {
-            let Some(holders) = network.names.get(name) else { continue };
-            let told = |holder: &&Holder| !holder.own || self.container == Some(&*holder.endpoint.container);
-            let endpoints: Vec<_> = holders.iter().filter(told).map(|holder| &*holder.endpoint).collect();
-            if !endpoints.is_empty() {
-                found.push((*network, endpoints));
-            }
-        }
-        (!found.is_empty()).then_some(found)
+    /// The network that the asker joined first.
+    pub(crate) fn first(&self) -> Option<&'a Network> {
+        self.networks().next()
+    }
+
+    /// The endpoints that have a name and that the asker is told of, network by network.
+    pub(crate) fn holders<'n>(
+        &self,
+        name: &'n [u8],
+    ) -> impl Iterator<Item = impl Iterator<Item = &'a Endpoint> + use<'a>> + use<'a, 'n> {
+        let container = self.container;
+        self.networks().filter_map(|network| network.names.get(name)).map(move |holders| {
+            let told = move |holder: &&Holder| !holder.own || container == Some(&*holder.endpoint.container);
+            holders.iter().filter(told).map(|holder| &*holder.endpoint)
+        })
     }
 
     /// Whose address it is, on one of the asker's networks.
-    pub(crate) fn holder(&self, address: IpAddr) -> Option<(&'a Network, &'a Endpoint)> {
-        let holder = |network: &&'a Network| Some((*network, &**network.reverse.get(&address)?));
-        self.networks.iter().find_map(holder)
+    pub(crate) fn holder(&self, address: IpAddr) -> Option<&'a Endpoint> {
+        self.networks().find_map(|network| network.reverse.get(&address)).map(|endpoint| &**endpoint)
     }
 
     /// Whether an address is one of a network, the asker's or not.
@@ -395,12 +405,12 @@ impl<'a> View<'a> {
 
     /// Whether the asker has a way out.
     pub(crate) fn may_forward(&self) -> bool {
-        self.networks.iter().any(|network| !network.internal)
+        self.networks().any(|network| !network.internal)
     }
 
     /// The servers of the first network that has some of its own and a way out.
     pub(crate) fn servers(&self) -> Option<&'a ServerList> {
-        self.networks.iter().filter(|network| !network.internal).find_map(|network| network.servers.as_ref())
+        self.networks().filter(|network| !network.internal).find_map(|network| network.servers.as_ref())
     }
 }
 
