@@ -336,7 +336,7 @@ impl Forwarder {
 
     fn give_up_on(&self, server: SocketAddr, pursuit: &mut Pursuit) {
         self.miss(server);
-        pursuit.failed(server, now());
+        pursuit.gone(server, now());
     }
 
     fn strike(&self, pursuit: &Pursuit, winner: Option<SocketAddr>) {

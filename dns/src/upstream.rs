@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!            asked ──patience──► the next is asked as well ──► ... ──► all asked: again, after a second, then two
-//!              │ SERVFAIL, REFUSED, unreachable: the next at once              │
+//!              │ SERVFAIL, REFUSED, nobody there: the next at once             │
 //!              ▼                                                               ▼
 //!     an answer, of whichever                                        deadline: SERVFAIL
 //! ```
@@ -28,6 +28,9 @@ const DEADLINE_OF_SILENT: Duration = Duration::from_millis(1_500);
 const SILENT: u32 = 2;
 /// When all have been asked, after how long again; it doubles.
 const AGAIN: Duration = Duration::from_secs(1);
+/// When nobody is there at all (ICMP), after how long they are asked anew, and how often; it doubles.
+const RETURN: Duration = Duration::from_millis(100);
+const RETURNS: u32 = 3;
 /// How often one question goes to one server.
 const TRIES: u32 = 3;
 /// How long a server is suspect at first, and at most.
@@ -104,6 +107,7 @@ impl Health {
                 asked: None,
                 tries: 0,
                 out: false,
+                gone: false,
                 heard: false,
             };
             match memory.suspect_until {
@@ -116,14 +120,23 @@ impl Health {
                 }
             }
         }
-        let budget = if silent == servers.len() { DEADLINE_OF_SILENT } else { DEADLINE };
+        let (budget, may_return) =
+            if silent == servers.len() { (DEADLINE_OF_SILENT, 0) } else { (DEADLINE, RETURNS) };
         // With nobody to ask instead, it is no probe.
         let probe = probe.filter(|_| !healthy.is_empty());
         if let Some(server) = probe {
             self.memory(server).probed = true;
         }
         healthy.append(&mut suspects);
-        Pursuit { candidates: healthy, probe, due: now, rounds: 0, deadline: now + budget }
+        Pursuit {
+            candidates: healthy,
+            probe,
+            due: now,
+            rounds: 0,
+            returns: 0,
+            may_return,
+            deadline: now + budget,
+        }
     }
 
     /// A question goes to `server`.
@@ -203,6 +216,8 @@ struct Candidate {
     tries: u32,
     /// It has failed.
     out: bool,
+    /// Nobody is there.
+    gone: bool,
     /// It has said something.
     heard: bool,
 }
@@ -215,6 +230,9 @@ pub(crate) struct Pursuit {
     /// When the next step is taken.
     due: Instant,
     rounds: u32,
+    /// How often it was begun anew because nobody was there, and may be.
+    returns: u32,
+    may_return: u32,
     deadline: Instant,
 }
 
@@ -230,8 +248,19 @@ pub(crate) enum Step {
 impl Pursuit {
     /// The next step. What is to be asked counts as asked.
     pub(crate) fn step(&mut self, now: Instant) -> Step {
-        if now >= self.deadline || self.candidates.iter().all(|one| one.out) {
+        if now >= self.deadline {
             return Step::GiveUp;
+        }
+        if self.candidates.iter().all(|one| one.out) {
+            if self.returns >= self.may_return || !self.candidates.iter().all(|one| one.gone) {
+                return Step::GiveUp;
+            }
+            // They are being restarted, as likely as not.
+            self.due = now + RETURN * (1 << self.returns);
+            self.returns += 1;
+            for one in &mut self.candidates {
+                *one = Candidate { asked: None, tries: 0, out: false, gone: false, heard: false, ..*one };
+            }
         }
         if now < self.due {
             return Step::Wait(self.due.min(self.deadline));
@@ -275,6 +304,14 @@ impl Pursuit {
     pub(crate) fn heard(&mut self, server: SocketAddr) -> bool {
         let one = self.candidates.iter_mut().find(|one| one.server == server);
         one.is_some_and(|one| !std::mem::replace(&mut one.heard, true))
+    }
+
+    /// Nobody is at `server`: the next is asked at once.
+    pub(crate) fn gone(&mut self, server: SocketAddr, now: Instant) {
+        for one in self.candidates.iter_mut().filter(|one| one.server == server) {
+            one.gone = true;
+        }
+        self.failed(server, now);
     }
 
     /// `server` cannot help: the next is asked at once.

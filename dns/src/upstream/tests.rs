@@ -180,3 +180,30 @@ fn no_more_servers_are_remembered_than_may_be() {
     let known: Vec<_> = health.figures().map(|(server, ..)| server.ip().to_string()).collect();
     assert_eq!(known, ["192.0.2.4", "192.0.2.5"]);
 }
+
+#[test]
+fn where_nobody_is_they_are_asked_anew_for_a_moment() {
+    let mut health = Health::new(8);
+    let start = Instant::now();
+    let mut now = start;
+    let mut asked = Vec::new();
+    let mut pursuit = health.pursue(&[server(ALIVE)], start);
+    loop {
+        match pursuit.step(now) {
+            Step::Ask(server) => {
+                asked.push((now - start).as_millis());
+                pursuit.gone(server, now);
+            }
+            Step::Wait(until) => now = until,
+            Step::GiveUp => break,
+        }
+    }
+    assert_eq!(asked, [0, 100, 300, 700]);
+    health.missed(server(ALIVE), start);
+    health.missed(server(ALIVE), start + ms(60_000));
+    let later = start + ms(61_000);
+    let mut pursuit = health.pursue(&[server(ALIVE)], later);
+    assert_eq!(pursuit.step(later), Step::Ask(server(ALIVE)));
+    pursuit.gone(server(ALIVE), later);
+    assert_eq!(pursuit.step(later), Step::GiveUp, "there is nobody for good");
+}

@@ -88,7 +88,14 @@ fn a_restart_of_the_only_server_is_survived() {
     time(&asker, "0.example");
     drop(upstream);
     assert_eq!(asker.told("1.example", RecordType::A), "ServFail");
-    let _upstream = Upstream::start(&house.host, "127.0.0.53:53");
+    let host = house.host.clone();
+    let restart = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(400));
+        Upstream::start(&host, "127.0.0.53:53")
+    });
+    // Asked while nobody is there.
+    time(&asker, "during.example");
+    let _upstream = restart.join().unwrap();
     time(&asker, "2.example");
     std::thread::sleep(Duration::from_millis(1_100));
     // RFC 9520: the failure itself is remembered, for a second.
