@@ -16,7 +16,7 @@ use crate::upstream::{Figures, Health, Pursuit, Step};
 use port::{Outstanding, Ports};
 use rustix::net::SendFlags;
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -42,11 +42,28 @@ const TCP_TIME: Duration = Duration::from_secs(3);
 /// What servers have said to one question and nobody has looked at.
 const UNREAD: usize = 16;
 
+/// Where questions go out from.
+#[derive(Clone, Debug)]
+pub(crate) struct Ways {
+    /// The host's namespace.
+    pub(crate) outside: Namespace,
+    /// The one that networks are in, for servers that are on one of them. An ordinary user's networks are not on the host.
+    pub(crate) networks: Namespace,
+}
+
+/// One question on its way.
+#[derive(Clone)]
+struct Flight {
+    key: Key,
+    /// Those servers that are on a network.
+    within: Arc<[SocketAddr]>,
+}
+
 /// Asks other servers.
 pub(crate) struct Forwarder {
     state: Mutex<State>,
     ports: Ports,
-    outside: Namespace,
+    ways: Ways,
     tcp: Semaphore,
     bounds: Bounds,
     metrics: Arc<ProcessMetrics>,
@@ -105,7 +122,7 @@ pub(crate) enum Taken {
 }
 
 impl Forwarder {
-    pub(crate) fn new(outside: Namespace, bounds: Bounds, metrics: Arc<ProcessMetrics>) -> Self {
+    pub(crate) fn new(ways: Ways, bounds: Bounds, metrics: Arc<ProcessMetrics>) -> Self {
         let state = State {
             cache: Cache::new(bounds.cache),
             health: Health::new(SERVERS),
@@ -114,7 +131,7 @@ impl Forwarder {
             host: Arc::new([]),
         };
         let ports = Ports::new(metrics.strangers.clone());
-        Self { state: Mutex::new(state), ports, outside, tcp: Semaphore::new(TCP_AT_ONCE), bounds, metrics }
+        Self { state: Mutex::new(state), ports, ways, tcp: Semaphore::new(TCP_AT_ONCE), bounds, metrics }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -137,11 +154,13 @@ impl Forwarder {
         self.state().health.figures().collect()
     }
 
-    /// Asks the servers of `list`, or the host's, what `request` asks; `waiter` is made if somebody has to wait, and may.
+    /// Asks the servers of `list`, or the host's, what `request` asks; `is_within` tells which of them are on a
+    /// network, and `waiter` is made if somebody has to wait, and may.
     pub(crate) fn ask(
         self: &Arc<Self>,
         request: &Request<'_>,
         list: Option<&ServerList>,
+        is_within: impl Fn(IpAddr) -> bool,
         waiter: impl FnOnce() -> Option<Waiter>,
     ) -> Taken {
         let bits = Bits::of(request);
@@ -180,15 +199,16 @@ impl Forwarder {
         state.waiters += 1;
         self.metrics.flights.set(state.flights.len() as f64);
         drop(state);
-        tokio::spawn(Arc::clone(self).fly(key, pursuit));
+        let within = servers.iter().copied().filter(|server| is_within(server.ip())).collect();
+        tokio::spawn(Arc::clone(self).fly(Flight { key, within }, pursuit));
         Taken::OnItsWay
     }
 
-    async fn fly(self: Arc<Self>, key: Key, mut pursuit: Pursuit) {
+    async fn fly(self: Arc<Self>, flight: Flight, mut pursuit: Pursuit) {
         let (heard, mut hearing) = mpsc::channel(UNREAD);
         let mut outstanding = Vec::new();
-        let answer = self.pursue(&key, &mut pursuit, &heard, &mut hearing, &mut outstanding).await;
-        self.land(key, answer);
+        let answer = self.pursue(&flight, &mut pursuit, &heard, &mut hearing, &mut outstanding).await;
+        self.land(flight.key, answer);
         // A probe that others have overtaken is heard to its end.
         let Some((server, until)) = pursuit.probe() else { return };
         let back = timeout(until.saturating_duration_since(now()), async {
@@ -209,7 +229,7 @@ impl Forwarder {
     /// Asks until there is an answer or no time left.
     async fn pursue(
         self: &Arc<Self>,
-        key: &Key,
+        flight: &Flight,
         pursuit: &mut Pursuit,
         heard: &mpsc::Sender<(SocketAddr, Reading)>,
         hearing: &mut mpsc::Receiver<(SocketAddr, Reading)>,
@@ -219,7 +239,7 @@ impl Forwarder {
         loop {
             let until = match pursuit.step(now()) {
                 Step::Ask(server) => {
-                    if !self.put(key, server, heard, outstanding) {
+                    if !self.put(flight, server, heard, outstanding) {
                         self.give_up_on(server, pursuit);
                     }
                     continue;
@@ -251,14 +271,14 @@ impl Forwarder {
                 }
                 Reading::Truncated => {
                     self.note_time(server, pursuit, outstanding);
-                    self.fetch(key, server, heard);
+                    self.fetch(flight, server, heard);
                 }
                 // Whatever others have learnt of it meanwhile.
                 Reading::NotUnderstood
                     if outstanding.iter().all(|one| one.server() != server || one.bits().edns) =>
                 {
                     self.state().health.plain(server, now());
-                    if !self.put(key, server, heard, outstanding) {
+                    if !self.put(flight, server, heard, outstanding) {
                         self.give_up_on(server, pursuit);
                     }
                 }
@@ -275,7 +295,7 @@ impl Forwarder {
     /// Sends the question to `server`. Whether that was possible.
     fn put(
         self: &Arc<Self>,
-        key: &Key,
+        flight: &Flight,
         server: SocketAddr,
         heard: &mpsc::Sender<(SocketAddr, Reading)>,
         outstanding: &mut Vec<Outstanding>,
@@ -285,12 +305,12 @@ impl Forwarder {
             state.health.asks(server);
             state.health.takes_edns(server, now())
         };
-        let bits = Bits { edns, ..key.bits };
+        let bits = Bits { edns, ..flight.key.bits };
         // Again is from the same port with the same number, so that the answer to the first one counts.
         if let Some(before) = outstanding.iter().find(|one| one.server() == server && one.bits() == bits) {
             return before.send();
         }
-        match self.ports.ask(&self.outside, server, key, bits, heard.clone()) {
+        match self.ports.ask(self.way(flight, server), server, &flight.key, bits, heard.clone()) {
             Ok(one) => {
                 let sent = one.send();
                 outstanding.push(one);
@@ -304,13 +324,18 @@ impl Forwarder {
     }
 
     /// Gets the whole answer over TCP, in a task of its own: other servers may be faster.
-    fn fetch(self: &Arc<Self>, key: &Key, server: SocketAddr, heard: &mpsc::Sender<(SocketAddr, Reading)>) {
-        let (this, key, heard) = (Arc::clone(self), key.clone(), heard.clone());
+    fn fetch(
+        self: &Arc<Self>,
+        flight: &Flight,
+        server: SocketAddr,
+        heard: &mpsc::Sender<(SocketAddr, Reading)>,
+    ) {
+        let (this, flight, heard) = (Arc::clone(self), flight.clone(), heard.clone());
         tokio::spawn(async move {
-            let bits = Bits { edns: this.state().health.takes_edns(server, now()), ..key.bits };
+            let bits = Bits { edns: this.state().health.takes_edns(server, now()), ..flight.key.bits };
             let fetched = async {
                 let _permit = this.tcp.acquire().await;
-                tcp::fetch(&this.outside, server, &key, bits).await
+                tcp::fetch(this.way(&flight, server), server, &flight.key, bits).await
             };
             let reading = tokio::select! {
                 fetched = timeout(TCP_TIME, fetched) => fetched.ok().and_then(Result::ok).unwrap_or(Reading::Malformed),
@@ -321,6 +346,10 @@ impl Forwarder {
             let reading = if reading == Reading::Truncated { Reading::Malformed } else { reading };
             let _ = heard.send((server, reading)).await;
         });
+    }
+
+    fn way(&self, flight: &Flight, server: SocketAddr) -> &Namespace {
+        if flight.within.contains(&server) { &self.ways.networks } else { &self.ways.outside }
     }
 
     /// `server` has answered, for the first time in this pursuit.

@@ -91,7 +91,8 @@ impl Site {
                         stats: stats.cloned(),
                     })
                 };
-                match self.shared.forwarder.ask(&request, self.servers.as_ref().or(*list), waiter) {
+                let list = self.servers.as_ref().or(*list);
+                match self.shared.forwarder.ask(&request, list, |ip| view.is_inside(ip), waiter) {
                     Taken::OnItsWay => return Outcome::Waiting,
                     Taken::Known(answer, age) => {
                         relay(&request, &answer.given(age), limit, out);

@@ -2,7 +2,7 @@
 
 use crate::error::{ServeError, StartError, ZoneError};
 use crate::follow::{self, Watch};
-use crate::forward::{Bounds, Forwarder};
+use crate::forward::{Bounds, Forwarder, Ways};
 use crate::metrics::{self, NetworkStats, ProcessMetrics};
 use crate::resolve::Policy;
 use crate::server::{self, Listen, Serving};
@@ -23,6 +23,8 @@ use tokio::task::AbortHandle;
 pub struct Settings {
     /// The namespace that questions for other servers go out from: the host's, so that 127.0.0.53 is the host's.
     pub outside: Namespace,
+    /// The namespace that networks are in, for servers that are on one of them. The host's, but for an ordinary user.
+    pub networks: Namespace,
     /// The file that names the host's servers.
     pub resolv_conf: PathBuf,
     /// How long clients may keep what we say of endpoints. Whole seconds.
@@ -53,6 +55,7 @@ impl Settings {
     #[must_use]
     pub fn new(outside: Namespace) -> Self {
         Self {
+            networks: outside.clone(),
             outside,
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             ttl: Duration::from_secs(5),
@@ -69,7 +72,7 @@ impl Settings {
     }
 }
 
-/// What is known of servers in the namespace that questions go out from.
+/// What is known of servers in the namespaces that questions go out from.
 #[derive(Default)]
 struct Host {
     /// Where we are ourselves, and how often.
@@ -86,7 +89,7 @@ pub(crate) struct Shared {
     pub(crate) forwarder: Arc<Forwarder>,
     pub(crate) policy: Policy,
     pub(crate) ttl: u32,
-    pub(crate) outside: Namespace,
+    pub(crate) ways: Ways,
     pub(crate) waiting_of_one: usize,
     pub(crate) tcp_clients: usize,
     pub(crate) connections: Arc<Semaphore>,
@@ -172,14 +175,15 @@ impl Resolver {
         let metrics = Arc::new(ProcessMetrics::new());
         let bounds = Bounds { flights: settings.in_flight, waiters: settings.waiting, cache: settings.cache };
         let outside = settings.outside;
+        let ways = Ways { outside: outside.clone(), networks: settings.networks };
         let shared = Arc::new(Shared {
             zones: RwLock::new(Zones::new(settings.limits)),
             lists: Mutex::new(ServerLists::new(settings.server_lists)),
             host: Mutex::default(),
-            forwarder: Arc::new(Forwarder::new(outside.clone(), bounds, Arc::clone(&metrics))),
+            forwarder: Arc::new(Forwarder::new(ways.clone(), bounds, Arc::clone(&metrics))),
             policy: Policy { forward_single_labels: settings.forward_single_labels },
             ttl: u32::try_from(settings.ttl.as_secs()).unwrap_or(u32::MAX),
-            outside: outside.clone(),
+            ways,
             waiting_of_one: settings.waiting_of_one,
             tcp_clients: settings.tcp_clients.max(1),
             connections: Arc::new(Semaphore::new(settings.tcp_clients_in_all)),

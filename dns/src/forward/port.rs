@@ -16,7 +16,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tidegate_netns::Namespace;
+use tidegate_netns::{Namespace, NamespaceId};
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -33,7 +33,7 @@ type Heard = mpsc::Sender<(SocketAddr, Reading)>;
 
 /// The port that the next question to each server goes out from.
 pub(super) struct Ports {
-    next: Mutex<BTreeMap<SocketAddr, Arc<Port>>>,
+    next: Mutex<BTreeMap<(SocketAddr, NamespaceId), Arc<Port>>>,
     strangers: Counter,
 }
 
@@ -69,30 +69,30 @@ impl Ports {
     /// Prepares a question to `server`. What comes back goes to `heard`.
     pub(super) fn ask(
         &self,
-        outside: &Namespace,
+        way: &Namespace,
         server: SocketAddr,
         key: &Key,
         bits: Bits,
         heard: Heard,
     ) -> io::Result<Outstanding> {
         let now = super::now();
-        let port = self.port(outside, server, now)?;
+        let port = self.port(way, server, now)?;
         let id = port.shared.expect(key, heard)?;
         let mut message = Vec::with_capacity(key.name.len() + 32);
         question(id, &key.name, key.kind, bits, &mut message);
         Ok(Outstanding { port, id, bits, message, asked: now })
     }
 
-    fn port(&self, outside: &Namespace, server: SocketAddr, now: Instant) -> io::Result<Arc<Port>> {
+    fn port(&self, way: &Namespace, server: SocketAddr, now: Instant) -> io::Result<Arc<Port>> {
         let mut ports = lock(&self.next);
-        let known = ports.get(&server);
+        let known = ports.get(&(server, way.id()));
         if let Some(port) = known {
             let young = now.saturating_duration_since(port.made) < LIFE;
             if young && port.uses.fetch_add(1, Ordering::Relaxed) < USES {
                 return Ok(Arc::clone(port));
             }
         }
-        let port = match Port::open(outside, server, self.strangers.clone(), now) {
+        let port = match Port::open(way, server, self.strangers.clone(), now) {
             Ok(port) => Arc::new(port),
             // Out of descriptors: an old port is better than none.
             Err(error) => return known.cloned().ok_or(error),
@@ -100,18 +100,18 @@ impl Ports {
         if ports.len() >= SERVERS {
             ports.clear();
         }
-        ports.insert(server, Arc::clone(&port));
+        ports.insert((server, way.id()), Arc::clone(&port));
         Ok(port)
     }
 }
 
 impl Port {
-    fn open(outside: &Namespace, server: SocketAddr, strangers: Counter, now: Instant) -> io::Result<Self> {
+    fn open(way: &Namespace, server: SocketAddr, strangers: Counter, now: Instant) -> io::Result<Self> {
         let any: SocketAddr = match server {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
             SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
         };
-        let socket = outside.with(|| std::net::UdpSocket::bind(any))??;
+        let socket = way.with(|| std::net::UdpSocket::bind(any))??;
         socket.set_nonblocking(true)?;
         // From then on the kernel lets nobody else's datagrams in, and tells of a closed port.
         socket.connect(server)?;

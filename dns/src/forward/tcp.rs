@@ -10,13 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
 /// Asks over a connection of its own.
-pub(super) async fn fetch(
-    outside: &Namespace,
-    server: SocketAddr,
-    key: &Key,
-    bits: Bits,
-) -> io::Result<Reading> {
-    let socket = outside.with(|| match server {
+pub(super) async fn fetch(way: &Namespace, server: SocketAddr, key: &Key, bits: Bits) -> io::Result<Reading> {
+    let socket = way.with(|| match server {
         SocketAddr::V4(_) => TcpSocket::new_v4(),
         SocketAddr::V6(_) => TcpSocket::new_v6(),
     })??;

@@ -45,7 +45,7 @@ pub struct Serving {
     redirect: Option<Redirect>,
     address: SocketAddr,
     shared: Arc<Shared>,
-    /// It serves in the namespace that questions go out from.
+    /// It serves in a namespace that questions go out from.
     outside: bool,
 }
 
@@ -160,7 +160,7 @@ fn start(
     let site = Arc::new(site);
     let udp = tokio::spawn(udp::serve(Arc::new(socket), Arc::clone(&site))).abort_handle();
     let tcp = tokio::spawn(tcp::serve(listener, site)).abort_handle();
-    let outside = namespace.id() == shared.outside.id();
+    let outside = [&shared.ways.outside, &shared.ways.networks].iter().any(|way| way.id() == namespace.id());
     if outside {
         shared.ourselves(address);
     }

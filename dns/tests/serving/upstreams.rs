@@ -374,6 +374,32 @@ fn containers_networks_and_the_host_have_servers_in_that_order() {
     }
 }
 
+/// As for an ordinary user, whose networks are not the host's.
+#[test]
+fn a_server_on_a_network_is_asked_from_where_networks_are() {
+    let networks = Namespace::new();
+    networks.ip_all(
+        "link add br0 type bridge
+         addr add 172.30.1.1/24 dev br0
+         addr add 172.30.1.53/24 dev br0
+         link set br0 up",
+    );
+    let host = Namespace::new();
+    let outside = Upstream::start(&host, "127.0.0.53:53");
+    let inside = Upstream::start(&networks, "172.30.1.53:53");
+    let house = House::with(host, "nameserver 127.0.0.53\n", |settings| {
+        settings.networks = crate::support::handle(&networks);
+    });
+    let subnets = vec!["172.30.1.0/24".parse().unwrap()];
+    house.network_with(&NetworkSpec { name: "un1".into(), subnets, ..NetworkSpec::default() });
+    house.endpoint("un1", "web", &[], &["172.30.1.2"]);
+    let options = ServeOptions { servers: vec![at("172.30.1.53:53")], ..ServeOptions::default() };
+    let asker = house.serve_with("web", &options);
+    time(&asker, "one.example");
+    assert_eq!(asker.ask("many.example", RecordType::A).answers.len(), 0, "cut short, for us");
+    assert_eq!((inside.seen().len(), outside.names()), (3, NONE.to_vec()), "the third over TCP");
+}
+
 #[test]
 fn ourselves_are_not_asked() {
     let (house, ..) = scene();
