@@ -1,8 +1,8 @@
 //! Queries a second: this crate, dnsmasq and aardvark-dns under dnsperf, in alternating rounds.
 //!
-//! `cargo bench -p tidegate-dns`, as root, with dnsperf, dnsmasq and aardvark-dns installed. Each server runs in a namespace of its own on the first core, dnsperf and the
-//! server that is forwarded to on the second. Where dnsperf is what limits, the time that the server takes for a question says more than the questions a second; both are
-//! told. `BENCH_ROUNDS` (5) and `BENCH_SECONDS` (3) change the length.
+//! `cargo bench -p tidegate-dns`, as root, with dnsperf, dnsmasq and aardvark-dns installed. Each server runs in a namespace of its own on the first
+//! core, dnsperf and the server that is forwarded to on the second. Where dnsperf is what limits, the time that the server takes for a question says
+//! more than the questions a second; both are told. `BENCH_ROUNDS` (5) and `BENCH_SECONDS` (3) change the length.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

@@ -1,7 +1,7 @@
 //! Answers of other servers: checked, and kept so that they can be passed on. Pure.
 //!
-//! An answer is decoded by hickory, which tells whether it is sound, and kept as it came: what this program does not know about records reaches the client all the
-//! same. Nothing but TTLs is changed in it, and its OPT record, which is between us and that server (RFC 6891 section 6.1.1), is left out.
+//! An answer is decoded by hickory, which tells whether it is sound, and kept as it came: what this program does not know about records reaches the
+//! client all the same. Nothing but TTLs is changed in it, and its OPT record, which is between us and that server (RFC 6891 section 6.1.1), is left out.
 
 use crate::message::{Given, HEADER, IN, Rcode, Record, flag, kind, short};
 use hickory_server::proto::op::Message;
@@ -132,11 +132,12 @@ impl Answer {
         }
         let keep = match (rcode, counts[0]) {
             (Rcode::NoError, 1..) => positive.min(LONGEST),
-            // RFC 2308 section 5: "Negative responses without SOA records SHOULD NOT be cached". A chain of aliases that ends in nothing holds as long as its links.
+            // RFC 2308 section 5: "Negative responses without SOA records SHOULD NOT be cached". A chain of aliases that ends in nothing holds as
+            // long as its links.
             (Rcode::NoError | Rcode::NxDomain, _) => {
                 negative.map_or(0, |ttl| ttl.min(positive).min(LONGEST_NEGATIVE))
             }
-            // RFC 9520 section 3.2: "Resolvers MUST cache DNS resolution failures" for a second at least.
+            // RFC 9520 section 3.2: "Resolvers MUST cache resolution failures for at least 1 second."
             _ => 1,
         };
         let body = message[question..end].into();

@@ -1,6 +1,7 @@
 //! The host's `resolv.conf`, followed as it changes.
 //!
-//! It is often a symbolic link into `/run`, replaced by renaming, or bind-mounted. So all directories that the links lead through are watched, and the file itself.
+//! It is often a symbolic link into `/run`, replaced by renaming, or bind-mounted. So all directories that the links lead through are watched, and
+//! the file itself.
 
 use crate::resolv_conf::{LONGEST, ResolvConf};
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};

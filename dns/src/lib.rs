@@ -15,14 +15,16 @@
 //! asks there is known by the socket, and what he may be told by the networks that he is on ([`zone`]). What is not ours goes to other servers
 //! ([`upstream`], [`forward`]), from the host's namespace. One process serves thousands of containers: a server costs its sockets and two tasks.
 //!
-//! What is pure has no socket, clock or runtime in it: `name`, `message`, `unusual`, `zone`, `resolve`, `answer`, `cache`, `upstream`, `servers`, `resolv_conf`.
+//! What is pure has no socket, clock or runtime in it: `name`, `message`, `unusual`, `zone`, `resolve`, `answer`, `cache`, `upstream`, `servers`,
+//! `resolv_conf`.
 //!
 //! # Hickory
 //!
-//! Messages that are no plain question are read and answered by hickory-server, and what other servers answer is checked by hickory's decoder. The loop that serves is our own: hickory's makes a task for
-//! each datagram and a channel for its answer, bounds neither tasks nor TCP clients, and logs names at INFO. One core, local names, dnsperf on the other core: an echo of the
-//! question without looking at it 190,000 a second, hickory-server 157,000, dnsmasq 154,000, aardvark-dns 91,000. What is left is the kernel's, and
-//! a batch of questions for each system call is what makes a difference to it. docs/dns.md has the figures of this crate.
+//! Messages that are no plain question are read and answered by hickory-server, and what other servers answer is checked by hickory's decoder. The
+//! loop that serves is our own: hickory's makes a task for each datagram and a channel for its answer, bounds neither tasks nor TCP clients, and logs
+//! names at INFO. One core, local names, dnsperf on the other core: an echo of the question without looking at it 190,000 a second, hickory-server
+//! 157,000, dnsmasq 154,000, aardvark-dns 91,000. What is left is the kernel's, and a batch of questions for each system call is what makes a
+//! difference to it. docs/dns.md has the figures of this crate.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("network namespaces exist on Linux only");

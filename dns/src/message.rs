@@ -13,7 +13,7 @@ pub(crate) const HEADER: usize = 12;
 const OPT: usize = 11;
 /// What a client takes that says nothing (RFC 1035 section 2.3.4).
 pub(crate) const WITHOUT_EDNS: u16 = 512;
-/// What we say we take, and the most that we send over networks: it passes everywhere without fragments (RFC 9715 section 3).
+/// What we say we take, and the most that we send over networks: what the least MTU of IPv6, 1280 bytes, has room for.
 pub(crate) const PAYLOAD: u16 = 1232;
 
 /// The bits of the second word of a header (RFC 1035 section 4.1.1, RFC 4035 section 3.1.6).

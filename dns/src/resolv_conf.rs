@@ -57,7 +57,8 @@ impl ResolvConf {
 
     /// The one of a container whose host has this one: `search` and `options` are the container's own, as far as it has any.
     ///
-    /// As Docker's: the host's search domains, and `ndots:0`, so that names of containers are asked for as they are, first. A search domain `.` stands for none.
+    /// As Docker's: the host's search domains, and `ndots:0`, so that names of containers are asked for as they are, first. A search domain `.`
+    /// stands for none.
     #[must_use]
     pub fn for_container(&self, server: IpAddr, search: &[String], options: &[String]) -> String {
         let mut own = Self { options: vec!["ndots:0".to_owned()], ..Self::default() };

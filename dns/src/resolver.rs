@@ -29,8 +29,8 @@ pub struct Settings {
     pub resolv_conf: PathBuf,
     /// How long clients may keep what we say of endpoints. Whole seconds.
     pub ttl: Duration,
-    /// Names without a dot that no endpoint has are forwarded. Docker does that; it tells the outside what services are called, and has the outside answer for those
-    /// that are down.
+    /// Names without a dot that no endpoint has are forwarded. Docker does that; it tells the outside what services are called, and has the outside
+    /// answer for those that are down.
     pub forward_single_labels: bool,
     /// How many networks, endpoints and names there may be.
     pub limits: Limits,
@@ -157,7 +157,8 @@ impl fmt::Debug for Shared {
 
 /// The names of networks. Changes are seen by the next question.
 ///
-/// Made, and asked to serve, within a tokio runtime that has I/O and time: it panics outside of one, as tokio does. Follows the host's servers until it is dropped.
+/// Made, and asked to serve, within a tokio runtime that has I/O and time: it panics outside of one, as tokio does. Follows the host's servers until
+/// it is dropped.
 #[derive(Debug)]
 pub struct Resolver {
     shared: Arc<Shared>,
@@ -214,8 +215,8 @@ impl Resolver {
         self.shared.zones_mut().remove_network(name)
     }
 
-    /// Adds an endpoint to a network, or puts it in the place of the one that the container has there under the same name. Names that other containers have as well are
-    /// answered with the addresses of all of them, and logged.
+    /// Adds an endpoint to a network, or puts it in the place of the one that the container has there under the same name. Names that other
+    /// containers have as well are answered with the addresses of all of them, and logged.
     ///
     /// # Errors
     /// [`ZoneError`]; nothing has changed then.
@@ -238,7 +239,8 @@ impl Resolver {
         self.shared.zones_mut().remove_endpoint(network, container, name)
     }
 
-    /// Serves a container at 127.0.0.11:53 in its namespace, whose `lo` is up. What it is told depends on the endpoints that it has at the time of each question.
+    /// Serves a container at 127.0.0.11:53 in its namespace, whose `lo` is up. What it is told depends on the endpoints that it has at the time of
+    /// each question.
     ///
     /// # Errors
     /// [`ServeError`]: above all, that the port is taken.

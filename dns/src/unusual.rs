@@ -8,8 +8,8 @@ use hickory_server::server::Request;
 use hickory_server::zone_handler::MessageResponseBuilder;
 use std::net::{Ipv4Addr, SocketAddr};
 
-/// Writes the answer to `message` behind what is in `out`. `None` is a message that gets none: an answer itself, for two servers would answer each other for ever
-/// (RFC 9619 section 4 has no better idea), or one without a whole header.
+/// Writes the answer to `message` behind what is in `out`. `None` is a message that gets none: an answer itself, for two servers would answer each
+/// other for ever, or one without a whole header.
 pub(crate) fn refuse(message: &[u8], out: &mut Vec<u8>) -> Option<Rcode> {
     let flags = short(message, 2).filter(|_| message.len() >= HEADER)?;
     if flags & flag::RESPONSE != 0 {
@@ -18,7 +18,8 @@ pub(crate) fn refuse(message: &[u8], out: &mut Vec<u8>) -> Option<Rcode> {
     // Hickory keeps the client's address with the request, and asks for nothing but to have one.
     let nobody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
     let request = match Request::from_bytes(message.to_vec(), nobody, Protocol::Udp) {
-        // RFC 1035 section 4.1.1: "Not Implemented - The name server does not support the requested kind of query." It may be well formed by rules that are not ours.
+        // RFC 1035 section 4.1.1: "Not Implemented - The name server does not support the requested kind of query." It may be well formed by rules
+        // that are not ours.
         Err(_) if flags & flag::OPCODE == 0 => return Some(bare(message, flags, Rcode::FormErr, out)),
         Err(_) => return Some(bare(message, flags, Rcode::NotImp, out)),
         Ok(request) => request,

@@ -9,9 +9,9 @@
 //!     an answer, of whichever                                        deadline: SERVFAIL
 //! ```
 //!
-//! Servers are asked in the order of their list. A server that let another one, asked later, be faster than its patience allows, or that did not answer at all, gets a
-//! *strike* and is *suspect* for a while: others are asked before it. When that time is over, it is asked beside another one (a *probe*), which costs nobody time, and
-//! is its old self if it answers. So a dead server costs one question [`PATIENCE`], and others nothing.
+//! Servers are asked in the order of their list. A server that let another one, asked later, be faster than its patience allows, or that did not
+//! answer at all, gets a *strike* and is *suspect* for a while: others are asked before it. When that time is over, it is asked beside another one
+//! (a *probe*), which costs nobody time, and is its old self if it answers. So a dead server costs one question [`PATIENCE`], and others nothing.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

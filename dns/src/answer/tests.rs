@@ -39,7 +39,7 @@ fn taken(message: &Message) -> Answer {
     }
 }
 
-/// RFC 5452 section 9.1: "match the [...] Question name, class, type, [...] ID".
+/// RFC 5452 section 9.1: responses are matched to "Query ID", "Query name", "Query class and type".
 #[test]
 fn what_is_no_answer_to_the_question_is_none() {
     let good = message(ResponseCode::NoError, &[60], None);
@@ -75,7 +75,7 @@ fn what_cannot_be_an_answer_is_told_apart() {
     assert!(!taken(&message(ResponseCode::NXDomain, &[], None)).is_failure());
 }
 
-/// RFC 2308 section 5: "the TTL of this record is set from the minimum of the MINIMUM field of the SOA record and the TTL of the SOA itself".
+/// RFC 2308 section 3: "The TTL of this record is set from the minimum of the MINIMUM field of the SOA record and the TTL of the SOA itself".
 #[test]
 fn answers_are_kept_for_as_long_as_they_say() {
     use ResponseCode::{NXDomain, NoError, ServFail};

@@ -99,7 +99,8 @@ fn the_soa_of_an_empty_answer_says_how_long_it_holds() {
     assert_eq!(message.authorities[0].name.to_ascii(), ".");
 }
 
-/// RFC 2181 section 9: "The TC bit should be set in responses only when an RRSet is required as a part of the response, but could not be included in its entirety."
+/// RFC 2181 section 9: "The TC bit should be set in responses only when an RRSet is required as a part of the response, but could not be included in
+/// its entirety."
 #[test]
 fn what_does_not_fit_is_left_out_and_said_to_be() {
     let answers: Vec<_> = (0..300_u32).map(|number| Data::A((0x0a09_0000 + number).into())).collect();

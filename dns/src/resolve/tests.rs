@@ -72,7 +72,8 @@ fn those_who_share_a_name_take_turns() {
     assert_eq!(turn(u32::MAX), turn(u32::MAX % 3));
 }
 
-/// RFC 2308 section 2.2: "NODATA", a name that exists without records of the type. A resolver that heard NXDOMAIN for AAAA would not ask for A (RFC 8020 section 2).
+/// RFC 2308 section 2.2: "NODATA", a name that exists without records of the type. A resolver that heard NXDOMAIN for AAAA would not ask for A (RFC
+/// 8020 section 2).
 #[test]
 fn other_types_of_a_known_name_are_empty_and_stay_here() {
     let zones = example();
@@ -172,7 +173,7 @@ fn addresses_of_neighbours_have_names() {
     assert_eq!(ask(&zones, "svc-6", &v6, kind::PTR), "svc-6.un6");
 }
 
-/// RFC 6303 section 2: "Queries for these zones are [...] answered locally". RFC 1918 section 3: "DNS clients [...] should not leak".
+/// RFC 6303 section 4: the zones that are answered where they are asked, for nobody else can.
 #[test]
 fn the_reverse_of_private_addresses_never_leaves() {
     let zones = example();

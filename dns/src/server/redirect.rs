@@ -15,9 +15,9 @@
 //! }
 //! ```
 //!
-//! Ports are rewritten, packet by packet, and nothing is remembered: a translation (`dnat`, what Docker has) costs an entry of connection tracking for each question, a quarter of the time that
-//! an answer takes, and the names of a busy container when that table is full. Where a container tracks connections for reasons of its own, it sees both
-//! directions with port 53: questions are rewritten after that (-200), answers before.
+//! Ports are rewritten, packet by packet, and nothing is remembered: a translation (`dnat`, what Docker has) costs an entry of connection tracking
+//! for each question, a quarter of the time that an answer takes, and the names of a busy container when that table is full. Where a container tracks
+//! connections for reasons of its own, it sees both directions with port 53: questions are rewritten after that (-200), answers before.
 
 use crate::resolv_conf::{PORT, SERVER};
 use std::net::IpAddr;

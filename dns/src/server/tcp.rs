@@ -1,7 +1,7 @@
 //! Connections (RFC 7766): several questions on one, answered as their answers are there.
 //!
-//! A client costs a task and what it has sent of an unfinished question. It is read from for as long as fewer than [`PIPELINE`] of its questions wait and it takes its answers;
-//! it goes when it is idle, or stops in the middle of a question, or does not read.
+//! A client costs a task and what it has sent of an unfinished question. It is read from for as long as fewer than [`PIPELINE`] of its questions wait
+//! and it takes its answers; it goes when it is idle, or stops in the middle of a question, or does not read.
 
 use super::clients::{Activity, Clients, limit};
 use crate::handler::{Channel, Outcome, Site};
@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-/// How long a client may be silent (RFC 7766 section 6.2.3: "on the order of a few seconds").
+/// How long a client may be silent (RFC 7766 section 6.2.3: "on the order of seconds").
 const IDLE: Duration = Duration::from_secs(10);
 /// How long a question may take to come in, once it has begun.
 const QUESTION: Duration = Duration::from_secs(2);

@@ -90,7 +90,8 @@ fn three_hundred_addresses_are_one_name() {
     assert_eq!(whole.answers.len(), 300);
 }
 
-/// RFC 7766 section 6.2.1.1: "clients SHOULD pipeline their queries"; section 7: "DNS servers [...] MAY [...] send responses out of order".
+/// RFC 7766 section 6.2.1.1: "clients SHOULD pipeline their queries"; section 7: servers "are RECOMMENDED to support
+/// the preparing of responses in parallel and sending them out of order".
 #[test]
 fn many_questions_on_one_connection_are_answered_as_answers_come() {
     use crate::support::upstream::Mood;
