@@ -163,3 +163,29 @@ fn where_no_server_is_any_more_the_port_is_closed() {
     };
     assert!(eventually(Duration::from_secs(2), refused));
 }
+
+#[test]
+fn where_rules_cannot_be_made_the_port_itself_is_taken() {
+    let house = scene();
+    let namespace = Namespace::new();
+    let inside = handle(&namespace);
+    let serve = |listen| {
+        std::thread::scope(|scope| {
+            let without_privilege = || {
+                let mut has = rustix::thread::capabilities(None).unwrap();
+                has.effective.remove(rustix::thread::CapabilitySet::NET_ADMIN);
+                rustix::thread::set_capabilities(None, has).unwrap();
+                let _guard = house.runtime.enter();
+                house.resolver.serve(&inside, "web", &options(listen))
+            };
+            scope.spawn(without_privilege).join().unwrap()
+        })
+    };
+    let error = serve(Listen::Redirected).unwrap_err().to_string();
+    assert!(error.starts_with("container \"web\": redirect DNS in its namespace: "), "{error}");
+    let serving = serve(Listen::Auto).unwrap();
+    assert!(!serving.is_redirected());
+    assert_eq!(serving.address(), at(SERVER));
+    let container = crate::support::Container { namespace, serving: Some(serving) };
+    assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+}
