@@ -8,7 +8,7 @@ use tidegate_netfilter::{
     Action, Base, Chain, Change, Changes, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule,
     Set, Table, Transport, Value,
 };
-use tidegate_testbed::Namespace;
+use tidegate_testbed::{Namespace, eventually};
 
 fn interface(name: &str) -> Value {
     Value::Interface(name.to_owned())
@@ -430,6 +430,10 @@ fn packets_are_translated_and_dropped_as_the_table_says() {
     let server = host.run(|| UdpSocket::bind("192.0.2.2:6000")).unwrap();
     server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
     let client = outside.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+    // A link that has just come up loses what is sent first.
+    let reaches = || client.send_to(b"!", "192.0.2.2:6000").is_ok() && server.recv(&mut [0; 9]).is_ok();
+    assert!(eventually(Duration::from_secs(10), reaches));
+    while server.recv(&mut [0; 9]).is_ok() {}
     let mut connection = connect(&host);
     let mut arrives = |table: &Table| {
         connection.commit(&replace(table, true)).unwrap();
