@@ -37,6 +37,7 @@ test:
 bench:
 	@scripts/test-deps
 	$(CARGO) bench --locked --bench compare -- --out benches/results $(BENCH_ARGS)
+	$(CARGO) bench --locked -p tidegate-dns --bench dnsperf
 
 # A few minutes instead of twenty: whether everything runs, not how fast.
 bench-quick:

@@ -130,6 +130,9 @@ pub const NFTABLES_PREFIX: &str = "tidegate-";
 /// has put into his chain stays when they are gone.
 pub const NFTABLES_USER_TABLE: &str = "tidegate_user";
 
+/// The nftables table, of family `inet`, that leads 127.0.0.11:53 to the DNS server of a container, in the container's own namespace.
+pub const NFTABLES_DNS_TABLE: &str = "tidegate_dns";
+
 /// The user's own chain, in nftables and iptables. What is dropped there reaches no container.
 pub const USER_CHAIN: &str = "TIDEGATE-USER";
 

@@ -61,6 +61,7 @@ pub(crate) fn new_chain(table: &str, chain: &Chain) -> Message {
             Hook::Prerouting => 0,
             Hook::Input => 1,
             Hook::Forward => 2,
+            Hook::Output => 3,
             Hook::Postrouting => 4,
         };
         let kind = match base.kind {

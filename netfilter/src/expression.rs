@@ -75,7 +75,7 @@ fn number_of(protocol: Transport) -> u8 {
 fn registers(key: Key) -> u32 {
     match key {
         Key::InInterface | Key::OutInterface | Key::SourceV6 | Key::DestinationV6 => 4,
-        Key::SourceV4 | Key::DestinationV4 | Key::Protocol | Key::DestinationPort => 1,
+        Key::SourceV4 | Key::DestinationV4 | Key::Protocol | Key::SourcePort | Key::DestinationPort => 1,
     }
 }
 
@@ -143,7 +143,9 @@ impl Expressions {
         let v6 = match key {
             Key::SourceV4 | Key::DestinationV4 => false,
             Key::SourceV6 | Key::DestinationV6 => true,
-            Key::InInterface | Key::OutInterface | Key::Protocol | Key::DestinationPort => return,
+            Key::InInterface | Key::OutInterface | Key::Protocol | Key::SourcePort | Key::DestinationPort => {
+                return;
+            }
         };
         self.meta(meta::FAMILY, FIRST);
         self.compare(EQUAL, &[PROTOCOL_FAMILY[usize::from(v6)]]);
@@ -158,6 +160,7 @@ impl Expressions {
             Key::DestinationV4 => self.payload(NETWORK, 16, 4, register),
             Key::SourceV6 => self.payload(NETWORK, 8, 16, register),
             Key::DestinationV6 => self.payload(NETWORK, 24, 16, register),
+            Key::SourcePort => self.payload(TRANSPORT, 0, 2, register),
             Key::DestinationPort => self.payload(TRANSPORT, 2, 2, register),
         }
     }
@@ -245,6 +248,19 @@ impl Expressions {
                 // NFTA_EXTHDR_TYPE: TCPOPT_MAXSEG; _OFFSET, _LEN; _OP: NFT_EXTHDR_OP_TCPOPT; _SREG
                 let option = Attributes::default().bytes(2, &[2]).number(3, 2).number(4, 2);
                 self.push("exthdr", &option.number(6, 1).number(7, FIRST));
+            }
+            Action::SetPort { protocol, source, port } => {
+                // NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA
+                let load = Attributes::default().number(1, FIRST).nest(2, &data(&port.to_be_bytes()));
+                self.push("immediate", &load);
+                let checksum = match protocol {
+                    Transport::Tcp => 16,
+                    Transport::Udp => 6,
+                };
+                // NFTA_PAYLOAD_BASE, _OFFSET, _LEN, _SREG; _CSUM_TYPE: NFT_PAYLOAD_CSUM_INET; _CSUM_OFFSET
+                let store = Attributes::default().number(2, TRANSPORT).number(3, if *source { 0 } else { 2 });
+                let store = store.number(4, 2).number(5, FIRST).number(6, 1).number(7, checksum);
+                self.push("payload", &store);
             }
             Action::Masquerade => self.push("masq", &Attributes::default()),
             Action::Translate { keys, map, v6 } => {

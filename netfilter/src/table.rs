@@ -119,6 +119,8 @@ pub enum Hook {
     Input,
     /// `forward`.
     Forward,
+    /// `output`.
+    Output,
     /// `postrouting`.
     Postrouting,
 }
@@ -186,6 +188,8 @@ pub enum Key {
     DestinationV6,
     /// `meta l4proto`.
     Protocol,
+    /// `th sport`.
+    SourcePort,
     /// `th dport`.
     DestinationPort,
 }
@@ -214,6 +218,15 @@ pub enum Action {
     },
     /// `tcp option maxseg size set rt mtu`: segments fit the path.
     ClampSegments,
+    /// `udp dport set PORT` (`tcp`, `sport`): in this packet, with its checksum, and without the kernel remembering it. Of packets of `protocol` only.
+    SetPort {
+        /// Where in the packet the checksum is.
+        protocol: Transport,
+        /// The source's port, not the destination's.
+        source: bool,
+        /// The new port.
+        port: u16,
+    },
     /// `masquerade`.
     Masquerade,
     /// `dnat ip to KEYS map @MAP` (`ip6`), the map's data an address and a port.

@@ -73,6 +73,7 @@ impl Chain {
                 Hook::Prerouting => "prerouting",
                 Hook::Input => "input",
                 Hook::Forward => "forward",
+                Hook::Output => "output",
                 Hook::Postrouting => "postrouting",
             };
             writeln!(f, "\t\ttype {kind} hook {hook} priority {}; policy accept;", base.priority)?;
@@ -129,6 +130,10 @@ impl Display for Action {
                 write!(f, "meta mark set meta mark & {:#010x} ^ {value:#010x}", !mask)
             }
             Self::ClampSegments => f.write_str("tcp option maxseg size set rt mtu"),
+            Self::SetPort { protocol, source, port } => {
+                let side = if *source { "sport" } else { "dport" };
+                write!(f, "{} {side} set {port}", Value::Protocol(*protocol))
+            }
             Self::Masquerade => f.write_str("masquerade"),
             Self::Translate { keys, map, v6 } => {
                 let family = if *v6 { "ip6" } else { "ip" };
@@ -148,6 +153,7 @@ impl Display for Key {
             Self::DestinationV4 => "ip daddr",
             Self::DestinationV6 => "ip6 daddr",
             Self::Protocol => "meta l4proto",
+            Self::SourcePort => "th sport",
             Self::DestinationPort => "th dport",
         })
     }

@@ -8,7 +8,7 @@ use tidegate_netfilter::{
     Action, Base, Chain, Change, Changes, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule,
     Set, Table, Transport, Value,
 };
-use tidegate_testbed::Namespace;
+use tidegate_testbed::{Namespace, eventually};
 
 fn interface(name: &str) -> Value {
     Value::Interface(name.to_owned())
@@ -157,6 +157,22 @@ fn everything() -> Table {
         ),
         rule(vec![is(Key::DestinationV6, ip("::1"), true), Match::ToHost], translate("ports6", true)),
     ];
+    let own = vec![rule(
+        vec![
+            is(Key::DestinationV4, ip("127.0.0.11"), false),
+            is(Key::DestinationPort, Value::Port(53), false),
+        ],
+        translate("ports", false),
+    )];
+    let set_port = |protocol, key, source, port| {
+        let matches =
+            vec![is(Key::Protocol, Value::Protocol(protocol), false), is(key, Value::Port(53), false)];
+        rule(matches, vec![Action::SetPort { protocol, source, port }])
+    };
+    let rewrite = vec![
+        set_port(Transport::Udp, Key::DestinationPort, false, 4053),
+        set_port(Transport::Tcp, Key::SourcePort, true, 4054),
+    ];
     let leave = vec![rule(
         vec![is_in([Key::OutInterface], "bridges", true), is_in([Key::SourceV4], "subnets4", false)],
         vec![Action::Masquerade],
@@ -173,6 +189,8 @@ fn everything() -> Table {
             vec![rule(vec![Match::Syn], vec![Action::ClampSegments])],
         ),
         base("translate", Kind::Nat, Hook::Prerouting, -100, nat),
+        base("own", Kind::Nat, Hook::Output, -100, own),
+        base("rewrite", Kind::Filter, Hook::Output, -150, rewrite),
         base("leave", Kind::Nat, Hook::Postrouting, 100, leave),
     ];
     Table { name: "everything".to_owned(), sets, chains }
@@ -430,6 +448,10 @@ fn packets_are_translated_and_dropped_as_the_table_says() {
     };
     let server = host.run(|| UdpSocket::bind("192.0.2.2:6000")).unwrap();
     let client = outside.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+    // A link that has just come up loses what is sent first.
+    let reaches = || client.send_to(b"!", "192.0.2.2:6000").is_ok() && server.recv(&mut [0; 9]).is_ok();
+    assert!(eventually(Duration::from_secs(10), reaches));
+    while server.recv(&mut [0; 9]).is_ok() {}
     let mut connection = connect(&host);
     let mut arrives = |table: &Table, patience| {
         connection.commit(&replace(table, true)).unwrap();

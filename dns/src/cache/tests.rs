@@ -1,0 +1,62 @@
+use super::*;
+use crate::answer::{Asked, Reading};
+use std::time::Duration;
+
+/// An answer that holds for `ttl` seconds.
+fn answer(ttl: u8) -> Arc<Answer> {
+    let head = [0, 7, 0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0, 1, b'x', 0, 0, 1, 0, 1];
+    let record = [0xc0, 12, 0, 1, 0, 1, 0, 0, 0, ttl, 0, 4, 192, 0, 2, 1];
+    let message = [&head[..], &record].concat();
+    match (Asked { id: 7, name: b"\x01x\0"[..].into(), kind: 1 }).read(&message) {
+        Reading::Answer(answer) => Arc::new(answer),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn key(servers: u32, number: u16) -> Key {
+    Key { servers, kind: number, bits: Bits::default(), name: b"\x01x\0"[..].into() }
+}
+
+#[test]
+fn an_answer_is_there_until_its_time_is_over() {
+    let mut cache = Cache::new(10_000);
+    let now = Instant::now();
+    cache.put(key(0, 1), answer(10), now);
+    assert!(cache.get(&key(0, 1), now + Duration::from_millis(9_999)).is_some());
+    assert!(cache.get(&key(0, 1), now + Duration::from_secs(10)).is_none());
+    assert!(cache.get(&key(1, 1), now).is_none(), "other servers may say something else");
+    cache.put(key(0, 2), answer(0), now);
+    assert!(cache.get(&key(0, 2), now).is_none());
+}
+
+#[test]
+fn a_full_cache_gives_up_what_ends_first() {
+    let now = Instant::now();
+    let size = answer(1).size() + 2 * 3 + OVERHEAD;
+    let mut cache = Cache::new(3 * size);
+    assert_eq!(cache.put(key(0, 1), answer(30), now), 0);
+    assert_eq!(cache.put(key(0, 2), answer(10), now), 0);
+    assert_eq!(cache.put(key(0, 3), answer(20), now), 0);
+    assert_eq!(cache.put(key(0, 4), answer(5), now), 1);
+    assert!(cache.get(&key(0, 2), now).is_none());
+    assert_eq!(cache.len(), 3);
+    assert_eq!(cache.put(key(0, 4), answer(50), now), 0, "in its own place");
+    let later = now + Duration::from_secs(25);
+    assert_eq!(cache.put(key(0, 5), answer(5), later), 0, "what is over makes room");
+    assert_eq!(cache.len(), 3);
+    for number in 0..1000 {
+        cache.put(key(0, number), answer(9), now);
+    }
+    assert!(cache.len() <= 3 && cache.size <= 3 * size && cache.order.len() == cache.len());
+}
+
+#[test]
+fn what_servers_have_said_can_be_forgotten() {
+    let mut cache = Cache::new(10_000);
+    let now = Instant::now();
+    cache.put(key(0, 1), answer(10), now);
+    cache.put(key(1, 1), answer(10), now);
+    cache.forget(0);
+    assert!(cache.get(&key(0, 1), now).is_none());
+    assert!(cache.get(&key(1, 1), now).is_some());
+}

@@ -1,0 +1,137 @@
+//! The host's `resolv.conf`, followed as it changes.
+//!
+//! It is often a symbolic link into `/run`, replaced by renaming, or bind-mounted. So all directories that the links lead through are watched, and
+//! the file itself.
+
+use crate::resolv_conf::{LONGEST, ResolvConf};
+use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
+use rustix::io::Errno;
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::mem::MaybeUninit;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_netns::Namespace;
+use tokio::io::unix::AsyncFd;
+
+/// How long a change has to be at rest: files are often written in pieces.
+const REST: Duration = Duration::from_millis(30);
+/// The most links that are followed (`MAXSYMLINKS` of the kernel).
+const LINKS: usize = 40;
+
+/// What is watched.
+pub(crate) struct Watch {
+    events: AsyncFd<OwnedFd>,
+    /// The names that matter in watched directories.
+    names: BTreeSet<OsString>,
+}
+
+impl Watch {
+    /// Begins to watch what `path` leads to.
+    pub(crate) fn new(path: &Path) -> io::Result<Self> {
+        let events = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        let mut names = BTreeSet::new();
+        let mut path = std::path::absolute(path)?;
+        for _ in 0..LINKS {
+            if let (Some(directory), Some(name)) = (path.parent(), path.file_name()) {
+                let flags = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::MOVED_FROM;
+                let flags = flags | WatchFlags::CLOSE_WRITE | WatchFlags::DELETE;
+                ignore_absent(inotify::add_watch(&events, directory, flags))?;
+                names.insert(name.to_owned());
+            }
+            let Ok(target) = path.read_link() else { break };
+            path = path.parent().unwrap_or(Path::new("/")).join(target);
+        }
+        // Mounted here from elsewhere, it is written there.
+        let itself = WatchFlags::CLOSE_WRITE | WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF;
+        ignore_absent(inotify::add_watch(&events, &path, itself))?;
+        // SAFETY: the descriptor is open for as long as what owns it is in there.
+        let events = unsafe { AsyncFd::register(events) }?;
+        Ok(Self { events, names })
+    }
+
+    /// Waits for a change.
+    pub(crate) async fn changed(&self) -> io::Result<()> {
+        loop {
+            let mut ready = self.events.readable().await?;
+            let mut buffer = [MaybeUninit::<u8>::uninit(); 4096];
+            let mut reader = Reader::new(self.events.get_ref(), &mut buffer);
+            loop {
+                match reader.next() {
+                    // Without a name it is about the file itself, or word that events were lost.
+                    Ok(event) => {
+                        let name = event.file_name().map(|name| name.to_string_lossy().into_owned());
+                        if name.is_none_or(|name| self.names.contains(&OsString::from(name))) {
+                            return Ok(());
+                        }
+                    }
+                    Err(Errno::AGAIN) => {
+                        ready.clear_ready();
+                        break;
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+    }
+}
+
+/// What is not there yet is seen in its directory when it comes.
+fn ignore_absent(watched: rustix::io::Result<i32>) -> io::Result<()> {
+    match watched {
+        Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The servers of the file at `path`; `None` if it cannot be read, or is longer than any list of servers.
+pub(crate) fn servers(path: &Path, outside: &Namespace) -> Option<Arc<[SocketAddr]>> {
+    let mut text = String::new();
+    match File::open(path) {
+        Ok(file) => {
+            let length = file.take(LONGEST + 1).read_to_string(&mut text);
+            length.ok().filter(|length| *length as u64 <= LONGEST)?;
+        }
+        // resolv.conf(5): "If this file does not exist, only the name server on the local machine will be queried".
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(_) => return None,
+    }
+    let scope = |name: &str| outside.with(|| index_of(name)).ok()?.ok();
+    Some(ResolvConf::parse(&text, &scope).servers.into())
+}
+
+/// The index of an interface of the calling thread's namespace.
+fn index_of(interface: &str) -> io::Result<u32> {
+    let any = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+    Ok(rustix::net::netdevice::name_to_index(any, interface)?)
+}
+
+/// Tells `each` of the servers, now and whenever they may have changed, for as long as the task lives.
+pub(crate) async fn follow(
+    path: PathBuf,
+    outside: Namespace,
+    mut watch: Watch,
+    each: impl Fn(Arc<[SocketAddr]>),
+) {
+    loop {
+        match servers(&path, &outside) {
+            Some(servers) => each(servers),
+            None => tracing::warn!(path = %path.display(), "unreadable; DNS servers stay as they were"),
+        }
+        if let Err(error) = watch.changed().await {
+            tracing::error!(path = %path.display(), %error, "changes of DNS servers are no longer seen");
+            return;
+        }
+        tokio::time::sleep(REST).await;
+        // Links may lead elsewhere now. What changes from here on is seen, and read again.
+        match Watch::new(&path) {
+            Ok(again) => watch = again,
+            Err(error) => tracing::warn!(path = %path.display(), %error, "watch again"),
+        }
+    }
+}

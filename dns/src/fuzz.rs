@@ -1,0 +1,58 @@
+//! What the fuzz targets check, as ordinary functions, so that a plain test can replay a corpus.
+//!
+//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the interface.
+
+use crate::answer::{Asked, Reading};
+use crate::message::{Request, relay};
+use crate::metrics::NetworkStats;
+use crate::zone::{Asker, EndpointSpec, Limits, NetworkSpec, Zones};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+static ZONES: LazyLock<(Zones, Asker)> = LazyLock::new(|| {
+    let mut zones = Zones::new(Limits::default());
+    let network = NetworkSpec {
+        name: "un1".into(),
+        subnets: vec![ipnet::IpNet::new_assert([10, 9, 0, 0].into(), 24)],
+        ..NetworkSpec::default()
+    };
+    let _ = zones.add_network(&network, None, Arc::new(NetworkStats::new("un1")));
+    for (number, name) in ["web", "db"].into_iter().enumerate() {
+        let spec = EndpointSpec {
+            container: name.into(),
+            name: name.into(),
+            aliases: vec!["all".into()],
+            addresses: vec![
+                [10, 9, 0, 2 + number as u8].into(),
+                [0xfd88, 0, 0, 0, 0, 0, 0, 2 + number as u16].into(),
+            ],
+            ..EndpointSpec::default()
+        };
+        let _ = zones.add_endpoint("un1", &spec);
+    }
+    (zones, Asker::Container("web".into()))
+});
+
+/// A message of a client is answered soundly or not at all; one of a server is read, and what is taken of it is passed on soundly.
+pub fn check_message(data: &[u8]) {
+    let (zones, asker) = &*ZONES;
+    crate::handler::check(zones, asker, data);
+    check_answer(data);
+}
+
+/// The answer is to `web.example`, of type A; its number is whatever it says.
+fn check_answer(data: &[u8]) {
+    let Some(id) = crate::message::short(data, 0) else { return };
+    let name: &[u8] = b"\x03web\x07example\0";
+    let Reading::Answer(answer) = (Asked { id, name: name.into(), kind: 1 }).read(data) else { return };
+    let mut question = Vec::new();
+    crate::message::question(7, name, 1, crate::message::Bits::default(), &mut question);
+    let Some(request) = Request::read(&question) else { return };
+    for limit in [512, usize::from(u16::MAX)] {
+        let mut out = Vec::new();
+        relay(&request, &answer.given(Duration::from_secs(1)), limit, &mut out);
+        assert!(out.len() <= limit, "{} bytes", out.len());
+        let read = hickory_server::proto::op::Message::from_vec(&out);
+        assert!(read.is_ok(), "{:?} of {data:?}", read.err());
+    }
+}

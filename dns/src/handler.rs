@@ -1,0 +1,161 @@
+//! One message in, its answer out, or word that the answer will come. No I/O of its own.
+
+use crate::forward::{ReplyTo, Seat, Taken, Waiter};
+use crate::message::{Bits, Rcode, Reply, Request, relay};
+use crate::metrics::NetworkStats;
+use crate::name::Shown;
+use crate::resolve::{Resolution, resolve};
+use crate::resolver::Shared;
+use crate::servers::ServerList;
+use crate::unusual;
+use crate::zone::{Asker, Zones};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+/// Where questions come in, and whose they are.
+pub(crate) struct Site {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) asker: Asker,
+    /// Servers of the container's own.
+    pub(crate) servers: Option<ServerList>,
+    /// The most bytes of a datagram.
+    pub(crate) datagram: u16,
+    /// Counts questions, for who comes first in an answer.
+    pub(crate) turn: AtomicU32,
+    /// Its questions that are with other servers.
+    pub(crate) waiting: Arc<AtomicUsize>,
+}
+
+/// What became of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// The answer has been written.
+    Answered,
+    /// There will be one.
+    Waiting,
+    /// There is none.
+    Silent,
+}
+
+/// How a message came.
+pub(crate) enum Channel<'a> {
+    Datagram(&'a Arc<tokio::net::UdpSocket>),
+    Stream(&'a tokio::sync::mpsc::Sender<Vec<u8>>),
+}
+
+impl Site {
+    /// Handles `message` of `client`; its answer is written behind what is in `out`.
+    pub(crate) fn handle(
+        &self,
+        zones: &Zones,
+        message: &[u8],
+        client: SocketAddr,
+        channel: &Channel<'_>,
+        out: &mut Vec<u8>,
+    ) -> Outcome {
+        let Some(request) = Request::read(message) else {
+            self.shared.metrics.unusual.increment(1);
+            return match unusual::refuse(message, out) {
+                Some(rcode) => {
+                    let stats = zones
+                        .view(&self.asker, client.ip())
+                        .first()
+                        .map(|network| Arc::clone(&network.stats));
+                    count(stats.as_ref(), 0, rcode);
+                    Outcome::Answered
+                }
+                None => Outcome::Silent,
+            };
+        };
+        let limit = match channel {
+            Channel::Datagram(_) => request.limit(self.datagram),
+            Channel::Stream(_) => usize::from(u16::MAX),
+        };
+        let view = zones.view(&self.asker, client.ip());
+        let stats = view.first().map(|network| &network.stats);
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let resolution = resolve(&view, self.shared.policy, request.name(), request.kind, turn);
+        tracing::debug!(asker = ?self.asker, name = %Shown(request.name()), kind = request.kind, ?resolution, "question");
+        let rcode = match &resolution {
+            Resolution::Forward(list) => {
+                let waiter = || {
+                    Some(Waiter {
+                        _seat: Seat::take(&self.waiting, self.shared.waiting_of_one)?,
+                        request: request.keep(),
+                        to: match channel {
+                            Channel::Datagram(socket) => ReplyTo::Datagram(Arc::clone(socket), client),
+                            Channel::Stream(stream) => ReplyTo::Stream((*stream).clone()),
+                        },
+                        limit,
+                        stats: stats.cloned(),
+                    })
+                };
+                let list = self.servers.as_ref().or(*list);
+                match self.shared.forwarder.ask(&request, list, |ip| view.is_inside(ip), waiter) {
+                    Taken::OnItsWay => return Outcome::Waiting,
+                    Taken::Known(answer, age) => {
+                        relay(&request, &answer.given(age), limit, out);
+                        answer.rcode
+                    }
+                    Taken::Refused => {
+                        Reply::code(Rcode::ServFail).write(&request, limit, out);
+                        Rcode::ServFail
+                    }
+                }
+            }
+            local => {
+                answer(local, self.shared.ttl, &request, limit, out);
+                local.rcode()
+            }
+        };
+        count(stats, request.kind, rcode);
+        Outcome::Answered
+    }
+}
+
+/// Writes what we say ourselves.
+pub(crate) fn answer(
+    resolution: &Resolution<'_>,
+    ttl: u32,
+    request: &Request<'_>,
+    limit: usize,
+    out: &mut Vec<u8>,
+) {
+    let mut reply = Reply { ttl, ..Reply::code(resolution.rcode()) };
+    match resolution {
+        Resolution::Answer(answers) => reply.answers = answers,
+        Resolution::NoData(zone) | Resolution::NxDomain(zone) => reply.zone = Some(*zone),
+        Resolution::Refused(refusal) => reply.extended = Some(refusal.extended()),
+        Resolution::Forward(_) => {}
+    }
+    reply.write(request, limit, out);
+}
+
+fn count(stats: Option<&Arc<NetworkStats>>, kind: u16, rcode: Rcode) {
+    if let Some(stats) = stats {
+        stats.count(kind, rcode);
+    }
+}
+
+/// What the fuzz target checks of one message, to a network with a few endpoints.
+pub(crate) fn check(zones: &Zones, asker: &Asker, message: &[u8]) {
+    let mut out = Vec::new();
+    let Some(request) = Request::read(message) else {
+        if unusual::refuse(message, &mut out).is_some() {
+            assert_eq!(out[..2], message[..2], "the number is repeated");
+            assert!(out[2] & 0x80 != 0, "it is an answer");
+        }
+        return;
+    };
+    let view = zones.view(asker, [10, 9, 0, 2].into());
+    let _ = Bits::of(&request);
+    for limit in [512, usize::from(u16::MAX)] {
+        out.clear();
+        let resolution = resolve(&view, crate::resolve::Policy::default(), request.name(), request.kind, 1);
+        answer(&resolution, 5, &request, limit, &mut out);
+        assert!(out.len() <= limit.max(message.len() + 128), "{} bytes", out.len());
+        let read = hickory_server::proto::op::Message::from_vec(&out);
+        assert!(read.is_ok(), "{:?} of {:?}", read.err(), message);
+    }
+}

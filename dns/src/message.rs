@@ -1,0 +1,473 @@
+//! Questions read where they lie, and answers to them written (RFC 1035 section 4, RFC 6891). Pure.
+//!
+//! Nearly every message that comes is a plain question: one, of class IN, with an OPT record at most. Those are read here, without an allocation. What
+//! is anything else is left to hickory's decoder, see [`unusual`](crate::unusual).
+
+use crate::name::LONGEST;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+/// Bytes of a message's header.
+pub(crate) const HEADER: usize = 12;
+/// Bytes of our OPT record.
+const OPT: usize = 11;
+/// What a client takes that says nothing (RFC 1035 section 2.3.4).
+pub(crate) const WITHOUT_EDNS: u16 = 512;
+/// What we say we take, and the most that we send over networks: what the least MTU of IPv6, 1280 bytes, has room for.
+pub(crate) const PAYLOAD: u16 = 1232;
+
+/// The bits of the second word of a header (RFC 1035 section 4.1.1, RFC 4035 section 3.1.6).
+pub(crate) mod flag {
+    pub(crate) const RESPONSE: u16 = 1 << 15;
+    pub(crate) const OPCODE: u16 = 0xf << 11;
+    pub(crate) const TRUNCATED: u16 = 1 << 9;
+    pub(crate) const RECURSION_DESIRED: u16 = 1 << 8;
+    pub(crate) const RECURSION_AVAILABLE: u16 = 1 << 7;
+    pub(crate) const AUTHENTIC: u16 = 1 << 5;
+    pub(crate) const CHECKING_DISABLED: u16 = 1 << 4;
+    pub(crate) const RCODE: u16 = 0xf;
+}
+
+/// Types of records, and of questions (`TYPE`, `QTYPE`).
+pub(crate) mod kind {
+    pub(crate) const A: u16 = 1;
+    pub(crate) const NS: u16 = 2;
+    pub(crate) const CNAME: u16 = 5;
+    pub(crate) const SOA: u16 = 6;
+    pub(crate) const PTR: u16 = 12;
+    pub(crate) const MX: u16 = 15;
+    pub(crate) const TXT: u16 = 16;
+    pub(crate) const AAAA: u16 = 28;
+    pub(crate) const SRV: u16 = 33;
+    pub(crate) const OPT: u16 = 41;
+    pub(crate) const DS: u16 = 43;
+    pub(crate) const DNSKEY: u16 = 48;
+    pub(crate) const HTTPS: u16 = 65;
+    pub(crate) const TKEY: u16 = 249;
+    pub(crate) const MAILA: u16 = 254;
+    pub(crate) const ANY: u16 = 255;
+}
+
+/// The class of the Internet.
+pub(crate) const IN: u16 = 1;
+
+/// Codes of answers (RFC 1035 section 4.1.1, RFC 6891 section 9).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rcode {
+    NoError,
+    FormErr,
+    ServFail,
+    NxDomain,
+    NotImp,
+    Refused,
+    BadVers,
+    /// What an upstream said beyond these.
+    Other(u8),
+}
+
+impl Rcode {
+    pub(crate) fn from_wire(code: u16) -> Self {
+        match code & flag::RCODE {
+            0 => Self::NoError,
+            1 => Self::FormErr,
+            2 => Self::ServFail,
+            3 => Self::NxDomain,
+            4 => Self::NotImp,
+            5 => Self::Refused,
+            other => Self::Other(other as u8),
+        }
+    }
+
+    /// The four bits in the header; of `BadVers` the rest is in the OPT record.
+    pub(crate) fn to_wire(self) -> u16 {
+        match self {
+            Self::NoError | Self::BadVers => 0,
+            Self::FormErr => 1,
+            Self::ServFail => 2,
+            Self::NxDomain => 3,
+            Self::NotImp => 4,
+            Self::Refused => 5,
+            Self::Other(code) => u16::from(code) & flag::RCODE,
+        }
+    }
+}
+
+/// A plain question, and how it was asked.
+#[derive(Clone, Debug)]
+pub(crate) struct Request<'a> {
+    pub(crate) id: u16,
+    pub(crate) flags: u16,
+    /// Name, type and class, as asked: the answer repeats them.
+    pub(crate) question: &'a [u8],
+    lower: [u8; LONGEST],
+    pub(crate) kind: u16,
+    pub(crate) edns: Option<Edns>,
+}
+
+/// What an OPT record says (RFC 6891 section 6.1.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Edns {
+    /// The largest datagram that the client takes.
+    pub(crate) payload: u16,
+    /// It wants DNSSEC's records (RFC 3225).
+    pub(crate) dnssec: bool,
+}
+
+/// A request that waits: however long it was, this is short.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    id: u16,
+    flags: u16,
+    question: Box<[u8]>,
+    edns: Option<Edns>,
+}
+
+impl Kept {
+    pub(crate) fn request(&self) -> Request<'_> {
+        Request::of(self.id, self.flags, &self.question, self.edns)
+    }
+}
+
+impl<'a> Request<'a> {
+    /// Reads a plain question. `None` is everything else, malformed or not.
+    pub(crate) fn read(message: &'a [u8]) -> Option<Self> {
+        let id = short(message, 0)?;
+        let flags = short(message, 2)?;
+        let counts = (short(message, 4)?, short(message, 6)?, short(message, 8)?);
+        if flags & (flag::RESPONSE | flag::OPCODE) != 0 || counts != (1, 0, 0) {
+            return None;
+        }
+        let name_end = skip_plain_name(message, HEADER)?;
+        let end = name_end + 4;
+        if short(message, name_end + 2)? != IN {
+            return None;
+        }
+        let mut edns = None;
+        match short(message, 10)? {
+            0 => {}
+            1 => {
+                let record = Record::read(message, end)?;
+                // RFC 6891 section 6.1.2: "The domain name MUST be 0 (root domain)". The version is the second byte of the TTL.
+                if record.kind != kind::OPT || record.owner_end != end + 1 || record.ttl >> 16 & 0xff != 0 {
+                    return None;
+                }
+                edns = Some(Edns { payload: record.class, dnssec: record.ttl & 0x8000 != 0 });
+            }
+            _ => return None,
+        }
+        Some(Self::of(id, flags, &message[HEADER..end], edns))
+    }
+
+    /// `question` is a name without pointers, a type and a class.
+    fn of(id: u16, flags: u16, question: &'a [u8], edns: Option<Edns>) -> Self {
+        let (name, behind) = question.split_at(question.len() - 4);
+        let mut lower = [0; LONGEST];
+        lower[..name.len()].copy_from_slice(name);
+        lower.make_ascii_lowercase();
+        let kind = u16::from_be_bytes([behind[0], behind[1]]);
+        Self { id, flags, question, lower, kind, edns }
+    }
+
+    /// What of it has to be kept until there is an answer.
+    pub(crate) fn keep(&self) -> Kept {
+        Kept { id: self.id, flags: self.flags, question: self.question.into(), edns: self.edns }
+    }
+
+    /// The name in lower case. Length bytes are below 64, where there are no letters.
+    pub(crate) fn name(&self) -> &[u8] {
+        &self.lower[..self.question.len() - 4]
+    }
+
+    /// The most bytes that the answer may have in a datagram, of a server that sends at most `most`.
+    pub(crate) fn limit(&self, most: u16) -> usize {
+        let takes = self.edns.map_or(WITHOUT_EDNS, |edns| edns.payload.max(WITHOUT_EDNS));
+        usize::from(takes.min(most))
+    }
+
+    /// The answer's flags, but for what only the answer knows.
+    fn answer_flags(&self) -> u16 {
+        let kept = self.flags & (flag::RECURSION_DESIRED | flag::CHECKING_DISABLED);
+        kept | flag::RESPONSE | flag::RECURSION_AVAILABLE
+    }
+}
+
+/// Data of a record that we answer with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Data {
+    A(Ipv4Addr),
+    Aaaa(Ipv6Addr),
+    Ptr(Arc<[u8]>),
+}
+
+/// What makes an answer of ours: to a question about a name that we know, or one that we do not forward.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Reply<'a> {
+    pub(crate) rcode: Rcode,
+    pub(crate) answers: &'a [Data],
+    pub(crate) ttl: u32,
+    /// Where in the name the zone begins whose SOA record says how long the answer holds (RFC 2308 section 3).
+    pub(crate) zone: Option<usize>,
+    /// Why, in one of the codes of RFC 8914.
+    pub(crate) extended: Option<u16>,
+}
+
+impl Reply<'_> {
+    /// One that says no more than a code.
+    pub(crate) fn code(rcode: Rcode) -> Self {
+        Self { rcode, answers: &[], ttl: 0, zone: None, extended: None }
+    }
+
+    /// Writes the answer to `request` behind what is in `out`, of `limit` bytes at most. What does not fit is left out, and the answer says so.
+    pub(crate) fn write(&self, request: &Request<'_>, limit: usize, out: &mut Vec<u8>) {
+        let start = out.len();
+        let extended = self.extended.filter(|_| request.edns.is_some());
+        let tail = request.edns.map_or(0, |_| OPT + extended.map_or(0, |_| 6));
+        let limit = limit.saturating_sub(tail);
+        header(request, out);
+        let mut written = 0_u16;
+        let mut truncated = false;
+        for data in self.answers {
+            if out.len() - start + 12 + data.length() > limit {
+                truncated = true;
+                break;
+            }
+            // The owner is the name in the question.
+            out.extend([0xc0, HEADER as u8]);
+            data.write(self.ttl, out);
+            written += 1;
+        }
+        let authority = u16::from(self.zone.is_some());
+        if let Some(zone) = self.zone {
+            soa(request.name(), zone, self.ttl, out);
+        }
+        if request.edns.is_some() {
+            opt(PAYLOAD, self.rcode, dnssec(request), extended, out);
+        }
+        let truncated = if truncated { flag::TRUNCATED } else { 0 };
+        set_short(out, start + 2, request.answer_flags() | truncated | self.rcode.to_wire());
+        set_short(out, start + 6, written);
+        set_short(out, start + 8, authority);
+    }
+}
+
+/// Writes the answer to `request` that another server gave, `body` being what it has behind the question. With what does not fit into `limit` it is
+/// only said that there is more.
+pub(crate) fn relay(request: &Request<'_>, given: &Given<'_>, limit: usize, out: &mut Vec<u8>) {
+    let start = out.len();
+    header(request, out);
+    let mut flags = request.answer_flags() | given.rcode.to_wire();
+    // RFC 6840 section 5.8: for those who show that they understand it.
+    if given.authentic && (request.flags & flag::AUTHENTIC != 0 || dnssec(request)) {
+        flags |= flag::AUTHENTIC;
+    }
+    let tail = if request.edns.is_some() { OPT } else { 0 };
+    let mut counts = given.counts;
+    if out.len() - start + given.body.len() + tail > limit {
+        flags |= flag::TRUNCATED;
+        counts = [0; 3];
+    } else {
+        let body = out.len();
+        out.extend(given.body);
+        for at in given.ttls {
+            let at = body + usize::from(*at);
+            let ttl = long(out, at).unwrap_or(0).saturating_sub(given.age);
+            out[at..at + 4].copy_from_slice(&ttl.to_be_bytes());
+        }
+    }
+    if request.edns.is_some() {
+        opt(PAYLOAD, given.rcode, dnssec(request), None, out);
+        counts[2] += 1;
+    }
+    set_short(out, start + 2, flags);
+    for (number, count) in counts.into_iter().enumerate() {
+        set_short(out, start + 6 + 2 * number, count);
+    }
+}
+
+/// What [`relay`] passes on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Given<'a> {
+    pub(crate) rcode: Rcode,
+    pub(crate) authentic: bool,
+    /// Records of answer, authority and additional section.
+    pub(crate) counts: [u16; 3],
+    /// Those records, behind a question as long as the request's.
+    pub(crate) body: &'a [u8],
+    /// Where in `body` TTLs are.
+    pub(crate) ttls: &'a [u16],
+    /// Seconds since it was given.
+    pub(crate) age: u32,
+}
+
+/// A question to another server: `name` in lower case.
+pub(crate) fn question(id: u16, name: &[u8], kind: u16, bits: Bits, out: &mut Vec<u8>) {
+    let checking = if bits.checking_disabled { flag::CHECKING_DISABLED } else { 0 };
+    // RFC 6840 section 5.7: the AD bit of a question asks for that of the answer.
+    let flags = flag::RECURSION_DESIRED | flag::AUTHENTIC | checking;
+    for word in [id, flags, 1, 0, 0, u16::from(bits.edns)] {
+        out.extend(word.to_be_bytes());
+    }
+    out.extend(name);
+    out.extend(kind.to_be_bytes());
+    out.extend(IN.to_be_bytes());
+    if bits.edns {
+        opt(PAYLOAD, Rcode::NoError, bits.dnssec, None, out);
+    }
+}
+
+/// How a question is put to another server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Bits {
+    pub(crate) edns: bool,
+    pub(crate) dnssec: bool,
+    pub(crate) checking_disabled: bool,
+}
+
+impl Bits {
+    pub(crate) fn of(request: &Request<'_>) -> Self {
+        let checking_disabled = request.flags & flag::CHECKING_DISABLED != 0;
+        Self { edns: true, dnssec: dnssec(request), checking_disabled }
+    }
+}
+
+fn dnssec(request: &Request<'_>) -> bool {
+    request.edns.is_some_and(|edns| edns.dnssec)
+}
+
+impl Data {
+    fn length(&self) -> usize {
+        match self {
+            Self::A(_) => 4,
+            Self::Aaaa(_) => 16,
+            Self::Ptr(name) => name.len(),
+        }
+    }
+
+    fn write(&self, ttl: u32, out: &mut Vec<u8>) {
+        let kind = match self {
+            Self::A(_) => kind::A,
+            Self::Aaaa(_) => kind::AAAA,
+            Self::Ptr(_) => kind::PTR,
+        };
+        fixed(kind, ttl, self.length(), out);
+        match self {
+            Self::A(ip) => out.extend(ip.octets()),
+            Self::Aaaa(ip) => out.extend(ip.octets()),
+            Self::Ptr(name) => out.extend(&name[..]),
+        }
+    }
+}
+
+/// Header and question of an answer; flags and counts are put in when they are known.
+fn header(request: &Request<'_>, out: &mut Vec<u8>) {
+    for word in [request.id, 0, 1, 0, 0, u16::from(request.edns.is_some())] {
+        out.extend(word.to_be_bytes());
+    }
+    out.extend(request.question);
+}
+
+/// What a record has behind its owner and before its data.
+fn fixed(kind: u16, ttl: u32, length: usize, out: &mut Vec<u8>) {
+    out.extend(kind.to_be_bytes());
+    out.extend(IN.to_be_bytes());
+    out.extend(ttl.to_be_bytes());
+    out.extend((length as u16).to_be_bytes());
+}
+
+/// The SOA record of the zone that begins at `zone` in the name of the question, with the values of RFC 6303 section 3.
+fn soa(name: &[u8], zone: usize, ttl: u32, out: &mut Vec<u8>) {
+    const MAILBOX: &[u8] = b"\x06nobody\x07invalid\0";
+    let root = name.get(zone).is_none_or(|length| *length == 0);
+    let pointer = 0xc000 | (HEADER + zone) as u16;
+    let write_name = |out: &mut Vec<u8>| if root { out.push(0) } else { out.extend(pointer.to_be_bytes()) };
+    write_name(out);
+    let server = if root { 1 } else { 2 };
+    fixed(kind::SOA, ttl, server + MAILBOX.len() + 20, out);
+    write_name(out);
+    out.extend(MAILBOX);
+    // Serial, refresh, retry, expire, and how long it holds that there is nothing.
+    for number in [1, 3600, 1200, 604_800, ttl] {
+        out.extend(number.to_be_bytes());
+    }
+}
+
+/// An OPT record (RFC 6891 section 6.1.2), with a code of RFC 8914.
+fn opt(payload: u16, rcode: Rcode, dnssec: bool, extended: Option<u16>, out: &mut Vec<u8>) {
+    out.push(0);
+    out.extend(kind::OPT.to_be_bytes());
+    out.extend(payload.to_be_bytes());
+    let high = u32::from(rcode == Rcode::BadVers) << 24;
+    out.extend((high | u32::from(dnssec) << 15).to_be_bytes());
+    match extended {
+        None => out.extend([0, 0]),
+        // Option 15, two bytes.
+        Some(code) => {
+            out.extend([0, 6, 0, 15, 0, 2]);
+            out.extend(code.to_be_bytes());
+        }
+    }
+}
+
+/// A record of a message, but for its data.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Record {
+    pub(crate) owner_end: usize,
+    pub(crate) kind: u16,
+    pub(crate) class: u16,
+    pub(crate) ttl: u32,
+    /// Where the next one begins.
+    pub(crate) end: usize,
+}
+
+impl Record {
+    /// The record at `at`.
+    pub(crate) fn read(message: &[u8], at: usize) -> Option<Self> {
+        let owner_end = skip_name(message, at)?;
+        let end = owner_end + 10 + usize::from(short(message, owner_end + 8)?);
+        let [kind, class] = [short(message, owner_end)?, short(message, owner_end + 2)?];
+        let ttl = long(message, owner_end + 4)?;
+        (end <= message.len()).then_some(Self { owner_end, kind, class, ttl, end })
+    }
+}
+
+/// Where a name ends that has no pointers.
+fn skip_plain_name(message: &[u8], start: usize) -> Option<usize> {
+    let mut at = start;
+    loop {
+        let length = *message.get(at)?;
+        at += 1 + usize::from(length);
+        match length {
+            0 => return (at - start <= LONGEST).then_some(at),
+            64.. => return None,
+            _ => {}
+        }
+    }
+}
+
+/// Where a name ends, its pointer included (RFC 1035 section 4.1.4). Where that leads is not looked at.
+pub(crate) fn skip_name(message: &[u8], mut at: usize) -> Option<usize> {
+    loop {
+        let length = *message.get(at)?;
+        match length {
+            0 => return Some(at + 1),
+            0xc0.. => return (at + 2 <= message.len()).then_some(at + 2),
+            64.. => return None,
+            _ => at += 1 + usize::from(length),
+        }
+    }
+}
+
+pub(crate) fn short(message: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes(message.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn long(message: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(message.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn set_short(message: &mut [u8], at: usize, value: u16) {
+    message[at..at + 2].copy_from_slice(&value.to_be_bytes());
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,284 @@
+//! What the servers count, and how it is told to Prometheus.
+//!
+//! What belongs to a network or an upstream server is kept with it and rendered at each scrape, so that its series go with it. What the process has once goes
+//! through the facade.
+
+use crate::message::{Rcode, kind};
+use crate::upstream::{BUCKETS, Figures};
+use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
+use std::fmt::{self, Write};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// The types of questions that are told apart.
+const KINDS: [(u16, &str); 9] = [
+    (kind::A, "A"),
+    (kind::AAAA, "AAAA"),
+    (kind::PTR, "PTR"),
+    (kind::SRV, "SRV"),
+    (kind::TXT, "TXT"),
+    (kind::MX, "MX"),
+    (kind::HTTPS, "HTTPS"),
+    (kind::CNAME, "CNAME"),
+    (kind::ANY, "ANY"),
+];
+const OTHER: &str = "other";
+
+const RCODES: [&str; 8] =
+    ["NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED", "BADVERS", OTHER];
+
+const COLUMNS: usize = RCODES.len();
+
+/// What is counted of a network.
+#[derive(Debug)]
+pub(crate) struct NetworkStats {
+    name: String,
+    /// Questions by type, and within that by code of the answer.
+    queries: [AtomicU64; (KINDS.len() + 1) * COLUMNS],
+}
+
+impl NetworkStats {
+    pub(crate) fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), queries: [const { AtomicU64::new(0) }; (KINDS.len() + 1) * COLUMNS] }
+    }
+
+    /// A question of type `kind` was answered with `rcode`.
+    pub(crate) fn count(&self, kind: u16, rcode: Rcode) {
+        let row = KINDS.iter().position(|(one, _)| *one == kind).unwrap_or(KINDS.len());
+        let column = match rcode {
+            Rcode::NoError => 0,
+            Rcode::FormErr => 1,
+            Rcode::ServFail => 2,
+            Rcode::NxDomain => 3,
+            Rcode::NotImp => 4,
+            Rcode::Refused => 5,
+            Rcode::BadVers => 6,
+            Rcode::Other(_) => 7,
+        };
+        self.queries[row * COLUMNS + column].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A family: its name, its type, and what it tells.
+type Family = (&'static str, &'static str, &'static str);
+
+const QUERIES: Family = (
+    "tidegate_dns_queries_total",
+    "counter",
+    "Questions answered, by the network that the asker joined first, by type and by code of the answer.",
+);
+const ENDPOINTS: Family = ("tidegate_dns_endpoints", "gauge", "Endpoints of a network that have names.");
+const UP: Family = (
+    "tidegate_dns_upstream_trusted",
+    "gauge",
+    "1 for a server that is asked first, 0 for one that others are asked before because it was silent.",
+);
+const ASKED: Family = ("tidegate_dns_upstream_queries_total", "counter", "Questions sent to a server.");
+const MISSED: Family = (
+    "tidegate_dns_upstream_timeouts_total",
+    "counter",
+    "Questions that a server did not answer in time, or not at all.",
+);
+const FAILED: Family =
+    ("tidegate_dns_upstream_failures_total", "counter", "Questions that a server answered with a failure.");
+const TOOK: Family = ("tidegate_dns_upstream_seconds", "histogram", "Time that a server took to answer.");
+
+/// The families that [`Resolver::describe`](crate::Resolver::describe) writes.
+pub const FAMILIES: [&str; 7] = [QUERIES.0, ENDPOINTS.0, UP.0, ASKED.0, MISSED.0, FAILED.0, TOOK.0];
+
+/// Writes the families of networks and servers in the text format of Prometheus (exposition format 0.0.4).
+pub(crate) fn describe<'a>(
+    networks: impl Iterator<Item = (&'a NetworkStats, usize)> + Clone,
+    servers: &[(SocketAddr, bool, Figures)],
+    page: &mut impl Write,
+) -> fmt::Result {
+    head(QUERIES, page)?;
+    for (network, _) in networks.clone() {
+        for (number, count) in network.queries.iter().enumerate() {
+            let count = count.load(Ordering::Relaxed);
+            let kind = KINDS.get(number / COLUMNS).map_or(OTHER, |(_, name)| name);
+            let rcode = RCODES[number % COLUMNS];
+            if count > 0 {
+                let name = &network.name;
+                writeln!(
+                    page,
+                    "{}{{network=\"{name}\",qtype=\"{kind}\",rcode=\"{rcode}\"}} {count}",
+                    QUERIES.0
+                )?;
+            }
+        }
+    }
+    head(ENDPOINTS, page)?;
+    for (network, endpoints) in networks {
+        writeln!(page, "{}{{network=\"{}\"}} {endpoints}", ENDPOINTS.0, network.name)?;
+    }
+    type Value = fn(&(SocketAddr, bool, Figures)) -> u64;
+    let simple: [(Family, Value); 4] = [
+        (UP, |(_, trusted, _)| u64::from(*trusted)),
+        (ASKED, |(_, _, figures)| figures.asked),
+        (MISSED, |(_, _, figures)| figures.missed),
+        (FAILED, |(_, _, figures)| figures.failed),
+    ];
+    for (family, value) in simple {
+        head(family, page)?;
+        for one in servers {
+            writeln!(page, "{}{{server=\"{}\"}} {}", family.0, one.0, value(one))?;
+        }
+    }
+    head(TOOK, page)?;
+    for (server, _, figures) in servers {
+        let mut sum = 0;
+        for (number, count) in figures.took.iter().enumerate() {
+            sum += count;
+            let bound = BUCKETS.get(number).map_or("+Inf".to_owned(), ToString::to_string);
+            writeln!(page, "{}_bucket{{server=\"{server}\",le=\"{bound}\"}} {sum}", TOOK.0)?;
+        }
+        writeln!(page, "{}_sum{{server=\"{server}\"}} {}", TOOK.0, figures.took_micros as f64 / 1e6)?;
+        writeln!(page, "{}_count{{server=\"{server}\"}} {sum}", TOOK.0)?;
+    }
+    Ok(())
+}
+
+fn head((name, kind, help): Family, page: &mut impl Write) -> fmt::Result {
+    writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}")
+}
+
+/// Why something was not done, or given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Overload {
+    /// Too many questions are with other servers.
+    Flights,
+    /// Too many askers wait for those.
+    Waiters,
+    /// Too many TCP clients: the one that was idle for longest had to go.
+    Clients,
+    /// An answer found no room in a socket's buffer.
+    Socket,
+}
+
+impl Overload {
+    pub(crate) const ALL: [Self; 4] = [Self::Flights, Self::Waiters, Self::Clients, Self::Socket];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Flights => "upstream_queries",
+            Self::Waiters => "waiting_clients",
+            Self::Clients => "tcp_clients",
+            Self::Socket => "socket_buffer",
+        }
+    }
+}
+
+/// The families of the process, resolved once.
+pub(crate) struct ProcessMetrics {
+    pub(crate) hits: Counter,
+    pub(crate) misses: Counter,
+    pub(crate) coalesced: Counter,
+    pub(crate) evicted: Counter,
+    pub(crate) entries: Gauge,
+    pub(crate) flights: Gauge,
+    pub(crate) containers: Gauge,
+    pub(crate) unusual: Counter,
+    /// Datagrams from a server's address that answer no question.
+    pub(crate) strangers: Counter,
+    refused: [Counter; Overload::ALL.len()],
+    started: Instant,
+    /// When the log last told of each, in seconds from a second before the start; 0 for never.
+    told: [AtomicU64; Overload::ALL.len()],
+}
+
+/// Seconds between two lines of the log about one limit.
+const QUIET: u64 = 60;
+
+impl ProcessMetrics {
+    pub(crate) fn new() -> Self {
+        const CACHE: &str = "tidegate_dns_cache_lookups_total";
+        const EVICTED: &str = "tidegate_dns_cache_evictions_total";
+        const ENTRIES: &str = "tidegate_dns_cache_entries";
+        const FLIGHTS: &str = "tidegate_dns_upstream_in_flight";
+        const SERVING: &str = "tidegate_dns_servers";
+        const UNUSUAL: &str = "tidegate_dns_unusual_messages_total";
+        const STRANGERS: &str = "tidegate_dns_upstream_mismatches_total";
+        const REFUSED: &str = "tidegate_dns_refused_total";
+        describe_counter!(
+            CACHE,
+            "Questions for other servers: found in the cache (hit), asked (miss), or already on their way (coalesced)."
+        );
+        describe_counter!(EVICTED, "Answers that had to leave the cache before their time.");
+        describe_gauge!(ENTRIES, "Answers in the cache.");
+        describe_gauge!(FLIGHTS, "Questions that are with other servers.");
+        describe_gauge!(SERVING, "DNS servers that containers and gateways have.");
+        describe_counter!(UNUSUAL, "Messages that were malformed, or of a kind that is not served.");
+        describe_counter!(
+            STRANGERS,
+            "Datagrams from a server's address that answered no question: late, or forged."
+        );
+        describe_counter!(REFUSED, "What was refused or given up at a limit.");
+        Self {
+            hits: counter!(CACHE, "result" => "hit"),
+            misses: counter!(CACHE, "result" => "miss"),
+            coalesced: counter!(CACHE, "result" => "coalesced"),
+            evicted: counter!(EVICTED),
+            entries: gauge!(ENTRIES),
+            flights: gauge!(FLIGHTS),
+            containers: gauge!(SERVING),
+            unusual: counter!(UNUSUAL),
+            strangers: counter!(STRANGERS),
+            refused: Overload::ALL.map(|reason| counter!(REFUSED, "reason" => reason.as_str())),
+            started: Instant::now(),
+            told: Default::default(),
+        }
+    }
+
+    /// Counts it, and says so now and then.
+    pub(crate) fn refused(&self, reason: Overload) {
+        self.refused[reason as usize].increment(1);
+        let now = self.started.elapsed().as_secs() + 1;
+        let last = &self.told[reason as usize];
+        let before = last.load(Ordering::Relaxed);
+        let is_due = before == 0 || now >= before + QUIET;
+        if is_due && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            tracing::warn!(reason = reason.as_str(), "a limit of the DNS servers is reached");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_family_is_told_once_and_a_histogram_adds_up() {
+        let stats = NetworkStats::new("un1");
+        stats.count(kind::A, Rcode::NoError);
+        stats.count(kind::A, Rcode::NoError);
+        stats.count(65_280, Rcode::Other(9));
+        let figures = Figures {
+            asked: 9,
+            missed: 2,
+            took: [1, 2, 0, 0, 0, 0, 0, 0, 4],
+            took_micros: 1_500_000,
+            ..Figures::default()
+        };
+        let server = ("192.0.2.1:53".parse().unwrap(), false, figures);
+        let mut page = String::new();
+        describe([(&stats, 3)].into_iter(), &[server], &mut page).unwrap();
+        for family in FAMILIES {
+            assert_eq!(page.matches(&format!("# TYPE {family} ")).count(), 1, "{family}");
+        }
+        for line in [
+            "tidegate_dns_queries_total{network=\"un1\",qtype=\"A\",rcode=\"NOERROR\"} 2",
+            "tidegate_dns_queries_total{network=\"un1\",qtype=\"other\",rcode=\"other\"} 1",
+            "tidegate_dns_endpoints{network=\"un1\"} 3",
+            "tidegate_dns_upstream_trusted{server=\"192.0.2.1:53\"} 0",
+            "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"0.001\"} 1",
+            "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"5\"} 3",
+            "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"+Inf\"} 7",
+            "tidegate_dns_upstream_seconds_sum{server=\"192.0.2.1:53\"} 1.5",
+            "tidegate_dns_upstream_seconds_count{server=\"192.0.2.1:53\"} 7",
+        ] {
+            assert!(page.lines().any(|one| one == line), "{line}\n{page}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The way from 127.0.0.11:53 to the ports of a server, in the container's namespace.
+//!
+//! ```text
+//! table inet tidegate_dns {
+//!     chain questions {
+//!         type filter hook output priority -150; policy accept;
+//!         ip daddr 127.0.0.11 udp dport 53 udp dport set 40001
+//!         ip daddr 127.0.0.11 tcp dport 53 tcp dport set 40002
+//!     }
+//!     chain answers {
+//!         type filter hook output priority -300; policy accept;
+//!         ip saddr 127.0.0.11 udp sport 40001 udp sport set 53
+//!         ip saddr 127.0.0.11 tcp sport 40002 tcp sport set 53
+//!     }
+//! }
+//! ```
+//!
+//! Ports are rewritten, packet by packet, and nothing is remembered: a translation (`dnat`, what Docker has) costs an entry of connection tracking
+//! for each question, a quarter of the time that an answer takes, and the names of a busy container when that table is full. Where a container tracks
+//! connections for reasons of its own, it sees both directions with port 53: questions are rewritten after that (-200), answers before.
+
+use crate::resolv_conf::{PORT, SERVER};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tidegate_model::registry::NFTABLES_DNS_TABLE;
+use tidegate_netfilter::{
+    Action, Base, Chain, Change, Connection, Error, Hook, Key, Kind, Match, Rule, Table, Transport, Value,
+};
+use tidegate_netns::Namespace;
+
+/// `mangle` and `raw` of nft(8); connections are tracked at -200.
+const AFTER_TRACKING: i32 = -150;
+const BEFORE_TRACKING: i32 = -300;
+/// Threads that close connections.
+const CLOSERS: usize = 64;
+
+/// The rule, as long as this is there.
+#[derive(Debug)]
+pub(super) struct Redirect(Namespace);
+
+impl Redirect {
+    /// Leads port 53 to `ports`: of UDP, of TCP.
+    pub(super) fn set_up(namespace: &Namespace, ports: (u16, u16)) -> Result<Self, Error> {
+        let change = Change::Replace { table: table(ports), owned: false };
+        namespace.with(|| Connection::open()?.commit(&[change]))??;
+        Ok(Self(namespace.clone()))
+    }
+}
+
+impl Drop for Redirect {
+    fn drop(&mut self) {
+        let change = Change::Remove { table: NFTABLES_DNS_TABLE.to_owned() };
+        let remove = || {
+            let mut connection = Connection::open()?;
+            connection.commit(&[change])?;
+            close_elsewhere(connection);
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = self.0.with(remove).map_err(Error::from).flatten() {
+            tracing::debug!(namespace = %self.0.id(), %error, "the redirection of DNS stays");
+        }
+    }
+}
+
+/// Closes what has deleted something: the kernel lets go of that then, after a grace period of some 12 ms, which a thousand servers that end together would
+/// have to wait for one after the other.
+fn close_elsewhere(connection: Connection) {
+    static CLOSING: AtomicUsize = AtomicUsize::new(0);
+    if CLOSING.fetch_add(1, Ordering::Relaxed) < CLOSERS {
+        let close = move || {
+            drop(connection);
+            CLOSING.fetch_sub(1, Ordering::Relaxed);
+        };
+        // Without a thread it is closed here and now.
+        if std::thread::Builder::new().name("tidegate-dns".into()).spawn(close).is_ok() {
+            return;
+        }
+    }
+    CLOSING.fetch_sub(1, Ordering::Relaxed);
+}
+
+fn table((udp, tcp): (u16, u16)) -> Table {
+    let is = |key, value| Match::Is { key, value, not: false };
+    let server = || Value::Net(IpAddr::from(SERVER).into());
+    let rules = |address, side, source: bool| {
+        let rule = |protocol, from, to| Rule {
+            matches: vec![
+                is(address, server()),
+                is(Key::Protocol, Value::Protocol(protocol)),
+                is(side, Value::Port(from)),
+            ],
+            actions: vec![Action::SetPort { protocol, source, port: to }],
+            why: "names of containers".to_owned(),
+        };
+        let ends = |port| if source { (port, PORT) } else { (PORT, port) };
+        [(Transport::Udp, ends(udp)), (Transport::Tcp, ends(tcp))]
+            .map(|(protocol, (from, to))| rule(protocol, from, to))
+    };
+    let chain = |name: &str, priority, rules: [Rule; 2]| Chain {
+        name: name.to_owned(),
+        base: Some(Base { kind: Kind::Filter, hook: Hook::Output, priority }),
+        rules: rules.into(),
+    };
+    let questions = rules(Key::DestinationV4, Key::DestinationPort, false);
+    let answers = rules(Key::SourceV4, Key::SourcePort, true);
+    let chains =
+        vec![chain("questions", AFTER_TRACKING, questions), chain("answers", BEFORE_TRACKING, answers)];
+    Table { name: NFTABLES_DNS_TABLE.to_owned(), sets: Vec::new(), chains }
+}

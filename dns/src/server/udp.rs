@@ -1,0 +1,73 @@
+//! Datagrams: as many questions as there are at once, and all their answers at once.
+//!
+//! Buffers belong to the thread, not to the server: a thousand servers have one set.
+
+use super::burst::Burst;
+use crate::handler::{Channel, Outcome, Site};
+use crate::metrics::Overload;
+use std::cell::RefCell;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_reactor::batch::{RecvBatch, SLOTS};
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+
+/// A datagram that is longer is no question.
+const LONGEST: usize = 4096;
+/// How long a server rests whose socket fails: whatever is wrong may last.
+const REST: Duration = Duration::from_millis(100);
+
+struct Scratch {
+    received: RecvBatch,
+    burst: Burst,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch { received: RecvBatch::new(), burst: Burst::default() });
+}
+
+/// Serves `socket` for as long as the task lives.
+pub(super) async fn serve(socket: Arc<UdpSocket>, site: Arc<Site>) {
+    let channel = Channel::Datagram(&socket);
+    loop {
+        let served = async {
+            socket.readable().await?;
+            socket.try_io(Interest::READABLE, || {
+                SCRATCH.with_borrow_mut(|scratch| scratch.round(&socket, &channel, &site))
+            })
+        };
+        match served.await {
+            // There is more. The others have their turn.
+            Ok(()) => tokio::task::yield_now().await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                tracing::warn!(asker = ?site.asker, %error, "receive DNS questions");
+                tokio::time::sleep(REST).await;
+            }
+        }
+    }
+}
+
+impl Scratch {
+    /// Answers what waits. `WouldBlock` says that nothing more does.
+    fn round(&mut self, socket: &UdpSocket, channel: &Channel<'_>, site: &Site) -> io::Result<()> {
+        let count = self.received.receive(socket)?;
+        {
+            let zones = site.shared.zones();
+            for index in 0..count {
+                let datagram = self.received.get(index);
+                let Some(client) = datagram.source.filter(|_| datagram.payload.len() <= LONGEST) else {
+                    continue;
+                };
+                self.burst.push(client, |out| {
+                    site.handle(&zones, datagram.payload, client, channel, out) == Outcome::Answered
+                });
+            }
+        }
+        for _ in 0..self.burst.send(socket) {
+            site.shared.metrics.refused(Overload::Socket);
+        }
+        if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+    }
+}

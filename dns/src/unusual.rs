@@ -1,0 +1,86 @@
+//! Messages that are no plain question: what is wrong with them, in hickory's judgement, and the answer to that. Pure.
+
+use crate::message::{HEADER, Rcode, flag, short};
+use hickory_server::net::xfer::Protocol;
+use hickory_server::proto::op::{Edns, Metadata, OpCode, ResponseCode};
+use hickory_server::proto::serialize::binary::BinEncoder;
+use hickory_server::server::Request;
+use hickory_server::zone_handler::MessageResponseBuilder;
+use std::net::{Ipv4Addr, SocketAddr};
+
+/// Writes the answer to `message` behind what is in `out`. `None` is a message that gets none: an answer itself, for two servers would answer each
+/// other for ever, or one without a whole header.
+pub(crate) fn refuse(message: &[u8], out: &mut Vec<u8>) -> Option<Rcode> {
+    let flags = short(message, 2).filter(|_| message.len() >= HEADER)?;
+    if flags & flag::RESPONSE != 0 {
+        return None;
+    }
+    // Hickory keeps the client's address with the request, and asks for nothing but to have one.
+    let nobody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    let request = match Request::from_bytes(message.to_vec(), nobody, Protocol::Udp) {
+        // RFC 1035 section 4.1.1: "Not Implemented - The name server does not support the requested kind of query." It may be well formed by rules
+        // that are not ours.
+        Err(_) if flags & flag::OPCODE == 0 => return Some(bare(message, flags, Rcode::FormErr, out)),
+        Err(_) => return Some(bare(message, flags, Rcode::NotImp, out)),
+        Ok(request) => request,
+    };
+    let rcode = judge(&request);
+    let mut metadata = Metadata::response_from_request(&request.metadata);
+    metadata.recursion_available = true;
+    metadata.response_code = response_code(rcode);
+    // RFC 6891 section 6.1.1: who sends an OPT record gets one back.
+    let edns = request.edns.as_ref().map(|_| {
+        let mut edns = Edns::new();
+        edns.set_max_payload(crate::message::PAYLOAD);
+        edns.set_rcode_high((u16::from(metadata.response_code) >> 4) as u8);
+        edns
+    });
+    let mut builder = MessageResponseBuilder::from_message_request(&request);
+    if let Some(edns) = &edns {
+        builder.edns(edns);
+    }
+    let mut encoded = Vec::new();
+    let response = builder.build_no_records(metadata);
+    match response.destructive_emit(&mut BinEncoder::new(&mut encoded)) {
+        Ok(_) => out.extend(encoded),
+        Err(_) => return Some(bare(message, flags, rcode, out)),
+    }
+    Some(rcode)
+}
+
+fn judge(request: &Request) -> Rcode {
+    let version = request.edns.as_ref().map_or(0, Edns::version);
+    if version > 0 {
+        // RFC 6891 section 6.1.3: "If a responder does not implement the VERSION level of the request, then it MUST respond with RCODE=BADVERS."
+        Rcode::BadVers
+    } else if request.metadata.op_code != OpCode::Query {
+        Rcode::NotImp
+    } else if request.queries.len() != 1 || !request.answers.is_empty() {
+        // RFC 9619 section 4: "A DNS message with OPCODE = 0 and QDCOUNT > 1 MUST be treated as an incorrectly formatted message."
+        Rcode::FormErr
+    } else {
+        // Another class than IN, a signature, a transfer's SOA record: sound, and nothing that we do.
+        Rcode::Refused
+    }
+}
+
+fn response_code(rcode: Rcode) -> ResponseCode {
+    match rcode {
+        Rcode::BadVers => ResponseCode::BADVERS,
+        other => ResponseCode::from(0, other.to_wire() as u8),
+    }
+}
+
+/// A header, and nothing else: of a message that cannot be read, nothing can be repeated.
+fn bare(message: &[u8], flags: u16, rcode: Rcode, out: &mut Vec<u8>) -> Rcode {
+    let kept = flags & (flag::OPCODE | flag::RECURSION_DESIRED);
+    let flags = kept | flag::RESPONSE | flag::RECURSION_AVAILABLE | rcode.to_wire();
+    out.extend(&message[..2]);
+    for word in [flags, 0, 0, 0, 0] {
+        out.extend(word.to_be_bytes());
+    }
+    rcode
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+use super::*;
+use proptest::prelude::*;
+
+pub(crate) fn network(name: &str) -> NetworkSpec {
+    NetworkSpec { name: name.into(), ..NetworkSpec::default() }
+}
+
+pub(crate) fn endpoint(container: &str, aliases: &[&str], addresses: &[&str]) -> EndpointSpec {
+    EndpointSpec {
+        container: container.into(),
+        name: container.into(),
+        aliases: aliases.iter().map(ToString::to_string).collect(),
+        hostname: None,
+        addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+    }
+}
+
+pub(crate) fn zones(networks: &[NetworkSpec], endpoints: &[(&str, EndpointSpec)]) -> Zones {
+    let mut zones = Zones::new(Limits::default());
+    let mut lists = crate::servers::ServerLists::new(8);
+    for network in networks {
+        let servers = lists.get(&network.servers).unwrap();
+        zones.add_network(network, servers, Arc::new(NetworkStats::new(&network.name))).unwrap();
+    }
+    for (network, endpoint) in endpoints {
+        zones.add_endpoint(network, endpoint).unwrap();
+    }
+    zones
+}
+
+fn addresses(zones: &Zones, asker: &str, name: &str) -> Vec<String> {
+    let asker = Asker::Container(asker.into());
+    let view = zones.view(&asker, [0; 4].into());
+    let name = Name::parse(name).unwrap();
+    view.holders(name.wire()).flatten().flat_map(|one| &one.v4).map(ToString::to_string).collect()
+}
+
+#[test]
+fn a_name_is_one_to_those_on_its_network_alone() {
+    let zones = zones(
+        &[network("a"), network("b")],
+        &[
+            ("a", endpoint("web", &["site"], &["10.0.1.2"])),
+            ("b", endpoint("db", &[], &["10.0.2.2"])),
+            ("a", endpoint("both", &[], &["10.0.1.3"])),
+            ("b", endpoint("both", &[], &["10.0.2.3"])),
+        ],
+    );
+    assert_eq!(addresses(&zones, "web", "both"), ["10.0.1.3"]);
+    assert_eq!(addresses(&zones, "db", "both"), ["10.0.2.3"]);
+    assert_eq!(
+        addresses(&zones, "both", "both"),
+        ["10.0.1.3", "10.0.2.3"],
+        "in the order in which it joined"
+    );
+    assert_eq!(addresses(&zones, "both", "site.a"), ["10.0.1.2"]);
+    assert_eq!(addresses(&zones, "both", "both.b"), ["10.0.2.3"]);
+    assert!(addresses(&zones, "db", "web").is_empty());
+    assert!(addresses(&zones, "nobody", "web").is_empty());
+}
+
+#[test]
+fn what_has_gone_is_gone_with_all_its_names() {
+    let mut zones = zones(
+        &[network("a")],
+        &[("a", endpoint("web", &["x"], &["10.0.1.2"])), ("a", endpoint("me", &["x"], &["10.0.1.3"]))],
+    );
+    assert_eq!(addresses(&zones, "me", "x"), ["10.0.1.2", "10.0.1.3"]);
+    assert!(zones.remove_endpoint("a", "web", "web"));
+    assert!(!zones.remove_endpoint("a", "web", "web"));
+    assert_eq!(addresses(&zones, "me", "x"), ["10.0.1.3"]);
+    assert!(addresses(&zones, "me", "web.a").is_empty());
+    assert!(zones.remove_network("a"));
+    assert!(zones.containers.is_empty() && zones.endpoints == 0 && zones.by_wire.is_empty());
+}
+
+#[test]
+fn a_container_that_comes_back_elsewhere_takes_its_place() {
+    let mut zones = zones(
+        &[network("a"), network("b")],
+        &[("a", endpoint("web", &["old"], &["10.0.1.2"])), ("b", endpoint("web", &[], &["10.0.2.2"]))],
+    );
+    zones.add_endpoint("a", &endpoint("web", &["new"], &["10.0.1.9"])).unwrap();
+    assert_eq!(addresses(&zones, "web", "web"), ["10.0.1.9", "10.0.2.2"], "its networks stay in order");
+    assert!(addresses(&zones, "web", "old").is_empty());
+    assert_eq!(zones.endpoints, 2);
+}
+
+#[test]
+fn names_that_clash_are_told() {
+    let mut zones = zones(&[network("a")], &[("a", endpoint("web", &["x"], &["10.0.1.2"]))]);
+    assert_eq!(
+        zones.add_endpoint("a", &endpoint("db", &["x", "y"], &["10.0.1.3"])),
+        Ok(vec!["x.a".into(), "x".into()])
+    );
+}
+
+#[test]
+fn limits_are_told_with_what_exceeds_them_and_change_nothing() {
+    let mut zones = Zones::new(Limits { networks: 1, endpoints: 1, names: 4, addresses: 1 });
+    let mut add = |name: &str| {
+        let stats = Arc::new(NetworkStats::new(name));
+        zones.add_network(&network(name), None, stats).map_err(|error| error.to_string())
+    };
+    assert_eq!(add("a"), Ok(()));
+    assert_eq!(add("A").unwrap_err(), "network \"A\" has names already", "names have no case");
+    assert_eq!(add("b").unwrap_err(), "network \"b\": there are names of 1 networks already");
+    assert_eq!(add("b..c").unwrap_err(), "name \"b..c\" has an empty label");
+    let mut add =
+        |spec: &EndpointSpec| zones.add_endpoint("a", spec).map(drop).map_err(|error| error.to_string());
+    assert_eq!(
+        add(&endpoint("web", &["1", "2", "3"], &[])).unwrap_err(),
+        "endpoint \"web\": more than 4 names"
+    );
+    assert_eq!(
+        add(&endpoint("web", &[], &["::1", "::2"])).unwrap_err(),
+        "endpoint \"web\": more than 1 addresses"
+    );
+    assert_eq!(
+        add(&endpoint("web", &[&"x".repeat(64)], &[])).unwrap_err(),
+        format!("name {:?} has a label of more than 63 bytes", "x".repeat(64))
+    );
+    assert_eq!(add(&endpoint("web", &[], &[])), Ok(()));
+    assert_eq!(add(&endpoint("web", &["again"], &[])), Ok(()), "in its own place");
+    assert_eq!(add(&endpoint("db", &[], &[])).unwrap_err(), "endpoint \"db\": more than 1 endpoints");
+    assert_eq!(
+        zones.add_endpoint("z", &endpoint("web", &[], &[])).unwrap_err().to_string(),
+        "network \"z\" has no names"
+    );
+}
+
+#[test]
+fn who_asks_at_a_gateway_is_known_by_his_address() {
+    let zones = zones(
+        &[network("a"), network("b")],
+        &[
+            ("a", endpoint("both", &[], &["10.0.1.2"])),
+            ("b", endpoint("both", &[], &["10.0.2.2"])),
+            ("b", endpoint("db", &[], &["10.0.2.3"])),
+        ],
+    );
+    let asker = Asker::Network("a".into());
+    let sees = |source: [u8; 4]| {
+        let view = zones.view(&asker, source.into());
+        [b"\x04both\0", &b"\x02db\0"[..]].map(|name| view.holders(name).flatten().next().is_some())
+    };
+    assert_eq!(sees([10, 0, 1, 2]), [true, true], "its other network too");
+    assert_eq!(sees([10, 0, 1, 9]), [true, false], "a stranger on that network");
+}
+
+#[test]
+fn a_host_name_with_dots_is_the_containers_own_affair() {
+    let spec = |container: &str, hostname: &str| EndpointSpec {
+        hostname: Some(hostname.into()),
+        ..endpoint(container, &[], &["10.0.1.2"])
+    };
+    let zones = zones(&[network("a")], &[("a", spec("web", "www.example.com")), ("a", spec("db", "data"))]);
+    assert_eq!(addresses(&zones, "web", "www.example.com"), ["10.0.1.2"]);
+    assert!(addresses(&zones, "db", "www.example.com").is_empty(), "the one on the Internet is meant");
+    assert_eq!(addresses(&zones, "web", "data"), ["10.0.1.2"]);
+}
+
+proptest! {
+    /// Whatever came and went, what is there is what a fresh start with the same endpoints would have.
+    #[test]
+    fn no_history_shows(steps in proptest::collection::vec((0..3_usize, 0..4_usize, 0..3_usize, any::<bool>()), 0..60)) {
+        const NETWORKS: [&str; 3] = ["a", "b", "c"];
+        let container = |number: usize| format!("c{number}");
+        let spec = |network: usize, number: usize, alias: usize| {
+            endpoint(&container(number), &["x", "y", "z"][..alias], &[&format!("10.0.{network}.{number}")])
+        };
+        let mut lived = zones(&NETWORKS.map(network), &[]);
+        let mut there: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+        for (network, number, alias, adds) in steps {
+            if adds {
+                lived.add_endpoint(NETWORKS[network], &spec(network, number, alias)).unwrap();
+                there.insert((network, number), alias);
+            } else {
+                let name = container(number);
+                let was = there.remove(&(network, number)).is_some();
+                prop_assert_eq!(lived.remove_endpoint(NETWORKS[network], &name, &name), was);
+            }
+        }
+        let endpoints: Vec<_> =
+            there.iter().map(|((network, number), alias)| (NETWORKS[*network], spec(*network, *number, *alias))).collect();
+        let fresh = zones(&NETWORKS.map(network), &endpoints);
+        prop_assert_eq!(lived.endpoints, there.len());
+        prop_assert_eq!(lived.containers.len(), fresh.containers.len());
+        for asker in (0..4).map(container) {
+            for name in ["c0", "c1", "c2", "c3", "x", "y", "z", "c0.a", "x.b", "c"] {
+                let [mut one, mut other] = [&lived, &fresh].map(|zones| addresses(zones, &asker, name));
+                one.sort();
+                other.sort();
+                prop_assert_eq!(one, other, "{} of {}", name, asker);
+            }
+        }
+        for network in lived.networks.values() {
+            prop_assert_eq!(network.reverse.len(), network.endpoints.len());
+            prop_assert!(network.names.values().all(|holders| !holders.is_empty()));
+        }
+    }
+}

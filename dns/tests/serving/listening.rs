@@ -1,0 +1,191 @@
+//! How port 53 is come by, and what is left behind: nothing.
+
+use crate::support::client::{SERVER, send};
+use crate::support::{House, at, handle};
+use hickory_server::proto::rr::RecordType;
+use std::net::{TcpListener, UdpSocket};
+use std::time::Duration;
+use tidegate_dns::{Listen, ServeOptions};
+use tidegate_testbed::{Namespace, Protocol, eventually};
+
+fn options(listen: Listen) -> ServeOptions {
+    ServeOptions { listen, ..ServeOptions::default() }
+}
+
+fn scene() -> House {
+    let house = House::new(Namespace::new(), "");
+    house.network("un1");
+    house.endpoint("un1", "web", &[], &["172.30.1.2"]);
+    house
+}
+
+#[test]
+fn a_container_may_have_a_dns_server_of_its_own() {
+    let house = scene();
+    let container = house.serve("web");
+    let serving = container.serving.as_ref().unwrap();
+    assert!(serving.is_redirected());
+    let own = || (UdpSocket::bind("0.0.0.0:53").unwrap(), TcpListener::bind("0.0.0.0:53").unwrap());
+    let (udp, _tcp) = container.namespace.run(own);
+    assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+    let mut stream = container.connect();
+    crate::support::client::write(&mut stream, &crate::support::client::question(1, "web", RecordType::A));
+    assert!(crate::support::client::read(&mut stream).is_ok());
+    // Its own is asked at every other address.
+    let asked = std::thread::scope(|scope| {
+        scope.spawn(|| send(&container.namespace, at("127.0.0.1:53"), b"own", Duration::from_millis(10)));
+        let mut buffer = [0; 10];
+        let length = udp.recv(&mut buffer).unwrap();
+        buffer[..length].to_vec()
+    });
+    assert_eq!(asked, b"own");
+}
+
+#[test]
+fn what_has_been_set_up_goes_with_the_server() {
+    let house = scene();
+    let mut container = house.serve("web");
+    let tables = || container.namespace.exec("nft", &["list", "ruleset"]);
+    assert!(tables().contains("ip daddr 127.0.0.11 udp dport 53 udp dport set "), "{}", tables());
+    assert!(tables().contains("ip saddr 127.0.0.11 tcp sport "), "{}", tables());
+    drop(container.serving.take());
+    assert_eq!(container.namespace.exec("nft", &["list", "ruleset"]), "");
+    let gone = || {
+        container.namespace.bound_ports(Protocol::Udp).is_empty()
+            && container.namespace.bound_ports(Protocol::Tcp).is_empty()
+    };
+    assert!(eventually(Duration::from_secs(2), gone));
+}
+
+#[test]
+fn a_server_comes_after_one_that_was_killed() {
+    let house = scene();
+    let mut container = house.serve("web");
+    // As if nothing had been taken back: its sockets are gone, its table is not.
+    std::mem::forget(container.serving.take());
+    let _guard = house.runtime.enter();
+    let serving =
+        house.resolver.serve(&handle(&container.namespace), "web", &ServeOptions::default()).unwrap();
+    assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+    assert_eq!(container.namespace.exec("nft", &["list", "tables"]), "table inet tidegate_dns\n");
+    drop(serving);
+    assert_eq!(container.namespace.exec("nft", &["list", "tables"]), "");
+}
+
+#[test]
+fn without_nftables_the_port_itself_is_taken() {
+    let house = scene();
+    let container = house.serve_with("web", &options(Listen::Direct));
+    assert!(!container.serving.as_ref().unwrap().is_redirected());
+    assert_eq!(container.namespace.exec("nft", &["list", "ruleset"]), "");
+    assert!(
+        container.namespace.is_bound(Protocol::Udp, 53) && container.namespace.is_bound(Protocol::Tcp, 53)
+    );
+    assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+}
+
+#[test]
+fn a_port_that_is_taken_is_told_with_the_container() {
+    let house = scene();
+    for taken in [true, false] {
+        let namespace = Namespace::new();
+        let _udp = taken.then(|| namespace.run(|| UdpSocket::bind("0.0.0.0:53").unwrap()));
+        let _tcp = (!taken).then(|| namespace.run(|| TcpListener::bind(SERVER).unwrap()));
+        let _guard = house.runtime.enter();
+        let error = house.resolver.serve(&handle(&namespace), "web", &options(Listen::Direct)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "container \"web\": 127.0.0.11:53 is in use by a DNS server in it, and nftables cannot redirect past that"
+        );
+        assert!(house.resolver.serve(&handle(&namespace), "web", &options(Listen::Auto)).is_ok());
+    }
+}
+
+#[test]
+fn a_change_is_seen_by_the_next_question() {
+    let house = scene();
+    let container = house.serve("web");
+    for number in 1..=50 {
+        let name = format!("new-{number}");
+        assert_eq!(container.told(&name, RecordType::A), "NXDomain");
+        house.endpoint("un1", &name, &[], &["172.30.1.3"]);
+        assert_eq!(container.told(&name, RecordType::A), "172.30.1.3");
+        house.resolver.remove_endpoint("un1", &name, &name);
+        assert_eq!(container.told(&name, RecordType::A), "NXDomain");
+    }
+}
+
+#[test]
+fn a_firewall_in_the_container_sees_port_53_both_ways() {
+    let house = scene();
+    let container = house.serve("web");
+    let rules = house.directory.path().join("rules");
+    std::fs::write(
+        &rules,
+        "table inet fw {
+            chain input {
+                type filter hook input priority 0; policy drop;
+                ct state invalid drop
+                meta l4proto udp ct original proto-dst 53 accept
+                meta l4proto tcp ct original proto-dst 53 accept
+            }
+            chain output {
+                type filter hook output priority 0; policy drop;
+                ct state invalid drop
+                meta l4proto udp ct original proto-dst 53 accept
+                meta l4proto tcp ct original proto-dst 53 accept
+            }
+        }",
+    )
+    .unwrap();
+    container.namespace.exec("nft", &["-f", rules.to_str().unwrap()]);
+    for _ in 0..3 {
+        assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+        let mut stream = container.connect();
+        for id in 0..3 {
+            crate::support::client::write(
+                &mut stream,
+                &crate::support::client::question(id, "web", RecordType::A),
+            );
+            assert!(crate::support::client::read(&mut stream).is_ok());
+        }
+    }
+}
+
+#[test]
+fn where_no_server_is_any_more_the_port_is_closed() {
+    let house = scene();
+    let mut container = house.serve("web");
+    drop(container.serving.take());
+    let refused = || {
+        let connected = container.namespace.run(|| std::net::TcpStream::connect(SERVER));
+        matches!(connected, Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused)
+    };
+    assert!(eventually(Duration::from_secs(2), refused));
+}
+
+#[test]
+fn where_rules_cannot_be_made_the_port_itself_is_taken() {
+    let house = scene();
+    let namespace = Namespace::new();
+    let inside = handle(&namespace);
+    let serve = |listen| {
+        std::thread::scope(|scope| {
+            let without_privilege = || {
+                let mut has = rustix::thread::capabilities(None).unwrap();
+                has.effective.remove(rustix::thread::CapabilitySet::NET_ADMIN);
+                rustix::thread::set_capabilities(None, has).unwrap();
+                let _guard = house.runtime.enter();
+                house.resolver.serve(&inside, "web", &options(listen))
+            };
+            scope.spawn(without_privilege).join().unwrap()
+        })
+    };
+    let error = serve(Listen::Redirected).unwrap_err().to_string();
+    assert!(error.starts_with("container \"web\": redirect DNS in its namespace: "), "{error}");
+    let serving = serve(Listen::Auto).unwrap();
+    assert!(!serving.is_redirected());
+    assert_eq!(serving.address(), at(SERVER));
+    let container = crate::support::Container { namespace, serving: Some(serving) };
+    assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+}
