@@ -4,6 +4,7 @@ mod up {
     pub(crate) mod firewall;
     pub(crate) mod knocking;
     pub(crate) mod matrix;
+    pub(crate) mod names;
     pub(crate) mod rootless;
     pub(crate) mod scene;
     pub(crate) mod uplink;
@@ -105,28 +106,6 @@ fn it_serves_and_ends_though_nobody_reads_what_it_says() {
     assert!(eventually(SOON, ended));
     drop(read);
     assert_eq!(state(&scene.net.host), before);
-}
-
-#[test]
-fn services_know_each_other_by_name_and_alias() {
-    let scene = Scene::new();
-    let file = r#"
-name: demo
-networks: { back: {}, apart: {} }
-services:
-  asker:
-    command: [ sh, -c, "cat /etc/hosts; hostname; getent hosts sql; getent hosts stranger || echo no stranger" ]
-    hostname: curious
-    networks: [ back ]
-    depends_on: [ db ]
-  db: { command: [ sleep, "60" ], networks: { back: { aliases: [ sql ] } } }
-  stranger: { command: [ sleep, "60" ], networks: [ apart ] }
-"#;
-    let up = scene.up(file);
-    up.wait_for_line("no stranger", SOON);
-    let told = up.output();
-    assert!(told.lines().any(|line| line.ends_with("| curious")), "{told}");
-    assert!(told.lines().any(|line| line.contains("172.28.") && line.ends_with("db sql")), "{told}");
 }
 
 #[test]

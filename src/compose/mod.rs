@@ -27,7 +27,7 @@ mod value;
 
 pub use self::error::ComposeError;
 pub use self::project::{
-    Attachment, DEFAULT_NETWORK, Network, Place, Project, Restart, Run, Service, Subnet,
+    Attachment, DEFAULT_NETWORK, Names, Network, Place, Project, Restart, Run, Service, Subnet,
 };
 
 use self::error::{Fault, Site};

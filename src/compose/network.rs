@@ -1,7 +1,7 @@
 //! Reads one network of a Compose file.
 
 use super::error::{Fault, Site};
-use super::project::{Network, Subnet};
+use super::project::{Names, Network, Subnet};
 use super::value::{Field, Value};
 use ipnet::IpNet;
 use std::net::IpAddr;
@@ -48,6 +48,14 @@ pub(super) fn read(section: &Field<'_>) -> Result<Draft, Fault> {
             "external" => {
                 let problem = "networks are made by tidegate up and taken down again; remove the key";
                 return Err(field.site.fault(problem));
+            }
+            "x-dns" => {
+                expect_word(
+                    value,
+                    "gateway",
+                    "names are served in each container unless they are at the gateway",
+                )?;
+                draft.network.names = Names::AtGateway;
             }
             _ if field.is_extension() => {}
             _ => {

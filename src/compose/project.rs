@@ -57,6 +57,8 @@ pub struct Network {
     pub mtu: Option<u32>,
     /// The name of its bridge, if given; no two networks have the same.
     pub bridge: Option<String>,
+    /// Where its names are served.
+    pub names: Names,
     /// Where its key stands; for a `default` that the file does not mention, the first service on it.
     pub place: Place,
 }
@@ -72,9 +74,20 @@ impl Network {
             inter_container: true,
             mtu: None,
             bridge: None,
+            names: Names::default(),
             place,
         }
     }
+}
+
+/// Where names of a network are served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Names {
+    /// In each container, at 127.0.0.11.
+    #[default]
+    InContainers,
+    /// At the gateway's address (`x-dns: gateway`).
+    AtGateway,
 }
 
 /// A subnet of a network. No host bits are set, and there is room for a gateway and a service.
@@ -114,6 +127,10 @@ pub struct Service {
     pub ports: Vec<PortSpec>,
     /// The servers that names beyond its networks are asked of, in order; none for those of the host.
     pub dns: Vec<IpAddr>,
+    /// The domains that names are looked for in; none for the host's, and `.` for none at all.
+    pub dns_search: Vec<String>,
+    /// Options of resolv.conf(5).
+    pub dns_options: Vec<String>,
     /// The services to start before it, none twice.
     pub depends_on: Vec<String>,
     /// What to do when the command ends.

@@ -41,6 +41,7 @@ pub(super) struct AttachmentSites {
 pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault> {
     let (mut command, mut netns) = (None, None);
     let (mut networks, mut service_ports, mut depends_on) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut dns_search, mut dns_options) = (Vec::new(), Vec::new());
     let (mut environment, mut hostname, mut dns, mut restart) =
         (BTreeMap::new(), None, Vec::new(), Restart::default());
     let fields = section.value.fields()?;
@@ -59,6 +60,8 @@ pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault
                     .map(|dns| dns.parsed("an IP address"))
                     .collect::<Result<_, _>>()?;
             }
+            "dns_search" => dns_search = read_words(value)?,
+            "dns_opt" => dns_options = read_words(value)?,
             "depends_on" => depends_on = read_dependencies(value)?,
             "restart" => restart = read_restart(value)?,
             _ if field.is_extension() => {}
@@ -102,6 +105,8 @@ pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault
         networks: attachments,
         ports: specs,
         dns,
+        dns_search,
+        dns_options,
         depends_on: dependencies,
         restart,
         working_dir: directory.to_owned(),
@@ -132,10 +137,22 @@ fn refusal(key: &str) -> &'static str {
             "services have no name but their key; remove the key, or add an alias to a network"
         }
         _ => {
-            "this key is not supported; remove it (a service takes command, depends_on, dns, environment, hostname, \
-             networks, ports, restart and x-netns)"
+            "this key is not supported; remove it (a service takes command, depends_on, dns, dns_opt, dns_search, environment, \
+             hostname, networks, ports, restart and x-netns)"
         }
     }
+}
+
+/// One word of resolv.conf(5), or a list of them.
+fn read_words(value: &Value<'_>) -> Result<Vec<String>, Fault> {
+    let word = |value: &Value<'_>| {
+        let word = without_nul(value)?;
+        if word.is_empty() || word.contains(char::is_whitespace) {
+            return Err(value.fault(format!("{word:?} is not one word")));
+        }
+        Ok(word)
+    };
+    strings(value)?.iter().map(word).collect()
 }
 
 /// One string, or a list of them.

@@ -192,6 +192,9 @@ impl Instance {
         self.up.adopted.set(endpoint, path.clone(), false);
         let addresses = self.up.layout.addresses.get(endpoint).map(Vec::as_slice).unwrap_or_default();
         self.up.publisher.relocate(endpoint, namespace, addresses)?;
+        if let Err(error) = self.up.names.serve(endpoint, namespace) {
+            tracing::warn!("{error:#}");
+        }
         tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "plugged in again");
         Ok(())
     }

@@ -199,42 +199,6 @@ pub(super) fn fnv(bytes: &[u8]) -> u64 {
     hash ^ (hash >> 32)
 }
 
-/// `/etc/hosts` of a service: itself, and every service that shares a network with it, by name and by its aliases there.
-pub(super) fn hosts(project: &Project, layout: &Layout, service: &str, hostname: &str) -> String {
-    let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    let networks_of = |name: &str| {
-        let endpoint = layout.desired.endpoints.iter().find(|endpoint| endpoint.name == name);
-        endpoint.map(|endpoint| endpoint.attachments.as_slice()).unwrap_or_default()
-    };
-    for own in networks_of(service) {
-        for other in &project.services {
-            let Some(there) = networks_of(&other.name).iter().find(|there| there.network == own.network)
-            else {
-                continue;
-            };
-            let mut names = vec![other.name.clone()];
-            if other.name == service && hostname != service {
-                names.insert(0, hostname.to_owned());
-            }
-            let here = other.networks.iter().filter(|one| one.network == own.network);
-            names.extend(here.flat_map(|one| one.aliases.clone()));
-            for address in &there.addresses {
-                let _ = writeln!(text, "{}\t{}", address.addr(), names.join(" "));
-            }
-        }
-    }
-    text
-}
-
-/// `/etc/resolv.conf` of a service: the servers that the file names. Names of its networks are in [`hosts`].
-pub(super) fn resolv_conf(servers: &[IpAddr]) -> String {
-    let mut text = String::from("# written by tidegate; names of services are in /etc/hosts\n");
-    for server in servers {
-        let _ = writeln!(text, "nameserver {server}");
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -276,7 +240,7 @@ services:
             default_mtu: Some(1400),
             ..Observed::default()
         };
-        let (project, laid_out) = lay_out(FILE, &observed);
+        let (_, laid_out) = lay_out(FILE, &observed);
         let laid_out = laid_out.unwrap();
         let [back, front] = &laid_out.desired.networks[..] else { panic!("two networks") };
         assert_eq!(
@@ -298,9 +262,10 @@ services:
             "10.77.0.2 is spoken for"
         );
         assert_eq!(
-            hosts(&project, &laid_out, "db", "data"),
+            super::super::names::hosts(&laid_out, "db", "data"),
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n\
-             10.77.0.3\tweb\nfd01:203:405::2\tweb\n10.77.0.2\tdata db sql\nfd01:203:405::3\tdata db sql\n"
+             10.77.0.2\tdata db\nfd01:203:405::3\tdata db\n",
+            "others have names of their own"
         );
     }
 

@@ -14,6 +14,7 @@ mod announce;
 mod control;
 mod layout;
 mod metrics;
+mod names;
 
 use crate::api::socket::{self, Socket};
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, Subject};
@@ -27,7 +28,8 @@ use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use crate::source::clean_up_after_the_dead;
 use ::metrics::Counter;
 use anyhow::{Context, anyhow, bail};
-use layout::{Layout, Surroundings, fnv, hosts, layout, resolv_conf};
+use layout::{Layout, Surroundings, fnv, layout};
+use names::NameServers;
 use rustix::net::netdevice::name_to_index;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -93,6 +95,7 @@ struct Running {
     layout: Layout,
     publisher: Arc<Publisher>,
     adopted: Arc<Adopted>,
+    names: NameServers,
     supervisor: Supervisor,
 }
 
@@ -272,7 +275,9 @@ impl Up {
         }
 
         let mut settings = Settings::default();
-        settings.reserved_descriptors += SERVICE_DESCRIPTORS * namespaces.len() + MAX_CLIENTS;
+        let of_a_service = SERVICE_DESCRIPTORS + names::DESCRIPTORS;
+        settings.reserved_descriptors +=
+            of_a_service * namespaces.len() + names::SHARED_DESCRIPTORS + MAX_CLIENTS;
         let bridges = bridges(&layout, ground)?;
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
@@ -284,12 +289,19 @@ impl Up {
             publisher.add_endpoint(name, endpoint.translated_to(targets_of(&layout, name, chosen.publish)));
         }
         let begun = async {
+            let mut names = NameServers::new(project, &layout, ground)?;
+            names.serve_all(project, &namespaces)?;
             for ((service, protocol), listeners) in ports {
                 publisher.adopt(&service, protocol, listeners)?;
             }
             if let Some(recorder) = recorder {
                 let (desired, told) = (layout.desired.clone(), Arc::clone(&publisher));
                 let recorder = recorder.with(move |page| metrics::families(&desired, &told, page));
+                let resolver = names.resolver();
+                let recorder = recorder.with(move |page| {
+                    // Writing to a string does not fail.
+                    let _ = resolver.describe(page);
+                });
                 recorder.serve(Arc::clone(publisher.engine())).context("metrics endpoint")?;
             }
             let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
@@ -306,10 +318,10 @@ impl Up {
                 supervisor.kill();
                 supervisor.wait().await;
             }
-            anyhow::Ok((!interrupted).then_some(supervisor))
+            anyhow::Ok((!interrupted).then_some((names, supervisor)))
         };
         // The metrics know of the publisher until the process ends.
-        let Some(supervisor) = begun.await.inspect_err(|_| {
+        let Some((names, supervisor)) = begun.await.inspect_err(|_| {
             publisher.close(Duration::ZERO);
         })?
         else {
@@ -320,7 +332,7 @@ impl Up {
             Run::Adopt(path) => Some((service.name.clone(), path.clone())),
             Run::Command(_) => None,
         });
-        Ok(Some(Running { layout, publisher, adopted: Arc::new(Adopted::new(adopted)), supervisor }))
+        Ok(Some(Running { layout, publisher, adopted: Arc::new(Adopted::new(adopted)), names, supervisor }))
     }
 }
 
@@ -347,7 +359,7 @@ impl Instance {
     /// Takes everything back; a signal meanwhile ends the patience with services.
     async fn take_down(self, signals: &mut Signals) -> anyhow::Result<()> {
         self.server.close();
-        let Running { publisher, mut supervisor, .. } = self.up;
+        let Running { publisher, mut supervisor, names, .. } = self.up;
         let impatient = {
             let stop = supervisor.stop();
             tokio::pin!(stop);
@@ -360,6 +372,7 @@ impl Instance {
             supervisor.kill();
             supervisor.wait().await;
         }
+        drop(names);
         let drained = publisher.close(DRAIN);
         if drained.cut > 0 {
             tracing::info!(connections = drained.cut, "connections were cut");
@@ -426,6 +439,7 @@ fn specs(project: &Project, layout: &Layout, namespaces: &BTreeMap<String, Names
     let runs = |name: &String| {
         project.services.iter().any(|service| service.name == *name && matches!(service.run, Run::Command(_)))
     };
+    let host = names::host_resolv_conf();
     let spec = |service: &compose::Service| {
         let Run::Command(command) = &service.run else { return None };
         let hostname = service.hostname.clone().unwrap_or_else(|| service.name.clone());
@@ -433,11 +447,11 @@ fn specs(project: &Project, layout: &Layout, namespaces: &BTreeMap<String, Names
             name: service.name.clone(),
             command: command.clone(),
             environment: service.environment.clone(),
-            hosts: hosts(project, layout, &service.name, &hostname),
+            hosts: names::hosts(layout, &service.name, &hostname),
             hostname,
             working_dir: service.working_dir.clone(),
             namespace: namespaces.get(&service.name)?.clone(),
-            resolv_conf: resolv_conf(&service.dns),
+            resolv_conf: names::resolv_conf(project, layout, service, &host),
             restart: service.restart,
             depends_on: service.depends_on.iter().filter(|name| runs(name)).cloned().collect(),
         })

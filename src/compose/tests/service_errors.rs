@@ -21,7 +21,7 @@ fn errors_in_services_are_told() {
         (
             "comand: x",
             "3:5: services.a.comand: this key is not supported; remove it (a service takes command, depends_on, dns, \
-             environment, hostname, networks, ports, restart and x-netns)",
+             dns_opt, dns_search, environment, hostname, networks, ports, restart and x-netns)",
         ),
         (
             "dns: 192.0.2.1",

@@ -24,7 +24,10 @@ pub(super) fn nftables(host: &Host) -> Row {
         Err(error)
             if error == Errno::PROTONOSUPPORT || error == Errno::OPNOTSUPP || error == Errno::INVAL =>
         {
-            Row::note(NFTABLES, "is not in this kernel; iptables or no firewall does as well")
+            Row::note(
+                NFTABLES,
+                "is not in this kernel; iptables or no firewall does as well, but no service can have a DNS server of its own at 0.0.0.0:53",
+            )
                 .fix("modprobe nf_tables")
         }
         Err(error) => {

@@ -1,0 +1,185 @@
+//! Names of the project's services: the DNS server of each, at 127.0.0.11.
+
+use super::layout::Layout;
+use crate::compose::{Names, Network, Project, Run, Service};
+use crate::ground::Ground;
+use anyhow::Context;
+use rustix::net::netdevice::name_to_index;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use tidegate_dns::{
+    EndpointSpec, NetworkSpec, PORT, ResolvConf, Resolver, SERVER, ServeOptions, Serving, Settings,
+};
+use tidegate_netns::Namespace;
+
+/// Descriptors that a service's server keeps: a UDP and a TCP socket, twice while it moves.
+pub(super) const DESCRIPTORS: usize = 4;
+
+/// Descriptors for questions that are with other servers, and for clients over TCP.
+pub(super) const SHARED_DESCRIPTORS: usize = 512 + 256;
+
+/// The servers of a project.
+pub(super) struct NameServers {
+    resolver: Arc<Resolver>,
+    options: BTreeMap<String, ServeOptions>,
+    /// By service.
+    serving: BTreeMap<String, Serving>,
+    /// Of networks that are served at their gateways.
+    _at_gateways: Vec<Serving>,
+}
+
+impl NameServers {
+    /// Knows everybody on the networks of `layout`, and serves nobody yet but at gateways.
+    ///
+    /// # Errors
+    /// A limit, or a server of the file that is this one.
+    pub(super) fn new(project: &Project, layout: &Layout, ground: &Ground) -> anyhow::Result<Self> {
+        let mut settings = Settings::new(ground.ports().clone());
+        settings.networks = ground.networks().clone();
+        settings.tcp_clients_in_all = SHARED_DESCRIPTORS - 512;
+        let resolver = Resolver::new(settings).context("names")?;
+        for network in &layout.desired.networks {
+            resolver
+                .add_network(&NetworkSpec {
+                    name: network.name.clone(),
+                    subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
+                    internal: network.internal,
+                    servers: Vec::new(),
+                })
+                .context("names")?;
+        }
+        for endpoint in &layout.desired.endpoints {
+            let Some(service) = project.services.iter().find(|service| service.name == endpoint.name) else {
+                continue;
+            };
+            for (attachment, there) in service.networks.iter().zip(&endpoint.attachments) {
+                resolver
+                    .add_endpoint(
+                        &attachment.network,
+                        &EndpointSpec {
+                            container: service.name.clone(),
+                            name: service.name.clone(),
+                            aliases: attachment.aliases.clone(),
+                            hostname: service.hostname.clone(),
+                            addresses: there.addresses.iter().map(ipnet::IpNet::addr).collect(),
+                        },
+                    )
+                    .context("names")?;
+            }
+        }
+        let mut at_gateways = Vec::new();
+        for network in &layout.desired.networks {
+            if is_at_gateway(project, &network.name) {
+                for subnet in &network.subnets {
+                    let (networks, bridge) = (ground.networks(), &network.bridge.name);
+                    at_gateways.push(resolver.serve_gateway(
+                        networks,
+                        &network.name,
+                        subnet.gateway,
+                        bridge,
+                    )?);
+                }
+            }
+        }
+        let servers =
+            |service: &Service| service.dns.iter().map(|server| SocketAddr::new(*server, PORT)).collect();
+        let options = project
+            .services
+            .iter()
+            .filter(|service| gateway(project, layout, service).is_none())
+            .map(|service| {
+                (service.name.clone(), ServeOptions { servers: servers(service), ..ServeOptions::default() })
+            })
+            .collect();
+        let resolver = Arc::new(resolver);
+        Ok(Self { resolver, options, serving: BTreeMap::new(), _at_gateways: at_gateways })
+    }
+
+    /// Serves `service` in `namespace` from here on, and no longer where it was.
+    ///
+    /// # Errors
+    /// One line that names the service.
+    pub(super) fn serve(&mut self, service: &str, namespace: &Namespace) -> anyhow::Result<()> {
+        self.serving.remove(service);
+        // Who asks at a gateway has none.
+        let Some(options) = self.options.get(service).cloned() else { return Ok(()) };
+        let serving = self.resolver.serve(namespace, service, &options)?;
+        tracing::debug!(service, at = %serving.address(), redirected = serving.is_redirected(), "names");
+        self.serving.insert(service.to_owned(), serving);
+        Ok(())
+    }
+
+    /// Serves everybody where they are.
+    ///
+    /// # Errors
+    /// Of a service that is run here. An adopted container may have a server of its own there; that is only told.
+    pub(super) fn serve_all(
+        &mut self,
+        project: &Project,
+        namespaces: &BTreeMap<String, Namespace>,
+    ) -> anyhow::Result<()> {
+        for service in &project.services {
+            let Some(namespace) = namespaces.get(&service.name) else { continue };
+            match (self.serve(&service.name, namespace), &service.run) {
+                (Err(error), Run::Adopt(_)) => tracing::warn!("{error:#}"),
+                (result, _) => result?,
+            }
+        }
+        Ok(())
+    }
+
+    /// For a scrape.
+    pub(super) fn resolver(&self) -> Arc<Resolver> {
+        Arc::clone(&self.resolver)
+    }
+}
+
+fn is_at_gateway(project: &Project, network: &str) -> bool {
+    project.networks.get(network).is_some_and(|network: &Network| network.names == Names::AtGateway)
+}
+
+/// The gateway that `service` asks, if all its networks are served at theirs.
+fn gateway(project: &Project, layout: &Layout, service: &Service) -> Option<IpAddr> {
+    if !service.networks.iter().all(|there| is_at_gateway(project, &there.network)) {
+        return None;
+    }
+    let first = &service.networks.first()?.network;
+    let network = layout.desired.networks.iter().find(|network| network.name == *first)?;
+    network.subnets.first().map(|subnet| subnet.gateway)
+}
+
+/// `/etc/resolv.conf` of `service`, where the host's says `host`.
+pub(super) fn resolv_conf(
+    project: &Project,
+    layout: &Layout,
+    service: &Service,
+    host: &ResolvConf,
+) -> String {
+    let server = gateway(project, layout, service).unwrap_or(SERVER.into());
+    host.for_container(server, &service.dns_search, &service.dns_options)
+}
+
+/// What the host's own says.
+pub(super) fn host_resolv_conf() -> ResolvConf {
+    let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let index = |name: &str| {
+        // Any socket will do to ask with.
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).ok()?;
+        name_to_index(&socket, name).ok()
+    };
+    ResolvConf::parse(&text, &index)
+}
+
+/// `/etc/hosts` of a service: what it is itself.
+pub(super) fn hosts(layout: &Layout, service: &str, hostname: &str) -> String {
+    let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    for address in layout.addresses.get(service).into_iter().flatten() {
+        let names = if hostname == service { service.to_owned() } else { format!("{hostname} {service}") };
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "{address}\t{names}");
+    }
+    text
+}

@@ -1,0 +1,180 @@
+//! Names as services see them.
+
+use super::scene::{Scene, TIDEGATE, service_namespace, state};
+use std::time::Duration;
+use tidegate_testbed::{Namespace, Process, Signal, eventually};
+
+const SOON: Duration = Duration::from_secs(10);
+
+const FILE: &str = r#"
+name: demo
+networks: { front: { enable_ipv6: true }, back: {}, shut: { internal: true } }
+services:
+  web:
+    command: [ sleep, "60" ]
+    hostname: curious
+    dns: 203.0.113.9
+    dns_search: shop.test
+    networks: { front: {}, back: {} }
+  db: { command: [ sleep, "60" ], networks: { back: { aliases: [ sql ] } } }
+  stranger: { command: [ sleep, "60" ], networks: [ front ] }
+  inmate: { command: [ sleep, "60" ], dns: 203.0.113.9, networks: [ shut ] }
+"#;
+
+/// A server outside that knows one name, and says what it is asked.
+fn outside(scene: &Scene) -> Process {
+    let server = Process::spawn(scene.net.client.command("dnsmasq").args([
+        "--no-daemon",
+        "--no-resolv",
+        "--no-hosts",
+        "--conf-file=/dev/null",
+        "--log-queries",
+        "--listen-address=203.0.113.9",
+        "--bind-interfaces",
+        "--address=/example.test/192.0.2.77",
+        "--pid-file=",
+        "--user=root",
+    ]));
+    server.wait_for_line("started", SOON);
+    server
+}
+
+/// What `name` is answered with in `namespace`.
+fn dig(namespace: &Namespace, args: &[&str]) -> String {
+    let mut command = namespace.command("dig");
+    let output = command.args(["@127.0.0.11", "+short", "+time=3", "+tries=1"]).args(args).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+#[track_caller]
+fn names_are_right(scene: &Scene, up: &Process) {
+    let server = outside(scene);
+    let [web, db, stranger, inmate] =
+        ["web", "db", "stranger", "inmate"].map(|service| service_namespace(up, service));
+    let v4 = dig(&web, &["sql"]);
+    assert!(v4.starts_with("172.28."), "{v4}");
+    for name in ["db", "db.back", "DB"] {
+        assert_eq!(dig(&web, &[name]), v4, "{name}");
+        assert_eq!(dig(&web, &["+tcp", name]), v4, "{name} over TCP");
+    }
+    assert_eq!(dig(&web, &["-x", &v4]), "db.back.");
+    assert!(dig(&stranger, &["AAAA", "web"]).starts_with("fd"));
+    assert_eq!(dig(&db, &["curious"]), dig(&db, &["web"]), "by its host name");
+    assert_eq!(dig(&stranger, &["db"]), "", "not on a network of his");
+    assert_eq!(dig(&inmate, &["web"]), "");
+    // What is not ours is asked outside, and never for those who have no way there.
+    assert_eq!(dig(&web, &["www.example.test"]), "192.0.2.77");
+    assert_eq!(dig(&inmate, &["inmate.example.test"]), "");
+    let asked = server.output();
+    assert!(asked.contains("www.example.test") && !asked.contains("inmate"), "{asked}");
+    assert!(!asked.contains("sql") && !asked.contains("curious"), "{asked}");
+}
+
+#[test]
+fn services_are_told_the_names_of_their_networks_and_of_the_outside() {
+    for firewall in ["none", "nftables"] {
+        let scene = Scene::new();
+        let up = scene.up_with(FILE, &[&format!("--firewall={firewall}")]);
+        up.wait_for_line("Ctrl-C takes", SOON);
+        names_are_right(&scene, &up);
+    }
+}
+
+#[test]
+fn so_are_those_of_an_ordinary_user() {
+    let scene = Scene::new();
+    let up = scene.up_as_nobody(FILE);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    names_are_right(&scene, &up);
+}
+
+/// As programs find it, which read `/etc/resolv.conf` and `/etc/hosts`.
+#[test]
+fn programs_find_the_server_in_their_files() {
+    let scene = Scene::new();
+    let file = FILE.replacen(
+        r#"[ sleep, "60" ]"#,
+        r#"[ sh, -c, "cat /etc/resolv.conf /etc/hosts; hostname; getent hosts sql; getent hosts stranger2 || echo no stranger" ]"#,
+        1,
+    );
+    let up = scene.up(&file);
+    up.wait_for_line("no stranger", SOON);
+    let told = up.output();
+    for line in ["nameserver 127.0.0.11", "search shop.test", "options ndots:0", "curious"] {
+        assert!(told.lines().any(|told| told.ends_with(&format!("| {line}"))), "{line}:\n{told}");
+    }
+    assert!(told.lines().any(|line| line.contains("172.28.") && line.ends_with("sql")), "{told}");
+    assert!(told.lines().any(|line| line.contains("172.28.") && line.ends_with("curious web")), "{told}");
+}
+
+/// On any address, which takes the port from everybody.
+#[test]
+fn a_service_may_be_a_server_of_names_itself() {
+    let scene = Scene::new();
+    let file = r#"
+name: demo
+services:
+  names: { command: dnsmasq --no-daemon --no-resolv --no-hosts --conf-file=/dev/null --address=/x.test/192.0.2.1 --pid-file= --user=root, restart: "no" }
+  web: { command: [ sleep, "60" ] }
+"#;
+    let up = scene.up(file);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    up.wait_for_line("started", SOON);
+    let web = service_namespace(&up, "web");
+    let at = dig(&web, &["names"]);
+    let ask = || {
+        let output =
+            web.command("dig").args([&format!("@{at}"), "+short", "+time=1", "x.test"]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).trim() == "192.0.2.1"
+    };
+    assert!(eventually(SOON, ask));
+    assert_eq!(dig(&service_namespace(&up, "names"), &["web"]).lines().count(), 1, "and is served itself");
+}
+
+#[test]
+fn a_network_may_be_served_at_its_gateway() {
+    let scene = Scene::new();
+    let file = r#"
+name: demo
+networks: { front: { x-dns: gateway, ipam: { config: [ { subnet: 10.77.1.0/24 } ] } } }
+services:
+  web: { command: [ sh, -c, "cat /etc/resolv.conf; getent hosts db && sleep 60" ], networks: [ front ] }
+  db: { command: [ sleep, "60" ], networks: [ front ] }
+"#;
+    let up = scene.up(file);
+    up.wait_for_line("nameserver 10.77.1.1", SOON);
+    up.wait_for_line("10.77.1.3", SOON);
+    let db = service_namespace(&up, "db");
+    assert!(dig(&db, &["web"]).contains("connection refused"), "nobody is at 127.0.0.11");
+    let mut dig_outside = scene.net.client.command("dig");
+    let asked = dig_outside.args(["@10.77.1.1", "+short", "+time=1", "+tries=1", "web"]);
+    let output = asked.output().unwrap();
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("10.77.1."), "nobody else is told");
+}
+
+/// Two containers of somebody else's, one after the other at the same path.
+#[test]
+fn a_container_that_comes_back_is_served_again_and_nothing_is_left_with_it() {
+    let scene = Scene::new();
+    let path = scene.directory.path().join("box");
+    let lead_to = |namespace: &Namespace| {
+        let _ = std::fs::remove_file(&path);
+        std::os::unix::fs::symlink(namespace.path(), &path).unwrap();
+    };
+    let (first, second) = (Namespace::new(), Namespace::new());
+    let before = [&first, &second].map(state);
+    lead_to(&first);
+    let file = format!(
+        "name: demo\nservices:\n  box: {{ x-netns: {} }}\n  web: {{ command: '{TIDEGATE} hello --listen [::]:80' }}\n",
+        path.display()
+    );
+    let mut up = scene.up(&file);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let web = dig(&first, &["web"]);
+    assert!(web.starts_with("172.28."), "{web}");
+    lead_to(&second);
+    assert!(eventually(SOON, || dig(&second, &["web"]) == web));
+    up.stop(Signal::INT, SOON);
+    let after = [&first, &second].map(state);
+    assert_eq!(after, before);
+}
