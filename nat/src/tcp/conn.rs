@@ -324,8 +324,7 @@ impl<S> Connection<S> {
                 before(self.rcv_nxt, end)
             };
         if !acceptable {
-            io.stats.refuse(DropReason::Window);
-            self.need_ack = true;
+            self.say_where(segment, io);
             return Outcome::Alive;
         }
         if !segment.has(flags::ACK) || !self.acknowledge(segment, io) {
@@ -346,7 +345,7 @@ impl<S> Connection<S> {
     }
 
     /// RFC 7323 sections 3.2 and 5.3: whether the segment's timestamp lets it be looked at.
-    fn check_stamps<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &Io<'_, H>) -> bool {
+    fn check_stamps<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> bool {
         let Some(stamps) = self.stamps else { return true };
         let sound = match segment.options {
             Options { timestamps: Some((value, _)), .. } => {
@@ -358,10 +357,19 @@ impl<S> Connection<S> {
             }
         };
         if !sound {
-            io.stats.refuse(DropReason::Window);
-            self.need_ack = true;
+            self.say_where(segment, io);
         }
         sound
+    }
+
+    /// Acknowledges a segment that is not taken. Without payload it may itself be such an acknowledgement, and two ends that are
+    /// not at one would go on for ever (the kernel's `tcp_oow_rate_limited`).
+    fn say_where<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) {
+        if segment.length() == 0 {
+            return self.challenge(io);
+        }
+        io.stats.refuse(DropReason::Window);
+        self.need_ack = true;
     }
 
     /// Takes note of acknowledgement and window. False if the segment is not to be looked at further.
