@@ -151,7 +151,9 @@ impl Host for World {
     }
 
     fn connect_result(&mut self, stream: &Handle) -> io::Result<()> {
-        self.streams[stream.0].answer.unwrap().map_err(io::Error::from_raw_os_error)
+        let stream = &self.streams[stream.0];
+        let reset = stream.broken.then_some(Err(104));
+        stream.answer.or(reset).expect("only who is ready is asked").map_err(io::Error::from_raw_os_error)
     }
 
     fn send(&mut self, stream: &mut Handle, bytes: &[u8]) -> io::Result<usize> {
