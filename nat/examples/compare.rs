@@ -134,7 +134,15 @@ fn measure(way: &Way, load: &[&str], arguments: &Arguments) -> Figure {
     let output = way
         .container
         .command("iperf3")
-        .args(["-c", SERVER, "-J", "-t", &arguments.seconds.to_string(), "-P", &arguments.streams.to_string()])
+        .args([
+            "-c",
+            SERVER,
+            "-J",
+            "-t",
+            &arguments.seconds.to_string(),
+            "-P",
+            &arguments.streams.to_string(),
+        ])
         .args(load)
         .stdin(Stdio::null())
         .output()

@@ -192,7 +192,9 @@ impl Guest {
         if seen.has(RST) {
             let ours = self.iss.wrapping_add(self.nxt as u32);
             let answers_syn = !self.established && seen.acknowledgement == self.iss.wrapping_add(1);
-            if answers_syn || self.established && (seen.sequence == self.acknowledgement() || ours == seen.acknowledgement)
+            if answers_syn
+                || self.established
+                    && (seen.sequence == self.acknowledgement() || ours == seen.acknowledgement)
             {
                 self.reset = true;
             }

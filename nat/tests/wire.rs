@@ -233,8 +233,16 @@ fn contradictions_are_refused() {
     let refused = |port, flags| {
         let (source, destination) = ends(port);
         let head = TcpHead {
-            source, destination, sequence: 0, acknowledgement: 0, flags, window: 0,
-            mss: None, scale: None, timestamps: None, segment: 1,
+            source,
+            destination,
+            sequence: 0,
+            acknowledgement: 0,
+            flags,
+            window: 0,
+            mss: None,
+            scale: None,
+            timestamps: None,
+            segment: 1,
         };
         let frame = head.write(0).bytes().to_vec();
         let packet = Packet::parse(&frame[virtio::LENGTH..]).unwrap();
@@ -248,8 +256,7 @@ fn contradictions_are_refused() {
 
 #[test]
 fn ipv6_extensions_are_followed_to_their_end_and_no_further() {
-    let (source, destination) =
-        (SocketAddr::from(([1; 16], 5)), SocketAddr::from(([2; 16], 6)));
+    let (source, destination) = (SocketAddr::from(([1; 16], 5)), SocketAddr::from(([2; 16], 6)));
     let frame = frame(&head::datagrams(source, destination, 3, 3, 0), b"abc");
     let plain = &frame[virtio::LENGTH..];
     let with = |extensions: usize| {

@@ -255,7 +255,7 @@ impl<H: Host> Engine<H> {
         if key.protocol == protocol::UDP {
             let length = udp::HEADER + payload.len();
             let header = head::recalled_ports(key.inside, key.outside, (length as u32) << 16);
-            self.tell_about(problem, teller, key, protocol::UDP, &header, payload, length, now);
+            self.tell_about(problem, teller, key, &header, payload, now);
         } else {
             // The kernel has put its own identifier in.
             let mut message = payload.to_vec();
@@ -263,7 +263,7 @@ impl<H: Host> Engine<H> {
                 identifier.copy_from_slice(&key.inside.port().to_be_bytes());
             }
             head::complete_icmp(key.inside.ip(), key.outside.ip(), &mut message);
-            self.tell_about(problem, teller, key, key.protocol, &[], &message, message.len(), now);
+            self.tell_about(problem, teller, key, &[], &message, now);
         }
     }
 
@@ -289,6 +289,7 @@ impl<H: Host> Engine<H> {
                 }
             }
             self.flows.touch(key, true, now);
+            self.arm_session(key);
             match kind {
                 DatagramKind::Udp => self.deliver(five_tuple),
                 DatagramKind::Echo => self.deliver_echoes(five_tuple),

@@ -311,13 +311,12 @@ impl<H: Host> Engine<H> {
         {
             self.timers.disarm(armed, token);
         }
-        if let Flow::Tcp(mut connection) = flow
+        if cut
+            && let Flow::Tcp(mut connection) = flow
             && let Some(stream) = connection.take_stream()
         {
-            if cut {
-                self.stats.resets.add(1);
-                self.host.abort(stream);
-            }
+            self.stats.resets.add(1);
+            self.host.abort(stream);
         }
         tracing::debug!(protocol = key.protocol, cut, "flow ended");
     }

@@ -7,7 +7,6 @@ use crate::metrics::DropReason;
 use crate::wire::head;
 use crate::wire::icmp::{Message, Problem};
 use crate::wire::ip::Packet;
-use crate::wire::protocol;
 use std::io::IoSlice;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
@@ -79,20 +78,17 @@ impl<H: Host> Engine<H> {
     /// As [`Self::tell`], about a SYN that is long gone.
     pub(super) fn tell_recalled(&mut self, problem: Problem, key: FlowKey, sequence: u32, now: Instant) {
         let transport = head::recalled_ports(key.inside, key.outside, sequence);
-        self.tell_about(problem, None, key, protocol::TCP, &transport, &[], 20, now);
+        self.tell_about(problem, None, key, &transport, &[], now);
     }
 
     /// As [`Self::tell`], about a packet that is gone: its headers are written anew.
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn tell_about(
         &mut self,
         problem: Problem,
         teller: Option<IpAddr>,
         key: FlowKey,
-        protocol: u8,
         transport: &[u8],
         payload: &[u8],
-        length: usize,
         now: Instant,
     ) {
         if !self.errors.take(self.settings.errors, now) {
@@ -101,7 +97,8 @@ impl<H: Host> Engine<H> {
         let (inside, outside) = (key.inside.ip(), key.outside.ip());
         let own = self.own_address(outside);
         let teller = teller.filter(|ip| ip.is_ipv4() == own.is_ipv4()).unwrap_or(own);
-        let header = head::recalled(inside, outside, protocol, transport, length);
+        let length = transport.len() + payload.len();
+        let header = head::recalled(inside, outside, key.protocol, transport, length);
         let (head, message) = head::problem(teller, inside, problem, &[&header, payload]);
         self.host.emit(head.bytes(), &[IoSlice::new(&message)]);
     }

@@ -174,7 +174,7 @@ impl<H: Host> Engine<H> {
             };
             match result {
                 Ok(()) => {
-                    self.with_connection(key, now, |connection, io| connection.connected(io));
+                    self.with_connection(key, now, Connection::connected);
                 }
                 Err(error) => return self.not_connected(key, five_tuple, initial, &error, now),
             }
@@ -196,14 +196,14 @@ impl<H: Host> Engine<H> {
         match problem(error) {
             Some(problem) => self.tell_recalled(problem, five_tuple, initial, now),
             None => {
-                self.with_connection(key, now, |connection, io| connection.send_reset(io));
+                self.with_connection(key, now, Connection::send_reset);
             }
         }
         self.end(key, true);
     }
 
     pub(super) fn stream_turn(&mut self, key: Key, now: Instant) {
-        let turned = self.with_connection(key, now, |connection, io| connection.turn(io));
+        let turned = self.with_connection(key, now, Connection::turn);
         let Some((outcome, more)) = turned else { return };
         if self.conclude(key, outcome) && more {
             self.enqueue(key);
@@ -211,7 +211,7 @@ impl<H: Host> Engine<H> {
     }
 
     pub(super) fn stream_timeout(&mut self, key: Key, now: Instant) {
-        let outcome = self.with_connection(key, now, |connection, io| connection.timeout(io));
+        let outcome = self.with_connection(key, now, Connection::timeout);
         if outcome.is_some_and(|outcome| self.conclude(key, outcome)) {
             self.enqueue(key);
         }

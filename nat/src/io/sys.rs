@@ -169,7 +169,7 @@ unsafe fn told(header: &libc::msghdr) -> Option<(Problem, Option<IpAddr>)> {
         while let Some(message) = cursor.as_ref() {
             let v6 = (message.cmsg_level, message.cmsg_type) == (libc::IPPROTO_IPV6, libc::IPV6_RECVERR);
             let v4 = (message.cmsg_level, message.cmsg_type) == (libc::IPPROTO_IP, libc::IP_RECVERR);
-            let length = message.cmsg_len as usize - libc::CMSG_LEN(0) as usize;
+            let length = message.cmsg_len.saturating_sub(libc::CMSG_LEN(0) as _);
             let size = size_of::<libc::sock_extended_err>();
             if (v4 || v6) && length >= size {
                 let data = libc::CMSG_DATA(message);

@@ -103,11 +103,11 @@ impl<'a> Segment<'a> {
 /// Reads options until they end or make no sense any more; what makes none is ignored (RFC 9293 section 3.1, MUST-7).
 fn options(mut bytes: &[u8]) -> Options {
     // Two NOPs and the timestamps, the form in which every segment of a connection has them.
-    if let Some([1, 1, 8, 10, stamps @ ..]) = bytes.first_chunk::<12>() {
-        if bytes.len() == 12 {
-            let timestamps = Some((read_u32(stamps, 0), read_u32(stamps, 4)));
-            return Options { timestamps, ..Options::default() };
-        }
+    if let [1, 1, 8, 10, stamps @ ..] = bytes
+        && stamps.len() == 8
+    {
+        let timestamps = Some((read_u32(stamps, 0), read_u32(stamps, 4)));
+        return Options { timestamps, ..Options::default() };
     }
     let mut options = Options::default();
     loop {
