@@ -89,11 +89,12 @@ pub trait Host {
     /// There is no descriptor left (`EMFILE`), or it is clear at once that there is no way.
     fn connect(&mut self, to: SocketAddr) -> io::Result<Self::Stream>;
 
-    /// From now on [`Engine::ready`](crate::engine::Engine::ready) is called with `key`.
+    /// From now on [`Engine::ready`](crate::engine::Engine::ready) is called with `key`. Returns what the socket is ready for
+    /// already: on one host a connect is over when the call returns.
     ///
     /// # Errors
     /// The kernel watches no more sockets.
-    fn watch_stream(&mut self, stream: &Self::Stream, key: Key) -> io::Result<()>;
+    fn watch_stream(&mut self, stream: &mut Self::Stream, key: Key) -> io::Result<Ready>;
 
     /// How a connect ended.
     ///

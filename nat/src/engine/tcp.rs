@@ -135,17 +135,19 @@ impl<H: Host> Engine<H> {
         };
         self.begun(FlowKind::Tcp);
         let watched = match self.flows.get_mut(flow) {
-            Some((_, Flow::Tcp(connection))) => {
-                connection.key = Some(flow);
-                connection.stream().map(|stream| self.host.watch_stream(stream, flow))
-            }
-            _ => None,
+            Some((_, Flow::Tcp(connection))) => connection.watched_as(flow, &mut self.host),
+            _ => return,
         };
-        if !matches!(watched, Some(Ok(()))) {
-            self.stats.refuse(DropReason::Descriptors);
-            return self.end(flow, true);
+        match watched {
+            Ok(ready) => {
+                self.arm_stream(flow);
+                self.stream_ready(flow, ready, now);
+            }
+            Err(_) => {
+                self.stats.refuse(DropReason::Descriptors);
+                self.end(flow, true);
+            }
         }
-        self.arm_stream(flow);
     }
 
     /// Where DNS goes.

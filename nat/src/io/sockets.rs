@@ -1,10 +1,12 @@
 //! The host's side, by the kernel's sockets.
 
 use super::sys::{self, SO_PEEK_OFF};
-use crate::host::{Batch, DatagramKind, Host, SendOutcome, SocketProblem};
+use crate::host::{Batch, DatagramKind, Host, Ready, SendOutcome, SocketProblem};
 use crate::settings::Capabilities;
 use crate::wire::icmp::Problem;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
+use rustix::time::Timespec;
 use socket2::SockRef;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Shutdown, SocketAddr};
@@ -41,6 +43,10 @@ pub(crate) struct Stream {
     socket: OwnedFd,
     /// Where the kernel's next look begins (`SO_PEEK_OFF`).
     peek_offset: usize,
+    /// What its events carry, once it is watched.
+    token: Option<Token>,
+    /// Whether room to send is reported.
+    watches_room: bool,
     _permit: Permit,
 }
 
@@ -165,11 +171,25 @@ impl Host for Kernel {
             Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
             Err(error) => return Err(error.into()),
         }
-        Ok(Stream { socket, peek_offset: 0, _permit: permit })
+        Ok(Stream { socket, peek_offset: 0, token: None, watches_room: false, _permit: permit })
     }
 
-    fn watch_stream(&mut self, stream: &Stream, key: Key) -> io::Result<()> {
-        self.epoll.add(&stream.socket, Token::new(FLOW, key), Interest::Edges)
+    fn watch_stream(&mut self, stream: &mut Stream, key: Key) -> io::Result<Ready> {
+        let mut polled = [PollFd::new(&stream.socket, PollFlags::OUT)];
+        let _ = poll(&mut polled, Some(&Timespec::default()));
+        let told = polled[0].revents();
+        let ready = Ready {
+            writable: told.intersects(PollFlags::OUT),
+            error: told.intersects(PollFlags::ERR | PollFlags::HUP),
+            readable: false,
+        };
+        // Room is there from the start: to be told of it would be an event for each connection.
+        stream.watches_room = !ready.writable;
+        let interest = if stream.watches_room { Interest::Edges } else { Interest::InputEdges };
+        let token = Token::new(FLOW, key);
+        stream.token = Some(token);
+        self.epoll.add(&stream.socket, token, interest)?;
+        Ok(ready)
     }
 
     fn connect_result(&mut self, stream: &Stream) -> io::Result<()> {
@@ -177,7 +197,17 @@ impl Host for Kernel {
     }
 
     fn send(&mut self, stream: &mut Stream, bytes: &[u8]) -> io::Result<usize> {
-        sys::send(&stream.socket, bytes)
+        let sent = sys::send(&stream.socket, bytes);
+        let short = sent.as_ref().map_or(true, |sent| *sent < bytes.len());
+        if short
+            && !stream.watches_room
+            && let Some(token) = stream.token
+        {
+            // What has become free since is reported again.
+            self.epoll.modify(&stream.socket, token, Interest::Edges)?;
+            stream.watches_room = true;
+        }
+        sent
     }
 
     fn peek(&mut self, stream: &mut Stream, offset: usize, into: &mut [u8]) -> io::Result<usize> {

@@ -124,7 +124,7 @@ pub struct Connection<S> {
     /// When its timer is armed for, if it is; the engine's.
     pub timer: Option<Instant>,
     /// What it is known by, once it is.
-    pub key: Option<Key>,
+    pub(crate) key: Option<Key>,
     challenged: Option<Instant>,
 }
 
@@ -190,6 +190,15 @@ impl<S> Connection<S> {
     /// Its socket, for as long as it has one.
     pub fn stream(&self) -> Option<&S> {
         self.stream.as_ref()
+    }
+
+    /// Has its socket watched, under what the connection is known by from now on.
+    ///
+    /// # Errors
+    /// The kernel watches no more sockets.
+    pub fn watched_as<H: Host<Stream = S>>(&mut self, key: Key, host: &mut H) -> io::Result<Ready> {
+        self.key = Some(key);
+        self.stream.as_mut().map_or(Ok(Ready::default()), |stream| host.watch_stream(stream, key))
     }
 
     /// Takes the socket out, to be ended.

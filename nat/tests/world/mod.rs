@@ -142,12 +142,9 @@ impl Host for World {
         Ok(Handle(self.streams.len() - 1, Arc::clone(&self.closed_streams)))
     }
 
-    fn watch_stream(&mut self, stream: &Handle, key: Key) -> io::Result<()> {
+    fn watch_stream(&mut self, stream: &mut Handle, key: Key) -> io::Result<Ready> {
         self.streams[stream.0].key = Some(key);
-        if self.streams[stream.0].answer.is_some() {
-            self.ready.push((key, Ready { writable: true, ..Ready::default() }));
-        }
-        Ok(())
+        Ok(Ready { writable: self.streams[stream.0].answer.is_some(), ..Ready::default() })
     }
 
     fn connect_result(&mut self, stream: &Handle) -> io::Result<()> {
