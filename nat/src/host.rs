@@ -19,6 +19,8 @@ pub struct Ready {
     pub writable: bool,
     /// An error waits, of the socket or in its error queue.
     pub error: bool,
+    /// The stream's end has come, or urgent data: a look that brings less than it could does not mean that nothing is left.
+    pub more: bool,
 }
 
 /// Which kind of datagram socket.

@@ -458,7 +458,7 @@ fn rfc_6191_a_new_connection_takes_the_place_of_one_that_lingers() {
 fn rfc_9293_3_5_3_a_far_end_that_resets_resets_the_guest() {
     let mut guest = Guest::connected();
     guest.bench.world().streams[0].broken = true;
-    guest.bench.stream_ready(0, Ready { error: true, readable: true, writable: true });
+    guest.bench.stream_ready(0, Ready { error: true, readable: true, writable: true, more: true });
     let reset = guest.got().unwrap();
     assert!(reset.has(RST));
     assert_eq!(reset.sequence, guest.expected);

@@ -16,8 +16,8 @@ use world::{Bench, at};
 
 const IN: &str = "10.0.2.100:4000";
 const OUT: &str = "192.0.2.2:5000";
-const READABLE: Ready = Ready { readable: true, writable: false, error: false };
-const ERROR: Ready = Ready { readable: false, writable: false, error: true };
+const READABLE: Ready = Ready { readable: true, writable: false, error: false, more: false };
+const ERROR: Ready = Ready { readable: false, writable: false, error: true, more: true };
 
 fn udp(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> Vec<u8> {
     let head = head::datagrams(source, destination, payload.len(), payload.len().max(1), 1);

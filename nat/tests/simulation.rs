@@ -366,7 +366,8 @@ fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Repor
                     fed += more;
                     let close = fed == weather.down && (!weather.guest_closes_first || stream.shut);
                     stream.ended |= close;
-                    bench.stream_ready(0, Ready { readable: true, writable: true, error: false });
+                    bench
+                        .stream_ready(0, Ready { readable: true, writable: true, error: false, more: close });
                 }
                 let over = guest.done_at.is_some() && bench.engine.flows() == 0;
                 if !over && !guest.reset {

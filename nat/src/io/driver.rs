@@ -70,6 +70,7 @@ impl Handler for Driver {
                     readable: readiness.is_readable(),
                     writable: readiness.is_writable(),
                     error: readiness.is_error(),
+                    more: readiness.is_read_closed() || readiness.is_urgent(),
                 };
                 self.engine.ready(token.key(), ready, cx.now);
             }

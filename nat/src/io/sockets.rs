@@ -181,7 +181,7 @@ impl Host for Kernel {
         let ready = Ready {
             writable: told.intersects(PollFlags::OUT),
             error: told.intersects(PollFlags::ERR | PollFlags::HUP),
-            readable: false,
+            ..Ready::default()
         };
         // Room is there from the start: to be told of it would be an event for each connection.
         stream.watches_room = !ready.writable;

@@ -109,6 +109,8 @@ pub struct Connection<S> {
     closed_first: bool,
 
     pub(super) readable: bool,
+    /// A short look does not mean that the queue is empty.
+    pub(super) may_hide: bool,
     pub(super) writable: bool,
     pub(super) need_ack: bool,
     /// Whether the engine has it in its queue.
@@ -168,6 +170,7 @@ impl<S> Connection<S> {
             fin: None,
             closed_first: false,
             readable: false,
+            may_hide: false,
             writable: false,
             need_ack: false,
             queued: false,
@@ -224,6 +227,7 @@ impl<S> Connection<S> {
     /// Notes what the socket is ready for.
     pub fn note(&mut self, ready: Ready) {
         self.readable |= ready.readable || ready.error;
+        self.may_hide |= ready.more || ready.error;
         self.writable |= ready.writable || ready.error;
     }
 

@@ -95,7 +95,11 @@ impl<S> Connection<S> {
             let Some(stream) = &mut self.stream else { return Ok(false) };
             match io.host.peek(stream, offset, &mut io.scratch[..length]) {
                 Ok(0) => self.fin = Some(self.snd_nxt),
-                Ok(length) => self.send_data(length, io),
+                Ok(seen) => {
+                    // What comes after this look is told anew.
+                    self.readable = seen == length || self.may_hide;
+                    self.send_data(seen, io);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
                 Err(error) => return Err(error),
             }

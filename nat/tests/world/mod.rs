@@ -144,7 +144,11 @@ impl Host for World {
 
     fn watch_stream(&mut self, stream: &mut Handle, key: Key) -> io::Result<Ready> {
         self.streams[stream.0].key = Some(key);
-        Ok(Ready { writable: self.streams[stream.0].answer.is_some(), ..Ready::default() })
+        Ok(Ready {
+            writable: self.streams[stream.0].answer.is_some(),
+            error: self.streams[stream.0].answer.is_some_and(|answer| answer.is_err()),
+            ..Ready::default()
+        })
     }
 
     fn connect_result(&mut self, stream: &Handle) -> io::Result<()> {
@@ -331,7 +335,7 @@ impl Bench {
 
     pub fn far_end_closes(&mut self, index: usize) {
         self.world().streams[index].ended = true;
-        self.stream_ready(index, Ready { readable: true, ..Ready::default() });
+        self.stream_ready(index, Ready { readable: true, more: true, ..Ready::default() });
     }
 
     pub fn far_end_answers(&mut self, index: usize, answer: Result<(), i32>) {
