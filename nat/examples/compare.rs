@@ -288,7 +288,7 @@ fn measure(way: &Way, load: &[&str], arguments: &Arguments) -> Figure {
         .command("iperf3")
         .args([
             "-c",
-            SERVER,
+            way.server,
             "-J",
             "-t",
             &arguments.seconds.to_string(),

@@ -2,8 +2,11 @@
 
 use crate::error::StartError;
 use crate::settings::Capabilities;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rustix::fs::{Mode, OFlags, open};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use tidegate_netns::Namespace;
@@ -151,22 +154,30 @@ fn offload(descriptor: &OwnedFd, wanted: Capabilities) -> io::Result<Capabilitie
     refused.map(|()| granted(false, false))
 }
 
-/// Sets MTU and queue length, and brings the device up; in the current namespace.
+/// Sets MTU and queue length, and brings the device up; in the current namespace. By netlink, for the queue length's ioctl takes
+/// a privilege over the whole machine (`dev_ioctl`, net/core/dev_ioctl.c).
 fn configure(options: &TunOptions) -> io::Result<()> {
-    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-    let call = |number: libc::c_ulong, request: &mut libc::ifreq| {
-        // SAFETY: all of these take an ifreq (netdevice(7)).
-        checked(unsafe { libc::ioctl(socket.as_raw_fd(), number as _, &raw mut *request) })
-    };
-    let mut mtu = request(&options.name);
-    mtu.ifr_ifru.ifru_mtu = options.mtu.into();
-    call(libc::SIOCSIFMTU as libc::c_ulong, &mut mtu)?;
-    let mut queue = request(&options.name);
-    queue.ifr_ifru.ifru_metric = options.queue_length as libc::c_int;
-    call(libc::SIOCSIFTXQLEN as libc::c_ulong, &mut queue)?;
-    let mut flags = request(&options.name);
-    call(libc::SIOCGIFFLAGS as libc::c_ulong, &mut flags)?;
-    // SAFETY: SIOCGIFFLAGS has filled this member in.
-    unsafe { flags.ifr_ifru.ifru_flags |= (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short };
-    call(libc::SIOCSIFFLAGS as libc::c_ulong, &mut flags)
+    let mut link = LinkMessage::default();
+    link.header.flags = LinkFlags::Up;
+    link.header.change_mask = LinkFlags::Up;
+    link.attributes = vec![
+        LinkAttribute::IfName(options.name.clone()),
+        LinkAttribute::Mtu(options.mtu.into()),
+        LinkAttribute::TxQueueLen(options.queue_length),
+    ];
+    let mut message = NetlinkMessage::from(RouteNetlinkMessage::SetLink(link));
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+    message.finalize();
+    let mut buffer = vec![0; message.buffer_len()];
+    message.serialize(&mut buffer);
+    let socket = Socket::new(NETLINK_ROUTE)?;
+    // Connected to the kernel, so that no other process can put an answer into our socket.
+    socket.connect(&SocketAddr::new(0, 0))?;
+    socket.send(&buffer, 0)?;
+    let (answer, _) = socket.recv_from_full()?;
+    let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
+    match answer.payload {
+        NetlinkPayload::Error(error) => error.code.map_or(Ok(()), |_| Err(error.to_io())),
+        _ => Err(io::Error::other("the kernel answers another question")),
+    }
 }

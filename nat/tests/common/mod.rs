@@ -50,35 +50,49 @@ pub fn known(namespace: &Namespace) -> tidegate_netns::Namespace {
     tidegate_netns::Namespace::from_path(&namespace.path()).unwrap()
 }
 
+/// The host and the server, and nothing behind the host.
+pub struct Outside {
+    pub host: Namespace,
+    pub server: Namespace,
+}
+
+/// Joins a host and a server.
+pub fn outside() -> Outside {
+    let [host, server] = [(); 2].map(|()| Namespace::new());
+    for namespace in [&host, &server] {
+        namespace.sysctl("net.ipv6.conf.default.accept_dad", "0");
+        namespace.sysctl("net.ipv6.conf.default.accept_ra", "0");
+    }
+    // A namespace begins with nobody allowed to ping; a host has everybody as a rule.
+    host.sysctl("net.ipv4.ping_group_range", "0 2147483647");
+    host.ip_all(&format!(
+        "link add eth0 type veth peer name eth0 netns {}
+         addr add 192.0.2.1/24 dev eth0
+         addr add 2001:db8::1/64 dev eth0 nodad
+         link set eth0 up",
+        server.path().display()
+    ));
+    server.ip_all(
+        "addr add 192.0.2.2/24 dev eth0
+         addr add 2001:db8::2/64 dev eth0 nodad
+         link set eth0 up",
+    );
+    for namespace in [&host, &server] {
+        let up = || namespace.ip(&["-o", "link", "show", "dev", "eth0"]).contains("state UP");
+        assert!(eventually(Duration::from_secs(10), up));
+    }
+    Outside { host, server }
+}
+
 impl Net {
     pub fn new() -> Self {
         Self::with(&Options::default(), |_| {})
     }
 
     pub fn with(options: &Options, change: impl FnOnce(&mut Settings)) -> Self {
-        let [container, host, server] = [(); 3].map(|()| Namespace::new());
-        for namespace in [&container, &host, &server] {
-            namespace.sysctl("net.ipv6.conf.default.accept_dad", "0");
-            namespace.sysctl("net.ipv6.conf.default.accept_ra", "0");
-        }
-        // A namespace begins with nobody allowed to ping; a host has everybody as a rule.
-        host.sysctl("net.ipv4.ping_group_range", "0 2147483647");
-        host.ip_all(&format!(
-            "link add eth0 type veth peer name eth0 netns {}
-             addr add 192.0.2.1/24 dev eth0
-             addr add 2001:db8::1/64 dev eth0 nodad
-             link set eth0 up",
-            server.path().display()
-        ));
-        server.ip_all(
-            "addr add 192.0.2.2/24 dev eth0
-             addr add 2001:db8::2/64 dev eth0 nodad
-             link set eth0 up",
-        );
-        for namespace in [&host, &server] {
-            let up = || namespace.ip(&["-o", "link", "show", "dev", "eth0"]).contains("state UP");
-            assert!(eventually(Duration::from_secs(10), up));
-        }
+        let Outside { host, server } = outside();
+        let container = Namespace::new();
+        container.sysctl("net.ipv6.conf.default.accept_dad", "0");
         let tun = TunOptions {
             mtu: options.mtu,
             queue_length: options.queue_length,
@@ -99,6 +113,21 @@ impl Net {
              -6 route add default dev tun0",
         );
         Self { container, host, server, nat }
+    }
+
+    /// What engine and kernels have counted, for a failure to be understood.
+    pub fn figures(&self) -> String {
+        let mut text = String::new();
+        tidegate_nat::describe(&[("test", self.nat.stats())], &mut text).unwrap();
+        let counted = text.lines().filter(|line| !line.starts_with('#') && !line.ends_with(" 0"));
+        let mut text = counted.collect::<Vec<_>>().join("\n");
+        for namespace in [&self.container, &self.host, &self.server] {
+            text += "\n";
+            text += &namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
+            text += &namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp6").unwrap());
+            text += &namespace.ip(&["-s", "link"]);
+        }
+        text
     }
 }
 
