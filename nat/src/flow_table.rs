@@ -80,6 +80,8 @@ pub struct TableLimits {
     pub new_flows_per_source: Rate,
     /// Bytes that wait in buffers on behalf of one source.
     pub buffered_per_source: usize,
+    /// ICMP errors, and resets that belong to no connection, that one source is told.
+    pub errors_per_source: Rate,
     /// Sources remembered.
     pub sources: usize,
 }
@@ -92,6 +94,8 @@ impl Default for TableLimits {
             half_open_per_source: 1024,
             new_flows_per_source: Rate { per_second: 20_000, burst: 20_000 },
             buffered_per_source: 64 << 20,
+            // The kernel's own: net.ipv4.icmp_msgs_per_sec and icmp_msgs_burst.
+            errors_per_source: Rate { per_second: 1000, burst: 1000 },
             sources: 4096,
         }
     }
@@ -119,6 +123,8 @@ struct Source {
     half_open: usize,
     buffered: usize,
     bucket: Bucket,
+    /// What it may be told.
+    errors: Bucket,
 }
 
 #[derive(Debug)]
@@ -247,6 +253,13 @@ impl<T> FlowTable<T> {
         Ok(())
     }
 
+    /// Whether source `ip` may be told of an error: counted, so that it cannot have the engine answer all day.
+    pub fn may_tell(&mut self, ip: IpAddr, now: Instant) -> bool {
+        let rate = self.limits.errors_per_source;
+        let source = self.source(ip, now).ok().and_then(|source| self.sources.get_mut(source));
+        source.is_some_and(|source| source.errors.take(rate, now))
+    }
+
     /// Takes the flow out that has to make room for a new one, if the table is full.
     pub fn evict(&mut self) -> Option<(FlowKey, T)> {
         if self.flows.len() < self.limits.flows {
@@ -345,7 +358,8 @@ impl<T> FlowTable<T> {
             }
         }
         let bucket = Bucket::new(self.limits.new_flows_per_source, now);
-        let key = self.sources.insert(Source { ip, flows: 0, half_open: 0, buffered: 0, bucket });
+        let errors = Bucket::new(self.limits.errors_per_source, now);
+        let key = self.sources.insert(Source { ip, flows: 0, half_open: 0, buffered: 0, bucket, errors });
         self.by_source.insert(ip, key);
         Ok(key)
     }
@@ -408,6 +422,7 @@ mod tests {
         half_open_per_source: 2,
         new_flows_per_source: Rate { per_second: 1000, burst: 1000 },
         buffered_per_source: 100,
+        errors_per_source: Rate { per_second: 1, burst: 1 },
         sources: 3,
     };
 

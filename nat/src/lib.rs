@@ -34,6 +34,8 @@ pub mod engine;
 mod error;
 pub mod flow_table;
 pub mod fragments;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod host;
 mod io;
 pub mod limits;

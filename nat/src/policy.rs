@@ -26,7 +26,8 @@ pub struct Policy {
     pub sources: Vec<IpNet>,
     /// The engine's own addresses, which containers know as their gateway. They answer pings, and what is said below.
     pub gateways: Vec<IpAddr>,
-    /// Resolvers of the host that the gateways forward DNS to (UDP and TCP port 53); the first one that answers.
+    /// Resolvers of the host that the gateways forward DNS to (UDP and TCP port 53). One is asked until it refuses, cannot be
+    /// reached or lets a query die unanswered, then the next.
     pub resolvers: Vec<SocketAddr>,
     /// The gateways' other ports are those of the host's loopback.
     pub host_loopback: bool,

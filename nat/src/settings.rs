@@ -1,7 +1,6 @@
 //! What can be set, and what it is when nobody sets it.
 
 use crate::flow_table::TableLimits;
-use crate::limits::Rate;
 use crate::policy::Policy;
 use std::time::Duration;
 
@@ -98,8 +97,6 @@ pub struct Settings {
     pub window: u32,
     /// What is made of the kernel.
     pub capabilities: Capabilities,
-    /// ICMP errors and resets that belong to no flow.
-    pub errors: Rate,
 }
 
 impl Settings {
@@ -113,8 +110,6 @@ impl Settings {
             timeouts: Timeouts::default(),
             window: 1 << 20,
             capabilities: Capabilities::ALL,
-            // The kernel's own: net.ipv4.icmp_msgs_per_sec and icmp_msgs_burst.
-            errors: Rate { per_second: 1000, burst: 1000 },
         }
     }
 }

@@ -19,6 +19,7 @@ const LIMITS: TableLimits = TableLimits {
     half_open_per_source: 50,
     new_flows_per_source: Rate { per_second: 1000, burst: 1000 },
     buffered_per_source: 4 << 20,
+    errors_per_source: Rate { per_second: 10, burst: 20 },
     sources: 100,
 };
 
@@ -242,7 +243,7 @@ fn a_million_first_fragments_take_no_more_than_their_room() {
 fn errors_and_resets_that_are_provoked_are_few() {
     let mut bench = Bench::with(|settings| {
         settings.policy.refused = CidrSet::parse(["198.51.100.0/24"]).unwrap();
-        settings.errors = Rate { per_second: 10, burst: 20 };
+        settings.limits.errors_per_source = Rate { per_second: 10, burst: 20 };
     });
     for port in 1..10_000u16 {
         bench.frame(&udp(SocketAddr::from(([10, 0, 0, 1], port)), at("198.51.100.1:9"), b"x"));
@@ -251,6 +252,8 @@ fn errors_and_resets_that_are_provoked_are_few() {
     }
     assert_eq!(bench.world().frames.len(), 20);
     assert_eq!(bench.dropped(DropReason::Policy), 9999);
+    bench.frame(&udp(at(HERS), at("198.51.100.1:9"), b"x"));
+    assert_eq!(bench.world().frames.len(), 21, "a neighbour is told all the same");
 }
 
 #[test]
@@ -343,6 +346,44 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// What the fuzz target runs, with steps that mean something more often than a fuzzer's first ones.
+    #[test]
+    fn frames_events_and_time_in_any_order_break_nothing(
+        steps in prop::collection::vec((anything(), any::<[u8; 4]>(), 0u8..4), 1..60),
+    ) {
+        let mut data = Vec::new();
+        for ((flags, sequence, acknowledgement, window, length, echo), event, which) in steps {
+            let (inside, outside) = (at("10.0.0.1:7"), at("192.0.2.1:80"));
+            match which {
+                0 => {
+                    let head = TcpHead { sequence, acknowledgement, flags, window, ..segment(inside, outside) };
+                    let frame = frame(&head, &vec![1; length]);
+                    data.push(0);
+                    data.extend((frame.len() as u16).to_be_bytes());
+                    data.extend(frame);
+                }
+                1 => {
+                    let frame = udp(inside, outside, &vec![1; length]);
+                    data.push(u8::from(echo));
+                    data.extend((frame.len() as u16).to_be_bytes());
+                    data.extend(frame);
+                }
+                2 => data.extend([2, event[0], event[1], event[2]]),
+                _ => data.extend([3, event[3]]),
+            }
+        }
+        tidegate_nat::fuzz::check_engine(&data);
+    }
+
+    #[test]
+    fn bytes_that_mean_nothing_break_nothing(data in prop::collection::vec(any::<u8>(), 0..2000)) {
+        tidegate_nat::fuzz::check_engine(&data);
+    }
+}
+
 #[test]
 fn every_limit_can_be_one() {
     let mut bench = Bench::with(|settings: &mut Settings| {
@@ -352,6 +393,7 @@ fn every_limit_can_be_one() {
             half_open_per_source: 1,
             new_flows_per_source: Rate { per_second: 1, burst: 1 },
             buffered_per_source: 1,
+            errors_per_source: Rate { per_second: 1, burst: 1 },
             sources: 1,
         };
     });

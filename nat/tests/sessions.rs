@@ -223,6 +223,10 @@ fn dns_goes_to_the_resolver_and_to_the_next_one_when_that_is_gone() {
     assert_eq!(teller, gateway.ip(), "the guest has never heard of the resolver");
     bench.frame(&udp(at("10.0.2.100:4001"), gateway, b"query"));
     assert_eq!(bench.world().datagrams[1].to, Some(resolvers[1]));
+    // This one says nothing at all.
+    bench.pass(Duration::from_secs(11));
+    bench.frame(&udp(at("10.0.2.100:4002"), gateway, b"query"));
+    assert_eq!(bench.world().datagrams[2].to, Some(resolvers[0]));
 }
 
 #[test]

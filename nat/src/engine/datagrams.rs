@@ -425,9 +425,24 @@ impl<H: Host> Engine<H> {
 
     pub(super) fn session_timeout(&mut self, key: Key, now: Instant) {
         match self.session_deadline(key) {
-            Some(deadline) if deadline <= now => self.end(key, false),
+            Some(deadline) if deadline <= now => {
+                self.note_silence(key);
+                self.end(key, false);
+            }
             Some(deadline) => self.arm(key, deadline),
             None => {}
+        }
+    }
+
+    /// A resolver that has never answered may be gone without a word.
+    fn note_silence(&mut self, key: Key) {
+        let unanswered = self.flows.last_seen(key).is_some_and(|(_, class)| class == Class::Tentative);
+        if let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(key)
+            && unanswered
+            && session.dns
+            && session.mapped
+        {
+            self.try_next_resolver(five_tuple.outside);
         }
     }
 

@@ -30,7 +30,6 @@ mod tcp;
 use crate::flow_table::{Class, FlowKey, FlowTable, Refused};
 use crate::fragments::{Piece, Reassembly};
 use crate::host::{Host, Ready};
-use crate::limits::Bucket;
 use crate::metrics::{DropReason, FlowKind, Stats};
 use crate::policy::Policy;
 use crate::settings::Settings;
@@ -95,7 +94,6 @@ pub struct Engine<H: Host> {
     scratch: Vec<u8>,
     secrets: Secrets,
     epoch: Instant,
-    errors: Bucket,
     identification: u32,
     /// Which of the resolvers is asked.
     resolver: usize,
@@ -115,7 +113,6 @@ impl<H: Host> Engine<H> {
             train: Train::default(),
             batch: H::Batch::default(),
             scratch: vec![0; 1 << 16],
-            errors: Bucket::new(settings.errors, now),
             identification: secrets.sequence.0[0] as u32,
             resolver: 0,
             settings,

@@ -65,7 +65,7 @@ impl<H: Host> Engine<H> {
             IpAddr::V4(ip) => ip.is_multicast() || ip.is_broadcast(),
             IpAddr::V6(ip) => ip.is_multicast(),
         };
-        if many || !self.errors.take(self.settings.errors, now) {
+        if many || !self.flows.may_tell(packet.source, now) {
             return;
         }
         let own = self.own_address(packet.destination);
@@ -91,7 +91,7 @@ impl<H: Host> Engine<H> {
         payload: &[u8],
         now: Instant,
     ) {
-        if !self.errors.take(self.settings.errors, now) {
+        if !self.flows.may_tell(key.inside.ip(), now) {
             return;
         }
         let (inside, outside) = (key.inside.ip(), key.outside.ip());

@@ -61,7 +61,7 @@ impl<H: Host> Engine<H> {
 
     /// Answers with a reset (RFC 9293 section 3.10.7.1).
     fn refuse(&mut self, segment: &Segment<'_>, key: FlowKey, now: Instant) {
-        if !self.errors.take(self.settings.errors, now) {
+        if !self.flows.may_tell(key.inside.ip(), now) {
             return self.stats.refuse(DropReason::Rate);
         }
         let (sequence, acknowledgement, flags) = if segment.has(flags::ACK) {
