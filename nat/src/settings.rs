@@ -2,6 +2,7 @@
 
 use crate::flow_table::TableLimits;
 use crate::policy::Policy;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 /// Which features of newer kernels are used. All of them are, where they are there; each can be forced off.
@@ -40,6 +41,26 @@ impl Capabilities {
 impl Default for Capabilities {
     fn default() -> Self {
         Self::ALL
+    }
+}
+
+/// Addresses to go out from. Flows to loopback go out from there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outbound {
+    /// Of IPv4.
+    pub v4: Option<Ipv4Addr>,
+    /// Of IPv6.
+    pub v6: Option<Ipv6Addr>,
+}
+
+impl Outbound {
+    /// The one for a flow to `to`, if there is one.
+    pub(crate) fn towards(&self, to: IpAddr) -> Option<IpAddr> {
+        match to {
+            to if to.is_loopback() => None,
+            IpAddr::V4(_) => self.v4.map(Into::into),
+            IpAddr::V6(_) => self.v6.map(Into::into),
+        }
     }
 }
 
@@ -97,6 +118,8 @@ pub struct Settings {
     pub window: u32,
     /// What is made of the kernel.
     pub capabilities: Capabilities,
+    /// Which of the host's addresses flows go out from, of each family; where none is given, as the route says.
+    pub outbound: Outbound,
 }
 
 impl Settings {
@@ -110,6 +133,7 @@ impl Settings {
             timeouts: Timeouts::default(),
             window: 1 << 20,
             capabilities: Capabilities::ALL,
+            outbound: Outbound::default(),
         }
     }
 }

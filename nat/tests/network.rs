@@ -163,6 +163,27 @@ fn a_session_keeps_its_address_and_ends_when_it_is_silent() {
     assert!(eventually(Duration::from_secs(3), || flows() == 0));
 }
 
+#[test]
+fn flows_go_out_from_the_address_that_they_are_told() {
+    let net = Net::with(&Options::default(), |settings| {
+        settings.outbound.v4 = Some("192.0.2.7".parse().unwrap());
+        settings.outbound.v6 = Some("2001:db8::7".parse().unwrap());
+    });
+    net.host.ip_all("addr add 192.0.2.7/24 dev eth0\naddr add 2001:db8::7/64 dev eth0 nodad");
+    for (family, expected) in [(0, "192.0.2.7:"), (1, "[2001:db8::7]:")] {
+        let peer = PeerServer::udp(&net.server, server(family, 9));
+        let socket = udp(&net, peer.addr());
+        socket.send(b"who am I?").unwrap();
+        let seen = String::from_utf8(answer(&socket).unwrap()).unwrap();
+        assert!(seen.starts_with(expected), "{seen}");
+        let peer = PeerServer::tcp(&net.server, server(family, 9));
+        let mut seen = String::new();
+        let mut stream = net.container.run(|| TcpStream::connect(peer.addr()).unwrap());
+        stream.read_to_string(&mut seen).unwrap();
+        assert!(seen.starts_with(expected), "{seen}");
+    }
+}
+
 fn ping(net: &Net, arguments: &[&str]) -> String {
     require_program("ping");
     let output = net.container.command("ping").args(["-n", "-c", "1", "-W", "3"]).args(arguments).output();

@@ -438,6 +438,15 @@ fn rfc_9293_3_6_a_far_end_that_closes_first_still_gets_everything() {
 }
 
 #[test]
+fn rfc_9293_3_6_data_and_the_end_behind_it_told_in_one_event_both_arrive() {
+    let mut guest = Guest::connected();
+    guest.bench.world().streams[0].queue.extend(b"all there is");
+    guest.bench.far_end_closes(0);
+    assert_eq!(guest.takes_data(), b"all there is");
+    assert!(guest.got().unwrap().has(FIN));
+}
+
+#[test]
 fn rfc_6191_a_new_connection_takes_the_place_of_one_that_lingers() {
     let mut guest = Guest::connected();
     guest.bench.far_end_closes(0);

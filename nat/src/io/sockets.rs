@@ -2,7 +2,7 @@
 
 use super::sys::{self, SO_PEEK_OFF};
 use crate::host::{Batch, DatagramKind, Host, Ready, SendOutcome, SocketProblem};
-use crate::settings::Capabilities;
+use crate::settings::{Capabilities, Outbound, Settings};
 use crate::wire::icmp::Problem;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
@@ -33,6 +33,7 @@ pub(crate) struct Kernel {
     addresses: Arc<AddressBook>,
     descriptors: Arc<Descriptors>,
     capabilities: Capabilities,
+    outbound: Outbound,
     /// Where bytes go that are copied once more for want of `SO_PEEK_OFF`.
     skipped: Vec<u8>,
 }
@@ -107,9 +108,18 @@ impl Kernel {
         epoll: Epoll,
         addresses: Arc<AddressBook>,
         descriptors: Arc<Descriptors>,
-        capabilities: Capabilities,
+        settings: &Settings,
     ) -> Self {
-        Self { tun, epoll, addresses, descriptors, capabilities, skipped: Vec::new() }
+        let Settings { capabilities, outbound, .. } = *settings;
+        Self { tun, epoll, addresses, descriptors, capabilities, outbound, skipped: Vec::new() }
+    }
+
+    /// Binds a socket that goes to `to` to the address that it shall go out from. Its port is chosen when it connects, so that
+    /// one port serves many far ends.
+    fn bind(&self, socket: &OwnedFd, to: SocketAddr) -> io::Result<()> {
+        let Some(ip) = self.outbound.towards(to.ip()) else { return Ok(()) };
+        sys::set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+        Ok(rustix::net::bind(socket, &SocketAddr::new(ip, 0))?)
     }
 
     fn permit(&self) -> io::Result<Permit> {
@@ -167,6 +177,7 @@ impl Host for Kernel {
         if self.capabilities.peek_offset {
             sys::set(&socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0)?;
         }
+        self.bind(&socket, to)?;
         match rustix::net::connect(&socket, &to) {
             Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
             Err(error) => return Err(error.into()),
@@ -268,6 +279,7 @@ impl Host for Kernel {
         let (level, option) =
             if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) } else { (libc::IPPROTO_IP, libc::IP_RECVERR) };
         sys::set(&socket, level, option, 1)?;
+        self.bind(&socket, to)?;
         rustix::net::connect(&socket, &to)?;
         Ok(Datagrams {
             socket,
