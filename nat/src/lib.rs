@@ -23,9 +23,10 @@
 //! - [`engine`], [`host`]: the logic, and the seam to the kernel below it. All but `io` is pure: no socket, no clock, no randomness; the
 //!   simulation in `tests` runs it in invented time.
 //!
-//! The TUN device is opened with the ioctls themselves (`io/tun.rs`). The `tun` crate (0.8) has no `TUNSETOFFLOAD`, which all of the speed
-//! depends on, and opens in the namespace it is called in, as ours does; what would be left of it is one ioctl. `tun-rs` (2.8)
-//! has the offloads behind a software GRO layer that a NAT does not want.
+//! The TUN device is made with the ioctls themselves (`io/tun.rs`). Of the `tun` crate (0.8.14) two calls would be left: it has neither
+//! `TUNSETVNETHDRSZ` nor `TUNSETOFFLOAD`, nor a queue length; it opens the device to wait, and cannot tell a host without `/dev/net/tun` from a
+//! name that is taken, which are two different things to do for whoever reads the error. `tun-rs` (2.8) has the offloads behind a software GRO layer that a
+//! NAT does not want.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("TUN devices with virtio headers exist on Linux only");
