@@ -196,7 +196,7 @@ impl<H: Host> Engine<H> {
             _ => return None,
         };
         if watched.is_err() {
-            self.stats.refuse(DropReason::Descriptors);
+            self.at_a_limit(DropReason::Descriptors, now);
             self.end(flow, false);
             return None;
         }
@@ -207,10 +207,10 @@ impl<H: Host> Engine<H> {
     fn not_opened(&mut self, packet: &Packet<'_>, kind: DatagramKind, error: &io::Error, now: Instant) {
         tracing::debug!(%error, "no socket for a session");
         if is_exhaustion(error) {
-            return self.stats.refuse(DropReason::Descriptors);
+            return self.at_a_limit(DropReason::Descriptors, now);
         }
         if kind == DatagramKind::Echo && error.kind() == io::ErrorKind::PermissionDenied {
-            return self.stats.refuse(DropReason::PingRefused);
+            return self.at_a_limit(DropReason::PingRefused, now);
         }
         self.stats.refuse(DropReason::Unreachable);
         self.tell(problem(error).unwrap_or(Problem::HostUnreachable), None, packet, now);

@@ -47,6 +47,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Key, Timers, Token};
 
+/// Limits that are hit are complained about this often at most.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
+
 /// Numbers that nobody may guess, drawn once.
 #[derive(Clone, Copy, Debug)]
 pub struct Secrets {
@@ -97,6 +100,8 @@ pub struct Engine<H: Host> {
     identification: u32,
     /// Which of the resolvers is asked.
     resolver: usize,
+    /// When a limit was last complained about.
+    warned: Option<Instant>,
 }
 
 impl<H: Host> Engine<H> {
@@ -115,6 +120,7 @@ impl<H: Host> Engine<H> {
             scratch: vec![0; 1 << 16],
             identification: secrets.sequence.0[0] as u32,
             resolver: 0,
+            warned: None,
             settings,
             secrets,
             epoch: now,
@@ -262,12 +268,13 @@ impl<H: Host> Engine<H> {
     /// Admits a flow, makes room for it and tells why not.
     fn admit(&mut self, source: IpAddr, class: Class, now: Instant) -> bool {
         if let Err(refused) = self.flows.admit(source, class, now) {
-            self.stats.refuse(match refused {
+            let reason = match refused {
                 Refused::TableFull => DropReason::TableFull,
                 Refused::SourceShare | Refused::HalfOpen => DropReason::SourceShare,
                 Refused::Rate => DropReason::Rate,
                 Refused::Sources => DropReason::Sources,
-            });
+            };
+            self.at_a_limit(reason, now);
             return false;
         }
         if let Some((key, flow)) = self.flows.evict() {
@@ -275,6 +282,16 @@ impl<H: Host> Engine<H> {
             self.ended(key, flow, false);
         }
         true
+    }
+
+    /// A new flow is refused, and the log hears of it now and then.
+    fn at_a_limit(&mut self, reason: DropReason, now: Instant) {
+        self.stats.refuse(reason);
+        if self.warned.is_none_or(|warned| now.saturating_duration_since(warned) >= WARNING_INTERVAL) {
+            self.warned = Some(now);
+            let flows = self.flows.len();
+            tracing::warn!(reason = reason.as_str(), flows, "containers are refused new flows");
+        }
     }
 
     /// A descriptor is short: whether a session that nobody has answered for a while could be ended for it.

@@ -110,7 +110,7 @@ impl<H: Host> Engine<H> {
         let stream = match stream {
             Ok(stream) => stream,
             // Silence: the guest will ask again, and there may be room then.
-            Err(error) if is_exhaustion(&error) => return self.stats.refuse(DropReason::Descriptors),
+            Err(error) if is_exhaustion(&error) => return self.at_a_limit(DropReason::Descriptors, now),
             Err(error) => {
                 self.stats.refuse(DropReason::Unreachable);
                 self.stats.resets.add(1);
@@ -144,7 +144,7 @@ impl<H: Host> Engine<H> {
                 self.stream_ready(flow, ready, now);
             }
             Err(_) => {
-                self.stats.refuse(DropReason::Descriptors);
+                self.at_a_limit(DropReason::Descriptors, now);
                 self.end(flow, true);
             }
         }

@@ -5,7 +5,7 @@ use crate::host::{Batch, DatagramKind, Host, Ready, SendOutcome, SocketProblem};
 use crate::settings::{Capabilities, Outbound, Settings};
 use crate::wire::icmp::Problem;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with, sockopt};
 use rustix::time::Timespec;
 use socket2::SockRef;
 use std::io::{self, IoSlice};
@@ -23,6 +23,11 @@ pub(super) const FLOW: u8 = 0;
 /// Buffers of a session's socket, as the port publisher has them: a batch of trains.
 const DATAGRAM_BUFFER: usize = 4 << 20;
 
+/// Payload that may wait in a TCP socket to be read, in bytes (the kernel doubles it for its own bookkeeping). Left to itself, the buffer grows to
+/// `tcp_rmem` (6 to 32 MiB) behind a container that has stopped reading, for each of its connections. The price is the window: 1 MiB or a little
+/// more for each round trip, as with published ports.
+const UNREAD: usize = 1 << 20;
+
 /// How often an error of an earlier datagram may come before this one.
 const OLD_ERRORS: usize = 3;
 
@@ -34,6 +39,7 @@ pub(crate) struct Kernel {
     descriptors: Arc<Descriptors>,
     capabilities: Capabilities,
     outbound: Outbound,
+    bound_buffer: BoundBuffer,
     /// Where bytes go that are copied once more for want of `SO_PEEK_OFF`.
     skipped: Vec<u8>,
 }
@@ -78,6 +84,39 @@ impl Batch for Received {
     }
 }
 
+/// How a receive buffer is fixed.
+#[derive(Clone, Copy, Debug)]
+enum BoundBuffer {
+    /// With the privilege to pass `net.core.rmem_max`.
+    Force,
+    /// Within it.
+    Ask,
+    /// It would become so small that it cost more throughput than the bound is worth: it is left to the kernel.
+    Leave,
+}
+
+impl BoundBuffer {
+    fn probe() -> Self {
+        let Ok(socket) = new_socket(AddressFamily::INET, SocketType::STREAM, None) else {
+            return Self::Leave;
+        };
+        if Self::Force.apply(&socket).is_ok() {
+            return Self::Force;
+        }
+        let asked = Self::Ask.apply(&socket).and_then(|()| SockRef::from(&socket).recv_buffer_size());
+        // The kernel tells what it has doubled.
+        if asked.is_ok_and(|size| size >= 2 * UNREAD) { Self::Ask } else { Self::Leave }
+    }
+
+    fn apply(self, socket: &OwnedFd) -> io::Result<()> {
+        match self {
+            Self::Force => Ok(sockopt::set_socket_recv_buffer_size_force(socket, UNREAD)?),
+            Self::Ask => SockRef::from(socket).set_recv_buffer_size(UNREAD),
+            Self::Leave => Ok(()),
+        }
+    }
+}
+
 /// What this kernel can do for sockets.
 pub(crate) fn probe() -> Capabilities {
     let stream = new_socket(AddressFamily::INET, SocketType::STREAM, None);
@@ -111,7 +150,8 @@ impl Kernel {
         settings: &Settings,
     ) -> Self {
         let Settings { capabilities, outbound, .. } = *settings;
-        Self { tun, epoll, addresses, descriptors, capabilities, outbound, skipped: Vec::new() }
+        let bound_buffer = BoundBuffer::probe();
+        Self { tun, epoll, addresses, descriptors, capabilities, outbound, bound_buffer, skipped: Vec::new() }
     }
 
     /// Binds a socket that goes to `to` to the address that it shall go out from. Its port is chosen when it connects, so that
@@ -172,6 +212,7 @@ impl Host for Kernel {
         let permit = self.permit()?;
         let socket = new_socket(family(to), SocketType::STREAM, None)?;
         SockRef::from(&socket).set_tcp_nodelay(true)?;
+        self.bound_buffer.apply(&socket)?;
         // Urgent data stays where it is in the stream.
         SockRef::from(&socket).set_out_of_band_inline(true)?;
         if self.capabilities.peek_offset {
@@ -270,7 +311,7 @@ impl Host for Kernel {
             if self.capabilities.udp_trains {
                 batch::enable_receive_offload(&socket)?;
             }
-            let force = rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, DATAGRAM_BUFFER);
+            let force = sockopt::set_socket_recv_buffer_size_force(&socket, DATAGRAM_BUFFER);
             if force.is_err() {
                 let _ = SockRef::from(&socket).set_recv_buffer_size(DATAGRAM_BUFFER);
             }
