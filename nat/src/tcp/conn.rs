@@ -2,19 +2,14 @@
 
 use super::queue::{OutOfOrder, Pending};
 use super::seq::{before, later, up_to};
-use super::{Io, MAX_SCALE, Params, SCALE};
+use super::{Io, MAX_SCALE, Params};
 use crate::host::{Host, Ready};
 use crate::metrics::DropReason;
-use crate::wire::head::TcpHead;
 use crate::wire::tcp::{Options, Segment, flags};
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 use tidegate_reactor::Key;
-
-/// Challenge acknowledgements of one connection come this far apart (RFC 5961 section 7; the kernel's
-/// `tcp_invalid_ratelimit`).
-const CHALLENGE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How long a timestamp of the guest is held against it (RFC 7323 section 5.5).
 const PAWS_IDLE: Duration = Duration::from_secs(24 * 24 * 3600);
@@ -66,27 +61,27 @@ pub struct Opening {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stamps {
     /// The one to echo (`TS.Recent`).
-    recent: u32,
-    since: Instant,
-    offset: u32,
+    pub(super) recent: u32,
+    pub(super) since: Instant,
+    pub(super) offset: u32,
 }
 
 /// A connection, and the socket `S` that it goes on with.
 #[derive(Debug)]
 pub struct Connection<S> {
-    opening: Opening,
+    pub(super) opening: Opening,
     pub(super) phase: Phase,
     pub(super) stream: Option<S>,
 
     // Guest to host.
-    irs: u32,
+    pub(super) irs: u32,
     pub(super) rcv_nxt: u32,
     /// The right edge of the window that the guest was told of.
-    rcv_edge: u32,
+    pub(super) rcv_edge: u32,
     pub(super) pending: Pending,
-    early: OutOfOrder,
+    pub(super) early: OutOfOrder,
     /// The number of the guest's FIN, when it is known.
-    guest_fin: Option<u32>,
+    pub(super) guest_fin: Option<u32>,
     pub(super) host_shut: bool,
 
     // Host to guest; see the module.
@@ -95,18 +90,18 @@ pub struct Connection<S> {
     pub(super) snd_nxt: u32,
     pub(super) snd_max: u32,
     pub(super) snd_wnd: u32,
-    wl1: u32,
-    wl2: u32,
-    guest_scale: Option<u8>,
+    pub(super) wl1: u32,
+    pub(super) wl2: u32,
+    pub(super) guest_scale: Option<u8>,
     pub(super) mss: u16,
-    stamps: Option<Stamps>,
-    dup_acks: u8,
+    pub(super) stamps: Option<Stamps>,
+    pub(super) dup_acks: u8,
     /// Until this is acknowledged, duplicates say nothing new.
-    recover: Option<u32>,
+    pub(super) recover: Option<u32>,
     /// The number of our FIN, when the far end has closed.
     pub(super) fin: Option<u32>,
     /// The guest's FIN came after ours.
-    closed_first: bool,
+    pub(super) closed_first: bool,
 
     pub(super) readable: bool,
     /// A short look does not mean that the queue is empty.
@@ -127,7 +122,7 @@ pub struct Connection<S> {
     pub timer: Option<Instant>,
     /// What it is known by, once it is.
     pub(crate) key: Option<Key>,
-    challenged: Option<Instant>,
+    pub(super) challenged: Option<Instant>,
 }
 
 impl<S> Connection<S> {
@@ -247,22 +242,6 @@ impl<S> Connection<S> {
         self.writable = true;
         self.active = io.now;
         self.send_syn_ack(io);
-    }
-
-    pub(super) fn send_syn_ack<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
-        let iss = self.opening.iss;
-        self.snd_nxt = iss.wrapping_add(1);
-        self.snd_max = self.snd_nxt;
-        let headers = if self.opening.inside.is_ipv6() { 60 } else { 40 };
-        let window = self.advertise(io).min(0xffff) as u16;
-        let head = TcpHead {
-            window,
-            mss: Some(io.params.mtu.saturating_sub(headers)),
-            scale: self.guest_scale.map(|_| SCALE),
-            ..self.head(iss, flags::SYN | flags::ACK, io)
-        };
-        io.host.emit(head.write(0).bytes(), &[]);
-        self.arm_resend(io.now);
     }
 
     /// A segment of this connection has arrived.
@@ -454,177 +433,9 @@ impl<S> Connection<S> {
         self.readable = true;
     }
 
-    /// Takes the segment's payload and FIN, as far as the window reaches.
-    fn take<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> io::Result<()> {
-        let end = segment.sequence.wrapping_add(segment.payload.len() as u32);
-        if segment.has(flags::FIN) && self.guest_fin.is_none() && up_to(end, self.rcv_edge) {
-            self.guest_fin = Some(end);
-        }
-        self.need_ack = true;
-        let skip = self.rcv_nxt.wrapping_sub(segment.sequence) as i32;
-        let limit = match self.guest_fin {
-            // Nothing comes after a FIN.
-            Some(fin) if before(fin, self.rcv_edge) => fin,
-            _ => self.rcv_edge,
-        };
-        if skip >= 0 {
-            let bytes = segment.payload.get(skip as usize..).unwrap_or_default();
-            let room = limit.wrapping_sub(self.rcv_nxt);
-            let room = if room as i32 > 0 { room as usize } else { 0 };
-            if self.accept(&bytes[..bytes.len().min(room)], io)? {
-                while let Some((start, bytes)) = self.early.pop(self.rcv_nxt) {
-                    io.allowance = io.allowance.saturating_add(bytes.len());
-                    let known = self.rcv_nxt.wrapping_sub(start) as usize;
-                    if !self.accept(bytes.get(known..).unwrap_or_default(), io)? {
-                        break;
-                    }
-                }
-            }
-        } else if before(segment.sequence, limit) {
-            let room = limit.wrapping_sub(segment.sequence) as usize;
-            let bytes = &segment.payload[..segment.payload.len().min(room)];
-            let kept = self.early.len();
-            if !self.early.insert(self.rcv_nxt, segment.sequence, bytes, io.allowance) {
-                io.stats.refuse(DropReason::Buffers);
-            }
-            io.allowance = io.allowance.saturating_sub(self.early.len() - kept);
-            // RFC 5681 section 4.2: each segment out of order is acknowledged at once. One that was not cut is several.
-            let segments = segment.payload.len().div_ceil(usize::from(self.mss.max(1))).clamp(1, 3);
-            for _ in 0..segments {
-                self.send_ack(io);
-            }
-        }
-        if self.guest_fin == Some(self.rcv_nxt) {
-            self.rcv_nxt = self.rcv_nxt.wrapping_add(1);
-            self.rcv_edge = later(self.rcv_edge, self.rcv_nxt);
-            self.closed_first = self.fin.is_some();
-        }
-        Ok(())
-    }
-
     /// Whether everything that the guest will ever send has come.
     pub(super) fn guest_is_done(&self) -> bool {
         self.guest_fin.is_some_and(|fin| before(fin, self.rcv_nxt))
-    }
-
-    /// Sends `bytes` on, or keeps them; they are the next ones in order. False if not all found room.
-    fn accept<H: Host<Stream = S>>(&mut self, bytes: &[u8], io: &mut Io<'_, H>) -> io::Result<bool> {
-        let mut rest = bytes;
-        if let Some(stream) = &mut self.stream {
-            while self.writable && self.pending.is_empty() && !rest.is_empty() {
-                match io.host.send(stream, rest) {
-                    Ok(sent) => {
-                        io.stats.bytes[0].add(sent as u64);
-                        // A short send means that the buffer is full; the kernel will tell when it is not.
-                        self.writable = sent == rest.len();
-                        rest = &rest[sent.min(rest.len())..];
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        let kept = rest.len().min(io.allowance);
-        self.pending.push(&rest[..kept]);
-        io.allowance -= kept;
-        let lost = rest.len() - kept;
-        self.rcv_nxt = self.rcv_nxt.wrapping_add((bytes.len() - lost) as u32);
-        if lost > 0 {
-            io.stats.refuse(DropReason::Buffers);
-        }
-        Ok(lost == 0)
-    }
-
-    /// What a window would reach to that is all that can be had.
-    pub(super) fn possible_edge<H: Host<Stream = S>>(&self, io: &Io<'_, H>) -> u32 {
-        let most = if self.guest_scale.is_some() { io.params.window } else { io.params.window.min(0xffff) };
-        let free = if self.pending.is_empty() {
-            most
-        } else {
-            most.saturating_sub(self.pending.len() as u32).min(io.allowance.try_into().unwrap_or(u32::MAX))
-        };
-        later(self.rcv_edge, self.rcv_nxt.wrapping_add(free))
-    }
-
-    /// How much of the possible window the guest has not been told of.
-    pub(super) fn untold<H: Host<Stream = S>>(&self, io: &Io<'_, H>) -> u32 {
-        self.possible_edge(io).wrapping_sub(self.rcv_edge)
-    }
-
-    /// Opens the window as far as it goes; its size in bytes.
-    fn advertise<H: Host<Stream = S>>(&mut self, io: &Io<'_, H>) -> u32 {
-        // An edge that has been told is never taken back (RFC 9293 section 3.8.6).
-        self.rcv_edge = self.possible_edge(io);
-        self.rcv_edge.wrapping_sub(self.rcv_nxt)
-    }
-
-    fn options_length(&self) -> u16 {
-        if self.stamps.is_some() { 12 } else { 0 }
-    }
-
-    fn head<H: Host<Stream = S>>(&self, sequence: u32, flags: u8, io: &Io<'_, H>) -> TcpHead {
-        let clock = io.params.clock(io.now);
-        TcpHead {
-            source: self.opening.outside,
-            destination: self.opening.inside,
-            sequence,
-            acknowledgement: self.rcv_nxt,
-            flags,
-            window: 0,
-            mss: None,
-            scale: None,
-            timestamps: self.stamps.map(|stamps| (clock.wrapping_add(stamps.offset), stamps.recent)),
-            segment: self.mss,
-        }
-    }
-
-    /// Writes a segment to the guest.
-    pub(super) fn emit<H: Host<Stream = S>>(
-        &mut self,
-        sequence: u32,
-        flags: u8,
-        payload: usize,
-        io: &mut Io<'_, H>,
-    ) {
-        let window = self.advertise(io);
-        let window = if self.guest_scale.is_some() { window >> SCALE } else { window };
-        let head = TcpHead { window: window.min(0xffff) as u16, ..self.head(sequence, flags, io) };
-        self.need_ack = false;
-        let head = head.write(payload);
-        let emitted = match payload {
-            0 => io.host.emit(head.bytes(), &[]),
-            payload => io.host.emit(head.bytes(), &[IoSlice::new(&io.scratch[..payload])]),
-        };
-        if emitted {
-            io.stats.packets[1].add(1);
-        } else {
-            // It will be sent again, as if it were lost on a wire.
-            io.stats.refuse(DropReason::Device);
-        }
-    }
-
-    pub(super) fn send_ack<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
-        self.emit(self.snd_nxt, flags::ACK, 0, io);
-    }
-
-    /// Cuts the connection, as far as the guest is concerned.
-    pub fn send_reset<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
-        let (sequence, flags) = match self.phase {
-            // RFC 9293 section 3.10.7.1: it answers a SYN.
-            Phase::Dialling => (0, flags::RST | flags::ACK),
-            Phase::Open | Phase::Lingering => (self.snd_nxt, flags::RST | flags::ACK),
-        };
-        self.emit(sequence, flags, 0, io);
-    }
-
-    /// RFC 5961: says where we are, so that the guest can say what it meant.
-    fn challenge<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
-        io.stats.refuse(DropReason::Window);
-        let due = self.challenged.is_none_or(|last| io.now >= last + CHALLENGE_INTERVAL);
-        if due {
-            self.challenged = Some(io.now);
-            self.send_ack(io);
-        }
     }
 
     /// All that was to be sent is sent and acknowledged, both ways.

@@ -40,7 +40,9 @@
 //! socket becomes a reset. A connection that is cut never looks complete.
 
 pub mod conn;
+mod emit;
 pub mod queue;
+mod receive;
 mod send;
 mod seq;
 mod timer;
