@@ -47,6 +47,10 @@ impl Batch for Answers {
     fn get(&self, index: usize) -> (&[u8], usize) {
         (&self.0[index], self.0[index].len().clamp(1, 1200))
     }
+
+    fn source(&self, index: usize) -> Option<SocketAddr> {
+        Some(SocketAddr::from(([192, 0, 2, index as u8], 5000)))
+    }
 }
 
 impl Host for Fuzzed {
@@ -133,7 +137,15 @@ impl Host for Fuzzed {
         Ok(())
     }
 
-    fn send_train(&mut self, _: &mut (), _: &[u8], _: usize, _: bool, _: Option<u8>) -> SendOutcome {
+    fn send_train(
+        &mut self,
+        _: &mut (),
+        _: Option<SocketAddr>,
+        _: &[u8],
+        _: usize,
+        _: bool,
+        _: Option<u8>,
+    ) -> SendOutcome {
         match self.mood() % 8 {
             7 => SendOutcome::TooBig(1280),
             6 => SendOutcome::Unreachable(Problem::HostUnreachable),
@@ -156,6 +168,7 @@ impl Host for Fuzzed {
         (self.mood() % 4 == 3).then_some(SocketProblem {
             problem: Problem::PortUnreachable,
             offender: None,
+            destination: None,
             payload,
         })
     }

@@ -26,8 +26,10 @@ pub struct Ready {
 /// Which kind of datagram socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DatagramKind {
-    /// UDP.
+    /// UDP, connected.
     Udp,
+    /// UDP, for whoever a datagram is for.
+    SharedUdp,
     /// ICMP or ICMPv6 echoes, as the address's family has it (`SOCK_DGRAM` with `IPPROTO_ICMP`).
     Echo,
 }
@@ -52,6 +54,8 @@ pub struct SocketProblem {
     pub problem: Problem,
     /// Who told, if it was not this host.
     pub offender: Option<IpAddr>,
+    /// Where that datagram went, on a socket that is not connected.
+    pub destination: Option<SocketAddr>,
     /// The beginning of that datagram's payload.
     pub payload: Vec<u8>,
 }
@@ -68,13 +72,16 @@ pub trait Batch: Default {
 
     /// Message `index`: a datagram, or a train of them, and the size of each but the last.
     fn get(&self, index: usize) -> (&[u8], usize);
+
+    /// Who sent message `index`; asked only of a socket that is not connected.
+    fn source(&self, index: usize) -> Option<SocketAddr>;
 }
 
 /// See the module.
 pub trait Host {
     /// A TCP socket.
     type Stream;
-    /// A connected UDP or ping socket.
+    /// A UDP or ping socket, connected unless it is shared.
     type Datagrams;
     /// What datagrams are received into.
     type Batch: Batch;
@@ -128,7 +135,7 @@ pub trait Host {
     /// Resets the connection.
     fn abort(&mut self, stream: Self::Stream);
 
-    /// Opens a datagram socket, connected.
+    /// Opens a datagram socket, connected unless it is to be shared.
     ///
     /// # Errors
     /// There is no descriptor left (`EMFILE`), no route, or no leave to have ping sockets.
@@ -140,11 +147,12 @@ pub trait Host {
     /// The kernel watches no more sockets.
     fn watch_datagrams(&mut self, socket: &Self::Datagrams, key: Key) -> io::Result<()>;
 
-    /// Sends `bytes` as datagrams of `segment` bytes, the last one perhaps shorter. Whether one may be cut on its way says
+    /// Sends `bytes`, where the socket is connected to or `to`, as datagrams of `segment` bytes, the last one perhaps shorter. Whether one may be cut on its way says
     /// `dont_fragment`; a `hop_limit` is set where the guest's own is so low that it matters.
     fn send_train(
         &mut self,
         socket: &mut Self::Datagrams,
+        to: Option<SocketAddr>,
         bytes: &[u8],
         segment: usize,
         dont_fragment: bool,

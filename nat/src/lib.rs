@@ -56,4 +56,4 @@ pub use limits::Rate;
 pub use metrics::{Count, DropReason, FAMILIES, Family, FlowKind, Stats, describe};
 pub use nat::Nat;
 pub use policy::Policy;
-pub use settings::{Capabilities, Outbound, Settings, Timeouts};
+pub use settings::{Capabilities, Mapping, Outbound, Settings, Timeouts};

@@ -45,11 +45,13 @@ pub enum DropReason {
     HopLimit,
     /// The device took it not.
     Device,
+    /// It came from an address that the container has not sent to.
+    Unsolicited,
 }
 
 impl DropReason {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Malformed,
         Self::ForeignSource,
         Self::Protocol,
@@ -68,6 +70,7 @@ impl DropReason {
         Self::TooBig,
         Self::HopLimit,
         Self::Device,
+        Self::Unsolicited,
     ];
 
     /// The value of the label `reason`.
@@ -92,6 +95,7 @@ impl DropReason {
             Self::TooBig => "too_big",
             Self::HopLimit => "hop_limit",
             Self::Device => "device",
+            Self::Unsolicited => "unsolicited",
         }
     }
 }

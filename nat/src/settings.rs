@@ -44,6 +44,18 @@ impl Default for Capabilities {
     }
 }
 
+/// What a far end sees of a container's UDP socket that talks to several (RFC 4787 section 4.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mapping {
+    /// Another port for each far end ("address and port-dependent"): each session has a connected socket, and the kernel lets in
+    /// what comes from its far end only.
+    #[default]
+    PerFarEnd,
+    /// One port for all of them ("endpoint-independent"), which is what STUN (RFC 8489) and hole punching live on. What comes
+    /// from addresses that the container has not sent to is kept out (section 5, "address-dependent filtering").
+    EndpointIndependent,
+}
+
 /// Addresses to go out from. Flows to loopback go out from there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outbound {
@@ -118,6 +130,8 @@ pub struct Settings {
     pub window: u32,
     /// What is made of the kernel.
     pub capabilities: Capabilities,
+    /// Which far ends share a socket.
+    pub mapping: Mapping,
     /// Which of the host's addresses flows go out from, of each family; where none is given, as the route says.
     pub outbound: Outbound,
 }
@@ -133,6 +147,7 @@ impl Settings {
             timeouts: Timeouts::default(),
             window: 1 << 20,
             capabilities: Capabilities::ALL,
+            mapping: Mapping::default(),
             outbound: Outbound::default(),
         }
     }

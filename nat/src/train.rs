@@ -4,6 +4,7 @@
 //! are alike leave together (`UDP_SEGMENT`). Their bytes are copied for it, which costs a hundredth of what a
 //! system call for each would.
 
+use std::net::SocketAddr;
 use tidegate_reactor::Key;
 use tidegate_reactor::batch::{MAX_SEGMENTS, MAX_TRAIN_BYTES};
 
@@ -12,6 +13,8 @@ use tidegate_reactor::batch::{MAX_SEGMENTS, MAX_TRAIN_BYTES};
 pub(crate) struct Way {
     /// Whose they are.
     pub(crate) flow: Key,
+    /// Where they go, if their socket is not connected.
+    pub(crate) to: Option<SocketAddr>,
     /// No router may cut them.
     pub(crate) dont_fragment: bool,
     /// A hop limit that matters.
@@ -81,7 +84,7 @@ mod tests {
             lengths in prop::collection::vec(prop_oneof![Just(0usize), 1usize..5, Just(1200), Just(60_000)], 1..100),
         ) {
             let flow = Arena::new().insert(());
-            let way = Way { flow, dont_fragment: true, hop_limit: None };
+            let way = Way { flow, to: None, dont_fragment: true, hop_limit: None };
             let mut train = Train::default();
             let mut seen = Vec::new();
             let mut leave = |train: &mut Train| {

@@ -184,6 +184,48 @@ fn flows_go_out_from_the_address_that_they_are_told() {
     }
 }
 
+#[test]
+fn with_endpoint_independent_mapping_all_far_ends_see_one_port_and_strangers_reach_nobody() {
+    let net = Net::with(&Options::default(), |settings| {
+        settings.mapping = tidegate_nat::Mapping::EndpointIndependent;
+    });
+    net.server.ip_all("addr add 192.0.2.3/24 dev eth0\naddr add 2001:db8::3/64 dev eth0 nodad");
+    for (family, other) in [(0, "192.0.2.3"), (1, "2001:db8::3")] {
+        let far = [server(family, 9), server(family, 10), at(other, 9)];
+        let far = far.map(|address| net.server.run(|| UdpSocket::bind(address).unwrap()));
+        let near = net.container.run(|| UdpSocket::bind((CONTAINER[family], 0)).unwrap());
+        for socket in far.iter().chain([&near]) {
+            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        }
+        let seen = far[..2].iter().map(|socket| {
+            near.send_to(b"who am I?", socket.local_addr().unwrap()).unwrap();
+            let seen = socket.recv_from(&mut [0; 20]).unwrap().1;
+            socket.send_to(b"you", seen).unwrap();
+            assert_eq!(near.recv_from(&mut [0; 20]).unwrap(), (3, socket.local_addr().unwrap()));
+            seen
+        });
+        let seen: Vec<SocketAddr> = seen.collect();
+        assert_eq!(seen[0], seen[1], "one port for both");
+        // The other address has not been sent to: a hole that was not punched.
+        far[2].send_to(b"hello", seen[0]).unwrap();
+        near.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        assert!(near.recv_from(&mut [0; 20]).is_err());
+        near.send_to(b"punch", far[2].local_addr().unwrap()).unwrap();
+        assert_eq!(far[2].recv_from(&mut [0; 20]).unwrap().1, seen[0]);
+        far[2].send_to(b"hello", seen[0]).unwrap();
+        assert_eq!(near.recv_from(&mut [0; 20]).unwrap().0, 5);
+        // A closed port is told by its name, whichever it was.
+        near.connect(server(family, 11)).unwrap();
+        near.send(b"anybody?").unwrap();
+        near.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        assert_eq!(near.recv(&mut [0; 20]).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    }
+    assert_eq!(net.nat.stats().flows(FlowKind::Udp), 2);
+    assert_eq!(net.nat.stats().dropped(DropReason::Unsolicited), 2);
+    datagrams_of_every_size(&net);
+    a_flood_arrives_in_order(&net);
+}
+
 fn ping(net: &Net, arguments: &[&str]) -> String {
     require_program("ping");
     let output = net.container.command("ping").args(["-n", "-c", "1", "-W", "3"]).args(arguments).output();

@@ -129,7 +129,12 @@ fn rfc_5508_what_the_network_tells_the_socket_is_told_to_the_guest() {
         (Problem::HostUnreachable, None),
     ] {
         let payload = b"hello".to_vec();
-        bench.world().datagrams[0].problems.push_back(SocketProblem { problem, offender, payload });
+        bench.world().datagrams[0].problems.push_back(SocketProblem {
+            problem,
+            offender,
+            destination: None,
+            payload,
+        });
         bench.datagrams_ready(0, ERROR);
         let (seen, source, destination, teller) = told(&bench.next_frame().unwrap());
         assert_eq!((seen, source, destination), (problem, at(IN), at(OUT)));
@@ -216,6 +221,7 @@ fn dns_goes_to_the_resolver_and_to_the_next_one_when_that_is_gone() {
     bench.world().datagrams[0].problems.push_back(SocketProblem {
         problem: Problem::PortUnreachable,
         offender: Some(resolvers[0].ip()),
+        destination: None,
         payload: b"query".to_vec(),
     });
     bench.datagrams_ready(0, ERROR);
@@ -239,4 +245,47 @@ fn a_guest_whose_port_has_closed_ends_the_session() {
     bench.frame(&[head.bytes(), &message].concat());
     assert_eq!(bench.engine.flows(), 0);
     assert!(bench.world().datagrams[0].closed, "and the host answers the far end in its stead");
+}
+
+#[test]
+fn rfc_4787_req_1_an_endpoint_independent_session_serves_all_far_ends_and_lets_no_stranger_in() {
+    let mut bench = Bench::with(|settings| {
+        settings.mapping = tidegate_nat::Mapping::EndpointIndependent;
+        settings.policy.refused = tidegate_model::CidrSet::parse(["198.51.100.0/24"]).unwrap();
+    });
+    let (one, other, stranger) = (at(OUT), at("192.0.2.3:6000"), at("192.0.2.4:7000"));
+    let now = bench.now;
+    for to in [one, one, other, at("198.51.100.1:1")] {
+        bench.engine.packet(&udp(at(IN), to, b"hello"), now);
+    }
+    bench.settle();
+    assert_eq!(bench.world().datagrams.len(), 1);
+    assert_eq!(bench.world().datagrams[0].sent_to, [one, other], "one train, and another one");
+    assert_eq!(told(&bench.next_frame().unwrap()).0, Problem::Prohibited, "each far end is judged");
+    let from = |from, byte| (from, vec![byte; 100]);
+    let waiting =
+        [from(one, 1), from(one, 2), from(stranger, 3), from(other, 4), from(at("192.0.2.3:6001"), 5)];
+    bench.world().datagrams[0].waiting_from.extend(waiting);
+    bench.datagrams_ready(0, READABLE);
+    let seen: Vec<_> = std::iter::from_fn(|| bench.next_frame()).map(|frame| datagram(&frame)).collect();
+    let seen: Vec<_> = seen.iter().map(|(_, source, to, bytes)| (*source, *to, bytes.len())).collect();
+    let here = at(IN);
+    assert_eq!(seen, [(one, here, 200), (other, here, 100), (at("192.0.2.3:6001"), here, 100)]);
+    assert_eq!(bench.dropped(DropReason::Unsolicited), 1);
+    bench.world().datagrams[0].problems.push_back(SocketProblem {
+        problem: Problem::PortUnreachable,
+        offender: Some(other.ip()),
+        destination: Some(other),
+        payload: b"hello".to_vec(),
+    });
+    bench.datagrams_ready(0, ERROR);
+    assert_eq!(told(&bench.next_frame().unwrap()), (Problem::PortUnreachable, here, other, other.ip()));
+    // Whom it sent to long ago is a stranger again.
+    for host in 5..200 {
+        bench.frame(&udp(here, SocketAddr::from(([203, 0, 113, host], 1)), b"hello"));
+    }
+    bench.world().datagrams[0].waiting_from.push_back(from(one, 1));
+    bench.datagrams_ready(0, READABLE);
+    assert_eq!(bench.next_frame(), None);
+    assert_eq!(bench.stats.flows(FlowKind::Udp), 1);
 }

@@ -5,6 +5,9 @@
 //! *tentative* until the far end has answered and *assured* from then on ([`Class`]); silent for its time, or in the way when the table is
 //! full, it ends. UDP promises no delivery: what does not fit into a buffer is dropped and counted.
 //!
+//! With [`Mapping::EndpointIndependent`] the far ends of one container's socket share a session, whose socket is not connected, and the
+//! session remembers whom the container has sent to: they alone are let in.
+//!
 //! Datagrams leave in trains ([`Train`](crate::train::Train)), and arrive in them if the kernel has merged them (`UDP_GRO`); those of a
 //! batch that are alike are merged into one write, which the guest's kernel takes apart again where the program reads them.
 //! One that is larger than the device's packets is written in fragments.
@@ -15,7 +18,7 @@ use crate::flow_table::{Class, FlowKey};
 use crate::host::{Batch, DatagramKind, Host, Ready, SendOutcome};
 use crate::metrics::{DropReason, FlowKind, Stats};
 use crate::policy::{DNS, Way};
-use crate::settings::Timeouts;
+use crate::settings::{Mapping, Timeouts};
 use crate::train::Way as Wagon;
 use crate::wire::head::{self, MAX_PACKET};
 use crate::wire::icmp::Problem;
@@ -23,8 +26,10 @@ use crate::wire::ip::Packet;
 use crate::wire::udp::{self, Datagram};
 use crate::wire::virtio::{Segmentation, VirtioHeader};
 use crate::wire::{icmp, protocol};
+use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 use tidegate_reactor::Key;
 use tidegate_reactor::batch::{MAX_SEGMENTS, MAX_TRAIN_BYTES, next_group};
@@ -34,6 +39,9 @@ const BATCHES_PER_TURN: usize = 4;
 
 /// Entries of an error queue told to the guest at a time.
 const PROBLEMS_PER_TURN: usize = 16;
+
+/// Far ends that a shared socket lets in; one more, and the one that was sent to first is a stranger again.
+const PEERS: usize = 64;
 
 /// Hop limits below this are meant (traceroute); above it they are some system's default.
 const HOPS_THAT_MATTER: u8 = 33;
@@ -45,6 +53,8 @@ pub(super) struct Session<D> {
     kind: DatagramKind,
     /// The far end is not where the guest believes.
     mapped: bool,
+    /// Of a shared socket, whom the guest has sent to, the latest last.
+    peers: VecDeque<IpAddr>,
     dns: bool,
     readable: bool,
     troubled: bool,
@@ -56,9 +66,21 @@ pub(super) struct Session<D> {
 impl<D> Session<D> {
     pub(super) fn kind(&self) -> FlowKind {
         match self.kind {
-            DatagramKind::Udp => FlowKind::Udp,
+            DatagramKind::Udp | DatagramKind::SharedUdp => FlowKind::Udp,
             DatagramKind::Echo => FlowKind::Icmp,
         }
+    }
+
+    fn is_shared(&self) -> bool {
+        self.kind == DatagramKind::SharedUdp
+    }
+
+    /// Lets in what comes from `peer`.
+    fn let_in(&mut self, peer: IpAddr) {
+        if self.peers.len() >= PEERS {
+            self.peers.pop_front();
+        }
+        self.peers.push_back(peer);
     }
 
     pub(super) fn note(&mut self, ready: Ready) {
@@ -88,9 +110,13 @@ impl<H: Host> Engine<H> {
             outside: SocketAddr::new(packet.destination, datagram.destination),
             protocol: protocol::UDP,
         };
-        let Some(flow) = self.session(packet, key, DatagramKind::Udp, now) else { return };
+        // What a gateway stands for is none of the far ends that find one another by STUN.
+        let shared = self.settings.mapping == Mapping::EndpointIndependent
+            && !self.settings.policy.gateways.contains(&packet.destination);
+        let kind = if shared { DatagramKind::SharedUdp } else { DatagramKind::Udp };
+        let Some(flow) = self.session(packet, key, kind, now) else { return };
         self.flows.touch(flow, false, now);
-        let wagon = wagon(flow, packet);
+        let wagon = Wagon { to: shared.then_some(key.outside), ..wagon(flow, packet) };
         if train && datagram.payload.len() > segment {
             self.send_train(now);
             let whole = MAX_SEGMENTS.min(MAX_TRAIN_BYTES / segment).max(1) * segment;
@@ -139,24 +165,12 @@ impl<H: Host> Engine<H> {
             self.tell(Problem::HopLimit, None, packet, now);
             return None;
         }
+        let outside = key.outside;
+        let key = if kind == DatagramKind::SharedUdp { shared_key(key) } else { key };
         if let Some(flow) = self.flows.find(&key) {
-            return Some(flow);
+            return self.may_go_on(flow, packet, outside, now).then_some(flow);
         }
-        let host = &self.host;
-        let to = match self.settings.policy.way(key.outside, |ip| host.is_local(ip)) {
-            Way::To(to) => to,
-            Way::Resolver => self.resolver(key.outside),
-            Way::Gateway => {
-                self.stats.refuse(DropReason::Policy);
-                self.tell(Problem::PortUnreachable, Some(packet.destination), packet, now);
-                return None;
-            }
-            Way::Refused => {
-                self.stats.refuse(DropReason::Policy);
-                self.tell(Problem::Prohibited, None, packet, now);
-                return None;
-            }
-        };
+        let to = self.way(packet, outside, now)?;
         if !self.admit(key.inside.ip(), Class::Tentative, now) {
             return None;
         }
@@ -171,11 +185,12 @@ impl<H: Host> Engine<H> {
                 return None;
             }
         };
-        let dns = kind == DatagramKind::Udp && key.outside.port() == DNS;
-        let session = Session {
+        let dns = kind == DatagramKind::Udp && outside.port() == DNS;
+        let mut session = Session {
             socket,
             kind,
-            mapped: to != key.outside,
+            mapped: to != outside,
+            peers: VecDeque::new(),
             dns,
             readable: false,
             troubled: false,
@@ -183,11 +198,12 @@ impl<H: Host> Engine<H> {
             timer: None,
             key: None,
         };
+        if session.is_shared() {
+            session.let_in(outside.ip());
+        }
+        let flow_kind = session.kind();
         let flow = self.flows.insert(key, Class::Tentative, Flow::Datagrams(session), now)?;
-        self.begun(match kind {
-            DatagramKind::Udp => FlowKind::Udp,
-            DatagramKind::Echo => FlowKind::Icmp,
-        });
+        self.begun(flow_kind);
         let watched = match self.flows.get_mut(flow) {
             Some((_, Flow::Datagrams(session))) => {
                 session.key = Some(flow);
@@ -202,6 +218,38 @@ impl<H: Host> Engine<H> {
         }
         self.arm_session(flow);
         Some(flow)
+    }
+
+    /// Where `packet` goes; `None` if it may not, which the guest is told.
+    fn way(&mut self, packet: &Packet<'_>, outside: SocketAddr, now: Instant) -> Option<SocketAddr> {
+        let host = &self.host;
+        let (problem, teller) = match self.settings.policy.way(outside, |ip| host.is_local(ip)) {
+            Way::To(to) => return Some(to),
+            Way::Resolver => return Some(self.resolver(outside)),
+            Way::Gateway => (Problem::PortUnreachable, Some(packet.destination)),
+            Way::Refused => (Problem::Prohibited, None),
+        };
+        self.stats.refuse(DropReason::Policy);
+        self.tell(problem, teller, packet, now);
+        None
+    }
+
+    /// Whether session `flow` may be used for `packet`: a shared one is judged anew for each far end.
+    fn may_go_on(&mut self, flow: Key, packet: &Packet<'_>, outside: SocketAddr, now: Instant) -> bool {
+        let peer = outside.ip();
+        let known = match self.flows.get(flow) {
+            Some(Flow::Datagrams(session)) => !session.is_shared() || session.peers.contains(&peer),
+            _ => return false,
+        };
+        if !known {
+            if self.way(packet, outside, now).is_none() {
+                return false;
+            }
+            if let Some((_, Flow::Datagrams(session))) = self.flows.get_mut(flow) {
+                session.let_in(peer);
+            }
+        }
+        true
     }
 
     fn not_opened(&mut self, packet: &Packet<'_>, kind: DatagramKind, error: &io::Error, now: Instant) {
@@ -228,8 +276,9 @@ impl<H: Host> Engine<H> {
 
     fn send(&mut self, wagon: Wagon, bytes: &[u8], segment: usize, now: Instant) {
         let Some((key, Flow::Datagrams(session))) = self.flows.get_mut(wagon.flow) else { return };
-        let Wagon { dont_fragment, hop_limit, .. } = wagon;
-        match self.host.send_train(&mut session.socket, bytes, segment, dont_fragment, hop_limit) {
+        let Wagon { to, dont_fragment, hop_limit, .. } = wagon;
+        let key = FlowKey { outside: to.unwrap_or(key.outside), ..key };
+        match self.host.send_train(&mut session.socket, to, bytes, segment, dont_fragment, hop_limit) {
             SendOutcome::Sent => self.stats.bytes[0].add(bytes.len() as u64),
             SendOutcome::NoRoom => self.stats.refuse(DropReason::NoRoom),
             SendOutcome::TooBig(mtu) => {
@@ -291,27 +340,45 @@ impl<H: Host> Engine<H> {
             self.flows.touch(key, true, now);
             self.arm_session(key);
             match kind {
-                DatagramKind::Udp => self.deliver(five_tuple),
+                DatagramKind::Udp => self.deliver(five_tuple, 0..self.batch.len()),
+                DatagramKind::SharedUdp => self.deliver_shared(key, five_tuple),
                 DatagramKind::Echo => self.deliver_echoes(five_tuple),
             }
         }
         self.enqueue(key);
     }
 
-    /// Writes the batch to the guest.
-    fn deliver(&mut self, key: FlowKey) {
+    /// Writes to the guest what came to a shared socket from those it has sent to, neighbours of one source together.
+    fn deliver_shared(&mut self, key: Key, five_tuple: FlowKey) {
+        let mut start = 0;
+        while start < self.batch.len() {
+            let source = self.batch.source(start);
+            let run = start + 1..self.batch.len();
+            let end = run.take_while(|index| self.batch.source(*index) == source).last().unwrap_or(start) + 1;
+            let messages = start..end;
+            start = end;
+            let Some(Flow::Datagrams(session)) = self.flows.get(key) else { return };
+            match source.filter(|source| session.peers.contains(&source.ip())) {
+                Some(outside) => self.deliver(FlowKey { outside, ..five_tuple }, messages),
+                None => messages.for_each(|_| self.stats.refuse(DropReason::Unsolicited)),
+            }
+        }
+    }
+
+    /// Writes `messages` of the batch to the guest.
+    fn deliver(&mut self, key: FlowKey, messages: Range<usize>) {
         let FlowKey { inside, outside, .. } = key;
         let headers = udp::HEADER + if inside.is_ipv6() { 40 } else { 20 };
         let room = usize::from(self.settings.mtu).saturating_sub(headers);
         let max_segment = if self.settings.capabilities.udp_offload { room } else { 0 };
         let batch = std::mem::take(&mut self.batch);
-        let mut start = 0;
-        while start < batch.len() {
+        let mut start = messages.start;
+        while start < messages.end {
             let size = |index| {
                 let (bytes, segment) = batch.get(index);
                 (bytes.len(), segment)
             };
-            let group = next_group(start..batch.len(), max_segment, size);
+            let group = next_group(start..messages.end, max_segment, size);
             start = group.messages.end;
             self.stats.bytes[1].add(group.bytes as u64);
             if group.segment <= room && (!group.is_train() || max_segment > 0) {
@@ -413,12 +480,16 @@ impl<H: Host> Engine<H> {
                 session.troubled = false;
                 return;
             };
-            let (mapped, dns) = (session.mapped, session.dns);
+            let (mapped, dns, session_is_shared) = (session.mapped, session.dns, session.is_shared());
             if mapped && dns {
                 self.try_next_resolver(five_tuple.outside);
             }
             // Whoever is behind a mapped address is nobody the guest has heard of.
             let teller = if mapped { Some(five_tuple.outside.ip()) } else { found.offender };
+            let five_tuple = match found.destination {
+                Some(outside) if session_is_shared => FlowKey { outside, ..five_tuple },
+                _ => five_tuple,
+            };
             self.tell_session(five_tuple, found.problem, teller, &found.payload, now);
         }
     }
@@ -459,9 +530,16 @@ impl<H: Host> Engine<H> {
     }
 }
 
+/// What finds a session that all far ends of a family share.
+fn shared_key(key: FlowKey) -> FlowKey {
+    let nobody: IpAddr =
+        if key.outside.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    FlowKey { outside: SocketAddr::new(nobody, 0), ..key }
+}
+
 fn wagon(flow: Key, packet: &Packet<'_>) -> Wagon {
     let hop_limit = (packet.hop_limit < HOPS_THAT_MATTER).then(|| packet.hop_limit.saturating_sub(1));
-    Wagon { flow, dont_fragment: packet.dont_fragment, hop_limit }
+    Wagon { flow, to: None, dont_fragment: packet.dont_fragment, hop_limit }
 }
 
 fn emit<H: Host>(host: &mut H, stats: &Stats, head: &[u8], payload: &[IoSlice<'_>]) {

@@ -82,6 +82,10 @@ impl Batch for Received {
         let datagram = self.0.get(index);
         (datagram.payload, datagram.segment)
     }
+
+    fn source(&self, index: usize) -> Option<SocketAddr> {
+        self.0.get(index).source
+    }
 }
 
 /// How a receive buffer is fixed.
@@ -302,12 +306,12 @@ impl Host for Kernel {
         let permit = self.permit()?;
         let v6 = to.is_ipv6();
         let protocol = match (kind, v6) {
-            (DatagramKind::Udp, _) => None,
+            (DatagramKind::Udp | DatagramKind::SharedUdp, _) => None,
             (DatagramKind::Echo, false) => Some(ipproto::ICMP),
             (DatagramKind::Echo, true) => Some(ipproto::ICMPV6),
         };
         let socket = new_socket(family(to), SocketType::DGRAM, protocol)?;
-        if kind == DatagramKind::Udp {
+        if kind != DatagramKind::Echo {
             if self.capabilities.udp_trains {
                 batch::enable_receive_offload(&socket)?;
             }
@@ -321,7 +325,9 @@ impl Host for Kernel {
             if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) } else { (libc::IPPROTO_IP, libc::IP_RECVERR) };
         sys::set(&socket, level, option, 1)?;
         self.bind(&socket, to)?;
-        rustix::net::connect(&socket, &to)?;
+        if kind != DatagramKind::SharedUdp {
+            rustix::net::connect(&socket, &to)?;
+        }
         Ok(Datagrams {
             socket,
             v6,
@@ -339,6 +345,7 @@ impl Host for Kernel {
     fn send_train(
         &mut self,
         socket: &mut Datagrams,
+        to: Option<SocketAddr>,
         bytes: &[u8],
         segment: usize,
         dont_fragment: bool,
@@ -346,7 +353,7 @@ impl Host for Kernel {
     ) -> SendOutcome {
         socket.prepare(dont_fragment, hop_limit);
         if bytes.len() > segment && segment <= socket.max_segment {
-            match attempt(|| sys::send_train(&socket.socket, bytes, segment as u16)) {
+            match attempt(|| sys::send_train(&socket.socket, to, bytes, segment as u16)) {
                 Ok(_) => return SendOutcome::Sent,
                 // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that cannot checksum (EIO, until
                 // 6.11): one by one they may pass.
@@ -362,7 +369,10 @@ impl Host for Kernel {
         let mut rest = bytes;
         loop {
             let (datagram, more) = rest.split_at(segment.min(rest.len()));
-            if let Err(error) = attempt(|| sys::send(&socket.socket, datagram)) {
+            if let Err(error) = attempt(|| match to {
+                Some(to) => sys::send_to(&socket.socket, to, datagram),
+                None => sys::send(&socket.socket, datagram),
+            }) {
                 outcome = socket.outcome(&error);
             }
             rest = more;
@@ -432,11 +442,12 @@ impl Datagrams {
         }
     }
 
+    /// What the path takes; of a socket that is not connected, what every path does (RFC 8200 section 5, RFC 791 section 3.1).
     fn path_mtu(&self) -> u32 {
         let (level, option, least) = if self.v6 {
             (libc::IPPROTO_IPV6, libc::IPV6_MTU, 1280)
         } else {
-            (libc::IPPROTO_IP, libc::IP_MTU, 68)
+            (libc::IPPROTO_IP, libc::IP_MTU, 576)
         };
         sys::get(self.socket.as_fd(), level, option).map_or(least, |mtu| mtu.unsigned_abs().max(least))
     }

@@ -2,9 +2,10 @@
 
 use crate::host::SocketProblem;
 use crate::wire::icmp::Problem;
+use socket2::{SockAddr, SockAddrStorage};
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 
 /// Not in libc for every target; `include/uapi/asm-generic/socket.h`.
@@ -97,6 +98,12 @@ pub(super) fn is_at_end(socket: impl AsFd) -> bool {
     result == 0 && matches!(state, 6 | 7 | 8 | 9 | 11)
 }
 
+/// Sends `bytes` on a socket that is not connected.
+pub(super) fn send_to(socket: impl AsFd, to: SocketAddr, bytes: &[u8]) -> io::Result<usize> {
+    let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
+    Ok(rustix::net::sendto(socket, bytes, flags, &to)?)
+}
+
 /// Sends `bytes` on a connected socket.
 pub(super) fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
@@ -108,14 +115,24 @@ pub(super) fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
 #[repr(C, align(8))]
 struct SegmentControl([u8; 32]);
 
-/// Sends `bytes` as datagrams of `segment` bytes (`UDP_SEGMENT`, udp(7)).
-pub(super) fn send_train(socket: impl AsFd, bytes: &[u8], segment: u16) -> io::Result<usize> {
+/// Sends `bytes` as datagrams of `segment` bytes (`UDP_SEGMENT`, udp(7)), to `to` if the socket is not connected.
+pub(super) fn send_train(
+    socket: impl AsFd,
+    to: Option<SocketAddr>,
+    bytes: &[u8],
+    segment: u16,
+) -> io::Result<usize> {
+    let name = to.map(SockAddr::from);
     let mut control = SegmentControl([0; 32]);
     let mut vector = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     // SAFETY: all-zero is a valid msghdr; the macros compute within `control`, which has room for the one message, and
     // sendmsg(2) only reads what the header describes.
     checked(unsafe {
         let mut header: libc::msghdr = MaybeUninit::zeroed().assume_init();
+        if let Some(name) = &name {
+            header.msg_name = name.as_ptr().cast_mut().cast();
+            header.msg_namelen = name.len();
+        }
         header.msg_iov = &raw mut vector;
         header.msg_iovlen = 1;
         header.msg_control = control.0.as_mut_ptr().cast();
@@ -146,13 +163,23 @@ pub(super) fn next_problem(socket: impl AsFd) -> Option<SocketProblem> {
         header.msg_control = control.0.as_mut_ptr().cast();
         header.msg_controllen = control.0.len() as _;
         let flags = libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT;
-        // SAFETY: the header describes buffers that outlive the call.
-        let received =
-            checked(unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, flags) }).ok()?;
+        let receive = |name: *mut SockAddrStorage, length: *mut libc::socklen_t| {
+            header.msg_name = name.cast();
+            // SAFETY: socket2 hands out a pointer to its own storage, and one to that storage's length.
+            header.msg_namelen = unsafe { *length };
+            // SAFETY: the header describes buffers that outlive the call.
+            let received =
+                checked(unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, flags) })?;
+            // SAFETY: as above.
+            unsafe { *length = header.msg_namelen };
+            Ok(received)
+        };
+        // SAFETY: the kernel writes an address, or nothing and a length of 0.
+        let (received, name) = unsafe { SockAddr::try_init(receive) }.ok()?;
         payload.truncate(received);
         // SAFETY: recvmsg has filled the header in.
         if let Some((problem, offender)) = unsafe { told(&header) } {
-            return Some(SocketProblem { problem, offender, payload });
+            return Some(SocketProblem { problem, offender, destination: name.as_socket(), payload });
         }
     }
 }

@@ -52,6 +52,10 @@ pub struct FakeDatagrams {
     pub hop_limit: Option<u8>,
     pub dont_fragment: bool,
     pub waiting: VecDeque<Vec<u8>>,
+    /// The same, of a shared socket.
+    pub waiting_from: VecDeque<(SocketAddr, Vec<u8>)>,
+    pub sent_to: Vec<SocketAddr>,
+    pub kind: Option<DatagramKind>,
     pub problems: VecDeque<SocketProblem>,
     pub outcome: Option<SendOutcome>,
     pub closed: bool,
@@ -67,7 +71,7 @@ impl Drop for Handle {
 }
 
 #[derive(Default)]
-pub struct Datagrams(Vec<Vec<u8>>);
+pub struct Datagrams(Vec<(Option<SocketAddr>, Vec<u8>)>);
 
 impl Batch for Datagrams {
     fn len(&self) -> usize {
@@ -75,7 +79,11 @@ impl Batch for Datagrams {
     }
 
     fn get(&self, index: usize) -> (&[u8], usize) {
-        (&self.0[index], self.0[index].len())
+        (&self.0[index].1, self.0[index].1.len())
+    }
+
+    fn source(&self, index: usize) -> Option<SocketAddr> {
+        self.0[index].0
     }
 }
 
@@ -204,13 +212,13 @@ impl Host for World {
         self.streams[stream.0].aborted = true;
     }
 
-    fn open(&mut self, _kind: DatagramKind, to: SocketAddr) -> io::Result<Handle> {
+    fn open(&mut self, kind: DatagramKind, to: SocketAddr) -> io::Result<Handle> {
         self.note_closed();
         if self.open >= self.descriptors {
             return Err(io::Error::from_raw_os_error(24));
         }
         self.open += 1;
-        self.datagrams.push(FakeDatagrams { to: Some(to), ..FakeDatagrams::default() });
+        self.datagrams.push(FakeDatagrams { to: Some(to), kind: Some(kind), ..FakeDatagrams::default() });
         Ok(Handle(self.datagrams.len() - 1, Arc::clone(&self.closed_datagrams)))
     }
 
@@ -222,6 +230,7 @@ impl Host for World {
     fn send_train(
         &mut self,
         socket: &mut Handle,
+        to: Option<SocketAddr>,
         bytes: &[u8],
         segment: usize,
         dont_fragment: bool,
@@ -229,6 +238,8 @@ impl Host for World {
     ) -> SendOutcome {
         let socket = &mut self.datagrams[socket.0];
         (socket.dont_fragment, socket.hop_limit) = (dont_fragment, hop_limit);
+        assert_eq!(to.is_some(), socket.kind == Some(DatagramKind::SharedUdp));
+        socket.sent_to.extend(to);
         if let Some(outcome) = socket.outcome {
             return outcome;
         }
@@ -240,8 +251,11 @@ impl Host for World {
     }
 
     fn receive(&mut self, socket: &mut Handle, batch: &mut Datagrams) -> io::Result<usize> {
-        let waiting = &mut self.datagrams[socket.0].waiting;
-        batch.0 = waiting.drain(..waiting.len().min(64)).collect();
+        let socket = &mut self.datagrams[socket.0];
+        let whole = socket.waiting.drain(..).map(|bytes| (None, bytes));
+        let named = socket.waiting_from.drain(..).map(|(from, bytes)| (Some(from), bytes));
+        batch.0 = whole.chain(named).collect();
+        assert!(batch.0.len() <= 64);
         if batch.0.is_empty() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(batch.0.len()) }
     }
 
