@@ -15,6 +15,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_nat::{Nat, Policy, Settings, Tun, TunOptions};
+use tidegate_netns::Family;
 use tidegate_reactor::Descriptors;
 use tidegate_testbed::{Namespace, Process, eventually, raise_open_files, require_program};
 
@@ -344,13 +345,17 @@ fn known(namespace: &Namespace) -> tidegate_netns::Namespace {
 
 fn engine(host: &Namespace, mtu: u16) -> Way {
     let container = Namespace::new();
-    let tun = TunOptions { mtu, ..TunOptions::new("tun0") };
+    let tun = TunOptions {
+        mtu,
+        addresses: vec!["10.0.2.100/24".parse().expect("an address")],
+        default_routes: vec![Family::V4],
+        ..TunOptions::new("tun0")
+    };
     let tun = Tun::open(&known(&container), &tun).expect("make a TUN device");
     let mut settings = Settings::new(mtu);
     settings.policy = Policy { gateways: vec!["10.0.2.2".parse().expect("an address")], ..Policy::default() };
     let descriptors = Arc::new(Descriptors::of_process(64));
     let nat = Nat::start(settings, tun, &known(host), descriptors).expect("start the engine");
-    container.ip_all("addr add 10.0.2.100/24 dev tun0\nroute add default dev tun0");
     Way { name: "engine", container, server: SERVER, helper: Helper::Engine(nat) }
 }
 

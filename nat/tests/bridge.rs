@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::CidrSet;
 use tidegate_nat::{DropReason, Nat, Policy, Settings, Tun, TunOptions};
+use tidegate_netns::Family;
 use tidegate_reactor::Descriptors;
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
@@ -27,15 +28,14 @@ const MUCH: u64 = 100 << 20;
 
 fn start(net: &Topology, policy: Policy) -> Nat {
     let host = known(&net.host);
-    let tun = Tun::open(&host, &TunOptions::new("tun0")).unwrap();
+    let tun = TunOptions { default_routes: Family::ALL.to_vec(), table: 777, ..TunOptions::new("tun0") };
+    let tun = Tun::open(&host, &tun).unwrap();
     let mut settings = Settings::new(1500);
     settings.policy = policy;
     let nat = Nat::start(settings, tun, &host, Arc::new(Descriptors::of_process(256))).unwrap();
     net.host.ip_all(
         "rule add priority 100 iif br0 lookup 777
-         route add default dev tun0 table 777
-         -6 rule add priority 100 iif br0 lookup 777
-         -6 route add default dev tun0 table 777",
+         -6 rule add priority 100 iif br0 lookup 777",
     );
     for link in ["br0", "tun0"] {
         net.host.sysctl(&format!("net.ipv4.conf.{link}.forwarding"), "1");
@@ -112,6 +112,10 @@ fn bridges_reach_the_world_through_the_engine_and_the_world_does_not_reach_them(
     assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::HostUnreachable), "{error}");
     drop(nat);
     assert!(!net.host.ip(&["-o", "link"]).contains("tun0"));
+    for family in ["-4", "-6"] {
+        let routes = net.host.ip(&[family, "route", "show", "table", "all"]);
+        assert!(!routes.contains("tun0") && !routes.contains("777"), "{routes}");
+    }
 }
 
 #[test]

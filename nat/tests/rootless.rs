@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_nat::{Nat, Policy, Settings, Tun, TunOptions};
-use tidegate_netns::{Namespace, become_root_of_a_user_namespace};
+use tidegate_netns::{Family, Namespace, become_root_of_a_user_namespace};
 use tidegate_reactor::Descriptors;
 use tidegate_testbed::server::{EchoServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
@@ -50,20 +50,16 @@ fn as_an_ordinary_user() {
     become_root_of_a_user_namespace().expect("a user namespace");
     let host = Namespace::current().unwrap();
     let container = Namespace::create().unwrap();
-    let tun = Tun::open(&container, &TunOptions::new("tun0")).unwrap();
+    let tun = TunOptions {
+        addresses: vec!["10.0.2.100/24".parse().unwrap(), "fd00::100/64".parse().unwrap()],
+        default_routes: Family::ALL.to_vec(),
+        ..TunOptions::new("tun0")
+    };
+    let tun = Tun::open(&container, &tun).unwrap();
     let mut settings = Settings::new(1500);
     settings.policy =
         Policy { gateways: common::GATEWAY.map(|ip| ip.parse().unwrap()).to_vec(), ..Policy::default() };
     let nat = Nat::start(settings, tun, &host, Arc::new(Descriptors::of_process(64))).unwrap();
-    let inside = |arguments: &str| {
-        let run = || Command::new("ip").args(arguments.split(' ')).status();
-        assert!(container.with(run).unwrap().unwrap().success(), "ip {arguments}");
-    };
-    inside("link set lo up");
-    inside("addr add 10.0.2.100/24 dev tun0");
-    inside("addr add fd00::100/64 dev tun0 nodad");
-    inside("route add default dev tun0");
-    inside("-6 route add default dev tun0");
     container
         .with(|| {
             let mut stream = TcpStream::connect(common::server(0, 7001)).unwrap();

@@ -1,15 +1,13 @@
 //! The TUN device: made inside a namespace, gone with its descriptor.
 
+use super::netlink;
 use crate::error::StartError;
 use crate::settings::Capabilities;
-use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use ipnet::IpNet;
 use rustix::fs::{Mode, OFlags, open};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use tidegate_netns::Namespace;
+use tidegate_netns::{Family, Namespace};
 
 /// Flags of `TUNSETOFFLOAD` (include/uapi/linux/if_tun.h): checksums; TCP over IPv4 and IPv6, with ECN; UDP.
 const CSUM: libc::c_ulong = 0x01;
@@ -23,6 +21,9 @@ const USO6: libc::c_ulong = 0x40;
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+
+/// The table that every packet's route is looked up in (`RT_TABLE_MAIN`).
+const MAIN: u32 = 254;
 
 /// The smallest MTU: IPv6's (RFC 8200 section 5).
 const MIN_MTU: u16 = 1280;
@@ -38,17 +39,31 @@ pub struct TunOptions {
     pub queue_length: u32,
     /// Which offloads are asked for.
     pub capabilities: Capabilities,
+    /// Its addresses, each with its prefix length. A device that only forwards for bridges needs none.
+    pub addresses: Vec<IpNet>,
+    /// Of which families everything goes here that has no other way.
+    pub default_routes: Vec<Family>,
+    /// In which table those routes are: 254 is `main`, another one is asked by policy rules only.
+    pub table: u32,
 }
 
 impl TunOptions {
     /// The defaults, under a name.
     #[must_use]
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), mtu: 1500, queue_length: 4096, capabilities: Capabilities::ALL }
+        Self {
+            name: name.into(),
+            mtu: 1500,
+            queue_length: 4096,
+            capabilities: Capabilities::ALL,
+            addresses: Vec::new(),
+            default_routes: Vec::new(),
+            table: MAIN,
+        }
     }
 }
 
-/// A device that is up. It has no address and no route yet: that is for who sets networks up.
+/// A device that is up. Its addresses and routes go with it.
 #[derive(Debug)]
 pub struct Tun {
     pub(crate) descriptor: OwnedFd,
@@ -101,7 +116,7 @@ impl Tun {
         let interface = |source| StartError::Interface { name: options.name.clone(), source };
         make(&descriptor, &options.name).map_err(interface)?;
         let capabilities = offload(&descriptor, options.capabilities).map_err(interface)?;
-        configure(options).map_err(interface)?;
+        netlink::configure(options).map_err(interface)?;
         Ok(Self { descriptor, name: options.name.clone(), mtu: options.mtu, capabilities })
     }
 }
@@ -152,32 +167,4 @@ fn offload(descriptor: &OwnedFd, wanted: Capabilities) -> io::Result<Capabilitie
         }
     }
     refused.map(|()| granted(false, false))
-}
-
-/// Sets MTU and queue length, and brings the device up; in the current namespace. By netlink, for the queue length's ioctl takes
-/// a privilege over the whole machine (`dev_ioctl`, net/core/dev_ioctl.c).
-fn configure(options: &TunOptions) -> io::Result<()> {
-    let mut link = LinkMessage::default();
-    link.header.flags = LinkFlags::Up;
-    link.header.change_mask = LinkFlags::Up;
-    link.attributes = vec![
-        LinkAttribute::IfName(options.name.clone()),
-        LinkAttribute::Mtu(options.mtu.into()),
-        LinkAttribute::TxQueueLen(options.queue_length),
-    ];
-    let mut message = NetlinkMessage::from(RouteNetlinkMessage::SetLink(link));
-    message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
-    message.finalize();
-    let mut buffer = vec![0; message.buffer_len()];
-    message.serialize(&mut buffer);
-    let socket = Socket::new(NETLINK_ROUTE)?;
-    // Connected to the kernel, so that no other process can put an answer into our socket.
-    socket.connect(&SocketAddr::new(0, 0))?;
-    socket.send(&buffer, 0)?;
-    let (answer, _) = socket.recv_from_full()?;
-    let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
-    match answer.payload {
-        NetlinkPayload::Error(error) => error.code.map_or(Ok(()), |_| Err(error.to_io())),
-        _ => Err(io::Error::other("the kernel answers another question")),
-    }
 }

@@ -16,6 +16,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_nat::{Capabilities, Nat, Policy, Settings, Tun, TunOptions};
+use tidegate_netns::Family;
 use tidegate_reactor::Descriptors;
 use tidegate_testbed::{Namespace, eventually};
 
@@ -97,6 +98,8 @@ impl Net {
             mtu: options.mtu,
             queue_length: options.queue_length,
             capabilities: options.capabilities,
+            addresses: vec!["10.0.2.100/24".parse().unwrap(), "fd00::100/64".parse().unwrap()],
+            default_routes: Family::ALL.to_vec(),
             ..TunOptions::new("tun0")
         };
         let tun = Tun::open(&known(&container), &tun).unwrap();
@@ -106,12 +109,6 @@ impl Net {
         change(&mut settings);
         let descriptors = Arc::new(Descriptors::of_process(256));
         let nat = Nat::start(settings, tun, &known(&host), descriptors).unwrap();
-        container.ip_all(
-            "addr add 10.0.2.100/24 dev tun0
-             addr add fd00::100/64 dev tun0 nodad
-             route add default dev tun0
-             -6 route add default dev tun0",
-        );
         Self { container, host, server, nat }
     }
 
