@@ -17,6 +17,27 @@
 //! over at a time (TSO), the engine answers in kind, and UDP goes in trains both ways. And it keeps no payload: what the guest has not
 //! acknowledged stays in the kernel's receive queue.
 //!
+//! ```no_run
+//! use std::{path::Path, sync::Arc};
+//! use tidegate_nat::{Nat, Settings, Tun, TunOptions};
+//! use tidegate_netns::{Family, Namespace};
+//! use tidegate_reactor::Descriptors;
+//!
+//! let container = Namespace::from_path(Path::new("/run/netns/blue"))?;
+//! let options = TunOptions {
+//!     addresses: vec!["10.0.2.100/24".parse()?],
+//!     default_routes: vec![Family::V4],
+//!     ..TunOptions::new("tun0")
+//! };
+//! let tun = Tun::open(&container, &options)?;
+//! let descriptors = Arc::new(Descriptors::of_process(64));
+//! let mut settings = Settings::new(options.mtu);
+//! settings.policy.gateways = vec!["10.0.2.2".parse()?];
+//! let nat = Nat::start(settings, tun, &Namespace::current()?, descriptors)?;
+//! # drop(nat); // resets what it carries, and the device is gone
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! - [`Nat`]: a running engine on a thread of its own; the way in for everybody else.
 //! - [`Settings`], [`Policy`]: what can be set, and who may go where.
 //! - [`Stats`], [`describe`]: what is counted.

@@ -447,6 +447,20 @@ fn rfc_9293_3_6_data_and_the_end_behind_it_told_in_one_event_both_arrive() {
 }
 
 #[test]
+fn rfc_9293_3_10_7_4_nothing_comes_after_a_fin() {
+    let mut guest = Guest::connected();
+    let start = guest.next;
+    guest.send_as(|head| head.sequence = start.wrapping_add(4), b"after the end");
+    guest.send_as(|head| head.flags = ACK | FIN, b"this");
+    assert_eq!(guest.sent(), b"this");
+    guest.send_as(|head| head.sequence = start.wrapping_add(5), b"and this");
+    assert_eq!(guest.sent(), b"this");
+    assert!(guest.bench.world().streams[0].shut);
+    let last = std::iter::from_fn(|| guest.got()).last().unwrap();
+    assert_eq!(last.acknowledgement, start.wrapping_add(5));
+}
+
+#[test]
 fn rfc_6191_a_new_connection_takes_the_place_of_one_that_lingers() {
     let mut guest = Guest::connected();
     guest.bench.far_end_closes(0);

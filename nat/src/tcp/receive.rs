@@ -28,20 +28,18 @@ impl<S> Connection<S> {
         };
         if skip >= 0 {
             let bytes = segment.payload.get(skip as usize..).unwrap_or_default();
-            let room = limit.wrapping_sub(self.rcv_nxt);
-            let room = if room as i32 > 0 { room as usize } else { 0 };
-            if self.accept(&bytes[..bytes.len().min(room)], io)? {
+            if self.accept(up_to_limit(bytes, self.rcv_nxt, limit), io)? {
                 while let Some((start, bytes)) = self.early.pop(self.rcv_nxt) {
                     io.allowance = io.allowance.saturating_add(bytes.len());
                     let known = self.rcv_nxt.wrapping_sub(start) as usize;
-                    if !self.accept(bytes.get(known..).unwrap_or_default(), io)? {
+                    let bytes = bytes.get(known..).unwrap_or_default();
+                    if !self.accept(up_to_limit(bytes, self.rcv_nxt, limit), io)? {
                         break;
                     }
                 }
             }
         } else if before(segment.sequence, limit) {
-            let room = limit.wrapping_sub(segment.sequence) as usize;
-            let bytes = &segment.payload[..segment.payload.len().min(room)];
+            let bytes = up_to_limit(segment.payload, segment.sequence, limit);
             let kept = self.early.len();
             if !self.early.insert(self.rcv_nxt, segment.sequence, bytes, io.allowance) {
                 io.stats.refuse(DropReason::Buffers);
@@ -88,4 +86,10 @@ impl<S> Connection<S> {
         }
         Ok(lost == 0)
     }
+}
+
+/// What of `bytes`, the first of which has number `at`, comes before `limit`.
+fn up_to_limit(bytes: &[u8], at: u32, limit: u32) -> &[u8] {
+    let room = if before(at, limit) { limit.wrapping_sub(at) as usize } else { 0 };
+    &bytes[..bytes.len().min(room)]
 }
