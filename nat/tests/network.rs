@@ -363,6 +363,9 @@ fn what_is_wrong_with_a_device_is_told() {
         assert!(matches!(open(name, 1500), StartError::Name(_)), "{name}");
     }
     namespace.ip(&["link", "add", "taken0", "type", "veth"]);
-    let error = open("taken0", 1500).to_string();
-    assert!(error.starts_with("TUN device \"taken0\": "), "{error}");
+    namespace.ip(&["tuntap", "add", "dev", "taken1", "mode", "tun"]);
+    for name in ["taken0", "taken1"] {
+        let error = open(name, 1500).to_string();
+        assert!(error.starts_with(&format!("TUN device {name:?}: ")), "{error}");
+    }
 }

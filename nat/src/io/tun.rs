@@ -137,7 +137,8 @@ fn checked(result: libc::c_int) -> io::Result<()> {
 
 fn make(descriptor: &OwnedFd, name: &str) -> io::Result<()> {
     let mut request = request(name);
-    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    // Exclusively: without it, a persistent device of this name would be taken over.
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     let length = crate::wire::virtio::LENGTH as libc::c_int;
     // SAFETY: each request is given what it wants: an ifreq, and a pointer to an int.
