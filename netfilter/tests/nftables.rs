@@ -447,6 +447,7 @@ fn packets_are_translated_and_dropped_as_the_table_says() {
         ],
     };
     let server = host.run(|| UdpSocket::bind("192.0.2.2:6000")).unwrap();
+    server.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     let client = outside.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
     // A link that has just come up loses what is sent first.
     let reaches = || client.send_to(b"!", "192.0.2.2:6000").is_ok() && server.recv(&mut [0; 9]).is_ok();

@@ -118,6 +118,15 @@ impl Epoll {
         Ok(Self(epoll::create(CreateFlags::CLOEXEC)?))
     }
 
+    /// A second handle to the same instance, for who registers descriptors while the loop runs and has no
+    /// [`Context`](crate::Context) at hand.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self(self.0.try_clone()?))
+    }
+
     /// Watches `source`; its events carry `token`.
     ///
     /// # Errors

@@ -92,6 +92,11 @@ impl<M: Send> EventLoop<M> {
         Ok((Self { epoll, timers: Timers::default(), mailbox }, sender))
     }
 
+    /// Where descriptors are registered, also before the loop runs.
+    pub fn epoll(&self) -> &Epoll {
+        &self.epoll
+    }
+
     /// Runs `handler` on this thread until it calls [`Context::stop`].
     ///
     /// # Errors

@@ -1,0 +1,228 @@
+//! What the fuzz target checks, as an ordinary function, so that a plain test can replay a corpus. Not part of the interface.
+
+use crate::engine::{Engine, Secrets};
+use crate::host::{Batch, DatagramKind, Host, Ready, SendOutcome, SocketProblem};
+use crate::metrics::Stats;
+use crate::settings::Settings;
+use crate::siphash::HashKey;
+use crate::wire::icmp::Problem;
+use crate::wire::ip::Packet;
+use crate::wire::virtio::VirtioHeader;
+use std::io::{self, IoSlice};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tidegate_reactor::Key;
+
+/// A host whose sockets do what the fuzzer says.
+#[derive(Default)]
+struct Fuzzed {
+    keys: Vec<Key>,
+    /// Bytes that say how the next calls end.
+    moods: Vec<u8>,
+    /// What waits at each stream.
+    waiting: Vec<usize>,
+}
+
+impl Fuzzed {
+    fn mood(&mut self) -> u8 {
+        self.moods.pop().unwrap_or(0)
+    }
+
+    fn watch(&mut self, key: Key) {
+        if self.keys.len() < 64 {
+            self.keys.push(key);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Answers(Vec<Vec<u8>>);
+
+impl Batch for Answers {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn get(&self, index: usize) -> (&[u8], usize) {
+        (&self.0[index], self.0[index].len().clamp(1, 1200))
+    }
+
+    fn source(&self, index: usize) -> Option<SocketAddr> {
+        Some(SocketAddr::from(([192, 0, 2, index as u8], 5000)))
+    }
+}
+
+impl Host for Fuzzed {
+    type Stream = usize;
+    type Datagrams = ();
+    type Batch = Answers;
+
+    fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
+        let payload: Vec<u8> = payload.iter().flat_map(|piece| piece.iter().copied()).collect();
+        let frame = [head, &payload].concat();
+        let (_, packet) = VirtioHeader::parse(&frame).expect("what is written has a header");
+        let parsed = Packet::parse(packet).expect("what is written is a packet");
+        assert_eq!(parsed.header.len() + parsed.payload.len(), packet.len());
+        true
+    }
+
+    fn is_local(&self, ip: IpAddr) -> bool {
+        ip.is_loopback()
+    }
+
+    fn connect(&mut self, _to: SocketAddr) -> io::Result<usize> {
+        match self.mood() % 8 {
+            7 => Err(io::Error::from_raw_os_error(libc::ENETUNREACH)),
+            6 => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+            _ => {
+                self.waiting.push(0);
+                Ok(self.waiting.len() - 1)
+            }
+        }
+    }
+
+    fn watch_stream(&mut self, _stream: &mut usize, key: Key) -> io::Result<Ready> {
+        self.watch(key);
+        Ok(Ready { writable: self.mood().is_multiple_of(2), ..Ready::default() })
+    }
+
+    fn connect_result(&mut self, _stream: &usize) -> io::Result<()> {
+        if self.mood() % 4 == 3 { Err(io::ErrorKind::ConnectionRefused.into()) } else { Ok(()) }
+    }
+
+    fn send(&mut self, _stream: &mut usize, bytes: &[u8]) -> io::Result<usize> {
+        match self.mood() % 8 {
+            7 => Err(io::ErrorKind::ConnectionReset.into()),
+            6 => Err(io::ErrorKind::WouldBlock.into()),
+            5 => Ok(bytes.len().div_ceil(2)),
+            _ => Ok(bytes.len()),
+        }
+    }
+
+    fn peek(&mut self, stream: &mut usize, offset: usize, into: &mut [u8]) -> io::Result<usize> {
+        let mood = self.mood();
+        let waiting = &mut self.waiting[*stream];
+        assert!(offset <= *waiting, "nothing behind the queue's end is looked at");
+        if mood % 8 == 7 {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        if offset == *waiting {
+            match mood % 4 {
+                3 => return Ok(0),
+                2 => *waiting += usize::from(mood) * 100,
+                _ => return Err(io::ErrorKind::WouldBlock.into()),
+            }
+        }
+        let seen = (*waiting - offset).min(into.len());
+        if seen == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(seen) }
+    }
+
+    fn discard(&mut self, stream: &mut usize, length: usize) -> io::Result<()> {
+        assert!(length <= self.waiting[*stream], "only what is there is taken out");
+        self.waiting[*stream] -= length;
+        Ok(())
+    }
+
+    fn shutdown(&mut self, _stream: &mut usize) {}
+
+    fn abort(&mut self, _stream: usize) {}
+
+    fn open(&mut self, _kind: DatagramKind, _to: SocketAddr) -> io::Result<()> {
+        if self.mood() % 8 == 7 { Err(io::Error::from_raw_os_error(libc::EMFILE)) } else { Ok(()) }
+    }
+
+    fn watch_datagrams(&mut self, _socket: &(), key: Key) -> io::Result<()> {
+        self.watch(key);
+        Ok(())
+    }
+
+    fn send_train(
+        &mut self,
+        _: &mut (),
+        _: Option<SocketAddr>,
+        _: &[u8],
+        _: usize,
+        _: bool,
+        _: Option<u8>,
+    ) -> SendOutcome {
+        match self.mood() % 8 {
+            7 => SendOutcome::TooBig(1280),
+            6 => SendOutcome::Unreachable(Problem::HostUnreachable),
+            5 => SendOutcome::NoRoom,
+            _ => SendOutcome::Sent,
+        }
+    }
+
+    fn receive(&mut self, _socket: &mut (), batch: &mut Answers) -> io::Result<usize> {
+        let mood = usize::from(self.mood());
+        if mood % 3 == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        batch.0 = vec![vec![0; mood * 17]; mood % 5 + 1];
+        Ok(batch.0.len())
+    }
+
+    fn next_problem(&mut self, _socket: &mut ()) -> Option<SocketProblem> {
+        let payload = vec![0; 20];
+        (self.mood() % 4 == 3).then_some(SocketProblem {
+            problem: Problem::PortUnreachable,
+            offender: None,
+            destination: None,
+            payload,
+        })
+    }
+}
+
+/// Frames, events of sockets and time, in any order: the engine does not panic, writes nothing but packets, and passes no limit.
+///
+/// The bytes are a sequence of steps: one that says what happens, and what it takes. A frame has two bytes of length before it.
+pub fn check_engine(mut data: &[u8]) {
+    let start = Instant::now();
+    let mut settings = Settings::new(1500);
+    settings.limits.flows = 16;
+    settings.limits.sources = 8;
+    settings.limits.buffered_per_source = 1 << 18;
+    settings.policy.gateways = vec![IpAddr::from([10, 0, 2, 2])];
+    let secrets = Secrets { table: HashKey([1, 2]), sequence: HashKey([3, 4]) };
+    let mut engine = Engine::new(Fuzzed::default(), settings, secrets, Arc::new(Stats::default()), start);
+    let mut now = start;
+    while let [step, rest @ ..] = data {
+        data = rest;
+        match step % 4 {
+            0 | 1 => {
+                let Some((length, rest)) = data.split_first_chunk::<2>() else { break };
+                let length = usize::from(u16::from_be_bytes(*length)).min(rest.len());
+                let (frame, rest) = rest.split_at(length);
+                data = rest;
+                engine.packet(frame, now);
+            }
+            2 => {
+                let Some(([which, how, mood], rest)) = data.split_first_chunk::<3>() else { break };
+                data = rest;
+                engine.host_mut().moods = vec![*mood, mood.rotate_left(3), *mood, mood.rotate_left(6)];
+                let keys = &engine.host_mut().keys;
+                let key = keys.get(usize::from(*which) % keys.len().max(1)).copied();
+                let [readable, writable, error, more] = [1, 2, 4, 8].map(|bit| how & bit != 0);
+                if let Some(key) = key {
+                    engine.ready(key, Ready { readable, writable, error, more }, now);
+                }
+            }
+            _ => {
+                let Some(([time], rest)) = data.split_first_chunk::<1>() else { break };
+                data = rest;
+                now += Duration::from_millis(1 << (time % 24));
+                engine.handle_timeout(now);
+            }
+        }
+        engine.flush(now);
+        for _ in 0..64 {
+            if !engine.turn(now) {
+                break;
+            }
+        }
+        assert!(engine.flows() <= 16);
+    }
+    engine.shutdown();
+    assert_eq!(engine.flows(), 0);
+}

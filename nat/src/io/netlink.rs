@@ -1,0 +1,90 @@
+//! What a device is told by rtnetlink(7): by netlink alone, for the ioctl of the queue length takes a privilege over the whole machine
+//! (`dev_ioctl`, net/core/dev_ioctl.c), netlink one over the namespace.
+
+use super::tun::TunOptions;
+use ipnet::IpNet;
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::route::{
+    RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use std::io;
+use tidegate_model::registry;
+use tidegate_netns::Family;
+
+/// Sets MTU and queue length, brings the device up, gives it its addresses and leads packets to it; in the current namespace.
+pub(super) fn configure(options: &TunOptions) -> io::Result<()> {
+    let socket = Socket::new(NETLINK_ROUTE)?;
+    // Connected to the kernel, so that no other process can put an answer into our socket.
+    socket.connect(&SocketAddr::new(0, 0))?;
+    order(&socket, RouteNetlinkMessage::SetLink(link(options)), 0)?;
+    let index = rustix::net::netdevice::name_to_index(&socket, &options.name)?;
+    let create = NLM_F_CREATE | NLM_F_EXCL;
+    for address in &options.addresses {
+        order(&socket, RouteNetlinkMessage::NewAddress(of_address(*address, index)), create)?;
+    }
+    for family in &options.default_routes {
+        order(&socket, RouteNetlinkMessage::NewRoute(default_route(*family, index, options.table)), create)?;
+    }
+    Ok(())
+}
+
+fn link(options: &TunOptions) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
+    message.attributes = vec![
+        LinkAttribute::IfName(options.name.clone()),
+        LinkAttribute::Mtu(options.mtu.into()),
+        LinkAttribute::TxQueueLen(options.queue_length),
+    ];
+    message
+}
+
+fn of_address(address: IpNet, index: u32) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = Family::of(address.addr()).into();
+    message.header.prefix_len = address.prefix_len();
+    message.header.index = index;
+    // Nobody else is on the link who could have it.
+    message.header.flags = AddressHeaderFlags::Nodad;
+    message.attributes =
+        vec![AddressAttribute::Local(address.addr()), AddressAttribute::Address(address.addr())];
+    message
+}
+
+fn default_route(family: Family, index: u32, table: u32) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header = RouteHeader {
+        address_family: family.into(),
+        // The attribute holds what does not fit (`RT_TABLE_COMPAT`).
+        table: u8::try_from(table).unwrap_or(252),
+        protocol: RouteProtocol::Other(registry::ROUTE_PROTOCOL),
+        scope: if family == Family::V4 { RouteScope::Link } else { RouteScope::Universe },
+        kind: RouteType::Unicast,
+        ..RouteHeader::default()
+    };
+    message.attributes = vec![RouteAttribute::Oif(index), RouteAttribute::Table(table)];
+    message
+}
+
+/// Has the kernel do something, and waits for its word.
+fn order(socket: &Socket, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+    let mut message = NetlinkMessage::from(message);
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+    message.finalize();
+    let mut buffer = vec![0; message.buffer_len()];
+    message.serialize(&mut buffer);
+    socket.send(&buffer, 0)?;
+    let (answer, _) = socket.recv_from_full()?;
+    let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
+    match answer.payload {
+        NetlinkPayload::Error(error) => error.code.map_or(Ok(()), |_| Err(error.to_io())),
+        _ => Err(io::Error::other("the kernel answers another question")),
+    }
+}

@@ -1,0 +1,454 @@
+//! The host's side, by the kernel's sockets.
+
+use super::sys::{self, SO_PEEK_OFF};
+use crate::host::{Batch, DatagramKind, Host, Ready, SendOutcome, SocketProblem};
+use crate::settings::{Capabilities, Outbound, Settings};
+use crate::wire::icmp::Problem;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with, sockopt};
+use rustix::time::Timespec;
+use socket2::SockRef;
+use std::io::{self, IoSlice};
+use std::net::{IpAddr, Shutdown, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_netns::AddressBook;
+use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
+use tidegate_reactor::{Descriptors, Epoll, Interest, Key, Permit, Token};
+
+/// Tag of flows' sockets among the loop's tokens.
+pub(super) const FLOW: u8 = 0;
+
+/// Buffers of a session's socket, as the port publisher has them: a batch of trains.
+const DATAGRAM_BUFFER: usize = 4 << 20;
+
+/// Payload that may wait in a TCP socket to be read, in bytes (the kernel doubles it for its own bookkeeping). Left to itself, the buffer grows to
+/// `tcp_rmem` (6 to 32 MiB) behind a container that has stopped reading, for each of its connections. The price is the window: 1 MiB or a little
+/// more for each round trip, as with published ports.
+const UNREAD: usize = 1 << 20;
+
+/// How often an error of an earlier datagram may come before this one.
+const OLD_ERRORS: usize = 3;
+
+/// TUN device and sockets.
+pub(crate) struct Kernel {
+    pub(super) tun: OwnedFd,
+    epoll: Epoll,
+    addresses: Arc<AddressBook>,
+    descriptors: Arc<Descriptors>,
+    capabilities: Capabilities,
+    outbound: Outbound,
+    bound_buffer: BoundBuffer,
+    /// Where bytes go that are copied once more for want of `SO_PEEK_OFF`.
+    skipped: Vec<u8>,
+}
+
+/// A TCP socket.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    socket: OwnedFd,
+    /// Where the kernel's next look begins (`SO_PEEK_OFF`).
+    peek_offset: usize,
+    /// What its events carry, once it is watched.
+    token: Option<Token>,
+    /// Whether room to send is reported.
+    watches_room: bool,
+    _permit: Permit,
+}
+
+/// A datagram socket.
+#[derive(Debug)]
+pub(crate) struct Datagrams {
+    socket: OwnedFd,
+    v6: bool,
+    dont_fragment: Option<bool>,
+    hop_limit: Option<u8>,
+    /// Larger segments were refused as a train.
+    max_segment: usize,
+    _permit: Permit,
+}
+
+/// Received messages.
+#[derive(Default)]
+pub(crate) struct Received(RecvBatch);
+
+impl Batch for Received {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn get(&self, index: usize) -> (&[u8], usize) {
+        let datagram = self.0.get(index);
+        (datagram.payload, datagram.segment)
+    }
+
+    fn source(&self, index: usize) -> Option<SocketAddr> {
+        self.0.get(index).source
+    }
+}
+
+/// How a receive buffer is fixed.
+#[derive(Clone, Copy, Debug)]
+enum BoundBuffer {
+    /// With the privilege to pass `net.core.rmem_max`.
+    Force,
+    /// Within it.
+    Ask,
+    /// It would become so small that it cost more throughput than the bound is worth: it is left to the kernel.
+    Leave,
+}
+
+impl BoundBuffer {
+    fn probe() -> Self {
+        let Ok(socket) = new_socket(AddressFamily::INET, SocketType::STREAM, None) else {
+            return Self::Leave;
+        };
+        if Self::Force.apply(&socket).is_ok() {
+            return Self::Force;
+        }
+        let asked = Self::Ask.apply(&socket).and_then(|()| SockRef::from(&socket).recv_buffer_size());
+        // The kernel tells what it has doubled.
+        if asked.is_ok_and(|size| size >= 2 * UNREAD) { Self::Ask } else { Self::Leave }
+    }
+
+    fn apply(self, socket: &OwnedFd) -> io::Result<()> {
+        match self {
+            Self::Force => Ok(sockopt::set_socket_recv_buffer_size_force(socket, UNREAD)?),
+            Self::Ask => SockRef::from(socket).set_recv_buffer_size(UNREAD),
+            Self::Leave => Ok(()),
+        }
+    }
+}
+
+/// What this kernel can do for sockets.
+pub(crate) fn probe() -> Capabilities {
+    let stream = new_socket(AddressFamily::INET, SocketType::STREAM, None);
+    let peek_offset = stream.is_ok_and(|socket| sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
+    let datagrams = new_socket(AddressFamily::INET, SocketType::DGRAM, None);
+    let udp_trains = datagrams.is_ok_and(|socket| {
+        sys::set(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
+            && batch::enable_receive_offload(&socket).is_ok()
+    });
+    Capabilities { peek_offset, udp_trains, ..Capabilities::ALL }
+}
+
+fn new_socket(
+    family: AddressFamily,
+    kind: SocketType,
+    protocol: Option<rustix::net::Protocol>,
+) -> io::Result<OwnedFd> {
+    Ok(socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, protocol)?)
+}
+
+fn family(of: SocketAddr) -> AddressFamily {
+    if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 }
+}
+
+impl Kernel {
+    pub(crate) fn new(
+        tun: OwnedFd,
+        epoll: Epoll,
+        addresses: Arc<AddressBook>,
+        descriptors: Arc<Descriptors>,
+        settings: &Settings,
+    ) -> Self {
+        let Settings { capabilities, outbound, .. } = *settings;
+        let bound_buffer = BoundBuffer::probe();
+        Self { tun, epoll, addresses, descriptors, capabilities, outbound, bound_buffer, skipped: Vec::new() }
+    }
+
+    /// Binds a socket that goes to `to` to the address that it shall go out from. Its port is chosen when it connects, so that
+    /// one port serves many far ends.
+    fn bind(&self, socket: &OwnedFd, to: SocketAddr) -> io::Result<()> {
+        let Some(ip) = self.outbound.towards(to.ip()) else { return Ok(()) };
+        sys::set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+        Ok(rustix::net::bind(socket, &SocketAddr::new(ip, 0))?)
+    }
+
+    fn permit(&self) -> io::Result<Permit> {
+        self.descriptors.take(1).ok_or_else(|| rustix::io::Errno::MFILE.into())
+    }
+
+    fn peek_anew(&mut self, stream: &Stream, offset: usize, into: &mut [u8]) -> io::Result<usize> {
+        if self.skipped.len() < offset {
+            self.skipped.resize(offset, 0);
+        }
+        let mut look = || sys::peek_behind(&stream.socket, &mut self.skipped[..offset], into);
+        let mut seen = look()?;
+        if seen <= offset && offset > 0 {
+            // Nothing new. The end shows only in the state, which is looked at first: what came before it is there then.
+            if !sys::is_at_end(&stream.socket) {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            seen = look()?;
+        }
+        Ok(seen.saturating_sub(offset))
+    }
+}
+
+impl Host for Kernel {
+    type Stream = Stream;
+    type Datagrams = Datagrams;
+    type Batch = Received;
+
+    fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
+        let head = IoSlice::new(head);
+        let written = match payload {
+            [] => rustix::io::write(&self.tun, &head),
+            [one] => rustix::io::writev(&self.tun, &[head, *one]),
+            many => {
+                let mut all = [IoSlice::new(&[]); 1 + MAX_SEGMENTS];
+                all[0] = head;
+                let count = many.len().min(MAX_SEGMENTS);
+                all[1..=count].copy_from_slice(&many[..count]);
+                rustix::io::writev(&self.tun, &all[..=count])
+            }
+        };
+        written.is_ok()
+    }
+
+    fn is_local(&self, ip: IpAddr) -> bool {
+        self.addresses.is_local(ip)
+    }
+
+    fn connect(&mut self, to: SocketAddr) -> io::Result<Stream> {
+        let permit = self.permit()?;
+        let socket = new_socket(family(to), SocketType::STREAM, None)?;
+        SockRef::from(&socket).set_tcp_nodelay(true)?;
+        self.bound_buffer.apply(&socket)?;
+        // Urgent data stays where it is in the stream.
+        SockRef::from(&socket).set_out_of_band_inline(true)?;
+        if self.capabilities.peek_offset {
+            sys::set(&socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0)?;
+        }
+        self.bind(&socket, to)?;
+        match rustix::net::connect(&socket, &to) {
+            Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Stream { socket, peek_offset: 0, token: None, watches_room: false, _permit: permit })
+    }
+
+    fn watch_stream(&mut self, stream: &mut Stream, key: Key) -> io::Result<Ready> {
+        let mut polled = [PollFd::new(&stream.socket, PollFlags::OUT)];
+        let _ = poll(&mut polled, Some(&Timespec::default()));
+        let told = polled[0].revents();
+        let ready = Ready {
+            writable: told.intersects(PollFlags::OUT),
+            error: told.intersects(PollFlags::ERR | PollFlags::HUP),
+            ..Ready::default()
+        };
+        // Room is there from the start: to be told of it would be an event for each connection.
+        stream.watches_room = !ready.writable;
+        let interest = if stream.watches_room { Interest::Edges } else { Interest::InputEdges };
+        let token = Token::new(FLOW, key);
+        stream.token = Some(token);
+        self.epoll.add(&stream.socket, token, interest)?;
+        Ok(ready)
+    }
+
+    fn connect_result(&mut self, stream: &Stream) -> io::Result<()> {
+        SockRef::from(&stream.socket).take_error()?.map_or(Ok(()), Err)
+    }
+
+    fn send(&mut self, stream: &mut Stream, bytes: &[u8]) -> io::Result<usize> {
+        let sent = sys::send(&stream.socket, bytes);
+        let short = sent.as_ref().map_or(true, |sent| *sent < bytes.len());
+        if short
+            && !stream.watches_room
+            && let Some(token) = stream.token
+        {
+            // What has become free since is reported again.
+            self.epoll.modify(&stream.socket, token, Interest::Edges)?;
+            stream.watches_room = true;
+        }
+        sent
+    }
+
+    fn peek(&mut self, stream: &mut Stream, offset: usize, into: &mut [u8]) -> io::Result<usize> {
+        if !self.capabilities.peek_offset {
+            return self.peek_anew(stream, offset, into);
+        }
+        if stream.peek_offset != offset {
+            sys::set(&stream.socket, libc::SOL_SOCKET, SO_PEEK_OFF, offset as libc::c_int)?;
+            stream.peek_offset = offset;
+        }
+        let seen = sys::peek(&stream.socket, into)?;
+        stream.peek_offset += seen;
+        Ok(seen)
+    }
+
+    fn discard(&mut self, stream: &mut Stream, length: usize) -> io::Result<()> {
+        let mut left = length;
+        while left > 0 {
+            match sys::discard(&stream.socket, left)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                taken => left -= taken.min(left),
+            }
+        }
+        // The kernel's offset goes back by what is taken out (sk_peek_offset_bwd, include/net/sock.h).
+        stream.peek_offset = stream.peek_offset.saturating_sub(length);
+        Ok(())
+    }
+
+    fn shutdown(&mut self, stream: &mut Stream) {
+        // It fails only on a connection that is broken, which the next read tells.
+        let _ = SockRef::from(&stream.socket).shutdown(Shutdown::Write);
+    }
+
+    fn abort(&mut self, stream: Stream) {
+        // Closed this way, it resets; should that fail, it ends in a FIN behind bytes that are short, or in nothing.
+        let _ = SockRef::from(&stream.socket).set_linger(Some(Duration::ZERO));
+    }
+
+    fn open(&mut self, kind: DatagramKind, to: SocketAddr) -> io::Result<Datagrams> {
+        let permit = self.permit()?;
+        let v6 = to.is_ipv6();
+        let protocol = match (kind, v6) {
+            (DatagramKind::Udp | DatagramKind::SharedUdp, _) => None,
+            (DatagramKind::Echo, false) => Some(ipproto::ICMP),
+            (DatagramKind::Echo, true) => Some(ipproto::ICMPV6),
+        };
+        let socket = new_socket(family(to), SocketType::DGRAM, protocol)?;
+        if kind != DatagramKind::Echo {
+            if self.capabilities.udp_trains {
+                batch::enable_receive_offload(&socket)?;
+            }
+            let force = sockopt::set_socket_recv_buffer_size_force(&socket, DATAGRAM_BUFFER);
+            if force.is_err() {
+                let _ = SockRef::from(&socket).set_recv_buffer_size(DATAGRAM_BUFFER);
+            }
+            let _ = SockRef::from(&socket).set_send_buffer_size(DATAGRAM_BUFFER);
+        }
+        let (level, option) =
+            if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) } else { (libc::IPPROTO_IP, libc::IP_RECVERR) };
+        sys::set(&socket, level, option, 1)?;
+        self.bind(&socket, to)?;
+        if kind != DatagramKind::SharedUdp {
+            rustix::net::connect(&socket, &to)?;
+        }
+        Ok(Datagrams {
+            socket,
+            v6,
+            dont_fragment: None,
+            hop_limit: None,
+            max_segment: if self.capabilities.udp_trains { usize::from(u16::MAX) } else { 0 },
+            _permit: permit,
+        })
+    }
+
+    fn watch_datagrams(&mut self, socket: &Datagrams, key: Key) -> io::Result<()> {
+        self.epoll.add(&socket.socket, Token::new(FLOW, key), Interest::InputEdges)
+    }
+
+    fn send_train(
+        &mut self,
+        socket: &mut Datagrams,
+        to: Option<SocketAddr>,
+        bytes: &[u8],
+        segment: usize,
+        dont_fragment: bool,
+        hop_limit: Option<u8>,
+    ) -> SendOutcome {
+        socket.prepare(dont_fragment, hop_limit);
+        if bytes.len() > segment && segment <= socket.max_segment {
+            match attempt(|| sys::send_train(&socket.socket, to, bytes, segment as u16)) {
+                Ok(_) => return SendOutcome::Sent,
+                // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that cannot checksum (EIO, until
+                // 6.11): one by one they may pass.
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EMSGSIZE | libc::EIO)) =>
+                {
+                    socket.max_segment = segment.saturating_sub(1);
+                }
+                Err(error) => return socket.outcome(&error),
+            }
+        }
+        let mut outcome = SendOutcome::Sent;
+        let mut rest = bytes;
+        loop {
+            let (datagram, more) = rest.split_at(segment.min(rest.len()));
+            if let Err(error) = attempt(|| match to {
+                Some(to) => sys::send_to(&socket.socket, to, datagram),
+                None => sys::send(&socket.socket, datagram),
+            }) {
+                outcome = socket.outcome(&error);
+            }
+            rest = more;
+            if rest.is_empty() {
+                return outcome;
+            }
+        }
+    }
+
+    fn receive(&mut self, socket: &mut Datagrams, batch: &mut Received) -> io::Result<usize> {
+        batch.0.receive(&socket.socket)
+    }
+
+    fn next_problem(&mut self, socket: &mut Datagrams) -> Option<SocketProblem> {
+        sys::next_problem(&socket.socket)
+    }
+}
+
+/// Sends, past the errors of earlier datagrams: each is told once, and this one was not looked at yet.
+fn attempt(mut send: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    for _ in 0..OLD_ERRORS {
+        match send() {
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::EINTR | libc::EPROTO | libc::EACCES)
+                ) => {}
+            done => return done,
+        }
+    }
+    send()
+}
+
+impl Datagrams {
+    /// Sets what differs from the last datagram's.
+    fn prepare(&mut self, dont_fragment: bool, hop_limit: Option<u8>) {
+        if self.dont_fragment != Some(dont_fragment) {
+            let (level, option) = if self.v6 {
+                (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
+            } else {
+                (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
+            };
+            // IP_PMTUDISC_DO and IP_PMTUDISC_WANT, the same numbers for IPv6.
+            let _ = sys::set(&self.socket, level, option, if dont_fragment { 2 } else { 1 });
+            self.dont_fragment = Some(dont_fragment);
+        }
+        if self.hop_limit != hop_limit {
+            let (level, option) = if self.v6 {
+                (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS)
+            } else {
+                (libc::IPPROTO_IP, libc::IP_TTL)
+            };
+            // -1 is the system's default.
+            let _ = sys::set(&self.socket, level, option, hop_limit.map_or(-1, i32::from));
+            self.hop_limit = hop_limit;
+        }
+    }
+
+    fn outcome(&self, error: &io::Error) -> SendOutcome {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => SendOutcome::NoRoom,
+            Some(libc::EMSGSIZE) => SendOutcome::TooBig(self.path_mtu()),
+            Some(libc::ENETUNREACH) => SendOutcome::Unreachable(Problem::NetworkUnreachable),
+            Some(libc::EPERM | libc::EACCES) => SendOutcome::Unreachable(Problem::Prohibited),
+            // What the error queue tells in detail, and the guest then hears from there.
+            _ => SendOutcome::Sent,
+        }
+    }
+
+    /// What the path takes; of a socket that is not connected, what every path does (RFC 8200 section 5, RFC 791 section 3.1).
+    fn path_mtu(&self) -> u32 {
+        let (level, option, least) = if self.v6 {
+            (libc::IPPROTO_IPV6, libc::IPV6_MTU, 1280)
+        } else {
+            (libc::IPPROTO_IP, libc::IP_MTU, 576)
+        };
+        sys::get(self.socket.as_fd(), level, option).map_or(least, |mtu| mtu.unsigned_abs().max(least))
+    }
+}

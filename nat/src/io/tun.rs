@@ -1,0 +1,171 @@
+//! The TUN device: made inside a namespace, gone with its descriptor.
+
+use super::netlink;
+use crate::error::StartError;
+use crate::settings::Capabilities;
+use ipnet::IpNet;
+use rustix::fs::{Mode, OFlags, open};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use tidegate_netns::{Family, Namespace};
+
+/// Flags of `TUNSETOFFLOAD` (include/uapi/linux/if_tun.h): checksums; TCP over IPv4 and IPv6, with ECN; UDP.
+const CSUM: libc::c_ulong = 0x01;
+const TSO4: libc::c_ulong = 0x02;
+const TSO6: libc::c_ulong = 0x04;
+const TSO_ECN: libc::c_ulong = 0x08;
+const USO4: libc::c_ulong = 0x20;
+const USO6: libc::c_ulong = 0x40;
+
+/// ioctl numbers of the same file.
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+
+/// The table that every packet's route is looked up in (`RT_TABLE_MAIN`).
+const MAIN: u32 = 254;
+
+/// The smallest MTU: IPv6's (RFC 8200 section 5).
+const MIN_MTU: u16 = 1280;
+
+/// What a device is to be.
+#[derive(Clone, Debug)]
+pub struct TunOptions {
+    /// Its name.
+    pub name: String,
+    /// Bytes that fit into one packet, 1280 to 65535. 1500 is as fast as any, and what the world has.
+    pub mtu: u16,
+    /// Packets that the kernel keeps for us. 500, the kernel's own, loses thousands with 8 fast connections.
+    pub queue_length: u32,
+    /// Which offloads are asked for.
+    pub capabilities: Capabilities,
+    /// Its addresses, each with its prefix length. A device that only forwards for bridges needs none.
+    pub addresses: Vec<IpNet>,
+    /// Of which families everything goes here that has no other way.
+    pub default_routes: Vec<Family>,
+    /// In which table those routes are: 254 is `main`, another one is asked by policy rules only.
+    pub table: u32,
+}
+
+impl TunOptions {
+    /// The defaults, under a name.
+    #[must_use]
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            mtu: 1500,
+            queue_length: 4096,
+            capabilities: Capabilities::ALL,
+            addresses: Vec::new(),
+            default_routes: Vec::new(),
+            table: MAIN,
+        }
+    }
+}
+
+/// A device that is up. Its addresses and routes go with it.
+#[derive(Debug)]
+pub struct Tun {
+    pub(crate) descriptor: OwnedFd,
+    name: String,
+    mtu: u16,
+    pub(crate) capabilities: Capabilities,
+}
+
+impl Tun {
+    /// Makes a device inside `namespace` and sets it up.
+    ///
+    /// # Errors
+    /// [`StartError`] says what is missing.
+    pub fn open(namespace: &Namespace, options: &TunOptions) -> Result<Self, StartError> {
+        if options.mtu < MIN_MTU {
+            return Err(StartError::Mtu(options.mtu));
+        }
+        let bytes = options.name.as_bytes();
+        let sound = !bytes.is_empty()
+            && bytes.len() < libc::IFNAMSIZ
+            && bytes.iter().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%'));
+        if !sound {
+            return Err(StartError::Name(options.name.clone()));
+        }
+        namespace.with(|| Self::open_here(options)).map_err(StartError::Namespace)?
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes that fit into one packet.
+    #[must_use]
+    pub fn mtu(&self) -> u16 {
+        self.mtu
+    }
+
+    /// The offloads that the kernel has granted.
+    #[must_use]
+    pub fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    fn open_here(options: &TunOptions) -> Result<Self, StartError> {
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let descriptor =
+            open("/dev/net/tun", flags, Mode::empty()).map_err(|e| StartError::Device(e.into()))?;
+        let interface = |source| StartError::Interface { name: options.name.clone(), source };
+        make(&descriptor, &options.name).map_err(interface)?;
+        let capabilities = offload(&descriptor, options.capabilities).map_err(interface)?;
+        netlink::configure(options).map_err(interface)?;
+        Ok(Self { descriptor, name: options.name.clone(), mtu: options.mtu, capabilities })
+    }
+}
+
+/// An empty `ifreq` with a name. The name was checked: it fits, with a zero behind it.
+fn request(name: &str) -> libc::ifreq {
+    // SAFETY: all-zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request
+}
+
+fn checked(result: libc::c_int) -> io::Result<()> {
+    if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn make(descriptor: &OwnedFd, name: &str) -> io::Result<()> {
+    let mut request = request(name);
+    // Exclusively: without it, a persistent device of this name would be taken over.
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    let length = crate::wire::virtio::LENGTH as libc::c_int;
+    // SAFETY: each request is given what it wants: an ifreq, and a pointer to an int.
+    unsafe {
+        checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFF as _, &raw mut request))?;
+        checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETVNETHDRSZ as _, &raw const length))
+    }
+}
+
+/// Asks for offloads, as many as are wanted and granted.
+fn offload(descriptor: &OwnedFd, wanted: Capabilities) -> io::Result<Capabilities> {
+    let tcp = if wanted.tcp_offload { CSUM | TSO4 | TSO6 | TSO_ECN } else { 0 };
+    // UDP's needs checksums too (tun_net_fix_features).
+    let udp = if wanted.udp_offload { CSUM | USO4 | USO6 } else { 0 };
+    let granted = |tcp_offload, udp_offload| Capabilities { tcp_offload, udp_offload, ..wanted };
+    let attempts = [
+        (tcp | udp, granted(wanted.tcp_offload, wanted.udp_offload)),
+        (tcp & !TSO_ECN, granted(wanted.tcp_offload, false)),
+        (0, granted(false, false)),
+    ];
+    let mut refused = Ok(());
+    for (flags, granted) in attempts {
+        // SAFETY: the request takes a number.
+        refused = checked(unsafe { libc::ioctl(descriptor.as_raw_fd(), TUNSETOFFLOAD as _, flags) });
+        if refused.is_ok() {
+            return Ok(granted);
+        }
+    }
+    refused.map(|()| granted(false, false))
+}

@@ -1,0 +1,314 @@
+//! What the engine counts, and how it is told to Prometheus.
+//!
+//! One thread writes and others read, so counting is a load and a store and no locked instruction. The families are rendered at
+//! scrape time with the label `network` and are gone with the engine, as those of published ports are.
+
+use std::fmt::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Why a packet was not carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropReason {
+    /// It is not the packet that it claims to be.
+    Malformed,
+    /// Its source is none of the containers'.
+    ForeignSource,
+    /// Nothing here speaks its protocol.
+    Protocol,
+    /// Its destination is refused.
+    Policy,
+    /// The flow table is full.
+    TableFull,
+    /// Its source has its share of flows, or of connections under way.
+    SourceShare,
+    /// Its source makes new flows too fast.
+    Rate,
+    /// There are too many sources.
+    Sources,
+    /// No descriptors are left.
+    Descriptors,
+    /// There is no way to its destination.
+    Unreachable,
+    /// This process may have no ping sockets (`net.ipv4.ping_group_range`).
+    PingRefused,
+    /// It fits no connection, or the connection's window does not hold it.
+    Window,
+    /// Its source has its share of buffered bytes, or a queue is full.
+    Buffers,
+    /// Pieces that do not fit together, too many of them, or too late.
+    Fragments,
+    /// The socket's send buffer is full.
+    NoRoom,
+    /// It is too big for the path and may not be cut.
+    TooBig,
+    /// It has been under way for too many hops.
+    HopLimit,
+    /// The device took it not.
+    Device,
+    /// It came from an address that the container has not sent to.
+    Unsolicited,
+}
+
+impl DropReason {
+    /// All of them.
+    pub const ALL: [Self; 19] = [
+        Self::Malformed,
+        Self::ForeignSource,
+        Self::Protocol,
+        Self::Policy,
+        Self::TableFull,
+        Self::SourceShare,
+        Self::Rate,
+        Self::Sources,
+        Self::Descriptors,
+        Self::Unreachable,
+        Self::PingRefused,
+        Self::Window,
+        Self::Buffers,
+        Self::Fragments,
+        Self::NoRoom,
+        Self::TooBig,
+        Self::HopLimit,
+        Self::Device,
+        Self::Unsolicited,
+    ];
+
+    /// The value of the label `reason`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::ForeignSource => "foreign_source",
+            Self::Protocol => "protocol",
+            Self::Policy => "policy",
+            Self::TableFull => "table_full",
+            Self::SourceShare => "source_share",
+            Self::Rate => "rate",
+            Self::Sources => "sources",
+            Self::Descriptors => "descriptors",
+            Self::Unreachable => "unreachable",
+            Self::PingRefused => "ping_refused",
+            Self::Window => "window",
+            Self::Buffers => "buffers",
+            Self::Fragments => "fragments",
+            Self::NoRoom => "no_room",
+            Self::TooBig => "too_big",
+            Self::HopLimit => "hop_limit",
+            Self::Device => "device",
+            Self::Unsolicited => "unsolicited",
+        }
+    }
+}
+
+/// The kinds of flows, as the label `protocol` tells them apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowKind {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// Echoes.
+    Icmp,
+}
+
+impl FlowKind {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Icmp];
+
+    /// The value of the label `protocol`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Icmp => "icmp",
+        }
+    }
+}
+
+/// A number that one thread writes.
+#[derive(Debug, Default)]
+pub struct Count(AtomicU64);
+
+impl Count {
+    /// Adds `more`.
+    pub fn add(&self, more: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
+    }
+
+    /// Takes one off.
+    pub fn sub(&self) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_sub(1), Ordering::Relaxed);
+    }
+
+    /// What it is now.
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The figures of an engine. "Out" is from the container to the world, "in" the other way.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Flows now, by [`FlowKind`].
+    pub flows: [Count; 3],
+    /// Flows begun, by [`FlowKind`].
+    pub flows_begun: [Count; 3],
+    /// Payload carried: out, in.
+    pub bytes: [Count; 2],
+    /// Packets that crossed the device, one with segmentation offload counting once: out, in.
+    pub packets: [Count; 2],
+    /// Packets not carried, by [`DropReason`].
+    pub dropped: [Count; DropReason::ALL.len()],
+    /// TCP connections that were not reached, or ended in a reset.
+    pub resets: Count,
+    /// Times that the engine went back to what the container had not acknowledged.
+    pub retransmissions: Count,
+    /// Sessions ended before their time to make room.
+    pub evicted: Count,
+}
+
+impl Stats {
+    pub(crate) fn refuse(&self, reason: DropReason) {
+        self.dropped[reason as usize].add(1);
+        tracing::trace!(reason = reason.as_str(), "packet dropped");
+    }
+
+    /// Packets dropped for `reason`.
+    #[must_use]
+    pub fn dropped(&self, reason: DropReason) -> u64 {
+        self.dropped[reason as usize].get()
+    }
+
+    /// Flows of `kind` now.
+    #[must_use]
+    pub fn flows(&self, kind: FlowKind) -> u64 {
+        self.flows[kind as usize].get()
+    }
+}
+
+/// A family of series.
+#[derive(Clone, Copy, Debug)]
+pub struct Family {
+    /// Its name.
+    pub name: &'static str,
+    /// `counter` or `gauge`.
+    pub kind: &'static str,
+    /// Its label beside `network`, if it has one.
+    pub label: Option<&'static str>,
+    /// What it tells, in a sentence.
+    pub help: &'static str,
+}
+
+const fn family(
+    name: &'static str,
+    kind: &'static str,
+    label: Option<&'static str>,
+    help: &'static str,
+) -> Family {
+    Family { name, kind, label, help }
+}
+
+/// The families of an engine.
+pub const FAMILIES: [Family; 8] = [
+    family("tidegate_nat_flows", "gauge", Some("protocol"), "Flows from containers to the world now."),
+    family("tidegate_nat_flows_total", "counter", Some("protocol"), "Flows begun by containers."),
+    family(
+        "tidegate_nat_bytes_total",
+        "counter",
+        Some("direction"),
+        "Payload carried: out to the world, in to the container.",
+    ),
+    family(
+        "tidegate_nat_packets_total",
+        "counter",
+        Some("direction"),
+        "Packets that crossed the device; one that is cut later counts once.",
+    ),
+    family("tidegate_nat_dropped_packets_total", "counter", Some("reason"), "Packets that were not carried."),
+    family(
+        "tidegate_nat_connection_resets_total",
+        "counter",
+        None,
+        "TCP connections that reached nobody, or ended in a reset.",
+    ),
+    family(
+        "tidegate_nat_retransmissions_total",
+        "counter",
+        None,
+        "Times that the engine sent again what a container had not acknowledged.",
+    ),
+    family(
+        "tidegate_nat_evicted_sessions_total",
+        "counter",
+        None,
+        "UDP and ICMP sessions ended before their time to make room.",
+    ),
+];
+
+impl Stats {
+    fn values(&self, family: usize) -> Vec<(Option<&'static str>, u64)> {
+        let labelled = |labels: &[&'static str], counts: &[Count]| {
+            labels.iter().zip(counts).map(|(label, count)| (Some(*label), count.get())).collect()
+        };
+        let (kinds, directions) = (FlowKind::ALL.map(FlowKind::as_str), ["out", "in"]);
+        match family {
+            0 => labelled(&kinds, &self.flows),
+            1 => labelled(&kinds, &self.flows_begun),
+            2 => labelled(&directions, &self.bytes),
+            3 => labelled(&directions, &self.packets),
+            4 => labelled(&DropReason::ALL.map(DropReason::as_str), &self.dropped),
+            5 => vec![(None, self.resets.get())],
+            6 => vec![(None, self.retransmissions.get())],
+            _ => vec![(None, self.evicted.get())],
+        }
+    }
+}
+
+/// Writes the families of `engines`, each with its network's name, in the text format of Prometheus (exposition format 0.0.4).
+///
+/// # Errors
+/// Only those of `out`.
+pub fn describe(engines: &[(&str, &Stats)], out: &mut impl Write) -> fmt::Result {
+    for (index, family) in FAMILIES.iter().enumerate() {
+        writeln!(out, "# HELP {} {}\n# TYPE {} {}", family.name, family.help, family.name, family.kind)?;
+        for (network, stats) in engines {
+            for (value_of_label, value) in stats.values(index) {
+                write!(out, "{}{{network=\"{network}\"", family.name)?;
+                if let (Some(label), Some(value)) = (family.label, value_of_label) {
+                    write!(out, ",{label}=\"{value}\"")?;
+                }
+                writeln!(out, "}} {value}")?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_family_is_told_once_and_with_its_labels() {
+        let stats = Stats::default();
+        stats.refuse(DropReason::Policy);
+        stats.bytes[1].add(7);
+        let mut text = String::new();
+        describe(&[("blue", &stats)], &mut text).unwrap();
+        for family in FAMILIES {
+            assert_eq!(text.matches(&format!("# TYPE {} ", family.name)).count(), 1);
+        }
+        assert!(text.contains("tidegate_nat_dropped_packets_total{network=\"blue\",reason=\"policy\"} 1\n"));
+        assert!(text.contains("tidegate_nat_bytes_total{network=\"blue\",direction=\"in\"} 7\n"));
+        assert!(text.contains("tidegate_nat_connection_resets_total{network=\"blue\"} 0\n"));
+    }
+
+    #[test]
+    fn reasons_are_numbered_as_they_are_listed() {
+        for (index, reason) in DropReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, index);
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Segments to the guest: their headers, and the window that they tell.
+
+use super::conn::{Connection, Phase};
+use super::seq::later;
+use super::{Io, SCALE};
+use crate::host::Host;
+use crate::metrics::DropReason;
+use crate::wire::head::TcpHead;
+use crate::wire::tcp::flags;
+use std::io::IoSlice;
+use std::time::Duration;
+
+/// Challenge acknowledgements of one connection come this far apart (RFC 5961 section 7; the kernel's
+/// `tcp_invalid_ratelimit`).
+const CHALLENGE_INTERVAL: Duration = Duration::from_millis(500);
+
+impl<S> Connection<S> {
+    pub(super) fn send_syn_ack<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
+        let iss = self.opening.iss;
+        self.snd_nxt = iss.wrapping_add(1);
+        self.snd_max = self.snd_nxt;
+        let headers = if self.opening.inside.is_ipv6() { 60 } else { 40 };
+        let window = self.advertise(io).min(0xffff) as u16;
+        let head = TcpHead {
+            window,
+            mss: Some(io.params.mtu.saturating_sub(headers)),
+            scale: self.guest_scale.map(|_| SCALE),
+            ..self.head(iss, flags::SYN | flags::ACK, io)
+        };
+        io.host.emit(head.write(0).bytes(), &[]);
+        self.arm_resend(io.now);
+    }
+
+    /// What a window would reach to that is all that can be had.
+    pub(super) fn possible_edge<H: Host<Stream = S>>(&self, io: &Io<'_, H>) -> u32 {
+        let most = if self.guest_scale.is_some() { io.params.window } else { io.params.window.min(0xffff) };
+        let free = if self.pending.is_empty() {
+            most
+        } else {
+            most.saturating_sub(self.pending.len() as u32).min(io.allowance.try_into().unwrap_or(u32::MAX))
+        };
+        later(self.rcv_edge, self.rcv_nxt.wrapping_add(free))
+    }
+
+    /// How much of the possible window the guest has not been told of.
+    pub(super) fn untold<H: Host<Stream = S>>(&self, io: &Io<'_, H>) -> u32 {
+        self.possible_edge(io).wrapping_sub(self.rcv_edge)
+    }
+
+    /// Opens the window as far as it goes; its size in bytes.
+    pub(super) fn advertise<H: Host<Stream = S>>(&mut self, io: &Io<'_, H>) -> u32 {
+        // An edge that has been told is never taken back (RFC 9293 section 3.8.6).
+        self.rcv_edge = self.possible_edge(io);
+        self.rcv_edge.wrapping_sub(self.rcv_nxt)
+    }
+
+    pub(super) fn options_length(&self) -> u16 {
+        if self.stamps.is_some() { 12 } else { 0 }
+    }
+
+    pub(super) fn head<H: Host<Stream = S>>(&self, sequence: u32, flags: u8, io: &Io<'_, H>) -> TcpHead {
+        let clock = io.params.clock(io.now);
+        TcpHead {
+            source: self.opening.outside,
+            destination: self.opening.inside,
+            sequence,
+            acknowledgement: self.rcv_nxt,
+            flags,
+            window: 0,
+            mss: None,
+            scale: None,
+            timestamps: self.stamps.map(|stamps| (clock.wrapping_add(stamps.offset), stamps.recent)),
+            segment: self.mss,
+        }
+    }
+
+    /// Writes a segment to the guest.
+    pub(super) fn emit<H: Host<Stream = S>>(
+        &mut self,
+        sequence: u32,
+        flags: u8,
+        payload: usize,
+        io: &mut Io<'_, H>,
+    ) {
+        let window = self.advertise(io);
+        let window = if self.guest_scale.is_some() { window >> SCALE } else { window };
+        let head = TcpHead { window: window.min(0xffff) as u16, ..self.head(sequence, flags, io) };
+        self.need_ack = false;
+        let head = head.write(payload);
+        let emitted = match payload {
+            0 => io.host.emit(head.bytes(), &[]),
+            payload => io.host.emit(head.bytes(), &[IoSlice::new(&io.scratch[..payload])]),
+        };
+        if emitted {
+            io.stats.packets[1].add(1);
+        } else {
+            // It will be sent again, as if it were lost on a wire.
+            io.stats.refuse(DropReason::Device);
+        }
+    }
+
+    pub(super) fn send_ack<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
+        self.emit(self.snd_nxt, flags::ACK, 0, io);
+    }
+
+    /// Cuts the connection, as far as the guest is concerned.
+    pub fn send_reset<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
+        let (sequence, flags) = match self.phase {
+            // RFC 9293 section 3.10.7.1: it answers a SYN.
+            Phase::Dialling => (0, flags::RST | flags::ACK),
+            Phase::Open | Phase::Lingering => (self.snd_nxt, flags::RST | flags::ACK),
+        };
+        self.emit(sequence, flags, 0, io);
+    }
+
+    /// RFC 5961: says where we are, so that the guest can say what it meant.
+    pub(super) fn challenge<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
+        io.stats.refuse(DropReason::Window);
+        let due = self.challenged.is_none_or(|last| io.now >= last + CHALLENGE_INTERVAL);
+        if due {
+            self.challenged = Some(io.now);
+            self.send_ack(io);
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! Sequence numbers, which wrap (RFC 9293 section 3.4).
+
+/// Whether `a` comes before `b`.
+pub(super) const fn before(a: u32, b: u32) -> bool {
+    (a.wrapping_sub(b) as i32) < 0
+}
+
+/// Whether `a` is `b` or comes before it.
+pub(super) const fn up_to(a: u32, b: u32) -> bool {
+    !before(b, a)
+}
+
+/// The later of two.
+pub(super) const fn later(a: u32, b: u32) -> u32 {
+    if before(a, b) { b } else { a }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_wrap() {
+        assert!(before(u32::MAX, 0) && before(u32::MAX - 5, 5) && !before(5, 5));
+        assert!(up_to(5, 5) && up_to(u32::MAX, 0) && !up_to(0, u32::MAX));
+        assert_eq!(later(u32::MAX, 1), 1);
+    }
+}

@@ -1,0 +1,138 @@
+//! A container behind the engine, and a server beyond the host.
+//!
+//! ```text
+//!   container                        host                          server
+//!   ┌────────────────┐          ┌───────────────┐          ┌──────────────────────┐
+//!   │ tun0           │  engine  │ eth0          │   veth   │ eth0                 │
+//!   │ 10.0.2.100     ├──────────┤ 192.0.2.1     ├──────────┤ 192.0.2.2            │
+//!   │ fd00::100      │          │ 2001:db8::1   │          │ 2001:db8::2          │
+//!   └────────────────┘          └───────────────┘          └──────────────────────┘
+//!   default dev tun0             forwards nothing           knows no route to the container
+//! ```
+
+#![allow(dead_code, unreachable_pub)]
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_nat::{Capabilities, Nat, Policy, Settings, Tun, TunOptions};
+use tidegate_netns::Family;
+use tidegate_reactor::Descriptors;
+use tidegate_testbed::{Namespace, eventually};
+
+pub const SERVER: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
+pub const HOST: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
+pub const GATEWAY: [&str; 2] = ["10.0.2.2", "fd00::2"];
+pub const CONTAINER: [&str; 2] = ["10.0.2.100", "fd00::100"];
+
+pub struct Net {
+    pub container: Namespace,
+    pub host: Namespace,
+    pub server: Namespace,
+    pub nat: Nat,
+}
+
+pub struct Options {
+    pub mtu: u16,
+    pub queue_length: u32,
+    pub capabilities: Capabilities,
+    pub policy: Policy,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let policy = Policy { gateways: GATEWAY.map(|ip| ip.parse().unwrap()).to_vec(), ..Policy::default() };
+        Self { mtu: 1500, queue_length: 4096, capabilities: Capabilities::ALL, policy }
+    }
+}
+
+/// The same namespace, as the engine's crates know it.
+pub fn known(namespace: &Namespace) -> tidegate_netns::Namespace {
+    tidegate_netns::Namespace::from_path(&namespace.path()).unwrap()
+}
+
+/// The host and the server, and nothing behind the host.
+pub struct Outside {
+    pub host: Namespace,
+    pub server: Namespace,
+}
+
+/// Joins a host and a server.
+pub fn outside() -> Outside {
+    let [host, server] = [(); 2].map(|()| Namespace::new());
+    for namespace in [&host, &server] {
+        namespace.sysctl("net.ipv6.conf.default.accept_dad", "0");
+        namespace.sysctl("net.ipv6.conf.default.accept_ra", "0");
+    }
+    // A namespace begins with nobody allowed to ping; a host has everybody as a rule.
+    host.sysctl("net.ipv4.ping_group_range", "0 2147483647");
+    host.ip_all(&format!(
+        "link add eth0 type veth peer name eth0 netns {}
+         addr add 192.0.2.1/24 dev eth0
+         addr add 2001:db8::1/64 dev eth0 nodad
+         link set eth0 up",
+        server.path().display()
+    ));
+    server.ip_all(
+        "addr add 192.0.2.2/24 dev eth0
+         addr add 2001:db8::2/64 dev eth0 nodad
+         link set eth0 up",
+    );
+    for namespace in [&host, &server] {
+        let up = || namespace.ip(&["-o", "link", "show", "dev", "eth0"]).contains("state UP");
+        assert!(eventually(Duration::from_secs(10), up));
+    }
+    Outside { host, server }
+}
+
+impl Net {
+    pub fn new() -> Self {
+        Self::with(&Options::default(), |_| {})
+    }
+
+    pub fn with(options: &Options, change: impl FnOnce(&mut Settings)) -> Self {
+        let Outside { host, server } = outside();
+        let container = Namespace::new();
+        container.sysctl("net.ipv6.conf.default.accept_dad", "0");
+        let tun = TunOptions {
+            mtu: options.mtu,
+            queue_length: options.queue_length,
+            capabilities: options.capabilities,
+            addresses: vec!["10.0.2.100/24".parse().unwrap(), "fd00::100/64".parse().unwrap()],
+            default_routes: Family::ALL.to_vec(),
+            ..TunOptions::new("tun0")
+        };
+        let tun = Tun::open(&known(&container), &tun).unwrap();
+        let mut settings = Settings::new(options.mtu);
+        settings.capabilities = options.capabilities;
+        settings.policy = options.policy.clone();
+        change(&mut settings);
+        let descriptors = Arc::new(Descriptors::of_process(256));
+        let nat = Nat::start(settings, tun, &known(&host), descriptors).unwrap();
+        Self { container, host, server, nat }
+    }
+
+    /// What engine and kernels have counted, for a failure to be understood.
+    pub fn figures(&self) -> String {
+        let mut text = String::new();
+        tidegate_nat::describe(&[("test", self.nat.stats())], &mut text).unwrap();
+        let counted = text.lines().filter(|line| !line.starts_with('#') && !line.ends_with(" 0"));
+        let mut text = counted.collect::<Vec<_>>().join("\n");
+        for namespace in [&self.container, &self.host, &self.server] {
+            text += "\n";
+            text += &namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
+            text += &namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp6").unwrap());
+            text += &namespace.ip(&["-s", "link"]);
+        }
+        text
+    }
+}
+
+/// Address and port of the server, of the family.
+pub fn server(family: usize, port: u16) -> SocketAddr {
+    at(SERVER[family], port)
+}
+
+pub fn at(ip: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port)
+}

@@ -1,0 +1,404 @@
+//! A guest that means harm: no limit is passed, and nobody else's flow notices.
+
+mod world;
+
+use proptest::prelude::*;
+use std::net::SocketAddr;
+use std::time::Duration;
+use tidegate_model::CidrSet;
+use tidegate_nat::host::Ready;
+use tidegate_nat::wire::head::{self, TcpHead};
+use tidegate_nat::wire::protocol;
+use tidegate_nat::wire::tcp::flags::{ACK, FIN, PSH, RST, SYN};
+use tidegate_nat::{DropReason, FlowKind, Rate, Settings, TableLimits};
+use world::{Bench, Dice, Seen, at, frame, segment};
+
+const LIMITS: TableLimits = TableLimits {
+    flows: 500,
+    flows_per_source: 200,
+    half_open_per_source: 50,
+    new_flows_per_source: Rate { per_second: 1000, burst: 1000 },
+    buffered_per_source: 4 << 20,
+    errors_per_source: Rate { per_second: 10, burst: 20 },
+    sources: 100,
+};
+
+fn bench() -> Bench {
+    Bench::with(|settings| {
+        settings.limits = LIMITS;
+        settings.policy.sources = vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()];
+    })
+}
+
+/// A neighbour at work: a connection and a session that must not notice anything.
+struct Neighbour {
+    stream: usize,
+    datagrams: usize,
+    next: u32,
+    expected: u32,
+}
+
+const HERS: &str = "10.9.9.9:5000";
+const FAR: &str = "192.0.2.9:443";
+
+impl Neighbour {
+    fn moves_in(bench: &mut Bench) -> Self {
+        let syn = TcpHead { sequence: 99, flags: SYN, ..segment(at(HERS), at(FAR)) };
+        bench.frame(&frame(&syn, b""));
+        let stream = bench.world().streams.len() - 1;
+        bench.far_end_answers(stream, Ok(()));
+        let answer = bench.next_segment().unwrap();
+        let mut her = Self { stream, datagrams: 0, next: 100, expected: answer.sequence.wrapping_add(1) };
+        bench.frame(&frame(&her.head(ACK), b""));
+        bench.frame(&udp(at(HERS), at(FAR), b"ping"));
+        her.datagrams = bench.world().datagrams.len() - 1;
+        her.works(bench);
+        her
+    }
+
+    fn head(&self, flags: u8) -> TcpHead {
+        TcpHead { sequence: self.next, acknowledgement: self.expected, flags, ..segment(at(HERS), at(FAR)) }
+    }
+
+    fn works(&mut self, bench: &mut Bench) {
+        bench.world().frames.clear();
+        let before = bench.world().streams[self.stream].sent.len();
+        bench.frame(&frame(&self.head(ACK | PSH), b"question"));
+        self.next += 8;
+        assert_eq!(&bench.world().streams[self.stream].sent[before..], b"question");
+        bench.world().frames.clear();
+        bench.far_end_sends(self.stream, b"answer");
+        let seen = bench.next_segment().unwrap();
+        assert_eq!((seen.sequence, &seen.payload[..]), (self.expected, &b"answer"[..]));
+        self.expected = self.expected.wrapping_add(6);
+        bench.frame(&frame(&self.head(ACK), b""));
+        let index = self.datagrams;
+        let before = bench.world().datagrams[index].sent.len();
+        bench.frame(&udp(at(HERS), at(FAR), b"ping"));
+        assert_eq!(bench.world().datagrams[index].sent.len(), before + 1);
+        bench.world().datagrams[index].waiting.push_back(b"pong".to_vec());
+        bench.world().frames.clear();
+        bench.datagrams_ready(index, Ready { readable: true, ..Ready::default() });
+        assert!(bench.next_frame().unwrap().ends_with(b"pong"));
+    }
+}
+
+fn udp(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> Vec<u8> {
+    let head = head::datagrams(source, destination, payload.len(), payload.len(), 1);
+    [head.bytes(), payload].concat()
+}
+
+fn within_limits(bench: &Bench) {
+    assert!(bench.engine.flows() <= LIMITS.flows);
+}
+
+#[test]
+fn a_syn_flood_has_its_share_and_no_more() {
+    let mut bench = bench();
+    let mut her = Neighbour::moves_in(&mut bench);
+    for port in 1..20_000u16 {
+        let syn = TcpHead { flags: SYN, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
+        bench.frame(&frame(&syn, b""));
+        within_limits(&bench);
+    }
+    assert_eq!(bench.stats.flows(FlowKind::Tcp), 1 + LIMITS.half_open_per_source as u64);
+    assert_eq!(bench.dropped(DropReason::SourceShare), 19_999 - LIMITS.half_open_per_source as u64);
+    her.works(&mut bench);
+    bench.pass(Duration::from_secs(80));
+    assert_eq!(bench.stats.flows(FlowKind::Tcp), 1, "what nobody has answered ends");
+    her.works(&mut bench);
+}
+
+#[test]
+fn connections_that_the_guest_never_completes_are_half_open_too() {
+    let mut bench = bench();
+    bench.world().answer_at_once = Some(Ok(()));
+    for port in 1..1000u16 {
+        let syn = TcpHead { flags: SYN, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
+        bench.frame(&frame(&syn, b""));
+    }
+    assert_eq!(bench.engine.flows(), LIMITS.half_open_per_source);
+    bench.pass(Duration::from_secs(1000));
+    assert_eq!(bench.engine.flows(), 0);
+    assert_eq!(bench.world().open, 0, "and no socket is left");
+}
+
+#[test]
+fn a_million_sources_are_not_remembered() {
+    let mut bench = bench();
+    let mut her = Neighbour::moves_in(&mut bench);
+    for number in 0..1_000_000u32 {
+        let source = SocketAddr::from(((0x0a00_0000 + number).to_be_bytes(), 1000));
+        let now = bench.now;
+        bench.engine.packet(&udp(source, at("192.0.2.1:9"), b"x"), now);
+    }
+    bench.settle();
+    within_limits(&bench);
+    assert!(bench.dropped(DropReason::Sources) > 999_000);
+    let outside = udp(at("172.16.0.1:9"), at("192.0.2.1:9"), b"x");
+    bench.frame(&outside);
+    assert_eq!(bench.dropped(DropReason::ForeignSource), 1);
+    her.works(&mut bench);
+}
+
+#[test]
+fn a_flood_of_sessions_evicts_itself() {
+    let mut bench = bench();
+    let mut her = Neighbour::moves_in(&mut bench);
+    for host in 1..50u8 {
+        for port in 1..100u16 {
+            bench.frame(&udp(SocketAddr::from(([10, 0, 0, host], port)), at("192.0.2.1:9"), b"x"));
+            within_limits(&bench);
+        }
+    }
+    assert!(bench.stats.evicted.get() > 4000);
+    her.works(&mut bench);
+}
+
+#[test]
+fn descriptors_that_run_out_end_the_unanswered_first() {
+    let mut bench = bench();
+    let mut her = Neighbour::moves_in(&mut bench);
+    bench.world().descriptors = 12;
+    for port in 1..100u16 {
+        bench.frame(&udp(SocketAddr::from(([10, 0, 0, 1], port)), at("192.0.2.1:9"), b"x"));
+    }
+    assert!(bench.world().open <= 12);
+    assert!(bench.dropped(DropReason::Descriptors) > 0);
+    bench.pass(Duration::from_millis(200));
+    let syn = TcpHead { flags: SYN, ..segment(at("10.0.0.2:1"), at("192.0.2.1:80")) };
+    let connections = bench.world().streams.len();
+    bench.frame(&frame(&syn, b""));
+    assert_eq!(bench.world().streams.len(), connections + 1, "room was made for a connection");
+    her.works(&mut bench);
+}
+
+#[test]
+fn buffers_of_one_source_are_bounded_and_its_neighbour_has_her_own() {
+    let mut bench = bench();
+    let mut her = Neighbour::moves_in(&mut bench);
+    bench.world().room = 0;
+    bench.world().answer_at_once = Some(Ok(()));
+    let mut kept = 0usize;
+    for port in 1..40u16 {
+        let source = SocketAddr::from(([10, 0, 0, 1], port));
+        let head = segment(source, at("192.0.2.1:80"));
+        bench.frame(&frame(&TcpHead { flags: SYN, scale: Some(0), ..head }, b""));
+        let expected = std::iter::from_fn(|| bench.next_segment()).last().unwrap().sequence.wrapping_add(1);
+        let head = TcpHead { sequence: 1, acknowledgement: expected, ..head };
+        bench.frame(&frame(&head, b""));
+        // In order until the window is closed, and far ahead of it.
+        let mut next = 1u32;
+        for _ in 0..30 {
+            bench.frame(&frame(&TcpHead { sequence: next, ..head }, &[1; 60_000]));
+            let seen = std::iter::from_fn(|| bench.next_segment()).last().unwrap();
+            next = seen.acknowledgement;
+        }
+        kept += next as usize - 1;
+        bench.frame(&frame(&TcpHead { sequence: next + 500_000, ..head }, &[1; 60_000]));
+    }
+    assert!(kept <= LIMITS.buffered_per_source, "{kept}");
+    assert!(kept > LIMITS.buffered_per_source * 9 / 10, "{kept}");
+    her.works(&mut bench);
+}
+
+#[test]
+fn fragments_that_overlap_reach_nobody() {
+    let mut bench = bench();
+    let (source, destination) = (at("10.0.0.1:7"), at("192.0.2.1:9"));
+    let payload = [7; 2000];
+    let whole = [&head::whole_udp_header(source, destination, &payload)[..], &payload].concat();
+    let mut piece = |range: std::ops::Range<usize>, more, id| {
+        let head = head::fragment(source.ip(), destination.ip(), protocol::UDP, range.clone(), more, id);
+        bench.frame(&[head.bytes(), &whole[range]].concat());
+    };
+    piece(0..1000, true, 1);
+    piece(800..1600, true, 1);
+    piece(1600..2008, false, 1);
+    piece(0..1000, true, 2);
+    piece(1000..2008, false, 2);
+    assert_eq!(bench.world().datagrams.len(), 1);
+    assert_eq!(bench.world().datagrams[0].sent, [payload.to_vec()], "the second one, which is sound");
+    assert!(!bench.world().datagrams[0].dont_fragment);
+}
+
+#[test]
+fn a_million_first_fragments_take_no_more_than_their_room() {
+    let mut bench = bench();
+    let mut her = Neighbour::moves_in(&mut bench);
+    let mut dice = Dice(5);
+    for id in 0..200_000u32 {
+        let source = at(&format!("10.0.0.{}:0", 1 + dice.below(200)));
+        let offset = dice.below(8000) as usize * 8;
+        let head = head::fragment(source.ip(), at(FAR).ip(), protocol::UDP, offset..offset + 400, true, id);
+        let now = bench.now;
+        bench.engine.packet(&[head.bytes(), &[0; 400]].concat(), now);
+    }
+    her.works(&mut bench);
+    bench.pass(Duration::from_secs(31));
+    assert_eq!(bench.stats.flows(FlowKind::Tcp), 1);
+}
+
+#[test]
+fn errors_and_resets_that_are_provoked_are_few() {
+    let mut bench = Bench::with(|settings| {
+        settings.policy.refused = CidrSet::parse(["198.51.100.0/24"]).unwrap();
+        settings.limits.errors_per_source = Rate { per_second: 10, burst: 20 };
+    });
+    for port in 1..10_000u16 {
+        bench.frame(&udp(SocketAddr::from(([10, 0, 0, 1], port)), at("198.51.100.1:9"), b"x"));
+        let stray = TcpHead { flags: ACK, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
+        bench.frame(&frame(&stray, b""));
+    }
+    assert_eq!(bench.world().frames.len(), 20);
+    assert_eq!(bench.dropped(DropReason::Policy), 9999);
+    bench.frame(&udp(at(HERS), at("198.51.100.1:9"), b"x"));
+    assert_eq!(bench.world().frames.len(), 21, "a neighbour is told all the same");
+}
+
+#[test]
+fn forged_errors_about_others_flows_change_nothing() {
+    let mut bench = bench();
+    let mut her = Neighbour::moves_in(&mut bench);
+    let quoted = udp(at(FAR), at(HERS), b"pong");
+    let (head, message) = head::problem(
+        at("10.0.0.1:0").ip(),
+        at(FAR).ip(),
+        tidegate_nat::wire::icmp::Problem::PortUnreachable,
+        &[&quoted[10..]],
+    );
+    bench.frame(&[head.bytes(), &message].concat());
+    her.works(&mut bench);
+}
+
+/// Segments of every kind at a connection in every state.
+fn anything() -> impl Strategy<Value = (u8, u32, u32, u16, usize, bool)> {
+    let near =
+        prop_oneof![0u32..3000, (u32::MAX - 3000).., any::<u32>(), (1u32 << 20) - 2000..(1 << 20) + 2000];
+    let flags = prop_oneof![Just(ACK), Just(ACK | FIN), Just(SYN), Just(RST), Just(RST | ACK), any::<u8>()];
+    (flags, near.clone(), near, any::<u16>(), 0usize..3000, any::<bool>())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_sequence_of_segments_breaks_the_engine_or_a_neighbour(
+        segments in prop::collection::vec((anything(), 0u64..400, 0u8..10), 1..80),
+    ) {
+        let mut bench = bench();
+        let mut her = Neighbour::moves_in(&mut bench);
+        let (inside, outside) = (at("10.0.0.1:7"), at("192.0.2.1:80"));
+        let mut expected = 0;
+        bench.world().room = 50_000;
+        for ((flags, sequence, acknowledgement, window, length, echo), wait, act) in segments {
+            let head = TcpHead {
+                sequence,
+                acknowledgement: acknowledgement.wrapping_add(expected),
+                flags,
+                window,
+                scale: echo.then_some(14),
+                timestamps: echo.then_some((sequence, acknowledgement)),
+                mss: (flags & SYN != 0).then_some(window),
+                ..segment(inside, outside)
+            };
+            bench.frame(&frame(&head, &vec![1; length]));
+            let last = bench.world().streams.len() - 1;
+            if last != her.stream {
+                match act {
+                    0 => bench.far_end_answers(last, Ok(())),
+                    1 if bench.world().streams[last].answer.is_some() => bench.far_end_sends(last, &[5; 3000]),
+                    2 => bench.far_end_closes(last),
+                    3 if bench.world().streams[last].answer.is_some() => bench.stream_ready(last, Ready { writable: true, ..Ready::default() }),
+                    4 => {
+                        bench.world().streams[last].broken = true;
+                        bench.stream_ready(last, Ready { error: true, ..Ready::default() });
+                    }
+                    _ => {}
+                }
+            }
+            while let Some(frame) = bench.next_frame() {
+                if let Some(seen) = Seen::of(&frame) && seen.flags & SYN != 0 {
+                    expected = seen.sequence.wrapping_add(1);
+                }
+            }
+            bench.pass(Duration::from_millis(wait));
+        }
+        her.works(&mut bench);
+        bench.pass(Duration::from_secs(3 * 3600));
+        prop_assert_eq!(bench.engine.flows(), 0);
+        prop_assert_eq!(bench.world().open, 0);
+    }
+
+    #[test]
+    fn no_bytes_at_all_break_the_engine(frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..120), 1..50)) {
+        let mut bench = bench();
+        let mut her = Neighbour::moves_in(&mut bench);
+        for mut frame in frames {
+            // Some of it shall come further than to the first check.
+            if frame.len() > 30 {
+                frame[..10].copy_from_slice(&[1, 0, 0, 0, 0, 0, 20, 0, 16, 0]);
+                frame[10] = if frame[20] % 2 == 0 { 0x45 } else { 0x60 };
+            }
+            bench.frame(&frame);
+        }
+        her.works(&mut bench);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// What the fuzz target runs, with steps that mean something more often than a fuzzer's first ones.
+    #[test]
+    fn frames_events_and_time_in_any_order_break_nothing(
+        steps in prop::collection::vec((anything(), any::<[u8; 4]>(), 0u8..4), 1..60),
+    ) {
+        let mut data = Vec::new();
+        for ((flags, sequence, acknowledgement, window, length, echo), event, which) in steps {
+            let (inside, outside) = (at("10.0.0.1:7"), at("192.0.2.1:80"));
+            match which {
+                0 => {
+                    let head = TcpHead { sequence, acknowledgement, flags, window, ..segment(inside, outside) };
+                    let frame = frame(&head, &vec![1; length]);
+                    data.push(0);
+                    data.extend((frame.len() as u16).to_be_bytes());
+                    data.extend(frame);
+                }
+                1 => {
+                    let frame = udp(inside, outside, &vec![1; length]);
+                    data.push(u8::from(echo));
+                    data.extend((frame.len() as u16).to_be_bytes());
+                    data.extend(frame);
+                }
+                2 => data.extend([2, event[0], event[1], event[2]]),
+                _ => data.extend([3, event[3]]),
+            }
+        }
+        tidegate_nat::fuzz::check_engine(&data);
+    }
+
+    #[test]
+    fn bytes_that_mean_nothing_break_nothing(data in prop::collection::vec(any::<u8>(), 0..2000)) {
+        tidegate_nat::fuzz::check_engine(&data);
+    }
+}
+
+#[test]
+fn every_limit_can_be_one() {
+    let mut bench = Bench::with(|settings: &mut Settings| {
+        settings.limits = TableLimits {
+            flows: 1,
+            flows_per_source: 1,
+            half_open_per_source: 1,
+            new_flows_per_source: Rate { per_second: 1, burst: 1 },
+            buffered_per_source: 1,
+            errors_per_source: Rate { per_second: 1, burst: 1 },
+            sources: 1,
+        };
+    });
+    bench.frame(&udp(at("10.0.0.1:1"), at("192.0.2.1:1"), b"x"));
+    bench.frame(&udp(at("10.0.0.1:2"), at("192.0.2.1:1"), b"x"));
+    bench.frame(&udp(at("10.0.0.2:2"), at("192.0.2.1:1"), b"x"));
+    assert_eq!(bench.engine.flows(), 1);
+}

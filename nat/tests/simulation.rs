@@ -1,0 +1,536 @@
+//! Two ends in invented time, and between guest and engine a link that loses, doubles, delays and reorders.
+//!
+//! Whatever happens, every byte arrives exactly once and in order, or the connection ends visibly: one end sees a reset. What a
+//! run does follows from its seed alone.
+
+mod world;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+use tidegate_nat::Settings;
+use tidegate_nat::host::Ready;
+use tidegate_nat::wire::head::TcpHead;
+use tidegate_nat::wire::tcp::flags::{ACK, FIN, PSH, RST, SYN};
+use world::{Bench, Dice, Seen, at, frame, segment};
+
+/// What kind of a link and of ends a run has.
+#[derive(Clone, Copy, Debug)]
+struct Weather {
+    loss: u64,
+    doubling: u64,
+    /// Packets are delayed by up to so many milliseconds, each differently.
+    delay: u64,
+    up: usize,
+    down: usize,
+    /// The guest's receive window.
+    window: usize,
+    scale: Option<u8>,
+    timestamps: bool,
+    mss: u16,
+    /// The far end takes so much at a time.
+    appetite: usize,
+    guest_closes_first: bool,
+}
+
+const CALM: Weather = Weather {
+    loss: 0,
+    doubling: 0,
+    delay: 1,
+    up: 300_000,
+    down: 300_000,
+    window: 1 << 20,
+    scale: Some(7),
+    timestamps: true,
+    mss: 1460,
+    appetite: usize::MAX,
+    guest_closes_first: true,
+};
+
+fn byte(position: usize) -> u8 {
+    (position as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]
+}
+
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(byte).collect()
+}
+
+/// A guest's TCP: plain, and by the book.
+struct Guest {
+    weather: Weather,
+    inside: SocketAddr,
+    outside: SocketAddr,
+    iss: u32,
+    /// Position in the stream: 0 is the SYN, 1 the first byte.
+    una: usize,
+    nxt: usize,
+    window: usize,
+    established: bool,
+    irs: u32,
+    received: Vec<u8>,
+    early: BTreeMap<usize, Vec<u8>>,
+    fin_at: Option<usize>,
+    fin_received: bool,
+    may_close: bool,
+    resend_at: Option<Instant>,
+    tries: u32,
+    dup: u32,
+    reset: bool,
+    done_at: Option<Instant>,
+    echo: u32,
+    scaled: bool,
+}
+
+impl Guest {
+    fn new(weather: Weather) -> Self {
+        Self {
+            weather,
+            inside: at("10.0.2.100:40000"),
+            outside: at("192.0.2.2:80"),
+            iss: u32::MAX - 5000,
+            una: 0,
+            nxt: 0,
+            window: 1,
+            established: false,
+            irs: 0,
+            received: Vec::new(),
+            early: BTreeMap::new(),
+            fin_at: None,
+            fin_received: false,
+            may_close: weather.guest_closes_first,
+            resend_at: None,
+            tries: 0,
+            dup: 0,
+            reset: false,
+            done_at: None,
+            echo: 0,
+            scaled: false,
+        }
+    }
+
+    /// Length of its stream in numbers: SYN, bytes, FIN.
+    fn end(&self) -> usize {
+        1 + self.weather.up + usize::from(self.may_close)
+    }
+
+    fn sent_all(&self) -> bool {
+        self.may_close && self.una == 2 + self.weather.up
+    }
+
+    fn acknowledgement(&self) -> u32 {
+        let received = 1 + self.received.len() + usize::from(self.fin_received);
+        self.irs.wrapping_add(received as u32)
+    }
+
+    fn write(&self, at: usize, flags: u8, payload: &[u8], now: Duration) -> Vec<u8> {
+        let kept: usize = self.early.values().map(Vec::len).sum();
+        let free = self.weather.window.saturating_sub(kept);
+        let syn = flags & SYN != 0;
+        let window = match self.weather.scale {
+            Some(scale) if self.scaled && !syn => free >> scale,
+            _ => free,
+        };
+        let head = TcpHead {
+            sequence: self.iss.wrapping_add(at as u32),
+            acknowledgement: if syn { 0 } else { self.acknowledgement() },
+            flags,
+            window: window.min(0xffff) as u16,
+            mss: syn.then_some(self.weather.mss),
+            scale: self.weather.scale.filter(|_| syn),
+            timestamps: self.weather.timestamps.then(|| (now.as_millis() as u32 + 1, self.echo)),
+            ..segment(self.inside, self.outside)
+        };
+        frame(&head, payload)
+    }
+
+    /// What it sends now.
+    fn transmit(&mut self, now: Instant, clock: Duration, out: &mut Vec<Vec<u8>>) {
+        if self.reset || self.done_at.is_some() {
+            return;
+        }
+        if self.resend_at.is_some_and(|at| at <= now) {
+            self.tries += 1;
+            if self.tries > 15 {
+                out.push(self.write(self.nxt, RST | ACK, b"", clock));
+                self.reset = true;
+                return;
+            }
+            self.nxt = self.una;
+            self.resend_at = None;
+        }
+        // A window that is closed is probed with one byte.
+        let window = if self.tries > 0 && self.window == 0 { 1 } else { self.window };
+        while self.nxt < self.end() && self.nxt < self.una + window {
+            let bytes = 1 + self.weather.up;
+            let (flags, payload) = if self.nxt == 0 {
+                (SYN, Vec::new())
+            } else if self.nxt < bytes {
+                // Large segments, as with offload.
+                let room = (self.una + window - self.nxt).min(4 * usize::from(self.weather.mss));
+                let length = room.min(bytes - self.nxt);
+                (ACK | PSH, (self.nxt - 1..self.nxt - 1 + length).map(byte).collect())
+            } else {
+                (ACK | FIN, Vec::new())
+            };
+            out.push(self.write(self.nxt, flags, &payload, clock));
+            self.nxt += payload.len().max(1);
+            if !self.established {
+                break;
+            }
+        }
+        if self.nxt > self.una || self.window == 0 && self.nxt < self.end() {
+            let wait = Duration::from_millis(200) * 2u32.pow(self.tries.min(6));
+            self.resend_at.get_or_insert(now + wait);
+        }
+    }
+
+    fn receive(&mut self, seen: &Seen, now: Instant, clock: Duration, out: &mut Vec<Vec<u8>>) {
+        if self.reset {
+            return;
+        }
+        if seen.has(RST) {
+            let ours = self.iss.wrapping_add(self.nxt as u32);
+            let answers_syn = !self.established && seen.acknowledgement == self.iss.wrapping_add(1);
+            if answers_syn
+                || self.established
+                    && (seen.sequence == self.acknowledgement() || ours == seen.acknowledgement)
+            {
+                self.reset = true;
+            }
+            return;
+        }
+        if !self.established {
+            if !seen.has(SYN | ACK) {
+                return;
+            }
+            (self.established, self.irs, self.scaled) = (true, seen.sequence, seen.scale.is_some());
+            self.scaled &= self.weather.scale.is_some();
+            (self.una, self.nxt, self.resend_at) = (1, 1, None);
+            self.window = seen.window.into();
+            self.echo = seen.timestamps.map_or(0, |stamps| stamps.0);
+            out.push(self.write(1, ACK, b"", clock));
+            return;
+        }
+        if seen.has(SYN) {
+            out.push(self.write(self.nxt, ACK, b"", clock));
+            return;
+        }
+        let position = seen.acknowledgement.wrapping_sub(self.iss) as usize;
+        let window = usize::from(seen.window) << if self.scaled { 5 } else { 0 };
+        if position > self.una && position <= self.end() {
+            (self.una, self.nxt) = (position, self.nxt.max(position));
+            (self.tries, self.dup, self.resend_at) = (0, 0, None);
+            self.window = window;
+        } else if position == self.una {
+            self.dup += u32::from(seen.payload.is_empty() && window == self.window && self.nxt > self.una);
+            if self.window == 0 && window > 0 {
+                (self.tries, self.resend_at) = (0, None);
+            }
+            self.window = window;
+            if self.dup == 3 {
+                self.nxt = self.una;
+            }
+        }
+        // Numbers from the SYN on: the first byte has 1.
+        let at = seen.sequence.wrapping_sub(self.irs) as i32 as i64 - 1;
+        if seen.has(FIN) {
+            self.fin_at = Some((at + seen.payload.len() as i64) as usize);
+        }
+        let next = self.received.len() as i64;
+        if !seen.payload.is_empty() && at + seen.payload.len() as i64 > next {
+            if at <= next {
+                self.received.extend_from_slice(&seen.payload[(next - at) as usize..]);
+                while let Some((at, bytes)) = self.early.pop_first() {
+                    if at > self.received.len() {
+                        self.early.insert(at, bytes);
+                        break;
+                    }
+                    let known = self.received.len() - at;
+                    self.received.extend_from_slice(bytes.get(known..).unwrap_or_default());
+                }
+            } else if (at as usize) < self.received.len() + self.weather.window {
+                self.early.insert(at as usize, seen.payload.clone());
+            }
+        }
+        self.fin_received |= self.fin_at == Some(self.received.len());
+        let probed = seen.sequence != self.acknowledgement();
+        if !seen.payload.is_empty() || seen.has(FIN) || probed {
+            if let Some((value, _)) = seen.timestamps {
+                self.echo = value;
+            }
+            out.push(self.write(self.nxt, ACK, b"", clock));
+        }
+        self.may_close |= self.fin_received;
+        if self.fin_received && self.sent_all() {
+            self.done_at.get_or_insert(now);
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    ToEngine(Vec<u8>),
+    ToGuest(Vec<u8>),
+    FarEnd,
+}
+
+#[derive(Debug)]
+struct Report {
+    guest_reset: bool,
+    far_end_reset: bool,
+    up: Vec<u8>,
+    up_ended: bool,
+    down: Vec<u8>,
+    down_ended: bool,
+    took: Duration,
+    flows_left: usize,
+}
+
+impl Report {
+    fn is_complete(&self, weather: &Weather) -> bool {
+        self.up_ended && self.down_ended && self.up.len() == weather.up && self.down.len() == weather.down
+    }
+}
+
+fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Report {
+    let mut dice = Dice(seed);
+    let mut bench = Bench::with(change);
+    bench.world().room = weather.appetite.min(100_000);
+    bench.world().answer_at_once = Some(Ok(()));
+    let start = bench.now;
+    let mut guest = Guest::new(weather);
+    let mut events: BinaryHeap<Reverse<(Instant, u64, Event)>> = BinaryHeap::new();
+    let mut order = 0;
+    let mut fed = 0;
+    let mut out = Vec::new();
+    // Longer than a connection is kept whose guest is gone without a word.
+    let limit = start + Duration::from_secs(3 * 3600);
+    events.push(Reverse((start, 0, Event::FarEnd)));
+    for step in 0.. {
+        assert!(step < 4_000_000, "seed {seed}: no end in sight at {:?}", bench.now - start);
+        guest.transmit(bench.now, bench.now - start, &mut out);
+        let mut travel = |event: Event, dice: &mut Dice, events: &mut BinaryHeap<_>, now: Instant| {
+            if dice.percent(weather.loss) {
+                return;
+            }
+            let copies = 1 + u32::from(dice.percent(weather.doubling));
+            for copy in 0..copies {
+                let delay = Duration::from_micros(10 + dice.below(weather.delay * 1000));
+                order += 1;
+                let event = match (&event, copy) {
+                    (Event::ToEngine(bytes), _) => Event::ToEngine(bytes.clone()),
+                    (Event::ToGuest(bytes), _) => Event::ToGuest(bytes.clone()),
+                    (Event::FarEnd, _) => Event::FarEnd,
+                };
+                events.push(Reverse((now + delay, order, event)));
+            }
+        };
+        for frame in out.drain(..) {
+            travel(Event::ToEngine(frame), &mut dice, &mut events, bench.now);
+        }
+        while let Some(frame) = bench.next_frame() {
+            for piece in cut(&frame) {
+                travel(Event::ToGuest(piece), &mut dice, &mut events, bench.now);
+            }
+        }
+        let next_event = events.peek().map(|Reverse((at, _, _))| *at);
+        let resend_at = guest.resend_at.filter(|_| !guest.reset && guest.done_at.is_none());
+        let timers = [bench.engine.poll_timeout(), resend_at, next_event];
+        let Some(next) = timers.into_iter().flatten().min() else { break };
+        if next > limit || guest.reset && bench.engine.flows() == 0 {
+            break;
+        }
+        bench.now = bench.now.max(next);
+        if bench.engine.poll_timeout().is_some_and(|at| at <= bench.now) {
+            let now = bench.now;
+            bench.engine.handle_timeout(now);
+            bench.settle();
+        }
+        if next_event.is_none_or(|at| at > bench.now) {
+            continue;
+        }
+        let Some(Reverse((_, _, event))) = events.pop() else { break };
+        match event {
+            Event::ToEngine(frame) => bench.frame(&frame),
+            Event::ToGuest(frame) => {
+                let seen = Seen::of(&frame).expect("a segment");
+                guest.receive(&seen, bench.now, bench.now - start, &mut out);
+            }
+            Event::FarEnd => {
+                // The far end takes some, gives some, and closes when it has given all.
+                if let Some(stream) = bench.world().streams.first_mut() {
+                    stream.room = stream.room.max(weather.appetite.min(100_000));
+                    let queued = stream.queue.len();
+                    let more = (weather.down - fed).min(200_000usize.saturating_sub(queued)).min(50_000);
+                    stream.queue.extend((fed..fed + more).map(byte));
+                    fed += more;
+                    let close = fed == weather.down && (!weather.guest_closes_first || stream.shut);
+                    stream.ended |= close;
+                    bench
+                        .stream_ready(0, Ready { readable: true, writable: true, error: false, more: close });
+                }
+                let begun = !bench.world().streams.is_empty();
+                let over = begun && bench.engine.flows() == 0;
+                if !over && !guest.reset {
+                    order += 1;
+                    events.push(Reverse((bench.now + Duration::from_millis(1), order, Event::FarEnd)));
+                }
+            }
+        }
+    }
+    let took = bench.now - start;
+    let flows_left = bench.engine.flows();
+    // There is none if not even a SYN has come through.
+    let stream = bench.world().streams.drain(..).next().unwrap_or_default();
+    Report {
+        guest_reset: guest.reset,
+        far_end_reset: stream.aborted,
+        up: stream.sent,
+        up_ended: stream.shut && !stream.aborted,
+        down: guest.received,
+        down_ended: guest.fin_received,
+        took,
+        flows_left,
+    }
+}
+
+/// Cuts a segment as the guest's kernel would, so that a piece of it can be lost.
+fn cut(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let seen = Seen::of(bytes).expect("a segment");
+    if seen.cut == 0 {
+        return vec![bytes.to_vec()];
+    }
+    let pieces = seen.payload.chunks(seen.cut.into()).enumerate();
+    pieces
+        .map(|(index, payload)| {
+            let head = TcpHead {
+                sequence: seen.sequence.wrapping_add(index as u32 * u32::from(seen.cut)),
+                acknowledgement: seen.acknowledgement,
+                flags: seen.flags,
+                window: seen.window,
+                timestamps: seen.timestamps,
+                ..segment(at("192.0.2.2:80"), at("10.0.2.100:40000"))
+            };
+            frame(&head, payload)
+        })
+        .collect()
+}
+
+/// Checks what holds whatever the weather.
+fn check(weather: Weather, seed: u64) -> Report {
+    check_with(weather, seed, |_| {})
+}
+
+fn check_with(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Report {
+    let report = run(weather, seed, change);
+    let context = format!("seed {seed}, {weather:?}, after {:?}", report.took);
+    assert_eq!(report.up, pattern(weather.up)[..report.up.len().min(weather.up)], "up: {context}");
+    assert_eq!(report.down, pattern(weather.down)[..report.down.len().min(weather.down)], "down: {context}");
+    if report.up_ended {
+        assert_eq!(report.up.len(), weather.up, "an end before the end, up: {context}");
+    }
+    if report.down_ended {
+        assert_eq!(report.down.len(), weather.down, "an end before the end, down: {context}");
+    }
+    let visible = report.guest_reset || report.far_end_reset;
+    assert!(report.is_complete(&weather) || visible, "cut and nobody knows: {context}");
+    assert_eq!(report.flows_left, 0, "nothing is left: {context}");
+    report
+}
+
+#[test]
+fn on_a_calm_day_everything_arrives() {
+    for guest_closes_first in [true, false] {
+        let weather = Weather { guest_closes_first, ..CALM };
+        let report = check(weather, 1);
+        assert!(report.is_complete(&weather), "{report:?}");
+        assert!(!report.guest_reset && !report.far_end_reset);
+    }
+}
+
+#[test]
+fn with_loss_everything_arrives_in_the_end() {
+    for seed in 0..40 {
+        let weather = Weather {
+            loss: 1 + seed % 20,
+            doubling: seed % 7,
+            delay: 1 + seed % 30,
+            guest_closes_first: seed % 2 == 0,
+            up: 60_000,
+            down: 60_000,
+            ..CALM
+        };
+        let report = check(weather, seed);
+        assert!(report.is_complete(&weather), "seed {seed}: {weather:?}");
+    }
+}
+
+#[test]
+fn with_reordering_and_doubling_every_byte_arrives_once() {
+    for seed in 0..20 {
+        let weather = Weather { doubling: 30, delay: 50, up: 200_000, down: 200_000, ..CALM };
+        assert!(check(weather, seed).is_complete(&weather), "seed {seed}");
+    }
+}
+
+#[test]
+fn with_tiny_windows_everything_arrives_slowly() {
+    for (window, mss) in [(1, 1460), (100, 1460), (1460, 1460), (3000, 88), (65_535, 536)] {
+        for seed in 0..4 {
+            let size = if window < 1000 { 2000 } else { 50_000 };
+            let weather = Weather {
+                window,
+                mss,
+                scale: None,
+                timestamps: seed % 2 == 0,
+                loss: seed,
+                up: size,
+                down: size,
+                appetite: window.max(10),
+                ..CALM
+            };
+            assert!(check(weather, seed).is_complete(&weather), "seed {seed}: {weather:?}");
+        }
+    }
+}
+
+#[test]
+fn a_far_end_that_reads_slowly_slows_the_guest_and_loses_nothing() {
+    let weather = Weather { appetite: 700, up: 3_000_000, down: 1000, ..CALM };
+    assert!(check(weather, 3).is_complete(&weather));
+}
+
+#[test]
+fn without_so_peek_off_and_offload_it_is_the_same() {
+    for seed in 0..10 {
+        let weather = Weather { loss: seed, delay: 5, up: 50_000, down: 400_000, ..CALM };
+        let report = check_with(weather, seed, |settings| {
+            settings.capabilities = tidegate_nat::Capabilities::NONE;
+        });
+        assert!(report.is_complete(&weather));
+    }
+}
+
+#[test]
+fn in_a_storm_nothing_is_invented_and_every_cut_is_seen() {
+    let mut complete = 0;
+    for seed in 100..160 {
+        let mut dice = Dice(seed);
+        let weather = Weather {
+            loss: 20 + dice.below(60),
+            doubling: dice.below(50),
+            delay: 1 + dice.below(400),
+            up: dice.below(20_000) as usize,
+            down: dice.below(20_000) as usize,
+            window: 500 + dice.below(60_000) as usize,
+            scale: if dice.percent(50) { Some(dice.below(8) as u8) } else { None },
+            timestamps: dice.percent(50),
+            mss: 100 + dice.below(1400) as u16,
+            appetite: 1 + dice.below(5000) as usize,
+            guest_closes_first: dice.percent(50),
+        };
+        complete += u32::from(check(weather, seed).is_complete(&weather));
+    }
+    assert!(complete > 5, "some get through: {complete}");
+}

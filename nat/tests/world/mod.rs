@@ -1,0 +1,465 @@
+//! A world in memory for the engine: sockets that are queues, and a device that is a list of frames.
+
+#![allow(dead_code, unreachable_pub)]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{self, IoSlice};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tidegate_nat::engine::{Engine, Secrets};
+use tidegate_nat::host::{Batch, DatagramKind, Host, Ready, SendOutcome, SocketProblem};
+use tidegate_nat::siphash::HashKey;
+use tidegate_nat::wire::head::TcpHead;
+use tidegate_nat::wire::ip::Packet;
+use tidegate_nat::wire::protocol;
+use tidegate_nat::wire::tcp::{Segment, flags};
+use tidegate_nat::wire::virtio::VirtioHeader;
+use tidegate_nat::{DropReason, Settings, Stats};
+use tidegate_reactor::Key;
+
+pub const GATEWAY: &str = "10.0.2.2";
+
+/// A TCP socket of the host, and the far end behind it.
+#[derive(Debug, Default)]
+pub struct FakeStream {
+    pub to: Option<SocketAddr>,
+    pub key: Option<Key>,
+    /// Connecting; `Some` once the far end has answered.
+    pub answer: Option<Result<(), i32>>,
+    /// Received by the kernel, not yet taken out.
+    pub queue: VecDeque<u8>,
+    /// The far end has closed behind what is in `queue`.
+    pub ended: bool,
+    /// The far end has reset.
+    pub broken: bool,
+    /// What the engine has sent, as the far end sees it.
+    pub sent: Vec<u8>,
+    /// Room in the send buffer.
+    pub room: usize,
+    pub shut: bool,
+    pub aborted: bool,
+    /// Bytes that were peeked at, to see how often it looks.
+    pub looked_at: u64,
+}
+
+/// A datagram socket.
+#[derive(Debug, Default)]
+pub struct FakeDatagrams {
+    pub to: Option<SocketAddr>,
+    pub key: Option<Key>,
+    pub sent: Vec<Vec<u8>>,
+    pub hop_limit: Option<u8>,
+    pub dont_fragment: bool,
+    pub waiting: VecDeque<Vec<u8>>,
+    /// The same, of a shared socket.
+    pub waiting_from: VecDeque<(SocketAddr, Vec<u8>)>,
+    pub sent_to: Vec<SocketAddr>,
+    pub kind: Option<DatagramKind>,
+    pub problems: VecDeque<SocketProblem>,
+    pub outcome: Option<SendOutcome>,
+    pub closed: bool,
+}
+
+/// Tells the world when it is dropped.
+pub struct Handle(usize, Arc<std::sync::Mutex<Vec<usize>>>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.1.lock().unwrap().push(self.0);
+    }
+}
+
+#[derive(Default)]
+pub struct Datagrams(Vec<(Option<SocketAddr>, Vec<u8>)>);
+
+impl Batch for Datagrams {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn get(&self, index: usize) -> (&[u8], usize) {
+        (&self.0[index].1, self.0[index].1.len())
+    }
+
+    fn source(&self, index: usize) -> Option<SocketAddr> {
+        self.0[index].0
+    }
+}
+
+#[derive(Default)]
+pub struct World {
+    pub frames: VecDeque<Vec<u8>>,
+    pub streams: Vec<FakeStream>,
+    pub datagrams: Vec<FakeDatagrams>,
+    pub local: Vec<IpAddr>,
+    /// What connecting answers at once; otherwise the test answers later.
+    pub answer_at_once: Option<Result<(), i32>>,
+    /// Room in the send buffer of new streams.
+    pub room: usize,
+    pub descriptors: usize,
+    pub open: usize,
+    pub ready: Vec<(Key, Ready)>,
+    closed_streams: Arc<std::sync::Mutex<Vec<usize>>>,
+    closed_datagrams: Arc<std::sync::Mutex<Vec<usize>>>,
+    pub streams_closed: BTreeMap<usize, bool>,
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self { room: usize::MAX, descriptors: 1000, ..Self::default() }
+    }
+
+    fn note_closed(&mut self) {
+        for index in self.closed_streams.lock().unwrap().drain(..) {
+            self.open -= 1;
+            self.streams_closed.insert(index, true);
+        }
+        for index in self.closed_datagrams.lock().unwrap().drain(..) {
+            self.open -= 1;
+            self.datagrams[index].closed = true;
+        }
+    }
+}
+
+impl Host for World {
+    type Stream = Handle;
+    type Datagrams = Handle;
+    type Batch = Datagrams;
+
+    fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
+        let mut frame = head.to_vec();
+        payload.iter().for_each(|piece| frame.extend_from_slice(piece));
+        assert!(frame.len() <= 10 + 65_535, "no packet is longer than its length field can say");
+        self.frames.push_back(frame);
+        true
+    }
+
+    fn is_local(&self, ip: IpAddr) -> bool {
+        ip.is_loopback() || self.local.contains(&ip)
+    }
+
+    fn connect(&mut self, to: SocketAddr) -> io::Result<Handle> {
+        self.note_closed();
+        if self.open >= self.descriptors {
+            return Err(io::Error::from_raw_os_error(24));
+        }
+        self.open += 1;
+        let answer = self.answer_at_once;
+        self.streams.push(FakeStream { to: Some(to), answer, room: self.room, ..FakeStream::default() });
+        Ok(Handle(self.streams.len() - 1, Arc::clone(&self.closed_streams)))
+    }
+
+    fn watch_stream(&mut self, stream: &mut Handle, key: Key) -> io::Result<Ready> {
+        self.streams[stream.0].key = Some(key);
+        Ok(Ready {
+            writable: self.streams[stream.0].answer.is_some(),
+            error: self.streams[stream.0].answer.is_some_and(|answer| answer.is_err()),
+            ..Ready::default()
+        })
+    }
+
+    fn connect_result(&mut self, stream: &Handle) -> io::Result<()> {
+        let stream = &self.streams[stream.0];
+        let reset = stream.broken.then_some(Err(104));
+        stream.answer.or(reset).expect("only who is ready is asked").map_err(io::Error::from_raw_os_error)
+    }
+
+    fn send(&mut self, stream: &mut Handle, bytes: &[u8]) -> io::Result<usize> {
+        let stream = &mut self.streams[stream.0];
+        assert!(!stream.shut && !bytes.is_empty());
+        if stream.broken {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        let taken = bytes.len().min(stream.room);
+        if taken == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        stream.room -= taken;
+        stream.sent.extend_from_slice(&bytes[..taken]);
+        Ok(taken)
+    }
+
+    fn peek(&mut self, stream: &mut Handle, offset: usize, into: &mut [u8]) -> io::Result<usize> {
+        let stream = &mut self.streams[stream.0];
+        assert!(offset <= stream.queue.len(), "nothing behind the queue's end is looked at");
+        if stream.broken {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        let count = into.len().min(stream.queue.len() - offset);
+        if count == 0 && !stream.ended {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        for (to, from) in into.iter_mut().zip(stream.queue.range(offset..)) {
+            *to = *from;
+        }
+        stream.looked_at += count as u64;
+        Ok(count)
+    }
+
+    fn discard(&mut self, stream: &mut Handle, length: usize) -> io::Result<()> {
+        let stream = &mut self.streams[stream.0];
+        assert!(length <= stream.queue.len(), "only what is there is taken out");
+        stream.queue.drain(..length);
+        Ok(())
+    }
+
+    fn shutdown(&mut self, stream: &mut Handle) {
+        self.streams[stream.0].shut = true;
+    }
+
+    fn abort(&mut self, stream: Handle) {
+        self.streams[stream.0].aborted = true;
+    }
+
+    fn open(&mut self, kind: DatagramKind, to: SocketAddr) -> io::Result<Handle> {
+        self.note_closed();
+        if self.open >= self.descriptors {
+            return Err(io::Error::from_raw_os_error(24));
+        }
+        self.open += 1;
+        self.datagrams.push(FakeDatagrams { to: Some(to), kind: Some(kind), ..FakeDatagrams::default() });
+        Ok(Handle(self.datagrams.len() - 1, Arc::clone(&self.closed_datagrams)))
+    }
+
+    fn watch_datagrams(&mut self, socket: &Handle, key: Key) -> io::Result<()> {
+        self.datagrams[socket.0].key = Some(key);
+        Ok(())
+    }
+
+    fn send_train(
+        &mut self,
+        socket: &mut Handle,
+        to: Option<SocketAddr>,
+        bytes: &[u8],
+        segment: usize,
+        dont_fragment: bool,
+        hop_limit: Option<u8>,
+    ) -> SendOutcome {
+        let socket = &mut self.datagrams[socket.0];
+        (socket.dont_fragment, socket.hop_limit) = (dont_fragment, hop_limit);
+        assert_eq!(to.is_some(), socket.kind == Some(DatagramKind::SharedUdp));
+        socket.sent_to.extend(to);
+        if let Some(outcome) = socket.outcome {
+            return outcome;
+        }
+        if bytes.is_empty() {
+            socket.sent.push(Vec::new());
+        }
+        socket.sent.extend(bytes.chunks(segment.max(1)).map(<[u8]>::to_vec));
+        SendOutcome::Sent
+    }
+
+    fn receive(&mut self, socket: &mut Handle, batch: &mut Datagrams) -> io::Result<usize> {
+        let socket = &mut self.datagrams[socket.0];
+        let whole = socket.waiting.drain(..).map(|bytes| (None, bytes));
+        let named = socket.waiting_from.drain(..).map(|(from, bytes)| (Some(from), bytes));
+        batch.0 = whole.chain(named).collect();
+        assert!(batch.0.len() <= 64);
+        if batch.0.is_empty() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(batch.0.len()) }
+    }
+
+    fn next_problem(&mut self, socket: &mut Handle) -> Option<SocketProblem> {
+        self.datagrams[socket.0].problems.pop_front()
+    }
+}
+
+/// An engine in such a world, and the time there.
+pub struct Bench {
+    pub engine: Engine<World>,
+    pub stats: Arc<Stats>,
+    pub start: Instant,
+    pub now: Instant,
+}
+
+pub const SECRETS: Secrets = Secrets { table: HashKey([1, 2]), sequence: HashKey([3, 4]) };
+
+impl Bench {
+    pub fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    pub fn with(change: impl FnOnce(&mut Settings)) -> Self {
+        let mut settings = Settings::new(1500);
+        settings.policy.gateways = vec![GATEWAY.parse().unwrap(), "fd00::2".parse().unwrap()];
+        change(&mut settings);
+        let (start, stats) = (Instant::now(), Arc::new(Stats::default()));
+        let engine = Engine::new(World::new(), settings, SECRETS, Arc::clone(&stats), start);
+        Self { engine, stats, start, now: start }
+    }
+
+    pub fn world(&mut self) -> &mut World {
+        self.engine.host_mut()
+    }
+
+    /// Hands a frame to the engine, and lets it do what comes of it.
+    pub fn frame(&mut self, frame: &[u8]) {
+        self.engine.packet(frame, self.now);
+        self.settle();
+    }
+
+    pub fn settle(&mut self) {
+        self.engine.flush(self.now);
+        for _ in 0..100_000 {
+            let ready = std::mem::take(&mut self.world().ready);
+            let idle = ready.is_empty();
+            for (key, ready) in ready {
+                self.engine.ready(key, ready, self.now);
+            }
+            if !self.engine.turn(self.now) && idle {
+                self.world().note_closed();
+                return;
+            }
+        }
+        panic!("the engine never comes to rest");
+    }
+
+    /// Lets time pass, with every timer that is due meanwhile.
+    pub fn pass(&mut self, time: Duration) {
+        let until = self.now + time;
+        for _ in 0..1_000_000 {
+            match self.engine.poll_timeout() {
+                Some(due) if due <= until => {
+                    self.now = self.now.max(due);
+                    self.engine.handle_timeout(self.now);
+                    self.settle();
+                }
+                _ => {
+                    self.now = until;
+                    return;
+                }
+            }
+        }
+        panic!("timers never come to rest");
+    }
+
+    /// The stream's socket has become ready.
+    pub fn stream_ready(&mut self, index: usize, ready: Ready) {
+        if let Some(key) = self.world().streams[index].key {
+            self.engine.ready(key, ready, self.now);
+        }
+        self.settle();
+    }
+
+    /// The far end sends.
+    pub fn far_end_sends(&mut self, index: usize, bytes: &[u8]) {
+        self.world().streams[index].queue.extend(bytes);
+        self.stream_ready(index, Ready { readable: true, ..Ready::default() });
+    }
+
+    pub fn far_end_closes(&mut self, index: usize) {
+        self.world().streams[index].ended = true;
+        self.stream_ready(index, Ready { readable: true, more: true, ..Ready::default() });
+    }
+
+    pub fn far_end_answers(&mut self, index: usize, answer: Result<(), i32>) {
+        self.world().streams[index].answer = Some(answer);
+        self.stream_ready(index, Ready { writable: true, error: answer.is_err(), ..Ready::default() });
+    }
+
+    pub fn datagrams_ready(&mut self, index: usize, ready: Ready) {
+        if let Some(key) = self.world().datagrams[index].key {
+            self.engine.ready(key, ready, self.now);
+        }
+        self.settle();
+    }
+
+    pub fn next_frame(&mut self) -> Option<Vec<u8>> {
+        self.world().frames.pop_front()
+    }
+
+    /// The next frame, which must be a segment.
+    pub fn next_segment(&mut self) -> Option<Seen> {
+        let frame = self.next_frame()?;
+        Some(Seen::of(&frame).unwrap_or_else(|| panic!("no segment: {frame:02x?}")))
+    }
+
+    pub fn dropped(&self, reason: DropReason) -> u64 {
+        self.stats.dropped(reason)
+    }
+}
+
+/// A segment that the guest has got.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub sequence: u32,
+    pub acknowledgement: u32,
+    pub flags: u8,
+    pub window: u16,
+    pub mss: Option<u16>,
+    pub scale: Option<u8>,
+    pub timestamps: Option<(u32, u32)>,
+    pub cut: u16,
+    pub payload: Vec<u8>,
+}
+
+impl Seen {
+    pub fn of(frame: &[u8]) -> Option<Self> {
+        let (header, bytes) = VirtioHeader::parse(frame).unwrap();
+        let packet = Packet::parse(bytes).unwrap();
+        if packet.protocol != protocol::TCP {
+            return None;
+        }
+        let segment = Segment::parse(&packet, false).unwrap();
+        Some(Self {
+            sequence: segment.sequence,
+            acknowledgement: segment.acknowledgement,
+            flags: segment.flags,
+            window: segment.window,
+            mss: segment.options.mss,
+            scale: segment.options.scale,
+            timestamps: segment.options.timestamps,
+            cut: header.segment,
+            payload: segment.payload.to_vec(),
+        })
+    }
+
+    pub fn has(&self, wanted: u8) -> bool {
+        self.flags & wanted == wanted
+    }
+}
+
+/// A segment of the guest's.
+pub fn segment(source: SocketAddr, destination: SocketAddr) -> TcpHead {
+    TcpHead {
+        source,
+        destination,
+        sequence: 0,
+        acknowledgement: 0,
+        flags: flags::ACK,
+        window: 0xffff,
+        mss: None,
+        scale: None,
+        timestamps: None,
+        segment: u16::MAX,
+    }
+}
+
+pub fn frame(head: &TcpHead, payload: &[u8]) -> Vec<u8> {
+    [head.write(payload.len()).bytes(), payload].concat()
+}
+
+pub fn at(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+/// Numbers that look random and are not (SplitMix64).
+pub struct Dice(pub u64);
+
+impl Dice {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+
+    pub fn percent(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
