@@ -20,7 +20,7 @@ pub enum FirewallChoice {
     Nftables,
     /// Chains of tidegate's own in iptables and ip6tables
     Iptables,
-    /// No firewall: policy rules alone. Containers do not reach the outside
+    /// No firewall: policy rules alone, and the NAT engine for the way out
     None,
 }
 
@@ -180,7 +180,7 @@ fn choose_firewall(
 }
 
 /// Whether the kernel is to be taken for one that cannot do `feature`: for tests, which run on newer ones.
-fn lacks(feature: &str) -> bool {
+pub(crate) fn lacks(feature: &str) -> bool {
     std::env::var("TIDEGATE_LACKS").is_ok_and(|features| features.split(',').any(|one| one == feature))
 }
 

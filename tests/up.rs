@@ -8,6 +8,7 @@ mod up {
     pub(crate) mod rootless;
     pub(crate) mod scene;
     pub(crate) mod uplink;
+    pub(crate) mod way_out;
     pub(crate) mod witness;
 }
 
@@ -149,7 +150,7 @@ fn a_second_instance_is_told_who_the_first_is() {
 
 #[test]
 fn what_others_take_away_is_put_back() {
-    is_put_back("none", "0");
+    is_put_back("none", "1");
 }
 
 #[test]

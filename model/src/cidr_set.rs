@@ -55,14 +55,22 @@ impl CidrSet {
             if index >= Self::MAX_ENTRIES {
                 return Err(CidrSetError::TooMany);
             }
-            match judged_family(parse_block(entry.as_ref())?) {
-                IpNet::V4(block) => set.v4.push((block.network(), block.broadcast())),
-                IpNet::V6(block) => set.v6.push((block.network(), block.broadcast())),
-            }
+            set.push(parse_block(entry.as_ref())?);
         }
-        merge(&mut set.v4, |end| end.to_bits().checked_add(1).map(Ipv4Addr::from_bits));
-        merge(&mut set.v6, |end| end.to_bits().checked_add(1).map(Ipv6Addr::from_bits));
+        set.settle();
         Ok(set)
+    }
+
+    fn push(&mut self, block: IpNet) {
+        match judged_family(block) {
+            IpNet::V4(block) => self.v4.push((block.network(), block.broadcast())),
+            IpNet::V6(block) => self.v6.push((block.network(), block.broadcast())),
+        }
+    }
+
+    fn settle(&mut self) {
+        merge(&mut self.v4, |end| end.to_bits().checked_add(1).map(Ipv4Addr::from_bits));
+        merge(&mut self.v6, |end| end.to_bits().checked_add(1).map(Ipv6Addr::from_bits));
     }
 
     /// Whether one of the blocks holds `ip`.
@@ -78,6 +86,16 @@ impl CidrSet {
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.v4.is_empty() && self.v6.is_empty()
+    }
+}
+
+/// Of blocks that are known to be sound; their number is the caller's to bound. Host bits do not count.
+impl FromIterator<IpNet> for CidrSet {
+    fn from_iter<I: IntoIterator<Item = IpNet>>(blocks: I) -> Self {
+        let mut set = Self::default();
+        blocks.into_iter().for_each(|block| set.push(block));
+        set.settle();
+        set
     }
 }
 

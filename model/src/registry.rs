@@ -114,6 +114,18 @@ pub const GUARD_EXEMPTION_PRIORITY: u32 = 7_656;
 /// The priority of the rules that make a network unreachable for packets to be forwarded, in either direction.
 pub const GUARD_PRIORITY: u32 = 7_657;
 
+/// The priority of the rules that lead what comes from a network to the NAT engine: behind the guards, so that it is out only what goes to no network of ours.
+pub const WAY_OUT_PRIORITY: u32 = 7_658;
+
+/// The priority of the rules behind [`WAY_OUT_PRIORITY`]: where the engine has gone, nothing that comes from a network is forwarded.
+pub const NO_WAY_OUT_PRIORITY: u32 = 7_659;
+
+/// The first of the [`WAY_OUT_TABLES`] routing tables in which the NAT engines of projects have their routes, behind the [`OwnerSlot`]s'.
+pub const FIRST_WAY_OUT_TABLE: u32 = 29_956;
+
+/// How many of them there are. A project's is chosen by its name.
+pub const WAY_OUT_TABLES: u32 = 1_000;
+
 /// The first group of links that tidegate puts those into that it is about to delete; the next free one above is taken. `tg` in
 /// the upper half, as in [`MARK`]. iproute2's groups are small numbers.
 pub const DELETION_GROUP: u32 = 0x7467_0000;
@@ -121,6 +133,10 @@ pub const DELETION_GROUP: u32 = 0x7467_0000;
 /// What every network interface that tidegate makes on the host begins with. A name has at most 15 bytes
 /// (`IFNAMSIZ` less the NUL), which leaves 13 behind the prefix.
 pub const INTERFACE_PREFIX: &str = "tg";
+
+/// Bridges that containers and machines of others are on: of Docker, Podman, CNI, libvirt, LXC, LXD and Incus. `+` at the end stands for anything, as in iptables(8).
+pub const BRIDGES_OF_OTHERS: [&str; 9] =
+    ["docker0", "docker_gwbridge", "br-+", "podman+", "cni+", "virbr+", "lxcbr+", "lxdbr+", "incusbr+"];
 
 /// What the nftables tables, of family `inet`, begin with that hold the rules of one owner each; his name follows. They are replaced as a whole,
 /// and deleting one is all of its teardown.

@@ -72,6 +72,8 @@ pub struct Rule {
 pub enum Reach {
     /// They are routed by the `main` table.
     Main,
+    /// They are routed by this table, and if it knows no way by what comes behind.
+    Table(u32),
     /// They go nowhere, and who sent them is told.
     Nothing,
     /// They go nowhere, and nobody is told: as on a host that does not forward.
@@ -258,11 +260,12 @@ impl fmt::Display for Rule {
         if self.marked {
             write!(f, " fwmark {:#x}/{:#x}", registry::FORWARD_MARK, registry::FORWARD_MARK_MASK)?;
         }
-        f.write_str(match self.reach {
-            Reach::Main => " lookup main",
-            Reach::Nothing => " unreachable",
-            Reach::Silence => " blackhole",
-        })
+        match self.reach {
+            Reach::Main => f.write_str(" lookup main"),
+            Reach::Table(table) => write!(f, " lookup {table}"),
+            Reach::Nothing => f.write_str(" unreachable"),
+            Reach::Silence => f.write_str(" blackhole"),
+        }
     }
 }
 

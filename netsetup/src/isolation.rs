@@ -44,6 +44,51 @@ impl Isolation for WithoutFirewall {
     }
 }
 
+/// Without a firewall, and with a way out by the NAT engine: as [`WithoutFirewall`], but what comes from a network that is not internal is led into the engine's
+/// device, and what comes out of that is let into the networks.
+///
+/// The guards come first, so that what goes from one network to another gets nowhere. Behind the way out is another one: when the engine has ended, and its device
+/// and routes with it, nothing that comes from a network is forwarded.
+#[derive(Clone, Debug)]
+pub struct WithEngine {
+    /// The engine's device, which is there before the networks.
+    pub device: String,
+    /// The table that has its routes.
+    pub table: u32,
+}
+
+impl Isolation for WithEngine {
+    fn name(&self) -> &'static str {
+        WithoutFirewall.name()
+    }
+
+    fn groundwork(&self, desired: &Desired) -> Vec<Fact> {
+        let has = |v6: bool| desired.networks.iter().any(|network| !network.internal && network.has(v6));
+        let families = [false, true].into_iter().filter(|v6| has(*v6));
+        families.map(|v6| Fact::Forwarding { link: self.device.clone(), v6 }).collect()
+    }
+
+    fn facts(&self, network: &Network) -> Vec<Fact> {
+        if network.internal {
+            return closed(network);
+        }
+        let bridge = &network.bridge.name;
+        let mut facts = open(network);
+        for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
+            let v6 = is_v6(to);
+            facts.extend(shut(to));
+            let from_engine = Rule { from_interface: Some(self.device.clone()), ..exemption(v6) };
+            facts.push(Fact::Rule(Rule { to: Some(to), ..from_engine }));
+            let from_network = |priority, reach| {
+                Fact::Rule(Rule { priority, reach, from_interface: Some(bridge.clone()), ..guard(v6) })
+            };
+            facts.push(from_network(registry::NO_WAY_OUT_PRIORITY, Reach::Nothing));
+            facts.push(from_network(registry::WAY_OUT_PRIORITY, Reach::Table(self.table)));
+        }
+        facts
+    }
+}
+
 /// With a firewall: by its rules, and behind them by the policy rules of [`WithoutFirewall`], with an exemption for what the firewall has marked.
 ///
 /// Rules of a firewall can be flushed by whoever likes to. The policy rules are then what keeps the networks closed: without its rules the
@@ -87,18 +132,24 @@ impl Isolation for WithFirewall {
         if network.internal {
             return closed(network);
         }
-        let bridge = &network.bridge.name;
-        let mut facts = vec![setting(Place::Host, format!("net.ipv4.conf.{bridge}.forwarding"), "1")];
-        facts.push(ipv6(network));
-        if network.has(true) {
-            facts.push(Fact::Forwarding { link: bridge.clone(), v6: true });
-        }
+        let mut facts = open(network);
         for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
             facts.extend(shut(to));
             facts.push(Fact::Rule(Rule { to: Some(to), marked: true, ..exemption(is_v6(to)) }));
         }
         facts
     }
+}
+
+/// What comes from the network may be forwarded.
+fn open(network: &Network) -> Vec<Fact> {
+    let bridge = &network.bridge.name;
+    let mut facts = vec![setting(Place::Host, format!("net.ipv4.conf.{bridge}.forwarding"), "1")];
+    facts.push(ipv6(network));
+    if network.has(true) {
+        facts.push(Fact::Forwarding { link: bridge.clone(), v6: true });
+    }
+    facts
 }
 
 /// No way in, and none out.

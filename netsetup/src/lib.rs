@@ -40,7 +40,7 @@ pub use error::{ApplyError, ConflictError, JournalError, KernelError};
 pub use fact::{Fact, Interface, Op, Place, Reach, Rule};
 pub use firewall::{DockerUser, Firewall, FirewallKind, IptablesState, Opening, Ruleset, UserRule, Zone};
 pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
-pub use isolation::{Isolation, WithFirewall, WithoutFirewall};
+pub use isolation::{Isolation, WithEngine, WithFirewall, WithoutFirewall};
 pub use journal::Journal;
 pub use kernel::Kernel;
 pub use mac::Mac;

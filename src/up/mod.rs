@@ -15,6 +15,7 @@ mod control;
 mod layout;
 mod metrics;
 mod names;
+mod way_out;
 
 use crate::api::socket::{self, Socket};
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, Subject};
@@ -39,6 +40,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tidegate_model::{PortSpec, Protocol};
+use tidegate_nat::Nat;
 use tidegate_netns::{Namespace, News, Topic, run_directory};
 use tidegate_netsetup::{
     Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, Setup, Uplink, WithFirewall,
@@ -96,7 +98,19 @@ struct Running {
     publisher: Arc<Publisher>,
     adopted: Arc<Adopted>,
     names: NameServers,
+    /// The NAT engine, where there is no firewall.
+    way_out: Option<Nat>,
     supervisor: Supervisor,
+}
+
+/// What a project is brought up with.
+struct Means<'a> {
+    ground: &'a Ground,
+    chosen: &'a Chosen,
+    /// Of the way out, where there is no firewall.
+    device: Option<way_out::Device>,
+    /// Where what is to be remembered goes.
+    run: &'a Path,
 }
 
 /// The signals that end it.
@@ -167,7 +181,15 @@ impl Up {
         raise_descriptor_limit();
         let chosen = choose(self.firewall, self.publish, ground, &project.name)?;
         chosen.tell();
-        let mut setup = setup_with(ground, journal, chosen.firewall.as_ref());
+        let device = match &chosen.firewall {
+            Some(_) => None,
+            None => way_out::Device::open(ground, &project.name)
+                .inspect_err(|error| {
+                    tracing::warn!("containers have no way out: {error}; tidegate doctor says what helps");
+                })
+                .ok(),
+        };
+        let mut setup = setup_with(ground, journal, chosen.firewall.as_ref(), device.as_ref());
         let left = setup.clear().await?;
         if left > 0 {
             tracing::info!(steps = left, "cleared what an instance that was killed had left");
@@ -178,7 +200,8 @@ impl Up {
         // SAFETY: its descriptor is its own, and the same for as long as it lives.
         let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }
             .context("listen for changes of networks")?;
-        let up = match self.start(ground, &project, &mut setup, &chosen, &run, &mut signals).await {
+        let means = Means { ground, chosen: &chosen, device, run: &run };
+        let up = match self.start(means, &project, &mut setup, &mut signals).await {
             Ok(Some(up)) => up,
             not_up => {
                 // What went wrong first is what matters; what cannot be taken back is in the journal, for the next start.
@@ -220,13 +243,12 @@ impl Up {
     /// to be taken back.
     async fn start(
         &self,
-        ground: &Ground,
+        means: Means<'_>,
         project: &Project,
         setup: &mut Setup,
-        chosen: &Chosen,
-        run: &Path,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Running>> {
+        let Means { ground, chosen, device, run } = means;
         let mut observed = setup.surroundings().await?;
         if ground.is_rootless() {
             // The networks of the host are not in the way there. But who is to reach them one day must not have their addresses.
@@ -268,13 +290,12 @@ impl Up {
             namespaces.insert(service.name.clone(), namespace);
         }
         setup.apply(&layout.desired).await?;
-        if ground.is_rootless() {
-            tracing::warn!(
-                "containers have no way out as yet: without root their networks are apart from the host's"
-            );
-        }
+        let way_out = device.map(|device| device.start(&layout, &observed, ground)).transpose()?;
 
         let mut settings = Settings::default();
+        if way_out.is_some() {
+            settings.reserved_descriptors += way_out::descriptors();
+        }
         let of_a_service = SERVICE_DESCRIPTORS + names::DESCRIPTORS;
         settings.reserved_descriptors +=
             of_a_service * namespaces.len() + names::SHARED_DESCRIPTORS + MAX_CLIENTS;
@@ -297,6 +318,11 @@ impl Up {
             if let Some(recorder) = recorder {
                 let (desired, told) = (layout.desired.clone(), Arc::clone(&publisher));
                 let recorder = recorder.with(move |page| metrics::families(&desired, &told, page));
+                let nat = way_out.as_ref().map(|nat| (project.name.clone(), Arc::clone(nat.stats())));
+                let recorder = recorder.with(move |page| {
+                    let engines: Vec<_> = nat.iter().map(|(name, stats)| (name.as_str(), &**stats)).collect();
+                    let _ = tidegate_nat::describe(&engines, page);
+                });
                 let resolver = names.resolver();
                 let recorder = recorder.with(move |page| {
                     // Writing to a string does not fail.
@@ -332,7 +358,14 @@ impl Up {
             Run::Adopt(path) => Some((service.name.clone(), path.clone())),
             Run::Command(_) => None,
         });
-        Ok(Some(Running { layout, publisher, adopted: Arc::new(Adopted::new(adopted)), names, supervisor }))
+        Ok(Some(Running {
+            layout,
+            publisher,
+            adopted: Arc::new(Adopted::new(adopted)),
+            names,
+            way_out,
+            supervisor,
+        }))
     }
 }
 
@@ -359,7 +392,7 @@ impl Instance {
     /// Takes everything back; a signal meanwhile ends the patience with services.
     async fn take_down(self, signals: &mut Signals) -> anyhow::Result<()> {
         self.server.close();
-        let Running { publisher, mut supervisor, names, .. } = self.up;
+        let Running { publisher, mut supervisor, names, way_out, .. } = self.up;
         let impatient = {
             let stop = supervisor.stop();
             tokio::pin!(stop);
@@ -372,7 +405,7 @@ impl Instance {
             supervisor.kill();
             supervisor.wait().await;
         }
-        drop(names);
+        drop((names, way_out));
         let drained = publisher.close(DRAIN);
         if drained.cut > 0 {
             tracing::info!(connections = drained.cut, "connections were cut");
@@ -382,10 +415,18 @@ impl Instance {
 }
 
 /// How networks are made and taken back; closed by `firewall`, if there is one.
-fn setup_with(ground: &Ground, journal: Journal, firewall: Option<&Arc<Firewall>>) -> Setup {
+fn setup_with(
+    ground: &Ground,
+    journal: Journal,
+    firewall: Option<&Arc<Firewall>>,
+    device: Option<&way_out::Device>,
+) -> Setup {
     let mut kernel = Kernel::new(ground.networks().clone());
     match firewall {
-        None => Setup::new(kernel, journal, WithoutFirewall),
+        None => match device {
+            Some(device) => Setup::new(kernel, journal, device.isolation()),
+            None => Setup::new(kernel, journal, WithoutFirewall),
+        },
         Some(firewall) => {
             kernel.use_firewall(Arc::clone(firewall));
             let (kind, owner) = (firewall.kind(), firewall.owner().to_owned());

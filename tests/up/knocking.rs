@@ -165,7 +165,7 @@ fn tables_of_nftables_that_are_everybodys_flushed_let_nobody_in() {
         "nft delete table inet tidegate-matrix",
         "nft flush chain inet tidegate-matrix forward",
     ];
-    heals(Scene::without_owned_tables(), &["--firewall=nftables", "--publish=kernel"], &harms, 30);
+    heals(Scene::lacking("owned-tables"), &["--firewall=nftables", "--publish=kernel"], &harms, 30);
 }
 
 /// Nobody is there to put anything back, and the tables are nobody's.

@@ -96,27 +96,29 @@ const FROM: [From; 10] = [
 /// How the project is up.
 #[derive(Clone, Copy, Debug)]
 struct Mode {
-    /// By an ordinary user: the networks are apart from the host, and have no way out as yet.
+    /// By an ordinary user: the networks are apart from the host.
     rootless: bool,
     /// On a host that forwards for others.
     forwarding: bool,
     /// With the variant of iptables that is not made of nf_tables.
     legacy: bool,
-    /// On a kernel whose tables of nftables are everybody's.
-    shared: bool,
+    /// What the kernel is taken not to have.
+    lacks: &'static str,
     /// Flags of `tidegate up`.
     flags: &'static [&'static str],
 }
 
 const ROOT: Mode =
-    Mode { rootless: false, forwarding: false, legacy: false, shared: false, flags: &["--firewall=none"] };
+    Mode { rootless: false, forwarding: false, legacy: false, lacks: "", flags: &["--firewall=none"] };
 const ROOTLESS: Mode = Mode { rootless: true, flags: &[], ..ROOT };
 const NFTABLES: Mode = Mode { flags: &["--firewall=nftables"], ..ROOT };
 const NFTABLES_KERNEL: Mode = Mode { flags: &["--firewall=nftables", "--publish=kernel"], ..ROOT };
 const IPTABLES: Mode = Mode { flags: &["--firewall=iptables"], ..ROOT };
 const IPTABLES_KERNEL: Mode = Mode { flags: &["--firewall=iptables", "--publish=kernel"], ..ROOT };
 
-const NFTABLES_SHARED: Mode = Mode { shared: true, ..NFTABLES_KERNEL };
+const ROOT_WITHOUT_TUN: Mode = Mode { lacks: "tun", ..ROOT };
+const ROOTLESS_WITHOUT_TUN: Mode = Mode { lacks: "tun", ..ROOTLESS };
+const NFTABLES_SHARED: Mode = Mode { lacks: "owned-tables", ..NFTABLES_KERNEL };
 const LEGACY_KERNEL: Mode = Mode { legacy: true, ..IPTABLES_KERNEL };
 
 /// Who gets what by asking where, in the order of [`FROM`].
@@ -124,7 +126,11 @@ type Table = &'static [(To, [Outcome; 10])];
 
 impl Mode {
     fn expected(self) -> Table {
-        if self.rootless { &EXPECTED_ROOTLESS } else { &EXPECTED }
+        match (self.rootless, self.has_way_out()) {
+            (false, _) => &EXPECTED,
+            (true, true) => &EXPECTED_ROOTLESS,
+            (true, false) => &EXPECTED_WITHOUT_TUN,
+        }
     }
 
     /// On a host that forwards for others.
@@ -134,7 +140,7 @@ impl Mode {
 
     /// Whether containers reach the outside.
     fn has_way_out(self) -> bool {
-        !self.rootless && !self.flags.contains(&"--firewall=none")
+        self.lacks != "tun"
     }
 }
 
@@ -155,9 +161,25 @@ const EXPECTED: [(To, [Outcome; 10]); 10] = [
     (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
 ];
 
-/// The same for networks apart from the host. Containers do not reach its addresses.
+/// The same for networks apart from the host, which reach its addresses by the NAT engine.
 #[rustfmt::skip]
 const EXPECTED_ROOTLESS: [(To, [Outcome; 10]); 10] = [
+    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
+    (To::Container,           [NO,    NO,    NO,     NO,       NO,    NO,  YES,    NO,     NO,    YES]),
+    (To::Published,           [YES,   YES,   YES,    NO,       NO,    YES, YES,    YES,    NO,    YES]),
+    (To::PublishedBeyond,     [YES,   YES,   YES,    NO,       NO,    YES, YES,    YES,    NO,    YES]),
+    (To::Gateway,             [NO,    NO,    NO,     NO,       NO,    NO,  YES,    NO,     NO,    YES]),
+    (To::AwayGateway,         [NO,    NO,    NO,     NO,       NO,    NO,  NO,     YES,    NO,    NO]),
+    (To::InsideGateway,       [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::Loopback,            [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::LoopbackOnly,        [NO,    NO,    NO,     NO,       NO,    YES, NO,     NO,     NO,    NO]),
+    (To::LoopbackOnlyOutside, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+    (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
+];
+
+/// The same where the engine cannot have a device. Containers do not reach the host's addresses.
+#[rustfmt::skip]
+const EXPECTED_WITHOUT_TUN: [(To, [Outcome; 10]); 10] = [
     //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
     (To::Container,           [NO,    NO,    NO,     NO,       NO,    NO,  YES,    NO,     NO,    YES]),
     (To::Published,           [YES,   YES,   YES,    NO,       NO,    YES, NO,     NO,     NO,    NO]),
@@ -223,8 +245,7 @@ impl Matrix {
     fn new(mode: Mode) -> Self {
         let scene = match mode {
             Mode { legacy: true, .. } => Scene::with_legacy_iptables(),
-            Mode { shared: true, .. } => Scene::without_owned_tables(),
-            _ => Scene::new(),
+            Mode { lacks, .. } => Scene::lacking(lacks),
         };
         let uplink = Uplink::new(&scene);
         let on = if mode.forwarding { "1" } else { "0" };
@@ -520,8 +541,14 @@ fn published_by_the_kernel_with_legacy_iptables_the_same_holds() {
 }
 
 #[test]
-fn the_networks_of_an_ordinary_user_are_as_closed() {
+fn the_networks_of_an_ordinary_user_are_as_closed_and_have_a_way_out() {
     holds(ROOTLESS);
+}
+
+#[test]
+fn without_a_device_there_is_no_way_out_and_all_else_holds() {
+    holds(ROOT_WITHOUT_TUN);
+    holds(ROOTLESS_WITHOUT_TUN);
 }
 
 /// A neighbour is no router.

@@ -38,9 +38,9 @@ impl Scene {
         }
     }
 
-    /// On a kernel before Linux 6.9: tables of nftables are everybody's.
-    pub(crate) fn without_owned_tables() -> Self {
-        Self { lacks: "owned-tables", ..Self::new() }
+    /// On a kernel that does not have what is named.
+    pub(crate) fn lacking(lacks: &'static str) -> Self {
+        Self { lacks, ..Self::new() }
     }
 
     /// With the variant of iptables that is not made of nf_tables.

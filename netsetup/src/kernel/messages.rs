@@ -101,16 +101,21 @@ pub(super) fn message_of(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = if rule.v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
     message.header.action = match rule.reach {
-        Reach::Main => RuleAction::ToTable,
+        Reach::Main | Reach::Table(_) => RuleAction::ToTable,
         Reach::Nothing => RuleAction::Unreachable,
         Reach::Silence => RuleAction::Blackhole,
     };
     let attributes = &mut message.attributes;
     attributes.push(RuleAttribute::Priority(rule.priority));
     attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL)));
-    if rule.reach == Reach::Main {
-        message.header.table = MAIN as u8;
-        attributes.push(RuleAttribute::Table(MAIN));
+    match rule.reach {
+        Reach::Main => {
+            message.header.table = MAIN as u8;
+            attributes.push(RuleAttribute::Table(MAIN));
+        }
+        // What has no room in the header is in the attribute alone.
+        Reach::Table(table) => attributes.push(RuleAttribute::Table(table)),
+        Reach::Nothing | Reach::Silence => {}
     }
     if let Some(interface) = &rule.from_interface {
         attributes.push(RuleAttribute::Iifname(interface.clone()));
@@ -126,6 +131,13 @@ pub(super) fn message_of(rule: &Rule) -> RuleMessage {
     message
 }
 
+fn table_of(attribute: &RuleAttribute) -> Option<u32> {
+    match attribute {
+        RuleAttribute::Table(table) => Some(*table),
+        _ => None,
+    }
+}
+
 /// A rule of ours as it was found; `None` for those of others, and for what we never make.
 pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
     let ours = RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL));
@@ -139,7 +151,10 @@ pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
         to: None,
         marked: message.attributes.contains(&RuleAttribute::FwMark(registry::FORWARD_MARK)),
         reach: match message.header.action {
-            RuleAction::ToTable => Reach::Main,
+            RuleAction::ToTable => match message.attributes.iter().find_map(table_of) {
+                Some(table) if table != MAIN => Reach::Table(table),
+                _ => Reach::Main,
+            },
             RuleAction::Unreachable => Reach::Nothing,
             RuleAction::Blackhole => Reach::Silence,
             _ => return None,

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::{
-    Attachment, Endpoint, FirewallKind, Mac, Network, Subnet, Uplink, WithFirewall, WithoutFirewall,
+    Attachment, Endpoint, FirewallKind, Mac, Network, Subnet, Uplink, WithEngine, WithFirewall,
+    WithoutFirewall,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -60,7 +61,9 @@ fn plan_with(isolation: &dyn Isolation, world: &World, owned: &[Fact], desired: 
 /// Every way to keep networks closed.
 fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
     let with = |firewall| Arc::new(WithFirewall { firewall, owner: "demo".to_owned() }) as Arc<dyn Isolation>;
-    let all = vec![Arc::new(WithoutFirewall), with(FirewallKind::Nftables), with(FirewallKind::Iptables)];
+    let engine = Arc::new(WithEngine { device: "tgt-1".to_owned(), table: 30_000 });
+    let all: Vec<Arc<dyn Isolation>> =
+        vec![Arc::new(WithoutFirewall), engine, with(FirewallKind::Nftables), with(FirewallKind::Iptables)];
     prop::sample::select(all)
 }
 

@@ -18,10 +18,6 @@ pub(super) const TO_DOCKER_USER: &str = "-j DOCKER-USER";
 /// What the rule ends with that says that a table is there for us alone.
 pub(super) const TABLE_MADE: &str = "--comment \"this table was made for tidegate\"";
 
-/// Bridges of others, which their owners' rules decide about: what we accept they would not be asked.
-const BRIDGES_OF_OTHERS: [&str; 9] =
-    ["docker0", "docker_gwbridge", "br-+", "podman+", "cni+", "virbr+", "lxcbr+", "lxdbr+", "incusbr+"];
-
 /// Ports in one rule (`XT_MULTI_PORTS`).
 const PORTS_IN_A_RULE: usize = 15;
 
@@ -187,7 +183,8 @@ impl With<'_> {
         ));
         from_network.push(clamp());
         from_network.extend(
-            BRIDGES_OF_OTHERS
+            // Their owners' rules decide about those: what we accept they would not be asked.
+            registry::BRIDGES_OF_OTHERS
                 .iter()
                 .map(|bridge| rule(&format!("-o {bridge}"), "RETURN", "a network of others: theirs to say")),
         );

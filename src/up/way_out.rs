@@ -1,0 +1,109 @@
+//! The way out of a project's networks where no firewall masquerades: the NAT engine, behind a TUN device.
+
+use super::layout::{Layout, fnv};
+use crate::firewall::lacks;
+use crate::ground::Ground;
+use rustix::process::{Resource, getrlimit};
+use std::io;
+use std::sync::Arc;
+use tidegate_model::{CidrSet, registry};
+use tidegate_nat::{Nat, Policy, Settings, StartError, Tun, TunOptions};
+use tidegate_netns::Family;
+use tidegate_netsetup::{Observed, WithEngine};
+use tidegate_reactor::Descriptors;
+
+/// Descriptors that the engine may have at most: one for each flow.
+const MOST_DESCRIPTORS: usize = 16_384;
+
+/// The device, before there are networks.
+#[derive(Debug)]
+pub(super) struct Device {
+    tun: Tun,
+    table: u32,
+}
+
+impl Device {
+    /// Makes the device of `project` where its networks will be.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub(super) fn open(ground: &Ground, project: &str) -> Result<Self, StartError> {
+        if lacks("tun") {
+            return Err(StartError::Device(io::ErrorKind::NotFound.into()));
+        }
+        let hash = fnv(project.as_bytes());
+        let table = registry::FIRST_WAY_OUT_TABLE + (hash % u64::from(registry::WAY_OUT_TABLES)) as u32;
+        let name = format!("{}t-{:08x}", registry::INTERFACE_PREFIX, hash as u32);
+        let options = TunOptions { default_routes: Family::ALL.to_vec(), table, ..TunOptions::new(name) };
+        Ok(Self { tun: Tun::open(ground.networks(), &options)?, table })
+    }
+
+    /// How networks are led to it.
+    pub(super) fn isolation(&self) -> WithEngine {
+        WithEngine { device: self.tun.name().to_owned(), table: self.table }
+    }
+
+    /// Starts the engine for the networks of `layout`, on a host that has what was `observed`.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub(super) fn start(
+        self,
+        layout: &Layout,
+        observed: &Observed,
+        ground: &Ground,
+    ) -> Result<Nat, StartError> {
+        let mut settings = Settings::new(self.tun.mtu());
+        settings.policy = policy(layout, observed);
+        let descriptors = Arc::new(Descriptors::new(descriptors()));
+        Nat::start(settings, self.tun, ground.ports(), descriptors)
+    }
+}
+
+/// How many descriptors the engine may have: a quarter of what the process may.
+pub(super) fn descriptors() -> usize {
+    let limit = getrlimit(Resource::Nofile).current.map_or(MOST_DESCRIPTORS, |limit| limit as usize / 4);
+    limit.min(MOST_DESCRIPTORS)
+}
+
+/// The engine's connects are the host's own: what networks shall not reach by way of the host has to be refused here.
+fn policy(layout: &Layout, observed: &Observed) -> Policy {
+    let networks = &layout.desired.networks;
+    let subnets = |internal: bool| {
+        let of = networks.iter().filter(move |network| internal || !network.internal);
+        of.flat_map(|network| &network.subnets).map(|subnet| subnet.subnet.trunc())
+    };
+    let of_others = observed.routes.iter().filter(|(_, link)| is_bridge_of_others(link));
+    Policy {
+        sources: subnets(false).collect(),
+        refused: subnets(true).chain(of_others.map(|(net, _)| net.trunc())).collect::<CidrSet>(),
+        // As with a firewall: what the host reaches.
+        metadata: true,
+        ..Policy::default()
+    }
+}
+
+/// Whether containers of somebody else's are on `link`.
+fn is_bridge_of_others(link: &str) -> bool {
+    registry::BRIDGES_OF_OTHERS.iter().any(|name| match name.strip_suffix('+') {
+        Some(prefix) => link.starts_with(prefix),
+        None => link == *name,
+    }) || link.starts_with(registry::INTERFACE_PREFIX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bridges_of_others_are_known_by_their_names() {
+        for (link, is) in
+            [("docker0", true), ("br-0123456789ab", true), ("virbr0", true), ("tg-front-1a2b", true)]
+        {
+            assert_eq!(is_bridge_of_others(link), is, "{link}");
+        }
+        for link in ["eth0", "br0", "wg0", "docker01"] {
+            assert!(!is_bridge_of_others(link), "{link}");
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! The way out without a firewall: by the NAT engine, as root and as an ordinary user.
+
+use super::scene::{Scene, service_namespace, state};
+use super::witness::Witness;
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+use tidegate_testbed::server::{PeerServer, Sink, Source};
+use tidegate_testbed::transfer::{self, Transfer};
+use tidegate_testbed::{Namespace, Process, Signal, addr};
+
+const SOON: Duration = Duration::from_secs(10);
+const MUCH: u64 = 50 << 20;
+
+const FILE: &str = r#"
+name: out
+networks: { home: { enable_ipv6: true, ipam: { config: [ { subnet: 10.81.1.0/24 }, { subnet: "fd81:1::/64" } ] } } }
+services:
+  box: { command: [ sleep, "60" ], networks: { home: { ipv4_address: 10.81.1.2 } }, ports: [ "8080:80" ] }
+"#;
+
+fn up(scene: &Scene, rootless: bool) -> (Process, Namespace) {
+    let up = if rootless { scene.up_as_nobody(FILE) } else { scene.up_with(FILE, &["--firewall=none"]) };
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let inside = service_namespace(&up, "box");
+    (up, inside)
+}
+
+fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
+    TcpStream::connect_timeout(&to, SOON)
+}
+
+#[test]
+fn all_of_it_goes_out_and_comes_back_as_root_and_as_an_ordinary_user() {
+    for rootless in [false, true] {
+        let scene = Scene::new();
+        let before = state(&scene.net.host);
+        let (mut up, inside) = up(&scene, rootless);
+        for world in [IpAddr::from(addr::CLIENT_V4), addr::CLIENT_V6.into()] {
+            let sink = Sink::tcp(&scene.net.client, (world, 7001).into(), 3);
+            inside.run(|| {
+                let mut stream = connect(sink.addr()).unwrap();
+                transfer::send(&mut stream, 3, MUCH).unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+            });
+            assert_eq!(sink.wait(1, 6 * SOON), [Transfer::complete(MUCH)], "rootless {rootless}, {world}");
+            let source = Source::tcp(&scene.net.client, (world, 7002).into(), 4, MUCH);
+            let received = inside.run(|| transfer::receive(&mut connect(source.addr()).unwrap(), 4));
+            assert_eq!(received, Transfer::complete(MUCH), "rootless {rootless}, {world}");
+
+            // Who is refused is told, and at once.
+            let begin = Instant::now();
+            let refused = inside.run(|| connect((world, 7003).into()));
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+            assert!(begin.elapsed() < SOON / 5);
+        }
+        up.stop(Signal::INT, SOON);
+        assert_eq!(state(&scene.net.host), before);
+    }
+}
+
+/// What listens there for the host alone is not reached under any name of the host.
+#[test]
+fn the_hosts_loopback_is_out_of_reach() {
+    for rootless in [false, true] {
+        let scene = Scene::new();
+        let (_up, inside) = up(&scene, rootless);
+        let _secret = PeerServer::tcp(&scene.net.host, "127.0.0.1:9999".parse().unwrap());
+        let _alias = PeerServer::tcp(&scene.net.host, "127.0.0.2:9998".parse().unwrap());
+        for (to, port) in
+            [("127.0.0.1", 9999), ("127.0.0.2", 9998), ("203.0.113.1", 9999), ("10.81.1.1", 9999)]
+        {
+            let to = SocketAddr::new(to.parse().unwrap(), port);
+            let reached = inside.run(|| TcpStream::connect_timeout(&to, SOON / 10));
+            assert!(reached.is_err(), "rootless {rootless}: {to}");
+        }
+        // Past the container's own loopback device, as someone who is root there can.
+        inside.sysctl("net.ipv4.conf.all.route_localnet", "1");
+        inside.ip_all("addr del 127.0.0.1/8 dev lo\n route add 127.0.0.0/8 via 10.81.1.1");
+        for port in [9999, 9998] {
+            let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+            assert!(
+                inside.run(|| TcpStream::connect_timeout(&to, SOON / 10)).is_err(),
+                "rootless {rootless}: {to}"
+            );
+        }
+    }
+}
+
+/// An adopted container lives on when we are killed; nothing of it is forwarded then, least of all under its own address.
+#[test]
+fn when_the_engine_is_killed_nothing_leaves() {
+    let scene = Scene::new();
+    scene.net.host.sysctl("net.ipv4.ip_forward", "1");
+    let inside = Namespace::new();
+    let file = FILE.replace(r#"command: [ sleep, "60" ]"#, &format!("x-netns: {}", inside.path().display()));
+    let mut up = scene.up_with(&file, &["--firewall=none"]);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let at: SocketAddr = "203.0.113.9:7777".parse().unwrap();
+    let witness = Witness::new(&scene.net.client, &[at]);
+    let socket = inside.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    socket.send_to(b"alive", at).unwrap();
+    socket.recv(&mut [0; 10]).unwrap();
+    assert!(witness.has_seen("alive"));
+    up.signal(Signal::KILL);
+    up.wait(SOON);
+    for _ in 0..5 {
+        // That there is no way may be told of the one before.
+        let _ = socket.send_to(b"dead", at);
+        std::thread::sleep(SOON / 100);
+    }
+    assert!(!witness.has_seen("dead"));
+    let mut up = scene.up_with(&file, &["--firewall=none"]);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    socket.send_to(b"again", at).unwrap();
+    assert!(tidegate_testbed::eventually(SOON, || {
+        let _ = socket.send_to(b"again", at);
+        witness.has_seen("again")
+    }));
+    up.stop(Signal::INT, SOON);
+}
