@@ -58,9 +58,13 @@ impl Chosen {
     }
 
     /// Rules of `host` have changed: warns of one that ports served by sockets have begun to pass by.
-    pub(crate) fn look_again(&mut self, host: &Namespace) {
+    pub(crate) async fn look_again(&mut self, host: &Namespace) {
         let kind = self.firewall.as_ref().map(|firewall| firewall.kind());
-        let Ok(iptables) = IptablesState::of(host) else { return };
+        let host = host.clone();
+        // Programs are asked, which take their time.
+        let Ok(Ok(iptables)) = tokio::task::spawn_blocking(move || IptablesState::of(&host)).await else {
+            return;
+        };
         let passed_by = PassedBy::of(kind, &iptables);
         if passed_by == self.passed_by {
             return;

@@ -44,6 +44,16 @@ impl From<BindError> for PortError {
 /// # Errors
 /// [`PortError`]; nothing is open then.
 pub(crate) fn bind(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
+    let reserved = reserve(mapping)?;
+    reserved.iter().try_for_each(Listener::open)?;
+    Ok(reserved)
+}
+
+/// Takes the addresses of one mapping. Clients are refused until they are opened.
+///
+/// # Errors
+/// [`PortError`]; nothing is taken then.
+pub(crate) fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
     let taken = |line: String| PortError { line, kind: io::ErrorKind::AddrInUse };
     let open = |port: u16| bind_addresses(mapping, port);
     match mapping.host_port {
@@ -76,7 +86,7 @@ pub(crate) fn bind(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
 fn bind_addresses(mapping: &PortMapping, mut port: u16) -> Result<Vec<Listener>, BindError> {
     let mut listeners: Vec<Listener> = Vec::new();
     for ip in host_addresses(mapping.host_ip) {
-        match Listener::bind(SocketAddr::new(ip, port), mapping.protocol) {
+        match Listener::reserve(SocketAddr::new(ip, port), mapping.protocol) {
             Ok(listener) => {
                 port = listener.label().address().port();
                 listeners.push(listener);

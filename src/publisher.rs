@@ -9,7 +9,7 @@
 
 use crate::firewall::{Chosen, PassedBy, opening};
 use crate::ground::Ground;
-use crate::ports::{PortError, bind};
+use crate::ports::{PortError, reserve};
 use crate::source::{Relocatable, Source, SourceError};
 use std::collections::BTreeMap;
 use std::io;
@@ -203,7 +203,7 @@ impl Publisher {
         let permits = self.permits(sockets)?;
         let mut listeners = Vec::new();
         for mapping in spec.mappings() {
-            let opened = bind(&mapping)?;
+            let opened = reserve(&mapping)?;
             listeners.extend(opened.into_iter().map(|listener| (listener, mapping.container_port)));
         }
         self.lead(endpoint, spec.protocol(), listeners, permits)
@@ -260,6 +260,11 @@ impl Publisher {
         }
         // Before anything is answered.
         self.change_firewall(&openings, &[])?;
+        // Not before: who connects must have passed the rules.
+        if let Err(error) = listeners.iter().try_for_each(|(listener, _)| listener.open()) {
+            self.close_in_firewall(&openings);
+            return Err(PortError::from(error).into());
+        }
         let publish = |listeners, options| self.engine.publish(listeners, options);
         let published = publish(listeners, &options.outside)
             .and_then(|published| Ok((published, publish(at_gateways, &options.at_gateways)?)));

@@ -1,6 +1,7 @@
 //! `tidegate up` with a real kernel: who reaches what, and what is left when it has ended, whatever way.
 
 mod up {
+    pub(crate) mod attacks;
     pub(crate) mod firewall;
     pub(crate) mod knocking;
     pub(crate) mod matrix;

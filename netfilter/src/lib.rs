@@ -9,7 +9,6 @@
 //! [belong](Change::Replace) to a connection and outlast it. It knows nothing of networks or containers. What a table says is the business of who
 //! makes it.
 
-mod changes;
 mod connection;
 mod conntrack;
 mod encode;
@@ -19,7 +18,6 @@ mod table;
 mod text;
 mod wire;
 
-pub use changes::Changes;
 pub use connection::{Change, Connection, Error, Listed, TableFamily};
 pub use conntrack::{Conntrack, Flow};
 pub use table::{

@@ -5,9 +5,10 @@ use std::fs;
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 use tidegate_netfilter::{
-    Action, Base, Chain, Change, Changes, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule,
-    Set, Table, Transport, Value,
+    Action, Base, Chain, Change, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule, Set, Table,
+    Transport, Value,
 };
+use tidegate_netns::News;
 use tidegate_testbed::{Namespace, eventually};
 
 fn interface(name: &str) -> Value {
@@ -401,7 +402,7 @@ fn one_port_among_ten_thousand_is_an_element() {
 #[test]
 fn changes_are_heard_of() {
     let namespace = Namespace::new();
-    let changes = namespace.run(Changes::listen).unwrap();
+    let changes = namespace.run(News::of_rules).unwrap();
     assert!(!changes.drain());
     namespace.exec("nft", &["add table ip other"]);
     assert!(changes.drain());

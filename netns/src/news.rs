@@ -4,7 +4,10 @@
 //! that one was lost, is all there is to know.
 
 use crate::Namespace;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::{
+    Socket, SocketAddr,
+    protocols::{NETLINK_NETFILTER, NETLINK_ROUTE},
+};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -49,9 +52,23 @@ impl News {
     /// # Errors
     /// The namespace cannot be entered, or no descriptor is left.
     pub fn of(namespace: &Namespace, topics: &[Topic]) -> io::Result<Self> {
-        let mut socket = namespace.with(|| Socket::new(NETLINK_ROUTE))??;
+        let groups = topics.iter().flat_map(|topic| topic.groups());
+        namespace.with(|| Self::listen(NETLINK_ROUTE, groups))?
+    }
+
+    /// Begins to listen, in the namespace of the calling thread, for changes of nftables, and of the variant of iptables that is made of them.
+    ///
+    /// # Errors
+    /// No descriptor is left, or there is no privilege to listen.
+    pub fn of_rules() -> io::Result<Self> {
+        // NFNLGRP_NFTABLES (include/uapi/linux/netfilter/nfnetlink.h)
+        Self::listen(NETLINK_NETFILTER, [&7])
+    }
+
+    fn listen<'a>(protocol: isize, groups: impl IntoIterator<Item = &'a u32>) -> io::Result<Self> {
+        let mut socket = Socket::new(protocol)?;
         socket.bind(&SocketAddr::new(0, 0))?;
-        for group in topics.iter().flat_map(|topic| topic.groups()) {
+        for group in groups {
             socket.add_membership(*group)?;
         }
         socket.set_non_blocking(true)?;

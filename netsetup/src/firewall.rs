@@ -18,15 +18,16 @@ pub use iptables::{DockerUser, IptablesState, UserRule};
 pub use ruleset::{Opening, Ruleset, Zone};
 
 use crate::Fact;
+use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tidegate_model::Protocol;
-use tidegate_netfilter::{Changes, Conntrack, Flow, TableFamily, Transport};
-use tidegate_netns::Namespace;
+use tidegate_netfilter::{Conntrack, Flow, TableFamily, Transport};
+use tidegate_netns::{Namespace, News};
 
 /// Which firewall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -79,7 +80,7 @@ trait Backend: fmt::Debug + Send + Sync {
     fn share(&mut self) {}
 
     /// Word of changes; `None` if the kernel sends none, and one has to look.
-    fn changes(&self) -> io::Result<Option<Changes>>;
+    fn changes(&self) -> io::Result<Option<News>>;
 }
 
 /// Ports that come and go.
@@ -146,7 +147,7 @@ impl Firewall {
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn changes(&self) -> io::Result<Option<Changes>> {
+    pub fn changes(&self) -> io::Result<Option<News>> {
         let state = self.state();
         let backend = &state.backend;
         self.host.with(|| backend.changes())?
@@ -173,10 +174,11 @@ impl Firewall {
         if state.in_force && !(added.is_empty() && removed.is_empty()) {
             let backend = &mut state.backend;
             let ports = Ports { added, removed };
-            self.host.with(|| {
-                backend.change_ports(&ruleset, &ports)?;
-                forget(&ports.added.union(&ports.removed).copied().collect())
-            })??;
+            self.host.with(|| backend.change_ports(&ruleset, &ports))??;
+            let changed = ports.added.union(&ports.removed).copied().collect();
+            if let Err(error) = self.host.with(|| forget(&changed)).flatten() {
+                tracing::warn!(%error, "flows of ports that have changed may go on as before");
+            }
         }
         state.ruleset = ruleset;
         Ok(())
@@ -202,7 +204,7 @@ impl Firewall {
         let begins = !*in_force;
         self.host.with(|| {
             backend.apply(ruleset)?;
-            if begins { forget(&ruleset.ports) } else { Ok(()) }
+            if begins { forget_before(ruleset) } else { Ok(()) }
         })??;
         *in_force = true;
         Ok(())
@@ -224,6 +226,25 @@ impl Firewall {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Addresses of one family that are meant for the link, whoever is on it: IPv6 cannot do without.
+fn on_link(v6: bool) -> Vec<IpNet> {
+    let nets: &[Ipv6Net] = &[
+        Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10),
+        Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8),
+    ];
+    nets.iter().filter(|_| v6).copied().map(IpNet::V6).collect()
+}
+
+/// Forgets what is known of flows from and to the networks of `ruleset` and of its ports: from before its rules, when others could have been let through.
+fn forget_before(ruleset: &Ruleset) -> io::Result<()> {
+    let subnets: Vec<IpNet> = ruleset.zones.iter().flat_map(|zone| &zone.subnets).map(IpNet::trunc).collect();
+    let inside = |address: SocketAddr| subnets.iter().any(|net| net.contains(&address.ip()));
+    let is_one = |flow: &Flow| [flow.client, flow.asked, flow.server].into_iter().any(inside);
+    let forgotten = Conntrack::open()?.forget(&[TableFamily::Ipv4, TableFamily::Ipv6], is_one)?;
+    tracing::debug!(flows = forgotten, "forgotten, for they are older than the rules");
+    forget(&ruleset.ports)
 }
 
 /// Forgets the flows of those of `ports` that the kernel translates: they would go on going where they went before, however long that is no longer right.

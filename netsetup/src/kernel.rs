@@ -128,9 +128,14 @@ impl Kernel {
                 observed.routes = here.reached();
                 observed.default_mtu = here.default_mtu();
                 observed.uplinks = self.uplinks(&here);
+                observed.forwarding = self.forwarding(&observed.uplinks);
             }
             for fact in asked {
-                if here.holds(self, fact)? {
+                let holds = match fact {
+                    Fact::Ruleset { .. } => self.ruleset_holds(fact).await?,
+                    _ => here.holds(self, fact)?,
+                };
+                if holds {
                     observed.facts.insert(fact.clone());
                 }
             }
@@ -143,6 +148,25 @@ impl Kernel {
         // What cannot be read here cannot be changed either.
         let forwards = |v6| self.forwards(v6).unwrap_or(true);
         here.uplinks(!forwards(false), !forwards(true) && self.host.sysctl(FORCE_FORWARDING).is_ok())
+    }
+
+    /// Which of `uplinks` forward although the host as a whole does not.
+    fn forwarding(&self, uplinks: &[Uplink]) -> BTreeSet<(String, bool)> {
+        let each = uplinks.iter().flat_map(|Uplink { link, v4, v6 }| {
+            [(v4, false), (v6, true)].into_iter().filter(|(is, _)| **is).map(|(_, v6)| (link.clone(), v6))
+        });
+        let forwards = |(link, v6): &(String, bool)| {
+            self.host.sysctl(&forwarding_of(link, *v6)).is_ok_and(|value| value == "1")
+        };
+        each.filter(forwards).collect()
+    }
+
+    /// Whether the rules are in force; not on this thread, for it may take programs that take their time.
+    async fn ruleset_holds(&self, fact: &Fact) -> Result<bool, KernelError> {
+        // Of one that was killed: removing what is not there costs nothing.
+        let Ok(firewall) = self.firewall(fact) else { return Ok(true) };
+        let failed = |source| KernelError { what: format!("look for {fact}"), source };
+        blocking(move || firewall.holds()).await.map_err(failed)
     }
 
     /// Carries `op` out.
@@ -269,7 +293,10 @@ impl Kernel {
                 request.execute().await.map_err(error)
             }
             Fact::Forwarding { link, v6 } => self.host.set_sysctl(&forwarding_of(link, *v6), "1"),
-            Fact::Ruleset { .. } => self.firewall(fact)?.apply(),
+            Fact::Ruleset { .. } => {
+                let firewall = self.firewall(fact)?;
+                blocking(move || firewall.apply()).await
+            }
         }
     }
 
@@ -317,10 +344,10 @@ impl Kernel {
     }
 
     /// The firewall that `fact` is about, if it is the one in use.
-    fn firewall(&self, fact: &Fact) -> io::Result<&Firewall> {
+    fn firewall(&self, fact: &Fact) -> io::Result<Arc<Firewall>> {
         let named = |firewall: &&Arc<Firewall>| firewall.fact() == *fact;
         let firewall = self.firewall.as_ref().filter(named);
-        firewall.map(Arc::as_ref).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it is not in use"))
+        firewall.cloned().ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it is not in use"))
     }
 
     /// Whether the host forwards, from all its links.
@@ -372,6 +399,11 @@ impl Kernel {
         connection.indexes.insert(link.to_owned(), index);
         Ok(index)
     }
+}
+
+/// Has `f` done on a thread of its own.
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(f).await.map_err(io::Error::other)?
 }
 
 /// The setting of a link of somebody else's that lets what comes in there be forwarded.

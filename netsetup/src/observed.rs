@@ -17,4 +17,6 @@ pub struct Observed {
     pub default_mtu: Option<u32>,
     /// Of a host that forwards for nobody, the links by which answers to containers could come: those that have an address.
     pub uplinks: Vec<Uplink>,
+    /// Those of them that forward already, each for itself: over IPv6, or IPv4.
+    pub forwarding: BTreeSet<(String, bool)>,
 }

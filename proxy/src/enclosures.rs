@@ -38,10 +38,16 @@ impl Enclosure {
 pub struct Enclosures(BTreeMap<IpAddr, Enclosure>);
 
 impl Enclosures {
-    /// Whether `client` must not be answered at `local`. Over TCP no client can pretend to be of the network: the answer to its SYN
+    /// Whether `client` must not be answered at `local`: at the gateway of another network, or anywhere if his own network is one that is not admitted. Over TCP no client can pretend to be of the network: the answer to its SYN
     /// goes there. Of a datagram the interface tells; 0 if it is not known.
     #[must_use]
     pub fn shut_out(&self, client: IpAddr, local: IpAddr, interface: u32) -> bool {
+        let shut_in = |enclosure: &Enclosure| {
+            !enclosure.admits && enclosure.network.contains(&client) && client != enclosure.gateway
+        };
+        if self.0.values().any(shut_in) {
+            return true;
+        }
         self.0.get(&local).is_some_and(|enclosure| {
             let may = client == enclosure.gateway || enclosure.admits && enclosure.network.contains(&client);
             !may || enclosure.is_by_another(interface)

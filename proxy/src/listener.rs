@@ -15,6 +15,9 @@ use tidegate_reactor::batch;
 /// it is.
 const BACKLOG: i32 = 4096;
 
+/// Datagrams that can have come before a socket is opened, at the very most.
+const MOST_STALE: usize = 65_536;
+
 /// When a silent connection is probed, how often, and after how many unanswered probes it is cut: a vanished
 /// peer is noticed after 15 + 9 × 15 s, docker-proxy's (and Go's) figures.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
@@ -77,10 +80,40 @@ impl Listener {
     /// # Errors
     /// [`BindError`]; nothing is left open then.
     pub fn bind(address: SocketAddr, protocol: Protocol) -> Result<Self, BindError> {
+        let reserved = Self::reserve(address, protocol)?;
+        reserved.open()?;
+        Ok(reserved)
+    }
+
+    /// Takes `address` for `protocol`, so that nobody else has it, and answers nobody there before [`open`](Self::open).
+    ///
+    /// # Errors
+    /// [`BindError`]; nothing is left open then.
+    pub fn reserve(address: SocketAddr, protocol: Protocol) -> Result<Self, BindError> {
         let error = |source| BindError { label: PublishLabel::new(address, protocol), source };
         let socket = bind(address, protocol).map_err(error)?;
         let bound = socket.local_addr().map_err(error)?.as_socket().unwrap_or(address);
         Ok(Self { socket: socket.into(), label: PublishLabel::new(bound, protocol) })
+    }
+
+    /// Answers from here on. Clients that came before were refused, and what they sent is thrown away.
+    ///
+    /// # Errors
+    /// [`BindError`]: someone else has taken the address at the same time.
+    pub fn open(&self) -> Result<(), BindError> {
+        let opened = match self.label.protocol() {
+            Protocol::Udp => {
+                for _ in 0..MOST_STALE {
+                    if rustix::net::recv(&self.socket, &mut [0; 1], rustix::net::RecvFlags::DONTWAIT).is_err()
+                    {
+                        break;
+                    }
+                }
+                Ok(())
+            }
+            Protocol::Tcp | Protocol::Sctp => rustix::net::listen(&self.socket, BACKLOG),
+        };
+        opened.map_err(|errno| BindError { label: self.label, source: errno.into() })
     }
 
     /// Takes over a socket that someone else has bound (and, for TCP, is listening on), as newer dockerd
@@ -142,9 +175,6 @@ fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Socket> {
     }
     prepare(&socket, address, protocol)?;
     socket.bind(&address.into())?;
-    if protocol == Protocol::Tcp {
-        socket.listen(BACKLOG)?;
-    }
     Ok(socket)
 }
 

@@ -10,6 +10,7 @@
 //!
 //! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
+use super::way_out::policy;
 use super::{Instance, Signals, uplinks};
 use crate::api::{Order, Problem};
 use std::collections::BTreeMap;
@@ -18,8 +19,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tidegate_netfilter::Changes;
-use tidegate_netns::{Namespace, NamespaceId};
+use tidegate_netns::{Namespace, NamespaceId, News};
 use tidegate_netsetup::{Firewall, SetupError};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -42,16 +42,25 @@ enum Rules {
     /// There are none.
     None,
     /// Word of the kernel's.
-    Word(AsyncFd<Changes>),
+    Word(AsyncFd<News>),
     /// Nothing does.
     Look,
 }
 
 impl Rules {
+    /// What others do, if the kernel tells.
+    fn heard_of(host: &Namespace) -> io::Result<Self> {
+        Self::word(host.with(News::of_rules)??)
+    }
+
+    fn word(news: News) -> io::Result<Self> {
+        // SAFETY: its descriptor is its own, and the same for as long as it lives.
+        Ok(Self::Word(unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }?))
+    }
+
     fn of(firewall: &Firewall) -> io::Result<Self> {
         let Some(changes) = firewall.changes()? else { return Ok(Self::Look) };
-        // SAFETY: its descriptor is its own, and the same for as long as it lives.
-        Ok(Self::Word(unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?))
+        Self::word(changes)
     }
 
     /// Returns when it is time to look.
@@ -77,7 +86,8 @@ impl Instance {
                 tracing::warn!(%error, "rules of the firewall that others remove are looked for now and then only");
                 Rules::Look
             }),
-            None => Rules::None,
+            // Of those that ports pass by one is told.
+            None => Rules::heard_of(&self.host).unwrap_or(Rules::None),
         };
         let has_services = !self.up.supervisor.statuses().is_empty();
         let mut ticks = interval(LOOK);
@@ -102,9 +112,6 @@ impl Instance {
                 },
                 () = sleep_until(repair_at.unwrap_or(repaired)), if repair_at.is_some() => {
                     let done = self.repair().await;
-                    if std::mem::take(&mut rules_changed) {
-                        self.chosen.look_again(&self.host);
-                    }
                     repaired = Instant::now();
                     // Nobody may say a word about it again.
                     repair_at = (!done).then(|| repaired + LOOK);
@@ -113,6 +120,9 @@ impl Instance {
                 () = signals.next() => return true,
                 Some(order) = self.orders.recv() => self.carry_out(order).await,
                 _ = ticks.tick() => {
+                    if std::mem::take(&mut rules_changed) {
+                        self.chosen.look_again(&self.host).await;
+                    }
                     if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.settle()) {
                         tracing::debug!(%error, "a look at the firewall's rules");
                     }
@@ -153,7 +163,11 @@ impl Instance {
                 return self.setup.apply(desired).await.map(|_| 0);
             }
         }
-        self.setup.repair(desired).await
+        if let Some(nat) = self.up.way_out.as_ref().filter(|_| !self.apart) {
+            // Networks of others may have come, which containers are to reach as little as before.
+            nat.set_policy(policy(&self.up.layout, &self.setup.surroundings().await?));
+        }
+        self.setup.repair(&self.up.layout.desired).await
     }
 
     async fn carry_out(&mut self, order: Order) {
@@ -206,7 +220,8 @@ impl Instance {
             let failed = match look(&path, known.id()) {
                 Ok(None) => {
                     self.up.adopted.set(&endpoint, path, false);
-                    None
+                    // Its server may have found the port taken, or no descriptor.
+                    self.up.names.serve_if_unserved(&endpoint, &known).err().map(|error| format!("{error:#}"))
                 }
                 Ok(Some(namespace)) => {
                     self.replug(&endpoint, path, &namespace).await.err().map(|problem| problem.to_string())
@@ -220,7 +235,7 @@ impl Instance {
                 None => drop(said.remove(&endpoint)),
                 Some(reason) if said.get(&endpoint) == Some(&reason) => {}
                 Some(reason) => {
-                    tracing::warn!(endpoint, "waiting for its container to come back: {reason}");
+                    tracing::warn!(endpoint, "not all is well with its container: {reason}");
                     said.insert(endpoint, reason);
                 }
             }

@@ -1,12 +1,12 @@
 //! `tidegate up`: the networks and services of a Compose file, for as long as it runs.
 //!
 //! ```text
-//! read the file ─► clear what a killed instance left ─► lay out ─► open ports ─► networks ─► publish ─► services
+//! read the file ─► clear what a killed instance left ─► lay out ─► take ports ─► networks ─► publish ─► services
 //!                                                                                                        │ all ended,
 //! remove networks ◄─ close ports, cut connections ◄─ stop services ◄────────────────────────────────────┘ or a signal
 //! ```
 //!
-//! Ports are opened before anything is changed, because that is what fails most; clients that connect early wait. Networks are
+//! Ports are taken before anything is changed, because that is what fails most, and answered at when the rules are in force. Networks are
 //! closed before they are up (see [`tidegate_netsetup`]), so there is no moment at which more can be reached than
 //! what is published.
 
@@ -23,7 +23,7 @@ use crate::compose::{self, Project, Run};
 use crate::firewall::{Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones};
 use crate::ground::Ground;
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
-use crate::ports::{bind, raise_descriptor_limit};
+use crate::ports::{raise_descriptor_limit, reserve};
 use crate::publisher::{Endpoint, Publisher};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use crate::source::clean_up_after_the_dead;
@@ -83,6 +83,8 @@ struct Instance {
     chosen: Chosen,
     /// Where the networks are.
     host: Namespace,
+    /// That is not the host itself.
+    apart: bool,
     up: Running,
     server: Server,
     orders: mpsc::Receiver<Order>,
@@ -183,7 +185,7 @@ impl Up {
         chosen.tell();
         let device = match &chosen.firewall {
             Some(_) => None,
-            None => way_out::Device::open(ground, &project.name)
+            None => way_out::Device::open(ground, &project)
                 .inspect_err(|error| {
                     tracing::warn!("containers have no way out: {error}; tidegate doctor says what helps");
                 })
@@ -227,8 +229,9 @@ impl Up {
         };
         let server = Server::start(socket, Arc::new(subject));
         let repairs = metrics::repairs();
-        let host = ground.networks().clone();
-        let mut instance = Instance { setup, chosen, host, up, server, orders: received, news, repairs };
+        let (host, apart) = (ground.networks().clone(), ground.is_rootless());
+        let mut instance =
+            Instance { setup, chosen, host, apart, up, server, orders: received, news, repairs };
         if let Err(error) = instance.up.announce() {
             // Whoever read it has seen enough.
             tracing::debug!(%error, "standard output");
@@ -437,14 +440,29 @@ fn setup_with(
 
 /// The links of others that have to forward for `desired`.
 fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
-    let ours = |uplink: &&Uplink| desired.networks.iter().any(|network| network.bridge.name == uplink.link);
-    observed.uplinks.iter().filter(|uplink| !ours(uplink)).cloned().collect()
+    let one = |uplink: &Uplink| {
+        let is_ours = |v6: bool| {
+            let is_it = |one: &Uplink| one.link == uplink.link && if v6 { one.v6 } else { one.v4 };
+            desired.uplinks.iter().any(is_it)
+        };
+        // One that forwards by itself is a router's, whose business is not ours.
+        let takes = |v6| is_ours(v6) || !observed.forwarding.contains(&(uplink.link.clone(), v6));
+        let taken = Uplink { v4: uplink.v4 && takes(false), v6: uplink.v6 && takes(true), ..uplink.clone() };
+        (taken.v4 || taken.v6).then_some(taken)
+    };
+    // Nobody comes by the networks of containers, of ours or of others.
+    observed
+        .uplinks
+        .iter()
+        .filter(|uplink| !way_out::is_bridge_of_containers(&uplink.link))
+        .filter_map(one)
+        .collect()
 }
 
 /// Open sockets and the port of the container that each stands for, by service and protocol.
 type OpenPorts = BTreeMap<(String, Protocol), Vec<(Listener, u16)>>;
 
-/// Opens every published port, by service and protocol.
+/// Takes every published port, by service and protocol.
 fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
     let mut ports = OpenPorts::new();
     for service in &project.services {
@@ -456,7 +474,7 @@ fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
                     mapping.container_port
                 );
             }
-            let opened = bind(&mapping).with_context(|| format!("service {:?}", service.name))?;
+            let opened = reserve(&mapping).with_context(|| format!("service {:?}", service.name))?;
             let entry = ports.entry((service.name.clone(), mapping.protocol)).or_default();
             entry.extend(opened.into_iter().map(|listener| (listener, mapping.container_port)));
         }

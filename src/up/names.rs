@@ -112,6 +112,14 @@ impl NameServers {
         Ok(())
     }
 
+    /// The same, unless it is served already.
+    ///
+    /// # Errors
+    /// One line that names the service.
+    pub(super) fn serve_if_unserved(&mut self, service: &str, namespace: &Namespace) -> anyhow::Result<()> {
+        if self.serving.contains_key(service) { Ok(()) } else { self.serve(service, namespace) }
+    }
+
     /// Serves everybody where they are.
     ///
     /// # Errors

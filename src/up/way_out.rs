@@ -1,6 +1,7 @@
 //! The way out of a project's networks where no firewall masquerades: the NAT engine, behind a TUN device.
 
 use super::layout::{Layout, fnv};
+use crate::compose::Project;
 use crate::firewall::lacks;
 use crate::ground::Ground;
 use rustix::process::{Resource, getrlimit};
@@ -11,6 +12,9 @@ use tidegate_nat::{Nat, Policy, Settings, StartError, Tun, TunOptions};
 use tidegate_netns::Family;
 use tidegate_netsetup::{Observed, WithEngine};
 use tidegate_reactor::Descriptors;
+
+/// Tables that are tried.
+const ATTEMPTS: u32 = 16;
 
 /// Descriptors that the engine may have at most: one for each flow.
 const MOST_DESCRIPTORS: usize = 16_384;
@@ -27,15 +31,31 @@ impl Device {
     ///
     /// # Errors
     /// What is missing.
-    pub(super) fn open(ground: &Ground, project: &str) -> Result<Self, StartError> {
+    pub(super) fn open(ground: &Ground, project: &Project) -> Result<Self, StartError> {
         if lacks("tun") {
             return Err(StartError::Device(io::ErrorKind::NotFound.into()));
         }
-        let hash = fnv(project.as_bytes());
-        let table = registry::FIRST_WAY_OUT_TABLE + (hash % u64::from(registry::WAY_OUT_TABLES)) as u32;
+        let hash = fnv(project.name.as_bytes());
         let name = format!("{}t-{:08x}", registry::INTERFACE_PREFIX, hash as u32);
-        let options = TunOptions { default_routes: Family::ALL.to_vec(), table, ..TunOptions::new(name) };
-        Ok(Self { tun: Tun::open(ground.networks(), &options)?, table })
+        let has_v6 = project.networks.values().any(|network| {
+            let given = network.subnets.iter().any(|one| one.subnet.addr().is_ipv6());
+            !network.internal && (network.enable_ipv6 || given)
+        });
+        let default_routes = if has_v6 { Family::ALL.to_vec() } else { vec![Family::V4] };
+        let mut number = hash % u64::from(registry::WAY_OUT_TABLES);
+        for attempt in 1.. {
+            let table = registry::FIRST_WAY_OUT_TABLE + number as u32;
+            let options =
+                TunOptions { default_routes: default_routes.clone(), table, ..TunOptions::new(name.clone()) };
+            match Tun::open(ground.networks(), &options) {
+                // Another project has its routes there.
+                Err(StartError::Interface { source, .. })
+                    if source.kind() == io::ErrorKind::AlreadyExists && attempt < ATTEMPTS => {}
+                opened => return Ok(Self { tun: opened?, table }),
+            }
+            number = (number + 1) % u64::from(registry::WAY_OUT_TABLES);
+        }
+        Err(StartError::Name(name))
     }
 
     /// How networks are led to it.
@@ -55,6 +75,9 @@ impl Device {
     ) -> Result<Nat, StartError> {
         let mut settings = Settings::new(self.tun.mtu());
         settings.policy = policy(layout, observed);
+        // No container has more than a quarter of all flows, or a few could keep the others from having any.
+        let share = (descriptors() / 4).max(1);
+        settings.limits.flows_per_source = settings.limits.flows_per_source.min(share as _);
         let descriptors = Arc::new(Descriptors::new(descriptors()));
         Nat::start(settings, self.tun, ground.ports(), descriptors)
     }
@@ -67,13 +90,13 @@ pub(super) fn descriptors() -> usize {
 }
 
 /// The engine's connects are the host's own: what networks shall not reach by way of the host has to be refused here.
-fn policy(layout: &Layout, observed: &Observed) -> Policy {
+pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
     let networks = &layout.desired.networks;
     let subnets = |internal: bool| {
         let of = networks.iter().filter(move |network| internal || !network.internal);
         of.flat_map(|network| &network.subnets).map(|subnet| subnet.subnet.trunc())
     };
-    let of_others = observed.routes.iter().filter(|(_, link)| is_bridge_of_others(link));
+    let of_others = observed.routes.iter().filter(|(_, link)| is_bridge_of_containers(link));
     Policy {
         sources: subnets(false).collect(),
         refused: subnets(true).chain(of_others.map(|(net, _)| net.trunc())).collect::<CidrSet>(),
@@ -83,8 +106,12 @@ fn policy(layout: &Layout, observed: &Observed) -> Policy {
     }
 }
 
-/// Whether containers of somebody else's are on `link`.
-fn is_bridge_of_others(link: &str) -> bool {
+/// Whether `link` is a bridge that containers are on, somebody else's or ours.
+pub(super) fn is_bridge_of_containers(link: &str) -> bool {
+    // Docker's are `br-` and twelve digits; others call their own uplink `br-lan`.
+    if let Some(id) = link.strip_prefix("br-") {
+        return id.len() == 12 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    }
     registry::BRIDGES_OF_OTHERS.iter().any(|name| match name.strip_suffix('+') {
         Some(prefix) => link.starts_with(prefix),
         None => link == *name,
@@ -100,10 +127,10 @@ mod tests {
         for (link, is) in
             [("docker0", true), ("br-0123456789ab", true), ("virbr0", true), ("tg-front-1a2b", true)]
         {
-            assert_eq!(is_bridge_of_others(link), is, "{link}");
+            assert_eq!(is_bridge_of_containers(link), is, "{link}");
         }
-        for link in ["eth0", "br0", "wg0", "docker01"] {
-            assert!(!is_bridge_of_others(link), "{link}");
+        for link in ["eth0", "br0", "wg0", "docker01", "br-lan", "br-ex"] {
+            assert!(!is_bridge_of_containers(link), "{link}");
         }
     }
 }

@@ -3,8 +3,9 @@
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, refused, state};
 use super::uplink::Uplink;
+use super::witness::Witness;
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 use tidegate_testbed::server::PeerServer;
@@ -407,7 +408,7 @@ fn connections_fit_a_smaller_way_out() {
 }
 
 /// A program in the place of one of the machine's.
-fn program(scene: &Scene, name: &str, script: &str) {
+pub(super) fn program(scene: &Scene, name: &str, script: &str) {
     let path = scene.programs.path().join(name);
     fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
@@ -460,4 +461,56 @@ fn without_iptables_there_is_still_nftables() {
     }
     let _up = wall.up(&[]);
     assert!(state(&wall.scene.net.host).contains("table inet tidegate-wall"));
+}
+
+/// A client that never pauses. The kernel would go on sending his datagrams where the port once led.
+#[test]
+fn a_udp_flow_follows_its_port_when_that_is_moved_and_ends_with_it() {
+    for flags in [MODES[1], MODES[3]] {
+        let scene = Scene::new();
+        let containers = [Namespace::new(), Namespace::new()];
+        let mut file = String::from(
+            "name: flows\nnetworks: { home: { ipam: { config: [ { subnet: 10.78.1.0/24 } ] } } }\nservices:\n",
+        );
+        for (number, container) in containers.iter().enumerate() {
+            file += &format!(
+                "  s{number}: {{ x-netns: {}, networks: {{ home: {{ ipv4_address: 10.78.1.1{number} }} }} }}\n",
+                container.path().display()
+            );
+        }
+        let up = scene.up_with(&file, flags);
+        up.wait_for_line("Ctrl-C takes", SOON);
+        let witnesses =
+            [0, 1].map(|number| Witness::new(&containers[number], &["0.0.0.0:80".parse().unwrap()]));
+        let ask = |args: &[&str]| {
+            let mut curl = scene.net.host.command("curl");
+            let output =
+                curl.args(["-sSf", "--unix-socket"]).arg(scene.socket()).args(args).output().unwrap();
+            assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let open = |endpoint: &str| {
+            let body = format!(r#"{{"endpoint": "{endpoint}", "spec": "203.0.113.1:9000:80/udp"}}"#);
+            let told: serde_json::Value =
+                serde_json::from_str(&ask(&["http://tidegate/v1/ports", "-d", &body])).unwrap();
+            told[0]["id"].to_string()
+        };
+        let close = |id: &str| drop(ask(&["-X", "DELETE", &format!("http://tidegate/v1/ports/{id}")]));
+        let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:5000")).unwrap();
+        let comes = |text: &str, witness: &Witness, patience| {
+            eventually(patience, || {
+                // Nobody may be there, which is told with the next.
+                let _ = client.send_to(text.as_bytes(), "203.0.113.1:9000");
+                witness.has_seen(text)
+            })
+        };
+        let id = open("s0");
+        assert!(comes("first", &witnesses[0], SOON));
+        close(&id);
+        let id = open("s1");
+        assert!(comes("second", &witnesses[1], Duration::from_secs(1)), "{flags:?}");
+        assert!(!witnesses[0].has_seen("second"));
+        close(&id);
+        assert!(!comes("third", &witnesses[1], PATIENCE[0]) && !witnesses[0].has_seen("third"), "{flags:?}");
+    }
 }

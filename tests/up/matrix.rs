@@ -270,6 +270,11 @@ impl Matrix {
             up.wait_for_line("Ctrl-C takes", SOON);
             (up, endpoints)
         };
+        // An inmate who looks for a way out himself.
+        endpoints[3].ip_all(
+            "route add default via 10.77.3.1
+             -6 route add default via fd77:3::1",
+        );
         let at: [SocketAddr; 2] = ["10.77.1.10:80", "[fd77:1::10]:80"].map(|at| at.parse().unwrap());
         let servers = at.map(|at| PeerServer::tcp(&endpoints[0], at));
         let witness = Witness::new(&endpoints[0], &at);

@@ -88,6 +88,21 @@ fn so_are_those_of_an_ordinary_user() {
     names_are_right(&scene, &up);
 }
 
+/// At the usual level of the log; who wants to know more asks for it.
+#[test]
+fn names_that_are_asked_for_are_nobodys_business() {
+    for (level, told) in [("info", false), ("debug", true)] {
+        let scene = Scene::new();
+        let up = Process::spawn(scene.command(FILE).env("TIDEGATE_LOG", level));
+        up.wait_for_line("Ctrl-C takes", SOON);
+        let web = service_namespace(&up, "web");
+        assert!(!dig(&web, &["sql"]).is_empty());
+        dig(&web, &["private.example.test"]);
+        assert_eq!(up.output().contains("private.example.test"), told, "{level}: {}", up.output());
+        assert!(told || !up.output().contains("sql"), "{}", up.output());
+    }
+}
+
 /// As programs find it, which read `/etc/resolv.conf` and `/etc/hosts`.
 #[test]
 fn programs_find_the_server_in_their_files() {

@@ -105,6 +105,17 @@ impl Scene {
         tidegate
     }
 
+    /// Begins to bring `file` up as another project beside the one of [`up`](Self::up).
+    pub(crate) fn up_beside(&self, file: &str, flags: &[&str]) -> Process {
+        let run = self.run.path().join("beside");
+        fs::create_dir_all(&run).unwrap();
+        let path = run.join("compose.yaml");
+        fs::write(&path, file).unwrap();
+        let mut command = self.tidegate();
+        command.arg("up").arg("-f").arg(path).args(["--metrics", "none"]).args(flags);
+        Process::spawn(command.env("TIDEGATE_SOCKET", run.join("api.sock")))
+    }
+
     /// Begins to bring `file` up.
     pub(crate) fn up(&self, file: &str) -> Process {
         Process::spawn(&mut self.command(file))

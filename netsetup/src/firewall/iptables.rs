@@ -18,8 +18,8 @@ use saved::Saved;
 use std::collections::BTreeSet;
 use std::io;
 use tidegate_model::registry;
-use tidegate_netfilter::{Changes, Connection, TableFamily};
-use tidegate_netns::Namespace;
+use tidegate_netfilter::{Connection, TableFamily};
+use tidegate_netns::{Namespace, News};
 
 /// What iptables-restore is told, or ip6tables-restore, on a host where iptables is in use.
 #[cfg(test)]
@@ -63,7 +63,7 @@ impl Side {
     fn put(&mut self, ruleset: &Ruleset) -> io::Result<()> {
         let saved = self.saved()?;
         let tables = rules::tables(ruleset, self.program.family, saved.docker_user().has_rules());
-        self.made.extend(saved.made_by(&ruleset.owner));
+        self.made.extend(saved.made());
         self.made.extend(rules::missing(&tables, &saved));
         let text = rules::restore(&tables, &saved, &self.made);
         self.program.restore(&text)?;
@@ -90,7 +90,7 @@ impl Side {
             self.program.restore(&text)?;
         }
         let mut made = std::mem::take(&mut self.made);
-        made.extend(saved.made_by(owner));
+        made.extend(saved.made());
         if self.program.is_made_of_nftables() && !made.is_empty() {
             let family = if self.program.family.is_v6() { TableFamily::Ipv6 } else { TableFamily::Ipv4 };
             let mut connection = Connection::open()?;
@@ -166,9 +166,9 @@ impl Backend for Iptables {
         result
     }
 
-    fn changes(&self) -> io::Result<Option<Changes>> {
+    fn changes(&self) -> io::Result<Option<News>> {
         let tells = self.sides.iter().all(|side| side.program.is_made_of_nftables());
-        if tells { Changes::listen().map(Some) } else { Ok(None) }
+        if tells { News::of_rules().map(Some) } else { Ok(None) }
     }
 }
 

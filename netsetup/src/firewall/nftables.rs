@@ -3,16 +3,17 @@
 //! What differs between hosts is in sets and maps, and the rules are always the same few: however many networks and ports there are, a packet
 //! passes the same number of rules, and a port that comes or goes is an element.
 
-use super::{Backend, Opening, Ports, Ruleset, Zone};
+use super::{Backend, Opening, Ports, Ruleset, Zone, on_link};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tidegate_model::{Protocol, registry};
 use tidegate_netfilter::{
-    Action, Base, Chain, Change, Changes, Connection, Element, Field, Hook, Key, Kind, Match, Rule, Set,
-    Table, Transport, Value,
+    Action, Base, Chain, Change, Connection, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table,
+    Transport, Value,
 };
+use tidegate_netns::News;
 
 /// The rules of one owner, by a connection that owns their table where the kernel lets it.
 #[derive(Debug)]
@@ -156,8 +157,8 @@ impl Backend for Nftables {
         self.owns = false;
     }
 
-    fn changes(&self) -> io::Result<Option<Changes>> {
-        Changes::listen().map(Some)
+    fn changes(&self) -> io::Result<Option<News>> {
+        News::of_rules().map(Some)
     }
 }
 
@@ -209,6 +210,11 @@ impl Family {
 
     fn is_v6(&self) -> bool {
         self.address == Field::Ipv6
+    }
+
+    /// Addresses that are meant for the link, whoever is on it.
+    fn on_link(&self) -> Vec<IpNet> {
+        on_link(self.is_v6())
     }
 
     /// A set's name, for this family.
@@ -427,8 +433,8 @@ fn from_network() -> Chain {
     Chain { name: "from-network".to_owned(), base: None, rules }
 }
 
-/// Sources are looked at in every packet: a part of a connection may be forged as well. Where it goes only until the connection is known: one that was
-/// translated is known by the host's address, and what is sent straight to a container is no part of it.
+/// In every packet, whatever is known of its connection: a part of one can be forged, and one can have been made while there were no rules. A connection that was
+/// translated comes here with the host's address.
 fn strays() -> Chain {
     let stray = |family: &Family, key: Key, why: &str| {
         let inside = is_in([key], &family.set("subnets"));
@@ -437,17 +443,32 @@ fn strays() -> Chain {
     let mut rules = vec![rule(vec![from_host()], accept(), "the host reaches its networks")];
     for family in &FAMILIES {
         rules.push(stray(family, family.source, "claims to come from a container"));
+        let why = "sent straight to a container or a gateway, past the published ports";
+        rules.push(stray(family, family.destination, why));
     }
     rules.push(rule(vec![Match::Known], accept(), "a part of a connection that was let through"));
     for family in &FAMILIES {
-        let why = "sent straight to a container or a gateway, past the published ports";
-        rules.push(stray(family, family.destination, why));
         let keys = [family.destination, Key::Protocol, Key::DestinationPort];
         let loopback = is_in(keys, &family.set("loopback"));
         rules.push(rule(
             vec![loopback],
             drop(),
             "published on a loopback address, and asked for from elsewhere",
+        ));
+        let mut elsewhere = vec![
+            is_in([Key::InInterface], "internal"),
+            not_in([Key::InInterface, family.destination], &family.set("own")),
+        ];
+        // What neighbours need to find each other.
+        elsewhere.extend(family.on_link().iter().map(|net| Match::Is {
+            key: family.destination,
+            value: Value::Net(*net),
+            not: true,
+        }));
+        rules.push(rule(
+            elsewhere,
+            drop(),
+            "an internal network reaches nothing of the host but its gateway",
         ));
     }
     base("strays", Kind::Filter, Hook::Prerouting, AFTER_CONNTRACK, rules)
@@ -467,7 +488,15 @@ fn translate() -> Chain {
         };
         let at = [family.destination].into_iter().chain(ports).collect();
         rules.push(rule(vec![], translate(at, "at"), "a port published on one address"));
-        let everywhere = vec![not_loopback(family), Match::ToHost];
+        // What is addressed to the link no policy rule leads on; a socket serves it.
+        let mut everywhere = vec![not_loopback(family), Match::ToHost];
+        everywhere.extend(
+            family.on_link().into_iter().filter(|net| !net.addr().is_multicast()).map(|net| Match::Is {
+                key: family.destination,
+                value: Value::Net(net),
+                not: true,
+            }),
+        );
         rules.push(rule(everywhere, translate(ports.to_vec(), "any"), "a port published on all addresses"));
     }
     base("translate", Kind::Nat, Hook::Prerouting, DSTNAT, rules)

@@ -5,7 +5,7 @@
 
 use super::program::Family;
 use super::saved::{DOCKER_USER, Saved};
-use crate::firewall::{Opening, Ruleset, Zone};
+use crate::firewall::{Opening, Ruleset, Zone, on_link};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -114,6 +114,14 @@ impl With<'_> {
                 "claims to come from a container",
             ));
         }
+        for (Zone { bridge, .. }, subnet) in self.subnets().filter(|(zone, _)| zone.internal) {
+            for net in on_link(self.family.is_v6()) {
+                let why = "what neighbours need to find each other";
+                rules.push(rule(&format!("-d {net} -i {bridge}"), "RETURN", why));
+            }
+            let why = "an internal network reaches nothing of the host but its gateway";
+            rules.push(rule(&format!("! -d {subnet} -i {bridge}"), "DROP", why));
+        }
         let loopback = grouped(self.ports().filter(|port| port.address.is_loopback()));
         rules.extend(loopback.iter().map(|matches| {
             rule(matches, "DROP", "published on a loopback address, and asked for from elsewhere")
@@ -122,7 +130,10 @@ impl With<'_> {
     }
 
     fn mangle(&self) -> Table {
-        let mut rules = Vec::new();
+        let from = self.ruleset.zones.iter().map(|Zone { bridge, .. }| {
+            rule(&format!("-i {bridge}"), "RETURN", "from a container: nothing that a network is closed to")
+        });
+        let mut rules: Vec<_> = from.collect();
         for (zone, subnet) in self.subnets() {
             if !zone.internal {
                 rules.push(rule(
@@ -235,6 +246,9 @@ impl With<'_> {
                 )
             })
             .collect();
+        for net in on_link(self.family.is_v6()).into_iter().filter(|net| !net.addr().is_multicast()) {
+            translate.push(rule(&format!("-d {net}"), "RETURN", "asks on the link: a socket serves it"));
+        }
         let loopback = if self.family.is_v6() { "::1/128" } else { "127.0.0.0/8" };
         let asked = format!("! -d {loopback} -m addrtype --dst-type LOCAL");
         translate.push(rule(&asked, &self.chain("PORTS"), "asks for the host"));

@@ -82,15 +82,13 @@ impl Saved {
         })
     }
 
-    /// The tables that were made for `owner`.
-    pub(super) fn made_by(&self, owner: &str) -> BTreeSet<String> {
-        let is_marked = |table: &&SavedTable| {
-            table
-                .rules
-                .iter()
-                .any(|rule| rule.ends_with(rules::TABLE_MADE) && is_of_owner(chain_of(rule), owner))
+    /// The tables that were made for one of us, who told it in his chains.
+    pub(super) fn made(&self) -> BTreeSet<String> {
+        let tells = |rule: &String| {
+            rule.ends_with(rules::TABLE_MADE) && chain_of(rule).starts_with(registry::IPTABLES_CHAIN_PREFIX)
         };
-        self.tables.iter().filter(is_marked).map(|table| table.name.clone()).collect()
+        let made = self.tables.iter().filter(|table| table.rules.iter().any(tells));
+        made.map(|table| table.name.clone()).collect()
     }
 
     /// All that is there of `owner`: his chains, their rules, the jumps to them, and that the user's chain is there.
@@ -207,6 +205,10 @@ impl UserRule {
         ("--tcp-flags", 2),
     ];
 
+    /// Matches whose options are judged one by one.
+    const MATCHES: [&str; 10] =
+        ["comment", "conntrack", "icmp", "iprange", "limit", "mac", "multiport", "state", "tcp", "udp"];
+
     /// Where it leads: a verdict, or a chain.
     fn target(&self) -> Option<&str> {
         let mut words = self.text.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
@@ -225,8 +227,20 @@ impl UserRule {
         let mut words = words.iter().map(String::as_str);
         while let Some(word) = words.next() {
             let known = match word {
-                // A match's name; what matters are its options.
-                "-m" => Some(1),
+                "-m" => {
+                    if !words.next().is_some_and(|name| Self::MATCHES.contains(&name)) {
+                        return true;
+                    }
+                    Some(0)
+                }
+                // What was translated is forwarded.
+                "--ctstate" | "--state" => {
+                    let states = words.next().unwrap_or_default();
+                    if states.split(',').any(|state| matches!(state, "DNAT" | "SNAT")) {
+                        return true;
+                    }
+                    Some(0)
+                }
                 _ => Self::PORTABLE.iter().find(|(option, _)| *option == word).map(|(_, values)| *values),
             };
             let Some(values) = known else { return true };
@@ -315,6 +329,8 @@ COMMIT
             ("-p tcp -m multiport --dports 80,443 -j DROP", true),
             ("-m set --match-set bad src -j DROP", true),
             ("-m mark --mark 0x1 -j ACCEPT", true),
+            ("-i eth0 -m conntrack --ctstate DNAT -j DROP", true),
+            ("-m socket -j ACCEPT", true),
         ] {
             let text = format!("-A DOCKER-USER {rule}");
             assert_eq!(UserRule { text }.is_about_forwarding(), about_forwarding, "{rule}");

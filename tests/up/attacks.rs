@@ -1,0 +1,291 @@
+//! What a hostile review has found: each was a way in, or harm to others.
+
+use super::matrix::peer_as_seen;
+use super::scene::{Scene, service_namespace, state};
+use super::uplink::{self, Uplink};
+use super::witness::Witness;
+use socket2::{Domain, Socket, Type};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+use tidegate_testbed::server::PeerServer;
+use tidegate_testbed::{Namespace, Process, Signal, eventually};
+
+const SOON: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(300);
+const FIREWALLS: [&str; 2] = ["--firewall=nftables", "--firewall=iptables"];
+
+fn file(container: &Namespace, more: &str) -> String {
+    format!(
+        "name: attacked
+networks: {{ home: {{ ipam: {{ config: [ {{ subnet: 10.77.1.0/24 }} ] }} }}, away: {{ ipam: {{ config: [ {{ subnet: 10.77.2.0/24 }} ] }} }} }}
+services:
+  server: {{ x-netns: {}, networks: {{ home: {{ ipv4_address: 10.77.1.10 }} }}{more} }}
+",
+        container.path().display()
+    )
+}
+
+#[track_caller]
+fn up(scene: &Scene, file: &str, flags: &[&str]) -> Process {
+    let up = scene.up_with(file, flags);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    up
+}
+
+/// A UDP socket that says that it is at `address`.
+fn pretender(namespace: &Namespace, address: &str) -> UdpSocket {
+    let socket = namespace.run(|| Socket::new(Domain::IPV4, Type::DGRAM, None)).unwrap();
+    socket.set_ip_transparent_v4(true).unwrap();
+    socket.bind(&address.parse::<SocketAddr>().unwrap().into()).unwrap();
+    UdpSocket::from(socket)
+}
+
+/// The host keeps track of connections before there are rules, and two of the outside have made one up.
+#[test]
+fn a_connection_from_before_the_rules_is_no_way_in() {
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        let uplink = Uplink::new(&scene);
+        scene.net.host.sysctl("net.ipv4.ip_forward", "1");
+        scene.sh("nft add table ip others
+                  nft add chain ip others seen '{ type filter hook prerouting priority 0; }'
+                  nft add rule ip others seen ct state new counter");
+        scene.net.client.ip_all("route add 10.77.0.0/16 via 203.0.113.1");
+        let container = Namespace::new();
+        let witness = Witness::new(&container, &["0.0.0.0:6666".parse().unwrap()]);
+        let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:5000")).unwrap();
+        let accomplice = pretender(&uplink.hostile, "10.77.1.10:6666");
+        let make_it_up = || {
+            let _ = accomplice.send_to(b"I am the container", "203.0.113.9:5000");
+            let _ = client.send_to(b"let me in", "10.77.1.10:6666");
+            thread::sleep(Duration::from_millis(1));
+        };
+        (0..20).for_each(|_| make_it_up());
+        for _ in 0..3 {
+            let over = AtomicBool::new(false);
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        make_it_up();
+                    }
+                });
+                let mut up = up(&scene, &file(&container, ""), &[firewall]);
+                thread::sleep(PAUSE);
+                up.signal(Signal::KILL);
+                up.wait(SOON);
+                over.store(true, Ordering::Relaxed);
+            });
+        }
+        let _up = up(&scene, &file(&container, ""), &[firewall]);
+        (0..20).for_each(|_| make_it_up());
+        let host = scene.net.host.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+        assert!(eventually(SOON, || host.send_to(b"hello", "10.77.1.10:6666").is_ok()
+            && witness.has_seen("hello")));
+        assert!(!witness.has_seen("let me in"), "{firewall}");
+    }
+}
+
+/// Its client never pauses, and the port is gone when the next instance comes.
+#[test]
+fn a_port_that_was_removed_while_we_were_dead_is_shut() {
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        let container = Namespace::new();
+        let flags = [firewall, "--publish=kernel"];
+        let mut first = up(&scene, &file(&container, ", ports: [ \"5300:53/udp\" ]"), &flags);
+        let witness = Witness::new(&container, &["0.0.0.0:53".parse().unwrap()]);
+        let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:5000")).unwrap();
+        assert!(eventually(SOON, || {
+            let _ = client.send_to(b"open", "203.0.113.1:5300");
+            witness.has_seen("open")
+        }));
+        first.signal(Signal::KILL);
+        first.wait(SOON);
+        let _second = up(&scene, &file(&container, ""), &flags);
+        for _ in 0..10 {
+            let _ = client.send_to(b"shut", "203.0.113.1:5300");
+            thread::sleep(PAUSE / 10);
+        }
+        assert!(!witness.has_seen("shut"), "{firewall}");
+    }
+}
+
+/// A stranger claims to be the server that a container of another network talks to.
+#[test]
+fn a_container_gets_nothing_into_flows_of_another_network() {
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        let (victim, stranger) = (Namespace::new(), Namespace::new());
+        let more = format!(" }}\n  stranger: {{ x-netns: {}, networks: [ away ]", stranger.path().display());
+        let _up = up(&scene, &file(&victim, &more), &[firewall]);
+        let server = Witness::new(&scene.net.client, &["203.0.113.9:9999".parse().unwrap()]);
+        let asks = victim.run(|| UdpSocket::bind("0.0.0.0:4444")).unwrap();
+        asks.set_read_timeout(Some(PAUSE)).unwrap();
+        assert!(eventually(SOON, || {
+            asks.send_to(b"question", "203.0.113.9:9999").unwrap();
+            asks.recv(&mut [0; 9]).is_ok()
+        }));
+        assert!(server.has_seen("question"));
+        while asks.recv(&mut [0; 9]).is_ok() {}
+        let liar = pretender(&stranger, "203.0.113.9:9999");
+        for _ in 0..5 {
+            liar.send_to(b"lie", "203.0.113.1:4444").unwrap();
+        }
+        assert!(asks.recv(&mut [0; 9]).is_err(), "{firewall}");
+    }
+}
+
+/// With the rule that most people begin with, who got in before it would stay.
+#[test]
+fn nobody_slips_in_before_the_users_rules_are_in_force() {
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        let container = Namespace::new();
+        let file = file(&container, ", ports: [ \"8080:80\", \"8080:80/udp\" ]");
+        let flags = [firewall, "--publish=proxy"];
+        let mut first = up(&scene, &file, &flags);
+        let _server = PeerServer::tcp(&container, "0.0.0.0:80".parse().unwrap());
+        scene.sh(if firewall == FIREWALLS[0] {
+            "nft add rule inet tidegate_user TIDEGATE-USER ct state established accept
+             nft add rule inet tidegate_user TIDEGATE-USER ip saddr 203.0.113.9 drop"
+        } else {
+            "iptables -A TIDEGATE-USER -m conntrack --ctstate ESTABLISHED -j ACCEPT
+             iptables -A TIDEGATE-USER -s 203.0.113.9 -j DROP"
+        });
+        first.stop(Signal::INT, SOON);
+        let over = Arc::new(AtomicBool::new(false));
+        let at: SocketAddr = "203.0.113.1:8080".parse().unwrap();
+        let knocking = {
+            let over = Arc::clone(&over);
+            scene.net.client.spawn_thread(move || {
+                let mut served = 0;
+                while !over.load(Ordering::Relaxed) {
+                    served += usize::from(peer_as_seen(at, false, PAUSE).is_ok());
+                }
+                served
+            })
+        };
+        for _ in 0..4 {
+            let mut next = up(&scene, &file, &flags);
+            thread::sleep(PAUSE);
+            next.stop(Signal::INT, SOON);
+        }
+        over.store(true, Ordering::Relaxed);
+        assert_eq!(knocking.join().unwrap(), 0, "{firewall}");
+    }
+}
+
+/// A router that names the links that forward, instead of letting all of them.
+#[test]
+fn a_host_that_forwards_by_single_links_goes_on_doing_so() {
+    let scene = Scene::new();
+    let uplink = Uplink::new(&scene);
+    scene.net.host.sysctl("net.ipv4.ip_forward", "0");
+    for link in ["eth0", "eth1"] {
+        scene.net.host.sysctl(&format!("net.ipv4.conf.{link}.forwarding"), "1");
+    }
+    let before = state(&scene.net.host);
+    let at: SocketAddr = "203.0.113.9:7000".parse().unwrap();
+    let _server = scene.net.client.run(|| TcpListener::bind(at)).unwrap();
+    let passes = || uplink.client.run(|| TcpStream::connect_timeout(&at, SOON)).is_ok();
+    assert!(passes());
+    let container = Namespace::new();
+    for firewall in FIREWALLS {
+        let mut up = up(&scene, &file(&container, ""), &[firewall]);
+        assert!(passes(), "{firewall}");
+        assert!(container.run(|| TcpStream::connect_timeout(&at, SOON)).is_ok(), "{firewall}");
+        up.stop(Signal::INT, SOON);
+        assert!(passes(), "{firewall}");
+        for link in ["eth0", "eth1"] {
+            assert_eq!(scene.net.host.read_sysctl(&format!("net.ipv4.conf.{link}.forwarding")), "1");
+        }
+        assert_eq!(state(&scene.net.host), before, "{firewall}");
+    }
+}
+
+/// On a host that forwards for nobody, and with names for which the NAT engine chooses one table.
+#[test]
+fn two_projects_have_a_way_out_each() {
+    for flags in [&["--firewall=nftables"], &["--firewall=iptables"], &["--firewall=none"]] {
+        let scene = Scene::new();
+        scene.net.host.sysctl("net.ipv4.ip_forward", "0");
+        let before = state(&scene.net.host);
+        let at: SocketAddr = "203.0.113.9:7000".parse().unwrap();
+        let _server = scene.net.client.run(|| TcpListener::bind(at)).unwrap();
+        let file =
+            |name: &str| format!("name: {name}\nservices: {{ box: {{ command: [ sleep, '60' ] }} }}\n");
+        let has_way_out = |up: &Process| {
+            let inside = service_namespace(up, "box");
+            eventually(SOON, || inside.run(|| TcpStream::connect_timeout(&at, 3 * PAUSE)).is_ok())
+        };
+        let mut first = up(&scene, &file("rva"), flags);
+        assert!(has_way_out(&first), "{flags:?}");
+        let mut second = scene.up_beside(&file("rv1099"), flags);
+        second.wait_for_line("Ctrl-C takes", SOON);
+        assert!(has_way_out(&second) && has_way_out(&first), "{flags:?}: both");
+        first.stop(Signal::INT, SOON);
+        assert!(has_way_out(&second), "{flags:?}: the other has gone");
+        second.stop(Signal::INT, SOON);
+        assert_eq!(state(&scene.net.host), before, "{flags:?}");
+    }
+}
+
+#[test]
+fn without_ipv6_there_is_still_a_way_out() {
+    let scene = Scene::new();
+    for key in ["all", "default"] {
+        scene.net.host.sysctl(&format!("net.ipv6.conf.{key}.disable_ipv6"), "1");
+    }
+    let at: SocketAddr = "203.0.113.9:7000".parse().unwrap();
+    let _server = scene.net.client.run(|| TcpListener::bind(at)).unwrap();
+    let container = Namespace::new();
+    let _up = up(&scene, &file(&container, ""), &["--firewall=none"]);
+    assert!(container.run(|| TcpStream::connect_timeout(&at, SOON)).is_ok());
+}
+
+/// A container of somebody else's that comes later is as far away as one that was there.
+#[test]
+fn the_nat_engine_leads_into_no_network_of_others() {
+    let scene = Scene::new();
+    let container = Namespace::new();
+    let _up = up(&scene, &file(&container, ""), &["--firewall=none"]);
+    let theirs = Namespace::new();
+    scene.net.host.ip_all(&format!(
+        "link add br-0123456789ab type bridge
+         addr add 10.99.0.1/24 dev br-0123456789ab
+         link set br-0123456789ab up
+         link add their0 type veth peer name eth0 netns {}
+         link set their0 master br-0123456789ab up",
+        theirs.path().display()
+    ));
+    theirs.ip_all("addr add 10.99.0.2/24 dev eth0\n link set eth0 up\n route add default via 10.99.0.1");
+    let at: SocketAddr = "10.99.0.2:80".parse().unwrap();
+    let _server = theirs.run(|| TcpListener::bind(at)).unwrap();
+    assert!(scene.net.host.run(|| TcpStream::connect_timeout(&at, SOON)).is_ok());
+    assert!(eventually(SOON, || container.run(|| TcpStream::connect_timeout(&at, PAUSE)).is_err()));
+    let outside: SocketAddr = "203.0.113.9:7000".parse().unwrap();
+    let _outside = scene.net.client.run(|| TcpListener::bind(outside)).unwrap();
+    assert!(container.run(|| TcpStream::connect_timeout(&outside, SOON)).is_ok());
+    let _ = uplink::HOST;
+}
+
+/// Programs of iptables that hang are waited for, but by nobody else.
+#[test]
+fn names_are_answered_while_iptables_hangs() {
+    let scene = Scene::new();
+    scene.sh("iptables -A INPUT -i none -j DROP");
+    let container = Namespace::new();
+    let _up = up(&scene, &file(&container, ""), &["--firewall=nftables"]);
+    super::firewall::program(&scene, "iptables-save", "sleep 30");
+    scene.net.host.exec("nft", &["add table ip foo"]);
+    thread::sleep(5 * PAUSE);
+    let output = container
+        .command("dig")
+        .args(["@127.0.0.11", "+short", "+time=2", "+tries=1", "server"])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "10.77.1.10");
+}
