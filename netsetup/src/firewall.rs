@@ -176,7 +176,7 @@ impl Firewall {
             let ports = Ports { added, removed };
             self.host.with(|| backend.change_ports(&ruleset, &ports))??;
             let changed = ports.added.union(&ports.removed).copied().collect();
-            if let Err(error) = self.host.with(|| forget(&changed)).flatten() {
+            if let Err(error) = self.host.with(|| forget(&[], &changed)).flatten() {
                 tracing::warn!(%error, "flows of ports that have changed may go on as before");
             }
         }
@@ -204,7 +204,8 @@ impl Firewall {
         let begins = !*in_force;
         self.host.with(|| {
             backend.apply(ruleset)?;
-            if begins { forget_before(ruleset) } else { Ok(()) }
+            let subnets = ruleset.zones.iter().flat_map(|zone| &zone.subnets).map(IpNet::trunc);
+            if begins { forget(&subnets.collect::<Vec<_>>(), &ruleset.ports) } else { Ok(()) }
         })??;
         *in_force = true;
         Ok(())
@@ -237,25 +238,20 @@ fn on_link(v6: bool) -> Vec<IpNet> {
     nets.iter().filter(|_| v6).copied().map(IpNet::V6).collect()
 }
 
-/// Forgets what is known of flows from and to the networks of `ruleset` and of its ports: from before its rules, when others could have been let through.
-fn forget_before(ruleset: &Ruleset) -> io::Result<()> {
-    let subnets: Vec<IpNet> = ruleset.zones.iter().flat_map(|zone| &zone.subnets).map(IpNet::trunc).collect();
-    let inside = |address: SocketAddr| subnets.iter().any(|net| net.contains(&address.ip()));
-    let is_one = |flow: &Flow| [flow.client, flow.asked, flow.server].into_iter().any(inside);
-    let forgotten = Conntrack::open()?.forget(&[TableFamily::Ipv4, TableFamily::Ipv6], is_one)?;
-    tracing::debug!(flows = forgotten, "forgotten, for they are older than the rules");
-    forget(&ruleset.ports)
-}
-
-/// Forgets the flows of those of `ports` that the kernel translates: they would go on going where they went before, however long that is no longer right.
-fn forget(ports: &BTreeSet<Opening>) -> io::Result<()> {
-    let translated = |v6| ports.iter().any(|port| port.to.is_some() && port.address.is_ipv6() == v6);
+/// Forgets what is known of flows from and to `subnets`, where others may have been let through before there were rules, and of those of `ports` that the kernel
+/// translates: they would go on going where they went before, however long that is no longer right.
+fn forget(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
+    let concerns = |v6: bool| {
+        subnets.iter().any(|net| net.addr().is_ipv6() == v6)
+            || ports.iter().any(|port| port.to.is_some() && port.address.is_ipv6() == v6)
+    };
     let families = [(TableFamily::Ipv4, false), (TableFamily::Ipv6, true)];
     let families: Vec<_> =
-        families.iter().filter(|(_, v6)| translated(*v6)).map(|(family, _)| *family).collect();
+        families.iter().filter(|(_, v6)| concerns(*v6)).map(|(family, _)| *family).collect();
     if families.is_empty() {
         return Ok(());
     }
+    let inside = |address: SocketAddr| subnets.iter().any(|net| net.contains(&address.ip()));
     let is_one = |flow: &Flow| {
         let protocol = match flow.protocol {
             Transport::Tcp => Protocol::Tcp,
@@ -276,9 +272,9 @@ fn forget(ports: &BTreeSet<Opening>) -> io::Result<()> {
         } else {
             Ipv6Addr::UNSPECIFIED.into()
         };
-        at(flow.asked.ip()) || at(any)
+        at(flow.asked.ip()) || at(any) || [flow.client, flow.asked, flow.server].into_iter().any(inside)
     };
     let forgotten = Conntrack::open()?.forget(&families, is_one)?;
-    tracing::debug!(flows = forgotten, "forgotten, for their ports have changed");
+    tracing::debug!(flows = forgotten, "forgotten: older than the rules, or of ports that have changed");
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use super::error::{Fault, Site};
 use super::project::{Names, Network, Subnet};
+use super::service::addresses;
 use super::value::{Field, Value};
 use ipnet::IpNet;
 use std::net::IpAddr;
@@ -57,6 +58,7 @@ pub(super) fn read(section: &Field<'_>) -> Result<Draft, Fault> {
                 )?;
                 draft.network.names = Names::AtGateway;
             }
+            "x-dns-servers" => draft.network.dns = addresses(value)?,
             _ if field.is_extension() => {}
             _ => {
                 return Err(field.site.fault(

@@ -59,6 +59,8 @@ pub struct Network {
     pub bridge: Option<String>,
     /// Where its names are served.
     pub names: Names,
+    /// The servers that names beyond its own are asked of, by services without servers of their own (`x-dns-servers`); none for those of the host.
+    pub dns: Vec<IpAddr>,
     /// Where its key stands; for a `default` that the file does not mention, the first service on it.
     pub place: Place,
 }
@@ -75,6 +77,7 @@ impl Network {
             mtu: None,
             bridge: None,
             names: Names::default(),
+            dns: Vec::new(),
             place,
         }
     }

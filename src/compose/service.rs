@@ -5,6 +5,7 @@ use super::ports;
 use super::project::{Attachment, DEFAULT_NETWORK, Restart, Run, Service};
 use super::value::{Field, Value};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::Path;
 
 /// What `sethostname` takes: `__NEW_UTS_LEN`.
@@ -54,12 +55,7 @@ pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault
             "hostname" => hostname = Some(read_hostname(value)?),
             "networks" => networks = read_networks(value)?,
             "ports" => service_ports = if value.is_null() { Vec::new() } else { ports::read(value)? },
-            "dns" => {
-                dns = strings(value)?
-                    .iter()
-                    .map(|dns| dns.parsed("an IP address"))
-                    .collect::<Result<_, _>>()?;
-            }
+            "dns" => dns = addresses(value)?,
             "dns_search" => dns_search = read_words(value)?,
             "dns_opt" => dns_options = read_words(value)?,
             "depends_on" => depends_on = read_dependencies(value)?,
@@ -153,6 +149,11 @@ fn read_words(value: &Value<'_>) -> Result<Vec<String>, Fault> {
         Ok(word)
     };
     strings(value)?.iter().map(word).collect()
+}
+
+/// One address, or a list of them.
+pub(super) fn addresses(value: &Value<'_>) -> Result<Vec<IpAddr>, Fault> {
+    strings(value)?.iter().map(|address| address.parsed("an IP address")).collect()
 }
 
 /// One string, or a list of them.

@@ -47,7 +47,7 @@ impl NameServers {
                     name: network.name.clone(),
                     subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
                     internal: network.internal,
-                    servers: Vec::new(),
+                    servers: project.networks.get(&network.name).map(servers_of_network).unwrap_or_default(),
                 })
                 .context("names")?;
         }
@@ -143,6 +143,10 @@ impl NameServers {
     pub(super) fn resolver(&self) -> Arc<Resolver> {
         Arc::clone(&self.resolver)
     }
+}
+
+fn servers_of_network(network: &Network) -> Vec<SocketAddr> {
+    network.dns.iter().map(|server| SocketAddr::new(*server, PORT)).collect()
 }
 
 fn is_at_gateway(project: &Project, network: &str) -> bool {

@@ -8,7 +8,7 @@ const SOON: Duration = Duration::from_secs(10);
 
 const FILE: &str = r#"
 name: demo
-networks: { front: { enable_ipv6: true }, back: {}, shut: { internal: true } }
+networks: { front: { enable_ipv6: true, x-dns-servers: 203.0.113.9 }, back: {}, shut: { internal: true } }
 services:
   web:
     command: [ sleep, "60" ]
@@ -64,6 +64,7 @@ fn names_are_right(scene: &Scene, up: &Process) {
     assert_eq!(dig(&inmate, &["web"]), "");
     // What is not ours is asked outside, and never for those who have no way there.
     assert_eq!(dig(&web, &["www.example.test"]), "192.0.2.77");
+    assert_eq!(dig(&stranger, &["www.example.test"]), "192.0.2.77", "by the server of his network");
     assert_eq!(dig(&inmate, &["inmate.example.test"]), "");
     let asked = server.output();
     assert!(asked.contains("www.example.test") && !asked.contains("inmate"), "{asked}");

@@ -105,6 +105,10 @@ fn errors_of_yaml_name_line_and_key() {
 fn errors_in_networks_are_told() {
     for (body, expected) in [
         ("internal: 1", "3:15: networks.n.internal: expected true or false, found the number 1"),
+        (
+            "x-dns-servers: [192.0.2.1, one]",
+            "3:31: networks.n.x-dns-servers[1]: \"one\" is not an IP address",
+        ),
         ("internal: yes", "3:15: networks.n.internal: expected true or false, found \"yes\""),
         ("enable_ipv6:", "3:5: networks.n.enable_ipv6: expected true or false, found nothing"),
         (

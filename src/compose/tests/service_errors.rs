@@ -85,6 +85,7 @@ fn errors_in_services_are_told() {
              most",
         ),
         ("command: x\ndns: [192.0.2.1, one]", "4:22: services.a.dns[1]: \"one\" is not an IP address"),
+        ("command: x\ndns_opt: [a b]", "4:15: services.a.dns_opt[0]: \"a b\" is not one word"),
         ("command: x\ndns:", "4:5: services.a.dns: expected a string, found nothing"),
         (
             "command: x\nrestart: on-failure:-1",
