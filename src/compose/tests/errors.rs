@@ -107,7 +107,7 @@ fn errors_in_networks_are_told() {
         ("internal: 1", "3:15: networks.n.internal: expected true or false, found the number 1"),
         (
             "x-dns-servers: [192.0.2.1, one]",
-            "3:31: networks.n.x-dns-servers[1]: \"one\" is not an IP address",
+            "3:32: networks.n.x-dns-servers[1]: \"one\" is not an IP address",
         ),
         ("internal: yes", "3:15: networks.n.internal: expected true or false, found \"yes\""),
         ("enable_ipv6:", "3:5: networks.n.enable_ipv6: expected true or false, found nothing"),
