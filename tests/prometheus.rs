@@ -12,7 +12,7 @@ mod prometheus {
 use prometheus::dashboards::{self, Variable};
 use prometheus::server::{Answer, Prometheus, TARGET};
 use prometheus::traffic::{ROUNDS, Traffic};
-use scene::Scene;
+use scene::{Scene, state};
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -22,7 +22,10 @@ use tidegate_testbed::{Process, Signal, eventually, require_program};
 const SOON: Duration = Duration::from_secs(10);
 
 /// Panels whose expression has no data under the traffic of this test, each with the reason. All others must have some.
-const WITHOUT_DATA: [(&str, &str); 0] = [];
+const WITHOUT_DATA: &[(&str, &str)] = &[];
+
+/// Alerts that depend on how busy the machine is.
+const SLOWNESS: [&str; 3] = ["TidegateDialSlow", "TidegateNatRetransmits", "TidegateUpstreamSlow"];
 
 #[test]
 fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
@@ -30,6 +33,7 @@ fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
         require_program(program);
     }
     let scene = Scene::new();
+    let before = state(&scene.net.host);
     let file = scene.directory.path().join("compose.yaml");
     std::fs::write(&file, prometheus::traffic::PROJECT).unwrap();
     let mut command = scene.tidegate();
@@ -55,6 +59,7 @@ fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
 
     server.stop();
     up.stop(Signal::INT, SOON);
+    assert_eq!(state(&scene.net.host), before);
 }
 
 /// Exact numbers of bytes, connections, datagrams, questions and flows.
@@ -130,7 +135,8 @@ fn rules_are_evaluated(server: &Prometheus) {
             (_, answer) => panic!("{}: {answer:?}", rule.name),
         }
     }
-    // A backend that refuses, and a UDP port where nobody listens: the traffic has both, and nothing else that is wrong.
+    // A backend that refuses, and a UDP port where nobody listens: the traffic has both. A busy machine may be slow as well.
+    pending.retain(|name| !SLOWNESS.contains(name));
     assert_eq!(pending, BTreeSet::from(["TidegateBackendUnreached", "TidegateDatagramsDropped"]));
 }
 

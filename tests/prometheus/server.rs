@@ -92,7 +92,7 @@ impl Prometheus {
         self.process.stop(Signal::TERM, SOON);
     }
 
-    /// Waits until it has scraped tidegate `more` times from now on, and its rules have been evaluated after that.
+    /// Waits until it has scraped tidegate `more` times from now on.
     #[track_caller]
     pub(crate) fn wait_for_scrapes(&self, more: u64) {
         let last = || {
