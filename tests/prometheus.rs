@@ -15,6 +15,7 @@ use prometheus::traffic::{ROUNDS, Traffic};
 use scene::{Scene, state};
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use tidegate_testbed::{Process, Signal, eventually, require_program};
@@ -57,7 +58,7 @@ fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
     panels_have_data(&server);
     rules_are_evaluated(&server);
 
-    server.stop();
+    drop(server);
     up.stop(Signal::INT, SOON);
     assert_eq!(state(&scene.net.host), before);
 }
@@ -200,6 +201,27 @@ fn dashboards_have_what_grafana_wants_of_them() {
     for dashboard in &all {
         dashboard.check(&uids);
     }
+}
+
+/// What the Compose file mounts is there, and Grafana looks for the dashboards where they are mounted.
+#[test]
+fn the_compose_file_mounts_what_there_is_where_it_is_looked_for() {
+    let read = |path: &str| std::fs::read_to_string(dashboards::root(path)).unwrap();
+    let compose = read("grafana/compose.yaml");
+    let mounts: Vec<(&str, &str)> = compose
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- ./")?.strip_suffix(":ro")?.split_once(':'))
+        .collect();
+    assert_eq!(mounts.len(), 4, "{compose}");
+    for (path, _) in &mounts {
+        assert!(Path::new(&dashboards::root("grafana")).join(path).exists(), "{path}");
+    }
+    let at = |wanted| mounts.iter().find(|(path, _)| *path == wanted).unwrap().1;
+    let provider = read("grafana/provisioning/dashboards/tidegate.yml");
+    assert!(provider.contains(&format!("path: {}\n", at("dashboards"))), "{provider}");
+    assert!(compose.contains(&format!("--config.file={}\n", at("prometheus.yml"))), "{compose}");
+    // Rules are named by their path from the configuration.
+    assert_eq!(Path::new(at("prometheus.yml")).parent(), Path::new(at("rules")).parent());
 }
 
 /// What `promtool` says; it must be content.

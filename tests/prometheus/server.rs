@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tidegate_testbed::{Namespace, Process, Signal, eventually};
+use tidegate_testbed::{Namespace, Process, eventually};
 
 /// Where tidegate serves its metrics: the address in the configuration that is delivered.
 pub(crate) const TARGET: &str = "127.0.0.1:9464";
@@ -19,7 +19,7 @@ const INTERVAL: &str = "200ms";
 /// A Prometheus in a namespace. It is killed when dropped, and its data go with it.
 pub(crate) struct Prometheus {
     host: Namespace,
-    process: Process,
+    _process: Process,
     _directory: tempfile::TempDir,
 }
 
@@ -84,12 +84,7 @@ impl Prometheus {
         command.arg(format!("--web.listen-address={ADDRESS}")).current_dir(directory.path());
         let process = Process::spawn(&mut command);
         process.wait_for_line("Server is ready to receive web requests", SOON);
-        Self { host: host.clone(), process, _directory: directory }
-    }
-
-    /// Ends it.
-    pub(crate) fn stop(mut self) {
-        self.process.stop(Signal::TERM, SOON);
+        Self { host: host.clone(), _process: process, _directory: directory }
     }
 
     /// Waits until it has scraped tidegate `more` times from now on.
