@@ -216,7 +216,7 @@ fn the_compose_file_mounts_what_there_is_where_it_is_looked_for() {
     for (path, _) in &mounts {
         assert!(Path::new(&dashboards::root("grafana")).join(path).exists(), "{path}");
     }
-    let at = |wanted| mounts.iter().find(|(path, _)| *path == wanted).unwrap().1;
+    let at = |wanted: &str| mounts.iter().find(|(path, _)| *path == wanted).unwrap().1;
     let provider = read("grafana/provisioning/dashboards/tidegate.yml");
     assert!(provider.contains(&format!("path: {}\n", at("dashboards"))), "{provider}");
     assert!(compose.contains(&format!("--config.file={}\n", at("prometheus.yml"))), "{compose}");
