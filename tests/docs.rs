@@ -97,6 +97,38 @@ fn documents_name_only_metrics_that_are_on_the_metrics_page() {
     }
 }
 
+/// And the dashboards leave none out.
+#[test]
+fn dashboards_and_rules_name_exactly_the_metrics_that_are_on_the_metrics_page() {
+    let page = read("docs/metrics.md");
+    let families = words(&page, "tidegate_");
+    let mut known = families.clone();
+    for line in page.lines().filter(|line| line.contains("| histogram |")) {
+        for histogram in words(line, "tidegate_") {
+            known.extend(["bucket", "sum", "count"].map(|part| format!("{histogram}_{part}")));
+        }
+    }
+    let mut shown = BTreeSet::new();
+    for directory in ["grafana", "grafana/dashboards", "grafana/rules", "grafana/rules/tests"] {
+        for entry in std::fs::read_dir(root(directory)).unwrap() {
+            let entry = entry.unwrap();
+            if !entry.file_type().unwrap().is_file() {
+                continue;
+            }
+            let file = format!("{directory}/{}", entry.file_name().to_string_lossy());
+            let named = words(&read(&file), "tidegate_");
+            let unknown: Vec<_> = named.difference(&known).collect();
+            assert!(unknown.is_empty(), "{file}: {unknown:?}");
+            if directory == "grafana/dashboards" {
+                shown.extend(named);
+            }
+        }
+    }
+    let is_shown = |family: &&String| shown.contains(*family) || shown.contains(&format!("{family}_bucket"));
+    let left_out: Vec<_> = families.iter().filter(|family| !is_shown(family)).collect();
+    assert!(left_out.is_empty(), "{left_out:?}");
+}
+
 #[test]
 fn flags_in_the_documents_are_flags_of_tidegate() {
     let help = |command: &str| {

@@ -45,6 +45,7 @@ pub fn debian_package(program: &str) -> &str {
         "ping" => "iputils-ping",
         "etcd" => "etcd-server",
         "pasta" => "passt",
+        "promtool" => "prometheus",
         "busybox" => "busybox-static",
         other => other,
     }

@@ -1,0 +1,238 @@
+//! The dashboards, rules and alerts of `grafana/`, with a real Prometheus that scrapes a `tidegate up` under traffic.
+
+#[path = "up/scene.rs"]
+mod scene;
+
+mod prometheus {
+    pub(crate) mod dashboards;
+    pub(crate) mod server;
+    pub(crate) mod traffic;
+}
+
+use prometheus::dashboards::{self, Variable};
+use prometheus::server::{Answer, Prometheus, TARGET};
+use prometheus::traffic::{ROUNDS, Traffic};
+use scene::{Scene, state};
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use tidegate_testbed::{Process, Signal, eventually, require_program};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// Panels whose expression has no data under the traffic of this test, each with the reason. All others must have some.
+const WITHOUT_DATA: &[(&str, &str)] = &[];
+
+/// Alerts that depend on how busy the machine is.
+const SLOWNESS: [&str; 3] = ["TidegateDialSlow", "TidegateNatRetransmits", "TidegateUpstreamSlow"];
+
+#[test]
+fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
+    for program in ["prometheus", "promtool", "dnsmasq", "dig"] {
+        require_program(program);
+    }
+    let scene = Scene::new();
+    let before = state(&scene.net.host);
+    let file = scene.directory.path().join("compose.yaml");
+    std::fs::write(&file, prometheus::traffic::PROJECT).unwrap();
+    let mut command = scene.tidegate();
+    command.args(["up", "--firewall=none", "--metrics", TARGET, "-f"]).arg(&file);
+    let mut up = Process::spawn(&mut command);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let server = Prometheus::start(&scene.net.host);
+    let traffic = Traffic::prepare(&scene.net, &up);
+
+    // Rates need a scrape before, and one after.
+    for round in 0..ROUNDS {
+        server.wait_for_scrapes(2);
+        traffic.round(round);
+    }
+    let _open = traffic.stay();
+    server.wait_for_scrapes(2);
+
+    stored_exactly(&server, &traffic);
+    let page = server.scrape();
+    assert_eq!(promtool(&["check", "metrics"], &page), "");
+    panels_have_data(&server);
+    rules_are_evaluated(&server);
+
+    drop(server);
+    up.stop(Signal::INT, SOON);
+    assert_eq!(state(&scene.net.host), before);
+}
+
+/// Exact numbers of bytes, connections, datagrams, questions and flows.
+#[track_caller]
+fn stored_exactly(server: &Prometheus, traffic: &Traffic) {
+    for (expression, expected) in traffic.expected() {
+        let mut last = None;
+        // What has just been closed is counted a moment later, and scraped after that.
+        let as_sent = eventually(SOON, || {
+            last = server.query(&expression).single();
+            last == Some(expected)
+        });
+        assert!(as_sent, "{expression}: {last:?} instead of {expected}");
+    }
+}
+
+/// Each panel and each variable, with every box of the variables ticked as well as with "All".
+fn panels_have_data(server: &Prometheus) {
+    let mut complaints = Vec::new();
+    for dashboard in dashboards::all() {
+        let ticked: Vec<Variable> =
+            dashboard.variables.iter().map(|variable| variable.ticked(server)).collect();
+        for panel in &dashboard.panels {
+            for target in &panel.targets {
+                for (how, variables) in [("All", &dashboard.variables), ("ticked", &ticked)] {
+                    let expression = dashboards::interpolate(&target.expression, variables);
+                    let answer = if target.instant {
+                        server.query(&expression)
+                    } else {
+                        server.query_range(&expression)
+                    };
+                    let excused = WITHOUT_DATA.iter().any(|(title, _)| *title == panel.title);
+                    let what = match &answer {
+                        Answer::Error(error) => error.as_str(),
+                        Answer::Vector(_) if !target.instant => "a vector, not a matrix",
+                        Answer::Matrix(_) if target.instant => "a matrix, not a vector",
+                        answer if answer.has_data() == excused => {
+                            if excused {
+                                "has data, and is excused from it"
+                            } else {
+                                "no data"
+                            }
+                        }
+                        _ => continue,
+                    };
+                    complaints
+                        .push(format!("{}: {} ({how}): {what}\n  {expression}", dashboard.uid, panel.title));
+                }
+            }
+        }
+    }
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+}
+
+/// Those that record have data; those that alert are evaluated without an error, and what is wrong here is noticed.
+fn rules_are_evaluated(server: &Prometheus) {
+    let rules = server.rules();
+    let recorded = rules.iter().filter(|rule| rule.kind == "recording").count();
+    assert!(recorded > 0 && recorded < rules.len());
+    let mut pending = BTreeSet::new();
+    for rule in &rules {
+        assert_eq!((rule.health.as_str(), rule.error.as_str()), ("ok", ""), "{}", rule.name);
+        match (rule.kind.as_str(), server.query(&rule.expression)) {
+            ("recording", Answer::Vector(values)) => {
+                assert!(values.iter().any(|value| value.is_finite()), "{}", rule.name);
+                assert!(server.query(&rule.name).has_data(), "{} is not stored", rule.name);
+            }
+            ("alerting", Answer::Vector(values)) => {
+                if !values.is_empty() {
+                    pending.insert(rule.name.as_str());
+                }
+            }
+            (_, answer) => panic!("{}: {answer:?}", rule.name),
+        }
+    }
+    // A backend that refuses, and a UDP port where nobody listens: the traffic has both. A busy machine may be slow as well.
+    pending.retain(|name| !SLOWNESS.contains(name));
+    assert_eq!(pending, BTreeSet::from(["TidegateBackendUnreached", "TidegateDatagramsDropped"]));
+}
+
+#[test]
+fn promtool_accepts_configuration_and_rules_and_their_tests_pass() {
+    require_program("promtool");
+    let grafana = dashboards::root("grafana");
+    let path = |name: &str| format!("{grafana}/{name}");
+    promtool(&["check", "config", &path("prometheus.yml")], "");
+    promtool(
+        &["check", "rules", "--lint-fatal", &path("rules/alerts.yml"), &path("rules/recording.yml")],
+        "",
+    );
+    promtool(&["test", "rules", &path("rules/tests/alerts.yml"), &path("rules/tests/recording.yml")], "");
+}
+
+/// Every alert fires in one of promtool's tests and is quiet in another, and the page says what to do about it; every
+/// recording rule is tested both ways.
+#[test]
+fn every_rule_is_tested_and_every_alert_is_on_the_page() {
+    let read = |path: &str| std::fs::read_to_string(dashboards::root(path)).unwrap();
+    let values = |text: &str, key: &str| -> Vec<String> {
+        text.lines().filter_map(|line| Some(line.trim().strip_prefix(key)?.trim().to_owned())).collect()
+    };
+    let (alerts, tests, page) =
+        (read("grafana/rules/alerts.yml"), read("grafana/rules/tests/alerts.yml"), read("docs/grafana.md"));
+    let names = values(&alerts, "- alert:");
+    assert!(!names.is_empty());
+    for key in ["summary:", "description:", "runbook:"] {
+        assert_eq!(values(&alerts, key).len(), names.len(), "{key}");
+    }
+    for name in names {
+        for (title, expected) in [("fires", "exp_labels:"), ("is quiet", "exp_alerts: []")] {
+            let (_, rest) = tests
+                .split_once(&format!("- name: {name} {title}\n"))
+                .unwrap_or_else(|| panic!("{name} {title}"));
+            let test = rest.split("- name:").next().unwrap();
+            assert!(
+                test.contains(&format!("alertname: {name}\n")) && test.contains(expected),
+                "{name} {title}"
+            );
+        }
+        assert!(page.contains(&format!("| `{name}` |")), "docs/grafana.md lacks {name}");
+    }
+    let tests = read("grafana/rules/tests/recording.yml");
+    let (with, without) = tests.split_once("have no shares").unwrap();
+    for name in values(&read("grafana/rules/recording.yml"), "- record:") {
+        assert!(with.contains(&name) && without.contains(&name), "{name}");
+        assert!(page.contains(&format!("| `{name}` |")), "docs/grafana.md lacks {name}");
+    }
+}
+
+#[test]
+fn dashboards_have_what_grafana_wants_of_them() {
+    let all = dashboards::all();
+    let uids: BTreeSet<&str> = all.iter().map(|dashboard| dashboard.uid.as_str()).collect();
+    assert_eq!(
+        uids,
+        BTreeSet::from(["tidegate-overview", "tidegate-ports", "tidegate-nat", "tidegate-names"])
+    );
+    for dashboard in &all {
+        dashboard.check(&uids);
+    }
+}
+
+/// What the Compose file mounts is there, and Grafana looks for the dashboards where they are mounted.
+#[test]
+fn the_compose_file_mounts_what_there_is_where_it_is_looked_for() {
+    let read = |path: &str| std::fs::read_to_string(dashboards::root(path)).unwrap();
+    let compose = read("grafana/compose.yaml");
+    let mounts: Vec<(&str, &str)> = compose
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- ./")?.strip_suffix(":ro")?.split_once(':'))
+        .collect();
+    assert_eq!(mounts.len(), 4, "{compose}");
+    for (path, _) in &mounts {
+        assert!(Path::new(&dashboards::root("grafana")).join(path).exists(), "{path}");
+    }
+    let at = |wanted: &str| mounts.iter().find(|(path, _)| *path == wanted).unwrap().1;
+    let provider = read("grafana/provisioning/dashboards/tidegate.yml");
+    assert!(provider.contains(&format!("path: {}\n", at("dashboards"))), "{provider}");
+    assert!(compose.contains(&format!("--config.file={}\n", at("prometheus.yml"))), "{compose}");
+    // Rules are named by their path from the configuration.
+    assert_eq!(Path::new(at("prometheus.yml")).parent(), Path::new(at("rules")).parent());
+}
+
+/// What `promtool` says; it must be content.
+#[track_caller]
+fn promtool(args: &[&str], input: &str) -> String {
+    let mut command = Command::new("promtool");
+    command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "promtool {args:?}:\n{said}");
+    said
+}

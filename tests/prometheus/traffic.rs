@@ -1,0 +1,278 @@
+//! Traffic of every kind, in rounds that are all alike, and what of it must be counted.
+
+use crate::scene::service_namespace;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+use tidegate_testbed::server::{EchoServer, Sink, Source};
+use tidegate_testbed::transfer::{self, Transfer};
+use tidegate_testbed::{Namespace, Process, Topology, addr};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// How often all of it happens.
+pub(crate) const ROUNDS: u32 = 2;
+
+/// Two containers that know each other, ports that are answered and ports that are not.
+pub(crate) const PROJECT: &str = r#"
+name: shop
+networks: { home: { enable_ipv6: true, ipam: { config: [ { subnet: 10.81.1.0/24 }, { subnet: "fd81:1::/64" } ] } } }
+services:
+  box:
+    command: [ sleep, "60" ]
+    dns: 203.0.113.9
+    networks: [ home ]
+    ports: [ "8080:80", "8081:81", "5353:7/udp", "5354:9/udp" ]
+  db: { command: [ sleep, "60" ], networks: [ home ] }
+"#;
+
+/// Bytes that each connection sends to the echo, over IPv4 and IPv6.
+const ECHOED: [u64; 2] = [1_000_003, 77_777];
+/// Datagrams to the echo, and the bytes of each.
+const DATAGRAMS: (u64, usize) = (10, 333);
+/// Datagrams to where nobody listens.
+const LOST: u64 = 3;
+/// Connections to where nobody listens.
+const REFUSED: u64 = 3;
+/// Bytes that a container sends to the world, and that it receives.
+const SENT: u64 = 300_007;
+const RECEIVED: u64 = 700_001;
+/// Datagrams that a container exchanges with the world, and the bytes of each.
+const OUTSIDE: (u64, usize) = (5, 100);
+/// Datagrams from a container to addresses that nobody has, which the engine refuses.
+const FORBIDDEN: (u64, SocketAddr) = (4, SocketAddr::new(IpAddr::V4(Ipv4Addr::new(240, 0, 0, 1)), 9999));
+
+/// What is asked, how often in each round, and the type and code that it is counted under. Names outside are new in each
+/// round, for answers are kept.
+const QUESTIONS: [(&str, &str, u64, &str); 5] = [
+    ("db", "A", 5, "NOERROR"),
+    ("db", "AAAA", 2, "NOERROR"),
+    ("nobody", "A", 3, "NXDOMAIN"),
+    ("ROUND.example.test", "A", 4, "NOERROR"),
+    // The server outside refuses, and there is no other.
+    ("ROUND.refused.test", "A", 1, "REFUSED"),
+];
+
+/// Servers in a container and outside, and those who talk to them.
+pub(crate) struct Traffic<'a> {
+    net: &'a Topology,
+    inside: Namespace,
+    world: World,
+    _echoes: [EchoServer; 2],
+}
+
+/// What is outside.
+struct World {
+    sink: Sink,
+    source: Source,
+    echo: EchoServer,
+    _names: Process,
+}
+
+impl<'a> Traffic<'a> {
+    /// Starts the servers, for the project that `up` has brought up.
+    #[track_caller]
+    pub(crate) fn prepare(net: &'a Topology, up: &Process) -> Self {
+        let inside = service_namespace(up, "box");
+        let outside = |port| SocketAddr::new(IpAddr::from(addr::CLIENT_V4), port);
+        let names = Process::spawn(net.client.command("dnsmasq").args([
+            "--no-daemon",
+            "--no-resolv",
+            "--no-hosts",
+            "--conf-file=/dev/null",
+            "--listen-address=203.0.113.9",
+            "--bind-interfaces",
+            "--address=/example.test/192.0.2.77",
+            "--local-ttl=60",
+            "--pid-file=",
+            "--user=root",
+        ]));
+        names.wait_for_line("started", SOON);
+        let world = World {
+            sink: Sink::tcp(&net.client, outside(7001), 3),
+            source: Source::tcp(&net.client, outside(7002), 4, RECEIVED),
+            echo: EchoServer::udp(&net.client, outside(7003)),
+            _names: names,
+        };
+        let echoes = [
+            EchoServer::tcp(&inside, "[::]:80".parse().unwrap()),
+            EchoServer::udp(&inside, "[::]:7".parse().unwrap()),
+        ];
+        Self { net, inside, world, _echoes: echoes }
+    }
+
+    /// All of it once.
+    #[track_caller]
+    pub(crate) fn round(&self, round: u32) {
+        self.net.client.run(|| {
+            echo_over_tcp((addr::HOST_V4, 8080).into(), ECHOED[0]);
+            echo_over_tcp((addr::HOST_V6, 8080).into(), ECHOED[1]);
+            reset((addr::HOST_V4, 8080).into());
+            for _ in 0..REFUSED {
+                refused((addr::HOST_V4, 8081).into());
+            }
+            let socket = udp();
+            exchange(&socket, (addr::HOST_V4, 5353).into(), DATAGRAMS);
+            for _ in 0..LOST {
+                socket.send_to(b"lost", (addr::HOST_V4, 5354)).unwrap();
+                // One at a time: the error that tells of one is told at the next.
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        self.inside.run(|| {
+            let mut stream = connect(self.world.sink.addr());
+            transfer::send(&mut stream, 3, SENT).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            stream.read_to_end(&mut Vec::new()).unwrap();
+            let received = transfer::receive(&mut connect(self.world.source.addr()), 4);
+            assert_eq!(received, Transfer::complete(RECEIVED));
+            let socket = udp();
+            exchange(&socket, self.world.echo.addr(), OUTSIDE);
+            for _ in 0..FORBIDDEN.0 {
+                udp().send_to(b"forbidden", FORBIDDEN.1).unwrap();
+            }
+        });
+        self.world.sink.wait(round as usize + 1, SOON);
+        for (name, kind, times, _) in QUESTIONS {
+            let name = &name.replace("ROUND", &format!("round{round}"));
+            for _ in 0..times {
+                self.inside.exec("dig", &["@127.0.0.11", "+tries=1", "+time=8", name, kind]);
+            }
+        }
+    }
+
+    /// Connections and sessions that stay while what is returned lives.
+    pub(crate) fn stay(&self) -> [TcpStream; 2] {
+        let client = self.net.client.run(|| {
+            let mut stream = connect((addr::HOST_V4, 8080).into());
+            stream.write_all(b"stay").unwrap();
+            stream.read_exact(&mut [0; 4]).unwrap();
+            stream
+        });
+        let container = self.inside.run(|| {
+            let mut stream = connect(self.world.sink.addr());
+            stream.write_all(b"stay").unwrap();
+            stream
+        });
+        [client, container]
+    }
+
+    /// Expressions and what they must be after [`ROUNDS`] rounds and [`Traffic::stay`].
+    pub(crate) fn expected(&self) -> Vec<(String, f64)> {
+        let rounds = u64::from(ROUNDS);
+        let mut all = Vec::new();
+        let mut is = |expression: String, value: u64| all.push((expression, value as f64));
+        let port = |family: &str, publish: &str, more: &str| {
+            format!("tidegate_proxy_{family}{{publish=\"{publish}\"{more}}}")
+        };
+        let (v4, v6, dead) = ("0.0.0.0:8080/tcp", "[::]:8080/tcp", "0.0.0.0:8081/tcp");
+        for direction in ["in", "out"] {
+            let label = format!(", direction=\"{direction}\"");
+            // A reset comes after an echo of four bytes, and what stays has exchanged four.
+            is(port("bytes_total", v4, &label), rounds * (ECHOED[0] + 4) + 4);
+            is(port("bytes_total", v6, &label), rounds * ECHOED[1]);
+            is(port("bytes_total", dead, &label), 0);
+            is(port("datagrams_total", "0.0.0.0:5353/udp", &label), rounds * DATAGRAMS.0);
+            is(port("bytes_total", "0.0.0.0:5353/udp", &label), rounds * DATAGRAMS.0 * DATAGRAMS.1 as u64);
+        }
+        is(port("connections_total", v4, ""), 2 * rounds + 1);
+        is(port("connections", v4, ""), 1);
+        is(port("connections_total", v6, ""), rounds);
+        is(port("connection_resets_total", v4, ""), rounds);
+        is(port("connections_total", dead, ""), rounds * REFUSED);
+        is(port("refused_connections_total", dead, ", reason=\"backend_refused\""), rounds * REFUSED);
+        is("sum(tidegate_proxy_refused_connections_total)".to_owned(), rounds * REFUSED);
+        is(port("sessions_total", "0.0.0.0:5353/udp", ""), rounds);
+        is(
+            port("dropped_datagrams_total", "0.0.0.0:5354/udp", ", reason=\"backend_refused\""),
+            rounds * LOST,
+        );
+        is("sum(tidegate_proxy_dropped_datagrams_total)".to_owned(), rounds * LOST);
+        is("tidegate_proxy_dial_seconds_count".to_owned(), 3 * rounds + 1);
+
+        let nat = |family: &str, more: &str| format!("tidegate_nat_{family}{{network=\"shop\", {more}}}");
+        let outside = OUTSIDE.0 * OUTSIDE.1 as u64;
+        is(nat("bytes_total", "direction=\"out\""), rounds * (SENT + outside) + 4);
+        is(nat("bytes_total", "direction=\"in\""), rounds * (RECEIVED + outside));
+        is(nat("flows_total", "protocol=\"tcp\""), 2 * rounds + 1);
+        is(nat("flows_total", "protocol=\"udp\""), rounds);
+        is(nat("dropped_packets_total", "reason=\"policy\""), rounds * FORBIDDEN.0);
+        is("sum(tidegate_nat_connection_resets_total)".to_owned(), 0);
+
+        for kind in ["A", "AAAA"] {
+            for code in ["NOERROR", "NXDOMAIN", "REFUSED"] {
+                let asked = QUESTIONS.iter().filter(|question| question.1 == kind && question.3 == code);
+                let asked: u64 = asked.map(|question| question.2).sum();
+                if asked > 0 {
+                    let labels = format!("network=\"home\", qtype=\"{kind}\", rcode=\"{code}\"");
+                    is(format!("tidegate_dns_queries_total{{{labels}}}"), rounds * asked);
+                }
+            }
+        }
+        let asked: u64 = QUESTIONS.iter().map(|question| question.2).sum();
+        is("sum(tidegate_dns_queries_total)".to_owned(), rounds * asked);
+        // Of the names outside the first question goes there, and the rest is answered by the cache.
+        let server = |family: &str| format!("tidegate_dns_upstream_{family}{{server=\"203.0.113.9:53\"}}");
+        is(server("queries_total"), rounds * 2);
+        is(server("failures_total"), rounds);
+        is(server("seconds_count"), rounds * 2);
+        is("tidegate_dns_cache_lookups_total{result=\"miss\"}".to_owned(), rounds * 2);
+        is("tidegate_dns_cache_lookups_total{result=\"hit\"}".to_owned(), rounds * 3);
+        all
+    }
+}
+
+fn connect(to: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect_timeout(&to, SOON).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream
+}
+
+fn udp() -> UdpSocket {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    socket
+}
+
+/// Sends `length` bytes and has them back, then both sides end in order.
+#[track_caller]
+fn echo_over_tcp(to: SocketAddr, length: u64) {
+    let mut stream = connect(to);
+    let mut sending = stream.try_clone().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            transfer::send(&mut sending, 9, length).unwrap();
+            sending.shutdown(Shutdown::Write).unwrap();
+        });
+        assert_eq!(transfer::receive(&mut stream, 9), Transfer::complete(length));
+    });
+}
+
+/// Has four bytes back and resets the connection.
+#[track_caller]
+fn reset(to: SocketAddr) {
+    let mut stream = connect(to);
+    stream.write_all(b"echo").unwrap();
+    stream.read_exact(&mut [0; 4]).unwrap();
+    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+/// Is accepted by the port and refused by the container.
+#[track_caller]
+fn refused(to: SocketAddr) {
+    // The reset may come before connect(2) has returned.
+    let outcome = TcpStream::connect_timeout(&to, SOON).and_then(|mut stream| {
+        stream.set_read_timeout(Some(SOON))?;
+        stream.read(&mut [0; 1])
+    });
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::ConnectionReset);
+}
+
+/// Sends datagrams one by one and has each of them back.
+#[track_caller]
+fn exchange(socket: &UdpSocket, to: SocketAddr, (count, length): (u64, usize)) {
+    for _ in 0..count {
+        socket.send_to(&vec![7; length], to).unwrap();
+        assert_eq!(socket.recv(&mut vec![0; length + 1]).unwrap(), length);
+    }
+}
