@@ -44,6 +44,10 @@ pub(super) struct Up {
     /// How long services may take to end after the first signal, before they are killed
     #[arg(short, long, value_name = "TIME", default_value = "10s", value_parser = optional_timeout)]
     timeout: Duration,
+
+    /// How long programs may keep what they are told of services' names; in whole seconds
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = optional_timeout)]
+    dns_ttl: Duration,
 }
 
 impl Up {
@@ -74,6 +78,7 @@ impl Up {
             publish: self.publish,
             metrics,
             grace: self.timeout,
+            dns_ttl: self.dns_ttl,
         };
         up.run()
     }

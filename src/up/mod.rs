@@ -75,6 +75,8 @@ pub struct Up {
     pub metrics: Option<MetricsAddress>,
     /// How long services may take to end.
     pub grace: Duration,
+    /// How long what is told of names may be kept.
+    pub dns_ttl: Duration,
 }
 
 /// What is made for the project, to be taken back in the end.
@@ -313,7 +315,7 @@ impl Up {
             publisher.add_endpoint(name, endpoint.translated_to(targets_of(&layout, name, chosen.publish)));
         }
         let begun = async {
-            let mut names = NameServers::new(project, &layout, ground)?;
+            let mut names = NameServers::new(project, &layout, ground, self.dns_ttl)?;
             names.serve_all(project, &namespaces)?;
             for ((service, protocol), listeners) in ports {
                 publisher.adopt(&service, protocol, listeners)?;

@@ -10,6 +10,7 @@ use std::fmt::Write;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 use tidegate_dns::{
     EndpointSpec, NetworkSpec, PORT, ResolvConf, Resolver, SERVER, ServeOptions, Serving, Settings,
 };
@@ -36,8 +37,13 @@ impl NameServers {
     ///
     /// # Errors
     /// A limit, or a server of the file that is this one.
-    pub(super) fn new(project: &Project, layout: &Layout, ground: &Ground) -> anyhow::Result<Self> {
-        let mut settings = Settings::new(ground.ports().clone());
+    pub(super) fn new(
+        project: &Project,
+        layout: &Layout,
+        ground: &Ground,
+        ttl: Duration,
+    ) -> anyhow::Result<Self> {
+        let mut settings = Settings { ttl, ..Settings::new(ground.ports().clone()) };
         settings.networks = ground.networks().clone();
         settings.tcp_clients_in_all = SHARED_DESCRIPTORS - 512;
         let resolver = Resolver::new(settings).context("names")?;

@@ -75,8 +75,10 @@ fn names_are_right(scene: &Scene, up: &Process) {
 fn services_are_told_the_names_of_their_networks_and_of_the_outside() {
     for firewall in ["none", "nftables"] {
         let scene = Scene::new();
-        let up = scene.up_with(FILE, &[&format!("--firewall={firewall}")]);
+        let up = scene.up_with(FILE, &[&format!("--firewall={firewall}"), "--dns-ttl=7s"]);
         up.wait_for_line("Ctrl-C takes", SOON);
+        let told = dig(&service_namespace(&up, "web"), &["+noshort", "+noall", "+answer", "sql"]);
+        assert_eq!(told.split_whitespace().nth(1), Some("7"), "{told}");
         names_are_right(&scene, &up);
     }
 }
