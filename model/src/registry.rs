@@ -156,6 +156,14 @@ pub const USER_CHAIN: &str = "TIDEGATE-USER";
 /// (`XT_EXTENSION_MAXNAMELEN` less the NUL), which leaves 19 behind the prefix.
 pub const IPTABLES_CHAIN_PREFIX: &str = "TIDEGATE-";
 
+/// The FNV-1a hash, by which names that have to be short are told apart; whoever takes less of it folds it. Not for secrets.
+#[must_use]
+pub fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
 fn offset(value: u32, first: u32) -> Option<OwnerSlot> {
     value.checked_sub(first).and_then(|index| u8::try_from(index).ok()).map(OwnerSlot)
 }
@@ -179,6 +187,14 @@ mod tests {
             assert_ne!(MARK & mask, value, "{owner}");
         }
         assert_eq!(MARK & 0x8b98_0f00, 0, "Calico, where its mask is moved as MARK's comment says");
+    }
+
+    /// Those of the algorithm's authors.
+    #[test]
+    fn hashes_are_as_they_are_everywhere() {
+        assert_eq!(fnv1a(b""), 0xcbf2_9ce4_8422_2325);
+        assert_eq!(fnv1a(b"a"), 0xaf63_dc4c_8601_ec8c);
+        assert_eq!(fnv1a(b"foobar"), 0x8594_4171_f739_67e8);
     }
 
     #[test]

@@ -191,11 +191,9 @@ fn veth_name(random: [u8; 6]) -> String {
     name
 }
 
-/// The FNV-1a hash, folded to 16 bits by those who take less of it: not for secrets.
+/// A hash whose lower half is as good as all of it, for those who take less.
 pub(super) fn fnv(bytes: &[u8]) -> u64 {
-    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let hash = registry::fnv1a(bytes);
     hash ^ (hash >> 32)
 }
 

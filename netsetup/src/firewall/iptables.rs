@@ -184,6 +184,12 @@ pub struct IptablesState {
 }
 
 impl IptablesState {
+    /// Whether iptables is installed, in use or not.
+    #[must_use]
+    pub fn is_installed() -> bool {
+        Program::is_installed(Family::V4)
+    }
+
     /// Of `host`: IPv4, and IPv6. None where it is not installed, or nobody has used it yet.
     ///
     /// # Errors

@@ -23,9 +23,6 @@ use tidegate_model::Protocol;
 use tidegate_netns::{Namespace, run_directory};
 use tidegate_netsetup::{IptablesState, Kernel};
 
-/// Where programs are looked for besides `PATH`: what sets firewalls is not in that of ordinary users.
-const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
-
 /// This host as this process sees it.
 pub(super) fn host() -> Host {
     Host {
@@ -48,7 +45,7 @@ pub(super) fn host() -> Host {
             v6_per_interface: setting("net.ipv6.conf.all.force_forwarding"),
         },
         iptables: iptables(),
-        iptables_installed: is_installed("iptables"),
+        iptables_installed: IptablesState::is_installed(),
         routes: routes().map_err(|error| said(&error)),
         services: services(),
         limits: limits(),
@@ -85,12 +82,6 @@ fn setting(name: &str) -> Found<Option<u64>> {
         }
         Err(error) => Err(format!("{path}: {}", said(&error))),
     }
-}
-
-fn is_installed(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut directories = std::env::split_paths(&path).chain(SYSTEM_DIRECTORIES.map(Into::into));
-    directories.any(|directory| access(directory.join(program), Access::EXEC_OK).is_ok())
 }
 
 fn iptables() -> Found<[Option<IptablesState>; 2]> {

@@ -1,6 +1,7 @@
 //! The programs `iptables-save` and `iptables-restore`, run for a bounded time.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Access, access};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
@@ -66,6 +67,11 @@ impl Program {
         self.version.contains("nf_tables")
     }
 
+    /// Whether the program of `family` can be run.
+    pub(super) fn is_installed(family: Family) -> bool {
+        find(family.program()).is_ok()
+    }
+
     /// What there is, of all tables or of one.
     pub(super) fn save(&self, table: Option<&str>) -> io::Result<String> {
         let of: &[&str] = match &table {
@@ -99,7 +105,8 @@ impl Program {
 fn find(name: &str) -> io::Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut directories = std::env::split_paths(&path).chain(SYSTEM_DIRECTORIES.map(Into::into));
-    let found = directories.find_map(|directory| Some(directory.join(name)).filter(|file| file.is_file()));
+    let is_program = |file: &PathBuf| file.is_file() && access(file, Access::EXEC_OK).is_ok();
+    let found = directories.find_map(|directory| Some(directory.join(name)).filter(is_program));
     found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("{name} is not installed")))
 }
 

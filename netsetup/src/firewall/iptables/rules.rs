@@ -33,10 +33,7 @@ pub(super) struct Table {
 
 /// What the names of `owner`'s chains begin with: what fits of his name, and what tells him from others.
 pub(super) fn prefix(owner: &str) -> String {
-    // FNV-1a, folded.
-    let hash = owner.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let hash = registry::fnv1a(owner.as_bytes());
     let hash = (hash ^ hash >> 24 ^ hash >> 48) & 0xff_ffff;
     let readable: String = owner.chars().filter(char::is_ascii_alphanumeric).take(4).collect();
     format!("{}{readable}-{hash:06x}", registry::IPTABLES_CHAIN_PREFIX)
