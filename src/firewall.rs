@@ -151,7 +151,8 @@ fn choose_firewall(
 ) -> anyhow::Result<(Option<Arc<Firewall>>, String)> {
     let open = |kind| {
         let firewall = Firewall::new(kind, ground.networks(), owner)?;
-        io::Result::Ok(Arc::new(if lacks("owned-tables") { firewall.shared() } else { firewall }))
+        let firewall = if lacks("owned-tables") { firewall.shared() } else { firewall };
+        io::Result::Ok(Arc::new(if lacks("gates") { firewall.ungated() } else { firewall }))
     };
     let wanted = match choice {
         FirewallChoice::None => return Ok((None, "asked for".to_owned())),

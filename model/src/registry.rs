@@ -126,6 +126,17 @@ pub const FIRST_WAY_OUT_TABLE: u32 = 29_956;
 /// How many of them there are. A project's is chosen by its name.
 pub const WAY_OUT_TABLES: u32 = 1_000;
 
+/// The group of links (`IFLA_GROUP`) that the bridges of `owner` are in, by which nftables knows them at a glance: between 0x4000_0000 and 0x5fff_ffff, by his name.
+/// iproute2's groups are small numbers.
+#[must_use]
+pub fn bridge_group(owner: &str) -> u32 {
+    let hash = fnv1a(owner.as_bytes());
+    FIRST_BRIDGE_GROUP | (hash ^ hash >> 32) as u32 & (FIRST_BRIDGE_GROUP / 2 - 1)
+}
+
+/// The lowest [`bridge_group`].
+const FIRST_BRIDGE_GROUP: u32 = 0x4000_0000;
+
 /// The first group of links that tidegate puts those into that it is about to delete; the next free one above is taken. `tg` in
 /// the upper half, as in [`MARK`]. iproute2's groups are small numbers.
 pub const DELETION_GROUP: u32 = 0x7467_0000;
@@ -214,6 +225,14 @@ mod tests {
         for table in [0, 52, 255, 29_699, 29_956, 51_820, u32::MAX] {
             assert_eq!(OwnerSlot::of_table_id(table), None);
         }
+    }
+
+    #[test]
+    fn groups_of_bridges_are_apart_from_one_another_and_from_those_to_be_deleted() {
+        let groups: Vec<u32> = ["", "demo", "demo-2"].map(bridge_group).to_vec();
+        assert!(groups.iter().all(|group| (0x4000_0000..0x6000_0000).contains(group)), "{groups:x?}");
+        assert!(groups.iter().all(|group| *group < DELETION_GROUP), "{groups:x?}");
+        assert_ne!(groups[1], groups[2]);
     }
 
     #[test]

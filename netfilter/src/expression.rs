@@ -50,6 +50,7 @@ pub(crate) fn bytes_of(value: &Value) -> Vec<u8> {
             bytes.resize(INTERFACE_LENGTH, 0);
             bytes
         }
+        Value::Group(group) => group.to_ne_bytes().to_vec(),
         Value::Net(net) => address(net.network()),
         Value::Protocol(protocol) => vec![number_of(*protocol)],
         Value::Port(port) => port.to_be_bytes().to_vec(),
@@ -75,7 +76,13 @@ fn number_of(protocol: Transport) -> u8 {
 fn registers(key: Key) -> u32 {
     match key {
         Key::InInterface | Key::OutInterface | Key::SourceV6 | Key::DestinationV6 => 4,
-        Key::SourceV4 | Key::DestinationV4 | Key::Protocol | Key::SourcePort | Key::DestinationPort => 1,
+        Key::InGroup
+        | Key::OutGroup
+        | Key::SourceV4
+        | Key::DestinationV4
+        | Key::Protocol
+        | Key::SourcePort
+        | Key::DestinationPort => 1,
     }
 }
 
@@ -89,6 +96,8 @@ mod meta {
     pub(super) const OUT_INTERFACE: u32 = 7;
     pub(super) const FAMILY: u32 = 15;
     pub(super) const PROTOCOL: u32 = 16;
+    pub(super) const IN_GROUP: u32 = 21;
+    pub(super) const OUT_GROUP: u32 = 22;
 }
 
 /// `NFT_CMP_EQ`, `NFT_CMP_NEQ`.
@@ -143,9 +152,13 @@ impl Expressions {
         let v6 = match key {
             Key::SourceV4 | Key::DestinationV4 => false,
             Key::SourceV6 | Key::DestinationV6 => true,
-            Key::InInterface | Key::OutInterface | Key::Protocol | Key::SourcePort | Key::DestinationPort => {
-                return;
-            }
+            Key::InInterface
+            | Key::OutInterface
+            | Key::InGroup
+            | Key::OutGroup
+            | Key::Protocol
+            | Key::SourcePort
+            | Key::DestinationPort => return,
         };
         self.meta(meta::FAMILY, FIRST);
         self.compare(EQUAL, &[PROTOCOL_FAMILY[usize::from(v6)]]);
@@ -155,6 +168,8 @@ impl Expressions {
         match key {
             Key::InInterface => self.meta(meta::IN_INTERFACE, register),
             Key::OutInterface => self.meta(meta::OUT_INTERFACE, register),
+            Key::InGroup => self.meta(meta::IN_GROUP, register),
+            Key::OutGroup => self.meta(meta::OUT_GROUP, register),
             Key::Protocol => self.meta(meta::PROTOCOL, register),
             Key::SourceV4 => self.payload(NETWORK, 12, 4, register),
             Key::DestinationV4 => self.payload(NETWORK, 16, 4, register),

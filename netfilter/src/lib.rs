@@ -8,11 +8,14 @@
 //! It speaks to the kernel itself (nfnetlink), needs neither the program `nft` nor a C library, and can do what they cannot yet everywhere: tables that
 //! [belong](Change::Replace) to a connection and outlast it. It knows nothing of networks or containers. What a table says is the business of who
 //! makes it.
+//!
+//! A [`Gate`] stands behind the tables, at a link's exit, where nobody flushes it.
 
 mod connection;
 mod conntrack;
 mod encode;
 mod expression;
+mod gate;
 mod socket;
 mod table;
 mod text;
@@ -20,6 +23,7 @@ mod wire;
 
 pub use connection::{Change, Connection, Error, Listed, TableFamily};
 pub use conntrack::{Conntrack, Flow};
+pub use gate::Gate;
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
 };

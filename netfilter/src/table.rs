@@ -62,6 +62,8 @@ pub enum Field {
 pub enum Value {
     /// An interface's name.
     Interface(String),
+    /// A group of interfaces (ip-link(8), `group`).
+    Group(u32),
     /// An address, or in a set with intervals all of a network.
     Net(IpNet),
     /// A protocol.
@@ -178,6 +180,10 @@ pub enum Key {
     InInterface,
     /// `oifname`.
     OutInterface,
+    /// `iifgroup`.
+    InGroup,
+    /// `oifgroup`.
+    OutGroup,
     /// `ip saddr`.
     SourceV4,
     /// `ip6 saddr`.

@@ -148,6 +148,8 @@ impl Display for Key {
         f.write_str(match self {
             Self::InInterface => "iifname",
             Self::OutInterface => "oifname",
+            Self::InGroup => "iifgroup",
+            Self::OutGroup => "oifgroup",
             Self::SourceV4 => "ip saddr",
             Self::SourceV6 => "ip6 saddr",
             Self::DestinationV4 => "ip daddr",
@@ -175,6 +177,7 @@ impl Display for Value {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
             Self::Interface(name) => write!(f, "\"{name}\""),
+            Self::Group(group) => write!(f, "{group}"),
             Self::Net(net) if net.prefix_len() == net.max_prefix_len() => write!(f, "{}", net.addr()),
             Self::Net(net) => write!(f, "{}", net.trunc()),
             Self::Protocol(Transport::Tcp) => f.write_str("tcp"),

@@ -130,6 +130,8 @@ fn everything() -> Table {
     ];
     let outer = vec![
         rule(vec![is(Key::InInterface, interface("lo"), false)], vec![Action::Accept]),
+        rule(vec![is(Key::InGroup, Value::Group(0x4012_3456), false)], vec![Action::Accept]),
+        rule(vec![is(Key::OutGroup, Value::Group(7), true)], vec![Action::Return]),
         rule(
             vec![
                 is_in([Key::DestinationV4], "subnets4", false),

@@ -153,6 +153,19 @@ pub enum Fact {
         /// IPv6, by `force_forwarding` (Linux 6.17).
         v6: bool,
     },
+    /// A link of the host is in this group of links (ip-link(8), `group`).
+    Group {
+        /// The link.
+        link: String,
+        /// The group.
+        group: u32,
+    },
+    /// What leaves by this bridge is what the host itself sends, or what our firewall rules have marked ([`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)):
+    /// a program at its exit sees to that.
+    Gate {
+        /// The bridge.
+        link: String,
+    },
     /// The host's firewall has our rules.
     Ruleset {
         /// Which one.
@@ -178,6 +191,8 @@ impl Fact {
             | Self::Port { .. }
             | Self::Rule(_)
             | Self::Forwarding { .. }
+            | Self::Group { .. }
+            | Self::Gate { .. }
             | Self::Ruleset { .. } => false,
         }
     }
@@ -209,6 +224,7 @@ impl Fact {
             Self::Address { place, link, .. }
             | Self::Up { place, link }
             | Self::DefaultRoute { place, link, .. } => (Some((place.endpoint(), link.as_str())), None),
+            Self::Group { link, .. } | Self::Gate { link } => (Some((None, link.as_str())), None),
             // Forwarding does end with its link. But it has to be over before the rules are gone that bound it.
             Self::Bridge { .. }
             | Self::Veth { .. }
@@ -243,6 +259,8 @@ impl fmt::Display for Fact {
             Self::Forwarding { link, v6 } => {
                 write!(f, "forwarding of IPv{} from {link:?}", if *v6 { '6' } else { '4' })
             }
+            Self::Group { link, group } => write!(f, "{link:?} in group {group}"),
+            Self::Gate { link } => write!(f, "gate at the exit {link:?}"),
             Self::Ruleset { firewall, owner } => write!(f, "rules of {owner:?} in {firewall}"),
         }
     }

@@ -25,8 +25,8 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tidegate_model::Protocol;
-use tidegate_netfilter::{Conntrack, Flow, TableFamily, Transport};
+use tidegate_model::{Protocol, registry};
+use tidegate_netfilter::{Conntrack, Flow, Gate, TableFamily, Transport};
 use tidegate_netns::{Namespace, News};
 
 /// Which firewall.
@@ -96,6 +96,7 @@ pub struct Firewall {
     kind: FirewallKind,
     owner: String,
     host: Namespace,
+    gate: Option<Gate>,
     state: Mutex<State>,
 }
 
@@ -116,9 +117,26 @@ impl Firewall {
             FirewallKind::Nftables => Box::new(host.with(nftables::Nftables::open)??),
             FirewallKind::Iptables => Box::new(host.with(iptables::Iptables::open)??),
         };
-        let ruleset = Ruleset { owner: owner.to_owned(), ..Ruleset::default() };
+        let gate = host.with(|| Gate::new(registry::FORWARD_MARK, registry::FORWARD_MARK_MASK))?;
+        let gate = gate
+            .inspect_err(|error| tracing::debug!(%error, "no gates: policy rules stand behind the firewall"))
+            .ok();
+        let ruleset = Ruleset { owner: owner.to_owned(), gated: gate.is_some(), ..Ruleset::default() };
         let state = Mutex::new(State { backend, ruleset, in_force: false });
-        Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), state })
+        Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), gate, state })
+    }
+
+    /// Does without gates, whatever the kernel can do: policy rules stand behind its rules. Before those are in force.
+    #[must_use]
+    pub fn ungated(mut self) -> Self {
+        self.gate = None;
+        self.state().ruleset.gated = false;
+        self
+    }
+
+    /// What stands at the exits of bridges behind its rules, if the kernel has that.
+    pub fn gate(&self) -> Option<&Gate> {
+        self.gate.as_ref()
     }
 
     /// Does without tables that are out of reach for others, whatever the kernel can do. Before the rules are in force.

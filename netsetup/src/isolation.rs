@@ -92,7 +92,8 @@ impl Isolation for WithEngine {
 /// With a firewall: by its rules, and behind them by the policy rules of [`WithoutFirewall`], with an exemption for what the firewall has marked.
 ///
 /// Rules of a firewall can be flushed by whoever likes to. The policy rules are then what keeps the networks closed: without its rules the
-/// firewall marks nothing, and nothing but the host itself reaches a container. What containers send is not concerned: from a network that is not
+/// firewall marks nothing, and nothing but the host itself reaches a container. Where the kernel has them, [gates](Fact::Gate) at the exits of the bridges do the same
+/// for networks that are not internal, and cost a packet less than the mere presence of a policy rule does. What containers send is not concerned: from a network that is not
 /// internal it goes the way that the host's own routes and rules say.
 ///
 /// A host that forwards for nobody is not made a router. The links by which answers to containers come ([`Uplink`]) forward, and what else comes
@@ -103,6 +104,8 @@ pub struct WithFirewall {
     pub firewall: FirewallKind,
     /// Whose rules.
     pub owner: String,
+    /// It has gates ([`Firewall::gate`](crate::Firewall)).
+    pub gated: bool,
 }
 
 impl Isolation for WithFirewall {
@@ -129,13 +132,23 @@ impl Isolation for WithFirewall {
     }
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
-        if network.internal {
-            return closed(network);
+        let link = &network.bridge.name;
+        let mut facts = Vec::new();
+        if self.firewall == FirewallKind::Nftables {
+            // Its rules know bridges by that.
+            facts.push(Fact::Group { link: link.clone(), group: registry::bridge_group(&self.owner) });
         }
-        let mut facts = open(network);
-        for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
-            facts.extend(shut(to));
-            facts.push(Fact::Rule(Rule { to: Some(to), marked: true, ..exemption(is_v6(to)) }));
+        if network.internal {
+            facts.extend(closed(network));
+        } else if self.gated {
+            facts.push(Fact::Gate { link: link.clone() });
+            facts.extend(open(network));
+        } else {
+            facts.extend(open(network));
+            for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
+                facts.extend(shut(to));
+                facts.push(Fact::Rule(Rule { to: Some(to), marked: true, ..exemption(is_v6(to)) }));
+            }
         }
         facts
     }

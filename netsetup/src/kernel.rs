@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use tidegate_model::registry;
+use tidegate_netfilter::Gate;
 use tidegate_netns::Namespace;
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
@@ -133,6 +134,10 @@ impl Kernel {
             for fact in asked {
                 let holds = match fact {
                     Fact::Ruleset { .. } => self.ruleset_holds(fact).await?,
+                    Fact::Gate { link } => match here.index(link) {
+                        Some(index) => self.gate_is_at(index)?,
+                        None => false,
+                    },
                     _ => here.holds(self, fact)?,
                 };
                 if holds {
@@ -159,6 +164,22 @@ impl Kernel {
             self.host.sysctl(&forwarding_of(link, *v6)).is_ok_and(|value| value == "1")
         };
         each.filter(forwards).collect()
+    }
+
+    /// Whether the firewall's gate is at the exit of the link numbered `index`.
+    fn gate_is_at(&self, index: u32) -> Result<bool, KernelError> {
+        let Some(gate) = self.gate() else { return Ok(false) };
+        let asked = self.host.with(|| gate.is_at(index)).flatten();
+        match asked {
+            // It has gone meanwhile.
+            Err(error) if is_absent(&error) => Ok(false),
+            asked => asked
+                .map_err(|source| KernelError { what: "look for the gate of a bridge".to_owned(), source }),
+        }
+    }
+
+    fn gate(&self) -> Option<&Gate> {
+        self.firewall.as_ref()?.gate()
     }
 
     /// Whether the rules are in force; not on this thread, for it may take programs that take their time.
@@ -293,6 +314,16 @@ impl Kernel {
                 request.execute().await.map_err(error)
             }
             Fact::Forwarding { link, v6 } => self.host.set_sysctl(&forwarding_of(link, *v6), "1"),
+            Fact::Group { link, group } => {
+                let index = self.index(&Place::Host, link).await?;
+                let message = LinkUnspec::new_with_index(index).link_group(*group).build();
+                self.host()?.link().set(message).execute().await.map_err(error)
+            }
+            Fact::Gate { link } => {
+                let index = self.index(&Place::Host, link).await?;
+                let gate = self.gate().ok_or(io::ErrorKind::Unsupported)?;
+                self.host.with(|| gate.put(index)).flatten()
+            }
             Fact::Ruleset { .. } => {
                 let firewall = self.firewall(fact)?;
                 blocking(move || firewall.apply()).await
@@ -310,7 +341,8 @@ impl Kernel {
                 let free = LinkUnspec::new_with_index(index).nocontroller().build();
                 self.host()?.link().set(free).execute().await.map_err(error)
             }
-            Fact::Setting { .. } => Ok(()),
+            // They go with their links.
+            Fact::Setting { .. } | Fact::Group { .. } | Fact::Gate { .. } => Ok(()),
             Fact::Address { place, link, address } => {
                 let index = self.index(place, link).await?;
                 let handle = self.handle(place)?;
@@ -457,6 +489,8 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         | Fact::Port { .. }
         | Fact::Rule(_)
         | Fact::Forwarding { .. }
+        | Fact::Group { .. }
+        | Fact::Gate { .. }
         | Fact::Ruleset { .. } => None,
     }
 }

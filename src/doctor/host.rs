@@ -97,6 +97,8 @@ pub(super) struct Inside {
     pub(super) network: Result<(), (String, Code)>,
     /// Tables of nftables, and whether they can be made so that nobody else changes them.
     pub(super) nftables: Result<bool, Code>,
+    /// Gates at the exits of links.
+    pub(super) gates: Result<(), Code>,
     /// A TUN device.
     pub(super) tun: Result<TunOffload, Code>,
 }

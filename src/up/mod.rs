@@ -435,7 +435,8 @@ fn setup_with(
         Some(firewall) => {
             kernel.use_firewall(Arc::clone(firewall));
             let (kind, owner) = (firewall.kind(), firewall.owner().to_owned());
-            Setup::new(kernel, journal, WithFirewall { firewall: kind, owner })
+            let gated = firewall.gate().is_some();
+            Setup::new(kernel, journal, WithFirewall { firewall: kind, owner, gated })
         }
     }
 }

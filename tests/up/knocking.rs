@@ -164,6 +164,7 @@ fn tables_of_nftables_that_are_everybodys_flushed_let_nobody_in() {
         "nft flush ruleset",
         "nft delete table inet tidegate-matrix",
         "nft flush chain inet tidegate-matrix forward",
+        "for link in $(ls /sys/class/net | grep ^tg-); do ip link set $link group 0; done",
     ];
     heals(Scene::lacking("owned-tables"), &["--firewall=nftables", "--publish=kernel"], &harms, 30);
 }
@@ -171,9 +172,11 @@ fn tables_of_nftables_that_are_everybodys_flushed_let_nobody_in() {
 /// Nobody is there to put anything back, and the tables are nobody's.
 #[test]
 fn flushed_while_we_are_dead_let_nobody_in() {
-    for firewall in ["nftables", "iptables"] {
+    for (firewall, lacks) in
+        [("nftables", ""), ("iptables", ""), ("nftables", "gates"), ("iptables", "gates")]
+    {
         let flags = &[&format!("--firewall={firewall}")[..], "--publish=kernel"];
-        let knocking = Knocking::new(Scene::new());
+        let knocking = Knocking::new(Scene::lacking(lacks));
         for _ in 0..3 {
             let mut up = knocking.up(flags);
             assert!(knocking.neighbour_is_answered());
@@ -186,6 +189,14 @@ fn flushed_while_we_are_dead_let_nobody_in() {
         up.stop(Signal::INT, SOON);
         knocking.end();
     }
+}
+
+#[test]
+fn tables_flushed_where_policy_rules_stand_behind_let_nobody_in() {
+    let lacking = || Scene::lacking("owned-tables,gates");
+    heals(lacking(), &["--firewall=nftables", "--publish=kernel"], &["nft flush ruleset"], 20);
+    let harms = ["iptables -F; ip6tables -F", "nft flush ruleset", "iptables -t mangle -F"];
+    heals(lacking(), &["--firewall=iptables", "--publish=kernel"], &harms, 20);
 }
 
 #[test]

@@ -119,6 +119,9 @@ const IPTABLES_KERNEL: Mode = Mode { flags: &["--firewall=iptables", "--publish=
 const ROOT_WITHOUT_TUN: Mode = Mode { lacks: "tun", ..ROOT };
 const ROOTLESS_WITHOUT_TUN: Mode = Mode { lacks: "tun", ..ROOTLESS };
 const NFTABLES_SHARED: Mode = Mode { lacks: "owned-tables", ..NFTABLES_KERNEL };
+/// Policy rules stand behind the firewall.
+const NFTABLES_UNGATED: Mode = Mode { lacks: "gates", ..NFTABLES_KERNEL };
+const IPTABLES_UNGATED: Mode = Mode { lacks: "gates,owned-tables", ..IPTABLES_KERNEL };
 const LEGACY_KERNEL: Mode = Mode { legacy: true, ..IPTABLES_KERNEL };
 
 /// Who gets what by asking where, in the order of [`FROM`].
@@ -537,6 +540,16 @@ fn published_by_the_kernel_with_iptables_the_same_holds_on_a_host_that_forwards_
 #[test]
 fn published_by_the_kernel_with_tables_that_are_everybodys_the_same_holds() {
     holds(NFTABLES_SHARED.forwarding());
+}
+
+#[test]
+fn with_nftables_and_policy_rules_behind_it() {
+    holds(NFTABLES_UNGATED.forwarding());
+}
+
+#[test]
+fn with_iptables_and_policy_rules_behind_it() {
+    holds(IPTABLES_UNGATED);
 }
 
 #[test]

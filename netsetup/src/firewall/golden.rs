@@ -21,7 +21,7 @@ fn opening(protocol: Protocol, at: &str, to: Option<&str>) -> Opening {
 }
 
 fn ruleset(zones: Vec<Zone>, ports: impl IntoIterator<Item = Opening>) -> Ruleset {
-    Ruleset { owner: "demo".to_owned(), zones, ports: ports.into_iter().collect() }
+    Ruleset { owner: "demo".to_owned(), zones, ports: ports.into_iter().collect(), gated: true }
 }
 
 /// Everything that can be rendered of it.
@@ -46,7 +46,7 @@ fn is_golden(name: &str, ruleset: &Ruleset, docker_user: bool) {
     assert!(text == golden, "{} is not this:\n{text}", path.display());
 }
 
-/// The one of the documentation.
+/// The one of the documentation, and the same where policy rules are the guards.
 #[test]
 fn the_demo_is_as_it_was() {
     let zones = vec![zone("tg-front", &FRONT, false), zone("tg-back", &BACK[..1], true)];
@@ -57,7 +57,9 @@ fn the_demo_is_as_it_was() {
         opening(Protocol::Udp, "[::]:53", None),
         opening(Protocol::Tcp, "127.0.0.1:9090", None),
     ];
-    is_golden("demo", &ruleset(zones, ports), false);
+    let demo = ruleset(zones, ports);
+    is_golden("demo", &demo, false);
+    is_golden("demo-without-gates", &Ruleset { gated: false, ..demo }, false);
 }
 
 #[test]

@@ -109,8 +109,8 @@ impl Backend for Nftables {
             }
         }
         let of = |ports: &BTreeSet<Opening>| {
-            ways_to_user(&Ruleset { ports: ports.clone(), owner: ruleset.owner.clone(), zones: Vec::new() })
-                .sets
+            let owner = ruleset.owner.clone();
+            ways_to_user(&Ruleset { ports: ports.clone(), owner, ..Ruleset::default() }).sets
         };
         for (added, removed) in of(&change.added).into_iter().zip(of(&change.removed)) {
             let table = registry::NFTABLES_USER_TABLE.to_owned();
@@ -226,7 +226,17 @@ impl Family {
 /// The table of `ruleset`'s owner.
 pub(crate) fn table(ruleset: &Ruleset) -> Table {
     let name = table_name(&ruleset.owner);
-    let chains = vec![to_network(), from_network(), strays(), translate(), mark(), forward(), masquerade()];
+    let mut chains = vec![
+        to_network(ruleset),
+        from_network(ruleset),
+        inside(ruleset),
+        strays(ruleset),
+        translate(ruleset),
+    ];
+    if !ruleset.gated {
+        chains.push(mark(ruleset));
+    }
+    chains.extend([forward(ruleset), masquerade(ruleset)]);
     Table { name, sets: sets(ruleset), chains }
 }
 
@@ -245,20 +255,13 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
     let go = |matches: Vec<Match>, why: &str| {
         rule(matches, vec![Action::Goto(registry::USER_CHAIN.to_owned())], why)
     };
-    let mut sets = vec![Set {
-        name: of("bridges"),
-        constant: true,
-        elements: bridges(ruleset).map(|bridge| element([bridge])).collect(),
-        ..set("", vec![Field::Interface])
-    }];
-    let leaves = vec![is_in([Key::OutInterface], &of("bridges"))];
-    let comes = vec![is_in([Key::InInterface], &of("bridges"))];
+    let mut sets = Vec::new();
     let forward = Chain {
         name: of("forward"),
         base: Some(Base { kind: Kind::Filter, hook: Hook::Forward, priority: BEFORE_FILTER }),
         rules: vec![
-            go(leaves, "forwarded to a container: the user comes first"),
-            go(comes, "forwarded from a container: the user comes first"),
+            go(vec![by_ours(Key::OutGroup, ruleset)], "forwarded to a container: the user comes first"),
+            go(vec![by_ours(Key::InGroup, ruleset)], "forwarded from a container: the user comes first"),
         ],
     };
     let mut rules = vec![rule(
@@ -314,13 +317,8 @@ const SRCNAT: i32 = 100;
 fn sets(ruleset: &Ruleset) -> Vec<Set> {
     let zones = &ruleset.zones;
     let internal = zones.iter().filter(|zone| zone.internal).map(bridge);
-    let same = bridges(ruleset).map(|bridge| element([bridge.clone(), bridge]));
+    let same = zones.iter().map(bridge).map(|bridge| element([bridge.clone(), bridge]));
     let mut sets = vec![
-        Set {
-            constant: true,
-            elements: bridges(ruleset).map(|bridge| element([bridge])).collect(),
-            ..set("bridges", vec![Field::Interface])
-        },
         Set {
             constant: true,
             elements: internal.map(|bridge| element([bridge])).collect(),
@@ -395,12 +393,13 @@ fn port_sets<'a>(ports: impl Iterator<Item = &'a Opening> + Clone, family: &Fami
     ]
 }
 
-fn to_network() -> Chain {
+fn to_network(ruleset: &Ruleset) -> Chain {
+    let let_in = || if ruleset.gated { marked() } else { accept() };
     let mut rules = vec![
         rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path"),
         rule(
             vec![Match::Established],
-            accept(),
+            let_in(),
             "an answer to a container, or a connection to a published port",
         ),
         rule(vec![Match::Invalid], drop(), "belongs to no connection"),
@@ -412,70 +411,121 @@ fn to_network() -> Chain {
     ];
     for family in &FAMILIES {
         let to = is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
-        rules.push(rule(vec![Match::TranslatedDestination, to], accept(), "a published port"));
+        rules.push(rule(vec![Match::TranslatedDestination, to], let_in(), "a published port"));
     }
     rules.push(rule(vec![], drop(), "networks are closed, to the outside and to one another"));
     Chain { name: "to-network".to_owned(), base: None, rules }
 }
 
-fn from_network() -> Chain {
-    let rules = vec![
+fn from_network(ruleset: &Ruleset) -> Chain {
+    let mut rules = vec![
         rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path"),
         rule(vec![Match::Established], accept(), "what has begun goes on"),
-        rule(vec![is_in([Key::InInterface], "internal")], drop(), "an internal network has no way out"),
+    ];
+    if has_internal(ruleset) {
+        let internal = is_in([Key::InInterface], "internal");
+        rules.push(rule(vec![internal], drop(), "an internal network has no way out"));
+    }
+    rules.extend([
         rule(
             vec![Match::Invalid],
             drop(),
             "belongs to no connection, and would leave with a container's address",
         ),
         rule(vec![], accept(), "containers reach the outside"),
-    ];
+    ]);
     Chain { name: "from-network".to_owned(), base: None, rules }
 }
 
+/// Of [`strays`], what comes from a bridge of ours. With a single subnet of a family there is no other that it could claim to come from, or be sent straight to.
+fn inside(ruleset: &Ruleset) -> Chain {
+    let mut rules = Vec::new();
+    for family in FAMILIES.iter().filter(|family| subnets_of(ruleset, family).nth(1).is_some()) {
+        let own = |key| not_in([Key::InInterface, key], &family.set("own"));
+        let claims = vec![own(family.source), is_in([family.source], &family.set("subnets"))];
+        rules.push(rule(claims, drop(), STRAY_SOURCE));
+        let mut sent = to_subnets(ruleset, family, family.destination);
+        sent.push(own(family.destination));
+        rules.push(rule(sent, drop(), STRAY_DESTINATION));
+    }
+    rules.push(rule(vec![Match::Known], accept(), PART));
+    for family in &FAMILIES {
+        rules.push(not_on_loopback(family, vec![]));
+        if has_internal(ruleset) {
+            let mut elsewhere = vec![
+                is_in([Key::InInterface], "internal"),
+                not_in([Key::InInterface, family.destination], &family.set("own")),
+            ];
+            // What neighbours need to find each other.
+            elsewhere.extend(family.on_link().iter().map(|net| Match::Is {
+                key: family.destination,
+                value: Value::Net(*net),
+                not: true,
+            }));
+            rules.push(rule(
+                elsewhere,
+                drop(),
+                "an internal network reaches nothing of the host but its gateway",
+            ));
+        }
+    }
+    Chain { name: "inside".to_owned(), base: None, rules }
+}
+
+const STRAY_SOURCE: &str = "claims to come from a container";
+const STRAY_DESTINATION: &str = "sent straight to a container or a gateway, past the published ports";
+const PART: &str = "a part of a connection that was let through";
+
 /// In every packet, whatever is known of its connection: a part of one can be forged, and one can have been made while there were no rules. A connection that was
-/// translated comes here with the host's address.
-fn strays() -> Chain {
-    let stray = |family: &Family, key: Key, why: &str| {
-        let inside = is_in([key], &family.set("subnets"));
-        rule(vec![inside, not_in([Key::InInterface, key], &family.set("own"))], drop(), why)
-    };
-    let mut rules = vec![rule(vec![from_host()], accept(), "the host reaches its networks")];
-    for family in &FAMILIES {
-        rules.push(stray(family, family.source, "claims to come from a container"));
-        let why = "sent straight to a container or a gateway, past the published ports";
-        rules.push(stray(family, family.destination, why));
+/// translated comes here with the host's address. By `lo` the host reaches its networks.
+fn strays(ruleset: &Ruleset) -> Chain {
+    let mut rules = vec![rule(
+        vec![by_ours(Key::InGroup, ruleset)],
+        vec![Action::Goto("inside".to_owned())],
+        "from a container",
+    )];
+    for family in FAMILIES.iter().filter(|family| subnets_of(ruleset, family).next().is_some()) {
+        for (key, why) in [(family.source, STRAY_SOURCE), (family.destination, STRAY_DESTINATION)] {
+            let mut stray = to_subnets(ruleset, family, key);
+            stray.push(not_from_host());
+            rules.push(rule(stray, drop(), why));
+        }
     }
-    rules.push(rule(vec![Match::Known], accept(), "a part of a connection that was let through"));
-    for family in &FAMILIES {
-        let keys = [family.destination, Key::Protocol, Key::DestinationPort];
-        let loopback = is_in(keys, &family.set("loopback"));
-        rules.push(rule(
-            vec![loopback],
-            drop(),
-            "published on a loopback address, and asked for from elsewhere",
-        ));
-        let mut elsewhere = vec![
-            is_in([Key::InInterface], "internal"),
-            not_in([Key::InInterface, family.destination], &family.set("own")),
-        ];
-        // What neighbours need to find each other.
-        elsewhere.extend(family.on_link().iter().map(|net| Match::Is {
-            key: family.destination,
-            value: Value::Net(*net),
-            not: true,
-        }));
-        rules.push(rule(
-            elsewhere,
-            drop(),
-            "an internal network reaches nothing of the host but its gateway",
-        ));
-    }
+    rules.push(rule(vec![Match::Known], accept(), PART));
+    rules.extend(FAMILIES.iter().map(|family| not_on_loopback(family, vec![not_from_host()])));
     base("strays", Kind::Filter, Hook::Prerouting, AFTER_CONNTRACK, rules)
 }
 
-fn translate() -> Chain {
-    let hairpin = vec![is_in([Key::InInterface], "bridges")];
+/// Drops what is for a port that is published on a loopback address, under further `conditions`.
+fn not_on_loopback(family: &Family, conditions: Vec<Match>) -> Rule {
+    let mut matches =
+        vec![is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("loopback"))];
+    matches.extend(conditions);
+    rule(matches, drop(), "published on a loopback address, and asked for from elsewhere")
+}
+
+/// What `key` gives is in one of our subnets. A set is asked only about what is in the smallest network that has all of them: that takes a tenth of the time.
+fn to_subnets(ruleset: &Ruleset, family: &Family, key: Key) -> Vec<Match> {
+    let subnets: Vec<IpNet> = subnets_of(ruleset, family).collect();
+    let around = around(&subnets).filter(|net| net.prefix_len() > 0);
+    let is_around = around.map(|net| Match::Is { key, value: Value::Net(net), not: false });
+    let is_one = (subnets.len() != 1).then(|| is_in([key], &family.set("subnets")));
+    is_around.into_iter().chain(is_one).collect()
+}
+
+/// The smallest network that has all of `nets`, which are of one family.
+fn around(nets: &[IpNet]) -> Option<IpNet> {
+    let mut all = nets.first()?.trunc();
+    for net in nets {
+        while !all.contains(net) {
+            all = all.supernet()?;
+        }
+    }
+    Some(all)
+}
+
+fn translate(ruleset: &Ruleset) -> Chain {
+    let hairpin = vec![by_ours(Key::InGroup, ruleset)];
     let mut rules = vec![rule(
         hairpin,
         accept(),
@@ -502,45 +552,42 @@ fn translate() -> Chain {
     base("translate", Kind::Nat, Hook::Prerouting, DSTNAT, rules)
 }
 
-fn mark() -> Chain {
-    let own = vec![is_in([Key::InInterface], "bridges")];
+/// Where policy rules stand behind these: they are asked before a packet is forwarded.
+fn mark(ruleset: &Ruleset) -> Chain {
+    let own = vec![by_ours(Key::InGroup, ruleset)];
     let mut rules = vec![rule(own, accept(), "from a container: nothing that a network is closed to")];
-    let mark = || {
-        let set = Action::Mark { value: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
-        vec![set, Action::Accept]
-    };
     for family in &FAMILIES {
         let inside = || is_in([family.destination], &family.set("subnets"));
         rules.push(rule(
             vec![inside(), Match::Established],
-            mark(),
+            marked(),
             "may be forwarded: policy rules let nothing else pass",
         ));
         let to = is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
         rules.push(rule(
             vec![Match::TranslatedDestination, to],
-            mark(),
+            marked(),
             "may be forwarded: it came by a published port",
         ));
     }
     base("mark", Kind::Filter, Hook::Prerouting, AFTER_DSTNAT, rules)
 }
 
-fn forward() -> Chain {
-    let jump = |key, chain: &str, why| {
-        rule(vec![is_in([key], "bridges")], vec![Action::Jump(chain.to_owned())], why)
-    };
+fn forward(ruleset: &Ruleset) -> Chain {
+    let jump =
+        |key, chain: &str, why| rule(vec![by_ours(key, ruleset)], vec![Action::Jump(chain.to_owned())], why);
     let rules = vec![
-        jump(Key::OutInterface, "to-network", "all that goes to a container"),
-        jump(Key::InInterface, "from-network", "all that comes from one"),
+        jump(Key::OutGroup, "to-network", "all that goes to a container"),
+        jump(Key::InGroup, "from-network", "all that comes from one"),
     ];
     base("forward", Kind::Filter, Hook::Forward, FILTER, rules)
 }
 
-fn masquerade() -> Chain {
+fn masquerade(ruleset: &Ruleset) -> Chain {
     let leaves = |family: &Family| {
         let lo = Match::Is { key: Key::OutInterface, value: Value::Interface("lo".to_owned()), not: true };
-        vec![not_in([Key::OutInterface], "bridges"), lo, is_in([family.source], &family.set("outgoing"))]
+        let group = Match::Is { key: Key::OutGroup, value: group(ruleset), not: true };
+        vec![group, lo, is_in([family.source], &family.set("outgoing"))]
     };
     let rules = FAMILIES
         .iter()
@@ -573,6 +620,30 @@ fn not_in<const N: usize>(keys: [Key; N], set: &str) -> Match {
     Match::In { keys: keys.to_vec(), set: set.to_owned(), not: true }
 }
 
+/// Accepted, and let through by the gates or the policy rules behind.
+fn marked() -> Vec<Action> {
+    let set = Action::Mark { value: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
+    vec![set, Action::Accept]
+}
+
+/// It comes or goes, as `key` says, by a bridge of ours.
+fn by_ours(key: Key, ruleset: &Ruleset) -> Match {
+    Match::Is { key, value: group(ruleset), not: false }
+}
+
+/// The group that our bridges are in.
+fn group(ruleset: &Ruleset) -> Value {
+    Value::Group(registry::bridge_group(&ruleset.owner))
+}
+
+fn has_internal(ruleset: &Ruleset) -> bool {
+    ruleset.zones.iter().any(|zone| zone.internal)
+}
+
+fn not_from_host() -> Match {
+    Match::Is { key: Key::InInterface, value: Value::Interface("lo".to_owned()), not: true }
+}
+
 fn from_host() -> Match {
     Match::Is { key: Key::InInterface, value: Value::Interface("lo".to_owned()), not: false }
 }
@@ -601,8 +672,8 @@ fn bridge(zone: &Zone) -> Value {
     Value::Interface(zone.bridge.clone())
 }
 
-fn bridges(ruleset: &Ruleset) -> impl Iterator<Item = Value> + '_ {
-    ruleset.zones.iter().map(bridge)
+fn subnets_of<'a>(ruleset: &'a Ruleset, family: &'a Family) -> impl Iterator<Item = IpNet> + 'a {
+    ruleset.zones.iter().flat_map(move |zone| subnets(zone, family))
 }
 
 fn subnets<'a>(zone: &'a Zone, family: &'a Family) -> impl Iterator<Item = IpNet> + 'a {

@@ -7,7 +7,7 @@
 //! | before destination NAT | what claims to come from a subnet and came in otherwise than by its bridge or from the host is dropped | forged sources |
 //! | | what is addressed to a subnet and came in otherwise than by its bridge or from the host is dropped | the direct-route hole, and gateway addresses |
 //! | | what is addressed to a port published on a loopback address and did not come in by `lo` is dropped | a neighbour may send those too |
-//! | behind destination NAT, before routing | answers to connections of containers, and what was translated to a published port, get the mark [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK) | without it the guards (policy rules, outside of the firewall) make every container unreachable: rules that are gone let nothing through |
+//! | forwarding, and where the guards are policy rules before routing | answers to connections of containers, and what was translated to a published port, get the mark [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK) | without it the guards (gates at the bridges' exits or policy rules, outside of the firewall) let nothing through to a container, so that rules that are gone do not either |
 //! | forwarding | the user's chain comes first | |
 //! | | to a bridge: segments clamped to the path; established ones accepted, invalid ones dropped, the same bridge and what was translated to a published port accepted; all else dropped | isolation |
 //! | | from a bridge to elsewhere: segments clamped to the path; established ones accepted, from an internal network dropped, invalid ones dropped; accepted | |
@@ -33,6 +33,8 @@ pub struct Ruleset {
     pub zones: Vec<Zone>,
     /// The published ports.
     pub ports: BTreeSet<Opening>,
+    /// Gates at the bridges' exits keep networks closed when the rules are gone, not policy rules.
+    pub gated: bool,
 }
 
 /// A network as a firewall sees it.

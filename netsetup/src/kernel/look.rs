@@ -21,6 +21,7 @@ pub(super) struct Link {
     pub(super) mtu: u32,
     pub(super) up: bool,
     pub(super) controller: Option<u32>,
+    pub(super) group: u32,
     pub(super) isolated: bool,
     /// Its `disable_ipv6`, if the kernel has IPv6.
     pub(super) without_ipv6: Option<bool>,
@@ -96,6 +97,11 @@ impl Here {
         self.links.get(self.indexes.get(name)?)
     }
 
+    /// The number of a link.
+    pub(super) fn index(&self, name: &str) -> Option<u32> {
+        self.indexes.get(name).copied()
+    }
+
     /// Whether the links are there without which `fact` cannot be true.
     fn has_links_of(&self, fact: &Fact) -> bool {
         fact.on().all(|(_, name)| self.indexes.contains_key(name))
@@ -144,8 +150,9 @@ impl Here {
                     _ => *v6 && kernel.forwards(true).unwrap_or(false),
                 }
             }
-            // That is no matter of links: `Kernel::ruleset_holds`.
-            Fact::Ruleset { .. } => true,
+            Fact::Group { link, group } => self.link(link).is_some_and(|link| link.group == *group),
+            // Those are no matters of links: `Kernel::gate_is_at`, `Kernel::ruleset_holds`.
+            Fact::Gate { .. } | Fact::Ruleset { .. } => true,
         })
     }
 

@@ -22,6 +22,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
         controller: None,
+        group: 0,
         isolated: false,
         without_ipv6: None,
     };
@@ -31,6 +32,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::Address(bytes) => link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Controller(index) => link.controller = Some(*index),
+            LinkAttribute::Group(group) => link.group = *group,
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {

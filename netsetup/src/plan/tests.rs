@@ -60,10 +60,16 @@ fn plan_with(isolation: &dyn Isolation, world: &World, owned: &[Fact], desired: 
 
 /// Every way to keep networks closed.
 fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
-    let with = |firewall| Arc::new(WithFirewall { firewall, owner: "demo".to_owned() }) as Arc<dyn Isolation>;
+    let with = |firewall, gated| {
+        Arc::new(WithFirewall { firewall, owner: "demo".to_owned(), gated }) as Arc<dyn Isolation>
+    };
     let engine = Arc::new(WithEngine { device: "tgt-1".to_owned(), table: 30_000 });
-    let all: Vec<Arc<dyn Isolation>> =
-        vec![Arc::new(WithoutFirewall), engine, with(FirewallKind::Nftables), with(FirewallKind::Iptables)];
+    let all: Vec<Arc<dyn Isolation>> = vec![
+        Arc::new(WithoutFirewall),
+        engine,
+        with(FirewallKind::Nftables, true),
+        with(FirewallKind::Iptables, false),
+    ];
     prop::sample::select(all)
 }
 
@@ -159,16 +165,31 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
         endpoints: Vec::new(),
         uplinks: vec![Uplink { link: "eth0".to_owned(), v4: true, v6: false }],
     };
-    let isolation = WithFirewall { firewall: FirewallKind::Nftables, owner: "demo".to_owned() };
-    let steps: Vec<String> =
-        plan_with(&isolation, &World::default(), &[], &desired).iter().map(Op::to_string).collect();
+    let steps = |gated| -> Vec<String> {
+        let isolation = WithFirewall { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
+        plan_with(&isolation, &World::default(), &[], &desired).iter().map(Op::to_string).collect()
+    };
+    let gated = steps(true);
     assert_eq!(
-        steps,
+        gated[3..],
+        [
+            "add bridge \"tg-blue\"",
+            "add \"tg-blue\" in group 1200802033",
+            "add gate at the exit \"tg-blue\"",
+            "add net.ipv4.conf.tg-blue.forwarding = 1 on the host",
+            "add net.ipv6.conf.tg-blue.disable_ipv6 = 1 on the host",
+            "add address 10.9.1.1/24 of \"tg-blue\" on the host",
+            "add \"tg-blue\" up on the host",
+        ]
+    );
+    assert_eq!(
+        steps(false),
         [
             "add rules of \"demo\" in nftables",
             "add rule 7657: iif eth0 blackhole",
             "add forwarding of IPv4 from \"eth0\"",
             "add bridge \"tg-blue\"",
+            "add \"tg-blue\" in group 1200802033",
             "add net.ipv4.conf.tg-blue.forwarding = 1 on the host",
             "add net.ipv6.conf.tg-blue.disable_ipv6 = 1 on the host",
             "add rule 7656: to 10.9.1.0/24 iif lo lookup main",

@@ -26,6 +26,7 @@ pub(super) fn all(host: &Host) -> Vec<Row> {
         surroundings::ip_forward(host),
         surroundings::ipv6_force_forwarding(host),
         firewall::nftables(host),
+        firewall::gates(host),
         firewall::iptables(host),
         firewall::choice(host),
         surroundings::address_pools(host),

@@ -9,7 +9,12 @@ use tidegate_netsetup::{DockerUser, IptablesState, UserRule};
 
 /// A host where nothing is amiss, seen by root.
 fn good() -> Host {
-    let full = Inside { network: Ok(()), nftables: Ok(true), tun: Ok(TunOffload { tcp: true, udp: true }) };
+    let full = Inside {
+        network: Ok(()),
+        nftables: Ok(true),
+        gates: Ok(()),
+        tun: Ok(TunOffload { tcp: true, udp: true }),
+    };
     Host {
         release: "6.18.4".into(),
         capabilities: Capabilities { net_admin: true, net_bind_service: true, many_pipes: true },
@@ -167,6 +172,7 @@ fn a_user_namespace_without_power_is_none() {
     host.in_user_namespace = Ok(Trial::Entered(Inside {
         network: Err(("add bridge \"tg-trial\"".into(), Errno::PERM.into())),
         nftables: Err(Errno::PERM.into()),
+        gates: Err(Errno::PERM.into()),
         tun: Err(Errno::PERM.into()),
     }));
     host.user_namespaces.apparmor_restricts = Ok(Some(1));
@@ -182,6 +188,7 @@ fn a_network_that_cannot_be_made_is_told_with_its_step() {
         Ok(Trial::Entered(Inside {
             network: Err(("add bridge \"tg-trial\"".into(), errno.into())),
             nftables: Ok(true),
+            gates: Ok(()),
             tun: Ok(TunOffload { tcp: true, udp: true }),
         }))
     };
@@ -206,7 +213,7 @@ fn a_tun_device_that_is_hidden_or_closed_is_limited() {
     expect("tun", &with(Errno::PERM, Some(0o666)), Verdict::Limited, "--device /dev/net/tun");
     expect("tun", &with(Errno::NODEV, Some(0o666)), Verdict::Limited, "modprobe tun");
     let made = |tun| Host {
-        direct: Ok(Trial::Entered(Inside { network: Ok(()), nftables: Ok(true), tun })),
+        direct: Ok(Trial::Entered(Inside { network: Ok(()), nftables: Ok(true), gates: Ok(()), tun })),
         ..good()
     };
     let refused = made(Err(Errno::PERM.into()));
@@ -320,9 +327,26 @@ fn a_run_directory_is_needed() {
     );
 }
 
+#[test]
+fn where_no_gates_are_to_be_had_what_stands_in_for_them_is_told() {
+    let with = |errno: Errno| Host {
+        direct: Ok(Trial::Entered(Inside {
+            network: Ok(()),
+            nftables: Ok(true),
+            gates: Err(errno.into()),
+            tun: Ok(TunOffload { tcp: true, udp: true }),
+        })),
+        ..good()
+    };
+    expect("gates", &good(), Verdict::Ok, "keep networks closed");
+    expect("gates", &with(Errno::PERM), Verdict::Note, "with CAP_BPF");
+    expect("gates", &with(Errno::INVAL), Verdict::Note, "Linux 6.6");
+}
+
 fn with_nftables(nftables: Result<bool, Errno>) -> Host {
     let nftables = nftables.map_err(Into::into);
-    let inside = Inside { network: Ok(()), nftables, tun: Ok(TunOffload { tcp: true, udp: true }) };
+    let inside =
+        Inside { network: Ok(()), nftables, gates: Ok(()), tun: Ok(TunOffload { tcp: true, udp: true }) };
     Host { direct: Ok(Trial::Entered(inside)), ..good() }
 }
 
@@ -351,7 +375,7 @@ fn a_firewall_is_chosen_and_the_reason_is_told() {
     expect("nftables", &host, Verdict::Note, "not in this kernel");
     expect("firewall", &host, Verdict::Note, "takes iptables: no nftables");
     let host = Host { iptables_installed: false, ..host };
-    expect("firewall", &host, Verdict::Limited, "no way out");
+    expect("firewall", &host, Verdict::Limited, "the NAT engine leads containers out");
     expect("iptables", &host, Verdict::Note, "not installed");
     expect("nftables", &with_nftables(Ok(false)), Verdict::Note, "Linux 6.9");
     expect("firewall", &ordinary(), Verdict::Note, "none is used");

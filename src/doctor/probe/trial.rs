@@ -13,7 +13,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
-use tidegate_netfilter::{Connection, Error};
+use tidegate_model::registry;
+use tidegate_netfilter::{Connection, Error, Gate};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, Subnet, WithoutFirewall,
@@ -94,8 +95,9 @@ fn attempt(kind: Kind) -> Trial {
             other => io::Error::other(other),
         })
     });
+    let gates = Gate::new(registry::FORWARD_MARK, registry::FORWARD_MARK_MASK).map(drop).map_err(Into::into);
     let tun = device::make().map_err(Into::into);
-    Trial::Entered(Inside { network: network(), nftables: nftables.map_err(Into::into), tun })
+    Trial::Entered(Inside { network: network(), nftables: nftables.map_err(Into::into), gates, tun })
 }
 
 /// Leaves the namespace for `old`, and comes back.

@@ -1,7 +1,8 @@
 //! The ruleset as chains and rules, and what iptables-restore is told to have them. Pure.
 //!
-//! The order of the hooks differs from that of nftables in one thing: no chain is asked between destination NAT and routing. What may pass the guards is therefore
-//! marked in `mangle` by what the connection began with, and the first packet of a translated one in `nat` beside its translation.
+//! What may pass the gates is marked in `mangle`: chains of others before ours may accept it in `filter`. Where policy rules are the guards, it has to be marked before
+//! routing, and no chain is asked between that and destination NAT: so it is told by what the connection began with, and the first packet of a translated one is marked in
+//! `nat` beside its translation.
 
 use super::program::Family;
 use super::saved::{DOCKER_USER, Saved};
@@ -98,16 +99,22 @@ impl With<'_> {
     }
 
     fn raw(&self) -> Table {
-        let mut rules = vec![rule("-i lo", "RETURN", "the host reaches its networks")];
+        // Only what is about to be dropped is asked whether it is the host's.
+        let stray = self.chain("STRAY");
+        let strays = vec![
+            rule("-i lo", "RETURN", "the host reaches its networks"),
+            rule("", "DROP", "from elsewhere than it should be"),
+        ];
+        let mut rules = Vec::new();
         for (Zone { bridge, .. }, subnet) in self.subnets() {
             rules.push(rule(
                 &format!("-d {subnet} ! -i {bridge}"),
-                "DROP",
+                &stray,
                 "sent straight to a container or a gateway, past the published ports",
             ));
             rules.push(rule(
                 &format!("-s {subnet} ! -i {bridge}"),
-                "DROP",
+                &stray,
                 "claims to come from a container",
             ));
         }
@@ -121,13 +128,24 @@ impl With<'_> {
         }
         let loopback = grouped(self.ports().filter(|port| port.address.is_loopback()));
         rules.extend(loopback.iter().map(|matches| {
-            rule(matches, "DROP", "published on a loopback address, and asked for from elsewhere")
+            rule(matches, &stray, "published on a loopback address, and asked for from elsewhere")
         }));
-        self.table("raw", vec![(self.chain("RAW"), rules)], &[("PREROUTING", "RAW")])
+        self.table("raw", vec![(stray, strays), (self.chain("RAW"), rules)], &[("PREROUTING", "RAW")])
     }
 
     fn mangle(&self) -> Table {
-        let from = self.ruleset.zones.iter().map(|Zone { bridge, .. }| {
+        let zones = &self.ruleset.zones;
+        if self.ruleset.gated {
+            let to = zones.iter().filter(|zone| !zone.internal).map(|Zone { bridge, .. }| {
+                rule(
+                    &format!("-o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED,DNAT"),
+                    &mark(),
+                    "may be forwarded: an answer, or it came by a published port; the gate lets nothing else pass",
+                )
+            });
+            return self.table("mangle", vec![(self.chain("MARK"), to.collect())], &[("FORWARD", "MARK")]);
+        }
+        let from = zones.iter().map(|Zone { bridge, .. }| {
             rule(&format!("-i {bridge}"), "RETURN", "from a container: nothing that a network is closed to")
         });
         let mut rules: Vec<_> = from.collect();
@@ -170,26 +188,31 @@ impl With<'_> {
             .into_iter()
             .map(|(ip, protocol, to)| format!("-d {ip} -p {protocol} -m {protocol} --dport {to} -j ACCEPT"));
         let mut to_network = to_users("forwarded to a container: the user comes first");
-        to_network.push(rule("-m conntrack --ctstate INVALID", "DROP", "belongs to no connection"));
-        to_network.extend(zones.iter().map(|Zone { bridge, .. }| {
-            rule(&format!("-i {bridge} -o {bridge}"), "ACCEPT", "bridged, where br_netfilter shows that")
-        }));
         to_network.push(clamp());
         to_network.push(rule(
             "-m conntrack --ctstate RELATED,ESTABLISHED",
             "ACCEPT",
             "an answer to a container, or a connection to a published port",
         ));
+        to_network.push(rule("-m conntrack --ctstate INVALID", "DROP", "belongs to no connection"));
+        to_network.extend(zones.iter().map(|Zone { bridge, .. }| {
+            rule(&format!("-i {bridge} -o {bridge}"), "ACCEPT", "bridged, where br_netfilter shows that")
+        }));
         to_network.push(rule("-m conntrack --ctstate DNAT", &self.chain("PORTS"), "a published port"));
         to_network.push(rule("", "DROP", "networks are closed, to the outside and to one another"));
 
         let mut from_network = to_users("forwarded from a container: the user comes first");
+        from_network.push(clamp());
+        from_network.push(rule(
+            "-m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY",
+            "ACCEPT",
+            "an answer to who asked for a published port",
+        ));
         from_network.push(rule(
             "-m conntrack --ctstate INVALID",
             "DROP",
             "belongs to no connection, and would leave with a container's address",
         ));
-        from_network.push(clamp());
         from_network.extend(
             // Their owners' rules decide about those: what we accept they would not be asked.
             registry::BRIDGES_OF_OTHERS
@@ -256,7 +279,9 @@ impl With<'_> {
             let protocol = name(port.protocol);
             let matches = format!("{at}-p {protocol} -m {protocol} --dport {}", port.port);
             let to = std::net::SocketAddr::new(ip, to);
-            ports.push(format!("{matches} -j {}", mark()));
+            if !self.ruleset.gated {
+                ports.push(format!("{matches} -j {}", mark()));
+            }
             ports.push(format!("{matches} -j DNAT --to-destination {to}"));
         }
         let own = zones.iter().map(|zone| zone.bridge.as_str()).chain(["lo"]);

@@ -1,0 +1,107 @@
+//! Gates, at real exits.
+
+use tidegate_netfilter::Gate;
+use tidegate_testbed::Namespace;
+
+const MARK: u32 = 0x7467_0000;
+const MASK: u32 = 0xffff_0000;
+
+/// A host that forwards between `left` and `right`, each with a machine at its end.
+struct Router {
+    host: Namespace,
+    left: Namespace,
+    right: Namespace,
+}
+
+impl Router {
+    fn new() -> Self {
+        let (host, left, right) = (Namespace::new(), Namespace::new(), Namespace::new());
+        for (machine, link, net) in [(&left, "left", 1), (&right, "right", 2)] {
+            let peer = machine.path();
+            host.ip(&[
+                "link",
+                "add",
+                link,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                peer.to_str().unwrap(),
+            ]);
+            host.ip_all(&format!("addr add 192.0.2.{}/28 dev {link}\nlink set {link} up", 16 * net + 1));
+            machine.ip_all(&format!(
+                "addr add 192.0.2.{}/28 dev eth0\nlink set eth0 up\nroute add default via 192.0.2.{}",
+                16 * net + 2,
+                16 * net + 1
+            ));
+        }
+        host.sysctl("net.ipv4.ip_forward", "1");
+        Self { host, left, right }
+    }
+
+    fn index(&self, link: &str) -> u32 {
+        let listed = self.host.ip(&["-o", "link", "show", link]);
+        listed.split(':').next().unwrap().parse().unwrap()
+    }
+
+    fn put(&self, link: &str) {
+        let index = self.index(link);
+        self.host.run(|| Gate::new(MARK, MASK).unwrap().put(index)).unwrap();
+    }
+
+    fn has_gate(&self, link: &str) -> bool {
+        let index = self.index(link);
+        self.host.run(|| Gate::new(MARK, MASK).unwrap().is_at(index)).unwrap()
+    }
+}
+
+fn is_reached(from: &Namespace, address: &str) -> bool {
+    from.command("ping").args(["-c", "1", "-W", "1", address]).output().unwrap().status.success()
+}
+
+/// The one that put it there has ended each time.
+#[test]
+fn only_what_the_host_sends_and_what_is_marked_leaves() {
+    let router = Router::new();
+    let Router { host, left, right } = &router;
+    assert!(is_reached(left, "192.0.2.34"), "the router routes");
+    assert!(!router.has_gate("right"));
+    router.put("right");
+    assert!(router.has_gate("right"));
+    assert!(!router.has_gate("left"));
+    assert!(!is_reached(left, "192.0.2.34"), "forwarded, without a mark");
+    assert!(is_reached(host, "192.0.2.34"), "sent by the host");
+    assert!(!is_reached(right, "192.0.2.18"), "the answer is forwarded too");
+    for (mark, passes) in [("0x74670000", true), ("0x7467abcd", true), ("0x64670000", false), ("0x1", false)]
+    {
+        let rules = format!(
+            "table ip t {{ chain c {{ type filter hook forward priority 0; meta mark set {mark}; }}; }}"
+        );
+        host.exec("nft", &["flush", "ruleset"]);
+        host.exec("nft", &[&rules]);
+        assert_eq!(is_reached(left, "192.0.2.34"), passes, "{mark}");
+    }
+    host.exec("nft", &["flush", "ruleset"]);
+    assert!(!is_reached(left, "192.0.2.34"), "rules that are gone let nothing through");
+}
+
+#[test]
+fn it_goes_with_its_link_and_one_is_enough() {
+    let router = Router::new();
+    router.put("right");
+    let index = router.index("right");
+    // Of one process, the kernel has it once; nobody minds.
+    router.host.run(|| {
+        let gate = Gate::new(MARK, MASK).unwrap();
+        gate.put(index).unwrap();
+        gate.put(index).unwrap();
+    });
+    assert!(!is_reached(&router.left, "192.0.2.34"));
+    let other = router.host.run(|| Gate::new(0x0100_0000, 0xff00_0000).unwrap().is_at(index)).unwrap();
+    assert!(!other, "one that asks for another mark is another");
+    router.host.ip(&["link", "del", "right"]);
+    let gone = router.host.run(|| Gate::new(MARK, MASK).unwrap().is_at(index)).unwrap_err();
+    assert_eq!(gone.raw_os_error(), Some(libc::ENODEV));
+}
