@@ -378,11 +378,15 @@ pub(super) fn restore(tables: &[Table], saved: &Saved, made: &BTreeSet<String>) 
 
 /// What it is told to remove all of `owner` that `saved` has; empty if it has nothing.
 pub(super) fn removal(saved: &Saved, owner: &str) -> String {
-    let tables = tables(&Ruleset { owner: owner.to_owned(), ..Ruleset::default() }, Family::V4, false);
+    // Where it is jumped from differs with what stands behind the rules.
+    let with = |gated| Ruleset { owner: owner.to_owned(), gated, ..Ruleset::default() };
+    let [ours, others] = [true, false].map(|gated| tables(&with(gated), Family::V4, false));
     let mut text = String::new();
-    for table in &tables {
+    for (table, other) in ours.iter().zip(&others) {
         let mut lines = String::new();
-        for (from, to) in &table.jumps {
+        for (from, to) in
+            table.jumps.iter().chain(other.jumps.iter().filter(|jump| !table.jumps.contains(jump)))
+        {
             for _ in 0..saved.count(table.name, &format!("-A {from} -j {to}")) {
                 let _ = writeln!(lines, "-D {from} -j {to}");
             }
@@ -452,5 +456,13 @@ mod tests {
         assert_eq!(text.matches("-D PREROUTING").count(), 2, "{text}");
         assert!(text.contains(&format!("-X {chain}")), "{text}");
         assert_eq!(removal(&saved, "other"), "");
+        let mark = format!("{}-MARK", prefix("demo"));
+        for hook in ["PREROUTING", "FORWARD"] {
+            let saved = Saved::of(&format!(
+                "*mangle\n:{hook} ACCEPT [0:0]\n:{mark} - [0:0]\n-A {hook} -j {mark}\nCOMMIT\n"
+            ));
+            let text = removal(&saved, "demo");
+            assert_eq!(text.matches(&format!("-D {hook} -j {mark}")).count(), 1, "{text}");
+        }
     }
 }
