@@ -24,6 +24,8 @@ pub struct Uplink {
     pub v4: bool,
     /// Answers over IPv6.
     pub v6: bool,
+    /// It forwards, for those families, because of this owner. Otherwise others see to that: another owner, who lets nothing but his own networks be reached by it, or a router.
+    pub ours: bool,
 }
 
 /// A network: a bridge of the host and the subnets on it.

@@ -118,7 +118,7 @@ impl Isolation for WithFirewall {
             return Vec::new();
         }
         let mut facts = vec![Fact::Ruleset { firewall: self.firewall, owner: self.owner.clone() }];
-        for Uplink { link, v4, v6 } in &desired.uplinks {
+        for Uplink { link, v4, v6, .. } in desired.uplinks.iter().filter(|uplink| uplink.ours) {
             for v6 in v4.then_some(false).into_iter().chain(v6.then_some(true)) {
                 facts.push(Fact::Rule(Rule {
                     from_interface: Some(link.clone()),
@@ -127,6 +127,9 @@ impl Isolation for WithFirewall {
                 }));
                 facts.push(Fact::Forwarding { link: link.clone(), v6 });
             }
+        }
+        if self.gated {
+            facts.extend(past_uplinks(desired));
         }
         facts
     }
@@ -152,6 +155,14 @@ impl Isolation for WithFirewall {
         }
         facts
     }
+}
+
+/// What comes in by an uplink of `desired` goes nowhere else than to networks that have a way out. Which of it may is told at their gates.
+fn past_uplinks(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
+    let has_uplink = |v6: bool| desired.uplinks.iter().any(|uplink| if v6 { uplink.v6 } else { uplink.v4 });
+    let subnets = desired.networks.iter().filter(|network| !network.internal).flat_map(|one| &one.subnets);
+    let subnets = subnets.map(|subnet| subnet.subnet.trunc()).filter(move |to| has_uplink(is_v6(*to)));
+    subnets.map(|to| Fact::Rule(Rule { to: Some(to), ..exemption(is_v6(to)) }))
 }
 
 /// What comes from the network may be forwarded.

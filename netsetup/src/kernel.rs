@@ -157,7 +157,7 @@ impl Kernel {
 
     /// Which of `uplinks` forward although the host as a whole does not.
     fn forwarding(&self, uplinks: &[Uplink]) -> BTreeSet<(String, bool)> {
-        let each = uplinks.iter().flat_map(|Uplink { link, v4, v6 }| {
+        let each = uplinks.iter().flat_map(|Uplink { link, v4, v6, .. }| {
             [(v4, false), (v6, true)].into_iter().filter(|(is, _)| **is).map(|(_, v6)| (link.clone(), v6))
         });
         let forwards = |(link, v6): &(String, bool)| {

@@ -441,25 +441,24 @@ fn setup_with(
     }
 }
 
-/// The links of others that have to forward for `desired`.
+/// The links of others by which answers to the containers of `desired` come, each once for what it forwards because of us and once for what others see to.
 fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
-    let one = |uplink: &Uplink| {
+    let one = |uplink: &Uplink, ours: bool| {
         let is_ours = |v6: bool| {
-            let is_it = |one: &Uplink| one.link == uplink.link && if v6 { one.v6 } else { one.v4 };
-            desired.uplinks.iter().any(is_it)
+            let is_it =
+                |one: &Uplink| one.link == uplink.link && one.ours && if v6 { one.v6 } else { one.v4 };
+            // One that forwards by itself is a router's, whose business is not ours.
+            let is_ours = desired.uplinks.iter().any(is_it)
+                || !observed.forwarding.contains(&(uplink.link.clone(), v6));
+            is_ours == ours
         };
-        // One that forwards by itself is a router's, whose business is not ours.
-        let takes = |v6| is_ours(v6) || !observed.forwarding.contains(&(uplink.link.clone(), v6));
-        let taken = Uplink { v4: uplink.v4 && takes(false), v6: uplink.v6 && takes(true), ..uplink.clone() };
-        (taken.v4 || taken.v6).then_some(taken)
+        let link = uplink.link.clone();
+        let part = Uplink { link, v4: uplink.v4 && is_ours(false), v6: uplink.v6 && is_ours(true), ours };
+        (part.v4 || part.v6).then_some(part)
     };
     // Nobody comes by the networks of containers, of ours or of others.
-    observed
-        .uplinks
-        .iter()
-        .filter(|uplink| !way_out::is_bridge_of_containers(&uplink.link))
-        .filter_map(one)
-        .collect()
+    let uplinks = observed.uplinks.iter().filter(|uplink| !way_out::is_bridge_of_containers(&uplink.link));
+    uplinks.flat_map(|uplink| [true, false].into_iter().filter_map(|ours| one(uplink, ours))).collect()
 }
 
 /// Open sockets and the port of the container that each stands for, by service and protocol.

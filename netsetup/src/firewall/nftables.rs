@@ -227,6 +227,7 @@ impl Family {
 pub(crate) fn table(ruleset: &Ruleset) -> Table {
     let name = table_name(&ruleset.owner);
     let mut chains = vec![
+        between(),
         to_network(ruleset),
         from_network(ruleset),
         inside(ruleset),
@@ -393,9 +394,27 @@ fn port_sets<'a>(ports: impl Iterator<Item = &'a Opening> + Clone, family: &Fami
     ]
 }
 
+/// Whatever is known of its connection: who can forge the address of a server could else get into flows of others.
+fn between() -> Chain {
+    let rules = vec![
+        rule(
+            vec![is_in([Key::InInterface, Key::OutInterface], "same")],
+            accept(),
+            "bridged, where br_netfilter shows that",
+        ),
+        rule(vec![], drop(), "networks are closed to one another"),
+    ];
+    Chain { name: "between".to_owned(), base: None, rules }
+}
+
 fn to_network(ruleset: &Ruleset) -> Chain {
     let let_in = || if ruleset.gated { marked() } else { accept() };
     let mut rules = vec![
+        rule(
+            vec![by_ours(Key::InGroup, ruleset)],
+            vec![Action::Goto("between".to_owned())],
+            "from a container of ours",
+        ),
         rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path"),
         rule(
             vec![Match::Established],
@@ -403,17 +422,12 @@ fn to_network(ruleset: &Ruleset) -> Chain {
             "an answer to a container, or a connection to a published port",
         ),
         rule(vec![Match::Invalid], drop(), "belongs to no connection"),
-        rule(
-            vec![is_in([Key::InInterface, Key::OutInterface], "same")],
-            accept(),
-            "bridged, where br_netfilter shows that",
-        ),
     ];
     for family in &FAMILIES {
         let to = is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
         rules.push(rule(vec![Match::TranslatedDestination, to], let_in(), "a published port"));
     }
-    rules.push(rule(vec![], drop(), "networks are closed, to the outside and to one another"));
+    rules.push(rule(vec![], drop(), "networks are closed to the outside"));
     Chain { name: "to-network".to_owned(), base: None, rules }
 }
 

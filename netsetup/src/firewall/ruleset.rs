@@ -9,7 +9,7 @@
 //! | | what is addressed to a port published on a loopback address and did not come in by `lo` is dropped | a neighbour may send those too |
 //! | forwarding, and where the guards are policy rules before routing | answers to connections of containers, and what was translated to a published port, get the mark [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK) | without it the guards (gates at the bridges' exits or policy rules, outside of the firewall) let nothing through to a container, so that rules that are gone do not either |
 //! | forwarding | the user's chain comes first | |
-//! | | to a bridge: segments clamped to the path; established ones accepted, invalid ones dropped, the same bridge and what was translated to a published port accepted; all else dropped | isolation |
+//! | | to a bridge: what comes from the same bridge accepted, from another of ours dropped; segments clamped to the path; established ones accepted, invalid ones dropped, what was translated to a published port accepted; all else dropped | isolation |
 //! | | from a bridge to elsewhere: segments clamped to the path; established ones accepted, from an internal network dropped, invalid ones dropped; accepted | |
 //! | input | the user's chain, for ports that are served in userspace and were not asked for by way of `lo` | |
 //! | behind routing | what comes from a subnet that is not internal and leaves otherwise than by a bridge of ours is masqueraded | |

@@ -166,7 +166,7 @@ impl Here {
                 };
                 self.addresses.iter().any(|(index, net)| *index == link.index && usable(net))
             };
-            Uplink { link: link.name.clone(), v4: v4 && has(false), v6: v6 && has(true) }
+            Uplink { link: link.name.clone(), v4: v4 && has(false), v6: v6 && has(true), ours: false }
         };
         self.links.values().map(of).filter(|uplink| uplink.v4 || uplink.v6).collect()
     }

@@ -95,8 +95,9 @@ fn some_desired() -> impl Strategy<Value = Desired> {
         let networks =
             networks.into_iter().zip(there).filter(|(_, there)| *there).map(|(network, _)| network).collect();
         let uplinks = uplinks.into_iter().enumerate();
-        let uplinks =
-            uplinks.map(|(number, (v4, v6))| Uplink { link: format!("eth{number}"), v4, v6 }).collect();
+        let uplinks = uplinks
+            .map(|(number, (v4, v6))| Uplink { link: format!("eth{number}"), v4, v6, ours: number != 0 })
+            .collect();
         Desired { networks, endpoints, uplinks }
     })
 }
@@ -163,7 +164,7 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
     let desired = Desired {
         networks: vec![network("blue", 1)],
         endpoints: Vec::new(),
-        uplinks: vec![Uplink { link: "eth0".to_owned(), v4: true, v6: false }],
+        uplinks: vec![Uplink { link: "eth0".to_owned(), v4: true, v6: false, ours: true }],
     };
     let steps = |gated| -> Vec<String> {
         let isolation = WithFirewall { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
@@ -171,8 +172,12 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
     };
     let gated = steps(true);
     assert_eq!(
-        gated[3..],
+        gated,
         [
+            "add rules of \"demo\" in nftables",
+            "add rule 7657: iif eth0 blackhole",
+            "add forwarding of IPv4 from \"eth0\"",
+            "add rule 7656: to 10.9.1.0/24 lookup main",
             "add bridge \"tg-blue\"",
             "add \"tg-blue\" in group 1200802033",
             "add gate at the exit \"tg-blue\"",

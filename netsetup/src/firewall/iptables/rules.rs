@@ -135,6 +135,10 @@ impl With<'_> {
 
     fn mangle(&self) -> Table {
         let zones = &self.ruleset.zones;
+        let from = zones.iter().map(|Zone { bridge, .. }| {
+            rule(&format!("-i {bridge}"), "RETURN", "from a container: nothing that a network is closed to")
+        });
+        let mut rules: Vec<_> = from.collect();
         if self.ruleset.gated {
             let to = zones.iter().filter(|zone| !zone.internal).map(|Zone { bridge, .. }| {
                 rule(
@@ -143,12 +147,9 @@ impl With<'_> {
                     "may be forwarded: an answer, or it came by a published port; the gate lets nothing else pass",
                 )
             });
-            return self.table("mangle", vec![(self.chain("MARK"), to.collect())], &[("FORWARD", "MARK")]);
+            rules.extend(to);
+            return self.table("mangle", vec![(self.chain("MARK"), rules)], &[("FORWARD", "MARK")]);
         }
-        let from = zones.iter().map(|Zone { bridge, .. }| {
-            rule(&format!("-i {bridge}"), "RETURN", "from a container: nothing that a network is closed to")
-        });
-        let mut rules: Vec<_> = from.collect();
         for (zone, subnet) in self.subnets() {
             if !zone.internal {
                 rules.push(rule(
