@@ -284,14 +284,14 @@ fn a_five_tuple_that_is_taken_shows_the_gateway_and_is_counted() {
     bench.frame(&frame(&TcpHead { flags: SYN, ..segment(at(GUEST), at(CLIENT)) }, b""));
     let server = Server::called_by(bench, ForwardSource::Client, CLIENT);
     assert_eq!(server.outside.ip(), GATEWAY.parse::<IpAddr>().unwrap());
-    assert_eq!((server.stats.fallbacks.get(), server.stats.refused.get()), (1, 0));
+    assert_eq!((server.stats.fallbacks.get(), server.stats.refused()), (1, 0));
 
     let mut bench = Bench::with(|settings| settings.policy.gateways.clear());
     bench.frame(&frame(&TcpHead { flags: SYN, ..segment(at(GUEST), at(CLIENT)) }, b""));
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
     bench.client(0, CLIENT);
     assert_eq!(call(&mut bench), None);
-    assert_eq!((stats.refused.get(), bench.dropped(DropReason::Conflict)), (1, 1));
+    assert_eq!((stats.refused(), bench.dropped(DropReason::Conflict)), (1, 1));
     assert!(bench.world().streams[1].aborted);
 }
 
@@ -302,7 +302,7 @@ fn clients_that_a_stopped_guest_does_not_answer_have_a_share_of_their_own() {
     for port in 1..=30 {
         bench.client(0, &format!("198.51.100.7:{port}"));
     }
-    assert_eq!((stats.flows.get(), stats.refused.get()), (10, 20));
+    assert_eq!((stats.flows.get(), stats.refused()), (10, 20));
     assert_eq!(bench.dropped(DropReason::SourceShare), 20);
     let refused = bench.world().streams.iter().filter(|stream| stream.aborted).count();
     assert_eq!(refused, 20, "and know it");
@@ -328,7 +328,7 @@ fn without_descriptors_clients_wait_in_the_queue() {
     bench.pass(Duration::from_millis(100));
     assert!(bench.world().listeners[0].key.is_some());
     bench.listener_ready(0);
-    assert_eq!((stats.flows.get(), stats.refused.get()), (3, 0));
+    assert_eq!((stats.flows.get(), stats.refused()), (3, 0));
 }
 
 /// A datagram that the guest has got: from, to and what.
@@ -406,12 +406,35 @@ fn a_flood_of_forged_clients_evicts_itself() {
     for number in 0..5000u16 {
         bench.datagram_from(0, &format!("203.0.113.{}:{}", number % 250, number + 1), b"flood");
     }
-    assert_eq!((stats.flows.get(), stats.refused.get()), (50, 0));
+    assert_eq!((stats.flows.get(), stats.refused()), (50, 0));
     bench.world().frames.clear();
     bench.frame(&udp(at(GUEST), at(CLIENT), b"more"));
     assert_eq!(bench.world().datagrams[0].sent.len(), 2, "who was answered is still there");
     bench.frame(&udp(at("10.0.2.100:5"), at("192.0.2.9:53"), b"q"));
     assert_eq!(bench.world().datagrams.len(), 2, "and the guest is not shut in");
+}
+
+#[test]
+fn one_client_has_only_so_many_sessions() {
+    let mut bench = Bench::with(|settings| settings.limits.sessions_per_client = 3);
+    let stats = bench.publish_udp(GUEST, ForwardSource::Client);
+    for port in 1..=5 {
+        bench.datagram_from(0, &format!("198.51.100.7:{port}"), b"?");
+        bench.frame(&udp(at(GUEST), at(&format!("198.51.100.7:{port}")), b"!"));
+    }
+    bench.datagram_from(0, "198.51.100.8:1", b"?");
+    assert_eq!((stats.flows.get(), stats.refused()), (4, 2));
+    bench.pass(Duration::from_secs(400));
+    bench.datagram_from(0, "198.51.100.7:5", b"?");
+    assert_eq!(stats.flows.get(), 1, "those that have ended do not count");
+}
+
+#[test]
+fn who_pretends_to_be_the_server_itself_gets_nothing_in() {
+    let mut bench = Bench::new();
+    let stats = bench.publish_udp(GUEST, ForwardSource::Client);
+    bench.datagram_from(0, GUEST, b"?");
+    assert_eq!((bench.next_frame(), stats.refused()), (None, 1));
 }
 
 #[test]
@@ -479,7 +502,7 @@ fn who_is_shut_out_costs_nothing_and_is_reset() {
     let protocol = tidegate_model::Protocol::Tcp;
     let stats = bench.publish(protocol, GUEST, ForwardSource::Client, Port::Tcp(0), Some(guard));
     bench.client(0, CLIENT);
-    assert_eq!((call(&mut bench), stats.refused.get(), bench.engine.flows()), (None, 1, 0));
+    assert_eq!((call(&mut bench), stats.refused(), bench.engine.flows()), (None, 1, 0));
     assert_eq!(bench.dropped(DropReason::ShutOut), 1);
     assert!(bench.world().streams[0].aborted);
 }
@@ -489,7 +512,7 @@ fn a_container_that_the_policy_does_not_know_gets_no_clients() {
     let mut bench = Bench::with(|settings| settings.policy.sources = vec!["10.9.0.0/16".parse().unwrap()]);
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
     bench.client(0, CLIENT);
-    assert_eq!((call(&mut bench), stats.refused.get()), (None, 1));
+    assert_eq!((call(&mut bench), stats.refused()), (None, 1));
 }
 
 /// Whatever a guest answers a call with, in whatever order, no limit is passed, every client is served or told, and another one's connection
