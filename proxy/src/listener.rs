@@ -151,6 +151,13 @@ impl Listener {
     }
 }
 
+impl From<Listener> for OwnedFd {
+    /// For who carries its traffic in another way.
+    fn from(listener: Listener) -> Self {
+        listener.socket
+    }
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()

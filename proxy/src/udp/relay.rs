@@ -209,7 +209,7 @@ impl Opening<'_, '_> {
         if relay.port.options.enclosures.is_forged(client.address.ip(), interface) {
             return Err(Drop::NotAllowed);
         }
-        if self.shared.reflection.is_ours(client.address, &relay.port.options) {
+        if self.shared.reflection.is_ours(client.address, &relay.port.options.enclosures) {
             return Err(Drop::Reflected);
         }
         self.open(relay, client)
