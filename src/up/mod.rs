@@ -450,6 +450,9 @@ fn setup_with(
     device: Option<&way_out::Device>,
 ) -> Setup {
     let mut kernel = Kernel::new(ground.networks().clone());
+    if ground.is_rootless() {
+        kernel = kernel.alone();
+    }
     match firewall {
         None => match device {
             Some(device) => Setup::new(kernel, journal, device.isolation()),

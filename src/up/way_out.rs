@@ -5,13 +5,12 @@
 
 use super::layout::{Layout, fnv};
 use crate::compose::Project;
-use crate::firewall::lacks;
 use crate::ground::Ground;
 use rustix::process::{Resource, getrlimit};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use tidegate_model::{CidrSet, registry};
+use tidegate_model::{CidrSet, Feature, registry};
 use tidegate_nat::{Nat, Policy, Settings, StartError, Tun, TunOptions};
 use tidegate_netns::Family;
 use tidegate_netsetup::{Observed, WithEngine};
@@ -36,7 +35,7 @@ impl Device {
     /// # Errors
     /// What is missing.
     pub(super) fn open(ground: &Ground, project: &Project) -> Result<Self, StartError> {
-        if lacks("tun") {
+        if Feature::Tun.is_forced_off() {
             return Err(StartError::Device(io::ErrorKind::NotFound.into()));
         }
         let hash = fnv(project.name.as_bytes());

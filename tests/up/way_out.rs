@@ -137,6 +137,20 @@ fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else()
     }
 }
 
+/// Where it is all links that forward IPv6 or none, a host that is no router is not made one.
+#[test]
+fn on_an_old_kernel_a_host_does_not_become_a_router() {
+    let scene = Scene::lacking("all");
+    let (mut up, inside) = up(&scene, false);
+    let servers = ["203.0.113.9:7777", "[2001:db8:1::9]:7777"].map(|at| at.parse::<SocketAddr>().unwrap());
+    let _servers = servers.map(|at| PeerServer::tcp(&scene.net.client, at));
+    assert_eq!(inside.run(|| peer_as_seen(servers[0], false, SOON)).unwrap(), "203.0.113.1");
+    assert!(inside.run(|| peer_as_seen(servers[1], false, SOON / 10)).is_err());
+    assert_eq!(scene.net.host.read_sysctl("net.ipv6.conf.all.forwarding"), "0");
+    assert!(up.output().contains("no way out over IPv6"), "{}", up.output());
+    up.stop(Signal::INT, SOON);
+}
+
 #[test]
 fn the_kernel_leads_nobody_to_the_hosts_loopback() {
     let scene = Scene::new();

@@ -14,7 +14,7 @@ use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_model::Protocol;
+use tidegate_model::{Feature, Protocol};
 use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
 use tidegate_reactor::{Descriptors, Epoll, Interest, Key, Permit, Token};
@@ -153,12 +153,16 @@ impl BoundBuffer {
 /// What this kernel can do for sockets.
 pub(crate) fn probe() -> Capabilities {
     let stream = new_socket(AddressFamily::INET, SocketType::STREAM, None);
-    let peek_offset = stream.is_ok_and(|socket| sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
+    let peek_offset = !Feature::PeekOffset.is_forced_off();
+    let peek_offset =
+        peek_offset && stream.is_ok_and(|socket| sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
     let datagrams = new_socket(AddressFamily::INET, SocketType::DGRAM, None);
-    let udp_trains = datagrams.is_ok_and(|socket| {
-        sys::set(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
-            && batch::enable_receive_offload(&socket).is_ok()
-    });
+    let udp_trains = !Feature::UdpTrains.is_forced_off();
+    let udp_trains = udp_trains
+        && datagrams.is_ok_and(|socket| {
+            sys::set(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
+                && batch::enable_receive_offload(&socket).is_ok()
+        });
     Capabilities { peek_offset, udp_trains, ..Capabilities::ALL }
 }
 
