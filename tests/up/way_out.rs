@@ -141,6 +141,7 @@ fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else()
 #[test]
 fn on_an_old_kernel_a_host_does_not_become_a_router() {
     let scene = Scene::lacking("all");
+    scene.net.host.sysctl("net.ipv6.conf.all.forwarding", "0");
     let (mut up, inside) = up(&scene, false);
     let servers = ["203.0.113.9:7777", "[2001:db8:1::9]:7777"].map(|at| at.parse::<SocketAddr>().unwrap());
     let _servers = servers.map(|at| PeerServer::tcp(&scene.net.client, at));

@@ -93,27 +93,31 @@ pub(crate) struct Datagrams {
     _permit: Permit,
 }
 
-/// Received messages.
+/// Received messages. Room for them is made when the first come: an empty one, which stands in while they are dealt with, costs nothing.
 #[derive(Default)]
-pub(crate) struct Received(RecvBatch);
+pub(crate) struct Received(Option<RecvBatch>);
+
+impl Received {
+    fn message(&self, index: usize) -> Option<batch::Datagram<'_>> {
+        self.0.as_ref().map(|batch| batch.get(index))
+    }
+}
 
 impl Batch for Received {
     fn len(&self) -> usize {
-        self.0.len()
+        self.0.as_ref().map_or(0, RecvBatch::len)
     }
 
     fn get(&self, index: usize) -> (&[u8], usize) {
-        let datagram = self.0.get(index);
-        (datagram.payload, datagram.segment)
+        self.message(index).map_or((&[], 0), |datagram| (datagram.payload, datagram.segment))
     }
 
     fn source(&self, index: usize) -> Option<SocketAddr> {
-        self.0.get(index).source
+        self.message(index)?.source
     }
 
     fn arrival(&self, index: usize) -> (Option<IpAddr>, u32) {
-        let datagram = self.0.get(index);
-        (datagram.destination, datagram.interface)
+        self.message(index).map_or((None, 0), |datagram| (datagram.destination, datagram.interface))
     }
 }
 
@@ -519,7 +523,7 @@ impl Host for Kernel {
     }
 
     fn receive(&mut self, socket: &mut Datagrams, batch: &mut Received) -> io::Result<usize> {
-        batch.0.receive(&socket.socket)
+        batch.0.get_or_insert_default().receive(&socket.socket)
     }
 
     fn next_problem(&mut self, socket: &mut Datagrams) -> Option<SocketProblem> {
