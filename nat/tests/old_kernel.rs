@@ -1,5 +1,7 @@
 //! The tests with real kernels once more, with everything forced off that is probed for: as on the oldest kernel there may be.
 
+#![allow(clippy::duplicate_mod, reason = "each of them has `common`, as it has on its own")]
+
 #[path = "bridge.rs"]
 mod bridge;
 mod common;
