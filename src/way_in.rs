@@ -88,6 +88,7 @@ impl CarriedPort {
             };
             dropped[as_told as usize] += stats.dropped[reason as usize].get();
         }
+        dropped[Drop::BackendRefused as usize] += stats.refusals.get();
         // The engine counts out first, the publisher in.
         let turned = |[out, into]: [u64; 2]| [into, out];
         PortSnapshot {

@@ -188,6 +188,8 @@ pub struct ForwardStats {
     pub evicted: Count,
     /// Clients' connections that were refused, and datagrams that were not carried, either way, by [`DropReason`].
     pub dropped: [Count; DropReason::ALL.len()],
+    /// Datagrams that the guest has refused: nobody listens, so it told by ICMP.
+    pub refusals: Count,
     /// Flows that showed the gateway where the client was to be shown, because the five-tuple was taken or of another family.
     pub fallbacks: Count,
     /// Payload carried: out (to the client), in.

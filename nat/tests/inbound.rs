@@ -415,6 +415,21 @@ fn a_flood_of_forged_clients_evicts_itself() {
 }
 
 #[test]
+fn datagrams_that_a_guest_refuses_are_counted_and_the_next_may_find_somebody() {
+    let mut bench = Bench::new();
+    let stats = bench.publish_udp(GUEST, ForwardSource::Client);
+    for _ in 0..3 {
+        bench.datagram_from(0, CLIENT, b"?");
+        let quoted = head::recalled_ports(at(CLIENT), at(GUEST), 9 << 16);
+        let header = head::recalled(at(CLIENT).ip(), at(GUEST).ip(), protocol::UDP, &quoted, 9);
+        let (head, message) =
+            head::problem(at(GUEST).ip(), at(CLIENT).ip(), Problem::PortUnreachable, &[&header]);
+        bench.frame(&[head.bytes(), &message].concat());
+    }
+    assert_eq!((stats.refusals.get(), stats.flows_begun.get(), stats.flows.get()), (3, 1, 1));
+}
+
+#[test]
 fn one_client_has_only_so_many_sessions() {
     let mut bench = Bench::with(|settings| settings.limits.sessions_per_client = 3);
     let stats = bench.publish_udp(GUEST, ForwardSource::Client);
