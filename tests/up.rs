@@ -9,6 +9,7 @@ mod up {
     pub(crate) mod rootless;
     pub(crate) mod scene;
     pub(crate) mod uplink;
+    pub(crate) mod way_in;
     pub(crate) mod way_out;
     pub(crate) mod witness;
 }
@@ -291,6 +292,11 @@ fn the_example_is_a_project() {
     let scene = Scene::new();
     let up = scene.up(&text.replace("tidegate hello", &format!("{TIDEGATE} hello")));
     up.wait_for_line("Ctrl-C takes", SOON);
-    let answer = scene.net.client.exec("curl", &["-sS", "--max-time", "5", "http://203.0.113.1:8080/"]);
-    assert!(answer.contains("203.0.113.9"), "{answer}");
+    // Its service may not listen yet.
+    let answers = || {
+        let mut curl = scene.net.client.command("curl");
+        let output = curl.args(["-sS", "--max-time", "5", "http://203.0.113.1:8080/"]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).contains("203.0.113.9")
+    };
+    assert!(eventually(SOON, answers), "{}", up.output());
 }

@@ -1,9 +1,11 @@
 //! ICMP in the engine: echoes that are for us, errors that the guest tells us, errors that we tell the guest.
 
+use super::datagrams::{Session, Via};
 use super::{Engine, Flow};
 use crate::flow_table::FlowKey;
 use crate::host::Host;
 use crate::metrics::DropReason;
+use crate::tcp::conn::Phase;
 use crate::wire::head;
 use crate::wire::icmp::{Message, Problem};
 use crate::wire::ip::Packet;
@@ -44,6 +46,17 @@ impl<H: Host> Engine<H> {
             (Some((_, Flow::Tcp(_))), Problem::TooBig(mtu)) => {
                 self.with_connection(flow, now, |connection, _| connection.reduce_mtu(mtu));
                 self.enqueue(flow);
+            }
+            // Nobody is called on where nobody listens: a host's REJECT in front of the port (RFC 1122 section 4.2.3.9).
+            (Some((_, Flow::Tcp(connection))), _) if connection.phase() == Phase::Calling => {
+                self.end(flow, true);
+            }
+            // The client's next may find somebody; the session is the port's, and nobody would hear of its end.
+            (
+                Some((_, Flow::Datagrams(Session { via: Via::Port { stats, .. }, .. }))),
+                Problem::PortUnreachable,
+            ) => {
+                stats.refusals.add(1);
             }
             // With its socket gone, the far end is told by the host what the guest told us.
             (Some((_, Flow::Datagrams(_))), Problem::PortUnreachable) => self.end(flow, false),
