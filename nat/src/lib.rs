@@ -72,9 +72,10 @@ pub mod wire;
 
 pub use error::StartError;
 pub use flow_table::TableLimits;
-pub use io::tun::{Tun, TunOptions};
+pub use io::tun::{MIN_MTU, Tun, TunOptions};
 pub use limits::Rate;
 pub use metrics::{Count, DropReason, FAMILIES, Family, FlowKind, Stats, describe};
 pub use nat::Nat;
 pub use policy::Policy;
 pub use settings::{Capabilities, Mapping, Outbound, Settings, Timeouts};
+pub use wire::ethernet::{ETHERNET_MAX_MTU, MacAddress};

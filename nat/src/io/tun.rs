@@ -6,6 +6,7 @@ use crate::settings::Capabilities;
 use ipnet::IpNet;
 use rustix::fs::{Mode, OFlags, open};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use tidegate_netns::{Family, Namespace};
 
@@ -19,14 +20,15 @@ const USO6: libc::c_ulong = 0x40;
 
 /// ioctl numbers of the same file.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 
 /// The table that every packet's route is looked up in (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
 
-/// The smallest MTU: IPv6's (RFC 8200 section 5).
-const MIN_MTU: u16 = 1280;
+/// The smallest MTU that a device can have: IPv6's (RFC 8200 section 5).
+pub const MIN_MTU: u16 = 1280;
 
 /// What a device is to be.
 #[derive(Clone, Debug)]
@@ -43,8 +45,16 @@ pub struct TunOptions {
     pub addresses: Vec<IpNet>,
     /// Of which families everything goes here that has no other way.
     pub default_routes: Vec<Family>,
+    /// What those routes name as the next router, of each family one at most. A device of layer 3 needs none; people and programs look
+    /// for one.
+    pub gateways: Vec<IpAddr>,
     /// In which table those routes are: 254 is `main`, another one is asked by policy rules only.
     pub table: u32,
+    /// A TAP device of this name that is persistent, and that nobody has open, gives way (`ip tuntap add` makes such). Any other interface of the name is in
+    /// the way.
+    pub replace: bool,
+    /// The namespace's loopback is brought up as well.
+    pub loopback: bool,
 }
 
 impl TunOptions {
@@ -58,7 +68,10 @@ impl TunOptions {
             capabilities: Capabilities::ALL,
             addresses: Vec::new(),
             default_routes: Vec::new(),
+            gateways: Vec::new(),
             table: MAIN,
+            replace: false,
+            loopback: false,
         }
     }
 }
@@ -91,6 +104,18 @@ impl Tun {
         namespace.with(|| Self::open_here(options)).map_err(StartError::Namespace)?
     }
 
+    /// One that another process has made, with the same options, and handed over.
+    #[must_use]
+    pub fn adopt(descriptor: OwnedFd, options: &TunOptions, capabilities: Capabilities) -> Self {
+        Self { descriptor, name: options.name.clone(), mtu: options.mtu, capabilities }
+    }
+
+    /// What [`adopt`](Self::adopt) takes.
+    #[must_use]
+    pub fn into_parts(self) -> (OwnedFd, Capabilities) {
+        (self.descriptor, self.capabilities)
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -110,10 +135,11 @@ impl Tun {
     }
 
     fn open_here(options: &TunOptions) -> Result<Self, StartError> {
-        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let descriptor =
-            open("/dev/net/tun", flags, Mode::empty()).map_err(|e| StartError::Device(e.into()))?;
+        let descriptor = open_driver().map_err(StartError::Device)?;
         let interface = |source| StartError::Interface { name: options.name.clone(), source };
+        if options.replace && netlink::has(&options.name).map_err(interface)? {
+            take_away(&options.name).map_err(StartError::Device)?;
+        }
         make(&descriptor, &options.name).map_err(interface)?;
         let capabilities = offload(&descriptor, options.capabilities).map_err(interface)?;
         netlink::configure(options).map_err(interface)?;
@@ -133,6 +159,25 @@ fn request(name: &str) -> libc::ifreq {
 
 fn checked(result: libc::c_int) -> io::Result<()> {
     if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn open_driver() -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(open("/dev/net/tun", flags, Mode::empty())?)
+}
+
+/// Ends the TAP device `name`: attached to and no longer persistent, it goes with its last descriptor. What is no such device, or has somebody
+/// attached, is refused by the kernel and stays; that the name is taken is told by who makes the new one.
+fn take_away(name: &str) -> io::Result<()> {
+    let descriptor = open_driver()?;
+    let mut request = request(name);
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    // SAFETY: the first request is given an ifreq, the second takes a number.
+    let _ = unsafe {
+        checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFF as _, &raw mut request))
+            .and_then(|()| checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETPERSIST as _, 0)))
+    };
+    Ok(())
 }
 
 fn make(descriptor: &OwnedFd, name: &str) -> io::Result<()> {
