@@ -12,6 +12,9 @@
 //! Sources (containers, by address) have a share each: flows, connections under way, new flows a second, buffered bytes.
 //! A source is remembered for as long as it has flows or its rate is not restored, and only so many are: a flood of invented
 //! addresses is refused, whoever has flows is not forgotten for it.
+//!
+//! What comes in by a container's published ports has shares of its own beside those of what the container itself begins
+//! ([`Origin`]): whoever floods the port does not shut the container in.
 
 use crate::limits::{Bucket, Rate};
 use crate::siphash::HashKey;
@@ -67,6 +70,15 @@ pub enum Class {
     Connection = 2,
 }
 
+/// Who has begun a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// The container.
+    Inside,
+    /// A client of a published port of the container's.
+    Outside,
+}
+
 /// The bounds of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableLimits {
@@ -74,7 +86,7 @@ pub struct TableLimits {
     pub flows: usize,
     /// Flows of one source.
     pub flows_per_source: usize,
-    /// TCP connections of one source that the far end has not accepted yet.
+    /// TCP connections of one source that have not been accepted yet.
     pub half_open_per_source: usize,
     /// New flows of one source.
     pub new_flows_per_source: Rate,
@@ -119,6 +131,7 @@ pub enum Refused {
 #[derive(Debug)]
 struct Source {
     ip: IpAddr,
+    origin: Origin,
     flows: usize,
     half_open: usize,
     buffered: usize,
@@ -148,6 +161,9 @@ struct Silence {
 /// How often forgotten sources are looked for at most, when there are too many.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Sessions that are looked at to find one that can make room for another of the same source.
+const LOOKED_AT: usize = 256;
+
 /// The flows, each with a `T`.
 #[derive(Debug)]
 pub struct FlowTable<T> {
@@ -155,7 +171,7 @@ pub struct FlowTable<T> {
     flows: Arena<Entry<T>>,
     by_key: HashMap<FlowKey, Key, HashKey>,
     sources: Arena<Source>,
-    by_source: BTreeMap<IpAddr, Key>,
+    by_source: BTreeMap<(IpAddr, Origin), Key>,
     silence: [Silence; 2],
     counts: [usize; 3],
     swept: Option<Instant>,
@@ -229,12 +245,12 @@ impl<T> FlowTable<T> {
         }
     }
 
-    /// Whether `ip` may have one flow more: asked before anything is made for it, and counted against its rate.
+    /// Whether `ip` may have one flow more of this origin: asked before anything is made for it, and counted against its rate.
     ///
     /// # Errors
     /// Which limit forbids it.
-    pub fn admit(&mut self, ip: IpAddr, class: Class, now: Instant) -> Result<(), Refused> {
-        let source = self.source(ip, now)?;
+    pub fn admit(&mut self, ip: IpAddr, origin: Origin, class: Class, now: Instant) -> Result<(), Refused> {
+        let source = self.source(ip, origin, now)?;
         let limits = self.limits;
         let source = self.sources.get_mut(source).ok_or(Refused::Sources)?;
         if source.flows >= limits.flows_per_source {
@@ -256,7 +272,8 @@ impl<T> FlowTable<T> {
     /// Whether source `ip` may be told of an error: counted, so that it cannot have the engine answer all day.
     pub fn may_tell(&mut self, ip: IpAddr, now: Instant) -> bool {
         let rate = self.limits.errors_per_source;
-        let source = self.source(ip, now).ok().and_then(|source| self.sources.get_mut(source));
+        let source =
+            self.source(ip, Origin::Inside, now).ok().and_then(|source| self.sources.get_mut(source));
         source.is_some_and(|source| source.errors.take(rate, now))
     }
 
@@ -275,9 +292,32 @@ impl<T> FlowTable<T> {
         self.remove(oldest)
     }
 
+    /// Takes the longest silent unanswered session of a source out that has its share. Only so many are looked at: of a flood that takes up
+    /// a share, one is among them.
+    pub fn evict_tentative_of(&mut self, ip: IpAddr, origin: Origin) -> Option<(FlowKey, T)> {
+        let source = *self.by_source.get(&(ip, origin))?;
+        let mut next = self.silence[0].oldest;
+        for _ in 0..LOOKED_AT {
+            let key = next?;
+            let entry = self.flows.get(key)?;
+            if entry.source == source {
+                return self.remove(key);
+            }
+            next = entry.newer;
+        }
+        None
+    }
+
     /// Adds a flow, which was admitted and for which room was made. A connection begins half-open.
-    pub fn insert(&mut self, key: FlowKey, class: Class, value: T, now: Instant) -> Option<Key> {
-        let source = self.source(key.inside.ip(), now).ok()?;
+    pub fn insert(
+        &mut self,
+        key: FlowKey,
+        origin: Origin,
+        class: Class,
+        value: T,
+        now: Instant,
+    ) -> Option<Key> {
+        let source = self.source(key.inside.ip(), origin, now).ok()?;
         let half_open = class == Class::Connection;
         let entry = Entry { key, source, class, half_open, last_seen: now, older: None, newer: None, value };
         let flow = self.flows.insert(entry);
@@ -291,7 +331,7 @@ impl<T> FlowTable<T> {
         Some(flow)
     }
 
-    /// Notes that the far end has accepted connection `key`.
+    /// Notes that connection `key` was accepted.
     pub fn opened(&mut self, key: Key) {
         if let Some(entry) = self.flows.get_mut(key)
             && std::mem::take(&mut entry.half_open)
@@ -347,8 +387,8 @@ impl<T> FlowTable<T> {
         self.flows.keys()
     }
 
-    fn source(&mut self, ip: IpAddr, now: Instant) -> Result<Key, Refused> {
-        if let Some(key) = self.by_source.get(&ip) {
+    fn source(&mut self, ip: IpAddr, origin: Origin, now: Instant) -> Result<Key, Refused> {
+        if let Some(key) = self.by_source.get(&(ip, origin)) {
             return Ok(*key);
         }
         if self.by_source.len() >= self.limits.sources {
@@ -359,8 +399,9 @@ impl<T> FlowTable<T> {
         }
         let bucket = Bucket::new(self.limits.new_flows_per_source, now);
         let errors = Bucket::new(self.limits.errors_per_source, now);
-        let key = self.sources.insert(Source { ip, flows: 0, half_open: 0, buffered: 0, bucket, errors });
-        self.by_source.insert(ip, key);
+        let source = Source { ip, origin, flows: 0, half_open: 0, buffered: 0, bucket, errors };
+        let key = self.sources.insert(source);
+        self.by_source.insert((ip, origin), key);
         Ok(key)
     }
 
@@ -375,7 +416,7 @@ impl<T> FlowTable<T> {
                 && source.flows == 0
                 && source.bucket.is_full(rate, now)
             {
-                self.by_source.remove(&source.ip);
+                self.by_source.remove(&(source.ip, source.origin));
                 self.sources.remove(key);
             }
         }
@@ -438,9 +479,9 @@ mod tests {
         class: Class,
         now: Instant,
     ) -> Result<Key, Refused> {
-        table.admit(key(host, port).inside.ip(), class, now)?;
+        table.admit(key(host, port).inside.ip(), Origin::Inside, class, now)?;
         table.evict();
-        Ok(table.insert(key(host, port), class, port, now).unwrap())
+        Ok(table.insert(key(host, port), Origin::Inside, class, port, now).unwrap())
     }
 
     #[test]
@@ -481,12 +522,33 @@ mod tests {
         let honest = add(&mut table, 1, 1, Class::Connection, now).unwrap();
         let mut refused = 0;
         for host in 2..=255 {
-            refused += usize::from(table.admit(key(host, 1).inside.ip(), Class::Tentative, now).is_err());
+            let ip = key(host, 1).inside.ip();
+            refused += usize::from(table.admit(ip, Origin::Inside, Class::Tentative, now).is_err());
         }
         assert_eq!(refused, 252, "two places were free");
         assert!(table.get(honest).is_some());
         let later = now + Duration::from_secs(2);
-        assert_eq!(table.admit(key(77, 1).inside.ip(), Class::Tentative, later), Ok(()));
+        assert_eq!(table.admit(key(77, 1).inside.ip(), Origin::Inside, Class::Tentative, later), Ok(()));
+    }
+
+    #[test]
+    fn who_floods_a_published_port_takes_its_share_and_evicts_his_own() {
+        let now = Instant::now();
+        let mut table = FlowTable::new(LIMITS, KEY);
+        add(&mut table, 1, 1, Class::Tentative, now).unwrap();
+        let ip = key(1, 1).inside.ip();
+        for port in 10..12 {
+            table.admit(ip, Origin::Outside, Class::Tentative, now).unwrap();
+            table.insert(key(1, port), Origin::Outside, Class::Tentative, port, now).unwrap();
+        }
+        let share = TableLimits { flows_per_source: 2, ..LIMITS };
+        table.limits = share;
+        let more = table.admit(ip, Origin::Outside, Class::Tentative, now);
+        assert_eq!(more, Err(Refused::SourceShare));
+        assert_eq!(table.admit(ip, Origin::Inside, Class::Tentative, now), Ok(()));
+        let evicted = table.evict_tentative_of(ip, Origin::Outside).map(|(_, port)| port);
+        assert_eq!(evicted, Some(10), "the longest silent, and not the container's own");
+        assert_eq!(table.admit(ip, Origin::Outside, Class::Tentative, now), Ok(()));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What the fuzz target checks, as an ordinary function, so that a plain test can replay a corpus. Not part of the interface.
 
 use crate::engine::{Engine, Secrets};
-use crate::host::{Batch, DatagramKind, Host, Ready, SendOutcome, SocketProblem};
+use crate::forward::{Forward, ForwardId, ForwardSource};
+use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
 use crate::metrics::Stats;
 use crate::settings::Settings;
 use crate::siphash::HashKey;
@@ -12,12 +13,14 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_model::Protocol;
 use tidegate_reactor::Key;
 
 /// A host whose sockets do what the fuzzer says.
 #[derive(Default)]
 struct Fuzzed {
     keys: Vec<Key>,
+    ports: Vec<Key>,
     /// Bytes that say how the next calls end.
     moods: Vec<u8>,
     /// What waits at each stream.
@@ -51,11 +54,16 @@ impl Batch for Answers {
     fn source(&self, index: usize) -> Option<SocketAddr> {
         Some(SocketAddr::from(([192, 0, 2, index as u8], 5000)))
     }
+
+    fn arrival(&self, index: usize) -> (Option<IpAddr>, u32) {
+        (Some(IpAddr::from([198, 51, 100, index as u8 / 2])), 1)
+    }
 }
 
 impl Host for Fuzzed {
     type Stream = usize;
     type Datagrams = ();
+    type Listener = ();
     type Batch = Answers;
 
     fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
@@ -85,6 +93,32 @@ impl Host for Fuzzed {
     fn watch_stream(&mut self, _stream: &mut usize, key: Key) -> io::Result<Ready> {
         self.watch(key);
         Ok(Ready { writable: self.mood().is_multiple_of(2), ..Ready::default() })
+    }
+
+    fn watch_port(&mut self, _port: &Port<(), ()>, key: Key) -> io::Result<()> {
+        if !self.ports.contains(&key) {
+            self.ports.push(key);
+        }
+        Ok(())
+    }
+
+    fn ignore_port(&mut self, _port: &Port<(), ()>) {}
+
+    fn accept(&mut self, _listener: &mut ()) -> io::Result<(usize, SocketAddr)> {
+        let mood = self.mood();
+        match mood % 8 {
+            0 => Err(io::ErrorKind::WouldBlock.into()),
+            6 => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+            7 => Err(io::ErrorKind::ConnectionAborted.into()),
+            _ => {
+                self.waiting.push(usize::from(mood) * 10);
+                Ok((self.waiting.len() - 1, SocketAddr::from(([192, 0, 2, mood / 64], 5000))))
+            }
+        }
+    }
+
+    fn local_address(&self, _stream: &usize) -> Option<IpAddr> {
+        None
     }
 
     fn connect_result(&mut self, _stream: &usize) -> io::Result<()> {
@@ -140,7 +174,7 @@ impl Host for Fuzzed {
     fn send_train(
         &mut self,
         _: &mut (),
-        _: Option<SocketAddr>,
+        _: Option<Destination>,
         _: &[u8],
         _: usize,
         _: bool,
@@ -168,7 +202,7 @@ impl Host for Fuzzed {
         (self.mood() % 4 == 3).then_some(SocketProblem {
             problem: Problem::PortUnreachable,
             offender: None,
-            destination: None,
+            destination: Some(SocketAddr::from(([192, 0, 2, 1], 5000))),
             payload,
         })
     }
@@ -187,9 +221,30 @@ pub fn check_engine(mut data: &[u8]) {
     let secrets = Secrets { table: HashKey([1, 2]), sequence: HashKey([3, 4]) };
     let mut engine = Engine::new(Fuzzed::default(), settings, secrets, Arc::new(Stats::default()), start);
     let mut now = start;
+    let guest = SocketAddr::from(([10, 0, 2, 100], 80));
+    let listen = SocketAddr::from(([0, 0, 0, 0], 80));
+    for (id, protocol, source, port) in [
+        (1, Protocol::Tcp, ForwardSource::Client, Port::Tcp(())),
+        (2, Protocol::Tcp, ForwardSource::Gateway, Port::Tcp(())),
+        (3, Protocol::Udp, ForwardSource::Client, Port::Udp(())),
+    ] {
+        let forward = Forward { protocol, listen, guest, source };
+        let published = engine.publish(ForwardId(id), forward, port, None, Arc::default());
+        published.expect("nothing here refuses to be watched");
+    }
     while let [step, rest @ ..] = data {
         data = rest;
-        match step % 4 {
+        match step % 8 {
+            4 | 5 => {
+                let Some(([which, mood], rest)) = data.split_first_chunk::<2>() else { break };
+                data = rest;
+                engine.host_mut().moods =
+                    vec![*mood, mood.rotate_left(3), mood.rotate_left(5), mood.rotate_left(1)];
+                let ports = &engine.host_mut().ports;
+                let port = ports[usize::from(*which) % ports.len()];
+                let error = *which >= 128;
+                engine.port_ready(port, Ready { readable: true, error, ..Ready::default() }, now);
+            }
             0 | 1 => {
                 let Some((length, rest)) = data.split_first_chunk::<2>() else { break };
                 let length = usize::from(u16::from_be_bytes(*length)).min(rest.len());
@@ -197,7 +252,7 @@ pub fn check_engine(mut data: &[u8]) {
                 data = rest;
                 engine.packet(frame, now);
             }
-            2 => {
+            2 | 6 => {
                 let Some(([which, how, mood], rest)) = data.split_first_chunk::<3>() else { break };
                 data = rest;
                 engine.host_mut().moods = vec![*mood, mood.rotate_left(3), *mood, mood.rotate_left(6)];

@@ -47,6 +47,24 @@ pub enum SendOutcome {
     Unreachable(Problem),
 }
 
+/// Where a datagram goes whose socket is not connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// There.
+    pub to: SocketAddr,
+    /// The address of ours that it leaves from, if not the one that the route says.
+    pub from: Option<IpAddr>,
+}
+
+/// The socket of a published port: one that listens, or one for datagrams.
+#[derive(Debug)]
+pub enum Port<L, D> {
+    /// Of TCP.
+    Tcp(L),
+    /// Of UDP, not connected.
+    Udp(D),
+}
+
 /// Something that the network told a datagram socket about an earlier datagram (`IP_RECVERR`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketProblem {
@@ -75,6 +93,10 @@ pub trait Batch: Default {
 
     /// Who sent message `index`; asked only of a socket that is not connected.
     fn source(&self, index: usize) -> Option<SocketAddr>;
+
+    /// Which address of ours message `index` was sent to, and the index of the interface that it came by (0 if it is not known); asked only of a
+    /// published port's socket.
+    fn arrival(&self, index: usize) -> (Option<IpAddr>, u32);
 }
 
 /// See the module.
@@ -83,6 +105,8 @@ pub trait Host {
     type Stream;
     /// A UDP or ping socket, connected unless it is shared.
     type Datagrams;
+    /// A listening TCP socket.
+    type Listener;
     /// What datagrams are received into.
     type Batch: Batch;
 
@@ -105,7 +129,25 @@ pub trait Host {
     /// The kernel watches no more sockets.
     fn watch_stream(&mut self, stream: &mut Self::Stream, key: Key) -> io::Result<Ready>;
 
-    /// How a connect ended.
+    /// From now on [`Engine::port_ready`](crate::engine::Engine::port_ready) is called with `key` for as long as something waits.
+    ///
+    /// # Errors
+    /// The kernel watches no more sockets.
+    fn watch_port(&mut self, port: &Port<Self::Listener, Self::Datagrams>, key: Key) -> io::Result<()>;
+
+    /// What waits at `port` waits until it is watched again.
+    fn ignore_port(&mut self, port: &Port<Self::Listener, Self::Datagrams>);
+
+    /// Takes the next client that waits to be accepted, and tells its address.
+    ///
+    /// # Errors
+    /// `WouldBlock` when nobody waits, `EMFILE` when there is no descriptor left for who does.
+    fn accept(&mut self, listener: &mut Self::Listener) -> io::Result<(Self::Stream, SocketAddr)>;
+
+    /// The address of ours that a client has connected to, if it can be told.
+    fn local_address(&self, stream: &Self::Stream) -> Option<IpAddr>;
+
+    /// How a connect ended; of a client that was accepted, whether it is still there.
     ///
     /// # Errors
     /// It failed.
@@ -147,12 +189,12 @@ pub trait Host {
     /// The kernel watches no more sockets.
     fn watch_datagrams(&mut self, socket: &Self::Datagrams, key: Key) -> io::Result<()>;
 
-    /// Sends `bytes`, where the socket is connected to or `to`, as datagrams of `segment` bytes, the last one perhaps shorter. Whether one may be cut on its way says
+    /// Sends `bytes`, where the socket is connected to or to `destination`, as datagrams of `segment` bytes, the last one perhaps shorter. Whether one may be cut on its way says
     /// `dont_fragment`; a `hop_limit` is set where the guest's own is so low that it matters.
     fn send_train(
         &mut self,
         socket: &mut Self::Datagrams,
-        to: Option<SocketAddr>,
+        destination: Option<Destination>,
         bytes: &[u8],
         segment: usize,
         dont_fragment: bool,

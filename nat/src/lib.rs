@@ -55,6 +55,7 @@ compile_error!("TUN devices with virtio headers exist on Linux only");
 pub mod engine;
 mod error;
 pub mod flow_table;
+pub mod forward;
 pub mod fragments;
 #[doc(hidden)]
 pub mod fuzz;
@@ -72,9 +73,10 @@ pub mod wire;
 
 pub use error::StartError;
 pub use flow_table::TableLimits;
+pub use forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, PublishError};
 pub use io::tun::{MIN_MTU, Tun, TunOptions};
 pub use limits::Rate;
-pub use metrics::{Count, DropReason, FAMILIES, Family, FlowKind, Stats, describe};
+pub use metrics::{Count, DropReason, FAMILIES, Family, FlowKind, ForwardStats, Stats, describe};
 pub use nat::Nat;
 pub use policy::Policy;
 pub use settings::{Capabilities, Mapping, Outbound, Settings, Timeouts};

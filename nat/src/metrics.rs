@@ -47,11 +47,15 @@ pub enum DropReason {
     Device,
     /// It came from an address that the container has not sent to.
     Unsolicited,
+    /// It came to a published port, from who may not ask there.
+    ShutOut,
+    /// It came to a published port, and every five-tuple that could tell its flow from others is taken.
+    Conflict,
 }
 
 impl DropReason {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::Malformed,
         Self::ForeignSource,
         Self::Protocol,
@@ -71,6 +75,8 @@ impl DropReason {
         Self::HopLimit,
         Self::Device,
         Self::Unsolicited,
+        Self::ShutOut,
+        Self::Conflict,
     ];
 
     /// The value of the label `reason`.
@@ -96,6 +102,8 @@ impl DropReason {
             Self::HopLimit => "hop_limit",
             Self::Device => "device",
             Self::Unsolicited => "unsolicited",
+            Self::ShutOut => "shut_out",
+            Self::Conflict => "conflict",
         }
     }
 }
@@ -167,6 +175,21 @@ pub struct Stats {
     pub retransmissions: Count,
     /// Sessions ended before their time to make room.
     pub evicted: Count,
+}
+
+/// The figures of a published port.
+#[derive(Debug, Default)]
+pub struct ForwardStats {
+    /// Flows now.
+    pub flows: Count,
+    /// Flows begun.
+    pub flows_begun: Count,
+    /// Clients' connections and datagrams that were refused: by a limit, or because they may not ask here.
+    pub refused: Count,
+    /// Flows that showed the gateway where the client was to be shown, because the five-tuple was taken or of another family.
+    pub fallbacks: Count,
+    /// Payload carried: out (to the client), in.
+    pub bytes: [Count; 2],
 }
 
 impl Stats {

@@ -1,18 +1,24 @@
 //! A running engine, as its owner holds it.
 
+use crate::engine::inbound::can_be_a_guest;
 use crate::engine::{Engine, Secrets};
 use crate::error::StartError;
-use crate::io::driver::{Driver, Message};
-use crate::io::sockets::{Kernel, probe};
+use crate::forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, PublishError};
+use crate::io::driver::{Driver, Message, Publish};
+use crate::io::sockets::{Kernel, bound_to, probe, reserve};
 use crate::io::tun::Tun;
-use crate::metrics::Stats;
+use crate::metrics::{ForwardStats, Stats};
 use crate::policy::Policy;
 use crate::settings::{Capabilities, Settings};
 use crate::siphash::HashKey;
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, mpsc};
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
+use tidegate_model::Protocol;
 use tidegate_netns::{AddressBook, Namespace};
 use tidegate_reactor::{Descriptors, EventLoop, Sender};
 
@@ -23,6 +29,17 @@ pub struct Nat {
     capabilities: Capabilities,
     sender: Sender<Message>,
     thread: Option<JoinHandle<()>>,
+    host: Namespace,
+    forwards: Mutex<Forwards>,
+}
+
+/// What is published.
+#[derive(Debug, Default)]
+struct Forwards {
+    last: u32,
+    open: BTreeMap<ForwardId, (Forward, Arc<ForwardStats>)>,
+    /// The engine's own addresses, as the policy has them.
+    gateways: Vec<IpAddr>,
 }
 
 impl Nat {
@@ -47,10 +64,13 @@ impl Nat {
         let (event_loop, sender) = EventLoop::new().map_err(StartError::Loop)?;
         let epoll = event_loop.epoll().try_clone().map_err(StartError::Loop)?;
         let (started, has_started) = mpsc::channel();
+        let gateways = settings.policy.gateways.clone();
+        let forwards = Mutex::new(Forwards { gateways, ..Forwards::default() });
         let (host, counted) = (host.clone(), Arc::clone(&stats));
+        let inside = host.clone();
         let run = move || {
             // In the host's network for good: a socket then costs no way there and back.
-            let entered = if host.is_current() { Ok(()) } else { host.enter() };
+            let entered = if inside.is_current() { Ok(()) } else { inside.enter() };
             let made = entered.map_err(StartError::Namespace).and_then(|()| {
                 let kernel = Kernel::new(tun.descriptor, epoll, addresses, descriptors, &settings);
                 let engine = Engine::new(kernel, settings, secrets, counted, Instant::now());
@@ -74,7 +94,7 @@ impl Nat {
         let panicked = || StartError::Loop(io::Error::other("the NAT engine's thread panicked"));
         result.unwrap_or_else(|_| Err(panicked()))?;
         tracing::info!(?capabilities, "NAT engine started");
-        Ok(Self { stats, capabilities, sender, thread: Some(thread) })
+        Ok(Self { stats, capabilities, sender, thread: Some(thread), host, forwards })
     }
 
     /// What it counts.
@@ -91,8 +111,106 @@ impl Nat {
 
     /// Who may go where from now on. Flows that are there go on.
     pub fn set_policy(&self, policy: Policy) {
+        self.published().gateways.clone_from(&policy.gateways);
         // A loop that has ended has no flows.
         let _ = self.sender.send(Message::Policy(Box::new(policy)));
+    }
+
+    /// Opens a port of the host's that leads to a container. When it returns, clients are answered.
+    ///
+    /// # Errors
+    /// [`PublishError`]; nothing has changed then.
+    pub fn publish(&self, forward: Forward) -> Result<ForwardId, PublishError> {
+        self.check(&forward)?;
+        let reserve = || reserve(&forward);
+        let socket = if self.host.is_current() { reserve() } else { self.host.with(reserve).flatten() };
+        let socket = socket.map_err(|source| PublishError::Listen { label: forward.label(), source })?;
+        self.publish_on(socket, forward, None)
+    }
+
+    /// The same on a socket that is bound already, to what then stands in for [`Forward::listen`]; of TCP, one that listens will do. `guard` says who may
+    /// ask there.
+    ///
+    /// # Errors
+    /// [`PublishError`]; the socket is closed then.
+    pub fn publish_on(
+        &self,
+        socket: OwnedFd,
+        mut forward: Forward,
+        guard: Option<Arc<dyn Guard>>,
+    ) -> Result<ForwardId, PublishError> {
+        self.check(&forward)?;
+        let failed = |source| PublishError::Listen { label: forward.label(), source };
+        forward.listen = bound_to(&socket).map_err(failed)?;
+        let stats = Arc::new(ForwardStats::default());
+        let mut forwards = self.published();
+        if forwards.open.len() >= MAX_FORWARDS {
+            return Err(PublishError::TooMany);
+        }
+        forwards.last += 1;
+        let id = ForwardId(forwards.last);
+        let (done, is_done) = mpsc::channel();
+        let publish = Publish { id, forward, socket, guard, stats: Arc::clone(&stats), done };
+        self.sender.send(Message::Publish(Box::new(publish))).map_err(|_| PublishError::Ended)?;
+        match is_done.recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) if error.raw_os_error() == Some(libc::EMFILE) => {
+                return Err(PublishError::Descriptors(forward.label()));
+            }
+            Ok(Err(source)) => return Err(PublishError::Listen { label: forward.label(), source }),
+            Err(_) => return Err(PublishError::Ended),
+        }
+        forwards.open.insert(id, (forward, stats));
+        tracing::debug!(label = %forward.label(), guest = %forward.guest, "port published");
+        Ok(id)
+    }
+
+    /// Closes a published port; when it returns, it is free. Connections go on, sessions of UDP end. False if there is no such port.
+    pub fn unpublish(&self, id: ForwardId) -> bool {
+        let mut forwards = self.published();
+        if forwards.open.remove(&id).is_none() {
+            return false;
+        }
+        let (done, is_done) = mpsc::channel();
+        if self.sender.send(Message::Unpublish(id, done)).is_ok() {
+            // A loop that ends meanwhile closes the port as well.
+            let _ = is_done.recv();
+        }
+        true
+    }
+
+    /// What is published, in the order in which it was.
+    #[must_use]
+    pub fn forwards(&self) -> Vec<(ForwardId, Forward)> {
+        self.published().open.iter().map(|(id, (forward, _))| (*id, *forward)).collect()
+    }
+
+    /// The figures of a published port.
+    #[must_use]
+    pub fn forward_stats(&self, id: ForwardId) -> Option<Arc<ForwardStats>> {
+        self.published().open.get(&id).map(|(_, stats)| Arc::clone(stats))
+    }
+
+    /// Whether `forward` can be at all.
+    fn check(&self, forward: &Forward) -> Result<(), PublishError> {
+        let (label, guest) = (forward.label(), forward.guest);
+        if forward.protocol == Protocol::Sctp {
+            return Err(PublishError::Protocol(label));
+        }
+        if !can_be_a_guest(guest) {
+            return Err(PublishError::Guest { label, guest });
+        }
+        let has_gateway = self.published().gateways.iter().any(|ip| ip.is_ipv4() == guest.is_ipv4());
+        let needs_gateway =
+            forward.source == ForwardSource::Gateway || forward.listen.is_ipv4() != guest.is_ipv4();
+        if needs_gateway && !has_gateway {
+            return Err(PublishError::NoGateway { label, guest });
+        }
+        Ok(())
+    }
+
+    fn published(&self) -> MutexGuard<'_, Forwards> {
+        self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends it; returns when the device is gone.

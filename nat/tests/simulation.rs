@@ -9,10 +9,10 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
-use tidegate_nat::Settings;
 use tidegate_nat::host::Ready;
 use tidegate_nat::wire::head::TcpHead;
 use tidegate_nat::wire::tcp::flags::{ACK, FIN, PSH, RST, SYN};
+use tidegate_nat::{ForwardSource, Settings};
 use world::{Bench, Dice, Seen, at, frame, segment};
 
 /// What kind of a link and of ends a run has.
@@ -32,6 +32,8 @@ struct Weather {
     /// The far end takes so much at a time.
     appetite: usize,
     guest_closes_first: bool,
+    /// The far end is a client of a published port, and calls.
+    calls: bool,
 }
 
 const CALM: Weather = Weather {
@@ -46,6 +48,7 @@ const CALM: Weather = Weather {
     mss: 1460,
     appetite: usize::MAX,
     guest_closes_first: true,
+    calls: false,
 };
 
 fn byte(position: usize) -> u8 {
@@ -67,6 +70,8 @@ struct Guest {
     nxt: usize,
     window: usize,
     established: bool,
+    /// A client has called.
+    called: bool,
     irs: u32,
     received: Vec<u8>,
     early: BTreeMap<usize, Vec<u8>>,
@@ -93,6 +98,7 @@ impl Guest {
             nxt: 0,
             window: 1,
             established: false,
+            called: false,
             irs: 0,
             received: Vec::new(),
             early: BTreeMap::new(),
@@ -133,7 +139,7 @@ impl Guest {
         };
         let head = TcpHead {
             sequence: self.iss.wrapping_add(at as u32),
-            acknowledgement: if syn { 0 } else { self.acknowledgement() },
+            acknowledgement: if syn && !self.called { 0 } else { self.acknowledgement() },
             flags,
             window: window.min(0xffff) as u16,
             mss: syn.then_some(self.weather.mss),
@@ -146,7 +152,7 @@ impl Guest {
 
     /// What it sends now.
     fn transmit(&mut self, now: Instant, clock: Duration, out: &mut Vec<Vec<u8>>) {
-        if self.reset || self.done_at.is_some() {
+        if self.reset || self.done_at.is_some() || self.weather.calls && !self.called {
             return;
         }
         if self.resend_at.is_some_and(|at| at <= now) {
@@ -164,7 +170,7 @@ impl Guest {
         while self.nxt < self.end() && self.nxt < self.una + window {
             let bytes = 1 + self.weather.up;
             let (flags, payload) = if self.nxt == 0 {
-                (SYN, Vec::new())
+                (if self.called { SYN | ACK } else { SYN }, Vec::new())
             } else if self.nxt < bytes {
                 // Large segments, as with offload.
                 let room = (self.una + window - self.nxt).min(4 * usize::from(self.weather.mss));
@@ -193,12 +199,30 @@ impl Guest {
             let ours = self.iss.wrapping_add(self.nxt as u32);
             let answers_syn = !self.established && seen.acknowledgement == self.iss.wrapping_add(1);
             if answers_syn
-                || self.established
+                || (self.established || self.called)
                     && (seen.sequence == self.acknowledgement() || ours == seen.acknowledgement)
             {
                 self.reset = true;
             }
             return;
+        }
+        if self.weather.calls && !self.established {
+            if seen.has(SYN) {
+                if !self.called {
+                    (self.called, self.irs, self.scaled) = (true, seen.sequence, seen.scale.is_some());
+                    self.scaled &= self.weather.scale.is_some();
+                    self.echo = seen.timestamps.map_or(0, |stamps| stamps.0);
+                }
+                // Once more, should the first have been lost.
+                (self.nxt, self.resend_at) = (0, None);
+                return;
+            }
+            if !self.called || seen.acknowledgement != self.iss.wrapping_add(1) {
+                return;
+            }
+            self.established = true;
+            (self.una, self.nxt, self.tries, self.resend_at) = (1, 1, 0, None);
+            self.window = usize::from(seen.window) << if self.scaled { 5 } else { 0 };
         }
         if !self.established {
             if !seen.has(SYN | ACK) {
@@ -298,8 +322,12 @@ fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Repor
     let mut bench = Bench::with(change);
     bench.world().room = weather.appetite.min(100_000);
     bench.world().answer_at_once = Some(Ok(()));
-    let start = bench.now;
     let mut guest = Guest::new(weather);
+    if weather.calls {
+        bench.publish_tcp(&guest.inside.to_string(), ForwardSource::Client);
+        bench.client(0, &guest.outside.to_string());
+    }
+    let start = bench.now;
     let mut events: BinaryHeap<Reverse<(Instant, u64, Event)>> = BinaryHeap::new();
     let mut order = 0;
     let mut fed = 0;
@@ -441,8 +469,8 @@ fn check_with(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -
 
 #[test]
 fn on_a_calm_day_everything_arrives() {
-    for guest_closes_first in [true, false] {
-        let weather = Weather { guest_closes_first, ..CALM };
+    for (guest_closes_first, calls) in [(true, false), (false, false), (true, true), (false, true)] {
+        let weather = Weather { guest_closes_first, calls, ..CALM };
         let report = check(weather, 1);
         assert!(report.is_complete(&weather), "{report:?}");
         assert!(!report.guest_reset && !report.far_end_reset);
@@ -457,6 +485,7 @@ fn with_loss_everything_arrives_in_the_end() {
             doubling: seed % 7,
             delay: 1 + seed % 30,
             guest_closes_first: seed % 2 == 0,
+            calls: seed % 4 > 1,
             up: 60_000,
             down: 60_000,
             ..CALM
@@ -469,7 +498,8 @@ fn with_loss_everything_arrives_in_the_end() {
 #[test]
 fn with_reordering_and_doubling_every_byte_arrives_once() {
     for seed in 0..20 {
-        let weather = Weather { doubling: 30, delay: 50, up: 200_000, down: 200_000, ..CALM };
+        let calls = seed % 2 == 1;
+        let weather = Weather { doubling: 30, delay: 50, up: 200_000, down: 200_000, calls, ..CALM };
         assert!(check(weather, seed).is_complete(&weather), "seed {seed}");
     }
 }
@@ -488,6 +518,7 @@ fn with_tiny_windows_everything_arrives_slowly() {
                 up: size,
                 down: size,
                 appetite: window.max(10),
+                calls: seed > 1,
                 ..CALM
             };
             assert!(check(weather, seed).is_complete(&weather), "seed {seed}: {weather:?}");
@@ -514,6 +545,15 @@ fn without_so_peek_off_and_offload_it_is_the_same() {
 
 #[test]
 fn in_a_storm_nothing_is_invented_and_every_cut_is_seen() {
+    storm(false);
+}
+
+#[test]
+fn in_a_storm_a_client_that_calls_is_served_or_told() {
+    storm(true);
+}
+
+fn storm(calls: bool) {
     let mut complete = 0;
     for seed in 100..160 {
         let mut dice = Dice(seed);
@@ -529,6 +569,7 @@ fn in_a_storm_nothing_is_invented_and_every_cut_is_seen() {
             mss: 100 + dice.below(1400) as u16,
             appetite: 1 + dice.below(5000) as usize,
             guest_closes_first: dice.percent(50),
+            calls,
         };
         complete += u32::from(check(weather, seed).is_complete(&weather));
     }

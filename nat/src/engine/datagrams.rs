@@ -5,6 +5,9 @@
 //! *tentative* until the far end has answered and *assured* from then on ([`Class`]); silent for its time, or in the way when the table is
 //! full, it ends. UDP promises no delivery: what does not fit into a buffer is dropped and counted.
 //!
+//! A session of a published port ([`Via::Port`]) has no socket: a client has begun it, and the guest's answers leave by the port's. It is
+//! the guest whose answer makes it assured.
+//!
 //! With [`Mapping::EndpointIndependent`] the far ends of one container's socket share a session, whose socket is not connected, and the
 //! session remembers whom the container has sent to: they alone are let in.
 //!
@@ -12,11 +15,12 @@
 //! batch that are alike are merged into one write, which the guest's kernel takes apart again where the program reads them.
 //! One that is larger than the device's packets is written in fragments.
 
+use super::inbound::Published;
 use super::tcp::{is_exhaustion, problem};
 use super::{Engine, Flow};
-use crate::flow_table::{Class, FlowKey};
-use crate::host::{Batch, DatagramKind, Host, Ready, SendOutcome};
-use crate::metrics::{DropReason, FlowKind, Stats};
+use crate::flow_table::{Class, FlowKey, Origin};
+use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome};
+use crate::metrics::{DropReason, FlowKind, ForwardStats, Stats};
 use crate::policy::{DNS, Way};
 use crate::settings::{Mapping, Timeouts};
 use crate::train::Way as Wagon;
@@ -30,6 +34,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_reactor::Key;
 use tidegate_reactor::batch::{MAX_SEGMENTS, MAX_TRAIN_BYTES, next_group};
@@ -46,10 +51,28 @@ const PEERS: usize = 64;
 /// Hop limits below this are meant (traceroute); above it they are some system's default.
 const HOPS_THAT_MATTER: u8 = 33;
 
-/// A session and its socket.
+/// By what a session reaches its far end.
+#[derive(Debug)]
+pub(super) enum Via<D> {
+    /// A socket of its own.
+    Own(D),
+    /// A published port's.
+    Port {
+        /// Which port's.
+        port: Key,
+        /// The far end.
+        client: SocketAddr,
+        /// The address of ours that it asks at.
+        local: Option<IpAddr>,
+        /// The port's figures.
+        stats: Arc<ForwardStats>,
+    },
+}
+
+/// A session, and how it reaches its far end.
 #[derive(Debug)]
 pub(super) struct Session<D> {
-    socket: D,
+    pub(super) via: Via<D>,
     kind: DatagramKind,
     /// The far end is not where the guest believes.
     mapped: bool,
@@ -64,6 +87,31 @@ pub(super) struct Session<D> {
 }
 
 impl<D> Session<D> {
+    /// One of a published port's client.
+    pub(super) fn of_a_client(via: Via<D>) -> Self {
+        Self::new(via, DatagramKind::Udp)
+    }
+
+    fn new(via: Via<D>, kind: DatagramKind) -> Self {
+        Self {
+            via,
+            kind,
+            mapped: false,
+            peers: VecDeque::new(),
+            dns: false,
+            readable: false,
+            troubled: false,
+            queued: false,
+            timer: None,
+            key: None,
+        }
+    }
+
+    /// Whether it is one of published port `key`.
+    pub(super) fn is_of_port(&self, key: Key) -> bool {
+        matches!(self.via, Via::Port { port, .. } if port == key)
+    }
+
     pub(super) fn kind(&self) -> FlowKind {
         match self.kind {
             DatagramKind::Udp | DatagramKind::SharedUdp => FlowKind::Udp,
@@ -112,10 +160,13 @@ impl<H: Host> Engine<H> {
         };
         // What a gateway stands for is none of the far ends that find one another by STUN.
         let shared = self.settings.mapping == Mapping::EndpointIndependent
-            && !self.settings.policy.is_own(packet.destination);
+            && !self.settings.policy.is_own(packet.destination)
+            && self.flows.find(&key).is_none();
         let kind = if shared { DatagramKind::SharedUdp } else { DatagramKind::Udp };
         let Some(flow) = self.session(packet, key, kind, now) else { return };
-        self.flows.touch(flow, false, now);
+        let answers =
+            matches!(self.flows.get(flow), Some(Flow::Datagrams(Session { via: Via::Port { .. }, .. })));
+        self.flows.touch(flow, answers, now);
         let wagon = Wagon { to: shared.then_some(key.outside), ..wagon(flow, packet) };
         if train && datagram.payload.len() > segment {
             self.send_train(now);
@@ -186,28 +237,20 @@ impl<H: Host> Engine<H> {
             }
         };
         let dns = kind == DatagramKind::Udp && outside.port() == DNS;
-        let mut session = Session {
-            socket,
-            kind,
-            mapped: to != outside,
-            peers: VecDeque::new(),
-            dns,
-            readable: false,
-            troubled: false,
-            queued: false,
-            timer: None,
-            key: None,
-        };
+        let mut session = Session { mapped: to != outside, dns, ..Session::new(Via::Own(socket), kind) };
         if session.is_shared() {
             session.let_in(outside.ip());
         }
         let flow_kind = session.kind();
-        let flow = self.flows.insert(key, Class::Tentative, Flow::Datagrams(session), now)?;
+        let flow = self.flows.insert(key, Origin::Inside, Class::Tentative, Flow::Datagrams(session), now)?;
         self.begun(flow_kind);
         let watched = match self.flows.get_mut(flow) {
             Some((_, Flow::Datagrams(session))) => {
                 session.key = Some(flow);
-                self.host.watch_datagrams(&session.socket, flow)
+                match &session.via {
+                    Via::Own(socket) => self.host.watch_datagrams(socket, flow),
+                    Via::Port { .. } => Ok(()),
+                }
             }
             _ => return None,
         };
@@ -278,8 +321,22 @@ impl<H: Host> Engine<H> {
         let Some((key, Flow::Datagrams(session))) = self.flows.get_mut(wagon.flow) else { return };
         let Wagon { to, dont_fragment, hop_limit, .. } = wagon;
         let key = FlowKey { outside: to.unwrap_or(key.outside), ..key };
-        match self.host.send_train(&mut session.socket, to, bytes, segment, dont_fragment, hop_limit) {
-            SendOutcome::Sent => self.stats.bytes[0].add(bytes.len() as u64),
+        let (socket, destination, port) = match &mut session.via {
+            Via::Own(socket) => (socket, to.map(|to| Destination { to, from: None }), None),
+            Via::Port { port, client, local, stats } => {
+                let Some(Port::Udp(socket)) = self.ports.get_mut(*port).map(Published::port_mut) else {
+                    return;
+                };
+                (socket, Some(Destination { to: *client, from: *local }), Some(&*stats))
+            }
+        };
+        match self.host.send_train(socket, destination, bytes, segment, dont_fragment, hop_limit) {
+            SendOutcome::Sent => {
+                self.stats.bytes[0].add(bytes.len() as u64);
+                if let Some(stats) = port {
+                    stats.bytes[0].add(bytes.len() as u64);
+                }
+            }
             SendOutcome::NoRoom => self.stats.refuse(DropReason::NoRoom),
             SendOutcome::TooBig(mtu) => {
                 self.stats.refuse(DropReason::TooBig);
@@ -293,7 +350,7 @@ impl<H: Host> Engine<H> {
     }
 
     /// Tells the guest about a datagram of its own; of an echo, `payload` is the whole message.
-    fn tell_session(
+    pub(super) fn tell_session(
         &mut self,
         key: FlowKey,
         problem: Problem,
@@ -325,7 +382,8 @@ impl<H: Host> Engine<H> {
                 return;
             }
             let kind = session.kind;
-            match self.host.receive(&mut session.socket, &mut self.batch) {
+            let Via::Own(socket) = &mut session.via else { return };
+            match self.host.receive(socket, &mut self.batch) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     session.readable = false;
@@ -366,7 +424,7 @@ impl<H: Host> Engine<H> {
     }
 
     /// Writes `messages` of the batch to the guest.
-    fn deliver(&mut self, key: FlowKey, messages: Range<usize>) {
+    pub(super) fn deliver(&mut self, key: FlowKey, messages: Range<usize>) {
         let FlowKey { inside, outside, .. } = key;
         let headers = udp::HEADER + if inside.is_ipv6() { 40 } else { 20 };
         let room = usize::from(self.settings.mtu).saturating_sub(headers);
@@ -476,7 +534,8 @@ impl<H: Host> Engine<H> {
             if !session.troubled {
                 return;
             }
-            let Some(found) = self.host.next_problem(&mut session.socket) else {
+            let Via::Own(socket) = &mut session.via else { return };
+            let Some(found) = self.host.next_problem(socket) else {
                 session.troubled = false;
                 return;
             };
@@ -517,7 +576,7 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    fn arm_session(&mut self, key: Key) {
+    pub(super) fn arm_session(&mut self, key: Key) {
         if let Some(deadline) = self.session_deadline(key) {
             self.arm(key, deadline);
         }

@@ -5,7 +5,7 @@
 //!
 //! 1. [`packet`](Engine::packet) for each frame that it reads off the device, from whatever buffer it reads into, and
 //!    [`flush`](Engine::flush) when there are no more for now;
-//! 2. [`ready`](Engine::ready) for each socket that has become ready;
+//! 2. [`ready`](Engine::ready) for each socket that has become ready, [`port_ready`](Engine::port_ready) for one of a published port;
 //! 3. [`handle_timeout`](Engine::handle_timeout) when [`poll_timeout`](Engine::poll_timeout) has come;
 //! 4. [`turn`](Engine::turn) once, which does the work that the others made possible, with a budget for each flow.
 //!
@@ -24,28 +24,31 @@
 //! ```
 
 mod datagrams;
+pub(crate) mod inbound;
 mod problems;
 mod tcp;
 
-use crate::flow_table::{Class, FlowKey, FlowTable, Refused};
+use crate::flow_table::{Class, FlowKey, FlowTable, Origin, Refused};
+use crate::forward::ForwardId;
 use crate::fragments::{Piece, Reassembly};
 use crate::host::{Host, Ready};
 use crate::metrics::{DropReason, FlowKind, Stats};
 use crate::policy::Policy;
 use crate::settings::Settings;
 use crate::siphash::{HashKey, SipHasher};
-use crate::tcp::{Connection, Params};
+use crate::tcp::{Connection, Io, Opening, Params};
 use crate::train::Train;
 use crate::wire::ip::Packet;
 use crate::wire::protocol;
 use crate::wire::virtio::{Segmentation, VirtioHeader};
 use datagrams::Session;
-use std::collections::VecDeque;
+use inbound::{Client, Published};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_reactor::{Key, Timers, Token};
+use tidegate_reactor::{Arena, Key, Timers, Token};
 
 /// Limits that are hit are complained about this often at most.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
@@ -102,6 +105,16 @@ pub struct Engine<H: Host> {
     resolver: usize,
     /// When a limit was last complained about.
     warned: Option<Instant>,
+    /// The published ports, and what they are known by.
+    ports: Arena<Published<H>>,
+    ports_by_id: BTreeMap<ForwardId, Key>,
+    /// The sessions of published ports.
+    clients: HashMap<Client, Key, HashKey>,
+    /// Ports that are left alone until then.
+    paused: Vec<Key>,
+    resume_at: Option<Instant>,
+    /// The port that the gateway was shown with last.
+    next_port: u16,
 }
 
 impl<H: Host> Engine<H> {
@@ -121,6 +134,12 @@ impl<H: Host> Engine<H> {
             identification: secrets.sequence.0[0] as u32,
             resolver: 0,
             warned: None,
+            ports: Arena::new(),
+            ports_by_id: BTreeMap::new(),
+            clients: HashMap::with_hasher(secrets.table),
+            paused: Vec::new(),
+            resume_at: None,
+            next_port: secrets.sequence.0[1] as u16,
             settings,
             secrets,
             epoch: now,
@@ -214,7 +233,8 @@ impl<H: Host> Engine<H> {
     /// When [`Self::handle_timeout`] has something to do.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.timers.next_deadline().into_iter().chain(self.reassembly.next_deadline()).min()
+        let others = [self.reassembly.next_deadline(), self.resume_at];
+        self.timers.next_deadline().into_iter().chain(others.into_iter().flatten()).min()
     }
 
     /// Does what is due. [`Self::turn`] is to be called afterwards.
@@ -222,6 +242,7 @@ impl<H: Host> Engine<H> {
         for _ in 0..self.reassembly.expire(now) {
             self.stats.refuse(DropReason::Fragments);
         }
+        self.resume_ports(now);
         while let Some(token) = self.timers.expire(now) {
             let key = token.key();
             let Some((_, flow)) = self.flows.get_mut(key) else { continue };
@@ -233,8 +254,11 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Ends every flow: far ends see resets.
+    /// Closes every port and ends every flow: far ends see resets.
     pub fn shutdown(&mut self) {
+        for id in self.published() {
+            self.unpublish(id);
+        }
         for key in self.flows.keys() {
             self.end(key, true);
         }
@@ -267,21 +291,44 @@ impl<H: Host> Engine<H> {
 
     /// Admits a flow, makes room for it and tells why not.
     fn admit(&mut self, source: IpAddr, class: Class, now: Instant) -> bool {
-        if let Err(refused) = self.flows.admit(source, class, now) {
-            let reason = match refused {
-                Refused::TableFull => DropReason::TableFull,
-                Refused::SourceShare | Refused::HalfOpen => DropReason::SourceShare,
-                Refused::Rate => DropReason::Rate,
-                Refused::Sources => DropReason::Sources,
-            };
-            self.at_a_limit(reason, now);
+        if let Err(refused) = self.flows.admit(source, Origin::Inside, class, now) {
+            self.at_a_limit(drop_reason(refused), now);
             return false;
         }
+        self.make_room();
+        true
+    }
+
+    /// Makes room for a flow that was admitted.
+    fn make_room(&mut self) {
         if let Some((key, flow)) = self.flows.evict() {
             self.stats.evicted.add(1);
             self.ended(key, flow, false);
         }
-        true
+    }
+
+    /// What connection `key` begins with.
+    fn opening(&self, key: &FlowKey, now: Instant) -> Opening {
+        // RFC 6528 section 3: a clock of 4 microseconds, and a function of the connection.
+        let clock = now.saturating_duration_since(self.epoch).as_micros() as u64 / 4;
+        Opening {
+            inside: key.inside,
+            outside: key.outside,
+            iss: self.secret_of(key, 1).wrapping_add(clock) as u32,
+            clock_offset: self.secret_of(key, 2) as u32,
+        }
+    }
+
+    /// What a connection may use that has nothing buffered yet.
+    fn io(&mut self, now: Instant) -> Io<'_, H> {
+        Io {
+            host: &mut self.host,
+            scratch: &mut self.scratch,
+            now,
+            stats: &self.stats,
+            params: &self.params,
+            allowance: 0,
+        }
     }
 
     /// A new flow is refused, and the log hears of it now and then.
@@ -325,12 +372,17 @@ impl<H: Host> Engine<H> {
         {
             self.timers.disarm(armed, token);
         }
-        if cut
-            && let Flow::Tcp(mut connection) = flow
-            && let Some(stream) = connection.take_stream()
-        {
-            self.stats.resets.add(1);
-            self.host.abort(stream);
+        match flow {
+            Flow::Tcp(mut connection) => {
+                if let Some(forward) = &connection.forward {
+                    forward.flows.sub();
+                }
+                if let Some(stream) = connection.take_stream().filter(|_| cut) {
+                    self.stats.resets.add(1);
+                    self.host.abort(stream);
+                }
+            }
+            Flow::Datagrams(session) => self.forget_client(&session.via),
         }
         tracing::debug!(protocol = key.protocol, cut, "flow ended");
     }
@@ -361,6 +413,15 @@ impl<H: Host> Engine<H> {
     fn own_address(&self, instead: IpAddr) -> IpAddr {
         let gateways = &self.settings.policy.gateways;
         gateways.iter().copied().find(|ip| ip.is_ipv4() == instead.is_ipv4()).unwrap_or(instead)
+    }
+}
+
+fn drop_reason(refused: Refused) -> DropReason {
+    match refused {
+        Refused::TableFull => DropReason::TableFull,
+        Refused::SourceShare | Refused::HalfOpen => DropReason::SourceShare,
+        Refused::Rate => DropReason::Rate,
+        Refused::Sources => DropReason::Sources,
     }
 }
 

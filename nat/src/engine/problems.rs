@@ -4,6 +4,7 @@ use super::{Engine, Flow};
 use crate::flow_table::FlowKey;
 use crate::host::Host;
 use crate::metrics::DropReason;
+use crate::tcp::conn::Phase;
 use crate::wire::head;
 use crate::wire::icmp::{Message, Problem};
 use crate::wire::ip::Packet;
@@ -44,6 +45,10 @@ impl<H: Host> Engine<H> {
             (Some((_, Flow::Tcp(_))), Problem::TooBig(mtu)) => {
                 self.with_connection(flow, now, |connection, _| connection.reduce_mtu(mtu));
                 self.enqueue(flow);
+            }
+            // Nobody is called on where nobody listens: a host's REJECT in front of the port (RFC 1122 section 4.2.3.9).
+            (Some((_, Flow::Tcp(connection))), _) if connection.phase() == Phase::Calling => {
+                self.end(flow, true);
             }
             // With its socket gone, the far end is told by the host what the guest told us.
             (Some((_, Flow::Datagrams(_))), Problem::PortUnreachable) => self.end(flow, false),

@@ -1,12 +1,12 @@
 //! TCP in the engine: which connection a segment belongs to, and how one begins and ends.
 
 use super::{Engine, Flow};
-use crate::flow_table::{Class, FlowKey};
+use crate::flow_table::{Class, FlowKey, Origin};
 use crate::host::{Host, Ready};
 use crate::metrics::{DropReason, FlowKind};
 use crate::policy::Way;
 use crate::tcp::conn::Phase;
-use crate::tcp::{Connection, Io, Opening, Outcome};
+use crate::tcp::{Connection, Io, Outcome};
 use crate::wire::head::TcpHead;
 use crate::wire::icmp::Problem;
 use crate::wire::ip::Packet;
@@ -42,6 +42,9 @@ impl<H: Host> Engine<H> {
         if outcome == Outcome::Replaced {
             self.end(flow, true);
             return self.stranger(packet, &segment, key, now);
+        }
+        if outcome == Outcome::Stray {
+            return self.refuse(&segment, key, now);
         }
         if self.conclude(flow, outcome) {
             self.enqueue(flow);
@@ -120,17 +123,10 @@ impl<H: Host> Engine<H> {
                 };
             }
         };
-        // RFC 6528 section 3: a clock of 4 microseconds, and a function of the connection.
-        let clock = now.saturating_duration_since(self.epoch).as_micros() as u64 / 4;
-        let opening = Opening {
-            inside: key.inside,
-            outside: key.outside,
-            iss: self.secret_of(&key, 1).wrapping_add(clock) as u32,
-            clock_offset: self.secret_of(&key, 2) as u32,
-        };
+        let opening = self.opening(&key, now);
         let connection = Connection::new(opening, segment, stream, &self.params, now);
-        let Some(flow) = self.flows.insert(key, Class::Connection, Flow::Tcp(Box::new(connection)), now)
-        else {
+        let connection = Flow::Tcp(Box::new(connection));
+        let Some(flow) = self.flows.insert(key, Origin::Inside, Class::Connection, connection, now) else {
             return;
         };
         self.begun(FlowKind::Tcp);
@@ -222,14 +218,14 @@ impl<H: Host> Engine<H> {
     /// Ends the connection if it has ended. Whether it goes on.
     fn conclude(&mut self, key: Key, outcome: Outcome) -> bool {
         match outcome {
-            Outcome::Alive => self.arm_stream(key),
+            Outcome::Alive | Outcome::Stray => self.arm_stream(key),
             Outcome::Done => self.end(key, false),
             Outcome::Reset | Outcome::Replaced => self.end(key, true),
         }
         outcome == Outcome::Alive
     }
 
-    fn arm_stream(&mut self, key: Key) {
+    pub(super) fn arm_stream(&mut self, key: Key) {
         let Some(Flow::Tcp(connection)) = self.flows.get(key) else { return };
         let deadline = connection.deadline(&self.settings.timeouts);
         if connection.timer.is_none_or(|armed| deadline < armed) {

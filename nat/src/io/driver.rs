@@ -1,12 +1,16 @@
 //! The loop that carries frames to the engine and events of sockets, and keeps its timer.
 
-use super::sockets::{FLOW, Kernel};
+use super::sockets::{FLOW, Kernel, PORT};
 use crate::engine::Engine;
+use crate::forward::{Forward, ForwardId, Guard};
 use crate::host::Ready;
+use crate::metrics::ForwardStats;
 use crate::policy::Policy;
 use crate::wire::head::MAX_PACKET;
 use crate::wire::virtio;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Arena, Context, Epoll, Handler, Interest, Key, Readiness, Token};
 
@@ -29,8 +33,29 @@ const TIMER: u8 = 2;
 pub(crate) enum Message {
     /// From now on this holds, for new flows.
     Policy(Box<Policy>),
+    /// A port to be published.
+    Publish(Box<Publish>),
+    /// A port to be closed. The answer comes when it is.
+    Unpublish(ForwardId, mpsc::Sender<()>),
     /// End.
     Stop,
+}
+
+/// A port to be published.
+#[derive(Debug)]
+pub(crate) struct Publish {
+    /// What it is known by.
+    pub(crate) id: ForwardId,
+    /// Where it leads.
+    pub(crate) forward: Forward,
+    /// Its socket, bound.
+    pub(crate) socket: OwnedFd,
+    /// Who may ask there.
+    pub(crate) guard: Option<Arc<dyn Guard>>,
+    /// Its figures.
+    pub(crate) stats: Arc<ForwardStats>,
+    /// Hears how it went.
+    pub(crate) done: mpsc::Sender<io::Result<()>>,
 }
 
 /// See the module.
@@ -58,6 +83,14 @@ impl Driver {
         })
     }
 
+    fn publish(&mut self, publish: Publish) {
+        let Publish { id, forward, socket, guard, stats, done } = publish;
+        let opened = self.engine.host_mut().open_port(&forward, socket);
+        let published = opened.and_then(|port| self.engine.publish(id, forward, port, guard, stats));
+        // Who has asked waits for it.
+        let _ = done.send(published);
+    }
+
     fn read(&mut self, now: Instant) {
         let mut frames = 0;
         while frames < FRAMES_PER_READ {
@@ -73,6 +106,15 @@ impl Driver {
     }
 }
 
+fn ready(readiness: Readiness) -> Ready {
+    Ready {
+        readable: readiness.is_readable(),
+        writable: readiness.is_writable(),
+        error: readiness.is_error(),
+        more: readiness.is_read_closed() || readiness.is_urgent(),
+    }
+}
+
 impl Handler for Driver {
     type Message = Message;
 
@@ -83,14 +125,11 @@ impl Handler for Driver {
                 let _ = cx.epoll.remove(&self.engine.host_mut().tun);
             }
             DEVICE => self.read(cx.now),
-            FLOW => {
-                let ready = Ready {
-                    readable: readiness.is_readable(),
-                    writable: readiness.is_writable(),
-                    error: readiness.is_error(),
-                    more: readiness.is_read_closed() || readiness.is_urgent(),
-                };
-                self.engine.ready(token.key(), ready, cx.now);
+            FLOW => self.engine.ready(token.key(), ready(readiness), cx.now),
+            PORT => {
+                self.engine.port_ready(token.key(), ready(readiness), cx.now);
+                // The guest, or the client, will have something to say next.
+                self.expects_until = Some(cx.now + SOON);
             }
             _ => {}
         }
@@ -99,6 +138,11 @@ impl Handler for Driver {
     fn message(&mut self, cx: &mut Context<'_>, message: Message) {
         match message {
             Message::Policy(policy) => self.engine.set_policy(*policy),
+            Message::Publish(publish) => self.publish(*publish),
+            Message::Unpublish(id, done) => {
+                self.engine.unpublish(id);
+                let _ = done.send(());
+            }
             Message::Stop => {
                 self.engine.shutdown();
                 cx.stop();

@@ -1,24 +1,39 @@
 //! The host's side, by the kernel's sockets.
 
 use super::sys::{self, SO_PEEK_OFF};
-use crate::host::{Batch, DatagramKind, Host, Ready, SendOutcome, SocketProblem};
+use crate::forward::Forward;
+use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
 use crate::settings::{Capabilities, Outbound, Settings};
 use crate::wire::icmp::Problem;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with, sockopt};
 use rustix::time::Timespec;
-use socket2::SockRef;
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Shutdown, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_model::Protocol;
 use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
 use tidegate_reactor::{Descriptors, Epoll, Interest, Key, Permit, Token};
 
 /// Tag of flows' sockets among the loop's tokens.
 pub(super) const FLOW: u8 = 0;
+
+/// Tag of published ports' sockets.
+pub(super) const PORT: u8 = 3;
+
+/// The queue of clients that wait to be accepted; the kernel caps it at `net.core.somaxconn`, whose default it is.
+const BACKLOG: i32 = 4096;
+
+/// When a silent client is asked whether it is still there, how often, and after how many unanswered questions it is gone: as with ports of
+/// the port publisher.
+const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(15))
+    .with_interval(Duration::from_secs(15))
+    .with_retries(9);
 
 /// Buffers of a session's socket, as the port publisher has them: a batch of trains.
 const DATAGRAM_BUFFER: usize = 4 << 20;
@@ -54,6 +69,15 @@ pub(crate) struct Stream {
     token: Option<Token>,
     /// Whether room to send is reported.
     watches_room: bool,
+    /// It is a client's, and connected from the start.
+    accepted: bool,
+    _permit: Permit,
+}
+
+/// A listening socket.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    socket: OwnedFd,
     _permit: Permit,
 }
 
@@ -85,6 +109,11 @@ impl Batch for Received {
 
     fn source(&self, index: usize) -> Option<SocketAddr> {
         self.0.get(index).source
+    }
+
+    fn arrival(&self, index: usize) -> (Option<IpAddr>, u32) {
+        let datagram = self.0.get(index);
+        (datagram.destination, datagram.interface)
     }
 }
 
@@ -145,7 +174,88 @@ fn family(of: SocketAddr) -> AddressFamily {
     if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 }
 }
 
+/// Takes `forward`'s port in the calling thread's namespace, so that nobody else has it. No client is answered yet.
+pub(crate) fn reserve(forward: &Forward) -> io::Result<OwnedFd> {
+    let kind = if forward.protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
+    let domain = Domain::for_address(forward.listen);
+    let socket = Socket::new(domain, kind.nonblocking().cloexec(), None)?;
+    if forward.listen.is_ipv6() {
+        // The IPv4 half of a port has a socket of its own.
+        socket.set_only_v6(true)?;
+    }
+    if forward.protocol == Protocol::Tcp {
+        // Past connections in TIME_WAIT do not hold the port; a live listener still does.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&forward.listen.into())?;
+    Ok(socket.into())
+}
+
+/// Where `socket` is bound.
+pub(crate) fn bound_to(socket: impl AsFd) -> io::Result<SocketAddr> {
+    let address = SockRef::from(&socket).local_addr()?;
+    address
+        .as_socket()
+        .filter(|address| address.port() != 0)
+        .ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
 impl Kernel {
+    /// Makes `socket` the one of a published port. Clients are answered from here on.
+    pub(crate) fn open_port(
+        &self,
+        forward: &Forward,
+        socket: OwnedFd,
+    ) -> io::Result<Port<Listener, Datagrams>> {
+        let permit = self.permit()?;
+        SockRef::from(&socket).set_nonblocking(true)?;
+        if forward.protocol == Protocol::Udp {
+            let v6 = forward.listen.is_ipv6();
+            self.prepare_datagrams(&socket)?;
+            batch::enable_packet_info(&socket, v6)?;
+            recall_errors(&socket, v6)?;
+            return Ok(Port::Udp(self.datagrams(socket, v6, permit)));
+        }
+        // What a listener is set to, what it accepts is set to as well.
+        self.prepare_stream(&socket)?;
+        SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(Port::Tcp(Listener { socket, _permit: permit }))
+    }
+
+    fn prepare_stream(&self, socket: &OwnedFd) -> io::Result<()> {
+        SockRef::from(socket).set_tcp_nodelay(true)?;
+        self.bound_buffer.apply(socket)?;
+        // Urgent data stays where it is in the stream.
+        SockRef::from(socket).set_out_of_band_inline(true)?;
+        if self.capabilities.peek_offset {
+            sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0)?;
+        }
+        Ok(())
+    }
+
+    fn prepare_datagrams(&self, socket: &OwnedFd) -> io::Result<()> {
+        if self.capabilities.udp_trains {
+            batch::enable_receive_offload(socket)?;
+        }
+        if sockopt::set_socket_recv_buffer_size_force(socket, DATAGRAM_BUFFER).is_err() {
+            let _ = SockRef::from(socket).set_recv_buffer_size(DATAGRAM_BUFFER);
+        }
+        let _ = SockRef::from(socket).set_send_buffer_size(DATAGRAM_BUFFER);
+        Ok(())
+    }
+
+    fn datagrams(&self, socket: OwnedFd, v6: bool, permit: Permit) -> Datagrams {
+        Datagrams {
+            socket,
+            v6,
+            dont_fragment: None,
+            hop_limit: None,
+            max_segment: if self.capabilities.udp_trains { usize::from(u16::MAX) } else { 0 },
+            _permit: permit,
+        }
+    }
+
     pub(crate) fn new(
         tun: OwnedFd,
         epoll: Epoll,
@@ -190,6 +300,7 @@ impl Kernel {
 impl Host for Kernel {
     type Stream = Stream;
     type Datagrams = Datagrams;
+    type Listener = Listener;
     type Batch = Received;
 
     fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
@@ -215,22 +326,59 @@ impl Host for Kernel {
     fn connect(&mut self, to: SocketAddr) -> io::Result<Stream> {
         let permit = self.permit()?;
         let socket = new_socket(family(to), SocketType::STREAM, None)?;
-        SockRef::from(&socket).set_tcp_nodelay(true)?;
-        self.bound_buffer.apply(&socket)?;
-        // Urgent data stays where it is in the stream.
-        SockRef::from(&socket).set_out_of_band_inline(true)?;
-        if self.capabilities.peek_offset {
-            sys::set(&socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0)?;
-        }
+        self.prepare_stream(&socket)?;
         self.bind(&socket, to)?;
         match rustix::net::connect(&socket, &to) {
             Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
             Err(error) => return Err(error.into()),
         }
-        Ok(Stream { socket, peek_offset: 0, token: None, watches_room: false, _permit: permit })
+        Ok(Stream {
+            socket,
+            peek_offset: 0,
+            token: None,
+            watches_room: false,
+            accepted: false,
+            _permit: permit,
+        })
+    }
+
+    fn watch_port(&mut self, port: &Port<Listener, Datagrams>, key: Key) -> io::Result<()> {
+        self.epoll.add(descriptor(port), Token::new(PORT, key), Interest::Readable)
+    }
+
+    fn ignore_port(&mut self, port: &Port<Listener, Datagrams>) {
+        // It is watched, and so can be ignored.
+        let _ = self.epoll.remove(descriptor(port));
+    }
+
+    fn accept(&mut self, listener: &mut Listener) -> io::Result<(Stream, SocketAddr)> {
+        let permit = self.permit()?;
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (socket, client) = rustix::net::acceptfrom_with(&listener.socket, flags)?;
+        let client = client.and_then(|client| SocketAddr::try_from(client).ok());
+        let client = client.ok_or(io::ErrorKind::ConnectionAborted)?;
+        let stream = Stream {
+            socket,
+            peek_offset: 0,
+            token: None,
+            watches_room: false,
+            accepted: true,
+            _permit: permit,
+        };
+        Ok((stream, client))
+    }
+
+    fn local_address(&self, stream: &Stream) -> Option<IpAddr> {
+        bound_to(&stream.socket).ok().map(|local| local.ip().to_canonical())
     }
 
     fn watch_stream(&mut self, stream: &mut Stream, key: Key) -> io::Result<Ready> {
+        if stream.accepted {
+            let token = Token::new(FLOW, key);
+            stream.token = Some(token);
+            self.epoll.add(&stream.socket, token, Interest::InputEdges)?;
+            return Ok(Ready { writable: true, ..Ready::default() });
+        }
         let mut polled = [PollFd::new(&stream.socket, PollFlags::OUT)];
         let _ = poll(&mut polled, Some(&Timespec::default()));
         let told = polled[0].revents();
@@ -312,30 +460,14 @@ impl Host for Kernel {
         };
         let socket = new_socket(family(to), SocketType::DGRAM, protocol)?;
         if kind != DatagramKind::Echo {
-            if self.capabilities.udp_trains {
-                batch::enable_receive_offload(&socket)?;
-            }
-            let force = sockopt::set_socket_recv_buffer_size_force(&socket, DATAGRAM_BUFFER);
-            if force.is_err() {
-                let _ = SockRef::from(&socket).set_recv_buffer_size(DATAGRAM_BUFFER);
-            }
-            let _ = SockRef::from(&socket).set_send_buffer_size(DATAGRAM_BUFFER);
+            self.prepare_datagrams(&socket)?;
         }
-        let (level, option) =
-            if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) } else { (libc::IPPROTO_IP, libc::IP_RECVERR) };
-        sys::set(&socket, level, option, 1)?;
+        recall_errors(&socket, v6)?;
         self.bind(&socket, to)?;
         if kind != DatagramKind::SharedUdp {
             rustix::net::connect(&socket, &to)?;
         }
-        Ok(Datagrams {
-            socket,
-            v6,
-            dont_fragment: None,
-            hop_limit: None,
-            max_segment: if self.capabilities.udp_trains { usize::from(u16::MAX) } else { 0 },
-            _permit: permit,
-        })
+        Ok(self.datagrams(socket, v6, permit))
     }
 
     fn watch_datagrams(&mut self, socket: &Datagrams, key: Key) -> io::Result<()> {
@@ -345,7 +477,7 @@ impl Host for Kernel {
     fn send_train(
         &mut self,
         socket: &mut Datagrams,
-        to: Option<SocketAddr>,
+        destination: Option<Destination>,
         bytes: &[u8],
         segment: usize,
         dont_fragment: bool,
@@ -353,7 +485,7 @@ impl Host for Kernel {
     ) -> SendOutcome {
         socket.prepare(dont_fragment, hop_limit);
         if bytes.len() > segment && segment <= socket.max_segment {
-            match attempt(|| sys::send_train(&socket.socket, to, bytes, segment as u16)) {
+            match attempt(|| sys::send_message(&socket.socket, destination, bytes, Some(segment as u16))) {
                 Ok(_) => return SendOutcome::Sent,
                 // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that cannot checksum (EIO, until
                 // 6.11): one by one they may pass.
@@ -369,8 +501,8 @@ impl Host for Kernel {
         let mut rest = bytes;
         loop {
             let (datagram, more) = rest.split_at(segment.min(rest.len()));
-            if let Err(error) = attempt(|| match to {
-                Some(to) => sys::send_to(&socket.socket, to, datagram),
+            if let Err(error) = attempt(|| match destination {
+                Some(_) => sys::send_message(&socket.socket, destination, datagram, None),
                 None => sys::send(&socket.socket, datagram),
             }) {
                 outcome = socket.outcome(&error);
@@ -389,6 +521,21 @@ impl Host for Kernel {
     fn next_problem(&mut self, socket: &mut Datagrams) -> Option<SocketProblem> {
         sys::next_problem(&socket.socket)
     }
+}
+
+/// What is watched of a published port.
+fn descriptor(port: &Port<Listener, Datagrams>) -> BorrowedFd<'_> {
+    match port {
+        Port::Tcp(listener) => listener.socket.as_fd(),
+        Port::Udp(datagrams) => datagrams.socket.as_fd(),
+    }
+}
+
+/// Has what the network tells about datagrams kept in the socket's error queue.
+fn recall_errors(socket: &OwnedFd, v6: bool) -> io::Result<()> {
+    let (level, option) =
+        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) } else { (libc::IPPROTO_IP, libc::IP_RECVERR) };
+    sys::set(socket, level, option, 1)
 }
 
 /// Sends, past the errors of earlier datagrams: each is told once, and this one was not looked at yet.

@@ -1,11 +1,11 @@
 //! System calls that neither rustix nor socket2 has.
 
-use crate::host::SocketProblem;
+use crate::host::{Destination, SocketProblem};
 use crate::wire::icmp::Problem;
 use socket2::{SockAddr, SockAddrStorage};
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 
 /// Not in libc for every target; `include/uapi/asm-generic/socket.h`.
@@ -98,12 +98,6 @@ pub(super) fn is_at_end(socket: impl AsFd) -> bool {
     result == 0 && matches!(state, 6 | 7 | 8 | 9 | 11)
 }
 
-/// Sends `bytes` on a socket that is not connected.
-pub(super) fn send_to(socket: impl AsFd, to: SocketAddr, bytes: &[u8]) -> io::Result<usize> {
-    let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
-    Ok(rustix::net::sendto(socket, bytes, flags, &to)?)
-}
-
 /// Sends `bytes` on a connected socket.
 pub(super) fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
@@ -111,22 +105,62 @@ pub(super) fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     checked(unsafe { libc::send(socket.as_fd().as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) })
 }
 
-/// Room for one control message of two bytes, aligned as `cmsghdr` wants it.
+/// Room for the control messages that are sent: an address to send from and a segment's size. Aligned as `cmsghdr` wants it.
 #[repr(C, align(8))]
-struct SegmentControl([u8; 32]);
+struct SendControl([u8; 128]);
 
-/// Sends `bytes` as datagrams of `segment` bytes (`UDP_SEGMENT`, udp(7)), to `to` if the socket is not connected.
-pub(super) fn send_train(
+impl SendControl {
+    /// Appends a message at `used`; where the next one goes.
+    fn push<T: Copy>(&mut self, used: usize, level: libc::c_int, kind: libc::c_int, value: T) -> usize {
+        let size = size_of::<T>() as u32;
+        // SAFETY: both only compute.
+        let (space, length) = unsafe { (libc::CMSG_SPACE(size), libc::CMSG_LEN(size)) };
+        let end = used + space as usize;
+        assert!(end <= self.0.len(), "there is room for each message that is sent");
+        // SAFETY: header and value are within the buffer, as was just checked; `used` is a sum of CMSG_SPACEs and so aligned, and the value is
+        // written unaligned.
+        unsafe {
+            let message = self.0.as_mut_ptr().add(used).cast::<libc::cmsghdr>();
+            (*message).cmsg_level = level;
+            (*message).cmsg_type = kind;
+            (*message).cmsg_len = length as _;
+            libc::CMSG_DATA(message).cast::<T>().write_unaligned(value);
+        }
+        end
+    }
+}
+
+/// Sends `bytes`, to `destination` if the socket is not connected; as datagrams of `segment` bytes if that is given (`UDP_SEGMENT`, udp(7)).
+pub(super) fn send_message(
     socket: impl AsFd,
-    to: Option<SocketAddr>,
+    destination: Option<Destination>,
     bytes: &[u8],
-    segment: u16,
+    segment: Option<u16>,
 ) -> io::Result<usize> {
-    let name = to.map(SockAddr::from);
-    let mut control = SegmentControl([0; 32]);
+    let name = destination.map(|destination| SockAddr::from(destination.to));
+    let mut control = SendControl([0; 128]);
+    let mut used = 0;
+    match destination.and_then(|destination| destination.from) {
+        Some(IpAddr::V4(from)) => {
+            let info = libc::in_pktinfo {
+                ipi_ifindex: 0,
+                ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(from.octets()) },
+                ipi_addr: libc::in_addr { s_addr: 0 },
+            };
+            used = control.push(used, libc::IPPROTO_IP, libc::IP_PKTINFO, info);
+        }
+        Some(IpAddr::V6(from)) => {
+            let info =
+                libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: from.octets() }, ipi6_ifindex: 0 };
+            used = control.push(used, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
+        }
+        None => {}
+    }
+    if let Some(segment) = segment {
+        used = control.push(used, libc::SOL_UDP, libc::UDP_SEGMENT, segment);
+    }
     let mut vector = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: all-zero is a valid msghdr; the macros compute within `control`, which has room for the one message, and
-    // sendmsg(2) only reads what the header describes.
+    // SAFETY: all-zero is a valid msghdr; sendmsg(2) only reads what the header describes, which outlives the call.
     checked(unsafe {
         let mut header: libc::msghdr = MaybeUninit::zeroed().assume_init();
         if let Some(name) = &name {
@@ -135,13 +169,10 @@ pub(super) fn send_train(
         }
         header.msg_iov = &raw mut vector;
         header.msg_iovlen = 1;
-        header.msg_control = control.0.as_mut_ptr().cast();
-        header.msg_controllen = libc::CMSG_SPACE(size_of::<u16>() as u32) as _;
-        let message = libc::CMSG_FIRSTHDR(&raw const header);
-        (*message).cmsg_level = libc::SOL_UDP;
-        (*message).cmsg_type = libc::UDP_SEGMENT;
-        (*message).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as u32) as _;
-        libc::CMSG_DATA(message).cast::<u16>().write_unaligned(segment);
+        if used > 0 {
+            header.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_controllen = used as _;
+        }
         libc::sendmsg(socket.as_fd().as_raw_fd(), &raw const header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
     })
 }

@@ -4,10 +4,11 @@ use super::queue::{OutOfOrder, Pending};
 use super::seq::{before, later, up_to};
 use super::{Io, MAX_SCALE, Params};
 use crate::host::{Host, Ready};
-use crate::metrics::DropReason;
+use crate::metrics::{DropReason, ForwardStats};
 use crate::wire::tcp::{Options, Segment, flags};
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_reactor::Key;
 
@@ -25,6 +26,8 @@ const MIN_MSS: u16 = 88;
 pub enum Phase {
     /// The host's socket is connecting.
     Dialling,
+    /// A client is there, and the guest is asked to accept it.
+    Calling,
     /// It is connected.
     Open,
     /// All is done; the guest's FIN may come again.
@@ -42,6 +45,8 @@ pub enum Outcome {
     Reset,
     /// The guest begins a new one under the same five-tuple.
     Replaced,
+    /// It goes on; but the segment was none of its own, and is to be answered as one of no connection.
+    Stray,
 }
 
 /// What a connection begins with.
@@ -123,29 +128,35 @@ pub struct Connection<S> {
     /// What it is known by, once it is.
     pub(crate) key: Option<Key>,
     pub(super) challenged: Option<Instant>,
+    /// The published port that its client has come by.
+    pub(crate) forward: Option<Arc<ForwardStats>>,
 }
 
 impl<S> Connection<S> {
     /// A connection for `syn`, with a socket that is connecting.
     pub fn new(opening: Opening, syn: &Segment<'_>, stream: S, params: &Params, now: Instant) -> Self {
-        let v6 = opening.inside.is_ipv6();
-        let headers = 20 + if v6 { 40 } else { 20 };
-        let stamps = syn.options.timestamps.map(|(recent, _)| Stamps {
-            recent,
-            since: now,
-            offset: opening.clock_offset,
-        });
-        let offered = syn.options.mss.unwrap_or(DEFAULT_MSS[usize::from(v6)]).max(MIN_MSS);
-        let mss = offered.min(params.mtu.saturating_sub(headers)) - if stamps.is_some() { 12 } else { 0 };
-        let rcv_nxt = syn.sequence.wrapping_add(1);
+        let mut connection = Self::begun(opening, Phase::Dialling, stream, now);
+        connection.adopt_syn(syn, params, now);
+        connection
+    }
+
+    /// A connection for a client, who is asked in with the first segment to the guest.
+    pub fn call<H: Host<Stream = S>>(opening: Opening, stream: S, io: &mut Io<'_, H>) -> Self {
+        let mut connection = Self::begun(opening, Phase::Calling, stream, io.now);
+        connection.writable = true;
+        connection.send_syn(io);
+        connection
+    }
+
+    fn begun(opening: Opening, phase: Phase, stream: S, now: Instant) -> Self {
         let Opening { iss, .. } = opening;
         Self {
             opening,
-            phase: Phase::Dialling,
+            phase,
             stream: Some(stream),
-            irs: syn.sequence,
-            rcv_nxt,
-            rcv_edge: rcv_nxt,
+            irs: 0,
+            rcv_nxt: 0,
+            rcv_edge: 0,
             pending: Pending::default(),
             early: OutOfOrder::default(),
             guest_fin: None,
@@ -154,12 +165,12 @@ impl<S> Connection<S> {
             snd_una: iss,
             snd_nxt: iss,
             snd_max: iss,
-            snd_wnd: u32::from(syn.window),
-            wl1: syn.sequence,
+            snd_wnd: 0,
+            wl1: 0,
             wl2: iss,
-            guest_scale: syn.options.scale.map(|scale| scale.min(MAX_SCALE)),
-            mss,
-            stamps,
+            guest_scale: None,
+            mss: MIN_MSS,
+            stamps: None,
             dup_acks: 0,
             recover: None,
             fin: None,
@@ -177,7 +188,28 @@ impl<S> Connection<S> {
             timer: None,
             key: None,
             challenged: None,
+            forward: None,
         }
+    }
+
+    /// Takes over what the guest's SYN says: its number, and what it can do.
+    fn adopt_syn(&mut self, syn: &Segment<'_>, params: &Params, now: Instant) {
+        let v6 = self.opening.inside.is_ipv6();
+        let headers = 20 + if v6 { 40 } else { 20 };
+        self.stamps = syn.options.timestamps.map(|(recent, _)| Stamps {
+            recent,
+            since: now,
+            offset: self.opening.clock_offset,
+        });
+        let offered = syn.options.mss.unwrap_or(DEFAULT_MSS[usize::from(v6)]).max(MIN_MSS);
+        self.mss = offered.min(params.mtu.saturating_sub(headers)) - self.options_length();
+        self.irs = syn.sequence;
+        self.rcv_nxt = syn.sequence.wrapping_add(1);
+        self.rcv_edge = self.rcv_nxt;
+        // The window of a SYN is never scaled (RFC 7323 section 2.2).
+        self.snd_wnd = u32::from(syn.window);
+        self.wl1 = syn.sequence;
+        self.guest_scale = syn.options.scale.map(|scale| scale.min(MAX_SCALE));
     }
 
     /// Where it is.
@@ -248,6 +280,7 @@ impl<S> Connection<S> {
     pub fn segment<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> Outcome {
         match self.phase {
             Phase::Dialling => self.while_dialling(segment),
+            Phase::Calling => self.while_calling(segment, io),
             Phase::Open => self.while_open(segment, io),
             Phase::Lingering => self.while_lingering(segment, io),
         }
@@ -260,6 +293,36 @@ impl<S> Connection<S> {
         }
         let another = segment.has(flags::SYN) && !segment.has(flags::ACK) && segment.sequence != self.irs;
         if another { Outcome::Replaced } else { Outcome::Alive }
+    }
+
+    /// RFC 9293 section 3.10.7.3, in its order.
+    fn while_calling<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> Outcome {
+        let acknowledges = segment.has(flags::ACK);
+        if acknowledges && segment.acknowledgement != self.snd_nxt {
+            // Of an earlier connection of the same five-tuple, which a reset ends if the guest still has it.
+            return if segment.has(flags::RST) { Outcome::Alive } else { Outcome::Stray };
+        }
+        if segment.has(flags::RST) {
+            return if acknowledges { Outcome::Reset } else { Outcome::Alive };
+        }
+        if !segment.has(flags::SYN) {
+            io.stats.refuse(DropReason::Window);
+            return Outcome::Alive;
+        }
+        self.adopt_syn(segment, io.params, io.now);
+        self.phase = Phase::Open;
+        self.active = io.now;
+        self.retries = 0;
+        if acknowledges {
+            self.snd_una = self.snd_nxt;
+            self.wl2 = self.snd_una;
+            self.resend_at = None;
+            self.need_ack = true;
+        } else {
+            // Both ends have called (section 3.5, figure 8).
+            self.send_syn_ack(io);
+        }
+        Outcome::Alive
     }
 
     fn while_lingering<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> Outcome {
@@ -295,8 +358,12 @@ impl<S> Connection<S> {
             return Outcome::Alive;
         }
         if segment.has(flags::SYN) {
-            let again = segment.sequence == self.irs && !self.is_established() && !segment.has(flags::ACK);
-            if again {
+            let again = segment.sequence == self.irs && !self.is_established();
+            if again && segment.has(flags::ACK) && segment.acknowledgement == self.snd_nxt {
+                // Both ends have called, and the guest has heard of it: as good as its acknowledgement.
+                self.acknowledge(segment, io);
+                self.need_ack = true;
+            } else if again && !segment.has(flags::ACK) {
                 self.send_syn_ack(io);
             } else {
                 // RFC 5961 section 4.2.
@@ -383,8 +450,8 @@ impl<S> Connection<S> {
             self.retries = 0;
         }
         let window = match self.guest_scale {
-            Some(scale) => u32::from(segment.window) << scale,
-            None => segment.window.into(),
+            Some(scale) if !segment.has(flags::SYN) => u32::from(segment.window) << scale,
+            _ => segment.window.into(),
         };
         let fresh = before(self.wl1, segment.sequence)
             || self.wl1 == segment.sequence && up_to(self.wl2, ack)

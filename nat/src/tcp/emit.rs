@@ -1,6 +1,6 @@
 //! Segments to the guest: their headers, and the window that they tell.
 
-use super::conn::{Connection, Phase};
+use super::conn::{Connection, Opening, Phase};
 use super::seq::later;
 use super::{Io, SCALE};
 use crate::host::Host;
@@ -15,6 +15,34 @@ use std::time::Duration;
 const CHALLENGE_INTERVAL: Duration = Duration::from_millis(500);
 
 impl<S> Connection<S> {
+    /// Asks the guest to accept.
+    pub(super) fn send_syn<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
+        let Opening { iss, clock_offset, inside, .. } = self.opening;
+        self.snd_nxt = iss.wrapping_add(1);
+        self.snd_max = self.snd_nxt;
+        let headers = if inside.is_ipv6() { 60 } else { 40 };
+        let head = TcpHead {
+            acknowledgement: 0,
+            window: io.params.window.min(0xffff) as u16,
+            mss: Some(io.params.mtu.saturating_sub(headers)),
+            scale: Some(SCALE),
+            timestamps: Some((io.params.clock(io.now).wrapping_add(clock_offset), 0)),
+            ..self.head(iss, flags::SYN, io)
+        };
+        self.write(&head, io);
+        self.arm_resend(io.now);
+    }
+
+    /// Writes a segment without payload.
+    fn write<H: Host<Stream = S>>(&self, head: &TcpHead, io: &mut Io<'_, H>) {
+        if io.host.emit(head.write(0).bytes(), &[]) {
+            io.stats.packets[1].add(1);
+        } else {
+            // It will be sent again, as if it were lost on a wire.
+            io.stats.refuse(DropReason::Device);
+        }
+    }
+
     pub(super) fn send_syn_ack<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
         let iss = self.opening.iss;
         self.snd_nxt = iss.wrapping_add(1);
@@ -27,7 +55,7 @@ impl<S> Connection<S> {
             scale: self.guest_scale.map(|_| SCALE),
             ..self.head(iss, flags::SYN | flags::ACK, io)
         };
-        io.host.emit(head.write(0).bytes(), &[]);
+        self.write(&head, io);
         self.arm_resend(io.now);
     }
 
@@ -108,6 +136,8 @@ impl<S> Connection<S> {
         let (sequence, flags) = match self.phase {
             // RFC 9293 section 3.10.7.1: it answers a SYN.
             Phase::Dialling => (0, flags::RST | flags::ACK),
+            // There is nothing of the guest's yet that it could acknowledge.
+            Phase::Calling => (self.snd_nxt, flags::RST),
             Phase::Open | Phase::Lingering => (self.snd_nxt, flags::RST | flags::ACK),
         };
         self.emit(sequence, flags, 0, io);

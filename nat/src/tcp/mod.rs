@@ -11,9 +11,20 @@
 //!                     (none)                         Lingering ───────────────────────────────────┘
 //! ```
 //!
+//! Towards a port that the container has published the roles are changed:
+//!
+//! ```text
+//!             a client          guest: SYN-ACK
+//!   (none) ────────────► Calling ─────────────► Open
+//!                           │ guest: RST, too late: reset to the client
+//!                           ▼
+//!                         (none)
+//! ```
+//!
 //! | state | socket | what may be sent to the guest |
 //! |---|---|---|
 //! | Dialling | connecting | nothing: its SYN waits, so that a closed port is closed to it as well |
+//! | Calling | the client's | our SYN, until the guest accepts or refuses; what the client says waits in the socket |
 //! | Open | connected | SYN-ACK until it is acknowledged; then data and acknowledgements |
 //! | Lingering | closed | the acknowledgement of its FIN, should the first have been lost |
 //!
@@ -50,7 +61,7 @@ mod timer;
 pub use conn::{Connection, Opening, Outcome};
 
 use crate::host::Host;
-use crate::metrics::Stats;
+use crate::metrics::{ForwardStats, Stats};
 use crate::settings::{Capabilities, Settings, Timeouts};
 use std::time::Instant;
 
@@ -115,4 +126,12 @@ pub struct Io<'a, H: Host> {
     pub params: &'a Params,
     /// Bytes that may be buffered beyond what is already.
     pub allowance: usize,
+}
+
+/// Counts payload: out (0) or in (1).
+fn count(stats: &Stats, forward: Option<&ForwardStats>, direction: usize, bytes: u64) {
+    stats.bytes[direction].add(bytes);
+    if let Some(forward) = forward {
+        forward.bytes[direction].add(bytes);
+    }
 }

@@ -1,8 +1,8 @@
 //! What a segment carries: sent on, kept, or not taken.
 
-use super::Io;
 use super::conn::Connection;
 use super::seq::{before, later, up_to};
+use super::{Io, count};
 use crate::host::Host;
 use crate::metrics::DropReason;
 use crate::wire::tcp::{Segment, flags};
@@ -66,7 +66,7 @@ impl<S> Connection<S> {
             while self.writable && self.pending.is_empty() && !rest.is_empty() {
                 match io.host.send(stream, rest) {
                     Ok(sent) => {
-                        io.stats.bytes[0].add(sent as u64);
+                        count(io.stats, self.forward.as_deref(), 0, sent as u64);
                         // A short send means that the buffer is full; the kernel will tell when it is not.
                         self.writable = sent == rest.len();
                         rest = &rest[sent.min(rest.len())..];

@@ -2,7 +2,7 @@
 
 use super::conn::{Connection, Outcome, Phase};
 use super::seq::before;
-use super::{Io, MAX_WRITE};
+use super::{Io, MAX_WRITE, count};
 use crate::host::Host;
 use crate::wire::tcp::flags;
 use std::io;
@@ -13,6 +13,10 @@ const WRITES_PER_TURN: usize = 8;
 impl<S> Connection<S> {
     /// Does what can be done now. True if something is left that can be done at once.
     pub fn turn<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> (Outcome, bool) {
+        if self.phase == Phase::Calling && self.may_hide && self.client_is_gone(io) {
+            self.send_reset(io);
+            return (Outcome::Reset, false);
+        }
         if self.phase != Phase::Open {
             return (Outcome::Alive, false);
         }
@@ -27,6 +31,11 @@ impl<S> Connection<S> {
         (self.finish(io.now), more)
     }
 
+    /// Whether a client that the guest has not accepted yet has gone. One that has only said all that it has to say is waiting.
+    fn client_is_gone<H: Host<Stream = S>>(&self, io: &mut Io<'_, H>) -> bool {
+        self.stream.as_ref().is_some_and(|stream| io.host.connect_result(stream).is_err())
+    }
+
     /// Guest to host: what the socket did not take before, and the end.
     fn send_out<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> io::Result<()> {
         let done = self.guest_is_done();
@@ -36,7 +45,7 @@ impl<S> Connection<S> {
             let front = self.pending.front();
             match io.host.send(stream, front) {
                 Ok(sent) => {
-                    io.stats.bytes[0].add(sent as u64);
+                    count(io.stats, self.forward.as_deref(), 0, sent as u64);
                     self.writable = sent == front.len();
                     self.pending.pop(sent);
                     io.allowance = io.allowance.saturating_add(sent);
@@ -128,7 +137,7 @@ impl<S> Connection<S> {
         let sequence = self.snd_nxt;
         let before = self.snd_max;
         self.advance(length as u32, io);
-        io.stats.bytes[1].add(self.snd_max.wrapping_sub(before).into());
+        count(io.stats, self.forward.as_deref(), 1, self.snd_max.wrapping_sub(before).into());
         self.emit(sequence, flags::ACK | flags::PSH, length, io);
     }
 

@@ -38,6 +38,10 @@ impl<S> Connection<S> {
     pub fn deadline(&self, timeouts: &Timeouts) -> Instant {
         match self.phase {
             Phase::Dialling => self.active + timeouts.connect,
+            Phase::Calling => {
+                let late = self.active + timeouts.connect;
+                self.resend_at.map_or(late, |resend| resend.min(late))
+            }
             Phase::Lingering => self.active + timeouts.linger,
             Phase::Open => {
                 let idle = if self.half_closed() { timeouts.half_closed } else { timeouts.idle };
@@ -52,11 +56,17 @@ impl<S> Connection<S> {
         let timeouts = io.params.timeouts;
         match self.phase {
             Phase::Lingering if now >= self.active + timeouts.linger => return Outcome::Done,
-            Phase::Dialling if now >= self.active + timeouts.connect => {
+            Phase::Dialling | Phase::Calling if now >= self.active + timeouts.connect => {
                 self.send_reset(io);
                 return Outcome::Reset;
             }
-            Phase::Lingering | Phase::Dialling => return Outcome::Alive,
+            Phase::Calling if self.resend_at.is_some_and(|at| at <= now) => {
+                self.retries = self.retries.saturating_add(1);
+                io.stats.retransmissions.add(1);
+                self.send_syn(io);
+                return Outcome::Alive;
+            }
+            Phase::Lingering | Phase::Dialling | Phase::Calling => return Outcome::Alive,
             Phase::Open => {}
         }
         let idle = if self.half_closed() { timeouts.half_closed } else { timeouts.idle };

@@ -7,15 +7,16 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_model::Protocol;
 use tidegate_nat::engine::{Engine, Secrets};
-use tidegate_nat::host::{Batch, DatagramKind, Host, Ready, SendOutcome, SocketProblem};
+use tidegate_nat::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
 use tidegate_nat::siphash::HashKey;
 use tidegate_nat::wire::head::TcpHead;
 use tidegate_nat::wire::ip::Packet;
 use tidegate_nat::wire::protocol;
 use tidegate_nat::wire::tcp::{Segment, flags};
 use tidegate_nat::wire::virtio::VirtioHeader;
-use tidegate_nat::{DropReason, Settings, Stats};
+use tidegate_nat::{DropReason, Forward, ForwardId, ForwardSource, ForwardStats, Guard, Settings, Stats};
 use tidegate_reactor::Key;
 
 pub const GATEWAY: &str = "10.0.2.2";
@@ -23,6 +24,8 @@ pub const GATEWAY: &str = "10.0.2.2";
 /// A TCP socket of the host, and the far end behind it.
 #[derive(Debug, Default)]
 pub struct FakeStream {
+    /// Who has connected, if it was accepted.
+    pub client: Option<SocketAddr>,
     pub to: Option<SocketAddr>,
     pub key: Option<Key>,
     /// Connecting; `Some` once the far end has answered.
@@ -43,6 +46,13 @@ pub struct FakeStream {
     pub looked_at: u64,
 }
 
+/// A listening socket, and who waits there.
+#[derive(Debug, Default)]
+pub struct FakeListener {
+    pub key: Option<Key>,
+    pub clients: VecDeque<SocketAddr>,
+}
+
 /// A datagram socket.
 #[derive(Debug, Default)]
 pub struct FakeDatagrams {
@@ -55,6 +65,9 @@ pub struct FakeDatagrams {
     /// The same, of a shared socket.
     pub waiting_from: VecDeque<(SocketAddr, Vec<u8>)>,
     pub sent_to: Vec<SocketAddr>,
+    pub sent_from: Vec<Option<IpAddr>>,
+    /// Of a published port: where what waits was sent to.
+    pub arrival: Option<IpAddr>,
     pub kind: Option<DatagramKind>,
     pub problems: VecDeque<SocketProblem>,
     pub outcome: Option<SendOutcome>,
@@ -71,7 +84,7 @@ impl Drop for Handle {
 }
 
 #[derive(Default)]
-pub struct Datagrams(Vec<(Option<SocketAddr>, Vec<u8>)>);
+pub struct Datagrams(Vec<(Option<SocketAddr>, Vec<u8>)>, Option<IpAddr>);
 
 impl Batch for Datagrams {
     fn len(&self) -> usize {
@@ -85,6 +98,10 @@ impl Batch for Datagrams {
     fn source(&self, index: usize) -> Option<SocketAddr> {
         self.0[index].0
     }
+
+    fn arrival(&self, _index: usize) -> (Option<IpAddr>, u32) {
+        (self.1, 7)
+    }
 }
 
 #[derive(Default)]
@@ -92,6 +109,7 @@ pub struct World {
     pub frames: VecDeque<Vec<u8>>,
     pub streams: Vec<FakeStream>,
     pub datagrams: Vec<FakeDatagrams>,
+    pub listeners: Vec<FakeListener>,
     pub local: Vec<IpAddr>,
     /// What connecting answers at once; otherwise the test answers later.
     pub answer_at_once: Option<Result<(), i32>>,
@@ -125,6 +143,7 @@ impl World {
 impl Host for World {
     type Stream = Handle;
     type Datagrams = Handle;
+    type Listener = usize;
     type Batch = Datagrams;
 
     fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
@@ -159,10 +178,46 @@ impl Host for World {
         })
     }
 
+    fn watch_port(&mut self, port: &Port<usize, Handle>, key: Key) -> io::Result<()> {
+        match port {
+            Port::Tcp(listener) => self.listeners[*listener].key = Some(key),
+            Port::Udp(socket) => self.datagrams[socket.0].key = Some(key),
+        }
+        Ok(())
+    }
+
+    fn ignore_port(&mut self, port: &Port<usize, Handle>) {
+        let Port::Tcp(listener) = port else { panic!("datagrams take no descriptors") };
+        self.listeners[*listener].key = None;
+    }
+
+    fn accept(&mut self, listener: &mut usize) -> io::Result<(Handle, SocketAddr)> {
+        self.note_closed();
+        if self.listeners[*listener].clients.is_empty() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if self.open >= self.descriptors {
+            return Err(io::Error::from_raw_os_error(24));
+        }
+        let client = self.listeners[*listener].clients.pop_front().unwrap();
+        self.open += 1;
+        self.streams.push(FakeStream {
+            client: Some(client),
+            answer: Some(Ok(())),
+            room: self.room,
+            ..FakeStream::default()
+        });
+        Ok((Handle(self.streams.len() - 1, Arc::clone(&self.closed_streams)), client))
+    }
+
+    fn local_address(&self, _stream: &Handle) -> Option<IpAddr> {
+        Some("192.0.2.1".parse().unwrap())
+    }
+
     fn connect_result(&mut self, stream: &Handle) -> io::Result<()> {
         let stream = &self.streams[stream.0];
         let reset = stream.broken.then_some(Err(104));
-        stream.answer.or(reset).expect("only who is ready is asked").map_err(io::Error::from_raw_os_error)
+        reset.or(stream.answer).expect("only who is ready is asked").map_err(io::Error::from_raw_os_error)
     }
 
     fn send(&mut self, stream: &mut Handle, bytes: &[u8]) -> io::Result<usize> {
@@ -230,7 +285,7 @@ impl Host for World {
     fn send_train(
         &mut self,
         socket: &mut Handle,
-        to: Option<SocketAddr>,
+        destination: Option<Destination>,
         bytes: &[u8],
         segment: usize,
         dont_fragment: bool,
@@ -238,8 +293,9 @@ impl Host for World {
     ) -> SendOutcome {
         let socket = &mut self.datagrams[socket.0];
         (socket.dont_fragment, socket.hop_limit) = (dont_fragment, hop_limit);
-        assert_eq!(to.is_some(), socket.kind == Some(DatagramKind::SharedUdp));
-        socket.sent_to.extend(to);
+        assert_eq!(destination.is_some(), socket.kind == Some(DatagramKind::SharedUdp));
+        socket.sent_to.extend(destination.map(|destination| destination.to));
+        socket.sent_from.extend(destination.map(|destination| destination.from));
         if let Some(outcome) = socket.outcome {
             return outcome;
         }
@@ -255,6 +311,7 @@ impl Host for World {
         let whole = socket.waiting.drain(..).map(|bytes| (None, bytes));
         let named = socket.waiting_from.drain(..).map(|(from, bytes)| (Some(from), bytes));
         batch.0 = whole.chain(named).collect();
+        batch.1 = socket.arrival;
         assert!(batch.0.len() <= 64);
         if batch.0.is_empty() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(batch.0.len()) }
     }
@@ -360,6 +417,61 @@ impl Bench {
     pub fn datagrams_ready(&mut self, index: usize, ready: Ready) {
         if let Some(key) = self.world().datagrams[index].key {
             self.engine.ready(key, ready, self.now);
+        }
+        self.settle();
+    }
+
+    /// Publishes a port of TCP; clients come to listener `0`, `1` and so on.
+    pub fn publish_tcp(&mut self, guest: &str, source: ForwardSource) -> Arc<ForwardStats> {
+        let index = self.world().listeners.len();
+        self.world().listeners.push(FakeListener::default());
+        self.publish(Protocol::Tcp, guest, source, Port::Tcp(index), None)
+    }
+
+    /// Publishes a port of UDP; its socket is the next of `datagrams`.
+    pub fn publish_udp(&mut self, guest: &str, source: ForwardSource) -> Arc<ForwardStats> {
+        let kind = Some(DatagramKind::SharedUdp);
+        let world = self.world();
+        world.open += 1;
+        let arrival = Some("192.0.2.1".parse().unwrap());
+        world.datagrams.push(FakeDatagrams { kind, arrival, ..FakeDatagrams::default() });
+        let handle = Handle(world.datagrams.len() - 1, Arc::clone(&world.closed_datagrams));
+        self.publish(Protocol::Udp, guest, source, Port::Udp(handle), None)
+    }
+
+    pub fn publish(
+        &mut self,
+        protocol: Protocol,
+        guest: &str,
+        source: ForwardSource,
+        port: Port<usize, Handle>,
+        guard: Option<Arc<dyn Guard>>,
+    ) -> Arc<ForwardStats> {
+        let id = ForwardId::for_test(self.engine.published().len() as u32);
+        let forward = Forward { protocol, listen: at("192.0.2.1:80"), guest: at(guest), source };
+        let stats = Arc::new(ForwardStats::default());
+        self.engine.publish(id, forward, port, guard, Arc::clone(&stats)).unwrap();
+        stats
+    }
+
+    /// A client connects to listener `index`.
+    pub fn client(&mut self, index: usize, client: &str) {
+        self.world().listeners[index].clients.push_back(at(client));
+        self.listener_ready(index);
+    }
+
+    pub fn listener_ready(&mut self, index: usize) {
+        if let Some(key) = self.world().listeners[index].key {
+            self.engine.port_ready(key, Ready { readable: true, ..Ready::default() }, self.now);
+        }
+        self.settle();
+    }
+
+    /// A datagram comes to published socket `index`.
+    pub fn datagram_from(&mut self, index: usize, client: &str, bytes: &[u8]) {
+        self.world().datagrams[index].waiting_from.push_back((at(client), bytes.to_vec()));
+        if let Some(key) = self.world().datagrams[index].key {
+            self.engine.port_ready(key, Ready { readable: true, ..Ready::default() }, self.now);
         }
         self.settle();
     }

@@ -4,12 +4,15 @@ use super::api::{Forwarder, Wanted};
 use super::api_socket::Server;
 use super::resolvers::Resolvers;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::{Domain, Socket, Type};
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_nat::{Nat, Policy};
+use tidegate_model::Protocol;
+use tidegate_nat::{Forward, ForwardId, ForwardSource, Nat, Policy};
 
 /// What is waited for.
 pub(super) struct Control {
@@ -95,17 +98,45 @@ impl Control {
 }
 
 /// The engine's side of the API.
-pub(super) struct Ports(pub(super) Arc<Nat>);
+pub(super) struct Ports {
+    pub(super) nat: Arc<Nat>,
+    /// Whom the container sees.
+    pub(super) source: ForwardSource,
+}
 
 impl Forwarder for Ports {
-    type Id = u64;
+    type Id = ForwardId;
 
     fn add(&mut self, wanted: Wanted) -> Option<Self::Id> {
-        let _ = (&self.0, wanted);
-        None
+        let Wanted { protocol, host: listen, guest } = wanted;
+        let forward = Forward { protocol, listen, guest, source: self.source };
+        let socket = match bind(protocol, listen) {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::warn!(%listen, %protocol, %error, "this port is not forwarded");
+                return None;
+            }
+        };
+        let published = self.nat.publish_on(socket, forward, None);
+        published.map_err(|error| tracing::warn!(%error, "this port is not forwarded")).ok()
     }
 
-    fn remove(&mut self, _id: Self::Id) -> bool {
-        false
+    fn remove(&mut self, id: Self::Id) -> bool {
+        self.nat.unpublish(id)
     }
+}
+
+/// Takes a port where this process is. The engine would first look where that is, for which a sandbox has no `/proc`.
+fn bind(protocol: Protocol, listen: SocketAddr) -> io::Result<OwnedFd> {
+    let kind = if protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
+    let socket = Socket::new(Domain::for_address(listen), kind.nonblocking().cloexec(), None)?;
+    if listen.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    if protocol == Protocol::Tcp {
+        // Past connections in TIME_WAIT do not hold the port.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&listen.into())?;
+    Ok(socket.into())
 }

@@ -52,13 +52,16 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
-use tidegate_nat::{Nat, Policy, Settings, StartError};
+use tidegate_nat::{ForwardSource, Nat, Policy, Settings, StartError};
 use tidegate_netns::{AddressBook, Namespace};
 use tidegate_reactor::Descriptors;
 use tracing_subscriber::filter::LevelFilter;
 
 /// `tun` (default) or `tap`.
 pub const DEVICE: &str = "TIDEGATE_SLIRP_DEVICE";
+
+/// `gateway` (default) or `client`: whom a container sees at a forwarded port.
+pub const SOURCE: &str = "TIDEGATE_SLIRP_SOURCE";
 
 /// Descriptors that are not flows': ours, and those of the API's clients.
 const RESERVED: usize = 32 + MOST_CLIENTS;
@@ -70,8 +73,8 @@ enum RunError {
     Descriptor { option: &'static str, number: RawFd },
     #[error("--ready-fd {0}: {1}")]
     Ready(RawFd, #[source] io::Error),
-    #[error("{DEVICE}={0:?}: not tun or tap")]
-    Device(String),
+    #[error("{name}={value:?}: neither {} nor {}", words[0], words[1])]
+    Environment { name: &'static str, value: String, words: [&'static str; 2] },
     #[error("--api-socket {path:?}: {source}")]
     ApiSocket { path: String, source: io::Error },
     #[error("--{option} {interface:?}: {reason}")]
@@ -130,7 +133,11 @@ fn run(options: &Options) -> Result<(), RunError> {
     let exit = options.exit_fd.map(|number| inherited("exit-fd", number)).transpose()?;
     let ready = options.ready_fd.map(|number| inherited("ready-fd", number)).transpose()?;
     logging::init(LevelFilter::WARN)?;
-    let layer2 = options.mac.is_some() || wants_tap()?;
+    let layer2 = options.mac.is_some() || variable(DEVICE, ["tun", "tap"])? == Some("tap");
+    let source = match variable(SOURCE, ["gateway", "client"])? {
+        Some("client") => ForwardSource::Client,
+        _ => ForwardSource::Gateway,
+    };
     raise_descriptor_limit();
     let host = Namespace::current()?;
     let outbound = outbound(options, &host)?;
@@ -179,7 +186,8 @@ fn run(options: &Options) -> Result<(), RunError> {
     let nat = Arc::new(nat);
     let signals = signals()?;
     let guest = addresses.guest().addr();
-    let api = listener.map(|listener| Server::new(listener, Forwards::new(Ports(Arc::clone(&nat)), guest)));
+    let api = listener
+        .map(|listener| Server::new(listener, Forwards::new(Ports { nat: Arc::clone(&nat), source }, guest)));
     if let Some(sandbox) = sandbox {
         sandbox.close()?;
     }
@@ -192,12 +200,15 @@ fn run(options: &Options) -> Result<(), RunError> {
     Ok(Control { nat, policy, exit, signals, resolvers, api }.run()?)
 }
 
-fn wants_tap() -> Result<bool, RunError> {
-    match std::env::var_os(DEVICE).unwrap_or_default().to_str() {
-        Some("" | "tun") => Ok(false),
-        Some("tap") => Ok(true),
-        other => Err(RunError::Device(other.unwrap_or("?").to_owned())),
+/// One of two words.
+fn variable(name: &'static str, words: [&'static str; 2]) -> Result<Option<&'static str>, RunError> {
+    let value = std::env::var_os(name).unwrap_or_default();
+    let word = words.into_iter().find(|word| value == *word);
+    if word.is_none() && !value.is_empty() {
+        let value = value.to_string_lossy().into_owned();
+        return Err(RunError::Environment { name, value, words });
     }
+    Ok(word)
 }
 
 /// Descriptor `number`, which our caller has opened for us, under a number of our own or that one.

@@ -270,6 +270,7 @@ pub fn usage() -> String {
     }
     text.push_str(
         "\nEnvironment:\n  TIDEGATE_SLIRP_DEVICE  tun (default), or tap for layer 2: MAC addresses, DHCP, router advertisements\
+         \n  TIDEGATE_SLIRP_SOURCE  gateway (default), or client: whom a container sees at a forwarded port\
          \n  TIDEGATE_LOG           what is logged to standard error: a level (info, debug), or target=level,...\n",
     );
     text

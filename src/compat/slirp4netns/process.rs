@@ -9,6 +9,10 @@ use rustix::process::{
 };
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+/// How long the end of one is waited for, so that whoever does not reap orphans has none to reap.
+const LONGEST_END: Duration = Duration::from_millis(200);
 
 /// A copy of this process, killed and reaped when dropped.
 #[derive(Debug)]
@@ -43,10 +47,15 @@ impl Copy {
 
 impl Drop for Copy {
     fn drop(&mut self) {
-        // It is ours until it is waited for, whatever has become of it. In a sandbox nobody may be killed; it ends with this process then.
-        let killed = kill_process(self.pid, Signal::KILL).is_ok();
-        let how = if killed { WaitOptions::empty() } else { WaitOptions::NOHANG };
-        while matches!(waitpid(Some(self.pid), how), Err(rustix::io::Errno::INTR)) {}
+        // It is ours until it is waited for, whatever has become of it. In a sandbox nobody may be killed: it ends by itself when what it talks into is closed,
+        // or else with this process.
+        let _ = kill_process(self.pid, Signal::KILL);
+        for _ in 0..LONGEST_END.as_millis() {
+            match waitpid(Some(self.pid), WaitOptions::NOHANG) {
+                Ok(None) | Err(rustix::io::Errno::INTR) => std::thread::sleep(Duration::from_millis(1)),
+                Ok(Some(_)) | Err(_) => return,
+            }
+        }
     }
 }
 
