@@ -124,7 +124,8 @@ impl<F: Forwarder> Forwards<F> {
             })
         };
         let entries: Vec<Value> = self.entries.iter().map(entry).collect();
-        json!({"return": {"entries": entries}})
+        // slirp4netns documents the one and sends the other (1.2).
+        json!({"return": {"entries": entries.clone()}, "entries": entries})
     }
 
     fn remove(&mut self, arguments: &Value) -> Result<Value, &'static str> {

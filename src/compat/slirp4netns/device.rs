@@ -43,7 +43,7 @@ pub(super) struct Made {
 /// To be called while this process has but one thread.
 pub(super) fn make(options: &Options, layer2: bool) -> Result<Made, DeviceError> {
     let (ours, theirs) = line().map_err(DeviceError::Start)?;
-    let copy = Copy::start(|| tell(&theirs, inside(options, layer2))).map_err(DeviceError::Start)?;
+    let copy = Copy::start(&[], || tell(&theirs, inside(options, layer2))).map_err(DeviceError::Start)?;
     drop(theirs);
     let mut bytes = [0; LONGEST_ERROR];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

@@ -48,7 +48,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::net::IpAddr;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -152,8 +152,13 @@ fn run(options: &Options) -> Result<(), RunError> {
     if options.ipv6 && !ipv6 {
         tracing::warn!("--enable-ipv6: this host has no IPv6; IPv4 is served alone");
     }
-    let following =
-        if options.disable_dns { None } else { Some(Resolvers::follow().map_err(RunError::Resolvers)?) };
+    let callers: Vec<BorrowedFd<'_>> =
+        exit.iter().chain(&ready).map(AsFd::as_fd).chain(listener.as_ref().map(AsFd::as_fd)).collect();
+    let following = if options.disable_dns {
+        None
+    } else {
+        Some(Resolvers::follow(&callers).map_err(RunError::Resolvers)?)
+    };
     let (resolvers, servers) = following.unzip();
 
     let addresses = Addresses::of(options.network);

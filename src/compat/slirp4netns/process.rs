@@ -8,7 +8,7 @@ use rustix::process::{
     Pid, Signal, WaitOptions, getpid, getppid, kill_process, set_parent_process_death_signal, waitpid,
 };
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 /// How long the end of one is waited for, so that whoever does not reap orphans has none to reap.
@@ -21,10 +21,10 @@ pub(super) struct Copy {
 }
 
 impl Copy {
-    /// Starts `work` in a copy of this process, which ends with it, or with this process.
+    /// Starts `work` in a copy of this process, which ends with it, or with this process. `callers` are descriptors at whose closing somebody waits: the copy has them no more.
     ///
     /// To be called while this process has but one thread: another one might hold a lock that nobody in the copy would ever release.
-    pub(super) fn start(work: impl FnOnce()) -> io::Result<Self> {
+    pub(super) fn start(callers: &[BorrowedFd<'_>], work: impl FnOnce()) -> io::Result<Self> {
         let parent = getpid();
         // SAFETY: there is one thread (see above), so the copy is whole.
         match unsafe { libc::fork() } {
@@ -33,6 +33,10 @@ impl Copy {
                 let lives = set_parent_process_death_signal(Some(Signal::KILL)).is_ok()
                     // Gone before the request was in place, it would send no signal.
                     && getppid() == Some(parent);
+                for descriptor in callers {
+                    // SAFETY: what owns it is in the copy too, and is never looked at or dropped there.
+                    unsafe { libc::close(descriptor.as_raw_fd()) };
+                }
                 if lives {
                     work();
                 }

@@ -33,13 +33,13 @@ pub(super) struct Resolvers {
 }
 
 impl Resolvers {
-    /// Begins to follow them, and returns those of now.
+    /// Begins to follow them, and returns those of now. `callers` is of [`Copy::start`].
     ///
     /// To be called while this process has but one thread.
-    pub(super) fn follow() -> io::Result<(Self, Vec<SocketAddr>)> {
+    pub(super) fn follow(callers: &[BorrowedFd<'_>]) -> io::Result<(Self, Vec<SocketAddr>)> {
         // A packet for each word, never a part of one (pipe(7)).
         let (words, teller) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::DIRECT)?;
-        let reader = Copy::start(|| tell(&teller))?;
+        let reader = Copy::start(callers, || tell(&teller))?;
         drop(teller);
         let mut polled = [PollFd::new(&words, PollFlags::IN)];
         let patience = Timespec { tv_sec: PATIENCE, tv_nsec: 0 };
