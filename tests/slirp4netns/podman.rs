@@ -58,7 +58,7 @@ network_cmd_path = "{}"
     command.args(["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups", "bash", "-ec", &script]);
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("HOME", scene.home(""));
-    command.env("XDG_RUNTIME_DIR", scene.home("runtime")).current_dir(scene.home(""));
+    command.env("XDG_RUNTIME_DIR", scene.home("r")).current_dir(scene.home(""));
     command.env("CONTAINERS_CONF", scene.path("containers.conf"));
     for name in ["DBUS_SESSION_BUS_ADDRESS", "CONTAINER_HOST"] {
         command.env_remove(name);

@@ -59,7 +59,9 @@ fn an_ordinary_users_container_reaches_the_world_by_both_families() {
             let host = if address.is_ipv4() { "203.0.113.1:" } else { "[2001:db8:1::1]:" };
             assert!(seen.starts_with(host), "the host's address: {seen}");
             let _echo = EchoServer::udp(outside, (address, 7001).into());
-            assert_eq!(exchange(&guest, (address, 7001).into(), &[7; 9000]).unwrap(), [7; 9000]);
+            // The first may be too long for the path, of which the container is told.
+            let large = || exchange(&guest, (address, 7001).into(), &[7; 9000]);
+            assert_eq!(large().or_else(|_| large()).unwrap(), [7; 9000]);
             assert!(pings(&guest, address), "{address}");
             let sink = Sink::tcp(outside, (address, 7002).into(), 1);
             let source = Source::tcp(outside, (address, 7003).into(), 2, MUCH);

@@ -60,6 +60,8 @@ fn up(name: &str) -> LinkMessage {
 
 fn link(options: &TunOptions) -> LinkMessage {
     let mut message = up(&options.name);
+    let station = options.layer2.as_ref().and_then(|layer2| layer2.mac);
+    message.attributes.extend(station.map(|station| LinkAttribute::Address(station.0.to_vec())));
     message.attributes.push(LinkAttribute::Mtu(options.mtu.into()));
     message.attributes.push(LinkAttribute::TxQueueLen(options.queue_length));
     message

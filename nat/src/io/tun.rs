@@ -2,7 +2,9 @@
 
 use super::netlink;
 use crate::error::StartError;
+use crate::layer2::{Layer2, Layer2Options};
 use crate::settings::Capabilities;
+use crate::wire::ethernet::{ETHERNET_MAX_MTU, MacAddress};
 use ipnet::IpNet;
 use rustix::fs::{Mode, OFlags, open};
 use std::io;
@@ -55,6 +57,8 @@ pub struct TunOptions {
     pub replace: bool,
     /// The namespace's loopback is brought up as well.
     pub loopback: bool,
+    /// A TAP instead of a TUN: a device on an Ethernet. One of the name that is persistent, and that nobody has open, is taken over.
+    pub layer2: Option<Layer2Options>,
 }
 
 impl TunOptions {
@@ -72,6 +76,7 @@ impl TunOptions {
             table: MAIN,
             replace: false,
             loopback: false,
+            layer2: None,
         }
     }
 }
@@ -83,6 +88,7 @@ pub struct Tun {
     name: String,
     mtu: u16,
     pub(crate) capabilities: Capabilities,
+    pub(crate) layer2: Option<Layer2>,
 }
 
 impl Tun {
@@ -91,7 +97,7 @@ impl Tun {
     /// # Errors
     /// [`StartError`] says what is missing.
     pub fn open(namespace: &Namespace, options: &TunOptions) -> Result<Self, StartError> {
-        if options.mtu < MIN_MTU {
+        if options.mtu < MIN_MTU || options.layer2.is_some() && options.mtu > ETHERNET_MAX_MTU {
             return Err(StartError::Mtu(options.mtu));
         }
         let bytes = options.name.as_bytes();
@@ -105,9 +111,21 @@ impl Tun {
     }
 
     /// One that another process has made, with the same options, and handed over.
-    #[must_use]
-    pub fn adopt(descriptor: OwnedFd, options: &TunOptions, capabilities: Capabilities) -> Self {
-        Self { descriptor, name: options.name.clone(), mtu: options.mtu, capabilities }
+    ///
+    /// # Errors
+    /// [`StartError::Interface`] if it is no such device.
+    pub fn adopt(
+        descriptor: OwnedFd,
+        options: &TunOptions,
+        capabilities: Capabilities,
+    ) -> Result<Self, StartError> {
+        let layer2 = options.layer2.clone().map(|layer2| {
+            let station = hardware_address(&descriptor)
+                .map_err(|source| StartError::Interface { name: options.name.clone(), source })?;
+            Ok(Layer2::new(layer2, station, options.mtu))
+        });
+        let layer2 = layer2.transpose()?;
+        Ok(Self { descriptor, name: options.name.clone(), mtu: options.mtu, capabilities, layer2 })
     }
 
     /// What [`adopt`](Self::adopt) takes.
@@ -137,13 +155,13 @@ impl Tun {
     fn open_here(options: &TunOptions) -> Result<Self, StartError> {
         let descriptor = open_driver().map_err(StartError::Device)?;
         let interface = |source| StartError::Interface { name: options.name.clone(), source };
-        if options.replace && netlink::has(&options.name).map_err(interface)? {
+        if options.replace && options.layer2.is_none() && netlink::has(&options.name).map_err(interface)? {
             take_away(&options.name).map_err(StartError::Device)?;
         }
-        make(&descriptor, &options.name).map_err(interface)?;
+        make(&descriptor, &options.name, options.layer2.is_some()).map_err(interface)?;
         let capabilities = offload(&descriptor, options.capabilities).map_err(interface)?;
         netlink::configure(options).map_err(interface)?;
-        Ok(Self { descriptor, name: options.name.clone(), mtu: options.mtu, capabilities })
+        Self::adopt(descriptor, options, capabilities)
     }
 }
 
@@ -180,10 +198,26 @@ fn take_away(name: &str) -> io::Result<()> {
     Ok(())
 }
 
-fn make(descriptor: &OwnedFd, name: &str) -> io::Result<()> {
+/// The address of the device's interface. It may be in another namespace, and the kernel looks there.
+fn hardware_address(descriptor: &OwnedFd) -> io::Result<MacAddress> {
+    let mut request = request("");
+    // SAFETY: the request is given an ifreq, and fills the address in.
+    let address = unsafe {
+        checked(libc::ioctl(descriptor.as_raw_fd(), libc::SIOCGIFHWADDR as _, &raw mut request))?;
+        request.ifr_ifru.ifru_hwaddr.sa_data
+    };
+    let mut station = MacAddress::BROADCAST;
+    for (to, from) in station.0.iter_mut().zip(address) {
+        *to = from as u8;
+    }
+    Ok(station)
+}
+
+fn make(descriptor: &OwnedFd, name: &str, layer2: bool) -> io::Result<()> {
     let mut request = request(name);
     // Exclusively: without it, a persistent device of this name would be taken over.
-    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+    let kind = if layer2 { libc::IFF_TAP } else { libc::IFF_TUN | libc::IFF_TUN_EXCL };
+    let flags = kind | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     let length = crate::wire::virtio::LENGTH as libc::c_int;
     // SAFETY: each request is given what it wants: an ifreq, and a pointer to an int.

@@ -1,6 +1,7 @@
 //! Ethernet II: 14 bytes in front of a packet, and the addresses in them (IEEE 802.3).
 
 use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 /// Bytes of the header.
@@ -12,6 +13,26 @@ pub const ETHERNET_MAX_MTU: u16 = u16::MAX - LENGTH as u16;
 /// Bytes of an address.
 const ADDRESS: usize = 6;
 
+/// What a frame carries (IANA, "EtherTypes").
+pub mod kind {
+    /// IPv4.
+    pub const IPV4: u16 = 0x0800;
+    /// ARP.
+    pub const ARP: u16 = 0x0806;
+    /// IPv6.
+    pub const IPV6: u16 = 0x86dd;
+}
+
+/// The header of a frame.
+#[must_use]
+pub fn header(to: MacAddress, from: MacAddress, kind: u16) -> [u8; LENGTH] {
+    let mut header = [0; LENGTH];
+    header[..6].copy_from_slice(&to.0);
+    header[6..12].copy_from_slice(&from.0);
+    header[12..].copy_from_slice(&kind.to_be_bytes());
+    header
+}
+
 /// The address of a device on an Ethernet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MacAddress(pub [u8; ADDRESS]);
@@ -19,6 +40,33 @@ pub struct MacAddress(pub [u8; ADDRESS]);
 impl MacAddress {
     /// That of everybody.
     pub const BROADCAST: Self = Self([0xff; ADDRESS]);
+
+    /// That of the station that is played for an IPv4 address, as libslirp has it.
+    #[must_use]
+    pub fn of_v4(ip: Ipv4Addr) -> Self {
+        let [a, b, c, d] = ip.octets();
+        Self([0x52, 0x55, a, b, c, d])
+    }
+
+    /// The same for an IPv6 address.
+    #[must_use]
+    pub fn of_v6(ip: Ipv6Addr) -> Self {
+        let [.., a, b, c, d] = ip.octets();
+        Self([0x52, 0x56, a, b, c, d])
+    }
+
+    /// That of an IPv6 multicast group (RFC 2464 section 7).
+    #[must_use]
+    pub fn of_group(group: Ipv6Addr) -> Self {
+        let [.., a, b, c, d] = group.octets();
+        Self([0x33, 0x33, a, b, c, d])
+    }
+
+    /// The one that stands at `at`.
+    #[must_use]
+    pub fn at(bytes: &[u8], at: usize) -> Option<Self> {
+        bytes.get(at..)?.first_chunk().copied().map(Self)
+    }
 
     /// Whether it is of one device: neither a group's nor none at all.
     #[must_use]

@@ -12,7 +12,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use tidegate_nat::{Capabilities, StartError, Tun, TunOptions};
+use tidegate_nat::{Capabilities, Layer2Options, Layer2V6, StartError, Tun, TunOptions};
 use tidegate_netns::{Family, Namespace, join_user_namespace};
 
 /// The longest error that is passed on, in bytes.
@@ -70,6 +70,7 @@ pub(super) fn make(options: &Options, layer2: bool) -> Result<Made, DeviceError>
             };
             let ipv6 = ipv6 != 0;
             let tun = Tun::adopt(descriptor, &tun_options(options, ipv6, layer2), capabilities);
+            let tun = tun.map_err(|error| DeviceError::Inside(error.to_string()))?;
             Ok(Made { tun, ipv6 })
         }
         (_, []) => Err(DeviceError::Silent),
@@ -141,10 +142,25 @@ fn tun_options(options: &Options, ipv6: bool, layer2: bool) -> TunOptions {
     let addresses = Addresses::of(options.network);
     let mut tun = TunOptions {
         mtu: options.mtu,
-        replace: !layer2,
+        replace: true,
         loopback: options.configure,
         ..TunOptions::new(options.device.clone())
     };
+    if layer2 {
+        let name_server = !options.disable_dns;
+        let v6 = Layer2V6 {
+            prefix: Addresses::GUEST_V6.network(),
+            gateway: Addresses::GATEWAY_V6,
+            name_server: name_server.then_some(Addresses::NAME_SERVER_V6),
+        };
+        tun.layer2 = Some(Layer2Options {
+            network: options.network,
+            gateway: addresses.gateway,
+            name_server: name_server.then_some(addresses.name_server),
+            v6: ipv6.then_some(v6),
+            mac: options.mac,
+        });
+    }
     if options.configure {
         tun.addresses.push(addresses.guest().into());
         tun.default_routes.push(Family::V4);
@@ -163,13 +179,17 @@ fn tun_options(options: &Options, ipv6: bool, layer2: bool) -> TunOptions {
 fn explain(error: &StartError, namespace: &str, options: &Options) -> String {
     let number = |source: &io::Error| source.raw_os_error();
     match error {
-        StartError::Interface { name, source } if number(source) == Some(libc::EBUSY) => format!(
-            "device {name:?}: there is an interface of this name in the namespace already; delete it, or name another one behind {}",
-            match options.target {
-                Target::Process(_) => "PID",
-                Target::Path(_) => "PATH",
-            }
-        ),
+        StartError::Interface { name, source }
+            if matches!(number(source), Some(libc::EBUSY | libc::EINVAL)) =>
+        {
+            format!(
+                "device {name:?}: there is an interface of this name in the namespace already; delete it, or name another one behind {}",
+                match options.target {
+                    Target::Process(_) => "PID",
+                    Target::Path(_) => "PATH",
+                }
+            )
+        }
         StartError::Namespace(source) if number(source) == Some(libc::EPERM) => format!(
             "enter the network namespace {namespace}: {source}: it belongs to another user, or to a user namespace that --userns-path has to name"
         ),

@@ -147,11 +147,7 @@ fn run(options: &Options) -> Result<(), RunError> {
     });
     let listener = listener.transpose()?;
 
-    // Copies, as long as there is one thread.
-    let device::Made { tun, ipv6 } = device::make(options, layer2)?;
-    if options.ipv6 && !ipv6 {
-        tracing::warn!("--enable-ipv6: this host has no IPv6; IPv4 is served alone");
-    }
+    // Copies, as long as there is one thread; first the one that stays, so that it keeps no device from going with this process.
     let callers: Vec<BorrowedFd<'_>> =
         exit.iter().chain(&ready).map(AsFd::as_fd).chain(listener.as_ref().map(AsFd::as_fd)).collect();
     let following = if options.disable_dns {
@@ -160,6 +156,10 @@ fn run(options: &Options) -> Result<(), RunError> {
         Some(Resolvers::follow(&callers).map_err(RunError::Resolvers)?)
     };
     let (resolvers, servers) = following.unzip();
+    let device::Made { tun, ipv6 } = device::make(options, layer2)?;
+    if options.ipv6 && !ipv6 {
+        tracing::warn!("--enable-ipv6: this host has no IPv6; IPv4 is served alone");
+    }
 
     let addresses = Addresses::of(options.network);
     let policy = Policy {

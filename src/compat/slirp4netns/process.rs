@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 /// How long the end of one is waited for, so that whoever does not reap orphans has none to reap.
-const LONGEST_END: Duration = Duration::from_millis(200);
+const LONGEST_END: Duration = Duration::from_millis(500);
 
 /// A copy of this process, killed and reaped when dropped.
 #[derive(Debug)]

@@ -39,7 +39,10 @@ impl Resolvers {
     pub(super) fn follow(callers: &[BorrowedFd<'_>]) -> io::Result<(Self, Vec<SocketAddr>)> {
         // A packet for each word, never a part of one (pipe(7)).
         let (words, teller) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::DIRECT)?;
-        let reader = Copy::start(callers, || tell(&teller))?;
+        // It has to see when nobody listens any more, itself included.
+        let callers: Vec<BorrowedFd<'_>> = callers.iter().copied().chain([words.as_fd()]).collect();
+        let reader = Copy::start(&callers, || tell(&teller))?;
+        drop(callers);
         drop(teller);
         let mut polled = [PollFd::new(&words, PollFlags::IN)];
         let patience = Timespec { tv_sec: PATIENCE, tv_nsec: 0 };
