@@ -7,6 +7,8 @@
 mod command_line;
 #[path = "slirp4netns/ending.rs"]
 mod ending;
+#[path = "slirp4netns/layer2.rs"]
+mod layer2;
 #[path = "slirp4netns/podman.rs"]
 mod podman;
 #[path = "slirp4netns/ports.rs"]
