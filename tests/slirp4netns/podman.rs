@@ -47,7 +47,7 @@ network_cmd_path = "{}"
     );
     fs::write(scene.path("containers.conf"), configuration).unwrap();
     let script = format!(
-        "mkdir -p -m 700 \"$XDG_RUNTIME_DIR\"\n\
+        "cd; mkdir -p -m 700 \"$XDG_RUNTIME_DIR\"\n\
          podman() {{ command podman --storage-driver vfs --log-level error \"$@\"; }}\n\
          R={}\n{script}",
         rootfs.display()
@@ -58,7 +58,7 @@ network_cmd_path = "{}"
     command.args(["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups", "bash", "-ec", &script]);
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("HOME", scene.home(""));
-    command.env("XDG_RUNTIME_DIR", scene.home("r")).current_dir(scene.home(""));
+    command.env("XDG_RUNTIME_DIR", scene.home("r"));
     command.env("CONTAINERS_CONF", scene.path("containers.conf"));
     for name in ["DBUS_SESSION_BUS_ADDRESS", "CONTAINER_HOST"] {
         command.env_remove(name);
@@ -110,7 +110,7 @@ fn published_ports_lead_to_containers_by_either_handler() {
 podman run -d --name one -p 8080:80 --network slirp4netns:port_handler=slirp4netns --rootfs "$R" httpd -f -p 80 -h /
 podman run -d --name two -p 8081:80 --network slirp4netns --rootfs "$R" httpd -f -p 80 -h /
 echo published
-until [ -e ../home/enough ]; do sleep 0.1; done
+until [ -e "$HOME/enough" ]; do sleep 0.1; done
 podman stop -t 0 one two >/dev/null
 echo stopped
 "#;

@@ -94,7 +94,7 @@ impl Scene {
         command.args(["--reuid", &user, "--regid", &user, "--clear-groups", "--pdeathsig", "KILL", program]);
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{}:{path}:/usr/sbin:/sbin", self.path("bin").display()));
-        command.env("HOME", self.path("home")).current_dir(self.path("home"));
+        command.env("HOME", self.path("home"));
         command
     }
 

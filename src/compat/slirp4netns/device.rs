@@ -131,7 +131,7 @@ fn join(options: &Options, namespace: &Namespace) -> Result<(), String> {
     match joined {
         Err(error) if options.user_namespace.is_some() && error.raw_os_error() != Some(libc::EINVAL) => {
             let path = named.as_deref().unwrap_or(Path::new("")).display().to_string();
-            Err(format!("--userns-path {path:?}: {}", error))
+            Err(format!("--userns-path {path:?}: {error}"))
         }
         // Whether the network can be entered all the same is seen when it is.
         _ => Ok(()),
