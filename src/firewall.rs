@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use tidegate_model::PublishLabel;
+use tidegate_model::{Feature, PublishLabel};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Endpoint, Firewall, FirewallKind, IptablesState, Network, Opening, Zone};
 
@@ -151,7 +151,11 @@ fn choose_firewall(
 ) -> anyhow::Result<(Option<Arc<Firewall>>, String)> {
     let open = |kind| {
         let firewall = Firewall::new(kind, ground.networks(), owner)?;
-        io::Result::Ok(Arc::new(if lacks("owned-tables") { firewall.shared() } else { firewall }))
+        io::Result::Ok(Arc::new(if Feature::OwnedTables.is_forced_off() {
+            firewall.shared()
+        } else {
+            firewall
+        }))
     };
     let wanted = match choice {
         FirewallChoice::None => return Ok((None, "asked for".to_owned())),
@@ -181,11 +185,6 @@ fn choose_firewall(
         }
     }
     Ok((None, missing.join("; ")))
-}
-
-/// Whether the kernel is to be taken for one that cannot do `feature`: for tests, which run on newer ones.
-pub(crate) fn lacks(feature: &str) -> bool {
-    std::env::var("TIDEGATE_LACKS").is_ok_and(|features| features.split(',').any(|one| one == feature))
 }
 
 /// Which firewall is tried first, and why. What nftables lets through iptables may drop, if it is in use.

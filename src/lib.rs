@@ -22,6 +22,7 @@ pub mod source;
 mod table;
 pub mod up;
 pub mod version;
+mod way_in;
 
 /// What a failed command exits with.
 pub const EXIT_FAILURE: u8 = 1;

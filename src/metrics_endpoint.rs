@@ -14,7 +14,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tidegate_proxy::{Engine, describe};
+use tidegate_proxy::{PortSnapshot, describe};
 
 /// Scrapes answered at the same time; more are told 503.
 const MAX_CLIENTS: usize = 16;
@@ -129,12 +129,12 @@ impl Recorder {
         self.listener.local_addr()
     }
 
-    /// Answers scrapes with the figures of `engine` and of the process, on threads of its own, until the process
+    /// Answers scrapes with the figures of the published ports, which `ports` tells, and of the process, on threads of its own, until the process
     /// ends.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn serve(self, engine: Arc<Engine>) -> io::Result<()> {
+    pub fn serve(self, ports: impl Fn() -> Vec<PortSnapshot> + Send + Sync + 'static) -> io::Result<()> {
         gauge!("tidegate_build_info", "version" => crate::version::VERSION, "commit" => crate::version::COMMIT)
             .set(1.0);
         metrics::describe_gauge!("tidegate_build_info", "Always 1; its labels say what was built.");
@@ -147,7 +147,7 @@ impl Recorder {
                 upkeep.run_upkeep();
             }
         })?;
-        let page = Arc::new(Page { handle: self.handle, engine, collector, more: self.more });
+        let page = Arc::new(Page { handle: self.handle, ports: Box::new(ports), collector, more: self.more });
         let clients = Arc::new(AtomicUsize::new(0));
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
             for client in self.listener.incoming() {
@@ -177,7 +177,7 @@ fn bind(address: MetricsAddress) -> Result<TcpListener, EndpointError> {
 /// What is on the page.
 struct Page {
     handle: PrometheusHandle,
-    engine: Arc<Engine>,
+    ports: Box<dyn Fn() -> Vec<PortSnapshot> + Send + Sync>,
     collector: Collector,
     more: Vec<Families>,
 }
@@ -187,7 +187,7 @@ impl Page {
         self.collector.collect();
         let mut text = self.handle.render();
         // Writing to a String does not fail.
-        let _ = describe(&self.engine.snapshot(), &mut text);
+        let _ = describe(&(self.ports)(), &mut text);
         self.more.iter().for_each(|families| families(&mut text));
         text
     }

@@ -4,6 +4,8 @@
 //! container that comes back elsewhere takes a thousand ports along at once. Nothing that is done to one port or one
 //! endpoint is noticed by the flows of another.
 //!
+//! Where the NAT engine leads containers out, ports of UDP come in by it as well ([`WayIn`]).
+//!
 //! Where networks are apart from the host ([`Ground::is_rootless`]) their gateways are no addresses of its own. What is published on all
 //! addresses is opened there too then, and comes and goes with the port.
 
@@ -11,16 +13,19 @@ use crate::firewall::{Chosen, PassedBy, opening};
 use crate::ground::Ground;
 use crate::ports::{PortError, reserve};
 use crate::source::{Relocatable, Source, SourceError};
+use crate::way_in::{CarriedPort, WayIn};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tidegate_model::{PortSpec, Protocol, PublishLabel, host_addresses};
+use tidegate_nat::Nat;
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Firewall, Opening};
 use tidegate_proxy::{
-    Drained, Enclosures, Engine, Listener, Permit, PortOptions, PublishedPort, Settings, Upstream,
+    Drained, Enclosures, Engine, Listener, Permit, PortOptions, PortSnapshot, PublishedPort, Settings,
+    Upstream,
 };
 
 /// Sockets to listen on at most: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses. What goes beyond that is a
@@ -96,6 +101,8 @@ pub(crate) struct Publisher {
     engine: Arc<Engine>,
     /// Where a port on all addresses has to be opened besides.
     gateways: Vec<IpAddr>,
+    /// By the NAT engine, until everything is closed.
+    way_in: Mutex<Option<WayIn>>,
     state: Mutex<State>,
 }
 
@@ -115,6 +122,8 @@ pub(crate) struct Endpoint {
     enclosures: Enclosures,
     /// Those of its addresses that the kernel may translate its ports to.
     targets: Vec<IpAddr>,
+    /// Those from which its answers go to the NAT engine, if there is one.
+    behind_engine: Vec<IpAddr>,
     relocations: u64,
     ways: BTreeMap<Protocol, Way>,
 }
@@ -122,13 +131,25 @@ pub(crate) struct Endpoint {
 impl Endpoint {
     /// At `addresses` in `namespace`; `enclosures` says who may use which address of this host to get there.
     pub(crate) fn new(namespace: Namespace, addresses: &[IpAddr], enclosures: Enclosures) -> Self {
-        let (addresses, targets) = (addresses.to_vec(), Vec::new());
-        Self { namespace, addresses, enclosures, targets, relocations: 0, ways: BTreeMap::new() }
+        Self {
+            namespace,
+            addresses: addresses.to_vec(),
+            enclosures,
+            targets: Vec::new(),
+            behind_engine: Vec::new(),
+            relocations: 0,
+            ways: BTreeMap::new(),
+        }
     }
 
     /// Its ports are translated to `targets` by the kernel, where that can be.
     pub(crate) fn translated_to(self, targets: Vec<IpAddr>) -> Self {
         Self { targets, ..self }
+    }
+
+    /// What it sends from `addresses` goes out by the NAT engine, so what comes in for them may come by it.
+    pub(crate) fn behind_engine(self, addresses: Vec<IpAddr>) -> Self {
+        Self { behind_engine: addresses, ..self }
     }
 }
 
@@ -152,7 +173,15 @@ struct Port {
     told: OpenPort,
     /// Itself, and the same at gateways.
     published: Vec<PublishedPort>,
+    /// Itself, where the NAT engine carries it.
+    carried: Option<CarriedPort>,
     _descriptors: Vec<Permit>,
+}
+
+/// By whom a port is carried.
+enum Carried {
+    Publisher(PublishedPort),
+    Engine(CarriedPort),
 }
 
 impl Publisher {
@@ -167,12 +196,26 @@ impl Publisher {
         let enter = move || inside.as_ref().map_or(Ok(()), Namespace::enter);
         let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
         let (firewall, passed_by) = (chosen.firewall.clone(), chosen.passed_by.clone());
-        Self { ground, firewall, passed_by, engine, gateways, state: Mutex::default() }
+        let (way_in, state) = Default::default();
+        Self { ground, firewall, passed_by, engine, gateways, way_in, state }
     }
 
-    /// What carries the traffic.
-    pub(crate) fn engine(&self) -> &Arc<Engine> {
-        &self.engine
+    /// Ports of UDP come in by `nat` from here on, which leads containers out.
+    pub(crate) fn come_in_by(&self, nat: Arc<Nat>) {
+        *self.way_in() = Some(WayIn::new(nat, Arc::clone(&self.engine)));
+    }
+
+    fn way_in(&self) -> MutexGuard<'_, Option<WayIn>> {
+        self.way_in.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The figures of every open port.
+    pub(crate) fn snapshot(&self) -> Vec<PortSnapshot> {
+        let mut ports = self.engine.snapshot();
+        ports.extend(
+            self.state().ports.values().filter_map(|port| port.carried.as_ref()).map(CarriedPort::snapshot),
+        );
+        ports
     }
 
     /// Makes `name` an endpoint that ports can lead to.
@@ -266,13 +309,26 @@ impl Publisher {
             return Err(PortError::from(error).into());
         }
         let publish = |listeners, options| self.engine.publish(listeners, options);
-        let published = publish(listeners, &options.outside)
-            .and_then(|published| Ok((published, publish(at_gateways, &options.at_gateways)?)));
-        let (published, at_gateways) = published.map_err(|error| {
+        let way_in = self.way_in().clone();
+        let by_engine = state.endpoints.get(endpoint).map(|endpoint| endpoint.behind_engine.as_slice());
+        let carried = match (way_in, by_engine) {
+            (Some(way_in), Some(guests)) if protocol == Protocol::Udp && !guests.is_empty() => {
+                let enclosures = &options.outside.enclosures;
+                let carry = |(listener, port)| {
+                    way_in.publish(listener, port, guests, enclosures).map(Carried::Engine)
+                };
+                listeners.into_iter().map(carry).collect::<io::Result<Vec<_>>>()
+            }
+            _ => publish(listeners, &options.outside)
+                .map(|published| published.into_iter().map(Carried::Publisher).collect()),
+        };
+        let published =
+            carried.and_then(|carried| Ok((carried, publish(at_gateways, &options.at_gateways)?)));
+        let (carried, at_gateways) = published.map_err(|error| {
             self.close_in_firewall(&openings);
             PublishError::Engine(error)
         })?;
-        let (mut published, mut at_gateways) = (published.into_iter(), at_gateways.into_iter());
+        let (mut carried, mut at_gateways) = (carried.into_iter(), at_gateways.into_iter());
         let mut permits = permits.into_iter();
         let mut opened = Vec::with_capacity(told.len());
         for ((label, container_port), count) in told.into_iter().zip(counts) {
@@ -280,9 +336,14 @@ impl Publisher {
             let id = PortId(state.last);
             let told = OpenPort { id, endpoint: endpoint.to_owned(), label, container_port };
             opened.push(told.clone());
-            let published = published.by_ref().take(1).chain(at_gateways.by_ref().take(count)).collect();
+            let (mut published, carried) = match carried.next() {
+                Some(Carried::Publisher(port)) => (vec![port], None),
+                Some(Carried::Engine(port)) => (Vec::new(), Some(port)),
+                None => (Vec::new(), None),
+            };
+            published.extend(at_gateways.by_ref().take(count));
             let descriptors = permits.by_ref().take(1 + count).collect();
-            state.ports.insert(id, Port { told, published, _descriptors: descriptors });
+            state.ports.insert(id, Port { told, published, carried, _descriptors: descriptors });
         }
         Ok(opened)
     }
@@ -314,6 +375,7 @@ impl Publisher {
             let opening = state.opening(&port.told.endpoint, port.told.label, port.told.container_port);
             (port, opening)
         };
+        drop(port.carried);
         let closed = port.published.into_iter().all(|socket| self.engine.unpublish(socket));
         self.close_in_firewall(&[opening]);
         closed
@@ -364,11 +426,15 @@ impl Publisher {
     /// Closes every port for good, lets connections go on for at most `deadline`, and cuts what is left. Nothing is left in the
     /// endpoints' namespaces then, whoever still knows of this.
     pub(crate) fn close(&self, deadline: Duration) -> Drained {
-        {
+        let ports = {
             let mut state = self.state();
             state.closed = true;
-            state.ports.clear();
-        }
+            std::mem::take(&mut state.ports)
+        };
+        // Not under the lock either: the engine has to be waited for.
+        drop(ports);
+        // Whoever still knows of this does not keep the engine.
+        self.way_in().take();
         let drained = self.engine.drain(deadline, || false);
         // With the ways goes what they have set in there. Not under the lock: it takes a while.
         let endpoints = std::mem::take(&mut self.state().endpoints);

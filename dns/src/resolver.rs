@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 use tidegate_netns::Namespace;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 
 /// What a resolver is made with.
@@ -87,6 +87,8 @@ pub(crate) struct Shared {
     lists: Mutex<ServerLists>,
     host: Mutex<Host>,
     pub(crate) forwarder: Arc<Forwarder>,
+    /// The host's servers, for whoever wants to hear of them.
+    told: watch::Sender<Arc<[SocketAddr]>>,
     pub(crate) policy: Policy,
     pub(crate) ttl: u32,
     pub(crate) ways: Ways,
@@ -137,7 +139,13 @@ impl Shared {
         for server in own {
             tracing::warn!(%server, "a DNS server of the host is tidegate itself, and is not asked");
         }
-        self.forwarder.set_host(others.into());
+        let others: Arc<[SocketAddr]> = others.into();
+        self.told.send_if_modified(|told| {
+            let changed = *told != others;
+            told.clone_from(&others);
+            changed
+        });
+        self.forwarder.set_host(others);
     }
 
     /// The list of `servers`, which `of` is to have.
@@ -183,6 +191,7 @@ impl Resolver {
             zones: RwLock::new(Zones::new(settings.limits)),
             lists: Mutex::new(ServerLists::new(settings.server_lists)),
             host: Mutex::default(),
+            told: watch::Sender::new(Arc::default()),
             forwarder: Arc::new(Forwarder::new(ways.clone(), bounds, Arc::clone(&metrics))),
             policy: Policy { forward_single_labels: settings.forward_single_labels },
             ttl: u32::try_from(settings.ttl.as_secs()).unwrap_or(u32::MAX),
@@ -268,6 +277,12 @@ impl Resolver {
         device: &str,
     ) -> Result<Serving, ServeError> {
         server::at_gateway(&self.shared, namespace, network, gateway, device)
+    }
+
+    /// The host's servers as they are asked, now and from here on.
+    #[must_use]
+    pub fn host_servers(&self) -> watch::Receiver<Arc<[SocketAddr]>> {
+        self.shared.told.subscribe()
     }
 
     /// Writes the families of networks and servers in the text format of Prometheus (exposition format 0.0.4).

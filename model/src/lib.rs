@@ -11,9 +11,11 @@
 //! | [`PortSpec`] | what `-p 127.0.0.1:8080-8082:80-82/udp` means, and whether two of them collide |
 //! | [`FlowKey`], [`PublishLabel`] | how one conversation, and one published socket, is named |
 //! | [`CidrSet`] | whether an address is in an allow-list |
+//! | [`Feature`] | what a kernel may not have, or be taken not to have |
 //! | [`registry`] | what tidegate claims on the host, and whom it avoids |
 
 mod cidr_set;
+pub mod feature;
 mod flow_key;
 #[doc(hidden)]
 pub mod fuzz;
@@ -22,6 +24,7 @@ mod protocol;
 pub mod registry;
 
 pub use cidr_set::{CidrSet, CidrSetError};
+pub use feature::Feature;
 pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};
 pub use port_mapping::{
     HostPort, HostPorts, OverlapError, PortMapping, PortRange, PortSide, PortSpec, PortSpecError,

@@ -8,6 +8,8 @@
 //! iproute2's `rt_protos` for route protocols; the constants in the sources of moby (`libnetwork`),
 //! Cilium (`linux_defaults`) and Tailscale (`linuxfw`, `wgengine`).
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 /// The packet mark on the sockets and in the rules that are tidegate's own.
 ///
 /// The upper half is `tg` in ASCII. It is one whole value, compared under the full [`MARK_MASK`], and it
@@ -125,6 +127,16 @@ pub const FIRST_WAY_OUT_TABLE: u32 = 29_956;
 
 /// How many of them there are. A project's is chosen by its name.
 pub const WAY_OUT_TABLES: u32 = 1_000;
+
+/// The addresses that the NAT engine of `tidegate up` has of its own, of IPv4 and of IPv6: what containers know the host by. No host has them, and each engine answers at them to
+/// its own containers alone, so they are the same for all.
+///
+/// The first is of the block for links (RFC 3927), where clouds have their services and container engines their hosts: free of those of EC2 and its kin (169.254.169.254,
+/// 169.254.170.2), Podman (169.254.1.1, 169.254.1.2) and Kubernetes (169.254.20.10). Its last bytes are `tg`. The second is of a prefix of our own (RFC 4193), `tidegat`.
+pub const ENGINE_ADDRESSES: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(169, 254, b't', b'g')),
+    IpAddr::V6(Ipv6Addr::new(0xfd74, 0x6964, 0x6567, 0x6174, 0, 0, 0, 1)),
+];
 
 /// The first group of links that tidegate puts those into that it is about to delete; the next free one above is taken. `tg` in
 /// the upper half, as in [`MARK`]. iproute2's groups are small numbers.

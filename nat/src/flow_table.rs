@@ -90,6 +90,8 @@ pub struct TableLimits {
     pub half_open_per_source: usize,
     /// New flows of one source.
     pub new_flows_per_source: Rate,
+    /// Sessions of one client of published ports, by its address: one that can be answered at thousands of ports does not shut others out.
+    pub sessions_per_client: usize,
     /// Bytes that wait in buffers on behalf of one source.
     pub buffered_per_source: usize,
     /// ICMP errors, and resets that belong to no connection, that one source is told.
@@ -105,6 +107,8 @@ impl Default for TableLimits {
             flows_per_source: 16_384,
             half_open_per_source: 1024,
             new_flows_per_source: Rate { per_second: 20_000, burst: 20_000 },
+            // As with ports of the port publisher.
+            sessions_per_client: 1024,
             buffered_per_source: 64 << 20,
             // The kernel's own: net.ipv4.icmp_msgs_per_sec and icmp_msgs_burst.
             errors_per_source: Rate { per_second: 1000, burst: 1000 },
@@ -462,6 +466,7 @@ mod tests {
         flows_per_source: 3,
         half_open_per_source: 2,
         new_flows_per_source: Rate { per_second: 1000, burst: 1000 },
+        sessions_per_client: 2,
         buffered_per_source: 100,
         errors_per_source: Rate { per_second: 1, burst: 1 },
         sources: 3,

@@ -47,7 +47,7 @@ pub enum DropReason {
     Device,
     /// It came from an address that the container has not sent to.
     Unsolicited,
-    /// It came to a published port, from who may not ask there.
+    /// It came to a published port, from who may not ask there, or pretends to be somebody.
     ShutOut,
     /// It came to a published port, and every five-tuple that could tell its flow from others is taken.
     Conflict,
@@ -184,12 +184,34 @@ pub struct ForwardStats {
     pub flows: Count,
     /// Flows begun.
     pub flows_begun: Count,
-    /// Clients' connections and datagrams that were refused: by a limit, or because they may not ask here.
-    pub refused: Count,
+    /// Sessions ended before their time to make room.
+    pub evicted: Count,
+    /// Clients' connections that were refused, and datagrams that were not carried, either way, by [`DropReason`].
+    pub dropped: [Count; DropReason::ALL.len()],
     /// Flows that showed the gateway where the client was to be shown, because the five-tuple was taken or of another family.
     pub fallbacks: Count,
     /// Payload carried: out (to the client), in.
     pub bytes: [Count; 2],
+    /// Datagrams carried: out, in.
+    pub datagrams: [Count; 2],
+}
+
+impl ForwardStats {
+    pub(crate) fn refuse(&self, reason: DropReason, count: u64) {
+        self.dropped[reason as usize].add(count);
+    }
+
+    /// What was refused or dropped, for whatever reason.
+    #[must_use]
+    pub fn refused(&self) -> u64 {
+        self.dropped.iter().map(Count::get).sum()
+    }
+
+    /// Counts payload that was carried: out (0) or in (1).
+    pub(crate) fn carried(&self, direction: usize, bytes: u64, datagrams: u64) {
+        self.bytes[direction].add(bytes);
+        self.datagrams[direction].add(datagrams);
+    }
 }
 
 impl Stats {

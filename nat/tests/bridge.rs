@@ -24,7 +24,7 @@ use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
 use tidegate_testbed::{Namespace, Topology, addr};
 
-const MUCH: u64 = 100 << 20;
+const MUCH: u64 = if common::OLD_KERNEL { 10 << 20 } else { 100 << 20 };
 
 fn start(net: &Topology, policy: Policy) -> Nat {
     let host = known(&net.host);

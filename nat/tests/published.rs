@@ -15,7 +15,7 @@ use tidegate_testbed::eventually;
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
 
-const MUCH: u64 = 200 << 20;
+const MUCH: u64 = if common::OLD_KERNEL { 20 << 20 } else { 200 << 20 };
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The container's end, of the family.

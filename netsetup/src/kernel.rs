@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use tidegate_model::registry;
+use tidegate_model::{Feature, registry};
 use tidegate_netns::Namespace;
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
@@ -28,6 +28,8 @@ const MAIN: u32 = 254;
 #[derive(Debug)]
 pub struct Kernel {
     host: Namespace,
+    /// Nobody but us is there.
+    alone: bool,
     firewall: Option<Arc<Firewall>>,
     endpoints: BTreeMap<String, Namespace>,
     connections: BTreeMap<Place, Connection>,
@@ -51,7 +53,13 @@ impl Kernel {
     /// The kernel as `host` sees it. To be used within a tokio runtime.
     #[must_use]
     pub fn new(host: Namespace) -> Self {
-        Self { host, firewall: None, endpoints: BTreeMap::new(), connections: BTreeMap::new() }
+        Self { host, alone: false, firewall: None, endpoints: BTreeMap::new(), connections: BTreeMap::new() }
+    }
+
+    /// `host` is a namespace of our own: what has to be set for all its links may be.
+    #[must_use]
+    pub fn alone(self) -> Self {
+        Self { alone: true, ..self }
     }
 
     /// Closes networks with `firewall`, which is the host's.
@@ -147,7 +155,7 @@ impl Kernel {
     fn uplinks(&self, here: &Here) -> Vec<Uplink> {
         // What cannot be read here cannot be changed either.
         let forwards = |v6| self.forwards(v6).unwrap_or(true);
-        here.uplinks(!forwards(false), !forwards(true) && self.host.sysctl(FORCE_FORWARDING).is_ok())
+        here.uplinks(!forwards(false), !forwards(true) && self.singles_links_out())
     }
 
     /// Which of `uplinks` forward although the host as a whole does not.
@@ -155,9 +163,8 @@ impl Kernel {
         let each = uplinks.iter().flat_map(|Uplink { link, v4, v6 }| {
             [(v4, false), (v6, true)].into_iter().filter(|(is, _)| **is).map(|(_, v6)| (link.clone(), v6))
         });
-        let forwards = |(link, v6): &(String, bool)| {
-            self.host.sysctl(&forwarding_of(link, *v6)).is_ok_and(|value| value == "1")
-        };
+        let forwards =
+            |(link, v6): &(String, bool)| self.forwarding_at(link, *v6).is_ok_and(|value| value == "1");
         each.filter(forwards).collect()
     }
 
@@ -292,6 +299,7 @@ impl Kernel {
                 *request.message_mut() = message_of(rule);
                 request.execute().await.map_err(error)
             }
+            Fact::Forwarding { v6: true, .. } if !self.singles_links_out() => self.forward_everything(),
             Fact::Forwarding { link, v6 } => self.host.set_sysctl(&forwarding_of(link, *v6), "1"),
             Fact::Ruleset { .. } => {
                 let firewall = self.firewall(fact)?;
@@ -330,7 +338,7 @@ impl Kernel {
             Fact::Rule(rule) => self.host()?.rule().del(message_of(rule)).execute().await.map_err(error),
             Fact::Forwarding { link, v6 } => {
                 // Has someone switched it on for all links meanwhile, it is no longer ours to switch off.
-                if self.forwards(*v6)? {
+                if self.forwards(*v6)? || *v6 && !self.singles_links_out() {
                     return Ok(());
                 }
                 self.host.set_sysctl(&forwarding_of(link, *v6), "0")
@@ -348,6 +356,34 @@ impl Kernel {
         let named = |firewall: &&Arc<Firewall>| firewall.fact() == *fact;
         let firewall = self.firewall.as_ref().filter(named);
         firewall.cloned().ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it is not in use"))
+    }
+
+    /// Whether the kernel can let single links forward IPv6.
+    fn singles_links_out(&self) -> bool {
+        !Feature::ForceForwarding.is_forced_off() && self.host.sysctl(FORCE_FORWARDING).is_ok()
+    }
+
+    /// What is set for a link that is to forward.
+    fn forwarding_at(&self, link: &str, v6: bool) -> io::Result<String> {
+        if v6 && !self.singles_links_out() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        self.host.sysctl(&forwarding_of(link, v6))
+    }
+
+    /// Has all links forward IPv6, where they are all ours; policy rules keep closed what is not to be open. A host is not made a router.
+    fn forward_everything(&self) -> io::Result<()> {
+        const ALL: &str = "net.ipv6.conf.all.forwarding";
+        if self.forwards(true)? {
+            return Ok(());
+        }
+        if self.alone {
+            return self.host.set_sysctl(ALL, "1");
+        }
+        tracing::warn!(
+            "containers have no way out over IPv6: before Linux 6.17 it is all links that forward or none; set {ALL}=1 if this host may be a router"
+        );
+        Ok(())
     }
 
     /// Whether the host forwards, from all its links.

@@ -1,6 +1,7 @@
 //! The engine: starts loops, gives them ports, takes ports away, stops.
 
 use crate::config::{PortOptions, Settings};
+use crate::enclosures::Enclosures;
 use crate::listener::Listener;
 use crate::metrics::{PortSnapshot, ProcessMetrics};
 use crate::port::{Port, PortStats};
@@ -8,6 +9,7 @@ use crate::udp::Reflection;
 use crate::worker::{Message, Worker};
 use std::collections::BTreeMap;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -218,6 +220,21 @@ impl Engine {
         }
         self.shared.tell_all(|done| Message::Unpublish { port: Arc::clone(&port), done });
         true
+    }
+
+    /// A UDP port is published at `address` by somebody else: what claims to come from there is not answered either. Call it in the namespace of ports.
+    pub fn note_port_of_others(&self, address: SocketAddr) {
+        self.shared.reflection.add(address);
+    }
+
+    /// It no longer is.
+    pub fn forget_port_of_others(&self, address: SocketAddr) {
+        self.shared.reflection.remove(address);
+    }
+
+    /// Whether a datagram of `client` claims to come from a published port, which answering would ask, and so on for ever.
+    pub fn is_reflected(&self, client: SocketAddr, enclosures: &Enclosures) -> bool {
+        self.shared.reflection.is_ours(client, enclosures)
     }
 
     /// Closes every port at once, lets connections go on until they end or `deadline` has passed, then resets

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::LazyLock;
 use std::time::Duration;
-use tidegate_model::{Protocol, PublishLabel, canonical};
+use tidegate_model::{Feature, Protocol, PublishLabel, canonical};
 use tidegate_reactor::batch;
 
 /// The queue of connections that wait to be accepted; the kernel caps it at `net.core.somaxconn`, whose default
@@ -151,6 +151,13 @@ impl Listener {
     }
 }
 
+impl From<Listener> for OwnedFd {
+    /// For who carries its traffic in another way.
+    fn from(listener: Listener) -> Self {
+        listener.socket
+    }
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -183,7 +190,7 @@ fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Resu
         return prepare_stream(socket);
     }
     // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
-    let _ = batch::enable_receive_offload(socket);
+    let _ = receive_trains(socket);
     prepare_datagrams(socket);
     batch::enable_packet_info(socket, address.is_ipv6())
 }
@@ -209,6 +216,14 @@ fn bound_receive_buffer(socket: impl AsFd) {
         // It was looked up before; what still fails stays as it is.
         let _ = sockopt::set_socket_recv_buffer_size(&socket, UNREAD_BYTES);
     }
+}
+
+/// Lets the kernel deliver trains of datagrams.
+pub(crate) fn receive_trains(datagrams: impl AsFd) -> io::Result<()> {
+    if Feature::UdpTrains.is_forced_off() {
+        return Err(Errno::NOPROTOOPT.into());
+    }
+    batch::enable_receive_offload(datagrams)
 }
 
 /// Larger buffers for a datagram socket, as far as the system allows; less is no error.

@@ -172,7 +172,8 @@ impl Publish {
         let metrics_at = match recorder {
             Some(recorder) => {
                 let address = recorder.address().context("metrics address")?;
-                recorder.serve(Arc::clone(&engine)).context("metrics endpoint")?;
+                let told = Arc::clone(&engine);
+                recorder.serve(move || told.snapshot()).context("metrics endpoint")?;
                 Some(address)
             }
             None => None,

@@ -48,6 +48,10 @@ pub(super) struct Up {
     /// How long programs may keep what they are told of services' names; in whole seconds
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = optional_timeout)]
     dns_ttl: Duration,
+
+    /// Let containers reach what the host has on its loopback, at 169.254.116.103 (needs --firewall=none, or an ordinary user)
+    #[arg(long)]
+    allow_host_loopback: bool,
 }
 
 impl Up {
@@ -79,6 +83,7 @@ impl Up {
             metrics,
             grace: self.timeout,
             dns_ttl: self.dns_ttl,
+            allow_host_loopback: self.allow_host_loopback,
         };
         up.run()
     }

@@ -10,7 +10,6 @@
 //!
 //! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
-use super::way_out::policy;
 use super::{Instance, Signals, uplinks};
 use crate::api::{Order, Problem};
 use std::collections::BTreeMap;
@@ -18,6 +17,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tidegate_netns::{Namespace, NamespaceId, News};
 use tidegate_netsetup::{Firewall, SetupError};
@@ -119,6 +119,12 @@ impl Instance {
                 ended = self.up.supervisor.wait(), if has_services => return ended.success(),
                 () = signals.next() => return true,
                 Some(order) = self.orders.recv() => self.carry_out(order).await,
+                Ok(()) = self.up.resolvers.changed() => {
+                    let resolvers = Arc::clone(&self.up.resolvers.borrow_and_update());
+                    if let Some(way_out) = &mut self.up.way_out {
+                        way_out.set_resolvers(&resolvers);
+                    }
+                },
                 _ = ticks.tick() => {
                     if std::mem::take(&mut rules_changed) {
                         self.chosen.look_again(&self.host).await;
@@ -163,9 +169,9 @@ impl Instance {
                 return self.setup.apply(desired).await.map(|_| 0);
             }
         }
-        if let Some(nat) = self.up.way_out.as_ref().filter(|_| !self.apart) {
-            // Networks of others may have come, which containers are to reach as little as before.
-            nat.set_policy(policy(&self.up.layout, &self.setup.surroundings().await?));
+        if let Some(way_out) = self.up.way_out.as_mut().filter(|_| !self.apart) {
+            // Networks of others may have come.
+            way_out.look_again(&self.up.layout, &self.setup.surroundings().await?);
         }
         self.setup.repair(&self.up.layout.desired).await
     }

@@ -35,12 +35,11 @@ use rustix::net::netdevice::name_to_index;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tidegate_model::{PortSpec, Protocol};
-use tidegate_nat::Nat;
 use tidegate_netns::{Namespace, News, Topic, run_directory};
 use tidegate_netsetup::{
     Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, Setup, Uplink, WithFirewall,
@@ -49,7 +48,8 @@ use tidegate_netsetup::{
 use tidegate_proxy::{Listener, Settings};
 use tokio::io::{Interest, unix::AsyncFd};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use way_out::WayOut;
 
 /// How long running connections may go on once all services have ended: none is answered any more.
 const DRAIN: Duration = Duration::from_millis(100);
@@ -77,6 +77,8 @@ pub struct Up {
     pub grace: Duration,
     /// How long what is told of names may be kept.
     pub dns_ttl: Duration,
+    /// Containers may reach what the host has on its loopback, at an address that stands for it.
+    pub allow_host_loopback: bool,
 }
 
 /// What is made for the project, to be taken back in the end.
@@ -103,7 +105,9 @@ struct Running {
     adopted: Arc<Adopted>,
     names: NameServers,
     /// The NAT engine, where there is no firewall.
-    way_out: Option<Nat>,
+    way_out: Option<WayOut>,
+    /// The host's DNS servers, for it.
+    resolvers: watch::Receiver<Arc<[SocketAddr]>>,
     supervisor: Supervisor,
 }
 
@@ -185,6 +189,11 @@ impl Up {
         raise_descriptor_limit();
         let chosen = choose(self.firewall, self.publish, ground, &project.name)?;
         chosen.tell();
+        if self.allow_host_loopback && chosen.firewall.is_some() {
+            bail!(
+                "--allow-host-loopback: containers reach the host's loopback by the NAT engine only, and here the kernel leads them out; say --firewall=none"
+            );
+        }
         let device = match &chosen.firewall {
             Some(_) => None,
             None => way_out::Device::open(ground, &project)
@@ -295,7 +304,9 @@ impl Up {
             namespaces.insert(service.name.clone(), namespace);
         }
         setup.apply(&layout.desired).await?;
-        let way_out = device.map(|device| device.start(&layout, &observed, ground)).transpose()?;
+        let start =
+            |device: way_out::Device| device.start(&layout, &observed, ground, self.allow_host_loopback);
+        let mut way_out = device.map(start).transpose()?;
 
         let mut settings = Settings::default();
         if way_out.is_some() {
@@ -312,10 +323,18 @@ impl Up {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let enclosures = layout.enclosures(name, |bridge| bridges.get(bridge).copied().unwrap_or(0));
             let endpoint = Endpoint::new(namespace.clone(), addresses, enclosures);
-            publisher.add_endpoint(name, endpoint.translated_to(targets_of(&layout, name, chosen.publish)));
+            let endpoint = endpoint.translated_to(targets_of(&layout, name, chosen.publish));
+            publisher.add_endpoint(name, endpoint.behind_engine(way_out::behind_it(&layout, name)));
+        }
+        if let Some(way_out) = &way_out {
+            publisher.come_in_by(Arc::clone(way_out.nat()));
         }
         let begun = async {
             let mut names = NameServers::new(project, &layout, ground, self.dns_ttl)?;
+            let mut resolvers = names.resolver().host_servers();
+            if let Some(way_out) = &mut way_out {
+                way_out.set_resolvers(&resolvers.borrow_and_update());
+            }
             names.serve_all(project, &namespaces)?;
             for ((service, protocol), listeners) in ports {
                 publisher.adopt(&service, protocol, listeners)?;
@@ -323,7 +342,7 @@ impl Up {
             if let Some(recorder) = recorder {
                 let (desired, told) = (layout.desired.clone(), Arc::clone(&publisher));
                 let recorder = recorder.with(move |page| metrics::families(&desired, &told, page));
-                let nat = way_out.as_ref().map(|nat| (project.name.clone(), Arc::clone(nat.stats())));
+                let nat = way_out.as_ref().map(|nat| (project.name.clone(), Arc::clone(nat.nat().stats())));
                 let recorder = recorder.with(move |page| {
                     let engines: Vec<_> = nat.iter().map(|(name, stats)| (name.as_str(), &**stats)).collect();
                     let _ = tidegate_nat::describe(&engines, page);
@@ -333,7 +352,8 @@ impl Up {
                     // Writing to a string does not fail.
                     let _ = resolver.describe(page);
                 });
-                recorder.serve(Arc::clone(publisher.engine())).context("metrics endpoint")?;
+                let told = Arc::clone(&publisher);
+                recorder.serve(move || told.snapshot()).context("metrics endpoint")?;
             }
             let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
             let specs = specs(project, &layout, &namespaces);
@@ -349,10 +369,10 @@ impl Up {
                 supervisor.kill();
                 supervisor.wait().await;
             }
-            anyhow::Ok((!interrupted).then_some((names, supervisor)))
+            anyhow::Ok((!interrupted).then_some((names, resolvers, supervisor)))
         };
         // The metrics know of the publisher until the process ends.
-        let Some((names, supervisor)) = begun.await.inspect_err(|_| {
+        let Some((names, resolvers, supervisor)) = begun.await.inspect_err(|_| {
             publisher.close(Duration::ZERO);
         })?
         else {
@@ -369,6 +389,7 @@ impl Up {
             adopted: Arc::new(Adopted::new(adopted)),
             names,
             way_out,
+            resolvers,
             supervisor,
         }))
     }
@@ -410,8 +431,10 @@ impl Instance {
             supervisor.kill();
             supervisor.wait().await;
         }
-        drop((names, way_out));
+        drop(names);
         let drained = publisher.close(DRAIN);
+        // Not before: ports come in by it.
+        drop(way_out);
         if drained.cut > 0 {
             tracing::info!(connections = drained.cut, "connections were cut");
         }
@@ -427,6 +450,9 @@ fn setup_with(
     device: Option<&way_out::Device>,
 ) -> Setup {
     let mut kernel = Kernel::new(ground.networks().clone());
+    if ground.is_rootless() {
+        kernel = kernel.alone();
+    }
     match firewall {
         None => match device {
             Some(device) => Setup::new(kernel, journal, device.isolation()),

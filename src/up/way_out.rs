@@ -1,13 +1,16 @@
 //! The way out of a project's networks where no firewall masquerades: the NAT engine, behind a TUN device.
+//!
+//! To containers it is the host, at an address of its own ([`registry::ENGINE_ADDRESSES`]): there it answers DNS with what the host's servers say, and, if that was
+//! asked for, what the host has on its loopback. By the same device come datagrams for published ports ([`WayIn`](crate::way_in::WayIn)).
 
 use super::layout::{Layout, fnv};
 use crate::compose::Project;
-use crate::firewall::lacks;
 use crate::ground::Ground;
 use rustix::process::{Resource, getrlimit};
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use tidegate_model::{CidrSet, registry};
+use tidegate_model::{CidrSet, Feature, registry};
 use tidegate_nat::{Nat, Policy, Settings, StartError, Tun, TunOptions};
 use tidegate_netns::Family;
 use tidegate_netsetup::{Observed, WithEngine};
@@ -32,7 +35,7 @@ impl Device {
     /// # Errors
     /// What is missing.
     pub(super) fn open(ground: &Ground, project: &Project) -> Result<Self, StartError> {
-        if lacks("tun") {
+        if Feature::Tun.is_forced_off() {
             return Err(StartError::Device(io::ErrorKind::NotFound.into()));
         }
         let hash = fnv(project.name.as_bytes());
@@ -72,15 +75,56 @@ impl Device {
         layout: &Layout,
         observed: &Observed,
         ground: &Ground,
-    ) -> Result<Nat, StartError> {
+        host_loopback: bool,
+    ) -> Result<WayOut, StartError> {
         let mut settings = Settings::new(self.tun.mtu());
-        settings.policy = policy(layout, observed);
+        let policy = Policy { host_loopback, ..policy(layout, observed) };
+        settings.policy.clone_from(&policy);
         // No container has more than a quarter of all flows, or a few could keep the others from having any.
         let share = (descriptors() / 4).max(1);
         settings.limits.flows_per_source = settings.limits.flows_per_source.min(share as _);
         let descriptors = Arc::new(Descriptors::new(descriptors()));
-        Nat::start(settings, self.tun, ground.ports(), descriptors)
+        let nat = Arc::new(Nat::start(settings, self.tun, ground.ports(), descriptors)?);
+        Ok(WayOut { nat, policy })
     }
+}
+
+/// A running engine, and who may go where by it.
+pub(super) struct WayOut {
+    nat: Arc<Nat>,
+    policy: Policy,
+}
+
+impl WayOut {
+    /// The engine.
+    pub(super) fn nat(&self) -> &Arc<Nat> {
+        &self.nat
+    }
+
+    /// What containers are to reach as little as before, on a host that has what was `observed`.
+    pub(super) fn look_again(&mut self, layout: &Layout, observed: &Observed) {
+        let Policy { host_loopback, resolvers, .. } = std::mem::take(&mut self.policy);
+        self.set(Policy { host_loopback, resolvers, ..policy(layout, observed) });
+    }
+
+    /// The host's DNS servers from here on.
+    pub(super) fn set_resolvers(&mut self, resolvers: &[SocketAddr]) {
+        let policy = std::mem::take(&mut self.policy);
+        self.set(Policy { resolvers: resolvers.to_vec(), ..policy });
+    }
+
+    fn set(&mut self, policy: Policy) {
+        self.policy = policy;
+        self.nat.set_policy(self.policy.clone());
+    }
+}
+
+/// The addresses of `endpoint` from which its answers go to the engine: those of the network that its default route leads into.
+pub(super) fn behind_it(layout: &Layout, endpoint: &str) -> Vec<IpAddr> {
+    let endpoint = layout.desired.endpoints.iter().find(|one| one.name == endpoint);
+    let attachments = endpoint.map(|one| one.attachments.as_slice()).unwrap_or_default();
+    let there = attachments.iter().filter(|one| one.default_route);
+    there.flat_map(|one| &one.addresses).map(ipnet::IpNet::addr).collect()
 }
 
 /// How many descriptors the engine may have: a quarter of what the process may.
@@ -99,6 +143,7 @@ pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
     let of_others = observed.routes.iter().filter(|(_, link)| is_bridge_of_containers(link));
     Policy {
         sources: subnets(false).collect(),
+        gateways: registry::ENGINE_ADDRESSES.to_vec(),
         refused: subnets(true).chain(of_others.map(|(net, _)| net.trunc())).collect::<CidrSet>(),
         // As with a firewall: what the host reaches.
         metadata: true,

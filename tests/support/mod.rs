@@ -128,6 +128,9 @@ pub(crate) fn tidegate(namespace: &Namespace, arguments: &str) -> Command {
     let mut command = namespace.command(env!("CARGO_BIN_EXE_tidegate"));
     command.args(arguments.split_ascii_whitespace());
     command.env_remove("TIDEGATE_LOG");
+    if module_path!().starts_with("old_kernel") {
+        command.env(tidegate_model::feature::LACKS, "all");
+    }
     command
 }
 

@@ -118,6 +118,9 @@ const IPTABLES_KERNEL: Mode = Mode { flags: &["--firewall=iptables", "--publish=
 
 const ROOT_WITHOUT_TUN: Mode = Mode { lacks: "tun", ..ROOT };
 const ROOTLESS_WITHOUT_TUN: Mode = Mode { lacks: "tun", ..ROOTLESS };
+/// With everything forced off that is probed for.
+const ROOT_OLD: Mode = Mode { lacks: "all", ..ROOT };
+const ROOTLESS_OLD: Mode = Mode { lacks: "all", ..ROOTLESS };
 const NFTABLES_SHARED: Mode = Mode { lacks: "owned-tables", ..NFTABLES_KERNEL };
 const LEGACY_KERNEL: Mode = Mode { legacy: true, ..IPTABLES_KERNEL };
 
@@ -554,6 +557,13 @@ fn the_networks_of_an_ordinary_user_are_as_closed_and_have_a_way_out() {
 fn without_a_device_there_is_no_way_out_and_all_else_holds() {
     holds(ROOT_WITHOUT_TUN);
     holds(ROOTLESS_WITHOUT_TUN);
+}
+
+/// A kernel before Linux 6.17 lets all links forward IPv6 or none: an ordinary user's are all his own, and a host that forwards does so already.
+#[test]
+fn on_an_old_kernel_the_same_holds() {
+    holds(ROOT_OLD.forwarding());
+    holds(ROOTLESS_OLD);
 }
 
 /// A neighbour is no router.

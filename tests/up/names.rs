@@ -91,6 +91,14 @@ fn so_are_those_of_an_ordinary_user() {
     names_are_right(&scene, &up);
 }
 
+#[test]
+fn so_they_are_on_an_old_kernel() {
+    let scene = Scene::lacking("all");
+    let up = scene.up_as_nobody(FILE);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    names_are_right(&scene, &up);
+}
+
 /// At the usual level of the log; who wants to know more asks for it.
 #[test]
 fn names_that_are_asked_for_are_nobodys_business() {

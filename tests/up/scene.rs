@@ -128,7 +128,12 @@ impl Scene {
 
     /// The same, as a user who has no privilege.
     pub(crate) fn up_as_nobody(&self, file: &str) -> Process {
-        Process::spawn(&mut self.brings_up(self.tidegate_as_nobody(), file))
+        Process::spawn(&mut self.command_as_nobody(file))
+    }
+
+    /// What brings `file` up, run by a user who has no privilege.
+    pub(crate) fn command_as_nobody(&self, file: &str) -> Command {
+        self.brings_up(self.tidegate_as_nobody(), file)
     }
 
     /// What is told of `file`, which cannot be brought up.

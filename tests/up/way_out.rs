@@ -1,13 +1,14 @@
 //! The way out without a firewall: by the NAT engine, as root and as an ordinary user.
 
-use super::scene::{Scene, service_namespace, state};
+use super::matrix::peer_as_seen;
+use super::scene::{Scene, refused, service_namespace, state};
 use super::witness::Witness;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 use tidegate_testbed::server::{PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
-use tidegate_testbed::{Namespace, Process, Signal, addr};
+use tidegate_testbed::{Mounts, Namespace, Process, Signal, addr, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
 const MUCH: u64 = 50 << 20;
@@ -87,6 +88,122 @@ fn the_hosts_loopback_is_out_of_reach() {
     }
 }
 
+/// The host as containers know it.
+const ENGINE: [&str; 2] = ["169.254.116.103", "fd74:6964:6567:6174::1"];
+
+#[test]
+fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else() {
+    for (rootless, allowed) in [(false, false), (true, false), (false, true), (true, true)] {
+        let scene = Scene::new();
+        let mut flags = if rootless { vec![] } else { vec!["--firewall=none"] };
+        flags.extend(allowed.then_some("--allow-host-loopback"));
+        let file = FILE.to_owned()
+            + "  other: { command: [ sleep, '60' ], networks: { away: { ipv4_address: 10.81.9.2 } } }\n"
+            + "  inmate: { command: [ sleep, '60' ], networks: [ shut ] }\n";
+        let networks = "networks: { away: { ipam: { config: [ { subnet: 10.81.9.0/24 } ] } }, shut: { internal: true }, ";
+        let file =
+            file.replace("networks: { home: { enable_ipv6", &(networks.to_owned() + "home: { enable_ipv6"));
+        let up = if rootless {
+            Process::spawn(scene.command_as_nobody(&file).args(&flags))
+        } else {
+            scene.up_with(&file, &flags)
+        };
+        up.wait_for_line("Ctrl-C takes", SOON);
+        let inside = service_namespace(&up, "box");
+        let host = &scene.net.host;
+        let loopbacks: [SocketAddr; 2] = ["127.0.0.1:9999", "[::1]:9999"].map(|at| at.parse().unwrap());
+        let _tcp = loopbacks.map(|at| PeerServer::tcp(host, at));
+        let _udp = loopbacks.map(|at| PeerServer::udp(host, at));
+        let patience = if allowed { SOON } else { SOON / 10 };
+        for to in ENGINE.map(|ip| SocketAddr::new(ip.parse().unwrap(), 9999)) {
+            for udp in [false, true] {
+                let seen = inside.run(|| peer_as_seen(to, udp, patience));
+                let is_right = seen.as_ref().is_ok_and(|peer| peer == "127.0.0.1" || peer == "::1");
+                assert_eq!(is_right, allowed, "rootless {rootless}: {to} (udp {udp}): {seen:?}");
+            }
+        }
+        // Other names of it are as closed as ever, and so are other networks.
+        let _other = PeerServer::tcp(&service_namespace(&up, "other"), "10.81.9.2:80".parse().unwrap());
+        for (to, port) in [("203.0.113.1", 9999), ("10.81.1.1", 9999), ("10.81.9.1", 9999), ("10.81.9.2", 80)]
+        {
+            let to = SocketAddr::new(to.parse().unwrap(), port);
+            let reached = inside.run(|| TcpStream::connect_timeout(&to, SOON / 10));
+            assert!(reached.is_err(), "rootless {rootless}: {to}");
+        }
+        let inmate = service_namespace(&up, "inmate");
+        inmate.ip_all("route add default dev eth0");
+        let to = SocketAddr::new(ENGINE[0].parse().unwrap(), 9999);
+        assert!(inmate.run(|| TcpStream::connect_timeout(&to, SOON / 10)).is_err(), "it has no way out");
+    }
+}
+
+/// Where it is all links that forward IPv6 or none, a host that is no router is not made one.
+#[test]
+fn on_an_old_kernel_a_host_does_not_become_a_router() {
+    let scene = Scene::lacking("all");
+    scene.net.host.sysctl("net.ipv6.conf.all.forwarding", "0");
+    let (mut up, inside) = up(&scene, false);
+    let servers = ["203.0.113.9:7777", "[2001:db8:1::9]:7777"].map(|at| at.parse::<SocketAddr>().unwrap());
+    let _servers = servers.map(|at| PeerServer::tcp(&scene.net.client, at));
+    assert_eq!(inside.run(|| peer_as_seen(servers[0], false, SOON)).unwrap(), "203.0.113.1");
+    assert!(inside.run(|| peer_as_seen(servers[1], false, SOON / 10)).is_err());
+    assert_eq!(scene.net.host.read_sysctl("net.ipv6.conf.all.forwarding"), "0");
+    assert!(up.output().contains("no way out over IPv6"), "{}", up.output());
+    up.stop(Signal::INT, SOON);
+}
+
+#[test]
+fn the_kernel_leads_nobody_to_the_hosts_loopback() {
+    let scene = Scene::new();
+    let told = refused(scene.command(FILE).args(["--firewall=nftables", "--allow-host-loopback"]));
+    assert!(told.starts_with("tidegate: error: --allow-host-loopback: "), "{told}");
+    assert!(told.contains("--firewall=none") && told.lines().count() == 1, "{told}");
+}
+
+/// A DNS server of the host's that says who it is.
+fn dns_server(scene: &Scene, at: &str, address: &str) -> Process {
+    let server = Process::spawn(scene.net.host.command("dnsmasq").args([
+        "--no-daemon",
+        "--no-resolv",
+        "--no-hosts",
+        "--conf-file=/dev/null",
+        &format!("--listen-address={at}"),
+        "--bind-interfaces",
+        &format!("--address=/example.test/{address}"),
+        "--pid-file=",
+        "--user=root",
+    ]));
+    server.wait_for_line("started", SOON);
+    server
+}
+
+#[test]
+fn the_engine_answers_dns_with_what_the_hosts_servers_say_and_follows_them() {
+    for rootless in [false, true] {
+        let mut scene = Scene::new();
+        let file = scene.programs.path().join("resolv.conf");
+        std::fs::write(&file, "nameserver 127.0.0.53\n").unwrap();
+        let mounts = Mounts::builder().bind(&file, "/etc/resolv.conf").build(&scene.net.host);
+        scene.net.host = scene.net.host.with_mounts(mounts);
+        let _servers = [("127.0.0.53", "192.0.2.1"), ("127.0.0.54", "192.0.2.2")]
+            .map(|(at, is)| dns_server(&scene, at, is));
+        let (_up, inside) = up(&scene, rootless);
+        let ask = |server: &str, how: &str| {
+            let mut dig = inside.command("dig");
+            dig.args([&format!("@{server}"), "+short", "+time=3", "+tries=1", how, "www.example.test"]);
+            String::from_utf8(dig.output().unwrap().stdout).unwrap().trim().to_owned()
+        };
+        for server in ENGINE {
+            for how in ["+notcp", "+tcp"] {
+                assert_eq!(ask(server, how), "192.0.2.1", "rootless {rootless}: {server} {how}");
+            }
+        }
+        std::fs::write(&file, "nameserver 127.0.0.54\n").unwrap();
+        let follows = || ENGINE.iter().all(|server| ask(server, "+notcp") == "192.0.2.2");
+        assert!(eventually(SOON, follows), "rootless {rootless}: {}", ask(ENGINE[0], "+notcp"));
+    }
+}
+
 /// An adopted container lives on when we are killed; nothing of it is forwarded then, least of all under its own address.
 #[test]
 fn when_the_engine_is_killed_nothing_leaves() {
@@ -114,7 +231,7 @@ fn when_the_engine_is_killed_nothing_leaves() {
     let mut up = scene.up_with(&file, &["--firewall=none"]);
     up.wait_for_line("Ctrl-C takes", SOON);
     socket.send_to(b"again", at).unwrap();
-    assert!(tidegate_testbed::eventually(SOON, || {
+    assert!(eventually(SOON, || {
         let _ = socket.send_to(b"again", at);
         witness.has_seen("again")
     }));

@@ -20,6 +20,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use tidegate_model::Feature;
 use tidegate_netns::Namespace;
 use tokio::task::AbortHandle;
 
@@ -102,6 +103,7 @@ pub(crate) fn in_container(
     let (pair, redirect) = match listen {
         Listen::Redirected => redirected()?,
         Listen::Direct => direct()?,
+        Listen::Auto if Feature::DnsRedirect.is_forced_off() => direct()?,
         Listen::Auto => match redirected() {
             Ok(made) => made,
             Err(error) => {

@@ -330,15 +330,24 @@ impl<H: Host> Engine<H> {
                 (socket, Some(Destination { to: *client, from: *local }), Some(&*stats))
             }
         };
+        let count = bytes.len().div_ceil(segment.max(1)).max(1) as u64;
         match self.host.send_train(socket, destination, bytes, segment, dont_fragment, hop_limit) {
             SendOutcome::Sent => {
                 self.stats.bytes[0].add(bytes.len() as u64);
                 if let Some(stats) = port {
-                    stats.bytes[0].add(bytes.len() as u64);
+                    stats.carried(0, bytes.len() as u64, count);
                 }
             }
-            SendOutcome::NoRoom => self.stats.refuse(DropReason::NoRoom),
+            SendOutcome::NoRoom => {
+                self.stats.refuse(DropReason::NoRoom);
+                if let Some(stats) = port {
+                    stats.refuse(DropReason::NoRoom, count);
+                }
+            }
             SendOutcome::TooBig(mtu) => {
+                if let Some(stats) = port {
+                    stats.refuse(DropReason::TooBig, count);
+                }
                 self.stats.refuse(DropReason::TooBig);
                 self.tell_session(key, Problem::TooBig(mtu), None, &bytes[..segment.min(bytes.len())], now);
             }

@@ -31,6 +31,7 @@ use crate::metrics::{DropReason, FlowKind, ForwardStats};
 use crate::tcp::Connection;
 use crate::tcp::conn::Phase;
 use crate::wire::protocol;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
@@ -176,7 +177,7 @@ impl<H: Host> Engine<H> {
         let five_tuple = match five_tuple {
             Ok(five_tuple) => five_tuple,
             Err(reason) => {
-                stats.refused.add(1);
+                stats.refuse(reason, 1);
                 self.stats.resets.add(1);
                 self.host.abort(stream);
                 return self.refuse_client(reason, now);
@@ -215,6 +216,10 @@ impl<H: Host> Engine<H> {
         if client.port() == 0 || client.ip().is_unspecified() || client.ip().is_multicast() {
             return Err(DropReason::Malformed);
         }
+        if client == guest {
+            // It would be answered by itself, and so on.
+            return Err(DropReason::ShutOut);
+        }
         if !self.settings.policy.knows(guest.ip()) {
             return Err(DropReason::Policy);
         }
@@ -238,6 +243,7 @@ impl<H: Host> Engine<H> {
             && let Some((key, flow)) = self.flows.evict_tentative_of(guest.ip(), Origin::Outside)
         {
             self.stats.evicted.add(1);
+            self.evicted_at_port(&flow);
             self.ended(key, flow, false);
             admitted = self.flows.admit(guest.ip(), Origin::Outside, class, now);
         }
@@ -316,8 +322,9 @@ impl<H: Host> Engine<H> {
             match self.session_of((key, client, local), interface, now) {
                 Ok(flow) => self.hand_over_to(flow, messages, now),
                 Err(reason) => {
+                    let datagrams = self.datagrams(messages.clone());
                     if let Some(published) = self.ports.get(key) {
-                        published.stats.refused.add(messages.len() as u64);
+                        published.stats.refuse(reason, datagrams);
                     }
                     messages.skip(1).for_each(|_| self.stats.refuse(reason));
                     self.refuse_client(reason, now);
@@ -336,24 +343,39 @@ impl<H: Host> Engine<H> {
 
     fn hand_over_to(&mut self, flow: Key, messages: Range<usize>, now: Instant) {
         self.flows.touch(flow, false, now);
+        let datagrams = self.datagrams(messages.clone());
         let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(flow) else { return };
         if let Via::Port { stats, .. } = &session.via {
             let bytes = messages.clone().map(|index| self.batch.get(index).0.len() as u64);
-            stats.bytes[1].add(bytes.sum());
+            stats.carried(1, bytes.sum(), datagrams);
         }
         self.deliver(five_tuple, messages);
     }
 
+    /// How many datagrams `messages` of the batch are.
+    fn datagrams(&self, messages: Range<usize>) -> u64 {
+        let count = |index| {
+            let (bytes, segment) = self.batch.get(index);
+            bytes.len().div_ceil(segment.max(1)).max(1) as u64
+        };
+        messages.map(count).sum()
+    }
+
     /// The session of `client`, made if there is none yet.
     fn session_of(&mut self, client: Client, interface: u32, now: Instant) -> Result<Key, DropReason> {
-        if let Some(flow) = self.clients.get(&client) {
-            return Ok(*flow);
-        }
         let (port, address, local) = client;
         let published = self.ports.get(port).ok_or(DropReason::ShutOut)?;
         let admits = |guard: &Arc<dyn Guard>| guard.admits(address, local, interface);
+        // Of one that has a session too: a forged datagram may differ by its interface alone.
         if !published.guard.as_ref().is_none_or(admits) {
             return Err(DropReason::ShutOut);
+        }
+        if let Some(flow) = self.clients.get(&client) {
+            return Ok(*flow);
+        }
+        let held = self.sessions.get(&address.ip()).copied().unwrap_or(0);
+        if held >= self.settings.limits.sessions_per_client {
+            return Err(DropReason::SourceShare);
         }
         let (forward, stats) = (published.forward, Arc::clone(&published.stats));
         let five_tuple = self.five_tuple(&forward, &stats, address, now)?;
@@ -365,6 +387,7 @@ impl<H: Host> Engine<H> {
             session.key = Some(flow);
         }
         self.clients.insert(client, flow);
+        *self.sessions.entry(address.ip()).or_default() += 1;
         self.begun(FlowKind::Udp);
         stats.flows.add(1);
         stats.flows_begun.add(1);
@@ -395,6 +418,19 @@ impl<H: Host> Engine<H> {
         if let Via::Port { port, client, local, stats } = via {
             self.clients.remove(&(*port, *client, *local));
             stats.flows.sub();
+            if let Entry::Occupied(mut held) = self.sessions.entry(client.ip()) {
+                *held.get_mut() -= 1;
+                if *held.get() == 0 {
+                    held.remove();
+                }
+            }
+        }
+    }
+
+    /// A flow has made room for another.
+    pub(super) fn evicted_at_port(&self, flow: &Flow<H>) {
+        if let Flow::Datagrams(Session { via: Via::Port { stats, .. }, .. }) = flow {
+            stats.evicted.add(1);
         }
     }
 

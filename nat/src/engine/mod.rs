@@ -110,6 +110,8 @@ pub struct Engine<H: Host> {
     ports_by_id: BTreeMap<ForwardId, Key>,
     /// The sessions of published ports.
     clients: HashMap<Client, Key, HashKey>,
+    /// How many of them each client has.
+    sessions: HashMap<IpAddr, usize, HashKey>,
     /// Ports that are left alone until then.
     paused: Vec<Key>,
     resume_at: Option<Instant>,
@@ -137,6 +139,7 @@ impl<H: Host> Engine<H> {
             ports: Arena::new(),
             ports_by_id: BTreeMap::new(),
             clients: HashMap::with_hasher(secrets.table),
+            sessions: HashMap::with_hasher(secrets.table),
             paused: Vec::new(),
             resume_at: None,
             next_port: secrets.sequence.0[1] as u16,
@@ -303,6 +306,7 @@ impl<H: Host> Engine<H> {
     fn make_room(&mut self) {
         if let Some((key, flow)) = self.flows.evict() {
             self.stats.evicted.add(1);
+            self.evicted_at_port(&flow);
             self.ended(key, flow, false);
         }
     }
@@ -348,6 +352,7 @@ impl<H: Host> Engine<H> {
             now.checked_sub(Duration::from_millis(100)).and_then(|before| self.flows.evict_tentative(before));
         let Some((key, flow)) = evicted else { return false };
         self.stats.evicted.add(1);
+        self.evicted_at_port(&flow);
         self.ended(key, flow, false);
         true
     }

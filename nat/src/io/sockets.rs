@@ -17,7 +17,7 @@ use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_model::Protocol;
+use tidegate_model::{Feature, Protocol};
 use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
 use tidegate_reactor::{Descriptors, Epoll, Interest, Key, Permit, Token};
@@ -98,27 +98,31 @@ pub(crate) struct Datagrams {
     _permit: Permit,
 }
 
-/// Received messages.
+/// Received messages. Room for them is made when the first come: an empty one, which stands in while they are dealt with, costs nothing.
 #[derive(Default)]
-pub(crate) struct Received(RecvBatch);
+pub(crate) struct Received(Option<RecvBatch>);
+
+impl Received {
+    fn message(&self, index: usize) -> Option<batch::Datagram<'_>> {
+        self.0.as_ref().map(|batch| batch.get(index))
+    }
+}
 
 impl Batch for Received {
     fn len(&self) -> usize {
-        self.0.len()
+        self.0.as_ref().map_or(0, RecvBatch::len)
     }
 
     fn get(&self, index: usize) -> (&[u8], usize) {
-        let datagram = self.0.get(index);
-        (datagram.payload, datagram.segment)
+        self.message(index).map_or((&[], 0), |datagram| (datagram.payload, datagram.segment))
     }
 
     fn source(&self, index: usize) -> Option<SocketAddr> {
-        self.0.get(index).source
+        self.message(index)?.source
     }
 
     fn arrival(&self, index: usize) -> (Option<IpAddr>, u32) {
-        let datagram = self.0.get(index);
-        (datagram.destination, datagram.interface)
+        self.message(index).map_or((None, 0), |datagram| (datagram.destination, datagram.interface))
     }
 }
 
@@ -158,12 +162,16 @@ impl BoundBuffer {
 /// What this kernel can do for sockets.
 pub(crate) fn probe() -> Capabilities {
     let stream = new_socket(AddressFamily::INET, SocketType::STREAM, None);
-    let peek_offset = stream.is_ok_and(|socket| sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
+    let peek_offset = !Feature::PeekOffset.is_forced_off();
+    let peek_offset =
+        peek_offset && stream.is_ok_and(|socket| sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
     let datagrams = new_socket(AddressFamily::INET, SocketType::DGRAM, None);
-    let udp_trains = datagrams.is_ok_and(|socket| {
-        sys::set(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
-            && batch::enable_receive_offload(&socket).is_ok()
-    });
+    let udp_trains = !Feature::UdpTrains.is_forced_off();
+    let udp_trains = udp_trains
+        && datagrams.is_ok_and(|socket| {
+            sys::set(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
+                && batch::enable_receive_offload(&socket).is_ok()
+        });
     Capabilities { peek_offset, udp_trains, ..Capabilities::ALL }
 }
 
@@ -547,7 +555,7 @@ impl Host for Kernel {
     }
 
     fn receive(&mut self, socket: &mut Datagrams, batch: &mut Received) -> io::Result<usize> {
-        batch.0.receive(&socket.socket)
+        batch.0.get_or_insert_default().receive(&socket.socket)
     }
 
     fn next_problem(&mut self, socket: &mut Datagrams) -> Option<SocketProblem> {

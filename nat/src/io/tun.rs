@@ -10,6 +10,7 @@ use rustix::fs::{Mode, OFlags, open};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use tidegate_model::Feature;
 use tidegate_netns::{Family, Namespace};
 
 /// Flags of `TUNSETOFFLOAD` (include/uapi/linux/if_tun.h): checksums; TCP over IPv4 and IPv6, with ECN; UDP.
@@ -229,6 +230,11 @@ fn make(descriptor: &OwnedFd, name: &str, layer2: bool) -> io::Result<()> {
 
 /// Asks for offloads, as many as are wanted and granted.
 fn offload(descriptor: &OwnedFd, wanted: Capabilities) -> io::Result<Capabilities> {
+    let wanted = Capabilities {
+        tcp_offload: wanted.tcp_offload && !Feature::TunOffload.is_forced_off(),
+        udp_offload: wanted.udp_offload && !Feature::Uso.is_forced_off(),
+        ..wanted
+    };
     let tcp = if wanted.tcp_offload { CSUM | TSO4 | TSO6 | TSO_ECN } else { 0 };
     // UDP's needs checksums too (tun_net_fix_features).
     let udp = if wanted.udp_offload { CSUM | USO4 | USO6 } else { 0 };

@@ -1,7 +1,7 @@
 //! What one namespace has, as the kernel tells it.
 
 use super::messages::{is_default, leads, link_of, rule_of, table};
-use super::{Kernel, MAIN, error, forwarding_of, is_without_ipv6};
+use super::{Kernel, MAIN, error, is_without_ipv6};
 use crate::{Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
@@ -137,10 +137,12 @@ impl Here {
             }),
             Fact::Rule(rule) => self.rules.contains(rule),
             Fact::Forwarding { link, v6 } => {
-                match kernel.host.sysctl(&forwarding_of(link, *v6)) {
+                match kernel.forwarding_at(link, *v6) {
                     Ok(value) if value == "1" => true,
-                    // A kernel that cannot single links out; that is told elsewhere.
-                    Err(_) if *v6 && self.indexes.contains_key(link) => true,
+                    // A kernel that cannot single links out; that is told elsewhere, or all of them forward.
+                    Err(_) if *v6 && self.indexes.contains_key(link) => {
+                        !kernel.alone || kernel.forwards(true).unwrap_or(false)
+                    }
                     _ => *v6 && kernel.forwards(true).unwrap_or(false),
                 }
             }

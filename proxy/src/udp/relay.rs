@@ -2,7 +2,7 @@
 
 use super::session_table::{Client, SessionTable};
 use crate::engine::Shared;
-use crate::listener::{Listener, prepare_datagrams};
+use crate::listener::{Listener, prepare_datagrams, receive_trains};
 use crate::port::{Direction, Drop, Port};
 use crate::upstream::{Flow, Lease, is_exhaustion};
 use crate::worker::{PortState, SessionRef, Tag, Worker};
@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tidegate_model::{Protocol, canonical};
+use tidegate_model::{Feature, Protocol, canonical};
 use tidegate_reactor::batch::{self, Datagram, Destination, Offload, RecvBatch, SendBatch, Sent};
 use tidegate_reactor::{Arena, Context, Interest, Key, Permit};
 
@@ -209,7 +209,7 @@ impl Opening<'_, '_> {
         if relay.port.options.enclosures.is_forged(client.address.ip(), interface) {
             return Err(Drop::NotAllowed);
         }
-        if self.shared.reflection.is_ours(client.address, &relay.port.options) {
+        if self.shared.reflection.is_ours(client.address, &relay.port.options.enclosures) {
             return Err(Drop::Reflected);
         }
         self.open(relay, client)
@@ -245,7 +245,7 @@ impl Opening<'_, '_> {
             return Err(Drop::Reflected);
         }
         // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
-        let _ = batch::enable_receive_offload(&opened.socket);
+        let _ = receive_trains(&opened.socket);
         prepare_datagrams(&opened.socket);
         let now = self.cx.now;
         let port = self.key;
@@ -254,8 +254,8 @@ impl Opening<'_, '_> {
             let carried = Session {
                 socket: opened.socket,
                 reference,
-                to_backend: Offload::default(),
-                to_client: Offload::default(),
+                to_backend: trains(),
+                to_client: trains(),
                 trusted: now,
                 _lease: opened.lease,
                 _permit: permit,
@@ -322,4 +322,9 @@ fn client(listener: &Listener, datagram: &Datagram<'_>) -> Option<Client> {
     let local = if bound.is_unspecified() { datagram.destination } else { Some(bound) };
     let local = local.filter(|local| !matches!(local, IpAddr::V6(v6) if v6.is_multicast()));
     (address.port() != 0).then_some(Client { address, local })
+}
+
+/// How long trains may be at first.
+fn trains() -> Offload {
+    if Feature::UdpTrains.is_forced_off() { Offload::OFF } else { Offload::default() }
 }

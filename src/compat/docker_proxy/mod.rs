@@ -136,7 +136,8 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     let engine = Arc::new(Engine::new(Settings::default()));
     engine.publish(vec![(listener, options.container.port())], &Arc::new(port_options))?;
     if let Some(recorder) = recorder {
-        recorder.serve(Arc::clone(&engine))?;
+        let told = Arc::clone(&engine);
+        recorder.serve(move || told.snapshot())?;
     }
     Ok(engine)
 }

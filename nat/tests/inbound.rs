@@ -1,0 +1,582 @@
+//! Published ports in invented time: what the RFCs ask of who calls, and guests and clients that mean harm.
+
+mod world;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_nat::host::{Port, Ready, SendOutcome, SocketProblem};
+use tidegate_nat::wire::head::{self, TcpHead};
+use tidegate_nat::wire::icmp::{Message, Problem};
+use tidegate_nat::wire::ip::Packet;
+use tidegate_nat::wire::protocol;
+use tidegate_nat::wire::tcp::Segment;
+use tidegate_nat::wire::tcp::flags::{ACK, FIN, PSH, RST, SYN};
+use tidegate_nat::wire::udp::Datagram;
+use tidegate_nat::{DropReason, FlowKind, ForwardSource, ForwardStats, Guard, Rate};
+use world::{Bench, Dice, FakeListener, GATEWAY, Seen, at, frame, segment};
+
+const GUEST: &str = "10.0.2.100:80";
+const CLIENT: &str = "198.51.100.7:40000";
+const ISN: u32 = u32::MAX - 3;
+
+/// A server in the container, as its TCP behaves towards one client.
+struct Server {
+    bench: Bench,
+    stats: Arc<ForwardStats>,
+    outside: SocketAddr,
+    next: u32,
+    expected: u32,
+}
+
+impl Server {
+    /// One that is being called.
+    fn called() -> Self {
+        Self::called_by(Bench::new(), ForwardSource::Client, CLIENT)
+    }
+
+    fn called_by(mut bench: Bench, source: ForwardSource, client: &str) -> Self {
+        let stats = bench.publish_tcp(GUEST, source);
+        bench.client(0, client);
+        let (syn, outside) = call(&mut bench).expect("a SYN");
+        Self { bench, stats, outside, next: ISN, expected: syn.sequence.wrapping_add(1) }
+    }
+
+    /// One that has accepted.
+    fn connected() -> Self {
+        let mut server = Self::called();
+        server.answers(SYN | ACK, |head| head.mss = Some(1460));
+        let last = server.bench.next_segment().expect("the last of three");
+        assert_eq!((last.flags, last.sequence), (ACK, server.expected));
+        assert_eq!(last.acknowledgement, ISN.wrapping_add(1));
+        server
+    }
+
+    fn head(&self, flags: u8) -> TcpHead {
+        TcpHead {
+            sequence: self.next,
+            acknowledgement: if flags & ACK == 0 { 0 } else { self.expected },
+            flags,
+            ..segment(at(GUEST), self.outside)
+        }
+    }
+
+    /// Sends the next segment in order.
+    fn answers(&mut self, flags: u8, change: impl FnOnce(&mut TcpHead)) {
+        let mut head = self.head(flags);
+        change(&mut head);
+        self.bench.frame(&frame(&head, b""));
+        self.next = self.next.wrapping_add(u32::from(flags & (SYN | FIN) != 0));
+    }
+
+    fn says(&mut self, payload: &[u8]) {
+        let head = self.head(ACK | PSH);
+        self.bench.frame(&frame(&head, payload));
+        self.next = self.next.wrapping_add(payload.len() as u32);
+    }
+
+    /// Sends one as it is.
+    fn throws(&mut self, flags: u8, change: impl FnOnce(&mut TcpHead)) {
+        let mut head = self.head(flags);
+        change(&mut head);
+        self.bench.frame(&frame(&head, b""));
+    }
+
+    fn is_reset(&mut self) -> bool {
+        let aborted = self.bench.world().streams[0].aborted;
+        aborted && self.bench.engine.flows() == 0
+    }
+}
+
+/// The next segment to the guest, and whom it seems to come from.
+fn call(bench: &mut Bench) -> Option<(Seen, SocketAddr)> {
+    let bytes = bench.next_frame()?;
+    let packet = Packet::parse(&bytes[10..]).unwrap();
+    assert_eq!(packet.protocol, protocol::TCP);
+    let source = Segment::parse(&packet, false).unwrap().source;
+    Some((Seen::of(&bytes).unwrap(), SocketAddr::new(packet.source, source)))
+}
+
+#[test]
+fn rfc_9293_3_10_7_3_a_syn_ack_makes_a_connection() {
+    let mut server = Server::called();
+    assert_eq!(server.outside, at(CLIENT));
+    assert_eq!((server.bench.stats.flows(FlowKind::Tcp), server.stats.flows.get()), (1, 1));
+    // What the client has said meanwhile waits.
+    server.bench.far_end_sends(0, b"question");
+    assert_eq!(server.bench.next_frame(), None);
+    server.answers(SYN | ACK, |head| head.mss = Some(1000));
+    let first = server.bench.next_segment().unwrap();
+    assert_eq!((first.sequence, &first.payload[..]), (server.expected, &b"question"[..]));
+    assert_eq!(first.acknowledgement, server.next, "it is the last of three as well");
+    server.expected = server.expected.wrapping_add(8);
+    server.says(b"answer");
+    assert_eq!(server.bench.world().streams[0].sent, b"answer");
+    assert_eq!([0, 1].map(|direction| server.stats.bytes[direction].get()), [6, 8]);
+}
+
+#[test]
+fn rfc_7323_the_syn_offers_window_scale_and_timestamps_and_takes_a_no() {
+    let mut bench = Bench::new();
+    bench.publish_tcp(GUEST, ForwardSource::Client);
+    bench.client(0, CLIENT);
+    let (syn, _) = call(&mut bench).unwrap();
+    assert_eq!((syn.flags, syn.mss, syn.scale, syn.window), (SYN, Some(1460), Some(5), 0xffff));
+    assert_eq!(syn.timestamps.unwrap().1, 0);
+    let accepts = |bench: &mut Bench, change: &dyn Fn(&mut TcpHead)| {
+        let mut head = TcpHead {
+            sequence: 7,
+            acknowledgement: syn.sequence.wrapping_add(1),
+            flags: SYN | ACK,
+            window: 4,
+            mss: Some(500),
+            ..segment(at(GUEST), at(CLIENT))
+        };
+        change(&mut head);
+        bench.frame(&frame(&head, b""));
+    };
+    accepts(&mut bench, &|_| {});
+    let last = bench.next_segment().unwrap();
+    assert_eq!((last.timestamps, last.window), (None, 0xffff), "neither was agreed on");
+    bench.far_end_sends(0, &[1; 100]);
+    assert_eq!(bench.next_segment().unwrap().payload.len(), 4);
+
+    let mut server = Server::called();
+    server.answers(SYN | ACK, |head| {
+        (head.mss, head.scale, head.timestamps, head.window) = (Some(500), Some(7), Some((70, 1)), 2000);
+    });
+    let last = server.bench.next_segment().unwrap();
+    assert_eq!((last.timestamps.unwrap().1, last.window), (70, (1 << 20 >> 5) as u16));
+    server.bench.far_end_sends(0, &[1; 5000]);
+    let data = server.bench.next_segment().unwrap();
+    assert_eq!(data.payload.len(), 4 * (500 - 12), "the window of a SYN-ACK is not scaled");
+    assert_eq!(usize::from(data.cut), 500 - 12, "timestamps are part of the segment");
+}
+
+#[test]
+fn rfc_9293_3_10_7_3_an_acknowledgement_of_something_else_is_reset_and_the_call_goes_on() {
+    let mut server = Server::called();
+    // The guest has a connection of that five-tuple still, from before.
+    server.throws(ACK, |head| head.acknowledgement = 4711);
+    let reset = server.bench.next_segment().unwrap();
+    assert_eq!((reset.flags, reset.sequence), (RST, 4711));
+    server.throws(SYN | ACK, |head| head.acknowledgement = head.acknowledgement.wrapping_add(1));
+    assert_eq!(server.bench.next_segment().unwrap().flags, RST);
+    server.throws(RST | ACK, |head| head.acknowledgement = 4711);
+    server.throws(RST, |_| {});
+    server.throws(ACK, |_| {});
+    assert_eq!(server.bench.next_frame(), None);
+    server.bench.pass(Duration::from_millis(200));
+    let again = server.bench.next_segment().unwrap();
+    assert_eq!((again.flags, again.sequence.wrapping_add(1)), (SYN, server.expected));
+    server.answers(SYN | ACK, |_| {});
+    assert_eq!(server.bench.next_segment().unwrap().flags, ACK);
+    assert!(!server.is_reset());
+}
+
+#[test]
+fn rfc_9293_3_10_7_3_a_reset_that_acknowledges_the_syn_refuses_the_client() {
+    let mut server = Server::called();
+    server.throws(RST | ACK, |head| head.sequence = 0);
+    assert!(server.is_reset());
+    assert_eq!(server.bench.next_frame(), None);
+    assert_eq!(server.stats.flows.get(), 0);
+}
+
+#[test]
+fn rfc_9293_3_5_both_ends_may_call_at_once() {
+    let mut server = Server::called();
+    server.throws(SYN, |head| head.mss = Some(1460));
+    let answer = server.bench.next_segment().unwrap();
+    assert_eq!((answer.flags, answer.sequence.wrapping_add(1)), (SYN | ACK, server.expected));
+    assert_eq!(answer.acknowledgement, ISN.wrapping_add(1));
+    server.bench.far_end_sends(0, b"hello");
+    assert_eq!(server.bench.next_frame(), None, "the guest has not heard of us yet");
+    server.answers(SYN | ACK, |_| {});
+    assert_eq!(server.bench.next_segment().unwrap().payload, b"hello");
+    server.expected = server.expected.wrapping_add(5);
+    server.says(b"hello");
+    assert_eq!(server.bench.world().streams[0].sent, b"hello");
+}
+
+#[test]
+fn rfc_6298_a_call_is_repeated_and_given_up_in_the_end() {
+    let mut server = Server::called();
+    server.bench.pass(Duration::from_secs(74));
+    let calls: Vec<_> = std::iter::from_fn(|| server.bench.next_segment()).collect();
+    assert!(calls.iter().all(|call| call.flags == SYN && call.sequence == calls[0].sequence));
+    assert_eq!(calls.len(), 8, "after 0.2, 0.6, 1.4 s and so on");
+    assert!(!server.is_reset());
+    server.bench.pass(Duration::from_secs(2));
+    let reset = server.bench.next_segment().unwrap();
+    assert_eq!((reset.flags, reset.sequence), (RST, server.expected), "a guest that wakes up knows");
+    assert!(server.is_reset());
+}
+
+#[test]
+fn rfc_1122_4_2_3_9_a_guest_that_says_by_icmp_that_nobody_listens_is_believed() {
+    for (teller, is_believed) in [(GUEST, true), ("10.0.2.55:0", false)] {
+        let mut server = Server::called();
+        let quoted = head::recalled_ports(at(CLIENT), at(GUEST), 0);
+        let header = head::recalled(at(CLIENT).ip(), at(GUEST).ip(), protocol::TCP, &quoted, 8);
+        let own: IpAddr = GATEWAY.parse().unwrap();
+        let (head, message) = head::problem(at(teller).ip(), own, Problem::PortUnreachable, &[&header]);
+        server.bench.frame(&[head.bytes(), &message].concat());
+        assert_eq!(server.is_reset(), is_believed);
+    }
+}
+
+#[test]
+fn a_client_that_goes_before_it_is_accepted_is_no_more_and_one_that_is_silent_is() {
+    let mut server = Server::called();
+    server.bench.far_end_closes(0);
+    assert!(!server.is_reset(), "it has nothing to say, but can listen");
+    server.answers(SYN | ACK, |_| {});
+    let fin = std::iter::from_fn(|| server.bench.next_segment()).last().unwrap();
+    assert!(fin.has(FIN));
+
+    let mut server = Server::called();
+    server.bench.world().streams[0].broken = true;
+    server.bench.stream_ready(0, Ready { readable: true, writable: true, error: true, more: true });
+    let reset = server.bench.next_segment().unwrap();
+    assert_eq!((reset.flags, reset.sequence), (RST, server.expected));
+    assert!(server.is_reset());
+}
+
+#[test]
+fn a_connection_ends_as_any_other_and_what_lingers_makes_way_for_the_next() {
+    let mut server = Server::connected();
+    // The client closes first: the guest's FIN is acknowledged, and should that be lost, again.
+    server.bench.far_end_closes(0);
+    assert!(server.bench.next_segment().unwrap().has(FIN));
+    server.expected = server.expected.wrapping_add(1);
+    server.answers(FIN | ACK, |_| {});
+    assert_eq!(server.bench.next_segment().unwrap().flags, ACK);
+    assert_eq!(server.bench.engine.flows(), 1, "it lingers");
+    server.bench.client(0, CLIENT);
+    let (syn, outside) = call(&mut server.bench).unwrap();
+    assert_eq!((syn.flags, outside), (SYN, at(CLIENT)), "and does not stand in the way");
+    assert_eq!((server.bench.engine.flows(), server.stats.fallbacks.get()), (1, 0));
+}
+
+#[test]
+fn who_would_be_answered_past_us_or_trusted_shows_the_gateway() {
+    for client in
+        ["127.0.0.1:5", "192.0.2.1:5", "10.0.2.2:5", "10.0.2.7:5", "169.254.1.1:5", "[2001:db8::7]:5"]
+    {
+        let mut bench =
+            Bench::with(|settings| settings.policy.sources = vec!["10.0.2.0/24".parse().unwrap()]);
+        bench.world().local.push("192.0.2.1".parse().unwrap());
+        let server = Server::called_by(bench, ForwardSource::Client, client);
+        assert_eq!(server.outside.ip(), GATEWAY.parse::<IpAddr>().unwrap(), "{client}");
+        assert!(server.outside.port() >= 1024);
+    }
+    let server = Server::called_by(Bench::new(), ForwardSource::Client, "[::ffff:198.51.100.7]:5");
+    assert_eq!(server.outside, at("198.51.100.7:5"), "a mapped address is the one within");
+    let server = Server::called_by(Bench::new(), ForwardSource::Gateway, CLIENT);
+    assert_eq!((server.outside.ip(), server.stats.fallbacks.get()), (GATEWAY.parse().unwrap(), 0));
+}
+
+#[test]
+fn a_five_tuple_that_is_taken_shows_the_gateway_and_is_counted() {
+    let mut bench = Bench::new();
+    // The guest itself talks to the client, from the port that it publishes.
+    bench.frame(&frame(&TcpHead { flags: SYN, ..segment(at(GUEST), at(CLIENT)) }, b""));
+    let server = Server::called_by(bench, ForwardSource::Client, CLIENT);
+    assert_eq!(server.outside.ip(), GATEWAY.parse::<IpAddr>().unwrap());
+    assert_eq!((server.stats.fallbacks.get(), server.stats.refused()), (1, 0));
+
+    let mut bench = Bench::with(|settings| settings.policy.gateways.clear());
+    bench.frame(&frame(&TcpHead { flags: SYN, ..segment(at(GUEST), at(CLIENT)) }, b""));
+    let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
+    bench.client(0, CLIENT);
+    assert_eq!(call(&mut bench), None);
+    assert_eq!((stats.refused(), bench.dropped(DropReason::Conflict)), (1, 1));
+    assert!(bench.world().streams[1].aborted);
+}
+
+#[test]
+fn clients_that_a_stopped_guest_does_not_answer_have_a_share_of_their_own() {
+    let mut bench = Bench::with(|settings| settings.limits.half_open_per_source = 10);
+    let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
+    for port in 1..=30 {
+        bench.client(0, &format!("198.51.100.7:{port}"));
+    }
+    assert_eq!((stats.flows.get(), stats.refused()), (10, 20));
+    assert_eq!(bench.dropped(DropReason::SourceShare), 20);
+    let refused = bench.world().streams.iter().filter(|stream| stream.aborted).count();
+    assert_eq!(refused, 20, "and know it");
+    let before = bench.world().streams.len();
+    bench.frame(&frame(&TcpHead { flags: SYN, ..segment(at("10.0.2.100:5"), at("192.0.2.9:80")) }, b""));
+    assert_eq!(bench.world().streams.len(), before + 1, "the guest itself is not shut in");
+    bench.pass(Duration::from_secs(80));
+    assert_eq!(stats.flows.get(), 0);
+}
+
+#[test]
+fn without_descriptors_clients_wait_in_the_queue() {
+    let mut bench = Bench::new();
+    let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
+    bench.world().descriptors = 1;
+    for port in 1..=3 {
+        bench.world().listeners[0].clients.push_back(at(&format!("198.51.100.7:{port}")));
+    }
+    bench.listener_ready(0);
+    assert_eq!((stats.flows.get(), bench.world().listeners[0].clients.len()), (1, 2));
+    assert_eq!(bench.world().listeners[0].key, None, "it is not told all the time that they wait");
+    bench.world().descriptors = 100;
+    bench.pass(Duration::from_millis(100));
+    assert!(bench.world().listeners[0].key.is_some());
+    bench.listener_ready(0);
+    assert_eq!((stats.flows.get(), stats.refused()), (3, 0));
+}
+
+/// A datagram that the guest has got: from, to and what.
+fn datagram(bench: &mut Bench) -> Option<(SocketAddr, SocketAddr, Vec<u8>)> {
+    let frame = bench.next_frame()?;
+    let packet = Packet::parse(&frame[10..]).unwrap();
+    let datagram = Datagram::parse(&packet, true, false).unwrap();
+    let from = SocketAddr::new(packet.source, datagram.source);
+    Some((from, SocketAddr::new(packet.destination, datagram.destination), datagram.payload.to_vec()))
+}
+
+fn udp(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> Vec<u8> {
+    let head = head::datagrams(source, destination, payload.len(), payload.len().max(1), 1);
+    [head.bytes(), payload].concat()
+}
+
+#[test]
+fn datagrams_come_in_as_their_clients_and_answers_leave_by_the_port() {
+    let mut bench = Bench::new();
+    let stats = bench.publish_udp(GUEST, ForwardSource::Client);
+    bench.datagram_from(0, CLIENT, b"question");
+    assert_eq!(datagram(&mut bench), Some((at(CLIENT), at(GUEST), b"question".to_vec())));
+    bench.frame(&udp(at(GUEST), at(CLIENT), b"answer"));
+    let port = &bench.world().datagrams[0];
+    assert_eq!((&port.sent[..], port.sent_to[0]), (&[b"answer".to_vec()][..], at(CLIENT)));
+    assert_eq!(port.sent_from, [Some("192.0.2.1".parse().unwrap())], "from where it was asked");
+    assert_eq!((stats.flows.get(), bench.stats.flows(FlowKind::Udp)), (1, 1));
+    assert_eq!([0, 1].map(|direction| stats.bytes[direction].get()), [6, 8]);
+    assert_eq!(bench.world().datagrams.len(), 1, "no socket of its own");
+    // Answered, it is kept for three minutes.
+    bench.pass(Duration::from_secs(100));
+    assert_eq!(stats.flows.get(), 1);
+    bench.pass(Duration::from_secs(100));
+    assert_eq!(stats.flows.get(), 0);
+}
+
+#[test]
+fn a_guest_sends_by_the_port_to_nobody_who_has_not_asked() {
+    let mut bench = Bench::new();
+    bench.publish_udp(GUEST, ForwardSource::Client);
+    bench.datagram_from(0, CLIENT, b"question");
+    bench.frame(&udp(at(GUEST), at("198.51.100.7:40001"), b"unasked"));
+    bench.frame(&udp(at("10.0.2.100:81"), at(CLIENT), b"unasked"));
+    bench.frame(&udp(at("10.0.2.55:80"), at(CLIENT), b"unasked"));
+    assert_eq!(bench.world().datagrams[0].sent, Vec::<Vec<u8>>::new());
+    assert_eq!(bench.world().datagrams.len(), 4, "that is a container's own business, from another port");
+}
+
+#[test]
+fn one_client_that_asks_at_two_addresses_has_two_sessions() {
+    let mut bench = Bench::new();
+    let stats = bench.publish_udp(GUEST, ForwardSource::Client);
+    bench.datagram_from(0, CLIENT, b"one");
+    let second: IpAddr = "192.0.2.55".parse().unwrap();
+    bench.world().datagrams[0].arrival = Some(second);
+    bench.datagram_from(0, CLIENT, b"two");
+    assert_eq!(datagram(&mut bench).unwrap().0, at(CLIENT));
+    let (shown, _, _) = datagram(&mut bench).unwrap();
+    assert_eq!(shown.ip(), GATEWAY.parse::<IpAddr>().unwrap(), "or the guest could not tell them apart");
+    assert_eq!((stats.flows.get(), stats.fallbacks.get()), (2, 1));
+    bench.frame(&udp(at(GUEST), shown, b"answer"));
+    let port = &bench.world().datagrams[0];
+    assert_eq!((port.sent_to[0], port.sent_from[0]), (at(CLIENT), Some(second)));
+}
+
+#[test]
+fn a_flood_of_forged_clients_evicts_itself() {
+    let mut bench = Bench::with(|settings| {
+        settings.limits.flows_per_source = 50;
+        settings.limits.new_flows_per_source = Rate { per_second: 100_000, burst: 100_000 };
+    });
+    let stats = bench.publish_udp(GUEST, ForwardSource::Client);
+    bench.datagram_from(0, CLIENT, b"question");
+    bench.frame(&udp(at(GUEST), at(CLIENT), b"answer"));
+    for number in 0..5000u16 {
+        bench.datagram_from(0, &format!("203.0.113.{}:{}", number % 250, number + 1), b"flood");
+    }
+    assert_eq!((stats.flows.get(), stats.refused()), (50, 0));
+    bench.world().frames.clear();
+    bench.frame(&udp(at(GUEST), at(CLIENT), b"more"));
+    assert_eq!(bench.world().datagrams[0].sent.len(), 2, "who was answered is still there");
+    bench.frame(&udp(at("10.0.2.100:5"), at("192.0.2.9:53"), b"q"));
+    assert_eq!(bench.world().datagrams.len(), 2, "and the guest is not shut in");
+}
+
+#[test]
+fn one_client_has_only_so_many_sessions() {
+    let mut bench = Bench::with(|settings| settings.limits.sessions_per_client = 3);
+    let stats = bench.publish_udp(GUEST, ForwardSource::Client);
+    for port in 1..=5 {
+        bench.datagram_from(0, &format!("198.51.100.7:{port}"), b"?");
+        bench.frame(&udp(at(GUEST), at(&format!("198.51.100.7:{port}")), b"!"));
+    }
+    bench.datagram_from(0, "198.51.100.8:1", b"?");
+    assert_eq!((stats.flows.get(), stats.refused()), (4, 2));
+    bench.pass(Duration::from_secs(400));
+    bench.datagram_from(0, "198.51.100.7:5", b"?");
+    assert_eq!(stats.flows.get(), 1, "those that have ended do not count");
+}
+
+#[test]
+fn who_pretends_to_be_the_server_itself_gets_nothing_in() {
+    let mut bench = Bench::new();
+    let stats = bench.publish_udp(GUEST, ForwardSource::Client);
+    bench.datagram_from(0, GUEST, b"?");
+    assert_eq!((bench.next_frame(), stats.refused()), (None, 1));
+}
+
+#[test]
+fn what_the_network_tells_about_answers_reaches_the_guest() {
+    let mut bench = Bench::new();
+    bench.publish_udp(GUEST, ForwardSource::Client);
+    bench.datagram_from(0, CLIENT, b"question");
+    bench.world().frames.clear();
+    let gone = SocketProblem {
+        problem: Problem::PortUnreachable,
+        offender: Some(at(CLIENT).ip()),
+        destination: Some(at(CLIENT)),
+        payload: b"answer".to_vec(),
+    };
+    let stranger = SocketProblem { destination: Some(at("203.0.113.9:9")), ..gone.clone() };
+    bench.world().datagrams[0].problems.extend([stranger, gone]);
+    let key = bench.world().datagrams[0].key.unwrap();
+    let now = bench.now;
+    bench.engine.port_ready(key, Ready { error: true, ..Ready::default() }, now);
+    let frame = bench.next_frame().unwrap();
+    let packet = Packet::parse(&frame[10..]).unwrap();
+    assert_eq!(packet.source, at(CLIENT).ip());
+    let Ok(Message::Error { problem, source, destination, .. }) = Message::parse(&packet) else {
+        panic!("an error")
+    };
+    assert_eq!((problem, source, destination), (Problem::PortUnreachable, at(GUEST), at(CLIENT)));
+    assert_eq!(bench.next_frame(), None, "of others it has not heard");
+    bench.world().datagrams[0].outcome = Some(SendOutcome::TooBig(1400));
+    bench.frame(&udp(at(GUEST), at(CLIENT), &[1; 1450]));
+    let frame = bench.next_frame().unwrap();
+    let told = Message::parse(&Packet::parse(&frame[10..]).unwrap());
+    assert!(matches!(told, Ok(Message::Error { problem: Problem::TooBig(1400), .. })));
+}
+
+#[test]
+fn closed_a_port_lets_connections_go_on_and_ends_sessions() {
+    let mut server = Server::connected();
+    let udp_stats = server.bench.publish_udp(GUEST, ForwardSource::Client);
+    server.bench.datagram_from(0, CLIENT, b"question");
+    for id in server.bench.engine.published() {
+        assert!(server.bench.engine.unpublish(id) && !server.bench.engine.unpublish(id));
+    }
+    server.bench.settle();
+    assert_eq!((udp_stats.flows.get(), server.stats.flows.get()), (0, 1));
+    assert!(server.bench.world().datagrams[0].closed);
+    server.says(b"still here");
+    assert_eq!(server.bench.world().streams[0].sent, b"still here");
+}
+
+/// Lets nobody in.
+struct Nobody;
+
+impl Guard for Nobody {
+    fn admits(&self, client: SocketAddr, local: Option<IpAddr>, _: u32) -> bool {
+        assert_eq!((client, local), (at(CLIENT), Some("192.0.2.1".parse().unwrap())));
+        false
+    }
+}
+
+#[test]
+fn who_is_shut_out_costs_nothing_and_is_reset() {
+    let mut bench = Bench::new();
+    bench.world().listeners.push(FakeListener::default());
+    let guard: Arc<dyn Guard> = Arc::new(Nobody);
+    let protocol = tidegate_model::Protocol::Tcp;
+    let stats = bench.publish(protocol, GUEST, ForwardSource::Client, Port::Tcp(0), Some(guard));
+    bench.client(0, CLIENT);
+    assert_eq!((call(&mut bench), stats.refused(), bench.engine.flows()), (None, 1, 0));
+    assert_eq!(bench.dropped(DropReason::ShutOut), 1);
+    assert!(bench.world().streams[0].aborted);
+}
+
+#[test]
+fn a_container_that_the_policy_does_not_know_gets_no_clients() {
+    let mut bench = Bench::with(|settings| settings.policy.sources = vec!["10.9.0.0/16".parse().unwrap()]);
+    let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
+    bench.client(0, CLIENT);
+    assert_eq!((call(&mut bench), stats.refused()), (None, 1));
+}
+
+/// Whatever a guest answers a call with, in whatever order, no limit is passed, every client is served or told, and another one's connection
+/// does not notice.
+#[test]
+fn a_hostile_server_harms_nobody_else() {
+    for seed in 0..200 {
+        let mut dice = Dice(seed);
+        let mut bench = Bench::with(|settings| {
+            (settings.limits.flows, settings.limits.flows_per_source) = (40, 30);
+        });
+        let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
+        let hers = bench.publish_tcp("10.0.2.9:80", ForwardSource::Client);
+        bench.client(1, "198.51.100.9:9");
+        let (syn, outside) = call(&mut bench).unwrap();
+        let her = |flags, sequence: u32, acknowledgement: u32| {
+            let head = TcpHead { flags, sequence, acknowledgement, ..segment(at("10.0.2.9:80"), outside) };
+            frame(&head, if flags & SYN == 0 { b"work" } else { b"" })
+        };
+        bench.frame(&her(SYN | ACK, 1, syn.sequence.wrapping_add(1)));
+        for step in 0..200u16 {
+            if dice.percent(20) {
+                bench.client(0, &format!("203.0.113.1:{}", 1 + step));
+            }
+            let mut calls = vec![at("203.0.113.1:1")];
+            let mut numbers = vec![0];
+            while let Some(bytes) = bench.next_frame() {
+                let packet = Packet::parse(&bytes[10..]).unwrap();
+                if packet.protocol == protocol::TCP && packet.destination == at(GUEST).ip() {
+                    let seen = Segment::parse(&packet, false).unwrap();
+                    calls.push(SocketAddr::new(packet.source, seen.source));
+                    numbers.extend([seen.sequence.wrapping_add(1), seen.acknowledgement]);
+                }
+            }
+            let outside = calls[dice.below(calls.len() as u64) as usize];
+            let mut number = || match dice.below(4) {
+                0 => dice.next() as u32,
+                _ => numbers[dice.below(numbers.len() as u64) as usize],
+            };
+            let (sequence, acknowledgement) = (number(), number());
+            let flags = [SYN | ACK, SYN, ACK, RST, RST | ACK, FIN | ACK][dice.below(6) as usize];
+            let scale = dice.percent(50).then(|| dice.below(256) as u8);
+            let mss = dice.percent(50).then(|| dice.below(70_000) as u16);
+            let head = TcpHead {
+                flags,
+                sequence,
+                acknowledgement,
+                window: dice.next() as u16,
+                mss: mss.filter(|_| flags & SYN != 0),
+                scale: scale.filter(|_| flags & SYN != 0),
+                ..segment(at(GUEST), outside)
+            };
+            bench.frame(&frame(&head, if dice.percent(50) { b"data" } else { b"" }));
+            if dice.percent(30) {
+                bench.pass(Duration::from_millis(dice.below(2000)));
+            }
+            assert!(bench.engine.flows() <= 40);
+        }
+        let sent = bench.world().streams[0].sent.len();
+        bench.frame(&her(ACK, 2 + sent as u32, syn.sequence.wrapping_add(1)));
+        assert_eq!(bench.world().streams[0].sent.len(), sent + 4, "seed {seed}: her work goes on");
+        bench.pass(Duration::from_secs(3 * 3600));
+        assert_eq!((stats.flows.get(), hers.flows.get()), (0, 0), "seed {seed}: silence ends everything");
+        let world = bench.world();
+        assert!(world.streams.iter().all(|stream| stream.aborted || stream.shut), "and everybody knows");
+    }
+}

@@ -1,0 +1,126 @@
+//! Published ports that the NAT engine carries, where it owns the containers' default route: UDP shows the client's own address there.
+//!
+//! TCP has a better way: a socket made in the container's namespace shows the client as well, and crosses neither device nor bridge (see
+//! [`source`](crate::source)). Of UDP that takes a rule in the container for each client, and no client could talk to the container directly
+//! meanwhile. What comes in by the engine's device goes back there by the default route, for every client alike.
+//!
+//! It takes an address that the default route leads away from. A container on internal networks only has none, and its ports stay with the
+//! publisher's own sockets.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tidegate_nat::{DropReason, Forward, ForwardId, ForwardSource, ForwardStats, Guard, Nat};
+use tidegate_proxy::{Drop, Enclosures, Engine, Listener, PortSnapshot};
+
+/// The engine, and who else publishes ports.
+#[derive(Clone)]
+pub(crate) struct WayIn {
+    nat: Arc<Nat>,
+    /// Of the ports that it publishes.
+    others: Arc<Engine>,
+}
+
+/// A port that the engine carries; dropped, it is closed.
+pub(crate) struct CarriedPort {
+    way: WayIn,
+    id: ForwardId,
+    forward: Forward,
+    stats: Arc<ForwardStats>,
+}
+
+impl WayIn {
+    /// By `nat`, beside ports of `others`.
+    pub(crate) fn new(nat: Arc<Nat>, others: Arc<Engine>) -> Self {
+        Self { nat, others }
+    }
+
+    /// Leads what comes to `listener`, of UDP, to `port` of a container at `guests`: at most one address of each family, and at least one.
+    /// `enclosures` say who may ask.
+    ///
+    /// # Errors
+    /// What is in the way; the port is closed then.
+    pub(crate) fn publish(
+        &self,
+        listener: Listener,
+        port: u16,
+        guests: &[IpAddr],
+        enclosures: &Enclosures,
+    ) -> io::Result<CarriedPort> {
+        let label = listener.label();
+        let same = guests.iter().find(|guest| guest.is_ipv4() == label.address().is_ipv4());
+        let guest = same.or(guests.first()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let forward = Forward {
+            protocol: label.protocol(),
+            listen: label.address(),
+            guest: SocketAddr::new(*guest, port),
+            source: ForwardSource::Client,
+        };
+        // Before anything comes in.
+        self.others.note_port_of_others(label.address());
+        let guard = Arc::new(Doorkeeper { enclosures: enclosures.clone(), others: Arc::clone(&self.others) });
+        let published = self.nat.publish_on(OwnedFd::from(listener), forward, Some(guard));
+        let found = published.map(|id| (id, self.nat.forward_stats(id).unwrap_or_default()));
+        match found {
+            Ok((id, stats)) => Ok(CarriedPort { way: self.clone(), id, forward, stats }),
+            Err(error) => {
+                self.others.forget_port_of_others(label.address());
+                Err(io::Error::other(error))
+            }
+        }
+    }
+}
+
+impl CarriedPort {
+    /// Its figures, in the words of the publisher's own ports.
+    pub(crate) fn snapshot(&self) -> PortSnapshot {
+        let stats = &self.stats;
+        let mut dropped = [0; Drop::ALL.len()];
+        for reason in DropReason::ALL {
+            let as_told = match reason {
+                DropReason::ShutOut | DropReason::Malformed => Drop::NotAllowed,
+                DropReason::SourceShare => Drop::SourceLimit,
+                DropReason::NoRoom => Drop::NoRoom,
+                DropReason::TooBig => Drop::TooLong,
+                DropReason::Policy | DropReason::Unreachable => Drop::BackendUnreachable,
+                _ => Drop::Exhausted,
+            };
+            dropped[as_told as usize] += stats.dropped[reason as usize].get();
+        }
+        // The engine counts out first, the publisher in.
+        let turned = |[out, into]: [u64; 2]| [into, out];
+        PortSnapshot {
+            label: self.forward.label(),
+            accepted: stats.flows_begun.get(),
+            live: usize::try_from(stats.flows.get()).unwrap_or(usize::MAX),
+            cut: stats.evicted.get(),
+            bytes: turned(stats.bytes.each_ref().map(tidegate_nat::Count::get)),
+            datagrams: turned(stats.datagrams.each_ref().map(tidegate_nat::Count::get)),
+            refused: [0; tidegate_proxy::Refusal::ALL.len()],
+            dropped,
+        }
+    }
+}
+
+impl std::ops::Drop for CarriedPort {
+    fn drop(&mut self) {
+        self.way.nat.unpublish(self.id);
+        self.way.others.forget_port_of_others(self.forward.listen);
+    }
+}
+
+/// Who may ask: as at the publisher's own ports.
+struct Doorkeeper {
+    enclosures: Enclosures,
+    others: Arc<Engine>,
+}
+
+impl Guard for Doorkeeper {
+    fn admits(&self, client: SocketAddr, local: Option<IpAddr>, interface: u32) -> bool {
+        let shut_out = local.is_some_and(|local| self.enclosures.shut_out(client.ip(), local, interface));
+        !shut_out
+            && !self.enclosures.is_forged(client.ip(), interface)
+            && !self.others.is_reflected(client, &self.enclosures)
+    }
+}

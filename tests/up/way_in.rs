@@ -1,0 +1,129 @@
+//! Whom the container sees as its client where the NAT engine leads it out, as root and as an ordinary user.
+
+use super::matrix::peer_as_seen;
+use super::scene::{Scene, service_namespace, state};
+use std::net::SocketAddr;
+use std::time::Duration;
+use tidegate_testbed::server::PeerServer;
+use tidegate_testbed::{Namespace, Process, Signal, eventually};
+
+const SOON: Duration = Duration::from_secs(10);
+
+const FILE: &str = r#"
+name: in
+networks:
+  home: { enable_ipv6: true, ipam: { config: [ { subnet: 10.81.1.0/24 }, { subnet: "fd81:1::/64" } ] } }
+  shut: { internal: true, ipam: { config: [ { subnet: 10.81.2.0/24 } ] } }
+services:
+  box:
+    command: [ sleep, "60" ]
+    networks: { home: { ipv4_address: 10.81.1.2, ipv6_address: "fd81:1::2" }, shut: { ipv4_address: 10.81.2.2 } }
+    ports: [ "8080:80", "8080:80/udp" ]
+  inmate:
+    command: [ sleep, "60" ]
+    networks: { shut: { ipv4_address: 10.81.2.3 } }
+    ports: [ "0.0.0.0:8082:80/udp" ]
+"#;
+
+/// The engine's own addresses.
+const ENGINE: [&str; 2] = ["169.254.116.103", "fd74:6964:6567:6174::1"];
+const GATEWAY: [&str; 2] = ["10.81.1.1", "fd81:1::1"];
+const HOST: [&str; 2] = ["203.0.113.1", "2001:db8:1::1"];
+
+fn up(scene: &Scene, rootless: bool) -> Process {
+    let up = if rootless { scene.up_as_nobody(FILE) } else { scene.up_with(FILE, &["--firewall=none"]) };
+    up.wait_for_line("Ctrl-C takes", SOON);
+    up
+}
+
+/// The address that the server published at `to` sees `from` under.
+#[track_caller]
+fn seen(from: &Namespace, to: &str, port: u16, udp: bool) -> String {
+    let to = SocketAddr::new(to.parse().unwrap(), port);
+    from.run(|| peer_as_seen(to, udp, SOON)).unwrap_or_else(|error| panic!("{to} (udp {udp}): {error}"))
+}
+
+#[test]
+fn the_container_sees_its_clients_over_tcp_and_udp() {
+    for rootless in [false, true] {
+        let scene = Scene::new();
+        let before = state(&scene.net.host);
+        let mut up = up(&scene, rootless);
+        let boxed = service_namespace(&up, "box");
+        for (family, at) in ["10.81.1.2:80", "[fd81:1::2]:80"].into_iter().enumerate() {
+            let at: SocketAddr = at.parse().unwrap();
+            let (_tcp, _udp) = (PeerServer::tcp(&boxed, at), PeerServer::udp(&boxed, at));
+            let (client, host) = (&scene.net.client, &scene.net.host);
+            let outside = ["203.0.113.9", "2001:db8:1::9"][family];
+            let loopback = ["127.0.0.1", "::1"][family];
+            for udp in [false, true] {
+                assert_eq!(seen(client, HOST[family], 8080, udp), outside, "rootless {rootless}, udp {udp}");
+                // Whom applications would trust, or answer past us, they do not see.
+                let gateway = if udp { ENGINE[family] } else { GATEWAY[family] };
+                for to in [HOST[family], loopback] {
+                    assert_eq!(seen(host, to, 8080, udp), gateway, "rootless {rootless}, udp {udp}");
+                }
+                // Itself, by the host: hairpin.
+                assert!(!seen(&boxed, HOST[family], 8080, udp).is_empty());
+            }
+        }
+        // Nothing that it sends goes to the engine: a container without a way out is reached as ever.
+        let inmate = service_namespace(&up, "inmate");
+        let _udp = PeerServer::udp(&inmate, "10.81.2.3:80".parse().unwrap());
+        assert_eq!(seen(&scene.net.client, HOST[0], 8082, true), "10.81.2.1");
+        up.stop(Signal::INT, SOON);
+        assert_eq!(state(&scene.net.host), before);
+    }
+}
+
+#[test]
+fn ports_of_udp_come_and_go_at_run_time() {
+    let scene = Scene::new();
+    let up = up(&scene, true);
+    let boxed = service_namespace(&up, "box");
+    let _udp = PeerServer::udp(&boxed, "10.81.1.2:80".parse().unwrap());
+    let ask = |method: &str, path: &str, body: &str| {
+        let socket = scene.run.path().join("api.sock");
+        let mut curl = scene.net.host.command("curl");
+        curl.args(["-sS", "--max-time", "5", "-X", method, "--unix-socket"]).arg(socket);
+        curl.args(["-H", "content-type: application/json", "-d", body, &format!("http://localhost{path}")]);
+        String::from_utf8(curl.output().unwrap().stdout).unwrap()
+    };
+    for _ in 0..2 {
+        let opened = ask("POST", "/v1/ports", r#"{"endpoint":"box","spec":"0.0.0.0:8181:80/udp"}"#);
+        let opened: serde_json::Value = serde_json::from_str(&opened).unwrap();
+        let [port] = opened.as_array().unwrap().as_slice() else { panic!("one port: {opened}") };
+        assert_eq!(seen(&scene.net.client, HOST[0], 8181, true), "203.0.113.9");
+        ask("DELETE", &format!("/v1/ports/{}", port["id"]), "");
+        let to: SocketAddr = "203.0.113.1:8181".parse().unwrap();
+        let closed = scene.net.client.run(|| peer_as_seen(to, true, SOON / 10));
+        assert!(closed.is_err(), "{closed:?}");
+    }
+    assert_eq!(seen(&scene.net.client, HOST[0], 8080, true), "203.0.113.9", "the others are as they were");
+}
+
+/// In the same series as every other published port's.
+#[test]
+fn what_a_port_of_the_engine_carries_is_counted_as_that_of_any_port() {
+    let scene = Scene::new();
+    let path = scene.directory.path().join("compose.yaml");
+    std::fs::write(&path, FILE).unwrap();
+    let mut command = scene.tidegate();
+    command.arg("up").arg("-f").arg(path).args(["--firewall=none", "--metrics", "127.0.0.1:9464"]);
+    let up = Process::spawn(&mut command);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let boxed = service_namespace(&up, "box");
+    let _udp = PeerServer::udp(&boxed, "10.81.1.2:80".parse().unwrap());
+    seen(&scene.net.client, HOST[0], 8080, true);
+    let page = || scene.net.host.exec("curl", &["-sS", "--max-time", "5", "http://127.0.0.1:9464/metrics"]);
+    let told = |line: &str| page().lines().any(|told| told == line);
+    for line in [
+        r#"tidegate_proxy_sessions_total{publish="0.0.0.0:8080/udp"} 1"#,
+        r#"tidegate_proxy_sessions{publish="0.0.0.0:8080/udp"} 1"#,
+        r#"tidegate_proxy_datagrams_total{publish="0.0.0.0:8080/udp",direction="in"} 1"#,
+        r#"tidegate_proxy_datagrams_total{publish="0.0.0.0:8080/udp",direction="out"} 1"#,
+        r#"tidegate_proxy_bytes_total{publish="0.0.0.0:8080/udp",direction="in"} 1"#,
+    ] {
+        assert!(eventually(SOON, || told(line)), "{line} in\n{}", page());
+    }
+}
