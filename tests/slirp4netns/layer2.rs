@@ -11,7 +11,7 @@ use tidegate_testbed::{addr, eventually, require_program};
 const MUCH: u64 = 64 << 20;
 
 #[track_caller]
-fn pings(guest: &Guest, to: impl ToString) {
+fn pings(guest: &Guest, to: &impl ToString) {
     let ping = || {
         let to = to.to_string();
         let output =
@@ -50,12 +50,12 @@ fn a_mac_address_makes_a_tap_with_it() {
         let link = guest.ip(&["link", "show", "tap0"]);
         assert!(link.contains("link/ether 02:00:00:11:22:33"), "{link}");
         for near in ["10.0.2.2", "10.0.2.3", "fd00::2", "fd00::3"] {
-            pings(&guest, near);
+            pings(&guest, &near);
         }
         let neighbours = guest.ip(&["neigh"]);
         assert!(neighbours.contains("10.0.2.2 dev tap0 lladdr 52:55:0a:00:02:02"), "{neighbours}");
-        pings(&guest, addr::CLIENT_V4);
-        pings(&guest, addr::CLIENT_V6);
+        pings(&guest, &addr::CLIENT_V4);
+        pings(&guest, &addr::CLIENT_V6);
         transfers(&scene, &guest);
     }
 }
@@ -81,14 +81,14 @@ fn a_dhcp_client_is_given_all_it_needs() {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{said} {}", String::from_utf8_lossy(&output.stderr));
     assert!(said.contains("10.9.8.15/24 via 10.9.8.2 dns 10.9.8.3 mtu 1500"), "{said}");
-    pings(&guest, addr::CLIENT_V4);
+    pings(&guest, &addr::CLIENT_V4);
     // And by IPv6 it has made itself an address of what the router has told.
     let told = || guest.ip(&["-6", "route", "show", "default"]).contains("via fe80::2 dev tap0");
     assert!(eventually(SOON, told));
     let address =
         || guest.ip(&["-6", "-o", "addr", "show", "dev", "tap0", "scope", "global"]).contains("inet6 fd00::");
     assert!(eventually(SOON, address));
-    pings(&guest, addr::CLIENT_V6);
+    pings(&guest, &addr::CLIENT_V6);
     transfers(&scene, &guest);
 }
 

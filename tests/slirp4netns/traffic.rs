@@ -36,7 +36,7 @@ fn exchange(guest: &Guest, to: SocketAddr, message: &[u8]) -> std::io::Result<Ve
 }
 
 #[track_caller]
-fn pings(guest: &Guest, to: impl ToString) -> bool {
+fn pings(guest: &Guest, to: &impl ToString) -> bool {
     let to = to.to_string();
     let output = guest.namespace.command("ping").args(["-n", "-c", "1", "-W", "2", &to]).output().unwrap();
     output.status.success()
@@ -62,7 +62,7 @@ fn an_ordinary_users_container_reaches_the_world_by_both_families() {
             // The first may be too long for the path, of which the container is told.
             let large = || exchange(&guest, (address, 7001).into(), &[7; 9000]);
             assert_eq!(large().or_else(|_| large()).unwrap(), [7; 9000]);
-            assert!(pings(&guest, address), "{address}");
+            assert!(pings(&guest, &address), "{address}");
             let sink = Sink::tcp(outside, (address, 7002).into(), 1);
             let source = Source::tcp(outside, (address, 7003).into(), 2, MUCH);
             guest.namespace.run(|| {
@@ -75,7 +75,7 @@ fn an_ordinary_users_container_reaches_the_world_by_both_families() {
             assert_eq!(sink.wait(1, SOON), [Transfer::complete(MUCH)]);
         }
         for gateway in ["10.0.2.2", "10.0.2.3", "fd00::2", "fd00::3"] {
-            assert!(pings(&guest, gateway), "{gateway}");
+            assert!(pings(&guest, &gateway), "{gateway}");
         }
     }
 }
@@ -96,7 +96,7 @@ fn the_gateway_is_the_hosts_loopback_unless_that_is_disabled() {
     for refused in ["10.0.2.2:8000", "[fd00::2]:8000", "127.0.0.1:8000"] {
         assert!(greeting(&guest, refused.parse().unwrap()).is_err(), "{refused}");
     }
-    assert!(pings(&guest, "10.0.2.2"), "it is there all the same");
+    assert!(pings(&guest, &"10.0.2.2"), "it is there all the same");
 }
 
 #[test]
@@ -181,7 +181,7 @@ fn an_idle_tap_gives_way() {
          route add default via 10.0.2.2 dev tap0",
     );
     assert!(guest.ip(&["link", "show", "tap0"]).contains("POINTOPOINT"));
-    assert!(pings(&guest, addr::CLIENT_V4));
+    assert!(pings(&guest, &addr::CLIENT_V4));
 }
 
 #[test]
@@ -193,6 +193,6 @@ fn a_namespace_is_found_by_its_path_alone() {
     let mut command = scene.as_nobody(&scene.ours());
     command.args(["-c", "--netns-type=path", &path, "uplink"]);
     let _slirp = tidegate_testbed::Process::spawn(&mut command);
-    assert!(eventually(SOON, || pings(&guest, "10.0.2.2")));
+    assert!(eventually(SOON, || pings(&guest, &"10.0.2.2")));
     assert!(guest.ip(&["-o", "link"]).contains("uplink"));
 }
