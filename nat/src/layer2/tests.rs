@@ -242,6 +242,6 @@ fn no_frame_is_too_strange() {
             receive(&mut layer2, strange);
         }
     }
-    layer2.header(&[]);
-    layer2.header(&[0x60]);
+    let _ = layer2.header(&[]);
+    let _ = layer2.header(&[0x60]);
 }
