@@ -17,7 +17,7 @@ help:
 	@echo "make test     install what the tests need (as root, with apt) and run them all"
 	@echo "make bench    compare with the peers installed here; results in benches/results/"
 	@echo "make lint     formatting, clippy, documentation, licences and sources of dependencies"
-	@echo "make install  PREFIX=DIR: tidegate, docker-proxy, manual pages, completion (default /usr/local)"
+	@echo "make install  PREFIX=DIR: tidegate, docker-proxy, slirp4netns, manual pages, completion (default /usr/local)"
 	@echo "make fuzz     each fuzz target for FUZZ_SECONDS=$(FUZZ_SECONDS) (needs cargo-fuzz and a nightly)"
 
 build:
@@ -55,7 +55,7 @@ lint:
 install: build
 	install -d "$(PREFIX)/bin" "$(PREFIX)/share/man/man1" "$(PREFIX)/share/bash-completion/completions" \
 	  "$(PREFIX)/share/zsh/site-functions" "$(PREFIX)/share/fish/vendor_completions.d"
-	install -m 755 target/release/tidegate target/release/docker-proxy "$(PREFIX)/bin/"
+	install -m 755 target/release/tidegate target/release/docker-proxy target/release/slirp4netns "$(PREFIX)/bin/"
 	target/release/tidegate man "$(PREFIX)/share/man/man1"
 	target/release/tidegate completion bash > "$(PREFIX)/share/bash-completion/completions/tidegate"
 	target/release/tidegate completion zsh > "$(PREFIX)/share/zsh/site-functions/_tidegate"

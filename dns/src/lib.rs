@@ -49,6 +49,7 @@ mod upstream;
 mod zone;
 
 pub use error::{ServeError, StartError, ZoneError};
+pub use follow::{REST, Watch, servers};
 pub use metrics::FAMILIES;
 pub use name::NameError;
 pub use resolv_conf::{PORT, ResolvConf, SERVER};

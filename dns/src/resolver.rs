@@ -180,7 +180,9 @@ impl Resolver {
     /// [`StartError`]: the host's `resolv.conf` cannot be watched.
     pub fn new(settings: Settings) -> Result<Self, StartError> {
         let path = settings.resolv_conf;
-        let watch = Watch::new(&path).map_err(|source| StartError::Watch { path: path.clone(), source })?;
+        let watch = Watch::new(&path)
+            .and_then(follow::register)
+            .map_err(|source| StartError::Watch { path: path.clone(), source })?;
         let metrics = Arc::new(ProcessMetrics::new());
         let bounds = Bounds { flights: settings.in_flight, waiters: settings.waiting, cache: settings.cache };
         let outside = settings.outside;

@@ -23,7 +23,7 @@ pub enum StartError {
     #[error("{0:?} is no name for an interface: 1 to 15 bytes, no slash, no space, no colon")]
     Name(String),
     /// An MTU that the engine cannot work with.
-    #[error("an MTU of {0} is out of range (1280 to 65535)")]
+    #[error("an MTU of {0} is out of range (1280 to 65535, of a TAP 65521)")]
     Mtu(u16),
     /// A namespace cannot be entered.
     #[error("enter a network namespace: {0}")]

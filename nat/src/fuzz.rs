@@ -1,16 +1,18 @@
-//! What the fuzz target checks, as an ordinary function, so that a plain test can replay a corpus. Not part of the interface.
+//! What the fuzz targets check, as ordinary functions, so that a plain test can replay a corpus. Not part of the interface.
 
 use crate::engine::{Engine, Secrets};
 use crate::forward::{Forward, ForwardId, ForwardSource};
 use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
+use crate::layer2::{self, Layer2, Layer2Options, Layer2V6};
 use crate::metrics::Stats;
 use crate::settings::Settings;
 use crate::siphash::HashKey;
+use crate::wire::ethernet::{self, MacAddress};
 use crate::wire::icmp::Problem;
 use crate::wire::ip::Packet;
 use crate::wire::virtio::VirtioHeader;
 use std::io::{self, IoSlice};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
@@ -280,4 +282,38 @@ pub fn check_engine(mut data: &[u8]) {
     }
     engine.shutdown();
     assert_eq!(engine.flows(), 0);
+}
+
+/// Frames of a hostile guest on an Ethernet, each behind two bytes that say how long it is: whatever they are, what is answered is a whole frame, and what goes on has
+/// lost no more than its header.
+pub fn check_layer2(data: &[u8]) {
+    let options = Layer2Options {
+        network: ipnet::Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 2, 0), 24),
+        gateway: Ipv4Addr::new(10, 0, 2, 2),
+        name_server: Some(Ipv4Addr::new(10, 0, 2, 3)),
+        v6: Some(Layer2V6 {
+            prefix: Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0),
+            gateway: Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2),
+            name_server: None,
+        }),
+        mac: None,
+    };
+    let mut layer2 = Layer2::new(options, MacAddress([2, 0, 0, 0, 0, 1]), 1500);
+    let mut rest = data;
+    while let Some((length, behind)) = rest.split_first_chunk::<2>() {
+        let length = usize::from(u16::from_be_bytes(*length)).min(behind.len());
+        let (frame, behind) = behind.split_at(length);
+        rest = behind;
+        let mut frame = frame.to_vec();
+        let mut answers = 0;
+        let passed = layer2.receive(&mut frame, |answer| {
+            answers += 1;
+            assert!(answer.len() > layer2::HEAD, "an answer without content");
+        });
+        if let Some(packet) = passed {
+            assert_eq!((answers, packet.len()), (0, length - ethernet::LENGTH));
+            let _ = layer2.header(&packet[crate::wire::virtio::LENGTH..]);
+        }
+        assert!(answers <= 1);
+    }
 }

@@ -72,7 +72,7 @@ impl Nat {
             // In the host's network for good: a socket then costs no way there and back.
             let entered = if inside.is_current() { Ok(()) } else { inside.enter() };
             let made = entered.map_err(StartError::Namespace).and_then(|()| {
-                let kernel = Kernel::new(tun.descriptor, epoll, addresses, descriptors, &settings);
+                let kernel = Kernel::new(tun, epoll, addresses, descriptors, &settings);
                 let engine = Engine::new(kernel, settings, secrets, counted, Instant::now());
                 Driver::new(engine, event_loop.epoll()).map_err(StartError::Loop)
             });

@@ -26,7 +26,9 @@ pub struct Policy {
     pub sources: Vec<IpNet>,
     /// The engine's own addresses, which containers know as their gateway. They answer pings, and what is said below.
     pub gateways: Vec<IpAddr>,
-    /// Resolvers of the host that the gateways forward DNS to (UDP and TCP port 53). One is asked until it refuses, cannot be
+    /// More addresses of the engine's own, which answer pings and forward DNS. Where there is one, the gateways do not.
+    pub name_servers: Vec<IpAddr>,
+    /// Resolvers of the host that DNS is forwarded to (UDP and TCP port 53). One is asked until it refuses, cannot be
     /// reached or lets a query die unanswered, then the next.
     pub resolvers: Vec<SocketAddr>,
     /// The gateways' other ports are those of the host's loopback.
@@ -62,14 +64,25 @@ impl Policy {
         !unusable && (self.sources.is_empty() || self.sources.iter().any(|net| net.contains(&source)))
     }
 
+    /// Whether `ip` is one of the engine's own.
+    #[must_use]
+    pub fn is_own(&self, ip: IpAddr) -> bool {
+        self.gateways.contains(&ip) || self.name_servers.contains(&ip)
+    }
+
     /// Where a flow to `destination` goes. `is_host` tells whether an address is the host's.
     #[must_use]
     pub fn way(&self, destination: SocketAddr, is_host: impl Fn(IpAddr) -> bool) -> Way {
         let ip = destination.ip();
+        let forwards_dns = if self.name_servers.is_empty() { &self.gateways } else { &self.name_servers };
+        if destination.port() == DNS && !self.resolvers.is_empty() && forwards_dns.contains(&ip) {
+            return Way::Resolver;
+        }
+        if self.name_servers.contains(&ip) {
+            return Way::Gateway;
+        }
         if self.gateways.contains(&ip) {
-            return if destination.port() == DNS && !self.resolvers.is_empty() {
-                Way::Resolver
-            } else if self.host_loopback && destination.port() != 0 {
+            return if self.host_loopback && destination.port() != 0 {
                 let loopback: IpAddr =
                     if ip.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
                 Way::To(SocketAddr::new(loopback, destination.port()))
@@ -193,6 +206,25 @@ mod tests {
         assert_eq!(policy.way(at("10.0.2.2:80"), nobody), Way::Gateway);
         policy.host_loopback = true;
         assert_eq!(policy.way(at("10.0.2.2:80"), nobody), Way::To(at("127.0.0.1:80")));
+    }
+
+    #[test]
+    fn where_there_is_a_name_server_the_gateway_leads_to_the_host_only() {
+        let mut policy = Policy {
+            gateways: vec!["10.0.2.2".parse().unwrap()],
+            name_servers: vec!["10.0.2.3".parse().unwrap()],
+            resolvers: vec![at("192.0.2.53:53")],
+            host_loopback: true,
+            ..Policy::default()
+        };
+        assert_eq!(policy.way(at("10.0.2.3:53"), nobody), Way::Resolver);
+        assert_eq!(policy.way(at("10.0.2.3:80"), nobody), Way::Gateway);
+        assert_eq!(policy.way(at("10.0.2.2:53"), nobody), Way::To(at("127.0.0.1:53")));
+        policy.host_loopback = false;
+        policy.resolvers.clear();
+        assert_eq!(policy.way(at("10.0.2.3:53"), nobody), Way::Gateway);
+        assert_eq!(policy.way(at("10.0.2.2:53"), nobody), Way::Gateway);
+        assert!(["10.0.2.2", "10.0.2.3"].iter().all(|ip| policy.is_own(ip.parse().unwrap())));
     }
 
     #[test]

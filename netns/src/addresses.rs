@@ -111,6 +111,17 @@ impl AddressBook {
         state.table.container_addresses(preferred)
     }
 
+    /// The addresses of an interface, of global scope, in the kernel's order.
+    ///
+    /// # Errors
+    /// `ENODEV`: there is none of this name.
+    pub fn of_interface(&self, name: &str) -> io::Result<Vec<IpAddr>> {
+        let state = self.current();
+        let index = state.netlink.interface_index(name)?;
+        let entries = state.table.0.iter().filter(|entry| entry.interface == index && entry.global);
+        Ok(entries.map(|entry| entry.own).collect())
+    }
+
     /// The next hop of the default route in the main table; the one of lowest metric if there are several.
     ///
     /// `None` without a default route, or if it leads to an interface and not to a router.

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -177,6 +177,23 @@ impl Namespace {
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()
+    }
+
+    /// The user namespace that it belongs to: in there, privileges count in it.
+    ///
+    /// # Errors
+    /// `EPERM` if that is neither the caller's user namespace nor one inside of it.
+    pub fn owner(&self) -> io::Result<OwnedFd> {
+        system::owner(&self.0.file)
+    }
+
+    /// Whether privileges of the calling process count in it: to bind its lower ports, for instance.
+    #[must_use]
+    pub fn belongs_to_own_user_namespace(&self) -> bool {
+        let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+        let own = rustix::fs::stat("/proc/self/ns/user").map(id);
+        let owner = self.owner().ok().and_then(|owner| fstat(owner).ok()).map(id);
+        own.is_ok_and(|own| owner == Some(own))
     }
 
     /// Whether the calling thread is in it. Asks the kernel; false if that fails.

@@ -89,6 +89,11 @@ impl Netlink {
         Ok(rustix::net::netdevice::index_to_name(&self.socket, index)?)
     }
 
+    /// The index of the interface with this name.
+    pub(crate) fn interface_index(&self, name: &str) -> io::Result<u32> {
+        Ok(rustix::net::netdevice::name_to_index(&self.socket, name)?)
+    }
+
     /// Sends a request and hands on all that is answered, up to the final word. Says whether that was a
     /// consistent picture: a dump in several datagrams can be overtaken by a change.
     fn request(

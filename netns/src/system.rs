@@ -2,13 +2,27 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// Whether `file` stands for a network namespace. Of any other file, the kernel does not know the question.
 pub(crate) fn is_network_namespace(file: impl AsFd) -> bool {
     // SAFETY: NS_GET_NSTYPE takes no argument and returns a CLONE_NEW* flag (ioctl_ns(2)).
     let kind = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), libc::NS_GET_NSTYPE) };
     kind == libc::CLONE_NEWNET
+}
+
+/// The user namespace that the namespace behind `file` belongs to.
+///
+/// # Errors
+/// `EPERM` if it is neither the caller's nor inside of it.
+pub(crate) fn owner(file: impl AsFd) -> io::Result<OwnedFd> {
+    // SAFETY: NS_GET_USERNS takes no argument and returns a new descriptor, close-on-exec (ioctl_ns(2)).
+    let descriptor = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), libc::NS_GET_USERNS) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is new, so nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// The cookie of the namespace that `socket` belongs to: a number that no other network namespace has or will

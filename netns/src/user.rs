@@ -7,9 +7,12 @@
 
 use rustix::io::Errno;
 use rustix::process::{getegid, geteuid};
-use rustix::thread::{CapabilitySet, UnshareFlags, capabilities, unshare_unsafe};
+use rustix::thread::{
+    CapabilitySet, LinkNameSpaceType, UnshareFlags, capabilities, move_into_link_name_space, unshare_unsafe,
+};
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 
 /// Whether this process may make network namespaces (`CAP_SYS_ADMIN` where it is).
 #[must_use]
@@ -35,4 +38,15 @@ pub fn become_root_of_a_user_namespace() -> io::Result<()> {
     fs::write("/proc/self/gid_map", format!("0 {group} 1"))?;
     // A security module may grant the namespace and nothing in it.
     if is_privileged() { Ok(()) } else { Err(Errno::PERM.into()) }
+}
+
+/// Makes the calling process a member of `namespace`, a user namespace made by its user or by one inside of it, with every privilege over what
+/// belongs to that one. There is no way back.
+///
+/// To be called while the process has but one thread.
+///
+/// # Errors
+/// `EINVAL` if it is in there already or has several threads; `EPERM` if the namespace is another user's.
+pub fn join_user_namespace(namespace: impl AsFd) -> io::Result<()> {
+    Ok(move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::User))?)
 }

@@ -8,7 +8,7 @@ mod ps;
 mod publish;
 mod up;
 
-use crate::compat::docker_proxy;
+use crate::compat::{docker_proxy, slirp4netns};
 use crate::doctor::{TRIAL, trial};
 use crate::metrics_endpoint::MetricsAddress;
 use crate::port_error::without_numbers;
@@ -46,6 +46,13 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
         flags: Vec<OsString>,
     },
+    /// Be slirp4netns (see the binary of that name)
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Slirp4netns {
+        /// slirp4netns's own options
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+        options: Vec<OsString>,
+    },
     /// Serve a page that says hello and who is asking, to try things with
     Hello(hello::Hello),
     /// Print a completion script for a shell
@@ -55,17 +62,18 @@ enum Command {
     Man(completion::Man),
 }
 
-/// The whole program, given its arguments with its own name first. Called as `docker-proxy` (a link to
-/// this binary) it is that.
+/// The whole program, given its arguments with its own name first. Called as `docker-proxy` or
+/// `slirp4netns` (a link to this binary) it is that.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.collect();
     let name = args.first().and_then(|name| Path::new(name).file_name().map(OsString::from));
-    if name.is_some_and(|name| name == "docker-proxy") {
-        return docker_proxy::main(args.into_iter().skip(1));
-    }
-    // Before anything is opened: docker-proxy's descriptors are recognised by their numbers.
-    if args.get(1).is_some_and(|command| command == "docker-proxy") {
-        return docker_proxy::main(args.into_iter().skip(2));
+    // Before anything is opened: descriptors of these two are recognised by their numbers.
+    for (as_one, skipped) in [(name.as_ref(), 1), (args.get(1), 2)] {
+        match as_one.and_then(|name| name.to_str()) {
+            Some("docker-proxy") => return docker_proxy::main(args.iter().skip(skipped).cloned()),
+            Some("slirp4netns") => return slirp4netns::main(args.iter().skip(skipped).cloned()),
+            _ => {}
+        }
     }
     // These two are not for people, hence no commands of which help and completion know.
     if args.get(1).is_some_and(|command| command == services::init::SUBCOMMAND) {
@@ -110,7 +118,7 @@ impl Command {
             Self::Ps(ps) => ps.run().map(done),
             Self::Publish(publish) => publish.run().map(done),
             Self::Doctor(doctor) => doctor.run(),
-            Self::DockerProxy { .. } => unreachable!("taken care of above"),
+            Self::DockerProxy { .. } | Self::Slirp4netns { .. } => unreachable!("taken care of above"),
             Self::Hello(hello) => hello.run().map(done),
             Self::Completion(completion) => completion.run(&mut Cli::command()).map(done),
             Self::Man(man) => man.run(Cli::command()).map(done),

@@ -1,3 +1,4 @@
 //! Drop-in personalities: other programs' command lines and protocols, with our engine behind them.
 
 pub mod docker_proxy;
+pub mod slirp4netns;

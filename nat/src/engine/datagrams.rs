@@ -160,7 +160,7 @@ impl<H: Host> Engine<H> {
         };
         // What a gateway stands for is none of the far ends that find one another by STUN.
         let shared = self.settings.mapping == Mapping::EndpointIndependent
-            && !self.settings.policy.gateways.contains(&packet.destination)
+            && !self.settings.policy.is_own(packet.destination)
             && self.flows.find(&key).is_none();
         let kind = if shared { DatagramKind::SharedUdp } else { DatagramKind::Udp };
         let Some(flow) = self.session(packet, key, kind, now) else { return };
@@ -187,7 +187,7 @@ impl<H: Host> Engine<H> {
         message: &[u8],
         now: Instant,
     ) {
-        if self.settings.policy.gateways.contains(&packet.destination) {
+        if self.settings.policy.is_own(packet.destination) {
             return self.echo_reply(packet.destination, packet.source, None, message);
         }
         let kind = if packet.source.is_ipv6() { protocol::ICMPV6 } else { protocol::ICMP };
@@ -210,7 +210,7 @@ impl<H: Host> Engine<H> {
         kind: DatagramKind,
         now: Instant,
     ) -> Option<Key> {
-        let to_us = self.settings.policy.gateways.contains(&packet.destination);
+        let to_us = self.settings.policy.is_own(packet.destination);
         if packet.hop_limit <= 1 && !to_us {
             self.stats.refuse(DropReason::HopLimit);
             self.tell(Problem::HopLimit, None, packet, now);

@@ -262,7 +262,7 @@ impl<H: Host> Engine<H> {
         !(client.is_loopback()
             || is_of_a_link
             || client == guest
-            || policy.gateways.contains(&client)
+            || policy.is_own(client)
             || policy.sources.iter().any(|net| net.contains(&client))
             || self.host.is_local(client))
     }

@@ -89,7 +89,7 @@ impl<H: Host> Engine<H> {
 
     /// A SYN: begins to connect, unless something forbids it.
     fn begin(&mut self, packet: &Packet<'_>, segment: &Segment<'_>, key: FlowKey, now: Instant) {
-        if packet.hop_limit <= 1 && !self.settings.policy.gateways.contains(&packet.destination) {
+        if packet.hop_limit <= 1 && !self.settings.policy.is_own(packet.destination) {
             self.stats.refuse(DropReason::HopLimit);
             return self.tell(Problem::HopLimit, None, packet, now);
         }
@@ -154,7 +154,7 @@ impl<H: Host> Engine<H> {
 
     /// A resolver does not answer: the next one is asked from now on.
     pub(super) fn try_next_resolver(&mut self, outside: SocketAddr) {
-        if self.settings.policy.gateways.contains(&outside.ip()) {
+        if self.settings.policy.is_own(outside.ip()) {
             self.resolver = self.resolver.wrapping_add(1);
         }
     }

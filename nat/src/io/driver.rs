@@ -4,10 +4,10 @@ use super::sockets::{FLOW, Kernel, PORT};
 use crate::engine::Engine;
 use crate::forward::{Forward, ForwardId, Guard};
 use crate::host::Ready;
+use crate::layer2::{self, ADVERTISEMENTS};
 use crate::metrics::ForwardStats;
 use crate::policy::Policy;
 use crate::wire::head::MAX_PACKET;
-use crate::wire::virtio;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
@@ -63,6 +63,8 @@ pub(crate) struct Driver {
     engine: Engine<Kernel>,
     frame: Vec<u8>,
     timer: Option<Instant>,
+    /// When the router of an Ethernet is to tell of itself.
+    advertise: Option<Instant>,
     /// An answer to what the guest has just asked may come soon.
     expects_until: Option<Instant>,
     /// Names the one device and the one timer.
@@ -74,13 +76,25 @@ impl Driver {
     pub(crate) fn new(mut engine: Engine<Kernel>, epoll: &Epoll) -> io::Result<Self> {
         let key = Arena::new().insert(());
         epoll.add(&engine.host_mut().tun, Token::new(DEVICE, key), Interest::Readable)?;
+        let advertises = engine.host_mut().layer2.as_ref().is_some_and(|of| of.advertisement().is_some());
         Ok(Self {
             engine,
-            frame: vec![0; virtio::LENGTH + MAX_PACKET],
+            frame: vec![0; layer2::HEAD + MAX_PACKET],
             timer: None,
+            advertise: advertises.then(Instant::now),
             expects_until: None,
             key,
         })
+    }
+
+    /// Has the router of an Ethernet tell of itself, if it is time.
+    fn advertise(&mut self, now: Instant) {
+        let Some(due) = self.advertise.filter(|due| *due <= now) else { return };
+        self.advertise = Some(due.max(now) + ADVERTISEMENTS);
+        let host = self.engine.host_mut();
+        if let Some(frame) = host.layer2.as_ref().and_then(|layer2| layer2.advertisement()) {
+            let _ = rustix::io::write(&host.tun, &frame);
+        }
     }
 
     fn publish(&mut self, publish: Publish) {
@@ -95,11 +109,22 @@ impl Driver {
         let mut frames = 0;
         while frames < FRAMES_PER_READ {
             // An error is "nothing there", or a device whose namespace is gone, about which nothing can be done.
-            let Ok(length) = rustix::io::read(&self.engine.host_mut().tun, &mut self.frame[..]) else {
+            let host = self.engine.host_mut();
+            let Ok(length) = rustix::io::read(&host.tun, &mut self.frame[..]) else {
                 break;
             };
-            self.engine.packet(&self.frame[..length], now);
             frames += 1;
+            let frame = &mut self.frame[..length];
+            if let Some(layer2) = &mut host.layer2 {
+                // An answer that finds no room is asked for again.
+                let tun = &host.tun;
+                let packet = layer2.receive(frame, |answer| _ = rustix::io::write(tun, answer));
+                if let Some(packet) = packet {
+                    self.engine.packet(packet, now);
+                }
+            } else {
+                self.engine.packet(frame, now);
+            }
         }
         self.engine.flush(now);
         self.expects_until = (frames <= FEW).then_some(now + SOON);
@@ -153,11 +178,12 @@ impl Handler for Driver {
     fn timer(&mut self, cx: &mut Context<'_>, _token: Token) {
         self.timer = None;
         self.engine.handle_timeout(cx.now);
+        self.advertise(cx.now);
     }
 
     fn turn(&mut self, cx: &mut Context<'_>) -> bool {
         let more = self.engine.turn(cx.now);
-        let next = self.engine.poll_timeout();
+        let next = self.engine.poll_timeout().into_iter().chain(self.advertise).min();
         if next != self.timer {
             let token = Token::new(TIMER, self.key);
             if let Some(armed) = self.timer {

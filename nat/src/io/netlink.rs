@@ -10,10 +10,12 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{
-    RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use rustix::io::Errno;
 use std::io;
+use std::net::IpAddr;
 use tidegate_model::registry;
 use tidegate_netns::Family;
 
@@ -22,6 +24,9 @@ pub(super) fn configure(options: &TunOptions) -> io::Result<()> {
     let socket = Socket::new(NETLINK_ROUTE)?;
     // Connected to the kernel, so that no other process can put an answer into our socket.
     socket.connect(&SocketAddr::new(0, 0))?;
+    if options.loopback {
+        order(&socket, RouteNetlinkMessage::SetLink(up("lo")), 0)?;
+    }
     order(&socket, RouteNetlinkMessage::SetLink(link(options)), 0)?;
     let index = rustix::net::netdevice::name_to_index(&socket, &options.name)?;
     let create = NLM_F_CREATE | NLM_F_EXCL;
@@ -29,20 +34,36 @@ pub(super) fn configure(options: &TunOptions) -> io::Result<()> {
         order(&socket, RouteNetlinkMessage::NewAddress(of_address(*address, index)), create)?;
     }
     for family in &options.default_routes {
-        order(&socket, RouteNetlinkMessage::NewRoute(default_route(*family, index, options.table)), create)?;
+        let gateway = options.gateways.iter().copied().find(|ip| Family::of(*ip) == *family);
+        let route = default_route(*family, gateway, index, options.table);
+        order(&socket, RouteNetlinkMessage::NewRoute(route), create)?;
     }
     Ok(())
 }
 
-fn link(options: &TunOptions) -> LinkMessage {
+/// Whether the current namespace has an interface `name`.
+pub(super) fn has(name: &str) -> io::Result<bool> {
+    match rustix::net::netdevice::name_to_index(Socket::new(NETLINK_ROUTE)?, name) {
+        Ok(_) => Ok(true),
+        Err(Errno::NODEV) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn up(name: &str) -> LinkMessage {
     let mut message = LinkMessage::default();
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
-    message.attributes = vec![
-        LinkAttribute::IfName(options.name.clone()),
-        LinkAttribute::Mtu(options.mtu.into()),
-        LinkAttribute::TxQueueLen(options.queue_length),
-    ];
+    message.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+    message
+}
+
+fn link(options: &TunOptions) -> LinkMessage {
+    let mut message = up(&options.name);
+    let station = options.layer2.as_ref().and_then(|layer2| layer2.mac);
+    message.attributes.extend(station.map(|station| LinkAttribute::Address(station.0.to_vec())));
+    message.attributes.push(LinkAttribute::Mtu(options.mtu.into()));
+    message.attributes.push(LinkAttribute::TxQueueLen(options.queue_length));
     message
 }
 
@@ -58,18 +79,28 @@ fn of_address(address: IpNet, index: u32) -> AddressMessage {
     message
 }
 
-fn default_route(family: Family, index: u32, table: u32) -> RouteMessage {
+fn default_route(family: Family, gateway: Option<IpAddr>, index: u32, table: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header = RouteHeader {
         address_family: family.into(),
         // The attribute holds what does not fit (`RT_TABLE_COMPAT`).
         table: u8::try_from(table).unwrap_or(252),
         protocol: RouteProtocol::Other(registry::ROUTE_PROTOCOL),
-        scope: if family == Family::V4 { RouteScope::Link } else { RouteScope::Universe },
+        scope: if family == Family::V4 && gateway.is_none() {
+            RouteScope::Link
+        } else {
+            RouteScope::Universe
+        },
         kind: RouteType::Unicast,
         ..RouteHeader::default()
     };
     message.attributes = vec![RouteAttribute::Oif(index), RouteAttribute::Table(table)];
+    message.attributes.extend(gateway.map(|gateway| {
+        RouteAttribute::Gateway(match gateway {
+            IpAddr::V4(ip) => RouteAddress::Inet(ip),
+            IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+        })
+    }));
     message
 }
 

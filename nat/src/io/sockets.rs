@@ -1,10 +1,13 @@
 //! The host's side, by the kernel's sockets.
 
 use super::sys::{self, SO_PEEK_OFF};
+use super::tun::Tun;
 use crate::forward::Forward;
 use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
+use crate::layer2::{self, Layer2};
 use crate::settings::{Capabilities, Outbound, Settings};
 use crate::wire::icmp::Problem;
+use crate::wire::{ethernet, virtio};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with, sockopt};
 use rustix::time::Timespec;
@@ -49,6 +52,8 @@ const OLD_ERRORS: usize = 3;
 /// TUN device and sockets.
 pub(crate) struct Kernel {
     pub(super) tun: OwnedFd,
+    /// Around packets, where the device is one of layer 2.
+    pub(super) layer2: Option<Box<Layer2>>,
     epoll: Epoll,
     addresses: Arc<AddressBook>,
     descriptors: Arc<Descriptors>,
@@ -265,7 +270,7 @@ impl Kernel {
     }
 
     pub(crate) fn new(
-        tun: OwnedFd,
+        device: Tun,
         epoll: Epoll,
         addresses: Arc<AddressBook>,
         descriptors: Arc<Descriptors>,
@@ -273,7 +278,18 @@ impl Kernel {
     ) -> Self {
         let Settings { capabilities, outbound, .. } = *settings;
         let bound_buffer = BoundBuffer::probe();
-        Self { tun, epoll, addresses, descriptors, capabilities, outbound, bound_buffer, skipped: Vec::new() }
+        let Tun { descriptor: tun, layer2, .. } = device;
+        Self {
+            tun,
+            layer2: layer2.map(Box::new),
+            epoll,
+            addresses,
+            descriptors,
+            capabilities,
+            outbound,
+            bound_buffer,
+            skipped: Vec::new(),
+        }
     }
 
     /// Binds a socket that goes to `to` to the address that it shall go out from. Its port is chosen when it connects, so that
@@ -305,6 +321,19 @@ impl Kernel {
     }
 }
 
+/// Writes a packet with Ethernet's header behind virtio's.
+fn emit_frame(tun: &OwnedFd, layer2: &Layer2, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
+    let Some((virtio, head)) = head.split_first_chunk::<{ virtio::LENGTH }>() else { return false };
+    let mut begin = [0; layer2::HEAD];
+    begin[..virtio::LENGTH].copy_from_slice(&virtio::shifted(*virtio, ethernet::LENGTH as u16));
+    begin[virtio::LENGTH..].copy_from_slice(&layer2.header(head));
+    let mut all = [IoSlice::new(&[]); 2 + MAX_SEGMENTS];
+    (all[0], all[1]) = (IoSlice::new(&begin), IoSlice::new(head));
+    let count = payload.len().min(MAX_SEGMENTS);
+    all[2..2 + count].copy_from_slice(&payload[..count]);
+    rustix::io::writev(tun, &all[..2 + count]).is_ok()
+}
+
 impl Host for Kernel {
     type Stream = Stream;
     type Datagrams = Datagrams;
@@ -312,6 +341,9 @@ impl Host for Kernel {
     type Batch = Received;
 
     fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
+        if let Some(layer2) = &self.layer2 {
+            return emit_frame(&self.tun, layer2, head, payload);
+        }
         let head = IoSlice::new(head);
         let written = match payload {
             [] => rustix::io::write(&self.tun, &head),

@@ -2,10 +2,13 @@
 
 use super::netlink;
 use crate::error::StartError;
+use crate::layer2::{Layer2, Layer2Options};
 use crate::settings::Capabilities;
+use crate::wire::ethernet::{ETHERNET_MAX_MTU, MacAddress};
 use ipnet::IpNet;
 use rustix::fs::{Mode, OFlags, open};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use tidegate_model::Feature;
 use tidegate_netns::{Family, Namespace};
@@ -20,14 +23,15 @@ const USO6: libc::c_ulong = 0x40;
 
 /// ioctl numbers of the same file.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 
 /// The table that every packet's route is looked up in (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
 
-/// The smallest MTU: IPv6's (RFC 8200 section 5).
-const MIN_MTU: u16 = 1280;
+/// The smallest MTU that a device can have: IPv6's (RFC 8200 section 5).
+pub const MIN_MTU: u16 = 1280;
 
 /// What a device is to be.
 #[derive(Clone, Debug)]
@@ -44,8 +48,18 @@ pub struct TunOptions {
     pub addresses: Vec<IpNet>,
     /// Of which families everything goes here that has no other way.
     pub default_routes: Vec<Family>,
+    /// What those routes name as the next router, of each family one at most. A device of layer 3 needs none; people and programs look
+    /// for one.
+    pub gateways: Vec<IpAddr>,
     /// In which table those routes are: 254 is `main`, another one is asked by policy rules only.
     pub table: u32,
+    /// A TAP device of this name that is persistent, and that nobody has open, gives way (`ip tuntap add` makes such). Any other interface of the name is in
+    /// the way.
+    pub replace: bool,
+    /// The namespace's loopback is brought up as well.
+    pub loopback: bool,
+    /// A TAP instead of a TUN: a device on an Ethernet. One of the name that is persistent, and that nobody has open, is taken over.
+    pub layer2: Option<Layer2Options>,
 }
 
 impl TunOptions {
@@ -59,7 +73,11 @@ impl TunOptions {
             capabilities: Capabilities::ALL,
             addresses: Vec::new(),
             default_routes: Vec::new(),
+            gateways: Vec::new(),
             table: MAIN,
+            replace: false,
+            loopback: false,
+            layer2: None,
         }
     }
 }
@@ -71,6 +89,7 @@ pub struct Tun {
     name: String,
     mtu: u16,
     pub(crate) capabilities: Capabilities,
+    pub(crate) layer2: Option<Layer2>,
 }
 
 impl Tun {
@@ -79,7 +98,7 @@ impl Tun {
     /// # Errors
     /// [`StartError`] says what is missing.
     pub fn open(namespace: &Namespace, options: &TunOptions) -> Result<Self, StartError> {
-        if options.mtu < MIN_MTU {
+        if options.mtu < MIN_MTU || options.layer2.is_some() && options.mtu > ETHERNET_MAX_MTU {
             return Err(StartError::Mtu(options.mtu));
         }
         let bytes = options.name.as_bytes();
@@ -90,6 +109,30 @@ impl Tun {
             return Err(StartError::Name(options.name.clone()));
         }
         namespace.with(|| Self::open_here(options)).map_err(StartError::Namespace)?
+    }
+
+    /// One that another process has made, with the same options, and handed over.
+    ///
+    /// # Errors
+    /// [`StartError::Interface`] if it is no such device.
+    pub fn adopt(
+        descriptor: OwnedFd,
+        options: &TunOptions,
+        capabilities: Capabilities,
+    ) -> Result<Self, StartError> {
+        let layer2 = options.layer2.clone().map(|layer2| {
+            let station = hardware_address(&descriptor)
+                .map_err(|source| StartError::Interface { name: options.name.clone(), source })?;
+            Ok(Layer2::new(layer2, station, options.mtu))
+        });
+        let layer2 = layer2.transpose()?;
+        Ok(Self { descriptor, name: options.name.clone(), mtu: options.mtu, capabilities, layer2 })
+    }
+
+    /// What [`adopt`](Self::adopt) takes.
+    #[must_use]
+    pub fn into_parts(self) -> (OwnedFd, Capabilities) {
+        (self.descriptor, self.capabilities)
     }
 
     /// Its name.
@@ -111,14 +154,15 @@ impl Tun {
     }
 
     fn open_here(options: &TunOptions) -> Result<Self, StartError> {
-        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let descriptor =
-            open("/dev/net/tun", flags, Mode::empty()).map_err(|e| StartError::Device(e.into()))?;
+        let descriptor = open_driver().map_err(StartError::Device)?;
         let interface = |source| StartError::Interface { name: options.name.clone(), source };
-        make(&descriptor, &options.name).map_err(interface)?;
+        if options.replace && options.layer2.is_none() && netlink::has(&options.name).map_err(interface)? {
+            take_away(&options.name).map_err(StartError::Device)?;
+        }
+        make(&descriptor, &options.name, options.layer2.is_some()).map_err(interface)?;
         let capabilities = offload(&descriptor, options.capabilities).map_err(interface)?;
         netlink::configure(options).map_err(interface)?;
-        Ok(Self { descriptor, name: options.name.clone(), mtu: options.mtu, capabilities })
+        Self::adopt(descriptor, options, capabilities)
     }
 }
 
@@ -136,10 +180,45 @@ fn checked(result: libc::c_int) -> io::Result<()> {
     if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn make(descriptor: &OwnedFd, name: &str) -> io::Result<()> {
+fn open_driver() -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(open("/dev/net/tun", flags, Mode::empty())?)
+}
+
+/// Ends the TAP device `name`: attached to and no longer persistent, it goes with its last descriptor. What is no such device, or has somebody
+/// attached, is refused by the kernel and stays; that the name is taken is told by who makes the new one.
+fn take_away(name: &str) -> io::Result<()> {
+    let descriptor = open_driver()?;
+    let mut request = request(name);
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    // SAFETY: the first request is given an ifreq, the second takes a number.
+    let _ = unsafe {
+        checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFF as _, &raw mut request))
+            .and_then(|()| checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETPERSIST as _, 0)))
+    };
+    Ok(())
+}
+
+/// The address of the device's interface. It may be in another namespace, and the kernel looks there.
+fn hardware_address(descriptor: &OwnedFd) -> io::Result<MacAddress> {
+    let mut request = request("");
+    // SAFETY: the request is given an ifreq, and fills the address in.
+    let address = unsafe {
+        checked(libc::ioctl(descriptor.as_raw_fd(), libc::SIOCGIFHWADDR as _, &raw mut request))?;
+        request.ifr_ifru.ifru_hwaddr.sa_data
+    };
+    let mut station = MacAddress::BROADCAST;
+    for (to, from) in station.0.iter_mut().zip(address) {
+        *to = from as u8;
+    }
+    Ok(station)
+}
+
+fn make(descriptor: &OwnedFd, name: &str, layer2: bool) -> io::Result<()> {
     let mut request = request(name);
     // Exclusively: without it, a persistent device of this name would be taken over.
-    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+    let kind = if layer2 { libc::IFF_TAP } else { libc::IFF_TUN | libc::IFF_TUN_EXCL };
+    let flags = kind | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     let length = crate::wire::virtio::LENGTH as libc::c_int;
     // SAFETY: each request is given what it wants: an ifreq, and a pointer to an int.

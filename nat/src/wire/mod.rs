@@ -5,6 +5,7 @@
 //! view interprets policy, and none allocates.
 
 pub mod checksum;
+pub mod ethernet;
 pub mod head;
 pub mod icmp;
 pub mod ip;

@@ -56,6 +56,19 @@ impl VirtioHeader {
     }
 }
 
+/// The same header in front of a packet that gets `shift` bytes more at its beginning.
+pub(crate) fn shifted(header: [u8; LENGTH], shift: u16) -> [u8; LENGTH] {
+    let mut header = header;
+    // Where nothing is left to do, the fields say nothing.
+    if header[0] & NEEDS_CSUM != 0 || header[1] != 0 {
+        for at in [2, 6] {
+            let moved = u16::from_ne_bytes([header[at], header[at + 1]]).saturating_add(shift);
+            header[at..at + 2].copy_from_slice(&moved.to_ne_bytes());
+        }
+    }
+    header
+}
+
 /// Writes a header for a packet whose checksum the kernel completes: `start` is where the transport's header
 /// begins, `offset` where in it the checksum is, `head` the length of all headers.
 #[must_use]

@@ -1,0 +1,271 @@
+//! A stand-in for slirp4netns, for rootlesskit, podman and whoever else starts one.
+//!
+//! # Theory of operation
+//! It is started by a user without privileges on the host, and given a network namespace by process or path. In there it makes a device, which it serves from
+//! here: what a container sends there goes out through ordinary sockets of this process ([`tidegate_nat`]).
+//!
+//! ```text
+//!  caller's user namespace          here                                           the container's
+//!  ───────────────────────          ────                                           ───────────────
+//!                                   options, descriptors, API socket
+//!                                   copy ──────────── joins ──────────────────────► makes the device
+//!                                        ◄─────────── its descriptor ─────────────┘
+//!                                   copy: reads resolv.conf from now on ─┐
+//!                                   namespaces of our own                │
+//!                                   engine's thread, without privileges  │ words
+//!                                   root, privileges, system calls go    │
+//!  1 ◄───────────────────────────── ready                                │
+//!                                   waits for: exit, signals, API ◄──────┘
+//! ```
+//!
+//! All of that is over before the caller hears that it is ready; then there is no file, no privilege and no system call left that is not needed, as far as was
+//! asked for.
+//!
+//! The device is a TUN, although callers say TAP: it is the faster one, and nobody looks. `TIDEGATE_SLIRP_DEVICE=tap`, and `--macaddress`, make a TAP.
+
+mod addresses;
+mod api;
+mod api_socket;
+mod control;
+mod device;
+pub mod options;
+mod process;
+mod resolvers;
+mod sandbox;
+mod seccomp;
+
+use crate::ports::raise_descriptor_limit;
+use crate::{EXIT_FAILURE, logging, version};
+use addresses::Addresses;
+use api::Forwards;
+use api_socket::{MOST_CLIENTS, Server};
+use control::{Control, Ports};
+use options::{Invocation, Options, Outbound};
+use resolvers::Resolvers;
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_getfd, fcntl_setfd};
+use sandbox::Sandbox;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::Arc;
+use tidegate_nat::{ForwardSource, Nat, Policy, Settings, StartError};
+use tidegate_netns::{AddressBook, Namespace};
+use tidegate_reactor::Descriptors;
+use tracing_subscriber::filter::LevelFilter;
+
+/// `tun` (default) or `tap`.
+pub const DEVICE: &str = "TIDEGATE_SLIRP_DEVICE";
+
+/// `gateway` (default) or `client`: whom a container sees at a forwarded port.
+pub const SOURCE: &str = "TIDEGATE_SLIRP_SOURCE";
+
+/// Descriptors that are not flows': ours, and those of the API's clients.
+const RESERVED: usize = 32 + MOST_CLIENTS;
+
+/// Why it does not start: one line.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("--{option} {number}: this descriptor is not open")]
+    Descriptor { option: &'static str, number: RawFd },
+    #[error("--ready-fd {0}: {1}")]
+    Ready(RawFd, #[source] io::Error),
+    #[error("{name}={value:?}: neither {} nor {}", words[0], words[1])]
+    Environment { name: &'static str, value: String, words: [&'static str; 2] },
+    #[error("--api-socket {path:?}: {source}")]
+    ApiSocket { path: String, source: io::Error },
+    #[error("--{option} {interface:?}: {reason}")]
+    Outbound { option: &'static str, interface: String, reason: String },
+    #[error("follow the host's resolvers: {0}")]
+    Resolvers(#[source] io::Error),
+    #[error(transparent)]
+    Made(#[from] device::DeviceError),
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::SandboxError),
+    #[error(transparent)]
+    Seccomp(#[from] seccomp::SeccompError),
+    #[error(transparent)]
+    Engine(#[from] StartError),
+    #[error(transparent)]
+    Logging(#[from] logging::FilterError),
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+/// The whole program, given its arguments without its own name. Must be the first thing that main does: descriptors are known by
+/// numbers that nothing else may take before.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let options = match options::parse(args) {
+        Ok(Invocation::Run(options)) => options,
+        Ok(Invocation::Version) => {
+            let (commit, version) = (version::COMMIT, version::VERSION);
+            say(io::stdout(), &format!("slirp4netns version {version} (tidegate)\ncommit: {commit}\n"));
+            return ExitCode::SUCCESS;
+        }
+        Ok(Invocation::Help) => {
+            say(io::stdout(), &options::usage());
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(&error),
+    };
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+/// As slirp4netns, which has one code for everything.
+fn fail(error: &dyn std::error::Error) -> ExitCode {
+    let line = crate::port_error::without_numbers(&error.to_string());
+    say(io::stderr(), &format!("slirp4netns: error: {line}\n"));
+    ExitCode::from(EXIT_FAILURE)
+}
+
+/// Writes `text`; that nobody can read it is no reason not to go on.
+fn say(mut to: impl Write, text: &str) {
+    let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
+}
+
+fn run(options: &Options) -> Result<(), RunError> {
+    let exit = options.exit_fd.map(|number| inherited("exit-fd", number)).transpose()?;
+    let ready = options.ready_fd.map(|number| inherited("ready-fd", number)).transpose()?;
+    logging::init(LevelFilter::WARN)?;
+    let layer2 = options.mac.is_some() || variable(DEVICE, ["tun", "tap"])? == Some("tap");
+    let source = match variable(SOURCE, ["gateway", "client"])? {
+        Some("client") => ForwardSource::Client,
+        _ => ForwardSource::Gateway,
+    };
+    raise_descriptor_limit();
+    let host = Namespace::current()?;
+    let outbound = outbound(options, &host)?;
+    let listener = options.api_socket.as_deref().map(|path| {
+        api_socket::listen(path)
+            .map_err(|source| RunError::ApiSocket { path: path.display().to_string(), source })
+    });
+    let listener = listener.transpose()?;
+
+    // Copies, as long as there is one thread; first the one that stays, so that it keeps no device from going with this process.
+    let callers: Vec<BorrowedFd<'_>> =
+        exit.iter().chain(&ready).map(AsFd::as_fd).chain(listener.as_ref().map(AsFd::as_fd)).collect();
+    let following = if options.disable_dns {
+        None
+    } else {
+        Some(Resolvers::follow(&callers).map_err(RunError::Resolvers)?)
+    };
+    let (resolvers, servers) = following.unzip();
+    let device::Made { tun, ipv6 } = device::make(options, layer2)?;
+    if options.ipv6 && !ipv6 {
+        tracing::warn!("--enable-ipv6: this host has no IPv6; IPv4 is served alone");
+    }
+
+    let addresses = Addresses::of(options.network);
+    let policy = Policy {
+        sources: addresses.sources(ipv6),
+        gateways: addresses.gateways(ipv6),
+        name_servers: addresses.name_servers(ipv6),
+        resolvers: servers.unwrap_or_default(),
+        host_loopback: !options.disable_host_loopback,
+        // As slirp4netns: what the host reaches.
+        metadata: true,
+        ..Policy::default()
+    };
+    let mut settings = Settings::new(options.mtu);
+    settings.policy = policy.clone();
+    settings.outbound = outbound;
+
+    let sandbox = if options.sandbox { Some(Sandbox::enter(&host)?) } else { None };
+    let start = || {
+        if let Some(sandbox) = sandbox {
+            sandbox.drop_privileges()?;
+        }
+        Ok::<_, RunError>(Nat::start(settings, tun, &host, Arc::new(Descriptors::of_process(RESERVED)))?)
+    };
+    // From a thread that has no privileges any more, so that the engine's begins without them.
+    let nat = std::thread::scope(|scope| {
+        let started = scope.spawn(start).join();
+        started.unwrap_or_else(|_| Err(io::Error::other("the thread that starts the engine panicked").into()))
+    })?;
+    let nat = Arc::new(nat);
+    let signals = signals()?;
+    let guest = addresses.guest().addr();
+    let api = listener
+        .map(|listener| Server::new(listener, Forwards::new(Ports { nat: Arc::clone(&nat), source }, guest)));
+    if let Some(sandbox) = sandbox {
+        sandbox.close()?;
+    }
+    if options.seccomp {
+        seccomp::confine()?;
+    }
+    if let (Some(ready), Some(number)) = (ready, options.ready_fd) {
+        rustix::io::write(&ready, b"1").map_err(|error| RunError::Ready(number, error.into()))?;
+    }
+    Ok(Control { nat, policy, exit, signals, resolvers, api }.run()?)
+}
+
+/// One of two words.
+fn variable(name: &'static str, words: [&'static str; 2]) -> Result<Option<&'static str>, RunError> {
+    let value = std::env::var_os(name).unwrap_or_default();
+    let word = words.into_iter().find(|word| value == *word);
+    if word.is_none() && !value.is_empty() {
+        let value = value.to_string_lossy().into_owned();
+        return Err(RunError::Environment { name, value, words });
+    }
+    Ok(word)
+}
+
+/// Descriptor `number`, which our caller has opened for us, under a number of our own or that one.
+fn inherited(option: &'static str, number: RawFd) -> Result<OwnedFd, RunError> {
+    // SAFETY: only looked at; a number that is not open is an error.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    let closed = |_| RunError::Descriptor { option, number };
+    // Everything that we open ourselves is close-on-exec, what was handed down is not.
+    if fcntl_getfd(borrowed).map_err(closed)?.contains(FdFlags::CLOEXEC) {
+        return Err(RunError::Descriptor { option, number });
+    }
+    if number <= libc::STDERR_FILENO {
+        return fcntl_dupfd_cloexec(borrowed, libc::STDERR_FILENO + 1).map_err(closed);
+    }
+    // SAFETY: it is open, was not opened by us, and no two options name the same one.
+    let owned = unsafe { OwnedFd::from_raw_fd(number) };
+    fcntl_setfd(&owned, FdFlags::CLOEXEC).map_err(closed)?;
+    Ok(owned)
+}
+
+/// Where SIGTERM and SIGINT come to: far ends are to see resets, not half of a transfer that looks whole.
+fn signals() -> io::Result<UnixStream> {
+    let (here, there) = UnixStream::pair()?;
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::low_level::pipe::register(signal, there.try_clone()?)?;
+    }
+    Ok(here)
+}
+
+/// The addresses that flows go out from.
+fn outbound(options: &Options, host: &Namespace) -> Result<tidegate_nat::Outbound, RunError> {
+    let named = |option, interface: &str, is_it: fn(&IpAddr) -> bool| {
+        let error = |reason: String| RunError::Outbound { option, interface: interface.to_owned(), reason };
+        let addresses = AddressBook::of(host).and_then(|book| book.of_interface(interface));
+        let addresses = addresses.map_err(|source| error(source.to_string()))?;
+        addresses.into_iter().find(is_it).ok_or_else(|| error("it has no address of this family".to_owned()))
+    };
+    let v4 = match &options.outbound {
+        None => None,
+        Some(Outbound::Address(address)) => Some(*address),
+        Some(Outbound::Interface(name)) => match named("outbound-addr", name, IpAddr::is_ipv4)? {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(_) => None,
+        },
+    };
+    let v6 = match &options.outbound6 {
+        None => None,
+        Some(Outbound::Address(address)) => Some(*address),
+        Some(Outbound::Interface(name)) => match named("outbound-addr6", name, IpAddr::is_ipv6)? {
+            IpAddr::V6(address) => Some(address),
+            IpAddr::V4(_) => None,
+        },
+    };
+    Ok(tidegate_nat::Outbound { v4, v6 })
+}

@@ -1,0 +1,532 @@
+//! slirp4netns's command line, read as `getopt_long(3)` reads it.
+//!
+//! ```text
+//! slirp4netns --mtu 65520 -r 3 --disable-host-loopback 4242 tap0                            (rootlesskit)
+//! slirp4netns --mtu=65520 --enable-sandbox -c -e 3 -r 4 --netns-type=path /run/.../netns tap0  (podman)
+//! ```
+//!
+//! Callers spell options either way, put them before or behind the rest, and may shorten long ones and bundle short ones; all of
+//! that is understood here. Numbers of descriptors are taken as given, for callers differ in which is which.
+//!
+//! Source: `main.c` of slirp4netns 1.2 and its manual page, and what the program does.
+
+#[cfg(test)]
+mod tests;
+
+use ipnet::Ipv4Net;
+use std::ffi::{OsStr, OsString};
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::RawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+use tidegate_nat::{ETHERNET_MAX_MTU, MacAddress};
+
+/// The longest path of a socket: `sun_path` less the zero at its end (unix(7)).
+const LONGEST_SOCKET_PATH: usize = 107;
+
+/// What a command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Invocation {
+    /// Serve a namespace.
+    Run(Box<Options>),
+    /// `-v`, `--version`: the first line is `slirp4netns version X`.
+    Version,
+    /// `-h`, `--help`: print [`usage`] and exit 0.
+    Help,
+}
+
+/// What is served, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Whose network.
+    pub target: Target,
+    /// The name of the device in there.
+    pub device: String,
+    /// `-c`: give the device its addresses and routes.
+    pub configure: bool,
+    /// `-e`: end when the other end of this descriptor is closed.
+    pub exit_fd: Option<RawFd>,
+    /// `-r`: write `1` there when all is ready.
+    pub ready_fd: Option<RawFd>,
+    /// `-m`: bytes that fit into one packet, 1280 to 65521.
+    pub mtu: u16,
+    /// `--cidr`: the network's addresses; at least a /25.
+    pub network: Ipv4Net,
+    /// `-6`: IPv6 as well.
+    pub ipv6: bool,
+    /// The gateway does not lead to the host's loopback.
+    pub disable_host_loopback: bool,
+    /// Nobody answers DNS.
+    pub disable_dns: bool,
+    /// Give up file system and capabilities.
+    pub sandbox: bool,
+    /// Give up system calls.
+    pub seccomp: bool,
+    /// `-a`: where requests for ports are taken.
+    pub api_socket: Option<PathBuf>,
+    /// From where IPv4 flows go out.
+    pub outbound: Option<Outbound<Ipv4Addr>>,
+    /// From where IPv6 flows go out.
+    pub outbound6: Option<Outbound<Ipv6Addr>>,
+    /// `--macaddress`: the device has this address, and hence is one of layer 2.
+    pub mac: Option<MacAddress>,
+    /// `--userns-path`: which user namespace to join on the way in.
+    pub user_namespace: Option<PathBuf>,
+}
+
+/// Whose network is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// That of a process.
+    Process(u32),
+    /// The namespace at a path.
+    Path(PathBuf),
+}
+
+/// Which of the host's addresses flows go out from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outbound<A> {
+    /// This one.
+    Address(A),
+    /// The first one of this interface.
+    Interface(String),
+}
+
+/// Why a command line was refused: one line, which names option and value.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OptionError {
+    /// No such option.
+    #[error("unrecognized option '{0}'")]
+    Unknown(String),
+    /// The beginning of several.
+    #[error("option '{0}' is ambiguous")]
+    Ambiguous(String),
+    /// The command line ends where a value should be.
+    #[error("option '{0}' requires an argument")]
+    NeedsArgument(String),
+    /// A value for an option that takes none.
+    #[error("option '--{0}' doesn't allow an argument")]
+    TakesNone(&'static str),
+    /// A value means nothing for its option.
+    #[error("--{option} {value:?}: {reason}")]
+    Value {
+        /// The option's long name.
+        option: &'static str,
+        /// What was given.
+        value: String,
+        /// What would have been right.
+        reason: String,
+    },
+    /// Neither a process nor a path.
+    #[error("PID or PATH is missing; see --help")]
+    NoTarget,
+    /// What should be a process is none.
+    #[error("PID must be a positive integer, and {0:?} is none (a path needs --netns-type=path)")]
+    Pid(String),
+    /// More than process and device.
+    #[error("unexpected argument {0:?}")]
+    TooMany(String),
+    /// Two options that do not go together.
+    #[error("{0}")]
+    Contradiction(&'static str),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Name {
+    Configure,
+    ExitFd,
+    ReadyFd,
+    Mtu,
+    EnableIpv6,
+    ApiSocket,
+    Cidr,
+    DisableHostLoopback,
+    NetnsType,
+    UsernsPath,
+    EnableSandbox,
+    EnableSeccomp,
+    OutboundAddr,
+    OutboundAddr6,
+    DisableDns,
+    MacAddress,
+    TargetType,
+    Help,
+    Version,
+}
+
+struct OptionDefinition {
+    name: Name,
+    short: Option<u8>,
+    long: &'static str,
+    /// What its value is called, if it takes one.
+    value: Option<&'static str>,
+    help: &'static str,
+}
+
+const fn option(
+    name: Name,
+    short: Option<u8>,
+    long: &'static str,
+    value: Option<&'static str>,
+    help: &'static str,
+) -> OptionDefinition {
+    OptionDefinition { name, short, long, value, help }
+}
+
+/// In the order of the help text.
+const OPTIONS: [OptionDefinition; 19] = [
+    option(
+        Name::Configure,
+        Some(b'c'),
+        "configure",
+        None,
+        "bring up the device, with its addresses and default routes",
+    ),
+    option(
+        Name::ExitFd,
+        Some(b'e'),
+        "exit-fd",
+        Some("FD"),
+        "end when the other end of descriptor FD is closed",
+    ),
+    option(Name::ReadyFd, Some(b'r'), "ready-fd", Some("FD"), "write 1 to descriptor FD when all is ready"),
+    option(Name::Mtu, Some(b'm'), "mtu", Some("MTU"), "MTU of the device (default=1500, max=65521)"),
+    option(Name::EnableIpv6, Some(b'6'), "enable-ipv6", None, "serve IPv6 as well, on fd00::/64"),
+    option(
+        Name::ApiSocket,
+        Some(b'a'),
+        "api-socket",
+        Some("PATH"),
+        "take requests to forward ports on a socket at PATH",
+    ),
+    option(Name::Cidr, None, "cidr", Some("CIDR"), "the network's addresses (default=10.0.2.0/24)"),
+    option(
+        Name::DisableHostLoopback,
+        None,
+        "disable-host-loopback",
+        None,
+        "do not lead the gateway's address to the host's loopback",
+    ),
+    option(
+        Name::NetnsType,
+        None,
+        "netns-type",
+        Some("TYPE"),
+        "what names the network namespace ([path|pid], default=pid)",
+    ),
+    option(Name::UsernsPath, None, "userns-path", Some("PATH"), "the user namespace to join on the way in"),
+    option(
+        Name::EnableSandbox,
+        None,
+        "enable-sandbox",
+        None,
+        "keep no file system and no capability but CAP_NET_BIND_SERVICE",
+    ),
+    option(Name::EnableSeccomp, None, "enable-seccomp", None, "keep no system call that is not needed"),
+    option(
+        Name::OutboundAddr,
+        None,
+        "outbound-addr",
+        Some("IPv4"),
+        "go out from this address, or this interface's",
+    ),
+    option(
+        Name::OutboundAddr6,
+        None,
+        "outbound-addr6",
+        Some("IPv6"),
+        "go out from this address, or this interface's",
+    ),
+    option(Name::DisableDns, None, "disable-dns", None, "do not lead 10.0.2.3 (or as --cidr has it) to DNS"),
+    option(
+        Name::MacAddress,
+        None,
+        "macaddress",
+        Some("MAC"),
+        "make a TAP device with this address (only valid with -c)",
+    ),
+    option(
+        Name::TargetType,
+        None,
+        "target-type",
+        Some("TYPE"),
+        "what is served ([netns|bess], default=netns; bess is refused)",
+    ),
+    option(Name::Help, Some(b'h'), "help", None, "show this help and exit"),
+    option(Name::Version, Some(b'v'), "version", None, "show the version and exit"),
+];
+
+/// The help text. It ends with a newline.
+#[must_use]
+pub fn usage() -> String {
+    let mut text = String::from(
+        "Usage: slirp4netns [OPTION]... PID|PATH [TAPNAME]\n\
+         User-mode networking for unprivileged network namespaces, by tidegate.\n\n",
+    );
+    for OptionDefinition { short, long, value, help, .. } in &OPTIONS {
+        let short = short.map(|short| format!("-{}, ", char::from(short))).unwrap_or_default();
+        let value = value.map(|value| format!("={value}")).unwrap_or_default();
+        text.push_str(&format!("{:<25}{help}\n", format!("{short}--{long}{value} ")));
+    }
+    text.push_str(
+        "\nEnvironment:\n  TIDEGATE_SLIRP_DEVICE  tun (default), or tap for layer 2: MAC addresses, DHCP, router advertisements\
+         \n  TIDEGATE_SLIRP_SOURCE  gateway (default), or client: whom a container sees at a forwarded port\
+         \n  TIDEGATE_LOG           what is logged to standard error: a level (info, debug), or target=level,...\n",
+    );
+    text
+}
+
+/// Reads a command line, without the program's own name.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invocation, OptionError> {
+    let mut raw = Raw::default();
+    let mut args = args.into_iter().map(Into::into);
+    while let Some(arg) = args.next() {
+        let bytes = arg.as_bytes();
+        if bytes == b"--" {
+            raw.rest.extend(args);
+            break;
+        }
+        if let Some(long) = bytes.strip_prefix(b"--") {
+            let (name, value) = match long.iter().position(|byte| *byte == b'=') {
+                Some(at) => (&long[..at], Some(OsStr::from_bytes(&long[at + 1..]).to_owned())),
+                None => (long, None),
+            };
+            let option = long_option(name)?;
+            let value = match (option.value, value) {
+                (None, Some(_)) => return Err(OptionError::TakesNone(option.long)),
+                (None, None) => OsString::new(),
+                (Some(_), Some(value)) => value,
+                (Some(_), None) => {
+                    args.next().ok_or_else(|| OptionError::NeedsArgument(format!("--{}", option.long)))?
+                }
+            };
+            raw.set(option, value);
+        } else if bytes.len() > 1 && bytes[0] == b'-' {
+            raw.short_options(&bytes[1..], &mut args)?;
+        } else {
+            raw.rest.push(arg);
+        }
+        if raw.asked.is_some() {
+            break;
+        }
+    }
+    match raw.asked.take() {
+        Some(asked) => Ok(asked),
+        None => raw.check().map(|options| Invocation::Run(Box::new(options))),
+    }
+}
+
+/// By its name, or by a beginning that no other one has.
+fn long_option(name: &[u8]) -> Result<&'static OptionDefinition, OptionError> {
+    let text = || format!("--{}", String::from_utf8_lossy(name));
+    if let Some(exact) = OPTIONS.iter().find(|option| option.long.as_bytes() == name) {
+        return Ok(exact);
+    }
+    let mut candidates = OPTIONS.iter().filter(|option| option.long.as_bytes().starts_with(name));
+    match (candidates.next(), candidates.next()) {
+        (Some(option), None) => Ok(option),
+        (Some(_), Some(_)) => Err(OptionError::Ambiguous(text())),
+        _ => Err(OptionError::Unknown(text())),
+    }
+}
+
+/// What was given, not yet looked at.
+#[derive(Default)]
+struct Raw {
+    /// Of those that take a value, the last one.
+    values: Vec<(Name, OsString)>,
+    rest: Vec<OsString>,
+    asked: Option<Invocation>,
+}
+
+impl Raw {
+    fn short_options(
+        &mut self,
+        letters: &[u8],
+        args: &mut impl Iterator<Item = OsString>,
+    ) -> Result<(), OptionError> {
+        let mut letters = letters;
+        while let Some((&letter, behind)) = letters.split_first() {
+            let name = || format!("-{}", char::from(letter));
+            let option = OPTIONS.iter().find(|option| option.short == Some(letter));
+            let option = option.ok_or_else(|| OptionError::Unknown(name()))?;
+            if option.value.is_some() {
+                let value = if behind.is_empty() {
+                    args.next().ok_or_else(|| OptionError::NeedsArgument(name()))?
+                } else {
+                    OsString::from_vec(behind.to_vec())
+                };
+                self.set(option, value);
+                return Ok(());
+            }
+            self.set(option, OsString::new());
+            letters = behind;
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, option: &OptionDefinition, value: OsString) {
+        match option.name {
+            Name::Help => _ = self.asked.get_or_insert(Invocation::Help),
+            Name::Version => _ = self.asked.get_or_insert(Invocation::Version),
+            name => self.values.push((name, value)),
+        }
+    }
+
+    /// The last value of an option.
+    fn value(&self, name: Name) -> Option<&OsStr> {
+        self.values.iter().rev().find(|(given, _)| *given == name).map(|(_, value)| value.as_os_str())
+    }
+
+    fn has(&self, name: Name) -> bool {
+        self.value(name).is_some()
+    }
+
+    /// The value of an option as `read` understands it.
+    fn read<T>(
+        &self,
+        name: Name,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, OptionError> {
+        let Some(value) = self.value(name) else { return Ok(None) };
+        let value = value.to_string_lossy().into_owned();
+        let option = OPTIONS.iter().find(|option| option.name == name).map_or("", |option| option.long);
+        read(&value).map(Some).map_err(|reason| OptionError::Value { option, value, reason })
+    }
+
+    /// The sense of it.
+    fn check(self) -> Result<Options, OptionError> {
+        let configure = self.has(Name::Configure);
+        let exit_fd = self.read(Name::ExitFd, descriptor)?;
+        let ready_fd = self.read(Name::ReadyFd, descriptor)?;
+        if exit_fd.is_some() && exit_fd == ready_fd {
+            return Err(OptionError::Contradiction("--exit-fd and --ready-fd are the same descriptor"));
+        }
+        let mtu = self.read(Name::Mtu, mtu)?.unwrap_or(1500);
+        let network = self.read(Name::Cidr, network)?.unwrap_or(DEFAULT_NETWORK);
+        let outbound = self.read(Name::OutboundAddr, source_address::<Ipv4Addr>)?;
+        let outbound6 = self.read(Name::OutboundAddr6, source_address::<Ipv6Addr>)?;
+        let mac = self.read(Name::MacAddress, |value| {
+            value.parse().map_err(|_| "not a MAC address of one device".to_owned())
+        })?;
+        if mac.is_some() && !configure {
+            return Err(OptionError::Contradiction(
+                "--macaddress cannot be specified when --configure or -c is not specified",
+            ));
+        }
+        let by_path = self.read(Name::NetnsType, |value| match value {
+            "path" => Ok(true),
+            "pid" => Ok(false),
+            _ => Err("must be either \"path\" or \"pid\"".to_owned()),
+        })?;
+        self.read(Name::TargetType, |value| match value {
+            "netns" => Ok(()),
+            "bess" => Err(
+                "BESS and User Mode Linux are not served, network namespaces are: use slirp4netns for them"
+                    .to_owned(),
+            ),
+            _ => Err("must be either \"netns\" or \"bess\"".to_owned()),
+        })?;
+        let api_socket = self.value(Name::ApiSocket).map(PathBuf::from);
+        if let Some(path) = &api_socket
+            && (path.as_os_str().is_empty() || path.as_os_str().len() > LONGEST_SOCKET_PATH)
+        {
+            return Err(OptionError::Value {
+                option: "api-socket",
+                value: path.display().to_string(),
+                reason: format!("the path of a socket has 1 to {LONGEST_SOCKET_PATH} bytes"),
+            });
+        }
+        let flags = |name| self.has(name);
+        let (ipv6, disable_host_loopback) = (flags(Name::EnableIpv6), flags(Name::DisableHostLoopback));
+        let (disable_dns, sandbox) = (flags(Name::DisableDns), flags(Name::EnableSandbox));
+        let seccomp = flags(Name::EnableSeccomp);
+        let user_namespace = self.value(Name::UsernsPath).map(PathBuf::from);
+        let mut rest = self.rest.into_iter();
+        let target = rest.next().ok_or(OptionError::NoTarget)?;
+        let target = if by_path == Some(true) {
+            Target::Path(target.into())
+        } else {
+            let pid = target.to_str().and_then(|text| text.parse::<i32>().ok()).filter(|pid| *pid > 0);
+            Target::Process(pid.ok_or_else(|| OptionError::Pid(target.display().to_string()))?.unsigned_abs())
+        };
+        let device =
+            rest.next().map_or_else(|| "tap0".to_owned(), |name| name.to_string_lossy().into_owned());
+        if let Some(more) = rest.next() {
+            return Err(OptionError::TooMany(more.display().to_string()));
+        }
+        Ok(Options {
+            target,
+            device,
+            configure,
+            exit_fd,
+            ready_fd,
+            mtu,
+            network,
+            ipv6,
+            disable_host_loopback,
+            disable_dns,
+            sandbox,
+            seccomp,
+            api_socket,
+            outbound,
+            outbound6,
+            mac,
+            user_namespace,
+        })
+    }
+}
+
+const DEFAULT_NETWORK: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(10, 0, 2, 0), 24) {
+    Ok(network) => network,
+    Err(_) => unreachable!(),
+};
+
+fn descriptor(value: &str) -> Result<RawFd, String> {
+    let number = value.parse::<RawFd>().ok().filter(|number| *number >= 0);
+    number.ok_or_else(|| "must be a non-negative integer".to_owned())
+}
+
+fn mtu(value: &str) -> Result<u16, String> {
+    let range = tidegate_nat::MIN_MTU..=ETHERNET_MAX_MTU;
+    value.parse().ok().filter(|mtu| range.contains(mtu)).ok_or_else(|| {
+        format!("an MTU is {} to {ETHERNET_MAX_MTU}, the least being that of IPv6", tidegate_nat::MIN_MTU)
+    })
+}
+
+fn network(value: &str) -> Result<Ipv4Net, String> {
+    let network: Ipv4Net = value.parse().map_err(|_| "not like 10.0.2.0/24".to_owned())?;
+    if !(1..=25).contains(&network.prefix_len()) {
+        return Err("prefix length needs to be 1 to 25: the guest is address 100".to_owned());
+    }
+    if network.addr() != network.trunc().addr() {
+        return Err(format!("needs to be the address of a network, like {}", network.trunc()));
+    }
+    // Anything else the engine would not take from a guest.
+    let address = network.addr();
+    if address.is_loopback()
+        || address.is_multicast()
+        || address.octets()[0] == 0
+        || address.octets()[0] >= 240
+    {
+        return Err("no host can have such addresses".to_owned());
+    }
+    Ok(network)
+}
+
+fn source_address<A: std::str::FromStr>(value: &str) -> Result<Outbound<A>, String> {
+    if let Ok(address) = value.parse() {
+        return Ok(Outbound::Address(address));
+    }
+    let could_be_a_name = (1..libc::IFNAMSIZ).contains(&value.len())
+        && value.parse::<std::net::IpAddr>().is_err()
+        && !value.contains(['/', ' ']);
+    if could_be_a_name {
+        Ok(Outbound::Interface(value.to_owned()))
+    } else {
+        Err("neither an address of this family nor the name of an interface".to_owned())
+    }
+}

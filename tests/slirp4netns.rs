@@ -1,0 +1,25 @@
+//! The `slirp4netns` binary, driven the way rootless engines drive it, and by them.
+//!
+//! An ordinary user (nobody) starts it on a host that the test has made, for containers in user namespaces of his own. `rootlesskit.rs` and
+//! `podman.rs` put the real callers in the test's place, `side_by_side.rs` the real slirp4netns beside ours.
+
+#[path = "slirp4netns/command_line.rs"]
+mod command_line;
+#[path = "slirp4netns/ending.rs"]
+mod ending;
+#[path = "slirp4netns/layer2.rs"]
+mod layer2;
+#[path = "slirp4netns/podman.rs"]
+mod podman;
+#[path = "slirp4netns/ports.rs"]
+mod ports;
+#[path = "slirp4netns/rootlesskit.rs"]
+mod rootlesskit;
+#[path = "slirp4netns/sandbox.rs"]
+mod sandbox;
+#[path = "slirp4netns/scene.rs"]
+mod scene;
+#[path = "slirp4netns/side_by_side.rs"]
+mod side_by_side;
+#[path = "slirp4netns/traffic.rs"]
+mod traffic;

@@ -1,0 +1,196 @@
+//! Ports forwarded over the API, and those who ask there to do harm.
+
+use super::scene::{Guest, SOON, Scene, Slirp, ask};
+use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tidegate_testbed::server::PeerServer;
+use tidegate_testbed::{Namespace, addr, eventually};
+
+/// Served with an API socket.
+fn served(scene: &Scene, options: &[&str]) -> (Guest, Slirp, PathBuf) {
+    let guest = scene.guest();
+    let socket = scene.home("api.sock");
+    let path = socket.display().to_string();
+    let options = ["-c", "-6", "-a", &path].into_iter().chain(options.iter().copied()).collect::<Vec<_>>();
+    let slirp = scene.serve(&guest, &options);
+    (guest, slirp, socket)
+}
+
+#[track_caller]
+fn answer(socket: &Path, request: &Value) -> Value {
+    serde_json::from_str(&ask(socket, &request.to_string())).unwrap()
+}
+
+fn add(protocol: &str, host: &str, port: u16, guest_port: u16) -> Value {
+    json!({"execute": "add_hostfwd", "arguments":
+        {"proto": protocol, "host_addr": host, "host_port": port, "guest_addr": "", "guest_port": guest_port}})
+}
+
+/// Who the server behind `to` says that one is.
+fn seen_by_tcp(from: &Namespace, to: impl Into<SocketAddr>) -> Option<String> {
+    let to = to.into();
+    from.run(|| {
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2)).ok()?;
+        stream.set_read_timeout(Some(SOON)).ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        (!text.is_empty()).then_some(text)
+    })
+}
+
+fn seen_by_udp(from: &Namespace, to: impl Into<SocketAddr>) -> Option<String> {
+    let to = to.into();
+    from.run(|| {
+        let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).ok()?;
+        socket.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+        socket.connect(to).ok()?;
+        socket.send(b"who").ok()?;
+        let mut buffer = [0; 256];
+        let length = socket.recv(&mut buffer).ok()?;
+        Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+    })
+}
+
+#[test]
+fn ports_lead_to_the_container_until_they_are_removed() {
+    let scene = Scene::new();
+    let (guest, slirp, socket) = served(&scene, &["--enable-sandbox", "--enable-seccomp"]);
+    let _tcp = PeerServer::tcp(&guest.namespace, "10.0.2.100:80".parse().unwrap());
+    let _udp = PeerServer::udp(&guest.namespace, "10.0.2.100:53".parse().unwrap());
+    assert_eq!(answer(&socket, &add("tcp", "0.0.0.0", 8080, 80)), json!({"return": {"id": 1}}));
+    assert_eq!(answer(&socket, &add("udp", "0.0.0.0", 5353, 53)), json!({"return": {"id": 2}}));
+    assert_eq!(answer(&socket, &add("tcp", "127.0.0.1", 8081, 80)), json!({"return": {"id": 3}}));
+    // The gateway is whom the container sees, as with slirp4netns.
+    let outside = &scene.net.client;
+    for seen in [
+        seen_by_tcp(outside, (addr::HOST_V4, 8080)),
+        seen_by_udp(outside, (addr::HOST_V4, 5353)),
+        seen_by_tcp(&scene.net.host, "127.0.0.1:8080".parse::<SocketAddr>().unwrap()),
+        seen_by_tcp(&scene.net.host, "127.0.0.1:8081".parse::<SocketAddr>().unwrap()),
+    ] {
+        let seen = seen.unwrap_or_else(|| panic!("no answer: {}", slirp.process.output()));
+        assert!(seen.starts_with("10.0.2.2:"), "{seen}");
+    }
+    assert_eq!(seen_by_tcp(outside, (addr::HOST_V4, 8081)), None, "loopback only");
+
+    // Taken, and not for everybody.
+    let failed = json!({"error": {"desc": "bad request: add_hostfwd: slirp_add_hostfwd failed"}});
+    assert_eq!(answer(&socket, &add("tcp", "0.0.0.0", 8080, 81)), failed);
+    assert_eq!(answer(&socket, &add("tcp", "0.0.0.0", 80, 80)), failed);
+    assert_eq!(answer(&socket, &add("tcp", "192.0.2.99", 8082, 80)), failed);
+    slirp.process.wait_for_line("Address already in use", SOON);
+
+    let listed = answer(&socket, &json!({"execute": "list_hostfwd"}));
+    assert_eq!(listed["return"]["entries"].as_array().unwrap().len(), 3);
+    assert_eq!(
+        answer(&socket, &json!({"execute": "remove_hostfwd", "arguments": {"id": 1}})),
+        json!({"return": {}})
+    );
+    assert_eq!(seen_by_tcp(outside, (addr::HOST_V4, 8080)), None);
+    // And is free again.
+    assert_eq!(answer(&socket, &add("tcp", "0.0.0.0", 8080, 80)), json!({"return": {"id": 4}}));
+    assert!(seen_by_tcp(outside, (addr::HOST_V4, 8080)).is_some());
+}
+
+#[test]
+fn the_container_sees_its_clients_where_that_is_asked_for() {
+    let scene = Scene::new();
+    let guest = scene.guest();
+    let socket = scene.home("api.sock");
+    let mut command = scene.as_nobody(&scene.ours());
+    command.args(["-c", "-a", &socket.display().to_string()]).env("TIDEGATE_SLIRP_SOURCE", "client");
+    let _slirp = Slirp::start(command, &guest);
+    let _tcp = PeerServer::tcp(&guest.namespace, "10.0.2.100:80".parse().unwrap());
+    let _udp = PeerServer::udp(&guest.namespace, "10.0.2.100:53".parse().unwrap());
+    answer(&socket, &add("tcp", "", 8080, 80));
+    answer(&socket, &add("udp", "", 5353, 53));
+    let outside = &scene.net.client;
+    assert!(seen_by_tcp(outside, (addr::HOST_V4, 8080)).unwrap().starts_with("203.0.113.9:"));
+    assert!(seen_by_udp(outside, (addr::HOST_V4, 5353)).unwrap().starts_with("203.0.113.9:"));
+}
+
+#[test]
+fn root_forwards_lower_ports_out_of_its_sandbox() {
+    let scene = Scene::new();
+    let guest = scene.guest();
+    let socket = scene.home("api.sock");
+    let mut command = scene.as_root(&scene.ours());
+    command.args(["-c", "--enable-sandbox", "--enable-seccomp", "-a", &socket.display().to_string()]);
+    let slirp = Slirp::start(command, &guest);
+    let _tcp = PeerServer::tcp(&guest.namespace, "10.0.2.100:80".parse().unwrap());
+    assert_eq!(
+        answer(&socket, &add("tcp", "0.0.0.0", 80, 80)),
+        json!({"return": {"id": 1}}),
+        "{}",
+        slirp.process.output()
+    );
+    assert!(seen_by_tcp(&scene.net.client, (addr::HOST_V4, 80)).is_some());
+}
+
+#[test]
+fn nobody_who_asks_badly_keeps_others_from_asking() {
+    let scene = Scene::new();
+    let (guest, mut slirp, socket) = served(&scene, &["--enable-sandbox", "--enable-seccomp"]);
+    let _tcp = PeerServer::tcp(&guest.namespace, "10.0.2.100:80".parse().unwrap());
+    answer(&socket, &add("tcp", "0.0.0.0", 8080, 80));
+    // Many who say nothing, and many who say half of something.
+    let mut held: Vec<UnixStream> = Vec::new();
+    for n in 0..200 {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        if n % 2 == 0 {
+            stream.write_all(b"{\"execute\":").unwrap();
+        }
+        held.push(stream);
+        if n % 50 == 49 {
+            let listed = answer(&socket, &json!({"execute": "list_hostfwd"}));
+            assert_eq!(listed["return"]["entries"][0]["id"], 1);
+        }
+    }
+    assert!(slirp.process.open_fds() < 100, "{}", slirp.process.open_fds());
+    // One who says too much.
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    stream.set_write_timeout(Some(SOON)).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let _ = stream.write_all(&[b' '; 1 << 16]);
+    let mut told = String::new();
+    let _ = stream.read_to_string(&mut told);
+    assert!(told.is_empty() || told.contains("too large message"), "{told}");
+    let exact = format!("{}{}", " ".repeat(4096 - 26), r#"{"execute":"list_hostfwd"}"#);
+    assert!(ask(&socket, &exact).contains("bad request: too large message"));
+    assert!(ask(&socket, &exact[1..]).contains("entries"));
+    // And much that is nothing.
+    let mut noise = 1_u64;
+    for length in 0..300 {
+        let bytes: Vec<u8> = (0..length)
+            .map(|_| {
+                noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (noise >> 33) as u8
+            })
+            .collect();
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.write_all(&bytes).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let mut told = String::new();
+        stream.read_to_string(&mut told).unwrap();
+        assert!(told.contains("bad request"), "{told}");
+    }
+    assert!(ask(&socket, &"[".repeat(4000)).contains("cannot parse JSON"));
+    // One that just sends, and keeps its half open, as some callers do.
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    stream.write_all(b"{\"execute\":\"list_hostfwd\"}\n").unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let mut told = String::new();
+    stream.read_to_string(&mut told).unwrap();
+    assert!(told.contains("entries"), "{told}");
+    assert!(seen_by_tcp(&scene.net.client, (addr::HOST_V4, 8080)).is_some());
+    // The patience with the silent ones ends.
+    let begun = Instant::now();
+    let gone = eventually(SOON, || slirp.process.open_fds() < 24);
+    assert!(gone, "{} descriptors after {:?}", slirp.process.open_fds(), begun.elapsed());
+    assert!(slirp.process.is_running());
+}

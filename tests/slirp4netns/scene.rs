@@ -1,0 +1,192 @@
+//! A host with an ordinary user on it, his containers, and the program that serves them.
+
+use rustix::pipe::{PipeFlags, pipe_with};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+use tidegate_testbed::{Mounts, Namespace, Process, Topology, eventually, pass_fd, require_program};
+
+/// How long anything may take that ought to take no time.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+
+/// The user `nobody` of Debian and most others.
+pub(crate) const NOBODY: u32 = 65_534;
+
+/// The binary under test.
+pub(crate) const OURS: &str = env!("CARGO_BIN_EXE_slirp4netns");
+
+/// A host, with an outside that has the address `addr::CLIENT_V4`.
+pub(crate) struct Scene {
+    pub(crate) net: Topology,
+    host: Namespace,
+    directory: tempfile::TempDir,
+}
+
+impl Scene {
+    #[track_caller]
+    pub(crate) fn new() -> Self {
+        Self::with(|mounts, _| mounts)
+    }
+
+    /// With more mounts than the scene's own: its program where nobody may read it, and a `resolv.conf`.
+    #[track_caller]
+    pub(crate) fn with(
+        change: impl FnOnce(tidegate_testbed::MountsBuilder, &Path) -> tidegate_testbed::MountsBuilder,
+    ) -> Self {
+        require_program("setpriv");
+        let net = Topology::three();
+        // A namespace begins with nobody allowed to ping; a host has everybody as a rule.
+        net.host.sysctl("net.ipv4.ping_group_range", "0 2147483647");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        for name in ["bin", "home"] {
+            fs::create_dir(path.join(name)).unwrap();
+        }
+        chown(path.join("home"), Some(NOBODY), Some(NOBODY)).unwrap();
+        for name in ["bin/slirp4netns", "resolv.conf"] {
+            fs::write(path.join(name), "").unwrap();
+        }
+        let mounts = Mounts::builder()
+            .bind(OURS, path.join("bin/slirp4netns"))
+            .bind(path.join("resolv.conf"), "/etc/resolv.conf");
+        let host = net.host.with_mounts(change(mounts, path).build(&net.host));
+        Self { net, host, directory }
+    }
+
+    /// A path below a directory that nobody may read.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Where nobody may write.
+    pub(crate) fn home(&self, name: &str) -> PathBuf {
+        self.path("home").join(name)
+    }
+
+    /// The program under test, as the host knows it.
+    pub(crate) fn ours(&self) -> String {
+        self.path("bin/slirp4netns").display().to_string()
+    }
+
+    /// What the host's `resolv.conf` says from now on.
+    pub(crate) fn resolvers(&self, text: &str) {
+        fs::write(self.path("resolv.conf"), text).unwrap();
+    }
+
+    /// `program` on the host, by root.
+    pub(crate) fn as_root(&self, program: &str) -> Command {
+        let mut command = self.host.command(program);
+        command.env_remove("TIDEGATE_LOG");
+        command
+    }
+
+    /// `program` on the host, by nobody.
+    pub(crate) fn as_nobody(&self, program: &str) -> Command {
+        let user = NOBODY.to_string();
+        let mut command = self.as_root("setpriv");
+        // Another user's process would not be killed with us but for that.
+        command.args(["--reuid", &user, "--regid", &user, "--clear-groups", "--pdeathsig", "KILL", program]);
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}:/usr/sbin:/sbin", self.path("bin").display()));
+        command.env("HOME", self.path("home"));
+        command
+    }
+
+    /// A container of nobody's: a network namespace in a user namespace, and a process in there.
+    #[track_caller]
+    pub(crate) fn guest(&self) -> Guest {
+        let mut command = self.as_nobody("unshare");
+        let process = Process::spawn(command.args(["--user", "--map-root-user", "--net", "sleep", "300"]));
+        let pid = process.pid();
+        let runs = || fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "sleep\n");
+        assert!(eventually(SOON, runs), "{}", process.output());
+        Guest { namespace: Namespace::at(format!("/proc/{pid}/ns/net").as_ref()), process }
+    }
+
+    /// Ours for `guest`, by nobody, with `options`, once it is ready.
+    #[track_caller]
+    pub(crate) fn serve(&self, guest: &Guest, options: &[&str]) -> Slirp {
+        let mut command = self.as_nobody(&self.ours());
+        command.args(options);
+        Slirp::start(command, guest)
+    }
+
+    /// Ours with `arguments`, which must fail: the one line that it says.
+    #[track_caller]
+    pub(crate) fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.as_nobody(&self.ours()).args(arguments).stdin(Stdio::null()).output().unwrap();
+        one_line(&output)
+    }
+}
+
+/// What a failed start says.
+#[track_caller]
+pub(crate) fn one_line(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.starts_with("slirp4netns: error: ") && text.lines().count() == 1, "{text}");
+    assert!(output.stdout.is_empty());
+    text
+}
+
+/// A container.
+pub(crate) struct Guest {
+    pub(crate) namespace: Namespace,
+    pub(crate) process: Process,
+}
+
+impl Guest {
+    pub(crate) fn pid(&self) -> String {
+        self.process.pid().to_string()
+    }
+
+    /// The host's word for it: `ip` as the container would say it.
+    #[track_caller]
+    pub(crate) fn ip(&self, arguments: &[&str]) -> String {
+        self.namespace.ip(arguments)
+    }
+}
+
+/// A running slirp4netns, ours or another.
+pub(crate) struct Slirp {
+    pub(crate) process: Process,
+    /// Closed, it ends.
+    pub(crate) exit: Option<OwnedFd>,
+}
+
+impl Slirp {
+    /// Starts `command`, which has its options already, for `guest`, and waits for its word.
+    #[track_caller]
+    pub(crate) fn start(mut command: Command, guest: &Guest) -> Self {
+        let (ready, told) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let (hears, exit) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        // Numbers in no order that anybody would expect.
+        command.args(["--ready-fd=9", "-e", "8", &guest.pid(), "tap0"]);
+        pass_fd(&mut command, told, 9);
+        pass_fd(&mut command, hears, 8);
+        let process = Process::spawn(&mut command);
+        drop(command);
+        let mut word = String::new();
+        File::from(ready).read_to_string(&mut word).unwrap();
+        assert_eq!(word, "1", "{}", process.output());
+        Self { process, exit: Some(exit) }
+    }
+}
+
+/// Asks at an API socket, and returns the answer.
+#[track_caller]
+pub(crate) fn ask(socket: &Path, request: &str) -> String {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
