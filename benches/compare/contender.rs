@@ -48,10 +48,18 @@ pub(crate) enum Kind {
     KernelNftables,
     /// `tidegate up --publish=kernel --firewall=iptables`.
     KernelIptables,
+    /// The kernel's masquerade, by an nftables rule on the host.
+    Masquerade,
+    /// slirp4netns, as rootless containers have it.
+    Slirp,
+    /// pasta, likewise.
+    Pasta,
+    /// tidegate's slirp4netns: the NAT engine.
+    Engine,
 }
 
 /// The contenders in the order of columns.
-pub(crate) const ALL: [Kind; 11] = [
+pub(crate) const ALL: [Kind; 15] = [
     Kind::Dnat,
     Kind::DockerProxy,
     Kind::Haproxy,
@@ -63,6 +71,10 @@ pub(crate) const ALL: [Kind; 11] = [
     Kind::DockerRules,
     Kind::KernelNftables,
     Kind::KernelIptables,
+    Kind::Masquerade,
+    Kind::Slirp,
+    Kind::Pasta,
+    Kind::Engine,
 ];
 
 impl Kind {
@@ -80,6 +92,10 @@ impl Kind {
             Self::DockerRules => "docker-rules",
             Self::KernelNftables => "nftables",
             Self::KernelIptables => "iptables",
+            Self::Masquerade => "masquerade",
+            Self::Slirp => "slirp4netns",
+            Self::Pasta => "pasta",
+            Self::Engine => "engine",
         }
     }
 
@@ -87,13 +103,25 @@ impl Kind {
     pub(crate) fn is_ours(self) -> bool {
         matches!(
             self,
-            Self::Publish | Self::PublishNetns | Self::DropIn | Self::KernelNftables | Self::KernelIptables
+            Self::Publish
+                | Self::PublishNetns
+                | Self::DropIn
+                | Self::KernelNftables
+                | Self::KernelIptables
+                | Self::Engine
         )
     }
 
     /// Whether it can publish a TCP port of a container that has its network.
     pub(crate) fn publishes(self) -> bool {
-        !matches!(self, Self::Netavark | Self::DockerRules | Self::KernelNftables | Self::KernelIptables)
+        let with_a_network =
+            matches!(self, Self::Netavark | Self::DockerRules | Self::KernelNftables | Self::KernelIptables);
+        !with_a_network && !self.leads_out()
+    }
+
+    /// Whether it leads a container out that has no network.
+    pub(crate) fn leads_out(self) -> bool {
+        matches!(self, Self::Masquerade | Self::Slirp | Self::Pasta | Self::Engine)
     }
 
     /// Whether it can publish a UDP port.
@@ -107,7 +135,9 @@ impl Kind {
             env::var_os(variable).map(PathBuf::from).or_else(|| path.map(PathBuf::from))
         };
         match self {
-            Self::Dnat => find_program("nft"),
+            Self::Dnat | Self::Masquerade => find_program("nft"),
+            Self::Slirp => find_program("slirp4netns"),
+            Self::Pasta => find_program("pasta"),
             Self::DockerProxy => find_program("docker-proxy"),
             Self::Haproxy => find_program("haproxy"),
             Self::Socat => find_program("socat"),
@@ -116,6 +146,7 @@ impl Kind {
             Self::Publish | Self::PublishNetns | Self::KernelNftables | Self::KernelIptables => {
                 built("TIDEGATE_BENCH_BIN", option_env!("CARGO_BIN_EXE_tidegate"))
             }
+            Self::Engine => built("TIDEGATE_BENCH_SLIRP4NETNS", option_env!("CARGO_BIN_EXE_slirp4netns")),
             Self::DropIn => built("TIDEGATE_BENCH_DOCKER_PROXY", option_env!("CARGO_BIN_EXE_docker-proxy")),
         }
     }
@@ -137,7 +168,9 @@ impl Contender {
     pub(crate) fn find(kind: Kind) -> Result<Self> {
         let program = kind.program().filter(|path| path.is_file());
         let program = program.with_context(|| match kind {
-            Kind::Dnat => format!("nft is not installed: apt-get install {}", debian_package("nft")),
+            Kind::Dnat | Kind::Masquerade => {
+                format!("nft is not installed: apt-get install {}", debian_package("nft"))
+            }
             kind if kind.is_ours() => format!("the program for {} has not been built", kind.name()),
             peer => {
                 format!("{0} is not installed: apt-get install {1}", peer.name(), debian_package(peer.name()))
@@ -178,6 +211,9 @@ impl Contender {
             Kind::Socat => vec![self.socat(lab, service)?],
             Kind::Netavark | Kind::DockerRules | Kind::KernelNftables | Kind::KernelIptables => {
                 bail!("{} publishes a port with its network, not by itself", self.kind.name())
+            }
+            Kind::Masquerade | Kind::Slirp | Kind::Pasta | Kind::Engine => {
+                bail!("{} publishes nothing", self.kind.name())
             }
             Kind::Publish => vec![self.publish(lab, service, "--to", &CONTAINER.to_string())],
             Kind::PublishNetns => {

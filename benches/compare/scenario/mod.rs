@@ -2,6 +2,7 @@
 
 mod connections;
 mod datagrams;
+mod egress;
 mod forward;
 mod idle;
 mod ports;
@@ -85,6 +86,7 @@ pub(crate) fn all(options: &Options) -> Vec<Box<dyn Scenario>> {
         all.push(Box::new(forward::Forward { streams: 1, direction }));
         all.push(Box::new(forward::Forward { streams: 16, direction }));
     }
+    all.extend(egress::all(options.quick).map(|one| Box::new(one) as Box<dyn Scenario>));
     all.push(Box::new(rules::Rules { ports: if options.quick { 100 } else { 10_000 } }));
     for firewall in [setup::Firewall::None, setup::Firewall::Nftables] {
         all.push(Box::new(setup::Single { firewall }));

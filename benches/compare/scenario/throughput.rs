@@ -12,7 +12,7 @@ use crate::iperf::Report;
 use crate::lab::{CONTAINER, HOST, Lab, Service};
 
 /// Time for iperf3 to connect and to exchange results, beyond the load itself.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Which way the bytes go.
 #[derive(Clone, Copy, PartialEq, Eq)]
