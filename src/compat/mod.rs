@@ -2,3 +2,4 @@
 
 pub mod docker_proxy;
 pub mod slirp4netns;
+mod start_up_pages;

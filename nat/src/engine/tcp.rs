@@ -167,8 +167,11 @@ impl<H: Host> Engine<H> {
                 return;
             }
             let initial = connection.initial_sequence();
-            let Some(result) = connection.stream().map(|stream| self.host.connect_result(stream)) else {
-                return;
+            let result = match connection.stream() {
+                // Room alone says that it is connected.
+                Some(stream) if ready.error => self.host.connect_result(stream),
+                Some(_) => Ok(()),
+                None => return,
             };
             match result {
                 Ok(()) => {

@@ -64,12 +64,25 @@ pub(crate) struct Kernel {
     skipped: Vec<u8>,
 }
 
+/// What fits into one segment on any path, in bytes (RFC 9293 section 3.7.1: 536, less what options take).
+const SMALL: usize = 500;
+
+/// What a stream was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sent {
+    Nothing,
+    One,
+    WithoutDelay,
+}
+
 /// A TCP socket.
 #[derive(Debug)]
 pub(crate) struct Stream {
     socket: OwnedFd,
-    /// Where the kernel's next look begins (`SO_PEEK_OFF`).
-    peek_offset: usize,
+    /// Where the kernel's next look begins (`SO_PEEK_OFF`), once that is set: who is sent little never needs it.
+    peek_offset: Option<usize>,
+    /// Something was sent, and then Nagle's algorithm switched off: the first piece goes at once in any case.
+    sent: Sent,
     /// What its events carry, once it is watched.
     token: Option<Token>,
     /// Whether room to send is reported.
@@ -237,14 +250,9 @@ impl Kernel {
     }
 
     fn prepare_stream(&self, socket: &OwnedFd) -> io::Result<()> {
-        SockRef::from(socket).set_tcp_nodelay(true)?;
         self.bound_buffer.apply(socket)?;
         // Urgent data stays where it is in the stream.
-        SockRef::from(socket).set_out_of_band_inline(true)?;
-        if self.capabilities.peek_offset {
-            sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0)?;
-        }
-        Ok(())
+        SockRef::from(socket).set_out_of_band_inline(true)
     }
 
     fn prepare_datagrams(&self, socket: &OwnedFd) -> io::Result<()> {
@@ -374,7 +382,8 @@ impl Host for Kernel {
         }
         Ok(Stream {
             socket,
-            peek_offset: 0,
+            peek_offset: None,
+            sent: Sent::Nothing,
             token: None,
             watches_room: false,
             accepted: false,
@@ -399,7 +408,8 @@ impl Host for Kernel {
         let client = client.ok_or(io::ErrorKind::ConnectionAborted)?;
         let stream = Stream {
             socket,
-            peek_offset: 0,
+            peek_offset: None,
+            sent: Sent::Nothing,
             token: None,
             watches_room: false,
             accepted: true,
@@ -441,6 +451,15 @@ impl Host for Kernel {
     }
 
     fn send(&mut self, stream: &mut Stream, bytes: &[u8]) -> io::Result<usize> {
+        if stream.sent != Sent::WithoutDelay {
+            // A piece of several segments ends in one that would wait.
+            if stream.sent == Sent::One || bytes.len() > SMALL {
+                SockRef::from(&stream.socket).set_tcp_nodelay(true)?;
+                stream.sent = Sent::WithoutDelay;
+            } else {
+                stream.sent = Sent::One;
+            }
+        }
         let sent = sys::send(&stream.socket, bytes);
         let short = sent.as_ref().map_or(true, |sent| *sent < bytes.len());
         if short
@@ -458,12 +477,14 @@ impl Host for Kernel {
         if !self.capabilities.peek_offset {
             return self.peek_anew(stream, offset, into);
         }
-        if stream.peek_offset != offset {
+        if stream.peek_offset.unwrap_or(0) != offset {
             sys::set(&stream.socket, libc::SOL_SOCKET, SO_PEEK_OFF, offset as libc::c_int)?;
-            stream.peek_offset = offset;
+            stream.peek_offset = Some(offset);
         }
         let seen = sys::peek(&stream.socket, into)?;
-        stream.peek_offset += seen;
+        if let Some(offset) = &mut stream.peek_offset {
+            *offset += seen;
+        }
         Ok(seen)
     }
 
@@ -476,7 +497,9 @@ impl Host for Kernel {
             }
         }
         // The kernel's offset goes back by what is taken out (sk_peek_offset_bwd, include/net/sock.h).
-        stream.peek_offset = stream.peek_offset.saturating_sub(length);
+        if let Some(offset) = &mut stream.peek_offset {
+            *offset = offset.saturating_sub(length);
+        }
         Ok(())
     }
 

@@ -113,6 +113,10 @@ pub struct Connection<S> {
     pub(super) may_hide: bool,
     pub(super) writable: bool,
     pub(super) need_ack: bool,
+    /// Up to where the guest has been told that all has come.
+    pub(super) acknowledged: u32,
+    /// What the acknowledgement that is owed waits a round for did not come.
+    pub(super) has_waited: bool,
     /// Whether the engine has it in its queue.
     pub queued: bool,
 
@@ -156,6 +160,7 @@ impl<S> Connection<S> {
             stream: Some(stream),
             irs: 0,
             rcv_nxt: 0,
+            acknowledged: 0,
             rcv_edge: 0,
             pending: Pending::default(),
             early: OutOfOrder::default(),
@@ -179,6 +184,7 @@ impl<S> Connection<S> {
             may_hide: false,
             writable: false,
             need_ack: false,
+            has_waited: false,
             queued: false,
             retries: 0,
             probes: 0,
@@ -205,7 +211,7 @@ impl<S> Connection<S> {
         self.mss = offered.min(params.mtu.saturating_sub(headers)) - self.options_length();
         self.irs = syn.sequence;
         self.rcv_nxt = syn.sequence.wrapping_add(1);
-        self.rcv_edge = self.rcv_nxt;
+        (self.rcv_edge, self.acknowledged) = (self.rcv_nxt, self.rcv_nxt);
         // The window of a SYN is never scaled (RFC 7323 section 2.2).
         self.snd_wnd = u32::from(syn.window);
         self.wl1 = syn.sequence;

@@ -25,10 +25,20 @@ impl<S> Connection<S> {
             self.send_reset(io);
             return (Outcome::Reset, false);
         };
-        if self.need_ack {
+        let waits = self.need_ack && !self.has_waited && self.may_wait();
+        if waits {
+            self.has_waited = true;
+        } else if self.need_ack {
             self.send_ack(io);
         }
-        (self.finish(io.now), more)
+        (self.finish(io.now), more || waits)
+    }
+
+    /// Whether an acknowledgement may wait for the next round, where an answer or the other end's FIN may carry it: of less than a segment, in order, when nothing else is
+    /// to be told. RFC 9293 section 3.8.6.3 allows half a second.
+    fn may_wait(&self) -> bool {
+        let untold = self.rcv_nxt.wrapping_sub(self.acknowledged);
+        (1..u32::from(self.mss)).contains(&untold) && self.fin.is_none() && self.early.len() == 0
     }
 
     /// Whether a client that the guest has not accepted yet has gone. One that has only said all that it has to say is waiting.

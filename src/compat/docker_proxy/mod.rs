@@ -10,7 +10,6 @@
 
 pub mod flags;
 mod ready;
-mod start_up_pages;
 
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
 use crate::ports::raise_descriptor_limit;
@@ -93,7 +92,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Err(error) => return fail(ready, &error),
     };
     ready.succeeded();
-    start_up_pages::give_back();
+    crate::compat::start_up_pages::give_back();
     signals.forever().next();
     // Connections are reset, so that none looks complete, and rules in the host's namespace are put away.
     engine.stop();

@@ -196,6 +196,7 @@ fn run(options: &Options) -> Result<(), RunError> {
     if let Some(sandbox) = sandbox {
         sandbox.close()?;
     }
+    crate::compat::start_up_pages::give_back();
     if options.seccomp {
         seccomp::confine()?;
     }

@@ -91,6 +91,7 @@ fn tell(teller: &OwnedFd) {
             let _ = rustix::io::write(teller, b"\n");
             told = Some(String::new());
         }
+        crate::compat::start_up_pages::give_back();
         if !wait(watch.as_ref(), teller) {
             return;
         }

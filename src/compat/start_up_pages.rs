@@ -1,6 +1,6 @@
 //! Gives back the pages of program text that only starting up has used.
 //!
-//! dockerd starts two of these processes for every published port, and most of them never see a connection. By the time
+//! dockerd starts two docker-proxies for every published port, rootless hosts two processes for every container, and most of them never see much traffic. By the time
 //! one is ready, the kernel has mapped a megabyte of program and libraries around what ran once (it maps 64 KiB around
 //! every fault, mm/memory.c, `do_fault_around`). None of that runs again; what a connection needs comes back with its
 //! first use, from the page cache.
