@@ -2,19 +2,20 @@
 //!
 //! A scrape is one short request every few seconds, so this is a thread that answers with plain blocking I/O, and
 //! it serves the small docker-proxy binary, which has no async runtime, as well as the large one. It is bounded:
-//! [`MAX_CLIENTS`] at a time, [`MAX_REQUEST`] bytes of request, [`PATIENCE`] for a slow client. Whatever
-//! happens here, the data plane does not notice.
+//! [`MAX_CLIENTS`] at a time, [`MAX_REQUEST`] bytes of request, [`PATIENCE`] for a slow client. The page is written by one
+//! thread at a time, whose priority is low ([`NICE`]), and those who came before it was begun all get the same. So
+//! whatever happens here, the data plane does not notice.
 
 use metrics::gauge;
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tidegate_proxy::{PortSnapshot, describe};
+use tidegate_proxy::{Fill, PortSnapshot, describe};
 
 /// Scrapes answered at the same time; more are told 503.
 const MAX_CLIENTS: usize = 16;
@@ -28,9 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How often histograms are folded when nobody scrapes, so that they do not pile up.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// Bucket bounds of `tidegate_proxy_dial_seconds`: from a container on this host to the dial timeout.
-const DIAL_BUCKETS: [f64; 12] =
-    [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 3.0, 10.0];
+/// Niceness of the threads that write pages: beside a loop at work they have a tenth of its time (sched(7)).
+const NICE: i32 = 10;
 
 /// Where to serve: an address and a port, or the first free port of a range (for the many docker-proxies of one
 /// host, which share one environment).
@@ -75,9 +75,6 @@ pub enum EndpointError {
         /// What the system says of the last port tried.
         source: io::Error,
     },
-    /// The exporter could not be set up; a mistake of ours.
-    #[error("metrics exporter: {0}")]
-    Exporter(#[from] BuildError),
 }
 
 fn ports(address: &MetricsAddress) -> String {
@@ -105,8 +102,7 @@ impl Recorder {
     /// [`EndpointError`]; nothing is left open then.
     pub fn install(address: MetricsAddress) -> Result<Self, EndpointError> {
         let listener = bind(address)?;
-        let dial = Matcher::Full("tidegate_proxy_dial_seconds".to_owned());
-        let recorder = PrometheusBuilder::new().set_buckets_for_metric(dial, &DIAL_BUCKETS)?.build_recorder();
+        let recorder = PrometheusBuilder::new().build_recorder();
         let handle = recorder.handle();
         if metrics::set_global_recorder(recorder).is_err() {
             tracing::warn!("metrics were set up twice; the first stay");
@@ -134,7 +130,10 @@ impl Recorder {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn serve(self, ports: impl Fn() -> Vec<PortSnapshot> + Send + Sync + 'static) -> io::Result<()> {
+    pub fn serve(
+        self,
+        ports: impl Fn() -> (Vec<PortSnapshot>, Fill) + Send + Sync + 'static,
+    ) -> io::Result<()> {
         gauge!("tidegate_build_info", "version" => crate::version::VERSION, "commit" => crate::version::COMMIT)
             .set(1.0);
         metrics::describe_gauge!("tidegate_build_info", "Always 1; its labels say what was built.");
@@ -147,7 +146,14 @@ impl Recorder {
                 upkeep.run_upkeep();
             }
         })?;
-        let page = Arc::new(Page { handle: self.handle, ports: Box::new(ports), collector, more: self.more });
+        let page = Page {
+            handle: self.handle,
+            ports: Box::new(ports),
+            collector,
+            more: self.more,
+            last: Mutex::default(),
+        };
+        let page = Arc::new(page);
         let clients = Arc::new(AtomicUsize::new(0));
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
             for client in self.listener.incoming() {
@@ -177,17 +183,36 @@ fn bind(address: MetricsAddress) -> Result<TcpListener, EndpointError> {
 /// What is on the page.
 struct Page {
     handle: PrometheusHandle,
-    ports: Box<dyn Fn() -> Vec<PortSnapshot> + Send + Sync>,
+    ports: Box<dyn Fn() -> (Vec<PortSnapshot>, Fill) + Send + Sync>,
     collector: Collector,
     more: Vec<Families>,
+    /// The page that was written last for several, and when it was begun.
+    last: Mutex<Option<(Instant, Arc<str>)>>,
 }
 
 impl Page {
+    /// The page as it is at this moment, or a moment later.
+    fn now(&self) -> Arc<str> {
+        let asked = Instant::now();
+        // While others wait for it.
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((begun, page)) = &*last
+            && *begun >= asked
+        {
+            return Arc::clone(page);
+        }
+        let begun = Instant::now();
+        let page: Arc<str> = self.render().into();
+        *last = Some((begun, Arc::clone(&page)));
+        page
+    }
+
     fn render(&self) -> String {
         self.collector.collect();
         let mut text = self.handle.render();
         // Writing to a String does not fail.
-        let _ = describe(&(self.ports)(), &mut text);
+        let (ports, fill) = (self.ports)();
+        let _ = describe(&ports, &mut text).and_then(|()| fill.describe(&mut text));
         self.more.iter().for_each(|families| families(&mut text));
         text
     }
@@ -202,6 +227,8 @@ fn admit(client: TcpStream, page: &Arc<Page>, clients: &Arc<AtomicUsize>) {
     }
     let (page, at_work) = (Arc::clone(page), Arc::clone(clients));
     let answer = move || {
+        // On Linux it is the thread's own. That it is refused changes nothing but that.
+        let _ = rustix::process::nice(NICE);
         // A client that goes away, or dawdles, is its own loss.
         let _ = answer(&client, &page);
         at_work.fetch_sub(1, Ordering::Relaxed);
@@ -214,7 +241,7 @@ fn admit(client: TcpStream, page: &Arc<Page>, clients: &Arc<AtomicUsize>) {
 fn answer(client: &TcpStream, page: &Page) -> io::Result<()> {
     client.set_write_timeout(Some(PATIENCE))?;
     match request_path(client)? {
-        Some(path) if path == "/metrics" => respond(client, "200 OK", &page.render()),
+        Some(path) if path == "/metrics" => respond(client, "200 OK", &page.now()),
         Some(path) if path == "/" => respond(client, "200 OK", "tidegate's metrics are at /metrics\n"),
         Some(_) => respond(client, "404 Not Found", "there is only /metrics\n"),
         None => respond(client, "400 Bad Request", "that was not a GET request\n"),

@@ -137,7 +137,7 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     engine.publish(vec![(listener, options.container.port())], &Arc::new(port_options))?;
     if let Some(recorder) = recorder {
         let told = Arc::clone(&engine);
-        recorder.serve(move || told.snapshot())?;
+        recorder.serve(move || (told.snapshot(), told.fill()))?;
     }
     Ok(engine)
 }
