@@ -6,6 +6,7 @@ mod duration;
 mod hello;
 mod ps;
 mod publish;
+mod top;
 mod up;
 
 use crate::compat::{docker_proxy, slirp4netns};
@@ -26,7 +27,7 @@ use tracing_subscriber::filter::LevelFilter;
 #[command(name = "tidegate", version, about, max_term_width = 100)]
 #[command(
     after_help = "Environment:\n  TIDEGATE_LOG     what is logged to standard error: a level (info, debug, trace), \
-    or target=level,...\n  TIDEGATE_SOCKET  where tidegate up serves its API, and where tidegate ps asks\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
+    or target=level,...\n  TIDEGATE_SOCKET  where tidegate up serves its API, and where tidegate ps and top ask\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -37,6 +38,7 @@ pub struct Cli {
 enum Command {
     Up(up::Up),
     Ps(ps::Ps),
+    Top(top::Top),
     Publish(Box<publish::Publish>),
     Doctor(doctor::Doctor),
     /// Be Docker's docker-proxy (see the binary of that name)
@@ -116,6 +118,7 @@ impl Command {
         match self {
             Self::Up(up) => up.run(),
             Self::Ps(ps) => ps.run().map(done),
+            Self::Top(top) => top.run().map(done),
             Self::Publish(publish) => publish.run().map(done),
             Self::Doctor(doctor) => doctor.run(),
             Self::DockerProxy { .. } | Self::Slirp4netns { .. } => unreachable!("taken care of above"),
