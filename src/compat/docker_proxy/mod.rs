@@ -55,7 +55,7 @@ enum StartError {
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
-    Logging(#[from] logging::FilterError),
+    Logging(#[from] logging::LogError),
     #[error(transparent)]
     Metrics(#[from] crate::metrics_endpoint::EndpointError),
     #[error("{0}")]
@@ -115,7 +115,7 @@ fn say(mut to: impl Write, text: &str) {
 fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     // dockerd discards what its proxies log, and a logger that nobody reads is a fifth of this process's memory.
     if std::env::var_os(logging::VARIABLE).is_some() {
-        logging::init(LevelFilter::WARN)?;
+        logging::init(LevelFilter::WARN, logging::format(None)?)?;
     }
     let environment = Environment::read()?;
     clean_up_after_the_dead();
