@@ -131,6 +131,11 @@ fn a_machine_reads_objects_with_the_fields_that_people_read() {
             assert_eq!(published["message"], "published");
             assert_eq!(published["publish"], "127.0.0.1:8080-8081/tcp");
             assert_eq!((&published["endpoint"], &published["to"]), (&"web".into(), &"80-81".into()));
+            let network = event("network is up");
+            assert_eq!(network["network"], "default");
+            assert!(network["bridge"].as_str().unwrap().starts_with("tg-"), "{network}");
+            let attached = event("\"attached\"");
+            assert_eq!((&attached["endpoint"], &attached["network"]), (&"web".into(), &"default".into()));
             let closed = event("port closed");
             assert_eq!(
                 (&closed["publish"], &closed["endpoint"]),

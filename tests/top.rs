@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tidegate_testbed::{Namespace, Process, Signal, addr, require_program};
+use tidegate_testbed::{Namespace, Process, Signal, addr, eventually, require_program};
 use top::terminal::Terminal;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -164,6 +164,26 @@ fn signals_end_it_and_the_terminal_is_as_it_was() {
     instance.stop(Signal::INT, SOON);
 }
 
+/// Also one whose shell does not pass on that it has gone.
+#[test]
+fn it_ends_with_its_terminal() {
+    require_program("tmux");
+    let scene = Scene::new();
+    let mut instance = up(&scene);
+    for trap in ["", "trap : HUP; "] {
+        let terminal = Terminal::new(scene.directory.path(), 80, 24);
+        let socket = scene.socket();
+        terminal.shell(&format!("{trap}TIDEGATE_SOCKET={} {TIDEGATE} top; true", socket.display()));
+        terminal.wait_for("the view", |screen| screen.contains("q quit"));
+        let pid = terminal.pid("top").as_raw_nonzero();
+        drop(terminal);
+        std::fs::remove_file(scene.directory.path().join("tmux.sock")).unwrap();
+        let process = format!("/proc/{pid}");
+        assert!(eventually(SOON, || !Path::new(&process).exists()), "with {trap:?} it goes on");
+    }
+    instance.stop(Signal::INT, SOON);
+}
+
 #[test]
 fn a_frame_is_printed_once_and_as_json() {
     let scene = Scene::new();
@@ -187,8 +207,8 @@ fn a_frame_is_printed_once_and_as_json() {
     let output = scene.tidegate().args(["top", "--once", "--json", "--interval", "1s"]).output().unwrap();
     assert!(output.status.success());
     let all: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let web = &all["ports"][0];
-    assert_eq!((&web["publish"], &web["endpoint"]), (&"203.0.113.1:8080/tcp".into(), &"web".into()));
+    let web = port(&all, "203.0.113.1:8080/tcp");
+    assert_eq!(web["endpoint"], "web");
     for rate in ["begun_rate", "bytes_in_rate", "bytes_out_rate"] {
         assert!(web[rate].as_f64().unwrap() > 0.0, "{rate}: {all}");
     }
@@ -200,10 +220,17 @@ fn a_frame_is_printed_once_and_as_json() {
     let length = scene.net.client.run(request).unwrap() as u64;
     assert!(length > 0);
     let (_, after) = figures(&scene);
-    let out = |figures: &Value| figures["ports"][0]["bytes_out"].as_u64().unwrap();
+    let out = |figures: &Value| port(figures, "203.0.113.1:8080/tcp")["bytes_out"].as_u64().unwrap();
     assert!(out(&after) >= out(&before) + length);
     drop(clients);
     instance.stop(Signal::INT, SOON);
+}
+
+/// What `all` says of the port called `publish`.
+#[track_caller]
+fn port<'a>(all: &'a Value, publish: &str) -> &'a Value {
+    let ports = all["ports"].as_array().unwrap();
+    ports.iter().find(|port| port["publish"] == publish).unwrap_or_else(|| panic!("no {publish}: {all}"))
 }
 
 fn figures(scene: &Scene) -> (u16, Value) {

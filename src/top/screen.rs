@@ -2,10 +2,13 @@
 
 use super::state::State;
 use super::view::draw;
+use crate::EXIT_FAILURE;
 use crate::api::client::Client;
 use crate::api::types::Figures;
 use anyhow::Context;
 use ratatui::crossterm::event::{self, Event};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io;
 use std::sync::Arc;
@@ -34,6 +37,7 @@ pub(crate) fn show(mut state: State, client: Client) -> anyhow::Result<()> {
         signal_hook::flag::register(signal, Arc::clone(&ends)).context("signal handlers")?;
     }
     let answers = ask_repeatedly(client, state.interval)?;
+    end_with_the_terminal()?;
     // It restores the terminal when something panics, too.
     let mut terminal = ratatui::try_init().context("terminal")?;
     let _restored = Restored;
@@ -58,6 +62,24 @@ pub(crate) fn show(mut state: State, client: Client) -> anyhow::Result<()> {
             _ => is_drawn = false,
         }
     }
+    Ok(())
+}
+
+/// Ends the process when its terminal has gone: a window that was closed, a connection that was lost. SIGHUP says so to the shell, which need not pass it
+/// on; and crossterm reads the end of a terminal for ever (0.29, `try_read`).
+fn end_with_the_terminal() -> anyhow::Result<()> {
+    let watch = || {
+        let stdout = io::stdout();
+        loop {
+            let mut terminal = [PollFd::new(&stdout, PollFlags::empty())];
+            match poll(&mut terminal, None) {
+                Ok(0) | Err(Errno::INTR) => {}
+                // There is nothing left to restore, and nobody to tell.
+                _ => std::process::exit(EXIT_FAILURE.into()),
+            }
+        }
+    };
+    std::thread::Builder::new().name("tidegate-tty".into()).spawn(watch).context("a thread")?;
     Ok(())
 }
 

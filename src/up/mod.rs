@@ -247,6 +247,7 @@ impl Up {
         let (host, apart) = (ground.networks().clone(), ground.is_rootless());
         let mut instance =
             Instance { setup, chosen, host, apart, up, server, orders: received, news, repairs };
+        instance.up.log();
         if let Err(error) = instance.up.announce() {
             // Whoever read it has seen enough.
             tracing::debug!(%error, "standard output");

@@ -1,5 +1,6 @@
 //! A terminal: that of tmux, whose server is a child of the test.
 
+use rustix::process::Pid;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -41,10 +42,13 @@ impl Terminal {
     #[track_caller]
     pub(crate) fn run(&self, command: &str) {
         let modes = "stty -a | grep -ow -e '-*icanon' -e '-*echo' | sort | tr '\\n' ' '";
-        // A shell that a signal to its terminal does not end.
-        let script =
-            format!("trap : HUP INT TERM; {command}; code=$?; echo ENDED $code $({modes}); sleep 600");
-        self.tmux(&["respawn-window", "-k", &script]);
+        self.shell(&format!("{command}; code=$?; echo ENDED $code $({modes}); sleep 600"));
+    }
+
+    /// Has the shell run `script`.
+    #[track_caller]
+    pub(crate) fn shell(&self, script: &str) {
+        self.tmux(&["respawn-window", "-k", script]);
     }
 
     /// What is on it, line by line.
@@ -83,6 +87,12 @@ impl Terminal {
     /// Sends `signal` to the command that [`run`](Self::run) has started and that has `word` among its arguments.
     #[track_caller]
     pub(crate) fn signal(&self, word: &str, signal: Signal) {
+        rustix::process::kill_process(self.pid(word), signal).unwrap();
+    }
+
+    /// The process of that command.
+    #[track_caller]
+    pub(crate) fn pid(&self, word: &str) -> Pid {
         let shell = self.tmux(&["display-message", "-p", "#{pane_pid}"]);
         let shell = shell.trim();
         let children = fs::read_to_string(format!("/proc/{shell}/task/{shell}/children")).unwrap();
@@ -91,8 +101,7 @@ impl Terminal {
             command.split(|byte| *byte == 0).any(|argument| argument == word.as_bytes())
         };
         let pid = children.split_whitespace().find(has_word).unwrap_or_else(|| panic!("{children}"));
-        let pid = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
-        rustix::process::kill_process(pid, signal).unwrap();
+        Pid::from_raw(pid.parse().unwrap()).unwrap()
     }
 
     #[track_caller]

@@ -97,6 +97,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     signals.forever().next();
     // Connections are reset, so that none looks complete, and rules in the host's namespace are put away.
     engine.stop();
+    logging::flush();
     ExitCode::SUCCESS
 }
 
