@@ -3,12 +3,16 @@
 //! A scrape is one short request every few seconds, so this is a thread that answers with plain blocking I/O, and
 //! it serves the small docker-proxy binary, which has no async runtime, as well as the large one. It is bounded:
 //! [`MAX_CLIENTS`] at a time, [`MAX_REQUEST`] bytes of request, [`PATIENCE`] for a slow client. The page is written by one
-//! thread at a time, whose priority is low ([`NICE`]), and those who came before it was begun all get the same. So
-//! whatever happens here, the data plane does not notice.
+//! thread at a time, whose priority is low ([`NICE`]) and who often rests, and those who came before it was begun all get the same. Pages are
+//! sent in pieces ([`PIECE`]), one thread's at a time as well, and after each as long is waited as it took: a storm of scrapes has half of a core at
+//! most. So whatever happens here, the data plane hardly notices.
 
 use metrics::gauge;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::str::FromStr;
@@ -29,8 +33,11 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How often histograms are folded when nobody scrapes, so that they do not pile up.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// Niceness of the threads that write pages: beside a loop at work they have a tenth of its time (sched(7)).
+/// Niceness of the threads that let clients in and write pages: beside a loop at work they have a tenth of its time (sched(7)).
 const NICE: i32 = 10;
+
+/// Bytes of a page that are sent at a time: some 50 us.
+const PIECE: usize = 256 << 10;
 
 /// Where to serve: an address and a port, or the first free port of a range (for the many docker-proxies of one
 /// host, which share one environment).
@@ -152,10 +159,13 @@ impl Recorder {
             collector,
             more: self.more,
             last: Mutex::default(),
+            turn: Mutex::default(),
         };
         let page = Arc::new(page);
         let clients = Arc::new(AtomicUsize::new(0));
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
+            // On Linux it is this thread's, and that of those which it starts. That it is refused changes nothing but that.
+            let _ = rustix::process::nice(NICE);
             for client in self.listener.incoming() {
                 match client {
                     Ok(client) => admit(client, &page, &clients),
@@ -188,6 +198,8 @@ struct Page {
     more: Vec<Families>,
     /// The page that was written last for several, and when it was begun.
     last: Mutex<Option<(Instant, Arc<str>)>>,
+    /// Whose turn it is to work.
+    turn: Mutex<()>,
 }
 
 impl Page {
@@ -202,9 +214,44 @@ impl Page {
             return Arc::clone(page);
         }
         let begun = Instant::now();
-        let page: Arc<str> = self.render().into();
+        let page: Arc<str> = {
+            let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            self.render().into()
+        };
         *last = Some((begun, Arc::clone(&page)));
         page
+    }
+
+    /// Does a piece of work when nobody else does, and rests for as long as it took.
+    fn at_ones_turn<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = Instant::now();
+        let done = work();
+        std::thread::sleep(begun.elapsed());
+        done
+    }
+
+    /// Sends `bytes` piece by piece.
+    fn send(&self, mut client: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+        client.set_nonblocking(true)?;
+        let patience = Timespec::try_from(PATIENCE).map_err(io::Error::other)?;
+        let mut left = bytes;
+        while !left.is_empty() {
+            let piece = &left[..left.len().min(PIECE)];
+            match self.at_ones_turn(|| client.write(piece)) {
+                Ok(sent) => left = &left[sent..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Not while others wait for their turn.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let room = poll(&mut [PollFd::new(client, PollFlags::OUT)], Some(&patience));
+                    if retry(room)? == Some(0) {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     fn render(&self) -> String {
@@ -212,9 +259,40 @@ impl Page {
         let mut text = self.handle.render();
         // Writing to a String does not fail.
         let (ports, fill) = (self.ports)();
-        let _ = describe(&ports, &mut text).and_then(|()| fill.describe(&mut text));
+        let _ = describe(&ports, &mut Gently::new(&mut text)).and_then(|()| fill.describe(&mut text));
         self.more.iter().for_each(|families| families(&mut text));
         text
+    }
+}
+
+/// Writes, and rests every now and then for as long as it has written. A loop that is woken may have to wait until whoever has its core sleeps or its time
+/// is over, however low its priority is: 3 ms (`sysctl_sched_base_slice`, kernel/sched/fair.c), where this is over in a tenth of that.
+struct Gently<'a> {
+    text: &'a mut String,
+    begun: Instant,
+    /// How long the text was when it rested last.
+    rested: usize,
+}
+
+impl<'a> Gently<'a> {
+    /// Bytes of text between two rests: a hundred series, some 50 us.
+    const STRETCH: usize = 8 << 10;
+
+    fn new(text: &'a mut String) -> Self {
+        let rested = text.len();
+        Self { text, begun: Instant::now(), rested }
+    }
+}
+
+impl fmt::Write for Gently<'_> {
+    fn write_str(&mut self, more: &str) -> fmt::Result {
+        self.text.push_str(more);
+        if self.text.len() - self.rested >= Self::STRETCH {
+            std::thread::sleep(self.begun.elapsed());
+            self.begun = Instant::now();
+            self.rested = self.text.len();
+        }
+        Ok(())
     }
 }
 
@@ -227,8 +305,6 @@ fn admit(client: TcpStream, page: &Arc<Page>, clients: &Arc<AtomicUsize>) {
     }
     let (page, at_work) = (Arc::clone(page), Arc::clone(clients));
     let answer = move || {
-        // On Linux it is the thread's own. That it is refused changes nothing but that.
-        let _ = rustix::process::nice(NICE);
         // A client that goes away, or dawdles, is its own loss.
         let _ = answer(&client, &page);
         at_work.fetch_sub(1, Ordering::Relaxed);
@@ -241,7 +317,12 @@ fn admit(client: TcpStream, page: &Arc<Page>, clients: &Arc<AtomicUsize>) {
 fn answer(client: &TcpStream, page: &Page) -> io::Result<()> {
     client.set_write_timeout(Some(PATIENCE))?;
     match request_path(client)? {
-        Some(path) if path == "/metrics" => respond(client, "200 OK", &page.now()),
+        Some(path) if path == "/metrics" => {
+            let text = page.now();
+            let head = head("200 OK", text.len());
+            page.send(client, head.as_bytes())?;
+            page.send(client, text.as_bytes())
+        }
         Some(path) if path == "/" => respond(client, "200 OK", "tidegate's metrics are at /metrics\n"),
         Some(_) => respond(client, "404 Not Found", "there is only /metrics\n"),
         None => respond(client, "400 Bad Request", "that was not a GET request\n"),
@@ -272,13 +353,24 @@ fn request_path(mut client: &TcpStream) -> io::Result<Option<String>> {
 }
 
 fn respond(mut client: &TcpStream, status: &str, body: &str) -> io::Result<()> {
-    let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
-         Content-Length: {}\r\nConnection: close\r\n\r\n",
-        body.len()
-    );
-    client.write_all(head.as_bytes())?;
+    client.write_all(head(status, body.len()).as_bytes())?;
     client.write_all(body.as_bytes())
+}
+
+fn head(status: &str, length: usize) -> String {
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
+         Content-Length: {length}\r\nConnection: close\r\n\r\n"
+    )
+}
+
+/// What poll(2) has said; nothing if a signal came.
+fn retry(polled: rustix::io::Result<usize>) -> io::Result<Option<usize>> {
+    match polled {
+        Ok(ready) => Ok(Some(ready)),
+        Err(Errno::INTR) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 #[cfg(test)]
