@@ -20,6 +20,7 @@ mod publisher;
 pub mod services;
 pub mod source;
 mod table;
+mod top;
 pub mod up;
 pub mod version;
 mod way_in;

@@ -2,19 +2,24 @@
 //!
 //! A scrape is one short request every few seconds, so this is a thread that answers with plain blocking I/O, and
 //! it serves the small docker-proxy binary, which has no async runtime, as well as the large one. It is bounded:
-//! [`MAX_CLIENTS`] at a time, [`MAX_REQUEST`] bytes of request, [`PATIENCE`] for a slow client. Whatever
-//! happens here, the data plane does not notice.
+//! [`MAX_CLIENTS`] at a time, [`MAX_REQUEST`] bytes of request, [`PATIENCE`] for a slow client. The page is written by one
+//! thread at a time, whose priority is low ([`NICE`]) and who often rests, and those who came before it was begun all get the same. Pages are
+//! sent in pieces ([`PIECE`]), one thread's at a time as well, and after each as long is waited as it took: a storm of scrapes has half of a core at
+//! most. So whatever happens here, the data plane hardly notices.
 
 use metrics::gauge;
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tidegate_proxy::{PortSnapshot, describe};
+use tidegate_proxy::{Fill, PortSnapshot, describe};
 
 /// Scrapes answered at the same time; more are told 503.
 const MAX_CLIENTS: usize = 16;
@@ -28,9 +33,11 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How often histograms are folded when nobody scrapes, so that they do not pile up.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// Bucket bounds of `tidegate_proxy_dial_seconds`: from a container on this host to the dial timeout.
-const DIAL_BUCKETS: [f64; 12] =
-    [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 3.0, 10.0];
+/// Niceness of the threads that let clients in and write pages: beside a loop at work they have a tenth of its time (sched(7)).
+const NICE: i32 = 10;
+
+/// Bytes of a page that are sent at a time: some 50 us.
+const PIECE: usize = 256 << 10;
 
 /// Where to serve: an address and a port, or the first free port of a range (for the many docker-proxies of one
 /// host, which share one environment).
@@ -75,9 +82,6 @@ pub enum EndpointError {
         /// What the system says of the last port tried.
         source: io::Error,
     },
-    /// The exporter could not be set up; a mistake of ours.
-    #[error("metrics exporter: {0}")]
-    Exporter(#[from] BuildError),
 }
 
 fn ports(address: &MetricsAddress) -> String {
@@ -105,8 +109,7 @@ impl Recorder {
     /// [`EndpointError`]; nothing is left open then.
     pub fn install(address: MetricsAddress) -> Result<Self, EndpointError> {
         let listener = bind(address)?;
-        let dial = Matcher::Full("tidegate_proxy_dial_seconds".to_owned());
-        let recorder = PrometheusBuilder::new().set_buckets_for_metric(dial, &DIAL_BUCKETS)?.build_recorder();
+        let recorder = PrometheusBuilder::new().build_recorder();
         let handle = recorder.handle();
         if metrics::set_global_recorder(recorder).is_err() {
             tracing::warn!("metrics were set up twice; the first stay");
@@ -134,7 +137,10 @@ impl Recorder {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn serve(self, ports: impl Fn() -> Vec<PortSnapshot> + Send + Sync + 'static) -> io::Result<()> {
+    pub fn serve(
+        self,
+        ports: impl Fn() -> (Vec<PortSnapshot>, Fill) + Send + Sync + 'static,
+    ) -> io::Result<()> {
         gauge!("tidegate_build_info", "version" => crate::version::VERSION, "commit" => crate::version::COMMIT)
             .set(1.0);
         metrics::describe_gauge!("tidegate_build_info", "Always 1; its labels say what was built.");
@@ -147,9 +153,19 @@ impl Recorder {
                 upkeep.run_upkeep();
             }
         })?;
-        let page = Arc::new(Page { handle: self.handle, ports: Box::new(ports), collector, more: self.more });
+        let page = Page {
+            handle: self.handle,
+            ports: Box::new(ports),
+            collector,
+            more: self.more,
+            last: Mutex::default(),
+            turn: Mutex::default(),
+        };
+        let page = Arc::new(page);
         let clients = Arc::new(AtomicUsize::new(0));
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
+            // On Linux it is this thread's, and that of those which it starts. That it is refused changes nothing but that.
+            let _ = rustix::process::nice(NICE);
             for client in self.listener.incoming() {
                 match client {
                     Ok(client) => admit(client, &page, &clients),
@@ -177,19 +193,106 @@ fn bind(address: MetricsAddress) -> Result<TcpListener, EndpointError> {
 /// What is on the page.
 struct Page {
     handle: PrometheusHandle,
-    ports: Box<dyn Fn() -> Vec<PortSnapshot> + Send + Sync>,
+    ports: Box<dyn Fn() -> (Vec<PortSnapshot>, Fill) + Send + Sync>,
     collector: Collector,
     more: Vec<Families>,
+    /// The page that was written last for several, and when it was begun.
+    last: Mutex<Option<(Instant, Arc<str>)>>,
+    /// Whose turn it is to work.
+    turn: Mutex<()>,
 }
 
 impl Page {
+    /// The page as it is at this moment, or a moment later.
+    fn now(&self) -> Arc<str> {
+        let asked = Instant::now();
+        // While others wait for it.
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((begun, page)) = &*last
+            && *begun >= asked
+        {
+            return Arc::clone(page);
+        }
+        let begun = Instant::now();
+        let page: Arc<str> = {
+            let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            self.render().into()
+        };
+        *last = Some((begun, Arc::clone(&page)));
+        page
+    }
+
+    /// Does a piece of work when nobody else does, and rests for as long as it took.
+    fn at_ones_turn<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = Instant::now();
+        let done = work();
+        std::thread::sleep(begun.elapsed());
+        done
+    }
+
+    /// Sends `bytes` piece by piece.
+    fn send(&self, mut client: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+        client.set_nonblocking(true)?;
+        let patience = Timespec::try_from(PATIENCE).map_err(io::Error::other)?;
+        let mut left = bytes;
+        while !left.is_empty() {
+            let piece = &left[..left.len().min(PIECE)];
+            match self.at_ones_turn(|| client.write(piece)) {
+                Ok(sent) => left = &left[sent..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Not while others wait for their turn.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let room = poll(&mut [PollFd::new(client, PollFlags::OUT)], Some(&patience));
+                    if retry(room)? == Some(0) {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     fn render(&self) -> String {
         self.collector.collect();
         let mut text = self.handle.render();
         // Writing to a String does not fail.
-        let _ = describe(&(self.ports)(), &mut text);
+        let (ports, fill) = (self.ports)();
+        let _ = describe(&ports, &mut Gently::new(&mut text)).and_then(|()| fill.describe(&mut text));
         self.more.iter().for_each(|families| families(&mut text));
         text
+    }
+}
+
+/// Writes, and rests every now and then for as long as it has written. A loop that is woken may have to wait until whoever has its core sleeps or its time
+/// is over, however low its priority is: 3 ms (`sysctl_sched_base_slice`, kernel/sched/fair.c), where this is over in a tenth of that.
+struct Gently<'a> {
+    text: &'a mut String,
+    begun: Instant,
+    /// How long the text was when it rested last.
+    rested: usize,
+}
+
+impl<'a> Gently<'a> {
+    /// Bytes of text between two rests: a hundred series, some 50 us.
+    const STRETCH: usize = 8 << 10;
+
+    fn new(text: &'a mut String) -> Self {
+        let rested = text.len();
+        Self { text, begun: Instant::now(), rested }
+    }
+}
+
+impl fmt::Write for Gently<'_> {
+    fn write_str(&mut self, more: &str) -> fmt::Result {
+        self.text.push_str(more);
+        if self.text.len() - self.rested >= Self::STRETCH {
+            std::thread::sleep(self.begun.elapsed());
+            self.begun = Instant::now();
+            self.rested = self.text.len();
+        }
+        Ok(())
     }
 }
 
@@ -214,7 +317,12 @@ fn admit(client: TcpStream, page: &Arc<Page>, clients: &Arc<AtomicUsize>) {
 fn answer(client: &TcpStream, page: &Page) -> io::Result<()> {
     client.set_write_timeout(Some(PATIENCE))?;
     match request_path(client)? {
-        Some(path) if path == "/metrics" => respond(client, "200 OK", &page.render()),
+        Some(path) if path == "/metrics" => {
+            let text = page.now();
+            let head = head("200 OK", text.len());
+            page.send(client, head.as_bytes())?;
+            page.send(client, text.as_bytes())
+        }
         Some(path) if path == "/" => respond(client, "200 OK", "tidegate's metrics are at /metrics\n"),
         Some(_) => respond(client, "404 Not Found", "there is only /metrics\n"),
         None => respond(client, "400 Bad Request", "that was not a GET request\n"),
@@ -245,13 +353,24 @@ fn request_path(mut client: &TcpStream) -> io::Result<Option<String>> {
 }
 
 fn respond(mut client: &TcpStream, status: &str, body: &str) -> io::Result<()> {
-    let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
-         Content-Length: {}\r\nConnection: close\r\n\r\n",
-        body.len()
-    );
-    client.write_all(head.as_bytes())?;
+    client.write_all(head(status, body.len()).as_bytes())?;
     client.write_all(body.as_bytes())
+}
+
+fn head(status: &str, length: usize) -> String {
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
+         Content-Length: {length}\r\nConnection: close\r\n\r\n"
+    )
+}
+
+/// What poll(2) has said; nothing if a signal came.
+fn retry(polled: rustix::io::Result<usize>) -> io::Result<Option<usize>> {
+    match polled {
+        Ok(ready) => Ok(Some(ready)),
+        Err(Errno::INTR) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 #[cfg(test)]

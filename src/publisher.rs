@@ -24,8 +24,8 @@ use tidegate_nat::Nat;
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Firewall, Opening};
 use tidegate_proxy::{
-    Drained, Enclosures, Engine, Listener, Permit, PortOptions, PortSnapshot, PublishedPort, Settings,
-    Upstream,
+    Drained, Enclosures, Engine, Fill, Listener, Permit, PortOptions, PortSnapshot, PublishedPort, Settings,
+    Upstream, Whose,
 };
 
 /// Sockets to listen on at most: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses. What goes beyond that is a
@@ -110,6 +110,8 @@ pub(crate) struct Publisher {
 struct State {
     endpoints: BTreeMap<String, Endpoint>,
     ports: BTreeMap<PortId, Port>,
+    /// Those without series that the NAT engine carries and that are being closed: what they have counted is not remembered yet.
+    leaving: BTreeMap<PortId, Arc<CarriedPort>>,
     /// The last number that was given out.
     last: u32,
     closed: bool,
@@ -174,7 +176,7 @@ struct Port {
     /// Itself, and the same at gateways.
     published: Vec<PublishedPort>,
     /// Itself, where the NAT engine carries it.
-    carried: Option<CarriedPort>,
+    carried: Option<Arc<CarriedPort>>,
     _descriptors: Vec<Permit>,
 }
 
@@ -209,13 +211,34 @@ impl Publisher {
         self.way_in.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The figures of every open port.
+    /// The figures of the open ports that have series of their own, and the sums of the others.
     pub(crate) fn snapshot(&self) -> Vec<PortSnapshot> {
+        // What is counted by one and by the other belongs together: a port that is being closed is in one of the two.
+        let state = self.state();
         let mut ports = self.engine.snapshot();
-        ports.extend(
-            self.state().ports.values().filter_map(|port| port.carried.as_ref()).map(CarriedPort::snapshot),
-        );
+        for carried in state.carried() {
+            let figures = carried.snapshot();
+            if carried.has_series() {
+                ports.push(figures);
+                continue;
+            }
+            let whose = Whose::Others(figures.whose.protocol());
+            match ports.iter_mut().find(|sum| sum.whose == whose) {
+                Some(sum) => sum.add(&figures),
+                None => ports.push(PortSnapshot { whose, ..figures }),
+            }
+        }
         ports
+    }
+
+    /// How full the tables are.
+    pub(crate) fn fill(&self) -> Fill {
+        let state = self.state();
+        let mut fill = self.engine.fill();
+        for port in state.ports.values().filter_map(|port| port.carried.as_ref()) {
+            fill.ports[usize::from(!port.has_series())] += 1;
+        }
+        fill
     }
 
     /// Makes `name` an endpoint that ports can lead to.
@@ -338,7 +361,7 @@ impl Publisher {
             opened.push(told.clone());
             let (mut published, carried) = match carried.next() {
                 Some(Carried::Publisher(port)) => (vec![port], None),
-                Some(Carried::Engine(port)) => (Vec::new(), Some(port)),
+                Some(Carried::Engine(port)) => (Vec::new(), Some(Arc::new(port))),
                 None => (Vec::new(), None),
             };
             published.extend(at_gateways.by_ref().take(count));
@@ -365,20 +388,29 @@ impl Publisher {
         Ok(opened.map_err(PublishError::Engine)??)
     }
 
-    /// Closes a port: it can be bound again when this returns. Its connections are reset, its sessions end. False if there is no such
-    /// port (any more).
-    pub(crate) fn unpublish(&self, id: PortId) -> bool {
+    /// Closes a port: it can be bound again when this returns. Its connections are reset, its sessions end. Returns what it was; nothing if there is
+    /// no such port (any more).
+    pub(crate) fn unpublish(&self, id: PortId) -> Option<OpenPort> {
         // Not under the lock: the loops have to be waited for.
         let (port, opening) = {
             let mut state = self.state();
-            let Some(port) = state.ports.remove(&id) else { return false };
+            let port = state.ports.remove(&id)?;
             let opening = state.opening(&port.told.endpoint, port.told.label, port.told.container_port);
+            if let Some(carried) = port.carried.as_ref().filter(|carried| !carried.has_series()) {
+                state.leaving.insert(id, Arc::clone(carried));
+            }
             (port, opening)
         };
-        drop(port.carried);
+        if let Some(carried) = port.carried {
+            carried.close();
+            let mut state = self.state();
+            if state.leaving.remove(&id).is_some() {
+                self.engine.remember(&carried.snapshot());
+            }
+        }
         let closed = port.published.into_iter().all(|socket| self.engine.unpublish(socket));
         self.close_in_firewall(&[opening]);
-        closed
+        closed.then_some(port.told)
     }
 
     fn change_firewall(&self, added: &[Opening], removed: &[Opening]) -> Result<(), PublishError> {
@@ -389,13 +421,32 @@ impl Publisher {
     /// Where that fails nothing answers any more, and it goes with the rest in the end.
     fn close_in_firewall(&self, ports: &[Opening]) {
         if let Err(error) = self.change_firewall(&[], ports) {
-            tracing::warn!(%error, "a port that is closed is still in the firewall");
+            for port in ports {
+                let publish = PublishLabel::new(SocketAddr::new(port.address, port.port), port.protocol);
+                tracing::warn!(%publish, %error, "a port that is closed is still in the firewall");
+            }
         }
     }
 
     /// The open ports, in the order in which they were published.
     pub(crate) fn ports(&self) -> Vec<OpenPort> {
         self.state().ports.values().map(|port| port.told.clone()).collect()
+    }
+
+    /// The same with their figures; those of the same port at gateways are in them.
+    pub(crate) fn figures(&self) -> Vec<(OpenPort, PortSnapshot)> {
+        let mut figures: BTreeMap<PublishedPort, PortSnapshot> = BTreeMap::new();
+        self.engine.visit(|port, snapshot| {
+            figures.insert(port, snapshot.clone());
+        });
+        let state = self.state();
+        let of = |port: &Port| {
+            let mut sum = PortSnapshot::empty(Whose::Port(port.told.label));
+            port.published.iter().filter_map(|socket| figures.get(socket)).for_each(|more| sum.add(more));
+            port.carried.iter().for_each(|carried| sum.add(&carried.snapshot()));
+            (port.told.clone(), sum)
+        };
+        state.ports.values().map(of).collect()
     }
 
     /// `endpoint` is now at `addresses` in `namespace`. Its ports stay open and lead there from here on.
@@ -448,6 +499,11 @@ impl Publisher {
 }
 
 impl State {
+    /// The ports that the NAT engine carries, and those of the sum that it has carried until now.
+    fn carried(&self) -> impl Iterator<Item = &Arc<CarriedPort>> {
+        self.ports.values().filter_map(|port| port.carried.as_ref()).chain(self.leaving.values())
+    }
+
     /// What a firewall has to know of a port of `endpoint`.
     fn opening(&self, endpoint: &str, label: PublishLabel, container_port: u16) -> Opening {
         let targets = self.endpoints.get(endpoint).map(|endpoint| endpoint.targets.as_slice());
@@ -529,7 +585,7 @@ mod tests {
         publisher.close(Duration::ZERO);
         assert!(matches!(publisher.publish("web", &spec), Err(PublishError::Closed)));
         assert_eq!(publisher.ports(), []);
-        assert!(!publisher.unpublish(PortId(1)));
+        assert_eq!(publisher.unpublish(PortId(1)), None);
     }
 
     #[test]

@@ -11,8 +11,9 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tidegate_nat::{DropReason, Forward, ForwardId, ForwardSource, ForwardStats, Guard, Nat};
-use tidegate_proxy::{Drop, Enclosures, Engine, Listener, PortSnapshot};
+use tidegate_proxy::{Drop, Enclosures, Engine, Listener, PortSnapshot, Whose};
 
 /// The engine, and who else publishes ports.
 #[derive(Clone)]
@@ -28,6 +29,8 @@ pub(crate) struct CarriedPort {
     id: ForwardId,
     forward: Forward,
     stats: Arc<ForwardStats>,
+    has_series: bool,
+    is_closed: AtomicBool,
 }
 
 impl WayIn {
@@ -63,7 +66,11 @@ impl WayIn {
         let published = self.nat.publish_on(OwnedFd::from(listener), forward, Some(guard));
         let found = published.map(|id| (id, self.nat.forward_stats(id).unwrap_or_default()));
         match found {
-            Ok((id, stats)) => Ok(CarriedPort { way: self.clone(), id, forward, stats }),
+            Ok((id, stats)) => {
+                let has_series = self.others.take_series(1) > 0;
+                let is_closed = AtomicBool::new(false);
+                Ok(CarriedPort { way: self.clone(), id, forward, stats, has_series, is_closed })
+            }
             Err(error) => {
                 self.others.forget_port_of_others(label.address());
                 Err(io::Error::other(error))
@@ -92,22 +99,37 @@ impl CarriedPort {
         // The engine counts out first, the publisher in.
         let turned = |[out, into]: [u64; 2]| [into, out];
         PortSnapshot {
-            label: self.forward.label(),
             accepted: stats.flows_begun.get(),
-            live: usize::try_from(stats.flows.get()).unwrap_or(usize::MAX),
+            live: stats.flows.get(),
+            limit: self.way.nat.figures().share_limit,
             cut: stats.evicted.get(),
             bytes: turned(stats.bytes.each_ref().map(tidegate_nat::Count::get)),
             datagrams: turned(stats.datagrams.each_ref().map(tidegate_nat::Count::get)),
-            refused: [0; tidegate_proxy::Refusal::ALL.len()],
             dropped,
+            ..PortSnapshot::empty(Whose::Port(self.forward.label()))
+        }
+    }
+
+    /// Whether it has series of its own in metrics.
+    pub(crate) fn has_series(&self) -> bool {
+        self.has_series
+    }
+
+    /// Closes it: nothing more is counted when this returns.
+    pub(crate) fn close(&self) {
+        if !self.is_closed.swap(true, Ordering::Relaxed) {
+            self.way.nat.unpublish(self.id);
+            self.way.others.forget_port_of_others(self.forward.listen);
         }
     }
 }
 
 impl std::ops::Drop for CarriedPort {
     fn drop(&mut self) {
-        self.way.nat.unpublish(self.id);
-        self.way.others.forget_port_of_others(self.forward.listen);
+        self.close();
+        if self.has_series {
+            self.way.others.give_series_back();
+        }
     }
 }
 

@@ -136,13 +136,15 @@ fn flags_in_the_documents_are_flags_of_tidegate() {
         assert!(output.status.success());
         words(&String::from_utf8(output.stdout).unwrap(), "--")
     };
-    let mut known = help("publish");
-    known.extend(help("hello"));
-    for document in documents() {
-        for line in read(&document).lines().filter(|line| line.contains("tidegate publish")) {
-            let unknown: Vec<_> =
-                words(line, "--").into_iter().filter(|flag| !known.contains(flag)).collect();
-            assert!(unknown.is_empty(), "{document}: {unknown:?} in {line:?}");
+    let mut publish = help("publish");
+    publish.extend(help("hello"));
+    for (command, known) in [("tidegate publish", publish), ("tidegate top", help("top"))] {
+        for document in documents() {
+            for line in read(&document).lines().filter(|line| line.contains(command)) {
+                let unknown: Vec<_> =
+                    words(line, "--").into_iter().filter(|flag| !known.contains(flag)).collect();
+                assert!(unknown.is_empty(), "{document}: {unknown:?} in {line:?}");
+            }
         }
     }
 }

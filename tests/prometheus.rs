@@ -1,5 +1,7 @@
 //! The dashboards, rules and alerts of `grafana/`, with a real Prometheus that scrapes a `tidegate up` under traffic.
 
+#[path = "api/ask.rs"]
+mod ask;
 #[path = "up/scene.rs"]
 mod scene;
 
@@ -10,7 +12,7 @@ mod prometheus {
 }
 
 use prometheus::dashboards::{self, Variable};
-use prometheus::server::{Answer, Prometheus, TARGET};
+use prometheus::server::{Answer, OTHER_TARGET, Prometheus, TARGET};
 use prometheus::traffic::{ROUNDS, Traffic};
 use scene::{Scene, state};
 use std::collections::BTreeSet;
@@ -41,6 +43,10 @@ fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
     command.args(["up", "--firewall=none", "--metrics", TARGET, "-f"]).arg(&file);
     let mut up = Process::spawn(&mut command);
     up.wait_for_line("Ctrl-C takes", SOON);
+    // One has the NAT engine and no firewall, the other a firewall.
+    let other_socket = scene.directory.path().join("other.sock");
+    let mut other = Process::spawn(&mut other(&scene, &other_socket));
+    other.wait_for_line("Ctrl-C takes", SOON);
     let server = Prometheus::start(&scene.net.host);
     let traffic = Traffic::prepare(&scene.net, &up);
 
@@ -48,6 +54,7 @@ fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
     for round in 0..ROUNDS {
         server.wait_for_scrapes(2);
         traffic.round(round);
+        port_comes_and_goes(&other_socket);
     }
     let _open = traffic.stay();
     server.wait_for_scrapes(2);
@@ -59,8 +66,29 @@ fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
     rules_are_evaluated(&server);
 
     drop(server);
+    other.stop(Signal::INT, SOON);
     up.stop(Signal::INT, SOON);
     assert_eq!(state(&scene.net.host), before);
+}
+
+/// A project behind nftables, beside the one that has the traffic.
+fn other(scene: &Scene, socket: &Path) -> Command {
+    let file = scene.directory.path().join("other.yaml");
+    std::fs::write(&file, "name: walled\nservices: { idle: { command: [ sleep, '60' ] } }\n").unwrap();
+    let mut command = scene.tidegate();
+    command.args(["up", "--firewall=nftables", "--metrics", OTHER_TARGET, "-f"]).arg(&file);
+    command.env("TIDEGATE_SOCKET", socket);
+    command
+}
+
+/// Two changes of rules.
+#[track_caller]
+fn port_comes_and_goes(socket: &Path) {
+    let (code, ports) =
+        ask::ask(socket, "POST", "/v1/ports", r#"{"endpoint": "idle", "spec": "127.0.0.1:9999:80"}"#);
+    assert_eq!(code, 201, "{ports}");
+    let (code, _) = ask::ask(socket, "DELETE", &format!("/v1/ports/{}", ports[0]["id"]), "");
+    assert_eq!(code, 204);
 }
 
 /// Exact numbers of bytes, connections, datagrams, questions and flows.

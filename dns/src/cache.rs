@@ -94,6 +94,11 @@ impl Cache {
         }
     }
 
+    /// How many bytes they take, about.
+    pub(crate) fn size(&self) -> usize {
+        self.size
+    }
+
     /// How many answers are kept.
     pub(crate) fn len(&self) -> usize {
         self.entries.len()

@@ -149,6 +149,13 @@ impl Forwarder {
         }
     }
 
+    /// How much is on its way and kept, and how much may be.
+    pub(crate) fn fill(&self) -> (Bounds, Bounds) {
+        let state = self.state();
+        let (flights, waiters, cache) = (state.flights.len(), state.waiters, state.cache.size());
+        (Bounds { flights, waiters, cache }, self.bounds)
+    }
+
     /// What is remembered of servers: each, whether it is trusted, its figures.
     pub(crate) fn figures(&self) -> Vec<(SocketAddr, bool, Figures)> {
         self.state().health.figures().collect()

@@ -76,7 +76,7 @@ impl Site {
         let stats = view.first().map(|network| &network.stats);
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let resolution = resolve(&view, self.shared.policy, request.name(), request.kind, turn);
-        tracing::debug!(asker = ?self.asker, name = %Shown(request.name()), kind = request.kind, ?resolution, "question");
+        tracing::debug!(endpoint = self.asker.endpoint(), network = self.asker.network(), name = %Shown(request.name()), kind = request.kind, ?resolution, "question");
         let rcode = match &resolution {
             Resolution::Forward(list) => {
                 let waiter = || {

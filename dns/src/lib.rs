@@ -50,7 +50,7 @@ mod zone;
 
 pub use error::{ServeError, StartError, ZoneError};
 pub use follow::{REST, Watch, servers};
-pub use metrics::FAMILIES;
+pub use metrics::{FAMILIES, FILL_FAMILIES, Fill, Questions, Upstream};
 pub use name::NameError;
 pub use resolv_conf::{PORT, ResolvConf, SERVER};
 pub use resolver::{Resolver, ServeOptions, Settings};

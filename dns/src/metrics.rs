@@ -9,7 +9,7 @@ use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The types of questions that are told apart.
 const KINDS: [(u16, &str); 9] = [
@@ -58,6 +58,103 @@ impl NetworkStats {
         };
         self.queries[row * COLUMNS + column].fetch_add(1, Ordering::Relaxed);
     }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Those of all types.
+    pub(crate) fn questions(&self) -> Questions {
+        let of = |rcode: &str| {
+            let column = RCODES.iter().position(|one| *one == rcode).unwrap_or(COLUMNS - 1);
+            let column = self.queries.iter().skip(column).step_by(COLUMNS);
+            column.map(|count| count.load(Ordering::Relaxed)).sum::<u64>()
+        };
+        let answered = RCODES.iter().map(|rcode| of(rcode)).sum();
+        Questions { answered, failed: of("SERVFAIL") + of("REFUSED"), unknown: of("NXDOMAIN") }
+    }
+}
+
+/// Questions of a network that have been answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Questions {
+    /// In all.
+    pub answered: u64,
+    /// Of those, with `SERVFAIL` or `REFUSED`.
+    pub failed: u64,
+    /// Of those, that there is no such name.
+    pub unknown: u64,
+}
+
+/// How a server is that questions are forwarded to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Upstream {
+    /// Which one.
+    pub server: SocketAddr,
+    /// Others are not asked before it because it was silent.
+    pub trusted: bool,
+    /// Questions sent.
+    pub asked: u64,
+    /// Of those, not answered in time, or not at all.
+    pub silent: u64,
+    /// Of those, answered with a failure.
+    pub failed: u64,
+    /// Answers of which the time was taken.
+    pub answered: u64,
+    /// What they took together.
+    pub took: Duration,
+}
+
+/// How full the tables are: what there is, and what there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// Bytes of answers that are kept.
+    pub cache_bytes: [usize; 2],
+    /// Questions that are with other servers.
+    pub in_flight: [usize; 2],
+    /// Askers that wait for those.
+    pub waiting: [usize; 2],
+    /// TCP clients of all servers.
+    pub tcp_clients: [usize; 2],
+}
+
+/// The families of [`Fill`], each with its limit's.
+pub const FILL_FAMILIES: [&str; 7] = [
+    "tidegate_dns_cache_bytes",
+    "tidegate_dns_cache_bytes_limit",
+    "tidegate_dns_upstream_in_flight_limit",
+    "tidegate_dns_waiting",
+    "tidegate_dns_waiting_limit",
+    "tidegate_dns_tcp_clients",
+    "tidegate_dns_tcp_clients_limit",
+];
+
+/// Writes how full the tables are in the text format of Prometheus (exposition format 0.0.4).
+pub(crate) fn describe_fill(fill: &Fill, page: &mut impl Write) -> fmt::Result {
+    let help = [
+        "Bytes that the answers in the cache take, about.",
+        "Bytes that the answers in the cache may take.",
+        "Questions that may be with other servers.",
+        "Clients that wait for an answer of another server.",
+        "Clients that may wait for answers of other servers.",
+        "TCP clients of all DNS servers.",
+        "TCP clients that all DNS servers together may have.",
+    ];
+    let values = [
+        fill.cache_bytes[0],
+        fill.cache_bytes[1],
+        // How many there are the facade tells.
+        fill.in_flight[1],
+        fill.waiting[0],
+        fill.waiting[1],
+        fill.tcp_clients[0],
+        fill.tcp_clients[1],
+    ];
+    for ((name, help), value) in FILL_FAMILIES.into_iter().zip(help).zip(values) {
+        head((name, "gauge", help), page)?;
+        writeln!(page, "{name} {value}")?;
+    }
+    Ok(())
 }
 
 /// A family: its name, its type, and what it tells.
@@ -247,6 +344,40 @@ impl ProcessMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn questions_are_those_of_all_types() {
+        let stats = NetworkStats::new("un1");
+        for (kind, rcode) in [
+            (kind::A, Rcode::NoError),
+            (kind::AAAA, Rcode::NxDomain),
+            (kind::TXT, Rcode::ServFail),
+            (65_280, Rcode::Refused),
+        ] {
+            stats.count(kind, rcode);
+        }
+        assert_eq!(stats.questions(), Questions { answered: 4, failed: 2, unknown: 1 });
+    }
+
+    #[test]
+    fn how_full_tables_are_is_told_in_a_family_each() {
+        let fill = Fill { cache_bytes: [1, 2], in_flight: [3, 4], waiting: [5, 6], tcp_clients: [7, 8] };
+        let mut page = String::new();
+        describe_fill(&fill, &mut page).unwrap();
+        let values: Vec<_> = page.lines().filter(|line| !line.starts_with('#')).collect();
+        assert_eq!(
+            values,
+            [
+                "tidegate_dns_cache_bytes 1",
+                "tidegate_dns_cache_bytes_limit 2",
+                "tidegate_dns_upstream_in_flight_limit 4",
+                "tidegate_dns_waiting 5",
+                "tidegate_dns_waiting_limit 6",
+                "tidegate_dns_tcp_clients 7",
+                "tidegate_dns_tcp_clients_limit 8",
+            ]
+        );
+    }
 
     #[test]
     fn each_family_is_told_once_and_a_histogram_adds_up() {

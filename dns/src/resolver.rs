@@ -3,10 +3,11 @@
 use crate::error::{ServeError, StartError, ZoneError};
 use crate::follow::{self, Watch};
 use crate::forward::{Bounds, Forwarder, Ways};
-use crate::metrics::{self, NetworkStats, ProcessMetrics};
+use crate::metrics::{self, Fill, NetworkStats, ProcessMetrics, Questions, Upstream};
 use crate::resolve::Policy;
 use crate::server::{self, Listen, Serving};
 use crate::servers::{ServerList, ServerLists, TooManyLists};
+use crate::upstream::Figures;
 use crate::zone::{EndpointSpec, Limits, NetworkSpec, Zones};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -95,6 +96,8 @@ pub(crate) struct Shared {
     pub(crate) waiting_of_one: usize,
     pub(crate) tcp_clients: usize,
     pub(crate) connections: Arc<Semaphore>,
+    /// How many of them there are in all.
+    connections_limit: usize,
     pub(crate) metrics: Arc<ProcessMetrics>,
 }
 
@@ -199,6 +202,7 @@ impl Resolver {
             waiting_of_one: settings.waiting_of_one,
             tcp_clients: settings.tcp_clients.max(1),
             connections: Arc::new(Semaphore::new(settings.tcp_clients_in_all)),
+            connections_limit: settings.tcp_clients_in_all,
             metrics,
         });
         // Before anybody can ask.
@@ -292,7 +296,46 @@ impl Resolver {
     pub fn describe(&self, page: &mut impl Write) -> fmt::Result {
         let networks = self.shared.zones().stats();
         let figures = self.shared.forwarder.figures();
-        metrics::describe(networks.iter().map(|(stats, endpoints)| (&**stats, *endpoints)), &figures, page)
+        metrics::describe(networks.iter().map(|(stats, endpoints)| (&**stats, *endpoints)), &figures, page)?;
+        metrics::describe_fill(&self.fill(), page)
+    }
+
+    /// How full the tables are.
+    #[must_use]
+    pub fn fill(&self) -> Fill {
+        let (there, limits) = self.shared.forwarder.fill();
+        let connections = self.shared.connections_limit;
+        Fill {
+            cache_bytes: [there.cache, limits.cache],
+            in_flight: [there.flights, limits.flights],
+            waiting: [there.waiters, limits.waiters],
+            tcp_clients: [
+                connections.saturating_sub(self.shared.connections.available_permits()),
+                connections,
+            ],
+        }
+    }
+
+    /// What the networks have asked, by name.
+    #[must_use]
+    pub fn questions(&self) -> Vec<(String, Questions)> {
+        let networks = self.shared.zones().stats();
+        networks.iter().map(|(stats, _)| (stats.name().to_owned(), stats.questions())).collect()
+    }
+
+    /// How the servers are that questions are forwarded to.
+    #[must_use]
+    pub fn upstreams(&self) -> Vec<Upstream> {
+        let upstream = |(server, trusted, figures): (SocketAddr, bool, Figures)| Upstream {
+            server,
+            trusted,
+            asked: figures.asked,
+            silent: figures.missed,
+            failed: figures.failed,
+            answered: figures.took.iter().sum(),
+            took: Duration::from_micros(figures.took_micros),
+        };
+        self.shared.forwarder.figures().into_iter().map(upstream).collect()
     }
 }
 

@@ -75,6 +75,24 @@ pub enum Asker {
     Network(Arc<str>),
 }
 
+impl Asker {
+    /// For the log: the endpoint that it is.
+    pub(crate) fn endpoint(&self) -> Option<&str> {
+        match self {
+            Self::Container(name) => Some(name),
+            Self::Network(_) => None,
+        }
+    }
+
+    /// For the log: the network that it is on, where that is all that is known.
+    pub(crate) fn network(&self) -> Option<&str> {
+        match self {
+            Self::Container(_) => None,
+            Self::Network(name) => Some(name),
+        }
+    }
+}
+
 /// An endpoint as it is kept.
 #[derive(Debug)]
 pub(crate) struct Endpoint {

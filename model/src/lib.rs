@@ -10,6 +10,7 @@
 //! | [`Protocol`] | which transports can be published |
 //! | [`PortSpec`] | what `-p 127.0.0.1:8080-8082:80-82/udp` means, and whether two of them collide |
 //! | [`FlowKey`], [`PublishLabel`] | how one conversation, and one published socket, is named |
+//! | [`Histogram`] | how often something took how long |
 //! | [`CidrSet`] | whether an address is in an allow-list |
 //! | [`Feature`] | what a kernel may not have, or be taken not to have |
 //! | [`registry`] | what tidegate claims on the host, and whom it avoids |
@@ -19,6 +20,7 @@ pub mod feature;
 mod flow_key;
 #[doc(hidden)]
 pub mod fuzz;
+mod histogram;
 mod port_mapping;
 mod protocol;
 pub mod registry;
@@ -26,6 +28,7 @@ pub mod registry;
 pub use cidr_set::{CidrSet, CidrSetError};
 pub use feature::Feature;
 pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};
+pub use histogram::{Histogram, HistogramReading};
 pub use port_mapping::{
     HostPort, HostPorts, OverlapError, PortMapping, PortRange, PortSide, PortSpec, PortSpecError,
     PortSpecProblem, host_addresses, overlap,

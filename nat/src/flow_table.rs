@@ -197,6 +197,12 @@ impl<T> FlowTable<T> {
         }
     }
 
+    /// How many sources are remembered.
+    #[must_use]
+    pub fn sources(&self) -> usize {
+        self.by_source.len()
+    }
+
     /// How many flows there are.
     #[must_use]
     pub fn len(&self) -> usize {

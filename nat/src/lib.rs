@@ -78,7 +78,7 @@ pub use forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, Publis
 pub use io::tun::{MIN_MTU, Tun, TunOptions};
 pub use layer2::{Layer2Options, Layer2V6};
 pub use limits::Rate;
-pub use metrics::{Count, DropReason, FAMILIES, Family, FlowKind, ForwardStats, Stats, describe};
+pub use metrics::{Count, DropReason, FAMILIES, Family, Figures, FlowKind, ForwardStats, Stats, describe};
 pub use nat::Nat;
 pub use policy::Policy;
 pub use settings::{Capabilities, Mapping, Outbound, Settings, Timeouts};

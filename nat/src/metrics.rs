@@ -4,7 +4,9 @@
 //! scrape time with the label `network` and are gone with the engine, as those of published ports are.
 
 use std::fmt::{self, Write};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use tidegate_reactor::Descriptors;
 
 /// Why a packet was not carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,6 +151,11 @@ impl Count {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_sub(1), Ordering::Relaxed);
     }
 
+    /// It is `value` now.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
     /// What it is now.
     #[must_use]
     pub fn get(&self) -> u64 {
@@ -175,6 +182,23 @@ pub struct Stats {
     pub retransmissions: Count,
     /// Sessions ended before their time to make room.
     pub evicted: Count,
+    /// Sources that are remembered.
+    pub sources: Count,
+}
+
+/// The figures of an engine, and what its tables may hold.
+#[derive(Clone, Debug)]
+pub struct Figures {
+    /// What it counts.
+    pub stats: Arc<Stats>,
+    /// Flows at most.
+    pub flows_limit: u64,
+    /// Flows at most of one container, and as many again that come in by its published ports.
+    pub share_limit: u64,
+    /// Sources at most.
+    pub sources_limit: u64,
+    /// What its sockets count against.
+    pub descriptors: Arc<Descriptors>,
 }
 
 /// The figures of a published port.
@@ -258,8 +282,13 @@ const fn family(
 }
 
 /// The families of an engine.
-pub const FAMILIES: [Family; 8] = [
+pub const FAMILIES: [Family; 13] = [
     family("tidegate_nat_flows", "gauge", Some("protocol"), "Flows from containers to the world now."),
+    family("tidegate_nat_flows_limit", "gauge", None, "Flows that there may be, of all protocols together."),
+    family("tidegate_nat_sources", "gauge", None, "Addresses of containers that are remembered."),
+    family("tidegate_nat_sources_limit", "gauge", None, "Addresses that may be remembered."),
+    family("tidegate_nat_descriptors", "gauge", None, "File descriptors taken by flows."),
+    family("tidegate_nat_descriptors_limit", "gauge", None, "File descriptors that flows may take."),
     family("tidegate_nat_flows_total", "counter", Some("protocol"), "Flows begun by containers."),
     family(
         "tidegate_nat_bytes_total",
@@ -294,21 +323,31 @@ pub const FAMILIES: [Family; 8] = [
     ),
 ];
 
-impl Stats {
-    fn values(&self, family: usize) -> Vec<(Option<&'static str>, u64)> {
+impl Figures {
+    fn values(&self, family: &str) -> Vec<(Option<&'static str>, u64)> {
         let labelled = |labels: &[&'static str], counts: &[Count]| {
             labels.iter().zip(counts).map(|(label, count)| (Some(*label), count.get())).collect()
         };
         let (kinds, directions) = (FlowKind::ALL.map(FlowKind::as_str), ["out", "in"]);
+        let stats = &self.stats;
+        let one = |value| vec![(None, value)];
         match family {
-            0 => labelled(&kinds, &self.flows),
-            1 => labelled(&kinds, &self.flows_begun),
-            2 => labelled(&directions, &self.bytes),
-            3 => labelled(&directions, &self.packets),
-            4 => labelled(&DropReason::ALL.map(DropReason::as_str), &self.dropped),
-            5 => vec![(None, self.resets.get())],
-            6 => vec![(None, self.retransmissions.get())],
-            _ => vec![(None, self.evicted.get())],
+            "tidegate_nat_flows" => labelled(&kinds, &stats.flows),
+            "tidegate_nat_flows_limit" => one(self.flows_limit),
+            "tidegate_nat_sources" => one(stats.sources.get()),
+            "tidegate_nat_sources_limit" => one(self.sources_limit),
+            "tidegate_nat_descriptors" => one(self.descriptors.taken() as u64),
+            "tidegate_nat_descriptors_limit" => one(self.descriptors.limit() as u64),
+            "tidegate_nat_flows_total" => labelled(&kinds, &stats.flows_begun),
+            "tidegate_nat_bytes_total" => labelled(&directions, &stats.bytes),
+            "tidegate_nat_packets_total" => labelled(&directions, &stats.packets),
+            "tidegate_nat_dropped_packets_total" => {
+                labelled(&DropReason::ALL.map(DropReason::as_str), &stats.dropped)
+            }
+            "tidegate_nat_connection_resets_total" => one(stats.resets.get()),
+            "tidegate_nat_retransmissions_total" => one(stats.retransmissions.get()),
+            "tidegate_nat_evicted_sessions_total" => one(stats.evicted.get()),
+            _ => Vec::new(),
         }
     }
 }
@@ -317,11 +356,11 @@ impl Stats {
 ///
 /// # Errors
 /// Only those of `out`.
-pub fn describe(engines: &[(&str, &Stats)], out: &mut impl Write) -> fmt::Result {
-    for (index, family) in FAMILIES.iter().enumerate() {
+pub fn describe(engines: &[(&str, &Figures)], out: &mut impl Write) -> fmt::Result {
+    for family in &FAMILIES {
         writeln!(out, "# HELP {} {}\n# TYPE {} {}", family.name, family.help, family.name, family.kind)?;
-        for (network, stats) in engines {
-            for (value_of_label, value) in stats.values(index) {
+        for (network, figures) in engines {
+            for (value_of_label, value) in figures.values(family.name) {
                 write!(out, "{}{{network=\"{network}\"", family.name)?;
                 if let (Some(label), Some(value)) = (family.label, value_of_label) {
                     write!(out, ",{label}=\"{value}\"")?;
@@ -339,14 +378,21 @@ mod tests {
 
     #[test]
     fn every_family_is_told_once_and_with_its_labels() {
-        let stats = Stats::default();
+        let stats = Arc::new(Stats::default());
         stats.refuse(DropReason::Policy);
         stats.bytes[1].add(7);
+        stats.sources.set(3);
+        let descriptors = Arc::new(Descriptors::new(50));
+        let _taken = descriptors.take(2);
+        let figures = Figures { stats, flows_limit: 9, share_limit: 3, sources_limit: 4, descriptors };
         let mut text = String::new();
-        describe(&[("blue", &stats)], &mut text).unwrap();
+        describe(&[("blue", &figures)], &mut text).unwrap();
         for family in FAMILIES {
             assert_eq!(text.matches(&format!("# TYPE {} ", family.name)).count(), 1);
+            assert!(text.contains(&format!("\n{}{{network=\"blue\"", family.name)), "{}", family.name);
         }
+        assert!(text.contains("tidegate_nat_descriptors{network=\"blue\"} 2\n"));
+        assert!(text.contains("tidegate_nat_sources_limit{network=\"blue\"} 4\n"));
         assert!(text.contains("tidegate_nat_dropped_packets_total{network=\"blue\",reason=\"policy\"} 1\n"));
         assert!(text.contains("tidegate_nat_bytes_total{network=\"blue\",direction=\"in\"} 7\n"));
         assert!(text.contains("tidegate_nat_connection_resets_total{network=\"blue\"} 0\n"));

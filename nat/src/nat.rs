@@ -7,7 +7,7 @@ use crate::forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, Pub
 use crate::io::driver::{Driver, Message, Publish};
 use crate::io::sockets::{Kernel, bound_to, probe, reserve};
 use crate::io::tun::Tun;
-use crate::metrics::{ForwardStats, Stats};
+use crate::metrics::{Figures, ForwardStats, Stats};
 use crate::policy::Policy;
 use crate::settings::{Capabilities, Settings};
 use crate::siphash::HashKey;
@@ -25,7 +25,7 @@ use tidegate_reactor::{Descriptors, EventLoop, Sender};
 /// A NAT engine on a thread of its own. Dropped, it resets its connections and ends, and its device is gone.
 #[derive(Debug)]
 pub struct Nat {
-    stats: Arc<Stats>,
+    figures: Figures,
     capabilities: Capabilities,
     sender: Sender<Message>,
     thread: Option<JoinHandle<()>>,
@@ -59,6 +59,14 @@ impl Nat {
         settings.capabilities = settings.capabilities.and(tun.capabilities()).and(probe());
         let capabilities = settings.capabilities;
         let stats = Arc::new(Stats::default());
+        let (limits, network) = (settings.limits, Arc::clone(&settings.network));
+        let figures = Figures {
+            stats: Arc::clone(&stats),
+            flows_limit: limits.flows as u64,
+            share_limit: limits.flows_per_source as u64,
+            sources_limit: limits.sources as u64,
+            descriptors: Arc::clone(&descriptors),
+        };
         let secrets = secrets().map_err(StartError::Loop)?;
         let addresses = AddressBook::of(host).map_err(StartError::Namespace)?;
         let (event_loop, sender) = EventLoop::new().map_err(StartError::Loop)?;
@@ -66,14 +74,14 @@ impl Nat {
         let (started, has_started) = mpsc::channel();
         let gateways = settings.policy.gateways.clone();
         let forwards = Mutex::new(Forwards { gateways, ..Forwards::default() });
-        let (host, counted) = (host.clone(), Arc::clone(&stats));
+        let host = host.clone();
         let inside = host.clone();
         let run = move || {
             // In the host's network for good: a socket then costs no way there and back.
             let entered = if inside.is_current() { Ok(()) } else { inside.enter() };
             let made = entered.map_err(StartError::Namespace).and_then(|()| {
                 let kernel = Kernel::new(tun, epoll, addresses, descriptors, &settings);
-                let engine = Engine::new(kernel, settings, secrets, counted, Instant::now());
+                let engine = Engine::new(kernel, settings, secrets, stats, Instant::now());
                 Driver::new(engine, event_loop.epoll()).map_err(StartError::Loop)
             });
             let (driver, result) = match made {
@@ -93,14 +101,20 @@ impl Nat {
         let result = has_started.recv();
         let panicked = || StartError::Loop(io::Error::other("the NAT engine's thread panicked"));
         result.unwrap_or_else(|_| Err(panicked()))?;
-        tracing::info!(?capabilities, "NAT engine started");
-        Ok(Self { stats, capabilities, sender, thread: Some(thread), host, forwards })
+        tracing::info!(network = &*network, ?capabilities, "NAT engine started");
+        Ok(Self { figures, capabilities, sender, thread: Some(thread), host, forwards })
     }
 
     /// What it counts.
     #[must_use]
     pub fn stats(&self) -> &Arc<Stats> {
-        &self.stats
+        &self.figures.stats
+    }
+
+    /// The same, with what its tables may hold.
+    #[must_use]
+    pub fn figures(&self) -> &Figures {
+        &self.figures
     }
 
     /// What it makes use of.

@@ -3,6 +3,7 @@
 use crate::flow_table::TableLimits;
 use crate::policy::Policy;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Which features of newer kernels are used. All of them are, where they are there; each can be forced off.
@@ -118,6 +119,8 @@ impl Default for Timeouts {
 /// The engine's settings.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// What the networks behind it are called in the log.
+    pub network: Arc<str>,
     /// Bytes that fit into one packet of the device.
     pub mtu: u16,
     /// Who may go where.
@@ -141,6 +144,7 @@ impl Settings {
     #[must_use]
     pub fn new(mtu: u16) -> Self {
         Self {
+            network: Arc::from(""),
             mtu,
             policy: Policy::default(),
             limits: TableLimits::default(),

@@ -24,8 +24,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tidegate_model::{Protocol, registry};
+use std::time::Instant;
+use tidegate_model::{Histogram, HistogramReading, Protocol, registry};
 use tidegate_netfilter::{Conntrack, Flow, Gate, TableFamily, Transport};
 use tidegate_netns::{Namespace, News};
 
@@ -98,6 +100,71 @@ pub struct Firewall {
     host: Namespace,
     gate: Option<Gate>,
     state: Mutex<State>,
+    updates: [Updates; Change::ALL.len()],
+}
+
+/// What is changed of the rules at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// All of them are put in the place of what was there: at the start, and to repair them.
+    All,
+    /// Ports that come and go.
+    Ports,
+}
+
+impl Change {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::All, Self::Ports];
+
+    /// A word.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Ports => "ports",
+        }
+    }
+}
+
+/// Bounds of the time that a change of rules takes, in seconds: from one port in nftables to `iptables-restore`, which is given ten.
+pub const UPDATE_BOUNDS: [f64; 8] = [0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0];
+
+/// Changes of one kind.
+#[derive(Debug)]
+pub struct Updates {
+    took: Histogram<{ UPDATE_BOUNDS.len() }>,
+    failed: AtomicU64,
+}
+
+impl Default for Updates {
+    fn default() -> Self {
+        Self { took: Histogram::new(&UPDATE_BOUNDS), failed: AtomicU64::new(0) }
+    }
+}
+
+impl Updates {
+    /// How long those took that succeeded.
+    #[must_use]
+    pub fn took(&self) -> HistogramReading<{ UPDATE_BOUNDS.len() }> {
+        self.took.read()
+    }
+
+    /// How many have failed.
+    #[must_use]
+    pub fn failed(&self) -> u64 {
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    /// Does `update`, and counts it.
+    fn count<T>(&self, update: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let begun = Instant::now();
+        let result = update();
+        match &result {
+            Ok(_) => self.took.record(begun.elapsed()),
+            Err(_) => drop(self.failed.fetch_add(1, Ordering::Relaxed)),
+        }
+        result
+    }
 }
 
 #[derive(Debug)]
@@ -123,7 +190,8 @@ impl Firewall {
             .ok();
         let ruleset = Ruleset { owner: owner.to_owned(), gated: gate.is_some(), ..Ruleset::default() };
         let state = Mutex::new(State { backend, ruleset, in_force: false });
-        Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), gate, state })
+        let updates = Default::default();
+        Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), gate, state, updates })
     }
 
     /// Does without gates, whatever the kernel can do: policy rules stand behind its rules. Before those are in force.
@@ -154,6 +222,11 @@ impl Firewall {
     /// Whose rules it has.
     pub fn owner(&self) -> &str {
         &self.owner
+    }
+
+    /// The changes of its rules of that kind.
+    pub fn updates(&self, change: Change) -> &Updates {
+        &self.updates[change as usize]
     }
 
     /// The fact that its rules are in force.
@@ -192,7 +265,8 @@ impl Firewall {
         if state.in_force && !(added.is_empty() && removed.is_empty()) {
             let backend = &mut state.backend;
             let ports = Ports { added, removed };
-            self.host.with(|| backend.change_ports(&ruleset, &ports))??;
+            let update = || self.host.with(|| backend.change_ports(&ruleset, &ports))?;
+            self.updates(Change::Ports).count(update)?;
             let changed = ports.added.union(&ports.removed).copied().collect();
             if let Err(error) = self.host.with(|| forget(&[], &changed)).flatten() {
                 tracing::warn!(%error, "flows of ports that have changed may go on as before");
@@ -220,8 +294,8 @@ impl Firewall {
         let mut state = self.state();
         let State { backend, ruleset, in_force } = &mut *state;
         let begins = !*in_force;
+        self.updates(Change::All).count(|| self.host.with(|| backend.apply(ruleset))?)?;
         self.host.with(|| {
-            backend.apply(ruleset)?;
             let subnets = ruleset.zones.iter().flat_map(|zone| &zone.subnets).map(IpNet::trunc);
             if begins { forget(&subnets.collect::<Vec<_>>(), &ruleset.ports) } else { Ok(()) }
         })??;

@@ -38,7 +38,10 @@ mod world;
 pub use desired::{Attachment, Desired, Endpoint, Network, Subnet, Uplink};
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
 pub use fact::{Fact, Interface, Op, Place, Reach, Rule};
-pub use firewall::{DockerUser, Firewall, FirewallKind, IptablesState, Opening, Ruleset, UserRule, Zone};
+pub use firewall::{
+    Change, DockerUser, Firewall, FirewallKind, IptablesState, Opening, Ruleset, UPDATE_BOUNDS, Updates,
+    UserRule, Zone,
+};
 pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
 pub use isolation::{Isolation, WithEngine, WithFirewall, WithoutFirewall};
 pub use journal::Journal;

@@ -19,6 +19,8 @@ pub struct Settings {
     pub reserved_descriptors: usize,
     /// Payload of one read, in bytes, from which the next one is spliced and not copied.
     pub splice_from: usize,
+    /// Ports that have series of their own in metrics; what is published beyond that is told in one sum for each protocol.
+    pub ports_with_series: usize,
 }
 
 impl Default for Settings {
@@ -32,6 +34,8 @@ impl Default for Settings {
             dial_timeout: Duration::from_secs(10),
             reserved_descriptors: 24,
             splice_from: tcp::SPLICE_FROM,
+            // 36 series for each TCP port, 3 MB for each scrape.
+            ports_with_series: 1000,
         }
     }
 }

@@ -3,11 +3,12 @@
 use crate::config::{PortOptions, Settings};
 use crate::enclosures::Enclosures;
 use crate::listener::Listener;
-use crate::metrics::{PortSnapshot, ProcessMetrics};
+use crate::metrics::{Fill, PortSnapshot, ProcessMetrics, Whose};
 use crate::port::{Port, PortStats};
 use crate::udp::Reflection;
 use crate::worker::{Message, Worker};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -139,8 +140,44 @@ pub struct Drained {
 /// Publishes ports and carries their traffic, on threads of its own.
 pub struct Engine {
     shared: Arc<Shared>,
-    ports: Mutex<BTreeMap<PublishedPort, Arc<Port>>>,
+    ports: Mutex<Ports>,
     next: AtomicU64,
+}
+
+/// What is published, and what is remembered of what was.
+#[derive(Default)]
+struct Ports {
+    there: BTreeMap<PublishedPort, Arc<Port>>,
+    /// Those without series that are being closed: until the loops are through with them their figures may change.
+    leaving: BTreeMap<PublishedPort, Arc<Port>>,
+    /// Ports with series of their own, of those that are there and of those that are just being published.
+    with_series: usize,
+    /// What ports without series had counted that have gone.
+    gone: Vec<PortSnapshot>,
+}
+
+impl Ports {
+    /// The sum of those without series that are of `protocol`, if there are or were any.
+    fn others(&self, protocol: Protocol) -> Option<PortSnapshot> {
+        let mut sum = self.gone.iter().find(|sum| sum.whose.protocol() == protocol).cloned();
+        let others = self.there.values().chain(self.leaving.values()).filter(|port| !port.has_series);
+        for port in others.filter(|port| port.label.protocol() == protocol) {
+            let empty = || PortSnapshot::empty(Whose::Others(protocol));
+            sum.get_or_insert_with(empty).add(&PortSnapshot::of(port));
+        }
+        sum
+    }
+
+    /// Keeps what a port has counted.
+    fn remember(&mut self, counted: &PortSnapshot) {
+        let protocol = counted.whose.protocol();
+        let index = self.gone.iter().position(|sum| sum.whose.protocol() == protocol);
+        let index = index.unwrap_or_else(|| {
+            self.gone.push(PortSnapshot::empty(Whose::Others(protocol)));
+            self.gone.len() - 1
+        });
+        self.gone[index].add_counted(counted);
+    }
 }
 
 impl Engine {
@@ -182,6 +219,8 @@ impl Engine {
         let loops = self.shared.loads.len();
         let mut shares: Vec<Vec<(Arc<Port>, Listener)>> = (0..loops).map(|_| Vec::new()).collect();
         let mut published = Vec::with_capacity(listeners.len());
+        let mut with_series = self.take_series(listeners.len());
+        let taken = with_series;
         for (listener, container_port) in listeners {
             let id = self.next.fetch_add(1, Ordering::Relaxed);
             let port = Arc::new(Port {
@@ -189,7 +228,9 @@ impl Engine {
                 container_port,
                 options: Arc::clone(options),
                 stats: PortStats::default(),
+                has_series: with_series > 0,
             });
+            with_series = with_series.saturating_sub(1);
             if port.label.protocol() == Protocol::Udp {
                 self.shared.reflection.add(port.label.address());
             }
@@ -203,22 +244,46 @@ impl Engine {
         }
         for (index, share) in shares.into_iter().enumerate() {
             if !share.is_empty() && self.shared.send(index, Message::Publish(share)).is_err() {
+                let mut ports = self.ports();
+                ports.with_series = ports.with_series.saturating_sub(taken);
                 return Err(io::Error::other("no event loop could be started"));
             }
         }
         let ids = published.iter().map(|(id, _)| *id).collect();
-        self.ports().extend(published);
+        self.ports().there.extend(published);
         Ok(ids)
+    }
+
+    /// How many of `count` ports may have series of their own; they are taken. Also for ports that others carry, and that are told beside ours.
+    pub fn take_series(&self, count: usize) -> usize {
+        let mut ports = self.ports();
+        let left = self.shared.settings.ports_with_series.saturating_sub(ports.with_series);
+        let taken = left.min(count);
+        ports.with_series += taken;
+        taken
     }
 
     /// Closes one port: it can be bound again when this returns. Its connections are reset, its sessions
     /// end; other ports notice nothing. False if there is no such port (any more).
-    pub fn unpublish(&self, port: PublishedPort) -> bool {
-        let Some(port) = self.ports().remove(&port) else { return false };
+    pub fn unpublish(&self, id: PublishedPort) -> bool {
+        let port = {
+            let mut ports = self.ports();
+            let Some(port) = ports.there.remove(&id) else { return false };
+            if port.has_series {
+                ports.with_series = ports.with_series.saturating_sub(1);
+            } else {
+                ports.leaving.insert(id, Arc::clone(&port));
+            }
+            port
+        };
         if port.label.protocol() == Protocol::Udp {
             self.shared.reflection.remove(port.label.address());
         }
         self.shared.tell_all(|done| Message::Unpublish { port: Arc::clone(&port), done });
+        let mut ports = self.ports();
+        if ports.leaving.remove(&id).is_some() {
+            ports.remember(&PortSnapshot::of(&port));
+        }
         true
     }
 
@@ -252,7 +317,7 @@ impl Engine {
 
     /// Closes every port, resets every connection and ends the threads, at once.
     pub fn stop(&self) {
-        self.ports().clear();
+        *self.ports() = Ports::default();
         let loops: Vec<Loop> = self.shared.loops().iter_mut().filter_map(Option::take).collect();
         for running in &loops {
             // A loop that has ended needs no telling.
@@ -277,12 +342,51 @@ impl Engine {
         descriptors.limit().saturating_sub(descriptors.taken())
     }
 
-    /// The figures of every published port, in the order of publishing.
+    /// The figures of the published ports that have series of their own, in the order of publishing, and the sums of the others.
     pub fn snapshot(&self) -> Vec<PortSnapshot> {
-        self.ports().values().map(|port| PortSnapshot::of(port)).collect()
+        let ports = self.ports();
+        let own = ports.there.values().filter(|port| port.has_series).map(|port| PortSnapshot::of(port));
+        let sums = [Protocol::Tcp, Protocol::Udp].into_iter().filter_map(|protocol| ports.others(protocol));
+        own.chain(sums).collect()
     }
 
-    fn ports(&self) -> MutexGuard<'_, BTreeMap<PublishedPort, Arc<Port>>> {
+    /// Shows `each` the figures of every published port, those without series included, in the order of publishing.
+    pub fn visit(&self, mut each: impl FnMut(PublishedPort, &PortSnapshot)) {
+        // Not under the lock, which publishing waits for.
+        let ports: Vec<_> = self.ports().there.iter().map(|(id, port)| (*id, Arc::clone(port))).collect();
+        for (id, port) in ports {
+            each(id, &PortSnapshot::of(&port));
+        }
+    }
+
+    /// How full its tables are.
+    pub fn fill(&self) -> Fill {
+        let (there, with_series) = {
+            let ports = self.ports();
+            (ports.there.len(), ports.there.values().filter(|port| port.has_series).count())
+        };
+        let descriptors = &self.shared.descriptors;
+        Fill {
+            ports: [with_series as u64, (there - with_series) as u64],
+            connections: self.shared.connections() as u64,
+            connections_limit: self.shared.settings.max_connections as u64,
+            descriptors: descriptors.taken() as u64,
+            descriptors_limit: descriptors.limit() as u64,
+        }
+    }
+
+    /// A port that others carry has series of its own no longer.
+    pub fn give_series_back(&self) {
+        let mut ports = self.ports();
+        ports.with_series = ports.with_series.saturating_sub(1);
+    }
+
+    /// Keeps what a port that others carried, and that had no series of its own, has counted.
+    pub fn remember(&self, counted: &PortSnapshot) {
+        self.ports().remember(counted);
+    }
+
+    fn ports(&self) -> MutexGuard<'_, Ports> {
         self.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -293,8 +397,8 @@ impl Drop for Engine {
     }
 }
 
-impl std::fmt::Debug for Engine {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Engine").field("settings", &self.shared.settings).finish_non_exhaustive()
     }
 }

@@ -18,6 +18,8 @@ mod enclosures;
 mod engine;
 mod listener;
 mod load;
+#[doc(hidden)]
+pub mod measure;
 mod metrics;
 mod port;
 pub mod proxy_protocol;
@@ -31,7 +33,7 @@ pub use config::{PortOptions, Settings};
 pub use enclosures::{Enclosure, Enclosures};
 pub use engine::{Drained, Engine, PublishedPort};
 pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
-pub use metrics::{FAMILIES, Family, Kind, PortSnapshot, describe};
+pub use metrics::{FAMILIES, FILL_FAMILIES, Family, Fill, Kind, PortSnapshot, Whose, describe};
 pub use port::{Direction, Drop, Refusal};
 pub use proxy_protocol::ProxyProtocol;
 pub use source_ports::SourcePorts;

@@ -2,12 +2,25 @@
 //!
 //! Families of the whole process go through the `metrics` facade. Those of a port come from the port's own counters at
 //! scrape time and are gone with the port: there is nothing to expire, and a quiet port is not forgotten.
+//!
+//! A TCP port has 36 series and a UDP port 27, of which histograms are 22 and 11. They bear the label `publish` alone: which container is slow to be
+//! reached, and which port's connections are short, are questions about ports, and one bucket more for each direction or reason would
+//! double the page. What the page may be is bounded by [`ports_with_series`](crate::Settings::ports_with_series): the ports that are published when so many
+//! have series are told in one sum for each protocol, as `publish="other/tcp"` and `"other/udp"`. A port stays with what it was given, and what ports of the
+//! sum have counted stays in it when they go, so that no counter ever runs backwards.
 
 use crate::port::{Direction, Drop, Port, Refusal};
-use metrics::{Counter, Histogram, Unit, counter, describe_counter, describe_histogram, histogram};
+use metrics::{Counter, counter, describe_counter};
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use tidegate_model::{Protocol, PublishLabel};
+use tidegate_model::{HistogramReading, Protocol, PublishLabel};
+
+/// Bounds of the time until a backend is reached, in seconds: from a container on this host, over a full listen queue, to the first
+/// and the second retransmission of a SYN (RFC 6298: after 1 s, and 2 s later). The dial timeout is the bound of all.
+pub(crate) const DIAL_BOUNDS: [f64; 8] = [0.000_1, 0.000_5, 0.002_5, 0.01, 0.05, 0.25, 1.0, 3.0];
+
+/// Bounds of the time that connections and sessions go on, in seconds: from one request to an hour.
+pub(crate) const LIFE_BOUNDS: [f64; 8] = [0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0];
 
 /// What kind of series a family has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +29,18 @@ pub enum Kind {
     Counter,
     /// Goes up and down.
     Gauge,
+    /// Times by buckets.
+    Histogram,
+}
+
+impl Kind {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram => "histogram",
+        }
+    }
 }
 
 /// A family of series, one for each port (and label value).
@@ -23,7 +48,7 @@ pub enum Kind {
 pub struct Family {
     /// Its name.
     pub name: &'static str,
-    /// Counter or gauge.
+    /// Counter, gauge or histogram.
     pub kind: Kind,
     /// What it tells, in a sentence.
     pub help: &'static str,
@@ -84,29 +109,96 @@ const DROPPED: Family = family(
     "Datagrams that were not carried; of backend_refused, those the backend told about.",
 );
 
+const CONNECTIONS_LIMIT: Family = family(
+    "tidegate_proxy_port_connections_limit",
+    Kind::Gauge,
+    None,
+    "TCP connections that a published port may have at a time.",
+);
+const SESSIONS_LIMIT: Family = family(
+    "tidegate_proxy_port_sessions_limit",
+    Kind::Gauge,
+    None,
+    "UDP sessions that a published port may have at a time.",
+);
+const DIAL: Family = family(
+    "tidegate_proxy_dial_seconds",
+    Kind::Histogram,
+    None,
+    "Time from accepting a client of a published port to reaching its backend.",
+);
+const CONNECTION_LIFE: Family = family(
+    "tidegate_proxy_connection_seconds",
+    Kind::Histogram,
+    None,
+    "Time from reaching the backend to the end of a TCP connection, of those that have ended.",
+);
+const SESSION_LIFE: Family = family(
+    "tidegate_proxy_session_seconds",
+    Kind::Histogram,
+    None,
+    "Time from the first datagram of a UDP session to its last, of those that have ended.",
+);
+
 /// The families of a port.
-pub const FAMILIES: [Family; 10] = [
+pub const FAMILIES: [Family; 15] = [
     CONNECTIONS_TOTAL,
     CONNECTIONS,
+    CONNECTIONS_LIMIT,
     RESETS,
     REFUSED,
     BYTES,
     SESSIONS_TOTAL,
     SESSIONS,
+    SESSIONS_LIMIT,
     EVICTED,
     DATAGRAMS,
     DROPPED,
+    DIAL,
+    CONNECTION_LIFE,
+    SESSION_LIFE,
 ];
 
-/// The figures of one port at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Whose figures they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// A port's.
+    Port(PublishLabel),
+    /// All those of a protocol that have no series of their own.
+    Others(Protocol),
+}
+
+impl Whose {
+    /// The protocol.
+    pub fn protocol(self) -> Protocol {
+        match self {
+            Self::Port(label) => label.protocol(),
+            Self::Others(protocol) => protocol,
+        }
+    }
+}
+
+/// The value of the label `publish`.
+impl fmt::Display for Whose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Port(label) => label.fmt(f),
+            Self::Others(protocol) => write!(f, "other/{protocol}"),
+        }
+    }
+}
+
+/// The figures of one port, or of several together, at one moment.
+#[derive(Clone, Debug, PartialEq)]
 pub struct PortSnapshot {
-    /// Which port.
-    pub label: PublishLabel,
+    /// Whose they are.
+    pub whose: Whose,
     /// TCP connections accepted, or UDP sessions begun.
     pub accepted: u64,
     /// TCP connections or UDP sessions now.
-    pub live: usize,
+    pub live: u64,
+    /// TCP connections or UDP sessions that there may be.
+    pub limit: u64,
     /// TCP connections that ended in a reset, or UDP sessions evicted.
     pub cut: u64,
     /// Payload, indexed by [`Direction`].
@@ -117,48 +209,131 @@ pub struct PortSnapshot {
     pub refused: [u64; Refusal::ALL.len()],
     /// Datagrams dropped, indexed by [`Drop`].
     pub dropped: [u64; Drop::ALL.len()],
+    /// How long it took to reach the backend (TCP).
+    pub dial: HistogramReading<{ DIAL_BOUNDS.len() }>,
+    /// How long TCP connections went on, or UDP sessions.
+    pub life: HistogramReading<{ LIFE_BOUNDS.len() }>,
 }
 
 impl PortSnapshot {
+    /// Of nothing.
+    pub fn empty(whose: Whose) -> Self {
+        Self {
+            whose,
+            accepted: 0,
+            live: 0,
+            limit: 0,
+            cut: 0,
+            bytes: Default::default(),
+            datagrams: Default::default(),
+            refused: Default::default(),
+            dropped: Default::default(),
+            dial: HistogramReading::empty(&DIAL_BOUNDS),
+            life: HistogramReading::empty(&LIFE_BOUNDS),
+        }
+    }
+
     pub(crate) fn of(port: &Port) -> Self {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let stats = &port.stats;
+        let (stats, options) = (&port.stats, &port.options);
+        let limit = match port.label.protocol() {
+            Protocol::Udp => options.sessions.sessions,
+            Protocol::Tcp | Protocol::Sctp => options.max_connections,
+        };
+        let times = stats.times();
         Self {
-            label: port.label,
+            whose: Whose::Port(port.label),
             accepted: read(&stats.accepted),
-            live: stats.live.load(Ordering::Relaxed),
+            live: stats.live.load(Ordering::Relaxed) as u64,
+            limit: limit as u64,
             cut: read(&stats.cut),
             bytes: stats.bytes.each_ref().map(read),
             datagrams: stats.datagrams.each_ref().map(read),
             refused: stats.refused.each_ref().map(read),
             dropped: stats.dropped.each_ref().map(read),
+            dial: times.map_or(HistogramReading::empty(&DIAL_BOUNDS), |times| times.dial.read()),
+            life: times.map_or(HistogramReading::empty(&LIFE_BOUNDS), |times| times.life.read()),
         }
     }
 
-    /// The values of `family` for this port, each with the value of the family's label.
-    fn values(&self, family: &Family) -> Vec<(Option<&'static str>, u64)> {
-        let tcp = self.label.protocol() == Protocol::Tcp;
-        let directions = |values: &[u64]| {
-            Direction::ALL.iter().map(|d| Some(d.as_str())).zip(values.iter().copied()).collect()
+    /// Adds what `other` has counted, and what it has now.
+    pub fn add(&mut self, other: &Self) {
+        self.live += other.live;
+        self.limit += other.limit;
+        self.add_counted(other);
+    }
+
+    /// Adds what `other` has counted, which is not there any more.
+    pub(crate) fn add_counted(&mut self, other: &Self) {
+        self.accepted += other.accepted;
+        self.cut += other.cut;
+        let add = |sums: &mut [u64], more: &[u64]| {
+            sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
         };
+        add(&mut self.bytes, &other.bytes);
+        add(&mut self.datagrams, &other.datagrams);
+        add(&mut self.refused, &other.refused);
+        add(&mut self.dropped, &other.dropped);
+        self.dial.add(&other.dial);
+        self.life.add(&other.life);
+    }
+
+    /// Writes the series of `family`, if it has such.
+    fn describe(&self, family: &Family, out: &mut impl Write) -> fmt::Result {
+        let tcp = self.whose.protocol() == Protocol::Tcp;
+        let one = |out: &mut _, value: u64| writeln_series(out, family, self.whose, None, value);
         match family.name {
-            name if name == CONNECTIONS_TOTAL.name && tcp => vec![(None, self.accepted)],
-            name if name == CONNECTIONS.name && tcp => vec![(None, self.live as u64)],
-            name if name == RESETS.name && tcp => vec![(None, self.cut)],
+            name if name == CONNECTIONS_TOTAL.name && tcp => one(out, self.accepted),
+            name if name == CONNECTIONS.name && tcp => one(out, self.live),
+            name if name == CONNECTIONS_LIMIT.name && tcp => one(out, self.limit),
+            name if name == RESETS.name && tcp => one(out, self.cut),
             name if name == REFUSED.name && tcp => {
-                Refusal::ALL.iter().map(|r| Some(r.as_str())).zip(self.refused).collect()
+                let mut labelled = Refusal::ALL.iter().map(|reason| reason.as_str()).zip(self.refused);
+                labelled.try_for_each(|(label, value)| {
+                    writeln_series(out, family, self.whose, Some(label), value)
+                })
             }
-            name if name == BYTES.name => directions(&self.bytes),
-            name if name == SESSIONS_TOTAL.name && !tcp => vec![(None, self.accepted)],
-            name if name == SESSIONS.name && !tcp => vec![(None, self.live as u64)],
-            name if name == EVICTED.name && !tcp => vec![(None, self.cut)],
-            name if name == DATAGRAMS.name && !tcp => directions(&self.datagrams),
+            name if name == BYTES.name => self.describe_directions(family, &self.bytes, out),
+            name if name == SESSIONS_TOTAL.name && !tcp => one(out, self.accepted),
+            name if name == SESSIONS.name && !tcp => one(out, self.live),
+            name if name == SESSIONS_LIMIT.name && !tcp => one(out, self.limit),
+            name if name == EVICTED.name && !tcp => one(out, self.cut),
+            name if name == DATAGRAMS.name && !tcp => self.describe_directions(family, &self.datagrams, out),
             name if name == DROPPED.name && !tcp => {
-                Drop::ALL.iter().map(|d| Some(d.as_str())).zip(self.dropped).collect()
+                let mut labelled = Drop::ALL.iter().map(|reason| reason.as_str()).zip(self.dropped);
+                labelled.try_for_each(|(label, value)| {
+                    writeln_series(out, family, self.whose, Some(label), value)
+                })
             }
-            _ => Vec::new(),
+            name if name == DIAL.name && tcp => self.dial.describe(name, &self.labels(), out),
+            name if name == CONNECTION_LIFE.name && tcp => self.life.describe(name, &self.labels(), out),
+            name if name == SESSION_LIFE.name && !tcp => self.life.describe(name, &self.labels(), out),
+            _ => Ok(()),
         }
     }
+
+    fn describe_directions(&self, family: &Family, values: &[u64], out: &mut impl Write) -> fmt::Result {
+        let mut labelled = Direction::ALL.iter().map(|direction| direction.as_str()).zip(values);
+        labelled.try_for_each(|(label, value)| writeln_series(out, family, self.whose, Some(label), *value))
+    }
+
+    fn labels(&self) -> String {
+        format!("publish=\"{}\"", self.whose)
+    }
+}
+
+fn writeln_series(
+    out: &mut impl Write,
+    family: &Family,
+    whose: Whose,
+    value_of_label: Option<&str>,
+    value: u64,
+) -> fmt::Result {
+    write!(out, "{}{{publish=\"{whose}\"", family.name)?;
+    if let (Some(label), Some(value)) = (family.label, value_of_label) {
+        write!(out, ",{label}=\"{value}\"")?;
+    }
+    writeln!(out, "}} {value}")
 }
 
 /// Writes the families of `ports` in the text format of Prometheus (exposition format 0.0.4).
@@ -167,67 +342,169 @@ impl PortSnapshot {
 /// Only those of `out`.
 pub fn describe(ports: &[PortSnapshot], out: &mut impl Write) -> fmt::Result {
     for family in &FAMILIES {
-        let kind = match family.kind {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-        };
-        writeln!(out, "# HELP {} {}\n# TYPE {} {kind}", family.name, family.help, family.name)?;
-        for port in ports {
-            for (value_of_label, value) in port.values(family) {
-                write!(out, "{}{{publish=\"{}\"", family.name, port.label)?;
-                if let (Some(label), Some(value)) = (family.label, value_of_label) {
-                    write!(out, ",{label}=\"{value}\"")?;
-                }
-                writeln!(out, "}} {value}")?;
-            }
-        }
+        head(family.name, family.kind, family.help, out)?;
+        ports.iter().try_for_each(|port| port.describe(family, out))?;
     }
     Ok(())
 }
 
+fn head(name: &str, kind: Kind, help: &str, out: &mut impl Write) -> fmt::Result {
+    writeln!(out, "# HELP {name} {help}\n# TYPE {name} {}", kind.as_str())
+}
+
+/// How full the tables of an engine are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// Published ports that have series of their own, and those that have none.
+    pub ports: [u64; 2],
+    /// TCP connections of all ports together.
+    pub connections: u64,
+    /// The most that there may be.
+    pub connections_limit: u64,
+    /// Descriptors taken by connections, sessions, and what was reserved.
+    pub descriptors: u64,
+    /// The most that may be.
+    pub descriptors_limit: u64,
+}
+
+/// The families of [`Fill`].
+pub const FILL_FAMILIES: [&str; 4] = [
+    "tidegate_proxy_ports",
+    "tidegate_proxy_connections_limit",
+    "tidegate_proxy_descriptors",
+    "tidegate_proxy_descriptors_limit",
+];
+
+impl Fill {
+    /// Writes its families in the text format of Prometheus (exposition format 0.0.4).
+    ///
+    /// # Errors
+    /// Only those of `out`.
+    pub fn describe(&self, out: &mut impl Write) -> fmt::Result {
+        let [ports, connections_limit, descriptors, descriptors_limit] = FILL_FAMILIES;
+        let help = "Published ports, one for each socket: those with series of their own, and those told in one sum.";
+        head(ports, Kind::Gauge, help, out)?;
+        for (series, count) in ["own", "other"].iter().zip(self.ports) {
+            writeln!(out, "{ports}{{series=\"{series}\"}} {count}")?;
+        }
+        for (name, help, value) in [
+            (
+                connections_limit,
+                "TCP connections that all published ports together may have.",
+                self.connections_limit,
+            ),
+            (
+                descriptors,
+                "File descriptors taken by published ports, connections and sessions.",
+                self.descriptors,
+            ),
+            (descriptors_limit, "File descriptors that those may take.", self.descriptors_limit),
+        ] {
+            head(name, Kind::Gauge, help, out)?;
+            writeln!(out, "{name} {value}")?;
+        }
+        Ok(())
+    }
+}
+
 /// The families of the process, resolved once.
 pub(crate) struct ProcessMetrics {
-    pub(crate) dial_seconds: Histogram,
     pub(crate) accept_pauses: Counter,
 }
 
 impl ProcessMetrics {
     pub(crate) fn new() -> Self {
-        const DIAL: &str = "tidegate_proxy_dial_seconds";
         const PAUSES: &str = "tidegate_proxy_accept_pauses_total";
-        describe_histogram!(DIAL, Unit::Seconds, "Time from accepting a client to reaching its backend.");
         describe_counter!(PAUSES, "Times that a port stopped accepting because descriptors had run out.");
-        Self { dial_seconds: histogram!(DIAL), accept_pauses: counter!(PAUSES) }
+        Self { accept_pauses: counter!(PAUSES) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tidegate_model::Histogram;
 
-    fn snapshot(label: &str) -> PortSnapshot {
+    static TIMES: Histogram<8> = Histogram::new(&LIFE_BOUNDS);
+
+    fn snapshot(whose: Whose) -> PortSnapshot {
+        TIMES.record(std::time::Duration::from_millis(20));
         PortSnapshot {
-            label: label.parse().unwrap(),
             accepted: 3,
             live: 2,
+            limit: 9,
             cut: 1,
             bytes: [10, 20],
             datagrams: [4, 5],
-            refused: [0; Refusal::ALL.len()],
-            dropped: [0; Drop::ALL.len()],
+            life: TIMES.read(),
+            ..PortSnapshot::empty(whose)
         }
+    }
+
+    fn port(label: &str) -> PortSnapshot {
+        snapshot(Whose::Port(label.parse().unwrap()))
     }
 
     #[test]
     fn each_family_is_told_once_and_only_for_the_protocol_it_is_of() {
         let mut text = String::new();
-        describe(&[snapshot("0.0.0.0:8080/tcp"), snapshot("[::]:53/udp")], &mut text).unwrap();
+        describe(&[port("0.0.0.0:8080/tcp"), port("[::]:53/udp")], &mut text).unwrap();
         for family in FAMILIES {
             assert_eq!(text.matches(&format!("# TYPE {} ", family.name)).count(), 1);
         }
         assert!(text.contains("tidegate_proxy_connections{publish=\"0.0.0.0:8080/tcp\"} 2\n"));
         assert!(text.contains("tidegate_proxy_bytes_total{publish=\"[::]:53/udp\",direction=\"out\"} 20\n"));
+        assert!(
+            text.contains(
+                "tidegate_proxy_connection_seconds_bucket{publish=\"0.0.0.0:8080/tcp\",le=\"0.1\"} "
+            )
+        );
+        assert!(text.contains("tidegate_proxy_session_seconds_count{publish=\"[::]:53/udp\"} "));
+        assert!(text.contains("tidegate_proxy_port_sessions_limit{publish=\"[::]:53/udp\"} 9\n"));
         assert!(!text.contains("tidegate_proxy_connections{publish=\"[::]:53/udp\"}"));
         assert!(!text.contains("tidegate_proxy_sessions{publish=\"0.0.0.0:8080/tcp\"}"));
+        assert!(!text.contains("tidegate_proxy_dial_seconds_count{publish=\"[::]:53/udp\"}"));
+    }
+
+    /// What the documents say of how many there are.
+    #[test]
+    fn a_tcp_port_has_36_series_and_a_udp_port_27() {
+        for (label, count) in [("0.0.0.0:80/tcp", 36), ("0.0.0.0:80/udp", 27)] {
+            let mut text = String::new();
+            describe(&[port(label)], &mut text).unwrap();
+            assert_eq!(text.lines().filter(|line| !line.starts_with('#')).count(), count, "{label}");
+        }
+    }
+
+    #[test]
+    fn figures_of_several_ports_add_up_and_what_has_gone_counts_and_is_not_there() {
+        let mut sum = PortSnapshot::empty(Whose::Others(Protocol::Udp));
+        let (one, gone) = (port("[::]:53/udp"), port("[::]:54/udp"));
+        sum.add(&one);
+        sum.add_counted(&gone);
+        assert_eq!((sum.accepted, sum.live, sum.limit, sum.cut), (6, 2, 9, 2));
+        assert_eq!((sum.bytes, sum.datagrams), ([20, 40], [8, 10]));
+        assert_eq!(sum.life.count(), one.life.count() + gone.life.count());
+        let mut text = String::new();
+        describe(&[sum], &mut text).unwrap();
+        assert!(text.contains("tidegate_proxy_sessions_total{publish=\"other/udp\"} 6\n"), "{text}");
+    }
+
+    #[test]
+    fn how_full_the_tables_are_is_told_beside_what_they_may_hold() {
+        let fill = Fill {
+            ports: [1000, 24],
+            connections: 7,
+            connections_limit: 100_000,
+            descriptors: 30,
+            descriptors_limit: 1000,
+        };
+        let mut text = String::new();
+        fill.describe(&mut text).unwrap();
+        for family in FILL_FAMILIES {
+            assert_eq!(text.matches(&format!("# TYPE {family} gauge\n")).count(), 1, "{family}");
+        }
+        assert!(text.contains("tidegate_proxy_ports{series=\"other\"} 24\n"), "{text}");
+        assert!(text.contains("tidegate_proxy_descriptors 30\n"), "{text}");
     }
 }

@@ -1,9 +1,12 @@
 //! A published port as all loops see it: its options and its figures.
 
 use crate::PortOptions;
-use std::sync::Arc;
+use crate::metrics::{DIAL_BOUNDS, LIFE_BOUNDS};
+use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use tidegate_model::PublishLabel;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tidegate_model::{Histogram, PublishLabel};
 
 /// Which way payload goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,42 +93,95 @@ reasons! {
     }
 }
 
-/// The figures of one port. Counted with relaxed atomics: they are read by scrapes only.
-#[derive(Debug, Default)]
-pub(crate) struct PortStats {
-    /// TCP connections accepted, UDP sessions begun.
-    pub(crate) accepted: AtomicU64,
-    /// TCP connections or UDP sessions that are there now.
-    pub(crate) live: AtomicUsize,
-    pub(crate) bytes: [AtomicU64; Direction::ALL.len()],
-    pub(crate) datagrams: [AtomicU64; Direction::ALL.len()],
-    pub(crate) refused: [AtomicU64; Refusal::ALL.len()],
-    pub(crate) dropped: [AtomicU64; Drop::ALL.len()],
-    /// TCP connections that ended in a reset; UDP sessions evicted to make room.
-    pub(crate) cut: AtomicU64,
+/// Something that counts: an atomic number, or, to measure what counting costs, [`Uncounted`].
+pub trait Tally: fmt::Debug + Default + Send + Sync {
+    /// Counts `more`.
+    fn add(&self, more: u64);
 }
 
-impl PortStats {
+impl Tally for AtomicU64 {
+    fn add(&self, more: u64) {
+        self.fetch_add(more, Ordering::Relaxed);
+    }
+}
+
+/// Counts nothing.
+#[derive(Debug, Default)]
+pub struct Uncounted;
+
+impl Tally for Uncounted {
+    fn add(&self, _: u64) {}
+}
+
+/// The figures of one port. Counted with relaxed atomics: they are read by scrapes and by the API only.
+#[derive(Debug, Default)]
+pub(crate) struct PortStats<T = AtomicU64> {
+    /// TCP connections accepted, UDP sessions begun.
+    pub(crate) accepted: T,
+    /// TCP connections or UDP sessions that are there now. Not only a figure: limits are judged by it.
+    pub(crate) live: AtomicUsize,
+    pub(crate) bytes: [T; Direction::ALL.len()],
+    pub(crate) datagrams: [T; Direction::ALL.len()],
+    pub(crate) refused: [T; Refusal::ALL.len()],
+    pub(crate) dropped: [T; Drop::ALL.len()],
+    /// TCP connections that ended in a reset; UDP sessions evicted to make room.
+    pub(crate) cut: T,
+    /// Made with the first connection: most published ports are idle.
+    times: OnceLock<Box<PortTimes>>,
+}
+
+/// How long things took at a port.
+#[derive(Debug)]
+pub(crate) struct PortTimes {
+    /// From accepting a client to reaching its backend (TCP).
+    pub(crate) dial: Histogram<{ DIAL_BOUNDS.len() }>,
+    /// TCP connections from then on to their end; UDP sessions from their first datagram to their last.
+    pub(crate) life: Histogram<{ LIFE_BOUNDS.len() }>,
+}
+
+impl<T: Tally> PortStats<T> {
     pub(crate) fn add_bytes(&self, direction: Direction, bytes: u64) {
-        self.bytes[direction as usize].fetch_add(bytes, Ordering::Relaxed);
+        self.bytes[direction as usize].add(bytes);
     }
 
     pub(crate) fn refuse(&self, refusal: Refusal) {
-        self.refused[refusal as usize].fetch_add(1, Ordering::Relaxed);
+        self.refused[refusal as usize].add(1);
     }
 
     pub(crate) fn drop_datagrams(&self, reason: Drop, count: u64) {
         if count > 0 {
-            self.dropped[reason as usize].fetch_add(count, Ordering::Relaxed);
+            self.dropped[reason as usize].add(count);
         }
+    }
+
+    /// A backend was reached after `time`.
+    pub(crate) fn dialled(&self, time: Duration) {
+        self.times_to_be().dial.record(time);
+    }
+
+    /// A connection or session has ended that went on for `time`.
+    pub(crate) fn lived(&self, time: Duration) {
+        self.times_to_be().life.record(time);
+    }
+
+    /// How long things took, if there has been anything.
+    pub(crate) fn times(&self) -> Option<&PortTimes> {
+        self.times.get().map(|times| &**times)
+    }
+
+    fn times_to_be(&self) -> &PortTimes {
+        let new = || PortTimes { dial: Histogram::new(&DIAL_BOUNDS), life: Histogram::new(&LIFE_BOUNDS) };
+        self.times.get_or_init(|| Box::new(new()))
     }
 }
 
 /// A published port.
 #[derive(Debug)]
-pub(crate) struct Port {
+pub(crate) struct Port<T = AtomicU64> {
     pub(crate) label: PublishLabel,
     pub(crate) container_port: u16,
     pub(crate) options: Arc<PortOptions>,
-    pub(crate) stats: PortStats,
+    pub(crate) stats: PortStats<T>,
+    /// Whether it has series of its own, for life: were it to change, counters would run backwards.
+    pub(crate) has_series: bool,
 }

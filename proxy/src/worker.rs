@@ -3,7 +3,7 @@
 use crate::engine::Shared;
 use crate::listener::Listener;
 use crate::load::Meter;
-use crate::port::{Port, Refusal};
+use crate::port::{Port, Refusal, Tally};
 use crate::tcp::{Accepted, Connection, Crowd, Phase, Scratch, Side, Turn};
 use crate::udp::{Batches, Relay};
 use std::collections::VecDeque;
@@ -178,8 +178,9 @@ impl Worker {
     /// Takes connection `key` out and ends it with `how`.
     fn end_connection(&mut self, cx: &mut Context<'_>, key: Key, how: impl FnOnce(Connection, &mut Scratch)) {
         let Some(connection) = self.connections.remove(key) else { return };
-        if let Phase::Dialling { deadline, .. } = connection.phase {
-            cx.timers.disarm(deadline, Tag::Dial.token(key));
+        match connection.phase {
+            Phase::Dialling { deadline, .. } => cx.timers.disarm(deadline, Tag::Dial.token(key)),
+            Phase::Open { since } => connection.port.stats.lived(cx.now.saturating_duration_since(since)),
         }
         connection.port.stats.live.fetch_sub(1, Ordering::Relaxed);
         self.shared.loads[self.index].fetch_sub(1, Ordering::Relaxed);
@@ -233,9 +234,11 @@ impl Worker {
                 self.refuse_connection(cx, key, refusal);
                 return false;
             }
-            connection.phase = Phase::Open;
+            // Often it is the round in which it was accepted, whose time stands still.
+            let now = Instant::now();
+            connection.phase = Phase::Open { since: now };
+            connection.port.stats.dialled(now.saturating_duration_since(since));
             cx.timers.disarm(deadline, Tag::Dial.token(key));
-            self.shared.metrics.dial_seconds.record(cx.now - since);
         }
         true
     }
@@ -261,7 +264,7 @@ impl Worker {
     /// Ends a connection that did not end well.
     pub(crate) fn cut_connection(&mut self, cx: &mut Context<'_>, key: Key) {
         self.end_connection(cx, key, |connection, scratch| {
-            connection.port.stats.cut.fetch_add(1, Ordering::Relaxed);
+            connection.port.stats.cut.add(1);
             connection.reset(&mut scratch.pipes);
         });
     }

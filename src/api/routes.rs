@@ -2,7 +2,8 @@
 
 use super::problem::Problem;
 use super::subject::{Order, Subject, port_of};
-use super::types::{Endpoint, ErrorBody, Network, NewNamespace, NewPorts, Port, Status};
+use super::types::{Endpoint, ErrorBody, Figures, Network, NewNamespace, NewPorts, Port, Status};
+use crate::ports::runs;
 use crate::publisher::{PortId, PublishError};
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection};
@@ -37,6 +38,7 @@ const MAX_BODY: usize = 64 << 10;
         ports,
         add_ports,
         remove_port,
+        figures,
         document
     ),
     components(schemas(ErrorBody))
@@ -58,6 +60,7 @@ pub(super) fn router(subject: Arc<Subject>) -> Router {
         .route("/v1/endpoints/{name}/namespace", put(set_namespace))
         .route("/v1/ports", get(ports).post(add_ports))
         .route("/v1/ports/{id}", delete(remove_port))
+        .route("/v1/figures", get(figures))
         .route("/v1/openapi.json", get(document))
         .fallback(nothing_there)
         .method_not_allowed_fallback(not_that_way)
@@ -171,7 +174,10 @@ async fn add_ports(
     // Opening sockets is quick; finding out who is in the way is not.
     let endpoint = new.endpoint.clone();
     let opened = blocking(move || subject.publisher.publish(&endpoint, &spec)).await??;
-    tracing::info!(endpoint = new.endpoint, %spec, sockets = opened.len(), "published");
+    let ports: Vec<_> = opened.iter().map(|port| (port.label, port.container_port)).collect();
+    for (publish, to) in runs(&ports) {
+        tracing::info!(publish, endpoint = new.endpoint, to, "published");
+    }
     Ok((StatusCode::CREATED, Json(opened.iter().map(port_of).collect())))
 }
 
@@ -187,11 +193,16 @@ async fn remove_port(State(subject): State<Arc<Subject>>, id: Named) -> Result<S
     let not_there = || Problem::not_found(&format!("there is no published port {id:?}"));
     let number = id.parse().map_err(|_| not_there())?;
     let removed = blocking(move || subject.publisher.unpublish(PortId(number))).await?;
-    if !removed {
-        return Err(not_there());
-    }
-    tracing::info!(id, "port closed");
+    let port = removed.ok_or_else(not_there)?;
+    tracing::info!(publish = %port.label, endpoint = port.endpoint, "port closed");
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// What has been counted, and what there is now: ports, networks, the NAT engine, name servers
+#[utoipa::path(get, path = "/v1/figures", responses((status = 200, body = Figures)))]
+async fn figures(State(subject): State<Arc<Subject>>) -> Answer<Figures> {
+    // A quarter of a million ports take their time.
+    blocking(move || subject.figures()).await.map(Json)
 }
 
 /// This document
@@ -258,6 +269,7 @@ mod tests {
                 "/v1/endpoints",
                 "/v1/endpoints/{name}",
                 "/v1/endpoints/{name}/namespace",
+                "/v1/figures",
                 "/v1/networks",
                 "/v1/networks/{name}",
                 "/v1/openapi.json",

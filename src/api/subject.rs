@@ -1,16 +1,22 @@
 //! What the API tells about, turned into what it says.
 
 use super::problem::Problem;
-use super::types::{Attachment, Endpoint, Exit, Network, Port, Service, State, Status, Subnet, Transport};
+use super::types::{
+    Attachment, Endpoint, Exit, Figures, Fill, NatFigures, Network, NetworkFigures, Port, PortFigures,
+    Service, State, Status, Subnet, Transport, UpstreamFigures,
+};
 use crate::publisher::{OpenPort, Publisher};
 use crate::services::{self, Observer};
 use crate::version::{COMMIT, VERSION};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
+use tidegate_dns::Resolver;
 use tidegate_model::Protocol;
+use tidegate_nat as nat;
 use tidegate_netsetup::{self as netsetup, Desired};
+use tidegate_proxy::{Direction, PortSnapshot};
 use tokio::sync::{mpsc, oneshot};
 
 /// A running project.
@@ -21,6 +27,8 @@ pub(crate) struct Subject {
     pub(crate) compose_file: PathBuf,
     /// When it was started.
     pub(crate) started: SystemTime,
+    /// The same by a clock that is not set.
+    pub(crate) begun: Instant,
     /// How its networks are kept closed.
     pub(crate) isolation: &'static str,
     /// Its networks and endpoints.
@@ -31,6 +39,10 @@ pub(crate) struct Subject {
     pub(crate) observer: Observer,
     /// Where its endpoints are and what they publish.
     pub(crate) publisher: Arc<Publisher>,
+    /// Its names.
+    pub(crate) names: Arc<Resolver>,
+    /// Its way out, if there is no firewall.
+    pub(crate) nat: Option<nat::Figures>,
     /// The paths of adopted namespaces.
     pub(crate) adopted: Arc<Adopted>,
     /// To whoever makes networks.
@@ -109,9 +121,6 @@ impl Subject {
     }
 
     fn network(&self, network: &netsetup::Network) -> Network {
-        let on_it = |endpoint: &&netsetup::Endpoint| {
-            endpoint.attachments.iter().any(|attachment| attachment.network == network.name)
-        };
         let subnet = |one: &netsetup::Subnet| Subnet { subnet: one.subnet, gateway: one.gateway };
         Network {
             name: network.name.clone(),
@@ -120,14 +129,16 @@ impl Subject {
             internal: network.internal,
             inter_container: network.inter_container,
             mtu: network.mtu,
-            endpoints: self
-                .desired
-                .endpoints
-                .iter()
-                .filter(on_it)
-                .map(|endpoint| endpoint.name.clone())
-                .collect(),
+            endpoints: self.endpoints_on(&network.name),
         }
+    }
+
+    /// The names of the endpoints on `network`.
+    fn endpoints_on(&self, network: &str) -> Vec<String> {
+        let on_it = |endpoint: &&netsetup::Endpoint| {
+            endpoint.attachments.iter().any(|attachment| attachment.network == network)
+        };
+        self.desired.endpoints.iter().filter(on_it).map(|endpoint| endpoint.name.clone()).collect()
     }
 
     pub(super) fn endpoints(&self) -> Vec<Endpoint> {
@@ -166,6 +177,38 @@ impl Subject {
         endpoint.attachments.iter().map(attachment).collect()
     }
 
+    pub(super) fn figures(&self) -> Figures {
+        let fill = self.publisher.fill();
+        let figures = self.publisher.figures();
+        Figures {
+            project: self.project.clone(),
+            pid: std::process::id(),
+            started: time(self.started),
+            elapsed_ms: self.begun.elapsed().as_millis() as u64,
+            ports: figures.iter().map(|(port, figures)| port_figures(port, figures)).collect(),
+            connections: Fill { used: fill.connections, limit: fill.connections_limit },
+            descriptors: Fill { used: fill.descriptors, limit: fill.descriptors_limit },
+            networks: self.network_figures(),
+            nat: self.nat.as_ref().map(nat_figures),
+            upstreams: self.names.upstreams().iter().map(upstream_figures).collect(),
+        }
+    }
+
+    fn network_figures(&self) -> Vec<NetworkFigures> {
+        let asked: BTreeMap<_, _> = self.names.questions().into_iter().collect();
+        let figures = |network: &netsetup::Network| {
+            let questions = asked.get(&network.name).copied().unwrap_or_default();
+            NetworkFigures {
+                name: network.name.clone(),
+                endpoints: self.endpoints_on(&network.name),
+                questions: questions.answered,
+                questions_failed: questions.failed,
+                questions_unknown: questions.unknown,
+            }
+        };
+        self.desired.networks.iter().map(figures).collect()
+    }
+
     pub(super) fn ports(&self) -> Vec<Port> {
         self.publisher.ports().iter().map(port_of).collect()
     }
@@ -186,6 +229,60 @@ pub(super) fn port_of(port: &OpenPort) -> Port {
         },
         container_port: port.container_port,
     }
+}
+
+fn port_figures(port: &OpenPort, figures: &PortSnapshot) -> PortFigures {
+    let [inward, outward] = [Direction::In, Direction::Out].map(|direction| direction as usize);
+    PortFigures {
+        id: port.id.0,
+        endpoint: port.endpoint.clone(),
+        publish: port.label.to_string(),
+        container_port: port.container_port,
+        open: Fill { used: figures.live, limit: figures.limit },
+        begun: figures.accepted,
+        refused: figures.refused.iter().sum(),
+        cut: figures.cut,
+        bytes_in: figures.bytes[inward],
+        bytes_out: figures.bytes[outward],
+        datagrams_in: figures.datagrams[inward],
+        datagrams_out: figures.datagrams[outward],
+        dropped: figures.dropped.iter().sum(),
+        dialled: figures.dial.count(),
+        dial_us: microseconds(figures.dial.total()),
+    }
+}
+
+fn nat_figures(figures: &nat::Figures) -> NatFigures {
+    let sum = |counts: &[nat::Count]| counts.iter().map(nat::Count::get).sum();
+    let stats = &figures.stats;
+    NatFigures {
+        flows: Fill { used: sum(&stats.flows), limit: figures.flows_limit },
+        flows_tcp: stats.flows(nat::FlowKind::Tcp),
+        begun: sum(&stats.flows_begun),
+        bytes_in: stats.bytes[1].get(),
+        bytes_out: stats.bytes[0].get(),
+        packets_in: stats.packets[1].get(),
+        packets_out: stats.packets[0].get(),
+        dropped: sum(&stats.dropped),
+        resets: stats.resets.get(),
+        retransmissions: stats.retransmissions.get(),
+    }
+}
+
+fn upstream_figures(upstream: &tidegate_dns::Upstream) -> UpstreamFigures {
+    UpstreamFigures {
+        server: upstream.server.to_string(),
+        trusted: upstream.trusted,
+        asked: upstream.asked,
+        silent: upstream.silent,
+        failed: upstream.failed,
+        answered: upstream.answered,
+        took_us: microseconds(upstream.took),
+    }
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn service_of(status: &services::Status) -> Service {

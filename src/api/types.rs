@@ -179,6 +179,141 @@ pub(crate) enum Transport {
     Sctp,
 }
 
+/// What has been counted since the start, and what there is now. A rate is the difference of two of them, of the same `pid` and `started`, over
+/// the difference of their `elapsed_ms`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Figures {
+    /// Name of the project.
+    #[schema(example = "hello")]
+    pub(crate) project: String,
+    /// Process id.
+    pub(crate) pid: u32,
+    /// When it was started (RFC 3339, UTC).
+    #[schema(example = "2026-01-31T12:00:00Z")]
+    pub(crate) started: String,
+    /// Milliseconds since then, by a clock that is not set.
+    pub(crate) elapsed_ms: u64,
+    /// Published ports, one for each socket, as in `/v1/ports`.
+    pub(crate) ports: Vec<PortFigures>,
+    /// TCP connections of all published ports together.
+    pub(crate) connections: Fill,
+    /// File descriptors of published ports, connections and sessions.
+    pub(crate) descriptors: Fill,
+    /// Networks, as in `/v1/networks`.
+    pub(crate) networks: Vec<NetworkFigures>,
+    /// The NAT engine, if it is what leads containers out.
+    pub(crate) nat: Option<NatFigures>,
+    /// Name servers that questions were forwarded to.
+    pub(crate) upstreams: Vec<UpstreamFigures>,
+}
+
+/// How full a table is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Fill {
+    /// What there is.
+    pub(crate) used: u64,
+    /// What there may be.
+    pub(crate) limit: u64,
+}
+
+/// Figures of a published port: one socket of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct PortFigures {
+    /// Its number.
+    pub(crate) id: u32,
+    /// The endpoint that it leads to.
+    #[schema(example = "web")]
+    pub(crate) endpoint: String,
+    /// Its label in metrics.
+    #[schema(example = "0.0.0.0:8080/tcp")]
+    pub(crate) publish: String,
+    /// Port of the endpoint.
+    pub(crate) container_port: u16,
+    /// TCP connections or UDP sessions now.
+    pub(crate) open: Fill,
+    /// TCP connections that clients made, refused ones included; UDP sessions begun.
+    pub(crate) begun: u64,
+    /// TCP connections that never reached the endpoint.
+    pub(crate) refused: u64,
+    /// TCP connections that ended in a reset; UDP sessions that had to make room.
+    pub(crate) cut: u64,
+    /// Payload to the endpoint, in bytes.
+    pub(crate) bytes_in: u64,
+    /// Payload to clients, in bytes.
+    pub(crate) bytes_out: u64,
+    /// Datagrams to the endpoint.
+    pub(crate) datagrams_in: u64,
+    /// Datagrams to clients.
+    pub(crate) datagrams_out: u64,
+    /// Datagrams that were not carried.
+    pub(crate) dropped: u64,
+    /// Times that the endpoint was reached (TCP).
+    pub(crate) dialled: u64,
+    /// Microseconds that took, of all of them together.
+    pub(crate) dial_us: u64,
+}
+
+/// Figures of a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct NetworkFigures {
+    /// Its name.
+    #[schema(example = "front")]
+    pub(crate) name: String,
+    /// Names of the endpoints on it.
+    pub(crate) endpoints: Vec<String>,
+    /// Questions for names that were answered; of endpoints on several networks, those of the first.
+    pub(crate) questions: u64,
+    /// Of those, with SERVFAIL or REFUSED.
+    pub(crate) questions_failed: u64,
+    /// Of those, that there is no such name.
+    pub(crate) questions_unknown: u64,
+}
+
+/// Figures of the NAT engine. Out is to the world, in to the containers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct NatFigures {
+    /// Flows now, of all protocols.
+    pub(crate) flows: Fill,
+    /// Of those, TCP connections.
+    pub(crate) flows_tcp: u64,
+    /// Flows begun.
+    pub(crate) begun: u64,
+    /// Payload to containers, in bytes.
+    pub(crate) bytes_in: u64,
+    /// Payload to the world, in bytes.
+    pub(crate) bytes_out: u64,
+    /// Packets that crossed its device, to containers.
+    pub(crate) packets_in: u64,
+    /// Packets that crossed its device, from containers.
+    pub(crate) packets_out: u64,
+    /// Packets that were not carried.
+    pub(crate) dropped: u64,
+    /// TCP connections that reached nobody, or ended in a reset.
+    pub(crate) resets: u64,
+    /// Times that something was sent to a container again.
+    pub(crate) retransmissions: u64,
+}
+
+/// Figures of a name server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct UpstreamFigures {
+    /// Its address.
+    #[schema(example = "192.0.2.53:53")]
+    pub(crate) server: String,
+    /// Others are not asked before it because it was silent.
+    pub(crate) trusted: bool,
+    /// Questions sent.
+    pub(crate) asked: u64,
+    /// Of those, not answered in time, or not at all.
+    pub(crate) silent: u64,
+    /// Of those, answered with a failure.
+    pub(crate) failed: u64,
+    /// Answers of which the time was taken.
+    pub(crate) answered: u64,
+    /// Microseconds that those took together.
+    pub(crate) took_us: u64,
+}
+
 /// Ports to publish.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

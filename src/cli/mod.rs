@@ -6,6 +6,7 @@ mod duration;
 mod hello;
 mod ps;
 mod publish;
+mod top;
 mod up;
 
 use crate::compat::{docker_proxy, slirp4netns};
@@ -25,10 +26,14 @@ use tracing_subscriber::filter::LevelFilter;
 #[derive(Debug, Parser)]
 #[command(name = "tidegate", version, about, max_term_width = 100)]
 #[command(
-    after_help = "Environment:\n  TIDEGATE_LOG     what is logged to standard error: a level (info, debug, trace), \
-    or target=level,...\n  TIDEGATE_SOCKET  where tidegate up serves its API, and where tidegate ps asks\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
+    after_help = "Environment:\n  TIDEGATE_LOG         what is logged to standard error: a level (info, debug, trace), \
+    or target=level,...\n  TIDEGATE_LOG_FORMAT  human or json, unless --log-format says it\n  TIDEGATE_SOCKET      where tidegate up serves its API, and where tidegate ps and top ask\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
 )]
 pub struct Cli {
+    /// How logs are written to standard error [default: TIDEGATE_LOG_FORMAT, or human]
+    #[arg(long, global = true, value_name = "FORMAT", value_enum)]
+    log_format: Option<logging::Format>,
+
     #[command(subcommand)]
     command: Command,
 }
@@ -37,6 +42,7 @@ pub struct Cli {
 enum Command {
     Up(up::Up),
     Ps(ps::Ps),
+    Top(top::Top),
     Publish(Box<publish::Publish>),
     Doctor(doctor::Doctor),
     /// Be Docker's docker-proxy (see the binary of that name)
@@ -91,7 +97,11 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let result = logging::init(LevelFilter::INFO).map_err(Into::into).and_then(|()| cli.command.run());
+    let format = logging::format(cli.log_format);
+    let last_word = format.as_ref().copied().unwrap_or_default();
+    let result = format.and_then(|format| logging::init(LevelFilter::INFO, format)).map_err(Into::into);
+    let result = result.and_then(|()| cli.command.run());
+    logging::flush();
     match result {
         // What went wrong has been told, service by service.
         Ok(well) => {
@@ -103,7 +113,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         }
         Err(error) => {
             // That nobody can read it changes nothing about the exit status.
-            let _ = writeln!(std::io::stderr(), "tidegate: error: {}", one_line(&error));
+            let _ = write!(std::io::stderr(), "{}", logging::last_word(last_word, &one_line(&error)));
             ExitCode::from(if error.is::<UsageError>() { EXIT_USAGE } else { EXIT_FAILURE })
         }
     }
@@ -116,6 +126,7 @@ impl Command {
         match self {
             Self::Up(up) => up.run(),
             Self::Ps(ps) => ps.run().map(done),
+            Self::Top(top) => top.run().map(done),
             Self::Publish(publish) => publish.run().map(done),
             Self::Doctor(doctor) => doctor.run(),
             Self::DockerProxy { .. } | Self::Slirp4netns { .. } => unreachable!("taken care of above"),

@@ -106,6 +106,10 @@ pub(super) struct Publish {
     #[arg(long, value_name = "ADDRESS", default_value = "none")]
     metrics: String,
 
+    /// Published ports that have series of their own in the metrics; those beyond are told in one sum for each protocol
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    metrics_max_ports: usize,
+
     /// Tell what was published as JSON
     #[arg(long)]
     json: bool,
@@ -173,7 +177,7 @@ impl Publish {
             Some(recorder) => {
                 let address = recorder.address().context("metrics address")?;
                 let told = Arc::clone(&engine);
-                recorder.serve(move || told.snapshot()).context("metrics endpoint")?;
+                recorder.serve(move || (told.snapshot(), told.fill())).context("metrics endpoint")?;
                 Some(address)
             }
             None => None,
@@ -201,6 +205,7 @@ impl Publish {
         let mut settings = Settings {
             max_connections: self.max_connections,
             dial_timeout: self.dial_timeout,
+            ports_with_series: self.metrics_max_ports,
             ..Settings::default()
         };
         if let Some(workers) = self.workers {

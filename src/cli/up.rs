@@ -41,6 +41,10 @@ pub(super) struct Up {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464")]
     metrics: String,
 
+    /// Published ports that have series of their own in the metrics; those beyond are told in one sum for each protocol
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    metrics_max_ports: usize,
+
     /// How long services may take to end after the first signal, before they are killed
     #[arg(short, long, value_name = "TIME", default_value = "10s", value_parser = optional_timeout)]
     timeout: Duration,
@@ -81,6 +85,7 @@ impl Up {
             firewall: self.firewall,
             publish: self.publish,
             metrics,
+            ports_with_series: self.metrics_max_ports,
             grace: self.timeout,
             dns_ttl: self.dns_ttl,
             allow_host_loopback: self.allow_host_loopback,

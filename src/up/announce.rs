@@ -14,12 +14,34 @@ use tidegate_model::PublishLabel;
 const PATIENCE: Duration = Duration::from_millis(500);
 
 impl Running {
-    /// Tells what is there.
-    pub(super) fn announce(&self) -> anyhow::Result<()> {
+    /// Tells the log what is there.
+    pub(super) fn log(&self) {
+        for network in &self.layout.desired.networks {
+            tracing::info!(network = network.name, bridge = network.bridge.name, "network is up");
+        }
+        let published = self.published();
+        for endpoint in &self.layout.desired.endpoints {
+            for attachment in &endpoint.attachments {
+                tracing::info!(endpoint = endpoint.name, network = attachment.network, "attached");
+            }
+            for (publish, to) in runs(published.get(&endpoint.name).map(Vec::as_slice).unwrap_or_default()) {
+                tracing::info!(publish, endpoint = endpoint.name, to, "published");
+            }
+        }
+    }
+
+    /// The published ports of each endpoint.
+    fn published(&self) -> BTreeMap<String, Vec<(PublishLabel, u16)>> {
         let mut published: BTreeMap<String, Vec<(PublishLabel, u16)>> = BTreeMap::new();
         for port in self.publisher.ports() {
             published.entry(port.endpoint).or_default().push((port.label, port.container_port));
         }
+        published
+    }
+
+    /// Tells what is there.
+    pub(super) fn announce(&self) -> anyhow::Result<()> {
+        let published = self.published();
         let mut rows = vec![["SERVICE", "NETWORK", "ADDRESS", "PUBLISHED"].map(str::to_owned)];
         for endpoint in &self.layout.desired.endpoints {
             let ports = published.get(&endpoint.name).map(Vec::as_slice).unwrap_or_default();

@@ -149,10 +149,11 @@ impl Instance {
         match &repaired {
             Ok(0) => {}
             Ok(steps) => {
-                self.repairs.increment(1);
+                self.repairs.done.increment(1);
                 tracing::warn!(steps, "someone else has changed our networks; put right again");
             }
             Err(error) => {
+                self.repairs.failed.increment(1);
                 tracing::error!(%error, "someone else has changed our networks, and they cannot be put right");
             }
         }
@@ -213,7 +214,7 @@ impl Instance {
         let addresses = self.up.layout.addresses.get(endpoint).map(Vec::as_slice).unwrap_or_default();
         self.up.publisher.relocate(endpoint, namespace, addresses)?;
         if let Err(error) = self.up.names.serve(endpoint, namespace) {
-            tracing::warn!("{error:#}");
+            tracing::warn!(endpoint, "{error:#}");
         }
         tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "plugged in again");
         Ok(())

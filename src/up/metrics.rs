@@ -1,11 +1,12 @@
 //! `tidegate_network_*`: rendered at each scrape from what there is then, so that a family's series go with their object.
 
 use crate::publisher::Publisher;
+use crate::services::Observer;
 use ::metrics::{Counter, counter, describe_counter};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
-use tidegate_netsetup::{Desired, Network, capacity};
+use tidegate_netsetup::{Change, Desired, Firewall, Network, capacity};
 
 /// A family: its name, its type, and what it tells.
 type Family = (&'static str, &'static str, &'static str);
@@ -30,27 +31,88 @@ const RELOCATIONS: Family = (
     "Times that an endpoint was plugged into another namespace because its container had come back.",
 );
 
+const RESTARTS: Family = (
+    "tidegate_network_endpoint_restarts_total",
+    "counter",
+    "Times that the command of an endpoint's service was started again.",
+);
+const UPDATES: Family = (
+    "tidegate_network_ruleset_update_seconds",
+    "histogram",
+    "Time that the firewall took to change our rules: all of them, or those of ports that come and go.",
+);
+const UPDATES_FAILED: Family = (
+    "tidegate_network_ruleset_update_failures_total",
+    "counter",
+    "Changes of our rules that the firewall has refused.",
+);
+
 /// Counts how often networks had to be put right.
-pub(super) fn repairs() -> Counter {
-    const NAME: &str = "tidegate_network_repairs_total";
-    describe_counter!(NAME, "Times that networks were put right after someone else had changed them.");
-    counter!(NAME)
+pub(super) struct Repairs {
+    pub(super) done: Counter,
+    pub(super) failed: Counter,
+}
+
+impl Repairs {
+    pub(super) fn new() -> Self {
+        const DONE: &str = "tidegate_network_repairs_total";
+        const FAILED: &str = "tidegate_network_repair_failures_total";
+        describe_counter!(DONE, "Times that networks were put right after someone else had changed them.");
+        describe_counter!(
+            FAILED,
+            "Times that networks could not be put right; that is tried again every second."
+        );
+        Self { done: counter!(DONE), failed: counter!(FAILED) }
+    }
+}
+
+/// Writes the families of `firewall` in the text format of Prometheus (exposition format 0.0.4). Without one they have no series.
+pub(super) fn ruleset_families(firewall: Option<&Firewall>, page: &mut String) {
+    // Writing to a String does not fail.
+    let _ = render_updates(firewall, page);
+}
+
+fn render_updates(firewall: Option<&Firewall>, page: &mut String) -> fmt::Result {
+    let of = |change: Change| format!("change=\"{}\"", change.as_str());
+    head(UPDATES, page)?;
+    for (firewall, change) in
+        firewall.iter().flat_map(|firewall| Change::ALL.map(|change| (firewall, change)))
+    {
+        let labels = format!("firewall=\"{}\",{}", firewall.kind(), of(change));
+        firewall.updates(change).took().describe(UPDATES.0, &labels, page)?;
+    }
+    head(UPDATES_FAILED, page)?;
+    for (firewall, change) in
+        firewall.iter().flat_map(|firewall| Change::ALL.map(|change| (firewall, change)))
+    {
+        let failed = firewall.updates(change).failed();
+        writeln!(page, "{}{{firewall=\"{}\",{}}} {failed}", UPDATES_FAILED.0, firewall.kind(), of(change))?;
+    }
+    Ok(())
 }
 
 /// Writes the families of the networks and endpoints of `desired` in the text format of Prometheus (exposition format 0.0.4).
-pub(super) fn families(desired: &Desired, publisher: &Publisher, page: &mut String) {
+pub(super) fn families(
+    desired: &Desired,
+    publisher: &Publisher,
+    observer: Option<&Observer>,
+    page: &mut String,
+) {
     let mut ports: BTreeMap<String, u64> = BTreeMap::new();
     for port in publisher.ports() {
         *ports.entry(port.endpoint).or_default() += 1;
     }
+    let statuses = observer.map(Observer::statuses).unwrap_or_default();
+    let restarts = statuses.into_iter().map(|status| (status.name, u64::from(status.restarts))).collect();
     // Writing to a String does not fail.
-    let _ = render(desired, &ports, &publisher.relocations(), page);
+    let _ = render(desired, &ports, &publisher.relocations(), &restarts, page);
 }
 
 fn render(
     desired: &Desired,
     ports: &BTreeMap<String, u64>,
     relocations: &BTreeMap<String, u64>,
+    restarts: &BTreeMap<String, u64>,
     page: &mut String,
 ) -> fmt::Result {
     head(INFO, page)?;
@@ -79,7 +141,7 @@ fn render(
             writeln!(page, "{}{{endpoint=\"{name}\",network=\"{network}\"}} 1", ATTACHED.0)?;
         }
     }
-    for (family, values) in [(PORTS, ports), (RELOCATIONS, relocations)] {
+    for (family, values) in [(PORTS, ports), (RELOCATIONS, relocations), (RESTARTS, restarts)] {
         head(family, page)?;
         for endpoint in &desired.endpoints {
             let value = values.get(&endpoint.name).copied().unwrap_or_default();
@@ -141,7 +203,7 @@ mod tests {
         };
         let ports = BTreeMap::from([("web".to_owned(), 2)]);
         let mut page = String::new();
-        render(&desired, &ports, &BTreeMap::new(), &mut page).unwrap();
+        render(&desired, &ports, &BTreeMap::new(), &BTreeMap::new(), &mut page).unwrap();
         let series: Vec<&str> = page.lines().filter(|line| !line.starts_with('#')).collect();
         assert_eq!(
             series,
@@ -155,6 +217,7 @@ mod tests {
                 "tidegate_network_endpoint_info{endpoint=\"web\",network=\"front\"} 1",
                 "tidegate_network_endpoint_ports{endpoint=\"web\"} 2",
                 "tidegate_network_endpoint_relocations_total{endpoint=\"web\"} 0",
+                "tidegate_network_endpoint_restarts_total{endpoint=\"web\"} 0",
             ]
         );
     }

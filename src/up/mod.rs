@@ -27,7 +27,6 @@ use crate::ports::{raise_descriptor_limit, reserve};
 use crate::publisher::{Endpoint, Publisher};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use crate::source::clean_up_after_the_dead;
-use ::metrics::Counter;
 use anyhow::{Context, anyhow, bail};
 use layout::{Layout, Surroundings, fnv, layout};
 use names::NameServers;
@@ -37,8 +36,8 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
 use tidegate_model::{PortSpec, Protocol};
 use tidegate_netns::{Namespace, News, Topic, run_directory};
 use tidegate_netsetup::{
@@ -73,6 +72,8 @@ pub struct Up {
     pub publish: Option<PublishBy>,
     /// Where metrics are served.
     pub metrics: Option<MetricsAddress>,
+    /// Published ports that have series of their own in metrics.
+    pub ports_with_series: usize,
     /// How long services may take to end.
     pub grace: Duration,
     /// How long what is told of names may be kept.
@@ -95,7 +96,7 @@ struct Instance {
     /// Of what could have opened the networks.
     news: AsyncFd<News>,
     /// How often they were put right.
-    repairs: Counter,
+    repairs: metrics::Repairs,
 }
 
 /// What runs on the networks.
@@ -161,7 +162,7 @@ impl Up {
     }
 
     async fn run_on(&self, ground: &Ground) -> anyhow::Result<bool> {
-        let started = SystemTime::now();
+        let (started, begun) = (SystemTime::now(), Instant::now());
         let mut project = compose::load(&self.file)?;
         if let Some(name) = &self.project {
             project.name.clone_from(name);
@@ -229,20 +230,24 @@ impl Up {
         let subject = Subject {
             compose_file: std::path::absolute(&self.file).unwrap_or_else(|_| self.file.clone()),
             started,
+            begun,
             isolation: setup.isolation().name(),
             desired: up.layout.desired.clone(),
             services: project.services.iter().map(|service| service.name.clone()).collect(),
             observer: up.supervisor.observer(),
             publisher: Arc::clone(&up.publisher),
+            names: up.names.resolver(),
+            nat: up.way_out.as_ref().map(|nat| nat.nat().figures().clone()),
             adopted: Arc::clone(&up.adopted),
             orders,
             project: project.name,
         };
         let server = Server::start(socket, Arc::new(subject));
-        let repairs = metrics::repairs();
+        let repairs = metrics::Repairs::new();
         let (host, apart) = (ground.networks().clone(), ground.is_rootless());
         let mut instance =
             Instance { setup, chosen, host, apart, up, server, orders: received, news, repairs };
+        instance.up.log();
         if let Err(error) = instance.up.announce() {
             // Whoever read it has seen enough.
             tracing::debug!(%error, "standard output");
@@ -308,7 +313,7 @@ impl Up {
             |device: way_out::Device| device.start(&layout, &observed, ground, self.allow_host_loopback);
         let mut way_out = device.map(start).transpose()?;
 
-        let mut settings = Settings::default();
+        let mut settings = Settings { ports_with_series: self.ports_with_series, ..Settings::default() };
         if way_out.is_some() {
             settings.reserved_descriptors += way_out::descriptors();
         }
@@ -329,6 +334,8 @@ impl Up {
         if let Some(way_out) = &way_out {
             publisher.come_in_by(Arc::clone(way_out.nat()));
         }
+        // Of services, once they have been started.
+        let observer: Arc<OnceLock<services::Observer>> = Arc::default();
         let begun = async {
             let mut names = NameServers::new(project, &layout, ground, self.dns_ttl)?;
             let mut resolvers = names.resolver().host_servers();
@@ -341,10 +348,16 @@ impl Up {
             }
             if let Some(recorder) = recorder {
                 let (desired, told) = (layout.desired.clone(), Arc::clone(&publisher));
-                let recorder = recorder.with(move |page| metrics::families(&desired, &told, page));
-                let nat = way_out.as_ref().map(|nat| (project.name.clone(), Arc::clone(nat.nat().stats())));
+                let seen = Arc::clone(&observer);
+                let recorder =
+                    recorder.with(move |page| metrics::families(&desired, &told, seen.get(), page));
+                let firewall = chosen.firewall.clone();
+                let recorder =
+                    recorder.with(move |page| metrics::ruleset_families(firewall.as_deref(), page));
+                let nat = way_out.as_ref().map(|nat| (project.name.clone(), nat.nat().figures().clone()));
                 let recorder = recorder.with(move |page| {
-                    let engines: Vec<_> = nat.iter().map(|(name, stats)| (name.as_str(), &**stats)).collect();
+                    let engines: Vec<_> =
+                        nat.iter().map(|(name, figures)| (name.as_str(), figures)).collect();
                     let _ = tidegate_nat::describe(&engines, page);
                 });
                 let resolver = names.resolver();
@@ -353,7 +366,7 @@ impl Up {
                     let _ = resolver.describe(page);
                 });
                 let told = Arc::clone(&publisher);
-                recorder.serve(move || told.snapshot()).context("metrics endpoint")?;
+                recorder.serve(move || (told.snapshot(), told.fill())).context("metrics endpoint")?;
             }
             let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
             let specs = specs(project, &layout, &namespaces);
@@ -365,6 +378,8 @@ impl Up {
                     () = signals.next() => true,
                 }
             };
+            // Nobody else sets it.
+            let _ = observer.set(supervisor.observer());
             if interrupted {
                 supervisor.kill();
                 supervisor.wait().await;

@@ -113,7 +113,7 @@ impl NameServers {
         // Who asks at a gateway has none.
         let Some(options) = self.options.get(service).cloned() else { return Ok(()) };
         let serving = self.resolver.serve(namespace, service, &options)?;
-        tracing::debug!(service, at = %serving.address(), redirected = serving.is_redirected(), "names");
+        tracing::debug!(endpoint = service, at = %serving.address(), redirected = serving.is_redirected(), "names");
         self.serving.insert(service.to_owned(), serving);
         Ok(())
     }
@@ -138,7 +138,7 @@ impl NameServers {
         for service in &project.services {
             let Some(namespace) = namespaces.get(&service.name) else { continue };
             match (self.serve(&service.name, namespace), &service.run) {
-                (Err(error), Run::Adopt(_)) => tracing::warn!("{error:#}"),
+                (Err(error), Run::Adopt(_)) => tracing::warn!(endpoint = service.name, "{error:#}"),
                 (result, _) => result?,
             }
         }

@@ -25,6 +25,7 @@ const MOST_DESCRIPTORS: usize = 16_384;
 /// The device, before there are networks.
 #[derive(Debug)]
 pub(super) struct Device {
+    project: Arc<str>,
     tun: Tun,
     table: u32,
 }
@@ -54,7 +55,10 @@ impl Device {
                 // Another project has its routes there.
                 Err(StartError::Interface { source, .. })
                     if source.kind() == io::ErrorKind::AlreadyExists && attempt < ATTEMPTS => {}
-                opened => return Ok(Self { tun: opened?, table }),
+                opened => {
+                    let project = project.name.as_str().into();
+                    return Ok(Self { project, tun: opened?, table });
+                }
             }
             number = (number + 1) % u64::from(registry::WAY_OUT_TABLES);
         }
@@ -78,6 +82,7 @@ impl Device {
         host_loopback: bool,
     ) -> Result<WayOut, StartError> {
         let mut settings = Settings::new(self.tun.mtu());
+        settings.network = self.project;
         let policy = Policy { host_loopback, ..policy(layout, observed) };
         settings.policy.clone_from(&policy);
         // No container has more than a quarter of all flows, or a few could keep the others from having any.

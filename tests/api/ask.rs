@@ -1,5 +1,7 @@
 //! A client of the API that is not tidegate's own: plain HTTP, written down.
 
+#![allow(dead_code, reason = "every test crate uses a part of it")]
+
 use serde_json::Value;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -35,7 +35,8 @@ fn the_metrics_of_a_tcp_port_are_exact() {
             (r#"tidegate_proxy_connection_resets_total{publish="127.0.0.1:8080/tcp"}"#, 0),
             (r#"tidegate_proxy_bytes_total{publish="127.0.0.1:8080/tcp",direction="in"}"#, 1234),
             (r#"tidegate_proxy_bytes_total{publish="127.0.0.1:8080/tcp",direction="out"}"#, 4_321_000),
-            ("tidegate_proxy_dial_seconds_count", 1),
+            (r#"tidegate_proxy_dial_seconds_count{publish="127.0.0.1:8080/tcp"}"#, 1),
+            (r#"tidegate_proxy_connection_seconds_count{publish="127.0.0.1:8080/tcp"}"#, 1),
         ],
     );
     drop(source);

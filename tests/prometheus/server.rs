@@ -11,6 +11,8 @@ use tidegate_testbed::{Namespace, Process, eventually};
 
 /// Where tidegate serves its metrics: the address in the configuration that is delivered.
 pub(crate) const TARGET: &str = "127.0.0.1:9464";
+/// Where another one does, which the test adds.
+pub(crate) const OTHER_TARGET: &str = "127.0.0.1:9465";
 const ADDRESS: &str = "127.0.0.1:9090";
 const SOON: Duration = Duration::from_secs(10);
 /// Instead of the configuration's.
@@ -71,6 +73,9 @@ impl Prometheus {
         assert!(configuration.contains(TARGET), "{configuration}");
         let quick = configuration.replace("15s", INTERVAL);
         assert_eq!(quick.matches(INTERVAL).count(), 2, "{configuration}");
+        let (one, both) = (format!("[\"{TARGET}\"]"), format!("[\"{TARGET}\", \"{OTHER_TARGET}\"]"));
+        assert!(quick.contains(&one), "{configuration}");
+        let quick = quick.replace(&one, &both);
         let file = directory.path().join("prometheus.yml");
         fs::write(&file, quick).unwrap();
         fs::create_dir(directory.path().join("rules")).unwrap();
@@ -87,18 +92,30 @@ impl Prometheus {
         Self { host: host.clone(), _process: process, _directory: directory }
     }
 
-    /// Waits until it has scraped tidegate `more` times from now on.
+    /// Waits until it has scraped each tidegate `more` times from now on.
     #[track_caller]
     pub(crate) fn wait_for_scrapes(&self, more: u64) {
         let last = || {
             let targets = self.get("/api/v1/targets?state=active");
-            let target = &targets["data"]["activeTargets"][0];
-            (target["health"] == "up").then(|| target["lastScrape"].as_str().unwrap_or_default().to_owned())
+            let mut scrapes = Vec::new();
+            for target in targets["data"]["activeTargets"].as_array().unwrap() {
+                if target["health"] == "up" {
+                    let url = target["scrapeUrl"].as_str().unwrap_or_default().to_owned();
+                    scrapes.push((url, target["lastScrape"].as_str().unwrap_or_default().to_owned()));
+                }
+            }
+            scrapes.sort();
+            scrapes
         };
         let mut before = last();
         for _ in 0..more {
-            assert!(eventually(SOON, || last().is_some_and(|now| Some(now) != before)), "no scrape");
-            before = last();
+            let mut now = Vec::new();
+            let all = eventually(SOON, || {
+                now = last();
+                now.len() == 2 && now.iter().all(|scrape| !before.contains(scrape))
+            });
+            assert!(all, "no scrape: {now:?}");
+            before = now;
         }
     }
 

@@ -188,7 +188,13 @@ impl<'a> Traffic<'a> {
             rounds * LOST,
         );
         is("sum(tidegate_proxy_dropped_datagrams_total)".to_owned(), rounds * LOST);
-        is("tidegate_proxy_dial_seconds_count".to_owned(), 3 * rounds + 1);
+        is(port("dial_seconds_count", v4, ""), 2 * rounds + 1);
+        is(port("dial_seconds_count", v6, ""), rounds);
+        is("sum(tidegate_proxy_dial_seconds_count)".to_owned(), 3 * rounds + 1);
+        // What stays has not ended.
+        is(port("connection_seconds_count", v4, ""), 2 * rounds);
+        is(port("connection_seconds_bucket", v6, ", le=\"+Inf\""), rounds);
+        is(port("connection_seconds_count", dead, ""), 0);
 
         let nat = |family: &str, more: &str| format!("tidegate_nat_{family}{{network=\"shop\", {more}}}");
         let outside = OUTSIDE.0 * OUTSIDE.1 as u64;
@@ -219,8 +225,18 @@ impl<'a> Traffic<'a> {
         is(server("queries_total"), rounds * 2);
         is(server("failures_total"), rounds);
         is(server("seconds_count"), rounds * 2);
-        is("tidegate_dns_cache_lookups_total{result=\"miss\"}".to_owned(), rounds * 2);
-        is("tidegate_dns_cache_lookups_total{result=\"hit\"}".to_owned(), rounds * 3);
+        // The other instance asks nothing.
+        is("sum(tidegate_dns_cache_lookups_total{result=\"miss\"})".to_owned(), rounds * 2);
+        is("sum(tidegate_dns_cache_lookups_total{result=\"hit\"})".to_owned(), rounds * 3);
+
+        let change = |change: &str| {
+            format!(
+                "tidegate_network_ruleset_update_seconds_count{{firewall=\"nftables\", change=\"{change}\"}}"
+            )
+        };
+        is(change("all"), 1);
+        is(change("ports"), rounds * 2);
+        is("sum(tidegate_network_ruleset_update_failures_total)".to_owned(), 0);
         all
     }
 }

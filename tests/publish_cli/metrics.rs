@@ -42,7 +42,11 @@ fn the_figures_are_exactly_what_was_carried() {
     assert_eq!((bytes(publish(v6), "in"), bytes(publish(v6), "out")), (5, 6));
     assert_eq!(metrics.port("connection_resets_total", publish(v4)), 0);
     assert_eq!(metrics.port("connections_total", "0.0.0.0:8081/tcp"), 1);
-    assert_eq!(metrics.value("tidegate_proxy_dial_seconds_count"), 4.0);
+    assert_eq!(metrics.port("dial_seconds_count", publish(v4)), 3);
+    assert_eq!(metrics.port("dial_seconds_count", publish(v6)), 1);
+    assert_eq!(metrics.port("dial_seconds_count", "0.0.0.0:8081/tcp"), 0);
+    assert_eq!(metrics.port("connection_seconds_count", publish(v4)), 3);
+    assert!(metrics.value(&format!("tidegate_proxy_dial_seconds_sum{{publish=\"{PORT}\"}}")) > 0.0);
 
     // A reset is counted as one, and what was carried before it.
     let (client, server) = (connect(&net.client, v4), backend.accept());

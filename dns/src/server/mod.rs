@@ -107,7 +107,7 @@ pub(crate) fn in_container(
         Listen::Auto => match redirected() {
             Ok(made) => made,
             Err(error) => {
-                tracing::debug!(container, %error, "DNS is served at port 53 itself");
+                tracing::debug!(endpoint = container, %error, "DNS is served at port 53 itself");
                 direct()?
             }
         },

@@ -40,7 +40,7 @@ pub(super) async fn serve(listener: TcpListener, site: Arc<Site>) {
         let (stream, client) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!(asker = ?site.asker, %error, "accept a DNS client");
+                tracing::warn!(endpoint = site.asker.endpoint(), network = site.asker.network(), %error, "accept a DNS client");
                 tokio::time::sleep(REST).await;
                 continue;
             }
@@ -51,7 +51,11 @@ pub(super) async fn serve(listener: TcpListener, site: Arc<Site>) {
         };
         if clients.make_room(limit(&site)) {
             site.shared.metrics.refused(Overload::Clients);
-            tracing::debug!(asker = ?site.asker, "an idle DNS client makes room");
+            tracing::debug!(
+                endpoint = site.asker.endpoint(),
+                network = site.asker.network(),
+                "an idle DNS client makes room"
+            );
         }
         let activity = clients.activity();
         let conversation = Conversation::new(stream, client, Arc::clone(&site), Arc::clone(&activity));

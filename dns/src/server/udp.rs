@@ -42,7 +42,7 @@ pub(super) async fn serve(socket: Arc<UdpSocket>, site: Arc<Site>) {
             Ok(()) => tokio::task::yield_now().await,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                tracing::warn!(asker = ?site.asker, %error, "receive DNS questions");
+                tracing::warn!(endpoint = site.asker.endpoint(), network = site.asker.network(), %error, "receive DNS questions");
                 tokio::time::sleep(REST).await;
             }
         }

@@ -247,6 +247,7 @@ impl<H: Host> Engine<H> {
             self.ended(key, flow, false);
             admitted = self.flows.admit(guest.ip(), Origin::Outside, class, now);
         }
+        self.stats.sources.set(self.flows.sources() as u64);
         admitted.map_err(super::drop_reason)?;
         self.make_room();
         Ok(five_tuple)

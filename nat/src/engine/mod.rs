@@ -294,7 +294,9 @@ impl<H: Host> Engine<H> {
 
     /// Admits a flow, makes room for it and tells why not.
     fn admit(&mut self, source: IpAddr, class: Class, now: Instant) -> bool {
-        if let Err(refused) = self.flows.admit(source, Origin::Inside, class, now) {
+        let admitted = self.flows.admit(source, Origin::Inside, class, now);
+        self.stats.sources.set(self.flows.sources() as u64);
+        if let Err(refused) = admitted {
             self.at_a_limit(drop_reason(refused), now);
             return false;
         }
@@ -341,7 +343,12 @@ impl<H: Host> Engine<H> {
         if self.warned.is_none_or(|warned| now.saturating_duration_since(warned) >= WARNING_INTERVAL) {
             self.warned = Some(now);
             let flows = self.flows.len();
-            tracing::warn!(reason = reason.as_str(), flows, "containers are refused new flows");
+            tracing::warn!(
+                network = &*self.settings.network,
+                reason = reason.as_str(),
+                flows,
+                "containers are refused new flows"
+            );
         }
     }
 

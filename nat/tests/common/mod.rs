@@ -121,7 +121,7 @@ impl Net {
     /// What engine and kernels have counted, for a failure to be understood.
     pub fn figures(&self) -> String {
         let mut text = String::new();
-        tidegate_nat::describe(&[("test", self.nat.stats())], &mut text).unwrap();
+        tidegate_nat::describe(&[("test", self.nat.figures())], &mut text).unwrap();
         let counted = text.lines().filter(|line| !line.starts_with('#') && !line.ends_with(" 0"));
         let mut text = counted.collect::<Vec<_>>().join("\n");
         for namespace in [&self.container, &self.host, &self.server] {

@@ -1,7 +1,7 @@
 //! Taking connections in, and what stands at the door: allow-list, limits, descriptors.
 
 use super::connection::{Connection, Phase, Side, reset_on_close};
-use crate::port::{Port, Refusal};
+use crate::port::{Port, Refusal, Tally};
 use crate::upstream::{Flow, is_exhaustion};
 use crate::worker::{Message, PortState, Tag, Worker};
 use rustix::io::Errno;
@@ -115,7 +115,7 @@ impl Worker {
     /// Whether the client may come in; if so it is counted.
     fn admit(&self, accepted: &Accepted) -> Result<(), Refusal> {
         let Port { options, stats, .. } = &*accepted.port;
-        stats.accepted.fetch_add(1, Ordering::Relaxed);
+        stats.accepted.add(1);
         if options.allow.as_ref().is_some_and(|allow| !allow.contains(accepted.address.ip())) {
             return Err(Refusal::NotAllowed);
         }

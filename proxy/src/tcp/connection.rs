@@ -1,13 +1,14 @@
 //! One connection and how its halves move payload.
 
 use super::{COPY_BYTES, READS_PER_TURN, SPLICE_BYTES};
-use crate::port::{Direction, Port};
+use crate::port::{Direction, Port, Tally};
 use crate::upstream::Lease;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown, sockopt};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Interest, Loan, Permit, PipePool, Readiness, Splice};
 
@@ -29,7 +30,10 @@ pub(crate) enum Phase {
         deadline: Instant,
     },
     /// Payload may flow.
-    Open,
+    Open {
+        /// When the backend was reached.
+        since: Instant,
+    },
 }
 
 /// What a turn left behind.
@@ -106,7 +110,7 @@ impl Half {
 }
 
 /// A client's connection and the one to the backend.
-pub(crate) struct Connection {
+pub(crate) struct Connection<T = AtomicU64> {
     sockets: [OwnedFd; 2],
     /// Indexed by [`Direction`]: `In` reads from the client, `Out` from the backend.
     halves: [Half; 2],
@@ -117,20 +121,20 @@ pub(crate) struct Connection {
     /// A read or a write has failed: what looks like an end from here on is none.
     broken: bool,
     pub(crate) phase: Phase,
-    pub(crate) port: Arc<Port>,
+    pub(crate) port: Arc<Port<T>>,
     /// In the loop's run queue.
     pub(crate) queued: bool,
     _lease: Option<Lease>,
     _permit: Permit,
 }
 
-impl Connection {
+impl<T: Tally> Connection<T> {
     /// A connection whose backend is being dialled. `header` goes to the backend before anything else.
     pub(crate) fn new(
         client: OwnedFd,
         backend: OwnedFd,
         phase: Phase,
-        port: Arc<Port>,
+        port: Arc<Port<T>>,
         header: Option<Vec<u8>>,
         lease: Option<Lease>,
         permit: Permit,

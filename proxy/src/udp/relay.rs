@@ -3,7 +3,7 @@
 use super::session_table::{Client, SessionTable};
 use crate::engine::Shared;
 use crate::listener::{Listener, prepare_datagrams, receive_trains};
-use crate::port::{Direction, Drop, Port};
+use crate::port::{Direction, Drop, Port, Tally};
 use crate::upstream::{Flow, Lease, is_exhaustion};
 use crate::worker::{PortState, SessionRef, Tag, Worker};
 use std::io;
@@ -35,6 +35,9 @@ pub(crate) struct Session {
     to_client: Offload,
     /// When the backend last answered, or the path was last found to be in order.
     trusted: Instant,
+    /// When its first datagram came, and its last.
+    began: Instant,
+    last: Instant,
     _lease: Option<Lease>,
     _permit: Permit,
 }
@@ -62,9 +65,18 @@ impl Relay {
 
     /// Ends every session and hands out the loop's references to them.
     pub(crate) fn end_sessions(&mut self) -> Vec<Key> {
-        let references: Vec<Key> = self.sessions.drain().map(|session| session.reference).collect();
-        self.port.stats.live.fetch_sub(references.len(), Ordering::Relaxed);
+        let stats = &self.port.stats;
+        let ended = self.sessions.drain().inspect(|session| stats.lived(session.last - session.began));
+        let references: Vec<Key> = ended.map(|session| session.reference).collect();
+        stats.live.fetch_sub(references.len(), Ordering::Relaxed);
         references
+    }
+
+    /// Counts a session less. Returns the loop's reference to it.
+    fn ended(&self, session: &Session) -> Key {
+        self.port.stats.live.fetch_sub(1, Ordering::Relaxed);
+        self.port.stats.lived(session.last - session.began);
+        session.reference
     }
 
     /// Whether the session's socket can be answered, as far as one knows.
@@ -81,7 +93,7 @@ impl Relay {
     fn account(&self, direction: Direction, sent: &Sent) {
         let stats = &self.port.stats;
         stats.add_bytes(direction, sent.bytes);
-        stats.datagrams[direction as usize].fetch_add(sent.datagrams, Ordering::Relaxed);
+        stats.datagrams[direction as usize].add(sent.datagrams);
         stats.drop_datagrams(Drop::NoRoom, sent.no_room);
         stats.drop_datagrams(Drop::TooLong, sent.too_long);
         stats.drop_datagrams(Drop::BackendUnreachable, sent.failed);
@@ -121,6 +133,7 @@ impl Worker {
                 };
                 relay.sessions.touch(session, false, cx.now);
                 let Some((_, carried)) = relay.sessions.get_mut(session) else { continue };
+                carried.last = cx.now;
                 let sent = sending.forward(&carried.socket, received, run, None, &mut carried.to_backend);
                 relay.account(Direction::In, &sent);
                 if let Some(error) = sent.error {
@@ -163,6 +176,7 @@ impl Worker {
                 &mut carried.to_client,
             );
             carried.trusted = cx.now;
+            carried.last = cx.now;
             relay.account(Direction::Out, &sent);
             relay.sessions.touch(session, true, cx.now);
             if count < batch::SLOTS {
@@ -176,8 +190,7 @@ impl Worker {
         let Some(PortState::Udp(relay)) = self.ports.get_mut(key) else { return };
         relay.timer = None;
         while let Some(session) = relay.sessions.expire(cx.now) {
-            self.sessions.remove(session.reference);
-            relay.port.stats.live.fetch_sub(1, Ordering::Relaxed);
+            self.sessions.remove(relay.ended(&session));
         }
         arm(cx, key, relay);
     }
@@ -257,6 +270,8 @@ impl Opening<'_, '_> {
                 to_backend: trains(),
                 to_client: trains(),
                 trusted: now,
+                began: now,
+                last: now,
                 _lease: opened.lease,
                 _permit: permit,
             };
@@ -264,7 +279,7 @@ impl Opening<'_, '_> {
             session = Some(key);
             SessionRef { port, session: key }
         });
-        relay.port.stats.accepted.fetch_add(1, Ordering::Relaxed);
+        relay.port.stats.accepted.add(1);
         relay.port.stats.live.fetch_add(1, Ordering::Relaxed);
         let session = session.ok_or(Drop::Exhausted)?;
         let Some((_, carried)) = relay.sessions.get_mut(session) else { return Err(Drop::Exhausted) };
@@ -293,15 +308,13 @@ fn peer(socket: &OwnedFd) -> Option<SocketAddr> {
 
 /// Accounts for a session that was taken out to make room.
 fn evict(relay: &Relay, references: &mut Arena<SessionRef>, evicted: &Session) {
-    references.remove(evicted.reference);
-    relay.port.stats.live.fetch_sub(1, Ordering::Relaxed);
-    relay.port.stats.cut.fetch_add(1, Ordering::Relaxed);
+    references.remove(relay.ended(evicted));
+    relay.port.stats.cut.add(1);
 }
 
 fn end(relay: &mut Relay, references: &mut Arena<SessionRef>, session: Key) {
     if let Some(ended) = relay.sessions.remove(session) {
-        references.remove(ended.reference);
-        relay.port.stats.live.fetch_sub(1, Ordering::Relaxed);
+        references.remove(relay.ended(&ended));
     }
 }
 

@@ -54,7 +54,7 @@ enum StartError {
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
-    Logging(#[from] logging::FilterError),
+    Logging(#[from] logging::LogError),
     #[error(transparent)]
     Metrics(#[from] crate::metrics_endpoint::EndpointError),
     #[error("{0}")]
@@ -96,6 +96,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     signals.forever().next();
     // Connections are reset, so that none looks complete, and rules in the host's namespace are put away.
     engine.stop();
+    logging::flush();
     ExitCode::SUCCESS
 }
 
@@ -114,7 +115,7 @@ fn say(mut to: impl Write, text: &str) {
 fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     // dockerd discards what its proxies log, and a logger that nobody reads is a fifth of this process's memory.
     if std::env::var_os(logging::VARIABLE).is_some() {
-        logging::init(LevelFilter::WARN)?;
+        logging::init(LevelFilter::WARN, logging::format(None)?)?;
     }
     let environment = Environment::read()?;
     clean_up_after_the_dead();
@@ -136,7 +137,7 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     engine.publish(vec![(listener, options.container.port())], &Arc::new(port_options))?;
     if let Some(recorder) = recorder {
         let told = Arc::clone(&engine);
-        recorder.serve(move || told.snapshot())?;
+        recorder.serve(move || (told.snapshot(), told.fill()))?;
     }
     Ok(engine)
 }

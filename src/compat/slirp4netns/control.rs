@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_model::Protocol;
+use tidegate_model::{Protocol, PublishLabel};
 use tidegate_nat::{Forward, ForwardId, ForwardSource, Nat, Policy};
 
 /// What is waited for.
@@ -110,15 +110,16 @@ impl Forwarder for Ports {
     fn add(&mut self, wanted: Wanted) -> Option<Self::Id> {
         let Wanted { protocol, host: listen, guest } = wanted;
         let forward = Forward { protocol, listen, guest, source: self.source };
+        let publish = PublishLabel::new(listen, protocol);
         let socket = match bind(protocol, listen) {
             Ok(socket) => socket,
             Err(error) => {
-                tracing::warn!(%listen, %protocol, %error, "this port is not forwarded");
+                tracing::warn!(%publish, %error, "this port is not forwarded");
                 return None;
             }
         };
         let published = self.nat.publish_on(socket, forward, None);
-        published.map_err(|error| tracing::warn!(%error, "this port is not forwarded")).ok()
+        published.map_err(|error| tracing::warn!(%publish, %error, "this port is not forwarded")).ok()
     }
 
     fn remove(&mut self, id: Self::Id) -> bool {

@@ -90,7 +90,7 @@ enum RunError {
     #[error(transparent)]
     Engine(#[from] StartError),
     #[error(transparent)]
-    Logging(#[from] logging::FilterError),
+    Logging(#[from] logging::LogError),
     #[error("{0}")]
     System(#[from] io::Error),
 }
@@ -111,7 +111,9 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         }
         Err(error) => return fail(&error),
     };
-    match run(&options) {
+    let result = run(&options);
+    logging::flush();
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
@@ -132,7 +134,7 @@ fn say(mut to: impl Write, text: &str) {
 fn run(options: &Options) -> Result<(), RunError> {
     let exit = options.exit_fd.map(|number| inherited("exit-fd", number)).transpose()?;
     let ready = options.ready_fd.map(|number| inherited("ready-fd", number)).transpose()?;
-    logging::init(LevelFilter::WARN)?;
+    logging::init(LevelFilter::WARN, logging::format(None)?)?;
     let layer2 = options.mac.is_some() || variable(DEVICE, ["tun", "tap"])? == Some("tap");
     let source = match variable(SOURCE, ["gateway", "client"])? {
         Some("client") => ForwardSource::Client,

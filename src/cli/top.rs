@@ -1,0 +1,114 @@
+//! `tidegate top`: what happens now.
+
+use super::UsageError;
+use super::duration::timeout;
+use crate::api::client::Client;
+use crate::top::{Order, Rates, State, View, frame, screen};
+use anyhow::Context;
+use clap::Args;
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+/// The shortest and the longest time between two samples.
+const INTERVALS: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(3600)];
+
+/// Show what happens on the networks of tidegate up: ports, endpoints, networks and names, with live rates
+///
+/// Asks the instance whose socket TIDEGATE_SOCKET names, or else the usual one. Exits 1 if there is none. On a terminal of 80 columns and 12 lines or more it
+/// goes on until q, Esc or Ctrl-C; --once prints one frame as text, on anything.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Keys:\n  Tab, arrows, 1-4  the next view, or the one before; one of them\n  s, S, r           sort by the next column, or the one before; the other way round\n  /                 show only what has a text in one of its names; Esc removes it\n  arrows, pages     scroll\n  q, Esc, Ctrl-C    quit\n\nExamples:\n  tidegate top --interval 1s --sort in\n  tidegate top --once --filter web\n  tidegate top --once --json | jq '.ports[] | {publish, bytes_out_rate}'"
+)]
+pub(super) struct Top {
+    /// Time between two samples
+    #[arg(short, long, value_name = "TIME", default_value = "2s", value_parser = interval)]
+    interval: Duration,
+
+    /// What is looked at first
+    #[arg(long, value_name = "VIEW", value_enum, default_value_t)]
+    view: View,
+
+    /// Sort by this column: publish, endpoint, port, open, new, in, out, fail, dial, network, ...
+    #[arg(long, value_name = "COLUMN", default_value = "out", value_parser = order)]
+    sort: Order,
+
+    /// The other way round: the smallest first
+    #[arg(long)]
+    reverse: bool,
+
+    /// Show only what has this text in one of its names
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    filter: String,
+
+    /// Print one frame as text, after one interval, and end
+    #[arg(long)]
+    once: bool,
+
+    /// Print it as JSON, unsorted and unfiltered
+    #[arg(long, requires = "once")]
+    json: bool,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = timeout(text)?;
+    let [shortest, longest] = INTERVALS;
+    if interval < shortest || interval > longest {
+        return Err("it must be between 100ms and 1h".to_owned());
+    }
+    Ok(interval)
+}
+
+fn order(text: &str) -> Result<Order, String> {
+    Order::by(text).ok_or_else(|| format!("there is no such column; there are {}", Order::keys().join(", ")))
+}
+
+impl Top {
+    pub(super) fn run(&self) -> anyhow::Result<()> {
+        if !self.once && !io::stdout().is_terminal() {
+            let line = "standard output is no terminal; use --once, which prints one frame as text";
+            return Err(UsageError(line.to_owned()).into());
+        }
+        let client = Client::new()?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
+        // Before the terminal is touched: that nobody is there is told on it as it is.
+        let first = runtime.block_on(screen::ask(&client))?;
+        let order = Order { reversed: self.reverse, ..self.sort };
+        if !self.once {
+            let state = State::new(self.view, order, self.filter.clone(), self.interval, first);
+            return screen::show(state, client);
+        }
+        let second = runtime.block_on(async {
+            tokio::time::sleep(self.interval).await;
+            screen::ask(&client).await
+        })?;
+        let rates = Rates::between(Some(&first), &second);
+        let text = if self.json {
+            format!("{}\n", serde_json::to_string_pretty(&rates).context("JSON")?)
+        } else {
+            frame(&rates, order, &self.filter)
+        };
+        let mut out = io::stdout().lock();
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            // Whoever read it has seen enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result.context("standard output"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_have_bounds_and_columns_have_names() {
+        assert_eq!(interval("1s"), Ok(Duration::from_secs(1)));
+        for bad in ["0", "99ms", "2h", "fast", "-1s", ""] {
+            assert!(interval(bad).is_err(), "{bad}");
+        }
+        assert_eq!(order("in").map(|order| order.key), Ok("in"));
+        assert!(order("beauty").unwrap_err().contains("publish, endpoint, port"));
+    }
+}

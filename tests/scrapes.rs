@@ -1,0 +1,202 @@
+//! Scrapes: a storm of them, and more ports than have series of their own.
+
+#[path = "api/ask.rs"]
+mod ask;
+#[path = "up/scene.rs"]
+mod scene;
+mod support;
+
+use scene::Scene;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use support::{METRICS, Publisher};
+use tidegate_testbed::server::EchoServer;
+use tidegate_testbed::{Namespace, Process, Signal, Topology, addr};
+
+const SOON: Duration = Duration::from_secs(30);
+
+/// Who scrapes at a time, and what is asked of the proxy meanwhile.
+const SCRAPERS: usize = 100;
+const REQUESTS: usize = 300;
+
+/// A request that takes longer has not been delayed but held up. How much the storm delays requests says
+/// `cargo bench --bench metrics_cost`; here other tests are at work as well.
+const HELD_UP: Duration = Duration::from_secs(5);
+
+#[test]
+fn a_storm_of_scrapes_fails_no_request_and_no_scrape_that_was_let_in() {
+    let net = Topology::three();
+    let echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
+    let publisher = Publisher::start(&net.host, "8080:80 9000-9399:9000-9399 --to 172.30.0.2");
+    let (over, pages, refused) =
+        (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let scrapers: Vec<_> = (0..SCRAPERS)
+        .map(|_| {
+            let (over, pages, refused) = (Arc::clone(&over), Arc::clone(&pages), Arc::clone(&refused));
+            net.host.spawn_thread(move || {
+                while !over.load(Ordering::Relaxed) {
+                    match scrape() {
+                        Some(page) => {
+                            assert!(page.contains(
+                                "tidegate_proxy_connections_total{publish=\"0.0.0.0:9399/tcp\"} 0\n"
+                            ));
+                            pages.fetch_add(1, Ordering::Relaxed);
+                        }
+                        None => {
+                            refused.fetch_add(1, Ordering::Relaxed);
+                            std::thread::sleep(Duration::from_millis(20));
+                        }
+                    }
+                }
+            })
+        })
+        .collect();
+    let times = net.client.run(|| {
+        (0..REQUESTS)
+            .map(|_| {
+                let begun = Instant::now();
+                request((addr::HOST_V4, 8080).into());
+                begun.elapsed()
+            })
+            .collect::<Vec<_>>()
+    });
+    over.store(true, Ordering::Relaxed);
+    scrapers.into_iter().for_each(|scraper| scraper.join().unwrap());
+    let slowest = times.iter().max().unwrap();
+    let pages = pages.load(Ordering::Relaxed);
+    println!("{pages} pages, {} turned away, slowest request {slowest:?}", refused.load(Ordering::Relaxed));
+    assert!(pages > 0);
+    assert!(*slowest < HELD_UP, "{slowest:?}");
+    assert_eq!(echo.served(), REQUESTS as u64);
+    let metrics = publisher.metrics();
+    assert_eq!(metrics.port("connections_total", "0.0.0.0:8080/tcp"), REQUESTS as u64);
+    assert_eq!(metrics.refused("0.0.0.0:8080/tcp", "exhausted"), 0);
+}
+
+/// A whole page; `None` when there are too many scrapes.
+#[track_caller]
+fn scrape() -> Option<String> {
+    let mut stream = TcpStream::connect_timeout(&METRICS.parse().unwrap(), SOON).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    // Who is turned away may be so before he has asked.
+    let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    let mut answer = String::new();
+    if let Err(error) = stream.read_to_string(&mut answer) {
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        return None;
+    }
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    if head.starts_with("HTTP/1.1 503 ") {
+        return None;
+    }
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+    assert!(head.contains(&format!("Content-Length: {}", body.len())), "cut: {head}, {} bytes", body.len());
+    Some(body.to_owned())
+}
+
+#[track_caller]
+fn request(to: SocketAddr) {
+    let mut stream = TcpStream::connect_timeout(&to, SOON).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.write_all(b"echo").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    assert_eq!(answer, b"echo");
+}
+
+#[test]
+fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
+    let scene = Scene::new();
+    let file = scene.directory.path().join("compose.yaml");
+    let project = "services: { web: { command: [ sleep, '600' ], ports: [ '203.0.113.1:8080:80' ] } }";
+    std::fs::write(&file, project).unwrap();
+    let mut command = scene.tidegate();
+    command
+        .args(["up", "--firewall=none", "--metrics", METRICS, "--metrics-max-ports", "3", "-f"])
+        .arg(&file);
+    let mut up = Process::spawn(&mut command);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let inside = scene::service_namespace(&up, "web");
+    let _echo = EchoServer::tcp(&inside, "[::]:80".parse().unwrap());
+
+    let socket = scene.socket();
+    let mut ids = Vec::new();
+    for port in 8081..=8086 {
+        let new = format!(r#"{{"endpoint": "web", "spec": "203.0.113.1:{port}:80"}}"#);
+        let (code, opened) = ask::ask(&socket, "POST", "/v1/ports", &new);
+        assert_eq!(code, 201, "{opened}");
+        ids.push(opened[0]["id"].as_u64().unwrap());
+    }
+    let requests = |port: u16, count: u64| {
+        scene.net.client.run(|| (0..count).for_each(|_| request((addr::HOST_V4, port).into())));
+    };
+    (8080..=8086).for_each(|port| requests(port, 2));
+    let page = settled(&scene.net.host, "tidegate_proxy_connections{publish=\"other/tcp\"}", 0);
+    let total = |page: &str| sum(page, "tidegate_proxy_connections_total{");
+    assert_eq!(
+        series(&page),
+        ["203.0.113.1:8080/tcp", "203.0.113.1:8081/tcp", "203.0.113.1:8082/tcp", "other/tcp"]
+    );
+    assert_eq!(value(&page, "tidegate_proxy_connections_total{publish=\"other/tcp\"}"), 8);
+    assert_eq!(value(&page, "tidegate_proxy_bytes_total{publish=\"other/tcp\",direction=\"in\"}"), 32);
+    assert_eq!(value(&page, "tidegate_proxy_dial_seconds_count{publish=\"other/tcp\"}"), 8);
+    assert_eq!(value(&page, "tidegate_proxy_ports{series=\"other\"}"), 4);
+    assert_eq!(total(&page), 14);
+    // The API knows all of them.
+    let (_, figures) = ask::get(&socket, "/v1/figures");
+    let begun: Vec<u64> =
+        figures["ports"].as_array().unwrap().iter().map(|port| port["begun"].as_u64().unwrap()).collect();
+    assert_eq!(begun, [2; 7]);
+
+    // Two of the sum go, and one that has series: what the sum has counted stays, and what comes in the place of the other has series.
+    for id in [ids[0], ids[4], ids[5]] {
+        assert_eq!(ask::ask(&socket, "DELETE", &format!("/v1/ports/{id}"), "").0, 204);
+    }
+    let new = r#"{"endpoint": "web", "spec": "203.0.113.1:8090:80"}"#;
+    assert_eq!(ask::ask(&socket, "POST", "/v1/ports", new).0, 201);
+    requests(8090, 1);
+    requests(8083, 1);
+    let page = settled(&scene.net.host, "tidegate_proxy_connections{publish=\"other/tcp\"}", 0);
+    assert_eq!(
+        series(&page),
+        ["203.0.113.1:8080/tcp", "203.0.113.1:8082/tcp", "203.0.113.1:8090/tcp", "other/tcp"]
+    );
+    assert_eq!(value(&page, "tidegate_proxy_connections_total{publish=\"other/tcp\"}"), 9);
+    assert_eq!(value(&page, "tidegate_proxy_ports{series=\"other\"}"), 2);
+    assert_eq!(total(&page), 14 - 2 + 2);
+    up.stop(Signal::INT, SOON);
+}
+
+/// The page, once `series` has `wanted`.
+#[track_caller]
+fn settled(host: &Namespace, series: &str, wanted: u64) -> String {
+    let mut page = String::new();
+    let held = tidegate_testbed::eventually(SOON, || {
+        page = host.run(scrape).unwrap_or_default();
+        page.lines().any(|line| line == format!("{series} {wanted}"))
+    });
+    assert!(held, "{series} never was {wanted}: {page}");
+    page
+}
+
+#[track_caller]
+fn value(page: &str, series: &str) -> u64 {
+    let line = page.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no series {series}")).parse().unwrap()
+}
+
+fn sum(page: &str, family: &str) -> u64 {
+    let lines = page.lines().filter(|line| line.starts_with(family));
+    lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()).sum()
+}
+
+/// What the label `publish` says of connections.
+fn series(page: &str) -> Vec<&str> {
+    let lines =
+        page.lines().filter_map(|line| line.strip_prefix("tidegate_proxy_connections_total{publish=\""));
+    lines.map(|rest| rest.split('"').next().unwrap()).collect()
+}
