@@ -38,7 +38,7 @@ impl<S> Connection<S> {
     /// to be told. RFC 9293 section 3.8.6.3 allows half a second.
     fn may_wait(&self) -> bool {
         let untold = self.rcv_nxt.wrapping_sub(self.acknowledged);
-        (1..u32::from(self.mss)).contains(&untold) && self.fin.is_none() && self.early.len() == 0
+        (1..u32::from(self.mss)).contains(&untold) && self.fin.is_none() && self.early.is_empty()
     }
 
     /// Whether a client that the guest has not accepted yet has gone. One that has only said all that it has to say is waiting.
