@@ -37,7 +37,7 @@ const PROGRAMS: usize = 64;
 /// `lo`, in every network namespace.
 const LOOPBACK: u32 = 1;
 /// What lists of programs (bpftool-prog(8)) call it; at most 15 bytes.
-const NAME: &[u8] = b"tidegate_gate";
+const NAME: &[u8] = b"tg_gate";
 
 /// What the kernel knows a program by: a hash of its instructions.
 type Tag = [u8; 8];
