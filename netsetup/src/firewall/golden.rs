@@ -99,6 +99,9 @@ fn nothing_two_networks_and_rules_of_dockers_users_are_as_they_were() {
     is_golden("nothing", &ruleset(Vec::new(), []), false);
     let zones = || vec![zone("tg-front", &FRONT, false), zone("tg-back", &BACK, false)];
     is_golden("two-networks", &ruleset(zones(), []), false);
+    // A family of which one of them has a subnet is closed to the other all the same.
+    let apart = vec![zone("tg-front", &FRONT[..1], false), zone("tg-back", &BACK[1..], false)];
+    is_golden("a-family-each", &ruleset(apart, []), false);
     is_golden("docker-user", &ruleset(zones(), [opening(Protocol::Tcp, "0.0.0.0:8080", None)]), true);
 }
 

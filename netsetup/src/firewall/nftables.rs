@@ -451,10 +451,12 @@ fn from_network(ruleset: &Ruleset) -> Chain {
     Chain { name: "from-network".to_owned(), base: None, rules }
 }
 
-/// Of [`strays`], what comes from a bridge of ours. With a single subnet of a family there is no other that it could claim to come from, or be sent straight to.
+/// Of [`strays`], what comes from a bridge of ours. With a single network there is no other that it could claim to come from, or be sent straight to.
 fn inside(ruleset: &Ruleset) -> Chain {
     let mut rules = Vec::new();
-    for family in FAMILIES.iter().filter(|family| subnets_of(ruleset, family).nth(1).is_some()) {
+    let has_others =
+        |family: &&Family| ruleset.zones.len() > 1 && subnets_of(ruleset, family).next().is_some();
+    for family in FAMILIES.iter().filter(has_others) {
         let own = |key| not_in([Key::InInterface, key], &family.set("own"));
         let claims = vec![own(family.source), is_in([family.source], &family.set("subnets"))];
         rules.push(rule(claims, drop(), STRAY_SOURCE));
