@@ -89,34 +89,12 @@ fn a_flood_arrives_in_order(net: &Net) {
             segment_at(from, 1000);
             for train in 0..20u8 {
                 // The backlog of a core is shared with whatever else this machine does, and may lose one.
-                let tries = (0..5).map(|_| passes(from, to, train)).take_while(|passed| !passed).count();
+                let tries = (0..5)
+                    .map(|_| common::train_passes(from, to, train))
+                    .take_while(|passed| !passed)
+                    .count();
                 assert!(tries < 5, "train {train}, family {family}: {}", net.figures());
             }
-        }
-    }
-}
-
-/// Sends a train and receives its datagrams; false if some are missing. Those that come are whole and in order.
-fn passes(from: &UdpSocket, to: &UdpSocket, train: u8) -> bool {
-    let mut bytes = Vec::new();
-    for index in 0..30u8 {
-        bytes.extend([train; 500]);
-        bytes.extend([index; 500]);
-    }
-    bytes.extend([train; 7]);
-    from.send(&bytes).unwrap();
-    let mut buffer = [0; 2000];
-    let mut next = 0;
-    loop {
-        match to.recv(&mut buffer) {
-            Ok(7) => return next == 30,
-            Ok(1000) => {
-                assert_eq!(buffer[0], train);
-                assert!(buffer[999] >= next, "{} after {next}", buffer[999]);
-                next = buffer[999] + 1;
-            }
-            Ok(length) => panic!("{length} bytes of a datagram"),
-            Err(_) => return false,
         }
     }
 }

@@ -7,7 +7,6 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
 use tidegate_nat::{Capabilities, DropReason, FlowKind, Forward, ForwardSource, Guard, PublishError};
@@ -179,28 +178,9 @@ fn trains_of_datagrams_come_in_whole(net: &Net) {
             assert_eq!(set, 0);
             for train in 0..10u8 {
                 // The backlog of a core is shared with whatever else this machine does, and may lose one.
-                let passed = (0..5).any(|_| train_passes(from, to, train));
+                let passed = (0..5).any(|_| common::train_passes(from, to, train));
                 assert!(passed, "train {train}, family {family}: {}", net.figures());
             }
-        }
-    }
-}
-
-fn train_passes(from: &UdpSocket, to: &UdpSocket, train: u8) -> bool {
-    let mut bytes: Vec<u8> = (0..30u8).flat_map(|index| [[train; 500], [index; 500]].concat()).collect();
-    bytes.extend([train; 7]);
-    from.send(&bytes).unwrap();
-    let (mut buffer, mut next) = ([0; 2000], 0);
-    loop {
-        match to.recv(&mut buffer) {
-            Ok(7) => return next == 30,
-            Ok(1000) => {
-                assert_eq!(buffer[0], train);
-                assert!(buffer[999] >= next, "{} after {next}", buffer[999]);
-                next = buffer[999] + 1;
-            }
-            Ok(length) => panic!("{length} bytes of a datagram"),
-            Err(_) => return false,
         }
     }
 }
@@ -370,23 +350,7 @@ fn many_clients_at_once_all_get_their_answer() {
     let net = Net::new();
     let echo = EchoServer::tcp(&net.container, inside(0, 7));
     let to = publish(&net, Protocol::Tcp, 0, echo.addr(), ForwardSource::Client);
-    thread::scope(|scope| {
-        for _ in 0..16 {
-            let net = &net;
-            scope.spawn(move || {
-                net.server.run(|| {
-                    for round in 0..50u32 {
-                        let mut stream = TcpStream::connect(to).unwrap();
-                        stream.write_all(&round.to_be_bytes()).unwrap();
-                        stream.shutdown(Shutdown::Write).unwrap();
-                        let mut answer = Vec::new();
-                        stream.read_to_end(&mut answer).unwrap();
-                        assert_eq!(answer, round.to_be_bytes());
-                    }
-                });
-            });
-        }
-    });
+    common::ask_all_at_once(&net.server, to);
     assert_eq!(echo.served(), 800);
 }
 

@@ -185,23 +185,7 @@ fn a_server_that_does_not_read_stops_its_client_and_nobody_else() {
 fn many_connections_at_once_all_get_their_answer() {
     let net = Net::new();
     let echo = EchoServer::tcp(&net.server, server(0, 7));
-    thread::scope(|scope| {
-        for _ in 0..16 {
-            let (net, addr) = (&net, echo.addr());
-            scope.spawn(move || {
-                net.container.run(|| {
-                    for round in 0..50u32 {
-                        let mut stream = TcpStream::connect(addr).unwrap();
-                        stream.write_all(&round.to_be_bytes()).unwrap();
-                        stream.shutdown(Shutdown::Write).unwrap();
-                        let mut answer = Vec::new();
-                        stream.read_to_end(&mut answer).unwrap();
-                        assert_eq!(answer, round.to_be_bytes());
-                    }
-                });
-            });
-        }
-    });
+    common::ask_all_at_once(&net.container, echo.addr());
     assert_eq!(echo.served(), 800);
 }
 

@@ -2,13 +2,10 @@
 
 use super::scene::{Guest, SOON, Scene, Slirp};
 use std::fs;
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
-use tidegate_testbed::server::{PeerServer, Sink, Source};
-use tidegate_testbed::transfer::{self, Transfer};
+use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{addr, eventually, require_program};
-
-const MUCH: u64 = 64 << 20;
 
 #[track_caller]
 fn pings(guest: &Guest, to: &impl ToString) {
@@ -26,16 +23,7 @@ fn pings(guest: &Guest, to: &impl ToString) {
 fn transfers(scene: &Scene, guest: &Guest) {
     for address in [addr::CLIENT_V4.into(), addr::CLIENT_V6.into()] {
         let address: std::net::IpAddr = address;
-        let sink = Sink::tcp(&scene.net.client, (address, 7002).into(), 1);
-        let source = Source::tcp(&scene.net.client, (address, 7003).into(), 2, MUCH);
-        guest.namespace.run(|| {
-            let mut stream = TcpStream::connect(sink.addr()).unwrap();
-            transfer::send(&mut stream, 1, MUCH).unwrap();
-            stream.shutdown(Shutdown::Write).unwrap();
-            let mut stream = TcpStream::connect(source.addr()).unwrap();
-            assert_eq!(transfer::receive(&mut stream, 2), Transfer::complete(MUCH));
-        });
-        assert_eq!(sink.wait(1, SOON), [Transfer::complete(MUCH)]);
+        guest.transfers_both_ways(&scene.net.client, address);
     }
 }
 

@@ -3,16 +3,22 @@
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::net::{IpAddr, Shutdown, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
+use tidegate_testbed::server::{Sink, Source};
+use tidegate_testbed::transfer::{self, Transfer};
 use tidegate_testbed::{Mounts, Namespace, Process, Topology, eventually, pass_fd, require_program};
 
 /// How long anything may take that ought to take no time.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
+
+/// What a transfer has, in bytes.
+const MUCH: u64 = 64 << 20;
 
 /// The user `nobody` of Debian and most others.
 pub(crate) const NOBODY: u32 = 65_534;
@@ -151,6 +157,21 @@ impl Guest {
     pub(crate) fn ip(&self, arguments: &[&str]) -> String {
         self.namespace.ip(arguments)
     }
+
+    /// Transfers much to a server at `address` of `outside`, and from one, by TCP.
+    #[track_caller]
+    pub(crate) fn transfers_both_ways(&self, outside: &Namespace, address: IpAddr) {
+        let sink = Sink::tcp(outside, (address, 7002).into(), 1);
+        let source = Source::tcp(outside, (address, 7003).into(), 2, MUCH);
+        self.namespace.run(|| {
+            let mut stream = TcpStream::connect(sink.addr()).unwrap();
+            transfer::send(&mut stream, 1, MUCH).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            let mut stream = TcpStream::connect(source.addr()).unwrap();
+            assert_eq!(transfer::receive(&mut stream, 2), Transfer::complete(MUCH));
+        });
+        assert_eq!(sink.wait(1, SOON), [Transfer::complete(MUCH)]);
+    }
 }
 
 /// A running slirp4netns, ours or another.
@@ -185,7 +206,7 @@ pub(crate) fn ask(socket: &Path, request: &str) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream.write_all(request.as_bytes()).unwrap();
-    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer

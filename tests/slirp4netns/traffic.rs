@@ -2,13 +2,10 @@
 
 use super::scene::{Guest, SOON, Scene};
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
-use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
-use tidegate_testbed::transfer::{self, Transfer};
+use tidegate_testbed::server::{EchoServer, PeerServer};
 use tidegate_testbed::{addr, eventually};
-
-const MUCH: u64 = 64 << 20;
 
 /// What the server at `to` says, who greets with the address that it sees.
 fn greeting(guest: &Guest, to: SocketAddr) -> std::io::Result<String> {
@@ -63,16 +60,7 @@ fn an_ordinary_users_container_reaches_the_world_by_both_families() {
             let large = || exchange(&guest, (address, 7001).into(), &[7; 9000]);
             assert_eq!(large().or_else(|_| large()).unwrap(), [7; 9000]);
             assert!(pings(&guest, &address), "{address}");
-            let sink = Sink::tcp(outside, (address, 7002).into(), 1);
-            let source = Source::tcp(outside, (address, 7003).into(), 2, MUCH);
-            guest.namespace.run(|| {
-                let mut stream = TcpStream::connect(sink.addr()).unwrap();
-                transfer::send(&mut stream, 1, MUCH).unwrap();
-                stream.shutdown(Shutdown::Write).unwrap();
-                let mut stream = TcpStream::connect(source.addr()).unwrap();
-                assert_eq!(transfer::receive(&mut stream, 2), Transfer::complete(MUCH));
-            });
-            assert_eq!(sink.wait(1, SOON), [Transfer::complete(MUCH)]);
+            guest.transfers_both_ways(outside, address);
         }
         for gateway in ["10.0.2.2", "10.0.2.3", "fd00::2", "fd00::3"] {
             assert!(pings(&guest, &gateway), "{gateway}");

@@ -12,8 +12,10 @@
 
 #![allow(dead_code, unreachable_pub)]
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 use tidegate_nat::{Capabilities, Nat, Policy, Settings, Tun, TunOptions};
 use tidegate_netns::Family;
@@ -141,4 +143,49 @@ pub fn server(family: usize, port: u16) -> SocketAddr {
 
 pub fn at(ip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port)
+}
+
+/// Sends a train and receives its datagrams; false if some are missing. Those that come are whole and in order.
+pub fn train_passes(from: &UdpSocket, to: &UdpSocket, train: u8) -> bool {
+    let mut bytes = Vec::new();
+    for index in 0..30u8 {
+        bytes.extend([train; 500]);
+        bytes.extend([index; 500]);
+    }
+    bytes.extend([train; 7]);
+    from.send(&bytes).unwrap();
+    let mut buffer = [0; 2000];
+    let mut next = 0;
+    loop {
+        match to.recv(&mut buffer) {
+            Ok(7) => return next == 30,
+            Ok(1000) => {
+                assert_eq!(buffer[0], train);
+                assert!(buffer[999] >= next, "{} after {next}", buffer[999]);
+                next = buffer[999] + 1;
+            }
+            Ok(length) => panic!("{length} bytes of a datagram"),
+            Err(_) => return false,
+        }
+    }
+}
+
+/// Sixteen clients in `from` connect to the echo server at `to`, fifty times each one after the other.
+pub fn ask_all_at_once(from: &Namespace, to: SocketAddr) {
+    thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                from.run(|| {
+                    for round in 0..50u32 {
+                        let mut stream = TcpStream::connect(to).unwrap();
+                        stream.write_all(&round.to_be_bytes()).unwrap();
+                        stream.shutdown(Shutdown::Write).unwrap();
+                        let mut answer = Vec::new();
+                        stream.read_to_end(&mut answer).unwrap();
+                        assert_eq!(answer, round.to_be_bytes());
+                    }
+                });
+            });
+        }
+    });
 }
