@@ -153,6 +153,18 @@ pub trait Host {
     /// It failed.
     fn connect_result(&mut self, stream: &Self::Stream) -> io::Result<()>;
 
+    /// Whether the far end may not have heard yet that it is connected: where the engine is busy that is put off, so that the first bytes
+    /// carry it.
+    fn is_quiet(&self, stream: &Self::Stream) -> bool {
+        let _ = stream;
+        false
+    }
+
+    /// Lets the far end hear it now, which may be the one that is to speak first.
+    fn say_hello(&mut self, stream: &mut Self::Stream) {
+        let _ = stream;
+    }
+
     /// Sends the beginning of `bytes`, and tells how much of it.
     ///
     /// # Errors

@@ -401,8 +401,9 @@ fn rfc_9293_3_8_6_1_a_closed_window_is_probed_and_the_rest_sent_when_it_opens() 
 fn rfc_9293_3_6_a_half_close_of_the_guest_leaves_the_other_half_open() {
     let mut guest = Guest::connected();
     guest.send(ACK | FIN, b"request");
-    assert_eq!(guest.got().unwrap().acknowledgement, guest.next);
     assert_eq!(guest.sent(), b"request");
+    guest.bench.pass(Duration::from_millis(10));
+    assert_eq!(guest.got().unwrap().acknowledgement, guest.next);
     assert!(guest.bench.world().streams[0].shut);
     guest.bench.far_end_sends(0, b"answer");
     assert_eq!(guest.takes_data(), b"answer");
@@ -415,6 +416,44 @@ fn rfc_9293_3_6_a_half_close_of_the_guest_leaves_the_other_half_open() {
     guest.send(ACK, b"");
     assert_eq!(guest.bench.engine.flows(), 0);
     assert!(!guest.bench.world().streams[0].aborted, "an orderly end");
+}
+
+#[test]
+fn rfc_9293_3_8_6_3_the_far_ends_fin_acknowledges_the_guests() {
+    let mut guest = Guest::connected();
+    guest.send(ACK | FIN, b"");
+    guest.bench.pass(Duration::from_millis(9));
+    assert_eq!(guest.bench.next_frame(), None, "it waits");
+    guest.bench.far_end_closes(0);
+    let fin = guest.got().unwrap();
+    assert_eq!((fin.has(FIN), fin.acknowledgement), (true, guest.next));
+    guest.bench.pass(Duration::from_millis(100));
+    assert_eq!(guest.bench.next_frame(), None, "once is enough");
+}
+
+#[test]
+fn rfc_9293_3_8_6_3_no_acknowledgement_waits_for_a_far_end_that_does_not_close() {
+    let mut guest = Guest::connected();
+    guest.send(ACK | FIN, b"");
+    guest.bench.pass(Duration::from_millis(10));
+    let acknowledgement = guest.got().unwrap();
+    assert_eq!((acknowledgement.has(FIN), acknowledgement.acknowledgement), (false, guest.next));
+    // A FIN that comes again has not been heard of.
+    guest.next = guest.next.wrapping_sub(1);
+    guest.send(ACK | FIN, b"");
+    assert_eq!(guest.got().unwrap().acknowledgement, guest.next);
+}
+
+#[test]
+fn a_far_end_that_is_to_speak_first_hears_of_its_connection_soon() {
+    let mut bench = Bench::new();
+    bench.world().crowded = true;
+    let mut guest = Guest::connected_with(bench, |_| {});
+    assert!(guest.bench.world().streams[0].quiet, "the guest's first bytes may tell");
+    guest.bench.pass(Duration::from_millis(1));
+    assert!(!guest.bench.world().streams[0].quiet);
+    guest.bench.far_end_sends(0, b"hello");
+    assert_eq!(guest.takes_data(), b"hello");
 }
 
 #[test]
@@ -456,6 +495,7 @@ fn rfc_9293_3_10_7_4_nothing_comes_after_a_fin() {
     guest.send_as(|head| head.sequence = start.wrapping_add(5), b"and this");
     assert_eq!(guest.sent(), b"this");
     assert!(guest.bench.world().streams[0].shut);
+    guest.bench.pass(Duration::from_millis(10));
     let last = std::iter::from_fn(|| guest.got()).last().unwrap();
     assert_eq!(last.acknowledgement, start.wrapping_add(5));
 }

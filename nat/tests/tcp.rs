@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
-use tidegate_nat::{Capabilities, FlowKind};
+use tidegate_nat::{Capabilities, DropReason, FlowKind};
 use tidegate_testbed::eventually;
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source, StalledServer};
 use tidegate_testbed::transfer::{self, Transfer};
@@ -187,6 +187,22 @@ fn many_connections_at_once_all_get_their_answer() {
     let echo = EchoServer::tcp(&net.server, server(0, 7));
     common::ask_all_at_once(&net.container, echo.addr());
     assert_eq!(echo.served(), 800);
+}
+
+#[test]
+fn a_server_is_dialled_more_often_in_a_minute_than_there_are_source_ports() {
+    // Each connection that the container ends first leaves one in TIME_WAIT for a minute.
+    let net = Net::with(&Options { ports: Some("40000 40499"), ..Options::default() }, |_| {});
+    let echo = EchoServer::tcp(&net.server, server(0, 7));
+    net.container.run(|| {
+        for _ in 0..2000 {
+            let mut stream = TcpStream::connect(echo.addr()).unwrap();
+            stream.write_all(b"x").unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+        }
+    });
+    let dropped = net.nat.stats().dropped(DropReason::Descriptors);
+    assert_eq!(dropped, 0, "none was refused, to be asked for again");
 }
 
 #[test]

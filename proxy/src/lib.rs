@@ -23,7 +23,6 @@ pub mod measure;
 mod metrics;
 mod port;
 pub mod proxy_protocol;
-mod source_ports;
 pub mod tcp;
 pub mod udp;
 mod upstream;
@@ -36,9 +35,6 @@ pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
 pub use metrics::{FAMILIES, FILL_FAMILIES, Family, Fill, Kind, PortSnapshot, Whose, describe};
 pub use port::{Direction, Drop, Refusal};
 pub use proxy_protocol::ProxyProtocol;
-pub use source_ports::SourcePorts;
 pub use tidegate_reactor::Permit;
 pub use udp::session_table::TableLimits;
-pub use upstream::{
-    Direct, Flow, Lease, Opened, Upstream, begin_connect, has_lost_its_address, is_exhaustion, socket,
-};
+pub use upstream::{Direct, Flow, Lease, Opened, Upstream, has_lost_its_address, is_exhaustion, socket};

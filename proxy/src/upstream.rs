@@ -4,14 +4,14 @@
 //! network namespace its socket is made, says an [`Upstream`]: the binary implements it over a namespace, the
 //! NAT engine or the mesh.
 
-use crate::SourcePorts;
 use crate::listener::prepare_stream;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use tidegate_model::Protocol;
+use tidegate_reactor::{SourcePorts, begin_connect};
 
 /// A client that asks to be connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,15 +138,4 @@ pub fn socket(protocol: Protocol, address: IpAddr) -> io::Result<OwnedFd> {
         prepare_stream(&socket)?;
     }
     Ok(socket)
-}
-
-/// Begins to connect `socket`; that it is not done yet is no error.
-///
-/// # Errors
-/// What connect(2) says at once: no route, no free port, refused (UDP never; TCP over loopback).
-pub fn begin_connect(socket: impl AsFd, address: SocketAddr) -> io::Result<()> {
-    match connect(socket, &address) {
-        Ok(()) | Err(Errno::INPROGRESS) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
 }

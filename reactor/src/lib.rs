@@ -5,6 +5,7 @@
 //! - [`Timers`]: deadlines by token, pure.
 //! - [`PipePool`]: the pipes that `splice(2)` moves payload through.
 //! - [`Descriptors`]: the allowance of file descriptors that all loops of a process share.
+//! - [`SourcePorts`]: where TCP connections come from that go to one place, however many they are.
 //! - [`batch`]: many datagrams per system call, merged into segmentation offload where they allow it.
 //!
 //! It knows no protocol and no policy, and it is not an async runtime: the control plane (API, DNS,
@@ -18,6 +19,7 @@ mod epoll;
 mod event_loop;
 mod mailbox;
 mod pipes;
+mod source_ports;
 mod timers;
 
 pub use arena::{Arena, Key};
@@ -26,4 +28,5 @@ pub use epoll::{Epoll, Interest, Readiness, Token};
 pub use event_loop::{Context, EventLoop, Handler};
 pub use mailbox::{Closed, Sender};
 pub use pipes::{Loan, Pipe, PipePool, Splice};
+pub use source_ports::{PortRange, SourcePorts, begin_connect};
 pub use timers::Timers;

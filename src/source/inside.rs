@@ -11,9 +11,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use tidegate_model::{Protocol, registry};
 use tidegate_netns::{AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl};
-use tidegate_proxy::{
-    Flow, Lease, Opened, SourcePorts, Upstream, begin_connect, has_lost_its_address, socket,
-};
+use tidegate_proxy::{Flow, Lease, Opened, Upstream, has_lost_its_address, socket};
+use tidegate_reactor::{SourcePorts, begin_connect};
 
 /// What makes TCP answers inherit the mark of the connection they belong to: those of an accepted connection, and those
 /// of no socket at all (a closed port's RST, an ICMP error).

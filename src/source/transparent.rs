@@ -14,7 +14,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tidegate_model::Protocol;
 use tidegate_netns::{AddressBook, Families, Family, Namespace, PolicyRoute, Selector};
-use tidegate_proxy::{Direct, Flow, Lease, Opened, Upstream, begin_connect};
+use tidegate_proxy::{Direct, Flow, Lease, Opened, Upstream};
+use tidegate_reactor::begin_connect;
 
 /// A container reached from this host, as if by its clients.
 pub struct Transparent {

@@ -127,7 +127,9 @@ impl Driver {
             }
         }
         self.engine.flush(now);
-        self.expects_until = (frames <= FEW).then_some(now + SOON);
+        let few = frames <= FEW;
+        self.engine.host_mut().crowded = !few;
+        self.expects_until = few.then_some(now + SOON);
     }
 }
 

@@ -1,5 +1,6 @@
 //! The host's side, by the kernel's sockets.
 
+use super::destinations::Destinations;
 use super::sys::{self, SO_PEEK_OFF};
 use super::tun::Tun;
 use crate::forward::Forward;
@@ -20,7 +21,7 @@ use std::time::Duration;
 use tidegate_model::{Feature, Protocol};
 use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
-use tidegate_reactor::{Descriptors, Epoll, Interest, Key, Permit, Token};
+use tidegate_reactor::{Descriptors, Epoll, Interest, Key, Permit, PortRange, Token, begin_connect};
 
 /// Tag of flows' sockets among the loop's tokens.
 pub(super) const FLOW: u8 = 0;
@@ -60,6 +61,9 @@ pub(crate) struct Kernel {
     capabilities: Capabilities,
     outbound: Outbound,
     bound_buffer: BoundBuffer,
+    destinations: Destinations,
+    /// Others want the engine's attention as well.
+    pub(super) crowded: bool,
     /// Where bytes go that are copied once more for want of `SO_PEEK_OFF`.
     skipped: Vec<u8>,
 }
@@ -70,6 +74,8 @@ const SMALL: usize = 500;
 /// What a stream was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sent {
+    /// The last segment of the handshake waits for the first bytes.
+    NotEvenHello,
     Nothing,
     One,
     WithoutDelay,
@@ -217,6 +223,26 @@ pub(crate) fn reserve(forward: &Forward) -> io::Result<OwnedFd> {
     Ok(socket.into())
 }
 
+fn prepare_stream(socket: &OwnedFd, buffer: BoundBuffer) -> io::Result<()> {
+    buffer.apply(socket)?;
+    // Urgent data stays where it is in the stream.
+    SockRef::from(socket).set_out_of_band_inline(true)
+}
+
+/// Whether the last segment of `socket`'s handshake waits for what is sent first, a fifth of a second at most. Asked for before the connect; when
+/// it is taken back later, that segment leaves (`tcp_rcv_synsent_state_process` and `__tcp_sock_set_quickack`, net/ipv4).
+fn put_off_hello(socket: &OwnedFd, put_off: bool) -> io::Result<()> {
+    sys::set(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, (!put_off).into())
+}
+
+/// Binds a socket that goes to `to` to the address that it shall go out from. Its port is chosen when it connects, so that
+/// one port serves many far ends.
+fn bind_towards(socket: &OwnedFd, outbound: Outbound, to: SocketAddr) -> io::Result<()> {
+    let Some(ip) = outbound.towards(to.ip()) else { return Ok(()) };
+    sys::set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+    Ok(rustix::net::bind(socket, &SocketAddr::new(ip, 0))?)
+}
+
 /// Where `socket` is bound.
 pub(crate) fn bound_to(socket: impl AsFd) -> io::Result<SocketAddr> {
     let address = SockRef::from(&socket).local_addr()?;
@@ -243,16 +269,10 @@ impl Kernel {
             return Ok(Port::Udp(self.datagrams(socket, v6, permit)));
         }
         // What a listener is set to, what it accepts is set to as well.
-        self.prepare_stream(&socket)?;
+        prepare_stream(&socket, self.bound_buffer)?;
         SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
         rustix::net::listen(&socket, BACKLOG)?;
         Ok(Port::Tcp(Listener { socket, _permit: permit }))
-    }
-
-    fn prepare_stream(&self, socket: &OwnedFd) -> io::Result<()> {
-        self.bound_buffer.apply(socket)?;
-        // Urgent data stays where it is in the stream.
-        SockRef::from(socket).set_out_of_band_inline(true)
     }
 
     fn prepare_datagrams(&self, socket: &OwnedFd) -> io::Result<()> {
@@ -296,16 +316,10 @@ impl Kernel {
             capabilities,
             outbound,
             bound_buffer,
+            destinations: Destinations::new(PortRange::of_this_namespace()),
+            crowded: false,
             skipped: Vec::new(),
         }
-    }
-
-    /// Binds a socket that goes to `to` to the address that it shall go out from. Its port is chosen when it connects, so that
-    /// one port serves many far ends.
-    fn bind(&self, socket: &OwnedFd, to: SocketAddr) -> io::Result<()> {
-        let Some(ip) = self.outbound.towards(to.ip()) else { return Ok(()) };
-        sys::set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
-        Ok(rustix::net::bind(socket, &SocketAddr::new(ip, 0))?)
     }
 
     fn permit(&self) -> io::Result<Permit> {
@@ -373,17 +387,28 @@ impl Host for Kernel {
 
     fn connect(&mut self, to: SocketAddr) -> io::Result<Stream> {
         let permit = self.permit()?;
-        let socket = new_socket(family(to), SocketType::STREAM, None)?;
-        self.prepare_stream(&socket)?;
-        self.bind(&socket, to)?;
-        match rustix::net::connect(&socket, &to) {
-            Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
-            Err(error) => return Err(error.into()),
-        }
+        let quiet = self.crowded;
+        let make = || {
+            let socket = new_socket(family(to), SocketType::STREAM, None)?;
+            prepare_stream(&socket, self.bound_buffer)?;
+            bind_towards(&socket, self.outbound, to)?;
+            if quiet {
+                put_off_hello(&socket, true)?;
+            }
+            Ok(socket)
+        };
+        let socket = match self.destinations.ports_towards(to) {
+            Some(ports) => ports.connect(make, self.outbound.towards(to.ip()), to)?,
+            None => {
+                let socket = make()?;
+                begin_connect(&socket, to)?;
+                socket
+            }
+        };
         Ok(Stream {
             socket,
             peek_offset: None,
-            sent: Sent::Nothing,
+            sent: if quiet { Sent::NotEvenHello } else { Sent::Nothing },
             token: None,
             watches_room: false,
             accepted: false,
@@ -448,6 +473,18 @@ impl Host for Kernel {
 
     fn connect_result(&mut self, stream: &Stream) -> io::Result<()> {
         SockRef::from(&stream.socket).take_error()?.map_or(Ok(()), Err)
+    }
+
+    fn is_quiet(&self, stream: &Stream) -> bool {
+        stream.sent == Sent::NotEvenHello
+    }
+
+    fn say_hello(&mut self, stream: &mut Stream) {
+        if stream.sent == Sent::NotEvenHello {
+            stream.sent = Sent::Nothing;
+            // Should it fail, the kernel says it after a fifth of a second.
+            let _ = put_off_hello(&stream.socket, false);
+        }
     }
 
     fn send(&mut self, stream: &mut Stream, bytes: &[u8]) -> io::Result<usize> {
@@ -526,7 +563,7 @@ impl Host for Kernel {
             self.prepare_datagrams(&socket)?;
         }
         recall_errors(&socket, v6)?;
-        self.bind(&socket, to)?;
+        bind_towards(&socket, self.outbound, to)?;
         if kind != DatagramKind::SharedUdp {
             rustix::net::connect(&socket, &to)?;
         }
@@ -660,5 +697,36 @@ impl Datagrams {
             (libc::IPPROTO_IP, libc::IP_MTU, 576)
         };
         sys::get(self.socket.as_fd(), level, option).map_or(least, |mtu| mtu.unsigned_abs().max(least))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, TcpListener};
+    use std::time::Instant;
+    use tidegate_testbed::{Namespace, eventually};
+
+    #[test]
+    fn who_listens_hears_of_a_connection_when_it_is_told() {
+        Namespace::new().run(|| {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let to = listener.local_addr().unwrap();
+            let quiet_until_told = || {
+                let socket = new_socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+                put_off_hello(&socket, true).unwrap();
+                let begun = Instant::now();
+                begin_connect(&socket, to).unwrap();
+                let heard = listener.accept().is_ok();
+                let in_time = begun.elapsed() < Duration::from_millis(40);
+                put_off_hello(&socket, false).unwrap();
+                assert!(heard || eventually(Duration::from_secs(5), || listener.accept().is_ok()));
+                (!heard, in_time)
+            };
+            // Whoever was kept from running for so long saw the kernel's own patience end.
+            let first = (0..20).map(|_| quiet_until_told()).find(|(_, in_time)| *in_time);
+            assert_eq!(first, Some((true, true)));
+        });
     }
 }

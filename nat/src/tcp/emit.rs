@@ -113,7 +113,7 @@ impl<S> Connection<S> {
         let window = self.advertise(io);
         let window = if self.guest_scale.is_some() { window >> SCALE } else { window };
         let head = TcpHead { window: window.min(0xffff) as u16, ..self.head(sequence, flags, io) };
-        (self.need_ack, self.has_waited, self.acknowledged) = (false, false, self.rcv_nxt);
+        (self.need_ack, self.owed_since, self.acknowledged) = (false, None, self.rcv_nxt);
         let head = head.write(payload);
         let emitted = match payload {
             0 => io.host.emit(head.bytes(), &[]),

@@ -6,9 +6,14 @@ use super::{Io, MAX_WRITE, count};
 use crate::host::Host;
 use crate::wire::tcp::flags;
 use std::io;
+use std::time::{Duration, Instant};
 
 /// Writes to the guest in one turn, before others have theirs: half a megabyte.
 const WRITES_PER_TURN: usize = 8;
+
+/// How long the acknowledgement of a guest's FIN waits for the far end's: most servers close at once when their client does. Far below any
+/// stack's retransmission timeout (the kernel's is 200 ms at least).
+const FIN_WAITS: Duration = Duration::from_millis(10);
 
 impl<S> Connection<S> {
     /// Does what can be done now. True if something is left that can be done at once.
@@ -25,20 +30,33 @@ impl<S> Connection<S> {
             self.send_reset(io);
             return (Outcome::Reset, false);
         };
-        let waits = self.need_ack && !self.has_waited && self.may_wait();
-        if waits {
-            self.has_waited = true;
-        } else if self.need_ack {
-            self.send_ack(io);
-        }
-        (self.finish(io.now), more || waits)
+        let looks_again = self.need_ack && self.acknowledge_soon(io);
+        (self.finish(io.now), more || looks_again)
     }
 
-    /// Whether an acknowledgement may wait for the next round, where an answer or the other end's FIN may carry it: of less than a segment, in order, when nothing else is
-    /// to be told. RFC 9293 section 3.8.6.3 allows half a second.
-    fn may_wait(&self) -> bool {
+    /// Acknowledges, or puts it off, so that an answer or the other end's FIN may carry it. True if only until the next round.
+    ///
+    /// What waits is less than a segment, in order, when nothing else is to be told (RFC 9293 section 3.8.6.3 allows half a second). A guest
+    /// may hold back its next bytes until it hears of the last ones (Nagle's algorithm), but after its FIN there are none.
+    fn acknowledge_soon<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> bool {
         let untold = self.rcv_nxt.wrapping_sub(self.acknowledged);
-        (1..u32::from(self.mss)).contains(&untold) && self.fin.is_none() && self.early.is_empty()
+        let may_wait =
+            (1..u32::from(self.mss)).contains(&untold) && self.fin.is_none() && self.early.is_empty();
+        let first = self.owed_since.is_none();
+        let since = *self.owed_since.get_or_insert(io.now);
+        let closing = self.guest_is_done();
+        // Until the next round, or for a while.
+        let waits = if closing { io.now < since + FIN_WAITS } else { first };
+        if !(may_wait && waits) {
+            self.send_ack(io);
+            return false;
+        }
+        !closing
+    }
+
+    /// When an acknowledgement that waits leaves, if it is not the next round that it waits for.
+    pub(super) fn acknowledge_at(&self) -> Option<Instant> {
+        self.owed_since.filter(|_| self.guest_is_done()).map(|since| since + FIN_WAITS)
     }
 
     /// Whether a client that the guest has not accepted yet has gone. One that has only said all that it has to say is waiting.

@@ -45,7 +45,10 @@ impl<S> Connection<S> {
             Phase::Lingering => self.active + timeouts.linger,
             Phase::Open => {
                 let idle = if self.half_closed() { timeouts.half_closed } else { timeouts.idle };
-                [self.resend_at, self.probe_at].into_iter().flatten().fold(self.active + idle, Instant::min)
+                [self.resend_at, self.probe_at, self.acknowledge_at(), self.hello_at]
+                    .into_iter()
+                    .flatten()
+                    .fold(self.active + idle, Instant::min)
             }
         }
     }
@@ -74,6 +77,12 @@ impl<S> Connection<S> {
         let (resend, probe) = (due(self.resend_at), due(self.probe_at));
         if resend || probe {
             self.retries += 1;
+        }
+        if due(self.hello_at) {
+            self.say_hello(io);
+        }
+        if due(self.acknowledge_at()) {
+            self.send_ack(io);
         }
         if self.retries > MOST || now >= self.active + idle {
             self.send_reset(io);

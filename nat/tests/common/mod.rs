@@ -42,12 +42,14 @@ pub struct Options {
     pub queue_length: u32,
     pub capabilities: Capabilities,
     pub policy: Policy,
+    /// The host's range of source ports, if not the kernel's own.
+    pub ports: Option<&'static str>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let policy = Policy { gateways: GATEWAY.map(|ip| ip.parse().unwrap()).to_vec(), ..Policy::default() };
-        Self { mtu: 1500, queue_length: 4096, capabilities: Capabilities::ALL, policy }
+        Self { mtu: 1500, queue_length: 4096, capabilities: Capabilities::ALL, policy, ports: None }
     }
 }
 
@@ -100,6 +102,9 @@ impl Net {
 
     pub fn with(options: &Options, change: impl FnOnce(&mut Settings)) -> Self {
         let Outside { host, server } = outside();
+        if let Some(ports) = options.ports {
+            host.sysctl("net.ipv4.ip_local_port_range", ports);
+        }
         let container = Namespace::new();
         container.sysctl("net.ipv6.conf.default.accept_dad", "0");
         let tun = TunOptions {

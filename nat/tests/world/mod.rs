@@ -42,6 +42,8 @@ pub struct FakeStream {
     pub room: usize,
     pub shut: bool,
     pub aborted: bool,
+    /// The far end has not heard yet that it is connected.
+    pub quiet: bool,
     /// Bytes that were peeked at, to see how often it looks.
     pub looked_at: u64,
 }
@@ -115,6 +117,8 @@ pub struct World {
     pub answer_at_once: Option<Result<(), i32>>,
     /// Room in the send buffer of new streams.
     pub room: usize,
+    /// Whether connections begin quietly.
+    pub crowded: bool,
     pub descriptors: usize,
     pub open: usize,
     pub ready: Vec<(Key, Ready)>,
@@ -165,8 +169,17 @@ impl Host for World {
         }
         self.open += 1;
         let answer = self.answer_at_once;
-        self.streams.push(FakeStream { to: Some(to), answer, room: self.room, ..FakeStream::default() });
+        let (room, quiet) = (self.room, self.crowded);
+        self.streams.push(FakeStream { to: Some(to), answer, room, quiet, ..FakeStream::default() });
         Ok(Handle(self.streams.len() - 1, Arc::clone(&self.closed_streams)))
+    }
+
+    fn is_quiet(&self, stream: &Handle) -> bool {
+        self.streams[stream.0].quiet
+    }
+
+    fn say_hello(&mut self, stream: &mut Handle) {
+        self.streams[stream.0].quiet = false;
     }
 
     fn watch_stream(&mut self, stream: &mut Handle, key: Key) -> io::Result<Ready> {

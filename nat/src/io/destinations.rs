@@ -1,0 +1,89 @@
+//! Where the guests' connections go, as far as it matters that many go to one place.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::SocketAddr;
+use tidegate_reactor::{PortRange, SourcePorts};
+
+/// Places that are remembered.
+const SLOTS: usize = 64;
+
+/// See the module. Each destination has one slot, which it shares with others: who is dialled so often that its source ports are short
+/// keeps it.
+#[derive(Debug)]
+pub(super) struct Destinations {
+    range: PortRange,
+    slots: Vec<Option<(SocketAddr, SourcePorts)>>,
+}
+
+impl Destinations {
+    /// None yet. `range` is the kernel's.
+    pub(super) fn new(range: PortRange) -> Self {
+        Self { range, slots: Vec::new() }
+    }
+
+    /// The source ports of connections to `to`; `None` to leave them to the kernel, because another destination needs the slot.
+    pub(super) fn ports_towards(&mut self, to: SocketAddr) -> Option<&SourcePorts> {
+        if self.slots.is_empty() {
+            self.slots.resize_with(SLOTS, || None);
+        }
+        let mut hasher = DefaultHasher::new();
+        to.hash(&mut hasher);
+        let slot = &mut self.slots[hasher.finish() as usize % SLOTS];
+        match slot {
+            Some((owner, ports)) if *owner != to && ports.by_number() => return None,
+            Some((owner, _)) if *owner == to => {}
+            _ => *slot = Some((to, SourcePorts::within(self.range))),
+        }
+        slot.as_ref().map(|(_, ports)| ports)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use socket2::{Domain, Socket, Type};
+    use std::io::ErrorKind;
+    use std::net::{Ipv4Addr, TcpListener};
+    use tidegate_testbed::Namespace;
+
+    /// A destination in the same slot as `of`, where nobody listens.
+    fn neighbour(of: SocketAddr) -> SocketAddr {
+        let shares = |to: &SocketAddr| {
+            let mut both = Destinations::new(PortRange::default());
+            both.ports_towards(of);
+            both.ports_towards(*to);
+            both.slots.iter().flatten().count() == 1
+        };
+        (1..=u16::MAX)
+            .map(|port| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port))
+            .filter(|to| *to != of)
+            .find(shares)
+            .unwrap()
+    }
+
+    #[test]
+    fn who_is_dialled_often_keeps_the_slot() {
+        Namespace::new().run(|| {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let to = listener.local_addr().unwrap();
+            let other = neighbour(to);
+            let mut destinations = Destinations::new(PortRange::default());
+            let mut dial = |to| {
+                let make = || Ok(Socket::new(Domain::IPV4, Type::STREAM, None)?.into());
+                destinations.ports_towards(to).map(|ports| ports.connect(make, None, to).map(drop))
+            };
+            for _ in 0..2 {
+                dial(to).unwrap().unwrap();
+                let refused = dial(other).expect("nobody is dialled often").unwrap_err();
+                assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+            }
+            let plenty = PortRange::default();
+            for _ in 0..=plenty.count() / 4 {
+                dial(to).unwrap().unwrap();
+                drop(listener.accept().unwrap());
+            }
+            assert!(dial(other).is_none(), "the slot is taken");
+            assert!(dial(to).is_some());
+        });
+    }
+}
