@@ -44,6 +44,8 @@ pub(crate) enum Kind {
     DropIn,
     /// The rules that dockerd has for a published port, by iptables.
     DockerRules,
+    /// The same once more: how far chance alone carries two that are equal.
+    DockerRulesAgain,
     /// `tidegate up --publish=kernel --firewall=nftables`.
     KernelNftables,
     /// `tidegate up --publish=kernel --firewall=iptables`.
@@ -59,7 +61,7 @@ pub(crate) enum Kind {
 }
 
 /// The contenders in the order of columns.
-pub(crate) const ALL: [Kind; 15] = [
+pub(crate) const ALL: [Kind; 16] = [
     Kind::Dnat,
     Kind::DockerProxy,
     Kind::Haproxy,
@@ -69,6 +71,7 @@ pub(crate) const ALL: [Kind; 15] = [
     Kind::PublishNetns,
     Kind::DropIn,
     Kind::DockerRules,
+    Kind::DockerRulesAgain,
     Kind::KernelNftables,
     Kind::KernelIptables,
     Kind::Masquerade,
@@ -90,6 +93,7 @@ impl Kind {
             Self::PublishNetns => "tidegate-netns",
             Self::DropIn => "drop-in",
             Self::DockerRules => "docker-rules",
+            Self::DockerRulesAgain => "docker-rules-2",
             Self::KernelNftables => "nftables",
             Self::KernelIptables => "iptables",
             Self::Masquerade => "masquerade",
@@ -114,9 +118,16 @@ impl Kind {
 
     /// Whether it can publish a TCP port of a container that has its network.
     pub(crate) fn publishes(self) -> bool {
-        let with_a_network =
-            matches!(self, Self::Netavark | Self::DockerRules | Self::KernelNftables | Self::KernelIptables);
+        let with_a_network = self == Self::Netavark || self.translates();
         !with_a_network && !self.leads_out()
+    }
+
+    /// Whether it is rules by which the kernel translates a published port.
+    pub(crate) fn translates(self) -> bool {
+        matches!(
+            self,
+            Self::DockerRules | Self::DockerRulesAgain | Self::KernelNftables | Self::KernelIptables
+        )
     }
 
     /// Whether it leads a container out that has no network.
@@ -142,7 +153,7 @@ impl Kind {
             Self::Haproxy => find_program("haproxy"),
             Self::Socat => find_program("socat"),
             Self::Netavark => find_program("netavark"),
-            Self::DockerRules => find_program("iptables-restore"),
+            Self::DockerRules | Self::DockerRulesAgain => find_program("iptables-restore"),
             Self::Publish | Self::PublishNetns | Self::KernelNftables | Self::KernelIptables => {
                 built("TIDEGATE_BENCH_BIN", option_env!("CARGO_BIN_EXE_tidegate"))
             }
@@ -209,7 +220,11 @@ impl Contender {
                 vec![self.haproxy(lab, service, directory.path())?]
             }
             Kind::Socat => vec![self.socat(lab, service)?],
-            Kind::Netavark | Kind::DockerRules | Kind::KernelNftables | Kind::KernelIptables => {
+            Kind::Netavark
+            | Kind::DockerRules
+            | Kind::DockerRulesAgain
+            | Kind::KernelNftables
+            | Kind::KernelIptables => {
                 bail!("{} publishes a port with its network, not by itself", self.kind.name())
             }
             Kind::Masquerade | Kind::Slirp | Kind::Pasta | Kind::Engine => {

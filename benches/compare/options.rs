@@ -23,12 +23,12 @@ pub(crate) struct Options {
     pub(crate) quick: bool,
 
     /// Only these cells, or those below them: tcp, tcp.1, tcp.1.up, requests, connections, udp, idle, ports,
-    /// stalled, forward, rules, setup
+    /// stalled, forward, rules, setup, egress
     #[arg(long, value_delimiter = ',')]
     pub(crate) only: Vec<String>,
 
     /// Only these contenders: dnat, docker-proxy, haproxy, socat, netavark, tidegate, tidegate-netns, drop-in,
-    /// docker-rules, nftables, iptables
+    /// docker-rules, docker-rules-2, nftables, iptables, masquerade, slirp4netns, pasta, engine
     #[arg(long, value_delimiter = ',')]
     pub(crate) contenders: Vec<String>,
 

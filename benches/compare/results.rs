@@ -50,16 +50,19 @@ impl Results {
         Summary::of(&self.samples(metric, kind))
     }
 
-    /// `ours / theirs` within each round, summarised: what changes from round to round cancels out.
-    pub(crate) fn ratio(&self, metric: &str, ours: Kind, theirs: Kind) -> Option<Summary> {
+    /// `ours / theirs` within each round: what changes from round to round cancels out.
+    pub(crate) fn ratios(&self, metric: &str, ours: Kind, theirs: Kind) -> Vec<f64> {
         let theirs: BTreeMap<u32, f64> = self.rounds(metric, theirs).collect();
-        let ratios: Vec<f64> = self
-            .rounds(metric, ours)
+        self.rounds(metric, ours)
             .filter_map(|(round, value)| Some(value / theirs.get(&round)?))
             // A peer that used no measurable CPU time, say, in a very short run.
             .filter(|ratio| ratio.is_finite())
-            .collect();
-        Summary::of(&ratios)
+            .collect()
+    }
+
+    /// The [`ratios`](Self::ratios), summarised.
+    pub(crate) fn ratio(&self, metric: &str, ours: Kind, theirs: Kind) -> Option<Summary> {
+        Summary::of(&self.ratios(metric, ours, theirs))
     }
 
     fn rounds(&self, metric: &str, kind: Kind) -> impl Iterator<Item = (u32, f64)> {

@@ -163,6 +163,8 @@ pub enum Match {
     Established,
     /// `ct state established`: a part of a connection that is known, not only about one.
     Known,
+    /// `ct direction reply`: it goes to who has begun the connection that it is of.
+    Answer,
     /// `ct state invalid`.
     Invalid,
     /// `ct status dnat`: its destination was translated.

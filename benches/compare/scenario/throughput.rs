@@ -47,12 +47,18 @@ pub(super) fn serve(namespace: &Namespace, address: Ipv4Addr) -> Process {
     server
 }
 
-/// Has the client send to the published port, or be sent from there.
-pub(super) fn load(lab: &Lab, streams: u32, direction: Direction, duration: Duration) -> Result<Report> {
+/// Has the client send to the published port, or be sent from there, with `more` of iperf3's options.
+pub(super) fn load(
+    lab: &Lab,
+    streams: u32,
+    direction: Direction,
+    duration: Duration,
+    more: &[&str],
+) -> Result<Report> {
     let (seconds, streams) = (duration.as_secs().to_string(), streams.to_string());
     let (host, port) = (HOST.to_string(), Service::TCP.first_port.to_string());
     let mut client = lab.net.client.command("iperf3");
-    client.args(["-J", "-i", "0", "-c", &host, "-p", &port, "-t", &seconds, "-P", &streams]);
+    client.args(["-J", "-i", "0", "-c", &host, "-p", &port, "-t", &seconds, "-P", &streams]).args(more);
     if direction == Direction::Down {
         client.arg("-R");
     }
@@ -79,7 +85,7 @@ impl Scenario for Throughput {
         let _server = serve(&lab.net.container, CONTAINER);
         let running = contender.start(lab, Service::TCP)?;
         let before = running.cpu_seconds();
-        let report = load(lab, self.streams, self.direction, duration)?;
+        let report = load(lab, self.streams, self.direction, duration, &[])?;
         let after = running.cpu_seconds();
         let gigabytes = report.bytes / 1e9;
         Ok(vec![Some(report.bits_per_second / 1e9), per(before, after, gigabytes)])
