@@ -213,10 +213,8 @@ impl Expressions {
             }
             Match::Established => self.connection(ct::STATE, ct::ESTABLISHED | ct::RELATED),
             Match::Known => self.connection(ct::STATE, ct::ESTABLISHED),
-            Match::Answer => {
-                // NFTA_CT_DREG, NFTA_CT_KEY
-                self.push("ct", &Attributes::default().number(1, FIRST).number(2, ct::DIRECTION));
-                self.compare(EQUAL, &[ct::REPLY]);
+            Match::Translated => {
+                self.connection(ct::STATUS, ct::TRANSLATED_SOURCE | ct::TRANSLATED_DESTINATION);
             }
             Match::Invalid => self.connection(ct::STATE, ct::INVALID),
             Match::TranslatedDestination => self.connection(ct::STATUS, ct::TRANSLATED_DESTINATION),
@@ -309,16 +307,14 @@ impl Expressions {
     }
 }
 
-/// `NFT_CT_*`, `IP_CT_DIR_*`, `NF_CT_STATE_*`, `IPS_*`.
+/// `NFT_CT_*`, `NF_CT_STATE_*`, `IPS_*`.
 mod ct {
     pub(super) const STATE: u32 = 0;
-    pub(super) const DIRECTION: u32 = 1;
     pub(super) const STATUS: u32 = 2;
-    /// `IP_CT_DIR_REPLY`.
-    pub(super) const REPLY: u8 = 1;
     pub(super) const INVALID: u32 = 1;
     pub(super) const ESTABLISHED: u32 = 2;
     pub(super) const RELATED: u32 = 4;
+    pub(super) const TRANSLATED_SOURCE: u32 = 1 << 4;
     pub(super) const TRANSLATED_DESTINATION: u32 = 1 << 5;
 }
 

@@ -163,8 +163,8 @@ pub enum Match {
     Established,
     /// `ct state established`: a part of a connection that is known, not only about one.
     Known,
-    /// `ct direction reply`: it goes to who has begun the connection that it is of.
-    Answer,
+    /// `ct status snat,dnat`: one of its ends was translated.
+    Translated,
     /// `ct state invalid`.
     Invalid,
     /// `ct status dnat`: its destination was translated.

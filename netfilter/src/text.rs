@@ -109,7 +109,7 @@ impl Display for Match {
             Self::Is { key, value, not } => write!(f, "{key} {}{value}", different(not)),
             Self::Established => f.write_str("ct state established,related"),
             Self::Known => f.write_str("ct state established"),
-            Self::Answer => f.write_str("ct direction reply"),
+            Self::Translated => f.write_str("ct status snat,dnat"),
             Self::Invalid => f.write_str("ct state invalid"),
             Self::TranslatedDestination => f.write_str("ct status dnat"),
             Self::ToHost => f.write_str("fib daddr type local"),

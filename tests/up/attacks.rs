@@ -113,6 +113,38 @@ fn a_port_that_was_removed_while_we_were_dead_is_shut() {
     }
 }
 
+/// Whoever has no rules for a moment may keep track of connections that none of ours has begun.
+#[test]
+fn a_connection_that_was_never_translated_is_no_way_in() {
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        let _uplink = Uplink::new(&scene);
+        scene.net.client.ip_all("route add 10.77.0.0/16 via 203.0.113.1");
+        let container = Namespace::new();
+        let _up = up(&scene, &file(&container, ""), &[firewall]);
+        let witness = Witness::new(&container, &["0.0.0.0:6666".parse().unwrap()]);
+        let (inside, outside) = (("10.77.1.10", "6666"), ("203.0.113.9", "5000"));
+        for (from, to) in [(inside, outside), (outside, inside)] {
+            scene.sh(&format!(
+                "conntrack -F
+                 conntrack -I -p udp -s {source} -d {destination} --sport {sport} --dport {dport} -u SEEN_REPLY,ASSURED -t 60",
+                source = from.0,
+                sport = from.1,
+                destination = to.0,
+                dport = to.1,
+            ));
+            let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:5000")).unwrap();
+            for _ in 0..5 {
+                let _ = client.send_to(b"let me in", "10.77.1.10:6666");
+            }
+        }
+        let host = scene.net.host.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+        assert!(eventually(SOON, || host.send_to(b"hello", "10.77.1.10:6666").is_ok()
+            && witness.has_seen("hello")));
+        assert!(!witness.has_seen("let me in"), "{firewall}");
+    }
+}
+
 /// A stranger claims to be the server that a container of another network talks to.
 #[test]
 fn a_container_gets_nothing_into_flows_of_another_network() {

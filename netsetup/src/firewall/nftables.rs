@@ -403,6 +403,7 @@ fn between() -> Chain {
     Chain { name: "between".to_owned(), base: None, rules }
 }
 
+/// What is known of a connection may be of a time when there were no rules. One that began as it should was translated at one of its ends.
 fn to_network(ruleset: &Ruleset) -> Chain {
     let let_in = || if ruleset.gated { marked() } else { accept() };
     let mut rules = vec![
@@ -415,11 +416,10 @@ fn to_network(ruleset: &Ruleset) -> Chain {
     ];
     rules.extend(families_of(ruleset).map(|family| stray(ruleset, family, family.source, vec![])));
     rules.extend([
-        rule(vec![Match::Answer, Match::Established], let_in(), "an answer to a container"),
         rule(
-            vec![Match::TranslatedDestination, Match::Established],
+            vec![Match::Translated, Match::Established],
             let_in(),
-            "a connection to a published port",
+            "an answer to a container, or a connection to a published port",
         ),
         rule(vec![Match::Invalid], drop(), "belongs to no connection"),
     ]);
