@@ -115,13 +115,8 @@ pub(crate) const FIGURES: &[Figure] = &[
         .at_most(0.0, 0.0),
     ratio("published by the kernel / Docker's rules", FORWARD, Kind::KernelNftables, Kind::DockerRules)
         .at_par(),
-    ratio(
-        "Docker's rules once more / Docker's rules",
-        FORWARD,
-        Kind::DockerRulesAgain,
-        Kind::DockerRules,
-    )
-    .at_par(),
+    ratio("Docker's rules once more / Docker's rules", FORWARD, Kind::DockerRulesAgain, Kind::DockerRules)
+        .at_par(),
     way_out("way out, TCP up / slirp4netns", &["egress.tcp.1500.1.up.rate"], Kind::Slirp)
         .at_least(24.0, 30.0),
     way_out("way out, TCP down / slirp4netns", &["egress.tcp.1500.1.down.rate"], Kind::Slirp)

@@ -48,7 +48,8 @@ pub(crate) fn is_less_than_one(ratios: &[f64]) -> bool {
     let mut distances: Vec<f64> = ratios.iter().map(|ratio| ratio.ln()).filter(|of| *of != 0.0).collect();
     distances.sort_by(|a, b| a.abs().total_cmp(&b.abs()));
     let count = distances.len() as f64;
-    let above: f64 = (1..).zip(&distances).filter(|(_, of)| **of > 0.0).map(|(rank, _)| f64::from(rank)).sum();
+    let above: f64 =
+        (1..).zip(&distances).filter(|(_, of)| **of > 0.0).map(|(rank, _)| f64::from(rank)).sum();
     let expected = count * (count + 1.0) / 4.0;
     let deviation = (count * (count + 1.0) * (2.0 * count + 1.0) / 24.0).sqrt();
     count >= 6.0 && (above - expected) / deviation < -1.645

@@ -226,13 +226,8 @@ impl Family {
 /// The table of `ruleset`'s owner.
 pub(crate) fn table(ruleset: &Ruleset) -> Table {
     let name = table_name(&ruleset.owner);
-    let mut chains = vec![
-        between(),
-        to_network(ruleset),
-        from_network(ruleset),
-        inside(ruleset),
-        translate(ruleset),
-    ];
+    let mut chains =
+        vec![between(), to_network(ruleset), from_network(ruleset), inside(ruleset), translate(ruleset)];
     if !ruleset.gated {
         chains.push(mark(ruleset));
     }
@@ -432,8 +427,7 @@ fn to_network(ruleset: &Ruleset) -> Chain {
 }
 
 fn from_network(ruleset: &Ruleset) -> Chain {
-    let mut rules =
-        vec![rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path")];
+    let mut rules = vec![rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path")];
     rules.extend(families_with_others(ruleset).map(false_source));
     rules.push(rule(vec![Match::Established], accept(), "what has begun goes on"));
     if has_internal(ruleset) {
