@@ -318,7 +318,7 @@ mod tests {
             (0..16).map(|round| middle + f64::from(round % 4) * 0.02 - 0.03).collect()
         };
         assert_eq!(judge(&around(1.0)), Verdict::Stretch);
-        assert_eq!(judge(&around(0.99)), Verdict::Floor, "that can be chance");
+        assert_eq!(judge(&around(0.995)), Verdict::Floor, "that can be chance");
         assert_eq!(judge(&around(0.96)), Verdict::Missed);
         assert_eq!(judge(&[]), Verdict::NotMeasured);
     }

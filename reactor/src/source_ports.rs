@@ -29,6 +29,9 @@ const REST: Duration = Duration::from_secs(60);
 /// Ports tried by number before a flow is refused. Those of live connections are in the way.
 const ATTEMPTS: u32 = 256;
 
+/// How long none is tried after all that were tried were taken.
+const DRY: Duration = Duration::from_millis(100);
+
 /// The range is not looked up for the sake of fewer connections than these.
 const FEW: u32 = 64;
 
@@ -76,6 +79,8 @@ struct Recent {
     since: Option<Instant>,
     before: u32,
     now: u32,
+    /// There was no port, and until then none is looked for.
+    dry_until: Option<Instant>,
 }
 
 impl Recent {
@@ -143,7 +148,14 @@ impl SourcePorts {
             sockopt::set_socket_reuseaddr(&socket, true)?;
             Ok::<_, io::Error>(socket)
         };
-        let count = self.recent().add(Instant::now());
+        let now = Instant::now();
+        let (count, dry) = {
+            let mut recent = self.recent();
+            (recent.add(now), recent.dry_until.is_some_and(|until| now < until))
+        };
+        if dry {
+            return Err(Errno::ADDRNOTAVAIL.into());
+        }
         if !self.is_plenty(count) {
             let socket = make()?;
             match begin_connect(&socket, to) {
@@ -165,7 +177,8 @@ impl SourcePorts {
                 result => return result.map(|()| socket),
             }
         }
-        Err(io::ErrorKind::AddrNotAvailable.into())
+        self.recent().dry_until = Some(now + DRY);
+        Err(Errno::ADDRNOTAVAIL.into())
     }
 
     fn next_port(&self) -> u16 {
@@ -201,6 +214,9 @@ fn is_taken(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use socket2::{Domain, Socket, Type};
+    use std::cell::Cell;
+    use std::net::TcpListener;
 
     #[test]
     fn what_is_older_than_two_minutes_does_not_count() {
@@ -216,6 +232,27 @@ mod tests {
         assert_eq!(recent.count(at(119)), 31);
         assert_eq!(recent.count(at(120)), 1);
         assert_eq!(recent.count(at(300)), 0);
+    }
+
+    #[test]
+    fn when_all_are_taken_none_is_tried_for_a_while() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let to = listener.local_addr().unwrap();
+        let ports = SourcePorts::within(PortRange { first: to.port(), last: to.port() });
+        ports.recent().now = u32::MAX;
+        let made = Cell::new(0);
+        let make = || {
+            made.set(made.get() + 1);
+            Ok(Socket::new(Domain::IPV4, Type::STREAM, None)?.into())
+        };
+        for _ in 0..2 {
+            let refused = ports.connect(make, None, to).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::AddrNotAvailable);
+        }
+        assert_eq!(made.get(), ATTEMPTS, "the second time it did not try");
+        ports.recent().dry_until = Some(Instant::now());
+        ports.connect(make, None, to).unwrap_err();
+        assert_eq!(made.get(), 2 * ATTEMPTS);
     }
 
     #[test]

@@ -24,6 +24,9 @@ const FEW: usize = 1;
 /// host.
 const SOON: Duration = Duration::from_micros(50);
 
+/// For how long a read that brings more shows that there are others to be served.
+const BUSY: Duration = Duration::from_millis(1);
+
 /// Tags of tokens, beside [`FLOW`].
 const DEVICE: u8 = 1;
 const TIMER: u8 = 2;
@@ -67,6 +70,8 @@ pub(crate) struct Driver {
     advertise: Option<Instant>,
     /// An answer to what the guest has just asked may come soon.
     expects_until: Option<Instant>,
+    /// There is much to do, as far as one knows.
+    busy_until: Option<Instant>,
     /// Names the one device and the one timer.
     key: Key,
 }
@@ -83,6 +88,7 @@ impl Driver {
             timer: None,
             advertise: advertises.then(Instant::now),
             expects_until: None,
+            busy_until: None,
             key,
         })
     }
@@ -106,6 +112,7 @@ impl Driver {
     }
 
     fn read(&mut self, now: Instant) {
+        self.engine.host_mut().crowded = self.busy_until.is_some_and(|until| now < until);
         let mut frames = 0;
         while frames < FRAMES_PER_READ {
             // An error is "nothing there", or a device whose namespace is gone, about which nothing can be done.
@@ -128,8 +135,8 @@ impl Driver {
         }
         self.engine.flush(now);
         let few = frames <= FEW;
-        self.engine.host_mut().crowded = !few;
         self.expects_until = few.then_some(now + SOON);
+        self.busy_until = if few { self.busy_until } else { Some(now + BUSY) };
     }
 }
 
