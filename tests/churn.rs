@@ -1,10 +1,13 @@
 //! Ports that come and go for a long time leave nothing behind: neither series nor memory. A test crate of its own, for it looks at this process's memory.
 
+mod support;
+
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
+use support::Metrics;
 use tidegate_model::Protocol;
 use tidegate_proxy::{Direct, Engine, Listener, PortOptions, Settings, describe};
 use tidegate_testbed::server::EchoServer;
@@ -52,9 +55,9 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
             exchange_udp(labels[2 * BATCH - 1].address());
             carried += 1;
             let page = page(&engine);
-            assert_eq!(value(&page, "tidegate_proxy_ports{series=\"own\"}"), WITH_SERIES as u64);
+            assert_eq!(page.count("tidegate_proxy_ports{series=\"own\"}"), WITH_SERIES as u64);
             assert_eq!(
-                value(&page, "tidegate_proxy_ports{series=\"other\"}"),
+                page.count("tidegate_proxy_ports{series=\"other\"}"),
                 (2 * BATCH - WITH_SERIES) as u64
             );
             for (family, others) in [
@@ -62,11 +65,8 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
                 ("sessions_total", "other/udp"),
                 ("dial_seconds_count", "other/tcp"),
             ] {
-                assert_eq!(
-                    value(&page, &format!("tidegate_proxy_{family}{{publish=\"{others}\"}}")),
-                    carried
-                );
-                let all = sum(&page, &format!("tidegate_proxy_{family}{{"));
+                assert_eq!(page.count(&format!("tidegate_proxy_{family}{{publish=\"{others}\"}}")), carried);
+                let all = page.sum(&format!("tidegate_proxy_{family}{{"));
                 assert_eq!(all, carried + 1, "{family}: and that of a port with series");
             }
             for port in published {
@@ -82,10 +82,10 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
         }
         // What the others have counted has stayed, and their sessions have ended.
         let page = page(&engine);
-        assert_eq!(value(&page, "tidegate_proxy_sessions_total{publish=\"other/udp\"}"), carried);
-        assert_eq!(value(&page, "tidegate_proxy_sessions{publish=\"other/udp\"}"), 0);
-        assert_eq!(value(&page, "tidegate_proxy_port_sessions_limit{publish=\"other/udp\"}"), 0);
-        assert_eq!(value(&page, "tidegate_proxy_session_seconds_count{publish=\"other/udp\"}"), carried);
+        assert_eq!(page.count("tidegate_proxy_sessions_total{publish=\"other/udp\"}"), carried);
+        assert_eq!(page.count("tidegate_proxy_sessions{publish=\"other/udp\"}"), 0);
+        assert_eq!(page.count("tidegate_proxy_port_sessions_limit{publish=\"other/udp\"}"), 0);
+        assert_eq!(page.count("tidegate_proxy_session_seconds_count{publish=\"other/udp\"}"), carried);
         // Those of the others, 36 and 27, and no more.
         assert_eq!(after_each, vec![idle.len() + 36 + 27; after_each.len()]);
         let (early, late) = (resident[resident.len() / 10], *resident.last().unwrap());
@@ -94,32 +94,21 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
     });
 }
 
-fn page(engine: &Engine) -> String {
+fn page(engine: &Engine) -> Metrics {
     let mut page = String::new();
     describe(&engine.snapshot(), &mut page).unwrap();
     engine.fill().describe(&mut page).unwrap();
-    page
+    Metrics(page)
 }
 
 /// The series by name.
 fn series(engine: &Engine) -> BTreeMap<String, String> {
     let page = page(engine);
-    let lines = page.lines().filter(|line| !line.starts_with('#'));
+    let lines = page.0.lines().filter(|line| !line.starts_with('#'));
     lines
         .map(|line| line.rsplit_once(' ').unwrap())
         .map(|(name, value)| (name.into(), value.into()))
         .collect()
-}
-
-#[track_caller]
-fn value(page: &str, series: &str) -> u64 {
-    let line = page.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-    line.unwrap_or_else(|| panic!("no series {series}")).parse().unwrap()
-}
-
-fn sum(page: &str, family: &str) -> u64 {
-    let lines = page.lines().filter(|line| line.starts_with(family));
-    lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()).sum()
 }
 
 #[track_caller]

@@ -12,7 +12,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use support::{METRICS, Publisher};
+use support::{METRICS, Metrics, Publisher};
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Signal, Topology, addr};
 
@@ -136,15 +136,15 @@ fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
     };
     (8080..=8086).for_each(|port| requests(port, 2));
     let page = settled(&scene.net.host, "tidegate_proxy_connections{publish=\"other/tcp\"}", 0);
-    let total = |page: &str| sum(page, "tidegate_proxy_connections_total{");
+    let total = |page: &Metrics| page.sum("tidegate_proxy_connections_total{");
     assert_eq!(
-        series(&page),
+        series(&page.0),
         ["203.0.113.1:8080/tcp", "203.0.113.1:8081/tcp", "203.0.113.1:8082/tcp", "other/tcp"]
     );
-    assert_eq!(value(&page, "tidegate_proxy_connections_total{publish=\"other/tcp\"}"), 8);
-    assert_eq!(value(&page, "tidegate_proxy_bytes_total{publish=\"other/tcp\",direction=\"in\"}"), 32);
-    assert_eq!(value(&page, "tidegate_proxy_dial_seconds_count{publish=\"other/tcp\"}"), 8);
-    assert_eq!(value(&page, "tidegate_proxy_ports{series=\"other\"}"), 4);
+    assert_eq!(page.count("tidegate_proxy_connections_total{publish=\"other/tcp\"}"), 8);
+    assert_eq!(page.count("tidegate_proxy_bytes_total{publish=\"other/tcp\",direction=\"in\"}"), 32);
+    assert_eq!(page.count("tidegate_proxy_dial_seconds_count{publish=\"other/tcp\"}"), 8);
+    assert_eq!(page.count("tidegate_proxy_ports{series=\"other\"}"), 4);
     assert_eq!(total(&page), 14);
     // The API knows all of them.
     let (_, figures) = ask::get(&socket, "/v1/figures");
@@ -162,36 +162,25 @@ fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
     requests(8083, 1);
     let page = settled(&scene.net.host, "tidegate_proxy_connections{publish=\"other/tcp\"}", 0);
     assert_eq!(
-        series(&page),
+        series(&page.0),
         ["203.0.113.1:8080/tcp", "203.0.113.1:8082/tcp", "203.0.113.1:8090/tcp", "other/tcp"]
     );
-    assert_eq!(value(&page, "tidegate_proxy_connections_total{publish=\"other/tcp\"}"), 9);
-    assert_eq!(value(&page, "tidegate_proxy_ports{series=\"other\"}"), 2);
+    assert_eq!(page.count("tidegate_proxy_connections_total{publish=\"other/tcp\"}"), 9);
+    assert_eq!(page.count("tidegate_proxy_ports{series=\"other\"}"), 2);
     assert_eq!(total(&page), 14 - 2 + 2);
     up.stop(Signal::INT, SOON);
 }
 
 /// The page, once `series` has `wanted`.
 #[track_caller]
-fn settled(host: &Namespace, series: &str, wanted: u64) -> String {
+fn settled(host: &Namespace, series: &str, wanted: u64) -> Metrics {
     let mut page = String::new();
     let held = tidegate_testbed::eventually(SOON, || {
         page = host.run(scrape).unwrap_or_default();
         page.lines().any(|line| line == format!("{series} {wanted}"))
     });
     assert!(held, "{series} never was {wanted}: {page}");
-    page
-}
-
-#[track_caller]
-fn value(page: &str, series: &str) -> u64 {
-    let line = page.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-    line.unwrap_or_else(|| panic!("no series {series}")).parse().unwrap()
-}
-
-fn sum(page: &str, family: &str) -> u64 {
-    let lines = page.lines().filter(|line| line.starts_with(family));
-    lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()).sum()
+    Metrics(page)
 }
 
 /// What the label `publish` says of connections.

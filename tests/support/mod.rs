@@ -3,10 +3,12 @@
 
 #![allow(dead_code, reason = "every test crate uses a part of it")]
 
+use std::fmt::Display;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, SocketAddrV6, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -87,9 +89,26 @@ impl Metrics {
     /// The value of one series, written as on the page: `name{label="value",...}`.
     #[track_caller]
     pub(crate) fn value(&self, series: &str) -> f64 {
+        self.read(series)
+    }
+
+    /// The same, where it is a whole number.
+    #[track_caller]
+    pub(crate) fn count(&self, series: &str) -> u64 {
+        self.read(series)
+    }
+
+    #[track_caller]
+    fn read<T: FromStr<Err: Display>>(&self, series: &str) -> T {
         let line = self.0.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
         let line = line.unwrap_or_else(|| panic!("no series {series}; there are:\n{}", self.of_ports()));
         line.parse().unwrap_or_else(|error| panic!("{series} {line}: {error}"))
+    }
+
+    /// All whole numbers of the series that begin with `family`, together.
+    pub(crate) fn sum(&self, family: &str) -> u64 {
+        let lines = self.0.lines().filter(|line| line.starts_with(family));
+        lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()).sum()
     }
 
     /// The value of `tidegate_proxy_NAME` of the port called `publish`.
