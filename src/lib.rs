@@ -15,6 +15,7 @@ mod listeners;
 pub mod logging;
 pub mod metrics_endpoint;
 pub mod port_error;
+mod port_guards;
 mod ports;
 mod publisher;
 pub mod services;

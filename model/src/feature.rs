@@ -6,7 +6,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Features that the kernel is taken not to have, separated by commas; `all` for every one of them but [`Feature::Tun`]. For tests.
+/// Features that the kernel is taken not to have, separated by commas; `all` for every one that old kernels lack. For tests.
 pub const LACKS: &str = "TIDEGATE_LACKS";
 
 /// Something that is used where it is there.
@@ -16,8 +16,16 @@ pub enum Feature {
     Tun,
     /// Tables of nftables that belong to a connection and outlast it (Linux 6.9); otherwise they are everybody's, and repaired.
     OwnedTables,
-    /// Programs at the exits of links (tcx, Linux 6.6); otherwise policy rules stand behind a firewall.
+    /// BPF programs at the egress of bridges; otherwise policy rules stand behind a firewall.
     Gates,
+    /// Attachment of BPF programs through tcx (Linux 6.6); otherwise through the qdisc `clsact`.
+    Tcx,
+    /// BPF programs as port guards, which is no matter of the kernel's age; otherwise nftables.
+    BpfGuards,
+    /// nftables as port guards, which is no matter of the kernel's age; otherwise classic BPF.
+    NetdevGuards,
+    /// Classic BPF as port guards, which is no matter of the kernel's age; otherwise there are none.
+    ClassicGuards,
     /// IPv6 forwarding of single links (`force_forwarding`, Linux 6.17); otherwise all of a namespace's, where it is our own.
     ForceForwarding,
     /// `SO_PEEK_OFF` on TCP (Linux 6.9); otherwise what was looked at before is copied again.
@@ -34,10 +42,14 @@ pub enum Feature {
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::Tun,
         Self::OwnedTables,
         Self::Gates,
+        Self::Tcx,
+        Self::BpfGuards,
+        Self::NetdevGuards,
+        Self::ClassicGuards,
         Self::ForceForwarding,
         Self::PeekOffset,
         Self::TunOffload,
@@ -53,6 +65,10 @@ impl Feature {
             Self::Tun => "tun",
             Self::OwnedTables => "owned-tables",
             Self::Gates => "gates",
+            Self::Tcx => "tcx",
+            Self::BpfGuards => "bpf-guards",
+            Self::NetdevGuards => "netdev-guards",
+            Self::ClassicGuards => "classic-guards",
             Self::ForceForwarding => "force-forwarding",
             Self::PeekOffset => "peek-offset",
             Self::TunOffload => "tun-offload",
@@ -67,7 +83,13 @@ impl Feature {
     pub fn is_forced_off(self) -> bool {
         static TOLD: OnceLock<String> = OnceLock::new();
         let told = TOLD.get_or_init(|| std::env::var(LACKS).unwrap_or_default());
-        ALL_OFF.load(Ordering::Relaxed) && self != Self::Tun || is_among(self, told)
+        ALL_OFF.load(Ordering::Relaxed) && self.comes_with_age() || is_among(self, told)
+    }
+
+    /// Whether some kernel from Linux 5.10 on lacks it because it is old. Else privileges or the kernel's configuration
+    /// decide.
+    const fn comes_with_age(self) -> bool {
+        !matches!(self, Self::Tun | Self::BpfGuards | Self::NetdevGuards | Self::ClassicGuards)
     }
 }
 
@@ -80,7 +102,7 @@ pub fn force_all_off() {
 }
 
 fn is_among(feature: Feature, told: &str) -> bool {
-    let is_it = |one: &str| one == feature.as_str() || one == "all" && feature != Feature::Tun;
+    let is_it = |one: &str| one == feature.as_str() || one == "all" && feature.comes_with_age();
     told.split(',').any(is_it)
 }
 
@@ -94,7 +116,7 @@ mod tests {
         assert!(is_among(Feature::Uso, "tun,uso") && !is_among(Feature::Uso, "tun,us"));
         for feature in Feature::ALL {
             assert!(is_among(feature, feature.as_str()));
-            assert_eq!(is_among(feature, "all"), feature != Feature::Tun);
+            assert_eq!(is_among(feature, "all"), feature.comes_with_age());
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Changes of tables, all or nothing.
 
 use crate::encode::{
-    delete_chain, delete_elements, delete_set, delete_table, flush_chain, message, new_chain, new_elements,
-    new_rule, new_set, new_table, request,
+    batch_begin, batch_end, delete_chain, delete_elements, delete_set, delete_table, flush_chain, message,
+    new_chain, new_elements, new_rule, new_set, new_table, request,
 };
 use crate::socket::NetfilterSocket;
 use crate::table::{Chain, Set, Table};
-use crate::wire::{Attributes, Message, NFTABLES, attribute, attributes, number, text};
+use crate::wire::{Attributes, Message, attribute, attributes, number, text};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::fmt;
@@ -144,12 +144,12 @@ impl Connection {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let mut messages = vec![end_of_batch(BATCH_BEGIN)];
+            let mut messages = vec![batch_begin()];
             let mut ids = 0;
             for change in changes {
                 self.plan(change, &mut ids, &mut messages)?;
             }
-            messages.push(end_of_batch(BATCH_END));
+            messages.push(batch_end());
             let refused = self.socket.send_all(&messages)?;
             let Some(first) = refused.into_iter().next() else { return Ok(()) };
             // What was there while it was planned was gone when it was done, or the other way round.
@@ -255,10 +255,10 @@ impl Connection {
         if in_use || chains.is_empty() {
             return Ok(false);
         }
-        let mut messages = vec![end_of_batch(BATCH_BEGIN)];
+        let mut messages = vec![batch_begin()];
         let deletions = chains.iter().map(|chain| delete_chain(name, chain)).chain([delete_table(name)]);
         messages.extend(deletions.map(|message| Message { flags: IF_EMPTY, ..of_family(message) }));
-        messages.push(end_of_batch(BATCH_END));
+        messages.push(batch_end());
         // Refused: a rule was put there meanwhile.
         Ok(self.socket.send_all(&messages)?.is_empty())
     }
@@ -404,15 +404,6 @@ impl Connection {
         })?;
         Ok(rules)
     }
-}
-
-/// `NFNL_MSG_BATCH_BEGIN`, `NFNL_MSG_BATCH_END`.
-const BATCH_BEGIN: u16 = 0x10;
-const BATCH_END: u16 = 0x11;
-
-fn end_of_batch(kind: u16) -> Message {
-    let about = "transaction".to_owned();
-    Message { kind, flags: 0, family: 0, resource: NFTABLES, attributes: Attributes::default(), about }
 }
 
 fn list(request: u16, attributes: Attributes) -> Message {

@@ -30,8 +30,8 @@ pub(crate) mod request {
 pub(crate) const INET: u8 = 1;
 
 /// `NLM_F_CREATE`, and `NLM_F_APPEND` for rules.
-const CREATE: u16 = 0x400;
-const APPEND: u16 = 0x800;
+pub(crate) const CREATE: u16 = 0x400;
+pub(crate) const APPEND: u16 = 0x800;
 
 /// Bytes of elements in one message: an attribute holds 64 KiB.
 const MOST_ELEMENTS: usize = 48 << 10;
@@ -39,6 +39,21 @@ const MOST_ELEMENTS: usize = 48 << 10;
 /// A request about something in a table of the family `inet`.
 pub(crate) fn message(request: u16, flags: u16, attributes: Attributes, about: String) -> Message {
     Message { kind: NFTABLES << 8 | request, flags, family: INET, resource: 0, attributes, about }
+}
+
+/// Begins a transaction (`NFNL_MSG_BATCH_BEGIN`).
+pub(crate) fn batch_begin() -> Message {
+    batch(0x10)
+}
+
+/// Ends it (`NFNL_MSG_BATCH_END`): what is in between is carried out, all of it or nothing.
+pub(crate) fn batch_end() -> Message {
+    batch(0x11)
+}
+
+fn batch(kind: u16) -> Message {
+    let about = "transaction".to_owned();
+    Message { kind, flags: 0, family: 0, resource: NFTABLES, attributes: Attributes::default(), about }
 }
 
 /// Makes a table, or if it is there sets its flags.
@@ -100,7 +115,7 @@ pub(crate) fn new_rule(table: &str, chain: &str, rule: &Rule) -> Message {
 }
 
 /// A comment as nft(8) leaves it with a rule: type, length, text with its NUL.
-fn comment(text: &str) -> Option<Vec<u8>> {
+pub(crate) fn comment(text: &str) -> Option<Vec<u8>> {
     /// `NFTNL_UDATA_RULE_COMMENT` of libnftnl.
     const COMMENT: u8 = 0;
     let length = u8::try_from(text.len() + 1).ok()?;

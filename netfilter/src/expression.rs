@@ -108,10 +108,25 @@ const DIFFERENT: u32 = 1;
 const NETWORK: u32 = 1;
 const TRANSPORT: u32 = 2;
 
+/// The expressions of one rule, in order.
 #[derive(Default)]
-struct Expressions(Attributes);
+pub(crate) struct Expressions(Attributes);
 
 impl Expressions {
+    /// As the rule's attribute has them.
+    pub(crate) fn into_attributes(self) -> Attributes {
+        self.0
+    }
+
+    /// Goes on if the bytes from offset `at` of the frame, Ethernet header included, are `value`, or with `not` if they
+    /// differ. Neither holds where the frame is shorter. At most 16 bytes.
+    pub(crate) fn frame_bytes(&mut self, at: u16, value: &[u8], not: bool) {
+        /// `NFT_PAYLOAD_LL_HEADER`.
+        const LINK: u32 = 0;
+        self.payload(LINK, at.into(), value.len() as u32, FIRST);
+        self.compare(if not { DIFFERENT } else { EQUAL }, value);
+    }
+
     fn push(&mut self, name: &str, data: &Attributes) {
         // NFTA_EXPR_NAME, NFTA_EXPR_DATA
         let expression = Attributes::default().text(1, name).nest(2, data);
@@ -242,7 +257,7 @@ impl Expressions {
         self.masked(&bits.to_ne_bytes(), DIFFERENT, &0_u32.to_ne_bytes());
     }
 
-    fn action(&mut self, action: &Action) {
+    pub(crate) fn action(&mut self, action: &Action) {
         match action {
             // NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
             Action::Count => self.push("counter", &Attributes::default().bytes(1, &[0; 8]).bytes(2, &[0; 8])),

@@ -9,13 +9,16 @@
 //! [belong](Change::Replace) to a connection and outlast it. It knows nothing of networks or containers. What a table says is the business of who
 //! makes it.
 //!
-//! A [`Gate`] stands behind the tables, at a link's exit, where nobody flushes it.
+//! Beside the tables, where no flush reaches them, are BPF programs: a [`Gate`] at the egress of a bridge, behind the firewall, and
+//! [`PortGuards`] at the ingress of its ports, before everything else.
 
+mod bpf;
 mod connection;
 mod conntrack;
 mod encode;
 mod expression;
 mod gate;
+mod guard;
 mod socket;
 mod table;
 mod text;
@@ -23,7 +26,8 @@ mod wire;
 
 pub use connection::{Change, Connection, Error, Listed, TableFamily};
 pub use conntrack::{Conntrack, Flow};
-pub use gate::Gate;
+pub use gate::{Gate, GatePolicy};
+pub use guard::{Dropped, Mechanism, PortGuards, PortPolicy, SpoofReason};
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
 };

@@ -2,7 +2,7 @@
 //!
 //! The kernel has handled a message when `send(2)` returns, and what it has to say waits in the socket.
 
-use crate::wire::{HEADER, Message};
+use crate::wire::{Message, NETLINK_HEADER, Request};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -41,7 +41,12 @@ pub(crate) struct NetfilterSocket {
 impl NetfilterSocket {
     /// Opens one in the calling thread's namespace.
     pub(crate) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        Self::speaking(NETLINK_NETFILTER)
+    }
+
+    /// Opens a socket of another netlink family (`NETLINK_*`) in the calling thread's namespace.
+    pub(crate) fn speaking(family: isize) -> io::Result<Self> {
+        let mut socket = Socket::new(family)?;
         let port = socket.bind_auto()?.port_number();
         // Connected to the kernel, so that no other process can put an answer into our socket.
         socket.connect(&SocketAddr::new(0, 0))?;
@@ -81,7 +86,7 @@ impl NetfilterSocket {
     }
 
     /// Sends one message and waits for the kernel's word on it.
-    pub(crate) fn order(&mut self, message: &Message) -> io::Result<()> {
+    pub(crate) fn order(&mut self, message: &impl Request) -> io::Result<()> {
         self.request(message, ACK, |_| ()).map(drop)
     }
 
@@ -93,7 +98,7 @@ impl NetfilterSocket {
     }
 
     /// Asks for all there is that `message` lets through: the attributes of each.
-    pub(crate) fn dump(&mut self, message: &Message, mut each: impl FnMut(&[u8])) -> io::Result<()> {
+    pub(crate) fn dump(&mut self, message: &impl Request, mut each: impl FnMut(&[u8])) -> io::Result<()> {
         for _ in 0..DUMP_ATTEMPTS {
             let mut listed = Vec::new();
             if self.request(message, DUMP, |attributes| listed.push(attributes.to_vec()))? {
@@ -105,7 +110,12 @@ impl NetfilterSocket {
     }
 
     /// Sends a request and hands on all that is answered, up to the final word. Says whether that was a consistent picture.
-    fn request(&mut self, message: &Message, flags: u16, mut each: impl FnMut(&[u8])) -> io::Result<bool> {
+    fn request<M: Request>(
+        &mut self,
+        message: &M,
+        flags: u16,
+        mut each: impl FnMut(&[u8]),
+    ) -> io::Result<bool> {
         self.discard()?;
         self.sequence = self.sequence.wrapping_add(1);
         let mut buffer = Vec::new();
@@ -124,7 +134,7 @@ impl NetfilterSocket {
                 match kind {
                     // Both carry a code: zero, or the negative number of an error.
                     ERROR | DONE => outcome = Some(error_of(payload)),
-                    _ => each(payload.get(4..).unwrap_or_default()),
+                    _ => each(payload.get(M::HEAD..).unwrap_or_default()),
                 }
             }
         }
@@ -184,12 +194,11 @@ impl NetfilterSocket {
 
 /// The messages of a datagram: type, flags, number, and what is behind the header.
 fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u16, u32, &[u8])> {
-    const NLMSGHDR: usize = HEADER - 4;
     std::iter::from_fn(move || {
         let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
         let short = |at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
         let number = u32::from_ne_bytes(bytes.get(8..12)?.try_into().ok()?);
-        let message = (short(4)?, short(6)?, number, bytes.get(NLMSGHDR..length)?);
+        let message = (short(4)?, short(6)?, number, bytes.get(NETLINK_HEADER..length)?);
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(message)
     })

@@ -27,24 +27,48 @@ pub(crate) struct Message {
     pub(crate) about: String,
 }
 
-/// Length of a message's header (`struct nlmsghdr`) with what follows in netfilter (`struct nfgenmsg`), in bytes.
-pub(crate) const HEADER: usize = 16 + 4;
+/// Length of `struct nlmsghdr`, in bytes.
+pub(crate) const NETLINK_HEADER: usize = 16;
 
-impl Message {
+/// A message to the kernel: `struct nlmsghdr`, a head that the netlink family defines, attributes.
+pub(crate) trait Request {
+    /// Length of the head, in requests and in what the kernel answers, in bytes.
+    const HEAD: usize;
+
     /// Appends it to `buffer`.
-    pub(crate) fn write(&self, sequence: u32, more_flags: u16, buffer: &mut Vec<u8>) {
-        /// `NLM_F_REQUEST`.
-        const REQUEST: u16 = 1;
-        let length = HEADER + self.attributes.0.len();
-        // A message that is too long for its length is never made: sets are split.
-        buffer.extend((length as u32).to_ne_bytes());
-        buffer.extend(self.kind.to_ne_bytes());
-        buffer.extend((REQUEST | self.flags | more_flags).to_ne_bytes());
-        buffer.extend(sequence.to_ne_bytes());
-        buffer.extend(0_u32.to_ne_bytes());
-        buffer.extend([self.family, 0]);
-        buffer.extend(self.resource.to_be_bytes());
-        buffer.extend(&self.attributes.0);
+    fn write(&self, sequence: u32, more_flags: u16, buffer: &mut Vec<u8>);
+}
+
+/// Appends a message to `buffer`. `flags` are beyond `NLM_F_REQUEST`.
+pub(crate) fn write(
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    head: &[u8],
+    attributes: &Attributes,
+    buffer: &mut Vec<u8>,
+) {
+    /// `NLM_F_REQUEST`.
+    const REQUEST: u16 = 1;
+    let length = NETLINK_HEADER + head.len() + attributes.len();
+    // A message that is too long for its length is never made: sets are split.
+    buffer.extend((length as u32).to_ne_bytes());
+    buffer.extend(kind.to_ne_bytes());
+    buffer.extend((REQUEST | flags).to_ne_bytes());
+    buffer.extend(sequence.to_ne_bytes());
+    buffer.extend(0_u32.to_ne_bytes());
+    buffer.extend(head);
+    buffer.extend(&attributes.0);
+}
+
+impl Request for Message {
+    /// `struct nfgenmsg`.
+    const HEAD: usize = 4;
+
+    fn write(&self, sequence: u32, more_flags: u16, buffer: &mut Vec<u8>) {
+        let [high, low] = self.resource.to_be_bytes();
+        let head = [self.family, 0, high, low];
+        write(self.kind, self.flags | more_flags, sequence, &head, &self.attributes, buffer);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Gates, at real exits.
 
-use tidegate_netfilter::Gate;
+use tidegate_netfilter::{Gate, GatePolicy};
 use tidegate_testbed::Namespace;
 
 const MARK: u32 = 0x7467_0000;
@@ -48,13 +48,17 @@ impl Router {
 
     fn put(&self, link: &str) {
         let index = self.index(link);
-        self.host.run(|| Gate::new(MARK, MASK).unwrap().put(index)).unwrap();
+        self.host.run(|| gate(MARK, MASK).attach(index)).unwrap();
     }
 
     fn has_gate(&self, link: &str) -> bool {
         let index = self.index(link);
-        self.host.run(|| Gate::new(MARK, MASK).unwrap().is_at(index)).unwrap()
+        self.host.run(|| gate(MARK, MASK).is_attached(index)).unwrap()
     }
+}
+
+fn gate(mark: u32, mask: u32) -> Gate {
+    Gate::new(&GatePolicy::Marked { mark, mask }).unwrap()
 }
 
 fn is_reached(from: &Namespace, address: &str) -> bool {
@@ -94,14 +98,29 @@ fn it_goes_with_its_link_and_one_is_enough() {
     let index = router.index("right");
     // Of one process, the kernel has it once; nobody minds.
     router.host.run(|| {
-        let gate = Gate::new(MARK, MASK).unwrap();
-        gate.put(index).unwrap();
-        gate.put(index).unwrap();
+        let gate = gate(MARK, MASK);
+        gate.attach(index).unwrap();
+        gate.attach(index).unwrap();
     });
     assert!(!is_reached(&router.left, "192.0.2.34"));
-    let other = router.host.run(|| Gate::new(0x0100_0000, 0xff00_0000).unwrap().is_at(index)).unwrap();
+    let other = router.host.run(|| gate(0x0100_0000, 0xff00_0000).is_attached(index)).unwrap();
     assert!(!other, "one that asks for another mark is another");
     router.host.ip(&["link", "del", "right"]);
-    let gone = router.host.run(|| Gate::new(MARK, MASK).unwrap().is_at(index)).unwrap_err();
+    let gone = router.host.run(|| gate(MARK, MASK).is_attached(index)).unwrap_err();
     assert_eq!(gone.raw_os_error(), Some(libc::ENODEV));
+}
+
+#[test]
+fn one_for_links_lets_in_what_came_by_them() {
+    let router = Router::new();
+    let (left, right) = (router.index("left"), router.index("right"));
+    let attach = |links: &[u32]| {
+        let policy = GatePolicy::From(links.to_vec());
+        router.host.run(|| Gate::new(&policy).unwrap().attach(right)).unwrap();
+    };
+    attach(&[left]);
+    assert!(is_reached(&router.left, "192.0.2.34"));
+    attach(&[right]);
+    assert!(!is_reached(&router.left, "192.0.2.34"), "each gate decides");
+    assert!(is_reached(&router.host, "192.0.2.34"), "sent by the host");
 }

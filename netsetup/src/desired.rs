@@ -13,6 +13,22 @@ pub struct Desired {
     pub endpoints: Vec<Endpoint>,
     /// Links of the host that forward for the networks alone, where their way out is the kernel's and the host forwards for nobody.
     pub uplinks: Vec<Uplink>,
+    /// How far ahead of their usual priorities our policy rules are, so that they precede those of other software.
+    pub rules_ahead: u32,
+    /// How what endpoints send is checked.
+    pub guards: Guards,
+}
+
+/// How [port guards](Fact::PortGuard) are attached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Guards {
+    /// There are none.
+    #[default]
+    None,
+    /// To links, with which they go.
+    AtLinks,
+    /// In a table of nftables of this owner.
+    InTable(String),
 }
 
 /// A link of a host that forwards for nobody.
@@ -76,6 +92,8 @@ pub struct Attachment {
     pub addresses: Vec<IpNet>,
     /// The endpoint's default route leads by this network, unless it is internal.
     pub default_route: bool,
+    /// The endpoint may send from other addresses too: a router, VRRP.
+    pub any_address: bool,
 }
 
 impl Network {
@@ -108,14 +126,18 @@ impl Desired {
 
     /// The same without any endpoint.
     pub(crate) fn without_endpoints(&self) -> Self {
-        let (networks, uplinks) = (self.networks.clone(), self.uplinks.clone());
-        Self { networks, endpoints: Vec::new(), uplinks }
+        let (networks, uplinks, guards) = (self.networks.clone(), self.uplinks.clone(), self.guards.clone());
+        Self { networks, endpoints: Vec::new(), uplinks, rules_ahead: self.rules_ahead, guards }
     }
 
     /// All facts, in the order to make them.
     #[must_use]
     pub fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {
-        let mut facts = isolation.groundwork(self);
+        let table = match &self.guards {
+            Guards::InTable(owner) => Some(Fact::GuardTable { owner: owner.clone() }),
+            Guards::None | Guards::AtLinks => None,
+        };
+        let mut facts: Vec<Fact> = table.into_iter().chain(isolation.groundwork(self)).collect();
         facts.extend(self.networks.iter().flat_map(|network| network.facts(isolation)));
         for endpoint in &self.endpoints {
             let place = Place::Endpoint(endpoint.name.clone());
@@ -123,16 +145,49 @@ impl Desired {
             for attachment in &endpoint.attachments {
                 if let Some(network) = self.networks.iter().find(|network| network.name == attachment.network)
                 {
-                    facts.extend(attachment.facts(&place, &endpoint.name, network));
+                    facts.extend(attachment.facts(&place, &endpoint.name, network, &self.guards));
                 }
+            }
+        }
+        for fact in &mut facts {
+            if let Fact::Rule(rule) = fact {
+                rule.priority = rule.priority.saturating_sub(self.rules_ahead);
             }
         }
         facts
     }
+
+    /// What makes the host's ends of endpoints' links safe: that they are ports as they should be, and guarded.
+    pub(crate) fn port_facts(&self) -> Vec<Fact> {
+        let attachments = self.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
+        let of = |attachment: &Attachment| {
+            let network = self.networks.iter().find(|network| network.name == attachment.network);
+            network.map(|network| attachment.port_facts(network, &self.guards)).unwrap_or_default()
+        };
+        attachments.flat_map(of).collect()
+    }
 }
 
 impl Attachment {
-    fn facts(&self, place: &Place, endpoint: &str, network: &Network) -> Vec<Fact> {
+    /// What makes the host's end a port: guarded first, so that no frame precedes the guard.
+    fn port_facts(&self, network: &Network, guards: &Guards) -> Vec<Fact> {
+        let (link, station) = (self.host_end.name.clone(), self.inside.mac);
+        let guard = (*guards != Guards::None).then(|| Fact::PortGuard {
+            link: link.clone(),
+            station,
+            addresses: self.addresses.iter().map(IpNet::addr).collect(),
+            any_address: self.any_address,
+        });
+        let port = Fact::Port {
+            link: link.clone(),
+            bridge: network.bridge.name.clone(),
+            isolated: !network.inter_container,
+            station,
+        };
+        guard.into_iter().chain([port]).collect()
+    }
+
+    fn facts(&self, place: &Place, endpoint: &str, network: &Network, guards: &Guards) -> Vec<Fact> {
         let (host_end, inside) = (self.host_end.name.clone(), self.inside.name.clone());
         let mut facts = vec![
             Fact::Veth {
@@ -143,13 +198,11 @@ impl Attachment {
             },
             // A port of a bridge needs no address of its own, and one would be a way around the bridge's rules.
             setting(Place::Host, format!("net.ipv6.conf.{host_end}.disable_ipv6"), "1"),
-            Fact::Port {
-                link: host_end.clone(),
-                bridge: network.bridge.name.clone(),
-                isolated: !network.inter_container,
-            },
         ];
+        facts.extend(self.port_facts(network, guards));
         if network.has(true) {
+            // Link-local addresses are those of hardware addresses (`IN6_ADDR_GEN_MODE_EUI64`), which the guard knows.
+            facts.push(setting(place.clone(), format!("net.ipv6.conf.{inside}.addr_gen_mode"), "0"));
             // Its neighbours are no routers.
             for name in ["accept_ra", "accept_redirects"] {
                 facts.push(setting(place.clone(), format!("net.ipv6.conf.{inside}.{name}"), "0"));

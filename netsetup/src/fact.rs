@@ -102,6 +102,9 @@ pub enum Fact {
         mtu: u32,
     },
     /// A link of the host is a port of a bridge.
+    ///
+    /// It learns no addresses: the one station behind it is a static entry of the bridge's forwarding database, and
+    /// frames to unknown addresses are not flooded to it.
     Port {
         /// The link.
         link: String,
@@ -109,6 +112,25 @@ pub enum Fact {
         bridge: String,
         /// It reaches the bridge itself, and none of the other ports that are isolated too.
         isolated: bool,
+        /// The hardware address of the station.
+        station: Mac,
+    },
+    /// What a link of the host receives comes from the endpoint behind it, or is dropped: a
+    /// [port guard](tidegate_netfilter::PortGuards). It is in force before the link is a port of a bridge.
+    PortGuard {
+        /// The link.
+        link: String,
+        /// The endpoint's hardware address.
+        station: Mac,
+        /// The endpoint's addresses on this network.
+        addresses: Vec<IpAddr>,
+        /// The endpoint may use other addresses too: only `station` is checked.
+        any_address: bool,
+    },
+    /// There is a table of nftables for the port guards of this owner.
+    GuardTable {
+        /// Whose.
+        owner: String,
     },
     /// A setting of one of our links (sysctl(8), a dot in an interface's name written `/`). It goes with the link.
     Setting {
@@ -160,11 +182,13 @@ pub enum Fact {
         /// The group.
         group: u32,
     },
-    /// What leaves by this bridge is what the host itself sends, or what our firewall rules have marked ([`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)):
-    /// a program at its exit sees to that.
+    /// A program at the egress of this bridge lets pass what the host itself sends, and what `passes` says.
     Gate {
         /// The bridge.
         link: String,
+        /// What else leaves by it.
+        #[serde(default)]
+        passes: Passes,
     },
     /// The host's firewall has our rules.
     Ruleset {
@@ -173,6 +197,18 @@ pub enum Fact {
         /// Whose rules, if there are several of us.
         owner: String,
     },
+}
+
+/// What a [gate](Fact::Gate) lets pass besides what the host itself sends.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Passes {
+    /// What our firewall rules have marked ([`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)).
+    #[default]
+    Marked,
+    /// What came in by this link.
+    From(String),
+    /// Nothing.
+    Nothing,
 }
 
 /// A link: the endpoint that it is with, none for the host, and its name.
@@ -193,6 +229,8 @@ impl Fact {
             | Self::Forwarding { .. }
             | Self::Group { .. }
             | Self::Gate { .. }
+            | Self::PortGuard { .. }
+            | Self::GuardTable { .. }
             | Self::Ruleset { .. } => false,
         }
     }
@@ -224,12 +262,15 @@ impl Fact {
             Self::Address { place, link, .. }
             | Self::Up { place, link }
             | Self::DefaultRoute { place, link, .. } => (Some((place.endpoint(), link.as_str())), None),
-            Self::Group { link, .. } | Self::Gate { link } => (Some((None, link.as_str())), None),
+            Self::Group { link, .. } | Self::Gate { link, .. } | Self::PortGuard { link, .. } => {
+                (Some((None, link.as_str())), None)
+            }
             // Forwarding does end with its link. But it has to be over before the rules are gone that bound it.
             Self::Bridge { .. }
             | Self::Veth { .. }
             | Self::Rule(_)
             | Self::Forwarding { .. }
+            | Self::GuardTable { .. }
             | Self::Ruleset { .. } => (None, None),
         };
         link.into_iter().chain(other)
@@ -260,7 +301,9 @@ impl fmt::Display for Fact {
                 write!(f, "forwarding of IPv{} from {link:?}", if *v6 { '6' } else { '4' })
             }
             Self::Group { link, group } => write!(f, "{link:?} in group {group}"),
-            Self::Gate { link } => write!(f, "gate at the exit {link:?}"),
+            Self::Gate { link, .. } => write!(f, "gate at the egress of {link:?}"),
+            Self::PortGuard { link, .. } => write!(f, "port guard at {link:?}"),
+            Self::GuardTable { owner } => write!(f, "table of nftables for the port guards of {owner:?}"),
             Self::Ruleset { firewall, owner } => write!(f, "rules of {owner:?} in {firewall}"),
         }
     }

@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use tidegate_model::{Histogram, HistogramReading, Protocol, registry};
-use tidegate_netfilter::{Conntrack, Flow, Gate, TableFamily, Transport};
+use tidegate_netfilter::{Conntrack, Flow, Gate, GatePolicy, TableFamily, Transport};
 use tidegate_netns::{Namespace, News};
 
 /// Which firewall.
@@ -184,7 +184,8 @@ impl Firewall {
             FirewallKind::Nftables => Box::new(host.with(nftables::Nftables::open)??),
             FirewallKind::Iptables => Box::new(host.with(iptables::Iptables::open)??),
         };
-        let gate = host.with(|| Gate::new(registry::FORWARD_MARK, registry::FORWARD_MARK_MASK))?;
+        let marked = GatePolicy::Marked { mark: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
+        let gate = host.with(|| Gate::new(&marked))?;
         let gate = gate
             .inspect_err(|error| tracing::debug!(%error, "no gates: policy rules stand behind the firewall"))
             .ok();

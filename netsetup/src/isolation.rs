@@ -1,7 +1,7 @@
 //! What keeps a network closed: to the outside, and to the other networks.
 
 use crate::desired::setting;
-use crate::{Desired, Fact, FirewallKind, Network, Place, Reach, Rule, Uplink};
+use crate::{Desired, Fact, FirewallKind, Network, Passes, Place, Reach, Rule, Uplink};
 use ipnet::IpNet;
 use std::fmt;
 use tidegate_model::registry;
@@ -32,7 +32,11 @@ pub trait Isolation: fmt::Debug + Send + Sync {
 ///   host itself sends. It takes two: a single `not iif lo to SUBNET` would negate both halves.
 /// - A network without IPv6 subnet has no IPv6 at all, or link-local addresses would be a way in.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct WithoutFirewall;
+pub struct WithoutFirewall {
+    /// BPF programs are available: a [gate](Fact::Gate) at the egress of each bridge closes it whatever policy rules
+    /// others insert before ours.
+    pub gated: bool,
+}
 
 impl Isolation for WithoutFirewall {
     fn name(&self) -> &'static str {
@@ -40,7 +44,8 @@ impl Isolation for WithoutFirewall {
     }
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
-        closed(network)
+        let gate = self.gated.then(|| gate(network, Passes::Nothing));
+        gate.into_iter().chain(closed(network)).collect()
     }
 }
 
@@ -55,11 +60,13 @@ pub struct WithEngine {
     pub device: String,
     /// The table that has its routes.
     pub table: u32,
+    /// As of [`WithoutFirewall`].
+    pub gated: bool,
 }
 
 impl Isolation for WithEngine {
     fn name(&self) -> &'static str {
-        WithoutFirewall.name()
+        WithoutFirewall::default().name()
     }
 
     fn groundwork(&self, desired: &Desired) -> Vec<Fact> {
@@ -70,10 +77,11 @@ impl Isolation for WithEngine {
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
         if network.internal {
-            return closed(network);
+            return WithoutFirewall { gated: self.gated }.facts(network);
         }
         let bridge = &network.bridge.name;
-        let mut facts = open(network);
+        let gate = self.gated.then(|| gate(network, Passes::From(self.device.clone())));
+        let mut facts: Vec<Fact> = gate.into_iter().chain(open(network)).collect();
         for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
             let v6 = is_v6(to);
             facts.extend(shut(to));
@@ -142,9 +150,10 @@ impl Isolation for WithFirewall {
             facts.push(Fact::Group { link: link.clone(), group: registry::bridge_group(&self.owner) });
         }
         if network.internal {
+            facts.extend(self.gated.then(|| gate(network, Passes::Nothing)));
             facts.extend(closed(network));
         } else if self.gated {
-            facts.push(Fact::Gate { link: link.clone() });
+            facts.push(gate(network, Passes::Marked));
             facts.extend(open(network));
         } else {
             facts.extend(open(network));
@@ -163,6 +172,10 @@ fn past_uplinks(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     let subnets = desired.networks.iter().filter(|network| !network.internal).flat_map(|one| &one.subnets);
     let subnets = subnets.map(|subnet| subnet.subnet.trunc()).filter(move |to| has_uplink(is_v6(*to)));
     subnets.map(|to| Fact::Rule(Rule { to: Some(to), ..exemption(is_v6(to)) }))
+}
+
+fn gate(network: &Network, passes: Passes) -> Fact {
+    Fact::Gate { link: network.bridge.name.clone(), passes }
 }
 
 /// What comes from the network may be forwarded.

@@ -3,18 +3,21 @@
 mod look;
 mod messages;
 
-use crate::{Fact, Firewall, Interface, KernelError, Mac, Observed, Op, Place, Uplink};
+use crate::{Fact, Firewall, Interface, KernelError, Mac, Observed, Op, Passes, Place, Uplink};
 use futures_util::TryStreamExt;
 use rtnetlink::packet_core::ErrorMessage;
 use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
+use rustix::net::{AddressFamily, SocketType, socket};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use tidegate_model::{Feature, registry};
-use tidegate_netfilter::Gate;
+use tidegate_netfilter::{Gate, GatePolicy, PortGuards, PortPolicy};
 use tidegate_netns::Namespace;
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
@@ -32,6 +35,9 @@ pub struct Kernel {
     /// Nobody but us is there.
     alone: bool,
     firewall: Option<Arc<Firewall>>,
+    guards: Option<Arc<PortGuards>>,
+    /// Those that do not belong to a firewall, as they are needed.
+    gates: BTreeMap<Passes, Gate>,
     endpoints: BTreeMap<String, Namespace>,
     connections: BTreeMap<Place, Connection>,
 }
@@ -54,7 +60,15 @@ impl Kernel {
     /// The kernel as `host` sees it. To be used within a tokio runtime.
     #[must_use]
     pub fn new(host: Namespace) -> Self {
-        Self { host, alone: false, firewall: None, endpoints: BTreeMap::new(), connections: BTreeMap::new() }
+        Self {
+            host,
+            alone: false,
+            firewall: None,
+            guards: None,
+            gates: BTreeMap::new(),
+            endpoints: BTreeMap::new(),
+            connections: BTreeMap::new(),
+        }
     }
 
     /// `host` is a namespace of our own: what has to be set for all its links may be.
@@ -66,6 +80,11 @@ impl Kernel {
     /// Closes networks with `firewall`, which is the host's.
     pub fn use_firewall(&mut self, firewall: Arc<Firewall>) {
         self.firewall = Some(firewall);
+    }
+
+    /// Checks with `guards` what endpoints send.
+    pub fn use_guards(&mut self, guards: Arc<PortGuards>) {
+        self.guards = Some(guards);
     }
 
     /// Tells where the endpoint `name` is, and returns where it was.
@@ -136,16 +155,22 @@ impl Kernel {
             if *place == Place::Host {
                 observed.routes = here.reached();
                 observed.default_mtu = here.default_mtu();
+                observed.first_rule_of_others = here.first_rule_of_others();
                 observed.uplinks = self.uplinks(&here);
                 observed.forwarding = self.forwarding(&observed.uplinks);
             }
             for fact in asked {
                 let holds = match fact {
                     Fact::Ruleset { .. } => self.ruleset_holds(fact).await?,
-                    Fact::Gate { link } => match here.index(link) {
-                        Some(index) => self.gate_is_at(index)?,
+                    Fact::Gate { link, passes } => match here.index(link) {
+                        Some(index) => self.has_gate(index, passes)?,
                         None => false,
                     },
+                    Fact::PortGuard { link, .. } => match here.index(link) {
+                        Some(index) => self.has_guard(index, fact)?,
+                        None => false,
+                    },
+                    Fact::GuardTable { owner } => self.has_guard_table(owner)?,
                     _ => here.holds(self, fact)?,
                 };
                 if holds {
@@ -173,20 +198,70 @@ impl Kernel {
         each.filter(forwards).collect()
     }
 
-    /// Whether the firewall's gate is at the exit of the link numbered `index`.
-    fn gate_is_at(&self, index: u32) -> Result<bool, KernelError> {
-        let Some(gate) = self.gate() else { return Ok(false) };
-        let asked = self.host.with(|| gate.is_at(index)).flatten();
-        match asked {
-            // It has gone meanwhile.
-            Err(error) if is_absent(&error) => Ok(false),
-            asked => asked
-                .map_err(|source| KernelError { what: "look for the gate of a bridge".to_owned(), source }),
-        }
+    /// Whether the gate that lets `passes` pass is at the egress of the link numbered `index`.
+    fn has_gate(&mut self, index: u32, passes: &Passes) -> Result<bool, KernelError> {
+        let asked = self.with_gate(passes, |gate| gate.is_attached(index));
+        found(asked, "gate of a bridge")
     }
 
-    fn gate(&self) -> Option<&Gate> {
-        self.firewall.as_ref()?.gate()
+    /// Calls `f` on the host with the gate that lets `passes` pass.
+    fn with_gate<T: Send>(
+        &mut self,
+        passes: &Passes,
+        f: impl FnOnce(&Gate) -> io::Result<T> + Send,
+    ) -> io::Result<T> {
+        let host = self.host.clone();
+        let gate = match passes {
+            Passes::Marked => self.firewall.as_ref().and_then(|firewall| firewall.gate()),
+            Passes::From(_) | Passes::Nothing => {
+                if !self.gates.contains_key(passes) {
+                    let links = match passes {
+                        Passes::From(link) => vec![index_of(&host, link)?],
+                        Passes::Marked | Passes::Nothing => Vec::new(),
+                    };
+                    let gate = host.with(|| Gate::new(&GatePolicy::From(links))).flatten()?;
+                    self.gates.insert(passes.clone(), gate);
+                }
+                self.gates.get(passes)
+            }
+        };
+        let gate = gate.ok_or(io::ErrorKind::Unsupported)?;
+        host.with(|| f(gate)).flatten()
+    }
+
+    /// Whether the guard of `fact` is at the link numbered `index`.
+    fn has_guard(&self, index: u32, fact: &Fact) -> Result<bool, KernelError> {
+        let (Some(guards), Some((link, policy))) = (&self.guards, guard_of(fact)) else { return Ok(false) };
+        let asked = self.host.with(|| guards.is_attached(index, link, &policy)).flatten();
+        found(asked, "port guard")
+    }
+
+    fn has_guard_table(&self, owner: &str) -> Result<bool, KernelError> {
+        let asked = self.host.with(|| PortGuards::has_table(owner)).flatten();
+        found(asked, "table of nftables for port guards")
+    }
+
+    /// Whether all gates and guards are still attached. Nothing announces that one was detached.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn programs_hold(&mut self, facts: &[Fact]) -> Result<bool, KernelError> {
+        for fact in facts {
+            let (Fact::Gate { link, .. } | Fact::PortGuard { link, .. }) = fact else { continue };
+            let index = match self.index(&Place::Host, link).await {
+                Err(error) if is_absent(&error) => return Ok(false),
+                index => index.map_err(|source| KernelError { what: format!("look for {fact}"), source })?,
+            };
+            let holds = match fact {
+                Fact::Gate { passes, .. } => self.has_gate(index, passes)?,
+                _ => self.has_guard(index, fact)?,
+            };
+            if !holds {
+                self.forget(&Place::Host, link);
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether the rules are in force; not on this thread, for it may take programs that take their time.
@@ -279,16 +354,17 @@ impl Kernel {
                     .mtu(*mtu);
                 self.host()?.link().add(pair.build()).execute().await.map_err(error)
             }
-            Fact::Port { link, bridge, isolated } => {
+            Fact::Port { link, bridge, isolated, station } => {
                 let (link, bridge) =
                     (self.index(&Place::Host, link).await?, self.index(&Place::Host, bridge).await?);
                 let enslave = LinkUnspec::new_with_index(link).controller(bridge).build();
                 self.host()?.link().set(enslave).execute().await.map_err(error)?;
-                if !isolated {
-                    return Ok(());
-                }
-                let port = LinkBridgePort::new(link).isolated(true).build();
-                self.host()?.link().set_port(port).execute().await.map_err(error)
+                let port = LinkBridgePort::new(link).isolated(*isolated).learning(false).flood(false).build();
+                self.host()?.link().set_port(port).execute().await.map_err(error)?;
+                // As `bridge fdb replace STATION dev LINK master static`.
+                let entry = self.host()?.neighbours().add_bridge(link, &station.0).replace();
+                let entry = entry.state(NeighbourState::Noarp).flags(NeighbourFlags::Controller);
+                entry.execute().await.map_err(error)
             }
             Fact::Setting { place, name, value } => {
                 match self.namespace(place).map_err(|error| error.source)?.set_sysctl(name, value) {
@@ -327,11 +403,18 @@ impl Kernel {
                 let message = LinkUnspec::new_with_index(index).link_group(*group).build();
                 self.host()?.link().set(message).execute().await.map_err(error)
             }
-            Fact::Gate { link } => {
+            Fact::Gate { link, passes } => {
                 let index = self.index(&Place::Host, link).await?;
-                let gate = self.gate().ok_or(io::ErrorKind::Unsupported)?;
-                self.host.with(|| gate.put(index)).flatten()
+                self.with_gate(passes, |gate| gate.attach(index))
             }
+            Fact::PortGuard { link, .. } => {
+                let index = self.index(&Place::Host, link).await?;
+                let (Some(guards), Some((link, policy))) = (&self.guards, guard_of(fact)) else {
+                    return Err(io::ErrorKind::Unsupported.into());
+                };
+                self.host.with(|| guards.attach(index, link, &policy)).flatten()
+            }
+            Fact::GuardTable { owner } => self.host.with(|| PortGuards::make_table(owner)).flatten(),
             Fact::Ruleset { .. } => {
                 let firewall = self.firewall(fact)?;
                 blocking(move || firewall.apply()).await
@@ -351,6 +434,13 @@ impl Kernel {
             }
             // They go with their links.
             Fact::Setting { .. } | Fact::Group { .. } | Fact::Gate { .. } => Ok(()),
+            Fact::PortGuard { link, .. } => {
+                if let Some(guards) = &self.guards {
+                    guards.forget(link);
+                }
+                Ok(())
+            }
+            Fact::GuardTable { owner } => self.host.with(|| PortGuards::remove_table(owner)).flatten(),
             Fact::Address { place, link, address } => {
                 let index = self.index(place, link).await?;
                 let handle = self.handle(place)?;
@@ -527,6 +617,41 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         | Fact::Forwarding { .. }
         | Fact::Group { .. }
         | Fact::Gate { .. }
+        | Fact::PortGuard { .. }
+        | Fact::GuardTable { .. }
         | Fact::Ruleset { .. } => None,
     }
+}
+
+/// The link that the guard of `fact` is at, and what it enforces.
+fn guard_of(fact: &Fact) -> Option<(&str, PortPolicy)> {
+    let Fact::PortGuard { link, station, addresses, any_address } = fact else { return None };
+    let v4 = addresses.iter().filter_map(|ip| match ip {
+        IpAddr::V4(ip) => Some(*ip),
+        IpAddr::V6(_) => None,
+    });
+    let v6 = addresses.iter().filter_map(|ip| match ip {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(ip) => Some(*ip),
+    });
+    let policy = PortPolicy { mac: station.0, v4: v4.collect(), v6: v6.collect(), any_address: *any_address };
+    Some((link, policy))
+}
+
+/// What was asked of the kernel about `what`, which is not there if its link has gone meanwhile.
+fn found(asked: io::Result<bool>, what: &str) -> Result<bool, KernelError> {
+    match asked {
+        Err(error) if is_absent(&error) => Ok(false),
+        asked => asked.map_err(|source| KernelError { what: format!("look for the {what}"), source }),
+    }
+}
+
+/// The number of a link of `host`.
+fn index_of(host: &Namespace, link: &str) -> io::Result<u32> {
+    let index = || {
+        // Any socket will do to ask with.
+        let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+        Ok(rustix::net::netdevice::name_to_index(&socket, link)?)
+    };
+    host.with(index)?
 }

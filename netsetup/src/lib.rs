@@ -35,9 +35,9 @@ mod plan;
 mod setup;
 mod world;
 
-pub use desired::{Attachment, Desired, Endpoint, Network, Subnet, Uplink};
+pub use desired::{Attachment, Desired, Endpoint, Guards, Network, Subnet, Uplink};
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
-pub use fact::{Fact, Interface, Op, Place, Reach, Rule};
+pub use fact::{Fact, Interface, Op, Passes, Place, Reach, Rule};
 pub use firewall::{
     Change, DockerUser, Firewall, FirewallKind, IptablesState, Opening, Ruleset, UPDATE_BOUNDS, Updates,
     UserRule, Zone,

@@ -17,6 +17,8 @@ pub struct Observed {
     pub default_mtu: Option<u32>,
     /// Of a host that forwards for nobody, the links by which answers to containers could come: those that have an address.
     pub uplinks: Vec<Uplink>,
+    /// The lowest priority among the policy rules of others that are behind the `local` table's, if one precedes `main`.
+    pub first_rule_of_others: Option<u32>,
     /// Those of them that forward already, each for itself: over IPv6, or IPv4.
     pub forwarding: BTreeSet<(String, bool)>,
 }

@@ -28,6 +28,24 @@ pub fn plan(
 ) -> Result<Plan, ConflictError> {
     check(desired)?;
     check_surroundings(desired, owned, observed)?;
+    Ok(difference(desired, owned, observed, isolation))
+}
+
+/// The same for networks that are in use. Routes that others have added to the host meanwhile are not in the way.
+///
+/// # Errors
+/// A link of somebody else's has the name of one of ours.
+pub(crate) fn plan_again(
+    desired: &Desired,
+    owned: &[Fact],
+    observed: &Observed,
+    isolation: &dyn Isolation,
+) -> Result<Plan, ConflictError> {
+    check_links(desired, observed)?;
+    Ok(difference(desired, owned, observed, isolation))
+}
+
+fn difference(desired: &Desired, owned: &[Fact], observed: &Observed, isolation: &dyn Isolation) -> Plan {
     let facts = desired.facts(isolation);
     let wanted: BTreeSet<&Fact> = facts.iter().collect();
     let mut world = World::new(observed.facts.clone());
@@ -39,7 +57,7 @@ pub fn plan(
             ops.push(op);
         }
     }
-    Ok(Plan { ops })
+    Plan { ops }
 }
 
 /// The steps that take back those of `facts` that hold in `world`, last first, and what they leave of the world.
@@ -155,6 +173,9 @@ fn check_name(interface: &Interface) -> Result<(), ConflictError> {
 }
 
 /// Whether what others have leaves room for `desired`.
+///
+/// A route to more than a subnet (a default route, its halves that a VPN sets up, a company's 10.0.0.0/8) leaves room:
+/// the bridge's own route is more specific. One to the subnet or to a part of it does not.
 fn check_surroundings(desired: &Desired, owned: &[Fact], observed: &Observed) -> Result<(), ConflictError> {
     let ours: BTreeSet<&str> = owned
         .iter()
@@ -164,10 +185,9 @@ fn check_surroundings(desired: &Desired, owned: &[Fact], observed: &Observed) ->
         })
         .collect();
     for network in &desired.networks {
-        check_free(observed, &Place::Host, &network.bridge)?;
         for subnet in &network.subnets {
             let taken = observed.routes.iter().find(|(route, link)| {
-                overlap(route, &subnet.subnet)
+                subnet.subnet.contains(&route.trunc())
                     && *link != network.bridge.name
                     && !ours.contains(link.as_str())
             });
@@ -180,6 +200,14 @@ fn check_surroundings(desired: &Desired, owned: &[Fact], observed: &Observed) ->
                 });
             }
         }
+    }
+    check_links(desired, observed)
+}
+
+/// Whether no link of others has the name of one of `desired`.
+fn check_links(desired: &Desired, observed: &Observed) -> Result<(), ConflictError> {
+    for network in &desired.networks {
+        check_free(observed, &Place::Host, &network.bridge)?;
     }
     for endpoint in &desired.endpoints {
         let place = Place::Endpoint(endpoint.name.clone());

@@ -1,9 +1,9 @@
 //! Plan, apply, verify, and take it all back.
 
-use crate::plan::removals;
+use crate::plan::{plan_again, removals};
 use crate::{
     ApplyError, ConflictError, Desired, Fact, Interface, Isolation, Journal, JournalError, Kernel,
-    KernelError, Observed, Op, World, plan,
+    KernelError, Observed, Op, Place, World, plan,
 };
 use std::collections::BTreeSet;
 use tidegate_netns::Namespace;
@@ -87,6 +87,19 @@ impl Setup {
         }
     }
 
+    /// Makes it so where an earlier version of `desired` has been applied. What is new comes before what is over, so that
+    /// nothing opens in between. Returns the number of steps.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    pub async fn change(&mut self, desired: &Desired) -> Result<usize, SetupError> {
+        let added = self.repair(desired).await?;
+        let observed = self.observe_with_owned(desired).await?;
+        let ops = plan_again(desired, self.journal.facts(), &observed, &*self.isolation)?.ops;
+        self.carry_out(&ops).await?;
+        Ok(added + ops.len())
+    }
+
     /// Puts back what someone else has removed or changed of the networks of `desired`, which must have been applied: their bridges and
     /// what keeps them closed. Endpoints are looked at only if a bridge was gone. Returns the number of steps.
     ///
@@ -94,10 +107,31 @@ impl Setup {
     /// [`SetupError`].
     pub async fn repair(&mut self, desired: &Desired) -> Result<usize, SetupError> {
         let networks = desired.without_endpoints();
-        let ops = self.plan_part(&networks).await?;
+        let mut ops = self.plan_part(&networks).await?;
+        ops.extend(self.missing_of_ports(desired).await?);
         self.carry_out(&ops).await?;
         let others = if ops.iter().any(|op| op.fact().is_link()) { self.apply(desired).await? } else { 0 };
         Ok(ops.len() + others)
+    }
+
+    /// What is missing of the bridge ports of `desired` whose links are there.
+    async fn missing_of_ports(&mut self, desired: &Desired) -> Result<Vec<Op>, SetupError> {
+        let facts = desired.port_facts();
+        let observed = self.kernel.observe(&facts).await?;
+        let links = observed.links.get(&Place::Host);
+        let is_there = |name: &str| links.is_some_and(|links| links.contains_key(name));
+        let missing = facts.into_iter().filter(|fact| !observed.facts.contains(fact));
+        Ok(missing.filter(|fact| fact.on().all(|(_, link)| is_there(link))).map(Op::Add).collect())
+    }
+
+    /// Whether the gates and port guards of `desired` are still attached; nothing announces it when one is detached.
+    /// Links that are not there are no matter of this.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub async fn programs_hold(&mut self, desired: &Desired) -> Result<bool, KernelError> {
+        let facts = desired.facts(&*self.isolation);
+        self.kernel.programs_hold(&facts).await
     }
 
     /// Plugs the endpoint `name` of `desired`, which must have been applied, into `namespace`: its container has come back in
@@ -185,20 +219,25 @@ impl Setup {
     }
 
     async fn plan(&mut self, desired: &Desired) -> Result<Vec<Op>, SetupError> {
+        let observed = self.observe_with_owned(desired).await?;
+        Ok(plan(desired, self.journal.facts(), &observed, &*self.isolation)?.ops)
+    }
+
+    /// What holds of `desired`, and of what we own.
+    async fn observe_with_owned(&mut self, desired: &Desired) -> Result<Observed, SetupError> {
         self.check_places(desired)?;
         let mut asked = desired.facts(&*self.isolation);
         asked.extend_from_slice(self.journal.facts());
         asked.sort_unstable();
         asked.dedup();
-        let observed = self.kernel.observe(&asked).await?;
-        Ok(plan(desired, self.journal.facts(), &observed, &*self.isolation)?.ops)
+        Ok(self.kernel.observe(&asked).await?)
     }
 
     /// What is missing of `part`, which is a part of what was applied.
     async fn plan_part(&mut self, part: &Desired) -> Result<Vec<Op>, SetupError> {
         self.check_places(part)?;
         let observed = self.kernel.observe(&part.facts(&*self.isolation)).await?;
-        Ok(plan(part, &[], &observed, &*self.isolation)?.ops)
+        Ok(plan_again(part, &[], &observed, &*self.isolation)?.ops)
     }
 
     /// Whether every endpoint is somewhere else than its bridge.

@@ -164,12 +164,20 @@ pub struct Attachment {
     pub ipv4_address: Option<Ipv4Addr>,
     /// Its IPv6 address, if fixed.
     pub ipv6_address: Option<Ipv6Addr>,
+    /// It may send from other addresses than its own (`x-any-source`): a router, VRRP.
+    pub any_source: bool,
 }
 
 impl Attachment {
     /// On `network`, with nothing else said.
     pub(super) fn plain(network: &str) -> Self {
-        Self { network: network.to_owned(), aliases: Vec::new(), ipv4_address: None, ipv6_address: None }
+        Self {
+            network: network.to_owned(),
+            aliases: Vec::new(),
+            ipv4_address: None,
+            ipv6_address: None,
+            any_source: false,
+        }
     }
 }
 

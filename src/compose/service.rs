@@ -295,6 +295,7 @@ fn read_attachment(network: &Field<'_>, sites: &mut AttachmentSites) -> Result<A
                 attachment.ipv6_address = Some(value.parsed("an IPv6 address")?);
                 sites.ipv6_address = Some(value.site().clone());
             }
+            "x-any-source" => attachment.any_source = value.boolean()?,
             _ if key.starts_with("x-") => {}
             _ => {
                 return Err(site.fault(

@@ -10,7 +10,7 @@
 //!
 //! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
-use super::{Instance, Signals, uplinks};
+use super::{Instance, Signals, rules_ahead, uplinks};
 use crate::api::{Order, Problem};
 use std::collections::BTreeMap;
 use std::fs;
@@ -133,7 +133,21 @@ impl Instance {
                         tracing::debug!(%error, "a look at the firewall's rules");
                     }
                     self.look_after_adopted(&mut said).await;
+                    if repair_at.is_none() && !self.programs_hold().await {
+                        repair_at = Some(Instant::now());
+                    }
                 },
+            }
+        }
+    }
+
+    /// Whether nobody has detached a gate or a port guard.
+    async fn programs_hold(&mut self) -> bool {
+        match self.setup.programs_hold(&self.up.layout.desired).await {
+            Ok(hold) => hold,
+            Err(error) => {
+                tracing::debug!(%error, "gates and port guards cannot be observed");
+                true
             }
         }
     }
@@ -161,18 +175,28 @@ impl Instance {
     }
 
     async fn put_right(&mut self) -> Result<usize, SetupError> {
+        let observed = self.setup.surroundings().await?;
         let desired = &mut self.up.layout.desired;
+        let ahead = rules_ahead(&observed);
+        if ahead != desired.rules_ahead {
+            desired.rules_ahead = ahead;
+            tracing::info!(
+                rules_of_others = observed.first_rule_of_others,
+                "policy rules moved, to precede those of others"
+            );
+            self.setup.change(desired).await?;
+        }
         if self.chosen.firewall.is_some() {
-            let uplinks = uplinks(&self.setup.surroundings().await?, desired);
+            let uplinks = uplinks(&observed, desired);
             if uplinks != desired.uplinks {
                 // A new link, or the host has begun to forward: not our networks that someone has changed.
                 desired.uplinks = uplinks;
-                return self.setup.apply(desired).await.map(|_| 0);
+                return self.setup.change(desired).await.map(|_| 0);
             }
         }
         if let Some(way_out) = self.up.way_out.as_mut().filter(|_| !self.apart) {
             // Networks of others may have come.
-            way_out.look_again(&self.up.layout, &self.setup.surroundings().await?);
+            way_out.look_again(&self.up.layout, &observed);
         }
         self.setup.repair(&self.up.layout.desired).await
     }

@@ -91,6 +91,7 @@ pub(super) fn layout(project: &Project, with: &mut Surroundings<'_>) -> Result<L
                 inside: Interface { name: format!("eth{number}"), mac: Mac::local((with.random)()) },
                 addresses: nets,
                 default_route: way_out == Some(number),
+                any_address: attachment.any_source,
             });
         }
         desired.endpoints.push(Endpoint { name: service.name.clone(), attachments });
@@ -126,7 +127,8 @@ fn networks(
 ) -> Result<(Vec<Network>, AddressPools), LayoutError> {
     let pools = Pools::usual(with.host_id);
     let given = project.networks.values().flat_map(|network| &network.subnets).map(|subnet| subnet.subnet);
-    let mut in_use: Vec<IpNet> = with.observed.routes.iter().map(|(net, _)| *net).chain(given).collect();
+    let routes = with.observed.routes.iter().map(|(net, _)| *net).filter(|net| !is_default(net));
+    let mut in_use: Vec<IpNet> = routes.chain(given).collect();
     let mut networks = Vec::new();
     let mut addresses = AddressPools::new();
     for network in project.networks.values() {
@@ -160,6 +162,12 @@ fn networks(
         });
     }
     Ok((networks, addresses))
+}
+
+/// Whether `route` is a part of a default route: VPNs set up halves (0.0.0.0/1, 128.0.0.0/1), quarters or eighths of all
+/// addresses, which precede a default route without replacing it.
+fn is_default(route: &IpNet) -> bool {
+    route.prefix_len() <= 3
 }
 
 fn fixed(attachment: &compose::Attachment) -> impl Iterator<Item = IpAddr> + use<> {

@@ -6,6 +6,8 @@ use ::metrics::{Counter, counter, describe_counter};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use tidegate_netfilter::{Dropped, Mechanism, PortGuards, SpoofReason};
+use tidegate_netns::Namespace;
 use tidegate_netsetup::{Change, Desired, Firewall, Network, capacity};
 
 /// A family: its name, its type, and what it tells.
@@ -45,6 +47,12 @@ const UPDATES_FAILED: Family = (
     "tidegate_network_ruleset_update_failures_total",
     "counter",
     "Changes of our rules that the firewall has refused.",
+);
+
+const SPOOFED: Family = (
+    "tidegate_network_spoofed_frames_total",
+    "counter",
+    "Frames of an endpoint that its port guard dropped: their source was not the endpoint's.",
 );
 
 /// Counts how often networks had to be put right.
@@ -106,6 +114,37 @@ pub(super) fn families(
     let restarts = statuses.into_iter().map(|status| (status.name, u64::from(status.restarts))).collect();
     // Writing to a String does not fail.
     let _ = render(desired, &ports, &publisher.relocations(), &restarts, page);
+}
+
+/// Writes what `guards`, at the ports of bridges in `host`, have dropped of the endpoints of `desired`. Classic BPF counts
+/// nothing by reason, and has no series.
+pub(super) fn spoofed_families(desired: &Desired, guards: &PortGuards, host: &Namespace, page: &mut String) {
+    let dropped = match guards.mechanism() {
+        Mechanism::Classic => BTreeMap::new(),
+        _ => host.with(|| guards.dropped()).unwrap_or_default(),
+    };
+    // Writing to a String does not fail.
+    let _ = render_spoofed(desired, &dropped, page);
+}
+
+fn render_spoofed(desired: &Desired, dropped: &BTreeMap<String, Dropped>, page: &mut String) -> fmt::Result {
+    head(SPOOFED, page)?;
+    for endpoint in &desired.endpoints {
+        for attachment in &endpoint.attachments {
+            let Some(dropped) = dropped.get(&attachment.host_end.name) else { continue };
+            for (reason, frames) in SpoofReason::ALL.into_iter().zip(dropped) {
+                writeln!(
+                    page,
+                    "{}{{network=\"{}\",endpoint=\"{}\",reason=\"{}\"}} {frames}",
+                    SPOOFED.0,
+                    attachment.network,
+                    endpoint.name,
+                    reason.as_str()
+                )?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn render(
@@ -181,7 +220,6 @@ mod tests {
             gateway: gateway.parse().unwrap(),
         };
         let desired = Desired {
-            uplinks: Vec::new(),
             networks: vec![Network {
                 name: "front".into(),
                 bridge: interface("tg-front-0001"),
@@ -198,8 +236,10 @@ mod tests {
                     inside: interface("eth0"),
                     addresses: vec!["10.9.0.2/24".parse().unwrap(), "fd09::2/64".parse().unwrap()],
                     default_route: true,
+                    any_address: false,
                 }],
             }],
+            ..Desired::default()
         };
         let ports = BTreeMap::from([("web".to_owned(), 2)]);
         let mut page = String::new();

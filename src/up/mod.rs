@@ -23,6 +23,7 @@ use crate::compose::{self, Project, Run};
 use crate::firewall::{Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones};
 use crate::ground::Ground;
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
+use crate::port_guards;
 use crate::ports::{raise_descriptor_limit, reserve};
 use crate::publisher::{Endpoint, Publisher};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
@@ -38,7 +39,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
-use tidegate_model::{PortSpec, Protocol};
+use tidegate_model::{PortSpec, Protocol, registry};
+use tidegate_netfilter::PortGuards;
 use tidegate_netns::{Namespace, News, Topic, run_directory};
 use tidegate_netsetup::{
     Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, Setup, Uplink, WithFirewall,
@@ -118,6 +120,8 @@ struct Means<'a> {
     chosen: &'a Chosen,
     /// Of the way out, where there is no firewall.
     device: Option<way_out::Device>,
+    /// What checks what endpoints send, where the host has a mechanism for that.
+    guards: Option<Arc<PortGuards>>,
     /// Where what is to be remembered goes.
     run: &'a Path,
 }
@@ -204,6 +208,18 @@ impl Up {
                 .ok(),
         };
         let mut setup = setup_with(ground, journal, chosen.firewall.as_ref(), device.as_ref());
+        let guards = port_guards::port_guards(&project.name)
+            .inspect_err(|error| {
+                tracing::warn!(
+                    "what containers send is not checked, so they can forge addresses: {error}; tidegate doctor lists \
+                     which guarantees do not hold"
+                );
+            })
+            .ok();
+        if let Some(guards) = &guards {
+            tracing::debug!(mechanism = %guards.mechanism(), "port guards");
+            setup.kernel().use_guards(Arc::clone(guards));
+        }
         let left = setup.clear().await?;
         if left > 0 {
             tracing::info!(steps = left, "cleared what an instance that was killed had left");
@@ -214,7 +230,7 @@ impl Up {
         // SAFETY: its descriptor is its own, and the same for as long as it lives.
         let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }
             .context("listen for changes of networks")?;
-        let means = Means { ground, chosen: &chosen, device, run: &run };
+        let means = Means { ground, chosen: &chosen, device, guards, run: &run };
         let up = match self.start(means, &project, &mut setup, &mut signals).await {
             Ok(Some(up)) => up,
             not_up => {
@@ -267,7 +283,7 @@ impl Up {
         setup: &mut Setup,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Running>> {
-        let Means { ground, chosen, device, run } = means;
+        let Means { ground, chosen, device, guards, run } = means;
         let mut observed = setup.surroundings().await?;
         if ground.is_rootless() {
             // The networks of the host are not in the way there. But who is to reach them one day must not have their addresses.
@@ -282,6 +298,8 @@ impl Up {
         };
         let mut surroundings = Surroundings { observed: &observed, host_id: host_id(), random: &mut random };
         let mut layout = layout(project, &mut surroundings)?;
+        layout.desired.guards = port_guards::attachment(guards.as_deref(), &project.name);
+        layout.desired.rules_ahead = rules_ahead(&observed);
         let ports = open_ports(project)?;
         if let Some(firewall) = &chosen.firewall {
             layout.desired.uplinks = uplinks(&observed, &layout.desired);
@@ -359,6 +377,13 @@ impl Up {
                     let engines: Vec<_> =
                         nat.iter().map(|(name, figures)| (name.as_str(), figures)).collect();
                     let _ = tidegate_nat::describe(&engines, page);
+                });
+                let host = ground.networks().clone();
+                let desired = layout.desired.clone();
+                let recorder = recorder.with(move |page| {
+                    if let Some(guards) = &guards {
+                        metrics::spoofed_families(&desired, guards, &host, page);
+                    }
                 });
                 let resolver = names.resolver();
                 let recorder = recorder.with(move |page| {
@@ -471,7 +496,7 @@ fn setup_with(
     match firewall {
         None => match device {
             Some(device) => Setup::new(kernel, journal, device.isolation()),
-            None => Setup::new(kernel, journal, WithoutFirewall),
+            None => Setup::new(kernel, journal, WithoutFirewall { gated: port_guards::has_gates() }),
         },
         Some(firewall) => {
             kernel.use_firewall(Arc::clone(firewall));
@@ -500,6 +525,20 @@ fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
     // Nobody comes by the networks of containers, of ours or of others.
     let uplinks = observed.uplinks.iter().filter(|uplink| !way_out::is_bridge_of_containers(&uplink.link));
     uplinks.flat_map(|uplink| [true, false].into_iter().filter_map(|ours| one(uplink, ours))).collect()
+}
+
+/// How far ahead of their usual priorities our policy rules have to be to precede those of other software. A rule that is
+/// added without a priority gets one ahead of all others but the `local` table's (`fib_default_rule_pref`,
+/// net/core/fib_rules.c): wg-quick does that.
+fn rules_ahead(observed: &Observed) -> u32 {
+    /// Priorities that our rules take.
+    const COUNT: u32 = registry::NO_WAY_OUT_PRIORITY - registry::GUARD_EXEMPTION_PRIORITY + 1;
+    match observed.first_rule_of_others {
+        Some(first) if first <= registry::NO_WAY_OUT_PRIORITY => {
+            registry::GUARD_EXEMPTION_PRIORITY - first.saturating_sub(COUNT).max(1)
+        }
+        _ => 0,
+    }
 }
 
 /// Open sockets and the port of the container that each stands for, by service and protocol.

@@ -6,6 +6,7 @@
 use super::layout::{Layout, fnv};
 use crate::compose::Project;
 use crate::ground::Ground;
+use crate::port_guards;
 use rustix::process::{Resource, getrlimit};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -67,7 +68,8 @@ impl Device {
 
     /// How networks are led to it.
     pub(super) fn isolation(&self) -> WithEngine {
-        WithEngine { device: self.tun.name().to_owned(), table: self.table }
+        let (device, gated) = (self.tun.name().to_owned(), port_guards::has_gates());
+        WithEngine { device, table: self.table, gated }
     }
 
     /// Starts the engine for the networks of `layout`, on a host that has what was `observed`.

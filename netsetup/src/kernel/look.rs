@@ -1,16 +1,18 @@
 //! What one namespace has, as the kernel tells it.
 
-use super::messages::{is_default, leads, link_of, rule_of, table};
+use super::messages::{first_of_others, is_default, leads, link_of, rule_of, table};
 use super::{Kernel, MAIN, error, is_without_ipv6};
 use crate::{Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::LinkMessage;
+use rtnetlink::packet_route::neighbour::{NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::packet_route::rule::RuleMessage;
 use rtnetlink::{IpVersion, RouteMessageBuilder};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// A link as it was found.
@@ -23,6 +25,8 @@ pub(super) struct Link {
     pub(super) controller: Option<u32>,
     pub(super) group: u32,
     pub(super) isolated: bool,
+    /// As a port of a bridge it learns addresses, or frames to unknown ones are flooded to it.
+    pub(super) learns: bool,
     /// Its `disable_ipv6`, if the kernel has IPv6.
     pub(super) without_ipv6: Option<bool>,
 }
@@ -34,6 +38,9 @@ pub(super) struct Here {
     addresses: Vec<(u32, IpNet)>,
     routes: Vec<RouteMessage>,
     rules: Vec<Rule>,
+    first_rule_of_others: Option<u32>,
+    /// Static entries of bridges' forwarding databases: the port, and the station behind it.
+    stations: BTreeSet<(u32, Mac)>,
 }
 
 impl Here {
@@ -52,7 +59,15 @@ impl Here {
             handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
         let links: BTreeMap<u32, Link> = links.iter().map(link_of).map(|link| (link.index, link)).collect();
         let indexes = links.values().map(|link| (link.name.clone(), link.index)).collect();
-        let mut here = Self { links, indexes, addresses: Vec::new(), routes: Vec::new(), rules: Vec::new() };
+        let mut here = Self {
+            links,
+            indexes,
+            addresses: Vec::new(),
+            routes: Vec::new(),
+            rules: Vec::new(),
+            first_rule_of_others: None,
+            stations: BTreeSet::new(),
+        };
         let host = *place == Place::Host;
         if host || asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact)) {
             let mut listed = handle.address().get().execute();
@@ -88,6 +103,21 @@ impl Here {
                 let listed: Vec<RuleMessage> =
                     handle.rule().get(version).execute().try_collect().await.map_err(failed("rules"))?;
                 here.rules.extend(listed.iter().filter_map(rule_of));
+                let first = first_of_others(&listed);
+                here.first_rule_of_others = here.first_rule_of_others.into_iter().chain(first).min();
+            }
+        }
+        if asked.iter().any(|fact| matches!(fact, Fact::Port { .. }) && here.has_links_of(fact)) {
+            let listed = handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
+            let listed: Vec<_> = listed.try_collect().await.map_err(failed("forwarding databases"))?;
+            for entry in listed {
+                let is_static = entry.header.state == NeighbourState::Noarp;
+                let stations = entry.attributes.iter().filter_map(|attribute| match attribute {
+                    NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok(),
+                    _ => None,
+                });
+                let stations = stations.filter(|_| is_static).map(Mac);
+                here.stations.extend(stations.map(|station| (entry.header.ifindex, station)));
             }
         }
         Ok(here)
@@ -116,11 +146,15 @@ impl Here {
         };
         Ok(match fact {
             Fact::Bridge { interface, mtu } | Fact::Veth { interface, mtu, .. } => is(interface, *mtu),
-            Fact::Port { link, bridge, isolated } => {
+            Fact::Port { link, bridge, isolated, station } => {
                 let bridge = self.link(bridge).map(|bridge| bridge.index);
-                let port = self.link(link);
                 bridge.is_some()
-                    && port.is_some_and(|port| port.controller == bridge && port.isolated == *isolated)
+                    && self.link(link).is_some_and(|port| {
+                        port.controller == bridge
+                            && port.isolated == *isolated
+                            && !port.learns
+                            && self.stations.contains(&(port.index, *station))
+                    })
             }
             Fact::Setting { place, name, value } => {
                 // Told with the link; and a file that thousands of namespaces have takes the kernel long to find.
@@ -153,8 +187,10 @@ impl Here {
                 }
             }
             Fact::Group { link, group } => self.link(link).is_some_and(|link| link.group == *group),
-            // Those are no matters of links: `Kernel::gate_is_at`, `Kernel::ruleset_holds`.
-            Fact::Gate { .. } | Fact::Ruleset { .. } => true,
+            // Those are no matters of links: `Kernel::observe`.
+            Fact::Gate { .. } | Fact::PortGuard { .. } | Fact::GuardTable { .. } | Fact::Ruleset { .. } => {
+                true
+            }
         })
     }
 
@@ -171,6 +207,11 @@ impl Here {
             Uplink { link: link.name.clone(), v4: v4 && has(false), v6: v6 && has(true), ours: false }
         };
         self.links.values().map(of).filter(|uplink| uplink.v4 || uplink.v6).collect()
+    }
+
+    /// The lowest priority of a policy rule of others that is behind the `local` table's.
+    pub(super) fn first_rule_of_others(&self) -> Option<u32> {
+        self.first_rule_of_others
     }
 
     pub(super) fn default_mtu(&self) -> Option<u32> {

@@ -24,6 +24,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         controller: None,
         group: 0,
         isolated: false,
+        learns: false,
         without_ipv6: None,
     };
     for attribute in &message.attributes {
@@ -37,6 +38,9 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
                 for info in infos {
                     if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
                         link.isolated = port.contains(&InfoBridgePort::Isolated(true));
+                        let is = |one| port.contains(&one);
+                        link.learns =
+                            is(InfoBridgePort::Learning(true)) || is(InfoBridgePort::UnicastFlood(true));
                     }
                 }
             }
@@ -138,6 +142,28 @@ fn table_of(attribute: &RuleAttribute) -> Option<u32> {
         RuleAttribute::Table(table) => Some(*table),
         _ => None,
     }
+}
+
+/// The lowest priority among `rules`, all rules of one family, of a rule of others that is behind the last one that asks
+/// the `local` table: what precedes that is not for us to precede.
+pub(super) fn first_of_others(rules: &[RuleMessage]) -> Option<u32> {
+    /// `RT_TABLE_LOCAL`.
+    const LOCAL: u32 = 255;
+    let ours = RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL));
+    let priority = |rule: &RuleMessage| {
+        let given = rule.attributes.iter().find_map(|attribute| match attribute {
+            RuleAttribute::Priority(priority) => Some(*priority),
+            _ => None,
+        });
+        given.unwrap_or(0)
+    };
+    let is_local = |rule: &&RuleMessage| {
+        let table = rule.attributes.iter().find_map(table_of).unwrap_or(u32::from(rule.header.table));
+        rule.header.action == RuleAction::ToTable && table == LOCAL
+    };
+    let local = rules.iter().filter(is_local).map(priority).max().unwrap_or(0);
+    let others = rules.iter().filter(|rule| !rule.attributes.contains(&ours));
+    others.map(priority).filter(|one| *one > local).min()
 }
 
 /// A rule of ours as it was found; `None` for those of others, and for what we never make.

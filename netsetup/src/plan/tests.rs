@@ -45,12 +45,13 @@ fn endpoint(name: &str, number: u8, network: &Network) -> Endpoint {
             inside: interface("eth0", 200 + number),
             addresses: vec![IpNet::new(address, 24).unwrap()],
             default_route: true,
+            any_address: false,
         }],
     }
 }
 
 fn plan_in(world: &World, owned: &[Fact], desired: &Desired) -> Vec<Op> {
-    plan_with(&WithoutFirewall, world, owned, desired)
+    plan_with(&WithoutFirewall::default(), world, owned, desired)
 }
 
 fn plan_with(isolation: &dyn Isolation, world: &World, owned: &[Fact], desired: &Desired) -> Vec<Op> {
@@ -65,7 +66,7 @@ fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
     };
     let engine = Arc::new(WithEngine { device: "tgt-1".to_owned(), table: 30_000 });
     let all: Vec<Arc<dyn Isolation>> = vec![
-        Arc::new(WithoutFirewall),
+        Arc::new(WithoutFirewall::default()),
         engine,
         with(FirewallKind::Nftables, true),
         with(FirewallKind::Iptables, false),
@@ -214,7 +215,7 @@ fn an_endpoint_of_an_internal_network_has_no_way_out() {
         networks: vec![internal],
         uplinks: Vec::new(),
     };
-    let facts = desired.facts(&WithoutFirewall);
+    let facts = desired.facts(&WithoutFirewall::default());
     assert!(!facts.iter().any(|fact| matches!(fact, Fact::DefaultRoute { .. })));
 }
 
@@ -229,9 +230,14 @@ fn contradictions_are_told_and_nothing_is_planned() {
         ..Observed::default()
     };
     let refused = |networks: Vec<Network>, endpoints: Vec<Endpoint>, observed: &Observed| {
-        plan(&Desired { networks, endpoints, uplinks: Vec::new() }, &[], observed, &WithoutFirewall)
-            .unwrap_err()
-            .to_string()
+        plan(
+            &Desired { networks, endpoints, uplinks: Vec::new() },
+            &[],
+            observed,
+            &WithoutFirewall::default(),
+        )
+        .unwrap_err()
+        .to_string()
     };
     let nothing = Observed::default();
     let wide = Network {

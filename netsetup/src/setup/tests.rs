@@ -38,7 +38,7 @@ impl Bed {
             kernel.add_endpoint(name, (*namespace).clone());
         }
         let journal = Journal::open(&self.directory.path().join(journal)).unwrap();
-        Setup::new(kernel, journal, WithoutFirewall)
+        Setup::new(kernel, journal, WithoutFirewall::default())
     }
 
     /// All that can be seen of the host: links, addresses, routes, rules.
@@ -89,6 +89,7 @@ fn two_networks() -> Desired {
                 format!("fd09:{number}::{host}/64").parse().unwrap(),
             ],
             default_route: true,
+            any_address: false,
         }],
     };
     Desired {
@@ -288,6 +289,7 @@ fn a_thousand_endpoints_are_set_up_and_taken_down() {
                     inside: Interface { name: "eth0".into(), mac: Mac([2, 0, 0, 2, high, low]) },
                     addresses: vec![format!("10.9.{}.{low}/16", high + 1).parse().unwrap()],
                     default_route: true,
+                    any_address: false,
                 }],
             }
         })

@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
 use tidegate_model::registry;
-use tidegate_netfilter::{Connection, Error, Gate};
+use tidegate_netfilter::{Connection, Error, Gate, GatePolicy};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, Subnet, WithoutFirewall,
@@ -95,7 +95,8 @@ fn attempt(kind: Kind) -> Trial {
             other => io::Error::other(other),
         })
     });
-    let gates = Gate::new(registry::FORWARD_MARK, registry::FORWARD_MARK_MASK).map(drop).map_err(Into::into);
+    let marked = GatePolicy::Marked { mark: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
+    let gates = Gate::new(&marked).map(drop).map_err(Into::into);
     let tun = device::make().map_err(Into::into);
     Trial::Entered(Inside { network: network(), nftables: nftables.map_err(Into::into), gates, tun })
 }
@@ -121,7 +122,7 @@ fn network() -> Result<(), (String, Code)> {
     runtime.block_on(async {
         let mut kernel = Kernel::new(Namespace::current().map_err(failed("open the namespace"))?);
         kernel.add_endpoint("trial", Namespace::create().map_err(failed("make a second namespace"))?);
-        let facts = desired().facts(&WithoutFirewall);
+        let facts = desired().facts(&WithoutFirewall::default());
         for fact in &facts {
             let added = kernel.execute(&Op::Add(fact.clone())).await;
             added.map_err(|error| (error.what, error.source.into()))?;
@@ -160,6 +161,7 @@ fn desired() -> Desired {
         inside: interface("eth0", 3),
         addresses: addresses.filter_map(|text| text.parse().ok()).collect(),
         default_route: true,
+        any_address: false,
     };
     let endpoint = Endpoint { name: "trial".into(), attachments: vec![attachment] };
     Desired { networks: vec![network], endpoints: vec![endpoint], ..Desired::default() }

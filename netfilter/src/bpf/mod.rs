@@ -1,0 +1,385 @@
+//! BPF programs at the ingress and egress of links: loading, attaching, counters.
+//!
+//! Two attachment points serve the same programs. tcx (Linux 6.6, `kernel/bpf/tcx.c`) takes them through bpf(2);
+//! before that, a clsact qdisc with the classifier `cls_bpf` takes them through rtnetlink ([`clsact`]). Either way a
+//! program outlasts the process that attached it and goes with its link.
+//!
+//! The programs are a few hundred instructions at most and are assembled here, so what a loader such as aya brings
+//! (ELF objects, relocations, pinning) has no use.
+
+pub(crate) mod clsact;
+
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// `enum bpf_cmd`.
+mod command {
+    pub(super) const MAP_CREATE: libc::c_long = 0;
+    pub(super) const MAP_LOOKUP: libc::c_long = 1;
+    pub(super) const LOAD: libc::c_long = 5;
+    pub(super) const ATTACH: libc::c_long = 8;
+    #[cfg(test)]
+    pub(super) const TEST_RUN: libc::c_long = 10;
+    pub(super) const BY_ID: libc::c_long = 13;
+    pub(super) const INFO: libc::c_long = 15;
+    pub(super) const QUERY: libc::c_long = 16;
+}
+
+/// `BPF_PROG_TYPE_SCHED_CLS`.
+const CLASSIFIER: u32 = 3;
+/// `BPF_MAP_TYPE_ARRAY`.
+const ARRAY: u32 = 2;
+/// `BPF_F_BEFORE`: ahead of the programs that are there, so that none of them accepts a packet first.
+const BEFORE: u32 = 1 << 3;
+/// The most programs at one hook (`BPF_MPROG_MAX`).
+const PROGRAMS: usize = 64;
+/// The index of `lo` in every network namespace.
+pub(crate) const LOOPBACK: u32 = 1;
+
+/// A direction of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// What the link receives.
+    Ingress,
+    /// What is sent through it.
+    Egress,
+}
+
+impl Direction {
+    /// `BPF_TCX_INGRESS`, `BPF_TCX_EGRESS` (`enum bpf_attach_type`).
+    const fn attach_type(self) -> u32 {
+        match self {
+            Self::Ingress => 46,
+            Self::Egress => 47,
+        }
+    }
+}
+
+/// What the kernel identifies the instructions of a program by: a hash.
+pub(crate) type Tag = [u8; 8];
+
+/// A loaded program.
+#[derive(Debug)]
+pub(crate) struct Program {
+    descriptor: OwnedFd,
+    /// Its number, as lists of attached programs give it.
+    pub(crate) id: u32,
+    /// Equal for programs with equal instructions.
+    pub(crate) tag: Tag,
+}
+
+impl Program {
+    /// Loads `instructions` under `name` (at most 15 bytes, for bpftool-prog(8)).
+    ///
+    /// # Errors
+    /// `EPERM` without CAP_BPF and CAP_NET_ADMIN in the initial user namespace; `EINVAL` where the kernel is too old.
+    pub(crate) fn load(name: &str, instructions: &[Instruction]) -> io::Result<Self> {
+        let license = c"Apache-2.0";
+        let mut attributes = Load {
+            kind: CLASSIFIER,
+            count: instructions.len() as u32,
+            instructions: instructions.as_ptr() as u64,
+            license: license.as_ptr() as u64,
+            ..Load::default()
+        };
+        attributes.name[..name.len()].copy_from_slice(name.as_bytes());
+        // SAFETY: `Load` is the head of `union bpf_attr` for this command; what it points to outlives the call.
+        let descriptor = unsafe { open(command::LOAD, &mut attributes) }?;
+        let Loaded { id, tag, .. } = info(&descriptor)?;
+        Ok(Self { descriptor, id, tag })
+    }
+
+    /// Attaches it through tcx to the link numbered `index` of the calling thread's namespace, ahead of other programs.
+    /// If it is attached there already, nothing changes.
+    ///
+    /// # Errors
+    /// `ENODEV` without such a link; `EINVAL` before Linux 6.6.
+    pub(crate) fn attach_tcx(&self, index: u32, direction: Direction) -> io::Result<()> {
+        let mut attributes = Attach {
+            link: index,
+            program: self.descriptor.as_raw_fd() as u32,
+            kind: direction.attach_type(),
+            flags: BEFORE,
+            ..Attach::default()
+        };
+        // SAFETY: `Attach` is the head of `union bpf_attr` for this command.
+        match unsafe { bpf(command::ATTACH, &mut attributes) } {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            result => result.map(drop),
+        }
+    }
+
+    /// The descriptor, for `cls_bpf`.
+    pub(crate) fn descriptor(&self) -> u32 {
+        self.descriptor.as_raw_fd() as u32
+    }
+
+    /// Runs it on `frame`, as if received. Returns its verdict.
+    #[cfg(test)]
+    pub(crate) fn test_run(&self, frame: &[u8]) -> io::Result<i32> {
+        let mut attributes = TestRun {
+            program: self.descriptor.as_raw_fd() as u32,
+            length: frame.len() as u32,
+            frame: frame.as_ptr() as u64,
+            ..TestRun::default()
+        };
+        // SAFETY: `TestRun` is the head of `union bpf_attr` for this command, and `frame` outlives the call.
+        unsafe { bpf(command::TEST_RUN, &mut attributes) }?;
+        Ok(attributes.verdict.cast_signed())
+    }
+}
+
+/// The ids of the programs that tcx has at the link numbered `index` of the calling thread's namespace, first to last.
+///
+/// # Errors
+/// `ENODEV` without such a link; `EINVAL` before Linux 6.6.
+pub(crate) fn tcx_programs(index: u32, direction: Direction) -> io::Result<Vec<u32>> {
+    let mut ids = [0_u32; PROGRAMS];
+    let mut attributes = Query {
+        link: index,
+        kind: direction.attach_type(),
+        ids: ids.as_mut_ptr() as u64,
+        count: PROGRAMS as u32,
+        ..Query::default()
+    };
+    // SAFETY: `Query` is the head of `union bpf_attr` for this command, and `ids` has room for `count`.
+    unsafe { bpf(command::QUERY, &mut attributes) }?;
+    Ok(ids.into_iter().take(attributes.count as usize).collect())
+}
+
+/// The tag of the program numbered `id`. Needs CAP_SYS_ADMIN.
+pub(crate) fn tag_of(id: u32) -> io::Result<Tag> {
+    let mut attributes = ById { id, ..ById::default() };
+    // SAFETY: `ById` is the head of `union bpf_attr` for this command.
+    let program = unsafe { open(command::BY_ID, &mut attributes) }?;
+    info(&program).map(|loaded| loaded.tag)
+}
+
+/// Counters that a program increments.
+#[derive(Debug)]
+pub(crate) struct Counters(OwnedFd);
+
+impl Counters {
+    /// `count` of them, at zero, under `name` (at most 15 bytes).
+    ///
+    /// # Errors
+    /// As of [`Program::load`].
+    pub(crate) fn new(name: &str, count: u32) -> io::Result<Self> {
+        let mut attributes =
+            MapCreate { kind: ARRAY, key: 4, value: 8, entries: count, ..MapCreate::default() };
+        attributes.name[..name.len()].copy_from_slice(name.as_bytes());
+        // SAFETY: `MapCreate` is the head of `union bpf_attr` for this command.
+        unsafe { open(command::MAP_CREATE, &mut attributes) }.map(Self)
+    }
+
+    /// The value of the counter numbered `index`.
+    ///
+    /// # Errors
+    /// There is none of that number.
+    pub(crate) fn read(&self, index: u32) -> io::Result<u64> {
+        let mut value = 0_u64;
+        let mut attributes = Lookup {
+            map: self.0.as_raw_fd() as u32,
+            _padding: 0,
+            key: (&raw const index) as u64,
+            value: (&raw mut value) as u64,
+            flags: 0,
+        };
+        // SAFETY: `Lookup` is the head of `union bpf_attr` for this command; key and value have the map's sizes.
+        unsafe { bpf(command::MAP_LOOKUP, &mut attributes) }?;
+        Ok(value)
+    }
+
+    /// The descriptor, for instructions.
+    pub(crate) fn descriptor(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+}
+
+fn info(program: &OwnedFd) -> io::Result<Loaded> {
+    let mut loaded = Loaded::default();
+    let mut attributes = Info {
+        program: program.as_raw_fd() as u32,
+        length: size_of::<Loaded>() as u32,
+        info: (&raw mut loaded) as u64,
+    };
+    // SAFETY: `Info` is the head of `union bpf_attr` for this command, and `loaded` is as long as it says.
+    unsafe { bpf(command::INFO, &mut attributes) }?;
+    Ok(loaded)
+}
+
+/// An instruction (`struct bpf_insn`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Instruction {
+    code: u8,
+    /// The source in the upper half, the destination in the lower.
+    registers: u8,
+    offset: i16,
+    immediate: i32,
+}
+
+impl Instruction {
+    /// From its fields: `BPF_CLASS | BPF_OP | BPF_SRC`, destination, source, offset, immediate.
+    pub(crate) const fn new(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Self {
+        Self { code, registers: source << 4 | destination, offset, immediate }
+    }
+
+    /// Whether it is `BPF_JMP32 | BPF_JEQ | BPF_K`.
+    pub(crate) const fn is_conditional_jump(self) -> bool {
+        self.code == 0x16
+    }
+
+    /// The same instruction with another jump offset.
+    pub(crate) const fn jumping(self, offset: i16) -> Self {
+        Self { offset, ..self }
+    }
+}
+
+/// Offsets in `struct __sk_buff`, in bytes.
+pub(crate) mod field {
+    pub(crate) const LENGTH: i16 = 0;
+    pub(crate) const MARK: i16 = 8;
+    /// Non-zero for a frame with a VLAN tag, which the kernel has moved out of the frame.
+    pub(crate) const VLAN_PRESENT: i16 = 20;
+    /// The link by which the packet came in; 0 for what the host itself sends.
+    pub(crate) const INGRESS_INTERFACE: i16 = 36;
+}
+
+/// Verdicts of tcx and of `cls_bpf` in direct-action mode: the next program decides (`TCX_NEXT`, `TC_ACT_UNSPEC`), or
+/// the packet is dropped (`TCX_DROP`, `TC_ACT_SHOT`).
+pub(crate) mod verdict {
+    pub(crate) const NEXT: i32 = -1;
+    pub(crate) const DROP: i32 = 2;
+}
+
+/// Calls the kernel. Returns its result.
+///
+/// # Safety
+/// `attributes` is laid out as `union bpf_attr` for `command`, and what it points to as the kernel reads and writes it.
+unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
+    // SAFETY: the caller's promise.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>() as libc::c_long)
+    };
+    match i32::try_from(result) {
+        Ok(result) if result >= 0 => Ok(result),
+        Ok(_) => Err(io::Error::last_os_error()),
+        Err(_) => Err(Errno::OVERFLOW.into()),
+    }
+}
+
+/// The same for a command that returns a new descriptor.
+///
+/// # Safety
+/// As of [`bpf`].
+unsafe fn open<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: the caller's promise.
+    let descriptor = unsafe { bpf(command, attributes) }?;
+    // SAFETY: the kernel has just made it, and nothing else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+#[derive(Default)]
+#[repr(C)]
+struct Load {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    version: u32,
+    flags: u32,
+    name: [u8; 16],
+}
+
+#[derive(Default)]
+#[repr(C)]
+struct MapCreate {
+    kind: u32,
+    key: u32,
+    value: u32,
+    entries: u32,
+    flags: u32,
+    inner: u32,
+    node: u32,
+    name: [u8; 16],
+}
+
+#[repr(C)]
+struct Lookup {
+    map: u32,
+    _padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[derive(Default)]
+#[repr(C)]
+struct Attach {
+    link: u32,
+    program: u32,
+    kind: u32,
+    flags: u32,
+    relative: u32,
+    _padding: u32,
+    revision: u64,
+}
+
+#[derive(Default)]
+#[repr(C)]
+struct Query {
+    link: u32,
+    kind: u32,
+    flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    _padding: u32,
+    flags_of_each: u64,
+    links: u64,
+    flags_of_links: u64,
+    revision: u64,
+}
+
+#[cfg(test)]
+#[derive(Default)]
+#[repr(C)]
+struct TestRun {
+    program: u32,
+    verdict: u32,
+    length: u32,
+    length_out: u32,
+    frame: u64,
+    frame_out: u64,
+    repeat: u32,
+    duration: u32,
+}
+
+#[derive(Default)]
+#[repr(C)]
+struct ById {
+    id: u32,
+    next: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct Info {
+    program: u32,
+    length: u32,
+    info: u64,
+}
+
+/// The head of `struct bpf_prog_info`.
+#[derive(Default)]
+#[repr(C)]
+struct Loaded {
+    kind: u32,
+    id: u32,
+    tag: Tag,
+}

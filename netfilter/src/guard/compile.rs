@@ -1,0 +1,245 @@
+//! Rules as programs: eBPF and classic BPF, from one sequence of steps. Pure.
+//!
+//! The steps are those that classic BPF has and eBPF kept for it: loads from an offset of the frame
+//! (`BPF_LD | BPF_ABS`), comparisons with a constant, forward jumps. Where a load is beyond the end of the frame the
+//! kernel ends the program with 0, which would be "accept"; so the length is compared first.
+
+use super::rules::{OTHERWISE, Rule, SpoofReason, Test, Verdict};
+use crate::bpf::clsact::Classic;
+use crate::bpf::{Instruction, field, verdict};
+
+/// The length of an Ethernet header, which every frame has (`eth_type_trans`).
+const ETHERNET: u16 = 14;
+
+/// Bytes that are loaded at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Width {
+    Byte,
+    Half,
+    Word,
+}
+
+impl Width {
+    const fn bytes(self) -> usize {
+        match self {
+            Self::Byte => 1,
+            Self::Half => 2,
+            Self::Word => 4,
+        }
+    }
+
+    /// `BPF_LD | BPF_ABS` of that width.
+    const fn load(self) -> u8 {
+        match self {
+            Self::Byte => 0x30,
+            Self::Half => 0x28,
+            Self::Word => 0x20,
+        }
+    }
+}
+
+/// A place to jump to.
+type Label = usize;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// The accumulator is that part of the frame.
+    Load(Width, u16),
+    /// The accumulator is the frame's length.
+    Length,
+    /// The accumulator is not 0 if the frame had a VLAN tag.
+    Tagged,
+    /// Jumps if the accumulator equals the constant, differs from it, is below it.
+    IfEqual(u32, Label),
+    IfDifferent(u32, Label),
+    IfBelow(u32, Label),
+    /// Where jumps to a label arrive.
+    Here(Label),
+    End(Verdict),
+}
+
+/// The steps of `rules`. Labels below the number of rules are their beginnings; the one after the last ends with
+/// [`OTHERWISE`].
+fn steps(rules: &[Rule]) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut labels = rules.len() + 1;
+    for (number, rule) in rules.iter().enumerate() {
+        steps.push(Step::Here(number));
+        // Rules that begin with the same test fail together.
+        let others = rules[number + 1..].iter().position(|other| other.tests.first() != rule.tests.first());
+        let others = others.map_or(rules.len(), |distance| number + 1 + distance);
+        let mut known = ETHERNET;
+        for (place, test) in rule.tests.iter().enumerate() {
+            let miss = if place == 0 { others } else { number + 1 };
+            match test {
+                Test::Tagged => steps.extend([Step::Tagged, Step::IfEqual(0, miss)]),
+                Test::Bytes { at, value, not } => {
+                    let end = at + value.len() as u16;
+                    if end > known {
+                        steps.extend([Step::Length, Step::IfBelow(end.into(), number + 1)]);
+                        known = end;
+                    }
+                    compare(*at, value, *not, miss, &mut labels, &mut steps);
+                }
+            }
+        }
+        steps.push(Step::End(rule.verdict));
+        if rule.tests.is_empty() {
+            // The kernel refuses instructions that nothing leads to (`check_cfg`).
+            return steps;
+        }
+    }
+    steps.extend([Step::Here(rules.len()), Step::End(OTHERWISE)]);
+    steps
+}
+
+/// Goes on if the bytes from `at` are `value`, or with `not` if they are not; else jumps to `miss`.
+fn compare(at: u16, value: &[u8], not: bool, miss: Label, labels: &mut Label, steps: &mut Vec<Step>) {
+    let differs = *labels;
+    let mut rest = value;
+    let mut at = at;
+    while !rest.is_empty() {
+        let width = match rest.len() {
+            1 => Width::Byte,
+            2 | 3 => Width::Half,
+            _ => Width::Word,
+        };
+        let (now, later) = rest.split_at(width.bytes());
+        let constant = now.iter().fold(0, |all, byte| all << 8 | u32::from(*byte));
+        steps.push(Step::Load(width, at));
+        steps.push(match (not, later.is_empty()) {
+            (false, _) => Step::IfDifferent(constant, miss),
+            (true, false) => Step::IfDifferent(constant, differs),
+            (true, true) => Step::IfEqual(constant, miss),
+        });
+        at += width.bytes() as u16;
+        rest = later;
+    }
+    if not {
+        steps.push(Step::Here(differs));
+        *labels += 1;
+    }
+}
+
+/// Registers of eBPF: results, scratch, the packet where `BPF_ABS` looks for it, a value that survives calls, the stack.
+mod register {
+    pub(super) const RESULT: u8 = 0;
+    pub(super) const FIRST: u8 = 1;
+    pub(super) const SECOND: u8 = 2;
+    pub(super) const PACKET: u8 = 6;
+    pub(super) const FRAME: u8 = 10;
+}
+
+/// Jumps whose distance is not known yet: which instruction, to which label.
+type Pending = Vec<(usize, Label)>;
+
+/// The program of eBPF. Drops are counted by reason in `counters`, the descriptor of an array of them.
+pub(super) fn extended(rules: &[Rule], counters: i32) -> Vec<Instruction> {
+    use register::{FIRST, FRAME, PACKET, RESULT, SECOND};
+    let of = Instruction::new;
+    // BPF_ALU64 | BPF_MOV, of a register and of a constant
+    let copy = |to, from| of(0xbf, to, from, 0, 0);
+    let set = |to, value| of(0xb7, to, 0, 0, value);
+    let exit = of(0x95, 0, 0, 0, 0);
+    let mut code = vec![copy(PACKET, FIRST)];
+    let mut pending = Pending::new();
+    let mut places = std::collections::BTreeMap::new();
+    let count = Label::MAX;
+    for step in steps(rules) {
+        let mut jump = |operation: u8, constant: u32, label, code: &mut Vec<Instruction>| {
+            pending.push((code.len(), label));
+            // BPF_JMP32 | BPF_K
+            code.push(of(operation | 0x06, RESULT, 0, 0, constant.cast_signed()));
+        };
+        match step {
+            Step::Load(width, at) => code.push(of(width.load(), 0, 0, 0, at.into())),
+            // BPF_LDX | BPF_MEM | BPF_W
+            Step::Length => code.push(of(0x61, RESULT, PACKET, field::LENGTH, 0)),
+            Step::Tagged => code.push(of(0x61, RESULT, PACKET, field::VLAN_PRESENT, 0)),
+            // BPF_JEQ, BPF_JNE, BPF_JLT
+            Step::IfEqual(constant, label) => jump(0x10, constant, label, &mut code),
+            Step::IfDifferent(constant, label) => jump(0x50, constant, label, &mut code),
+            Step::IfBelow(constant, label) => jump(0xa0, constant, label, &mut code),
+            Step::Here(label) => drop(places.insert(label, code.len())),
+            Step::End(Verdict::Accept) => code.extend([set(RESULT, verdict::NEXT), exit]),
+            Step::End(Verdict::Drop(reason)) => {
+                code.push(set(FIRST, reason as i32));
+                pending.push((code.len(), count));
+                // BPF_JMP | BPF_JA
+                code.push(of(0x05, 0, 0, 0, 0));
+            }
+        }
+    }
+    places.insert(count, code.len());
+    code.extend([
+        // The counter's number, on the stack: BPF_STX | BPF_MEM | BPF_W
+        of(0x63, FRAME, FIRST, -4, 0),
+        copy(SECOND, FRAME),
+        // BPF_ALU64 | BPF_ADD | BPF_K
+        of(0x07, SECOND, 0, 0, -4),
+        // BPF_LD | BPF_IMM | BPF_DW, with BPF_PSEUDO_MAP_FD: two instructions long
+        of(0x18, FIRST, 1, 0, counters),
+        of(0, 0, 0, 0, 0),
+        // bpf_map_lookup_elem
+        of(0x85, 0, 0, 0, 1),
+        // BPF_JMP | BPF_JEQ | BPF_K: over the next two
+        of(0x15, RESULT, 0, 2, 0),
+        set(FIRST, 1),
+        // BPF_STX | BPF_ATOMIC | BPF_DW, BPF_ADD
+        of(0xdb, RESULT, FIRST, 0, 0),
+        set(RESULT, verdict::DROP),
+        exit,
+    ]);
+    for (from, label) in pending {
+        // A program is far shorter than 32,767 instructions.
+        let distance = (places[&label] - from - 1) as i16;
+        code[from] = code[from].jumping(distance);
+    }
+    code
+}
+
+/// The program of classic BPF. It counts nothing: the qdisc counts drops of all reasons in one sum.
+pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
+    /// `SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT`.
+    const VLAN_PRESENT: u32 = 0xffff_f000 + 48;
+    let of = |code, jumps, k| Classic { code, jumps, k };
+    let mut code = Vec::new();
+    let mut pending = Pending::new();
+    let mut places = std::collections::BTreeMap::new();
+    for step in steps(rules) {
+        // Distances of conditional jumps are 8 bits wide, so each skips an unconditional one, or does not.
+        let mut jump = |operation, jumps, constant, label, code: &mut Vec<Classic>| {
+            code.push(of(operation, jumps, constant));
+            pending.push((code.len(), label));
+            // BPF_JMP | BPF_JA
+            code.push(of(0x05, [0, 0], 0));
+        };
+        match step {
+            Step::Load(width, at) => code.push(of(width.load().into(), [0, 0], at.into())),
+            // BPF_LD | BPF_W | BPF_LEN
+            Step::Length => code.push(of(0x80, [0, 0], 0)),
+            Step::Tagged => code.push(of(0x20, [0, 0], VLAN_PRESENT)),
+            // BPF_JEQ; BPF_JGE, which is the opposite of "below"
+            Step::IfEqual(constant, label) => jump(0x15, [0, 1], constant, label, &mut code),
+            Step::IfDifferent(constant, label) => jump(0x15, [1, 0], constant, label, &mut code),
+            Step::IfBelow(constant, label) => jump(0x35, [1, 0], constant, label, &mut code),
+            Step::Here(label) => drop(places.insert(label, code.len())),
+            // BPF_RET | BPF_K
+            Step::End(end) => code.push(of(0x06, [0, 0], result(end))),
+        }
+    }
+    for (from, label) in pending {
+        code[from].k = (places[&label] - from - 1) as u32;
+    }
+    code
+}
+
+fn result(end: Verdict) -> u32 {
+    match end {
+        Verdict::Accept => verdict::NEXT.cast_unsigned(),
+        Verdict::Drop(_) => verdict::DROP.cast_unsigned(),
+    }
+}
+
+/// How many counters [`extended`] increments.
+pub(super) const COUNTERS: u32 = SpoofReason::ALL.len() as u32;

@@ -1,0 +1,241 @@
+//! Port guards: what an endpoint sends must come from its own addresses.
+//!
+//! A guard is attached to the host's end of an endpoint's veth pair, at ingress, before the link becomes a port of a
+//! bridge. It sees each frame before the bridge and before any firewall, and drops what carries a source that is not the
+//! endpoint's ([`rules`]). So behind it a source address means an endpoint.
+//!
+//! | mechanism | where | counts drops by reason | needs |
+//! |---|---|---|---|
+//! | [`Tcx`](Mechanism::Tcx) | BPF program at the link | yes | Linux 6.6, CAP_BPF on the host |
+//! | [`Clsact`](Mechanism::Clsact) | the same, in the qdisc `clsact` | yes | CAP_BPF on the host |
+//! | [`Nftables`](Mechanism::Nftables) | chain of the family `netdev` | yes | CAP_NET_ADMIN over the namespace |
+//! | [`Classic`](Mechanism::Classic) | classic BPF in the qdisc `clsact` | no | CAP_NET_ADMIN over the namespace |
+
+mod compile;
+mod nftables;
+mod rules;
+
+use crate::bpf::clsact::{Attached, Clsact, Code, bytes_of};
+use crate::bpf::{Counters, Direction, LOOPBACK, Program, tcx_programs};
+use crate::socket::NetfilterSocket;
+use rules::rules;
+pub use rules::{PortPolicy, SpoofReason};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tidegate_model::registry;
+
+/// The name of the programs and of the counters (bpftool-prog(8)), and of the classifier.
+const NAME: &str = "tg_port_guard";
+const COUNTERS: &str = "tg_port_drops";
+
+/// How a guard is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mechanism {
+    /// A BPF program, through tcx.
+    Tcx,
+    /// A BPF program, through the qdisc `clsact`.
+    Clsact,
+    /// A chain of nftables at the link's ingress.
+    Nftables,
+    /// A program of classic BPF, through the qdisc `clsact`.
+    Classic,
+}
+
+impl Mechanism {
+    /// All of them, the preferred one first.
+    pub const ALL: [Self; 4] = [Self::Tcx, Self::Clsact, Self::Nftables, Self::Classic];
+
+    /// What it is called in logs and reports.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcx => "BPF (tcx)",
+            Self::Clsact => "BPF (clsact)",
+            Self::Nftables => "nftables (netdev)",
+            Self::Classic => "classic BPF (clsact)",
+        }
+    }
+}
+
+impl fmt::Display for Mechanism {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Frames dropped at one port, in the order of [`SpoofReason::ALL`].
+pub type Dropped = [u64; SpoofReason::ALL.len()];
+
+/// The port guards of one owner, all of one mechanism. To be used in the namespace of the bridges.
+#[derive(Debug)]
+pub struct PortGuards {
+    mechanism: Mechanism,
+    /// The table that chains of [`Mechanism::Nftables`] are in.
+    table: String,
+    /// By link.
+    installed: Mutex<BTreeMap<String, Installed>>,
+}
+
+/// A guard that was attached.
+#[derive(Debug, Default)]
+struct Installed {
+    /// The program's number, for BPF.
+    program: u32,
+    counters: Option<Counters>,
+    /// What guards at this link before this one had dropped.
+    earlier: Dropped,
+}
+
+impl PortGuards {
+    /// Chooses the first of `candidates` that works, by trying it at `lo` in the namespace of the calling thread: to be
+    /// called in one that was made for that.
+    ///
+    /// # Errors
+    /// None works: what was in the way of each.
+    pub fn probe(candidates: &[Mechanism], owner: &str) -> Result<Self, Vec<(Mechanism, io::Error)>> {
+        let policy = PortPolicy { mac: [0; 6], v4: Vec::new(), v6: Vec::new(), any_address: false };
+        let mut failures = Vec::new();
+        for mechanism in candidates.iter().copied() {
+            let guards = Self { mechanism, table: table_of(owner), installed: Mutex::default() };
+            match guards
+                .attach(LOOPBACK, "lo", &policy)
+                .and_then(|()| guards.is_attached(LOOPBACK, "lo", &policy))
+            {
+                Ok(true) => return Ok(Self { installed: Mutex::default(), ..guards }),
+                Ok(false) => failures.push((mechanism, io::Error::other("it is not in effect"))),
+                Err(error) => failures.push((mechanism, error)),
+            }
+        }
+        Err(failures)
+    }
+
+    /// How they are attached.
+    pub fn mechanism(&self) -> Mechanism {
+        self.mechanism
+    }
+
+    /// Attaches a guard that enforces `policy` to the link `link`, numbered `index`, in the place of the one that is
+    /// there.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn attach(&self, index: u32, link: &str, policy: &PortPolicy) -> io::Result<()> {
+        let rules = rules(policy);
+        let mut installed = self.installed();
+        let earlier = installed.get(link).map(|one| self.total(link, one)).unwrap_or_default();
+        let mut new = Installed { earlier, ..Installed::default() };
+        match self.mechanism {
+            Mechanism::Tcx | Mechanism::Clsact => {
+                let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
+                let program = Program::load(NAME, &compile::extended(&rules, counters.descriptor()))?;
+                if self.mechanism == Mechanism::Tcx {
+                    program.attach_tcx(index, Direction::Ingress)?;
+                } else {
+                    let code = Code::Descriptor(program.descriptor());
+                    Clsact::open()?.attach(index, Direction::Ingress, NAME, code)?;
+                }
+                new = Installed { program: program.id, counters: Some(counters), ..new };
+            }
+            Mechanism::Nftables => {
+                nftables::attach(&mut NetfilterSocket::open()?, &self.table, link, &rules)?;
+            }
+            Mechanism::Classic => {
+                let code = compile::classic(&rules);
+                Clsact::open()?.attach(index, Direction::Ingress, NAME, Code::Classic(&code))?;
+            }
+        }
+        installed.insert(link.to_owned(), new);
+        Ok(())
+    }
+
+    /// Whether a guard that enforces `policy` is attached to the link `link`, numbered `index`.
+    ///
+    /// # Errors
+    /// The kernel's: there is no such link.
+    pub fn is_attached(&self, index: u32, link: &str, policy: &PortPolicy) -> io::Result<bool> {
+        let installed = self.installed();
+        let Some(one) = installed.get(link) else { return Ok(false) };
+        match self.mechanism {
+            Mechanism::Tcx => Ok(tcx_programs(index, Direction::Ingress)?.contains(&one.program)),
+            Mechanism::Clsact => {
+                let attached = Clsact::open()?.attached(index, Direction::Ingress, NAME)?;
+                Ok(attached == Some(Attached::Program(one.program)))
+            }
+            Mechanism::Nftables => {
+                nftables::is_attached(&mut NetfilterSocket::open()?, &self.table, link, &rules(policy))
+            }
+            Mechanism::Classic => {
+                let code = bytes_of(&compile::classic(&rules(policy)));
+                let attached = Clsact::open()?.attached(index, Direction::Ingress, NAME)?;
+                Ok(attached == Some(Attached::Classic(code)))
+            }
+        }
+    }
+
+    /// The guard of `link` is no longer of interest; it goes with its link.
+    pub fn forget(&self, link: &str) {
+        self.installed().remove(link);
+    }
+
+    /// The frames dropped at each link. A counter that cannot be read counts as it was last.
+    pub fn dropped(&self) -> BTreeMap<String, Dropped> {
+        let installed = self.installed();
+        installed.iter().map(|(link, one)| (link.clone(), self.total(link, one))).collect()
+    }
+
+    /// Makes the table of nftables for the guards of `owner`, which does not go with a link, in the calling thread's
+    /// namespace.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn make_table(owner: &str) -> io::Result<()> {
+        nftables::make(&mut NetfilterSocket::open()?, &table_of(owner))
+    }
+
+    /// Whether it is there.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn has_table(owner: &str) -> io::Result<bool> {
+        nftables::has_table(&mut NetfilterSocket::open()?, &table_of(owner))
+    }
+
+    /// Removes it.
+    ///
+    /// # Errors
+    /// The kernel's. That it is not there is none.
+    pub fn remove_table(owner: &str) -> io::Result<()> {
+        nftables::remove(&mut NetfilterSocket::open()?, &table_of(owner))
+    }
+
+    fn total(&self, link: &str, one: &Installed) -> Dropped {
+        let mut total = one.earlier;
+        let now = match (&one.counters, self.mechanism) {
+            (Some(counters), _) => {
+                std::array::from_fn(|number| counters.read(number as u32).unwrap_or_default())
+            }
+            (None, Mechanism::Nftables) => NetfilterSocket::open()
+                .and_then(|mut socket| nftables::dropped(&mut socket, &self.table, link))
+                .unwrap_or_default(),
+            (None, _) => Dropped::default(),
+        };
+        for (total, now) in total.iter_mut().zip(now) {
+            *total += now;
+        }
+        total
+    }
+
+    fn installed(&self) -> MutexGuard<'_, BTreeMap<String, Installed>> {
+        self.installed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The name of the table of `owner`.
+fn table_of(owner: &str) -> String {
+    format!("{}{owner}", registry::NFTABLES_PREFIX)
+}
+
+#[cfg(test)]
+mod tests;

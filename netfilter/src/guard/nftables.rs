@@ -1,0 +1,208 @@
+//! Rules as a chain of nftables, in a table of the family `netdev`: one chain for each port, at the ingress hook of its
+//! link.
+//!
+//! The chain goes with its link; the table has to be removed. Before Linux 6.9 others can flush it.
+
+use super::rules::{OTHERWISE, Rule, SpoofReason, Test, Verdict};
+use crate::encode::{self, request};
+use crate::expression::Expressions;
+use crate::socket::NetfilterSocket;
+use crate::table::Action;
+use crate::wire::{Attributes, Message, attribute, attributes, text};
+use std::io;
+
+/// `NFPROTO_NETDEV`.
+const NETDEV: u8 = 5;
+
+/// Ahead of chains that others have at the hook (`NF_IP_PRI_FIRST` is lower still, and nobody uses it).
+const PRIORITY: i32 = -1000;
+
+/// Where the kernel has a VLAN tag, it shows it in the place of the ethertype (`nft_payload_copy_vlan`).
+const VLAN_TAGS: [[u8; 2]; 2] = [[0x81, 0x00], [0x88, 0xa8]];
+const ETHERTYPE: u16 = 12;
+
+/// Puts `rules` at the ingress of `link`, as the chain of that name in `table`.
+pub(super) fn attach(
+    socket: &mut NetfilterSocket,
+    table: &str,
+    link: &str,
+    rules: &[Rule],
+) -> io::Result<()> {
+    let mut messages = vec![encode::batch_begin(), netdev(encode::new_table(table, 0))];
+    if has_chain(socket, table, link)? {
+        messages.push(netdev(encode::flush_chain(table, link)));
+        messages.push(netdev(encode::delete_chain(table, link)));
+    }
+    messages.push(new_chain(table, link));
+    messages.extend(rendered(rules).iter().map(|rule| new_rule(table, link, rule)));
+    messages.push(encode::batch_end());
+    match socket.send_all(&messages)?.into_iter().next() {
+        None => Ok(()),
+        Some(refused) => Err(refused.source),
+    }
+}
+
+/// Whether the chain of `link` is there, with as many rules as it was made with.
+pub(super) fn is_attached(
+    socket: &mut NetfilterSocket,
+    table: &str,
+    link: &str,
+    rules: &[Rule],
+) -> io::Result<bool> {
+    let mut found = 0;
+    for_each_rule(socket, table, link, |_| found += 1)?;
+    Ok(found == rendered(rules).len())
+}
+
+/// The frames that were dropped at `link`, by reason.
+pub(super) fn dropped(
+    socket: &mut NetfilterSocket,
+    table: &str,
+    link: &str,
+) -> io::Result<[u64; SpoofReason::ALL.len()]> {
+    let mut dropped = [0; SpoofReason::ALL.len()];
+    for_each_rule(socket, table, link, |rule| {
+        let comment = attribute(rule, USERDATA).and_then(|data| data.get(2..)).map(text);
+        let reason = SpoofReason::ALL.into_iter().find(|one| Some(one.as_str()) == comment.as_deref());
+        let expressions = attributes(attribute(rule, EXPRESSIONS).unwrap_or_default());
+        let packets = expressions.filter_map(|(_, expression)| {
+            // NFTA_EXPR_NAME, NFTA_EXPR_DATA, NFTA_COUNTER_PACKETS
+            let is_counter = attribute(expression, 1).map(text).as_deref() == Some("counter");
+            let packets = attribute(attribute(expression, 2)?, 2).filter(|_| is_counter)?;
+            Some(u64::from_be_bytes(packets.try_into().ok()?))
+        });
+        if let Some(reason) = reason {
+            dropped[reason as usize] += packets.sum::<u64>();
+        }
+    })?;
+    Ok(dropped)
+}
+
+/// Makes the table, without chains.
+pub(super) fn make(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
+    let messages = [encode::batch_begin(), netdev(encode::new_table(table, 0)), encode::batch_end()];
+    match socket.send_all(&messages)?.into_iter().next() {
+        None => Ok(()),
+        Some(refused) => Err(refused.source),
+    }
+}
+
+/// Whether the table is there.
+pub(super) fn has_table(socket: &mut NetfilterSocket, table: &str) -> io::Result<bool> {
+    let mut found = false;
+    let asked = encode::message(request::GET_TABLE, 0, Attributes::default(), String::new());
+    // NFTA_TABLE_NAME
+    socket.dump(&netdev(asked), |one| {
+        found |= attribute(one, 1).map(text).as_deref() == Some(table);
+    })?;
+    Ok(found)
+}
+
+/// Removes the table, if it is there.
+pub(super) fn remove(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
+    let messages = [encode::batch_begin(), netdev(encode::delete_table(table)), encode::batch_end()];
+    match socket.send_all(&messages)?.into_iter().next() {
+        Some(refused) if refused.source.kind() != io::ErrorKind::NotFound => Err(refused.source),
+        _ => Ok(()),
+    }
+}
+
+/// `NFTA_RULE_EXPRESSIONS`, `NFTA_RULE_USERDATA`.
+const EXPRESSIONS: u16 = 4;
+const USERDATA: u16 = 7;
+
+fn netdev(message: Message) -> Message {
+    Message { family: NETDEV, ..message }
+}
+
+fn has_chain(socket: &mut NetfilterSocket, table: &str, chain: &str) -> io::Result<bool> {
+    let mut found = false;
+    let asked = encode::message(request::GET_CHAIN, 0, Attributes::default(), String::new());
+    socket.dump(&netdev(asked), |one| {
+        // NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME
+        let is = |kind, name| attribute(one, kind).map(text).as_deref() == Some(name);
+        found |= is(1, table) && is(3, chain);
+    })?;
+    Ok(found)
+}
+
+fn for_each_rule(
+    socket: &mut NetfilterSocket,
+    table: &str,
+    chain: &str,
+    mut each: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    let asked = Attributes::default().text(1, table).text(2, chain);
+    let asked = encode::message(request::GET_RULE, 0, asked, String::new());
+    let listed = socket.dump(&netdev(asked), |rule| {
+        let is = |kind, name| attribute(rule, kind).map(text).as_deref() == Some(name);
+        if is(1, table) && is(2, chain) {
+            each(rule);
+        }
+    });
+    match listed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        listed => listed,
+    }
+}
+
+fn new_chain(table: &str, link: &str) -> Message {
+    // NFTA_HOOK_HOOKNUM: NF_NETDEV_INGRESS; NFTA_HOOK_PRIORITY, NFTA_HOOK_DEV
+    let hook = Attributes::default().number(1, 0).bytes(2, &PRIORITY.to_be_bytes()).text(3, link);
+    // NFTA_CHAIN_TABLE, _NAME, _HOOK, _POLICY: NF_ACCEPT, _TYPE
+    let attributes = Attributes::default().text(1, table).text(3, link);
+    let attributes = attributes.nest(4, &hook).number(5, 1).text(7, "filter");
+    let about = format!("port guard at {link:?}");
+    netdev(encode::message(request::NEW_CHAIN, encode::CREATE, attributes, about))
+}
+
+/// A rule as nftables has it: bytes that have to be there or not, and the verdict.
+struct Rendered {
+    bytes: Vec<(u16, Vec<u8>, bool)>,
+    verdict: Verdict,
+}
+
+fn rendered(rules: &[Rule]) -> Vec<Rendered> {
+    let mut all = Vec::new();
+    for rule in rules {
+        if rule.tests == [Test::Tagged] {
+            all.extend(VLAN_TAGS.map(|tag| Rendered {
+                bytes: vec![(ETHERTYPE, tag.to_vec(), false)],
+                verdict: rule.verdict,
+            }));
+            continue;
+        }
+        let bytes = rule.tests.iter().filter_map(|test| match test {
+            Test::Bytes { at, value, not } => Some((*at, value.clone(), *not)),
+            Test::Tagged => None,
+        });
+        all.push(Rendered { bytes: bytes.collect(), verdict: rule.verdict });
+    }
+    all.push(Rendered { bytes: Vec::new(), verdict: OTHERWISE });
+    all
+}
+
+fn new_rule(table: &str, link: &str, rule: &Rendered) -> Message {
+    let mut expressions = Expressions::default();
+    for (at, value, not) in &rule.bytes {
+        expressions.frame_bytes(*at, value, *not);
+    }
+    let comment = match rule.verdict {
+        Verdict::Accept => {
+            expressions.action(&Action::Accept);
+            None
+        }
+        Verdict::Drop(reason) => {
+            expressions.action(&Action::Count);
+            expressions.action(&Action::Drop);
+            encode::comment(reason.as_str())
+        }
+    };
+    let attributes = Attributes::default().text(1, table).text(2, link);
+    let mut attributes = attributes.nest(EXPRESSIONS, &expressions.into_attributes());
+    if let Some(comment) = comment {
+        attributes = attributes.bytes(USERDATA, &comment);
+    }
+    let flags = encode::CREATE | encode::APPEND;
+    netdev(encode::message(request::NEW_RULE, flags, attributes, format!("port guard at {link:?}")))
+}

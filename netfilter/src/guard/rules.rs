@@ -1,0 +1,476 @@
+//! What a port guard lets pass, as a list of rules: pure.
+//!
+//! # Theory of operation
+//!
+//! A frame is compared with one rule after the other. The first rule whose tests all hold decides; a frame that no rule
+//! matches is dropped. A test of bytes that the frame does not have does not hold, negated or not. Three back ends
+//! render the same list: eBPF, classic BPF ([`compile`](super::compile)) and nftables ([`nftables`](super::nftables)).
+//!
+//! ```text
+//! source MAC address not the endpoint's ─► drop
+//! (any source address allowed          ─► accept)
+//! VLAN tag                             ─► drop
+//! IPv4   source own                    ─► accept     0.0.0.0 for IGMP (RFC 3376, 4.2.13) too
+//! ARP    sender own, or a probe for an own address ─► accept (RFC 5227, 2.1.1)
+//! IPv6   source own: neighbour advertisements for own targets only; no router advertisements, no
+//!        redirects; extension headers that lead to neither          ─► accept
+//!        source `::`: duplicate address detection of an own target (RFC 4862, 5.4.2), MLD reports
+//!        (RFC 3810, 5.2.13)                                         ─► accept
+//! all else                             ─► drop
+//! ```
+//!
+//! Fragments need no rule of their own: every Linux kernel ignores fragmented neighbour discovery (RFC 6980,
+//! `ndisc_suppress_frag_ndisc`, net/ipv6/ndisc.c), and what else a fragment carries has its source in each.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// What an endpoint may send from.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortPolicy {
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// Its IPv4 addresses.
+    pub v4: Vec<Ipv4Addr>,
+    /// Its IPv6 addresses, without the link-local one. If there are none, it may send no IPv6 at all.
+    pub v6: Vec<Ipv6Addr>,
+    /// It may have other addresses too (a router, VRRP): only `mac` is checked.
+    pub any_address: bool,
+}
+
+impl PortPolicy {
+    /// The IPv6 addresses that it may send from: its own, and the link-local address of its MAC address.
+    fn v6_sources(&self) -> Vec<Ipv6Addr> {
+        if self.v6.is_empty() {
+            return Vec::new();
+        }
+        let mut all = self.v6.clone();
+        all.push(link_local(self.mac));
+        all
+    }
+}
+
+/// The link-local address that the kernel derives from a MAC address (RFC 4291, appendix A).
+pub(super) fn link_local([a, b, c, d, e, f]: [u8; 6]) -> Ipv6Addr {
+    let id = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    let mut octets = [0; 16];
+    octets[..2].copy_from_slice(&[0xfe, 0x80]);
+    octets[8..].copy_from_slice(&id);
+    octets.into()
+}
+
+/// Why a frame is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SpoofReason {
+    /// The source MAC address is not the endpoint's.
+    Mac,
+    /// A VLAN tag.
+    Vlan,
+    /// An ethertype other than IPv4, IPv6 and ARP, or a frame that is cut short.
+    Ethertype,
+    /// The sender in ARP is not the endpoint.
+    Arp,
+    /// The IPv4 source address is not the endpoint's.
+    Ipv4Source,
+    /// The IPv6 source address is not the endpoint's.
+    Ipv6Source,
+    /// A neighbour advertisement for an address, or a link-layer address, that is not the endpoint's.
+    NeighborDiscovery,
+    /// A router advertisement or a redirect.
+    Router,
+    /// Extension headers behind which such a message could be.
+    ExtensionHeader,
+}
+
+impl SpoofReason {
+    /// All of them, in the order of their counters.
+    pub const ALL: [Self; 9] = [
+        Self::Mac,
+        Self::Vlan,
+        Self::Ethertype,
+        Self::Arp,
+        Self::Ipv4Source,
+        Self::Ipv6Source,
+        Self::NeighborDiscovery,
+        Self::Router,
+        Self::ExtensionHeader,
+    ];
+
+    /// The value of the label `reason`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Mac => "mac",
+            Self::Vlan => "vlan",
+            Self::Ethertype => "ethertype",
+            Self::Arp => "arp",
+            Self::Ipv4Source => "ipv4_source",
+            Self::Ipv6Source => "ipv6_source",
+            Self::NeighborDiscovery => "neighbor_discovery",
+            Self::Router => "router",
+            Self::ExtensionHeader => "extension_header",
+        }
+    }
+}
+
+/// The end of a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Accept,
+    Drop(SpoofReason),
+}
+
+/// What no rule decides.
+pub(super) const OTHERWISE: Verdict = Verdict::Drop(SpoofReason::Ethertype);
+
+/// A condition on a frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Test {
+    /// The bytes from offset `at` of the frame, Ethernet header included, are `value`; with `not`, they differ.
+    Bytes { at: u16, value: Vec<u8>, not: bool },
+    /// The frame had a VLAN tag. The kernel has moved it out of the frame (`skb_vlan_untag`).
+    Tagged,
+}
+
+/// A rule: if all tests hold, the verdict.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub(super) tests: Vec<Test>,
+    pub(super) verdict: Verdict,
+}
+
+/// Offsets in a frame, in bytes.
+mod at {
+    pub(super) const SOURCE_MAC: u16 = 6;
+    pub(super) const ETHERTYPE: u16 = 12;
+    const NETWORK: u16 = 14;
+    pub(super) const ARP_FORMAT: u16 = NETWORK;
+    pub(super) const ARP_OPERATION: u16 = NETWORK + 6;
+    pub(super) const ARP_SENDER_MAC: u16 = NETWORK + 8;
+    pub(super) const ARP_SENDER: u16 = NETWORK + 14;
+    pub(super) const ARP_TARGET: u16 = NETWORK + 24;
+    pub(super) const V4_PROTOCOL: u16 = NETWORK + 9;
+    pub(super) const V4_SOURCE: u16 = NETWORK + 12;
+    pub(super) const V6_NEXT: u16 = NETWORK + 6;
+    pub(super) const V6_SOURCE: u16 = NETWORK + 8;
+    /// What follows the IPv6 header: the type of an ICMPv6 message, or the next header of an extension header.
+    pub(super) const V6_PAYLOAD: u16 = NETWORK + 40;
+    /// Of neighbour solicitations and advertisements (RFC 4861, 4.3 and 4.4).
+    pub(super) const ND_TARGET: u16 = V6_PAYLOAD + 8;
+    pub(super) const ND_OPTION: u16 = V6_PAYLOAD + 24;
+    /// The type of an ICMPv6 message behind a hop-by-hop header of 8 bytes.
+    pub(super) const AFTER_HOP_BY_HOP: u16 = V6_PAYLOAD + 8;
+}
+
+const IPV4: [u8; 2] = [0x08, 0x00];
+const ARP: [u8; 2] = [0x08, 0x06];
+const IPV6: [u8; 2] = [0x86, 0xdd];
+
+/// Ethernet and IPv4, addresses of 6 and 4 bytes.
+const ARP_FORMAT: [u8; 6] = [0, 1, 0x08, 0x00, 6, 4];
+const ARP_REQUEST: [u8; 2] = [0, 1];
+const ARP_REPLY: [u8; 2] = [0, 2];
+
+const IGMP: u8 = 2;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const ICMPV6: u8 = 58;
+/// Hop-by-hop options, routing, authentication, destination options.
+const HOP_BY_HOP: u8 = 0;
+const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, 43, 51, 60];
+/// What may follow one of them: tunnels, TCP, UDP, GRE, ESP, fragments, nothing, L2TP, SCTP. Not ICMPv6, which could be
+/// neighbour discovery, and not a second one.
+const AFTER_EXTENSION: [u8; 10] = [4, TCP, UDP, 41, 44, 47, 50, 59, 115, 132];
+
+/// MLD: reports of version 1, its done message, reports of version 2.
+const MLD_REPORTS: [u8; 3] = [131, 132, 143];
+const ROUTER_ADVERTISEMENT: u8 = 134;
+const NEIGHBOR_SOLICITATION: u8 = 135;
+const NEIGHBOR_ADVERTISEMENT: u8 = 136;
+const REDIRECT: u8 = 137;
+
+/// The options that carry a link-layer address, of a solicitation's source and of an advertisement's target.
+const SOURCE_LINK_LAYER: u8 = 1;
+const TARGET_LINK_LAYER: u8 = 2;
+
+fn is(at: u16, value: &[u8]) -> Test {
+    Test::Bytes { at, value: value.to_vec(), not: false }
+}
+
+fn is_not(at: u16, value: &[u8]) -> Test {
+    Test::Bytes { at, value: value.to_vec(), not: true }
+}
+
+fn rule(tests: impl IntoIterator<Item = Test>, verdict: Verdict) -> Rule {
+    Rule { tests: tests.into_iter().collect(), verdict }
+}
+
+/// The rules of `policy`. What a busy endpoint sends most, IPv4 and TCP and UDP over IPv6, is decided first.
+pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
+    use Verdict::{Accept, Drop};
+    let mut rules = vec![rule([is_not(at::SOURCE_MAC, &policy.mac)], Drop(SpoofReason::Mac))];
+    if policy.any_address {
+        rules.push(rule([], Accept));
+        return rules;
+    }
+    rules.push(rule([Test::Tagged], Drop(SpoofReason::Vlan)));
+    rules.extend(ipv4(policy));
+    rules.extend(ipv6(policy));
+    rules.extend(arp(policy));
+    rules
+}
+
+fn ipv4(policy: &PortPolicy) -> Vec<Rule> {
+    let v4 = || is(at::ETHERTYPE, &IPV4);
+    let own = policy.v4.iter().map(|ip| rule([v4(), is(at::V4_SOURCE, &ip.octets())], Verdict::Accept));
+    let mut rules: Vec<Rule> = own.collect();
+    if !policy.v4.is_empty() {
+        let tests = [v4(), is(at::V4_SOURCE, &[0; 4]), is(at::V4_PROTOCOL, &[IGMP])];
+        rules.push(rule(tests, Verdict::Accept));
+    }
+    rules.push(rule([v4()], Verdict::Drop(SpoofReason::Ipv4Source)));
+    rules
+}
+
+fn arp(policy: &PortPolicy) -> Vec<Rule> {
+    let arp = || is(at::ETHERTYPE, &ARP);
+    let mut rules = Vec::new();
+    for own in policy.v4.iter().map(Ipv4Addr::octets) {
+        let head = |operation: &[u8], sender: &[u8]| {
+            vec![
+                arp(),
+                is(at::ARP_FORMAT, &ARP_FORMAT),
+                is(at::ARP_OPERATION, operation),
+                is(at::ARP_SENDER_MAC, &policy.mac),
+                is(at::ARP_SENDER, sender),
+            ]
+        };
+        rules.push(rule(head(&ARP_REQUEST, &own), Verdict::Accept));
+        rules.push(rule(head(&ARP_REPLY, &own), Verdict::Accept));
+        let mut probe = head(&ARP_REQUEST, &[0; 4]);
+        probe.push(is(at::ARP_TARGET, &own));
+        rules.push(rule(probe, Verdict::Accept));
+    }
+    rules.push(rule([arp()], Verdict::Drop(SpoofReason::Arp)));
+    rules
+}
+
+fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
+    use Verdict::{Accept, Drop};
+    let v6 = || is(at::ETHERTYPE, &IPV6);
+    let own = policy.v6_sources();
+    if own.is_empty() {
+        return vec![rule([v6()], Drop(SpoofReason::Ipv6Source))];
+    }
+    let source = |ip: &Ipv6Addr| is(at::V6_SOURCE, &ip.octets());
+    let nobody = || is(at::V6_SOURCE, &[0; 16]);
+    let next = |protocol: u8| is(at::V6_NEXT, &[protocol]);
+    let icmp = |kind: u8| [v6(), next(ICMPV6), is(at::V6_PAYLOAD, &[kind])];
+    let with = |head: [Test; 3], more: Vec<Test>| head.into_iter().chain(more);
+    // A report behind a hop-by-hop header of 8 bytes with the router alert option (RFC 2710, 3).
+    let mld = |kind: u8| {
+        let head = [v6(), next(HOP_BY_HOP), is(at::V6_PAYLOAD, &[ICMPV6, 0])];
+        with(head, vec![is(at::AFTER_HOP_BY_HOP, &[kind])])
+    };
+
+    let mut rules = Vec::new();
+    for protocol in [TCP, UDP] {
+        rules.extend(own.iter().map(|ip| rule([v6(), source(ip), next(protocol)], Accept)));
+    }
+    for target in &own {
+        let detection =
+            with(icmp(NEIGHBOR_SOLICITATION), vec![nobody(), is(at::ND_TARGET, &target.octets())]);
+        rules.push(rule(detection, Accept));
+    }
+    rules.extend(MLD_REPORTS.iter().map(|kind| {
+        let from_nobody = mld(*kind).chain([nobody()]);
+        rule(from_nobody, Accept)
+    }));
+    let foreign = own.iter().map(|ip| is_not(at::V6_SOURCE, &ip.octets()));
+    rules.push(rule([v6()].into_iter().chain(foreign), Drop(SpoofReason::Ipv6Source)));
+
+    // From here on the source is the endpoint's.
+    for kind in [ROUTER_ADVERTISEMENT, REDIRECT] {
+        rules.push(rule(icmp(kind), Drop(SpoofReason::Router)));
+    }
+    let foreign = own.iter().map(|ip| is_not(at::ND_TARGET, &ip.octets())).collect();
+    let spoofed = Drop(SpoofReason::NeighborDiscovery);
+    rules.push(rule(with(icmp(NEIGHBOR_ADVERTISEMENT), foreign), spoofed));
+    for (kind, option) in
+        [(NEIGHBOR_SOLICITATION, SOURCE_LINK_LAYER), (NEIGHBOR_ADVERTISEMENT, TARGET_LINK_LAYER)]
+    {
+        let tests = vec![is(at::ND_OPTION, &[option, 1]), is_not(at::ND_OPTION + 2, &policy.mac)];
+        rules.push(rule(with(icmp(kind), tests), spoofed));
+    }
+    rules.extend(MLD_REPORTS.iter().map(|kind| rule(mld(*kind), Accept)));
+    for extension in EXTENSIONS {
+        let harmless = AFTER_EXTENSION.iter().map(|inner| is_not(at::V6_PAYLOAD, &[*inner]));
+        let tests = [v6(), next(extension)].into_iter().chain(harmless);
+        rules.push(rule(tests, Drop(SpoofReason::ExtensionHeader)));
+    }
+    rules.push(rule([v6()], Accept));
+    rules
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(in crate::guard) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
+
+    /// What the list says of `frame`: the oracle that the back ends are compared with.
+    pub(in crate::guard) fn verdict(rules: &[Rule], frame: &[u8], tagged: bool) -> Verdict {
+        let holds = |test: &Test| match test {
+            Test::Tagged => tagged,
+            Test::Bytes { at, value, not } => {
+                let at = usize::from(*at);
+                frame.get(at..at + value.len()).is_some_and(|bytes| (bytes == value) != *not)
+            }
+        };
+        rules.iter().find(|rule| rule.tests.iter().all(holds)).map_or(OTHERWISE, |rule| rule.verdict)
+    }
+
+    pub(in crate::guard) fn policy() -> PortPolicy {
+        PortPolicy {
+            mac: MAC,
+            v4: vec![[10, 9, 0, 7].into()],
+            v6: vec!["fd09::7".parse().unwrap()],
+            any_address: false,
+        }
+    }
+
+    pub(in crate::guard) fn ethernet(source: [u8; 6], ethertype: [u8; 2], payload: &[u8]) -> Vec<u8> {
+        [&[0xff; 6][..], &source, &ethertype, payload].concat()
+    }
+
+    pub(in crate::guard) fn packet_v4(source: [u8; 4], protocol: u8) -> Vec<u8> {
+        let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, protocol, 0, 0];
+        packet.extend(source);
+        packet.extend([10, 9, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]);
+        packet
+    }
+
+    pub(in crate::guard) fn packet_v6(source: &str, next: u8, payload: &[u8]) -> Vec<u8> {
+        let mut packet = vec![0x60, 0, 0, 0, 0, payload.len() as u8, next, 255];
+        packet.extend(source.parse::<Ipv6Addr>().unwrap().octets());
+        packet.extend("ff02::1".parse::<Ipv6Addr>().unwrap().octets());
+        packet.extend(payload);
+        packet
+    }
+
+    fn arp_packet(operation: u8, mac: [u8; 6], sender: [u8; 4], target: [u8; 4]) -> Vec<u8> {
+        [&ARP_FORMAT[..], &[0, operation], &mac, &sender, &[0; 6], &target].concat()
+    }
+
+    /// A neighbour solicitation or advertisement.
+    fn discovery(kind: u8, target: &str, option: Option<(u8, [u8; 6])>) -> Vec<u8> {
+        let target = target.parse::<Ipv6Addr>().unwrap().octets();
+        let mut message = [&[kind, 0, 0, 0, 0, 0, 0, 0][..], &target].concat();
+        if let Some((kind, mac)) = option {
+            message.extend([kind, 1]);
+            message.extend(mac);
+        }
+        message
+    }
+
+    fn judge(frame: &[u8]) -> Verdict {
+        verdict(&rules(&policy()), frame, false)
+    }
+
+    const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 8];
+    const OWN: &str = "fd09::7";
+    const LINK_LOCAL: &str = "fe80::ff:fe00:7";
+
+    #[test]
+    fn link_local_addresses_are_those_of_the_kernel() {
+        assert_eq!(link_local(MAC).to_string(), LINK_LOCAL);
+    }
+
+    #[test]
+    fn ipv4_and_arp_come_from_the_endpoint_alone() {
+        use SpoofReason::{Arp, Ethertype, Ipv4Source, Mac};
+        let own = [10, 9, 0, 7];
+        for (frame, expected) in [
+            (ethernet(MAC, IPV4, &packet_v4(own, UDP)), Verdict::Accept),
+            (ethernet(OTHER, IPV4, &packet_v4(own, UDP)), Verdict::Drop(Mac)),
+            (ethernet(MAC, IPV4, &packet_v4([10, 9, 0, 8], UDP)), Verdict::Drop(Ipv4Source)),
+            (ethernet(MAC, IPV4, &packet_v4([127, 0, 0, 1], UDP)), Verdict::Drop(Ipv4Source)),
+            (ethernet(MAC, IPV4, &packet_v4([0; 4], IGMP)), Verdict::Accept),
+            (ethernet(MAC, IPV4, &packet_v4([0; 4], UDP)), Verdict::Drop(Ipv4Source)),
+            (ethernet(MAC, ARP, &arp_packet(1, MAC, own, [10, 9, 0, 1])), Verdict::Accept),
+            (ethernet(MAC, ARP, &arp_packet(2, MAC, own, [10, 9, 0, 1])), Verdict::Accept),
+            (ethernet(MAC, ARP, &arp_packet(2, MAC, [10, 9, 0, 1], own)), Verdict::Drop(Arp)),
+            (ethernet(MAC, ARP, &arp_packet(1, OTHER, own, own)), Verdict::Drop(Arp)),
+            (ethernet(MAC, ARP, &arp_packet(1, MAC, [0; 4], own)), Verdict::Accept),
+            (ethernet(MAC, ARP, &arp_packet(1, MAC, [0; 4], [10, 9, 0, 1])), Verdict::Drop(Arp)),
+            (ethernet(MAC, ARP, &arp_packet(2, MAC, [0; 4], own)), Verdict::Drop(Arp)),
+            (ethernet(MAC, [0x88, 0xa8], &[0; 60]), Verdict::Drop(Ethertype)),
+            (ethernet(MAC, IPV4, &packet_v4(own, UDP)[..14]), Verdict::Drop(Ipv4Source)),
+        ] {
+            assert_eq!(judge(&frame), expected, "{frame:02x?}");
+        }
+        let tagged = ethernet(MAC, IPV4, &packet_v4(own, UDP));
+        assert_eq!(verdict(&rules(&policy()), &tagged, true), Verdict::Drop(SpoofReason::Vlan));
+    }
+
+    #[test]
+    fn ipv6_and_neighbor_discovery_come_from_the_endpoint_alone() {
+        use SpoofReason::{ExtensionHeader, Ipv6Source, NeighborDiscovery, Router};
+        let mld = |kind| [&[ICMPV6, 0, 5, 2, 0, 0, 1, 0][..], &[kind, 0, 0, 0]].concat();
+        let solicited = |target, option| discovery(NEIGHBOR_SOLICITATION, target, option);
+        let advertised = |target, option| discovery(NEIGHBOR_ADVERTISEMENT, target, option);
+        for (source, next, payload, expected) in [
+            (OWN, UDP, vec![0; 8], Verdict::Accept),
+            (LINK_LOCAL, TCP, vec![0; 20], Verdict::Accept),
+            ("fd09::8", UDP, vec![0; 8], Verdict::Drop(Ipv6Source)),
+            ("fe80::8", UDP, vec![0; 8], Verdict::Drop(Ipv6Source)),
+            ("::1", UDP, vec![0; 8], Verdict::Drop(Ipv6Source)),
+            ("::", UDP, vec![0; 8], Verdict::Drop(Ipv6Source)),
+            (OWN, ICMPV6, vec![128, 0, 0, 0], Verdict::Accept),
+            // Duplicate address detection.
+            ("::", ICMPV6, solicited(OWN, None), Verdict::Accept),
+            ("::", ICMPV6, solicited(LINK_LOCAL, None), Verdict::Accept),
+            ("::", ICMPV6, solicited("fd09::8", None), Verdict::Drop(Ipv6Source)),
+            ("::", ICMPV6, advertised(OWN, None), Verdict::Drop(Ipv6Source)),
+            // Resolution.
+            (OWN, ICMPV6, solicited("fd09::1", Some((1, MAC))), Verdict::Accept),
+            (OWN, ICMPV6, solicited("fd09::1", Some((1, OTHER))), Verdict::Drop(NeighborDiscovery)),
+            (OWN, ICMPV6, advertised(OWN, Some((2, MAC))), Verdict::Accept),
+            (OWN, ICMPV6, advertised(OWN, None), Verdict::Accept),
+            (LINK_LOCAL, ICMPV6, advertised(OWN, Some((2, MAC))), Verdict::Accept),
+            (OWN, ICMPV6, advertised("fd09::8", Some((2, MAC))), Verdict::Drop(NeighborDiscovery)),
+            (OWN, ICMPV6, advertised(OWN, Some((2, OTHER))), Verdict::Drop(NeighborDiscovery)),
+            // Routers.
+            (LINK_LOCAL, ICMPV6, vec![ROUTER_ADVERTISEMENT; 16], Verdict::Drop(Router)),
+            (LINK_LOCAL, ICMPV6, vec![REDIRECT; 16], Verdict::Drop(Router)),
+            // Multicast listeners.
+            ("::", HOP_BY_HOP, mld(143), Verdict::Accept),
+            (LINK_LOCAL, HOP_BY_HOP, mld(143), Verdict::Accept),
+            (LINK_LOCAL, HOP_BY_HOP, mld(ROUTER_ADVERTISEMENT), Verdict::Drop(ExtensionHeader)),
+            ("::", HOP_BY_HOP, mld(ROUTER_ADVERTISEMENT), Verdict::Drop(Ipv6Source)),
+            // Behind destination options, as ip6_tunnel has them.
+            (OWN, 60, vec![41, 0, 4, 1, 4, 1, 1, 0], Verdict::Accept),
+            (OWN, 60, vec![ICMPV6, 0, 4, 1, 4, 1, 1, 0, 134], Verdict::Drop(ExtensionHeader)),
+            (OWN, 60, vec![60, 0, 4, 1, 4, 1, 1, 0], Verdict::Drop(ExtensionHeader)),
+            (OWN, 44, vec![ICMPV6, 0, 0, 1, 0, 0, 0, 1], Verdict::Accept),
+        ] {
+            let frame = ethernet(MAC, IPV6, &packet_v6(source, next, &payload));
+            assert_eq!(judge(&frame), expected, "{source} {next} {payload:02x?}");
+        }
+    }
+
+    #[test]
+    fn without_an_ipv6_address_there_is_no_ipv6() {
+        let policy = PortPolicy { v6: Vec::new(), ..policy() };
+        let frame = ethernet(MAC, IPV6, &packet_v6(LINK_LOCAL, UDP, &[0; 8]));
+        assert_eq!(verdict(&rules(&policy), &frame, false), Verdict::Drop(SpoofReason::Ipv6Source));
+    }
+
+    #[test]
+    fn an_endpoint_with_any_address_is_bound_to_its_mac_address() {
+        let rules = rules(&PortPolicy { any_address: true, ..policy() });
+        let foreign = packet_v4([198, 51, 100, 1], UDP);
+        assert_eq!(verdict(&rules, &ethernet(MAC, IPV4, &foreign), false), Verdict::Accept);
+        let forged = verdict(&rules, &ethernet(OTHER, IPV4, &foreign), false);
+        assert_eq!(forged, Verdict::Drop(SpoofReason::Mac));
+    }
+}

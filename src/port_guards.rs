@@ -1,0 +1,57 @@
+//! The port guards of a project: which mechanism this host has for them.
+
+use std::io;
+use std::sync::Arc;
+use tidegate_model::Feature;
+use tidegate_netfilter::{Gate, GatePolicy, Mechanism, PortGuards};
+use tidegate_netns::Namespace;
+use tidegate_netsetup::Guards;
+
+/// Why there are no port guards: what was in the way of each mechanism.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.iter().map(|(mechanism, error)| format!("{mechanism}: {error}")).collect::<Vec<_>>().join("; "))]
+pub(crate) struct NoPortGuards(pub(crate) Vec<(Mechanism, io::Error)>);
+
+/// The port guards of `owner`, of the best mechanism that works in a network namespace made to try it.
+///
+/// # Errors
+/// [`NoPortGuards`].
+pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> {
+    let candidates: Vec<Mechanism> =
+        Mechanism::ALL.into_iter().filter(|mechanism| !is_forced_off(*mechanism)).collect();
+    let tried =
+        Namespace::create().and_then(|scratch| scratch.with(|| PortGuards::probe(&candidates, owner)));
+    match tried {
+        Ok(probed) => probed.map(Arc::new).map_err(NoPortGuards),
+        // None could be tried.
+        Err(error) => {
+            let code = error.raw_os_error();
+            let error = || code.map_or_else(|| io::ErrorKind::Other.into(), io::Error::from_raw_os_error);
+            Err(NoPortGuards(candidates.into_iter().map(|mechanism| (mechanism, error())).collect()))
+        }
+    }
+}
+
+fn is_forced_off(mechanism: Mechanism) -> bool {
+    let features: &[Feature] = match mechanism {
+        Mechanism::Tcx => &[Feature::Tcx, Feature::BpfGuards],
+        Mechanism::Clsact => &[Feature::BpfGuards],
+        Mechanism::Nftables => &[Feature::NetdevGuards],
+        Mechanism::Classic => &[Feature::ClassicGuards],
+    };
+    features.iter().any(|feature| feature.is_forced_off())
+}
+
+/// What the kernel has to be told of `guards`, of `owner`.
+pub(crate) fn attachment(guards: Option<&PortGuards>, owner: &str) -> Guards {
+    match guards.map(PortGuards::mechanism) {
+        None => Guards::None,
+        Some(Mechanism::Nftables) => Guards::InTable(owner.to_owned()),
+        Some(Mechanism::Tcx | Mechanism::Clsact | Mechanism::Classic) => Guards::AtLinks,
+    }
+}
+
+/// Whether gates can be attached here without a firewall.
+pub(crate) fn has_gates() -> bool {
+    !Feature::Gates.is_forced_off() && Gate::new(&GatePolicy::From(Vec::new())).is_ok()
+}
