@@ -9,6 +9,7 @@
 //! - [`Segment`]: one more link, with as many hosts on it as wanted;
 //! - [`Process`]: a child that is killed and reaped when its guard goes, with its output and its use of CPU,
 //!   memory and descriptors at hand;
+//! - [`frames`]: Ethernet frames by hand, sent and received at a link;
 //! - [`server`]: small TCP and UDP servers that run on threads of their own inside a namespace.
 //!
 //! # Failure is a panic
@@ -39,6 +40,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("network namespaces exist on Linux only");
 
+pub mod frames;
 mod mounts;
 mod namespace;
 mod pattern;

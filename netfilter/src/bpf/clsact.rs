@@ -142,10 +142,9 @@ impl Clsact {
         };
         let listed = self.0.dump(&asked, |attributes| {
             let options = attribute(attributes, OPTIONS).unwrap_or_default();
-            if attribute(options, option::NAME).map(text).as_deref() != Some(name) {
-                return;
-            }
-            let id = attribute(options, option::ID).and_then(|id| id.try_into().ok());
+            // The kernel keeps names of loaded programs alone (`cls_bpf_prog_from_efd`).
+            let named = attribute(options, option::NAME).map(text).as_deref() == Some(name);
+            let id = attribute(options, option::ID).filter(|_| named).and_then(|id| id.try_into().ok());
             let classic = attribute(options, option::INSTRUCTIONS);
             found = id
                 .map(|id| Attached::Program(u32::from_ne_bytes(id)))

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    Attachment, Endpoint, FirewallKind, Mac, Network, Subnet, Uplink, WithEngine, WithFirewall,
+    Attachment, Endpoint, FirewallKind, Guards, Mac, Network, Subnet, Uplink, WithEngine, WithFirewall,
     WithoutFirewall,
 };
 use proptest::prelude::*;
@@ -64,10 +64,14 @@ fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
     let with = |firewall, gated| {
         Arc::new(WithFirewall { firewall, owner: "demo".to_owned(), gated }) as Arc<dyn Isolation>
     };
-    let engine = Arc::new(WithEngine { device: "tgt-1".to_owned(), table: 30_000 });
+    let engine = |gated| {
+        Arc::new(WithEngine { device: "tgt-1".to_owned(), table: 30_000, gated }) as Arc<dyn Isolation>
+    };
     let all: Vec<Arc<dyn Isolation>> = vec![
-        Arc::new(WithoutFirewall::default()),
-        engine,
+        Arc::new(WithoutFirewall { gated: false }),
+        Arc::new(WithoutFirewall { gated: true }),
+        engine(false),
+        engine(true),
         with(FirewallKind::Nftables, true),
         with(FirewallKind::Iptables, false),
     ];
@@ -80,7 +84,10 @@ fn some_desired() -> impl Strategy<Value = Desired> {
         prop::collection::vec((any::<bool>(), any::<bool>(), prop::sample::select(vec![1400_u32, 1500])), 3);
     let endpoints = prop::collection::vec((any::<bool>(), 0_usize..3), 4);
     let uplinks = prop::collection::vec((any::<bool>(), any::<bool>()), 0..3);
-    (any::<[bool; 3]>(), networks, endpoints, uplinks).prop_map(|(there, looks, endpoints, uplinks)| {
+    let guards =
+        prop::sample::select(vec![Guards::None, Guards::AtLinks, Guards::InTable("demo".to_owned())]);
+    let all = (any::<[bool; 3]>(), networks, endpoints, uplinks, guards, 0..2_000_u32);
+    all.prop_map(|(there, looks, endpoints, uplinks, guards, rules_ahead)| {
         let mut networks = Vec::new();
         for (number, (internal, inter_container, mtu)) in looks.into_iter().enumerate() {
             let name = format!("n{number}");
@@ -99,7 +106,7 @@ fn some_desired() -> impl Strategy<Value = Desired> {
         let uplinks = uplinks
             .map(|(number, (v4, v6))| Uplink { link: format!("eth{number}"), v4, v6, ours: number != 0 })
             .collect();
-        Desired { networks, endpoints, uplinks }
+        Desired { networks, endpoints, uplinks, rules_ahead, guards }
     })
 }
 
@@ -164,8 +171,8 @@ fn a_network_is_closed_before_it_is_up() {
 fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
     let desired = Desired {
         networks: vec![network("blue", 1)],
-        endpoints: Vec::new(),
         uplinks: vec![Uplink { link: "eth0".to_owned(), v4: true, v6: false, ours: true }],
+        ..Desired::default()
     };
     let steps = |gated| -> Vec<String> {
         let isolation = WithFirewall { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
@@ -181,7 +188,7 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
             "add rule 7656: to 10.9.1.0/24 lookup main",
             "add bridge \"tg-blue\"",
             "add \"tg-blue\" in group 1200802033",
-            "add gate at the exit \"tg-blue\"",
+            "add gate at the egress of \"tg-blue\"",
             "add net.ipv4.conf.tg-blue.forwarding = 1 on the host",
             "add net.ipv6.conf.tg-blue.disable_ipv6 = 1 on the host",
             "add address 10.9.1.1/24 of \"tg-blue\" on the host",
@@ -213,10 +220,58 @@ fn an_endpoint_of_an_internal_network_has_no_way_out() {
     let desired = Desired {
         endpoints: vec![endpoint("web", 1, &internal)],
         networks: vec![internal],
-        uplinks: Vec::new(),
+        ..Desired::default()
     };
     let facts = desired.facts(&WithoutFirewall::default());
     assert!(!facts.iter().any(|fact| matches!(fact, Fact::DefaultRoute { .. })));
+}
+
+#[test]
+fn an_endpoint_is_guarded_before_it_is_on_the_bridge() {
+    let blue = network("blue", 1);
+    let endpoints = vec![endpoint("web", 1, &blue)];
+    let desired = |guards| Desired {
+        networks: vec![blue.clone()],
+        endpoints: endpoints.clone(),
+        guards,
+        ..Desired::default()
+    };
+    let steps = |guards| -> Vec<String> {
+        let facts = desired(guards).facts(&WithoutFirewall::default());
+        facts.iter().map(Fact::to_string).collect()
+    };
+    let place = |steps: &[String], what: &str| steps.iter().position(|step| step.starts_with(what));
+    let unguarded = steps(Guards::None);
+    assert_eq!(place(&unguarded, "port guard"), None);
+    let guarded = steps(Guards::AtLinks);
+    assert!(place(&guarded, "port guard").unwrap() < place(&guarded, "port \"").unwrap(), "{guarded:?}");
+    let in_table = steps(Guards::InTable("demo".to_owned()));
+    assert_eq!(place(&in_table, "table of nftables"), Some(0));
+}
+
+/// A VPN, a company's network: the bridge's route is more specific.
+#[test]
+fn wider_routes_of_others_are_no_conflict() {
+    let desired = Desired { networks: vec![network("blue", 1)], ..Desired::default() };
+    for route in ["0.0.0.0/1", "128.0.0.0/1", "10.0.0.0/8", "10.9.0.0/23"] {
+        let observed = Observed { routes: vec![(net(route), "tun0".into())], ..Observed::default() };
+        assert!(plan(&desired, &[], &observed, &WithoutFirewall::default()).is_ok(), "{route}");
+    }
+}
+
+#[test]
+fn policy_rules_are_ahead_of_those_of_others() {
+    let priorities = |rules_ahead| -> Vec<u32> {
+        let desired = Desired { networks: vec![network("blue", 1)], rules_ahead, ..Desired::default() };
+        let facts = desired.facts(&WithoutFirewall::default());
+        let rules = facts.iter().filter_map(|fact| match fact {
+            Fact::Rule(rule) => Some(rule.priority),
+            _ => None,
+        });
+        rules.collect()
+    };
+    assert_eq!(priorities(0), [7656, 7657, 7657]);
+    assert_eq!(priorities(2_460), [5196, 5197, 5197], "before 5200");
 }
 
 #[test]
@@ -231,7 +286,7 @@ fn contradictions_are_told_and_nothing_is_planned() {
     };
     let refused = |networks: Vec<Network>, endpoints: Vec<Endpoint>, observed: &Observed| {
         plan(
-            &Desired { networks, endpoints, uplinks: Vec::new() },
+            &Desired { networks, endpoints, ..Desired::default() },
             &[],
             observed,
             &WithoutFirewall::default(),
@@ -248,11 +303,15 @@ fn contradictions_are_told_and_nothing_is_planned() {
         refused(vec![blue.clone(), wide], vec![], &nothing),
         "network \"red\": subnet 10.9.0.0/16 overlaps 10.9.1.0/24 of network \"blue\"; give it another one"
     );
-    let routed = Observed { routes: vec![(net("10.0.0.0/8"), "eth7".into())], ..Observed::default() };
-    assert_eq!(
-        refused(vec![blue.clone()], vec![], &routed),
-        "network \"blue\": subnet 10.9.1.0/24 overlaps 10.0.0.0/8, which the host reaches by \"eth7\"; give it another one"
-    );
+    for route in ["10.9.1.0/24", "10.9.1.128/25", "10.9.1.77/32"] {
+        let routed = Observed { routes: vec![(net(route), "eth7".into())], ..Observed::default() };
+        assert_eq!(
+            refused(vec![blue.clone()], vec![], &routed),
+            format!(
+                "network \"blue\": subnet 10.9.1.0/24 overlaps {route}, which the host reaches by \"eth7\"; give it another one"
+            )
+        );
+    }
     assert_eq!(
         refused(vec![blue.clone()], vec![], &taken(&[("tg-blue", 99)])),
         "interface \"tg-blue\" on the host exists already and is not ours; choose another name or remove it"
@@ -274,7 +333,7 @@ fn contradictions_are_told_and_nothing_is_planned() {
             &Desired { networks: vec![blue], ..Desired::default() },
             &[],
             &taken(&[("tg-blue", 1)]),
-            &WithoutFirewall
+            &WithoutFirewall::default()
         )
         .is_ok()
     );

@@ -93,13 +93,13 @@ fn two_networks() -> Desired {
         }],
     };
     Desired {
-        uplinks: Vec::new(),
         networks: vec![network("blue", 1, true), network("red", 2, true)],
         endpoints: vec![
             endpoint("a", "blue", 1, 10),
             endpoint("b", "blue", 1, 11),
             endpoint("c", "red", 2, 12),
         ],
+        ..Desired::default()
     }
 }
 

@@ -1,0 +1,315 @@
+//! Port guards at the ports of a real bridge, by each mechanism: frames that root in a container makes by hand, and what
+//! an unmodified kernel sends.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::thread;
+use std::time::Duration;
+use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, SpoofReason};
+use tidegate_testbed::frames::{
+    BROADCAST, LinkSocket, Mac, advertisement, arp, ethernet, icmp6, ipv4, ipv6, udp4, udp6,
+};
+use tidegate_testbed::{Namespace, eventually};
+
+const SOON: Duration = Duration::from_secs(10);
+/// Frames of each kind.
+const COUNT: usize = 10_000;
+
+const MEMBER: Mac = [2, 0, 0, 0, 0, 7];
+const NEIGHBOR: Mac = [2, 0, 0, 0, 0, 8];
+const OWN: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 7);
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
+const NEIGHBOR_V4: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 8);
+
+fn v6(text: &str) -> Ipv6Addr {
+    text.parse().unwrap()
+}
+
+/// A bridge with two members, of which the guarded one is hostile.
+struct Bridge {
+    host: Namespace,
+    member: Namespace,
+    neighbor: Namespace,
+    guards: PortGuards,
+    index: u32,
+}
+
+impl Bridge {
+    fn new(mechanism: Mechanism, any_address: bool) -> Self {
+        let (host, member, neighbor) = (Namespace::new(), Namespace::new(), Namespace::new());
+        host.ip_all("link add br0 type bridge mcast_snooping 0");
+        for (link, namespace, mac) in [("veth-m", &member, MEMBER), ("veth-n", &neighbor, NEIGHBOR)] {
+            let path = namespace.path();
+            let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+            host.ip_all(&format!(
+                "link add {link} type veth peer name eth0 address {mac} netns {}",
+                path.display()
+            ));
+        }
+        for link in ["br0", "veth-m", "veth-n"] {
+            host.sysctl(&format!("net.ipv6.conf.{link}.disable_ipv6"), "1");
+        }
+        let policy = PortPolicy { mac: MEMBER, v4: vec![OWN], v6: vec![v6("fd09::7")], any_address };
+        let listed = host.ip(&["-o", "link", "show", "veth-m"]);
+        let index = listed.split(':').next().unwrap().parse().unwrap();
+        let guards = Namespace::new().run(|| PortGuards::probe(&[mechanism], "test")).unwrap();
+        assert_eq!(guards.mechanism(), mechanism);
+        host.run(|| {
+            assert!(!guards.is_attached(index, "veth-m", &policy).unwrap());
+            guards.attach(index, "veth-m", &policy).unwrap();
+            assert!(guards.is_attached(index, "veth-m", &policy).unwrap());
+        });
+        host.ip_all(
+            "link set veth-m master br0\nlink set veth-n master br0\nlink set veth-m up\nlink set veth-n up\nlink set br0 up",
+        );
+        Self { host, member, neighbor, guards, index }
+    }
+
+    /// The kernels of the members say nothing by themselves.
+    fn silent(mechanism: Mechanism, any_address: bool) -> Self {
+        let bridge = Self::new(mechanism, any_address);
+        for namespace in [&bridge.member, &bridge.neighbor] {
+            namespace.sysctl("net.ipv6.conf.eth0.disable_ipv6", "1");
+            namespace.ip_all("link set eth0 arp off\nlink set eth0 up");
+        }
+        assert!(eventually(SOON, || bridge.host.ip(&["-o", "link", "show", "veth-n"]).contains("state UP")));
+        bridge
+    }
+
+    fn dropped(&self) -> Vec<(SpoofReason, u64)> {
+        let dropped = self.host.run(|| self.guards.dropped());
+        let counts = SpoofReason::ALL.into_iter().zip(dropped["veth-m"]);
+        counts.filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// Sends `frames` from the member. Returns how many frames the neighbour and the host have received.
+    fn send(&self, frames: impl Iterator<Item = Vec<u8>>) -> [usize; 2] {
+        let sender = LinkSocket::open(&self.member, "eth0");
+        let receivers = [LinkSocket::open(&self.neighbor, "eth0"), LinkSocket::open(&self.host, "br0")];
+        let mut received = [0; 2];
+        let mut take = || {
+            for (count, receiver) in received.iter_mut().zip(&receivers) {
+                *count += receiver.received().len();
+            }
+        };
+        for (number, frame) in frames.enumerate() {
+            sender.send(&frame);
+            if number % 256 == 0 {
+                take();
+            }
+        }
+        // A veth pair delivers in a softirq, perhaps of the other core.
+        thread::sleep(Duration::from_millis(100));
+        take();
+        received
+    }
+}
+
+/// A linear congruential generator (Knuth, MMIX): the same frames in each run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 24
+    }
+
+    fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+        from[self.next() as usize % from.len()].clone()
+    }
+}
+
+/// Kinds of forged frames, each with the reason for which it is dropped.
+fn forged(kind: &str, random: &mut Random) -> Vec<u8> {
+    let ip4 = |packet: &[u8]| ethernet(BROADCAST, MEMBER, 0x0800, packet);
+    let ip6 = |packet: &[u8]| ethernet(BROADCAST, MEMBER, 0x86dd, packet);
+    let any4 = Ipv4Addr::from_bits(random.next() as u32);
+    let source4 = random.pick(&[
+        GATEWAY,
+        NEIGHBOR_V4,
+        Ipv4Addr::LOCALHOST,
+        Ipv4Addr::UNSPECIFIED,
+        Ipv4Addr::BROADCAST,
+        Ipv4Addr::new(203, 0, 113, 9),
+        Ipv4Addr::new(10, 9, 1, 7),
+        if any4 == OWN { GATEWAY } else { any4 },
+    ]);
+    let any6 = Ipv6Addr::from_bits(u128::from(random.next()) << 64 | u128::from(random.next()));
+    let source6 = random.pick(&[
+        v6("fd09::1"),
+        v6("fd09::8"),
+        v6("fe80::1"),
+        v6("::1"),
+        v6("::"),
+        v6("2001:db8::9"),
+        any6,
+    ]);
+    let all = v6("ff02::1");
+    let own = v6("fe80::ff:fe00:7");
+    let mut mac = random.next().to_be_bytes()[2..].to_vec();
+    mac[0] &= 0xfe;
+    let mac: Mac = mac.try_into().unwrap();
+    match kind {
+        "mac" => ethernet(BROADCAST, mac, 0x0800, &udp4((OWN, 1), (GATEWAY, 2), b"forged")),
+        "arp" => match random.next() % 3 {
+            // From 0.0.0.0 it would be a probe, if the target were its own.
+            0 => arp(1 + (random.next() % 2) as u8, MEMBER, source4, GATEWAY),
+            1 => {
+                let mut frame = arp(2, MEMBER, OWN, GATEWAY);
+                frame[22..28].copy_from_slice(&mac);
+                frame
+            }
+            _ => arp(3 + (random.next() % 8) as u8, MEMBER, OWN, GATEWAY),
+        },
+        "nd" => match random.next() % 5 {
+            0 => ip6(&advertisement(own, all, random.pick(&[v6("fd09::1"), v6("fd09::8")]), MEMBER)),
+            1 => ip6(&advertisement(own, all, v6("fd09::7"), mac)),
+            2 => ip6(&icmp6(own, all, &[&[134, 0, 0, 0, 64, 0, 7, 8][..], &[0; 8]].concat())),
+            3 => ip6(&icmp6(own, all, &[&[137, 0, 0, 0][..], &[0; 36]].concat())),
+            // Behind an extension header.
+            _ => {
+                let header = [58, 0, 1, 4, 0, 0, 0, 0];
+                let message = advertisement(own, all, v6("fd09::1"), MEMBER)[40..].to_vec();
+                ip6(&ipv6(own, all, random.pick(&[0, 43, 60]), &[&header[..], &message].concat()))
+            }
+        },
+        "ipv4" => match random.next() % 2 {
+            0 => ip4(&udp4((source4, 9), (GATEWAY, 53), b"forged")),
+            _ => ip4(&ipv4(source4, NEIGHBOR_V4, random.pick(&[1, 6]), &[0; 20])),
+        },
+        "ipv6" => match random.next() % 2 {
+            0 => ip6(&udp6((source6, 9), (all, 53), b"forged")),
+            _ => ip6(&ipv6(source6, v6("fd09::8"), random.pick(&[6, 43, 44, 50, 60]), &[0; 40])),
+        },
+        "ethertype" => {
+            let kind = random.pick(&[0x8100, 0x88a8, 0x88cc, 0x8847, 0x0026, 0x9000, 0x888e]);
+            ethernet(BROADCAST, MEMBER, kind, &[0; 46])
+        }
+        _ => unreachable!("{kind}"),
+    }
+}
+
+#[test]
+fn forged_frames_reach_neither_neighbor_nor_host() {
+    for mechanism in Mechanism::ALL {
+        let bridge = Bridge::silent(mechanism, false);
+        let mut random = Random(1);
+        let mut sent = 0;
+        for kind in ["mac", "arp", "nd", "ipv4", "ipv6", "ethertype"] {
+            let frames = (0..COUNT).map(|_| forged(kind, &mut random));
+            assert_eq!(bridge.send(frames), [0, 0], "{mechanism}: {kind}");
+            sent += COUNT as u64;
+            if mechanism != Mechanism::Classic {
+                let counted: u64 = bridge.dropped().iter().map(|(_, count)| count).sum();
+                assert_eq!(counted, sent, "{mechanism}: {kind}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_endpoints_own_frames_pass() {
+    for mechanism in Mechanism::ALL {
+        let bridge = Bridge::silent(mechanism, false);
+        let own6 = v6("fd09::7");
+        let frames = [
+            ethernet(BROADCAST, MEMBER, 0x0800, &udp4((OWN, 1), (GATEWAY, 2), b"own")),
+            ethernet(NEIGHBOR, MEMBER, 0x0800, &ipv4(OWN, NEIGHBOR_V4, 6, &[0; 20])),
+            arp(1, MEMBER, OWN, GATEWAY),
+            ethernet(BROADCAST, MEMBER, 0x86dd, &udp6((own6, 1), (v6("ff02::1"), 2), b"own")),
+            ethernet(BROADCAST, MEMBER, 0x86dd, &advertisement(own6, v6("ff02::1"), own6, MEMBER)),
+        ];
+        // The neighbour hears all of them, the host those that are not for the neighbour alone.
+        assert_eq!(bridge.send(frames.into_iter()), [5, 4], "{mechanism}");
+        assert_eq!(bridge.dropped(), [], "{mechanism}");
+    }
+}
+
+#[test]
+fn with_any_address_only_the_mac_address_is_checked() {
+    for mechanism in Mechanism::ALL {
+        let bridge = Bridge::silent(mechanism, true);
+        let mut random = Random(2);
+        let foreign = (0..100).map(|_| forged("ipv4", &mut random));
+        assert_eq!(bridge.send(foreign), [100, 100], "{mechanism}");
+        let mut random = Random(2);
+        let forged_mac = (0..100).map(|_| forged("mac", &mut random));
+        assert_eq!(bridge.send(forged_mac), [0, 0], "{mechanism}");
+    }
+}
+
+/// Boot with duplicate address detection, MLD, IGMP, ARP and neighbour discovery, an address that is renewed.
+#[test]
+fn nothing_that_an_unmodified_kernel_sends_is_dropped() {
+    for mechanism in Mechanism::ALL {
+        let bridge = Bridge::new(mechanism, false);
+        bridge.host.ip_all("addr add 10.9.0.1/24 dev br0");
+        bridge.host.sysctl("net.ipv6.conf.br0.disable_ipv6", "0");
+        bridge.host.ip_all("-6 addr add fd09::1/64 dev br0 nodad");
+        for (namespace, last) in [(&bridge.member, 7), (&bridge.neighbor, 8)] {
+            namespace.sysctl("net.ipv6.conf.eth0.accept_ra", "0");
+            namespace.sysctl("net.ipv4.conf.eth0.arp_notify", "1");
+            namespace.ip_all(&format!(
+                "link set lo up\nlink set eth0 up\naddr add 10.9.0.{last}/24 dev eth0\n-6 addr add fd09::{last}/64 dev eth0"
+            ));
+        }
+        let answers = |namespace: &Namespace, address: &str| {
+            let mut ping = namespace.command("ping");
+            ping.args(["-c", "1", "-W", "1", address]).output().unwrap().status.success()
+        };
+        // An application that sends meanwhile gets ::1 for a source, which no receiver takes (RFC 4291, 2.5.3).
+        let detected = |namespace: &Namespace| {
+            eventually(SOON, || namespace.ip(&["-6", "addr", "show", "tentative"]).is_empty())
+        };
+        let all = || {
+            ["10.9.0.1", "10.9.0.8", "fd09::1", "fd09::8"].iter().all(|to| answers(&bridge.member, to))
+                && ["10.9.0.7", "fd09::7"].iter().all(|to| answers(&bridge.neighbor, to))
+        };
+        assert!(detected(&bridge.member) && detected(&bridge.neighbor));
+        assert!(eventually(SOON, all), "{mechanism}");
+        // Groups that are joined and left: IGMP and MLD.
+        bridge.member.run(|| {
+            let group = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+            group.join_multicast_v4(&"239.1.2.3".parse().unwrap(), &OWN).unwrap();
+            let group = std::net::UdpSocket::bind("[::]:0").unwrap();
+            group.join_multicast_v6(&v6("ff15::7"), 0).unwrap();
+        });
+        bridge.member.ip_all(
+            "addr del 10.9.0.7/24 dev eth0\n-6 addr del fd09::7/64 dev eth0\nlink set eth0 down\nlink set eth0 up\naddr add 10.9.0.7/24 dev eth0\n-6 addr add fd09::7/64 dev eth0",
+        );
+        assert!(detected(&bridge.member));
+        assert!(eventually(SOON, all), "{mechanism}: renewed");
+        assert!(answers(&bridge.member, "10.9.0.1") && !answers(&bridge.member, "10.9.0.99"));
+        assert_eq!(bridge.dropped(), [], "{mechanism}");
+    }
+}
+
+#[test]
+fn it_goes_with_its_link_and_is_missed_when_it_is_removed() {
+    for mechanism in Mechanism::ALL {
+        let bridge = Bridge::silent(mechanism, false);
+        let policy = PortPolicy { mac: MEMBER, v4: vec![OWN], v6: vec![v6("fd09::7")], any_address: false };
+        let is_attached = || bridge.host.run(|| bridge.guards.is_attached(bridge.index, "veth-m", &policy));
+        let forged = || bridge.send([forged("mac", &mut Random(3))].into_iter());
+        let remove: &[(&str, &[&str])] = match mechanism {
+            // What removes it is not at hand everywhere (bpftool).
+            Mechanism::Tcx => &[],
+            Mechanism::Clsact | Mechanism::Classic => &[("tc", &["qdisc", "del", "dev", "veth-m", "clsact"])],
+            Mechanism::Nftables => &[("nft", &["flush", "ruleset"])],
+        };
+        for (program, args) in remove {
+            bridge.host.exec(program, args);
+            assert!(!is_attached().unwrap(), "{mechanism}");
+            assert_eq!(forged(), [1, 1], "{mechanism}");
+            bridge.host.run(|| bridge.guards.attach(bridge.index, "veth-m", &policy)).unwrap();
+        }
+        assert!(is_attached().unwrap(), "{mechanism}");
+        assert_eq!(forged(), [0, 0], "{mechanism}");
+        bridge.host.ip(&["link", "del", "veth-m"]);
+        if mechanism == Mechanism::Nftables {
+            bridge.host.run(|| PortGuards::remove_table("test")).unwrap();
+            assert_eq!(bridge.host.exec("nft", &["list", "tables"]), "");
+        } else {
+            assert!(!is_attached().unwrap_or(false), "{mechanism}");
+        }
+    }
+}
