@@ -38,6 +38,7 @@ bench:
 	@scripts/test-deps
 	$(CARGO) bench --locked --bench compare -- --out benches/results $(BENCH_ARGS)
 	$(CARGO) bench --locked -p tidegate-dns --bench dnsperf
+	$(CARGO) bench --locked -p tidegate-netfilter --bench port_guard
 
 # A few minutes instead of twenty: whether everything runs, not how fast.
 bench-quick:

@@ -17,8 +17,7 @@ pub(crate) struct NoPortGuards(pub(crate) Vec<(Mechanism, io::Error)>);
 /// # Errors
 /// [`NoPortGuards`].
 pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> {
-    let candidates: Vec<Mechanism> =
-        Mechanism::ALL.into_iter().filter(|mechanism| !is_forced_off(*mechanism)).collect();
+    let candidates = candidates();
     let tried =
         Namespace::create().and_then(|scratch| scratch.with(|| PortGuards::probe(&candidates, owner)));
     match tried {
@@ -30,6 +29,11 @@ pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> 
             Err(NoPortGuards(candidates.into_iter().map(|mechanism| (mechanism, error())).collect()))
         }
     }
+}
+
+/// The mechanisms that are tried, in order.
+pub(crate) fn candidates() -> Vec<Mechanism> {
+    Mechanism::ALL.into_iter().filter(|mechanism| !is_forced_off(*mechanism)).collect()
 }
 
 fn is_forced_off(mechanism: Mechanism) -> bool {

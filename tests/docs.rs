@@ -194,3 +194,72 @@ fn words(text: &str, prefix: &str) -> BTreeSet<String> {
         .map(|word| word.trim_end_matches(['_', '-']).to_owned())
         .collect()
 }
+
+/// Each weakness on the security page is shown not to be there by tests that exist.
+#[test]
+fn the_security_page_names_tests_that_exist() {
+    let mut sources = String::new();
+    let mut directories = vec![root("")];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if path.is_dir() && !matches!(name, "target" | ".git") {
+                directories.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                sources += &std::fs::read_to_string(path).unwrap();
+            }
+        }
+    }
+    let lines: Vec<&str> = sources.lines().map(str::trim).collect();
+    let is_test = |name: &str| {
+        let head = format!("fn {name}(");
+        lines.iter().enumerate().filter(|(_, line)| line.starts_with(&head)).any(|(at, _)| {
+            let attributes = lines[..at].iter().rev().take_while(|line| line.starts_with("#["));
+            attributes.into_iter().any(|line| *line == "#[test]" || line.starts_with("#[tokio::test"))
+        })
+    };
+    let page = read("docs/security.md");
+    let rows: Vec<&str> =
+        page.lines().filter(|line| line.starts_with("| CVE-") || line.starts_with("| GHSA-")).collect();
+    let of_the_table =
+        |id: &str| rows.iter().any(|row| row.split('|').nth(1).is_some_and(|ids| ids.contains(id)));
+    for id in [
+        "CVE-2025-54388",
+        "CVE-2025-54410",
+        "CVE-2024-29018",
+        "CVE-2024-32473",
+        "CVE-2020-13401",
+        "CVE-2021-20199",
+        "CVE-2024-8418",
+        "CVE-2026-35406",
+        "CVE-2017-15133",
+        "CVE-2019-6778",
+        "CVE-2019-14378",
+        "CVE-2019-15890",
+        "CVE-2020-1983",
+        "CVE-2020-7039",
+        "CVE-2020-29129",
+        "CVE-2020-29130",
+        "CVE-2021-3592",
+        "CVE-2021-3593",
+        "CVE-2021-3594",
+        "CVE-2021-3595",
+        "CVE-2026-9539",
+        "CVE-2026-95508",
+        "CVE-2026-115449",
+        "CVE-2026-120830",
+        "CVE-2026-120831",
+        "GHSA-jv3w-x3r3-g6rm",
+    ] {
+        assert!(of_the_table(id), "{id}");
+    }
+    for row in rows {
+        let cell = row.split('|').nth(4).unwrap_or_default();
+        let names: Vec<&str> = cell.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "{row}");
+        for name in names {
+            assert!(is_test(name), "{name}, of {row}");
+        }
+    }
+}

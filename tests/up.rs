@@ -8,6 +8,7 @@ mod up {
     pub(crate) mod names;
     pub(crate) mod rootless;
     pub(crate) mod scene;
+    pub(crate) mod spoofing;
     pub(crate) mod uplink;
     pub(crate) mod way_in;
     pub(crate) mod way_out;

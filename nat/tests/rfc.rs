@@ -564,3 +564,77 @@ fn rfc_1191_a_smaller_path_behind_the_guest_is_respected() {
     let again = guest.got().unwrap();
     assert_eq!((again.sequence, again.payload.len(), again.cut), (data.sequence, 5000, 1260));
 }
+
+/// The urgent pointer takes no byte out of the stream and no length is computed from it (RFC 6093, 3.1).
+#[test]
+fn rfc_6093_urgent_data_is_data_in_order_whatever_the_pointer_says() {
+    /// The offset of the pointer behind the offload header of the device (10 bytes) and the IPv4 header.
+    const POINTER: usize = 10 + 20 + 18;
+    const URG: u8 = 0x20;
+    let mut guest = Guest::connected();
+    let mut expected = Vec::new();
+    for pointer in [0_u16, 1, 2, 5, 6, 0x7fff, 0xffff] {
+        for payload in [&b""[..], b"x", b"hello"] {
+            let mut bytes = frame(&guest.head(ACK | PSH | URG), payload);
+            bytes[POINTER..POINTER + 2].copy_from_slice(&pointer.to_be_bytes());
+            guest.bench.frame(&bytes);
+            guest.next = guest.next.wrapping_add(payload.len() as u32);
+            expected.extend_from_slice(payload);
+        }
+    }
+    assert_eq!(guest.sent(), expected);
+}
+
+/// However small a path is said to be, segments carry payload and all of it arrives (RFC 1191, 3; RFC 8201, 4).
+#[test]
+fn rfc_1191_a_path_that_is_said_to_be_tiny_still_carries_payload() {
+    for mtu in [0_u32, 1, 20, 40, 52, 67, 68, 88, 576, 1279, 65_535, u32::MAX] {
+        let mut guest = Guest::connected_with(Bench::new(), |head| head.scale = Some(4));
+        guest.bench.far_end_sends(0, &[7; 5000]);
+        let data = guest.got().unwrap();
+        let quoted = frame(
+            &TcpHead { sequence: data.sequence, ..segment(guest.outside, guest.inside) },
+            &data.payload[..100],
+        );
+        let (head, message) = tidegate_nat::wire::head::problem(
+            guest.inside.ip(),
+            guest.outside.ip(),
+            Problem::TooBig(mtu),
+            &[&quoted[10..]],
+        );
+        guest.bench.frame(&[head.bytes(), &message].concat());
+        if let Some(again) = guest.got() {
+            assert!(again.cut >= 48, "segments of {} bytes for a path of {mtu}", again.cut);
+            assert_eq!(again.payload, data.payload, "{mtu}");
+        }
+        guest.expected = guest.expected.wrapping_add(5000);
+        guest.send(ACK, b"");
+        guest.send(ACK, b"still here");
+        assert_eq!(guest.sent(), b"still here", "{mtu}");
+    }
+}
+
+/// An error that quotes too little, or a header of any length, is not read beyond its end (RFC 792; RFC 1812, 4.3.2.3).
+#[test]
+fn rfc_792_errors_are_read_within_their_bounds_whatever_they_quote() {
+    let mut guest = Guest::connected();
+    let quoted =
+        frame(&TcpHead { sequence: guest.expected, ..segment(guest.outside, guest.inside) }, &[1; 40]);
+    for length in 0..quoted.len() - 10 {
+        for header_words in 0..16_u8 {
+            let mut quote = quoted[10..10 + length].to_vec();
+            if let Some(first) = quote.first_mut() {
+                *first = *first & 0xf0 | header_words;
+            }
+            let (head, message) = tidegate_nat::wire::head::problem(
+                guest.inside.ip(),
+                guest.outside.ip(),
+                Problem::TooBig(1300),
+                &[&quote],
+            );
+            guest.bench.frame(&[head.bytes(), &message].concat());
+        }
+    }
+    guest.send(ACK, b"still here");
+    assert_eq!(guest.sent(), b"still here");
+}

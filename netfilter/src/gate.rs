@@ -15,7 +15,9 @@
 //! (Linux 6.6), else through the qdisc `clsact`.
 
 use crate::bpf::clsact::{Attached, Clsact, Code};
-use crate::bpf::{Direction, Instruction, LOOPBACK, Program, field, tag_of, tcx_programs, verdict};
+use crate::bpf::{
+    Direction, Instruction, LOOPBACK, Program, detach_tcx, field, tag_of, tcx_programs, verdict,
+};
 use std::io;
 use tidegate_model::Feature;
 
@@ -83,12 +85,23 @@ impl Gate {
         let code = Code::Descriptor(self.program.descriptor());
         Clsact::open()?.attach(index, Direction::Egress, NAME, code)
     }
+}
 
-    /// Detaches a gate attached through `clsact`, for tests.
-    #[doc(hidden)]
-    pub fn detach_clsact(index: u32) -> io::Result<()> {
-        Clsact::open()?.detach(index, Direction::Egress)
+/// How many programs are attached to the link numbered `index` of the calling thread's namespace: for tests.
+#[doc(hidden)]
+pub fn count_programs(index: u32) -> io::Result<usize> {
+    let count = |direction| tcx_programs(index, direction).map(|ids| ids.len());
+    Ok(count(Direction::Ingress)? + count(Direction::Egress)?)
+}
+
+/// Detaches all programs from the link numbered `index` of the calling thread's namespace, gates and port guards: for
+/// tests of what holds without them.
+#[doc(hidden)]
+pub fn detach_programs(index: u32) -> io::Result<()> {
+    for direction in [Direction::Ingress, Direction::Egress] {
+        detach_tcx(index, direction)?;
     }
+    Ok(())
 }
 
 fn program(policy: &GatePolicy) -> Vec<Instruction> {

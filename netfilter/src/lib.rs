@@ -27,6 +27,8 @@ mod wire;
 pub use connection::{Change, Connection, Error, Listed, TableFamily};
 pub use conntrack::{Conntrack, Flow};
 pub use gate::{Gate, GatePolicy};
+#[doc(hidden)]
+pub use gate::{count_programs, detach_programs};
 pub use guard::{Dropped, Mechanism, PortGuards, PortPolicy, SpoofReason};
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, SpoofReason};
 use tidegate_testbed::frames::{
-    BROADCAST, LinkSocket, Mac, advertisement, arp, ethernet, icmp6, ipv4, ipv6, udp4, udp6,
+    BROADCAST, Forger, KINDS, LinkSocket, Mac, advertisement, arp, ethernet, ipv4, udp4, udp6,
 };
 use tidegate_testbed::{Namespace, eventually};
 
@@ -104,87 +104,14 @@ impl Bridge {
     }
 }
 
-/// A linear congruential generator (Knuth, MMIX): the same frames in each run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.0 >> 24
-    }
-
-    fn pick<T: Clone>(&mut self, from: &[T]) -> T {
-        from[self.next() as usize % from.len()].clone()
-    }
-}
-
-/// Kinds of forged frames, each with the reason for which it is dropped.
-fn forged(kind: &str, random: &mut Random) -> Vec<u8> {
-    let ip4 = |packet: &[u8]| ethernet(BROADCAST, MEMBER, 0x0800, packet);
-    let ip6 = |packet: &[u8]| ethernet(BROADCAST, MEMBER, 0x86dd, packet);
-    let any4 = Ipv4Addr::from_bits(random.next() as u32);
-    let source4 = random.pick(&[
-        GATEWAY,
-        NEIGHBOR_V4,
-        Ipv4Addr::LOCALHOST,
-        Ipv4Addr::UNSPECIFIED,
-        Ipv4Addr::BROADCAST,
-        Ipv4Addr::new(203, 0, 113, 9),
-        Ipv4Addr::new(10, 9, 1, 7),
-        if any4 == OWN { GATEWAY } else { any4 },
-    ]);
-    let any6 = Ipv6Addr::from_bits(u128::from(random.next()) << 64 | u128::from(random.next()));
-    let source6 = random.pick(&[
-        v6("fd09::1"),
-        v6("fd09::8"),
-        v6("fe80::1"),
-        v6("::1"),
-        v6("::"),
-        v6("2001:db8::9"),
-        any6,
-    ]);
-    let all = v6("ff02::1");
-    let own = v6("fe80::ff:fe00:7");
-    let mut mac = random.next().to_be_bytes()[2..].to_vec();
-    mac[0] &= 0xfe;
-    let mac: Mac = mac.try_into().unwrap();
-    match kind {
-        "mac" => ethernet(BROADCAST, mac, 0x0800, &udp4((OWN, 1), (GATEWAY, 2), b"forged")),
-        "arp" => match random.next() % 3 {
-            // From 0.0.0.0 it would be a probe, if the target were its own.
-            0 => arp(1 + (random.next() % 2) as u8, MEMBER, source4, GATEWAY),
-            1 => {
-                let mut frame = arp(2, MEMBER, OWN, GATEWAY);
-                frame[22..28].copy_from_slice(&mac);
-                frame
-            }
-            _ => arp(3 + (random.next() % 8) as u8, MEMBER, OWN, GATEWAY),
-        },
-        "nd" => match random.next() % 5 {
-            0 => ip6(&advertisement(own, all, random.pick(&[v6("fd09::1"), v6("fd09::8")]), MEMBER)),
-            1 => ip6(&advertisement(own, all, v6("fd09::7"), mac)),
-            2 => ip6(&icmp6(own, all, &[&[134, 0, 0, 0, 64, 0, 7, 8][..], &[0; 8]].concat())),
-            3 => ip6(&icmp6(own, all, &[&[137, 0, 0, 0][..], &[0; 36]].concat())),
-            // Behind an extension header.
-            _ => {
-                let header = [58, 0, 1, 4, 0, 0, 0, 0];
-                let message = advertisement(own, all, v6("fd09::1"), MEMBER)[40..].to_vec();
-                ip6(&ipv6(own, all, random.pick(&[0, 43, 60]), &[&header[..], &message].concat()))
-            }
-        },
-        "ipv4" => match random.next() % 2 {
-            0 => ip4(&udp4((source4, 9), (GATEWAY, 53), b"forged")),
-            _ => ip4(&ipv4(source4, NEIGHBOR_V4, random.pick(&[1, 6]), &[0; 20])),
-        },
-        "ipv6" => match random.next() % 2 {
-            0 => ip6(&udp6((source6, 9), (all, 53), b"forged")),
-            _ => ip6(&ipv6(source6, v6("fd09::8"), random.pick(&[6, 43, 44, 50, 60]), &[0; 40])),
-        },
-        "ethertype" => {
-            let kind = random.pick(&[0x8100, 0x88a8, 0x88cc, 0x8847, 0x0026, 0x9000, 0x888e]);
-            ethernet(BROADCAST, MEMBER, kind, &[0; 46])
-        }
-        _ => unreachable!("{kind}"),
+fn forger(seed: u64) -> Forger {
+    Forger {
+        mac: MEMBER,
+        own: (OWN, v6("fd09::7")),
+        link_local: v6("fe80::ff:fe00:7"),
+        gateway: (GATEWAY, v6("fd09::1")),
+        neighbor: (NEIGHBOR_V4, v6("fd09::8")),
+        seed,
     }
 }
 
@@ -192,10 +119,10 @@ fn forged(kind: &str, random: &mut Random) -> Vec<u8> {
 fn forged_frames_reach_neither_neighbor_nor_host() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::silent(mechanism, false);
-        let mut random = Random(1);
+        let mut forger = forger(1);
         let mut sent = 0;
-        for kind in ["mac", "arp", "nd", "ipv4", "ipv6", "ethertype"] {
-            let frames = (0..COUNT).map(|_| forged(kind, &mut random));
+        for kind in KINDS {
+            let frames = (0..COUNT).map(|_| forger.frame(kind));
             assert_eq!(bridge.send(frames), [0, 0], "{mechanism}: {kind}");
             sent += COUNT as u64;
             if mechanism != Mechanism::Classic {
@@ -228,11 +155,11 @@ fn the_endpoints_own_frames_pass() {
 fn with_any_address_only_the_mac_address_is_checked() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::silent(mechanism, true);
-        let mut random = Random(2);
-        let foreign = (0..100).map(|_| forged("ipv4", &mut random));
+        let mut forger = forger(2);
+        let foreign = (0..100).map(|_| forger.frame("ipv4"));
         assert_eq!(bridge.send(foreign), [100, 100], "{mechanism}");
-        let mut random = Random(2);
-        let forged_mac = (0..100).map(|_| forged("mac", &mut random));
+        let mut forger = forger(2);
+        let forged_mac = (0..100).map(|_| forger.frame("mac"));
         assert_eq!(bridge.send(forged_mac), [0, 0], "{mechanism}");
     }
 }
@@ -289,7 +216,7 @@ fn it_goes_with_its_link_and_is_missed_when_it_is_removed() {
         let bridge = Bridge::silent(mechanism, false);
         let policy = PortPolicy { mac: MEMBER, v4: vec![OWN], v6: vec![v6("fd09::7")], any_address: false };
         let is_attached = || bridge.host.run(|| bridge.guards.is_attached(bridge.index, "veth-m", &policy));
-        let forged = || bridge.send([forged("mac", &mut Random(3))].into_iter());
+        let forged = || bridge.send([forger(3).frame("mac")].into_iter());
         let remove: &[(&str, &[&str])] = match mechanism {
             // What removes it is not at hand everywhere (bpftool).
             Mechanism::Tcx => &[],

@@ -99,6 +99,8 @@ pub(super) struct Inside {
     pub(super) nftables: Result<bool, Code>,
     /// Gates at the exits of links.
     pub(super) gates: Result<(), Code>,
+    /// Port guards: the mechanism that works, or what is in the way of each.
+    pub(super) port_guards: Result<String, Vec<(String, Code)>>,
     /// A TUN device.
     pub(super) tun: Result<TunOffload, Code>,
 }

@@ -196,3 +196,126 @@ fn checksum(bytes: &[u8]) -> u16 {
     }
     !(sum as u16)
 }
+
+/// Kinds of forged frames.
+pub const KINDS: [&str; 6] = ["mac", "arp", "nd", "ipv4", "ipv6", "ethertype"];
+
+/// What every forged packet of UDP carries.
+pub const MARKER: &[u8] = b"forged-by-root";
+
+/// Root in a container, which sends in the name of others. The same seed makes the same frames.
+#[derive(Debug)]
+pub struct Forger {
+    /// Its own hardware address.
+    pub mac: Mac,
+    /// Its own addresses.
+    pub own: (Ipv4Addr, Ipv6Addr),
+    /// Its own link-local address.
+    pub link_local: Ipv6Addr,
+    /// Those of its gateway.
+    pub gateway: (Ipv4Addr, Ipv6Addr),
+    /// Those of a neighbour.
+    pub neighbor: (Ipv4Addr, Ipv6Addr),
+    /// The state of a linear congruential generator (Knuth, MMIX).
+    pub seed: u64,
+}
+
+impl Forger {
+    fn next(&mut self) -> u64 {
+        self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.seed >> 24
+    }
+
+    fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+        from[self.next() as usize % from.len()].clone()
+    }
+
+    fn source4(&mut self) -> Ipv4Addr {
+        let any = Ipv4Addr::from_bits(self.next() as u32);
+        let any = if any == self.own.0 { self.gateway.0 } else { any };
+        self.pick(&[
+            self.gateway.0,
+            self.neighbor.0,
+            Ipv4Addr::LOCALHOST,
+            Ipv4Addr::UNSPECIFIED,
+            Ipv4Addr::BROADCAST,
+            Ipv4Addr::new(203, 0, 113, 9),
+            any,
+        ])
+    }
+
+    fn source6(&mut self) -> Ipv6Addr {
+        let any = Ipv6Addr::from_bits(u128::from(self.next()) << 64 | u128::from(self.next()));
+        let outside = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 9);
+        let router = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+        let (gateway, neighbor) = (self.gateway.1, self.neighbor.1);
+        self.pick(&[gateway, neighbor, router, Ipv6Addr::LOCALHOST, Ipv6Addr::UNSPECIFIED, outside, any])
+    }
+
+    /// The next forged frame of `kind`, which is one of [`KINDS`].
+    ///
+    /// # Panics
+    ///
+    /// It is none of them.
+    pub fn frame(&mut self, kind: &str) -> Vec<u8> {
+        const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+        let own_mac = self.mac;
+        let ip4 = |packet: &[u8]| ethernet(BROADCAST, own_mac, 0x0800, packet);
+        let ip6 = |packet: &[u8]| ethernet(BROADCAST, own_mac, 0x86dd, packet);
+        let [_, _, mut mac @ ..]: [u8; 8] = self.next().to_be_bytes();
+        mac[0] &= 0xfe;
+        mac[5] = if mac == own_mac { !mac[5] } else { mac[5] };
+        let (source4, source6) = (self.source4(), self.source6());
+        let ((own4, own6), own_link, (gateway4, gateway6)) = (self.own, self.link_local, self.gateway);
+        let (neighbor4, neighbor6) = self.neighbor;
+        match kind {
+            "mac" => ethernet(BROADCAST, mac, 0x0800, &udp4((own4, 1), (gateway4, 2), MARKER)),
+            "arp" => match self.next() % 3 {
+                // From 0.0.0.0 it would be a probe, if the target were its own.
+                0 => arp(1 + (self.next() % 2) as u8, own_mac, source4, gateway4),
+                1 => {
+                    let mut frame = arp(2, own_mac, own4, gateway4);
+                    frame[22..28].copy_from_slice(&mac);
+                    frame
+                }
+                _ => arp(3 + (self.next() % 8) as u8, own_mac, own4, gateway4),
+            },
+            "nd" => match self.next() % 5 {
+                0 => {
+                    let target = self.pick(&[gateway6, neighbor6]);
+                    ip6(&advertisement(own_link, ALL_NODES, target, own_mac))
+                }
+                1 => ip6(&advertisement(own_link, ALL_NODES, own6, mac)),
+                // A router advertisement, a redirect.
+                2 => ip6(&icmp6(own_link, ALL_NODES, &[134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0])),
+                3 => ip6(&icmp6(own_link, ALL_NODES, &[&[137, 0, 0, 0][..], &[0; 36]].concat())),
+                // Behind an extension header.
+                _ => {
+                    let message = advertisement(own_link, ALL_NODES, gateway6, own_mac)[40..].to_vec();
+                    let header = [58, 0, 1, 4, 0, 0, 0, 0];
+                    let next = self.pick(&[0, 43, 60]);
+                    ip6(&ipv6(own_link, ALL_NODES, next, &[&header[..], &message].concat()))
+                }
+            },
+            "ipv4" => match self.next() % 2 {
+                0 => ip4(&udp4((source4, 9), (gateway4, 53), MARKER)),
+                _ => {
+                    let protocol = self.pick(&[1, 6]);
+                    ip4(&ipv4(source4, neighbor4, protocol, &[0; 20]))
+                }
+            },
+            "ipv6" => match self.next() % 2 {
+                0 => ip6(&udp6((source6, 9), (ALL_NODES, 53), MARKER)),
+                _ => {
+                    let next = self.pick(&[6, 43, 44, 50, 60]);
+                    ip6(&ipv6(source6, neighbor6, next, &[0; 40]))
+                }
+            },
+            "ethertype" => {
+                let kind = self.pick(&[0x8100, 0x88a8, 0x88cc, 0x8847, 0x0026, 0x9000, 0x888e]);
+                ethernet(BROADCAST, own_mac, kind, &[0; 46])
+            }
+            _ => panic!("{kind} is no kind of forged frames"),
+        }
+    }
+}

@@ -38,7 +38,37 @@ enum From {
     Inmate,
     /// The server's own endpoint.
     Itself,
+    /// Root in an endpoint, with a source address that is not its own.
+    Forging(Forger, Source),
 }
+
+/// Where root forges source addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Forger {
+    /// In the stranger.
+    Stranger,
+    /// In the inmate.
+    Inmate,
+}
+
+/// A forged source address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// Another address of its own network.
+    Member,
+    /// The gateway of its own network.
+    Gateway,
+    /// A client on the outside.
+    Outside,
+    /// Loopback.
+    Loopback,
+    /// The server's neighbour, on another network.
+    OtherNetwork,
+}
+
+const FORGERS: [Forger; 2] = [Forger::Stranger, Forger::Inmate];
+const SOURCES: [Source; 5] =
+    [Source::Member, Source::Gateway, Source::Outside, Source::Loopback, Source::OtherNetwork];
 
 /// What it asks.
 #[derive(Clone, Copy, Debug)]
@@ -296,7 +326,8 @@ impl Matrix {
             From::Host => &self.scene.net.host,
             From::Neighbour => neighbour,
             From::Stranger => stranger,
-            From::Inmate => inmate,
+            From::Inmate | From::Forging(Forger::Inmate, _) => inmate,
+            From::Forging(Forger::Stranger, _) => stranger,
             From::Itself => server,
         }
     }
@@ -337,6 +368,58 @@ impl Matrix {
             wrong
                 .map(|(outcome, expected, probe)| format!("{probe:?}: {outcome:?}, not {expected:?}"))
                 .collect()
+        })
+    }
+}
+
+impl Matrix {
+    /// What reaches the server, or is answered, although its source address is forged: nothing should, at any address.
+    fn forged(&self) -> Vec<String> {
+        let forging = FORGERS.iter().flat_map(|forger| SOURCES.map(|source| From::Forging(*forger, source)));
+        let forging: Vec<From> = forging.collect();
+        let asked: Vec<To> = EXPECTED.iter().map(|(to, _)| *to).collect();
+        std::thread::scope(|scope| {
+            let asking: Vec<_> = forging
+                .iter()
+                .flat_map(|from| asked.iter().map(move |to| (*from, *to)))
+                .flat_map(|(from, to)| {
+                    [(false, false), (false, true), (true, false), (true, true)].map(|(udp, v6)| {
+                        let probe = Probe { from, to, udp, v6 };
+                        scope.spawn(move || (self.outcome(&probe, NO), probe))
+                    })
+                })
+                .collect();
+            let outcomes = asking.into_iter().map(|one| one.join().unwrap());
+            outcomes
+                .filter(|(outcome, _)| *outcome != NO)
+                .map(|(outcome, probe)| format!("{probe:?}: {outcome:?}"))
+                .collect()
+        })
+    }
+
+    /// Whom echo requests to the server's own addresses reach although they should not, or not although they should.
+    fn wrong_echoes(&self) -> Vec<String> {
+        let row = self.mode.expected()[0].1;
+        let cells = FROM.iter().zip(row).filter(|(from, _)| {
+            // They have no socket of their own to ping with.
+            !matches!(from, From::AsNeighbour | From::AsLoopback)
+        });
+        std::thread::scope(|scope| {
+            let asking: Vec<_> = cells
+                .flat_map(|(from, expected)| {
+                    ["10.77.1.10", "fd77:1::10"].map(|to| {
+                        scope.spawn(move || {
+                            let patience = if expected == YES { "5" } else { "0.3" };
+                            let mut ping = self.place(*from).command("ping");
+                            let output = ping.args(["-c", "1", "-W", patience, to]).output().unwrap();
+                            (*from, to, output.status.success(), expected == YES)
+                        })
+                    })
+                })
+                .collect();
+            let outcomes = asking.into_iter().map(|one| one.join().unwrap());
+            let wrong = outcomes.filter(|(_, _, reached, expected)| reached != expected);
+            wrong.map(|(from, to, reached, _)| format!("echo from {from:?} to {to}: {reached}")).collect()
         })
     }
 }
@@ -385,6 +468,34 @@ impl Matrix {
     }
 }
 
+impl Matrix {
+    /// The numbers of tidegate's links of that kind on the host.
+    fn links(&self, kind: &str) -> Vec<u32> {
+        let mut args = vec!["-o", "link", "show"];
+        args.extend(kind.split(' '));
+        let listed = self.scene.net.host.ip(&args);
+        let ours = listed.lines().filter(|line| line.contains(": tg"));
+        ours.map(|line| line.split(':').next().unwrap().parse().unwrap()).collect()
+    }
+
+    /// Detaches the programs at tidegate's links of that kind.
+    fn detach_programs(&self, kind: &str) {
+        let links = self.links(kind);
+        self.scene.net.host.run(|| {
+            links.into_iter().for_each(|link| tidegate_netfilter::detach_programs(link).unwrap());
+        });
+    }
+
+    /// How many programs are at tidegate's links of that kind.
+    fn programs(&self, kind: &str) -> usize {
+        let links = self.links(kind);
+        self.scene.net.host.run(|| {
+            let count = |link| tidegate_netfilter::count_programs(link).unwrap_or(0);
+            links.into_iter().map(count).sum()
+        })
+    }
+}
+
 /// The address that `server` sees us under.
 pub(super) fn peer_as_seen(server: SocketAddr, udp: bool, patience: Duration) -> io::Result<String> {
     let mut answer = [0; 100];
@@ -403,6 +514,28 @@ pub(super) fn peer_as_seen(server: SocketAddr, udp: bool, patience: Duration) ->
     let peer: SocketAddr =
         String::from_utf8_lossy(&answer[..length]).trim().parse().map_err(io::Error::other)?;
     Ok(peer.ip().to_string())
+}
+
+impl Forger {
+    /// The forged source address.
+    fn address(self, source: Source, v6: bool) -> &'static str {
+        match (self, source, v6) {
+            (Self::Stranger, Source::Member, false) => "10.77.2.66:0",
+            (Self::Stranger, Source::Member, true) => "[fd77:2::66]:0",
+            (Self::Inmate, Source::Member, false) => "10.77.3.66:0",
+            (Self::Inmate, Source::Member, true) => "[fd77:3::66]:0",
+            (Self::Stranger, Source::Gateway, false) => "10.77.2.1:0",
+            (Self::Stranger, Source::Gateway, true) => "[fd77:2::1]:0",
+            (Self::Inmate, Source::Gateway, false) => "10.77.3.1:0",
+            (Self::Inmate, Source::Gateway, true) => "[fd77:3::1]:0",
+            (_, Source::Outside, false) => "203.0.113.9:0",
+            (_, Source::Outside, true) => "[2001:db8:1::9]:0",
+            (_, Source::Loopback, false) => "127.0.0.1:0",
+            (_, Source::Loopback, true) => "[::1]:0",
+            (_, Source::OtherNetwork, false) => "10.77.1.66:0",
+            (_, Source::OtherNetwork, true) => "[fd77:1::66]:0",
+        }
+    }
 }
 
 /// One question.
@@ -446,6 +579,7 @@ impl Probe {
             (From::AsNeighbour, true) => "[fd77:1::66]:0",
             (From::AsLoopback, false) => "127.0.0.1:0",
             (From::AsLoopback, true) => "[::1]:0",
+            (From::Forging(forger, source), v6) => forger.address(source, v6),
             _ => return Ok(socket),
         };
         if self.v6 {
@@ -461,7 +595,7 @@ impl Probe {
     fn ask_by_udp(&self, patience: Duration) -> io::Result<usize> {
         let socket = UdpSocket::from(self.socket(Type::DGRAM).expect("a socket with that source"));
         // Nobody else answers one who pretends to be another, however long he waits.
-        let pretends = matches!(self.from, From::AsNeighbour | From::AsLoopback);
+        let pretends = matches!(self.from, From::AsNeighbour | From::AsLoopback | From::Forging(..));
         socket.set_read_timeout(Some(if pretends { PATIENCE[1] } else { patience }))?;
         socket.connect(self.address())?;
         socket.send(self.text().as_bytes())?;
@@ -484,6 +618,8 @@ impl Probe {
 fn holds(mode: Mode) {
     let mut matrix = Matrix::new(mode);
     assert_eq!(matrix.wrong(mode.expected()), [""; 0]);
+    assert_eq!(matrix.forged(), [""; 0]);
+    assert_eq!(matrix.wrong_echoes(), [""; 0]);
     assert_eq!(matrix.wrong_ways_out(), [""; 0]);
     matrix.forwards_for_others_as_before();
     matrix.up.stop(Signal::INT, SOON);
@@ -594,6 +730,50 @@ fn what_a_killed_instance_leaves_is_closed() {
     matrix.up.signal(Signal::KILL);
     matrix.up.wait(SOON);
     assert_eq!(matrix.wrong(&EXPECTED_OF_THE_DEAD), [""; 0]);
+}
+
+/// Each kind of guard is removed, and nobody puts it back: the others close the networks.
+#[test]
+fn without_one_kind_of_guard_the_others_hold() {
+    let flush = |matrix: &Matrix| {
+        matrix.scene.sh("nft flush ruleset; for i in iptables ip6tables; do for t in raw mangle nat filter; do $i -t $t -F; done; done");
+    };
+    let rules = |matrix: &Matrix| {
+        matrix.scene.sh("for f in -4 -6; do
+                ip $f rule list | grep -v -E 'lookup (local|main|default)$' | cut -d: -f1 | sort -u |
+                while read p; do while ip $f rule del pref $p 2>/dev/null; do :; done; done
+            done");
+    };
+    let gates = |matrix: &Matrix| matrix.detach_programs("type bridge");
+    let guards = |matrix: &Matrix| matrix.detach_programs("type veth");
+    let kinds: [(&str, &dyn Fn(&Matrix)); 4] =
+        [("firewall rules", &flush), ("policy rules", &rules), ("gates", &gates), ("port guards", &guards)];
+    for mode in [ROOT, NFTABLES_SHARED, IPTABLES_KERNEL].map(Mode::forwarding) {
+        for (kind, remove) in kinds {
+            let mut matrix = Matrix::new(mode);
+            matrix.up.signal(Signal::KILL);
+            matrix.up.wait(SOON);
+            remove(&matrix);
+            assert_eq!(matrix.wrong(&EXPECTED_OF_THE_DEAD), [""; 0], "{mode:?} without {kind}");
+        }
+    }
+}
+
+/// Detached or deleted behind its back, each is back within two seconds.
+#[test]
+fn gates_and_port_guards_that_others_remove_are_put_back() {
+    for mode in [ROOT, NFTABLES, IPTABLES] {
+        let matrix = Matrix::new(mode);
+        let attached = |kind| matrix.programs(kind);
+        for kind in ["type bridge", "type veth"] {
+            let before = attached(kind);
+            assert!(before > 0, "{mode:?} {kind}");
+            matrix.detach_programs(kind);
+            assert!(eventually(SOON, || attached(kind) == before), "{mode:?} {kind}");
+        }
+        assert_eq!(matrix.forged(), [""; 0]);
+        assert_eq!(matrix.wrong(mode.expected()), [""; 0]);
+    }
 }
 
 /// Or the table would hold for want of an attack: where the kernel is told to let them through, they come through.

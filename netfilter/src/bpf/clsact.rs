@@ -9,10 +9,9 @@ use crate::wire::{self, Attributes, Request, attribute, text};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use std::io;
 
-/// `RTM_NEWQDISC`, `RTM_NEWTFILTER`, `RTM_DELTFILTER`, `RTM_GETTFILTER`.
+/// `RTM_NEWQDISC`, `RTM_NEWTFILTER`, `RTM_GETTFILTER`.
 const NEW_QDISC: u16 = 36;
 const NEW_FILTER: u16 = 44;
-const DELETE_FILTER: u16 = 45;
 const GET_FILTER: u16 = 46;
 
 /// `NLM_F_REPLACE`, `NLM_F_EXCL`, `NLM_F_CREATE`.
@@ -156,19 +155,6 @@ impl Clsact {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(None),
             result => result.map(|()| found),
         }
-    }
-
-    /// Removes what we have at the link numbered `index`.
-    ///
-    /// # Errors
-    /// `ENOENT` if there is nothing.
-    pub(crate) fn detach(&mut self, index: u32, direction: Direction) -> io::Result<()> {
-        self.0.order(&TrafficControl {
-            kind: DELETE_FILTER,
-            flags: 0,
-            head: filter(index, direction),
-            attributes: Attributes::default(),
-        })
     }
 }
 

@@ -19,6 +19,7 @@ mod command {
     pub(super) const MAP_LOOKUP: libc::c_long = 1;
     pub(super) const LOAD: libc::c_long = 5;
     pub(super) const ATTACH: libc::c_long = 8;
+    pub(super) const DETACH: libc::c_long = 9;
     #[cfg(test)]
     pub(super) const TEST_RUN: libc::c_long = 10;
     pub(super) const BY_ID: libc::c_long = 13;
@@ -146,6 +147,24 @@ pub(crate) fn tcx_programs(index: u32, direction: Direction) -> io::Result<Vec<u
     // SAFETY: `Query` is the head of `union bpf_attr` for this command, and `ids` has room for `count`.
     unsafe { bpf(command::QUERY, &mut attributes) }?;
     Ok(ids.into_iter().take(attributes.count as usize).collect())
+}
+
+/// Detaches the programs of tcx from the link numbered `index`, as bpftool-net(8) does.
+pub(crate) fn detach_tcx(index: u32, direction: Direction) -> io::Result<()> {
+    for id in tcx_programs(index, direction)? {
+        let mut attributes = ById { id, ..ById::default() };
+        // SAFETY: `ById` is the head of `union bpf_attr` for this command.
+        let program = unsafe { open(command::BY_ID, &mut attributes) }?;
+        let mut attributes = Attach {
+            link: index,
+            program: program.as_raw_fd() as u32,
+            kind: direction.attach_type(),
+            ..Attach::default()
+        };
+        // SAFETY: `Attach` is the head of `union bpf_attr` for this command.
+        unsafe { bpf(command::DETACH, &mut attributes) }?;
+    }
+    Ok(())
 }
 
 /// The tag of the program numbered `id`. Needs CAP_SYS_ADMIN.

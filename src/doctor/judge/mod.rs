@@ -27,6 +27,7 @@ pub(super) fn all(host: &Host) -> Vec<Row> {
         surroundings::ipv6_force_forwarding(host),
         firewall::nftables(host),
         firewall::gates(host),
+        namespaces::port_guards(host),
         firewall::iptables(host),
         firewall::choice(host),
         surroundings::address_pools(host),

@@ -36,6 +36,35 @@ fn any_inside(host: &Host) -> Option<&Inside> {
     inside(&host.direct).or_else(|| in_user_namespace(host))
 }
 
+/// What does not hold where nothing checks what containers send.
+const WITHOUT_PORT_GUARDS: [&str; 3] = [
+    "a container can take the MAC and IP addresses of its neighbours and of their gateway",
+    "a container can send to the outside with addresses that are not its own, without masquerade",
+    "names at a gateway (x-dns: gateway) are told to who claims an address",
+];
+
+pub(super) fn port_guards(host: &Host) -> Row {
+    let check = "port-guards";
+    let Some(inside) = any_inside(host) else { return Row::cannot_tell(check, NO_NAMESPACE) };
+    match &inside.port_guards {
+        Ok(mechanism) => {
+            Row::ok(check, format!("{mechanism}: each container sends from its own addresses alone"))
+        }
+        Err(failures) => {
+            let denied = failures.iter().all(|(_, error)| is_denial(*error));
+            let fix = if denied {
+                "run as root on the host itself, with CAP_BPF and CAP_NET_ADMIN"
+            } else {
+                "run a kernel with CONFIG_NF_TABLES_NETDEV, or with CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS"
+            };
+            let why: Vec<String> =
+                failures.iter().map(|(mechanism, error)| format!("{mechanism}: {error}")).collect();
+            let details = WITHOUT_PORT_GUARDS.iter().map(|one| (*one).to_owned()).chain(why).collect();
+            Row::limited(check, "what containers send is not checked").details(details).fix(fix)
+        }
+    }
+}
+
 pub(super) fn network_namespaces(host: &Host) -> Row {
     let check = "network-namespaces";
     let (why, fix) = match &host.direct {

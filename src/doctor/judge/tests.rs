@@ -13,6 +13,7 @@ fn good() -> Host {
         network: Ok(()),
         nftables: Ok(true),
         gates: Ok(()),
+        port_guards: Ok("BPF (tcx)".to_owned()),
         tun: Ok(TunOffload { tcp: true, udp: true }),
     };
     Host {
@@ -173,6 +174,7 @@ fn a_user_namespace_without_power_is_none() {
         network: Err(("add bridge \"tg-trial\"".into(), Errno::PERM.into())),
         nftables: Err(Errno::PERM.into()),
         gates: Err(Errno::PERM.into()),
+        port_guards: Ok("nftables (netdev)".to_owned()),
         tun: Err(Errno::PERM.into()),
     }));
     host.user_namespaces.apparmor_restricts = Ok(Some(1));
@@ -189,6 +191,7 @@ fn a_network_that_cannot_be_made_is_told_with_its_step() {
             network: Err(("add bridge \"tg-trial\"".into(), errno.into())),
             nftables: Ok(true),
             gates: Ok(()),
+            port_guards: Ok("BPF (tcx)".to_owned()),
             tun: Ok(TunOffload { tcp: true, udp: true }),
         }))
     };
@@ -213,7 +216,13 @@ fn a_tun_device_that_is_hidden_or_closed_is_limited() {
     expect("tun", &with(Errno::PERM, Some(0o666)), Verdict::Limited, "--device /dev/net/tun");
     expect("tun", &with(Errno::NODEV, Some(0o666)), Verdict::Limited, "modprobe tun");
     let made = |tun| Host {
-        direct: Ok(Trial::Entered(Inside { network: Ok(()), nftables: Ok(true), gates: Ok(()), tun })),
+        direct: Ok(Trial::Entered(Inside {
+            network: Ok(()),
+            nftables: Ok(true),
+            gates: Ok(()),
+            port_guards: Ok("BPF (tcx)".to_owned()),
+            tun,
+        })),
         ..good()
     };
     let refused = made(Err(Errno::PERM.into()));
@@ -334,6 +343,7 @@ fn where_no_gates_are_to_be_had_what_stands_in_for_them_is_told() {
             network: Ok(()),
             nftables: Ok(true),
             gates: Err(errno.into()),
+            port_guards: Ok("nftables (netdev)".to_owned()),
             tun: Ok(TunOffload { tcp: true, udp: true }),
         })),
         ..good()
@@ -345,8 +355,13 @@ fn where_no_gates_are_to_be_had_what_stands_in_for_them_is_told() {
 
 fn with_nftables(nftables: Result<bool, Errno>) -> Host {
     let nftables = nftables.map_err(Into::into);
-    let inside =
-        Inside { network: Ok(()), nftables, gates: Ok(()), tun: Ok(TunOffload { tcp: true, udp: true }) };
+    let inside = Inside {
+        network: Ok(()),
+        nftables,
+        gates: Ok(()),
+        port_guards: Ok("BPF (tcx)".to_owned()),
+        tun: Ok(TunOffload { tcp: true, udp: true }),
+    };
     Host { direct: Ok(Trial::Entered(inside)), ..good() }
 }
 
@@ -379,4 +394,20 @@ fn a_firewall_is_chosen_and_the_reason_is_told() {
     expect("iptables", &host, Verdict::Note, "not installed");
     expect("nftables", &with_nftables(Ok(false)), Verdict::Note, "Linux 6.9");
     expect("firewall", &ordinary(), Verdict::Note, "none is used");
+}
+
+#[test]
+fn where_nothing_checks_what_containers_send_it_lists_what_does_not_hold() {
+    let with = |errno: Errno| {
+        let Ok(Trial::Entered(inside)) = good().direct else { panic!("it is entered") };
+        let failed = |mechanism: &str| (mechanism.to_owned(), errno.into());
+        let port_guards = Err(vec![failed("BPF (tcx)"), failed("nftables (netdev)")]);
+        Host { direct: Ok(Trial::Entered(Inside { port_guards, ..inside })), ..good() }
+    };
+    expect("port-guards", &good(), Verdict::Ok, "from its own addresses alone");
+    expect("port-guards", &with(Errno::PERM), Verdict::Limited, "with CAP_BPF");
+    expect("port-guards", &with(Errno::OPNOTSUPP), Verdict::Limited, "CONFIG_NF_TABLES_NETDEV");
+    let told = all(&with(Errno::PERM));
+    let row = told.iter().find(|row| row.check == "port-guards").unwrap();
+    assert!(row.details.iter().any(|detail| detail.contains("of their gateway")), "{:?}", row.details);
 }

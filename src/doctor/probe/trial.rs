@@ -4,7 +4,7 @@
 
 use super::device;
 use crate::doctor::host::{Code, Found, Inside, Trial};
-use crate::{EXIT_FAILURE, EXIT_USAGE};
+use crate::{EXIT_FAILURE, EXIT_USAGE, port_guards};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, socket};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
 use tidegate_model::registry;
-use tidegate_netfilter::{Connection, Error, Gate, GatePolicy};
+use tidegate_netfilter::{Connection, Error, Gate, GatePolicy, PortGuards};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, Subnet, WithoutFirewall,
@@ -98,7 +98,16 @@ fn attempt(kind: Kind) -> Trial {
     let marked = GatePolicy::Marked { mark: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
     let gates = Gate::new(&marked).map(drop).map_err(Into::into);
     let tun = device::make().map_err(Into::into);
-    Trial::Entered(Inside { network: network(), nftables: nftables.map_err(Into::into), gates, tun })
+    let nftables = nftables.map_err(Into::into);
+    Trial::Entered(Inside { network: network(), nftables, gates, port_guards: port_guards(), tun })
+}
+
+/// Tries each mechanism of port guards in the namespace that this process is in.
+fn port_guards() -> Result<String, Vec<(String, Code)>> {
+    let probed = PortGuards::probe(&port_guards::candidates(), "trial");
+    probed.map(|guards| guards.mechanism().to_string()).map_err(|failures| {
+        failures.into_iter().map(|(mechanism, error)| (mechanism.to_string(), error.into())).collect()
+    })
 }
 
 /// Leaves the namespace for `old`, and comes back.
