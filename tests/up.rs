@@ -220,7 +220,7 @@ fn is_put_back(firewall: &str, forwards: &str) {
 #[test]
 fn what_cannot_be_is_one_line_and_changes_nothing() {
     let scene = Scene::new();
-    scene.net.host.ip_all("route add 10.66.0.0/16 via 203.0.113.9");
+    scene.net.host.ip_all("route add 10.66.3.128/25 via 203.0.113.9");
     let _holder = scene.net.host.run(|| std::net::TcpListener::bind("0.0.0.0:8080")).unwrap();
     let adopted = Namespace::new();
     let before = state(&scene.net.host);
@@ -230,7 +230,7 @@ fn what_cannot_be_is_one_line_and_changes_nothing() {
         (service(", ports: [ '8080:80' ]"), "service \"web\": port 8080/tcp on 0.0.0.0 is in use by "),
         (
             service("") + subnet,
-            "network \"default\": subnet 10.66.3.0/24 overlaps 10.66.0.0/16, which the host reaches by \"eth0\"; give it another one",
+            "network \"default\": subnet 10.66.3.0/24 overlaps 10.66.3.128/25, which the host reaches by \"eth0\"; give it another one",
         ),
         (
             service(", x-netns: /nowhere").replace("command: 'true', ", ""),

@@ -26,7 +26,7 @@ mod protocol;
 pub mod registry;
 
 pub use cidr_set::{CidrSet, CidrSetError};
-pub use feature::Feature;
+pub use feature::{Feature, LACKS};
 pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};
 pub use histogram::{Histogram, HistogramReading};
 pub use port_mapping::{

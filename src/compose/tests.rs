@@ -40,6 +40,16 @@ fn words(words: &[&str]) -> Run {
 }
 
 #[test]
+fn a_service_may_ask_to_send_from_any_address() {
+    let text = "services: { r: { command: x, networks: { a: { x-any-source: true }, b: {} } } }\nnetworks: { a: {}, b: {} }";
+    let project = parsed(text).unwrap();
+    let sources: Vec<bool> = project.services[0].networks.iter().map(|there| there.any_source).collect();
+    assert_eq!(sources, [true, false]);
+    let wrong = parsed(&text.replace("true", "perhaps")).unwrap_err();
+    assert!(wrong.contains("x-any-source"), "{wrong}");
+}
+
+#[test]
 fn the_example_of_the_document_means_what_it_says() {
     let project = parsed(example()).unwrap();
     assert_eq!(project.name, "shop");
@@ -84,6 +94,7 @@ fn the_example_of_the_document_means_what_it_says() {
                 aliases: vec!["www".to_owned(), "shop.example".to_owned()],
                 ipv4_address: Some(Ipv4Addr::new(10, 9, 0, 10)),
                 ipv6_address: Some("fd09::10".parse().unwrap()),
+                any_source: false,
             },
             Attachment::plain("back"),
         ]

@@ -5,6 +5,7 @@ use super::scene::{Scene, service_namespace};
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 use tidegate_testbed::frames::{Forger, KINDS, LinkSocket, MARKER, Mac};
@@ -23,10 +24,17 @@ networks:
 services:
   hostile: { RUN_HOSTILE, networks: { home: { ipv4_address: 10.77.1.7, ipv6_address: "fd77:1::7" } } }
   neighbor: { RUN_NEIGHBOR, networks: { home: { ipv4_address: 10.77.1.8, ipv6_address: "fd77:1::8" } } }
-  stranger: { RUN_STRANGER, networks: { away: { ipv4_address: 10.77.2.9, ipv6_address: "fd77:2::9" } } }
+  stranger: { RUN_STRANGER, networks: { away: { ipv4_address: 10.77.2.9, ipv6_address: "fd77:2::9" } }, ports: [ "8080:80" ] }
 "#;
 
 const SERVICES: [&str; 3] = ["hostile", "neighbor", "stranger"];
+
+/// Begins to bring `file` up by `tidegate`, with metrics.
+fn bring_up(scene: &Scene, mut tidegate: Command, file: &str, flags: &[&str]) -> Process {
+    let path = scene.directory.path().join("compose.yaml");
+    fs::write(&path, file).unwrap();
+    Process::spawn(tidegate.arg("up").arg("-f").arg(path).args(["--metrics", METRICS]).args(flags))
+}
 
 /// A project, its containers, and where its bridges are.
 struct Project {
@@ -47,7 +55,7 @@ impl Project {
             file = file.replace(&format!("RUN_{}", name.to_uppercase()), &adopted);
         }
         let flag = format!("--firewall={firewall}");
-        let up = scene.up_with(&file, &[&flag, "--metrics", METRICS]);
+        let up = bring_up(&scene, scene.tidegate(), &file, &[&flag]);
         up.wait_for_line("Ctrl-C takes", SOON);
         let host = scene.net.host.clone();
         Self { scene, containers, host, _up: up }
@@ -59,8 +67,7 @@ impl Project {
         for name in SERVICES {
             file = file.replace(&format!("RUN_{}", name.to_uppercase()), "command: sleep 60");
         }
-        let mut command = scene.command_as_nobody(&file);
-        let up = Process::spawn(command.args(["--metrics", METRICS]));
+        let up = bring_up(&scene, scene.tidegate_as_nobody(), &file, &[]);
         up.wait_for_line("Ctrl-C takes", SOON);
         let containers = SERVICES.map(|name| service_namespace(&up, name));
         // The bridges are where the threads of the data plane are.
@@ -241,7 +248,7 @@ fn a_container_that_comes_back_is_guarded_again_and_loses_no_frame() {
         .replace("RUN_HOSTILE", &adopted(&path))
         .replace("RUN_NEIGHBOR", &adopted(&others[0].path()))
         .replace("RUN_STRANGER", &adopted(&others[1].path()));
-    let up = scene.up_with(&file, &["--metrics", METRICS]);
+    let up = bring_up(&scene, scene.tidegate(), &file, &[]);
     up.wait_for_line("Ctrl-C takes", SOON);
     link(&new);
     assert!(eventually(SOON, || new.ip(&["-o", "addr"]).contains("10.77.1.7/24")));

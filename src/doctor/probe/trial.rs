@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
-use tidegate_model::registry;
+use tidegate_model::{LACKS, registry};
 use tidegate_netfilter::{Connection, Error, Gate, GatePolicy, PortGuards};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{
@@ -51,6 +51,7 @@ pub(super) fn run(kind: Kind) -> Found<Trial> {
     // Not by its path: a program that was replaced, or is in a directory closed to us, runs all the same.
     let mut command = Command::new("/proc/self/exe");
     command.args([TRIAL, kind.word()]).env_clear().stdin(Stdio::null()).stderr(Stdio::null());
+    command.envs(std::env::vars_os().filter(|(name, _)| name == LACKS));
     let output = command.output().map_err(|error| format!("/proc/self/exe: {}", super::said(&error)))?;
     serde_json::from_slice(&output.stdout)
         .map_err(|_| format!("the process that tries ended early ({})", output.status))
