@@ -164,8 +164,9 @@ impl Instance {
         repaired.is_ok()
     }
 
-    /// Tells the access lists of ports which index each bridge has now.
-    fn update_bridge_indexes(&self) {
+    /// Notes which index each bridge has now: access lists depend on it, and DNS servers at
+    /// gateways are bound to it.
+    fn update_bridge_indexes(&mut self) {
         let indexes = match bridge_indexes(&self.up.layout, &self.host) {
             Ok(indexes) => indexes,
             Err(error) => {
@@ -173,7 +174,11 @@ impl Instance {
                 return;
             }
         };
-        self.up.gateway_networks.set_bridges(&indexes);
+        for network in self.up.gateway_networks.set_bridges(&indexes) {
+            if let Err(error) = self.up.names.serve_at_gateways_again(&network, &self.host) {
+                tracing::warn!(network, "no DNS server at the gateway: {error:#}");
+            }
+        }
     }
 
     async fn put_right(&mut self) -> Result<usize, SetupError> {
