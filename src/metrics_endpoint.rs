@@ -19,7 +19,9 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tidegate_proxy::{Fill, PortSnapshot, describe};
+use tidegate_model::{Ingress, canonical};
+use tidegate_proxy::{Fill, GatewayAcl, PortSnapshot, describe};
+use tidegate_reactor::{enable_stream_ingress, stream_ingress};
 
 /// Scrapes answered at the same time; more are told 503.
 const MAX_CLIENTS: usize = 16;
@@ -96,6 +98,7 @@ fn ports(address: &MetricsAddress) -> String {
 pub struct Recorder {
     handle: PrometheusHandle,
     listener: TcpListener,
+    acl: GatewayAcl,
     more: Vec<Families>,
 }
 
@@ -114,7 +117,7 @@ impl Recorder {
         if metrics::set_global_recorder(recorder).is_err() {
             tracing::warn!("metrics were set up twice; the first stay");
         }
-        Ok(Self { handle, listener, more: Vec::new() })
+        Ok(Self { handle, listener, acl: GatewayAcl::default(), more: Vec::new() })
     }
 
     /// With the families that `families` writes at each scrape (exposition format 0.0.4).
@@ -122,6 +125,12 @@ impl Recorder {
     pub fn with(mut self, families: impl Fn(&mut String) + Send + Sync + 'static) -> Self {
         self.more.push(Box::new(families));
         self
+    }
+
+    /// Answers only clients that `acl` does not deny.
+    #[must_use]
+    pub fn controlled_by(self, acl: GatewayAcl) -> Self {
+        Self { acl, ..self }
     }
 
     /// Where it answers.
@@ -166,9 +175,11 @@ impl Recorder {
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
             // On Linux it is this thread's, and that of those which it starts. That it is refused changes nothing but that.
             let _ = rustix::process::nice(NICE);
-            for client in self.listener.incoming() {
-                match client {
-                    Ok(client) => admit(client, &page, &clients),
+            loop {
+                match self.listener.accept() {
+                    // Before a byte is read, and before it takes a place.
+                    Ok((client, address)) if is_denied(&self.acl, &client, address) => reset(&client),
+                    Ok((client, _)) => admit(client, &page, &clients),
                     // Out of descriptors: the client waits in the queue meanwhile.
                     Err(_) => std::thread::sleep(Duration::from_millis(100)),
                 }
@@ -182,7 +193,11 @@ fn bind(address: MetricsAddress) -> Result<TcpListener, EndpointError> {
     let mut last_error = None;
     for port in address.first..=address.last {
         match TcpListener::bind((address.ip, port)) {
-            Ok(listener) => return Ok(listener),
+            Ok(listener) => {
+                let told = enable_stream_ingress(&listener, address.ip.is_ipv6());
+                told.map_err(|source| EndpointError::Bind { address, source })?;
+                return Ok(listener);
+            }
             Err(error) => last_error = Some(error),
         }
     }
@@ -294,6 +309,29 @@ impl fmt::Write for Gently<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether `acl` denies `client`, which came from `address`.
+fn is_denied(acl: &GatewayAcl, client: &TcpStream, address: SocketAddr) -> bool {
+    if acl.is_empty() {
+        return false;
+    }
+    let ingress = stream_ingress(client, address.is_ipv6());
+    ingress.is_err()
+        || ingress.is_ok_and(|ingress| {
+            acl.denies(&Ingress {
+                client: canonical(address),
+                destination: Some(ingress.local),
+                to_group: false,
+                interface: ingress.interface,
+                handshake: true,
+            })
+        })
+}
+
+/// Has the client see a reset when the connection is closed.
+fn reset(client: &TcpStream) {
+    let _ = socket2::SockRef::from(client).set_linger(Some(Duration::ZERO));
 }
 
 /// Gives `client` a thread, if one is left.

@@ -24,7 +24,7 @@ use tidegate_nat::Nat;
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Firewall, Opening};
 use tidegate_proxy::{
-    Drained, Enclosures, Engine, Fill, Listener, Permit, PortOptions, PortSnapshot, PublishedPort, Settings,
+    Drained, Engine, Fill, GatewayAcl, Listener, Permit, PortOptions, PortSnapshot, PublishedPort, Settings,
     Upstream, Whose,
 };
 
@@ -121,7 +121,7 @@ struct State {
 pub(crate) struct Endpoint {
     namespace: Namespace,
     addresses: Vec<IpAddr>,
-    enclosures: Enclosures,
+    acl: GatewayAcl,
     /// Those of its addresses that the kernel may translate its ports to.
     targets: Vec<IpAddr>,
     /// Those from which its answers go to the NAT engine, if there is one.
@@ -131,12 +131,12 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
-    /// At `addresses` in `namespace`; `enclosures` says who may use which address of this host to get there.
-    pub(crate) fn new(namespace: Namespace, addresses: &[IpAddr], enclosures: Enclosures) -> Self {
+    /// At `addresses` in `namespace`; `acl` says which clients may use which address of this host.
+    pub(crate) fn new(namespace: Namespace, addresses: &[IpAddr], acl: GatewayAcl) -> Self {
         Self {
             namespace,
             addresses: addresses.to_vec(),
-            enclosures,
+            acl,
             targets: Vec::new(),
             behind_engine: Vec::new(),
             relocations: 0,
@@ -336,10 +336,9 @@ impl Publisher {
         let by_engine = state.endpoints.get(endpoint).map(|endpoint| endpoint.behind_engine.as_slice());
         let carried = match (way_in, by_engine) {
             (Some(way_in), Some(guests)) if protocol == Protocol::Udp && !guests.is_empty() => {
-                let enclosures = &options.outside.enclosures;
-                let carry = |(listener, port)| {
-                    way_in.publish(listener, port, guests, enclosures).map(Carried::Engine)
-                };
+                let acl = &options.outside.gateway_acl;
+                let carry =
+                    |(listener, port)| way_in.publish(listener, port, guests, acl).map(Carried::Engine);
                 listeners.into_iter().map(carry).collect::<io::Result<Vec<_>>>()
             }
             _ => publish(listeners, &options.outside)
@@ -535,14 +534,14 @@ impl State {
         let descriptors = publisher.engine.reserve(WAY_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
         let upstream = towards(&publisher.ground, name, &endpoint.namespace, &endpoint.addresses, protocol)?;
         let upstream = Arc::new(Relocatable::new(upstream, &endpoint.addresses));
-        let with = |enclosures| {
+        let with = |acl| {
             let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
-            options.enclosures = enclosures;
+            options.gateway_acl = acl;
             Arc::new(options)
         };
-        let at_gateways = with(endpoint.enclosures.clone());
+        let at_gateways = with(endpoint.acl.clone());
         let outside = if publisher.ground.is_rootless() {
-            with(endpoint.enclosures.seen_from_elsewhere())
+            with(endpoint.acl.for_sockets_elsewhere())
         } else {
             Arc::clone(&at_gateways)
         };
@@ -572,7 +571,7 @@ mod tests {
     fn publisher() -> Publisher {
         let publisher =
             Publisher::new(Ground::here().unwrap(), Settings::default(), &Chosen::default(), Vec::new());
-        let web = Endpoint::new(Namespace::current().unwrap(), &[], Enclosures::default());
+        let web = Endpoint::new(Namespace::current().unwrap(), &[], GatewayAcl::default());
         publisher.add_endpoint("web", web);
         publisher
     }

@@ -12,8 +12,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use tidegate_model::Ingress;
 use tidegate_nat::{DropReason, Forward, ForwardId, ForwardSource, ForwardStats, Guard, Nat};
-use tidegate_proxy::{Drop, Enclosures, Engine, Listener, PortSnapshot, Whose};
+use tidegate_proxy::{Drop, Engine, GatewayAcl, Listener, PortSnapshot, Whose};
 
 /// The engine, and who else publishes ports.
 #[derive(Clone)]
@@ -40,7 +41,7 @@ impl WayIn {
     }
 
     /// Leads what comes to `listener`, of UDP, to `port` of a container at `guests`: at most one address of each family, and at least one.
-    /// `enclosures` say who may ask.
+    /// `acl` controls access.
     ///
     /// # Errors
     /// What is in the way; the port is closed then.
@@ -49,7 +50,7 @@ impl WayIn {
         listener: Listener,
         port: u16,
         guests: &[IpAddr],
-        enclosures: &Enclosures,
+        acl: &GatewayAcl,
     ) -> io::Result<CarriedPort> {
         let label = listener.label();
         let same = guests.iter().find(|guest| guest.is_ipv4() == label.address().is_ipv4());
@@ -62,7 +63,7 @@ impl WayIn {
         };
         // Before anything comes in.
         self.others.note_port_of_others(label.address());
-        let guard = Arc::new(Doorkeeper { enclosures: enclosures.clone(), others: Arc::clone(&self.others) });
+        let guard = Arc::new(AccessGuard { acl: acl.clone(), others: Arc::clone(&self.others) });
         let published = self.nat.publish_on(OwnedFd::from(listener), forward, Some(guard));
         let found = published.map(|id| (id, self.nat.forward_stats(id).unwrap_or_default()));
         match found {
@@ -133,17 +134,14 @@ impl std::ops::Drop for CarriedPort {
     }
 }
 
-/// Who may ask: as at the publisher's own ports.
-struct Doorkeeper {
-    enclosures: Enclosures,
+/// Access control, as at the publisher's own ports.
+struct AccessGuard {
+    acl: GatewayAcl,
     others: Arc<Engine>,
 }
 
-impl Guard for Doorkeeper {
-    fn admits(&self, client: SocketAddr, local: Option<IpAddr>, interface: u32) -> bool {
-        let shut_out = local.is_some_and(|local| self.enclosures.shut_out(client.ip(), local, interface));
-        !shut_out
-            && !self.enclosures.is_forged(client.ip(), interface)
-            && !self.others.is_reflected(client, &self.enclosures)
+impl Guard for AccessGuard {
+    fn admits(&self, ingress: &Ingress) -> bool {
+        !self.acl.denies(ingress) && !self.others.is_reflected(ingress.client, &self.acl)
     }
 }

@@ -3,6 +3,7 @@
 mod up {
     pub(crate) mod attacks;
     pub(crate) mod firewall;
+    pub(crate) mod ingress;
     pub(crate) mod knocking;
     pub(crate) mod matrix;
     pub(crate) mod names;
@@ -18,7 +19,7 @@ mod up {
 use std::fs;
 use std::time::Duration;
 use tidegate_testbed::{Namespace, Signal, eventually};
-use up::scene::{Scene, TIDEGATE, refused, state};
+use up::scene::{Scene, TIDEGATE, refused, service_namespace, state};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -212,6 +213,17 @@ fn is_put_back(firewall: &str, forwards: &str) {
         "the bridge"
     );
     assert!(answers());
+    // Its members come by another interface than before, and are served at its gateway as they
+    // were.
+    let gateway = scene.net.host.ip(&["-4", "-o", "addr", "show", "dev", &bridge]);
+    let gateway = gateway.split_whitespace().nth(3).and_then(|net| net.split('/').next()).unwrap();
+    let web = service_namespace(&up, "web");
+    let url = format!("http://{gateway}:8080/");
+    let is_served = || {
+        let mut curl = web.command("curl");
+        curl.args(["-sS", "--max-time", "1", &url]).output().unwrap().status.success()
+    };
+    assert!(eventually(SOON, is_served), "at the gateway");
     assert!(!up.output().contains("ERROR"), "{}", up.output());
     up.stop(Signal::INT, SOON);
     assert_eq!(state(&scene.net.host), before);

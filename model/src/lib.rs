@@ -10,6 +10,7 @@
 //! | [`Protocol`] | which transports can be published |
 //! | [`PortSpec`] | what `-p 127.0.0.1:8080-8082:80-82/udp` means, and whether two of them collide |
 //! | [`FlowKey`], [`PublishLabel`] | how one conversation, and one published socket, is named |
+//! | [`Ingress`] | by which interface, and to which address, a client came |
 //! | [`Histogram`] | how often something took how long |
 //! | [`CidrSet`] | whether an address is in an allow-list |
 //! | [`Feature`] | what a kernel may not have, or be taken not to have |
@@ -21,6 +22,7 @@ mod flow_key;
 #[doc(hidden)]
 pub mod fuzz;
 mod histogram;
+mod ingress;
 mod port_mapping;
 mod protocol;
 pub mod registry;
@@ -29,6 +31,7 @@ pub use cidr_set::{CidrSet, CidrSetError};
 pub use feature::{Feature, LACKS};
 pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};
 pub use histogram::{Histogram, HistogramReading};
+pub use ingress::Ingress;
 pub use port_mapping::{
     HostPort, HostPorts, OverlapError, PortMapping, PortRange, PortSide, PortSpec, PortSpecError,
     PortSpecProblem, host_addresses, overlap,

@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use tidegate_model::{Protocol, PublishLabel};
+use std::net::SocketAddr;
+use tidegate_model::{Ingress, Protocol, PublishLabel};
 
 /// How many there may be: as many as there are ports. Each takes a descriptor, which ends earlier.
 pub const MAX_FORWARDS: usize = 65_536;
@@ -54,11 +54,11 @@ impl Forward {
     }
 }
 
-/// Says who may ask at a published port. Asked on the engine's thread for each new flow, and must not wait.
+/// Controls access to a published port. Called on the engine's thread for each connection and for
+/// each run of datagrams of one client; must not block.
 pub trait Guard: Send + Sync {
-    /// Whether `client` may ask at `local`, an address of the host's, when it comes by the interface with index `interface`. Where something is
-    /// not known it is `None`, and 0.
-    fn admits(&self, client: SocketAddr, local: Option<IpAddr>, interface: u32) -> bool;
+    /// Whether the client of `ingress` may use the port.
+    fn admits(&self, ingress: &Ingress) -> bool;
 }
 
 impl fmt::Debug for dyn Guard {

@@ -2,7 +2,7 @@
 
 use crate::engine::{Engine, Secrets};
 use crate::forward::{Forward, ForwardId, ForwardSource};
-use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
+use crate::host::{Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
 use crate::layer2::{self, Layer2, Layer2Options, Layer2V6};
 use crate::metrics::Stats;
 use crate::settings::Settings;
@@ -16,7 +16,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
-use tidegate_reactor::Key;
+use tidegate_reactor::{Key, StreamIngress};
 
 /// A host whose sockets do what the fuzzer says.
 #[derive(Default)]
@@ -57,8 +57,9 @@ impl Batch for Answers {
         Some(SocketAddr::from(([192, 0, 2, index as u8], 5000)))
     }
 
-    fn arrival(&self, index: usize) -> (Option<IpAddr>, u32) {
-        (Some(IpAddr::from([198, 51, 100, index as u8 / 2])), 1)
+    fn arrival(&self, index: usize) -> Arrival {
+        let local = Some(IpAddr::from([198, 51, 100, index as u8 / 2]));
+        Arrival { local, destination: local, to_group: false, interface: 1 }
     }
 }
 
@@ -119,7 +120,7 @@ impl Host for Fuzzed {
         }
     }
 
-    fn local_address(&self, _stream: &usize) -> Option<IpAddr> {
+    fn ingress(&self, _stream: &usize) -> Option<StreamIngress> {
         None
     }
 

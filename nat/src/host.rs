@@ -8,7 +8,7 @@
 use crate::wire::icmp::Problem;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
-use tidegate_reactor::Key;
+use tidegate_reactor::{Key, StreamIngress};
 
 /// What a socket has become ready for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,9 +94,21 @@ pub trait Batch: Default {
     /// Who sent message `index`; asked only of a socket that is not connected.
     fn source(&self, index: usize) -> Option<SocketAddr>;
 
-    /// Which address of ours message `index` was sent to, and the index of the interface that it came by (0 if it is not known); asked only of a
-    /// published port's socket.
-    fn arrival(&self, index: usize) -> (Option<IpAddr>, u32);
+    /// How message `index` reached us; asked only of a published port's socket.
+    fn arrival(&self, index: usize) -> Arrival;
+}
+
+/// How a datagram reached the socket of a published port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrival {
+    /// The address of ours to answer from; `None` leaves the choice to the kernel.
+    pub local: Option<IpAddr>,
+    /// The destination address.
+    pub destination: Option<IpAddr>,
+    /// The destination is a broadcast or multicast address.
+    pub to_group: bool,
+    /// The index of the ingress interface; 0 where it is not known.
+    pub interface: u32,
 }
 
 /// See the module.
@@ -144,8 +156,9 @@ pub trait Host {
     /// `WouldBlock` when nobody waits, `EMFILE` when there is no descriptor left for who does.
     fn accept(&mut self, listener: &mut Self::Listener) -> io::Result<(Self::Stream, SocketAddr)>;
 
-    /// The address of ours that a client has connected to, if it can be told.
-    fn local_address(&self, stream: &Self::Stream) -> Option<IpAddr>;
+    /// The interface by which a client has connected, and the address of ours; `None` where that is
+    /// not known.
+    fn ingress(&self, stream: &Self::Stream) -> Option<StreamIngress>;
 
     /// How a connect ended; of a client that was accepted, whether it is still there.
     ///

@@ -5,6 +5,7 @@ mod world;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_model::Ingress;
 use tidegate_nat::host::{Port, Ready, SendOutcome, SocketProblem};
 use tidegate_nat::wire::head::{self, TcpHead};
 use tidegate_nat::wire::icmp::{Message, Problem};
@@ -503,8 +504,15 @@ fn closed_a_port_lets_connections_go_on_and_ends_sessions() {
 struct Nobody;
 
 impl Guard for Nobody {
-    fn admits(&self, client: SocketAddr, local: Option<IpAddr>, _: u32) -> bool {
-        assert_eq!((client, local), (at(CLIENT), Some("192.0.2.1".parse().unwrap())));
+    fn admits(&self, ingress: &Ingress) -> bool {
+        let expected = Ingress {
+            client: at(CLIENT),
+            destination: Some("192.0.2.1".parse().unwrap()),
+            to_group: false,
+            interface: 7,
+            handshake: true,
+        };
+        assert_eq!(*ingress, expected);
         false
     }
 }

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_model::Protocol;
+use tidegate_model::{Ingress, Protocol};
 use tidegate_nat::{Capabilities, DropReason, FlowKind, Forward, ForwardSource, Guard, PublishError};
 use tidegate_testbed::eventually;
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
@@ -302,9 +302,11 @@ fn what_cannot_be_is_said() {
 struct Only(IpAddr);
 
 impl Guard for Only {
-    fn admits(&self, client: SocketAddr, local: Option<IpAddr>, _interface: u32) -> bool {
-        assert_eq!(local, Some(HOST[0].parse().unwrap()));
-        client.ip() == self.0
+    fn admits(&self, ingress: &Ingress) -> bool {
+        assert_eq!(ingress.destination, Some(HOST[0].parse().unwrap()));
+        // Not `lo`, and not unknown.
+        assert!(ingress.interface > 1 && !ingress.to_group, "{ingress:?}");
+        ingress.client.ip() == self.0
     }
 }
 

@@ -1,6 +1,6 @@
 //! What can be set, and what it is when nobody sets it.
 
-use crate::{Enclosures, ProxyProtocol, TableLimits, Upstream, tcp};
+use crate::{GatewayAcl, ProxyProtocol, TableLimits, Upstream, tcp};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,8 +48,8 @@ pub struct PortOptions {
     pub proxy_protocol: Option<ProxyProtocol>,
     /// Who may connect; `None`: everybody.
     pub allow: Option<CidrSet>,
-    /// Who may use which address of this host.
-    pub enclosures: Enclosures,
+    /// Which clients may use which address of this host.
+    pub gateway_acl: GatewayAcl,
     /// TCP connections of this port at most; beyond that a client is reset.
     pub max_connections: usize,
     /// Bounds of the table of UDP sessions.
@@ -63,7 +63,7 @@ impl PortOptions {
             upstream,
             proxy_protocol: None,
             allow: None,
-            enclosures: Enclosures::default(),
+            gateway_acl: GatewayAcl::default(),
             max_connections: 100_000,
             sessions: TableLimits { sessions: 4096, per_source: 1024, idle: Duration::from_secs(90) },
         }
@@ -75,7 +75,7 @@ impl fmt::Debug for PortOptions {
         f.debug_struct("PortOptions")
             .field("proxy_protocol", &self.proxy_protocol)
             .field("allow", &self.allow)
-            .field("enclosures", &self.enclosures)
+            .field("gateway_acl", &self.gateway_acl)
             .field("max_connections", &self.max_connections)
             .field("sessions", &self.sessions)
             .finish_non_exhaustive()

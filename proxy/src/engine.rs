@@ -1,7 +1,7 @@
 //! The engine: starts loops, gives them ports, takes ports away, stops.
 
 use crate::config::{PortOptions, Settings};
-use crate::enclosures::Enclosures;
+use crate::gateway_acl::GatewayAcl;
 use crate::listener::Listener;
 use crate::metrics::{Fill, PortSnapshot, ProcessMetrics, Whose};
 use crate::port::{Port, PortStats};
@@ -298,8 +298,8 @@ impl Engine {
     }
 
     /// Whether a datagram of `client` claims to come from a published port, which answering would ask, and so on for ever.
-    pub fn is_reflected(&self, client: SocketAddr, enclosures: &Enclosures) -> bool {
-        self.shared.reflection.is_ours(client, enclosures)
+    pub fn is_reflected(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
+        self.shared.reflection.is_ours(client, acl)
     }
 
     /// Closes every port at once, lets connections go on until they end or `deadline` has passed, then resets

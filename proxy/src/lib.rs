@@ -14,8 +14,9 @@
 //! TCP is in [`tcp`], UDP in [`udp`]; both begin with a theory of operation.
 
 mod config;
-mod enclosures;
+
 mod engine;
+mod gateway_acl;
 mod listener;
 mod load;
 #[doc(hidden)]
@@ -29,8 +30,8 @@ mod upstream;
 mod worker;
 
 pub use config::{PortOptions, Settings};
-pub use enclosures::{Enclosure, Enclosures};
 pub use engine::{Drained, Engine, PublishedPort};
+pub use gateway_acl::{Bridge, GatewayAcl, GatewayNetwork, GatewayNetworks};
 pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
 pub use metrics::{FAMILIES, FILL_FAMILIES, Family, Fill, Kind, PortSnapshot, Whose, describe};
 pub use port::{Direction, Drop, Refusal};

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::LazyLock;
 use std::time::Duration;
 use tidegate_model::{Feature, Protocol, PublishLabel, canonical};
-use tidegate_reactor::batch;
+use tidegate_reactor::{batch, drop_forged_own_source, enable_stream_ingress};
 
 /// The queue of connections that wait to be accepted; the kernel caps it at `net.core.somaxconn`, whose default
 /// it is.
@@ -187,11 +187,13 @@ fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Socket> {
 
 fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Result<()> {
     if protocol == Protocol::Tcp {
+        enable_stream_ingress(socket, address.is_ipv6())?;
         return prepare_stream(socket);
     }
     // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
     let _ = receive_trains(socket);
     prepare_datagrams(socket);
+    drop_forged_own_source(socket, address.is_ipv6())?;
     batch::enable_packet_info(socket, address.is_ipv6())
 }
 

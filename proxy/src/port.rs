@@ -52,7 +52,8 @@ macro_rules! reasons {
 reasons! {
     /// Why a TCP connection was not made.
     Refusal {
-        /// The client is not on the port's allow-list, or not of the network whose gateway it used.
+        /// The client is not on the port's allow-list, or the [`GatewayAcl`](crate::GatewayAcl)
+        /// denies it.
         NotAllowed = "not_allowed",
         /// The port has as many connections as it may have.
         PortLimit = "port_limit",
@@ -74,7 +75,8 @@ reasons! {
 reasons! {
     /// Why a datagram was dropped.
     Drop {
-        /// The client is not on the port's allow-list, or not of the network whose gateway it used.
+        /// The client is not on the port's allow-list, or the [`GatewayAcl`](crate::GatewayAcl)
+        /// denies it.
         NotAllowed = "not_allowed",
         /// The source address has as many sessions as one may have.
         SourceLimit = "source_limit",

@@ -6,6 +6,7 @@
 //! - [`PipePool`]: the pipes that `splice(2)` moves payload through.
 //! - [`Descriptors`]: the allowance of file descriptors that all loops of a process share.
 //! - [`SourcePorts`]: where TCP connections come from that go to one place, however many they are.
+//! - [`stream_ingress`]: by which interface an accepted connection came in.
 //! - [`batch`]: many datagrams per system call, merged into segmentation offload where they allow it.
 //!
 //! It knows no protocol and no policy, and it is not an async runtime: the control plane (API, DNS,
@@ -17,6 +18,7 @@ pub mod batch;
 mod descriptors;
 mod epoll;
 mod event_loop;
+mod ingress;
 mod mailbox;
 mod pipes;
 mod source_ports;
@@ -26,6 +28,7 @@ pub use arena::{Arena, Key};
 pub use descriptors::{Descriptors, Permit};
 pub use epoll::{Epoll, Interest, Readiness, Token};
 pub use event_loop::{Context, EventLoop, Handler};
+pub use ingress::{StreamIngress, drop_forged_own_source, enable_stream_ingress, stream_ingress};
 pub use mailbox::{Closed, Sender};
 pub use pipes::{Loan, Pipe, PipePool, Splice};
 pub use source_ports::{PortRange, SourcePorts, begin_connect};

@@ -10,7 +10,7 @@
 //!
 //! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
-use super::{Instance, Signals, rules_ahead, uplinks};
+use super::{Instance, Signals, bridge_indexes, rules_ahead, uplinks};
 use crate::api::{Order, Problem};
 use std::collections::BTreeMap;
 use std::fs;
@@ -154,12 +154,16 @@ impl Instance {
 
     /// Whether all is as it shall be.
     async fn repair(&mut self) -> bool {
+        // A bridge that is missing has to be known to be before it is made again: its members would
+        // pass for outsiders otherwise.
+        self.update_bridge_indexes();
         let mut repaired = self.put_right().await;
         if repaired.is_err() {
             // A link on its way out is still listed for a moment, and nothing can be put on it.
             tokio::time::sleep(SETTLE).await;
             repaired = self.put_right().await;
         }
+        self.update_bridge_indexes();
         match &repaired {
             Ok(0) => {}
             Ok(steps) => {
@@ -172,6 +176,23 @@ impl Instance {
             }
         }
         repaired.is_ok()
+    }
+
+    /// Notes which index each bridge has now: access lists depend on it, and DNS servers at
+    /// gateways are bound to it.
+    fn update_bridge_indexes(&mut self) {
+        let indexes = match bridge_indexes(&self.up.layout, &self.host) {
+            Ok(indexes) => indexes,
+            Err(error) => {
+                tracing::warn!(%error, "bridge indexes unknown; access lists unchanged");
+                return;
+            }
+        };
+        for network in self.up.gateway_networks.set_bridges(&indexes) {
+            if let Err(error) = self.up.names.serve_at_gateways_again(&network, &self.host) {
+                tracing::warn!(network, "no DNS server at the gateway: {error:#}");
+            }
+        }
     }
 
     async fn put_right(&mut self) -> Result<usize, SetupError> {

@@ -11,7 +11,7 @@ use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Mac, Network, Observed, Pools,
     Subnet, gateway,
 };
-use tidegate_proxy::{Enclosure, Enclosures};
+use tidegate_proxy::{Bridge, GatewayNetwork};
 
 /// What a network's packets hold where the host has no way out to take the figure from.
 const MTU: u32 = 1500;
@@ -101,21 +101,22 @@ pub(super) fn layout(project: &Project, with: &mut Surroundings<'_>) -> Result<L
 }
 
 impl Layout {
-    /// Who may ask for what `endpoint` publishes at which gateway: the members of the network, who come by its bridge. An internal network
-    /// has no way out: what an endpoint elsewhere publishes, its members are not answered. `index` tells the index of a bridge.
-    pub(super) fn enclosures(&self, endpoint: &str, index: impl Fn(&str) -> u32) -> Enclosures {
+    /// The networks, as access to our ports depends on them. `indexes` has the index of each
+    /// bridge, by the name of its network.
+    pub(super) fn gateway_networks(&self, indexes: &BTreeMap<String, u32>) -> Vec<GatewayNetwork> {
+        let of = |network: &Network| GatewayNetwork {
+            name: network.name.clone(),
+            bridge: indexes.get(&network.name).map_or(Bridge::Missing(0), |index| Bridge::Present(*index)),
+            internal: network.internal,
+            subnets: network.subnets.iter().map(|one| (one.subnet, one.gateway)).collect(),
+        };
+        self.desired.networks.iter().map(of).collect()
+    }
+
+    /// The names of the networks that `endpoint` is attached to.
+    pub(super) fn networks_of(&self, endpoint: &str) -> impl Iterator<Item = String> {
         let endpoint = self.desired.endpoints.iter().find(|one| one.name == endpoint);
-        let joined = |network: &str| {
-            endpoint.is_some_and(|one| one.attachments.iter().any(|there| there.network == network))
-        };
-        let of = |network: &Network, subnet: &Subnet| Enclosure {
-            gateway: subnet.gateway,
-            network: subnet.subnet,
-            admits: !network.internal || joined(&network.name),
-            interface: index(&network.bridge.name),
-        };
-        let networks = self.desired.networks.iter();
-        networks.flat_map(|network| network.subnets.iter().map(move |subnet| of(network, subnet))).collect()
+        endpoint.into_iter().flat_map(|one| &one.attachments).map(|attachment| attachment.network.clone())
     }
 }
 
@@ -208,7 +209,11 @@ pub(super) fn fnv(bytes: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
     use std::path::Path;
+    use std::sync::Arc;
+    use tidegate_model::Ingress;
+    use tidegate_proxy::{GatewayAcl, GatewayNetworks};
 
     const FILE: &str = "
 networks:
@@ -285,8 +290,16 @@ services:
 ";
         let layout = lay_out(text, &Observed::default()).1.unwrap();
         let [open, shut] = &layout.desired.networks[..] else { panic!("two networks") };
-        let asks = |network: &Network| {
-            (network.subnets[0].subnet.hosts().nth(5).unwrap(), network.subnets[0].gateway)
+        let indexes = BTreeMap::from([(open.name.clone(), 7), (shut.name.clone(), 8)]);
+        let networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&indexes)));
+        let denies = |endpoint: &str, network: &Network, client: IpAddr| {
+            GatewayAcl::new(Arc::clone(&networks), layout.networks_of(endpoint)).denies(&Ingress {
+                client: SocketAddr::new(client, 5000),
+                destination: Some(network.subnets[0].gateway),
+                to_group: false,
+                interface: indexes[&network.name],
+                handshake: false,
+            })
         };
         for (endpoint, from, answered) in [
             ("inside", shut, true),
@@ -294,12 +307,10 @@ services:
             ("outside", open, true),
             ("inside", open, true),
         ] {
-            let (client, gateway) = asks(from);
-            let out = layout.enclosures(endpoint, |_| 0).shut_out(client, gateway, 0);
-            assert_eq!(!out, answered, "{endpoint} from {}", from.name);
+            let client = from.subnets[0].subnet.hosts().nth(5).unwrap();
+            assert_eq!(!denies(endpoint, from, client), answered, "{endpoint} from {}", from.name);
         }
-        let (_, gateway) = asks(shut);
-        assert!(!layout.enclosures("outside", |_| 0).shut_out(gateway, gateway, 0), "the host itself");
+        assert!(!denies("outside", shut, shut.subnets[0].gateway), "the host itself");
     }
 
     #[test]

@@ -31,6 +31,7 @@ use crate::source::clean_up_after_the_dead;
 use anyhow::{Context, anyhow, bail};
 use layout::{Layout, Surroundings, fnv, layout};
 use names::NameServers;
+use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -46,7 +47,7 @@ use tidegate_netsetup::{
     Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, Setup, Uplink, WithFirewall,
     WithoutFirewall,
 };
-use tidegate_proxy::{Listener, Settings};
+use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings};
 use tokio::io::{Interest, unix::AsyncFd};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -104,6 +105,8 @@ struct Instance {
 /// What runs on the networks.
 struct Running {
     layout: Layout,
+    /// What access to ports depends on.
+    gateway_networks: Arc<GatewayNetworks>,
     publisher: Arc<Publisher>,
     adopted: Arc<Adopted>,
     names: NameServers,
@@ -338,14 +341,15 @@ impl Up {
         let of_a_service = SERVICE_DESCRIPTORS + names::DESCRIPTORS;
         settings.reserved_descriptors +=
             of_a_service * namespaces.len() + names::SHARED_DESCRIPTORS + MAX_CLIENTS;
-        let bridges = bridges(&layout, ground)?;
+        let bridges = bridge_indexes(&layout, ground.networks()).context("look for the bridges")?;
+        let gateway_networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&bridges)));
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
         let publisher = Arc::new(Publisher::new(ground.clone(), settings, chosen, gateways));
         for (name, namespace) in &namespaces {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
-            let enclosures = layout.enclosures(name, |bridge| bridges.get(bridge).copied().unwrap_or(0));
-            let endpoint = Endpoint::new(namespace.clone(), addresses, enclosures);
+            let acl = GatewayAcl::new(Arc::clone(&gateway_networks), layout.networks_of(name));
+            let endpoint = Endpoint::new(namespace.clone(), addresses, acl);
             let endpoint = endpoint.translated_to(targets_of(&layout, name, chosen.publish));
             publisher.add_endpoint(name, endpoint.behind_engine(way_out::behind_it(&layout, name)));
         }
@@ -390,6 +394,10 @@ impl Up {
                     // Writing to a string does not fail.
                     let _ = resolver.describe(page);
                 });
+                // As a port that belongs to no endpoint.
+                let acl = GatewayAcl::new(Arc::clone(&gateway_networks), []);
+                let acl = if ground.is_rootless() { acl.for_sockets_elsewhere() } else { acl };
+                let recorder = recorder.controlled_by(acl);
                 let told = Arc::clone(&publisher);
                 recorder.serve(move || (told.snapshot(), told.fill())).context("metrics endpoint")?;
             }
@@ -425,6 +433,7 @@ impl Up {
         });
         Ok(Some(Running {
             layout,
+            gateway_networks,
             publisher,
             adopted: Arc::new(Adopted::new(adopted)),
             names,
@@ -564,15 +573,22 @@ fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
     Ok(ports)
 }
 
-/// The index of each bridge.
-fn bridges(layout: &Layout, ground: &Ground) -> anyhow::Result<BTreeMap<String, u32>> {
-    let index = || {
+/// The index of each bridge in `host`, by the name of its network. A bridge that is not there has
+/// none.
+fn bridge_indexes(layout: &Layout, host: &Namespace) -> io::Result<BTreeMap<String, u32>> {
+    host.with(|| {
         // Any socket will do to ask with.
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
-        let names = layout.desired.networks.iter().map(|network| network.bridge.name.clone());
-        names.map(|name| Ok((name.clone(), name_to_index(&socket, &name)?))).collect::<io::Result<_>>()
-    };
-    ground.networks().with(index)?.context("look for the bridges")
+        let mut indexes = BTreeMap::new();
+        for network in &layout.desired.networks {
+            match name_to_index(&socket, &network.bridge.name) {
+                Ok(index) => drop(indexes.insert(network.name.clone(), index)),
+                Err(Errno::NODEV) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(indexes)
+    })?
 }
 
 /// What the supervisor is to run. Adopted namespaces have processes of their own.

@@ -28,8 +28,15 @@ pub(super) struct NameServers {
     options: BTreeMap<String, ServeOptions>,
     /// By service.
     serving: BTreeMap<String, Serving>,
-    /// Of networks that are served at their gateways.
-    _at_gateways: Vec<Serving>,
+    /// Networks that are served at their gateways, by name.
+    at_gateways: BTreeMap<String, AtGateway>,
+}
+
+/// The servers at a network's gateways.
+struct AtGateway {
+    bridge: String,
+    gateways: Vec<IpAddr>,
+    serving: Vec<Serving>,
 }
 
 impl NameServers {
@@ -76,18 +83,14 @@ impl NameServers {
                     .context("names")?;
             }
         }
-        let mut at_gateways = Vec::new();
+        let mut at_gateways = BTreeMap::new();
         for network in &layout.desired.networks {
             if is_at_gateway(project, &network.name) {
-                for subnet in &network.subnets {
-                    let (networks, bridge) = (ground.networks(), &network.bridge.name);
-                    at_gateways.push(resolver.serve_gateway(
-                        networks,
-                        &network.name,
-                        subnet.gateway,
-                        bridge,
-                    )?);
-                }
+                let bridge = network.bridge.name.clone();
+                let gateways = network.subnets.iter().map(|subnet| subnet.gateway).collect();
+                let mut there = AtGateway { bridge, gateways, serving: Vec::new() };
+                there.serve(&resolver, &network.name, ground.networks())?;
+                at_gateways.insert(network.name.clone(), there);
             }
         }
         let servers =
@@ -101,7 +104,7 @@ impl NameServers {
             })
             .collect();
         let resolver = Arc::new(resolver);
-        Ok(Self { resolver, options, serving: BTreeMap::new(), _at_gateways: at_gateways })
+        Ok(Self { resolver, options, serving: BTreeMap::new(), at_gateways })
     }
 
     /// Serves `service` in `namespace` from here on, and no longer where it was.
@@ -116,6 +119,17 @@ impl NameServers {
         tracing::debug!(endpoint = service, at = %serving.address(), redirected = serving.is_redirected(), "names");
         self.serving.insert(service.to_owned(), serving);
         Ok(())
+    }
+
+    /// Serves `network` at its gateways in `host` again, if it was, because its bridge was made
+    /// again: the sockets are bound to the index of the bridge that has gone.
+    ///
+    /// # Errors
+    /// One line that names the network.
+    pub(super) fn serve_at_gateways_again(&mut self, network: &str, host: &Namespace) -> anyhow::Result<()> {
+        let Some(there) = self.at_gateways.get_mut(network) else { return Ok(()) };
+        there.serving.clear();
+        there.serve(&self.resolver, network, host)
     }
 
     /// The same, unless it is served already.
@@ -148,6 +162,15 @@ impl NameServers {
     /// For a scrape.
     pub(super) fn resolver(&self) -> Arc<Resolver> {
         Arc::clone(&self.resolver)
+    }
+}
+
+impl AtGateway {
+    fn serve(&mut self, resolver: &Resolver, network: &str, host: &Namespace) -> anyhow::Result<()> {
+        for gateway in &self.gateways {
+            self.serving.push(resolver.serve_gateway(host, network, *gateway, &self.bridge)?);
+        }
+        Ok(())
     }
 }
 

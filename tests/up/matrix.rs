@@ -281,6 +281,7 @@ impl Matrix {
     fn new(mode: Mode) -> Self {
         let scene = match mode {
             Mode { legacy: true, .. } => Scene::with_legacy_iptables(),
+            Mode { rootless: true, lacks, .. } => Scene::lacking(lacks).with_open_tun(),
             Mode { lacks, .. } => Scene::lacking(lacks),
         };
         let uplink = Uplink::new(&scene);
@@ -787,9 +788,15 @@ fn what_the_hostile_neighbour_sends_does_arrive() {
         assert_eq!(matrix.outcome(&probe, expected), expected, "{probe:?}");
     };
     ask(From::AsLoopback, To::PublishedBeyond, true, NO);
-    matrix.scene.net.host.sysctl("net.ipv4.conf.eth1.route_localnet", "1");
-    ask(From::Hostile, To::LoopbackOnly, false, YES);
-    ask(From::Hostile, To::LoopbackOnly, true, YES);
+    let host = &matrix.scene.net.host;
+    host.sysctl("net.ipv4.conf.eth1.route_localnet", "1");
+    let of_others: SocketAddr = "127.0.0.1:9191".parse().unwrap();
+    let _servers = (PeerServer::tcp(host, of_others), PeerServer::udp(host, of_others));
+    for udp in [false, true] {
+        matrix.uplink.hostile.run(|| peer_as_seen(of_others, udp, SOON)).unwrap();
+        // A port of ours is closed all the same: it did not come in by `lo`.
+        ask(From::Hostile, To::LoopbackOnly, udp, NO);
+    }
     matrix.scene.net.host.sysctl("net.ipv4.conf.eth1.accept_local", "1");
     ask(From::AsLoopback, To::PublishedBeyond, true, IN);
 

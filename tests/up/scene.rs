@@ -7,7 +7,7 @@ use std::os::unix::fs::{chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use tidegate_testbed::{Namespace, Process, Topology, find_program};
+use tidegate_testbed::{Mounts, Namespace, Process, Topology, find_program};
 
 /// The binary under test.
 pub(crate) const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
@@ -53,6 +53,16 @@ impl Scene {
             }
         }
         scene
+    }
+
+    /// On a host whose `/dev/net/tun` everybody may open, as on most distributions.
+    pub(crate) fn with_open_tun(mut self) -> Self {
+        let device = self.programs.path().join("tun");
+        let path = device.to_str().unwrap();
+        self.sh(&format!("mknod -m 666 {path} c 10 200; chmod 755 {}", self.programs.path().display()));
+        let mounts = Mounts::builder().bind(&device, "/dev/net/tun").build(&self.net.host);
+        self.net.host = self.net.host.with_mounts(mounts);
+        self
     }
 
     /// `PATH` with the scene's own programs first.

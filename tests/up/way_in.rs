@@ -46,7 +46,7 @@ fn seen(from: &Namespace, to: &str, port: u16, udp: bool) -> String {
 #[test]
 fn the_container_sees_its_clients_over_tcp_and_udp() {
     for rootless in [false, true] {
-        let scene = Scene::new();
+        let scene = Scene::new().with_open_tun();
         let before = state(&scene.net.host);
         let mut up = up(&scene, rootless);
         let boxed = service_namespace(&up, "box");
@@ -78,7 +78,7 @@ fn the_container_sees_its_clients_over_tcp_and_udp() {
 
 #[test]
 fn ports_of_udp_come_and_go_at_run_time() {
-    let scene = Scene::new();
+    let scene = Scene::new().with_open_tun();
     let up = up(&scene, true);
     let boxed = service_namespace(&up, "box");
     let _udp = PeerServer::udp(&boxed, "10.81.1.2:80".parse().unwrap());

@@ -26,7 +26,7 @@ use super::tcp::is_exhaustion;
 use super::{Engine, Flow};
 use crate::flow_table::{Class, FlowKey, Origin, Refused};
 use crate::forward::{Forward, ForwardId, ForwardSource, Guard};
-use crate::host::{Batch, Host, Port, Ready};
+use crate::host::{Arrival, Batch, Host, Port, Ready};
 use crate::metrics::{DropReason, FlowKind, ForwardStats};
 use crate::tcp::Connection;
 use crate::tcp::conn::Phase;
@@ -37,7 +37,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_model::Protocol;
+use tidegate_model::{Ingress, Protocol};
 use tidegate_reactor::Key;
 
 /// Clients accepted of one port before others have their turn.
@@ -170,7 +170,16 @@ impl<H: Host> Engine<H> {
         let (forward, stats) = (published.forward, Arc::clone(&published.stats));
         let client = canonical(client);
         let host = &self.host;
-        let admits = |guard: &Arc<dyn Guard>| guard.admits(client, host.local_address(&stream), 0);
+        let admits = |guard: &Arc<dyn Guard>| {
+            let told = host.ingress(&stream);
+            guard.admits(&Ingress {
+                client,
+                destination: told.map(|told| told.local),
+                to_group: false,
+                interface: told.map_or(0, |told| told.interface),
+                handshake: true,
+            })
+        };
         let admitted = published.guard.as_ref().is_none_or(admits);
         let five_tuple =
             if admitted { self.five_tuple(&forward, &stats, client, now) } else { Err(DropReason::ShutOut) };
@@ -318,9 +327,9 @@ impl<H: Host> Engine<H> {
             let end = run.take_while(|index| asks(&self.batch, *index) == asked).last().unwrap_or(start) + 1;
             let messages = start..end;
             start = end;
-            let (client, (local, interface)) = asked;
+            let (client, arrival) = asked;
             let Some(client) = client.map(canonical) else { continue };
-            match self.session_of((key, client, local), interface, now) {
+            match self.session_of(key, client, &arrival, now) {
                 Ok(flow) => self.hand_over_to(flow, messages, now),
                 Err(reason) => {
                     let datagrams = self.datagrams(messages.clone());
@@ -363,10 +372,18 @@ impl<H: Host> Engine<H> {
     }
 
     /// The session of `client`, made if there is none yet.
-    fn session_of(&mut self, client: Client, interface: u32, now: Instant) -> Result<Key, DropReason> {
-        let (port, address, local) = client;
+    fn session_of(
+        &mut self,
+        port: Key,
+        address: SocketAddr,
+        arrival: &Arrival,
+        now: Instant,
+    ) -> Result<Key, DropReason> {
+        let &Arrival { local, destination, to_group, interface } = arrival;
+        let client = (port, address, local);
         let published = self.ports.get(port).ok_or(DropReason::ShutOut)?;
-        let admits = |guard: &Arc<dyn Guard>| guard.admits(address, local, interface);
+        let ingress = Ingress { client: address, destination, to_group, interface, handshake: false };
+        let admits = |guard: &Arc<dyn Guard>| guard.admits(&ingress);
         // Of one that has a session too: a forged datagram may differ by its interface alone.
         if !published.guard.as_ref().is_none_or(admits) {
             return Err(DropReason::ShutOut);

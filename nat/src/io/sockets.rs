@@ -4,7 +4,7 @@ use super::destinations::Destinations;
 use super::sys::{self, SO_PEEK_OFF};
 use super::tun::Tun;
 use crate::forward::Forward;
-use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
+use crate::host::{Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
 use crate::layer2::{self, Layer2};
 use crate::settings::{Capabilities, Outbound, Settings};
 use crate::wire::icmp::Problem;
@@ -21,7 +21,10 @@ use std::time::Duration;
 use tidegate_model::{Feature, Protocol};
 use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
-use tidegate_reactor::{Descriptors, Epoll, Interest, Key, Permit, PortRange, Token, begin_connect};
+use tidegate_reactor::{
+    Descriptors, Epoll, Interest, Key, Permit, PortRange, StreamIngress, Token, begin_connect,
+    enable_stream_ingress, stream_ingress,
+};
 
 /// Tag of flows' sockets among the loop's tokens.
 pub(super) const FLOW: u8 = 0;
@@ -140,8 +143,15 @@ impl Batch for Received {
         self.message(index)?.source
     }
 
-    fn arrival(&self, index: usize) -> (Option<IpAddr>, u32) {
-        self.message(index).map_or((None, 0), |datagram| (datagram.destination, datagram.interface))
+    fn arrival(&self, index: usize) -> Arrival {
+        let Some(datagram) = self.message(index) else { return Arrival::default() };
+        Arrival {
+            // Nothing can be sent from a multicast address; the kernel selects one then.
+            local: datagram.destination.filter(|address| !address.is_multicast()),
+            destination: datagram.sent_to,
+            to_group: datagram.is_to_group(),
+            interface: datagram.interface,
+        }
     }
 }
 
@@ -271,6 +281,7 @@ impl Kernel {
         // What a listener is set to, what it accepts is set to as well.
         prepare_stream(&socket, self.bound_buffer)?;
         SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
+        enable_stream_ingress(&socket, forward.listen.is_ipv6())?;
         rustix::net::listen(&socket, BACKLOG)?;
         Ok(Port::Tcp(Listener { socket, _permit: permit }))
     }
@@ -443,8 +454,9 @@ impl Host for Kernel {
         Ok((stream, client))
     }
 
-    fn local_address(&self, stream: &Stream) -> Option<IpAddr> {
-        bound_to(&stream.socket).ok().map(|local| local.ip().to_canonical())
+    fn ingress(&self, stream: &Stream) -> Option<StreamIngress> {
+        let domain = SockRef::from(&stream.socket).domain().ok()?;
+        stream_ingress(&stream.socket, domain == Domain::IPV6).ok()
     }
 
     fn watch_stream(&mut self, stream: &mut Stream, key: Key) -> io::Result<Ready> {

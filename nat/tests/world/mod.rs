@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
 use tidegate_nat::engine::{Engine, Secrets};
-use tidegate_nat::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
+use tidegate_nat::host::{
+    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem,
+};
 use tidegate_nat::siphash::HashKey;
 use tidegate_nat::wire::head::TcpHead;
 use tidegate_nat::wire::ip::Packet;
@@ -17,7 +19,7 @@ use tidegate_nat::wire::protocol;
 use tidegate_nat::wire::tcp::{Segment, flags};
 use tidegate_nat::wire::virtio::VirtioHeader;
 use tidegate_nat::{DropReason, Forward, ForwardId, ForwardSource, ForwardStats, Guard, Settings, Stats};
-use tidegate_reactor::Key;
+use tidegate_reactor::{Key, StreamIngress};
 
 pub const GATEWAY: &str = "10.0.2.2";
 
@@ -101,8 +103,8 @@ impl Batch for Datagrams {
         self.0[index].0
     }
 
-    fn arrival(&self, _index: usize) -> (Option<IpAddr>, u32) {
-        (self.1, 7)
+    fn arrival(&self, _index: usize) -> Arrival {
+        Arrival { local: self.1, destination: self.1, to_group: false, interface: 7 }
     }
 }
 
@@ -223,8 +225,8 @@ impl Host for World {
         Ok((Handle(self.streams.len() - 1, Arc::clone(&self.closed_streams)), client))
     }
 
-    fn local_address(&self, _stream: &Handle) -> Option<IpAddr> {
-        Some("192.0.2.1".parse().unwrap())
+    fn ingress(&self, _stream: &Handle) -> Option<StreamIngress> {
+        Some(StreamIngress { interface: 7, local: "192.0.2.1".parse().unwrap() })
     }
 
     fn connect_result(&mut self, stream: &Handle) -> io::Result<()> {

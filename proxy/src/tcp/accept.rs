@@ -13,8 +13,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tidegate_model::{Protocol, canonical};
-use tidegate_reactor::{Context, Interest, Key, Permit, Readiness};
+use tidegate_model::{Ingress, Protocol, PublishLabel, canonical};
+use tidegate_reactor::{Context, Interest, Key, Permit, Readiness, stream_ingress};
 
 /// Connections accepted from one port before other events have their turn.
 const BATCH: usize = 64;
@@ -66,6 +66,8 @@ impl Crowd {
 pub(crate) struct Accepted {
     client: OwnedFd,
     address: SocketAddr,
+    /// The address of ours that it connected to, where that was needed already.
+    local: Option<SocketAddr>,
     port: Arc<Port>,
     permit: Permit,
 }
@@ -104,8 +106,9 @@ impl Worker {
         let Some(address) = address.and_then(|address| SocketAddr::try_from(address).ok()) else {
             return true;
         };
-        let accepted = Accepted { client, address: canonical(address), port: Arc::clone(port), permit };
-        match self.admit(&accepted) {
+        let port = Arc::clone(port);
+        let mut accepted = Accepted { client, address: canonical(address), local: None, port, permit };
+        match self.admit(&mut accepted) {
             Ok(()) => self.place(cx, accepted),
             Err(refusal) => refuse(&accepted, refusal),
         }
@@ -113,17 +116,28 @@ impl Worker {
     }
 
     /// Whether the client may come in; if so it is counted.
-    fn admit(&self, accepted: &Accepted) -> Result<(), Refusal> {
-        let Port { options, stats, .. } = &*accepted.port;
+    fn admit(&self, accepted: &mut Accepted) -> Result<(), Refusal> {
+        let Accepted { client, address, local, port, .. } = accepted;
+        let Port { options, stats, label, .. } = &**port;
         stats.accepted.add(1);
-        if options.allow.as_ref().is_some_and(|allow| !allow.contains(accepted.address.ip())) {
+        if options.allow.as_ref().is_some_and(|allow| !allow.contains(address.ip())) {
             return Err(Refusal::NotAllowed);
         }
-        if !options.enclosures.is_empty()
-            && let Some(local) = local_address(&accepted.client)
-            && options.enclosures.shut_out(accepted.address.ip(), local.ip(), 0)
-        {
-            return Err(Refusal::NotAllowed);
+        if !options.gateway_acl.is_empty() {
+            let listen = label.address();
+            let ingress =
+                stream_ingress(client, listen.is_ipv6()).map_err(|error| ingress_unknown(*label, &error))?;
+            *local = Some(SocketAddr::new(ingress.local, listen.port()));
+            let ingress = Ingress {
+                client: *address,
+                destination: Some(ingress.local),
+                to_group: false,
+                interface: ingress.interface,
+                handshake: true,
+            };
+            if options.gateway_acl.denies(&ingress) {
+                return Err(Refusal::NotAllowed);
+            }
         }
         if stats.live.load(Ordering::Relaxed) >= options.max_connections {
             return Err(Refusal::PortLimit);
@@ -165,7 +179,8 @@ impl Worker {
     fn dial(&mut self, cx: &mut Context<'_>, accepted: Accepted) -> Result<(), (Accepted, Refusal)> {
         let options = Arc::clone(&accepted.port.options);
         let wants_local = options.proxy_protocol.is_some() || options.upstream.wants_local_address();
-        let local = if wants_local { local_address(&accepted.client) } else { None };
+        let known = accepted.local;
+        let local = if wants_local { known.or_else(|| local_address(&accepted.client)) } else { None };
         let flow = Flow {
             protocol: Protocol::Tcp,
             client: accepted.address,
@@ -269,6 +284,12 @@ impl Worker {
             }
         }
     }
+}
+
+/// The kernel does not report by which interface a client came, so the ACL cannot be applied.
+fn ingress_unknown(label: PublishLabel, error: &io::Error) -> Refusal {
+    tracing::debug!(publish = %label, %error, "ingress interface of a connection unknown");
+    Refusal::NotAllowed
 }
 
 /// Turns a client away at the door, with a reset: it must not take it for an answer.

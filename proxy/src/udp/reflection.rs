@@ -4,7 +4,7 @@
 //! busy with a single datagram (CERT advisory CA-1996-01, "UDP port denial-of-service attack"). The kernel drops such a source if it is IPv4
 //! and comes from outside (a martian, `fib_validate_source`); of IPv6 it lets it in.
 
-use crate::enclosures::Enclosures;
+use crate::gateway_acl::GatewayAcl;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketFlags, SocketType, connect, connect_unspec, getsockname, socket_with,
@@ -34,7 +34,7 @@ impl Reflection {
     }
 
     /// Whether an answer to `client` would come back to a port of ours.
-    pub(crate) fn is_ours(&self, client: SocketAddr, enclosures: &Enclosures) -> bool {
+    pub(crate) fn is_ours(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
         let (on_it, on_all) = {
             let ours = self.ours.read().unwrap_or_else(PoisonError::into_inner);
             let any: IpAddr =
@@ -42,7 +42,7 @@ impl Reflection {
             let has = |ip| ours.contains(&SocketAddr::new(ip, client.port()));
             (has(client.ip()), has(any))
         };
-        on_it || on_all && (enclosures.contains(client.ip()) || self.is_local(client))
+        on_it || on_all && (acl.has_gateway(client.ip()) || self.is_local(client))
     }
 
     /// Whether the address is this host's: the kernel then answers from it. Without a probe nothing is known, and nothing is refused.
@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn an_address_of_this_host_with_a_published_port_is_ours() {
         let reflection = Reflection::default();
-        let enclosures = Enclosures::default();
+        let acl = GatewayAcl::default();
         let at = |text: &str| text.parse::<SocketAddr>().unwrap();
         reflection.add(at("0.0.0.0:7000"));
         reflection.add(at("192.0.2.1:7001"));
@@ -85,9 +85,9 @@ mod tests {
             ("192.0.2.1:7000", false),
             ("[::1]:7000", false),
         ] {
-            assert_eq!(reflection.is_ours(at(client), &enclosures), ours, "{client}");
+            assert_eq!(reflection.is_ours(at(client), &acl), ours, "{client}");
         }
         reflection.remove(at("0.0.0.0:7000"));
-        assert!(!reflection.is_ours(at("127.0.0.1:7000"), &enclosures));
+        assert!(!reflection.is_ours(at("127.0.0.1:7000"), &acl));
     }
 }

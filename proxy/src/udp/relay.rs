@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tidegate_model::{Feature, Protocol, canonical};
+use tidegate_model::{Feature, Ingress, Protocol, canonical};
 use tidegate_reactor::batch::{self, Datagram, Destination, Offload, RecvBatch, SendBatch, Sent};
 use tidegate_reactor::{Arena, Context, Interest, Key, Permit};
 
@@ -116,14 +116,15 @@ impl Worker {
             let mut start = 0;
             while start < count {
                 let datagram = received.get(start);
-                let way =
-                    |datagram: &Datagram<'_>| (datagram.source, datagram.destination, datagram.interface);
+                let way = |datagram: &Datagram<'_>| {
+                    (datagram.source, datagram.destination, datagram.sent_to, datagram.interface)
+                };
                 let same = |index: &usize| way(&received.get(*index)) == way(&datagram);
                 let run = start..(start + 1..count).take_while(same).last().unwrap_or(start) + 1;
                 start = run.end;
                 let Some(client) = client(&relay.listener, &datagram) else { continue };
                 let opening = Opening { cx, key, references: &mut self.sessions, shared: &self.shared };
-                let session = match opening.find_or_open(relay, client, datagram.interface) {
+                let session = match opening.find_or_open(relay, client, &datagram) {
                     Ok(session) => session,
                     Err(reason) => {
                         let lost: usize = run.map(|index| received.get(index).count()).sum();
@@ -205,10 +206,16 @@ struct Opening<'a, 'b> {
 }
 
 impl Opening<'_, '_> {
-    fn find_or_open(self, relay: &mut Relay, client: Client, interface: u32) -> Result<Key, Drop> {
-        let enclosures = &relay.port.options.enclosures;
-        // Of one that has a session too: it is by the interface alone that a forged datagram differs.
-        if client.local.is_some_and(|local| enclosures.shut_out(client.address.ip(), local, interface)) {
+    fn find_or_open(self, relay: &mut Relay, client: Client, datagram: &Datagram<'_>) -> Result<Key, Drop> {
+        let ingress = Ingress {
+            client: client.address,
+            destination: datagram.sent_to,
+            to_group: datagram.is_to_group(),
+            interface: datagram.interface,
+            handshake: false,
+        };
+        // Where there is a session too: a forged datagram may differ by its interface alone.
+        if relay.port.options.gateway_acl.denies(&ingress) {
             return Err(Drop::NotAllowed);
         }
         if let Some(session) = relay.sessions.find(&client) {
@@ -219,10 +226,7 @@ impl Opening<'_, '_> {
             end(relay, self.references, session);
         }
         admit(relay, &client)?;
-        if relay.port.options.enclosures.is_forged(client.address.ip(), interface) {
-            return Err(Drop::NotAllowed);
-        }
-        if self.shared.reflection.is_ours(client.address, &relay.port.options.enclosures) {
+        if self.shared.reflection.is_ours(client.address, &relay.port.options.gateway_acl) {
             return Err(Drop::Reflected);
         }
         self.open(relay, client)

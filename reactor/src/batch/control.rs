@@ -16,8 +16,10 @@ impl Control {
 /// What the control messages of one received message say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Ancillary {
-    /// Which of our addresses the datagram was sent to.
+    /// Which of our addresses to answer from.
     pub(super) destination: Option<IpAddr>,
+    /// The destination address of the datagram, which may be a broadcast or multicast address.
+    pub(super) sent_to: Option<IpAddr>,
     /// The index of the interface it came in by; 0 when not told.
     pub(super) interface: u32,
     /// The segment size of a train.
@@ -42,11 +44,13 @@ pub(super) unsafe fn decode(header: &libc::msghdr) -> Ancillary {
                     // `ipi_spec_dst` and not `ipi_addr`: of a broadcast it is the address to answer from.
                     ancillary.destination =
                         Some(Ipv4Addr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()).into());
+                    ancillary.sent_to = Some(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes()).into());
                     ancillary.interface = info.ipi_ifindex as u32;
                 }
                 (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                     let info = data.cast::<libc::in6_pktinfo>().read_unaligned();
                     ancillary.destination = Some(Ipv6Addr::from(info.ipi6_addr.s6_addr).into());
+                    ancillary.sent_to = ancillary.destination;
                     ancillary.interface = info.ipi6_ifindex;
                 }
                 (libc::SOL_UDP, libc::UDP_GRO) => {

@@ -16,13 +16,23 @@ pub struct Datagram<'a> {
     pub segment: usize,
     /// Who sent it; `None` on a socket whose kernel did not say (a connected one, where it is known).
     pub source: Option<SocketAddr>,
-    /// Which of our addresses it was sent to, where [`super::enable_packet_info`] asked for that.
+    /// Which of our addresses to answer from, where [`super::enable_packet_info`] asked for that:
+    /// the one it was sent to, or for an IPv4 broadcast or multicast the one that the kernel
+    /// selects.
     pub destination: Option<IpAddr>,
+    /// Its destination address, with the same condition.
+    pub sent_to: Option<IpAddr>,
     /// The index of the interface it came in by, with the same condition; 0 when not told.
     pub interface: u32,
 }
 
 impl Datagram<'_> {
+    /// Whether it was sent to a broadcast or multicast address. Only then does the kernel select
+    /// another address to answer from (`fib_compute_spec_dst`).
+    pub fn is_to_group(&self) -> bool {
+        self.sent_to != self.destination || self.sent_to.is_some_and(|address| address.is_multicast())
+    }
+
     /// How many datagrams it is.
     pub fn count(&self) -> usize {
         if self.payload.is_empty() { 1 } else { self.payload.len().div_ceil(self.segment) }
@@ -145,6 +155,7 @@ impl RecvBatch {
             segment: ancillary.segment.unwrap_or(payload.len()).min(payload.len()),
             source,
             destination: ancillary.destination,
+            sent_to: ancillary.sent_to,
             interface: ancillary.interface,
         }
     }

@@ -1,0 +1,419 @@
+//! Which clients may use a published port at which address of this host, decided by the ingress
+//! interface.
+//!
+//! A socket on all addresses also answers at the gateway addresses of container networks, at
+//! link-local addresses, and at broadcast and multicast addresses, and the kernel delivers what
+//! comes in by any interface (the weak host model, RFC 1122, section 3.3.4.2). A client chooses its
+//! source and destination address, and an address can be link-local, which belongs to no subnet. It
+//! does not choose the bridge that its packets come in by. So that decides, for a port of an
+//! endpoint:
+//!
+//! | ingress interface | destination | access |
+//! |---|---|---|
+//! | `lo`, or the client's address is the destination | any | yes: the host itself |
+//! | any other interface than `lo` | a loopback address | no |
+//! | bridge of an internal network | its own gateway, a link-local address (IPv6) | where the endpoint is attached to it |
+//! | | anything else | no |
+//! | bridge of another network of ours | its own gateway | yes |
+//! | | an address in a subnet of another network | no |
+//! | | link-local, multicast, broadcast | where the endpoint is attached to it |
+//! | | another address of the host | yes |
+//! | any other interface | an address in a subnet of ours | no |
+//! | | anything else | yes, unless the client claims an address in a subnet of ours |
+//! | unknown | any | no |
+//!
+//! For what the host sends to itself, the kernel reports the interface that carries the destination
+//! address, so `lo` alone does not identify the host. But only the host has one of its addresses
+//! for both source and destination: a connection like that cannot be made by somebody else, and of
+//! such datagrams [`Listener`](crate::Listener) takes only those that were delivered by `lo`.
+//!
+//! Broadcasts and multicasts that come in by an uplink are served as before: they reach a port on
+//! all addresses of the host, and say nothing of its networks.
+
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use tidegate_model::{Ingress, canonical};
+
+/// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
+const LOOPBACK: u32 = 1;
+
+/// A bridge, by the index of its interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bridge {
+    /// It is there.
+    Present(u32),
+    /// Somebody has deleted it. The index is the one that it had; when it is made again it gets a
+    /// higher one (`dev_new_index`, net/core/dev.c). Until that is known, interfaces with a higher
+    /// index that belong to no network could be the bridge, and are denied.
+    Missing(u32),
+}
+
+/// A container network, as far as access to ports depends on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GatewayNetwork {
+    /// Its name.
+    pub name: String,
+    /// By which its members come.
+    pub bridge: Bridge,
+    /// It has no egress, and reaches nothing of the host but what belongs to it.
+    pub internal: bool,
+    /// Its subnets, each with the gateway address.
+    pub subnets: Vec<(IpNet, IpAddr)>,
+}
+
+impl GatewayNetwork {
+    fn contains(&self, address: IpAddr) -> bool {
+        self.subnets.iter().any(|(subnet, _)| subnet.contains(&address))
+    }
+
+    fn has_gateway(&self, address: IpAddr) -> bool {
+        self.subnets.iter().any(|(_, gateway)| *gateway == address)
+    }
+}
+
+/// The networks of a project: one value for all its ports, so that a bridge that is made again is
+/// known at all of them at once.
+#[derive(Debug, Default)]
+pub struct GatewayNetworks(RwLock<Vec<GatewayNetwork>>);
+
+impl GatewayNetworks {
+    /// With these networks.
+    #[must_use]
+    pub fn new(networks: Vec<GatewayNetwork>) -> Self {
+        Self(RwLock::new(networks))
+    }
+
+    /// Notes the index of each bridge, by the name of its network. One without an index is missing.
+    /// Returns the names of the networks whose bridge is another one now.
+    pub fn set_bridges(&self, indexes: &BTreeMap<String, u32>) -> Vec<String> {
+        let mut changed = Vec::new();
+        for network in &mut *self.0.write().unwrap_or_else(PoisonError::into_inner) {
+            let (Bridge::Present(old) | Bridge::Missing(old)) = network.bridge;
+            let index = indexes.get(&network.name).copied();
+            network.bridge = index.map_or(Bridge::Missing(old), Bridge::Present);
+            if index.is_some_and(|index| index != old) {
+                changed.push(network.name.clone());
+            }
+        }
+        changed
+    }
+
+    /// For one decision: no system call is made while this is held.
+    fn read(&self) -> RwLockReadGuard<'_, Vec<GatewayNetwork>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The access list of the ports of one endpoint. The default has no networks and denies nothing.
+#[derive(Clone, Debug, Default)]
+pub struct GatewayAcl {
+    networks: Option<Arc<GatewayNetworks>>,
+    /// The networks that the endpoint is attached to.
+    attached: Arc<BTreeSet<String>>,
+    /// The sockets are in another namespace than the bridges.
+    elsewhere: bool,
+}
+
+impl GatewayAcl {
+    /// For an endpoint that is attached to the networks named `attached`. A port that belongs to no
+    /// endpoint has none.
+    #[must_use]
+    pub fn new(networks: Arc<GatewayNetworks>, attached: impl IntoIterator<Item = String>) -> Self {
+        let attached = Arc::new(attached.into_iter().collect());
+        Self { networks: Some(networks), attached, elsewhere: false }
+    }
+
+    /// The same for sockets of another namespace than the networks: no bridge is there, and nothing
+    /// that members send arrives with an address of theirs.
+    #[must_use]
+    pub fn for_sockets_elsewhere(&self) -> Self {
+        Self { elsewhere: true, ..self.clone() }
+    }
+
+    /// Whether it denies nothing, so that no ingress has to be asked for.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.networks.is_none()
+    }
+
+    /// Whether `address` is a gateway of one of the networks.
+    #[must_use]
+    pub fn has_gateway(&self, address: IpAddr) -> bool {
+        let Some(networks) = &self.networks else { return false };
+        networks.read().iter().any(|network| network.has_gateway(address))
+    }
+
+    /// Whether the client of `ingress` must not be served.
+    #[must_use]
+    pub fn denies(&self, ingress: &Ingress) -> bool {
+        let Some(networks) = &self.networks else { return false };
+        !self.allows(&networks.read(), ingress)
+    }
+
+    fn allows(&self, networks: &[GatewayNetwork], ingress: &Ingress) -> bool {
+        let &Ingress { destination, to_group, interface, handshake, .. } = ingress;
+        let client = canonical(ingress.client).ip();
+        let Some(destination) = destination.map(|address| address.to_canonical()) else { return false };
+        if interface == 0 {
+            return false;
+        }
+        let is_gateway = |address| networks.iter().any(|network| network.has_gateway(address));
+        let is_host = interface == LOOPBACK || client == destination || handshake && is_gateway(client);
+        if is_host {
+            return true;
+        }
+        // Where `route_localnet` is set, as kube-proxy does, these come in from the link
+        // (CVE-2020-8558).
+        if destination.is_loopback() {
+            return false;
+        }
+        if self.elsewhere {
+            return self.allows_elsewhere(networks, client, destination, handshake);
+        }
+        match networks.iter().find(|network| network.bridge == Bridge::Present(interface)) {
+            Some(network) => self.allows_member(networks, network, client, destination, to_group, handshake),
+            None => !networks.iter().any(|network| {
+                let could_be_it = matches!(network.bridge, Bridge::Missing(old) if interface > old);
+                network.contains(client) || network.contains(destination) || could_be_it
+            }),
+        }
+    }
+
+    /// What came in by the bridge of `network`.
+    fn allows_member(
+        &self,
+        networks: &[GatewayNetwork],
+        network: &GatewayNetwork,
+        client: IpAddr,
+        destination: IpAddr,
+        to_group: bool,
+        handshake: bool,
+    ) -> bool {
+        let is_attached = self.attached.contains(&network.name);
+        let at_own_gateway = network.has_gateway(destination);
+        let (link_local, link_local_v6) = match destination {
+            IpAddr::V4(v4) => (v4.is_link_local(), false),
+            IpAddr::V6(v6) => (v6.is_unicast_link_local(), v6.is_unicast_link_local()),
+        };
+        if network.internal {
+            // A link-local address of IPv4 can be another interface's; of IPv6 it is the bridge's
+            // own (`rt6_need_strict`).
+            return is_attached && !to_group && (at_own_gateway || link_local_v6);
+        }
+        let in_another =
+            |address| !network.contains(address) && networks.iter().any(|other| other.contains(address));
+        // A connection proves its client's address: a container on two networks may use either
+        // bridge.
+        if in_another(destination) || !handshake && in_another(client) {
+            return false;
+        }
+        at_own_gateway || is_attached || !(link_local || to_group)
+    }
+
+    /// What came to a socket in another namespace. A member's traffic gets there by the NAT engine
+    /// only, with an address of the host.
+    fn allows_elsewhere(
+        &self,
+        networks: &[GatewayNetwork],
+        client: IpAddr,
+        destination: IpAddr,
+        handshake: bool,
+    ) -> bool {
+        !networks.iter().any(|network| {
+            let closed = network.internal && !self.attached.contains(&network.name);
+            network.contains(client) && (closed || !handshake) || network.has_gateway(destination)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+
+    const UPLINK: u32 = 2;
+    const FRONT: u32 = 7;
+    const BACK: u32 = 8;
+    const SHUT: u32 = 9;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    /// Three networks, the last of them internal.
+    fn networks() -> Arc<GatewayNetworks> {
+        let network = |name: &str, index, number: u32, internal| GatewayNetwork {
+            name: name.to_owned(),
+            bridge: Bridge::Present(index),
+            internal,
+            subnets: [("10.77.N.0/24", "10.77.N.1"), ("fd77:N::/64", "fd77:N::1")]
+                .map(|(subnet, gateway)| {
+                    let with = |text: &str| text.replace('N', &number.to_string());
+                    (with(subnet).parse().unwrap(), ip(&with(gateway)))
+                })
+                .into(),
+        };
+        let all = [("front", FRONT, 1, false), ("back", BACK, 2, false), ("shut", SHUT, 3, true)];
+        let all = all.map(|(name, index, number, internal)| network(name, index, number, internal));
+        Arc::new(GatewayNetworks::new(all.into()))
+    }
+
+    fn attached(to: &[&str]) -> GatewayAcl {
+        GatewayAcl::new(networks(), to.iter().map(|name| (*name).to_owned()))
+    }
+
+    fn datagram(interface: u32, client: &str, destination: &str) -> Ingress {
+        let destination = ip(destination);
+        let is_broadcast = matches!(destination, IpAddr::V4(v4) if v4.octets()[3] == 255);
+        Ingress {
+            client: SocketAddr::new(ip(client), 5000),
+            destination: Some(destination),
+            to_group: destination.is_multicast() || is_broadcast,
+            interface,
+            handshake: false,
+        }
+    }
+
+    fn connection(interface: u32, client: &str, destination: &str) -> Ingress {
+        Ingress { handshake: true, ..datagram(interface, client, destination) }
+    }
+
+    /// Each destination by each interface, for a port of an endpoint on `front`, one on `shut`, one
+    /// on `front` and `shut`, and a port of no endpoint.
+    #[test]
+    fn the_ingress_interface_decides() {
+        let ports = [&["front"][..], &["shut"], &["front", "shut"], &[]].map(attached);
+        let (y, n) = (true, false);
+        for (interface, client, destination, allowed) in [
+            // The host itself, which the kernel reports by the interface of the address.
+            (LOOPBACK, "127.0.0.1", "127.0.0.1", [y, y, y, y]),
+            (SHUT, "10.77.3.1", "10.77.3.1", [y, y, y, y]),
+            (SHUT, "fe80::1", "fe80::1", [y, y, y, y]),
+            (UPLINK, "203.0.113.1", "203.0.113.1", [y, y, y, y]),
+            // A network of ours.
+            (FRONT, "10.77.1.7", "10.77.1.1", [y, y, y, y]),
+            (FRONT, "fd77:1::7", "fd77:1::1", [y, y, y, y]),
+            (FRONT, "10.77.1.7", "203.0.113.1", [y, y, y, y]),
+            (FRONT, "fd77:1::7", "2001:db8::1", [y, y, y, y]),
+            (FRONT, "10.77.1.7", "10.77.2.1", [n, n, n, n]),
+            (FRONT, "fd77:1::7", "fd77:3::1", [n, n, n, n]),
+            (FRONT, "10.77.1.7", "10.77.2.255", [n, n, n, n]),
+            (FRONT, "fe80::7", "fe80::1", [y, n, y, n]),
+            (FRONT, "fd77:1::7", "fe80::1", [y, n, y, n]),
+            (FRONT, "10.77.1.7", "169.254.9.9", [y, n, y, n]),
+            (FRONT, "fe80::7", "ff02::1", [y, n, y, n]),
+            (FRONT, "10.77.1.7", "224.0.0.1", [y, n, y, n]),
+            (FRONT, "10.77.1.7", "10.77.1.255", [y, n, y, n]),
+            (FRONT, "10.77.1.7", "255.255.255.255", [y, n, y, n]),
+            (FRONT, "10.77.1.7", "203.0.113.255", [y, n, y, n]),
+            (BACK, "fe80::7", "fe80::2", [n, n, n, n]),
+            (BACK, "10.77.2.7", "10.77.2.1", [y, y, y, y]),
+            // Claims to be of another network.
+            (FRONT, "10.77.2.7", "203.0.113.1", [n, n, n, n]),
+            // An internal network.
+            (SHUT, "10.77.3.7", "10.77.3.1", [n, y, y, n]),
+            (SHUT, "fd77:3::7", "fd77:3::1", [n, y, y, n]),
+            (SHUT, "fe80::7", "fe80::3", [n, y, y, n]),
+            (SHUT, "fd77:3::7", "fe80::3", [n, y, y, n]),
+            (SHUT, "10.77.3.7", "203.0.113.1", [n, n, n, n]),
+            (SHUT, "203.0.113.77", "203.0.113.1", [n, n, n, n]),
+            (SHUT, "203.0.113.77", "10.77.3.255", [n, n, n, n]),
+            (SHUT, "10.77.3.7", "10.77.1.1", [n, n, n, n]),
+            (SHUT, "10.77.3.7", "255.255.255.255", [n, n, n, n]),
+            (SHUT, "10.77.3.7", "169.254.9.9", [n, n, n, n]),
+            (SHUT, "fe80::7", "ff02::1", [n, n, n, n]),
+            // Any other interface.
+            (UPLINK, "203.0.113.9", "203.0.113.1", [y, y, y, y]),
+            (UPLINK, "203.0.113.9", "10.77.1.1", [n, n, n, n]),
+            (UPLINK, "2001:db8::9", "fd77:3::1", [n, n, n, n]),
+            (UPLINK, "203.0.113.9", "10.77.1.255", [n, n, n, n]),
+            (UPLINK, "10.77.1.7", "203.0.113.1", [n, n, n, n]),
+            (UPLINK, "fe80::9", "fe80::5", [y, y, y, y]),
+            (UPLINK, "fe80::9", "ff02::1", [y, y, y, y]),
+            (UPLINK, "203.0.113.9", "203.0.113.255", [y, y, y, y]),
+            // Loopback is the host's alone.
+            (UPLINK, "203.0.113.9", "127.0.0.1", [n, n, n, n]),
+            (FRONT, "10.77.1.7", "127.0.0.1", [n, n, n, n]),
+            // The kernel does not say.
+            (0, "203.0.113.9", "203.0.113.1", [n, n, n, n]),
+        ] {
+            for (port, allowed) in ports.iter().zip(allowed) {
+                for ingress in
+                    [datagram(interface, client, destination), connection(interface, client, destination)]
+                {
+                    // What only datagrams can claim, or be sent to.
+                    let is_claimed = interface == FRONT && client == "10.77.2.7";
+                    if ingress.handshake && (ingress.to_group || is_claimed) {
+                        continue;
+                    }
+                    assert_eq!(!port.denies(&ingress), allowed, "{ingress:?} for {:?}", port.attached);
+                }
+            }
+        }
+        let unknown = Ingress { destination: None, ..datagram(FRONT, "10.77.1.7", "10.77.1.1") };
+        assert!(ports[0].denies(&unknown));
+        assert!(!GatewayAcl::default().denies(&unknown), "without networks there is nothing to control");
+    }
+
+    #[test]
+    fn a_connection_proves_the_address_of_its_client() {
+        let port = attached(&["front"]);
+        // A container on two networks that uses the other one's bridge.
+        assert!(!port.denies(&connection(FRONT, "10.77.2.7", "203.0.113.1")));
+        assert!(port.denies(&datagram(FRONT, "10.77.2.7", "203.0.113.1")));
+        // The host from one of its addresses to another.
+        assert!(!port.denies(&connection(UPLINK, "10.77.1.1", "203.0.113.1")));
+        assert!(port.denies(&datagram(UPLINK, "10.77.1.1", "203.0.113.1")));
+        assert!(!port.denies(&connection(UPLINK, "::ffff:203.0.113.9", "203.0.113.1")));
+        assert!(port.denies(&connection(UPLINK, "::ffff:203.0.113.9", "::ffff:10.77.1.1")));
+    }
+
+    #[test]
+    fn a_bridge_that_is_made_again_has_another_index() {
+        let networks = networks();
+        let port = GatewayAcl::new(Arc::clone(&networks), ["front".to_owned()]);
+        let indexes = |shut: Option<u32>| {
+            let all = [("front", Some(FRONT)), ("back", Some(BACK)), ("shut", shut)];
+            all.into_iter().filter_map(|(name, index)| Some((name.to_owned(), index?))).collect()
+        };
+        let (again, vpn) = (20, 19);
+        assert_eq!(networks.set_bridges(&indexes(None)), [""; 0]);
+        // It may be the bridge, by which anything can come.
+        assert!(port.denies(&datagram(again, "203.0.113.77", "203.0.113.1")));
+        assert!(port.denies(&connection(again, "fe80::7", "fe80::1")));
+        assert!(!port.denies(&connection(UPLINK, "203.0.113.9", "203.0.113.1")));
+        assert!(!port.denies(&connection(FRONT, "10.77.1.7", "10.77.1.1")));
+        assert_eq!(networks.set_bridges(&indexes(Some(again))), ["shut"]);
+        assert!(port.denies(&datagram(again, "203.0.113.77", "203.0.113.1")));
+        assert!(!port.denies(&connection(vpn, "192.0.2.7", "203.0.113.1")));
+        assert!(!port.denies(&connection(SHUT, "192.0.2.7", "203.0.113.1")), "somebody else's by now");
+        // Missing twice in a row, it is still known by the index that it had.
+        networks.set_bridges(&indexes(None));
+        networks.set_bridges(&indexes(None));
+        assert!(!port.denies(&connection(vpn, "192.0.2.7", "203.0.113.1")));
+        assert!(port.denies(&connection(again + 1, "192.0.2.7", "203.0.113.1")));
+    }
+
+    /// As an ordinary user: the sockets are the host's, the bridges are not.
+    #[test]
+    fn sockets_of_another_namespace_know_no_bridge() {
+        let port = attached(&["front"]).for_sockets_elsewhere();
+        for (interface, client, destination, datagrams, connections) in [
+            (LOOPBACK, "127.0.0.1", "127.0.0.1", true, true),
+            (UPLINK, "203.0.113.1", "203.0.113.1", true, true),
+            (UPLINK, "203.0.113.9", "203.0.113.1", true, true),
+            // An interface that has by chance the index of a bridge.
+            (SHUT, "203.0.113.9", "203.0.113.1", true, true),
+            (SHUT, "fe80::9", "fe80::1", true, true),
+            // Somebody's LAN may have the subnet as well; a datagram proves nothing.
+            (UPLINK, "10.77.1.7", "203.0.113.1", false, true),
+            (UPLINK, "10.77.3.7", "203.0.113.1", false, false),
+            (UPLINK, "203.0.113.9", "10.77.1.1", false, false),
+        ] {
+            assert_eq!(!port.denies(&datagram(interface, client, destination)), datagrams, "{client}");
+            assert_eq!(!port.denies(&connection(interface, client, destination)), connections, "{client}");
+        }
+    }
+}

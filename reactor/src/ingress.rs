@@ -1,0 +1,159 @@
+//! The ingress interface of accepted TCP connections.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd};
+
+use crate::batch;
+
+/// By which interface a connection came in, and to which address of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamIngress {
+    /// The index of the interface by which the last packet of the handshake came in.
+    pub interface: u32,
+    /// Our address.
+    pub local: IpAddr,
+}
+
+/// Lets the kernel report the ingress interface of the connections that `listener` accepts. Without
+/// it an IPv4 connection does not tell ([`stream_ingress`] fails); an IPv6 one tells in any case.
+///
+/// # Errors
+/// What setsockopt(2) says.
+pub fn enable_stream_ingress(listener: impl AsFd, ipv6: bool) -> io::Result<()> {
+    // Accepted sockets inherit the flag. TCP uses it for nothing else.
+    if ipv6 { Ok(()) } else { batch::enable_packet_info(listener, false) }
+}
+
+/// The ingress of `stream`, accepted from a listener of the family that `ipv6` names. One system
+/// call for IPv4, two for IPv6.
+///
+/// # Errors
+/// What getsockopt(2) says; `InvalidData` where the kernel does not report the interface.
+pub fn stream_ingress(stream: impl AsFd, ipv6: bool) -> io::Result<StreamIngress> {
+    let ingress = if ipv6 { v6(stream)? } else { v4(stream)? };
+    if ingress.interface == 0 { Err(io::ErrorKind::InvalidData.into()) } else { Ok(ingress) }
+}
+
+/// `tcp_v4_syn_recv_sock` keeps the interface in `mc_index`, and `IP_PKTOPTIONS` reports it with
+/// the local address (`do_ip_getsockopt`).
+fn v4(stream: impl AsFd) -> io::Result<StreamIngress> {
+    #[repr(C)]
+    struct Control {
+        header: libc::cmsghdr,
+        info: libc::in_pktinfo,
+        /// Room for `IP_TTL` and `IP_TOS`, should somebody have asked for those.
+        _more: [u64; 6],
+    }
+    let mut control = std::mem::MaybeUninit::<Control>::zeroed();
+    let length = get_option(
+        stream,
+        libc::IPPROTO_IP,
+        IP_PKTOPTIONS,
+        control.as_mut_ptr().cast(),
+        size_of::<Control>(),
+    )?;
+    // SAFETY: all-zero is a valid value, and the kernel has written over a part of it.
+    let control = unsafe { control.assume_init() };
+    let is_info =
+        (control.header.cmsg_level, control.header.cmsg_type) == (libc::IPPROTO_IP, libc::IP_PKTINFO);
+    if length < std::mem::offset_of!(Control, _more) || !is_info {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(StreamIngress {
+        interface: control.info.ipi_ifindex as u32,
+        local: Ipv4Addr::from(control.info.ipi_addr.s_addr.to_ne_bytes()).into(),
+    })
+}
+
+/// `tcp_v6_syn_recv_sock` keeps the interface in `mcast_oif`, which `IPV6_MULTICAST_IF` reports.
+/// `IPV6_2292PKTOPTIONS` reports the same number, but only while `IPV6_RECVPKTINFO` is set, and
+/// then the kernel clones every received segment (`tcp_v6_do_rcv`).
+fn v6(stream: impl AsFd) -> io::Result<StreamIngress> {
+    let mut interface: libc::c_int = 0;
+    get_option(
+        &stream,
+        libc::IPPROTO_IPV6,
+        libc::IPV6_MULTICAST_IF,
+        (&raw mut interface).cast(),
+        size_of::<libc::c_int>(),
+    )?;
+    let local = rustix::net::getsockname(&stream)?;
+    let local = std::net::SocketAddr::try_from(local).map_err(io::Error::from)?;
+    let local = match local.ip() {
+        IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4),
+        v4 @ IpAddr::V4(_) => v4,
+    };
+    debug_assert_ne!(local, IpAddr::V6(Ipv6Addr::UNSPECIFIED), "an accepted socket has an address");
+    Ok(StreamIngress { interface: interface as u32, local })
+}
+
+/// Has the kernel drop datagrams whose source address is their destination address, unless the host
+/// itself sent them: those are delivered by `lo`. The packet information does not tell the two
+/// apart, because for what the host sends to an address of its own it names the interface that
+/// carries the address.
+///
+/// The kernel drops such a source by itself for IPv4, unless `accept_local` is set
+/// (`fib_validate_source`). For IPv6 it does not.
+///
+/// # Errors
+/// What setsockopt(2) says.
+pub fn drop_forged_own_source(datagrams: impl AsFd, ipv6: bool) -> io::Result<()> {
+    // Classic BPF, as libc's macros build it; offsets from `SKF_NET_OFF` are into the IP header.
+    let at = |offset: u32| (libc::SKF_NET_OFF as u32).wrapping_add(offset);
+    let load = |address: u32| filter(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, address);
+    let verdict = |bytes: u32| filter(libc::BPF_RET | libc::BPF_K, 0, 0, bytes);
+    let (source, destination, words): (u32, u32, u8) = if ipv6 { (8, 24, 4) } else { (12, 16, 1) };
+    let interface = (libc::SKF_AD_OFF as u32).wrapping_add(libc::SKF_AD_IFINDEX as u32);
+    let mut program = vec![
+        load(interface),
+        filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 4 * words + 1, 0, LOOPBACK),
+    ];
+    for word in 0..words {
+        let offset = u32::from(word) * 4;
+        program.push(load(at(source + offset)));
+        program.push(filter(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0));
+        program.push(load(at(destination + offset)));
+        let to_accept = 4 * (words - 1 - word) + 1;
+        program.push(filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_X, 0, to_accept, 0));
+    }
+    program.extend([verdict(0), verdict(u32::MAX)]);
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: the pointer and the length describe `program`, which refers to a vector that outlives
+    // the call.
+    let result = unsafe {
+        libc::setsockopt(
+            datagrams.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of_val(&program) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn filter(code: u32, if_true: u8, if_false: u8, value: u32) -> libc::sock_filter {
+    libc::sock_filter { code: code as u16, jt: if_true, jf: if_false, k: value }
+}
+
+/// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
+const LOOPBACK: u32 = 1;
+
+/// `IP_PKTOPTIONS` of include/uapi/linux/in.h, which libc does not have for every C library.
+const IP_PKTOPTIONS: libc::c_int = 9;
+
+/// The length of what the kernel wrote to `value`, which has room for `size` bytes.
+fn get_option(
+    socket: impl AsFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: *mut libc::c_void,
+    size: usize,
+) -> io::Result<usize> {
+    let mut length = size as libc::socklen_t;
+    // SAFETY: both callers pass a value of `size` bytes that outlives the call.
+    let result =
+        unsafe { libc::getsockopt(socket.as_fd().as_raw_fd(), level, option, value, &raw mut length) };
+    if result == 0 { Ok(length as usize) } else { Err(io::Error::last_os_error()) }
+}
