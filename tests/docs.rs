@@ -199,7 +199,7 @@ fn words(text: &str, prefix: &str) -> BTreeSet<String> {
 #[test]
 fn the_security_page_names_tests_that_exist() {
     let mut sources = String::new();
-    let mut directories = vec![root("")];
+    let mut directories = vec![std::path::PathBuf::from(root(""))];
     while let Some(directory) = directories.pop() {
         for entry in std::fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
