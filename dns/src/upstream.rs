@@ -353,7 +353,11 @@ pub(crate) enum CheckStep {
 impl Check {
     /// Nobody is at the server. Whether it is the first word of its absence: the grace is over
     /// then.
+    ///
+    /// It asks once more only, for a server that is being started: hosts limit the ICMP errors that
+    /// they send (`net.ipv4.icmp_ratelimit`: 6, and one each second), and questions need them.
     pub(crate) fn refused(&mut self) -> bool {
+        self.asked = self.asked.max(CHECKS.len() - 1);
         !std::mem::replace(&mut self.struck, true)
     }
 

@@ -32,6 +32,7 @@ fn outside(scene: &Scene) -> Process {
         "--listen-address=203.0.113.9",
         "--bind-interfaces",
         "--address=/example.test/192.0.2.77",
+        "--local-ttl=60",
         "--pid-file=",
         "--user=root",
     ]));
