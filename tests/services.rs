@@ -5,6 +5,8 @@
 mod init;
 #[path = "services/killed.rs"]
 mod killed;
+#[path = "services/name_services.rs"]
+mod name_services;
 #[path = "services/restarting.rs"]
 mod restarting;
 #[path = "services/rootless.rs"]

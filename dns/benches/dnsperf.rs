@@ -17,6 +17,11 @@ use tidegate_testbed::{Namespace, Process, eventually, find_program, procfs, req
 
 /// Names of containers, and names of the server that is forwarded to.
 const NAMES: u32 = 100;
+/// Names of the server that is forwarded to, each asked once before any is asked again: more than a
+/// cache keeps.
+const NEW_NAMES: u32 = 300_000;
+/// Source ports of the contender that has too few of them.
+const FEW_PORTS: usize = 4;
 /// Where dnsmasq and aardvark-dns listen, and who asks there.
 const GATEWAY: &str = "10.99.0.1";
 const ASKER: &str = "10.99.0.2";
@@ -36,7 +41,10 @@ fn serve(listen: &str, resolv_conf: &Path) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let here = tidegate_netns::Namespace::current().expect("a namespace");
-        let settings = Settings { resolv_conf: resolv_conf.to_owned(), ..Settings::new(here.clone()) };
+        let mut settings = Settings { resolv_conf: resolv_conf.to_owned(), ..Settings::new(here.clone()) };
+        if listen == "few-ports" {
+            settings.source_ports = FEW_PORTS;
+        }
         let resolver = Resolver::new(settings).expect("a resolver");
         resolver
             .add_network(&NetworkSpec { name: "net".into(), ..NetworkSpec::default() })
@@ -47,7 +55,7 @@ fn serve(listen: &str, resolv_conf: &Path) {
             let spec = EndpointSpec { container: name.clone(), name, addresses, ..EndpointSpec::default() };
             resolver.add_endpoint("net", &spec).expect("an endpoint");
         }
-        let listen = if listen == "direct" { Listen::Direct } else { Listen::Redirected };
+        let listen = if listen == "redirected" { Listen::Redirected } else { Listen::Direct };
         let options = ServeOptions { listen, ..ServeOptions::default() };
         let _serving = resolver.serve(&here, "asker", &options).expect("a server");
         println!("serving");
@@ -84,9 +92,14 @@ fn compare() {
         all
     });
     let cached = local.replace(" A", ".cached.test A");
-    let files = ["local", "cached"].map(|name| directory.path().join(name));
-    fs::write(&files[0], local).expect("names");
-    fs::write(&files[1], cached).expect("names");
+    let new: String = (0..NEW_NAMES).fold(String::new(), |mut all, number| {
+        let _ = writeln!(all, "new-{number}.cached.test A");
+        all
+    });
+    let files = ["local", "cached", "new"].map(|name| directory.path().join(name));
+    for (file, names) in files.iter().zip([local, cached, new]) {
+        fs::write(file, names).expect("names");
+    }
     let contenders = contenders(directory.path());
     let number = |name, usual| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
     let (rounds, seconds) = (number("BENCH_ROUNDS", 5_u32), number("BENCH_SECONDS", 3_u32));
@@ -103,7 +116,8 @@ fn compare() {
     println!(
         "medians of {rounds} rounds of {seconds} s, (least - most); one core for the server, one for dnsperf"
     );
-    for (kind, name) in ["local names", "names of others, asked before"].into_iter().enumerate() {
+    let kinds = ["local names", "names of others, asked before", "names of others, not asked before"];
+    for (kind, name) in kinds.into_iter().enumerate() {
         println!("\n{name}");
         println!(
             "{:<24} {:>30} {:>24} {:>12} {:>6}",
@@ -186,6 +200,7 @@ fn contenders(directory: &Path) -> Vec<Contender> {
     let mut all = vec![
         ours("tidegate, direct", "direct", directory),
         ours("tidegate, redirected", "redirected", directory),
+        ours("tidegate, 4 source ports", "few-ports", directory),
     ];
     let hosts: String = (0..NAMES).fold(String::new(), |mut all, number| {
         let _ = writeln!(all, "10.99.1.{number} svc-{number}");

@@ -17,6 +17,8 @@ const LONGEST_NEGATIVE: u32 = 900;
 pub(crate) struct Answer {
     pub(crate) rcode: Rcode,
     authentic: bool,
+    /// It came with an OPT record: that server knows EDNS.
+    pub(crate) edns: bool,
     counts: [u16; 3],
     body: Box<[u8]>,
     ttls: Box<[u16]>,
@@ -25,7 +27,7 @@ pub(crate) struct Answer {
 }
 
 /// What a datagram of a server is.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Reading {
     /// The answer to our question.
     Answer(Answer),
@@ -35,19 +37,28 @@ pub(crate) enum Reading {
     NotUnderstood,
     /// It is about our question, and cannot be read.
     Malformed,
+    /// It is about our question, with letters of another case: the server does not preserve it, or
+    /// this is forged.
+    CaseChanged,
     /// Not an answer to our question: late, or forged.
     Other,
     /// Not a datagram at all, but word that nobody is there.
     Unreachable,
+    /// Not a datagram at all, but so many that answer nothing that someone is guessing.
+    Flooded,
+    /// Nothing could be had over TCP.
+    NoTcp,
 }
 
 /// What was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Asked {
     pub(crate) id: u16,
-    /// In lower case.
+    /// As it was sent.
     pub(crate) name: Box<[u8]>,
     pub(crate) kind: u16,
+    /// The answer must repeat the case of the name.
+    pub(crate) exact: bool,
 }
 
 impl Asked {
@@ -62,63 +73,62 @@ impl Asked {
         }
         let rcode = Rcode::from_wire(flags);
         if short(message, 4) == Some(0) && matches!(rcode, Rcode::FormErr | Rcode::NotImp) {
-            // Servers that cannot read a question cannot repeat it.
+            // Servers that cannot read a question cannot repeat it. The case of the name vouches
+            // for nothing here; what it causes is the same question once more.
             return Reading::NotUnderstood;
         }
         // RFC 5452 section 9.1: what comes back is compared with what was asked.
         let question = HEADER + self.name.len() + 4;
-        let same_name = message
-            .get(HEADER..HEADER + self.name.len())
-            .is_some_and(|name| name.eq_ignore_ascii_case(&self.name));
+        let name = message.get(HEADER..HEADER + self.name.len()).unwrap_or_default();
+        let same_name = name.eq_ignore_ascii_case(&self.name);
         let behind = [short(message, question - 4), short(message, question - 2)];
         if short(message, 4) != Some(1) || !same_name || behind != [Some(self.kind), Some(IN)] {
             return Reading::Other;
+        }
+        if self.exact && name != &*self.name {
+            return Reading::CaseChanged;
         }
         if flags & flag::TRUNCATED != 0 {
             return Reading::Truncated;
         }
         match rcode {
             Rcode::FormErr | Rcode::NotImp => Reading::NotUnderstood,
-            _ => match Answer::read(message, question, rcode, flags & flag::AUTHENTIC != 0) {
+            _ => match self.answer(message, question, rcode, flags & flag::AUTHENTIC != 0) {
                 Some(answer) => Reading::Answer(answer),
                 None => Reading::Malformed,
             },
         }
     }
-}
 
-impl Answer {
-    /// An answer that says that there is none.
-    pub(crate) fn failure() -> Self {
-        let nothing = (Box::default(), Box::default());
-        Self {
-            rcode: Rcode::ServFail,
-            authentic: false,
-            counts: [0; 3],
-            body: nothing.0,
-            ttls: nothing.1,
-            keep: 1,
-        }
+    /// Whether `message`, which is about our question, repeats the case of the name.
+    pub(crate) fn has_same_case(&self, message: &[u8]) -> bool {
+        message.get(HEADER..HEADER + self.name.len()) == Some(&*self.name)
     }
 
-    fn read(message: &[u8], question: usize, rcode: Rcode, authentic: bool) -> Option<Self> {
+    fn answer(&self, message: &[u8], question: usize, rcode: Rcode, authentic: bool) -> Option<Answer> {
         Message::from_vec(message).ok()?;
         let mut counts = [0; 3];
         let mut ttls = Vec::new();
         let mut positive = u32::MAX;
         let mut negative = None;
+        let mut edns = false;
+        let mut echoes = Vec::new();
         let mut at = question;
         let mut end = at;
         'sections: for (section, count) in counts.iter_mut().enumerate() {
             for _ in 0..short(message, 6 + 2 * section)? {
                 let record = Record::read(message, at)?;
-                at = record.end;
+                let owner = std::mem::replace(&mut at, record.end)..record.owner_end;
                 if record.kind == kind::OPT {
+                    edns = true;
                     // It is the last but for signatures, which are not for our client either.
                     break 'sections;
                 }
                 end = at;
                 *count += 1;
+                if message[owner.clone()].eq_ignore_ascii_case(&self.name) {
+                    echoes.push(owner.start - question..owner.end - question);
+                }
                 ttls.push(u16::try_from(record.owner_end + 4 - question).ok()?);
                 if section == 0 {
                     positive = positive.min(record.ttl);
@@ -140,8 +150,29 @@ impl Answer {
             // RFC 9520 section 3.2: "Resolvers MUST cache resolution failures for at least 1 second."
             _ => 1,
         };
-        let body = message[question..end].into();
-        Some(Self { rcode, authentic, counts, body, ttls: ttls.into(), keep })
+        let mut body: Box<[u8]> = message[question..end].into();
+        // A name that is written out again, and not pointed to, has the random case of our
+        // question.
+        for echo in echoes {
+            body[echo].make_ascii_lowercase();
+        }
+        Some(Answer { rcode, authentic, edns, counts, body, ttls: ttls.into(), keep })
+    }
+}
+
+impl Answer {
+    /// An answer that says that there is none.
+    pub(crate) fn failure() -> Self {
+        let nothing = (Box::default(), Box::default());
+        Self {
+            rcode: Rcode::ServFail,
+            authentic: false,
+            edns: false,
+            counts: [0; 3],
+            body: nothing.0,
+            ttls: nothing.1,
+            keep: 1,
+        }
     }
 
     /// For how long it may be kept.

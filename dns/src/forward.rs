@@ -1,21 +1,25 @@
 //! Questions for other servers, from the first asker to the last answer.
 //!
-//! Equal questions are one *flight*, however many ask. A flight is a task that lives as long as its [`Pursuit`]; all of them, and all who wait for them,
-//! are counted and bounded. A question that comes back to us because a server forwards to whom it has it from finds its own flight and waits there: a loop ends
-//! with the flight.
+//! Equal questions of one partition are one *flight*, however many ask. A flight is a task that
+//! lives as long as its [`Pursuit`]. Flights, and the askers that wait for them, are counted and
+//! bounded, and no partition can use up a bound ([`Shares`]). A question that comes back to us,
+//! because a server forwards to where it came from, finds its own flight and waits there: a loop
+//! ends with the flight.
 
 mod port;
 mod tcp;
 
 use crate::answer::{Answer, Reading};
 use crate::cache::{Cache, Key};
-use crate::message::{Bits, Kept, Request, relay};
+use crate::message::{Bits, Kept, Request, kind, relay};
 use crate::metrics::{NetworkStats, Overload, ProcessMetrics};
+use crate::partition::{Partition, Shares};
 use crate::servers::{HOST, ServerList};
-use crate::upstream::{Figures, Health, Pursuit, Step};
-use port::{Outstanding, Ports};
+use crate::upstream::{Check, CheckStep, Figures, Form, Health, Pursuit, Step};
+pub(crate) use port::Bridges;
+use port::{Outstanding, Ports, Way};
 use rustix::net::SendFlags;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,29 +29,36 @@ use tokio::net::UdpSocket;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{sleep_until, timeout};
 
-/// How much is on its way.
+/// How much may be on its way.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bounds {
     pub(crate) flights: usize,
     pub(crate) waiters: usize,
     pub(crate) cache: usize,
+    /// Source ports that are open at once.
+    pub(crate) ports: usize,
 }
 
 /// Servers that are remembered.
 const SERVERS: usize = 256;
-/// Answers that are fetched over TCP at once.
+/// Answers that are fetched over TCP at once, by all and by one partition.
 const TCP_AT_ONCE: usize = 64;
+const TCP_OF_ONE: usize = 16;
 /// How long one may take.
 const TCP_TIME: Duration = Duration::from_secs(3);
 /// What servers have said to one question and nobody has looked at.
 const UNREAD: usize = 16;
+/// How many source ports of one question may be given up to someone who guesses, where the server
+/// does not answer over TCP.
+const RENEWALS: u32 = 2;
 
 /// Where questions go out from.
 #[derive(Clone, Debug)]
 pub(crate) struct Ways {
     /// The host's namespace.
     pub(crate) outside: Namespace,
-    /// The one that networks are in, for servers that are on one of them. An ordinary user's networks are not on the host.
+    /// The one that networks are in, for servers that are on one of them. An ordinary user's
+    /// networks are not on the host.
     pub(crate) networks: Namespace,
 }
 
@@ -59,13 +70,39 @@ struct Flight {
     within: Arc<[SocketAddr]>,
 }
 
+/// What a server has said to a question.
+struct Word {
+    server: SocketAddr,
+    reading: Reading,
+    /// Over TCP: whether the case of the name was repeated.
+    same_case: Option<bool>,
+}
+
+/// What one question has gone through with one server.
+#[derive(Debug)]
+struct Attempt {
+    form: Form,
+    /// It did not understand EDNS, or said so.
+    misunderstood: bool,
+    /// An answer over UDP had the name in another case.
+    changed: bool,
+    /// An answer over UDP was cut short.
+    cut: bool,
+    /// TCP is being tried, or has been.
+    fetched: bool,
+    renewals: u32,
+}
+
 /// Asks other servers.
 pub(crate) struct Forwarder {
     state: Mutex<State>,
     ports: Ports,
+    bridges: Arc<Bridges>,
     ways: Ways,
     tcp: Semaphore,
+    tcp_of_one: Mutex<BTreeMap<Partition, Arc<Semaphore>>>,
     bounds: Bounds,
+    mixed_case: bool,
     metrics: Arc<ProcessMetrics>,
 }
 
@@ -73,11 +110,13 @@ struct State {
     cache: Cache,
     health: Health,
     flights: HashMap<Key, Vec<Waiter>>,
-    waiters: usize,
+    flight_shares: Shares,
+    waiter_shares: Shares,
     host: Arc<[SocketAddr]>,
 }
 
-/// One of the places that a server's askers have to wait in, so that one container cannot take all there are. Given back when it is dropped.
+/// One of the places that the askers at one server have to wait in, so that one container cannot
+/// take all that its partition has. Given back when it is dropped.
 pub(crate) struct Seat(Arc<AtomicUsize>);
 
 impl Seat {
@@ -122,16 +161,26 @@ pub(crate) enum Taken {
 }
 
 impl Forwarder {
-    pub(crate) fn new(ways: Ways, bounds: Bounds, metrics: Arc<ProcessMetrics>) -> Self {
+    pub(crate) fn new(ways: Ways, bounds: Bounds, mixed_case: bool, metrics: Arc<ProcessMetrics>) -> Self {
         let state = State {
             cache: Cache::new(bounds.cache),
             health: Health::new(SERVERS),
             flights: HashMap::new(),
-            waiters: 0,
+            flight_shares: Shares::new(bounds.flights),
+            waiter_shares: Shares::new(bounds.waiters),
             host: Arc::new([]),
         };
-        let ports = Ports::new(metrics.strangers.clone());
-        Self { state: Mutex::new(state), ports, ways, tcp: Semaphore::new(TCP_AT_ONCE), bounds, metrics }
+        Self {
+            state: Mutex::new(state),
+            ports: Ports::new(bounds.ports, Arc::clone(&metrics)),
+            bridges: Arc::default(),
+            ways,
+            tcp: Semaphore::new(TCP_AT_ONCE),
+            tcp_of_one: Mutex::default(),
+            bounds,
+            mixed_case,
+            metrics,
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -139,7 +188,13 @@ impl Forwarder {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on the host's servers are these. What others have said for them is forgotten: names may mean something else now.
+    /// The bridges of our networks.
+    pub(crate) fn bridges(&self) -> &Bridges {
+        &self.bridges
+    }
+
+    /// From now on the host's servers are these. What others have said for them is forgotten: names
+    /// may mean something else now.
     pub(crate) fn set_host(&self, servers: Arc<[SocketAddr]>) {
         let mut state = self.state();
         if state.host != servers {
@@ -151,9 +206,10 @@ impl Forwarder {
 
     /// How much is on its way and kept, and how much may be.
     pub(crate) fn fill(&self) -> (Bounds, Bounds) {
+        let ports = self.ports.taken();
         let state = self.state();
-        let (flights, waiters, cache) = (state.flights.len(), state.waiters, state.cache.size());
-        (Bounds { flights, waiters, cache }, self.bounds)
+        let (flights, waiters) = (state.flights.len(), state.waiter_shares.taken());
+        (Bounds { flights, waiters, cache: state.cache.size(), ports }, self.bounds)
     }
 
     /// What is remembered of servers: each, whether it is trusted, its figures.
@@ -161,31 +217,34 @@ impl Forwarder {
         self.state().health.figures().collect()
     }
 
-    /// Asks the servers of `list`, or the host's, what `request` asks; `is_within` tells which of them are on a
-    /// network, and `waiter` is made if somebody has to wait, and may.
+    /// Asks the servers of `list`, or the host's, what `request` asks, for an asker of `partition`.
+    /// `is_within` tells which of them are on a network, and `waiter` is made if somebody has to
+    /// wait, and may.
     pub(crate) fn ask(
         self: &Arc<Self>,
         request: &Request<'_>,
+        partition: &Partition,
         list: Option<&ServerList>,
         is_within: impl Fn(IpAddr) -> bool,
         waiter: impl FnOnce() -> Option<Waiter>,
     ) -> Taken {
         let bits = Bits::of(request);
         let servers = list.map_or(HOST, |list| list.number);
-        let key = Key { servers, kind: request.kind, bits, name: request.name().into() };
+        let name = request.name().into();
+        let key = Key { partition: partition.clone(), servers, kind: request.kind, bits, name };
         let now = now();
-        let mut state = self.state();
+        let mut guard = self.state();
+        let state = &mut *guard;
         if let Some((answer, came)) = state.cache.get(&key, now) {
             self.metrics.hits.increment(1);
             return Taken::Known(Arc::clone(answer), now.saturating_duration_since(came));
         }
-        if state.waiters >= self.bounds.waiters {
+        if !state.waiter_shares.allows(partition) {
             self.metrics.refused(Overload::Waiters);
             return Taken::Refused;
         }
-        let flights = state.flights.len();
         let known = state.flights.get_mut(&key);
-        if known.is_none() && flights >= self.bounds.flights {
+        if known.is_none() && !state.flight_shares.allows(partition) {
             self.metrics.refused(Overload::Flights);
             return Taken::Refused;
         }
@@ -193,83 +252,71 @@ impl Forwarder {
             self.metrics.refused(Overload::Waiters);
             return Taken::Refused;
         };
+        state.waiter_shares.take(partition);
         if let Some(waiters) = known {
             waiters.push(waiter);
-            state.waiters += 1;
             self.metrics.coalesced.increment(1);
             return Taken::OnItsWay;
         }
         self.metrics.misses.increment(1);
         let servers = list.map_or_else(|| Arc::clone(&state.host), |list| Arc::clone(&list.servers));
-        let pursuit = state.health.pursue(&servers, now);
+        let (pursuit, checks) = state.health.pursue(&servers, now);
         state.flights.insert(key.clone(), vec![waiter]);
-        state.waiters += 1;
+        state.flight_shares.take(partition);
         self.metrics.flights.set(state.flights.len() as f64);
-        drop(state);
+        drop(guard);
         let within = servers.iter().copied().filter(|server| is_within(server.ip())).collect();
-        tokio::spawn(Arc::clone(self).fly(Flight { key, within }, pursuit));
+        let flight = Flight { key, within };
+        for check in checks {
+            self.check(&flight, check);
+        }
+        tokio::spawn(Arc::clone(self).fly(flight, pursuit));
         Taken::OnItsWay
     }
 
-    async fn fly(self: Arc<Self>, flight: Flight, mut pursuit: Pursuit) {
-        let (heard, mut hearing) = mpsc::channel(UNREAD);
-        let mut outstanding = Vec::new();
-        let answer = self.pursue(&flight, &mut pursuit, &heard, &mut hearing, &mut outstanding).await;
+    async fn fly(self: Arc<Self>, flight: Flight, pursuit: Pursuit) {
+        let answer = self.pursue(&flight, pursuit).await;
         self.land(flight.key, answer);
-        // A probe that others have overtaken is heard to its end.
-        let Some((server, until)) = pursuit.probe() else { return };
-        let back = timeout(until.saturating_duration_since(now()), async {
-            while let Some((from, reading)) = hearing.recv().await {
-                if from == server {
-                    return reading != Reading::Unreachable;
-                }
-            }
-            false
-        });
-        if back.await.unwrap_or(false) {
-            self.note_time(server, &mut pursuit, &outstanding);
-        } else {
-            self.miss(server);
-        }
     }
 
     /// Asks until there is an answer or no time left.
-    async fn pursue(
-        self: &Arc<Self>,
-        flight: &Flight,
-        pursuit: &mut Pursuit,
-        heard: &mpsc::Sender<(SocketAddr, Reading)>,
-        hearing: &mut mpsc::Receiver<(SocketAddr, Reading)>,
-        outstanding: &mut Vec<Outstanding>,
-    ) -> Answer {
+    async fn pursue(self: &Arc<Self>, flight: &Flight, mut pursuit: Pursuit) -> Answer {
+        let (heard, mut hearing) = mpsc::channel(UNREAD);
+        let mut outstanding = Vec::new();
+        let mut attempts = BTreeMap::new();
         let mut last = None;
         loop {
             let until = match pursuit.step(now()) {
                 Step::Ask(server) => {
-                    if !self.put(flight, server, heard, outstanding) {
-                        self.give_up_on(server, pursuit);
+                    let attempt = attempts.entry(server).or_insert_with(|| self.attempt(server));
+                    if !self.put(flight, server, attempt.form, &heard, &mut outstanding) {
+                        self.give_up_on(flight, server, &mut pursuit);
                     }
+                    continue;
+                }
+                Step::Doubt(server, asked) => {
+                    self.doubt(flight, server, asked);
                     continue;
                 }
                 Step::Wait(until) => until,
                 Step::GiveUp => {
-                    self.strike(pursuit, None);
+                    self.note_silent(&pursuit, None);
                     return last.unwrap_or_else(Answer::failure);
                 }
             };
-            let (server, reading) = tokio::select! {
-                heard = hearing.recv() => match heard {
-                    Some(heard) => heard,
-                    None => continue,
-                },
+            let word = tokio::select! {
+                heard = hearing.recv() => heard,
                 () = sleep_until(until.into()) => continue,
             };
+            let Some(Word { server, reading, same_case }) = word else { continue };
+            let attempt = attempts.entry(server).or_insert_with(|| self.attempt(server));
             match reading {
                 Reading::Other => {}
                 Reading::Answer(answer) => {
-                    self.note_time(server, pursuit, outstanding);
+                    self.note_heard(server, &mut pursuit, &outstanding);
+                    self.note_abilities(server, attempt, &flight.key, &answer, same_case);
                     if !answer.is_failure() {
-                        self.strike(pursuit, Some(server));
+                        self.note_silent(&pursuit, Some(server));
                         return answer;
                     }
                     self.state().health.failed(server);
@@ -277,47 +324,80 @@ impl Forwarder {
                     last = Some(answer);
                 }
                 Reading::Truncated => {
-                    self.note_time(server, pursuit, outstanding);
-                    self.fetch(flight, server, heard);
+                    self.note_heard(server, &mut pursuit, &outstanding);
+                    attempt.cut = true;
+                    self.fetch(flight, server, attempt, &heard);
+                }
+                // Over TCP nobody can forge it without seeing the connection.
+                Reading::CaseChanged => {
+                    attempt.changed = true;
+                    self.fetch(flight, server, attempt, &heard);
+                }
+                Reading::Flooded => {
+                    outstanding.retain(|one: &Outstanding| one.server() != server);
+                    self.fetch(flight, server, attempt, &heard);
+                }
+                Reading::NoTcp => {
+                    let goes_on = if attempt.cut {
+                        false
+                    } else if attempt.changed && attempt.form.mixed {
+                        // In lower case, from another port and with another ID: whoever has guessed
+                        // the first two has gained nothing. A word of the old port is too late.
+                        self.state().health.changed_case(server, None, now());
+                        attempt.form.mixed = false;
+                        outstanding.retain(|one| one.server() != server);
+                        self.put(flight, server, attempt.form, &heard, &mut outstanding)
+                    } else if attempt.renewals < RENEWALS {
+                        attempt.renewals += 1;
+                        attempt.fetched = false;
+                        self.put(flight, server, attempt.form, &heard, &mut outstanding)
+                    } else {
+                        false
+                    };
+                    if !goes_on {
+                        self.state().health.failed(server);
+                        pursuit.failed(server, now());
+                    }
                 }
                 // Whatever others have learnt of it meanwhile.
-                Reading::NotUnderstood
-                    if outstanding.iter().all(|one| one.server() != server || one.bits().edns) =>
-                {
-                    self.state().health.plain(server, now());
-                    if !self.put(flight, server, heard, outstanding) {
-                        self.give_up_on(server, pursuit);
+                Reading::NotUnderstood if attempt.form.edns => {
+                    attempt.misunderstood = true;
+                    attempt.form.edns = false;
+                    if !self.put(flight, server, attempt.form, &heard, &mut outstanding) {
+                        self.give_up_on(flight, server, &mut pursuit);
                     }
                 }
                 Reading::NotUnderstood | Reading::Malformed => {
-                    self.note_time(server, pursuit, outstanding);
+                    self.note_heard(server, &mut pursuit, &outstanding);
                     self.state().health.failed(server);
                     pursuit.failed(server, now());
                 }
-                Reading::Unreachable => self.give_up_on(server, pursuit),
+                Reading::Unreachable => self.give_up_on(flight, server, &mut pursuit),
             }
         }
     }
 
+    fn attempt(&self, server: SocketAddr) -> Attempt {
+        let mut form = self.state().health.form(server, now());
+        form.mixed &= self.mixed_case;
+        Attempt { form, misunderstood: false, changed: false, cut: false, fetched: false, renewals: 0 }
+    }
+
     /// Sends the question to `server`. Whether that was possible.
     fn put(
-        self: &Arc<Self>,
+        &self,
         flight: &Flight,
         server: SocketAddr,
-        heard: &mpsc::Sender<(SocketAddr, Reading)>,
+        form: Form,
+        heard: &mpsc::Sender<Word>,
         outstanding: &mut Vec<Outstanding>,
     ) -> bool {
-        let edns = {
-            let mut state = self.state();
-            state.health.asks(server);
-            state.health.takes_edns(server, now())
-        };
-        let bits = Bits { edns, ..flight.key.bits };
-        // Again is from the same port with the same number, so that the answer to the first one counts.
-        if let Some(before) = outstanding.iter().find(|one| one.server() == server && one.bits() == bits) {
+        self.state().health.asks(server);
+        // Again is from the same port with the same ID, so that the answer to the first one counts.
+        if let Some(before) = outstanding.iter().find(|one| one.server() == server && one.form() == form) {
             return before.send();
         }
-        match self.ports.ask(self.way(flight, server), server, &flight.key, bits, heard.clone()) {
+        match self.ports.ask(self.way(flight, server), server, &flight.key, form, heard.clone()) {
             Ok(one) => {
                 let sent = one.send();
                 outstanding.push(one);
@@ -330,61 +410,195 @@ impl Forwarder {
         }
     }
 
-    /// Gets the whole answer over TCP, in a task of its own: other servers may be faster.
+    /// Gets the answer over TCP, in a task of its own: other servers may be faster. Once for each
+    /// question and server.
     fn fetch(
         self: &Arc<Self>,
         flight: &Flight,
         server: SocketAddr,
-        heard: &mpsc::Sender<(SocketAddr, Reading)>,
+        attempt: &mut Attempt,
+        heard: &mpsc::Sender<Word>,
     ) {
+        if std::mem::replace(&mut attempt.fetched, true) {
+            return;
+        }
         let (this, flight, heard) = (Arc::clone(self), flight.clone(), heard.clone());
+        let form = attempt.form;
         tokio::spawn(async move {
-            let bits = Bits { edns: this.state().health.takes_edns(server, now()), ..flight.key.bits };
             let fetched = async {
+                let own = this.tcp_of(&flight.key.partition);
+                let _own = own.acquire().await;
                 let _permit = this.tcp.acquire().await;
-                tcp::fetch(this.way(&flight, server), server, &flight.key, bits).await
+                tcp::fetch(this.way(&flight, server).namespace, server, &flight.key, form).await
             };
-            let reading = tokio::select! {
-                fetched = timeout(TCP_TIME, fetched) => fetched.ok().and_then(Result::ok).unwrap_or(Reading::Malformed),
+            let fetched = tokio::select! {
+                fetched = timeout(TCP_TIME, fetched) => fetched.ok().and_then(Result::ok),
                 // Nobody wants it any more.
                 () = heard.closed() => return,
             };
-            // An answer over TCP that is cut short has no better form.
-            let reading = if reading == Reading::Truncated { Reading::Malformed } else { reading };
-            let _ = heard.send((server, reading)).await;
+            let word = match fetched {
+                None => Word { server, reading: Reading::NoTcp, same_case: None },
+                // An answer over TCP that is cut short, or to another question, has no better form.
+                Some((Reading::Truncated | Reading::Other, same)) => {
+                    Word { server, reading: Reading::Malformed, same_case: Some(same) }
+                }
+                Some((reading, same)) => Word { server, reading, same_case: Some(same) },
+            };
+            let _ = heard.send(word).await;
         });
     }
 
-    fn way(&self, flight: &Flight, server: SocketAddr) -> &Namespace {
-        if flight.within.contains(&server) { &self.ways.networks } else { &self.ways.outside }
+    /// What bounds the connections of `partition`.
+    fn tcp_of(&self, partition: &Partition) -> Arc<Semaphore> {
+        let mut all = self.tcp_of_one.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= TCP_AT_ONCE {
+            all.retain(|_, one| Arc::strong_count(one) > 1);
+        }
+        let one = all.entry(partition.clone()).or_insert_with(|| Arc::new(Semaphore::new(TCP_OF_ONE)));
+        Arc::clone(one)
     }
 
-    /// `server` has answered, for the first time in this pursuit.
-    fn note_time(&self, server: SocketAddr, pursuit: &mut Pursuit, outstanding: &[Outstanding]) {
+    fn way(&self, flight: &Flight, server: SocketAddr) -> Way<'_> {
+        let within = flight.within.contains(&server);
+        let namespace = if within { &self.ways.networks } else { &self.ways.outside };
+        // Indexes are those of the namespace that the bridges are in.
+        let is_beside_bridges = !within && namespace.id() == self.ways.networks.id();
+        Way { namespace, bridges: is_beside_bridges.then(|| Arc::clone(&self.bridges)) }
+    }
+
+    /// `server` has answered; the time that it took is noted once in this pursuit.
+    fn note_heard(&self, server: SocketAddr, pursuit: &mut Pursuit, outstanding: &[Outstanding]) {
+        let now = now();
+        let mut state = self.state();
         let one = outstanding.iter().find(|one| one.server() == server);
         if let Some(one) = one.filter(|_| pursuit.heard(server)) {
-            let took = now().saturating_duration_since(one.asked());
-            if self.state().health.answered(server, took) {
-                tracing::info!(%server, "DNS server answers again");
+            state.health.took(server, now.saturating_duration_since(one.asked()), now);
+        }
+        if state.health.heard(server, now) {
+            tracing::info!(%server, "DNS server answers again");
+        }
+    }
+
+    /// What `answer` shows of what `server` can do.
+    fn note_abilities(
+        &self,
+        server: SocketAddr,
+        attempt: &Attempt,
+        key: &Key,
+        answer: &Answer,
+        same_case: Option<bool>,
+    ) {
+        let now = now();
+        let mut state = self.state();
+        let health = &mut state.health;
+        if answer.edns {
+            health.speaks_edns(server, now);
+        } else if attempt.misunderstood && !attempt.form.edns && !answer.is_failure() {
+            health.plain(server, now);
+        }
+        // A name without letters shows nothing.
+        if key.name.iter().any(u8::is_ascii_alphabetic) {
+            match same_case {
+                None if attempt.form.mixed => health.keeps_case(server, now),
+                Some(same) if attempt.changed => health.changed_case(server, Some(!same), now),
+                _ => {}
             }
         }
     }
 
-    fn give_up_on(&self, server: SocketAddr, pursuit: &mut Pursuit) {
-        self.miss(server);
-        pursuit.gone(server, now());
+    fn give_up_on(self: &Arc<Self>, flight: &Flight, server: SocketAddr, pursuit: &mut Pursuit) {
+        self.state().health.missed(server);
+        let now = now();
+        self.doubt(flight, server, now);
+        pursuit.gone(server, now);
     }
 
-    fn strike(&self, pursuit: &Pursuit, winner: Option<SocketAddr>) {
-        // Of a probe, `fly` hears the end.
-        let probed = pursuit.probe().map(|(server, _)| server);
-        let silent = pursuit.silent(now(), winner);
-        silent.into_iter().filter(|server| Some(*server) != probed).for_each(|server| self.miss(server));
+    /// Counts the servers that were silent. Whether they are alive their checks find out.
+    fn note_silent(&self, pursuit: &Pursuit, winner: Option<SocketAddr>) {
+        let mut state = self.state();
+        pursuit.silent(now(), winner).into_iter().for_each(|server| state.health.missed(server));
     }
 
-    fn miss(&self, server: SocketAddr) {
-        if self.state().health.missed(server, now()) {
-            tracing::warn!(%server, "DNS server does not answer; others are asked first");
+    /// Begins a check of `server` if there is reason to: a question that went there at `asked` is
+    /// not answered.
+    fn doubt(self: &Arc<Self>, flight: &Flight, server: SocketAddr, asked: Instant) {
+        let check = self.state().health.doubt(server, asked, now());
+        if let Some(check) = check {
+            self.check(flight, check);
+        }
+    }
+
+    /// Runs a check in a task of its own.
+    fn check(self: &Arc<Self>, flight: &Flight, mut check: Check) {
+        let (this, within) = (Arc::clone(self), Arc::clone(&flight.within));
+        tokio::spawn(async move {
+            // Of nobody's, so that it has a share of the ports of its own. The name is the root's.
+            let key = Key {
+                partition: Partition::of([]),
+                servers: HOST,
+                kind: kind::NS,
+                bits: Bits::default(),
+                name: [0].into(),
+            };
+            this.run_check(&Flight { key, within }, &mut check).await;
+            this.state().health.checked(check.server);
+        });
+    }
+
+    async fn run_check(&self, flight: &Flight, check: &mut Check) {
+        let server = check.server;
+        let (heard, mut hearing) = mpsc::channel(UNREAD);
+        let mut question: Option<Outstanding> = None;
+        let form = Form { edns: false, mixed: false };
+        loop {
+            let until = match check.step(now()) {
+                CheckStep::Ask => {
+                    if question.is_none() {
+                        let way = self.way(flight, server);
+                        let Ok(one) = self.ports.ask(way, server, &flight.key, form, heard.clone()) else {
+                            // For want of a port: that says nothing about the server.
+                            return;
+                        };
+                        question = Some(one);
+                    }
+                    // What cannot be sent is as good as unanswered.
+                    question.as_ref().map(Outstanding::send);
+                    continue;
+                }
+                CheckStep::Strike => {
+                    self.strike(check);
+                    continue;
+                }
+                CheckStep::Wait(until) => until,
+                CheckStep::End => return,
+            };
+            let word = tokio::select! {
+                heard = hearing.recv() => heard,
+                () = sleep_until(until.into()) => continue,
+            };
+            match word.map(|word| word.reading) {
+                // It may be about to start.
+                Some(Reading::Unreachable) => {
+                    if check.refused() {
+                        self.strike(check);
+                    }
+                }
+                Some(Reading::Flooded) | None => return,
+                Some(_) => {
+                    let now = now();
+                    let mut state = self.state();
+                    if state.health.heard(server, now) {
+                        tracing::info!(%server, "DNS server answers again");
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn strike(&self, check: &Check) {
+        if self.state().health.strike(check, now()) {
+            tracing::warn!(server = %check.server, "DNS server does not answer; others are asked first");
         }
     }
 
@@ -394,7 +608,8 @@ impl Forwarder {
         let waiters = {
             let mut state = self.state();
             let waiters = state.flights.remove(&key).unwrap_or_default();
-            state.waiters -= waiters.len();
+            state.flight_shares.give_back(&key.partition, 1);
+            state.waiter_shares.give_back(&key.partition, waiters.len());
             let evicted = state.cache.put(key, Arc::clone(&answer), now());
             self.metrics.evicted.increment(evicted as u64);
             self.metrics.entries.set(state.cache.len() as f64);

@@ -44,7 +44,8 @@ pub fn check_message(data: &[u8]) {
 fn check_answer(data: &[u8]) {
     let Some(id) = crate::message::short(data, 0) else { return };
     let name: &[u8] = b"\x03web\x07example\0";
-    let Reading::Answer(answer) = (Asked { id, name: name.into(), kind: 1 }).read(data) else { return };
+    let asked = Asked { id, name: name.into(), kind: 1, exact: false };
+    let Reading::Answer(answer) = asked.read(data) else { return };
     let mut question = Vec::new();
     crate::message::question(7, name, 1, crate::message::Bits::default(), &mut question);
     let Some(request) = Request::read(&question) else { return };

@@ -58,11 +58,7 @@ impl Site {
             self.shared.metrics.unusual.increment(1);
             return match unusual::refuse(message, out) {
                 Some(rcode) => {
-                    let stats = zones
-                        .view(&self.asker, client.ip())
-                        .first()
-                        .map(|network| Arc::clone(&network.stats));
-                    count(stats.as_ref(), 0, rcode);
+                    count(zones.view(&self.asker, client.ip()).stats(), 0, rcode);
                     Outcome::Answered
                 }
                 None => Outcome::Silent,
@@ -73,7 +69,7 @@ impl Site {
             Channel::Stream(_) => usize::from(u16::MAX),
         };
         let view = zones.view(&self.asker, client.ip());
-        let stats = view.first().map(|network| &network.stats);
+        let stats = view.stats();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let resolution = resolve(&view, self.shared.policy, request.name(), request.kind, turn);
         tracing::debug!(endpoint = self.asker.endpoint(), network = self.asker.network(), name = %Shown(request.name()), kind = request.kind, ?resolution, "question");
@@ -92,7 +88,8 @@ impl Site {
                     })
                 };
                 let list = self.servers.as_ref().or(*list);
-                match self.shared.forwarder.ask(&request, list, |ip| view.is_inside(ip), waiter) {
+                let (partition, is_within) = (view.partition(), |ip| view.is_inside(ip));
+                match self.shared.forwarder.ask(&request, &partition, list, is_within, waiter) {
                     Taken::OnItsWay => return Outcome::Waiting,
                     Taken::Known(answer, age) => {
                         relay(&request, &answer.given(age), limit, out);

@@ -11,12 +11,15 @@
 //!                                   ◄───────────────┘
 //! ```
 //!
+//! What other servers say is kept apart for askers on different networks (`partition`), so that
+//! none of them learns from an answer what others have asked.
+//!
 //! A [`Resolver`] knows networks and endpoints. [`Resolver::serve`] makes two sockets in a container's namespace, which stay in this process; who
 //! asks there is known by the socket, and what he may be told by the networks that he is on ([`zone`]). What is not ours goes to other servers
 //! ([`upstream`], [`forward`]), from the host's namespace. One process serves thousands of containers: a server costs its sockets and two tasks.
 //!
-//! What is pure has no socket, clock or runtime in it: `name`, `message`, `unusual`, `zone`, `resolve`, `answer`, `cache`, `upstream`, `servers`,
-//! `resolv_conf`.
+//! What is pure has no socket, clock or runtime in it: `name`, `message`, `unusual`, `zone`,
+//! `partition`, `resolve`, `answer`, `cache`, `upstream`, `servers`, `resolv_conf`.
 //!
 //! # Hickory
 //!
@@ -39,6 +42,7 @@ mod handler;
 mod message;
 mod metrics;
 mod name;
+mod partition;
 mod resolv_conf;
 mod resolve;
 mod resolver;

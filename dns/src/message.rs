@@ -299,7 +299,19 @@ pub(crate) struct Given<'a> {
     pub(crate) age: u32,
 }
 
-/// A question to another server: `name` in lower case.
+/// Gives each letter of `name` a case of its own, by the bits of `random`: a name of `n` letters
+/// then has one of 2^n forms ("0x20", draft-vixie-dnsext-dns0x20-00). Length bytes are below 64,
+/// where there are no letters.
+pub(crate) fn mix_case(name: &mut [u8], random: &[u8; 32]) {
+    for (at, byte) in name.iter_mut().enumerate() {
+        // 255 bytes at most, 256 bits.
+        if byte.is_ascii_alphabetic() && random[at / 8 % 32] >> (at % 8) & 1 == 1 {
+            *byte ^= 0x20;
+        }
+    }
+}
+
+/// A question to another server.
 pub(crate) fn question(id: u16, name: &[u8], kind: u16, bits: Bits, out: &mut Vec<u8>) {
     let checking = if bits.checking_disabled { flag::CHECKING_DISABLED } else { 0 };
     // RFC 6840 section 5.7: the AD bit of a question asks for that of the answer.

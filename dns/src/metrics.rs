@@ -252,10 +252,39 @@ pub(crate) enum Overload {
     Clients,
     /// An answer found no room in a socket's buffer.
     Socket,
+    /// So many datagrams with wrong IDs or questions came to a source port that it was given up.
+    Guesses,
+}
+
+/// Why a datagram that came to the source port of a question is not its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mismatch {
+    /// No question with its ID is outstanding there.
+    Id,
+    /// It is about another question, or is none of a response's.
+    Question,
+    /// The letters of the name have another case.
+    Case,
+    /// It came in by the bridge of a network that the server is not on.
+    Bridge,
+}
+
+impl Mismatch {
+    const ALL: [Self; 4] = [Self::Id, Self::Question, Self::Case, Self::Bridge];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Id => "id",
+            Self::Question => "question",
+            Self::Case => "case",
+            Self::Bridge => "bridge",
+        }
+    }
 }
 
 impl Overload {
-    pub(crate) const ALL: [Self; 4] = [Self::Flights, Self::Waiters, Self::Clients, Self::Socket];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Flights, Self::Waiters, Self::Clients, Self::Socket, Self::Guesses];
 
     fn as_str(self) -> &'static str {
         match self {
@@ -263,6 +292,7 @@ impl Overload {
             Self::Waiters => "waiting_clients",
             Self::Clients => "tcp_clients",
             Self::Socket => "socket_buffer",
+            Self::Guesses => "mismatches",
         }
     }
 }
@@ -277,8 +307,8 @@ pub(crate) struct ProcessMetrics {
     pub(crate) flights: Gauge,
     pub(crate) containers: Gauge,
     pub(crate) unusual: Counter,
-    /// Datagrams from a server's address that answer no question.
-    pub(crate) strangers: Counter,
+    /// Datagrams that answer no question.
+    mismatches: [Counter; Mismatch::ALL.len()],
     refused: [Counter; Overload::ALL.len()],
     started: Instant,
     /// When the log last told of each, in seconds from a second before the start; 0 for never.
@@ -296,7 +326,7 @@ impl ProcessMetrics {
         const FLIGHTS: &str = "tidegate_dns_upstream_in_flight";
         const SERVING: &str = "tidegate_dns_servers";
         const UNUSUAL: &str = "tidegate_dns_unusual_messages_total";
-        const STRANGERS: &str = "tidegate_dns_upstream_mismatches_total";
+        const MISMATCHES: &str = "tidegate_dns_upstream_mismatches_total";
         const REFUSED: &str = "tidegate_dns_refused_total";
         describe_counter!(
             CACHE,
@@ -308,8 +338,8 @@ impl ProcessMetrics {
         describe_gauge!(SERVING, "DNS servers that containers and gateways have.");
         describe_counter!(UNUSUAL, "Messages that were malformed, or of a kind that is not served.");
         describe_counter!(
-            STRANGERS,
-            "Datagrams from a server's address that answered no question: late, or forged."
+            MISMATCHES,
+            "Datagrams at the source port of a question that did not answer it: late, or forged."
         );
         describe_counter!(REFUSED, "What was refused or given up at a limit.");
         Self {
@@ -321,11 +351,16 @@ impl ProcessMetrics {
             flights: gauge!(FLIGHTS),
             containers: gauge!(SERVING),
             unusual: counter!(UNUSUAL),
-            strangers: counter!(STRANGERS),
+            mismatches: Mismatch::ALL.map(|reason| counter!(MISMATCHES, "reason" => reason.as_str())),
             refused: Overload::ALL.map(|reason| counter!(REFUSED, "reason" => reason.as_str())),
             started: Instant::now(),
             told: Default::default(),
         }
+    }
+
+    /// A datagram at the source port of a question did not answer it.
+    pub(crate) fn mismatch(&self, reason: Mismatch) {
+        self.mismatches[reason as usize].increment(1);
     }
 
     /// Counts it, and says so now and then.

@@ -1,6 +1,6 @@
 //! What becomes of a question: answered from the zones, denied, refused or forwarded. Pure.
 //!
-//! In this order:
+//! Somebody at a gateway who has no endpoint there is refused. For all others, in this order:
 //!
 //! 1. a name of an endpoint on one of the asker's networks: its addresses, or for other types that there are none;
 //! 2. the name of an address: of an endpoint's the endpoint; of any other that no public server knows, that there is none;
@@ -36,6 +36,8 @@ pub(crate) enum Refusal {
     Type,
     /// The asker is on internal networks only.
     NoWayOut,
+    /// The asker is at a gateway and has no endpoint on its network.
+    Stranger,
 }
 
 impl Refusal {
@@ -44,7 +46,7 @@ impl Refusal {
         match self {
             // Not Supported, Prohibited
             Self::Type => 21,
-            Self::NoWayOut => 18,
+            Self::NoWayOut | Self::Stranger => 18,
         }
     }
 }
@@ -64,6 +66,9 @@ pub(crate) fn resolve<'a>(
     kind: u16,
     turn: u32,
 ) -> Resolution<'a> {
+    if view.is_stranger() {
+        return Resolution::Refused(Refusal::Stranger);
+    }
     if is_meta(kind) {
         return Resolution::Refused(Refusal::Type);
     }

@@ -4,6 +4,7 @@ use crate::error::{ServeError, StartError, ZoneError};
 use crate::follow::{self, Watch};
 use crate::forward::{Bounds, Forwarder, Ways};
 use crate::metrics::{self, Fill, NetworkStats, ProcessMetrics, Questions, Upstream};
+use crate::partition::{Partition, Shares};
 use crate::resolve::Policy;
 use crate::server::{self, Listen, Serving};
 use crate::servers::{ServerList, ServerLists, TooManyLists};
@@ -16,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 use tidegate_netns::Namespace;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 /// What a resolver is made with.
@@ -39,12 +40,19 @@ pub struct Settings {
     pub server_lists: usize,
     /// Bytes of answers of other servers that are kept.
     pub cache: usize,
-    /// Different questions that are with other servers at once.
+    /// Different questions that are with other servers at once. Askers that are on the same
+    /// networks get two thirds of it at most, and so of the other limits of all askers.
     pub in_flight: usize,
     /// Askers that wait for other servers at once.
     pub waiting: usize,
     /// The same of one server: the others shall have some left.
     pub waiting_of_one: usize,
+    /// UDP sockets that questions go out from at once. One has a single question while there are
+    /// enough.
+    pub source_ports: usize,
+    /// Letters of names are sent to other servers in a random case, which their answers must
+    /// repeat.
+    pub mixed_case: bool,
     /// TCP clients of one server.
     pub tcp_clients: usize,
     /// TCP clients of all servers.
@@ -67,6 +75,8 @@ impl Settings {
             in_flight: 8192,
             waiting: 32_768,
             waiting_of_one: 6_144,
+            source_ports: 1024,
+            mixed_case: true,
             tcp_clients: 128,
             tcp_clients_in_all: 4096,
         }
@@ -95,9 +105,8 @@ pub(crate) struct Shared {
     pub(crate) ways: Ways,
     pub(crate) waiting_of_one: usize,
     pub(crate) tcp_clients: usize,
-    pub(crate) connections: Arc<Semaphore>,
-    /// How many of them there are in all.
-    connections_limit: usize,
+    /// TCP clients of all servers.
+    pub(crate) connections: Mutex<Shares>,
     pub(crate) metrics: Arc<ProcessMetrics>,
 }
 
@@ -151,12 +160,33 @@ impl Shared {
         self.forwarder.set_host(others);
     }
 
+    /// Takes a place for a TCP client of `partition`, until the value is dropped.
+    pub(crate) fn admit(self: &Arc<Self>, partition: Partition) -> Option<Admitted> {
+        let mut connections = lock(&self.connections);
+        connections.allows(&partition).then(|| {
+            connections.take(&partition);
+            Admitted { shared: Arc::clone(self), partition }
+        })
+    }
+
     /// The list of `servers`, which `of` is to have.
     fn list(&self, of: impl Fn() -> String, servers: &[SocketAddr]) -> Result<Option<ServerList>, ZoneError> {
         if let Some(server) = servers.iter().find(|server| lock(&self.host).ourselves.contains_key(server)) {
             return Err(ZoneError::Ourselves { of: of(), server: *server });
         }
         lock(&self.lists).get(servers).map_err(|TooManyLists| ZoneError::TooManyServerLists(of()))
+    }
+}
+
+/// The place of a TCP client among those of all servers.
+pub(crate) struct Admitted {
+    shared: Arc<Shared>,
+    partition: Partition,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        lock(&self.shared.connections).give_back(&self.partition, 1);
     }
 }
 
@@ -187,7 +217,13 @@ impl Resolver {
             .and_then(follow::register)
             .map_err(|source| StartError::Watch { path: path.clone(), source })?;
         let metrics = Arc::new(ProcessMetrics::new());
-        let bounds = Bounds { flights: settings.in_flight, waiters: settings.waiting, cache: settings.cache };
+        let bounds = Bounds {
+            flights: settings.in_flight,
+            waiters: settings.waiting,
+            cache: settings.cache,
+            ports: settings.source_ports,
+        };
+        let mixed_case = settings.mixed_case;
         let outside = settings.outside;
         let ways = Ways { outside: outside.clone(), networks: settings.networks };
         let shared = Arc::new(Shared {
@@ -195,14 +231,13 @@ impl Resolver {
             lists: Mutex::new(ServerLists::new(settings.server_lists)),
             host: Mutex::default(),
             told: watch::Sender::new(Arc::default()),
-            forwarder: Arc::new(Forwarder::new(ways.clone(), bounds, Arc::clone(&metrics))),
+            forwarder: Arc::new(Forwarder::new(ways.clone(), bounds, mixed_case, Arc::clone(&metrics))),
             policy: Policy { forward_single_labels: settings.forward_single_labels },
             ttl: u32::try_from(settings.ttl.as_secs()).unwrap_or(u32::MAX),
             ways,
             waiting_of_one: settings.waiting_of_one,
             tcp_clients: settings.tcp_clients.max(1),
-            connections: Arc::new(Semaphore::new(settings.tcp_clients_in_all)),
-            connections_limit: settings.tcp_clients_in_all,
+            connections: Mutex::new(Shares::new(settings.tcp_clients_in_all)),
             metrics,
         });
         // Before anybody can ask.
@@ -283,6 +318,13 @@ impl Resolver {
         server::at_gateway(&self.shared, namespace, network, gateway, device)
     }
 
+    /// From now on these are the indexes of the bridges of all networks, in [`Settings::networks`].
+    /// What comes in by a bridge is no answer of a server that is not on a network: a container has
+    /// forged it. To be called again when a bridge is made anew, which gives it another index.
+    pub fn set_bridges(&self, indexes: impl IntoIterator<Item = u32>) {
+        self.shared.forwarder.bridges().set(indexes.into_iter().collect());
+    }
+
     /// The host's servers as they are asked, now and from here on.
     #[must_use]
     pub fn host_servers(&self) -> watch::Receiver<Arc<[SocketAddr]>> {
@@ -304,15 +346,12 @@ impl Resolver {
     #[must_use]
     pub fn fill(&self) -> Fill {
         let (there, limits) = self.shared.forwarder.fill();
-        let connections = self.shared.connections_limit;
+        let connections = lock(&self.shared.connections);
         Fill {
             cache_bytes: [there.cache, limits.cache],
             in_flight: [there.flights, limits.flights],
             waiting: [there.waiters, limits.waiters],
-            tcp_clients: [
-                connections.saturating_sub(self.shared.connections.available_permits()),
-                connections,
-            ],
+            tcp_clients: [connections.taken(), connections.taken() + connections.free()],
         }
     }
 

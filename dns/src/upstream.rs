@@ -9,18 +9,54 @@
 //!     an answer, of whichever                                        deadline: SERVFAIL
 //! ```
 //!
-//! Servers are asked in the order of their list. A server that let another one, asked later, be faster than its patience allows, or that did not
-//! answer at all, gets a *strike* and is *suspect* for a while: others are asked before it. When that time is over, it is asked beside another one
-//! (a *probe*), which costs nobody time, and is its old self if it answers. So a dead server costs one question [`PATIENCE`], and others nothing.
+//! Servers are asked in the order of their list. Only a server that is *dead* is asked after the
+//! others; it is *suspect* then. A question that stays unanswered is no evidence of that: whoever
+//! asks can choose a name whose authoritative servers are slow or silent. The evidence is a
+//! *liveness check*:
+//!
+//! ```text
+//! a question is silent for DOUBT, and the server has said nothing to anybody since it was asked
+//!   └─► check: asks the server for the name servers of the root, up to five times
+//!         ├─ the server says anything, to this or any other question: it is alive
+//!         └─ nothing for CHECK_GRACE: suspect, asked last; said something later: alive again
+//! ```
+//!
+//! The check asks the same question whoever caused it, so no asker can influence its result. Its
+//! grace ends before the patience of the question that caused it: a dead server costs one question
+//! [`PATIENCE`] and later ones nothing. When the time of a suspicion is over, the next question
+//! causes a new check; the question itself still goes to the others first.
+//!
+//! The patience is the same for all servers and questions. One that followed the usual time of a
+//! server would let an asker shorten it for others with quick questions, and would tell an asker
+//! how quick the questions of others are.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// How long a server is waited for before the next is asked as well: three times what it usually takes, within these.
-const LEAST_PATIENCE: Duration = Duration::from_millis(30);
+/// How long a server is waited for before the next is asked as well.
 const PATIENCE: Duration = Duration::from_millis(200);
-/// A question is over after it: a client of glibc asks again after 5 s (resolv.conf(5), `timeout`), and shall have heard by then.
+/// How long a question is unanswered before its server is checked, if nothing else is heard from
+/// it.
+const DOUBT: Duration = Duration::from_millis(50);
+/// When a check asks, after its begin. The first two lie within the grace: one may be lost. The
+/// others find a server that was late, or is being started.
+const CHECKS: [Duration; 5] = [
+    Duration::ZERO,
+    Duration::from_millis(70),
+    Duration::from_millis(300),
+    Duration::from_millis(800),
+    Duration::from_millis(1_800),
+];
+/// How long a server may be silent under check before it is suspect: `DOUBT` and this end just
+/// before `PATIENCE`. A server with a long round trip has three times that instead.
+const CHECK_GRACE: Duration = Duration::from_millis(140);
+/// How long a check listens.
+const CHECK_TIME: Duration = Duration::from_secs(3);
+/// How long a shortest round trip counts: paths change.
+const ROUND_TRIP_LIFE: Duration = Duration::from_secs(300);
+/// A question is over after it: a client of glibc asks again after 5 s (resolv.conf(5), `timeout`),
+/// and shall have heard by then.
 const DEADLINE: Duration = Duration::from_millis(4_500);
 /// The same where all servers have been silent several times.
 const DEADLINE_OF_SILENT: Duration = Duration::from_millis(1_500);
@@ -36,8 +72,10 @@ const TRIES: u32 = 3;
 /// How long a server is suspect at first, and at most.
 const SUSPECT: Duration = Duration::from_secs(5);
 const LONGEST_SUSPECT: Duration = Duration::from_secs(60);
-/// How long a server that does not understand EDNS is asked without.
-const PLAIN: Duration = Duration::from_secs(3_600);
+/// How long it is remembered what a server can do: EDNS, and preserving the case of names.
+const ABILITY_LIFE: Duration = Duration::from_secs(3_600);
+/// Questions whose case a server without TCP must have changed before it is asked in lower case.
+const CHANGES: u8 = 3;
 
 /// The bounds of the buckets of answering times, in seconds.
 pub(crate) const BUCKETS: [f64; 8] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
@@ -45,15 +83,41 @@ pub(crate) const BUCKETS: [f64; 8] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.5, 1.0, 5
 /// What is remembered of a server.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Memory {
-    /// What it takes to answer, smoothed (an eighth of the newest, as RFC 6298 section 2.3).
-    usual: Option<Duration>,
+    /// When it last said something, to any question.
+    heard: Option<Instant>,
+    /// The shortest time to an answer, and when that was.
+    round_trip: Option<(Duration, Instant)>,
     strikes: u32,
     suspect_until: Option<Instant>,
-    /// A probe is on its way.
-    probed: bool,
-    plain_until: Option<Instant>,
+    /// A check is under way.
+    checked: bool,
+    abilities: Abilities,
     used: u64,
     pub(crate) figures: Figures,
+}
+
+/// What a server was seen to be able to do. Each is forgotten after [`ABILITY_LIFE`].
+#[derive(Clone, Debug, Default)]
+struct Abilities {
+    /// It does not understand EDNS.
+    plain: Option<Instant>,
+    /// It has answered with an OPT record.
+    edns: Option<Instant>,
+    /// It changes the case of the name in the question.
+    folds: Option<Instant>,
+    /// It has repeated the case of a name.
+    keeps: Option<Instant>,
+    /// Questions that came back with another case while the server could not be asked over TCP.
+    changes: u8,
+}
+
+/// How a server is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Form {
+    /// With an OPT record.
+    pub(crate) edns: bool,
+    /// With the name in random case, which the answer must repeat.
+    pub(crate) mixed: bool,
 }
 
 /// What is told of a server.
@@ -92,29 +156,22 @@ impl Health {
         memory
     }
 
-    /// Begins to pursue a question to `servers`.
-    pub(crate) fn pursue(&mut self, servers: &[SocketAddr], now: Instant) -> Pursuit {
+    /// Begins to pursue a question to `servers`, and tells which of them are to be checked: their
+    /// suspicion is over.
+    pub(crate) fn pursue(&mut self, servers: &[SocketAddr], now: Instant) -> (Pursuit, Vec<Check>) {
         let mut healthy = Vec::new();
         let mut suspects = Vec::new();
-        let mut probe = None;
+        let mut checks = Vec::new();
         let mut silent = 0;
         for server in servers {
             let memory = self.memory(*server);
             silent += usize::from(memory.strikes >= SILENT);
-            let candidate = Candidate {
-                server: *server,
-                patience: memory.patience(),
-                asked: None,
-                tries: 0,
-                out: false,
-                gone: false,
-                heard: false,
-            };
+            let candidate = Candidate::new(*server);
             match memory.suspect_until {
                 None => healthy.push(candidate),
                 Some(until) => {
-                    if until <= now && !memory.probed && probe.is_none() {
-                        probe = Some(*server);
+                    if until <= now && !memory.checked {
+                        checks.push(memory.check(*server, now));
                     }
                     suspects.push(candidate);
                 }
@@ -122,21 +179,16 @@ impl Health {
         }
         let (budget, may_return) =
             if silent == servers.len() { (DEADLINE_OF_SILENT, 0) } else { (DEADLINE, RETURNS) };
-        // With nobody to ask instead, it is no probe.
-        let probe = probe.filter(|_| !healthy.is_empty());
-        if let Some(server) = probe {
-            self.memory(server).probed = true;
-        }
         healthy.append(&mut suspects);
-        Pursuit {
+        let pursuit = Pursuit {
             candidates: healthy,
-            probe,
             due: now,
             rounds: 0,
             returns: 0,
             may_return,
             deadline: now + budget,
-        }
+        };
+        (pursuit, checks)
     }
 
     /// A question goes to `server`.
@@ -144,19 +196,22 @@ impl Health {
         self.memory(server).figures.asked += 1;
     }
 
-    /// `server` has answered. Whether it was suspect until now.
-    pub(crate) fn answered(&mut self, server: SocketAddr, took: Duration) -> bool {
+    /// `server` has said something. Whether it was suspect until now.
+    pub(crate) fn heard(&mut self, server: SocketAddr, now: Instant) -> bool {
         let memory = self.memory(server);
-        let was_suspect = memory.suspect_until.is_some();
+        memory.heard = Some(now);
         memory.strikes = 0;
-        memory.suspect_until = None;
-        memory.probed = false;
-        memory.usual = Some(memory.usual.map_or(took, |usual| (usual * 7 + took) / 8));
+        memory.suspect_until.take().is_some()
+    }
+
+    /// `server` took this long to answer.
+    pub(crate) fn took(&mut self, server: SocketAddr, took: Duration, now: Instant) {
+        let memory = self.memory(server);
+        memory.note_round_trip(took, now);
         let seconds = took.as_secs_f64();
         let bucket = BUCKETS.iter().position(|bound| seconds <= *bound).unwrap_or(BUCKETS.len());
         memory.figures.took[bucket] += 1;
         memory.figures.took_micros += u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        was_suspect
     }
 
     /// `server` has answered that it cannot, or will not.
@@ -164,28 +219,81 @@ impl Health {
         self.memory(server).figures.failed += 1;
     }
 
-    /// `server` has not answered in time. Whether it is suspect only now.
-    pub(crate) fn missed(&mut self, server: SocketAddr, now: Instant) -> bool {
+    /// `server` has not answered one question in time. That alone says nothing about the server.
+    pub(crate) fn missed(&mut self, server: SocketAddr) {
+        self.memory(server).figures.missed += 1;
+    }
+
+    /// A question that went to `server` at `asked` is still unanswered. The check to run, if
+    /// nothing has been heard from the server since, and no check runs.
+    pub(crate) fn doubt(&mut self, server: SocketAddr, asked: Instant, now: Instant) -> Option<Check> {
         let memory = self.memory(server);
-        memory.figures.missed += 1;
-        let is_new = memory.suspect_until.is_none();
-        memory.probed = false;
-        // Many questions may miss one answerer at the same time; that is one strike.
-        if memory.suspect_until.is_none_or(|until| until <= now) {
-            memory.strikes += 1;
-            memory.suspect_until = Some(now + memory.suspicion());
+        let is_heard = memory.heard.is_some_and(|heard| heard >= asked);
+        let is_due = !is_heard && !memory.checked && memory.suspect_until.is_none();
+        is_due.then(|| memory.check(server, now))
+    }
+
+    /// `check` had no answer. Whether its server is suspect only now.
+    pub(crate) fn strike(&mut self, check: &Check, now: Instant) -> bool {
+        let memory = self.memory(check.server);
+        if memory.heard.is_some_and(|heard| heard >= check.began) {
+            return false;
         }
+        let is_new = memory.suspect_until.is_none();
+        memory.strikes += 1;
+        memory.suspect_until = Some(now + memory.suspicion());
         is_new
     }
 
-    /// `server` does not understand EDNS.
-    pub(crate) fn plain(&mut self, server: SocketAddr, now: Instant) {
-        self.memory(server).plain_until = Some(now + PLAIN);
+    /// The check of `server` is over.
+    pub(crate) fn checked(&mut self, server: SocketAddr) {
+        self.memory(server).checked = false;
     }
 
-    /// Whether `server` is asked with EDNS.
-    pub(crate) fn takes_edns(&mut self, server: SocketAddr, now: Instant) -> bool {
-        self.memory(server).plain_until.is_none_or(|until| until <= now)
+    /// How `server` is asked.
+    pub(crate) fn form(&mut self, server: SocketAddr, now: Instant) -> Form {
+        let abilities = &self.memory(server).abilities;
+        Form { edns: !holds(abilities.plain, now), mixed: !holds(abilities.folds, now) }
+    }
+
+    /// `server` has answered without EDNS what it did not understand with it. That alone is no
+    /// evidence where it has used EDNS itself: the question may be one that it takes from nobody.
+    pub(crate) fn plain(&mut self, server: SocketAddr, now: Instant) {
+        let abilities = &mut self.memory(server).abilities;
+        if !holds(abilities.edns, now) {
+            abilities.plain = Some(now);
+        }
+    }
+
+    /// `server` has answered with an OPT record.
+    pub(crate) fn speaks_edns(&mut self, server: SocketAddr, now: Instant) {
+        self.memory(server).abilities.edns = Some(now);
+    }
+
+    /// `server` has repeated the case of a name.
+    pub(crate) fn keeps_case(&mut self, server: SocketAddr, now: Instant) {
+        let abilities = &mut self.memory(server).abilities;
+        abilities.keeps = Some(now);
+        abilities.changes = 0;
+    }
+
+    /// The case of a name came back changed over UDP; `over_tcp` is what the same question showed
+    /// over TCP, where nobody can forge blindly: `Some(true)` if it was changed there as well,
+    /// `None` where the server could not be asked.
+    pub(crate) fn changed_case(&mut self, server: SocketAddr, over_tcp: Option<bool>, now: Instant) {
+        let abilities = &mut self.memory(server).abilities;
+        match over_tcp {
+            Some(true) => abilities.folds = Some(now),
+            Some(false) => abilities.keeps = Some(now),
+            None if holds(abilities.keeps, now) => {}
+            None => {
+                abilities.changes += 1;
+                if abilities.changes >= CHANGES {
+                    abilities.changes = 0;
+                    abilities.folds = Some(now);
+                }
+            }
+        }
     }
 
     /// All that is remembered: the server, whether it is trusted, its figures.
@@ -194,9 +302,23 @@ impl Health {
     }
 }
 
+/// Whether something seen at `since` still holds.
+fn holds(since: Option<Instant>, now: Instant) -> bool {
+    since.is_some_and(|since| now.saturating_duration_since(since) < ABILITY_LIFE)
+}
+
 impl Memory {
-    fn patience(&self) -> Duration {
-        self.usual.map_or(PATIENCE, |usual| (3 * usual).clamp(LEAST_PATIENCE, PATIENCE))
+    fn check(&mut self, server: SocketAddr, now: Instant) -> Check {
+        self.checked = true;
+        let round_trip = self.round_trip.map_or(Duration::ZERO, |(time, _)| time);
+        Check { server, began: now, grace: CHECK_GRACE.max(3 * round_trip), asked: 0, struck: false }
+    }
+
+    fn note_round_trip(&mut self, took: Duration, now: Instant) {
+        let kept = self
+            .round_trip
+            .filter(|(least, at)| *least <= took && now.saturating_duration_since(*at) < ROUND_TRIP_LIFE);
+        self.round_trip = Some(kept.unwrap_or((took, now)));
     }
 
     /// How long it is suspect with as many strikes as it has.
@@ -206,11 +328,63 @@ impl Memory {
     }
 }
 
+/// A liveness check of one server.
+#[derive(Clone, Debug)]
+pub(crate) struct Check {
+    pub(crate) server: SocketAddr,
+    began: Instant,
+    grace: Duration,
+    /// How often it has asked.
+    asked: usize,
+    struck: bool,
+}
+
+/// What a check does now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CheckStep {
+    Ask,
+    /// The grace is over.
+    Strike,
+    /// Nothing before then.
+    Wait(Instant),
+    End,
+}
+
+impl Check {
+    /// Nobody is at the server. Whether it is the first word of its absence: the grace is over
+    /// then.
+    ///
+    /// It asks once more only, for a server that is being started: hosts limit the ICMP errors that
+    /// they send (`net.ipv4.icmp_ratelimit`: 6, and one each second), and questions need them.
+    pub(crate) fn refused(&mut self) -> bool {
+        self.asked = self.asked.max(CHECKS.len() - 1);
+        !std::mem::replace(&mut self.struck, true)
+    }
+
+    /// The next step. What is told counts as done.
+    pub(crate) fn step(&mut self, now: Instant) -> CheckStep {
+        let next = CHECKS.get(self.asked).map(|after| self.began + *after);
+        if next.is_some_and(|next| next <= now) {
+            self.asked += 1;
+            return CheckStep::Ask;
+        }
+        if !self.struck && now >= self.began + self.grace {
+            self.struck = true;
+            return CheckStep::Strike;
+        }
+        let end = self.began + CHECK_TIME.max(2 * self.grace);
+        if now >= end {
+            return CheckStep::End;
+        }
+        let strike = (!self.struck).then_some(self.began + self.grace);
+        CheckStep::Wait(next.into_iter().chain(strike).fold(end, Instant::min))
+    }
+}
+
 /// One server of a pursuit.
 #[derive(Clone, Debug)]
 struct Candidate {
     server: SocketAddr,
-    patience: Duration,
     /// When it was asked first.
     asked: Option<Instant>,
     tries: u32,
@@ -220,13 +394,14 @@ struct Candidate {
     gone: bool,
     /// It has said something.
     heard: bool,
+    /// Its silence has been told.
+    doubted: bool,
 }
 
 /// One question on its way.
 #[derive(Clone, Debug)]
 pub(crate) struct Pursuit {
     candidates: Vec<Candidate>,
-    probe: Option<SocketAddr>,
     /// When the next step is taken.
     due: Instant,
     rounds: u32,
@@ -240,6 +415,8 @@ pub(crate) struct Pursuit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     Ask(SocketAddr),
+    /// This server, asked at that time, is silent: is it alive?
+    Doubt(SocketAddr, Instant),
     /// Nothing before then.
     Wait(Instant),
     GiveUp,
@@ -259,22 +436,22 @@ impl Pursuit {
             self.due = now + RETURN * (1 << self.returns);
             self.returns += 1;
             for one in &mut self.candidates {
-                *one = Candidate { asked: None, tries: 0, out: false, gone: false, heard: false, ..*one };
+                *one = Candidate::new(one.server);
             }
         }
-        if now < self.due {
-            return Step::Wait(self.due.min(self.deadline));
+        let mut doubts = self.candidates.iter_mut().filter_map(|one| Some((one.doubt()?, one)));
+        if let Some((_, one)) = doubts.find(|(at, _)| *at <= now) {
+            one.doubted = true;
+            return Step::Doubt(one.server, one.asked.unwrap_or(now));
         }
-        let probe =
-            self.candidates.iter_mut().find(|one| Some(one.server) == self.probe && one.asked.is_none());
-        if let Some(one) = probe {
-            one.ask(now);
-            return Step::Ask(one.server);
+        if now < self.due {
+            let doubts = self.candidates.iter().filter_map(Candidate::doubt);
+            return Step::Wait(doubts.fold(self.due.min(self.deadline), Instant::min));
         }
         let fresh = self.candidates.iter_mut().find(|one| !one.out && one.asked.is_none());
         if let Some(one) = fresh {
             one.ask(now);
-            self.due = now + one.patience;
+            self.due = now + PATIENCE;
             let server = one.server;
             if self.candidates.iter().all(|one| one.out || one.asked.is_some()) {
                 self.due = now + AGAIN;
@@ -324,30 +501,33 @@ impl Pursuit {
         }
     }
 
-    /// Those that let `winner` be faster although they were asked before it and had their time; without a winner all that have been asked and said nothing.
+    /// Those that let `winner` be faster although they were asked before it and had their time;
+    /// without a winner all that have been asked and said nothing.
     pub(crate) fn silent(&self, now: Instant, winner: Option<SocketAddr>) -> Vec<SocketAddr> {
         let asked =
             |server| self.candidates.iter().find(|one| one.server == server).and_then(|one| one.asked);
         let won = winner.and_then(asked);
         let is_silent = |one: &&Candidate| {
             let Some(asked) = one.asked.filter(|_| !one.out && !one.heard) else { return false };
-            winner.is_none() || (won >= Some(asked) && now.saturating_duration_since(asked) >= one.patience)
+            winner.is_none() || (won >= Some(asked) && now.saturating_duration_since(asked) >= PATIENCE)
         };
         self.candidates.iter().filter(is_silent).map(|one| one.server).collect()
-    }
-
-    /// The server that is asked only to learn whether it is back, and when it has had its time.
-    pub(crate) fn probe(&self) -> Option<(SocketAddr, Instant)> {
-        let one =
-            self.candidates.iter().find(|one| Some(one.server) == self.probe && !one.out && !one.heard)?;
-        one.asked.map(|asked| (one.server, asked + one.patience))
     }
 }
 
 impl Candidate {
+    fn new(server: SocketAddr) -> Self {
+        Self { server, asked: None, tries: 0, out: false, gone: false, heard: false, doubted: false }
+    }
+
     fn ask(&mut self, now: Instant) {
         self.asked.get_or_insert(now);
         self.tries += 1;
+    }
+
+    /// When its silence is worth a check.
+    fn doubt(&self) -> Option<Instant> {
+        self.asked.filter(|_| !self.out && !self.heard && !self.doubted).map(|asked| asked + DOUBT)
     }
 }
 

@@ -12,6 +12,7 @@
 use crate::error::ZoneError;
 use crate::metrics::NetworkStats;
 use crate::name::{Name, suffixes};
+use crate::partition::Partition;
 use crate::servers::ServerList;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -38,7 +39,7 @@ impl Default for Limits {
 }
 
 /// A network, as far as names go.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct NetworkSpec {
     /// Its name: `NAME` in `web.NAME`, and in metrics.
     pub name: String,
@@ -48,6 +49,24 @@ pub struct NetworkSpec {
     pub internal: bool,
     /// The servers to forward to; empty for the host's.
     pub servers: Vec<std::net::SocketAddr>,
+    /// Something at every bridge port drops packets whose source address is not the endpoint's. A
+    /// server at the gateway then knows its clients by their addresses, and refuses addresses that
+    /// no endpoint has. Where it is false, because an endpoint may use any address, no client is
+    /// certain: all of them get what an endpoint on this network alone would get.
+    pub sources_are_verified: bool,
+}
+
+/// A network without a name whose sources are verified.
+impl Default for NetworkSpec {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            subnets: Vec::new(),
+            internal: false,
+            servers: Vec::new(),
+            sources_are_verified: true,
+        }
+    }
 }
 
 /// A container's place on a network.
@@ -71,7 +90,8 @@ pub struct EndpointSpec {
 pub enum Asker {
     /// This container.
     Container(Arc<str>),
-    /// Who has the address that the question came from, on this network; someone without an endpoint there is told of this network alone.
+    /// The endpoint on this network that has the address that the question came from. Where sources
+    /// are not verified ([`NetworkSpec::sources_are_verified`]), somebody on this network.
     Network(Arc<str>),
 }
 
@@ -117,6 +137,9 @@ pub(crate) struct Network {
     name: Name,
     subnets: Vec<IpNet>,
     internal: bool,
+    sources_are_verified: bool,
+    /// The partition of those who are on this network alone.
+    alone: Partition,
     servers: Option<ServerList>,
     names: HashMap<Name, Vec<Holder>>,
     reverse: HashMap<IpAddr, Arc<Endpoint>>,
@@ -146,6 +169,21 @@ impl Network {
 /// A network's number: in the order in which they were added.
 type Number = u32;
 
+/// Where a container is.
+#[derive(Debug)]
+struct Membership {
+    /// Its networks, in the order in which it joined them, and how many endpoints it has on each.
+    networks: Vec<(Number, usize)>,
+    partition: Partition,
+}
+
+impl Membership {
+    fn of(networks: Vec<(Number, usize)>) -> Self {
+        let partition = Partition::of(networks.iter().map(|(number, _)| *number));
+        Self { networks, partition }
+    }
+}
+
 /// All networks.
 #[derive(Debug, Default)]
 pub(crate) struct Zones {
@@ -153,8 +191,7 @@ pub(crate) struct Zones {
     networks: BTreeMap<Number, Network>,
     by_name: BTreeMap<String, Number>,
     by_wire: HashMap<Name, Number>,
-    /// The networks of each container, in the order in which it joined them, and its endpoints on each.
-    containers: HashMap<Arc<str>, Vec<(Number, usize)>>,
+    containers: HashMap<Arc<str>, Membership>,
     endpoints: usize,
     next: Number,
 }
@@ -189,6 +226,8 @@ impl Zones {
             name: wire,
             subnets: spec.subnets.clone(),
             internal: spec.internal,
+            sources_are_verified: spec.sources_are_verified,
+            alone: Partition::of([number]),
             servers,
             names: HashMap::new(),
             reverse: HashMap::new(),
@@ -318,16 +357,21 @@ impl Zones {
     }
 
     fn join(&mut self, container: Arc<str>, number: Number) {
-        let networks = self.containers.entry(container).or_default();
-        match networks.iter_mut().find(|(one, _)| *one == number) {
+        let membership = self.containers.entry(container).or_insert_with(|| Membership::of(Vec::new()));
+        match membership.networks.iter_mut().find(|(one, _)| *one == number) {
             Some((_, endpoints)) => *endpoints += 1,
-            None => networks.push((number, 1)),
+            None => {
+                let mut networks = std::mem::take(&mut membership.networks);
+                networks.push((number, 1));
+                *membership = Membership::of(networks);
+            }
         }
     }
 
     fn leave(&mut self, container: &Arc<str>, number: Number) {
-        let Some(networks) = self.containers.get_mut(container) else { return };
-        for (one, endpoints) in networks.iter_mut() {
+        let Some(membership) = self.containers.get_mut(container) else { return };
+        let mut networks = std::mem::take(&mut membership.networks);
+        for (one, endpoints) in &mut networks {
             if *one == number {
                 *endpoints -= 1;
             }
@@ -335,22 +379,33 @@ impl Zones {
         networks.retain(|(_, endpoints)| *endpoints > 0);
         if networks.is_empty() {
             self.containers.remove(container);
+        } else {
+            *membership = Membership::of(networks);
         }
     }
 
     /// What `asker` sees, having sent a question from `source`.
     pub(crate) fn view<'a>(&'a self, asker: &'a Asker, source: IpAddr) -> View<'a> {
-        let (container, alone) = match asker {
-            Asker::Container(container) => (Some(container), None),
+        match asker {
+            Asker::Container(container) => {
+                let membership = self.containers.get(container);
+                let sees = membership.map_or(Sees::Nothing(None), Sees::Joined);
+                View { zones: self, container: Some(container), sees }
+            }
             Asker::Network(name) => {
                 let network = self.by_name.get(&**name).and_then(|number| self.networks.get(number));
-                let holder = network.and_then(|network| network.reverse.get(&source));
-                (holder.map(|endpoint| &endpoint.container), network)
+                let Some(network) = network else {
+                    return View { zones: self, container: None, sees: Sees::Nothing(None) };
+                };
+                if !network.sources_are_verified {
+                    return View { zones: self, container: None, sees: Sees::One(network) };
+                }
+                let container = network.reverse.get(&source).map(|endpoint| &endpoint.container);
+                let membership = container.and_then(|container| self.containers.get(container));
+                let sees = membership.map_or(Sees::Nothing(Some(network)), Sees::Joined);
+                View { zones: self, container: container.map(|container| &**container), sees }
             }
-        };
-        let joined = container.and_then(|container| self.containers.get(container));
-        let networks = joined.map_or(Seen::One(alone), |networks| Seen::Joined(networks));
-        View { zones: self, container: container.map(|container| &**container), networks }
+        }
     }
 }
 
@@ -358,32 +413,53 @@ impl Zones {
 pub(crate) struct View<'a> {
     zones: &'a Zones,
     container: Option<&'a str>,
-    networks: Seen<'a>,
+    sees: Sees<'a>,
 }
 
 /// Which networks.
 #[derive(Clone, Copy)]
-enum Seen<'a> {
+enum Sees<'a> {
     /// Those that a container has joined.
-    Joined(&'a [(Number, usize)]),
-    /// The one that a stranger is on.
-    One(Option<&'a Network>),
+    Joined(&'a Membership),
+    /// The one at whose gateway somebody asks.
+    One(&'a Network),
+    /// None. A stranger at a gateway is counted with its network.
+    Nothing(Option<&'a Network>),
 }
 
 impl<'a> View<'a> {
     /// In the order in which the asker joined them.
     fn networks(&self) -> impl Iterator<Item = &'a Network> + use<'a> {
         let zones = self.zones;
-        let (joined, one) = match self.networks {
-            Seen::Joined(joined) => (joined, None),
-            Seen::One(one) => (&[][..], one),
+        let (joined, one) = match self.sees {
+            Sees::Joined(membership) => (&*membership.networks, None),
+            Sees::One(network) => (&[][..], Some(network)),
+            Sees::Nothing(_) => (&[][..], None),
         };
         joined.iter().filter_map(|(number, _)| zones.networks.get(number)).chain(one)
     }
 
-    /// The network that the asker joined first.
-    pub(crate) fn first(&self) -> Option<&'a Network> {
-        self.networks().next()
+    /// What the asker's questions are counted with: the network that it joined first.
+    pub(crate) fn stats(&self) -> Option<&'a Arc<NetworkStats>> {
+        let network = match self.sees {
+            Sees::Nothing(network) => network,
+            Sees::Joined(_) | Sees::One(_) => self.networks().next(),
+        };
+        network.map(|network| &network.stats)
+    }
+
+    /// Whether it is somebody at a gateway whose address no endpoint there has.
+    pub(crate) fn is_stranger(&self) -> bool {
+        matches!(self.sees, Sees::Nothing(Some(_)))
+    }
+
+    /// With whom the asker shares what other servers have said.
+    pub(crate) fn partition(&self) -> Partition {
+        match self.sees {
+            Sees::Joined(membership) => membership.partition.clone(),
+            Sees::One(network) => network.alone.clone(),
+            Sees::Nothing(_) => Partition::of([]),
+        }
     }
 
     /// The endpoints that have a name and that the asker is told of, network by network.

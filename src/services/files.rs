@@ -1,9 +1,10 @@
-//! The directory `RUN_DIR/services/NAME/` of a service: its own `hosts`, `resolv.conf` and `hostname`.
+//! The directory `RUN_DIR/services/NAME/` of a service: its own `hosts`, `resolv.conf`, `hostname`
+//! and `nsswitch.conf`.
 //!
 //! Whoever made it holds a lock on it for as long as it lives. What is not locked has been left behind, and
 //! [`sweep`] removes it. The files need no more: they are shown to the service in its own mounts, which go with it.
 
-use super::{ServiceError, ServiceSpec};
+use super::{ServiceError, ServiceSpec, nsswitch};
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -19,6 +20,10 @@ const TRIES: usize = 8;
 /// The files' names in the directory, and where a service sees them.
 pub(super) const SHOWN: [(&str, &str); 3] =
     [("hosts", "/etc/hosts"), ("resolv.conf", "/etc/resolv.conf"), ("hostname", "/etc/hostname")];
+
+/// The same of the file that a service has only where the host has it: other C libraries than glibc
+/// have none.
+pub(super) const NSSWITCH: (&str, &str) = ("nsswitch.conf", "/etc/nsswitch.conf");
 
 /// The directory of one service, removed when dropped.
 #[derive(Debug)]
@@ -46,6 +51,11 @@ impl ServiceFiles {
         for ((name, _), text) in SHOWN.into_iter().zip([&spec.hosts, &spec.resolv_conf, &hostname]) {
             let path = files.path.join(name);
             write(&path, text).map_err(failed(&path))?;
+        }
+        if let Ok(host) = fs::read(NSSWITCH.1) {
+            let path = files.path.join(NSSWITCH.0);
+            let text = nsswitch::with_names_from_dns(&String::from_utf8_lossy(&host));
+            write(&path, &text).map_err(failed(&path))?;
         }
         Ok(files)
     }

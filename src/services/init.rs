@@ -5,11 +5,13 @@
 //! are the service's.
 
 mod mounts;
+mod name_services;
 
 use super::Exit;
 use super::protocol::{Order, Report, receive, send};
 use crate::port_error::without_numbers;
 use crate::{EXIT_FAILURE, EXIT_USAGE};
+use name_services::NameServices;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process_group, test_kill_process_group, wait};
@@ -79,13 +81,14 @@ fn run(socket: &UnixStream, order: &Order) -> Result<(), Report> {
         &format!("set host name {:?}", order.hostname),
         rustix::system::sethostname(order.hostname.as_bytes()),
     )?;
-    for note in mounts::set_up(&order.files)? {
+    let (mut name_services, notes) = mounts::set_up(&order.files)?;
+    for note in notes {
         let _ = send(socket, &Report::Note(note));
     }
     let signals = step("read signals", signals())?;
     let command = start(order)?;
     let _ = send(socket, &Report::Running);
-    let exit = attend(socket, &signals, command);
+    let exit = attend(socket, &signals, command, &mut name_services);
     if let Some(exit) = exit {
         let _ = send(socket, &Report::Ended(exit));
     }
@@ -167,16 +170,23 @@ fn signals() -> Result<File, Errno> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
-/// Forwards signals and reaps, until the command has ended: after a request to end until its whole process group has,
-/// so that its members may finish what they do. `None` if the supervisor is gone.
-fn attend(socket: &UnixStream, signals: &File, command: Pid) -> Option<Exit> {
+/// Forwards signals and reaps until the command has ended, and covers name services of the host
+/// that appear. After a request to end, that is when the whole process group has ended, so that its
+/// members may finish what they do. `None` if the supervisor is gone.
+fn attend(
+    socket: &UnixStream,
+    signals: &File,
+    command: Pid,
+    name_services: &mut NameServices,
+) -> Option<Exit> {
     let mut exit = None;
     let mut asked_to_end = false;
     loop {
         if exit.is_some() && !(asked_to_end && test_kill_process_group(command).is_ok()) {
             return exit;
         }
-        let mut ready = [PollFd::new(signals, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
+        let mut ready = vec![PollFd::new(signals, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
+        ready.extend(name_services.events().map(|events| PollFd::new(events, PollFlags::IN)));
         match poll(&mut ready, None) {
             Err(Errno::INTR) => continue,
             Err(_) => return None,
@@ -185,6 +195,11 @@ fn attend(socket: &UnixStream, signals: &File, command: Pid) -> Option<Exit> {
         // Nothing more is sent down: whatever comes, it is the end.
         if !ready[1].revents().is_empty() {
             return None;
+        }
+        if ready.get(2).is_some_and(|events| !events.revents().is_empty()) {
+            for note in name_services.refresh() {
+                let _ = send(socket, &Report::Note(note));
+            }
         }
         while let Some(number) = next_signal(signals) {
             if number == libc::SIGCHLD {

@@ -26,6 +26,7 @@ mod files;
 pub mod init;
 mod launch;
 mod lines;
+mod nsswitch;
 mod order;
 mod output;
 mod protocol;

@@ -19,8 +19,14 @@ use tidegate_netns::Namespace;
 /// Descriptors that a service's server keeps: a UDP and a TCP socket, twice while it moves.
 pub(super) const DESCRIPTORS: usize = 4;
 
-/// Descriptors for questions that are with other servers, and for clients over TCP.
-pub(super) const SHARED_DESCRIPTORS: usize = 512 + 256;
+/// Source ports for questions to other servers, connections to them (`TCP_AT_ONCE` of the `dns`
+/// crate), and clients over TCP: a descriptor each.
+const SOURCE_PORTS: usize = 448;
+const CONNECTIONS: usize = 64;
+const TCP_CLIENTS: usize = 256;
+
+/// Descriptors that all servers have in common.
+pub(super) const SHARED_DESCRIPTORS: usize = SOURCE_PORTS + CONNECTIONS + TCP_CLIENTS;
 
 /// The servers of a project.
 pub(super) struct NameServers {
@@ -52,8 +58,10 @@ impl NameServers {
     ) -> anyhow::Result<Self> {
         let mut settings = Settings { ttl, ..Settings::new(ground.ports().clone()) };
         settings.networks = ground.networks().clone();
-        settings.tcp_clients_in_all = SHARED_DESCRIPTORS - 512;
+        settings.source_ports = SOURCE_PORTS;
+        settings.tcp_clients_in_all = TCP_CLIENTS;
         let resolver = Resolver::new(settings).context("names")?;
+        resolver.set_bridges(super::bridges(layout, ground)?.into_values());
         for network in &layout.desired.networks {
             resolver
                 .add_network(&NetworkSpec {
@@ -61,6 +69,7 @@ impl NameServers {
                     subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
                     internal: network.internal,
                     servers: project.networks.get(&network.name).map(servers_of_network).unwrap_or_default(),
+                    sources_are_verified: true,
                 })
                 .context("names")?;
         }

@@ -32,6 +32,7 @@ fn outside(scene: &Scene) -> Process {
         "--listen-address=203.0.113.9",
         "--bind-interfaces",
         "--address=/example.test/192.0.2.77",
+        "--local-ttl=60",
         "--pid-file=",
         "--user=root",
     ]));
@@ -66,7 +67,8 @@ fn names_are_right(scene: &Scene, up: &Process) {
     assert_eq!(dig(&web, &["www.example.test"]), "192.0.2.77");
     assert_eq!(dig(&stranger, &["www.example.test"]), "192.0.2.77", "by the server of his network");
     assert_eq!(dig(&inmate, &["inmate.example.test"]), "");
-    let asked = server.output();
+    // Letters are sent in a random case.
+    let asked = server.output().to_lowercase();
     assert!(asked.contains("www.example.test") && !asked.contains("inmate"), "{asked}");
     assert!(!asked.contains("sql") && !asked.contains("curious"), "{asked}");
 }
@@ -155,6 +157,72 @@ services:
     };
     assert!(eventually(SOON, ask));
     assert_eq!(dig(&service_namespace(&up, "names"), &["web"]).lines().count(), 1, "and is served itself");
+}
+
+/// Whoever asks first decides nothing for others: neither by a shared answer nor by a server that
+/// is slow about one name. Here both services have the same server.
+#[test]
+fn a_network_does_not_see_in_its_answers_what_another_has_asked() {
+    let scene = Scene::new();
+    let file = r#"
+name: demo
+networks: { front: {}, back: {} }
+services:
+  web: { command: [ sleep, "60" ], dns: 203.0.113.9, networks: [ front ] }
+  db: { command: [ sleep, "60" ], dns: 203.0.113.9, networks: [ back ] }
+"#;
+    let up = scene.up(file);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let server = outside(&scene);
+    let asked = || server.output().to_lowercase().matches("query[a] www.example.test").count();
+    let [web, db] = ["web", "db"].map(|service| service_namespace(&up, service));
+    for (who, count) in [(&web, 1), (&web, 1), (&db, 2), (&db, 2)] {
+        assert_eq!(dig(who, &["www.example.test"]), "192.0.2.77");
+        assert!(eventually(SOON, || asked() == count), "{} of {count}", asked());
+    }
+}
+
+/// A container that puts the upstream server's address into its packets, and knows all that there
+/// is to guess. The host does not filter by reverse path.
+#[test]
+fn an_answer_that_a_container_forges_is_not_believed() {
+    let scene = Scene::new();
+    let file = r#"
+name: demo
+networks: { front: { ipam: { config: [ { subnet: 10.77.1.0/24 } ] } } }
+services:
+  web: { command: [ sleep, "60" ], dns: 203.0.113.9, networks: [ front ] }
+  evil: { command: [ sleep, "60" ], networks: [ front ] }
+"#;
+    let up = scene.up_with(file, &["--firewall=none"]);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    scene.sh("for filter in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$filter; done");
+    let silent = scene.net.client.run(|| std::net::UdpSocket::bind("203.0.113.9:53")).unwrap();
+    silent.set_read_timeout(Some(SOON)).unwrap();
+    let [web, evil] = ["web", "evil"].map(|service| service_namespace(&up, service));
+    evil.ip_all("addr add 203.0.113.9/32 dev lo");
+    let forger = evil.run(|| std::net::UdpSocket::bind("203.0.113.9:53")).unwrap();
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| dig(&web, &["victim.example.test"]));
+        // dig waits 3 s; all that comes until then is answered.
+        while !asked.is_finished() {
+            let mut question = [0; 512];
+            let Ok((length, from)) = silent.recv_from(&mut question) else { break };
+            // Without the OPT record behind it; a check of whether the server is alive has none.
+            let end = length.saturating_sub(11);
+            if end <= 20 {
+                continue;
+            }
+            let mut answer = question[..end].to_vec();
+            answer[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 14, 16, 0, 4, 6, 6, 6, 6]);
+            let _ = forger.send_to(&answer, from);
+            silent.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            while !asked.is_finished() && silent.peek(&mut [0; 1]).is_err() {}
+        }
+        assert!(!asked.join().unwrap().contains("6.6.6.6"));
+    });
+    assert!(!dig(&web, &["victim.example.test"]).contains("6.6.6.6"), "nor kept");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use hickory_server::proto::rr::{Name, RData, Record as Rr, RecordType};
 const NAME: &[u8] = b"\x03web\x07example\0";
 
 fn asked() -> Asked {
-    Asked { id: 7, name: NAME.into(), kind: kind::A }
+    Asked { id: 7, name: NAME.into(), kind: kind::A, exact: false }
 }
 
 /// An answer to `web.example`, with records of these TTLs.
@@ -127,4 +127,37 @@ fn an_answer_reaches_the_client_older_and_without_the_opt_record() {
     relay(&request, &answer.given(Duration::ZERO), 80, &mut out);
     let cut = Message::from_vec(&out).unwrap();
     assert!(cut.metadata.truncation && cut.answers.is_empty() && cut.edns.is_some());
+}
+
+/// draft-vixie-dnsext-dns0x20-00: the response repeats the question bit by bit.
+#[test]
+fn an_answer_in_another_case_than_the_question_is_told_apart() {
+    let mixed = Asked { name: b"\x03wEb\x07exAmple\0"[..].into(), exact: true, ..asked() };
+    let message = |name: &str| {
+        let mut message = message(ResponseCode::NoError, &[60], None);
+        message.queries[0].name = Name::from_ascii(name).unwrap();
+        message.to_vec().unwrap()
+    };
+    assert!(matches!(mixed.read(&message("wEb.exAmple.")), Reading::Answer(_)));
+    for name in ["web.example.", "WEB.EXAMPLE.", "wEb.example."] {
+        assert_eq!(mixed.read(&message(name)), Reading::CaseChanged, "{name}");
+        assert!(!mixed.has_same_case(&message(name)));
+    }
+    assert!(mixed.has_same_case(&message("wEb.exAmple.")));
+    assert_eq!(mixed.read(&message("wEb.exAmplf.")), Reading::Other);
+    let mut cut = message("web.example.");
+    cut[2] |= 2;
+    assert_eq!(mixed.read(&cut), Reading::CaseChanged, "the bit for TCP is no way around it");
+}
+
+/// Some servers write the owner out instead of pointing to the question.
+#[test]
+fn the_random_case_of_a_question_does_not_reach_the_client() {
+    let name = b"\x03wEb\x07exAmple\0";
+    let head = [0, 7, 0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0];
+    let record = [0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 1];
+    let message = [&head[..], name, &[0, 1, 0, 1], name, &record].concat();
+    let asked = Asked { name: name[..].into(), exact: true, ..asked() };
+    let Reading::Answer(answer) = asked.read(&message) else { panic!("no answer") };
+    assert_eq!(answer.body[..NAME.len()], *NAME);
 }

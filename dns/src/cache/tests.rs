@@ -7,14 +7,24 @@ fn answer(ttl: u8) -> Arc<Answer> {
     let head = [0, 7, 0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0, 1, b'x', 0, 0, 1, 0, 1];
     let record = [0xc0, 12, 0, 1, 0, 1, 0, 0, 0, ttl, 0, 4, 192, 0, 2, 1];
     let message = [&head[..], &record].concat();
-    match (Asked { id: 7, name: b"\x01x\0"[..].into(), kind: 1 }).read(&message) {
+    match (Asked { id: 7, name: b"\x01x\0"[..].into(), kind: 1, exact: false }).read(&message) {
         Reading::Answer(answer) => Arc::new(answer),
         other => panic!("{other:?}"),
     }
 }
 
+fn key_of(network: u32, servers: u32, number: u16) -> Key {
+    let partition = Partition::of([network]);
+    Key { partition, servers, kind: number, bits: Bits::default(), name: b"\x01x\0"[..].into() }
+}
+
 fn key(servers: u32, number: u16) -> Key {
-    Key { servers, kind: number, bits: Bits::default(), name: b"\x01x\0"[..].into() }
+    key_of(1, servers, number)
+}
+
+/// The bytes that an entry of these tests takes.
+fn size() -> usize {
+    answer(1).size() + 2 * 3 + OVERHEAD
 }
 
 #[test]
@@ -30,10 +40,19 @@ fn an_answer_is_there_until_its_time_is_over() {
 }
 
 #[test]
+fn an_answer_to_one_partition_is_none_to_another() {
+    let mut cache = Cache::new(10_000);
+    let now = Instant::now();
+    cache.put(key_of(1, 0, 1), answer(10), now);
+    assert!(cache.get(&key_of(2, 0, 1), now).is_none());
+    let both = Key { partition: Partition::of([1, 2]), ..key(0, 1) };
+    assert!(cache.get(&both, now).is_none());
+}
+
+#[test]
 fn a_full_cache_gives_up_what_ends_first() {
     let now = Instant::now();
-    let size = answer(1).size() + 2 * 3 + OVERHEAD;
-    let mut cache = Cache::new(3 * size);
+    let mut cache = Cache::new(3 * size());
     assert_eq!(cache.put(key(0, 1), answer(30), now), 0);
     assert_eq!(cache.put(key(0, 2), answer(10), now), 0);
     assert_eq!(cache.put(key(0, 3), answer(20), now), 0);
@@ -47,7 +66,44 @@ fn a_full_cache_gives_up_what_ends_first() {
     for number in 0..1000 {
         cache.put(key(0, number), answer(9), now);
     }
-    assert!(cache.len() <= 3 && cache.size <= 3 * size && cache.order.len() == cache.len());
+    assert!(cache.len() <= 3 && cache.size <= 3 * size() && cache.order.len() == cache.len());
+}
+
+#[test]
+fn a_partition_that_floods_the_cache_evicts_its_own_entries() {
+    let now = Instant::now();
+    let mut cache = Cache::new(10 * size());
+    // What expires soonest of all, and is evicted only if its holder holds most.
+    for number in 0..3 {
+        cache.put(key_of(1, 0, number), answer(5), now);
+    }
+    for number in 0..1_000 {
+        cache.put(key_of(2, 0, number), answer(200), now);
+    }
+    let kept = |cache: &Cache, network: u32| {
+        (0..1_000).filter(|number| cache.get(&key_of(network, 0, *number), now).is_some()).count()
+    };
+    assert_eq!((kept(&cache, 1), kept(&cache, 2)), (3, 7));
+    for number in 0..1_000 {
+        cache.put(key_of(3, 0, number), answer(5), now);
+    }
+    assert_eq!((kept(&cache, 1), kept(&cache, 2), kept(&cache, 3)), (3, 4, 3), "the largest yields");
+    assert_eq!(cache.sizes.len(), cache.shares.len());
+    let all: usize = cache.shares.values().map(|share| share.size).sum();
+    assert_eq!((all, cache.order.len()), (cache.size, cache.len()));
+}
+
+#[test]
+fn an_answer_larger_than_every_share_is_not_kept() {
+    let now = Instant::now();
+    let mut cache = Cache::new(3 * size());
+    for network in 1..=3 {
+        cache.put(key_of(network, 0, 1), answer(50), now);
+    }
+    let long = Key { name: vec![b'x'; 100].into(), ..key_of(4, 0, 1) };
+    assert_eq!(cache.put(long.clone(), answer(50), now), 0);
+    assert!(cache.get(&long, now).is_none());
+    assert_eq!(cache.put(key_of(4, 0, 1), answer(50), now), 1, "an equal one takes its turn");
 }
 
 #[test]

@@ -136,3 +136,19 @@ fn pointers_to_names_are_written_as_names() {
     assert_eq!(message.answers[0].record_type(), RecordType::PTR);
     assert_eq!(message.answers[0].data.to_string(), "web.un1.");
 }
+
+#[test]
+fn each_letter_of_a_name_has_a_case_of_its_own() {
+    let name = *b"\x041-Ab\x02zZ\0";
+    let mixed = |random: u8| {
+        let mut mixed = name;
+        mix_case(&mut mixed, &[random; 32]);
+        mixed
+    };
+    assert_eq!(mixed(0), name);
+    assert_eq!(mixed(0xff), *b"\x041-aB\x02Zz\0");
+    assert_eq!(mixed(0b1000), *b"\x041-ab\x02zZ\0");
+    let mut long = [b'a'; 255];
+    mix_case(&mut long, &[0x55; 32]);
+    assert!(long.iter().enumerate().all(|(at, byte)| byte.is_ascii_uppercase() == (at % 2 == 0)));
+}

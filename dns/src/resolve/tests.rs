@@ -227,3 +227,20 @@ fn who_is_on_internal_networks_only_has_no_way_out() {
 fn a_network_may_have_servers_of_its_own() {
     assert_eq!(ask(&example(), "alone", "example.com", kind::A), "[192.0.2.53:53]");
 }
+
+/// CVE-2024-29018 again, at a gateway: an address that nobody has must not have more than an
+/// endpoint.
+#[test]
+fn strangers_at_a_gateway_are_refused_whatever_they_ask() {
+    let zones = example();
+    for network in ["un1", "shut"] {
+        let asker = Asker::Network(network.into());
+        let view = zones.view(&asker, [198, 18, 1, 99].into());
+        for name in ["web", "safe", "example.com", "localhost", "2.1.18.198.in-addr.arpa"] {
+            let name = Name::parse(name).unwrap();
+            let resolution = resolve(&view, Policy::default(), name.wire(), kind::A, 0);
+            assert_eq!(resolution, Resolution::Refused(Refusal::Stranger), "{name}");
+        }
+        assert!(view.stats().is_some(), "it is counted with the network");
+    }
+}

@@ -45,7 +45,8 @@ pub(super) async fn serve(listener: TcpListener, site: Arc<Site>) {
                 continue;
             }
         };
-        let Ok(permit) = Arc::clone(&site.shared.connections).try_acquire_owned() else {
+        let partition = site.shared.zones().view(&site.asker, client.ip()).partition();
+        let Some(admitted) = site.shared.admit(partition) else {
             site.shared.metrics.refused(Overload::Clients);
             continue;
         };
@@ -61,7 +62,7 @@ pub(super) async fn serve(listener: TcpListener, site: Arc<Site>) {
         let conversation = Conversation::new(stream, client, Arc::clone(&site), Arc::clone(&activity));
         let task = tasks.spawn(async move {
             conversation.hold().await;
-            drop(permit);
+            drop(admitted);
         });
         clients.add(task, activity);
     }

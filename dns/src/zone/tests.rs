@@ -145,7 +145,65 @@ fn who_asks_at_a_gateway_is_known_by_his_address() {
         [b"\x04both\0", &b"\x02db\0"[..]].map(|name| view.holders(name).flatten().next().is_some())
     };
     assert_eq!(sees([10, 0, 1, 2]), [true, true], "its other network too");
-    assert_eq!(sees([10, 0, 1, 9]), [true, false], "a stranger on that network");
+    assert_eq!(sees([10, 0, 1, 9]), [false, false], "an address that no endpoint has");
+    assert!(zones.view(&asker, [10, 0, 1, 9].into()).is_stranger());
+    assert!(zones.view(&asker, [10, 0, 2, 3].into()).is_stranger(), "an endpoint of another network");
+    assert!(!zones.view(&asker, [10, 0, 1, 2].into()).is_stranger());
+}
+
+/// An endpoint that may use any address may use a neighbour's.
+#[test]
+fn where_sources_are_not_verified_all_clients_of_a_gateway_have_the_least_privilege() {
+    let loose = NetworkSpec { sources_are_verified: false, ..network("a") };
+    let shut = NetworkSpec { internal: true, ..loose.clone() };
+    for (spec, forwards) in [(loose, true), (shut, false)] {
+        let zones = zones(
+            &[spec, network("b")],
+            &[
+                ("a", endpoint("both", &[], &["10.0.1.2"])),
+                ("b", endpoint("both", &[], &["10.0.2.2"])),
+                ("b", endpoint("db", &[], &["10.0.2.3"])),
+            ],
+        );
+        let asker = Asker::Network("a".into());
+        for source in [[10, 0, 1, 2], [10, 0, 1, 9]] {
+            let view = zones.view(&asker, source.into());
+            let sees = |name: &[u8]| view.holders(name).flatten().count();
+            assert_eq!((sees(b"\x04both\0"), sees(b"\x02db\0")), (1, 0), "names of this network only");
+            assert_eq!(view.may_forward(), forwards);
+            assert_eq!(view.partition(), Partition::of([0]));
+        }
+    }
+}
+
+#[test]
+fn those_on_exactly_the_same_networks_are_one_partition() {
+    let mut zones = zones(
+        &[network("a"), network("b")],
+        &[
+            ("a", endpoint("one", &[], &[])),
+            ("a", endpoint("two", &[], &[])),
+            ("b", endpoint("other", &[], &[])),
+            ("b", endpoint("both", &[], &[])),
+            ("a", endpoint("both", &[], &[])),
+            ("a", endpoint("too", &[], &[])),
+            ("b", endpoint("too", &[], &[])),
+        ],
+    );
+    let of = |zones: &Zones, container: &str| {
+        zones.view(&Asker::Container(container.into()), [0; 4].into()).partition()
+    };
+    assert_eq!(of(&zones, "one"), of(&zones, "two"));
+    assert_eq!(of(&zones, "both"), of(&zones, "too"), "in whatever order they joined");
+    assert_ne!(of(&zones, "one"), of(&zones, "other"));
+    assert_ne!(of(&zones, "one"), of(&zones, "both"));
+    zones.remove_endpoint("b", "both", "both");
+    assert_eq!(of(&zones, "one"), of(&zones, "both"));
+    zones.remove_network("b");
+    assert_eq!(of(&zones, "one"), of(&zones, "too"));
+    zones.add_network(&network("b"), None, Arc::new(NetworkStats::new("b"))).unwrap();
+    zones.add_endpoint("b", &endpoint("new", &[], &[])).unwrap();
+    assert_eq!(of(&zones, "new"), Partition::of([2]), "a name that comes back is another network");
 }
 
 #[test]

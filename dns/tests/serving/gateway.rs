@@ -6,6 +6,7 @@ use hickory_server::proto::op::Message;
 use hickory_server::proto::rr::RecordType;
 use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
+use tidegate_dns::NetworkSpec;
 use tidegate_testbed::{Namespace, Topology, addr, eventually};
 
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -41,8 +42,10 @@ fn a_network_is_served_at_its_gateway_to_who_comes_by_its_bridge() {
             assert_eq!(ask(&net.container, server, name), Some(own.clone()), "{name} at {server}");
         }
         assert_eq!(ask(&net.container, server, "other"), Some("172.31.0.3".to_owned()), "it is on n2 too");
-        assert_eq!(ask(&neighbour, server, "al1"), Some(own.clone()), "a stranger on the network");
-        assert_eq!(ask(&neighbour, server, "other"), Some("NXDomain".to_owned()));
+        for name in ["al1", "other", "example.com"] {
+            let told = ask(&neighbour, server, name);
+            assert_eq!(told, Some("Refused".to_owned()), "{name}: no endpoint has its address");
+        }
         assert_eq!(ask(&net.client, server, "al1"), None, "the gateway's address, by another interface");
     }
     assert_eq!(v4.address(), (IpAddr::from(addr::GATEWAY_V4), 53).into());
@@ -64,4 +67,27 @@ fn a_gateways_port_that_is_taken_is_told_with_the_network() {
         "network \"n1\": 172.30.0.1:53 is in use by another DNS server"
     );
     drop(taken);
+}
+
+/// A router in a container may use any address: nobody at that gateway is certain.
+#[test]
+fn where_sources_are_not_verified_a_gateway_tells_everybody_the_names_of_its_network_alone() {
+    let net = Topology::three();
+    let neighbour = net.neighbour();
+    let house = House::new(net.host.clone(), "");
+    let spec = NetworkSpec { name: "n1".into(), internal: true, ..NetworkSpec::default() };
+    house.network_with(&NetworkSpec { sources_are_verified: false, ..spec });
+    house.network("n2");
+    house.endpoint("n1", "ptwo", &[], &[&addr::CONTAINER_V4.to_string()]);
+    house.endpoint("n2", "ptwo", &[], &["172.31.0.2"]);
+    house.endpoint("n2", "other", &[], &["172.31.0.3"]);
+    let _guard = house.runtime.enter();
+    let host = handle(&net.host);
+    let _serving = house.resolver.serve_gateway(&host, "n1", addr::GATEWAY_V4.into(), "br0").unwrap();
+    for client in [&net.container, &neighbour] {
+        let ask = |name| ask(client, addr::GATEWAY_V4.into(), name).unwrap();
+        assert_eq!(ask("ptwo"), addr::CONTAINER_V4.to_string());
+        assert_eq!(ask("other"), "NXDomain");
+        assert_eq!(ask("example.com"), "Refused", "the network is internal");
+    }
 }

@@ -10,11 +10,14 @@ use std::fs;
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 use tidegate_dns::{NetworkSpec, ServeOptions};
-use tidegate_testbed::{Namespace, eventually};
+use tidegate_testbed::{Namespace, Topology, eventually};
 
 const NONE: [String; 0] = [];
 /// Less than any server is waited for before another one is asked.
 const UNWAITED: Duration = Duration::from_millis(190);
+
+/// A label that is in lower case by chance once in 2^26 times.
+const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz";
 
 /// A container on an open network, and servers at 127.0.0.1 and 127.0.0.2 of the host.
 fn scene() -> (House, Upstream, Upstream, Container) {
@@ -125,7 +128,7 @@ fn lies_are_not_believed() {
     let (_house, first, _second, asker) = scene();
     first.mood(Mood::Lying);
     for number in 0..20 {
-        time(&asker, &format!("{number}.example"));
+        time(&asker, &format!("{number}.{LETTERS}.example"));
     }
 }
 
@@ -154,18 +157,83 @@ fn answers_from_elsewhere_are_not_heard() {
 
 /// RFC 5452 section 9.2: "Use an unpredictable source port [...] Use an unpredictable query ID".
 #[test]
-fn ports_and_numbers_cannot_be_foreseen() {
+fn ports_ids_and_cases_cannot_be_foreseen() {
     let (_house, first, _second, asker) = scene();
     for number in 0..200 {
-        time(&asker, &format!("{number}.example"));
+        time(&asker, &format!("{number}.{LETTERS}.example"));
     }
     let seen = first.seen();
     let ports: BTreeSet<_> = seen.iter().map(|seen| seen.from.port()).collect();
     let ids: BTreeSet<_> = seen.iter().map(|seen| seen.id).collect();
-    assert!(ports.len() >= 6, "{} ports", ports.len());
-    assert!(ids.len() >= 190, "{} numbers", ids.len());
+    let cases: BTreeSet<_> =
+        seen.iter().map(|seen| seen.cased.split_once('.').unwrap().1.to_owned()).collect();
+    assert!(ports.len() >= 190, "{} ports", ports.len());
+    assert!(ids.len() >= 190, "{} IDs", ids.len());
+    assert!(cases.len() >= 180, "{} cases", cases.len());
     let steps = seen.windows(2).filter(|two| two[1].id.wrapping_sub(two[0].id) < 100).count();
     assert!(steps < 20, "{steps} small steps");
+}
+
+#[test]
+fn a_question_has_a_source_port_of_its_own_while_there_are_enough() {
+    const COUNT: usize = 300;
+    let (_house, first, second, asker) = scene();
+    for upstream in [&first, &second] {
+        upstream.mood(Mood::Slow(Duration::from_millis(150)));
+    }
+    let socket = asker.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 1 << 20);
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    for number in 0..COUNT {
+        let question = question(number as u16, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        socket.send_to(&question, "127.0.0.11:53").unwrap();
+    }
+    for _ in 0..COUNT {
+        socket.recv(&mut [0; 512]).unwrap();
+    }
+    let ports: Vec<_> = first.seen().iter().map(|seen| seen.from.port()).collect();
+    let different: BTreeSet<_> = ports.iter().collect();
+    assert_eq!(different.len(), ports.len());
+}
+
+#[test]
+fn a_server_that_changes_the_case_is_asked_over_tcp_once_and_then_in_lower_case() {
+    let (_house, first, second, asker) = scene();
+    first.mood(Mood::Folds);
+    time(&asker, &format!("one.{LETTERS}"));
+    time(&asker, &format!("two.{LETTERS}"));
+    let seen: Vec<_> = first.seen().into_iter().map(|seen| (seen.name, seen.tcp)).collect();
+    let [one, two] = ["one", "two"].map(|name| format!("{name}.{LETTERS}."));
+    assert_eq!(seen, [(one.clone(), false), (one, true), (two, false)]);
+    first.seen();
+    time(&asker, &format!("three.{LETTERS}"));
+    assert_eq!(first.seen()[0].cased, format!("three.{LETTERS}."));
+    assert_eq!(second.names(), NONE);
+}
+
+/// What comes over UDP alone may be forged: it must not take the protection off.
+#[test]
+fn a_case_that_is_changed_over_udp_alone_is_never_believed() {
+    let (_house, first, second, asker) = scene();
+    first.mood(Mood::FoldsDatagrams);
+    for number in 0..6 {
+        time(&asker, &format!("{number}.{LETTERS}.example"));
+    }
+    let seen = first.seen();
+    assert_eq!(seen.iter().filter(|seen| seen.tcp).count(), 6, "each answer is fetched over TCP");
+    assert!(seen.iter().all(|seen| seen.cased != seen.name), "{seen:?}");
+    assert_eq!(second.names(), NONE);
+}
+
+#[test]
+fn guesses_at_a_source_port_end_it_and_the_answer_comes_over_tcp() {
+    let (house, first, second, asker) = scene();
+    first.mood(Mood::Guessed);
+    let took = time(&asker, "one.example");
+    assert!(took < UNWAITED, "{took:?}");
+    let seen: Vec<_> = first.seen().iter().map(|seen| seen.tcp).collect();
+    assert_eq!((seen, second.names()), (vec![false, true], NONE.to_vec()));
+    drop(house);
 }
 
 #[test]
@@ -302,6 +370,88 @@ fn too_many_questions_are_told_so_and_local_names_go_on() {
     assert!(start.elapsed() < Duration::from_secs(1));
 }
 
+/// Names whose servers are slow, silent or failing are to be had by everybody.
+#[test]
+fn a_container_does_not_change_the_order_of_the_servers_for_others() {
+    let (house, first, second, asker) = scene();
+    house.network("un2");
+    house.endpoint("un2", "evil", &[], &["172.30.2.2"]);
+    let evil = house.serve("evil");
+    first.mood(Mood::SilentAbout("slow"));
+    for number in 0..6 {
+        let took = time(&evil, &format!("{number}.slow.example"));
+        assert!(took >= UNWAITED, "the second server has answered after {took:?}");
+        time(&asker, &format!("{number}.corp.example"));
+    }
+    assert_eq!(first.names().iter().filter(|name| name.contains("corp")).count(), 6);
+    assert_eq!(second.names().iter().filter(|name| name.contains("corp")).count(), 0);
+    assert!(house.page().contains("tidegate_dns_upstream_trusted{server=\"127.0.0.1:53\"} 1"));
+}
+
+/// Neither how soon an answer comes nor how old it is tells what others have asked.
+#[test]
+fn what_one_network_has_asked_does_not_show_in_answers_to_another() {
+    let (house, first, _second, asker) = scene();
+    house.network("un2");
+    house.endpoint("un2", "other", &[], &["172.30.2.2"]);
+    house.endpoint("un1", "neighbour", &[], &["172.30.1.3"]);
+    house.endpoint("un1", "both", &[], &["172.30.1.4"]);
+    house.endpoint("un2", "both", &[], &["172.30.2.4"]);
+    let [other, neighbour, both] = ["other", "neighbour", "both"].map(|name| house.serve(name));
+    time(&asker, "secret.example");
+    std::thread::sleep(Duration::from_millis(1_100));
+    for (who, ttl, asked) in [(&other, 60, 1), (&both, 60, 1), (&neighbour, 59, 0)] {
+        first.seen();
+        let answer = who.ask("secret.example", RecordType::A);
+        assert!(answer.answers[0].ttl <= ttl && (answer.answers[0].ttl == 60) == (ttl == 60));
+        assert_eq!(first.names().len(), asked);
+    }
+    // In flight: equal questions of different networks are two.
+    first.seen();
+    first.mood(Mood::Slow(Duration::from_millis(100)));
+    std::thread::scope(|scope| {
+        for who in [&asker, &other] {
+            scope.spawn(move || time(who, "flight.example"));
+        }
+    });
+    assert_eq!(first.names(), ["flight.example."; 2]);
+}
+
+#[test]
+fn one_network_cannot_use_up_the_questions_of_all() {
+    let host = Namespace::new();
+    let upstream = Upstream::start(&host, "127.0.0.53:53");
+    let house = House::with(host, "nameserver 127.0.0.53\n", |settings| {
+        settings.in_flight = 30;
+        settings.source_ports = 10;
+    });
+    house.network("un1");
+    house.network("un2");
+    for (network, container, address) in
+        [("un1", "greedy", "172.30.1.2"), ("un1", "too", "172.30.1.3"), ("un2", "modest", "172.30.2.2")]
+    {
+        house.endpoint(network, container, &[], &[address]);
+    }
+    let [greedy, too, modest] = ["greedy", "too", "modest"].map(|name| house.serve(name));
+    upstream.mood(Mood::SilentAbout("greedy"));
+    for flooder in [&greedy, &too] {
+        let socket = flooder.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+        for number in 0..100 {
+            let name = format!("{number}.greedy.example");
+            let question = question(number, &name, RecordType::A).to_vec().unwrap();
+            socket.send_to(&question, "127.0.0.11:53").unwrap();
+        }
+        // What is too much is told at once.
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        for _ in 0..70 {
+            socket.recv(&mut [0; 512]).unwrap();
+        }
+    }
+    for number in 0..5 {
+        time(&modest, &format!("{number}.modest.example"));
+    }
+}
+
 #[test]
 fn one_container_leaves_places_to_the_others() {
     let host = Namespace::new();
@@ -401,6 +551,62 @@ fn a_server_on_a_network_is_asked_from_where_networks_are() {
     time(&asker, "one.example");
     assert_eq!(asker.ask("many.example", RecordType::A).answers.len(), 0, "cut short, for us");
     assert_eq!((inside.seen().len(), outside.names()), (3, NONE.to_vec()), "the third over TCP");
+}
+
+/// What a container forges reaches the source port of a question by the bridge of its network: the
+/// kernel sees the server's address and port in it.
+#[test]
+fn an_answer_that_comes_in_by_a_bridge_is_dropped_unless_its_server_is_there() {
+    let net = Topology::three();
+    let upstream = Upstream::start(&net.client, "203.0.113.9:53");
+    let house = House::new(net.host.clone(), "nameserver 203.0.113.9\n");
+    let subnets = vec!["172.30.0.0/24".parse().unwrap()];
+    house.network_with(&NetworkSpec { name: "un1".into(), subnets, ..NetworkSpec::default() });
+    house.endpoint("un1", "web", &[], &["172.30.0.2"]);
+    let index = net.host.run(|| {
+        let any = UdpSocket::bind("127.0.0.1:0").unwrap();
+        rustix::net::netdevice::name_to_index(&any, "br0").unwrap()
+    });
+    house.resolver.set_bridges([index]);
+    let asker = house.serve("web");
+    // Reverse path filtering of the host would drop a forged source before it comes to us.
+    for name in ["all", "br0"] {
+        let path = format!("/proc/sys/net/ipv4/conf/{name}/rp_filter");
+        net.host.run(|| fs::write(&path, "0")).unwrap();
+    }
+    upstream.mood(Mood::Silent);
+    let forged = |name: &str, ends: &std::sync::atomic::AtomicBool| {
+        // The container has the server's address and knows port, ID and case.
+        let forger = net.container.run(|| UdpSocket::bind("203.0.113.9:53").unwrap());
+        let start = Instant::now();
+        while !ends.load(std::sync::atomic::Ordering::Relaxed) && start.elapsed() < 2 * SOON {
+            for seen in upstream.seen().iter().filter(|seen| seen.name.starts_with(name)) {
+                let mut lie = question(seen.id, &seen.cased, RecordType::A);
+                lie.metadata.message_type = hickory_server::proto::op::MessageType::Response;
+                lie.metadata.response_code = ResponseCode::NXDomain;
+                forger.send_to(&lie.to_vec().unwrap(), seen.from).unwrap();
+            }
+        }
+    };
+    net.container.ip_all("addr add 203.0.113.9/32 dev lo");
+    let ask_while_forged = |name: &str| {
+        let ends = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| forged(name, &ends));
+            let told = asker.told(&format!("{name}.example"), RecordType::A);
+            ends.store(true, std::sync::atomic::Ordering::Relaxed);
+            told
+        })
+    };
+    assert_eq!(ask_while_forged("bridge"), "ServFail", "nobody else has answered");
+    // It is that which dropped it, and nothing before.
+    house.resolver.set_bridges([]);
+    assert_eq!(ask_while_forged("anywhere"), "NXDomain");
+    // A server that is a container answers by the bridge.
+    house.resolver.set_bridges([index]);
+    let _inside = Upstream::start(&net.container, "172.30.0.2:53");
+    let options = ServeOptions { servers: vec![at("172.30.0.2:53")], ..ServeOptions::default() };
+    time(&house.serve_with("web", &options), "inside.example");
 }
 
 #[test]

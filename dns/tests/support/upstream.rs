@@ -21,6 +21,8 @@ pub(crate) enum Mood {
     Slow(Duration),
     /// Not at all.
     Silent,
+    /// Not at all to names with this in them, and to others as it should.
+    SilentAbout(&'static str),
     /// With a wrong name, a wrong number and a wrong type, and then as it should.
     Lying,
     /// With nothing but a code.
@@ -29,12 +31,21 @@ pub(crate) enum Mood {
     Plain,
     /// With bytes that are no message.
     Garbage,
+    /// With the name in lower case, however it was asked.
+    Folds,
+    /// The same over UDP only.
+    FoldsDatagrams,
+    /// With as many wrong IDs as there may be guesses, and not otherwise. Over TCP as it should.
+    Guessed,
 }
 
 /// One question that came.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
+    /// In lower case.
     pub(crate) name: String,
+    /// As it came.
+    pub(crate) cased: String,
     pub(crate) kind: String,
     pub(crate) tcp: bool,
     pub(crate) from: SocketAddr,
@@ -81,9 +92,11 @@ impl Upstream {
         *self.state.mood.lock().unwrap() = mood;
     }
 
-    /// What has come, and from now on only what comes later.
+    /// What has come, and from now on only what comes later; without checks of whether it is alive,
+    /// which ask for the root.
     pub(crate) fn seen(&self) -> Vec<Seen> {
-        std::mem::take(&mut self.state.seen.lock().unwrap())
+        let all = std::mem::take(&mut *self.state.seen.lock().unwrap());
+        all.into_iter().filter(|seen| seen.name != ".").collect()
     }
 
     /// The names that were asked for.
@@ -169,10 +182,15 @@ impl State {
 
     fn answers(&self, message: &[u8], from: SocketAddr, tcp: bool, mood: Mood) -> Vec<Vec<u8>> {
         let asked = Message::from_vec(message).unwrap();
-        let query = asked.queries[0].clone();
+        let mut query = asked.queries[0].clone();
+        let cased = query.name().to_string();
+        if mood == Mood::Folds || mood == Mood::FoldsDatagrams && !tcp {
+            query.name = query.name().to_lowercase();
+        }
         let (name, kind) = (query.name().clone(), query.query_type());
         self.seen.lock().unwrap().push(Seen {
-            name: name.to_string(),
+            name: cased.to_lowercase(),
+            cased,
             kind: kind.to_string(),
             tcp,
             from,
@@ -182,7 +200,7 @@ impl State {
         let mut answer = Message::response(asked.metadata.id, asked.metadata.op_code);
         answer.metadata.recursion_available = true;
         answer.add_query(query);
-        let text = name.to_string();
+        let text = name.to_string().to_lowercase();
         let zone = Name::from_ascii("upstream.test.").unwrap();
         let soa = SOA::new(zone.clone(), zone.clone(), 1, 2, 3, 4, 60);
         let soa = Record::from_rdata(zone, 60, RData::SOA(soa));
@@ -204,8 +222,17 @@ impl State {
         }
         let bytes = |message: &Message| message.to_vec().unwrap();
         match mood {
-            Mood::Good | Mood::Slow(_) => vec![bytes(&answer)],
-            Mood::Silent => Vec::new(),
+            Mood::Good | Mood::Slow(_) | Mood::Folds | Mood::FoldsDatagrams => vec![bytes(&answer)],
+            Mood::Guessed if tcp => vec![bytes(&answer)],
+            Mood::Guessed => (1..=8)
+                .map(|guess| {
+                    let mut lie = answer.clone();
+                    lie.metadata.id = lie.metadata.id.wrapping_add(guess);
+                    bytes(&lie)
+                })
+                .collect(),
+            Mood::SilentAbout(part) if !text.contains(part) => vec![bytes(&answer)],
+            Mood::Silent | Mood::SilentAbout(_) => Vec::new(),
             Mood::Garbage => vec![[&bytes(&answer)[..30], &[0xff; 9]].concat()],
             Mood::Plain if asked.edns.is_some() => {
                 answer.answers.clear();
@@ -234,6 +261,7 @@ impl State {
                     lie(&|lie| lie.queries[0].name = Name::from_ascii("bank.test.").unwrap()),
                     lie(&|lie| lie.queries[0].query_type = RecordType::MX),
                     lie(&|lie| lie.metadata.message_type = MessageType::Query),
+                    lie(&|lie| lie.queries[0].name = lie.queries[0].name.to_lowercase()),
                     bytes(&answer),
                 ]
             }

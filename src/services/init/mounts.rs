@@ -1,7 +1,9 @@
-//! What a service sees of the file system: the host's, but for `/proc`, `/sys` and three files below `/etc`.
+//! What a service sees of the file system: the host's, except for `/proc`, `/sys`, a few files
+//! below `/etc`, and the host's name services.
 
-use super::super::files::SHOWN;
+use super::super::files::{NSSWITCH, SHOWN};
 use super::super::protocol::Report;
+use super::name_services::NameServices;
 use super::{reason, step};
 use rustix::fs::CWD;
 use rustix::io::Errno;
@@ -15,7 +17,7 @@ use std::path::Path;
 const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
 /// Sets up the mounts of this process's mount namespace; what could not be had is told in the notes.
-pub(super) fn set_up(files: &Path) -> Result<Vec<String>, Report> {
+pub(super) fn set_up(files: &Path) -> Result<(NameServices, Vec<String>), Report> {
     // What the host mounts later shows in here, what is mounted here does not show on the host.
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     step("keep own mounts from the host", mount_change("/", slave))?;
@@ -25,7 +27,10 @@ pub(super) fn set_up(files: &Path) -> Result<Vec<String>, Report> {
         notes.push(format!("sees the host's processes: {}", reason("mount a new /proc", error)));
     }
     own_sys();
-    for (name, shown) in SHOWN {
+    // Before the files: a link may lead to one of these directories.
+    let name_services = NameServices::hide(files, &mut notes);
+    let nsswitch = files.join(NSSWITCH.0).exists().then_some(NSSWITCH);
+    for (name, shown) in SHOWN.into_iter().chain(nsswitch) {
         // Where `shown` is a link, as systemd-resolved's resolv.conf, the file behind it is covered.
         match mount_bind(files.join(name), shown) {
             Ok(()) => {}
@@ -37,7 +42,7 @@ pub(super) fn set_up(files: &Path) -> Result<Vec<String>, Report> {
             Err(error) => return Err(Report::SetUpFailed(reason(&format!("cover {shown}"), error))),
         }
     }
-    Ok(notes)
+    Ok((name_services, notes))
 }
 
 /// Mounts a `/sys` that shows the links of this network namespace, with the control groups that hang below it. Where
