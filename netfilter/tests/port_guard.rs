@@ -158,7 +158,7 @@ fn with_any_address_only_the_mac_address_is_checked() {
         let mut forger = forger(2);
         let foreign = (0..100).map(|_| forger.frame("ipv4"));
         assert_eq!(bridge.send(foreign), [100, 100], "{mechanism}");
-        let mut forger = forger(2);
+        let mut forger = self::forger(2);
         let forged_mac = (0..100).map(|_| forger.frame("mac"));
         assert_eq!(bridge.send(forged_mac), [0, 0], "{mechanism}");
     }

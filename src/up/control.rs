@@ -188,6 +188,7 @@ impl Instance {
                 return;
             }
         };
+        self.up.names.resolver().set_bridges(indexes.values().copied());
         for network in self.up.gateway_networks.set_bridges(&indexes) {
             if let Err(error) = self.up.names.serve_at_gateways_again(&network, &self.host) {
                 tracing::warn!(network, "no DNS server at the gateway: {error:#}");

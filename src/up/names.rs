@@ -61,7 +61,7 @@ impl NameServers {
         settings.source_ports = SOURCE_PORTS;
         settings.tcp_clients_in_all = TCP_CLIENTS;
         let resolver = Resolver::new(settings).context("names")?;
-        resolver.set_bridges(super::bridges(layout, ground)?.into_values());
+        resolver.set_bridges(super::bridge_indexes(layout, ground.networks())?.into_values());
         for network in &layout.desired.networks {
             resolver
                 .add_network(&NetworkSpec {
@@ -69,7 +69,7 @@ impl NameServers {
                     subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
                     internal: network.internal,
                     servers: project.networks.get(&network.name).map(servers_of_network).unwrap_or_default(),
-                    sources_are_verified: true,
+                    sources_are_verified: layout.verifies_sources(&network.name),
                 })
                 .context("names")?;
         }
