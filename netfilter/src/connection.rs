@@ -231,6 +231,20 @@ impl Connection {
         Ok(found)
     }
 
+    /// Whether there is a chain of that name in the table `table` of that family.
+    ///
+    /// # Errors
+    /// As of [`tables`](Self::tables).
+    pub fn has_chain(&mut self, family: TableFamily, table: &str, name: &str) -> io::Result<bool> {
+        let mut found = false;
+        let asked = list(request::GET_CHAIN, Attributes::default().text(1, table));
+        self.socket.dump(&Message { family: family.number(), ..asked }, |chain| {
+            let of = |kind| attribute(chain, kind).map(text);
+            found |= of(1).as_deref() == Some(table) && of(3).as_deref() == Some(name);
+        })?;
+        Ok(found)
+    }
+
     /// Removes a table that nobody uses: one without rules, and without a chain that is jumped to or that drops. Whether it was there and is gone.
     ///
     /// It is for the tables that the variant of iptables makes which is made of nf_tables: it makes them when they are first asked for, and leaves them.

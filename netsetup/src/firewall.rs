@@ -234,6 +234,13 @@ impl Firewall {
         Fact::Ruleset { firewall: self.kind, owner: self.owner.clone() }
     }
 
+    /// Whether rules of the legacy variant of iptables are in use on its host: the kernel sends no word
+    /// of changes of those.
+    #[must_use]
+    pub fn legacy_is_in_use(host: &Namespace) -> bool {
+        iptables::legacy_is_in_use(host)
+    }
+
     /// Where word of changes of rules arrives; `None` if the kernel sends none, and one has to look.
     ///
     /// # Errors
@@ -256,6 +263,25 @@ impl Firewall {
     /// # Errors
     /// The firewall's; nothing has changed then.
     pub fn change_ports(&self, added: &[Opening], removed: &[Opening]) -> io::Result<()> {
+        self.change(added, removed, |_| true)
+    }
+
+    /// Replaces `before` by `after`: the same ports, carried otherwise. Connections of TCP go on as they
+    /// are; flows of UDP, which have no end, follow.
+    ///
+    /// # Errors
+    /// The firewall's; nothing has changed then.
+    pub fn redirect_ports(&self, before: &[Opening], after: &[Opening]) -> io::Result<()> {
+        self.change(after, before, |port| port.protocol == Protocol::Udp)
+    }
+
+    /// `forgets` tells of which ports the flows are forgotten.
+    fn change(
+        &self,
+        added: &[Opening],
+        removed: &[Opening],
+        forgets: impl Fn(&Opening) -> bool,
+    ) -> io::Result<()> {
         let mut state = self.state();
         let mut ruleset = state.ruleset.clone();
         let added: BTreeSet<Opening> =
@@ -267,7 +293,7 @@ impl Firewall {
             let ports = Ports { added, removed };
             let update = || self.host.with(|| backend.change_ports(&ruleset, &ports))?;
             self.updates(Change::Ports).count(update)?;
-            let changed = ports.added.union(&ports.removed).copied().collect();
+            let changed = ports.added.union(&ports.removed).copied().filter(forgets).collect();
             if let Err(error) = self.host.with(|| forget(&[], &changed)).flatten() {
                 tracing::warn!(%error, "flows of ports that have changed may go on as before");
             }

@@ -12,7 +12,9 @@
 
 use super::{Instance, Signals, uplinks};
 use crate::api::{Order, Problem};
-use std::collections::BTreeMap;
+use crate::firewall::BypassedRules;
+use crate::publisher::PublishError;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -36,6 +38,10 @@ const REPAIR_PAUSE: Duration = Duration::from_millis(100);
 
 /// How often rules are looked at where the kernel sends no word of changes.
 const LOOK_AT_RULES: Duration = Duration::from_millis(200);
+
+/// Every how many looks DOCKER-USER is read where the legacy variant of iptables is in use: it takes
+/// two runs of a program.
+const LOOK_AT_LEGACY: u32 = 5;
 
 /// What tells that rules of the firewall have changed.
 enum Rules {
@@ -97,6 +103,9 @@ impl Instance {
         let mut repair_at: Option<Instant> = None;
         let mut repaired = Instant::now() - REPAIR_PAUSE;
         let mut rules_changed = false;
+        let mut ticked = 0;
+        // The rules of DOCKER-USER that were reported, so that each is reported once.
+        let mut reported = BTreeSet::new();
         loop {
             tokio::select! {
                 changed = self.news.readable(), if repair_at.is_none() => {
@@ -126,8 +135,11 @@ impl Instance {
                     }
                 },
                 _ = ticks.tick() => {
+                    // The kernel sends no word of changes of legacy rules.
+                    ticked = (ticked + 1) % LOOK_AT_LEGACY;
+                    rules_changed |= ticked == 0 && !self.apart && Firewall::legacy_is_in_use(&self.host);
                     if std::mem::take(&mut rules_changed) {
-                        self.chosen.look_again(&self.host).await;
+                        self.look_at_docker_user(&mut reported).await;
                     }
                     if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.settle()) {
                         tracing::debug!(%error, "a look at the firewall's rules");
@@ -135,6 +147,42 @@ impl Instance {
                     self.look_after_adopted(&mut said).await;
                 },
             }
+        }
+    }
+
+    /// Rules have changed: has DOCKER-USER one that published ports bypass? Then the kernel publishes
+    /// them from here on; what it cannot publish is reported, and goes on.
+    async fn look_at_docker_user(&self, reported: &mut BTreeSet<String>) {
+        let kind = self.chosen.firewall.as_ref().map(|firewall| firewall.kind());
+        let (host, publisher) = (self.host.clone(), Arc::clone(&self.up.publisher));
+        // Programs are asked, which take their time.
+        let enforce = move || -> Result<_, PublishError> {
+            let bypassed = BypassedRules::observe(kind, &host).map_err(PublishError::DockerUser)?;
+            let (changed, left) = publisher.enforce(&bypassed)?;
+            Ok((changed, left, bypassed))
+        };
+        let (changed, left, bypassed) = match tokio::task::spawn_blocking(enforce).await {
+            Ok(Ok(enforced)) => enforced,
+            Ok(Err(error)) => return tracing::warn!(%error, "DOCKER-USER rules not enforced"),
+            Err(_) => return,
+        };
+        if changed && let Some(rule) = bypassed.any() {
+            tracing::warn!(
+                rule,
+                "DOCKER-USER rule does not reach sockets; ports are published by the kernel from now on"
+            );
+        }
+        let known = std::mem::take(reported);
+        for (publish, rule) in left {
+            let bypass = format!("{publish} {rule}");
+            if !known.contains(&bypass) {
+                tracing::warn!(
+                    %publish,
+                    rule,
+                    "published port bypasses DOCKER-USER rule; restart with --firewall=iptables to enforce it"
+                );
+            }
+            reported.insert(bypass);
         }
     }
 

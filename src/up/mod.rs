@@ -328,7 +328,7 @@ impl Up {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let enclosures = layout.enclosures(name, |bridge| bridges.get(bridge).copied().unwrap_or(0));
             let endpoint = Endpoint::new(namespace.clone(), addresses, enclosures);
-            let endpoint = endpoint.translated_to(targets_of(&layout, name, chosen.publish));
+            let endpoint = endpoint.translated_to(targets_of(&layout, name, PublishBy::Kernel));
             publisher.add_endpoint(name, endpoint.behind_engine(way_out::behind_it(&layout, name)));
         }
         if let Some(way_out) = &way_out {

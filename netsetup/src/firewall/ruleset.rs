@@ -44,8 +44,11 @@ pub struct Zone {
     pub bridge: String,
     /// At most one of each family, not truncated to fewer bits than their prefix.
     pub subnets: Vec<IpNet>,
-    /// It has no way out.
+    /// It has no egress.
     pub internal: bool,
+    /// A guard at each of its bridge ports verifies the source address of every frame. Otherwise
+    /// the rules verify it, in every packet.
+    pub verified: bool,
 }
 
 /// A published port.

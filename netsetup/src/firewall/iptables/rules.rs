@@ -1,8 +1,8 @@
 //! The ruleset as chains and rules, and what iptables-restore is told to have them. Pure.
 //!
-//! What may pass the gates is marked in `mangle`: chains of others before ours may accept it in `filter`. Where policy rules are the guards, it has to be marked before
-//! routing, and no chain is asked between that and destination NAT: so it is told by what the connection began with, and the first packet of a translated one is marked in
-//! `nat` beside its translation.
+//! What may pass the gates is marked in POSTROUTING of `mangle`: the last chain that every packet passes, and behind the rules of others there, which neither see the mark nor
+//! change it. (Chains of others before ours may accept a packet in `filter`.) Where policy rules are the guards, it has to be marked before routing, and no chain is asked
+//! between that and destination NAT: so it is told by what the connection began with, and the first packet of a translated one is marked in `nat` beside its translation.
 
 use super::program::Family;
 use super::saved::{DOCKER_USER, Saved};
@@ -30,6 +30,8 @@ pub(super) struct Table {
     chains: Vec<(String, Vec<String>)>,
     /// Built-in chains, each with the chain of ours that it leads to.
     jumps: Vec<(&'static str, String)>,
+    /// Those jumps come behind all rules of others, not before them.
+    last: bool,
 }
 
 /// What the names of `owner`'s chains begin with: what fits of his name, and what tells him from others.
@@ -46,10 +48,17 @@ pub(super) fn tables(ruleset: &Ruleset, family: Family, docker_user: bool) -> Ve
     vec![with.raw(), with.mangle(), with.filter(), with.nat()]
 }
 
+/// The first rule of others that is asked behind the one that sets the mark, and may change it.
+pub(super) fn behind_mark<'a>(ruleset: &Ruleset, saved: &'a Saved) -> Option<&'a str> {
+    let from = if ruleset.gated { "POSTROUTING" } else { "PREROUTING" };
+    saved.behind("mangle", from, &format!("{}-MARK", prefix(&ruleset.owner))).next()
+}
+
 /// How many lines [`Saved::of_owner`] has where `text` was carried out: chains, the user's among them, rules and jumps.
 pub(super) fn count(text: &str, tables: &[Table]) -> usize {
     let chains: usize = tables.iter().map(|table| table.chains.len() + table.jumps.len()).sum();
-    let rules = text.lines().filter(|line| line.starts_with("-A ")).count();
+    let ours = format!("-A {}", registry::IPTABLES_CHAIN_PREFIX);
+    let rules = text.lines().filter(|line| line.starts_with(&ours)).count();
     chains + rules + 1
 }
 
@@ -77,7 +86,7 @@ impl With<'_> {
         jumps: &[(&'static str, &str)],
     ) -> Table {
         let jumps = jumps.iter().map(|(from, to)| (*from, self.chain(to))).collect();
-        Table { name, chains, jumps }
+        Table { name, chains, jumps, last: false }
     }
 
     fn is_of(&self, ip: IpAddr) -> bool {
@@ -118,19 +127,35 @@ impl With<'_> {
                 "claims to come from a container",
             ));
         }
+        let zones = &self.ruleset.zones;
+        for zone @ Zone { bridge, .. } in zones.iter().filter(|zone| !zone.verified) {
+            let own = subnets_of(zone).filter(|subnet| self.is_of(subnet.addr()));
+            rules.extend(own.map(|own| {
+                let why = "has a source address that is not of its network";
+                rule(&format!("! -s {own} -i {bridge}"), &self.chain("SOURCE"), why)
+            }));
+        }
         for (Zone { bridge, .. }, subnet) in self.subnets().filter(|(zone, _)| zone.internal) {
             for net in on_link(self.family.is_v6()) {
                 let why = "what neighbours need to find each other";
-                rules.push(rule(&format!("-d {net} -i {bridge}"), "RETURN", why));
+                rules.push(rule(&format!("-d {net} -i {bridge} -p ipv6-icmp"), "RETURN", why));
             }
-            let why = "an internal network reaches nothing of the host but its gateway";
-            rules.push(rule(&format!("! -d {subnet} -i {bridge}"), "DROP", why));
+            rules.push(rule(&format!("! -d {subnet} -i {bridge}"), "DROP", GATEWAY_ALONE));
         }
         let loopback = grouped(self.ports().filter(|port| port.address.is_loopback()));
         rules.extend(loopback.iter().map(|matches| {
             rule(matches, &stray, "published on a loopback address, and asked for from elsewhere")
         }));
-        self.table("raw", vec![(stray, strays), (self.chain("RAW"), rules)], &[("PREROUTING", "RAW")])
+        // Link-local addresses belong to no subnet, and who looks for duplicates of its address has
+        // none yet (RFC 4862, section 5.4.2). The kernel forwards neither.
+        let mut sources = Vec::new();
+        if self.family.is_v6() {
+            let why = "as neighbours have it";
+            sources.extend(["fe80::/10", "::/128"].map(|net| rule(&format!("-s {net}"), "RETURN", why)));
+        }
+        sources.push(rule("", "DROP", "from nobody in this network"));
+        let chains = vec![(stray, strays), (self.chain("SOURCE"), sources), (self.chain("RAW"), rules)];
+        self.table("raw", chains, &[("PREROUTING", "RAW")])
     }
 
     fn mangle(&self) -> Table {
@@ -148,7 +173,7 @@ impl With<'_> {
                 )
             });
             rules.extend(to);
-            return self.table("mangle", vec![(self.chain("MARK"), rules)], &[("FORWARD", "MARK")]);
+            return self.marking(rules, "POSTROUTING");
         }
         for (zone, subnet) in self.subnets() {
             if !zone.internal {
@@ -164,7 +189,14 @@ impl With<'_> {
                 "may be forwarded: it came by a published port",
             ));
         }
-        self.table("mangle", vec![(self.chain("MARK"), rules)], &[("PREROUTING", "MARK")])
+        self.marking(rules, "PREROUTING")
+    }
+
+    /// The table in which `rules` set the mark, behind the rules of others in the chain `from`: so
+    /// that those neither see it nor change it.
+    fn marking(&self, rules: Vec<String>, from: &'static str) -> Table {
+        let table = self.table("mangle", vec![(self.chain("MARK"), rules)], &[(from, "MARK")]);
+        Table { last: true, ..table }
     }
 
     fn filter(&self) -> Table {
@@ -235,6 +267,11 @@ impl With<'_> {
         }
 
         let mut input = vec![rule("-i lo", "RETURN", "the host asks itself: nothing that is forwarded")];
+        // The broadcast address of the subnet is in the subnet. Neighbour discovery is multicast.
+        let but = if self.family.is_v6() { " ! -p ipv6-icmp" } else { "" };
+        input.extend(zones.iter().filter(|zone| zone.internal).map(|Zone { bridge, .. }| {
+            rule(&format!("-i {bridge}{but} -m addrtype ! --dst-type LOCAL"), "DROP", GATEWAY_ALONE)
+        }));
         input.extend(grouped(self.ports().filter(|port| !port.address.is_loopback())).iter().map(
             |matches| {
                 rule(
@@ -288,8 +325,11 @@ impl With<'_> {
         let own = zones.iter().map(|zone| zone.bridge.as_str()).chain(["lo"]);
         let mut masquerade: Vec<_> =
             own.map(|link| rule(&format!("-o {link}"), "RETURN", "stays on the host")).collect();
-        masquerade.extend(self.subnets().filter(|(zone, _)| !zone.internal).map(|(_, subnet)| {
-            rule(&format!("-s {subnet}"), "MASQUERADE", "leaves with the host's address")
+        // By the pair of interfaces what is forwarded, whatever its source (the kernel gives the input
+        // interface there from Linux 5.7 on); by the source what a process sends from a gateway's address.
+        masquerade.extend(self.subnets().filter(|(zone, _)| !zone.internal).flat_map(|(zone, subnet)| {
+            [format!("-i {}", zone.bridge), format!("-s {subnet}")]
+                .map(|matches| rule(&matches, "MASQUERADE", "leaves with the host's address"))
         }));
         let chains = vec![
             (self.chain("PORTS"), ports),
@@ -299,6 +339,8 @@ impl With<'_> {
         self.table("nat", chains, &[("PREROUTING", "DNAT"), ("POSTROUTING", "SNAT")])
     }
 }
+
+const GATEWAY_ALONE: &str = "an internal network reaches nothing of the host but its gateway";
 
 /// A rule without its chain.
 fn rule(matches: &str, target: &str, why: &str) -> String {
@@ -365,10 +407,14 @@ pub(super) fn restore(tables: &[Table], saved: &Saved, made: &BTreeSet<String>) 
         }
         for (from, to) in &table.jumps {
             let there = saved.count(table.name, &format!("-A {from} -j {to}"));
-            if there == 0 {
-                let _ = writeln!(text, "-I {from} -j {to}");
+            // Elsewhere than it has to be it goes, and is made anew.
+            let moves = table.last && saved.behind(table.name, from, to).next().is_some();
+            if there == 0 || moves {
+                let how = if table.last { "-A" } else { "-I" };
+                let _ = writeln!(text, "{how} {from} -j {to}");
             }
-            for _ in 1..there {
+            // The first of several is deleted, which is not the one that was appended.
+            for _ in usize::from(!moves)..there {
                 let _ = writeln!(text, "-D {from} -j {to}");
             }
         }
@@ -385,9 +431,12 @@ pub(super) fn removal(saved: &Saved, owner: &str) -> String {
     let mut text = String::new();
     for (table, other) in ours.iter().zip(&others) {
         let mut lines = String::new();
-        for (from, to) in
-            table.jumps.iter().chain(other.jumps.iter().filter(|jump| !table.jumps.contains(jump)))
-        {
+        // An earlier version, which may have been killed, marked in FORWARD.
+        let before =
+            table.jumps.iter().filter(|_| table.name == "mangle").map(|(_, to)| ("FORWARD", to.clone()));
+        let before: Vec<_> = before.collect();
+        let other = other.jumps.iter().filter(|jump| !table.jumps.contains(jump));
+        for (from, to) in table.jumps.iter().chain(other).chain(&before) {
             for _ in 0..saved.count(table.name, &format!("-A {from} -j {to}")) {
                 let _ = writeln!(lines, "-D {from} -j {to}");
             }
@@ -458,7 +507,7 @@ mod tests {
         assert!(text.contains(&format!("-X {chain}")), "{text}");
         assert_eq!(removal(&saved, "other"), "");
         let mark = format!("{}-MARK", prefix("demo"));
-        for hook in ["PREROUTING", "FORWARD"] {
+        for hook in ["PREROUTING", "POSTROUTING", "FORWARD"] {
             let saved = Saved::of(&format!(
                 "*mangle\n:{hook} ACCEPT [0:0]\n:{mark} - [0:0]\n-A {hook} -j {mark}\nCOMMIT\n"
             ));
