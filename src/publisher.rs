@@ -455,6 +455,11 @@ impl Publisher {
         result.map_err(PublishError::Firewall)
     }
 
+    /// Whether the kernel translates ports, where it can.
+    pub(crate) fn translates(&self) -> bool {
+        self.state().translates
+    }
+
     /// Rules have come: the same, and the ports that go on bypassing one, with the rule.
     ///
     /// # Errors

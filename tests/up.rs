@@ -9,6 +9,7 @@ mod up {
     pub(crate) mod rootless;
     pub(crate) mod scene;
     pub(crate) mod uplink;
+    pub(crate) mod vpn;
     pub(crate) mod way_in;
     pub(crate) mod way_out;
     pub(crate) mod witness;

@@ -13,6 +13,27 @@ pub struct Desired {
     pub endpoints: Vec<Endpoint>,
     /// Links of the host that forward for the networks alone, where their way out is the kernel's and the host forwards for nobody.
     pub uplinks: Vec<Uplink>,
+    /// How answers of ports that the kernel translates leave by the uplink that was asked; empty where
+    /// there is one default route.
+    pub reply_paths: Vec<ReplyPath>,
+}
+
+/// A default route of the host by which answers of containers leave that are not to take the best one of
+/// the `main` table: the host was asked at an address of this uplink.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ReplyPath {
+    /// Its number in the mark of packets, from 1 to [`UPLINKS`](tidegate_model::registry::UPLINKS).
+    pub number: u8,
+    /// The uplink.
+    pub link: String,
+    /// IPv6.
+    pub v6: bool,
+    /// The table that has the route.
+    pub table: u32,
+    /// The route is made in that table, by this gateway; otherwise others have it there.
+    pub made: Option<IpAddr>,
+    /// The networks of the uplink's own addresses.
+    pub nets: Vec<IpNet>,
 }
 
 /// A link of a host that forwards for nobody.
@@ -108,8 +129,9 @@ impl Desired {
 
     /// The same without any endpoint.
     pub(crate) fn without_endpoints(&self) -> Self {
+        let reply_paths = self.reply_paths.clone();
         let (networks, uplinks) = (self.networks.clone(), self.uplinks.clone());
-        Self { networks, endpoints: Vec::new(), uplinks }
+        Self { networks, endpoints: Vec::new(), uplinks, reply_paths }
     }
 
     /// All facts, in the order to make them.

@@ -17,9 +17,10 @@ mod ruleset;
 pub use iptables::{DockerUser, IptablesState, UserRule};
 pub use ruleset::{Opening, Ruleset, Zone};
 
-use crate::Fact;
+use crate::{Fact, ReplyPath};
 use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Serialize};
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
@@ -172,6 +173,8 @@ struct State {
     backend: Box<dyn Backend>,
     ruleset: Ruleset,
     in_force: bool,
+    /// The ruleset was changed since.
+    stale: bool,
 }
 
 impl Firewall {
@@ -189,7 +192,7 @@ impl Firewall {
             .inspect_err(|error| tracing::debug!(%error, "no gates: policy rules stand behind the firewall"))
             .ok();
         let ruleset = Ruleset { owner: owner.to_owned(), gated: gate.is_some(), ..Ruleset::default() };
-        let state = Mutex::new(State { backend, ruleset, in_force: false });
+        let state = Mutex::new(State { backend, ruleset, in_force: false, stale: false });
         let updates = Default::default();
         Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), gate, state, updates })
     }
@@ -258,6 +261,22 @@ impl Firewall {
         state.ruleset.ports = ports;
     }
 
+    /// Which answers leave by which reply path, from the next time that the rules are put in place: they
+    /// do not hold until then.
+    pub fn set_reply_paths(&self, paths: &[ReplyPath]) {
+        let of = |path: &ReplyPath| {
+            let number = path.number;
+            path.nets.iter().map(move |net| (number, *net)).collect::<Vec<_>>()
+        };
+        let mut replies: Vec<_> = paths.iter().flat_map(of).collect();
+        replies.sort_by_key(|(number, net)| (Reverse(net.prefix_len()), *number, *net));
+        let mut state = self.state();
+        if state.ruleset.replies != replies {
+            state.ruleset.replies = replies;
+            state.stale = state.in_force;
+        }
+    }
+
     /// Opens `added` and closes `removed`.
     ///
     /// # Errors
@@ -318,21 +337,21 @@ impl Firewall {
 
     pub(crate) fn apply(&self) -> io::Result<()> {
         let mut state = self.state();
-        let State { backend, ruleset, in_force } = &mut *state;
+        let State { backend, ruleset, in_force, stale } = &mut *state;
         let begins = !*in_force;
         self.updates(Change::All).count(|| self.host.with(|| backend.apply(ruleset))?)?;
         self.host.with(|| {
             let subnets = ruleset.zones.iter().flat_map(|zone| &zone.subnets).map(IpNet::trunc);
             if begins { forget(&subnets.collect::<Vec<_>>(), &ruleset.ports) } else { Ok(()) }
         })??;
-        *in_force = true;
+        (*in_force, *stale) = (true, false);
         Ok(())
     }
 
     pub(crate) fn holds(&self) -> io::Result<bool> {
         let mut state = self.state();
-        let State { backend, ruleset, in_force } = &mut *state;
-        Ok(*in_force && self.host.with(|| backend.holds(ruleset))??)
+        let State { backend, ruleset, in_force, stale } = &mut *state;
+        Ok(*in_force && !*stale && self.host.with(|| backend.holds(ruleset))??)
     }
 
     pub(crate) fn remove(&self) -> io::Result<()> {

@@ -10,7 +10,7 @@
 //!
 //! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
-use super::{Instance, Signals, uplinks};
+use super::{Instance, Signals, reply_paths, uplinks};
 use crate::api::{Order, Problem};
 use crate::firewall::BypassedRules;
 use crate::publisher::PublishError;
@@ -39,8 +39,8 @@ const REPAIR_PAUSE: Duration = Duration::from_millis(100);
 /// How often rules are looked at where the kernel sends no word of changes.
 const LOOK_AT_RULES: Duration = Duration::from_millis(200);
 
-/// Every how many looks DOCKER-USER is read where the legacy variant of iptables is in use: it takes
-/// two runs of a program.
+/// Every how many looks default routes are looked for where the kernel publishes, and DOCKER-USER is read
+/// where the legacy variant of iptables is in use, which takes two runs of a program.
 const LOOK_AT_LEGACY: u32 = 5;
 
 /// What tells that rules of the firewall have changed.
@@ -135,8 +135,11 @@ impl Instance {
                     }
                 },
                 _ = ticks.tick() => {
-                    // The kernel sends no word of changes of legacy rules.
+                    // The kernel sends no word of changes of legacy rules, and of routes none is heard.
                     ticked = (ticked + 1) % LOOK_AT_LEGACY;
+                    if ticked == 0 && repair_at.is_none() && self.up.publisher.translates() {
+                        repair_at = Some(Instant::now());
+                    }
                     rules_changed |= ticked == 0 && !self.apart && Firewall::legacy_is_in_use(&self.host);
                     if std::mem::take(&mut rules_changed) {
                         self.look_at_docker_user(&mut reported).await;
@@ -210,11 +213,18 @@ impl Instance {
 
     async fn put_right(&mut self) -> Result<usize, SetupError> {
         let desired = &mut self.up.layout.desired;
-        if self.chosen.firewall.is_some() {
-            let uplinks = uplinks(&self.setup.surroundings().await?, desired);
-            if uplinks != desired.uplinks {
+        if let Some(firewall) = &self.chosen.firewall {
+            let observed = self.setup.surroundings().await?;
+            let uplinks = uplinks(&observed, desired);
+            let reply_paths = if self.up.publisher.translates() {
+                reply_paths(&observed, &self.project)
+            } else {
+                Vec::new()
+            };
+            if uplinks != desired.uplinks || reply_paths != desired.reply_paths {
                 // A new link, or the host has begun to forward: not our networks that someone has changed.
-                desired.uplinks = uplinks;
+                (desired.uplinks, desired.reply_paths) = (uplinks, reply_paths);
+                firewall.set_reply_paths(&desired.reply_paths);
                 return self.setup.apply(desired).await.map(|_| 0);
             }
         }

@@ -182,6 +182,7 @@ mod tests {
         };
         let desired = Desired {
             uplinks: Vec::new(),
+            reply_paths: Vec::new(),
             networks: vec![Network {
                 name: "front".into(),
                 bridge: interface("tg-front-0001"),

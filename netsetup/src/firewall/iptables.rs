@@ -25,7 +25,7 @@ use tidegate_netns::{Namespace, News};
 #[cfg(test)]
 pub(super) fn rendered(ruleset: &Ruleset, v6: bool, docker_user: bool) -> String {
     let tables = rules::tables(ruleset, if v6 { Family::V6 } else { Family::V4 }, docker_user);
-    rules::restore(&tables, &Saved::of("*raw\n*mangle\n*filter\n*nat\n"), &BTreeSet::new())
+    rules::restore(&tables, &ruleset.owner, &Saved::of("*raw\n*mangle\n*filter\n*nat\n"), &BTreeSet::new())
 }
 
 /// How often in one run the jump to the mark is put behind rules that others append: who appends again
@@ -71,7 +71,7 @@ impl Side {
         let tables = rules::tables(ruleset, self.program.family, saved.docker_user().has_rules());
         self.made.extend(saved.made());
         self.made.extend(rules::missing(&tables, &saved));
-        let text = rules::restore(&tables, &saved, &self.made);
+        let text = rules::restore(&tables, &ruleset.owner, &saved, &self.made);
         self.program.restore(&text)?;
         self.listed = self.saved()?.of_owner(&ruleset.owner);
         // Others may have been at it meanwhile. Then it does not hold, and is applied again with the next look.

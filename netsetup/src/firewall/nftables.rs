@@ -185,6 +185,7 @@ const FAMILIES: [Family; 2] = [
         source: Key::SourceV4,
         destination: Key::DestinationV4,
         original_source: Key::OriginalSourceV4,
+        original_destination: Key::OriginalDestinationV4,
         reply_source: Key::ReplySourceV4,
         loopback: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
     },
@@ -194,6 +195,7 @@ const FAMILIES: [Family; 2] = [
         source: Key::SourceV6,
         destination: Key::DestinationV6,
         original_source: Key::OriginalSourceV6,
+        original_destination: Key::OriginalDestinationV6,
         reply_source: Key::ReplySourceV6,
         loopback: IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
     },
@@ -205,6 +207,7 @@ struct Family {
     source: Key,
     destination: Key,
     original_source: Key,
+    original_destination: Key,
     reply_source: Key,
     loopback: IpNet,
 }
@@ -240,6 +243,9 @@ pub(crate) fn table(ruleset: &Ruleset) -> Table {
     }
     if has_unverified(ruleset) {
         chains.push(sources(ruleset));
+    }
+    if !ruleset.replies.is_empty() {
+        chains.extend(reply_paths(ruleset));
     }
     chains.extend([input(ruleset), masquerade(ruleset), postrouting(ruleset)]);
     Table { name, sets: sets(ruleset), chains }
@@ -310,6 +316,8 @@ const DSTNAT: i32 = -100;
 /// Behind every chain of others. In `prerouting` the route is looked up next; in `postrouting` the
 /// packet reaches its interface next, so nobody changes the packet mark in between.
 const LAST: i32 = i32::MAX;
+/// Before every chain of others.
+const FIRST: i32 = i32::MIN;
 /// Before `filter`, where the rules of others are.
 const BEFORE_FILTER: i32 = FILTER - 10;
 /// `filter`.
@@ -655,6 +663,31 @@ fn mark(ruleset: &Ruleset) -> Chain {
         ));
     }
     base("mark", Kind::Filter, Hook::Prerouting, LAST, rules)
+}
+
+/// Where the host has several default routes: the mark by which an answer finds its uplink. It is on the
+/// packet while its route is looked up, and at no hook of others. What was asked tells the uplink, so
+/// that nothing has to be remembered with the connection, whose mark is others'.
+fn reply_paths(ruleset: &Ruleset) -> [Chain; 4] {
+    let marks = |value: fn(u8) -> u32| {
+        let rule_of = |(number, net): &(u8, IpNet)| {
+            let family = FAMILIES.iter().find(|family| family.is_of(net.addr()))?;
+            let asked = Match::Is { key: family.original_destination, value: Value::Net(*net), not: false };
+            let mark = Action::Mark { value: value(*number), mask: registry::UPLINK_MARK_MASK };
+            Some(rule(vec![asked], vec![mark, Action::Return], "asked at an address of that uplink"))
+        };
+        ruleset.replies.iter().filter_map(rule_of).collect()
+    };
+    let answers = |chain: &str| {
+        let answer = vec![by_ours(Key::InGroup, ruleset), Match::Reply, Match::TranslatedDestination];
+        vec![rule(answer, vec![Action::Jump(chain.to_owned())], "an answer of a translated port")]
+    };
+    [
+        Chain { name: "to-uplink".to_owned(), base: None, rules: marks(registry::uplink_mark) },
+        Chain { name: "routed".to_owned(), base: None, rules: marks(|_| 0) },
+        base("before-route", Kind::Filter, Hook::Prerouting, LAST, answers("to-uplink")),
+        base("behind-route", Kind::Filter, Hook::Forward, FIRST, answers("routed")),
+    ]
 }
 
 /// The verdict on what is forwarded: at the last hook before the interface, so that nobody changes

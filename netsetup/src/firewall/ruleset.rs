@@ -33,6 +33,9 @@ pub struct Ruleset {
     pub zones: Vec<Zone>,
     /// The published ports.
     pub ports: BTreeSet<Opening>,
+    /// Which answers of translated ports leave by which [reply path](crate::ReplyPath): the number of
+    /// the path, and the addresses that were asked. The narrowest network decides.
+    pub replies: Vec<(u8, IpNet)>,
     /// Gates at the bridges' exits keep networks closed when the rules are gone, not policy rules.
     pub gated: bool,
 }

@@ -2,16 +2,18 @@
 
 use super::messages::{is_default, leads, link_of, rule_of, table};
 use super::{Kernel, MAIN, error, is_without_ipv6};
-use crate::{Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
+use crate::{DefaultRoute, Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::LinkMessage;
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol};
 use rtnetlink::packet_route::rule::RuleMessage;
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use tidegate_model::registry;
 
 /// A link as it was found.
 pub(super) struct Link {
@@ -33,6 +35,10 @@ pub(super) struct Here {
     indexes: BTreeMap<String, u32>,
     addresses: Vec<(u32, IpNet)>,
     routes: Vec<RouteMessage>,
+    /// Default routes of others in tables beside `main`.
+    elsewhere: Vec<RouteMessage>,
+    /// The same of ours.
+    replies: Vec<RouteMessage>,
     rules: Vec<Rule>,
 }
 
@@ -52,7 +58,15 @@ impl Here {
             handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
         let links: BTreeMap<u32, Link> = links.iter().map(link_of).map(|link| (link.index, link)).collect();
         let indexes = links.values().map(|link| (link.name.clone(), link.index)).collect();
-        let mut here = Self { links, indexes, addresses: Vec::new(), routes: Vec::new(), rules: Vec::new() };
+        let mut here = Self {
+            links,
+            indexes,
+            addresses: Vec::new(),
+            routes: Vec::new(),
+            elsewhere: Vec::new(),
+            replies: Vec::new(),
+            rules: Vec::new(),
+        };
         let host = *place == Place::Host;
         if host || asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact)) {
             let mut listed = handle.address().get().execute();
@@ -80,7 +94,15 @@ impl Here {
             if host || asked.iter().any(|fact| leads(fact) && here.has_links_of(fact)) {
                 let listed: Vec<RouteMessage> =
                     handle.route().get(any).execute().try_collect().await.map_err(failed("routes"))?;
-                here.routes.extend(listed.into_iter().filter(|route| table(route) == MAIN));
+                let (main, other): (Vec<_>, Vec<_>) =
+                    listed.into_iter().partition(|route| table(route) == MAIN);
+                here.routes.extend(main);
+                let ours = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
+                let other = other.into_iter().filter(|route| host && is_default(route));
+                let (replies, elsewhere): (Vec<_>, Vec<_>) =
+                    other.partition(|route| route.header.protocol == ours);
+                here.replies.extend(replies);
+                here.elsewhere.extend(elsewhere);
             }
         }
         if host {
@@ -153,6 +175,11 @@ impl Here {
                 }
             }
             Fact::Group { link, group } => self.link(link).is_some_and(|link| link.group == *group),
+            Fact::ReplyRoute { link, table: of, gateway } => self.link(link).is_some_and(|link| {
+                self.replies.iter().any(|route| {
+                    is_default(route) && table(route) == *of && leads(route, link.index, *gateway)
+                })
+            }),
             // Those are no matters of links: `Kernel::gate_is_at`, `Kernel::ruleset_holds`.
             Fact::Gate { .. } | Fact::Ruleset { .. } => true,
         })
@@ -171,6 +198,52 @@ impl Here {
             Uplink { link: link.name.clone(), v4: v4 && has(false), v6: v6 && has(true), ours: false }
         };
         self.links.values().map(of).filter(|uplink| uplink.v4 || uplink.v6).collect()
+    }
+
+    /// The default routes: of `main` the best one first, then those of other tables.
+    pub(super) fn default_routes(&self) -> Vec<DefaultRoute> {
+        let metric = |route: &RouteMessage| {
+            let metric = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Priority(metric) => Some(*metric),
+                _ => None,
+            });
+            metric.unwrap_or(0)
+        };
+        let mut main: Vec<&RouteMessage> = self.routes.iter().filter(|route| is_default(route)).collect();
+        main.sort_by_key(|route| metric(route));
+        main.into_iter().chain(&self.elsewhere).flat_map(|route| self.hops(route)).collect()
+    }
+
+    fn hops(&self, route: &RouteMessage) -> Vec<DefaultRoute> {
+        let v6 = route.header.address_family == AddressFamily::Inet6;
+        let of = |index: u32, attributes: &[RouteAttribute], shared: bool| {
+            let gateway = attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => Some(IpAddr::from(*ip)),
+                RouteAttribute::Gateway(RouteAddress::Inet6(ip)) => Some(IpAddr::from(*ip)),
+                _ => None,
+            });
+            let own = self.addresses.iter().filter(|(link, net)| {
+                *link == index && net.addr().is_ipv6() == v6 && !is_link_local(net.addr())
+            });
+            Some(DefaultRoute {
+                link: self.links.get(&index)?.name.clone(),
+                v6,
+                table: Some(table(route)).filter(|table| *table != MAIN),
+                gateway,
+                shared,
+                nets: own.map(|(_, net)| net.trunc()).collect(),
+            })
+        };
+        let mut hops = Vec::new();
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => hops.extend(of(*index, &route.attributes, false)),
+                RouteAttribute::MultiPath(several) => hops
+                    .extend(several.iter().filter_map(|hop| of(hop.interface_index, &hop.attributes, true))),
+                _ => {}
+            }
+        }
+        hops
     }
 
     pub(super) fn default_mtu(&self) -> Option<u32> {

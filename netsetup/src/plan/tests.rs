@@ -98,7 +98,7 @@ fn some_desired() -> impl Strategy<Value = Desired> {
         let uplinks = uplinks
             .map(|(number, (v4, v6))| Uplink { link: format!("eth{number}"), v4, v6, ours: number != 0 })
             .collect();
-        Desired { networks, endpoints, uplinks }
+        Desired { networks, endpoints, uplinks, ..Desired::default() }
     })
 }
 
@@ -165,6 +165,7 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
         networks: vec![network("blue", 1)],
         endpoints: Vec::new(),
         uplinks: vec![Uplink { link: "eth0".to_owned(), v4: true, v6: false, ours: true }],
+        reply_paths: Vec::new(),
     };
     let steps = |gated| -> Vec<String> {
         let isolation = WithFirewall { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
@@ -213,6 +214,7 @@ fn an_endpoint_of_an_internal_network_has_no_way_out() {
         endpoints: vec![endpoint("web", 1, &internal)],
         networks: vec![internal],
         uplinks: Vec::new(),
+        reply_paths: Vec::new(),
     };
     let facts = desired.facts(&WithoutFirewall);
     assert!(!facts.iter().any(|fact| matches!(fact, Fact::DefaultRoute { .. })));
@@ -229,7 +231,7 @@ fn contradictions_are_told_and_nothing_is_planned() {
         ..Observed::default()
     };
     let refused = |networks: Vec<Network>, endpoints: Vec<Endpoint>, observed: &Observed| {
-        plan(&Desired { networks, endpoints, uplinks: Vec::new() }, &[], observed, &WithoutFirewall)
+        plan(&Desired { networks, endpoints, ..Desired::default() }, &[], observed, &WithoutFirewall)
             .unwrap_err()
             .to_string()
     };

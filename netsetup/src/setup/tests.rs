@@ -93,6 +93,7 @@ fn two_networks() -> Desired {
     };
     Desired {
         uplinks: Vec::new(),
+        reply_paths: Vec::new(),
         networks: vec![network("blue", 1, true), network("red", 2, true)],
         endpoints: vec![
             endpoint("a", "blue", 1, 10),

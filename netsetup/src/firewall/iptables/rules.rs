@@ -30,8 +30,13 @@ pub(super) struct Table {
     chains: Vec<(String, Vec<String>)>,
     /// Built-in chains, each with the chain of ours that it leads to.
     jumps: Vec<(&'static str, String)>,
-    /// Those jumps come behind all rules of others, not before them.
-    last: bool,
+}
+
+impl Table {
+    /// Whether its jump in `from` comes behind all rules of others, not before them.
+    fn is_last(&self, from: &str) -> bool {
+        self.name == "mangle" && from != "FORWARD"
+    }
 }
 
 /// What the names of `owner`'s chains begin with: what fits of his name, and what tells him from others.
@@ -86,7 +91,7 @@ impl With<'_> {
         jumps: &[(&'static str, &str)],
     ) -> Table {
         let jumps = jumps.iter().map(|(from, to)| (*from, self.chain(to))).collect();
-        Table { name, chains, jumps, last: false }
+        Table { name, chains, jumps }
     }
 
     fn is_of(&self, ip: IpAddr) -> bool {
@@ -195,8 +200,41 @@ impl With<'_> {
     /// The table in which `rules` set the mark, behind the rules of others in the chain `from`: so
     /// that those neither see it nor change it.
     fn marking(&self, rules: Vec<String>, from: &'static str) -> Table {
-        let table = self.table("mangle", vec![(self.chain("MARK"), rules)], &[(from, "MARK")]);
-        Table { last: true, ..table }
+        let mut chains = vec![(self.chain("MARK"), rules)];
+        let mut jumps = vec![(from, "MARK")];
+        let marks = |value: fn(u8) -> u32| -> Vec<String> {
+            let replies = self.ruleset.replies.iter().filter(|(_, net)| self.is_of(net.addr()));
+            replies
+                .flat_map(|(number, net)| {
+                    let mark =
+                        format!("MARK --set-xmark {:#x}/{:#x}", value(*number), registry::UPLINK_MARK_MASK);
+                    let asked = format!("-m conntrack --ctorigdst {net}");
+                    let why = "asked at an address of that uplink";
+                    [rule(&asked, &mark, why), rule(&asked, "RETURN", why)]
+                })
+                .collect()
+        };
+        if self.ruleset.replies.iter().any(|(_, net)| self.is_of(net.addr())) {
+            // What was asked tells the uplink; the mark of the connection is others'.
+            let answers = |chain: &str| -> Vec<String> {
+                let chain = self.chain(chain);
+                let zones = self.ruleset.zones.iter().filter(|zone| !zone.internal);
+                zones
+                    .map(|Zone { bridge, .. }| {
+                        let answer = format!("-i {bridge} -m conntrack --ctstate DNAT --ctdir REPLY");
+                        rule(&answer, &chain, "an answer of a translated port")
+                    })
+                    .collect()
+            };
+            chains.extend([
+                (self.chain("ASKED"), marks(registry::uplink_mark)),
+                (self.chain("ROUTED"), marks(|_| 0)),
+                (self.chain("ROUTE"), answers("ASKED")),
+                (self.chain("FORWARD"), answers("ROUTED")),
+            ]);
+            jumps.extend([("PREROUTING", "ROUTE"), ("FORWARD", "FORWARD")]);
+        }
+        self.table("mangle", chains, &jumps)
     }
 
     fn filter(&self) -> Table {
@@ -383,8 +421,8 @@ fn grouped<'a>(ports: impl Iterator<Item = &'a Opening>) -> Vec<String> {
     rules
 }
 
-/// What iptables-restore is told with `--noflush`, where `saved` is there. Tables in `made` are known to be there for us alone.
-pub(super) fn restore(tables: &[Table], saved: &Saved, made: &BTreeSet<String>) -> String {
+/// What iptables-restore is told with `--noflush`, to have `tables` of `owner` where `saved` is there. Tables in `made` are known to be there for us alone.
+pub(super) fn restore(tables: &[Table], owner: &str, saved: &Saved, made: &BTreeSet<String>) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
     for table in tables {
@@ -408,14 +446,30 @@ pub(super) fn restore(tables: &[Table], saved: &Saved, made: &BTreeSet<String>) 
         for (from, to) in &table.jumps {
             let there = saved.count(table.name, &format!("-A {from} -j {to}"));
             // Elsewhere than it has to be it goes, and is made anew.
-            let moves = table.last && saved.behind(table.name, from, to).next().is_some();
+            let last = table.is_last(from);
+            let moves = last && saved.behind(table.name, from, to).next().is_some();
             if there == 0 || moves {
-                let how = if table.last { "-A" } else { "-I" };
+                let how = if last { "-A" } else { "-I" };
                 let _ = writeln!(text, "{how} {from} -j {to}");
             }
             // The first of several is deleted, which is not the one that was appended.
             for _ in usize::from(!moves)..there {
                 let _ = writeln!(text, "-D {from} -j {to}");
+            }
+        }
+        // What an earlier ruleset needed, or an earlier version.
+        for (from, to) in saved.jumps(table.name, owner) {
+            if !table.jumps.iter().any(|jump| *jump == (from, to.to_owned())) {
+                let _ = writeln!(text, "-D {from} -j {to}");
+            }
+        }
+        let left: Vec<&str> = saved
+            .chains_of(table.name, owner)
+            .filter(|left| !table.chains.iter().any(|(chain, _)| chain == left))
+            .collect();
+        for how in ["-F", "-X"] {
+            for chain in &left {
+                let _ = writeln!(text, "{how} {chain}");
             }
         }
         let _ = writeln!(text, "COMMIT");
@@ -425,24 +479,14 @@ pub(super) fn restore(tables: &[Table], saved: &Saved, made: &BTreeSet<String>) 
 
 /// What it is told to remove all of `owner` that `saved` has; empty if it has nothing.
 pub(super) fn removal(saved: &Saved, owner: &str) -> String {
-    // Where it is jumped from differs with what stands behind the rules.
-    let with = |gated| Ruleset { owner: owner.to_owned(), gated, ..Ruleset::default() };
-    let [ours, others] = [true, false].map(|gated| tables(&with(gated), Family::V4, false));
     let mut text = String::new();
-    for (table, other) in ours.iter().zip(&others) {
+    for table in ["raw", "mangle", "filter", "nat"] {
         let mut lines = String::new();
-        // An earlier version, which may have been killed, marked in FORWARD.
-        let before =
-            table.jumps.iter().filter(|_| table.name == "mangle").map(|(_, to)| ("FORWARD", to.clone()));
-        let before: Vec<_> = before.collect();
-        let other = other.jumps.iter().filter(|jump| !table.jumps.contains(jump));
-        for (from, to) in table.jumps.iter().chain(other).chain(&before) {
-            for _ in 0..saved.count(table.name, &format!("-A {from} -j {to}")) {
-                let _ = writeln!(lines, "-D {from} -j {to}");
-            }
+        for (from, to) in saved.jumps(table, owner) {
+            let _ = writeln!(lines, "-D {from} -j {to}");
         }
-        let chains: Vec<&str> = saved.chains_of(table.name, owner).collect();
-        let users = table.name == "filter"
+        let chains: Vec<&str> = saved.chains_of(table, owner).collect();
+        let users = table == "filter"
             && saved.has_chain("filter", registry::USER_CHAIN)
             && saved.user_chain_is_owners_alone(owner);
         for chain in &chains {
@@ -452,7 +496,7 @@ pub(super) fn removal(saved: &Saved, owner: &str) -> String {
             let _ = writeln!(lines, "-X {chain}");
         }
         if !lines.is_empty() {
-            let _ = write!(text, "*{}\n{lines}COMMIT\n", table.name);
+            let _ = write!(text, "*{table}\n{lines}COMMIT\n");
         }
     }
     text
@@ -498,7 +542,7 @@ mod tests {
         let saved = Saved::of(&format!(
             "*raw\n:PREROUTING ACCEPT [0:0]\n:{chain} - [0:0]\n-A PREROUTING -j {chain}\n-A PREROUTING -j {chain}\nCOMMIT\n"
         ));
-        let text = restore(&tables(&ruleset, Family::V4, false)[..1], &saved, &BTreeSet::new());
+        let text = restore(&tables(&ruleset, Family::V4, false)[..1], "demo", &saved, &BTreeSet::new());
         assert!(!text.contains("-I PREROUTING"), "{text}");
         assert_eq!(text.matches("-D PREROUTING").count(), 1, "{text}");
         assert!(!text.contains(TABLE_MADE), "{text}");

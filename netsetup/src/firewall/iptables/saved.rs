@@ -70,6 +70,20 @@ impl Saved {
         self.table(table).map_or(0, |table| table.rules.iter().filter(|line| *line == rule).count())
     }
 
+    /// The jumps from built-in chains of `table` to chains of `owner`, one for each rule.
+    pub(super) fn jumps<'a>(
+        &'a self,
+        table: &str,
+        owner: &'a str,
+    ) -> impl Iterator<Item = (&'a str, &'a str)> {
+        let rules = self.table(table).into_iter().flat_map(|table| &table.rules);
+        rules.filter_map(move |rule| {
+            let (from, to) = rule.strip_prefix("-A ")?.split_once(" -j ")?;
+            let is_jump = !from.contains(' ') && !is_of_owner(from, owner) && is_of_owner(to, owner);
+            (is_jump && to != registry::USER_CHAIN).then_some((from, to))
+        })
+    }
+
     /// The rules of others in the chain `from` behind the first jump to `to` that may change a
     /// packet mark. One that leads to a chain may, whatever is in that.
     pub(super) fn behind<'a>(
