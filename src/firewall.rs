@@ -238,7 +238,13 @@ mod tests {
 
     fn with_rules(rules: &[&str]) -> [Option<IptablesState>; 2] {
         let rules = rules.iter().map(|rule| UserRule { text: format!("-A DOCKER-USER {rule}") }).collect();
-        [Some(IptablesState { docker_user: DockerUser { rules }, ..IptablesState::default() }), None]
+        [
+            Some(IptablesState {
+                docker_user: DockerUser { rules, forward: true },
+                ..IptablesState::default()
+            }),
+            None,
+        ]
     }
 
     #[test]

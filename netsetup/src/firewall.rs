@@ -244,6 +244,20 @@ impl Firewall {
         iptables::legacy_is_in_use(host)
     }
 
+    /// Chains of nftables that may change the mark of the gates behind the rules that set it, as `ip nat
+    /// POSTROUTING`: only with iptables, since nftables sets it in the last hook.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn mark_setters_behind(&self) -> io::Result<Vec<String>> {
+        match self.kind {
+            FirewallKind::Iptables if self.gate.is_some() => {
+                self.host.with(IptablesState::mark_setters_behind)?
+            }
+            FirewallKind::Iptables | FirewallKind::Nftables => Ok(Vec::new()),
+        }
+    }
+
     /// Where word of changes of rules arrives; `None` if the kernel sends none, and one has to look.
     ///
     /// # Errors

@@ -106,6 +106,9 @@ impl Instance {
         let mut ticked = 0;
         // The rules of DOCKER-USER that were reported, so that each is reported once.
         let mut reported = BTreeSet::new();
+        let mut mark_setters = BTreeSet::new();
+        // What is there already is reported too.
+        self.look_at_marks(&mut mark_setters);
         loop {
             tokio::select! {
                 changed = self.news.readable(), if repair_at.is_none() => {
@@ -143,6 +146,7 @@ impl Instance {
                     rules_changed |= ticked == 0 && !self.apart && Firewall::legacy_is_in_use(&self.host);
                     if std::mem::take(&mut rules_changed) {
                         self.look_at_docker_user(&mut reported).await;
+                        self.look_at_marks(&mut mark_setters);
                     }
                     if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.settle()) {
                         tracing::debug!(%error, "a look at the firewall's rules");
@@ -151,6 +155,23 @@ impl Instance {
                 },
             }
         }
+    }
+
+    /// Rules have changed: reports chains, each once, that may change the mark of the gates behind ours.
+    fn look_at_marks(&self, known: &mut BTreeSet<String>) {
+        let setters = self.chosen.firewall.as_ref().map(|firewall| firewall.mark_setters_behind());
+        let setters = match setters.transpose() {
+            Ok(setters) => setters.unwrap_or_default().into_iter().collect(),
+            Err(error) => return tracing::debug!(%error, "chains that set packet marks"),
+        };
+        for chain in BTreeSet::difference(&setters, known) {
+            tracing::warn!(
+                chain,
+                "chain may change the packet mark that lets traffic into networks; use --firewall=nftables if \
+                 containers lose connectivity"
+            );
+        }
+        *known = setters;
     }
 
     /// Rules have changed: has DOCKER-USER one that published ports bypass? Then the kernel publishes

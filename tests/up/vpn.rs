@@ -60,8 +60,13 @@ const QOS: Vpn = Vpn {
          iptables -t mangle -A FORWARD -m mark ! --mark 0x0/0xfffffff8 -m comment --comment foreign
          iptables -t mangle -A POSTROUTING -o eth0 -j MARK --set-mark 0x5
          iptables -t mangle -A POSTROUTING -j CONNMARK --save-mark
-         iptables -t mangle -A POSTROUTING -m connmark ! --mark 0x0/0xfffffff8 -m comment --comment foreign",
-    down: "iptables -t mangle -F",
+         iptables -t mangle -A FORWARD -m connmark ! --mark 0x0/0xfffffff8 -m comment --comment foreign",
+    down: "iptables -t mangle -D PREROUTING -j CONNMARK --restore-mark
+           iptables -t mangle -D FORWARD -i eth0 -m mark --mark 0x5 -m comment --comment restored
+           iptables -t mangle -D FORWARD -m mark ! --mark 0x0/0xfffffff8 -m comment --comment foreign
+           iptables -t mangle -D FORWARD -m connmark ! --mark 0x0/0xfffffff8 -m comment --comment foreign
+           iptables -t mangle -D POSTROUTING -o eth0 -j MARK --set-mark 0x5
+           iptables -t mangle -D POSTROUTING -j CONNMARK --save-mark",
 };
 
 /// `wg-quick up`, but for the tunnel itself: rules without a priority, before all others.
@@ -103,8 +108,15 @@ impl Host {
         for key in ["all", "default", "eth0", "vpn0"] {
             scene.net.host.sysctl(&format!("net.ipv4.conf.{key}.rp_filter"), "0");
         }
-        // Its tables are there whoever asks first.
-        scene.sh("for table in filter mangle; do iptables -t $table -A OUTPUT -o none -j ACCEPT; done");
+        // iptables leaves the chains that it has made for somebody once: they are there from the start.
+        scene.sh("for program in iptables ip6tables; do
+               for table in filter mangle; do
+                 for chain in INPUT FORWARD; do $program -t $table -A $chain -i none -j ACCEPT; done
+                 $program -t $table -A OUTPUT -o none -j ACCEPT
+               done
+               $program -t mangle -A PREROUTING -i none -j ACCEPT
+               $program -t mangle -A POSTROUTING -o none -j ACCEPT
+             done");
         let path = |namespace: &Namespace| namespace.path().display().to_string();
         let file = FILE.replace("SERVER", &path(&server)).replace("STRANGER", &path(&stranger));
         Self { scene, peer, server, stranger, file, _link: link }
@@ -201,6 +213,7 @@ fn a_mesh_vpn_changes_nothing_where_policy_rules_are_the_guards() {
 #[test]
 fn a_qos_script_finds_its_marks_as_it_set_them_and_nobody_elses() {
     Host::new(Scene::new()).keeps_its_promises_beside(&QOS, &MODES, |host, when| {
+        // Of connections that are forwarded. Sockets of ours have a mark of their own.
         let listed = host.scene.net.host.exec("iptables", &["-t", "mangle", "-nvxL"]);
         let packets = |comment: &str| -> Vec<u64> {
             let rules = listed.lines().filter(|line| line.contains(&format!("/* {comment} */")));
@@ -218,7 +231,7 @@ fn wg_quick_changes_nothing() {
         let at: SocketAddr = "192.0.2.50:80".parse().unwrap();
         let _server = PeerServer::tcp(&host.peer, at);
         let seen = host.server.run(|| peer_as_seen(at, false, PATIENCE[1])).unwrap();
-        assert_eq!(seen.ip(), SocketAddr::from(([100, 64, 7, 1], 0)).ip(), "{when}");
+        assert!(seen.starts_with("100.64.7.1"), "{when}: {seen}");
     });
 }
 
@@ -292,8 +305,10 @@ fn an_answer_leaves_by_the_uplink_that_was_asked() {
             two.host.scene.sh(routes);
             let before = state(&two.host.scene.net.host);
             let mut up = two.host.up(flags);
-            let _server = PeerServer::tcp(&two.host.server, "0.0.0.0:80".parse().unwrap());
-            assert!(two.asks(), "{flags:?} {routes}");
+            {
+                let _server = PeerServer::tcp(&two.host.server, "0.0.0.0:80".parse().unwrap());
+                assert!(two.asks(), "{flags:?} {routes}");
+            }
             two.host.check(&format!("{flags:?} {routes}"));
             up.stop(Signal::INT, SOON);
             assert_eq!(state(&two.host.scene.net.host), before, "{flags:?} {routes}");

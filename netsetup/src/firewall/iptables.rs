@@ -210,6 +210,17 @@ impl IptablesState {
         Program::is_installed(Family::V4)
     }
 
+    /// Chains in the calling thread's namespace that may change the mark of the gates behind the rules of
+    /// iptables that set it, as `ip nat POSTROUTING`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn mark_setters_behind() -> io::Result<Vec<String>> {
+        /// That of `mangle` (`NF_IP_PRI_MANGLE`).
+        const MANGLE: i32 = -150;
+        Connection::open()?.mark_setters(MANGLE, registry::FORWARD_MARK_MASK)
+    }
+
     /// Of `host`: IPv4, and IPv6. None where it is not installed, or nobody has used it yet.
     ///
     /// # Errors
