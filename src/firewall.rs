@@ -8,7 +8,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tidegate_model::{Feature, PublishLabel};
 use tidegate_netns::Namespace;
-use tidegate_netsetup::{Endpoint, Firewall, FirewallKind, IptablesState, Network, Opening, Zone};
+use tidegate_netsetup::{
+    Desired, DockerUser, Endpoint, Firewall, FirewallKind, IptablesState, Network, Opening, Zone,
+};
 
 /// What closes networks, and leads containers out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -41,8 +43,6 @@ pub(crate) struct Chosen {
     pub(crate) firewall: Option<Arc<Firewall>>,
     /// What carries published ports.
     pub(crate) publish: PublishBy,
-    /// Rules of Docker's user that ports served by a socket would pass by.
-    pub(crate) passed_by: PassedBy,
     /// For those who wonder: a clause.
     pub(crate) why: String,
 }
@@ -56,57 +56,58 @@ impl Chosen {
             None => tracing::info!(why, "networks are closed without a firewall"),
         }
     }
-
-    /// Rules of `host` have changed: warns of one that ports served by sockets have begun to pass by.
-    pub(crate) async fn look_again(&mut self, host: &Namespace) {
-        let kind = self.firewall.as_ref().map(|firewall| firewall.kind());
-        let host = host.clone();
-        // Programs are asked, which take their time.
-        let Ok(Ok(iptables)) = tokio::task::spawn_blocking(move || IptablesState::of(&host)).await else {
-            return;
-        };
-        let passed_by = PassedBy::of(kind, &iptables);
-        if passed_by == self.passed_by {
-            return;
-        }
-        if self.publish == PublishBy::Proxy
-            && let Some(rule) = passed_by.any()
-        {
-            tracing::warn!(
-                rule,
-                "a rule of Docker's users does not hold for ports that sockets serve; start again, and the kernel publishes them"
-            );
-        }
-        self.passed_by = passed_by;
-    }
 }
 
-/// For each family, IPv4 first, a rule in `DOCKER-USER` that is not asked of what comes in for a port that a socket serves.
+/// For each family, IPv4 first, the rule of DOCKER-USER that ports served by a socket would bypass.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct PassedBy([Option<String>; 2]);
+pub(crate) struct BypassedRules {
+    rules: [Option<String>; 2],
+    /// Whether the kernel asks DOCKER-USER of what it forwards.
+    forward: [bool; 2],
+}
 
-impl PassedBy {
-    /// With the firewall `kind`. The chains of iptables ask Docker's, of all that comes in; but some of its rules mean something of forwarded packets alone.
-    fn of(kind: Option<FirewallKind>, iptables: &[Option<IptablesState>; 2]) -> Self {
-        Self(iptables.each_ref().map(|state| {
-            let rules = &state.as_ref()?.docker_user;
+impl BypassedRules {
+    /// What `host` has now, with the firewall `kind`. Bounded in time, but a program may run.
+    ///
+    /// # Errors
+    /// The rules cannot be read: who publishes then does not know whether a rule is bypassed.
+    pub(crate) fn observe(kind: Option<FirewallKind>, host: &Namespace) -> io::Result<Self> {
+        Ok(Self::of(kind, &DockerUser::of(host)?.map(Some)))
+    }
+
+    /// The chains of iptables ask Docker's, of all that comes in; but some of its rules mean something of
+    /// forwarded packets alone.
+    fn of(kind: Option<FirewallKind>, docker_user: &[Option<DockerUser>; 2]) -> Self {
+        let rules = docker_user.each_ref().map(|docker_user| {
+            let docker_user = docker_user.as_ref()?;
             let rule = match kind {
-                Some(FirewallKind::Iptables) => rules.about_forwarding(),
-                Some(FirewallKind::Nftables) | None => rules.rules.first(),
+                Some(FirewallKind::Iptables) => docker_user.about_forwarding(),
+                Some(FirewallKind::Nftables) | None => docker_user.rules.first(),
             };
             rule.map(|rule| rule.text.clone())
-        }))
+        });
+        let asks_itself = kind == Some(FirewallKind::Iptables);
+        let forward = docker_user.each_ref().map(|docker_user| {
+            asks_itself || docker_user.as_ref().is_some_and(|docker_user| docker_user.forward)
+        });
+        Self { rules, forward }
     }
 
     /// One of them.
     pub(crate) fn any(&self) -> Option<&str> {
-        self.0.iter().flatten().map(String::as_str).next()
+        self.rules.iter().flatten().map(String::as_str).next()
     }
 
-    /// The rule that `opening` would pass by. What is forwarded Docker's own chains ask it of, and what the host asks itself nobody does.
+    /// The rule that `opening` would bypass. What is forwarded Docker's own chains ask it of, and what
+    /// the host asks itself nobody does.
     pub(crate) fn by(&self, opening: &Opening) -> Option<&str> {
         let served_by_a_socket = opening.to.is_none() && !opening.address.is_loopback();
-        served_by_a_socket.then(|| self.0[usize::from(opening.address.is_ipv6())].as_deref())?
+        served_by_a_socket.then(|| self.rules[usize::from(opening.address.is_ipv6())].as_deref())?
+    }
+
+    /// Whether the rule that `opening` would bypass holds once the kernel translates the port.
+    pub(crate) fn holds_when_forwarded(&self, opening: &Opening) -> bool {
+        self.forward[usize::from(opening.address.is_ipv6())]
     }
 }
 
@@ -123,16 +124,17 @@ pub(crate) fn choose(
     let iptables = if ground.is_rootless() { [None, None] } else { IptablesState::of(ground.networks())? };
     let (firewall, mut why) = choose_firewall(choice, ground, owner, &iptables)?;
     let kind = firewall.as_ref().map(|firewall| firewall.kind());
-    let passed_by = PassedBy::of(kind, &iptables);
-    let publish = match (kind, publish, passed_by.any()) {
+    let docker_user = iptables.each_ref().map(|state| Some(state.as_ref()?.docker_user.clone()));
+    let bypassed = BypassedRules::of(kind, &docker_user);
+    let publish = match (kind, publish, bypassed.any()) {
         (None, Some(PublishBy::Kernel), _) => {
             bail!("--publish=kernel needs a firewall, and none is used: {why}")
         }
         (None, _, Some(rule)) => bail!(
-            "--firewall=none: Docker's users have the rule {rule:?}, which published ports would pass by; use --firewall=iptables, or remove it"
+            "--firewall=none: DOCKER-USER has the rule {rule:?}, which published ports would bypass; use --firewall=iptables, or remove the rule"
         ),
         (Some(kind), Some(PublishBy::Proxy), Some(rule)) => bail!(
-            "--publish=proxy with {kind}: Docker's users have the rule {rule:?}, which ports served by a socket would pass by; use --publish=kernel, or remove it"
+            "--publish=proxy with {kind}: DOCKER-USER has the rule {rule:?}, which ports served by a socket would bypass; use --publish=kernel, or remove the rule"
         ),
         (Some(_), None, Some(rule)) => {
             why = format!("{why}; ports are published by the kernel, because of the rule {rule:?}");
@@ -140,7 +142,7 @@ pub(crate) fn choose(
         }
         (_, publish, _) => publish.unwrap_or_default(),
     };
-    Ok(Chosen { firewall, publish, passed_by, why })
+    Ok(Chosen { firewall, publish, why })
 }
 
 fn choose_firewall(
@@ -197,14 +199,15 @@ pub(crate) fn preference(iptables: &[Option<IptablesState>; 2]) -> ([FirewallKin
     ([FirewallKind::Iptables, FirewallKind::Nftables], because)
 }
 
-/// What a firewall has to know of `networks`.
-pub(crate) fn zones(networks: &[Network]) -> Vec<Zone> {
+/// What a firewall has to know of the networks of `desired`.
+pub(crate) fn zones(desired: &Desired) -> Vec<Zone> {
     let zone = |network: &Network| Zone {
         bridge: network.bridge.name.clone(),
         subnets: network.subnets.iter().map(|subnet| subnet.subnet).collect(),
         internal: network.internal,
+        verified: desired.verifies_sources(&network.name),
     };
-    networks.iter().map(zone).collect()
+    desired.networks.iter().map(zone).collect()
 }
 
 /// The addresses that the kernel may translate published ports of `endpoint` to: those by whose network its answers leave.
@@ -235,7 +238,13 @@ mod tests {
 
     fn with_rules(rules: &[&str]) -> [Option<IptablesState>; 2] {
         let rules = rules.iter().map(|rule| UserRule { text: format!("-A DOCKER-USER {rule}") }).collect();
-        [Some(IptablesState { docker_user: DockerUser { rules }, ..IptablesState::default() }), None]
+        [
+            Some(IptablesState {
+                docker_user: DockerUser { rules, forward: true },
+                ..IptablesState::default()
+            }),
+            None,
+        ]
     }
 
     #[test]
@@ -249,25 +258,32 @@ mod tests {
     }
 
     #[test]
-    fn rules_of_dockers_users_are_passed_by_where_nobody_asks_them() {
-        let (about_clients, about_containers) = ("-s 198.51.100.0/24 -j DROP", "-p tcp --dport 80 -j DROP");
-        let state = with_rules(&[about_clients, about_containers]);
-        let passed = |kind| PassedBy::of(kind, &state).any().map(str::to_owned);
-        assert_eq!(passed(Some(FirewallKind::Iptables)), Some(format!("-A DOCKER-USER {about_containers}")));
-        assert_eq!(passed(Some(FirewallKind::Nftables)), Some(format!("-A DOCKER-USER {about_clients}")));
-        assert_eq!(passed(None), passed(Some(FirewallKind::Nftables)));
-        assert_eq!(PassedBy::of(Some(FirewallKind::Iptables), &with_rules(&[about_clients])).any(), None);
+    fn rules_of_docker_user_are_bypassed_where_nobody_asks_them() {
+        let with_rules = |rules: &[&str]| {
+            let rule = |rule: &&str| UserRule { text: format!("-A DOCKER-USER {rule}") };
+            [Some(DockerUser { rules: rules.iter().map(rule).collect(), forward: true }), None]
+        };
+        let (about_clients, about_containers) = ("-s 203.0.113.0/24 -j DROP", "-p tcp --dport 80 -j DROP");
+        let all = with_rules(&[about_clients, about_containers]);
+        let bypassed = |kind| BypassedRules::of(kind, &all).any().map(str::to_owned);
+        let iptables = Some(FirewallKind::Iptables);
+        assert_eq!(bypassed(iptables), Some(format!("-A DOCKER-USER {about_containers}")));
+        assert_eq!(bypassed(Some(FirewallKind::Nftables)), Some(format!("-A DOCKER-USER {about_clients}")));
+        assert_eq!(bypassed(None), bypassed(Some(FirewallKind::Nftables)));
+        assert_eq!(BypassedRules::of(iptables, &with_rules(&[about_clients])).any(), None);
 
-        let passed = PassedBy::of(None, &state);
+        let bypassed = BypassedRules::of(None, &all);
         let at = |at: &str, to: Option<&str>| {
             let at: SocketAddr = at.parse().unwrap();
             let to = to.map(|to| to.parse().unwrap());
             Opening { protocol: Protocol::Tcp, address: at.ip(), port: at.port(), to }
         };
-        assert!(passed.by(&at("0.0.0.0:80", None)).is_some());
-        assert_eq!(passed.by(&at("0.0.0.0:80", Some("10.9.0.2:80"))), None, "forwarded");
-        assert_eq!(passed.by(&at("127.0.0.1:80", None)), None, "the host itself");
-        assert_eq!(passed.by(&at("[::]:80", None)), None, "no rule of that family");
+        assert!(bypassed.by(&at("0.0.0.0:80", None)).is_some());
+        assert_eq!(bypassed.by(&at("0.0.0.0:80", Some("10.9.0.2:80"))), None, "forwarded");
+        assert_eq!(bypassed.by(&at("127.0.0.1:80", None)), None, "the host itself");
+        assert_eq!(bypassed.by(&at("[::]:80", None)), None, "no rule of that family");
+        assert!(bypassed.holds_when_forwarded(&at("0.0.0.0:80", None)));
+        assert!(!bypassed.holds_when_forwarded(&at("[::]:80", None)), "nobody asks it");
     }
 
     #[test]

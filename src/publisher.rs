@@ -9,7 +9,7 @@
 //! Where networks are apart from the host ([`Ground::is_rootless`]) their gateways are no addresses of its own. What is published on all
 //! addresses is opened there too then, and comes and goes with the port.
 
-use crate::firewall::{Chosen, PassedBy, opening};
+use crate::firewall::{BypassedRules, Chosen, PublishBy, opening};
 use crate::ground::Ground;
 use crate::ports::{PortError, reserve};
 use crate::source::{Relocatable, Source, SourceError};
@@ -75,11 +75,14 @@ pub(crate) enum PublishError {
         /// What is in the way.
         source: SourceError,
     },
-    /// Rules of the host's would not be asked.
+    /// A rule of DOCKER-USER would not be asked.
     #[error(
-        "port {0}: a socket has to serve it, which the rule {1:?} of Docker's users would pass by; give the container an address of that family, or remove the rule"
+        "port {0}: would be served by a userspace socket, which bypasses the rule {1:?} of DOCKER-USER; use --firewall=iptables, give the container an address of that family, or remove the rule"
     )]
-    PassesBy(PublishLabel, String),
+    Bypasses(PublishLabel, String),
+    /// Whether there is such a rule is not known.
+    #[error("the rules of DOCKER-USER cannot be read: {0}")]
+    DockerUser(io::Error),
     /// The firewall has not opened it.
     #[error("firewall: {0}")]
     Firewall(io::Error),
@@ -96,8 +99,6 @@ pub(crate) struct Publisher {
     ground: Ground,
     /// Where ports are opened too.
     firewall: Option<Arc<Firewall>>,
-    /// Rules of the host's that no port may pass by.
-    passed_by: PassedBy,
     engine: Arc<Engine>,
     /// Where a port on all addresses has to be opened besides.
     gateways: Vec<IpAddr>,
@@ -114,6 +115,8 @@ struct State {
     leaving: BTreeMap<PortId, Arc<CarriedPort>>,
     /// The last number that was given out.
     last: u32,
+    /// The kernel translates ports, where it can.
+    translates: bool,
     closed: bool,
 }
 
@@ -144,7 +147,7 @@ impl Endpoint {
         }
     }
 
-    /// Its ports are translated to `targets` by the kernel, where that can be.
+    /// Its ports are translated to `targets` where the kernel translates ports.
     pub(crate) fn translated_to(self, targets: Vec<IpAddr>) -> Self {
         Self { targets, ..self }
     }
@@ -197,9 +200,10 @@ impl Publisher {
         };
         let enter = move || inside.as_ref().map_or(Ok(()), Namespace::enter);
         let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
-        let (firewall, passed_by) = (chosen.firewall.clone(), chosen.passed_by.clone());
-        let (way_in, state) = Default::default();
-        Self { ground, firewall, passed_by, engine, gateways, way_in, state }
+        let firewall = chosen.firewall.clone();
+        let translates = chosen.publish == PublishBy::Kernel;
+        let state = Mutex::new(State { translates, ..State::default() });
+        Self { ground, firewall, engine, gateways, way_in: Mutex::default(), state }
     }
 
     /// Ports of UDP come in by `nat` from here on, which leads containers out.
@@ -306,6 +310,8 @@ impl Publisher {
         permits: Vec<Permit>,
     ) -> Result<Vec<OpenPort>, PublishError> {
         let told: Vec<_> = listeners.iter().map(|(listener, port)| (listener.label(), *port)).collect();
+        // As they are now, and before the lock is taken: a program may run.
+        let bypassed = self.bypassed_rules(told.iter().map(|(label, _)| *label))?;
         let mut at_gateways = Vec::new();
         // How many of those each port has.
         let mut counts = Vec::with_capacity(told.len());
@@ -317,11 +323,16 @@ impl Publisher {
         let mut state = self.state();
         state.check(endpoint, listeners.len() + at_gateways.len())?;
         let options = state.way(endpoint, protocol, self)?;
-        let openings: Vec<Opening> =
-            told.iter().map(|(label, port)| state.opening(endpoint, *label, *port)).collect();
+        let openings = |state: &State| -> Vec<Opening> {
+            told.iter().map(|(label, port)| state.opening(endpoint, *label, *port)).collect()
+        };
+        if openings(&state).iter().any(|opening| bypassed.by(opening).is_some()) {
+            self.translate(&mut state, &bypassed)?;
+        }
+        let openings = openings(&state);
         for ((label, _), opening) in told.iter().zip(&openings) {
-            if let Some(rule) = self.passed_by.by(opening) {
-                return Err(PublishError::PassesBy(*label, rule.to_owned()));
+            if let Some(rule) = bypassed.by(opening) {
+                return Err(PublishError::Bypasses(*label, rule.to_owned()));
             }
         }
         // Before anything is answered.
@@ -410,6 +421,65 @@ impl Publisher {
         let closed = port.published.into_iter().all(|socket| self.engine.unpublish(socket));
         self.close_in_firewall(&[opening]);
         closed.then_some(port.told)
+    }
+
+    /// The rules that ports at `labels` would bypass if sockets served them, as they are now.
+    fn bypassed_rules(
+        &self,
+        mut labels: impl Iterator<Item = PublishLabel>,
+    ) -> Result<BypassedRules, PublishError> {
+        // What is apart from the host no rules of the host's are about; nor what it asks itself.
+        if self.ground.is_rootless() || labels.all(|label| label.address().ip().is_loopback()) {
+            return Ok(BypassedRules::default());
+        }
+        let kind = self.firewall.as_ref().map(|firewall| firewall.kind());
+        BypassedRules::observe(kind, self.ground.networks()).map_err(PublishError::DockerUser)
+    }
+
+    /// Rules have come that sockets bypass: all ports are translated by the kernel from here on, where it
+    /// can and where the rules are asked of what it forwards. Connections go on as they are. Whether
+    /// that has changed anything.
+    fn translate(&self, state: &mut State, bypassed: &BypassedRules) -> Result<bool, PublishError> {
+        let Some(firewall) = self.firewall.as_ref().filter(|_| !state.translates) else { return Ok(false) };
+        let before = state.openings();
+        state.translates = true;
+        let after = state.openings();
+        let concerned = before.iter().filter(|opening| bypassed.by(opening).is_some());
+        let result = if concerned.clone().all(|opening| bypassed.holds_when_forwarded(opening)) {
+            firewall.redirect_ports(&before, &after).map(|()| true)
+        } else {
+            Ok(false)
+        };
+        state.translates = matches!(result, Ok(true));
+        result.map_err(PublishError::Firewall)
+    }
+
+    /// Whether the kernel translates ports, where it can.
+    pub(crate) fn translates(&self) -> bool {
+        self.state().translates
+    }
+
+    /// Rules have come: the same, and the ports that go on bypassing one, with the rule.
+    ///
+    /// # Errors
+    /// The firewall's; ports are carried as before.
+    pub(crate) fn enforce(
+        &self,
+        bypassed: &BypassedRules,
+    ) -> Result<(bool, Vec<(PublishLabel, String)>), PublishError> {
+        let mut state = self.state();
+        let bypasses = |state: &State| {
+            let bypasses = |opening: &Opening| {
+                let at = SocketAddr::new(opening.address, opening.port);
+                Some((PublishLabel::new(at, opening.protocol), bypassed.by(opening)?.to_owned()))
+            };
+            state.openings().iter().filter_map(bypasses).collect::<Vec<_>>()
+        };
+        if bypasses(&state).is_empty() {
+            return Ok((false, Vec::new()));
+        }
+        let changed = self.translate(&mut state, bypassed)?;
+        Ok((changed, bypasses(&state)))
     }
 
     fn change_firewall(&self, added: &[Opening], removed: &[Opening]) -> Result<(), PublishError> {
@@ -505,8 +575,15 @@ impl State {
 
     /// What a firewall has to know of a port of `endpoint`.
     fn opening(&self, endpoint: &str, label: PublishLabel, container_port: u16) -> Opening {
-        let targets = self.endpoints.get(endpoint).map(|endpoint| endpoint.targets.as_slice());
+        let endpoint = self.endpoints.get(endpoint).filter(|_| self.translates);
+        let targets = endpoint.map(|endpoint| endpoint.targets.as_slice());
         opening(label, container_port, targets.unwrap_or_default())
+    }
+
+    /// The same of all its ports.
+    fn openings(&self) -> Vec<Opening> {
+        let told = self.ports.values().map(|port| &port.told);
+        told.map(|port| self.opening(&port.endpoint, port.label, port.container_port)).collect()
     }
 
     /// Whether `more` ports of `endpoint` may be opened.

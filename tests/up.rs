@@ -11,6 +11,7 @@ mod up {
     pub(crate) mod scene;
     pub(crate) mod spoofing;
     pub(crate) mod uplink;
+    pub(crate) mod vpn;
     pub(crate) mod way_in;
     pub(crate) mod way_out;
     pub(crate) mod witness;

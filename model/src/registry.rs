@@ -39,6 +39,45 @@ pub const FORWARD_MARK: u32 = 0x7467_0000;
 /// The bits of a packet mark that are set to and compared with [`FORWARD_MARK`].
 pub const FORWARD_MARK_MASK: u32 = 0xffff_0000;
 
+/// The bits of a packet mark that say by which uplink the answer of a container leaves: the number of a
+/// [reply path](UPLINK_TABLES), from 1 on.
+///
+/// Only on hosts with several default routes, and only on answers of ports that the kernel translates:
+/// set at the last hook before the route is looked up, and taken off at the first one behind that. Of
+/// the neighbours, kube-proxy, CNI portmap, netavark (bits 13 to 15), mwan3 (8 to 13), Tailscale (16 to
+/// 23) and the small numbers of scripts are elsewhere; Calico and Cilium may use these bits.
+pub const UPLINK_MARK_MASK: u32 = 0x0f00_0000;
+
+/// Reply paths that [`UPLINK_MARK_MASK`] has numbers for.
+pub const UPLINKS: u8 = 15;
+
+/// The mark of the reply path `number`, in [`UPLINK_MARK_MASK`].
+#[must_use]
+pub const fn uplink_mark(number: u8) -> u32 {
+    (number as u32) << UPLINK_MARK_MASK.trailing_zeros() & UPLINK_MARK_MASK
+}
+
+/// The priority of the rules that lead an answer by the `main` table if that has more than a default
+/// route for it: to who is on a link, or behind a VPN.
+pub const UPLINK_MAIN_PRIORITY: u32 = 7_660;
+
+/// The priority of the rules behind those that lead it to the default route of its uplink.
+pub const UPLINK_PRIORITY: u32 = 7_661;
+
+/// The first of the [`UPLINK_TABLES`] routing tables, behind those of NAT engines. One is used for a
+/// default route that the `main` table has beside its best one.
+pub const FIRST_UPLINK_TABLE: u32 = FIRST_WAY_OUT_TABLE + WAY_OUT_TABLES;
+
+/// How many of them there are: sixteen for each of a thousand projects, found by name.
+pub const UPLINK_TABLES: u32 = 16_000;
+
+/// The table of the reply path `number` of `owner`.
+#[must_use]
+pub fn uplink_table(owner: &str, number: u8) -> u32 {
+    let place = fnv1a(owner.as_bytes()) % u64::from(UPLINK_TABLES / 16);
+    FIRST_UPLINK_TABLE + place as u32 * 16 + u32::from(number & 15)
+}
+
 /// The routing protocol (`rtm_protocol`, `FRA_PROTOCOL`) of every route and policy rule that tidegate
 /// adds: `t` in ASCII. What carries it is ours to delete after a crash; what does not is never touched.
 ///
@@ -237,6 +276,18 @@ mod tests {
         for table in [0, 52, 255, 29_699, 29_956, 51_820, u32::MAX] {
             assert_eq!(OwnerSlot::of_table_id(table), None);
         }
+    }
+
+    #[test]
+    fn marks_and_tables_of_uplinks_are_apart_from_all_others() {
+        let marks: Vec<u32> = (1..=UPLINKS).map(uplink_mark).collect();
+        assert!(marks.iter().all(|mark| *mark != 0 && mark & !UPLINK_MARK_MASK == 0), "{marks:x?}");
+        assert_eq!(marks.iter().collect::<std::collections::BTreeSet<_>>().len(), marks.len());
+        // wg-quick counts upwards from 51820.
+        let tables = FIRST_UPLINK_TABLE..51_820;
+        assert!(["", "demo", "x"].iter().all(|owner| tables.contains(&uplink_table(owner, UPLINKS))));
+        assert!(FIRST_UPLINK_TABLE + UPLINK_TABLES <= 51_820);
+        assert_eq!(OwnerSlot::of_rule_priority(UPLINK_PRIORITY), None);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Changes of tables, all or nothing.
 
 use crate::encode::{
-    batch_begin, batch_end, delete_chain, delete_elements, delete_set, delete_table, flush_chain, message,
-    new_chain, new_elements, new_rule, new_set, new_table, request,
+    INET, batch_begin, batch_end, delete_chain, delete_elements, delete_set, delete_table, flush_chain,
+    message, new_chain, new_elements, new_rule, new_set, new_table, request,
 };
 use crate::socket::NetfilterSocket;
 use crate::table::{Chain, Set, Table};
@@ -231,6 +231,57 @@ impl Connection {
         Ok(found)
     }
 
+    /// Whether there is a chain of that name in the table `table` of that family.
+    ///
+    /// # Errors
+    /// As of [`tables`](Self::tables).
+    pub fn has_chain(&mut self, family: TableFamily, table: &str, name: &str) -> io::Result<bool> {
+        let mut found = false;
+        let asked = list(request::GET_CHAIN, Attributes::default().text(1, table));
+        self.socket.dump(&Message { family: family.number(), ..asked }, |chain| {
+            let of = |kind| attribute(chain, kind).map(text);
+            found |= of(1).as_deref() == Some(table) && of(3).as_deref() == Some(name);
+        })?;
+        Ok(found)
+    }
+
+    /// The base chains of `postrouting` behind `priority` whose tables have a rule that changes bits of
+    /// `mask` in a packet mark, as `FAMILY TABLE CHAIN`. About which packets such a rule is nobody looks.
+    ///
+    /// # Errors
+    /// As of [`tables`](Self::tables).
+    pub fn mark_setters(&mut self, priority: i32, mask: u32) -> io::Result<Vec<String>> {
+        /// `NF_INET_POST_ROUTING`.
+        const POSTROUTING: u32 = 4;
+        let mut found = Vec::new();
+        for (family, name) in [(INET, "inet"), (2, "ip"), (10, "ip6")] {
+            let asked = |request, attributes| Message { family, ..list(request, attributes) };
+            let mut chains = Vec::new();
+            self.socket.dump(&asked(request::GET_CHAIN, Attributes::default()), |chain| {
+                // NFTA_CHAIN_TABLE, _NAME, _HOOK; NFTA_HOOK_HOOKNUM, _PRIORITY
+                let of = |kind| attribute(chain, kind).map(text).unwrap_or_default();
+                let hook = attribute(chain, 4).unwrap_or_default();
+                let number_of = |kind| attribute(hook, kind).and_then(number);
+                let is_behind = number_of(2).is_some_and(|at| at.cast_signed() > priority);
+                if number_of(1) == Some(POSTROUTING) && is_behind {
+                    chains.push((of(1), of(3)));
+                }
+            })?;
+            for (table, chain) in chains {
+                let mut sets = false;
+                let rules = asked(request::GET_RULE, Attributes::default().text(1, &table));
+                // NFTA_RULE_EXPRESSIONS
+                self.socket.dump(&rules, |rule| {
+                    sets |= sets_mark(attribute(rule, 4).unwrap_or_default(), mask);
+                })?;
+                if sets {
+                    found.push(format!("{name} {table} {chain}"));
+                }
+            }
+        }
+        Ok(found)
+    }
+
     /// Removes a table that nobody uses: one without rules, and without a chain that is jumped to or that drops. Whether it was there and is gone.
     ///
     /// It is for the tables that the variant of iptables makes which is made of nf_tables: it makes them when they are first asked for, and leaves them.
@@ -404,6 +455,46 @@ impl Connection {
         })?;
         Ok(rules)
     }
+}
+
+/// Whether a rule of these expressions changes bits of `mask` in the packet mark: `meta mark set`, or a
+/// target of iptables that does.
+fn sets_mark(expressions: &[u8], mask: u32) -> bool {
+    /// `NFT_META_MARK`.
+    const MARK: u32 = 3;
+    let native = |bytes: Option<&[u8]>| {
+        bytes.and_then(|bytes| Some(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)))
+    };
+    // Bits that the value of the register may differ in from what was loaded.
+    let mut changed = u32::MAX;
+    for (_, expression) in attributes(expressions) {
+        // NFTA_EXPR_NAME, NFTA_EXPR_DATA
+        let data = attribute(expression, 2).unwrap_or_default();
+        let value = |kind| native(attribute(attribute(data, kind).unwrap_or_default(), 1));
+        match attribute(expression, 1).map(text).as_deref() {
+            // NFTA_BITWISE_MASK, NFTA_BITWISE_XOR
+            Some("bitwise") => {
+                changed = value(4).zip(value(5)).map_or(u32::MAX, |(kept, flipped)| !kept | flipped);
+            }
+            // NFTA_META_KEY, NFTA_META_SREG
+            Some("meta") if attribute(data, 2).and_then(number) == Some(MARK) => {
+                if attribute(data, 3).is_some() && changed & mask != 0 {
+                    return true;
+                }
+                changed = u32::MAX;
+            }
+            // NFTA_TARGET_NAME, NFTA_TARGET_INFO: `struct xt_mark_tginfo2`
+            Some("target") if attribute(data, 1).map(text).as_deref() == Some("MARK") => {
+                let info = attribute(data, 3).unwrap_or_default();
+                let changes = native(Some(info)).zip(native(info.get(4..)));
+                if changes.is_none_or(|(value, cleared)| (value | cleared) & mask != 0) {
+                    return true;
+                }
+            }
+            _ => {}
+        }
+    }
+    false
 }
 
 fn list(request: u16, attributes: Attributes) -> Message {

@@ -75,7 +75,14 @@ fn number_of(protocol: Transport) -> u8 {
 /// How many registers of 4 bytes the value of `key` takes.
 fn registers(key: Key) -> u32 {
     match key {
-        Key::InInterface | Key::OutInterface | Key::SourceV6 | Key::DestinationV6 => 4,
+        Key::InInterface
+        | Key::OutInterface
+        | Key::SourceV6
+        | Key::DestinationV6
+        | Key::OriginalSourceV6
+        | Key::OriginalDestinationV6
+        | Key::ReplySourceV6 => 4,
+        Key::OriginalSourceV4 | Key::OriginalDestinationV4 | Key::ReplySourceV4 => 1,
         Key::InGroup
         | Key::OutGroup
         | Key::SourceV4
@@ -92,6 +99,7 @@ mod meta {
     pub(super) const KEY: u16 = 2;
     pub(super) const SOURCE: u16 = 3;
     pub(super) const MARK: u32 = 3;
+    pub(super) const IN_INDEX: u32 = 4;
     pub(super) const IN_INTERFACE: u32 = 6;
     pub(super) const OUT_INTERFACE: u32 = 7;
     pub(super) const FAMILY: u32 = 15;
@@ -174,6 +182,13 @@ impl Expressions {
             | Key::Protocol
             | Key::SourcePort
             | Key::DestinationPort => return,
+            // The kernel looks at the family by itself (`nft_ct_get_eval`).
+            Key::OriginalSourceV4
+            | Key::OriginalSourceV6
+            | Key::OriginalDestinationV4
+            | Key::OriginalDestinationV6
+            | Key::ReplySourceV4
+            | Key::ReplySourceV6 => return,
         };
         self.meta(meta::FAMILY, FIRST);
         self.compare(EQUAL, &[PROTOCOL_FAMILY[usize::from(v6)]]);
@@ -192,6 +207,16 @@ impl Expressions {
             Key::DestinationV6 => self.payload(NETWORK, 24, 16, register),
             Key::SourcePort => self.payload(TRANSPORT, 0, 2, register),
             Key::DestinationPort => self.payload(TRANSPORT, 2, 2, register),
+            Key::OriginalSourceV4 => self.of_connection(ct::SOURCE_V4, Some(ct::ORIGINAL), register),
+            Key::OriginalSourceV6 => self.of_connection(ct::SOURCE_V6, Some(ct::ORIGINAL), register),
+            Key::OriginalDestinationV4 => {
+                self.of_connection(ct::DESTINATION_V4, Some(ct::ORIGINAL), register);
+            }
+            Key::OriginalDestinationV6 => {
+                self.of_connection(ct::DESTINATION_V6, Some(ct::ORIGINAL), register);
+            }
+            Key::ReplySourceV4 => self.of_connection(ct::SOURCE_V4, Some(ct::REPLY), register),
+            Key::ReplySourceV6 => self.of_connection(ct::SOURCE_V6, Some(ct::REPLY), register),
         }
     }
 
@@ -233,12 +258,27 @@ impl Expressions {
             }
             Match::Invalid => self.connection(ct::STATE, ct::INVALID),
             Match::TranslatedDestination => self.connection(ct::STATUS, ct::TRANSLATED_DESTINATION),
-            Match::ToHost => {
+            Match::Reply => {
+                self.of_connection(ct::DIRECTION, None, FIRST);
+                self.compare(EQUAL, &[ct::REPLY]);
+            }
+            Match::ToHost | Match::NotToHost => {
+                let operation = if *condition == Match::ToHost { EQUAL } else { DIFFERENT };
                 // NFTA_FIB_DREG; NFTA_FIB_RESULT: NFT_FIB_RESULT_ADDRTYPE; NFTA_FIB_FLAGS: NFTA_FIB_F_DADDR
                 let lookup = Attributes::default().number(1, FIRST).number(2, 3).number(3, 2);
                 self.push("fib", &lookup);
                 // RTN_LOCAL
-                self.compare(EQUAL, &2_u32.to_ne_bytes());
+                self.compare(operation, &2_u32.to_ne_bytes());
+            }
+            Match::FromHost => {
+                self.meta(meta::IN_INDEX, FIRST);
+                self.compare(EQUAL, &0_u32.to_ne_bytes());
+            }
+            Match::NotIcmpv6 => {
+                /// `IPPROTO_ICMPV6`.
+                const ICMPV6: u8 = 58;
+                self.meta(meta::PROTOCOL, FIRST);
+                self.compare(DIFFERENT, &[ICMPV6]);
             }
             Match::Syn => {
                 self.meta(meta::PROTOCOL, FIRST);
@@ -250,10 +290,20 @@ impl Expressions {
         }
     }
 
+    /// Loads what the packet's connection has as `key`, of one direction where it has two.
+    fn of_connection(&mut self, key: u32, direction: Option<u8>, register: u32) {
+        // NFTA_CT_DREG, NFTA_CT_KEY, NFTA_CT_DIRECTION
+        let load = Attributes::default().number(1, register).number(2, key);
+        let load = match direction {
+            Some(direction) => load.bytes(3, &[direction]),
+            None => load,
+        };
+        self.push("ct", &load);
+    }
+
     /// Goes on if the connection that the packet belongs to has one of `bits`.
     fn connection(&mut self, key: u32, bits: u32) {
-        // NFTA_CT_DREG, NFTA_CT_KEY
-        self.push("ct", &Attributes::default().number(1, FIRST).number(2, key));
+        self.of_connection(key, None, FIRST);
         self.masked(&bits.to_ne_bytes(), DIFFERENT, &0_u32.to_ne_bytes());
     }
 
@@ -325,7 +375,15 @@ impl Expressions {
 /// `NFT_CT_*`, `NF_CT_STATE_*`, `IPS_*`.
 mod ct {
     pub(super) const STATE: u32 = 0;
+    pub(super) const DIRECTION: u32 = 1;
     pub(super) const STATUS: u32 = 2;
+    pub(super) const SOURCE_V4: u32 = 19;
+    pub(super) const DESTINATION_V4: u32 = 20;
+    pub(super) const SOURCE_V6: u32 = 21;
+    pub(super) const DESTINATION_V6: u32 = 22;
+    /// `IP_CT_DIR_*`.
+    pub(super) const ORIGINAL: u8 = 0;
+    pub(super) const REPLY: u8 = 1;
     pub(super) const INVALID: u32 = 1;
     pub(super) const ESTABLISHED: u32 = 2;
     pub(super) const RELATED: u32 = 4;

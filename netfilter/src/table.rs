@@ -169,8 +169,17 @@ pub enum Match {
     Invalid,
     /// `ct status dnat`: its destination was translated.
     TranslatedDestination,
-    /// `fib daddr type local`: its destination is an address of the host.
+    /// `ct direction reply`: it answers what began the connection.
+    Reply,
+    /// `fib daddr type local`: its destination is a unicast address of the host.
     ToHost,
+    /// `fib daddr type != local`: its destination is a broadcast or multicast address, or elsewhere.
+    NotToHost,
+    /// `iif 0`: it did not come in by an interface, so the host itself sends it. In `postrouting`,
+    /// where the kernel gives the input interface from Linux 5.7 on (`ip_output`, `ip6_output`).
+    FromHost,
+    /// `meta l4proto != ipv6-icmp`.
+    NotIcmpv6,
     /// `tcp flags syn / syn,rst`: it begins a connection, or accepts one.
     Syn,
 }
@@ -194,6 +203,18 @@ pub enum Key {
     DestinationV4,
     /// `ip6 daddr`.
     DestinationV6,
+    /// `ct original ip saddr`: who began the connection.
+    OriginalSourceV4,
+    /// `ct original ip6 saddr`.
+    OriginalSourceV6,
+    /// `ct original ip daddr`: whom it was addressed to, before destination NAT.
+    OriginalDestinationV4,
+    /// `ct original ip6 daddr`.
+    OriginalDestinationV6,
+    /// `ct reply ip saddr`: who answers, behind destination NAT.
+    ReplySourceV4,
+    /// `ct reply ip6 saddr`.
+    ReplySourceV6,
     /// `meta l4proto`.
     Protocol,
     /// `th sport`.

@@ -126,6 +126,16 @@ fn everything() -> Table {
         rule(vec![Match::Known], vec![Action::Accept]),
         rule(vec![Match::TranslatedDestination], vec![Action::Return]),
         rule(vec![is_in([Key::SourceV6], "subnets6", true)], vec![Action::Drop]),
+        rule(vec![is_in([Key::OriginalSourceV4], "subnets4", false)], vec![Action::Drop]),
+        rule(vec![is_in([Key::ReplySourceV6], "subnets6", false)], vec![Action::Drop]),
+        rule(vec![is(Key::ReplySourceV4, net("10.9.1.0/24"), false)], vec![Action::Drop]),
+        rule(vec![is(Key::OriginalSourceV6, net("fd09::/64"), false)], vec![Action::Drop]),
+        rule(
+            vec![Match::Reply, is(Key::OriginalDestinationV4, ip("203.0.113.1"), false)],
+            vec![Action::Accept],
+        ),
+        rule(vec![is(Key::OriginalDestinationV6, net("2001:db8::/32"), false)], vec![Action::Accept]),
+        rule(vec![Match::NotToHost, Match::NotIcmpv6], vec![Action::Drop]),
         rule(vec![], vec![Action::Drop]),
     ];
     let outer = vec![
@@ -195,6 +205,16 @@ fn everything() -> Table {
         base("own", Kind::Nat, Hook::Output, -100, own),
         base("rewrite", Kind::Filter, Hook::Output, -150, rewrite),
         base("leave", Kind::Nat, Hook::Postrouting, 100, leave),
+        base(
+            "last",
+            Kind::Filter,
+            Hook::Postrouting,
+            i32::MAX,
+            vec![
+                rule(vec![Match::FromHost], vec![Action::Accept]),
+                rule(vec![Match::Syn], vec![Action::ClampSegments]),
+            ],
+        ),
     ];
     Table { name: "everything".to_owned(), sets, chains }
 }

@@ -13,6 +13,9 @@ pub struct Desired {
     pub endpoints: Vec<Endpoint>,
     /// Links of the host that forward for the networks alone, where their way out is the kernel's and the host forwards for nobody.
     pub uplinks: Vec<Uplink>,
+    /// How answers of ports that the kernel translates leave by the uplink that was asked; empty where
+    /// there is one default route.
+    pub reply_paths: Vec<ReplyPath>,
     /// How far ahead of their usual priorities our policy rules are, so that they precede those of other software.
     pub rules_ahead: u32,
     /// How what endpoints send is checked.
@@ -29,6 +32,24 @@ pub enum Guards {
     AtLinks,
     /// In a table of nftables of this owner.
     InTable(String),
+}
+
+/// A default route of the host by which answers of containers leave that are not to take the best one of
+/// the `main` table: the host was asked at an address of this uplink.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ReplyPath {
+    /// Its number in the mark of packets, from 1 to [`UPLINKS`](tidegate_model::registry::UPLINKS).
+    pub number: u8,
+    /// The uplink.
+    pub link: String,
+    /// IPv6.
+    pub v6: bool,
+    /// The table that has the route.
+    pub table: u32,
+    /// The route is made in that table, by this gateway; otherwise others have it there.
+    pub made: Option<IpAddr>,
+    /// The networks of the uplink's own addresses.
+    pub nets: Vec<IpNet>,
 }
 
 /// A link of a host that forwards for nobody.
@@ -118,6 +139,14 @@ impl Network {
 }
 
 impl Desired {
+    /// Whether a source address on `network` means an endpoint: port guards check all of its members.
+    #[must_use]
+    pub fn verifies_sources(&self, network: &str) -> bool {
+        let attachments = self.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
+        let mut there = attachments.filter(|attachment| attachment.network == network);
+        self.guards != Guards::None && !there.any(|attachment| attachment.any_address)
+    }
+
     /// The networks, and of the endpoints `name` alone.
     pub(crate) fn with_endpoint(&self, name: &str) -> Self {
         let endpoints = self.endpoints.iter().filter(|endpoint| endpoint.name == name).cloned().collect();
@@ -126,8 +155,7 @@ impl Desired {
 
     /// The same without any endpoint.
     pub(crate) fn without_endpoints(&self) -> Self {
-        let (networks, uplinks, guards) = (self.networks.clone(), self.uplinks.clone(), self.guards.clone());
-        Self { networks, endpoints: Vec::new(), uplinks, rules_ahead: self.rules_ahead, guards }
+        Self { endpoints: Vec::new(), ..self.clone() }
     }
 
     /// All facts, in the order to make them.

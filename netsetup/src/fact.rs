@@ -63,6 +63,9 @@ pub struct Rule {
     /// Packets that our firewall rules have marked (`fwmark` [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)).
     #[serde(default)]
     pub marked: bool,
+    /// Answers that leave by the [reply path](crate::ReplyPath) of this number; 0 for no such condition.
+    #[serde(default)]
+    pub uplink: u8,
     /// What becomes of them.
     pub reach: Reach,
 }
@@ -72,6 +75,8 @@ pub struct Rule {
 pub enum Reach {
     /// They are routed by the `main` table.
     Main,
+    /// They are routed by the `main` table, if it has more than a default route for them.
+    MainButDefault,
     /// They are routed by this table, and if it knows no way by what comes behind.
     Table(u32),
     /// They go nowhere, and who sent them is told.
@@ -168,6 +173,15 @@ pub enum Fact {
     },
     /// A policy rule of the host.
     Rule(Rule),
+    /// There is a default route by a link of the host, which is somebody else's, in a table of ours.
+    ReplyRoute {
+        /// The link.
+        link: String,
+        /// The table.
+        table: u32,
+        /// The next hop.
+        gateway: IpAddr,
+    },
     /// What comes in by this link of the host, which is somebody else's, may be forwarded, although the host forwards for nobody.
     Forwarding {
         /// The link.
@@ -226,6 +240,7 @@ impl Fact {
             Self::Bridge { .. }
             | Self::Port { .. }
             | Self::Rule(_)
+            | Self::ReplyRoute { .. }
             | Self::Forwarding { .. }
             | Self::Group { .. }
             | Self::Gate { .. }
@@ -269,6 +284,7 @@ impl Fact {
             Self::Bridge { .. }
             | Self::Veth { .. }
             | Self::Rule(_)
+            | Self::ReplyRoute { .. }
             | Self::Forwarding { .. }
             | Self::GuardTable { .. }
             | Self::Ruleset { .. } => (None, None),
@@ -297,6 +313,9 @@ impl fmt::Display for Fact {
                 write!(f, "default route by {gateway} on {link:?} of {place}")
             }
             Self::Rule(rule) => write!(f, "{rule}"),
+            Self::ReplyRoute { link, table, gateway } => {
+                write!(f, "default route by {gateway} on {link:?} in table {table}")
+            }
             Self::Forwarding { link, v6 } => {
                 write!(f, "forwarding of IPv{} from {link:?}", if *v6 { '6' } else { '4' })
             }
@@ -321,7 +340,12 @@ impl fmt::Display for Rule {
         if self.marked {
             write!(f, " fwmark {:#x}/{:#x}", registry::FORWARD_MARK, registry::FORWARD_MARK_MASK)?;
         }
+        if self.uplink != 0 {
+            let mark = registry::uplink_mark(self.uplink);
+            write!(f, " fwmark {mark:#x}/{:#x}", registry::UPLINK_MARK_MASK)?;
+        }
         match self.reach {
+            Reach::MainButDefault => f.write_str(" lookup main suppress_prefixlength 0"),
             Reach::Main => f.write_str(" lookup main"),
             Reach::Table(table) => write!(f, " lookup {table}"),
             Reach::Nothing => f.write_str(" unreachable"),

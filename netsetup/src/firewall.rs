@@ -17,9 +17,10 @@ mod ruleset;
 pub use iptables::{DockerUser, IptablesState, UserRule};
 pub use ruleset::{Opening, Ruleset, Zone};
 
-use crate::Fact;
+use crate::{Fact, ReplyPath};
 use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Serialize};
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
@@ -172,6 +173,8 @@ struct State {
     backend: Box<dyn Backend>,
     ruleset: Ruleset,
     in_force: bool,
+    /// The ruleset was changed since.
+    stale: bool,
 }
 
 impl Firewall {
@@ -190,7 +193,7 @@ impl Firewall {
             .inspect_err(|error| tracing::debug!(%error, "no gates: policy rules stand behind the firewall"))
             .ok();
         let ruleset = Ruleset { owner: owner.to_owned(), gated: gate.is_some(), ..Ruleset::default() };
-        let state = Mutex::new(State { backend, ruleset, in_force: false });
+        let state = Mutex::new(State { backend, ruleset, in_force: false, stale: false });
         let updates = Default::default();
         Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), gate, state, updates })
     }
@@ -235,6 +238,27 @@ impl Firewall {
         Fact::Ruleset { firewall: self.kind, owner: self.owner.clone() }
     }
 
+    /// Whether rules of the legacy variant of iptables are in use on its host: the kernel sends no word
+    /// of changes of those.
+    #[must_use]
+    pub fn legacy_is_in_use(host: &Namespace) -> bool {
+        iptables::legacy_is_in_use(host)
+    }
+
+    /// Chains of nftables that may change the mark of the gates behind the rules that set it, as `ip nat
+    /// POSTROUTING`: only with iptables, since nftables sets it in the last hook.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn mark_setters_behind(&self) -> io::Result<Vec<String>> {
+        match self.kind {
+            FirewallKind::Iptables if self.gate.is_some() => {
+                self.host.with(IptablesState::mark_setters_behind)?
+            }
+            FirewallKind::Iptables | FirewallKind::Nftables => Ok(Vec::new()),
+        }
+    }
+
     /// Where word of changes of rules arrives; `None` if the kernel sends none, and one has to look.
     ///
     /// # Errors
@@ -252,11 +276,46 @@ impl Firewall {
         state.ruleset.ports = ports;
     }
 
+    /// Which answers leave by which reply path, from the next time that the rules are put in place: they
+    /// do not hold until then.
+    pub fn set_reply_paths(&self, paths: &[ReplyPath]) {
+        let of = |path: &ReplyPath| {
+            let number = path.number;
+            path.nets.iter().map(move |net| (number, *net)).collect::<Vec<_>>()
+        };
+        let mut replies: Vec<_> = paths.iter().flat_map(of).collect();
+        replies.sort_by_key(|(number, net)| (Reverse(net.prefix_len()), *number, *net));
+        let mut state = self.state();
+        if state.ruleset.replies != replies {
+            state.ruleset.replies = replies;
+            state.stale = state.in_force;
+        }
+    }
+
     /// Opens `added` and closes `removed`.
     ///
     /// # Errors
     /// The firewall's; nothing has changed then.
     pub fn change_ports(&self, added: &[Opening], removed: &[Opening]) -> io::Result<()> {
+        self.change(added, removed, |_| true)
+    }
+
+    /// Replaces `before` by `after`: the same ports, carried otherwise. Connections of TCP go on as they
+    /// are; flows of UDP, which have no end, follow.
+    ///
+    /// # Errors
+    /// The firewall's; nothing has changed then.
+    pub fn redirect_ports(&self, before: &[Opening], after: &[Opening]) -> io::Result<()> {
+        self.change(after, before, |port| port.protocol == Protocol::Udp)
+    }
+
+    /// `forgets` tells of which ports the flows are forgotten.
+    fn change(
+        &self,
+        added: &[Opening],
+        removed: &[Opening],
+        forgets: impl Fn(&Opening) -> bool,
+    ) -> io::Result<()> {
         let mut state = self.state();
         let mut ruleset = state.ruleset.clone();
         let added: BTreeSet<Opening> =
@@ -268,7 +327,7 @@ impl Firewall {
             let ports = Ports { added, removed };
             let update = || self.host.with(|| backend.change_ports(&ruleset, &ports))?;
             self.updates(Change::Ports).count(update)?;
-            let changed = ports.added.union(&ports.removed).copied().collect();
+            let changed = ports.added.union(&ports.removed).copied().filter(forgets).collect();
             if let Err(error) = self.host.with(|| forget(&[], &changed)).flatten() {
                 tracing::warn!(%error, "flows of ports that have changed may go on as before");
             }
@@ -293,21 +352,21 @@ impl Firewall {
 
     pub(crate) fn apply(&self) -> io::Result<()> {
         let mut state = self.state();
-        let State { backend, ruleset, in_force } = &mut *state;
+        let State { backend, ruleset, in_force, stale } = &mut *state;
         let begins = !*in_force;
         self.updates(Change::All).count(|| self.host.with(|| backend.apply(ruleset))?)?;
         self.host.with(|| {
             let subnets = ruleset.zones.iter().flat_map(|zone| &zone.subnets).map(IpNet::trunc);
             if begins { forget(&subnets.collect::<Vec<_>>(), &ruleset.ports) } else { Ok(()) }
         })??;
-        *in_force = true;
+        (*in_force, *stale) = (true, false);
         Ok(())
     }
 
     pub(crate) fn holds(&self) -> io::Result<bool> {
         let mut state = self.state();
-        let State { backend, ruleset, in_force } = &mut *state;
-        Ok(*in_force && self.host.with(|| backend.holds(ruleset))??)
+        let State { backend, ruleset, in_force, stale } = &mut *state;
+        Ok(*in_force && !*stale && self.host.with(|| backend.holds(ruleset))??)
     }
 
     pub(crate) fn remove(&self) -> io::Result<()> {

@@ -139,6 +139,7 @@ impl Isolation for WithFirewall {
         if self.gated {
             facts.extend(past_uplinks(desired));
         }
+        facts.extend(reply_paths(desired));
         facts
     }
 
@@ -164,6 +165,26 @@ impl Isolation for WithFirewall {
         }
         facts
     }
+}
+
+/// What leads answers of ports that the kernel translates to the uplink that was asked.
+fn reply_paths(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
+    desired.reply_paths.iter().flat_map(|path| {
+        let made =
+            path.made.map(|gateway| Fact::ReplyRoute { link: path.link.clone(), table: path.table, gateway });
+        let networks = desired.networks.iter().filter(|network| !network.internal && network.has(path.v6));
+        let rules = networks.flat_map(|network| {
+            let rule = |priority, reach| {
+                let from_interface = Some(network.bridge.name.clone());
+                Fact::Rule(Rule { priority, reach, from_interface, uplink: path.number, ..guard(path.v6) })
+            };
+            [
+                rule(registry::UPLINK_MAIN_PRIORITY, Reach::MainButDefault),
+                rule(registry::UPLINK_PRIORITY, Reach::Table(path.table)),
+            ]
+        });
+        made.into_iter().chain(rules)
+    })
 }
 
 /// What comes in by an uplink of `desired` goes nowhere else than to networks that have a way out. Which of it may is told at their gates.
@@ -235,6 +256,7 @@ fn guard(v6: bool) -> Rule {
         from_interface: None,
         to: None,
         marked: false,
+        uplink: 0,
         reach: Reach::Nothing,
     }
 }

@@ -23,7 +23,7 @@ use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
 use look::Here;
-use messages::{default_route, group, link_of, message_of};
+use messages::{default_route, group, link_of, message_of, reply_route};
 
 /// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
@@ -156,6 +156,7 @@ impl Kernel {
                 observed.routes = here.reached();
                 observed.default_mtu = here.default_mtu();
                 observed.first_rule_of_others = here.first_rule_of_others();
+                observed.default_routes = here.default_routes();
                 observed.uplinks = self.uplinks(&here);
                 observed.forwarding = self.forwarding(&observed.uplinks);
             }
@@ -391,6 +392,10 @@ impl Kernel {
                 let route = default_route(self.index(place, link).await?, *gateway);
                 self.handle(place)?.route().add(route).execute().await.map_err(error)
             }
+            Fact::ReplyRoute { link, table, gateway } => {
+                let route = reply_route(self.index(&Place::Host, link).await?, *gateway, *table);
+                self.host()?.route().add(route).execute().await.map_err(error)
+            }
             Fact::Rule(rule) => {
                 let mut request = self.host()?.rule().add();
                 *request.message_mut() = message_of(rule);
@@ -456,6 +461,10 @@ impl Kernel {
             Fact::DefaultRoute { place, link, gateway } => {
                 let route = default_route(self.index(place, link).await?, *gateway);
                 self.handle(place)?.route().del(route).execute().await.map_err(error)
+            }
+            Fact::ReplyRoute { link, table, gateway } => {
+                let route = reply_route(self.index(&Place::Host, link).await?, *gateway, *table);
+                self.host()?.route().del(route).execute().await.map_err(error)
             }
             Fact::Rule(rule) => self.host()?.rule().del(message_of(rule)).execute().await.map_err(error),
             Fact::Forwarding { link, v6 } => {
@@ -614,6 +623,7 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         | Fact::Veth { .. }
         | Fact::Port { .. }
         | Fact::Rule(_)
+        | Fact::ReplyRoute { .. }
         | Fact::Forwarding { .. }
         | Fact::Group { .. }
         | Fact::Gate { .. }

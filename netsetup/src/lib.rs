@@ -35,7 +35,7 @@ mod plan;
 mod setup;
 mod world;
 
-pub use desired::{Attachment, Desired, Endpoint, Guards, Network, Subnet, Uplink};
+pub use desired::{Attachment, Desired, Endpoint, Guards, Network, ReplyPath, Subnet, Uplink};
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
 pub use fact::{Fact, Interface, Op, Passes, Place, Reach, Rule};
 pub use firewall::{
@@ -47,7 +47,7 @@ pub use isolation::{Isolation, WithEngine, WithFirewall, WithoutFirewall};
 pub use journal::Journal;
 pub use kernel::Kernel;
 pub use mac::Mac;
-pub use observed::Observed;
+pub use observed::{DefaultRoute, Observed};
 pub use plan::{Plan, plan};
 pub use setup::{Setup, SetupError};
 pub use world::World;

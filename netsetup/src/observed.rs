@@ -3,6 +3,24 @@
 use crate::{Fact, Mac, Place, Uplink};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+/// A default route of the host; of one with several next hops, one of those.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DefaultRoute {
+    /// The link.
+    pub link: String,
+    /// IPv6.
+    pub v6: bool,
+    /// The table, unless it is `main`.
+    pub table: Option<u32>,
+    /// The next hop; `None` where the link is point to point.
+    pub gateway: Option<IpAddr>,
+    /// It shares its packets with other next hops.
+    pub shared: bool,
+    /// The networks of the link's own addresses of that family.
+    pub nets: Vec<IpNet>,
+}
 
 /// What was found when the kernel was asked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,6 +37,8 @@ pub struct Observed {
     pub uplinks: Vec<Uplink>,
     /// The lowest priority among the policy rules of others that are behind the `local` table's, if one precedes `main`.
     pub first_rule_of_others: Option<u32>,
+    /// The default routes of the host: of `main` the best one first, then those of other tables.
+    pub default_routes: Vec<DefaultRoute>,
     /// Those of them that forward already, each for itself: over IPv6, or IPv4.
     pub forwarding: BTreeSet<(String, bool)>,
 }

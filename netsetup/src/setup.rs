@@ -94,10 +94,18 @@ impl Setup {
     /// [`SetupError`].
     pub async fn change(&mut self, desired: &Desired) -> Result<usize, SetupError> {
         let added = self.repair(desired).await?;
+        Ok(added + self.update(desired).await?)
+    }
+
+    /// The same, with what is over removed first: where what is new takes its place.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    pub async fn update(&mut self, desired: &Desired) -> Result<usize, SetupError> {
         let observed = self.observe_with_owned(desired).await?;
         let ops = plan_again(desired, self.journal.facts(), &observed, &*self.isolation)?.ops;
         self.carry_out(&ops).await?;
-        Ok(added + ops.len())
+        Ok(ops.len())
     }
 
     /// Puts back what someone else has removed or changed of the networks of `desired`, which must have been applied: their bridges and

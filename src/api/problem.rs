@@ -57,10 +57,11 @@ impl From<PublishError> for Problem {
                 io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported => Self::bad_request(&error),
                 _ => Self::failed(&error),
             },
-            PublishError::TooMany(_) | PublishError::PassesBy(..) | PublishError::Closed => {
+            PublishError::TooMany(_) | PublishError::Bypasses(..) | PublishError::Closed => {
                 Self::conflict(&error)
             }
             PublishError::NoDescriptors(_)
+            | PublishError::DockerUser(_)
             | PublishError::NoWay { .. }
             | PublishError::Firewall(_)
             | PublishError::Engine(_) => Self::failed(&error),

@@ -31,6 +31,8 @@ pub(super) struct Host {
     pub(super) iptables: Found<[Option<IptablesState>; 2]>,
     /// Whether the programs are installed.
     pub(super) iptables_installed: bool,
+    /// Chains that may change the mark of the gates behind the rules of iptables that set it.
+    pub(super) mark_setters: Vec<String>,
     /// What the host reaches otherwise than by a default route, and by which link.
     pub(super) routes: Found<Vec<(IpNet, String)>>,
     /// What listens on all addresses.

@@ -10,9 +10,11 @@
 //!
 //! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
-use super::{Instance, Signals, bridge_indexes, rules_ahead, uplinks};
+use super::{Instance, Signals, bridge_indexes, reply_paths, rules_ahead, uplinks};
 use crate::api::{Order, Problem};
-use std::collections::BTreeMap;
+use crate::firewall::BypassedRules;
+use crate::publisher::PublishError;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -36,6 +38,10 @@ const REPAIR_PAUSE: Duration = Duration::from_millis(100);
 
 /// How often rules are looked at where the kernel sends no word of changes.
 const LOOK_AT_RULES: Duration = Duration::from_millis(200);
+
+/// Every how many looks default routes are looked for where the kernel publishes, and DOCKER-USER is read
+/// where the legacy variant of iptables is in use, which takes two runs of a program.
+const LOOK_AT_LEGACY: u32 = 5;
 
 /// What tells that rules of the firewall have changed.
 enum Rules {
@@ -97,6 +103,12 @@ impl Instance {
         let mut repair_at: Option<Instant> = None;
         let mut repaired = Instant::now() - REPAIR_PAUSE;
         let mut rules_changed = false;
+        let mut ticked = 0;
+        // The rules of DOCKER-USER that were reported, so that each is reported once.
+        let mut reported = BTreeSet::new();
+        let mut mark_setters = BTreeSet::new();
+        // What is there already is reported too.
+        self.look_at_marks(&mut mark_setters);
         loop {
             tokio::select! {
                 changed = self.news.readable(), if repair_at.is_none() => {
@@ -126,8 +138,15 @@ impl Instance {
                     }
                 },
                 _ = ticks.tick() => {
+                    // The kernel sends no word of changes of legacy rules, and of routes none is heard.
+                    ticked = (ticked + 1) % LOOK_AT_LEGACY;
+                    if ticked == 0 && repair_at.is_none() && self.up.publisher.translates() {
+                        repair_at = Some(Instant::now());
+                    }
+                    rules_changed |= ticked == 0 && !self.apart && Firewall::legacy_is_in_use(&self.host);
                     if std::mem::take(&mut rules_changed) {
-                        self.chosen.look_again(&self.host).await;
+                        self.look_at_docker_user(&mut reported).await;
+                        self.look_at_marks(&mut mark_setters);
                     }
                     if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.settle()) {
                         tracing::debug!(%error, "a look at the firewall's rules");
@@ -149,6 +168,59 @@ impl Instance {
                 tracing::debug!(%error, "gates and port guards cannot be observed");
                 true
             }
+        }
+    }
+
+    /// Rules have changed: reports chains, each once, that may change the mark of the gates behind ours.
+    fn look_at_marks(&self, known: &mut BTreeSet<String>) {
+        let setters = self.chosen.firewall.as_ref().map(|firewall| firewall.mark_setters_behind());
+        let setters = match setters.transpose() {
+            Ok(setters) => setters.unwrap_or_default().into_iter().collect(),
+            Err(error) => return tracing::debug!(%error, "chains that set packet marks"),
+        };
+        for chain in BTreeSet::difference(&setters, known) {
+            tracing::warn!(
+                chain,
+                "chain may change the packet mark that lets traffic into networks; use --firewall=nftables if \
+                 containers lose connectivity"
+            );
+        }
+        *known = setters;
+    }
+
+    /// Rules have changed: has DOCKER-USER one that published ports bypass? Then the kernel publishes
+    /// them from here on; what it cannot publish is reported, and goes on.
+    async fn look_at_docker_user(&self, reported: &mut BTreeSet<String>) {
+        let kind = self.chosen.firewall.as_ref().map(|firewall| firewall.kind());
+        let (host, publisher) = (self.host.clone(), Arc::clone(&self.up.publisher));
+        // Programs are asked, which take their time.
+        let enforce = move || -> Result<_, PublishError> {
+            let bypassed = BypassedRules::observe(kind, &host).map_err(PublishError::DockerUser)?;
+            let (changed, left) = publisher.enforce(&bypassed)?;
+            Ok((changed, left, bypassed))
+        };
+        let (changed, left, bypassed) = match tokio::task::spawn_blocking(enforce).await {
+            Ok(Ok(enforced)) => enforced,
+            Ok(Err(error)) => return tracing::warn!(%error, "DOCKER-USER rules not enforced"),
+            Err(_) => return,
+        };
+        if changed && let Some(rule) = bypassed.any() {
+            tracing::warn!(
+                rule,
+                "DOCKER-USER rule does not reach sockets; ports are published by the kernel from now on"
+            );
+        }
+        let known = std::mem::take(reported);
+        for (publish, rule) in left {
+            let bypass = format!("{publish} {rule}");
+            if !known.contains(&bypass) {
+                tracing::warn!(
+                    %publish,
+                    rule,
+                    "published port bypasses DOCKER-USER rule; restart with --firewall=iptables to enforce it"
+                );
+            }
+            reported.insert(bypass);
         }
     }
 
@@ -208,12 +280,18 @@ impl Instance {
             );
             self.setup.change(desired).await?;
         }
-        if self.chosen.firewall.is_some() {
+        if let Some(firewall) = &self.chosen.firewall {
             let uplinks = uplinks(&observed, desired);
-            if uplinks != desired.uplinks {
+            let reply_paths = if self.up.publisher.translates() {
+                reply_paths(&observed, &self.project)
+            } else {
+                Vec::new()
+            };
+            if uplinks != desired.uplinks || reply_paths != desired.reply_paths {
                 // A new link, or the host has begun to forward: not our networks that someone has changed.
-                desired.uplinks = uplinks;
-                return self.setup.change(desired).await.map(|_| 0);
+                (desired.uplinks, desired.reply_paths) = (uplinks, reply_paths);
+                firewall.set_reply_paths(&desired.reply_paths);
+                return self.setup.update(desired).await.map(|_| 0);
             }
         }
         if let Some(way_out) = self.up.way_out.as_mut().filter(|_| !self.apart) {

@@ -8,8 +8,8 @@ use std::net::IpAddr;
 use std::time::Instant;
 use tidegate_model::registry;
 use tidegate_netsetup::{
-    Attachment, Desired, Endpoint, Exhausted, Guards, Interface, Ipam, IpamError, Mac, Network, Observed,
-    Pools, Subnet, gateway,
+    Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Mac, Network, Observed, Pools,
+    Subnet, gateway,
 };
 use tidegate_proxy::{Bridge, GatewayNetwork};
 
@@ -101,13 +101,6 @@ pub(super) fn layout(project: &Project, with: &mut Surroundings<'_>) -> Result<L
 }
 
 impl Layout {
-    /// Whether a source address on `network` means an endpoint: port guards check all of its members.
-    pub(super) fn verifies_sources(&self, network: &str) -> bool {
-        let attachments = self.desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
-        let mut there = attachments.filter(|attachment| attachment.network == network);
-        self.desired.guards != Guards::None && !there.any(|attachment| attachment.any_address)
-    }
-
     /// The networks, as access to our ports depends on them. `indexes` has the index of each
     /// bridge, by the name of its network.
     pub(super) fn gateway_networks(&self, indexes: &BTreeMap<String, u32>) -> Vec<GatewayNetwork> {

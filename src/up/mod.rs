@@ -44,8 +44,8 @@ use tidegate_model::{PortSpec, Protocol, registry};
 use tidegate_netfilter::PortGuards;
 use tidegate_netns::{Namespace, News, Topic, run_directory};
 use tidegate_netsetup::{
-    Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, Setup, Uplink, WithFirewall,
-    WithoutFirewall,
+    DefaultRoute, Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, ReplyPath, Setup,
+    Uplink, WithFirewall, WithoutFirewall,
 };
 use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -94,6 +94,8 @@ struct Instance {
     /// That is not the host itself.
     apart: bool,
     up: Running,
+    /// Its name.
+    project: String,
     server: Server,
     orders: mpsc::Receiver<Order>,
     /// Of what could have opened the networks.
@@ -246,6 +248,7 @@ impl Up {
             }
         };
         let (orders, received) = mpsc::channel(ORDERS);
+        let name = project.name.clone();
         let subject = Subject {
             compose_file: std::path::absolute(&self.file).unwrap_or_else(|_| self.file.clone()),
             started,
@@ -264,8 +267,18 @@ impl Up {
         let server = Server::start(socket, Arc::new(subject));
         let repairs = metrics::Repairs::new();
         let (host, apart) = (ground.networks().clone(), ground.is_rootless());
-        let mut instance =
-            Instance { setup, chosen, host, apart, up, server, orders: received, news, repairs };
+        let mut instance = Instance {
+            setup,
+            chosen,
+            host,
+            apart,
+            up,
+            project: name,
+            server,
+            orders: received,
+            news,
+            repairs,
+        };
         instance.up.log();
         if let Err(error) = instance.up.announce() {
             // Whoever read it has seen enough.
@@ -306,7 +319,11 @@ impl Up {
         let ports = open_ports(project)?;
         if let Some(firewall) = &chosen.firewall {
             layout.desired.uplinks = uplinks(&observed, &layout.desired);
-            firewall.prepare(zones(&layout.desired.networks), openings(&layout, &ports, chosen.publish));
+            if chosen.publish == PublishBy::Kernel {
+                layout.desired.reply_paths = reply_paths(&observed, &project.name);
+            }
+            firewall.set_reply_paths(&layout.desired.reply_paths);
+            firewall.prepare(zones(&layout.desired), openings(&layout, &ports, chosen.publish));
         }
         let recorder = self.metrics.map(Recorder::install).transpose()?;
 
@@ -350,7 +367,7 @@ impl Up {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let acl = GatewayAcl::new(Arc::clone(&gateway_networks), layout.networks_of(name));
             let endpoint = Endpoint::new(namespace.clone(), addresses, acl);
-            let endpoint = endpoint.translated_to(targets_of(&layout, name, chosen.publish));
+            let endpoint = endpoint.translated_to(targets_of(&layout, name, PublishBy::Kernel));
             publisher.add_endpoint(name, endpoint.behind_engine(way_out::behind_it(&layout, name)));
         }
         if let Some(way_out) = &way_out {
@@ -541,13 +558,51 @@ fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
 /// net/core/fib_rules.c): wg-quick does that.
 fn rules_ahead(observed: &Observed) -> u32 {
     /// Priorities that our rules take.
-    const COUNT: u32 = registry::NO_WAY_OUT_PRIORITY - registry::GUARD_EXEMPTION_PRIORITY + 1;
+    const COUNT: u32 = registry::UPLINK_PRIORITY - registry::GUARD_EXEMPTION_PRIORITY + 1;
     match observed.first_rule_of_others {
-        Some(first) if first <= registry::NO_WAY_OUT_PRIORITY => {
+        Some(first) if first <= registry::UPLINK_PRIORITY => {
             registry::GUARD_EXEMPTION_PRIORITY - first.saturating_sub(COUNT).max(1)
         }
         _ => 0,
     }
+}
+
+/// How answers leave by the uplink that was asked, where the host has several default routes: by all but
+/// the best one of `main`, which they take anyway.
+fn reply_paths(observed: &Observed, project: &str) -> Vec<ReplyPath> {
+    let mut paths: Vec<ReplyPath> = Vec::new();
+    for v6 in [false, true] {
+        let routes = observed.default_routes.iter().filter(|route| {
+            route.v6 == v6
+                && !route.link.starts_with(registry::INTERFACE_PREFIX)
+                && !way_out::is_bridge_of_containers(&route.link)
+        });
+        let routes: Vec<&DefaultRoute> = routes.collect();
+        let best = routes.first().filter(|best| best.table.is_none() && !best.shared);
+        for route in &routes {
+            let known = paths.iter().any(|path| path.v6 == v6 && path.link == route.link);
+            let is_best = best.is_some_and(|best| best.link == route.link);
+            // A table of others is better than one of ours, as they keep it up to date.
+            let elsewhere = routes.iter().find(|one| one.link == route.link && one.table.is_some());
+            let made = if elsewhere.is_some() { None } else { route.gateway };
+            if known || is_best || route.nets.is_empty() || elsewhere.is_none() && made.is_none() {
+                continue;
+            }
+            let (link, nets) = (route.link.clone(), route.nets.clone());
+            let table = elsewhere.and_then(|route| route.table).unwrap_or(0);
+            paths.push(ReplyPath { number: 0, link, v6, table, made, nets });
+        }
+    }
+    // By name, so that a link keeps its number whatever the order of routes.
+    paths.sort_by(|a, b| (a.v6, &a.link).cmp(&(b.v6, &b.link)));
+    paths.truncate(registry::UPLINKS.into());
+    for (number, path) in (1..).zip(&mut paths) {
+        path.number = number;
+        if path.made.is_some() {
+            path.table = registry::uplink_table(project, number);
+        }
+    }
+    paths
 }
 
 /// Open sockets and the port of the container that each stands for, by service and protocol.

@@ -69,7 +69,7 @@ impl NameServers {
                     subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
                     internal: network.internal,
                     servers: project.networks.get(&network.name).map(servers_of_network).unwrap_or_default(),
-                    sources_are_verified: layout.verifies_sources(&network.name),
+                    sources_are_verified: layout.desired.verifies_sources(&network.name),
                 })
                 .context("names")?;
         }

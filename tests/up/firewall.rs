@@ -231,7 +231,10 @@ fn a_rule_about_containers_makes_the_kernel_publish() {
     let file = file.replace(r#"enable_ipv6: true, "#, "").replace(r#", { subnet: "fd78:1::/64" }"#, "");
     let file = file.replace(r#", ipv6_address: "fd78:1::10""#, "");
     let told = refused(&mut wall.scene.command(&file));
-    assert!(told.contains("port [::]:8080/") && told.contains("a socket has to serve it"), "{told}");
+    assert!(
+        told.contains("port [::]:8080/") && told.contains("would be served by a userspace socket"),
+        "{told}"
+    );
 }
 
 #[test]
@@ -250,6 +253,98 @@ fn a_rule_for_dockers_ports_that_comes_later_holds_within_a_second() {
     // One that cannot hold is not passed over in silence.
     wall.scene.sh("iptables -I DOCKER-USER -p tcp -m tcp --dport 80 -j DROP");
     up.wait_for_line("rule=\"-A DOCKER-USER -p tcp -m tcp --dport 80 -j DROP\"", SOON);
+}
+
+impl Wall {
+    /// Publishes the server's port 80 as `port` too, by the API: status and body.
+    fn publish(&self, port: u16) -> (u16, String) {
+        let body = format!(r#"{{"endpoint": "server", "spec": "{port}:80"}}"#);
+        let mut curl = self.scene.net.host.command("curl");
+        curl.args(["-sS", "-w", "\n%{http_code}", "--unix-socket"]).arg(self.scene.socket());
+        let output = curl.args(["http://tidegate/v1/ports", "-d", &body]).output().unwrap();
+        let told = String::from_utf8(output.stdout).unwrap();
+        let (body, status) = told.trim_end().rsplit_once('\n').unwrap();
+        (status.parse().unwrap(), body.to_owned())
+    }
+
+    /// Whether the server's TCP port is answered there at both of the host's addresses.
+    #[track_caller]
+    fn tcp_answers(&self, from: &Namespace, port: u16, expected: bool) {
+        for at in [format!("203.0.113.1:{port}"), format!("[2001:db8:1::1]:{port}")] {
+            self.is_answered(from, &at, false, expected);
+        }
+    }
+}
+
+/// Whatever publishes: the rule holds for the ports that are there, and for those that come.
+#[test]
+fn a_rule_of_docker_user_that_comes_later_holds_for_all_ports() {
+    for (flags, rule) in [
+        (MODES[0], "-s 203.0.113.9 -j DROP"),
+        (MODES[1], "-s 203.0.113.9 -j DROP"),
+        (MODES[2], "-s 203.0.113.9 -j DROP"),
+        (MODES[2], "-s 203.0.113.9 -p tcp -m tcp --dport 80 -j DROP"),
+        (MODES[3], "-s 203.0.113.9 -j DROP"),
+    ] {
+        let wall = Wall::new(Scene::new());
+        let (shut_out, other) = (&wall.scene.net.client, &wall.uplink.client);
+        let _up = wall.up(flags);
+        let _servers = wall.servers();
+        wall.tcp_answers(shut_out, 8080, true);
+        wall.scene.sh(&docker_user(rule));
+        // At once, before anybody has looked at the rules.
+        let (status, told) = wall.publish(8081);
+        assert_eq!(status, 201, "{flags:?}: {told}");
+        wall.tcp_answers(other, 8081, true);
+        wall.tcp_answers(shut_out, 8081, false);
+        let refused = || {
+            let at: SocketAddr = "203.0.113.1:8080".parse().unwrap();
+            shut_out.run(|| peer_as_seen(at, false, PATIENCE[0])).is_err()
+        };
+        assert!(eventually(SOON, refused), "{flags:?} {rule}");
+        wall.tcp_answers(shut_out, 8080, false);
+        wall.tcp_answers(other, 8080, true);
+    }
+}
+
+/// Without a firewall nothing enforces it: the port is refused, and what is open is named once.
+#[test]
+fn a_rule_of_docker_user_that_nothing_enforces_refuses_the_port() {
+    let wall = Wall::new(Scene::new());
+    let up = wall.up(&["--firewall=none"]);
+    let _servers = wall.servers();
+    wall.scene.sh(&docker_user("-s 203.0.113.9 -j DROP"));
+    let (status, told) = wall.publish(8081);
+    assert_eq!(status, 409, "{told}");
+    assert!(told.contains("-A DOCKER-USER -s 203.0.113.9/32 -j DROP"), "{told}");
+    assert!(told.contains("--firewall=iptables"), "{told}");
+    up.wait_for_line("published port bypasses DOCKER-USER rule", SOON);
+    wall.scene.sh("iptables -F DOCKER-USER; ip6tables -F DOCKER-USER");
+    assert_eq!(wall.publish(8081).0, 201);
+}
+
+/// Nobody jumps to the chain, so what the kernel forwards would not be asked either.
+#[test]
+fn a_chain_that_is_not_asked_of_forwarded_packets_refuses_the_port_with_nftables() {
+    let wall = Wall::new(Scene::new());
+    let _up = wall.up(MODES[0]);
+    wall.scene.sh("iptables -N DOCKER-USER; iptables -A DOCKER-USER -s 203.0.113.9 -j DROP");
+    let (status, told) = wall.publish(8081);
+    assert_eq!(status, 409, "{told}");
+}
+
+#[test]
+fn a_users_rule_holds_for_ports_that_are_published_later() {
+    for flags in MODES {
+        let wall = Wall::new(Scene::new());
+        let _up = wall.up(flags);
+        let _servers = wall.servers();
+        wall.scene.sh(&rules(flags, true));
+        let (status, told) = wall.publish(8081);
+        assert_eq!(status, 201, "{flags:?}: {told}");
+        wall.tcp_answers(&wall.scene.net.client, 8081, false);
+        wall.tcp_answers(&wall.uplink.client, 8081, true);
+    }
 }
 
 /// What ufw makes of iptables, in short: policies that drop, chains of its own, one port that is open.

@@ -52,6 +52,27 @@ fn who_asks_stays_and_who_idles_goes() {
     }
 }
 
+/// As in CVE-2026-35406: a query that is cut short, and a reset instead of an end.
+#[test]
+fn a_truncated_query_and_a_reset_end_the_connection() {
+    let (house, asker) = scene();
+    let clients = || house.resolver.fill().tcp_clients[0];
+    for _ in 0..20 {
+        let mut half = asker.connect();
+        half.write_all(&[0, 40, 1, 2, 3]).unwrap();
+        assert!(eventually(Duration::from_secs(3), || clients() > 0));
+        socket2::SockRef::from(&half).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(half);
+        // At once, not after the two seconds that a silent client has.
+        let start = Instant::now();
+        assert!(eventually(Duration::from_secs(3), || clients() == 0));
+        assert!(start.elapsed() < Duration::from_millis(1_500), "{:?}", start.elapsed());
+    }
+    let mut stream = asker.connect();
+    write(&mut stream, &question(1, "web", RecordType::A));
+    assert_eq!(told(&read(&mut stream).unwrap()), "172.30.1.2");
+}
+
 #[test]
 fn a_client_that_stops_in_the_middle_goes_after_two_seconds() {
     let (_house, asker) = scene();

@@ -12,7 +12,7 @@ const BACK: [&str; 2] = ["10.9.2.1/24", "fd09:2::1/64"];
 
 fn zone(bridge: &str, subnets: &[&str], internal: bool) -> Zone {
     let subnets = subnets.iter().map(|subnet| subnet.parse().unwrap()).collect();
-    Zone { bridge: bridge.to_owned(), subnets, internal }
+    Zone { bridge: bridge.to_owned(), subnets, internal, verified: false }
 }
 
 fn opening(protocol: Protocol, at: &str, to: Option<&str>) -> Opening {
@@ -21,7 +21,13 @@ fn opening(protocol: Protocol, at: &str, to: Option<&str>) -> Opening {
 }
 
 fn ruleset(zones: Vec<Zone>, ports: impl IntoIterator<Item = Opening>) -> Ruleset {
-    Ruleset { owner: "demo".to_owned(), zones, ports: ports.into_iter().collect(), gated: true }
+    Ruleset {
+        owner: "demo".to_owned(),
+        zones,
+        ports: ports.into_iter().collect(),
+        replies: Vec::new(),
+        gated: true,
+    }
 }
 
 /// Everything that can be rendered of it.
@@ -49,7 +55,9 @@ fn is_golden(name: &str, ruleset: &Ruleset, docker_user: bool) {
 /// The one of the documentation, and the same where policy rules are the guards.
 #[test]
 fn the_demo_is_as_it_was() {
-    let zones = vec![zone("tg-front", &FRONT, false), zone("tg-back", &BACK[..1], true)];
+    // As it is where port guards work.
+    let zones = [zone("tg-front", &FRONT, false), zone("tg-back", &BACK[..1], true)];
+    let zones = zones.into_iter().map(|zone| Zone { verified: true, ..zone }).collect();
     let ports = [
         opening(Protocol::Tcp, "0.0.0.0:8080", Some("10.9.1.2:80")),
         opening(Protocol::Tcp, "[::]:8080", Some("[fd09:1::2]:80")),
@@ -103,6 +111,23 @@ fn nothing_two_networks_and_rules_of_dockers_users_are_as_they_were() {
     let apart = vec![zone("tg-front", &FRONT[..1], false), zone("tg-back", &BACK[1..], false)];
     is_golden("a-family-each", &ruleset(apart, []), false);
     is_golden("docker-user", &ruleset(zones(), [opening(Protocol::Tcp, "0.0.0.0:8080", None)]), true);
+}
+
+/// Two uplinks with a default route each.
+#[test]
+fn a_host_with_two_uplinks_is_as_it_was() {
+    let ports = [opening(Protocol::Tcp, "0.0.0.0:8080", Some("10.9.1.2:80"))];
+    let host = ruleset(vec![zone("tg-front", &FRONT, false)], ports);
+    let replies = [(1, "203.0.113.0/24"), (2, "2001:db8:2::/64")];
+    let replies = replies.iter().map(|(number, net)| (*number, net.parse().unwrap())).collect();
+    is_golden("two-uplinks", &Ruleset { replies, ..host }, false);
+}
+
+/// Guards at all bridge ports verify sources: no hook does.
+#[test]
+fn verified_sources_are_as_they_were() {
+    let verified = Zone { verified: true, ..zone("tg-front", &FRONT, false) };
+    is_golden("verified", &ruleset(vec![verified], []), false);
 }
 
 /// Two ports that lead to one, and more than go into one rule.

@@ -25,8 +25,12 @@ use tidegate_netns::{Namespace, News};
 #[cfg(test)]
 pub(super) fn rendered(ruleset: &Ruleset, v6: bool, docker_user: bool) -> String {
     let tables = rules::tables(ruleset, if v6 { Family::V6 } else { Family::V4 }, docker_user);
-    rules::restore(&tables, &Saved::of("*raw\n*mangle\n*filter\n*nat\n"), &BTreeSet::new())
+    rules::restore(&tables, &ruleset.owner, &Saved::of("*raw\n*mangle\n*filter\n*nat\n"), &BTreeSet::new())
 }
+
+/// How often in one run the jump to the mark is put behind rules that others append: who appends again
+/// each time shall not keep both of us busy for ever.
+const MOST_MOVES: u32 = 64;
 
 /// The rules of one owner, by the programs that are installed.
 #[derive(Debug)]
@@ -42,6 +46,8 @@ struct Side {
     program: Program,
     /// What was listed of ours when it was applied.
     listed: Vec<String>,
+    /// How often the jump that has to be the last was put behind rules that others had appended.
+    moves: u32,
     /// The tables that are there for us alone. In the kernel a rule says so, for the next one should this process be killed; but rules can be flushed.
     made: BTreeSet<String>,
 }
@@ -52,7 +58,7 @@ impl Side {
     fn open(family: Family) -> io::Result<Self> {
         let program = Program::find(family)?;
         program.save(None)?;
-        Ok(Self { program, listed: Vec::new(), made: BTreeSet::new() })
+        Ok(Self { program, listed: Vec::new(), moves: 0, made: BTreeSet::new() })
     }
 
     fn saved(&self) -> io::Result<Saved> {
@@ -65,7 +71,7 @@ impl Side {
         let tables = rules::tables(ruleset, self.program.family, saved.docker_user().has_rules());
         self.made.extend(saved.made());
         self.made.extend(rules::missing(&tables, &saved));
-        let text = rules::restore(&tables, &saved, &self.made);
+        let text = rules::restore(&tables, &ruleset.owner, &saved, &self.made);
         self.program.restore(&text)?;
         self.listed = self.saved()?.of_owner(&ruleset.owner);
         // Others may have been at it meanwhile. Then it does not hold, and is applied again with the next look.
@@ -75,9 +81,23 @@ impl Side {
         Ok(())
     }
 
-    /// Whether what was put there last is there.
-    fn holds(&self, ruleset: &Ruleset) -> io::Result<bool> {
+    /// Whether what was put there last is there, and the mark is set behind the rules of others.
+    fn holds(&mut self, ruleset: &Ruleset) -> io::Result<bool> {
         let saved = self.saved()?;
+        if let Some(rule) = rules::behind_mark(ruleset, &saved) {
+            if self.moves < MOST_MOVES {
+                self.moves += 1;
+                return Ok(false);
+            }
+            if self.moves == MOST_MOVES {
+                self.moves += 1;
+                tracing::warn!(
+                    rule,
+                    "rule is appended behind the mark of the gates again and again; left there, and what it marks \
+                     reaches no container"
+                );
+            }
+        }
         let asks_docker = self.listed.iter().any(|line| line.ends_with(rules::TO_DOCKER_USER));
         Ok(saved.of_owner(&ruleset.owner) == self.listed && saved.docker_user().has_rules() == asks_docker)
     }
@@ -92,7 +112,7 @@ impl Side {
         let mut made = std::mem::take(&mut self.made);
         made.extend(saved.made());
         if self.program.is_made_of_nftables() && !made.is_empty() {
-            let family = if self.program.family.is_v6() { TableFamily::Ipv6 } else { TableFamily::Ipv4 };
+            let family = table_family(self.program.family);
             let mut connection = Connection::open()?;
             for table in made {
                 connection.remove_unused(family, &table)?;
@@ -148,7 +168,7 @@ impl Backend for Iptables {
         if self.in_force.as_ref() != Some(ruleset) {
             return Ok(false);
         }
-        for side in &self.sides {
+        for side in &mut self.sides {
             if !side.holds(ruleset)? {
                 return Ok(false);
             }
@@ -190,6 +210,17 @@ impl IptablesState {
         Program::is_installed(Family::V4)
     }
 
+    /// Chains in the calling thread's namespace that may change the mark of the gates behind the rules of
+    /// iptables that set it, as `ip nat POSTROUTING`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn mark_setters_behind() -> io::Result<Vec<String>> {
+        /// That of `mangle` (`NF_IP_PRI_MANGLE`).
+        const MANGLE: i32 = -150;
+        Connection::open()?.mark_setters(MANGLE, registry::FORWARD_MARK_MASK)
+    }
+
     /// Of `host`: IPv4, and IPv6. None where it is not installed, or nobody has used it yet.
     ///
     /// # Errors
@@ -206,15 +237,66 @@ impl IptablesState {
     }
 }
 
+impl DockerUser {
+    /// That of `host`, as it is now: of IPv4, and of IPv6. Where nobody has such a chain it costs a
+    /// question to the kernel; else a run of `iptables-save`, which takes 10 s at most.
+    ///
+    /// # Errors
+    /// The kernel or the program did not tell.
+    pub fn of(host: &Namespace) -> io::Result<[Self; 2]> {
+        let of = |family| -> io::Result<Self> {
+            if !may_have_docker_user(family)? {
+                return Ok(Self::default());
+            }
+            Ok(Saved::of(&Program::find(family)?.save(Some("filter"))?).docker_user())
+        };
+        host.with(|| Ok([of(Family::V4)?, of(Family::V6)?]))?
+    }
+}
+
+/// Whether the calling thread's namespace has the chain DOCKER-USER, or may have it: the kernel does not
+/// tell of chains of the legacy variant.
+fn may_have_docker_user(family: Family) -> io::Result<bool> {
+    if is_legacy_in_use(family) {
+        return Ok(true);
+    }
+    let mut connection = match Connection::open() {
+        Ok(connection) => connection,
+        // A kernel without netfilter has no chains.
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    connection.has_chain(table_family(family), "filter", saved::DOCKER_USER)
+}
+
+/// Whether the legacy variant has its table `filter` in `host`, of either family. The kernel sends no
+/// word of changes there.
+pub(crate) fn legacy_is_in_use(host: &Namespace) -> bool {
+    host.with(|| [Family::V4, Family::V6].into_iter().any(is_legacy_in_use)).unwrap_or(false)
+}
+
+/// The same in the calling thread's namespace, of one family.
+fn is_legacy_in_use(family: Family) -> bool {
+    let names = match family {
+        Family::V4 => "ip_tables_names",
+        Family::V6 => "ip6_tables_names",
+    };
+    let names = std::fs::read_to_string(format!("/proc/thread-self/net/{names}")).unwrap_or_default();
+    names.lines().any(|name| name == "filter")
+}
+
+fn table_family(family: Family) -> TableFamily {
+    match family {
+        Family::V4 => TableFamily::Ipv4,
+        Family::V6 => TableFamily::Ipv6,
+    }
+}
+
 /// Whether the calling thread's namespace has the table `filter`, of either variant: without a look at it by its programs, which make it.
 fn is_in_use(family: Family) -> bool {
-    let (table, names) = match family {
-        Family::V4 => (TableFamily::Ipv4, "ip_tables_names"),
-        Family::V6 => (TableFamily::Ipv6, "ip6_tables_names"),
-    };
-    let legacy = std::fs::read_to_string(format!("/proc/thread-self/net/{names}")).unwrap_or_default();
-    let of_nftables = || Connection::open().and_then(|mut connection| connection.has_table(table, "filter"));
-    legacy.lines().any(|name| name == "filter") || of_nftables().unwrap_or(false)
+    let of_nftables =
+        || Connection::open().and_then(|mut connection| connection.has_table(table_family(family), "filter"));
+    is_legacy_in_use(family) || of_nftables().unwrap_or(false)
 }
 
 /// The names of `owner`'s chains, and of the user's.

@@ -33,6 +33,9 @@ pub struct Ruleset {
     pub zones: Vec<Zone>,
     /// The published ports.
     pub ports: BTreeSet<Opening>,
+    /// Which answers of translated ports leave by which [reply path](crate::ReplyPath): the number of
+    /// the path, and the addresses that were asked. The narrowest network decides.
+    pub replies: Vec<(u8, IpNet)>,
     /// Gates at the bridges' exits keep networks closed when the rules are gone, not policy rules.
     pub gated: bool,
 }
@@ -44,8 +47,11 @@ pub struct Zone {
     pub bridge: String,
     /// At most one of each family, not truncated to fewer bits than their prefix.
     pub subnets: Vec<IpNet>,
-    /// It has no way out.
+    /// It has no egress.
     pub internal: bool,
+    /// A guard at each of its bridge ports verifies the source address of every frame. Otherwise
+    /// the rules verify it, in every packet.
+    pub verified: bool,
 }
 
 /// A published port.

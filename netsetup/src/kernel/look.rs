@@ -2,18 +2,19 @@
 
 use super::messages::{first_of_others, is_default, leads, link_of, rule_of, table};
 use super::{Kernel, MAIN, error, is_without_ipv6};
-use crate::{Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
+use crate::{DefaultRoute, Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::LinkMessage;
 use rtnetlink::packet_route::neighbour::{NeighbourAttribute, NeighbourState};
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol};
 use rtnetlink::packet_route::rule::RuleMessage;
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use tidegate_model::registry;
 
 /// A link as it was found.
 pub(super) struct Link {
@@ -37,6 +38,10 @@ pub(super) struct Here {
     indexes: BTreeMap<String, u32>,
     addresses: Vec<(u32, IpNet)>,
     routes: Vec<RouteMessage>,
+    /// Default routes of others in tables beside `main`.
+    elsewhere: Vec<RouteMessage>,
+    /// The same of ours.
+    replies: Vec<RouteMessage>,
     rules: Vec<Rule>,
     first_rule_of_others: Option<u32>,
     /// Static entries of bridges' forwarding databases: the port, and the station behind it.
@@ -64,9 +69,11 @@ impl Here {
             indexes,
             addresses: Vec::new(),
             routes: Vec::new(),
-            rules: Vec::new(),
             first_rule_of_others: None,
             stations: BTreeSet::new(),
+            elsewhere: Vec::new(),
+            replies: Vec::new(),
+            rules: Vec::new(),
         };
         let host = *place == Place::Host;
         if host || asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact)) {
@@ -95,7 +102,15 @@ impl Here {
             if host || asked.iter().any(|fact| leads(fact) && here.has_links_of(fact)) {
                 let listed: Vec<RouteMessage> =
                     handle.route().get(any).execute().try_collect().await.map_err(failed("routes"))?;
-                here.routes.extend(listed.into_iter().filter(|route| table(route) == MAIN));
+                let (main, other): (Vec<_>, Vec<_>) =
+                    listed.into_iter().partition(|route| table(route) == MAIN);
+                here.routes.extend(main);
+                let ours = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
+                let other = other.into_iter().filter(|route| host && is_default(route));
+                let (replies, elsewhere): (Vec<_>, Vec<_>) =
+                    other.partition(|route| route.header.protocol == ours);
+                here.replies.extend(replies);
+                here.elsewhere.extend(elsewhere);
             }
         }
         if host {
@@ -187,6 +202,11 @@ impl Here {
                 }
             }
             Fact::Group { link, group } => self.link(link).is_some_and(|link| link.group == *group),
+            Fact::ReplyRoute { link, table: of, gateway } => self.link(link).is_some_and(|link| {
+                self.replies.iter().any(|route| {
+                    is_default(route) && table(route) == *of && leads(route, link.index, *gateway)
+                })
+            }),
             // Those are no matters of links: `Kernel::observe`.
             Fact::Gate { .. } | Fact::PortGuard { .. } | Fact::GuardTable { .. } | Fact::Ruleset { .. } => {
                 true
@@ -212,6 +232,52 @@ impl Here {
     /// The lowest priority of a policy rule of others that is behind the `local` table's.
     pub(super) fn first_rule_of_others(&self) -> Option<u32> {
         self.first_rule_of_others
+    }
+
+    /// The default routes: of `main` the best one first, then those of other tables.
+    pub(super) fn default_routes(&self) -> Vec<DefaultRoute> {
+        let metric = |route: &RouteMessage| {
+            let metric = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Priority(metric) => Some(*metric),
+                _ => None,
+            });
+            metric.unwrap_or(0)
+        };
+        let mut main: Vec<&RouteMessage> = self.routes.iter().filter(|route| is_default(route)).collect();
+        main.sort_by_key(|route| metric(route));
+        main.into_iter().chain(&self.elsewhere).flat_map(|route| self.hops(route)).collect()
+    }
+
+    fn hops(&self, route: &RouteMessage) -> Vec<DefaultRoute> {
+        let v6 = route.header.address_family == AddressFamily::Inet6;
+        let of = |index: u32, attributes: &[RouteAttribute], shared: bool| {
+            let gateway = attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => Some(IpAddr::from(*ip)),
+                RouteAttribute::Gateway(RouteAddress::Inet6(ip)) => Some(IpAddr::from(*ip)),
+                _ => None,
+            });
+            let own = self.addresses.iter().filter(|(link, net)| {
+                *link == index && net.addr().is_ipv6() == v6 && !is_link_local(net.addr())
+            });
+            Some(DefaultRoute {
+                link: self.links.get(&index)?.name.clone(),
+                v6,
+                table: Some(table(route)).filter(|table| *table != MAIN),
+                gateway,
+                shared,
+                nets: own.map(|(_, net)| net.trunc()).collect(),
+            })
+        };
+        let mut hops = Vec::new();
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => hops.extend(of(*index, &route.attributes, false)),
+                RouteAttribute::MultiPath(several) => hops
+                    .extend(several.iter().filter_map(|hop| of(hop.interface_index, &hop.attributes, true))),
+                _ => {}
+            }
+        }
+        hops
     }
 
     pub(super) fn default_mtu(&self) -> Option<u32> {

@@ -103,11 +103,21 @@ pub(super) fn default_route(by: u32, gateway: IpAddr) -> RouteMessage {
     }
 }
 
+/// The same in the table `table`.
+pub(super) fn reply_route(by: u32, gateway: IpAddr, table: u32) -> RouteMessage {
+    let mut route = default_route(by, gateway);
+    // What has no room in the header is in the attribute alone (`RT_TABLE_UNSPEC`).
+    route.header.table = 0;
+    route.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Table(_)));
+    route.attributes.push(RouteAttribute::Table(table));
+    route
+}
+
 pub(super) fn message_of(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = if rule.v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
     message.header.action = match rule.reach {
-        Reach::Main | Reach::Table(_) => RuleAction::ToTable,
+        Reach::Main | Reach::MainButDefault | Reach::Table(_) => RuleAction::ToTable,
         Reach::Nothing => RuleAction::Unreachable,
         Reach::Silence => RuleAction::Blackhole,
     };
@@ -119,6 +129,11 @@ pub(super) fn message_of(rule: &Rule) -> RuleMessage {
             message.header.table = MAIN as u8;
             attributes.push(RuleAttribute::Table(MAIN));
         }
+        Reach::MainButDefault => {
+            message.header.table = MAIN as u8;
+            attributes.push(RuleAttribute::Table(MAIN));
+            attributes.push(RuleAttribute::SuppressPrefixLen(0));
+        }
         // What has no room in the header is in the attribute alone.
         Reach::Table(table) => attributes.push(RuleAttribute::Table(table)),
         Reach::Nothing | Reach::Silence => {}
@@ -129,6 +144,10 @@ pub(super) fn message_of(rule: &Rule) -> RuleMessage {
     if rule.marked {
         attributes.push(RuleAttribute::FwMark(registry::FORWARD_MARK));
         attributes.push(RuleAttribute::FwMask(registry::FORWARD_MARK_MASK));
+    }
+    if rule.uplink != 0 {
+        attributes.push(RuleAttribute::FwMark(registry::uplink_mark(rule.uplink)));
+        attributes.push(RuleAttribute::FwMask(registry::UPLINK_MARK_MASK));
     }
     if let Some(to) = &rule.to {
         message.header.dst_len = to.prefix_len();
@@ -177,10 +196,14 @@ pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
         v6: message.header.family == AddressFamily::Inet6,
         from_interface: None,
         to: None,
+        uplink: 0,
         marked: message.attributes.contains(&RuleAttribute::FwMark(registry::FORWARD_MARK)),
         reach: match message.header.action {
             RuleAction::ToTable => match message.attributes.iter().find_map(table_of) {
                 Some(table) if table != MAIN => Reach::Table(table),
+                _ if message.attributes.contains(&RuleAttribute::SuppressPrefixLen(0)) => {
+                    Reach::MainButDefault
+                }
                 _ => Reach::Main,
             },
             RuleAction::Unreachable => Reach::Nothing,
@@ -191,6 +214,10 @@ pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::FwMark(mark) => {
+                let of = |number: &u8| registry::uplink_mark(*number) == *mark;
+                rule.uplink = (1..=registry::UPLINKS).find(of).unwrap_or(0);
+            }
             RuleAttribute::Iifname(name) => rule.from_interface = Some(name.clone()),
             RuleAttribute::Destination(ip) => rule.to = IpNet::new(*ip, message.header.dst_len).ok(),
             _ => {}

@@ -106,7 +106,7 @@ fn some_desired() -> impl Strategy<Value = Desired> {
         let uplinks = uplinks
             .map(|(number, (v4, v6))| Uplink { link: format!("eth{number}"), v4, v6, ours: number != 0 })
             .collect();
-        Desired { networks, endpoints, uplinks, rules_ahead, guards }
+        Desired { networks, endpoints, uplinks, rules_ahead, guards, ..Desired::default() }
     })
 }
 

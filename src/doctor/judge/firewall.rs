@@ -72,7 +72,12 @@ pub(super) fn iptables(host: &Host) -> Row {
     let Some(state) = states.iter().flatten().next() else {
         return Row::ok(IPTABLES, "is installed, and nobody uses it");
     };
-    let details: Vec<String> = states.iter().flatten().flat_map(told).collect();
+    let mut details: Vec<String> = states.iter().flatten().flat_map(told).collect();
+    details.extend(host.mark_setters.iter().map(|chain| {
+        format!(
+            "{chain} may change the mark by which packets pass the gates; use --firewall=nftables beside it"
+        )
+    }));
     let row = if details.is_empty() {
         Row::ok(IPTABLES, format!("{}; nothing there is in the way", state.version))
     } else {

@@ -43,6 +43,7 @@ fn good() -> Host {
         },
         iptables: Ok([None, None]),
         iptables_installed: true,
+        mark_setters: Vec::new(),
         routes: Ok(vec![("203.0.113.0/24".parse().unwrap(), "eth0".into())]),
         services: Ok(Vec::new()),
         limits: Limits {
@@ -372,7 +373,7 @@ fn a_firewall_is_chosen_and_the_reason_is_told() {
         let state = IptablesState {
             version: "iptables v1.8.9 (legacy)".into(),
             forward_drops: rules.is_empty(),
-            docker_user: DockerUser { rules },
+            docker_user: DockerUser { rules, forward: true },
         };
         Host { iptables: Ok([Some(state), None]), ..good() }
     };
@@ -382,6 +383,8 @@ fn a_firewall_is_chosen_and_the_reason_is_told() {
     let rules =
         docker(&["-A DOCKER-USER -s 192.0.2.0/24 -j DROP", "-A DOCKER-USER -p tcp --dport 80 -j DROP"]);
     expect("firewall", &rules, Verdict::Note, "takes iptables: the chain DOCKER-USER has rules");
+    let marks = Host { mark_setters: vec!["ip nat POSTROUTING".to_owned()], ..docker(&[]) };
+    assert!(row("iptables", &marks).details.iter().any(|line| line.starts_with("ip nat POSTROUTING may")));
     let details = row("iptables", &rules).details;
     assert!(details[0].ends_with("-j DROP (it holds for published ports)"), "{details:?}");
     assert!(details[1].ends_with("ports are published by the kernel)"), "{details:?}");

@@ -46,6 +46,7 @@ pub(super) fn host() -> Host {
         },
         iptables: iptables(),
         iptables_installed: IptablesState::is_installed(),
+        mark_setters: mark_setters(),
         routes: routes().map_err(|error| said(&error)),
         services: services(),
         limits: limits(),
@@ -90,6 +91,12 @@ fn iptables() -> Found<[Option<IptablesState>; 2]> {
     }
     let here = Namespace::current().map_err(|error| format!("/proc/thread-self/ns/net: {}", said(&error)))?;
     IptablesState::of(&here).map_err(|error| said(&error))
+}
+
+/// None where nobody may ask, or nothing is there.
+fn mark_setters() -> Vec<String> {
+    let setters = || Namespace::current().and_then(|here| here.with(IptablesState::mark_setters_behind)?);
+    setters().unwrap_or_default()
 }
 
 fn routes() -> io::Result<Vec<(IpNet, String)>> {

@@ -1,8 +1,8 @@
 //! The ruleset as chains and rules, and what iptables-restore is told to have them. Pure.
 //!
-//! What may pass the gates is marked in `mangle`: chains of others before ours may accept it in `filter`. Where policy rules are the guards, it has to be marked before
-//! routing, and no chain is asked between that and destination NAT: so it is told by what the connection began with, and the first packet of a translated one is marked in
-//! `nat` beside its translation.
+//! What may pass the gates is marked in POSTROUTING of `mangle`: the last chain that every packet passes, and behind the rules of others there, which neither see the mark nor
+//! change it. (Chains of others before ours may accept a packet in `filter`.) Where policy rules are the guards, it has to be marked before routing, and no chain is asked
+//! between that and destination NAT: so it is told by what the connection began with, and the first packet of a translated one is marked in `nat` beside its translation.
 
 use super::program::Family;
 use super::saved::{DOCKER_USER, Saved};
@@ -32,6 +32,13 @@ pub(super) struct Table {
     jumps: Vec<(&'static str, String)>,
 }
 
+impl Table {
+    /// Whether its jump in `from` comes behind all rules of others, not before them.
+    fn is_last(&self, from: &str) -> bool {
+        self.name == "mangle" && from != "FORWARD"
+    }
+}
+
 /// What the names of `owner`'s chains begin with: what fits of his name, and what tells him from others.
 pub(super) fn prefix(owner: &str) -> String {
     let hash = registry::fnv1a(owner.as_bytes());
@@ -46,10 +53,17 @@ pub(super) fn tables(ruleset: &Ruleset, family: Family, docker_user: bool) -> Ve
     vec![with.raw(), with.mangle(), with.filter(), with.nat()]
 }
 
+/// The first rule of others that is asked behind the one that sets the mark, and may change it.
+pub(super) fn behind_mark<'a>(ruleset: &Ruleset, saved: &'a Saved) -> Option<&'a str> {
+    let from = if ruleset.gated { "POSTROUTING" } else { "PREROUTING" };
+    saved.behind("mangle", from, &format!("{}-MARK", prefix(&ruleset.owner))).next()
+}
+
 /// How many lines [`Saved::of_owner`] has where `text` was carried out: chains, the user's among them, rules and jumps.
 pub(super) fn count(text: &str, tables: &[Table]) -> usize {
     let chains: usize = tables.iter().map(|table| table.chains.len() + table.jumps.len()).sum();
-    let rules = text.lines().filter(|line| line.starts_with("-A ")).count();
+    let ours = format!("-A {}", registry::IPTABLES_CHAIN_PREFIX);
+    let rules = text.lines().filter(|line| line.starts_with(&ours)).count();
     chains + rules + 1
 }
 
@@ -118,19 +132,35 @@ impl With<'_> {
                 "claims to come from a container",
             ));
         }
+        let zones = &self.ruleset.zones;
+        for zone @ Zone { bridge, .. } in zones.iter().filter(|zone| !zone.verified) {
+            let own = subnets_of(zone).filter(|subnet| self.is_of(subnet.addr()));
+            rules.extend(own.map(|own| {
+                let why = "has a source address that is not of its network";
+                rule(&format!("! -s {own} -i {bridge}"), &self.chain("SOURCE"), why)
+            }));
+        }
         for (Zone { bridge, .. }, subnet) in self.subnets().filter(|(zone, _)| zone.internal) {
             for net in on_link(self.family.is_v6()) {
                 let why = "what neighbours need to find each other";
-                rules.push(rule(&format!("-d {net} -i {bridge}"), "RETURN", why));
+                rules.push(rule(&format!("-d {net} -i {bridge} -p ipv6-icmp"), "RETURN", why));
             }
-            let why = "an internal network reaches nothing of the host but its gateway";
-            rules.push(rule(&format!("! -d {subnet} -i {bridge}"), "DROP", why));
+            rules.push(rule(&format!("! -d {subnet} -i {bridge}"), "DROP", GATEWAY_ALONE));
         }
         let loopback = grouped(self.ports().filter(|port| port.address.is_loopback()));
         rules.extend(loopback.iter().map(|matches| {
             rule(matches, &stray, "published on a loopback address, and asked for from elsewhere")
         }));
-        self.table("raw", vec![(stray, strays), (self.chain("RAW"), rules)], &[("PREROUTING", "RAW")])
+        // Link-local addresses belong to no subnet, and who looks for duplicates of its address has
+        // none yet (RFC 4862, section 5.4.2). The kernel forwards neither.
+        let mut sources = Vec::new();
+        if self.family.is_v6() {
+            let why = "as neighbours have it";
+            sources.extend(["fe80::/10", "::/128"].map(|net| rule(&format!("-s {net}"), "RETURN", why)));
+        }
+        sources.push(rule("", "DROP", "from nobody in this network"));
+        let chains = vec![(stray, strays), (self.chain("SOURCE"), sources), (self.chain("RAW"), rules)];
+        self.table("raw", chains, &[("PREROUTING", "RAW")])
     }
 
     fn mangle(&self) -> Table {
@@ -148,7 +178,7 @@ impl With<'_> {
                 )
             });
             rules.extend(to);
-            return self.table("mangle", vec![(self.chain("MARK"), rules)], &[("FORWARD", "MARK")]);
+            return self.marking(rules, "POSTROUTING");
         }
         for (zone, subnet) in self.subnets() {
             if !zone.internal {
@@ -164,7 +194,47 @@ impl With<'_> {
                 "may be forwarded: it came by a published port",
             ));
         }
-        self.table("mangle", vec![(self.chain("MARK"), rules)], &[("PREROUTING", "MARK")])
+        self.marking(rules, "PREROUTING")
+    }
+
+    /// The table in which `rules` set the mark, behind the rules of others in the chain `from`: so
+    /// that those neither see it nor change it.
+    fn marking(&self, rules: Vec<String>, from: &'static str) -> Table {
+        let mut chains = vec![(self.chain("MARK"), rules)];
+        let mut jumps = vec![(from, "MARK")];
+        let marks = |value: fn(u8) -> u32| -> Vec<String> {
+            let replies = self.ruleset.replies.iter().filter(|(_, net)| self.is_of(net.addr()));
+            replies
+                .flat_map(|(number, net)| {
+                    let mark =
+                        format!("MARK --set-xmark {:#x}/{:#x}", value(*number), registry::UPLINK_MARK_MASK);
+                    let asked = format!("-m conntrack --ctorigdst {net}");
+                    let why = "asked at an address of that uplink";
+                    [rule(&asked, &mark, why), rule(&asked, "RETURN", why)]
+                })
+                .collect()
+        };
+        if self.ruleset.replies.iter().any(|(_, net)| self.is_of(net.addr())) {
+            // What was asked tells the uplink; the mark of the connection is others'.
+            let answers = |chain: &str| -> Vec<String> {
+                let chain = self.chain(chain);
+                let zones = self.ruleset.zones.iter().filter(|zone| !zone.internal);
+                zones
+                    .map(|Zone { bridge, .. }| {
+                        let answer = format!("-i {bridge} -m conntrack --ctstate DNAT --ctdir REPLY");
+                        rule(&answer, &chain, "an answer of a translated port")
+                    })
+                    .collect()
+            };
+            chains.extend([
+                (self.chain("ASKED"), marks(registry::uplink_mark)),
+                (self.chain("ROUTED"), marks(|_| 0)),
+                (self.chain("ROUTE"), answers("ASKED")),
+                (self.chain("FORWARD"), answers("ROUTED")),
+            ]);
+            jumps.extend([("PREROUTING", "ROUTE"), ("FORWARD", "FORWARD")]);
+        }
+        self.table("mangle", chains, &jumps)
     }
 
     fn filter(&self) -> Table {
@@ -235,6 +305,11 @@ impl With<'_> {
         }
 
         let mut input = vec![rule("-i lo", "RETURN", "the host asks itself: nothing that is forwarded")];
+        // The broadcast address of the subnet is in the subnet. Neighbour discovery is multicast.
+        let but = if self.family.is_v6() { " ! -p ipv6-icmp" } else { "" };
+        input.extend(zones.iter().filter(|zone| zone.internal).map(|Zone { bridge, .. }| {
+            rule(&format!("-i {bridge}{but} -m addrtype ! --dst-type LOCAL"), "DROP", GATEWAY_ALONE)
+        }));
         input.extend(grouped(self.ports().filter(|port| !port.address.is_loopback())).iter().map(
             |matches| {
                 rule(
@@ -288,8 +363,11 @@ impl With<'_> {
         let own = zones.iter().map(|zone| zone.bridge.as_str()).chain(["lo"]);
         let mut masquerade: Vec<_> =
             own.map(|link| rule(&format!("-o {link}"), "RETURN", "stays on the host")).collect();
-        masquerade.extend(self.subnets().filter(|(zone, _)| !zone.internal).map(|(_, subnet)| {
-            rule(&format!("-s {subnet}"), "MASQUERADE", "leaves with the host's address")
+        // By the pair of interfaces what is forwarded, whatever its source (the kernel gives the input
+        // interface there from Linux 5.7 on); by the source what a process sends from a gateway's address.
+        masquerade.extend(self.subnets().filter(|(zone, _)| !zone.internal).flat_map(|(zone, subnet)| {
+            [format!("-i {}", zone.bridge), format!("-s {subnet}")]
+                .map(|matches| rule(&matches, "MASQUERADE", "leaves with the host's address"))
         }));
         let chains = vec![
             (self.chain("PORTS"), ports),
@@ -299,6 +377,8 @@ impl With<'_> {
         self.table("nat", chains, &[("PREROUTING", "DNAT"), ("POSTROUTING", "SNAT")])
     }
 }
+
+const GATEWAY_ALONE: &str = "an internal network reaches nothing of the host but its gateway";
 
 /// A rule without its chain.
 fn rule(matches: &str, target: &str, why: &str) -> String {
@@ -341,8 +421,8 @@ fn grouped<'a>(ports: impl Iterator<Item = &'a Opening>) -> Vec<String> {
     rules
 }
 
-/// What iptables-restore is told with `--noflush`, where `saved` is there. Tables in `made` are known to be there for us alone.
-pub(super) fn restore(tables: &[Table], saved: &Saved, made: &BTreeSet<String>) -> String {
+/// What iptables-restore is told with `--noflush`, to have `tables` of `owner` where `saved` is there. Tables in `made` are known to be there for us alone.
+pub(super) fn restore(tables: &[Table], owner: &str, saved: &Saved, made: &BTreeSet<String>) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
     for table in tables {
@@ -365,11 +445,31 @@ pub(super) fn restore(tables: &[Table], saved: &Saved, made: &BTreeSet<String>) 
         }
         for (from, to) in &table.jumps {
             let there = saved.count(table.name, &format!("-A {from} -j {to}"));
-            if there == 0 {
-                let _ = writeln!(text, "-I {from} -j {to}");
+            // Elsewhere than it has to be it goes, and is made anew.
+            let last = table.is_last(from);
+            let moves = last && saved.behind(table.name, from, to).next().is_some();
+            if there == 0 || moves {
+                let how = if last { "-A" } else { "-I" };
+                let _ = writeln!(text, "{how} {from} -j {to}");
             }
-            for _ in 1..there {
+            // The first of several is deleted, which is not the one that was appended.
+            for _ in usize::from(!moves)..there {
                 let _ = writeln!(text, "-D {from} -j {to}");
+            }
+        }
+        // What an earlier ruleset needed, or an earlier version.
+        for (from, to) in saved.jumps(table.name, owner) {
+            if !table.jumps.iter().any(|jump| *jump == (from, to.to_owned())) {
+                let _ = writeln!(text, "-D {from} -j {to}");
+            }
+        }
+        let left: Vec<&str> = saved
+            .chains_of(table.name, owner)
+            .filter(|left| !table.chains.iter().any(|(chain, _)| chain == left))
+            .collect();
+        for how in ["-F", "-X"] {
+            for chain in &left {
+                let _ = writeln!(text, "{how} {chain}");
             }
         }
         let _ = writeln!(text, "COMMIT");
@@ -379,21 +479,14 @@ pub(super) fn restore(tables: &[Table], saved: &Saved, made: &BTreeSet<String>) 
 
 /// What it is told to remove all of `owner` that `saved` has; empty if it has nothing.
 pub(super) fn removal(saved: &Saved, owner: &str) -> String {
-    // Where it is jumped from differs with what stands behind the rules.
-    let with = |gated| Ruleset { owner: owner.to_owned(), gated, ..Ruleset::default() };
-    let [ours, others] = [true, false].map(|gated| tables(&with(gated), Family::V4, false));
     let mut text = String::new();
-    for (table, other) in ours.iter().zip(&others) {
+    for table in ["raw", "mangle", "filter", "nat"] {
         let mut lines = String::new();
-        for (from, to) in
-            table.jumps.iter().chain(other.jumps.iter().filter(|jump| !table.jumps.contains(jump)))
-        {
-            for _ in 0..saved.count(table.name, &format!("-A {from} -j {to}")) {
-                let _ = writeln!(lines, "-D {from} -j {to}");
-            }
+        for (from, to) in saved.jumps(table, owner) {
+            let _ = writeln!(lines, "-D {from} -j {to}");
         }
-        let chains: Vec<&str> = saved.chains_of(table.name, owner).collect();
-        let users = table.name == "filter"
+        let chains: Vec<&str> = saved.chains_of(table, owner).collect();
+        let users = table == "filter"
             && saved.has_chain("filter", registry::USER_CHAIN)
             && saved.user_chain_is_owners_alone(owner);
         for chain in &chains {
@@ -403,7 +496,7 @@ pub(super) fn removal(saved: &Saved, owner: &str) -> String {
             let _ = writeln!(lines, "-X {chain}");
         }
         if !lines.is_empty() {
-            let _ = write!(text, "*{}\n{lines}COMMIT\n", table.name);
+            let _ = write!(text, "*{table}\n{lines}COMMIT\n");
         }
     }
     text
@@ -449,7 +542,7 @@ mod tests {
         let saved = Saved::of(&format!(
             "*raw\n:PREROUTING ACCEPT [0:0]\n:{chain} - [0:0]\n-A PREROUTING -j {chain}\n-A PREROUTING -j {chain}\nCOMMIT\n"
         ));
-        let text = restore(&tables(&ruleset, Family::V4, false)[..1], &saved, &BTreeSet::new());
+        let text = restore(&tables(&ruleset, Family::V4, false)[..1], "demo", &saved, &BTreeSet::new());
         assert!(!text.contains("-I PREROUTING"), "{text}");
         assert_eq!(text.matches("-D PREROUTING").count(), 1, "{text}");
         assert!(!text.contains(TABLE_MADE), "{text}");
@@ -458,7 +551,7 @@ mod tests {
         assert!(text.contains(&format!("-X {chain}")), "{text}");
         assert_eq!(removal(&saved, "other"), "");
         let mark = format!("{}-MARK", prefix("demo"));
-        for hook in ["PREROUTING", "FORWARD"] {
+        for hook in ["PREROUTING", "POSTROUTING", "FORWARD"] {
             let saved = Saved::of(&format!(
                 "*mangle\n:{hook} ACCEPT [0:0]\n:{mark} - [0:0]\n-A {hook} -j {mark}\nCOMMIT\n"
             ));

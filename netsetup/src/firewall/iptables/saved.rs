@@ -70,6 +70,57 @@ impl Saved {
         self.table(table).map_or(0, |table| table.rules.iter().filter(|line| *line == rule).count())
     }
 
+    /// The jumps from built-in chains of `table` to chains of `owner`, one for each rule.
+    pub(super) fn jumps<'a>(
+        &'a self,
+        table: &str,
+        owner: &'a str,
+    ) -> impl Iterator<Item = (&'a str, &'a str)> {
+        let rules = self.table(table).into_iter().flat_map(|table| &table.rules);
+        rules.filter_map(move |rule| {
+            let (from, to) = rule.strip_prefix("-A ")?.split_once(" -j ")?;
+            let is_jump = !from.contains(' ') && !is_of_owner(from, owner) && is_of_owner(to, owner);
+            (is_jump && to != registry::USER_CHAIN).then_some((from, to))
+        })
+    }
+
+    /// The rules of others in the chain `from` behind the first jump to `to` that may change a
+    /// packet mark. One that leads to a chain may, whatever is in that.
+    pub(super) fn behind<'a>(
+        &'a self,
+        table: &str,
+        from: &'a str,
+        to: &str,
+    ) -> impl Iterator<Item = &'a str> {
+        /// Targets that leave the mark alone (iptables-extensions(8)).
+        const HARMLESS: [&str; 16] = [
+            "ACCEPT",
+            "CHECKSUM",
+            "CLASSIFY",
+            "DROP",
+            "DSCP",
+            "ECN",
+            "HL",
+            "LOG",
+            "NFLOG",
+            "RETURN",
+            "TCPMSS",
+            "TCPOPTSTRIP",
+            "TEE",
+            "TOS",
+            "TRACE",
+            "TTL",
+        ];
+        let jump = format!("-A {from} -j {to}");
+        let rules = self.table(table).into_iter().flat_map(move |table| table.rules_of(from));
+        let behind = rules.skip_while(move |rule| *rule != jump).skip(1);
+        behind.filter(|rule| {
+            let mut words = rule.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
+            words.nth(1).is_some_and(|target| !HARMLESS.contains(&target))
+                && !rule.contains(&format!(" {}", registry::IPTABLES_CHAIN_PREFIX))
+        })
+    }
+
     /// Whether the user's chain is empty, and nobody but `owner` leads there.
     pub(super) fn user_chain_is_owners_alone(&self, owner: &str) -> bool {
         self.table("filter").is_some_and(|table| {
@@ -137,7 +188,8 @@ impl Saved {
                 }
             }
         }
-        DockerUser { rules }
+        let forward = table.rules_of("FORWARD").any(|rule| rule.ends_with(rules::TO_DOCKER_USER));
+        DockerUser { rules, forward }
     }
 }
 
@@ -149,6 +201,8 @@ pub(super) const DOCKER_USER: &str = "DOCKER-USER";
 pub struct DockerUser {
     /// Its rules, without the `RETURN` that Docker puts there.
     pub rules: Vec<UserRule>,
+    /// FORWARD jumps there, so that it is asked of what the kernel forwards.
+    pub forward: bool,
 }
 
 impl DockerUser {
