@@ -192,6 +192,10 @@ pub const ENGINE_ADDRESSES: [IpAddr; 2] = [
 /// the upper half, as in [`MARK`]. iproute2's groups are small numbers.
 pub const DELETION_GROUP: u32 = 0x7467_0000;
 
+/// The alias (ip-link(8), `alias`) of the bridge of an internal network, by which other projects on the host know that
+/// its members reach none of their ports.
+pub const INTERNAL_ALIAS: &str = "tidegate internal network";
+
 /// What every network interface that tidegate makes on the host begins with. A name has at most 15 bytes
 /// (`IFNAMSIZ` less the NUL), which leaves 13 behind the prefix.
 pub const INTERFACE_PREFIX: &str = "tg";

@@ -127,7 +127,8 @@ impl Network {
     /// The facts of the network itself, in the order to make them. What closes it comes before it is up.
     pub(crate) fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {
         let link = self.bridge.name.clone();
-        let mut facts = vec![Fact::Bridge { interface: self.bridge.clone(), mtu: self.mtu }];
+        let mut facts =
+            vec![Fact::Bridge { interface: self.bridge.clone(), mtu: self.mtu, internal: self.internal }];
         facts.extend(isolation.facts(self));
         facts.extend(self.subnets.iter().filter_map(|Subnet { subnet, gateway }| {
             let address = IpNet::new(*gateway, subnet.prefix_len()).ok()?;

@@ -94,6 +94,9 @@ pub enum Fact {
         interface: Interface,
         /// Bytes that fit into one packet.
         mtu: u32,
+        /// It is that of an internal network, which its [alias](tidegate_model::registry::INTERNAL_ALIAS) says.
+        #[serde(default)]
+        internal: bool,
     },
     /// There is a veth pair: one end on the host, the other with the endpoint.
     Veth {

@@ -255,7 +255,11 @@ mod tests {
         let path = directory.path().join("demo.journal");
         let mut journal = Journal::open(&path).unwrap();
         let mac = crate::Mac([2, 0, 0, 0, 0, 1]);
-        let bridge = Fact::Bridge { interface: crate::Interface { name: "a".into(), mac }, mtu: 1500 };
+        let bridge = Fact::Bridge {
+            interface: crate::Interface { name: "a".into(), mac },
+            mtu: 1500,
+            internal: false,
+        };
         journal.before(&[bridge.clone(), up("a"), up("b")].map(Op::Add)).unwrap();
         journal.after(&[Op::Remove(bridge)]).unwrap();
         assert_eq!(journal.facts(), [up("b")]);

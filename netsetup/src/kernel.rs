@@ -156,6 +156,7 @@ impl Kernel {
                 observed.routes = here.reached();
                 observed.default_mtu = here.default_mtu();
                 observed.first_rule_of_others = here.first_rule_of_others();
+                observed.internal_bridges = here.internal_bridges();
                 observed.default_routes = here.default_routes();
                 observed.uplinks = self.uplinks(&here);
                 observed.forwarding = self.forwarding(&observed.uplinks);
@@ -335,9 +336,17 @@ impl Kernel {
 
     async fn add(&mut self, fact: &Fact) -> io::Result<()> {
         match fact {
-            Fact::Bridge { interface, mtu } => {
+            Fact::Bridge { interface, mtu, internal } => {
                 let bridge = LinkBridge::new(&interface.name).address(interface.mac.0.to_vec()).mtu(*mtu);
-                self.host()?.link().add(bridge.build()).execute().await.map_err(error)
+                self.host()?.link().add(bridge.build()).execute().await.map_err(error)?;
+                if !internal {
+                    return Ok(());
+                }
+                // Not with the link: `rtnl_create_link` (net/core/rtnetlink.c) knows no alias.
+                let index = self.index(&Place::Host, &interface.name).await?;
+                let alias = LinkAttribute::IfAlias(registry::INTERNAL_ALIAS.to_owned());
+                let message = LinkUnspec::new_with_index(index).append_extra_attribute(alias).build();
+                self.host()?.link().set(message).execute().await.map_err(error)
             }
             Fact::Veth { interface, endpoint, inside, mtu } => {
                 let namespace =

@@ -35,6 +35,8 @@ pub struct Observed {
     pub default_mtu: Option<u32>,
     /// Of a host that forwards for nobody, the links by which answers to containers could come: those that have an address.
     pub uplinks: Vec<Uplink>,
+    /// The numbers of bridges of internal networks, ours and those of other projects.
+    pub internal_bridges: BTreeSet<u32>,
     /// The lowest priority among the policy rules of others that are behind the `local` table's, if one precedes `main`.
     pub first_rule_of_others: Option<u32>,
     /// The default routes of the host: of `main` the best one first, then those of other tables.

@@ -18,6 +18,7 @@
 //! | | an address in a subnet of another network | no |
 //! | | link-local, multicast, broadcast | where the endpoint is attached to it |
 //! | | another address of the host | yes |
+//! | bridge of an internal network of another project | any | no |
 //! | any other interface | an address in a subnet of ours | no |
 //! | | anything else | yes, unless the client claims an address in a subnet of ours |
 //! | unknown | any | no |
@@ -76,20 +77,24 @@ impl GatewayNetwork {
 /// The networks of a project: one value for all its ports, so that a bridge that is made again is
 /// known at all of them at once.
 #[derive(Debug, Default)]
-pub struct GatewayNetworks(RwLock<Vec<GatewayNetwork>>);
+pub struct GatewayNetworks {
+    networks: RwLock<Vec<GatewayNetwork>>,
+    /// Bridges of internal networks of other projects on this host.
+    internal_of_others: RwLock<BTreeSet<u32>>,
+}
 
 impl GatewayNetworks {
     /// With these networks.
     #[must_use]
     pub fn new(networks: Vec<GatewayNetwork>) -> Self {
-        Self(RwLock::new(networks))
+        Self { networks: RwLock::new(networks), internal_of_others: RwLock::default() }
     }
 
     /// Notes the index of each bridge, by the name of its network. One without an index is missing.
     /// Returns the names of the networks whose bridge is another one now.
     pub fn set_bridges(&self, indexes: &BTreeMap<String, u32>) -> Vec<String> {
         let mut changed = Vec::new();
-        for network in &mut *self.0.write().unwrap_or_else(PoisonError::into_inner) {
+        for network in &mut *self.networks.write().unwrap_or_else(PoisonError::into_inner) {
             let (Bridge::Present(old) | Bridge::Missing(old)) = network.bridge;
             let index = indexes.get(&network.name).copied();
             network.bridge = index.map_or(Bridge::Missing(old), Bridge::Present);
@@ -100,9 +105,19 @@ impl GatewayNetworks {
         changed
     }
 
+    /// Notes the indexes of bridges of internal networks; those of this project may be among them.
+    pub fn set_internal_of_others(&self, indexes: BTreeSet<u32>) {
+        *self.internal_of_others.write().unwrap_or_else(PoisonError::into_inner) = indexes;
+    }
+
     /// For one decision: no system call is made while this is held.
     fn read(&self) -> RwLockReadGuard<'_, Vec<GatewayNetwork>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.networks.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `interface` is the bridge of an internal network of another project, if it is none of ours.
+    fn is_internal_of_others(&self, interface: u32) -> bool {
+        self.internal_of_others.read().unwrap_or_else(PoisonError::into_inner).contains(&interface)
     }
 }
 
@@ -149,10 +164,12 @@ impl GatewayAcl {
     #[must_use]
     pub fn denies(&self, ingress: &Ingress) -> bool {
         let Some(networks) = &self.networks else { return false };
-        !self.allows(&networks.read(), ingress)
+        let of_others = networks.is_internal_of_others(ingress.interface);
+        !self.allows(&networks.read(), of_others, ingress)
     }
 
-    fn allows(&self, networks: &[GatewayNetwork], ingress: &Ingress) -> bool {
+    /// `of_others` says that the interface, unless it is one of ours, is the bridge of an internal network.
+    fn allows(&self, networks: &[GatewayNetwork], of_others: bool, ingress: &Ingress) -> bool {
         let &Ingress { destination, to_group, interface, handshake, .. } = ingress;
         let client = canonical(ingress.client).ip();
         let Some(destination) = destination.map(|address| address.to_canonical()) else { return false };
@@ -174,6 +191,7 @@ impl GatewayAcl {
         }
         match networks.iter().find(|network| network.bridge == Bridge::Present(interface)) {
             Some(network) => self.allows_member(networks, network, client, destination, to_group, handshake),
+            None if of_others => false,
             None => !networks.iter().any(|network| {
                 let could_be_it = matches!(network.bridge, Bridge::Missing(old) if interface > old);
                 network.contains(client) || network.contains(destination) || could_be_it
@@ -394,6 +412,23 @@ mod tests {
         networks.set_bridges(&indexes(None));
         assert!(!port.denies(&connection(vpn, "192.0.2.7", "203.0.113.1")));
         assert!(port.denies(&connection(again + 1, "192.0.2.7", "203.0.113.1")));
+    }
+
+    #[test]
+    fn an_internal_network_of_another_project_reaches_nothing() {
+        const THEIRS: u32 = 30;
+        let networks = networks();
+        let port = GatewayAcl::new(Arc::clone(&networks), ["front".to_owned(), "shut".to_owned()]);
+        let asked = [
+            connection(THEIRS, "10.78.3.7", "203.0.113.1"),
+            connection(THEIRS, "fe80::7", "fe80::3"),
+            datagram(THEIRS, "fe80::7", "ff02::1"),
+        ];
+        assert!(asked.iter().all(|ingress| !port.denies(ingress)), "not known to be one");
+        networks.set_internal_of_others([THEIRS, SHUT].into());
+        assert!(asked.iter().all(|ingress| port.denies(ingress)));
+        assert!(!port.denies(&connection(SHUT, "10.77.3.7", "10.77.3.1")), "ours");
+        assert!(!port.denies(&connection(UPLINK, "203.0.113.9", "203.0.113.1")));
     }
 
     /// As an ordinary user: the sockets are the host's, the bridges are not.

@@ -270,6 +270,7 @@ impl Instance {
 
     async fn put_right(&mut self) -> Result<usize, SetupError> {
         let observed = self.setup.surroundings().await?;
+        self.up.gateway_networks.set_internal_of_others(observed.internal_bridges.clone());
         let desired = &mut self.up.layout.desired;
         let ahead = rules_ahead(&observed);
         if ahead != desired.rules_ahead {

@@ -360,6 +360,7 @@ impl Up {
             of_a_service * namespaces.len() + names::SHARED_DESCRIPTORS + MAX_CLIENTS;
         let bridges = bridge_indexes(&layout, ground.networks()).context("look for the bridges")?;
         let gateway_networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&bridges)));
+        gateway_networks.set_internal_of_others(observed.internal_bridges.clone());
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
         let publisher = Arc::new(Publisher::new(ground.clone(), settings, chosen, gateways));

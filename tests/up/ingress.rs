@@ -460,6 +460,52 @@ fn access_is_as_before_when_bridges_have_been_made_again() {
     }
 }
 
+/// The internal network of one project, and what another one publishes: no firewall drops it.
+#[test]
+fn an_internal_network_of_another_project_reaches_no_port() {
+    let scene = Scene::new();
+    let (server, inmate) = (Namespace::new(), Namespace::new());
+    let file = |name: &str, number: u8, internal: bool, at: &Namespace, port: &str| {
+        format!(
+            "name: {name}
+networks: {{ net: {{ internal: {internal}, enable_ipv6: true, ipam: {{ config: [ {{ subnet: 10.78.{number}.0/24 }}, {{ subnet: \"fd78:{number}::/64\" }} ] }} }} }}
+services: {{ box: {{ x-netns: {}, networks: [ net ]{port} }} }}
+",
+            at.path().display()
+        )
+    };
+    let _server = PeerServer::tcp(&server, "0.0.0.0:80".parse().unwrap());
+    let one = scene.up_with(&file("one", 1, false, &server, ", ports: [ '8080:80' ]"), &["--firewall=none"]);
+    one.wait_for_line("Ctrl-C takes", SOON);
+    let other = scene.up_beside(&file("other", 2, true, &inmate, ""), &["--firewall=none"]);
+    other.wait_for_line("Ctrl-C takes", SOON);
+    inmate.ip_all("route add default via 10.78.2.1\n-6 route add default via fd78:2::1");
+    let listed = scene.net.host.ip(&["-6", "-o", "addr", "show", "scope", "link"]);
+    let bridge = listed.lines().find(|line| {
+        let name = line.split_whitespace().nth(1).unwrap_or_default();
+        let link = scene.net.host.ip(&["-o", "-d", "link", "show", name]);
+        link.contains("tidegate internal network")
+    });
+    let link_local =
+        bridge.and_then(|line| line.split_whitespace().nth(3)).unwrap().split('/').next().unwrap();
+    let scope = inmate.run(|| fs::read_to_string("/proc/thread-self/net/if_inet6")).unwrap();
+    let scope =
+        scope.lines().find(|line| line.ends_with("eth0")).unwrap().split(' ').nth(1).unwrap().to_owned();
+    let scope = u32::from_str_radix(&scope, 16).unwrap();
+    let at = [
+        "203.0.113.1:8080".parse::<SocketAddr>().unwrap(),
+        "10.78.2.1:8080".parse().unwrap(),
+        "[2001:db8:1::1]:8080".parse().unwrap(),
+        SocketAddrV6::new(link_local.parse().unwrap(), 8080, 0, scope).into(),
+    ];
+    for address in at {
+        let answered = inmate.run(|| peer_as_seen(address, false, PATIENCE[1]));
+        assert!(answered.is_err(), "{address}: {answered:?}");
+    }
+    let outside = scene.net.client.run(|| peer_as_seen(at[0], false, PATIENCE[0]));
+    assert!(outside.is_ok(), "{outside:?}");
+}
+
 /// They are bound to the bridge.
 #[test]
 fn dns_servers_at_gateways_are_back_when_bridges_have_been_made_again() {

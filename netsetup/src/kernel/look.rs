@@ -26,6 +26,8 @@ pub(super) struct Link {
     pub(super) controller: Option<u32>,
     pub(super) group: u32,
     pub(super) isolated: bool,
+    /// Its alias says that it is the bridge of an internal network of tidegate.
+    pub(super) internal: bool,
     /// As a port of a bridge it learns addresses, or frames to unknown ones are flooded to it.
     pub(super) learns: bool,
     /// Its `disable_ipv6`, if the kernel has IPv6.
@@ -160,7 +162,7 @@ impl Here {
             self.link(&interface.name).is_some_and(|link| link.mac == Some(interface.mac) && link.mtu == mtu)
         };
         Ok(match fact {
-            Fact::Bridge { interface, mtu } | Fact::Veth { interface, mtu, .. } => is(interface, *mtu),
+            Fact::Bridge { interface, mtu, .. } | Fact::Veth { interface, mtu, .. } => is(interface, *mtu),
             Fact::Port { link, bridge, isolated, station } => {
                 let bridge = self.link(bridge).map(|bridge| bridge.index);
                 bridge.is_some()
@@ -278,6 +280,11 @@ impl Here {
             }
         }
         hops
+    }
+
+    /// The numbers of bridges of internal networks, ours and those of other projects.
+    pub(super) fn internal_bridges(&self) -> BTreeSet<u32> {
+        self.links.values().filter(|link| link.internal).map(|link| link.index).collect()
     }
 
     pub(super) fn default_mtu(&self) -> Option<u32> {

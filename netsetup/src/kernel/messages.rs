@@ -24,6 +24,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         controller: None,
         group: 0,
         isolated: false,
+        internal: false,
         learns: false,
         without_ipv6: None,
     };
@@ -34,6 +35,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::Group(group) => link.group = *group,
+            LinkAttribute::IfAlias(alias) => link.internal = alias == registry::INTERNAL_ALIAS,
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
