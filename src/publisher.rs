@@ -338,7 +338,11 @@ impl Publisher {
         // Before anything is answered.
         self.change_firewall(&openings, &[])?;
         // Not before: who connects must have passed the rules.
-        if let Err(error) = listeners.iter().try_for_each(|(listener, _)| listener.open()) {
+        let open = |(listener, _): &(Listener, u16)| {
+            listener.drop_forged_own_source()?;
+            listener.open()
+        };
+        if let Err(error) = listeners.iter().try_for_each(open) {
             self.close_in_firewall(&openings);
             return Err(PortError::from(error).into());
         }
@@ -389,7 +393,12 @@ impl Publisher {
 
     fn open_at_gateways(&self, label: PublishLabel) -> Result<Vec<Listener>, PublishError> {
         let at = |gateway| SocketAddr::new(gateway, label.address().port());
-        let open = |gateway| Listener::bind(at(gateway), label.protocol()).map_err(PortError::from);
+        let open = |gateway| {
+            let listener = Listener::reserve(at(gateway), label.protocol())?;
+            listener.drop_forged_own_source()?;
+            listener.open()?;
+            Ok::<_, PortError>(listener)
+        };
         let gateways: Vec<IpAddr> = self.gateways_for(label.address().ip()).collect();
         if gateways.is_empty() {
             return Ok(Vec::new());

@@ -25,8 +25,9 @@
 //!
 //! For what the host sends to itself, the kernel reports the interface that carries the destination
 //! address, so `lo` alone does not identify the host. But only the host has one of its addresses
-//! for both source and destination: a connection like that cannot be made by somebody else, and of
-//! such datagrams [`Listener`](crate::Listener) takes only those that were delivered by `lo`.
+//! for both source and destination: a connection like that cannot be made by somebody else, and
+//! [`Listener::drop_forged_own_source`](crate::Listener::drop_forged_own_source) leaves only those
+//! datagrams that were delivered by `lo`.
 //!
 //! Broadcasts and multicasts that come in by an uplink are served as before: they reach a port on
 //! all addresses of the host, and say nothing of its networks.

@@ -96,6 +96,19 @@ impl Listener {
         Ok(Self { socket: socket.into(), label: PublishLabel::new(bound, protocol) })
     }
 
+    /// Prepares a UDP port that has a [`GatewayAcl`](crate::GatewayAcl), before it is opened: a source
+    /// address that is the destination identifies the host then.
+    ///
+    /// # Errors
+    /// [`BindError`]: what setsockopt(2) says.
+    pub fn drop_forged_own_source(&self) -> Result<(), BindError> {
+        if self.label.protocol() != Protocol::Udp {
+            return Ok(());
+        }
+        let result = drop_forged_own_source(&self.socket, self.label.address().is_ipv6());
+        result.map_err(|source| BindError { label: self.label, source })
+    }
+
     /// Answers from here on. Clients that came before were refused, and what they sent is thrown away.
     ///
     /// # Errors
@@ -193,7 +206,6 @@ fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Resu
     // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
     let _ = receive_trains(socket);
     prepare_datagrams(socket);
-    drop_forged_own_source(socket, address.is_ipv6())?;
     batch::enable_packet_info(socket, address.is_ipv6())
 }
 
