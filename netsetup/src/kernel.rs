@@ -337,6 +337,8 @@ impl Kernel {
     async fn add(&mut self, fact: &Fact) -> io::Result<()> {
         match fact {
             Fact::Bridge { interface, mtu, internal } => {
+                // Somebody may have deleted the one that had the name.
+                self.forget(&Place::Host, &interface.name);
                 let bridge = LinkBridge::new(&interface.name).address(interface.mac.0.to_vec()).mtu(*mtu);
                 self.host()?.link().add(bridge.build()).execute().await.map_err(error)?;
                 if !internal {
@@ -349,6 +351,8 @@ impl Kernel {
                 self.host()?.link().set(message).execute().await.map_err(error)
             }
             Fact::Veth { interface, endpoint, inside, mtu } => {
+                self.forget(&Place::Host, &interface.name);
+                self.forget(&Place::Endpoint(endpoint.clone()), &inside.name);
                 let namespace =
                     self.namespace(&Place::Endpoint(endpoint.clone())).map_err(|error| error.source)?;
                 let namespace = namespace.clone();

@@ -12,7 +12,7 @@
 //! |---|---|---|
 //! | `lo`, or the client's address is the destination | any | yes: the host itself |
 //! | any other interface than `lo` | a loopback address | no |
-//! | bridge of an internal network | its own gateway, a link-local address (IPv6) | where the endpoint is attached to it |
+//! | bridge of an internal network | its own gateway | where the endpoint is attached to it |
 //! | | anything else | no |
 //! | bridge of another network of ours | its own gateway | yes |
 //! | | an address in a subnet of another network | no |
@@ -212,15 +212,13 @@ impl GatewayAcl {
     ) -> bool {
         let is_attached = self.attached.contains(&network.name);
         let at_own_gateway = network.has_gateway(destination);
-        let (link_local, link_local_v6) = match destination {
-            IpAddr::V4(v4) => (v4.is_link_local(), false),
-            IpAddr::V6(v6) => (v6.is_unicast_link_local(), v6.is_unicast_link_local()),
-        };
         if network.internal {
-            // A link-local address of IPv4 can be another interface's; of IPv6 it is the bridge's
-            // own (`rt6_need_strict`).
-            return is_attached && !to_group && (at_own_gateway || link_local_v6);
+            return is_attached && at_own_gateway;
         }
+        let link_local = match destination {
+            IpAddr::V4(v4) => v4.is_link_local(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        };
         let in_another =
             |address| !network.contains(address) && networks.iter().any(|other| other.contains(address));
         // A connection proves its client's address: a container on two networks may use either
@@ -334,8 +332,8 @@ mod tests {
             // An internal network.
             (SHUT, "10.77.3.7", "10.77.3.1", [n, y, y, n]),
             (SHUT, "fd77:3::7", "fd77:3::1", [n, y, y, n]),
-            (SHUT, "fe80::7", "fe80::3", [n, y, y, n]),
-            (SHUT, "fd77:3::7", "fe80::3", [n, y, y, n]),
+            (SHUT, "fe80::7", "fe80::3", [n, n, n, n]),
+            (SHUT, "fd77:3::7", "fe80::3", [n, n, n, n]),
             (SHUT, "10.77.3.7", "203.0.113.1", [n, n, n, n]),
             (SHUT, "203.0.113.77", "203.0.113.1", [n, n, n, n]),
             (SHUT, "203.0.113.77", "10.77.3.255", [n, n, n, n]),

@@ -287,7 +287,6 @@ fn expected(mode: Mode, port: Port, from: From, to: To) -> bool {
         To::Host(_) => from != From::Inmate,
         // Nothing listens there on the far side of an ordinary user's networks.
         _ if mode.rootless => false,
-        To::LinkLocal | To::LinkLocalFromGlobal => is_attached,
         _ => is_attached && from != From::Inmate,
     }
 }

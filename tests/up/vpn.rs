@@ -167,10 +167,13 @@ impl Host {
         assert_eq!(state(&self.scene.net.host), before, "VPN later, {flags:?}");
     }
 
-    /// Whether the jump to the mark is the last rule of mangle POSTROUTING.
+    /// Whether the jump to the mark is the last rule of its hook: mangle POSTROUTING, or PREROUTING where policy rules are
+    /// the guards.
     fn marks_last(&self) -> bool {
-        let listed = self.scene.net.host.exec("iptables", &["-t", "mangle", "-S", "POSTROUTING"]);
-        listed.trim_end().ends_with("-MARK")
+        ["POSTROUTING", "PREROUTING"].iter().any(|hook| {
+            let listed = self.scene.net.host.exec("iptables", &["-t", "mangle", "-S", hook]);
+            listed.trim_end().ends_with("-MARK")
+        })
     }
 
     #[track_caller]
