@@ -290,7 +290,7 @@ mod tests {
         // wg-quick counts upwards from 51820.
         let tables = FIRST_UPLINK_TABLE..51_820;
         assert!(["", "demo", "x"].iter().all(|owner| tables.contains(&uplink_table(owner, UPLINKS))));
-        assert!(FIRST_UPLINK_TABLE + UPLINK_TABLES <= 51_820);
+        const { assert!(FIRST_UPLINK_TABLE + UPLINK_TABLES <= 51_820) };
         assert_eq!(OwnerSlot::of_rule_priority(UPLINK_PRIORITY), None);
     }
 

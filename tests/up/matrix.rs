@@ -747,7 +747,8 @@ fn without_one_kind_of_guard_the_others_hold() {
     };
     let gates = |matrix: &Matrix| matrix.detach_programs("type bridge");
     let guards = |matrix: &Matrix| matrix.detach_programs("type veth");
-    let kinds: [(&str, &dyn Fn(&Matrix)); 4] =
+    type Remove<'a> = &'a dyn Fn(&Matrix);
+    let kinds: [(&str, Remove<'_>); 4] =
         [("firewall rules", &flush), ("policy rules", &rules), ("gates", &gates), ("port guards", &guards)];
     // Published by sockets, which have gone: what the kernel carries goes on.
     let shared = Mode { lacks: "owned-tables", ..NFTABLES };
