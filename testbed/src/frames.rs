@@ -24,6 +24,21 @@ impl LinkSocket {
     /// Without such a link, or without CAP_NET_RAW.
     #[track_caller]
     pub fn open(namespace: &Namespace, link: &str) -> Self {
+        Self::bound(namespace, link, ALL)
+    }
+
+    /// The same, to send alone: it receives nothing, and costs frames of others nothing.
+    ///
+    /// # Panics
+    ///
+    /// As of [`open`](Self::open).
+    #[track_caller]
+    pub fn sender(namespace: &Namespace, link: &str) -> Self {
+        Self::bound(namespace, link, 0)
+    }
+
+    #[track_caller]
+    fn bound(namespace: &Namespace, link: &str, ethertype: u16) -> Self {
         let opened = namespace.run(|| -> io::Result<OwnedFd> {
             let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
             let index = name_to_index(&any, link)?;
@@ -32,7 +47,7 @@ impl LinkSocket {
                 libc::socket(
                     libc::AF_PACKET,
                     libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-                    i32::from(ALL.to_be()),
+                    i32::from(ethertype.to_be()),
                 )
             };
             if packets < 0 {
@@ -43,7 +58,7 @@ impl LinkSocket {
             // SAFETY: all zeros are a `sockaddr_ll`.
             let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
             address.sll_family = libc::AF_PACKET as u16;
-            address.sll_protocol = ALL.to_be();
+            address.sll_protocol = ethertype.to_be();
             address.sll_ifindex = index.cast_signed();
             let length = size_of_val(&address) as libc::socklen_t;
             // SAFETY: `address` is as long as it says.

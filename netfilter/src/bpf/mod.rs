@@ -262,6 +262,9 @@ pub(crate) mod field {
     pub(crate) const MARK: i16 = 8;
     /// Non-zero for a frame with a VLAN tag, which the kernel has moved out of the frame.
     pub(crate) const VLAN_PRESENT: i16 = 20;
+    /// The beginning and the end of what of the frame is linear.
+    pub(crate) const DATA: i16 = 76;
+    pub(crate) const DATA_END: i16 = 80;
     /// The link by which the packet came in; 0 for what the host itself sends.
     pub(crate) const INGRESS_INTERFACE: i16 = 36;
 }

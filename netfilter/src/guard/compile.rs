@@ -1,8 +1,11 @@
 //! Rules as programs: eBPF and classic BPF, from one sequence of steps. Pure.
 //!
-//! The steps are those that classic BPF has and eBPF kept for it: loads from an offset of the frame
-//! (`BPF_LD | BPF_ABS`), comparisons with a constant, forward jumps. Where a load is beyond the end of the frame the
-//! kernel ends the program with 0, which would be "accept"; so the length is compared first.
+//! The steps are those that classic BPF has: loads from an offset of the frame, comparisons with a constant, forward
+//! jumps. Where a load is beyond the end of the frame, classic BPF ends with 0, which would be "accept"; so the length is
+//! compared first.
+//!
+//! eBPF has the same loads (`BPF_LD | BPF_ABS`), but each is a function call there (`bpf_gen_ld_abs`). So it reads the
+//! packet directly, and has the kernel make as much of it linear as rules look at (`bpf_skb_pull_data`).
 
 use super::rules::{OTHERWISE, Rule, SpoofReason, Test, Verdict};
 use crate::bpf::clsact::Classic;
@@ -28,12 +31,30 @@ impl Width {
         }
     }
 
-    /// `BPF_LD | BPF_ABS` of that width.
-    const fn load(self) -> u8 {
+    /// `BPF_LD | BPF_ABS` of that width, in classic BPF.
+    const fn classic_load(self) -> u16 {
         match self {
             Self::Byte => 0x30,
             Self::Half => 0x28,
             Self::Word => 0x20,
+        }
+    }
+
+    /// `BPF_LDX | BPF_MEM` of that width, in eBPF.
+    const fn extended_load(self) -> u8 {
+        match self {
+            Self::Byte => 0x71,
+            Self::Half => 0x69,
+            Self::Word => 0x61,
+        }
+    }
+
+    /// The number that a direct load gives for bytes whose value in network order is `constant`.
+    fn as_loaded(self, constant: u32) -> u32 {
+        match self {
+            Self::Byte => constant,
+            Self::Half => (constant as u16).to_be().into(),
+            Self::Word => constant.to_be(),
         }
     }
 }
@@ -45,14 +66,13 @@ type Label = usize;
 enum Step {
     /// The accumulator is that part of the frame.
     Load(Width, u16),
-    /// The accumulator is the frame's length.
-    Length,
     /// The accumulator is not 0 if the frame had a VLAN tag.
     Tagged,
-    /// Jumps if the accumulator equals the constant, differs from it, is below it.
-    IfEqual(u32, Label),
-    IfDifferent(u32, Label),
-    IfBelow(u32, Label),
+    /// Jumps if the accumulator equals the constant, or differs from it. The width is that of the load.
+    IfEqual(Width, u32, Label),
+    IfDifferent(Width, u32, Label),
+    /// Jumps if the frame has fewer bytes.
+    IfShorter(u16, Label),
     /// Where jumps to a label arrive.
     Here(Label),
     End(Verdict),
@@ -72,11 +92,11 @@ fn steps(rules: &[Rule]) -> Vec<Step> {
         for (place, test) in rule.tests.iter().enumerate() {
             let miss = if place == 0 { others } else { number + 1 };
             match test {
-                Test::Tagged => steps.extend([Step::Tagged, Step::IfEqual(0, miss)]),
+                Test::Tagged => steps.extend([Step::Tagged, Step::IfEqual(Width::Word, 0, miss)]),
                 Test::Bytes { at, value, not } => {
                     let end = at + value.len() as u16;
                     if end > known {
-                        steps.extend([Step::Length, Step::IfBelow(end.into(), number + 1)]);
+                        steps.push(Step::IfShorter(end, number + 1));
                         known = end;
                     }
                     compare(*at, value, *not, miss, &mut labels, &mut steps);
@@ -108,9 +128,9 @@ fn compare(at: u16, value: &[u8], not: bool, miss: Label, labels: &mut Label, st
         let constant = now.iter().fold(0, |all, byte| all << 8 | u32::from(*byte));
         steps.push(Step::Load(width, at));
         steps.push(match (not, later.is_empty()) {
-            (false, _) => Step::IfDifferent(constant, miss),
-            (true, false) => Step::IfDifferent(constant, differs),
-            (true, true) => Step::IfEqual(constant, miss),
+            (false, _) => Step::IfDifferent(width, constant, miss),
+            (true, false) => Step::IfDifferent(width, constant, differs),
+            (true, true) => Step::IfEqual(width, constant, miss),
         });
         at += width.bytes() as u16;
         rest = later;
@@ -121,13 +141,16 @@ fn compare(at: u16, value: &[u8], not: bool, miss: Label, labels: &mut Label, st
     }
 }
 
-/// Registers of eBPF: results, scratch, the packet where `BPF_ABS` looks for it, a value that survives calls, the stack.
+/// Registers of eBPF: results, arguments of calls, what survives calls (the context, the beginning and the end of the
+/// frame), the stack.
 mod register {
     pub(super) const RESULT: u8 = 0;
     pub(super) const FIRST: u8 = 1;
     pub(super) const SECOND: u8 = 2;
-    pub(super) const PACKET: u8 = 6;
-    pub(super) const FRAME: u8 = 10;
+    pub(super) const CONTEXT: u8 = 6;
+    pub(super) const BEGIN: u8 = 7;
+    pub(super) const END: u8 = 8;
+    pub(super) const STACK: u8 = 10;
 }
 
 /// Jumps whose distance is not known yet: which instruction, to which label.
@@ -135,31 +158,74 @@ type Pending = Vec<(usize, Label)>;
 
 /// The program of eBPF. Drops are counted by reason in `counters`, the descriptor of an array of them.
 pub(super) fn extended(rules: &[Rule], counters: i32) -> Vec<Instruction> {
-    use register::{FIRST, FRAME, PACKET, RESULT, SECOND};
+    use register::{BEGIN, CONTEXT, END, FIRST, RESULT, SECOND, STACK};
     let of = Instruction::new;
+    let steps = steps(rules);
+    let longest = steps.iter().map(|step| match step {
+        Step::IfShorter(length, _) => *length,
+        _ => ETHERNET,
+    });
+    let longest = longest.max().unwrap_or(ETHERNET);
     // BPF_ALU64 | BPF_MOV, of a register and of a constant
     let copy = |to, from| of(0xbf, to, from, 0, 0);
     let set = |to, value| of(0xb7, to, 0, 0, value);
     let exit = of(0x95, 0, 0, 0, 0);
-    let mut code = vec![copy(PACKET, FIRST)];
+    // BPF_LDX | BPF_MEM | BPF_W
+    let read = |to, offset| of(0x61, to, CONTEXT, offset, 0);
+    // BPF_ALU64 | BPF_ADD | BPF_K
+    let add = |to, value| of(0x07, to, 0, 0, value);
+    // BPF_JMP | BPF_JGT | BPF_X: is FIRST beyond the end?
+    let beyond = |offset| of(0x2d, FIRST, END, offset, 0);
+    let count = Label::MAX;
     let mut pending = Pending::new();
     let mut places = std::collections::BTreeMap::new();
-    let count = Label::MAX;
-    for step in steps(rules) {
-        let mut jump = |operation: u8, constant: u32, label, code: &mut Vec<Instruction>| {
+    let mut code = vec![
+        copy(CONTEXT, FIRST),
+        read(BEGIN, field::DATA),
+        read(END, field::DATA_END),
+        copy(FIRST, BEGIN),
+        add(FIRST, longest.into()),
+        // BPF_JMP | BPF_JLE | BPF_X: all that rules look at is linear.
+        of(0xbd, FIRST, END, 8, 0),
+        // Of a short frame, all of it.
+        set(SECOND, longest.into()),
+        read(RESULT, field::LENGTH),
+        // BPF_JMP | BPF_JGE | BPF_X
+        of(0x3d, RESULT, SECOND, 1, 0),
+        copy(SECOND, RESULT),
+        copy(FIRST, CONTEXT),
+        // bpf_skb_pull_data
+        of(0x85, 0, 0, 0, 39),
+        read(BEGIN, field::DATA),
+        read(END, field::DATA_END),
+        copy(FIRST, BEGIN),
+        add(FIRST, ETHERNET.into()),
+    ];
+    // No frame is that short.
+    code.extend([beyond(1), of(0x05, 0, 0, 2, 0), set(RESULT, verdict::DROP), exit]);
+    for step in steps {
+        let mut jump = |one: Instruction, label, code: &mut Vec<Instruction>| {
             pending.push((code.len(), label));
-            // BPF_JMP32 | BPF_K
-            code.push(of(operation | 0x06, RESULT, 0, 0, constant.cast_signed()));
+            code.push(one);
+        };
+        // BPF_JMP32 | BPF_K
+        let compare = |operation: u8, width: Width, constant| {
+            of(operation | 0x06, RESULT, 0, 0, width.as_loaded(constant).cast_signed())
         };
         match step {
-            Step::Load(width, at) => code.push(of(width.load(), 0, 0, 0, at.into())),
-            // BPF_LDX | BPF_MEM | BPF_W
-            Step::Length => code.push(of(0x61, RESULT, PACKET, field::LENGTH, 0)),
-            Step::Tagged => code.push(of(0x61, RESULT, PACKET, field::VLAN_PRESENT, 0)),
-            // BPF_JEQ, BPF_JNE, BPF_JLT
-            Step::IfEqual(constant, label) => jump(0x10, constant, label, &mut code),
-            Step::IfDifferent(constant, label) => jump(0x50, constant, label, &mut code),
-            Step::IfBelow(constant, label) => jump(0xa0, constant, label, &mut code),
+            Step::Load(width, at) => code.push(of(width.extended_load(), RESULT, BEGIN, at.cast_signed(), 0)),
+            Step::Tagged => code.push(read(RESULT, field::VLAN_PRESENT)),
+            // BPF_JEQ, BPF_JNE
+            Step::IfEqual(width, constant, label) => {
+                jump(compare(0x10, width, constant), label, &mut code);
+            }
+            Step::IfDifferent(width, constant, label) => {
+                jump(compare(0x50, width, constant), label, &mut code);
+            }
+            Step::IfShorter(length, label) => {
+                code.extend([copy(FIRST, BEGIN), add(FIRST, length.into())]);
+                jump(beyond(0), label, &mut code);
+            }
             Step::Here(label) => drop(places.insert(label, code.len())),
             Step::End(Verdict::Accept) => code.extend([set(RESULT, verdict::NEXT), exit]),
             Step::End(Verdict::Drop(reason)) => {
@@ -173,10 +239,9 @@ pub(super) fn extended(rules: &[Rule], counters: i32) -> Vec<Instruction> {
     places.insert(count, code.len());
     code.extend([
         // The counter's number, on the stack: BPF_STX | BPF_MEM | BPF_W
-        of(0x63, FRAME, FIRST, -4, 0),
-        copy(SECOND, FRAME),
-        // BPF_ALU64 | BPF_ADD | BPF_K
-        of(0x07, SECOND, 0, 0, -4),
+        of(0x63, STACK, FIRST, -4, 0),
+        copy(SECOND, STACK),
+        add(SECOND, -4),
         // BPF_LD | BPF_IMM | BPF_DW, with BPF_PSEUDO_MAP_FD: two instructions long
         of(0x18, FIRST, 1, 0, counters),
         of(0, 0, 0, 0, 0),
@@ -215,14 +280,16 @@ pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
             code.push(of(0x05, [0, 0], 0));
         };
         match step {
-            Step::Load(width, at) => code.push(of(width.load().into(), [0, 0], at.into())),
-            // BPF_LD | BPF_W | BPF_LEN
-            Step::Length => code.push(of(0x80, [0, 0], 0)),
+            Step::Load(width, at) => code.push(of(width.classic_load(), [0, 0], at.into())),
             Step::Tagged => code.push(of(0x20, [0, 0], VLAN_PRESENT)),
             // BPF_JEQ; BPF_JGE, which is the opposite of "below"
-            Step::IfEqual(constant, label) => jump(0x15, [0, 1], constant, label, &mut code),
-            Step::IfDifferent(constant, label) => jump(0x15, [1, 0], constant, label, &mut code),
-            Step::IfBelow(constant, label) => jump(0x35, [1, 0], constant, label, &mut code),
+            Step::IfEqual(_, constant, label) => jump(0x15, [0, 1], constant, label, &mut code),
+            Step::IfDifferent(_, constant, label) => jump(0x15, [1, 0], constant, label, &mut code),
+            Step::IfShorter(length, label) => {
+                // BPF_LD | BPF_W | BPF_LEN
+                code.push(of(0x80, [0, 0], 0));
+                jump(0x35, [1, 0], length.into(), label, &mut code);
+            }
             Step::Here(label) => drop(places.insert(label, code.len())),
             // BPF_RET | BPF_K
             Step::End(end) => code.push(of(0x06, [0, 0], result(end))),
