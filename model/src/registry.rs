@@ -196,6 +196,9 @@ pub const DELETION_GROUP: u32 = 0x7467_0000;
 /// its members reach none of their ports.
 pub const INTERNAL_ALIAS: &str = "tidegate internal network";
 
+/// The alias of the bridge of any other network: whatever its name, other projects' engines lead nobody there.
+pub const NETWORK_ALIAS: &str = "tidegate network";
+
 /// What every network interface that tidegate makes on the host begins with. A name has at most 15 bytes
 /// (`IFNAMSIZ` less the NUL), which leaves 13 behind the prefix.
 pub const INTERFACE_PREFIX: &str = "tg";

@@ -14,9 +14,9 @@
 //! Needs CAP_NET_ADMIN and CAP_BPF on the host itself; those of a user namespace do not count. Attached through tcx
 //! (Linux 6.6), else through the qdisc `clsact`.
 
-use crate::bpf::clsact::{Attached, Clsact, Code};
+use crate::bpf::clsact::{Clsact, Code};
 use crate::bpf::{
-    Direction, Instruction, LOOPBACK, Program, detach_tcx, field, tag_of, tcx_programs, verdict,
+    Direction, Instruction, LOOPBACK, Program, attached, detach_tcx, field, tag_of, tcx_programs, verdict,
 };
 use std::io;
 use tidegate_model::Feature;
@@ -61,14 +61,7 @@ impl Gate {
     /// # Errors
     /// `ENODEV` without such a link.
     pub fn is_attached(&self, index: u32) -> io::Result<bool> {
-        let ids = if self.tcx {
-            tcx_programs(index, Direction::Egress)?
-        } else {
-            match Clsact::open()?.attached(index, Direction::Egress, NAME)? {
-                Some(Attached::Program(id)) => vec![id],
-                _ => Vec::new(),
-            }
-        };
+        let ids = attached(self.tcx, index, Direction::Egress, NAME)?;
         // A program that may not be looked at (that takes CAP_SYS_ADMIN) counts as somebody else's.
         Ok(ids.into_iter().any(|id| tag_of(id).is_ok_and(|tag| tag == self.program.tag)))
     }

@@ -94,7 +94,7 @@ pub enum Fact {
         interface: Interface,
         /// Bytes that fit into one packet.
         mtu: u32,
-        /// It is that of an internal network, which its [alias](tidegate_model::registry::INTERNAL_ALIAS) says.
+        /// It is that of an internal network. Its alias says so ([`INTERNAL_ALIAS`](tidegate_model::registry::INTERNAL_ALIAS)).
         #[serde(default)]
         internal: bool,
     },
@@ -134,6 +134,13 @@ pub enum Fact {
         addresses: Vec<IpAddr>,
         /// The endpoint may use other addresses too: only `station` is checked.
         any_address: bool,
+    },
+    /// A program at the ingress of this bridge of an internal network takes what is for its gateway addresses alone.
+    InternalGuard {
+        /// The bridge.
+        link: String,
+        /// Those, with their networks.
+        gateways: Vec<IpNet>,
     },
     /// There is a table of nftables for the port guards of this owner.
     GuardTable {
@@ -248,6 +255,7 @@ impl Fact {
             | Self::Group { .. }
             | Self::Gate { .. }
             | Self::PortGuard { .. }
+            | Self::InternalGuard { .. }
             | Self::GuardTable { .. }
             | Self::Ruleset { .. } => false,
         }
@@ -280,9 +288,10 @@ impl Fact {
             Self::Address { place, link, .. }
             | Self::Up { place, link }
             | Self::DefaultRoute { place, link, .. } => (Some((place.endpoint(), link.as_str())), None),
-            Self::Group { link, .. } | Self::Gate { link, .. } | Self::PortGuard { link, .. } => {
-                (Some((None, link.as_str())), None)
-            }
+            Self::Group { link, .. }
+            | Self::Gate { link, .. }
+            | Self::InternalGuard { link, .. }
+            | Self::PortGuard { link, .. } => (Some((None, link.as_str())), None),
             // Forwarding does end with its link. But it has to be over before the rules are gone that bound it.
             Self::Bridge { .. }
             | Self::Veth { .. }
@@ -324,6 +333,7 @@ impl fmt::Display for Fact {
             }
             Self::Group { link, group } => write!(f, "{link:?} in group {group}"),
             Self::Gate { link, .. } => write!(f, "gate at the egress of {link:?}"),
+            Self::InternalGuard { link, .. } => write!(f, "guard at the ingress of {link:?}"),
             Self::PortGuard { link, .. } => write!(f, "port guard at {link:?}"),
             Self::GuardTable { owner } => write!(f, "table of nftables for the port guards of {owner:?}"),
             Self::Ruleset { firewall, owner } => write!(f, "rules of {owner:?} in {firewall}"),

@@ -44,8 +44,8 @@ impl Isolation for WithoutFirewall {
     }
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
-        let gate = self.gated.then(|| gate(network, Passes::Nothing));
-        gate.into_iter().chain(closed(network)).collect()
+        let programs = self.gated.then(|| closed_by_programs(network));
+        programs.into_iter().flatten().chain(closed(network)).collect()
     }
 }
 
@@ -151,7 +151,7 @@ impl Isolation for WithFirewall {
             facts.push(Fact::Group { link: link.clone(), group: registry::bridge_group(&self.owner) });
         }
         if network.internal {
-            facts.extend(self.gated.then(|| gate(network, Passes::Nothing)));
+            facts.extend(self.gated.then(|| closed_by_programs(network)).into_iter().flatten());
             facts.extend(closed(network));
         } else if self.gated {
             facts.push(gate(network, Passes::Marked));
@@ -193,6 +193,16 @@ fn past_uplinks(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     let subnets = desired.networks.iter().filter(|network| !network.internal).flat_map(|one| &one.subnets);
     let subnets = subnets.map(|subnet| subnet.subnet.trunc()).filter(move |to| has_uplink(is_v6(*to)));
     subnets.map(|to| Fact::Rule(Rule { to: Some(to), ..exemption(is_v6(to)) }))
+}
+
+/// What closes a network whatever rules there are. One that is not internal is closed to the engine as well, where there is
+/// none.
+fn closed_by_programs(network: &Network) -> Vec<Fact> {
+    let link = network.bridge.name.clone();
+    let gateways = network.subnets.iter();
+    let gateways = gateways.filter_map(|one| IpNet::new(one.gateway, one.subnet.prefix_len()).ok()).collect();
+    let guard = network.internal.then_some(Fact::InternalGuard { link, gateways });
+    guard.into_iter().chain([gate(network, Passes::Nothing)]).collect()
 }
 
 fn gate(network: &Network, passes: Passes) -> Fact {

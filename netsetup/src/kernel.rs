@@ -5,6 +5,7 @@ mod messages;
 
 use crate::{Fact, Firewall, Interface, KernelError, Mac, Observed, Op, Passes, Place, Uplink};
 use futures_util::TryStreamExt;
+use ipnet::IpNet;
 use rtnetlink::packet_core::ErrorMessage;
 use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
@@ -17,7 +18,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use tidegate_model::{Feature, registry};
-use tidegate_netfilter::{Gate, GatePolicy, PortGuards, PortPolicy};
+use tidegate_netfilter::{Gate, GatePolicy, InternalGuard, PortGuards, PortPolicy};
 use tidegate_netns::Namespace;
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
@@ -38,6 +39,8 @@ pub struct Kernel {
     guards: Option<Arc<PortGuards>>,
     /// Those that do not belong to a firewall, as they are needed.
     gates: BTreeMap<Passes, Gate>,
+    /// By the addresses of the bridge.
+    internal: BTreeMap<Vec<IpNet>, InternalGuard>,
     endpoints: BTreeMap<String, Namespace>,
     connections: BTreeMap<Place, Connection>,
 }
@@ -66,6 +69,7 @@ impl Kernel {
             firewall: None,
             guards: None,
             gates: BTreeMap::new(),
+            internal: BTreeMap::new(),
             endpoints: BTreeMap::new(),
             connections: BTreeMap::new(),
         }
@@ -157,6 +161,7 @@ impl Kernel {
                 observed.default_mtu = here.default_mtu();
                 observed.first_rule_of_others = here.first_rule_of_others();
                 observed.internal_bridges = here.internal_bridges();
+                observed.bridges_of_tidegate = here.bridges_of_tidegate();
                 observed.default_routes = here.default_routes();
                 observed.uplinks = self.uplinks(&here);
                 observed.forwarding = self.forwarding(&observed.uplinks);
@@ -166,6 +171,10 @@ impl Kernel {
                     Fact::Ruleset { .. } => self.ruleset_holds(fact).await?,
                     Fact::Gate { link, passes } => match here.index(link) {
                         Some(index) => self.has_gate(index, passes)?,
+                        None => false,
+                    },
+                    Fact::InternalGuard { link, gateways } => match here.index(link) {
+                        Some(index) => self.has_internal_guard(index, gateways)?,
                         None => false,
                     },
                     Fact::PortGuard { link, .. } => match here.index(link) {
@@ -231,6 +240,26 @@ impl Kernel {
         host.with(|| f(gate)).flatten()
     }
 
+    fn has_internal_guard(&mut self, index: u32, gateways: &[IpNet]) -> Result<bool, KernelError> {
+        let asked = self.with_internal_guard(gateways, |guard| guard.is_attached(index));
+        found(asked, "guard of an internal network")
+    }
+
+    /// Calls `f` on the host with the guard of a bridge that has these addresses.
+    fn with_internal_guard<T: Send>(
+        &mut self,
+        gateways: &[IpNet],
+        f: impl FnOnce(&InternalGuard) -> io::Result<T> + Send,
+    ) -> io::Result<T> {
+        let host = self.host.clone();
+        if !self.internal.contains_key(gateways) {
+            let guard = host.with(|| InternalGuard::new(gateways)).flatten()?;
+            self.internal.insert(gateways.to_vec(), guard);
+        }
+        let guard = self.internal.get(gateways).ok_or(io::ErrorKind::Unsupported)?;
+        host.with(|| f(guard)).flatten()
+    }
+
     /// Whether the guard of `fact` is at the link numbered `index`.
     fn has_guard(&self, index: u32, fact: &Fact) -> Result<bool, KernelError> {
         let (Some(guards), Some((link, policy))) = (&self.guards, guard_of(fact)) else { return Ok(false) };
@@ -249,13 +278,18 @@ impl Kernel {
     /// The kernel's.
     pub async fn programs_hold(&mut self, facts: &[Fact]) -> Result<bool, KernelError> {
         for fact in facts {
-            let (Fact::Gate { link, .. } | Fact::PortGuard { link, .. }) = fact else { continue };
+            let (Fact::Gate { link, .. } | Fact::InternalGuard { link, .. } | Fact::PortGuard { link, .. }) =
+                fact
+            else {
+                continue;
+            };
             let index = match self.index(&Place::Host, link).await {
                 Err(error) if is_absent(&error) => return Ok(false),
                 index => index.map_err(|source| KernelError { what: format!("look for {fact}"), source })?,
             };
             let holds = match fact {
                 Fact::Gate { passes, .. } => self.has_gate(index, passes)?,
+                Fact::InternalGuard { gateways, .. } => self.has_internal_guard(index, gateways)?,
                 _ => self.has_guard(index, fact)?,
             };
             if !holds {
@@ -341,12 +375,10 @@ impl Kernel {
                 self.forget(&Place::Host, &interface.name);
                 let bridge = LinkBridge::new(&interface.name).address(interface.mac.0.to_vec()).mtu(*mtu);
                 self.host()?.link().add(bridge.build()).execute().await.map_err(error)?;
-                if !internal {
-                    return Ok(());
-                }
                 // Not with the link: `rtnl_create_link` (net/core/rtnetlink.c) knows no alias.
                 let index = self.index(&Place::Host, &interface.name).await?;
-                let alias = LinkAttribute::IfAlias(registry::INTERNAL_ALIAS.to_owned());
+                let alias = if *internal { registry::INTERNAL_ALIAS } else { registry::NETWORK_ALIAS };
+                let alias = LinkAttribute::IfAlias(alias.to_owned());
                 let message = LinkUnspec::new_with_index(index).append_extra_attribute(alias).build();
                 self.host()?.link().set(message).execute().await.map_err(error)
             }
@@ -425,6 +457,10 @@ impl Kernel {
                 let index = self.index(&Place::Host, link).await?;
                 self.with_gate(passes, |gate| gate.attach(index))
             }
+            Fact::InternalGuard { link, gateways } => {
+                let index = self.index(&Place::Host, link).await?;
+                self.with_internal_guard(gateways, |guard| guard.attach(index))
+            }
             Fact::PortGuard { link, .. } => {
                 let index = self.index(&Place::Host, link).await?;
                 let (Some(guards), Some((link, policy))) = (&self.guards, guard_of(fact)) else {
@@ -451,7 +487,9 @@ impl Kernel {
                 self.host()?.link().set(free).execute().await.map_err(error)
             }
             // They go with their links.
-            Fact::Setting { .. } | Fact::Group { .. } | Fact::Gate { .. } => Ok(()),
+            Fact::Setting { .. } | Fact::Group { .. } | Fact::Gate { .. } | Fact::InternalGuard { .. } => {
+                Ok(())
+            }
             Fact::PortGuard { link, .. } => {
                 if let Some(guards) = &self.guards {
                     guards.forget(link);
@@ -641,6 +679,7 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         | Fact::Group { .. }
         | Fact::Gate { .. }
         | Fact::PortGuard { .. }
+        | Fact::InternalGuard { .. }
         | Fact::GuardTable { .. }
         | Fact::Ruleset { .. } => None,
     }

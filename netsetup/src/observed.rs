@@ -35,6 +35,8 @@ pub struct Observed {
     pub default_mtu: Option<u32>,
     /// Of a host that forwards for nobody, the links by which answers to containers could come: those that have an address.
     pub uplinks: Vec<Uplink>,
+    /// The names of bridges of tidegate, ours and those of other projects.
+    pub bridges_of_tidegate: BTreeSet<String>,
     /// The numbers of bridges of internal networks, ours and those of other projects.
     pub internal_bridges: BTreeSet<u32>,
     /// The lowest priority among the policy rules of others that are behind the `local` table's, if one precedes `main`.

@@ -305,6 +305,7 @@ impl Up {
             // The networks of the host are not in the way there. But who is to reach them one day must not have their addresses.
             let host = Kernel::new(ground.ports().clone()).observe(&[]).await?;
             observed.routes.extend(host.routes);
+            observed.bridges_of_tidegate.extend(host.bridges_of_tidegate);
         }
         let mut random = || {
             let mut bytes = [0; 6];

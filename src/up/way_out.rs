@@ -147,7 +147,9 @@ pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
         let of = networks.iter().filter(move |network| internal || !network.internal);
         of.flat_map(|network| &network.subnets).map(|subnet| subnet.subnet.trunc())
     };
-    let of_others = observed.routes.iter().filter(|(_, link)| is_bridge_of_containers(link));
+    let is_containers =
+        |link: &str| is_bridge_of_containers(link) || observed.bridges_of_tidegate.contains(link);
+    let of_others = observed.routes.iter().filter(|(_, link)| is_containers(link));
     Policy {
         sources: subnets(false).collect(),
         gateways: registry::ENGINE_ADDRESSES.to_vec(),

@@ -398,6 +398,25 @@ impl Matrix {
         })
     }
 
+    /// Where datagrams of the inmate get to beyond the host: nowhere. It sends them to the outside's own addresses.
+    fn leaks_of_the_inmate(&self) -> Vec<&'static str> {
+        let outside = ["203.0.113.9:7778", "[2001:db8:1::9]:7778"];
+        let at = outside.map(|at| at.parse::<SocketAddr>().unwrap());
+        let witness = Witness::new(&self.scene.net.client, &at);
+        self.place(From::Inmate).run(|| {
+            for to in at {
+                let socket = UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
+                for _ in 0..20 {
+                    // Without a route it cannot even be sent.
+                    let _ = socket.send_to(format!("leak to {to}").as_bytes(), to);
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        });
+        std::thread::sleep(PATIENCE[1]);
+        outside.into_iter().filter(|to| witness.has_seen(&format!("leak to {to}"))).collect()
+    }
+
     /// Whom echo requests to the server's own addresses reach although they should not, or not although they should.
     fn wrong_echoes(&self) -> Vec<String> {
         let row = self.mode.expected()[0].1;
@@ -759,6 +778,7 @@ fn without_one_kind_of_guard_the_others_hold() {
             matrix.up.wait(SOON);
             remove(&matrix);
             assert_eq!(matrix.wrong(&EXPECTED_OF_THE_DEAD), [""; 0], "{mode:?} without {kind}");
+            assert_eq!(matrix.leaks_of_the_inmate(), [""; 0], "{mode:?} without {kind}");
         }
     }
 }

@@ -149,6 +149,18 @@ pub(crate) fn tcx_programs(index: u32, direction: Direction) -> io::Result<Vec<u
     Ok(ids.into_iter().take(attributes.count as usize).collect())
 }
 
+/// The ids of the programs attached to the link numbered `index` of the calling thread's namespace: through tcx, or of the
+/// classifier of that name.
+pub(crate) fn attached(tcx: bool, index: u32, direction: Direction, name: &str) -> io::Result<Vec<u32>> {
+    if tcx {
+        return tcx_programs(index, direction);
+    }
+    match clsact::Clsact::open()?.attached(index, direction, name)? {
+        Some(clsact::Attached::Program(id)) => Ok(vec![id]),
+        _ => Ok(Vec::new()),
+    }
+}
+
 /// Detaches the programs of tcx from the link numbered `index`, as bpftool-net(8) does.
 pub(crate) fn detach_tcx(index: u32, direction: Direction) -> io::Result<()> {
     for id in tcx_programs(index, direction)? {

@@ -73,6 +73,8 @@ enum Step {
     IfDifferent(Width, u32, Label),
     /// Jumps if the frame has fewer bytes.
     IfShorter(u16, Label),
+    /// The accumulator keeps these bits.
+    And(u8),
     /// Where jumps to a label arrive.
     Here(Label),
     End(Verdict),
@@ -92,6 +94,14 @@ fn steps(rules: &[Rule]) -> Vec<Step> {
         for (place, test) in rule.tests.iter().enumerate() {
             let miss = if place == 0 { others } else { number + 1 };
             match test {
+                Test::Bits { at, value, mask } => {
+                    if at + 1 > known {
+                        known = at + 1;
+                        steps.push(Step::IfShorter(known, number + 1));
+                    }
+                    steps.extend([Step::Load(Width::Byte, *at), Step::And(*mask)]);
+                    steps.push(Step::IfDifferent(Width::Byte, (*value).into(), miss));
+                }
                 Test::Tagged => steps.extend([Step::Tagged, Step::IfEqual(Width::Word, 0, miss)]),
                 Test::Bytes { at, value, not } => {
                     let end = at + value.len() as u16;
@@ -214,6 +224,8 @@ pub(super) fn extended(rules: &[Rule], counters: i32) -> Vec<Instruction> {
         };
         match step {
             Step::Load(width, at) => code.push(of(width.extended_load(), RESULT, BEGIN, at.cast_signed(), 0)),
+            // BPF_ALU | BPF_AND | BPF_K
+            Step::And(bits) => code.push(of(0x54, RESULT, 0, 0, bits.into())),
             Step::Tagged => code.push(read(RESULT, field::VLAN_PRESENT)),
             // BPF_JEQ, BPF_JNE
             Step::IfEqual(width, constant, label) => {
@@ -281,6 +293,8 @@ pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
         };
         match step {
             Step::Load(width, at) => code.push(of(width.classic_load(), [0, 0], at.into())),
+            // BPF_ALU | BPF_AND | BPF_K
+            Step::And(bits) => code.push(of(0x54, [0, 0], bits.into())),
             Step::Tagged => code.push(of(0x20, [0, 0], VLAN_PRESENT)),
             // BPF_JEQ; BPF_JGE, which is the opposite of "below"
             Step::IfEqual(_, constant, label) => jump(0x15, [0, 1], constant, label, &mut code),

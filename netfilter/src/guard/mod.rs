@@ -16,19 +16,21 @@ mod nftables;
 mod rules;
 
 use crate::bpf::clsact::{Attached, Clsact, Code, bytes_of};
-use crate::bpf::{Counters, Direction, LOOPBACK, Program, tcx_programs};
+use crate::bpf::{Counters, Direction, LOOPBACK, Program, attached, tag_of, tcx_programs};
 use crate::socket::NetfilterSocket;
-use rules::rules;
+use ipnet::IpNet;
 pub use rules::{PortPolicy, SpoofReason};
+use rules::{internal_rules, rules};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tidegate_model::registry;
+use tidegate_model::{Feature, registry};
 
 /// The name of the programs and of the counters (bpftool-prog(8)), and of the classifier.
 const NAME: &str = "tg_port_guard";
 const COUNTERS: &str = "tg_port_drops";
+const INTERNAL_NAME: &str = "tg_internal";
 
 /// How a guard is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -229,6 +231,50 @@ impl PortGuards {
 
     fn installed(&self) -> MutexGuard<'_, BTreeMap<String, Installed>> {
         self.installed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A guard at the ingress of an internal network's bridge: the host takes what its members send to its gateway addresses
+/// alone, and forwards nothing of theirs. A BPF program, as a [`Gate`](crate::Gate) is.
+#[derive(Debug)]
+pub struct InternalGuard {
+    program: Program,
+    tcx: bool,
+}
+
+impl InternalGuard {
+    /// For a bridge that has these addresses, each with the prefix of its network.
+    ///
+    /// # Errors
+    /// BPF programs are not available here: `EPERM` without the privilege.
+    pub fn new(gateways: &[IpNet]) -> io::Result<Self> {
+        let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
+        let code = compile::extended(&internal_rules(gateways), counters.descriptor());
+        let program = Program::load(INTERNAL_NAME, &code)?;
+        let tcx = !Feature::Tcx.is_forced_off() && tcx_programs(LOOPBACK, Direction::Ingress).is_ok();
+        Ok(Self { program, tcx })
+    }
+
+    /// Whether a guard for the same addresses is attached to the link numbered `index` of the calling thread's namespace.
+    ///
+    /// # Errors
+    /// `ENODEV` without such a link.
+    pub fn is_attached(&self, index: u32) -> io::Result<bool> {
+        let ids = attached(self.tcx, index, Direction::Ingress, INTERNAL_NAME)?;
+        // A program that may not be looked at (that takes CAP_SYS_ADMIN) counts as somebody else's.
+        Ok(ids.into_iter().any(|id| tag_of(id).is_ok_and(|tag| tag == self.program.tag)))
+    }
+
+    /// Attaches it there, ahead of other programs.
+    ///
+    /// # Errors
+    /// `ENODEV` without such a link.
+    pub fn attach(&self, index: u32) -> io::Result<()> {
+        if self.tcx {
+            return self.program.attach_tcx(index, Direction::Ingress);
+        }
+        let code = Code::Descriptor(self.program.descriptor());
+        Clsact::open()?.attach(index, Direction::Ingress, INTERNAL_NAME, code)
     }
 }
 

@@ -174,7 +174,8 @@ fn rendered(rules: &[Rule]) -> Vec<Rendered> {
         }
         let bytes = rule.tests.iter().filter_map(|test| match test {
             Test::Bytes { at, value, not } => Some((*at, value.clone(), *not)),
-            Test::Tagged => None,
+            // Not of port guards.
+            Test::Tagged | Test::Bits { .. } => None,
         });
         all.push(Rendered { bytes: bytes.collect(), verdict: rule.verdict });
     }

@@ -22,6 +22,7 @@
 //! Fragments need no rule of their own: every Linux kernel ignores fragmented neighbour discovery (RFC 6980,
 //! `ndisc_suppress_frag_ndisc`, net/ipv6/ndisc.c), and what else a fragment carries has its source in each.
 
+use ipnet::IpNet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// What an endpoint may send from.
@@ -127,6 +128,8 @@ pub(super) const OTHERWISE: Verdict = Verdict::Drop(SpoofReason::Ethertype);
 pub(super) enum Test {
     /// The bytes from offset `at` of the frame, Ethernet header included, are `value`; with `not`, they differ.
     Bytes { at: u16, value: Vec<u8>, not: bool },
+    /// The byte at offset `at` has the bits of `value` where `mask` has ones.
+    Bits { at: u16, value: u8, mask: u8 },
     /// The frame had a VLAN tag. The kernel has moved it out of the frame (`skb_vlan_untag`).
     Tagged,
 }
@@ -150,8 +153,10 @@ mod at {
     pub(super) const ARP_TARGET: u16 = NETWORK + 24;
     pub(super) const V4_PROTOCOL: u16 = NETWORK + 9;
     pub(super) const V4_SOURCE: u16 = NETWORK + 12;
+    pub(super) const V4_DESTINATION: u16 = NETWORK + 16;
     pub(super) const V6_NEXT: u16 = NETWORK + 6;
     pub(super) const V6_SOURCE: u16 = NETWORK + 8;
+    pub(super) const V6_DESTINATION: u16 = NETWORK + 24;
     /// What follows the IPv6 header: the type of an ICMPv6 message, or the next header of an extension header.
     pub(super) const V6_PAYLOAD: u16 = NETWORK + 40;
     /// Of neighbour solicitations and advertisements (RFC 4861, 4.3 and 4.4).
@@ -217,6 +222,51 @@ pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
     rules.extend(ipv6(policy));
     rules.extend(arp(policy));
     rules
+}
+
+/// What the host takes from the members of an internal network, at the ingress of its bridge: packets for its gateway
+/// addresses, from addresses of the network, and what resolves those. Nothing is forwarded, whatever routes and policy
+/// rules there are.
+pub(super) fn internal_rules(gateways: &[IpNet]) -> Vec<Rule> {
+    let mut rules = vec![rule([is(at::ETHERTYPE, &ARP)], Verdict::Accept)];
+    for net in gateways {
+        match net {
+            IpNet::V4(net) => {
+                let mut tests = vec![is(at::ETHERTYPE, &IPV4)];
+                tests.extend(within(at::V4_SOURCE, &net.network().octets(), net.prefix_len()));
+                tests.push(is(at::V4_DESTINATION, &net.addr().octets()));
+                rules.push(rule(tests, Verdict::Accept));
+            }
+            IpNet::V6(net) => {
+                let v6 = || is(at::ETHERTYPE, &IPV6);
+                let mut tests = vec![v6()];
+                tests.extend(within(at::V6_SOURCE, &net.network().octets(), net.prefix_len()));
+                tests.push(is(at::V6_DESTINATION, &net.addr().octets()));
+                rules.push(rule(tests, Verdict::Accept));
+                // To the gateway, link-local or solicited-node addresses: none of them leads on.
+                for kind in [NEIGHBOR_SOLICITATION, NEIGHBOR_ADVERTISEMENT] {
+                    let tests = [v6(), is(at::V6_NEXT, &[ICMPV6]), is(at::V6_PAYLOAD, &[kind])];
+                    rules.push(rule(tests, Verdict::Accept));
+                }
+            }
+        }
+    }
+    rules.push(rule([], Verdict::Drop(SpoofReason::Ethertype)));
+    rules
+}
+
+/// The address at that offset is in the network of that address and prefix.
+fn within(at: u16, network: &[u8], prefix: u8) -> Vec<Test> {
+    let (bytes, bits) = (usize::from(prefix / 8), prefix % 8);
+    let mut tests = Vec::new();
+    if bytes > 0 {
+        tests.push(is(at, &network[..bytes]));
+    }
+    if bits > 0 {
+        let mask = 0xff << (8 - bits);
+        tests.push(Test::Bits { at: at + bytes as u16, value: network[bytes] & mask, mask });
+    }
+    tests
 }
 
 fn ipv4(policy: &PortPolicy) -> Vec<Rule> {
@@ -321,6 +371,9 @@ pub(super) mod tests {
     pub(in crate::guard) fn verdict(rules: &[Rule], frame: &[u8], tagged: bool) -> Verdict {
         let holds = |test: &Test| match test {
             Test::Tagged => tagged,
+            Test::Bits { at, value, mask } => {
+                frame.get(usize::from(*at)).is_some_and(|byte| byte & mask == *value)
+            }
             Test::Bytes { at, value, not } => {
                 let at = usize::from(*at);
                 frame.get(at..at + value.len()).is_some_and(|bytes| (bytes == value) != *not)
@@ -463,6 +516,44 @@ pub(super) mod tests {
         let policy = PortPolicy { v6: Vec::new(), ..policy() };
         let frame = ethernet(MAC, IPV6, &packet_v6(LINK_LOCAL, UDP, &[0; 8]));
         assert_eq!(verdict(&rules(&policy), &frame, false), Verdict::Drop(SpoofReason::Ipv6Source));
+    }
+
+    #[test]
+    fn an_internal_network_reaches_its_gateway_and_nothing_behind_it() {
+        let gateways = ["10.9.0.1/20", "fd09::1/64"].map(|net| net.parse().unwrap());
+        let rules = internal_rules(&gateways);
+        let judge =
+            |ethertype: [u8; 2], packet: &[u8]| verdict(&rules, &ethernet(MAC, ethertype, packet), false);
+        let refused = Verdict::Drop(SpoofReason::Ethertype);
+        for (source, to, expected) in [
+            ([10, 9, 15, 7], [10, 9, 0, 1], Verdict::Accept),
+            ([10, 9, 16, 7], [10, 9, 0, 1], refused),
+            ([203, 0, 113, 9], [10, 9, 0, 1], refused),
+            ([10, 9, 0, 7], [203, 0, 113, 1], refused),
+            ([10, 9, 0, 7], [10, 9, 15, 255], refused),
+            ([10, 9, 0, 7], [255; 4], refused),
+        ] {
+            let mut packet = packet_v4(source, UDP);
+            packet[16..20].copy_from_slice(&to);
+            assert_eq!(judge(IPV4, &packet), expected, "{source:?} to {to:?}");
+        }
+        for (source, to, next, kind, expected) in [
+            ("fd09::7", "fd09::1", TCP, 0, Verdict::Accept),
+            ("fd09::7", "2001:db8::1", TCP, 0, refused),
+            ("2001:db8::9", "fd09::1", TCP, 0, refused),
+            ("::", "fd09::1", ICMPV6, 128, refused),
+            ("fe80::7", "fe80::1", TCP, 0, refused),
+            ("fe80::7", "fe80::1", ICMPV6, 128, refused),
+            ("fe80::7", "ff02::1", UDP, 0, refused),
+            ("fd09::7", "ff02::1:ff00:1", ICMPV6, NEIGHBOR_SOLICITATION, Verdict::Accept),
+            ("fd09::7", "fe80::1", ICMPV6, NEIGHBOR_ADVERTISEMENT, Verdict::Accept),
+        ] {
+            let mut packet = packet_v6(source, next, &[kind; 24]);
+            packet[24..40].copy_from_slice(&to.parse::<Ipv6Addr>().unwrap().octets());
+            assert_eq!(judge(IPV6, &packet), expected, "{source} to {to}");
+        }
+        assert_eq!(judge(ARP, &[0; 28]), Verdict::Accept);
+        assert_eq!(judge([0x88, 0xcc], &[0; 28]), refused);
     }
 
     #[test]

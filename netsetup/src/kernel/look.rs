@@ -28,6 +28,8 @@ pub(super) struct Link {
     pub(super) isolated: bool,
     /// Its alias says that it is the bridge of an internal network of tidegate.
     pub(super) internal: bool,
+    /// Its alias says that it is a bridge of tidegate.
+    pub(super) of_tidegate: bool,
     /// As a port of a bridge it learns addresses, or frames to unknown ones are flooded to it.
     pub(super) learns: bool,
     /// Its `disable_ipv6`, if the kernel has IPv6.
@@ -210,9 +212,11 @@ impl Here {
                 })
             }),
             // Those are no matters of links: `Kernel::observe`.
-            Fact::Gate { .. } | Fact::PortGuard { .. } | Fact::GuardTable { .. } | Fact::Ruleset { .. } => {
-                true
-            }
+            Fact::Gate { .. }
+            | Fact::InternalGuard { .. }
+            | Fact::PortGuard { .. }
+            | Fact::GuardTable { .. }
+            | Fact::Ruleset { .. } => true,
         })
     }
 
@@ -280,6 +284,11 @@ impl Here {
             }
         }
         hops
+    }
+
+    /// The names of bridges of tidegate, ours and those of other projects.
+    pub(super) fn bridges_of_tidegate(&self) -> BTreeSet<String> {
+        self.links.values().filter(|link| link.of_tidegate).map(|link| link.name.clone()).collect()
     }
 
     /// The numbers of bridges of internal networks, ours and those of other projects.

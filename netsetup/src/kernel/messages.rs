@@ -25,6 +25,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         group: 0,
         isolated: false,
         internal: false,
+        of_tidegate: false,
         learns: false,
         without_ipv6: None,
     };
@@ -35,7 +36,10 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::Group(group) => link.group = *group,
-            LinkAttribute::IfAlias(alias) => link.internal = alias == registry::INTERNAL_ALIAS,
+            LinkAttribute::IfAlias(alias) => {
+                link.internal = alias == registry::INTERNAL_ALIAS;
+                link.of_tidegate = link.internal || alias == registry::NETWORK_ALIAS;
+            }
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
