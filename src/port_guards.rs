@@ -46,7 +46,7 @@ fn is_forced_off(mechanism: Mechanism) -> bool {
     features.iter().any(|feature| feature.is_forced_off())
 }
 
-/// What the kernel has to be told of `guards`, of `owner`.
+/// How `guards` of `owner` are attached, as networks are planned.
 pub(crate) fn attachment(guards: Option<&PortGuards>, owner: &str) -> Guards {
     match guards.map(PortGuards::mechanism) {
         None => Guards::None,

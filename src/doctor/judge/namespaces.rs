@@ -38,9 +38,9 @@ fn any_inside(host: &Host) -> Option<&Inside> {
 
 /// What does not hold where nothing checks what containers send.
 const WITHOUT_PORT_GUARDS: [&str; 3] = [
-    "a container can take the MAC and IP addresses of its neighbours and of their gateway",
+    "a container can use the MAC and IP addresses of its neighbours and of their gateway",
     "a container can send to the outside with addresses that are not its own, without masquerade",
-    "names at a gateway (x-dns: gateway) are told to who claims an address",
+    "a DNS server at a gateway (x-dns: gateway) trusts the source address of a client",
 ];
 
 pub(super) fn port_guards(host: &Host) -> Row {
