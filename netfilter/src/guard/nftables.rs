@@ -162,22 +162,25 @@ struct Rendered {
     verdict: Verdict,
 }
 
+/// A frame with a VLAN tag has another ethertype here, and no other rule accepts it: so the tags come last, and cost the
+/// endpoint's own frames nothing.
 fn rendered(rules: &[Rule]) -> Vec<Rendered> {
+    let (tagged, others): (Vec<&Rule>, Vec<&Rule>) =
+        rules.iter().partition(|rule| rule.tests == [Test::Tagged]);
     let mut all = Vec::new();
-    for rule in rules {
-        if rule.tests == [Test::Tagged] {
-            all.extend(VLAN_TAGS.map(|tag| Rendered {
-                bytes: vec![(ETHERTYPE, tag.to_vec(), false)],
-                verdict: rule.verdict,
-            }));
-            continue;
-        }
+    for rule in others {
         let bytes = rule.tests.iter().filter_map(|test| match test {
             Test::Bytes { at, value, not } => Some((*at, value.clone(), *not)),
             // Not of port guards.
             Test::Tagged | Test::Bits { .. } => None,
         });
         all.push(Rendered { bytes: bytes.collect(), verdict: rule.verdict });
+    }
+    for rule in tagged {
+        all.extend(
+            VLAN_TAGS
+                .map(|tag| Rendered { bytes: vec![(ETHERTYPE, tag.to_vec(), false)], verdict: rule.verdict }),
+        );
     }
     all.push(Rendered { bytes: Vec::new(), verdict: OTHERWISE });
     all
