@@ -14,12 +14,8 @@
 //! Needs CAP_NET_ADMIN and CAP_BPF on the host itself; those of a user namespace do not count. Attached through tcx
 //! (Linux 6.6), else through the qdisc `clsact`.
 
-use crate::bpf::clsact::{Clsact, Code};
-use crate::bpf::{
-    Direction, Instruction, LOOPBACK, Program, attached, detach_tcx, field, tag_of, tcx_programs, verdict,
-};
+use crate::bpf::{Direction, Instruction, LinkProgram, detach_tcx, field, tcx_programs, verdict};
 use std::io;
-use tidegate_model::Feature;
 
 /// What lists of programs (bpftool-prog(8)) call it; at most 15 bytes.
 const NAME: &str = "tg_gate";
@@ -40,10 +36,7 @@ pub enum GatePolicy {
 
 /// The program, loaded.
 #[derive(Debug)]
-pub struct Gate {
-    program: Program,
-    tcx: bool,
-}
+pub struct Gate(LinkProgram);
 
 impl Gate {
     /// A gate that lets pass what the host itself sends, and what `policy` says.
@@ -51,9 +44,7 @@ impl Gate {
     /// # Errors
     /// BPF programs are not available here: `EPERM` without the privilege.
     pub fn new(policy: &GatePolicy) -> io::Result<Self> {
-        let program = Program::load(NAME, &program(policy))?;
-        let tcx = !Feature::Tcx.is_forced_off() && tcx_programs(LOOPBACK, Direction::Egress).is_ok();
-        Ok(Self { program, tcx })
+        LinkProgram::load(NAME, Direction::Egress, &program(policy)).map(Self)
     }
 
     /// Whether a gate of the same policy is attached to the link numbered `index` of the calling thread's namespace.
@@ -61,9 +52,7 @@ impl Gate {
     /// # Errors
     /// `ENODEV` without such a link.
     pub fn is_attached(&self, index: u32) -> io::Result<bool> {
-        let ids = attached(self.tcx, index, Direction::Egress, NAME)?;
-        // A program that may not be looked at (that takes CAP_SYS_ADMIN) counts as somebody else's.
-        Ok(ids.into_iter().any(|id| tag_of(id).is_ok_and(|tag| tag == self.program.tag)))
+        self.0.is_attached(index)
     }
 
     /// Attaches it to the link numbered `index` of the calling thread's namespace, ahead of what is there. If it is
@@ -72,11 +61,7 @@ impl Gate {
     /// # Errors
     /// `ENODEV` without such a link.
     pub fn attach(&self, index: u32) -> io::Result<()> {
-        if self.tcx {
-            return self.program.attach_tcx(index, Direction::Egress);
-        }
-        let code = Code::Descriptor(self.program.descriptor());
-        Clsact::open()?.attach(index, Direction::Egress, NAME, code)
+        self.0.attach(index)
     }
 }
 

@@ -9,9 +9,11 @@
 
 pub(crate) mod clsact;
 
+use clsact::{Attached, Clsact, Code};
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use tidegate_model::Feature;
 
 /// `enum bpf_cmd`.
 mod command {
@@ -58,7 +60,7 @@ impl Direction {
 }
 
 /// What the kernel identifies the instructions of a program by: a hash.
-pub(crate) type Tag = [u8; 8];
+type Tag = [u8; 8];
 
 /// A loaded program.
 #[derive(Debug)]
@@ -67,7 +69,7 @@ pub(crate) struct Program {
     /// Its number, as lists of attached programs give it.
     pub(crate) id: u32,
     /// Equal for programs with equal instructions.
-    pub(crate) tag: Tag,
+    tag: Tag,
 }
 
 impl Program {
@@ -149,15 +151,60 @@ pub(crate) fn tcx_programs(index: u32, direction: Direction) -> io::Result<Vec<u
     Ok(ids.into_iter().take(attributes.count as usize).collect())
 }
 
-/// The ids of the programs attached to the link numbered `index` of the calling thread's namespace: through tcx, or of the
-/// classifier of that name.
-pub(crate) fn attached(tcx: bool, index: u32, direction: Direction, name: &str) -> io::Result<Vec<u32>> {
-    if tcx {
-        return tcx_programs(index, direction);
+/// A program for one hook of links: through tcx where the kernel has it, else through the qdisc `clsact`.
+#[derive(Debug)]
+pub(crate) struct LinkProgram {
+    program: Program,
+    direction: Direction,
+    /// The classifier's name, too.
+    name: &'static str,
+    tcx: bool,
+}
+
+impl LinkProgram {
+    /// Loads it. Chooses the attachment point in the calling thread's namespace.
+    ///
+    /// # Errors
+    /// As of [`Program::load`].
+    pub(crate) fn load(
+        name: &'static str,
+        direction: Direction,
+        instructions: &[Instruction],
+    ) -> io::Result<Self> {
+        let program = Program::load(name, instructions)?;
+        let tcx = !Feature::Tcx.is_forced_off() && tcx_programs(LOOPBACK, direction).is_ok();
+        Ok(Self { program, direction, name, tcx })
     }
-    match clsact::Clsact::open()?.attached(index, direction, name)? {
-        Some(clsact::Attached::Program(id)) => Ok(vec![id]),
-        _ => Ok(Vec::new()),
+
+    /// Whether a program with the same instructions is attached to the link numbered `index` of the calling thread's
+    /// namespace.
+    ///
+    /// # Errors
+    /// `ENODEV` without such a link.
+    pub(crate) fn is_attached(&self, index: u32) -> io::Result<bool> {
+        let ids = if self.tcx {
+            tcx_programs(index, self.direction)?
+        } else {
+            match Clsact::open()?.attached(index, self.direction, self.name)? {
+                Some(Attached::Program(id)) => vec![id],
+                _ => Vec::new(),
+            }
+        };
+        // A program that may not be looked at (that takes CAP_SYS_ADMIN) counts as somebody else's.
+        Ok(ids.into_iter().any(|id| tag_of(id).is_ok_and(|tag| tag == self.program.tag)))
+    }
+
+    /// Attaches it to the link numbered `index` of the calling thread's namespace, ahead of what is there. If it is
+    /// attached there already, nothing changes.
+    ///
+    /// # Errors
+    /// `ENODEV` without such a link.
+    pub(crate) fn attach(&self, index: u32) -> io::Result<()> {
+        if self.tcx {
+            return self.program.attach_tcx(index, self.direction);
+        }
+        let code = Code::Descriptor(self.program.descriptor());
+        Clsact::open()?.attach(index, self.direction, self.name, code)
     }
 }
 
@@ -180,7 +227,7 @@ pub(crate) fn detach_tcx(index: u32, direction: Direction) -> io::Result<()> {
 }
 
 /// The tag of the program numbered `id`. Needs CAP_SYS_ADMIN.
-pub(crate) fn tag_of(id: u32) -> io::Result<Tag> {
+fn tag_of(id: u32) -> io::Result<Tag> {
     let mut attributes = ById { id, ..ById::default() };
     // SAFETY: `ById` is the head of `union bpf_attr` for this command.
     let program = unsafe { open(command::BY_ID, &mut attributes) }?;

@@ -16,7 +16,7 @@ mod nftables;
 mod rules;
 
 use crate::bpf::clsact::{Attached, Clsact, Code, bytes_of};
-use crate::bpf::{Counters, Direction, LOOPBACK, Program, attached, tag_of, tcx_programs};
+use crate::bpf::{Counters, Direction, LOOPBACK, LinkProgram, Program, tcx_programs};
 use crate::socket::NetfilterSocket;
 use ipnet::IpNet;
 pub use rules::{PortPolicy, SpoofReason};
@@ -25,7 +25,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tidegate_model::{Feature, registry};
+use tidegate_model::registry;
 
 /// The name of the programs and of the counters (bpftool-prog(8)), and of the classifier.
 const NAME: &str = "tg_port_guard";
@@ -237,10 +237,7 @@ impl PortGuards {
 /// A guard at the ingress of an internal network's bridge: the host takes what its members send to its gateway addresses
 /// alone, and forwards nothing of theirs. A BPF program, as a [`Gate`](crate::Gate) is.
 #[derive(Debug)]
-pub struct InternalGuard {
-    program: Program,
-    tcx: bool,
-}
+pub struct InternalGuard(LinkProgram);
 
 impl InternalGuard {
     /// For a bridge that has these addresses, each with the prefix of its network.
@@ -250,9 +247,7 @@ impl InternalGuard {
     pub fn new(gateways: &[IpNet]) -> io::Result<Self> {
         let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
         let code = compile::extended(&internal_rules(gateways), counters.descriptor());
-        let program = Program::load(INTERNAL_NAME, &code)?;
-        let tcx = !Feature::Tcx.is_forced_off() && tcx_programs(LOOPBACK, Direction::Ingress).is_ok();
-        Ok(Self { program, tcx })
+        LinkProgram::load(INTERNAL_NAME, Direction::Ingress, &code).map(Self)
     }
 
     /// Whether a guard for the same addresses is attached to the link numbered `index` of the calling thread's namespace.
@@ -260,9 +255,7 @@ impl InternalGuard {
     /// # Errors
     /// `ENODEV` without such a link.
     pub fn is_attached(&self, index: u32) -> io::Result<bool> {
-        let ids = attached(self.tcx, index, Direction::Ingress, INTERNAL_NAME)?;
-        // A program that may not be looked at (that takes CAP_SYS_ADMIN) counts as somebody else's.
-        Ok(ids.into_iter().any(|id| tag_of(id).is_ok_and(|tag| tag == self.program.tag)))
+        self.0.is_attached(index)
     }
 
     /// Attaches it there, ahead of other programs.
@@ -270,11 +263,7 @@ impl InternalGuard {
     /// # Errors
     /// `ENODEV` without such a link.
     pub fn attach(&self, index: u32) -> io::Result<()> {
-        if self.tcx {
-            return self.program.attach_tcx(index, Direction::Ingress);
-        }
-        let code = Code::Descriptor(self.program.descriptor());
-        Clsact::open()?.attach(index, Direction::Ingress, INTERNAL_NAME, code)
+        self.0.attach(index)
     }
 }
 
