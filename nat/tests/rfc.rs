@@ -30,6 +30,17 @@ impl Guest {
         Self { bench, inside, outside, next: ISN, expected: 0, clock: None }
     }
 
+    /// Receives an ICMP error of the far end: packets on the path may have `mtu` bytes. It quotes `quoted`.
+    fn path_is_said_to_carry(&mut self, mtu: u32, quoted: &[u8]) {
+        let (head, message) = tidegate_nat::wire::head::problem(
+            self.inside.ip(),
+            self.outside.ip(),
+            Problem::TooBig(mtu),
+            &[quoted],
+        );
+        self.bench.frame(&[head.bytes(), &message].concat());
+    }
+
     /// One that has its connection.
     fn connected() -> Self {
         Self::connected_with(Bench::new(), |_| {})
@@ -554,13 +565,7 @@ fn rfc_1191_a_smaller_path_behind_the_guest_is_respected() {
         &TcpHead { sequence: data.sequence, ..segment(guest.outside, guest.inside) },
         &data.payload[..100],
     );
-    let (head, message) = tidegate_nat::wire::head::problem(
-        guest.inside.ip(),
-        guest.outside.ip(),
-        Problem::TooBig(1300),
-        &[&quoted[10..]],
-    );
-    guest.bench.frame(&[head.bytes(), &message].concat());
+    guest.path_is_said_to_carry(1300, &quoted[10..]);
     let again = guest.got().unwrap();
     assert_eq!((again.sequence, again.payload.len(), again.cut), (data.sequence, 5000, 1260));
 }
@@ -596,13 +601,7 @@ fn rfc_1191_a_path_that_is_said_to_be_tiny_still_carries_payload() {
             &TcpHead { sequence: data.sequence, ..segment(guest.outside, guest.inside) },
             &data.payload[..100],
         );
-        let (head, message) = tidegate_nat::wire::head::problem(
-            guest.inside.ip(),
-            guest.outside.ip(),
-            Problem::TooBig(mtu),
-            &[&quoted[10..]],
-        );
-        guest.bench.frame(&[head.bytes(), &message].concat());
+        guest.path_is_said_to_carry(mtu, &quoted[10..]);
         if let Some(again) = guest.got() {
             assert!(again.cut >= 48, "segments of {} bytes for a path of {mtu}", again.cut);
             assert_eq!(again.payload, data.payload, "{mtu}");
@@ -626,13 +625,7 @@ fn rfc_792_errors_are_read_within_their_bounds_whatever_they_quote() {
             if let Some(first) = quote.first_mut() {
                 *first = *first & 0xf0 | header_words;
             }
-            let (head, message) = tidegate_nat::wire::head::problem(
-                guest.inside.ip(),
-                guest.outside.ip(),
-                Problem::TooBig(1300),
-                &[&quote],
-            );
-            guest.bench.frame(&[head.bytes(), &message].concat());
+            guest.path_is_said_to_carry(1300, &quote);
         }
     }
     guest.send(ACK, b"still here");
