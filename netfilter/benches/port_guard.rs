@@ -1,61 +1,82 @@
 //! What a port guard costs: time per frame of 64 bytes through a bridge, with each mechanism and without a guard.
 //!
 //! One thread, pinned to a core, sends from a member of the bridge. The kernel delivers in a softirq of the same core, so
-//! the time of the loop is all of the time that a frame takes. Medians of alternating rounds, and the least of each, which
-//! is what nothing else has disturbed.
+//! the time of the loop is all of the time that a frame takes. All runs are at one port, each with a guard follows one without,
+//! and the cost is the median of their differences: the machine's speed drifts by more than that from minute to minute, and
+//! two bridges differ by more from where their objects lie in memory.
 //!
 //! `cargo bench -p tidegate-netfilter --bench port_guard [-- --rounds N]`
 
 use rustix::thread::{CpuSet, sched_setaffinity};
-use std::time::Instant;
-use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy};
+use std::time::{Duration, Instant};
+use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, detach_programs, program_time};
 use tidegate_testbed::Namespace;
 use tidegate_testbed::frames::{LinkSocket, Mac, ethernet, udp4, udp6};
 
 const MEMBER: Mac = [2, 0, 0, 0, 0, 7];
 const NEIGHBOR: Mac = [2, 0, 0, 0, 0, 8];
-const FRAMES: u32 = 20_000;
+/// In one run, of some 10 ms.
+const FRAMES: u32 = 2_000;
+const SETTLES: Duration = Duration::from_millis(10);
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let rounds = arguments.iter().position(|one| one == "--rounds").and_then(|at| arguments.get(at + 1));
-    let rounds = rounds.and_then(|rounds| rounds.parse().ok()).unwrap_or(81_usize);
+    let rounds = rounds.and_then(|rounds| rounds.parse().ok()).unwrap_or(201_usize);
     let mut cores = CpuSet::new();
     cores.set(0);
     sched_setaffinity(None, &cores).expect("pin to a core");
 
-    let variants: Vec<Option<Mechanism>> = [None].into_iter().chain(Mechanism::ALL.map(Some)).collect();
-    let bridges: Vec<Bridge> = variants.iter().map(|mechanism| Bridge::new(*mechanism)).collect();
-    println!(
-        "ns per frame of 64 bytes through a bridge, sender included; medians of {rounds} alternating rounds (least, most)"
-    );
-    for (name, frame) in frames() {
-        let mut times = vec![Vec::new(); variants.len()];
-        for round in 0..=rounds {
-            for (bridge, times) in bridges.iter().zip(&mut times) {
-                let time = bridge.time_per_frame(&frame);
-                // The first one warms caches up.
-                if round > 0 {
-                    times.push(time);
+    let bridge = Bridge::new();
+    let frames = frames();
+    let guards = Mechanism::ALL
+        .map(|mechanism| Namespace::new().run(|| PortGuards::probe(&[mechanism], OWNER)).unwrap());
+    let mut runs = Mechanism::ALL.map(|_| frames.each_ref().map(|_| Vec::new()));
+    for round in 0..=rounds {
+        for (guards, runs) in guards.iter().zip(&mut runs) {
+            let bare = frames.each_ref().map(|(_, frame)| bridge.time_per_frame(frame));
+            bridge.guard(guards);
+            let guarded = frames.each_ref().map(|(_, frame)| bridge.time_per_frame(frame));
+            bridge.unguard(guards);
+            // The first one warms caches up.
+            if round > 0 {
+                for (runs, pair) in runs.iter_mut().zip(bare.into_iter().zip(guarded)) {
+                    runs.push(pair);
                 }
             }
         }
-        let medians: Vec<f64> = times.iter_mut().map(|times| median(times)).collect();
-        let least = times[0][0];
-        for ((mechanism, times), median) in variants.iter().zip(&times).zip(&medians) {
-            let what = mechanism.map_or("no guard", Mechanism::as_str);
-            let (cost, least) = (median - medians[0], times[0] - least);
-            let (low, most) = (times[0], times[times.len() - 1]);
-            println!(
-                "{name:5} {what:22} {median:7.0} ({low:.0}, {most:.0})  guard: {cost:+.0}, by the least {least:+.0}"
-            );
+    }
+    for (name, frame) in &frames {
+        let times = (0..15).map(|_| program_time(&policy(), frame, 1_000_000).unwrap().as_nanos() as f64);
+        let [_, time, _] = quartiles(times);
+        println!("{name}  {:22} {time:5.0} ns, run by the kernel", "program of BPF alone");
+    }
+    println!(
+        "ns per frame of 64 bytes through a bridge, sender included; medians of {rounds} rounds (quartiles)"
+    );
+    for (number, (name, _)) in frames.iter().enumerate() {
+        for (mechanism, runs) in Mechanism::ALL.iter().zip(&runs) {
+            let (runs, what) = (&runs[number], mechanism.as_str());
+            let [_, bare, _] = quartiles(runs.iter().map(|(bare, _)| *bare));
+            let [low, cost, high] = quartiles(runs.iter().map(|(bare, guarded)| guarded - bare));
+            println!("{name}  {what:22} {bare:5.0} {cost:+5.0}  ({low:+.0}, {high:+.0})");
         }
     }
 }
 
-fn median(times: &mut [f64]) -> f64 {
+fn policy() -> PortPolicy {
+    PortPolicy {
+        mac: MEMBER,
+        v4: vec![[10, 9, 0, 7].into()],
+        v6: vec!["fd09::7".parse().unwrap()],
+        any_address: false,
+    }
+}
+
+fn quartiles(times: impl Iterator<Item = f64>) -> [f64; 3] {
+    let mut times: Vec<f64> = times.collect();
     times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    [1, 2, 3].map(|quarter| times[times.len() * quarter / 4])
 }
 
 /// Of the endpoint's own, each 64 bytes long or the least there is.
@@ -67,21 +88,26 @@ fn frames() -> [(&'static str, Vec<u8>); 2] {
 
 /// A bridge with two members, of which one sends.
 struct Bridge {
-    _host: Namespace,
+    host: Namespace,
     _neighbor: Namespace,
-    _guards: Option<PortGuards>,
     socket: LinkSocket,
     _member: Namespace,
 }
 
+/// The port of the member that sends.
+const PORT: &str = "veth-m";
+
+/// Whose guards these are.
+const OWNER: &str = "bench";
+
 impl Bridge {
-    fn new(mechanism: Option<Mechanism>) -> Self {
+    fn new() -> Self {
         let (host, member, neighbor) = (Namespace::new(), Namespace::new(), Namespace::new());
         host.ip_all("link add br0 type bridge mcast_snooping 0");
         // The path of frames is the bridge's alone.
         host.sysctl("net.bridge.bridge-nf-call-iptables", "0");
         host.sysctl("net.bridge.bridge-nf-call-ip6tables", "0");
-        for (link, namespace, mac) in [("veth-m", &member, MEMBER), ("veth-n", &neighbor, NEIGHBOR)] {
+        for (link, namespace, mac) in [(PORT, &member, MEMBER), ("veth-n", &neighbor, NEIGHBOR)] {
             let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
             let path = namespace.path();
             host.ip_all(&format!(
@@ -93,24 +119,35 @@ impl Bridge {
         }
         host.ip_all("link set br0 up");
         host.exec("bridge", &["fdb", "replace", "02:00:00:00:00:08", "dev", "veth-n", "master", "static"]);
-        let guards = mechanism.map(|mechanism| {
-            let guards = Namespace::new().run(|| PortGuards::probe(&[mechanism], "bench")).unwrap();
-            let listed = host.ip(&["-o", "link", "show", "veth-m"]);
-            let index = listed.split(':').next().unwrap().parse().unwrap();
-            let policy = PortPolicy {
-                mac: MEMBER,
-                v4: vec![[10, 9, 0, 7].into()],
-                v6: vec!["fd09::7".parse().unwrap()],
-                any_address: false,
-            };
-            host.run(|| guards.attach(index, "veth-m", &policy)).unwrap();
-            guards
-        });
         let socket = LinkSocket::sender(&member, "eth0");
-        Self { _host: host, _neighbor: neighbor, _guards: guards, socket, _member: member }
+        Self { host, _neighbor: neighbor, socket, _member: member }
     }
 
+    fn guard(&self, guards: &PortGuards) {
+        self.host.run(|| guards.attach(self.index(), PORT, &policy())).unwrap();
+    }
+
+    fn unguard(&self, guards: &PortGuards) {
+        guards.forget(PORT);
+        match guards.mechanism() {
+            Mechanism::Tcx => self.host.run(|| detach_programs(self.index())).unwrap(),
+            Mechanism::Clsact | Mechanism::Classic => {
+                self.host.exec("tc", &["qdisc", "del", "dev", PORT, "clsact"]);
+            }
+            Mechanism::Nftables => self.host.run(|| PortGuards::remove_table(OWNER)).unwrap(),
+        }
+    }
+
+    fn index(&self) -> u32 {
+        self.host.ip(&["-o", "link", "show", PORT]).split(':').next().unwrap().parse().unwrap()
+    }
+
+    /// After the kernel has cleared away what was there before, and with warm caches.
     fn time_per_frame(&self, frame: &[u8]) -> f64 {
+        std::thread::sleep(SETTLES);
+        for _ in 0..FRAMES / 10 {
+            self.socket.send(frame);
+        }
         let begun = Instant::now();
         for _ in 0..FRAMES {
             self.socket.send(frame);

@@ -98,6 +98,7 @@ mod meta {
     pub(super) const DESTINATION: u16 = 1;
     pub(super) const KEY: u16 = 2;
     pub(super) const SOURCE: u16 = 3;
+    pub(super) const ETHERTYPE: u32 = 1;
     pub(super) const MARK: u32 = 3;
     pub(super) const IN_INDEX: u32 = 4;
     pub(super) const IN_INTERFACE: u32 = 6;
@@ -126,13 +127,35 @@ impl Expressions {
         self.0
     }
 
-    /// Goes on if the bytes from offset `at` of the frame, Ethernet header included, are `value`, or with `not` if they
-    /// differ. Neither holds where the frame is shorter. At most 16 bytes.
-    pub(crate) fn frame_bytes(&mut self, at: u16, value: &[u8], not: bool) {
+    /// Loads `length` bytes from offset `at` of a frame without VLAN tags, Ethernet header included; 16 bytes at most. The
+    /// rule ends where the frame is shorter.
+    ///
+    /// What is behind the Ethernet header is loaded from the network header, in aligned words where it can be: the kernel
+    /// reads those in place (`nft_payload_fast_eval`), and copies all else (`skb_copy_bits`).
+    pub(crate) fn load_frame(&mut self, at: u16, length: usize) {
         /// `NFT_PAYLOAD_LL_HEADER`.
         const LINK: u32 = 0;
-        self.payload(LINK, at.into(), value.len() as u32, FIRST);
+        const ETHERNET: u16 = 14;
+        match at.checked_sub(ETHERNET) {
+            Some(at) if at.is_multiple_of(4) && length.is_multiple_of(4) => {
+                for word in 0..length as u32 / 4 {
+                    self.payload(NETWORK, u32::from(at) + 4 * word, 4, FIRST + word);
+                }
+            }
+            Some(at) => self.payload(NETWORK, at.into(), length as u32, FIRST),
+            None => self.payload(LINK, at.into(), length as u32, FIRST),
+        }
+    }
+
+    /// Goes on if what was loaded last is `value`, or with `not` if it differs.
+    pub(crate) fn loaded_is(&mut self, value: &[u8], not: bool) {
         self.compare(if not { DIFFERENT } else { EQUAL }, value);
+    }
+
+    /// Goes on for frames of that ethertype, as the kernel has read it.
+    pub(crate) fn ethertype_is(&mut self, ethertype: &[u8]) {
+        self.meta(meta::ETHERTYPE, FIRST);
+        self.compare(EQUAL, ethertype);
     }
 
     fn push(&mut self, name: &str, data: &Attributes) {

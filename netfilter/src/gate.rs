@@ -77,7 +77,9 @@ pub fn count_programs(index: u32) -> io::Result<usize> {
 #[doc(hidden)]
 pub fn detach_programs(index: u32) -> io::Result<()> {
     for direction in [Direction::Ingress, Direction::Egress] {
-        detach_tcx(index, direction)?;
+        for id in tcx_programs(index, direction)? {
+            detach_tcx(index, direction, id)?;
+        }
     }
     Ok(())
 }

@@ -29,6 +29,8 @@ pub use conntrack::{Conntrack, Flow};
 pub use gate::{Gate, GatePolicy};
 #[doc(hidden)]
 pub use gate::{count_programs, detach_programs};
+#[doc(hidden)]
+pub use guard::program_time;
 pub use guard::{Dropped, InternalGuard, Mechanism, PortGuards, PortPolicy, SpoofReason};
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, SpoofReason};
 use tidegate_testbed::frames::{
-    BROADCAST, Forger, KINDS, LinkSocket, Mac, advertisement, arp, ethernet, ipv4, udp4, udp6,
+    BROADCAST, Forger, KINDS, LinkSocket, MARKER, Mac, advertisement, arp, ethernet, ipv4, udp4, udp6,
 };
 use tidegate_testbed::{Namespace, eventually};
 
@@ -231,6 +231,14 @@ fn it_goes_with_its_link_and_is_missed_when_it_is_removed() {
         }
         assert!(is_attached().unwrap(), "{mechanism}");
         assert_eq!(forged(), [0, 0], "{mechanism}");
+        // Another policy takes the place of this one.
+        let sent = ethernet(BROADCAST, MEMBER, 0x0800, &udp4((OWN, 1), (GATEWAY, 2), MARKER));
+        let own = || bridge.send([sent.clone()].into_iter());
+        let moved = PortPolicy { v4: vec![[10, 9, 0, 9].into()], ..policy.clone() };
+        for (policy, expected) in [(&moved, [0, 0]), (&policy, [1, 1])] {
+            bridge.host.run(|| bridge.guards.attach(bridge.index, "veth-m", policy)).unwrap();
+            assert_eq!(own(), expected, "{mechanism}: {policy:?}");
+        }
         bridge.host.ip(&["link", "del", "veth-m"]);
         if mechanism == Mechanism::Nftables {
             bridge.host.run(|| PortGuards::remove_table("test")).unwrap();

@@ -13,6 +13,7 @@ use clsact::{Attached, Clsact, Code};
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 use tidegate_model::Feature;
 
 /// `enum bpf_cmd`.
@@ -22,7 +23,6 @@ mod command {
     pub(super) const LOAD: libc::c_long = 5;
     pub(super) const ATTACH: libc::c_long = 8;
     pub(super) const DETACH: libc::c_long = 9;
-    #[cfg(test)]
     pub(super) const TEST_RUN: libc::c_long = 10;
     pub(super) const BY_ID: libc::c_long = 13;
     pub(super) const INFO: libc::c_long = 15;
@@ -118,18 +118,18 @@ impl Program {
         self.descriptor.as_raw_fd() as u32
     }
 
-    /// Runs it on `frame`, as if received. Returns its verdict.
-    #[cfg(test)]
-    pub(crate) fn test_run(&self, frame: &[u8]) -> io::Result<i32> {
+    /// Runs it `times` times on `frame`, as if received: its verdict, and what one run took.
+    pub(crate) fn test_run(&self, frame: &[u8], times: u32) -> io::Result<(i32, Duration)> {
         let mut attributes = TestRun {
             program: self.descriptor.as_raw_fd() as u32,
             length: frame.len() as u32,
             frame: frame.as_ptr() as u64,
+            repeat: times,
             ..TestRun::default()
         };
         // SAFETY: `TestRun` is the head of `union bpf_attr` for this command, and `frame` outlives the call.
         unsafe { bpf(command::TEST_RUN, &mut attributes) }?;
-        Ok(attributes.verdict.cast_signed())
+        Ok((attributes.verdict.cast_signed(), Duration::from_nanos(attributes.duration.into())))
     }
 }
 
@@ -208,22 +208,22 @@ impl LinkProgram {
     }
 }
 
-/// Detaches the programs of tcx from the link numbered `index`, as bpftool-net(8) does.
-pub(crate) fn detach_tcx(index: u32, direction: Direction) -> io::Result<()> {
-    for id in tcx_programs(index, direction)? {
-        let mut attributes = ById { id, ..ById::default() };
-        // SAFETY: `ById` is the head of `union bpf_attr` for this command.
-        let program = unsafe { open(command::BY_ID, &mut attributes) }?;
-        let mut attributes = Attach {
-            link: index,
-            program: program.as_raw_fd() as u32,
-            kind: direction.attach_type(),
-            ..Attach::default()
-        };
-        // SAFETY: `Attach` is the head of `union bpf_attr` for this command.
-        unsafe { bpf(command::DETACH, &mut attributes) }?;
-    }
-    Ok(())
+/// Detaches the program with that id from the link numbered `index` of the calling thread's namespace.
+///
+/// # Errors
+/// `ENODEV` without such a link, `ENOENT` without such a program.
+pub(crate) fn detach_tcx(index: u32, direction: Direction, id: u32) -> io::Result<()> {
+    let mut attributes = ById { id, ..ById::default() };
+    // SAFETY: `ById` is the head of `union bpf_attr` for this command.
+    let program = unsafe { open(command::BY_ID, &mut attributes) }?;
+    let mut attributes = Attach {
+        link: index,
+        program: program.as_raw_fd() as u32,
+        kind: direction.attach_type(),
+        ..Attach::default()
+    };
+    // SAFETY: `Attach` is the head of `union bpf_attr` for this command.
+    unsafe { bpf(command::DETACH, &mut attributes) }.map(drop)
 }
 
 /// The tag of the program numbered `id`. Needs CAP_SYS_ADMIN.
@@ -427,7 +427,6 @@ struct Query {
     revision: u64,
 }
 
-#[cfg(test)]
 #[derive(Default)]
 #[repr(C)]
 struct TestRun {

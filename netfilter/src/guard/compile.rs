@@ -5,7 +5,7 @@
 //! compared first.
 //!
 //! eBPF has the same loads (`BPF_LD | BPF_ABS`), but each is a function call there (`bpf_gen_ld_abs`). So it reads the
-//! packet directly, and has the kernel make as much of it linear as rules look at (`bpf_skb_pull_data`).
+//! packet directly, and has the kernel make as much of it linear as rules look at (`bpf_skb_pull_data`), if it is not.
 
 use super::rules::{OTHERWISE, Rule, SpoofReason, Test, Verdict};
 use crate::bpf::clsact::Classic;
@@ -136,7 +136,11 @@ fn compare(at: u16, value: &[u8], not: bool, miss: Label, labels: &mut Label, st
         };
         let (now, later) = rest.split_at(width.bytes());
         let constant = now.iter().fold(0, |all, byte| all << 8 | u32::from(*byte));
-        steps.push(Step::Load(width, at));
+        let load = Step::Load(width, at);
+        // A comparison leaves in the accumulator what it found there.
+        if !matches!(steps[..], [.., before, Step::IfEqual(..) | Step::IfDifferent(..)] if before == load) {
+            steps.push(load);
+        }
         steps.push(match (not, later.is_empty()) {
             (false, _) => Step::IfDifferent(width, constant, miss),
             (true, false) => Step::IfDifferent(width, constant, differs),
@@ -145,7 +149,7 @@ fn compare(at: u16, value: &[u8], not: bool, miss: Label, labels: &mut Label, st
         at += width.bytes() as u16;
         rest = later;
     }
-    if not {
+    if steps.iter().any(|step| matches!(step, Step::IfDifferent(_, _, label) if *label == differs)) {
         steps.push(Step::Here(differs));
         *labels += 1;
     }
@@ -193,16 +197,17 @@ pub(super) fn extended(rules: &[Rule], counters: i32) -> Vec<Instruction> {
         copy(CONTEXT, FIRST),
         read(BEGIN, field::DATA),
         read(END, field::DATA_END),
-        copy(FIRST, BEGIN),
-        add(FIRST, longest.into()),
-        // BPF_JMP | BPF_JLE | BPF_X: all that rules look at is linear.
-        of(0xbd, FIRST, END, 8, 0),
         // Of a short frame, all of it.
         set(SECOND, longest.into()),
         read(RESULT, field::LENGTH),
         // BPF_JMP | BPF_JGE | BPF_X
         of(0x3d, RESULT, SECOND, 1, 0),
         copy(SECOND, RESULT),
+        copy(FIRST, BEGIN),
+        // BPF_ALU64 | BPF_ADD | BPF_X
+        of(0x0f, FIRST, SECOND, 0, 0),
+        // BPF_JMP | BPF_JLE | BPF_X: all that rules look at is linear. The call may copy the frame.
+        of(0xbd, FIRST, END, 4, 0),
         copy(FIRST, CONTEXT),
         // bpf_skb_pull_data
         of(0x85, 0, 0, 0, 39),

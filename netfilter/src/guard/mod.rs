@@ -16,7 +16,7 @@ mod nftables;
 mod rules;
 
 use crate::bpf::clsact::{Attached, Clsact, Code, bytes_of};
-use crate::bpf::{Counters, Direction, LOOPBACK, LinkProgram, Program, tcx_programs};
+use crate::bpf::{Counters, Direction, LOOPBACK, LinkProgram, Program, detach_tcx, tcx_programs};
 use crate::socket::NetfilterSocket;
 use ipnet::IpNet;
 pub use rules::{PortPolicy, SpoofReason};
@@ -25,6 +25,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tidegate_model::registry;
 
 /// The name of the programs and of the counters (bpftool-prog(8)), and of the classifier.
@@ -134,6 +135,12 @@ impl PortGuards {
                 let program = Program::load(NAME, &compile::extended(&rules, counters.descriptor()))?;
                 if self.mechanism == Mechanism::Tcx {
                     program.attach_tcx(index, Direction::Ingress)?;
+                    let earlier = installed.get(link).map(|earlier| earlier.program);
+                    for id in tcx_programs(index, Direction::Ingress)? {
+                        if earlier == Some(id) {
+                            detach_tcx(index, Direction::Ingress, id)?;
+                        }
+                    }
                 } else {
                     let code = Code::Descriptor(program.descriptor());
                     Clsact::open()?.attach(index, Direction::Ingress, NAME, code)?;
@@ -232,6 +239,14 @@ impl PortGuards {
     fn installed(&self) -> MutexGuard<'_, BTreeMap<String, Installed>> {
         self.installed.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What the program for `policy` takes for `frame`, of which it runs `times` times: for benches.
+#[doc(hidden)]
+pub fn program_time(policy: &PortPolicy, frame: &[u8], times: u32) -> io::Result<Duration> {
+    let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
+    let program = Program::load(NAME, &compile::extended(&rules(policy), counters.descriptor()))?;
+    program.test_run(frame, times).map(|(_, time)| time)
 }
 
 /// A guard at the ingress of an internal network's bridge: the host takes what its members send to its gateway addresses

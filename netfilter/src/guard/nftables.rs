@@ -162,6 +162,10 @@ struct Rendered {
     verdict: Verdict,
 }
 
+fn is_tag(bytes: &[u8]) -> bool {
+    VLAN_TAGS.iter().any(|tag| tag == bytes)
+}
+
 /// A frame with a VLAN tag has another ethertype here, and no other rule accepts it: so the tags come last, and cost the
 /// endpoint's own frames nothing.
 fn rendered(rules: &[Rule]) -> Vec<Rendered> {
@@ -188,8 +192,20 @@ fn rendered(rules: &[Rule]) -> Vec<Rendered> {
 
 fn new_rule(table: &str, link: &str, rule: &Rendered) -> Message {
     let mut expressions = Expressions::default();
+    let mut loaded = None;
     for (at, value, not) in &rule.bytes {
-        expressions.frame_bytes(*at, value, *not);
+        // Where a rule asks for an ethertype, it is the one that the kernel has read, unless there is a VLAN tag: asking
+        // the kernel first is a fraction of a load from the frame.
+        let ethertype = usize::from(ETHERTYPE.wrapping_sub(*at));
+        if let Some(ethertype) = value.get(ethertype..ethertype + 2).filter(|_| !not && !is_tag(value)) {
+            expressions.ethertype_is(ethertype);
+            loaded = None;
+        }
+        if loaded != Some((*at, value.len())) {
+            expressions.load_frame(*at, value.len());
+            loaded = Some((*at, value.len()));
+        }
+        expressions.loaded_is(value, *not);
     }
     let comment = match rule.verdict {
         Verdict::Accept => {

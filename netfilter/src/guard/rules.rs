@@ -7,15 +7,18 @@
 //! render the same list: eBPF, classic BPF ([`compile`](super::compile)) and nftables ([`nftables`](super::nftables)).
 //!
 //! ```text
-//! source MAC address not the endpoint's ─► drop
-//! (any source address allowed          ─► accept)
+//! (any source address allowed: source MAC address own ─► accept, else drop)
 //! VLAN tag                             ─► drop
-//! IPv4   source own                    ─► accept     0.0.0.0 for IGMP (RFC 3376, 4.2.13) too
-//! ARP    sender own, or a probe for an own address ─► accept (RFC 5227, 2.1.1)
-//! IPv6   source own: neighbour advertisements for own targets only; no router advertisements, no
-//!        redirects; extension headers that lead to neither          ─► accept
-//!        source `::`: duplicate address detection of an own target (RFC 4862, 5.4.2), MLD reports
+//! source MAC address own and
+//!   IPv4 source own                    ─► accept
+//!   IPv6 source own, neither ICMPv6 nor extension headers ─► accept
+//! source MAC address not the endpoint's ─► drop
+//! IPv4   0.0.0.0 for IGMP (RFC 3376, 4.2.13)       ─► accept
+//! IPv6   source `::`: duplicate address detection of an own target (RFC 4862, 5.4.2), MLD reports
 //!        (RFC 3810, 5.2.13)                                         ─► accept
+//!        source own: neighbour advertisements for own targets only; no router advertisements, no
+//!        redirects; extension headers that lead to neither          ─► accept
+//! ARP    sender own, or a probe for an own address ─► accept (RFC 5227, 2.1.1)
 //! all else                             ─► drop
 //! ```
 //!
@@ -209,15 +212,16 @@ fn rule(tests: impl IntoIterator<Item = Test>, verdict: Verdict) -> Rule {
     Rule { tests: tests.into_iter().collect(), verdict }
 }
 
-/// The rules of `policy`. What a busy endpoint sends most, IPv4 and TCP and UDP over IPv6, is decided first.
+/// The rules of `policy`. What a busy endpoint sends most is decided first, with few and wide comparisons.
 pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
     use Verdict::{Accept, Drop};
-    let mut rules = vec![rule([is_not(at::SOURCE_MAC, &policy.mac)], Drop(SpoofReason::Mac))];
+    let foreign_mac = rule([is_not(at::SOURCE_MAC, &policy.mac)], Drop(SpoofReason::Mac));
     if policy.any_address {
-        rules.push(rule([], Accept));
-        return rules;
+        return vec![foreign_mac, rule([], Accept)];
     }
-    rules.push(rule([Test::Tagged], Drop(SpoofReason::Vlan)));
+    let mut rules = vec![rule([Test::Tagged], Drop(SpoofReason::Vlan))];
+    rules.extend(own(policy));
+    rules.push(foreign_mac);
     rules.extend(ipv4(policy));
     rules.extend(ipv6(policy));
     rules.extend(arp(policy));
@@ -269,10 +273,22 @@ fn within(at: u16, network: &[u8], prefix: u8) -> Vec<Test> {
     tests
 }
 
+/// Packets from own addresses in which nothing else has to be looked at.
+fn own(policy: &PortPolicy) -> Vec<Rule> {
+    // The source MAC address and the ethertype are neighbours.
+    let head = |ethertype: &[u8]| is(at::SOURCE_MAC, &[&policy.mac[..], ethertype].concat());
+    let plain = |protocol: &u8| is_not(at::V6_NEXT, &[*protocol]);
+    let v4 = policy.v4.iter().map(|ip| vec![head(&IPV4), is(at::V4_SOURCE, &ip.octets())]);
+    let v6 = policy.v6_sources().into_iter().map(|ip| {
+        let tests = [head(&IPV6), is(at::V6_SOURCE, &ip.octets()), is_not(at::V6_NEXT, &[ICMPV6])];
+        tests.into_iter().chain(EXTENSIONS.iter().map(plain)).collect()
+    });
+    v4.chain(v6).map(|tests: Vec<Test>| rule(tests, Verdict::Accept)).collect()
+}
+
 fn ipv4(policy: &PortPolicy) -> Vec<Rule> {
     let v4 = || is(at::ETHERTYPE, &IPV4);
-    let own = policy.v4.iter().map(|ip| rule([v4(), is(at::V4_SOURCE, &ip.octets())], Verdict::Accept));
-    let mut rules: Vec<Rule> = own.collect();
+    let mut rules = Vec::new();
     if !policy.v4.is_empty() {
         let tests = [v4(), is(at::V4_SOURCE, &[0; 4]), is(at::V4_PROTOCOL, &[IGMP])];
         rules.push(rule(tests, Verdict::Accept));
@@ -311,7 +327,6 @@ fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
     if own.is_empty() {
         return vec![rule([v6()], Drop(SpoofReason::Ipv6Source))];
     }
-    let source = |ip: &Ipv6Addr| is(at::V6_SOURCE, &ip.octets());
     let nobody = || is(at::V6_SOURCE, &[0; 16]);
     let next = |protocol: u8| is(at::V6_NEXT, &[protocol]);
     let icmp = |kind: u8| [v6(), next(ICMPV6), is(at::V6_PAYLOAD, &[kind])];
@@ -323,9 +338,6 @@ fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
     };
 
     let mut rules = Vec::new();
-    for protocol in [TCP, UDP] {
-        rules.extend(own.iter().map(|ip| rule([v6(), source(ip), next(protocol)], Accept)));
-    }
     for target in &own {
         let detection =
             with(icmp(NEIGHBOR_SOLICITATION), vec![nobody(), is(at::ND_TARGET, &target.octets())]);

@@ -145,7 +145,8 @@ fn ebpf_decides_as_the_rules_do_and_counts_by_reason() {
             if let Verdict::Drop(reason) = verdict {
                 dropped[reason as usize] += 1;
             }
-            assert_eq!(program.test_run(&frame).unwrap(), expected(&rules, &frame), "{frame:02x?}");
+            let (verdict, _) = program.test_run(&frame, 1).unwrap();
+            assert_eq!(verdict, expected(&rules, &frame), "{frame:02x?}");
         }
         let counted = std::array::from_fn(|number| counters.read(number as u32).unwrap());
         assert_eq!(dropped, counted);
