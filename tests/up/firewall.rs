@@ -27,7 +27,7 @@ services:
 "#;
 
 /// Every way to have a published port with a firewall.
-const MODES: [&[&str]; 4] = [
+pub(super) const MODES: [&[&str]; 4] = [
     &["--firewall=nftables", "--publish=proxy"],
     &["--firewall=nftables", "--publish=kernel"],
     &["--firewall=iptables", "--publish=proxy"],

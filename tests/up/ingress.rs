@@ -2,7 +2,7 @@
 //! addresses, which belong to no network, and after a bridge was made again.
 
 use super::matrix::peer_as_seen;
-use super::scene::{Scene, service_namespace, state};
+use super::scene::{Scene, service_namespace, state, with_commands};
 use super::uplink::Uplink;
 use super::witness::Witness;
 use socket2::{Domain, Socket, Type};
@@ -152,24 +152,7 @@ impl Scenery {
              -6 route add fd77::/16 via 2001:db8:1::1",
         );
         let before = state(&scene.net.host);
-        let mut file = FILE.to_owned();
-        let (up, services) = if mode.rootless {
-            for name in SERVICES {
-                file = file.replace(&format!("x-netns: {}", name.to_uppercase()), "command: sleep 60");
-            }
-            let up = scene.up_as_nobody(&file);
-            up.wait_for_line("Ctrl-C takes", SOON);
-            let services = SERVICES.map(|name| service_namespace(&up, name));
-            (up, services)
-        } else {
-            let services = SERVICES.map(|_| Namespace::new());
-            for (name, namespace) in SERVICES.iter().zip(&services) {
-                file = file.replace(&name.to_uppercase(), &namespace.path().display().to_string());
-            }
-            let up = scene.up_with(&file, mode.flags);
-            up.wait_for_line("Ctrl-C takes", SOON);
-            (up, services)
-        };
+        let (up, services) = scene.up_with_services(FILE, SERVICES, mode.rootless, mode.flags);
         let bridges = if mode.rootless { inner_namespace(&up) } else { scene.net.host.clone() };
         // An inmate who looks for an egress.
         services[4].ip_all(
@@ -360,7 +343,7 @@ fn socket(
     Ok((socket, address))
 }
 
-/// The length of the answer, whoever sends it.
+/// The length of the answer, from any source.
 fn ask_by_udp(
     port: Port,
     from: From,
@@ -562,10 +545,7 @@ fn metrics_are_served_to_no_internal_network_and_at_no_address_of_another() {
             .net
             .client
             .ip_all("route add 10.77.0.0/16 via 203.0.113.1\n -6 route add fd77::/16 via 2001:db8:1::1");
-        let mut file = FILE.to_owned();
-        for name in SERVICES {
-            file = file.replace(&format!("x-netns: {}", name.to_uppercase()), "command: sleep 60");
-        }
+        let file = with_commands(FILE, &SERVICES);
         let path = scene.directory.path().join("compose.yaml");
         fs::write(&path, file).unwrap();
         let mut command = if mode.rootless { scene.tidegate_as_nobody() } else { scene.tidegate() };
@@ -611,10 +591,7 @@ fn metrics_are_served_to_no_internal_network_and_at_no_address_of_another() {
 fn the_nat_engine_answers_no_internal_network() {
     for mode in [NONE, ROOTLESS] {
         let scene = Scene::new().with_open_tun();
-        let mut file = FILE.to_owned();
-        for name in SERVICES {
-            file = file.replace(&format!("x-netns: {}", name.to_uppercase()), "command: sleep 60");
-        }
+        let file = with_commands(FILE, &SERVICES);
         let mut command = if mode.rootless { scene.command_as_nobody(&file) } else { scene.command(&file) };
         let up = Process::spawn(command.args(mode.flags).arg("--allow-host-loopback"));
         up.wait_for_line("Ctrl-C takes", SOON);

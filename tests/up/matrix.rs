@@ -1,6 +1,6 @@
 //! Who reaches what: one table, for every way to keep networks closed.
 
-use super::scene::{Scene, service_namespace, state};
+use super::scene::{Scene, state};
 use super::uplink::{self, Uplink};
 use super::witness::Witness;
 use socket2::{Domain, Socket, Type};
@@ -289,24 +289,7 @@ impl Matrix {
         scene.net.host.sysctl("net.ipv4.ip_forward", on);
         scene.net.host.sysctl("net.ipv6.conf.all.forwarding", on);
         let before = state(&scene.net.host);
-        let mut file = FILE.to_owned();
-        let (up, endpoints) = if mode.rootless {
-            for name in ENDPOINTS {
-                file = file.replace(&format!("x-netns: {}", name.to_uppercase()), "command: sleep 60");
-            }
-            let up = scene.up_as_nobody(&file);
-            up.wait_for_line("Ctrl-C takes", SOON);
-            let endpoints = ENDPOINTS.map(|name| service_namespace(&up, name));
-            (up, endpoints)
-        } else {
-            let endpoints = ENDPOINTS.map(|_| Namespace::new());
-            for (name, namespace) in ENDPOINTS.iter().zip(&endpoints) {
-                file = file.replace(&name.to_uppercase(), &namespace.path().display().to_string());
-            }
-            let up = scene.up_with(&file, mode.flags);
-            up.wait_for_line("Ctrl-C takes", SOON);
-            (up, endpoints)
-        };
+        let (up, endpoints) = scene.up_with_services(FILE, ENDPOINTS, mode.rootless, mode.flags);
         // An inmate who looks for a way out himself.
         endpoints[3].ip_all(
             "route add default via 10.77.3.1

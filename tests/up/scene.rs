@@ -146,6 +146,33 @@ impl Scene {
         self.brings_up(self.tidegate_as_nobody(), file)
     }
 
+    /// Brings `file` up and waits until it is. Its `services` get a namespace each, in the place of their names in upper
+    /// case (`x-netns: NAME`); a `rootless` engine makes these itself, for a command.
+    #[track_caller]
+    pub(crate) fn up_with_services<const N: usize>(
+        &self,
+        file: &str,
+        services: [&str; N],
+        rootless: bool,
+        flags: &[&str],
+    ) -> (Process, [Namespace; N]) {
+        const SOON: Duration = Duration::from_secs(10);
+        if rootless {
+            let up = self.up_as_nobody(&with_commands(file, &services));
+            up.wait_for_line("Ctrl-C takes", SOON);
+            let namespaces = services.map(|name| service_namespace(&up, name));
+            return (up, namespaces);
+        }
+        let namespaces = services.map(|_| Namespace::new());
+        let mut file = file.to_owned();
+        for (name, namespace) in services.iter().zip(&namespaces) {
+            file = file.replace(&name.to_uppercase(), &namespace.path().display().to_string());
+        }
+        let up = self.up_with(&file, flags);
+        up.wait_for_line("Ctrl-C takes", SOON);
+        (up, namespaces)
+    }
+
     /// What is told of `file`, which cannot be brought up.
     #[track_caller]
     pub(crate) fn refused(&self, file: &str) -> String {
@@ -188,10 +215,12 @@ pub(crate) fn state(namespace: &Namespace) -> String {
         .collect()
 }
 
-/// The tables of the packet filter by name, whichever was made first.
+/// The tables of the packet filter by name, whichever was made first. One family at a time: nft(8) shows what extensions of
+/// iptables do (`masquerade`, `dnat to`) for the first of `ip` and `ip6` that it comes to, and leaves it out for the other.
 fn tables(namespace: &Namespace) -> String {
-    let listed = namespace.exec("nft", &["-s", "list", "ruleset"]);
-    let mut tables: Vec<&str> = listed.split_inclusive("\n}\n").collect();
+    let families = ["ip", "ip6", "inet", "netdev", "bridge", "arp"];
+    let listed = families.map(|family| namespace.exec("nft", &["-s", "list", "ruleset", family]));
+    let mut tables: Vec<&str> = listed.iter().flat_map(|listed| listed.split_inclusive("\n}\n")).collect();
     tables.sort_unstable();
     tables.concat()
 }
@@ -205,6 +234,14 @@ fn legacy_rules(namespace: &Namespace, program: &str) -> String {
     // Tables without anything in them are as good as none.
     let tables = lines.split(|line| line.starts_with('*')).filter(|table| !table.is_empty());
     tables.map(|table| format!("{program}: {}\n", table.join("\n"))).collect()
+}
+
+/// `file`, with a command for each of its `services` in the place of a namespace (`x-netns: NAME`, in upper case).
+pub(crate) fn with_commands(file: &str, services: &[&str]) -> String {
+    let one = |file: String, name: &&str| {
+        file.replace(&format!("x-netns: {}", name.to_uppercase()), "command: sleep 60")
+    };
+    services.iter().fold(file.to_owned(), one)
 }
 
 /// The network namespace of a service, by the process that is its init.

@@ -1,6 +1,7 @@
 //! VPNs, QoS scripts and second uplinks of the host: what was closed stays closed, what worked keeps working,
 //! and no mark or rule of theirs is lost, whichever came first.
 
+use super::firewall::MODES;
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, state};
 use std::net::SocketAddr;
@@ -26,13 +27,6 @@ services:
     x-netns: STRANGER
     networks: { away: { ipv4_address: 10.78.2.10 } }
 "#;
-
-const MODES: [&[&str]; 4] = [
-    &["--firewall=nftables", "--publish=proxy"],
-    &["--firewall=nftables", "--publish=kernel"],
-    &["--firewall=iptables", "--publish=proxy"],
-    &["--firewall=iptables", "--publish=kernel"],
-];
 
 /// What software of others does to the host, and how it takes that back.
 struct Vpn {
