@@ -51,4 +51,5 @@ pub use policy_route::{
     MAX_SELECTORS, PolicyRoute, PolicyRouteError, Selector, Steered, Sysctl, sweep, sweep_in,
 };
 pub use run_directory::run_directory;
+pub use system::interface_index;
 pub use user::{become_root_of_a_user_namespace, is_privileged, join_user_namespace};

@@ -1,8 +1,20 @@
-//! The few system calls that rustix does not have.
+//! System calls that rustix does not have, and one that needs a socket first.
 
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketType, socket};
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+/// The index of the interface `name` of the calling thread's namespace.
+///
+/// # Errors
+/// `ENODEV` if there is none.
+pub fn interface_index(name: &str) -> io::Result<u32> {
+    // The ioctl needs a socket of the namespace; any will do.
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    Ok(name_to_index(&socket, name)?)
+}
 
 /// Whether `file` stands for a network namespace. Of any other file, the kernel does not know the question.
 pub(crate) fn is_network_namespace(file: impl AsFd) -> bool {

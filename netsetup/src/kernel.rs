@@ -11,7 +11,6 @@ use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
-use rustix::net::{AddressFamily, SocketType, socket};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
@@ -19,7 +18,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use tidegate_model::{Feature, registry};
 use tidegate_netfilter::{Gate, GatePolicy, InternalGuard, PortGuards, PortPolicy};
-use tidegate_netns::Namespace;
+use tidegate_netns::{Namespace, interface_index};
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
@@ -227,7 +226,7 @@ impl Kernel {
             Passes::From(_) | Passes::Nothing => {
                 if !self.gates.contains_key(passes) {
                     let links = match passes {
-                        Passes::From(link) => vec![index_of(&host, link)?],
+                        Passes::From(link) => vec![host.with(|| interface_index(link)).flatten()?],
                         Passes::Marked | Passes::Nothing => Vec::new(),
                     };
                     let gate = host.with(|| Gate::new(&GatePolicy::From(links))).flatten()?;
@@ -706,14 +705,4 @@ fn found(asked: io::Result<bool>, what: &str) -> Result<bool, KernelError> {
         Err(error) if is_absent(&error) => Ok(false),
         asked => asked.map_err(|source| KernelError { what: format!("look for the {what}"), source }),
     }
-}
-
-/// The number of a link of `host`.
-fn index_of(host: &Namespace, link: &str) -> io::Result<u32> {
-    let index = || {
-        // Any socket will do to ask with.
-        let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-        Ok(rustix::net::netdevice::name_to_index(&socket, link)?)
-    };
-    host.with(index)?
 }

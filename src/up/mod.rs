@@ -32,7 +32,6 @@ use anyhow::{Context, anyhow, bail};
 use layout::{Layout, Surroundings, fnv, layout};
 use names::NameServers;
 use rustix::io::Errno;
-use rustix::net::netdevice::name_to_index;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
@@ -42,7 +41,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 use tidegate_model::{PortSpec, Protocol, registry};
 use tidegate_netfilter::PortGuards;
-use tidegate_netns::{Namespace, News, Topic, run_directory};
+use tidegate_netns::{Namespace, News, Topic, interface_index, run_directory};
 use tidegate_netsetup::{
     DefaultRoute, Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, ReplyPath, Setup,
     Uplink, WithFirewall, WithoutFirewall,
@@ -369,7 +368,7 @@ impl Up {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let acl = GatewayAcl::new(Arc::clone(&gateway_networks), layout.networks_of(name));
             let endpoint = Endpoint::new(namespace.clone(), addresses, acl);
-            let endpoint = endpoint.translated_to(targets_of(&layout, name, PublishBy::Kernel));
+            let endpoint = endpoint.translated_to(targets_of(&layout, name));
             publisher.add_endpoint(name, endpoint.behind_engine(way_out::behind_it(&layout, name)));
         }
         if let Some(way_out) = &way_out {
@@ -464,18 +463,18 @@ impl Up {
 }
 
 /// What the kernel may translate ports of the endpoint `name` to.
-fn targets_of(layout: &Layout, name: &str, publish: PublishBy) -> Vec<IpAddr> {
+fn targets_of(layout: &Layout, name: &str) -> Vec<IpAddr> {
     let endpoint = layout.desired.endpoints.iter().find(|endpoint| endpoint.name == name);
-    match publish {
-        PublishBy::Proxy => Vec::new(),
-        PublishBy::Kernel => endpoint.map(targets).unwrap_or_default(),
-    }
+    endpoint.map(targets).unwrap_or_default()
 }
 
 /// What the firewall has to know of `ports`.
 fn openings(layout: &Layout, ports: &OpenPorts, publish: PublishBy) -> BTreeSet<Opening> {
     let of = |((service, _), listeners): (&(String, Protocol), &Vec<(Listener, u16)>)| {
-        let targets = targets_of(layout, service, publish);
+        let targets = match publish {
+            PublishBy::Proxy => Vec::new(),
+            PublishBy::Kernel => targets_of(layout, service),
+        };
         let openings = listeners.iter().map(|(listener, port)| opening(listener.label(), *port, &targets));
         openings.collect::<Vec<_>>()
     };
@@ -634,14 +633,12 @@ fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
 /// none.
 fn bridge_indexes(layout: &Layout, host: &Namespace) -> io::Result<BTreeMap<String, u32>> {
     host.with(|| {
-        // Any socket will do to ask with.
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
         let mut indexes = BTreeMap::new();
         for network in &layout.desired.networks {
-            match name_to_index(&socket, &network.bridge.name) {
+            match interface_index(&network.bridge.name) {
                 Ok(index) => drop(indexes.insert(network.name.clone(), index)),
-                Err(Errno::NODEV) => {}
-                Err(errno) => return Err(errno.into()),
+                Err(error) if error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(indexes)

@@ -4,7 +4,6 @@ use super::layout::Layout;
 use crate::compose::{Names, Network, Project, Run, Service};
 use crate::ground::Ground;
 use anyhow::Context;
-use rustix::net::netdevice::name_to_index;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
@@ -14,7 +13,7 @@ use std::time::Duration;
 use tidegate_dns::{
     EndpointSpec, NetworkSpec, PORT, ResolvConf, Resolver, SERVER, ServeOptions, Serving, Settings,
 };
-use tidegate_netns::Namespace;
+use tidegate_netns::{Namespace, interface_index};
 
 /// Descriptors that a service's server keeps: a UDP and a TCP socket, twice while it moves.
 pub(super) const DESCRIPTORS: usize = 4;
@@ -215,12 +214,7 @@ pub(super) fn resolv_conf(
 /// What the host's own says.
 pub(super) fn host_resolv_conf() -> ResolvConf {
     let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let index = |name: &str| {
-        // Any socket will do to ask with.
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).ok()?;
-        name_to_index(&socket, name).ok()
-    };
-    ResolvConf::parse(&text, &index)
+    ResolvConf::parse(&text, &|name| interface_index(name).ok())
 }
 
 /// `/etc/hosts` of a service: what it is itself.
