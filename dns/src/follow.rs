@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_netns::Namespace;
+use tidegate_netns::{Namespace, interface_index};
 use tokio::io::unix::AsyncFd;
 
 /// How long a change has to be at rest: files are often written in pieces.
@@ -133,14 +133,8 @@ pub fn servers(path: &Path, outside: &Namespace) -> Option<Arc<[SocketAddr]>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(_) => return None,
     }
-    let scope = |name: &str| outside.with(|| index_of(name)).ok()?.ok();
+    let scope = |name: &str| outside.with(|| interface_index(name)).flatten().ok();
     Some(ResolvConf::parse(&text, &scope).servers.into())
-}
-
-/// The index of an interface of the calling thread's namespace.
-fn index_of(interface: &str) -> io::Result<u32> {
-    let any = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
-    Ok(rustix::net::netdevice::name_to_index(any, interface)?)
 }
 
 /// Tells `each` of the servers, now and whenever they may have changed, for as long as the task lives.

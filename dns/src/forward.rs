@@ -341,8 +341,8 @@ impl Forwarder {
                     let goes_on = if attempt.cut {
                         false
                     } else if attempt.changed && attempt.form.mixed {
-                        // In lower case, from another port and with another ID: whoever has guessed
-                        // the first two has gained nothing. A word of the old port is too late.
+                        // In lower case, from another port and with another ID, so that an attacker who has
+                        // guessed the old ones gains nothing. What reaches the old port is ignored.
                         self.state().health.changed_case(server, None, now());
                         attempt.form.mixed = false;
                         outstanding.retain(|one| one.server() != server);

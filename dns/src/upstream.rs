@@ -10,9 +10,8 @@
 //! ```
 //!
 //! Servers are asked in the order of their list. Only a server that is *dead* is asked after the
-//! others; it is *suspect* then. A question that stays unanswered is no evidence of that: whoever
-//! asks can choose a name whose authoritative servers are slow or silent. The evidence is a
-//! *liveness check*:
+//! others; it is *suspect* then. An unanswered question does not prove it: a client can choose a
+//! name whose authoritative servers are slow or silent. Only a *liveness check* proves it:
 //!
 //! ```text
 //! a question is silent for DOUBT, and the server has said nothing to anybody since it was asked
@@ -21,10 +20,10 @@
 //!         └─ nothing for CHECK_GRACE: suspect, asked last; said something later: alive again
 //! ```
 //!
-//! The check asks the same question whoever caused it, so no asker can influence its result. Its
-//! grace ends before the patience of the question that caused it: a dead server costs one question
-//! [`PATIENCE`] and later ones nothing. When the time of a suspicion is over, the next question
-//! causes a new check; the question itself still goes to the others first.
+//! The check always asks the same question, so no client can influence its result. Its grace ends
+//! before the patience of the question that caused it: a dead server costs one question [`PATIENCE`]
+//! and later ones nothing. When the time of a suspicion is over, the next question causes a new
+//! check; the question itself still goes to the others first.
 //!
 //! The patience is the same for all servers and questions. One that followed the usual time of a
 //! server would let an asker shorten it for others with quick questions, and would tell an asker
@@ -361,7 +360,7 @@ impl Check {
         !std::mem::replace(&mut self.struck, true)
     }
 
-    /// The next step. What is told counts as done.
+    /// The next step, which the caller has to take: it is not returned again.
     pub(crate) fn step(&mut self, now: Instant) -> CheckStep {
         let next = CHECKS.get(self.asked).map(|after| self.began + *after);
         if next.is_some_and(|next| next <= now) {

@@ -1,8 +1,8 @@
 //! Source ports of questions to other servers.
 //!
-//! Whoever forges an answer has to guess the source port, the query ID and the case of the letters
-//! of the name (RFC 5452 section 4, draft-vixie-dnsext-dns0x20-00). All three are random;
-//! docs/dns.md has the arithmetic.
+//! A blind attacker has to guess the source port, the query ID and the case of the letters of the
+//! name (RFC 5452 section 4, draft-vixie-dnsext-dns0x20-00). All three are random; docs/dns.md has
+//! the arithmetic.
 //!
 //! - A source port serves one question and is closed with it. The kernel chooses it at random among
 //!   `net.ipv4.ip_local_port_range` (`udp_lib_get_port`).

@@ -322,7 +322,7 @@ fn a_server_that_changes_the_case_over_tcp_too_is_asked_in_lower_case() {
     assert!(health.form(server(ALIVE), now + ABILITY_LIFE).mixed);
 }
 
-/// Whoever forges one answer with the right port and ID must not have the protection taken off.
+/// One forged answer with the right port and ID must not turn the protection off.
 #[test]
 fn without_tcp_several_questions_have_to_agree_that_a_server_changes_the_case() {
     let mut health = Health::new(8);

@@ -441,7 +441,7 @@ fn one_network_cannot_use_up_the_questions_of_all() {
             let question = question(number, &name, RecordType::A).to_vec().unwrap();
             socket.send_to(&question, "127.0.0.11:53").unwrap();
         }
-        // What is too much is told at once.
+        // Questions beyond the limit are refused at once.
         socket.set_read_timeout(Some(SOON)).unwrap();
         for _ in 0..70 {
             socket.recv(&mut [0; 512]).unwrap();
@@ -468,7 +468,7 @@ fn one_container_leaves_places_to_the_others() {
         let question = question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
         socket.send_to(&question, "127.0.0.11:53").unwrap();
     }
-    // What is too much is told at once.
+    // Questions beyond the limit are refused at once.
     for _ in 0..20 {
         socket.recv(&mut [0; 512]).unwrap();
     }
