@@ -6,6 +6,7 @@ mod api;
 pub mod cli;
 pub mod compat;
 pub mod compose;
+mod confine;
 pub mod doctor;
 pub mod firewall;
 #[doc(hidden)]

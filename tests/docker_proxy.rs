@@ -6,6 +6,8 @@
 
 #[path = "docker_proxy/command_line.rs"]
 mod command_line;
+#[path = "docker_proxy/confined.rs"]
+mod confined;
 #[path = "docker_proxy/driver.rs"]
 mod driver;
 #[path = "docker_proxy/ending.rs"]

@@ -1,5 +1,7 @@
 //! `tidegate publish` as a command: what it refuses and how it says so, what it prints, and what it tells Prometheus.
 
+#[path = "publish_cli/confined.rs"]
+mod confined;
 #[path = "publish_cli/help.rs"]
 mod help;
 #[path = "publish_cli/metrics.rs"]

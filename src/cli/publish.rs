@@ -2,6 +2,7 @@
 
 use super::duration::{optional_timeout, timeout};
 use super::{UsageError, metrics_address};
+use crate::confine;
 use crate::ground::Ground;
 use crate::metrics_endpoint::Recorder;
 use crate::ports::{bind, raise_descriptor_limit, runs};
@@ -161,6 +162,13 @@ impl Publish {
         // The recorder goes first: instruments are resolved against it once.
         let recorder = metrics.map(Recorder::install).transpose()?;
         let listeners = bound.values().map(Vec::len).sum();
+        let is_confined = self.is_confined(&target);
+        if is_confined {
+            let ports = bound.get(&Protocol::Tcp).into_iter().flatten().map(|(_, port)| *port);
+            confine::proxy_begins(&ports.collect::<Vec<u16>>());
+        } else {
+            confine::privileged_proxy_begins();
+        }
         let engine = Arc::new(Engine::new(self.settings(listeners)));
         if engine.descriptors_left() < 2 {
             bail!(
@@ -182,6 +190,9 @@ impl Publish {
             }
             None => None,
         };
+        if is_confined {
+            confine::proxy_is_ready();
+        }
         self.announce(&published, &target, metrics_at)?;
 
         signals.forever().next();
@@ -230,6 +241,11 @@ impl Publish {
             _ => self.proxy_protocol,
         };
         options
+    }
+
+    /// Whether all its sockets are of this namespace, and of its own addresses.
+    fn is_confined(&self, target: &Target) -> bool {
+        matches!(target, Target::Address(_)) && self.source != Some(Source::Client)
     }
 
     fn target(&self) -> anyhow::Result<Target> {

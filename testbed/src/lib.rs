@@ -10,6 +10,7 @@
 //! - [`Process`]: a child that is killed and reaped when its guard goes, with its output and its use of CPU,
 //!   memory and descriptors at hand;
 //! - [`frames`]: Ethernet frames by hand, sent and received at a link;
+//! - `puppet`: a thread of another process that makes system calls for a test (x86_64);
 //! - [`server`]: small TCP and UDP servers that run on threads of their own inside a namespace.
 //!
 //! # Failure is a panic
@@ -46,6 +47,8 @@ mod namespace;
 mod pattern;
 mod process;
 pub mod procfs;
+#[cfg(target_arch = "x86_64")]
+pub mod puppet;
 mod require;
 mod segment;
 pub mod server;

@@ -1,22 +1,14 @@
 //! What is left of the process when it is ready: tried from inside of it.
 
-use super::scene::{NOBODY, Scene, Slirp};
-use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+#![cfg(target_arch = "x86_64")]
 
-/// `/proc/PID/task/TID/status`.
-fn status(task: &str) -> BTreeMap<String, String> {
-    let text = fs::read_to_string(format!("{task}/status")).unwrap();
-    let pairs = text.lines().filter_map(|line| line.split_once(':'));
-    pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
-}
+use super::scene::{NOBODY, Scene, Slirp};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use tidegate_testbed::puppet::{self, Puppet, status};
 
 fn tasks(slirp: &Slirp) -> Vec<String> {
-    let directory = format!("/proc/{}/task", slirp.process.pid());
-    let tasks = fs::read_dir(directory).unwrap();
-    let tasks: Vec<String> = tasks.map(|task| task.unwrap().path().display().to_string()).collect();
+    let tasks = puppet::tasks(slirp.process.pid());
     assert!(tasks.len() >= 2, "the control loop and the engine: {tasks:?}");
     tasks
 }
@@ -70,98 +62,45 @@ fn without_the_options_nothing_is_given_up() {
     }
 }
 
-/// A thread of another process, stopped, which makes system calls for us.
-#[cfg(target_arch = "x86_64")]
-struct Puppet {
-    thread: libc::pid_t,
-    as_it_was: libc::user_regs_struct,
-    memory: fs::File,
-}
+/// Memory of its own.
+const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
 
-#[cfg(target_arch = "x86_64")]
-impl Puppet {
-    /// Stops thread `task`, which waits in a system call.
-    fn seize(task: &str) -> Self {
-        let thread: libc::pid_t = task.rsplit('/').next().unwrap().parse().unwrap();
-        // SAFETY: these requests concern the other process; its registers are written to a live variable.
-        let as_it_was = unsafe {
-            checked(libc::ptrace(libc::PTRACE_ATTACH, thread, 0, 0)).unwrap();
-            assert_eq!(libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL), thread);
-            registers(thread)
-        };
-        let memory = OpenOptions::new().read(true).write(true).open(format!("{task}/mem")).unwrap();
-        let mut instruction = [0; 2];
-        memory.read_exact_at(&mut instruction, as_it_was.rip - 2).unwrap();
-        assert_eq!(instruction, [0x0f, 0x05], "it waits behind an instruction `syscall`");
-        Self { thread, as_it_was, memory }
-    }
-
-    /// Has it make a call, and returns what the kernel says.
-    fn call(&self, number: libc::c_long, arguments: [u64; 6]) -> io::Result<u64> {
-        let mut registers = self.as_it_was;
-        registers.rip -= 2;
-        registers.rax = number as u64;
-        // No call is to be taken up again instead.
-        registers.orig_rax = u64::MAX;
-        let [a, b, c, d, e, f] = arguments;
-        (registers.rdi, registers.rsi, registers.rdx) = (a, b, c);
-        (registers.r10, registers.r8, registers.r9) = (d, e, f);
-        // SAFETY: as in `seize`.
-        let answer = unsafe {
-            checked(libc::ptrace(libc::PTRACE_SETREGS, self.thread, 0, &raw const registers)).unwrap();
-            // To where it enters the kernel, and to where it leaves it.
-            for _ in 0..2 {
-                checked(libc::ptrace(libc::PTRACE_SYSCALL, self.thread, 0, 0)).unwrap();
-                let mut status = 0;
-                assert_eq!(libc::waitpid(self.thread, &raw mut status, libc::__WALL), self.thread);
-                assert!(libc::WIFSTOPPED(status), "it has ended: {status:x}");
-            }
-            self::registers(self.thread).rax.cast_signed()
-        };
-        if answer < 0 {
-            Err(io::Error::from_raw_os_error(-answer as i32))
-        } else {
-            Ok(answer.cast_unsigned())
-        }
-    }
-
-    /// Puts a path where the thread can point at it.
-    fn path(&self, path: &str) -> u64 {
-        let place = self.as_it_was.rsp - 4096;
-        self.memory.write_all_at(&[path.as_bytes(), b"\0"].concat(), place).unwrap();
-        place
+/// The process that follows resolv.conf, whatever the options.
+#[test]
+fn who_follows_the_resolvers_reads_and_does_nothing_else() {
+    let scene = Scene::new();
+    let guest = scene.guest();
+    let slirp = scene.serve(&guest, &["-c"]);
+    let followers = follower(slirp.process.pid());
+    let [follower] = followers[..] else { panic!("one process more: {followers:?}") };
+    for task in puppet::tasks(follower) {
+        puppet::assert_confined(&task, 0);
+        let puppet = Puppet::seize(&task);
+        let cwd = libc::AT_FDCWD as u64;
+        let file = puppet.path("/proc/self/environ");
+        let mut calls = puppet.attempts(file);
+        let socket = [libc::AF_INET as u64, libc::SOCK_DGRAM as u64, 0, 0, 0, 0];
+        let socket = puppet.call(libc::SYS_socket, socket).expect("to ask for the numbers of links");
+        calls.extend([
+            ("connect", libc::SYS_connect, [socket, file, 16, 0, 0, 0]),
+            ("sendto", libc::SYS_sendto, [socket, file, 1, 0, file, 16]),
+            ("bind", libc::SYS_bind, [socket, file, 16, 0, 0, 0]),
+        ]);
+        puppet.is_refused(libc::EPERM, &calls);
+        puppet.is_refused(libc::EACCES, &[("openat, elsewhere", libc::SYS_openat, [cwd, file, 0, 0, 0, 0])]);
+        puppet.call(libc::SYS_close, [socket, 0, 0, 0, 0, 0]).unwrap();
+        let own = puppet.path("/etc/resolv.conf");
+        let own = puppet.call(libc::SYS_openat, [cwd, own, 0, 0, 0, 0]).expect("its file");
+        puppet.call(libc::SYS_close, [own, 0, 0, 0, 0, 0]).unwrap();
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-impl Drop for Puppet {
-    fn drop(&mut self) {
-        // SAFETY: as in `seize`. It goes on where it was.
-        unsafe {
-            libc::ptrace(libc::PTRACE_SETREGS, self.thread, 0, &raw const self.as_it_was);
-            libc::ptrace(libc::PTRACE_DETACH, self.thread, 0, 0);
-        }
-    }
+/// The children of process `pid`.
+fn follower(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    children.split_ascii_whitespace().map(|child| child.parse().unwrap()).collect()
 }
 
-#[cfg(target_arch = "x86_64")]
-fn checked(result: libc::c_long) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// # Safety
-/// The thread must be stopped, and ours.
-#[cfg(target_arch = "x86_64")]
-unsafe fn registers(thread: libc::pid_t) -> libc::user_regs_struct {
-    // SAFETY: all-zero is a valid value, and is overwritten.
-    unsafe {
-        let mut registers: libc::user_regs_struct = std::mem::zeroed();
-        checked(libc::ptrace(libc::PTRACE_GETREGS, thread, 0, &raw mut registers)).unwrap();
-        registers
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
 #[test]
 fn what_is_tried_from_inside_is_refused() {
     let scene = Scene::new();
@@ -171,48 +110,19 @@ fn what_is_tried_from_inside_is_refused() {
     for task in tasks(&slirp) {
         let puppet = Puppet::seize(&task);
         let file = puppet.path("/etc/passwd");
-        let user = libc::CLONE_NEWUSER as u64;
-        let network = libc::CLONE_NEWNET as u64;
-        let executable = (libc::PROT_READ | libc::PROT_EXEC) as u64;
-        let private = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-        for (name, number, arguments) in [
+        let mut calls = puppet.attempts(file);
+        calls.extend([
             ("openat", libc::SYS_openat, [cwd, file, 0, 0, 0, 0]),
-            ("open", libc::SYS_open, [file, 0, 0, 0, 0, 0]),
-            ("openat2", libc::SYS_openat2, [cwd, file, file, 24, 0, 0]),
             ("readlinkat", libc::SYS_readlinkat, [cwd, file, file, 16, 0, 0]),
-            ("unshare, user", libc::SYS_unshare, [user, 0, 0, 0, 0, 0]),
-            ("unshare, network", libc::SYS_unshare, [network, 0, 0, 0, 0, 0]),
-            ("setns", libc::SYS_setns, [4, 0, 0, 0, 0, 0]),
-            ("clone, user", libc::SYS_clone, [user, 0, 0, 0, 0, 0]),
             ("clone3", libc::SYS_clone3, [file, 88, 0, 0, 0, 0]),
-            ("fork", libc::SYS_fork, [0; 6]),
-            ("execve", libc::SYS_execve, [file, 0, 0, 0, 0, 0]),
-            ("execveat", libc::SYS_execveat, [cwd, file, 0, 0, 0, 0]),
-            ("ptrace", libc::SYS_ptrace, [libc::PTRACE_TRACEME as u64, 0, 0, 0, 0, 0]),
-            ("kill", libc::SYS_kill, [u64::from(slirp.process.pid()), 0, 0, 0, 0, 0]),
-            ("mount", libc::SYS_mount, [file, file, file, 0, 0, 0]),
-            ("pivot_root", libc::SYS_pivot_root, [file, file, 0, 0, 0, 0]),
-            ("chroot", libc::SYS_chroot, [file, 0, 0, 0, 0, 0]),
-            ("bpf", libc::SYS_bpf, [0; 6]),
-            ("io_uring_setup", libc::SYS_io_uring_setup, [1, file, 0, 0, 0, 0]),
-            ("ioctl", libc::SYS_ioctl, [6, 0x8004_54d2, file, 0, 0, 0]),
-            ("prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0, 0, 0, 0]),
-            (
-                "a local socket",
-                libc::SYS_socket,
-                [libc::AF_UNIX as u64, libc::SOCK_STREAM as u64, 0, 0, 0, 0],
-            ),
-            ("netlink", libc::SYS_socket, [libc::AF_NETLINK as u64, libc::SOCK_RAW as u64, 0, 0, 0, 0]),
-            ("executable memory", libc::SYS_mmap, [0, 4096, executable, private, u64::MAX, 0]),
-        ] {
-            let error = puppet.call(number, arguments).expect_err(name);
-            assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{name}: {error}");
-        }
+            ("pipe2", libc::SYS_pipe2, [file, 0, 0, 0, 0, 0]),
+        ]);
+        puppet.is_refused(libc::EPERM, &calls);
         // What it lives on is allowed.
         let socket = [libc::AF_INET as u64, libc::SOCK_DGRAM as u64, 0, 0, 0, 0];
         let socket = puppet.call(libc::SYS_socket, socket).expect("a socket to the network");
         puppet.call(libc::SYS_close, [socket, 0, 0, 0, 0, 0]).unwrap();
-        let memory = puppet.call(libc::SYS_mmap, [0, 4096, libc::PROT_READ as u64, private, u64::MAX, 0]);
+        let memory = puppet.call(libc::SYS_mmap, [0, 4096, libc::PROT_READ as u64, PRIVATE, u64::MAX, 0]);
         puppet.call(libc::SYS_munmap, [memory.unwrap(), 4096, 0, 0, 0, 0]).unwrap();
     }
     // It goes on as if nothing had been.
@@ -222,7 +132,6 @@ fn what_is_tried_from_inside_is_refused() {
 }
 
 /// The sandbox alone, with no filter to help it.
-#[cfg(target_arch = "x86_64")]
 #[test]
 fn there_is_no_file_to_be_opened() {
     let scene = Scene::new();

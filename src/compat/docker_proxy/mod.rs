@@ -11,6 +11,7 @@
 pub mod flags;
 mod ready;
 
+use crate::confine;
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
 use crate::ports::raise_descriptor_limit;
 use crate::source::{Source, SourceError, clean_up_after_the_dead};
@@ -133,11 +134,19 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     let upstream = source.towards(container)?;
     let mut port_options = PortOptions::new(upstream);
     port_options.proxy_protocol = environment.proxy_protocol;
+    if source == Source::Client {
+        confine::privileged_proxy_begins();
+    } else {
+        confine::proxy_begins(&[options.container.port()]);
+    }
     let engine = Arc::new(Engine::new(Settings::default()));
     engine.publish(vec![(listener, options.container.port())], &Arc::new(port_options))?;
     if let Some(recorder) = recorder {
         let told = Arc::clone(&engine);
         recorder.serve(move || (told.snapshot(), told.fill()))?;
+    }
+    if source != Source::Client {
+        confine::proxy_is_ready();
     }
     Ok(engine)
 }

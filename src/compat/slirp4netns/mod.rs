@@ -32,8 +32,8 @@ pub mod options;
 mod process;
 mod resolvers;
 mod sandbox;
-mod seccomp;
 
+use crate::confine::{self, CallsError};
 use crate::ports::raise_descriptor_limit;
 use crate::{EXIT_FAILURE, logging, version};
 use addresses::Addresses;
@@ -86,7 +86,7 @@ enum RunError {
     #[error(transparent)]
     Sandbox(#[from] sandbox::SandboxError),
     #[error(transparent)]
-    Seccomp(#[from] seccomp::SeccompError),
+    Calls(#[from] CallsError),
     #[error(transparent)]
     Engine(#[from] StartError),
     #[error(transparent)]
@@ -200,7 +200,7 @@ fn run(options: &Options) -> Result<(), RunError> {
     }
     crate::compat::start_up_pages::give_back();
     if options.seccomp {
-        seccomp::confine()?;
+        confine::engine_is_ready()?;
     }
     if let (Some(ready), Some(number)) = (ready, options.ready_fd) {
         rustix::io::write(&ready, b"1").map_err(|error| RunError::Ready(number, error.into()))?;

@@ -76,6 +76,7 @@ impl AsFd for Resolvers {
 fn tell(teller: &OwnedFd) {
     let path = Path::new(RESOLV_CONF);
     let Ok(here) = Namespace::current() else { return };
+    crate::confine::follower(path);
     let mut told = None;
     loop {
         // Before it is read, so that no change falls in between.

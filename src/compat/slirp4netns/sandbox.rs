@@ -12,14 +12,12 @@
 //! What stays are descriptors, and `CAP_NET_BIND_SERVICE` where it means something: where the network is our own user namespace's, as it is for root, ports below
 //! 1024 can be forwarded.
 
+use crate::confine;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_remount, unmount,
 };
 use rustix::process::{chdir, pivot_root};
-use rustix::thread::{
-    CapabilitySet, CapabilitySets, UnshareFlags, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, unshare_unsafe,
-};
+use rustix::thread::{CapabilitySet, UnshareFlags, set_no_new_privs, unshare_unsafe};
 use std::io;
 use tidegate_netns::{Namespace, become_root_of_a_user_namespace, is_privileged};
 
@@ -96,15 +94,6 @@ impl Sandbox {
     /// # Errors
     /// The kernel refuses.
     pub(super) fn drop_privileges(self) -> Result<(), SandboxError> {
-        // As long as one may: without new privileges the set means nothing any more, so that is not worth failing for.
-        for capability in CapabilitySet::all().difference(self.kept).iter() {
-            let _ = remove_capability_from_bounding_set(capability);
-        }
-        clear_ambient_capability_set().map_err(failed("clear the ambient capabilities"))?;
-        let effective =
-            rustix::thread::capabilities(None).map_err(failed("read the capabilities"))?.permitted;
-        let kept = effective.intersection(self.kept);
-        let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
-        set_capabilities(None, sets).map_err(failed("drop the capabilities"))
+        confine::drop_privileges(self.kept).map_err(|error| failed(error.step)(error.source))
     }
 }
