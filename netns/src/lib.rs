@@ -15,6 +15,7 @@
 //!
 //! - [`Namespace`]: a handle by path or process; makes things inside, reads and sets sysctls.
 //! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours, where its packets go; always current.
+//! - [`LocalPeers`]: the user of a client on this host.
 //! - [`News`]: word that something has changed.
 //! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it goes, and
 //!   that is cleaned up after when its process was killed ([`sweep()`]).
@@ -33,6 +34,7 @@ compile_error!("network namespaces exist on Linux only");
 mod addresses;
 mod family;
 mod handle;
+mod local_peer;
 mod lock;
 mod netlink;
 mod news;
@@ -45,6 +47,7 @@ mod user;
 pub use addresses::AddressBook;
 pub use family::{Families, Family};
 pub use handle::{Namespace, NamespaceId, OpenError};
+pub use local_peer::LocalPeers;
 pub use lock::{Lock, lock_file};
 pub use news::{News, Topic};
 pub use policy_route::{
