@@ -1,10 +1,10 @@
 //! Questions for other servers, from the first asker to the last answer.
 //!
-//! Equal questions of one partition are one *flight*, however many ask. A flight is a task that
-//! lives as long as its [`Pursuit`]. Flights, and the askers that wait for them, are counted and
-//! bounded, and no partition can use up a bound ([`Shares`]). A question that comes back to us,
-//! because a server forwards to where it came from, finds its own flight and waits there: a loop
-//! ends with the flight.
+//! Equal questions of one partition are one *flight*, however many ask. Which question is forwarded
+//! when, and who yields at a limit, [`Pending`] decides; one task asks it for the next
+//! ([`dispatch`]). A flight is a task that lives as long as its [`Pursuit`]. A question that comes
+//! back to us, because a server forwards to where it came from, finds its own flight and waits
+//! there: a loop ends with the flight.
 
 mod port;
 mod tcp;
@@ -12,21 +12,24 @@ mod tcp;
 use crate::answer::{Answer, Reading};
 use crate::cache::{Cache, Key};
 use crate::message::{Bits, Kept, Request, kind, relay};
-use crate::metrics::{NetworkStats, Overload, ProcessMetrics};
-use crate::partition::{Partition, Shares};
+use crate::metrics::{Fill, NetworkStats, Overload, ProcessMetrics};
+use crate::partition::Partition;
+use crate::pending::{Asked, Launch, Limits, Pending, Yielded};
+use crate::scheduler::Rate;
 use crate::servers::{HOST, ServerList};
 use crate::upstream::{Check, CheckStep, Figures, Form, Health, Pursuit, Step};
+use crate::zone::Asker;
 pub(crate) use port::Bridges;
 use port::{Outstanding, Ports, Way};
 use rustix::net::SendFlags;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_netns::Namespace;
 use tokio::net::UdpSocket;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::task::AbortHandle;
 use tokio::time::{sleep_until, timeout};
 
 /// How much may be on its way.
@@ -34,6 +37,10 @@ use tokio::time::{sleep_until, timeout};
 pub(crate) struct Bounds {
     pub(crate) flights: usize,
     pub(crate) waiters: usize,
+    /// Of one endpoint.
+    pub(crate) waiters_of_one: usize,
+    /// Questions of one endpoint that are forwarded in a second.
+    pub(crate) rate: u32,
     pub(crate) cache: usize,
     /// Source ports that are open at once.
     pub(crate) ports: usize,
@@ -41,9 +48,14 @@ pub(crate) struct Bounds {
 
 /// Servers that are remembered.
 const SERVERS: usize = 256;
-/// Answers that are fetched over TCP at once, by all and by one partition.
+/// Answers that are fetched over TCP at once, by all, by one partition and by one endpoint.
 const TCP_AT_ONCE: usize = 64;
-const TCP_OF_ONE: usize = 16;
+const TCP_OF_PARTITION: usize = 16;
+const TCP_OF_ENDPOINT: usize = 8;
+/// Questions that are forwarded before other tasks have their turn: some 100 us.
+const AT_A_TIME: usize = 16;
+/// How often it is looked for questions that have waited too long, while there are any.
+const TICK: Duration = Duration::from_millis(100);
 /// How long one may take.
 const TCP_TIME: Duration = Duration::from_secs(3);
 /// What servers have said to one question and nobody has looked at.
@@ -62,10 +74,28 @@ pub(crate) struct Ways {
     pub(crate) networks: Namespace,
 }
 
+/// How a question is forwarded.
+struct Route {
+    servers: Arc<[SocketAddr]>,
+    /// Those that are on a network.
+    within: Arc<[SocketAddr]>,
+}
+
+/// A task that ends with it.
+struct Running(AbortHandle);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// One question on its way.
 #[derive(Clone)]
 struct Flight {
     key: Key,
+    /// Whose turn it was.
+    owner: Asker,
     /// Those servers that are on a network.
     within: Arc<[SocketAddr]>,
 }
@@ -100,38 +130,25 @@ pub(crate) struct Forwarder {
     bridges: Arc<Bridges>,
     ways: Ways,
     tcp: Semaphore,
-    tcp_of_one: Mutex<BTreeMap<Partition, Arc<Semaphore>>>,
+    tcp_of: Mutex<BTreeMap<TcpHolder, Arc<Semaphore>>>,
+    /// A question may have its turn.
+    wake: Arc<Notify>,
     bounds: Bounds,
     mixed_case: bool,
     metrics: Arc<ProcessMetrics>,
 }
 
+/// Whose TCP connections are bounded: a partition's, and of those an endpoint's.
+type TcpHolder = (Partition, Option<Asker>);
+
 struct State {
     cache: Cache,
     health: Health,
-    flights: HashMap<Key, Vec<Waiter>>,
-    flight_shares: Shares,
-    waiter_shares: Shares,
+    pending: Pending<Waiter, Route, Running>,
     host: Arc<[SocketAddr]>,
 }
 
-/// One of the places that the askers at one server have to wait in, so that one container cannot
-/// take all that its partition has. Given back when it is dropped.
-pub(crate) struct Seat(Arc<AtomicUsize>);
-
-impl Seat {
-    /// Takes one of `limit`.
-    pub(crate) fn take(taken: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
-        let seat = Self(Arc::clone(taken));
-        (taken.fetch_add(1, Ordering::Relaxed) < limit).then_some(seat)
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
+type Yields = Vec<Yielded<Waiter>>;
 
 /// An asker that waits.
 pub(crate) struct Waiter {
@@ -140,7 +157,6 @@ pub(crate) struct Waiter {
     /// The most bytes that the answer may have.
     pub(crate) limit: usize,
     pub(crate) stats: Option<Arc<NetworkStats>>,
-    pub(crate) _seat: Seat,
 }
 
 /// Where an answer goes.
@@ -165,9 +181,12 @@ impl Forwarder {
         let state = State {
             cache: Cache::new(bounds.cache),
             health: Health::new(SERVERS),
-            flights: HashMap::new(),
-            flight_shares: Shares::new(bounds.flights),
-            waiter_shares: Shares::new(bounds.waiters),
+            pending: Pending::new(Limits {
+                flights: bounds.flights,
+                waiters: bounds.waiters,
+                waiters_of_one: bounds.waiters_of_one,
+                rate: Rate::new(bounds.rate),
+            }),
             host: Arc::new([]),
         };
         Self {
@@ -176,7 +195,8 @@ impl Forwarder {
             bridges: Arc::default(),
             ways,
             tcp: Semaphore::new(TCP_AT_ONCE),
-            tcp_of_one: Mutex::default(),
+            tcp_of: Mutex::default(),
+            wake: Arc::default(),
             bounds,
             mixed_case,
             metrics,
@@ -205,11 +225,18 @@ impl Forwarder {
     }
 
     /// How much is on its way and kept, and how much may be.
-    pub(crate) fn fill(&self) -> (Bounds, Bounds) {
-        let ports = self.ports.taken();
-        let state = self.state();
-        let (flights, waiters) = (state.flights.len(), state.waiter_shares.taken());
-        (Bounds { flights, waiters, cache: state.cache.size(), ports }, self.bounds)
+    pub(crate) fn fill(&self) -> Fill {
+        let (state, bounds) = (self.state(), &self.bounds);
+        let pending = &state.pending;
+        Fill {
+            cache_bytes: [state.cache.size(), bounds.cache],
+            in_flight: [pending.flights(), bounds.flights],
+            waiting: [pending.waiters(), bounds.waiters],
+            waiting_of_one: [pending.most_waiters(), bounds.waiters_of_one],
+            queued: pending.queued(),
+            rate: pending.rate().per_second(),
+            tcp_clients: [0; 2],
+        }
     }
 
     /// What is remembered of servers: each, whether it is trusted, its figures.
@@ -217,16 +244,17 @@ impl Forwarder {
         self.state().health.figures().collect()
     }
 
-    /// Asks the servers of `list`, or the host's, what `request` asks, for an asker of `partition`.
-    /// `is_within` tells which of them are on a network, and `waiter` is made if somebody has to
-    /// wait, and may.
+    /// Asks the servers of `list`, or the host's, what `request` asks, for an endpoint of `partition`.
+    /// `asker` names the endpoint, `is_within` tells which of the servers are on a network, and
+    /// `waiter` is made if somebody has to wait, and may.
     pub(crate) fn ask(
-        self: &Arc<Self>,
+        &self,
         request: &Request<'_>,
         partition: &Partition,
         list: Option<&ServerList>,
+        asker: impl FnOnce() -> Asker,
         is_within: impl Fn(IpAddr) -> bool,
-        waiter: impl FnOnce() -> Option<Waiter>,
+        waiter: impl FnOnce() -> Waiter,
     ) -> Taken {
         let bits = Bits::of(request);
         let servers = list.map_or(HOST, |list| list.number);
@@ -239,44 +267,76 @@ impl Forwarder {
             self.metrics.hits.increment(1);
             return Taken::Known(Arc::clone(answer), now.saturating_duration_since(came));
         }
-        if !state.waiter_shares.allows(partition) {
-            self.metrics.refused(Overload::Waiters);
-            return Taken::Refused;
-        }
-        let known = state.flights.get_mut(&key);
-        if known.is_none() && !state.flight_shares.allows(partition) {
-            self.metrics.refused(Overload::Flights);
-            return Taken::Refused;
-        }
-        let Some(waiter) = waiter() else {
-            self.metrics.refused(Overload::Waiters);
-            return Taken::Refused;
+        let host = &state.host;
+        let route = || {
+            let servers = list.map_or_else(|| Arc::clone(host), |list| Arc::clone(&list.servers));
+            let within = servers.iter().copied().filter(|server| is_within(server.ip())).collect();
+            Route { servers, within }
         };
-        state.waiter_shares.take(partition);
-        if let Some(waiters) = known {
-            waiters.push(waiter);
-            self.metrics.coalesced.increment(1);
-            return Taken::OnItsWay;
-        }
-        self.metrics.misses.increment(1);
-        let servers = list.map_or_else(|| Arc::clone(&state.host), |list| Arc::clone(&list.servers));
-        let (pursuit, checks) = state.health.pursue(&servers, now);
-        state.flights.insert(key.clone(), vec![waiter]);
-        state.flight_shares.take(partition);
-        self.metrics.flights.set(state.flights.len() as f64);
+        let (asker, mut yielded) = (asker(), Yields::new());
+        let asked = state.pending.ask(&key, asker.clone(), now, waiter, route, &mut yielded);
         drop(guard);
-        let within = servers.iter().copied().filter(|server| is_within(server.ip())).collect();
-        let flight = Flight { key, within };
-        for check in checks {
+        self.tell_yielded(yielded);
+        match asked {
+            Asked::New => self.metrics.misses.increment(1),
+            Asked::Joined => self.metrics.coalesced.increment(1),
+            Asked::Refused => {
+                self.metrics.refused(Overload::Waiters, Some(&asker));
+                return Taken::Refused;
+            }
+        }
+        self.wake.notify_one();
+        Taken::OnItsWay
+    }
+
+    /// Forwards what has its turn, a few at a time. When to be called again.
+    fn turn(self: &Arc<Self>) -> Next {
+        let (mut yielded, mut checks) = (Yields::new(), Vec::new());
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let now = now();
+        state.pending.expire(now, &mut yielded);
+        let mut launched = 0;
+        while launched < AT_A_TIME {
+            let Some(Launch { key, owner, route }) = state.pending.launch(now, &mut yielded) else { break };
+            let (pursuit, due) = state.health.pursue(&route.servers, now);
+            let flight = Flight { key: key.clone(), owner, within: Arc::clone(&route.within) };
+            checks.extend(due.into_iter().map(|check| (flight.clone(), check)));
+            let running = tokio::spawn(Arc::clone(self).fly(flight, pursuit)).abort_handle();
+            state.pending.launched(&key, Running(running));
+            launched += 1;
+        }
+        self.metrics.flights.set(state.pending.flights() as f64);
+        let next = if launched == AT_A_TIME {
+            Next::AtOnce
+        } else if state.pending.is_idle() {
+            Next::WhenAsked
+        } else {
+            Next::At(state.pending.wakes_at().unwrap_or(now + TICK).min(now + TICK))
+        };
+        drop(guard);
+        self.tell_yielded(yielded);
+        for (flight, check) in checks {
             self.check(&flight, check);
         }
-        tokio::spawn(Arc::clone(self).fly(flight, pursuit));
-        Taken::OnItsWay
+        next
     }
 
     async fn fly(self: Arc<Self>, flight: Flight, pursuit: Pursuit) {
         let answer = self.pursue(&flight, pursuit).await;
         self.land(flight.key, answer);
+    }
+
+    /// Tells those whose question had to yield that it failed.
+    fn tell_yielded(&self, yielded: Yields) {
+        if yielded.is_empty() {
+            return;
+        }
+        let failure = Answer::failure();
+        for Yielded { waiter, asker, reason } in yielded {
+            self.metrics.refused(reason, Some(&asker));
+            self.tell(&waiter, &failure);
+        }
     }
 
     /// Asks until there is an answer or no time left.
@@ -426,8 +486,12 @@ impl Forwarder {
         let form = attempt.form;
         tokio::spawn(async move {
             let fetched = async {
-                let own = this.tcp_of(&flight.key.partition);
-                let _own = own.acquire().await;
+                let (partition, owner) = (&flight.key.partition, flight.owner.clone());
+                // In this order, so that one endpoint fills neither queue of the others.
+                let of_endpoint = this.tcp_of((partition.clone(), Some(owner)), TCP_OF_ENDPOINT);
+                let _of_endpoint = of_endpoint.acquire().await;
+                let of_partition = this.tcp_of((partition.clone(), None), TCP_OF_PARTITION);
+                let _of_partition = of_partition.acquire().await;
                 let _permit = this.tcp.acquire().await;
                 tcp::fetch(this.way(&flight, server).namespace, server, &flight.key, form).await
             };
@@ -448,14 +512,13 @@ impl Forwarder {
         });
     }
 
-    /// What bounds the connections of `partition`.
-    fn tcp_of(&self, partition: &Partition) -> Arc<Semaphore> {
-        let mut all = self.tcp_of_one.lock().unwrap_or_else(PoisonError::into_inner);
+    /// What bounds the connections of `holder` to `limit`.
+    fn tcp_of(&self, holder: TcpHolder, limit: usize) -> Arc<Semaphore> {
+        let mut all = self.tcp_of.lock().unwrap_or_else(PoisonError::into_inner);
         if all.len() >= TCP_AT_ONCE {
             all.retain(|_, one| Arc::strong_count(one) > 1);
         }
-        let one = all.entry(partition.clone()).or_insert_with(|| Arc::new(Semaphore::new(TCP_OF_ONE)));
-        Arc::clone(one)
+        Arc::clone(all.entry(holder).or_insert_with(|| Arc::new(Semaphore::new(limit))))
     }
 
     fn way(&self, flight: &Flight, server: SocketAddr) -> Way<'_> {
@@ -540,7 +603,8 @@ impl Forwarder {
                 bits: Bits::default(),
                 name: [0].into(),
             };
-            this.run_check(&Flight { key, within }, &mut check).await;
+            let owner = Asker::Container(Arc::from(""));
+            this.run_check(&Flight { key, owner, within }, &mut check).await;
             this.state().health.checked(check.server);
         });
     }
@@ -607,32 +671,73 @@ impl Forwarder {
         let answer = Arc::new(answer);
         let waiters = {
             let mut state = self.state();
-            let waiters = state.flights.remove(&key).unwrap_or_default();
-            state.flight_shares.give_back(&key.partition, 1);
-            state.waiter_shares.give_back(&key.partition, waiters.len());
+            let waiters = state.pending.land(&key);
             let evicted = state.cache.put(key, Arc::clone(&answer), now());
             self.metrics.evicted.increment(evicted as u64);
             self.metrics.entries.set(state.cache.len() as f64);
-            self.metrics.flights.set(state.flights.len() as f64);
+            self.metrics.flights.set(state.pending.flights() as f64);
+            if state.pending.queued() > 0 {
+                self.wake.notify_one();
+            }
             waiters
         };
-        for waiter in waiters {
-            let request = waiter.request.request();
-            if let Some(stats) = &waiter.stats {
-                stats.count(request.kind, answer.rcode);
+        for (_, waiter) in waiters {
+            self.tell(&waiter, &answer);
+        }
+    }
+
+    fn tell(&self, waiter: &Waiter, answer: &Answer) {
+        let request = waiter.request.request();
+        if let Some(stats) = &waiter.stats {
+            stats.count(request.kind, answer.rcode);
+        }
+        let mut out = Vec::new();
+        relay(&request, &answer.given(Duration::ZERO), waiter.limit, &mut out);
+        let sent = match &waiter.to {
+            ReplyTo::Datagram(socket, client) => {
+                rustix::net::sendto(socket, &out, SendFlags::DONTWAIT, client).is_ok()
             }
-            let mut out = Vec::new();
-            relay(&request, &answer.given(Duration::ZERO), waiter.limit, &mut out);
-            let sent = match &waiter.to {
-                ReplyTo::Datagram(socket, client) => {
-                    rustix::net::sendto(socket, &out, SendFlags::DONTWAIT, client).is_ok()
-                }
-                // It has room, or is gone.
-                ReplyTo::Stream(stream) => stream.try_send(out).is_ok() || stream.is_closed(),
-            };
-            if !sent {
-                self.metrics.refused(Overload::Socket);
-            }
+            // It has room, or is gone.
+            ReplyTo::Stream(stream) => stream.try_send(out).is_ok() || stream.is_closed(),
+        };
+        if !sent {
+            self.metrics.refused(Overload::Socket, None);
+        }
+    }
+}
+
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        // For the dispatcher to end.
+        self.wake.notify_one();
+    }
+}
+
+/// When [`Forwarder::turn`] is to be called again.
+enum Next {
+    AtOnce,
+    /// Or when something is asked.
+    At(Instant),
+    WhenAsked,
+}
+
+/// Forwards the questions of `forwarder` for as long as it is there.
+pub(crate) async fn dispatch(forwarder: Arc<Forwarder>) {
+    let wake = Arc::clone(&forwarder.wake);
+    let weak = Arc::downgrade(&forwarder);
+    drop(forwarder);
+    loop {
+        let Some(forwarder) = weak.upgrade() else { return };
+        let next = forwarder.turn();
+        drop(forwarder);
+        match next {
+            // The others have their turn.
+            Next::AtOnce => tokio::task::yield_now().await,
+            Next::WhenAsked => wake.notified().await,
+            Next::At(at) => tokio::select! {
+                () = wake.notified() => {}
+                () = sleep_until(at.into()) => {}
+            },
         }
     }
 }

@@ -1,6 +1,6 @@
 //! One message in, its answer out, or word that the answer will come. No I/O of its own.
 
-use crate::forward::{ReplyTo, Seat, Taken, Waiter};
+use crate::forward::{ReplyTo, Taken, Waiter};
 use crate::message::{Bits, Rcode, Reply, Request, relay};
 use crate::metrics::NetworkStats;
 use crate::name::Shown;
@@ -11,7 +11,7 @@ use crate::unusual;
 use crate::zone::{Asker, Zones};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Where questions come in, and whose they are.
 pub(crate) struct Site {
@@ -23,8 +23,6 @@ pub(crate) struct Site {
     pub(crate) datagram: u16,
     /// Counts questions, for who comes first in an answer.
     pub(crate) turn: AtomicU32,
-    /// Its questions that are with other servers.
-    pub(crate) waiting: Arc<AtomicUsize>,
 }
 
 /// What became of a message.
@@ -75,21 +73,19 @@ impl Site {
         tracing::debug!(endpoint = self.asker.endpoint(), network = self.asker.network(), name = %Shown(request.name()), kind = request.kind, ?resolution, "question");
         let rcode = match &resolution {
             Resolution::Forward(list) => {
-                let waiter = || {
-                    Some(Waiter {
-                        _seat: Seat::take(&self.waiting, self.shared.waiting_of_one)?,
-                        request: request.keep(),
-                        to: match channel {
-                            Channel::Datagram(socket) => ReplyTo::Datagram(Arc::clone(socket), client),
-                            Channel::Stream(stream) => ReplyTo::Stream((*stream).clone()),
-                        },
-                        limit,
-                        stats: stats.cloned(),
-                    })
+                let waiter = || Waiter {
+                    request: request.keep(),
+                    to: match channel {
+                        Channel::Datagram(socket) => ReplyTo::Datagram(Arc::clone(socket), client),
+                        Channel::Stream(stream) => ReplyTo::Stream((*stream).clone()),
+                    },
+                    limit,
+                    stats: stats.cloned(),
                 };
                 let list = self.servers.as_ref().or(*list);
                 let (partition, is_within) = (view.partition(), |ip| view.is_inside(ip));
-                match self.shared.forwarder.ask(&request, &partition, list, is_within, waiter) {
+                let asker = || view.asker(&self.asker);
+                match self.shared.forwarder.ask(&request, &partition, list, asker, is_within, waiter) {
                     Taken::OnItsWay => return Outcome::Waiting,
                     Taken::Known(answer, age) => {
                         relay(&request, &answer.given(age), limit, out);

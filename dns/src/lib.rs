@@ -18,8 +18,12 @@
 //! asks there is known by the socket, and what he may be told by the networks that he is on ([`zone`]). What is not ours goes to other servers
 //! ([`upstream`], [`forward`]), from the host's namespace. One process serves thousands of containers: a server costs its sockets and two tasks.
 //!
+//! Endpoints take turns at being forwarded for, and each has a rate (`scheduler`); at a limit the
+//! largest holder yields (`pending`). Names of containers and cached answers take no turn.
+//!
 //! What is pure has no socket, clock or runtime in it: `name`, `message`, `unusual`, `zone`,
-//! `partition`, `resolve`, `answer`, `cache`, `upstream`, `servers`, `resolv_conf`.
+//! `partition`, `resolve`, `answer`, `cache`, `scheduler`, `pending`, `upstream`, `servers`,
+//! `resolv_conf`.
 //!
 //! # Hickory
 //!
@@ -43,9 +47,11 @@ mod message;
 mod metrics;
 mod name;
 mod partition;
+mod pending;
 mod resolv_conf;
 mod resolve;
 mod resolver;
+mod scheduler;
 mod server;
 mod servers;
 mod unusual;

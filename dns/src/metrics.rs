@@ -5,6 +5,7 @@
 
 use crate::message::{Rcode, kind};
 use crate::upstream::{BUCKETS, Figures};
+use crate::zone::Asker;
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
@@ -112,19 +113,29 @@ pub struct Fill {
     pub cache_bytes: [usize; 2],
     /// Questions that are with other servers.
     pub in_flight: [usize; 2],
-    /// Askers that wait for those.
+    /// Clients that wait for those.
     pub waiting: [usize; 2],
+    /// Clients of one endpoint that wait: of the one that has most, and the limit of each.
+    pub waiting_of_one: [usize; 2],
+    /// Questions that wait for their turn to be forwarded.
+    pub queued: usize,
+    /// Questions of one endpoint that may be forwarded in a second.
+    pub rate: u32,
     /// TCP clients of all servers.
     pub tcp_clients: [usize; 2],
 }
 
 /// The families of [`Fill`], each with its limit's.
-pub const FILL_FAMILIES: [&str; 7] = [
+pub const FILL_FAMILIES: [&str; 11] = [
     "tidegate_dns_cache_bytes",
     "tidegate_dns_cache_bytes_limit",
     "tidegate_dns_upstream_in_flight_limit",
     "tidegate_dns_waiting",
     "tidegate_dns_waiting_limit",
+    "tidegate_dns_endpoint_waiting_max",
+    "tidegate_dns_endpoint_waiting_limit",
+    "tidegate_dns_queued",
+    "tidegate_dns_endpoint_rate_limit",
     "tidegate_dns_tcp_clients",
     "tidegate_dns_tcp_clients_limit",
 ];
@@ -137,6 +148,10 @@ pub(crate) fn describe_fill(fill: &Fill, page: &mut impl Write) -> fmt::Result {
         "Questions that may be with other servers.",
         "Clients that wait for an answer of another server.",
         "Clients that may wait for answers of other servers.",
+        "Clients that wait for an answer of another server, of the endpoint that has most.",
+        "Clients of one endpoint that may wait for answers of other servers.",
+        "Questions that wait for their turn to be forwarded.",
+        "Questions of one endpoint that may be forwarded in a second.",
         "TCP clients of all DNS servers.",
         "TCP clients that all DNS servers together may have.",
     ];
@@ -147,6 +162,10 @@ pub(crate) fn describe_fill(fill: &Fill, page: &mut impl Write) -> fmt::Result {
         fill.in_flight[1],
         fill.waiting[0],
         fill.waiting[1],
+        fill.waiting_of_one[0],
+        fill.waiting_of_one[1],
+        fill.queued,
+        fill.rate as usize,
         fill.tcp_clients[0],
         fill.tcp_clients[1],
     ];
@@ -244,10 +263,15 @@ fn head((name, kind, help): Family, page: &mut impl Write) -> fmt::Result {
 /// Why something was not done, or given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Overload {
-    /// Too many questions are with other servers.
+    /// Too many questions are with other servers: one of the largest holder yielded.
     Flights,
-    /// Too many askers wait for those.
+    /// Too many clients wait for those: the oldest of the largest holder yielded, or a new one was
+    /// refused.
     Waiters,
+    /// An endpoint had as many clients that wait as one may have: its own oldest yielded.
+    Share,
+    /// A question had waited too long for its turn.
+    Queue,
     /// Too many TCP clients: the one that was idle for longest had to go.
     Clients,
     /// An answer found no room in a socket's buffer.
@@ -283,13 +307,15 @@ impl Mismatch {
 }
 
 impl Overload {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Flights, Self::Waiters, Self::Clients, Self::Socket, Self::Guesses];
+    pub(crate) const ALL: [Self; 7] =
+        [Self::Flights, Self::Waiters, Self::Share, Self::Queue, Self::Clients, Self::Socket, Self::Guesses];
 
     fn as_str(self) -> &'static str {
         match self {
             Self::Flights => "upstream_queries",
             Self::Waiters => "waiting_clients",
+            Self::Share => "endpoint_share",
+            Self::Queue => "queue_time",
             Self::Clients => "tcp_clients",
             Self::Socket => "socket_buffer",
             Self::Guesses => "mismatches",
@@ -363,15 +389,21 @@ impl ProcessMetrics {
         self.mismatches[reason as usize].increment(1);
     }
 
-    /// Counts it, and says so now and then.
-    pub(crate) fn refused(&self, reason: Overload) {
+    /// Counts it, and says so now and then. `asker` is who yielded, or was refused.
+    pub(crate) fn refused(&self, reason: Overload, asker: Option<&Asker>) {
         self.refused[reason as usize].increment(1);
         let now = self.started.elapsed().as_secs() + 1;
         let last = &self.told[reason as usize];
         let before = last.load(Ordering::Relaxed);
         let is_due = before == 0 || now >= before + QUIET;
         if is_due && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-            tracing::warn!(reason = reason.as_str(), "a limit of the DNS servers is reached");
+            let (endpoint, network) = (asker.and_then(Asker::endpoint), asker.and_then(Asker::network));
+            tracing::warn!(
+                reason = reason.as_str(),
+                endpoint,
+                network,
+                "a limit of the DNS servers is reached"
+            );
         }
     }
 }
@@ -396,7 +428,15 @@ mod tests {
 
     #[test]
     fn how_full_tables_are_is_told_in_a_family_each() {
-        let fill = Fill { cache_bytes: [1, 2], in_flight: [3, 4], waiting: [5, 6], tcp_clients: [7, 8] };
+        let fill = Fill {
+            cache_bytes: [1, 2],
+            in_flight: [3, 4],
+            waiting: [5, 6],
+            waiting_of_one: [9, 10],
+            queued: 11,
+            rate: 12,
+            tcp_clients: [7, 8],
+        };
         let mut page = String::new();
         describe_fill(&fill, &mut page).unwrap();
         let values: Vec<_> = page.lines().filter(|line| !line.starts_with('#')).collect();
@@ -408,6 +448,10 @@ mod tests {
                 "tidegate_dns_upstream_in_flight_limit 4",
                 "tidegate_dns_waiting 5",
                 "tidegate_dns_waiting_limit 6",
+                "tidegate_dns_endpoint_waiting_max 9",
+                "tidegate_dns_endpoint_waiting_limit 10",
+                "tidegate_dns_queued 11",
+                "tidegate_dns_endpoint_rate_limit 12",
                 "tidegate_dns_tcp_clients 7",
                 "tidegate_dns_tcp_clients_limit 8",
             ]

@@ -1,10 +1,11 @@
 //! Partitions: who may share what upstream servers said, and how much of a bounded resource one
-//! partition may hold. Pure.
+//! partition, and one endpoint, may hold. Pure.
 //!
 //! Askers that are on exactly the same networks are one partition. Cached answers and queries in
 //! flight are shared within a partition only: a shared entry answers sooner and with an older TTL,
 //! and so tells an asker what others asked before it.
 
+use crate::zone::Asker;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -74,9 +75,108 @@ impl Shares {
     }
 }
 
+/// An endpoint, as the holder of a share: who asks, and with whom it shares answers.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Source {
+    pub(crate) partition: Partition,
+    /// At a gateway where sources are not verified, all clients are one.
+    pub(crate) asker: Asker,
+}
+
+/// Who holds how much of a bounded resource, by partition and endpoint.
+///
+/// [`Shares`] leave room to other partitions. Within a partition, and where many partitions leave
+/// nothing free, the endpoint that holds most yields.
+#[derive(Debug)]
+pub(crate) struct Holdings {
+    shares: Shares,
+    by: BTreeMap<Partition, BTreeMap<Asker, usize>>,
+}
+
+impl Holdings {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { shares: Shares::new(limit), by: BTreeMap::new() }
+    }
+
+    /// Whether an endpoint of `partition` may take one more unit without another one yielding.
+    pub(crate) fn allows(&self, partition: &Partition) -> bool {
+        self.shares.allows(partition)
+    }
+
+    /// Where `source` is not allowed one more unit: the endpoint that yields one to it. It is the
+    /// largest holder of the partition, or of the largest partition if nothing is free. `None` if
+    /// that holds hardly more than `source`.
+    pub(crate) fn yields_to(&self, source: &Source) -> Option<Source> {
+        let total = |holders: &BTreeMap<Asker, usize>| holders.values().sum::<usize>();
+        let (partition, holders) = if self.shares.free() == 0 {
+            self.by.iter().max_by_key(|(_, holders)| total(holders))?
+        } else {
+            self.by.get_key_value(&source.partition)?
+        };
+        let (asker, most) = holders.iter().max_by_key(|(_, held)| **held)?;
+        (*most > self.held(source) + 1).then(|| Source { partition: partition.clone(), asker: asker.clone() })
+    }
+
+    /// Takes one unit for `source`.
+    pub(crate) fn take(&mut self, source: &Source) {
+        self.shares.take(&source.partition);
+        let holders = self.by.entry(source.partition.clone()).or_default();
+        *holders.entry(source.asker.clone()).or_default() += 1;
+    }
+
+    /// Gives one unit of `source` back.
+    pub(crate) fn give_back(&mut self, source: &Source) {
+        let Some(holders) = self.by.get_mut(&source.partition) else { return };
+        let Some(held) = holders.get_mut(&source.asker) else { return };
+        *held -= 1;
+        self.shares.give_back(&source.partition, 1);
+        if *held == 0 {
+            holders.remove(&source.asker);
+            if holders.is_empty() {
+                self.by.remove(&source.partition);
+            }
+        }
+    }
+
+    pub(crate) fn held(&self, source: &Source) -> usize {
+        self.by.get(&source.partition).and_then(|holders| holders.get(&source.asker)).copied().unwrap_or(0)
+    }
+
+    /// What the endpoint holds that holds most.
+    pub(crate) fn most(&self) -> usize {
+        self.by.values().flat_map(BTreeMap::values).copied().max().unwrap_or(0)
+    }
+
+    pub(crate) fn taken(&self) -> usize {
+        self.shares.taken()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn source(partition: u32, name: &str) -> Source {
+        Source { partition: Partition::of([partition]), asker: Asker::Container(name.into()) }
+    }
+
+    #[test]
+    fn the_largest_endpoint_of_a_partition_yields_to_a_smaller_one() {
+        let mut holdings = Holdings::new(9);
+        let [greedy, modest, other] = [source(1, "greedy"), source(1, "modest"), source(2, "other")];
+        while holdings.allows(&greedy.partition) {
+            holdings.take(&greedy);
+        }
+        assert_eq!(holdings.held(&greedy), 6);
+        assert_eq!(holdings.yields_to(&modest), Some(greedy.clone()));
+        assert_eq!(holdings.yields_to(&greedy), None, "not to itself");
+        assert!(holdings.allows(&other.partition));
+        (0..3).for_each(|_| holdings.take(&other));
+        assert_eq!(holdings.yields_to(&source(3, "third")), Some(greedy.clone()), "nothing is free");
+        (0..6).for_each(|_| holdings.give_back(&greedy));
+        holdings.give_back(&greedy);
+        assert_eq!((holdings.taken(), holdings.most()), (3, 3));
+    }
 
     /// Takes as much as there is for `partition`; how much that was.
     fn fill(shares: &mut Shares, partition: &Partition) -> usize {

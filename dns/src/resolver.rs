@@ -2,7 +2,7 @@
 
 use crate::error::{ServeError, StartError, ZoneError};
 use crate::follow::{self, Watch};
-use crate::forward::{Bounds, Forwarder, Ways};
+use crate::forward::{Bounds, Forwarder, Ways, dispatch};
 use crate::metrics::{self, Fill, NetworkStats, ProcessMetrics, Questions, Upstream};
 use crate::partition::{Partition, Shares};
 use crate::resolve::Policy;
@@ -43,10 +43,13 @@ pub struct Settings {
     /// Different questions that are with other servers at once. Askers that are on the same
     /// networks get two thirds of it at most, and so of the other limits of all askers.
     pub in_flight: usize,
-    /// Askers that wait for other servers at once.
+    /// Clients that wait for other servers at once, for their turn or for an answer.
     pub waiting: usize,
-    /// The same of one server: the others shall have some left.
+    /// The same of one endpoint, one at least.
     pub waiting_of_one: usize,
+    /// Questions of one endpoint that are forwarded to other servers in a second, and that may go at
+    /// once after a second of silence; one at least.
+    pub forward_rate: u32,
     /// UDP sockets that questions go out from at once. One has a single question while there are
     /// enough.
     pub source_ports: usize,
@@ -75,6 +78,7 @@ impl Settings {
             in_flight: 8192,
             waiting: 32_768,
             waiting_of_one: 6_144,
+            forward_rate: 2_000,
             source_ports: 1024,
             mixed_case: true,
             tcp_clients: 128,
@@ -103,7 +107,6 @@ pub(crate) struct Shared {
     pub(crate) policy: Policy,
     pub(crate) ttl: u32,
     pub(crate) ways: Ways,
-    pub(crate) waiting_of_one: usize,
     pub(crate) tcp_clients: usize,
     /// TCP clients of all servers.
     pub(crate) connections: Mutex<Shares>,
@@ -220,6 +223,8 @@ impl Resolver {
         let bounds = Bounds {
             flights: settings.in_flight,
             waiters: settings.waiting,
+            waiters_of_one: settings.waiting_of_one,
+            rate: settings.forward_rate,
             cache: settings.cache,
             ports: settings.source_ports,
         };
@@ -235,7 +240,6 @@ impl Resolver {
             policy: Policy { forward_single_labels: settings.forward_single_labels },
             ttl: u32::try_from(settings.ttl.as_secs()).unwrap_or(u32::MAX),
             ways,
-            waiting_of_one: settings.waiting_of_one,
             tcp_clients: settings.tcp_clients.max(1),
             connections: Mutex::new(Shares::new(settings.tcp_clients_in_all)),
             metrics,
@@ -244,6 +248,8 @@ impl Resolver {
         if let Some(servers) = follow::servers(&path, &outside) {
             shared.host_servers(servers);
         }
+        // It ends with the last server.
+        tokio::spawn(dispatch(Arc::clone(&shared.forwarder)));
         let following = Arc::clone(&shared);
         let each = move |servers| following.host_servers(servers);
         let follower = tokio::spawn(follow::follow(path, outside, watch, each)).abort_handle();
@@ -345,14 +351,9 @@ impl Resolver {
     /// How full the tables are.
     #[must_use]
     pub fn fill(&self) -> Fill {
-        let (there, limits) = self.shared.forwarder.fill();
+        let fill = self.shared.forwarder.fill();
         let connections = lock(&self.shared.connections);
-        Fill {
-            cache_bytes: [there.cache, limits.cache],
-            in_flight: [there.flights, limits.flights],
-            waiting: [there.waiters, limits.waiters],
-            tcp_clients: [connections.taken(), connections.taken() + connections.free()],
-        }
+        Fill { tcp_clients: [connections.taken(), connections.taken() + connections.free()], ..fill }
     }
 
     /// What the networks have asked, by name.

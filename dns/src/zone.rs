@@ -86,7 +86,7 @@ pub struct EndpointSpec {
 }
 
 /// Who asks.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Asker {
     /// This container.
     Container(Arc<str>),
@@ -403,7 +403,7 @@ impl Zones {
                 let container = network.reverse.get(&source).map(|endpoint| &endpoint.container);
                 let membership = container.and_then(|container| self.containers.get(container));
                 let sees = membership.map_or(Sees::Nothing(Some(network)), Sees::Joined);
-                View { zones: self, container: container.map(|container| &**container), sees }
+                View { zones: self, container, sees }
             }
         }
     }
@@ -412,7 +412,7 @@ impl Zones {
 /// What one asker sees of the networks.
 pub(crate) struct View<'a> {
     zones: &'a Zones,
-    container: Option<&'a str>,
+    container: Option<&'a Arc<str>>,
     sees: Sees<'a>,
 }
 
@@ -453,6 +453,12 @@ impl<'a> View<'a> {
         matches!(self.sees, Sees::Nothing(Some(_)))
     }
 
+    /// Whose share of limits the question counts to: the container's that asks, whichever server it
+    /// asks; of `asker` where the container is not known.
+    pub(crate) fn asker(&self, asker: &Asker) -> Asker {
+        self.container.map_or_else(|| asker.clone(), |container| Asker::Container(Arc::clone(container)))
+    }
+
     /// With whom the asker shares what other servers have said.
     pub(crate) fn partition(&self) -> Partition {
         match self.sees {
@@ -469,7 +475,9 @@ impl<'a> View<'a> {
     ) -> impl Iterator<Item = impl Iterator<Item = &'a Endpoint> + use<'a>> + use<'a, 'n> {
         let container = self.container;
         self.networks().filter_map(|network| network.names.get(name)).map(move |holders| {
-            let told = move |holder: &&Holder| !holder.own || container == Some(&*holder.endpoint.container);
+            let told = move |holder: &&Holder| {
+                !holder.own || container.is_some_and(|container| **container == *holder.endpoint.container)
+            };
             holders.iter().filter(told).map(|holder| &*holder.endpoint)
         })
     }

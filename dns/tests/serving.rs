@@ -16,6 +16,8 @@ mod listening;
 mod programs;
 #[path = "serving/protocol.rs"]
 mod protocol;
+#[path = "serving/shares.rs"]
+mod shares;
 #[path = "support/mod.rs"]
 mod support;
 #[path = "serving/upstreams.rs"]

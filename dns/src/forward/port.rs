@@ -137,11 +137,6 @@ impl Ports {
         Self { open: Arc::new(Mutex::new(open)), metrics }
     }
 
-    /// How many are open.
-    pub(super) fn taken(&self) -> usize {
-        lock(&self.open).shares.taken()
-    }
-
     /// Prepares a question to `server`. What comes back goes to `heard`.
     pub(super) fn ask(
         &self,
@@ -319,7 +314,7 @@ impl Shared {
             return true;
         }
         drop(waiting);
-        self.metrics.refused(Overload::Guesses);
+        self.metrics.refused(Overload::Guesses, None);
         lock(&self.open).unlist(&self.key, self.number);
         self.tell_all(&Reading::Flooded);
         false

@@ -118,7 +118,6 @@ pub(crate) fn in_container(
         servers,
         datagram: ON_LOOPBACK,
         turn: AtomicU32::new(0),
-        waiting: Arc::default(),
     };
     start(pair, redirect, address, namespace, site).map_err(failed)
 }
@@ -145,7 +144,6 @@ pub(crate) fn at_gateway(
         servers: None,
         datagram: PAYLOAD,
         turn: AtomicU32::new(0),
-        waiting: Arc::default(),
     };
     start(pair, None, address, namespace, site).map_err(failed)
 }

@@ -47,11 +47,11 @@ pub(super) async fn serve(listener: TcpListener, site: Arc<Site>) {
         };
         let partition = site.shared.zones().view(&site.asker, client.ip()).partition();
         let Some(admitted) = site.shared.admit(partition) else {
-            site.shared.metrics.refused(Overload::Clients);
+            site.shared.metrics.refused(Overload::Clients, Some(&site.asker));
             continue;
         };
         if clients.make_room(limit(&site)) {
-            site.shared.metrics.refused(Overload::Clients);
+            site.shared.metrics.refused(Overload::Clients, Some(&site.asker));
             tracing::debug!(
                 endpoint = site.asker.endpoint(),
                 network = site.asker.network(),

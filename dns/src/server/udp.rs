@@ -66,7 +66,7 @@ impl Scratch {
             }
         }
         for _ in 0..self.burst.send(socket) {
-            site.shared.metrics.refused(Overload::Socket);
+            site.shared.metrics.refused(Overload::Socket, None);
         }
         if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
     }
