@@ -1,36 +1,43 @@
 //! `GET /metrics`, for Prometheus.
 //!
-//! A scrape is one short request every few seconds, so this is a thread that answers with plain blocking I/O, and
-//! it serves the small docker-proxy binary, which has no async runtime, as well as the large one. It is bounded:
-//! [`MAX_CLIENTS`] at a time, [`MAX_REQUEST`] bytes of request, [`PATIENCE`] for a slow client. The page is written by one
-//! thread at a time, whose priority is low ([`NICE`]) and who often rests, and those who came before it was begun all get the same. Pages are
-//! sent in pieces ([`PIECE`]), one thread's at a time as well, and after each as long is waited as it took: a storm of scrapes has half of a core at
-//! most. So whatever happens here, the data plane hardly notices.
+//! Plain blocking I/O on threads of its own, because the small docker-proxy binary, which has no async runtime, serves it as well as the large one.
+//! Clients are bounded, and each holder of them has a share ([`clients`]); a client has [`PATIENCE`] for its request, and [`ANSWER_TIME`] to take the
+//! page. The page is written by one thread at a time, whose priority is low ([`NICE`]) and who often rests, and those who came before it was begun
+//! all get the same. Pages are sent in pieces ([`PIECE`]), one thread's at a time as well, and after each as long is waited as it took: a storm of
+//! scrapes has half of a core at most. So whatever happens here, the data plane hardly notices.
+//!
+//! A port that is in use is no reason not to start: any user of the host can take one. It is tried again ([`Backoff`]) for as long as the process runs.
 
+mod clients;
+mod http;
+mod server;
+
+use crate::port_error;
 use metrics::gauge;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use server::Server;
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
-use tidegate_model::{Ingress, canonical};
+use tidegate_model::Protocol;
 use tidegate_proxy::{Fill, GatewayAcl, PortSnapshot, describe};
-use tidegate_reactor::{enable_stream_ingress, stream_ingress};
+use tidegate_reactor::enable_stream_ingress;
 
-/// Scrapes answered at the same time; more are told 503.
-const MAX_CLIENTS: usize = 16;
-
-/// The most that a request may be, in bytes, headers included.
-const MAX_REQUEST: usize = 8 << 10;
-
-/// How long a client may take over its request, and over reading the answer.
+/// How long a client may take over its request, and over reading anything of the page.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a client may take over reading the page. Prometheus gives up after 10 s unless told otherwise (`scrape_timeout`).
+const ANSWER_TIME: Duration = Duration::from_secs(30);
+
+/// When a port in use is tried again: after the first time, which doubles, up to the second.
+const RETRY: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
 
 /// How often histograms are folded when nobody scrapes, so that they do not pile up.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -40,6 +47,9 @@ const NICE: i32 = 10;
 
 /// Bytes of a page that are sent at a time: some 50 us.
 const PIECE: usize = 256 << 10;
+
+/// Ports behind the first one in the range that is suggested where one is in use.
+const RANGE: u16 = 10;
 
 /// Where to serve: an address and a port, or the first free port of a range (for the many docker-proxies of one
 /// host, which share one environment).
@@ -54,6 +64,21 @@ pub struct MetricsAddress {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("metrics address {0:?} is not ADDRESS:PORT or ADDRESS:PORT-PORT")]
 pub struct MetricsAddressError(String);
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let first = SocketAddr::new(self.ip, self.first);
+        if self.first == self.last { write!(f, "{first}") } else { write!(f, "{first}-{}", self.last) }
+    }
+}
+
+impl MetricsAddress {
+    /// The same with the ports behind it, as an example.
+    fn as_range(self) -> String {
+        let last = self.first.saturating_add(RANGE);
+        format!("{}-{last}", SocketAddr::new(self.ip, self.first))
+    }
+}
 
 impl FromStr for MetricsAddress {
     type Err = MetricsAddressError;
@@ -73,11 +98,11 @@ impl FromStr for MetricsAddress {
     }
 }
 
-/// Why there is no endpoint.
+/// Why there is no endpoint. A port in use is none: [`Recorder::install`].
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
-    /// The port, or every port of the range, is taken.
-    #[error("metrics address {ip}:{ports}: {source}", ip = .address.ip, ports = ports(.address))]
+    /// The address is not of this host, or not allowed.
+    #[error("metrics address {address}: {source}")]
     Bind {
         /// Where it should have been.
         address: MetricsAddress,
@@ -86,18 +111,41 @@ pub enum EndpointError {
     },
 }
 
-fn ports(address: &MetricsAddress) -> String {
-    if address.first == address.last {
-        address.first.to_string()
-    } else {
-        format!("{}-{}", address.first, address.last)
+/// Whether metrics are served, and where.
+#[derive(Clone, Debug)]
+pub struct MetricsStatus {
+    wanted: MetricsAddress,
+    served: Arc<OnceLock<SocketAddr>>,
+}
+
+impl MetricsStatus {
+    /// Where they were asked for: an address and a port, or a range of ports.
+    #[must_use]
+    pub fn wanted(&self) -> MetricsAddress {
+        self.wanted
+    }
+
+    /// They are served by `listener`.
+    fn set(&self, listener: &TcpListener) {
+        if let Ok(address) = listener.local_addr() {
+            // Nobody else sets it.
+            let _ = self.served.set(address);
+        }
+    }
+
+    /// Where they are served; `None` while the port is in use by others.
+    #[must_use]
+    pub fn served(&self) -> Option<SocketAddr> {
+        self.served.get().copied()
     }
 }
 
 /// The recorder behind the `metrics` facade; make it before anything resolves its instruments.
 pub struct Recorder {
     handle: PrometheusHandle,
-    listener: TcpListener,
+    status: MetricsStatus,
+    /// Nothing while the port is in use.
+    listener: Option<TcpListener>,
     acl: GatewayAcl,
     more: Vec<Families>,
 }
@@ -106,18 +154,35 @@ pub struct Recorder {
 type Families = Box<dyn Fn(&mut String) + Send + Sync>;
 
 impl Recorder {
-    /// Binds `address` and takes the facade's place.
+    /// Binds `address` and takes the facade's place. If the port, or each port of the range, is in use, that is logged with its remedy, and
+    /// [`Self::serve`] tries again.
     ///
     /// # Errors
     /// [`EndpointError`]; nothing is left open then.
     pub fn install(address: MetricsAddress) -> Result<Self, EndpointError> {
-        let listener = bind(address)?;
+        let listener = match bind(address) {
+            Ok(listener) => Some(listener),
+            Err(EndpointError::Bind { source, .. }) if source.kind() == io::ErrorKind::AddrInUse => {
+                tracing::warn!(
+                    "metrics are not served: {}; trying again until it is free, or give another address, or a range of ports \
+                     such as {}",
+                    in_use(&address),
+                    address.as_range()
+                );
+                None
+            }
+            Err(error) => return Err(error),
+        };
         let recorder = PrometheusBuilder::new().build_recorder();
         let handle = recorder.handle();
         if metrics::set_global_recorder(recorder).is_err() {
             tracing::warn!("metrics were set up twice; the first stay");
         }
-        Ok(Self { handle, listener, acl: GatewayAcl::default(), more: Vec::new() })
+        let status = MetricsStatus { wanted: address, served: Arc::default() };
+        if let Some(listener) = &listener {
+            status.set(listener);
+        }
+        Ok(Self { handle, status, listener, acl: GatewayAcl::default(), more: Vec::new() })
     }
 
     /// With the families that `families` writes at each scrape (exposition format 0.0.4).
@@ -133,12 +198,10 @@ impl Recorder {
         Self { acl, ..self }
     }
 
-    /// Where it answers.
-    ///
-    /// # Errors
-    /// What getsockname(2) says.
-    pub fn address(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+    /// Whether it answers, and where, now and later.
+    #[must_use]
+    pub fn status(&self) -> MetricsStatus {
+        self.status.clone()
     }
 
     /// Answers scrapes with the figures of the published ports, which `ports` tells, and of the process, on threads of its own, until the process
@@ -171,21 +234,55 @@ impl Recorder {
             turn: Mutex::default(),
         };
         let page = Arc::new(page);
-        let clients = Arc::new(AtomicUsize::new(0));
+        let (status, listener, acl) = (self.status, self.listener, self.acl);
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
             // On Linux it is this thread's, and that of those which it starts. That it is refused changes nothing but that.
             let _ = rustix::process::nice(NICE);
-            loop {
-                match self.listener.accept() {
-                    // Before a byte is read, and before it takes a place.
-                    Ok((client, address)) if is_denied(&self.acl, &client, address) => reset(&client),
-                    Ok((client, _)) => admit(client, &page, &clients),
-                    // Out of descriptors: the client waits in the queue meanwhile.
-                    Err(_) => std::thread::sleep(Duration::from_millis(100)),
-                }
+            let listener = listener.unwrap_or_else(|| wait_for(&status));
+            match Server::new(listener, acl, page) {
+                Ok(server) => server.run(),
+                Err(error) => tracing::error!(%error, "metrics are not served"),
             }
         })?;
         Ok(())
+    }
+}
+
+/// When a port in use is tried again. Pure.
+struct Backoff(Duration);
+
+impl Iterator for Backoff {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let next = (self.0 * 2).min(LONGEST_RETRY);
+        Some(std::mem::replace(&mut self.0, next))
+    }
+}
+
+/// Tries to bind the address that is wanted until that succeeds.
+fn wait_for(status: &MetricsStatus) -> TcpListener {
+    let mut backoff = Backoff(RETRY);
+    loop {
+        std::thread::sleep(backoff.next().unwrap_or(LONGEST_RETRY));
+        match bind(status.wanted) {
+            Ok(listener) => {
+                status.set(&listener);
+                let address = status.served().map(|address| address.to_string());
+                tracing::info!(address, "metrics are served now; the port was in use");
+                return listener;
+            }
+            Err(error) => tracing::debug!(%error, "metrics are still not served"),
+        }
+    }
+}
+
+/// `address` and by whom it is in use.
+fn in_use(address: &MetricsAddress) -> String {
+    let one = (address.first == address.last).then(|| SocketAddr::new(address.ip, address.first));
+    match one {
+        Some(one) => port_error::in_use(one, Protocol::Tcp),
+        None => format!("ports {}-{} on {} are in use", address.first, address.last, address.ip),
     }
 }
 
@@ -246,12 +343,22 @@ impl Page {
         done
     }
 
-    /// Sends `bytes` piece by piece.
-    fn send(&self, mut client: &TcpStream, bytes: &[u8]) -> io::Result<()> {
-        client.set_nonblocking(true)?;
+    /// Sends the page to `client`, whose socket does not block.
+    fn answer(&self, client: &TcpStream) -> io::Result<()> {
+        let until = Instant::now() + ANSWER_TIME;
+        let text = self.now();
+        self.send(client, http::head("200 OK", "", Some(text.len())).as_bytes(), until)?;
+        self.send(client, text.as_bytes(), until)
+    }
+
+    /// Sends `bytes` piece by piece, until `until` at most.
+    fn send(&self, mut client: &TcpStream, bytes: &[u8], until: Instant) -> io::Result<()> {
         let patience = Timespec::try_from(PATIENCE).map_err(io::Error::other)?;
         let mut left = bytes;
         while !left.is_empty() {
+            if Instant::now() >= until {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
             let piece = &left[..left.len().min(PIECE)];
             match self.at_ones_turn(|| client.write(piece)) {
                 Ok(sent) => left = &left[sent..],
@@ -311,97 +418,6 @@ impl fmt::Write for Gently<'_> {
     }
 }
 
-/// Whether `acl` denies `client`, which came from `address`.
-fn is_denied(acl: &GatewayAcl, client: &TcpStream, address: SocketAddr) -> bool {
-    if acl.is_empty() {
-        return false;
-    }
-    let ingress = stream_ingress(client, address.is_ipv6());
-    ingress.is_err()
-        || ingress.is_ok_and(|ingress| {
-            acl.denies(&Ingress {
-                client: canonical(address),
-                destination: Some(ingress.local),
-                to_group: false,
-                interface: ingress.interface,
-                handshake: true,
-            })
-        })
-}
-
-/// Has the client see a reset when the connection is closed.
-fn reset(client: &TcpStream) {
-    let _ = socket2::SockRef::from(client).set_linger(Some(Duration::ZERO));
-}
-
-/// Gives `client` a thread, if one is left.
-fn admit(client: TcpStream, page: &Arc<Page>, clients: &Arc<AtomicUsize>) {
-    if clients.fetch_add(1, Ordering::Relaxed) >= MAX_CLIENTS {
-        clients.fetch_sub(1, Ordering::Relaxed);
-        let _ = respond(&client, "503 Service Unavailable", "too many scrapes at once\n");
-        return;
-    }
-    let (page, at_work) = (Arc::clone(page), Arc::clone(clients));
-    let answer = move || {
-        // A client that goes away, or dawdles, is its own loss.
-        let _ = answer(&client, &page);
-        at_work.fetch_sub(1, Ordering::Relaxed);
-    };
-    if std::thread::Builder::new().name("tidegate-scrape".into()).spawn(answer).is_err() {
-        clients.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-fn answer(client: &TcpStream, page: &Page) -> io::Result<()> {
-    client.set_write_timeout(Some(PATIENCE))?;
-    match request_path(client)? {
-        Some(path) if path == "/metrics" => {
-            let text = page.now();
-            let head = head("200 OK", text.len());
-            page.send(client, head.as_bytes())?;
-            page.send(client, text.as_bytes())
-        }
-        Some(path) if path == "/" => respond(client, "200 OK", "tidegate's metrics are at /metrics\n"),
-        Some(_) => respond(client, "404 Not Found", "there is only /metrics\n"),
-        None => respond(client, "400 Bad Request", "that was not a GET request\n"),
-    }
-}
-
-/// Reads a request and returns the path of a GET; `None` for anything else.
-fn request_path(mut client: &TcpStream) -> io::Result<Option<String>> {
-    let deadline = Instant::now() + PATIENCE;
-    let mut request = Vec::new();
-    let mut chunk = [0; 1024];
-    loop {
-        let left = deadline.checked_duration_since(Instant::now()).ok_or(io::ErrorKind::TimedOut)?;
-        client.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        let read = client.read(&mut chunk)?;
-        request.extend_from_slice(&chunk[..read]);
-        let mut headers = [httparse::EMPTY_HEADER; 64];
-        let mut parsed = httparse::Request::new(&mut headers);
-        match parsed.parse(&request) {
-            Ok(httparse::Status::Complete(_)) if parsed.method == Some("GET") => {
-                let path = parsed.path.unwrap_or_default();
-                return Ok(Some(path.split('?').next().unwrap_or_default().to_owned()));
-            }
-            Ok(httparse::Status::Partial) if read > 0 && request.len() < MAX_REQUEST => {}
-            _ => return Ok(None),
-        }
-    }
-}
-
-fn respond(mut client: &TcpStream, status: &str, body: &str) -> io::Result<()> {
-    client.write_all(head(status, body.len()).as_bytes())?;
-    client.write_all(body.as_bytes())
-}
-
-fn head(status: &str, length: usize) -> String {
-    format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
-         Content-Length: {length}\r\nConnection: close\r\n\r\n"
-    )
-}
-
 /// What poll(2) has said; nothing if a signal came.
 fn retry(polled: rustix::io::Result<usize>) -> io::Result<Option<usize>> {
     match polled {
@@ -433,7 +449,13 @@ mod tests {
         let range: MetricsAddress = format!("127.0.0.1:{busy}-{}", busy.saturating_add(20)).parse().unwrap();
         assert_ne!(bind(range).unwrap().local_addr().unwrap().port(), busy);
         let only: MetricsAddress = format!("127.0.0.1:{busy}").parse().unwrap();
-        let error = bind(only).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("metrics address 127.0.0.1:{busy}: ")), "{error}");
+        assert!(bind(only).is_err());
+        assert!(in_use(&only).starts_with(&format!("port {busy}/tcp on 127.0.0.1 is in use by ")));
+    }
+
+    #[test]
+    fn a_port_in_use_is_tried_again_after_ever_longer_and_bounded() {
+        let seconds: Vec<_> = Backoff(RETRY).take(8).map(|time| time.as_secs()).collect();
+        assert_eq!(seconds, [1, 2, 4, 8, 16, 30, 30, 30]);
     }
 }

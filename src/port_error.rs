@@ -4,7 +4,7 @@ use crate::listeners;
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use tidegate_model::PublishLabel;
+use tidegate_model::Protocol;
 use tidegate_proxy::BindError;
 
 /// A server that forks shares its socket with every child; more than so many are counted, not told.
@@ -15,11 +15,7 @@ pub fn explain(error: &BindError) -> String {
     let address = error.label.address();
     let port = format!("port {}/{} on {}", address.port(), error.label.protocol(), bracketed(address.ip()));
     match Errno::from_io_error(&error.source) {
-        Some(Errno::ADDRINUSE) => match holders(error.label).as_slice() {
-            [] => format!("{port} is in use"),
-            holders if holders.len() <= HOLDERS_TOLD => format!("{port} is in use by {}", holders.join(", ")),
-            [first, others @ ..] => format!("{port} is in use by {first} and {} more", others.len()),
-        },
+        Some(Errno::ADDRINUSE) => in_use(address, error.label.protocol()),
         Some(Errno::ACCESS) => format!(
             "{port}: permission denied; set net.ipv4.ip_unprivileged_port_start to {} or lower, \
              or run with CAP_NET_BIND_SERVICE",
@@ -30,6 +26,16 @@ pub fn explain(error: &BindError) -> String {
         Some(Errno::AFNOSUPPORT) => format!("{port}: this kernel has no IPv6"),
         Some(Errno::MFILE) => format!("{port}: too many open files; raise the limit (ulimit -n)"),
         _ => format!("{port}: {}", without_numbers(&error.source.to_string())),
+    }
+}
+
+/// That the port of `protocol` at `address` is in use, and by whom, as far as this process may look.
+pub fn in_use(address: SocketAddr, protocol: Protocol) -> String {
+    let port = format!("port {}/{protocol} on {}", address.port(), bracketed(address.ip()));
+    match holders(address, protocol).as_slice() {
+        [] => format!("{port} is in use"),
+        holders if holders.len() <= HOLDERS_TOLD => format!("{port} is in use by {}", holders.join(", ")),
+        [first, others @ ..] => format!("{port} is in use by {first} and {} more", others.len()),
     }
 }
 
@@ -51,14 +57,13 @@ fn bracketed(ip: IpAddr) -> String {
 }
 
 /// The processes that hold the port, as `nginx (pid 812)`, as far as this one may look.
-fn holders(label: PublishLabel) -> Vec<String> {
-    let wanted = label.address();
+fn holders(wanted: SocketAddr, protocol: Protocol) -> Vec<String> {
     let clashes = |local: SocketAddr| {
         let overlaps =
             local.ip() == wanted.ip() || local.ip().is_unspecified() || wanted.ip().is_unspecified();
         local.port() == wanted.port() && overlaps
     };
-    let bound = listeners::bound(label.protocol()).unwrap_or_default();
+    let bound = listeners::bound(protocol).unwrap_or_default();
     let inodes = bound.iter().filter(|socket| clashes(socket.local)).map(|socket| socket.inode).collect();
     let holders: BTreeSet<String> = listeners::holders(&inodes).iter().map(ToString::to_string).collect();
     holders.into_iter().collect()
@@ -68,7 +73,6 @@ fn holders(label: PublishLabel) -> Vec<String> {
 mod tests {
     use super::*;
     use std::net::{Ipv4Addr, TcpListener, UdpSocket};
-    use tidegate_model::Protocol;
     use tidegate_proxy::Listener;
 
     fn explained(address: SocketAddr, protocol: Protocol) -> String {

@@ -108,6 +108,103 @@ fn request(to: SocketAddr) {
     assert_eq!(answer, b"echo");
 }
 
+/// How a modest user's scrapes went, the quickest first.
+fn scrapes(count: usize) -> Vec<Duration> {
+    let mut times: Vec<_> = (0..count)
+        .map(|_| {
+            let begun = Instant::now();
+            scrape().expect("a scrape of one who asks rarely is answered");
+            let took = begun.elapsed();
+            std::thread::sleep(Duration::from_millis(20));
+            took
+        })
+        .collect();
+    times.sort_unstable();
+    times
+}
+
+/// Local clients have one address, and are told apart by their users. What each socket has for its user is the file system user of the
+/// thread that makes it.
+#[test]
+fn a_greedy_user_costs_the_scrapes_of_another_little() {
+    const COUNT: usize = 50;
+    let net = Topology::three();
+    let publisher = Publisher::start(&net.host, "8080:80 9000-9019:9000-9019 --to 172.30.0.2");
+    let calm = net.host.run(|| scrapes(COUNT));
+    let over = Arc::new(AtomicBool::new(false));
+    let greedy = |work: fn(&AtomicBool)| {
+        let over = Arc::clone(&over);
+        net.host.spawn_thread(move || {
+            // SAFETY: it takes a number, and concerns this thread alone.
+            unsafe { libc::setfsuid(65_534) };
+            work(&over);
+        })
+    };
+    // Connections that say nothing, made without end, and scrapes without end.
+    let silent = |over: &AtomicBool| {
+        let mut held = std::collections::VecDeque::new();
+        while !over.load(Ordering::Relaxed) {
+            held.extend(TcpStream::connect(METRICS));
+            if held.len() > 200 {
+                held.pop_front();
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    };
+    let scraping = |over: &AtomicBool| {
+        while !over.load(Ordering::Relaxed) {
+            if scrape().is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    };
+    let mut threads = vec![greedy(silent), greedy(silent)];
+    threads.extend((0..30).map(|_| greedy(scraping)));
+    std::thread::sleep(Duration::from_millis(500));
+    let beside = net.host.run(|| scrapes(COUNT));
+    over.store(true, Ordering::Relaxed);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    let (median, last) = (COUNT / 2, COUNT - 1);
+    println!(
+        "median {:?} calm, {:?} beside; slowest {:?}, {:?}",
+        calm[median], beside[median], calm[last], beside[last]
+    );
+    // It waits for the page that is being written, and for pieces that are being sent; 32 threads and the server have two cores.
+    assert!(beside[median] < calm[median] * 10 + Duration::from_millis(100), "{:?}", beside[median]);
+    assert!(beside[last] < HELD_UP, "{:?}", beside[last]);
+    let metrics = publisher.metrics();
+    assert!(metrics.count("tidegate_scrape_refused_total{reason=\"silent\"}") > 0);
+    assert!(metrics.count("tidegate_scrape_clients") < metrics.count("tidegate_scrape_clients_limit"));
+    let told = publisher.process.output();
+    let limits: Vec<_> = told.lines().filter(|line| line.contains("limit of metrics clients")).collect();
+    assert!(!limits.is_empty() && limits.len() <= 4, "{limits:?}");
+    assert!(limits.iter().all(|line| line.contains("user 65534 of this host")), "{limits:?}");
+}
+
+#[test]
+fn a_metrics_port_in_use_keeps_no_network_down_and_is_taken_when_it_is_free() {
+    let scene = Scene::new();
+    let holder = scene.net.host.run(|| std::net::TcpListener::bind(METRICS)).unwrap();
+    let file = scene.directory.path().join("compose.yaml");
+    std::fs::write(&file, "services: { web: { command: [ sleep, '600' ], ports: [ '8080:80' ] } }").unwrap();
+    let mut command = scene.tidegate();
+    let up = Process::spawn(command.env("TIDEGATE_LOG", "info").args(["up", "-f"]).arg(&file));
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let told = up.wait_for_line("metrics are not served", SOON);
+    assert!(told.contains("port 9464/tcp on 127.0.0.1 is in use by "), "{told}");
+    assert!(told.contains(&format!("(pid {})", std::process::id())), "{told}");
+    let ps = || String::from_utf8(scene.tidegate().arg("ps").output().unwrap().stdout).unwrap();
+    assert!(ps().contains("metrics are not served: 127.0.0.1:9464 is in use"), "{}", ps());
+    let status = || ask::get(&scene.socket(), "/v1/status").1["metrics"].clone();
+    assert_eq!(status(), serde_json::json!({ "address": METRICS, "served": null }));
+    drop(holder);
+    up.wait_for_line("metrics are served now", SOON);
+    assert!(!ps().contains("not served"));
+    assert_eq!(status()["served"], METRICS);
+    let page = scene.net.host.run(scrape).unwrap();
+    assert!(page.contains("tidegate_network_endpoint_ports{endpoint=\"web\"} 2\n"), "{page}");
+}
+
 #[test]
 fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
     let scene = Scene::new();

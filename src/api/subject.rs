@@ -2,9 +2,10 @@
 
 use super::problem::Problem;
 use super::types::{
-    Attachment, Endpoint, Exit, Figures, Fill, NatFigures, Network, NetworkFigures, Port, PortFigures,
-    Service, State, Status, Subnet, Transport, UpstreamFigures,
+    Attachment, Endpoint, Exit, Figures, Fill, Metrics, NatFigures, Network, NetworkFigures, Port,
+    PortFigures, Service, State, Status, Subnet, Transport, UpstreamFigures,
 };
+use crate::metrics_endpoint::MetricsStatus;
 use crate::publisher::{OpenPort, Publisher};
 use crate::services::{self, Observer};
 use crate::version::{COMMIT, VERSION};
@@ -45,6 +46,8 @@ pub(crate) struct Subject {
     pub(crate) nat: Option<nat::Figures>,
     /// The paths of adopted namespaces.
     pub(crate) adopted: Arc<Adopted>,
+    /// Whether metrics are served, if they are wanted.
+    pub(crate) metrics: Option<MetricsStatus>,
     /// To whoever makes networks.
     pub(crate) orders: mpsc::Sender<Order>,
 }
@@ -112,6 +115,10 @@ impl Subject {
             pid: std::process::id(),
             started: time(self.started),
             isolation: self.isolation.to_owned(),
+            metrics: self.metrics.as_ref().map(|metrics| Metrics {
+                address: metrics.wanted().to_string(),
+                served: metrics.served().map(|address| address.to_string()),
+            }),
             services: self.services.iter().map(service).collect(),
         }
     }

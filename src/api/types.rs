@@ -27,8 +27,21 @@ pub(crate) struct Status {
     /// How networks are kept closed: "nftables", "iptables", or "without-firewall", by policy rules and forwarding switched off on the bridges.
     #[schema(example = "nftables")]
     pub(crate) isolation: String,
+    /// Where metrics are served; null if they are not wanted.
+    pub(crate) metrics: Option<Metrics>,
     /// The services, in the order of the Compose file.
     pub(crate) services: Vec<Service>,
+}
+
+/// Where metrics are served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Metrics {
+    /// Address and port, or range of ports, that were asked for.
+    #[schema(example = "127.0.0.1:9464")]
+    pub(crate) address: String,
+    /// Address and port that answer; null while they are in use by another program, which is tried again.
+    #[schema(example = "127.0.0.1:9464")]
+    pub(crate) served: Option<String>,
 }
 
 /// A service.

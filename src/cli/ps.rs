@@ -35,7 +35,9 @@ impl Ps {
             let all = serde_json::json!({ "status": status, "networks": networks, "endpoints": endpoints });
             format!("{all:#}\n")
         } else {
-            format!("{}\n{}", services_table(&status.services, &endpoints), networks_table(&networks))
+            let tables =
+                format!("{}\n{}", services_table(&status.services, &endpoints), networks_table(&networks));
+            tables + &not_served(&status)
         };
         let mut out = io::stdout().lock();
         match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -43,6 +45,19 @@ impl Ps {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             result => result.context("standard output"),
         }
+    }
+}
+
+/// A line where metrics are wanted and not served.
+fn not_served(status: &Status) -> String {
+    match &status.metrics {
+        Some(metrics) if metrics.served.is_none() => {
+            format!(
+                "\nmetrics are not served: {} is in use by another program; trying again\n",
+                metrics.address
+            )
+        }
+        _ => String::new(),
     }
 }
 

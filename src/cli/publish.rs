@@ -103,7 +103,7 @@ pub(super) struct Publish {
     #[arg(long, value_name = "BYTES", hide = true)]
     splice_from: Option<usize>,
 
-    /// Serve Prometheus metrics at this ADDRESS:PORT, or "none"
+    /// Serve Prometheus metrics at this ADDRESS:PORT, at the first free port of ADDRESS:PORT-PORT, or "none"; a port in use is tried again
     #[arg(long, value_name = "ADDRESS", default_value = "none")]
     metrics: String,
 
@@ -183,10 +183,10 @@ impl Publish {
         }
         let metrics_at = match recorder {
             Some(recorder) => {
-                let address = recorder.address().context("metrics address")?;
+                let served = recorder.status().served();
                 let told = Arc::clone(&engine);
                 recorder.serve(move || (told.snapshot(), told.fill())).context("metrics endpoint")?;
-                Some(address)
+                served
             }
             None => None,
         };

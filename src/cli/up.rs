@@ -37,7 +37,7 @@ pub(super) struct Up {
     #[arg(long, value_name = "HOW", value_enum)]
     publish: Option<PublishBy>,
 
-    /// Serve Prometheus metrics at this ADDRESS:PORT, or "none"
+    /// Serve Prometheus metrics at this ADDRESS:PORT, at the first free port of ADDRESS:PORT-PORT, or "none"; a port in use is tried again
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464")]
     metrics: String,
 
@@ -52,6 +52,10 @@ pub(super) struct Up {
     /// How long programs may keep what they are told of services' names; in whole seconds
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = optional_timeout)]
     dns_ttl: Duration,
+
+    /// Names that other DNS servers are asked for in a second for one service; more wait for their turn
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
+    dns_forward_rate: u32,
 
     /// Let containers reach what the host has on its loopback, at 169.254.116.103 (needs --firewall=none, or an ordinary user)
     #[arg(long)]
@@ -88,6 +92,7 @@ impl Up {
             ports_with_series: self.metrics_max_ports,
             grace: self.timeout,
             dns_ttl: self.dns_ttl,
+            dns_forward_rate: self.dns_forward_rate,
             allow_host_loopback: self.allow_host_loopback,
         };
         up.run()

@@ -22,7 +22,7 @@ use crate::api::{Adopted, MAX_CLIENTS, Order, Server, Subject};
 use crate::compose::{self, Project, Run};
 use crate::firewall::{Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones};
 use crate::ground::Ground;
-use crate::metrics_endpoint::{MetricsAddress, Recorder};
+use crate::metrics_endpoint::{MetricsAddress, MetricsStatus, Recorder};
 use crate::port_guards;
 use crate::ports::{raise_descriptor_limit, reserve};
 use crate::publisher::{Endpoint, Publisher};
@@ -80,6 +80,8 @@ pub struct Up {
     pub grace: Duration,
     /// How long what is told of names may be kept.
     pub dns_ttl: Duration,
+    /// Questions of one endpoint that are forwarded to other servers in a second.
+    pub dns_forward_rate: u32,
     /// Containers may reach what the host has on its loopback, at an address that stands for it.
     pub allow_host_loopback: bool,
 }
@@ -116,6 +118,8 @@ struct Running {
     /// The host's DNS servers, for it.
     resolvers: watch::Receiver<Arc<[SocketAddr]>>,
     supervisor: Supervisor,
+    /// If they are wanted.
+    metrics: Option<MetricsStatus>,
 }
 
 /// What a project is brought up with.
@@ -260,6 +264,7 @@ impl Up {
             names: up.names.resolver(),
             nat: up.way_out.as_ref().map(|nat| nat.nat().figures().clone()),
             adopted: Arc::clone(&up.adopted),
+            metrics: up.metrics.clone(),
             orders,
             project: project.name,
         };
@@ -326,6 +331,7 @@ impl Up {
             firewall.prepare(zones(&layout.desired), openings(&layout, &ports, chosen.publish));
         }
         let recorder = self.metrics.map(Recorder::install).transpose()?;
+        let metrics = recorder.as_ref().map(Recorder::status);
 
         let mut namespaces = BTreeMap::new();
         for service in &project.services {
@@ -377,7 +383,7 @@ impl Up {
         // Of services, once they have been started.
         let observer: Arc<OnceLock<services::Observer>> = Arc::default();
         let begun = async {
-            let mut names = NameServers::new(project, &layout, ground, self.dns_ttl)?;
+            let mut names = NameServers::new(project, &layout, ground, self.dns_ttl, self.dns_forward_rate)?;
             let mut resolvers = names.resolver().host_servers();
             if let Some(way_out) = &mut way_out {
                 way_out.set_resolvers(&resolvers.borrow_and_update());
@@ -458,6 +464,7 @@ impl Up {
             way_out,
             resolvers,
             supervisor,
+            metrics,
         }))
     }
 }

@@ -54,8 +54,9 @@ impl NameServers {
         layout: &Layout,
         ground: &Ground,
         ttl: Duration,
+        forward_rate: u32,
     ) -> anyhow::Result<Self> {
-        let mut settings = Settings { ttl, ..Settings::new(ground.ports().clone()) };
+        let mut settings = Settings { ttl, forward_rate, ..Settings::new(ground.ports().clone()) };
         settings.networks = ground.networks().clone();
         settings.source_ports = SOURCE_PORTS;
         settings.tcp_clients_in_all = TCP_CLIENTS;

@@ -143,13 +143,22 @@ fn a_busy_port_is_told_with_its_holder() {
 }
 
 #[test]
-fn a_busy_metrics_address_is_told() {
+fn a_busy_metrics_port_is_told_and_keeps_no_port_closed() {
     let net = Topology::three();
-    let _holder = Publisher::start(&net.host, "8080:80 --to 172.30.0.2");
-    let said = fails(tidegate(&net.host, &format!("publish 8081:80 --to 172.30.0.2 --metrics {METRICS}")), 1);
-    assert_one_line(&said);
-    assert!(said.contains(METRICS) && said.contains("in use"), "{said}");
-    assert!(!net.host.is_bound(Protocol::Tcp, 8081));
+    let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
+    let holder = Publisher::start(&net.host, "8080:80 --to 172.30.0.2");
+    let arguments = format!("publish 8081:80 --to 172.30.0.2 --json --metrics {METRICS}");
+    let process = Process::spawn(&mut tidegate(&net.host, &arguments));
+    let holder_is = format!("in use by tidegate (pid {})", holder.process.pid());
+    let told = process.wait_for_line("metrics are not served", PATIENCE);
+    assert!(told.contains("port 9464/tcp on 127.0.0.1") && told.contains(&holder_is), "{told}");
+    assert!(told.contains("127.0.0.1:9464-9474"), "the remedy: {told}");
+    process.wait_for_line("\"metrics\":null", PATIENCE);
+    assert_eq!(ask(&connect(&net.client, (addr::HOST_V4, 8081).into()), b"open"), b"open");
+    drop(holder);
+    process.wait_for_line("metrics are served now", PATIENCE);
+    let (head, page) = http(&net.host, METRICS, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(head.starts_with("HTTP/1.1 200 ") && page.contains("0.0.0.0:8081/tcp"), "{head}");
 }
 
 #[test]

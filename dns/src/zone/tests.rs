@@ -149,6 +149,8 @@ fn who_asks_at_a_gateway_is_known_by_his_address() {
     assert!(zones.view(&asker, [10, 0, 1, 9].into()).is_stranger());
     assert!(zones.view(&asker, [10, 0, 2, 3].into()).is_stranger(), "an endpoint of another network");
     assert!(!zones.view(&asker, [10, 0, 1, 2].into()).is_stranger());
+    let share = zones.view(&asker, [10, 0, 1, 2].into()).asker(&asker);
+    assert_eq!(share, Asker::Container("both".into()), "whose limits are the same at each server");
 }
 
 /// An endpoint that may use any address may use a neighbour's.
@@ -172,6 +174,7 @@ fn where_sources_are_not_verified_all_clients_of_a_gateway_have_the_least_privil
             assert_eq!((sees(b"\x04both\0"), sees(b"\x02db\0")), (1, 0), "names of this network only");
             assert_eq!(view.may_forward(), forwards);
             assert_eq!(view.partition(), Partition::of([0]));
+            assert_eq!(view.asker(&asker), asker, "all of them have one share");
         }
     }
 }
