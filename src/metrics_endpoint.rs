@@ -269,7 +269,7 @@ fn wait_for(status: &MetricsStatus) -> TcpListener {
             Ok(listener) => {
                 status.set(&listener);
                 let address = status.served().map(|address| address.to_string());
-                tracing::info!(address, "metrics are served now; the port was in use");
+                tracing::info!(metrics = address, "metrics are served now; the port was in use");
                 return listener;
             }
             Err(error) => tracing::debug!(%error, "metrics are still not served"),

@@ -168,12 +168,11 @@ fn the_last_word_is_in_the_format_of_the_log_and_a_format_that_does_not_exist_is
         assert_eq!(output.status.code(), Some(code), "{said}");
         said
     };
-    let _holder = host.run(|| std::net::TcpListener::bind("127.0.0.1:9464")).unwrap();
-    let said = fails("publish 8080:80 --to 192.0.2.1 --metrics 127.0.0.1:9464", "json", 1);
+    let said = fails("publish 8080:80 --to 192.0.2.1 --metrics 192.0.2.1:9464", "json", 1);
     assert_eq!(said.lines().count(), 1, "{said}");
     let event: Value = serde_json::from_str(&said).unwrap();
     assert_eq!(event["level"], "ERROR");
-    assert!(event["message"].as_str().unwrap().starts_with("metrics address 127.0.0.1:9464: "), "{said}");
+    assert!(event["message"].as_str().unwrap().starts_with("metrics address 192.0.2.1:9464: "), "{said}");
     let said = fails("ps", "xml", 1);
     assert_eq!(
         said,
@@ -184,14 +183,13 @@ fn the_last_word_is_in_the_format_of_the_log_and_a_format_that_does_not_exist_is
 }
 
 #[test]
-fn a_metrics_address_in_use_is_told_by_up_which_leaves_nothing() {
+fn a_metrics_address_that_is_not_ours_is_told_by_up_which_leaves_nothing() {
     let scene = Scene::new();
     let before = scene::state(&scene.net.host);
-    let _holder = scene.net.host.run(|| std::net::TcpListener::bind("127.0.0.1:9464")).unwrap();
     let file = scene.directory.path().join("compose.yaml");
     std::fs::write(&file, "services: { web: { command: [ sleep, '60' ] } }").unwrap();
-    let told = scene::refused(scene.tidegate().args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(&file));
-    assert!(told.starts_with("tidegate: error: metrics address 127.0.0.1:9464: "), "{told}");
+    let told = scene::refused(scene.tidegate().args(["up", "--metrics", "192.0.2.1:9464", "-f"]).arg(&file));
+    assert!(told.starts_with("tidegate: error: metrics address 192.0.2.1:9464: "), "{told}");
     assert_eq!(told.lines().count(), 1, "{told}");
     assert_eq!(scene::state(&scene.net.host), before);
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
-use std::net::{TcpListener, UdpSocket};
+use std::net::UdpSocket;
 
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Protocol, Signal, pass_fd};
@@ -86,12 +86,10 @@ fn sctp_is_refused_as_a_protocol_that_is_not_supported() {
 #[test]
 fn a_refused_start_leaves_the_port_free() {
     let host = Namespace::new();
-    // The port is bound before the metrics address turns out to be taken.
-    let holder = host.run(|| TcpListener::bind("127.0.0.1:9464")).unwrap();
+    // The port is bound before the metrics address turns out to be somebody else's.
     let refusal =
-        Launch::new(&host, LOOPBACK).env("TIDEGATE_PROXY_METRICS", "127.0.0.1:9464").start().refused();
-    assert!(refusal.reason.starts_with("metrics address 127.0.0.1:9464: "), "{}", refusal.reason);
-    drop(holder);
+        Launch::new(&host, LOOPBACK).env("TIDEGATE_PROXY_METRICS", "192.0.2.1:9464").start().refused();
+    assert!(refusal.reason.starts_with("metrics address 192.0.2.1:9464: "), "{}", refusal.reason);
     assert!(!host.is_bound(Protocol::Tcp, 8080));
 }
 
