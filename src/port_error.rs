@@ -13,7 +13,7 @@ const HOLDERS_TOLD: usize = 3;
 /// One line that names the port, the reason, and the remedy where there is one.
 pub fn explain(error: &BindError) -> String {
     let address = error.label.address();
-    let port = format!("port {}/{} on {}", address.port(), error.label.protocol(), bracketed(address.ip()));
+    let port = port_at(address, error.label.protocol());
     match Errno::from_io_error(&error.source) {
         Some(Errno::ADDRINUSE) => in_use(address, error.label.protocol()),
         Some(Errno::ACCESS) => format!(
@@ -31,12 +31,17 @@ pub fn explain(error: &BindError) -> String {
 
 /// That the port of `protocol` at `address` is in use, and by whom, as far as this process may look.
 pub fn in_use(address: SocketAddr, protocol: Protocol) -> String {
-    let port = format!("port {}/{protocol} on {}", address.port(), bracketed(address.ip()));
+    let port = port_at(address, protocol);
     match holders(address, protocol).as_slice() {
         [] => format!("{port} is in use"),
         holders if holders.len() <= HOLDERS_TOLD => format!("{port} is in use by {}", holders.join(", ")),
         [first, others @ ..] => format!("{port} is in use by {first} and {} more", others.len()),
     }
+}
+
+/// The port as errors name it: `port 80/tcp on [::]`.
+fn port_at(address: SocketAddr, protocol: Protocol) -> String {
+    format!("port {}/{protocol} on {}", address.port(), bracketed(address.ip()))
 }
 
 /// `text` without the `(os error N)` that Rust puts behind what the system says.
