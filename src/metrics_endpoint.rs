@@ -26,6 +26,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
+use tidegate_netns::LocalPeers;
 use tidegate_proxy::{Fill, GatewayAcl, PortSnapshot, describe};
 use tidegate_reactor::enable_stream_ingress;
 
@@ -235,11 +236,16 @@ impl Recorder {
         };
         let page = Arc::new(page);
         let (status, listener, acl) = (self.status, self.listener, self.acl);
+        // Not in the thread: a process that confines itself when this returns may open no netlink socket then.
+        let peers = LocalPeers::new();
+        if let Err(error) = &peers {
+            tracing::warn!(%error, "all metrics clients on this host share one limit: their users are not known");
+        }
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
             // On Linux it is this thread's, and that of those which it starts. That it is refused changes nothing but that.
             let _ = rustix::process::nice(NICE);
             let listener = listener.unwrap_or_else(|| wait_for(&status));
-            match Server::new(listener, acl, page) {
+            match Server::new(listener, acl, peers.ok(), page) {
                 Ok(server) => server.run(),
                 Err(error) => tracing::error!(%error, "metrics are not served"),
             }

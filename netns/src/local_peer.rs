@@ -22,6 +22,7 @@ const ANSWER: usize = 72;
 const ID_IN_REQUEST: usize = 8;
 const ID_IN_ANSWER: usize = 4;
 const USER: usize = 64;
+const INODE: usize = 68;
 
 /// Tells users of local clients.
 pub struct LocalPeers(Socket);
@@ -39,7 +40,8 @@ impl LocalPeers {
     }
 
     /// The user that made the socket of `client`, which is connected to `local`. `None` if there is no
-    /// such socket here. A user that this process's user namespace does not have is told as 65534.
+    /// such socket here, or if no process has it any more. A user that is not mapped in this process's
+    /// user namespace is reported as 65534.
     #[must_use]
     pub fn user_of(&self, client: SocketAddr, local: SocketAddr) -> Option<u32> {
         let (client, local) = (canonical(client), canonical(local));
@@ -96,14 +98,16 @@ fn octets(ip: IpAddr) -> [u8; 16] {
 }
 
 /// The user in `answer`, if it is about the socket that was asked for: where there is no such
-/// connection, the kernel tells of a listener.
+/// connection, the kernel describes a listener. For a socket that was closed, it describes what is left
+/// of the connection, with inode 0 and user 0 (`inet_twsk_diag_fill`, net/ipv4/inet_diag.c), which must
+/// not be taken for root's.
 fn read(answer: &[u8], of: SocketAddr, to: SocketAddr) -> Option<u32> {
     let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
     let told = answer.get(HEADER..HEADER + ANSWER).filter(|_| kind == BY_FAMILY)?;
     let id = &told[ID_IN_ANSWER..];
     let ports = [of.port().to_be_bytes(), to.port().to_be_bytes()].concat();
-    (id[..4] == ports)
-        .then(|| u32::from_ne_bytes([told[USER], told[USER + 1], told[USER + 2], told[USER + 3]]))
+    let word = |at: usize| told[at..].first_chunk().copied().map(u32::from_ne_bytes);
+    (id[..4] == ports && word(INODE)? != 0).then(|| word(USER)).flatten()
 }
 
 const _: () = assert!(ID_IN_REQUEST + 48 == REQUEST && ID_IN_ANSWER + 48 + 12 == USER);
@@ -129,6 +133,15 @@ mod tests {
             assert_eq!(user, Some(rustix::process::getuid().as_raw()), "{at}");
             drop(stream);
         }
+    }
+
+    #[test]
+    fn a_client_that_has_closed_is_nobodys() {
+        let peers = LocalPeers::new().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        drop(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        let (accepted, client) = listener.accept().unwrap();
+        assert_eq!(peers.user_of(client, accepted.local_addr().unwrap()), None);
     }
 
     #[test]

@@ -96,14 +96,18 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Answers the clients of `listener` that `acl` does not deny.
+    /// Answers the clients of `listener` that `acl` does not deny. Without `peers`, all clients on this
+    /// host are one holder.
     ///
     /// # Errors
     /// What fcntl(2) says.
-    pub(super) fn new(listener: TcpListener, acl: GatewayAcl, page: Arc<Page>) -> io::Result<Self> {
+    pub(super) fn new(
+        listener: TcpListener,
+        acl: GatewayAcl,
+        peers: Option<LocalPeers>,
+        page: Arc<Page>,
+    ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        // Without it all local clients are one holder.
-        let peers = LocalPeers::new().ok();
         let shared = Shared { clients: Clients::new(SILENT, ANSWERS), answered: BTreeMap::new() };
         gauge!(LIMIT).set(shared.clients.limit() as f64);
         let shared = Arc::new(Mutex::new(shared));
