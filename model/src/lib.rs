@@ -11,7 +11,7 @@
 //! | [`PortSpec`] | what `-p 127.0.0.1:8080-8082:80-82/udp` means, and whether two of them collide |
 //! | [`FlowKey`], [`PublishLabel`] | how one conversation, and one published socket, is named |
 //! | [`Ingress`] | by which interface, and to which address, a client came |
-//! | [`share_of`] | whose share of a limit a client's address counts to |
+//! | [`share_of`], [`may_take`], [`Ranking`] | whose share of a limit a client's address counts to, how much a holder may take, who holds most |
 //! | [`Histogram`] | how often something took how long |
 //! | [`CidrSet`] | whether an address is in an allow-list |
 //! | [`Feature`] | what a kernel may not have, or be taken not to have |
@@ -39,4 +39,4 @@ pub use port_mapping::{
     PortSpecProblem, host_addresses, overlap,
 };
 pub use protocol::{Protocol, UnknownProtocol};
-pub use share::share_of;
+pub use share::{Ranking, may_take, share_of};

@@ -46,6 +46,11 @@ impl Descriptors {
             .map(|_| Permit { descriptors: Arc::clone(self), count })
     }
 
+    /// How many may still be taken.
+    pub fn left(&self) -> usize {
+        self.limit.saturating_sub(self.taken())
+    }
+
     /// How many are in use.
     pub fn taken(&self) -> usize {
         self.taken.load(Ordering::Relaxed)

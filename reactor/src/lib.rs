@@ -2,6 +2,7 @@
 //!
 //! - [`EventLoop`]: one thread, one epoll instance, one [`Handler`]; timers and a mailbox included.
 //! - [`Arena`]: slots that events refer to by a key which goes stale when the slot is freed.
+//! - [`List`]: lists that run through an arena, to find what has been silent for longest.
 //! - [`Timers`]: deadlines by token, pure.
 //! - [`PipePool`]: the pipes that `splice(2)` moves payload through.
 //! - [`Descriptors`]: the allowance of file descriptors that all loops of a process share.
@@ -19,6 +20,7 @@ mod descriptors;
 mod epoll;
 mod event_loop;
 mod ingress;
+mod lists;
 mod mailbox;
 mod pipes;
 mod source_ports;
@@ -29,6 +31,7 @@ pub use descriptors::{Descriptors, Permit};
 pub use epoll::{Epoll, Interest, Readiness, Token};
 pub use event_loop::{Context, EventLoop, Handler};
 pub use ingress::{StreamIngress, drop_forged_own_source, enable_stream_ingress, stream_ingress};
+pub use lists::{Links, List};
 pub use mailbox::{Closed, Sender};
 pub use pipes::{Loan, Pipe, PipePool, Splice};
 pub use source_ports::{PortRange, SourcePorts, begin_connect};

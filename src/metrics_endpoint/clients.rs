@@ -12,14 +12,14 @@
 //! limit of silent clients, the oldest one of the largest holder is evicted. A *holder* is everybody
 //! who shares a limit: a local user, or an address ([`Holder`]).
 //!
-//! A holder may have one more answer while it has fewer than twice the free places (a dynamic
-//! threshold, Choudhury and Hahne 1998): one greedy holder gets two thirds, and the rest stays free
-//! for others without a running answer being cut. Where several greedy holders leave no place free,
+//! A holder may have one more answer as long as [`may_take`] says so: one greedy holder gets two thirds,
+//! and the rest stays free for others without a running answer being cut. Where several greedy holders leave no place free,
 //! the oldest answer of the largest holder yields to a holder that has fewer.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use tidegate_model::may_take;
 
 /// Who shares a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -95,7 +95,7 @@ impl Clients {
         let held = by.get(&holder).copied().unwrap_or(0);
         let free = self.answers.saturating_sub(self.count(true));
         let largest = by.values().copied().max().unwrap_or(0);
-        let begin = if held < 2 * free {
+        let begin = if may_take(held, free) {
             Begin::Answer
         } else if free == 0 && largest > held + 1 {
             self.evict(true).map_or(Begin::Refuse, |(id, holder)| Begin::InPlaceOf(id, holder))
