@@ -12,6 +12,7 @@ pub mod firewall;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod ground;
+pub mod limits;
 mod listeners;
 pub mod logging;
 pub mod metrics_endpoint;

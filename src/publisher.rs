@@ -11,6 +11,7 @@
 
 use crate::firewall::{BypassedRules, Chosen, PublishBy, opening};
 use crate::ground::Ground;
+use crate::limits::ProxyLimits;
 use crate::ports::{PortError, reserve};
 use crate::source::{Relocatable, Source, SourceError};
 use crate::way_in::{CarriedPort, WayIn};
@@ -100,6 +101,7 @@ pub(crate) struct Publisher {
     /// Where ports are opened too.
     firewall: Option<Arc<Firewall>>,
     engine: Arc<Engine>,
+    limits: ProxyLimits,
     /// Where a port on all addresses has to be opened besides.
     gateways: Vec<IpAddr>,
     /// By the NAT engine, until everything is closed.
@@ -191,7 +193,13 @@ enum Carried {
 
 impl Publisher {
     /// Publishes nothing yet. Ports are opened in the firewall of `chosen` too. `gateways` are the addresses of all networks on this side.
-    pub(crate) fn new(ground: Ground, settings: Settings, chosen: &Chosen, gateways: Vec<IpAddr>) -> Self {
+    pub(crate) fn new(
+        ground: Ground,
+        mut settings: Settings,
+        limits: ProxyLimits,
+        chosen: &Chosen,
+        gateways: Vec<IpAddr>,
+    ) -> Self {
         // What connects to containers lives where their networks are.
         let (inside, gateways) = if ground.is_rootless() {
             (Some(ground.networks().clone()), gateways)
@@ -199,11 +207,12 @@ impl Publisher {
             (None, Vec::new())
         };
         let enter = move || inside.as_ref().map_or(Ok(()), Namespace::enter);
+        limits.limit_engine(&mut settings);
         let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
         let firewall = chosen.firewall.clone();
         let translates = chosen.publish == PublishBy::Kernel;
         let state = Mutex::new(State { translates, ..State::default() });
-        Self { ground, firewall, engine, gateways, way_in: Mutex::default(), state }
+        Self { ground, firewall, engine, limits, gateways, way_in: Mutex::default(), state }
     }
 
     /// Ports of UDP come in by `nat` from here on, which leads containers out.
@@ -623,6 +632,7 @@ impl State {
         let with = |acl| {
             let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
             options.gateway_acl = acl;
+            publisher.limits.limit_port(&mut options);
             Arc::new(options)
         };
         let at_gateways = with(endpoint.acl.clone());
@@ -655,8 +665,13 @@ mod tests {
 
     /// With one endpoint, `web`.
     fn publisher() -> Publisher {
-        let publisher =
-            Publisher::new(Ground::here().unwrap(), Settings::default(), &Chosen::default(), Vec::new());
+        let publisher = Publisher::new(
+            Ground::here().unwrap(),
+            Settings::default(),
+            ProxyLimits::default(),
+            &Chosen::default(),
+            Vec::new(),
+        );
         let web = Endpoint::new(Namespace::current().unwrap(), &[], GatewayAcl::default());
         publisher.add_endpoint("web", web);
         publisher

@@ -112,7 +112,13 @@ fn carry(from: &TcpStream, to: &TcpStream, length: u64) {
 /// Connects, and returns how the proxy turns the client away: never with an orderly end.
 #[track_caller]
 fn refused(from: &Namespace, to: SocketAddr) -> io::ErrorKind {
-    match from.run(|| TcpStream::connect_timeout(&to, PATIENCE)) {
+    turned_away(from.run(|| TcpStream::connect_timeout(&to, PATIENCE)))
+}
+
+/// How the proxy turns away who tried to connect.
+#[track_caller]
+fn turned_away(connected: io::Result<TcpStream>) -> io::ErrorKind {
+    match connected {
         Ok(stream) => {
             let (bytes, error) = read_all(&support::patient(stream));
             assert_eq!(bytes, b"");

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use support::{PATIENCE, Publisher, container, host, host_v6, is_ready, wait_until};
 use tidegate_testbed::server::{EchoServer, PeerServer};
-use tidegate_testbed::{Namespace, Pattern, Protocol, Signal, Topology, addr};
+use tidegate_testbed::{Namespace, Pattern, Protocol, Signal, Topology, addr, raise_open_files};
 
 /// How the published port is called where only IPv4 is looked at.
 const PORT: &str = "0.0.0.0:5353/udp";

@@ -11,8 +11,10 @@ use tidegate_model::CidrSet;
 pub struct Settings {
     /// Event loops at most, at least 1. They are started as the load asks for them.
     pub workers: usize,
-    /// TCP connections over all ports at most; beyond that a client is reset.
+    /// TCP connections over all ports at most, of which one client gets two thirds.
     pub max_connections: usize,
+    /// TCP connections of one client (an IPv4 address, an IPv6 /64) at most, if that is less than its share.
+    pub max_client_connections: Option<usize>,
     /// How long a backend may take to accept before the client is reset.
     pub dial_timeout: Duration,
     /// Descriptors to leave alone for the rest of the process.
@@ -30,11 +32,12 @@ impl Default for Settings {
             // One loop moves some 60 Gbit/s here; four are more than a host's network card brings.
             workers: cores.min(4),
             max_connections: 100_000,
+            max_client_connections: None,
             // docker-proxy leaves it to the kernel (127 s); a client has given up by then.
             dial_timeout: Duration::from_secs(10),
             reserved_descriptors: 24,
             splice_from: tcp::SPLICE_FROM,
-            // 36 series for each TCP port, 3 MB for each scrape.
+            // 37 series for each TCP port, 3 MB for each scrape.
             ports_with_series: 1000,
         }
     }
@@ -50,7 +53,7 @@ pub struct PortOptions {
     pub allow: Option<CidrSet>,
     /// Which clients may use which address of this host.
     pub gateway_acl: GatewayAcl,
-    /// TCP connections of this port at most; beyond that a client is reset.
+    /// TCP connections of this port at most, of which one client gets two thirds.
     pub max_connections: usize,
     /// Bounds of the table of UDP sessions.
     pub sessions: TableLimits,
@@ -65,7 +68,7 @@ impl PortOptions {
             allow: None,
             gateway_acl: GatewayAcl::default(),
             max_connections: 100_000,
-            sessions: TableLimits { sessions: 4096, per_source: 1024, idle: Duration::from_secs(90) },
+            sessions: TableLimits { sessions: 16_384, per_source: 8192, idle: Duration::from_secs(90) },
         }
     }
 }

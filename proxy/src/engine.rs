@@ -4,14 +4,16 @@ use crate::config::{PortOptions, Settings};
 use crate::gateway_acl::GatewayAcl;
 use crate::listener::Listener;
 use crate::metrics::{Fill, PortSnapshot, ProcessMetrics, Whose};
-use crate::port::{Port, PortStats};
+use crate::port::{Port, PortStats, Refusal};
+use crate::tcp::{Limits, Shares};
 use crate::udp::Reflection;
 use crate::worker::{Message, Worker};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -21,14 +23,26 @@ use tidegate_reactor::{Descriptors, EventLoop, Permit, Sender};
 /// How often a draining engine looks whether everything has ended.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
+/// How often the log says that accepting pauses, and that a limit is reached.
+const PAUSE_LOG: Duration = Duration::from_secs(1);
+const LIMIT_LOG: Duration = Duration::from_secs(60);
+
+/// Descriptors that a loop needs for itself at a limit: for a client that is being accepted, and for one that
+/// waits.
+const AT_THE_DOOR: usize = 2;
+
 /// What all loops share.
 pub(crate) struct Shared {
     pub(crate) settings: Settings,
     pub(crate) descriptors: Arc<Descriptors>,
     /// TCP connections of each loop; the length is the number of loops there may be.
     pub(crate) loads: Box<[AtomicUsize]>,
+    pub(crate) shares: Arc<Shares>,
+    /// Whether TCP ports of more than one number are published.
+    pub(crate) several_ports: AtomicBool,
     pub(crate) metrics: ProcessMetrics,
-    pub(crate) pause_log: OncePerSecond,
+    pub(crate) pause_log: Seldom,
+    limit_logs: [Seldom; Refusal::ALL.len()],
     pub(crate) reflection: Reflection,
     /// What every thread does first.
     prepare: Prepare,
@@ -46,6 +60,20 @@ impl Shared {
     /// TCP connections over all loops.
     pub(crate) fn connections(&self) -> usize {
         self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Logs, once a minute at most for each, that `limit` is reached at `port`, and who has most.
+    pub(crate) fn log_limit(&self, port: &Port, limit: Refusal, now: Instant) {
+        if self.limit_logs[limit as usize].is_due(now) {
+            let (client, held) = self.shares.book().largest().unzip();
+            tracing::warn!(
+                publish = %port.label,
+                limit = limit.as_str(),
+                largest = client.map(|client| client.to_string()),
+                connections = held,
+                "limit of connections reached"
+            );
+        }
     }
 
     /// The loop with the fewest TCP connections, running or not.
@@ -111,14 +139,21 @@ impl Shared {
     }
 }
 
-/// Lets a log line through once a second.
-#[derive(Debug, Default)]
-pub(crate) struct OncePerSecond(Mutex<Option<Instant>>);
+/// Lets a log line through now and then.
+#[derive(Debug)]
+pub(crate) struct Seldom {
+    every: Duration,
+    last: Mutex<Option<Instant>>,
+}
 
-impl OncePerSecond {
+impl Seldom {
+    fn new(every: Duration) -> Self {
+        Self { every, last: Mutex::default() }
+    }
+
     pub(crate) fn is_due(&self, now: Instant) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = last.is_none_or(|last| now >= last + Duration::from_secs(1));
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| now >= last + self.every);
         if due {
             *last = Some(now);
         }
@@ -152,6 +187,8 @@ struct Ports {
     leaving: BTreeMap<PublishedPort, Arc<Port>>,
     /// Ports with series of their own, of those that are there and of those that are just being published.
     with_series: usize,
+    /// Published TCP ports by their number, for how many sockets.
+    tcp_numbers: BTreeMap<u16, usize>,
     /// What ports without series had counted that have gone.
     gone: Vec<PortSnapshot>,
 }
@@ -194,10 +231,18 @@ impl Engine {
     ) -> Self {
         let workers = settings.workers.max(1);
         let shared = Shared {
-            descriptors: Arc::new(Descriptors::of_process(settings.reserved_descriptors)),
+            descriptors: Arc::new(Descriptors::of_process(
+                settings.reserved_descriptors + AT_THE_DOOR * workers,
+            )),
             loads: (0..workers).map(|_| AtomicUsize::new(0)).collect(),
+            shares: Arc::new(Shares::new(Limits {
+                connections: settings.max_connections,
+                of_client: settings.max_client_connections,
+            })),
+            several_ports: AtomicBool::new(false),
             metrics: ProcessMetrics::new(),
-            pause_log: OncePerSecond::default(),
+            pause_log: Seldom::new(PAUSE_LOG),
+            limit_logs: std::array::from_fn(|_| Seldom::new(LIMIT_LOG)),
             reflection: Reflection::default(),
             prepare: Box::new(prepare),
             loops: Mutex::new((0..workers).map(|_| None).collect()),
@@ -224,6 +269,7 @@ impl Engine {
         for (listener, container_port) in listeners {
             let id = self.next.fetch_add(1, Ordering::Relaxed);
             let port = Arc::new(Port {
+                id,
                 label: listener.label(),
                 container_port,
                 options: Arc::clone(options),
@@ -250,7 +296,13 @@ impl Engine {
             }
         }
         let ids = published.iter().map(|(id, _)| *id).collect();
-        self.ports().there.extend(published);
+        let mut ports = self.ports();
+        for (_, port) in published.iter().filter(|(_, port)| port.label.protocol() == Protocol::Tcp) {
+            *ports.tcp_numbers.entry(port.label.address().port()).or_default() += 1;
+        }
+        self.note_numbers(&ports);
+        ports.there.extend(published);
+        drop(ports);
         Ok(ids)
     }
 
@@ -274,6 +326,15 @@ impl Engine {
             } else {
                 ports.leaving.insert(id, Arc::clone(&port));
             }
+            if port.label.protocol() == Protocol::Tcp
+                && let Entry::Occupied(mut sockets) = ports.tcp_numbers.entry(port.label.address().port())
+            {
+                *sockets.get_mut() -= 1;
+                if *sockets.get() == 0 {
+                    sockets.remove();
+                }
+            }
+            self.note_numbers(&ports);
             port
         };
         if port.label.protocol() == Protocol::Udp {
@@ -285,6 +346,10 @@ impl Engine {
             ports.remember(&PortSnapshot::of(&port));
         }
         true
+    }
+
+    fn note_numbers(&self, ports: &Ports) {
+        self.shared.several_ports.store(ports.tcp_numbers.len() > 1, Ordering::Relaxed);
     }
 
     /// A UDP port is published at `address` by somebody else: what claims to come from there is not answered either. Call it in the namespace of ports.
@@ -338,8 +403,7 @@ impl Engine {
 
     /// How many descriptors connections and sessions may still take.
     pub fn descriptors_left(&self) -> usize {
-        let descriptors = &self.shared.descriptors;
-        descriptors.limit().saturating_sub(descriptors.taken())
+        self.shared.descriptors.left()
     }
 
     /// The figures of the published ports that have series of their own, in the order of publishing, and the sums of the others.
@@ -370,6 +434,7 @@ impl Engine {
             ports: [with_series as u64, (there - with_series) as u64],
             connections: self.shared.connections() as u64,
             connections_limit: self.shared.settings.max_connections as u64,
+            largest_client: self.shared.shares.book().most() as u64,
             descriptors: descriptors.taken() as u64,
             descriptors_limit: descriptors.limit() as u64,
         }

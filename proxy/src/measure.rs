@@ -3,7 +3,7 @@
 pub use crate::port::{Tally, Uncounted};
 
 use crate::port::{Direction, Port, PortStats};
-use crate::tcp::{Connection, Phase, SPLICE_FROM, Scratch, Side, Turn};
+use crate::tcp::{Connection, Holder, Limits, Phase, SPLICE_FROM, Scratch, Seat, Shares, Side, Turn};
 use crate::{Direct, PortOptions};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,6 +28,7 @@ impl<T: Tally> Carrier<T> {
     pub fn new(client: OwnedFd, backend: OwnedFd) -> Self {
         let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let port = Port {
+            id: 0,
             label: PublishLabel::new(SocketAddr::new(localhost, 80), Protocol::Tcp),
             container_port: 80,
             options: Arc::new(PortOptions::new(Arc::new(Direct::new(localhost)))),
@@ -37,7 +38,11 @@ impl<T: Tally> Carrier<T> {
         let descriptors = Arc::new(Descriptors::new(64));
         let permit = descriptors.take(2).expect("the first two of many");
         let phase = Phase::Open { since: Instant::now() };
-        let connection = Connection::new(client, backend, phase, Arc::new(port), None, None, permit);
+        let shares = Arc::new(Shares::new(Limits { connections: 1, of_client: None }));
+        let holder = Holder { client: localhost, port: 0 };
+        shares.book().add(holder, 0);
+        let seat = Seat::new(shares, holder, 0, permit);
+        let connection = Connection::new(client, backend, phase, Arc::new(port), None, None, seat);
         Self { connection, scratch: Scratch::new(PipePool::new(16, 16, descriptors), SPLICE_FROM) }
     }
 

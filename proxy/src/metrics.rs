@@ -3,7 +3,7 @@
 //! Families of the whole process go through the `metrics` facade. Those of a port come from the port's own counters at
 //! scrape time and are gone with the port: there is nothing to expire, and a quiet port is not forgotten.
 //!
-//! A TCP port has 36 series and a UDP port 27, of which histograms are 22 and 11. They bear the label `publish` alone: which container is slow to be
+//! A TCP port has 37 series and a UDP port 27, of which histograms are 22 and 11. They bear the label `publish` alone: which container is slow to be
 //! reached, and which port's connections are short, are questions about ports, and one bucket more for each direction or reason would
 //! double the page. What the page may be is bounded by [`ports_with_series`](crate::Settings::ports_with_series): the ports that are published when so many
 //! have series are told in one sum for each protocol, as `publish="other/tcp"` and `"other/udp"`. A port stays with what it was given, and what ports of the
@@ -361,6 +361,8 @@ pub struct Fill {
     pub connections: u64,
     /// The most that there may be.
     pub connections_limit: u64,
+    /// TCP connections of the client that has most.
+    pub largest_client: u64,
     /// Descriptors taken by connections, sessions, and what was reserved.
     pub descriptors: u64,
     /// The most that may be.
@@ -368,9 +370,10 @@ pub struct Fill {
 }
 
 /// The families of [`Fill`].
-pub const FILL_FAMILIES: [&str; 4] = [
+pub const FILL_FAMILIES: [&str; 5] = [
     "tidegate_proxy_ports",
     "tidegate_proxy_connections_limit",
+    "tidegate_proxy_client_connections_max",
     "tidegate_proxy_descriptors",
     "tidegate_proxy_descriptors_limit",
 ];
@@ -381,7 +384,7 @@ impl Fill {
     /// # Errors
     /// Only those of `out`.
     pub fn describe(&self, out: &mut impl Write) -> fmt::Result {
-        let [ports, connections_limit, descriptors, descriptors_limit] = FILL_FAMILIES;
+        let [ports, connections_limit, largest_client, descriptors, descriptors_limit] = FILL_FAMILIES;
         let help = "Published ports, one for each socket: those with series of their own, and those told in one sum.";
         head(ports, Kind::Gauge, help, out)?;
         for (series, count) in ["own", "other"].iter().zip(self.ports) {
@@ -392,6 +395,11 @@ impl Fill {
                 connections_limit,
                 "TCP connections that all published ports together may have.",
                 self.connections_limit,
+            ),
+            (
+                largest_client,
+                "TCP connections of the client (an IPv4 address, an IPv6 /64) that has most.",
+                self.largest_client,
             ),
             (
                 descriptors,
@@ -410,13 +418,29 @@ impl Fill {
 /// The families of the process, resolved once.
 pub(crate) struct ProcessMetrics {
     pub(crate) accept_pauses: Counter,
+    evicted: [Counter; EVICTING.len()],
 }
+
+/// The limits for which a running connection may have to end.
+const EVICTING: [Refusal; 2] = [Refusal::PortLimit, Refusal::TotalLimit];
 
 impl ProcessMetrics {
     pub(crate) fn new() -> Self {
         const PAUSES: &str = "tidegate_proxy_accept_pauses_total";
+        const EVICTED: &str = "tidegate_proxy_evicted_connections_total";
         describe_counter!(PAUSES, "Times that a port stopped accepting because descriptors had run out.");
-        Self { accept_pauses: counter!(PAUSES) }
+        describe_counter!(
+            EVICTED,
+            "TCP connections of the largest client that were cut at a limit, to make room for another client."
+        );
+        let evicted = EVICTING.map(|limit| counter!(EVICTED, "reason" => limit.as_str()));
+        Self { accept_pauses: counter!(PAUSES), evicted }
+    }
+
+    /// The counter of connections that had to end for `limit`.
+    pub(crate) fn evicted(&self, limit: Refusal) -> &Counter {
+        let index = EVICTING.iter().position(|evicting| *evicting == limit);
+        &self.evicted[index.unwrap_or(EVICTING.len() - 1)]
     }
 }
 
@@ -468,8 +492,8 @@ mod tests {
 
     /// What the documents say of how many there are.
     #[test]
-    fn a_tcp_port_has_36_series_and_a_udp_port_27() {
-        for (label, count) in [("0.0.0.0:80/tcp", 36), ("0.0.0.0:80/udp", 27)] {
+    fn a_tcp_port_has_37_series_and_a_udp_port_27() {
+        for (label, count) in [("0.0.0.0:80/tcp", 37), ("0.0.0.0:80/udp", 27)] {
             let mut text = String::new();
             describe(&[port(label)], &mut text).unwrap();
             assert_eq!(text.lines().filter(|line| !line.starts_with('#')).count(), count, "{label}");
@@ -496,6 +520,7 @@ mod tests {
             ports: [1000, 24],
             connections: 7,
             connections_limit: 100_000,
+            largest_client: 5,
             descriptors: 30,
             descriptors_limit: 1000,
         };

@@ -55,6 +55,8 @@ reasons! {
         /// The client is not on the port's allow-list, or the [`GatewayAcl`](crate::GatewayAcl)
         /// denies it.
         NotAllowed = "not_allowed",
+        /// The client has its share of the connections, of the port's or of all.
+        ClientLimit = "client_limit",
         /// The port has as many connections as it may have.
         PortLimit = "port_limit",
         /// All ports together have.
@@ -78,7 +80,7 @@ reasons! {
         /// The client is not on the port's allow-list, or the [`GatewayAcl`](crate::GatewayAcl)
         /// denies it.
         NotAllowed = "not_allowed",
-        /// The source address has as many sessions as one may have.
+        /// The client has as many flows through the NAT engine as one may have.
         SourceLimit = "source_limit",
         /// It claims to come from a published port of ours, which answering would ask.
         Reflected = "reflected",
@@ -180,6 +182,8 @@ impl<T: Tally> PortStats<T> {
 /// A published port.
 #[derive(Debug)]
 pub(crate) struct Port<T = AtomicU64> {
+    /// No other port of the engine has or had it.
+    pub(crate) id: u64,
     pub(crate) label: PublishLabel,
     pub(crate) container_port: u16,
     pub(crate) options: Arc<PortOptions>,

@@ -4,20 +4,23 @@ use crate::engine::Shared;
 use crate::listener::Listener;
 use crate::load::Meter;
 use crate::port::{Port, Refusal, Tally};
-use crate::tcp::{Accepted, Connection, Crowd, Phase, Scratch, Side, Turn};
+use crate::tcp::{Accepted, Connection, Crowd, Holder, Phase, Scratch, Seat, Side, Turn};
 use crate::udp::{Batches, Relay};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
-use std::time::Instant;
-use tidegate_reactor::{Arena, Context, Handler, Interest, Key, PipePool, Readiness, Token};
+use std::time::{Duration, Instant};
+use tidegate_reactor::{Arena, Context, Handler, Interest, Key, List, PipePool, Readiness, Token};
 
 /// Pipes that one loop may have lent at a time, and keeps when idle. Each is two descriptors and, full, up to
 /// 1 MiB of kernel memory.
 const PIPES: usize = 256;
 const IDLE_PIPES: usize = 16;
+
+/// How often a connection that carries payload is moved to the end of its list, at most.
+const MOVED: Duration = Duration::from_secs(1);
 
 /// What a token refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +62,9 @@ pub(crate) enum Message {
     /// Close this port; its flows end now. `done` is dropped when that has happened.
     Unpublish { port: Arc<Port>, done: mpsc::Sender<()> },
     /// Take over a connection that another loop accepted.
-    Adopt(Accepted),
+    Adopt(Box<(Accepted, Seat)>),
+    /// Take over a connection that another loop accepted, for which one of `holder` has to end here.
+    Supplant { accepted: Box<Accepted>, holder: Holder, limit: Refusal },
     /// Accept nothing more; what is running goes on.
     Drain { done: mpsc::Sender<()> },
     /// Cut everything and end.
@@ -107,8 +112,12 @@ pub(crate) struct Worker {
     pub(crate) shared: Arc<Shared>,
     pub(crate) ports: Arena<PortState>,
     pub(crate) connections: Arena<Connection>,
+    /// The connections of each holder, from the one that has carried nothing for longest, by about [`MOVED`].
+    pub(crate) silence: HashMap<Holder, List>,
     pub(crate) sessions: Arena<SessionRef>,
     pub(crate) resting: Vec<Key>,
+    /// A client that was accepted when no descriptor was left, and its port.
+    pub(crate) waiting: Option<(Key, Accepted)>,
     pub(crate) scratch: Scratch,
     pub(crate) batches: Option<Batches>,
     pub(crate) meter: Meter,
@@ -126,8 +135,10 @@ impl Worker {
             shared,
             ports: Arena::new(),
             connections: Arena::new(),
+            silence: HashMap::new(),
             sessions: Arena::new(),
             resting: Vec::new(),
+            waiting: None,
             scratch,
             batches: None,
             meter: Meter::new(Instant::now()),
@@ -155,6 +166,7 @@ impl Worker {
 
     /// Closes the ports that `which` names; their UDP sessions end, their TCP connections do not.
     fn close_ports(&mut self, which: impl Fn(&Arc<Port>) -> bool) {
+        self.waiting = self.waiting.take().filter(|(_, accepted)| !which(&accepted.port));
         for key in self.ports.keys() {
             if self.ports.get(key).is_some_and(|state| which(state.port()))
                 && let Some(PortState::Udp(mut relay)) = self.ports.remove(key)
@@ -177,6 +189,13 @@ impl Worker {
 
     /// Takes connection `key` out and ends it with `how`.
     fn end_connection(&mut self, cx: &mut Context<'_>, key: Key, how: impl FnOnce(Connection, &mut Scratch)) {
+        let Some(holder) = self.connections.get(key).map(Connection::holder) else { return };
+        if let Some(silence) = self.silence.get_mut(&holder) {
+            silence.remove(&mut self.connections, key, |connection| &mut connection.links);
+            if silence.is_empty() {
+                self.silence.remove(&holder);
+            }
+        }
         let Some(connection) = self.connections.remove(key) else { return };
         match connection.phase {
             Phase::Dialling { deadline, .. } => cx.timers.disarm(deadline, Tag::Dial.token(key)),
@@ -247,7 +266,16 @@ impl Worker {
     pub(crate) fn take_turn(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(connection) = self.connections.get_mut(key) else { return };
         connection.queued = false;
-        match connection.turn(&mut self.scratch) {
+        let turn = connection.turn(&mut self.scratch);
+        if connection.take_progress() && cx.now >= connection.moved + MOVED {
+            connection.moved = cx.now;
+            if let Some(silence) = self.silence.get_mut(&connection.holder()) {
+                silence.remove(&mut self.connections, key, |connection| &mut connection.links);
+                silence.append(&mut self.connections, key, |connection| &mut connection.links);
+            }
+        }
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        match turn {
             Turn::Wait => self.watch_for_room(cx, key),
             Turn::Again => {
                 connection.queued = true;
@@ -300,7 +328,10 @@ impl Handler for Worker {
                 self.cut_connections(cx, |other| Arc::ptr_eq(other, &port));
                 drop(done);
             }
-            Message::Adopt(accepted) => self.adopt(cx, accepted),
+            Message::Adopt(adopted) => self.adopt(cx, adopted.0, adopted.1),
+            Message::Supplant { accepted, holder, limit } => {
+                self.supplant(cx, *accepted, holder, limit, None);
+            }
             Message::Drain { done } => {
                 self.close_ports(|_| true);
                 drop(done);

@@ -4,6 +4,7 @@ use super::duration::{optional_timeout, timeout};
 use super::{UsageError, metrics_address};
 use crate::confine;
 use crate::ground::Ground;
+use crate::limits::ProxyLimits;
 use crate::metrics_endpoint::Recorder;
 use crate::ports::{bind, raise_descriptor_limit, runs};
 use crate::source::{Source, clean_up_after_the_dead};
@@ -67,13 +68,8 @@ pub(super) struct Publish {
     #[arg(long, value_name = "CIDR")]
     allow: Vec<String>,
 
-    /// TCP connections over all ports at most
-    #[arg(long, value_name = "N", default_value_t = 100_000)]
-    max_connections: usize,
-
-    /// TCP connections of one port at most
-    #[arg(long, value_name = "N", default_value_t = 100_000)]
-    max_port_connections: usize,
+    #[command(flatten)]
+    limits: ProxyLimits,
 
     /// How long the container may take to accept a connection
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = timeout)]
@@ -82,14 +78,6 @@ pub(super) struct Publish {
     /// How long a UDP session may be silent in both directions
     #[arg(long, value_name = "TIME", default_value = "90s", value_parser = timeout)]
     udp_idle_timeout: Duration,
-
-    /// UDP sessions of one port at most; the longest silent one makes room
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
-    udp_max_sessions: u32,
-
-    /// UDP sessions of one client address at one port at most
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
-    udp_max_source_sessions: u32,
 
     /// How long running connections may go on after the first signal; 0 cuts them at once
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = optional_timeout)]
@@ -214,11 +202,11 @@ impl Publish {
     /// The engine's settings, with so many `listeners` open already.
     fn settings(&self, listeners: usize) -> Settings {
         let mut settings = Settings {
-            max_connections: self.max_connections,
             dial_timeout: self.dial_timeout,
             ports_with_series: self.metrics_max_ports,
             ..Settings::default()
         };
+        self.limits.limit_engine(&mut settings);
         if let Some(workers) = self.workers {
             settings.workers = workers as usize;
         }
@@ -232,9 +220,7 @@ impl Publish {
     fn port_options(&self, upstream: Arc<dyn Upstream>, allow: Option<CidrSet>) -> PortOptions {
         let mut options = PortOptions::new(upstream);
         options.allow = allow;
-        options.max_connections = self.max_port_connections;
-        options.sessions.sessions = self.udp_max_sessions as usize;
-        options.sessions.per_source = self.udp_max_source_sessions as usize;
+        self.limits.limit_port(&mut options);
         options.sessions.idle = self.udp_idle_timeout;
         options.proxy_protocol = match self.source {
             Some(Source::ProxyProtocol) => self.proxy_protocol.or(Some(ProxyProtocol::V2)),

@@ -3,6 +3,7 @@
 use super::duration::optional_timeout;
 use super::{UsageError, metrics_address};
 use crate::firewall::{FirewallChoice, PublishBy};
+use crate::limits::ProxyLimits;
 use crate::up::Up as Instance;
 use clap::Args;
 use std::path::PathBuf;
@@ -57,6 +58,9 @@ pub(super) struct Up {
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
     dns_forward_rate: u32,
 
+    #[command(flatten)]
+    limits: ProxyLimits,
+
     /// Let containers reach what the host has on its loopback, at 169.254.116.103 (needs --firewall=none, or an ordinary user)
     #[arg(long)]
     allow_host_loopback: bool,
@@ -93,6 +97,7 @@ impl Up {
             grace: self.timeout,
             dns_ttl: self.dns_ttl,
             dns_forward_rate: self.dns_forward_rate,
+            limits: self.limits,
             allow_host_loopback: self.allow_host_loopback,
         };
         up.run()

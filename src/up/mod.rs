@@ -22,6 +22,7 @@ use crate::api::{Adopted, MAX_CLIENTS, Order, Server, Subject};
 use crate::compose::{self, Project, Run};
 use crate::firewall::{Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones};
 use crate::ground::Ground;
+use crate::limits::ProxyLimits;
 use crate::metrics_endpoint::{MetricsAddress, MetricsStatus, Recorder};
 use crate::port_guards;
 use crate::ports::{raise_descriptor_limit, reserve};
@@ -82,6 +83,8 @@ pub struct Up {
     pub dns_ttl: Duration,
     /// Questions of one endpoint that are forwarded to other servers in a second.
     pub dns_forward_rate: u32,
+    /// Limits of published ports.
+    pub limits: ProxyLimits,
     /// Containers may reach what the host has on its loopback, at an address that stands for it.
     pub allow_host_loopback: bool,
 }
@@ -369,7 +372,7 @@ impl Up {
         gateway_networks.set_internal_of_others(observed.internal_bridges.clone());
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
-        let publisher = Arc::new(Publisher::new(ground.clone(), settings, chosen, gateways));
+        let publisher = Arc::new(Publisher::new(ground.clone(), settings, self.limits, chosen, gateways));
         for (name, namespace) in &namespaces {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let acl = GatewayAcl::new(Arc::clone(&gateway_networks), layout.networks_of(name));

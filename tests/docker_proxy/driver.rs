@@ -35,9 +35,13 @@ pub(crate) const LOOPBACK_UDP: &str =
 pub(crate) fn command(namespace: &Namespace, arguments: &str) -> Command {
     let mut command = namespace.command(env!("CARGO_BIN_EXE_docker-proxy"));
     command.args(arguments.split_whitespace()).current_dir("/");
-    for variable in
-        ["TIDEGATE_PROXY_SOURCE", "TIDEGATE_PROXY_PROTOCOL", "TIDEGATE_PROXY_METRICS", "TIDEGATE_LOG"]
-    {
+    for variable in [
+        "TIDEGATE_PROXY_LIMITS",
+        "TIDEGATE_PROXY_SOURCE",
+        "TIDEGATE_PROXY_PROTOCOL",
+        "TIDEGATE_PROXY_METRICS",
+        "TIDEGATE_LOG",
+    ] {
         command.env_remove(variable);
     }
     command

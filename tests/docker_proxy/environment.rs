@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 
 use tidegate_testbed::server::{EchoServer, PeerServer, Source, StalledServer};
@@ -11,6 +11,7 @@ use tidegate_testbed::{Namespace, Process, Protocol, Signal, Topology, addr, eve
 use crate::driver::{LOOPBACK, LOOPBACK_UDP, Launch, SOON, assert_reset, back, connect, echo, front, udp};
 
 const METRICS: &str = "TIDEGATE_PROXY_METRICS";
+const LIMITS: &str = "TIDEGATE_PROXY_LIMITS";
 const PROXY_PROTOCOL: &str = "TIDEGATE_PROXY_PROTOCOL";
 const SOURCE: &str = "TIDEGATE_PROXY_SOURCE";
 
@@ -120,6 +121,19 @@ fn without_being_asked_it_opens_its_port_and_nothing_else() {
 }
 
 #[test]
+fn limits_are_set_by_the_names_of_the_flags_of_publish() {
+    let host = Namespace::new();
+    let _server = EchoServer::tcp(&host, back());
+    let launch = Launch::new(&host, LOOPBACK).env(LIMITS, "max-client-connections=2,max-connections=9");
+    let _proxy = launch.start().ready();
+    let mut held = [connect(&host, front()), connect(&host, front())];
+    assert_reset(&host, front());
+    for client in &mut held {
+        echo(client, b"still there");
+    }
+}
+
+#[test]
 fn version_1_of_the_proxy_protocol_tells_the_backend_who_connects() {
     let net = Topology::three();
     let backend = net.container.run(|| TcpListener::bind((addr::CONTAINER_V4, 80))).unwrap();
@@ -166,6 +180,11 @@ fn the_proxy_protocol_leaves_datagrams_alone() {
 fn a_variable_that_is_not_understood_is_refused_in_one_clear_line() {
     let host = Namespace::new();
     let cases = [
+        (
+            LIMITS,
+            "max-connections=0",
+            r#"TIDEGATE_PROXY_LIMITS="max-connections=0": max-connections=0: a limit is a whole number, 1 at least"#,
+        ),
         (SOURCE, "nat", r#"TIDEGATE_PROXY_SOURCE="nat": "nat" is none of proxy, client, proxy-protocol"#),
         (
             PROXY_PROTOCOL,
@@ -243,13 +262,22 @@ fn a_log_that_cannot_be_written_costs_no_connection() {
     let mut proxy = short_of_descriptors(&host, "2>/dev/full");
     let mut first = connect(&host, front());
     echo(&mut first, b"first");
-    let crowd: Vec<_> = (0..40).map(|_| connect(&host, front())).collect();
+    let crowd = crowd(&host);
     for _ in 0..20 {
         echo(&mut first, b"still there");
     }
     drop(crowd);
     assert!(proxy.is_running());
-    echo(&mut connect(&host, front()), b"and so is the port");
+    // Those of the crowd count until the proxy has seen them go.
+    let answered = || {
+        let mut answer = [0; 4];
+        let mut client = connect(&host, front());
+        client.write_all(b"echo").and_then(|()| client.read_exact(&mut answer)).is_ok()
+    };
+    assert!((0..100).any(|_| answered() || {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        false
+    }));
 }
 
 #[test]
@@ -257,10 +285,15 @@ fn a_warning_that_goes_to_no_terminal_is_plain_text() {
     let host = Namespace::new();
     let _server = StalledServer::tcp(&host, back());
     let proxy = short_of_descriptors(&host, "");
-    let _crowd: Vec<_> = (0..40).map(|_| connect(&host, front())).collect();
-    let line = proxy.wait_for_line("accepting pauses", SOON);
+    let _crowd = crowd(&host);
+    let line = proxy.wait_for_line("limit of connections reached", SOON);
     assert!(line.contains(" WARN ") && line.contains("publish=127.0.0.1:8080/tcp"), "{line:?}");
     assert!(!line.contains('\x1b'), "{line:?}");
+}
+
+/// Connections of one client, more than it gets.
+fn crowd(host: &Namespace) -> Vec<TcpStream> {
+    host.run(|| (0..40).filter_map(|_| TcpStream::connect_timeout(&front(), SOON).ok()).collect())
 }
 
 #[test]

@@ -2,37 +2,112 @@
 
 use super::*;
 
+/// Lets the client be any address of 198.18.0.0/15, which the host believes.
+fn many_addresses(net: &Topology) {
+    net.client.ip(&["route", "add", "local", "198.18.0.0/15", "dev", "lo"]);
+    net.host.ip(&["route", "add", "198.18.0.0/15", "via", &addr::CLIENT_V4.to_string()]);
+}
+
+/// Address `number` of those.
+fn address(number: u32) -> Ipv4Addr {
+    Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + number)
+}
+
+/// Connects from `source`.
+#[track_caller]
+fn connect_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> TcpStream {
+    let connected = try_connect_from(namespace, source, to);
+    support::patient(connected.unwrap_or_else(|error| panic!("connect from {source} to {to}: {error}")))
+}
+
+fn try_connect_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> io::Result<TcpStream> {
+    namespace.run(|| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        socket.bind(&SocketAddr::from((source, 0)).into())?;
+        socket.connect_timeout(&to.into(), PATIENCE)?;
+        Ok(TcpStream::from(socket))
+    })
+}
+
+/// How the proxy turns away who connects from `source`.
+#[track_caller]
+fn refused_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> io::ErrorKind {
+    turned_away(try_connect_from(namespace, source, to))
+}
+
 #[test]
-fn connections_beyond_the_limit_of_a_port_are_reset_and_a_freed_place_is_used_again() {
-    let bed = Bed::new("--max-port-connections 3");
-    let mut held: Vec<_> = (0..3).map(|_| bed.pair()).collect();
+fn one_client_gets_two_thirds_of_a_ports_connections_and_a_freed_place_is_used_again() {
+    let bed = Bed::new("--max-port-connections 6");
+    many_addresses(&bed.net);
+    let mut held: Vec<_> = (0..4).map(|_| bed.pair()).collect();
     for refusals in 1..=5 {
         assert_eq!(refused(&bed.net.client, host(8080)), io::ErrorKind::ConnectionReset);
         let metrics = bed.publisher.metrics();
-        assert_eq!(metrics.refused(PORT, "port_limit"), refusals);
-        assert_eq!(metrics.port("connections", PORT), 3);
+        assert_eq!(metrics.refused(PORT, "client_limit"), refusals);
+        assert_eq!(metrics.port("connections", PORT), 4);
     }
     assert!(!bed.backend.has_waiting(), "a refused client must not reach the backend");
-    for (client, server) in &held {
+    let told = bed.publisher.process.wait_for_line("limit of connections reached", PATIENCE);
+    let said = format!("limit=\"client_limit\" largest=\"{}\" connections=4", addr::CLIENT_V4);
+    assert!(told.contains(&said), "{told}");
+    let others: Vec<_> = (1..=2)
+        .map(|number| (connect_from(&bed.net.client, address(number), host(8080)), bed.backend.accept()))
+        .collect();
+    for (client, server) in held.iter().chain(&others) {
         carry(client, server, 10_000);
         carry(server, client, 10_000);
     }
     held.pop();
-    bed.publisher.wait_for_metrics(|metrics| metrics.port("connections", PORT) == 2);
-    let (client, server) = bed.pair();
+    bed.publisher.wait_for_metrics(|metrics| metrics.port("connections", PORT) == 5);
+    let (client, server) = (connect_from(&bed.net.client, address(3), host(8080)), bed.backend.accept());
     carry(&client, &server, 10_000);
+    assert_eq!(bed.publisher.metrics().value("tidegate_proxy_client_connections_max"), 3.0);
+    assert_eq!(bed.publisher.process.output().matches("limit of connections reached").count(), 1);
 }
 
 #[test]
-fn connections_beyond_the_limit_of_all_ports_are_reset() {
+fn at_a_full_port_the_idlest_connection_of_the_largest_client_yields_to_a_smaller_one() {
+    let bed = Bed::new("--max-port-connections 4");
+    many_addresses(&bed.net);
+    let held: Vec<_> = (0..3).map(|_| bed.pair()).collect();
+    let (other, _) = (connect_from(&bed.net.client, address(1), host(8080)), bed.backend.accept());
+    // By the second: the first and the last have something to say, and the one between them has not.
+    thread::sleep(Duration::from_millis(1100));
+    carry(&held[0].0, &held[0].1, 100);
+    carry(&held[2].1, &held[2].0, 100);
+    let (newcomer, server) = (connect_from(&bed.net.client, address(2), host(8080)), bed.backend.accept());
+    carry(&newcomer, &server, 10_000);
+    wait_for_reset(&held[1].0);
+    for (client, server) in [&held[0], &held[2]] {
+        carry(client, server, 10_000);
+    }
+    let metrics = bed.publisher.metrics();
+    assert_eq!(metrics.count("tidegate_proxy_evicted_connections_total{reason=\"port_limit\"}"), 1);
+    assert_eq!(metrics.port("connection_resets_total", PORT), 1);
+    // One more, and all have the same: the next is refused, and nobody is cut for it.
+    let _one_more = (connect_from(&bed.net.client, address(3), host(8080)), bed.backend.accept());
+    assert_eq!(refused_from(&bed.net.client, address(4), host(8080)), io::ErrorKind::ConnectionReset);
+    let metrics = bed.publisher.metrics();
+    assert_eq!(metrics.refused(PORT, "port_limit"), 1);
+    assert_eq!(metrics.port("connection_resets_total", PORT), 2);
+    drop(other);
+}
+
+#[test]
+fn connections_beyond_the_limit_of_all_ports_are_reset_and_one_port_leaves_room_for_another() {
     let net = Topology::three();
+    many_addresses(&net);
     let backend = Backend::tcp(&net.container, container(80));
     let arguments = format!("8080:80 8081:80 --to {} --max-connections 3", addr::CONTAINER_V4);
     let publisher = Publisher::start(&net.host, &arguments);
-    let pair = |port| (connect(&net.client, host(port)), backend.accept());
-    let mut held = vec![pair(8080), pair(8081), pair(8081)];
+    let pair = |number, port| (connect_from(&net.client, address(number), host(port)), backend.accept());
+    let mut held = vec![pair(1, 8080), pair(2, 8080)];
+    let refused = |number, port| refused_from(&net.client, address(number), host(port));
+    assert_eq!(refused(3, 8080), io::ErrorKind::ConnectionReset);
+    assert_eq!(publisher.metrics().refused("0.0.0.0:8080/tcp", "port_limit"), 1);
+    held.push(pair(3, 8081));
     for (refusals, port) in [(1, 8080), (2, 8080), (1, 8081)] {
-        assert_eq!(refused(&net.client, host(port)), io::ErrorKind::ConnectionReset);
+        assert_eq!(refused(4, port), io::ErrorKind::ConnectionReset);
         let publish = format!("0.0.0.0:{port}/tcp");
         assert_eq!(publisher.metrics().refused(&publish, "total_limit"), refusals);
     }
@@ -40,8 +115,8 @@ fn connections_beyond_the_limit_of_all_ports_are_reset() {
         carry(client, server, 10_000);
     }
     held.pop();
-    publisher.wait_for_metrics(|metrics| metrics.port("connections", "0.0.0.0:8081/tcp") == 1);
-    let (client, server) = pair(8080);
+    publisher.wait_for_metrics(|metrics| metrics.port("connections", "0.0.0.0:8081/tcp") == 0);
+    let (client, server) = pair(5, 8081);
     carry(&client, &server, 10_000);
 }
 
@@ -49,6 +124,7 @@ fn connections_beyond_the_limit_of_all_ports_are_reset() {
 fn with_64_descriptors_500_clients_at_once_are_all_answered() {
     raise_open_files(4096);
     let net = Topology::three();
+    many_addresses(&net);
     let _echo = EchoServer::tcp(&net.container, container(80));
     let publisher =
         Publisher::start_with(&net.host, &format!("8080:80 --to {}", addr::CONTAINER_V4), |command| {
@@ -63,7 +139,8 @@ fn with_64_descriptors_500_clients_at_once_are_all_answered() {
         assert_eq!(answer, text);
     };
     greet(b"before");
-    let mut clients: Vec<TcpStream> = (0..500).map(|_| connect(&net.client, host(8080))).collect();
+    let mut clients: Vec<TcpStream> =
+        (0..500).map(|number| connect_from(&net.client, address(number), host(8080))).collect();
     for (number, client) in clients.iter_mut().enumerate() {
         client.write_all(format!("request {number}").as_bytes()).unwrap();
     }
@@ -86,14 +163,57 @@ fn with_64_descriptors_500_clients_at_once_are_all_answered() {
 }
 
 #[test]
+fn with_64_descriptors_a_client_that_takes_all_it_gets_keeps_nobody_out() {
+    raise_open_files(4096);
+    let net = Topology::three();
+    many_addresses(&net);
+    let _echo = EchoServer::tcp(&net.container, container(80));
+    let publisher = Publisher::start_with(
+        &net.host,
+        &format!("8080:80 8081:80 --to {}", addr::CONTAINER_V4),
+        |command| {
+            limit_open_files(command, 64);
+        },
+    );
+    let over = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Three of them, who say nothing and connect again and again.
+        for _ in 0..3 {
+            scope.spawn(|| {
+                net.client.run(|| {
+                    let mut held = Vec::new();
+                    while !over.load(std::sync::atomic::Ordering::Relaxed) && held.len() < 3000 {
+                        held.extend(TcpStream::connect_timeout(&host(8080), PATIENCE));
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                });
+            });
+        }
+        publisher.wait_for_metrics(|metrics| metrics.refused(PORT, "client_limit") > 20);
+        for number in 0..100 {
+            for port in [8080, 8081] {
+                let client = connect_from(&net.client, address(number), host(port));
+                assert_eq!(ask(&client, b"a newcomer"), b"a newcomer");
+            }
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let metrics = publisher.metrics();
+    assert_eq!(metrics.refused(PORT, "exhausted"), 0);
+    assert_eq!(metrics.value("tidegate_proxy_accept_pauses_total"), 0.0);
+}
+
+#[test]
 fn waiting_for_descriptors_costs_next_to_no_cpu() {
     let net = Topology::three();
+    many_addresses(&net);
     let echo = EchoServer::tcp(&net.container, container(80));
     let publisher =
         Publisher::start_with(&net.host, &format!("8080:80 --to {}", addr::CONTAINER_V4), |command| {
             limit_open_files(command, 64);
         });
-    let clients: Vec<TcpStream> = (0..60).map(|_| connect(&net.client, host(8080))).collect();
+    let clients: Vec<TcpStream> =
+        (0..60).map(|number| connect_from(&net.client, address(number), host(8080))).collect();
     publisher.wait_for_metrics(|metrics| metrics.value("tidegate_proxy_accept_pauses_total") >= 1.0);
     assert_idle(&publisher);
     // Those who hold the places go without a word; the others get them.

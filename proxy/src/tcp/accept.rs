@@ -1,6 +1,7 @@
 //! Taking connections in, and what stands at the door: allow-list, limits, descriptors.
 
 use super::connection::{Connection, Phase, Side, reset_on_close};
+use super::shares::{Holder, Room, Seat, Verdict};
 use crate::port::{Port, Refusal, Tally};
 use crate::upstream::{Flow, is_exhaustion};
 use crate::worker::{Message, PortState, Tag, Worker};
@@ -13,8 +14,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tidegate_model::{Ingress, Protocol, PublishLabel, canonical};
-use tidegate_reactor::{Context, Interest, Key, Permit, Readiness, stream_ingress};
+use tidegate_model::{Ingress, Protocol, PublishLabel, canonical, share_of};
+use tidegate_reactor::{Context, Interest, Key, List, Permit, Readiness, stream_ingress};
 
 /// Connections accepted from one port before other events have their turn.
 const BATCH: usize = 64;
@@ -61,15 +62,20 @@ impl Crowd {
     }
 }
 
-/// A client that was let in and has no backend yet.
+/// A client that has come in and has no backend yet.
 #[derive(Debug)]
 pub(crate) struct Accepted {
     client: OwnedFd,
     address: SocketAddr,
     /// The address of ours that it connected to, where that was needed already.
     local: Option<SocketAddr>,
-    port: Arc<Port>,
-    permit: Permit,
+    pub(crate) port: Arc<Port>,
+}
+
+impl Accepted {
+    fn holder(&self) -> Holder {
+        Holder { client: share_of(self.address.ip()), port: self.port.id }
+    }
 }
 
 impl Worker {
@@ -86,12 +92,12 @@ impl Worker {
     /// Accepts the next one that waits at port `key`; false if there is none, or none can be taken.
     fn accept_one(&mut self, cx: &mut Context<'_>, key: Key) -> bool {
         let Some(PortState::Tcp { port, listener, .. }) = self.ports.get(key) else { return false };
-        // Two sockets: what cannot have both is left in the kernel's queue.
-        let Some(permit) = self.shared.descriptors.take(2) else {
-            self.scratch.pipes.shrink();
+        // Two sockets. Where there are none left, it depends on who comes.
+        let permit = self.shared.descriptors.take(2);
+        if permit.is_none() && self.waiting.is_some() {
             self.rest(cx, key);
             return false;
-        };
+        }
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let (client, address) = match acceptfrom_with(listener, flags) {
             Ok(accepted) => accepted,
@@ -107,15 +113,97 @@ impl Worker {
             return true;
         };
         let port = Arc::clone(port);
-        let mut accepted = Accepted { client, address: canonical(address), local: None, port, permit };
+        let mut accepted = Accepted { client, address: canonical(address), local: None, port };
         match self.admit(&mut accepted) {
-            Ok(()) => self.place(cx, accepted),
-            Err(refusal) => refuse(&accepted, refusal),
+            Ok(()) => self.seat(cx, key, accepted, permit),
+            Err(refusal) => {
+                refuse(&accepted, refusal);
+                true
+            }
+        }
+    }
+
+    /// Finds a place for a client of port `key`, with a `permit` for two descriptors if there was one; false if
+    /// it has to wait.
+    fn seat(
+        &mut self,
+        cx: &mut Context<'_>,
+        key: Key,
+        accepted: Accepted,
+        mut permit: Option<Permit>,
+    ) -> bool {
+        let holder = accepted.holder();
+        let room = Room {
+            port_limit: accepted.port.options.max_connections,
+            descriptors: self.shared.descriptors.left() / 2 + usize::from(permit.is_some()),
+            among_others: self.shared.several_ports.load(Ordering::Relaxed),
+        };
+        let verdict = self.shared.shares.book().admit(holder, self.index, room);
+        match verdict {
+            Verdict::Room => {
+                // Another loop may have taken the last ones meanwhile.
+                permit = permit.or_else(|| self.shared.descriptors.take(2));
+                let Some(permit) = permit else {
+                    self.shared.shares.book().end(holder, self.index);
+                    return self.keep_waiting(cx, key, accepted);
+                };
+                let seat = Seat::new(Arc::clone(&self.shared.shares), holder, self.index, permit);
+                self.place(cx, accepted, seat);
+            }
+            Verdict::Refused(refusal) => self.refuse_at_limit(cx, &accepted, refusal),
+            Verdict::InPlaceOf { holder, at, limit } if at == self.index => {
+                self.supplant(cx, accepted, holder, limit, permit);
+            }
+            Verdict::InPlaceOf { holder, at, limit } => {
+                let message = Message::Supplant { accepted: Box::new(accepted), holder, limit };
+                if let Err(Message::Supplant { accepted, .. }) = self.shared.send(at, message) {
+                    self.refuse_at_limit(cx, &accepted, limit);
+                }
+            }
+            Verdict::Wait => return self.keep_waiting(cx, key, accepted),
         }
         true
     }
 
-    /// Whether the client may come in; if so it is counted.
+    /// Cuts the connection of `victim` that has carried nothing for longest, and gives its place away.
+    pub(crate) fn supplant(
+        &mut self,
+        cx: &mut Context<'_>,
+        accepted: Accepted,
+        victim: Holder,
+        limit: Refusal,
+        permit: Option<Permit>,
+    ) {
+        let idlest = self.silence.get(&victim).and_then(List::oldest);
+        let Some(idlest) = idlest else { return self.refuse_at_limit(cx, &accepted, limit) };
+        if let Some(connection) = self.connections.get(idlest) {
+            self.shared.log_limit(&connection.port, limit, cx.now);
+        }
+        self.shared.metrics.evicted(limit).increment(1);
+        self.cut_connection(cx, idlest);
+        let Some(permit) = permit.or_else(|| self.shared.descriptors.take(2)) else {
+            return self.refuse_at_limit(cx, &accepted, Refusal::Exhausted);
+        };
+        let holder = accepted.holder();
+        self.shared.shares.book().add(holder, self.index);
+        let seat = Seat::new(Arc::clone(&self.shared.shares), holder, self.index, permit);
+        self.place(cx, accepted, seat);
+    }
+
+    /// Keeps the client until descriptors come back, and accepts nobody meanwhile; false.
+    fn keep_waiting(&mut self, cx: &mut Context<'_>, key: Key, accepted: Accepted) -> bool {
+        self.scratch.pipes.shrink();
+        self.waiting = Some((key, accepted));
+        self.rest(cx, key);
+        false
+    }
+
+    fn refuse_at_limit(&self, cx: &Context<'_>, accepted: &Accepted, limit: Refusal) {
+        self.shared.log_limit(&accepted.port, limit, cx.now);
+        refuse(accepted, limit);
+    }
+
+    /// Whether the client may come in, as far as it depends on who it is.
     fn admit(&self, accepted: &mut Accepted) -> Result<(), Refusal> {
         let Accepted { client, address, local, port, .. } = accepted;
         let Port { options, stats, label, .. } = &**port;
@@ -139,17 +227,11 @@ impl Worker {
                 return Err(Refusal::NotAllowed);
             }
         }
-        if stats.live.load(Ordering::Relaxed) >= options.max_connections {
-            return Err(Refusal::PortLimit);
-        }
-        if self.shared.connections() >= self.shared.settings.max_connections {
-            return Err(Refusal::TotalLimit);
-        }
         Ok(())
     }
 
     /// Keeps the connection, or hands it to another loop if this one has all it can do.
-    fn place(&mut self, cx: &mut Context<'_>, accepted: Accepted) {
+    fn place(&mut self, cx: &mut Context<'_>, accepted: Accepted, mut seat: Seat) {
         accepted.port.stats.live.fetch_add(1, Ordering::Relaxed);
         let saturated = self.meter.is_saturated(cx.now);
         let target = if saturated { self.shared.idlest() } else { self.index };
@@ -158,25 +240,35 @@ impl Worker {
         }
         self.shared.loads[target].fetch_add(1, Ordering::Relaxed);
         if target == self.index {
-            self.adopt(cx, accepted);
-        } else if let Err(Message::Adopt(accepted)) = self.shared.send(target, Message::Adopt(accepted)) {
+            return self.adopt(cx, accepted, seat);
+        }
+        seat.hand_over(target);
+        let message = Message::Adopt(Box::new((accepted, seat)));
+        if let Err(Message::Adopt(refused)) = self.shared.send(target, message) {
+            let (accepted, mut seat) = *refused;
             // No thread could be started: stay with the one there is.
             self.shared.loads[target].fetch_sub(1, Ordering::Relaxed);
             self.shared.loads[self.index].fetch_add(1, Ordering::Relaxed);
-            self.adopt(cx, accepted);
+            seat.hand_over(self.index);
+            self.adopt(cx, accepted, seat);
         }
     }
 
     /// Begins to dial the backend for a connection that is this loop's now.
-    pub(crate) fn adopt(&mut self, cx: &mut Context<'_>, accepted: Accepted) {
-        if let Err((accepted, refusal)) = self.dial(cx, accepted) {
+    pub(crate) fn adopt(&mut self, cx: &mut Context<'_>, accepted: Accepted, seat: Seat) {
+        if let Err((accepted, refusal)) = self.dial(cx, accepted, seat) {
             accepted.port.stats.live.fetch_sub(1, Ordering::Relaxed);
             self.shared.loads[self.index].fetch_sub(1, Ordering::Relaxed);
             refuse(&accepted, refusal);
         }
     }
 
-    fn dial(&mut self, cx: &mut Context<'_>, accepted: Accepted) -> Result<(), (Accepted, Refusal)> {
+    fn dial(
+        &mut self,
+        cx: &mut Context<'_>,
+        accepted: Accepted,
+        seat: Seat,
+    ) -> Result<(), (Accepted, Refusal)> {
         let options = Arc::clone(&accepted.port.options);
         let wants_local = options.proxy_protocol.is_some() || options.upstream.wants_local_address();
         let known = accepted.local;
@@ -199,9 +291,12 @@ impl Worker {
             .map(|version| version.header(accepted.address, local.unwrap_or(accepted.port.label.address())));
         let deadline = cx.now + self.shared.settings.dial_timeout;
         let phase = Phase::Dialling { since: cx.now, deadline };
-        let Accepted { client, port, permit, .. } = accepted;
-        let connection = Connection::new(client, opened.socket, phase, port, header, opened.lease, permit);
+        let holder = seat.holder();
+        let Accepted { client, port, .. } = accepted;
+        let connection = Connection::new(client, opened.socket, phase, port, header, opened.lease, seat);
         let key = self.connections.insert(connection);
+        let silence = self.silence.entry(holder).or_default();
+        silence.append(&mut self.connections, key, |connection| &mut connection.links);
         self.make_a_start(cx, key);
         self.watch(cx, key);
         Ok(())
@@ -271,6 +366,16 @@ impl Worker {
 
     /// Accepts again at the ports that rest. Without descriptors they will rest again at once.
     pub(crate) fn wake_resting(&mut self, cx: &mut Context<'_>) {
+        if let Some((key, accepted)) = self.waiting.take() {
+            let permit = self.shared.descriptors.take(2);
+            // One that has to wait still leaves its port at rest.
+            if !self.seat(cx, key, accepted, permit) {
+                if !self.resting.is_empty() {
+                    cx.timers.arm(cx.now + REST, Tag::Rest.token(key));
+                }
+                return;
+            }
+        }
         for key in std::mem::take(&mut self.resting) {
             if let Some(PortState::Tcp { listener, resting, .. }) = self.ports.get_mut(key) {
                 if cx.epoll.add(&*listener, Tag::Port.token(key), Interest::Readable).is_ok() {

@@ -1,6 +1,6 @@
 //! One connection and how its halves move payload.
 
-use super::{COPY_BYTES, READS_PER_TURN, SPLICE_BYTES};
+use super::{COPY_BYTES, Holder, READS_PER_TURN, SPLICE_BYTES, Seat};
 use crate::port::{Direction, Port, Tally};
 use crate::upstream::Lease;
 use rustix::io::Errno;
@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
-use tidegate_reactor::{Interest, Loan, Permit, PipePool, Readiness, Splice};
+use tidegate_reactor::{Interest, Links, Loan, PipePool, Readiness, Splice};
 
 /// One of a connection's two sockets; also the tag of its epoll token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,8 +124,13 @@ pub(crate) struct Connection<T = AtomicU64> {
     pub(crate) port: Arc<Port<T>>,
     /// In the loop's run queue.
     pub(crate) queued: bool,
+    /// Its place in its holder's list, and since when at the end of it.
+    pub(crate) links: Links,
+    pub(crate) moved: Instant,
+    /// Payload was delivered since [`Self::take_progress`].
+    progressed: bool,
     _lease: Option<Lease>,
-    _permit: Permit,
+    seat: Seat,
 }
 
 impl<T: Tally> Connection<T> {
@@ -137,8 +142,9 @@ impl<T: Tally> Connection<T> {
         port: Arc<Port<T>>,
         header: Option<Vec<u8>>,
         lease: Option<Lease>,
-        permit: Permit,
+        seat: Seat,
     ) -> Self {
+        let (Phase::Dialling { since: moved, .. } | Phase::Open { since: moved }) = phase;
         let mut halves = [Half::new(), Half::new()];
         // The client may be written to from the start.
         halves[Direction::Out as usize].writable = true;
@@ -155,9 +161,22 @@ impl<T: Tally> Connection<T> {
             phase,
             port,
             queued: false,
+            links: Links::default(),
+            moved,
+            progressed: false,
             _lease: lease,
-            _permit: permit,
+            seat,
         }
+    }
+
+    /// Whose it is.
+    pub(crate) fn holder(&self) -> Holder {
+        self.seat.holder()
+    }
+
+    /// Whether it has carried payload since this was last asked.
+    pub(crate) fn take_progress(&mut self) -> bool {
+        std::mem::take(&mut self.progressed)
     }
 
     pub(crate) fn socket(&self, side: Side) -> &OwnedFd {
@@ -249,6 +268,7 @@ impl<T: Tally> Connection<T> {
                     return Ok(false);
                 }
                 let delivered = half.deliver(sink, &mut scratch.pipes)?;
+                self.progressed |= delivered > 0;
                 stats.add_bytes(direction, delivered);
                 continue;
             }
@@ -277,6 +297,7 @@ impl<T: Tally> Connection<T> {
                 half.splice(source, pipe, scratch)?;
             } else {
                 let delivered = half.copy(source, sink, scratch)?;
+                self.progressed |= delivered > 0;
                 stats.add_bytes(direction, delivered);
             }
         }

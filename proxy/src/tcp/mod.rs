@@ -26,6 +26,9 @@
 //! is accepted. So both sockets are asked at once, and the first exchange goes on its way before epoll has heard of
 //! them; the backend, which the connect wakes up, finds it there already.
 //!
+//! Who may come in, and who yields when there is no room, is decided in [`shares`]. Each loop has a list of the
+//! connections of each holder, from the one that has carried nothing for longest: the one that is cut.
+//!
 //! An error is a reset, a timeout, anything that means the connection did not end well. What has already
 //! arrived is passed on first, as far as the other side takes it; then both sides are reset (`SO_LINGER` with zero
 //! seconds, and no `shutdown` before it, which would send a FIN). So a cut connection never looks complete.
@@ -36,9 +39,11 @@
 
 mod accept;
 mod connection;
+mod shares;
 
 pub(crate) use accept::{Accepted, Crowd, refusal};
 pub(crate) use connection::{Connection, Phase, Scratch, Side, Turn};
+pub(crate) use shares::{Holder, Limits, Seat, Shares};
 
 /// Payload of one read from which the next one is spliced, in bytes: below it moving pages through a pipe costs as much as
 /// the copy or more (`cargo bench --bench splice_threshold`; docs/benchmarks.md has the figures).

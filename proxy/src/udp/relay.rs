@@ -22,10 +22,6 @@ const BATCHES_PER_TURN: usize = 4;
 /// How long a session may get no answer before its path is looked at.
 const TRUST: Duration = Duration::from_millis(500);
 
-/// How long a backend may take to answer before its session may have to make room where descriptors are short: those who come all at
-/// once are not to push one another out.
-const ANSWER_TIME: Duration = Duration::from_millis(100);
-
 /// What a session carries.
 pub(crate) struct Session {
     socket: OwnedFd,
@@ -233,20 +229,12 @@ impl Opening<'_, '_> {
     }
 
     fn open(self, relay: &mut Relay, client: Client) -> Result<Key, Drop> {
-        if let Some(evicted) = relay.sessions.evict() {
-            evict(relay, self.references, &evicted);
+        let free = self.shared.descriptors.left();
+        if let Some(evicted) = relay.sessions.make_room(&client, free, self.cx.now) {
+            self.references.remove(relay.ended(&evicted));
+            relay.port.stats.cut.add(1);
         }
-        let permit = match self.shared.descriptors.take(1) {
-            Some(permit) => permit,
-            // Forged senders, whom nobody answers, must not hold all there are.
-            None => {
-                let before = self.cx.now.checked_sub(ANSWER_TIME).ok_or(Drop::Exhausted)?;
-                let evicted = relay.sessions.evict_tentative(before).ok_or(Drop::Exhausted)?;
-                evict(relay, self.references, &evicted);
-                drop(evicted);
-                self.shared.descriptors.take(1).ok_or(Drop::Exhausted)?
-            }
-        };
+        let permit = self.shared.descriptors.take(1).ok_or(Drop::Exhausted)?;
         let flow = Flow {
             protocol: Protocol::Udp,
             client: client.address,
@@ -301,19 +289,13 @@ fn admit(relay: &Relay, client: &Client) -> Result<(), Drop> {
     if allow.is_some_and(|allow| !allow.contains(client.address.ip())) {
         return Err(Drop::NotAllowed);
     }
-    relay.sessions.admit(client).map_err(|_| Drop::SourceLimit)
+    Ok(())
 }
 
 /// Whom a connected socket talks to.
 fn peer(socket: &OwnedFd) -> Option<SocketAddr> {
     let peer = rustix::net::getpeername(socket).ok()??;
     SocketAddr::try_from(peer).ok().map(canonical)
-}
-
-/// Accounts for a session that was taken out to make room.
-fn evict(relay: &Relay, references: &mut Arena<SessionRef>, evicted: &Session) {
-    references.remove(relay.ended(evicted));
-    relay.port.stats.cut.add(1);
 }
 
 fn end(relay: &mut Relay, references: &mut Arena<SessionRef>, session: Key) {

@@ -13,14 +13,26 @@
 //! | any -> the end of its list | a datagram in either direction |
 //! | any -> none | silent for the idle timeout; evicted; removed by the caller |
 //!
-//! At the limit the longest silent tentative session makes room, and only when there is none the
-//! longest silent assured one: a flood of forged sources then evicts itself, not the clients at work. No
-//! single source address may hold more than its share; beyond that it is refused, whatever room there is.
+//! Every new session is let in; at a limit another one ends for it ([`SessionTable::make_room`]).
+//!
+//! - At the limit of its source (an IPv4 address or an IPv6 /64), one of the same source: its longest silent
+//!   tentative one that the backend has had time to answer, then its longest silent assured one, then its
+//!   longest silent one. A resolver that asks from a new port each time loses what it no longer needs.
+//! - At the limit of the port, the longest silent tentative one if most are tentative: a flood of forged
+//!   sources evicts itself, and not the clients at work. Otherwise one of the source that has most.
+//!
+//! Besides its fixed limit, a source may have twice as many sessions as there are free descriptors
+//! ([`may_take`]), and so may a port.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
-use tidegate_reactor::{Arena, Key};
+use tidegate_model::{Ranking, may_take, share_of};
+use tidegate_reactor::{Arena, Key, Links, List};
+
+/// How long a backend may take to answer before its session is a candidate to make room: those that come all at
+/// once are not to push one another out.
+const ANSWER_TIME: Duration = Duration::from_millis(100);
 
 /// What tells one session from another: the client, and the address of ours it talks to (a client that talks
 /// to two of them gets each answer from the right one).
@@ -37,32 +49,32 @@ pub struct Client {
 pub struct TableLimits {
     /// Sessions in all; at least 1.
     pub sessions: usize,
-    /// Sessions of one source address; at least 1.
+    /// Sessions of one source, an IPv4 address or an IPv6 /64; at least 1.
     pub per_source: usize,
     /// A session that is silent for so long in both directions ends. docker-proxy has 90 s, passt 180 s;
     /// RFC 4787 REQ-5 wants no less than 2 minutes of a NAT and allows less for single applications.
     pub idle: Duration,
 }
 
-/// Why a new session was not made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SourceLimit;
-
 #[derive(Debug)]
 struct Session<T> {
     client: Client,
     last_seen: Instant,
     assured: bool,
-    older: Option<Key>,
-    newer: Option<Key>,
+    /// In the list of all of its kind, and in that of its source.
+    links: Links,
+    source_links: Links,
     value: T,
 }
 
-/// A list that runs through the sessions, from the longest silent to the most recent.
+/// Tentative sessions at 0, assured ones at 1, each from the longest silent to the most recent.
+type Silence = [List; 2];
+
+/// The sessions of one source.
 #[derive(Debug, Default)]
-struct Silence {
-    oldest: Option<Key>,
-    newest: Option<Key>,
+struct Source {
+    held: usize,
+    silence: Silence,
 }
 
 /// The sessions of one port, each with a `T`.
@@ -71,9 +83,10 @@ pub struct SessionTable<T> {
     limits: TableLimits,
     sessions: Arena<Session<T>>,
     by_client: HashMap<Client, Key>,
-    by_source: HashMap<IpAddr, usize>,
-    /// Tentative sessions at 0, assured ones at 1.
-    silence: [Silence; 2],
+    by_source: HashMap<IpAddr, Source>,
+    ranking: Ranking<IpAddr>,
+    tentative: usize,
+    silence: Silence,
 }
 
 impl<T> SessionTable<T> {
@@ -84,7 +97,9 @@ impl<T> SessionTable<T> {
             sessions: Arena::new(),
             by_client: HashMap::new(),
             by_source: HashMap::new(),
-            silence: Default::default(),
+            ranking: Ranking::default(),
+            tentative: 0,
+            silence: Silence::default(),
         }
     }
 
@@ -108,38 +123,55 @@ impl<T> SessionTable<T> {
         self.sessions.get_mut(key).map(|session| (session.client, &mut session.value))
     }
 
-    /// Whether `client` may have a session more: asked before anything is made for it.
-    ///
-    /// # Errors
-    /// [`SourceLimit`] when its source address has its share.
-    pub fn admit(&self, client: &Client) -> Result<(), SourceLimit> {
-        let held = self.by_source.get(&client.address.ip()).copied().unwrap_or(0);
-        if held < self.limits.per_source { Ok(()) } else { Err(SourceLimit) }
+    /// Takes the session out, if any, that has to end for a new one of `client`, while the process may open
+    /// `free` more descriptors. Without a session to take out and without a descriptor, there is no room.
+    pub fn make_room(&mut self, client: &Client, free: usize, now: Instant) -> Option<T> {
+        let source = self.by_source.get(&share_of(client.address.ip()));
+        let victim = match source {
+            Some(own) if own.held >= self.limits.per_source || !may_take(own.held, free) => {
+                self.least_of(own, now)
+            }
+            _ if self.len() >= self.limits.sessions || !may_take(self.len(), free) => self.least(),
+            _ => None,
+        };
+        self.remove(victim?)
     }
 
-    /// Takes the session out that has to make room for a new one, if the table is full.
-    pub fn evict(&mut self) -> Option<T> {
-        if self.sessions.len() < self.limits.sessions {
-            return None;
-        }
-        let [tentative, assured] = &self.silence;
-        self.remove(tentative.oldest.or(assured.oldest)?)
+    /// The session that its own source misses least.
+    fn least_of(&self, source: &Source, now: Instant) -> Option<Key> {
+        let [tentative, assured] = source.silence.map(|list| list.oldest());
+        let had_time =
+            |key: &Key| self.sessions.get(*key).is_some_and(|session| session.last_seen + ANSWER_TIME <= now);
+        tentative.filter(had_time).or(assured).or(tentative)
     }
 
-    /// Takes the session out that has been silent for longest of those that the backend has not answered, if that is since `before`:
-    /// something else than room in the table is short.
-    pub fn evict_tentative(&mut self, before: Instant) -> Option<T> {
-        let oldest = self.silence[0].oldest?;
-        self.sessions.get(oldest).filter(|session| session.last_seen <= before)?;
-        self.remove(oldest)
+    /// The session that makes room for another source's.
+    fn least(&self) -> Option<Key> {
+        let oldest = |silence: &Silence| {
+            let [tentative, assured] = silence.map(|list| list.oldest());
+            tentative.or(assured)
+        };
+        let is_flooded = 2 * self.tentative > self.len();
+        let largest = self.ranking.largest().filter(|_| !is_flooded);
+        let largest = largest.and_then(|(largest, _)| self.by_source.get(&largest));
+        oldest(largest.map_or(&self.silence, |source| &source.silence))
     }
 
-    /// Adds a session for `client`, which has none and was admitted; room was made by [`Self::evict`].
+    /// Adds a session for `client`, which has none; room was made by [`Self::make_room`].
     pub fn insert(&mut self, client: Client, value: T, now: Instant) -> Key {
-        let session = Session { client, last_seen: now, assured: false, older: None, newer: None, value };
-        let key = self.sessions.insert(session);
+        let key = self.sessions.insert(Session {
+            client,
+            last_seen: now,
+            assured: false,
+            links: Links::default(),
+            source_links: Links::default(),
+            value,
+        });
         self.by_client.insert(client, key);
-        *self.by_source.entry(client.address.ip()).or_default() += 1;
+        let address = share_of(client.address.ip());
+        let source = self.by_source.entry(address).or_default();
+        source.held += 1;
+        self.ranking.change(address, source.held - 1, source.held);
         self.append(key);
         key
     }
@@ -163,11 +195,12 @@ impl<T> SessionTable<T> {
         self.unlink(key);
         let session = self.sessions.remove(key)?;
         self.by_client.remove(&session.client);
-        let source = session.client.address.ip();
-        if let Some(held) = self.by_source.get_mut(&source) {
-            *held -= 1;
-            if *held == 0 {
-                self.by_source.remove(&source);
+        let address = share_of(session.client.address.ip());
+        if let Some(source) = self.by_source.get_mut(&address) {
+            source.held -= 1;
+            self.ranking.change(address, source.held + 1, source.held);
+            if source.held == 0 {
+                self.by_source.remove(&address);
             }
         }
         Some(session.value)
@@ -192,34 +225,28 @@ impl<T> SessionTable<T> {
 
     fn oldest(&self) -> Option<(Instant, Key)> {
         let deadline = |key: Key| Some((self.sessions.get(key)?.last_seen + self.limits.idle, key));
-        self.silence.iter().filter_map(|list| deadline(list.oldest?)).min()
+        self.silence.iter().filter_map(|list| deadline(list.oldest()?)).min()
     }
 
-    /// Puts `key` at the recent end of its list.
+    /// Puts `key` at the recent end of its lists.
     fn append(&mut self, key: Key) {
-        let Some(session) = self.sessions.get_mut(key) else { return };
-        let list = &mut self.silence[usize::from(session.assured)];
-        session.older = list.newest;
-        session.newer = None;
-        let before = list.newest.replace(key);
-        match before.and_then(|before| self.sessions.get_mut(before)) {
-            Some(before) => before.newer = Some(key),
-            None => list.oldest = Some(key),
+        let Some(session) = self.sessions.get(key) else { return };
+        let (kind, address) = (usize::from(session.assured), share_of(session.client.address.ip()));
+        self.tentative += 1 - kind;
+        self.silence[kind].append(&mut self.sessions, key, |session| &mut session.links);
+        if let Some(source) = self.by_source.get_mut(&address) {
+            source.silence[kind].append(&mut self.sessions, key, |session| &mut session.source_links);
         }
     }
 
-    /// Takes `key` out of its list.
+    /// Takes `key` out of its lists.
     fn unlink(&mut self, key: Key) {
-        let Some(session) = self.sessions.get_mut(key) else { return };
-        let list = &mut self.silence[usize::from(session.assured)];
-        let (older, newer) = (session.older.take(), session.newer.take());
-        match older.and_then(|older| self.sessions.get_mut(older)) {
-            Some(older) => older.newer = newer,
-            None => list.oldest = newer,
-        }
-        match newer.and_then(|newer| self.sessions.get_mut(newer)) {
-            Some(newer) => newer.older = older,
-            None => list.newest = older,
+        let Some(session) = self.sessions.get(key) else { return };
+        let (kind, address) = (usize::from(session.assured), share_of(session.client.address.ip()));
+        self.tentative -= 1 - kind;
+        self.silence[kind].remove(&mut self.sessions, key, |session| &mut session.links);
+        if let Some(source) = self.by_source.get_mut(&address) {
+            source.silence[kind].remove(&mut self.sessions, key, |session| &mut session.source_links);
         }
     }
 }
@@ -239,6 +266,9 @@ mod tests {
         start + Duration::from_secs(seconds)
     }
 
+    /// Descriptors enough.
+    const PLENTY: usize = 1000;
+
     #[test]
     fn the_longest_silent_session_makes_room() {
         let start = Instant::now();
@@ -246,36 +276,92 @@ mod tests {
         let keys: Vec<_> =
             (1..=3).map(|host| table.insert(client(host, 1), host, seconds(start, host.into()))).collect();
         table.touch(keys[0], false, seconds(start, 9));
-        assert_eq!(table.evict(), Some(2));
-        assert_eq!(table.evict(), None, "there is room now");
+        assert_eq!(table.make_room(&client(4, 1), PLENTY, seconds(start, 9)), Some(2));
+        assert_eq!(table.make_room(&client(4, 1), PLENTY, seconds(start, 9)), None, "there is room now");
     }
 
     #[test]
     fn a_flood_of_forged_sources_evicts_itself_and_not_a_client_at_work() {
         let start = Instant::now();
-        let mut table = SessionTable::new(LIMITS);
-        let honest = table.insert(client(1, 1), 1, start);
-        table.touch(honest, true, start);
+        let mut table = SessionTable::new(TableLimits { sessions: 5, ..LIMITS });
+        for port in 1..=2 {
+            let honest = table.insert(client(1, port), 1, start);
+            table.touch(honest, true, start);
+        }
         for forged in 2..200 {
             let now = seconds(start, forged.into());
-            assert_eq!(table.admit(&client(forged, 1)), Ok(()));
-            table.evict();
+            table.make_room(&client(forged, 1), PLENTY, now);
             table.insert(client(forged, 1), forged, now);
         }
-        assert_eq!(table.len(), 3);
-        assert!(table.find(&client(1, 1)).is_some());
+        assert_eq!(table.len(), 5);
+        assert!((1..=2).all(|port| table.find(&client(1, port)).is_some()));
     }
 
     #[test]
-    fn one_source_has_no_more_than_its_share() {
+    fn a_source_with_its_share_loses_its_own_unanswered_session_first_and_then_its_oldest() {
         let start = Instant::now();
+        let mut table = SessionTable::new(TableLimits { sessions: 9, per_source: 3, ..LIMITS });
+        table.insert(client(2, 1), 'x', start);
+        for (port, name) in [(1, 'a'), (2, 'b'), (3, 'c')] {
+            let key = table.insert(client(1, port), name, seconds(start, port.into()));
+            if name != 'b' {
+                table.touch(key, true, seconds(start, port.into()));
+            }
+        }
+        let mut replace = |port: u16, name, now| {
+            let ended = table.make_room(&client(1, port), PLENTY, now);
+            table.insert(client(1, port), name, now);
+            ended
+        };
+        let later = seconds(start, 9);
+        assert_eq!(replace(4, 'd', later), Some('b'), "nobody has answered it");
+        assert_eq!(replace(5, 'e', later), Some('a'), "the other one may yet be answered");
+        assert_eq!(replace(6, 'f', later), Some('c'));
+        assert_eq!(replace(7, 'g', later), Some('d'), "all have come at once");
+        assert_eq!(table.make_room(&client(2, 2), PLENTY, later), None);
+    }
+
+    #[test]
+    fn an_ipv6_64_is_one_source() {
         let mut table = SessionTable::new(LIMITS);
-        let first = table.insert(client(1, 1), 'a', start);
-        table.insert(client(1, 2), 'b', start);
-        assert_eq!(table.admit(&client(1, 3)), Err(SourceLimit));
-        assert_eq!(table.admit(&client(2, 3)), Ok(()));
-        table.remove(first);
-        assert_eq!(table.admit(&client(1, 3)), Ok(()));
+        let client = |host: u16| Client {
+            address: SocketAddr::from(([0x2001, 0xdb8, 0, 1, 0, 0, 0, host], 9)),
+            local: None,
+        };
+        let now = Instant::now();
+        for host in 1..=2 {
+            table.insert(client(host), host, now);
+        }
+        assert_eq!(table.make_room(&client(3), PLENTY, now), Some(1));
+    }
+
+    #[test]
+    fn where_descriptors_are_short_a_source_gets_two_thirds_and_the_largest_yields() {
+        let now = Instant::now();
+        let mut table = SessionTable::new(TableLimits { sessions: 100, per_source: 100, ..LIMITS });
+        let mut free = 9;
+        for port in 0..20 {
+            free += usize::from(table.make_room(&client(1, port), free, now).is_some());
+            table.insert(client(1, port), 1, now);
+            free -= 1;
+        }
+        assert_eq!((table.len(), free), (6, 3));
+        for host in 2..=4 {
+            assert_eq!(table.make_room(&client(host, 1), 0, now), Some(1), "of the largest");
+            let key = table.insert(client(host, 1), host, now);
+            table.touch(key, true, now);
+        }
+    }
+
+    #[test]
+    fn a_source_that_is_answered_yields_to_one_that_has_less() {
+        let now = Instant::now();
+        let mut table = SessionTable::new(LIMITS);
+        for (host, port) in [(1, 1), (2, 1), (2, 2)] {
+            let key = table.insert(client(host, port), host, now);
+            table.touch(key, true, now);
+        }
+        assert_eq!(table.make_room(&client(3, 1), PLENTY, seconds(now, 1)), Some(2));
     }
 
     #[test]
@@ -331,6 +417,36 @@ mod tests {
             self.0.iter().position(|(known, ..)| known == client)
         }
 
+        /// The session that its own source misses least.
+        fn least_of(&self, host: IpAddr, now: Instant) -> Option<usize> {
+            let of = |which: &dyn Fn(bool, Instant) -> bool| {
+                self.0.iter().position(|(c, assured, seen)| c.address.ip() == host && which(*assured, *seen))
+            };
+            of(&|assured, seen| !assured && seen + ANSWER_TIME <= now)
+                .or_else(|| of(&|assured, _| assured))
+                .or_else(|| of(&|_, _| true))
+        }
+
+        fn make_room(&mut self, client: &Client, free: usize, now: Instant) -> Option<Client> {
+            let held = |host: IpAddr| self.0.iter().filter(|(c, ..)| c.address.ip() == host).count();
+            let host = client.address.ip();
+            let at = if held(host) > 0 && (held(host) >= LIMITS.per_source || held(host) >= 2 * free) {
+                self.least_of(host, now)
+            } else if self.0.len() >= LIMITS.sessions || self.0.len() >= 2 * free {
+                let flooded = 2 * self.0.iter().filter(|(_, assured, _)| !assured).count() > self.0.len();
+                let largest = self.0.iter().map(|(c, ..)| c.address.ip()).max_by_key(|ip| (held(*ip), *ip));
+                let largest = largest.filter(|ip| held(*ip) > 1 && !flooded);
+                let of = |assured: bool| {
+                    let is_its = |c: &Client| largest.is_none_or(|largest| c.address.ip() == largest);
+                    self.0.iter().position(|(c, is_assured, _)| *is_assured == assured && is_its(c))
+                };
+                of(false).or(of(true))
+            } else {
+                None
+            };
+            at.map(|at| self.0.remove(at).0)
+        }
+
         fn move_to_end(&mut self, at: usize, answer: bool, now: Instant) {
             let (client, assured, _) = self.0.remove(at);
             self.0.push((client, assured || answer, now));
@@ -339,7 +455,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn agrees_with_a_plain_list(steps in prop::collection::vec(step(), 0..200)) {
+        fn agrees_with_a_plain_list(steps in prop::collection::vec(step(), 0..200), free in 0_usize..5) {
             let mut now = Instant::now();
             let mut table = SessionTable::new(LIMITS);
             let mut oracle = Oracle::default();
@@ -352,19 +468,9 @@ mod tests {
                             let at = oracle.position(&client).unwrap();
                             oracle.move_to_end(at, false, now);
                         } else {
-                            let held = oracle.0.iter().filter(|(c, ..)| c.address.ip() == client.address.ip());
-                            let admitted = held.count() < LIMITS.per_source;
-                            prop_assert_eq!(table.admit(&client).is_ok(), admitted);
-                            if admitted {
-                                let full = oracle.0.len() >= LIMITS.sessions;
-                                let victim = full.then(|| {
-                                    let tentative = oracle.0.iter().position(|(_, assured, _)| !assured);
-                                    oracle.0.remove(tentative.unwrap_or(0)).0
-                                });
-                                prop_assert_eq!(table.evict(), victim);
-                                table.insert(client, client, now);
-                                oracle.0.push((client, false, now));
-                            }
+                            prop_assert_eq!(table.make_room(&client, free, now), oracle.make_room(&client, free, now));
+                            table.insert(client, client, now);
+                            oracle.0.push((client, false, now));
                         }
                     }
                     Step::Answer(host, port) => {

@@ -6,12 +6,13 @@
 //! thread's only occupation, and ending is immediate: connections are not drained, as with the original.
 //!
 //! What the original does not do is steered by the environment, which is dockerd's own:
-//! [`SOURCE`], [`PROXY_PROTOCOL`], [`METRICS`].
+//! [`SOURCE`], [`PROXY_PROTOCOL`], [`METRICS`], [`limits::VARIABLE`].
 
 pub mod flags;
 mod ready;
 
 use crate::confine;
+use crate::limits::{self, ProxyLimits};
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
 use crate::ports::raise_descriptor_limit;
 use crate::source::{Source, SourceError, clean_up_after_the_dead};
@@ -134,12 +135,15 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     let upstream = source.towards(container)?;
     let mut port_options = PortOptions::new(upstream);
     port_options.proxy_protocol = environment.proxy_protocol;
+    environment.limits.limit_port(&mut port_options);
     if source == Source::Client {
         confine::privileged_proxy_begins();
     } else {
         confine::proxy_begins(&[options.container.port()]);
     }
-    let engine = Arc::new(Engine::new(Settings::default()));
+    let mut settings = Settings::default();
+    environment.limits.limit_engine(&mut settings);
+    let engine = Arc::new(Engine::new(settings));
     engine.publish(vec![(listener, options.container.port())], &Arc::new(port_options))?;
     if let Some(recorder) = recorder {
         let told = Arc::clone(&engine);
@@ -156,6 +160,7 @@ struct Environment {
     source: Source,
     proxy_protocol: Option<ProxyProtocol>,
     metrics: Option<MetricsAddress>,
+    limits: ProxyLimits,
 }
 
 impl Environment {
@@ -166,7 +171,8 @@ impl Environment {
             proxy_protocol = proxy_protocol.or(Some(ProxyProtocol::V2));
             source = Source::Proxy;
         }
-        Ok(Self { source, proxy_protocol, metrics: variable(METRICS)? })
+        let limits = variable(limits::VARIABLE)?.unwrap_or_default();
+        Ok(Self { source, proxy_protocol, metrics: variable(METRICS)?, limits })
     }
 }
 

@@ -1,0 +1,406 @@
+//! Who holds how many TCP connections at which port, and who yields at a limit. Pure, but for the lock around
+//! it: all loops share one book.
+//!
+//! # Theory of operation
+//!
+//! Connections are limited in all, for each port, and by descriptors. A *client*, an IPv4 address or an IPv6
+//! /64, may take one connection more as long as [`may_take`] says so of what is free, in all and at the port:
+//! one greedy client gets two thirds of each, without a running connection being cut for anybody else. A port
+//! gets two thirds of all in the same way, if it is not the only one.
+//!
+//! Where a client may take no more, and another one has more than twice as much, that one yields: of its
+//! connections the one that has carried nothing for longest is cut. Otherwise the newcomer is refused; if it is
+//! only descriptors that are short, and it holds next to nothing, it waits for the next one.
+
+use crate::port::Refusal;
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tidegate_model::{Ranking, may_take};
+use tidegate_reactor::Permit;
+
+/// Whose connections at which port ([`Port::id`](crate::port::Port::id)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Holder {
+    pub(crate) client: IpAddr,
+    pub(crate) port: u64,
+}
+
+/// What becomes of a new connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// There is room, and it is counted.
+    Room,
+    /// A limit is reached.
+    Refused(Refusal),
+    /// Loop `at` has connections of `holder`, one of which has to end first, for this limit.
+    InPlaceOf { holder: Holder, at: usize, limit: Refusal },
+    /// No descriptor is free, and nobody has more connections than the newcomer.
+    Wait,
+}
+
+/// The limits of a new connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    /// Connections that the port may have.
+    pub(crate) port_limit: usize,
+    /// Connections for which there are descriptors left.
+    pub(crate) descriptors: usize,
+    /// Whether others are published beside the port.
+    pub(crate) among_others: bool,
+}
+
+/// The limits of all ports together.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub(crate) connections: usize,
+    /// Connections of one client, if that is limited to less than its share.
+    pub(crate) of_client: Option<usize>,
+}
+
+/// The book of all loops.
+#[derive(Debug)]
+pub(crate) struct Shares(Mutex<Book>);
+
+impl Shares {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self(Mutex::new(Book::new(limits)))
+    }
+
+    pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
+        // A panic between two of its statements leaves figures that are off by one.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection's place in the book, and its descriptors; both are given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    shares: Arc<Shares>,
+    holder: Holder,
+    at: usize,
+    _permit: Permit,
+}
+
+impl Seat {
+    /// The place of a connection of `holder` in loop `at`, which is in the book already.
+    pub(crate) fn new(shares: Arc<Shares>, holder: Holder, at: usize, permit: Permit) -> Self {
+        Self { shares, holder, at, _permit: permit }
+    }
+
+    pub(crate) fn holder(&self) -> Holder {
+        self.holder
+    }
+
+    /// The connection is to be another loop's.
+    pub(crate) fn hand_over(&mut self, to: usize) {
+        if to != self.at {
+            self.shares.book().hand_over(self.holder, self.at, to);
+            self.at = to;
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.shares.book().end(self.holder, self.at);
+    }
+}
+
+#[derive(Debug, Default)]
+struct OfPort {
+    held: usize,
+    clients: HashMap<IpAddr, usize>,
+    ranking: Ranking<IpAddr>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Book {
+    limits: Limits,
+    held: usize,
+    clients: HashMap<IpAddr, usize>,
+    ranking: Ranking<IpAddr>,
+    ports: HashMap<u64, OfPort>,
+    /// Connections of each holder in each loop.
+    loops: BTreeMap<(Holder, usize), usize>,
+}
+
+impl Book {
+    fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            held: 0,
+            clients: HashMap::new(),
+            ranking: Ranking::default(),
+            ports: HashMap::new(),
+            loops: BTreeMap::new(),
+        }
+    }
+
+    /// Judges a new connection of `holder` that loop `at` has accepted, and counts it if there is room.
+    pub(crate) fn admit(&mut self, holder: Holder, at: usize, room: Room) -> Verdict {
+        let verdict = self.judge(holder, at, room);
+        if verdict == Verdict::Room {
+            self.add(holder, at);
+        }
+        verdict
+    }
+
+    fn judge(&self, holder: Holder, at: usize, room: Room) -> Verdict {
+        let client_held = self.held_by(holder.client);
+        let port = self.ports.get(&holder.port);
+        let port_held = port.map_or(0, |port| port.held);
+        let held_there = port.and_then(|port| port.clients.get(&holder.client)).copied().unwrap_or(0);
+        let within_limit = self.limits.connections.saturating_sub(self.held);
+        let free = within_limit.min(room.descriptors);
+        let port_free = room.port_limit.saturating_sub(port_held);
+
+        let yields = |largest: Option<(IpAddr, usize)>, held: usize| {
+            largest.filter(|(_, most)| *most > 2 * held + 1).map(|(client, _)| client)
+        };
+        let largest_there = yields(port.and_then(|port| port.ranking.largest()), held_there);
+        let largest_there = largest_there.map(|client| Holder { client, ..holder });
+        let largest = || yields(self.ranking.largest(), client_held).map(|client| self.mainstay(client));
+
+        if self.limits.of_client.is_some_and(|limit| client_held >= limit) {
+            return Verdict::Refused(Refusal::ClientLimit);
+        }
+        let (limit, victim, otherwise) = if free == 0 {
+            let otherwise = match (within_limit, client_held) {
+                (0, _) => Verdict::Refused(Refusal::TotalLimit),
+                (_, 0 | 1) => Verdict::Wait,
+                _ => Verdict::Refused(Refusal::ClientLimit),
+            };
+            (Refusal::TotalLimit, largest(), otherwise)
+        } else if !may_take(client_held, free) {
+            (Refusal::TotalLimit, largest(), Verdict::Refused(Refusal::ClientLimit))
+        } else if port_free > 0 && !may_take(held_there, port_free) {
+            (Refusal::PortLimit, largest_there, Verdict::Refused(Refusal::ClientLimit))
+        } else if port_free == 0 || room.among_others && !may_take(port_held, free) {
+            (Refusal::PortLimit, largest_there, Verdict::Refused(Refusal::PortLimit))
+        } else {
+            return Verdict::Room;
+        };
+        victim.and_then(|victim| self.instead_of(victim, at, limit)).unwrap_or(otherwise)
+    }
+
+    /// The port at which `client` has most connections.
+    fn mainstay(&self, client: IpAddr) -> Holder {
+        let first = (Holder { client, port: 0 }, 0);
+        let of_client = self.loops.range(first..).take_while(|((holder, _), _)| holder.client == client);
+        let most = of_client.max_by_key(|(_, held)| **held).map(|((holder, _), _)| *holder);
+        most.unwrap_or(first.0)
+    }
+
+    /// To end a connection of `holder`, in this loop if it has one, which is `at`.
+    fn instead_of(&self, holder: Holder, at: usize, limit: Refusal) -> Option<Verdict> {
+        let here = self.loops.contains_key(&(holder, at)).then_some(at);
+        let elsewhere = || self.loops.range((holder, 0)..).next().filter(|((other, _), _)| *other == holder);
+        let at = here.or_else(|| elsewhere().map(|((_, at), _)| *at))?;
+        Some(Verdict::InPlaceOf { holder, at, limit })
+    }
+
+    fn held_by(&self, client: IpAddr) -> usize {
+        self.clients.get(&client).copied().unwrap_or(0)
+    }
+
+    /// Counts a connection without judging it: another one has ended for it.
+    pub(crate) fn add(&mut self, holder: Holder, at: usize) {
+        self.held += 1;
+        let held = self.clients.entry(holder.client).or_default();
+        *held += 1;
+        self.ranking.change(holder.client, *held - 1, *held);
+        let port = self.ports.entry(holder.port).or_default();
+        port.held += 1;
+        let held = port.clients.entry(holder.client).or_default();
+        *held += 1;
+        port.ranking.change(holder.client, *held - 1, *held);
+        *self.loops.entry((holder, at)).or_default() += 1;
+    }
+
+    /// A connection of `holder` in loop `at` has ended.
+    pub(crate) fn end(&mut self, holder: Holder, at: usize) {
+        let Some(port) = self.ports.get_mut(&holder.port) else { return };
+        if !take_one(&mut self.loops, (holder, at)) {
+            return;
+        }
+        self.held -= 1;
+        one_less(&mut self.clients, &mut self.ranking, holder.client);
+        port.held -= 1;
+        one_less(&mut port.clients, &mut port.ranking, holder.client);
+        if port.held == 0 {
+            self.ports.remove(&holder.port);
+        }
+    }
+
+    /// A connection of `holder` goes from one loop to another.
+    pub(crate) fn hand_over(&mut self, holder: Holder, from: usize, to: usize) {
+        if take_one(&mut self.loops, (holder, from)) {
+            *self.loops.entry((holder, to)).or_default() += 1;
+        }
+    }
+
+    /// The client that has most connections, and how many, if they are more than one.
+    pub(crate) fn largest(&self) -> Option<(IpAddr, usize)> {
+        self.ranking.largest()
+    }
+
+    /// Connections of the client that has most.
+    pub(crate) fn most(&self) -> usize {
+        self.largest().map_or(usize::from(self.held > 0), |(_, held)| held)
+    }
+}
+
+/// Whether there was one.
+fn take_one<K: Ord>(held: &mut BTreeMap<K, usize>, key: K) -> bool {
+    let std::collections::btree_map::Entry::Occupied(mut entry) = held.entry(key) else { return false };
+    *entry.get_mut() -= 1;
+    if *entry.get() == 0 {
+        entry.remove();
+    }
+    true
+}
+
+fn one_less(held: &mut HashMap<IpAddr, usize>, ranking: &mut Ranking<IpAddr>, client: IpAddr) {
+    let Some(count) = held.get_mut(&client) else { return };
+    *count -= 1;
+    ranking.change(client, *count + 1, *count);
+    if *count == 0 {
+        held.remove(&client);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn holder(client: u8, port: u64) -> Holder {
+        Holder { client: [192, 0, 2, client].into(), port }
+    }
+
+    fn book(connections: usize) -> Book {
+        Book::new(Limits { connections, of_client: None })
+    }
+
+    const ROOM: Room = Room { port_limit: 1000, descriptors: 1000, among_others: true };
+
+    /// How many connections `holder` gets of those that it asks for.
+    fn got(book: &mut Book, holder: Holder, asked: usize, room: Room) -> usize {
+        (0..asked).filter(|_| book.admit(holder, 0, room) == Verdict::Room).count()
+    }
+
+    #[test]
+    fn one_client_gets_two_thirds_and_others_are_served_at_the_same_port_and_at_another() {
+        let mut book = book(9);
+        assert_eq!(got(&mut book, holder(1, 1), 9, ROOM), 6);
+        assert_eq!(book.admit(holder(1, 2), 0, ROOM), Verdict::Refused(Refusal::ClientLimit));
+        let alone = Room { among_others: false, ..ROOM };
+        assert_eq!(got(&mut book, holder(2, 1), 1, alone), 1);
+        assert_eq!(got(&mut book, holder(3, 2), 1, ROOM), 1);
+    }
+
+    #[test]
+    fn one_client_gets_two_thirds_of_a_ports_limit() {
+        let mut book = book(1000);
+        let room = Room { port_limit: 3, ..ROOM };
+        assert_eq!(got(&mut book, holder(1, 1), 3, room), 2);
+        assert_eq!(got(&mut book, holder(2, 1), 3, room), 1);
+        let yields = Verdict::InPlaceOf { holder: holder(1, 1), at: 0, limit: Refusal::PortLimit };
+        assert_eq!(book.admit(holder(3, 1), 0, room), yields);
+        book.end(holder(1, 1), 0);
+        assert_eq!(book.admit(holder(3, 1), 0, room), Verdict::Room);
+        assert_eq!(book.admit(holder(4, 1), 0, room), Verdict::Refused(Refusal::PortLimit), "all are equal");
+    }
+
+    #[test]
+    fn many_clients_of_one_port_leave_a_third_to_other_ports() {
+        let mut book = book(9);
+        let clients = (1..=9).map(|client| got(&mut book, holder(client, 1), 1, ROOM));
+        assert_eq!(clients.sum::<usize>(), 6);
+        assert_eq!(got(&mut book, holder(1, 2), 1, ROOM), 1);
+        let alone = Room { among_others: false, ..ROOM };
+        assert_eq!(got(&mut book, holder(9, 1), 1, alone), 1);
+    }
+
+    #[test]
+    fn where_descriptors_run_out_the_largest_yields_and_equals_wait() {
+        let mut book = book(1000);
+        got(&mut book, holder(1, 1), 2, ROOM);
+        got(&mut book, holder(1, 2), 3, ROOM);
+        assert_eq!(book.largest(), Some((holder(1, 1).client, 5)));
+        let short = Room { descriptors: 0, ..ROOM };
+        let yields = Verdict::InPlaceOf { holder: holder(1, 2), at: 0, limit: Refusal::TotalLimit };
+        assert_eq!(book.admit(holder(2, 1), 1, short), yields);
+        assert_eq!(book.admit(holder(1, 1), 0, short), Verdict::Refused(Refusal::ClientLimit));
+        for _ in 0..3 {
+            book.end(holder(1, 2), 0);
+        }
+        book.end(holder(1, 1), 0);
+        assert_eq!(book.admit(holder(2, 1), 0, short), Verdict::Wait);
+    }
+
+    #[test]
+    fn a_client_may_be_limited_to_less_than_its_share() {
+        let mut book = Book::new(Limits { connections: 100, of_client: Some(2) });
+        assert_eq!(got(&mut book, holder(1, 1), 5, ROOM), 2);
+    }
+
+    #[test]
+    fn a_connection_that_is_handed_over_is_found_in_its_loop() {
+        let mut book = book(3);
+        got(&mut book, holder(1, 1), 2, ROOM);
+        book.hand_over(holder(1, 1), 0, 3);
+        got(&mut book, holder(2, 1), 1, Room { among_others: false, ..ROOM });
+        let at = |verdict| match verdict {
+            Verdict::InPlaceOf { at, .. } => Some(at),
+            _ => None,
+        };
+        assert_eq!(at(book.admit(holder(3, 1), 0, ROOM)), Some(0));
+        assert_eq!(at(book.admit(holder(3, 1), 3, ROOM)), Some(3));
+    }
+
+    proptest! {
+        /// Whatever comes, no limit is exceeded, and who has one connection at most loses none.
+        #[test]
+        fn limits_hold_and_the_small_lose_nothing(
+            steps in prop::collection::vec((0_u8..5, 0_u64..3, 0_usize..2, any::<bool>()), 0..200),
+        ) {
+            let mut book = book(12);
+            let mut held: Vec<(Holder, usize)> = Vec::new();
+            for (client, port, at, ends) in steps {
+                let holder = holder(client, port);
+                if ends {
+                    if let Some(index) = held.iter().position(|held| *held == (holder, at)) {
+                        held.swap_remove(index);
+                        book.end(holder, at);
+                    }
+                    continue;
+                }
+                let room = Room { port_limit: 6, descriptors: 10 - held.len().min(10), among_others: true };
+                match book.admit(holder, at, room) {
+                    Verdict::Room => held.push((holder, at)),
+                    Verdict::InPlaceOf { holder: victim, at, .. } => {
+                        let of = |client| held.iter().filter(|(held, _)| held.client == client).count();
+                        prop_assert!(of(victim.client) > 1);
+                        let index = held.iter().position(|held| *held == (victim, at));
+                        prop_assert!(index.is_some());
+                        held.swap_remove(index.unwrap());
+                        book.end(victim, at);
+                    }
+                    Verdict::Refused(_) | Verdict::Wait => {}
+                }
+                prop_assert!(held.len() <= 10);
+                prop_assert_eq!(book.held, held.len());
+                for port in 0..3 {
+                    prop_assert!(held.iter().filter(|(held, _)| held.port == port).count() <= 6);
+                }
+            }
+            for (holder, at) in held {
+                book.end(holder, at);
+            }
+            prop_assert!(book.clients.is_empty() && book.ports.is_empty() && book.loops.is_empty());
+            prop_assert_eq!(book.largest(), None);
+        }
+    }
+}
