@@ -20,6 +20,8 @@ mod limits;
 mod payload;
 #[path = "tcp/resets.rs"]
 mod resets;
+#[path = "tcp/stalled.rs"]
+mod stalled;
 mod support;
 
 use std::io::{self, Read, Write};

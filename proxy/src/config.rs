@@ -15,6 +15,9 @@ pub struct Settings {
     pub max_connections: usize,
     /// TCP connections of one client (an IPv4 address, an IPv6 /64) at most, if that is less than its share.
     pub max_client_connections: Option<usize>,
+    /// Bytes of memory that TCP connections may hold for peers that do not drain; at least
+    /// [`Self::LEAST_HELD_BYTES`].
+    pub held_bytes: usize,
     /// How long a backend may take to accept before the client is reset.
     pub dial_timeout: Duration,
     /// Descriptors to leave alone for the rest of the process.
@@ -25,6 +28,11 @@ pub struct Settings {
     pub ports_with_series: usize,
 }
 
+impl Settings {
+    /// What one connection may hold, blocked both ways.
+    pub const LEAST_HELD_BYTES: usize = 2 * tcp::NARROW_BYTES;
+}
+
 impl Default for Settings {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -33,6 +41,7 @@ impl Default for Settings {
             workers: cores.min(4),
             max_connections: 100_000,
             max_client_connections: None,
+            held_bytes: 256 << 20,
             // docker-proxy leaves it to the kernel (127 s); a client has given up by then.
             dial_timeout: Duration::from_secs(10),
             reserved_descriptors: 24,

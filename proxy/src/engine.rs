@@ -43,6 +43,7 @@ pub(crate) struct Shared {
     pub(crate) metrics: ProcessMetrics,
     pub(crate) pause_log: Seldom,
     limit_logs: [Seldom; Refusal::ALL.len()],
+    budget_log: Seldom,
     pub(crate) reflection: Reflection,
     /// What every thread does first.
     prepare: Prepare,
@@ -65,13 +66,27 @@ impl Shared {
     /// Logs, once a minute at most for each, that `limit` is reached at `port`, and who has most.
     pub(crate) fn log_limit(&self, port: &Port, limit: Refusal, now: Instant) {
         if self.limit_logs[limit as usize].is_due(now) {
-            let (client, held) = self.shares.book().largest().unzip();
+            let (client, held) = self.shares.usage().largest.unzip();
             tracing::warn!(
                 publish = %port.label,
                 limit = limit.as_str(),
                 largest = client.map(|client| client.to_string()),
                 connections = held,
                 "limit of connections reached"
+            );
+        }
+    }
+
+    /// Logs, once a minute at most, that the budget of bytes is used up, and who holds most.
+    pub(crate) fn log_budget(&self, port: &Port, now: Instant) {
+        if self.budget_log.is_due(now) {
+            let (client, bytes) = self.shares.usage().largest_of_bytes.unzip();
+            tracing::warn!(
+                publish = %port.label,
+                limit = self.settings.held_bytes,
+                largest = client.map(|client| client.to_string()),
+                bytes,
+                "limit of bytes held for peers that do not read reached"
             );
         }
     }
@@ -238,11 +253,13 @@ impl Engine {
             shares: Arc::new(Shares::new(Limits {
                 connections: settings.max_connections,
                 of_client: settings.max_client_connections,
+                bytes: settings.held_bytes,
             })),
             several_ports: AtomicBool::new(false),
             metrics: ProcessMetrics::new(),
             pause_log: Seldom::new(PAUSE_LOG),
             limit_logs: std::array::from_fn(|_| Seldom::new(LIMIT_LOG)),
+            budget_log: Seldom::new(LIMIT_LOG),
             reflection: Reflection::default(),
             prepare: Box::new(prepare),
             loops: Mutex::new((0..workers).map(|_| None).collect()),
@@ -430,11 +447,14 @@ impl Engine {
             (ports.there.len(), ports.there.values().filter(|port| port.has_series).count())
         };
         let descriptors = &self.shared.descriptors;
+        let usage = self.shared.shares.usage();
         Fill {
             ports: [with_series as u64, (there - with_series) as u64],
             connections: self.shared.connections() as u64,
             connections_limit: self.shared.settings.max_connections as u64,
-            largest_client: self.shared.shares.book().most() as u64,
+            largest_client: usage.most as u64,
+            held_bytes: usage.bytes as u64,
+            held_bytes_limit: self.shared.settings.held_bytes as u64,
             descriptors: descriptors.taken() as u64,
             descriptors_limit: descriptors.limit() as u64,
         }

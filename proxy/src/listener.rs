@@ -25,16 +25,19 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_interval(Duration::from_secs(15))
     .with_retries(9);
 
-/// Payload that may wait unsent in a socket's send buffer, in bytes (`TCP_NOTSENT_LOWAT`). What is in flight
-/// comes on top, and is the receiver's own window. Without it the send buffer grows to `tcp_wmem` (4 MiB)
-/// in front of a peer that has stopped reading.
-const UNSENT_BYTES: u32 = 256 << 10;
+/// Payload that may wait unsent in a socket's send buffer, in bytes (`TCP_NOTSENT_LOWAT`), where the half that writes
+/// to it is narrow, and where it is wide. What is in flight comes on top, and is the receiver's own window. Without it
+/// the send buffer grows to `tcp_wmem` (4 MiB) in front of a peer that has stopped reading.
+const UNSENT_NARROW: u32 = 64 << 10;
+const UNSENT_WIDE: u32 = 256 << 10;
 
-/// Payload that may wait to be read in a stream socket, in bytes (the kernel doubles it for its own bookkeeping). Left to
-/// itself the receive buffer grows to `tcp_rmem` (6 to 32 MiB) in front of a backend that has stopped reading. With
-/// [`UNSENT_BYTES`] and a full pipe this makes less than 4 MiB that a stalled direction can hold. The price is the
-/// window: 1 MiB or a little more for each round trip.
+/// Payload that may wait to be read in a stream socket whose half is wide, in bytes (the kernel doubles it for its own
+/// bookkeeping). Left to itself the receive buffer grows to `tcp_rmem` (6 to 32 MiB) in front of a backend that has
+/// stopped reading. The price is the window: 1 MiB or a little more for each round trip.
 pub const UNREAD_BYTES: usize = 1 << 20;
+
+/// The same where the half is narrow: the kernel's own beginning (`tcp_rmem`).
+const UNREAD_NARROW: usize = 64 << 10;
 
 /// What socket buffers of a UDP port are asked to be, in bytes; the kernel caps it at `net.core.rmem_max`. A
 /// sender with segmentation offload delivers 64 KiB in one go.
@@ -210,26 +213,36 @@ fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Resu
 }
 
 /// What both sockets of a TCP connection are set to. A listener's settings pass to what it accepts, which
-/// saves a connection four system calls.
+/// saves a connection three system calls. The receive buffer is the kernel's at first, which grows with what is
+/// read: one that is fixed before the handshake would bound the window for good (`tcp_select_initial_window`).
 pub(crate) fn prepare_stream(stream: impl AsFd) -> io::Result<()> {
     let socket = SockRef::from(&stream);
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(&KEEPALIVE)?;
-    bound_receive_buffer(&stream);
-    socket.set_tcp_notsent_lowat(UNSENT_BYTES)
+    socket.set_tcp_notsent_lowat(UNSENT_NARROW)
 }
 
-/// Fixes the receive buffer at [`UNREAD_BYTES`]. With neither the privilege nor a `net.core.rmem_max` that allows it, it
-/// is left to the kernel: a much smaller one would cost more throughput than the bound is worth.
-fn bound_receive_buffer(socket: impl AsFd) {
+/// Sets the buffers between `source` and `sink` for a wide half. The receive buffer is fixed at [`UNREAD_BYTES`]; with
+/// neither the privilege nor a `net.core.rmem_max` that allows it, it is left to the kernel: a much smaller one would
+/// cost more throughput than the bound is worth. One that was narrow is as large as `rmem_max` then.
+pub(crate) fn widen(source: impl AsFd, sink: impl AsFd, was_narrow: bool) {
     static ALLOWED: LazyLock<bool> = LazyLock::new(|| {
         let limit = std::fs::read_to_string("/proc/sys/net/core/rmem_max").ok();
         limit.and_then(|limit| limit.trim().parse::<usize>().ok()).is_some_and(|limit| limit >= UNREAD_BYTES)
     });
-    if sockopt::set_socket_recv_buffer_size_force(&socket, UNREAD_BYTES).is_err() && *ALLOWED {
-        // It was looked up before; what still fails stays as it is.
-        let _ = sockopt::set_socket_recv_buffer_size(&socket, UNREAD_BYTES);
+    if sockopt::set_socket_recv_buffer_size_force(&source, UNREAD_BYTES).is_err() && (*ALLOWED || was_narrow)
+    {
+        // A socket whose peer has gone has no use for it.
+        let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_BYTES);
     }
+    let _ = SockRef::from(&sink).set_tcp_notsent_lowat(UNSENT_WIDE);
+}
+
+/// Sets the buffers between `source` and `sink` for a narrow half. What has arrived stays; what arrives beyond the
+/// buffer from here on is dropped, and sent again when there is room (`tcp_try_rmem_schedule`).
+pub(crate) fn narrow(source: impl AsFd, sink: impl AsFd) {
+    let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_NARROW);
+    let _ = SockRef::from(&sink).set_tcp_notsent_lowat(UNSENT_NARROW);
 }
 
 /// Lets the kernel deliver trains of datagrams.

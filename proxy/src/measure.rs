@@ -38,9 +38,9 @@ impl<T: Tally> Carrier<T> {
         let descriptors = Arc::new(Descriptors::new(64));
         let permit = descriptors.take(2).expect("the first two of many");
         let phase = Phase::Open { since: Instant::now() };
-        let shares = Arc::new(Shares::new(Limits { connections: 1, of_client: None }));
+        let shares = Arc::new(Shares::new(Limits { connections: 1, of_client: None, bytes: 1 << 30 }));
         let holder = Holder { client: localhost, port: 0 };
-        shares.book().add(holder, 0);
+        shares.add(holder, 0);
         let seat = Seat::new(shares, holder, 0, permit);
         let connection = Connection::new(client, backend, phase, Arc::new(port), None, None, seat);
         Self { connection, scratch: Scratch::new(PipePool::new(16, 16, descriptors), SPLICE_FROM) }

@@ -363,6 +363,10 @@ pub struct Fill {
     pub connections_limit: u64,
     /// TCP connections of the client that has most.
     pub largest_client: u64,
+    /// Bytes that TCP connections hold, or may hold, for peers that do not drain.
+    pub held_bytes: u64,
+    /// The most that they may.
+    pub held_bytes_limit: u64,
     /// Descriptors taken by connections, sessions, and what was reserved.
     pub descriptors: u64,
     /// The most that may be.
@@ -370,10 +374,12 @@ pub struct Fill {
 }
 
 /// The families of [`Fill`].
-pub const FILL_FAMILIES: [&str; 5] = [
+pub const FILL_FAMILIES: [&str; 7] = [
     "tidegate_proxy_ports",
     "tidegate_proxy_connections_limit",
     "tidegate_proxy_client_connections_max",
+    "tidegate_proxy_held_bytes",
+    "tidegate_proxy_held_bytes_limit",
     "tidegate_proxy_descriptors",
     "tidegate_proxy_descriptors_limit",
 ];
@@ -384,7 +390,8 @@ impl Fill {
     /// # Errors
     /// Only those of `out`.
     pub fn describe(&self, out: &mut impl Write) -> fmt::Result {
-        let [ports, connections_limit, largest_client, descriptors, descriptors_limit] = FILL_FAMILIES;
+        let [ports, connections_limit, largest_client, held, held_limit, descriptors, descriptors_limit] =
+            FILL_FAMILIES;
         let help = "Published ports, one for each socket: those with series of their own, and those told in one sum.";
         head(ports, Kind::Gauge, help, out)?;
         for (series, count) in ["own", "other"].iter().zip(self.ports) {
@@ -401,6 +408,12 @@ impl Fill {
                 "TCP connections of the client (an IPv4 address, an IPv6 /64) that has most.",
                 self.largest_client,
             ),
+            (
+                held,
+                "Memory that TCP connections hold, or may hold, for peers that do not drain, in bytes.",
+                self.held_bytes,
+            ),
+            (held_limit, "Memory that they may hold, in bytes.", self.held_bytes_limit),
             (
                 descriptors,
                 "File descriptors taken by published ports, connections and sessions.",
@@ -419,9 +432,11 @@ impl Fill {
 pub(crate) struct ProcessMetrics {
     pub(crate) accept_pauses: Counter,
     evicted: [Counter; EVICTING.len()],
+    /// Connections that had to end for the budget of bytes.
+    pub(crate) evicted_for_bytes: Counter,
 }
 
-/// The limits for which a running connection may have to end.
+/// The limits of connections for which a running one may have to end.
 const EVICTING: [Refusal; 2] = [Refusal::PortLimit, Refusal::TotalLimit];
 
 impl ProcessMetrics {
@@ -431,10 +446,14 @@ impl ProcessMetrics {
         describe_counter!(PAUSES, "Times that a port stopped accepting because descriptors had run out.");
         describe_counter!(
             EVICTED,
-            "TCP connections of the largest client that were cut at a limit, to make room for another client."
+            "TCP connections of the largest client that were cut at a limit, for others or for the budget of bytes."
         );
-        let evicted = EVICTING.map(|limit| counter!(EVICTED, "reason" => limit.as_str()));
-        Self { accept_pauses: counter!(PAUSES), evicted }
+        let evicted = |reason: &'static str| counter!(EVICTED, "reason" => reason);
+        Self {
+            accept_pauses: counter!(PAUSES),
+            evicted: EVICTING.map(|limit| evicted(limit.as_str())),
+            evicted_for_bytes: evicted("held_bytes"),
+        }
     }
 
     /// The counter of connections that had to end for `limit`.
@@ -521,6 +540,8 @@ mod tests {
             connections: 7,
             connections_limit: 100_000,
             largest_client: 5,
+            held_bytes: 384 << 10,
+            held_bytes_limit: 256 << 20,
             descriptors: 30,
             descriptors_limit: 1000,
         };

@@ -3,8 +3,10 @@
 use crate::engine::Shared;
 use crate::listener::Listener;
 use crate::load::Meter;
-use crate::port::{Port, Refusal, Tally};
-use crate::tcp::{Accepted, Connection, Crowd, Holder, Phase, Scratch, Seat, Side, Turn};
+use crate::port::{Direction, Port, Refusal, Tally};
+use crate::tcp::{
+    Accepted, Claim, Connection, Crowd, Holder, NARROW_BYTES, Phase, Scratch, Seat, Side, Turn, WIDE_BYTES,
+};
 use crate::udp::{Batches, Relay};
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -21,6 +23,9 @@ const IDLE_PIPES: usize = 16;
 
 /// How often a connection that carries payload is moved to the end of its list, at most.
 const MOVED: Duration = Duration::from_secs(1);
+
+/// How long a wide half may carry nothing before it is made narrow.
+const WIDE_FOR: Duration = Duration::from_secs(2);
 
 /// What a token refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,11 +44,21 @@ pub(crate) enum Tag {
     Session,
     /// The timer of ports that rest.
     Rest,
+    /// The timer of connections with a wide half.
+    Wide,
 }
 
 impl Tag {
-    const ALL: [Self; 7] =
-        [Self::Client, Self::Backend, Self::Dial, Self::Port, Self::Sessions, Self::Session, Self::Rest];
+    const ALL: [Self; 8] = [
+        Self::Client,
+        Self::Backend,
+        Self::Dial,
+        Self::Port,
+        Self::Sessions,
+        Self::Session,
+        Self::Rest,
+        Self::Wide,
+    ];
 
     pub(crate) fn token(self, key: Key) -> Token {
         Token::new(self as u8, key)
@@ -65,6 +80,8 @@ pub(crate) enum Message {
     Adopt(Box<(Accepted, Seat)>),
     /// Take over a connection that another loop accepted, for which one of `holder` has to end here.
     Supplant { accepted: Box<Accepted>, holder: Holder, limit: Refusal },
+    /// One of `holder` has to end for the budget of bytes.
+    Relieve(Holder),
     /// Accept nothing more; what is running goes on.
     Drain { done: mpsc::Sender<()> },
     /// Cut everything and end.
@@ -114,6 +131,8 @@ pub(crate) struct Worker {
     pub(crate) connections: Arena<Connection>,
     /// The connections of each holder, from the one that has carried nothing for longest, by about [`MOVED`].
     pub(crate) silence: HashMap<Holder, List>,
+    /// Those with a wide half, or with one that has been narrowed and still holds much, in the same order.
+    wide: List,
     pub(crate) sessions: Arena<SessionRef>,
     pub(crate) resting: Vec<Key>,
     /// A client that was accepted when no descriptor was left, and its port.
@@ -136,6 +155,7 @@ impl Worker {
             ports: Arena::new(),
             connections: Arena::new(),
             silence: HashMap::new(),
+            wide: List::default(),
             sessions: Arena::new(),
             resting: Vec::new(),
             waiting: None,
@@ -196,6 +216,7 @@ impl Worker {
                 self.silence.remove(&holder);
             }
         }
+        self.unlist_wide(key);
         let Some(connection) = self.connections.remove(key) else { return };
         match connection.phase {
             Phase::Dialling { deadline, .. } => cx.timers.disarm(deadline, Tag::Dial.token(key)),
@@ -269,10 +290,18 @@ impl Worker {
         let turn = connection.turn(&mut self.scratch);
         if connection.take_progress() && cx.now >= connection.moved + MOVED {
             connection.moved = cx.now;
-            if let Some(silence) = self.silence.get_mut(&connection.holder()) {
+            let (holder, is_listed_wide) = (connection.holder(), connection.is_listed_wide);
+            if let Some(silence) = self.silence.get_mut(&holder) {
                 silence.remove(&mut self.connections, key, |connection| &mut connection.links);
                 silence.append(&mut self.connections, key, |connection| &mut connection.links);
             }
+            if is_listed_wide {
+                self.wide.remove(&mut self.connections, key, |connection| &mut connection.wide_links);
+                self.wide.append(&mut self.connections, key, |connection| &mut connection.wide_links);
+            }
+        }
+        if matches!(turn, Turn::Wait | Turn::Again) {
+            self.settle(cx, key);
         }
         let Some(connection) = self.connections.get_mut(key) else { return };
         match turn {
@@ -287,6 +316,117 @@ impl Worker {
             }),
             Turn::Broken => self.cut_connection(cx, key),
         }
+    }
+
+    /// Gives and takes what the halves of connection `key` claim of the budget of bytes.
+    fn settle(&mut self, cx: &mut Context<'_>, key: Key) {
+        let mut holds_more = false;
+        for direction in Direction::ALL {
+            let Some(connection) = self.connections.get_mut(key) else { return };
+            match connection.claim(direction, cx.now) {
+                None => {}
+                Some(Claim::Widen) => self.widen(cx, key, direction),
+                Some(Claim::Hold) => {
+                    connection.bound(direction);
+                    let before = connection.charge(direction, NARROW_BYTES);
+                    connection.seat().charge(before, NARROW_BYTES);
+                    holds_more = true;
+                }
+                Some(Claim::Release) => {
+                    let before = connection.charge(direction, 0);
+                    connection.seat().charge(before, 0);
+                }
+            }
+        }
+        if holds_more {
+            self.relieve(cx);
+        }
+    }
+
+    fn widen(&mut self, cx: &mut Context<'_>, key: Key, direction: Direction) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        let before = connection.charge(direction, 0);
+        connection.seat().charge(before, 0);
+        if !connection.seat().take(WIDE_BYTES) {
+            // Blocked or not will show in its next turn.
+            connection.narrow(direction);
+            connection.charge(direction, 0);
+            return;
+        }
+        connection.widen(direction);
+        if !std::mem::replace(&mut connection.is_listed_wide, true) {
+            if self.wide.is_empty() {
+                cx.timers.arm(cx.now + WIDE_FOR, Tag::Wide.token(key));
+            }
+            self.wide.append(&mut self.connections, key, |connection| &mut connection.wide_links);
+        }
+    }
+
+    fn unlist_wide(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        if std::mem::take(&mut connection.is_listed_wide) {
+            self.wide.remove(&mut self.connections, key, |connection| &mut connection.wide_links);
+        }
+    }
+
+    /// Makes those narrow that have carried nothing for a while, and gives back what they have of the budget as
+    /// they drain.
+    fn narrow_idle(&mut self, cx: &mut Context<'_>) {
+        let idle = |key: &Key| {
+            self.connections.get(*key).is_some_and(|connection| connection.moved + WIDE_FOR <= cx.now)
+        };
+        let keys: Vec<Key> = self.wide.iter(&self.connections, |connection| &connection.wide_links).collect();
+        for key in keys.into_iter().take_while(idle).collect::<Vec<_>>() {
+            let Some(connection) = self.connections.get_mut(key) else { continue };
+            let mut holds_much = false;
+            for direction in Direction::ALL {
+                let before = connection.charge(direction, 0);
+                let now = if connection.is_wide(direction) || before > NARROW_BYTES {
+                    connection.narrow(direction)
+                } else {
+                    connection.charge(direction, before);
+                    before
+                };
+                connection.seat().charge(before, now);
+                holds_much |= now > NARROW_BYTES;
+            }
+            if !holds_much {
+                self.unlist_wide(key);
+            }
+        }
+        if let Some(key) = self.wide.oldest() {
+            cx.timers.arm(cx.now + WIDE_FOR, Tag::Wide.token(key));
+        }
+    }
+
+    /// Ends one connection if more bytes are held than may be.
+    fn relieve(&mut self, cx: &mut Context<'_>) {
+        let over = |shared: &Shared| shared.shares.over_budget();
+        if over(&self.shared).is_none() {
+            return;
+        }
+        // First to read less.
+        self.narrow_idle(cx);
+        let Some((holder, at)) = over(&self.shared) else { return };
+        if at == self.index {
+            self.cut_blocked(cx, holder);
+        } else {
+            // A loop that has ended holds nothing.
+            let _ = self.shared.send(at, Message::Relieve(holder));
+        }
+    }
+
+    /// Cuts the blocked connection of `holder` that has carried nothing for longest.
+    fn cut_blocked(&mut self, cx: &mut Context<'_>, holder: Holder) {
+        let Some(silence) = self.silence.get(&holder) else { return };
+        let blocked = |key: &Key| self.connections.get(*key).is_some_and(Connection::is_blocked);
+        let key = silence.iter(&self.connections, |connection| &connection.links).find(blocked);
+        let Some(key) = key else { return };
+        if let Some(connection) = self.connections.get(key) {
+            self.shared.log_budget(&connection.port, cx.now);
+        }
+        self.shared.metrics.evicted_for_bytes.increment(1);
+        self.cut_connection(cx, key);
     }
 
     /// Ends a connection that did not end well.
@@ -312,7 +452,7 @@ impl Handler for Worker {
                 None => {}
             },
             Tag::Session => self.relay_out(cx, key),
-            Tag::Dial | Tag::Sessions | Tag::Rest => {}
+            Tag::Dial | Tag::Sessions | Tag::Rest | Tag::Wide => {}
         }
     }
 
@@ -332,6 +472,7 @@ impl Handler for Worker {
             Message::Supplant { accepted, holder, limit } => {
                 self.supplant(cx, *accepted, holder, limit, None);
             }
+            Message::Relieve(holder) => self.cut_blocked(cx, holder),
             Message::Drain { done } => {
                 self.close_ports(|_| true);
                 drop(done);
@@ -349,6 +490,7 @@ impl Handler for Worker {
             Tag::Dial => self.refuse_connection(cx, token.key(), Refusal::DialTimeout),
             Tag::Sessions => self.expire_sessions(cx, token.key()),
             Tag::Rest => self.wake_resting(cx),
+            Tag::Wide => self.narrow_idle(cx),
             Tag::Client | Tag::Backend | Tag::Port | Tag::Session => {}
         }
     }

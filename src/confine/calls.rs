@@ -187,10 +187,10 @@ fn rules(work: Work) -> Result<Vec<(i64, Vec<SeccompRule>)>, seccompiler::Backen
         let is_thread = masked(0, thread, thread)?;
         rules.push((libc::SYS_clone, vec![is_thread]));
         rules.push((libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME)?]));
-        // Sockets wait or do not; they are asked for nothing else.
-        let waits = [libc::FIONBIO, libc::FIOCLEX]
+        // Sockets wait or do not, and tell how much is unread; they are asked for nothing else.
+        let requests = [libc::FIONBIO, libc::FIOCLEX, libc::FIONREAD]
             .map(|request| equal(1, i32::try_from(request).unwrap_or_default()));
-        rules.push((libc::SYS_ioctl, waits.into_iter().collect::<Result<_, _>>()?));
+        rules.push((libc::SYS_ioctl, requests.into_iter().collect::<Result<_, _>>()?));
         // `CAP_NET_ADMIN` is there for the sizes of buffers, and for nothing else: not for marks, which tell firewalls what may
         // pass, and not for others' addresses. On other levels nobody asks for these numbers (but for TCP_REPAIR).
         let privileged = [libc::SO_MARK, libc::IP_TRANSPARENT, libc::IPV6_TRANSPARENT];

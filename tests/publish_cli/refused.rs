@@ -36,6 +36,17 @@ fn a_command_line_that_makes_no_sense_is_refused_with_its_reason() {
         ("8080:80 --to 172.30.0.2 --pid -1", "-1"),
         ("8080:80 --to 172.30.0.2 --source gateway", "gateway"),
         ("8080:80 --to 172.30.0.2 --proxy-protocol v3", "v3"),
+        ("8080:80 --to 172.30.0.2 --max-connections 0", "number would be zero"),
+        ("8080:80 --to 172.30.0.2 --max-client-connections 0", "number would be zero"),
+        ("8080:80 --to 172.30.0.2 --udp-max-source-sessions 0", "number would be zero"),
+        (
+            "8080:80 --to 172.30.0.2 --max-held 767K",
+            "one connection may hold 768K; it has to be as much at least",
+        ),
+        (
+            "8080:80 --to 172.30.0.2 --max-held much",
+            "a size is a whole number of bytes, or one with K, M or G behind it",
+        ),
         ("8080:80 --to 172.30.0.2 --dial-timeout 5", "5"),
         ("8080:80 --to 172.30.0.2 --dial-timeout 0s", "longer than nothing"),
         ("8080:80 --to 172.30.0.2 --udp-idle-timeout 1y", "7 days"),

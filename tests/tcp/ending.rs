@@ -20,7 +20,7 @@ fn on_sigterm_new_clients_are_refused_and_running_transfers_complete() {
 
 #[test]
 fn what_was_answered_before_the_exit_arrives_after_it() {
-    const LENGTH: u64 = 256 << 10;
+    const LENGTH: u64 = 128 << 10;
     let mut bed = Bed::new("");
     let (client, server) = bed.pair();
     client.shutdown(Shutdown::Write).unwrap();

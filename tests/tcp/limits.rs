@@ -3,19 +3,19 @@
 use super::*;
 
 /// Lets the client be any address of 198.18.0.0/15, which the host believes.
-fn many_addresses(net: &Topology) {
+pub(super) fn many_addresses(net: &Topology) {
     net.client.ip(&["route", "add", "local", "198.18.0.0/15", "dev", "lo"]);
     net.host.ip(&["route", "add", "198.18.0.0/15", "via", &addr::CLIENT_V4.to_string()]);
 }
 
 /// Address `number` of those.
-fn address(number: u32) -> Ipv4Addr {
+pub(super) fn address(number: u32) -> Ipv4Addr {
     Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + number)
 }
 
 /// Connects from `source`.
 #[track_caller]
-fn connect_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> TcpStream {
+pub(super) fn connect_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> TcpStream {
     let connected = try_connect_from(namespace, source, to);
     support::patient(connected.unwrap_or_else(|error| panic!("connect from {source} to {to}: {error}")))
 }

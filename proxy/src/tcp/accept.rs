@@ -138,13 +138,13 @@ impl Worker {
             descriptors: self.shared.descriptors.left() / 2 + usize::from(permit.is_some()),
             among_others: self.shared.several_ports.load(Ordering::Relaxed),
         };
-        let verdict = self.shared.shares.book().admit(holder, self.index, room);
+        let verdict = self.shared.shares.admit(holder, self.index, room);
         match verdict {
             Verdict::Room => {
                 // Another loop may have taken the last ones meanwhile.
                 permit = permit.or_else(|| self.shared.descriptors.take(2));
                 let Some(permit) = permit else {
-                    self.shared.shares.book().end(holder, self.index);
+                    self.shared.shares.end(holder, self.index);
                     return self.keep_waiting(cx, key, accepted);
                 };
                 let seat = Seat::new(Arc::clone(&self.shared.shares), holder, self.index, permit);
@@ -185,7 +185,7 @@ impl Worker {
             return self.refuse_at_limit(cx, &accepted, Refusal::Exhausted);
         };
         let holder = accepted.holder();
-        self.shared.shares.book().add(holder, self.index);
+        self.shared.shares.add(holder, self.index);
         let seat = Seat::new(Arc::clone(&self.shared.shares), holder, self.index, permit);
         self.place(cx, accepted, seat);
     }

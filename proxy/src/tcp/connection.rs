@@ -1,6 +1,9 @@
 //! One connection and how its halves move payload.
 
-use super::{COPY_BYTES, Holder, READS_PER_TURN, SPLICE_BYTES, Seat};
+use super::{
+    COPY_BYTES, Holder, NARROW_BYTES, READS_PER_TURN, SOON, SPLICE_BYTES, Seat, WIDE_BYTES, WIDEN_AFTER,
+};
+use crate::listener::{narrow, widen};
 use crate::port::{Direction, Port, Tally};
 use crate::upstream::Lease;
 use rustix::io::Errno;
@@ -92,10 +95,20 @@ struct Half {
     writable: bool,
     /// The end was passed on.
     shut: bool,
+    /// It has large buffers, and its part of the budget.
+    wide: bool,
+    /// The receive buffer was fixed at the small size.
+    was_narrow: bool,
+    /// What it has of the budget, in bytes.
+    charged: usize,
+    /// Payload delivered since `counted_from`, and whether it was blocked since.
+    delivered: u64,
+    counted_from: Instant,
+    was_blocked: bool,
 }
 
 impl Half {
-    fn new() -> Self {
+    fn new(now: Instant) -> Self {
         Self {
             waiting: Waiting::Nothing,
             plenty: false,
@@ -105,8 +118,30 @@ impl Half {
             ended: false,
             writable: false,
             shut: false,
+            wide: false,
+            was_narrow: false,
+            charged: 0,
+            delivered: 0,
+            counted_from: now,
+            was_blocked: false,
         }
     }
+
+    /// Payload waits for room at the sink.
+    fn is_blocked(&self) -> bool {
+        !self.writable && !matches!(self.waiting, Waiting::Nothing)
+    }
+}
+
+/// What a half wants of the budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// To become wide.
+    Widen,
+    /// It is narrow and blocked, and holds something.
+    Hold,
+    /// It is no longer.
+    Release,
 }
 
 /// A client's connection and the one to the backend.
@@ -127,6 +162,9 @@ pub(crate) struct Connection<T = AtomicU64> {
     /// Its place in its holder's list, and since when at the end of it.
     pub(crate) links: Links,
     pub(crate) moved: Instant,
+    /// Its place in the list of those with a wide half, if it is in it.
+    pub(crate) wide_links: Links,
+    pub(crate) is_listed_wide: bool,
     /// Payload was delivered since [`Self::take_progress`].
     progressed: bool,
     _lease: Option<Lease>,
@@ -145,7 +183,7 @@ impl<T: Tally> Connection<T> {
         seat: Seat,
     ) -> Self {
         let (Phase::Dialling { since: moved, .. } | Phase::Open { since: moved }) = phase;
-        let mut halves = [Half::new(), Half::new()];
+        let mut halves = [Half::new(moved), Half::new(moved)];
         // The client may be written to from the start.
         halves[Direction::Out as usize].writable = true;
         if let Some(header) = header {
@@ -163,6 +201,8 @@ impl<T: Tally> Connection<T> {
             queued: false,
             links: Links::default(),
             moved,
+            wide_links: Links::default(),
+            is_listed_wide: false,
             progressed: false,
             _lease: lease,
             seat,
@@ -214,7 +254,91 @@ impl<T: Tally> Connection<T> {
             Side::Client => &self.halves[Direction::Out as usize],
             Side::Backend => &self.halves[Direction::In as usize],
         };
-        !half.writable && !matches!(half.waiting, Waiting::Nothing)
+        half.is_blocked()
+    }
+
+    /// What the half of `direction` wants of the budget since its last turn.
+    pub(crate) fn claim(&mut self, direction: Direction, now: Instant) -> Option<Claim> {
+        let half = &mut self.halves[direction as usize];
+        let blocked = half.is_blocked();
+        half.was_blocked |= blocked;
+        if half.wide {
+            return None;
+        }
+        if half.delivered >= WIDEN_AFTER {
+            let fast = !half.was_blocked || now < half.counted_from + SOON;
+            (half.delivered, half.counted_from, half.was_blocked) = (0, now, blocked);
+            if fast {
+                return Some(Claim::Widen);
+            }
+        }
+        match (blocked, half.charged > 0) {
+            (true, false) => Some(Claim::Hold),
+            (false, true) => Some(Claim::Release),
+            _ => None,
+        }
+    }
+
+    /// Makes the half of `direction` wide: it has [`WIDE_BYTES`] of the budget.
+    pub(crate) fn widen(&mut self, direction: Direction) {
+        let (source, sink) = self.ends(direction);
+        widen(source, sink, self.halves[direction as usize].was_narrow);
+        let half = &mut self.halves[direction as usize];
+        (half.wide, half.charged) = (true, WIDE_BYTES);
+    }
+
+    /// Makes the half of `direction` narrow. Returns the bytes that it has of the budget from here on, which are
+    /// what it still holds.
+    pub(crate) fn narrow(&mut self, direction: Direction) -> usize {
+        let (source, sink) = self.ends(direction);
+        narrow(source, sink);
+        let unread = rustix::io::ioctl_fionread(source).unwrap_or(0) as usize;
+        let half = &mut self.halves[direction as usize];
+        (half.wide, half.was_narrow) = (false, true);
+        (half.delivered, half.was_blocked) = (0, false);
+        let held = match &half.waiting {
+            Waiting::Nothing => 0,
+            Waiting::Copied { .. } => NARROW_BYTES,
+            Waiting::Piped(pipe) => NARROW_BYTES + pipe.held(),
+        };
+        half.charged = (held + unread).min(WIDE_BYTES);
+        half.charged
+    }
+
+    /// Bounds what the half of `direction`, which is blocked, holds: left to itself the receive buffer at its source
+    /// grows to `tcp_rmem`.
+    pub(crate) fn bound(&mut self, direction: Direction) {
+        if !std::mem::replace(&mut self.halves[direction as usize].was_narrow, true) {
+            let (source, sink) = self.ends(direction);
+            narrow(source, sink);
+        }
+    }
+
+    /// Notes what the half of `direction` has of the budget; how much it had before.
+    pub(crate) fn charge(&mut self, direction: Direction, bytes: usize) -> usize {
+        std::mem::replace(&mut self.halves[direction as usize].charged, bytes)
+    }
+
+    /// Whether the half of `direction` is wide.
+    pub(crate) fn is_wide(&self, direction: Direction) -> bool {
+        self.halves[direction as usize].wide
+    }
+
+    /// Whether a half is blocked.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.halves.iter().any(Half::is_blocked)
+    }
+
+    pub(crate) fn seat(&mut self) -> &mut Seat {
+        &mut self.seat
+    }
+
+    fn ends(&self, direction: Direction) -> (&OwnedFd, &OwnedFd) {
+        let [client, backend] = &self.sockets;
+        match direction {
+            Direction::In => (client, backend),
+            Direction::Out => (backend, client),
+        }
     }
 
     /// Whether `side` has told of an error.
@@ -269,6 +393,7 @@ impl<T: Tally> Connection<T> {
                 }
                 let delivered = half.deliver(sink, &mut scratch.pipes)?;
                 self.progressed |= delivered > 0;
+                half.delivered += delivered;
                 stats.add_bytes(direction, delivered);
                 continue;
             }
@@ -290,7 +415,7 @@ impl<T: Tally> Connection<T> {
                 return Ok(true);
             }
             reads -= 1;
-            if (half.plenty || scratch.splice_from == 0)
+            if (half.plenty && half.wide || scratch.splice_from == 0)
                 && !half.copy_only
                 && let Some(pipe) = scratch.pipes.obtain()
             {
@@ -298,6 +423,7 @@ impl<T: Tally> Connection<T> {
             } else {
                 let delivered = half.copy(source, sink, scratch)?;
                 self.progressed |= delivered > 0;
+                half.delivered += delivered;
                 stats.add_bytes(direction, delivered);
             }
         }

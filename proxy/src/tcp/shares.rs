@@ -1,5 +1,5 @@
-//! Who holds how many TCP connections at which port, and who yields at a limit. Pure, but for the lock around
-//! it: all loops share one book.
+//! Who holds how many TCP connections at which port, and how many bytes for peers that do not drain, and who
+//! yields at a limit. Pure, but for the lock around it: all loops share one book.
 //!
 //! # Theory of operation
 //!
@@ -11,6 +11,11 @@
 //! Where a client may take no more, and another one has more than twice as much, that one yields: of its
 //! connections the one that has carried nothing for longest is cut. Otherwise the newcomer is refused; if it is
 //! only descriptors that are short, and it holds next to nothing, it waits for the next one.
+//!
+//! Bytes have one budget. A half may become wide as long as [`may_take`] says so of what is left of it
+//! ([`Book::take_bytes`]). What a narrow half holds while it is blocked is charged in any case
+//! ([`Book::charge_bytes`]): if that exceeds the budget, the client that holds most bytes has to yield
+//! ([`Book::over_budget`]).
 
 use crate::port::Refusal;
 use std::collections::{BTreeMap, HashMap};
@@ -56,6 +61,21 @@ pub(crate) struct Limits {
     pub(crate) connections: usize,
     /// Connections of one client, if that is limited to less than its share.
     pub(crate) of_client: Option<usize>,
+    /// Bytes held for peers that do not drain.
+    pub(crate) bytes: usize,
+}
+
+/// How much is taken, and who has most.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Usage {
+    /// The client that has most connections, and how many, if they are more than one.
+    pub(crate) largest: Option<(IpAddr, usize)>,
+    /// Connections of the client that has most.
+    pub(crate) most: usize,
+    /// Bytes held for peers that do not drain.
+    pub(crate) bytes: usize,
+    /// The client that holds most bytes, and how many.
+    pub(crate) largest_of_bytes: Option<(IpAddr, usize)>,
 }
 
 /// The book of all loops.
@@ -67,7 +87,38 @@ impl Shares {
         Self(Mutex::new(Book::new(limits)))
     }
 
-    pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
+    /// [`Book::admit`]; the guard of the lock is never handed out, so that nobody holds it twice.
+    pub(crate) fn admit(&self, holder: Holder, at: usize, room: Room) -> Verdict {
+        self.book().admit(holder, at, room)
+    }
+
+    /// [`Book::add`].
+    pub(crate) fn add(&self, holder: Holder, at: usize) {
+        self.book().add(holder, at);
+    }
+
+    /// [`Book::end`].
+    pub(crate) fn end(&self, holder: Holder, at: usize) {
+        self.book().end(holder, at);
+    }
+
+    /// [`Book::over_budget`].
+    pub(crate) fn over_budget(&self) -> Option<(Holder, usize)> {
+        self.book().over_budget()
+    }
+
+    /// How much of what is there is taken.
+    pub(crate) fn usage(&self) -> Usage {
+        let book = self.book();
+        Usage {
+            largest: book.ranking.largest(),
+            most: book.most(),
+            bytes: book.bytes.held,
+            largest_of_bytes: book.bytes.ranking.largest(),
+        }
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
         // A panic between two of its statements leaves figures that are off by one.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -79,20 +130,37 @@ pub(crate) struct Seat {
     shares: Arc<Shares>,
     holder: Holder,
     at: usize,
+    /// Its bytes of the budget.
+    bytes: usize,
     _permit: Permit,
 }
 
 impl Seat {
     /// The place of a connection of `holder` in loop `at`, which is in the book already.
     pub(crate) fn new(shares: Arc<Shares>, holder: Holder, at: usize, permit: Permit) -> Self {
-        Self { shares, holder, at, _permit: permit }
+        Self { shares, holder, at, bytes: 0, _permit: permit }
     }
 
     pub(crate) fn holder(&self) -> Holder {
         self.holder
     }
 
-    /// The connection is to be another loop's.
+    /// Takes `more` bytes of the budget, if they are left for its client.
+    pub(crate) fn take(&mut self, more: usize) -> bool {
+        let taken = self.shares.book().take_bytes(self.holder, self.at, more);
+        self.bytes += if taken { more } else { 0 };
+        taken
+    }
+
+    /// Has `now` bytes of the budget where it had `before`.
+    pub(crate) fn charge(&mut self, before: usize, now: usize) {
+        if before != now {
+            self.shares.book().charge_bytes(self.holder, self.at, before, now);
+            self.bytes = self.bytes + now - before;
+        }
+    }
+
+    /// The connection is to be another loop's. It holds no bytes yet.
     pub(crate) fn hand_over(&mut self, to: usize) {
         if to != self.at {
             self.shares.book().hand_over(self.holder, self.at, to);
@@ -103,7 +171,9 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.shares.book().end(self.holder, self.at);
+        let mut book = self.shares.book();
+        book.charge_bytes(self.holder, self.at, self.bytes, 0);
+        book.end(self.holder, self.at);
     }
 }
 
@@ -115,13 +185,24 @@ struct OfPort {
 }
 
 #[derive(Debug)]
-pub(crate) struct Book {
+struct Book {
     limits: Limits,
     held: usize,
     clients: HashMap<IpAddr, usize>,
     ranking: Ranking<IpAddr>,
     ports: HashMap<u64, OfPort>,
     /// Connections of each holder in each loop.
+    loops: BTreeMap<(Holder, usize), usize>,
+    bytes: Bytes,
+}
+
+/// Bytes held for peers that do not drain.
+#[derive(Debug, Default)]
+struct Bytes {
+    held: usize,
+    clients: HashMap<IpAddr, usize>,
+    ranking: Ranking<IpAddr>,
+    /// Of each holder in each loop.
     loops: BTreeMap<(Holder, usize), usize>,
 }
 
@@ -134,11 +215,12 @@ impl Book {
             ranking: Ranking::default(),
             ports: HashMap::new(),
             loops: BTreeMap::new(),
+            bytes: Bytes::default(),
         }
     }
 
     /// Judges a new connection of `holder` that loop `at` has accepted, and counts it if there is room.
-    pub(crate) fn admit(&mut self, holder: Holder, at: usize, room: Room) -> Verdict {
+    fn admit(&mut self, holder: Holder, at: usize, room: Room) -> Verdict {
         let verdict = self.judge(holder, at, room);
         if verdict == Verdict::Room {
             self.add(holder, at);
@@ -205,7 +287,7 @@ impl Book {
     }
 
     /// Counts a connection without judging it: another one has ended for it.
-    pub(crate) fn add(&mut self, holder: Holder, at: usize) {
+    fn add(&mut self, holder: Holder, at: usize) {
         self.held += 1;
         let held = self.clients.entry(holder.client).or_default();
         *held += 1;
@@ -219,7 +301,7 @@ impl Book {
     }
 
     /// A connection of `holder` in loop `at` has ended.
-    pub(crate) fn end(&mut self, holder: Holder, at: usize) {
+    fn end(&mut self, holder: Holder, at: usize) {
         let Some(port) = self.ports.get_mut(&holder.port) else { return };
         if !take_one(&mut self.loops, (holder, at)) {
             return;
@@ -234,20 +316,57 @@ impl Book {
     }
 
     /// A connection of `holder` goes from one loop to another.
-    pub(crate) fn hand_over(&mut self, holder: Holder, from: usize, to: usize) {
+    fn hand_over(&mut self, holder: Holder, from: usize, to: usize) {
         if take_one(&mut self.loops, (holder, from)) {
             *self.loops.entry((holder, to)).or_default() += 1;
         }
     }
 
-    /// The client that has most connections, and how many, if they are more than one.
-    pub(crate) fn largest(&self) -> Option<(IpAddr, usize)> {
-        self.ranking.largest()
+    /// Takes `more` bytes for a connection of `holder` in loop `at`, if they are left for its client.
+    fn take_bytes(&mut self, holder: Holder, at: usize, more: usize) -> bool {
+        let free = self.limits.bytes.saturating_sub(self.bytes.held);
+        let held = self.bytes.clients.get(&holder.client).copied().unwrap_or(0);
+        let may = more <= free && may_take(held, free);
+        if may {
+            self.charge_bytes(holder, at, 0, more);
+        }
+        may
+    }
+
+    /// A connection of `holder` in loop `at` holds `now` bytes, and held `before`.
+    fn charge_bytes(&mut self, holder: Holder, at: usize, before: usize, now: usize) {
+        if before == now {
+            return;
+        }
+        let Bytes { held, clients, ranking, loops } = &mut self.bytes;
+        *held = *held + now - before;
+        let of_client = clients.entry(holder.client).or_default();
+        let old = std::mem::replace(of_client, *of_client + now - before);
+        ranking.change(holder.client, old, *of_client);
+        if *of_client == 0 {
+            clients.remove(&holder.client);
+        }
+        let in_loop = loops.entry((holder, at)).or_default();
+        *in_loop = *in_loop + now - before;
+        if *in_loop == 0 {
+            loops.remove(&(holder, at));
+        }
+    }
+
+    /// Where more bytes are held than the budget has: of whose connections one has to end, and in which loop.
+    fn over_budget(&self) -> Option<(Holder, usize)> {
+        if self.bytes.held <= self.limits.bytes {
+            return None;
+        }
+        let (client, _) = self.bytes.ranking.largest()?;
+        let of_client = self.bytes.loops.range((Holder { client, port: 0 }, 0)..);
+        let of_client = of_client.take_while(|((holder, _), _)| holder.client == client);
+        of_client.max_by_key(|(_, held)| **held).map(|(key, _)| *key)
     }
 
     /// Connections of the client that has most.
-    pub(crate) fn most(&self) -> usize {
-        self.largest().map_or(usize::from(self.held > 0), |(_, held)| held)
+    fn most(&self) -> usize {
+        self.ranking.largest().map_or(usize::from(self.held > 0), |(_, held)| held)
     }
 }
 
@@ -280,7 +399,7 @@ mod tests {
     }
 
     fn book(connections: usize) -> Book {
-        Book::new(Limits { connections, of_client: None })
+        Book::new(Limits { connections, of_client: None, bytes: 1000 })
     }
 
     const ROOM: Room = Room { port_limit: 1000, descriptors: 1000, among_others: true };
@@ -328,7 +447,7 @@ mod tests {
         let mut book = book(1000);
         got(&mut book, holder(1, 1), 2, ROOM);
         got(&mut book, holder(1, 2), 3, ROOM);
-        assert_eq!(book.largest(), Some((holder(1, 1).client, 5)));
+        assert_eq!(book.ranking.largest(), Some((holder(1, 1).client, 5)));
         let short = Room { descriptors: 0, ..ROOM };
         let yields = Verdict::InPlaceOf { holder: holder(1, 2), at: 0, limit: Refusal::TotalLimit };
         assert_eq!(book.admit(holder(2, 1), 1, short), yields);
@@ -342,7 +461,7 @@ mod tests {
 
     #[test]
     fn a_client_may_be_limited_to_less_than_its_share() {
-        let mut book = Book::new(Limits { connections: 100, of_client: Some(2) });
+        let mut book = Book::new(Limits { connections: 100, of_client: Some(2), bytes: 1000 });
         assert_eq!(got(&mut book, holder(1, 1), 5, ROOM), 2);
     }
 
@@ -358,6 +477,23 @@ mod tests {
         };
         assert_eq!(at(book.admit(holder(3, 1), 0, ROOM)), Some(0));
         assert_eq!(at(book.admit(holder(3, 1), 3, ROOM)), Some(3));
+    }
+
+    #[test]
+    fn a_client_may_take_two_thirds_of_the_bytes_and_the_largest_yields_when_there_are_too_many() {
+        let mut book = book(9);
+        let greedy = holder(1, 1);
+        let taken = (0..20).filter(|_| book.take_bytes(greedy, 1, 100)).count();
+        assert_eq!(taken, 7, "600 of 1000 are fewer than twice 400");
+        assert!(book.take_bytes(holder(2, 1), 0, 100));
+        book.charge_bytes(holder(2, 2), 0, 0, 200);
+        assert_eq!(book.over_budget(), None, "1000 are held");
+        book.charge_bytes(greedy, 0, 0, 1);
+        assert_eq!(book.over_budget(), Some((greedy, 1)));
+        book.charge_bytes(greedy, 1, 700, 0);
+        assert_eq!((book.over_budget(), book.bytes.held), (None, 301));
+        book.charge_bytes(greedy, 0, 1, 0);
+        assert_eq!(book.bytes.ranking.largest(), Some((holder(2, 1).client, 300)));
     }
 
     proptest! {
@@ -400,7 +536,7 @@ mod tests {
                 book.end(holder, at);
             }
             prop_assert!(book.clients.is_empty() && book.ports.is_empty() && book.loops.is_empty());
-            prop_assert_eq!(book.largest(), None);
+            prop_assert_eq!(book.ranking.largest(), None);
         }
     }
 }
