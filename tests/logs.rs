@@ -218,7 +218,8 @@ fn what_repeats_itself_is_said_once_and_counted() {
     std::thread::sleep(Duration::from_millis(300));
     up.stop(Signal::INT, SOON);
     let log = up.wait_for_output(SOON);
-    let lines: Vec<&str> = log.lines().filter(|line| line.contains("put right again")).collect();
+    let lines: Vec<&str> =
+        log.lines().filter(|line| line.contains("removed or changed by other software; restored")).collect();
     assert_eq!(lines.len(), 2, "{log}");
     assert!(!lines[0].contains("repeated"), "{log}");
     let times: usize =

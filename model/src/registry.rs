@@ -237,6 +237,9 @@ fn offset(value: u32, first: u32) -> Option<OwnerSlot> {
     value.checked_sub(first).and_then(|index| u8::try_from(index).ok()).map(OwnerSlot)
 }
 
+/// The counter of objects of ours that were restored, with the label `kind`. Each crate counts what it restores itself.
+pub const REPAIRS_METRIC: &str = "tidegate_network_repairs_total";
+
 #[cfg(test)]
 mod tests {
     use super::*;

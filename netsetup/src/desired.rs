@@ -2,6 +2,7 @@
 
 use crate::{Fact, Interface, Isolation, Place};
 use ipnet::IpNet;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 /// Everything that one owner wants.
@@ -148,15 +149,22 @@ impl Desired {
         self.guards != Guards::None && !there.any(|attachment| attachment.any_address)
     }
 
-    /// The networks, and of the endpoints `name` alone.
-    pub(crate) fn with_endpoint(&self, name: &str) -> Self {
-        let endpoints = self.endpoints.iter().filter(|endpoint| endpoint.name == name).cloned().collect();
-        Self { endpoints, ..self.without_endpoints() }
+    /// The networks, and of the endpoints those of these `names`.
+    pub(crate) fn with_endpoints(&self, names: &BTreeSet<String>) -> Self {
+        let endpoints = self.endpoints.iter().filter(|endpoint| names.contains(&endpoint.name));
+        Self { endpoints: endpoints.cloned().collect(), ..self.without_endpoints() }
     }
 
     /// The same without any endpoint.
     pub(crate) fn without_endpoints(&self) -> Self {
-        Self { endpoints: Vec::new(), ..self.clone() }
+        Self {
+            networks: self.networks.clone(),
+            endpoints: Vec::new(),
+            uplinks: self.uplinks.clone(),
+            reply_paths: self.reply_paths.clone(),
+            rules_ahead: self.rules_ahead,
+            guards: self.guards.clone(),
+        }
     }
 
     /// All facts, in the order to make them.
@@ -186,14 +194,9 @@ impl Desired {
         facts
     }
 
-    /// What makes the host's ends of endpoints' links safe: that they are ports as they should be, and guarded.
-    pub(crate) fn port_facts(&self) -> Vec<Fact> {
-        let attachments = self.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
-        let of = |attachment: &Attachment| {
-            let network = self.networks.iter().find(|network| network.name == attachment.network);
-            network.map(|network| attachment.port_facts(network, &self.guards)).unwrap_or_default()
-        };
-        attachments.flat_map(of).collect()
+    /// Whether `link` is the bridge of one of the networks.
+    pub(crate) fn has_bridge(&self, link: &str) -> bool {
+        self.networks.iter().any(|network| network.bridge.name == link)
     }
 }
 
@@ -211,9 +214,8 @@ impl Attachment {
             link: link.clone(),
             bridge: network.bridge.name.clone(),
             isolated: !network.inter_container,
-            station,
         };
-        guard.into_iter().chain([port]).collect()
+        guard.into_iter().chain([port, Fact::Station { link, station }]).collect()
     }
 
     fn facts(&self, place: &Place, endpoint: &str, network: &Network, guards: &Guards) -> Vec<Fact> {

@@ -111,8 +111,8 @@ pub enum Fact {
     },
     /// A link of the host is a port of a bridge.
     ///
-    /// It learns no addresses: the one station behind it is a static entry of the bridge's forwarding database, and
-    /// frames to unknown addresses are not flooded to it.
+    /// It learns no addresses: the one station behind it is a static entry of the bridge's forwarding database
+    /// ([`Station`](Self::Station)), and frames to unknown addresses are not flooded to it.
     Port {
         /// The link.
         link: String,
@@ -120,6 +120,11 @@ pub enum Fact {
         bridge: String,
         /// It reaches the bridge itself, and none of the other ports that are isolated too.
         isolated: bool,
+    },
+    /// The forwarding database of a bridge has a static entry for the station behind one of its ports.
+    Station {
+        /// The port.
+        link: String,
         /// The hardware address of the station.
         station: Mac,
     },
@@ -171,6 +176,15 @@ pub enum Fact {
         place: Place,
         /// The link.
         link: String,
+    },
+    /// The subnet of an address of a link is on that link: the route that the kernel adds to `main` with the address.
+    SubnetRoute {
+        /// Where.
+        place: Place,
+        /// The link.
+        link: String,
+        /// The address, and the network that is on the link.
+        address: IpNet,
     },
     /// All that is not on a link goes this way.
     DefaultRoute {
@@ -239,26 +253,40 @@ pub enum Passes {
 type Link<'a> = (Option<&'a str>, &'a str);
 
 impl Fact {
-    /// Whether it is about the endpoint `name`: in its namespace, or the link to it.
-    pub(crate) fn is_of_endpoint(&self, name: &str) -> bool {
+    /// The endpoint that it is about: in its namespace, or the link to it.
+    #[must_use]
+    pub fn endpoint(&self) -> Option<&str> {
         match self {
-            Self::Veth { endpoint, .. } => endpoint == name,
+            Self::Veth { endpoint, .. } => Some(endpoint),
             Self::Setting { place, .. }
             | Self::Address { place, .. }
             | Self::Up { place, .. }
-            | Self::DefaultRoute { place, .. } => matches!(place, Place::Endpoint(there) if there == name),
-            Self::Bridge { .. }
-            | Self::Port { .. }
-            | Self::Rule(_)
-            | Self::ReplyRoute { .. }
-            | Self::Forwarding { .. }
-            | Self::Group { .. }
-            | Self::Gate { .. }
-            | Self::PortGuard { .. }
-            | Self::InternalGuard { .. }
-            | Self::GuardTable { .. }
-            | Self::Ruleset { .. } => false,
+            | Self::SubnetRoute { place, .. }
+            | Self::DefaultRoute { place, .. } => place.endpoint(),
+            _ => None,
         }
+    }
+
+    /// Whether it is about the endpoint `name`: in its namespace, or the link to it.
+    pub(crate) fn is_of_endpoint(&self, name: &str) -> bool {
+        self.endpoint() == Some(name)
+    }
+
+    /// Whether it is decided on the host.
+    pub(crate) fn is_of_the_host(&self) -> bool {
+        match self {
+            Self::Setting { place, .. }
+            | Self::Address { place, .. }
+            | Self::Up { place, .. }
+            | Self::SubnetRoute { place, .. }
+            | Self::DefaultRoute { place, .. } => *place == Place::Host,
+            _ => true,
+        }
+    }
+
+    /// Whether it is no failure to restore it where it, or something in its place, is there already.
+    pub(crate) fn may_exist(&self) -> bool {
+        matches!(self, Self::Address { .. } | Self::SubnetRoute { .. } | Self::DefaultRoute { .. })
     }
 
     /// Whether it is a link of the host, perhaps with another end elsewhere.
@@ -287,8 +315,10 @@ impl Fact {
             }
             Self::Address { place, link, .. }
             | Self::Up { place, link }
+            | Self::SubnetRoute { place, link, .. }
             | Self::DefaultRoute { place, link, .. } => (Some((place.endpoint(), link.as_str())), None),
             Self::Group { link, .. }
+            | Self::Station { link, .. }
             | Self::Gate { link, .. }
             | Self::InternalGuard { link, .. }
             | Self::PortGuard { link, .. } => (Some((None, link.as_str())), None),
@@ -318,9 +348,15 @@ impl fmt::Display for Fact {
                 write!(f, "veth pair {:?} to {:?} of endpoint {endpoint:?}", interface.name, inside.name)
             }
             Self::Port { link, bridge, .. } => write!(f, "port {link:?} of bridge {bridge:?}"),
+            Self::Station { link, station } => {
+                write!(f, "forwarding database entry {station} of port {link:?}")
+            }
             Self::Setting { place, name, value } => write!(f, "{name} = {value} on {place}"),
             Self::Address { place, link, address } => write!(f, "address {address} of {link:?} on {place}"),
             Self::Up { place, link } => write!(f, "{link:?} up on {place}"),
+            Self::SubnetRoute { place, link, address } => {
+                write!(f, "route to {} on {link:?} of {place}", address.trunc())
+            }
             Self::DefaultRoute { place, link, gateway } => {
                 write!(f, "default route by {gateway} on {link:?} of {place}")
             }

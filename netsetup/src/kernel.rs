@@ -23,7 +23,7 @@ use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
 use look::Here;
-use messages::{default_route, group, link_of, message_of, reply_route};
+use messages::{default_route, group, link_of, message_of, reply_route, subnet_route};
 
 /// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
@@ -145,8 +145,17 @@ impl Kernel {
     /// # Errors
     /// The first question that the kernel did not answer. An endpoint that is not known has nothing.
     pub async fn observe(&mut self, asked: &[Fact]) -> Result<Observed, KernelError> {
+        self.observe_at(&Place::Host, asked).await
+    }
+
+    /// The same of the places that `asked` is about, and of `place` whether it is among them or not.
+    pub(crate) async fn observe_at(
+        &mut self,
+        place: &Place,
+        asked: &[Fact],
+    ) -> Result<Observed, KernelError> {
         let mut observed = Observed::default();
-        let mut by_place: BTreeMap<&Place, Vec<&Fact>> = BTreeMap::from([(&Place::Host, Vec::new())]);
+        let mut by_place: BTreeMap<&Place, Vec<&Fact>> = BTreeMap::from([(place, Vec::new())]);
         for fact in asked {
             by_place.entry(place_of(fact).unwrap_or(&Place::Host)).or_default().push(fact);
         }
@@ -299,6 +308,25 @@ impl Kernel {
         Ok(true)
     }
 
+    /// The places in which sysctls of `facts` have other values. One that cannot be read, because its link has gone for
+    /// instance, is none of those.
+    pub(crate) fn places_with_other_settings(&self, facts: &[Fact]) -> BTreeSet<Place> {
+        let differs = |fact: &Fact| match fact {
+            Fact::Setting { place, name, value } => {
+                let found = self.namespace(place).ok()?.sysctl(name).ok()?;
+                (found != *value).then(|| place.clone())
+            }
+            // With all links that forward IPv6 this one does, whatever its own setting.
+            Fact::Forwarding { link, v6 } => {
+                let found = self.forwarding_at(link, *v6).ok()?;
+                let differs = found != "1" && !(*v6 && self.forwards(true).unwrap_or(true));
+                differs.then_some(Place::Host)
+            }
+            _ => None,
+        };
+        facts.iter().filter_map(differs).collect()
+    }
+
     /// Whether the rules are in force; not on this thread, for it may take programs that take their time.
     async fn ruleset_holds(&self, fact: &Fact) -> Result<bool, KernelError> {
         // Of one that was killed: removing what is not there costs nothing.
@@ -373,7 +401,8 @@ impl Kernel {
                 // Somebody may have deleted the one that had the name.
                 self.forget(&Place::Host, &interface.name);
                 let bridge = LinkBridge::new(&interface.name).address(interface.mac.0.to_vec()).mtu(*mtu);
-                self.host()?.link().add(bridge.build()).execute().await.map_err(error)?;
+                let added = self.host()?.link().add(bridge.build()).execute().await.map_err(error);
+                self.or_set_mtu(added, interface, *mtu).await?;
                 // Not with the link: `rtnl_create_link` (net/core/rtnetlink.c) knows no alias.
                 let index = self.index(&Place::Host, &interface.name).await?;
                 let alias = if *internal { registry::INTERNAL_ALIAS } else { registry::NETWORK_ALIAS };
@@ -397,15 +426,19 @@ impl Kernel {
                     .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
                     .address(interface.mac.0.to_vec())
                     .mtu(*mtu);
-                self.host()?.link().add(pair.build()).execute().await.map_err(error)
+                let added = self.host()?.link().add(pair.build()).execute().await.map_err(error);
+                self.or_set_mtu(added, interface, *mtu).await
             }
-            Fact::Port { link, bridge, isolated, station } => {
+            Fact::Port { link, bridge, isolated } => {
                 let (link, bridge) =
                     (self.index(&Place::Host, link).await?, self.index(&Place::Host, bridge).await?);
                 let enslave = LinkUnspec::new_with_index(link).controller(bridge).build();
                 self.host()?.link().set(enslave).execute().await.map_err(error)?;
                 let port = LinkBridgePort::new(link).isolated(*isolated).learning(false).flood(false).build();
-                self.host()?.link().set_port(port).execute().await.map_err(error)?;
+                self.host()?.link().set_port(port).execute().await.map_err(error)
+            }
+            Fact::Station { link, station } => {
+                let link = self.index(&Place::Host, link).await?;
                 // As `bridge fdb replace STATION dev LINK master static`.
                 let entry = self.host()?.neighbours().add_bridge(link, &station.0).replace();
                 let entry = entry.state(NeighbourState::Noarp).flags(NeighbourFlags::Controller);
@@ -431,6 +464,10 @@ impl Kernel {
                 let index = self.index(place, link).await?;
                 let up = LinkUnspec::new_with_index(index).up().build();
                 self.handle(place)?.link().set(up).execute().await.map_err(error)
+            }
+            Fact::SubnetRoute { place, link, address } => {
+                let route = subnet_route(self.index(place, link).await?, *address);
+                self.handle(place)?.route().add(route).execute().await.map_err(error)
             }
             Fact::DefaultRoute { place, link, gateway } => {
                 let route = default_route(self.index(place, link).await?, *gateway);
@@ -475,6 +512,17 @@ impl Kernel {
         }
     }
 
+    /// Where `added` says that the link is there already, which is known to be ours: somebody has changed its MTU.
+    async fn or_set_mtu(&mut self, added: io::Result<()>, interface: &Interface, mtu: u32) -> io::Result<()> {
+        let Err(error_of_add) = added else { return Ok(()) };
+        if error_of_add.kind() != io::ErrorKind::AlreadyExists {
+            return Err(error_of_add);
+        }
+        let index = self.index(&Place::Host, &interface.name).await?;
+        let message = LinkUnspec::new_with_index(index).mtu(mtu).build();
+        self.host()?.link().set(message).execute().await.map_err(error)
+    }
+
     async fn remove(&mut self, fact: &Fact) -> io::Result<()> {
         match fact {
             Fact::Bridge { interface, .. } | Fact::Veth { interface, .. } => {
@@ -486,6 +534,7 @@ impl Kernel {
                 self.host()?.link().set(free).execute().await.map_err(error)
             }
             // They go with their links.
+            Fact::Station { .. } | Fact::SubnetRoute { .. } => Ok(()),
             Fact::Setting { .. } | Fact::Group { .. } | Fact::Gate { .. } | Fact::InternalGuard { .. } => {
                 Ok(())
             }
@@ -598,6 +647,11 @@ impl Kernel {
         Ok(self.connection(place).map_err(|error| error.source)?.handle.clone())
     }
 
+    /// Forgets the numbers of links of endpoints.
+    pub(crate) fn forget_endpoints(&mut self) {
+        self.connections.retain(|place, _| *place == Place::Host);
+    }
+
     fn forget(&mut self, place: &Place, link: &str) {
         if let Some(connection) = self.connections.get_mut(place) {
             connection.indexes.remove(link);
@@ -668,10 +722,12 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         Fact::Setting { place, .. }
         | Fact::Address { place, .. }
         | Fact::Up { place, .. }
+        | Fact::SubnetRoute { place, .. }
         | Fact::DefaultRoute { place, .. } => Some(place),
         Fact::Bridge { .. }
         | Fact::Veth { .. }
         | Fact::Port { .. }
+        | Fact::Station { .. }
         | Fact::Rule(_)
         | Fact::ReplyRoute { .. }
         | Fact::Forwarding { .. }

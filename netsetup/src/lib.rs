@@ -32,6 +32,7 @@ mod kernel;
 mod mac;
 mod observed;
 mod plan;
+mod repair;
 mod setup;
 mod world;
 
@@ -49,5 +50,6 @@ pub use kernel::Kernel;
 pub use mac::Mac;
 pub use observed::{DefaultRoute, Observed};
 pub use plan::{Plan, plan};
+pub use repair::{RepairKind, Repaired};
 pub use setup::{Setup, SetupError};
 pub use world::World;

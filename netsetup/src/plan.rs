@@ -205,7 +205,7 @@ fn check_surroundings(desired: &Desired, owned: &[Fact], observed: &Observed) ->
 }
 
 /// Whether no link of others has the name of one of `desired`.
-fn check_links(desired: &Desired, observed: &Observed) -> Result<(), ConflictError> {
+pub(crate) fn check_links(desired: &Desired, observed: &Observed) -> Result<(), ConflictError> {
     for network in &desired.networks {
         check_free(observed, &Place::Host, &network.bridge)?;
     }

@@ -1,11 +1,13 @@
 //! Plan, apply, verify, and take it all back.
 
-use crate::plan::{plan_again, removals};
+use crate::plan::{check_links, plan_again, removals};
+use crate::repair::{causes, with_derived};
 use crate::{
     ApplyError, ConflictError, Desired, Fact, Interface, Isolation, Journal, JournalError, Kernel,
-    KernelError, Observed, Op, Place, World, plan,
+    KernelError, Observed, Op, Place, Repaired, World, plan,
 };
 use std::collections::BTreeSet;
+use std::io;
 use tidegate_netns::Namespace;
 
 /// Networks and endpoints of one owner.
@@ -22,6 +24,12 @@ fn removes_link(op: &Op) -> Option<&Interface> {
         Op::Remove(Fact::Bridge { interface, .. } | Fact::Veth { interface, .. }) => Some(interface),
         _ => None,
     }
+}
+
+/// Whether `fact` is about the host's end of a veth pair of `part`.
+fn is_on_pair_of(part: &Desired, fact: &Fact) -> bool {
+    let ends = part.endpoints.iter().flat_map(|one| &one.attachments).map(|one| one.host_end.name.as_str());
+    ends.into_iter().any(|end| fact.on().any(|link| link == (None, end)))
 }
 
 /// Why networks are not as desired.
@@ -93,7 +101,9 @@ impl Setup {
     /// # Errors
     /// [`SetupError`].
     pub async fn change(&mut self, desired: &Desired) -> Result<usize, SetupError> {
-        let added = self.repair(desired).await?;
+        let ops = self.plan_part(&desired.without_endpoints()).await?;
+        self.carry_out(&ops).await?;
+        let added = ops.len();
         Ok(added + self.update(desired).await?)
     }
 
@@ -108,38 +118,155 @@ impl Setup {
         Ok(ops.len())
     }
 
-    /// Puts back what someone else has removed or changed of the networks of `desired`, which must have been applied: their bridges and
-    /// what keeps them closed. Endpoints are looked at only if a bridge was gone. Returns the number of steps.
+    /// Restores what other software has removed or changed of `desired`, which must have been applied: of the host with
+    /// `host`, and of these `endpoints`. A veth pair that is missing is restored if its endpoint is among them.
     ///
-    /// # Errors
-    /// [`SetupError`].
-    pub async fn repair(&mut self, desired: &Desired) -> Result<usize, SetupError> {
-        let networks = desired.without_endpoints();
-        let mut ops = self.plan_part(&networks).await?;
-        ops.extend(self.missing_of_ports(desired).await?);
-        self.carry_out(&ops).await?;
-        let others = if ops.iter().any(|op| op.fact().is_link()) { self.apply(desired).await? } else { 0 };
-        Ok(ops.len() + others)
+    /// Nothing is undone where a step fails, since facts are in an order in which what closes a network precedes what
+    /// opens it. What the other place needs is done all the same.
+    pub async fn repair(&mut self, desired: &Desired, host: bool, endpoints: &BTreeSet<String>) -> Repaired {
+        let mut repaired = Repaired::default();
+        // Whoever has removed a link of an endpoint may have made another one of the same name.
+        self.kernel.forget_endpoints();
+        let mut unplugged = BTreeSet::new();
+        if host {
+            match self.repair_host(desired).await {
+                Ok((restored, failed, missing)) => {
+                    repaired.restored = restored;
+                    repaired.failed.extend(failed.map(|error| (None, error)));
+                    unplugged = missing;
+                }
+                Err(error) => repaired.failed.push((None, error)),
+            }
+        }
+        for name in endpoints {
+            match self.repair_endpoint(desired, name, unplugged.contains(name)).await {
+                Ok(restored) => repaired.restored.extend(restored),
+                Err(error) => repaired.failed.push((Some(name.clone()), error)),
+            }
+        }
+        repaired.restored = causes(std::mem::take(&mut repaired.restored));
+        repaired.unplugged = unplugged.difference(endpoints).cloned().collect();
+        repaired
     }
 
-    /// What is missing of the bridge ports of `desired` whose links are there.
-    async fn missing_of_ports(&mut self, desired: &Desired) -> Result<Vec<Op>, SetupError> {
-        let facts = desired.port_facts();
+    /// Restores what is on the host, but for veth pairs and what is on them. Returns what was restored, what has failed,
+    /// and the endpoints whose pairs are missing.
+    async fn repair_host(
+        &mut self,
+        desired: &Desired,
+    ) -> Result<(Vec<Fact>, Option<SetupError>, BTreeSet<String>), SetupError> {
+        let facts = with_derived(desired.facts(&*self.isolation));
+        let facts: Vec<Fact> = facts.into_iter().filter(Fact::is_of_the_host).collect();
         let observed = self.kernel.observe(&facts).await?;
-        let links = observed.links.get(&Place::Host);
-        let is_there = |name: &str| links.is_some_and(|links| links.contains_key(name));
-        let missing = facts.into_iter().filter(|fact| !observed.facts.contains(fact));
-        Ok(missing.filter(|fact| fact.on().all(|(_, link)| is_there(link))).map(Op::Add).collect())
+        check_links(&desired.without_endpoints(), &observed)?;
+        let is_there =
+            |link: &str| observed.links.get(&Place::Host).is_some_and(|links| links.contains_key(link));
+        let mut unplugged = BTreeSet::new();
+        let mut missing_links = BTreeSet::new();
+        let mut ops = Vec::new();
+        for fact in facts.into_iter().filter(|fact| !observed.facts.contains(fact)) {
+            match &fact {
+                Fact::Veth { interface, endpoint, .. } => {
+                    unplugged.insert(endpoint.clone());
+                    missing_links.insert(interface.name.clone());
+                }
+                // Of a link of somebody else's, or of the engine's device, that has gone.
+                Fact::Forwarding { link, .. } if !is_there(link) && !desired.has_bridge(link) => {}
+                _ if fact.on().any(|(_, link)| missing_links.contains(link)) => {}
+                _ => ops.push(Op::Add(fact)),
+            }
+        }
+        let (restored, failed) = self.restore(&ops).await?;
+        Ok((restored, failed, unplugged))
     }
 
-    /// Whether the gates and port guards of `desired` are still attached; nothing announces it when one is detached.
-    /// Links that are not there are no matter of this.
+    /// Restores what is in the namespace of the endpoint `name`, and its veth pairs. It is known to be `unplugged`, or
+    /// that is found out.
+    async fn repair_endpoint(
+        &mut self,
+        desired: &Desired,
+        name: &str,
+        unplugged: bool,
+    ) -> Result<Vec<Fact>, SetupError> {
+        let part = desired.with_endpoints(&BTreeSet::from([name.to_owned()]));
+        let place = Place::Endpoint(name.to_owned());
+        let mut facts = with_derived(part.facts(&*self.isolation));
+        let inside: Vec<Fact> = facts
+            .iter()
+            .filter(|fact| fact.is_of_endpoint(name) && !fact.is_of_the_host())
+            .cloned()
+            .collect();
+        let mut observed = self.kernel.observe_at(&place, &inside).await?;
+        let links = observed.links.get(&place).cloned().unwrap_or_default();
+        let lost =
+            |fact: &Fact| matches!(fact, Fact::Veth { inside, .. } if !links.contains_key(&inside.name));
+        facts.retain(|fact| fact.is_of_endpoint(name) || is_on_pair_of(&part, fact));
+        let lost: Vec<Fact> = facts.iter().filter(|fact| lost(fact)).cloned().collect();
+        let mut world;
+        if unplugged || !lost.is_empty() {
+            observed = self.kernel.observe(&facts).await?;
+            check_links(&part, &observed)?;
+            world = World::new(observed.facts);
+            // The other end may have been renamed, or moved elsewhere: then the pair is made anew.
+            let left: Vec<Op> = lost.into_iter().filter(|fact| world.holds(fact)).map(Op::Remove).collect();
+            self.carry_out(&left).await?;
+            left.iter().for_each(|op| world.execute(op));
+        } else {
+            world = World::new(observed.facts);
+            facts = inside;
+        }
+        let ops: Vec<Op> = facts.into_iter().filter(|fact| !world.holds(fact)).map(Op::Add).collect();
+        let (restored, failed) = self.restore(&ops).await?;
+        match failed {
+            // What was restored is so; it will be looked for again.
+            Some(error) => Err(error),
+            None => Ok(restored),
+        }
+    }
+
+    /// Carries `ops`, which add facts, out until one fails. Returns the facts that were not true before. The journal
+    /// has each fact once, however often it is restored.
+    async fn restore(&mut self, ops: &[Op]) -> Result<(Vec<Fact>, Option<SetupError>), SetupError> {
+        if ops.is_empty() {
+            return Ok((Vec::new(), None));
+        }
+        let known: BTreeSet<&Fact> = self.journal.facts().iter().collect();
+        let new: Vec<Op> = ops.iter().filter(|op| !known.contains(op.fact())).cloned().collect();
+        if !new.is_empty() {
+            self.journal.before(&new)?;
+        }
+        let mut restored = Vec::new();
+        for op in ops {
+            match self.kernel.execute(op).await {
+                Ok(()) => restored.push(op.fact().clone()),
+                // The kernel has added it with what was restored before, or somebody has put another one in its place.
+                Err(error)
+                    if error.source.kind() == io::ErrorKind::AlreadyExists && op.fact().may_exist() => {}
+                Err(source) => {
+                    let error = ApplyError { op: Box::new(op.clone()), source, left: Vec::new() };
+                    return Ok((restored, Some(error.into())));
+                }
+            }
+        }
+        Ok((restored, None))
+    }
+
+    /// Looks for changes of `desired` that the kernel announces to nobody: programs that were detached, and sysctls of
+    /// bridges and of `endpoints`. Returns the places that have some. Links that are not there are no matter of this.
     ///
     /// # Errors
     /// [`KernelError`].
-    pub async fn programs_hold(&mut self, desired: &Desired) -> Result<bool, KernelError> {
-        let facts = desired.facts(&*self.isolation);
-        self.kernel.programs_hold(&facts).await
+    pub async fn changed_silently(
+        &mut self,
+        desired: &Desired,
+        endpoints: &BTreeSet<String>,
+    ) -> Result<BTreeSet<Place>, KernelError> {
+        let part = desired.with_endpoints(endpoints).facts(&*self.isolation);
+        let mut places = self.kernel.places_with_other_settings(&part);
+        if !self.kernel.programs_hold(&desired.facts(&*self.isolation)).await? {
+            places.insert(Place::Host);
+        }
+        Ok(places)
     }
 
     /// Plugs the endpoint `name` of `desired`, which must have been applied, into `namespace`: its container has come back in
@@ -155,7 +282,7 @@ impl Setup {
         name: &str,
         namespace: Namespace,
     ) -> Result<usize, SetupError> {
-        let part = desired.with_endpoint(name);
+        let part = desired.with_endpoints(&BTreeSet::from([name.to_owned()]));
         let old = self.kernel.add_endpoint(name, namespace.clone());
         if let Some(old) = old.filter(|old| old.id() != namespace.id()) {
             let fits = self.plan_part(&part).await;

@@ -4,16 +4,22 @@
 //! that is looked for once a second, since nothing announces it. The old namespace cannot be mistaken for a new one meanwhile, because
 //! our handle keeps it, and with it its number.
 //!
-//! The host's networks are others' too: a daemon that flushes policy rules when it starts (systemd-networkd does with those it does not know), or one
-//! that switches forwarding on everywhere, would open what is closed. So changes of rules, links and settings are listened for, and what is ours
-//! is put back.
+//! Other software removes objects of ours: a daemon that flushes policy rules when it starts (systemd-networkd does with
+//! those it does not know) or that switches forwarding on everywhere opens what is closed, and processes of a container
+//! can remove its addresses. The kernel announces changes of links, addresses, routes, rules and nftables, on the host and
+//! in each endpoint's namespace; programs and sysctls, of which it announces nothing, are looked at every
+//! [`SILENT_CHANGES`]. What is missing is restored ([`repair_schedule`](super::repair_schedule) says when), logged and
+//! counted.
 //!
 //! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
 
+use super::endpoint_watch::EndpointWatch;
+use super::repair_schedule::{Check, RepairSchedule, SETTLE};
 use super::{Instance, Signals, bridge_indexes, reply_paths, rules_ahead, uplinks};
 use crate::api::{Order, Problem};
 use crate::firewall::BypassedRules;
 use crate::publisher::PublishError;
+use crate::services::State;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
@@ -22,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_netns::{Namespace, NamespaceId, News};
-use tidegate_netsetup::{Firewall, SetupError};
+use tidegate_netsetup::{Firewall, Place, RepairKind, Repaired, SetupError};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -30,11 +36,11 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 /// How often adopted namespaces are looked after.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// How long what changes may go on changing before it is put right, so that a flush of many rules is one repair.
-const SETTLE: Duration = Duration::from_millis(10);
+/// How often that is looked at which the kernel announces to nobody.
+const SILENT_CHANGES: Duration = Duration::from_millis(500);
 
-/// The least time between two repairs, should someone insist.
-const REPAIR_PAUSE: Duration = Duration::from_millis(100);
+/// Endpoints whose sysctls are read at a time, which takes the kernel some 20 µs for each.
+const ENDPOINTS_AT_A_TIME: usize = 64;
 
 /// How often rules are looked at where the kernel sends no word of changes.
 const LOOK_AT_RULES: Duration = Duration::from_millis(200);
@@ -100,8 +106,11 @@ impl Instance {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // What was said last of an endpoint that could not be plugged in, so that it is not said every second.
         let mut said = BTreeMap::new();
-        let mut repair_at: Option<Instant> = None;
-        let mut repaired = Instant::now() - REPAIR_PAUSE;
+        let mut silent = interval(SILENT_CHANGES);
+        silent.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The endpoint whose sysctls were read last.
+        let mut looked_at = String::new();
+        let mut schedule = RepairSchedule::new();
         let mut rules_changed = false;
         let mut ticked = 0;
         // The rules of DOCKER-USER that were reported, so that each is reported once.
@@ -111,23 +120,29 @@ impl Instance {
         self.look_at_marks(&mut mark_setters);
         loop {
             tokio::select! {
-                changed = self.news.readable(), if repair_at.is_none() => {
-                    if let Ok(mut changed) = changed {
-                        changed.get_inner().drain();
+                changed = self.news.readable(), if !schedule.awaits_host() => {
+                    let has_changed = changed.is_ok_and(|mut changed| {
+                        let has_changed = changed.get_inner().drain();
                         changed.clear_ready();
+                        has_changed
+                    });
+                    if has_changed {
+                        schedule.host_changed(Instant::now());
                     }
-                    repair_at = Some((Instant::now() + SETTLE).max(repaired + REPAIR_PAUSE));
                 },
-                () = rules.changed(), if repair_at.is_none() => {
-                    repair_at = Some((Instant::now() + SETTLE).max(repaired + REPAIR_PAUSE));
+                () = rules.changed(), if !schedule.awaits_host() => {
+                    schedule.host_changed(Instant::now());
                     rules_changed = true;
                 },
-                () = sleep_until(repair_at.unwrap_or(repaired)), if repair_at.is_some() => {
-                    let done = self.repair().await;
-                    repaired = Instant::now();
-                    // Nobody may say a word about it again.
-                    repair_at = (!done).then(|| repaired + LOOK);
+                names = self.watch.changed() => {
+                    for name in names {
+                        schedule.endpoint_changed(name, Instant::now());
+                    }
                 },
+                () = sleep_until(schedule.next().unwrap_or_else(Instant::now)), if schedule.next().is_some() => {
+                    self.repair(&mut schedule).await;
+                },
+                _ = silent.tick() => self.look_for_silent_changes(&mut schedule, &mut looked_at).await,
                 ended = self.up.supervisor.wait(), if has_services => return ended.success(),
                 () = signals.next() => return true,
                 Some(order) = self.orders.recv() => self.carry_out(order).await,
@@ -140,8 +155,8 @@ impl Instance {
                 _ = ticks.tick() => {
                     // The kernel sends no word of changes of legacy rules, and of routes none is heard.
                     ticked = (ticked + 1) % LOOK_AT_LEGACY;
-                    if ticked == 0 && repair_at.is_none() && self.up.publisher.translates() {
-                        repair_at = Some(Instant::now());
+                    if ticked == 0 && self.up.publisher.translates() {
+                        schedule.host_changed(Instant::now());
                     }
                     rules_changed |= ticked == 0 && !self.apart && Firewall::legacy_is_in_use(&self.host);
                     if std::mem::take(&mut rules_changed) {
@@ -152,22 +167,54 @@ impl Instance {
                         tracing::debug!(%error, "a look at the firewall's rules");
                     }
                     self.look_after_adopted(&mut said).await;
-                    if repair_at.is_none() && !self.programs_hold().await {
-                        repair_at = Some(Instant::now());
-                    }
                 },
             }
         }
     }
 
-    /// Whether nobody has detached a gate or a port guard.
-    async fn programs_hold(&mut self) -> bool {
-        match self.setup.programs_hold(&self.up.layout.desired).await {
-            Ok(hold) => hold,
-            Err(error) => {
-                tracing::debug!(%error, "gates and port guards cannot be observed");
-                true
+    /// Watches the namespaces of all endpoints.
+    pub(super) fn watch_endpoints(&mut self) {
+        for endpoint in &self.up.layout.desired.endpoints {
+            let Some(namespace) = self.up.publisher.namespace(&endpoint.name) else { continue };
+            watch(&mut self.watch, &endpoint.name, &namespace);
+        }
+    }
+
+    /// Whether the namespace of `endpoint` is in use: a container that has ended is not repaired.
+    fn is_in_use(&self, endpoint: &str) -> bool {
+        if self.up.adopted.get(endpoint).is_some_and(|(_, gone)| gone) {
+            return false;
+        }
+        let statuses = self.up.supervisor.statuses();
+        let status = statuses.iter().find(|status| status.name == endpoint);
+        !status.is_some_and(|status| matches!(status.state, State::Ended(_)))
+    }
+
+    /// Looks at what the kernel announces to nobody. Of many endpoints, those that follow `last` are looked at.
+    async fn look_for_silent_changes(&mut self, schedule: &mut RepairSchedule, last: &mut String) {
+        let endpoints = &self.up.layout.desired.endpoints;
+        let mut names: Vec<String> = endpoints.iter().map(|endpoint| endpoint.name.clone()).collect();
+        if names.len() > ENDPOINTS_AT_A_TIME {
+            names.sort_unstable();
+            let next = names.partition_point(|name| *name <= *last) % names.len();
+            names.rotate_left(next);
+            names.truncate(ENDPOINTS_AT_A_TIME);
+            if let Some(name) = names.last() {
+                last.clone_from(name);
             }
+        }
+        names.retain(|name| self.is_in_use(name));
+        let names = names.into_iter().collect();
+        match self.setup.changed_silently(&self.up.layout.desired, &names).await {
+            Ok(places) => {
+                for place in places {
+                    match place {
+                        Place::Host => schedule.host_changed(Instant::now()),
+                        Place::Endpoint(name) => schedule.endpoint_changed(name, Instant::now()),
+                    }
+                }
+            }
+            Err(error) => tracing::debug!(%error, "programs and sysctls cannot be observed"),
         }
     }
 
@@ -224,30 +271,60 @@ impl Instance {
         }
     }
 
-    /// Whether all is as it shall be.
-    async fn repair(&mut self) -> bool {
-        // A bridge that is missing has to be known to be before it is made again: its members would
-        // pass for outsiders otherwise.
-        self.update_bridge_indexes();
-        let mut repaired = self.put_right().await;
-        if repaired.is_err() {
+    /// Restores what is missing at the places that are due.
+    async fn repair(&mut self, schedule: &mut RepairSchedule) {
+        let (host, mut endpoints) = schedule.take(Instant::now());
+        endpoints.retain(|name| self.is_in_use(name));
+        if host {
+            // A bridge that is missing has to be known to be before it is made again: its members would
+            // pass for outsiders otherwise.
+            self.update_bridge_indexes();
+        }
+        let mut repaired = self.restore(host, &endpoints).await;
+        if !repaired.failed.is_empty() {
             // A link on its way out is still listed for a moment, and nothing can be put on it.
             tokio::time::sleep(SETTLE).await;
-            repaired = self.put_right().await;
+            let failed: BTreeSet<_> = repaired.failed.iter().map(|(endpoint, _)| endpoint.clone()).collect();
+            let endpoints = failed.iter().flatten().cloned().collect();
+            let again = self.restore(failed.contains(&None), &endpoints).await;
+            repaired.restored.extend(again.restored);
+            repaired.failed = again.failed;
+            repaired.unplugged.extend(again.unplugged);
         }
-        self.update_bridge_indexes();
-        match &repaired {
-            Ok(0) => {}
-            Ok(steps) => {
-                self.repairs.done.increment(1);
-                tracing::warn!(steps, "someone else has changed our networks; put right again");
-            }
-            Err(error) => {
-                self.repairs.failed.increment(1);
-                tracing::error!(%error, "someone else has changed our networks, and they cannot be put right");
+        let now = Instant::now();
+        for name in std::mem::take(&mut repaired.unplugged) {
+            schedule.endpoint_changed(name, now);
+        }
+        if host {
+            self.update_bridge_indexes();
+            if schedule.host_checked(found(&repaired, None), now) {
+                tracing::warn!(
+                    "objects on the host are removed again and again; they are restored once a second"
+                );
             }
         }
-        repaired.is_ok()
+        for endpoint in &endpoints {
+            if schedule.endpoint_checked(endpoint, found(&repaired, Some(endpoint)), now) {
+                tracing::warn!(
+                    endpoint,
+                    "objects of the endpoint are removed again and again; they are restored less and less often"
+                );
+            }
+        }
+        for fact in &repaired.restored {
+            let kind = RepairKind::of(fact);
+            self.repairs.count(kind);
+            tracing::warn!(
+                kind = kind.as_str(),
+                object = %fact,
+                endpoint = fact.endpoint(),
+                "removed or changed by other software; restored"
+            );
+        }
+        for (endpoint, error) in &repaired.failed {
+            self.repairs.failed.increment(1);
+            tracing::error!(endpoint, %error, "removed or changed by other software; not restored");
+        }
     }
 
     /// Notes which index each bridge has now: access lists depend on it, and DNS servers at
@@ -268,7 +345,16 @@ impl Instance {
         }
     }
 
-    async fn put_right(&mut self) -> Result<usize, SetupError> {
+    /// Restores what is missing on the host, with `host`, and at `endpoints`.
+    async fn restore(&mut self, host: bool, endpoints: &BTreeSet<String>) -> Repaired {
+        let adapted = if host { self.adapt_to_host().await } else { Ok(()) };
+        let mut repaired = self.setup.repair(&self.up.layout.desired, host, endpoints).await;
+        repaired.failed.extend(adapted.err().map(|error| (None, error)));
+        repaired
+    }
+
+    /// Adapts networks to links, routes and rules of others that have come and gone.
+    async fn adapt_to_host(&mut self) -> Result<(), SetupError> {
         let observed = self.setup.surroundings().await?;
         self.up.gateway_networks.set_internal_of_others(observed.internal_bridges.clone());
         let desired = &mut self.up.layout.desired;
@@ -292,14 +378,14 @@ impl Instance {
                 // A new link, or the host has begun to forward: not our networks that someone has changed.
                 (desired.uplinks, desired.reply_paths) = (uplinks, reply_paths);
                 firewall.set_reply_paths(&desired.reply_paths);
-                return self.setup.update(desired).await.map(|_| 0);
+                self.setup.update(desired).await?;
             }
         }
         if let Some(way_out) = self.up.way_out.as_mut().filter(|_| !self.apart) {
             // Networks of others may have come.
             way_out.look_again(&self.up.layout, &observed);
         }
-        self.setup.repair(&self.up.layout.desired).await
+        Ok(())
     }
 
     async fn carry_out(&mut self, order: Order) {
@@ -341,6 +427,7 @@ impl Instance {
         if let Err(error) = self.up.names.serve(endpoint, namespace) {
             tracing::warn!(endpoint, "{error:#}");
         }
+        watch(&mut self.watch, endpoint, namespace);
         tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "plugged in again");
         Ok(())
     }
@@ -372,6 +459,24 @@ impl Instance {
                 }
             }
         }
+    }
+}
+
+/// Watches `endpoint` in `namespace` from here on.
+fn watch(watch: &mut EndpointWatch, endpoint: &str, namespace: &Namespace) {
+    if let Err(error) = watch.watch(endpoint, namespace) {
+        tracing::warn!(endpoint, %error, "objects removed in the endpoint's namespace are not noticed");
+    }
+}
+
+/// What a check of a place, the host or an `endpoint`, has found.
+fn found(repaired: &Repaired, endpoint: Option<&str>) -> Check {
+    if repaired.failed.iter().any(|(failed, _)| failed.as_deref() == endpoint) {
+        Check::Failed
+    } else if repaired.restored.iter().any(|fact| fact.endpoint() == endpoint) {
+        Check::Restored
+    } else {
+        Check::Sound
     }
 }
 

@@ -6,9 +6,10 @@ use ::metrics::{Counter, counter, describe_counter};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use tidegate_model::registry;
 use tidegate_netfilter::{Dropped, Mechanism, PortGuards, SpoofReason};
 use tidegate_netns::Namespace;
-use tidegate_netsetup::{Change, Desired, Firewall, Network, capacity};
+use tidegate_netsetup::{Change, Desired, Firewall, Network, RepairKind, capacity};
 
 /// A family: its name, its type, and what it tells.
 type Family = (&'static str, &'static str, &'static str);
@@ -55,22 +56,32 @@ const SPOOFED: Family = (
     "Frames of an endpoint that its port guard dropped: their source was not the endpoint's.",
 );
 
-/// Counts how often networks had to be put right.
+/// Counts objects that other software removed.
 pub(super) struct Repairs {
-    pub(super) done: Counter,
+    /// In the order of [`RepairKind::ALL`].
+    restored: [Counter; RepairKind::ALL.len()],
     pub(super) failed: Counter,
 }
 
 impl Repairs {
     pub(super) fn new() -> Self {
-        const DONE: &str = "tidegate_network_repairs_total";
         const FAILED: &str = "tidegate_network_repair_failures_total";
-        describe_counter!(DONE, "Times that networks were put right after someone else had changed them.");
         describe_counter!(
-            FAILED,
-            "Times that networks could not be put right; that is tried again every second."
+            registry::REPAIRS_METRIC,
+            "Objects that other software removed or changed, and that were restored, by kind."
         );
-        Self { done: counter!(DONE), failed: counter!(FAILED) }
+        describe_counter!(FAILED, "Times that objects could not be restored; that is tried again.");
+        let restored =
+            RepairKind::ALL.map(|kind| counter!(registry::REPAIRS_METRIC, "kind" => kind.as_str()));
+        Self { restored, failed: counter!(FAILED) }
+    }
+
+    pub(super) fn count(&self, restored: RepairKind) {
+        for (kind, counter) in RepairKind::ALL.iter().zip(&self.restored) {
+            if *kind == restored {
+                counter.increment(1);
+            }
+        }
     }
 }
 

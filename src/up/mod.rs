@@ -12,9 +12,11 @@
 
 mod announce;
 mod control;
+mod endpoint_watch;
 mod layout;
 mod metrics;
 mod names;
+mod repair_schedule;
 mod way_out;
 
 use crate::api::socket::{self, Socket};
@@ -30,6 +32,7 @@ use crate::publisher::{Endpoint, Publisher};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use crate::source::clean_up_after_the_dead;
 use anyhow::{Context, anyhow, bail};
+use endpoint_watch::EndpointWatch;
 use layout::{Layout, Surroundings, fnv, layout};
 use names::NameServers;
 use rustix::io::Errno;
@@ -104,7 +107,9 @@ struct Instance {
     orders: mpsc::Receiver<Order>,
     /// Of what could have opened the networks.
     news: AsyncFd<News>,
-    /// How often they were put right.
+    /// Of what was removed in the namespaces of endpoints.
+    watch: EndpointWatch,
+    /// What was restored.
     repairs: metrics::Repairs,
 }
 
@@ -236,7 +241,8 @@ impl Up {
             tracing::info!(steps = left, "cleared what an instance that was killed had left");
         }
 
-        let topics = [Topic::Links, Topic::Rules, Topic::Settings, Topic::Addresses];
+        let topics =
+            [Topic::Links, Topic::Rules, Topic::Settings, Topic::Addresses, Topic::Routes, Topic::Fdb];
         let news = News::of(ground.networks(), &topics).context("listen for changes of networks")?;
         // SAFETY: its descriptor is its own, and the same for as long as it lives.
         let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }
@@ -284,8 +290,10 @@ impl Up {
             server,
             orders: received,
             news,
+            watch: EndpointWatch::default(),
             repairs,
         };
+        instance.watch_endpoints();
         instance.up.log();
         if let Err(error) = instance.up.announce() {
             // Whoever read it has seen enough.
@@ -364,7 +372,7 @@ impl Up {
         if way_out.is_some() {
             settings.reserved_descriptors += way_out::descriptors();
         }
-        let of_a_service = SERVICE_DESCRIPTORS + names::DESCRIPTORS;
+        let of_a_service = SERVICE_DESCRIPTORS + names::DESCRIPTORS + endpoint_watch::DESCRIPTORS;
         settings.reserved_descriptors +=
             of_a_service * namespaces.len() + names::SHARED_DESCRIPTORS + MAX_CLIENTS;
         let bridges = bridge_indexes(&layout, ground.networks()).context("look for the bridges")?;

@@ -1,6 +1,6 @@
 //! What one namespace has, as the kernel tells it.
 
-use super::messages::{first_of_others, is_default, leads, link_of, rule_of, table};
+use super::messages::{first_of_others, is_default, is_to, leads, link_of, rule_of, table};
 use super::{Kernel, MAIN, error, is_without_ipv6};
 use crate::{DefaultRoute, Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
@@ -101,9 +101,12 @@ impl Here {
             (false, RouteMessageBuilder::<Ipv4Addr>::new().build()),
             (true, RouteMessageBuilder::<Ipv6Addr>::new().build()),
         ] {
-            let leads =
-                |fact: &Fact| matches!(fact, Fact::DefaultRoute { gateway, .. } if gateway.is_ipv6() == v6);
-            if host || asked.iter().any(|fact| leads(fact) && here.has_links_of(fact)) {
+            let is_route = |fact: &Fact| match fact {
+                Fact::DefaultRoute { gateway, .. } => gateway.is_ipv6() == v6,
+                Fact::SubnetRoute { address, .. } => address.addr().is_ipv6() == v6,
+                _ => false,
+            };
+            if host || asked.iter().any(|fact| is_route(fact) && here.has_links_of(fact)) {
                 let listed: Vec<RouteMessage> =
                     handle.route().get(any).execute().try_collect().await.map_err(failed("routes"))?;
                 let (main, other): (Vec<_>, Vec<_>) =
@@ -126,7 +129,7 @@ impl Here {
                 here.first_rule_of_others = here.first_rule_of_others.into_iter().chain(first).min();
             }
         }
-        if asked.iter().any(|fact| matches!(fact, Fact::Port { .. }) && here.has_links_of(fact)) {
+        if asked.iter().any(|fact| matches!(fact, Fact::Station { .. }) && here.has_links_of(fact)) {
             let listed = handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
             let listed: Vec<_> = listed.try_collect().await.map_err(failed("forwarding databases"))?;
             for entry in listed {
@@ -165,16 +168,16 @@ impl Here {
         };
         Ok(match fact {
             Fact::Bridge { interface, mtu, .. } | Fact::Veth { interface, mtu, .. } => is(interface, *mtu),
-            Fact::Port { link, bridge, isolated, station } => {
+            Fact::Port { link, bridge, isolated } => {
                 let bridge = self.link(bridge).map(|bridge| bridge.index);
                 bridge.is_some()
                     && self.link(link).is_some_and(|port| {
-                        port.controller == bridge
-                            && port.isolated == *isolated
-                            && !port.learns
-                            && self.stations.contains(&(port.index, *station))
+                        port.controller == bridge && port.isolated == *isolated && !port.learns
                     })
             }
+            Fact::Station { link, station } => self.link(link).is_some_and(|port| {
+                port.controller.is_some() && self.stations.contains(&(port.index, *station))
+            }),
             Fact::Setting { place, name, value } => {
                 // Told with the link; and a file that thousands of namespaces have takes the kernel long to find.
                 let told = fact.on().find_map(|(_, link)| self.link(link)?.without_ipv6);
@@ -191,6 +194,9 @@ impl Here {
                 self.addresses.iter().any(|(index, one)| *index == link.index && one == address)
             }),
             Fact::Up { link, .. } => self.link(link).is_some_and(|link| link.up),
+            Fact::SubnetRoute { link, address, .. } => self.link(link).is_some_and(|link| {
+                self.routes.iter().any(|route| is_to(route, link.index, address.trunc()))
+            }),
             Fact::DefaultRoute { link, gateway, .. } => self.link(link).is_some_and(|link| {
                 self.routes.iter().any(|route| is_default(route) && leads(route, link.index, *gateway))
             }),

@@ -9,7 +9,9 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::{
     AfSpecInet6, AfSpecUnspec, InfoBridgePort, InfoPortData, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tidegate_model::registry;
@@ -91,6 +93,40 @@ pub(super) fn leads(route: &RouteMessage, by: u32, to: IpAddr) -> bool {
     };
     route.attributes.contains(&RouteAttribute::Oif(by))
         && route.attributes.contains(&RouteAttribute::Gateway(to))
+}
+
+/// Whether `route` leads to `net`, which is on the link numbered `by`.
+pub(super) fn is_to(route: &RouteMessage, by: u32, net: IpNet) -> bool {
+    let to = match net.network() {
+        IpAddr::V4(ip) => RouteAddress::Inet(ip),
+        IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+    };
+    route.header.destination_prefix_length == net.prefix_len()
+        && route.attributes.contains(&RouteAttribute::Oif(by))
+        && route.attributes.contains(&RouteAttribute::Destination(to))
+        && !route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_)))
+}
+
+/// The route that the kernel adds with `address` (`fib_add_ifaddr`, net/ipv4/fib_frontend.c; `addrconf_prefix_route`,
+/// net/ipv6/addrconf.c).
+pub(super) fn subnet_route(by: u32, address: IpNet) -> RouteMessage {
+    /// `IP6_RT_PRIO_ADDRCONF`.
+    const METRIC: u32 = 256;
+    match address {
+        IpNet::V4(net) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(net.network(), net.prefix_len())
+            .pref_source(net.addr())
+            .output_interface(by)
+            .scope(RouteScope::Link)
+            .protocol(RouteProtocol::Kernel)
+            .build(),
+        IpNet::V6(net) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(net.network(), net.prefix_len())
+            .output_interface(by)
+            .priority(METRIC)
+            .protocol(RouteProtocol::Kernel)
+            .build(),
+    }
 }
 
 pub(super) fn default_route(by: u32, gateway: IpAddr) -> RouteMessage {

@@ -1,7 +1,7 @@
 //! Against the real kernel, in namespaces of the tests' own.
 
 use super::*;
-use crate::{Attachment, Endpoint, Interface, Mac, Network, Subnet, WithoutFirewall};
+use crate::{Attachment, Endpoint, Interface, Mac, Network, RepairKind, Subnet, WithoutFirewall};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
@@ -358,4 +358,76 @@ fn a_namespace_in_which_the_interface_is_taken_is_refused_and_the_endpoint_stays
     assert!(error.contains("\"eth0\" on endpoint \"a\" exists already"), "{error}");
     assert_eq!(bed.state(), before);
     assert!(reaches(&b, &a, "10.9.1.10:0", SOON));
+}
+
+#[test]
+fn each_object_that_others_remove_is_restored_and_reported_once() {
+    let bed = Bed::new();
+    let boxes = [(); 3].map(|()| tidegate_testbed::Namespace::new());
+    let [a, b, c] = [0, 1, 2].map(|at: usize| Namespace::from_path(&boxes[at].path()).unwrap());
+    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+    let desired = two_networks();
+    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    let journal = setup.owned().len();
+    let (host, inside) = (&bed.net.host, &boxes[0]);
+    // What a pair was changed to is not the host's only.
+    let state = || format!("{}{}", bed.state(), inside.exec("ip", &["-o", "addr"]));
+    let fdb = || host.exec("bridge", &["fdb", "show", "br", "tg-blue"]);
+    assert!(fdb().contains("02:00:00:00:00:d2 dev tgv-a master tg-blue static"), "{}", fdb());
+    let tried: [(&tidegate_testbed::Namespace, &str, &[&str]); 16] = [
+        (host, "ip link del tg-blue", &["bridge"]),
+        (host, "ip link set tg-blue mtu 1400", &["bridge"]),
+        (host, "ip link set tg-blue down", &["link"]),
+        (host, "ip link del tgv-a", &["veth"]),
+        (inside, "ip link del eth0", &["veth"]),
+        (inside, "ip link set eth0 down; ip link set eth0 name other", &["veth"]),
+        (host, "ip link set tgv-a nomaster", &["port"]),
+        (host, "bridge fdb del 02:00:00:00:00:d2 dev tgv-a master static", &["fdb"]),
+        (host, "ip addr del 10.9.1.1/24 dev tg-blue", &["address"]),
+        (inside, "ip addr del fd09:1::10/64 dev eth0", &["address"]),
+        (inside, "ip addr del 127.0.0.1/8 dev lo", &["address"]),
+        (host, "ip route del 10.9.1.0/24 dev tg-blue", &["route"]),
+        (inside, "ip route del default; ip -6 route del default", &["route", "route"]),
+        (inside, "ip link set eth0 down", &["link"]),
+        (inside, "sysctl -q net.ipv6.conf.eth0.accept_ra=1", &["sysctl"]),
+        (host, "ip rule del to 10.9.1.0/24", &["rule"]),
+    ];
+    for (place, script, kinds) in tried {
+        place.exec("sh", &["-ec", script]);
+        let endpoints = BTreeSet::from(["a".to_owned()]);
+        let repaired = bed.runtime.block_on(setup.repair(&desired, true, &endpoints));
+        assert!(repaired.failed.is_empty(), "{script}: {:?}", repaired.failed);
+        assert!(repaired.unplugged.is_empty(), "{script}");
+        let found: Vec<_> = repaired.restored.iter().map(|fact| RepairKind::of(fact).as_str()).collect();
+        assert_eq!(found, kinds, "{script}: {:?}", repaired.restored);
+        let again = bed.runtime.block_on(setup.repair(&desired, true, &endpoints));
+        assert!(again.restored.is_empty() && again.failed.is_empty(), "{script}: {again:?}");
+        assert!(reaches(&a, &b, "10.9.1.11:0", SOON), "{script}: {}", state());
+        assert!(reaches(&a, &b, "[fd09:1::11]:0", SOON), "{script}: {}", state());
+    }
+    assert_eq!(setup.owned().len(), journal + 5, "each fact once, and those that the kernel makes");
+    host.ip(&["link", "del", "tgv-c"]);
+    let repaired = bed.runtime.block_on(setup.repair(&desired, true, &BTreeSet::new()));
+    assert_eq!(repaired.unplugged, BTreeSet::from(["c".to_owned()]));
+    assert!(repaired.restored.is_empty(), "{:?}", repaired.restored);
+}
+
+#[test]
+fn a_link_of_its_own_in_a_container_keeps_neither_the_host_nor_others_from_being_repaired() {
+    let bed = Bed::new();
+    let boxes = [(); 3].map(|()| tidegate_testbed::Namespace::new());
+    let [a, b, c] = [0, 1, 2].map(|at: usize| Namespace::from_path(&boxes[at].path()).unwrap());
+    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+    let desired = two_networks();
+    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    boxes[0].ip_all("link del eth0\nlink add eth0 type bridge");
+    boxes[1].ip(&["link", "del", "eth0"]);
+    bed.net.host.ip(&["addr", "del", "10.9.1.1/24", "dev", "tg-blue"]);
+    let endpoints = ["a", "b", "c"].map(str::to_owned).into();
+    let repaired = bed.runtime.block_on(setup.repair(&desired, true, &endpoints));
+    let kinds: Vec<_> = repaired.restored.iter().map(RepairKind::of).collect();
+    assert_eq!(kinds, [RepairKind::Address, RepairKind::Veth]);
+    let [(Some(endpoint), error)] = &repaired.failed[..] else { panic!("{:?}", repaired.failed) };
+    assert_eq!(endpoint, "a");
+    assert!(error.to_string().contains("\"eth0\" on endpoint \"a\" exists already"), "{error}");
 }

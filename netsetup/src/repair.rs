@@ -1,0 +1,250 @@
+//! What to restore of networks that are in use, and which of it was removed: pure.
+//!
+//! With an object the kernel removes what depends on it: with a link everything that is on it, with the last address of a
+//! link its routes, with a link that is set down its IPv6 addresses and its routes. All of that is restored, and the
+//! object that was removed first is what is reported.
+
+use crate::{Fact, Place, SetupError};
+use ipnet::IpNet;
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+
+/// What kind of object was restored, as logs and metrics name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RepairKind {
+    /// A bridge.
+    Bridge,
+    /// A veth pair, whichever of its ends was deleted.
+    Veth,
+    /// A link was set down, or its group was changed.
+    Link,
+    /// A link is no longer a port of its bridge, or has other port settings.
+    Port,
+    /// An entry of a bridge's forwarding database.
+    Fdb,
+    /// An address.
+    Address,
+    /// A route.
+    Route,
+    /// A sysctl.
+    Sysctl,
+    /// A policy rule.
+    Rule,
+    /// A table of nftables, or chains of iptables.
+    Table,
+    /// A BPF program.
+    Program,
+    /// The socket of a published port.
+    Listener,
+    /// A socket of a DNS server, or what leads to it.
+    Dns,
+}
+
+impl RepairKind {
+    /// All of them.
+    pub const ALL: [Self; 13] = [
+        Self::Bridge,
+        Self::Veth,
+        Self::Link,
+        Self::Port,
+        Self::Fdb,
+        Self::Address,
+        Self::Route,
+        Self::Sysctl,
+        Self::Rule,
+        Self::Table,
+        Self::Program,
+        Self::Listener,
+        Self::Dns,
+    ];
+
+    /// A word.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Bridge => "bridge",
+            Self::Veth => "veth",
+            Self::Link => "link",
+            Self::Port => "port",
+            Self::Fdb => "fdb",
+            Self::Address => "address",
+            Self::Route => "route",
+            Self::Sysctl => "sysctl",
+            Self::Rule => "rule",
+            Self::Table => "table",
+            Self::Program => "program",
+            Self::Listener => "listener",
+            Self::Dns => "dns",
+        }
+    }
+
+    /// The kind of `fact`.
+    #[must_use]
+    pub fn of(fact: &Fact) -> Self {
+        match fact {
+            Fact::Bridge { .. } => Self::Bridge,
+            Fact::Veth { .. } => Self::Veth,
+            Fact::Up { .. } | Fact::Group { .. } => Self::Link,
+            Fact::Port { .. } => Self::Port,
+            Fact::Station { .. } => Self::Fdb,
+            Fact::Address { .. } => Self::Address,
+            Fact::SubnetRoute { .. } | Fact::DefaultRoute { .. } | Fact::ReplyRoute { .. } => Self::Route,
+            Fact::Setting { .. } | Fact::Forwarding { .. } => Self::Sysctl,
+            Fact::Rule(_) => Self::Rule,
+            Fact::GuardTable { .. } | Fact::Ruleset { .. } => Self::Table,
+            Fact::Gate { .. } | Fact::PortGuard { .. } | Fact::InternalGuard { .. } => Self::Program,
+        }
+    }
+}
+
+/// What a repair has done.
+#[derive(Debug, Default)]
+pub struct Repaired {
+    /// What had been removed and is there again, without what had gone with it.
+    pub restored: Vec<Fact>,
+    /// What could not be restored: the endpoint, none for the host, and why.
+    pub failed: Vec<(Option<String>, SetupError)>,
+    /// Endpoints whose veth pair is missing, beyond those that were to be repaired.
+    pub unplugged: BTreeSet<String>,
+}
+
+/// `facts` in the order to make them, with those that the kernel makes true by itself: routes to the subnets of
+/// addresses, and the address of a loopback interface.
+pub(crate) fn with_derived(facts: Vec<Fact>) -> Vec<Fact> {
+    let mut all: Vec<Fact> = Vec::with_capacity(facts.len() * 2);
+    for fact in facts {
+        let derived: Vec<Fact> = match &fact {
+            Fact::Up { place, link } if *place != Place::Host && link == "lo" => {
+                let loopback = IpNet::new_assert(Ipv4Addr::LOCALHOST.into(), 8);
+                vec![Fact::Address { place: place.clone(), link: link.clone(), address: loopback }]
+            }
+            Fact::Up { place: of, link: on } => {
+                let routes = all.iter().filter_map(|fact| match fact {
+                    Fact::Address { place, link, address } if place == of && link == on => {
+                        Some(Fact::SubnetRoute { place: of.clone(), link: on.clone(), address: *address })
+                    }
+                    _ => None,
+                });
+                routes.filter(|route| !is_host_route(route)).collect()
+            }
+            _ => Vec::new(),
+        };
+        all.push(fact);
+        all.extend(derived);
+    }
+    all
+}
+
+/// The kernel adds no route to a subnet of one address.
+fn is_host_route(fact: &Fact) -> bool {
+    matches!(fact, Fact::SubnetRoute { address, .. } if address.prefix_len() == address.max_prefix_len())
+}
+
+/// Which of `restored` were removed, rather than gone with something else that was.
+pub(crate) fn causes(restored: Vec<Fact>) -> Vec<Fact> {
+    let all = restored.clone();
+    let is_cause = |fact: &Fact| !all.iter().any(|other| takes_along(other, fact));
+    restored.into_iter().filter(is_cause).collect()
+}
+
+/// Whether `fact` ceases to be true when `cause` does.
+fn takes_along(cause: &Fact, fact: &Fact) -> bool {
+    if cause == fact {
+        return false;
+    }
+    if cause.links().any(|link| fact.on().any(|on| on == link)) {
+        return true;
+    }
+    let on = |fact: &Fact| fact.on().next().map(|(place, link)| (place.map(str::to_owned), link.to_owned()));
+    let together = on(cause).is_some() && on(cause) == on(fact);
+    let is_route = matches!(fact, Fact::SubnetRoute { .. } | Fact::DefaultRoute { .. });
+    match (cause, fact) {
+        (Fact::Up { .. }, Fact::Address { .. }) => together,
+        (Fact::Up { .. } | Fact::Address { .. } | Fact::SubnetRoute { .. }, _) if is_route => {
+            together && !matches!((cause, fact), (Fact::SubnetRoute { .. }, Fact::SubnetRoute { .. }))
+        }
+        // A setting that switches IPv6 off and on again.
+        (Fact::Setting { name, .. }, Fact::Address { .. }) => together && name.ends_with(".disable_ipv6"),
+        (Fact::Port { link, .. }, Fact::Station { link: port, .. }) => link == port,
+        // The guards of ports are in the table.
+        (Fact::GuardTable { .. }, Fact::PortGuard { .. }) => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Interface, Mac};
+
+    fn place() -> Place {
+        Place::Endpoint("web".into())
+    }
+
+    fn address(text: &str) -> Fact {
+        Fact::Address { place: place(), link: "eth0".into(), address: text.parse().unwrap() }
+    }
+
+    fn up(link: &str) -> Fact {
+        Fact::Up { place: place(), link: link.into() }
+    }
+
+    fn subnet(text: &str) -> Fact {
+        Fact::SubnetRoute { place: place(), link: "eth0".into(), address: text.parse().unwrap() }
+    }
+
+    fn default_route() -> Fact {
+        let gateway = "10.9.1.1".parse().unwrap();
+        Fact::DefaultRoute { place: place(), link: "eth0".into(), gateway }
+    }
+
+    fn veth() -> Fact {
+        let interface = |name: &str| Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, 1]) };
+        Fact::Veth {
+            interface: interface("tgv1"),
+            endpoint: "web".into(),
+            inside: interface("eth0"),
+            mtu: 1500,
+        }
+    }
+
+    #[test]
+    fn routes_of_addresses_are_facts_behind_their_link_and_before_routes_by_gateways() {
+        let facts = vec![up("lo"), address("10.9.1.2/24"), up("eth0"), default_route()];
+        let loopback =
+            Fact::Address { place: place(), link: "lo".into(), address: "127.0.0.1/8".parse().unwrap() };
+        assert_eq!(
+            with_derived(facts),
+            [up("lo"), loopback, address("10.9.1.2/24"), up("eth0"), subnet("10.9.1.2/24"), default_route()]
+        );
+        assert_eq!(with_derived(vec![address("fd00::1/128"), up("eth0")]).len(), 2, "no subnet");
+    }
+
+    #[test]
+    fn what_goes_with_something_else_is_not_reported() {
+        let everything = vec![
+            veth(),
+            Fact::Port { link: "tgv1".into(), bridge: "tg-a".into(), isolated: false },
+            address("10.9.1.2/24"),
+            up("eth0"),
+            subnet("10.9.1.2/24"),
+            default_route(),
+        ];
+        assert_eq!(causes(everything.clone()), [veth()]);
+        assert_eq!(causes(everything[2..].to_vec()), [up("eth0")], "set down");
+        assert_eq!(causes(vec![address("10.9.1.2/24"), default_route()]), [address("10.9.1.2/24")]);
+        assert_eq!(causes(vec![subnet("10.9.1.2/24"), default_route()]), [subnet("10.9.1.2/24")]);
+        assert_eq!(causes(vec![default_route()]), [default_route()]);
+        let two = vec![address("10.9.1.2/24"), address("fd09::2/64")];
+        assert_eq!(causes(two.clone()), two, "each by itself");
+    }
+
+    #[test]
+    fn a_port_that_left_its_bridge_takes_its_station_along() {
+        let port = Fact::Port { link: "tgv1".into(), bridge: "tg-a".into(), isolated: false };
+        let station = Fact::Station { link: "tgv1".into(), station: Mac([2, 0, 0, 0, 0, 1]) };
+        assert_eq!(causes(vec![port.clone(), station.clone()]), [port]);
+        assert_eq!(causes(vec![station.clone()]), [station.clone()]);
+        assert_eq!(RepairKind::of(&station).as_str(), "fdb");
+    }
+}
