@@ -7,6 +7,7 @@ mod up {
     pub(crate) mod knocking;
     pub(crate) mod matrix;
     pub(crate) mod names;
+    pub(crate) mod repairs;
     pub(crate) mod rootless;
     pub(crate) mod scene;
     pub(crate) mod spoofing;

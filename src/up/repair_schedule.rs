@@ -134,8 +134,10 @@ impl RepairSchedule {
     /// Takes what is due at `now`: the host or not, and these endpoints.
     pub(super) fn take(&mut self, now: Instant) -> (bool, BTreeSet<String>) {
         let host = self.host_at.take_if(|at| *at <= now).is_some();
-        let due = self.endpoints_at.extract_if(.., |_, at| *at <= now);
-        (host, due.map(|(name, _)| name).collect())
+        let due: BTreeSet<String> =
+            self.endpoints_at.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
+        self.endpoints_at.retain(|name, _| !due.contains(name));
+        (host, due)
     }
 
     /// Notes a check of the host, of which others removed objects again and again if this returns true.

@@ -1,0 +1,238 @@
+//! Objects that other software removes, or processes of a container: each is restored, logged once and counted.
+
+use super::matrix::peer_as_seen;
+use super::scene::{Scene, service_namespace};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+use tidegate_testbed::server::PeerServer;
+use tidegate_testbed::{Namespace, Process, eventually};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// Within a second on an idle machine; this one may be busy.
+const BOUND: Duration = Duration::from_secs(3);
+
+const FILE: &str = r#"
+name: repairs
+networks:
+  home:
+    enable_ipv6: true
+    driver_opts: { com.docker.network.bridge.name: tg-home }
+    ipam: { config: [ { subnet: 10.83.1.0/24 }, { subnet: "fd83:1::/64" } ] }
+services:
+  box:
+    command: [ sleep, "600" ]
+    networks: { home: { ipv4_address: 10.83.1.2, ipv6_address: "fd83:1::2" } }
+    ports: [ "8080:80", "8080:80/udp" ]
+"#;
+
+/// Where an object is removed.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Host,
+    Inside,
+}
+
+use Place::{Host, Inside};
+
+struct Bed {
+    scene: Scene,
+    up: Process,
+    boxed: Namespace,
+    _servers: Vec<PeerServer>,
+}
+
+impl Bed {
+    fn new(flags: &[&str]) -> Self {
+        let scene = Scene::new();
+        let path = scene.directory.path().join("compose.yaml");
+        std::fs::write(&path, FILE).unwrap();
+        let mut command = scene.tidegate();
+        command.arg("up").arg("-f").arg(path).args(["--metrics", "127.0.0.1:9464"]).args(flags);
+        let up = Process::spawn(&mut command);
+        up.wait_for_line("Ctrl-C takes", SOON);
+        let boxed = service_namespace(&up, "box");
+        let at = ["0.0.0.0:80", "[::]:80"].map(|at| at.parse::<SocketAddr>().unwrap());
+        let servers =
+            at.into_iter().flat_map(|at| [PeerServer::tcp(&boxed, at), PeerServer::udp(&boxed, at)]);
+        let servers = servers.collect();
+        let bed = Self { scene, up, boxed, _servers: servers };
+        assert!(eventually(SOON, || bed.carries_traffic(SOON)), "before anything is removed");
+        bed
+    }
+
+    /// From outside to the container over TCP and UDP, from the host to it, and a name that it looks up.
+    fn carries_traffic(&self, patience: Duration) -> bool {
+        let host = |to: &str, udp| {
+            let to = to.parse().unwrap();
+            self.scene.net.client.run(|| peer_as_seen(to, udp, patience)).is_ok()
+        };
+        let direct = |to: &str| {
+            let to = to.parse().unwrap();
+            self.scene.net.host.run(|| peer_as_seen(to, false, patience)).is_ok()
+        };
+        direct("10.83.1.2:80")
+            && direct("[fd83:1::2]:80")
+            && host("203.0.113.1:8080", false)
+            && host("203.0.113.1:8080", true)
+            && ["+notcp", "+tcp"].into_iter().all(|over| self.resolves(over))
+    }
+
+    fn resolves(&self, over: &str) -> bool {
+        let mut dig = self.boxed.command("dig");
+        dig.args(["@127.0.0.11", "+short", "+tries=1", "+time=1", over, "box"]);
+        let output = dig.output().unwrap();
+        String::from_utf8_lossy(&output.stdout).contains("10.83.1.2")
+    }
+
+    fn run(&self, place: Place, script: &str) -> bool {
+        let namespace = match place {
+            Host => &self.scene.net.host,
+            Inside => &self.boxed,
+        };
+        let mut sh = namespace.command("sh");
+        sh.args(["-ec", script]).env("PATH", self.scene.path());
+        sh.env("VETH", self.veth());
+        sh.output().unwrap().status.success()
+    }
+
+    fn veth(&self) -> String {
+        let links = self.scene.net.host.ip(&["-o", "link", "show"]);
+        let veth = links.split_whitespace().find(|word| word.starts_with("tgv"));
+        veth.and_then(|veth| veth.split('@').next()).unwrap_or_default().to_owned()
+    }
+
+    fn count(&self, kind: &str) -> u64 {
+        let page =
+            self.scene.net.host.exec("curl", &["-sS", "--max-time", "5", "http://127.0.0.1:9464/metrics"]);
+        let series = format!("tidegate_network_repairs_total{{kind=\"{kind}\"}} ");
+        let value = page.lines().find_map(|line| line.strip_prefix(series.as_str()));
+        value.unwrap_or_else(|| panic!("no {series} in\n{page}")).parse().unwrap()
+    }
+
+    fn logged(&self, kind: &str) -> usize {
+        let log = self.up.output();
+        let of = |line: &&str| {
+            line.contains("other software; restored") && line.contains(&format!("kind=\"{kind}\""))
+        };
+        log.lines().filter(of).count()
+    }
+
+    /// Removes an object by `script`; it is there when `check` succeeds.
+    #[track_caller]
+    fn removes(&self, kind: &str, place: Place, script: &str, check: &str) {
+        let (counted, logged) = (self.count(kind), self.logged(kind));
+        assert!(self.run(place, check), "{check} before {script}");
+        let removed = Instant::now();
+        assert!(self.run(place, script), "{script}");
+        let is_back = eventually(SOON, || self.run(place, check));
+        let object = removed.elapsed();
+        let log = || self.up.output();
+        assert!(is_back, "{script}: {check}\n{}", log());
+        let carries = eventually(SOON, || self.carries_traffic(Duration::from_secs(1)));
+        let traffic = removed.elapsed();
+        eprintln!("{kind:9} {object:>8.0?} {traffic:>8.0?}  {place:?}: {script}");
+        assert!(carries, "no traffic after {script}\n{}", log());
+        assert!(object < BOUND, "{script} took {object:?}");
+        assert!(
+            eventually(SOON, || self.count(kind) == counted + 1),
+            "{script}: {} times\n{}",
+            self.count(kind),
+            log()
+        );
+        assert_eq!(self.logged(kind), logged + 1, "{script}\n{}", log());
+    }
+}
+
+#[test]
+fn every_kind_of_object_is_restored_logged_once_and_counted() {
+    let bed = Bed::new(&["--firewall=none"]);
+    let up = |name: &str| format!("ip link show {name} | grep -q ,UP");
+    bed.removes("bridge", Host, "ip link del tg-home", &up("tg-home"));
+    bed.removes("link", Host, "ip link set tg-home down", &up("tg-home"));
+    bed.removes("veth", Inside, "ip link del eth0", &up("eth0"));
+    bed.removes("link", Inside, "ip link set eth0 down", &up("eth0"));
+    bed.removes("port", Host, "ip link set $VETH nomaster", "ip link show $VETH | grep -q 'master tg-home'");
+    let entry = "bridge fdb show br tg-home | grep 'master tg-home static'";
+    bed.removes(
+        "fdb",
+        Host,
+        &format!("bridge fdb del $({entry} | cut -d' ' -f1) dev $VETH master static"),
+        entry,
+    );
+    for (address, link, place) in
+        [("10.83.1.1/24", "tg-home", Host), ("10.83.1.2/24", "eth0", Inside), ("127.0.0.1/8", "lo", Inside)]
+    {
+        let check = format!("ip addr show {link} | grep -q {address}");
+        bed.removes("address", place, &format!("ip addr del {address} dev {link}"), &check);
+    }
+    bed.removes(
+        "route",
+        Host,
+        "ip route del 10.83.1.0/24 dev tg-home",
+        "ip route | grep -q '10.83.1.0/24 dev tg-home'",
+    );
+    bed.removes("route", Inside, "ip route del default", "ip route | grep -q 'default via 10.83.1.1'");
+    let sysctl = |name: &str, others: u8, ours: u8| {
+        (format!("sysctl -q {name}={others}"), format!("sysctl -n {name} | grep -qx {ours}"))
+    };
+    let (set, check) = sysctl("net.ipv6.conf.tg-home.accept_ra", 1, 0);
+    bed.removes("sysctl", Host, &set, &check);
+    let (set, check) = sysctl("net.ipv6.conf.eth0.accept_redirects", 1, 0);
+    bed.removes("sysctl", Inside, &set, &check);
+    bed.removes(
+        "rule",
+        Host,
+        "ip rule del from all to 10.83.1.0/24 iif lo",
+        "ip rule | grep -q 'to 10.83.1.0/24 iif lo'",
+    );
+}
+
+#[test]
+fn programs_and_tables_are_restored() {
+    let bed = Bed::new(&["--firewall=nftables"]);
+    let table = "nft list tables | grep -q 'inet tidegate-repairs'";
+    if bed.run(Host, "nft list ruleset | grep -q 'flags owner'") {
+        eprintln!("the kernel lets nobody else delete the table");
+    } else {
+        bed.removes("table", Host, "nft delete table inet tidegate-repairs", table);
+    }
+    for link in ["tg-home".to_owned(), bed.veth()] {
+        let host = &bed.scene.net.host;
+        let shown = host.ip(&["-o", "link", "show", "dev", &link]);
+        let number: u32 = shown.split(':').next().unwrap().parse().unwrap();
+        let count = || host.run(|| tidegate_netfilter::count_programs(number).unwrap());
+        let (attached, counted) = (count(), bed.count("program"));
+        assert!(attached > 0, "{link}");
+        let removed = Instant::now();
+        host.run(|| tidegate_netfilter::detach_programs(number).unwrap());
+        assert!(eventually(SOON, || count() == attached), "{link}\n{}", bed.up.output());
+        let took = removed.elapsed();
+        eprintln!("program   {took:>8.0?}  Host: {link}");
+        assert!(took < BOUND, "{link} took {took:?}");
+        assert!(eventually(SOON, || bed.count("program") == counted + 1), "{link}");
+    }
+    assert!(bed.carries_traffic(SOON));
+    assert_eq!(bed.logged("program"), 2, "{}", bed.up.output());
+}
+
+/// A process of the container that removes its address in a loop is not followed for ever at its pace.
+#[test]
+fn what_is_removed_again_and_again_is_restored_with_growing_pauses() {
+    let bed = Bed::new(&["--firewall=none"]);
+    let removed = Instant::now();
+    let mut restored = 0;
+    while removed.elapsed() < Duration::from_secs(15) {
+        if bed.run(Inside, "ip addr del 10.83.1.2/24 dev eth0 2>/dev/null") {
+            restored += 1;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let counted = bed.count("address");
+    eprintln!("{restored} removals, {counted} restored in 15 s");
+    assert!((8..=25).contains(&counted), "{counted}");
+    let log = bed.up.output();
+    assert_eq!(log.matches("are removed again and again").count(), 1, "{log}");
+    assert_eq!(bed.logged("address"), 1, "{log}");
+    assert!(eventually(SOON * 4, || bed.carries_traffic(Duration::from_secs(1))), "{}", bed.up.output());
+}
