@@ -7,7 +7,7 @@ use crate::{Fact, Firewall, Interface, KernelError, Mac, Observed, Op, Passes, P
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_core::ErrorMessage;
-use rtnetlink::packet_route::address::AddressHeaderFlags;
+use rtnetlink::packet_route::address::{AddressHeaderFlags, AddressScope};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
@@ -454,6 +454,9 @@ impl Kernel {
                 let index = self.index(place, link).await?;
                 let handle = self.handle(place)?;
                 let mut request = handle.address().add(index, address.addr(), address.prefix_len());
+                if address.addr().is_loopback() {
+                    request.message_mut().header.scope = AddressScope::Host;
+                }
                 if address.addr().is_ipv6() {
                     // Nobody else can have it: it is we who give addresses out, and waiting for that would take a second.
                     request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
