@@ -11,6 +11,7 @@ use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tidegate_model::registry;
 
 /// The types of questions that are told apart.
 const KINDS: [(u16, &str); 9] = [
@@ -329,6 +330,8 @@ pub(crate) struct ProcessMetrics {
     pub(crate) misses: Counter,
     pub(crate) coalesced: Counter,
     pub(crate) evicted: Counter,
+    /// Sockets that other software had destroyed.
+    pub(crate) revived: Counter,
     pub(crate) entries: Gauge,
     pub(crate) flights: Gauge,
     pub(crate) containers: Gauge,
@@ -358,6 +361,7 @@ impl ProcessMetrics {
             CACHE,
             "Questions for other servers: found in the cache (hit), asked (miss), or already on their way (coalesced)."
         );
+        describe_counter!(registry::REPAIRS_METRIC, registry::REPAIRS_HELP);
         describe_counter!(EVICTED, "Answers that had to leave the cache before their time.");
         describe_gauge!(ENTRIES, "Answers in the cache.");
         describe_gauge!(FLIGHTS, "Questions that are with other servers.");
@@ -373,6 +377,7 @@ impl ProcessMetrics {
             misses: counter!(CACHE, "result" => "miss"),
             coalesced: counter!(CACHE, "result" => "coalesced"),
             evicted: counter!(EVICTED),
+            revived: counter!(registry::REPAIRS_METRIC, "kind" => "dns"),
             entries: gauge!(ENTRIES),
             flights: gauge!(FLIGHTS),
             containers: gauge!(SERVING),

@@ -240,6 +240,10 @@ fn offset(value: u32, first: u32) -> Option<OwnerSlot> {
 /// The counter of objects of ours that were restored, with the label `kind`. Each crate counts what it restores itself.
 pub const REPAIRS_METRIC: &str = "tidegate_network_repairs_total";
 
+/// What it counts.
+pub const REPAIRS_HELP: &str =
+    "Objects that other software removed or changed, and that were restored, by kind.";
+
 #[cfg(test)]
 mod tests {
     use super::*;

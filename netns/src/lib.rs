@@ -51,7 +51,8 @@ pub use local_peer::LocalPeers;
 pub use lock::{Lock, lock_file};
 pub use news::{News, Topic};
 pub use policy_route::{
-    MAX_SELECTORS, PolicyRoute, PolicyRouteError, Selector, Steered, Sysctl, sweep, sweep_in,
+    MAX_SELECTORS, PolicyRoute, PolicyRouteError, Restored, Selector, Steered, Sysctl,
+    policy_route_sysctls_hold, repair_policy_routes, sweep, sweep_in,
 };
 pub use run_directory::run_directory;
 pub use system::interface_index;

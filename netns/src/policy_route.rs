@@ -45,7 +45,7 @@ pub use sweep::{sweep, sweep_in};
 pub use sysctl::Sysctl;
 
 use crate::netlink::Netlink;
-use crate::{Families, Namespace};
+use crate::{Families, Family, Namespace, NamespaceId};
 use rustix::io::Errno;
 use session::{Session, kernel_error};
 use std::collections::BTreeMap;
@@ -53,7 +53,7 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tidegate_model::registry::{OwnerSlot, table_id};
 
 /// How many rules one [`PolicyRoute`] can have. The kernel goes through all rules of a namespace for every
@@ -65,15 +65,28 @@ pub const MAX_SELECTORS: usize = 256;
 /// Dropped, it takes everything back. Errors are logged then; what could not be taken back stays in the
 /// journal.
 pub struct PolicyRoute {
-    namespace: Namespace,
     directory: PathBuf,
+    installed: Arc<Installed>,
+}
+
+/// What is in the namespace.
+struct Installed {
+    namespace: Namespace,
     slot: OwnerSlot,
     families: Families,
+    sysctls: Vec<Sysctl>,
     rules: Mutex<Rules>,
 }
 
+/// All of this process, for [`repair_policy_routes`].
+static INSTALLED: Mutex<Vec<Weak<Installed>>> = Mutex::new(Vec::new());
+
 struct Rules {
     netlink: Netlink,
+    /// By which address steered answers leave, of each family that it was named for.
+    sources: BTreeMap<bool, IpAddr>,
+    /// Taken back, or being so.
+    ended: bool,
     /// How many guards each rule has.
     holders: BTreeMap<Selector, usize>,
 }
@@ -117,13 +130,19 @@ impl PolicyRoute {
         }
         drop(session);
         tracing::debug!(namespace = %namespace.id(), slot = slot.0, "policy route installed");
-        Ok(Self {
+        let rules = Rules { netlink, sources: BTreeMap::new(), ended: false, holders: BTreeMap::new() };
+        let installed = Arc::new(Installed {
             namespace: namespace.clone(),
-            directory: directory.to_owned(),
             slot,
             families,
-            rules: Mutex::new(Rules { netlink, holders: BTreeMap::new() }),
-        })
+            sysctls: sysctls.to_vec(),
+            rules: Mutex::new(rules),
+        });
+        let mut all = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|one| one.strong_count() > 0);
+        all.push(Arc::downgrade(&installed));
+        drop(all);
+        Ok(Self { directory: directory.to_owned(), installed })
     }
 
     /// Delivers packets that match `selector` to local sockets, until the last guard for this selector is
@@ -137,25 +156,26 @@ impl PolicyRoute {
     /// [`PolicyRouteError`]: the kernel refused the rule, there are [`MAX_SELECTORS`], or the selector makes
     /// no sense.
     pub fn steer(self: &Arc<Self>, selector: Selector) -> Result<Steered, PolicyRouteError> {
+        let there = &self.installed;
         let flaw = selector.flaw().or_else(|| {
-            let installed = self.families.contains(selector.family);
+            let installed = there.families.contains(selector.family);
             (!installed).then_some("the policy route was not installed for this family")
         });
         if let Some(flaw) = flaw {
             let selector = Box::new(selector);
-            return Err(PolicyRouteError::Selector { namespace: self.namespace.id(), selector, flaw });
+            return Err(PolicyRouteError::Selector { namespace: there.namespace.id(), selector, flaw });
         }
-        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rules = there.rules();
         let rules = &mut *rules;
         if let Some(holders) = rules.holders.get_mut(&selector) {
             *holders += 1;
         } else if rules.holders.len() == MAX_SELECTORS {
-            return Err(PolicyRouteError::TooManySelectors(self.namespace.id()));
+            return Err(PolicyRouteError::TooManySelectors(there.namespace.id()));
         } else {
-            match slot::add_rule(&mut rules.netlink, self.slot, &selector) {
+            match slot::add_rule(&mut rules.netlink, there.slot, &selector) {
                 // Left from when it could not be deleted.
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::EXIST) => {}
-                added => added.map_err(|source| self.rule_error(&selector, source))?,
+                added => added.map_err(|source| there.rule_error(&selector, source))?,
             }
             rules.holders.insert(selector.clone(), 1);
         }
@@ -171,27 +191,75 @@ impl PolicyRoute {
     /// # Errors
     /// [`PolicyRouteError`]: the kernel refuses an address that is not the namespace's.
     pub fn answer_from(&self, address: IpAddr) -> Result<(), PolicyRouteError> {
-        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
-        slot::set_source(&mut rules.netlink, self.slot, address).map_err(|source| {
-            let route = format!("local default dev lo table {} src {address}", table_id(self.slot));
-            kernel_error(&self.namespace, route, source)
+        let there = &self.installed;
+        let mut rules = there.rules();
+        rules.sources.insert(address.is_ipv6(), address);
+        slot::set_source(&mut rules.netlink, there.slot, address).map_err(|source| {
+            let route = format!("local default dev lo table {} src {address}", table_id(there.slot));
+            kernel_error(&there.namespace, route, source)
         })
     }
 
     /// How many rules there are, at most [`MAX_SELECTORS`].
     #[must_use]
     pub fn selectors(&self) -> usize {
-        self.rules.lock().unwrap_or_else(PoisonError::into_inner).holders.len()
+        self.installed.rules().holders.len()
     }
 
     /// The slot it has in its namespace.
     #[must_use]
     pub fn slot(&self) -> OwnerSlot {
-        self.slot
+        self.installed.slot
+    }
+}
+
+impl Installed {
+    fn rules(&self) -> MutexGuard<'_, Rules> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds what is missing, and says what that was.
+    ///
+    /// The kernel is asked to add everything exclusively: what is there it refuses.
+    fn repair(&self) -> Result<Vec<Restored>, PolicyRouteError> {
+        let mut restored = Vec::new();
+        let mut rules = self.rules();
+        let rules = &mut *rules;
+        if rules.ended {
+            return Ok(restored);
+        }
+        let table = table_id(self.slot);
+        for family in self.families.iter() {
+            let route = format!("{family} route local default dev lo table {table}");
+            let added = was_missing(slot::add_route(&mut rules.netlink, self.slot, family))
+                .map_err(|source| kernel_error(&self.namespace, &route, source))?;
+            if !added {
+                continue;
+            }
+            if let Some(source) = rules.sources.get(&(family == Family::V6)) {
+                slot::set_source(&mut rules.netlink, self.slot, *source)
+                    .map_err(|source| kernel_error(&self.namespace, &route, source))?;
+            }
+            restored.push(Restored::Route(route));
+        }
+        for selector in rules.holders.keys() {
+            let added = was_missing(slot::add_rule(&mut rules.netlink, self.slot, selector));
+            if added.map_err(|source| self.rule_error(selector, source))? {
+                restored.push(Restored::Rule(format!("rule {selector} lookup {table}")));
+            }
+        }
+        for sysctl in &self.sysctls {
+            let failed = |source| kernel_error(&self.namespace, format_args!("sysctl {sysctl}"), source);
+            if let Some(change) = sysctl::Change::needed(&self.namespace, sysctl).map_err(failed)? {
+                change.make().map_err(failed)?;
+                restored.push(Restored::Sysctl(sysctl.to_string()));
+            }
+        }
+        Ok(restored)
     }
 
     fn release(&self, selector: &Selector) {
-        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rules = self.rules();
         let Some(holders) = rules.holders.get_mut(selector) else { return };
         *holders -= 1;
         if *holders > 0 {
@@ -212,6 +280,55 @@ impl PolicyRoute {
     }
 }
 
+/// An object of a [`PolicyRoute`] that other software had removed or changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Restored {
+    /// The route of its table.
+    Route(String),
+    /// A rule.
+    Rule(String),
+    /// A sysctl.
+    Sysctl(String),
+}
+
+/// Restores what is missing of all policy routes that this process has in `namespace`, and says what that was.
+///
+/// # Errors
+/// [`PolicyRouteError`]: the kernel refused something.
+pub fn repair_policy_routes(namespace: NamespaceId) -> Result<Vec<Restored>, PolicyRouteError> {
+    let mut restored = Vec::new();
+    for installed in installed_in(namespace) {
+        restored.extend(installed.repair()?);
+    }
+    Ok(restored)
+}
+
+/// Whether the sysctls of all policy routes that this process has in `namespace` are as they were set, as far as they can
+/// be read. Nothing announces that one is changed.
+#[must_use]
+pub fn policy_route_sysctls_hold(namespace: NamespaceId) -> bool {
+    installed_in(namespace).iter().all(|installed| {
+        let holds = |sysctl: &Sysctl| {
+            installed.namespace.sysctl(&sysctl.name).map_or(true, |value| value == sysctl.value)
+        };
+        installed.sysctls.iter().all(holds)
+    })
+}
+
+fn installed_in(namespace: NamespaceId) -> Vec<Arc<Installed>> {
+    let all = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+    all.iter().filter_map(Weak::upgrade).filter(|one| one.namespace.id() == namespace).collect()
+}
+
+/// Whether something was added, which is not the case if it was there.
+fn was_missing(added: io::Result<()>) -> io::Result<bool> {
+    match added {
+        Ok(()) => Ok(true),
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::EXIST) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 impl Rules {
     /// Deletes the rule of `selector` and no other.
     ///
@@ -229,14 +346,17 @@ impl Rules {
 
 impl Drop for PolicyRoute {
     fn drop(&mut self) {
-        let netlink = &mut self.rules.get_mut().unwrap_or_else(PoisonError::into_inner).netlink;
-        let left = Session::begin(&self.directory, &self.namespace, netlink)
-            .map(|mut session| session.leave(self.slot));
+        let there = &self.installed;
+        let mut rules = there.rules();
+        rules.ended = true;
+        let netlink = &mut rules.netlink;
+        let left = Session::begin(&self.directory, &there.namespace, netlink)
+            .map(|mut session| session.leave(there.slot));
         let errors = left.unwrap_or_else(|error| {
             // Without the journal nobody knows whether the sysctls may go back; what is the slot's alone may.
-            let rest =
-                slot::delete_rules(netlink, self.slot).and_then(|()| slot::delete_routes(netlink, self.slot));
-            let rest = rest.map_err(|source| kernel_error(&self.namespace, "rules and routes", source));
+            let rest = slot::delete_rules(netlink, there.slot)
+                .and_then(|()| slot::delete_routes(netlink, there.slot));
+            let rest = rest.map_err(|source| kernel_error(&there.namespace, "rules and routes", source));
             [Err(error), rest].into_iter().filter_map(Result::err).collect()
         });
         for error in errors {
@@ -248,9 +368,9 @@ impl Drop for PolicyRoute {
 impl fmt::Debug for PolicyRoute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PolicyRoute")
-            .field("namespace", &self.namespace)
-            .field("slot", &self.slot)
-            .field("families", &self.families)
+            .field("namespace", &self.installed.namespace)
+            .field("slot", &self.installed.slot)
+            .field("families", &self.installed.families)
             .finish_non_exhaustive()
     }
 }
@@ -272,7 +392,7 @@ impl Steered {
 
 impl Drop for Steered {
     fn drop(&mut self) {
-        self.route.release(&self.selector);
+        self.route.installed.release(&self.selector);
     }
 }
 

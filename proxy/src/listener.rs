@@ -9,7 +9,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::LazyLock;
 use std::time::Duration;
 use tidegate_model::{Feature, Protocol, PublishLabel, canonical};
-use tidegate_reactor::{batch, drop_forged_own_source, enable_stream_ingress};
+use tidegate_reactor::{
+    batch, drop_forged_own_source, enable_stream_ingress, revive_datagrams, revive_listener,
+};
 
 /// The queue of connections that wait to be accepted; the kernel caps it at `net.core.somaxconn`, whose default
 /// it is.
@@ -159,6 +161,18 @@ impl Listener {
             .and_then(|()| prepare(&socket, address, protocol));
         prepared.map_err(AdoptError::NotASocket)?;
         Ok(Self { socket: socket.into(), label: PublishLabel::new(address, protocol) })
+    }
+
+    /// Answers again after other software has destroyed the socket (`ss -K`). Whether that had happened.
+    ///
+    /// # Errors
+    /// The kernel's; the port is not answered at then.
+    pub(crate) fn revive(&self) -> io::Result<bool> {
+        let address = self.label.address();
+        match self.label.protocol() {
+            Protocol::Tcp => revive_listener(&self.socket, address, None, BACKLOG),
+            Protocol::Udp | Protocol::Sctp => revive_datagrams(&self.socket, address, None).map(|()| true),
+        }
     }
 
     /// What it is called in metrics and messages: its bound address and protocol.

@@ -13,7 +13,7 @@ use crate::port::{Direction, Drop, Port, Refusal};
 use metrics::{Counter, counter, describe_counter};
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use tidegate_model::{HistogramReading, Protocol, PublishLabel};
+use tidegate_model::{HistogramReading, Protocol, PublishLabel, registry};
 
 /// Bounds of the time until a backend is reached, in seconds: from a container on this host, over a full listen queue, to the first
 /// and the second retransmission of a SYN (RFC 6298: after 1 s, and 2 s later). The dial timeout is the bound of all.
@@ -434,6 +434,8 @@ pub(crate) struct ProcessMetrics {
     evicted: [Counter; EVICTING.len()],
     /// Connections that had to end for the budget of bytes.
     pub(crate) evicted_for_bytes: Counter,
+    /// Sockets of ports that other software had destroyed.
+    pub(crate) revived: Counter,
 }
 
 /// The limits of connections for which a running one may have to end.
@@ -448,11 +450,13 @@ impl ProcessMetrics {
             EVICTED,
             "TCP connections of the largest client that were cut at a limit, for others or for the budget of bytes."
         );
+        describe_counter!(registry::REPAIRS_METRIC, registry::REPAIRS_HELP);
         let evicted = |reason: &'static str| counter!(EVICTED, "reason" => reason);
         Self {
             accept_pauses: counter!(PAUSES),
             evicted: EVICTING.map(|limit| evicted(limit.as_str())),
             evicted_for_bytes: evicted("held_bytes"),
+            revived: counter!(registry::REPAIRS_METRIC, "kind" => "listener"),
         }
     }
 

@@ -23,6 +23,7 @@ mod ingress;
 mod lists;
 mod mailbox;
 mod pipes;
+mod revive;
 mod source_ports;
 mod timers;
 
@@ -34,5 +35,6 @@ pub use ingress::{StreamIngress, drop_forged_own_source, enable_stream_ingress, 
 pub use lists::{Links, List};
 pub use mailbox::{Closed, Sender};
 pub use pipes::{Loan, Pipe, PipePool, Splice};
+pub use revive::{revive_datagrams, revive_listener, says_destroyed};
 pub use source_ports::{PortRange, SourcePorts, begin_connect};
 pub use timers::Timers;

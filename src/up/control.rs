@@ -27,7 +27,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_netns::{Namespace, NamespaceId, News};
+use tidegate_netns::{
+    Namespace, NamespaceId, News, Restored, policy_route_sysctls_hold, repair_policy_routes,
+};
 use tidegate_netsetup::{Firewall, Place, RepairKind, Repaired, SetupError};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -204,6 +206,12 @@ impl Instance {
             }
         }
         names.retain(|name| self.is_in_use(name));
+        for name in &names {
+            let namespace = self.up.publisher.namespace(name);
+            if namespace.is_some_and(|namespace| !policy_route_sysctls_hold(namespace.id())) {
+                schedule.endpoint_changed(name.clone(), Instant::now());
+            }
+        }
         let names = names.into_iter().collect();
         match self.setup.changed_silently(&self.up.layout.desired, &names).await {
             Ok(places) => {
@@ -304,7 +312,22 @@ impl Instance {
             }
         }
         for endpoint in &endpoints {
-            if schedule.endpoint_checked(endpoint, found(&repaired, Some(endpoint)), now) {
+            let mut found = found(&repaired, Some(endpoint));
+            if found != Check::Failed {
+                match self.restore_beyond_facts(endpoint) {
+                    Ok(true) => found = Check::Restored,
+                    Ok(false) => {}
+                    Err(error) => {
+                        found = Check::Failed;
+                        self.repairs.failed.increment(1);
+                        tracing::error!(
+                            endpoint,
+                            "removed or changed by other software; not restored: {error:#}"
+                        );
+                    }
+                }
+            }
+            if schedule.endpoint_checked(endpoint, found, now) {
                 tracing::warn!(
                     endpoint,
                     "objects of the endpoint are removed again and again; they are restored less and less often"
@@ -325,6 +348,32 @@ impl Instance {
             self.repairs.failed.increment(1);
             tracing::error!(endpoint, %error, "removed or changed by other software; not restored");
         }
+    }
+
+    /// Restores what published ports and the DNS server have in the namespace of `endpoint`. Whether any of it was missing.
+    fn restore_beyond_facts(&mut self, endpoint: &str) -> anyhow::Result<bool> {
+        let Some(namespace) = self.up.publisher.namespace(endpoint) else { return Ok(false) };
+        let mut restored: Vec<(RepairKind, String)> = Vec::new();
+        if self.up.names.repair(endpoint)? {
+            restored.push((RepairKind::Dns, "table of nftables that leads to the DNS server".to_owned()));
+        }
+        for object in repair_policy_routes(namespace.id())? {
+            restored.push(match object {
+                Restored::Route(route) => (RepairKind::Route, format!("route {route}")),
+                Restored::Rule(rule) => (RepairKind::Rule, rule),
+                Restored::Sysctl(sysctl) => (RepairKind::Sysctl, sysctl),
+            });
+        }
+        for (kind, object) in &restored {
+            self.repairs.count(*kind);
+            tracing::warn!(
+                kind = kind.as_str(),
+                object,
+                endpoint,
+                "removed or changed by other software; restored"
+            );
+        }
+        Ok(!restored.is_empty())
     }
 
     /// Notes which index each bridge has now: access lists depend on it, and DNS servers at

@@ -40,7 +40,7 @@ impl EndpointWatch {
         if let Some(task) = self.tasks.remove(endpoint) {
             task.abort();
         }
-        let topics = [Topic::Links, Topic::Addresses, Topic::Routes, Topic::Settings];
+        let topics = [Topic::Links, Topic::Addresses, Topic::Routes, Topic::Rules, Topic::Settings];
         let links = register(News::of(namespace, &topics)?)?;
         // Without nftables there is no table to lose.
         let rules = namespace.with(News::of_rules)?.and_then(register).ok();

@@ -66,10 +66,7 @@ pub(super) struct Repairs {
 impl Repairs {
     pub(super) fn new() -> Self {
         const FAILED: &str = "tidegate_network_repair_failures_total";
-        describe_counter!(
-            registry::REPAIRS_METRIC,
-            "Objects that other software removed or changed, and that were restored, by kind."
-        );
+        describe_counter!(registry::REPAIRS_METRIC, registry::REPAIRS_HELP);
         describe_counter!(FAILED, "Times that objects could not be restored; that is tried again.");
         let restored =
             RepairKind::ALL.map(|kind| counter!(registry::REPAIRS_METRIC, "kind" => kind.as_str()));

@@ -141,7 +141,16 @@ impl NameServers {
         there.serve(&self.resolver, network, host)
     }
 
-    /// The same, unless it is served already.
+    /// Restores what leads to the server of `service`, if other software has removed it. Whether it had.
+    ///
+    /// # Errors
+    /// One line that names the service.
+    pub(super) fn repair(&mut self, service: &str) -> anyhow::Result<bool> {
+        let Some(serving) = self.serving.get_mut(service) else { return Ok(false) };
+        serving.repair().with_context(|| format!("DNS of container {service:?}"))
+    }
+
+    /// Serves `service` in `namespace`, unless it is served already.
     ///
     /// # Errors
     /// One line that names the service.

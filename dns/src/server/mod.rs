@@ -57,6 +57,17 @@ impl Serving {
         self.address
     }
 
+    /// Restores the table of nftables that leads there, if other software has removed or changed it. Whether it had.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn repair(&mut self) -> Result<bool, tidegate_netfilter::Error> {
+        match &mut self.redirect {
+            Some(redirect) => redirect.repair(),
+            None => Ok(false),
+        }
+    }
+
     /// Whether a rule of nftables leads there.
     #[must_use]
     pub fn is_redirected(&self) -> bool {
@@ -156,10 +167,10 @@ fn start(
     site: Site,
 ) -> io::Result<Serving> {
     let shared = Arc::clone(&site.shared);
-    let (socket, listener) = pair.register()?;
+    let ((socket, of_udp), (listener, of_tcp)) = pair.register()?;
     let site = Arc::new(site);
-    let udp = tokio::spawn(udp::serve(Arc::new(socket), Arc::clone(&site))).abort_handle();
-    let tcp = tokio::spawn(tcp::serve(listener, site)).abort_handle();
+    let udp = tokio::spawn(udp::serve(Arc::new(socket), of_udp, Arc::clone(&site))).abort_handle();
+    let tcp = tokio::spawn(tcp::serve(listener, of_tcp, site)).abort_handle();
     let outside = [&shared.ways.outside, &shared.ways.networks].iter().any(|way| way.id() == namespace.id());
     if outside {
         shared.ourselves(address);

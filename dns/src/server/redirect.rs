@@ -20,6 +20,7 @@
 //! connections for reasons of its own, it sees both directions with port 53: questions are rewritten after that (-200), answers before.
 
 use crate::resolv_conf::{PORT, SERVER};
+use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tidegate_model::registry::NFTABLES_DNS_TABLE;
@@ -36,15 +37,44 @@ const CLOSERS: usize = 64;
 
 /// The rule, as long as this is there.
 #[derive(Debug)]
-pub(super) struct Redirect(Namespace);
+pub(super) struct Redirect {
+    namespace: Namespace,
+    ports: (u16, u16),
+    /// Of the table as it was made.
+    fingerprint: Option<u64>,
+}
 
 impl Redirect {
     /// Leads port 53 to `ports`: of UDP, of TCP.
     pub(super) fn set_up(namespace: &Namespace, ports: (u16, u16)) -> Result<Self, Error> {
-        let change = Change::Replace { table: table(ports), owned: false };
-        namespace.with(|| Connection::open()?.commit(&[change]))??;
-        Ok(Self(namespace.clone()))
+        let fingerprint = make(namespace, ports)?;
+        Ok(Self { namespace: namespace.clone(), ports, fingerprint })
     }
+
+    /// Makes the table again if it is not as it was made. Whether it was not.
+    pub(super) fn repair(&mut self) -> Result<bool, Error> {
+        let found = self.namespace.with(|| fingerprint(&mut Connection::open()?))??;
+        if found.is_some() && found == self.fingerprint {
+            return Ok(false);
+        }
+        self.fingerprint = make(&self.namespace, self.ports)?;
+        Ok(true)
+    }
+}
+
+/// Makes the table, in the place of one that is there.
+fn make(namespace: &Namespace, ports: (u16, u16)) -> Result<Option<u64>, Error> {
+    let change = Change::Replace { table: table(ports), owned: false };
+    namespace.with(|| {
+        let mut connection = Connection::open()?;
+        connection.commit(&[change])?;
+        Ok(fingerprint(&mut connection)?)
+    })?
+}
+
+/// What tells whether the table is as it was.
+fn fingerprint(connection: &mut Connection) -> io::Result<Option<u64>> {
+    connection.fingerprint(NFTABLES_DNS_TABLE, |_| true)
 }
 
 impl Drop for Redirect {
@@ -56,8 +86,8 @@ impl Drop for Redirect {
             close_elsewhere(connection);
             Ok::<_, Error>(())
         };
-        if let Err(error) = self.0.with(remove).map_err(Error::from).flatten() {
-            tracing::debug!(namespace = %self.0.id(), %error, "the redirection of DNS stays");
+        if let Err(error) = self.namespace.with(remove).map_err(Error::from).flatten() {
+            tracing::debug!(namespace = %self.namespace.id(), %error, "the redirection of DNS stays");
         }
     }
 }

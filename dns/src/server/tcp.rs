@@ -4,6 +4,7 @@
 //! and it takes its answers; it goes when it is idle, or stops in the middle of a question, or does not read.
 
 use super::clients::{Activity, Clients, limit};
+use super::sockets::{Bound, report};
 use crate::handler::{Channel, Outcome, Site};
 use crate::metrics::Overload;
 use std::io;
@@ -29,7 +30,7 @@ const LONGEST: usize = 4096;
 const REST: Duration = Duration::from_millis(100);
 
 /// Serves clients of `listener` for as long as the task lives; they go with it.
-pub(super) async fn serve(listener: TcpListener, site: Arc<Site>) {
+pub(super) async fn serve(listener: TcpListener, bound: Bound, site: Arc<Site>) {
     let mut clients = Clients::default();
     let mut tasks = JoinSet::new();
     loop {
@@ -40,7 +41,7 @@ pub(super) async fn serve(listener: TcpListener, site: Arc<Site>) {
         let (stream, client) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!(endpoint = site.asker.endpoint(), network = site.asker.network(), %error, "accept a DNS client");
+                report(&site, "tcp", bound.revive_listener(&listener, &error), &error);
                 tokio::time::sleep(REST).await;
                 continue;
             }

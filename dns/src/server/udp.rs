@@ -3,6 +3,7 @@
 //! Buffers belong to the thread, not to the server: a thousand servers have one set.
 
 use super::burst::Burst;
+use super::sockets::{Bound, report};
 use crate::handler::{Channel, Outcome, Site};
 use crate::metrics::Overload;
 use std::cell::RefCell;
@@ -28,7 +29,7 @@ thread_local! {
 }
 
 /// Serves `socket` for as long as the task lives.
-pub(super) async fn serve(socket: Arc<UdpSocket>, site: Arc<Site>) {
+pub(super) async fn serve(socket: Arc<UdpSocket>, bound: Bound, site: Arc<Site>) {
     let channel = Channel::Datagram(&socket);
     loop {
         let served = async {
@@ -42,7 +43,7 @@ pub(super) async fn serve(socket: Arc<UdpSocket>, site: Arc<Site>) {
             Ok(()) => tokio::task::yield_now().await,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                tracing::warn!(endpoint = site.asker.endpoint(), network = site.asker.network(), %error, "receive DNS questions");
+                report(&site, "udp", bound.revive_datagrams(&socket, &error), &error);
                 tokio::time::sleep(REST).await;
             }
         }

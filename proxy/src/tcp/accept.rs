@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tidegate_model::{Ingress, Protocol, PublishLabel, canonical, share_of};
-use tidegate_reactor::{Context, Interest, Key, List, Permit, Readiness, stream_ingress};
+use tidegate_reactor::{Context, Interest, Key, List, Permit, Readiness, says_destroyed, stream_ingress};
 
 /// Connections accepted from one port before other events have their turn.
 const BATCH: usize = 64;
@@ -106,6 +106,7 @@ impl Worker {
                 self.rest(cx, key);
                 return false;
             }
+            Err(errno) if says_destroyed(&errno.into()) => return self.revive(cx, key),
             // The connection that was to be accepted is gone already (accept(2), "Error handling").
             Err(_) => return true,
         };
@@ -343,13 +344,31 @@ impl Worker {
         }
     }
 
+    /// Has the socket of port `key`, of which accept(2) says that it does not listen, listen again. Whether more may wait there.
+    fn revive(&mut self, cx: &mut Context<'_>, key: Key) -> bool {
+        let Some(PortState::Tcp { listener, port, .. }) = self.ports.get(key) else { return false };
+        match listener.revive() {
+            // The client has gone.
+            Ok(false) => true,
+            Ok(true) => {
+                self.shared.metrics.revived.increment(1);
+                log_revived(port.label);
+                true
+            }
+            Err(error) => {
+                tracing::error!(publish = %port.label, kind = "listener", %error, "destroyed by other software; not restored");
+                self.pause(cx, key);
+                false
+            }
+        }
+    }
+
     /// Stops accepting at port `key` until descriptors come back.
     fn rest(&mut self, cx: &mut Context<'_>, key: Key) {
-        let Some(PortState::Tcp { listener, resting, port, .. }) = self.ports.get_mut(key) else { return };
-        if *resting || cx.epoll.remove(&*listener).is_err() {
+        if !self.pause(cx, key) {
             return;
         }
-        *resting = true;
+        let Some(PortState::Tcp { port, .. }) = self.ports.get(key) else { return };
         self.shared.metrics.accept_pauses.increment(1);
         if self.shared.pause_log.is_due(cx.now) {
             tracing::warn!(
@@ -358,10 +377,20 @@ impl Worker {
                 "accepting pauses: all file descriptors are in use; raise the limit (ulimit -n)"
             );
         }
+    }
+
+    /// Stops accepting at port `key` for a while. Whether it had not yet.
+    fn pause(&mut self, cx: &mut Context<'_>, key: Key) -> bool {
+        let Some(PortState::Tcp { listener, resting, .. }) = self.ports.get_mut(key) else { return false };
+        if *resting || cx.epoll.remove(&*listener).is_err() {
+            return false;
+        }
+        *resting = true;
         if self.resting.is_empty() {
             cx.timers.arm(cx.now + REST, Tag::Rest.token(key));
         }
         self.resting.push(key);
+        true
     }
 
     /// Accepts again at the ports that rest. Without descriptors they will rest again at once.
@@ -389,6 +418,11 @@ impl Worker {
             }
         }
     }
+}
+
+/// The socket of a port was destroyed, and answers again.
+pub(crate) fn log_revived(publish: PublishLabel) {
+    tracing::warn!(%publish, kind = "listener", "destroyed by other software; restored");
 }
 
 /// The kernel does not report by which interface a client came, so the ACL cannot be applied.

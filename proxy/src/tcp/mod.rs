@@ -50,7 +50,7 @@ mod accept;
 mod connection;
 mod shares;
 
-pub(crate) use accept::{Accepted, Crowd, refusal};
+pub(crate) use accept::{Accepted, Crowd, log_revived, refusal};
 pub(crate) use connection::{Claim, Connection, Phase, Scratch, Side, Turn};
 pub(crate) use shares::{Holder, Limits, Seat, Shares};
 

@@ -4,6 +4,7 @@ use super::session_table::{Client, SessionTable};
 use crate::engine::Shared;
 use crate::listener::{Listener, prepare_datagrams, receive_trains};
 use crate::port::{Direction, Drop, Port, Tally};
+use crate::tcp::log_revived;
 use crate::upstream::{Flow, Lease, is_exhaustion};
 use crate::worker::{PortState, SessionRef, Tag, Worker};
 use std::io;
@@ -14,7 +15,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tidegate_model::{Feature, Ingress, Protocol, canonical};
 use tidegate_reactor::batch::{self, Datagram, Destination, Offload, RecvBatch, SendBatch, Sent};
-use tidegate_reactor::{Arena, Context, Interest, Key, Permit};
+use tidegate_reactor::{Arena, Context, Interest, Key, Permit, says_destroyed};
 
 /// Batches taken from one socket before other sockets have their turn.
 const BATCHES_PER_TURN: usize = 4;
@@ -107,6 +108,19 @@ impl Worker {
             let count = match received.receive(&relay.listener) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if says_destroyed(&error) => {
+                    match relay.listener.revive() {
+                        Ok(_) => {
+                            self.shared.metrics.revived.increment(1);
+                            log_revived(relay.port.label);
+                        }
+                        Err(error) => {
+                            let publish = relay.port.label;
+                            tracing::error!(%publish, kind = "listener", %error, "destroyed by other software; not restored");
+                        }
+                    }
+                    continue;
+                }
                 Err(_) => continue,
             };
             let mut start = 0;
