@@ -230,7 +230,7 @@ impl Installed {
         }
         let table = table_id(self.slot);
         for family in self.families.iter() {
-            let route = format!("{family} route local default dev lo table {table}");
+            let route = format!("{family} route to local sockets in table {table}");
             let added = was_missing(slot::add_route(&mut rules.netlink, self.slot, family))
                 .map_err(|source| kernel_error(&self.namespace, &route, source))?;
             if !added {

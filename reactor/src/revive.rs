@@ -52,8 +52,11 @@ fn rebind(socket: &impl AsFd, address: SocketAddr, device: Option<&str>) -> io::
     if let Some(device) = device {
         socket.bind_device(Some(device.as_bytes()))?;
     }
-    let has_port = socket.local_addr()?.as_socket().is_some_and(|bound| bound.port() != 0);
-    if has_port { Ok(()) } else { socket.bind(&address.into()) }
+    match socket.bind(&address.into()) {
+        // It still is. getsockname(2) does not tell: it names a port that was lost.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        bound => bound,
+    }
 }
 
 #[cfg(test)]

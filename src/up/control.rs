@@ -359,7 +359,7 @@ impl Instance {
         }
         for object in repair_policy_routes(namespace.id())? {
             restored.push(match object {
-                Restored::Route(route) => (RepairKind::Route, format!("route {route}")),
+                Restored::Route(route) => (RepairKind::Route, route),
                 Restored::Rule(rule) => (RepairKind::Rule, rule),
                 Restored::Sysctl(sysctl) => (RepairKind::Sysctl, sysctl),
             });

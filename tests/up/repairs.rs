@@ -99,7 +99,11 @@ impl Bed {
         let mut sh = namespace.command("sh");
         sh.args(["-ec", script]).env("PATH", self.scene.path());
         sh.env("VETH", self.veth());
-        sh.output().unwrap().status.success()
+        let output = sh.output().unwrap();
+        if !output.stderr.is_empty() {
+            eprintln!("{script}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        output.status.success()
     }
 
     fn veth(&self) -> String {
@@ -173,7 +177,9 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
         &format!("bridge fdb del $({entry} | cut -d' ' -f1) dev $VETH master static"),
         entry,
     );
-    for (address, link, place) in [("10.83.1.1/24", "tg-home", Host), ("10.83.1.2/24", "eth0", Inside)] {
+    for (address, link, place) in
+        [("10.83.1.1/24", "tg-home", Host), ("10.83.1.2/24", "eth0", Inside), ("127.0.0.1/8", "lo", Inside)]
+    {
         let check = format!("ip addr show {link} | grep -q {address}");
         bed.removes("address", place, &format!("ip addr del {address} dev {link}"), &check);
     }
@@ -184,11 +190,12 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
         "ip route | grep -q '10.83.1.0/24 dev tg-home'",
     );
     bed.removes("route", Inside, "ip route del default", "ip route | grep -q 'default via 10.83.1.1'");
-    let answers = "ip route show table all | grep 'local default dev lo'";
-    let table = "$(ip route show table all | grep 'local default dev lo' | sed 's/.*table //; s/ .*//')";
-    bed.removes("route", Inside, &format!("ip route del local default dev lo table {table}"), answers);
-    let marked = "ip rule | grep fwmark";
-    bed.removes("rule", Inside, "ip rule del pref $(ip rule | grep fwmark | cut -d: -f1)", marked);
+    // One for TCP, one for UDP.
+    let answers = "[ $(ip route show table all | grep -c '^local default dev lo') = 2 ]";
+    let table = "$(ip route show table all | grep -m1 '^local default dev lo' | sed 's/.*table //; s/ .*//')";
+    bed.removes_again("route", Inside, &format!("ip route flush table {table}"), answers);
+    let marked = "ip rule | grep -q fwmark";
+    bed.removes("rule", Inside, "ip rule del pref $(ip rule | grep -m1 fwmark | cut -d: -f1)", marked);
     let sysctl = |name: &str, others: u8, ours: u8| {
         (format!("sysctl -q {name}={others}"), format!("sysctl -n {name} | grep -qx {ours}"))
     };
@@ -209,7 +216,7 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
 /// Destroyed as `ss -K` does, or its table deleted: names are resolved, and ports answer, without a restart.
 #[test]
 fn sockets_that_are_destroyed_answer_again() {
-    let bed = Bed::new(&["--firewall=none"]);
+    let bed = Bed::new(&["--firewall=nftables", "--publish=proxy"]);
     // Who asks next is answered: until then there is nothing to see.
     let answers = "true";
     let destroy = |place, kind: &str, filter: &str| {

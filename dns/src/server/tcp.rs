@@ -30,7 +30,7 @@ const LONGEST: usize = 4096;
 const REST: Duration = Duration::from_millis(100);
 
 /// Serves clients of `listener` for as long as the task lives; they go with it.
-pub(super) async fn serve(listener: TcpListener, bound: Bound, site: Arc<Site>) {
+pub(super) async fn serve(mut listener: TcpListener, bound: Bound, site: Arc<Site>) {
     let mut clients = Clients::default();
     let mut tasks = JoinSet::new();
     loop {
@@ -41,7 +41,16 @@ pub(super) async fn serve(listener: TcpListener, bound: Bound, site: Arc<Site>) 
         let (stream, client) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                report(&site, "tcp", bound.revive_listener(&listener, &error), &error);
+                let revived = bound.revive_listener(&listener, &error);
+                let is_revived = matches!(revived, Ok(true));
+                report(&site, "tcp", revived, &error);
+                if is_revived {
+                    // To the runtime a socket that was closed (`EPOLLHUP`) remains so.
+                    match listener.into_std().and_then(TcpListener::from_std) {
+                        Ok(registered) => listener = registered,
+                        Err(error) => return report(&site, "tcp", Err(error), &io::ErrorKind::Other.into()),
+                    }
+                }
                 tokio::time::sleep(REST).await;
                 continue;
             }

@@ -19,6 +19,9 @@ const LONGEST: usize = 4096;
 /// How long a server rests whose socket fails: whatever is wrong may last.
 const REST: Duration = Duration::from_millis(100);
 
+/// A socket that is destroyed has an error (`EPOLLERR`) and nothing to read.
+const INTEREST: Interest = Interest::READABLE.add(Interest::ERROR);
+
 struct Scratch {
     received: RecvBatch,
     burst: Burst,
@@ -33,7 +36,11 @@ pub(super) async fn serve(socket: Arc<UdpSocket>, bound: Bound, site: Arc<Site>)
     let channel = Channel::Datagram(&socket);
     loop {
         let served = async {
-            socket.readable().await?;
+            if socket.ready(INTEREST).await?.is_error()
+                && let Some(error) = take_error(&socket)
+            {
+                return Err(error);
+            }
             socket.try_io(Interest::READABLE, || {
                 SCRATCH.with_borrow_mut(|scratch| scratch.round(&socket, &channel, &site))
             })
@@ -48,6 +55,17 @@ pub(super) async fn serve(socket: Arc<UdpSocket>, bound: Bound, site: Arc<Site>)
             }
         }
     }
+}
+
+/// The error of `socket`, which is no longer ready because of it.
+fn take_error(socket: &UdpSocket) -> Option<io::Error> {
+    let mut error = None;
+    // What is answered `WouldBlock` is not ready.
+    let _ = socket.try_io(Interest::ERROR, || {
+        error = socket.take_error().unwrap_or_else(Some);
+        Err::<(), _>(io::ErrorKind::WouldBlock.into())
+    });
+    error
 }
 
 impl Scratch {
