@@ -244,7 +244,7 @@ mod tests {
         let port = Fact::Port { link: "tgv1".into(), bridge: "tg-a".into(), isolated: false };
         let station = Fact::Station { link: "tgv1".into(), station: Mac([2, 0, 0, 0, 0, 1]) };
         assert_eq!(causes(vec![port.clone(), station.clone()]), [port]);
-        assert_eq!(causes(vec![station.clone()]), [station.clone()]);
         assert_eq!(RepairKind::of(&station).as_str(), "fdb");
+        assert_eq!(causes(vec![station]).len(), 1, "by itself");
     }
 }
