@@ -5,8 +5,8 @@
 //! when it was quiet for a while:
 //!
 //! - Something was removed again after it had been restored [`PATIENCE`] times: the other software is not going to stop.
-//!   The pause doubles up to a second on the host, where what is missing may be what closes a network, and up to 30
-//!   seconds in an endpoint, whose own processes can remove objects at no cost.
+//!   The pause doubles up to 300 ms on the host, where what is missing may be what closes a network, and up to 30 seconds
+//!   in an endpoint, whose own processes can remove objects at no cost.
 //! - Changes go on that remove nothing of ours: the pause is then [`BUSY_PAUSE`], which bounds the processor time that an
 //!   endpoint can cause.
 
@@ -32,9 +32,12 @@ const PATIENCE: u32 = 10;
 /// How long after the last restoration the next one is the first again, beside twice the pause.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// The longest pauses.
-const HOST_LIMIT: Duration = Duration::from_secs(1);
+/// The longest pauses. On the host all is restored within a second, which the programs of iptables take a part of.
+const HOST_LIMIT: Duration = Duration::from_millis(300);
 const ENDPOINT_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long after a failure the next attempt is made.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// What a check of a place has found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,7 +148,7 @@ impl RepairSchedule {
         let backs_off = self.host.note(found, now);
         if found == Check::Failed {
             // Nobody may say a word about it again.
-            self.host_at.get_or_insert(now + HOST_LIMIT);
+            self.host_at.get_or_insert(now + RETRY);
         }
         backs_off
     }
@@ -154,7 +157,7 @@ impl RepairSchedule {
     pub(super) fn endpoint_checked(&mut self, endpoint: &str, found: Check, now: Instant) -> bool {
         let pace = self.endpoints.entry(endpoint.to_owned()).or_insert_with(|| Pace::new(ENDPOINT_LIMIT));
         let backs_off = pace.note(found, now);
-        let again = now + pace.pause.max(HOST_LIMIT);
+        let again = now + pace.pause.max(RETRY);
         if found == Check::Failed {
             self.endpoints_at.entry(endpoint.to_owned()).or_insert(again);
         }
@@ -236,7 +239,7 @@ mod tests {
         let mut schedule = RepairSchedule::new();
         let now = Instant::now();
         schedule.endpoint_checked("web", Check::Failed, now);
-        assert_eq!(schedule.next(), Some(now + HOST_LIMIT));
+        assert_eq!(schedule.next(), Some(now + RETRY));
         schedule.host_checked(Check::Failed, now);
         assert!(schedule.awaits_host());
     }

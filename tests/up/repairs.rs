@@ -241,6 +241,35 @@ fn sockets_that_are_destroyed_answer_again() {
     assert!(cpu < 0.5, "{cpu} s of processor time in 2 s");
 }
 
+/// The port is asked for by number, so the engine's socket keeps it.
+#[test]
+fn a_socket_of_the_engine_that_is_destroyed_goes_on() {
+    let bed = Bed::new(&["--firewall=none"]);
+    assert!(bed.run(Host, "ss -K -nul4 sport = 8080"));
+    assert!(eventually(SOON, || bed.carries_traffic(Duration::from_secs(1))), "{}", bed.up.output());
+    let cpu = bed.up.cpu_seconds();
+    std::thread::sleep(Duration::from_secs(2));
+    let cpu = bed.up.cpu_seconds() - cpu;
+    assert!(cpu < 0.5, "{cpu} s of processor time in 2 s");
+}
+
+/// What cannot be restored, the engine's device, does not keep the rest from being so.
+#[test]
+fn without_the_device_of_the_engine_everything_else_is_restored() {
+    let bed = Bed::new(&["--firewall=none"]);
+    let delete = "ip link del $(ip -o link | grep -o 'tgt-[0-9a-f]*' | head -n1)";
+    assert!(bed.run(Host, delete));
+    let there = "ip addr show tg-home | grep -q 10.83.1.1/24";
+    for _ in 0..2 {
+        let counted = bed.count("address");
+        let removed = Instant::now();
+        assert!(bed.run(Host, "ip addr del 10.83.1.1/24 dev tg-home"));
+        assert!(eventually(SOON, || bed.run(Host, there)), "{}", bed.up.output());
+        assert!(removed.elapsed() < BOUND, "{:?}", removed.elapsed());
+        assert!(eventually(SOON, || bed.count("address") == counted + 1), "{}", bed.up.output());
+    }
+}
+
 #[test]
 fn tables_of_firewalls_are_restored() {
     let nftables = Bed::on(Scene::lacking("owned-tables"), &["--firewall=nftables"]);
