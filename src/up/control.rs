@@ -307,7 +307,7 @@ impl Instance {
             self.update_bridge_indexes();
             if schedule.host_checked(found(&repaired, None), now) {
                 tracing::warn!(
-                    "objects on the host are removed again and again; they are restored three times a second at most"
+                    "objects on the host are removed again and again; they are restored five times a second at most"
                 );
             }
         }

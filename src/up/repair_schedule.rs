@@ -5,9 +5,9 @@
 //! when it was quiet for a while:
 //!
 //! - Something was removed again after it had been restored [`PATIENCE`] times: the other software is not going to stop.
-//!   The pause doubles up to 300 ms on the host, where what is missing may be what closes a network, and up to 30 seconds
+//!   The pause doubles up to 200 ms on the host, where what is missing may be what closes a network, and up to 30 seconds
 //!   in an endpoint, whose own processes can remove objects at no cost.
-//! - Changes go on that remove nothing of ours: the pause is then [`BUSY_PAUSE`], which bounds the processor time that an
+//! - Changes in an endpoint go on that remove nothing of ours: the pause is then [`BUSY_PAUSE`], which bounds the processor time that an
 //!   endpoint can cause.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +20,7 @@ pub(super) const SETTLE: Duration = Duration::from_millis(10);
 /// The least time between two checks of a place.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The same, when checks follow one another and find nothing missing.
+/// The same of an endpoint, when checks follow one another and find nothing missing.
 const BUSY_PAUSE: Duration = Duration::from_millis(500);
 
 /// Checks in a row after which it applies.
@@ -33,7 +33,7 @@ const PATIENCE: u32 = 10;
 const QUIET: Duration = Duration::from_secs(10);
 
 /// The longest pauses. On the host all is restored within a second, which the programs of iptables take a part of.
-const HOST_LIMIT: Duration = Duration::from_millis(300);
+const HOST_LIMIT: Duration = Duration::from_millis(200);
 const ENDPOINT_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long after a failure the next attempt is made.
@@ -54,6 +54,8 @@ pub(super) enum Check {
 #[derive(Debug)]
 struct Pace {
     limit: Duration,
+    /// The least pause when checks follow one another and find nothing missing.
+    busy_pause: Duration,
     pause: Duration,
     checked: Option<Instant>,
     /// Checks that followed one another.
@@ -64,8 +66,8 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(limit: Duration) -> Self {
-        Self { limit, pause: PAUSE, checked: None, busy: 0, restored: 0, restored_at: None }
+    fn new(limit: Duration, busy_pause: Duration) -> Self {
+        Self { limit, busy_pause, pause: PAUSE, checked: None, busy: 0, restored: 0, restored_at: None }
     }
 
     /// When a place that has changed at `now` is checked.
@@ -88,7 +90,7 @@ impl Pace {
             self.restored_at = Some(now);
         }
         let doublings = self.restored.saturating_sub(PATIENCE);
-        let least = if self.busy > BUSY { BUSY_PAUSE } else { PAUSE };
+        let least = if self.busy > BUSY { self.busy_pause } else { PAUSE };
         self.pause = (PAUSE * 2_u32.saturating_pow(doublings.min(16))).max(least).min(self.limit);
         found != Check::Sound && doublings == 1
     }
@@ -106,7 +108,7 @@ pub(super) struct RepairSchedule {
 impl RepairSchedule {
     pub(super) fn new() -> Self {
         Self {
-            host: Pace::new(HOST_LIMIT),
+            host: Pace::new(HOST_LIMIT, PAUSE),
             host_at: None,
             endpoints: BTreeMap::new(),
             endpoints_at: BTreeMap::new(),
@@ -155,7 +157,10 @@ impl RepairSchedule {
 
     /// The same of an endpoint.
     pub(super) fn endpoint_checked(&mut self, endpoint: &str, found: Check, now: Instant) -> bool {
-        let pace = self.endpoints.entry(endpoint.to_owned()).or_insert_with(|| Pace::new(ENDPOINT_LIMIT));
+        let pace = self
+            .endpoints
+            .entry(endpoint.to_owned())
+            .or_insert_with(|| Pace::new(ENDPOINT_LIMIT, BUSY_PAUSE));
         let backs_off = pace.note(found, now);
         let again = now + pace.pause.max(RETRY);
         if found == Check::Failed {
