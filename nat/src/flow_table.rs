@@ -1,20 +1,31 @@
-//! The flows: found by their five-tuple, counted for each source, bounded in every respect. Pure.
+//! The flows: found by their five-tuple, counted for each endpoint and network, bounded in every respect. Pure.
 //!
 //! # Theory of operation
-//! A flow belongs to a class, and each class but [`Class::Connection`] is a list from the longest silent to the most recent:
+//! Each source (an endpoint, by address) has two lists of flows, each ordered from the longest idle to the most recent:
+//! *unanswered* flows ([`Class::Tentative`], and TCP connections until the handshake is complete on both sides) and
+//! *answered* ones.
 //!
-//! | class | what | when the table is full |
-//! |---|---|---|
-//! | `Tentative` | a session nobody has answered | goes first, longest silent first |
-//! | `Assured` | a session with traffic both ways | goes when no tentative one is left |
-//! | `Connection` | TCP | never makes room: cutting one is visible, refusing one is honest |
+//! | limit | what yields |
+//! |---|---|
+//! | unanswered flows of a source | its own longest unanswered flow |
+//! | flows of a source | its own longest unanswered flow, then its idlest flow |
+//! | flows in all | the same, of the source with most flows in the network with most flows |
+//! | sources | a source without flows, of the network with most sources |
 //!
-//! Sources (containers, by address) have a share each: flows, connections under way, new flows a second, buffered bytes.
-//! A source is remembered for as long as it has flows or its rate is not restored, and only so many are: a flood of invented
-//! addresses is refused, whoever has flows is not forgotten for it.
+//! A new flow costs a socket and several system calls, about as much as forwarding fifty small packets. An answered flow
+//! was worth it; a flood consists of flows that stay unanswered. Unanswered flows therefore have a budget, refunded
+//! when a flow is answered:
 //!
-//! What comes in by a container's published ports has shares of its own beside those of what the container itself begins
-//! ([`Origin`]): whoever floods the port does not shut the container in.
+//! - A source in *good standing* has few unanswered flows lately. It takes from the budget of its network only; once
+//!   it has had an answered flow, from none.
+//! - Any other source takes from its own budget ([`TableLimits::unanswered_per_source`] at once, half of it each second) and from
+//!   that of its network, which is twice as much at once and as much each second. The last half of the network's budget is reserved for
+//!   sources in good standing.
+//!
+//! Invented source addresses therefore do not multiply the budget, and do not shut out the endpoints of their network.
+//!
+//! Flows that come in by published ports are counted apart from those that the container itself begins
+//! ([`Origin`]): clients that flood the port do not use up the container's egress.
 
 use crate::limits::{Bucket, Rate};
 use crate::siphash::HashKey;
@@ -86,8 +97,9 @@ pub struct TableLimits {
     pub flows: usize,
     /// Flows of one source.
     pub flows_per_source: usize,
-    /// TCP connections of one source that have not been accepted yet.
-    pub half_open_per_source: usize,
+    /// Unanswered flows of one source: TCP connections whose handshake is incomplete, sessions without an answer. Also how many
+    /// flows that stay unanswered it may begin at once, and half of that each second.
+    pub unanswered_per_source: usize,
     /// New flows of one source.
     pub new_flows_per_source: Rate,
     /// Sessions of one client of published ports, by its address: one that can be answered at thousands of ports does not shut others out.
@@ -98,6 +110,10 @@ pub struct TableLimits {
     pub errors_per_source: Rate,
     /// Sources remembered.
     pub sources: usize,
+    /// Packets from containers that wait for their turn.
+    pub queued_packets: usize,
+    /// Their bytes.
+    pub queued_bytes: usize,
 }
 
 impl Default for TableLimits {
@@ -105,7 +121,7 @@ impl Default for TableLimits {
         Self {
             flows: 65_536,
             flows_per_source: 16_384,
-            half_open_per_source: 1024,
+            unanswered_per_source: 1024,
             new_flows_per_source: Rate { per_second: 20_000, burst: 20_000 },
             // As with ports of the port publisher.
             sessions_per_client: 1024,
@@ -113,35 +129,127 @@ impl Default for TableLimits {
             // The kernel's own: net.ipv4.icmp_msgs_per_sec and icmp_msgs_burst.
             errors_per_source: Rate { per_second: 1000, burst: 1000 },
             sources: 4096,
+            queued_packets: 4096,
+            // Sixteen windows of TCP, each of 1 MiB.
+            queued_bytes: 16 << 20,
         }
+    }
+}
+
+impl TableLimits {
+    fn unanswered_rate(&self) -> Rate {
+        let flows = u32::try_from(self.unanswered_per_source).unwrap_or(u32::MAX);
+        Rate { per_second: flows.div_ceil(2), burst: flows }
+    }
+
+    fn network_rate(&self) -> Rate {
+        let Rate { per_second, burst } = self.unanswered_rate();
+        Rate { per_second, burst: burst.saturating_mul(2) }
     }
 }
 
 /// Why a new flow was not admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
-    /// The table is full of connections.
+    /// The table is full, and nothing in it can make room.
     TableFull,
-    /// The source has its share of flows.
-    SourceShare,
-    /// The source has its share of connections under way.
-    HalfOpen,
     /// The source makes new flows too fast.
     Rate,
+    /// Too many of the latest flows of the source, or of its network, stay unanswered.
+    Unanswered,
     /// There are too many sources.
     Sources,
+}
+
+/// Which limit a flow was evicted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// [`TableLimits::flows`].
+    Flows,
+    /// [`TableLimits::flows_per_source`].
+    SourceFlows,
+    /// [`TableLimits::unanswered_per_source`].
+    Unanswered,
+    /// File descriptors.
+    Descriptors,
+}
+
+impl Limit {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Flows, Self::SourceFlows, Self::Unanswered, Self::Descriptors];
+
+    /// The value of the label `limit`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Flows => "flows",
+            Self::SourceFlows => "endpoint_flows",
+            Self::Unanswered => "unanswered",
+            Self::Descriptors => "descriptors",
+        }
+    }
+}
+
+/// Unanswered flows that leave a source in good standing: in a second, and at once.
+const GOOD_STANDING: Rate = Rate { per_second: 4, burst: 32 };
+
+/// The budgets that an unanswered flow has taken from; each is given back once it is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stake {
+    Standing,
+    StandingAndNetwork,
+    Budgets,
+    Nothing,
+}
+
+/// A flow that may begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admission {
+    network: u16,
+    origin: Origin,
+    stake: Stake,
 }
 
 #[derive(Debug)]
 struct Source {
     ip: IpAddr,
     origin: Origin,
+    network: u16,
     flows: usize,
-    half_open: usize,
+    unanswered: usize,
     buffered: usize,
     bucket: Bucket,
+    /// It has had an answered flow.
+    answered: bool,
+    standing: Bucket,
+    budget: Bucket,
     /// What it may be told.
     errors: Bucket,
+    /// Unanswered flows, then answered ones.
+    idle: [IdleList; 2],
+}
+
+impl Stake {
+    fn is_of_network(self) -> bool {
+        matches!(self, Self::StandingAndNetwork | Self::Budgets)
+    }
+}
+
+impl Source {
+    fn give_back(&mut self, stake: Stake, limits: TableLimits) {
+        match stake {
+            Stake::Standing | Stake::StandingAndNetwork => self.standing.give_back(GOOD_STANDING),
+            Stake::Budgets => self.budget.give_back(limits.unanswered_rate()),
+            Stake::Nothing => {}
+        }
+    }
+}
+
+#[derive(Debug)]
+struct NetworkState {
+    flows: usize,
+    sources: usize,
+    budget: Bucket,
 }
 
 #[derive(Debug)]
@@ -149,7 +257,8 @@ struct Entry<T> {
     key: FlowKey,
     source: Key,
     class: Class,
-    half_open: bool,
+    unanswered: bool,
+    stake: Stake,
     last_seen: Instant,
     older: Option<Key>,
     newer: Option<Key>,
@@ -157,16 +266,17 @@ struct Entry<T> {
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Silence {
+struct IdleList {
     oldest: Option<Key>,
     newest: Option<Key>,
 }
 
-/// How often forgotten sources are looked for at most, when there are too many.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// How often sources without flows are looked for at most, when there are too many.
+const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Sessions that are looked at to find one that can make room for another of the same source.
-const LOOKED_AT: usize = 256;
+/// How exact the lists are: for sessions, and for connections, which have a packet each few microseconds.
+const SESSION_PRECISION: Duration = Duration::from_millis(10);
+const CONNECTION_PRECISION: Duration = Duration::from_millis(500);
 
 /// The flows, each with a `T`.
 #[derive(Debug)]
@@ -176,7 +286,7 @@ pub struct FlowTable<T> {
     by_key: HashMap<FlowKey, Key, HashKey>,
     sources: Arena<Source>,
     by_source: BTreeMap<(IpAddr, Origin), Key>,
-    silence: [Silence; 2],
+    networks: BTreeMap<u16, NetworkState>,
     counts: [usize; 3],
     swept: Option<Instant>,
 }
@@ -191,7 +301,7 @@ impl<T> FlowTable<T> {
             by_key: HashMap::with_hasher(key),
             sources: Arena::new(),
             by_source: BTreeMap::new(),
-            silence: Default::default(),
+            networks: BTreeMap::new(),
             counts: [0; 3],
             swept: None,
         }
@@ -213,6 +323,12 @@ impl<T> FlowTable<T> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.flows.is_empty()
+    }
+
+    /// Whether there is no room for one more.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.flows.len() >= self.limits.flows
     }
 
     /// How many there are of a class.
@@ -238,6 +354,13 @@ impl<T> FlowTable<T> {
         self.flows.get_mut(key).map(|entry| (entry.key, &mut entry.value))
     }
 
+    /// The network of flow `key`.
+    #[must_use]
+    pub fn network(&self, key: Key) -> u16 {
+        let source = self.flows.get(key).and_then(|entry| self.sources.get(entry.source));
+        source.map_or(0, |source| source.network)
+    }
+
     /// What flow `key` carries, and how many bytes more its source may have buffered.
     pub fn with_allowance(&mut self, key: Key) -> Option<(&mut T, usize)> {
         let entry = self.flows.get_mut(key)?;
@@ -255,120 +378,206 @@ impl<T> FlowTable<T> {
         }
     }
 
-    /// Whether `ip` may have one flow more of this origin: asked before anything is made for it, and counted against its rate.
+    /// Whether `ip` of `network` may begin one flow more: asked before anything is made for it, and counted against its rates.
+    /// [`Self::evict_for`] then makes room.
     ///
     /// # Errors
     /// Which limit forbids it.
-    pub fn admit(&mut self, ip: IpAddr, origin: Origin, class: Class, now: Instant) -> Result<(), Refused> {
-        let source = self.source(ip, origin, now)?;
+    pub fn admit(
+        &mut self,
+        ip: IpAddr,
+        network: u16,
+        origin: Origin,
+        now: Instant,
+    ) -> Result<Admission, Refused> {
+        let admission = |stake| Admission { network, origin, stake };
         let limits = self.limits;
+        let budget_rate = limits.unanswered_rate();
+        let network_rate = limits.network_rate();
+        let source = self.source(ip, network, origin, now)?;
         let source = self.sources.get_mut(source).ok_or(Refused::Sources)?;
-        if source.flows >= limits.flows_per_source {
-            return Err(Refused::SourceShare);
-        }
-        if class == Class::Connection && source.half_open >= limits.half_open_per_source {
-            return Err(Refused::HalfOpen);
-        }
-        if !source.bucket.take(limits.new_flows_per_source, now) {
+        if source.bucket.level(limits.new_flows_per_source, now) == 0 {
             return Err(Refused::Rate);
         }
-        let evictable = self.counts[0] + self.counts[1];
-        if self.flows.len() >= self.limits.flows && evictable == 0 {
-            return Err(Refused::TableFull);
+        if origin == Origin::Outside {
+            // A published service may never answer its clients (syslog).
+            source.bucket.take(limits.new_flows_per_source, now);
+            return Ok(admission(Stake::Nothing));
         }
-        Ok(())
+        let in_good_standing = source.standing.take(GOOD_STANDING, now);
+        if in_good_standing && source.answered {
+            source.bucket.take(limits.new_flows_per_source, now);
+            return Ok(admission(Stake::Standing));
+        }
+        let network = self.networks.get_mut(&source.network).ok_or(Refused::Unanswered)?;
+        let reserve = if in_good_standing { 0 } else { network_rate.burst / 2 };
+        if network.budget.level(network_rate, now) <= reserve
+            || !in_good_standing && !source.budget.take(budget_rate, now)
+        {
+            return Err(Refused::Unanswered);
+        }
+        network.budget.take(network_rate, now);
+        source.bucket.take(limits.new_flows_per_source, now);
+        Ok(admission(if in_good_standing { Stake::StandingAndNetwork } else { Stake::Budgets }))
+    }
+
+    /// Gives back what was taken for a flow of `ip` that needs it no longer.
+    pub fn give_back(&mut self, ip: IpAddr, Admission { origin, stake, .. }: Admission) {
+        let source = self.by_source.get(&(ip, origin));
+        if let Some(source) = source.and_then(|key| self.sources.get_mut(*key)) {
+            source.give_back(stake, self.limits);
+            if stake.is_of_network()
+                && let Some(network) = self.networks.get_mut(&source.network)
+            {
+                network.budget.give_back(self.limits.network_rate());
+            }
+        }
     }
 
     /// Whether source `ip` may be told of an error: counted, so that it cannot have the engine answer all day.
-    pub fn may_tell(&mut self, ip: IpAddr, now: Instant) -> bool {
+    pub fn may_tell(&mut self, ip: IpAddr, network: u16, now: Instant) -> bool {
         let rate = self.limits.errors_per_source;
-        let source =
-            self.source(ip, Origin::Inside, now).ok().and_then(|source| self.sources.get_mut(source));
+        let source = self
+            .source(ip, network, Origin::Inside, now)
+            .ok()
+            .and_then(|source| self.sources.get_mut(source));
         source.is_some_and(|source| source.errors.take(rate, now))
     }
 
-    /// Takes the flow out that has to make room for a new one, if the table is full.
-    pub fn evict(&mut self) -> Option<(FlowKey, T)> {
-        if self.flows.len() < self.limits.flows {
-            return None;
-        }
-        self.remove(self.silence[0].oldest.or(self.silence[1].oldest)?)
-    }
-
-    /// Takes the longest silent unanswered session out, if it has been so since `before`: something else than room is short.
-    pub fn evict_tentative(&mut self, before: Instant) -> Option<(FlowKey, T)> {
-        let oldest = self.silence[0].oldest?;
-        self.flows.get(oldest).filter(|entry| entry.last_seen <= before)?;
-        self.remove(oldest)
-    }
-
-    /// Takes the longest silent unanswered session of a source out that has its share. Only so many are looked at: of a flood that takes up
-    /// a share, one is among them.
-    pub fn evict_tentative_of(&mut self, ip: IpAddr, origin: Origin) -> Option<(FlowKey, T)> {
-        let source = *self.by_source.get(&(ip, origin))?;
-        let mut next = self.silence[0].oldest;
-        for _ in 0..LOOKED_AT {
-            let key = next?;
-            let entry = self.flows.get(key)?;
-            if entry.source == source {
-                return self.remove(key);
+    /// Takes the flow out that has to make room for a new one of `ip`, and tells for which limit. To be called until there is none.
+    pub fn evict_for(&mut self, ip: IpAddr, origin: Origin, class: Class) -> Option<(FlowKey, T, Limit)> {
+        let is_limited = origin == Origin::Inside || class == Class::Connection;
+        let own = self.by_source.get(&(ip, origin)).and_then(|key| self.sources.get(*key));
+        let (victim, limit) = match own {
+            Some(own) if is_limited && own.unanswered >= self.limits.unanswered_per_source => {
+                (own.idle[0].oldest, Limit::Unanswered)
             }
-            next = entry.newer;
-        }
-        None
+            Some(own) if own.flows >= self.limits.flows_per_source => {
+                (own.idle[0].oldest.or(own.idle[1].oldest), Limit::SourceFlows)
+            }
+            _ if self.flows.len() >= self.limits.flows => {
+                let largest = self.largest().and_then(|key| self.sources.get(key))?;
+                (largest.idle[0].oldest.or(largest.idle[1].oldest), Limit::Flows)
+            }
+            _ => return None,
+        };
+        self.remove(victim?).map(|(key, value)| (key, value, limit))
     }
 
-    /// Adds a flow, which was admitted and for which room was made. A connection begins half-open.
+    /// Takes the longest unanswered session of the largest holder out that has one, if it has been so since `before`: something
+    /// else than room is short.
+    pub fn evict_unanswered(&mut self, before: Instant) -> Option<(FlowKey, T)> {
+        let victim = |source: &Source| {
+            let oldest = source.idle[0].oldest?;
+            self.flows.get(oldest).filter(|entry| entry.last_seen <= before).map(|_| oldest)
+        };
+        let candidates =
+            self.sources.iter().filter_map(|(_, source)| Some((source.unanswered, victim(source)?)));
+        let (_, victim) = candidates.max_by_key(|(unanswered, _)| *unanswered)?;
+        self.remove(victim)
+    }
+
+    /// As [`Self::evict_unanswered`], of answered flows: the idlest one of the largest holder.
+    pub fn evict_idle(&mut self, before: Instant) -> Option<(FlowKey, T)> {
+        let sources = self.sources.iter().filter(|(_, source)| source.origin == Origin::Inside);
+        let (_, largest) = sources.max_by_key(|(_, source)| source.flows)?;
+        let idlest = largest.idle[1].oldest?;
+        self.flows.get(idlest).filter(|entry| entry.last_seen <= before)?;
+        self.remove(idlest)
+    }
+
+    /// The source with most flows, of the network with most flows.
+    fn largest(&self) -> Option<Key> {
+        let (network, _) = self.networks.iter().max_by_key(|(_, network)| network.flows)?;
+        let sources = self.sources.iter().filter(|(_, source)| source.network == *network);
+        sources.max_by_key(|(_, source)| source.flows).map(|(key, _)| key)
+    }
+
+    /// The source with most flows, and how many it has.
+    #[must_use]
+    pub fn largest_holder(&self) -> Option<(IpAddr, usize)> {
+        self.largest().and_then(|key| self.sources.get(key)).map(|source| (source.ip, source.flows))
+    }
+
+    /// The most flows that one source has, and the most that are unanswered.
+    #[must_use]
+    pub fn largest_shares(&self) -> (usize, usize) {
+        let shares = self.sources.iter().map(|(_, source)| (source.flows, source.unanswered));
+        shares.fold((0, 0), |(a, b), (c, d)| (a.max(c), b.max(d)))
+    }
+
+    /// Adds a flow, which was admitted and for which room was made. It begins unanswered.
     pub fn insert(
         &mut self,
         key: FlowKey,
-        origin: Origin,
+        admission: Admission,
         class: Class,
         value: T,
         now: Instant,
     ) -> Option<Key> {
-        let source = self.source(key.inside.ip(), origin, now).ok()?;
-        let half_open = class == Class::Connection;
-        let entry = Entry { key, source, class, half_open, last_seen: now, older: None, newer: None, value };
+        let Admission { network, origin, stake } = admission;
+        let source = self.source(key.inside.ip(), network, origin, now).ok()?;
+        let unanswered = class != Class::Assured;
+        let entry =
+            Entry { key, source, class, unanswered, stake, last_seen: now, older: None, newer: None, value };
         let flow = self.flows.insert(entry);
         self.by_key.insert(key, flow);
         self.counts[class as usize] += 1;
         if let Some(source) = self.sources.get_mut(source) {
             source.flows += 1;
-            source.half_open += usize::from(half_open);
+            source.unanswered += usize::from(unanswered);
+            if let Some(network) = self.networks.get_mut(&source.network) {
+                network.flows += 1;
+            }
         }
         self.append(flow);
         Some(flow)
     }
 
-    /// Notes that connection `key` was accepted.
+    /// Notes that connection `key` is established on both sides, or that session `key` was answered.
     pub fn opened(&mut self, key: Key) {
-        if let Some(entry) = self.flows.get_mut(key)
-            && std::mem::take(&mut entry.half_open)
-            && let Some(source) = self.sources.get_mut(entry.source)
-        {
-            source.half_open -= 1;
-        }
-    }
-
-    /// Notes a packet of session `key`; `answer` if it came from the far end.
-    pub fn touch(&mut self, key: Key, answer: bool, now: Instant) {
-        let Some(entry) = self.flows.get_mut(key) else { return };
-        // A list in the order of silence need not be exact to the packet.
-        let moves = answer && entry.class == Class::Tentative;
-        if !moves && now.saturating_duration_since(entry.last_seen) < Duration::from_millis(10) {
+        if self.flows.get(key).is_none_or(|entry| !entry.unanswered) {
             return;
         }
         self.unlink(key);
+        let limits = self.limits;
         if let Some(entry) = self.flows.get_mut(key) {
-            entry.last_seen = now;
-            if moves {
-                entry.class = Class::Assured;
-                self.counts[Class::Tentative as usize] -= 1;
-                self.counts[Class::Assured as usize] += 1;
+            entry.unanswered = false;
+            let stake = std::mem::replace(&mut entry.stake, Stake::Nothing);
+            if let Some(source) = self.sources.get_mut(entry.source) {
+                source.unanswered -= 1;
+                source.answered = true;
+                source.give_back(stake, limits);
+                if stake.is_of_network()
+                    && let Some(network) = self.networks.get_mut(&source.network)
+                {
+                    network.budget.give_back(limits.network_rate());
+                }
             }
         }
         self.append(key);
+    }
+
+    /// Notes a packet of flow `key`; `answer` if it came from the far end of a session.
+    pub fn touch(&mut self, key: Key, answer: bool, now: Instant) {
+        let Some(entry) = self.flows.get_mut(key) else { return };
+        let answers = answer && entry.class == Class::Tentative;
+        // A list in the order of silence need not be exact to the packet.
+        let precision =
+            if entry.class == Class::Connection { CONNECTION_PRECISION } else { SESSION_PRECISION };
+        if !answers && now.saturating_duration_since(entry.last_seen) < precision {
+            return;
+        }
+        entry.last_seen = now;
+        if answers {
+            entry.class = Class::Assured;
+            self.counts[Class::Tentative as usize] -= 1;
+            self.counts[Class::Assured as usize] += 1;
+            self.opened(key);
+        } else {
+            self.unlink(key);
+            self.append(key);
+        }
     }
 
     /// When flow `key` was last noted, and of which class it is.
@@ -380,13 +589,16 @@ impl<T> FlowTable<T> {
     /// Ends flow `key` and hands out what it carried.
     pub fn remove(&mut self, key: Key) -> Option<(FlowKey, T)> {
         self.flows.get(key)?;
-        self.opened(key);
         self.unlink(key);
         let entry = self.flows.remove(key)?;
         self.by_key.remove(&entry.key);
         self.counts[entry.class as usize] -= 1;
         if let Some(source) = self.sources.get_mut(entry.source) {
             source.flows -= 1;
+            source.unanswered -= usize::from(entry.unanswered);
+            if let Some(network) = self.networks.get_mut(&source.network) {
+                network.flows -= 1;
+            }
         }
         Some((entry.key, entry.value))
     }
@@ -397,7 +609,7 @@ impl<T> FlowTable<T> {
         self.flows.keys()
     }
 
-    fn source(&mut self, ip: IpAddr, origin: Origin, now: Instant) -> Result<Key, Refused> {
+    fn source(&mut self, ip: IpAddr, network: u16, origin: Origin, now: Instant) -> Result<Key, Refused> {
         if let Some(key) = self.by_source.get(&(ip, origin)) {
             return Ok(*key);
         }
@@ -407,39 +619,71 @@ impl<T> FlowTable<T> {
                 return Err(Refused::Sources);
             }
         }
-        let bucket = Bucket::new(self.limits.new_flows_per_source, now);
-        let errors = Bucket::new(self.limits.errors_per_source, now);
-        let source = Source { ip, origin, flows: 0, half_open: 0, buffered: 0, bucket, errors };
+        let source = Source {
+            ip,
+            origin,
+            network,
+            flows: 0,
+            unanswered: 0,
+            answered: false,
+            buffered: 0,
+            bucket: Bucket::new(self.limits.new_flows_per_source, now),
+            standing: Bucket::new(GOOD_STANDING, now),
+            budget: Bucket::new(self.limits.unanswered_rate(), now),
+            errors: Bucket::new(self.limits.errors_per_source, now),
+            idle: Default::default(),
+        };
         let key = self.sources.insert(source);
         self.by_source.insert((ip, origin), key);
+        let budget = Bucket::new(self.limits.network_rate(), now);
+        let fresh = NetworkState { flows: 0, sources: 0, budget };
+        self.networks.entry(network).or_insert(fresh).sources += 1;
         Ok(key)
     }
 
+    /// Forgets the sources without flows of the network that has most sources, where their rates are restored.
     fn forget_sources(&mut self, now: Instant) {
         if self.swept.is_some_and(|swept| now.saturating_duration_since(swept) < SWEEP_INTERVAL) {
             return;
         }
         self.swept = Some(now);
-        let rate = self.limits.new_flows_per_source;
+        let Some((network, _)) = self.networks.iter().max_by_key(|(_, network)| network.sources) else {
+            return;
+        };
+        let (network, rate, budget) =
+            (*network, self.limits.new_flows_per_source, self.limits.unanswered_rate());
         for key in self.sources.keys() {
             if let Some(source) = self.sources.get_mut(key)
+                && source.network == network
                 && source.flows == 0
                 && source.bucket.is_full(rate, now)
+                && source.budget.is_full(budget, now)
             {
                 self.by_source.remove(&(source.ip, source.origin));
                 self.sources.remove(key);
+                if let Some(network) = self.networks.get_mut(&network) {
+                    network.sources -= 1;
+                }
             }
         }
     }
 
+    fn list(&mut self, entry: Key) -> Option<(&mut IdleList, &mut Arena<Entry<T>>)> {
+        let entry = self.flows.get(entry)?;
+        let index = usize::from(!entry.unanswered);
+        let list = &mut self.sources.get_mut(entry.source)?.idle[index];
+        Some((list, &mut self.flows))
+    }
+
     /// Puts `key` at the recent end of its list.
     fn append(&mut self, key: Key) {
-        let Some(entry) = self.flows.get_mut(key) else { return };
-        let Some(list) = self.silence.get_mut(entry.class as usize) else { return };
-        entry.older = list.newest;
-        entry.newer = None;
+        let Some((list, flows)) = self.list(key) else { return };
         let before = list.newest.replace(key);
-        match before.and_then(|before| self.flows.get_mut(before)) {
+        if let Some(entry) = flows.get_mut(key) {
+            entry.older = before;
+            entry.newer = None;
+        }
+        match before.and_then(|before| flows.get_mut(before)) {
             Some(before) => before.newer = Some(key),
             None => list.oldest = Some(key),
         }
@@ -447,14 +691,14 @@ impl<T> FlowTable<T> {
 
     /// Takes `key` out of its list.
     fn unlink(&mut self, key: Key) {
-        let Some(entry) = self.flows.get_mut(key) else { return };
-        let Some(list) = self.silence.get_mut(entry.class as usize) else { return };
+        let Some((list, flows)) = self.list(key) else { return };
+        let Some(entry) = flows.get_mut(key) else { return };
         let (older, newer) = (entry.older.take(), entry.newer.take());
-        match older.and_then(|older| self.flows.get_mut(older)) {
+        match older.and_then(|older| flows.get_mut(older)) {
             Some(older) => older.newer = newer,
             None => list.oldest = newer,
         }
-        match newer.and_then(|newer| self.flows.get_mut(newer)) {
+        match newer.and_then(|newer| flows.get_mut(newer)) {
             Some(newer) => newer.older = older,
             None => list.newest = older,
         }
@@ -470,12 +714,14 @@ mod tests {
     const LIMITS: TableLimits = TableLimits {
         flows: 4,
         flows_per_source: 3,
-        half_open_per_source: 2,
+        unanswered_per_source: 2,
         new_flows_per_source: Rate { per_second: 1000, burst: 1000 },
         sessions_per_client: 2,
         buffered_per_source: 100,
         errors_per_source: Rate { per_second: 1, burst: 1 },
         sources: 3,
+        queued_packets: 8,
+        queued_bytes: 1000,
     };
 
     fn key(host: u8, port: u16) -> FlowKey {
@@ -489,86 +735,147 @@ mod tests {
         port: u16,
         class: Class,
         now: Instant,
-    ) -> Result<Key, Refused> {
-        table.admit(key(host, port).inside.ip(), Origin::Inside, class, now)?;
-        table.evict();
-        Ok(table.insert(key(host, port), Origin::Inside, class, port, now).unwrap())
+    ) -> Result<(Key, Vec<u16>), Refused> {
+        let (key, network) = (key(host, port), u16::from(host / 10));
+        let admission = table.admit(key.inside.ip(), network, Origin::Inside, now)?;
+        let mut evicted = Vec::new();
+        while let Some((_, port, _)) = table.evict_for(key.inside.ip(), Origin::Inside, class) {
+            evicted.push(port);
+        }
+        let flow = table.insert(key, admission, class, port, now).unwrap();
+        Ok((flow, evicted))
     }
 
     #[test]
-    fn a_connection_never_makes_room_and_an_unanswered_session_goes_first() {
-        let now = Instant::now();
+    fn largest_holder_yields_its_unanswered_flow_first_and_then_its_idlest() {
+        let mut now = Instant::now();
         let mut table = FlowTable::new(LIMITS, KEY);
-        let old = add(&mut table, 1, 1, Class::Tentative, now).unwrap();
-        table.touch(old, true, now);
-        add(&mut table, 1, 2, Class::Tentative, now).unwrap();
-        add(&mut table, 2, 3, Class::Connection, now).unwrap();
-        add(&mut table, 2, 4, Class::Connection, now).unwrap();
-        add(&mut table, 3, 5, Class::Connection, now).unwrap();
-        assert_eq!(table.find(&key(1, 2)), None, "the unanswered one");
-        assert!(table.find(&key(1, 1)).is_some());
-        add(&mut table, 3, 6, Class::Connection, now).unwrap();
-        assert_eq!(table.find(&key(1, 1)), None, "then the answered one");
-        assert_eq!(add(&mut table, 1, 7, Class::Tentative, now), Err(Refused::TableFull));
-        assert_eq!(table.count(Class::Connection), 4);
+        let mut add = |host, port, answered| {
+            now += Duration::from_millis(20);
+            let (flow, evicted) = add(&mut table, host, port, Class::Tentative, now).unwrap();
+            if answered {
+                table.touch(flow, true, now);
+            }
+            evicted
+        };
+        assert!(add(1, 1, true).is_empty());
+        assert!(add(1, 2, true).is_empty());
+        assert!(add(1, 3, false).is_empty());
+        assert!(add(11, 4, true).is_empty());
+        assert_eq!(add(11, 5, true), [3], "table is full: unanswered flow of the largest holder");
+        assert_eq!(add(12, 6, true), [4], "then its idlest");
     }
 
     #[test]
-    fn a_source_has_its_share_of_flows_and_of_connections_under_way() {
+    fn a_source_at_its_limits_yields_itself() {
         let now = Instant::now();
         let mut table = FlowTable::new(LIMITS, KEY);
-        let first = add(&mut table, 1, 1, Class::Connection, now).unwrap();
+        let (first, _) = add(&mut table, 1, 1, Class::Connection, now).unwrap();
         add(&mut table, 1, 2, Class::Connection, now).unwrap();
-        assert_eq!(add(&mut table, 1, 3, Class::Connection, now), Err(Refused::HalfOpen));
-        table.opened(first);
-        add(&mut table, 1, 3, Class::Connection, now).unwrap();
-        assert_eq!(add(&mut table, 1, 4, Class::Tentative, now), Err(Refused::SourceShare));
-        assert!(add(&mut table, 2, 4, Class::Tentative, now).is_ok(), "others have theirs");
+        assert_eq!(add(&mut table, 1, 3, Class::Connection, now).unwrap().1, [1], "two are unanswered");
+        assert!(table.get(first).is_none());
+        let keys = table.keys();
+        keys.into_iter().for_each(|key| table.opened(key));
+        assert!(add(&mut table, 1, 4, Class::Connection, now).unwrap().1.is_empty());
+        assert_eq!(add(&mut table, 1, 5, Class::Tentative, now).unwrap().1, [4], "three flows are its share");
+        assert!(add(&mut table, 2, 6, Class::Tentative, now).unwrap().1.is_empty(), "others have theirs");
+    }
+
+    #[test]
+    fn a_flood_of_unanswered_flows_is_policed_and_answered_flows_are_not() {
+        let limits = TableLimits {
+            flows: 100_000,
+            flows_per_source: 50_000,
+            unanswered_per_source: 1000,
+            new_flows_per_source: Rate { per_second: 100_000, burst: 100_000 },
+            sources: 1000,
+            ..LIMITS
+        };
+        let now = Instant::now();
+        let mut table = FlowTable::new(limits, KEY);
+        let mut admitted = 0;
+        let ip = |host: u8| key(host, 1).inside.ip();
+        for _ in 0..20_000 {
+            admitted += usize::from(table.admit(ip(1), 0, Origin::Inside, now).is_ok());
+        }
+        assert!((900..=1032).contains(&admitted), "{admitted} of one source");
+        // Two hundred invented sources of the same network share what is left of its budget.
+        let spoofed = (0..100).flat_map(|_| 20..220u8);
+        let admitted = spoofed.filter(|host| table.admit(ip(*host), 0, Origin::Inside, now).is_ok()).count();
+        assert!(admitted <= 1100, "{admitted} of many sources");
+        // Another network has a budget of its own.
+        for port in 1..2000 {
+            let key = key(7, port);
+            let admission = table.admit(key.inside.ip(), 1, Origin::Inside, now).unwrap();
+            let flow = table.insert(key, admission, Class::Tentative, port, now).unwrap();
+            table.touch(flow, true, now);
+        }
+    }
+
+    #[test]
+    fn who_has_answered_flows_is_not_shut_out_by_invented_neighbours() {
+        let limits = TableLimits { unanswered_per_source: 10, flows: 1000, sources: 300, ..LIMITS };
+        let now = Instant::now();
+        let mut table = FlowTable::new(limits, KEY);
+        let answered = |table: &mut FlowTable<u16>, port| {
+            let key = key(7, port);
+            let admission = table.admit(key.inside.ip(), 0, Origin::Inside, now)?;
+            let flow = table.insert(key, admission, Class::Tentative, port, now).unwrap();
+            table.touch(flow, true, now);
+            Ok::<_, Refused>(())
+        };
+        answered(&mut table, 1).unwrap();
+        for host in 20..220u8 {
+            let _ = table.admit(key(host, 1).inside.ip(), 0, Origin::Inside, now);
+        }
+        assert_eq!(table.admit(key(230, 1).inside.ip(), 0, Origin::Inside, now), Err(Refused::Unanswered));
+        for port in 2..200 {
+            answered(&mut table, port).unwrap();
+        }
     }
 
     #[test]
     fn invented_sources_are_refused_and_forgotten_when_their_rate_is_restored() {
         let now = Instant::now();
-        let mut table = FlowTable::<u16>::new(LIMITS, KEY);
-        let honest = add(&mut table, 1, 1, Class::Connection, now).unwrap();
+        let limits = TableLimits { unanswered_per_source: 1000, ..LIMITS };
+        let mut table = FlowTable::<u16>::new(limits, KEY);
+        let (honest, _) = add(&mut table, 1, 1, Class::Connection, now).unwrap();
         let mut refused = 0;
         for host in 2..=255 {
             let ip = key(host, 1).inside.ip();
-            refused += usize::from(table.admit(ip, Origin::Inside, Class::Tentative, now).is_err());
+            refused += usize::from(table.admit(ip, 0, Origin::Inside, now).is_err());
         }
         assert_eq!(refused, 252, "two places were free");
         assert!(table.get(honest).is_some());
         let later = now + Duration::from_secs(2);
-        assert_eq!(table.admit(key(77, 1).inside.ip(), Origin::Inside, Class::Tentative, later), Ok(()));
+        assert!(table.admit(key(77, 1).inside.ip(), 0, Origin::Inside, later).is_ok());
     }
 
     #[test]
-    fn who_floods_a_published_port_takes_its_share_and_evicts_his_own() {
+    fn clients_of_a_published_port_have_a_share_of_their_own() {
         let now = Instant::now();
         let mut table = FlowTable::new(LIMITS, KEY);
         add(&mut table, 1, 1, Class::Tentative, now).unwrap();
         let ip = key(1, 1).inside.ip();
         for port in 10..12 {
-            table.admit(ip, Origin::Outside, Class::Tentative, now).unwrap();
-            table.insert(key(1, port), Origin::Outside, Class::Tentative, port, now).unwrap();
+            let admission = table.admit(ip, 0, Origin::Outside, now).unwrap();
+            table.insert(key(1, port), admission, Class::Tentative, port, now).unwrap();
         }
-        let share = TableLimits { flows_per_source: 2, ..LIMITS };
-        table.limits = share;
-        let more = table.admit(ip, Origin::Outside, Class::Tentative, now);
-        assert_eq!(more, Err(Refused::SourceShare));
-        assert_eq!(table.admit(ip, Origin::Inside, Class::Tentative, now), Ok(()));
-        let evicted = table.evict_tentative_of(ip, Origin::Outside).map(|(_, port)| port);
+        let evicted = table.evict_for(ip, Origin::Inside, Class::Tentative).map(|(_, port, _)| port);
+        assert_eq!(evicted, None, "the container's own share is not used up");
+        let evicted = table.evict_for(ip, Origin::Outside, Class::Tentative).map(|(_, port, _)| port);
+        assert_eq!(evicted, None, "sessions of a service that does not answer");
+        let evicted = table.evict_for(ip, Origin::Outside, Class::Connection).map(|(_, port, _)| port);
         assert_eq!(evicted, Some(10), "the longest silent, and not the container's own");
-        assert_eq!(table.admit(ip, Origin::Outside, Class::Tentative, now), Ok(()));
     }
 
     #[test]
     fn buffered_bytes_count_against_their_source_alone() {
         let now = Instant::now();
         let mut table = FlowTable::new(LIMITS, KEY);
-        let one = add(&mut table, 1, 1, Class::Connection, now).unwrap();
-        let same = add(&mut table, 1, 2, Class::Connection, now).unwrap();
-        let other = add(&mut table, 2, 1, Class::Connection, now).unwrap();
+        let (one, _) = add(&mut table, 1, 1, Class::Connection, now).unwrap();
+        let (same, _) = add(&mut table, 1, 2, Class::Connection, now).unwrap();
+        let (other, _) = add(&mut table, 2, 1, Class::Connection, now).unwrap();
         table.account_buffered(one, 0, 70);
         assert_eq!(table.with_allowance(same).unwrap().1, 30);
         assert_eq!(table.with_allowance(other).unwrap().1, 100);
@@ -602,8 +909,14 @@ mod tests {
                 prop_assert_eq!(flows, table.len());
                 for (_, source) in table.sources.iter() {
                     prop_assert!(source.flows <= LIMITS.flows_per_source);
-                    prop_assert!(source.half_open <= LIMITS.half_open_per_source);
+                    prop_assert!(source.unanswered <= LIMITS.unanswered_per_source);
+                    for (list, count) in source.idle.iter().zip([source.unanswered, source.flows - source.unanswered]) {
+                        let listed = std::iter::successors(list.oldest, |key| table.flows.get(*key)?.newer);
+                        prop_assert_eq!(listed.count(), count);
+                    }
                 }
+                let held: usize = table.networks.values().map(|network| network.flows).sum();
+                prop_assert_eq!(held, table.len());
             }
         }
     }

@@ -253,7 +253,7 @@ pub fn check_engine(mut data: &[u8]) {
                 let length = usize::from(u16::from_be_bytes(*length)).min(rest.len());
                 let (frame, rest) = rest.split_at(length);
                 data = rest;
-                engine.packet(frame, now);
+                engine.frame(frame, now);
             }
             2 | 6 => {
                 let Some(([which, how, mood], rest)) = data.split_first_chunk::<3>() else { break };

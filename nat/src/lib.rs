@@ -54,6 +54,7 @@ compile_error!("TUN devices with virtio headers exist on Linux only");
 
 pub mod engine;
 mod error;
+pub mod fair_queue;
 pub mod flow_table;
 pub mod forward;
 pub mod fragments;
@@ -80,6 +81,6 @@ pub use layer2::{Layer2Options, Layer2V6};
 pub use limits::Rate;
 pub use metrics::{Count, DropReason, FAMILIES, Family, Figures, FlowKind, ForwardStats, Stats, describe};
 pub use nat::Nat;
-pub use policy::Policy;
+pub use policy::{Policy, PolicyNetwork};
 pub use settings::{Capabilities, Mapping, Outbound, Settings, Timeouts};
 pub use wire::ethernet::{ETHERNET_MAX_MTU, MacAddress};

@@ -44,6 +44,17 @@ impl Bucket {
         self.level >= u64::from(rate.burst) * UNIT
     }
 
+    /// Gives a token back that was taken.
+    pub fn give_back(&mut self, rate: Rate) {
+        self.level = (self.level + UNIT).min(u64::from(rate.burst) * UNIT);
+    }
+
+    /// How many tokens there are.
+    pub fn level(&mut self, rate: Rate, now: Instant) -> u32 {
+        self.fill(rate, now);
+        (self.level / UNIT) as u32
+    }
+
     fn fill(&mut self, rate: Rate, now: Instant) {
         // More than an hour fills whatever there is; the bound keeps the product in range.
         let passed = now.saturating_duration_since(self.filled).min(Duration::from_secs(3600));

@@ -3,6 +3,7 @@
 //! One thread writes and others read, so counting is a load and a store and no locked instruction. The families are rendered at
 //! scrape time with the label `network` and are gone with the engine, as those of published ports are.
 
+use crate::flow_table::Limit;
 use std::fmt::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,6 +26,10 @@ pub enum DropReason {
     SourceShare,
     /// Its source makes new flows too fast.
     Rate,
+    /// Too many flows of its source, or of its network, stay unanswered.
+    Unanswered,
+    /// The queue was full, and its source or its network held most of it.
+    Queue,
     /// There are too many sources.
     Sources,
     /// No descriptors are left.
@@ -57,7 +62,7 @@ pub enum DropReason {
 
 impl DropReason {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::Malformed,
         Self::ForeignSource,
         Self::Protocol,
@@ -65,6 +70,8 @@ impl DropReason {
         Self::TableFull,
         Self::SourceShare,
         Self::Rate,
+        Self::Unanswered,
+        Self::Queue,
         Self::Sources,
         Self::Descriptors,
         Self::Unreachable,
@@ -92,6 +99,8 @@ impl DropReason {
             Self::TableFull => "table_full",
             Self::SourceShare => "source_share",
             Self::Rate => "rate",
+            Self::Unanswered => "unanswered",
+            Self::Queue => "queue",
             Self::Sources => "sources",
             Self::Descriptors => "descriptors",
             Self::Unreachable => "unreachable",
@@ -180,10 +189,16 @@ pub struct Stats {
     pub resets: Count,
     /// Times that the engine went back to what the container had not acknowledged.
     pub retransmissions: Count,
-    /// Sessions ended before their time to make room.
+    /// UDP and ICMP sessions ended before their time to make room.
     pub evicted: Count,
+    /// Flows ended before their time to make room, by [`Limit`](crate::flow_table::Limit).
+    pub evicted_by_limit: [Count; Limit::ALL.len()],
     /// Sources that are remembered.
     pub sources: Count,
+    /// The most flows that one source has, and the most that are unanswered.
+    pub largest_shares: [Count; 2],
+    /// Bytes of packets that wait in the queue.
+    pub queued_bytes: Count,
 }
 
 /// The figures of an engine, and what its tables may hold.
@@ -195,6 +210,10 @@ pub struct Figures {
     pub flows_limit: u64,
     /// Flows at most of one container, and as many again that come in by its published ports.
     pub share_limit: u64,
+    /// Unanswered flows at most of one container.
+    pub unanswered_limit: u64,
+    /// Bytes at most of packets that wait.
+    pub queued_bytes_limit: u64,
     /// Sources at most.
     pub sources_limit: u64,
     /// What its sockets count against.
@@ -282,9 +301,30 @@ const fn family(
 }
 
 /// The families of an engine.
-pub const FAMILIES: [Family; 13] = [
+pub const FAMILIES: [Family; 20] = [
     family("tidegate_nat_flows", "gauge", Some("protocol"), "Flows from containers to the world now."),
     family("tidegate_nat_flows_limit", "gauge", None, "Flows that there may be, of all protocols together."),
+    family(
+        "tidegate_nat_endpoint_flows_max",
+        "gauge",
+        None,
+        "Flows of the endpoint that has most, counted apart for its published ports.",
+    ),
+    family("tidegate_nat_endpoint_flows_limit", "gauge", None, "Flows that one endpoint may have."),
+    family(
+        "tidegate_nat_endpoint_unanswered_max",
+        "gauge",
+        None,
+        "Flows without an answer of the endpoint that has most of them.",
+    ),
+    family(
+        "tidegate_nat_endpoint_unanswered_limit",
+        "gauge",
+        None,
+        "Flows without an answer that one endpoint may have.",
+    ),
+    family("tidegate_nat_queued_bytes", "gauge", None, "Bytes of packets that wait for their turn."),
+    family("tidegate_nat_queued_bytes_limit", "gauge", None, "Bytes of packets that may wait."),
     family("tidegate_nat_sources", "gauge", None, "Addresses of containers that are remembered."),
     family("tidegate_nat_sources_limit", "gauge", None, "Addresses that may be remembered."),
     family("tidegate_nat_descriptors", "gauge", None, "File descriptors taken by flows."),
@@ -316,6 +356,12 @@ pub const FAMILIES: [Family; 13] = [
         "Times that the engine sent again what a container had not acknowledged.",
     ),
     family(
+        "tidegate_nat_evicted_flows_total",
+        "counter",
+        Some("limit"),
+        "Flows ended before their time to make room, by the limit that was reached.",
+    ),
+    family(
         "tidegate_nat_evicted_sessions_total",
         "counter",
         None,
@@ -334,6 +380,12 @@ impl Figures {
         match family {
             "tidegate_nat_flows" => labelled(&kinds, &stats.flows),
             "tidegate_nat_flows_limit" => one(self.flows_limit),
+            "tidegate_nat_endpoint_flows_max" => one(stats.largest_shares[0].get()),
+            "tidegate_nat_endpoint_flows_limit" => one(self.share_limit),
+            "tidegate_nat_endpoint_unanswered_max" => one(stats.largest_shares[1].get()),
+            "tidegate_nat_endpoint_unanswered_limit" => one(self.unanswered_limit),
+            "tidegate_nat_queued_bytes" => one(stats.queued_bytes.get()),
+            "tidegate_nat_queued_bytes_limit" => one(self.queued_bytes_limit),
             "tidegate_nat_sources" => one(stats.sources.get()),
             "tidegate_nat_sources_limit" => one(self.sources_limit),
             "tidegate_nat_descriptors" => one(self.descriptors.taken() as u64),
@@ -346,6 +398,9 @@ impl Figures {
             }
             "tidegate_nat_connection_resets_total" => one(stats.resets.get()),
             "tidegate_nat_retransmissions_total" => one(stats.retransmissions.get()),
+            "tidegate_nat_evicted_flows_total" => {
+                labelled(&Limit::ALL.map(Limit::as_str), &stats.evicted_by_limit)
+            }
             "tidegate_nat_evicted_sessions_total" => one(stats.evicted.get()),
             _ => Vec::new(),
         }
@@ -384,7 +439,15 @@ mod tests {
         stats.sources.set(3);
         let descriptors = Arc::new(Descriptors::new(50));
         let _taken = descriptors.take(2);
-        let figures = Figures { stats, flows_limit: 9, share_limit: 3, sources_limit: 4, descriptors };
+        let figures = Figures {
+            stats,
+            flows_limit: 9,
+            share_limit: 3,
+            unanswered_limit: 2,
+            queued_bytes_limit: 5,
+            sources_limit: 4,
+            descriptors,
+        };
         let mut text = String::new();
         describe(&[("blue", &figures)], &mut text).unwrap();
         for family in FAMILIES {
@@ -396,6 +459,7 @@ mod tests {
         assert!(text.contains("tidegate_nat_dropped_packets_total{network=\"blue\",reason=\"policy\"} 1\n"));
         assert!(text.contains("tidegate_nat_bytes_total{network=\"blue\",direction=\"in\"} 7\n"));
         assert!(text.contains("tidegate_nat_connection_resets_total{network=\"blue\"} 0\n"));
+        assert!(text.contains("tidegate_nat_evicted_flows_total{network=\"blue\",limit=\"unanswered\"} 0\n"));
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! A running engine, as its owner holds it.
 
+use crate::engine::classify::QUANTUM;
 use crate::engine::inbound::can_be_a_guest;
 use crate::engine::{Engine, Secrets};
 use crate::error::StartError;
+use crate::fair_queue::QueueLimits;
 use crate::forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, PublishError};
 use crate::io::driver::{Driver, Message, Publish};
 use crate::io::sockets::{Kernel, bound_to, probe, reserve};
@@ -60,10 +62,14 @@ impl Nat {
         let capabilities = settings.capabilities;
         let stats = Arc::new(Stats::default());
         let (limits, network) = (settings.limits, Arc::clone(&settings.network));
+        let queue =
+            QueueLimits { items: limits.queued_packets, bytes: limits.queued_bytes, quantum: QUANTUM };
         let figures = Figures {
             stats: Arc::clone(&stats),
             flows_limit: limits.flows as u64,
             share_limit: limits.flows_per_source as u64,
+            unanswered_limit: limits.unanswered_per_source as u64,
+            queued_bytes_limit: limits.queued_bytes as u64,
             sources_limit: limits.sources as u64,
             descriptors: Arc::clone(&descriptors),
         };
@@ -82,7 +88,7 @@ impl Nat {
             let made = entered.map_err(StartError::Namespace).and_then(|()| {
                 let kernel = Kernel::new(tun, epoll, addresses, descriptors, &settings);
                 let engine = Engine::new(kernel, settings, secrets, stats, Instant::now());
-                Driver::new(engine, event_loop.epoll()).map_err(StartError::Loop)
+                Driver::new(engine, queue, event_loop.epoll()).map_err(StartError::Loop)
             });
             let (driver, result) = match made {
                 Ok(driver) => (Some(driver), Ok(())),

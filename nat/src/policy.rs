@@ -19,11 +19,22 @@ const METADATA: [IpAddr; 2] = [
 /// The well-known port of DNS.
 pub(crate) const DNS: u16 = 53;
 
+/// The subnets of one network, whose endpoints share a budget.
+#[derive(Clone, Debug)]
+pub struct PolicyNetwork {
+    /// Its name, in the log.
+    pub name: String,
+    /// Its subnets.
+    pub subnets: Vec<IpNet>,
+}
+
 /// What containers may reach.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
     /// Whose packets are taken: the containers' subnets. Empty: anybody's.
     pub sources: Vec<IpNet>,
+    /// The networks that endpoints belong to. Sources outside all of them count as one more network.
+    pub networks: Vec<PolicyNetwork>,
     /// The engine's own addresses, which containers know as their gateway. They answer pings, and what is said below.
     pub gateways: Vec<IpAddr>,
     /// More addresses of the engine's own, which answer pings and forward DNS. Where there is one, the gateways do not.
@@ -62,6 +73,23 @@ impl Policy {
     pub fn knows(&self, source: IpAddr) -> bool {
         let unusable = source.is_unspecified() || source.is_multicast() || source.is_loopback();
         !unusable && (self.sources.is_empty() || self.sources.iter().any(|net| net.contains(&source)))
+    }
+
+    /// The number of the network that `ip` belongs to: from 1 on, in the order of [`Self::networks`]; 0 for none of them.
+    #[must_use]
+    pub fn network_of(&self, ip: IpAddr) -> u16 {
+        let contains = |network: &PolicyNetwork| network.subnets.iter().any(|net| net.contains(&ip));
+        let index = self.networks.iter().position(contains);
+        index.and_then(|index| u16::try_from(index + 1).ok()).unwrap_or(0)
+    }
+
+    /// The name of network `number` in the log.
+    #[must_use]
+    pub fn name_of(&self, number: u16) -> &str {
+        usize::from(number)
+            .checked_sub(1)
+            .and_then(|index| self.networks.get(index))
+            .map_or("", |network| &network.name)
     }
 
     /// Whether `ip` is one of the engine's own.

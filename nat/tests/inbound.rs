@@ -298,15 +298,14 @@ fn a_five_tuple_that_is_taken_shows_the_gateway_and_is_counted() {
 
 #[test]
 fn clients_that_a_stopped_guest_does_not_answer_have_a_share_of_their_own() {
-    let mut bench = Bench::with(|settings| settings.limits.half_open_per_source = 10);
+    let mut bench = Bench::with(|settings| settings.limits.unanswered_per_source = 10);
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
     for port in 1..=30 {
         bench.client(0, &format!("198.51.100.7:{port}"));
     }
-    assert_eq!((stats.flows.get(), stats.refused()), (10, 20));
-    assert_eq!(bench.dropped(DropReason::SourceShare), 20);
-    let refused = bench.world().streams.iter().filter(|stream| stream.aborted).count();
-    assert_eq!(refused, 20, "and know it");
+    assert_eq!((stats.flows.get(), stats.refused(), stats.evicted.get()), (10, 0, 20));
+    let cut = bench.world().streams.iter().filter(|stream| stream.aborted).count();
+    assert_eq!(cut, 20, "and those who waited longest know it");
     let before = bench.world().streams.len();
     bench.frame(&frame(&TcpHead { flags: SYN, ..segment(at("10.0.2.100:5"), at("192.0.2.9:80")) }, b""));
     assert_eq!(bench.world().streams.len(), before + 1, "the guest itself is not shut in");

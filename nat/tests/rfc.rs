@@ -265,7 +265,7 @@ fn rfc_9293_3_4_data_passes_in_order_and_one_acknowledgement_answers_a_batch() {
     for word in ["one ", "two ", "three"] {
         let bytes = frame(&guest.head(ACK | PSH), word.as_bytes());
         let now = guest.bench.now;
-        guest.bench.engine.packet(&bytes, now);
+        guest.bench.engine.frame(&bytes, now);
         guest.next = guest.next.wrapping_add(word.len() as u32);
     }
     guest.bench.settle();

@@ -62,7 +62,7 @@ fn datagrams_of_a_batch_leave_in_one_train_and_keep_their_boundaries() {
     let mut bench = Bench::new();
     let now = bench.now;
     for payload in [&[1; 100][..], &[2; 100], &[3; 40], &[4; 100], b""] {
-        bench.engine.packet(&udp(at(IN), at(OUT), payload), now);
+        bench.engine.frame(&udp(at(IN), at(OUT), payload), now);
     }
     bench.settle();
     let sent: Vec<usize> = bench.world().datagrams[0].sent.iter().map(Vec::len).collect();
@@ -256,7 +256,7 @@ fn rfc_4787_req_1_an_endpoint_independent_session_serves_all_far_ends_and_lets_n
     let (one, other, stranger) = (at(OUT), at("192.0.2.3:6000"), at("192.0.2.4:7000"));
     let now = bench.now;
     for to in [one, one, other, at("198.51.100.1:1")] {
-        bench.engine.packet(&udp(at(IN), to, b"hello"), now);
+        bench.engine.frame(&udp(at(IN), to, b"hello"), now);
     }
     bench.settle();
     assert_eq!(bench.world().datagrams.len(), 1);

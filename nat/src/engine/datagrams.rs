@@ -18,7 +18,7 @@
 use super::inbound::Published;
 use super::tcp::{is_exhaustion, problem};
 use super::{Engine, Flow};
-use crate::flow_table::{Class, FlowKey, Origin};
+use crate::flow_table::{Class, FlowKey};
 use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome};
 use crate::metrics::{DropReason, FlowKind, ForwardStats, Stats};
 use crate::policy::{DNS, Way};
@@ -222,11 +222,9 @@ impl<H: Host> Engine<H> {
             return self.may_go_on(flow, packet, outside, now).then_some(flow);
         }
         let to = self.way(packet, outside, now)?;
-        if !self.admit(key.inside.ip(), Class::Tentative, now) {
-            return None;
-        }
+        let admission = self.admit(key.inside.ip(), Class::Tentative, now)?;
         let mut socket = self.host.open(kind, to);
-        if socket.as_ref().is_err_and(is_exhaustion) && self.give_up_a_session(now) {
+        if socket.as_ref().is_err_and(is_exhaustion) && self.give_up_a_flow(now) {
             socket = self.host.open(kind, to);
         }
         let socket = match socket {
@@ -242,8 +240,9 @@ impl<H: Host> Engine<H> {
             session.let_in(outside.ip());
         }
         let flow_kind = session.kind();
-        let flow = self.flows.insert(key, Origin::Inside, Class::Tentative, Flow::Datagrams(session), now)?;
-        self.begun(flow_kind);
+        let session = Flow::Datagrams(session);
+        let flow = self.flows.insert(key, admission, Class::Tentative, session, now)?;
+        self.begun(flow_kind, now);
         let watched = match self.flows.get_mut(flow) {
             Some((_, Flow::Datagrams(session))) => {
                 session.key = Some(flow);
@@ -255,7 +254,7 @@ impl<H: Host> Engine<H> {
             _ => return None,
         };
         if watched.is_err() {
-            self.at_a_limit(DropReason::Descriptors, now);
+            self.at_a_limit(DropReason::Descriptors, Some(packet.source), now);
             self.end(flow, false);
             return None;
         }
@@ -298,10 +297,10 @@ impl<H: Host> Engine<H> {
     fn not_opened(&mut self, packet: &Packet<'_>, kind: DatagramKind, error: &io::Error, now: Instant) {
         tracing::debug!(%error, "no socket for a session");
         if is_exhaustion(error) {
-            return self.at_a_limit(DropReason::Descriptors, now);
+            return self.at_a_limit(DropReason::Descriptors, Some(packet.source), now);
         }
         if kind == DatagramKind::Echo && error.kind() == io::ErrorKind::PermissionDenied {
-            return self.at_a_limit(DropReason::PingRefused, now);
+            return self.at_a_limit(DropReason::PingRefused, Some(packet.source), now);
         }
         self.stats.refuse(DropReason::Unreachable);
         self.tell(problem(error).unwrap_or(Problem::HostUnreachable), None, packet, now);
@@ -599,7 +598,7 @@ impl<H: Host> Engine<H> {
 }
 
 /// What finds a session that all far ends of a family share.
-fn shared_key(key: FlowKey) -> FlowKey {
+pub(super) fn shared_key(key: FlowKey) -> FlowKey {
     let nobody: IpAddr =
         if key.outside.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     FlowKey { outside: SocketAddr::new(nobody, 0), ..key }

@@ -19,12 +19,13 @@
 //! - UDP: a session for each client and each of our addresses that it asks at. It has no socket: answers leave by the port's, from the address
 //!   that was asked. Nothing that the guest sends goes that way but answers, for only a client makes a session.
 //!
-//! Where descriptors are short clients wait in the kernel's queue, and the port is looked at again after a moment. Every other limit refuses.
+//! Where descriptors are short clients wait in the kernel's queue, and the port is looked at again after a moment. At a limit of flows another flow
+//! of the container's clients yields; the limit of one client refuses.
 
 use super::datagrams::{Session, Via};
 use super::tcp::is_exhaustion;
 use super::{Engine, Flow};
-use crate::flow_table::{Class, FlowKey, Origin, Refused};
+use crate::flow_table::{Admission, Class, FlowKey, Origin};
 use crate::forward::{Forward, ForwardId, ForwardSource, Guard};
 use crate::host::{Arrival, Batch, Host, Port, Ready};
 use crate::metrics::{DropReason, FlowKind, ForwardStats};
@@ -148,10 +149,10 @@ impl<H: Host> Engine<H> {
             match self.host.accept(listener) {
                 Ok((stream, client)) => self.welcome(key, stream, client, now),
                 Err(error) if is_exhaustion(&error) && error.kind() != io::ErrorKind::WouldBlock => {
-                    if self.give_up_a_session(now) {
+                    if self.give_up_a_flow(now) {
                         continue;
                     }
-                    self.at_a_limit(DropReason::Descriptors, now);
+                    self.at_a_limit(DropReason::Descriptors, None, now);
                     if let Some(published) = self.ports.get(key) {
                         self.host.ignore_port(&published.port);
                         self.pause(key, now);
@@ -183,8 +184,8 @@ impl<H: Host> Engine<H> {
         let admitted = published.guard.as_ref().is_none_or(admits);
         let five_tuple =
             if admitted { self.five_tuple(&forward, &stats, client, now) } else { Err(DropReason::ShutOut) };
-        let five_tuple = match five_tuple {
-            Ok(five_tuple) => five_tuple,
+        let (five_tuple, admission) = match five_tuple {
+            Ok(admitted) => admitted,
             Err(reason) => {
                 stats.refuse(reason, 1);
                 self.stats.resets.add(1);
@@ -196,10 +197,9 @@ impl<H: Host> Engine<H> {
         let mut connection = Connection::call(opening, stream, &mut self.io(now));
         connection.forward = Some(Arc::clone(&stats));
         let flow = Flow::Tcp(Box::new(connection));
-        let Some(flow) = self.flows.insert(five_tuple, Origin::Outside, Class::Connection, flow, now) else {
-            return;
-        };
-        self.begun(FlowKind::Tcp);
+        let inserted = self.flows.insert(five_tuple, admission, Class::Connection, flow, now);
+        let Some(flow) = inserted else { return };
+        self.begun(FlowKind::Tcp, now);
         stats.flows.add(1);
         stats.flows_begun.add(1);
         let watched = match self.flows.get_mut(flow) {
@@ -207,7 +207,7 @@ impl<H: Host> Engine<H> {
             _ => return,
         };
         if watched.is_err() {
-            self.at_a_limit(DropReason::Descriptors, now);
+            self.at_a_limit(DropReason::Descriptors, None, now);
             return self.end(flow, true);
         }
         self.arm_stream(flow);
@@ -220,7 +220,7 @@ impl<H: Host> Engine<H> {
         stats: &ForwardStats,
         client: SocketAddr,
         now: Instant,
-    ) -> Result<FlowKey, DropReason> {
+    ) -> Result<(FlowKey, Admission), DropReason> {
         let guest = forward.guest;
         if client.port() == 0 || client.ip().is_unspecified() || client.ip().is_multicast() {
             return Err(DropReason::Malformed);
@@ -246,20 +246,14 @@ impl<H: Host> Engine<H> {
             }
             self.behind_gateway(own).ok_or(DropReason::Conflict)?
         };
-        let mut admitted = self.flows.admit(guest.ip(), Origin::Outside, class, now);
-        if admitted == Err(Refused::SourceShare)
-            && class == Class::Tentative
-            && let Some((key, flow)) = self.flows.evict_tentative_of(guest.ip(), Origin::Outside)
-        {
-            self.stats.evicted.add(1);
-            self.evicted_at_port(&flow);
-            self.ended(key, flow, false);
-            admitted = self.flows.admit(guest.ip(), Origin::Outside, class, now);
-        }
+        let network = self.settings.policy.network_of(guest.ip());
+        let admitted = self.flows.admit(guest.ip(), network, Origin::Outside, now);
         self.stats.sources.set(self.flows.sources() as u64);
-        admitted.map_err(super::drop_reason)?;
-        self.make_room();
-        Ok(five_tuple)
+        let admission = admitted.map_err(super::drop_reason)?;
+        if !self.make_room(guest.ip(), Origin::Outside, class, now) {
+            return Err(DropReason::TableFull);
+        }
+        Ok((five_tuple, admission))
     }
 
     /// Whether a client may be shown as itself: not if it would be answered past us, or trusted for its address.
@@ -347,7 +341,7 @@ impl<H: Host> Engine<H> {
     fn refuse_client(&mut self, reason: DropReason, now: Instant) {
         match reason {
             DropReason::ShutOut | DropReason::Malformed | DropReason::Policy => self.stats.refuse(reason),
-            limit => self.at_a_limit(limit, now),
+            limit => self.at_a_limit(limit, None, now),
         }
     }
 
@@ -396,17 +390,17 @@ impl<H: Host> Engine<H> {
             return Err(DropReason::SourceShare);
         }
         let (forward, stats) = (published.forward, Arc::clone(&published.stats));
-        let five_tuple = self.five_tuple(&forward, &stats, address, now)?;
+        let (five_tuple, admission) = self.five_tuple(&forward, &stats, address, now)?;
         let via = Via::Port { port, client: address, local, stats: Arc::clone(&stats) };
         let session = Flow::Datagrams(Session::of_a_client(via));
-        let flow = self.flows.insert(five_tuple, Origin::Outside, Class::Tentative, session, now);
+        let flow = self.flows.insert(five_tuple, admission, Class::Tentative, session, now);
         let flow = flow.ok_or(DropReason::Sources)?;
         if let Some((_, Flow::Datagrams(session))) = self.flows.get_mut(flow) {
             session.key = Some(flow);
         }
         self.clients.insert(client, flow);
         *self.sessions.entry(address.ip()).or_default() += 1;
-        self.begun(FlowKind::Udp);
+        self.begun(FlowKind::Udp, now);
         stats.flows.add(1);
         stats.flows_begun.add(1);
         self.arm_session(flow);
@@ -447,8 +441,14 @@ impl<H: Host> Engine<H> {
 
     /// A flow has made room for another.
     pub(super) fn evicted_at_port(&self, flow: &Flow<H>) {
-        if let Flow::Datagrams(Session { via: Via::Port { stats, .. }, .. }) = flow {
-            stats.evicted.add(1);
+        match flow {
+            Flow::Datagrams(Session { via: Via::Port { stats, .. }, .. }) => stats.evicted.add(1),
+            Flow::Tcp(connection) => {
+                if let Some(stats) = &connection.forward {
+                    stats.evicted.add(1);
+                }
+            }
+            Flow::Datagrams(_) => {}
         }
     }
 

@@ -3,8 +3,8 @@
 //! # Theory of operation
 //! A driver calls, in each round of its loop:
 //!
-//! 1. [`packet`](Engine::packet) for each frame that it reads off the device, from whatever buffer it reads into, and
-//!    [`flush`](Engine::flush) when there are no more for now;
+//! 1. [`classify`](Engine::classify) for each frame that it reads off the device, whose queue it then enters; [`packet`](Engine::packet) for each
+//!    one whose turn it is, and [`flush`](Engine::flush) when there are no more for now;
 //! 2. [`ready`](Engine::ready) for each socket that has become ready, [`port_ready`](Engine::port_ready) for one of a published port;
 //! 3. [`handle_timeout`](Engine::handle_timeout) when [`poll_timeout`](Engine::poll_timeout) has come;
 //! 4. [`turn`](Engine::turn) once, which does the work that the others made possible, with a budget for each flow.
@@ -23,12 +23,14 @@
 //!                                     its state machine ◄── new flow: connect
 //! ```
 
+pub mod classify;
 mod datagrams;
 pub(crate) mod inbound;
 mod problems;
 mod tcp;
 
-use crate::flow_table::{Class, FlowKey, FlowTable, Origin, Refused};
+use crate::fair_queue::{FairQueue, QueueLimits};
+use crate::flow_table::{Admission, Class, FlowKey, FlowTable, Limit, Origin, Refused};
 use crate::forward::ForwardId;
 use crate::fragments::{Piece, Reassembly};
 use crate::host::{Host, Ready};
@@ -43,7 +45,7 @@ use crate::wire::protocol;
 use crate::wire::virtio::{Segmentation, VirtioHeader};
 use datagrams::Session;
 use inbound::{Client, Published};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -52,6 +54,22 @@ use tidegate_reactor::{Arena, Key, Timers, Token};
 
 /// Limits that are hit are complained about this often at most.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Flows that are worked on in one turn. More would delay the packets behind them.
+const FLOWS_PER_TURN: usize = 64;
+
+/// Each flow waits once, so the flow table bounds the queue.
+const WORK: QueueLimits = QueueLimits { items: usize::MAX, bytes: usize::MAX, quantum: 4 };
+
+/// Flows whose time is over that are dealt with at a time.
+const TIMEOUTS_PER_TURN: usize = 64;
+
+/// Flows that are younger, or have had a packet since, do not yield where descriptors are short: unanswered and answered ones.
+const ANSWER_TIME: Duration = Duration::from_millis(100);
+const IDLE_TIME: Duration = Duration::from_secs(10);
+
+/// How often the largest shares are looked for, which takes a look at every source.
+const SHARES_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Numbers that nobody may guess, drawn once.
 #[derive(Clone, Copy, Debug)]
@@ -93,8 +111,8 @@ pub struct Engine<H: Host> {
     flows: FlowTable<Flow<H>>,
     reassembly: Reassembly,
     timers: Timers,
-    /// Flows that have something to do, each once.
-    queue: VecDeque<Key>,
+    /// Flows that have something to do, each once; endpoints in turn.
+    queue: FairQueue<Key>,
     train: Train,
     batch: H::Batch,
     scratch: Vec<u8>,
@@ -103,6 +121,12 @@ pub struct Engine<H: Host> {
     identification: u32,
     /// Which of the resolvers is asked.
     resolver: usize,
+    /// What was taken for the flow that the packet at hand begins.
+    admission: Option<Admission>,
+    /// The latest turn.
+    latest: Instant,
+    /// When the largest shares are to be looked for; `None` as long as they cannot have changed.
+    measure_at: Option<Instant>,
     /// When a limit was last complained about.
     warned: Option<Instant>,
     /// The published ports, and what they are known by.
@@ -129,12 +153,15 @@ impl<H: Host> Engine<H> {
             flows: FlowTable::new(settings.limits, secrets.table),
             reassembly: Reassembly::new(settings.timeouts.fragments),
             timers: Timers::default(),
-            queue: VecDeque::new(),
+            queue: FairQueue::new(WORK),
             train: Train::default(),
             batch: H::Batch::default(),
             scratch: vec![0; 1 << 16],
             identification: secrets.sequence.0[0] as u32,
             resolver: 0,
+            admission: None,
+            latest: now,
+            measure_at: None,
             warned: None,
             ports: Arena::new(),
             ports_by_id: BTreeMap::new(),
@@ -164,9 +191,24 @@ impl<H: Host> Engine<H> {
         self.flows.len()
     }
 
-    /// A frame of the device, virtio's header first.
-    pub fn packet(&mut self, frame: &[u8], now: Instant) {
-        self.stats.packets[0].add(1);
+    /// Classifies a frame and deals with it at once, for a driver without a queue.
+    pub fn frame(&mut self, frame: &[u8], now: Instant) {
+        if let Some(class) = self.classify(frame, now) {
+            self.packet(frame, &class, now);
+        }
+    }
+
+    /// A frame of the device, virtio's header first, which [`Self::classify`] has let pass.
+    pub fn packet(&mut self, frame: &[u8], class: &classify::Class, now: Instant) {
+        self.admission = class.admission;
+        self.parse(frame, now);
+        // The flow is there already: the first of several packets that were read at once has begun it.
+        if let Some(admission) = self.admission.take() {
+            self.flows.give_back(class.endpoint, admission);
+        }
+    }
+
+    fn parse(&mut self, frame: &[u8], now: Instant) {
         let Some((header, bytes)) = VirtioHeader::parse(frame) else {
             return self.stats.refuse(DropReason::Malformed);
         };
@@ -183,6 +225,26 @@ impl<H: Host> Engine<H> {
                 let header = VirtioHeader { verify: true, segmentation: Segmentation::None, segment: 0 };
                 self.whole(&whole, header, now);
             }
+        }
+    }
+
+    /// A frame is dropped for want of room in the queue, at the expense of `endpoint`.
+    pub fn note_queue_drop(&mut self, endpoint: IpAddr, now: Instant) {
+        self.at_a_limit(DropReason::Queue, Some(endpoint), now);
+    }
+
+    /// How many bytes wait in the queue, for the metrics.
+    pub fn note_queue(&self, bytes: usize) {
+        self.stats.queued_bytes.set(bytes as u64);
+    }
+
+    /// Looks for the largest shares, if they may have changed and it is time.
+    fn measure_shares(&mut self, now: Instant) {
+        if self.measure_at.is_some_and(|at| at <= now) {
+            self.measure_at = None;
+            let (flows, unanswered) = self.flows.largest_shares();
+            self.stats.largest_shares[0].set(flows as u64);
+            self.stats.largest_shares[1].set(unanswered as u64);
         }
     }
 
@@ -216,8 +278,10 @@ impl<H: Host> Engine<H> {
 
     /// Does the work that has become possible. True if some is left.
     pub fn turn(&mut self, now: Instant) -> bool {
-        for _ in 0..self.queue.len() {
-            let Some(key) = self.queue.pop_front() else { break };
+        self.latest = now;
+        self.measure_shares(now);
+        for _ in 0..self.queue.len().min(FLOWS_PER_TURN) {
+            let Some(key) = self.queue.pop() else { break };
             match self.flows.get_mut(key) {
                 None => {}
                 Some((_, Flow::Tcp(connection))) => {
@@ -236,7 +300,7 @@ impl<H: Host> Engine<H> {
     /// When [`Self::handle_timeout`] has something to do.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let others = [self.reassembly.next_deadline(), self.resume_at];
+        let others = [self.reassembly.next_deadline(), self.resume_at, self.measure_at];
         self.timers.next_deadline().into_iter().chain(others.into_iter().flatten()).min()
     }
 
@@ -246,7 +310,8 @@ impl<H: Host> Engine<H> {
             self.stats.refuse(DropReason::Fragments);
         }
         self.resume_ports(now);
-        while let Some(token) = self.timers.expire(now) {
+        for _ in 0..TIMEOUTS_PER_TURN {
+            let Some(token) = self.timers.expire(now) else { break };
             let key = token.key();
             let Some((_, flow)) = self.flows.get_mut(key) else { continue };
             *flow.timer() = None;
@@ -268,13 +333,14 @@ impl<H: Host> Engine<H> {
     }
 
     fn enqueue(&mut self, key: Key) {
-        let queued = match self.flows.get_mut(key) {
-            Some((_, Flow::Tcp(connection))) => &mut connection.queued,
-            Some((_, Flow::Datagrams(session))) => &mut session.queued,
+        let (five_tuple, queued) = match self.flows.get_mut(key) {
+            Some((five_tuple, Flow::Tcp(connection))) => (five_tuple, &mut connection.queued),
+            Some((five_tuple, Flow::Datagrams(session))) => (five_tuple, &mut session.queued),
             None => return,
         };
         if !std::mem::replace(queued, true) {
-            self.queue.push_back(key);
+            let endpoint = five_tuple.inside.ip();
+            self.queue.push(self.flows.network(key), endpoint, 1, 0, key);
         }
     }
 
@@ -292,25 +358,51 @@ impl<H: Host> Engine<H> {
         self.timers.arm(deadline, token(key));
     }
 
-    /// Admits a flow, makes room for it and tells why not.
-    fn admit(&mut self, source: IpAddr, class: Class, now: Instant) -> bool {
-        let admitted = self.flows.admit(source, Origin::Inside, class, now);
+    /// Admits a flow, unless its packet was admitted when it was classified, and makes room for it. `None` if it is refused, which is
+    /// counted.
+    fn admit(&mut self, source: IpAddr, class: Class, now: Instant) -> Option<Admission> {
+        let network = self.settings.policy.network_of(source);
+        let admitted = match self.admission.take() {
+            Some(admission) => Ok(admission),
+            None => self.flows.admit(source, network, Origin::Inside, now),
+        };
         self.stats.sources.set(self.flows.sources() as u64);
-        if let Err(refused) = admitted {
-            self.at_a_limit(drop_reason(refused), now);
-            return false;
+        match admitted {
+            Ok(admission) => self.make_room(source, Origin::Inside, class, now).then_some(admission),
+            Err(refused) => {
+                self.at_a_limit(drop_reason(refused), Some(source), now);
+                None
+            }
         }
-        self.make_room();
-        true
     }
 
     /// Makes room for a flow that was admitted.
-    fn make_room(&mut self) {
-        if let Some((key, flow)) = self.flows.evict() {
-            self.stats.evicted.add(1);
-            self.evicted_at_port(&flow);
-            self.ended(key, flow, false);
+    fn make_room(&mut self, source: IpAddr, origin: Origin, class: Class, now: Instant) -> bool {
+        while let Some((key, flow, limit)) = self.flows.evict_for(source, origin, class) {
+            self.evicted(key, flow, limit, now);
         }
+        if self.flows.is_full() {
+            self.at_a_limit(DropReason::TableFull, Some(source), now);
+            return false;
+        }
+        true
+    }
+
+    /// Ends a flow that yields at `limit`.
+    fn evicted(&mut self, key: FlowKey, mut flow: Flow<H>, limit: Limit, now: Instant) {
+        self.stats.evicted_by_limit[limit as usize].add(1);
+        if matches!(flow, Flow::Datagrams(_)) {
+            self.stats.evicted.add(1);
+        }
+        self.warn(limit.as_str(), Some(key.inside.ip()), now);
+        self.evicted_at_port(&flow);
+        if let Flow::Tcp(connection) = &mut flow
+            && connection.is_established()
+        {
+            // A connection that is cut must look neither complete nor alive.
+            connection.send_reset(&mut self.io(now));
+        }
+        self.ended(key, flow, true);
     }
 
     /// What connection `key` begins with.
@@ -337,34 +429,49 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// A new flow is refused, and the log hears of it now and then.
-    fn at_a_limit(&mut self, reason: DropReason, now: Instant) {
+    /// Counts a new flow that is refused.
+    fn at_a_limit(&mut self, reason: DropReason, source: Option<IpAddr>, now: Instant) {
         self.stats.refuse(reason);
-        if self.warned.is_none_or(|warned| now.saturating_duration_since(warned) >= WARNING_INTERVAL) {
-            self.warned = Some(now);
-            let flows = self.flows.len();
-            tracing::warn!(
-                network = &*self.settings.network,
-                reason = reason.as_str(),
-                flows,
-                "containers are refused new flows"
-            );
-        }
+        self.warn(reason.as_str(), source, now);
     }
 
-    /// A descriptor is short: whether a session that nobody has answered for a while could be ended for it.
-    fn give_up_a_session(&mut self, now: Instant) -> bool {
+    /// Logs that a limit was reached, once a minute at most.
+    fn warn(&mut self, limit: &str, source: Option<IpAddr>, now: Instant) {
+        if self.warned.is_some_and(|warned| now.saturating_duration_since(warned) < WARNING_INTERVAL) {
+            return;
+        }
+        self.warned = Some(now);
+        let flows = self.flows.len();
+        let (largest, held) = self.flows.largest_holder().unzip();
+        let endpoint = source.map(|ip| ip.to_string()).unwrap_or_default();
+        let largest_holder = largest.map(|ip| ip.to_string()).unwrap_or_default();
+        let largest_network =
+            largest.map_or("", |ip| self.settings.policy.name_of(self.settings.policy.network_of(ip)));
+        tracing::warn!(
+            network = &*self.settings.network,
+            limit,
+            endpoint,
+            flows,
+            largest_holder,
+            largest_network,
+            largest_holder_flows = held.unwrap_or(0),
+            "NAT engine at a limit"
+        );
+    }
+
+    /// A descriptor is short: whether a flow of the largest holder could be ended for it.
+    fn give_up_a_flow(&mut self, now: Instant) -> bool {
+        let ago = |time| now.checked_sub(time);
         // As long as an answer may take, so that those who come all at once do not push one another out.
-        let evicted =
-            now.checked_sub(Duration::from_millis(100)).and_then(|before| self.flows.evict_tentative(before));
+        let evicted = ago(ANSWER_TIME).and_then(|before| self.flows.evict_unanswered(before));
+        let evicted = evicted.or_else(|| ago(IDLE_TIME).and_then(|before| self.flows.evict_idle(before)));
         let Some((key, flow)) = evicted else { return false };
-        self.stats.evicted.add(1);
-        self.evicted_at_port(&flow);
-        self.ended(key, flow, false);
+        self.evicted(key, flow, Limit::Descriptors, now);
         true
     }
 
-    fn begun(&self, kind: FlowKind) {
+    fn begun(&mut self, kind: FlowKind, now: Instant) {
+        self.measure_at.get_or_insert(now + SHARES_INTERVAL);
         self.stats.flows[kind as usize].add(1);
         self.stats.flows_begun[kind as usize].add(1);
     }
@@ -378,6 +485,7 @@ impl<H: Host> Engine<H> {
 
     fn ended(&mut self, key: FlowKey, mut flow: Flow<H>, cut: bool) {
         self.stats.flows[flow.kind() as usize].sub();
+        self.measure_at.get_or_insert(self.latest + SHARES_INTERVAL);
         // Its timer finds nothing when it fires, but would stay until then: hours, for a connection.
         if let Some(armed) = flow.timer().take()
             && let Some(token) = self.timer_token(&flow)
@@ -431,8 +539,8 @@ impl<H: Host> Engine<H> {
 fn drop_reason(refused: Refused) -> DropReason {
     match refused {
         Refused::TableFull => DropReason::TableFull,
-        Refused::SourceShare | Refused::HalfOpen => DropReason::SourceShare,
         Refused::Rate => DropReason::Rate,
+        Refused::Unanswered => DropReason::Unanswered,
         Refused::Sources => DropReason::Sources,
     }
 }

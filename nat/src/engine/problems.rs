@@ -78,7 +78,7 @@ impl<H: Host> Engine<H> {
             IpAddr::V4(ip) => ip.is_multicast() || ip.is_broadcast(),
             IpAddr::V6(ip) => ip.is_multicast(),
         };
-        if many || !self.flows.may_tell(packet.source, now) {
+        if many || !self.may_tell(packet.source, now) {
             return;
         }
         let own = self.own_address(packet.destination);
@@ -86,6 +86,12 @@ impl<H: Host> Engine<H> {
         let quotation = [packet.header, packet.payload];
         let (head, message) = head::problem(teller, packet.source, problem, &quotation);
         self.host.emit(head.bytes(), &[IoSlice::new(&message)]);
+    }
+
+    /// Whether `source` may be told of one error more.
+    pub(super) fn may_tell(&mut self, source: IpAddr, now: Instant) -> bool {
+        let network = self.settings.policy.network_of(source);
+        self.flows.may_tell(source, network, now)
     }
 
     /// As [`Self::tell`], about a SYN that is long gone.
@@ -104,7 +110,7 @@ impl<H: Host> Engine<H> {
         payload: &[u8],
         now: Instant,
     ) {
-        if !self.flows.may_tell(key.inside.ip(), now) {
+        if !self.may_tell(key.inside.ip(), now) {
             return;
         }
         let (inside, outside) = (key.inside.ip(), key.outside.ip());

@@ -1,7 +1,7 @@
 //! TCP in the engine: which connection a segment belongs to, and how one begins and ends.
 
 use super::{Engine, Flow};
-use crate::flow_table::{Class, FlowKey, Origin};
+use crate::flow_table::{Class, FlowKey};
 use crate::host::{Host, Ready};
 use crate::metrics::{DropReason, FlowKind};
 use crate::policy::Way;
@@ -36,6 +36,7 @@ impl<H: Host> Engine<H> {
             (outcome, !established && connection.is_established())
         });
         let Some((outcome, opened)) = arrived else { return };
+        self.flows.touch(flow, false, now);
         if opened {
             self.flows.opened(flow);
         }
@@ -64,7 +65,7 @@ impl<H: Host> Engine<H> {
 
     /// Answers with a reset (RFC 9293 section 3.10.7.1).
     fn refuse(&mut self, segment: &Segment<'_>, key: FlowKey, now: Instant) {
-        if !self.flows.may_tell(key.inside.ip(), now) {
+        if !self.may_tell(key.inside.ip(), now) {
             return self.stats.refuse(DropReason::Rate);
         }
         let (sequence, acknowledgement, flags) = if segment.has(flags::ACK) {
@@ -103,17 +104,17 @@ impl<H: Host> Engine<H> {
                 return self.tell(Problem::Prohibited, None, packet, now);
             }
         };
-        if !self.admit(key.inside.ip(), Class::Connection, now) {
-            return;
-        }
+        let Some(admission) = self.admit(key.inside.ip(), Class::Connection, now) else { return };
         let mut stream = self.host.connect(to);
-        if stream.as_ref().is_err_and(is_exhaustion) && self.give_up_a_session(now) {
+        if stream.as_ref().is_err_and(is_exhaustion) && self.give_up_a_flow(now) {
             stream = self.host.connect(to);
         }
         let stream = match stream {
             Ok(stream) => stream,
             // Silence: the guest will ask again, and there may be room then.
-            Err(error) if is_exhaustion(&error) => return self.at_a_limit(DropReason::Descriptors, now),
+            Err(error) if is_exhaustion(&error) => {
+                return self.at_a_limit(DropReason::Descriptors, Some(key.inside.ip()), now);
+            }
             Err(error) => {
                 self.stats.refuse(DropReason::Unreachable);
                 self.stats.resets.add(1);
@@ -126,10 +127,9 @@ impl<H: Host> Engine<H> {
         let opening = self.opening(&key, now);
         let connection = Connection::new(opening, segment, stream, &self.params, now);
         let connection = Flow::Tcp(Box::new(connection));
-        let Some(flow) = self.flows.insert(key, Origin::Inside, Class::Connection, connection, now) else {
-            return;
-        };
-        self.begun(FlowKind::Tcp);
+        let inserted = self.flows.insert(key, admission, Class::Connection, connection, now);
+        let Some(flow) = inserted else { return };
+        self.begun(FlowKind::Tcp, now);
         let watched = match self.flows.get_mut(flow) {
             Some((_, Flow::Tcp(connection))) => connection.watched_as(flow, &mut self.host),
             _ => return,
@@ -140,7 +140,7 @@ impl<H: Host> Engine<H> {
                 self.stream_ready(flow, ready, now);
             }
             Err(_) => {
-                self.at_a_limit(DropReason::Descriptors, now);
+                self.at_a_limit(DropReason::Descriptors, Some(key.inside.ip()), now);
                 self.end(flow, true);
             }
         }

@@ -65,7 +65,7 @@ pub(crate) struct Kernel {
     outbound: Outbound,
     bound_buffer: BoundBuffer,
     destinations: Destinations,
-    /// Others want the engine's attention as well.
+    /// The endpoint at hand has more for the engine to do.
     pub(super) crowded: bool,
     /// Where bytes go that are copied once more for want of `SO_PEEK_OFF`.
     skipped: Vec<u8>,

@@ -366,7 +366,7 @@ impl Bench {
 
     /// Hands a frame to the engine, and lets it do what comes of it.
     pub fn frame(&mut self, frame: &[u8]) {
-        self.engine.packet(frame, self.now);
+        self.engine.frame(frame, self.now);
         self.settle();
     }
 

@@ -1,0 +1,340 @@
+//! Fair queueing: deficit round robin between networks, and between the endpoints of a network. Pure.
+//!
+//! # Theory of operation
+//! Each endpoint has a queue, first in, first out. Queues are served by deficit round robin (Shreedhar and Varghese, 1995):
+//! whoever has the turn is served until its deficit is used up, and gains a quantum at the end of each turn. The same
+//! algorithm runs twice, between the networks and between the endpoints of the network whose turn it is. An endpoint that
+//! invents source addresses therefore gains nothing beyond its network's share.
+//!
+//! As in FQ-CoDel (RFC 8290 section 4.2) a queue that was empty enters a list of new queues, which is served first, and moves
+//! to the end of the list of old ones when it has used up its quantum or is empty. An endpoint that asks
+//! now and then is served before the backlog of the others, and cannot stay ahead by sending more.
+//!
+//! Items have a cost, which the deficits are charged with: what serving them takes, and not only their bytes.
+//!
+//! The queue is bounded in items and bytes. At a bound, the endpoint that holds most, of the network that holds most, drops from
+//! the head of its queue: its sender learns soonest that way (RFC 8290 section 4.1.2 does the same).
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::IpAddr;
+
+/// What may wait.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueLimits {
+    /// Items.
+    pub items: usize,
+    /// Their bytes.
+    pub bytes: usize,
+    /// The cost that may be served in a turn.
+    pub quantum: u32,
+}
+
+#[derive(Debug)]
+struct Item<T> {
+    cost: u32,
+    bytes: usize,
+    value: T,
+}
+
+/// Who is served in turn: those that were empty first.
+#[derive(Debug)]
+struct Schedule<K> {
+    new: VecDeque<K>,
+    old: VecDeque<K>,
+}
+
+impl<K> Default for Schedule<K> {
+    fn default() -> Self {
+        Self { new: VecDeque::new(), old: VecDeque::new() }
+    }
+}
+
+impl<K: Copy> Schedule<K> {
+    /// Whose turn it is, and whether it is new.
+    fn first(&self) -> Option<(K, bool)> {
+        self.new.front().map(|key| (*key, true)).or_else(|| self.old.front().map(|key| (*key, false)))
+    }
+
+    /// Ends the turn of the first one.
+    fn rotate(&mut self) {
+        if let Some(key) = self.new.pop_front().or_else(|| self.old.pop_front()) {
+            self.old.push_back(key);
+        }
+    }
+
+    /// The first one, which is new, is empty: it waits among the old ones, unless there are none to wait for. True if it is gone.
+    fn retire(&mut self) -> bool {
+        let Some(key) = self.new.pop_front() else { return self.old.pop_front().is_some() };
+        if self.old.is_empty() {
+            return true;
+        }
+        self.old.push_back(key);
+        false
+    }
+}
+
+#[derive(Debug)]
+struct Endpoint<T> {
+    queue: VecDeque<Item<T>>,
+    bytes: usize,
+    deficit: i64,
+}
+
+#[derive(Debug)]
+struct Network<T> {
+    endpoints: HashMap<IpAddr, Endpoint<T>>,
+    schedule: Schedule<IpAddr>,
+    bytes: usize,
+    deficit: i64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct FairQueue<T> {
+    limits: QueueLimits,
+    networks: BTreeMap<u16, Network<T>>,
+    schedule: Schedule<u16>,
+    items: usize,
+    bytes: usize,
+}
+
+impl<T> FairQueue<T> {
+    /// An empty queue; allocates nothing yet.
+    #[must_use]
+    pub fn new(limits: QueueLimits) -> Self {
+        Self { limits, networks: BTreeMap::new(), schedule: Schedule::default(), items: 0, bytes: 0 }
+    }
+
+    /// How many items wait.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.items
+    }
+
+    /// Whether none does.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.items == 0
+    }
+
+    /// How many bytes wait.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Adds an item of `endpoint` in `network`. To be followed by [`Self::drop_excess`].
+    pub fn push(&mut self, network: u16, endpoint: IpAddr, cost: u32, bytes: usize, value: T) {
+        let quantum = i64::from(self.limits.quantum);
+        let schedule = &mut self.schedule;
+        let network_queue = self.networks.entry(network).or_insert_with(|| {
+            schedule.new.push_back(network);
+            Network { endpoints: HashMap::new(), schedule: Schedule::default(), bytes: 0, deficit: quantum }
+        });
+        let schedule = &mut network_queue.schedule;
+        let endpoint_queue = network_queue.endpoints.entry(endpoint).or_insert_with(|| {
+            schedule.new.push_back(endpoint);
+            Endpoint { queue: VecDeque::new(), bytes: 0, deficit: quantum }
+        });
+        endpoint_queue.queue.push_back(Item { cost, bytes, value });
+        endpoint_queue.bytes += bytes;
+        network_queue.bytes += bytes;
+        self.bytes += bytes;
+        self.items += 1;
+    }
+
+    /// Takes an item out that has to be dropped because the queue is over its bounds, and tells whose it is. To be called until there is none.
+    pub fn drop_excess(&mut self) -> Option<(IpAddr, T)> {
+        if self.items <= self.limits.items && self.bytes <= self.limits.bytes {
+            return None;
+        }
+        let network = self.networks.values_mut().max_by_key(|network| network.bytes)?;
+        let (ip, endpoint) = network.endpoints.iter_mut().max_by_key(|(_, endpoint)| endpoint.bytes)?;
+        let item = endpoint.queue.pop_front()?;
+        endpoint.bytes -= item.bytes;
+        network.bytes -= item.bytes;
+        self.bytes -= item.bytes;
+        self.items -= 1;
+        Some((*ip, item.value))
+    }
+
+    /// Takes out what is to be served next.
+    pub fn pop(&mut self) -> Option<T> {
+        let quantum = i64::from(self.limits.quantum);
+        loop {
+            let (number, _) = self.schedule.first()?;
+            let Some(network) = self.networks.get_mut(&number) else {
+                self.schedule.retire();
+                continue;
+            };
+            if network.deficit <= 0 {
+                network.deficit += quantum;
+                self.schedule.rotate();
+                continue;
+            }
+            let Some(item) = network.pop(quantum) else {
+                if network.endpoints.is_empty() && self.schedule.retire() {
+                    self.networks.remove(&number);
+                }
+                continue;
+            };
+            network.deficit -= i64::from(item.cost);
+            network.bytes -= item.bytes;
+            self.bytes -= item.bytes;
+            self.items -= 1;
+            return Some(item.value);
+        }
+    }
+}
+
+impl<T> Network<T> {
+    fn pop(&mut self, quantum: i64) -> Option<Item<T>> {
+        loop {
+            let (ip, _) = self.schedule.first()?;
+            let Some(endpoint) = self.endpoints.get_mut(&ip) else {
+                self.schedule.retire();
+                continue;
+            };
+            if endpoint.deficit <= 0 {
+                endpoint.deficit += quantum;
+                self.schedule.rotate();
+                continue;
+            }
+            let Some(item) = endpoint.queue.pop_front() else {
+                if self.schedule.retire() {
+                    self.endpoints.remove(&ip);
+                }
+                continue;
+            };
+            endpoint.bytes -= item.bytes;
+            endpoint.deficit -= i64::from(item.cost);
+            return Some(item);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::net::Ipv4Addr;
+
+    const LIMITS: QueueLimits = QueueLimits { items: 100, bytes: 10_000, quantum: 1000 };
+
+    fn ip(host: u8) -> IpAddr {
+        Ipv4Addr::new(10, 0, 0, host).into()
+    }
+
+    fn filled(pushes: impl IntoIterator<Item = (u16, u8, u32)>) -> FairQueue<(u16, u8)> {
+        let limits = QueueLimits { items: 100_000, bytes: usize::MAX, ..LIMITS };
+        let mut queue = FairQueue::new(limits);
+        for (network, host, cost) in pushes {
+            queue.push(network, ip(host), cost, cost as usize, (network, host));
+        }
+        queue
+    }
+
+    #[test]
+    fn a_sparse_endpoint_is_served_before_the_backlog_of_another() {
+        let mut queue = filled((0..500).map(|_| (1, 1, 500)));
+        for _ in 0..50 {
+            queue.pop();
+        }
+        queue.push(2, ip(2), 100, 100, (2, 2));
+        queue.push(1, ip(3), 100, 100, (1, 3));
+        let next: Vec<_> = (0..8).filter_map(|_| queue.pop()).collect();
+        assert!(next[..4].contains(&(2, 2)), "{next:?}");
+        assert!(next.contains(&(1, 3)), "{next:?}");
+    }
+
+    #[test]
+    fn invented_addresses_do_not_enlarge_the_share_of_their_network() {
+        let spoofed = (0..20).flat_map(|_| (1..=200).map(|host| (1, host, 100)));
+        let mut queue = filled(spoofed.chain((0..400).map(|_| (2, 250, 100))));
+        let served = (0..400).filter_map(|_| queue.pop()).filter(|(network, _)| *network == 2).count();
+        assert!((180..=220).contains(&served), "{served} of 400");
+    }
+
+    #[test]
+    fn costs_count_and_not_items() {
+        let mut queue = filled((0..1000).flat_map(|_| [(1, 1, 2000), (2, 2, 100)]));
+        let served: Vec<_> = (0..420).filter_map(|_| queue.pop()).collect();
+        let dear = served.iter().filter(|(network, _)| *network == 1).count();
+        assert!((15..=25).contains(&dear), "{dear} of 420");
+    }
+
+    #[test]
+    fn the_largest_holder_drops_the_head_of_its_queue() {
+        let mut queue = FairQueue::new(LIMITS);
+        for number in 0..200u32 {
+            queue.push(1, ip(1), 1, 10, number);
+            if number % 10 == 0 {
+                queue.push(1, ip(2), 1, 10, number + 1000);
+            }
+            while let Some((whose, _)) = queue.drop_excess() {
+                assert_eq!(whose, ip(1));
+            }
+        }
+        assert_eq!(queue.len(), 100);
+        let left: Vec<_> = std::iter::from_fn(|| queue.pop()).filter(|number| *number < 1000).collect();
+        assert_eq!(left, (120..200).collect::<Vec<_>>());
+    }
+
+    proptest! {
+        #[test]
+        fn bounds_hold_order_is_kept_and_nothing_is_lost(
+            steps in prop::collection::vec((0u16..3, 0u8..5, 1u32..3000, 1usize..900, prop::bool::weighted(0.4)), 1..400),
+        ) {
+            let mut queue = FairQueue::new(LIMITS);
+            let mut seen: HashMap<(u16, u8), u64> = HashMap::new();
+            let (mut pushed, mut popped, mut dropped) = (0u64, 0, 0);
+            let check = |seen: &mut HashMap<(u16, u8), u64>, (whose, number): ((u16, u8), u64)| {
+                let last = seen.insert(whose, number);
+                last.is_none_or(|last| last < number)
+            };
+            for (network, host, cost, bytes, pops) in steps {
+                if pops {
+                    let before = queue.len();
+                    match queue.pop() {
+                        Some(item) => {
+                            popped += 1;
+                            prop_assert!(check(&mut seen, item));
+                        }
+                        None => prop_assert_eq!(before, 0, "what waits is served"),
+                    }
+                } else {
+                    pushed += 1;
+                    queue.push(network, ip(host), cost, bytes, ((network, host), pushed));
+                    while let Some((_, item)) = queue.drop_excess() {
+                        dropped += 1;
+                        prop_assert!(check(&mut seen, item));
+                    }
+                }
+                prop_assert!(queue.len() <= LIMITS.items && queue.bytes() <= LIMITS.bytes);
+            }
+            while let Some(item) = queue.pop() {
+                popped += 1;
+                prop_assert!(check(&mut seen, item));
+            }
+            prop_assert_eq!(pushed, popped + dropped);
+            prop_assert_eq!((queue.len(), queue.bytes()), (0, 0));
+            prop_assert!(queue.networks.is_empty(), "what is empty is forgotten");
+        }
+
+        #[test]
+        fn backlogged_endpoints_are_served_alike_whatever_their_costs(
+            first in 1u32..1500, second in 1u32..1500, same in any::<bool>(),
+        ) {
+            let network = if same { 1 } else { 2 };
+            let mut queue = filled((0..3000).flat_map(|_| [(1, 1, first), (network, 2, second)]));
+            let mut served = [0i64; 2];
+            while served.iter().sum::<i64>() < 60_000 {
+                let Some((_, host)) = queue.pop() else { break };
+                served[usize::from(host) - 1] += i64::from(if host == 1 { first } else { second });
+            }
+            if queue.len() > 3000 {
+                prop_assert!((served[0] - served[1]).abs() <= 4000, "{:?}", served);
+            }
+        }
+    }
+}
