@@ -4,7 +4,7 @@ use super::duration::optional_timeout;
 use super::{UsageError, metrics_address};
 use crate::firewall::{FirewallChoice, PublishBy};
 use crate::limits::ProxyLimits;
-use crate::up::Up as Instance;
+use crate::up::{NatLimits, Up as Instance};
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -61,6 +61,18 @@ pub(super) struct Up {
     #[command(flatten)]
     limits: ProxyLimits,
 
+    /// Flows that the NAT engine carries at most; at the limit, the endpoint that has most loses its idlest one
+    #[arg(long, value_name = "N", default_value_t = NatLimits::default().flows, value_parser = clap::value_parser!(u32).range(1..))]
+    nat_max_flows: u32,
+
+    /// Flows of one endpoint through the NAT engine; at the limit it loses its idlest one. At most a quarter of the file descriptors for flows
+    #[arg(long, value_name = "N", default_value_t = NatLimits::default().endpoint_flows, value_parser = clap::value_parser!(u32).range(1..))]
+    nat_max_endpoint_flows: u32,
+
+    /// Flows of one endpoint that nobody has answered yet, and twice the number that it may begin in a second
+    #[arg(long, value_name = "N", default_value_t = NatLimits::default().unanswered, value_parser = clap::value_parser!(u32).range(1..))]
+    nat_max_unanswered: u32,
+
     /// Let containers reach what the host has on its loopback, at 169.254.116.103 (needs --firewall=none, or an ordinary user)
     #[arg(long)]
     allow_host_loopback: bool,
@@ -98,6 +110,11 @@ impl Up {
             dns_ttl: self.dns_ttl,
             dns_forward_rate: self.dns_forward_rate,
             limits: self.limits,
+            nat_limits: NatLimits {
+                flows: self.nat_max_flows,
+                endpoint_flows: self.nat_max_endpoint_flows,
+                unanswered: self.nat_max_unanswered,
+            },
             allow_host_loopback: self.allow_host_loopback,
         };
         up.run()

@@ -54,6 +54,7 @@ use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings};
 use tokio::io::{Interest, unix::AsyncFd};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+pub use way_out::NatLimits;
 use way_out::WayOut;
 
 /// How long running connections may go on once all services have ended: none is answered any more.
@@ -88,6 +89,8 @@ pub struct Up {
     pub dns_forward_rate: u32,
     /// Limits of published ports.
     pub limits: ProxyLimits,
+    /// Limits of the NAT engine.
+    pub nat_limits: NatLimits,
     /// Containers may reach what the host has on its loopback, at an address that stands for it.
     pub allow_host_loopback: bool,
 }
@@ -364,8 +367,9 @@ impl Up {
             namespaces.insert(service.name.clone(), namespace);
         }
         setup.apply(&layout.desired).await?;
-        let start =
-            |device: way_out::Device| device.start(&layout, &observed, ground, self.allow_host_loopback);
+        let start = |device: way_out::Device| {
+            device.start(&layout, &observed, ground, self.allow_host_loopback, self.nat_limits)
+        };
         let mut way_out = device.map(start).transpose()?;
 
         let mut settings = Settings { ports_with_series: self.ports_with_series, ..Settings::default() };

@@ -12,9 +12,9 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tidegate_model::{CidrSet, Feature, registry};
-use tidegate_nat::{Nat, Policy, Settings, StartError, Tun, TunOptions};
+use tidegate_nat::{Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions};
 use tidegate_netns::Family;
-use tidegate_netsetup::{Observed, WithEngine};
+use tidegate_netsetup::{Network, Observed, WithEngine};
 use tidegate_reactor::Descriptors;
 
 /// Tables that are tried.
@@ -22,6 +22,23 @@ const ATTEMPTS: u32 = 16;
 
 /// Descriptors that the engine may have at most: one for each flow.
 const MOST_DESCRIPTORS: usize = 16_384;
+
+/// How many flows containers may have, as far as can be set.
+#[derive(Clone, Copy, Debug)]
+pub struct NatLimits {
+    /// In all.
+    pub flows: u32,
+    /// Of one endpoint.
+    pub endpoint_flows: u32,
+    /// Of one endpoint, those that nobody has answered.
+    pub unanswered: u32,
+}
+
+impl Default for NatLimits {
+    fn default() -> Self {
+        Self { flows: 65_536, endpoint_flows: 16_384, unanswered: 1024 }
+    }
+}
 
 /// The device, before there are networks.
 #[derive(Debug)]
@@ -82,6 +99,7 @@ impl Device {
         observed: &Observed,
         ground: &Ground,
         host_loopback: bool,
+        limits: NatLimits,
     ) -> Result<WayOut, StartError> {
         let mut settings = Settings::new(self.tun.mtu());
         settings.network = self.project;
@@ -89,7 +107,9 @@ impl Device {
         settings.policy.clone_from(&policy);
         // No container has more than a quarter of all flows, or a few could keep the others from having any.
         let share = (descriptors() / 4).max(1);
-        settings.limits.flows_per_source = settings.limits.flows_per_source.min(share as _);
+        settings.limits.flows = limits.flows as usize;
+        settings.limits.flows_per_source = share.min(limits.endpoint_flows as usize);
+        settings.limits.unanswered_per_source = limits.unanswered as usize;
         let descriptors = Arc::new(Descriptors::new(descriptors()));
         let nat = Arc::new(Nat::start(settings, self.tun, ground.ports(), descriptors)?);
         Ok(WayOut { nat, policy })
@@ -150,8 +170,14 @@ pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
     let is_containers =
         |link: &str| is_bridge_of_containers(link) || observed.bridges_of_tidegate.contains(link);
     let of_others = observed.routes.iter().filter(|(_, link)| is_containers(link));
+    let with_egress = networks.iter().filter(|network| !network.internal);
+    let own_share = |network: &Network| PolicyNetwork {
+        name: network.name.clone(),
+        subnets: network.subnets.iter().map(|one| one.subnet.trunc()).collect(),
+    };
     Policy {
         sources: subnets(false).collect(),
+        networks: with_egress.map(own_share).collect(),
         gateways: registry::ENGINE_ADDRESSES.to_vec(),
         refused: subnets(true).chain(of_others.map(|(net, _)| net.trunc())).collect::<CidrSet>(),
         // As with a firewall: what the host reaches.
