@@ -3,6 +3,7 @@
 mod up {
     pub(crate) mod attacks;
     pub(crate) mod firewall;
+    pub(crate) mod floods;
     pub(crate) mod ingress;
     pub(crate) mod knocking;
     pub(crate) mod matrix;

@@ -165,6 +165,17 @@ pub fn udp4(source: (Ipv4Addr, u16), destination: (Ipv4Addr, u16), payload: &[u8
     ipv4(source.0, destination.0, 17, &udp)
 }
 
+/// A SYN of TCP in IPv4.
+pub fn syn4(source: (Ipv4Addr, u16), destination: (Ipv4Addr, u16), sequence: u32) -> Vec<u8> {
+    let mut syn = [source.1.to_be_bytes(), destination.1.to_be_bytes()].concat();
+    syn.extend(sequence.to_be_bytes());
+    // Nothing acknowledged; a header of 20 bytes, SYN, and a window of 64,240 bytes.
+    syn.extend([0, 0, 0, 0, 0x50, 2, 0xfa, 0xf0, 0, 0, 0, 0]);
+    let pseudo = [&source.0.octets()[..], &destination.0.octets(), &[0, 6, 0, 20], &syn].concat();
+    syn[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+    ipv4(source.0, destination.0, 6, &syn)
+}
+
 /// A UDP datagram in IPv6.
 pub fn udp6(source: (Ipv6Addr, u16), destination: (Ipv6Addr, u16), payload: &[u8]) -> Vec<u8> {
     let mut udp = udp(source.1, destination.1, payload);
