@@ -291,6 +291,7 @@ impl Engine {
                 container_port,
                 options: Arc::clone(options),
                 stats: PortStats::default(),
+                closed: AtomicBool::new(false),
                 has_series: with_series > 0,
             });
             with_series = with_series.saturating_sub(1);
@@ -357,6 +358,7 @@ impl Engine {
         if port.label.protocol() == Protocol::Udp {
             self.shared.reflection.remove(port.label.address());
         }
+        port.closed.store(true, Ordering::Relaxed);
         self.shared.tell_all(|done| Message::Unpublish { port: Arc::clone(&port), done });
         let mut ports = self.ports();
         if ports.leaving.remove(&id).is_some() {

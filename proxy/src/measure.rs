@@ -8,7 +8,7 @@ use crate::{Direct, PortOptions};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tidegate_model::{Protocol, PublishLabel};
 use tidegate_reactor::{Descriptors, PipePool, Readiness};
@@ -33,6 +33,7 @@ impl<T: Tally> Carrier<T> {
             container_port: 80,
             options: Arc::new(PortOptions::new(Arc::new(Direct::new(localhost)))),
             stats: PortStats::<T>::default(),
+            closed: AtomicBool::new(false),
             has_series: true,
         };
         let descriptors = Arc::new(Descriptors::new(64));

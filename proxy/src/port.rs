@@ -3,7 +3,7 @@
 use crate::PortOptions;
 use crate::metrics::{DIAL_BOUNDS, LIFE_BOUNDS};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tidegate_model::{Histogram, PublishLabel};
@@ -188,6 +188,8 @@ pub(crate) struct Port<T = AtomicU64> {
     pub(crate) container_port: u16,
     pub(crate) options: Arc<PortOptions>,
     pub(crate) stats: PortStats<T>,
+    /// It is being closed, which a connection that is handed from loop to loop may outrun.
+    pub(crate) closed: AtomicBool,
     /// Whether it has series of its own, for life: were it to change, counters would run backwards.
     pub(crate) has_series: bool,
 }

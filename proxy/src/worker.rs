@@ -27,6 +27,12 @@ const MOVED: Duration = Duration::from_secs(1);
 /// How long a wide half may carry nothing before it is made narrow.
 const WIDE_FOR: Duration = Duration::from_secs(2);
 
+/// Holders whose connections are made narrow at a time when the budget is exceeded.
+const RELIEVED_AT_A_TIME: usize = 8;
+
+/// Connections of a holder that are looked at for a blocked one.
+const MOST_LOOKED_AT: usize = 4096;
+
 /// What a token refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tag {
@@ -78,10 +84,10 @@ pub(crate) enum Message {
     Unpublish { port: Arc<Port>, done: mpsc::Sender<()> },
     /// Take over a connection that another loop accepted.
     Adopt(Box<(Accepted, Seat)>),
-    /// Take over a connection that another loop accepted, for which one of `holder` has to end here.
-    Supplant { accepted: Box<Accepted>, holder: Holder, limit: Refusal },
-    /// One of `holder` has to end for the budget of bytes.
-    Relieve(Holder),
+    /// Take over a connection that another loop accepted, for which one of yours has to end, for this limit.
+    Supplant { accepted: Box<Accepted>, limit: Refusal },
+    /// One of yours holds most of the bytes, of which there are too many.
+    Relieve,
     /// Accept nothing more; what is running goes on.
     Drain { done: mpsc::Sender<()> },
     /// Cut everything and end.
@@ -133,6 +139,8 @@ pub(crate) struct Worker {
     pub(crate) silence: HashMap<Holder, List>,
     /// Those with a wide half, or with one that has been narrowed and still holds much, in the same order.
     wide: List,
+    /// Whether their timer is armed.
+    wide_timer: bool,
     pub(crate) sessions: Arena<SessionRef>,
     pub(crate) resting: Vec<Key>,
     /// A client that was accepted when no descriptor was left, and its port.
@@ -156,6 +164,7 @@ impl Worker {
             connections: Arena::new(),
             silence: HashMap::new(),
             wide: List::default(),
+            wide_timer: false,
             sessions: Arena::new(),
             resting: Vec::new(),
             waiting: None,
@@ -325,7 +334,7 @@ impl Worker {
             let Some(connection) = self.connections.get_mut(key) else { return };
             match connection.claim(direction, cx.now) {
                 None => {}
-                Some(Claim::Widen) => self.widen(cx, key, direction),
+                Some(Claim::Widen) => holds_more |= self.widen(cx, key, direction),
                 Some(Claim::Hold) => {
                     connection.bound(direction);
                     let before = connection.charge(direction, NARROW_BYTES);
@@ -343,22 +352,31 @@ impl Worker {
         }
     }
 
-    fn widen(&mut self, cx: &mut Context<'_>, key: Key, direction: Direction) {
-        let Some(connection) = self.connections.get_mut(key) else { return };
+    /// Makes a half wide if the budget allows it; whether it holds more in any case.
+    fn widen(&mut self, cx: &mut Context<'_>, key: Key, direction: Direction) -> bool {
+        let Some(connection) = self.connections.get_mut(key) else { return false };
         let before = connection.charge(direction, 0);
         connection.seat().charge(before, 0);
         if !connection.seat().take(WIDE_BYTES) {
-            // Blocked or not will show in its next turn.
-            connection.narrow(direction);
-            connection.charge(direction, 0);
-            return;
+            let now = connection.narrow(direction);
+            connection.seat().charge(0, now);
+            return now > before;
         }
         connection.widen(direction);
         if !std::mem::replace(&mut connection.is_listed_wide, true) {
-            if self.wide.is_empty() {
-                cx.timers.arm(cx.now + WIDE_FOR, Tag::Wide.token(key));
-            }
             self.wide.append(&mut self.connections, key, |connection| &mut connection.wide_links);
+        }
+        self.look_at_wide(cx);
+        false
+    }
+
+    /// Arms the timer of those with a wide half, if it is not.
+    fn look_at_wide(&mut self, cx: &mut Context<'_>) {
+        if !self.wide_timer
+            && let Some(key) = self.wide.oldest()
+        {
+            self.wide_timer = true;
+            cx.timers.arm(cx.now + WIDE_FOR, Tag::Wide.token(key));
         }
     }
 
@@ -371,48 +389,51 @@ impl Worker {
 
     /// Makes those narrow that have carried nothing for a while, and gives back what they have of the budget as
     /// they drain.
-    fn narrow_idle(&mut self, cx: &mut Context<'_>) {
-        let idle = |key: &Key| {
-            self.connections.get(*key).is_some_and(|connection| connection.moved + WIDE_FOR <= cx.now)
-        };
+    fn narrow_idle(&mut self, now: Instant) {
+        self.narrow_those(|connection| connection.moved + WIDE_FOR <= now);
+    }
+
+    /// Makes the wide ones narrow that `which` names; whether there were any.
+    fn narrow_those(&mut self, which: impl Fn(&Connection) -> bool) -> bool {
+        // The budget bounds how many they are.
         let keys: Vec<Key> = self.wide.iter(&self.connections, |connection| &connection.wide_links).collect();
-        for key in keys.into_iter().take_while(idle).collect::<Vec<_>>() {
-            let Some(connection) = self.connections.get_mut(key) else { continue };
+        let mut were_there = false;
+        for key in keys {
+            let Some(connection) = self.connections.get_mut(key).filter(|connection| which(connection))
+            else {
+                continue;
+            };
             let mut holds_much = false;
             for direction in Direction::ALL {
-                let before = connection.charge(direction, 0);
-                let now = if connection.is_wide(direction) || before > NARROW_BYTES {
-                    connection.narrow(direction)
-                } else {
-                    connection.charge(direction, before);
-                    before
-                };
+                let before = connection.charged(direction);
+                let was_wide = connection.is_wide(direction);
+                let now =
+                    if was_wide || before > NARROW_BYTES { connection.narrow(direction) } else { before };
                 connection.seat().charge(before, now);
+                were_there |= was_wide;
                 holds_much |= now > NARROW_BYTES;
             }
             if !holds_much {
                 self.unlist_wide(key);
             }
         }
-        if let Some(key) = self.wide.oldest() {
-            cx.timers.arm(cx.now + WIDE_FOR, Tag::Wide.token(key));
-        }
+        were_there
     }
 
-    /// Ends one connection if more bytes are held than may be.
+    /// Makes room if more bytes are held than may be: connections read less first, and then one ends.
     fn relieve(&mut self, cx: &mut Context<'_>) {
-        let over = |shared: &Shared| shared.shares.over_budget();
-        if over(&self.shared).is_none() {
-            return;
+        if self.shared.shares.over_budget().is_some() {
+            self.narrow_idle(cx.now);
         }
-        // First to read less.
-        self.narrow_idle(cx);
-        let Some((holder, at)) = over(&self.shared) else { return };
-        if at == self.index {
-            self.cut_blocked(cx, holder);
-        } else {
-            // A loop that has ended holds nothing.
-            let _ = self.shared.send(at, Message::Relieve(holder));
+        for _ in 0..RELIEVED_AT_A_TIME {
+            let Some((holder, at)) = self.shared.shares.over_budget() else { return };
+            if at != self.index {
+                // A loop that has ended holds nothing.
+                return drop(self.shared.send(at, Message::Relieve));
+            }
+            if !self.narrow_those(|connection| connection.holder() == holder) {
+                return self.cut_blocked(cx, holder);
+            }
         }
     }
 
@@ -420,8 +441,9 @@ impl Worker {
     fn cut_blocked(&mut self, cx: &mut Context<'_>, holder: Holder) {
         let Some(silence) = self.silence.get(&holder) else { return };
         let blocked = |key: &Key| self.connections.get(*key).is_some_and(Connection::is_blocked);
-        let key = silence.iter(&self.connections, |connection| &connection.links).find(blocked);
-        let Some(key) = key else { return };
+        let mut keys = silence.iter(&self.connections, |connection| &connection.links);
+        let Some(key) = keys.by_ref().take(MOST_LOOKED_AT).find(blocked) else { return };
+        drop(keys);
         if let Some(connection) = self.connections.get(key) {
             self.shared.log_budget(&connection.port, cx.now);
         }
@@ -469,10 +491,8 @@ impl Handler for Worker {
                 drop(done);
             }
             Message::Adopt(adopted) => self.adopt(cx, adopted.0, adopted.1),
-            Message::Supplant { accepted, holder, limit } => {
-                self.supplant(cx, *accepted, holder, limit, None);
-            }
-            Message::Relieve(holder) => self.cut_blocked(cx, holder),
+            Message::Supplant { accepted, limit } => self.seat_here(cx, *accepted, limit),
+            Message::Relieve => self.relieve(cx),
             Message::Drain { done } => {
                 self.close_ports(|_| true);
                 drop(done);
@@ -490,7 +510,11 @@ impl Handler for Worker {
             Tag::Dial => self.refuse_connection(cx, token.key(), Refusal::DialTimeout),
             Tag::Sessions => self.expire_sessions(cx, token.key()),
             Tag::Rest => self.wake_resting(cx),
-            Tag::Wide => self.narrow_idle(cx),
+            Tag::Wide => {
+                self.wide_timer = false;
+                self.narrow_idle(cx.now);
+                self.look_at_wide(cx);
+            }
             Tag::Client | Tag::Backend | Tag::Port | Tag::Session => {}
         }
     }

@@ -134,11 +134,7 @@ impl Worker {
         mut permit: Option<Permit>,
     ) -> bool {
         let holder = accepted.holder();
-        let room = Room {
-            port_limit: accepted.port.options.max_connections,
-            descriptors: self.shared.descriptors.left() / 2 + usize::from(permit.is_some()),
-            among_others: self.shared.several_ports.load(Ordering::Relaxed),
-        };
+        let room = self.room(&accepted.port, permit.as_ref());
         let verdict = self.shared.shares.admit(holder, self.index, room);
         match verdict {
             Verdict::Room => {
@@ -155,8 +151,8 @@ impl Worker {
             Verdict::InPlaceOf { holder, at, limit } if at == self.index => {
                 self.supplant(cx, accepted, holder, limit, permit);
             }
-            Verdict::InPlaceOf { holder, at, limit } => {
-                let message = Message::Supplant { accepted: Box::new(accepted), holder, limit };
+            Verdict::InPlaceOf { at, limit, .. } => {
+                let message = Message::Supplant { accepted: Box::new(accepted), limit };
                 if let Err(Message::Supplant { accepted, .. }) = self.shared.send(at, message) {
                     self.refuse_at_limit(cx, &accepted, limit);
                 }
@@ -166,8 +162,40 @@ impl Worker {
         true
     }
 
+    /// Finds a place for a client that another loop accepted, and for which a connection of this loop has to end for
+    /// `limit`, as things were then.
+    pub(crate) fn seat_here(&mut self, cx: &mut Context<'_>, accepted: Accepted, limit: Refusal) {
+        let permit = self.shared.descriptors.take(2);
+        let holder = accepted.holder();
+        let room = self.room(&accepted.port, permit.as_ref());
+        match (self.shared.shares.admit(holder, self.index, room), permit) {
+            (Verdict::Room, Some(permit)) => {
+                let seat = Seat::new(Arc::clone(&self.shared.shares), holder, self.index, permit);
+                self.place(cx, accepted, seat);
+            }
+            (Verdict::Room, None) => {
+                self.shared.shares.end(holder, self.index);
+                self.refuse_at_limit(cx, &accepted, Refusal::Exhausted);
+            }
+            (Verdict::InPlaceOf { holder, at, limit }, permit) if at == self.index => {
+                self.supplant(cx, accepted, holder, limit, permit);
+            }
+            (Verdict::Refused(limit), _) => self.refuse_at_limit(cx, &accepted, limit),
+            (Verdict::InPlaceOf { .. } | Verdict::Wait, _) => self.refuse_at_limit(cx, &accepted, limit),
+        }
+    }
+
+    /// What there is for a connection to `port`, which has this `permit`.
+    fn room(&self, port: &Port, permit: Option<&Permit>) -> Room {
+        Room {
+            port_limit: port.options.max_connections,
+            descriptors: self.shared.descriptors.left() / 2 + usize::from(permit.is_some()),
+            among_others: self.shared.several_ports.load(Ordering::Relaxed),
+        }
+    }
+
     /// Cuts the connection of `victim` that has carried nothing for longest, and gives its place away.
-    pub(crate) fn supplant(
+    fn supplant(
         &mut self,
         cx: &mut Context<'_>,
         accepted: Accepted,
@@ -257,6 +285,11 @@ impl Worker {
 
     /// Begins to dial the backend for a connection that is this loop's now.
     pub(crate) fn adopt(&mut self, cx: &mut Context<'_>, accepted: Accepted, seat: Seat) {
+        if accepted.port.closed.load(Ordering::Relaxed) {
+            accepted.port.stats.live.fetch_sub(1, Ordering::Relaxed);
+            self.shared.loads[self.index].fetch_sub(1, Ordering::Relaxed);
+            return reset_on_close(&accepted.client);
+        }
         if let Err((accepted, refusal)) = self.dial(cx, accepted, seat) {
             accepted.port.stats.live.fetch_sub(1, Ordering::Relaxed);
             self.shared.loads[self.index].fetch_sub(1, Ordering::Relaxed);

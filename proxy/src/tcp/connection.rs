@@ -319,6 +319,11 @@ impl<T: Tally> Connection<T> {
         std::mem::replace(&mut self.halves[direction as usize].charged, bytes)
     }
 
+    /// What the half of `direction` has of the budget, in bytes.
+    pub(crate) fn charged(&self, direction: Direction) -> usize {
+        self.halves[direction as usize].charged
+    }
+
     /// Whether the half of `direction` is wide.
     pub(crate) fn is_wide(&self, direction: Direction) -> bool {
         self.halves[direction as usize].wide
