@@ -125,6 +125,8 @@ impl<T> FairQueue<T> {
 
     /// Adds an item of `endpoint` in `network`. To be followed by [`Self::drop_excess`].
     pub fn push(&mut self, network: u16, endpoint: IpAddr, cost: u32, bytes: usize, value: T) {
+        // What an item costs at least: the bound of items is one of bytes, too, and one measure tells who holds most.
+        let bytes = bytes.max(self.limits.bytes / self.limits.items.max(1));
         let quantum = i64::from(self.limits.quantum);
         let schedule = &mut self.schedule;
         let network_queue = self.networks.entry(network).or_insert_with(|| {
@@ -253,6 +255,20 @@ mod tests {
         let mut queue = filled(spoofed.chain((0..400).map(|_| (2, 250, 100))));
         let served = (0..400).filter_map(|_| queue.pop()).filter(|(network, _)| *network == 2).count();
         assert!((180..=220).contains(&served), "{served} of 400");
+    }
+
+    #[test]
+    fn who_holds_most_items_loses_them_and_not_who_has_a_few_large_ones() {
+        let mut queue = FairQueue::new(LIMITS);
+        for _ in 0..4 {
+            queue.push(1, ip(2), 100, 1000, 2);
+        }
+        for _ in 0..200 {
+            queue.push(1, ip(1), 100, 10, 1);
+            while let Some((dropped, _)) = queue.drop_excess() {
+                assert_eq!(dropped, ip(1));
+            }
+        }
     }
 
     #[test]

@@ -102,7 +102,8 @@ pub struct TableLimits {
     pub unanswered_per_source: usize,
     /// New flows of one source.
     pub new_flows_per_source: Rate,
-    /// Sessions of one client of published ports, by its address: one that can be answered at thousands of ports does not shut others out.
+    /// Sessions of one client of published ports, an IPv4 address or an IPv6 /64: one that can be answered at thousands of ports does not
+    /// shut others out.
     pub sessions_per_client: usize,
     /// Bytes that wait in buffers on behalf of one source.
     pub buffered_per_source: usize,
@@ -124,7 +125,7 @@ impl Default for TableLimits {
             unanswered_per_source: 1024,
             new_flows_per_source: Rate { per_second: 20_000, burst: 20_000 },
             // As with ports of the port publisher.
-            sessions_per_client: 1024,
+            sessions_per_client: 8192,
             buffered_per_source: 64 << 20,
             // The kernel's own: net.ipv4.icmp_msgs_per_sec and icmp_msgs_burst.
             errors_per_source: Rate { per_second: 1000, burst: 1000 },
@@ -170,13 +171,16 @@ pub enum Limit {
     SourceFlows,
     /// [`TableLimits::unanswered_per_source`].
     Unanswered,
+    /// [`TableLimits::sessions_per_client`].
+    Client,
     /// File descriptors.
     Descriptors,
 }
 
 impl Limit {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Flows, Self::SourceFlows, Self::Unanswered, Self::Descriptors];
+    pub const ALL: [Self; 5] =
+        [Self::Flows, Self::SourceFlows, Self::Unanswered, Self::Client, Self::Descriptors];
 
     /// The value of the label `limit`.
     #[must_use]
@@ -185,6 +189,7 @@ impl Limit {
             Self::Flows => "flows",
             Self::SourceFlows => "endpoint_flows",
             Self::Unanswered => "unanswered",
+            Self::Client => "client",
             Self::Descriptors => "descriptors",
         }
     }
@@ -198,6 +203,7 @@ const GOOD_STANDING: Rate = Rate { per_second: 4, burst: 32 };
 enum Stake {
     Standing,
     StandingAndNetwork,
+    Own,
     Budgets,
     Nothing,
 }
@@ -239,7 +245,7 @@ impl Source {
     fn give_back(&mut self, stake: Stake, limits: TableLimits) {
         match stake {
             Stake::Standing | Stake::StandingAndNetwork => self.standing.give_back(GOOD_STANDING),
-            Stake::Budgets => self.budget.give_back(limits.unanswered_rate()),
+            Stake::Own | Stake::Budgets => self.budget.give_back(limits.unanswered_rate()),
             Stake::Nothing => {}
         }
     }
@@ -361,6 +367,12 @@ impl<T> FlowTable<T> {
         source.map_or(0, |source| source.network)
     }
 
+    /// Whether flow `key` has not been answered.
+    #[must_use]
+    pub fn is_unanswered(&self, key: Key) -> bool {
+        self.flows.get(key).is_some_and(|entry| entry.unanswered)
+    }
+
     /// What flow `key` carries, and how many bytes more its source may have buffered.
     pub fn with_allowance(&mut self, key: Key) -> Option<(&mut T, usize)> {
         let entry = self.flows.get_mut(key)?;
@@ -408,6 +420,14 @@ impl<T> FlowTable<T> {
         if in_good_standing && source.answered {
             source.bucket.take(limits.new_flows_per_source, now);
             return Ok(admission(Stake::Standing));
+        }
+        if source.answered {
+            // Somebody has answered it, so it is who it says: its own budget bounds it, and no neighbour that floods.
+            if !source.budget.take(budget_rate, now) {
+                return Err(Refused::Unanswered);
+            }
+            source.bucket.take(limits.new_flows_per_source, now);
+            return Ok(admission(Stake::Own));
         }
         let network = self.networks.get_mut(&source.network).ok_or(Refused::Unanswered)?;
         let reserve = if in_good_standing { 0 } else { network_rate.burst / 2 };
@@ -469,7 +489,10 @@ impl<T> FlowTable<T> {
     pub fn evict_unanswered(&mut self, before: Instant) -> Option<(FlowKey, T)> {
         let victim = |source: &Source| {
             let oldest = source.idle[0].oldest?;
-            self.flows.get(oldest).filter(|entry| entry.last_seen <= before).map(|_| oldest)
+            // A session of a published port has no descriptor of its own.
+            let frees = |class| source.origin == Origin::Inside || class == Class::Connection;
+            let entry = self.flows.get(oldest);
+            entry.filter(|entry| entry.last_seen <= before && frees(entry.class)).map(|_| oldest)
         };
         let candidates =
             self.sources.iter().filter_map(|(_, source)| Some((source.unanswered, victim(source)?)));

@@ -430,7 +430,7 @@ fn datagrams_that_a_guest_refuses_are_counted_and_the_next_may_find_somebody() {
 }
 
 #[test]
-fn one_client_has_only_so_many_sessions() {
+fn a_client_with_its_share_of_sessions_replaces_its_own_oldest() {
     let mut bench = Bench::with(|settings| settings.limits.sessions_per_client = 3);
     let stats = bench.publish_udp(GUEST, ForwardSource::Client);
     for port in 1..=5 {
@@ -438,10 +438,23 @@ fn one_client_has_only_so_many_sessions() {
         bench.frame(&udp(at(GUEST), at(&format!("198.51.100.7:{port}")), b"!"));
     }
     bench.datagram_from(0, "198.51.100.8:1", b"?");
-    assert_eq!((stats.flows.get(), stats.refused()), (4, 2));
+    assert_eq!((stats.flows.get(), stats.flows_begun.get(), stats.refused()), (4, 6, 0));
+    assert_eq!(stats.evicted.get(), 2);
+    bench.frame(&udp(at(GUEST), at("198.51.100.7:5"), b"still there"));
+    assert_eq!(stats.flows.get(), 4);
     bench.pass(Duration::from_secs(400));
     bench.datagram_from(0, "198.51.100.7:5", b"?");
     assert_eq!(stats.flows.get(), 1, "those that have ended do not count");
+}
+
+#[test]
+fn an_ipv6_64_is_one_client() {
+    let mut bench = Bench::with(|settings| settings.limits.sessions_per_client = 3);
+    let stats = bench.publish_udp(GUEST, ForwardSource::Gateway);
+    for host in 1..=9 {
+        bench.datagram_from(0, &format!("[2001:db8:1:2::{host}]:7"), b"?");
+    }
+    assert_eq!((stats.flows.get(), stats.evicted.get()), (3, 6));
 }
 
 #[test]

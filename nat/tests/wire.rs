@@ -39,7 +39,9 @@ fn completed(frame: &[u8]) -> Vec<u8> {
         while sum >> 16 != 0 {
             sum = (sum & 0xffff) + (sum >> 16);
         }
-        packet[start + offset..start + offset + 2].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+        // A sum of zero is all ones (`CSUM_MANGLED_0`): in UDP, zero says that there is none.
+        let checksum = Some(!(sum as u16)).filter(|sum| *sum != 0).unwrap_or(0xffff);
+        packet[start + offset..start + offset + 2].copy_from_slice(&checksum.to_be_bytes());
     }
     packet
 }

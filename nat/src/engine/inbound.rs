@@ -25,20 +25,21 @@
 use super::datagrams::{Session, Via};
 use super::tcp::is_exhaustion;
 use super::{Engine, Flow};
-use crate::flow_table::{Admission, Class, FlowKey, Origin};
+use crate::flow_table::{Admission, Class, FlowKey, Limit, Origin};
 use crate::forward::{Forward, ForwardId, ForwardSource, Guard};
 use crate::host::{Arrival, Batch, Host, Port, Ready};
 use crate::metrics::{DropReason, FlowKind, ForwardStats};
 use crate::tcp::Connection;
 use crate::tcp::conn::Phase;
 use crate::wire::protocol;
+use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_model::{Ingress, Protocol};
+use tidegate_model::{Ingress, Protocol, share_of};
 use tidegate_reactor::Key;
 
 /// Clients accepted of one port before others have their turn.
@@ -63,6 +64,40 @@ pub(super) struct Published<H: Host> {
     port: Port<H::Listener, H::Datagrams>,
     guard: Option<Arc<dyn Guard>>,
     stats: Arc<ForwardStats>,
+}
+
+/// The sessions of one client of published ports.
+#[derive(Debug, Default)]
+pub(super) struct OfClient {
+    held: usize,
+    /// In the order in which they began; some have ended.
+    begun: VecDeque<Key>,
+}
+
+/// Sessions of a client that are looked at for one that nobody has answered.
+const OLDEST: usize = 64;
+
+impl OfClient {
+    fn begin(&mut self, flow: Key) {
+        self.held += 1;
+        self.begun.push_back(flow);
+    }
+
+    /// Forgets those that have ended, when they are more than half.
+    fn tidy(&mut self, is_there: impl Fn(Key) -> bool) {
+        if self.begun.len() > 2 * self.held + OLDEST {
+            self.begun.retain(|flow| is_there(*flow));
+        }
+    }
+
+    /// The one that yields: the oldest unanswered one of the first few, or the oldest.
+    fn oldest(&mut self, is_there: impl Fn(Key) -> bool, is_unanswered: impl Fn(Key) -> bool) -> Option<Key> {
+        while self.begun.front().is_some_and(|flow| !is_there(*flow)) {
+            self.begun.pop_front();
+        }
+        let unanswered = self.begun.iter().take(OLDEST).find(|flow| is_unanswered(**flow));
+        unanswered.or(self.begun.front()).copied()
+    }
 }
 
 impl<H: Host> Published<H> {
@@ -385,11 +420,8 @@ impl<H: Host> Engine<H> {
         if let Some(flow) = self.clients.get(&client) {
             return Ok(*flow);
         }
-        let held = self.sessions.get(&address.ip()).copied().unwrap_or(0);
-        if held >= self.settings.limits.sessions_per_client {
-            return Err(DropReason::SourceShare);
-        }
         let (forward, stats) = (published.forward, Arc::clone(&published.stats));
+        self.make_room_for_client(address.ip(), now);
         let (five_tuple, admission) = self.five_tuple(&forward, &stats, address, now)?;
         let via = Via::Port { port, client: address, local, stats: Arc::clone(&stats) };
         let session = Flow::Datagrams(Session::of_a_client(via));
@@ -399,12 +431,27 @@ impl<H: Host> Engine<H> {
             session.key = Some(flow);
         }
         self.clients.insert(client, flow);
-        *self.sessions.entry(address.ip()).or_default() += 1;
+        self.sessions.entry(share_of(address.ip())).or_default().begin(flow);
         self.begun(FlowKind::Udp, now);
         stats.flows.add(1);
         stats.flows_begun.add(1);
         self.arm_session(flow);
         Ok(flow)
+    }
+
+    /// Ends a session of the client's own if it has as many as it may.
+    fn make_room_for_client(&mut self, client: IpAddr, now: Instant) {
+        let limit = self.settings.limits.sessions_per_client;
+        let Some(of_client) = self.sessions.get_mut(&share_of(client)) else { return };
+        let flows = &self.flows;
+        of_client.tidy(|flow| flows.get(flow).is_some());
+        if of_client.held < limit {
+            return;
+        }
+        let victim = of_client.oldest(|flow| flows.get(flow).is_some(), |flow| flows.is_unanswered(flow));
+        if let Some((five_tuple, flow)) = victim.and_then(|victim| self.flows.remove(victim)) {
+            self.evicted(five_tuple, flow, Limit::Client, now);
+        }
     }
 
     /// Tells the guest what the network told a port about answers.
@@ -430,9 +477,9 @@ impl<H: Host> Engine<H> {
         if let Via::Port { port, client, local, stats } = via {
             self.clients.remove(&(*port, *client, *local));
             stats.flows.sub();
-            if let Entry::Occupied(mut held) = self.sessions.entry(client.ip()) {
-                *held.get_mut() -= 1;
-                if *held.get() == 0 {
+            if let Entry::Occupied(mut held) = self.sessions.entry(share_of(client.ip())) {
+                held.get_mut().held -= 1;
+                if held.get().held == 0 {
                     held.remove();
                 }
             }

@@ -134,8 +134,8 @@ pub struct Engine<H: Host> {
     ports_by_id: BTreeMap<ForwardId, Key>,
     /// The sessions of published ports.
     clients: HashMap<Client, Key, HashKey>,
-    /// How many of them each client has.
-    sessions: HashMap<IpAddr, usize, HashKey>,
+    /// Those of each client, by its share.
+    sessions: HashMap<IpAddr, inbound::OfClient, HashKey>,
     /// Ports that are left alone until then.
     paused: Vec<Key>,
     resume_at: Option<Instant>,
@@ -229,7 +229,11 @@ impl<H: Host> Engine<H> {
     }
 
     /// A frame is dropped for want of room in the queue, at the expense of `endpoint`.
-    pub fn note_queue_drop(&mut self, endpoint: IpAddr, now: Instant) {
+    pub fn note_queue_drop(&mut self, class: &classify::Class, now: Instant) {
+        let endpoint = class.endpoint;
+        if let Some(admission) = class.admission {
+            self.flows.give_back(endpoint, admission);
+        }
         self.at_a_limit(DropReason::Queue, Some(endpoint), now);
     }
 

@@ -258,8 +258,8 @@ impl Driver {
         };
         let frame = Frame { class, bytes: frame };
         self.queue.push(class.network, class.endpoint, class.cost, bytes, frame);
-        while let Some((endpoint, frame)) = self.queue.drop_excess() {
-            self.engine.note_queue_drop(endpoint, now);
+        while let Some((_, frame)) = self.queue.drop_excess() {
+            self.engine.note_queue_drop(&frame.class, now);
             self.reuse(frame);
         }
         true

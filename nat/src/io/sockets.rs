@@ -23,7 +23,7 @@ use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
 use tidegate_reactor::{
     Descriptors, Epoll, Interest, Key, Permit, PortRange, StreamIngress, Token, begin_connect,
-    enable_stream_ingress, stream_ingress,
+    enable_stream_ingress, revive_listener, says_destroyed, stream_ingress,
 };
 
 /// Tag of flows' sockets among the loop's tokens.
@@ -105,6 +105,7 @@ pub(crate) struct Stream {
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: OwnedFd,
+    address: SocketAddr,
     _permit: Permit,
 }
 
@@ -283,7 +284,8 @@ impl Kernel {
         SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
         enable_stream_ingress(&socket, forward.listen.is_ipv6())?;
         rustix::net::listen(&socket, BACKLOG)?;
-        Ok(Port::Tcp(Listener { socket, _permit: permit }))
+        let address = SockRef::from(&socket).local_addr()?.as_socket().unwrap_or(forward.listen);
+        Ok(Port::Tcp(Listener { socket, address, _permit: permit }))
     }
 
     fn prepare_datagrams(&self, socket: &OwnedFd) -> io::Result<()> {
@@ -439,7 +441,18 @@ impl Host for Kernel {
     fn accept(&mut self, listener: &mut Listener) -> io::Result<(Stream, SocketAddr)> {
         let permit = self.permit()?;
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let (socket, client) = rustix::net::acceptfrom_with(&listener.socket, flags)?;
+        let accepted = rustix::net::acceptfrom_with(&listener.socket, flags);
+        if let Err(errno) = accepted
+            && says_destroyed(&errno.into())
+            && revive_listener(&listener.socket, listener.address, None, BACKLOG)?
+        {
+            tracing::warn!(
+                kind = "listener",
+                object = %listener.address,
+                "removed or changed by other software; restored"
+            );
+        }
+        let (socket, client) = accepted?;
         let client = client.and_then(|client| SocketAddr::try_from(client).ok());
         let client = client.ok_or(io::ErrorKind::ConnectionAborted)?;
         let stream = Stream {
