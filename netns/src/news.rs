@@ -104,7 +104,8 @@ impl News {
                 }
             }
         }
-        changed
+        // There may be more, which nobody would tell of again.
+        true
     }
 }
 

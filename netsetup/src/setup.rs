@@ -224,7 +224,7 @@ impl Setup {
         }
     }
 
-    /// Carries `ops`, which add facts, out until one fails. Returns the facts that were not true before. The journal
+    /// Carries `ops`, which add facts, out. Returns the facts that were not true before, and the first failure. The journal
     /// has each fact once, however often it is restored.
     async fn restore(&mut self, ops: &[Op]) -> Result<(Vec<Fact>, Option<SetupError>), SetupError> {
         if ops.is_empty() {
@@ -235,7 +235,7 @@ impl Setup {
         if !new.is_empty() {
             self.journal.before(&new)?;
         }
-        let mut restored = Vec::new();
+        let (mut restored, mut failed) = (Vec::new(), None);
         for op in ops {
             match self.kernel.execute(op).await {
                 Ok(()) => restored.push(op.fact().clone()),
@@ -243,12 +243,13 @@ impl Setup {
                 Err(error)
                     if error.source.kind() == io::ErrorKind::AlreadyExists && op.fact().may_exist() => {}
                 Err(source) => {
+                    // One object that cannot be restored keeps no other network open.
                     let error = ApplyError { op: Box::new(op.clone()), source, left: Vec::new() };
-                    return Ok((restored, Some(error.into())));
+                    failed.get_or_insert(error.into());
                 }
             }
         }
-        Ok((restored, None))
+        Ok((restored, failed))
     }
 
     /// Looks for changes of `desired` that the kernel announces to nobody: programs that were detached, and sysctls of

@@ -88,8 +88,9 @@ async fn follow(endpoint: String, links: AsyncFd<News>, rules: Option<AsyncFd<Ne
         if has_changed {
             changed.names.lock().unwrap_or_else(PoisonError::into_inner).insert(endpoint.clone());
             changed.notify.notify_one();
-            tokio::time::sleep(REST).await;
         }
+        // After word of no interest too: a container can send as much of it as it likes.
+        tokio::time::sleep(REST).await;
     }
 }
 

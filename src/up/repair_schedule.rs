@@ -7,8 +7,8 @@
 //! - Something was removed again after it had been restored [`PATIENCE`] times: the other software is not going to stop.
 //!   The pause doubles up to 200 ms on the host, where what is missing may be what closes a network, and up to 30 seconds
 //!   in an endpoint, whose own processes can remove objects at no cost.
-//! - Changes in an endpoint go on that remove nothing of ours: the pause is then [`BUSY_PAUSE`], which bounds the processor time that an
-//!   endpoint can cause.
+//! - Changes go on that remove nothing of ours: the pause is then 200 ms on the host and [`BUSY_PAUSE`] in an endpoint, which bounds the
+//!   processor time that an endpoint can cause.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -108,7 +108,7 @@ pub(super) struct RepairSchedule {
 impl RepairSchedule {
     pub(super) fn new() -> Self {
         Self {
-            host: Pace::new(HOST_LIMIT, PAUSE),
+            host: Pace::new(HOST_LIMIT, HOST_LIMIT),
             host_at: None,
             endpoints: BTreeMap::new(),
             endpoints_at: BTreeMap::new(),

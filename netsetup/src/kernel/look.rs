@@ -52,6 +52,10 @@ pub(super) struct Here {
     stations: BTreeSet<(u32, Mac)>,
 }
 
+/// Routes that are looked at in one place. Where there are more, one that is not found is added, which the kernel
+/// answers with `EEXIST`.
+const MOST_ROUTES: usize = 65_536;
+
 impl Here {
     /// Asks for links, and for the rest as far as `asked` makes it necessary: there may be thousands of endpoints. Of the host all
     /// is of interest.
@@ -107,17 +111,23 @@ impl Here {
                 _ => false,
             };
             if host || asked.iter().any(|fact| is_route(fact) && here.has_links_of(fact)) {
-                let listed: Vec<RouteMessage> =
-                    handle.route().get(any).execute().try_collect().await.map_err(failed("routes"))?;
-                let (main, other): (Vec<_>, Vec<_>) =
-                    listed.into_iter().partition(|route| table(route) == MAIN);
-                here.routes.extend(main);
                 let ours = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
-                let other = other.into_iter().filter(|route| host && is_default(route));
-                let (replies, elsewhere): (Vec<_>, Vec<_>) =
-                    other.partition(|route| route.header.protocol == ours);
-                here.replies.extend(replies);
-                here.elsewhere.extend(elsewhere);
+                let mut listed = handle.route().get(any).execute();
+                // One by one: a container may have as many routes as it likes.
+                while let Some(route) = listed.try_next().await.map_err(failed("routes"))? {
+                    if table(&route) == MAIN {
+                        if here.routes.len() < MOST_ROUTES {
+                            here.routes.push(route);
+                        }
+                    } else if host && is_default(&route) {
+                        let list = if route.header.protocol == ours {
+                            &mut here.replies
+                        } else {
+                            &mut here.elsewhere
+                        };
+                        list.push(route);
+                    }
+                }
             }
         }
         if host {
