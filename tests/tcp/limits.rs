@@ -98,16 +98,16 @@ fn connections_beyond_the_limit_of_all_ports_are_reset_and_one_port_leaves_room_
     let net = Topology::three();
     many_addresses(&net);
     let backend = Backend::tcp(&net.container, container(80));
-    let arguments = format!("8080:80 8081:80 --to {} --max-connections 3", addr::CONTAINER_V4);
+    let arguments = format!("8080:80 8081:80 --to {} --max-connections 6", addr::CONTAINER_V4);
     let publisher = Publisher::start(&net.host, &arguments);
     let pair = |number, port| (connect_from(&net.client, address(number), host(port)), backend.accept());
-    let mut held = vec![pair(1, 8080), pair(2, 8080)];
+    let mut held: Vec<_> = (1..=5).map(|number| pair(number, 8080)).collect();
     let refused = |number, port| refused_from(&net.client, address(number), host(port));
-    assert_eq!(refused(3, 8080), io::ErrorKind::ConnectionReset);
+    assert_eq!(refused(6, 8080), io::ErrorKind::ConnectionReset);
     assert_eq!(publisher.metrics().refused("0.0.0.0:8080/tcp", "port_limit"), 1);
-    held.push(pair(3, 8081));
+    held.push(pair(6, 8081));
     for (refusals, port) in [(1, 8080), (2, 8080), (1, 8081)] {
-        assert_eq!(refused(4, port), io::ErrorKind::ConnectionReset);
+        assert_eq!(refused(7, port), io::ErrorKind::ConnectionReset);
         let publish = format!("0.0.0.0:{port}/tcp");
         assert_eq!(publisher.metrics().refused(&publish, "total_limit"), refusals);
     }
@@ -116,7 +116,7 @@ fn connections_beyond_the_limit_of_all_ports_are_reset_and_one_port_leaves_room_
     }
     held.pop();
     publisher.wait_for_metrics(|metrics| metrics.port("connections", "0.0.0.0:8081/tcp") == 0);
-    let (client, server) = pair(5, 8081);
+    let (client, server) = pair(8, 8081);
     carry(&client, &server, 10_000);
 }
 
@@ -201,6 +201,64 @@ fn with_64_descriptors_a_client_that_takes_all_it_gets_keeps_nobody_out() {
     let metrics = publisher.metrics();
     assert_eq!(metrics.refused(PORT, "exhausted"), 0);
     assert_eq!(metrics.value("tidegate_proxy_accept_pauses_total"), 0.0);
+}
+
+/// How long `count` requests take, each with a connection of its own, from addresses that nobody else has: the median and
+/// the 99th percentile.
+fn requests(from: &Namespace, count: u32, port: u16) -> (Duration, Duration) {
+    let mut times: Vec<Duration> = (0..count)
+        .map(|number| {
+            let begun = Instant::now();
+            let client = connect_from(from, address(number % 50), host(port));
+            assert_eq!(ask(&client, b"a request"), b"a request");
+            begun.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    (times[times.len() / 2], times[times.len() * 99 / 100])
+}
+
+#[test]
+fn a_client_that_holds_its_full_share_and_asks_for_more_costs_the_requests_of_others_little() {
+    const COUNT: u32 = 500;
+    raise_open_files(4096);
+    let net = Topology::three();
+    many_addresses(&net);
+    let _echo = EchoServer::tcp(&net.container, container(80));
+    let arguments = format!("8080:80 8081:80 --to {} --max-connections 600", addr::CONTAINER_V4);
+    let publisher = Publisher::start(&net.host, &arguments);
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let calm = [requests(&net.client, COUNT, 8080), requests(&net.client, COUNT, 8081)];
+    let (beside, held) = thread::scope(|scope| {
+        scope.spawn(|| {
+            net.client.run(|| {
+                let mut held = Vec::new();
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    // Its share first, and then one more a millisecond.
+                    match TcpStream::connect_timeout(&host(8080), PATIENCE) {
+                        Ok(client) if held.len() < 400 => held.push(client),
+                        _ => thread::sleep(Duration::from_millis(1)),
+                    }
+                }
+            });
+        });
+        publisher.wait_for_metrics(|metrics| metrics.refused(PORT, "client_limit") > 100);
+        let held = publisher.metrics().value("tidegate_proxy_client_connections_max");
+        let beside = [requests(&net.client, COUNT, 8080), requests(&net.client, COUNT, 8081)];
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        (beside, held)
+    });
+    println!("calm {calm:?}, beside one that holds {held} connections {beside:?} (median, 99%)");
+    assert!(held >= 390.0, "{held} are no share");
+    for ((_, calm), (_, beside)) in calm.iter().zip(&beside) {
+        // What is asserted is what a busy machine leaves of it: the figures are above.
+        assert!(*beside < *calm * 4 + Duration::from_millis(20), "{calm:?} calm, {beside:?} beside");
+    }
+    let metrics = publisher.metrics();
+    for port in [PORT, "0.0.0.0:8081/tcp"] {
+        assert_eq!(metrics.port("connection_resets_total", port), 0);
+        assert_eq!(metrics.refused(port, "port_limit") + metrics.refused(port, "total_limit"), 0);
+    }
 }
 
 #[test]

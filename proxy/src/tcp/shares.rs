@@ -6,7 +6,7 @@
 //! Connections are limited in all, for each port, and by descriptors. A *client*, an IPv4 address or an IPv6
 //! /64, may take one connection more as long as [`may_take`] says so of what is free, in all and at the port:
 //! one greedy client gets two thirds of each, without a running connection being cut for anybody else. A port
-//! gets two thirds of all in the same way, if it is not the only one.
+//! that is not the only one gets four fifths of all, so that a client with its share leaves room at its port.
 //!
 //! Where a client may take no more, and another one has more than twice as much, that one yields: of its
 //! connections the one that has carried nothing for longest is cut. Otherwise the newcomer is refused; if it is
@@ -258,7 +258,7 @@ impl Book {
             (Refusal::TotalLimit, largest(), Verdict::Refused(Refusal::ClientLimit))
         } else if port_free > 0 && !may_take(held_there, port_free) {
             (Refusal::PortLimit, largest_there, Verdict::Refused(Refusal::ClientLimit))
-        } else if port_free == 0 || room.among_others && !may_take(port_held, free) {
+        } else if port_free == 0 || room.among_others && !may_take(port_held / 2, free) {
             (Refusal::PortLimit, largest_there, Verdict::Refused(Refusal::PortLimit))
         } else {
             return Verdict::Room;
@@ -433,10 +433,10 @@ mod tests {
     }
 
     #[test]
-    fn many_clients_of_one_port_leave_a_third_to_other_ports() {
-        let mut book = book(9);
-        let clients = (1..=9).map(|client| got(&mut book, holder(client, 1), 1, ROOM));
-        assert_eq!(clients.sum::<usize>(), 6);
+    fn many_clients_of_one_port_leave_a_fifth_to_other_ports() {
+        let mut book = book(10);
+        let clients = (1..=10).map(|client| got(&mut book, holder(client, 1), 1, ROOM));
+        assert_eq!(clients.sum::<usize>(), 8);
         assert_eq!(got(&mut book, holder(1, 2), 1, ROOM), 1);
         let alone = Room { among_others: false, ..ROOM };
         assert_eq!(got(&mut book, holder(9, 1), 1, alone), 1);
