@@ -125,6 +125,8 @@ pub struct Settings {
     pub mtu: u16,
     /// Who may go where.
     pub policy: Policy,
+    /// There is one guest alone, so that nobody has to be served fairly beside it.
+    pub one_guest: bool,
     /// Bounds of the flow table.
     pub limits: TableLimits,
     /// Time limits.
@@ -147,6 +149,7 @@ impl Settings {
             network: Arc::from(""),
             mtu,
             policy: Policy::default(),
+            one_guest: false,
             limits: TableLimits::default(),
             timeouts: Timeouts::default(),
             window: 1 << 20,

@@ -237,6 +237,12 @@ impl<H: Host> Engine<H> {
         self.at_a_limit(DropReason::Queue, Some(endpoint), now);
     }
 
+    /// [`Settings::one_guest`].
+    #[must_use]
+    pub fn has_one_guest(&self) -> bool {
+        self.settings.one_guest
+    }
+
     /// How many bytes wait in the queue, for the metrics.
     pub fn note_queue(&self, bytes: usize) {
         self.stats.queued_bytes.set(bytes as u64);

@@ -124,7 +124,7 @@ pub(crate) struct Driver {
     /// When the flood at hand will be over, and the niceness to return to.
     flood_until: Option<Instant>,
     niceness: i32,
-    /// The device is a guest's own Ethernet: there is nobody else to be served, so nothing is queued, and the device's own queue
+    /// The device is that of one guest: there is nobody else to be served, so nothing is queued, and the device's own queue
     /// drops what is too much at no cost.
     has_one_guest: bool,
     /// Bytes of large frames that need not be queued before the next turn ends.
@@ -143,7 +143,7 @@ impl Driver {
     pub(crate) fn new(mut engine: Engine<Kernel>, limits: QueueLimits, epoll: &Epoll) -> io::Result<Self> {
         let key = Arena::new().insert(());
         epoll.add(&engine.host_mut().tun, Token::new(DEVICE, key), Interest::Readable)?;
-        let has_one_guest = engine.host_mut().layer2.is_some();
+        let has_one_guest = engine.has_one_guest();
         let advertises = engine.host_mut().layer2.as_ref().is_some_and(|of| of.advertisement().is_some());
         Ok(Self {
             engine,

@@ -175,6 +175,7 @@ fn run(options: &Options) -> Result<(), RunError> {
         ..Policy::default()
     };
     let mut settings = Settings::new(options.mtu);
+    settings.one_guest = true;
     settings.policy = policy.clone();
     settings.outbound = outbound;
 
