@@ -50,9 +50,9 @@ impl<K> Default for Schedule<K> {
 }
 
 impl<K: Copy> Schedule<K> {
-    /// Whose turn it is, and whether it is new.
-    fn first(&self) -> Option<(K, bool)> {
-        self.new.front().map(|key| (*key, true)).or_else(|| self.old.front().map(|key| (*key, false)))
+    /// Whose turn it is.
+    fn first(&self) -> Option<K> {
+        self.new.front().or(self.old.front()).copied()
     }
 
     /// Ends the turn of the first one.
@@ -62,7 +62,7 @@ impl<K: Copy> Schedule<K> {
         }
     }
 
-    /// The first one, which is new, is empty: it waits among the old ones, unless there are none to wait for. True if it is gone.
+    /// The first one is empty: a new one waits among the old ones, unless there are none to wait for. True if it is gone.
     fn retire(&mut self) -> bool {
         let Some(key) = self.new.pop_front() else { return self.old.pop_front().is_some() };
         if self.old.is_empty() {
@@ -164,7 +164,7 @@ impl<T> FairQueue<T> {
     pub fn pop(&mut self) -> Option<T> {
         let quantum = i64::from(self.limits.quantum);
         loop {
-            let (number, _) = self.schedule.first()?;
+            let number = self.schedule.first()?;
             let Some(network) = self.networks.get_mut(&number) else {
                 self.schedule.retire();
                 continue;
@@ -192,7 +192,7 @@ impl<T> FairQueue<T> {
 impl<T> Network<T> {
     fn pop(&mut self, quantum: i64) -> Option<Item<T>> {
         loop {
-            let (ip, _) = self.schedule.first()?;
+            let ip = self.schedule.first()?;
             let Some(endpoint) = self.endpoints.get_mut(&ip) else {
                 self.schedule.retire();
                 continue;

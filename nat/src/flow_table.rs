@@ -33,7 +33,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
-use tidegate_reactor::{Arena, Key};
+use tidegate_reactor::{Arena, Key, Links, List};
 
 /// What tells one flow from another, as the guest sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -232,7 +232,7 @@ struct Source {
     /// What it may be told.
     errors: Bucket,
     /// Unanswered flows, then answered ones.
-    idle: [IdleList; 2],
+    idle: [List; 2],
 }
 
 impl Stake {
@@ -266,15 +266,8 @@ struct Entry<T> {
     unanswered: bool,
     stake: Stake,
     last_seen: Instant,
-    older: Option<Key>,
-    newer: Option<Key>,
+    links: Links,
     value: T,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct IdleList {
-    oldest: Option<Key>,
-    newest: Option<Key>,
 }
 
 /// How often sources without flows are looked for at most, when there are too many.
@@ -470,14 +463,14 @@ impl<T> FlowTable<T> {
         let own = self.by_source.get(&(ip, origin)).and_then(|key| self.sources.get(*key));
         let (victim, limit) = match own {
             Some(own) if is_limited && own.unanswered >= self.limits.unanswered_per_source => {
-                (own.idle[0].oldest, Limit::Unanswered)
+                (own.idle[0].oldest(), Limit::Unanswered)
             }
             Some(own) if own.flows >= self.limits.flows_per_source => {
-                (own.idle[0].oldest.or(own.idle[1].oldest), Limit::SourceFlows)
+                (own.idle[0].oldest().or(own.idle[1].oldest()), Limit::SourceFlows)
             }
             _ if self.flows.len() >= self.limits.flows => {
                 let largest = self.largest().and_then(|key| self.sources.get(key))?;
-                (largest.idle[0].oldest.or(largest.idle[1].oldest), Limit::Flows)
+                (largest.idle[0].oldest().or(largest.idle[1].oldest()), Limit::Flows)
             }
             _ => return None,
         };
@@ -488,7 +481,7 @@ impl<T> FlowTable<T> {
     /// else than room is short.
     pub fn evict_unanswered(&mut self, before: Instant) -> Option<(FlowKey, T)> {
         let victim = |source: &Source| {
-            let oldest = source.idle[0].oldest?;
+            let oldest = source.idle[0].oldest()?;
             // A session of a published port has no descriptor of its own.
             let frees = |class| source.origin == Origin::Inside || class == Class::Connection;
             let entry = self.flows.get(oldest);
@@ -504,7 +497,7 @@ impl<T> FlowTable<T> {
     pub fn evict_idle(&mut self, before: Instant) -> Option<(FlowKey, T)> {
         let sources = self.sources.iter().filter(|(_, source)| source.origin == Origin::Inside);
         let (_, largest) = sources.max_by_key(|(_, source)| source.flows)?;
-        let idlest = largest.idle[1].oldest?;
+        let idlest = largest.idle[1].oldest()?;
         self.flows.get(idlest).filter(|entry| entry.last_seen <= before)?;
         self.remove(idlest)
     }
@@ -542,7 +535,7 @@ impl<T> FlowTable<T> {
         let source = self.source(key.inside.ip(), network, origin, now).ok()?;
         let unanswered = class != Class::Assured;
         let entry =
-            Entry { key, source, class, unanswered, stake, last_seen: now, older: None, newer: None, value };
+            Entry { key, source, class, unanswered, stake, last_seen: now, links: Links::default(), value };
         let flow = self.flows.insert(entry);
         self.by_key.insert(key, flow);
         self.counts[class as usize] += 1;
@@ -691,7 +684,7 @@ impl<T> FlowTable<T> {
         }
     }
 
-    fn list(&mut self, entry: Key) -> Option<(&mut IdleList, &mut Arena<Entry<T>>)> {
+    fn list(&mut self, entry: Key) -> Option<(&mut List, &mut Arena<Entry<T>>)> {
         let entry = self.flows.get(entry)?;
         let index = usize::from(!entry.unanswered);
         let list = &mut self.sources.get_mut(entry.source)?.idle[index];
@@ -700,30 +693,15 @@ impl<T> FlowTable<T> {
 
     /// Puts `key` at the recent end of its list.
     fn append(&mut self, key: Key) {
-        let Some((list, flows)) = self.list(key) else { return };
-        let before = list.newest.replace(key);
-        if let Some(entry) = flows.get_mut(key) {
-            entry.older = before;
-            entry.newer = None;
-        }
-        match before.and_then(|before| flows.get_mut(before)) {
-            Some(before) => before.newer = Some(key),
-            None => list.oldest = Some(key),
+        if let Some((list, flows)) = self.list(key) {
+            list.append(flows, key, |entry| &mut entry.links);
         }
     }
 
     /// Takes `key` out of its list.
     fn unlink(&mut self, key: Key) {
-        let Some((list, flows)) = self.list(key) else { return };
-        let Some(entry) = flows.get_mut(key) else { return };
-        let (older, newer) = (entry.older.take(), entry.newer.take());
-        match older.and_then(|older| flows.get_mut(older)) {
-            Some(older) => older.newer = newer,
-            None => list.oldest = newer,
-        }
-        match newer.and_then(|newer| flows.get_mut(newer)) {
-            Some(newer) => newer.older = older,
-            None => list.newest = older,
+        if let Some((list, flows)) = self.list(key) {
+            list.remove(flows, key, |entry| &mut entry.links);
         }
     }
 }
@@ -934,7 +912,7 @@ mod tests {
                     prop_assert!(source.flows <= LIMITS.flows_per_source);
                     prop_assert!(source.unanswered <= LIMITS.unanswered_per_source);
                     for (list, count) in source.idle.iter().zip([source.unanswered, source.flows - source.unanswered]) {
-                        let listed = std::iter::successors(list.oldest, |key| table.flows.get(*key)?.newer);
+                        let listed = list.iter(&table.flows, |entry| &entry.links);
                         prop_assert_eq!(listed.count(), count);
                     }
                 }

@@ -20,7 +20,7 @@
 //!   that was asked. Nothing that the guest sends goes that way but answers, for only a client makes a session.
 //!
 //! Where descriptors are short clients wait in the kernel's queue, and the port is looked at again after a moment. At a limit of flows another flow
-//! of the container's clients yields; the limit of one client refuses.
+//! of the container's clients yields, and at the limit of one client its own oldest session.
 
 use super::datagrams::{Session, Via};
 use super::tcp::is_exhaustion;

@@ -124,9 +124,6 @@ pub(crate) struct Driver {
     /// When the flood at hand will be over, and the niceness to return to.
     flood_until: Option<Instant>,
     niceness: i32,
-    /// The device is that of one guest: there is nobody else to be served, so nothing is queued, and the device's own queue
-    /// drops what is too much at no cost.
-    has_one_guest: bool,
     /// Bytes of large frames that need not be queued before the next turn ends.
     direct: usize,
     /// The endpoint of the latest packet of this read.
@@ -143,7 +140,6 @@ impl Driver {
     pub(crate) fn new(mut engine: Engine<Kernel>, limits: QueueLimits, epoll: &Epoll) -> io::Result<Self> {
         let key = Arena::new().insert(());
         epoll.add(&engine.host_mut().tun, Token::new(DEVICE, key), Interest::Readable)?;
-        let has_one_guest = engine.has_one_guest();
         let advertises = engine.host_mut().layer2.as_ref().is_some_and(|of| of.advertisement().is_some());
         Ok(Self {
             engine,
@@ -154,7 +150,6 @@ impl Driver {
             expects_until: None,
             flood_until: None,
             niceness: 0,
-            has_one_guest,
             direct: DIRECT,
             latest: None,
             busy: None,
@@ -246,7 +241,9 @@ impl Driver {
             self.busy = Some((class.endpoint, now + BUSY));
         }
         self.latest = Some(class.endpoint);
-        let may_be_direct = self.has_one_guest || packet.len() > COPIED && packet.len() <= self.direct;
+        // Of one guest nothing is queued: what is too much the device's own queue drops, unread.
+        let may_be_direct =
+            self.engine.has_one_guest() || packet.len() > COPIED && packet.len() <= self.direct;
         if self.queue.is_empty() && may_be_direct {
             // Nobody else waits, as far as has been read: the buffer that is in the cache serves the next frame too.
             self.direct = self.direct.saturating_sub(packet.len());
