@@ -59,6 +59,7 @@ pub struct TableLimits {
 #[derive(Debug)]
 struct Session<T> {
     client: Client,
+    source: Key,
     last_seen: Instant,
     assured: bool,
     /// In the list of all of its kind, and in that of its source.
@@ -71,8 +72,9 @@ struct Session<T> {
 type Silence = [List; 2];
 
 /// The sessions of one source.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Source {
+    address: IpAddr,
     held: usize,
     silence: Silence,
 }
@@ -83,7 +85,8 @@ pub struct SessionTable<T> {
     limits: TableLimits,
     sessions: Arena<Session<T>>,
     by_client: HashMap<Client, Key>,
-    by_source: HashMap<IpAddr, Source>,
+    sources: Arena<Source>,
+    by_source: HashMap<IpAddr, Key>,
     ranking: Ranking<IpAddr>,
     tentative: usize,
     silence: Silence,
@@ -96,6 +99,7 @@ impl<T> SessionTable<T> {
             limits,
             sessions: Arena::new(),
             by_client: HashMap::new(),
+            sources: Arena::new(),
             by_source: HashMap::new(),
             ranking: Ranking::default(),
             tentative: 0,
@@ -127,6 +131,7 @@ impl<T> SessionTable<T> {
     /// `free` more descriptors. Without a session to take out and without a descriptor, there is no room.
     pub fn make_room(&mut self, client: &Client, free: usize, now: Instant) -> Option<T> {
         let source = self.by_source.get(&share_of(client.address.ip()));
+        let source = source.and_then(|source| self.sources.get(*source));
         let victim = match source {
             Some(own) if own.held >= self.limits.per_source || !may_take(own.held, free) => {
                 self.least_of(own, now)
@@ -153,14 +158,21 @@ impl<T> SessionTable<T> {
         };
         let is_flooded = 2 * self.tentative > self.len();
         let largest = self.ranking.largest().filter(|_| !is_flooded);
-        let largest = largest.and_then(|(largest, _)| self.by_source.get(&largest));
+        let largest = largest.and_then(|(largest, _)| self.sources.get(*self.by_source.get(&largest)?));
         oldest(largest.map_or(&self.silence, |source| &source.silence))
     }
 
     /// Adds a session for `client`, which has none; room was made by [`Self::make_room`].
     pub fn insert(&mut self, client: Client, value: T, now: Instant) -> Key {
+        let address = share_of(client.address.ip());
+        let sources = &mut self.sources;
+        let source = *self
+            .by_source
+            .entry(address)
+            .or_insert_with(|| sources.insert(Source { address, held: 0, silence: Silence::default() }));
         let key = self.sessions.insert(Session {
             client,
+            source,
             last_seen: now,
             assured: false,
             links: Links::default(),
@@ -168,10 +180,10 @@ impl<T> SessionTable<T> {
             value,
         });
         self.by_client.insert(client, key);
-        let address = share_of(client.address.ip());
-        let source = self.by_source.entry(address).or_default();
-        source.held += 1;
-        self.ranking.change(address, source.held - 1, source.held);
+        if let Some(held) = self.sources.get_mut(source).map(|source| &mut source.held) {
+            *held += 1;
+            self.ranking.change(address, *held - 1, *held);
+        }
         self.append(key);
         key
     }
@@ -195,12 +207,13 @@ impl<T> SessionTable<T> {
         self.unlink(key);
         let session = self.sessions.remove(key)?;
         self.by_client.remove(&session.client);
-        let address = share_of(session.client.address.ip());
-        if let Some(source) = self.by_source.get_mut(&address) {
+        if let Some(source) = self.sources.get_mut(session.source) {
             source.held -= 1;
-            self.ranking.change(address, source.held + 1, source.held);
-            if source.held == 0 {
+            let (address, held) = (source.address, source.held);
+            self.ranking.change(address, held + 1, held);
+            if held == 0 {
                 self.by_source.remove(&address);
+                self.sources.remove(session.source);
             }
         }
         Some(session.value)
@@ -231,10 +244,10 @@ impl<T> SessionTable<T> {
     /// Puts `key` at the recent end of its lists.
     fn append(&mut self, key: Key) {
         let Some(session) = self.sessions.get(key) else { return };
-        let (kind, address) = (usize::from(session.assured), share_of(session.client.address.ip()));
+        let (kind, source) = (usize::from(session.assured), session.source);
         self.tentative += 1 - kind;
         self.silence[kind].append(&mut self.sessions, key, |session| &mut session.links);
-        if let Some(source) = self.by_source.get_mut(&address) {
+        if let Some(source) = self.sources.get_mut(source) {
             source.silence[kind].append(&mut self.sessions, key, |session| &mut session.source_links);
         }
     }
@@ -242,10 +255,10 @@ impl<T> SessionTable<T> {
     /// Takes `key` out of its lists.
     fn unlink(&mut self, key: Key) {
         let Some(session) = self.sessions.get(key) else { return };
-        let (kind, address) = (usize::from(session.assured), share_of(session.client.address.ip()));
+        let (kind, source) = (usize::from(session.assured), session.source);
         self.tentative -= 1 - kind;
         self.silence[kind].remove(&mut self.sessions, key, |session| &mut session.links);
-        if let Some(source) = self.by_source.get_mut(&address) {
+        if let Some(source) = self.sources.get_mut(source) {
             source.silence[kind].remove(&mut self.sessions, key, |session| &mut session.source_links);
         }
     }
