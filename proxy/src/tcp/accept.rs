@@ -144,8 +144,7 @@ impl Worker {
                     self.shared.shares.end(holder, self.index);
                     return self.keep_waiting(cx, key, accepted);
                 };
-                let seat = Seat::new(Arc::clone(&self.shared.shares), holder, self.index, permit);
-                self.place(cx, accepted, seat);
+                self.place(cx, accepted, permit);
             }
             Verdict::Refused(refusal) => self.refuse_at_limit(cx, &accepted, refusal),
             Verdict::InPlaceOf { holder, at, limit } if at == self.index => {
@@ -170,8 +169,7 @@ impl Worker {
         let room = self.room(&accepted.port, permit.as_ref());
         match (self.shared.shares.admit(holder, self.index, room), permit) {
             (Verdict::Room, Some(permit)) => {
-                let seat = Seat::new(Arc::clone(&self.shared.shares), holder, self.index, permit);
-                self.place(cx, accepted, seat);
+                self.place(cx, accepted, permit);
             }
             (Verdict::Room, None) => {
                 self.shared.shares.end(holder, self.index);
@@ -215,8 +213,7 @@ impl Worker {
         };
         let holder = accepted.holder();
         self.shared.shares.add(holder, self.index);
-        let seat = Seat::new(Arc::clone(&self.shared.shares), holder, self.index, permit);
-        self.place(cx, accepted, seat);
+        self.place(cx, accepted, permit);
     }
 
     /// Keeps the client until descriptors come back, and accepts nobody meanwhile; false.
@@ -259,8 +256,10 @@ impl Worker {
         Ok(())
     }
 
-    /// Keeps the connection, or hands it to another loop if this one has all it can do.
-    fn place(&mut self, cx: &mut Context<'_>, accepted: Accepted, mut seat: Seat) {
+    /// Keeps the connection, which is in the book, or hands it to another loop if this one has all it can do.
+    fn place(&mut self, cx: &mut Context<'_>, accepted: Accepted, permit: Permit) {
+        let shares = Arc::clone(&self.shared.shares);
+        let mut seat = Seat::new(shares, accepted.holder(), self.index, permit);
         accepted.port.stats.live.fetch_add(1, Ordering::Relaxed);
         let saturated = self.meter.is_saturated(cx.now);
         let target = if saturated { self.shared.idlest() } else { self.index };

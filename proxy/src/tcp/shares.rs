@@ -18,6 +18,7 @@
 //! ([`Book::over_budget`]).
 
 use crate::port::Refusal;
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -109,13 +110,7 @@ impl Shares {
 
     /// How much of what is there is taken.
     pub(crate) fn usage(&self) -> Usage {
-        let book = self.book();
-        Usage {
-            largest: book.ranking.largest(),
-            most: book.most(),
-            bytes: book.bytes.held,
-            largest_of_bytes: book.bytes.ranking.largest(),
-        }
+        self.book().usage()
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
@@ -177,46 +172,75 @@ impl Drop for Seat {
     }
 }
 
+/// How much each client holds of something, connections or bytes.
 #[derive(Debug, Default)]
-struct OfPort {
+struct Holdings {
     held: usize,
     clients: HashMap<IpAddr, usize>,
     ranking: Ranking<IpAddr>,
+}
+
+impl Holdings {
+    fn of(&self, client: IpAddr) -> usize {
+        self.clients.get(&client).copied().unwrap_or(0)
+    }
+
+    /// A part of what `client` holds is `now`, and was `before`.
+    fn change(&mut self, client: IpAddr, before: usize, now: usize) {
+        self.held = self.held + now - before;
+        let of_client = self.clients.entry(client).or_default();
+        let old = std::mem::replace(of_client, *of_client + now - before);
+        self.ranking.change(client, old, *of_client);
+        if *of_client == 0 {
+            self.clients.remove(&client);
+        }
+    }
+}
+
+/// The same, and in which loop each holder has how much.
+#[derive(Debug, Default)]
+struct Located {
+    all: Holdings,
+    loops: BTreeMap<(Holder, usize), usize>,
+}
+
+impl Located {
+    fn change(&mut self, holder: Holder, at: usize, before: usize, now: usize) {
+        if before != now {
+            self.all.change(holder.client, before, now);
+            self.change_in_loop(holder, at, before, now);
+        }
+    }
+
+    fn change_in_loop(&mut self, holder: Holder, at: usize, before: usize, now: usize) {
+        let in_loop = self.loops.entry((holder, at)).or_default();
+        *in_loop = *in_loop + now - before;
+        if *in_loop == 0 {
+            self.loops.remove(&(holder, at));
+        }
+    }
+
+    /// The port and the loop in which `client` has most.
+    fn mainstay(&self, client: IpAddr) -> Option<(Holder, usize)> {
+        let of_client = self.loops.range((Holder { client, port: 0 }, 0)..);
+        let of_client = of_client.take_while(|((holder, _), _)| holder.client == client);
+        of_client.max_by_key(|(_, held)| **held).map(|(key, _)| *key)
+    }
 }
 
 #[derive(Debug)]
 struct Book {
     limits: Limits,
-    held: usize,
-    clients: HashMap<IpAddr, usize>,
-    ranking: Ranking<IpAddr>,
-    ports: HashMap<u64, OfPort>,
-    /// Connections of each holder in each loop.
-    loops: BTreeMap<(Holder, usize), usize>,
-    bytes: Bytes,
-}
-
-/// Bytes held for peers that do not drain.
-#[derive(Debug, Default)]
-struct Bytes {
-    held: usize,
-    clients: HashMap<IpAddr, usize>,
-    ranking: Ranking<IpAddr>,
-    /// Of each holder in each loop.
-    loops: BTreeMap<(Holder, usize), usize>,
+    connections: Located,
+    /// Connections of each port.
+    ports: HashMap<u64, Holdings>,
+    /// Bytes held for peers that do not drain.
+    bytes: Located,
 }
 
 impl Book {
     fn new(limits: Limits) -> Self {
-        Self {
-            limits,
-            held: 0,
-            clients: HashMap::new(),
-            ranking: Ranking::default(),
-            ports: HashMap::new(),
-            loops: BTreeMap::new(),
-            bytes: Bytes::default(),
-        }
+        Self { limits, connections: Located::default(), ports: HashMap::new(), bytes: Located::default() }
     }
 
     /// Judges a new connection of `holder` that loop `at` has accepted, and counts it if there is room.
@@ -229,20 +253,24 @@ impl Book {
     }
 
     fn judge(&self, holder: Holder, at: usize, room: Room) -> Verdict {
-        let client_held = self.held_by(holder.client);
+        let all = &self.connections.all;
+        let client_held = all.of(holder.client);
         let port = self.ports.get(&holder.port);
         let port_held = port.map_or(0, |port| port.held);
-        let held_there = port.and_then(|port| port.clients.get(&holder.client)).copied().unwrap_or(0);
-        let within_limit = self.limits.connections.saturating_sub(self.held);
+        let held_there = port.map_or(0, |port| port.of(holder.client));
+        let within_limit = self.limits.connections.saturating_sub(all.held);
         let free = within_limit.min(room.descriptors);
         let port_free = room.port_limit.saturating_sub(port_held);
 
-        let yields = |largest: Option<(IpAddr, usize)>, held: usize| {
+        let yields = |of: &Holdings, held: usize| {
+            let largest = of.ranking.largest();
             largest.filter(|(_, most)| *most > 2 * held + 1).map(|(client, _)| client)
         };
-        let largest_there = yields(port.and_then(|port| port.ranking.largest()), held_there);
-        let largest_there = largest_there.map(|client| Holder { client, ..holder });
-        let largest = || yields(self.ranking.largest(), client_held).map(|client| self.mainstay(client));
+        let largest_there = || {
+            let client = yields(port?, held_there)?;
+            Some(Holder { client, ..holder })
+        };
+        let largest = || Some(self.connections.mainstay(yields(all, client_held)?)?.0);
 
         if self.limits.of_client.is_some_and(|limit| client_held >= limit) {
             return Verdict::Refused(Refusal::ClientLimit);
@@ -257,76 +285,56 @@ impl Book {
         } else if !may_take(client_held, free) {
             (Refusal::TotalLimit, largest(), Verdict::Refused(Refusal::ClientLimit))
         } else if port_free > 0 && !may_take(held_there, port_free) {
-            (Refusal::PortLimit, largest_there, Verdict::Refused(Refusal::ClientLimit))
+            (Refusal::PortLimit, largest_there(), Verdict::Refused(Refusal::ClientLimit))
         } else if port_free == 0 || room.among_others && !may_take(port_held / 2, free) {
-            (Refusal::PortLimit, largest_there, Verdict::Refused(Refusal::PortLimit))
+            (Refusal::PortLimit, largest_there(), Verdict::Refused(Refusal::PortLimit))
         } else {
             return Verdict::Room;
         };
         victim.and_then(|victim| self.instead_of(victim, at, limit)).unwrap_or(otherwise)
     }
 
-    /// The port at which `client` has most connections.
-    fn mainstay(&self, client: IpAddr) -> Holder {
-        let first = (Holder { client, port: 0 }, 0);
-        let of_client = self.loops.range(first..).take_while(|((holder, _), _)| holder.client == client);
-        let most = of_client.max_by_key(|(_, held)| **held).map(|((holder, _), _)| *holder);
-        most.unwrap_or(first.0)
-    }
-
     /// To end a connection of `holder`, in this loop if it has one, which is `at`.
     fn instead_of(&self, holder: Holder, at: usize, limit: Refusal) -> Option<Verdict> {
-        let here = self.loops.contains_key(&(holder, at)).then_some(at);
-        let elsewhere = || self.loops.range((holder, 0)..).next().filter(|((other, _), _)| *other == holder);
+        let loops = &self.connections.loops;
+        let here = loops.contains_key(&(holder, at)).then_some(at);
+        let elsewhere = || loops.range((holder, 0)..).next().filter(|((other, _), _)| *other == holder);
         let at = here.or_else(|| elsewhere().map(|((_, at), _)| *at))?;
         Some(Verdict::InPlaceOf { holder, at, limit })
     }
 
-    fn held_by(&self, client: IpAddr) -> usize {
-        self.clients.get(&client).copied().unwrap_or(0)
-    }
-
     /// Counts a connection without judging it: another one has ended for it.
     fn add(&mut self, holder: Holder, at: usize) {
-        self.held += 1;
-        let held = self.clients.entry(holder.client).or_default();
-        *held += 1;
-        self.ranking.change(holder.client, *held - 1, *held);
-        let port = self.ports.entry(holder.port).or_default();
-        port.held += 1;
-        let held = port.clients.entry(holder.client).or_default();
-        *held += 1;
-        port.ranking.change(holder.client, *held - 1, *held);
-        *self.loops.entry((holder, at)).or_default() += 1;
+        self.connections.change(holder, at, 0, 1);
+        self.ports.entry(holder.port).or_default().change(holder.client, 0, 1);
     }
 
     /// A connection of `holder` in loop `at` has ended.
     fn end(&mut self, holder: Holder, at: usize) {
-        let Some(port) = self.ports.get_mut(&holder.port) else { return };
-        if !take_one(&mut self.loops, (holder, at)) {
+        if !self.connections.loops.contains_key(&(holder, at)) {
             return;
         }
-        self.held -= 1;
-        one_less(&mut self.clients, &mut self.ranking, holder.client);
-        port.held -= 1;
-        one_less(&mut port.clients, &mut port.ranking, holder.client);
-        if port.held == 0 {
-            self.ports.remove(&holder.port);
+        self.connections.change(holder, at, 1, 0);
+        if let Entry::Occupied(mut port) = self.ports.entry(holder.port) {
+            port.get_mut().change(holder.client, 1, 0);
+            if port.get().held == 0 {
+                port.remove();
+            }
         }
     }
 
     /// A connection of `holder` goes from one loop to another.
     fn hand_over(&mut self, holder: Holder, from: usize, to: usize) {
-        if take_one(&mut self.loops, (holder, from)) {
-            *self.loops.entry((holder, to)).or_default() += 1;
+        if self.connections.loops.contains_key(&(holder, from)) {
+            self.connections.change_in_loop(holder, from, 1, 0);
+            self.connections.change_in_loop(holder, to, 0, 1);
         }
     }
 
     /// Takes `more` bytes for a connection of `holder` in loop `at`, if they are left for its client.
     fn take_bytes(&mut self, holder: Holder, at: usize, more: usize) -> bool {
-        let free = self.limits.bytes.saturating_sub(self.bytes.held);
-        let held = self.bytes.clients.get(&holder.client).copied().unwrap_or(0);
-        let may = more <= free && may_take(held, free);
+        let free = self.limits.bytes.saturating_sub(self.bytes.all.held);
+        let may = more <= free && may_take(self.bytes.all.of(holder.client), free);
         if may {
             self.charge_bytes(holder, at, 0, more);
         }
@@ -335,57 +343,25 @@ impl Book {
 
     /// A connection of `holder` in loop `at` holds `now` bytes, and held `before`.
     fn charge_bytes(&mut self, holder: Holder, at: usize, before: usize, now: usize) {
-        if before == now {
-            return;
-        }
-        let Bytes { held, clients, ranking, loops } = &mut self.bytes;
-        *held = *held + now - before;
-        let of_client = clients.entry(holder.client).or_default();
-        let old = std::mem::replace(of_client, *of_client + now - before);
-        ranking.change(holder.client, old, *of_client);
-        if *of_client == 0 {
-            clients.remove(&holder.client);
-        }
-        let in_loop = loops.entry((holder, at)).or_default();
-        *in_loop = *in_loop + now - before;
-        if *in_loop == 0 {
-            loops.remove(&(holder, at));
-        }
+        self.bytes.change(holder, at, before, now);
     }
 
     /// Where more bytes are held than the budget has: of whose connections one has to end, and in which loop.
     fn over_budget(&self) -> Option<(Holder, usize)> {
-        if self.bytes.held <= self.limits.bytes {
-            return None;
+        let Holdings { held, ranking, .. } = &self.bytes.all;
+        let (client, _) = ranking.largest().filter(|_| *held > self.limits.bytes)?;
+        self.bytes.mainstay(client)
+    }
+
+    fn usage(&self) -> Usage {
+        let (all, bytes) = (&self.connections.all, &self.bytes.all);
+        let largest = all.ranking.largest();
+        Usage {
+            largest,
+            most: largest.map_or(usize::from(all.held > 0), |(_, held)| held),
+            bytes: bytes.held,
+            largest_of_bytes: bytes.ranking.largest(),
         }
-        let (client, _) = self.bytes.ranking.largest()?;
-        let of_client = self.bytes.loops.range((Holder { client, port: 0 }, 0)..);
-        let of_client = of_client.take_while(|((holder, _), _)| holder.client == client);
-        of_client.max_by_key(|(_, held)| **held).map(|(key, _)| *key)
-    }
-
-    /// Connections of the client that has most.
-    fn most(&self) -> usize {
-        self.ranking.largest().map_or(usize::from(self.held > 0), |(_, held)| held)
-    }
-}
-
-/// Whether there was one.
-fn take_one<K: Ord>(held: &mut BTreeMap<K, usize>, key: K) -> bool {
-    let std::collections::btree_map::Entry::Occupied(mut entry) = held.entry(key) else { return false };
-    *entry.get_mut() -= 1;
-    if *entry.get() == 0 {
-        entry.remove();
-    }
-    true
-}
-
-fn one_less(held: &mut HashMap<IpAddr, usize>, ranking: &mut Ranking<IpAddr>, client: IpAddr) {
-    let Some(count) = held.get_mut(&client) else { return };
-    *count -= 1;
-    ranking.change(client, *count + 1, *count);
-    if *count == 0 {
-        held.remove(&client);
     }
 }
 
@@ -447,7 +423,7 @@ mod tests {
         let mut book = book(1000);
         got(&mut book, holder(1, 1), 2, ROOM);
         got(&mut book, holder(1, 2), 3, ROOM);
-        assert_eq!(book.ranking.largest(), Some((holder(1, 1).client, 5)));
+        assert_eq!(book.connections.all.ranking.largest(), Some((holder(1, 1).client, 5)));
         let short = Room { descriptors: 0, ..ROOM };
         let yields = Verdict::InPlaceOf { holder: holder(1, 2), at: 0, limit: Refusal::TotalLimit };
         assert_eq!(book.admit(holder(2, 1), 1, short), yields);
@@ -491,9 +467,9 @@ mod tests {
         book.charge_bytes(greedy, 0, 0, 1);
         assert_eq!(book.over_budget(), Some((greedy, 1)));
         book.charge_bytes(greedy, 1, 700, 0);
-        assert_eq!((book.over_budget(), book.bytes.held), (None, 301));
+        assert_eq!((book.over_budget(), book.bytes.all.held), (None, 301));
         book.charge_bytes(greedy, 0, 1, 0);
-        assert_eq!(book.bytes.ranking.largest(), Some((holder(2, 1).client, 300)));
+        assert_eq!(book.bytes.all.ranking.largest(), Some((holder(2, 1).client, 300)));
     }
 
     proptest! {
@@ -527,7 +503,7 @@ mod tests {
                     Verdict::Refused(_) | Verdict::Wait => {}
                 }
                 prop_assert!(held.len() <= 10);
-                prop_assert_eq!(book.held, held.len());
+                prop_assert_eq!(book.connections.all.held, held.len());
                 for port in 0..3 {
                     prop_assert!(held.iter().filter(|(held, _)| held.port == port).count() <= 6);
                 }
@@ -535,8 +511,9 @@ mod tests {
             for (holder, at) in held {
                 book.end(holder, at);
             }
-            prop_assert!(book.clients.is_empty() && book.ports.is_empty() && book.loops.is_empty());
-            prop_assert_eq!(book.ranking.largest(), None);
+            prop_assert!(book.connections.all.clients.is_empty() && book.ports.is_empty());
+            prop_assert!(book.connections.loops.is_empty());
+            prop_assert_eq!(book.connections.all.ranking.largest(), None);
         }
     }
 }
