@@ -34,8 +34,8 @@ use rustix::event::PollFlags;
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use socket2::SockRef;
 use support::{
-    Backend, PATIENCE, Publisher, ask, connect, container, host, host_v6, is_ready, limit_open_files,
-    read_all, read_to_end, reset, wait_for_reset, wait_until,
+    Backend, PATIENCE, Publisher, address, ask, connect, container, host, host_v6, is_ready,
+    limit_open_files, many_addresses, read_all, read_to_end, reset, wait_for_reset, wait_until,
 };
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};

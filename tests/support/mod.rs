@@ -5,7 +5,7 @@
 
 use std::fmt::Display;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, SocketAddrV6, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV6, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::str::FromStr;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use socket2::SockRef;
-use tidegate_testbed::{Namespace, Process, addr, eventually};
+use tidegate_testbed::{Namespace, Process, Topology, addr, eventually};
 
 /// How long anything may take that ought to take no time: much more than a busy machine needs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -32,6 +32,17 @@ pub(crate) fn host(port: u16) -> SocketAddr {
 /// The same by IPv6.
 pub(crate) fn host_v6(port: u16) -> SocketAddr {
     (addr::HOST_V6, port).into()
+}
+
+/// Lets the client be any address of 198.18.0.0/15, and the host believes it.
+pub(crate) fn many_addresses(net: &Topology) {
+    net.client.ip(&["route", "add", "local", "198.18.0.0/15", "dev", "lo"]);
+    net.host.ip(&["route", "add", "198.18.0.0/15", "via", &addr::CLIENT_V4.to_string()]);
+}
+
+/// Address `number` of those.
+pub(crate) fn address(number: u32) -> Ipv4Addr {
+    Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + number)
 }
 
 /// Where a [`Publisher`] tells its figures, in its own namespace.

@@ -2,17 +2,6 @@
 
 use super::*;
 
-/// Lets the client be any address of 198.18.0.0/15, which the host believes.
-pub(super) fn many_addresses(net: &Topology) {
-    net.client.ip(&["route", "add", "local", "198.18.0.0/15", "dev", "lo"]);
-    net.host.ip(&["route", "add", "198.18.0.0/15", "via", &addr::CLIENT_V4.to_string()]);
-}
-
-/// Address `number` of those.
-pub(super) fn address(number: u32) -> Ipv4Addr {
-    Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + number)
-}
-
 /// Connects from `source`.
 #[track_caller]
 pub(super) fn connect_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> TcpStream {

@@ -1,6 +1,6 @@
 //! Peers that do not read, and the budget of bytes that is held for them.
 
-use super::limits::{address, connect_from, many_addresses};
+use super::limits::connect_from;
 use super::*;
 use std::os::fd::AsFd;
 

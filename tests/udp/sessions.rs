@@ -171,9 +171,7 @@ fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_o
     const BATCH: usize = 100;
     const SESSIONS: usize = 1000;
     let net = Topology::three();
-    // The client may be any address of this block, and the host believes it.
-    net.client.ip(&["route", "add", "local", "198.18.0.0/15", "dev", "lo"]);
-    net.host.ip(&["route", "add", "198.18.0.0/15", "via", &addr::CLIENT_V4.to_string()]);
+    support::many_addresses(&net);
     let _server = Choosy::start(&net.container, container(53));
     let arguments = format!(
         "5353:53/udp --to {} --udp-max-sessions {SESSIONS} --udp-max-source-sessions 100",
@@ -188,8 +186,7 @@ fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_o
     for batch in (0..SOURCES).step_by(BATCH) {
         net.client.run(|| {
             for number in batch..batch + BATCH as u32 {
-                let source = Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + number);
-                let forged = UdpSocket::bind((source, 1024 + number as u16)).unwrap();
+                let forged = UdpSocket::bind((support::address(number), 1024 + number as u16)).unwrap();
                 forged.send_to(b"forged", host(5353)).unwrap();
             }
         });
