@@ -5,7 +5,7 @@
 //! ```text
 //! ask ──► queued ──launch──► in flight ──land──► all waiters are answered
 //!            │                   │
-//!            └──────► yielded ◄──┘   some waiters are told that it failed
+//!            └──────► yielded ◄──┘   some waiters get SERVFAIL
 //! ```
 //!
 //! Equal questions of one partition are one, however many ask; each asker waits by itself. A queued
@@ -56,7 +56,7 @@ pub(crate) enum Asked {
     Refused,
 }
 
-/// A waiter that is told that its question failed.
+/// A waiter whose question failed: it gets SERVFAIL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Yielded<W> {
     pub(crate) waiter: W,
@@ -176,8 +176,8 @@ impl<W, R, H> Pending<W, R, H> {
         if is_new { Asked::New } else { Asked::Joined }
     }
 
-    /// The next question to forward. It counts as in flight; [`Self::launched`] is to be told what
-    /// runs.
+    /// The next question to forward. It counts as in flight; the caller reports what runs for it
+    /// with [`Self::launched`].
     pub(crate) fn launch(&mut self, now: Instant, yielded: &mut Vec<Yielded<W>>) -> Option<Launch<'_, R>> {
         let (key, source) = loop {
             let flights = &self.flights;

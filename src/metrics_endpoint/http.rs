@@ -39,14 +39,14 @@ fn answer(method: &str, target: &str) -> Request {
         None => target,
     };
     let (status, body) = match path.split('?').next().unwrap_or_default() {
-        // To HEAD without its length: RFC 9110 section 8.6 leaves out what only writing the page tells.
+        // To HEAD without its length: RFC 9110 section 8.6 allows a server to leave out what only generating the content shows.
         "/metrics" if method == "HEAD" => return Request::Answered(head("200 OK", "", None)),
         "/metrics" => return Request::Page,
         "/" => ("200 OK", "tidegate's metrics are at /metrics\n"),
         _ => ("404 Not Found", "there is only /metrics\n"),
     };
     Request::Answered(match method {
-        // RFC 9110 section 9.3.2: no content, and the length that GET would tell.
+        // RFC 9110 section 9.3.2: no content, and the length of the answer to GET.
         "HEAD" => head(status, "", Some(body.len())),
         _ => whole(status, "", body),
     })

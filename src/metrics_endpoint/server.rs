@@ -22,7 +22,7 @@ use tidegate_reactor::stream_ingress;
 /// Clients that have not sent a whole request.
 const SILENT: usize = 64;
 
-/// Pages that are sent at a time; more are told 503. One holder gets two thirds.
+/// Pages that are sent at a time; more requests get 503. One holder gets two thirds.
 const ANSWERS: usize = 24;
 
 /// Clients accepted before those that are there are read from again.
@@ -31,7 +31,7 @@ const ACCEPTED_AT_A_TIME: usize = 16;
 /// How long nobody is accepted after that has failed: descriptors come back.
 const REST: Duration = Duration::from_millis(100);
 
-/// How long the log is quiet about a limit after it has told of it.
+/// The least time between two log lines about one limit.
 const QUIET: Duration = Duration::from_secs(60);
 
 /// What is read at most of what a client sends behind its request, in bytes.
@@ -70,14 +70,14 @@ struct Silent {
     until: Instant,
 }
 
-/// The threads that send pages tell here that they are done.
+/// State that the threads that send pages share with the listener.
 struct Shared {
     clients: Clients,
     /// The clients that are answered, to be cut.
     answered: BTreeMap<Id, Arc<TcpStream>>,
 }
 
-/// What the listener counts, and when the log last told of it.
+/// What the listener counts, and when each limit was last logged.
 struct Counts {
     clients: Gauge,
     refused: [Counter; Refusal::ALL.len()],

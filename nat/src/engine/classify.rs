@@ -22,7 +22,7 @@ const PACKET_COST: u32 = 2048;
 /// The cost of a packet that begins a flow: as measured, about that of a write of 64 KiB.
 const FLOW_COST: u32 = 65_536;
 
-/// The quantum of the queue: whoever asks now and then begins a flow, or sends the largest packet, at one go.
+/// The quantum of the queue: enough to begin a flow, or to send the largest packet, in one turn.
 pub const QUANTUM: u32 = FLOW_COST;
 
 /// Where a packet waits.
