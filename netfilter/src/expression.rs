@@ -6,6 +6,7 @@
 use crate::table::{Action, Key, Match, Transport, Value};
 use crate::wire::Attributes;
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 
 /// `NFTA_LIST_ELEM`.
 pub(crate) const LIST_ELEMENT: u16 = 1;
@@ -150,6 +151,19 @@ impl Expressions {
     /// Goes on if what was loaded last is `value`, or with `not` if it differs.
     pub(crate) fn loaded_is(&mut self, value: &[u8], not: bool) {
         self.compare(if not { DIFFERENT } else { EQUAL }, value);
+    }
+
+    /// Goes on if the byte that was loaded last has the bits of `value` where `mask` has ones.
+    pub(crate) fn loaded_bits_are(&mut self, mask: u8, value: u8) {
+        self.masked(&[mask], EQUAL, &[value]);
+    }
+
+    /// Goes on for packets beyond `rate` a second, after a burst of `burst` (`net/netfilter/nft_limit.c`).
+    pub(crate) fn over_rate(&mut self, rate: NonZeroU32, burst: u32) {
+        // NFTA_LIMIT_RATE, _UNIT in seconds, _BURST, _TYPE: NFT_LIMIT_PKTS, _FLAGS: NFT_LIMIT_F_INV
+        let limit = Attributes::default().bytes(1, &u64::from(rate.get()).to_be_bytes());
+        let limit = limit.bytes(2, &1_u64.to_be_bytes()).number(3, burst).number(4, 0).number(5, 1);
+        self.push("limit", &limit);
     }
 
     /// Goes on for frames of that ethertype, as the kernel has read it.

@@ -1,12 +1,15 @@
 //! Port guards at the ports of a real bridge, by each mechanism: frames that root in a container makes by hand, and what
 //! an unmodified kernel sends.
 
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU32;
 use std::thread;
 use std::time::Duration;
 use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, SpoofReason};
 use tidegate_testbed::frames::{
-    BROADCAST, Forger, KINDS, LinkSocket, MARKER, Mac, advertisement, arp, ethernet, ipv4, udp4, udp6,
+    BROADCAST, Forger, KINDS, LinkSocket, MARKER, Mac, advertisement, arp, checksum, ethernet, ipv4, ipv6,
+    syn4, udp4, udp6,
 };
 use tidegate_testbed::{Namespace, eventually};
 
@@ -77,7 +80,7 @@ impl Bridge {
 
     fn dropped(&self) -> Vec<(SpoofReason, u64)> {
         let dropped = self.host.run(|| self.guards.dropped());
-        let counts = SpoofReason::ALL.into_iter().zip(dropped["veth-m"]);
+        let counts = SpoofReason::ALL.into_iter().zip(dropped["veth-m"].spoofed);
         counts.filter(|(_, count)| *count > 0).collect()
     }
 
@@ -161,6 +164,78 @@ fn with_any_address_only_the_mac_address_is_checked() {
         let mut forger = self::forger(2);
         let forged_mac = (0..100).map(|_| forger.frame("mac"));
         assert_eq!(bridge.send(forged_mac), [0, 0], "{mechanism}");
+    }
+}
+
+/// What may begin a TCP connection, and what cannot: of each kind, whether it is policed and the frame.
+fn policed_kinds() -> Vec<(&'static str, bool, Vec<u8>)> {
+    let own6 = v6("fd09::7");
+    let v4 = |packet: Vec<u8>| ethernet(BROADCAST, MEMBER, 0x0800, &packet);
+    let tcp = |flags: u8| {
+        let mut segment = vec![0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0];
+        segment.resize(40, 0);
+        segment
+    };
+    let changed = |at: usize, value: u8| {
+        let mut packet = syn4((OWN, 1), (GATEWAY, 2), 3);
+        packet[at] = value;
+        // A bridge that passes packets to iptables drops those whose header does not add up (`br_validate_ipv4`).
+        packet[10..12].fill(0);
+        let head = 4 * usize::from(packet[0] & 0xf);
+        let sum = checksum(&packet[..head]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        v4(packet)
+    };
+    let inside = |next: u8, payload: &[u8]| {
+        ethernet(BROADCAST, MEMBER, 0x86dd, &ipv6(own6, v6("ff02::1"), next, payload))
+    };
+    vec![
+        ("SYN", true, v4(syn4((OWN, 1), (GATEWAY, 2), 3))),
+        ("with ECN", true, changed(33, 0xc2)),
+        ("with IP options", true, changed(0, 0x46)),
+        ("in fragments", true, changed(6, 0x20)),
+        ("SYN of IPv6", true, inside(6, &tcp(2))),
+        ("behind a fragment header", true, inside(44, &[&[6, 0, 0, 0, 0, 0, 0, 1][..], &tcp(2)].concat())),
+        ("SYN and ACK", false, changed(33, 0x12)),
+        ("ACK", false, changed(33, 0x10)),
+        ("ACK of IPv6", false, inside(6, &tcp(0x10))),
+        ("UDP", false, v4(udp4((OWN, 1), (GATEWAY, 2), b"own"))),
+        ("UDP of IPv6", false, inside(17, &[0; 40])),
+        ("ARP", false, arp(1, MEMBER, OWN, GATEWAY)),
+    ]
+}
+
+#[test]
+fn a_flood_of_new_connections_is_policed_and_nothing_else_is() {
+    /// A rate at which none is due before the test is over, beyond those of the burst.
+    const SLOW: Option<NonZeroU32> = NonZeroU32::new(1);
+    const FRAMES: usize = 200;
+    const BURST: usize = 32;
+    for mechanism in Mechanism::ALL {
+        let bridge = Bridge::silent(mechanism, false);
+        for (kind, is_policed, frame) in policed_kinds() {
+            let flood = || bridge.send((0..FRAMES).map(|_| frame.clone()))[0];
+            let police = |rate| bridge.host.run(|| bridge.guards.police("veth-m", rate));
+            let dropped = || bridge.host.run(|| bridge.guards.dropped())["veth-m"];
+            let before = dropped().policed as usize;
+            if mechanism == Mechanism::Classic {
+                assert_eq!(police(SLOW).unwrap_err().kind(), ErrorKind::Unsupported);
+                continue;
+            }
+            assert_eq!(flood(), FRAMES, "{mechanism}: {kind}, without a policer");
+            police(SLOW).unwrap();
+            let passed = flood();
+            let expected = if is_policed { BURST..BURST + 3 } else { FRAMES..FRAMES + 1 };
+            assert!(expected.contains(&passed), "{mechanism}: {kind}: {passed} passed");
+            assert_eq!(dropped().policed as usize, before + FRAMES - passed, "{mechanism}: {kind}");
+            police(None).unwrap();
+            assert_eq!(flood(), FRAMES, "{mechanism}: {kind}, once the policer is lifted");
+            let counted = dropped().policed as usize;
+            assert_eq!(counted, before + FRAMES - passed, "{mechanism}: what was counted is kept");
+            assert_eq!(dropped().spoofed.iter().sum::<u64>(), 0, "{mechanism}: {kind}");
+            let unknown = bridge.host.run(|| bridge.guards.police("veth-n", SLOW));
+            assert_eq!(unknown.unwrap_err().kind(), ErrorKind::NotFound);
+        }
     }
 }
 

@@ -212,8 +212,8 @@ fn pseudo_checksum(source: Ipv6Addr, destination: Ipv6Addr, next: u8, payload: &
     checksum(&[&head[..], payload].concat())
 }
 
-/// RFC 1071.
-fn checksum(bytes: &[u8]) -> u16 {
+/// The checksum of the Internet (RFC 1071).
+pub fn checksum(bytes: &[u8]) -> u16 {
     let pairs =
         bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |low| u32::from(*low)));
     let mut sum: u32 = pairs.sum();

@@ -20,6 +20,7 @@ use tidegate_model::Feature;
 mod command {
     pub(super) const MAP_CREATE: libc::c_long = 0;
     pub(super) const MAP_LOOKUP: libc::c_long = 1;
+    pub(super) const MAP_UPDATE: libc::c_long = 2;
     pub(super) const LOAD: libc::c_long = 5;
     pub(super) const ATTACH: libc::c_long = 8;
     pub(super) const DETACH: libc::c_long = 9;
@@ -267,6 +268,22 @@ impl Counters {
         // SAFETY: `Lookup` is the head of `union bpf_attr` for this command; key and value have the map's sizes.
         unsafe { bpf(command::MAP_LOOKUP, &mut attributes) }?;
         Ok(value)
+    }
+
+    /// Sets the counter numbered `index`.
+    ///
+    /// # Errors
+    /// There is none of that number.
+    pub(crate) fn write(&self, index: u32, value: u64) -> io::Result<()> {
+        let mut attributes = Lookup {
+            map: self.0.as_raw_fd() as u32,
+            _padding: 0,
+            key: (&raw const index) as u64,
+            value: (&raw const value) as u64,
+            flags: 0,
+        };
+        // SAFETY: `Lookup` is the head of `union bpf_attr` for this command too; key and value have the map's sizes.
+        unsafe { bpf(command::MAP_UPDATE, &mut attributes) }.map(drop)
     }
 
     /// The descriptor, for instructions.

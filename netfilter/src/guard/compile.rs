@@ -77,27 +77,30 @@ enum Step {
     And(u8),
     /// Where jumps to a label arrive.
     Here(Label),
+    Jump(Label),
     End(Verdict),
 }
 
-/// The steps of `rules`. Labels below the number of rules are their beginnings; the one after the last ends with
-/// [`OTHERWISE`].
-fn steps(rules: &[Rule]) -> Vec<Step> {
+/// The steps of `rules`, which end with `otherwise` where no rule matches. `labels` counts the labels in use.
+fn steps(rules: &[Rule], otherwise: Verdict, labels: &mut Label) -> Vec<Step> {
     let mut steps = Vec::new();
-    let mut labels = rules.len() + 1;
+    // The beginning of each rule, and what follows the last.
+    let begin = *labels;
+    *labels += rules.len() + 1;
     for (number, rule) in rules.iter().enumerate() {
-        steps.push(Step::Here(number));
+        let next = begin + number + 1;
+        steps.push(Step::Here(begin + number));
         // Rules that begin with the same test fail together.
         let others = rules[number + 1..].iter().position(|other| other.tests.first() != rule.tests.first());
-        let others = others.map_or(rules.len(), |distance| number + 1 + distance);
+        let others = begin + others.map_or(rules.len(), |distance| number + 1 + distance);
         let mut known = ETHERNET;
         for (place, test) in rule.tests.iter().enumerate() {
-            let miss = if place == 0 { others } else { number + 1 };
+            let miss = if place == 0 { others } else { next };
             match test {
                 Test::Bits { at, value, mask } => {
                     if at + 1 > known {
                         known = at + 1;
-                        steps.push(Step::IfShorter(known, number + 1));
+                        steps.push(Step::IfShorter(known, next));
                     }
                     steps.extend([Step::Load(Width::Byte, *at), Step::And(*mask)]);
                     steps.push(Step::IfDifferent(Width::Byte, (*value).into(), miss));
@@ -106,10 +109,10 @@ fn steps(rules: &[Rule]) -> Vec<Step> {
                 Test::Bytes { at, value, not } => {
                     let end = at + value.len() as u16;
                     if end > known {
-                        steps.push(Step::IfShorter(end, number + 1));
+                        steps.push(Step::IfShorter(end, next));
                         known = end;
                     }
-                    compare(*at, value, *not, miss, &mut labels, &mut steps);
+                    compare(*at, value, *not, miss, labels, &mut steps);
                 }
             }
         }
@@ -119,8 +122,30 @@ fn steps(rules: &[Rule]) -> Vec<Step> {
             return steps;
         }
     }
-    steps.extend([Step::Here(rules.len()), Step::End(OTHERWISE)]);
+    steps.extend([Step::Here(begin + rules.len()), Step::End(otherwise)]);
     steps
+}
+
+/// The steps of `rules`; what they accept is policed if it passes one of the `policed` tests.
+fn policed_steps(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Step> {
+    let mut labels = 0;
+    let mut all = steps(rules, OTHERWISE, &mut labels);
+    // The kernel refuses instructions that nothing leads to.
+    if policed.is_empty() || !all.contains(&Step::End(Verdict::Accept)) {
+        return all;
+    }
+    let police = labels;
+    labels += 1;
+    for step in &mut all {
+        if *step == Step::End(Verdict::Accept) {
+            *step = Step::Jump(police);
+        }
+    }
+    all.push(Step::Here(police));
+    let rule = |tests: &Vec<Test>| Rule { tests: tests.clone(), verdict: Verdict::Police };
+    let policed: Vec<Rule> = policed.iter().map(rule).collect();
+    all.extend(steps(&policed, Verdict::Accept, &mut labels));
+    all
 }
 
 /// Goes on if the bytes from `at` are `value`, or with `not` if they are not; else jumps to `miss`.
@@ -161,9 +186,13 @@ mod register {
     pub(super) const RESULT: u8 = 0;
     pub(super) const FIRST: u8 = 1;
     pub(super) const SECOND: u8 = 2;
+    pub(super) const THIRD: u8 = 3;
     pub(super) const CONTEXT: u8 = 6;
     pub(super) const BEGIN: u8 = 7;
     pub(super) const END: u8 = 8;
+    /// Once the frame is of no more interest.
+    pub(super) const INTERVAL: u8 = BEGIN;
+    pub(super) const NOW: u8 = END;
     pub(super) const STACK: u8 = 10;
 }
 
@@ -171,10 +200,15 @@ mod register {
 type Pending = Vec<(usize, Label)>;
 
 /// The program of eBPF. Drops are counted by reason in `counters`, the descriptor of an array of them.
-pub(super) fn extended(rules: &[Rule], counters: i32) -> Vec<Instruction> {
+///
+/// What the rules accept and a `policed` test matches is dropped beyond a rate, which the array holds too ([`INTERVAL`]).
+/// The policer is GCRA (ITU-T I.371, annex A): [`DUE`] is when the next frame is due, and it may come [`BURST`] intervals
+/// early.
+pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> Vec<Instruction> {
     use register::{BEGIN, CONTEXT, END, FIRST, RESULT, SECOND, STACK};
     let of = Instruction::new;
-    let steps = steps(rules);
+    let steps = policed_steps(rules, policed);
+    let polices = steps.contains(&Step::End(Verdict::Police));
     let longest = steps.iter().map(|step| match step {
         Step::IfShorter(length, _) => *length,
         _ => ETHERNET,
@@ -190,7 +224,9 @@ pub(super) fn extended(rules: &[Rule], counters: i32) -> Vec<Instruction> {
     let add = |to, value| of(0x07, to, 0, 0, value);
     // BPF_JMP | BPF_JGT | BPF_X: is FIRST beyond the end?
     let beyond = |offset| of(0x2d, FIRST, END, offset, 0);
-    let count = Label::MAX;
+    let (count, police, accept) = (Label::MAX, Label::MAX - 1, Label::MAX - 2);
+    // BPF_JMP | BPF_JA
+    let go = of(0x05, 0, 0, 0, 0);
     let mut pending = Pending::new();
     let mut places = std::collections::BTreeMap::new();
     let mut code = vec![
@@ -244,28 +280,69 @@ pub(super) fn extended(rules: &[Rule], counters: i32) -> Vec<Instruction> {
                 jump(beyond(0), label, &mut code);
             }
             Step::Here(label) => drop(places.insert(label, code.len())),
+            Step::Jump(label) => jump(go, label, &mut code),
             Step::End(Verdict::Accept) => code.extend([set(RESULT, verdict::NEXT), exit]),
+            Step::End(Verdict::Police) => jump(go, police, &mut code),
             Step::End(Verdict::Drop(reason)) => {
                 code.push(set(FIRST, reason as i32));
-                pending.push((code.len(), count));
-                // BPF_JMP | BPF_JA
-                code.push(of(0x05, 0, 0, 0, 0));
+                jump(go, count, &mut code);
             }
         }
     }
-    places.insert(count, code.len());
-    code.extend([
-        // The counter's number, on the stack: BPF_STX | BPF_MEM | BPF_W
+    // The place in the array numbered FIRST: on the stack (BPF_STX | BPF_MEM | BPF_W), BPF_LD | BPF_IMM | BPF_DW with
+    // BPF_PSEUDO_MAP_FD, which is two instructions long, and bpf_map_lookup_elem.
+    let find = [
         of(0x63, STACK, FIRST, -4, 0),
         copy(SECOND, STACK),
         add(SECOND, -4),
-        // BPF_LD | BPF_IMM | BPF_DW, with BPF_PSEUDO_MAP_FD: two instructions long
         of(0x18, FIRST, 1, 0, counters),
         of(0, 0, 0, 0, 0),
-        // bpf_map_lookup_elem
         of(0x85, 0, 0, 0, 1),
-        // BPF_JMP | BPF_JEQ | BPF_K: over the next two
-        of(0x15, RESULT, 0, 2, 0),
+    ];
+    // BPF_JMP | BPF_JEQ | BPF_K: is it zero?
+    let is_zero = |register, offset| of(0x15, register, 0, offset, 0);
+    if polices {
+        use register::{INTERVAL as EVERY, NOW};
+        // BPF_LDX | BPF_MEM | BPF_DW
+        let load = |to, from| of(0x79, to, from, 0, 0);
+        let mut to_accept = |one, code: &mut Vec<Instruction>| {
+            pending.push((code.len(), accept));
+            code.push(one);
+        };
+        places.insert(police, code.len());
+        code.push(set(FIRST, INTERVAL as i32));
+        code.extend(find);
+        to_accept(is_zero(RESULT, 0), &mut code);
+        code.push(load(EVERY, RESULT));
+        to_accept(is_zero(EVERY, 0), &mut code);
+        // bpf_ktime_get_ns
+        code.extend([of(0x85, 0, 0, 0, 5), copy(NOW, RESULT), set(FIRST, DUE as i32)]);
+        code.extend(find);
+        to_accept(is_zero(RESULT, 0), &mut code);
+        code.extend([
+            load(FIRST, RESULT),
+            // The earliest that counts: now less the burst. BPF_ALU64 | BPF_MUL | BPF_K, BPF_ALU64 | BPF_SUB | BPF_X
+            copy(SECOND, EVERY),
+            of(0x27, SECOND, 0, 0, BURST),
+            copy(register::THIRD, NOW),
+            of(0x1f, register::THIRD, SECOND, 0, 0),
+            // BPF_JMP | BPF_JGE | BPF_X
+            of(0x3d, FIRST, register::THIRD, 1, 0),
+            copy(FIRST, register::THIRD),
+            // BPF_JMP | BPF_JGT | BPF_X: too early, over the next two and the accept
+            of(0x2d, FIRST, NOW, 4, 0),
+            // BPF_ALU64 | BPF_ADD | BPF_X; BPF_STX | BPF_MEM | BPF_DW
+            of(0x0f, FIRST, EVERY, 0, 0),
+            of(0x7b, RESULT, FIRST, 0, 0),
+        ]);
+        places.insert(accept, code.len());
+        code.extend([set(RESULT, verdict::NEXT), exit, set(FIRST, POLICED as i32)]);
+    }
+    places.insert(count, code.len());
+    code.extend(find);
+    code.extend([
+        // Over the next two.
+        is_zero(RESULT, 2),
         set(FIRST, 1),
         // BPF_STX | BPF_ATOMIC | BPF_DW, BPF_ADD
         of(0xdb, RESULT, FIRST, 0, 0),
@@ -288,7 +365,7 @@ pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
     let mut code = Vec::new();
     let mut pending = Pending::new();
     let mut places = std::collections::BTreeMap::new();
-    for step in steps(rules) {
+    for step in steps(rules, OTHERWISE, &mut 0) {
         // Distances of conditional jumps are 8 bits wide, so each skips an unconditional one, or does not.
         let mut jump = |operation, jumps, constant, label, code: &mut Vec<Classic>| {
             code.push(of(operation, jumps, constant));
@@ -310,6 +387,11 @@ pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
                 jump(0x35, [1, 0], length.into(), label, &mut code);
             }
             Step::Here(label) => drop(places.insert(label, code.len())),
+            Step::Jump(label) => {
+                pending.push((code.len(), label));
+                // BPF_JMP | BPF_JA
+                code.push(of(0x05, [0, 0], 0));
+            }
             // BPF_RET | BPF_K
             Step::End(end) => code.push(of(0x06, [0, 0], result(end))),
         }
@@ -322,10 +404,19 @@ pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
 
 fn result(end: Verdict) -> u32 {
     match end {
-        Verdict::Accept => verdict::NEXT.cast_unsigned(),
+        Verdict::Accept | Verdict::Police => verdict::NEXT.cast_unsigned(),
         Verdict::Drop(_) => verdict::DROP.cast_unsigned(),
     }
 }
 
-/// How many counters [`extended`] increments.
-pub(super) const COUNTERS: u32 = SpoofReason::ALL.len() as u32;
+/// Counters of [`extended`]: those of [`SpoofReason::ALL`], then the frames dropped by the policer.
+pub(super) const POLICED: u32 = SpoofReason::ALL.len() as u32;
+/// Nanoseconds between two policed frames; 0 while the policer is off.
+pub(super) const INTERVAL: u32 = POLICED + 1;
+/// When the next policed frame is due, on the kernel's monotonic clock.
+pub(super) const DUE: u32 = INTERVAL + 1;
+/// The length of the array.
+pub(super) const COUNTERS: u32 = DUE + 1;
+
+/// How many policed frames may come at once.
+pub(super) const BURST: i32 = 32;

@@ -10,6 +10,9 @@
 //! | [`Clsact`](Mechanism::Clsact) | the same, in the qdisc `clsact` | yes | CAP_BPF on the host |
 //! | [`Nftables`](Mechanism::Nftables) | chain of the family `netdev` | yes | CAP_NET_ADMIN over the namespace |
 //! | [`Classic`](Mechanism::Classic) | classic BPF in the qdisc `clsact` | no | CAP_NET_ADMIN over the namespace |
+//!
+//! A guard can also police what may begin TCP connections ([`PortGuards::police`]): a flood then ends at the port of the
+//! endpoint that sends it. Classic BPF has no state and cannot.
 
 mod compile;
 mod nftables;
@@ -20,10 +23,12 @@ use crate::bpf::{Counters, Direction, LOOPBACK, LinkProgram, Program, detach_tcx
 use crate::socket::NetfilterSocket;
 use ipnet::IpNet;
 pub use rules::{PortPolicy, SpoofReason};
-use rules::{internal_rules, rules};
+use rules::{Test, internal_rules, policed, rules};
+use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
+use std::num::NonZeroU32;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tidegate_model::registry;
@@ -68,8 +73,24 @@ impl fmt::Display for Mechanism {
     }
 }
 
-/// Frames dropped at one port, in the order of [`SpoofReason::ALL`].
-pub type Dropped = [u64; SpoofReason::ALL.len()];
+/// Frames dropped at one bridge port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// Those that an endpoint may not send, in the order of [`SpoofReason::ALL`].
+    pub spoofed: [u64; SpoofReason::ALL.len()],
+    /// Those beyond the rate of the policer.
+    pub policed: u64,
+}
+
+impl Dropped {
+    fn plus(mut self, other: Self) -> Self {
+        for (total, more) in self.spoofed.iter_mut().zip(other.spoofed) {
+            *total += more;
+        }
+        self.policed += other.policed;
+        self
+    }
+}
 
 /// The port guards of one owner, all of one mechanism. To be used in the namespace of the bridges.
 #[derive(Debug)]
@@ -82,13 +103,31 @@ pub struct PortGuards {
 }
 
 /// A guard that was attached.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Installed {
+    /// The link's number, and what is enforced there.
+    index: u32,
+    policy: PortPolicy,
     /// The program's number, for BPF.
     program: u32,
     counters: Option<Counters>,
     /// What guards at this link before this one had dropped.
     earlier: Dropped,
+    /// The rate of the policer.
+    rate: Option<NonZeroU32>,
+}
+
+impl Installed {
+    /// Sets the policer of a BPF program to the rate. It begins with a full burst.
+    fn set_policer(&self) -> io::Result<()> {
+        let interval = self.rate.map_or(0, |rate| 1_000_000_000 / u64::from(rate.get()));
+        match &self.counters {
+            Some(counters) => {
+                counters.write(compile::DUE, 0).and_then(|()| counters.write(compile::INTERVAL, interval))
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 impl PortGuards {
@@ -125,14 +164,50 @@ impl PortGuards {
     /// # Errors
     /// The kernel's.
     pub fn attach(&self, index: u32, link: &str, policy: &PortPolicy) -> io::Result<()> {
-        let rules = rules(policy);
         let mut installed = self.installed();
+        let rate = installed.get(link).and_then(|one| one.rate);
+        self.replace(&mut installed, index, link, policy, rate)
+    }
+
+    /// Polices what may begin a TCP connection at the link `link`: `rate` frames a second pass, and the rest is dropped; without a
+    /// rate, all pass. It holds for guards that are attached there later too.
+    ///
+    /// # Errors
+    /// The kernel's. `ENOENT`: there is no guard at this link. `EOPNOTSUPP` of [`Mechanism::Classic`].
+    pub fn police(&self, link: &str, rate: Option<NonZeroU32>) -> io::Result<()> {
+        let mut installed = self.installed();
+        let one = installed.get_mut(link).ok_or(Errno::NOENT)?;
+        match self.mechanism {
+            Mechanism::Tcx | Mechanism::Clsact => {
+                one.rate = rate;
+                one.set_policer()
+            }
+            Mechanism::Nftables if one.rate == rate => Ok(()),
+            Mechanism::Nftables => {
+                let (index, policy) = (one.index, one.policy.clone());
+                self.replace(&mut installed, index, link, &policy, rate)
+            }
+            Mechanism::Classic => Err(Errno::OPNOTSUPP.into()),
+        }
+    }
+
+    fn replace(
+        &self,
+        installed: &mut BTreeMap<String, Installed>,
+        index: u32,
+        link: &str,
+        policy: &PortPolicy,
+        rate: Option<NonZeroU32>,
+    ) -> io::Result<()> {
+        let rules = rules(policy);
         let earlier = installed.get(link).map(|one| self.total(link, one)).unwrap_or_default();
-        let mut new = Installed { earlier, ..Installed::default() };
+        let policy_of_link = policy.clone();
+        let mut new = Installed { index, policy: policy_of_link, program: 0, counters: None, earlier, rate };
         match self.mechanism {
             Mechanism::Tcx | Mechanism::Clsact => {
                 let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
-                let program = Program::load(NAME, &compile::extended(&rules, counters.descriptor()))?;
+                let code = compile::extended(&rules, &policed(policy), counters.descriptor());
+                let program = Program::load(NAME, &code)?;
                 if self.mechanism == Mechanism::Tcx {
                     program.attach_tcx(index, Direction::Ingress)?;
                     let earlier = installed.get(link).map(|earlier| earlier.program);
@@ -146,9 +221,11 @@ impl PortGuards {
                     Clsact::open()?.attach(index, Direction::Ingress, NAME, code)?;
                 }
                 new = Installed { program: program.id, counters: Some(counters), ..new };
+                new.set_policer()?;
             }
             Mechanism::Nftables => {
-                nftables::attach(&mut NetfilterSocket::open()?, &self.table, link, &rules)?;
+                let policed = rate.map(|rate| (rate, policed(policy)));
+                nftables::attach(&mut NetfilterSocket::open()?, &self.table, link, &rules, policed.as_ref())?;
             }
             Mechanism::Classic => {
                 let code = compile::classic(&rules);
@@ -173,7 +250,9 @@ impl PortGuards {
                 Ok(attached == Some(Attached::Program(one.program)))
             }
             Mechanism::Nftables => {
-                nftables::is_attached(&mut NetfilterSocket::open()?, &self.table, link, &rules(policy))
+                let policed = one.rate.map(|rate| (rate, policed(policy)));
+                let mut socket = NetfilterSocket::open()?;
+                nftables::is_attached(&mut socket, &self.table, link, &rules(policy), policed.as_ref())
             }
             Mechanism::Classic => {
                 let code = bytes_of(&compile::classic(&rules(policy)));
@@ -220,20 +299,20 @@ impl PortGuards {
     }
 
     fn total(&self, link: &str, one: &Installed) -> Dropped {
-        let mut total = one.earlier;
         let now = match (&one.counters, self.mechanism) {
             (Some(counters), _) => {
-                std::array::from_fn(|number| counters.read(number as u32).unwrap_or_default())
+                let read = |number| counters.read(number).unwrap_or_default();
+                Dropped {
+                    spoofed: std::array::from_fn(|number| read(number as u32)),
+                    policed: read(compile::POLICED),
+                }
             }
             (None, Mechanism::Nftables) => NetfilterSocket::open()
                 .and_then(|mut socket| nftables::dropped(&mut socket, &self.table, link))
                 .unwrap_or_default(),
             (None, _) => Dropped::default(),
         };
-        for (total, now) in total.iter_mut().zip(now) {
-            *total += now;
-        }
-        total
+        one.earlier.plus(now)
     }
 
     fn installed(&self) -> MutexGuard<'_, BTreeMap<String, Installed>> {
@@ -245,7 +324,8 @@ impl PortGuards {
 #[doc(hidden)]
 pub fn program_time(policy: &PortPolicy, frame: &[u8], times: u32) -> io::Result<Duration> {
     let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
-    let program = Program::load(NAME, &compile::extended(&rules(policy), counters.descriptor()))?;
+    let code = compile::extended(&rules(policy), &policed(policy), counters.descriptor());
+    let program = Program::load(NAME, &code)?;
     program.test_run(frame, times).map(|(_, time)| time)
 }
 
@@ -261,7 +341,7 @@ impl InternalGuard {
     /// BPF programs are not available here: `EPERM` without the privilege.
     pub fn new(gateways: &[IpNet]) -> io::Result<Self> {
         let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
-        let code = compile::extended(&internal_rules(gateways), counters.descriptor());
+        let code = compile::extended(&internal_rules(gateways), &[], counters.descriptor());
         LinkProgram::load(INTERNAL_NAME, Direction::Ingress, &code).map(Self)
     }
 
@@ -281,6 +361,9 @@ impl InternalGuard {
         self.0.attach(index)
     }
 }
+
+/// The rate of a policer, and the tests of which a frame passes one if it is policed.
+type Policer = (NonZeroU32, Vec<Vec<Test>>);
 
 /// The name of the table of `owner`.
 fn table_of(owner: &str) -> String {

@@ -3,13 +3,16 @@
 //!
 //! The chain goes with its link; the table has to be removed. Before Linux 6.9 others can flush it.
 
+use super::compile::BURST;
 use super::rules::{OTHERWISE, Rule, SpoofReason, Test, Verdict};
+use super::{Dropped, Policer};
 use crate::encode::{self, request};
 use crate::expression::Expressions;
 use crate::socket::NetfilterSocket;
 use crate::table::Action;
 use crate::wire::{Attributes, Message, attribute, attributes, text};
 use std::io;
+use std::num::NonZeroU32;
 
 /// `NFPROTO_NETDEV`.
 const NETDEV: u8 = 5;
@@ -27,6 +30,7 @@ pub(super) fn attach(
     table: &str,
     link: &str,
     rules: &[Rule],
+    policer: Option<&Policer>,
 ) -> io::Result<()> {
     let mut messages = vec![encode::batch_begin(), netdev(encode::new_table(table, 0))];
     if has_chain(socket, table, link)? {
@@ -34,7 +38,7 @@ pub(super) fn attach(
         messages.push(netdev(encode::delete_chain(table, link)));
     }
     messages.push(new_chain(table, link));
-    messages.extend(rendered(rules).iter().map(|rule| new_rule(table, link, rule)));
+    messages.extend(rendered(rules, policer).iter().map(|rule| new_rule(table, link, rule)));
     messages.push(encode::batch_end());
     match socket.send_all(&messages)?.into_iter().next() {
         None => Ok(()),
@@ -48,22 +52,24 @@ pub(super) fn is_attached(
     table: &str,
     link: &str,
     rules: &[Rule],
+    policer: Option<&Policer>,
 ) -> io::Result<bool> {
     let mut found = 0;
     for_each_rule(socket, table, link, |_| found += 1)?;
-    Ok(found == rendered(rules).len())
+    Ok(found == rendered(rules, policer).len())
 }
 
 /// The frames that were dropped at `link`, by reason.
-pub(super) fn dropped(
-    socket: &mut NetfilterSocket,
-    table: &str,
-    link: &str,
-) -> io::Result<[u64; SpoofReason::ALL.len()]> {
-    let mut dropped = [0; SpoofReason::ALL.len()];
+pub(super) fn dropped(socket: &mut NetfilterSocket, table: &str, link: &str) -> io::Result<Dropped> {
+    let mut dropped = Dropped::default();
     for_each_rule(socket, table, link, |rule| {
         let comment = attribute(rule, USERDATA).and_then(|data| data.get(2..)).map(text);
         let reason = SpoofReason::ALL.into_iter().find(|one| Some(one.as_str()) == comment.as_deref());
+        let counter = match reason {
+            Some(reason) => &mut dropped.spoofed[reason as usize],
+            None if comment.as_deref() == Some(POLICED) => &mut dropped.policed,
+            None => return,
+        };
         let expressions = attributes(attribute(rule, EXPRESSIONS).unwrap_or_default());
         let packets = expressions.filter_map(|(_, expression)| {
             // NFTA_EXPR_NAME, NFTA_EXPR_DATA, NFTA_COUNTER_PACKETS
@@ -71,9 +77,7 @@ pub(super) fn dropped(
             let packets = attribute(attribute(expression, 2)?, 2).filter(|_| is_counter)?;
             Some(u64::from_be_bytes(packets.try_into().ok()?))
         });
-        if let Some(reason) = reason {
-            dropped[reason as usize] += packets.sum::<u64>();
-        }
+        *counter += packets.sum::<u64>();
     })?;
     Ok(dropped)
 }
@@ -156,10 +160,20 @@ fn new_chain(table: &str, link: &str) -> Message {
     netdev(encode::message(request::NEW_CHAIN, encode::CREATE, attributes, about))
 }
 
-/// A rule as nftables has it: bytes that have to be there or not, and the verdict.
+/// The comment of a policer's rules.
+const POLICED: &str = "policed";
+
+/// A rule as nftables has it: conditions on the frame, and what happens then.
 struct Rendered {
-    bytes: Vec<(u16, Vec<u8>, bool)>,
-    verdict: Verdict,
+    tests: Vec<Test>,
+    end: End,
+}
+
+#[derive(Clone, Copy)]
+enum End {
+    Verdict(Verdict),
+    /// Drop what is beyond that rate.
+    Police(NonZeroU32),
 }
 
 fn is_tag(bytes: &[u8]) -> bool {
@@ -168,32 +182,43 @@ fn is_tag(bytes: &[u8]) -> bool {
 
 /// A frame with a VLAN tag has another ethertype here, and no other rule accepts it: so the tags come last, and cost the
 /// endpoint's own frames nothing.
-fn rendered(rules: &[Rule]) -> Vec<Rendered> {
+///
+/// The policer comes first: what it lets pass has to pass the rules as well.
+fn rendered(rules: &[Rule], policer: Option<&Policer>) -> Vec<Rendered> {
     let (tagged, others): (Vec<&Rule>, Vec<&Rule>) =
         rules.iter().partition(|rule| rule.tests == [Test::Tagged]);
     let mut all = Vec::new();
+    if let Some((rate, policed)) = policer {
+        let rules = policed.iter().map(|tests| Rendered { tests: tests.clone(), end: End::Police(*rate) });
+        all.extend(rules);
+    }
     for rule in others {
-        let bytes = rule.tests.iter().filter_map(|test| match test {
-            Test::Bytes { at, value, not } => Some((*at, value.clone(), *not)),
-            // Not of port guards.
-            Test::Tagged | Test::Bits { .. } => None,
-        });
-        all.push(Rendered { bytes: bytes.collect(), verdict: rule.verdict });
+        all.push(Rendered { tests: rule.tests.clone(), end: End::Verdict(rule.verdict) });
     }
     for rule in tagged {
-        all.extend(
-            VLAN_TAGS
-                .map(|tag| Rendered { bytes: vec![(ETHERTYPE, tag.to_vec(), false)], verdict: rule.verdict }),
-        );
+        let is = |tag: [u8; 2]| Test::Bytes { at: ETHERTYPE, value: tag.to_vec(), not: false };
+        let end = End::Verdict(rule.verdict);
+        all.extend(VLAN_TAGS.map(|tag| Rendered { tests: vec![is(tag)], end }));
     }
-    all.push(Rendered { bytes: Vec::new(), verdict: OTHERWISE });
+    all.push(Rendered { tests: Vec::new(), end: End::Verdict(OTHERWISE) });
     all
 }
 
 fn new_rule(table: &str, link: &str, rule: &Rendered) -> Message {
     let mut expressions = Expressions::default();
     let mut loaded = None;
-    for (at, value, not) in &rule.bytes {
+    for test in &rule.tests {
+        let (at, value, not) = match test {
+            Test::Bytes { at, value, not } => (at, value, not),
+            Test::Bits { at, value, mask } => {
+                expressions.load_frame(*at, 1);
+                expressions.loaded_bits_are(*mask, *value);
+                loaded = None;
+                continue;
+            }
+            // Rendered as ethertypes.
+            Test::Tagged => continue,
+        };
         // Where a rule asks for an ethertype, it is the one that the kernel has read, unless there is a VLAN tag: asking
         // the kernel first is a fraction of a load from the frame.
         let ethertype = usize::from(ETHERTYPE.wrapping_sub(*at));
@@ -207,15 +232,21 @@ fn new_rule(table: &str, link: &str, rule: &Rendered) -> Message {
         }
         expressions.loaded_is(value, *not);
     }
-    let comment = match rule.verdict {
-        Verdict::Accept => {
+    let comment = match rule.end {
+        End::Verdict(Verdict::Accept | Verdict::Police) => {
             expressions.action(&Action::Accept);
             None
         }
-        Verdict::Drop(reason) => {
+        End::Verdict(Verdict::Drop(reason)) => {
             expressions.action(&Action::Count);
             expressions.action(&Action::Drop);
             encode::comment(reason.as_str())
+        }
+        End::Police(rate) => {
+            expressions.over_rate(rate, BURST.unsigned_abs());
+            expressions.action(&Action::Count);
+            expressions.action(&Action::Drop);
+            encode::comment(POLICED)
         }
     };
     let attributes = Attributes::default().text(1, table).text(2, link);

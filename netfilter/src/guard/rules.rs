@@ -120,7 +120,35 @@ impl SpoofReason {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Accept,
+    /// Accept, up to the rate of the policer.
+    Police,
     Drop(SpoofReason),
+}
+
+/// Which of the frames that a guard accepts are policed while an endpoint floods: those that may begin a TCP connection.
+/// Each has its own test; a frame that none matches is not policed.
+///
+/// A SYN is recognised where the header has its usual length. What hides the flags (IP options, fragments, extension
+/// headers) is policed as a whole: no kernel sends a SYN that way unless it is told to.
+pub(super) fn policed(policy: &PortPolicy) -> Vec<Vec<Test>> {
+    /// SYN, of SYN and ACK.
+    const SYN: u8 = 0x02;
+    const SYN_ACK: u8 = 0x12;
+    let v4 = || [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[TCP])].into_iter();
+    let v6 = |next: u8| [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[next])].into_iter();
+    let mut policed: Vec<Vec<Test>> = vec![
+        v4().chain([Test::Bits { at: at::V4_TCP_FLAGS, value: SYN, mask: SYN_ACK }]).collect(),
+        // Version 4, five words.
+        v4().chain([is_not(at::V4_HEAD, &[0x45])]).collect(),
+        // More fragments follow.
+        v4().chain([Test::Bits { at: at::V4_FRAGMENT, value: 0x20, mask: 0x20 }]).collect(),
+    ];
+    if policy.any_address || !policy.v6.is_empty() {
+        policed
+            .push(v6(TCP).chain([Test::Bits { at: at::V6_TCP_FLAGS, value: SYN, mask: SYN_ACK }]).collect());
+        policed.extend(EXTENSIONS.into_iter().chain([FRAGMENT]).map(|next| v6(next).collect()));
+    }
+    policed
 }
 
 /// What no rule decides.
@@ -154,7 +182,11 @@ mod at {
     pub(super) const ARP_SENDER_MAC: u16 = NETWORK + 8;
     pub(super) const ARP_SENDER: u16 = NETWORK + 14;
     pub(super) const ARP_TARGET: u16 = NETWORK + 24;
+    pub(super) const V4_HEAD: u16 = NETWORK;
+    pub(super) const V4_FRAGMENT: u16 = NETWORK + 6;
     pub(super) const V4_PROTOCOL: u16 = NETWORK + 9;
+    /// Of a header without options.
+    pub(super) const V4_TCP_FLAGS: u16 = NETWORK + 20 + 13;
     pub(super) const V4_SOURCE: u16 = NETWORK + 12;
     pub(super) const V4_DESTINATION: u16 = NETWORK + 16;
     pub(super) const V6_NEXT: u16 = NETWORK + 6;
@@ -162,6 +194,7 @@ mod at {
     pub(super) const V6_DESTINATION: u16 = NETWORK + 24;
     /// What follows the IPv6 header: the type of an ICMPv6 message, or the next header of an extension header.
     pub(super) const V6_PAYLOAD: u16 = NETWORK + 40;
+    pub(super) const V6_TCP_FLAGS: u16 = V6_PAYLOAD + 13;
     /// Of neighbour solicitations and advertisements (RFC 4861, 4.3 and 4.4).
     pub(super) const ND_TARGET: u16 = V6_PAYLOAD + 8;
     pub(super) const ND_OPTION: u16 = V6_PAYLOAD + 24;
@@ -185,6 +218,7 @@ const ICMPV6: u8 = 58;
 /// Hop-by-hop options, routing, authentication, destination options.
 const HOP_BY_HOP: u8 = 0;
 const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, 43, 51, 60];
+const FRAGMENT: u8 = 44;
 /// What may follow one of them: tunnels, TCP, UDP, GRE, ESP, fragments, nothing, L2TP, SCTP. Not ICMPv6, which could be
 /// neighbour discovery, and not a second one.
 const AFTER_EXTENSION: [u8; 10] = [4, TCP, UDP, 41, 44, 47, 50, 59, 115, 132];

@@ -2,7 +2,7 @@
 
 use super::compile::{classic, extended};
 use super::rules::tests::{MAC, ethernet, packet_v4, packet_v6, policy, verdict};
-use super::rules::{PortPolicy, Rule, Verdict, rules};
+use super::rules::{PortPolicy, Rule, Verdict, policed, rules};
 use crate::bpf::clsact::Classic;
 use crate::bpf::{Counters, Program, verdict as code};
 
@@ -107,7 +107,7 @@ fn policies() -> Vec<PortPolicy> {
 
 fn expected(rules: &[Rule], frame: &[u8]) -> i32 {
     match verdict(rules, frame, false) {
-        Verdict::Accept => code::NEXT,
+        Verdict::Accept | Verdict::Police => code::NEXT,
         Verdict::Drop(_) => code::DROP,
     }
 }
@@ -133,7 +133,8 @@ fn ebpf_decides_as_the_rules_do_and_counts_by_reason() {
     for policy in policies() {
         let rules = rules(&policy);
         let counters = Counters::new("test", super::compile::COUNTERS).unwrap();
-        let program = Program::load("test", &extended(&rules, counters.descriptor())).unwrap();
+        let code = extended(&rules, &policed(&policy), counters.descriptor());
+        let program = Program::load("test", &code).unwrap();
         let mut dropped = [0; super::SpoofReason::ALL.len()];
         for _ in 0..20_000 {
             let frame = random.frame();
@@ -148,7 +149,8 @@ fn ebpf_decides_as_the_rules_do_and_counts_by_reason() {
             let (verdict, _) = program.test_run(&frame, 1).unwrap();
             assert_eq!(verdict, expected(&rules, &frame), "{frame:02x?}");
         }
-        let counted = std::array::from_fn(|number| counters.read(number as u32).unwrap());
+        let counted: [u64; super::SpoofReason::ALL.len()] =
+            std::array::from_fn(|number| counters.read(number as u32).unwrap());
         assert_eq!(dropped, counted);
     }
 }
