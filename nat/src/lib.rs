@@ -82,5 +82,5 @@ pub use limits::Rate;
 pub use metrics::{Count, DropReason, FAMILIES, Family, Figures, FlowKind, ForwardStats, Stats, describe};
 pub use nat::Nat;
 pub use policy::{Policy, PolicyNetwork};
-pub use settings::{Capabilities, Mapping, Outbound, Settings, Timeouts};
+pub use settings::{Capabilities, FloodListener, Mapping, Outbound, Settings, Timeouts};
 pub use wire::ethernet::{ETHERNET_MAX_MTU, MacAddress};

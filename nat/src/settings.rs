@@ -2,6 +2,7 @@
 
 use crate::flow_table::TableLimits;
 use crate::policy::Policy;
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,6 +117,13 @@ impl Default for Timeouts {
     }
 }
 
+/// Hears which endpoints flood, so that their packets can be dropped before they reach the device.
+pub trait FloodListener: fmt::Debug + Send + Sync {
+    /// SYNs from `source` are being refused. Called on the engine's thread, for one in 64 of them: it
+    /// must not block.
+    fn flooding(&self, source: IpAddr);
+}
+
 /// The engine's settings.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -139,6 +147,8 @@ pub struct Settings {
     pub mapping: Mapping,
     /// Which of the host's addresses flows go out from, of each family; where none is given, as the route says.
     pub outbound: Outbound,
+    /// Hears of floods.
+    pub floods: Option<Arc<dyn FloodListener>>,
 }
 
 impl Settings {
@@ -156,6 +166,7 @@ impl Settings {
             capabilities: Capabilities::ALL,
             mapping: Mapping::default(),
             outbound: Outbound::default(),
+            floods: None,
         }
     }
 }

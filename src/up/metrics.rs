@@ -56,6 +56,12 @@ const SPOOFED: Family = (
     "Frames of an endpoint that its port guard dropped: their source was not the endpoint's.",
 );
 
+const POLICED: Family = (
+    "tidegate_network_policed_frames_total",
+    "counter",
+    "Frames of a flooding endpoint that its port guard dropped: new TCP connections beyond a rate.",
+);
+
 /// Counts objects that other software removed.
 pub(super) struct Repairs {
     /// In the order of [`RepairKind::ALL`].
@@ -140,7 +146,7 @@ fn render_spoofed(desired: &Desired, dropped: &BTreeMap<String, Dropped>, page: 
     for endpoint in &desired.endpoints {
         for attachment in &endpoint.attachments {
             let Some(dropped) = dropped.get(&attachment.host_end.name) else { continue };
-            for (reason, frames) in SpoofReason::ALL.into_iter().zip(dropped) {
+            for (reason, frames) in SpoofReason::ALL.into_iter().zip(dropped.spoofed) {
                 writeln!(
                     page,
                     "{}{{network=\"{}\",endpoint=\"{}\",reason=\"{}\"}} {frames}",
@@ -150,6 +156,17 @@ fn render_spoofed(desired: &Desired, dropped: &BTreeMap<String, Dropped>, page: 
                     reason.as_str()
                 )?;
             }
+        }
+    }
+    head(POLICED, page)?;
+    for endpoint in &desired.endpoints {
+        for attachment in &endpoint.attachments {
+            let Some(dropped) = dropped.get(&attachment.host_end.name) else { continue };
+            writeln!(
+                page,
+                "{}{{network=\"{}\",endpoint=\"{}\"}} {}",
+                POLICED.0, attachment.network, endpoint.name, dropped.policed
+            )?;
         }
     }
     Ok(())

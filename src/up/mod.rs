@@ -13,6 +13,7 @@
 mod announce;
 mod control;
 mod endpoint_watch;
+mod flood_control;
 mod layout;
 mod metrics;
 mod names;
@@ -40,6 +41,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -367,8 +369,12 @@ impl Up {
             namespaces.insert(service.name.clone(), namespace);
         }
         setup.apply(&layout.desired).await?;
-        let start = |device: way_out::Device| {
-            device.start(&layout, &observed, ground, self.allow_host_loopback, self.nat_limits)
+        let start = |device: way_out::Device| -> anyhow::Result<_> {
+            let rate = NonZeroU32::new(self.nat_limits.unanswered).unwrap_or(NonZeroU32::MIN);
+            let guards = guards.as_ref();
+            let floods = guards.map(|guards| flood_control::start(&layout.desired, guards, ground, rate));
+            let floods = floods.transpose().context("start a thread")?.flatten();
+            Ok(device.start(&layout, &observed, ground, self.allow_host_loopback, self.nat_limits, floods)?)
         };
         let mut way_out = device.map(start).transpose()?;
 

@@ -12,7 +12,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tidegate_model::{CidrSet, Feature, registry};
-use tidegate_nat::{Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions};
+use tidegate_nat::{FloodListener, Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions};
 use tidegate_netns::Family;
 use tidegate_netsetup::{Network, Observed, WithEngine};
 use tidegate_reactor::Descriptors;
@@ -89,7 +89,8 @@ impl Device {
         WithEngine { device, table: self.table, gated }
     }
 
-    /// Starts the engine for the networks of `layout`, on a host that has what was `observed`.
+    /// Starts the engine for the networks of `layout`, on a host that has what was `observed`. `floods`
+    /// hears which endpoints flood.
     ///
     /// # Errors
     /// What is missing.
@@ -100,9 +101,11 @@ impl Device {
         ground: &Ground,
         host_loopback: bool,
         limits: NatLimits,
+        floods: Option<Arc<dyn FloodListener>>,
     ) -> Result<WayOut, StartError> {
         let mut settings = Settings::new(self.tun.mtu());
         settings.network = self.project;
+        settings.floods = floods;
         let policy = Policy { host_loopback, ..policy(layout, observed) };
         settings.policy.clone_from(&policy);
         // No container has more than a quarter of all flows, or a few could keep the others from having any.

@@ -9,6 +9,7 @@
 //! - [`Segment`]: one more link, with as many hosts on it as wanted;
 //! - [`Process`]: a child that is killed and reaped when its guard goes, with its output and its use of CPU,
 //!   memory and descriptors at hand;
+//! - [`flood`]: a container that floods, and what its neighbour's requests take meanwhile;
 //! - [`frames`]: Ethernet frames by hand, sent and received at a link;
 //! - `puppet`: a thread of another process that makes system calls for a test (x86_64);
 //! - [`server`]: small TCP and UDP servers that run on threads of their own inside a namespace.
@@ -41,6 +42,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("network namespaces exist on Linux only");
 
+pub mod flood;
 pub mod frames;
 mod mounts;
 mod namespace;

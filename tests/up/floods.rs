@@ -2,17 +2,13 @@
 
 use super::scene::{Scene, TIDEGATE};
 use std::fs;
-use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::Ipv4Addr;
 use std::thread;
-use std::time::{Duration, Instant};
-use tidegate_testbed::frames::{LinkSocket, Mac, ethernet, ipv4, syn4, udp4};
+use std::time::Duration;
+use tidegate_testbed::addr;
+use tidegate_testbed::eventually;
+use tidegate_testbed::flood::{FloodKind, Flooder, request_times};
 use tidegate_testbed::server::PeerServer;
-use tidegate_testbed::{Namespace, addr};
-
-const SOON: Duration = Duration::from_secs(10);
 
 /// The greedy one may send from any address of its network, as where there is no port guard.
 const FILE: &str = r#"
@@ -27,124 +23,37 @@ services:
 
 /// Frames a second.
 const RATE: u32 = 60_000;
-/// Requests that a figure is made of.
+/// Requests that a figure is made of, and the pause between two.
 const REQUESTS: usize = 200;
+const PAUSE: Duration = Duration::from_millis(5);
 /// What noise of the machine may hide; benches judge the factors.
 const NOISE: Duration = Duration::from_millis(20);
-
-#[derive(Clone, Copy, Debug)]
-enum Flood {
-    /// Its frames are dropped at its own bridge port: their source is another station.
-    DroppedAtPort,
-    Syn,
-    SynOfManySources,
-    Udp,
-    Fragments,
-}
-
-impl Flood {
-    fn frames(self, own: Mac, gateway: Mac) -> Vec<Vec<u8>> {
-        let greedy = Ipv4Addr::new(10, 83, 1, 2);
-        let frame = |number: u32| {
-            let port = 1024 + (number % 60_000) as u16;
-            let spoofed = Ipv4Addr::new(10, 83, 1, 10 + (number % 200) as u8);
-            let to = (addr::CLIENT_V4, 7001);
-            let packet = match self {
-                Self::DroppedAtPort | Self::Syn => syn4((greedy, port), to, number),
-                Self::SynOfManySources => syn4((spoofed, port), to, number),
-                Self::Udp => udp4((greedy, port), to, b"flood"),
-                Self::Fragments => {
-                    let mut packet = ipv4(greedy, to.0, 17, &[0; 1024]);
-                    packet[4..6].copy_from_slice(&port.to_be_bytes());
-                    // More of them follow, which never come. The header's checksum sums up to the same as before.
-                    packet[6] = 0x20;
-                    let before = u16::from_be_bytes([packet[10], packet[11]]);
-                    let added = u32::from(before) + 0xffff * 2 - 0x2000 - u32::from(port) + 1;
-                    let folded = (added & 0xffff) + (added >> 16);
-                    let folded = (folded & 0xffff) + (folded >> 16);
-                    packet[10..12].copy_from_slice(&(folded as u16).to_be_bytes());
-                    packet
-                }
-            };
-            let source = if matches!(self, Self::DroppedAtPort) { [2, 9, 9, 9, 9, 9] } else { own };
-            ethernet(gateway, source, 0x0800, &packet)
-        };
-        (0..20_000).map(frame).collect()
-    }
-}
-
-/// The hardware address behind `words` in a line of ip(8).
-fn mac(line: &str, word: &str) -> Mac {
-    let text = line.split(word).nth(1).unwrap_or_else(|| panic!("no {word} in {line}"));
-    let mut bytes = text.trim().split([':', ' ', '\n']).map(|byte| u8::from_str_radix(byte, 16).unwrap());
-    std::array::from_fn(|_| bytes.next().unwrap())
-}
-
-/// Sends frames until it is told to stop.
-fn flood(greedy: &Namespace, frames: Vec<Vec<u8>>, stop: Arc<AtomicBool>) -> thread::JoinHandle<()> {
-    let socket = LinkSocket::sender(greedy, "eth0");
-    thread::spawn(move || {
-        let begin = Instant::now();
-        for (number, frame) in frames.iter().cycle().enumerate() {
-            socket.send(frame);
-            if number % 64 == 0 {
-                let due = begin + Duration::from_secs(number as u64) / RATE;
-                thread::sleep(due.saturating_duration_since(Instant::now()));
-                if stop.load(Ordering::Relaxed) {
-                    return;
-                }
-            }
-        }
-    })
-}
-
-/// The median, and the 99th percentile, of what a request takes; each is a connection of its own.
-fn requests(modest: &Namespace, to: SocketAddr) -> (Duration, Duration) {
-    let mut took: Vec<Duration> = modest.run(|| {
-        let request = |_| {
-            thread::sleep(Duration::from_millis(5));
-            let begin = Instant::now();
-            let mut stream = TcpStream::connect_timeout(&to, SOON).expect("a modest container connects");
-            stream.set_read_timeout(Some(SOON)).unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).expect("and is answered");
-            begin.elapsed()
-        };
-        (0..REQUESTS).map(request).collect()
-    });
-    took.sort_unstable();
-    (took[REQUESTS / 2], took[REQUESTS * 99 / 100])
-}
 
 #[test]
 fn a_flood_of_one_container_does_not_slow_another_down() {
     let scene = Scene::new();
     let (_up, [greedy, modest]) =
         scene.up_with_services(FILE, ["greedy", "modest"], false, &["--firewall=none"]);
-    let _flooded = PeerServer::tcp(&scene.net.client, (addr::CLIENT_V4, 7001).into());
+    let flooded = (addr::CLIENT_V4, 7001);
+    let _flooded = PeerServer::tcp(&scene.net.client, flooded.into());
     let asked = PeerServer::tcp(&scene.net.client, (addr::CLIENT_V4, 7002).into());
-    // The gateway's address is looked up by a datagram to it.
-    greedy.run(|| {
-        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
-        socket.send_to(b"x", "10.83.1.1:9").unwrap();
-    });
-    thread::sleep(Duration::from_millis(300));
-    let gateway = mac(&greedy.ip(&["neigh", "show", "10.83.1.1"]), "lladdr ");
-    let own = mac(&greedy.ip(&["-o", "link", "show", "eth0"]), "link/ether ");
-
-    let round = |kind: Flood| {
-        let stop = Arc::new(AtomicBool::new(false));
-        let sender = flood(&greedy, kind.frames(own, gateway), Arc::clone(&stop));
-        thread::sleep(Duration::from_millis(500));
-        let figures = requests(&modest, asked.addr());
-        stop.store(true, Ordering::Relaxed);
-        sender.join().unwrap();
-        figures
+    let flooder = Flooder {
+        namespace: &greedy,
+        address: Ipv4Addr::new(10, 83, 1, 2),
+        gateway: Ipv4Addr::new(10, 83, 1, 1),
+        target: flooded,
     };
-    for kind in [Flood::Syn, Flood::SynOfManySources, Flood::Udp, Flood::Fragments] {
+    let round = |kind| {
+        let _flood = flooder.start(kind, RATE);
+        thread::sleep(Duration::from_millis(500));
+        let mut took = modest.run(|| request_times(asked.addr(), REQUESTS, PAUSE));
+        took.sort_unstable();
+        (took[REQUESTS / 2], took[REQUESTS * 99 / 100])
+    };
+    for kind in [FloodKind::Syn, FloodKind::SynOfManySources, FloodKind::Udp, FloodKind::Fragments] {
         let mut seen = Vec::new();
         let is_fair = (0..3).any(|_| {
-            let ((alone, alone_99), (beside, beside_99)) = (round(Flood::DroppedAtPort), round(kind));
+            let ((alone, alone_99), (beside, beside_99)) = (round(FloodKind::ForeignMac), round(kind));
             seen.push(((alone, beside), (alone_99, beside_99)));
             beside <= 3 * alone + NOISE / 10 && beside_99 <= 5 * alone_99 + NOISE
         });
@@ -154,6 +63,59 @@ fn a_flood_of_one_container_does_not_slow_another_down() {
         );
         eprintln!("{kind:?}: {seen:?}");
     }
+}
+
+/// The greedy one's port guard drops what the engine would refuse, and lets all pass again once the flood is over: its own
+/// connections are limited for as long.
+#[track_caller]
+fn a_flood_is_policed(rootless: bool) {
+    let scene = Scene::new().with_metrics();
+    let scene = if rootless { scene.with_open_tun() } else { scene };
+    let file = FILE.replace(", x-any-source: true", "");
+    let (_up, [greedy, _modest]) =
+        scene.up_with_services(&file, ["greedy", "modest"], rootless, &["--firewall=none"]);
+    let target = (addr::CLIENT_V4, 7001);
+    let _server = PeerServer::tcp(&scene.net.client, target.into());
+    let policed = || {
+        let figures = scene.figures();
+        let mut policed = figures.lines().filter_map(|line| {
+            let value = line.strip_prefix(
+                "tidegate_network_policed_frames_total{network=\"one\",endpoint=\"greedy\"} ",
+            )?;
+            value.parse::<u64>().ok()
+        });
+        policed.next().expect("a series of the greedy container")
+    };
+    assert_eq!(policed(), 0);
+    let flooder = Flooder {
+        namespace: &greedy,
+        address: Ipv4Addr::new(10, 83, 1, 2),
+        gateway: Ipv4Addr::new(10, 83, 1, 1),
+        target,
+    };
+    let flood = flooder.start(FloodKind::Syn, RATE);
+    assert!(eventually(Duration::from_secs(1), || policed() > 1000), "{}", policed());
+    let before = policed();
+    thread::sleep(Duration::from_secs(2));
+    let passed = 2.0 * f64::from(RATE) - (policed() - before) as f64;
+    assert!(passed < f64::from(RATE) / 4.0, "of {RATE} a second {passed} passed in two");
+    drop(flood);
+    // Some 2 s after the flood there is no policer any more: more connections than it lets pass at once are made.
+    thread::sleep(Duration::from_millis(2500));
+    let before = policed();
+    let times = greedy.run(|| request_times(target.into(), 200, Duration::ZERO));
+    assert_eq!(times.len(), 200);
+    assert_eq!(policed(), before);
+}
+
+#[test]
+fn a_flood_ends_at_the_port_of_its_container() {
+    a_flood_is_policed(false);
+}
+
+#[test]
+fn a_flood_ends_at_the_port_of_its_container_rootless() {
+    a_flood_is_policed(true);
 }
 
 #[test]

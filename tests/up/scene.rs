@@ -24,6 +24,8 @@ pub(crate) struct Scene {
     pub(crate) programs: tempfile::TempDir,
     /// What the kernel is taken not to have.
     pub(crate) lacks: &'static str,
+    /// Where metrics are served.
+    metrics: &'static str,
 }
 
 impl Scene {
@@ -35,12 +37,24 @@ impl Scene {
             directory: directory(),
             programs: directory(),
             lacks: "",
+            metrics: "none",
         }
     }
 
     /// On a kernel that does not have what is named.
     pub(crate) fn lacking(lacks: &'static str) -> Self {
         Self { lacks, ..Self::new() }
+    }
+
+    /// With metrics, which [`figures`](Self::figures) reads.
+    pub(crate) fn with_metrics(self) -> Self {
+        Self { metrics: "127.0.0.1:9464", ..self }
+    }
+
+    /// The page of metrics.
+    #[track_caller]
+    pub(crate) fn figures(&self) -> String {
+        self.net.host.exec("curl", &["-sS", "--max-time", "5", &format!("http://{}/metrics", self.metrics)])
     }
 
     /// With the variant of iptables that is not made of nf_tables.
@@ -111,7 +125,7 @@ impl Scene {
     fn brings_up(&self, mut tidegate: Command, file: &str) -> Command {
         let path = self.directory.path().join("compose.yaml");
         fs::write(&path, file).unwrap();
-        tidegate.arg("up").arg("-f").arg(path).args(["--metrics", "none"]);
+        tidegate.arg("up").arg("-f").arg(path).args(["--metrics", self.metrics]);
         tidegate
     }
 

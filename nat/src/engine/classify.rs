@@ -25,6 +25,9 @@ const FLOW_COST: u32 = 65_536;
 /// The quantum of the queue: enough to begin a flow, or to send the largest packet, in one turn.
 pub const QUANTUM: u32 = FLOW_COST;
 
+/// SYNs that are refused for each one that is reported ([`FloodListener`](crate::settings::FloodListener)).
+const REFUSED_PER_REPORT: u32 = 64;
+
 /// Where a packet waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Class {
@@ -60,6 +63,9 @@ impl<H: Host> Engine<H> {
             match self.flows.admit(endpoint, network, Origin::Inside, now) {
                 Ok(admitted) => admission = Some(admitted),
                 Err(refused) => {
+                    if packet.protocol == protocol::TCP {
+                        self.report_flood(endpoint);
+                    }
                     self.at_a_limit(super::drop_reason(refused), Some(endpoint), now);
                     return None;
                 }
@@ -67,6 +73,16 @@ impl<H: Host> Engine<H> {
             cost = cost.saturating_add(FLOW_COST);
         }
         Some(Class { network, endpoint, cost, admission })
+    }
+
+    /// Counts a SYN that is refused. The more an endpoint sends, the surer it is reported.
+    fn report_flood(&mut self, endpoint: IpAddr) {
+        self.refused_syns = self.refused_syns.wrapping_add(1);
+        if self.refused_syns.is_multiple_of(REFUSED_PER_REPORT)
+            && let Some(floods) = &self.settings.floods
+        {
+            floods.flooding(endpoint);
+        }
     }
 
     /// Whether a flow would be made for `packet`.

@@ -129,6 +129,8 @@ pub struct Engine<H: Host> {
     measure_at: Option<Instant>,
     /// When a limit was last complained about.
     warned: Option<Instant>,
+    /// SYNs refused so far.
+    refused_syns: u32,
     /// The published ports, and what they are known by.
     ports: Arena<Published<H>>,
     ports_by_id: BTreeMap<ForwardId, Key>,
@@ -163,6 +165,7 @@ impl<H: Host> Engine<H> {
             latest: now,
             measure_at: None,
             warned: None,
+            refused_syns: 0,
             ports: Arena::new(),
             ports_by_id: BTreeMap::new(),
             clients: HashMap::with_hasher(secrets.table),

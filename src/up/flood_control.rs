@@ -1,0 +1,198 @@
+//! Floods end at the bridge port of the endpoint that sends them.
+//!
+//! The NAT engine refuses flows beyond an endpoint's budget as it reads them, but by then each packet
+//! has crossed the bridge, the host's routing and the TUN device, on the cores that the other
+//! endpoints need too. So while the engine refuses SYNs of an endpoint, the port guard of the endpoint
+//! polices them. In a second as many pass as the endpoint may have unanswered flows, which is twice
+//! what the engine admits then: the engine's budget, not the policer, decides which. The policer is
+//! lifted once it has had little to drop for [`CHECK`].
+
+use crate::ground::Ground;
+use ipnet::IpNet;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+use tidegate_nat::FloodListener;
+use tidegate_netfilter::{Mechanism, PortGuards};
+use tidegate_netsetup::Desired;
+
+/// How often a policer is looked at.
+const CHECK: Duration = Duration::from_secs(1);
+
+/// Frames dropped in that time that are no flood any more.
+const FEW: u64 = 64;
+
+/// Reports that wait. More of them say the same.
+const REPORTS: usize = 16;
+
+/// The engine's end: hands reports to the thread that polices, and never waits for it.
+#[derive(Debug)]
+struct Reports(SyncSender<IpAddr>);
+
+impl FloodListener for Reports {
+    fn flooding(&self, source: IpAddr) {
+        let _ = self.0.try_send(source);
+    }
+}
+
+/// A bridge port.
+#[derive(Clone, Debug)]
+struct BridgePort {
+    endpoint: String,
+    link: String,
+    addresses: Vec<IpAddr>,
+    /// The subnets of its network, if it may send from any address.
+    any_of: Vec<IpNet>,
+}
+
+/// Starts the thread that polices with `rate`, if `guards` can. It ends with the engine that has the
+/// listener.
+///
+/// # Errors
+/// No thread can be started.
+pub(super) fn start(
+    desired: &Desired,
+    guards: &Arc<PortGuards>,
+    ground: &Ground,
+    rate: NonZeroU32,
+) -> io::Result<Option<Arc<dyn FloodListener>>> {
+    if guards.mechanism() == Mechanism::Classic {
+        return Ok(None);
+    }
+    let (sender, reports) = sync_channel(REPORTS);
+    let (guards, host) = (Arc::clone(guards), ground.networks().clone());
+    let ports = bridge_ports(desired);
+    std::thread::Builder::new().name("tidegate-flood".into()).spawn(move || {
+        let entered = if host.is_current() { Ok(()) } else { host.enter() };
+        match entered {
+            Ok(()) => Policer { guards, rate, ports, policed: BTreeMap::new() }.run(&reports),
+            Err(error) => tracing::warn!(%error, "floods are not policed at bridge ports"),
+        }
+    })?;
+    Ok(Some(Arc::new(Reports(sender))))
+}
+
+fn bridge_ports(desired: &Desired) -> Vec<BridgePort> {
+    let subnets = |network: &str| {
+        let network = desired.networks.iter().find(|one| one.name == network);
+        network.into_iter().flat_map(|network| &network.subnets).map(|one| one.subnet.trunc()).collect()
+    };
+    let of_endpoint = |endpoint: &tidegate_netsetup::Endpoint| {
+        let name = endpoint.name.clone();
+        let port = move |attachment: &tidegate_netsetup::Attachment| BridgePort {
+            endpoint: name.clone(),
+            link: attachment.host_end.name.clone(),
+            addresses: attachment.addresses.iter().map(IpNet::addr).collect(),
+            any_of: if attachment.any_address { subnets(&attachment.network) } else { Vec::new() },
+        };
+        endpoint.attachments.iter().map(port).collect::<Vec<_>>()
+    };
+    desired.endpoints.iter().flat_map(of_endpoint).collect()
+}
+
+/// The ports by which packets from `source` come in: the one of its endpoint, or those of the endpoints
+/// that may have sent it.
+fn ports_of(ports: &[BridgePort], source: IpAddr) -> Vec<&BridgePort> {
+    if let Some(own) = ports.iter().find(|port| port.addresses.contains(&source)) {
+        return vec![own];
+    }
+    ports.iter().filter(|port| port.any_of.iter().any(|net| net.contains(&source))).collect()
+}
+
+struct Policer {
+    guards: Arc<PortGuards>,
+    /// Policed frames that pass in a second.
+    rate: NonZeroU32,
+    ports: Vec<BridgePort>,
+    /// The frames that were dropped at each policed link when it was looked at last.
+    policed: BTreeMap<String, u64>,
+}
+
+impl Policer {
+    fn run(mut self, reports: &Receiver<IpAddr>) {
+        let mut check = Instant::now();
+        loop {
+            let report = if self.policed.is_empty() {
+                let report = reports.recv().map_err(|_| RecvTimeoutError::Disconnected);
+                check = Instant::now() + CHECK;
+                report
+            } else {
+                reports.recv_timeout(check.saturating_duration_since(Instant::now()))
+            };
+            match report {
+                Ok(source) => self.police(source),
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if check <= Instant::now() {
+                self.lift();
+                check = Instant::now() + CHECK;
+            }
+        }
+    }
+
+    fn police(&mut self, source: IpAddr) {
+        for BridgePort { endpoint, link, .. } in ports_of(&self.ports, source) {
+            if self.policed.contains_key(link) {
+                continue;
+            }
+            match self.guards.police(link, Some(self.rate)) {
+                Ok(()) => {
+                    let dropped = self.guards.dropped().get(link).map_or(0, |dropped| dropped.policed);
+                    self.policed.insert(link.clone(), dropped);
+                    tracing::warn!(
+                        endpoint,
+                        "endpoint floods; new TCP connections limited at its bridge port"
+                    );
+                }
+                Err(error) => tracing::debug!(endpoint, %error, "flood cannot be policed"),
+            }
+        }
+    }
+
+    /// Takes the policers off that have had little to drop.
+    fn lift(&mut self) {
+        let dropped = self.guards.dropped();
+        let guards = &self.guards;
+        self.policed.retain(|link, before| {
+            let now = dropped.get(link).map_or(0, |dropped| dropped.policed);
+            let floods = now.saturating_sub(std::mem::replace(before, now)) > FEW;
+            // A link without a guard has no policer.
+            floods || guards.police(link, None).is_err_and(|error| error.kind() != io::ErrorKind::NotFound)
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port(endpoint: &str, address: &str, any_of: &[&str]) -> BridgePort {
+        BridgePort {
+            endpoint: endpoint.to_owned(),
+            link: format!("tg-{endpoint}"),
+            addresses: vec![address.parse().unwrap()],
+            any_of: any_of.iter().map(|net| net.parse().unwrap()).collect(),
+        }
+    }
+
+    #[test]
+    fn a_source_belongs_to_its_endpoint_or_to_those_that_may_invent_it() {
+        let ports = [
+            port("web", "10.1.0.2", &[]),
+            port("router", "10.1.0.3", &["10.1.0.0/24"]),
+            port("other", "10.2.0.2", &["10.2.0.0/24"]),
+        ];
+        let of = |source: &str| {
+            let found = ports_of(&ports, source.parse().unwrap());
+            found.into_iter().map(|port| port.endpoint.as_str()).collect::<Vec<_>>()
+        };
+        assert_eq!(of("10.1.0.2"), ["web"]);
+        assert_eq!(of("10.1.0.9"), ["router"]);
+        assert_eq!(of("10.3.0.1"), [""; 0]);
+    }
+}
