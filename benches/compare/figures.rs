@@ -62,6 +62,9 @@ const FORWARD: &[&str] =
 const CPU: &[&str] =
     &["tcp.1.up.cpu", "tcp.1.down.cpu", "tcp.4.up.cpu", "tcp.4.down.cpu", "tcp.16.up.cpu", "tcp.16.down.cpu"];
 
+const NEIGHBOUR_MEDIAN: &[&str] = &["neighbour.syn.median", "neighbour.spoofed.median"];
+const NEIGHBOUR_P99: &[&str] = &["neighbour.syn.p99", "neighbour.spoofed.p99"];
+
 /// The promises.
 pub(crate) const FIGURES: &[Figure] = &[
     ratio("TCP throughput, 1 stream / docker-proxy", ONE_STREAM, Kind::Publish, Kind::DockerProxy)
@@ -152,6 +155,10 @@ pub(crate) const FIGURES: &[Figure] = &[
     .at_least(0.6, 0.75),
     value("way out, RSS with 5,000 connections", &["egress.held.memory"], Kind::Engine, "MB")
         .at_most(8.0, 4.0),
+    value("beside a flood: neighbour's median / dropped at its port", NEIGHBOUR_MEDIAN, Kind::Publish, "x")
+        .below(2.0),
+    value("beside a flood: neighbour's p99 / dropped at its port", NEIGHBOUR_P99, Kind::Publish, "x")
+        .below(5.0),
 ];
 
 const fn ratio(title: &'static str, cells: &'static [&'static str], subject: Kind, peer: Kind) -> Figure {

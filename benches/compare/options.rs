@@ -23,7 +23,7 @@ pub(crate) struct Options {
     pub(crate) quick: bool,
 
     /// Only these cells, or those below them: tcp, tcp.1, tcp.1.up, requests, connections, udp, idle, ports,
-    /// stalled, forward, rules, setup, egress
+    /// stalled, forward, rules, setup, egress, neighbour
     #[arg(long, value_delimiter = ',')]
     pub(crate) only: Vec<String>,
 

@@ -5,6 +5,7 @@ mod datagrams;
 mod egress;
 mod forward;
 mod idle;
+mod neighbour;
 mod ports;
 mod requests;
 mod rules;
@@ -87,6 +88,7 @@ pub(crate) fn all(options: &Options) -> Vec<Box<dyn Scenario>> {
         all.push(Box::new(forward::Forward { streams: 16, direction }));
     }
     all.extend(egress::all(options.quick).map(|one| Box::new(one) as Box<dyn Scenario>));
+    all.extend(neighbour::all().map(|one| Box::new(one) as Box<dyn Scenario>));
     all.push(Box::new(rules::Rules { ports: if options.quick { 100 } else { 10_000 } }));
     for firewall in [setup::Firewall::None, setup::Firewall::Nftables] {
         all.push(Box::new(setup::Single { firewall }));
