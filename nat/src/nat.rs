@@ -8,7 +8,7 @@ use crate::fair_queue::QueueLimits;
 use crate::forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, PublishError};
 use crate::io::driver::{Driver, Message, Publish};
 use crate::io::sockets::{Kernel, bound_to, probe, reserve};
-use crate::io::tun::Tun;
+use crate::io::tun::{Tun, open_driver};
 use crate::metrics::{Figures, ForwardStats, Stats};
 use crate::policy::Policy;
 use crate::settings::{Capabilities, Settings};
@@ -127,6 +127,32 @@ impl Nat {
     #[must_use]
     pub fn capabilities(&self) -> Capabilities {
         self.capabilities
+    }
+
+    /// Has `open` make a device in the place of the one that the engine has, which is closed
+    /// before: its link was deleted, renamed or moved elsewhere. Flows, counters, ports and policy
+    /// stay.
+    ///
+    /// # Errors
+    /// What `open` says, and [`StartError::Interface`] if what it makes is no TUN device with the
+    /// same offloads. The engine is without a device then.
+    pub fn replace_device(&self, open: impl FnOnce() -> Result<Tun, StartError>) -> Result<(), StartError> {
+        self.set_device(open_driver().map_err(StartError::Device)?)?;
+        let tun = open()?;
+        let missing = self.capabilities.and(tun.capabilities()) != self.capabilities;
+        if missing || tun.layer2.is_some() {
+            let source =
+                io::Error::new(io::ErrorKind::Unsupported, "it has other offloads than the one before");
+            return Err(StartError::Interface { name: tun.name().to_owned(), source });
+        }
+        self.set_device(tun.descriptor)
+    }
+
+    fn set_device(&self, tun: OwnedFd) -> Result<(), StartError> {
+        let (done, is_done) = mpsc::channel();
+        let ended = || StartError::Loop(io::Error::other("the NAT engine has ended"));
+        self.sender.send(Message::Device(tun, done)).map_err(|_| ended())?;
+        is_done.recv().map_err(|_| ended())?.map_err(StartError::Loop)
     }
 
     /// Who may go where from now on. Flows that are there go on.

@@ -206,6 +206,21 @@ pub enum Fact {
         /// The next hop.
         gateway: IpAddr,
     },
+    /// There is the TUN device of the NAT engine, which [`EngineDevice`](crate::EngineDevice)
+    /// makes. It goes with the engine.
+    EngineDevice {
+        /// Its link.
+        link: String,
+    },
+    /// All that is not on a link is led into the engine's device by a table of ours.
+    EngineRoute {
+        /// The device's link.
+        link: String,
+        /// The table.
+        table: u32,
+        /// IPv6.
+        v6: bool,
+    },
     /// What comes in by this link of the host, which is somebody else's, may be forwarded, although the host forwards for nobody.
     Forwarding {
         /// The link.
@@ -301,6 +316,7 @@ impl Fact {
             Self::Veth { interface, endpoint, inside, .. } => {
                 (Some((None, interface.name.as_str())), Some((Some(endpoint.as_str()), inside.name.as_str())))
             }
+            Self::EngineDevice { link } => (Some((None, link.as_str())), None),
             _ => (None, None),
         };
         host.into_iter().chain(other)
@@ -318,6 +334,7 @@ impl Fact {
             | Self::SubnetRoute { place, link, .. }
             | Self::DefaultRoute { place, link, .. } => (Some((place.endpoint(), link.as_str())), None),
             Self::Group { link, .. }
+            | Self::EngineRoute { link, .. }
             | Self::Station { link, .. }
             | Self::Gate { link, .. }
             | Self::InternalGuard { link, .. }
@@ -325,6 +342,7 @@ impl Fact {
             // Forwarding does end with its link. But it has to be over before the rules are gone that bound it.
             Self::Bridge { .. }
             | Self::Veth { .. }
+            | Self::EngineDevice { .. }
             | Self::Rule(_)
             | Self::ReplyRoute { .. }
             | Self::Forwarding { .. }
@@ -368,6 +386,11 @@ impl fmt::Display for Fact {
                 write!(f, "forwarding of IPv{} from {link:?}", if *v6 { '6' } else { '4' })
             }
             Self::Group { link, group } => write!(f, "{link:?} in group {group}"),
+            Self::EngineDevice { link } => write!(f, "TUN device {link:?} of the NAT engine"),
+            Self::EngineRoute { link, table, v6 } => {
+                let family = if *v6 { "IPv6" } else { "IPv4" };
+                write!(f, "{family} default route on {link:?} in table {table}")
+            }
             Self::Gate { link, .. } => write!(f, "gate at the egress of {link:?}"),
             Self::InternalGuard { link, .. } => write!(f, "guard at the ingress of {link:?}"),
             Self::PortGuard { link, .. } => write!(f, "port guard at {link:?}"),

@@ -71,8 +71,18 @@ impl Isolation for WithEngine {
 
     fn groundwork(&self, desired: &Desired) -> Vec<Fact> {
         let has = |v6: bool| desired.networks.iter().any(|network| !network.internal && network.has(v6));
-        let families = [false, true].into_iter().filter(|v6| has(*v6));
-        families.map(|v6| Fact::Forwarding { link: self.device.clone(), v6 }).collect()
+        let link = || self.device.clone();
+        let families: Vec<bool> = [false, true].into_iter().filter(|v6| has(*v6)).collect();
+        if families.is_empty() {
+            return Vec::new();
+        }
+        let mut facts =
+            vec![Fact::EngineDevice { link: link() }, Fact::Up { place: Place::Host, link: link() }];
+        for v6 in families {
+            facts.push(Fact::EngineRoute { link: link(), table: self.table, v6 });
+            facts.push(Fact::Forwarding { link: link(), v6 });
+        }
+        facts
     }
 
     fn facts(&self, network: &Network) -> Vec<Fact> {

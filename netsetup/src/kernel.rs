@@ -12,6 +12,7 @@ use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessa
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
@@ -23,10 +24,23 @@ use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
 use look::Here;
-use messages::{default_route, group, link_of, message_of, reply_route, subnet_route};
+use messages::{default_route, engine_route, group, link_of, message_of, reply_route, subnet_route};
 
 /// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
+
+/// The TUN device of the NAT engine, which this crate can observe but not make.
+pub trait EngineDevice: fmt::Debug + Send + Sync {
+    /// The number of its link.
+    fn index(&self) -> u32;
+
+    /// Makes a link of the same name and number in the place of the one that has gone, and has the
+    /// engine use it.
+    ///
+    /// # Errors
+    /// Something else has the name, or the kernel refuses it.
+    fn reopen(&self) -> io::Result<()>;
+}
 
 /// The kernel of one host namespace and of the endpoints' namespaces.
 #[derive(Debug)]
@@ -36,6 +50,7 @@ pub struct Kernel {
     alone: bool,
     firewall: Option<Arc<Firewall>>,
     guards: Option<Arc<PortGuards>>,
+    engine: Option<Arc<dyn EngineDevice>>,
     /// Those that do not belong to a firewall, as they are needed.
     gates: BTreeMap<Passes, Gate>,
     /// By the addresses of the bridge.
@@ -67,6 +82,7 @@ impl Kernel {
             alone: false,
             firewall: None,
             guards: None,
+            engine: None,
             gates: BTreeMap::new(),
             internal: BTreeMap::new(),
             endpoints: BTreeMap::new(),
@@ -88,6 +104,16 @@ impl Kernel {
     /// Checks with `guards` what endpoints send.
     pub fn use_guards(&mut self, guards: Arc<PortGuards>) {
         self.guards = Some(guards);
+    }
+
+    /// Restores `device` where its link has gone.
+    pub fn use_engine(&mut self, device: Arc<dyn EngineDevice>) {
+        self.engine = Some(device);
+    }
+
+    /// Whether the link numbered `index` is the engine's device.
+    fn is_engine_device(&self, index: u32) -> bool {
+        self.engine.as_ref().is_none_or(|device| device.index() == index)
     }
 
     /// Tells where the endpoint `name` is, and returns where it was.
@@ -480,6 +506,15 @@ impl Kernel {
                 let route = reply_route(self.index(&Place::Host, link).await?, *gateway, *table);
                 self.host()?.route().add(route).execute().await.map_err(error)
             }
+            Fact::EngineDevice { link } => {
+                self.forget(&Place::Host, link);
+                self.engine.as_ref().ok_or(io::ErrorKind::NotFound)?.reopen()
+            }
+            Fact::EngineRoute { link, table, v6 } => {
+                let route = engine_route(self.index(&Place::Host, link).await?, *v6, *table);
+                // The table is ours: what others have put there does not stay.
+                self.host()?.route().add(route).replace().execute().await.map_err(error)
+            }
             Fact::Rule(rule) => {
                 let mut request = self.host()?.rule().add();
                 *request.message_mut() = message_of(rule);
@@ -536,8 +571,9 @@ impl Kernel {
                 let free = LinkUnspec::new_with_index(index).nocontroller().build();
                 self.host()?.link().set(free).execute().await.map_err(error)
             }
-            // They go with their links.
+            // They go with their links, and the device with the engine.
             Fact::Station { .. } | Fact::SubnetRoute { .. } => Ok(()),
+            Fact::EngineDevice { .. } | Fact::EngineRoute { .. } => Ok(()),
             Fact::Setting { .. } | Fact::Group { .. } | Fact::Gate { .. } | Fact::InternalGuard { .. } => {
                 Ok(())
             }
@@ -731,6 +767,8 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         | Fact::Veth { .. }
         | Fact::Port { .. }
         | Fact::Station { .. }
+        | Fact::EngineDevice { .. }
+        | Fact::EngineRoute { .. }
         | Fact::Rule(_)
         | Fact::ReplyRoute { .. }
         | Fact::Forwarding { .. }

@@ -46,7 +46,7 @@ pub use firewall::{
 pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
 pub use isolation::{Isolation, WithEngine, WithFirewall, WithoutFirewall};
 pub use journal::Journal;
-pub use kernel::Kernel;
+pub use kernel::{EngineDevice, Kernel};
 pub use mac::Mac;
 pub use observed::{DefaultRoute, Observed};
 pub use plan::{Plan, plan};

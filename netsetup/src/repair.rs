@@ -16,6 +16,8 @@ pub enum RepairKind {
     Bridge,
     /// A veth pair, whichever of its ends was deleted.
     Veth,
+    /// The TUN device of the NAT engine.
+    Tun,
     /// A link was set down, or its group was changed.
     Link,
     /// A link is no longer a port of its bridge, or has other port settings.
@@ -42,9 +44,10 @@ pub enum RepairKind {
 
 impl RepairKind {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Bridge,
         Self::Veth,
+        Self::Tun,
         Self::Link,
         Self::Port,
         Self::Fdb,
@@ -64,6 +67,7 @@ impl RepairKind {
         match self {
             Self::Bridge => "bridge",
             Self::Veth => "veth",
+            Self::Tun => "tun",
             Self::Link => "link",
             Self::Port => "port",
             Self::Fdb => "fdb",
@@ -84,11 +88,15 @@ impl RepairKind {
         match fact {
             Fact::Bridge { .. } => Self::Bridge,
             Fact::Veth { .. } => Self::Veth,
+            Fact::EngineDevice { .. } => Self::Tun,
             Fact::Up { .. } | Fact::Group { .. } => Self::Link,
             Fact::Port { .. } => Self::Port,
             Fact::Station { .. } => Self::Fdb,
             Fact::Address { .. } => Self::Address,
-            Fact::SubnetRoute { .. } | Fact::DefaultRoute { .. } | Fact::ReplyRoute { .. } => Self::Route,
+            Fact::SubnetRoute { .. }
+            | Fact::DefaultRoute { .. }
+            | Fact::ReplyRoute { .. }
+            | Fact::EngineRoute { .. } => Self::Route,
             Fact::Setting { .. } | Fact::Forwarding { .. } => Self::Sysctl,
             Fact::Rule(_) => Self::Rule,
             Fact::GuardTable { .. } | Fact::Ruleset { .. } => Self::Table,
@@ -159,7 +167,8 @@ fn takes_along(cause: &Fact, fact: &Fact) -> bool {
     let together = on(cause).is_some() && on(cause) == on(fact);
     let is_route = matches!(fact, Fact::SubnetRoute { .. } | Fact::DefaultRoute { .. });
     match (cause, fact) {
-        (Fact::Up { .. }, Fact::Address { .. }) => together,
+        (Fact::Up { .. }, Fact::Address { .. } | Fact::EngineRoute { .. }) => together,
+        (Fact::EngineDevice { link }, Fact::Forwarding { link: of, .. }) => link == of,
         (Fact::Up { .. } | Fact::Address { .. } | Fact::SubnetRoute { .. }, _) if is_route => {
             together && !matches!((cause, fact), (Fact::SubnetRoute { .. }, Fact::SubnetRoute { .. }))
         }
@@ -237,6 +246,22 @@ mod tests {
         assert_eq!(causes(vec![default_route()]), [default_route()]);
         let two = vec![address("10.9.1.2/24"), address("fd09::2/64")];
         assert_eq!(causes(two.clone()), two, "each by itself");
+    }
+
+    #[test]
+    fn the_device_of_the_engine_takes_along_what_is_on_it() {
+        let link = || "tgt-1".to_owned();
+        let device = Fact::EngineDevice { link: link() };
+        let up = Fact::Up { place: Place::Host, link: link() };
+        let route = |v6| Fact::EngineRoute { link: link(), table: 7, v6 };
+        let forwarding = Fact::Forwarding { link: link(), v6: false };
+        let of_another = Fact::Forwarding { link: "eth0".into(), v6: false };
+        let everything =
+            vec![device.clone(), up.clone(), route(false), route(true), forwarding, of_another.clone()];
+        assert_eq!(causes(everything.clone()), [device.clone(), of_another]);
+        assert_eq!(causes(everything[1..4].to_vec()), [up]);
+        assert_eq!(causes(everything[2..4].to_vec()), [route(false), route(true)]);
+        assert_eq!(RepairKind::of(&device).as_str(), "tun");
     }
 
     #[test]

@@ -161,6 +161,14 @@ impl Setup {
         check_links(&desired.without_endpoints(), &observed)?;
         let is_there =
             |link: &str| observed.links.get(&Place::Host).is_some_and(|links| links.contains_key(link));
+        let devices: BTreeSet<String> = facts
+            .iter()
+            .filter_map(|fact| match fact {
+                Fact::EngineDevice { link } => Some(link.clone()),
+                _ => None,
+            })
+            .collect();
+        let is_ours = |link: &str| desired.has_bridge(link) || devices.contains(link);
         let mut unplugged = BTreeSet::new();
         let mut missing_links = BTreeSet::new();
         let mut ops = Vec::new();
@@ -170,8 +178,8 @@ impl Setup {
                     unplugged.insert(endpoint.clone());
                     missing_links.insert(interface.name.clone());
                 }
-                // Of a link of somebody else's, or of the engine's device, that has gone.
-                Fact::Forwarding { link, .. } if !is_there(link) && !desired.has_bridge(link) => {}
+                // Of a link of somebody else's that has gone.
+                Fact::Forwarding { link, .. } if !is_there(link) && !is_ours(link) => {}
                 _ if fact.on().any(|(_, link)| missing_links.contains(link)) => {}
                 _ => ops.push(Op::Add(fact)),
             }

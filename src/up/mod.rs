@@ -550,7 +550,10 @@ fn setup_with(
     }
     match firewall {
         None => match device {
-            Some(device) => Setup::new(kernel, journal, device.isolation()),
+            Some(device) => {
+                kernel.use_engine(device.link());
+                Setup::new(kernel, journal, device.isolation())
+            }
             None => Setup::new(kernel, journal, WithoutFirewall { gated: port_guards::has_gates() }),
         },
         Some(firewall) => {

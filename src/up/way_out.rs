@@ -10,11 +10,11 @@ use crate::port_guards;
 use rustix::process::{Resource, getrlimit};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use tidegate_model::{CidrSet, Feature, registry};
 use tidegate_nat::{FloodListener, Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions};
-use tidegate_netns::Family;
-use tidegate_netsetup::{Network, Observed, WithEngine};
+use tidegate_netns::{Family, Namespace, interface_index};
+use tidegate_netsetup::{EngineDevice, Network, Observed, WithEngine};
 use tidegate_reactor::Descriptors;
 
 /// Tables that are tried.
@@ -46,6 +46,44 @@ pub(super) struct Device {
     project: Arc<str>,
     tun: Tun,
     table: u32,
+    link: Arc<DeviceLink>,
+}
+
+/// What the link of the device is made by, again if it has gone.
+#[derive(Debug)]
+pub(super) struct DeviceLink {
+    namespace: Namespace,
+    options: TunOptions,
+    index: u32,
+    /// Set once the engine runs. It ends when its owners let it go.
+    nat: OnceLock<Weak<Nat>>,
+}
+
+impl DeviceLink {
+    fn open(namespace: &Namespace, options: TunOptions) -> Result<(Tun, Self), StartError> {
+        let tun = Tun::open(namespace, &options)?;
+        let index = namespace.with(|| interface_index(&options.name)).flatten();
+        let index = index.map_err(|source| StartError::Interface { name: options.name.clone(), source })?;
+        // Programs at bridges know the device by its index. Its routes come after it.
+        let options = TunOptions { index: Some(index), default_routes: Vec::new(), ..options };
+        Ok((tun, Self { namespace: namespace.clone(), options, index, nat: OnceLock::new() }))
+    }
+}
+
+impl EngineDevice for DeviceLink {
+    fn index(&self) -> u32 {
+        self.index
+    }
+
+    fn reopen(&self) -> io::Result<()> {
+        // The engine's device may have another name now, and is not closed for one that cannot be
+        // made.
+        if self.namespace.with(|| interface_index(&self.options.name)).flatten().is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "another interface has its name"));
+        }
+        let nat = self.nat.get().and_then(Weak::upgrade).ok_or(io::ErrorKind::NotConnected)?;
+        nat.replace_device(|| Tun::open(&self.namespace, &self.options)).map_err(io::Error::other)
+    }
 }
 
 impl Device {
@@ -69,13 +107,13 @@ impl Device {
             let table = registry::FIRST_WAY_OUT_TABLE + number as u32;
             let options =
                 TunOptions { default_routes: default_routes.clone(), table, ..TunOptions::new(name.clone()) };
-            match Tun::open(ground.networks(), &options) {
+            match DeviceLink::open(ground.networks(), options) {
                 // Another project has its routes there.
                 Err(StartError::Interface { source, .. })
                     if source.kind() == io::ErrorKind::AlreadyExists && attempt < ATTEMPTS => {}
                 opened => {
-                    let project = project.name.as_str().into();
-                    return Ok(Self { project, tun: opened?, table });
+                    let (project, (tun, link)) = (project.name.as_str().into(), opened?);
+                    return Ok(Self { project, tun, table, link: Arc::new(link) });
                 }
             }
             number = (number + 1) % u64::from(registry::WAY_OUT_TABLES);
@@ -87,6 +125,11 @@ impl Device {
     pub(super) fn isolation(&self) -> WithEngine {
         let (device, gated) = (self.tun.name().to_owned(), port_guards::has_gates());
         WithEngine { device, table: self.table, gated }
+    }
+
+    /// What restores its link.
+    pub(super) fn link(&self) -> Arc<DeviceLink> {
+        Arc::clone(&self.link)
     }
 
     /// Starts the engine for the networks of `layout`, on a host that has what was `observed`. `floods`
@@ -115,6 +158,8 @@ impl Device {
         settings.limits.unanswered_per_source = limits.unanswered as usize;
         let descriptors = Arc::new(Descriptors::new(descriptors()));
         let nat = Arc::new(Nat::start(settings, self.tun, ground.ports(), descriptors)?);
+        // Nobody else sets it.
+        let _ = self.link.nat.set(Arc::downgrade(&nat));
         Ok(WayOut { nat, policy })
     }
 }

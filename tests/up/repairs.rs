@@ -1,16 +1,22 @@
 //! Objects that other software removes, or processes of a container: each is restored, logged once and counted.
 
 use super::matrix::peer_as_seen;
-use super::scene::{Scene, service_namespace};
-use std::net::SocketAddr;
+use super::scene::{Scene, rootless_namespace, service_namespace};
+use std::fs;
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
 use std::time::{Duration, Instant};
-use tidegate_testbed::server::PeerServer;
+use tidegate_testbed::server::{PeerServer, Source};
+use tidegate_testbed::transfer::{self, Transfer};
 use tidegate_testbed::{Namespace, Process, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
 
 /// Within a second on an idle machine; this one may be busy.
 const BOUND: Duration = Duration::from_secs(3);
+
+/// More than leaves before the device is deleted.
+const MUCH: u64 = 500 << 20;
 
 const FILE: &str = r#"
 name: repairs
@@ -38,6 +44,8 @@ use Place::{Host, Inside};
 struct Bed {
     scene: Scene,
     up: Process,
+    /// Where the bridges are.
+    networks: Namespace,
     boxed: Namespace,
     _servers: Vec<PeerServer>,
 }
@@ -48,16 +56,34 @@ impl Bed {
     }
 
     fn on(scene: Scene, flags: &[&str]) -> Self {
+        let command = scene.tidegate();
+        Self::start(scene, command, FILE, flags, |scene, _| scene.net.host.clone())
+    }
+
+    fn rootless() -> Self {
+        let scene = Scene::new().with_open_tun();
+        let command = scene.tidegate_as_nobody();
+        Self::start(scene, command, FILE, &[], |scene, up| rootless_namespace(up, &scene.net.host))
+    }
+
+    fn start(
+        scene: Scene,
+        mut command: Command,
+        file: &str,
+        flags: &[&str],
+        networks: impl Fn(&Scene, &Process) -> Namespace,
+    ) -> Self {
         let path = scene.directory.path().join("compose.yaml");
-        std::fs::write(&path, FILE).unwrap();
-        let mut command = scene.tidegate();
+        let file = file.replace("DIRECTORY", scene.directory.path().to_str().unwrap());
+        fs::write(&path, file).unwrap();
         command.arg("up").arg("-f").arg(path).args(["--metrics", "127.0.0.1:9464"]).args(flags);
         let up = Process::spawn(&mut command);
         up.wait_for_line("Ctrl-C takes", SOON);
         let boxed = service_namespace(&up, "box");
         let at: SocketAddr = "[::]:80".parse().unwrap();
         let servers = vec![PeerServer::tcp(&boxed, at), PeerServer::udp(&boxed, at)];
-        let bed = Self { scene, up, boxed, _servers: servers };
+        let networks = networks(&scene, &up);
+        let bed = Self { scene, up, networks, boxed, _servers: servers };
         assert!(eventually(SOON, || bed.carries_traffic(SOON)), "before anything is removed");
         bed
     }
@@ -70,7 +96,7 @@ impl Bed {
         };
         let direct = |to: &str| {
             let to = to.parse().unwrap();
-            self.scene.net.host.run(|| peer_as_seen(to, false, patience)).is_ok()
+            self.networks.run(|| peer_as_seen(to, false, patience)).is_ok()
         };
         let failed = [
             ("direct IPv4", direct("10.83.1.2:80")),
@@ -96,12 +122,12 @@ impl Bed {
 
     fn run(&self, place: Place, script: &str) -> bool {
         let namespace = match place {
-            Host => &self.scene.net.host,
+            Host => &self.networks,
             Inside => &self.boxed,
         };
         let mut sh = namespace.command("sh");
         sh.args(["-ec", script]).env("PATH", self.scene.path());
-        sh.env("VETH", self.veth());
+        sh.env("VETH", self.link("tgv")).env("TUN", self.link("tgt-"));
         let output = sh.output().unwrap();
         if !output.stderr.is_empty() {
             eprintln!("{script}: {}", String::from_utf8_lossy(&output.stderr).trim());
@@ -109,10 +135,11 @@ impl Bed {
         output.status.success()
     }
 
-    fn veth(&self) -> String {
-        let links = self.scene.net.host.ip(&["-o", "link", "show"]);
-        let veth = links.split_whitespace().find(|word| word.starts_with("tgv"));
-        veth.and_then(|veth| veth.split('@').next()).unwrap_or_default().to_owned()
+    /// The first link whose name begins with `prefix`.
+    fn link(&self, prefix: &str) -> String {
+        let links = self.networks.ip(&["-o", "link", "show"]);
+        let link = links.split_whitespace().find(|word| word.starts_with(prefix));
+        link.and_then(|link| link.split(['@', ':']).next()).unwrap_or_default().to_owned()
     }
 
     fn count(&self, kind: &str) -> u64 {
@@ -253,12 +280,71 @@ fn a_socket_of_the_engine_that_is_destroyed_goes_on() {
     assert!(cpu < 0.5, "{cpu} s of processor time in 2 s");
 }
 
-/// What cannot be restored, the engine's device, does not keep the rest from being so.
+/// Flows of the engine, and ports that it carries, go on by the device that takes the place of one
+/// that was removed.
+#[test]
+fn the_device_of_the_engine_is_restored() {
+    for rootless in [false, true] {
+        let bed = if rootless { Bed::rootless() } else { Bed::new(&["--firewall=none"]) };
+        let _outside = PeerServer::tcp(&bed.scene.net.client, "[::]:81".parse().unwrap());
+        let egress = || {
+            let to = |to: &str| bed.boxed.run(|| peer_as_seen(to.parse().unwrap(), false, SOON)).is_ok();
+            to("203.0.113.9:81") && to("[2001:db8:1::9]:81")
+        };
+        assert!(egress());
+        let up = "ip link show $TUN | grep -q ,UP";
+        let table = r"$(ip rule | sed -n 's/.*iif tg-home lookup \([0-9]*\).*/\1/p' | head -n1)";
+        bed.removes("tun", Host, "ip link del $TUN", up);
+        assert!(egress(), "{}", bed.up.output());
+        bed.removes_again("tun", Host, "ip link set $TUN name elsewhere", up);
+        assert!(egress(), "{}", bed.up.output());
+        bed.removes("link", Host, "ip link set $TUN down", up);
+        for family in ["-4", "-6"] {
+            let check = format!("ip {family} route show table {table} | grep -q 'default dev tgt-'");
+            bed.removes("route", Host, &format!("ip {family} route del default table {table}"), &check);
+        }
+        bed.removes(
+            "sysctl",
+            Host,
+            "sysctl -q net.ipv4.conf.$TUN.forwarding=0",
+            "sysctl -n net.ipv4.conf.$TUN.forwarding | grep -qx 1",
+        );
+        assert!(egress(), "{}", bed.up.output());
+        assert!(
+            !bed.networks.ip(&["-o", "link"]).contains("elsewhere"),
+            "the device that was renamed is closed"
+        );
+    }
+}
+
+/// A connection that was open before, by the engine, carries bytes after it.
+#[test]
+fn a_flow_survives_the_loss_of_the_device() {
+    let bed = Bed::new(&["--firewall=none"]);
+    let at = "203.0.113.9:82".parse().unwrap();
+    let _source = Source::tcp(&bed.scene.net.client, at, 5, MUCH);
+    let received = std::thread::scope(|scope| {
+        let receives = scope.spawn(|| {
+            bed.boxed.run(|| {
+                let mut stream = TcpStream::connect(at).unwrap();
+                transfer::receive(&mut stream, 5)
+            })
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(bed.run(Host, "ip link del $TUN"));
+        receives.join().unwrap()
+    });
+    assert_eq!(received, Transfer::complete(MUCH), "{}", bed.up.output());
+    assert_eq!(bed.count("tun"), 1);
+}
+
+/// What cannot be restored, a device whose name is taken, does not keep the rest from being so.
 #[test]
 fn without_the_device_of_the_engine_everything_else_is_restored() {
     let bed = Bed::new(&["--firewall=none"]);
-    let delete = "ip link del $(ip -o link | grep -o 'tgt-[0-9a-f]*' | head -n1)";
-    assert!(bed.run(Host, delete));
+    let tun = bed.link("tgt-");
+    let replace = r"printf 'link set %s name elsewhere\nlink add %s type bridge\n' $TUN $TUN | ip -batch -";
+    assert!(bed.run(Host, replace));
     let there = "ip addr show tg-home | grep -q 10.83.1.1/24";
     for _ in 0..2 {
         let counted = bed.count("address");
@@ -268,6 +354,10 @@ fn without_the_device_of_the_engine_everything_else_is_restored() {
         assert!(removed.elapsed() < BOUND, "{:?}", removed.elapsed());
         assert!(eventually(SOON, || bed.count("address") == counted + 1), "{}", bed.up.output());
     }
+    let counted = bed.count("tun");
+    bed.networks.ip(&["link", "del", &tun]);
+    assert!(eventually(SOON, || bed.count("tun") == counted + 1), "{}", bed.up.output());
+    assert!(eventually(SOON, || bed.carries_traffic(Duration::from_secs(1))), "{}", bed.up.output());
 }
 
 #[test]
@@ -283,7 +373,7 @@ fn tables_of_firewalls_are_restored() {
 #[test]
 fn programs_are_restored() {
     let bed = Bed::new(&["--firewall=nftables"]);
-    for link in ["tg-home".to_owned(), bed.veth()] {
+    for link in ["tg-home".to_owned(), bed.link("tgv")] {
         let host = &bed.scene.net.host;
         let shown = host.ip(&["-o", "link", "show", "dev", &link]);
         let number: u32 = shown.split(':').next().unwrap().parse().unwrap();

@@ -258,6 +258,18 @@ pub(crate) fn with_commands(file: &str, services: &[&str]) -> String {
     services.iter().fold(file.to_owned(), one)
 }
 
+/// The namespace that an ordinary user's networks are in: that of threads of the data plane of
+/// `up`.
+pub(crate) fn rootless_namespace(up: &Process, host: &Namespace) -> Namespace {
+    let tasks = fs::read_dir(format!("/proc/{}/task", up.pid())).unwrap();
+    let own = fs::read_link("/proc/self/ns/net").unwrap();
+    let machine = host.run(|| fs::read_link("/proc/thread-self/ns/net")).unwrap();
+    let inside = tasks
+        .map(|task| task.unwrap().path().join("ns/net"))
+        .find(|path| fs::read_link(path).is_ok_and(|there| there != own && there != machine));
+    Namespace::at(&inside.expect("a thread inside"))
+}
+
 /// The network namespace of a service, by the process that is its init.
 pub(crate) fn service_namespace(up: &Process, service: &str) -> Namespace {
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", up.pid())).unwrap();

@@ -1,7 +1,7 @@
 //! Root in a container sends in the name of others, by hand-made frames: nobody receives them, in any mode and with each
 //! mechanism of port guards. What an unmodified kernel sends is not dropped.
 
-use super::scene::{Scene, service_namespace};
+use super::scene::{Scene, rootless_namespace, service_namespace};
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
@@ -70,14 +70,7 @@ impl Project {
         let up = bring_up(&scene, scene.tidegate_as_nobody(), &file, &[]);
         up.wait_for_line("Ctrl-C takes", SOON);
         let containers = SERVICES.map(|name| service_namespace(&up, name));
-        // The bridges are where the threads of the data plane are.
-        let tasks = fs::read_dir(format!("/proc/{}/task", up.pid())).unwrap();
-        let own = fs::read_link("/proc/self/ns/net").unwrap();
-        let machine = scene.net.host.run(|| fs::read_link("/proc/thread-self/ns/net")).unwrap();
-        let inside = tasks
-            .map(|task| task.unwrap().path().join("ns/net"))
-            .find(|path| fs::read_link(path).is_ok_and(|there| there != own && there != machine));
-        let host = Namespace::at(&inside.expect("a thread inside"));
+        let host = rootless_namespace(&up, &scene.net.host);
         Self { scene, containers, host, _up: up }
     }
 

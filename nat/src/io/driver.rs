@@ -71,6 +71,9 @@ const TIMER: u8 = 2;
 pub(crate) enum Message {
     /// From now on this holds, for new flows.
     Policy(Box<Policy>),
+    /// The TUN device from now on, and who hears that the one before is closed. One that is
+    /// attached to no device takes the place of one whose link has gone.
+    Device(OwnedFd, mpsc::Sender<io::Result<()>>),
     /// A port to be published.
     Publish(Box<Publish>),
     /// A port to be closed. The answer comes when it is.
@@ -131,7 +134,11 @@ pub(crate) struct Driver {
     /// The endpoint that sends several packets in a row, and until when it is taken to. A flood of another one is no
     /// reason to put anything off.
     busy: Option<(IpAddr, Instant)>,
-    /// Names the one device and the one timer.
+    /// Names the device. Another device has another key, so that an event of the one before it,
+    /// which was reported in the same turn, is not taken for one of its own.
+    device: Key,
+    devices: Arena<()>,
+    /// Names the one timer.
     key: Key,
 }
 
@@ -139,7 +146,9 @@ impl Driver {
     /// Begins to watch the device.
     pub(crate) fn new(mut engine: Engine<Kernel>, limits: QueueLimits, epoll: &Epoll) -> io::Result<Self> {
         let key = Arena::new().insert(());
-        epoll.add(&engine.host_mut().tun, Token::new(DEVICE, key), Interest::Readable)?;
+        let mut devices = Arena::new();
+        let device = devices.insert(());
+        epoll.add(&engine.host_mut().tun, Token::new(DEVICE, device), Interest::Readable)?;
         let advertises = engine.host_mut().layer2.as_ref().is_some_and(|of| of.advertisement().is_some());
         Ok(Self {
             engine,
@@ -153,8 +162,22 @@ impl Driver {
             direct: DIRECT,
             latest: None,
             busy: None,
+            device,
+            devices,
             key,
         })
+    }
+
+    /// Uses `tun` in the place of the device at hand. Flows stay: their endpoints send again what
+    /// was lost.
+    fn set_device(&mut self, tun: OwnedFd, epoll: &Epoll) -> io::Result<()> {
+        let device = self.devices.insert(());
+        epoll.add(&tun, Token::new(DEVICE, device), Interest::Readable)?;
+        let old = std::mem::replace(&mut self.engine.host_mut().tun, tun);
+        // It is not watched any more if its link has gone.
+        let _ = epoll.remove(&old);
+        self.devices.remove(std::mem::replace(&mut self.device, device));
+        Ok(())
     }
 
     /// Has the router of an Ethernet tell of itself, if it is time.
@@ -183,7 +206,8 @@ impl Driver {
         self.latest = None;
         while frames < FRAMES_PER_READ {
             let mut buffer = self.buffers.pop().unwrap_or_else(|| vec![0; layer2::HEAD + MAX_PACKET]);
-            // An error is "nothing there", or a device whose namespace is gone, about which nothing can be done.
+            // An error is "nothing there", or a device whose link is gone, which is for the owner
+            // to replace.
             let host = self.engine.host_mut();
             let Ok(length) = rustix::io::read(&host.tun, &mut buffer[..]) else {
                 self.keep(buffer);
@@ -326,8 +350,10 @@ impl Handler for Driver {
 
     fn ready(&mut self, cx: &mut Context<'_>, token: Token, readiness: Readiness) {
         match token.tag() {
+            DEVICE if token.key() != self.device => {}
             DEVICE if readiness.is_error() => {
-                // The namespace has ended, and the device with it.
+                // Its link was deleted, or the namespace has ended. Level-triggered, it would be
+                // reported for ever.
                 let _ = cx.epoll.remove(&self.engine.host_mut().tun);
             }
             DEVICE => _ = self.read(cx.now),
@@ -344,6 +370,7 @@ impl Handler for Driver {
     fn message(&mut self, cx: &mut Context<'_>, message: Message) {
         match message {
             Message::Policy(policy) => self.engine.set_policy(*policy),
+            Message::Device(tun, done) => _ = done.send(self.set_device(tun, cx.epoll)),
             Message::Publish(publish) => self.publish(*publish),
             Message::Unpublish(id, done) => {
                 self.engine.unpublish(id);

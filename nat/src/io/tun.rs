@@ -26,6 +26,7 @@ const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNSETIFINDEX: libc::c_ulong = 0x4004_54da;
 
 /// The table that every packet's route is looked up in (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
@@ -38,6 +39,8 @@ pub const MIN_MTU: u16 = 1280;
 pub struct TunOptions {
     /// Its name.
     pub name: String,
+    /// Its interface index, which must be free; the kernel selects one if this is none.
+    pub index: Option<u32>,
     /// Bytes that fit into one packet, 1280 to 65535. 1500 is as fast as any, and what the world has.
     pub mtu: u16,
     /// Packets that the kernel keeps for us. 500, the kernel's own, loses thousands with 8 fast connections.
@@ -68,6 +71,7 @@ impl TunOptions {
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
+            index: None,
             mtu: 1500,
             queue_length: 4096,
             capabilities: Capabilities::ALL,
@@ -159,7 +163,7 @@ impl Tun {
         if options.replace && options.layer2.is_none() && netlink::has(&options.name).map_err(interface)? {
             take_away(&options.name).map_err(StartError::Device)?;
         }
-        make(&descriptor, &options.name, options.layer2.is_some()).map_err(interface)?;
+        make(&descriptor, options).map_err(interface)?;
         let capabilities = offload(&descriptor, options.capabilities).map_err(interface)?;
         netlink::configure(options).map_err(interface)?;
         Self::adopt(descriptor, options, capabilities)
@@ -180,7 +184,9 @@ fn checked(result: libc::c_int) -> io::Result<()> {
     if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn open_driver() -> io::Result<OwnedFd> {
+/// A descriptor that is attached to no device yet. Until it is, reading and writing fail
+/// (`EBADFD`).
+pub(crate) fn open_driver() -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     Ok(open("/dev/net/tun", flags, Mode::empty())?)
 }
@@ -214,15 +220,18 @@ fn hardware_address(descriptor: &OwnedFd) -> io::Result<MacAddress> {
     Ok(station)
 }
 
-fn make(descriptor: &OwnedFd, name: &str, layer2: bool) -> io::Result<()> {
-    let mut request = request(name);
+fn make(descriptor: &OwnedFd, options: &TunOptions) -> io::Result<()> {
+    let mut request = request(&options.name);
     // Exclusively: without it, a persistent device of this name would be taken over.
-    let kind = if layer2 { libc::IFF_TAP } else { libc::IFF_TUN | libc::IFF_TUN_EXCL };
+    let kind = if options.layer2.is_some() { libc::IFF_TAP } else { libc::IFF_TUN | libc::IFF_TUN_EXCL };
     let flags = kind | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     let length = crate::wire::virtio::LENGTH as libc::c_int;
     // SAFETY: each request is given what it wants: an ifreq, and a pointer to an int.
     unsafe {
+        if let Some(index) = &options.index {
+            checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFINDEX as _, &raw const *index))?;
+        }
         checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFF as _, &raw mut request))?;
         checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETVNETHDRSZ as _, &raw const length))
     }

@@ -1,6 +1,6 @@
 //! What one namespace has, as the kernel tells it.
 
-use super::messages::{first_of_others, is_default, is_to, leads, link_of, rule_of, table};
+use super::messages::{first_of_others, is_default, is_to, is_v6, leads, link_of, rule_of, table};
 use super::{Kernel, MAIN, error, is_without_ipv6};
 use crate::{DefaultRoute, Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
@@ -227,6 +227,16 @@ impl Here {
                     is_default(route) && table(route) == *of && leads(route, link.index, *gateway)
                 })
             }),
+            Fact::EngineDevice { link } => {
+                self.link(link).is_some_and(|link| kernel.is_engine_device(link.index))
+            }
+            Fact::EngineRoute { link, table: of, v6 } => self.link(link).is_some_and(|link| {
+                self.replies.iter().any(|route| {
+                    is_v6(route) == *v6
+                        && table(route) == *of
+                        && route.attributes.contains(&RouteAttribute::Oif(link.index))
+                })
+            }),
             // Those are no matters of links: `Kernel::observe`.
             Fact::Gate { .. }
             | Fact::InternalGuard { .. }
@@ -271,7 +281,7 @@ impl Here {
     }
 
     fn hops(&self, route: &RouteMessage) -> Vec<DefaultRoute> {
-        let v6 = route.header.address_family == AddressFamily::Inet6;
+        let v6 = is_v6(route);
         let of = |index: u32, attributes: &[RouteAttribute], shared: bool| {
             let gateway = attributes.iter().find_map(|attribute| match attribute {
                 RouteAttribute::Gateway(RouteAddress::Inet(ip)) => Some(IpAddr::from(*ip)),

@@ -95,6 +95,10 @@ pub(super) fn leads(route: &RouteMessage, by: u32, to: IpAddr) -> bool {
         && route.attributes.contains(&RouteAttribute::Gateway(to))
 }
 
+pub(super) fn is_v6(route: &RouteMessage) -> bool {
+    route.header.address_family == AddressFamily::Inet6
+}
+
 /// Whether `route` leads to `net`, which is on the link numbered `by`.
 pub(super) fn is_to(route: &RouteMessage, by: u32, net: IpNet) -> bool {
     let to = match net.network() {
@@ -147,7 +151,22 @@ pub(super) fn default_route(by: u32, gateway: IpAddr) -> RouteMessage {
 
 /// The same in the table `table`.
 pub(super) fn reply_route(by: u32, gateway: IpAddr, table: u32) -> RouteMessage {
-    let mut route = default_route(by, gateway);
+    in_table(default_route(by, gateway), table)
+}
+
+/// A default route to a device that needs no next hop.
+pub(super) fn engine_route(by: u32, v6: bool, table: u32) -> RouteMessage {
+    let protocol = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
+    let route = if v6 {
+        RouteMessageBuilder::<Ipv6Addr>::new().output_interface(by).protocol(protocol).build()
+    } else {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new().output_interface(by);
+        route.scope(RouteScope::Link).protocol(protocol).build()
+    };
+    in_table(route, table)
+}
+
+fn in_table(mut route: RouteMessage, table: u32) -> RouteMessage {
     // What has no room in the header is in the attribute alone (`RT_TABLE_UNSPEC`).
     route.header.table = 0;
     route.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Table(_)));
