@@ -60,6 +60,14 @@ impl Bed {
         Self::start(scene, command, FILE, flags, |scene, _| scene.net.host.clone())
     }
 
+    /// With further `services` after the box.
+    fn with_services(services: &str, flags: &[&str]) -> Self {
+        let scene = Scene::new();
+        let command = scene.tidegate();
+        let file = format!("{FILE}{services}");
+        Self::start(scene, command, &file, flags, |scene, _| scene.net.host.clone())
+    }
+
     fn rootless() -> Self {
         let scene = Scene::new().with_open_tun();
         let command = scene.tidegate_as_nobody();
@@ -358,6 +366,45 @@ fn without_the_device_of_the_engine_everything_else_is_restored() {
     bed.networks.ip(&["link", "del", &tun]);
     assert!(eventually(SOON, || bed.count("tun") == counted + 1), "{}", bed.up.output());
     assert!(eventually(SOON, || bed.carries_traffic(Duration::from_secs(1))), "{}", bed.up.output());
+}
+
+/// Of a container that has ended nothing is restored, while others are.
+#[test]
+fn a_container_that_has_ended_is_not_repaired() {
+    let bed = Bed::with_services(
+        r#"
+  brief:
+    command: [ sh, -c, "until [ -e DIRECTORY/end ]; do sleep 0.05; done" ]
+    networks: { home: { ipv4_address: 10.83.1.3 } }
+"#,
+        &["--firewall=none"],
+    );
+    let brief = service_namespace(&bed.up, "brief");
+    let has = |namespace: &Namespace, address| namespace.ip(&["addr", "show", "eth0"]).contains(address);
+    let remove = |namespace: &Namespace, address| namespace.ip(&["addr", "del", address, "dev", "eth0"]);
+    remove(&brief, "10.83.1.3/24");
+    assert!(eventually(SOON, || has(&brief, "10.83.1.3")), "as long as it runs");
+    fs::write(bed.scene.directory.path().join("end"), "").unwrap();
+    let status = || {
+        let mut ps = bed.scene.tidegate();
+        String::from_utf8(ps.args(["ps", "--json"]).output().unwrap().stdout).unwrap()
+    };
+    assert!(eventually(SOON, || status().contains("ended")), "{}", status());
+    assert!(eventually(SOON, || bed.count("address") == 1));
+    remove(&brief, "10.83.1.3/24");
+    brief.ip(&["link", "set", "lo", "down"]);
+    for _ in 0..2 {
+        std::thread::sleep(Duration::from_secs(1));
+        remove(&bed.boxed, "10.83.1.2/24");
+        assert!(eventually(SOON, || has(&bed.boxed, "10.83.1.2")), "{}", bed.up.output());
+    }
+    assert!(!has(&brief, "10.83.1.3"), "{}", bed.up.output());
+    brief.ip(&["link", "del", "eth0"]);
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(!brief.ip(&["-o", "link"]).contains("eth0"), "{}", bed.up.output());
+    assert!(eventually(SOON, || bed.count("address") == 3), "{}", bed.up.output());
+    assert_eq!(bed.count("veth"), 0);
+    assert!(!bed.up.output().contains("not restored"), "{}", bed.up.output());
 }
 
 #[test]
