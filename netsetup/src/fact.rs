@@ -299,6 +299,15 @@ impl Fact {
         }
     }
 
+    /// Whether the kernel makes it true by itself, with something else, and unmakes it.
+    pub(crate) fn is_derived(&self) -> bool {
+        match self {
+            Self::SubnetRoute { .. } => true,
+            Self::Address { address, .. } => address.addr().is_loopback(),
+            _ => false,
+        }
+    }
+
     /// Whether it is no failure to restore it where it, or something in its place, is there already.
     pub(crate) fn may_exist(&self) -> bool {
         matches!(self, Self::Address { .. } | Self::SubnetRoute { .. } | Self::DefaultRoute { .. })

@@ -23,7 +23,7 @@ use tidegate_netns::{Namespace, interface_index};
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
-use look::Here;
+use look::{Depth, Here, Link};
 use messages::{default_route, engine_route, group, link_of, message_of, reply_route, subnet_route};
 
 /// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
@@ -57,6 +57,19 @@ pub struct Kernel {
     internal: BTreeMap<Vec<IpNet>, InternalGuard>,
     endpoints: BTreeMap<String, Namespace>,
     connections: BTreeMap<Place, Connection>,
+}
+
+/// Where the endpoint's end of a veth pair is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Where it belongs, under its name.
+    InPlace,
+    /// Nowhere, or under another name, which is free.
+    Missing,
+    /// Where it belongs, under this number, but the host's end is not.
+    Stray(u32),
+    /// Another link has its name.
+    Replaced,
 }
 
 /// A routing socket in one namespace, and what is known of its links.
@@ -171,14 +184,25 @@ impl Kernel {
     /// # Errors
     /// The first question that the kernel did not answer. An endpoint that is not known has nothing.
     pub async fn observe(&mut self, asked: &[Fact]) -> Result<Observed, KernelError> {
-        self.observe_at(&Place::Host, asked).await
+        self.observe_at(&Place::Host, asked, Depth::All).await
     }
 
-    /// The same of the places that `asked` is about, and of `place` whether it is among them or not.
-    pub(crate) async fn observe_at(
+    /// The same of `place` and of the places that `asked` is about, without the addresses and
+    /// routes of endpoints, none of which is found: the time that it takes does not depend on how
+    /// many there are.
+    pub(crate) async fn observe_links(
         &mut self,
         place: &Place,
         asked: &[Fact],
+    ) -> Result<Observed, KernelError> {
+        self.observe_at(place, asked, Depth::Links).await
+    }
+
+    async fn observe_at(
+        &mut self,
+        place: &Place,
+        asked: &[Fact],
+        depth: Depth,
     ) -> Result<Observed, KernelError> {
         let mut observed = Observed::default();
         let mut by_place: BTreeMap<&Place, Vec<&Fact>> = BTreeMap::from([(place, Vec::new())]);
@@ -187,7 +211,7 @@ impl Kernel {
         }
         by_place.retain(|place, _| self.namespace(place).is_ok());
         for (place, asked) in by_place {
-            let here = Here::look(self, place, &asked).await?;
+            let here = Here::look(self, place, &asked, depth).await?;
             let links = here.links.values().map(|link| (link.name.clone(), link.mac)).collect();
             observed.links.insert(place.clone(), links);
             if *place == Place::Host {
@@ -224,6 +248,45 @@ impl Kernel {
             }
         }
         Ok(observed)
+    }
+
+    /// Where the other end of the veth pair `fact` is.
+    ///
+    /// An endpoint's root can give its links any name and hardware address. So the end is the link
+    /// that the host's end says is its peer, and that says so of the host's end.
+    pub(crate) async fn find_end(&mut self, fact: &Fact) -> Result<End, KernelError> {
+        let Fact::Veth { interface, endpoint, inside, .. } = fact else { return Ok(End::Missing) };
+        let place = Place::Endpoint(endpoint.clone());
+        let failed = |source| KernelError { what: format!("look for {fact}"), source };
+        let host = self.host().map_err(failed)?;
+        let Some(host) = link_named(&host, &interface.name).await.map_err(failed)? else {
+            let handle = self.handle(&place).map_err(failed)?;
+            let link = link_named(&handle, &inside.name).await.map_err(failed)?;
+            // Its host's end was renamed or moved elsewhere.
+            return Ok(match link {
+                None => End::Missing,
+                Some(link) if link.peer.is_some() && link.mac == Some(inside.mac) => End::Stray(link.index),
+                Some(_) => End::Replaced,
+            });
+        };
+        let handle = self.handle(&place).map_err(failed)?;
+        let link = link_named(&handle, &inside.name).await.map_err(failed)?;
+        Ok(match link {
+            None => End::Missing,
+            Some(link) if host.peer == Some(link.index) && link.peer == Some(host.index) => End::InPlace,
+            Some(_) => End::Replaced,
+        })
+    }
+
+    /// Deletes the link numbered `index` in the namespace of the endpoint `name`.
+    pub(crate) async fn delete_end(&mut self, name: &str, index: u32) -> Result<(), KernelError> {
+        let what = || format!("remove the stray end of a veth pair in endpoint {name:?}");
+        let handle = self.handle(&Place::Endpoint(name.to_owned()));
+        let handle = handle.map_err(|source| KernelError { what: what(), source })?;
+        match handle.link().del(index).execute().await.map_err(error) {
+            Err(error) if is_absent(&error) => Ok(()),
+            result => result.map_err(|source| KernelError { what: what(), source }),
+        }
     }
 
     /// The links of a host that forwards for nobody by which answers to containers may come.
@@ -708,6 +771,15 @@ impl Kernel {
         let index = message.ok_or_else(|| io::Error::from_raw_os_error(NO_DEVICE))?.header.index;
         connection.indexes.insert(link.to_owned(), index);
         Ok(index)
+    }
+}
+
+/// The link that has the name `name`, or the alternative name.
+async fn link_named(handle: &Handle, name: &str) -> io::Result<Option<Link>> {
+    let found = handle.link().get().match_name(name.to_owned()).execute().try_next().await;
+    match found.map_err(error) {
+        Err(error) if is_absent(&error) => Ok(None),
+        found => Ok(found?.as_ref().map(link_of)),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Plan, apply, verify, and take it all back.
 
+use crate::kernel::End;
 use crate::plan::{check_links, plan_again, removals};
 use crate::repair::{causes, with_derived};
 use crate::{
@@ -139,10 +140,10 @@ impl Setup {
             }
         }
         for name in endpoints {
-            match self.repair_endpoint(desired, name, unplugged.contains(name)).await {
-                Ok(restored) => repaired.restored.extend(restored),
-                Err(error) => repaired.failed.push((Some(name.clone()), error)),
-            }
+            let result = self.repair_endpoint(desired, name, unplugged.contains(name)).await;
+            let (restored, failed) = result.unwrap_or_else(|error| (Vec::new(), Some(error)));
+            repaired.restored.extend(restored);
+            repaired.failed.extend(failed.map(|error| (Some(name.clone()), error)));
         }
         repaired.restored = causes(std::mem::take(&mut repaired.restored));
         repaired.unplugged = unplugged.difference(endpoints).cloned().collect();
@@ -188,31 +189,50 @@ impl Setup {
         Ok((restored, failed, unplugged))
     }
 
-    /// Restores what is in the namespace of the endpoint `name`, and its veth pairs. It is known to be `unplugged`, or
-    /// that is found out.
+    /// Restores what is in the namespace of the endpoint `name`, and its veth pairs. It is known to
+    /// be `unplugged`, or that is found out. A link that the endpoint has made under the name of
+    /// one of its own is left alone; what belongs on that cannot be restored.
+    ///
+    /// What is there is found by adding it: processes of an endpoint can make listing it take as
+    /// long as they like.
     async fn repair_endpoint(
         &mut self,
         desired: &Desired,
         name: &str,
         unplugged: bool,
-    ) -> Result<Vec<Fact>, SetupError> {
-        let part = desired.with_endpoints(&BTreeSet::from([name.to_owned()]));
+    ) -> Result<(Vec<Fact>, Option<SetupError>), SetupError> {
+        let mut part = desired.with_endpoints(&BTreeSet::from([name.to_owned()]));
         let place = Place::Endpoint(name.to_owned());
+        let pairs: Vec<Fact> = part.facts(&*self.isolation).into_iter().filter(Fact::is_link).collect();
+        let (mut lost, mut taken) = (Vec::new(), None);
+        for pair in pairs {
+            let Fact::Veth { inside, .. } = &pair else { continue };
+            match self.kernel.find_end(&pair).await? {
+                End::InPlace => {}
+                End::Missing => lost.push(pair),
+                End::Stray(index) => {
+                    self.kernel.delete_end(name, index).await?;
+                    lost.push(pair);
+                }
+                End::Replaced => {
+                    for endpoint in &mut part.endpoints {
+                        endpoint.attachments.retain(|one| one.inside.name != inside.name);
+                    }
+                    let name = inside.name.clone();
+                    taken = Some(ConflictError::NameTaken { place: place.clone(), name });
+                }
+            }
+        }
         let mut facts = with_derived(part.facts(&*self.isolation));
         let inside: Vec<Fact> = facts
             .iter()
             .filter(|fact| fact.is_of_endpoint(name) && !fact.is_of_the_host())
             .cloned()
             .collect();
-        let mut observed = self.kernel.observe_at(&place, &inside).await?;
-        let links = observed.links.get(&place).cloned().unwrap_or_default();
-        let lost =
-            |fact: &Fact| matches!(fact, Fact::Veth { inside, .. } if !links.contains_key(&inside.name));
         facts.retain(|fact| fact.is_of_endpoint(name) || is_on_pair_of(&part, fact));
-        let lost: Vec<Fact> = facts.iter().filter(|fact| lost(fact)).cloned().collect();
         let mut world;
         if unplugged || !lost.is_empty() {
-            observed = self.kernel.observe(&facts).await?;
+            let observed = self.kernel.observe_links(&place, &facts).await?;
             check_links(&part, &observed)?;
             world = World::new(observed.facts);
             // The other end may have been renamed, or moved elsewhere: then the pair is made anew.
@@ -220,26 +240,24 @@ impl Setup {
             self.carry_out(&left).await?;
             left.iter().for_each(|op| world.execute(op));
         } else {
-            world = World::new(observed.facts);
+            world = World::new(self.kernel.observe_links(&place, &inside).await?.facts);
             facts = inside;
         }
         let ops: Vec<Op> = facts.into_iter().filter(|fact| !world.holds(fact)).map(Op::Add).collect();
         let (restored, failed) = self.restore(&ops).await?;
-        match failed {
-            // What was restored is so; it will be looked for again.
-            Some(error) => Err(error),
-            None => Ok(restored),
-        }
+        Ok((restored, failed.or_else(|| taken.map(SetupError::from))))
     }
 
-    /// Carries `ops`, which add facts, out. Returns the facts that were not true before, and the first failure. The journal
-    /// has each fact once, however often it is restored.
+    /// Carries `ops`, which add facts, out. Returns the facts that were not true before, and the
+    /// first failure. The journal has each fact once, however often it is restored, and none that
+    /// the kernel makes true by itself.
     async fn restore(&mut self, ops: &[Op]) -> Result<(Vec<Fact>, Option<SetupError>), SetupError> {
         if ops.is_empty() {
             return Ok((Vec::new(), None));
         }
         let known: BTreeSet<&Fact> = self.journal.facts().iter().collect();
-        let new: Vec<Op> = ops.iter().filter(|op| !known.contains(op.fact())).cloned().collect();
+        let is_new = |fact: &Fact| !known.contains(fact) && !fact.is_derived();
+        let new: Vec<Op> = ops.iter().filter(|op| is_new(op.fact())).cloned().collect();
         if !new.is_empty() {
             self.journal.before(&new)?;
         }

@@ -4,7 +4,7 @@ use super::matrix::peer_as_seen;
 use super::scene::{Scene, rootless_namespace, service_namespace};
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tidegate_testbed::server::{PeerServer, Source};
 use tidegate_testbed::transfer::{self, Transfer};
@@ -405,6 +405,77 @@ fn a_container_that_has_ended_is_not_repaired() {
     assert!(eventually(SOON, || bed.count("address") == 3), "{}", bed.up.output());
     assert_eq!(bed.count("veth"), 0);
     assert!(!bed.up.output().contains("not restored"), "{}", bed.up.output());
+}
+
+/// A link that a container's root makes under the name of its veth end gets nothing of what belongs
+/// to that.
+#[test]
+fn a_link_in_the_place_of_a_veth_end_is_left_alone() {
+    let bed = Bed::new(&["--firewall=none"]);
+    let replace = "ip link set eth0 name real; ip link add eth0 type bridge; ip link set eth0 up";
+    assert!(bed.run(Inside, replace));
+    bed.up.wait_for_line("not restored", SOON);
+    std::thread::sleep(Duration::from_secs(2));
+    let shown = bed.boxed.ip(&["addr", "show", "eth0"]);
+    assert!(!shown.contains("10.83.1.2") && !shown.contains("fd83:1::2"), "{shown}");
+    let log = bed.up.output();
+    assert_eq!(log.matches("not restored").count(), 1, "{log}");
+    let counted = bed.count("veth");
+    assert!(bed.run(Inside, "ip link del eth0"));
+    assert!(eventually(SOON * 4, || bed.carries_traffic(Duration::from_secs(1))), "{}", bed.up.output());
+    assert!(eventually(SOON * 4, || bed.count("veth") == counted + 1), "{}", bed.up.output());
+    assert!(!bed.boxed.ip(&["-o", "link"]).contains("real"), "the pair is a new one");
+}
+
+/// Root in a container can make routes without end: that delays no repair of others, and no order
+/// of the API.
+#[test]
+fn routes_of_a_container_delay_nothing_for_others() {
+    const ROUTES: u32 = 20_000;
+    let bed = Bed::with_services(
+        r#"
+  noisy:
+    command: [ sleep, "600" ]
+    networks: { home: { ipv4_address: 10.83.1.3, ipv6_address: "fd83:1::3" } }
+"#,
+        &["--firewall=none"],
+    );
+    let noisy = service_namespace(&bed.up, "noisy");
+    noisy.ip_all("link add more type bridge\nlink set more up");
+    let routes = bed.scene.directory.path().join("routes");
+    let lines =
+        (0..ROUTES).map(|at| format!("route add 11.{}.{}.0/24 dev more proto kernel\n", at / 256, at % 256));
+    fs::write(&routes, lines.collect::<String>()).unwrap();
+    let routes = routes.to_str().unwrap();
+    noisy.ip(&["-batch", routes]);
+    // Each is a reason to look at the namespace, where the addresses of the container itself are
+    // taken away as well.
+    let changes = "while :; do ip route del 11.0.0.0/24; ip route add 11.0.0.0/24 dev more proto kernel; \
+                   ip addr del 10.83.1.3/24 dev eth0; done 2>/dev/null";
+    let mut changes = noisy.command("sh").args(["-c", changes]).stdout(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    let mut times = Vec::new();
+    for _ in 0..5 {
+        let removed = Instant::now();
+        bed.boxed.ip(&["addr", "del", "10.83.1.2/24", "dev", "eth0"]);
+        let is_back = || bed.boxed.ip(&["addr", "show", "eth0"]).contains("10.83.1.2");
+        assert!(eventually(SOON, is_back), "{}", bed.up.output());
+        times.push(removed.elapsed());
+        let asked = Instant::now();
+        let mut curl = bed.scene.net.host.command("curl");
+        curl.args(["-sS", "--max-time", "5", "-X", "PUT", "--unix-socket"]).arg(bed.scene.socket());
+        curl.args(["-H", "content-type: application/json", "-d", r#"{"netns":"/nowhere"}"#]);
+        let answer = curl.arg("http://localhost/v1/endpoints/box/namespace").output().unwrap();
+        assert!(answer.status.success());
+        eprintln!("restored in {:?}, order answered in {:?}", times[times.len() - 1], asked.elapsed());
+        assert!(asked.elapsed() < BOUND);
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    changes.kill().unwrap();
+    changes.wait().unwrap();
+    times.sort_unstable();
+    assert!(times[2] < Duration::from_secs(1), "{times:?}");
+    assert!(times[4] < BOUND, "{times:?}");
 }
 
 #[test]

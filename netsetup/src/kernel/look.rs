@@ -21,6 +21,8 @@ pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) mac: Option<Mac>,
+    /// Of a veth pair in two namespaces, the number of the other end in its namespace.
+    pub(super) peer: Option<u32>,
     pub(super) mtu: u32,
     pub(super) up: bool,
     pub(super) controller: Option<u32>,
@@ -52,25 +54,54 @@ pub(super) struct Here {
     stations: BTreeSet<(u32, Mac)>,
 }
 
-/// Routes that are looked at in one place. Where there are more, one that is not found is added, which the kernel
-/// answers with `EEXIST`.
-const MOST_ROUTES: usize = 65_536;
+/// How much is asked of the namespace of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Depth {
+    /// Links by name, and what is told with them. Addresses and routes are not listed, so that the
+    /// time does not depend on how many there are: none of them counts as true, and the kernel
+    /// answers `EEXIST` when one that is there is added.
+    Links,
+    /// Addresses and routes too.
+    All,
+}
+
+/// Addresses and routes that are looked at in one place. Further ones are taken not to be there.
+const MOST: usize = 65_536;
 
 impl Here {
-    /// Asks for links, and for the rest as far as `asked` makes it necessary: there may be thousands of endpoints. Of the host all
-    /// is of interest.
+    /// Asks for links, and for the rest as far as `asked` makes it necessary: there may be
+    /// thousands of endpoints. Of the host all is of interest, of an endpoint the links that
+    /// `asked` is about: its processes may make as many of their own as they like.
     pub(super) async fn look(
         kernel: &mut Kernel,
         place: &Place,
         asked: &[&Fact],
+        depth: Depth,
     ) -> Result<Self, KernelError> {
         let failed = |what: &'static str| {
             move |source| KernelError { what: format!("list the {what} of {place}"), source: error(source) }
         };
         let handle = kernel.connection(place)?.handle.clone();
-        let links: Vec<LinkMessage> =
-            handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
-        let links: BTreeMap<u32, Link> = links.iter().map(link_of).map(|link| (link.index, link)).collect();
+        let host = *place == Place::Host;
+        let links = if host {
+            let links: Vec<LinkMessage> =
+                handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
+            links.iter().map(link_of).map(|link| (link.index, link)).collect()
+        } else {
+            let mut links = BTreeMap::new();
+            let names: BTreeSet<&str> =
+                asked.iter().flat_map(|fact| fact.on()).map(|(_, name)| name).collect();
+            for name in names {
+                let link = super::link_named(&handle, name).await;
+                let link = link.map_err(|source| KernelError {
+                    what: format!("look for {name:?} of {place}"),
+                    source,
+                })?;
+                links.extend(link.map(|link| (link.index, link)));
+            }
+            links
+        };
+        let depth = if host { Depth::All } else { depth };
         let indexes = links.values().map(|link| (link.name.clone(), link.index)).collect();
         let mut here = Self {
             links,
@@ -83,10 +114,16 @@ impl Here {
             replies: Vec::new(),
             rules: Vec::new(),
         };
-        let host = *place == Place::Host;
-        if host || asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact)) {
+        let mut is_cut_short = false;
+        let has_addresses =
+            || asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact));
+        if host || depth == Depth::All && has_addresses() {
             let mut listed = handle.address().get().execute();
             while let Some(message) = listed.try_next().await.map_err(failed("addresses"))? {
+                if !host && here.addresses.len() >= MOST {
+                    is_cut_short = true;
+                    break;
+                }
                 // On a point-to-point link `IFA_ADDRESS` is the peer's; `IFA_LOCAL` is there on IPv4 only.
                 let mut address = None;
                 for attribute in message.attributes {
@@ -110,13 +147,20 @@ impl Here {
                 Fact::SubnetRoute { address, .. } => address.addr().is_ipv6() == v6,
                 _ => false,
             };
-            if host || asked.iter().any(|fact| is_route(fact) && here.has_links_of(fact)) {
+            let has_routes = || asked.iter().any(|fact| is_route(fact) && here.has_links_of(fact));
+            if host || depth == Depth::All && has_routes() {
                 let ours = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
                 let mut listed = handle.route().get(any).execute();
+                let mut read = 0;
                 // One by one: a container may have as many routes as it likes.
                 while let Some(route) = listed.try_next().await.map_err(failed("routes"))? {
+                    read += 1;
+                    if read > MOST && !host {
+                        is_cut_short = true;
+                        break;
+                    }
                     if table(&route) == MAIN {
-                        if here.routes.len() < MOST_ROUTES {
+                        if here.routes.len() < MOST {
                             here.routes.push(route);
                         }
                     } else if host && is_default(&route) {
@@ -129,6 +173,10 @@ impl Here {
                     }
                 }
             }
+        }
+        if is_cut_short && !host {
+            // The rest would be read to its end otherwise.
+            kernel.connections.remove(place);
         }
         if host {
             for version in [IpVersion::V4, IpVersion::V6] {

@@ -21,6 +21,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         index: message.header.index,
         name: String::new(),
         mac: None,
+        peer: None,
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
         controller: None,
@@ -31,8 +32,11 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         learns: false,
         without_ipv6: None,
     };
+    let is_elsewhere =
+        message.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::LinkNetNsId(_)));
     for attribute in &message.attributes {
         match attribute {
+            LinkAttribute::Link(peer) => link.peer = Some(*peer).filter(|_| is_elsewhere),
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Address(bytes) => link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
