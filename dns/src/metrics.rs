@@ -11,7 +11,7 @@ use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tidegate_model::registry;
+use tidegate_model::{LogInterval, registry};
 
 /// The types of questions that are told apart.
 const KINDS: [(u16, &str); 9] = [
@@ -339,13 +339,8 @@ pub(crate) struct ProcessMetrics {
     /// Datagrams that answer no question.
     mismatches: [Counter; Mismatch::ALL.len()],
     refused: [Counter; Overload::ALL.len()],
-    started: Instant,
-    /// When the log last told of each, in seconds from a second before the start; 0 for never.
-    told: [AtomicU64; Overload::ALL.len()],
+    logs: [LogInterval; Overload::ALL.len()],
 }
-
-/// Seconds between two lines of the log about one limit.
-const QUIET: u64 = 60;
 
 impl ProcessMetrics {
     pub(crate) fn new() -> Self {
@@ -384,8 +379,7 @@ impl ProcessMetrics {
             unusual: counter!(UNUSUAL),
             mismatches: Mismatch::ALL.map(|reason| counter!(MISMATCHES, "reason" => reason.as_str())),
             refused: Overload::ALL.map(|reason| counter!(REFUSED, "reason" => reason.as_str())),
-            started: Instant::now(),
-            told: Default::default(),
+            logs: Default::default(),
         }
     }
 
@@ -397,11 +391,7 @@ impl ProcessMetrics {
     /// Counts it, and says so now and then. `asker` is who yielded, or was refused.
     pub(crate) fn refused(&self, reason: Overload, asker: Option<&Asker>) {
         self.refused[reason as usize].increment(1);
-        let now = self.started.elapsed().as_secs() + 1;
-        let last = &self.told[reason as usize];
-        let before = last.load(Ordering::Relaxed);
-        let is_due = before == 0 || now >= before + QUIET;
-        if is_due && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+        if self.logs[reason as usize].is_due(Instant::now()) {
             let (endpoint, network) = (asker.and_then(Asker::endpoint), asker.and_then(Asker::network));
             tracing::warn!(
                 reason = reason.as_str(),

@@ -13,6 +13,7 @@
 //! | [`Ingress`] | by which interface, and to which address, a client came |
 //! | [`share_of`], [`may_take`], [`Ranking`] | whose share of a limit a client's address counts to, how much a holder may take, who holds most |
 //! | [`Histogram`] | how often something took how long |
+//! | [`LogInterval`] | whether the log tells of an event that repeats itself |
 //! | [`CidrSet`] | whether an address is in an allow-list |
 //! | [`Feature`] | what a kernel may not have, or be taken not to have |
 //! | [`registry`] | what tidegate claims on the host, and whom it avoids |
@@ -24,6 +25,7 @@ mod flow_key;
 pub mod fuzz;
 mod histogram;
 mod ingress;
+mod log_interval;
 mod port_mapping;
 mod protocol;
 pub mod registry;
@@ -34,6 +36,7 @@ pub use feature::{Feature, LACKS};
 pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};
 pub use histogram::{Histogram, HistogramReading};
 pub use ingress::Ingress;
+pub use log_interval::LogInterval;
 pub use port_mapping::{
     HostPort, HostPorts, OverlapError, PortMapping, PortRange, PortSide, PortSpec, PortSpecError,
     PortSpecProblem, host_addresses, overlap,

@@ -17,15 +17,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use tidegate_model::Protocol;
+use tidegate_model::{LogInterval, Protocol};
 use tidegate_reactor::{Descriptors, EventLoop, Permit, Sender};
 
 /// How often a draining engine looks whether everything has ended.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
-/// How often the log says that accepting pauses, and that a limit is reached.
+/// How often the log says that accepting pauses.
 const PAUSE_LOG: Duration = Duration::from_secs(1);
-const LIMIT_LOG: Duration = Duration::from_secs(60);
 
 /// Descriptors that a loop needs for itself at a limit: for a client that is being accepted, and for one that
 /// waits.
@@ -41,9 +40,9 @@ pub(crate) struct Shared {
     /// Whether TCP ports of more than one number are published.
     pub(crate) several_ports: AtomicBool,
     pub(crate) metrics: ProcessMetrics,
-    pub(crate) pause_log: Seldom,
-    limit_logs: [Seldom; Refusal::ALL.len()],
-    budget_log: Seldom,
+    pub(crate) pause_log: LogInterval,
+    limit_logs: [LogInterval; Refusal::ALL.len()],
+    budget_log: LogInterval,
     pub(crate) reflection: Reflection,
     /// What every thread does first.
     prepare: Prepare,
@@ -154,28 +153,6 @@ impl Shared {
     }
 }
 
-/// Lets a log line through now and then.
-#[derive(Debug)]
-pub(crate) struct Seldom {
-    every: Duration,
-    last: Mutex<Option<Instant>>,
-}
-
-impl Seldom {
-    fn new(every: Duration) -> Self {
-        Self { every, last: Mutex::default() }
-    }
-
-    pub(crate) fn is_due(&self, now: Instant) -> bool {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = last.is_none_or(|last| now >= last + self.every);
-        if due {
-            *last = Some(now);
-        }
-        due
-    }
-}
-
 /// A published port, as its owner holds it. Dropping it changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PublishedPort(u64);
@@ -257,9 +234,9 @@ impl Engine {
             })),
             several_ports: AtomicBool::new(false),
             metrics: ProcessMetrics::new(),
-            pause_log: Seldom::new(PAUSE_LOG),
-            limit_logs: std::array::from_fn(|_| Seldom::new(LIMIT_LOG)),
-            budget_log: Seldom::new(LIMIT_LOG),
+            pause_log: LogInterval::new(PAUSE_LOG),
+            limit_logs: std::array::from_fn(|_| LogInterval::default()),
+            budget_log: LogInterval::default(),
             reflection: Reflection::default(),
             prepare: Box::new(prepare),
             loops: Mutex::new((0..workers).map(|_| None).collect()),

@@ -14,7 +14,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tidegate_model::{Ingress, canonical, share_of};
+use tidegate_model::{Ingress, LogInterval, canonical, share_of};
 use tidegate_netns::LocalPeers;
 use tidegate_proxy::GatewayAcl;
 use tidegate_reactor::stream_ingress;
@@ -30,9 +30,6 @@ const ACCEPTED_AT_A_TIME: usize = 16;
 
 /// How long nobody is accepted after that has failed: descriptors come back.
 const REST: Duration = Duration::from_millis(100);
-
-/// The least time between two log lines about one limit.
-const QUIET: Duration = Duration::from_secs(60);
 
 /// What is read at most of what a client sends behind its request, in bytes.
 const LEFT_OVER: usize = 64 << 10;
@@ -77,11 +74,11 @@ struct Shared {
     answered: BTreeMap<Id, Arc<TcpStream>>,
 }
 
-/// What the listener counts, and when each limit was last logged.
+/// What the listener counts, and how often each limit is logged.
 struct Counts {
     clients: Gauge,
     refused: [Counter; Refusal::ALL.len()],
-    told: [Option<Instant>; Refusal::ALL.len()],
+    logs: [LogInterval; Refusal::ALL.len()],
 }
 
 /// The listener with its clients.
@@ -287,21 +284,18 @@ impl Counts {
         Self {
             clients: gauge!(CLIENTS),
             refused: Refusal::ALL.map(|reason| counter!(REFUSED, "reason" => reason.as_str())),
-            told: Default::default(),
+            logs: Default::default(),
         }
     }
 
     /// Counts it, and says so now and then. `largest` is who holds most.
-    fn refused(&mut self, reason: Refusal, largest: Option<Holder>) {
+    fn refused(&self, reason: Refusal, largest: Option<Holder>) {
         self.refused[reason as usize].increment(1);
         // One that is slow is no limit.
         if reason == Refusal::Timeout {
             return;
         }
-        let now = Instant::now();
-        let told = &mut self.told[reason as usize];
-        if told.is_none_or(|told| now.saturating_duration_since(told) >= QUIET) {
-            *told = Some(now);
+        if self.logs[reason as usize].is_due(Instant::now()) {
             let largest = largest.map(|largest| largest.to_string());
             tracing::warn!(reason = reason.as_str(), largest, "limit of metrics clients reached");
         }

@@ -50,10 +50,8 @@ use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_model::LogInterval;
 use tidegate_reactor::{Arena, Key, Timers, Token};
-
-/// Limits that are hit are complained about this often at most.
-const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Flows that are worked on in one turn. More would delay the packets behind them.
 const FLOWS_PER_TURN: usize = 64;
@@ -127,8 +125,7 @@ pub struct Engine<H: Host> {
     latest: Instant,
     /// When the largest shares are to be looked for; `None` as long as they cannot have changed.
     measure_at: Option<Instant>,
-    /// When a limit was last complained about.
-    warned: Option<Instant>,
+    limit_log: LogInterval,
     /// SYNs refused so far.
     refused_syns: u32,
     /// The published ports, and what they are known by.
@@ -164,7 +161,7 @@ impl<H: Host> Engine<H> {
             admission: None,
             latest: now,
             measure_at: None,
-            warned: None,
+            limit_log: LogInterval::default(),
             refused_syns: 0,
             ports: Arena::new(),
             ports_by_id: BTreeMap::new(),
@@ -450,10 +447,9 @@ impl<H: Host> Engine<H> {
 
     /// Logs that a limit was reached, once a minute at most.
     fn warn(&mut self, limit: &str, source: Option<IpAddr>, now: Instant) {
-        if self.warned.is_some_and(|warned| now.saturating_duration_since(warned) < WARNING_INTERVAL) {
+        if !self.limit_log.is_due(now) {
             return;
         }
-        self.warned = Some(now);
         let flows = self.flows.len();
         let (largest, held) = self.flows.largest_holder().unzip();
         let endpoint = source.map(|ip| ip.to_string()).unwrap_or_default();

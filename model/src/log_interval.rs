@@ -1,0 +1,47 @@
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Limits how often the log tells of an event that repeats itself, such as a limit that is reached.
+#[derive(Debug)]
+pub struct LogInterval {
+    every: Duration,
+    last: Mutex<Option<Instant>>,
+}
+
+impl LogInterval {
+    /// Lets one event through in `every`.
+    #[must_use]
+    pub const fn new(every: Duration) -> Self {
+        Self { every, last: Mutex::new(None) }
+    }
+
+    /// Whether an event at `now` is to be logged: it is the first, or the last one that was logged is long enough ago.
+    pub fn is_due(&self, now: Instant) -> bool {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = last.is_none_or(|last| now.saturating_duration_since(last) >= self.every);
+        if is_due {
+            *last = Some(now);
+        }
+        is_due
+    }
+}
+
+/// Once a minute.
+impl Default for LogInterval {
+    fn default() -> Self {
+        Self::new(Duration::from_secs(60))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_event_in_each_interval_is_due() {
+        let (interval, start) = (LogInterval::default(), Instant::now());
+        let due = |seconds| interval.is_due(start + Duration::from_secs(seconds));
+        assert_eq!([0, 1, 59, 60, 61, 200, 201].map(due), [true, false, false, true, false, true, false]);
+        assert!(!due(100), "before the last one");
+    }
+}
