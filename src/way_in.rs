@@ -88,7 +88,6 @@ impl CarriedPort {
         for reason in DropReason::ALL {
             let as_told = match reason {
                 DropReason::ShutOut | DropReason::Malformed => Drop::NotAllowed,
-                DropReason::SourceShare => Drop::SourceLimit,
                 DropReason::NoRoom => Drop::NoRoom,
                 DropReason::TooBig => Drop::TooLong,
                 DropReason::Policy | DropReason::Unreachable => Drop::BackendUnreachable,

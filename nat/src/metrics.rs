@@ -22,8 +22,6 @@ pub enum DropReason {
     Policy,
     /// The flow table is full.
     TableFull,
-    /// Its source has its share of flows, or of connections under way.
-    SourceShare,
     /// Its source makes new flows too fast.
     Rate,
     /// Too many flows of its source, or of its network, stay unanswered.
@@ -62,13 +60,12 @@ pub enum DropReason {
 
 impl DropReason {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 22] = [
         Self::Malformed,
         Self::ForeignSource,
         Self::Protocol,
         Self::Policy,
         Self::TableFull,
-        Self::SourceShare,
         Self::Rate,
         Self::Unanswered,
         Self::Queue,
@@ -97,7 +94,6 @@ impl DropReason {
             Self::Protocol => "protocol",
             Self::Policy => "policy",
             Self::TableFull => "table_full",
-            Self::SourceShare => "source_share",
             Self::Rate => "rate",
             Self::Unanswered => "unanswered",
             Self::Queue => "queue",

@@ -3,7 +3,7 @@
 //! Families of the whole process go through the `metrics` facade. Those of a port come from the port's own counters at
 //! scrape time and are gone with the port: there is nothing to expire, and a quiet port is not forgotten.
 //!
-//! A TCP port has 37 series and a UDP port 27, of which histograms are 22 and 11. They bear the label `publish` alone: which container is slow to be
+//! A TCP port has 37 series and a UDP port 26, of which histograms are 22 and 11. They bear the label `publish` alone: which container is slow to be
 //! reached, and which port's connections are short, are questions about ports, and one bucket more for each direction or reason would
 //! double the page. What the page may be is bounded by [`ports_with_series`](crate::Settings::ports_with_series): the ports that are published when so many
 //! have series are told in one sum for each protocol, as `publish="other/tcp"` and `"other/udp"`. A port stays with what it was given, and what ports of the
@@ -515,8 +515,8 @@ mod tests {
 
     /// What the documents say of how many there are.
     #[test]
-    fn a_tcp_port_has_37_series_and_a_udp_port_27() {
-        for (label, count) in [("0.0.0.0:80/tcp", 37), ("0.0.0.0:80/udp", 27)] {
+    fn a_tcp_port_has_37_series_and_a_udp_port_26() {
+        for (label, count) in [("0.0.0.0:80/tcp", 37), ("0.0.0.0:80/udp", 26)] {
             let mut text = String::new();
             describe(&[port(label)], &mut text).unwrap();
             assert_eq!(text.lines().filter(|line| !line.starts_with('#')).count(), count, "{label}");

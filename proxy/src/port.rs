@@ -80,8 +80,6 @@ reasons! {
         /// The client is not on the port's allow-list, or the [`GatewayAcl`](crate::GatewayAcl)
         /// denies it.
         NotAllowed = "not_allowed",
-        /// The client has as many flows through the NAT engine as one may have.
-        SourceLimit = "source_limit",
         /// It claims to come from a published port of ours, which answering would ask.
         Reflected = "reflected",
         /// No descriptors or memory for another session.
