@@ -72,6 +72,15 @@ pub(crate) struct Accepted {
     pub(crate) port: Arc<Port>,
 }
 
+/// What becomes of a client for which there is no place in this loop.
+#[derive(Clone, Copy)]
+enum NoPlace {
+    /// It waits, and its port with it, unless another loop has a connection that can end for it.
+    Wait(Key),
+    /// It is refused, for this limit or for want of descriptors.
+    Refuse(Refusal),
+}
+
 impl Accepted {
     fn holder(&self) -> Holder {
         Holder { client: share_of(self.address.ip()), port: self.port.id }
@@ -116,7 +125,7 @@ impl Worker {
         let port = Arc::clone(port);
         let mut accepted = Accepted { client, address: canonical(address), local: None, port };
         match self.admit(&mut accepted) {
-            Ok(()) => self.seat(cx, key, accepted, permit),
+            Ok(()) => self.seat(cx, accepted, permit, NoPlace::Wait(key)),
             Err(refusal) => {
                 refuse(&accepted, refusal);
                 true
@@ -124,39 +133,46 @@ impl Worker {
         }
     }
 
-    /// Finds a place for a client of port `key`, with a `permit` for two descriptors if there was one; false if
+    /// Finds a place for a client, with a `permit` for two descriptors if there was one; false if
     /// it has to wait.
     fn seat(
         &mut self,
         cx: &mut Context<'_>,
-        key: Key,
         accepted: Accepted,
         mut permit: Option<Permit>,
+        no_place: NoPlace,
     ) -> bool {
         let holder = accepted.holder();
         let room = self.room(&accepted.port, permit.as_ref());
         let verdict = self.shared.shares.admit(holder, self.index, room);
-        match verdict {
-            Verdict::Room => {
+        match (verdict, no_place) {
+            (Verdict::Room, _) => {
                 // Another loop may have taken the last ones meanwhile.
                 permit = permit.or_else(|| self.shared.descriptors.take(2));
-                let Some(permit) = permit else {
-                    self.shared.shares.end(holder, self.index);
-                    return self.keep_waiting(cx, key, accepted);
-                };
-                self.place(cx, accepted, permit);
+                if let Some(permit) = permit {
+                    self.place(cx, accepted, permit);
+                    return true;
+                }
+                self.shared.shares.end(holder, self.index);
+                match no_place {
+                    NoPlace::Wait(key) => return self.keep_waiting(cx, key, accepted),
+                    NoPlace::Refuse(_) => self.refuse_at_limit(cx, &accepted, Refusal::Exhausted),
+                }
             }
-            Verdict::Refused(refusal) => self.refuse_at_limit(cx, &accepted, refusal),
-            Verdict::InPlaceOf { holder, at, limit } if at == self.index => {
+            (Verdict::Refused(refusal), _) => self.refuse_at_limit(cx, &accepted, refusal),
+            (Verdict::InPlaceOf { holder, at, limit }, _) if at == self.index => {
                 self.supplant(cx, accepted, holder, limit, permit);
             }
-            Verdict::InPlaceOf { at, limit, .. } => {
+            (Verdict::InPlaceOf { at, limit, .. }, NoPlace::Wait(_)) => {
                 let message = Message::Supplant { accepted: Box::new(accepted), limit };
                 if let Err(Message::Supplant { accepted, .. }) = self.shared.send(at, message) {
                     self.refuse_at_limit(cx, &accepted, limit);
                 }
             }
-            Verdict::Wait => return self.keep_waiting(cx, key, accepted),
+            (Verdict::Wait, NoPlace::Wait(key)) => return self.keep_waiting(cx, key, accepted),
+            (Verdict::InPlaceOf { .. } | Verdict::Wait, NoPlace::Refuse(limit)) => {
+                self.refuse_at_limit(cx, &accepted, limit);
+            }
         }
         true
     }
@@ -165,22 +181,7 @@ impl Worker {
     /// `limit`, as things were then.
     pub(crate) fn seat_here(&mut self, cx: &mut Context<'_>, accepted: Accepted, limit: Refusal) {
         let permit = self.shared.descriptors.take(2);
-        let holder = accepted.holder();
-        let room = self.room(&accepted.port, permit.as_ref());
-        match (self.shared.shares.admit(holder, self.index, room), permit) {
-            (Verdict::Room, Some(permit)) => {
-                self.place(cx, accepted, permit);
-            }
-            (Verdict::Room, None) => {
-                self.shared.shares.end(holder, self.index);
-                self.refuse_at_limit(cx, &accepted, Refusal::Exhausted);
-            }
-            (Verdict::InPlaceOf { holder, at, limit }, permit) if at == self.index => {
-                self.supplant(cx, accepted, holder, limit, permit);
-            }
-            (Verdict::Refused(limit), _) => self.refuse_at_limit(cx, &accepted, limit),
-            (Verdict::InPlaceOf { .. } | Verdict::Wait, _) => self.refuse_at_limit(cx, &accepted, limit),
-        }
+        self.seat(cx, accepted, permit, NoPlace::Refuse(limit));
     }
 
     /// What there is for a connection to `port`, which has this `permit`.
@@ -430,7 +431,7 @@ impl Worker {
         if let Some((key, accepted)) = self.waiting.take() {
             let permit = self.shared.descriptors.take(2);
             // One that has to wait still leaves its port at rest.
-            if !self.seat(cx, key, accepted, permit) {
+            if !self.seat(cx, accepted, permit, NoPlace::Wait(key)) {
                 if !self.resting.is_empty() {
                     cx.timers.arm(cx.now + REST, Tag::Rest.token(key));
                 }
