@@ -41,15 +41,30 @@ pub struct Class {
     pub admission: Option<Admission>,
 }
 
+/// A frame of the device.
+#[derive(Clone, Copy, Debug)]
+pub struct Parsed<'a> {
+    pub(super) header: VirtioHeader,
+    pub(super) packet: Packet<'a>,
+}
+
+impl<'a> Parsed<'a> {
+    /// `None` if it is malformed.
+    pub(super) fn of(frame: &'a [u8]) -> Option<Self> {
+        let (header, bytes) = VirtioHeader::parse(frame)?;
+        Some(Self { header, packet: Packet::parse(bytes).ok()? })
+    }
+}
+
 impl<H: Host> Engine<H> {
     /// Classifies a frame of the device, virtio's header first. `None` if it is dropped, which is counted.
-    pub fn classify(&mut self, frame: &[u8], now: Instant) -> Option<Class> {
+    pub fn classify<'a>(&mut self, frame: &'a [u8], now: Instant) -> Option<(Class, Parsed<'a>)> {
         self.stats.packets[0].add(1);
-        let packet = VirtioHeader::parse(frame).and_then(|(_, bytes)| Packet::parse(bytes).ok());
-        let Some(packet) = packet else {
+        let Some(parsed) = Parsed::of(frame) else {
             self.stats.refuse(DropReason::Malformed);
             return None;
         };
+        let packet = &parsed.packet;
         let policy = &self.settings.policy;
         if !policy.knows(packet.source) {
             self.stats.refuse(DropReason::ForeignSource);
@@ -59,7 +74,7 @@ impl<H: Host> Engine<H> {
         let bytes = u32::try_from(frame.len()).unwrap_or(u32::MAX);
         let mut cost = bytes.saturating_add(PACKET_COST);
         let mut admission = None;
-        if packet.fragment.is_none() && self.begins_flow(&packet) {
+        if packet.fragment.is_none() && self.begins_flow(packet) {
             match self.flows.admit(endpoint, network, Origin::Inside, now) {
                 Ok(admitted) => admission = Some(admitted),
                 Err(refused) => {
@@ -72,7 +87,7 @@ impl<H: Host> Engine<H> {
             }
             cost = cost.saturating_add(FLOW_COST);
         }
-        Some(Class { network, endpoint, cost, admission })
+        Some((Class { network, endpoint, cost, admission }, parsed))
     }
 
     /// Counts a SYN that is refused. The more an endpoint sends, the surer it is reported.

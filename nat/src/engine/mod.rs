@@ -43,6 +43,7 @@ use crate::train::Train;
 use crate::wire::ip::Packet;
 use crate::wire::protocol;
 use crate::wire::virtio::{Segmentation, VirtioHeader};
+use classify::Parsed;
 use datagrams::Session;
 use inbound::{Client, Published};
 use std::collections::{BTreeMap, HashMap};
@@ -193,35 +194,46 @@ impl<H: Host> Engine<H> {
 
     /// Classifies a frame and deals with it at once, for a driver without a queue.
     pub fn frame(&mut self, frame: &[u8], now: Instant) {
-        if let Some(class) = self.classify(frame, now) {
-            self.packet(frame, &class, now);
+        if let Some((class, parsed)) = self.classify(frame, now) {
+            self.serve(&parsed, &class, now);
         }
     }
 
     /// A frame of the device, virtio's header first, which [`Self::classify`] has let pass.
     pub fn packet(&mut self, frame: &[u8], class: &classify::Class, now: Instant) {
+        match Parsed::of(frame) {
+            // The policy may have changed while it waited.
+            Some(parsed) if self.settings.policy.knows(parsed.packet.source) => {
+                self.serve(&parsed, class, now);
+            }
+            parsed => {
+                let reason = if parsed.is_some() { DropReason::ForeignSource } else { DropReason::Malformed };
+                self.stats.refuse(reason);
+                if let Some(admission) = class.admission {
+                    self.flows.give_back(class.endpoint, admission);
+                }
+            }
+        }
+    }
+
+    /// The same of a frame that was not queued since it was classified.
+    pub(crate) fn serve(&mut self, parsed: &Parsed<'_>, class: &classify::Class, now: Instant) {
         self.admission = class.admission;
-        self.parse(frame, now);
+        self.serve_packet(parsed, now);
         // The flow is there already: the first of several packets that were read at once has begun it.
         if let Some(admission) = self.admission.take() {
             self.flows.give_back(class.endpoint, admission);
         }
     }
 
-    fn parse(&mut self, frame: &[u8], now: Instant) {
-        let Some((header, bytes)) = VirtioHeader::parse(frame) else {
-            return self.stats.refuse(DropReason::Malformed);
-        };
-        let Ok(packet) = Packet::parse(bytes) else { return self.stats.refuse(DropReason::Malformed) };
-        if !self.settings.policy.knows(packet.source) {
-            return self.stats.refuse(DropReason::ForeignSource);
-        }
-        let Some(fragment) = packet.fragment else { return self.whole(&packet, header, now) };
-        match self.reassembly.add(&packet, fragment, now) {
+    fn serve_packet(&mut self, parsed: &Parsed<'_>, now: Instant) {
+        let Parsed { header, packet } = parsed;
+        let Some(fragment) = packet.fragment else { return self.whole(packet, *header, now) };
+        match self.reassembly.add(packet, fragment, now) {
             Piece::Kept => {}
             Piece::Dropped => self.stats.refuse(DropReason::Fragments),
             Piece::Whole(payload) => {
-                let whole = Packet { payload: &payload, fragment: None, dont_fragment: false, ..packet };
+                let whole = Packet { payload: &payload, fragment: None, dont_fragment: false, ..*packet };
                 let header = VirtioHeader { verify: true, segmentation: Segmentation::None, segment: 0 };
                 self.whole(&whole, header, now);
             }

@@ -257,7 +257,7 @@ impl Driver {
 
     /// Puts a frame into its endpoint's queue. False if it is dropped.
     fn enqueue(&mut self, buffer: Vec<u8>, packet: Range<usize>, now: Instant) -> bool {
-        let Some(class) = self.engine.classify(&buffer[packet.clone()], now) else {
+        let Some((class, parsed)) = self.engine.classify(&buffer[packet.clone()], now) else {
             self.keep(buffer);
             return false;
         };
@@ -272,7 +272,7 @@ impl Driver {
             // Nobody else waits, as far as has been read: the buffer that is in the cache serves the next frame too.
             self.direct = self.direct.saturating_sub(packet.len());
             self.set_crowded(&class, now);
-            self.engine.packet(&buffer[packet], &class, now);
+            self.engine.serve(&parsed, &class, now);
             self.keep(buffer);
             return true;
         }
