@@ -56,11 +56,13 @@ pub enum DropReason {
     ShutOut,
     /// It came to a published port, and every five-tuple that could tell its flow from others is taken.
     Conflict,
+    /// It came to a published port, from a client that has its share of connections.
+    ClientLimit,
 }
 
 impl DropReason {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Malformed,
         Self::ForeignSource,
         Self::Protocol,
@@ -83,6 +85,7 @@ impl DropReason {
         Self::Unsolicited,
         Self::ShutOut,
         Self::Conflict,
+        Self::ClientLimit,
     ];
 
     /// The value of the label `reason`.
@@ -111,6 +114,7 @@ impl DropReason {
             Self::Unsolicited => "unsolicited",
             Self::ShutOut => "shut_out",
             Self::Conflict => "conflict",
+            Self::ClientLimit => "client_limit",
         }
     }
 }

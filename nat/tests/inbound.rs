@@ -314,6 +314,28 @@ fn clients_that_a_stopped_guest_does_not_answer_have_a_share_of_their_own() {
 }
 
 #[test]
+fn a_client_with_its_share_of_connections_is_reset_and_others_are_not() {
+    let mut bench = Bench::with(|settings| settings.limits.flows_per_source = 9);
+    let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
+    for port in 1..=8 {
+        bench.client(0, &format!("198.51.100.7:{port}"));
+    }
+    assert_eq!((stats.flows.get(), stats.evicted.get()), (6, 0), "two thirds");
+    assert_eq!((stats.refused(), bench.dropped(DropReason::ClientLimit)), (2, 2));
+    let aborted = |bench: &mut Bench| bench.world().streams.iter().filter(|stream| stream.aborted).count();
+    assert_eq!(aborted(&mut bench), 2);
+    for host in 1..=3 {
+        bench.client(0, &format!("198.51.100.{}:1", 10 + host));
+    }
+    assert_eq!((stats.flows.get(), stats.refused(), stats.evicted.get()), (9, 2, 0));
+    // Those that have ended do not count.
+    bench.pass(Duration::from_secs(80));
+    assert_eq!(stats.flows.get(), 0);
+    bench.client(0, "198.51.100.7:99");
+    assert_eq!((stats.flows.get(), stats.refused()), (1, 2));
+}
+
+#[test]
 fn without_descriptors_clients_wait_in_the_queue() {
     let mut bench = Bench::new();
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);

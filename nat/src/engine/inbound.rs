@@ -20,7 +20,7 @@
 //!   that was asked. Nothing that the guest sends goes that way but answers, for only a client makes a session.
 //!
 //! Where descriptors are short clients wait in the kernel's queue, and the port is looked at again after a moment. At a limit of flows another flow
-//! of the container's clients yields, and at the limit of one client its own oldest session.
+//! of the container's clients yields. At the limit of one client its own oldest session ends, or its next connection is reset.
 
 use super::datagrams::{Session, Via};
 use super::tcp::is_exhaustion;
@@ -30,7 +30,7 @@ use crate::forward::{Forward, ForwardId, ForwardSource, Guard};
 use crate::host::{Arrival, Batch, Host, Port, Ready};
 use crate::metrics::{DropReason, FlowKind, ForwardStats};
 use crate::tcp::Connection;
-use crate::tcp::conn::Phase;
+use crate::tcp::conn::{Inbound, Phase};
 use crate::wire::protocol;
 use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
@@ -217,8 +217,11 @@ impl<H: Host> Engine<H> {
             })
         };
         let admitted = published.guard.as_ref().is_none_or(admits);
-        let five_tuple =
-            if admitted { self.five_tuple(&forward, &stats, client, now) } else { Err(DropReason::ShutOut) };
+        let five_tuple = match self.has_its_share(client.ip()) {
+            _ if !admitted => Err(DropReason::ShutOut),
+            true => Err(DropReason::ClientLimit),
+            false => self.five_tuple(&forward, &stats, client, now),
+        };
         let (five_tuple, admission) = match five_tuple {
             Ok(admitted) => admitted,
             Err(reason) => {
@@ -230,10 +233,11 @@ impl<H: Host> Engine<H> {
         };
         let opening = self.opening(&five_tuple, now);
         let mut connection = Connection::call(opening, stream, &mut self.io(now));
-        connection.forward = Some(Arc::clone(&stats));
+        connection.inbound = Some(Inbound { stats: Arc::clone(&stats), client: share_of(client.ip()) });
         let flow = Flow::Tcp(Box::new(connection));
         let inserted = self.flows.insert(five_tuple, admission, Class::Connection, flow, now);
         let Some(flow) = inserted else { return };
+        *self.connections.entry(share_of(client.ip())).or_default() += 1;
         self.begun(FlowKind::Tcp, now);
         stats.flows.add(1);
         stats.flows_begun.add(1);
@@ -439,6 +443,24 @@ impl<H: Host> Engine<H> {
         Ok(flow)
     }
 
+    /// Whether a client has as many TCP connections as it may: of what one container may have, a third is
+    /// left for others.
+    fn has_its_share(&self, client: IpAddr) -> bool {
+        let limits = &self.settings.limits;
+        let most = limits.sessions_per_client.min((limits.flows_per_source * 2 / 3).max(1));
+        self.connections.get(&share_of(client)).is_some_and(|held| *held >= most)
+    }
+
+    /// A connection of a client, which is known by its share, has ended.
+    pub(super) fn forget_connection_of(&mut self, client: IpAddr) {
+        if let Entry::Occupied(mut held) = self.connections.entry(client) {
+            *held.get_mut() -= 1;
+            if *held.get() == 0 {
+                held.remove();
+            }
+        }
+    }
+
     /// Ends a session of the client's own if it has as many as it may.
     fn make_room_for_client(&mut self, client: IpAddr, now: Instant) {
         let limit = self.settings.limits.sessions_per_client;
@@ -491,8 +513,8 @@ impl<H: Host> Engine<H> {
         match flow {
             Flow::Datagrams(Session { via: Via::Port { stats, .. }, .. }) => stats.evicted.add(1),
             Flow::Tcp(connection) => {
-                if let Some(stats) = &connection.forward {
-                    stats.evicted.add(1);
+                if let Some(inbound) = &connection.inbound {
+                    inbound.stats.evicted.add(1);
                 }
             }
             Flow::Datagrams(_) => {}

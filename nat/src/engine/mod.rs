@@ -136,6 +136,8 @@ pub struct Engine<H: Host> {
     clients: HashMap<Client, Key, HashKey>,
     /// Those of each client, by its share.
     sessions: HashMap<IpAddr, inbound::OfClient, HashKey>,
+    /// How many TCP connections of published ports each client has, by its share.
+    connections: HashMap<IpAddr, usize, HashKey>,
     /// Ports that are left alone until then.
     paused: Vec<Key>,
     resume_at: Option<Instant>,
@@ -168,6 +170,7 @@ impl<H: Host> Engine<H> {
             ports_by_id: BTreeMap::new(),
             clients: HashMap::with_hasher(secrets.table),
             sessions: HashMap::with_hasher(secrets.table),
+            connections: HashMap::with_hasher(secrets.table),
             paused: Vec::new(),
             resume_at: None,
             next_port: secrets.sequence.0[1] as u16,
@@ -515,8 +518,9 @@ impl<H: Host> Engine<H> {
         }
         match flow {
             Flow::Tcp(mut connection) => {
-                if let Some(forward) = &connection.forward {
-                    forward.flows.sub();
+                if let Some(inbound) = &connection.inbound {
+                    inbound.stats.flows.sub();
+                    self.forget_connection_of(inbound.client);
                 }
                 if let Some(stream) = connection.take_stream().filter(|_| cut) {
                     self.stats.resets.add(1);

@@ -7,7 +7,7 @@ use crate::host::{Host, Ready};
 use crate::metrics::{DropReason, ForwardStats};
 use crate::wire::tcp::{Options, Segment, flags};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_reactor::Key;
@@ -138,8 +138,24 @@ pub struct Connection<S> {
     /// What it is known by, once it is.
     pub(crate) key: Option<Key>,
     pub(super) challenged: Option<Instant>,
-    /// The published port that its client has come by.
-    pub(crate) forward: Option<Arc<ForwardStats>>,
+    /// Of one that came in by a published port.
+    pub(crate) inbound: Option<Inbound>,
+}
+
+/// Where a client's connection came in.
+#[derive(Debug)]
+pub(crate) struct Inbound {
+    /// The figures of the port.
+    pub(crate) stats: Arc<ForwardStats>,
+    /// The client, by its share ([`share_of`](tidegate_model::share_of)).
+    pub(crate) client: IpAddr,
+}
+
+impl Inbound {
+    /// The figures of the port, if the connection came in by one.
+    pub(super) fn stats_of(inbound: Option<&Self>) -> Option<&ForwardStats> {
+        inbound.map(|inbound| &*inbound.stats)
+    }
 }
 
 impl<S> Connection<S> {
@@ -201,7 +217,7 @@ impl<S> Connection<S> {
             timer: None,
             key: None,
             challenged: None,
-            forward: None,
+            inbound: None,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What a segment carries: sent on, kept, or not taken.
 
-use super::conn::Connection;
+use super::conn::{Connection, Inbound};
 use super::seq::{before, later, up_to};
 use super::{Io, count};
 use crate::host::Host;
@@ -67,7 +67,7 @@ impl<S> Connection<S> {
                 self.hello_at = None;
                 match io.host.send(stream, rest) {
                     Ok(sent) => {
-                        count(io.stats, self.forward.as_deref(), 0, sent as u64);
+                        count(io.stats, Inbound::stats_of(self.inbound.as_ref()), 0, sent as u64);
                         // A short send means that the buffer is full; the kernel will tell when it is not.
                         self.writable = sent == rest.len();
                         rest = &rest[sent.min(rest.len())..];

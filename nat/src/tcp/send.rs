@@ -1,6 +1,6 @@
 //! A connection's turn: what waits is sent on, both ways.
 
-use super::conn::{Connection, Outcome, Phase};
+use super::conn::{Connection, Inbound, Outcome, Phase};
 use super::seq::before;
 use super::{Io, MAX_WRITE, count};
 use crate::host::Host;
@@ -73,7 +73,7 @@ impl<S> Connection<S> {
             let front = self.pending.front();
             match io.host.send(stream, front) {
                 Ok(sent) => {
-                    count(io.stats, self.forward.as_deref(), 0, sent as u64);
+                    count(io.stats, Inbound::stats_of(self.inbound.as_ref()), 0, sent as u64);
                     self.writable = sent == front.len();
                     self.pending.pop(sent);
                     io.allowance = io.allowance.saturating_add(sent);
@@ -165,7 +165,12 @@ impl<S> Connection<S> {
         let sequence = self.snd_nxt;
         let before = self.snd_max;
         self.advance(length as u32, io);
-        count(io.stats, self.forward.as_deref(), 1, self.snd_max.wrapping_sub(before).into());
+        count(
+            io.stats,
+            Inbound::stats_of(self.inbound.as_ref()),
+            1,
+            self.snd_max.wrapping_sub(before).into(),
+        );
         self.emit(sequence, flags::ACK | flags::PSH, length, io);
     }
 
