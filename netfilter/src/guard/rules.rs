@@ -134,7 +134,8 @@ pub(super) fn policed(policy: &PortPolicy) -> Vec<Vec<Test>> {
     /// SYN, of SYN and ACK.
     const SYN: u8 = 0x02;
     const SYN_ACK: u8 = 0x12;
-    let v4 = || [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[TCP])].into_iter();
+    // The protocol first: what is no TCP fails all of these tests at once.
+    let v4 = || [is(at::V4_PROTOCOL, &[TCP]), is(at::ETHERTYPE, &IPV4)].into_iter();
     let v6 = |next: u8| [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[next])].into_iter();
     let mut policed: Vec<Vec<Test>> = vec![
         v4().chain([Test::Bits { at: at::V4_TCP_FLAGS, value: SYN, mask: SYN_ACK }]).collect(),
