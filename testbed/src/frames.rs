@@ -224,7 +224,7 @@ pub fn checksum(bytes: &[u8]) -> u16 {
 }
 
 /// Kinds of forged frames.
-pub const KINDS: [&str; 6] = ["mac", "arp", "nd", "ipv4", "ipv6", "ethertype"];
+pub const KINDS: [&str; 7] = ["mac", "arp", "nd", "ipv4", "ipv6", "ethertype", "link-control"];
 
 /// What every forged packet of UDP carries.
 pub const MARKER: &[u8] = b"forged-by-root";
@@ -306,7 +306,7 @@ impl Forger {
                 }
                 _ => arp(3 + (self.next() % 8) as u8, own_mac, own4, gateway4),
             },
-            "nd" => match self.next() % 5 {
+            "nd" => match self.next() % 7 {
                 0 => {
                     let target = self.pick(&[gateway6, neighbor6]);
                     ip6(&advertisement(own_link, ALL_NODES, target, own_mac))
@@ -315,6 +315,16 @@ impl Forger {
                 // A router advertisement, a redirect.
                 2 => ip6(&icmp6(own_link, ALL_NODES, &[134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0])),
                 3 => ip6(&icmp6(own_link, ALL_NODES, &[&[137, 0, 0, 0][..], &[0; 36]].concat())),
+                // A second option overrides the first.
+                4 => {
+                    let nonce = [14, 1, 1, 2, 3, 4, 5, 6];
+                    let head = [&[136, 0, 0, 0, 0x20, 0, 0, 0][..], &own6.octets()].concat();
+                    ip6(&icmp6(own_link, ALL_NODES, &[&head[..], &nonce, &[2, 1], &mac].concat()))
+                }
+                // A router solicitation from a link-layer address that is not its own.
+                5 => {
+                    ip6(&icmp6(own_link, ALL_NODES, &[&[133, 0, 0, 0, 0, 0, 0, 0, 1, 1][..], &mac].concat()))
+                }
                 // Behind an extension header.
                 _ => {
                     let message = advertisement(own_link, ALL_NODES, gateway6, own_mac)[40..].to_vec();
@@ -340,6 +350,17 @@ impl Forger {
             "ethertype" => {
                 let kind = self.pick(&[0x8100, 0x88a8, 0x88cc, 0x8847, 0x0026, 0x9000, 0x888e]);
                 ethernet(BROADCAST, own_mac, kind, &[0; 46])
+            }
+            // From its own addresses, to group addresses that a bridge leaves to its port (IEEE
+            // 802.1Q, table 8-1).
+            "link-control" => {
+                let group = [0x01, 0x80, 0xc2, 0, 0, (self.next() % 16) as u8];
+                let outside = Ipv4Addr::new(203, 0, 113, 9);
+                let to = self.pick(&[gateway4, neighbor4, outside]);
+                match self.next() % 2 {
+                    0 => ethernet(group, own_mac, 0x0800, &udp4((own4, 1), (to, 2), MARKER)),
+                    _ => ethernet(group, own_mac, 0x86dd, &udp6((own6, 1), (gateway6, 2), MARKER)),
+                }
             }
             _ => panic!("{kind} is no kind of forged frames"),
         }

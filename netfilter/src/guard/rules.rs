@@ -7,6 +7,7 @@
 //! render the same list: eBPF, classic BPF ([`compile`](super::compile)) and nftables ([`nftables`](super::nftables)).
 //!
 //! ```text
+//! destination 01:80:c2:00:00:00 to :0f  ─► drop
 //! (any source address allowed: source MAC address own ─► accept, else drop)
 //! VLAN tag                             ─► drop
 //! source MAC address own and
@@ -16,11 +17,21 @@
 //! IPv4   0.0.0.0 for IGMP (RFC 3376, 4.2.13)       ─► accept
 //! IPv6   source `::`: duplicate address detection of an own target (RFC 4862, 5.4.2), MLD reports
 //!        (RFC 3810, 5.2.13)                                         ─► accept
-//!        source own: neighbour advertisements for own targets only; no router advertisements, no
-//!        redirects; extension headers that lead to neither          ─► accept
+//!        source own: router and neighbour solicitations and advertisements with at most one option, which is
+//!        the own link-layer address; neighbour advertisements for own targets only; no router advertisements, no
+//!        redirects; extension headers that lead to none of them     ─► accept
 //! ARP    sender own, or a probe for an own address ─► accept (RFC 5227, 2.1.1)
 //! all else                             ─► drop
 //! ```
+//!
+//! The group addresses of link control (IEEE 802.1Q, table 8-1) come first, for every endpoint: a
+//! bridge does not take such a frame itself but leaves it to its port (`br_handle_frame`,
+//! net/bridge/br_input.c), so that the packet in it seems to come in by an interface that no rule
+//! about the bridge knows.
+//!
+//! A receiver takes the last link-layer address among the options of a message
+//! (`ndisc_parse_options`), so a message with more than one option is not looked through but
+//! dropped.
 //!
 //! Fragments need no rule of their own: every Linux kernel ignores fragmented neighbour discovery (RFC 6980,
 //! `ndisc_suppress_frag_ndisc`, net/ipv6/ndisc.c), and what else a fragment carries has its source in each.
@@ -83,11 +94,13 @@ pub enum SpoofReason {
     Router,
     /// Extension headers behind which such a message could be.
     ExtensionHeader,
+    /// To a group address of link control (spanning tree, LLDP), which a bridge leaves to its port.
+    LinkControl,
 }
 
 impl SpoofReason {
     /// All of them, in the order of their counters.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Mac,
         Self::Vlan,
         Self::Ethertype,
@@ -97,6 +110,7 @@ impl SpoofReason {
         Self::NeighborDiscovery,
         Self::Router,
         Self::ExtensionHeader,
+        Self::LinkControl,
     ];
 
     /// The value of the label `reason`.
@@ -112,6 +126,7 @@ impl SpoofReason {
             Self::NeighborDiscovery => "neighbor_discovery",
             Self::Router => "router",
             Self::ExtensionHeader => "extension_header",
+            Self::LinkControl => "link_control",
         }
     }
 }
@@ -175,6 +190,7 @@ pub(super) struct Rule {
 
 /// Offsets in a frame, in bytes.
 mod at {
+    pub(super) const DESTINATION_MAC: u16 = 0;
     pub(super) const SOURCE_MAC: u16 = 6;
     pub(super) const ETHERTYPE: u16 = 12;
     const NETWORK: u16 = 14;
@@ -190,6 +206,7 @@ mod at {
     pub(super) const V4_TCP_FLAGS: u16 = NETWORK + 20 + 13;
     pub(super) const V4_SOURCE: u16 = NETWORK + 12;
     pub(super) const V4_DESTINATION: u16 = NETWORK + 16;
+    pub(super) const V6_PAYLOAD_LENGTH: u16 = NETWORK + 4;
     pub(super) const V6_NEXT: u16 = NETWORK + 6;
     pub(super) const V6_SOURCE: u16 = NETWORK + 8;
     pub(super) const V6_DESTINATION: u16 = NETWORK + 24;
@@ -198,7 +215,6 @@ mod at {
     pub(super) const V6_TCP_FLAGS: u16 = V6_PAYLOAD + 13;
     /// Of neighbour solicitations and advertisements (RFC 4861, 4.3 and 4.4).
     pub(super) const ND_TARGET: u16 = V6_PAYLOAD + 8;
-    pub(super) const ND_OPTION: u16 = V6_PAYLOAD + 24;
     /// The type of an ICMPv6 message behind a hop-by-hop header of 8 bytes.
     pub(super) const AFTER_HOP_BY_HOP: u16 = V6_PAYLOAD + 8;
 }
@@ -226,6 +242,7 @@ const AFTER_EXTENSION: [u8; 10] = [4, TCP, UDP, 41, 44, 47, 50, 59, 115, 132];
 
 /// MLD: reports of version 1, its done message, reports of version 2.
 const MLD_REPORTS: [u8; 3] = [131, 132, 143];
+const ROUTER_SOLICITATION: u8 = 133;
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOR_SOLICITATION: u8 = 135;
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
@@ -234,6 +251,17 @@ const REDIRECT: u8 = 137;
 /// The options that carry a link-layer address, of a solicitation's source and of an advertisement's target.
 const SOURCE_LINK_LAYER: u8 = 1;
 const TARGET_LINK_LAYER: u8 = 2;
+/// Messages that may carry them: the type, the bytes before the options (RFC 4861, 4.1, 4.3 and
+/// 4.4), the option.
+const DISCOVERY: [(u8, u16, u8); 3] = [
+    (ROUTER_SOLICITATION, 8, SOURCE_LINK_LAYER),
+    (NEIGHBOR_SOLICITATION, 24, SOURCE_LINK_LAYER),
+    (NEIGHBOR_ADVERTISEMENT, 24, TARGET_LINK_LAYER),
+];
+
+/// What the group addresses of link control have in common: 01:80:c2:00:00:00 to 01:80:c2:00:00:0f
+/// (`is_link_local_ether_addr`).
+const LINK_CONTROL: [u8; 5] = [0x01, 0x80, 0xc2, 0, 0];
 
 fn is(at: u16, value: &[u8]) -> Test {
     Test::Bytes { at, value: value.to_vec(), not: false }
@@ -250,11 +278,15 @@ fn rule(tests: impl IntoIterator<Item = Test>, verdict: Verdict) -> Rule {
 /// The rules of `policy`. What a busy endpoint sends most is decided first, with few and wide comparisons.
 pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
     use Verdict::{Accept, Drop};
+    let group = at::DESTINATION_MAC + LINK_CONTROL.len() as u16;
+    let link_control =
+        [is(at::DESTINATION_MAC, &LINK_CONTROL), Test::Bits { at: group, value: 0, mask: 0xf0 }];
+    let link_control = rule(link_control, Drop(SpoofReason::LinkControl));
     let foreign_mac = rule([is_not(at::SOURCE_MAC, &policy.mac)], Drop(SpoofReason::Mac));
     if policy.any_address {
-        return vec![foreign_mac, rule([], Accept)];
+        return vec![link_control, foreign_mac, rule([], Accept)];
     }
-    let mut rules = vec![rule([Test::Tagged], Drop(SpoofReason::Vlan))];
+    let mut rules = vec![link_control, rule([Test::Tagged], Drop(SpoofReason::Vlan))];
     rules.extend(own(policy));
     rules.push(foreign_mac);
     rules.extend(ipv4(policy));
@@ -271,7 +303,8 @@ pub(super) fn internal_rules(gateways: &[IpNet]) -> Vec<Rule> {
     for net in gateways {
         match net {
             IpNet::V4(net) => {
-                let mut tests = vec![is(at::ETHERTYPE, &IPV4)];
+                // Without options: a source route (RFC 791, 3.1) would lead on.
+                let mut tests = vec![is(at::ETHERTYPE, &IPV4), is(at::V4_HEAD, &[0x45])];
                 tests.extend(within(at::V4_SOURCE, &net.network().octets(), net.prefix_len()));
                 tests.push(is(at::V4_DESTINATION, &net.addr().octets()));
                 rules.push(rule(tests, Verdict::Accept));
@@ -392,11 +425,12 @@ fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
     let foreign = own.iter().map(|ip| is_not(at::ND_TARGET, &ip.octets())).collect();
     let spoofed = Drop(SpoofReason::NeighborDiscovery);
     rules.push(rule(with(icmp(NEIGHBOR_ADVERTISEMENT), foreign), spoofed));
-    for (kind, option) in
-        [(NEIGHBOR_SOLICITATION, SOURCE_LINK_LAYER), (NEIGHBOR_ADVERTISEMENT, TARGET_LINK_LAYER)]
-    {
-        let tests = vec![is(at::ND_OPTION, &[option, 1]), is_not(at::ND_OPTION + 2, &policy.mac)];
-        rules.push(rule(with(icmp(kind), tests), spoofed));
+    for (kind, length, option) in DISCOVERY {
+        let long = |length: u16| is(at::V6_PAYLOAD_LENGTH, &length.to_be_bytes());
+        let own_option = is(at::V6_PAYLOAD + length, &[&[option, 1], &policy.mac[..]].concat());
+        rules.push(rule(with(icmp(kind), vec![long(length)]), Accept));
+        rules.push(rule(with(icmp(kind), vec![long(length + 8), own_option]), Accept));
+        rules.push(rule(icmp(kind), spoofed));
     }
     rules.extend(MLD_REPORTS.iter().map(|kind| rule(mld(*kind), Accept)));
     for extension in EXTENSIONS {
@@ -439,7 +473,16 @@ pub(super) mod tests {
     }
 
     pub(in crate::guard) fn ethernet(source: [u8; 6], ethertype: [u8; 2], payload: &[u8]) -> Vec<u8> {
-        [&[0xff; 6][..], &source, &ethertype, payload].concat()
+        ethernet_to([0xff; 6], source, ethertype, payload)
+    }
+
+    pub(in crate::guard) fn ethernet_to(
+        destination: [u8; 6],
+        source: [u8; 6],
+        ethertype: [u8; 2],
+        payload: &[u8],
+    ) -> Vec<u8> {
+        [&destination[..], &source, &ethertype, payload].concat()
     }
 
     pub(in crate::guard) fn packet_v4(source: [u8; 4], protocol: u8) -> Vec<u8> {
@@ -518,6 +561,11 @@ pub(super) mod tests {
         let mld = |kind| [&[ICMPV6, 0, 5, 2, 0, 0, 1, 0][..], &[kind, 0, 0, 0]].concat();
         let solicited = |target, option| discovery(NEIGHBOR_SOLICITATION, target, option);
         let advertised = |target, option| discovery(NEIGHBOR_ADVERTISEMENT, target, option);
+        // With another option, which is a stranger's link-layer address.
+        let second = |message: Vec<u8>, kind: u8| [&message[..], &[kind, 1], &OTHER].concat();
+        let own_option = [&[1, 1][..], &MAC].concat();
+        let asks_routers =
+            |options: &[u8]| [&[ROUTER_SOLICITATION, 0, 0, 0, 0, 0, 0, 0][..], options].concat();
         for (source, next, payload, expected) in [
             (OWN, UDP, vec![0; 8], Verdict::Accept),
             (LINK_LOCAL, TCP, vec![0; 20], Verdict::Accept),
@@ -539,6 +587,19 @@ pub(super) mod tests {
             (LINK_LOCAL, ICMPV6, advertised(OWN, Some((2, MAC))), Verdict::Accept),
             (OWN, ICMPV6, advertised("fd09::8", Some((2, MAC))), Verdict::Drop(NeighborDiscovery)),
             (OWN, ICMPV6, advertised(OWN, Some((2, OTHER))), Verdict::Drop(NeighborDiscovery)),
+            // A nonce (RFC 7527, 4) where an address is not yet in use; otherwise the own
+            // link-layer address alone.
+            ("::", ICMPV6, solicited(OWN, Some((14, OTHER))), Verdict::Accept),
+            (OWN, ICMPV6, solicited("fd09::1", None), Verdict::Accept),
+            (OWN, ICMPV6, solicited("fd09::1", Some((14, OTHER))), Verdict::Drop(NeighborDiscovery)),
+            (OWN, ICMPV6, second(solicited("fd09::1", Some((1, MAC))), 1), Verdict::Drop(NeighborDiscovery)),
+            (OWN, ICMPV6, second(solicited("fd09::1", Some((14, MAC))), 1), Verdict::Drop(NeighborDiscovery)),
+            (OWN, ICMPV6, second(advertised(OWN, Some((2, MAC))), 2), Verdict::Drop(NeighborDiscovery)),
+            (OWN, ICMPV6, second(advertised(OWN, Some((14, MAC))), 2), Verdict::Drop(NeighborDiscovery)),
+            (OWN, ICMPV6, asks_routers(&[]), Verdict::Accept),
+            (OWN, ICMPV6, asks_routers(&own_option), Verdict::Accept),
+            (OWN, ICMPV6, second(asks_routers(&[]), 1), Verdict::Drop(NeighborDiscovery)),
+            (OWN, ICMPV6, second(asks_routers(&own_option), 1), Verdict::Drop(NeighborDiscovery)),
             // Routers.
             (LINK_LOCAL, ICMPV6, vec![ROUTER_ADVERTISEMENT; 16], Verdict::Drop(Router)),
             (LINK_LOCAL, ICMPV6, vec![REDIRECT; 16], Verdict::Drop(Router)),
@@ -555,6 +616,22 @@ pub(super) mod tests {
         ] {
             let frame = ethernet(MAC, IPV6, &packet_v6(source, next, &payload));
             assert_eq!(judge(&frame), expected, "{source} {next} {payload:02x?}");
+        }
+    }
+
+    #[test]
+    fn nothing_goes_to_the_group_addresses_of_link_control() {
+        for policy in [policy(), PortPolicy { any_address: true, ..policy() }] {
+            let rules = rules(&policy);
+            for (last, expected) in
+                [(0, true), (1, true), (3, true), (0x0e, true), (0x0f, true), (0x10, false), (0x20, false)]
+            {
+                let group = [0x01, 0x80, 0xc2, 0, 0, last];
+                let frame = ethernet_to(group, MAC, IPV4, &packet_v4([10, 9, 0, 7], UDP));
+                let expected =
+                    if expected { Verdict::Drop(SpoofReason::LinkControl) } else { Verdict::Accept };
+                assert_eq!(verdict(&rules, &frame, false), expected, "{group:02x?} {policy:?}");
+            }
         }
     }
 
@@ -583,6 +660,8 @@ pub(super) mod tests {
             let mut packet = packet_v4(source, UDP);
             packet[16..20].copy_from_slice(&to);
             assert_eq!(judge(IPV4, &packet), expected, "{source:?} to {to:?}");
+            packet[0] = 0x46;
+            assert_eq!(judge(IPV4, &packet), refused, "{source:?} to {to:?}, with options");
         }
         for (source, to, next, kind, expected) in [
             ("fd09::7", "fd09::1", TCP, 0, Verdict::Accept),

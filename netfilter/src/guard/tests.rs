@@ -1,7 +1,7 @@
 //! The back ends against the list of rules.
 
 use super::compile::{classic, extended};
-use super::rules::tests::{MAC, ethernet, packet_v4, packet_v6, policy, verdict};
+use super::rules::tests::{MAC, ethernet_to, packet_v4, packet_v6, policy, verdict};
 use super::rules::{PortPolicy, Rule, Verdict, policed, rules};
 use crate::bpf::clsact::Classic;
 use crate::bpf::{Counters, Program, verdict as code};
@@ -22,11 +22,14 @@ impl Random {
     /// A frame that is nearly right: parts of the endpoint's own, some bytes changed, some cut off.
     fn frame(&mut self) -> Vec<u8> {
         let mac = if self.below(8) == 0 { [2, 0, 0, 0, 0, 9] } else { MAC };
+        let to =
+            *self.pick(&[&[0xff; 6], &[0xff; 6], &[1, 0x80, 0xc2, 0, 0, 0x0e], &[1, 0x80, 0xc2, 0, 0, 0x10]]);
+        let ethernet = |mac, ethertype, payload: &[u8]| ethernet_to(to, mac, ethertype, payload);
         let ethertype = *self.pick(&[&[8, 0], &[8, 6], &[0x86, 0xdd], &[0x86, 0xdd], &[0x81, 0]]);
         let source = self.pick(&["fd09::7", "fd09::8", "fe80::ff:fe00:7", "::", "::1"]);
         let next = *self.pick(&[&0_u8, &6, &17, &43, &44, &51, &58, &58, &58, &60]);
         let mut payload: Vec<u8> = (0..40).map(|_| self.below(256) as u8).collect();
-        payload[0] = *self.pick(&[&58_u8, &6, &60, &128, &134, &135, &136, &137, &143]);
+        payload[0] = *self.pick(&[&58_u8, &6, &60, &128, &133, &134, &135, &136, &137, &143]);
         payload[1] = 0;
         if self.below(2) == 0 {
             payload[8..24].copy_from_slice(&"fd09::7".parse::<std::net::Ipv6Addr>().unwrap().octets());
@@ -34,6 +37,7 @@ impl Random {
             payload[26..32].copy_from_slice(&MAC);
         }
         payload[8] = if self.below(4) == 0 { 143 } else { payload[8] };
+        payload.truncate(*self.pick(&[&8, &16, &24, &32, &40]));
         let mut frame = match ethertype {
             [8, 0] => {
                 let source = [10, 9, 0, 7 * self.below(2) as u8];
@@ -81,6 +85,11 @@ fn run(program: &[Classic], frame: &[u8]) -> i32 {
             }
             0x80 => {
                 accumulator = frame.len() as u32;
+                continue;
+            }
+            // BPF_ALU | BPF_AND | BPF_K
+            0x54 => {
+                accumulator &= k;
                 continue;
             }
             0x05 => {
