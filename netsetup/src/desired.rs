@@ -130,6 +130,12 @@ impl Network {
         let link = self.bridge.name.clone();
         let mut facts =
             vec![Fact::Bridge { interface: self.bridge.clone(), mtu: self.mtu, internal: self.internal }];
+        // Members learn no other address of the host (arp_ignore, which is the higher one of `all`
+        // and the link), and choose no way through it (accept_source_route, which holds where both
+        // have it).
+        for (name, value) in [("arp_ignore", "1"), ("accept_source_route", "0")] {
+            facts.push(setting(Place::Host, format!("net.ipv4.conf.{link}.{name}"), value));
+        }
         facts.extend(isolation.facts(self));
         facts.extend(self.subnets.iter().filter_map(|Subnet { subnet, gateway }| {
             let address = IpNet::new(*gateway, subnet.prefix_len()).ok()?;
@@ -229,6 +235,12 @@ impl Attachment {
             },
             // A port of a bridge needs no address of its own, and one would be a way around the bridge's rules.
             setting(Place::Host, format!("net.ipv6.conf.{host_end}.disable_ipv6"), "1"),
+            // Nor does it take packets for the host, which are the bridge's to take. It gets those
+            // that a bridge leaves to its port, and all of them while others have taken it from its
+            // bridge. No route leads back by a port, so that it has no valid source address
+            // (`__fib_validate_source`, net/ipv4/fib_frontend.c).
+            setting(Place::Host, format!("net.ipv4.conf.{host_end}.rp_filter"), "1"),
+            setting(Place::Host, format!("net.ipv4.conf.{host_end}.arp_ignore"), "8"),
         ];
         facts.extend(self.port_facts(network, guards));
         if network.has(true) {
