@@ -22,6 +22,8 @@ pub struct Flow {
     pub asked: SocketAddr,
     /// Who answers.
     pub server: SocketAddr,
+    /// Whom the answers are addressed to: behind source NAT an address and a port of the host.
+    pub answered: SocketAddr,
 }
 
 /// The flows that one namespace keeps track of.
@@ -115,8 +117,8 @@ fn message(request: u16, family: u8, attributes: Attributes) -> Message {
 /// What an entry says; `None` for protocols without ports.
 fn flow(entry: &[u8]) -> Option<Flow> {
     let (protocol, client, asked) = direction(attribute(entry, field::ORIGINAL)?)?;
-    let (_, server, _) = direction(attribute(entry, field::REPLY)?)?;
-    Some(Flow { protocol, client, asked, server })
+    let (_, server, answered) = direction(attribute(entry, field::REPLY)?)?;
+    Some(Flow { protocol, client, asked, server, answered })
 }
 
 /// Protocol, source and destination.

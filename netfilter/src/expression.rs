@@ -54,6 +54,7 @@ pub(crate) fn bytes_of(value: &Value) -> Vec<u8> {
         Value::Group(group) => group.to_ne_bytes().to_vec(),
         Value::Net(net) => address(net.network()),
         Value::Protocol(protocol) => vec![number_of(*protocol)],
+        Value::OtherProtocol(number) => vec![*number],
         Value::Port(port) => port.to_be_bytes().to_vec(),
     }
 }
@@ -383,6 +384,19 @@ impl Expressions {
                 self.push("payload", &store);
             }
             Action::Masquerade => self.push("masq", &Attributes::default()),
+            Action::MasqueradeTo { first, last } => {
+                let registers = [FIRST, if first == last { FIRST } else { FIRST + 1 }];
+                for (register, port) in
+                    registers.iter().zip([first, last]).take(1 + usize::from(first != last))
+                {
+                    // NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA
+                    let port = data(&port.to_be_bytes());
+                    self.push("immediate", &Attributes::default().number(1, *register).nest(2, &port));
+                }
+                // NFTA_MASQ_FLAGS: NF_NAT_RANGE_PROTO_SPECIFIED; _REG_PROTO_MIN, _REG_PROTO_MAX
+                let masquerade = Attributes::default().number(1, 1 << 1).number(2, registers[0]);
+                self.push("masq", &masquerade.number(3, registers[1]));
+            }
             Action::Translate { keys, map, v6 } => {
                 self.load_all(keys);
                 // NFTA_LOOKUP_SET, _SREG, _DREG

@@ -68,6 +68,8 @@ pub enum Value {
     Net(IpNet),
     /// A protocol.
     Protocol(Transport),
+    /// Another protocol, by its number.
+    OtherProtocol(u8),
     /// A port.
     Port(u16),
 }
@@ -258,6 +260,14 @@ pub enum Action {
     },
     /// `masquerade`.
     Masquerade,
+    /// `masquerade to :FIRST-LAST`: the source port is in that range behind it. For protocols that
+    /// have ports.
+    MasqueradeTo {
+        /// The lowest port.
+        first: u16,
+        /// The highest one.
+        last: u16,
+    },
     /// `dnat ip to KEYS map @MAP` (`ip6`), the map's data an address and a port.
     Translate {
         /// What of the packet is looked up.

@@ -140,6 +140,8 @@ impl Display for Action {
                 write!(f, "{} {side} set {port}", Value::Protocol(*protocol))
             }
             Self::Masquerade => f.write_str("masquerade"),
+            Self::MasqueradeTo { first, last } if first == last => write!(f, "masquerade to :{first}"),
+            Self::MasqueradeTo { first, last } => write!(f, "masquerade to :{first}-{last}"),
             Self::Translate { keys, map, v6 } => {
                 let family = if *v6 { "ip6" } else { "ip" };
                 write!(f, "dnat {family} to {} map @{map}", Joined(keys))
@@ -193,6 +195,11 @@ impl Display for Value {
             Self::Net(net) => write!(f, "{}", net.trunc()),
             Self::Protocol(Transport::Tcp) => f.write_str("tcp"),
             Self::Protocol(Transport::Udp) => f.write_str("udp"),
+            // As getprotobynumber(3) has it, and nft(8) shows it.
+            Self::OtherProtocol(33) => f.write_str("dccp"),
+            Self::OtherProtocol(132) => f.write_str("sctp"),
+            Self::OtherProtocol(136) => f.write_str("udplite"),
+            Self::OtherProtocol(number) => write!(f, "{number}"),
             Self::Port(port) => write!(f, "{port}"),
         }
     }

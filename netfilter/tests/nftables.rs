@@ -190,6 +190,19 @@ fn everything() -> Table {
         vec![is_in([Key::OutInterface], "bridges", true), is_in([Key::SourceV4], "subnets4", false)],
         vec![Action::Masquerade],
     )];
+    let from_ports = |protocol, first, last| {
+        rule(vec![is(Key::Protocol, protocol, false)], vec![Action::MasqueradeTo { first, last }])
+    };
+    let leave = [
+        leave,
+        vec![
+            from_ports(Value::Protocol(Transport::Tcp), 32_768, 60_999),
+            from_ports(Value::OtherProtocol(132), 40_000, 40_000),
+            from_ports(Value::OtherProtocol(33), 1, 2),
+            from_ports(Value::OtherProtocol(136), 1, 2),
+        ],
+    ]
+    .concat();
     let chains = vec![
         Chain { name: "inner".to_owned(), base: None, rules: inner },
         base("raw", Kind::Filter, Hook::Prerouting, -300, outer),

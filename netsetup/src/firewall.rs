@@ -328,7 +328,15 @@ impl Firewall {
             let update = || self.host.with(|| backend.change_ports(&ruleset, &ports))?;
             self.updates(Change::Ports).count(update)?;
             let changed = ports.added.union(&ports.removed).copied().filter(forgets).collect();
-            if let Err(error) = self.host.with(|| forget(&[], &changed)).flatten() {
+            // Containers may have sent from such a port while nothing was published there.
+            let from = ports.added.iter().filter(|port| ruleset::is_source_port(&port.port));
+            let from = from.map(|port| (port.protocol, port.port)).collect();
+            let subnets: Vec<_> = subnets_of(&ruleset).collect();
+            let forget = || {
+                forget(&[], &changed)?;
+                forget_shadows(&subnets, &from)
+            };
+            if let Err(error) = self.host.with(forget).flatten() {
                 tracing::warn!(%error, "flows of ports that have changed may go on as before");
             }
         }
@@ -356,7 +364,7 @@ impl Firewall {
         let begins = !*in_force;
         self.updates(Change::All).count(|| self.host.with(|| backend.apply(ruleset))?)?;
         self.host.with(|| {
-            let subnets = ruleset.zones.iter().flat_map(|zone| &zone.subnets).map(IpNet::trunc);
+            let subnets = subnets_of(ruleset);
             if begins { forget(&subnets.collect::<Vec<_>>(), &ruleset.ports) } else { Ok(()) }
         })??;
         (*in_force, *stale) = (true, false);
@@ -390,6 +398,34 @@ fn on_link(v6: bool) -> Vec<IpNet> {
     nets.iter().filter(|_| v6).copied().map(IpNet::V6).collect()
 }
 
+fn subnets_of(ruleset: &Ruleset) -> impl Iterator<Item = IpNet> + '_ {
+    ruleset.zones.iter().flat_map(|zone| &zone.subnets).map(IpNet::trunc)
+}
+
+fn protocol_of(flow: &Flow) -> Protocol {
+    match flow.protocol {
+        Transport::Tcp => Protocol::Tcp,
+        Transport::Udp => Protocol::Udp,
+    }
+}
+
+/// Forgets what containers in `subnets` have sent from these ports of the host, at which services
+/// are published now: what clients send to those would be taken for an answer to a container.
+fn forget_shadows(subnets: &[IpNet], ports: &BTreeSet<(Protocol, u16)>) -> io::Result<()> {
+    if ports.is_empty() {
+        return Ok(());
+    }
+    let is_one = |flow: &Flow| {
+        let is_ours = subnets.iter().any(|net| net.contains(&flow.client.ip()));
+        is_ours
+            && flow.client.ip() != flow.answered.ip()
+            && ports.contains(&(protocol_of(flow), flow.answered.port()))
+    };
+    let forgotten = Conntrack::open()?.forget(&[TableFamily::Ipv4, TableFamily::Ipv6], is_one)?;
+    tracing::debug!(flows = forgotten, "forgotten: from ports that are published now");
+    Ok(())
+}
+
 /// Forgets what is known of flows from and to `subnets`, where others may have been let through before there were rules, and of those of `ports` that the kernel
 /// translates: they would go on going where they went before, however long that is no longer right.
 fn forget(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
@@ -405,10 +441,7 @@ fn forget(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
     }
     let inside = |address: SocketAddr| subnets.iter().any(|net| net.contains(&address.ip()));
     let is_one = |flow: &Flow| {
-        let protocol = match flow.protocol {
-            Transport::Tcp => Protocol::Tcp,
-            Transport::Udp => Protocol::Udp,
-        };
+        let protocol = protocol_of(flow);
         let at = |address: IpAddr| {
             // In the order of a set: all ports that differ in where they lead.
             let port = |to| Opening { protocol, address, port: flow.asked.port(), to };

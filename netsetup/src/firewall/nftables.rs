@@ -3,6 +3,7 @@
 //! What differs between hosts is in sets and maps, and the rules are always the same few: however many networks and ports there are, a packet
 //! passes the same number of rules, and a port that comes or goes is an element.
 
+use super::ruleset::is_source_port;
 use super::{Backend, Opening, Ports, Ruleset, Zone, on_link};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::BTreeSet;
@@ -90,7 +91,9 @@ impl Backend for Nftables {
     }
 
     fn change_ports(&mut self, ruleset: &Ruleset, change: &Ports) -> io::Result<()> {
-        if !self.is_sound(&ruleset.owner)? {
+        // The ports that containers send from are in rules.
+        let moves = change.added.union(&change.removed).any(|port| is_source_port(&port.port));
+        if moves || !self.is_sound(&ruleset.owner)? {
             return self.apply(ruleset);
         }
         let mut changes = Vec::new();
@@ -247,7 +250,7 @@ pub(crate) fn table(ruleset: &Ruleset) -> Table {
     if !ruleset.replies.is_empty() {
         chains.extend(reply_paths(ruleset));
     }
-    chains.extend([input(ruleset), masquerade(ruleset), postrouting(ruleset)]);
+    chains.extend([input(ruleset), leave(ruleset), masquerade(ruleset), postrouting(ruleset)]);
     Table { name, sets: sets(ruleset), chains }
 }
 
@@ -711,6 +714,26 @@ fn postrouting(ruleset: &Ruleset) -> Chain {
     base("postrouting", Kind::Filter, Hook::Postrouting, LAST, rules)
 }
 
+/// Masquerade, from ports at which no service is ([`Ruleset::source_ports`]).
+fn leave(ruleset: &Ruleset) -> Chain {
+    let from = |protocol: Value, (first, last): (u16, u16)| {
+        let matches = vec![Match::Is { key: Key::Protocol, value: protocol, not: false }];
+        rule(matches, vec![Action::MasqueradeTo { first, last }], "from a port at which no service is")
+    };
+    let mut rules = vec![
+        from(Value::Protocol(Transport::Tcp), ruleset.source_ports(Protocol::Tcp)),
+        from(Value::Protocol(Transport::Udp), ruleset.source_ports(Protocol::Udp)),
+    ];
+    let others = OTHERS_WITH_PORTS.map(Value::OtherProtocol);
+    rules.extend(others.map(|protocol| from(protocol, ruleset.source_ports(Protocol::Sctp))));
+    rules.push(rule(vec![], vec![Action::Masquerade], "has no ports"));
+    Chain { name: "leave".to_owned(), base: None, rules }
+}
+
+/// Protocols besides TCP and UDP whose ports NAT translates (`nf_nat_l4proto_unique_tuple`): DCCP,
+/// SCTP, UDP-Lite. Nothing is published for them.
+const OTHERS_WITH_PORTS: [u8; 3] = [33, 132, 136];
+
 /// By the pair of interfaces what is forwarded, whatever its source; by the source what a process of
 /// the host sends from a gateway's address.
 fn masquerade(ruleset: &Ruleset) -> Chain {
@@ -718,7 +741,7 @@ fn masquerade(ruleset: &Ruleset) -> Chain {
         let lo = Match::Is { key: Key::OutInterface, value: Value::Interface("lo".to_owned()), not: true };
         let group = Match::Is { key: Key::OutGroup, value: group(ruleset), not: true };
         let matches = [first, group, lo].into_iter().chain(more).collect();
-        rule(matches, vec![Action::Masquerade], "leaves with the host's address")
+        rule(matches, vec![Action::Goto("leave".to_owned())], "leaves with the host's address")
     };
     let outgoing = has_internal(ruleset).then(|| not_in([Key::InInterface], "internal"));
     let mut rules = vec![leaves(by_ours(Key::InGroup, ruleset), outgoing)];

@@ -12,7 +12,7 @@
 //! | | to a bridge: what comes from the same bridge accepted, from another of ours dropped; segments clamped to the path; established ones accepted, invalid ones dropped, what was translated to a published port accepted; all else dropped | isolation |
 //! | | from a bridge to elsewhere: segments clamped to the path; established ones accepted, from an internal network dropped, invalid ones dropped; accepted | |
 //! | input | the user's chain, for ports that are served in userspace and were not asked for by way of `lo` | |
-//! | behind routing | what comes from a subnet that is not internal and leaves otherwise than by a bridge of ours is masqueraded | |
+//! | behind routing | what comes from a subnet that is not internal and leaves otherwise than by a bridge of ours is masqueraded, from source ports at which nothing is published ([`Ruleset::source_ports`]) | port shadowing |
 //! | destination NAT | what is addressed to the host at a port published by the kernel and did not come in by a bridge of ours is translated | those that did are served in userspace (hairpin) |
 //!
 //! nftables looks at the last two of what comes first only until a connection is established: iptables, whose `raw` table does not know that, in every packet.
@@ -40,6 +40,39 @@ pub struct Ruleset {
     pub gated: bool,
 }
 
+/// Source ports of what containers send, behind masquerade: Linux's own range of ephemeral ports.
+///
+/// Masquerade by default keeps the source port. A container could then choose the port of a service
+/// of the host, and what a client sends to that service from the address and port that the
+/// container has sent to would be its answer (port shadowing, CVE-2021-3773): conntrack is asked
+/// before destination NAT and before sockets. Services are not at ephemeral ports, or sockets of
+/// the host could take those.
+const SOURCE_PORTS: (u16, u16) = (32_768, 60_999);
+
+impl Ruleset {
+    /// The first and the last source port of what containers send over `protocol`: the widest range
+    /// of ephemeral ports in which no port is published.
+    pub(super) fn source_ports(&self, protocol: Protocol) -> (u16, u16) {
+        let (first, last) = SOURCE_PORTS;
+        let of_protocol = self.ports.iter().filter(|port| port.protocol == protocol);
+        let taken: BTreeSet<u16> = of_protocol.map(|port| port.port).filter(is_source_port).collect();
+        let (mut widest, mut begin) = (None, first);
+        for end in taken.into_iter().chain([last + 1]) {
+            let width = end.saturating_sub(begin);
+            if width > 0 && widest.is_none_or(|(from, to)| width > to - from + 1) {
+                widest = Some((begin, end - 1));
+            }
+            begin = end + 1;
+        }
+        widest.unwrap_or(SOURCE_PORTS)
+    }
+}
+
+/// Whether what containers send could have that port, if nothing were published there.
+pub(super) fn is_source_port(port: &u16) -> bool {
+    (SOURCE_PORTS.0..=SOURCE_PORTS.1).contains(port)
+}
+
 /// A network as a firewall sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Zone {
@@ -65,4 +98,32 @@ pub struct Opening {
     pub port: u16,
     /// What the kernel translates it to, of the same family; `None` where a socket of ours serves it alone.
     pub to: Option<SocketAddr>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn source_ports_are_the_widest_range_without_a_published_port() {
+        for (ports, expected) in [
+            (&[][..], (32_768, 60_999)),
+            (&[80, 8080, 32_767, 61_000], (32_768, 60_999)),
+            (&[32_768], (32_769, 60_999)),
+            (&[60_999], (32_768, 60_998)),
+            (&[40_000], (40_001, 60_999)),
+            (&[40_000, 50_000, 50_001], (50_002, 60_999)),
+            (&[34_000, 59_000], (34_001, 58_999)),
+        ] {
+            let port = |port: &u16| Opening {
+                protocol: Protocol::Tcp,
+                address: [0, 0, 0, 0].into(),
+                port: *port,
+                to: None,
+            };
+            let ruleset = Ruleset { ports: ports.iter().map(port).collect(), ..Ruleset::default() };
+            assert_eq!(ruleset.source_ports(Protocol::Tcp), expected, "{ports:?}");
+            assert_eq!(ruleset.source_ports(Protocol::Udp), SOURCE_PORTS, "{ports:?}");
+        }
+    }
 }

@@ -367,14 +367,39 @@ impl With<'_> {
         // interface there from Linux 5.7 on); by the source what a process sends from a gateway's address.
         masquerade.extend(self.subnets().filter(|(zone, _)| !zone.internal).flat_map(|(zone, subnet)| {
             [format!("-i {}", zone.bridge), format!("-s {subnet}")]
-                .map(|matches| rule(&matches, "MASQUERADE", "leaves with the host's address"))
+                .map(|matches| rule(&matches, &self.chain("LEAVE"), "leaves with the host's address"))
         }));
         let chains = vec![
             (self.chain("PORTS"), ports),
             (self.chain("DNAT"), translate),
+            (self.chain("LEAVE"), self.leave()),
             (self.chain("SNAT"), masquerade),
         ];
         self.table("nat", chains, &[("PREROUTING", "DNAT"), ("POSTROUTING", "SNAT")])
+    }
+
+    /// Masquerade, from ports at which no service is ([`Ruleset::source_ports`]). The target knows
+    /// the ports of no other protocols.
+    fn leave(&self) -> Vec<String> {
+        let protocols = [
+            ("tcp", Protocol::Tcp),
+            ("udp", Protocol::Udp),
+            ("sctp", Protocol::Sctp),
+            ("dccp", Protocol::Sctp),
+        ];
+        let mut rules: Vec<String> = protocols
+            .iter()
+            .map(|(name, protocol)| {
+                let ports = match self.ruleset.source_ports(*protocol) {
+                    (first, last) if first == last => first.to_string(),
+                    (first, last) => format!("{first}-{last}"),
+                };
+                let target = format!("MASQUERADE --to-ports {ports}");
+                rule(&format!("-p {name}"), &target, "from a port at which no service is")
+            })
+            .collect();
+        rules.push(rule("", "MASQUERADE", "has no ports"));
+        rules
     }
 }
 
