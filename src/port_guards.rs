@@ -12,6 +12,23 @@ use tidegate_netsetup::Guards;
 #[error("{}", .0.iter().map(|(mechanism, error)| format!("{mechanism}: {error}")).collect::<Vec<_>>().join("; "))]
 pub(crate) struct NoPortGuards(pub(crate) Vec<(Mechanism, io::Error)>);
 
+impl NoPortGuards {
+    /// What to do about it.
+    pub(crate) fn remedy(&self) -> &'static str {
+        let denied = |(_, error): &(Mechanism, io::Error)| error.kind() == io::ErrorKind::PermissionDenied;
+        remedy(self.0.iter().map(denied))
+    }
+}
+
+/// What to do where no mechanism works; `denied` says of each whether a privilege is missing.
+pub(crate) fn remedy(mut denied: impl ExactSizeIterator<Item = bool>) -> &'static str {
+    if denied.len() > 0 && denied.all(|denied| denied) {
+        "run as root on the host itself, with CAP_BPF and CAP_NET_ADMIN"
+    } else {
+        "run a kernel with CONFIG_NF_TABLES_NETDEV, or with CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS"
+    }
+}
+
 /// The port guards of `owner`, of the best mechanism that works in a network namespace made to try it.
 ///
 /// # Errors

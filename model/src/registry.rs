@@ -64,6 +64,11 @@ pub const UPLINK_MAIN_PRIORITY: u32 = 7_660;
 /// The priority of the rules behind those that lead it to the default route of its uplink.
 pub const UPLINK_PRIORITY: u32 = 7_661;
 
+/// How many priorities the rules of networks take that have to precede those of others, from
+/// [`GUARD_EXEMPTION_PRIORITY`] on. They are moved ahead, where there are as many behind that of
+/// the `local` table, 0.
+pub const PRECEDING_PRIORITIES: u32 = NO_WAY_OUT_PRIORITY - GUARD_EXEMPTION_PRIORITY + 1;
+
 /// The first of the [`UPLINK_TABLES`] routing tables, behind those of NAT engines. One is used for a
 /// default route that the `main` table has beside its best one.
 pub const FIRST_UPLINK_TABLE: u32 = FIRST_WAY_OUT_TABLE + WAY_OUT_TABLES;

@@ -35,6 +35,8 @@ pub(super) struct Host {
     pub(super) mark_setters: Vec<String>,
     /// What the host reaches otherwise than by a default route, and by which link.
     pub(super) routes: Found<Vec<(IpNet, String)>>,
+    /// The lowest priority of a policy rule of other software.
+    pub(super) first_rule: Found<Option<u32>>,
     /// What listens on all addresses.
     pub(super) services: Found<Vec<Service>>,
     pub(super) limits: Limits,

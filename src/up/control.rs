@@ -15,7 +15,10 @@
 
 use super::endpoint_watch::EndpointWatch;
 use super::repair_schedule::{Check, RepairSchedule, SETTLE};
-use super::{Instance, Signals, bridge_indexes, reply_paths, rules_ahead, uplinks};
+use super::{
+    Instance, Signals, bridge_indexes, preceding_rule, reply_paths, rules_ahead, uplinks,
+    warn_of_preceding_rule,
+};
 use crate::api::{Order, Problem};
 use crate::firewall::BypassedRules;
 use crate::publisher::PublishError;
@@ -416,6 +419,11 @@ impl Instance {
             );
             self.setup.change(desired).await?;
         }
+        let preceding_rule = preceding_rule(&observed, self.chosen.firewall.as_ref());
+        if let Some(priority) = preceding_rule.filter(|_| preceding_rule != self.up.preceding_rule) {
+            warn_of_preceding_rule(priority);
+        }
+        self.up.preceding_rule = preceding_rule;
         if let Some(firewall) = &self.chosen.firewall {
             let uplinks = uplinks(&observed, desired);
             let reply_paths = if self.up.publisher.translates() {

@@ -123,6 +123,8 @@ struct Running {
     layout: Layout,
     /// What access to ports depends on.
     gateway_networks: Arc<GatewayNetworks>,
+    /// The priority of a rule of other software that ours cannot precede, as the log has told.
+    preceding_rule: Option<u32>,
     publisher: Arc<Publisher>,
     adopted: Arc<Adopted>,
     names: NameServers,
@@ -232,8 +234,9 @@ impl Up {
         let guards = port_guards::port_guards(&project.name)
             .inspect_err(|error| {
                 tracing::warn!(
-                    "what containers send is not checked, so they can forge addresses: {error}; tidegate doctor lists \
-                     which guarantees do not hold"
+                    "what containers send is not checked, so they can forge addresses: {error}; {}; tidegate doctor \
+                     lists which guarantees do not hold",
+                    error.remedy()
                 );
             })
             .ok();
@@ -337,6 +340,10 @@ impl Up {
         let mut layout = layout(project, &mut surroundings)?;
         layout.desired.guards = port_guards::attachment(guards.as_deref(), &project.name);
         layout.desired.rules_ahead = rules_ahead(&observed);
+        let preceding_rule = preceding_rule(&observed, chosen.firewall.as_ref());
+        if let Some(priority) = preceding_rule {
+            warn_of_preceding_rule(priority);
+        }
         let ports = open_ports(project)?;
         if let Some(firewall) = &chosen.firewall {
             layout.desired.uplinks = uplinks(&observed, &layout.desired);
@@ -479,6 +486,7 @@ impl Up {
         Ok(Some(Running {
             layout,
             gateway_networks,
+            preceding_rule,
             publisher,
             adopted: Arc::new(Adopted::new(adopted)),
             names,
@@ -597,6 +605,23 @@ fn rules_ahead(observed: &Observed) -> u32 {
         }
         _ => 0,
     }
+}
+
+/// The priority of a rule of other software that ours cannot precede, where they have to.
+fn preceding_rule(observed: &Observed, firewall: Option<&Arc<Firewall>>) -> Option<u32> {
+    // With gates the firewall needs no rules of ours for what containers send, and what closes
+    // networks are programs.
+    let matters = firewall.is_none_or(|firewall| firewall.gate().is_none());
+    observed.first_rule_of_others.filter(|first| matters && *first <= registry::PRECEDING_PRIORITIES)
+}
+
+fn warn_of_preceding_rule(priority: u32) {
+    tracing::warn!(
+        priority,
+        "a policy rule of other software precedes those of tidegate, which have no room ahead of it: what containers \
+         send may leave by its route, with the container's address; give it a priority of {} or higher",
+        registry::PRECEDING_PRIORITIES + 1
+    );
 }
 
 /// How answers leave by the uplink that was asked, where the host has several default routes: by all but

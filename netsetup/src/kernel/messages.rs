@@ -228,8 +228,9 @@ fn table_of(attribute: &RuleAttribute) -> Option<u32> {
     }
 }
 
-/// The lowest priority among `rules`, all rules of one family, of a rule of others that is behind the last one that asks
-/// the `local` table: what precedes that is not for us to precede.
+/// The lowest priority among `rules`, all rules of one family as the kernel lists them, of a rule
+/// of others that is behind the last one that asks the `local` table: what precedes that is not for
+/// us to precede.
 pub(super) fn first_of_others(rules: &[RuleMessage]) -> Option<u32> {
     /// `RT_TABLE_LOCAL`.
     const LOCAL: u32 = 255;
@@ -245,9 +246,9 @@ pub(super) fn first_of_others(rules: &[RuleMessage]) -> Option<u32> {
         let table = rule.attributes.iter().find_map(table_of).unwrap_or(u32::from(rule.header.table));
         rule.header.action == RuleAction::ToTable && table == LOCAL
     };
-    let local = rules.iter().filter(is_local).map(priority).max().unwrap_or(0);
-    let others = rules.iter().filter(|rule| !rule.attributes.contains(&ours));
-    others.map(priority).filter(|one| *one > local).min()
+    // The kernel lists rules as it asks them: of one priority those first that were added first.
+    let behind = rules.iter().rposition(|rule| is_local(&rule)).map_or(0, |local| local + 1);
+    rules[behind..].iter().filter(|rule| !rule.attributes.contains(&ours)).map(priority).min()
 }
 
 /// A rule of ours as it was found; `None` for those of others, and for what we never make.

@@ -25,6 +25,7 @@ pub(super) fn all(host: &Host) -> Vec<Row> {
         features::ipv6(host),
         surroundings::ip_forward(host),
         surroundings::ipv6_force_forwarding(host),
+        surroundings::policy_rules(host),
         firewall::nftables(host),
         firewall::gates(host),
         namespaces::port_guards(host),

@@ -2,6 +2,7 @@
 
 use crate::doctor::host::{Code, Found, Host, Inside, Trial, UserNamespaces};
 use crate::doctor::report::Row;
+use crate::port_guards::remedy;
 use rustix::io::Errno;
 
 const NO_NAMESPACE: &str = "there is no namespace to try it in";
@@ -51,12 +52,7 @@ pub(super) fn port_guards(host: &Host) -> Row {
             Row::ok(check, format!("{mechanism}: each container sends from its own addresses alone"))
         }
         Err(failures) => {
-            let denied = failures.iter().all(|(_, error)| is_denial(*error));
-            let fix = if denied {
-                "run as root on the host itself, with CAP_BPF and CAP_NET_ADMIN"
-            } else {
-                "run a kernel with CONFIG_NF_TABLES_NETDEV, or with CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS"
-            };
+            let fix = remedy(failures.iter().map(|(_, error)| is_denial(*error)));
             let why: Vec<String> =
                 failures.iter().map(|(mechanism, error)| format!("{mechanism}: {error}")).collect();
             let details = WITHOUT_PORT_GUARDS.iter().map(|one| (*one).to_owned()).chain(why).collect();

@@ -37,6 +37,24 @@ pub(super) fn ip_forward(host: &Host) -> Row {
     .fix(format!("if nothing else needs it: sysctl -w {}", settings.join(" ")))
 }
 
+pub(super) fn policy_rules(host: &Host) -> Row {
+    const ROOM: u32 = registry::PRECEDING_PRIORITIES;
+    let check = "policy-rules";
+    match &host.first_rule {
+        Ok(Some(first)) if *first <= ROOM => {
+            let found = format!(
+                "a rule of priority {first} precedes those of tidegate, which have no room ahead of it"
+            );
+            let detail = "without a firewall, what it matches of what containers send leaves by its route, with the container's address";
+            Row::limited(check, found)
+                .details(vec![detail.to_owned()])
+                .fix(format!("give it a priority of {} or higher (ip rule)", ROOM + 1))
+        }
+        Ok(_) => Row::ok(check, "none of other software that those of tidegate cannot precede"),
+        Err(why) => Row::cannot_tell(check, why),
+    }
+}
+
 pub(super) fn ipv6_force_forwarding(host: &Host) -> Row {
     let check = "ipv6-force-forwarding";
     match &host.forwarding.v6_per_interface {

@@ -45,6 +45,7 @@ fn good() -> Host {
         iptables_installed: true,
         mark_setters: Vec::new(),
         routes: Ok(vec![("203.0.113.0/24".parse().unwrap(), "eth0".into())]),
+        first_rule: Ok(None),
         services: Ok(Vec::new()),
         limits: Limits {
             open_files: (Some(1024), Some(524_288)),
@@ -264,6 +265,15 @@ fn forwarding_is_a_note_that_names_what_is_on() {
     expect("ip-forward", &host, Verdict::Note, "cannot tell: /proc/sys");
     host.forwarding.v6_per_interface = Ok(None);
     expect("ipv6-force-forwarding", &host, Verdict::Note, "run Linux 6.17");
+}
+
+#[test]
+fn rules_that_cannot_be_preceded_are_told() {
+    let host = |first_rule| Host { first_rule, ..good() };
+    expect("policy-rules", &host(Ok(Some(5))), Verdict::Ok, "");
+    expect("policy-rules", &host(Ok(Some(4))), Verdict::Limited, "a rule of priority 4 precedes");
+    expect("policy-rules", &host(Ok(Some(0))), Verdict::Limited, "a priority of 5 or higher");
+    expect("policy-rules", &host(Err("no netlink".into())), Verdict::Note, "cannot tell: no netlink");
 }
 
 #[test]

@@ -9,7 +9,6 @@ pub use trial::{TRIAL, trial};
 use super::host::{Capabilities, Forwarding, Found, Host, Limits, RunDirectory, Service, UserNamespaces};
 use crate::listeners;
 use crate::port_error::without_numbers;
-use ipnet::IpNet;
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
@@ -21,10 +20,11 @@ use std::io;
 use std::path::Path;
 use tidegate_model::Protocol;
 use tidegate_netns::{Namespace, run_directory};
-use tidegate_netsetup::{IptablesState, Kernel};
+use tidegate_netsetup::{IptablesState, Kernel, Observed};
 
 /// This host as this process sees it.
 pub(super) fn host() -> Host {
+    let surroundings = surroundings().map_err(|error| said(&error));
     Host {
         release: rustix::system::uname().release().to_string_lossy().into_owned(),
         capabilities: capabilities(),
@@ -47,7 +47,8 @@ pub(super) fn host() -> Host {
         iptables: iptables(),
         iptables_installed: IptablesState::is_installed(),
         mark_setters: mark_setters(),
-        routes: routes().map_err(|error| said(&error)),
+        routes: surroundings.clone().map(|observed| observed.routes),
+        first_rule: surroundings.map(|observed| observed.first_rule_of_others),
         services: services(),
         limits: limits(),
         run_directory: run_place(),
@@ -99,14 +100,13 @@ fn mark_setters() -> Vec<String> {
     setters().unwrap_or_default()
 }
 
-fn routes() -> io::Result<Vec<(IpNet, String)>> {
+fn surroundings() -> io::Result<Observed> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let here = Namespace::current();
         let here = here.map_err(|error| io::Error::other(format!("/proc/thread-self/ns/net: {error}")))?;
         let mut kernel = Kernel::new(here);
-        let observed = kernel.observe(&[]).await.map_err(io::Error::other)?;
-        Ok(observed.routes)
+        kernel.observe(&[]).await.map_err(io::Error::other)
     })
 }
 
