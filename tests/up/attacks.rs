@@ -5,6 +5,7 @@ use super::scene::{Scene, service_namespace, state};
 use super::uplink::Uplink;
 use super::witness::Witness;
 use socket2::{Domain, Socket, Type};
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -110,6 +111,83 @@ fn a_port_that_was_removed_while_we_were_dead_is_shut() {
             thread::sleep(PAUSE / 10);
         }
         assert!(!witness.has_seen("shut"), "{firewall}");
+    }
+}
+
+/// A container sends from the port at which a service of the host is, so that conntrack takes what
+/// a client sends to that service for an answer to the container (port shadowing, CVE-2021-3773).
+#[test]
+fn a_container_captures_no_client_of_a_port_of_the_host() {
+    for firewall in FIREWALLS {
+        for publish in ["--publish=proxy", "--publish=kernel"] {
+            shadows_nothing(firewall, publish);
+        }
+    }
+}
+
+fn shadows_nothing(firewall: &str, publish: &str) {
+    /// Published, published among ephemeral ports, a service of the host.
+    const PORTS: [u16; 3] = [8080, 40_000, 5300];
+    let scene = Scene::new();
+    let (server, thief) = (Namespace::new(), Namespace::new());
+    let more = format!(
+        ", ports: [ '8080:80', '8080:80/udp', '40000:80', '40000:80/udp' ] }}\n  thief: {{ x-netns: {}, networks: [ away ]",
+        thief.path().display()
+    );
+    let _up = up(&scene, &file(&server, &more), &[firewall, publish]);
+    let at = |port: u16| SocketAddr::from(([0, 0, 0, 0], port));
+    let host = &scene.net.host;
+    let _servers = [PeerServer::tcp(&server, at(80)), PeerServer::udp(&server, at(80))];
+    let _own = [PeerServer::tcp(host, at(5300)), PeerServer::udp(host, at(5300))];
+    // The client has not seen the thief's connection, or would reset it.
+    scene.net.client.exec(
+        "sh",
+        &[
+            "-ec",
+            "nft add table ip deaf
+        nft add chain ip deaf input '{ type filter hook input priority 0; }'
+        nft add rule ip deaf input tcp dport 5600-5700 'tcp flags & (syn | ack) == syn' drop",
+        ],
+    );
+    for (number, port) in (0..).zip(PORTS) {
+        let client_at = SocketAddr::from(([203, 0, 113, 9], 5600 + number));
+        let service = SocketAddr::from(([203, 0, 113, 1], port));
+        let case = format!("{firewall} {publish} {port}");
+
+        let client = scene.net.client.run(|| UdpSocket::bind(client_at)).unwrap();
+        let stolen = thief.run(|| UdpSocket::bind(at(port))).unwrap();
+        for socket in [&client, &stolen] {
+            socket.set_read_timeout(Some(PAUSE)).unwrap();
+        }
+        let mut buffer = [0; 100];
+        assert!(
+            eventually(SOON, || {
+                stolen.send_to(b"mine", client_at).unwrap();
+                client.recv(&mut buffer).is_ok_and(|length| &buffer[..length] == b"mine")
+            }),
+            "{case}: containers reach the outside"
+        );
+        while client.recv(&mut buffer).is_ok() {}
+        client.send_to(b"?", service).unwrap();
+        assert!(stolen.recv(&mut buffer).is_err(), "{case}: UDP");
+        assert!(client.recv(&mut buffer).is_ok(), "{case}: the service answers over UDP");
+
+        let bound = |namespace: &Namespace, from: SocketAddr| {
+            let socket = namespace.run(|| Socket::new(Domain::IPV4, Type::STREAM, None)).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind(&from.into()).unwrap();
+            socket
+        };
+        let stolen = bound(&thief, at(port));
+        let taking = thread::spawn(move || stolen.connect_timeout(&client_at.into(), 5 * PAUSE));
+        thread::sleep(PAUSE);
+        let client = bound(&scene.net.client, client_at);
+        client.connect_timeout(&service.into(), SOON).unwrap_or_else(|error| panic!("{case}: {error}"));
+        let mut client = TcpStream::from(client);
+        client.set_read_timeout(Some(SOON)).unwrap();
+        client.write_all(b"?").unwrap();
+        assert!(client.read(&mut buffer).is_ok_and(|length| length > 0), "{case}: the service answers");
+        assert!(taking.join().unwrap().is_err(), "{case}: TCP");
     }
 }
 

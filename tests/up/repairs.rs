@@ -240,6 +240,15 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
     };
     let (set, check) = sysctl("net.ipv6.conf.tg-home.accept_ra", 1, 0);
     bed.removes("sysctl", Host, &set, &check);
+    for (name, others, ours) in [
+        ("tg-home.arp_ignore", 0, 1),
+        ("tg-home.accept_source_route", 1, 0),
+        ("$VETH.rp_filter", 0, 1),
+        ("$VETH.arp_ignore", 0, 8),
+    ] {
+        let (set, check) = sysctl(&format!("net.ipv4.conf.{name}"), others, ours);
+        bed.removes_again("sysctl", Host, &set, &check);
+    }
     let (set, check) = sysctl("net.ipv6.conf.eth0.accept_redirects", 1, 0);
     bed.removes("sysctl", Inside, &set, &check);
     let (set, check) = sysctl("net.ipv4.tcp_fwmark_accept", 0, 1);

@@ -4,11 +4,12 @@
 use super::scene::{Scene, rootless_namespace, service_namespace};
 use std::collections::HashSet;
 use std::fs;
+use std::net::UdpSocket;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
-use tidegate_testbed::frames::{Forger, KINDS, LinkSocket, MARKER, Mac};
+use tidegate_testbed::frames::{Forger, KINDS, LinkSocket, MARKER, Mac, arp, ethernet, udp4};
 use tidegate_testbed::{Namespace, Process, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -80,9 +81,7 @@ impl Project {
         let link_local = address.lines().find(|line| line.starts_with("fe80")).expect("a link-local address");
         let link_local = u128::from_str_radix(&link_local[..32], 16).unwrap().into();
         let listed = self.containers[0].ip(&["-o", "link", "show", "eth0"]);
-        let mac = listed.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap();
-        let bytes: Vec<u8> = mac.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
-        let mac: Mac = bytes.try_into().unwrap();
+        let mac = mac_of(link_layer_address(&listed));
         Forger {
             mac,
             own: ("10.77.1.7".parse().unwrap(), "fd77:1::7".parse().unwrap()),
@@ -210,6 +209,7 @@ fn forged_frames_reach_nobody_in_the_networks_of_an_ordinary_user() {
 fn without_a_guard_forged_frames_reach_the_neighbor_and_it_is_said() {
     let project = Project::as_root("none", "bpf-guards,netdev-guards,classic-guards");
     project._up.wait_for_line("what containers send is not checked", SOON);
+    project._up.wait_for_line("run a kernel with CONFIG_NF_TABLES_NETDEV", SOON);
     let leaks = project.leaks(200);
     for kind in KINDS {
         assert!(
@@ -221,6 +221,88 @@ fn without_a_guard_forged_frames_reach_the_neighbor_and_it_is_said() {
     let doctor = project.scene.tidegate().args(["doctor"]).output().unwrap();
     let told = String::from_utf8_lossy(&doctor.stdout).into_owned();
     assert!(told.contains("of their gateway") && told.contains("port-guards"), "{told}");
+}
+
+/// A bridge leaves frames to the group addresses of link control to its port: a packet in one would
+/// come in by an interface that no guard of the bridge knows. The settings of the port hold where
+/// there are no port guards; the frame to 01:80:c2:00:00:00, which the bridge takes itself while it
+/// runs no spanning tree, meets the guards of the bridge.
+#[test]
+fn frames_to_link_control_addresses_reach_nothing_of_the_host_with_or_without_a_guard() {
+    const NETWORKS: &str = r#"
+name: links
+networks:
+  front: { ipam: { config: [ { subnet: 10.77.1.0/24 } ] } }
+  back: { internal: true, ipam: { config: [ { subnet: 10.77.2.0/24 } ] } }
+services:
+  other: { x-netns: OTHER, networks: { front: { ipv4_address: 10.77.1.10 } }, ports: [ "8080:80/udp" ] }
+  inmate: { x-netns: INMATE, networks: { back: { ipv4_address: 10.77.2.10 } } }
+  router: { x-netns: ROUTER, networks: { back: { ipv4_address: 10.77.2.11, x-any-source: true } } }
+"#;
+    for lacks in ["", "bpf-guards,netdev-guards,classic-guards"] {
+        let scene = Scene::lacking(lacks);
+        let (_up, [other, inmate, router]) =
+            scene.up_with_services(NETWORKS, ["other", "inmate", "router"], false, &["--firewall=none"]);
+        let host = scene.net.host.run(|| UdpSocket::bind("0.0.0.0:5555")).unwrap();
+        let served = other.run(|| UdpSocket::bind("0.0.0.0:80")).unwrap();
+        for socket in [&host, &served] {
+            socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        }
+        let received = |socket: &UdpSocket| {
+            let mut buffer = [0; 100];
+            std::iter::from_fn(|| socket.recv(&mut buffer).ok().map(|length| buffer[..length].to_vec()))
+                .count()
+        };
+        let bridges = scene.net.host.ip(&["-o", "link", "show", "type", "bridge"]);
+        let bridge = bridges.lines().find(|line| line.contains("tg-back")).unwrap();
+        let gateway = mac_of(link_layer_address(bridge));
+        for (member, own) in [(&inmate, "10.77.2.10"), (&router, "10.77.2.11")] {
+            let own = own.parse().unwrap();
+            let mac = mac_of(link_layer_address(&member.ip(&["-o", "link", "show", "eth0"])));
+            let link = LinkSocket::open(member, "eth0");
+            let send = |destination: Mac, to: &str, port: u16| {
+                let packet = udp4((own, 4000), (to.parse().unwrap(), port), MARKER);
+                link.send(&ethernet(destination, mac, 0x0800, &packet));
+            };
+            send(gateway, "10.77.2.1", 5555);
+            assert_eq!(received(&host), 1, "its own gateway answers");
+            for last in 0..16 {
+                let group = [0x01, 0x80, 0xc2, 0, 0, last];
+                for to in ["203.0.113.1", "10.77.1.1", "10.77.2.1"] {
+                    // What the bridge takes itself is for its own gateway.
+                    if (last, to) != (0, "10.77.2.1") {
+                        send(group, to, 5555);
+                    }
+                    send(group, to, 8080);
+                }
+            }
+            assert_eq!(received(&host), 0, "the host's own services: {lacks}");
+            assert_eq!(received(&served), 0, "published ports: {lacks}");
+
+            link.received();
+            for target in ["203.0.113.1", "10.77.1.1", "10.77.2.1"] {
+                link.send(&arp(1, mac, own, target.parse().unwrap()));
+            }
+            thread::sleep(Duration::from_millis(300));
+            let replies: Vec<[u8; 4]> = link
+                .received()
+                .iter()
+                .filter(|frame| frame[12..14] == [8, 6] && frame[20..22] == [0, 2])
+                .map(|frame| frame[28..32].try_into().unwrap())
+                .collect();
+            assert_eq!(replies, [[10, 77, 2, 1]], "addresses that ARP tells: {lacks}");
+        }
+    }
+}
+
+/// Of a link as `ip -o link` lists it.
+fn link_layer_address(listed: &str) -> &str {
+    listed.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap()
+}
+
+fn mac_of(text: &str) -> Mac {
+    let bytes: Vec<u8> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    bytes.try_into().unwrap()
 }
 
 /// It comes back in another namespace with the addresses it had.

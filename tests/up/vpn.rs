@@ -3,7 +3,7 @@
 
 use super::firewall::MODES;
 use super::matrix::peer_as_seen;
-use super::scene::{Scene, state};
+use super::scene::{Scene, service_namespace, state, with_commands};
 use std::net::SocketAddr;
 use std::time::Duration;
 use tidegate_testbed::server::PeerServer;
@@ -12,6 +12,9 @@ use tidegate_testbed::{Namespace, Process, Segment, Signal, eventually};
 const SOON: Duration = Duration::from_secs(10);
 /// How long an answer is waited for that is not to come, and one that is.
 const PATIENCE: [Duration; 2] = [Duration::from_millis(300), Duration::from_secs(5)];
+
+/// Without a firewall.
+const NONE: &[&str] = &["--firewall=none"];
 
 const FILE: &str = r#"
 name: vpn
@@ -208,7 +211,9 @@ fn without_priorities(state: &str) -> String {
 
 #[test]
 fn a_mesh_vpn_that_marks_what_it_forwards_changes_nothing() {
-    Host::new(Scene::new()).keeps_its_promises_beside(&MESH, &MODES, |_, _| {});
+    let host = Host::new(Scene::new());
+    host.keeps_its_promises_beside(&MESH, &MODES, |_, _| {});
+    host.keeps_its_promises_beside(&MESH, &[NONE], |_, _| {});
 }
 
 /// Where policy rules stand behind the rules, the mark is set before the route is looked up.
@@ -229,11 +234,13 @@ fn a_qos_script_finds_its_marks_as_it_set_them_and_nobody_elses() {
         assert!(packets("restored").iter().all(|count| *count > 0), "{when}: {listed}");
         assert_eq!(packets("foreign"), [0, 0], "{when}: {listed}");
     });
+    Host::new(Scene::new()).keeps_its_promises_beside(&QOS, &[NONE], |_, _| {});
 }
 
 #[test]
 fn wg_quick_changes_nothing() {
-    Host::new(Scene::new()).keeps_its_promises_beside(&WG_QUICK, &MODES, |host, when| {
+    let modes: Vec<_> = MODES.into_iter().chain([NONE]).collect();
+    Host::new(Scene::new()).keeps_its_promises_beside(&WG_QUICK, &modes, |host, when| {
         // By the tunnel, with the host's address there.
         let at: SocketAddr = "192.0.2.50:80".parse().unwrap();
         let _server = PeerServer::tcp(&host.peer, at);
@@ -243,10 +250,77 @@ fn wg_quick_changes_nothing() {
 }
 
 #[test]
-fn an_openvpn_that_comes_later_changes_nothing() {
-    let host = Host::new(Scene::new());
-    for flags in MODES {
-        host.later(&HALVES, flags, "", &|_, _| {});
+fn an_openvpn_changes_nothing() {
+    let modes: Vec<_> = MODES.into_iter().chain([NONE]).collect();
+    Host::new(Scene::new()).keeps_its_promises_beside(&HALVES, &modes, |_, _| {});
+}
+
+/// The host's rules and routes are followed by the sockets of the engine, and its marks concern no
+/// packet of containers.
+#[test]
+fn vpns_change_nothing_for_the_networks_of_an_ordinary_user() {
+    let mut host = Host::new(Scene::new().with_open_tun());
+    host.file = with_commands(FILE, &["server", "stranger"]);
+    for (name, vpn) in [("mesh", MESH), ("QoS", QOS), ("wg-quick", WG_QUICK), ("OpenVPN", HALVES)] {
+        for first in [true, false] {
+            let when = format!("{name}, {}", if first { "first" } else { "later" });
+            let before = state(&host.scene.net.host);
+            if first {
+                host.scene.sh(vpn.up);
+            }
+            let mut up = host.scene.up_as_nobody(&host.file);
+            up.wait_for_line("Ctrl-C takes", SOON);
+            host.server = service_namespace(&up, "server");
+            host.stranger = service_namespace(&up, "stranger");
+            if !first {
+                host.scene.sh(vpn.up);
+            }
+            host.check(&when);
+            up.stop(Signal::INT, SOON);
+            host.scene.sh(vpn.down);
+            assert_eq!(state(&host.scene.net.host), before, "{when}");
+        }
+    }
+}
+
+/// Rules at priorities before which four more do not fit. What is closed stays closed, and it is
+/// said.
+#[test]
+fn a_rule_that_cannot_be_preceded_opens_nothing_and_is_named() {
+    for priority in [0, 4, 5] {
+        for first in [true, false] {
+            let when = format!("priority {priority}, {}", if first { "first" } else { "later" });
+            let host = Host::new(Scene::new());
+            let add = format!(
+                "ip route add default via 100.64.7.2 table 52; ip rule add pref {priority} lookup 52"
+            );
+            if first {
+                host.scene.sh(&add);
+            }
+            let up = host.up(NONE);
+            if !first {
+                host.scene.sh(&add);
+            }
+            let told = || up.output().contains("precedes those of tidegate");
+            assert!(eventually(SOON, || told() == (priority < 5)), "{when}: {}", up.output());
+            if priority == 5 {
+                // Ours are ahead of it, and the engine follows it with the host's address.
+                let at: SocketAddr = "192.0.2.50:80".parse().unwrap();
+                let _server = PeerServer::tcp(&host.peer, at);
+                let seen = || host.server.run(|| peer_as_seen(at, false, PATIENCE[1]));
+                assert!(
+                    eventually(SOON, || seen().is_ok_and(|seen| seen.starts_with("100.64.7.1"))),
+                    "{when}"
+                );
+                assert!(!told(), "{when}");
+            } else {
+                assert!(up.output().contains("a priority of 5 or higher"), "{when}: {}", up.output());
+            }
+            let _servers = PeerServer::tcp(&host.server, "0.0.0.0:80".parse().unwrap());
+            for from in [&host.scene.net.client, &host.peer, &host.stranger] {
+                assert!(!answers(from, "10.78.1.10:80", false), "{when}");
+            }
+        }
     }
 }
 
