@@ -847,6 +847,15 @@ fn gates_and_port_guards_that_others_remove_are_put_back() {
     }
 }
 
+/// Or no echo would get anywhere for want of an attack: the host answers whom the source names.
+#[test]
+fn without_port_guards_a_forged_echo_is_answered_to_the_outside() {
+    let lacks = "bpf-guards,netdev-guards,classic-guards";
+    let reached = Matrix::new(Mode { lacks, ..ROOT }).forged_echoes();
+    assert!(reached.iter().any(|one| one.ends_with("Stranger as Outside at the outside")), "{reached:?}");
+    assert!(!reached.iter().any(|one| one.contains("Inmate")), "{reached:?}");
+}
+
 /// Or the table would hold for want of an attack: where the kernel is told to let them through, they come through.
 #[test]
 fn what_the_hostile_neighbour_sends_does_arrive() {
