@@ -189,6 +189,30 @@ fn shadows_nothing(firewall: &str, publish: &str) {
         assert!(client.read(&mut buffer).is_ok_and(|length| length > 0), "{case}: the service answers");
         assert!(taking.join().unwrap().is_err(), "{case}: TCP");
     }
+
+    // Published while the thief sends from there already.
+    let case = format!("{firewall} {publish}, published later");
+    let (client_at, service) = ("203.0.113.9:5650", "203.0.113.1:41000");
+    let client = scene.net.client.run(|| UdpSocket::bind(client_at)).unwrap();
+    let stolen = thief.run(|| UdpSocket::bind(at(41_000))).unwrap();
+    for socket in [&client, &stolen] {
+        socket.set_read_timeout(Some(PAUSE)).unwrap();
+    }
+    stolen.send_to(b"mine", client_at).unwrap();
+    let mut buffer = [0; 100];
+    let (_, seen) = client.recv_from(&mut buffer).unwrap();
+    assert_eq!(seen, service.parse().unwrap(), "{case}: an ephemeral port is kept");
+    let mut curl = host.command("curl");
+    curl.args(["-sSf", "--unix-socket"]).arg(scene.socket()).args(["http://tidegate/v1/ports", "-d"]);
+    let published = curl.arg(r#"{"endpoint": "server", "spec": "41000:80/udp"}"#).output().unwrap();
+    assert!(published.status.success(), "{case}: {published:?}");
+    client.send_to(b"?", service).unwrap();
+    assert!(stolen.recv(&mut buffer).is_err(), "{case}");
+    assert!(client.recv(&mut buffer).is_ok(), "{case}: the service answers");
+    // What it sends from now on leaves by another port.
+    stolen.send_to(b"mine", client_at).unwrap();
+    let (_, seen) = client.recv_from(&mut buffer).unwrap();
+    assert_ne!(seen, service.parse().unwrap(), "{case}");
 }
 
 /// Whoever has no rules for a moment may keep track of connections that none of ours has begun.
