@@ -3,12 +3,16 @@
 use crate::port_error;
 use rustix::io::Errno;
 use std::io;
+use std::iter;
 use std::net::SocketAddr;
-use tidegate_model::{HostPort, PortMapping, PublishLabel, host_addresses};
+use tidegate_model::{HostPort, PortMapping, PublishLabel, host_addresses, registry};
 use tidegate_proxy::{BindError, Listener};
 
 /// Attempts to find an ephemeral port that is free on both 0.0.0.0 and [::].
 const EPHEMERAL_ATTEMPTS: usize = 16;
+
+/// Ports above those of masqueraded flows that are tried for an ephemeral one.
+const HIGH_ATTEMPTS: usize = 64;
 
 /// As many descriptors as the hard limit allows: each connection takes two.
 pub(crate) fn raise_descriptor_limit() {
@@ -70,8 +74,11 @@ pub(crate) fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError>
         }
         HostPort::Ephemeral => {
             let mut last = None;
-            for _ in 0..EPHEMERAL_ATTEMPTS {
-                match open(0) {
+            // A port that is published among those of masqueraded flows leaves these fewer; the
+            // kernel would choose one there.
+            let kernels = iter::repeat_n(0, EPHEMERAL_ATTEMPTS);
+            for port in high_ports().take(HIGH_ATTEMPTS).chain(kernels) {
+                match open(port) {
                     Ok(listeners) => return Ok(listeners),
                     Err(error) if error.source.kind() == io::ErrorKind::AddrInUse => last = Some(error),
                     Err(error) => return Err(error.into()),
@@ -80,6 +87,17 @@ pub(crate) fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError>
             Err(last.map_or_else(|| taken("no free port".to_owned()), PortError::from))
         }
     }
+}
+
+/// The ports above those of masqueraded flows, from a random one on.
+fn high_ports() -> impl Iterator<Item = u16> {
+    let first = registry::MASQUERADE_PORTS.end() + 1;
+    let count = u16::MAX - first + 1;
+    let mut random = [0; 2];
+    // Without randomness the search begins at the first one.
+    let _ = rustix::rand::getrandom(&mut random[..], rustix::rand::GetRandomFlags::empty());
+    let begin = u16::from_ne_bytes(random) % count;
+    (0..count).map(move |step| first + (begin + step) % count)
 }
 
 /// Opens `port` (0: any free one, the same on each) on every address of the mapping.
@@ -135,6 +153,13 @@ pub(crate) fn runs(published: &[(PublishLabel, u16)]) -> Vec<(String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ephemeral_ports_are_looked_for_above_those_of_masqueraded_flows() {
+        let mut ports: Vec<u16> = high_ports().collect();
+        ports.sort_unstable();
+        assert_eq!(ports, (61_000..=u16::MAX).collect::<Vec<_>>());
+    }
 
     #[test]
     fn neighbouring_ports_are_told_as_ranges() {

@@ -9,6 +9,7 @@
 //! Cilium (`linux_defaults`) and Tailscale (`linuxfw`, `wgengine`).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 
 /// The packet mark on the sockets and in the rules that are tidegate's own.
 ///
@@ -47,6 +48,16 @@ pub const FORWARD_MARK_MASK: u32 = 0xffff_0000;
 /// the neighbours, kube-proxy, CNI portmap, netavark (bits 13 to 15), mwan3 (8 to 13), Tailscale (16 to
 /// 23) and the small numbers of scripts are elsewhere; Calico and Cilium may use these bits.
 pub const UPLINK_MARK_MASK: u32 = 0x0f00_0000;
+
+/// Source ports of what containers send, behind masquerade: Linux's own range of ephemeral ports
+/// (`ip_local_port_range`). Ephemeral published ports are above it.
+///
+/// Masquerade by default keeps the source port. A container could then choose the port of a service
+/// of the host, and what a client sends to that service from the address and port that the
+/// container has sent to would be its answer (port shadowing, CVE-2021-3773): conntrack is asked
+/// before destination NAT and before sockets. Services are not at ephemeral ports, or sockets of
+/// the host could take those.
+pub const MASQUERADE_PORTS: RangeInclusive<u16> = 32_768..=60_999;
 
 /// Reply paths that [`UPLINK_MARK_MASK`] has numbers for.
 pub const UPLINKS: u8 = 15;

@@ -22,7 +22,7 @@
 use ipnet::IpNet;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use tidegate_model::Protocol;
+use tidegate_model::{Protocol, registry};
 
 /// Everything that a firewall shall do for one owner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,20 +40,11 @@ pub struct Ruleset {
     pub gated: bool,
 }
 
-/// Source ports of what containers send, behind masquerade: Linux's own range of ephemeral ports.
-///
-/// Masquerade by default keeps the source port. A container could then choose the port of a service
-/// of the host, and what a client sends to that service from the address and port that the
-/// container has sent to would be its answer (port shadowing, CVE-2021-3773): conntrack is asked
-/// before destination NAT and before sockets. Services are not at ephemeral ports, or sockets of
-/// the host could take those.
-const SOURCE_PORTS: (u16, u16) = (32_768, 60_999);
-
 impl Ruleset {
     /// The first and the last source port of what containers send over `protocol`: the widest range
     /// of ephemeral ports in which no port is published.
     pub(super) fn source_ports(&self, protocol: Protocol) -> (u16, u16) {
-        let (first, last) = SOURCE_PORTS;
+        let (first, last) = registry::MASQUERADE_PORTS.into_inner();
         let of_protocol = self.ports.iter().filter(|port| port.protocol == protocol);
         let taken: BTreeSet<u16> = of_protocol.map(|port| port.port).filter(is_source_port).collect();
         let (mut widest, mut begin) = (None, first);
@@ -64,13 +55,13 @@ impl Ruleset {
             }
             begin = end + 1;
         }
-        widest.unwrap_or(SOURCE_PORTS)
+        widest.unwrap_or((first, last))
     }
 }
 
 /// Whether what containers send could have that port, if nothing were published there.
 pub(super) fn is_source_port(port: &u16) -> bool {
-    (SOURCE_PORTS.0..=SOURCE_PORTS.1).contains(port)
+    registry::MASQUERADE_PORTS.contains(port)
 }
 
 /// A network as a firewall sees it.
@@ -123,7 +114,7 @@ mod tests {
             };
             let ruleset = Ruleset { ports: ports.iter().map(port).collect(), ..Ruleset::default() };
             assert_eq!(ruleset.source_ports(Protocol::Tcp), expected, "{ports:?}");
-            assert_eq!(ruleset.source_ports(Protocol::Udp), SOURCE_PORTS, "{ports:?}");
+            assert_eq!(ruleset.source_ports(Protocol::Udp), (32_768, 60_999), "{ports:?}");
         }
     }
 }
