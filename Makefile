@@ -32,7 +32,7 @@ run: build
 # The README's test command. Namespaces, a real dockerd and the peers want root; see scripts/test-deps.
 test:
 	@scripts/test-deps
-	$(CARGO) test --locked --workspace
+	$(CARGO) test --locked --workspace --no-fail-fast
 
 bench:
 	@scripts/test-deps
