@@ -16,7 +16,7 @@ help:
 	@echo "make run      build, and bring up examples/hello, published at port $(RUN_PORT)"
 	@echo "make test     install what the tests need (as root, with apt) and run them all"
 	@echo "make bench    compare with the peers installed here; results in benches/results/"
-	@echo "make lint     formatting, clippy, documentation, licences and sources of dependencies"
+	@echo "make lint     formatting, columns, clippy, documentation, licences and sources of dependencies"
 	@echo "make install  PREFIX=DIR: tidegate, docker-proxy, slirp4netns, manual pages, completion (default /usr/local)"
 	@echo "make fuzz     each fuzz target for FUZZ_SECONDS=$(FUZZ_SECONDS) (needs cargo-fuzz and a nightly)"
 
@@ -47,6 +47,7 @@ bench-quick:
 
 lint:
 	$(CARGO) fmt --all --check
+	scripts/check-columns
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" $(CARGO) doc --locked --workspace --no-deps --quiet
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --locked check bans licenses sources; \

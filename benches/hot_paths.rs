@@ -1,4 +1,5 @@
-//! The pure code that runs per packet, per connection or per port, under criterion: `cargo bench --bench hot_paths`.
+//! The pure code that runs per packet, per connection or per port, under criterion:
+//! `cargo bench --bench hot_paths`.
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
@@ -52,7 +53,8 @@ fn merging(c: &mut Criterion) {
         b.iter(|| {
             let mut start = 0;
             while start < sizes.len() {
-                start = next_group(start..sizes.len(), 65_535, |i| black_box(sizes[i])).messages.end;
+                start =
+                    next_group(start..sizes.len(), 65_535, |i| black_box(sizes[i])).messages.end;
             }
         });
     });
@@ -83,7 +85,8 @@ fn tables(c: &mut Criterion) {
 }
 
 fn door(c: &mut Criterion) {
-    let blocks: Vec<String> = (0..1000u32).map(|n| format!("10.{}.{}.0/24", n / 250, n % 250)).collect();
+    let blocks: Vec<String> =
+        (0..1000u32).map(|n| format!("10.{}.{}.0/24", n / 250, n % 250)).collect();
     let allow = CidrSet::parse(&blocks).expect("valid blocks");
     let asked: IpAddr = Ipv4Addr::new(10, 2, 77, 9).into();
     c.bench_function("allow-list: 1000 networks", |b| b.iter(|| allow.contains(black_box(asked))));

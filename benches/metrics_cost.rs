@@ -1,9 +1,11 @@
 //! What metrics cost: `cargo bench --bench metrics_cost`, as root, some two minutes.
 //!
-//! 1. Counting. A loop's turn (see what a connection's sockets are ready for, receive, send) with counters that count and with counters that do not: the
-//!    same code, compiled twice ([`Tally`]). Rounds of both alternate, and what counts is the median of the ratios of neighbouring rounds.
+//! 1. Counting. A loop's turn (see what a connection's sockets are ready for, receive, send) with
+//!    counters that count and with counters that do not: the same code, compiled twice ([`Tally`]).
+//!    Rounds of both alternate, and what counts is the median of the ratios of neighbouring rounds.
 //! 2. All that is counted of one connection, from being accepted to its end.
-//! 3. A storm of scrapes: how long requests take through `tidegate publish` with 1,000 ports, with and without 100 clients that scrape without pause.
+//! 3. A storm of scrapes: how long requests take through `tidegate publish` with 1,000 ports, with
+//!    and without 100 clients that scrape without pause.
 
 use std::hint::black_box;
 use std::io::{self, Read, Write};
@@ -28,7 +30,8 @@ const CONNECTIONS: u32 = 1_000_000;
 
 const PORTS: u16 = 1000;
 const SCRAPERS: usize = 100;
-/// In all fewer than half of the ephemeral ports: with those in TIME_WAIT, connect(2) looks for a free one for milliseconds.
+/// In all fewer than half of the ephemeral ports: with those in TIME_WAIT, connect(2) looks for a
+/// free one for milliseconds.
 const REQUESTS: usize = 1000;
 const SOON: Duration = Duration::from_secs(30);
 
@@ -93,7 +96,8 @@ fn counting() {
         "bytes", "counted", "uncounted", "ratio"
     );
     for size in SIZES {
-        let (counted, uncounted, ratio) = host.run(|| compare(size)).expect("messages over loopback");
+        let (counted, uncounted, ratio) =
+            host.run(|| compare(size)).expect("messages over loopback");
         println!("{size:>8}  {counted:>10.0}  {uncounted:>10.0}  {ratio:>8.4}");
     }
 }
@@ -118,7 +122,11 @@ fn compare(size: usize) -> io::Result<(f64, f64, f64)> {
     }
     let turns = 2.0 * MESSAGES as f64;
     let of = |value: fn(&(f64, f64)) -> f64| median(rounds.iter().map(value).collect());
-    Ok((of(|round| round.0) / turns * 1e9, of(|round| round.1) / turns * 1e9, of(|round| round.0 / round.1)))
+    Ok((
+        of(|round| round.0) / turns * 1e9,
+        of(|round| round.1) / turns * 1e9,
+        of(|round| round.0 / round.1),
+    ))
 }
 
 fn connections() {
@@ -134,7 +142,8 @@ fn connections() {
     };
     let (counted, uncounted) = (Figures::<AtomicU64>::default(), Figures::<Uncounted>::default());
     let with = median((0..9).map(|_| each(&|dial, life| counted.connection(dial, life))).collect());
-    let without = median((0..9).map(|_| each(&|dial, life| uncounted.connection(dial, life))).collect());
+    let without =
+        median((0..9).map(|_| each(&|dial, life| uncounted.connection(dial, life))).collect());
     println!(
         "\na whole connection: {with:.1} ns of counting, of which its times and the limits' gauge are {without:.1}"
     );
@@ -185,8 +194,10 @@ fn storm() {
         for scraper in scrapers {
             scraper.join().expect("a scraper does not panic");
         }
-        for (index, (name, times)) in [("quiet", quiet), ("stormy", stormy)].into_iter().enumerate() {
-            let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e6;
+        for (index, (name, times)) in [("quiet", quiet), ("stormy", stormy)].into_iter().enumerate()
+        {
+            let at =
+                |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e6;
             p99[index].push(at(0.99));
             println!("{name:>8}  {:>9.0}  {:>9.0}  {:>9.0}", at(0.5), at(0.99), at(1.0));
         }

@@ -1,9 +1,11 @@
-//! From which size of a read on splicing pays: `cargo bench --bench splice_threshold`, as root, some two minutes.
+//! From which size of a read on splicing pays: `cargo bench --bench splice_threshold`, as root,
+//! some two minutes.
 //!
-//! A client in one namespace sends messages of one size through `tidegate publish` to a server in another, which answers
-//! each with a byte; so every read of the proxy finds one message, or a part of it. The same is done with a proxy that only
-//! copies and with one that only splices, in alternating rounds. What counts is the proxy's CPU time per message:
-//! where the two columns cross is where `SPLICE_FROM` (proxy/src/tcp/mod.rs) belongs.
+//! A client in one namespace sends messages of one size through `tidegate publish` to a server in
+//! another, which answers each with a byte; so every read of the proxy finds one message, or a part
+//! of it. The same is done with a proxy that only copies and with one that only splices, in
+//! alternating rounds. What counts is the proxy's CPU time per message: where the two columns cross
+//! is where `SPLICE_FROM` (proxy/src/tcp/mod.rs) belongs.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -14,7 +16,8 @@ use tidegate_testbed::{Process, Protocol, Topology, addr, require_root};
 /// Message sizes, in KiB.
 const SIZES: [usize; 10] = [1, 4, 8, 16, 24, 32, 48, 64, 128, 256];
 
-/// What is compared, by the value of the hidden option `--splice-from`: how the column is called, what is published.
+/// What is compared, by the value of the hidden option `--splice-from`: how the column is called,
+/// what is published.
 const WAYS: [(&str, &str, u16); 2] = [("copied", "1000000000", 8081), ("spliced", "0", 8082)];
 
 const ROUNDS: usize = 5;
@@ -28,7 +31,8 @@ fn main() {
     }
     require_root();
     let net = Topology::three();
-    let listener = net.container.run(|| TcpListener::bind((addr::CONTAINER_V4, 80))).expect("listen");
+    let listener =
+        net.container.run(|| TcpListener::bind((addr::CONTAINER_V4, 80))).expect("listen");
     std::thread::spawn(move || {
         listener.incoming().flatten().for_each(|stream| serve(stream).expect("serve"));
     });
@@ -36,7 +40,16 @@ fn main() {
     let proxies = WAYS.map(|(_, from, port)| {
         let mut command = net.host.command(env!("CARGO_BIN_EXE_tidegate"));
         let port_spec = format!("{port}:80");
-        command.args(["publish", &port_spec, "--to", &container, "--workers", "1", "--splice-from", from]);
+        command.args([
+            "publish",
+            &port_spec,
+            "--to",
+            &container,
+            "--workers",
+            "1",
+            "--splice-from",
+            from,
+        ]);
         let proxy = Process::spawn(&mut command);
         net.host.wait_until_bound(Protocol::Tcp, port, SOON);
         proxy
@@ -67,7 +80,8 @@ fn main() {
     }
 }
 
-/// Sends messages of `size` bytes for [`TIME`], each after the answer to the one before; how many there were.
+/// Sends messages of `size` bytes for [`TIME`], each after the answer to the one before; how many
+/// there were.
 fn exchange(to: SocketAddr, size: usize) -> io::Result<u64> {
     let mut stream = TcpStream::connect_timeout(&to, SOON)?;
     stream.set_nodelay(true)?;

@@ -6,11 +6,13 @@
 //!                                                     networks: an order to the task that makes them
 //! ```
 //!
-//! What is asked is answered from what the parts of the project know; ports come and go in the publisher. Networks have one task
-//! that changes them, which gets orders and carries each out to its end, also when the client has gone meanwhile.
+//! What is asked is answered from what the parts of the project know; ports come and go in the
+//! publisher. Networks have one task that changes them, which gets orders and carries each out to
+//! its end, also when the client has gone meanwhile.
 //!
-//! The types of the API are in [`types`] and are used for nothing else, so that what is inside may change without them. The OpenAPI
-//! document is made of them and of the routes; `docs/openapi.json` is a copy, which a test compares.
+//! The types of the API are in [`types`] and are used for nothing else, so that what is inside may
+//! change without them. The OpenAPI document is made of them and of the routes; `docs/openapi.json`
+//! is a copy, which a test compares.
 
 pub(crate) mod client;
 mod problem;

@@ -15,7 +15,8 @@ use tidegate_netsetup::{
 /// What closes networks, and leads containers out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum FirewallChoice {
-    /// nftables, else iptables, else none; iptables first where its FORWARD chain drops what it does not know
+    /// nftables, else iptables, else none; iptables first where its FORWARD chain drops what it
+    /// does not know
     #[default]
     Auto,
     /// Tables of tidegate's own in nftables
@@ -32,7 +33,8 @@ pub enum PublishBy {
     /// Sockets of this process
     #[default]
     Proxy,
-    /// Destination NAT of the kernel; sockets where that does not reach: loopback, a container's own port, IPv6 to IPv4
+    /// Destination NAT of the kernel; sockets where that does not reach: loopback, a container's
+    /// own port, IPv6 to IPv4
     Kernel,
 }
 
@@ -52,7 +54,9 @@ impl Chosen {
     pub(crate) fn tell(&self) {
         let why = &self.why;
         match &self.firewall {
-            Some(firewall) => tracing::info!(firewall = %firewall.kind(), why, "networks are closed by"),
+            Some(firewall) => {
+                tracing::info!(firewall = %firewall.kind(), why, "networks are closed by")
+            }
             None => tracing::info!(why, "networks are closed without a firewall"),
         }
     }
@@ -75,8 +79,8 @@ impl BypassedRules {
         Ok(Self::of(kind, &DockerUser::of(host)?.map(Some)))
     }
 
-    /// The chains of iptables ask Docker's, of all that comes in; but some of its rules mean something of
-    /// forwarded packets alone.
+    /// The chains of iptables ask Docker's, of all that comes in; but some of its rules mean
+    /// something of forwarded packets alone.
     fn of(kind: Option<FirewallKind>, docker_user: &[Option<DockerUser>; 2]) -> Self {
         let rules = docker_user.each_ref().map(|docker_user| {
             let docker_user = docker_user.as_ref()?;
@@ -98,8 +102,8 @@ impl BypassedRules {
         self.rules.iter().flatten().map(String::as_str).next()
     }
 
-    /// The rule that `opening` would bypass. What is forwarded Docker's own chains ask it of, and what
-    /// the host asks itself nobody does.
+    /// The rule that `opening` would bypass. What is forwarded Docker's own chains ask it of, and
+    /// what the host asks itself nobody does.
     pub(crate) fn by(&self, opening: &Opening) -> Option<&str> {
         let served_by_a_socket = opening.to.is_none() && !opening.address.is_loopback();
         served_by_a_socket.then(|| self.rules[usize::from(opening.address.is_ipv6())].as_deref())?
@@ -111,7 +115,8 @@ impl BypassedRules {
     }
 }
 
-/// Chooses the firewall for the networks of `ground`, with the rules of `owner`, and what carries published ports.
+/// Chooses the firewall for the networks of `ground`, with the rules of `owner`, and what carries
+/// published ports.
 ///
 /// # Errors
 /// What was asked for cannot be had: one line that says why.
@@ -121,7 +126,8 @@ pub(crate) fn choose(
     ground: &Ground,
     owner: &str,
 ) -> anyhow::Result<Chosen> {
-    let iptables = if ground.is_rootless() { [None, None] } else { IptablesState::of(ground.networks())? };
+    let iptables =
+        if ground.is_rootless() { [None, None] } else { IptablesState::of(ground.networks())? };
     let (firewall, mut why) = choose_firewall(choice, ground, owner, &iptables)?;
     let kind = firewall.as_ref().map(|firewall| firewall.kind());
     let docker_user = iptables.each_ref().map(|state| Some(state.as_ref()?.docker_user.clone()));
@@ -153,8 +159,13 @@ fn choose_firewall(
 ) -> anyhow::Result<(Option<Arc<Firewall>>, String)> {
     let open = |kind| {
         let firewall = Firewall::new(kind, ground.networks(), owner)?;
-        let firewall = if Feature::OwnedTables.is_forced_off() { firewall.shared() } else { firewall };
-        io::Result::Ok(Arc::new(if Feature::Gates.is_forced_off() { firewall.ungated() } else { firewall }))
+        let firewall =
+            if Feature::OwnedTables.is_forced_off() { firewall.shared() } else { firewall };
+        io::Result::Ok(Arc::new(if Feature::Gates.is_forced_off() {
+            firewall.ungated()
+        } else {
+            firewall
+        }))
     };
     let wanted = match choice {
         FirewallChoice::None => return Ok((None, "asked for".to_owned())),
@@ -167,7 +178,9 @@ fn choose_firewall(
     };
     if let Some(kind) = wanted {
         if ground.is_rootless() {
-            bail!("--firewall={kind} needs root: without it the networks are apart from the host's firewall");
+            bail!(
+                "--firewall={kind} needs root: without it the networks are apart from the host's firewall"
+            );
         }
         let firewall = open(kind).with_context(|| format!("--firewall={kind}"))?;
         return Ok((Some(firewall), "asked for".to_owned()));
@@ -186,8 +199,11 @@ fn choose_firewall(
     Ok((None, missing.join("; ")))
 }
 
-/// Which firewall is tried first, and why. What nftables lets through iptables may drop, if it is in use.
-pub(crate) fn preference(iptables: &[Option<IptablesState>; 2]) -> ([FirewallKind; 2], &'static str) {
+/// Which firewall is tried first, and why. What nftables lets through iptables may drop, if it is
+/// in use.
+pub(crate) fn preference(
+    iptables: &[Option<IptablesState>; 2],
+) -> ([FirewallKind; 2], &'static str) {
     let any = |is: fn(&IptablesState) -> bool| iptables.iter().flatten().any(is);
     let because = if any(|state| state.forward_drops) {
         "the chain FORWARD of iptables drops what it does not know"
@@ -210,14 +226,16 @@ pub(crate) fn zones(desired: &Desired) -> Vec<Zone> {
     desired.networks.iter().map(zone).collect()
 }
 
-/// The addresses that the kernel may translate published ports of `endpoint` to: those by whose network its answers leave.
+/// The addresses that the kernel may translate published ports of `endpoint` to: those by whose
+/// network its answers leave.
 pub(crate) fn targets(endpoint: &Endpoint) -> Vec<IpAddr> {
     let ways_out = endpoint.attachments.iter().filter(|attachment| attachment.default_route);
     ways_out.flat_map(|attachment| &attachment.addresses).map(ipnet::IpNet::addr).collect()
 }
 
-/// What a firewall has to know of the published port `label`, which leads to `container_port`. `targets` are the addresses that the kernel may translate to: none where
-/// our sockets carry everything.
+/// What a firewall has to know of the published port `label`, which leads to `container_port`.
+/// `targets` are the addresses that the kernel may translate to: none where our sockets carry
+/// everything.
 pub(crate) fn opening(label: PublishLabel, container_port: u16, targets: &[IpAddr]) -> Opening {
     let at = label.address();
     // What is asked for on the host itself is never forwarded.
@@ -237,7 +255,8 @@ mod tests {
     use tidegate_netsetup::{DockerUser, UserRule};
 
     fn with_rules(rules: &[&str]) -> [Option<IptablesState>; 2] {
-        let rules = rules.iter().map(|rule| UserRule { text: format!("-A DOCKER-USER {rule}") }).collect();
+        let rules =
+            rules.iter().map(|rule| UserRule { text: format!("-A DOCKER-USER {rule}") }).collect();
         [
             Some(IptablesState {
                 docker_user: DockerUser { rules, forward: true },
@@ -263,12 +282,16 @@ mod tests {
             let rule = |rule: &&str| UserRule { text: format!("-A DOCKER-USER {rule}") };
             [Some(DockerUser { rules: rules.iter().map(rule).collect(), forward: true }), None]
         };
-        let (about_clients, about_containers) = ("-s 203.0.113.0/24 -j DROP", "-p tcp --dport 80 -j DROP");
+        let (about_clients, about_containers) =
+            ("-s 203.0.113.0/24 -j DROP", "-p tcp --dport 80 -j DROP");
         let all = with_rules(&[about_clients, about_containers]);
         let bypassed = |kind| BypassedRules::of(kind, &all).any().map(str::to_owned);
         let iptables = Some(FirewallKind::Iptables);
         assert_eq!(bypassed(iptables), Some(format!("-A DOCKER-USER {about_containers}")));
-        assert_eq!(bypassed(Some(FirewallKind::Nftables)), Some(format!("-A DOCKER-USER {about_clients}")));
+        assert_eq!(
+            bypassed(Some(FirewallKind::Nftables)),
+            Some(format!("-A DOCKER-USER {about_clients}"))
+        );
         assert_eq!(bypassed(None), bypassed(Some(FirewallKind::Nftables)));
         assert_eq!(BypassedRules::of(iptables, &with_rules(&[about_clients])).any(), None);
 

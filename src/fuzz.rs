@@ -1,6 +1,8 @@
-//! What the fuzz targets of this package check, as ordinary functions, so that a plain test can replay a corpus.
+//! What the fuzz targets of this package check, as ordinary functions, so that a plain test can
+//! replay a corpus.
 //!
-//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the interface.
+//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the
+//! interface.
 
 use crate::compat::docker_proxy::flags::{Invocation, Listen, parse as parse_flags};
 use crate::compose;
@@ -8,7 +10,8 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
-/// A Compose file is understood or refused in one line that begins with the file's name, and what is understood is within its bounds.
+/// A Compose file is understood or refused in one line that begins with the file's name, and what
+/// is understood is within its bounds.
 pub fn check_compose(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let env = |name: &str| (name.len() > 3).then(|| name.to_owned());
@@ -33,7 +36,8 @@ pub fn check_compose(data: &[u8]) {
     }
 }
 
-/// docker-proxy's flags, separated by zero bytes: what is accepted makes sense, what is not is told in one line.
+/// docker-proxy's flags, separated by zero bytes: what is accepted makes sense, what is not is told
+/// in one line.
 pub fn check_docker_proxy_flags(data: &[u8]) {
     let args = data.split(|byte| *byte == 0).map(|arg| OsString::from_vec(arg.to_vec()));
     match parse_flags(args) {

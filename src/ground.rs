@@ -1,12 +1,14 @@
-//! Where this process stands: the namespace that it publishes ports in, and the one that its networks are in.
+//! Where this process stands: the namespace that it publishes ports in, and the one that its
+//! networks are in.
 //!
 //! | | ports | bridges and rules | the data plane's threads |
 //! |---|---|---|---|
 //! | as root | the namespace it was started in | the same | the same |
 //! | as an ordinary user | the same | one of its own, in a user namespace of its own | in the latter |
 //!
-//! A listening socket belongs to the namespace that it was made in, whoever accepts from it. So without privileges too one process
-//! does it all: what publishes stays outside, what connects to containers lives inside, and only descriptors of one process lie in between.
+//! A listening socket belongs to the namespace that it was made in, whoever accepts from it. So
+//! without privileges too one process does it all: what publishes stays outside, what connects to
+//! containers lives inside, and only descriptors of one process lie in between.
 
 use anyhow::{Context, anyhow};
 use rustix::io::Errno;
@@ -30,8 +32,8 @@ impl Ground {
         Ok(Self { ports: here.clone(), networks: here })
     }
 
-    /// Here, for who may make networks here. For others, who become root of a user namespace by it, one inside that. To be called while the process has
-    /// but one thread.
+    /// Here, for who may make networks here. For others, who become root of a user namespace by it,
+    /// one inside that. To be called while the process has but one thread.
     ///
     /// # Errors
     /// One line that says what the host would have to allow.
@@ -68,7 +70,9 @@ impl Ground {
 
 fn explain(error: &io::Error) -> anyhow::Error {
     let fix = match Errno::from_io_error(error) {
-        Some(Errno::NOSPC) => "the host allows no more of them; raise sysctl user.max_user_namespaces",
+        Some(Errno::NOSPC) => {
+            "the host allows no more of them; raise sysctl user.max_user_namespaces"
+        }
         Some(Errno::PERM | Errno::ACCESS) => {
             "the host keeps them from ordinary users; set sysctl kernel.unprivileged_userns_clone=1 or \
              kernel.apparmor_restrict_unprivileged_userns=0, whichever it has, or run as root"

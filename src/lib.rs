@@ -1,6 +1,8 @@
-//! What tidegate's binaries are made of: command line, drop-in personalities, and the wiring between the crates.
+//! What tidegate's binaries are made of: command line, drop-in personalities, and the wiring
+//! between the crates.
 //!
-//! This is no library for others; it is one so that `tidegate`, `docker-proxy` and the tests share it.
+//! This is no library for others; it is one so that `tidegate`, `docker-proxy` and the tests share
+//! it.
 
 mod api;
 pub mod cli;

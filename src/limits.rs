@@ -1,5 +1,5 @@
-//! Limits of published ports: flags of `tidegate publish` and `tidegate up`, and for docker-proxy, whose command
-//! line is Docker's, the variable [`VARIABLE`].
+//! Limits of published ports: flags of `tidegate publish` and `tidegate up`, and for docker-proxy,
+//! whose command line is Docker's, the variable [`VARIABLE`].
 
 use clap::Args;
 use std::fmt;
@@ -21,24 +21,29 @@ pub struct ProxyLimits {
     #[arg(long, value_name = "N", default_value_t = Self::default().max_port_connections)]
     pub max_port_connections: NonZeroUsize,
 
-    /// TCP connections of one client, an IPv4 address or an IPv6 /64, at most [default: its share of the others]
+    /// TCP connections of one client, an IPv4 address or an IPv6 /64, at most [default: its share
+    /// of the others]
     #[arg(long, value_name = "N")]
     pub max_client_connections: Option<NonZeroUsize>,
 
-    /// UDP sessions of one port at most; of the client that has most, the longest silent one makes room
+    /// UDP sessions of one port at most; of the client that has most, the longest silent one makes
+    /// room
     #[arg(long, value_name = "N", default_value_t = Self::default().udp_max_sessions)]
     pub udp_max_sessions: NonZeroUsize,
 
-    /// UDP sessions of one client, an IPv4 address or an IPv6 /64, at one port at most; its own longest silent one makes room
+    /// UDP sessions of one client, an IPv4 address or an IPv6 /64, at one port at most; its own
+    /// longest silent one makes room
     #[arg(long, value_name = "N", default_value_t = Self::default().udp_max_source_sessions)]
     pub udp_max_source_sessions: NonZeroUsize,
 
-    /// Memory that TCP connections may hold for peers that do not read, in bytes or with K, M or G behind it
+    /// Memory that TCP connections may hold for peers that do not read, in bytes or with K, M or G
+    /// behind it
     #[arg(long, value_name = "SIZE", default_value_t = Self::default().max_held)]
     pub max_held: HeldBytes,
 }
 
-/// A size of memory that is enough for one connection: a whole number of bytes, KiB (K), MiB (M) or GiB (G).
+/// A size of memory that is enough for one connection: a whole number of bytes, KiB (K), MiB (M) or
+/// GiB (G).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldBytes(usize);
 
@@ -64,10 +69,13 @@ impl FromStr for HeldBytes {
         let bytes = digits.parse::<usize>().ok().and_then(|number| number.checked_mul(1 << shift));
         match bytes {
             Some(bytes) if bytes >= least => Ok(Self(bytes)),
-            Some(_) => {
-                Err(format!("one connection may hold {}K; it has to be as much at least", least >> 10))
+            Some(_) => Err(format!(
+                "one connection may hold {}K; it has to be as much at least",
+                least >> 10
+            )),
+            None => {
+                Err("a size is a whole number of bytes, or one with K, M or G behind it".into())
             }
-            None => Err("a size is a whole number of bytes, or one with K, M or G behind it".into()),
         }
     }
 }
@@ -105,7 +113,8 @@ impl ProxyLimits {
     fn set(&mut self, name: &str, value: &str) -> Result<(), LimitError> {
         let number = || {
             let number = value.parse();
-            number.map_err(|_| LimitError::Number { name: name.to_owned(), value: value.to_owned() })
+            number
+                .map_err(|_| LimitError::Number { name: name.to_owned(), value: value.to_owned() })
         };
         match name {
             "max-connections" => self.max_connections = number()?,
@@ -160,7 +169,8 @@ impl FromStr for ProxyLimits {
     fn from_str(text: &str) -> Result<Self, LimitError> {
         let mut limits = Self::default();
         for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-            let (name, value) = part.split_once('=').ok_or_else(|| LimitError::Form(part.to_owned()))?;
+            let (name, value) =
+                part.split_once('=').ok_or_else(|| LimitError::Form(part.to_owned()))?;
             limits.set(name.trim(), value.trim())?;
         }
         Ok(limits)
@@ -180,7 +190,8 @@ mod tests {
 
     #[test]
     fn the_variable_sets_what_the_flags_set_by_the_same_names() {
-        for argument in Flags::command().get_arguments().filter_map(|argument| argument.get_long()) {
+        for argument in Flags::command().get_arguments().filter_map(|argument| argument.get_long())
+        {
             if argument == "help" {
                 continue;
             }
@@ -214,7 +225,10 @@ mod tests {
             ("max-connections", "\"max-connections\" is not of the form NAME=VALUE"),
             ("max-connections=0", "max-connections=0: a limit is a whole number, 1 at least"),
             ("udp-max-sessions=-1", "udp-max-sessions=-1: a limit is a whole number, 1 at least"),
-            ("max-held=767K", "max-held=767K: one connection may hold 768K; it has to be as much at least"),
+            (
+                "max-held=767K",
+                "max-held=767K: one connection may hold 768K; it has to be as much at least",
+            ),
             (
                 "max-held=1T",
                 "max-held=1T: a size is a whole number of bytes, or one with K, M or G behind it",
@@ -225,6 +239,9 @@ mod tests {
             assert!(error.starts_with(reason), "{error}");
         }
         let both: ProxyLimits = "max-connections=5, max-client-connections=2,".parse().unwrap();
-        assert_eq!((both.max_connections.get(), both.max_client_connections), (5, NonZeroUsize::new(2)));
+        assert_eq!(
+            (both.max_connections.get(), both.max_client_connections),
+            (5, NonZeroUsize::new(2))
+        );
     }
 }

@@ -25,7 +25,8 @@ impl Bound {
     }
 }
 
-/// The sockets of this process's network namespace that have a port. A kernel without IPv6 has none of that family.
+/// The sockets of this process's network namespace that have a port. A kernel without IPv6 has none
+/// of that family.
 ///
 /// # Errors
 /// `/proc` is not there.
@@ -33,12 +34,16 @@ pub(crate) fn bound(protocol: Protocol) -> ProcResult<Vec<Bound>> {
     let bound = |local, remote, inode| Bound { local, remote, inode };
     match protocol {
         Protocol::Tcp => {
-            let all = procfs::net::tcp()?.into_iter().chain(procfs::net::tcp6().into_iter().flatten());
+            let all =
+                procfs::net::tcp()?.into_iter().chain(procfs::net::tcp6().into_iter().flatten());
             let listening = all.filter(|entry| entry.state == TcpState::Listen);
-            Ok(listening.map(|one| bound(one.local_address, one.remote_address, one.inode)).collect())
+            Ok(listening
+                .map(|one| bound(one.local_address, one.remote_address, one.inode))
+                .collect())
         }
         Protocol::Udp => {
-            let all = procfs::net::udp()?.into_iter().chain(procfs::net::udp6().into_iter().flatten());
+            let all =
+                procfs::net::udp()?.into_iter().chain(procfs::net::udp6().into_iter().flatten());
             Ok(all.map(|one| bound(one.local_address, one.remote_address, one.inode)).collect())
         }
         Protocol::Sctp => Ok(Vec::new()),
@@ -64,7 +69,8 @@ impl std::fmt::Display for Holder {
     }
 }
 
-/// The processes that hold one of the sockets `inodes`. Other users' processes show theirs to root alone.
+/// The processes that hold one of the sockets `inodes`. Other users' processes show theirs to root
+/// alone.
 pub(crate) fn holders(inodes: &BTreeSet<u64>) -> Vec<Holder> {
     if inodes.is_empty() {
         return Vec::new();
@@ -78,7 +84,8 @@ fn holder(process: &Process, inodes: &BTreeSet<u64>) -> Option<Holder> {
         FDTarget::Socket(inode) if inodes.contains(&inode) => Some(inode),
         _ => None,
     };
-    let held: BTreeSet<u64> = process.fd().ok()?.flatten().filter_map(|one| held(one.target)).collect();
+    let held: BTreeSet<u64> =
+        process.fd().ok()?.flatten().filter_map(|one| held(one.target)).collect();
     if held.is_empty() {
         return None;
     }

@@ -1,12 +1,16 @@
 //! `GET /metrics`, for Prometheus.
 //!
-//! Plain blocking I/O on threads of its own, because the small docker-proxy binary, which has no async runtime, serves it as well as the large one.
-//! Clients are bounded, and each holder of them has a share ([`clients`]); a client has [`PATIENCE`] for its request, and [`ANSWER_TIME`] to take the
-//! page. The page is written by one thread at a time, whose priority is low ([`NICE`]) and who often rests, and those who came before it was begun
-//! all get the same. Pages are sent in pieces ([`PIECE`]), one thread's at a time as well, and after each as long is waited as it took: a storm of
-//! scrapes has half of a core at most. So whatever happens here, the data plane hardly notices.
+//! Plain blocking I/O on threads of its own, because the small docker-proxy binary, which has no
+//! async runtime, serves it as well as the large one. Clients are bounded, and each holder of them
+//! has a share ([`clients`]); a client has [`PATIENCE`] for its request, and [`ANSWER_TIME`] to
+//! take the page. The page is written by one thread at a time, whose priority is low ([`NICE`]) and
+//! who often rests, and those who came before it was begun all get the same. Pages are sent in
+//! pieces ([`PIECE`]), one thread's at a time as well, and after each as long is waited as it took:
+//! a storm of scrapes has half of a core at most. So whatever happens here, the data plane hardly
+//! notices.
 //!
-//! A port that is in use is no reason not to start: any user of the host can take one. It is tried again ([`Backoff`]) for as long as the process runs.
+//! A port that is in use is no reason not to start: any user of the host can take one. It is tried
+//! again ([`Backoff`]) for as long as the process runs.
 
 mod clients;
 mod http;
@@ -33,7 +37,8 @@ use tidegate_reactor::enable_stream_ingress;
 /// How long a client may take over its request, and over reading anything of the page.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long a client may take over reading the page. Prometheus gives up after 10 s unless told otherwise (`scrape_timeout`).
+/// How long a client may take over reading the page. Prometheus gives up after 10 s unless told
+/// otherwise (`scrape_timeout`).
 const ANSWER_TIME: Duration = Duration::from_secs(30);
 
 /// When a port in use is tried again: after the first time, which doubles, up to the second.
@@ -43,7 +48,8 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// How often histograms are folded when nobody scrapes, so that they do not pile up.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// Niceness of the threads that let clients in and write pages: beside a loop at work they have a tenth of its time (sched(7)).
+/// Niceness of the threads that let clients in and write pages: beside a loop at work they have a
+/// tenth of its time (sched(7)).
 const NICE: i32 = 10;
 
 /// Bytes of a page that are sent at a time: some 50 us.
@@ -52,8 +58,8 @@ const PIECE: usize = 256 << 10;
 /// Ports behind the first one in the range that is suggested where one is in use.
 const RANGE: u16 = 10;
 
-/// Where to serve: an address and a port, or the first free port of a range (for the many docker-proxies of one
-/// host, which share one environment).
+/// Where to serve: an address and a port, or the first free port of a range (for the many
+/// docker-proxies of one host, which share one environment).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MetricsAddress {
     ip: IpAddr,
@@ -69,7 +75,11 @@ pub struct MetricsAddressError(String);
 impl fmt::Display for MetricsAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let first = SocketAddr::new(self.ip, self.first);
-        if self.first == self.last { write!(f, "{first}") } else { write!(f, "{first}-{}", self.last) }
+        if self.first == self.last {
+            write!(f, "{first}")
+        } else {
+            write!(f, "{first}-{}", self.last)
+        }
     }
 }
 
@@ -155,15 +165,17 @@ pub struct Recorder {
 type Families = Box<dyn Fn(&mut String) + Send + Sync>;
 
 impl Recorder {
-    /// Binds `address` and takes the facade's place. If the port, or each port of the range, is in use, that is logged with its remedy, and
-    /// [`Self::serve`] tries again.
+    /// Binds `address` and takes the facade's place. If the port, or each port of the range, is in
+    /// use, that is logged with its remedy, and [`Self::serve`] tries again.
     ///
     /// # Errors
     /// [`EndpointError`]; nothing is left open then.
     pub fn install(address: MetricsAddress) -> Result<Self, EndpointError> {
         let listener = match bind(address) {
             Ok(listener) => Some(listener),
-            Err(EndpointError::Bind { source, .. }) if source.kind() == io::ErrorKind::AddrInUse => {
+            Err(EndpointError::Bind { source, .. })
+                if source.kind() == io::ErrorKind::AddrInUse =>
+            {
                 tracing::warn!(
                     "metrics are not served: {}; trying again until it is free, or give another address, or a range of ports \
                      such as {}",
@@ -205,8 +217,8 @@ impl Recorder {
         self.status.clone()
     }
 
-    /// Answers scrapes with the figures of the published ports, which `ports` tells, and of the process, on threads of its own, until the process
-    /// ends.
+    /// Answers scrapes with the figures of the published ports, which `ports` tells, and of the
+    /// process, on threads of its own, until the process ends.
     ///
     /// # Errors
     /// When no thread can be started.
@@ -236,13 +248,15 @@ impl Recorder {
         };
         let page = Arc::new(page);
         let (status, listener, acl) = (self.status, self.listener, self.acl);
-        // Not in the thread: a process that confines itself when this returns may open no netlink socket then.
+        // Not in the thread: a process that confines itself when this returns may open no netlink
+        // socket then.
         let peers = LocalPeers::new();
         if let Err(error) = &peers {
             tracing::warn!(%error, "all metrics clients on this host share one limit: their users are not known");
         }
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
-            // On Linux it is this thread's, and that of those which it starts. That it is refused changes nothing but that.
+            // On Linux it is this thread's, and that of those which it starts. That it is refused
+            // changes nothing but that.
             let _ = rustix::process::nice(NICE);
             let listener = listener.unwrap_or_else(|| wait_for(&status));
             match Server::new(listener, acl, peers.ok(), page) {
@@ -387,14 +401,16 @@ impl Page {
         let mut text = self.handle.render();
         // Writing to a String does not fail.
         let (ports, fill) = (self.ports)();
-        let _ = describe(&ports, &mut Gently::new(&mut text)).and_then(|()| fill.describe(&mut text));
+        let _ =
+            describe(&ports, &mut Gently::new(&mut text)).and_then(|()| fill.describe(&mut text));
         self.more.iter().for_each(|families| families(&mut text));
         text
     }
 }
 
-/// Writes, and rests every now and then for as long as it has written. A loop that is woken may have to wait until whoever has its core sleeps or its time
-/// is over, however low its priority is: 3 ms (`sysctl_sched_base_slice`, kernel/sched/fair.c), where this is over in a tenth of that.
+/// Writes, and rests every now and then for as long as it has written. A loop that is woken may
+/// have to wait until whoever has its core sleeps or its time is over, however low its priority is:
+/// 3 ms (`sysctl_sched_base_slice`, kernel/sched/fair.c), where this is over in a tenth of that.
 struct Gently<'a> {
     text: &'a mut String,
     begun: Instant,
@@ -452,7 +468,8 @@ mod tests {
     fn the_first_free_port_of_a_range_is_taken_and_a_full_range_is_told() {
         let holder = TcpListener::bind("127.0.0.1:0").unwrap();
         let busy = holder.local_addr().unwrap().port();
-        let range: MetricsAddress = format!("127.0.0.1:{busy}-{}", busy.saturating_add(20)).parse().unwrap();
+        let range: MetricsAddress =
+            format!("127.0.0.1:{busy}-{}", busy.saturating_add(20)).parse().unwrap();
         assert_ne!(bind(range).unwrap().local_addr().unwrap().port(), busy);
         let only: MetricsAddress = format!("127.0.0.1:{busy}").parse().unwrap();
         assert!(bind(only).is_err());

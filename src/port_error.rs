@@ -21,7 +21,9 @@ pub fn explain(error: &BindError) -> String {
              or run with CAP_NET_BIND_SERVICE",
             address.port()
         ),
-        Some(Errno::ADDRNOTAVAIL) => format!("{port}: this host has no address {}", bracketed(address.ip())),
+        Some(Errno::ADDRNOTAVAIL) => {
+            format!("{port}: this host has no address {}", bracketed(address.ip()))
+        }
         Some(Errno::PROTONOSUPPORT) => format!("{port}: protocol not supported"),
         Some(Errno::AFNOSUPPORT) => format!("{port}: this kernel has no IPv6"),
         Some(Errno::MFILE) => format!("{port}: too many open files; raise the limit (ulimit -n)"),
@@ -29,12 +31,15 @@ pub fn explain(error: &BindError) -> String {
     }
 }
 
-/// That the port of `protocol` at `address` is in use, and by whom, as far as this process may look.
+/// That the port of `protocol` at `address` is in use, and by whom, as far as this process may
+/// look.
 pub fn in_use(address: SocketAddr, protocol: Protocol) -> String {
     let port = port_at(address, protocol);
     match holders(address, protocol).as_slice() {
         [] => format!("{port} is in use"),
-        holders if holders.len() <= HOLDERS_TOLD => format!("{port} is in use by {}", holders.join(", ")),
+        holders if holders.len() <= HOLDERS_TOLD => {
+            format!("{port} is in use by {}", holders.join(", "))
+        }
         [first, others @ ..] => format!("{port} is in use by {first} and {} more", others.len()),
     }
 }
@@ -64,13 +69,16 @@ fn bracketed(ip: IpAddr) -> String {
 /// The processes that hold the port, as `nginx (pid 812)`, as far as this one may look.
 fn holders(wanted: SocketAddr, protocol: Protocol) -> Vec<String> {
     let clashes = |local: SocketAddr| {
-        let overlaps =
-            local.ip() == wanted.ip() || local.ip().is_unspecified() || wanted.ip().is_unspecified();
+        let overlaps = local.ip() == wanted.ip()
+            || local.ip().is_unspecified()
+            || wanted.ip().is_unspecified();
         local.port() == wanted.port() && overlaps
     };
     let bound = listeners::bound(protocol).unwrap_or_default();
-    let inodes = bound.iter().filter(|socket| clashes(socket.local)).map(|socket| socket.inode).collect();
-    let holders: BTreeSet<String> = listeners::holders(&inodes).iter().map(ToString::to_string).collect();
+    let inodes =
+        bound.iter().filter(|socket| clashes(socket.local)).map(|socket| socket.inode).collect();
+    let holders: BTreeSet<String> =
+        listeners::holders(&inodes).iter().map(ToString::to_string).collect();
     holders.into_iter().collect()
 }
 
@@ -90,7 +98,10 @@ mod tests {
         let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
         let holder = TcpListener::bind(tcp).unwrap();
         let text = explained(tcp, Protocol::Tcp);
-        assert!(text.starts_with(&format!("port {}/tcp on 127.0.0.1 is in use by ", tcp.port())), "{text}");
+        assert!(
+            text.starts_with(&format!("port {}/tcp on 127.0.0.1 is in use by ", tcp.port())),
+            "{text}"
+        );
         assert!(text.ends_with(&me), "{text}");
         drop(holder);
 

@@ -15,7 +15,8 @@ pub(crate) struct NoPortGuards(pub(crate) Vec<(Mechanism, io::Error)>);
 impl NoPortGuards {
     /// What to do about it.
     pub(crate) fn remedy(&self) -> &'static str {
-        let denied = |(_, error): &(Mechanism, io::Error)| error.kind() == io::ErrorKind::PermissionDenied;
+        let denied =
+            |(_, error): &(Mechanism, io::Error)| error.kind() == io::ErrorKind::PermissionDenied;
         remedy(self.0.iter().map(denied))
     }
 }
@@ -29,21 +30,25 @@ pub(crate) fn remedy(mut denied: impl ExactSizeIterator<Item = bool>) -> &'stati
     }
 }
 
-/// The port guards of `owner`, of the best mechanism that works in a network namespace made to try it.
+/// The port guards of `owner`, of the best mechanism that works in a network namespace made to try
+/// it.
 ///
 /// # Errors
 /// [`NoPortGuards`].
 pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> {
     let candidates = candidates();
-    let tried =
-        Namespace::create().and_then(|scratch| scratch.with(|| PortGuards::probe(&candidates, owner)));
+    let tried = Namespace::create()
+        .and_then(|scratch| scratch.with(|| PortGuards::probe(&candidates, owner)));
     match tried {
         Ok(probed) => probed.map(Arc::new).map_err(NoPortGuards),
         // None could be tried.
         Err(error) => {
             let code = error.raw_os_error();
-            let error = || code.map_or_else(|| io::ErrorKind::Other.into(), io::Error::from_raw_os_error);
-            Err(NoPortGuards(candidates.into_iter().map(|mechanism| (mechanism, error())).collect()))
+            let error =
+                || code.map_or_else(|| io::ErrorKind::Other.into(), io::Error::from_raw_os_error);
+            Err(NoPortGuards(
+                candidates.into_iter().map(|mechanism| (mechanism, error())).collect(),
+            ))
         }
     }
 }

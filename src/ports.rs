@@ -80,7 +80,9 @@ pub(crate) fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError>
             for port in high_ports().take(HIGH_ATTEMPTS).chain(kernels) {
                 match open(port) {
                     Ok(listeners) => return Ok(listeners),
-                    Err(error) if error.source.kind() == io::ErrorKind::AddrInUse => last = Some(error),
+                    Err(error) if error.source.kind() == io::ErrorKind::AddrInUse => {
+                        last = Some(error)
+                    }
                     Err(error) => return Err(error.into()),
                 }
             }
@@ -171,8 +173,11 @@ mod tests {
             (label("[::]:9001/tcp"), 81),
             (label("0.0.0.0:5353/udp"), 53),
         ];
-        let expected =
-            [("0.0.0.0:9000-9001/tcp", "80-81"), ("[::]:9000-9001/tcp", "80-81"), ("0.0.0.0:5353/udp", "53")];
+        let expected = [
+            ("0.0.0.0:9000-9001/tcp", "80-81"),
+            ("[::]:9000-9001/tcp", "80-81"),
+            ("0.0.0.0:5353/udp", "53"),
+        ];
         assert_eq!(runs(&published), expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
     }
 }

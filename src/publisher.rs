@@ -1,13 +1,15 @@
-//! The published ports of endpoints: which are open, where they lead, and how they come and go at run time.
+//! The published ports of endpoints: which are open, where they lead, and how they come and go at
+//! run time.
 //!
-//! An endpoint is a namespace and its addresses. All its ports of one protocol share one way to it ([`Relocatable`]), so that a
-//! container that comes back elsewhere takes a thousand ports along at once. Nothing that is done to one port or one
-//! endpoint is noticed by the flows of another.
+//! An endpoint is a namespace and its addresses. All its ports of one protocol share one way to it
+//! ([`Relocatable`]), so that a container that comes back elsewhere takes a thousand ports along at
+//! once. Nothing that is done to one port or one endpoint is noticed by the flows of another.
 //!
 //! Where the NAT engine leads containers out, ports of UDP come in by it as well ([`WayIn`]).
 //!
-//! Where networks are apart from the host ([`Ground::is_rootless`]) their gateways are no addresses of its own. What is published on all
-//! addresses is opened there too then, and comes and goes with the port.
+//! Where networks are apart from the host ([`Ground::is_rootless`]) their gateways are no addresses
+//! of its own. What is published on all addresses is opened there too then, and comes and goes with
+//! the port.
 
 use crate::firewall::{BypassedRules, Chosen, PublishBy, opening};
 use crate::ground::Ground;
@@ -25,15 +27,16 @@ use tidegate_nat::Nat;
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Firewall, Opening};
 use tidegate_proxy::{
-    Drained, Engine, Fill, GatewayAcl, Listener, Permit, PortOptions, PortSnapshot, PublishedPort, Settings,
-    Upstream, Whose,
+    Drained, Engine, Fill, GatewayAcl, Listener, Permit, PortOptions, PortSnapshot, PublishedPort,
+    Settings, Upstream, Whose,
 };
 
-/// Sockets to listen on at most: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses. What goes beyond that is a
-/// mistake, and the list of them has to be told in one piece.
+/// Sockets to listen on at most: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses.
+/// What goes beyond that is a mistake, and the list of them has to be told in one piece.
 pub(crate) const MAX_PORTS: usize = 4 * 65_535;
 
-/// Descriptors that a way into a namespace keeps: two for its book of addresses, one for its policy route.
+/// Descriptors that a way into a namespace keeps: two for its book of addresses, one for its policy
+/// route.
 const WAY_DESCRIPTORS: u32 = 3;
 
 /// Which port it is. Numbers are not given out twice.
@@ -63,10 +66,14 @@ pub(crate) enum PublishError {
     #[error(transparent)]
     Port(#[from] PortError),
     /// There are [`MAX_PORTS`].
-    #[error("{0} ports more would be over {MAX_PORTS}, which is all there may be; remove some first")]
+    #[error(
+        "{0} ports more would be over {MAX_PORTS}, which is all there may be; remove some first"
+    )]
     TooMany(usize),
     /// Descriptors have run out.
-    #[error("{0} ports more leave no file descriptors for connections; raise the limit (ulimit -n)")]
+    #[error(
+        "{0} ports more leave no file descriptors for connections; raise the limit (ulimit -n)"
+    )]
     NoDescriptors(usize),
     /// There is no way into the endpoint.
     #[error("endpoint {endpoint:?}: {source}")]
@@ -113,7 +120,8 @@ pub(crate) struct Publisher {
 struct State {
     endpoints: BTreeMap<String, Endpoint>,
     ports: BTreeMap<PortId, Port>,
-    /// Those without series that the NAT engine carries and that are being closed: what they have counted is not remembered yet.
+    /// Those without series that the NAT engine carries and that are being closed: what they have
+    /// counted is not remembered yet.
     leaving: BTreeMap<PortId, Arc<CarriedPort>>,
     /// The last number that was given out.
     last: u32,
@@ -154,7 +162,8 @@ impl Endpoint {
         Self { targets, ..self }
     }
 
-    /// What it sends from `addresses` goes out by the NAT engine, so what comes in for them may come by it.
+    /// What it sends from `addresses` goes out by the NAT engine, so what comes in for them may
+    /// come by it.
     pub(crate) fn behind_engine(self, addresses: Vec<IpAddr>) -> Self {
         Self { behind_engine: addresses, ..self }
     }
@@ -192,7 +201,8 @@ enum Carried {
 }
 
 impl Publisher {
-    /// Publishes nothing yet. Ports are opened in the firewall of `chosen` too. `gateways` are the addresses of all networks on this side.
+    /// Publishes nothing yet. Ports are opened in the firewall of `chosen` too. `gateways` are the
+    /// addresses of all networks on this side.
     pub(crate) fn new(
         ground: Ground,
         mut settings: Settings,
@@ -226,7 +236,8 @@ impl Publisher {
 
     /// The figures of the open ports that have series of their own, and the sums of the others.
     pub(crate) fn snapshot(&self) -> Vec<PortSnapshot> {
-        // What is counted by one and by the other belongs together: a port that is being closed is in one of the two.
+        // What is counted by one and by the other belongs together: a port that is being closed is
+        // in one of the two.
         let state = self.state();
         let mut ports = self.engine.snapshot();
         for carried in state.carried() {
@@ -267,15 +278,24 @@ impl Publisher {
     /// How often each endpoint has moved.
     pub(crate) fn relocations(&self) -> BTreeMap<String, u64> {
         let state = self.state();
-        state.endpoints.iter().map(|(name, endpoint)| (name.clone(), endpoint.relocations)).collect()
+        state
+            .endpoints
+            .iter()
+            .map(|(name, endpoint)| (name.clone(), endpoint.relocations))
+            .collect()
     }
 
     /// Opens the ports of `spec` and leads them to `endpoint`: all, or none.
     ///
     /// # Errors
     /// [`PublishError`].
-    pub(crate) fn publish(&self, endpoint: &str, spec: &PortSpec) -> Result<Vec<OpenPort>, PublishError> {
-        let per_mapping = host_addresses(spec.host_ip()).map(|ip| 1 + self.gateways_for(ip).count());
+    pub(crate) fn publish(
+        &self,
+        endpoint: &str,
+        spec: &PortSpec,
+    ) -> Result<Vec<OpenPort>, PublishError> {
+        let per_mapping =
+            host_addresses(spec.host_ip()).map(|ip| 1 + self.gateways_for(ip).count());
         let sockets = spec.mappings().len() * per_mapping.sum::<usize>();
         // Before anything is opened, so that nobody else is left without descriptors meanwhile.
         self.state().check(endpoint, sockets)?;
@@ -288,7 +308,8 @@ impl Publisher {
         self.lead(endpoint, spec.protocol(), listeners, permits)
     }
 
-    /// Leads `listeners`, which are all of `protocol`, each to the port of `endpoint` beside it. They are closed if that fails.
+    /// Leads `listeners`, which are all of `protocol`, each to the port of `endpoint` beside it.
+    /// They are closed if that fails.
     ///
     /// # Errors
     /// [`PublishError`].
@@ -298,8 +319,9 @@ impl Publisher {
         protocol: Protocol,
         listeners: Vec<(Listener, u16)>,
     ) -> Result<Vec<OpenPort>, PublishError> {
-        let sockets =
-            |(listener, _): &(Listener, u16)| 1 + self.gateways_for(listener.label().address().ip()).count();
+        let sockets = |(listener, _): &(Listener, u16)| {
+            1 + self.gateways_for(listener.label().address().ip()).count()
+        };
         let permits = self.permits(listeners.iter().map(sockets).sum())?;
         self.lead(endpoint, protocol, listeners, permits)
     }
@@ -318,7 +340,8 @@ impl Publisher {
         listeners: Vec<(Listener, u16)>,
         permits: Vec<Permit>,
     ) -> Result<Vec<OpenPort>, PublishError> {
-        let told: Vec<_> = listeners.iter().map(|(listener, port)| (listener.label(), *port)).collect();
+        let told: Vec<_> =
+            listeners.iter().map(|(listener, port)| (listener.label(), *port)).collect();
         // As they are now, and before the lock is taken: a program may run.
         let bypassed = self.bypassed_rules(told.iter().map(|(label, _)| *label))?;
         let mut at_gateways = Vec::new();
@@ -357,12 +380,14 @@ impl Publisher {
         }
         let publish = |listeners, options| self.engine.publish(listeners, options);
         let way_in = self.way_in().clone();
-        let by_engine = state.endpoints.get(endpoint).map(|endpoint| endpoint.behind_engine.as_slice());
+        let by_engine =
+            state.endpoints.get(endpoint).map(|endpoint| endpoint.behind_engine.as_slice());
         let carried = match (way_in, by_engine) {
             (Some(way_in), Some(guests)) if protocol == Protocol::Udp && !guests.is_empty() => {
                 let acl = &options.outside.gateway_acl;
-                let carry =
-                    |(listener, port)| way_in.publish(listener, port, guests, acl).map(Carried::Engine);
+                let carry = |(listener, port)| {
+                    way_in.publish(listener, port, guests, acl).map(Carried::Engine)
+                };
                 listeners.into_iter().map(carry).collect::<io::Result<Vec<_>>>()
             }
             _ => publish(listeners, &options.outside)
@@ -412,18 +437,22 @@ impl Publisher {
         if gateways.is_empty() {
             return Ok(Vec::new());
         }
-        let opened = self.ground.networks().with(|| gateways.into_iter().map(open).collect::<Result<_, _>>());
+        let opened = self
+            .ground
+            .networks()
+            .with(|| gateways.into_iter().map(open).collect::<Result<_, _>>());
         Ok(opened.map_err(PublishError::Engine)??)
     }
 
-    /// Closes a port: it can be bound again when this returns. Its connections are reset, its sessions end. Returns what it was; nothing if there is
-    /// no such port (any more).
+    /// Closes a port: it can be bound again when this returns. Its connections are reset, its
+    /// sessions end. Returns what it was; nothing if there is no such port (any more).
     pub(crate) fn unpublish(&self, id: PortId) -> Option<OpenPort> {
         // Not under the lock: the loops have to be waited for.
         let (port, opening) = {
             let mut state = self.state();
             let port = state.ports.remove(&id)?;
-            let opening = state.opening(&port.told.endpoint, port.told.label, port.told.container_port);
+            let opening =
+                state.opening(&port.told.endpoint, port.told.label, port.told.container_port);
             if let Some(carried) = port.carried.as_ref().filter(|carried| !carried.has_series()) {
                 state.leaving.insert(id, Arc::clone(carried));
             }
@@ -454,11 +483,13 @@ impl Publisher {
         BypassedRules::observe(kind, self.ground.networks()).map_err(PublishError::DockerUser)
     }
 
-    /// Rules have come that sockets bypass: all ports are translated by the kernel from here on, where it
-    /// can and where the rules are asked of what it forwards. Connections go on as they are. Whether
-    /// that has changed anything.
+    /// Rules have come that sockets bypass: all ports are translated by the kernel from here on,
+    /// where it can and where the rules are asked of what it forwards. Connections go on as they
+    /// are. Whether that has changed anything.
     fn translate(&self, state: &mut State, bypassed: &BypassedRules) -> Result<bool, PublishError> {
-        let Some(firewall) = self.firewall.as_ref().filter(|_| !state.translates) else { return Ok(false) };
+        let Some(firewall) = self.firewall.as_ref().filter(|_| !state.translates) else {
+            return Ok(false);
+        };
         let before = state.openings();
         state.translates = true;
         let after = state.openings();
@@ -509,7 +540,8 @@ impl Publisher {
     fn close_in_firewall(&self, ports: &[Opening]) {
         if let Err(error) = self.change_firewall(&[], ports) {
             for port in ports {
-                let publish = PublishLabel::new(SocketAddr::new(port.address, port.port), port.protocol);
+                let publish =
+                    PublishLabel::new(SocketAddr::new(port.address, port.port), port.protocol);
                 tracing::warn!(%publish, %error, "a port that is closed is still in the firewall");
             }
         }
@@ -529,14 +561,18 @@ impl Publisher {
         let state = self.state();
         let of = |port: &Port| {
             let mut sum = PortSnapshot::empty(Whose::Port(port.told.label));
-            port.published.iter().filter_map(|socket| figures.get(socket)).for_each(|more| sum.add(more));
+            port.published
+                .iter()
+                .filter_map(|socket| figures.get(socket))
+                .for_each(|more| sum.add(more));
             port.carried.iter().for_each(|carried| sum.add(&carried.snapshot()));
             (port.told.clone(), sum)
         };
         state.ports.values().map(of).collect()
     }
 
-    /// `endpoint` is now at `addresses` in `namespace`. Its ports stay open and lead there from here on.
+    /// `endpoint` is now at `addresses` in `namespace`. Its ports stay open and lead there from
+    /// here on.
     ///
     /// # Errors
     /// [`PublishError`]; its ports lead where they did.
@@ -550,7 +586,8 @@ impl Publisher {
         let Some(found) = state.endpoints.get_mut(endpoint) else {
             return Err(PublishError::NoEndpoint(endpoint.to_owned()));
         };
-        let towards = |protocol: &Protocol| towards(&self.ground, endpoint, namespace, addresses, *protocol);
+        let towards =
+            |protocol: &Protocol| towards(&self.ground, endpoint, namespace, addresses, *protocol);
         let ways = found.ways.keys().map(towards).collect::<Result<Vec<_>, _>>()?;
         for (way, upstream) in found.ways.values().zip(ways) {
             way.upstream.relocate(upstream, addresses);
@@ -561,8 +598,8 @@ impl Publisher {
         Ok(())
     }
 
-    /// Closes every port for good, lets connections go on for at most `deadline`, and cuts what is left. Nothing is left in the
-    /// endpoints' namespaces then, whoever still knows of this.
+    /// Closes every port for good, lets connections go on for at most `deadline`, and cuts what is
+    /// left. Nothing is left in the endpoints' namespaces then, whoever still knows of this.
     pub(crate) fn close(&self, deadline: Duration) -> Drained {
         let ports = {
             let mut state = self.state();
@@ -619,15 +656,22 @@ impl State {
     }
 
     /// The way of `protocol` to `name`, made when it is first asked for.
-    fn way(&mut self, name: &str, protocol: Protocol, publisher: &Publisher) -> Result<Ways, PublishError> {
+    fn way(
+        &mut self,
+        name: &str,
+        protocol: Protocol,
+        publisher: &Publisher,
+    ) -> Result<Ways, PublishError> {
         let Some(endpoint) = self.endpoints.get_mut(name) else {
             return Err(PublishError::NoEndpoint(name.to_owned()));
         };
         if let Some(way) = endpoint.ways.get(&protocol) {
             return Ok(way.options.clone());
         }
-        let descriptors = publisher.engine.reserve(WAY_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
-        let upstream = towards(&publisher.ground, name, &endpoint.namespace, &endpoint.addresses, protocol)?;
+        let descriptors =
+            publisher.engine.reserve(WAY_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
+        let upstream =
+            towards(&publisher.ground, name, &endpoint.namespace, &endpoint.addresses, protocol)?;
         let upstream = Arc::new(Relocatable::new(upstream, &endpoint.addresses));
         let with = |acl| {
             let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
@@ -681,7 +725,10 @@ mod tests {
     fn nothing_is_opened_for_an_endpoint_that_is_not_there_nor_after_the_end_has_begun() {
         let publisher = publisher();
         let spec: PortSpec = "127.0.0.1::80".parse().unwrap();
-        assert_eq!(publisher.publish("db", &spec).unwrap_err().to_string(), "there is no endpoint \"db\"");
+        assert_eq!(
+            publisher.publish("db", &spec).unwrap_err().to_string(),
+            "there is no endpoint \"db\""
+        );
         publisher.close(Duration::ZERO);
         assert!(matches!(publisher.publish("web", &spec), Err(PublishError::Closed)));
         assert_eq!(publisher.ports(), []);

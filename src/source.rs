@@ -7,18 +7,20 @@
 //! | [`Source::Client`], no namespace at hand | the client's: transparent socket, rule for its answers | the same |
 //! | [`Source::Client`], with the container's namespace | the client's: the short path | the client's: socket inside, rule for its answers |
 //!
-//! The short path: the socket is made inside the container's namespace, bound to the client's address
-//! (`IP_TRANSPARENT`) and marked. The container's answers inherit the mark (`tcp_fwmark_accept`), and a rule for the
-//! mark leads them to `lo` and so back to our socket. Nothing crosses the veth pair or the bridge: it is as
-//! fast as the kernel's own path, and rules and captures on the container's interface do not see it.
+//! The short path: the socket is made inside the container's namespace, bound to the client's
+//! address (`IP_TRANSPARENT`) and marked. The container's answers inherit the mark
+//! (`tcp_fwmark_accept`), and a rule for the mark leads them to `lo` and so back to our socket.
+//! Nothing crosses the veth pair or the bridge: it is as fast as the kernel's own path, and rules
+//! and captures on the container's interface do not see it.
 //!
-//! UDP answers inherit no mark. What leads them back is a rule for the published port *and* the client's address, there
-//! for as long as the client has a session; a broader one would swallow the answers to others who talk to
-//! the container directly.
+//! UDP answers inherit no mark. What leads them back is a rule for the published port *and* the
+//! client's address, there for as long as the client has a session; a broader one would swallow the
+//! answers to others who talk to the container directly.
 //!
-//! Some clients are never shown as themselves but as the gateway: those on a network of the container's own (it
-//! would answer them directly), the host's own addresses, and loopback above all (applications trust
-//! 127.0.0.1: CVE-2021-20199). Where binding a single flow fails, it goes by the gateway too, and that is counted.
+//! Some clients are never shown as themselves but as the gateway: those on a network of the
+//! container's own (it would answer them directly), the host's own addresses, and loopback above
+//! all (applications trust 127.0.0.1: CVE-2021-20199). Where binding a single flow fails, it goes
+//! by the gateway too, and that is counted.
 
 mod claims;
 mod inside;
@@ -85,8 +87,9 @@ impl Source {
         }
     }
 
-    /// The way to the container that lives in `namespace`, on a network of `ground`. `protocol` matters where nothing was asked for (`None`):
-    /// TCP then shows the client's address, and UDP the gateway's.
+    /// The way to the container that lives in `namespace`, on a network of `ground`. `protocol`
+    /// matters where nothing was asked for (`None`): TCP then shows the client's address, and UDP
+    /// the gateway's.
     ///
     /// # Errors
     /// [`SourceError`].
@@ -149,13 +152,17 @@ pub enum SourceError {
         namespace: String,
     },
     /// The container cannot be reached from here other than by the default route.
-    #[error("source address \"client\": {0} is on no network of this host, so its answers do not pass here")]
+    #[error(
+        "source address \"client\": {0} is on no network of this host, so its answers do not pass here"
+    )]
     NotConnected(IpAddr),
 }
 
 fn hint(cause: &io::Error) -> &'static str {
     match cause.kind() {
-        io::ErrorKind::PermissionDenied => " (entering a namespace needs CAP_SYS_ADMIN: run as root)",
+        io::ErrorKind::PermissionDenied => {
+            " (entering a namespace needs CAP_SYS_ADMIN: run as root)"
+        }
         _ => "",
     }
 }
@@ -166,21 +173,25 @@ struct Fallbacks {
     conflict: Counter,
     /// The client speaks IPv6 and the container IPv4, or the other way round.
     family: Counter,
-    /// No rule could be made to lead the answers back; mostly because there are as many as there may be.
+    /// No rule could be made to lead the answers back; mostly because there are as many as there
+    /// may be.
     rule: Counter,
 }
 
 impl Fallbacks {
     fn new() -> Self {
         const NAME: &str = "tidegate_proxy_source_fallbacks_total";
-        metrics::describe_counter!(NAME, "Flows that showed the gateway where the client was to be shown.");
+        metrics::describe_counter!(
+            NAME,
+            "Flows that showed the gateway where the client was to be shown."
+        );
         let reason = |reason: &'static str| counter!(NAME, "reason" => reason);
         Self { conflict: reason("conflict"), family: reason("family"), rule: reason("rule") }
     }
 }
 
-/// Whether `client` must not be shown to a container at `container` as itself. `there` is what is known of the
-/// container's own namespace.
+/// Whether `client` must not be shown to a container at `container` as itself. `there` is what is
+/// known of the container's own namespace.
 fn shows_as_gateway(
     client: IpAddr,
     container: IpAddr,
@@ -200,10 +211,11 @@ fn is_link_local(ip: Ipv6Addr) -> bool {
     ip.segments()[0] & 0xffc0 == 0xfe80
 }
 
-/// A transparent socket bound to `source`, in the calling thread's namespace, with `mark` if there is one.
+/// A transparent socket bound to `source`, in the calling thread's namespace, with `mark` if there
+/// is one.
 ///
-/// A `source` with port 0 gets its port on connecting (`IP_BIND_ADDRESS_NO_PORT`): then ports are scarce for each
-/// destination only, and those in TIME_WAIT serve again.
+/// A `source` with port 0 gets its port on connecting (`IP_BIND_ADDRESS_NO_PORT`): then ports are
+/// scarce for each destination only, and those in TIME_WAIT serve again.
 fn transparent_socket(
     protocol: Protocol,
     source: SocketAddr,
@@ -231,7 +243,8 @@ fn transparent_socket(
 fn bind_without_port(socket: &socket2::Socket) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let on: libc::c_int = 1;
-    // SAFETY: the pointer and the length describe `on`. The option is one of level IP for IPv6 sockets too.
+    // SAFETY: the pointer and the length describe `on`. The option is one of level IP for IPv6
+    // sockets too.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -249,7 +262,8 @@ fn is_conflict(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
 }
 
-/// An error of our own making, which no system call returns: there is no rule to lead the answers back.
+/// An error of our own making, which no system call returns: there is no rule to lead the answers
+/// back.
 fn no_rule(error: PolicyRouteError) -> io::Error {
     io::Error::other(error)
 }

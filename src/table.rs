@@ -2,7 +2,8 @@
 
 /// The lines of a table, each ending in a newline; the first row is its head.
 pub(crate) fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let width =
+        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: [usize; COLUMNS] = std::array::from_fn(width);
     let mut text = String::new();
     for row in rows {
@@ -19,7 +20,8 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {
-        let rows = [["NAME", "PORT"], ["a", "80"], ["long name", ""]].map(|row| row.map(str::to_owned));
+        let rows =
+            [["NAME", "PORT"], ["a", "80"], ["long name", ""]].map(|row| row.map(str::to_owned));
         assert_eq!(table(&rows), "NAME       PORT\na          80\nlong name\n");
     }
 }

@@ -1,11 +1,14 @@
-//! Published ports that the NAT engine carries, where it owns the containers' default route: UDP shows the client's own address there.
+//! Published ports that the NAT engine carries, where it owns the containers' default route: UDP
+//! shows the client's own address there.
 //!
-//! TCP has a better way: a socket made in the container's namespace shows the client as well, and crosses neither device nor bridge (see
-//! [`source`](crate::source)). Of UDP that takes a rule in the container for each client, and no client could talk to the container directly
-//! meanwhile. What comes in by the engine's device goes back there by the default route, for every client alike.
+//! TCP has a better way: a socket made in the container's namespace shows the client as well, and
+//! crosses neither device nor bridge (see [`source`](crate::source)). Of UDP that takes a rule in
+//! the container for each client, and no client could talk to the container directly meanwhile.
+//! What comes in by the engine's device goes back there by the default route, for every client
+//! alike.
 //!
-//! It takes an address that the default route leads away from. A container on internal networks only has none, and its ports stay with the
-//! publisher's own sockets.
+//! It takes an address that the default route leads away from. A container on internal networks
+//! only has none, and its ports stay with the publisher's own sockets.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -40,8 +43,8 @@ impl WayIn {
         Self { nat, others }
     }
 
-    /// Leads what comes to `listener`, of UDP, to `port` of a container at `guests`: at most one address of each family, and at least one.
-    /// `acl` controls access.
+    /// Leads what comes to `listener`, of UDP, to `port` of a container at `guests`: at most one
+    /// address of each family, and at least one. `acl` controls access.
     ///
     /// # Errors
     /// What is in the way; the port is closed then.

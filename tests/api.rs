@@ -1,4 +1,5 @@
-//! The API of `tidegate up`, and `tidegate ps`, which asks it: with real sockets, namespaces and traffic.
+//! The API of `tidegate up`, and `tidegate ps`, which asks it: with real sockets, namespaces and
+//! traffic.
 
 #[path = "up/scene.rs"]
 mod scene;
@@ -18,7 +19,8 @@ use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// Two services on two networks, one of them internal, one port published, and a service that has ended.
+/// Two services on two networks, one of them internal, one port published, and a service that has
+/// ended.
 const PROJECT: &str = r#"
 name: demo
 networks:
@@ -44,11 +46,13 @@ fn ps_lists_services_with_their_ports_and_networks() {
     up.wait_for_line("Ctrl-C takes", SOON);
     up.wait_for_line("exited with code 3", SOON);
     let output = scene.tidegate().arg("ps").output().unwrap();
-    let (told, said) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let (told, said) =
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
     assert!(output.status.success() && said.is_empty(), "{said}");
     let bridge = |network: &str| {
         let all = get(&scene.socket(), "/v1/networks").1;
-        let found = all.as_array().unwrap().iter().find(|one| one["name"] == network).unwrap().clone();
+        let found =
+            all.as_array().unwrap().iter().find(|one| one["name"] == network).unwrap().clone();
         found["bridge"].as_str().unwrap().to_owned()
     };
     let lines: Vec<String> =
@@ -87,12 +91,18 @@ fn what_runs_is_told_as_it_is() {
     assert_eq!(status["pid"], up.pid());
     assert_eq!(status["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(status["isolation"], "nftables");
-    assert_eq!(status["compose_file"], scene.directory.path().join("compose.yaml").to_str().unwrap());
+    assert_eq!(
+        status["compose_file"],
+        scene.directory.path().join("compose.yaml").to_str().unwrap()
+    );
     let service = |name: &str| {
         let services = status["services"].as_array().unwrap();
         services.iter().find(|one| one["name"] == name).unwrap().clone()
     };
-    assert_eq!((&service("web")["state"], &service("job")["state"]), (&json!("running"), &json!("ended")));
+    assert_eq!(
+        (&service("web")["state"], &service("job")["state"]),
+        (&json!("running"), &json!("ended"))
+    );
     assert_eq!(service("job")["exit"], json!({ "code": 3, "signal": null }));
     let pid = service("web")["pid"].as_u64().unwrap();
     let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
@@ -104,8 +114,10 @@ fn what_runs_is_told_as_it_is() {
     let [front, back] = &web["attachments"].as_array().unwrap()[..] else { panic!("{web}") };
     assert_eq!((&front["default_route"], &back["default_route"]), (&json!(true), &json!(false)));
     assert_eq!(front["addresses"], json!(["10.77.1.2/24", "fd77:1::2/64"]));
-    let link =
-        scene.net.host.exec("nsenter", &[&format!("--net=/proc/{pid}/ns/net"), "ip", "link", "show", "eth0"]);
+    let link = scene
+        .net
+        .host
+        .exec("nsenter", &[&format!("--net=/proc/{pid}/ns/net"), "ip", "link", "show", "eth0"]);
     assert!(link.contains(front["mac"].as_str().unwrap()), "{link}");
     let (_, network) = get(&socket, "/v1/networks/front");
     assert_eq!(network["subnets"][0], json!({ "subnet": "10.77.1.0/24", "gateway": "10.77.1.1" }));
@@ -122,7 +134,8 @@ fn what_makes_no_sense_is_refused_in_one_line_and_changes_nothing() {
     up.wait_for_line("Ctrl-C takes", SOON);
     let socket = scene.socket();
     let before = get(&socket, "/v1/ports");
-    let new = |endpoint: &str, spec: &str| json!({ "endpoint": endpoint, "spec": spec }).to_string();
+    let new =
+        |endpoint: &str, spec: &str| json!({ "endpoint": endpoint, "spec": spec }).to_string();
     let netns = |path: &str| json!({ "netns": path }).to_string();
     for (method, target, body, code, error) in [
         ("POST", "/v1/ports", new("web", "9000:80"), 409, "port 9000/tcp on 0.0.0.0 is in use by "),
@@ -136,9 +149,21 @@ fn what_makes_no_sense_is_refused_in_one_line_and_changes_nothing() {
             "port 8080/tcp on 0.0.0.0 is in use by tidegate (pid ",
         ),
         ("POST", "/v1/ports", new("wbe", "9001:80"), 404, "there is no endpoint \"wbe\""),
-        ("POST", "/v1/ports", new("web", "9001:0"), 400, "container port 0 is not between 1 and 65535"),
+        (
+            "POST",
+            "/v1/ports",
+            new("web", "9001:0"),
+            400,
+            "container port 0 is not between 1 and 65535",
+        ),
         ("POST", "/v1/ports", new("web", "9001:80/sctp"), 400, "protocol not supported"),
-        ("POST", "/v1/ports", new("web", "192.0.2.7:9001:80"), 400, "this host has no address 192.0.2.7"),
+        (
+            "POST",
+            "/v1/ports",
+            new("web", "192.0.2.7:9001:80"),
+            400,
+            "this host has no address 192.0.2.7",
+        ),
         ("POST", "/v1/ports", "{".to_owned(), 400, "the request's body: EOF"),
         (
             "POST",
@@ -163,23 +188,43 @@ fn what_makes_no_sense_is_refused_in_one_line_and_changes_nothing() {
             409,
             "only adopted ones (x-netns)",
         ),
-        ("PUT", "/v1/endpoints/web/namespace", netns("here"), 400, "netns: here is not an absolute path"),
+        (
+            "PUT",
+            "/v1/endpoints/web/namespace",
+            netns("here"),
+            400,
+            "netns: here is not an absolute path",
+        ),
         ("GET", "/v1/networks/frnt", String::new(), 404, "there is no network \"frnt\""),
         ("GET", "/v1/endpoints/wbe", String::new(), 404, "there is no endpoint \"wbe\""),
         ("GET", "/v2", String::new(), 404, "there is nothing at /v2"),
         ("GET", "/v1/endpoints/%ff", String::new(), 400, "UTF-8"),
-        ("PATCH", "/v1/ports", String::new(), 405, "/v1/ports does not take requests of that method"),
-        ("POST", "/v1/ports", "x".repeat(65 << 10), 413, "a request's body may have 65536 bytes at most"),
+        (
+            "PATCH",
+            "/v1/ports",
+            String::new(),
+            405,
+            "/v1/ports does not take requests of that method",
+        ),
+        (
+            "POST",
+            "/v1/ports",
+            "x".repeat(65 << 10),
+            413,
+            "a request's body may have 65536 bytes at most",
+        ),
     ] {
         let (got, answer) = ask(&socket, method, target, &body);
-        let line = answer["error"].as_str().unwrap_or_else(|| panic!("{method} {target}: {answer}"));
+        let line =
+            answer["error"].as_str().unwrap_or_else(|| panic!("{method} {target}: {answer}"));
         assert_eq!(got, code, "{method} {target}: {line}");
         assert!(line.contains(error) && line.lines().count() == 1, "{method} {target}: {line}");
         assert_eq!(get(&socket, "/v1/ports"), before, "{method} {target}");
     }
 }
 
-/// Renew the copy, when the API has changed on purpose, with `RENEW=1 cargo test --test api the_document`.
+/// Renew the copy, when the API has changed on purpose, with
+/// `RENEW=1 cargo test --test api the_document`.
 #[test]
 fn the_document_is_the_one_that_is_served() {
     const COPY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/openapi.json");

@@ -1,4 +1,5 @@
-//! Ports that come and go for a long time leave nothing behind: neither series nor memory. A test crate of its own, for it looks at this process's memory.
+//! Ports that come and go for a long time leave nothing behind: neither series nor memory. A test
+//! crate of its own, for it looks at this process's memory.
 
 mod support;
 
@@ -20,7 +21,8 @@ const BATCH: usize = 250;
 /// Those with series of their own: a part of each batch.
 const WITH_SERIES: usize = 300;
 
-/// What the process may have grown by from a tenth of the way on. Twenty bytes for each port would be 1.8 MB.
+/// What the process may have grown by from a tenth of the way on. Twenty bytes for each port would
+/// be 1.8 MB.
 const GROWTH: u64 = 1 << 20;
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -34,7 +36,8 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
     let udp = EchoServer::udp(&host, SocketAddr::new(LOCALHOST, 7));
     assert_eq!((tcp.addr().port(), udp.addr().port()), (7, 7));
     host.run(|| {
-        let engine = Engine::new(Settings { ports_with_series: WITH_SERIES, ..Settings::default() });
+        let engine =
+            Engine::new(Settings { ports_with_series: WITH_SERIES, ..Settings::default() });
         let options = Arc::new(PortOptions::new(Arc::new(Direct::new(LOCALHOST))));
         let idle = series(&engine);
         let (mut after_each, mut resident) = (Vec::new(), Vec::new());
@@ -43,7 +46,10 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
             let mut listeners = Vec::with_capacity(2 * BATCH);
             for _ in 0..BATCH {
                 for protocol in [Protocol::Tcp, Protocol::Udp] {
-                    listeners.push((Listener::bind(SocketAddr::new(LOCALHOST, 0), protocol).unwrap(), 7));
+                    listeners.push((
+                        Listener::bind(SocketAddr::new(LOCALHOST, 0), protocol).unwrap(),
+                        7,
+                    ));
                 }
             }
             let labels: Vec<_> = listeners.iter().map(|(listener, _)| listener.label()).collect();
@@ -65,7 +71,10 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
                 ("sessions_total", "other/udp"),
                 ("dial_seconds_count", "other/tcp"),
             ] {
-                assert_eq!(page.count(&format!("tidegate_proxy_{family}{{publish=\"{others}\"}}")), carried);
+                assert_eq!(
+                    page.count(&format!("tidegate_proxy_{family}{{publish=\"{others}\"}}")),
+                    carried
+                );
                 let all = page.sum(&format!("tidegate_proxy_{family}{{"));
                 assert_eq!(all, carried + 1, "{family}: and that of a port with series");
             }
@@ -85,12 +94,18 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
         assert_eq!(page.count("tidegate_proxy_sessions_total{publish=\"other/udp\"}"), carried);
         assert_eq!(page.count("tidegate_proxy_sessions{publish=\"other/udp\"}"), 0);
         assert_eq!(page.count("tidegate_proxy_port_sessions_limit{publish=\"other/udp\"}"), 0);
-        assert_eq!(page.count("tidegate_proxy_session_seconds_count{publish=\"other/udp\"}"), carried);
+        assert_eq!(
+            page.count("tidegate_proxy_session_seconds_count{publish=\"other/udp\"}"),
+            carried
+        );
         // Those of the others, 37 of TCP and 26 of UDP, and no more.
         assert_eq!(after_each, vec![idle.len() + 37 + 26; after_each.len()]);
         let (early, late) = (resident[resident.len() / 10], *resident.last().unwrap());
         println!("{} series, {early} bytes after a tenth and {late} in the end", after_each[0]);
-        assert!(late < early + GROWTH, "{early} bytes after a tenth, {late} in the end: {resident:?}");
+        assert!(
+            late < early + GROWTH,
+            "{early} bytes after a tenth, {late} in the end: {resident:?}"
+        );
     });
 }
 

@@ -1,8 +1,9 @@
 //! The `docker-proxy` binary, driven the way dockerd drives it.
 //!
-//! dockerd starts one process per port, with a pipe as descriptor 3, reads from it whether the port is open,
-//! and ends the process with SIGINT. Everything here starts the real binary in a namespace of its own and
-//! talks to it through those means only; `dockerd.rs` puts a real dockerd in their place.
+//! dockerd starts one process per port, with a pipe as descriptor 3, reads from it whether the port
+//! is open, and ends the process with SIGINT. Everything here starts the real binary in a namespace
+//! of its own and talks to it through those means only; `dockerd.rs` puts a real dockerd in their
+//! place.
 
 #[path = "docker_proxy/command_line.rs"]
 mod command_line;

@@ -1,8 +1,9 @@
 //! A published port, end to end: a real dockerd with our docker-proxy as its userland proxy.
 //!
-//! Every test has a machine of its own (see `dockerd/machine.rs`) and ends by taking it down and looking for
-//! what was left behind. With `--iptables=false` all traffic to a published port passes our proxy, so most
-//! tests use it; that the container sees the bridge's address as its client proves the way.
+//! Every test has a machine of its own (see `dockerd/machine.rs`) and ends by taking it down and
+//! looking for what was left behind. With `--iptables=false` all traffic to a published port passes
+//! our proxy, so most tests use it; that the container sees the bridge's address as its client
+//! proves the way.
 
 #[path = "dockerd/beside.rs"]
 mod beside;
@@ -37,7 +38,8 @@ fn without_iptables_every_way_to_a_published_port_leads_through_the_proxy() {
     machine.net.host.sysctl("net.ipv4.ip_forward", "0");
     machine.net.host.sysctl("net.ipv6.conf.all.forwarding", "0");
     let daemon = Daemon::start(&machine, &["--iptables=false", "--ip-forward=false"]);
-    let server = daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
+    let server =
+        daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
     let neighbour = daemon.run("neighbour", &[], &["tcp:1"]);
     let stranger = daemon.stranger();
     let (host, outside) = (host(&machine), outside(&machine));
@@ -82,16 +84,25 @@ fn every_form_of_publishing_starts_the_proxies_it_should_and_answers() {
         container
     };
 
-    let container =
-        publish("both-families", &["-p", "8080:80"], &["tcp:80"], &["tcp 0.0.0.0 8080 80", "tcp :: 8080 80"]);
-    let everywhere = |port| [(Ipv4Addr::UNSPECIFIED, port).into(), (Ipv6Addr::UNSPECIFIED, port).into()];
+    let container = publish(
+        "both-families",
+        &["-p", "8080:80"],
+        &["tcp:80"],
+        &["tcp 0.0.0.0 8080 80", "tcp :: 8080 80"],
+    );
+    let everywhere =
+        |port| [(Ipv4Addr::UNSPECIFIED, port).into(), (Ipv6Addr::UNSPECIFIED, port).into()];
     assert_eq!(told_addresses(&daemon, &container, "80/tcp"), everywhere(8080));
     outside.asks(Tcp, (addr::HOST_V4, 8080));
     outside.asks(Tcp, (addr::HOST_V6, 8080));
     daemon.remove(container);
 
-    let container =
-        publish("udp", &["-p", "5353:53/udp"], &["udp:53"], &["udp 0.0.0.0 5353 53", "udp :: 5353 53"]);
+    let container = publish(
+        "udp",
+        &["-p", "5353:53/udp"],
+        &["udp:53"],
+        &["udp 0.0.0.0 5353 53", "udp :: 5353 53"],
+    );
     outside.asks(Udp, (addr::HOST_V4, 5353));
     outside.asks(Udp, (addr::HOST_V6, 5353));
     daemon.remove(container);
@@ -207,12 +218,21 @@ fn a_port_that_cannot_be_opened_fails_docker_run_with_our_words() {
 
     // Only the IPv6 half is taken: the IPv4 one, which was there first, must not stay.
     let binary = env!("CARGO_BIN_EXE_docker-proxy");
-    let arguments =
-        ["-host-ip", "::", "-host-port", "8080", "-container-ip", "127.0.0.1", "-container-port", "1"];
+    let arguments = [
+        "-host-ip",
+        "::",
+        "-host-port",
+        "8080",
+        "-container-ip",
+        "127.0.0.1",
+        "-container-port",
+        "1",
+    ];
     let mut half = machine.spawn(binary, &arguments, &[]);
     machine.net.host.wait_until_bound(Tcp, 8080, machine::SOON);
     let error = daemon.run_fails("half", &["-p", "8080:80"]);
-    let ours = format!("port 8080/tcp on [::] is in use by docker-proxy (pid {})", half.inner_pid());
+    let ours =
+        format!("port 8080/tcp on [::] is in use by docker-proxy (pid {})", half.inner_pid());
     assert!(error.contains(&ours), "{error}");
     assert_eq!(machine.proxies(), [arguments.join(" ")]);
     half.stop(Signal::INT);
@@ -236,8 +256,12 @@ fn a_container_that_stops_closes_its_ports_at_once() {
     let (host, outside) = (host(&machine), outside(&machine));
     let other = daemon.run("other", &["-p", "9000:80"], &["tcp:80"]);
     let publish = ["-p", "8080:80", "-p", "8080:80/udp"];
-    let ways_to_stop: [&[&str]; 4] =
-        [&["stop", "server"], &["kill", "server"], &["restart", "server"], &["rm", "--force", "server"]];
+    let ways_to_stop: [&[&str]; 4] = [
+        &["stop", "server"],
+        &["kill", "server"],
+        &["restart", "server"],
+        &["rm", "--force", "server"],
+    ];
     daemon.run("server", &publish, &["tcp:80", "udp:80"]);
     let mut kept = host.connects((Ipv4Addr::LOCALHOST, 9000));
     for way in ways_to_stop {
@@ -283,8 +307,11 @@ fn a_container_that_stops_closes_its_ports_at_once() {
 fn a_daemon_that_stops_takes_containers_and_proxies_along() {
     let machine = Machine::new();
     let daemon = Daemon::start(&machine, NO_IPTABLES);
-    let container =
-        daemon.run("server", &["-p", "8080-8089:80-89", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
+    let container = daemon.run(
+        "server",
+        &["-p", "8080-8089:80-89", "-p", "8080:53/udp"],
+        &["tcp:80", "udp:53"],
+    );
     assert_eq!(machine.proxies().len(), 22);
     let live = outside(&machine).connects((addr::HOST_V4, 8080));
     let begun = Instant::now();
@@ -335,7 +362,8 @@ fn with_live_restore_proxies_go_and_come_with_the_daemon_and_containers_stay() {
 fn beside_iptables_the_proxy_carries_what_the_rules_do_not() {
     let machine = Machine::new();
     let daemon = Daemon::start(&machine, &[]);
-    let server = daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
+    let server =
+        daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
     let stranger = daemon.stranger();
     let (host, outside) = (host(&machine), outside(&machine));
     assert_eq!(machine.proxies().len(), 4);
@@ -371,8 +399,10 @@ fn beside_iptables_the_proxy_carries_what_the_rules_do_not() {
 #[test]
 fn a_container_with_an_ipv6_address_is_reached_by_it() {
     let machine = Machine::new();
-    let daemon = Daemon::start(&machine, &["--iptables=false", "--ipv6", "--fixed-cidr-v6=fd17::/64"]);
-    let server = daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
+    let daemon =
+        Daemon::start(&machine, &["--iptables=false", "--ipv6", "--fixed-cidr-v6=fd17::/64"]);
+    let server =
+        daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
     let inspected = daemon.inspect("server");
     let v6 = inspected["NetworkSettings"]["GlobalIPv6Address"].as_str().expect("an IPv6 address");
     assert!(
@@ -401,7 +431,9 @@ fn what_dockerds_environment_asks_for_holds_for_every_proxy() {
     let server = daemon.run("server", &["-p", "8080:80"], &["tcp:80"]);
     outside(&machine).asks(Tcp, (addr::HOST_V4, 8080));
     let page = |port| place::get(&host(&machine), port, "/metrics");
-    assert!(page(9500).contains("tidegate_proxy_connections_total{publish=\"0.0.0.0:8080/tcp\"} 1\n"));
+    assert!(
+        page(9500).contains("tidegate_proxy_connections_total{publish=\"0.0.0.0:8080/tcp\"} 1\n")
+    );
     assert!(page(9501).contains("tidegate_proxy_connections_total{publish=\"[::]:8080/tcp\"} 0\n"));
     daemon.remove(server);
     assert!(machine.net.host.bound_ports(Tcp).is_empty());
@@ -409,8 +441,7 @@ fn what_dockerds_environment_asks_for_holds_for_every_proxy() {
 
     let daemon = Daemon::start_with(&machine, NO_IPTABLES, &[("TIDEGATE_PROXY_SOURCE", "nat")]);
     let error = daemon.run_fails("refused", &["-p", "8080:80"]);
-    let ours =
-        r#"userland proxy: TIDEGATE_PROXY_SOURCE="nat": "nat" is none of proxy, client, proxy-protocol"#;
+    let ours = r#"userland proxy: TIDEGATE_PROXY_SOURCE="nat": "nat" is none of proxy, client, proxy-protocol"#;
     assert!(error.contains(ours), "{error}");
     daemon.end(Signal::TERM);
     machine.teardown();
@@ -423,7 +454,8 @@ fn with_clients_shown_the_container_sees_who_connects_and_no_rule_stays() {
     let before = rules();
     let options = ["--iptables=false", "--live-restore"];
     let mut daemon = Daemon::start_with(&machine, &options, &[("TIDEGATE_PROXY_SOURCE", "client")]);
-    let server = daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
+    let server =
+        daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
     let (host, outside) = (host(&machine), outside(&machine));
     let check = || {
         for protocol in [Tcp, Udp] {
@@ -459,8 +491,8 @@ fn command_line(proxy: &str, container: IpAddr) -> String {
     )
 }
 
-/// Where `docker port` says that a port of the container answers. IPv6 comes in brackets or, from older
-/// clients, without.
+/// Where `docker port` says that a port of the container answers. IPv6 comes in brackets or, from
+/// older clients, without.
 #[track_caller]
 fn told_addresses(daemon: &Daemon, container: &Container, port: &str) -> Vec<SocketAddr> {
     let told = daemon.docker(&["port", &container.name, port]);
@@ -469,7 +501,9 @@ fn told_addresses(daemon: &Daemon, container: &Container, port: &str) -> Vec<Soc
         let ip: IpAddr = ip.trim_matches(['[', ']']).parse().ok()?;
         Some(SocketAddr::new(ip, port.parse().ok()?))
     };
-    told.lines().map(|line| address(line).unwrap_or_else(|| panic!("{line:?} is no address"))).collect()
+    told.lines()
+        .map(|line| address(line).unwrap_or_else(|| panic!("{line:?} is no address")))
+        .collect()
 }
 
 fn sorted(mut all: Vec<String>) -> Vec<String> {

@@ -38,8 +38,10 @@ fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
     let mut shown = families(&net.host, "127.0.0.1:9464");
 
     let file = directory.path().join("compose.yaml");
-    std::fs::write(&file, "services: { web: { command: [ sleep, '60' ], ports: [ '8081:80' ] } }").unwrap();
-    let up = Process::spawn(tidegate().args(["up", "--metrics", "127.0.0.1:9465", "-f"]).arg(&file));
+    std::fs::write(&file, "services: { web: { command: [ sleep, '60' ], ports: [ '8081:80' ] } }")
+        .unwrap();
+    let up =
+        Process::spawn(tidegate().args(["up", "--metrics", "127.0.0.1:9465", "-f"]).arg(&file));
     up.wait_for_line("Ctrl-C takes", PATIENCE);
     shown.extend(families(&net.host, "127.0.0.1:9465"));
     assert_eq!(words(&read("docs/metrics.md"), "tidegate_"), shown);
@@ -59,7 +61,8 @@ fn families(host: &Namespace, address: &str) -> BTreeSet<String> {
     families.filter(|name| name.starts_with("tidegate_")).map(str::to_owned).collect()
 }
 
-/// The page about firewalls is its source with the golden files of the demo in it. With `UPDATE_GOLDEN=1` it is written.
+/// The page about firewalls is its source with the golden files of the demo in it. With
+/// `UPDATE_GOLDEN=1` it is written.
 #[test]
 fn the_firewall_page_shows_the_rules_as_they_are() {
     let golden = read("netsetup/golden/demo.txt");
@@ -124,7 +127,8 @@ fn dashboards_and_rules_name_exactly_the_metrics_that_are_on_the_metrics_page() 
             }
         }
     }
-    let is_shown = |family: &&String| shown.contains(*family) || shown.contains(&format!("{family}_bucket"));
+    let is_shown =
+        |family: &&String| shown.contains(*family) || shown.contains(&format!("{family}_bucket"));
     let left_out: Vec<_> = families.iter().filter(|family| !is_shown(family)).collect();
     assert!(left_out.is_empty(), "{left_out:?}");
 }
@@ -132,7 +136,10 @@ fn dashboards_and_rules_name_exactly_the_metrics_that_are_on_the_metrics_page() 
 #[test]
 fn flags_in_the_documents_are_flags_of_tidegate() {
     let help = |command: &str| {
-        let output = Command::new(env!("CARGO_BIN_EXE_tidegate")).args([command, "--help"]).output().unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_tidegate"))
+            .args([command, "--help"])
+            .output()
+            .unwrap();
         assert!(output.status.success());
         words(&String::from_utf8(output.stdout).unwrap(), "--")
     };
@@ -216,12 +223,16 @@ fn the_security_page_names_tests_that_exist() {
         let head = format!("fn {name}(");
         lines.iter().enumerate().filter(|(_, line)| line.starts_with(&head)).any(|(at, _)| {
             let attributes = lines[..at].iter().rev().take_while(|line| line.starts_with("#["));
-            attributes.into_iter().any(|line| *line == "#[test]" || line.starts_with("#[tokio::test"))
+            attributes
+                .into_iter()
+                .any(|line| *line == "#[test]" || line.starts_with("#[tokio::test"))
         })
     };
     let page = read("docs/security.md");
-    let rows: Vec<&str> =
-        page.lines().filter(|line| line.starts_with("| CVE-") || line.starts_with("| GHSA-")).collect();
+    let rows: Vec<&str> = page
+        .lines()
+        .filter(|line| line.starts_with("| CVE-") || line.starts_with("| GHSA-"))
+        .collect();
     let of_the_table =
         |id: &str| rows.iter().any(|row| row.split('|').nth(1).is_some_and(|ids| ids.contains(id)));
     for id in [

@@ -28,7 +28,9 @@ struct Told {
 impl Scene {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let open = |path: PathBuf, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        let open = |path: PathBuf, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap()
+        };
         open(directory.path().into(), 0o755);
         fs::copy(env!("CARGO_BIN_EXE_tidegate"), directory.path().join("tidegate")).unwrap();
         fs::create_dir(directory.path().join("run")).unwrap();
@@ -169,7 +171,8 @@ fn services_on_all_addresses_are_listed_with_their_processes() {
     let told = scene.as_root(&scene.host, &JSON);
     assert_eq!(verdict(&told, "host-services"), "ok");
     let _sockets = scene.host.run(|| {
-        let tcp = ["0.0.0.0:7001", "[::]:7002", "127.0.0.1:7003"].map(|at| TcpListener::bind(at).unwrap());
+        let tcp = ["0.0.0.0:7001", "[::]:7002", "127.0.0.1:7003"]
+            .map(|at| TcpListener::bind(at).unwrap());
         let udp = UdpSocket::bind("0.0.0.0:7004").unwrap();
         let connected = UdpSocket::bind("0.0.0.0:7005").unwrap();
         connected.connect("127.0.0.1:9").unwrap();
@@ -193,7 +196,8 @@ fn ports_that_a_project_publishes_are_not_called_open_to_all() {
     let scene = Scene::new();
     let container = Namespace::new();
     let file = scene.directory.path().join("compose.yaml");
-    let project = "name: demo\nservices: { box: { x-netns: PATH, ports: [ '8080:80', '8080:80/udp' ] } }\n";
+    let project =
+        "name: demo\nservices: { box: { x-netns: PATH, ports: [ '8080:80', '8080:80/udp' ] } }\n";
     fs::write(&file, project.replace("PATH", &container.path().display().to_string())).unwrap();
     let mut command = scene.host.command(scene.directory.path().join("tidegate").to_str().unwrap());
     command.env("TIDEGATE_RUN_DIR", scene.directory.path().join("run"));
@@ -211,7 +215,10 @@ fn forwarding_and_routes_in_the_pools_are_noticed() {
     scene.host.sysctl("net.ipv4.ip_forward", "0");
     scene.host.sysctl("net.ipv6.conf.all.forwarding", "0");
     let told = scene.as_root(&scene.host, &JSON);
-    assert_eq!((verdict(&told, "ip-forward"), verdict(&told, "address-pools")), ("ok".into(), "ok".into()));
+    assert_eq!(
+        (verdict(&told, "ip-forward"), verdict(&told, "address-pools")),
+        ("ok".into(), "ok".into())
+    );
     scene.host.sysctl("net.ipv4.ip_forward", "1");
     scene.host.ip_all(
         "link add far type bridge
@@ -220,7 +227,11 @@ fn forwarding_and_routes_in_the_pools_are_noticed() {
     );
     let told = scene.as_root(&scene.host, &JSON);
     assert_eq!(verdict(&told, "ip-forward"), "note");
-    assert!(check(&told, "ip-forward")["found"].as_str().unwrap().starts_with("on (IPv4)"), "{}", told.text);
+    assert!(
+        check(&told, "ip-forward")["found"].as_str().unwrap().starts_with("on (IPv4)"),
+        "{}",
+        told.text
+    );
     assert_eq!(check(&told, "address-pools")["details"][0], "172.28.0.0/24 by far");
     assert_eq!(told.code, Some(0), "neither is in the way");
 }
@@ -228,10 +239,13 @@ fn forwarding_and_routes_in_the_pools_are_noticed() {
 #[test]
 fn what_is_hidden_is_noticed() {
     let scene = Scene::new();
-    let without = |path: &str| scene.host.with_mounts(Mounts::builder().tmpfs(path).build(&scene.host));
+    let without =
+        |path: &str| scene.host.with_mounts(Mounts::builder().tmpfs(path).build(&scene.host));
     let told = scene.as_root(&without("/dev/net"), &JSON);
     assert_eq!(verdict(&told, "tun"), "limited", "{}", told.text);
-    assert!(check(&told, "tun")["found"].as_str().unwrap().starts_with("/dev/net/tun: No such file"));
+    assert!(
+        check(&told, "tun")["found"].as_str().unwrap().starts_with("/dev/net/tun: No such file")
+    );
     assert_eq!(told.code, Some(0));
 }
 
@@ -247,7 +261,11 @@ fn without_proc_it_says_what_it_cannot_tell() {
         let told = scene.run(command, &JSON);
         for name in all {
             let found = check(&told, name)["found"].as_str().unwrap().to_owned();
-            assert_eq!(found.starts_with("cannot tell: "), hidden.contains(&name), "{path}: {name}: {found}");
+            assert_eq!(
+                found.starts_with("cannot tell: "),
+                hidden.contains(&name),
+                "{path}: {name}: {found}"
+            );
             assert!(!found.contains("os error"), "{found}");
         }
         assert_eq!(verdict(&told, "kernel"), "ok");

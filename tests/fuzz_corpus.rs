@@ -21,7 +21,8 @@ fn docker_proxy_flags_corpus_holds() {
 /// Runs `check` on every file of a target's corpus, and makes sure that there are some.
 fn replay(target: &str, check: fn(&[u8])) {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
-    let entries = fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
+    let entries =
+        fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
     let mut replayed = 0;
     for entry in entries {
         check(&fs::read(entry.unwrap().path()).unwrap());

@@ -1,5 +1,5 @@
-//! What is logged: for people or for machines, about ports, networks and endpoints by the same names, never about peers, and not the same thing a
-//! thousand times.
+//! What is logged: for people or for machines, about ports, networks and endpoints by the same
+//! names, never about peers, and not the same thing a thousand times.
 
 #[path = "api/ask.rs"]
 mod ask;
@@ -15,7 +15,9 @@ use std::process::Command;
 use std::time::Duration;
 use support::{Publisher, limit_open_files, tidegate};
 use tidegate_testbed::server::EchoServer;
-use tidegate_testbed::{Process, Signal, Topology, addr, eventually, require_program, require_root};
+use tidegate_testbed::{
+    Process, Signal, Topology, addr, eventually, require_program, require_root,
+};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -32,7 +34,8 @@ fn nobody_learns_from_the_log_who_the_clients_are_or_what_they_look_up() {
     let v4 = SocketAddr::from((addr::HOST_V4, 8080));
     let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let _udp = EchoServer::udp(&net.container, (addr::CONTAINER_V4, 80).into());
-    let arguments = "8080:80 8080:80/udp 8081:81 --to 172.30.0.2 --max-connections 2 --udp-max-sessions 1";
+    let arguments =
+        "8080:80 8080:80/udp 8081:81 --to 172.30.0.2 --max-connections 2 --udp-max-sessions 1";
     for level in ["info", "debug"] {
         let mut publisher = Publisher::start_with(&net.host, arguments, |command| {
             limit_open_files(command, 64);
@@ -130,12 +133,18 @@ fn a_machine_reads_objects_with_the_fields_that_people_read() {
             assert_eq!(published["level"], "INFO");
             assert_eq!(published["message"], "published");
             assert_eq!(published["publish"], "127.0.0.1:8080-8081/tcp");
-            assert_eq!((&published["endpoint"], &published["to"]), (&"web".into(), &"80-81".into()));
+            assert_eq!(
+                (&published["endpoint"], &published["to"]),
+                (&"web".into(), &"80-81".into())
+            );
             let network = event("network is up");
             assert_eq!(network["network"], "default");
             assert!(network["bridge"].as_str().unwrap().starts_with("tg-"), "{network}");
             let attached = event("\"attached\"");
-            assert_eq!((&attached["endpoint"], &attached["network"]), (&"web".into(), &"default".into()));
+            assert_eq!(
+                (&attached["endpoint"], &attached["network"]),
+                (&"web".into(), &"default".into())
+            );
             let closed = event("port closed");
             assert_eq!(
                 (&closed["publish"], &closed["endpoint"]),
@@ -172,7 +181,10 @@ fn the_last_word_is_in_the_format_of_the_log_and_a_format_that_does_not_exist_is
     assert_eq!(said.lines().count(), 1, "{said}");
     let event: Value = serde_json::from_str(&said).unwrap();
     assert_eq!(event["level"], "ERROR");
-    assert!(event["message"].as_str().unwrap().starts_with("metrics address 192.0.2.1:9464: "), "{said}");
+    assert!(
+        event["message"].as_str().unwrap().starts_with("metrics address 192.0.2.1:9464: "),
+        "{said}"
+    );
     let said = fails("ps", "xml", 1);
     assert_eq!(
         said,
@@ -188,7 +200,9 @@ fn a_metrics_address_that_is_not_ours_is_told_by_up_which_leaves_nothing() {
     let before = scene::state(&scene.net.host);
     let file = scene.directory.path().join("compose.yaml");
     std::fs::write(&file, "services: { web: { command: [ sleep, '60' ] } }").unwrap();
-    let told = scene::refused(scene.tidegate().args(["up", "--metrics", "192.0.2.1:9464", "-f"]).arg(&file));
+    let told = scene::refused(
+        scene.tidegate().args(["up", "--metrics", "192.0.2.1:9464", "-f"]).arg(&file),
+    );
     assert!(told.starts_with("tidegate: error: metrics address 192.0.2.1:9464: "), "{told}");
     assert_eq!(told.lines().count(), 1, "{told}");
     assert_eq!(scene::state(&scene.net.host), before);
@@ -197,7 +211,8 @@ fn a_metrics_address_that_is_not_ours_is_told_by_up_which_leaves_nothing() {
 #[test]
 fn what_repeats_itself_is_said_once_and_counted() {
     let scene = Scene::new();
-    let mut up = scene.up_with("services: { web: { command: [ sleep, '60' ] } }", &["--firewall=none"]);
+    let mut up =
+        scene.up_with("services: { web: { command: [ sleep, '60' ] } }", &["--firewall=none"]);
     up.wait_for_line("Ctrl-C takes", SOON);
     const TIMES: usize = 4;
     let ours = || {
@@ -219,12 +234,17 @@ fn what_repeats_itself_is_said_once_and_counted() {
     std::thread::sleep(Duration::from_millis(300));
     up.stop(Signal::INT, SOON);
     let log = up.wait_for_output(SOON);
-    let lines: Vec<&str> =
-        log.lines().filter(|line| line.contains("removed or changed by other software; restored")).collect();
+    let lines: Vec<&str> = log
+        .lines()
+        .filter(|line| line.contains("removed or changed by other software; restored"))
+        .collect();
     assert_eq!(lines.len(), 2, "{log}");
     assert!(!lines[0].contains("repeated"), "{log}");
-    let times: usize =
-        lines[1].split("repeated ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok()).unwrap();
+    let times: usize = lines[1]
+        .split("repeated ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next()?.parse().ok())
+        .unwrap();
     // Two changes may have been one repair, on a busy machine.
     assert!((1..TIMES).contains(&times), "{log}");
 }
@@ -242,7 +262,9 @@ fn fields_are_called_the_same_everywhere() {
                 // Up to the message.
                 let fields = call.split('"').next().unwrap_or_default();
                 seen += 1;
-                for field in fields.split(',').map(|field| field.split('=').next().unwrap_or_default().trim())
+                for field in fields
+                    .split(',')
+                    .map(|field| field.split('=').next().unwrap_or_default().trim())
                 {
                     let name = field.trim_start_matches(['%', '?']);
                     if MISNAMED.contains(&name) || PEERS.contains(&name) {

@@ -1,4 +1,5 @@
-//! The dashboards, rules and alerts of `grafana/`, with a real Prometheus that scrapes a `tidegate up` under traffic.
+//! The dashboards, rules and alerts of `grafana/`, with a real Prometheus that scrapes a
+//! `tidegate up` under traffic.
 
 #[path = "api/ask.rs"]
 mod ask;
@@ -24,7 +25,8 @@ use tidegate_testbed::{Process, Signal, eventually, require_program};
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// Panels whose expression has no data under the traffic of this test, each with the reason. All others must have some.
+/// Panels whose expression has no data under the traffic of this test, each with the reason. All
+/// others must have some.
 const WITHOUT_DATA: &[(&str, &str)] = &[];
 
 /// Alerts that depend on how busy the machine is.
@@ -74,7 +76,8 @@ fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
 /// A project behind nftables, beside the one that has the traffic.
 fn other(scene: &Scene, socket: &Path) -> Command {
     let file = scene.directory.path().join("other.yaml");
-    std::fs::write(&file, "name: walled\nservices: { idle: { command: [ sleep, '60' ] } }\n").unwrap();
+    std::fs::write(&file, "name: walled\nservices: { idle: { command: [ sleep, '60' ] } }\n")
+        .unwrap();
     let mut command = scene.tidegate();
     command.args(["up", "--firewall=nftables", "--metrics", OTHER_TARGET, "-f"]).arg(&file);
     command.env("TIDEGATE_SOCKET", socket);
@@ -84,8 +87,12 @@ fn other(scene: &Scene, socket: &Path) -> Command {
 /// Two changes of rules.
 #[track_caller]
 fn port_comes_and_goes(socket: &Path) {
-    let (code, ports) =
-        ask::ask(socket, "POST", "/v1/ports", r#"{"endpoint": "idle", "spec": "127.0.0.1:9999:80"}"#);
+    let (code, ports) = ask::ask(
+        socket,
+        "POST",
+        "/v1/ports",
+        r#"{"endpoint": "idle", "spec": "127.0.0.1:9999:80"}"#,
+    );
     assert_eq!(code, 201, "{ports}");
     let (code, _) = ask::ask(socket, "DELETE", &format!("/v1/ports/{}", ports[0]["id"]), "");
     assert_eq!(code, 204);
@@ -134,8 +141,10 @@ fn panels_have_data(server: &Prometheus) {
                         }
                         _ => continue,
                     };
-                    complaints
-                        .push(format!("{}: {} ({how}): {what}\n  {expression}", dashboard.uid, panel.title));
+                    complaints.push(format!(
+                        "{}: {} ({how}): {what}\n  {expression}",
+                        dashboard.uid, panel.title
+                    ));
                 }
             }
         }
@@ -143,7 +152,8 @@ fn panels_have_data(server: &Prometheus) {
     assert!(complaints.is_empty(), "{}", complaints.join("\n"));
 }
 
-/// Those that record have data; those that alert are evaluated without an error, and what is wrong here is noticed.
+/// Those that record have data; those that alert are evaluated without an error, and what is wrong
+/// here is noticed.
 fn rules_are_evaluated(server: &Prometheus) {
     let rules = server.rules();
     let recorded = rules.iter().filter(|rule| rule.kind == "recording").count();
@@ -164,7 +174,8 @@ fn rules_are_evaluated(server: &Prometheus) {
             (_, answer) => panic!("{}: {answer:?}", rule.name),
         }
     }
-    // A backend that refuses, and a UDP port where nobody listens: the traffic has both. A busy machine may be slow as well.
+    // A backend that refuses, and a UDP port where nobody listens: the traffic has both. A busy
+    // machine may be slow as well.
     pending.retain(|name| !SLOWNESS.contains(name));
     assert_eq!(pending, BTreeSet::from(["TidegateBackendUnreached", "TidegateDatagramsDropped"]));
 }
@@ -176,22 +187,36 @@ fn promtool_accepts_configuration_and_rules_and_their_tests_pass() {
     let path = |name: &str| format!("{grafana}/{name}");
     promtool(&["check", "config", &path("prometheus.yml")], "");
     promtool(
-        &["check", "rules", "--lint-fatal", &path("rules/alerts.yml"), &path("rules/recording.yml")],
+        &[
+            "check",
+            "rules",
+            "--lint-fatal",
+            &path("rules/alerts.yml"),
+            &path("rules/recording.yml"),
+        ],
         "",
     );
-    promtool(&["test", "rules", &path("rules/tests/alerts.yml"), &path("rules/tests/recording.yml")], "");
+    promtool(
+        &["test", "rules", &path("rules/tests/alerts.yml"), &path("rules/tests/recording.yml")],
+        "",
+    );
 }
 
-/// Every alert fires in one of promtool's tests and is quiet in another, and the page says what to do about it; every
-/// recording rule is tested both ways.
+/// Every alert fires in one of promtool's tests and is quiet in another, and the page says what to
+/// do about it; every recording rule is tested both ways.
 #[test]
 fn every_rule_is_tested_and_every_alert_is_on_the_page() {
     let read = |path: &str| std::fs::read_to_string(dashboards::root(path)).unwrap();
     let values = |text: &str, key: &str| -> Vec<String> {
-        text.lines().filter_map(|line| Some(line.trim().strip_prefix(key)?.trim().to_owned())).collect()
+        text.lines()
+            .filter_map(|line| Some(line.trim().strip_prefix(key)?.trim().to_owned()))
+            .collect()
     };
-    let (alerts, tests, page) =
-        (read("grafana/rules/alerts.yml"), read("grafana/rules/tests/alerts.yml"), read("docs/grafana.md"));
+    let (alerts, tests, page) = (
+        read("grafana/rules/alerts.yml"),
+        read("grafana/rules/tests/alerts.yml"),
+        read("docs/grafana.md"),
+    );
     let names = values(&alerts, "- alert:");
     assert!(!names.is_empty());
     for key in ["summary:", "description:", "runbook:"] {
@@ -231,7 +256,8 @@ fn dashboards_have_what_grafana_wants_of_them() {
     }
 }
 
-/// What the Compose file mounts is there, and Grafana looks for the dashboards where they are mounted.
+/// What the Compose file mounts is there, and Grafana looks for the dashboards where they are
+/// mounted.
 #[test]
 fn the_compose_file_mounts_what_there_is_where_it_is_looked_for() {
     let read = |path: &str| std::fs::read_to_string(dashboards::root(path)).unwrap();

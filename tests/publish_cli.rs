@@ -1,4 +1,5 @@
-//! `tidegate publish` as a command: what it refuses and how it says so, what it prints, and what it tells Prometheus.
+//! `tidegate publish` as a command: what it refuses and how it says so, what it prints, and what it
+//! tells Prometheus.
 
 #[path = "publish_cli/confined.rs"]
 mod confined;
@@ -24,10 +25,13 @@ use std::time::Instant;
 use clap::CommandFactory;
 use socket2::SockRef;
 use support::{
-    Backend, METRICS, PATIENCE, Publisher, ask, connect, http, patient, read_all, tidegate, wait_until,
+    Backend, METRICS, PATIENCE, Publisher, ask, connect, http, patient, read_all, tidegate,
+    wait_until,
 };
 use tidegate_testbed::server::EchoServer;
-use tidegate_testbed::{Namespace, Process, Protocol, Signal, Topology, addr, eventually, raise_open_files};
+use tidegate_testbed::{
+    Namespace, Process, Protocol, Signal, Topology, addr, eventually, raise_open_files,
+};
 
 /// How the published port is called where only IPv4 is looked at.
 const PORT: &str = "0.0.0.0:8080/tcp";
@@ -48,9 +52,11 @@ struct Entry {
 /// What the process says with `--json`.
 #[track_caller]
 fn published(process: &Process) -> Vec<Entry> {
-    let told: serde_json::Value = serde_json::from_str(&process.wait_for_line("{", PATIENCE)).unwrap();
+    let told: serde_json::Value =
+        serde_json::from_str(&process.wait_for_line("{", PATIENCE)).unwrap();
     let text = |entry: &serde_json::Value, key: &str| entry[key].as_str().unwrap().to_owned();
-    let number = |entry: &serde_json::Value, key: &str| u16::try_from(entry[key].as_u64().unwrap()).unwrap();
+    let number =
+        |entry: &serde_json::Value, key: &str| u16::try_from(entry[key].as_u64().unwrap()).unwrap();
     let entries = told["published"].as_array().unwrap().iter();
     entries
         .map(|entry| Entry {
@@ -89,7 +95,8 @@ fn succeeds(mut command: Command) -> String {
 #[track_caller]
 fn run(command: &mut Command) -> (Option<i32>, String, String) {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut process = Killed(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")));
+    let mut process =
+        Killed(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")));
     let drain = |stream: &mut dyn Read| {
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();
@@ -119,8 +126,9 @@ fn assert_nothing_is_bound(namespace: &Namespace) {
 
 /// Connects and reads a byte: how many came, or what went wrong.
 fn connect_and_see(from: &Namespace, to: SocketAddr) -> Result<usize, io::ErrorKind> {
-    let read = from
-        .run(|| TcpStream::connect_timeout(&to, PATIENCE).and_then(|stream| patient(stream).read(&mut [0])));
+    let read = from.run(|| {
+        TcpStream::connect_timeout(&to, PATIENCE).and_then(|stream| patient(stream).read(&mut [0]))
+    });
     read.map_err(|error| error.kind())
 }
 
@@ -144,8 +152,8 @@ impl Unprivileged {
         let directory = tempfile::tempdir().unwrap();
         std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let program = Self { directory };
-        // Not with a descriptor of ours: a child that another test is just starting could hold a copy of it, and a
-        // file that is open for writing cannot be executed.
+        // Not with a descriptor of ours: a child that another test is just starting could hold a
+        // copy of it, and a file that is open for writing cannot be executed.
         let mut install = Command::new("install");
         install.args(["-m", "755", env!("CARGO_BIN_EXE_tidegate")]).arg(program.path());
         succeeds(install);
@@ -159,7 +167,10 @@ impl Unprivileged {
     /// `tidegate` with `arguments` in `namespace`, run by nobody, who has no capability at all.
     fn command(&self, namespace: &Namespace, arguments: &str) -> Command {
         let mut command = namespace.command(self.path().to_str().unwrap());
-        command.args(arguments.split_ascii_whitespace()).env_remove("TIDEGATE_LOG").current_dir("/");
+        command
+            .args(arguments.split_ascii_whitespace())
+            .env_remove("TIDEGATE_LOG")
+            .current_dir("/");
         // Behind the entering of the namespace, which takes root.
         // SAFETY: the closure makes system calls and nothing else.
         unsafe {
@@ -176,8 +187,9 @@ impl Unprivileged {
     }
 }
 
-/// Reads a page in the text format of Prometheus (exposition format 0.0.4) and returns its families. Every line has to
-/// be right: each family declared once and before its samples, which stand together, and no series twice.
+/// Reads a page in the text format of Prometheus (exposition format 0.0.4) and returns its
+/// families. Every line has to be right: each family declared once and before its samples, which
+/// stand together, and no series twice.
 #[track_caller]
 fn check_exposition(page: &str) -> BTreeSet<String> {
     assert!(page.ends_with('\n'), "the last line has no end");
@@ -191,16 +203,19 @@ fn check_exposition(page: &str) -> BTreeSet<String> {
     let mut current = String::new();
     for line in page.lines().filter(|line| !line.is_empty()) {
         if let Some(help) = line.strip_prefix("# HELP ") {
-            let (name, text) = help.split_once(' ').unwrap_or_else(|| panic!("no help in {line:?}"));
+            let (name, text) =
+                help.split_once(' ').unwrap_or_else(|| panic!("no help in {line:?}"));
             assert!(name_ok(name) && !text.trim().is_empty(), "{line:?}");
             assert!(helped.insert(name.to_owned()), "a second {line:?}");
         } else if let Some(kind) = line.strip_prefix("# TYPE ") {
-            let (name, kind) = kind.split_once(' ').unwrap_or_else(|| panic!("no type in {line:?}"));
+            let (name, kind) =
+                kind.split_once(' ').unwrap_or_else(|| panic!("no type in {line:?}"));
             assert!(["counter", "gauge", "histogram", "summary"].contains(&kind), "{line:?}");
             assert!(kinds.insert(name.to_owned(), kind.to_owned()).is_none(), "a second {line:?}");
             name.clone_into(&mut current);
         } else {
-            let (left, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no value in {line:?}"));
+            let (left, value) =
+                line.rsplit_once(' ').unwrap_or_else(|| panic!("no value in {line:?}"));
             assert!(value.parse::<f64>().is_ok(), "{line:?}");
             let (name, labels) = match left.split_once('{') {
                 Some((name, labels)) => {
@@ -209,8 +224,9 @@ fn check_exposition(page: &str) -> BTreeSet<String> {
                 None => (left, ""),
             };
             let kind = kinds.get(&current).map(String::as_str);
-            let of_histogram =
-                ["_bucket", "_sum", "_count"].iter().any(|end| name.strip_suffix(end) == Some(&current));
+            let of_histogram = ["_bucket", "_sum", "_count"]
+                .iter()
+                .any(|end| name.strip_suffix(end) == Some(&current));
             assert!(
                 name == current || (kind == Some("histogram") && of_histogram),
                 "{line:?} is not of {current:?}"
@@ -222,7 +238,9 @@ fn check_exposition(page: &str) -> BTreeSet<String> {
             for label in labels.split("\",").filter(|label| !label.is_empty()) {
                 let (key, value) = label.split_once("=\"").unwrap_or_else(|| panic!("{line:?}"));
                 assert!(
-                    name_ok(key) && !key.contains(':') && !value.trim_end_matches('"').contains('"'),
+                    name_ok(key)
+                        && !key.contains(':')
+                        && !value.trim_end_matches('"').contains('"'),
                     "{line:?}"
                 );
             }

@@ -22,8 +22,8 @@ const SOON: Duration = Duration::from_secs(30);
 const SCRAPERS: usize = 100;
 const REQUESTS: usize = 300;
 
-/// A request that takes longer has not been delayed but held up. How much the storm delays requests says
-/// `cargo bench --bench metrics_cost`; here other tests are at work as well.
+/// A request that takes longer has not been delayed but held up. How much the storm delays requests
+/// says `cargo bench --bench metrics_cost`; here other tests are at work as well.
 const HELD_UP: Duration = Duration::from_secs(5);
 
 #[test]
@@ -31,11 +31,15 @@ fn a_storm_of_scrapes_fails_no_request_and_no_scrape_that_was_let_in() {
     let net = Topology::three();
     let echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let publisher = Publisher::start(&net.host, "8080:80 9000-9399:9000-9399 --to 172.30.0.2");
-    let (over, pages, refused) =
-        (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (over, pages, refused) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicUsize::new(0)),
+        Arc::new(AtomicUsize::new(0)),
+    );
     let scrapers: Vec<_> = (0..SCRAPERS)
         .map(|_| {
-            let (over, pages, refused) = (Arc::clone(&over), Arc::clone(&pages), Arc::clone(&refused));
+            let (over, pages, refused) =
+                (Arc::clone(&over), Arc::clone(&pages), Arc::clone(&refused));
             net.host.spawn_thread(move || {
                 while !over.load(Ordering::Relaxed) {
                     match scrape() {
@@ -67,7 +71,10 @@ fn a_storm_of_scrapes_fails_no_request_and_no_scrape_that_was_let_in() {
     scrapers.into_iter().for_each(|scraper| scraper.join().unwrap());
     let slowest = times.iter().max().unwrap();
     let pages = pages.load(Ordering::Relaxed);
-    println!("{pages} pages, {} turned away, slowest request {slowest:?}", refused.load(Ordering::Relaxed));
+    println!(
+        "{pages} pages, {} turned away, slowest request {slowest:?}",
+        refused.load(Ordering::Relaxed)
+    );
     assert!(pages > 0);
     assert!(*slowest < HELD_UP, "{slowest:?}");
     assert_eq!(echo.served(), REQUESTS as u64);
@@ -93,7 +100,11 @@ fn scrape() -> Option<String> {
         return None;
     }
     assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
-    assert!(head.contains(&format!("Content-Length: {}", body.len())), "cut: {head}, {} bytes", body.len());
+    assert!(
+        head.contains(&format!("Content-Length: {}", body.len())),
+        "cut: {head}, {} bytes",
+        body.len()
+    );
     Some(body.to_owned())
 }
 
@@ -123,8 +134,8 @@ fn scrapes(count: usize) -> Vec<Duration> {
     times
 }
 
-/// Local clients have one address, and are told apart by their users. What each socket has for its user is the file system user of the
-/// thread that makes it.
+/// Local clients have one address, and are told apart by their users. What each socket has for its
+/// user is the file system user of the thread that makes it.
 #[test]
 fn a_greedy_user_costs_the_scrapes_of_another_little() {
     const COUNT: usize = 50;
@@ -176,14 +187,22 @@ fn a_greedy_user_costs_the_scrapes_of_another_little() {
         "median {:?} calm, {:?} beside; slowest {:?}, {:?}",
         calm[median], beside[median], calm[last], beside[last]
     );
-    // It waits for the page that is being written, and for pieces that are being sent; 33 threads and the server have two cores.
-    assert!(beside[median] < calm[median] * 10 + Duration::from_millis(100), "{:?}", beside[median]);
+    // It waits for the page that is being written, and for pieces that are being sent; 33 threads
+    // and the server have two cores.
+    assert!(
+        beside[median] < calm[median] * 10 + Duration::from_millis(100),
+        "{:?}",
+        beside[median]
+    );
     assert!(beside[last] < HELD_UP, "{:?}", beside[last]);
     let metrics = publisher.metrics();
     assert!(metrics.count("tidegate_scrape_refused_total{reason=\"silent\"}") > 0);
-    assert!(metrics.count("tidegate_scrape_clients") < metrics.count("tidegate_scrape_clients_limit"));
+    assert!(
+        metrics.count("tidegate_scrape_clients") < metrics.count("tidegate_scrape_clients_limit")
+    );
     let told = publisher.process.output();
-    let limits: Vec<_> = told.lines().filter(|line| line.contains("limit of metrics clients")).collect();
+    let limits: Vec<_> =
+        told.lines().filter(|line| line.contains("limit of metrics clients")).collect();
     assert!(!limits.is_empty() && limits.len() <= 4, "{limits:?}");
     assert!(limits.iter().all(|line| line.contains("user 65534 of this host")), "{limits:?}");
 }
@@ -193,7 +212,8 @@ fn a_metrics_port_in_use_keeps_no_network_down_and_is_taken_when_it_is_free() {
     let scene = Scene::new();
     let holder = scene.net.host.run(|| std::net::TcpListener::bind(METRICS)).unwrap();
     let file = scene.directory.path().join("compose.yaml");
-    std::fs::write(&file, "services: { web: { command: [ sleep, '600' ], ports: [ '8080:80' ] } }").unwrap();
+    std::fs::write(&file, "services: { web: { command: [ sleep, '600' ], ports: [ '8080:80' ] } }")
+        .unwrap();
     let mut command = scene.tidegate();
     let up = Process::spawn(command.env("TIDEGATE_LOG", "info").args(["up", "-f"]).arg(&file));
     up.wait_for_line("Ctrl-C takes", SOON);
@@ -216,7 +236,8 @@ fn a_metrics_port_in_use_keeps_no_network_down_and_is_taken_when_it_is_free() {
 fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
     let scene = Scene::new();
     let file = scene.directory.path().join("compose.yaml");
-    let project = "services: { web: { command: [ sleep, '600' ], ports: [ '203.0.113.1:8080:80' ] } }";
+    let project =
+        "services: { web: { command: [ sleep, '600' ], ports: [ '203.0.113.1:8080:80' ] } }";
     std::fs::write(&file, project).unwrap();
     let mut command = scene.tidegate();
     command
@@ -246,17 +267,25 @@ fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
         ["203.0.113.1:8080/tcp", "203.0.113.1:8081/tcp", "203.0.113.1:8082/tcp", "other/tcp"]
     );
     assert_eq!(page.count("tidegate_proxy_connections_total{publish=\"other/tcp\"}"), 8);
-    assert_eq!(page.count("tidegate_proxy_bytes_total{publish=\"other/tcp\",direction=\"in\"}"), 32);
+    assert_eq!(
+        page.count("tidegate_proxy_bytes_total{publish=\"other/tcp\",direction=\"in\"}"),
+        32
+    );
     assert_eq!(page.count("tidegate_proxy_dial_seconds_count{publish=\"other/tcp\"}"), 8);
     assert_eq!(page.count("tidegate_proxy_ports{series=\"other\"}"), 4);
     assert_eq!(total(&page), 14);
     // The API knows all of them.
     let (_, figures) = ask::get(&socket, "/v1/figures");
-    let begun: Vec<u64> =
-        figures["ports"].as_array().unwrap().iter().map(|port| port["begun"].as_u64().unwrap()).collect();
+    let begun: Vec<u64> = figures["ports"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|port| port["begun"].as_u64().unwrap())
+        .collect();
     assert_eq!(begun, [2; 7]);
 
-    // Two of the sum go, and one that has series: what the sum has counted stays, and what comes in the place of the other has series.
+    // Two of the sum go, and one that has series: what the sum has counted stays, and what comes in
+    // the place of the other has series.
     for id in [ids[0], ids[4], ids[5]] {
         assert_eq!(ask::ask(&socket, "DELETE", &format!("/v1/ports/{id}"), "").0, 204);
     }
@@ -289,7 +318,8 @@ fn settled(host: &Namespace, series: &str, wanted: u64) -> Metrics {
 
 /// What the label `publish` says of connections.
 fn series(page: &str) -> Vec<&str> {
-    let lines =
-        page.lines().filter_map(|line| line.strip_prefix("tidegate_proxy_connections_total{publish=\""));
+    let lines = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("tidegate_proxy_connections_total{publish=\""));
     lines.map(|rest| rest.split('"').next().unwrap()).collect()
 }

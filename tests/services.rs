@@ -1,5 +1,5 @@
-//! Services in real namespaces: what they see, what they say, how they start, end and begin again, and that nothing of
-//! them is left, whatever happens to their supervisor.
+//! Services in real namespaces: what they see, what they say, how they start, end and begin again,
+//! and that nothing of them is left, whatever happens to their supervisor.
 
 #[path = "services/init.rs"]
 mod init;
@@ -40,7 +40,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Long enough never to come.
 const FOREVER: Duration = Duration::from_secs(600);
 
-/// Where the supervisor of [`killed::supervisor_in_a_process_of_its_own`] keeps its files; unset, it is not one.
+/// Where the supervisor of [`killed::supervisor_in_a_process_of_its_own`] keeps its files; unset,
+/// it is not one.
 const RUN_DIR: &str = "TIDEGATE_TEST_RUN_DIR";
 
 /// The same for [`rootless::supervisor_in_a_user_namespace`].
@@ -151,13 +152,16 @@ fn services_in(run_dir: &Path) -> Vec<String> {
 
 fn run<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(2 * PATIENCE, future).await.expect("the test hangs") })
+    runtime.block_on(async {
+        tokio::time::timeout(2 * PATIENCE, future).await.expect("the test hangs")
+    })
 }
 
 /// The processes that have `marker` among their arguments. A zombie has none.
 fn marked(marker: &str) -> Vec<u32> {
-    let numbers =
-        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let numbers = fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let has_marker = |pid: &u32| {
         fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|arguments| {
             arguments.split(|&byte| byte == 0).any(|argument| argument == marker.as_bytes())

@@ -1,8 +1,9 @@
-//! A published TCP port, as both of its ends see it: real clients and servers with a real kernel between them.
+//! A published TCP port, as both of its ends see it: real clients and servers with a real kernel
+//! between them.
 //!
-//! The client reaches the host's address, `tidegate publish` runs on the host, and the server is in a container
-//! behind the host's bridge. Where what must happen is "as without a proxy", the test does the same thing over
-//! the kernel's own path first and compares.
+//! The client reaches the host's address, `tidegate publish` runs on the host, and the server is in
+//! a container behind the host's bridge. Where what must happen is "as without a proxy", the test
+//! does the same thing over the kernel's own path first and compares.
 
 #[path = "tcp/backends.rs"]
 mod backends;
@@ -39,7 +40,9 @@ use support::{
 };
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
-use tidegate_testbed::{Namespace, Pattern, Protocol, Signal, Topology, addr, procfs, raise_open_files};
+use tidegate_testbed::{
+    Namespace, Pattern, Protocol, Signal, Topology, addr, procfs, raise_open_files,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -137,13 +140,17 @@ fn ask_in_turn(from: &Namespace, count: u32) {
     from.run(|| {
         for number in 0..count {
             let stream = support::patient(TcpStream::connect(host(8080)).unwrap());
-            assert_eq!(ask(&stream, &number.to_be_bytes()), number.to_be_bytes(), "connection {number}");
+            assert_eq!(
+                ask(&stream, &number.to_be_bytes()),
+                number.to_be_bytes(),
+                "connection {number}"
+            );
         }
     });
 }
 
-/// Lets packets to the container vanish, as behind a cable that was pulled: they go to a hardware address
-/// that nobody has.
+/// Lets packets to the container vanish, as behind a cable that was pulled: they go to a hardware
+/// address that nobody has.
 fn black_hole(host: &Namespace) {
     let container = addr::CONTAINER_V4.to_string();
     host.ip(&[
@@ -164,9 +171,12 @@ fn heal(host: &Namespace) {
     host.ip(&["neigh", "del", &addr::CONTAINER_V4.to_string(), "dev", "br0"]);
 }
 
-/// The server accepts, says "too busy" and ends the connection with `end`, all of it before the proxy learns that its
-/// dial has succeeded. Returns what the client sees, which is what it would see without a proxy.
-fn answered_before_the_proxy_looks(end: impl FnOnce(TcpStream)) -> (Vec<u8>, Option<io::ErrorKind>) {
+/// The server accepts, says "too busy" and ends the connection with `end`, all of it before the
+/// proxy learns that its dial has succeeded. Returns what the client sees, which is what it would
+/// see without a proxy.
+fn answered_before_the_proxy_looks(
+    end: impl FnOnce(TcpStream),
+) -> (Vec<u8>, Option<io::ErrorKind>) {
     let net = Topology::three();
     let backend = Backend::tcp(&net.container, container(80));
     black_hole(&net.host);
@@ -202,7 +212,8 @@ fn pause(publisher: &Publisher, on: bool) {
 /// How many connections from `namespace` to port 80 have been begun and not been answered.
 fn dials(namespace: &Namespace) -> usize {
     let table = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap());
-    // Behind the number of the line: local address, remote address, state (02 is SYN_SENT), all in hex.
+    // Behind the number of the line: local address, remote address, state (02 is SYN_SENT), all in
+    // hex.
     let dialling = |line: &&str| {
         let mut fields = line.split_ascii_whitespace().skip(2);
         fields.next().is_some_and(|remote| remote.ends_with(":0050")) && fields.next() == Some("02")
@@ -216,9 +227,11 @@ fn sockets_of(publisher: &Publisher) -> Vec<OwnedFd> {
     let process = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let sockets = descriptors.flatten().filter(|entry| {
-        std::fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+        std::fs::read_link(entry.path())
+            .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
     });
-    let numbers = sockets.map(|entry| entry.file_name().to_string_lossy().parse::<ForeignRawFd>().unwrap());
+    let numbers =
+        sockets.map(|entry| entry.file_name().to_string_lossy().parse::<ForeignRawFd>().unwrap());
     numbers.map(|number| pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).unwrap()).collect()
 }
 
@@ -232,7 +245,8 @@ fn assert_idle(publisher: &Publisher) {
     assert!(used < 0.1, "{used} s of CPU time in {WATCH:?} of idleness");
 }
 
-/// Sends as much of `pattern` as is taken without anybody reading at the other end; returns how much.
+/// Sends as much of `pattern` as is taken without anybody reading at the other end; returns how
+/// much.
 fn push_until_blocked(mut stream: &TcpStream, pattern: &mut Pattern) -> u64 {
     /// Longer than acknowledgements and window updates take.
     const QUIET: Duration = Duration::from_millis(400);
@@ -261,8 +275,9 @@ fn push_until_blocked(mut stream: &TcpStream, pattern: &mut Pattern) -> u64 {
     pattern.position() - start
 }
 
-/// One side stops reading, the other sends until it is blocked: at once, and after a phase in which the connection was
-/// fast and its windows have grown. What the proxy and its sockets hold is then bounded, and nothing of it is lost.
+/// One side stops reading, the other sends until it is blocked: at once, and after a phase in which
+/// the connection was fast and its windows have grown. What the proxy and its sockets hold is then
+/// bounded, and nothing of it is lost.
 fn stalled_peer(server_stalls: bool) {
     const FAST_PHASE: u64 = 64 * MIB;
     const MOST: u64 = 4 * MIB;
@@ -310,8 +325,8 @@ fn unread(stream: &TcpStream) -> u64 {
     rustix::io::ioctl_fionread(stream).unwrap()
 }
 
-/// Does `scene` over the kernel's own path and through the published port, and compares what comes of it. The scene
-/// is given a way to stop the proxy (true) and to let it go on.
+/// Does `scene` over the kernel's own path and through the published port, and compares what comes
+/// of it. The scene is given a way to stop the proxy (true) and to let it go on.
 fn same_as_without_a_proxy<T: PartialEq + std::fmt::Debug>(
     bed: &Bed,
     moved: u64,
@@ -349,8 +364,8 @@ fn send_around_urgent_data(bed: &Bed, mut client: &TcpStream, and_the_end: bool)
     pause(&bed.publisher, false);
 }
 
-/// Reads what [`send_around_urgent_data`] has sent. Whether the urgent byte itself comes in line is left open: a
-/// program chooses that with SO_OOBINLINE.
+/// Reads what [`send_around_urgent_data`] has sent. Whether the urgent byte itself comes in line is
+/// left open: a program chooses that with SO_OOBINLINE.
 #[track_caller]
 fn read_past_urgent_data(mut server: &TcpStream) -> String {
     let mut seen = Vec::new();
@@ -370,7 +385,8 @@ fn proxy_header(version: u8, client: SocketAddr, local: SocketAddr) -> Vec<u8> {
     if version == 1 {
         let family = if client.is_ipv4() { "TCP4" } else { "TCP6" };
         let (from, to) = (client.ip(), local.ip());
-        return format!("PROXY {family} {from} {to} {} {}\r\n", client.port(), local.port()).into_bytes();
+        return format!("PROXY {family} {from} {to} {} {}\r\n", client.port(), local.port())
+            .into_bytes();
     }
     let octets = |ip| match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
@@ -402,7 +418,8 @@ fn odd_sizes(total: usize, seed: u64) -> Vec<usize> {
         random.fill(&mut bytes);
         let number = u32::from_le_bytes(bytes) as usize;
         // Half of them small.
-        let size = if number.is_multiple_of(2) { number / 2 % 100 } else { number / 2 % 70_000 } + 1;
+        let size =
+            if number.is_multiple_of(2) { number / 2 % 100 } else { number / 2 % 70_000 } + 1;
         sizes.push(size.min(left));
         left -= size.min(left);
     }

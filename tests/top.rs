@@ -85,14 +85,22 @@ fn in_a_terminal_it_shows_what_happens_and_does_what_keys_say() {
     let mut instance = up(&scene);
     let clients = Clients::of(&scene.net.client);
     let terminal = Terminal::new(scene.directory.path(), 80, 24);
-    terminal.run(&format!("TIDEGATE_SOCKET={} {TIDEGATE} top --interval 200ms", scene.socket().display()));
+    terminal.run(&format!(
+        "TIDEGATE_SOCKET={} {TIDEGATE} top --interval 200ms",
+        scene.socket().display()
+    ));
 
     // Eighty columns and twenty-four lines show all of it, with rates that move.
     let screen = terminal.wait_for("the rates of web", |screen| {
-        screen.lines().any(|line| line.starts_with("203.0.113.1:8080/tcp  web") && line.contains(" kB"))
+        screen
+            .lines()
+            .any(|line| line.starts_with("203.0.113.1:8080/tcp  web") && line.contains(" kB"))
     });
     let lines: Vec<&str> = screen.lines().collect();
-    assert!(lines[0].starts_with("tidegate top: shop  up ") && lines[0].contains("every 200ms"), "{screen}");
+    assert!(
+        lines[0].starts_with("tidegate top: shop  up ") && lines[0].contains("every 200ms"),
+        "{screen}"
+    );
     assert!(lines[2].starts_with("NAT   flows 0/"), "{screen}");
     assert_eq!(lines[4], "[Ports 3]  Endpoints 2   Networks 2   Names 0");
     assert!(lines[6].starts_with("203.0.113.1:8080/tcp "), "the busiest is first: {screen}");
@@ -109,7 +117,9 @@ fn in_a_terminal_it_shows_what_happens_and_does_what_keys_say() {
         screen.contains("filter: udp") && screen.contains("q quit")
     });
     terminal.keys(&["/", "Escape"]);
-    terminal.wait_for("all of them", |screen| screen.contains("8080/tcp") && !screen.contains("filter:"));
+    terminal.wait_for("all of them", |screen| {
+        screen.contains("8080/tcp") && !screen.contains("filter:")
+    });
     terminal.keys(&["r"]);
     terminal.wait_for("the other way round", |screen| {
         screen.lines().nth(8).is_some_and(|line| line.contains("8080/tcp"))
@@ -190,7 +200,8 @@ fn a_frame_is_printed_once_and_as_json() {
     let mut instance = up(&scene);
     let clients = Clients::of(&scene.net.client);
     let output = scene.tidegate().args(["top", "--once", "--interval", "500ms"]).output().unwrap();
-    let (text, said) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let (text, said) =
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
     assert!(output.status.success() && said.is_empty(), "{said}");
     assert!(!text.contains('\u{1b}'), "plain text");
     assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
@@ -204,7 +215,8 @@ fn a_frame_is_printed_once_and_as_json() {
     ] {
         assert!(text.contains(needed), "{needed}: {text}");
     }
-    let output = scene.tidegate().args(["top", "--once", "--json", "--interval", "1s"]).output().unwrap();
+    let output =
+        scene.tidegate().args(["top", "--once", "--json", "--interval", "1s"]).output().unwrap();
     assert!(output.status.success());
     let all: Value = serde_json::from_slice(&output.stdout).unwrap();
     let web = port(&all, "203.0.113.1:8080/tcp");
@@ -220,7 +232,8 @@ fn a_frame_is_printed_once_and_as_json() {
     let length = scene.net.client.run(request).unwrap() as u64;
     assert!(length > 0);
     let (_, after) = figures(&scene);
-    let out = |figures: &Value| port(figures, "203.0.113.1:8080/tcp")["bytes_out"].as_u64().unwrap();
+    let out =
+        |figures: &Value| port(figures, "203.0.113.1:8080/tcp")["bytes_out"].as_u64().unwrap();
     assert!(out(&after) >= out(&before) + length);
     drop(clients);
     instance.stop(Signal::INT, SOON);
@@ -230,7 +243,10 @@ fn a_frame_is_printed_once_and_as_json() {
 #[track_caller]
 fn port<'a>(all: &'a Value, publish: &str) -> &'a Value {
     let ports = all["ports"].as_array().unwrap();
-    ports.iter().find(|port| port["publish"] == publish).unwrap_or_else(|| panic!("no {publish}: {all}"))
+    ports
+        .iter()
+        .find(|port| port["publish"] == publish)
+        .unwrap_or_else(|| panic!("no {publish}: {all}"))
 }
 
 fn figures(scene: &Scene) -> (u16, Value) {
@@ -245,7 +261,8 @@ fn what_cannot_be_shown_is_told_in_one_line() {
     let scene = Scene::new();
     let told = |arguments: &[&str], socket: &Path| {
         let mut command = scene.tidegate();
-        let output = command.arg("top").args(arguments).env("TIDEGATE_SOCKET", socket).output().unwrap();
+        let output =
+            command.arg("top").args(arguments).env("TIDEGATE_SOCKET", socket).output().unwrap();
         assert!(output.stdout.is_empty(), "{arguments:?}");
         (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
     };

@@ -1,9 +1,11 @@
-//! A published UDP port, as both of its ends see it: datagrams, sessions, and addresses that come and go.
+//! A published UDP port, as both of its ends see it: datagrams, sessions, and addresses that come
+//! and go.
 //!
-//! UDP may lose and reorder. Here nothing between the ends does so unless a buffer is full or an address is not
-//! resolved yet, so the tests exchange a datagram before they send many, compare what arrived without regard to its
-//! order, and have no more than a few hundred packets under way: a CPU's queue of received packets holds 1,000
-//! (`net.core.netdev_max_backlog`), and all namespaces share it.
+//! UDP may lose and reorder. Here nothing between the ends does so unless a buffer is full or an
+//! address is not resolved yet, so the tests exchange a datagram before they send many, compare
+//! what arrived without regard to its order, and have no more than a few hundred packets under way:
+//! a CPU's queue of received packets holds 1,000 (`net.core.netdev_max_backlog`), and all
+//! namespaces share it.
 
 #[path = "udp/addresses.rs"]
 mod addresses;
@@ -39,7 +41,11 @@ const LARGEST: usize = 65_507;
 
 /// Any address and port of the family of `like`.
 fn unspecified(like: SocketAddr) -> SocketAddr {
-    let ip = if like.is_ipv4() { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+    let ip = if like.is_ipv4() {
+        IpAddr::from(Ipv4Addr::UNSPECIFIED)
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
     SocketAddr::new(ip, 0)
 }
 
@@ -69,7 +75,8 @@ fn echo(socket: &UdpSocket, to: SocketAddr, datagram: &[u8]) -> Vec<u8> {
     receive(socket).0
 }
 
-/// Lets `client` say hello to a server that is a mere socket; returns where the server may answer to.
+/// Lets `client` say hello to a server that is a mere socket; returns where the server may answer
+/// to.
 #[track_caller]
 fn meet(client: &UdpSocket, to: SocketAddr, server: &UdpSocket) -> SocketAddr {
     client.send_to(b"hello", to).unwrap();
@@ -101,7 +108,8 @@ fn assert_same_datagrams(sent: &[Vec<u8>], at: &UdpSocket) {
     assert!(!is_ready(at, PollFlags::IN, Duration::ZERO), "more came than was sent");
 }
 
-/// From here on what is sent through `socket` is cut into datagrams of `segment` bytes by the kernel.
+/// From here on what is sent through `socket` is cut into datagrams of `segment` bytes by the
+/// kernel.
 fn segment_sends(socket: &UdpSocket, segment: u16) {
     let segment = libc::c_int::from(segment);
     // SAFETY: the pointer and the length describe `segment`.
@@ -117,7 +125,8 @@ fn segment_sends(socket: &UdpSocket, segment: u16) {
     assert_eq!(result, 0, "UDP_SEGMENT: {}", io::Error::last_os_error());
 }
 
-/// Sends trains of datagrams of 1,400 bytes, which the sender's own link takes and the one behind the proxy does not.
+/// Sends trains of datagrams of 1,400 bytes, which the sender's own link takes and the one behind
+/// the proxy does not.
 fn oversized_segments(from: &UdpSocket, to: SocketAddr, at: &UdpSocket) {
     const SEGMENT: u16 = 1400;
     let train = payload(20 * usize::from(SEGMENT), 1);
@@ -148,13 +157,14 @@ fn assert_resumes(client: &UdpSocket, to: SocketAddr) -> Vec<u8> {
     }
 }
 
-/// The address of ours that the backend knows goes, comes back, and goes again while another takes its place: sockets
-/// that were bound to it must not stay in use.
+/// The address of ours that the backend knows goes, comes back, and goes again while another takes
+/// its place: sockets that were bound to it must not stay in use.
 #[track_caller]
 fn bridge_address_changes(backend: IpAddr, [first, second]: [&str; 2]) {
     let net = Topology::three();
     for (namespace, link) in [(&net.host, "br0"), (&net.container, "eth0")] {
-        // A neighbour solicitation may be lost while an address is being set up; the next comes after a second.
+        // A neighbour solicitation may be lost while an address is being set up; the next comes
+        // after a second.
         namespace.sysctl(&format!("net.ipv6.neigh.{link}.retrans_time_ms"), "50");
         namespace.sysctl(&format!("net.ipv4.neigh.{link}.retrans_time_ms"), "50");
     }
@@ -174,7 +184,11 @@ fn bridge_address_changes(backend: IpAddr, [first, second]: [&str; 2]) {
     net.host.ip(&["addr", "del", first, "dev", "br0"]);
     add_address(&net.host, second);
     expect(second);
-    assert_eq!(publisher.metrics().port("sessions", PORT), 1, "no session of the old address stays behind");
+    assert_eq!(
+        publisher.metrics().port("sessions", PORT),
+        1,
+        "no session of the old address stays behind"
+    );
 }
 
 fn add_address(namespace: &Namespace, address: &str) {

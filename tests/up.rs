@@ -1,4 +1,5 @@
-//! `tidegate up` with a real kernel: who reaches what, and what is left when it has ended, whatever way.
+//! `tidegate up` with a real kernel: who reaches what, and what is left when it has ended, whatever
+//! way.
 
 mod up {
     pub(crate) mod attacks;
@@ -76,7 +77,8 @@ fn a_terminal_that_is_closed_takes_everything_down_too() {
     }
 }
 
-/// A service that is waited for, and never ends its start: here one that comes after a hundred others.
+/// A service that is waited for, and never ends its start: here one that comes after a hundred
+/// others.
 #[test]
 fn a_signal_during_the_start_ends_it_and_nothing_is_left() {
     let scene = Scene::new();
@@ -104,7 +106,11 @@ fn it_serves_and_ends_though_nobody_reads_what_it_says() {
     drop(command);
     let answers = || {
         let mut curl = scene.net.client.command("curl");
-        curl.args(["-sS", "--max-time", "1", "http://203.0.113.1:8080/"]).output().unwrap().status.success()
+        curl.args(["-sS", "--max-time", "1", "http://203.0.113.1:8080/"])
+            .output()
+            .unwrap()
+            .status
+            .success()
     };
     assert!(eventually(SOON, answers));
     assert!(eventually(SOON, || scene.tidegate().arg("ps").output().unwrap().status.success()));
@@ -166,19 +172,24 @@ fn what_others_take_away_behind_a_firewall_is_put_back() {
     is_put_back("iptables", "1");
 }
 
-/// As systemd-networkd does with policy rules it does not know, and Docker with `ip_forward`. `forwards` is what the bridge's own setting is.
+/// As systemd-networkd does with policy rules it does not know, and Docker with `ip_forward`.
+/// `forwards` is what the bridge's own setting is.
 #[track_caller]
 fn is_put_back(firewall: &str, forwards: &str) {
     let scene = Scene::new();
     let before = state(&scene.net.host);
-    let mut up = scene.up_with(&HELLO.replace("TIDEGATE", TIDEGATE), &[&format!("--firewall={firewall}")]);
+    let mut up =
+        scene.up_with(&HELLO.replace("TIDEGATE", TIDEGATE), &[&format!("--firewall={firewall}")]);
     up.wait_for_line("Ctrl-C takes", SOON);
     let ours = state(&scene.net.host);
-    let bridge =
-        ours.lines().find_map(|line| Some(line.split_once("tg-front-")?.1.split_once(' ')?.0)).unwrap();
+    let bridge = ours
+        .lines()
+        .find_map(|line| Some(line.split_once("tg-front-")?.1.split_once(' ')?.0))
+        .unwrap();
     let bridge = format!("tg-front-{bridge}");
     let forwarding = format!("net.ipv4.conf.{bridge}.forwarding");
-    let whole = || state(&scene.net.host) == ours && scene.net.host.read_sysctl(&forwarding) == forwards;
+    let whole =
+        || state(&scene.net.host) == ours && scene.net.host.read_sysctl(&forwarding) == forwards;
     assert!(whole());
     for harm in ["rule flush", "-6 rule flush"] {
         scene.net.host.ip_all(harm);
@@ -208,11 +219,13 @@ fn is_put_back(firewall: &str, forwards: &str) {
     };
     let neighbours = || {
         // While it is on its way out the kernel may still list it, and then no more.
-        let links = scene.net.host.command("ip").args(["-o", "link", "show", "master", &bridge]).output();
+        let links =
+            scene.net.host.command("ip").args(["-o", "link", "show", "master", &bridge]).output();
         String::from_utf8_lossy(&links.unwrap().stdout).lines().count() == 1
     };
     assert!(
-        eventually(SOON, || scene.net.host.exec("ip", &["-o", "link"]).contains(&bridge) && neighbours()),
+        eventually(SOON, || scene.net.host.exec("ip", &["-o", "link"]).contains(&bridge)
+            && neighbours()),
         "the bridge"
     );
     assert!(answers());
@@ -239,10 +252,14 @@ fn what_cannot_be_is_one_line_and_changes_nothing() {
     let _holder = scene.net.host.run(|| std::net::TcpListener::bind("0.0.0.0:8080")).unwrap();
     let adopted = Namespace::new();
     let before = state(&scene.net.host);
-    let service = |more: &str| format!("name: demo\nservices: {{ web: {{ command: 'true'{more} }} }}\n");
+    let service =
+        |more: &str| format!("name: demo\nservices: {{ web: {{ command: 'true'{more} }} }}\n");
     let subnet = "networks: { default: { ipam: { config: [ { subnet: 10.66.3.0/24 } ] } } }\n";
     for (file, error) in [
-        (service(", ports: [ '8080:80' ]"), "service \"web\": port 8080/tcp on 0.0.0.0 is in use by "),
+        (
+            service(", ports: [ '8080:80' ]"),
+            "service \"web\": port 8080/tcp on 0.0.0.0 is in use by ",
+        ),
         (
             service("") + subnet,
             "network \"default\": subnet 10.66.3.0/24 overlaps 10.66.3.128/25, which the host reaches by \"eth0\"; give it another one",
@@ -293,7 +310,9 @@ fn an_adopted_namespace_is_left_as_it_was() {
 fn when_all_services_have_ended_it_ends_and_says_whether_they_ended_well() {
     let scene = Scene::new();
     let file = |code: u8| {
-        format!("name: demo\nservices: {{ job: {{ command: [ sh, -c, 'echo done; exit {code}' ] }} }}\n")
+        format!(
+            "name: demo\nservices: {{ job: {{ command: [ sh, -c, 'echo done; exit {code}' ] }} }}\n"
+        )
     };
     for code in [0, 3] {
         let mut up = scene.up(&file(code));
@@ -311,7 +330,8 @@ fn the_example_is_a_project() {
     // Its service may not listen yet.
     let answers = || {
         let mut curl = scene.net.client.command("curl");
-        let output = curl.args(["-sS", "--max-time", "5", "http://203.0.113.1:8080/"]).output().unwrap();
+        let output =
+            curl.args(["-sS", "--max-time", "5", "http://203.0.113.1:8080/"]).output().unwrap();
         String::from_utf8_lossy(&output.stdout).contains("203.0.113.9")
     };
     assert!(eventually(SOON, answers), "{}", up.output());

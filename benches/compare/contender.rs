@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
 use tidegate_testbed::{
-    Process, Protocol, debian_package, find_program, pass_fd, procfs, raise_open_files, version_line,
+    Process, Protocol, debian_package, find_program, pass_fd, procfs, raise_open_files,
+    version_line,
 };
 
 use crate::lab::{CONTAINER, HOST, Lab, Service};
@@ -34,7 +35,8 @@ pub(crate) enum Kind {
     Haproxy,
     /// socat, a process per client.
     Socat,
-    /// netavark, which sets up networks for podman: no way to publish a port on a network that is there.
+    /// netavark, which sets up networks for podman: no way to publish a port on a network that is
+    /// there.
     Netavark,
     /// `tidegate publish --to`; where networks are set up, `tidegate up`.
     Publish,
@@ -126,7 +128,10 @@ impl Kind {
     pub(crate) fn translates(self) -> bool {
         matches!(
             self,
-            Self::DockerRules | Self::DockerRulesAgain | Self::KernelNftables | Self::KernelIptables
+            Self::DockerRules
+                | Self::DockerRulesAgain
+                | Self::KernelNftables
+                | Self::KernelIptables
         )
     }
 
@@ -157,8 +162,12 @@ impl Kind {
             Self::Publish | Self::PublishNetns | Self::KernelNftables | Self::KernelIptables => {
                 built("TIDEGATE_BENCH_BIN", option_env!("CARGO_BIN_EXE_tidegate"))
             }
-            Self::Engine => built("TIDEGATE_BENCH_SLIRP4NETNS", option_env!("CARGO_BIN_EXE_slirp4netns")),
-            Self::DropIn => built("TIDEGATE_BENCH_DOCKER_PROXY", option_env!("CARGO_BIN_EXE_docker-proxy")),
+            Self::Engine => {
+                built("TIDEGATE_BENCH_SLIRP4NETNS", option_env!("CARGO_BIN_EXE_slirp4netns"))
+            }
+            Self::DropIn => {
+                built("TIDEGATE_BENCH_DOCKER_PROXY", option_env!("CARGO_BIN_EXE_docker-proxy"))
+            }
         }
     }
 }
@@ -184,7 +193,11 @@ impl Contender {
             }
             kind if kind.is_ours() => format!("the program for {} has not been built", kind.name()),
             peer => {
-                format!("{0} is not installed: apt-get install {1}", peer.name(), debian_package(peer.name()))
+                format!(
+                    "{0} is not installed: apt-get install {1}",
+                    peer.name(),
+                    debian_package(peer.name())
+                )
             }
         })?;
         Ok(Self { kind, program })
@@ -194,7 +207,8 @@ impl Contender {
     pub(crate) fn version(&self) -> String {
         let program = self.program.to_string_lossy();
         let line = match self.kind {
-            // Old versions of docker-proxy do not tell theirs; the daemon comes in the same package.
+            // Old versions of docker-proxy do not tell theirs; the daemon comes in the same
+            // package.
             Kind::DockerProxy => version_line("dockerd", &["--version"]),
             Kind::Haproxy | Kind::DropIn => version_line(&program, &["-v"]),
             Kind::Socat => socat_version(&self.program),
@@ -254,7 +268,8 @@ impl Contender {
         Ok(())
     }
 
-    /// Starts docker-proxy as dockerd does: the status comes through a pipe that the child has as 3.
+    /// Starts docker-proxy as dockerd does: the status comes through a pipe that the child has
+    /// as 3.
     fn docker_proxy(&self, lab: &Lab, protocol: &str, port: u16) -> Result<Process> {
         let port = port.to_string();
         let (host, container) = (HOST.to_string(), CONTAINER.to_string());
@@ -327,7 +342,8 @@ impl Contender {
     }
 
     fn publish(&self, lab: &Lab, service: Service, target: &str, value: &str) -> Process {
-        let (first, last, protocol) = (service.first_port, service.last_port(), service.protocol_name());
+        let (first, last, protocol) =
+            (service.first_port, service.last_port(), service.protocol_name());
         let spec = match service.ports {
             1 => format!("{HOST}:{first}:{first}/{protocol}"),
             _ => format!("{HOST}:{first}-{last}:{first}-{last}/{protocol}"),
@@ -351,9 +367,12 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// CPU seconds used so far by all processes and the children they forked; `None` for the kernel's path.
+    /// CPU seconds used so far by all processes and the children they forked; `None` for the
+    /// kernel's path.
     pub(crate) fn cpu_seconds(&self) -> Option<f64> {
-        self.sum(|process| procfs::tree(process.pid()).into_iter().filter_map(procfs::cpu_seconds).sum())
+        self.sum(|process| {
+            procfs::tree(process.pid()).into_iter().filter_map(procfs::cpu_seconds).sum()
+        })
     }
 
     /// Resident bytes of all processes; `None` for the kernel's path.
@@ -392,7 +411,8 @@ impl Running {
             for process in &mut self.processes {
                 ensure!(process.is_running(), "ended at once: {}", last_line(&process.output()));
             }
-            // Reading a table of thousands of sockets takes the kernel a while: not without a pause.
+            // Reading a table of thousands of sockets takes the kernel a while: not without a
+            // pause.
             thread::sleep(Duration::from_millis(2));
             ensure!(Instant::now() < deadline, "{bound} of {wanted} ports open after {START:?}");
         }

@@ -1,10 +1,11 @@
 //! The figures that tidegate promises, as data, and the verdict on each.
 //!
-//! A figure is the worst of its cells. Below its floor the work is not done; a stretch that is missed is
-//! reported and explained.
+//! A figure is the worst of its cells. Below its floor the work is not done; a stretch that is
+//! missed is reported and explained.
 //!
-//! Two that are equal come out above and below each other by turns, and one of several cells of them is below almost always. So a figure that is
-//! to be at par is all rounds of all its cells together, and is missed when they show, beyond what chance explains, that it is less.
+//! Two that are equal come out above and below each other by turns, and one of several cells of
+//! them is below almost always. So a figure that is to be at par is all rounds of all its cells
+//! together, and is missed when they show, beyond what chance explains, that it is less.
 
 use crate::contender::Kind;
 use crate::results::Results;
@@ -59,8 +60,14 @@ pub(crate) enum Verdict {
 const ONE_STREAM: &[&str] = &["tcp.1.up.rate", "tcp.1.down.rate"];
 const FORWARD: &[&str] =
     &["forward.1.up.rate", "forward.1.down.rate", "forward.16.up.rate", "forward.16.down.rate"];
-const CPU: &[&str] =
-    &["tcp.1.up.cpu", "tcp.1.down.cpu", "tcp.4.up.cpu", "tcp.4.down.cpu", "tcp.16.up.cpu", "tcp.16.down.cpu"];
+const CPU: &[&str] = &[
+    "tcp.1.up.cpu",
+    "tcp.1.down.cpu",
+    "tcp.4.up.cpu",
+    "tcp.4.down.cpu",
+    "tcp.16.up.cpu",
+    "tcp.16.down.cpu",
+];
 
 const NEIGHBOUR_MEDIAN: &[&str] = &["neighbour.syn.median", "neighbour.spoofed.median"];
 const NEIGHBOUR_P99: &[&str] = &["neighbour.syn.p99", "neighbour.spoofed.p99"];
@@ -69,12 +76,23 @@ const NEIGHBOUR_P99: &[&str] = &["neighbour.syn.p99", "neighbour.spoofed.p99"];
 pub(crate) const FIGURES: &[Figure] = &[
     ratio("TCP throughput, 1 stream / docker-proxy", ONE_STREAM, Kind::Publish, Kind::DockerProxy)
         .at_least(1.3, 1.6),
-    ratio("TCP throughput, 1 stream, in the namespace / DNAT", ONE_STREAM, Kind::PublishNetns, Kind::Dnat)
-        .at_least(0.9, 1.1),
-    ratio("TCP throughput, 1 stream / DNAT", ONE_STREAM, Kind::Publish, Kind::Dnat).at_least(0.8, 0.95),
+    ratio(
+        "TCP throughput, 1 stream, in the namespace / DNAT",
+        ONE_STREAM,
+        Kind::PublishNetns,
+        Kind::Dnat,
+    )
+    .at_least(0.9, 1.1),
+    ratio("TCP throughput, 1 stream / DNAT", ONE_STREAM, Kind::Publish, Kind::Dnat)
+        .at_least(0.8, 0.95),
     ratio("CPU per GB / docker-proxy", CPU, Kind::Publish, Kind::DockerProxy).at_most(0.50, 0.33),
-    ratio("requests/s, 64 connections / docker-proxy", &["requests.rate"], Kind::Publish, Kind::DockerProxy)
-        .at_least(1.3, 1.7),
+    ratio(
+        "requests/s, 64 connections / docker-proxy",
+        &["requests.rate"],
+        Kind::Publish,
+        Kind::DockerProxy,
+    )
+    .at_least(1.3, 1.7),
     ratio(
         "new connections/s / docker-proxy",
         &["connections.1.rate", "connections.32.rate"],
@@ -82,8 +100,13 @@ pub(crate) const FIGURES: &[Figure] = &[
         Kind::DockerProxy,
     )
     .at_least(1.6, 2.0),
-    ratio("UDP received, 1200 B / docker-proxy", &["udp.1200.rate"], Kind::Publish, Kind::DockerProxy)
-        .at_least(2.5, 3.0),
+    ratio(
+        "UDP received, 1200 B / docker-proxy",
+        &["udp.1200.rate"],
+        Kind::Publish,
+        Kind::DockerProxy,
+    )
+    .at_least(2.5, 3.0),
     ratio(
         "UDP received, GSO sender / docker-proxy",
         &["udp.1200-gso.rate"],
@@ -91,9 +114,11 @@ pub(crate) const FIGURES: &[Figure] = &[
         Kind::DockerProxy,
     )
     .at_least(10.0, 14.0),
-    value("RSS per idle connection", &["idle.1000", "idle.10000"], Kind::Publish, "KB").at_most(1.5, 0.5),
+    value("RSS per idle connection", &["idle.1000", "idle.10000"], Kind::Publish, "KB")
+        .at_most(1.5, 0.5),
     value("10,000 ports: RSS", &["ports.10000.memory"], Kind::Publish, "MB").at_most(64.0, 24.0),
-    value("10,000 ports: time to ready", &["ports.10000.ready"], Kind::Publish, "s").at_most(1.0, 0.3),
+    value("10,000 ports: time to ready", &["ports.10000.ready"], Kind::Publish, "s")
+        .at_most(1.0, 0.3),
     value("docker-proxy drop-in, idle: PSS", &["ports.pair"], Kind::DropIn, "MB").at_most(1.2, 0.8),
     value("buffered for a stalled peer", &["stalled"], Kind::Publish, "MB").below(4.0),
     ratio(
@@ -103,42 +128,82 @@ pub(crate) const FIGURES: &[Figure] = &[
         Kind::Netavark,
     )
     .below(0.5),
-    value("1,000 endpoints and ports, no firewall: set up", &["setup.1000.4.none.ready"], Kind::Publish, "s")
-        .below(3.0),
+    value(
+        "1,000 endpoints and ports, no firewall: set up",
+        &["setup.1000.4.none.ready"],
+        Kind::Publish,
+        "s",
+    )
+    .below(3.0),
     value(
         "1,000 endpoints and ports, with a firewall: set up",
-        &["setup.1000.4.nftables.ready", "setup.1000.1.nftables.ready", "setup.1000.4.iptables.ready"],
+        &[
+            "setup.1000.4.nftables.ready",
+            "setup.1000.1.nftables.ready",
+            "setup.1000.4.iptables.ready",
+        ],
         Kind::Publish,
         "s",
     )
     .at_most(4.0, 2.0),
-    value("10,000 ports in nftables: one more or less", &["rules.10000.update"], Kind::Publish, "ms")
-        .at_most(100.0, 20.0),
-    value("rules for 10,000 ports, less those for one", &["rules.10000.more"], Kind::Publish, "rules")
-        .at_most(0.0, 0.0),
-    ratio("published by the kernel / Docker's rules", FORWARD, Kind::KernelNftables, Kind::DockerRules)
-        .at_par(),
-    ratio("Docker's rules once more / Docker's rules", FORWARD, Kind::DockerRulesAgain, Kind::DockerRules)
-        .at_par(),
+    value(
+        "10,000 ports in nftables: one more or less",
+        &["rules.10000.update"],
+        Kind::Publish,
+        "ms",
+    )
+    .at_most(100.0, 20.0),
+    value(
+        "rules for 10,000 ports, less those for one",
+        &["rules.10000.more"],
+        Kind::Publish,
+        "rules",
+    )
+    .at_most(0.0, 0.0),
+    ratio(
+        "published by the kernel / Docker's rules",
+        FORWARD,
+        Kind::KernelNftables,
+        Kind::DockerRules,
+    )
+    .at_par(),
+    ratio(
+        "Docker's rules once more / Docker's rules",
+        FORWARD,
+        Kind::DockerRulesAgain,
+        Kind::DockerRules,
+    )
+    .at_par(),
     way_out("way out, TCP up / slirp4netns", &["egress.tcp.1500.1.up.rate"], Kind::Slirp)
         .at_least(24.0, 30.0),
     way_out("way out, TCP down / slirp4netns", &["egress.tcp.1500.1.down.rate"], Kind::Slirp)
         .at_least(6.0, 10.0),
-    way_out("way out, TCP up / pasta", &["egress.tcp.1500.1.up.rate"], Kind::Pasta).at_least(7.0, 10.0),
-    way_out("way out, TCP down / pasta", &["egress.tcp.1500.1.down.rate"], Kind::Pasta).at_least(12.0, 15.0),
+    way_out("way out, TCP up / pasta", &["egress.tcp.1500.1.up.rate"], Kind::Pasta)
+        .at_least(7.0, 10.0),
+    way_out("way out, TCP down / pasta", &["egress.tcp.1500.1.down.rate"], Kind::Pasta)
+        .at_least(12.0, 15.0),
     way_out("way out, TCP up / masquerade", &["egress.tcp.1500.1.up.rate"], Kind::Masquerade)
         .at_least(0.7, 0.95),
     way_out("way out, TCP down / masquerade", &["egress.tcp.1500.1.down.rate"], Kind::Masquerade)
         .at_least(0.55, 0.8),
-    way_out("way out, MTU 65520, TCP up / slirp4netns", &["egress.tcp.65520.1.up.rate"], Kind::Slirp)
-        .at_least(2.3, 3.0),
-    way_out("way out, MTU 65520, TCP down / slirp4netns", &["egress.tcp.65520.1.down.rate"], Kind::Slirp)
-        .at_least(3.0, 4.0),
+    way_out(
+        "way out, MTU 65520, TCP up / slirp4netns",
+        &["egress.tcp.65520.1.up.rate"],
+        Kind::Slirp,
+    )
+    .at_least(2.3, 3.0),
+    way_out(
+        "way out, MTU 65520, TCP down / slirp4netns",
+        &["egress.tcp.65520.1.down.rate"],
+        Kind::Slirp,
+    )
+    .at_least(3.0, 4.0),
     way_out("way out, CPU per GB up / slirp4netns", &["egress.tcp.1500.1.up.cpu"], Kind::Slirp)
         .at_most(1.0 / 24.0, 1.0 / 30.0),
     way_out("way out, CPU per GB down / slirp4netns", &["egress.tcp.1500.1.down.cpu"], Kind::Slirp)
         .at_most(1.0 / 7.0, 1.0 / 10.0),
-    way_out("way out, UDP 1200 B up / slirp4netns", &["egress.udp.up.rate"], Kind::Slirp).at_least(2.4, 3.0),
+    way_out("way out, UDP 1200 B up / slirp4netns", &["egress.udp.up.rate"], Kind::Slirp)
+        .at_least(2.4, 3.0),
     way_out("way out, UDP 1200 B down / slirp4netns", &["egress.udp.down.rate"], Kind::Slirp)
         .at_least(1.6, 2.5),
     way_out(
@@ -155,13 +220,28 @@ pub(crate) const FIGURES: &[Figure] = &[
     .at_least(0.6, 0.75),
     value("way out, RSS with 5,000 connections", &["egress.held.memory"], Kind::Engine, "MB")
         .at_most(8.0, 4.0),
-    value("beside a flood: neighbour's median / dropped at its port", NEIGHBOUR_MEDIAN, Kind::Publish, "x")
-        .below(2.0),
-    value("beside a flood: neighbour's p99 / dropped at its port", NEIGHBOUR_P99, Kind::Publish, "x")
-        .below(5.0),
+    value(
+        "beside a flood: neighbour's median / dropped at its port",
+        NEIGHBOUR_MEDIAN,
+        Kind::Publish,
+        "x",
+    )
+    .below(2.0),
+    value(
+        "beside a flood: neighbour's p99 / dropped at its port",
+        NEIGHBOUR_P99,
+        Kind::Publish,
+        "x",
+    )
+    .below(5.0),
 ];
 
-const fn ratio(title: &'static str, cells: &'static [&'static str], subject: Kind, peer: Kind) -> Figure {
+const fn ratio(
+    title: &'static str,
+    cells: &'static [&'static str],
+    subject: Kind,
+    peer: Kind,
+) -> Figure {
     Figure { against: Some(peer), ..value(title, cells, subject, "x") }
 }
 
@@ -231,15 +311,14 @@ impl Figure {
             };
             Some((*cell, summary?))
         });
-        let worst =
-            measured.reduce(
-                |worst, next| {
-                    if self.better.reaches(next.1.median, worst.1.median) { worst } else { next }
-                },
-            );
+        let worst = measured.reduce(|worst, next| {
+            if self.better.reaches(next.1.median, worst.1.median) { worst } else { next }
+        });
         let verdict = match (worst, self.stretch) {
             (None, _) => Verdict::NotMeasured,
-            (Some((_, worst)), _) if !self.better.reaches(worst.median, self.floor) => Verdict::Missed,
+            (Some((_, worst)), _) if !self.better.reaches(worst.median, self.floor) => {
+                Verdict::Missed
+            }
             (Some((_, worst)), Some(stretch)) if !self.better.reaches(worst.median, stretch) => {
                 Verdict::Floor
             }
@@ -281,7 +360,8 @@ mod tests {
     use super::*;
     use crate::results::tests::results;
 
-    static UP: Figure = ratio("up", &["x", "y"], Kind::Publish, Kind::DockerProxy).at_least(1.5, 2.0);
+    static UP: Figure =
+        ratio("up", &["x", "y"], Kind::Publish, Kind::DockerProxy).at_least(1.5, 2.0);
     static DOWN: Figure = value("down", &["x"], Kind::Publish, "MB").at_most(10.0, 5.0);
     static LIMIT: Figure = value("limit", &["x"], Kind::Publish, "MB").below(10.0);
 

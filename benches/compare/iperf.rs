@@ -13,12 +13,14 @@ pub(crate) struct Report {
 impl Report {
     /// Reads the output of `iperf3 -J`, which reports failures in it as well.
     pub(crate) fn parse(text: &str) -> Result<Self> {
-        let value: Value = serde_json::from_str(text).with_context(|| format!("not JSON: {text:?}"))?;
+        let value: Value =
+            serde_json::from_str(text).with_context(|| format!("not JSON: {text:?}"))?;
         if let Some(error) = value["error"].as_str() {
             bail!("{error}");
         }
         let sum = &value["end"]["sum_received"];
-        let number = |name: &str| sum[name].as_f64().with_context(|| format!("no end.sum_received.{name}"));
+        let number =
+            |name: &str| sum[name].as_f64().with_context(|| format!("no end.sum_received.{name}"));
         Ok(Self { bits_per_second: number("bits_per_second")?, bytes: number("bytes")? })
     }
 }

@@ -1,7 +1,7 @@
 //! Where one cell is measured: three fresh namespaces, the same for everybody.
 //!
-//! A lab lasts for one cell of one contender. Ports in TIME_WAIT, learnt TCP metrics, tracked connections
-//! and rules thus never reach the next cell.
+//! A lab lasts for one cell of one contender. Ports in TIME_WAIT, learnt TCP metrics, tracked
+//! connections and rules thus never reach the next cell.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -52,7 +52,11 @@ impl Service {
 
     /// Each of its ports for itself.
     pub(crate) fn each(self) -> impl Iterator<Item = Self> {
-        (self.first_port..=self.last_port()).map(move |first_port| Self { first_port, ports: 1, ..self })
+        (self.first_port..=self.last_port()).map(move |first_port| Self {
+            first_port,
+            ports: 1,
+            ..self
+        })
     }
 
     /// The last port, inclusive.

@@ -80,7 +80,9 @@ fn read(path: &str) -> String {
 
 fn command(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output();
-    output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
+    output
+        .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        .unwrap_or_default()
 }
 
 /// The first `model name` of `/proc/cpuinfo`; other architectures than x86 may have none.

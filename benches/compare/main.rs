@@ -1,5 +1,5 @@
-//! Compares tidegate's published ports with the kernel's DNAT, Docker's docker-proxy, haproxy and socat, and its networks
-//! with netavark's.
+//! Compares tidegate's published ports with the kernel's DNAT, Docker's docker-proxy, haproxy and
+//! socat, and its networks with netavark's.
 //!
 //! ```text
 //! cargo bench --bench compare                                  everything: some 15 minutes, as root
@@ -8,14 +8,14 @@
 //! cargo bench --bench compare -- --out benches/results         with JSON, SVG and Markdown
 //! ```
 //!
-//! The client, the host and the container are network namespaces joined by veth pairs and a bridge, made anew
-//! for every cell. A cell is one load ([`scenario`]) on one way to publish a port ([`contender`]); rounds
-//! alternate the contenders ([`schedule`]); the promises that tidegate makes are judged by the worst of their
-//! cells ([`figures`]). `TIDEGATE_BENCH_BIN` and `TIDEGATE_BENCH_DOCKER_PROXY` name other binaries than those
-//! that Cargo built.
+//! The client, the host and the container are network namespaces joined by veth pairs and a bridge,
+//! made anew for every cell. A cell is one load ([`scenario`]) on one way to publish a port
+//! ([`contender`]); rounds alternate the contenders ([`schedule`]); the promises that tidegate
+//! makes are judged by the worst of their cells ([`figures`]). `TIDEGATE_BENCH_BIN` and
+//! `TIDEGATE_BENCH_DOCKER_PROXY` name other binaries than those that Cargo built.
 
-// Cargo sets `test` for a benchmark. Without the harness the tests in the modules below lose their functions
-// and leave the rest of them unused; the target `bench_compare` (tests.rs) runs them.
+// Cargo sets `test` for a benchmark. Without the harness the tests in the modules below lose their
+// functions and leave the rest of them unused; the target `bench_compare` (tests.rs) runs them.
 #![cfg_attr(test, allow(dead_code, unused_imports))]
 
 mod contender;
@@ -78,7 +78,10 @@ fn compare(options: &Options) -> Result<bool> {
         let cells = scenarios.len();
         scenarios.retain(|scenario| !scenario.name().starts_with("tcp."));
         if scenarios.len() < cells {
-            leave_out(anyhow!("iperf3 is not installed: apt-get install {}", debian_package("iperf3")))?;
+            leave_out(anyhow!(
+                "iperf3 is not installed: apt-get install {}",
+                debian_package("iperf3")
+            ))?;
         }
     }
     ensure!(!scenarios.is_empty(), "none of the cells asked for can be measured");
@@ -119,9 +122,13 @@ fn holds(outcome: &Outcome, options: &Options) -> bool {
 /// The contenders that take part.
 fn contenders(options: &Options) -> Result<Vec<Contender>> {
     for name in &options.contenders {
-        ensure!(contender::ALL.iter().any(|kind| kind.name() == name), "there is no contender {name:?}");
+        ensure!(
+            contender::ALL.iter().any(|kind| kind.name() == name),
+            "there is no contender {name:?}"
+        );
     }
-    let wanted = |name| options.contenders.is_empty() || options.contenders.iter().any(|one| one == name);
+    let wanted =
+        |name| options.contenders.is_empty() || options.contenders.iter().any(|one| one == name);
     let mut found = Vec::new();
     for kind in contender::ALL.into_iter().filter(|kind| wanted(kind.name())) {
         match Contender::find(kind) {

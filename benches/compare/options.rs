@@ -22,13 +22,14 @@ pub(crate) struct Options {
     #[arg(long)]
     pub(crate) quick: bool,
 
-    /// Only these cells, or those below them: tcp, tcp.1, tcp.1.up, requests, connections, udp, idle, ports,
-    /// stalled, forward, rules, setup, egress, neighbour
+    /// Only these cells, or those below them: tcp, tcp.1, tcp.1.up, requests, connections, udp,
+    /// idle, ports, stalled, forward, rules, setup, egress, neighbour
     #[arg(long, value_delimiter = ',')]
     pub(crate) only: Vec<String>,
 
-    /// Only these contenders: dnat, docker-proxy, haproxy, socat, netavark, tidegate, tidegate-netns, drop-in,
-    /// docker-rules, docker-rules-2, nftables, iptables, masquerade, slirp4netns, pasta, engine
+    /// Only these contenders: dnat, docker-proxy, haproxy, socat, netavark, tidegate,
+    /// tidegate-netns, drop-in, docker-rules, docker-rules-2, nftables, iptables, masquerade,
+    /// slirp4netns, pasta, engine
     #[arg(long, value_delimiter = ',')]
     pub(crate) contenders: Vec<String>,
 

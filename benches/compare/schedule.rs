@@ -1,8 +1,9 @@
-//! Who runs when: within a round every cell goes through all contenders before the next cell begins.
+//! Who runs when: within a round every cell goes through all contenders before the next cell
+//! begins.
 //!
-//! A machine drifts: its clock, its neighbours, its caches. Contenders that are measured side by side drift
-//! together, so ratios within a round hold where absolute figures do not. The first contender of a cell
-//! changes from round to round, so that none always follows the same one.
+//! A machine drifts: its clock, its neighbours, its caches. Contenders that are measured side by
+//! side drift together, so ratios within a round hold where absolute figures do not. The first
+//! contender of a cell changes from round to round, so that none always follows the same one.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,7 +19,11 @@ use crate::results::{Failure, Results};
 use crate::scenario::{Metric, Scenario};
 
 /// Runs all scenarios with all contenders and shows progress on standard error.
-pub(crate) fn run(options: &Options, scenarios: &[Box<dyn Scenario>], contenders: &[Contender]) -> Results {
+pub(crate) fn run(
+    options: &Options,
+    scenarios: &[Box<dyn Scenario>],
+    contenders: &[Contender],
+) -> Results {
     let mut results = Results::new(contenders.iter().map(|contender| contender.kind).collect());
     for round in 0..options.rounds {
         for scenario in scenarios.iter().filter(|scenario| round < scenario.most_rounds()) {
@@ -68,7 +73,11 @@ fn cell(
     }
 }
 
-fn measure(options: &Options, scenario: &dyn Scenario, contender: &Contender) -> Result<Vec<Option<f64>>> {
+fn measure(
+    options: &Options,
+    scenario: &dyn Scenario,
+    contender: &Contender,
+) -> Result<Vec<Option<f64>>> {
     // The testbed panics where something cannot be set up; guards clean up on the way out.
     catch_unwind(AssertUnwindSafe(|| {
         let lab = Lab::new(&options.congestion_control);

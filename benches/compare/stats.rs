@@ -42,10 +42,12 @@ pub(crate) fn quantile(sorted: &[u32], q: f64) -> u32 {
     sorted[rank.clamp(1, sorted.len()) - 1]
 }
 
-/// Whether `ratios` show that they are below 1 as a whole, with the 95% certainty that is usual: Wilcoxon's signed-rank test of their logarithms, one-sided, by
-/// the normal approximation. Fewer than six never do.
+/// Whether `ratios` show that they are below 1 as a whole, with the 95% certainty that is usual:
+/// Wilcoxon's signed-rank test of their logarithms, one-sided, by the normal approximation. Fewer
+/// than six never do.
 pub(crate) fn is_less_than_one(ratios: &[f64]) -> bool {
-    let mut distances: Vec<f64> = ratios.iter().map(|ratio| ratio.ln()).filter(|of| *of != 0.0).collect();
+    let mut distances: Vec<f64> =
+        ratios.iter().map(|ratio| ratio.ln()).filter(|of| *of != 0.0).collect();
     distances.sort_by(|a, b| a.abs().total_cmp(&b.abs()));
     let count = distances.len() as f64;
     let above: f64 =
@@ -80,7 +82,8 @@ mod tests {
         assert!(is_less_than_one(&[0.9; 6]));
         assert!(!is_less_than_one(&[0.9, 1.1, 0.95, 1.05, 0.98, 1.02]));
         assert!(!is_less_than_one(&[1.0; 20]));
-        let mostly: Vec<f64> = (0..32).map(|round| if round % 4 == 0 { 1.02 } else { 0.97 }).collect();
+        let mostly: Vec<f64> =
+            (0..32).map(|round| if round % 4 == 0 { 1.02 } else { 0.97 }).collect();
         assert!(is_less_than_one(&mostly));
     }
 

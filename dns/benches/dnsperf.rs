@@ -1,8 +1,10 @@
 //! Queries a second: this crate, dnsmasq and aardvark-dns under dnsperf, in alternating rounds.
 //!
-//! `cargo bench -p tidegate-dns`, as root, with dnsperf, dnsmasq and aardvark-dns installed. Each server runs in a namespace of its own on the first
-//! core, dnsperf and the server that is forwarded to on the second. Where dnsperf is what limits, the time that the server takes for a question says
-//! more than the questions a second; both are told. `BENCH_ROUNDS` (5) and `BENCH_SECONDS` (3) change the length.
+//! `cargo bench -p tidegate-dns`, as root, with dnsperf, dnsmasq and aardvark-dns installed. Each
+//! server runs in a namespace of its own on the first core, dnsperf and the server that is
+//! forwarded to on the second. Where dnsperf is what limits, the time that the server takes for a
+//! question says more than the questions a second; both are told. `BENCH_ROUNDS` (5) and
+//! `BENCH_SECONDS` (3) change the length.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,7 +15,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tidegate_dns::{EndpointSpec, Listen, NetworkSpec, Resolver, ServeOptions, Settings};
-use tidegate_testbed::{Namespace, Process, eventually, find_program, procfs, require_program, require_root};
+use tidegate_testbed::{
+    Namespace, Process, eventually, find_program, procfs, require_program, require_root,
+};
 
 /// Names of containers, and names of the server that is forwarded to.
 const NAMES: u32 = 100;
@@ -38,10 +42,12 @@ fn main() {
 
 /// What the child does that is us: serves the namespace that it is in, until it is killed.
 fn serve(listen: &str, resolv_conf: &Path) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let here = tidegate_netns::Namespace::current().expect("a namespace");
-        let mut settings = Settings { resolv_conf: resolv_conf.to_owned(), ..Settings::new(here.clone()) };
+        let mut settings =
+            Settings { resolv_conf: resolv_conf.to_owned(), ..Settings::new(here.clone()) };
         if listen == "few-ports" {
             settings.source_ports = FEW_PORTS;
         }
@@ -52,7 +58,12 @@ fn serve(listen: &str, resolv_conf: &Path) {
         for number in 0..=NAMES {
             let name = if number == NAMES { "asker".to_owned() } else { format!("svc-{number}") };
             let addresses = vec![std::net::Ipv4Addr::from(0x0a63_0100 + number).into()];
-            let spec = EndpointSpec { container: name.clone(), name, addresses, ..EndpointSpec::default() };
+            let spec = EndpointSpec {
+                container: name.clone(),
+                name,
+                addresses,
+                ..EndpointSpec::default()
+            };
             resolver.add_endpoint("net", &spec).expect("an endpoint");
         }
         let listen = if listen == "redirected" { Listen::Redirected } else { Listen::Direct };
@@ -101,7 +112,8 @@ fn compare() {
         fs::write(file, names).expect("names");
     }
     let contenders = contenders(directory.path());
-    let number = |name, usual| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
+    let number =
+        |name, usual| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
     let (rounds, seconds) = (number("BENCH_ROUNDS", 5_u32), number("BENCH_SECONDS", 3_u32));
     let mut samples: BTreeMap<(usize, usize), Vec<Sample>> = BTreeMap::new();
     for round in 0..rounds {
@@ -109,14 +121,19 @@ fn compare() {
             for turn in 0..contenders.len() {
                 // Nobody is always first.
                 let who = (turn + round as usize) % contenders.len();
-                samples.entry((kind, who)).or_default().push(measure(&contenders[who], file, seconds));
+                samples.entry((kind, who)).or_default().push(measure(
+                    &contenders[who],
+                    file,
+                    seconds,
+                ));
             }
         }
     }
     println!(
         "medians of {rounds} rounds of {seconds} s, (least - most); one core for the server, one for dnsperf"
     );
-    let kinds = ["local names", "names of others, asked before", "names of others, not asked before"];
+    let kinds =
+        ["local names", "names of others, asked before", "names of others, not asked before"];
     for (kind, name) in kinds.into_iter().enumerate() {
         println!("\n{name}");
         println!(
@@ -137,18 +154,22 @@ fn compare() {
             );
         }
     }
-    println!("\nlocal names, 1,000 a second, one after the other: us for half of the answers, for 99 of 100");
+    println!(
+        "\nlocal names, 1,000 a second, one after the other: us for half of the answers, for 99 of 100"
+    );
     for contender in &contenders {
         let (half, most) = latency(contender);
         println!("{:<24} {half:>8.0} {most:>8.0}", contender.name);
     }
 }
 
-/// What half of the answers take at most, and what 99 of 100 do, at 1,000 questions a second for a name of a container; in us.
+/// What half of the answers take at most, and what 99 of 100 do, at 1,000 questions a second for a
+/// name of a container; in us.
 fn latency(contender: &Contender) -> (f64, f64) {
     const COUNT: u32 = 3_000;
     let question = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x05svc-7\0\0\x01\0\x01";
-    let socket = contender.namespace.run(|| UdpSocket::bind((bind(contender), 0)).expect("a socket"));
+    let socket =
+        contender.namespace.run(|| UdpSocket::bind((bind(contender), 0)).expect("a socket"));
     socket.connect((contender.address, 53)).expect("a server");
     socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a time");
     let start = Instant::now();
@@ -185,7 +206,15 @@ fn place(directory: &Path) -> (Namespace, Process) {
     namespace.ip_all(&format!("addr add {GATEWAY}/32 dev lo\naddr add {ASKER}/32 dev lo"));
     let dnsmasq = find_program("dnsmasq").expect("it was there");
     let mut command = on_core(&namespace, "1", &dnsmasq);
-    command.args(["-k", "-C", "/dev/null", "-h", "--no-resolv", "--bind-interfaces", "--pid-file="]);
+    command.args([
+        "-k",
+        "-C",
+        "/dev/null",
+        "-h",
+        "--no-resolv",
+        "--bind-interfaces",
+        "--pid-file=",
+    ]);
     command.args([
         &format!("--listen-address={UPSTREAM}"),
         "--address=/cached.test/192.0.2.1",
@@ -239,8 +268,15 @@ fn contenders(directory: &Path) -> Vec<Contender> {
     }
     for one in &all {
         let asked = || {
-            let args =
-                ["+short", "+tries=1", "+time=1", &format!("@{}", one.address), "-b", bind(one), "svc-7"];
+            let args = [
+                "+short",
+                "+tries=1",
+                "+time=1",
+                &format!("@{}", one.address),
+                "-b",
+                bind(one),
+                "svc-7",
+            ];
             one.namespace
                 .command("dig")
                 .args(args)
@@ -257,7 +293,8 @@ fn ours(name: &'static str, listen: &str, directory: &Path) -> Contender {
     let path = directory.join(format!("resolv.conf.{listen}"));
     fs::write(&path, format!("nameserver {UPSTREAM}\n")).expect("resolv.conf");
     let program = std::env::current_exe().expect("its own path");
-    let process = Process::spawn(on_core(&namespace, "0", &program).args(["serve", listen]).arg(&path));
+    let process =
+        Process::spawn(on_core(&namespace, "0", &program).args(["serve", listen]).arg(&path));
     process.wait_for_line("serving", Duration::from_secs(5));
     let pid = process.pid();
     Contender { name, namespace, address: "127.0.0.11", pid, _processes: vec![upstream, process] }
@@ -281,7 +318,9 @@ fn aardvark_dns(program: &Path, directory: &Path) -> Contender {
     let _ = writeln!(network, "{:064x} {ASKER}  asker", NAMES + 1);
     fs::write(config.join("net"), network).expect("its network");
     let mut command = on_core(&namespace, "0", program);
-    command.args(["--config", config.to_str().expect("a path"), "-p", "53", "run"]).env("RUST_LOG", "error");
+    command
+        .args(["--config", config.to_str().expect("a path"), "-p", "53", "run"])
+        .env("RUST_LOG", "error");
     // It forks; the parent ends when the child serves.
     let parent = Process::spawn(&mut command);
     let mut pid = None;
@@ -292,14 +331,20 @@ fn aardvark_dns(program: &Path, directory: &Path) -> Contender {
     });
     assert!(started, "aardvark-dns has not started: {}", parent.output());
     let pid = pid.unwrap_or_default();
-    Contender { name: "aardvark-dns", namespace, address: GATEWAY, pid, _processes: vec![upstream, parent] }
+    Contender {
+        name: "aardvark-dns",
+        namespace,
+        address: GATEWAY,
+        pid,
+        _processes: vec![upstream, parent],
+    }
 }
 
 impl Drop for Contender {
     fn drop(&mut self) {
         // It has left its parent, and so the guard of that.
-        let pid =
-            rustix::process::Pid::from_raw(self.pid.cast_signed()).filter(|_| self.name == "aardvark-dns");
+        let pid = rustix::process::Pid::from_raw(self.pid.cast_signed())
+            .filter(|_| self.name == "aardvark-dns");
         if let Some(pid) = pid {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
@@ -332,7 +377,8 @@ fn measure(contender: &Contender, names: &Path, seconds: u32) -> Sample {
     let figure = |label: &str| {
         let line = text.lines().find(|line| line.trim_start().starts_with(label));
         let word = line.and_then(|line| line.split(':').nth(1)?.split_whitespace().next());
-        word.and_then(|word| word.parse::<f64>().ok()).unwrap_or_else(|| panic!("no {label:?} in:\n{text}"))
+        word.and_then(|word| word.parse::<f64>().ok())
+            .unwrap_or_else(|| panic!("no {label:?} in:\n{text}"))
     };
     Sample {
         per_second: figure("Queries per second"),

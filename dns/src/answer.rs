@@ -1,15 +1,19 @@
 //! Answers of other servers: checked, and kept so that they can be passed on. Pure.
 //!
-//! An answer is decoded by hickory, which tells whether it is sound, and kept as it came: what this program does not know about records reaches the
-//! client all the same. Nothing but TTLs is changed in it, and its OPT record, which is between us and that server (RFC 6891 section 6.1.1), is left out.
+//! An answer is decoded by hickory, which tells whether it is sound, and kept as it came: what this
+//! program does not know about records reaches the client all the same. Nothing but TTLs is changed
+//! in it, and its OPT record, which is between us and that server (RFC 6891 section 6.1.1), is left
+//! out.
 
 use crate::message::{Given, HEADER, IN, Rcode, Record, flag, kind, short};
 use hickory_server::proto::op::Message;
 use std::time::Duration;
 
-/// A TTL above it is taken for it: what is wrong for longer than an hour is remembered for too long.
+/// A TTL above it is taken for it: what is wrong for longer than an hour is remembered for too
+/// long.
 const LONGEST: u32 = 3_600;
-/// The same for what is not there (RFC 2308 section 5: "Values of one to three hours have been found to work well"; we are the second to keep it).
+/// The same for what is not there (RFC 2308 section 5: "Values of one to three hours have been
+/// found to work well"; we are the second to keep it).
 const LONGEST_NEGATIVE: u32 = 900;
 
 /// An answer that can be passed on.
@@ -33,7 +37,8 @@ pub(crate) enum Reading {
     Answer(Answer),
     /// The whole of it has to be fetched over TCP.
     Truncated,
-    /// It does not understand EDNS (RFC 6891 section 7), or says that something is wrong with our question.
+    /// It does not understand EDNS (RFC 6891 section 7), or says that something is wrong with our
+    /// question.
     NotUnderstood,
     /// It is about our question, and cannot be read.
     Malformed,
@@ -105,7 +110,13 @@ impl Asked {
         message.get(HEADER..HEADER + self.name.len()) == Some(&*self.name)
     }
 
-    fn answer(&self, message: &[u8], question: usize, rcode: Rcode, authentic: bool) -> Option<Answer> {
+    fn answer(
+        &self,
+        message: &[u8],
+        question: usize,
+        rcode: Rcode,
+        authentic: bool,
+    ) -> Option<Answer> {
         Message::from_vec(message).ok()?;
         let mut counts = [0; 3];
         let mut ttls = Vec::new();
@@ -142,12 +153,13 @@ impl Asked {
         }
         let keep = match (rcode, counts[0]) {
             (Rcode::NoError, 1..) => positive.min(LONGEST),
-            // RFC 2308 section 5: "Negative responses without SOA records SHOULD NOT be cached". A chain of aliases that ends in nothing holds as
-            // long as its links.
+            // RFC 2308 section 5: "Negative responses without SOA records SHOULD NOT be cached". A
+            // chain of aliases that ends in nothing holds as long as its links.
             (Rcode::NoError | Rcode::NxDomain, _) => {
                 negative.map_or(0, |ttl| ttl.min(positive).min(LONGEST_NEGATIVE))
             }
-            // RFC 9520 section 3.2: "Resolvers MUST cache resolution failures for at least 1 second."
+            // RFC 9520 section 3.2: "Resolvers MUST cache resolution failures for at least 1
+            // second."
             _ => 1,
         };
         let mut body: Box<[u8]> = message[question..end].into();
@@ -180,7 +192,8 @@ impl Answer {
         Duration::from_secs(self.keep.into())
     }
 
-    /// Another server may know better (RFC 1035 section 4.1.1: it had a problem, or does not want to).
+    /// Another server may know better (RFC 1035 section 4.1.1: it had a problem, or does not want
+    /// to).
     pub(crate) fn is_failure(&self) -> bool {
         !matches!(self.rcode, Rcode::NoError | Rcode::NxDomain)
     }

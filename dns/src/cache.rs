@@ -74,7 +74,10 @@ impl Cache {
 
     /// The answer to `key`, and when it came.
     pub(crate) fn get(&self, key: &Key, now: Instant) -> Option<(&Arc<Answer>, Instant)> {
-        self.entries.get(key).filter(|entry| now < entry.ends).map(|entry| (&entry.answer, entry.came))
+        self.entries
+            .get(key)
+            .filter(|entry| now < entry.ends)
+            .map(|entry| (&entry.answer, entry.came))
     }
 
     /// Keeps an answer for as long as it holds. Returns how many others were evicted for it.
@@ -148,7 +151,8 @@ impl Cache {
 
     /// Forgets everything that servers of the list `servers` have said.
     pub(crate) fn forget(&mut self, servers: u32) {
-        let theirs: Vec<Key> = self.order.values().filter(|key| key.servers == servers).cloned().collect();
+        let theirs: Vec<Key> =
+            self.order.values().filter(|key| key.servers == servers).cloned().collect();
         for key in theirs {
             self.remove(&key);
         }

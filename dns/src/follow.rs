@@ -1,4 +1,5 @@
-//! The host's `resolv.conf`, followed as it changes, by the resolver's task; [`Watch`] is for who waits himself.
+//! The host's `resolv.conf`, followed as it changes, by the resolver's task; [`Watch`] is for who
+//! waits himself.
 
 use crate::resolv_conf::{LONGEST, ResolvConf};
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
@@ -23,10 +24,12 @@ const LINKS: usize = 40;
 
 /// What a path leads to, watched for changes.
 ///
-/// `resolv.conf` is often a symbolic link into `/run`, replaced by renaming, or bind-mounted. So all directories that the links lead through are
-/// watched, and the file itself. After a change a new watch is to be made, for links may lead elsewhere then.
+/// `resolv.conf` is often a symbolic link into `/run`, replaced by renaming, or bind-mounted. So
+/// all directories that the links lead through are watched, and the file itself. After a change a
+/// new watch is to be made, for links may lead elsewhere then.
 ///
-/// Its descriptor can be read when something has happened; [`Self::has_changed`] tells whether that is a change.
+/// Its descriptor can be read when something has happened; [`Self::has_changed`] tells whether that
+/// is a change.
 #[derive(Debug)]
 pub struct Watch {
     events: OwnedFd,
@@ -119,8 +122,8 @@ fn ignore_absent(watched: rustix::io::Result<i32>) -> io::Result<()> {
     }
 }
 
-/// The servers of the `resolv.conf` at `path`, those of links (`fe80::1%eth0`) as seen from `outside`; `None` if it cannot be read, or is longer than
-/// any list of servers.
+/// The servers of the `resolv.conf` at `path`, those of links (`fe80::1%eth0`) as seen from
+/// `outside`; `None` if it cannot be read, or is longer than any list of servers.
 #[must_use]
 pub fn servers(path: &Path, outside: &Namespace) -> Option<Arc<[SocketAddr]>> {
     let mut text = String::new();
@@ -129,7 +132,8 @@ pub fn servers(path: &Path, outside: &Namespace) -> Option<Arc<[SocketAddr]>> {
             let length = file.take(LONGEST + 1).read_to_string(&mut text);
             length.ok().filter(|length| *length as u64 <= LONGEST)?;
         }
-        // resolv.conf(5): "If this file does not exist, only the name server on the local machine will be queried".
+        // resolv.conf(5): "If this file does not exist, only the name server on the local machine
+        // will be queried".
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(_) => return None,
     }
@@ -137,7 +141,8 @@ pub fn servers(path: &Path, outside: &Namespace) -> Option<Arc<[SocketAddr]>> {
     Some(ResolvConf::parse(&text, &scope).servers.into())
 }
 
-/// Tells `each` of the servers, now and whenever they may have changed, for as long as the task lives.
+/// Tells `each` of the servers, now and whenever they may have changed, for as long as the task
+/// lives.
 pub(crate) async fn follow(
     path: PathBuf,
     outside: Namespace,
@@ -147,7 +152,9 @@ pub(crate) async fn follow(
     loop {
         match servers(&path, &outside) {
             Some(servers) => each(servers),
-            None => tracing::warn!(path = %path.display(), "unreadable; DNS servers stay as they were"),
+            None => {
+                tracing::warn!(path = %path.display(), "unreadable; DNS servers stay as they were")
+            }
         }
         if let Err(error) = changed(&watch).await {
             tracing::error!(path = %path.display(), %error, "changes of DNS servers are no longer seen");

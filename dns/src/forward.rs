@@ -177,7 +177,12 @@ pub(crate) enum Taken {
 }
 
 impl Forwarder {
-    pub(crate) fn new(ways: Ways, bounds: Bounds, mixed_case: bool, metrics: Arc<ProcessMetrics>) -> Self {
+    pub(crate) fn new(
+        ways: Ways,
+        bounds: Bounds,
+        mixed_case: bool,
+        metrics: Arc<ProcessMetrics>,
+    ) -> Self {
         let state = State {
             cache: Cache::new(bounds.cache),
             health: Health::new(SERVERS),
@@ -244,9 +249,9 @@ impl Forwarder {
         self.state().health.figures().collect()
     }
 
-    /// Asks the servers of `list`, or the host's, what `request` asks, for an endpoint of `partition`.
-    /// `asker` names the endpoint, `is_within` tells which of the servers are on a network, and
-    /// `waiter` is made if somebody has to wait, and may.
+    /// Asks the servers of `list`, or the host's, what `request` asks, for an endpoint of
+    /// `partition`. `asker` names the endpoint, `is_within` tells which of the servers are on a
+    /// network, and `waiter` is made if somebody has to wait, and may.
     pub(crate) fn ask(
         &self,
         request: &Request<'_>,
@@ -298,7 +303,9 @@ impl Forwarder {
         state.pending.expire(now, &mut yielded);
         let mut launched = 0;
         while launched < AT_A_TIME {
-            let Some(Launch { key, owner, route }) = state.pending.launch(now, &mut yielded) else { break };
+            let Some(Launch { key, owner, route }) = state.pending.launch(now, &mut yielded) else {
+                break;
+            };
             let (pursuit, due) = state.health.pursue(&route.servers, now);
             let flight = Flight { key: key.clone(), owner, within: Arc::clone(&route.within) };
             checks.extend(due.into_iter().map(|check| (flight.clone(), check)));
@@ -401,8 +408,9 @@ impl Forwarder {
                     let goes_on = if attempt.cut {
                         false
                     } else if attempt.changed && attempt.form.mixed {
-                        // In lower case, from another port and with another ID, so that an attacker who has
-                        // guessed the old ones gains nothing. What reaches the old port is ignored.
+                        // In lower case, from another port and with another ID, so that an attacker
+                        // who has guessed the old ones gains nothing. What reaches the old port is
+                        // ignored.
                         self.state().health.changed_case(server, None, now());
                         attempt.form.mixed = false;
                         outstanding.retain(|one| one.server() != server);
@@ -440,7 +448,14 @@ impl Forwarder {
     fn attempt(&self, server: SocketAddr) -> Attempt {
         let mut form = self.state().health.form(server, now());
         form.mixed &= self.mixed_case;
-        Attempt { form, misunderstood: false, changed: false, cut: false, fetched: false, renewals: 0 }
+        Attempt {
+            form,
+            misunderstood: false,
+            changed: false,
+            cut: false,
+            fetched: false,
+            renewals: 0,
+        }
     }
 
     /// Sends the question to `server`. Whether that was possible.
@@ -454,7 +469,9 @@ impl Forwarder {
     ) -> bool {
         self.state().health.asks(server);
         // Again is from the same port with the same ID, so that the answer to the first one counts.
-        if let Some(before) = outstanding.iter().find(|one| one.server() == server && one.form() == form) {
+        if let Some(before) =
+            outstanding.iter().find(|one| one.server() == server && one.form() == form)
+        {
             return before.send();
         }
         match self.ports.ask(self.way(flight, server), server, &flight.key, form, heard.clone()) {
@@ -619,7 +636,8 @@ impl Forwarder {
                 CheckStep::Ask => {
                     if question.is_none() {
                         let way = self.way(flight, server);
-                        let Ok(one) = self.ports.ask(way, server, &flight.key, form, heard.clone()) else {
+                        let Ok(one) = self.ports.ask(way, server, &flight.key, form, heard.clone())
+                        else {
                             // For want of a port: that says nothing about the server.
                             return;
                         };

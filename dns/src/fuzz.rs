@@ -1,6 +1,7 @@
 //! What the fuzz targets check, as ordinary functions, so that a plain test can replay a corpus.
 //!
-//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the interface.
+//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the
+//! interface.
 
 use crate::answer::{Asked, Reading};
 use crate::message::{Request, relay};
@@ -33,7 +34,8 @@ static ZONES: LazyLock<(Zones, Asker)> = LazyLock::new(|| {
     (zones, Asker::Container("web".into()))
 });
 
-/// A message of a client is answered soundly or not at all; one of a server is read, and what is taken of it is passed on soundly.
+/// A message of a client is answered soundly or not at all; one of a server is read, and what is
+/// taken of it is passed on soundly.
 pub fn check_message(data: &[u8]) {
     let (zones, asker) = &*ZONES;
     crate::handler::check(zones, asker, data);

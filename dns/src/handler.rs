@@ -85,7 +85,11 @@ impl Site {
                 let list = self.servers.as_ref().or(*list);
                 let (partition, is_within) = (view.partition(), |ip| view.is_inside(ip));
                 let asker = || view.asker(&self.asker);
-                match self.shared.forwarder.ask(&request, &partition, list, asker, is_within, waiter) {
+                match self
+                    .shared
+                    .forwarder
+                    .ask(&request, &partition, list, asker, is_within, waiter)
+                {
                     Taken::OnItsWay => return Outcome::Waiting,
                     Taken::Known(answer, age) => {
                         relay(&request, &answer.given(age), limit, out);
@@ -145,7 +149,8 @@ pub(crate) fn check(zones: &Zones, asker: &Asker, message: &[u8]) {
     let _ = Bits::of(&request);
     for limit in [512, usize::from(u16::MAX)] {
         out.clear();
-        let resolution = resolve(&view, crate::resolve::Policy::default(), request.name(), request.kind, 1);
+        let resolution =
+            resolve(&view, crate::resolve::Policy::default(), request.name(), request.kind, 1);
         answer(&resolution, 5, &request, limit, &mut out);
         assert!(out.len() <= limit.max(message.len() + 128), "{} bytes", out.len());
         let read = hickory_server::proto::op::Message::from_vec(&out);

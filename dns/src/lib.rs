@@ -14,9 +14,11 @@
 //! What other servers say is kept apart for askers on different networks (`partition`), so that
 //! none of them learns from an answer what others have asked.
 //!
-//! A [`Resolver`] knows networks and endpoints. [`Resolver::serve`] makes two sockets in a container's namespace, which stay in this process; who
-//! asks there is known by the socket, and what he may be told by the networks that he is on ([`zone`]). What is not ours goes to other servers
-//! ([`upstream`], [`forward`]), from the host's namespace. One process serves thousands of containers: a server costs its sockets and two tasks.
+//! A [`Resolver`] knows networks and endpoints. [`Resolver::serve`] makes two sockets in a
+//! container's namespace, which stay in this process; who asks there is known by the socket, and
+//! what he may be told by the networks that he is on ([`zone`]). What is not ours goes to other
+//! servers ([`upstream`], [`forward`]), from the host's namespace. One process serves thousands of
+//! containers: a server costs its sockets and two tasks.
 //!
 //! Endpoints take turns at being forwarded for, and each has a rate (`scheduler`); at a limit the
 //! largest holder yields (`pending`). Names of containers and cached answers take no turn.
@@ -27,11 +29,13 @@
 //!
 //! # Hickory
 //!
-//! Messages that are no plain question are read and answered by hickory-server, and what other servers answer is checked by hickory's decoder. The
-//! loop that serves is our own: hickory's makes a task for each datagram and a channel for its answer, bounds neither tasks nor TCP clients, and logs
-//! names at INFO. One core, local names, dnsperf on the other core: an echo of the question without looking at it 190,000 a second, hickory-server
-//! 157,000, dnsmasq 154,000, aardvark-dns 91,000. What is left is the kernel's, and a batch of questions for each system call is what makes a
-//! difference to it. docs/dns.md has the figures of this crate.
+//! Messages that are no plain question are read and answered by hickory-server, and what other
+//! servers answer is checked by hickory's decoder. The loop that serves is our own: hickory's makes
+//! a task for each datagram and a channel for its answer, bounds neither tasks nor TCP clients, and
+//! logs names at INFO. One core, local names, dnsperf on the other core: an echo of the question
+//! without looking at it 190,000 a second, hickory-server 157,000, dnsmasq 154,000, aardvark-dns
+//! 91,000. What is left is the kernel's, and a batch of questions for each system call is what
+//! makes a difference to it. docs/dns.md has the figures of this crate.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("network namespaces exist on Linux only");

@@ -1,7 +1,8 @@
 //! Questions read where they lie, and answers to them written (RFC 1035 section 4, RFC 6891). Pure.
 //!
-//! Nearly every message that comes is a plain question: one, of class IN, with an OPT record at most. Those are read here, without an allocation. What
-//! is anything else is left to hickory's decoder, see [`unusual`](crate::unusual).
+//! Nearly every message that comes is a plain question: one, of class IN, with an OPT record at
+//! most. Those are read here, without an allocation. What is anything else is left to hickory's
+//! decoder, see [`unusual`](crate::unusual).
 
 use crate::name::LONGEST;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -13,7 +14,8 @@ pub(crate) const HEADER: usize = 12;
 const OPT: usize = 11;
 /// What a client takes that says nothing (RFC 1035 section 2.3.4).
 pub(crate) const WITHOUT_EDNS: u16 = 512;
-/// What we say we take, and the most that we send over networks: what the least MTU of IPv6, 1280 bytes, has room for.
+/// What we say we take, and the most that we send over networks: what the least MTU of IPv6, 1280
+/// bytes, has room for.
 pub(crate) const PAYLOAD: u16 = 1232;
 
 /// The bits of the second word of a header (RFC 1035 section 4.1.1, RFC 4035 section 3.1.6).
@@ -147,8 +149,12 @@ impl<'a> Request<'a> {
             0 => {}
             1 => {
                 let record = Record::read(message, end)?;
-                // RFC 6891 section 6.1.2: "The domain name MUST be 0 (root domain)". The version is the second byte of the TTL.
-                if record.kind != kind::OPT || record.owner_end != end + 1 || record.ttl >> 16 & 0xff != 0 {
+                // RFC 6891 section 6.1.2: "The domain name MUST be 0 (root domain)". The version is
+                // the second byte of the TTL.
+                if record.kind != kind::OPT
+                    || record.owner_end != end + 1
+                    || record.ttl >> 16 & 0xff != 0
+                {
                     return None;
                 }
                 edns = Some(Edns { payload: record.class, dnssec: record.ttl & 0x8000 != 0 });
@@ -178,7 +184,8 @@ impl<'a> Request<'a> {
         &self.lower[..self.question.len() - 4]
     }
 
-    /// The most bytes that the answer may have in a datagram, of a server that sends at most `most`.
+    /// The most bytes that the answer may have in a datagram, of a server that sends at most
+    /// `most`.
     pub(crate) fn limit(&self, most: u16) -> usize {
         let takes = self.edns.map_or(WITHOUT_EDNS, |edns| edns.payload.max(WITHOUT_EDNS));
         usize::from(takes.min(most))
@@ -199,13 +206,15 @@ pub(crate) enum Data {
     Ptr(Arc<[u8]>),
 }
 
-/// What makes an answer of ours: to a question about a name that we know, or one that we do not forward.
+/// What makes an answer of ours: to a question about a name that we know, or one that we do not
+/// forward.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Reply<'a> {
     pub(crate) rcode: Rcode,
     pub(crate) answers: &'a [Data],
     pub(crate) ttl: u32,
-    /// Where in the name the zone begins whose SOA record says how long the answer holds (RFC 2308 section 3).
+    /// Where in the name the zone begins whose SOA record says how long the answer holds (RFC 2308
+    /// section 3).
     pub(crate) zone: Option<usize>,
     /// Why, in one of the codes of RFC 8914.
     pub(crate) extended: Option<u16>,
@@ -217,7 +226,8 @@ impl Reply<'_> {
         Self { rcode, answers: &[], ttl: 0, zone: None, extended: None }
     }
 
-    /// Writes the answer to `request` behind what is in `out`, of `limit` bytes at most. What does not fit is left out, and the answer says so.
+    /// Writes the answer to `request` behind what is in `out`, of `limit` bytes at most. What does
+    /// not fit is left out, and the answer says so.
     pub(crate) fn write(&self, request: &Request<'_>, limit: usize, out: &mut Vec<u8>) {
         let start = out.len();
         let extended = self.extended.filter(|_| request.edns.is_some());
@@ -250,8 +260,8 @@ impl Reply<'_> {
     }
 }
 
-/// Writes the answer to `request` that another server gave, `body` being what it has behind the question. With what does not fit into `limit` it is
-/// only said that there is more.
+/// Writes the answer to `request` that another server gave, `body` being what it has behind the
+/// question. With what does not fit into `limit` it is only said that there is more.
 pub(crate) fn relay(request: &Request<'_>, given: &Given<'_>, limit: usize, out: &mut Vec<u8>) {
     let start = out.len();
     header(request, out);
@@ -386,12 +396,14 @@ fn fixed(kind: u16, ttl: u32, length: usize, out: &mut Vec<u8>) {
     out.extend((length as u16).to_be_bytes());
 }
 
-/// The SOA record of the zone that begins at `zone` in the name of the question, with the values of RFC 6303 section 3.
+/// The SOA record of the zone that begins at `zone` in the name of the question, with the values of
+/// RFC 6303 section 3.
 fn soa(name: &[u8], zone: usize, ttl: u32, out: &mut Vec<u8>) {
     const MAILBOX: &[u8] = b"\x06nobody\x07invalid\0";
     let root = name.get(zone).is_none_or(|length| *length == 0);
     let pointer = 0xc000 | (HEADER + zone) as u16;
-    let write_name = |out: &mut Vec<u8>| if root { out.push(0) } else { out.extend(pointer.to_be_bytes()) };
+    let write_name =
+        |out: &mut Vec<u8>| if root { out.push(0) } else { out.extend(pointer.to_be_bytes()) };
     write_name(out);
     let server = if root { 1 } else { 2 };
     fixed(kind::SOA, ttl, server + MAILBOX.len() + 20, out);
@@ -456,7 +468,8 @@ fn skip_plain_name(message: &[u8], start: usize) -> Option<usize> {
     }
 }
 
-/// Where a name ends, its pointer included (RFC 1035 section 4.1.4). Where that leads is not looked at.
+/// Where a name ends, its pointer included (RFC 1035 section 4.1.4). Where that leads is not looked
+/// at.
 pub(crate) fn skip_name(message: &[u8], mut at: usize) -> Option<usize> {
     loop {
         let length = *message.get(at)?;

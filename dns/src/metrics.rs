@@ -1,7 +1,7 @@
 //! What the servers count, and how it is told to Prometheus.
 //!
-//! What belongs to a network or an upstream server is kept with it and rendered at each scrape, so that its series go with it. What the process has once goes
-//! through the facade.
+//! What belongs to a network or an upstream server is kept with it and rendered at each scrape, so
+//! that its series go with it. What the process has once goes through the facade.
 
 use crate::message::{Rcode, kind};
 use crate::upstream::{BUCKETS, Figures};
@@ -42,7 +42,10 @@ pub(crate) struct NetworkStats {
 
 impl NetworkStats {
     pub(crate) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), queries: [const { AtomicU64::new(0) }; (KINDS.len() + 1) * COLUMNS] }
+        Self {
+            name: name.to_owned(),
+            queries: [const { AtomicU64::new(0) }; (KINDS.len() + 1) * COLUMNS],
+        }
     }
 
     /// A question of type `kind` was answered with `rcode`.
@@ -185,26 +188,33 @@ const QUERIES: Family = (
     "counter",
     "Questions answered, by the network that the asker joined first, by type and by code of the answer.",
 );
-const ENDPOINTS: Family = ("tidegate_dns_endpoints", "gauge", "Endpoints of a network that have names.");
+const ENDPOINTS: Family =
+    ("tidegate_dns_endpoints", "gauge", "Endpoints of a network that have names.");
 const UP: Family = (
     "tidegate_dns_upstream_trusted",
     "gauge",
     "1 for a server that is asked first, 0 for one that others are asked before because it was silent.",
 );
-const ASKED: Family = ("tidegate_dns_upstream_queries_total", "counter", "Questions sent to a server.");
+const ASKED: Family =
+    ("tidegate_dns_upstream_queries_total", "counter", "Questions sent to a server.");
 const MISSED: Family = (
     "tidegate_dns_upstream_timeouts_total",
     "counter",
     "Questions that a server did not answer in time, or not at all.",
 );
-const FAILED: Family =
-    ("tidegate_dns_upstream_failures_total", "counter", "Questions that a server answered with a failure.");
-const TOOK: Family = ("tidegate_dns_upstream_seconds", "histogram", "Time that a server took to answer.");
+const FAILED: Family = (
+    "tidegate_dns_upstream_failures_total",
+    "counter",
+    "Questions that a server answered with a failure.",
+);
+const TOOK: Family =
+    ("tidegate_dns_upstream_seconds", "histogram", "Time that a server took to answer.");
 
 /// The families that [`Resolver::describe`](crate::Resolver::describe) writes.
 pub const FAMILIES: [&str; 7] = [QUERIES.0, ENDPOINTS.0, UP.0, ASKED.0, MISSED.0, FAILED.0, TOOK.0];
 
-/// Writes the families of networks and servers in the text format of Prometheus (exposition format 0.0.4).
+/// Writes the families of networks and servers in the text format of Prometheus (exposition
+/// format 0.0.4).
 pub(crate) fn describe<'a>(
     networks: impl Iterator<Item = (&'a NetworkStats, usize)> + Clone,
     servers: &[(SocketAddr, bool, Figures)],
@@ -251,7 +261,12 @@ pub(crate) fn describe<'a>(
             let bound = BUCKETS.get(number).map_or("+Inf".to_owned(), ToString::to_string);
             writeln!(page, "{}_bucket{{server=\"{server}\",le=\"{bound}\"}} {sum}", TOOK.0)?;
         }
-        writeln!(page, "{}_sum{{server=\"{server}\"}} {}", TOOK.0, figures.took_micros as f64 / 1e6)?;
+        writeln!(
+            page,
+            "{}_sum{{server=\"{server}\"}} {}",
+            TOOK.0,
+            figures.took_micros as f64 / 1e6
+        )?;
         writeln!(page, "{}_count{{server=\"{server}\"}} {sum}", TOOK.0)?;
     }
     Ok(())
@@ -308,8 +323,15 @@ impl Mismatch {
 }
 
 impl Overload {
-    pub(crate) const ALL: [Self; 7] =
-        [Self::Flights, Self::Waiters, Self::Share, Self::Queue, Self::Clients, Self::Socket, Self::Guesses];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Flights,
+        Self::Waiters,
+        Self::Share,
+        Self::Queue,
+        Self::Clients,
+        Self::Socket,
+        Self::Guesses,
+    ];
 
     fn as_str(self) -> &'static str {
         match self {
@@ -361,7 +383,10 @@ impl ProcessMetrics {
         describe_gauge!(ENTRIES, "Answers in the cache.");
         describe_gauge!(FLIGHTS, "Questions that are with other servers.");
         describe_gauge!(SERVING, "DNS servers that containers and gateways have.");
-        describe_counter!(UNUSUAL, "Messages that were malformed, or of a kind that is not served.");
+        describe_counter!(
+            UNUSUAL,
+            "Messages that were malformed, or of a kind that is not served."
+        );
         describe_counter!(
             MISMATCHES,
             "Datagrams at the source port of a question that did not answer it: late, or forged."
@@ -377,7 +402,8 @@ impl ProcessMetrics {
             flights: gauge!(FLIGHTS),
             containers: gauge!(SERVING),
             unusual: counter!(UNUSUAL),
-            mismatches: Mismatch::ALL.map(|reason| counter!(MISMATCHES, "reason" => reason.as_str())),
+            mismatches: Mismatch::ALL
+                .map(|reason| counter!(MISMATCHES, "reason" => reason.as_str())),
             refused: Overload::ALL.map(|reason| counter!(REFUSED, "reason" => reason.as_str())),
             logs: Default::default(),
         }
@@ -392,7 +418,8 @@ impl ProcessMetrics {
     pub(crate) fn refused(&self, reason: Overload, asker: Option<&Asker>) {
         self.refused[reason as usize].increment(1);
         if self.logs[reason as usize].is_due(Instant::now()) {
-            let (endpoint, network) = (asker.and_then(Asker::endpoint), asker.and_then(Asker::network));
+            let (endpoint, network) =
+                (asker.and_then(Asker::endpoint), asker.and_then(Asker::network));
             tracing::warn!(
                 reason = reason.as_str(),
                 endpoint,

@@ -1,4 +1,5 @@
-//! Names as they are compared: in lower case, in the form of messages (RFC 1035 sections 3.1 and 2.3.3). Pure.
+//! Names as they are compared: in lower case, in the form of messages (RFC 1035 sections 3.1
+//! and 2.3.3). Pure.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -106,7 +107,8 @@ pub(crate) fn each_label(wire: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut rest = wire;
     std::iter::from_fn(move || {
         let (length, behind) = rest.split_first()?;
-        let (label, behind) = behind.split_at_checked(usize::from(*length)).filter(|_| *length > 0)?;
+        let (label, behind) =
+            behind.split_at_checked(usize::from(*length)).filter(|_| *length > 0)?;
         rest = behind;
         Some(label)
     })
@@ -147,7 +149,8 @@ pub(crate) enum Reverse {
 const IN_ADDR_ARPA: &[u8] = b"\x07in-addr\x04arpa\0";
 const IP6_ARPA: &[u8] = b"\x03ip6\x04arpa\0";
 
-/// Reads a name of the reverse tree. `None` for all others, and for what is in that tree and stands for no address.
+/// Reads a name of the reverse tree. `None` for all others, and for what is in that tree and stands
+/// for no address.
 pub(crate) fn reverse(wire: &[u8]) -> Option<Reverse> {
     if let Some(front) = above(wire, IN_ADDR_ARPA) {
         let mut octets = [0; 4];
@@ -180,7 +183,11 @@ pub(crate) fn reverse(wire: &[u8]) -> Option<Reverse> {
         bits |= u128::from(digit) << (124 - 4 * index);
     }
     let ip = Ipv6Addr::from(bits).into();
-    Some(if labels.len() == 32 { Reverse::Of(ip) } else { Reverse::Part(ip, 4 * labels.len() as u8) })
+    Some(if labels.len() == 32 {
+        Reverse::Of(ip)
+    } else {
+        Reverse::Part(ip, 4 * labels.len() as u8)
+    })
 }
 
 #[cfg(test)]
@@ -222,16 +229,23 @@ mod tests {
     #[test]
     fn suffixes_end_with_the_root() {
         let name = name("a.bc.d");
-        let found: Vec<_> = suffixes(name.wire()).map(|(at, one)| (at, Shown(one).to_string())).collect();
-        assert_eq!(found, [(0, "a.bc.d".into()), (2, "bc.d".into()), (5, "d".into()), (7, ".".into())]);
+        let found: Vec<_> =
+            suffixes(name.wire()).map(|(at, one)| (at, Shown(one).to_string())).collect();
+        assert_eq!(
+            found,
+            [(0, "a.bc.d".into()), (2, "bc.d".into()), (5, "d".into()), (7, ".".into())]
+        );
     }
 
-    /// RFC 1035 section 3.5: "Domain names in the IN-ADDR.ARPA domain are defined to have up to four labels in addition to the
-    /// IN-ADDR.ARPA suffix."
+    /// RFC 1035 section 3.5: "Domain names in the IN-ADDR.ARPA domain are defined to have up to
+    /// four labels in addition to the IN-ADDR.ARPA suffix."
     #[test]
     fn addresses_are_read_backwards() {
         assert_eq!(about("2.0.9.10.in-addr.arpa"), Some(Reverse::Of("10.9.0.2".parse().unwrap())));
-        assert_eq!(about("9.10.in-addr.arpa"), Some(Reverse::Part("10.9.0.0".parse().unwrap(), 16)));
+        assert_eq!(
+            about("9.10.in-addr.arpa"),
+            Some(Reverse::Part("10.9.0.0".parse().unwrap(), 16))
+        );
         assert_eq!(about("in-addr.arpa"), Some(Reverse::Part("0.0.0.0".parse().unwrap(), 0)));
         for odd in [
             "02.0.9.10.in-addr.arpa",
@@ -246,7 +260,8 @@ mod tests {
         assert_eq!(reverse(b"\x0c1234\x07in-addr\x04arpa\0"), None, "one label, not two");
     }
 
-    /// RFC 3596 section 2.5: "An IPv6 address is represented as a name in the IP6.ARPA domain by a sequence of nibbles separated by dots".
+    /// RFC 3596 section 2.5: "An IPv6 address is represented as a name in the IP6.ARPA domain by a
+    /// sequence of nibbles separated by dots".
     #[test]
     fn addresses_of_ipv6_are_read_by_nibbles() {
         let zeros = "0.".repeat(26);

@@ -114,7 +114,8 @@ impl Holdings {
             self.by.get_key_value(&source.partition)?
         };
         let (asker, most) = holders.iter().max_by_key(|(_, held)| **held)?;
-        (*most > self.held(source) + 1).then(|| Source { partition: partition.clone(), asker: asker.clone() })
+        (*most > self.held(source) + 1)
+            .then(|| Source { partition: partition.clone(), asker: asker.clone() })
     }
 
     /// Takes one unit for `source`.
@@ -139,7 +140,11 @@ impl Holdings {
     }
 
     pub(crate) fn held(&self, source: &Source) -> usize {
-        self.by.get(&source.partition).and_then(|holders| holders.get(&source.asker)).copied().unwrap_or(0)
+        self.by
+            .get(&source.partition)
+            .and_then(|holders| holders.get(&source.asker))
+            .copied()
+            .unwrap_or(0)
     }
 
     /// What the endpoint holds that holds most.
@@ -163,7 +168,8 @@ mod tests {
     #[test]
     fn the_largest_endpoint_of_a_partition_yields_to_a_smaller_one() {
         let mut holdings = Holdings::new(9);
-        let [greedy, modest, other] = [source(1, "greedy"), source(1, "modest"), source(2, "other")];
+        let [greedy, modest, other] =
+            [source(1, "greedy"), source(1, "modest"), source(2, "other")];
         while holdings.allows(&greedy.partition) {
             holdings.take(&greedy);
         }
@@ -172,7 +178,11 @@ mod tests {
         assert_eq!(holdings.yields_to(&greedy), None, "not to itself");
         assert!(holdings.allows(&other.partition));
         (0..3).for_each(|_| holdings.take(&other));
-        assert_eq!(holdings.yields_to(&source(3, "third")), Some(greedy.clone()), "nothing is free");
+        assert_eq!(
+            holdings.yields_to(&source(3, "third")),
+            Some(greedy.clone()),
+            "nothing is free"
+        );
         (0..6).for_each(|_| holdings.give_back(&greedy));
         holdings.give_back(&greedy);
         assert_eq!((holdings.taken(), holdings.most()), (3, 3));

@@ -135,8 +135,8 @@ impl<W, R, H> Pending<W, R, H> {
         self.scheduler.rate()
     }
 
-    /// `asker` asks `key`. `waiter` is made if it waits, `route` if nobody has asked that. Who yields
-    /// is added to `yielded`.
+    /// `asker` asks `key`. `waiter` is made if it waits, `route` if nobody has asked that. Who
+    /// yields is added to `yielded`.
     pub(crate) fn ask(
         &mut self,
         key: &Key,
@@ -178,11 +178,16 @@ impl<W, R, H> Pending<W, R, H> {
 
     /// The next question to forward. It counts as in flight; the caller reports what runs for it
     /// with [`Self::launched`].
-    pub(crate) fn launch(&mut self, now: Instant, yielded: &mut Vec<Yielded<W>>) -> Option<Launch<'_, R>> {
+    pub(crate) fn launch(
+        &mut self,
+        now: Instant,
+        yielded: &mut Vec<Yielded<W>>,
+    ) -> Option<Launch<'_, R>> {
         let (key, source) = loop {
             let flights = &self.flights;
-            let may =
-                |source: &Source| flights.allows(&source.partition) || flights.yields_to(source).is_some();
+            let may = |source: &Source| {
+                flights.allows(&source.partition) || flights.yields_to(source).is_some()
+            };
             let turn = self.scheduler.next(now, may)?;
             let is_waiting = |question: &Question<W, R, H>| {
                 question.flight.is_none() && question.askers.contains_key(&turn.source.asker)
@@ -209,7 +214,9 @@ impl<W, R, H> Pending<W, R, H> {
 
     /// `handle` is the flight of `key`.
     pub(crate) fn launched(&mut self, key: &Key, handle: H) {
-        if let Some(flight) = self.questions.get_mut(key).and_then(|question| question.flight.as_mut()) {
+        if let Some(flight) =
+            self.questions.get_mut(key).and_then(|question| question.flight.as_mut())
+        {
             flight._handle = Some(handle);
         }
     }
@@ -219,7 +226,8 @@ impl<W, R, H> Pending<W, R, H> {
         let Some(question) = self.questions.remove(key) else { return VecDeque::new() };
         self.end_flight(question.flight);
         for (asker, _) in &question.waiters {
-            self.waiters.give_back(&Source { partition: key.partition.clone(), asker: asker.clone() });
+            self.waiters
+                .give_back(&Source { partition: key.partition.clone(), asker: asker.clone() });
         }
         question.waiters
     }
@@ -249,9 +257,15 @@ impl<W, R, H> Pending<W, R, H> {
     }
 
     /// The oldest waiter of `source` yields: one that is queued, if there is one.
-    fn yield_oldest(&mut self, source: &Source, reason: Overload, yielded: &mut Vec<Yielded<W>>) -> bool {
+    fn yield_oldest(
+        &mut self,
+        source: &Source,
+        reason: Overload,
+        yielded: &mut Vec<Yielded<W>>,
+    ) -> bool {
         while let Some(key) = self.scheduler.front(source).cloned() {
-            let is_queued = self.questions.get(&key).is_some_and(|question| question.flight.is_none());
+            let is_queued =
+                self.questions.get(&key).is_some_and(|question| question.flight.is_none());
             if is_queued && self.yield_waiter(&key, &source.asker, reason, yielded) {
                 let question = self.questions.get(&key);
                 if question.is_none_or(|question| !question.askers.contains_key(&source.asker)) {
@@ -274,7 +288,8 @@ impl<W, R, H> Pending<W, R, H> {
                 return true;
             }
             let Some(largest) = self.flights.yields_to(source) else { return false };
-            let oldest = self.owned.range((largest.clone(), 0)..).next().map(|(_, key)| key.clone());
+            let oldest =
+                self.owned.range((largest.clone(), 0)..).next().map(|(_, key)| key.clone());
             let Some(key) = oldest else { return false };
             // With its last waiter of its own it ends, or is another asker's.
             while self.questions.get(&key).is_some_and(|question| {
@@ -301,7 +316,9 @@ impl<W, R, H> Pending<W, R, H> {
         yielded: &mut Vec<Yielded<W>>,
     ) -> bool {
         let Some(question) = self.questions.get_mut(key) else { return false };
-        let Some(at) = question.waiters.iter().position(|(one, _)| one == asker) else { return false };
+        let Some(at) = question.waiters.iter().position(|(one, _)| one == asker) else {
+            return false;
+        };
         let Some((asker, waiter)) = question.waiters.remove(at) else { return false };
         let source = Source { partition: key.partition.clone(), asker };
         self.waiters.give_back(&source);
@@ -319,7 +336,9 @@ impl<W, R, H> Pending<W, R, H> {
                 }
                 Some(next) => {
                     let next = Source { partition: key.partition.clone(), asker: next };
-                    if let Some(flight) = question.flight.as_mut().filter(|flight| flight.owner == source) {
+                    if let Some(flight) =
+                        question.flight.as_mut().filter(|flight| flight.owner == source)
+                    {
                         self.flights.give_back(&source);
                         self.flights.take(&next);
                         self.owned.remove(&(source.clone(), flight.number));

@@ -23,7 +23,8 @@ pub struct ResolvConf {
 }
 
 impl ResolvConf {
-    /// Reads one. What glibc ignores is ignored; `scope` tells the index of an interface by name, for `fe80::1%eth0`.
+    /// Reads one. What glibc ignores is ignored; `scope` tells the index of an interface by name,
+    /// for `fe80::1%eth0`.
     #[must_use]
     pub fn parse(text: &str, scope: &dyn Fn(&str) -> Option<u32>) -> Self {
         let mut read = Self::default();
@@ -55,17 +56,20 @@ impl ResolvConf {
         self.options.push(option.to_owned());
     }
 
-    /// The one of a container whose host has this one: `search` and `options` are the container's own, as far as it has any.
+    /// The one of a container whose host has this one: `search` and `options` are the container's
+    /// own, as far as it has any.
     ///
-    /// As Docker's: the host's search domains, and `ndots:0`, so that names of containers are asked for as they are, first. A search domain `.`
-    /// stands for none.
+    /// As Docker's: the host's search domains, and `ndots:0`, so that names of containers are asked
+    /// for as they are, first. A search domain `.` stands for none.
     #[must_use]
     pub fn for_container(&self, server: IpAddr, search: &[String], options: &[String]) -> String {
         let mut own = Self { options: vec!["ndots:0".to_owned()], ..Self::default() };
         own.search = if search.is_empty() { self.search.clone() } else { search.to_vec() };
         own.search.retain(|domain| domain != ".");
         let given = if options.is_empty() { &self.options } else { options };
-        for option in given.iter().filter(|option| !options.is_empty() || name_of(option) != "ndots") {
+        for option in
+            given.iter().filter(|option| !options.is_empty() || name_of(option) != "ndots")
+        {
             own.set(option);
         }
         let mut text = String::from("# written by tidegate\n");
@@ -115,13 +119,15 @@ mod tests {
         );
     }
 
-    /// resolv.conf(5): "If no nameserver entries are present, the default is to use the name server on the local machine."
+    /// resolv.conf(5): "If no nameserver entries are present, the default is to use the name server
+    /// on the local machine."
     #[test]
     fn without_servers_it_is_the_local_machine() {
         assert_eq!(servers("search a\n"), ["127.0.0.1:53"]);
     }
 
-    /// resolv.conf(5): "If multiple search or domain directives are present, the last instance is used."
+    /// resolv.conf(5): "If multiple search or domain directives are present, the last instance is
+    /// used."
     #[test]
     fn the_last_search_line_holds() {
         let read = parse("domain a\nsearch b c\noptions ndots:2 edns0\noptions ndots:3");
@@ -139,7 +145,10 @@ mod tests {
             let text = host.for_container(SERVER.into(), &owned(search), &owned(options));
             text.lines().skip(1).collect::<Vec<_>>().join("|")
         };
-        assert_eq!(text(&[], &[]), "nameserver 127.0.0.11|search example.test|options ndots:0 edns0");
+        assert_eq!(
+            text(&[], &[]),
+            "nameserver 127.0.0.11|search example.test|options ndots:0 edns0"
+        );
         assert_eq!(
             text(&["own.test"], &["timeout:1"]),
             "nameserver 127.0.0.11|search own.test|options ndots:0 timeout:1"

@@ -2,9 +2,12 @@
 //!
 //! Somebody at a gateway who has no endpoint there is refused. For all others, in this order:
 //!
-//! 1. a name of an endpoint on one of the asker's networks: its addresses, or for other types that there are none;
-//! 2. the name of an address: of an endpoint's the endpoint; of any other that no public server knows, that there is none;
-//! 3. what is nobody else's business: `localhost`, names that are reserved for not being there, single labels, names of networks that the asker is not on;
+//! 1. a name of an endpoint on one of the asker's networks: its addresses, or for other types that
+//!    there are none;
+//! 2. the name of an address: of an endpoint's the endpoint; of any other that no public server
+//!    knows, that there is none;
+//! 3. what is nobody else's business: `localhost`, names that are reserved for not being there,
+//!    single labels, names of networks that the asker is not on;
 //! 4. everything else is forwarded, for askers with a way out.
 
 use crate::message::{Data, Rcode, kind};
@@ -19,7 +22,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub(crate) enum Resolution<'a> {
     /// Records, one at least.
     Answer(Vec<Data>),
-    /// The name is there, and has no record of that type (RFC 2308 section 2.2). Where in it the zone begins.
+    /// The name is there, and has no record of that type (RFC 2308 section 2.2). Where in it the
+    /// zone begins.
     NoData(usize),
     /// There is no such name (RFC 2308 section 2.1). Where in it the zone begins.
     NxDomain(usize),
@@ -32,7 +36,8 @@ pub(crate) enum Resolution<'a> {
 /// Why a question is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// A question about messages or transfers, not about names (RFC 6895 section 3.1: 128 to 255, but for `ANY`).
+    /// A question about messages or transfers, not about names (RFC 6895 section 3.1: 128 to 255,
+    /// but for `ANY`).
     Type,
     /// The asker is on internal networks only.
     NoWayOut,
@@ -58,7 +63,8 @@ pub(crate) struct Policy {
     pub(crate) forward_single_labels: bool,
 }
 
-/// Resolves `name` for who sees `view`. `turn` counts questions: it is whose address comes first where several have a name.
+/// Resolves `name` for who sees `view`. `turn` counts questions: it is whose address comes first
+/// where several have a name.
 pub(crate) fn resolve<'a>(
     view: &View<'a>,
     policy: Policy,
@@ -73,7 +79,11 @@ pub(crate) fn resolve<'a>(
         return Resolution::Refused(Refusal::Type);
     }
     if let Some(answers) = addresses(view, name, kind, turn) {
-        return if answers.is_empty() { Resolution::NoData(0) } else { Resolution::Answer(answers) };
+        return if answers.is_empty() {
+            Resolution::NoData(0)
+        } else {
+            Resolution::Answer(answers)
+        };
     }
     if let Some(local) = about_addresses(view, name, kind) {
         return local;
@@ -104,7 +114,8 @@ fn is_about_zones(kind: u16) -> bool {
     matches!(kind, kind::NS | kind::SOA | kind::DS | kind::DNSKEY)
 }
 
-/// The addresses of type `kind` of the endpoints that have a name: network by network, each network's turned by `turn`. `None` if it is no name.
+/// The addresses of type `kind` of the endpoints that have a name: network by network, each
+/// network's turned by `turn`. `None` if it is no name.
 fn addresses(view: &View<'_>, name: &[u8], kind: u16, turn: u32) -> Option<Vec<Data>> {
     let wants = |one: u16| kind == one || kind == kind::ANY;
     let mut answers = Vec::new();
@@ -130,7 +141,8 @@ fn addresses(view: &View<'_>, name: &[u8], kind: u16, turn: u32) -> Option<Vec<D
 
 /// Questions about addresses, but for those that public servers know something about.
 fn about_addresses<'a>(view: &View<'a>, name: &[u8], kind: u16) -> Option<Resolution<'a>> {
-    // What is below the name of an address or a network, as services and delegations are (RFC 6763 section 11, RFC 2317), is as private as that.
+    // What is below the name of an address or a network, as services and delegations are (RFC 6763
+    // section 11, RFC 2317), is as private as that.
     let (at, about) = suffixes(name).find_map(|(at, suffix)| Some((at, reverse(suffix)?)))?;
     match about {
         Reverse::Of(address) | Reverse::Part(address, _) if at > 0 => {
@@ -141,7 +153,11 @@ fn about_addresses<'a>(view: &View<'a>, name: &[u8], kind: u16) -> Option<Resolu
             if let Some(endpoint) = view.holder(address) {
                 let asks = matches!(kind, kind::PTR | kind::ANY);
                 let pointer = || vec![Data::Ptr(endpoint.canonical.clone())];
-                return Some(if asks { Resolution::Answer(pointer()) } else { Resolution::NoData(0) });
+                return Some(if asks {
+                    Resolution::Answer(pointer())
+                } else {
+                    Resolution::NoData(0)
+                });
             }
             let private = private_zone(name, address);
             if private.is_none() && !view.is_inside(address) {
@@ -150,7 +166,9 @@ fn about_addresses<'a>(view: &View<'a>, name: &[u8], kind: u16) -> Option<Resolu
             Some(Resolution::NxDomain(private.unwrap_or(0)))
         }
         // The zone itself, or part of one.
-        Reverse::Part(address, length) => is_private(address, length).then_some(Resolution::NoData(0)),
+        Reverse::Part(address, length) => {
+            is_private(address, length).then_some(Resolution::NoData(0))
+        }
     }
 }
 
@@ -162,14 +180,16 @@ fn is_private(address: IpAddr, length: u8) -> bool {
 /// Where in `name`, which is that of `address`, the private zone begins that it is in.
 fn private_zone(name: &[u8], address: IpAddr) -> Option<usize> {
     let net = private_nets().find(|net| net.contains(&address))?;
-    // Labels of `in-addr.arpa` or `ip6.arpa`, and those of the network's octets or nibbles, the last one begun perhaps.
+    // Labels of `in-addr.arpa` or `ip6.arpa`, and those of the network's octets or nibbles, the
+    // last one begun perhaps.
     let bits = if address.is_ipv4() { 8 } else { 4 };
     let keeps = 2 + usize::from(net.prefix_len().div_ceil(bits));
     let drops = labels(name).checked_sub(keeps)?;
     suffixes(name).nth(drops).map(|(at, _)| at)
 }
 
-/// Networks whose addresses have no names outside of where they are used (RFC 6303 section 4, RFC 1918, RFC 6598, RFC 4193).
+/// Networks whose addresses have no names outside of where they are used (RFC 6303 section 4, RFC
+/// 1918, RFC 6598, RFC 4193).
 fn private_nets() -> impl Iterator<Item = IpNet> {
     const V4: [(Ipv4Addr, u8); 10] = [
         (Ipv4Addr::new(0, 0, 0, 0), 8),
@@ -196,8 +216,10 @@ fn private_nets() -> impl Iterator<Item = IpNet> {
 
 /// Names that no server has to be asked about.
 fn special(name: &[u8], kind: u16) -> Option<Resolution<'static>> {
-    let ends_with = |zone: &[u8]| suffixes(name).find(|(_, suffix)| *suffix == zone).map(|(at, _)| at);
-    // RFC 6761 section 6.3: "Caching DNS servers SHOULD recognize localhost names as special and SHOULD NOT attempt to look up NS records for them".
+    let ends_with =
+        |zone: &[u8]| suffixes(name).find(|(_, suffix)| *suffix == zone).map(|(at, _)| at);
+    // RFC 6761 section 6.3: "Caching DNS servers SHOULD recognize localhost names as special and
+    // SHOULD NOT attempt to look up NS records for them".
     if let Some(zone) = ends_with(b"\x09localhost\0") {
         return Some(match kind {
             kind::A => Resolution::Answer(vec![Data::A(Ipv4Addr::LOCALHOST)]),

@@ -23,16 +23,18 @@ use tokio::task::AbortHandle;
 /// What a resolver is made with.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The namespace that questions for other servers go out from: the host's, so that 127.0.0.53 is the host's.
+    /// The namespace that questions for other servers go out from: the host's, so that 127.0.0.53
+    /// is the host's.
     pub outside: Namespace,
-    /// The namespace that networks are in, for servers that are on one of them. The host's, but for an ordinary user.
+    /// The namespace that networks are in, for servers that are on one of them. The host's, but for
+    /// an ordinary user.
     pub networks: Namespace,
     /// The file that names the host's servers.
     pub resolv_conf: PathBuf,
     /// How long clients may keep what we say of endpoints. Whole seconds.
     pub ttl: Duration,
-    /// Names without a dot that no endpoint has are forwarded. Docker does that; it tells the outside what services are called, and has the outside
-    /// answer for those that are down.
+    /// Names without a dot that no endpoint has are forwarded. Docker does that; it tells the
+    /// outside what services are called, and has the outside answer for those that are down.
     pub forward_single_labels: bool,
     /// How many networks, endpoints and names there may be.
     pub limits: Limits,
@@ -47,8 +49,8 @@ pub struct Settings {
     pub waiting: usize,
     /// The same of one endpoint, one at least.
     pub waiting_of_one: usize,
-    /// Questions of one endpoint that are forwarded to other servers in a second, and that may go at
-    /// once after a second of silence; one at least.
+    /// Questions of one endpoint that are forwarded to other servers in a second, and that may go
+    /// at once after a second of silence; one at least.
     pub forward_rate: u32,
     /// UDP sockets that questions go out from at once. One has a single question while there are
     /// enough.
@@ -147,7 +149,8 @@ impl Shared {
         self.tell_forwarder(&host);
     }
 
-    /// The host's servers are those of its file but for ourselves: we would ask ourselves, and so on.
+    /// The host's servers are those of its file but for ourselves: we would ask ourselves, and so
+    /// on.
     fn tell_forwarder(&self, host: &Host) {
         let is_own = |server: &SocketAddr| host.ourselves.contains_key(server);
         let (own, others): (Vec<_>, Vec<_>) = host.servers.iter().copied().partition(is_own);
@@ -173,8 +176,14 @@ impl Shared {
     }
 
     /// The list of `servers`, which `of` is to have.
-    fn list(&self, of: impl Fn() -> String, servers: &[SocketAddr]) -> Result<Option<ServerList>, ZoneError> {
-        if let Some(server) = servers.iter().find(|server| lock(&self.host).ourselves.contains_key(server)) {
+    fn list(
+        &self,
+        of: impl Fn() -> String,
+        servers: &[SocketAddr],
+    ) -> Result<Option<ServerList>, ZoneError> {
+        if let Some(server) =
+            servers.iter().find(|server| lock(&self.host).ourselves.contains_key(server))
+        {
             return Err(ZoneError::Ourselves { of: of(), server: *server });
         }
         lock(&self.lists).get(servers).map_err(|TooManyLists| ZoneError::TooManyServerLists(of()))
@@ -201,8 +210,8 @@ impl fmt::Debug for Shared {
 
 /// The names of networks. Changes are seen by the next question.
 ///
-/// Made, and asked to serve, within a tokio runtime that has I/O and time: it panics outside of one, as tokio does. Follows the host's servers until
-/// it is dropped.
+/// Made, and asked to serve, within a tokio runtime that has I/O and time: it panics outside of
+/// one, as tokio does. Follows the host's servers until it is dropped.
 #[derive(Debug)]
 pub struct Resolver {
     shared: Arc<Shared>,
@@ -236,7 +245,12 @@ impl Resolver {
             lists: Mutex::new(ServerLists::new(settings.server_lists)),
             host: Mutex::default(),
             told: watch::Sender::new(Arc::default()),
-            forwarder: Arc::new(Forwarder::new(ways.clone(), bounds, mixed_case, Arc::clone(&metrics))),
+            forwarder: Arc::new(Forwarder::new(
+                ways.clone(),
+                bounds,
+                mixed_case,
+                Arc::clone(&metrics),
+            )),
             policy: Policy { forward_single_labels: settings.forward_single_labels },
             ttl: u32::try_from(settings.ttl.as_secs()).unwrap_or(u32::MAX),
             ways,
@@ -271,8 +285,9 @@ impl Resolver {
         self.shared.zones_mut().remove_network(name)
     }
 
-    /// Adds an endpoint to a network, or puts it in the place of the one that the container has there under the same name. Names that other
-    /// containers have as well are answered with the addresses of all of them, and logged.
+    /// Adds an endpoint to a network, or puts it in the place of the one that the container has
+    /// there under the same name. Names that other containers have as well are answered with the
+    /// addresses of all of them, and logged.
     ///
     /// # Errors
     /// [`ZoneError`]; nothing has changed then.
@@ -295,8 +310,8 @@ impl Resolver {
         self.shared.zones_mut().remove_endpoint(network, container, name)
     }
 
-    /// Serves a container at 127.0.0.11:53 in its namespace, whose `lo` is up. What it is told depends on the endpoints that it has at the time of
-    /// each question.
+    /// Serves a container at 127.0.0.11:53 in its namespace, whose `lo` is up. What it is told
+    /// depends on the endpoints that it has at the time of each question.
     ///
     /// # Errors
     /// [`ServeError`]: above all, that the port is taken.
@@ -310,7 +325,8 @@ impl Resolver {
         server::in_container(&self.shared, namespace, container, options.listen, servers)
     }
 
-    /// Serves a network at its gateway's address, to those who come in by `device`, its bridge. They are told apart by their addresses.
+    /// Serves a network at its gateway's address, to those who come in by `device`, its bridge.
+    /// They are told apart by their addresses.
     ///
     /// # Errors
     /// [`ServeError`]: above all, that the port is taken.
@@ -337,14 +353,19 @@ impl Resolver {
         self.shared.told.subscribe()
     }
 
-    /// Writes the families of networks and servers in the text format of Prometheus (exposition format 0.0.4).
+    /// Writes the families of networks and servers in the text format of Prometheus (exposition
+    /// format 0.0.4).
     ///
     /// # Errors
     /// Only those of `page`.
     pub fn describe(&self, page: &mut impl Write) -> fmt::Result {
         let networks = self.shared.zones().stats();
         let figures = self.shared.forwarder.figures();
-        metrics::describe(networks.iter().map(|(stats, endpoints)| (&**stats, *endpoints)), &figures, page)?;
+        metrics::describe(
+            networks.iter().map(|(stats, endpoints)| (&**stats, *endpoints)),
+            &figures,
+            page,
+        )?;
         metrics::describe_fill(&self.fill(), page)
     }
 
@@ -353,7 +374,10 @@ impl Resolver {
     pub fn fill(&self) -> Fill {
         let fill = self.shared.forwarder.fill();
         let connections = lock(&self.shared.connections);
-        Fill { tcp_clients: [connections.taken(), connections.taken() + connections.free()], ..fill }
+        Fill {
+            tcp_clients: [connections.taken(), connections.taken() + connections.free()],
+            ..fill
+        }
     }
 
     /// What the networks have asked, by name.
@@ -390,8 +414,8 @@ impl Drop for Resolver {
 pub struct ServeOptions {
     /// How port 53 is come by.
     pub listen: Listen,
-    /// Servers of the container's own; empty for those of its networks, or the host's. They are asked from the host's namespace, and for containers on internal
-    /// networks only not at all.
+    /// Servers of the container's own; empty for those of its networks, or the host's. They are
+    /// asked from the host's namespace, and for containers on internal networks only not at all.
     pub servers: Vec<SocketAddr>,
 }
 

@@ -8,15 +8,15 @@
 //!            └ partition ─ endpoint: queue, tokens      partition after the other
 //! ```
 //!
-//! Each endpoint has a queue, and a token bucket that bounds how many of its questions are forwarded
-//! in a second. Partitions take turns, and within a partition its endpoints: deficit round robin
-//! (Shreedhar and Varghese 1995) where every question costs the same, so that there is no deficit
-//! to carry over. However many questions one endpoint has, a question of another one waits for one
-//! question of each endpoint that has tokens.
+//! Each endpoint has a queue, and a token bucket that bounds how many of its questions are
+//! forwarded in a second. Partitions take turns, and within a partition its endpoints: deficit
+//! round robin (Shreedhar and Varghese 1995) where every question costs the same, so that there is
+//! no deficit to carry over. However many questions one endpoint has, a question of another one
+//! waits for one question of each endpoint that has tokens.
 //!
 //! The token bucket is the virtual scheduling form of GCRA (ITU-T I.371): `due` is when the next
-//! question would be due at exactly the rate, and a question may go while `due` is less than a burst
-//! ahead. An endpoint without tokens is *parked* until it has one.
+//! question would be due at exactly the rate, and a question may go while `due` is less than a
+//! burst ahead. An endpoint without tokens is *parked* until it has one.
 //!
 //! ```text
 //! idle ──push──► ready ──next──► ready, parked or idle
@@ -107,7 +107,13 @@ pub(crate) struct Scheduler<T> {
 
 impl<T> Scheduler<T> {
     pub(crate) fn new(rate: Rate) -> Self {
-        Self { rate, groups: BTreeMap::new(), ring: VecDeque::new(), parked: BTreeSet::new(), queued: 0 }
+        Self {
+            rate,
+            groups: BTreeMap::new(),
+            ring: VecDeque::new(),
+            parked: BTreeSet::new(),
+            queued: 0,
+        }
     }
 
     pub(crate) fn rate(&self) -> Rate {
@@ -153,7 +159,11 @@ impl<T> Scheduler<T> {
     }
 
     /// Takes the next one out of the queues, of a source that `allows` allows, and a token for it.
-    pub(crate) fn next(&mut self, now: Instant, mut allows: impl FnMut(&Source) -> bool) -> Option<Turn<T>> {
+    pub(crate) fn next(
+        &mut self,
+        now: Instant,
+        mut allows: impl FnMut(&Source) -> bool,
+    ) -> Option<Turn<T>> {
         self.unpark(now);
         for _ in 0..self.ring.len() {
             let partition = self.ring.pop_front()?;
@@ -242,7 +252,10 @@ impl<T> Scheduler<T> {
                 while lane.queue.front().is_some_and(|(at, _)| is_late(at)) {
                     let Some((_, item)) = lane.queue.pop_front() else { break };
                     self.queued -= 1;
-                    expired.push((Source { partition: partition.clone(), asker: asker.clone() }, item));
+                    expired.push((
+                        Source { partition: partition.clone(), asker: asker.clone() },
+                        item,
+                    ));
                 }
             }
             // One that is ready or parked is in a ring or a set.
@@ -264,7 +277,9 @@ impl<T> Scheduler<T> {
     /// Puts the lane of `source`, which has something queued, where it belongs.
     fn place(&mut self, source: &Source, now: Instant) {
         let Some(group) = self.groups.get_mut(&source.partition) else { return };
-        let Some(lane) = group.lanes.get_mut(&source.asker).filter(|lane| lane.state == State::Idle) else {
+        let Some(lane) =
+            group.lanes.get_mut(&source.asker).filter(|lane| lane.state == State::Idle)
+        else {
             return;
         };
         match self.rate.place(lane, now) {

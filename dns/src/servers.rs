@@ -35,7 +35,10 @@ impl ServerLists {
     }
 
     /// The list of `servers`; `None` if there are none.
-    pub(crate) fn get(&mut self, servers: &[SocketAddr]) -> Result<Option<ServerList>, TooManyLists> {
+    pub(crate) fn get(
+        &mut self,
+        servers: &[SocketAddr],
+    ) -> Result<Option<ServerList>, TooManyLists> {
         let servers = &servers[..servers.len().min(MOST_SERVERS)];
         if servers.is_empty() {
             return Ok(None);

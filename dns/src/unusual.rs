@@ -1,4 +1,5 @@
-//! Messages that are no plain question: what is wrong with them, in hickory's judgement, and the answer to that. Pure.
+//! Messages that are no plain question: what is wrong with them, in hickory's judgement, and the
+//! answer to that. Pure.
 
 use crate::message::{HEADER, Rcode, flag, short};
 use hickory_server::net::xfer::Protocol;
@@ -8,8 +9,8 @@ use hickory_server::server::Request;
 use hickory_server::zone_handler::MessageResponseBuilder;
 use std::net::{Ipv4Addr, SocketAddr};
 
-/// Writes the answer to `message` behind what is in `out`. `None` is a message that gets none: an answer itself, for two servers would answer each
-/// other for ever, or one without a whole header.
+/// Writes the answer to `message` behind what is in `out`. `None` is a message that gets none: an
+/// answer itself, for two servers would answer each other for ever, or one without a whole header.
 pub(crate) fn refuse(message: &[u8], out: &mut Vec<u8>) -> Option<Rcode> {
     let flags = short(message, 2).filter(|_| message.len() >= HEADER)?;
     if flags & flag::RESPONSE != 0 {
@@ -18,9 +19,11 @@ pub(crate) fn refuse(message: &[u8], out: &mut Vec<u8>) -> Option<Rcode> {
     // Hickory keeps the client's address with the request, and asks for nothing but to have one.
     let nobody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
     let request = match Request::from_bytes(message.to_vec(), nobody, Protocol::Udp) {
-        // RFC 1035 section 4.1.1: "Not Implemented - The name server does not support the requested kind of query." It may be well formed by rules
-        // that are not ours.
-        Err(_) if flags & flag::OPCODE == 0 => return Some(bare(message, flags, Rcode::FormErr, out)),
+        // RFC 1035 section 4.1.1: "Not Implemented - The name server does not support the requested
+        // kind of query." It may be well formed by rules that are not ours.
+        Err(_) if flags & flag::OPCODE == 0 => {
+            return Some(bare(message, flags, Rcode::FormErr, out));
+        }
         Err(_) => return Some(bare(message, flags, Rcode::NotImp, out)),
         Ok(request) => request,
     };
@@ -51,15 +54,18 @@ pub(crate) fn refuse(message: &[u8], out: &mut Vec<u8>) -> Option<Rcode> {
 fn judge(request: &Request) -> Rcode {
     let version = request.edns.as_ref().map_or(0, Edns::version);
     if version > 0 {
-        // RFC 6891 section 6.1.3: "If a responder does not implement the VERSION level of the request, then it MUST respond with RCODE=BADVERS."
+        // RFC 6891 section 6.1.3: "If a responder does not implement the VERSION level of the
+        // request, then it MUST respond with RCODE=BADVERS."
         Rcode::BadVers
     } else if request.metadata.op_code != OpCode::Query {
         Rcode::NotImp
     } else if request.queries.len() != 1 || !request.answers.is_empty() {
-        // RFC 9619 section 4: "A DNS message with OPCODE = 0 and QDCOUNT > 1 MUST be treated as an incorrectly formatted message."
+        // RFC 9619 section 4: "A DNS message with OPCODE = 0 and QDCOUNT > 1 MUST be treated as an
+        // incorrectly formatted message."
         Rcode::FormErr
     } else {
-        // Another class than IN, a signature, a transfer's SOA record: sound, and nothing that we do.
+        // Another class than IN, a signature, a transfer's SOA record: sound, and nothing that we
+        // do.
         Rcode::Refused
     }
 }

@@ -1,4 +1,5 @@
-//! Which server is asked when: what is remembered of servers, and how one question is pursued. Pure.
+//! Which server is asked when: what is remembered of servers, and how one question is pursued.
+//! Pure.
 //!
 //! # Theory of operation
 //!
@@ -21,9 +22,9 @@
 //! ```
 //!
 //! The check always asks the same question, so no client can influence its result. Its grace ends
-//! before the patience of the question that caused it: a dead server costs one question [`PATIENCE`]
-//! and later ones nothing. When the time of a suspicion is over, the next question causes a new
-//! check; the question itself still goes to the others first.
+//! before the patience of the question that caused it: a dead server costs one question
+//! [`PATIENCE`] and later ones nothing. When the time of a suspicion is over, the next question
+//! causes a new check; the question itself still goes to the others first.
 //!
 //! The patience is the same for all servers and questions. One that followed the usual time of a
 //! server would let an asker shorten it for others with quick questions, and would tell an asker
@@ -63,7 +64,8 @@ const DEADLINE_OF_SILENT: Duration = Duration::from_millis(1_500);
 const SILENT: u32 = 2;
 /// When all have been asked, after how long again; it doubles.
 const AGAIN: Duration = Duration::from_secs(1);
-/// When nobody is there at all (ICMP), after how long they are asked anew, and how often; it doubles.
+/// When nobody is there at all (ICMP), after how long they are asked anew, and how often; it
+/// doubles.
 const RETURN: Duration = Duration::from_millis(100);
 const RETURNS: u32 = 3;
 /// How often one question goes to one server.
@@ -146,7 +148,11 @@ impl Health {
 
     fn memory(&mut self, server: SocketAddr) -> &mut Memory {
         if !self.servers.contains_key(&server) && self.servers.len() >= self.limit {
-            let oldest = self.servers.iter().min_by_key(|(_, memory)| memory.used).map(|(server, _)| *server);
+            let oldest = self
+                .servers
+                .iter()
+                .min_by_key(|(_, memory)| memory.used)
+                .map(|(server, _)| *server);
             oldest.map(|server| self.servers.remove(&server));
         }
         self.uses += 1;
@@ -225,7 +231,12 @@ impl Health {
 
     /// A question that went to `server` at `asked` is still unanswered. The check to run, if
     /// nothing has been heard from the server since, and no check runs.
-    pub(crate) fn doubt(&mut self, server: SocketAddr, asked: Instant, now: Instant) -> Option<Check> {
+    pub(crate) fn doubt(
+        &mut self,
+        server: SocketAddr,
+        asked: Instant,
+        now: Instant,
+    ) -> Option<Check> {
         let memory = self.memory(server);
         let is_heard = memory.heard.is_some_and(|heard| heard >= asked);
         let is_due = !is_heard && !memory.checked && memory.suspect_until.is_none();
@@ -279,7 +290,12 @@ impl Health {
     /// The case of a name came back changed over UDP; `over_tcp` is what the same question showed
     /// over TCP, where nobody can forge blindly: `Some(true)` if it was changed there as well,
     /// `None` where the server could not be asked.
-    pub(crate) fn changed_case(&mut self, server: SocketAddr, over_tcp: Option<bool>, now: Instant) {
+    pub(crate) fn changed_case(
+        &mut self,
+        server: SocketAddr,
+        over_tcp: Option<bool>,
+        now: Instant,
+    ) {
         let abilities = &mut self.memory(server).abilities;
         match over_tcp {
             Some(true) => abilities.folds = Some(now),
@@ -297,7 +313,9 @@ impl Health {
 
     /// All that is remembered: the server, whether it is trusted, its figures.
     pub(crate) fn figures(&self) -> impl Iterator<Item = (SocketAddr, bool, Figures)> {
-        self.servers.iter().map(|(server, memory)| (*server, memory.suspect_until.is_none(), memory.figures))
+        self.servers
+            .iter()
+            .map(|(server, memory)| (*server, memory.suspect_until.is_none(), memory.figures))
     }
 }
 
@@ -310,13 +328,19 @@ impl Memory {
     fn check(&mut self, server: SocketAddr, now: Instant) -> Check {
         self.checked = true;
         let round_trip = self.round_trip.map_or(Duration::ZERO, |(time, _)| time);
-        Check { server, began: now, grace: CHECK_GRACE.max(3 * round_trip), asked: 0, struck: false }
+        Check {
+            server,
+            began: now,
+            grace: CHECK_GRACE.max(3 * round_trip),
+            asked: 0,
+            struck: false,
+        }
     }
 
     fn note_round_trip(&mut self, took: Duration, now: Instant) {
-        let kept = self
-            .round_trip
-            .filter(|(least, at)| *least <= took && now.saturating_duration_since(*at) < ROUND_TRIP_LIFE);
+        let kept = self.round_trip.filter(|(least, at)| {
+            *least <= took && now.saturating_duration_since(*at) < ROUND_TRIP_LIFE
+        });
         self.round_trip = Some(kept.unwrap_or((took, now)));
     }
 
@@ -503,12 +527,14 @@ impl Pursuit {
     /// Those that let `winner` be faster although they were asked before it and had their time;
     /// without a winner all that have been asked and said nothing.
     pub(crate) fn silent(&self, now: Instant, winner: Option<SocketAddr>) -> Vec<SocketAddr> {
-        let asked =
-            |server| self.candidates.iter().find(|one| one.server == server).and_then(|one| one.asked);
+        let asked = |server| {
+            self.candidates.iter().find(|one| one.server == server).and_then(|one| one.asked)
+        };
         let won = winner.and_then(asked);
         let is_silent = |one: &&Candidate| {
             let Some(asked) = one.asked.filter(|_| !one.out && !one.heard) else { return false };
-            winner.is_none() || (won >= Some(asked) && now.saturating_duration_since(asked) >= PATIENCE)
+            winner.is_none()
+                || (won >= Some(asked) && now.saturating_duration_since(asked) >= PATIENCE)
         };
         self.candidates.iter().filter(is_silent).map(|one| one.server).collect()
     }
@@ -516,7 +542,15 @@ impl Pursuit {
 
 impl Candidate {
     fn new(server: SocketAddr) -> Self {
-        Self { server, asked: None, tries: 0, out: false, gone: false, heard: false, doubted: false }
+        Self {
+            server,
+            asked: None,
+            tries: 0,
+            out: false,
+            gone: false,
+            heard: false,
+            doubted: false,
+        }
     }
 
     fn ask(&mut self, now: Instant) {

@@ -1,7 +1,8 @@
 //! Who is on which network under which names. Pure.
 //!
-//! A container is whoever asks, and has an endpoint on each network that it is on. What it may learn are the names of the endpoints on its own networks,
-//! whatever else is known: a name of another network is none to it.
+//! A container is whoever asks, and has an endpoint on each network that it is on. What it may
+//! learn are the names of the endpoints on its own networks, whatever else is known: a name of
+//! another network is none to it.
 //!
 //! ```text
 //! container ──► its networks, in the order in which it joined them ──► names ──► endpoints ──► addresses
@@ -43,7 +44,8 @@ impl Default for Limits {
 pub struct NetworkSpec {
     /// Its name: `NAME` in `web.NAME`, and in metrics.
     pub name: String,
-    /// Its subnets: who asks for the name of an address in there that nobody has is told so, and nobody else is asked.
+    /// Its subnets: who asks for the name of an address in there that nobody has is told so, and
+    /// nobody else is asked.
     pub subnets: Vec<IpNet>,
     /// Nothing is forwarded for containers that are on such networks only.
     pub internal: bool,
@@ -78,8 +80,8 @@ pub struct EndpointSpec {
     pub name: String,
     /// Other names that it has on this network, and its short id.
     pub aliases: Vec<String>,
-    /// The container's host name, if it is not its name. One with dots is known to the container alone: its neighbours may want to reach whoever has
-    /// it on the Internet.
+    /// The container's host name, if it is not its name. One with dots is known to the container
+    /// alone: its neighbours may want to reach whoever has it on the Internet.
     pub hostname: Option<String>,
     /// Its addresses on this network.
     pub addresses: Vec<IpAddr>,
@@ -145,7 +147,8 @@ pub(crate) struct Network {
     reverse: HashMap<IpAddr, Arc<Endpoint>>,
     /// By container and name.
     endpoints: BTreeMap<(Arc<str>, Name), Arc<Endpoint>>,
-    /// `name.network` of endpoints that have gone, the oldest first: nobody outside shall be asked for a service that is being restarted.
+    /// `name.network` of endpoints that have gone, the oldest first: nobody outside shall be asked
+    /// for a service that is being restarted.
     gone: VecDeque<Name>,
     pub(crate) stats: Arc<NetworkStats>,
 }
@@ -156,7 +159,8 @@ const GONE: usize = 256;
 impl Network {
     /// Remembers a name that has gone, if it is one that others could be asked for.
     fn remember(&mut self, name: &Name) {
-        let is_qualified = suffixes(name.wire()).skip(1).any(|(_, suffix)| suffix == self.name.wire());
+        let is_qualified =
+            suffixes(name.wire()).skip(1).any(|(_, suffix)| suffix == self.name.wire());
         if is_qualified && !self.gone.contains(name) {
             if self.gone.len() == GONE {
                 self.gone.pop_front();
@@ -251,15 +255,16 @@ impl Zones {
         true
     }
 
-    /// Adds an endpoint, or puts it in the place of the one that this container has on this network under this name. Returns those of its names
-    /// that other endpoints have as well.
+    /// Adds an endpoint, or puts it in the place of the one that this container has on this network
+    /// under this name. Returns those of its names that other endpoints have as well.
     pub(crate) fn add_endpoint(
         &mut self,
         network: &str,
         spec: &EndpointSpec,
     ) -> Result<Vec<String>, ZoneError> {
         let number = self.number(network)?;
-        let too_many = |what, limit| ZoneError::TooMany { endpoint: spec.name.clone(), what, limit };
+        let too_many =
+            |what, limit| ZoneError::TooMany { endpoint: spec.name.clone(), what, limit };
         if spec.aliases.len() + 2 > self.limits.names {
             return Err(too_many("names", self.limits.names));
         }
@@ -276,7 +281,11 @@ impl Zones {
         };
         for text in std::iter::once(&spec.name).chain(&spec.aliases) {
             let name = parse(text)?;
-            add(name.below(&suffix).map_err(|source| ZoneError::Name { name: text.clone(), source })?, false);
+            add(
+                name.below(&suffix)
+                    .map_err(|source| ZoneError::Name { name: text.clone(), source })?,
+                false,
+            );
             add(name, false);
         }
         if let Some(text) = &spec.hostname {
@@ -289,8 +298,9 @@ impl Zones {
         if !there && self.endpoints >= self.limits.endpoints {
             return Err(too_many("endpoints", self.limits.endpoints));
         }
-        let canonical =
-            name.below(&suffix).map_err(|source| ZoneError::Name { name: spec.name.clone(), source })?;
+        let canonical = name
+            .below(&suffix)
+            .map_err(|source| ZoneError::Name { name: spec.name.clone(), source })?;
         // Before the old one goes, so that the network keeps its place in the container's order.
         self.join(key.0.clone(), number);
         if there {
@@ -357,7 +367,8 @@ impl Zones {
     }
 
     fn join(&mut self, container: Arc<str>, number: Number) {
-        let membership = self.containers.entry(container).or_insert_with(|| Membership::of(Vec::new()));
+        let membership =
+            self.containers.entry(container).or_insert_with(|| Membership::of(Vec::new()));
         match membership.networks.iter_mut().find(|(one, _)| *one == number) {
             Some((_, endpoints)) => *endpoints += 1,
             None => {
@@ -393,7 +404,8 @@ impl Zones {
                 View { zones: self, container: Some(container), sees }
             }
             Asker::Network(name) => {
-                let network = self.by_name.get(&**name).and_then(|number| self.networks.get(number));
+                let network =
+                    self.by_name.get(&**name).and_then(|number| self.networks.get(number));
                 let Some(network) = network else {
                     return View { zones: self, container: None, sees: Sees::Nothing(None) };
                 };
@@ -456,7 +468,8 @@ impl<'a> View<'a> {
     /// Whose share of limits the question counts to: the container's that asks, whichever server it
     /// asks; of `asker` where the container is not known.
     pub(crate) fn asker(&self, asker: &Asker) -> Asker {
-        self.container.map_or_else(|| asker.clone(), |container| Asker::Container(Arc::clone(container)))
+        self.container
+            .map_or_else(|| asker.clone(), |container| Asker::Container(Arc::clone(container)))
     }
 
     /// With whom the asker shares what other servers have said.
@@ -476,7 +489,8 @@ impl<'a> View<'a> {
         let container = self.container;
         self.networks().filter_map(|network| network.names.get(name)).map(move |holders| {
             let told = move |holder: &&Holder| {
-                !holder.own || container.is_some_and(|container| **container == *holder.endpoint.container)
+                !holder.own
+                    || container.is_some_and(|container| **container == *holder.endpoint.container)
             };
             holders.iter().filter(told).map(|holder| &*holder.endpoint)
         })
@@ -484,7 +498,9 @@ impl<'a> View<'a> {
 
     /// Whose address it is, on one of the asker's networks.
     pub(crate) fn holder(&self, address: IpAddr) -> Option<&'a Endpoint> {
-        self.networks().find_map(|network| network.reverse.get(&address)).map(|endpoint| &**endpoint)
+        self.networks()
+            .find_map(|network| network.reverse.get(&address))
+            .map(|endpoint| &**endpoint)
     }
 
     /// Whether an address is one of a network, the asker's or not.
@@ -495,12 +511,13 @@ impl<'a> View<'a> {
             .any(|network| network.subnets.iter().any(|subnet| subnet.contains(&address)))
     }
 
-    /// Whether it is, or was, `name.network` of an endpoint on some network, and if so where that network's name begins.
+    /// Whether it is, or was, `name.network` of an endpoint on some network, and if so where that
+    /// network's name begins.
     pub(crate) fn hidden(&self, name: &[u8]) -> Option<usize> {
         suffixes(name).skip(1).find_map(|(at, suffix)| {
             let network = self.zones.networks.get(self.zones.by_wire.get(suffix)?)?;
-            let is_known =
-                network.names.contains_key(name) || network.gone.iter().any(|gone| gone.wire() == name);
+            let is_known = network.names.contains_key(name)
+                || network.gone.iter().any(|gone| gone.wire() == name);
             is_known.then_some(at)
         })
     }
@@ -512,7 +529,9 @@ impl<'a> View<'a> {
 
     /// The servers of the first network that has some of its own and a way out.
     pub(crate) fn servers(&self) -> Option<&'a ServerList> {
-        self.networks().filter(|network| !network.internal).find_map(|network| network.servers.as_ref())
+        self.networks()
+            .filter(|network| !network.internal)
+            .find_map(|network| network.servers.as_ref())
     }
 }
 

@@ -1,4 +1,5 @@
-//! Replays the fuzz corpus of messages, and all of its files with each byte turned, cut off or doubled.
+//! Replays the fuzz corpus of messages, and all of its files with each byte turned, cut off or
+//! doubled.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +8,8 @@ use tidegate_dns::fuzz::check_message;
 #[test]
 fn the_corpus_of_messages_holds() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/dns_message");
-    let files = fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
+    let files =
+        fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
     let mut replayed = 0;
     for file in files {
         let bytes = fs::read(file.unwrap().path()).unwrap();
@@ -31,7 +33,8 @@ fn the_corpus_of_messages_holds() {
 /// `FUZZ_ROUNDS` says how many, for who has no fuzzer at hand.
 #[test]
 fn messages_that_are_mixed_at_random_hold() {
-    let rounds = std::env::var("FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50_000_u64);
+    let rounds =
+        std::env::var("FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50_000_u64);
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/dns_message");
     let files: Vec<Vec<u8>> =
         fs::read_dir(corpus).unwrap().map(|file| fs::read(file.unwrap().path()).unwrap()).collect();

@@ -28,13 +28,17 @@ fn a_thousand_servers_cost_less_than_64_mb_and_a_second() {
     let start = Instant::now();
     let serving: Vec<_> = (0..CONTAINERS)
         .map(|number| {
-            house.resolver.serve(&handles[number], &format!("c{number}"), &ServeOptions::default()).unwrap()
+            house
+                .resolver
+                .serve(&handles[number], &format!("c{number}"), &ServeOptions::default())
+                .unwrap()
         })
         .collect();
     let took = start.elapsed();
     assert!(serving.iter().all(tidegate_dns::Serving::is_redirected));
-    let bytes =
-        support::client::question(1, "c7", hickory_server::proto::rr::RecordType::A).to_vec().unwrap();
+    let bytes = support::client::question(1, "c7", hickory_server::proto::rr::RecordType::A)
+        .to_vec()
+        .unwrap();
     for namespace in namespaces.iter().step_by(10) {
         let server = support::client::SERVER.parse().unwrap();
         assert!(support::client::send(namespace, server, &bytes, Duration::from_secs(2)).is_some());
@@ -42,7 +46,11 @@ fn a_thousand_servers_cost_less_than_64_mb_and_a_second() {
     let grown = procfs::rss(std::process::id()).unwrap().saturating_sub(before);
     let start = Instant::now();
     drop(serving);
-    println!("{CONTAINERS} servers: {took:?}, {} KiB more; gone in {:?}", grown >> 10, start.elapsed());
+    println!(
+        "{CONTAINERS} servers: {took:?}, {} KiB more; gone in {:?}",
+        grown >> 10,
+        start.elapsed()
+    );
     assert!(grown < BYTES, "{grown} bytes");
     assert!(took < TIME, "{took:?}");
     assert!(start.elapsed() < TIME, "{:?}", start.elapsed());

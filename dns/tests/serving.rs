@@ -1,6 +1,7 @@
 //! Servers in namespaces, with real clients, and other servers that this test plays.
 //!
-//! Nothing leaves the namespaces that are made here: each has its loopback interface, and links to others of them where a test says so.
+//! Nothing leaves the namespaces that are made here: each has its loopback interface, and links to
+//! others of them where a test says so.
 
 #[path = "serving/abuse.rs"]
 mod abuse;

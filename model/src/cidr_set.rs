@@ -9,15 +9,15 @@ const MAPPED: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff,
 
 /// A set of addresses, given as CIDR blocks and single addresses.
 ///
-/// Both families are apart: an IPv4-mapped IPv6 address is judged as the IPv4 address it carries, so a
-/// client cannot choose the form in which it is judged, and `::/0` holds no IPv4 address. A block of
-/// mapped addresses (`::ffff:192.0.2.0/120`) means the IPv4 block.
+/// Both families are apart: an IPv4-mapped IPv6 address is judged as the IPv4 address it carries,
+/// so a client cannot choose the form in which it is judged, and `::/0` holds no IPv4 address. A
+/// block of mapped addresses (`::ffff:192.0.2.0/120`) means the IPv4 block.
 ///
 /// Whether an empty set allows everything or nothing is for the caller to say; it
 /// [`contains`](Self::contains) nothing.
 ///
-/// Blocks are kept as sorted ranges that neither overlap nor touch; a look-up is one binary search. A set
-/// takes at most [`MAX_ENTRIES`](Self::MAX_ENTRIES) blocks, hence at most 2 MiB.
+/// Blocks are kept as sorted ranges that neither overlap nor touch; a look-up is one binary search.
+/// A set takes at most [`MAX_ENTRIES`](Self::MAX_ENTRIES) blocks, hence at most 2 MiB.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CidrSet {
     v4: Vec<(Ipv4Addr, Ipv4Addr)>,
@@ -28,8 +28,8 @@ impl CidrSet {
     /// How many blocks a set can be made of.
     pub const MAX_ENTRIES: usize = 65_536;
 
-    /// Reads a list of blocks (`10.0.0.0/8`, `2001:db8::/32`) and single addresses (`192.0.2.1`, `::1`).
-    /// Order and repetition do not matter.
+    /// Reads a list of blocks (`10.0.0.0/8`, `2001:db8::/32`) and single addresses (`192.0.2.1`,
+    /// `::1`). Order and repetition do not matter.
     ///
     /// # Errors
     ///
@@ -49,7 +49,9 @@ impl CidrSet {
     /// );
     /// # Ok::<(), tidegate_model::CidrSetError>(())
     /// ```
-    pub fn parse<S: AsRef<str>>(entries: impl IntoIterator<Item = S>) -> Result<Self, CidrSetError> {
+    pub fn parse<S: AsRef<str>>(
+        entries: impl IntoIterator<Item = S>,
+    ) -> Result<Self, CidrSetError> {
         let mut set = Self::default();
         for (index, entry) in entries.into_iter().enumerate() {
             if index >= Self::MAX_ENTRIES {
@@ -89,7 +91,8 @@ impl CidrSet {
     }
 }
 
-/// Of blocks that are known to be sound; their number is the caller's to bound. Host bits do not count.
+/// Of blocks that are known to be sound; their number is the caller's to bound. Host bits do not
+/// count.
 impl FromIterator<IpNet> for CidrSet {
     fn from_iter<I: IntoIterator<Item = IpNet>>(blocks: I) -> Self {
         let mut set = Self::default();
@@ -145,7 +148,8 @@ fn judged_family(block: IpNet) -> IpNet {
     }
 }
 
-/// Sorts inclusive ranges and joins those that overlap or touch. `next` is the address behind another.
+/// Sorts inclusive ranges and joins those that overlap or touch. `next` is the address behind
+/// another.
 fn merge<A: Copy + Ord>(ranges: &mut Vec<(A, A)>, next: impl Fn(A) -> Option<A>) {
     ranges.sort_unstable();
     ranges.dedup_by(|(start, end), (_, previous_end)| {
@@ -158,7 +162,8 @@ fn merge<A: Copy + Ord>(ranges: &mut Vec<(A, A)>, next: impl Fn(A) -> Option<A>)
     ranges.shrink_to_fit();
 }
 
-/// Whether one of the sorted, disjoint ranges holds `ip`: only the last that starts at or before it can.
+/// Whether one of the sorted, disjoint ranges holds `ip`: only the last that starts at or before it
+/// can.
 fn holds<A: Copy + Ord>(ranges: &[(A, A)], ip: A) -> bool {
     let behind = ranges.partition_point(|&(start, _)| start <= ip);
     behind.checked_sub(1).is_some_and(|index| ip <= ranges[index].1)
@@ -198,7 +203,8 @@ mod tests {
 
     #[test]
     fn blocks_that_touch_become_one() {
-        let halves = CidrSet::parse(["128.0.0.0/1", "0.0.0.0/1", "10.0.0.0/8", "8000::/1", "::/1"]).unwrap();
+        let halves =
+            CidrSet::parse(["128.0.0.0/1", "0.0.0.0/1", "10.0.0.0/8", "8000::/1", "::/1"]).unwrap();
         assert_eq!(halves, CidrSet::parse(["::/0", "0.0.0.0/0"]).unwrap());
         assert_eq!((halves.v4.len(), halves.v6.len()), (1, 1));
     }
@@ -217,10 +223,19 @@ mod tests {
 
     #[test]
     fn anything_else_is_an_error_that_quotes_it() {
-        for entry in
-            ["", "/", "10.0.0.0/", "10.0.0.0/33", "::/129", "10.0.0/8", "fe80::1%eth0", "localhost", " ::1"]
-        {
-            let expected = format!("{entry:?} is not an address or a CIDR block such as 10.0.0.0/8");
+        for entry in [
+            "",
+            "/",
+            "10.0.0.0/",
+            "10.0.0.0/33",
+            "::/129",
+            "10.0.0/8",
+            "fe80::1%eth0",
+            "localhost",
+            " ::1",
+        ] {
+            let expected =
+                format!("{entry:?} is not an address or a CIDR block such as 10.0.0.0/8");
             assert_eq!(error(entry), expected);
         }
     }
@@ -262,9 +277,10 @@ mod tests {
 
     /// Addresses that are close enough together for blocks to meet, in all three forms.
     fn close_ip() -> impl Strategy<Value = IpAddr> {
-        let v4 = prop_oneof![0..64_u32, u32::MAX - 64..=u32::MAX, any::<u32>()].prop_map(Ipv4Addr::from_bits);
-        let v6 =
-            prop_oneof![0..64_u128, u128::MAX - 64..=u128::MAX, any::<u128>()].prop_map(Ipv6Addr::from_bits);
+        let v4 = prop_oneof![0..64_u32, u32::MAX - 64..=u32::MAX, any::<u32>()]
+            .prop_map(Ipv4Addr::from_bits);
+        let v6 = prop_oneof![0..64_u128, u128::MAX - 64..=u128::MAX, any::<u128>()]
+            .prop_map(Ipv6Addr::from_bits);
         prop_oneof![
             v4.clone().prop_map(IpAddr::V4),
             v6.prop_map(IpAddr::V6),

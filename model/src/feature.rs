@@ -1,12 +1,14 @@
-//! What newer kernels have, is probed for and can be done without; and how each of it is forced off, so that tests on a new kernel show what
-//! happens on an old one.
+//! What newer kernels have, is probed for and can be done without; and how each of it is forced
+//! off, so that tests on a new kernel show what happens on an old one.
 //!
-//! It is the one place of this crate that looks around: at the environment variable [`LACKS`], once.
+//! It is the one place of this crate that looks around: at the environment variable [`LACKS`],
+//! once.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Features that the kernel is taken not to have, separated by commas; `all` for every one that old kernels lack. For tests.
+/// Features that the kernel is taken not to have, separated by commas; `all` for every one that old
+/// kernels lack. For tests.
 pub const LACKS: &str = "TIDEGATE_LACKS";
 
 /// Something that is used where it is there.
@@ -14,7 +16,8 @@ pub const LACKS: &str = "TIDEGATE_LACKS";
 pub enum Feature {
     /// `/dev/net/tun`, which is no matter of the kernel's age: without it there is no NAT engine.
     Tun,
-    /// Tables of nftables that belong to a connection and outlast it (Linux 6.9); otherwise they are everybody's, and repaired.
+    /// Tables of nftables that belong to a connection and outlast it (Linux 6.9); otherwise they
+    /// are everybody's, and repaired.
     OwnedTables,
     /// BPF programs at the egress of bridges; otherwise policy rules stand behind a firewall.
     Gates,
@@ -24,15 +27,18 @@ pub enum Feature {
     BpfGuards,
     /// nftables as port guards, which is no matter of the kernel's age; otherwise classic BPF.
     NetdevGuards,
-    /// Classic BPF as port guards, which is no matter of the kernel's age; otherwise there are none.
+    /// Classic BPF as port guards, which is no matter of the kernel's age; otherwise there are
+    /// none.
     ClassicGuards,
-    /// IPv6 forwarding of single links (`force_forwarding`, Linux 6.17); otherwise all of a namespace's, where it is our own.
+    /// IPv6 forwarding of single links (`force_forwarding`, Linux 6.17); otherwise all of a
+    /// namespace's, where it is our own.
     ForceForwarding,
     /// `SO_PEEK_OFF` on TCP (Linux 6.9); otherwise what was looked at before is copied again.
     PeekOffset,
     /// Checksum and segmentation offload of TUN devices; otherwise packets of one segment.
     TunOffload,
-    /// UDP segmentation offload of TUN devices (Linux 6.2); otherwise datagrams cross them one by one.
+    /// UDP segmentation offload of TUN devices (Linux 6.2); otherwise datagrams cross them one by
+    /// one.
     Uso,
     /// `UDP_SEGMENT` (Linux 4.18) and `UDP_GRO` (5.0); otherwise datagrams go one by one.
     UdpTrains,
@@ -78,7 +84,8 @@ impl Feature {
         }
     }
 
-    /// Whether the kernel is to be taken for one that does not have it. If not, it is to be probed for.
+    /// Whether the kernel is to be taken for one that does not have it. If not, it is to be probed
+    /// for.
     #[must_use]
     pub fn is_forced_off(self) -> bool {
         static TOLD: OnceLock<String> = OnceLock::new();
@@ -86,8 +93,8 @@ impl Feature {
         ALL_OFF.load(Ordering::Relaxed) && self.comes_with_age() || is_among(self, told)
     }
 
-    /// Whether some kernel from Linux 5.10 on lacks it because it is old. Else privileges or the kernel's configuration
-    /// decide.
+    /// Whether some kernel from Linux 5.10 on lacks it because it is old. Else privileges or the
+    /// kernel's configuration decide.
     const fn comes_with_age(self) -> bool {
         !matches!(self, Self::Tun | Self::BpfGuards | Self::NetdevGuards | Self::ClassicGuards)
     }

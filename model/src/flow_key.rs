@@ -1,7 +1,7 @@
 //! How one conversation is named ([`FlowKey`]) and how one published socket is ([`PublishLabel`]).
 //!
-//! What a flow is doing (its state, its counters, when it expires) belongs to the tables of `proxy` and
-//! `nat`, which use these as keys.
+//! What a flow is doing (its state, its counters, when it expires) belongs to the tables of `proxy`
+//! and `nat`, which use these as keys.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -11,8 +11,8 @@ use crate::{Protocol, UnknownProtocol};
 
 /// The five-tuple of a flow, seen in one direction.
 ///
-/// It is compared as it stands: a caller that reads addresses from a dual-stack socket passes them through
-/// [`canonical`] first, or the same peer can appear under two keys.
+/// It is compared as it stands: a caller that reads addresses from a dual-stack socket passes them
+/// through [`canonical`] first, or the same peer can appear under two keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlowKey {
     /// The transport of both ends.
@@ -24,7 +24,8 @@ pub struct FlowKey {
 }
 
 impl FlowKey {
-    /// The key of the same flow's packets in the other direction. Reversing twice gives the key back.
+    /// The key of the same flow's packets in the other direction. Reversing twice gives the key
+    /// back.
     #[must_use]
     pub const fn reversed(self) -> Self {
         Self { protocol: self.protocol, source: self.destination, destination: self.source }
@@ -38,16 +39,17 @@ impl fmt::Display for FlowKey {
     }
 }
 
-/// The IPv4 form of an IPv4-mapped IPv6 address (`[::ffff:192.0.2.1]:80` becomes `192.0.2.1:80`, RFC 4291
-/// section 2.5.5.2); every other address unchanged.
+/// The IPv4 form of an IPv4-mapped IPv6 address (`[::ffff:192.0.2.1]:80` becomes `192.0.2.1:80`,
+/// RFC 4291 section 2.5.5.2); every other address unchanged.
 ///
-/// A dual-stack socket reports IPv4 peers in the mapped form, and a policy or a table that misses the
-/// mapping can be walked around.
+/// A dual-stack socket reports IPv4 peers in the mapped form, and a policy or a table that misses
+/// the mapping can be walked around.
 #[must_use]
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
         IpAddr::V4(ip) => SocketAddr::from((ip, address.port())),
-        // Not rebuilt from the address and the port: that would lose the scope of a link-local address.
+        // Not rebuilt from the address and the port: that would lose the scope of a link-local
+        // address.
         IpAddr::V6(_) => address,
     }
 }
@@ -55,8 +57,8 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
 /// The value of the metrics label `publish`: one published socket, as `0.0.0.0:8080/tcp` or
 /// `[::]:8080/tcp`.
 ///
-/// The address is kept in its [`canonical`] form and without an IPv6 flow label, so that one socket has
-/// one label.
+/// The address is kept in its [`canonical`] form and without an IPv6 flow label, so that one socket
+/// has one label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublishLabel(SocketAddr, Protocol);
 
@@ -189,7 +191,10 @@ mod tests {
             error("0.0.0.0:80/xtp"),
             r#"publish label "0.0.0.0:80/xtp": protocol "xtp" is not tcp, udp or sctp"#
         );
-        assert_eq!(error(":80/tcp"), r#"publish label ":80/tcp": ":80" is not an address and a port"#);
+        assert_eq!(
+            error(":80/tcp"),
+            r#"publish label ":80/tcp": ":80" is not an address and a port"#
+        );
     }
 
     proptest! {

@@ -1,6 +1,7 @@
 //! What the fuzz targets check, as ordinary functions, so that a plain test can replay a corpus.
 //!
-//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the interface.
+//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the
+//! interface.
 
 use crate::PortSpec;
 

@@ -1,14 +1,15 @@
-//! Times counted in buckets, by as many threads as like to, without a lock: a histogram as Prometheus has it. The bounds are fixed,
-//! and so is what it takes: `N + 2` words.
+//! Times counted in buckets, by as many threads as like to, without a lock: a histogram as
+//! Prometheus has it. The bounds are fixed, and so is what it takes: `N + 2` words.
 //!
-//! Counts are relaxed. One that is read while another thread records may have the bucket and not yet the sum, which
-//! the next reading has.
+//! Counts are relaxed. One that is read while another thread records may have the bucket and not
+//! yet the sum, which the next reading has.
 
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Times by `N` upper bounds, in seconds and ascending, each inclusive; there is one more bucket for what is longer.
+/// Times by `N` upper bounds, in seconds and ascending, each inclusive; there is one more bucket
+/// for what is longer.
 #[derive(Debug)]
 pub struct Histogram<const N: usize> {
     bounds: &'static [f64; N],
@@ -87,8 +88,8 @@ impl<const N: usize> HistogramReading<N> {
         Duration::from_nanos(self.nanoseconds)
     }
 
-    /// Writes the series of `family` that bear `labels` (`a="b",c="d"`, or nothing) in the text format of Prometheus (exposition
-    /// format 0.0.4).
+    /// Writes the series of `family` that bear `labels` (`a="b",c="d"`, or nothing) in the text
+    /// format of Prometheus (exposition format 0.0.4).
     ///
     /// # Errors
     /// Only those of `out`.
@@ -136,8 +137,11 @@ mod tests {
 
     #[test]
     fn two_readings_add_up_to_one_of_both() {
-        let (one, other, both) = (Histogram::new(&BOUNDS), Histogram::new(&BOUNDS), Histogram::new(&BOUNDS));
-        for (histogram, microseconds) in [(&one, 7), (&one, 70_000), (&other, 70_000), (&other, 5_000_000)] {
+        let (one, other, both) =
+            (Histogram::new(&BOUNDS), Histogram::new(&BOUNDS), Histogram::new(&BOUNDS));
+        for (histogram, microseconds) in
+            [(&one, 7), (&one, 70_000), (&other, 70_000), (&other, 5_000_000)]
+        {
             histogram.record(Duration::from_micros(microseconds));
             both.record(Duration::from_micros(microseconds));
         }

@@ -1,9 +1,10 @@
-//! The words every tidegate crate speaks: what a published port is, what a flow is, which addresses a
-//! list allows, and which marks, tables, priorities and names tidegate claims on a host.
+//! The words every tidegate crate speaks: what a published port is, what a flow is, which addresses
+//! a list allows, and which marks, tables, priorities and names tidegate claims on a host.
 //!
-//! Everything here is a value or a pure function of values. There are no sockets, files, clocks, random
-//! numbers or name look-ups, and no configuration formats: a front end (the command line, a Compose file,
-//! the API) turns its input into these types, and everything below works with nothing else.
+//! Everything here is a value or a pure function of values. There are no sockets, files, clocks,
+//! random numbers or name look-ups, and no configuration formats: a front end (the command line, a
+//! Compose file, the API) turns its input into these types, and everything below works with nothing
+//! else.
 //!
 //! | module | answers |
 //! |---|---|

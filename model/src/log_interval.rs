@@ -15,7 +15,8 @@ impl LogInterval {
         Self { every, last: Mutex::new(None) }
     }
 
-    /// Whether an event at `now` is to be logged: it is the first, or the last one that was logged is long enough ago.
+    /// Whether an event at `now` is to be logged: it is the first, or the last one that was logged
+    /// is long enough ago.
     pub fn is_due(&self, now: Instant) -> bool {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let is_due = last.is_none_or(|last| now.saturating_duration_since(last) >= self.every);
@@ -41,7 +42,10 @@ mod tests {
     fn one_event_in_each_interval_is_due() {
         let (interval, start) = (LogInterval::default(), Instant::now());
         let due = |seconds| interval.is_due(start + Duration::from_secs(seconds));
-        assert_eq!([0, 1, 59, 60, 61, 200, 201].map(due), [true, false, false, true, false, true, false]);
+        assert_eq!(
+            [0, 1, 59, 60, 61, 200, 201].map(due),
+            [true, false, false, true, false, true, false]
+        );
         assert!(!due(100), "before the last one");
     }
 }

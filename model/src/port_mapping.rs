@@ -4,9 +4,10 @@
 //! [HOST_IP:][HOST_PORT[-END]:]CONTAINER_PORT[-END][/tcp|udp|sctp]
 //! ```
 //!
-//! A [`PortSpec`] is one such text; its [`mappings`](PortSpec::mappings) are the single ports it stands
-//! for, and [`overlap`] finds the specs of a list that cannot be served together. Whether a port is free
-//! on the host, and which one an ephemeral mapping gets, is known only where the socket is made.
+//! A [`PortSpec`] is one such text; its [`mappings`](PortSpec::mappings) are the single ports it
+//! stands for, and [`overlap`] finds the specs of a list that cannot be served together. Whether a
+//! port is free on the host, and which one an ephemeral mapping gets, is known only where the
+//! socket is made.
 //!
 //! The grammar is read in [`parse`]; its reference is `ParsePortSpec` of docker/go-connections.
 
@@ -91,8 +92,8 @@ pub enum HostPorts {
     Ephemeral,
     /// As many host ports as container ports, joined in order.
     Fixed(PortRange),
-    /// Any one free port of the range, for a single container port. Docker's special case of a host range
-    /// with one container port; the range has at least two ports.
+    /// Any one free port of the range, for a single container port. Docker's special case of a host
+    /// range with one container port; the range has at least two ports.
     AnyOf(PortRange),
 }
 
@@ -122,9 +123,9 @@ pub struct PortMapping {
 
 /// Docker's `-p` argument, checked: the ports one text asks to publish.
 ///
-/// [`FromStr`](std::str::FromStr) reads Docker's grammar, [`new`](Self::new) checks parts that come from
-/// elsewhere (a Compose file's long form, the API). [`Display`](fmt::Display) gives the shortest text that
-/// parses back to the same value.
+/// [`FromStr`](std::str::FromStr) reads Docker's grammar, [`new`](Self::new) checks parts that come
+/// from elsewhere (a Compose file's long form, the API). [`Display`](fmt::Display) gives the
+/// shortest text that parses back to the same value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortSpec {
     host_ip: Option<IpAddr>,
@@ -136,14 +137,15 @@ pub struct PortSpec {
 impl PortSpec {
     /// A spec made of its parts.
     ///
-    /// A `host_ip` in IPv4-mapped form is kept as IPv4: no IPv6-only socket can be bound to it. Unequal
-    /// numbers of ports are read as Docker reads them: [`HostPorts::Fixed`] with several ports before one
-    /// container port becomes [`HostPorts::AnyOf`], and `AnyOf` with a single port becomes `Fixed`.
+    /// A `host_ip` in IPv4-mapped form is kept as IPv4: no IPv6-only socket can be bound to it.
+    /// Unequal numbers of ports are read as Docker reads them: [`HostPorts::Fixed`] with several
+    /// ports before one container port becomes [`HostPorts::AnyOf`], and `AnyOf` with a single port
+    /// becomes `Fixed`.
     ///
     /// # Errors
     ///
-    /// [`PortSpecProblem::UnequalRanges`] if host and container ports differ in number and there is more
-    /// than one container port.
+    /// [`PortSpecProblem::UnequalRanges`] if host and container ports differ in number and there is
+    /// more than one container port.
     pub fn new(
         host_ip: Option<IpAddr>,
         host_ports: HostPorts,
@@ -152,7 +154,9 @@ impl PortSpec {
     ) -> Result<Self, PortSpecProblem> {
         let host_ports = match host_ports {
             HostPorts::Ephemeral => HostPorts::Ephemeral,
-            HostPorts::Fixed(host) | HostPorts::AnyOf(host) if host.len() == container_ports.len() => {
+            HostPorts::Fixed(host) | HostPorts::AnyOf(host)
+                if host.len() == container_ports.len() =>
+            {
                 HostPorts::Fixed(host)
             }
             HostPorts::Fixed(host) | HostPorts::AnyOf(host) if container_ports.len() == 1 => {
@@ -206,7 +210,8 @@ impl PortSpec {
     }
 }
 
-/// The shortest text that parses back to the same value: `8080:80`, `[::1]:53:53/udp`, `127.0.0.1::80`.
+/// The shortest text that parses back to the same value: `8080:80`, `[::1]:53:53/udp`,
+/// `127.0.0.1::80`.
 impl fmt::Display for PortSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.host_ip {
@@ -216,7 +221,8 @@ impl fmt::Display for PortSpec {
         }
         match self.host_ports {
             HostPorts::Fixed(range) | HostPorts::AnyOf(range) => write!(f, "{range}:")?,
-            // Behind an address the empty piece keeps its colon: `127.0.0.1:80` would be something else.
+            // Behind an address the empty piece keeps its colon: `127.0.0.1:80` would be something
+            // else.
             HostPorts::Ephemeral if self.host_ip.is_some() => f.write_str(":")?,
             HostPorts::Ephemeral => {}
         }
@@ -228,9 +234,9 @@ impl fmt::Display for PortSpec {
     }
 }
 
-/// The addresses to listen on for a host address that may not have been given: without one, 0.0.0.0 and
-/// `::`, each a socket of its own (`IPV6_V6ONLY`) with a `publish` label of its own, as docker-proxy has
-/// them.
+/// The addresses to listen on for a host address that may not have been given: without one, 0.0.0.0
+/// and `::`, each a socket of its own (`IPV6_V6ONLY`) with a `publish` label of its own, as
+/// docker-proxy has them.
 pub fn host_addresses(host_ip: Option<IpAddr>) -> impl Iterator<Item = IpAddr> + Clone {
     let (first, second) = match host_ip {
         Some(ip) => (ip, None),

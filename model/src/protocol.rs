@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 /// A transport protocol with ports.
 ///
-/// SCTP is a word tidegate understands everywhere; whether it can be served depends on the kernel and is
-/// found out where the socket is made, not here.
+/// SCTP is a word tidegate understands everywhere; whether it can be served depends on the kernel
+/// and is found out where the socket is made, not here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protocol {
     /// RFC 9293.
@@ -38,8 +38,8 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// Accepts exactly `tcp`, `udp` and `sctp`, as docker-proxy's `-proto` does. A grammar that ignores case
-/// (Docker's `-p`) lowers the word first.
+/// Accepts exactly `tcp`, `udp` and `sctp`, as docker-proxy's `-proto` does. A grammar that ignores
+/// case (Docker's `-p`) lowers the word first.
 impl FromStr for Protocol {
     type Err = UnknownProtocol;
 

@@ -18,17 +18,17 @@ pub fn share_of(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Whether a holder of `held` places may take one more while `free` are left: while it has fewer than twice
-/// as many as are free (a dynamic threshold, Choudhury and Hahne 1998). One holder gets two thirds of a
-/// limit, and a third is left at once for the others; two get two fifths each. A holder of nothing may take
-/// the last place.
+/// Whether a holder of `held` places may take one more while `free` are left: while it has fewer
+/// than twice as many as are free (a dynamic threshold, Choudhury and Hahne 1998). One holder gets
+/// two thirds of a limit, and a third is left at once for the others; two get two fifths each. A
+/// holder of nothing may take the last place.
 #[must_use]
 pub const fn may_take(held: usize, free: usize) -> bool {
     held < free.saturating_mul(2)
 }
 
-/// Holders by how much they hold, to find the largest one, which yields at a limit. Who holds one place or
-/// none is left out: there is nobody for whom it would have to yield.
+/// Holders by how much they hold, to find the largest one, which yields at a limit. Who holds one
+/// place or none is left out: there is nobody for whom it would have to yield.
 #[derive(Clone, Debug)]
 pub struct Ranking<K>(BTreeSet<(usize, K)>);
 

@@ -15,7 +15,8 @@ pub enum StartError {
     Interface {
         /// Its name.
         name: String,
-        /// What the kernel says: `EBUSY` if there is one, `EPERM` without `CAP_NET_ADMIN` in the namespace.
+        /// What the kernel says: `EBUSY` if there is one, `EPERM` without `CAP_NET_ADMIN` in the
+        /// namespace.
         #[source]
         source: io::Error,
     },

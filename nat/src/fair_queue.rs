@@ -1,19 +1,24 @@
-//! Fair queueing: deficit round robin between networks, and between the endpoints of a network. Pure.
+//! Fair queueing: deficit round robin between networks, and between the endpoints of a network.
+//! Pure.
 //!
 //! # Theory of operation
-//! Each endpoint has a queue, first in, first out. Queues are served by deficit round robin (Shreedhar and Varghese, 1995):
-//! whoever has the turn is served until its deficit is used up, and gains a quantum at the end of each turn. The same
-//! algorithm runs twice, between the networks and between the endpoints of the network whose turn it is. An endpoint that
-//! invents source addresses therefore gains nothing beyond its network's share.
+//! Each endpoint has a queue, first in, first out. Queues are served by deficit round robin
+//! (Shreedhar and Varghese, 1995): whoever has the turn is served until its deficit is used up, and
+//! gains a quantum at the end of each turn. The same algorithm runs twice, between the networks and
+//! between the endpoints of the network whose turn it is. An endpoint that invents source addresses
+//! therefore gains nothing beyond its network's share.
 //!
-//! As in FQ-CoDel (RFC 8290 section 4.2) a queue that was empty enters a list of new queues, which is served first, and moves
-//! to the end of the list of old ones when it has used up its quantum or is empty. An endpoint that asks
-//! now and then is served before the backlog of the others, and cannot stay ahead by sending more.
+//! As in FQ-CoDel (RFC 8290 section 4.2) a queue that was empty enters a list of new queues, which
+//! is served first, and moves to the end of the list of old ones when it has used up its quantum or
+//! is empty. An endpoint that asks now and then is served before the backlog of the others, and
+//! cannot stay ahead by sending more.
 //!
-//! Items have a cost, which the deficits are charged with: what serving them takes, and not only their bytes.
+//! Items have a cost, which the deficits are charged with: what serving them takes, and not only
+//! their bytes.
 //!
-//! The queue is bounded in items and bytes. At a bound, the endpoint that holds most, of the network that holds most, drops from
-//! the head of its queue: its sender learns soonest that way (RFC 8290 section 4.1.2 does the same).
+//! The queue is bounded in items and bytes. At a bound, the endpoint that holds most, of the
+//! network that holds most, drops from the head of its queue: its sender learns soonest that way
+//! (RFC 8290 section 4.1.2 does the same).
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::IpAddr;
@@ -62,7 +67,8 @@ impl<K: Copy> Schedule<K> {
         }
     }
 
-    /// The first one is empty: a new one waits among the old ones, unless there are none to wait for. True if it is gone.
+    /// The first one is empty: a new one waits among the old ones, unless there are none to wait
+    /// for. True if it is gone.
     fn retire(&mut self) -> bool {
         let Some(key) = self.new.pop_front() else { return self.old.pop_front().is_some() };
         if self.old.is_empty() {
@@ -102,7 +108,13 @@ impl<T> FairQueue<T> {
     /// An empty queue; allocates nothing yet.
     #[must_use]
     pub fn new(limits: QueueLimits) -> Self {
-        Self { limits, networks: BTreeMap::new(), schedule: Schedule::default(), items: 0, bytes: 0 }
+        Self {
+            limits,
+            networks: BTreeMap::new(),
+            schedule: Schedule::default(),
+            items: 0,
+            bytes: 0,
+        }
     }
 
     /// How many items wait.
@@ -125,13 +137,19 @@ impl<T> FairQueue<T> {
 
     /// Adds an item of `endpoint` in `network`. To be followed by [`Self::drop_excess`].
     pub fn push(&mut self, network: u16, endpoint: IpAddr, cost: u32, bytes: usize, value: T) {
-        // What an item costs at least: the bound of items is one of bytes, too, and one measure tells who holds most.
+        // What an item costs at least: the bound of items is one of bytes, too, and one measure
+        // tells who holds most.
         let bytes = bytes.max(self.limits.bytes / self.limits.items.max(1));
         let quantum = i64::from(self.limits.quantum);
         let schedule = &mut self.schedule;
         let network_queue = self.networks.entry(network).or_insert_with(|| {
             schedule.new.push_back(network);
-            Network { endpoints: HashMap::new(), schedule: Schedule::default(), bytes: 0, deficit: quantum }
+            Network {
+                endpoints: HashMap::new(),
+                schedule: Schedule::default(),
+                bytes: 0,
+                deficit: quantum,
+            }
         });
         let schedule = &mut network_queue.schedule;
         let endpoint_queue = network_queue.endpoints.entry(endpoint).or_insert_with(|| {
@@ -145,13 +163,15 @@ impl<T> FairQueue<T> {
         self.items += 1;
     }
 
-    /// Takes an item out that has to be dropped because the queue is over its bounds, and tells whose it is. To be called until there is none.
+    /// Takes an item out that has to be dropped because the queue is over its bounds, and tells
+    /// whose it is. To be called until there is none.
     pub fn drop_excess(&mut self) -> Option<(IpAddr, T)> {
         if self.items <= self.limits.items && self.bytes <= self.limits.bytes {
             return None;
         }
         let network = self.networks.values_mut().max_by_key(|network| network.bytes)?;
-        let (ip, endpoint) = network.endpoints.iter_mut().max_by_key(|(_, endpoint)| endpoint.bytes)?;
+        let (ip, endpoint) =
+            network.endpoints.iter_mut().max_by_key(|(_, endpoint)| endpoint.bytes)?;
         let item = endpoint.queue.pop_front()?;
         endpoint.bytes -= item.bytes;
         network.bytes -= item.bytes;
@@ -253,7 +273,8 @@ mod tests {
     fn invented_addresses_do_not_enlarge_the_share_of_their_network() {
         let spoofed = (0..20).flat_map(|_| (1..=200).map(|host| (1, host, 100)));
         let mut queue = filled(spoofed.chain((0..400).map(|_| (2, 250, 100))));
-        let served = (0..400).filter_map(|_| queue.pop()).filter(|(network, _)| *network == 2).count();
+        let served =
+            (0..400).filter_map(|_| queue.pop()).filter(|(network, _)| *network == 2).count();
         assert!((180..=220).contains(&served), "{served} of 400");
     }
 
@@ -292,7 +313,8 @@ mod tests {
             }
         }
         assert_eq!(queue.len(), 100);
-        let left: Vec<_> = std::iter::from_fn(|| queue.pop()).filter(|number| *number < 1000).collect();
+        let left: Vec<_> =
+            std::iter::from_fn(|| queue.pop()).filter(|number| *number < 1000).collect();
         assert_eq!(left, (120..200).collect::<Vec<_>>());
     }
 

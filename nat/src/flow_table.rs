@@ -1,9 +1,10 @@
-//! The flows: found by their five-tuple, counted for each endpoint and network, bounded in every respect. Pure.
+//! The flows: found by their five-tuple, counted for each endpoint and network, bounded in every
+//! respect. Pure.
 //!
 //! # Theory of operation
-//! Each source (an endpoint, by address) has two lists of flows, each ordered from the longest idle to the most recent:
-//! *unanswered* flows ([`Class::Tentative`], and TCP connections until the handshake is complete on both sides) and
-//! *answered* ones.
+//! Each source (an endpoint, by address) has two lists of flows, each ordered from the longest idle
+//! to the most recent: *unanswered* flows ([`Class::Tentative`], and TCP connections until the
+//! handshake is complete on both sides) and *answered* ones.
 //!
 //! | limit | what yields |
 //! |---|---|
@@ -12,20 +13,22 @@
 //! | flows in all | the same, of the source with most flows in the network with most flows |
 //! | sources | a source without flows, of the network with most sources |
 //!
-//! A new flow costs a socket and several system calls, about as much as forwarding fifty small packets. An answered flow
-//! was worth it; a flood consists of flows that stay unanswered. Unanswered flows therefore have a budget, refunded
-//! when a flow is answered:
+//! A new flow costs a socket and several system calls, about as much as forwarding fifty small
+//! packets. An answered flow was worth it; a flood consists of flows that stay unanswered.
+//! Unanswered flows therefore have a budget, refunded when a flow is answered:
 //!
-//! - A source in *good standing* has few unanswered flows lately. It takes from the budget of its network only; once
-//!   it has had an answered flow, from none.
-//! - Any other source takes from its own budget ([`TableLimits::unanswered_per_source`] at once, half of it each second) and from
-//!   that of its network, which is twice as much at once and as much each second. The last half of the network's budget is reserved for
-//!   sources in good standing.
+//! - A source in *good standing* has few unanswered flows lately. It takes from the budget of its
+//!   network only; once it has had an answered flow, from none.
+//! - Any other source takes from its own budget ([`TableLimits::unanswered_per_source`] at once,
+//!   half of it each second) and from that of its network, which is twice as much at once and as
+//!   much each second. The last half of the network's budget is reserved for sources in good
+//!   standing.
 //!
-//! Invented source addresses therefore do not multiply the budget, and do not shut out the endpoints of their network.
+//! Invented source addresses therefore do not multiply the budget, and do not shut out the
+//! endpoints of their network.
 //!
-//! Flows that come in by published ports are counted apart from those that the container itself begins
-//! ([`Origin`]): clients that flood the port do not use up the container's egress.
+//! Flows that come in by published ports are counted apart from those that the container itself
+//! begins ([`Origin`]): clients that flood the port do not use up the container's egress.
 
 use crate::limits::{Bucket, Rate};
 use crate::siphash::HashKey;
@@ -97,13 +100,14 @@ pub struct TableLimits {
     pub flows: usize,
     /// Flows of one source.
     pub flows_per_source: usize,
-    /// Unanswered flows of one source: TCP connections whose handshake is incomplete, sessions without an answer. Also how many
-    /// flows that stay unanswered it may begin at once, and half of that each second.
+    /// Unanswered flows of one source: TCP connections whose handshake is incomplete, sessions
+    /// without an answer. Also how many flows that stay unanswered it may begin at once, and half
+    /// of that each second.
     pub unanswered_per_source: usize,
     /// New flows of one source.
     pub new_flows_per_source: Rate,
-    /// Sessions of one client of published ports, an IPv4 address or an IPv6 /64: one that can be answered at thousands of ports does not
-    /// shut others out.
+    /// Sessions of one client of published ports, an IPv4 address or an IPv6 /64: one that can be
+    /// answered at thousands of ports does not shut others out.
     pub sessions_per_client: usize,
     /// Bytes that wait in buffers on behalf of one source.
     pub buffered_per_source: usize,
@@ -273,7 +277,8 @@ struct Entry<T> {
 /// How often sources without flows are looked for at most, when there are too many.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How exact the lists are: for sessions, and for connections, which have a packet each few microseconds.
+/// How exact the lists are: for sessions, and for connections, which have a packet each few
+/// microseconds.
 const SESSION_PRECISION: Duration = Duration::from_millis(10);
 const CONNECTION_PRECISION: Duration = Duration::from_millis(500);
 
@@ -383,8 +388,8 @@ impl<T> FlowTable<T> {
         }
     }
 
-    /// Whether `ip` of `network` may begin one flow more: asked before anything is made for it, and counted against its rates.
-    /// [`Self::evict_for`] then makes room.
+    /// Whether `ip` of `network` may begin one flow more: asked before anything is made for it, and
+    /// counted against its rates. [`Self::evict_for`] then makes room.
     ///
     /// # Errors
     /// Which limit forbids it.
@@ -415,7 +420,8 @@ impl<T> FlowTable<T> {
             return Ok(admission(Stake::Standing));
         }
         if source.answered {
-            // Somebody has answered it, so it is who it says: its own budget bounds it, and no neighbour that floods.
+            // Somebody has answered it, so it is who it says: its own budget bounds it, and no
+            // neighbour that floods.
             if !source.budget.take(budget_rate, now) {
                 return Err(Refused::Unanswered);
             }
@@ -447,7 +453,8 @@ impl<T> FlowTable<T> {
         }
     }
 
-    /// Whether source `ip` may be told of an error: counted, so that it cannot have the engine answer all day.
+    /// Whether source `ip` may be told of an error: counted, so that it cannot have the engine
+    /// answer all day.
     pub fn may_tell(&mut self, ip: IpAddr, network: u16, now: Instant) -> bool {
         let rate = self.limits.errors_per_source;
         let source = self
@@ -457,8 +464,14 @@ impl<T> FlowTable<T> {
         source.is_some_and(|source| source.errors.take(rate, now))
     }
 
-    /// Takes the flow out that has to make room for a new one of `ip`, and tells for which limit. To be called until there is none.
-    pub fn evict_for(&mut self, ip: IpAddr, origin: Origin, class: Class) -> Option<(FlowKey, T, Limit)> {
+    /// Takes the flow out that has to make room for a new one of `ip`, and tells for which limit.
+    /// To be called until there is none.
+    pub fn evict_for(
+        &mut self,
+        ip: IpAddr,
+        origin: Origin,
+        class: Class,
+    ) -> Option<(FlowKey, T, Limit)> {
         let is_limited = origin == Origin::Inside || class == Class::Connection;
         let own = self.by_source.get(&(ip, origin)).and_then(|key| self.sources.get(*key));
         let (victim, limit) = match own {
@@ -477,8 +490,8 @@ impl<T> FlowTable<T> {
         self.remove(victim?).map(|(key, value)| (key, value, limit))
     }
 
-    /// Takes the longest unanswered session of the largest holder out that has one, if it has been so since `before`: something
-    /// else than room is short.
+    /// Takes the longest unanswered session of the largest holder out that has one, if it has been
+    /// so since `before`: something else than room is short.
     pub fn evict_unanswered(&mut self, before: Instant) -> Option<(FlowKey, T)> {
         let victim = |source: &Source| {
             let oldest = source.idle[0].oldest()?;
@@ -487,8 +500,10 @@ impl<T> FlowTable<T> {
             let entry = self.flows.get(oldest);
             entry.filter(|entry| entry.last_seen <= before && frees(entry.class)).map(|_| oldest)
         };
-        let candidates =
-            self.sources.iter().filter_map(|(_, source)| Some((source.unanswered, victim(source)?)));
+        let candidates = self
+            .sources
+            .iter()
+            .filter_map(|(_, source)| Some((source.unanswered, victim(source)?)));
         let (_, victim) = candidates.max_by_key(|(unanswered, _)| *unanswered)?;
         self.remove(victim)
     }
@@ -534,8 +549,16 @@ impl<T> FlowTable<T> {
         let Admission { network, origin, stake } = admission;
         let source = self.source(key.inside.ip(), network, origin, now).ok()?;
         let unanswered = class != Class::Assured;
-        let entry =
-            Entry { key, source, class, unanswered, stake, last_seen: now, links: Links::default(), value };
+        let entry = Entry {
+            key,
+            source,
+            class,
+            unanswered,
+            stake,
+            last_seen: now,
+            links: Links::default(),
+            value,
+        };
         let flow = self.flows.insert(entry);
         self.by_key.insert(key, flow);
         self.counts[class as usize] += 1;
@@ -550,7 +573,8 @@ impl<T> FlowTable<T> {
         Some(flow)
     }
 
-    /// Notes that connection `key` is established on both sides, or that session `key` was answered.
+    /// Notes that connection `key` is established on both sides, or that session `key` was
+    /// answered.
     pub fn opened(&mut self, key: Key) {
         if self.flows.get(key).is_none_or(|entry| !entry.unanswered) {
             return;
@@ -625,7 +649,13 @@ impl<T> FlowTable<T> {
         self.flows.keys()
     }
 
-    fn source(&mut self, ip: IpAddr, network: u16, origin: Origin, now: Instant) -> Result<Key, Refused> {
+    fn source(
+        &mut self,
+        ip: IpAddr,
+        network: u16,
+        origin: Origin,
+        now: Instant,
+    ) -> Result<Key, Refused> {
         if let Some(key) = self.by_source.get(&(ip, origin)) {
             return Ok(*key);
         }
@@ -657,13 +687,15 @@ impl<T> FlowTable<T> {
         Ok(key)
     }
 
-    /// Forgets the sources without flows of the network that has most sources, where their rates are restored.
+    /// Forgets the sources without flows of the network that has most sources, where their rates
+    /// are restored.
     fn forget_sources(&mut self, now: Instant) {
         if self.swept.is_some_and(|swept| now.saturating_duration_since(swept) < SWEEP_INTERVAL) {
             return;
         }
         self.swept = Some(now);
-        let Some((network, _)) = self.networks.iter().max_by_key(|(_, network)| network.sources) else {
+        let Some((network, _)) = self.networks.iter().max_by_key(|(_, network)| network.sources)
+        else {
             return;
         };
         let (network, rate, budget) =
@@ -773,13 +805,24 @@ mod tests {
         let mut table = FlowTable::new(LIMITS, KEY);
         let (first, _) = add(&mut table, 1, 1, Class::Connection, now).unwrap();
         add(&mut table, 1, 2, Class::Connection, now).unwrap();
-        assert_eq!(add(&mut table, 1, 3, Class::Connection, now).unwrap().1, [1], "two are unanswered");
+        assert_eq!(
+            add(&mut table, 1, 3, Class::Connection, now).unwrap().1,
+            [1],
+            "two are unanswered"
+        );
         assert!(table.get(first).is_none());
         let keys = table.keys();
         keys.into_iter().for_each(|key| table.opened(key));
         assert!(add(&mut table, 1, 4, Class::Connection, now).unwrap().1.is_empty());
-        assert_eq!(add(&mut table, 1, 5, Class::Tentative, now).unwrap().1, [4], "three flows are its share");
-        assert!(add(&mut table, 2, 6, Class::Tentative, now).unwrap().1.is_empty(), "others have theirs");
+        assert_eq!(
+            add(&mut table, 1, 5, Class::Tentative, now).unwrap().1,
+            [4],
+            "three flows are its share"
+        );
+        assert!(
+            add(&mut table, 2, 6, Class::Tentative, now).unwrap().1.is_empty(),
+            "others have theirs"
+        );
     }
 
     #[test]
@@ -802,7 +845,8 @@ mod tests {
         assert!((900..=1032).contains(&admitted), "{admitted} of one source");
         // Two hundred invented sources of the same network share what is left of its budget.
         let spoofed = (0..100).flat_map(|_| 20..220u8);
-        let admitted = spoofed.filter(|host| table.admit(ip(*host), 0, Origin::Inside, now).is_ok()).count();
+        let admitted =
+            spoofed.filter(|host| table.admit(ip(*host), 0, Origin::Inside, now).is_ok()).count();
         assert!(admitted <= 1100, "{admitted} of many sources");
         // Another network has a budget of its own.
         for port in 1..2000 {
@@ -829,7 +873,10 @@ mod tests {
         for host in 20..220u8 {
             let _ = table.admit(key(host, 1).inside.ip(), 0, Origin::Inside, now);
         }
-        assert_eq!(table.admit(key(230, 1).inside.ip(), 0, Origin::Inside, now), Err(Refused::Unanswered));
+        assert_eq!(
+            table.admit(key(230, 1).inside.ip(), 0, Origin::Inside, now),
+            Err(Refused::Unanswered)
+        );
         for port in 2..200 {
             answered(&mut table, port).unwrap();
         }
@@ -862,11 +909,14 @@ mod tests {
             let admission = table.admit(ip, 0, Origin::Outside, now).unwrap();
             table.insert(key(1, port), admission, Class::Tentative, port, now).unwrap();
         }
-        let evicted = table.evict_for(ip, Origin::Inside, Class::Tentative).map(|(_, port, _)| port);
+        let evicted =
+            table.evict_for(ip, Origin::Inside, Class::Tentative).map(|(_, port, _)| port);
         assert_eq!(evicted, None, "the container's own share is not used up");
-        let evicted = table.evict_for(ip, Origin::Outside, Class::Tentative).map(|(_, port, _)| port);
+        let evicted =
+            table.evict_for(ip, Origin::Outside, Class::Tentative).map(|(_, port, _)| port);
         assert_eq!(evicted, None, "sessions of a service that does not answer");
-        let evicted = table.evict_for(ip, Origin::Outside, Class::Connection).map(|(_, port, _)| port);
+        let evicted =
+            table.evict_for(ip, Origin::Outside, Class::Connection).map(|(_, port, _)| port);
         assert_eq!(evicted, Some(10), "the longest silent, and not the container's own");
     }
 

@@ -24,9 +24,10 @@ impl ForwardId {
 /// Whom the container sees as its client.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ForwardSource {
-    /// The client itself, unless it would be answered past the engine or taken for somebody else: loopback, the host's own
-    /// addresses and the container's neighbours show the gateway, as does a flow whose five-tuple is taken or whose client is of
-    /// another family than the container's address.
+    /// The client itself, unless it would be answered past the engine or taken for somebody else:
+    /// loopback, the host's own addresses and the container's neighbours show the gateway, as does
+    /// a flow whose five-tuple is taken or whose client is of another family than the container's
+    /// address.
     #[default]
     Client,
     /// The gateway, with a port of the engine's choice.

@@ -1,8 +1,9 @@
-//! Putting packets together again that arrive in pieces (RFC 791 section 3.2, RFC 8200 section 4.5). Pure, and bounded: a guest can send
-//! first pieces for ever.
+//! Putting packets together again that arrive in pieces (RFC 791 section 3.2, RFC 8200
+//! section 4.5). Pure, and bounded: a guest can send first pieces for ever.
 //!
-//! Pieces of one packet may not overlap. RFC 5722 forbids it for IPv6, and nobody has reason to over IPv4: a packet with
-//! pieces that do is dropped with all of them, and what else comes of it with the time that is left to it.
+//! Pieces of one packet may not overlap. RFC 5722 forbids it for IPv6, and nobody has reason to
+//! over IPv4: a packet with pieces that do is dropped with all of them, and what else comes of it
+//! with the time that is left to it.
 
 use crate::wire::head::MAX_PACKET;
 use crate::wire::ip::{Fragment, Packet};
@@ -14,7 +15,8 @@ use std::time::{Duration, Instant};
 pub const MAX_PACKETS: usize = 128;
 /// Of one source.
 pub const MAX_PACKETS_PER_SOURCE: usize = 32;
-/// Pieces of one packet: the largest one in pieces of 512 bytes, which is less than any link here has.
+/// Pieces of one packet: the largest one in pieces of 512 bytes, which is less than any link here
+/// has.
 pub const MAX_PIECES: usize = 128;
 /// Bytes of all of them.
 pub const MAX_BYTES: usize = 4 << 20;
@@ -94,14 +96,19 @@ impl Reassembly {
             return Piece::Kept;
         }
         // No overlaps, nothing beyond the length, and as many bytes as that: there are no gaps.
-        self.remove(&id)
-            .map_or(Piece::Dropped, |partial| Piece::Whole(partial.pieces.into_values().flatten().collect()))
+        self.remove(&id).map_or(Piece::Dropped, |partial| {
+            Piece::Whole(partial.pieces.into_values().flatten().collect())
+        })
     }
 
     /// Forgets packets whose time is over. Returns how many there were.
     pub fn expire(&mut self, now: Instant) -> usize {
-        let due: Vec<Id> =
-            self.packets.iter().filter(|(_, partial)| partial.deadline <= now).map(|(id, _)| *id).collect();
+        let due: Vec<Id> = self
+            .packets
+            .iter()
+            .filter(|(_, partial)| partial.deadline <= now)
+            .map(|(id, _)| *id)
+            .collect();
         for id in &due {
             self.remove(id);
         }
@@ -126,8 +133,8 @@ impl Reassembly {
         Some(partial)
     }
 
-    /// Whether `bytes` more of packet `id` may be kept. A source that has its share loses its own oldest packet, so that it takes
-    /// nobody else's room.
+    /// Whether `bytes` more of packet `id` may be kept. A source that has its share loses its own
+    /// oldest packet, so that it takes nobody else's room.
     fn make_room(&mut self, id: &Id, bytes: usize, now: Instant) -> bool {
         if !self.packets.contains_key(id) {
             let of_source = self.packets.iter().filter(|(other, _)| other.source == id.source);
@@ -177,7 +184,8 @@ impl Partial {
             return false;
         }
         if !fragment.more {
-            let beyond = self.pieces.last_key_value().is_some_and(|(at, piece)| at + piece.len() > end);
+            let beyond =
+                self.pieces.last_key_value().is_some_and(|(at, piece)| at + piece.len() > end);
             if beyond {
                 *self = Self {
                     deadline: self.deadline,
@@ -219,7 +227,13 @@ mod tests {
         }
     }
 
-    fn add(reassembly: &mut Reassembly, offset: usize, more: bool, payload: &[u8], now: Instant) -> Piece {
+    fn add(
+        reassembly: &mut Reassembly,
+        offset: usize,
+        more: bool,
+        payload: &[u8],
+        now: Instant,
+    ) -> Piece {
         reassembly.add(&packet(1, payload), Fragment { identification: 7, offset, more }, now)
     }
 
@@ -233,7 +247,10 @@ mod tests {
         assert_eq!(reassembly.bytes(), 0);
         reassembly.expire(now + Duration::from_secs(30));
         assert_eq!(add(&mut reassembly, 8, false, &[2; 8], now), Piece::Kept);
-        assert_eq!(add(&mut reassembly, 0, true, &[1; 8], now), Piece::Whole([[1; 8], [2; 8]].concat()));
+        assert_eq!(
+            add(&mut reassembly, 0, true, &[1; 8], now),
+            Piece::Whole([[1; 8], [2; 8]].concat())
+        );
     }
 
     #[test]
@@ -269,7 +286,10 @@ mod tests {
             assert!(reassembly.bytes() <= MAX_BYTES);
         }
         let last = Fragment { identification: 1, offset: 8, more: false };
-        assert_eq!(reassembly.add(&packet(2, &[6; 8]), last, now), Piece::Whole([[5; 8], [6; 8]].concat()));
+        assert_eq!(
+            reassembly.add(&packet(2, &[6; 8]), last, now),
+            Piece::Whole([[5; 8], [6; 8]].concat())
+        );
     }
 
     proptest! {

@@ -1,8 +1,11 @@
-//! What the fuzz targets check, as ordinary functions, so that a plain test can replay a corpus. Not part of the interface.
+//! What the fuzz targets check, as ordinary functions, so that a plain test can replay a corpus.
+//! Not part of the interface.
 
 use crate::engine::{Engine, Secrets};
 use crate::forward::{Forward, ForwardId, ForwardSource};
-use crate::host::{Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
+use crate::host::{
+    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem,
+};
 use crate::layer2::{self, Layer2, Layer2Options, Layer2V6};
 use crate::metrics::Stats;
 use crate::settings::Settings;
@@ -211,9 +214,11 @@ impl Host for Fuzzed {
     }
 }
 
-/// Frames, events of sockets and time, in any order: the engine does not panic, writes nothing but packets, and passes no limit.
+/// Frames, events of sockets and time, in any order: the engine does not panic, writes nothing but
+/// packets, and passes no limit.
 ///
-/// The bytes are a sequence of steps: one that says what happens, and what it takes. A frame has two bytes of length before it.
+/// The bytes are a sequence of steps: one that says what happens, and what it takes. A frame has
+/// two bytes of length before it.
 pub fn check_engine(mut data: &[u8]) {
     let start = Instant::now();
     let mut settings = Settings::new(1500);
@@ -222,7 +227,8 @@ pub fn check_engine(mut data: &[u8]) {
     settings.limits.buffered_per_source = 1 << 18;
     settings.policy.gateways = vec![IpAddr::from([10, 0, 2, 2])];
     let secrets = Secrets { table: HashKey([1, 2]), sequence: HashKey([3, 4]) };
-    let mut engine = Engine::new(Fuzzed::default(), settings, secrets, Arc::new(Stats::default()), start);
+    let mut engine =
+        Engine::new(Fuzzed::default(), settings, secrets, Arc::new(Stats::default()), start);
     let mut now = start;
     let guest = SocketAddr::from(([10, 0, 2, 100], 80));
     let listen = SocketAddr::from(([0, 0, 0, 0], 80));
@@ -258,7 +264,8 @@ pub fn check_engine(mut data: &[u8]) {
             2 | 6 => {
                 let Some(([which, how, mood], rest)) = data.split_first_chunk::<3>() else { break };
                 data = rest;
-                engine.host_mut().moods = vec![*mood, mood.rotate_left(3), *mood, mood.rotate_left(6)];
+                engine.host_mut().moods =
+                    vec![*mood, mood.rotate_left(3), *mood, mood.rotate_left(6)];
                 let keys = &engine.host_mut().keys;
                 let key = keys.get(usize::from(*which) % keys.len().max(1)).copied();
                 let [readable, writable, error, more] = [1, 2, 4, 8].map(|bit| how & bit != 0);
@@ -285,8 +292,9 @@ pub fn check_engine(mut data: &[u8]) {
     assert_eq!(engine.flows(), 0);
 }
 
-/// Frames of a hostile guest on an Ethernet, each behind two bytes that say how long it is: whatever they are, what is answered is a whole frame, and what goes on has
-/// lost no more than its header.
+/// Frames of a hostile guest on an Ethernet, each behind two bytes that say how long it is:
+/// whatever they are, what is answered is a whole frame, and what goes on has lost no more than its
+/// header.
 pub fn check_layer2(data: &[u8]) {
     let options = Layer2Options {
         network: ipnet::Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 2, 0), 24),

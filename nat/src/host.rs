@@ -1,9 +1,11 @@
-//! What the engine needs of the world: a device to write packets to, and sockets on the host's side.
+//! What the engine needs of the world: a device to write packets to, and sockets on the host's
+//! side.
 //!
-//! It is the seam between logic and I/O. `io` implements it with a TUN device and the kernel's sockets, the simulation with
-//! queues in memory; the engine is compiled for each, so that the seam costs no call through a table and no copy.
-//! No call may wait: what cannot be done at once is [`WouldBlock`](io::ErrorKind::WouldBlock), and
-//! [`Engine::ready`](crate::engine::Engine::ready) tells when to try again.
+//! It is the seam between logic and I/O. `io` implements it with a TUN device and the kernel's
+//! sockets, the simulation with queues in memory; the engine is compiled for each, so that the seam
+//! costs no call through a table and no copy. No call may wait: what cannot be done at once is
+//! [`WouldBlock`](io::ErrorKind::WouldBlock), and [`Engine::ready`](crate::engine::Engine::ready)
+//! tells when to try again.
 
 use crate::wire::icmp::Problem;
 use std::io::{self, IoSlice};
@@ -19,7 +21,8 @@ pub struct Ready {
     pub writable: bool,
     /// An error waits, of the socket or in its error queue.
     pub error: bool,
-    /// The stream's end has come, or urgent data: a look that brings less than it could does not mean that nothing is left.
+    /// The stream's end has come, or urgent data: a look that brings less than it could does not
+    /// mean that nothing is left.
     pub more: bool,
 }
 
@@ -41,7 +44,8 @@ pub enum SendOutcome {
     Sent,
     /// The send buffer is full.
     NoRoom,
-    /// A datagram of it may not be cut, and does not fit the path, which takes packets of so many bytes.
+    /// A datagram of it may not be cut, and does not fit the path, which takes packets of so many
+    /// bytes.
     TooBig(u32),
     /// There is no way there.
     Unreachable(Problem),
@@ -134,18 +138,23 @@ pub trait Host {
     /// There is no descriptor left (`EMFILE`), or it is clear at once that there is no way.
     fn connect(&mut self, to: SocketAddr) -> io::Result<Self::Stream>;
 
-    /// From now on [`Engine::ready`](crate::engine::Engine::ready) is called with `key`. Returns what the socket is ready for
-    /// already: on one host a connect is over when the call returns.
+    /// From now on [`Engine::ready`](crate::engine::Engine::ready) is called with `key`. Returns
+    /// what the socket is ready for already: on one host a connect is over when the call returns.
     ///
     /// # Errors
     /// The kernel watches no more sockets.
     fn watch_stream(&mut self, stream: &mut Self::Stream, key: Key) -> io::Result<Ready>;
 
-    /// From now on [`Engine::port_ready`](crate::engine::Engine::port_ready) is called with `key` for as long as something waits.
+    /// From now on [`Engine::port_ready`](crate::engine::Engine::port_ready) is called with `key`
+    /// for as long as something waits.
     ///
     /// # Errors
     /// The kernel watches no more sockets.
-    fn watch_port(&mut self, port: &Port<Self::Listener, Self::Datagrams>, key: Key) -> io::Result<()>;
+    fn watch_port(
+        &mut self,
+        port: &Port<Self::Listener, Self::Datagrams>,
+        key: Key,
+    ) -> io::Result<()>;
 
     /// What waits at `port` waits until it is watched again.
     fn ignore_port(&mut self, port: &Port<Self::Listener, Self::Datagrams>);
@@ -166,8 +175,8 @@ pub trait Host {
     /// It failed.
     fn connect_result(&mut self, stream: &Self::Stream) -> io::Result<()>;
 
-    /// Whether the far end may not have heard yet that it is connected: where the engine is busy that is put off, so that the first bytes
-    /// carry it.
+    /// Whether the far end may not have heard yet that it is connected: where the engine is busy
+    /// that is put off, so that the first bytes carry it.
     fn is_quiet(&self, stream: &Self::Stream) -> bool {
         let _ = stream;
         false
@@ -184,11 +193,17 @@ pub trait Host {
     /// `WouldBlock`; otherwise the connection is broken.
     fn send(&mut self, stream: &mut Self::Stream, bytes: &[u8]) -> io::Result<usize>;
 
-    /// Copies bytes of the receive queue from `offset` on, and leaves them there. 0 is the end of the stream.
+    /// Copies bytes of the receive queue from `offset` on, and leaves them there. 0 is the end of
+    /// the stream.
     ///
     /// # Errors
     /// `WouldBlock` when nothing is there yet; otherwise the connection is broken.
-    fn peek(&mut self, stream: &mut Self::Stream, offset: usize, into: &mut [u8]) -> io::Result<usize>;
+    fn peek(
+        &mut self,
+        stream: &mut Self::Stream,
+        offset: usize,
+        into: &mut [u8],
+    ) -> io::Result<usize>;
 
     /// Takes the first `length` bytes out of the receive queue; they were peeked at before.
     ///
@@ -214,7 +229,8 @@ pub trait Host {
     /// The kernel watches no more sockets.
     fn watch_datagrams(&mut self, socket: &Self::Datagrams, key: Key) -> io::Result<()>;
 
-    /// Sends `bytes`, where the socket is connected to or to `destination`, as datagrams of `segment` bytes, the last one perhaps shorter. Whether one may be cut on its way says
+    /// Sends `bytes`, where the socket is connected to or to `destination`, as datagrams of
+    /// `segment` bytes, the last one perhaps shorter. Whether one may be cut on its way says
     /// `dont_fragment`; a `hop_limit` is set where the guest's own is so low that it matters.
     fn send_train(
         &mut self,
@@ -231,7 +247,11 @@ pub trait Host {
     /// # Errors
     /// `WouldBlock` when nothing is there; otherwise what the network told, which
     /// [`next_problem`](Self::next_problem) has in detail.
-    fn receive(&mut self, socket: &mut Self::Datagrams, batch: &mut Self::Batch) -> io::Result<usize>;
+    fn receive(
+        &mut self,
+        socket: &mut Self::Datagrams,
+        batch: &mut Self::Batch,
+    ) -> io::Result<usize>;
 
     /// Takes one entry out of the socket's error queue.
     fn next_problem(&mut self, socket: &mut Self::Datagrams) -> Option<SocketProblem>;

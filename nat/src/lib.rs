@@ -1,9 +1,10 @@
 //! The NAT engine: containers reach the world without iptables and without privileges.
 //!
-//! What leaves a container goes into a TUN device, its default route. The engine reads it there, ends every flow, and goes on
-//! with an ordinary socket of the host's: a container's connection becomes a connection of this process, its datagrams
-//! become this process's datagrams, and answers take the way back. The host needs no rule, no forwarding and no module for
-//! that, and the process no privilege but the TUN device, which an ordinary user makes in a user namespace.
+//! What leaves a container goes into a TUN device, its default route. The engine reads it there,
+//! ends every flow, and goes on with an ordinary socket of the host's: a container's connection
+//! becomes a connection of this process, its datagrams become this process's datagrams, and answers
+//! take the way back. The host needs no rule, no forwarding and no module for that, and the process
+//! no privilege but the TUN device, which an ordinary user makes in a user namespace.
 //!
 //! ```text
 //!  container                                   this process                          host's network
@@ -13,9 +14,10 @@
 //!                                                                          └──────────────┘
 //! ```
 //!
-//! It is fast for one reason: neither side cuts what the other would put together again. The guest's TCP hands 64 KiB
-//! over at a time (TSO), the engine answers in kind, and UDP goes in trains both ways. And it keeps no payload: what the guest has not
-//! acknowledged stays in the kernel's receive queue.
+//! It is fast for one reason: neither side cuts what the other would put together again. The
+//! guest's TCP hands 64 KiB over at a time (TSO), the engine answers in kind, and UDP goes in
+//! trains both ways. And it keeps no payload: what the guest has not acknowledged stays in the
+//! kernel's receive queue.
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc};
@@ -41,13 +43,14 @@
 //! - [`Nat`]: a running engine on a thread of its own; the way in for everybody else.
 //! - [`Settings`], [`Policy`]: what can be set, and who may go where.
 //! - [`Stats`], [`describe`]: what is counted.
-//! - [`engine`], [`host`]: the logic, and the seam to the kernel below it. All but `io` is pure: no socket, no clock, no randomness; the
-//!   simulation in `tests` runs it in invented time.
+//! - [`engine`], [`host`]: the logic, and the seam to the kernel below it. All but `io` is pure: no
+//!   socket, no clock, no randomness; the simulation in `tests` runs it in invented time.
 //!
-//! The TUN device is made with the ioctls themselves (`io/tun.rs`). Of the `tun` crate (0.8.14) two calls would be left: it has neither
-//! `TUNSETVNETHDRSZ` nor `TUNSETOFFLOAD`, nor a queue length; it opens the device to wait, and cannot tell a host without `/dev/net/tun` from a
-//! name that is taken, which are two different things to do for whoever reads the error. `tun-rs` (2.8) has the offloads behind a software GRO layer that a
-//! NAT does not want.
+//! The TUN device is made with the ioctls themselves (`io/tun.rs`). Of the `tun` crate (0.8.14) two
+//! calls would be left: it has neither `TUNSETVNETHDRSZ` nor `TUNSETOFFLOAD`, nor a queue length;
+//! it opens the device to wait, and cannot tell a host without `/dev/net/tun` from a name that is
+//! taken, which are two different things to do for whoever reads the error. `tun-rs` (2.8) has the
+//! offloads behind a software GRO layer that a NAT does not want.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("TUN devices with virtio headers exist on Linux only");
@@ -79,7 +82,9 @@ pub use forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, Publis
 pub use io::tun::{MIN_MTU, Tun, TunOptions};
 pub use layer2::{Layer2Options, Layer2V6};
 pub use limits::Rate;
-pub use metrics::{Count, DropReason, FAMILIES, Family, Figures, FlowKind, ForwardStats, Stats, describe};
+pub use metrics::{
+    Count, DropReason, FAMILIES, Family, Figures, FlowKind, ForwardStats, Stats, describe,
+};
 pub use nat::Nat;
 pub use policy::{Policy, PolicyNetwork};
 pub use settings::{Capabilities, FloodListener, Mapping, Outbound, Settings, Timeouts};

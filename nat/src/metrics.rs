@@ -1,7 +1,8 @@
 //! What the engine counts, and how it is told to Prometheus.
 //!
-//! One thread writes and others read, so counting is a load and a store and no locked instruction. The families are rendered at
-//! scrape time with the label `network` and are gone with the engine, as those of published ports are.
+//! One thread writes and others read, so counting is a load and a store and no locked instruction.
+//! The families are rendered at scrape time with the label `network` and are gone with the engine,
+//! as those of published ports are.
 
 use crate::flow_table::Limit;
 use std::fmt::{self, Write};
@@ -54,7 +55,8 @@ pub enum DropReason {
     Unsolicited,
     /// It came to a published port, from who may not ask there, or pretends to be somebody.
     ShutOut,
-    /// It came to a published port, and every five-tuple that could tell its flow from others is taken.
+    /// It came to a published port, and every five-tuple that could tell its flow from others is
+    /// taken.
     Conflict,
     /// It came to a published port, from a client that has its share of connections.
     ClientLimit,
@@ -229,11 +231,13 @@ pub struct ForwardStats {
     pub flows_begun: Count,
     /// Sessions ended before their time to make room.
     pub evicted: Count,
-    /// Clients' connections that were refused, and datagrams that were not carried, either way, by [`DropReason`].
+    /// Clients' connections that were refused, and datagrams that were not carried, either way, by
+    /// [`DropReason`].
     pub dropped: [Count; DropReason::ALL.len()],
     /// Datagrams that the guest has refused: nobody listens, so it told by ICMP.
     pub refusals: Count,
-    /// Flows that showed the gateway where the client was to be shown, because the five-tuple was taken or of another family.
+    /// Flows that showed the gateway where the client was to be shown, because the five-tuple was
+    /// taken or of another family.
     pub fallbacks: Count,
     /// Payload carried: out (to the client), in.
     pub bytes: [Count; 2],
@@ -302,8 +306,18 @@ const fn family(
 
 /// The families of an engine.
 pub const FAMILIES: [Family; 20] = [
-    family("tidegate_nat_flows", "gauge", Some("protocol"), "Flows from containers to the world now."),
-    family("tidegate_nat_flows_limit", "gauge", None, "Flows that there may be, of all protocols together."),
+    family(
+        "tidegate_nat_flows",
+        "gauge",
+        Some("protocol"),
+        "Flows from containers to the world now.",
+    ),
+    family(
+        "tidegate_nat_flows_limit",
+        "gauge",
+        None,
+        "Flows that there may be, of all protocols together.",
+    ),
     family(
         "tidegate_nat_endpoint_flows_max",
         "gauge",
@@ -323,12 +337,22 @@ pub const FAMILIES: [Family; 20] = [
         None,
         "Flows without an answer that one endpoint may have.",
     ),
-    family("tidegate_nat_queued_bytes", "gauge", None, "Bytes of packets that wait for their turn."),
+    family(
+        "tidegate_nat_queued_bytes",
+        "gauge",
+        None,
+        "Bytes of packets that wait for their turn.",
+    ),
     family("tidegate_nat_queued_bytes_limit", "gauge", None, "Bytes of packets that may wait."),
     family("tidegate_nat_sources", "gauge", None, "Addresses of containers that are remembered."),
     family("tidegate_nat_sources_limit", "gauge", None, "Addresses that may be remembered."),
     family("tidegate_nat_descriptors", "gauge", None, "File descriptors taken by flows."),
-    family("tidegate_nat_descriptors_limit", "gauge", None, "File descriptors that flows may take."),
+    family(
+        "tidegate_nat_descriptors_limit",
+        "gauge",
+        None,
+        "File descriptors that flows may take.",
+    ),
     family("tidegate_nat_flows_total", "counter", Some("protocol"), "Flows begun by containers."),
     family(
         "tidegate_nat_bytes_total",
@@ -342,7 +366,12 @@ pub const FAMILIES: [Family; 20] = [
         Some("direction"),
         "Packets that crossed the device; one that is cut later counts once.",
     ),
-    family("tidegate_nat_dropped_packets_total", "counter", Some("reason"), "Packets that were not carried."),
+    family(
+        "tidegate_nat_dropped_packets_total",
+        "counter",
+        Some("reason"),
+        "Packets that were not carried.",
+    ),
     family(
         "tidegate_nat_connection_resets_total",
         "counter",
@@ -407,13 +436,18 @@ impl Figures {
     }
 }
 
-/// Writes the families of `engines`, each with its network's name, in the text format of Prometheus (exposition format 0.0.4).
+/// Writes the families of `engines`, each with its network's name, in the text format of Prometheus
+/// (exposition format 0.0.4).
 ///
 /// # Errors
 /// Only those of `out`.
 pub fn describe(engines: &[(&str, &Figures)], out: &mut impl Write) -> fmt::Result {
     for family in &FAMILIES {
-        writeln!(out, "# HELP {} {}\n# TYPE {} {}", family.name, family.help, family.name, family.kind)?;
+        writeln!(
+            out,
+            "# HELP {} {}\n# TYPE {} {}",
+            family.name, family.help, family.name, family.kind
+        )?;
         for (network, figures) in engines {
             for (value_of_label, value) in figures.values(family.name) {
                 write!(out, "{}{{network=\"{network}\"", family.name)?;
@@ -452,14 +486,22 @@ mod tests {
         describe(&[("blue", &figures)], &mut text).unwrap();
         for family in FAMILIES {
             assert_eq!(text.matches(&format!("# TYPE {} ", family.name)).count(), 1);
-            assert!(text.contains(&format!("\n{}{{network=\"blue\"", family.name)), "{}", family.name);
+            assert!(
+                text.contains(&format!("\n{}{{network=\"blue\"", family.name)),
+                "{}",
+                family.name
+            );
         }
         assert!(text.contains("tidegate_nat_descriptors{network=\"blue\"} 2\n"));
         assert!(text.contains("tidegate_nat_sources_limit{network=\"blue\"} 4\n"));
-        assert!(text.contains("tidegate_nat_dropped_packets_total{network=\"blue\",reason=\"policy\"} 1\n"));
+        assert!(text.contains(
+            "tidegate_nat_dropped_packets_total{network=\"blue\",reason=\"policy\"} 1\n"
+        ));
         assert!(text.contains("tidegate_nat_bytes_total{network=\"blue\",direction=\"in\"} 7\n"));
         assert!(text.contains("tidegate_nat_connection_resets_total{network=\"blue\"} 0\n"));
-        assert!(text.contains("tidegate_nat_evicted_flows_total{network=\"blue\",limit=\"unanswered\"} 0\n"));
+        assert!(text.contains(
+            "tidegate_nat_evicted_flows_total{network=\"blue\",limit=\"unanswered\"} 0\n"
+        ));
     }
 
     #[test]

@@ -24,7 +24,8 @@ use tidegate_model::Protocol;
 use tidegate_netns::{AddressBook, Namespace};
 use tidegate_reactor::{Descriptors, EventLoop, Sender};
 
-/// A NAT engine on a thread of its own. Dropped, it resets its connections and ends, and its device is gone.
+/// A NAT engine on a thread of its own. Dropped, it resets its connections and ends, and its device
+/// is gone.
 #[derive(Debug)]
 pub struct Nat {
     figures: Figures,
@@ -45,9 +46,11 @@ struct Forwards {
 }
 
 impl Nat {
-    /// Starts an engine between `tun` and the network of namespace `host`, whose sockets count against `descriptors`.
+    /// Starts an engine between `tun` and the network of namespace `host`, whose sockets count
+    /// against `descriptors`.
     ///
-    /// The settings' MTU is that of the device, and of the capabilities those are used that device and kernel have.
+    /// The settings' MTU is that of the device, and of the capabilities those are used that device
+    /// and kernel have.
     ///
     /// # Errors
     /// [`StartError`] says what is missing.
@@ -62,8 +65,11 @@ impl Nat {
         let capabilities = settings.capabilities;
         let stats = Arc::new(Stats::default());
         let (limits, network) = (settings.limits, Arc::clone(&settings.network));
-        let queue =
-            QueueLimits { items: limits.queued_packets, bytes: limits.queued_bytes, quantum: QUANTUM };
+        let queue = QueueLimits {
+            items: limits.queued_packets,
+            bytes: limits.queued_bytes,
+            quantum: QUANTUM,
+        };
         let figures = Figures {
             stats: Arc::clone(&stats),
             flows_limit: limits.flows as u64,
@@ -102,8 +108,10 @@ impl Nat {
                 tracing::error!(%error, "the NAT engine's loop ended");
             }
         };
-        let thread =
-            std::thread::Builder::new().name("tidegate-nat".into()).spawn(run).map_err(StartError::Loop)?;
+        let thread = std::thread::Builder::new()
+            .name("tidegate-nat".into())
+            .spawn(run)
+            .map_err(StartError::Loop)?;
         let result = has_started.recv();
         let panicked = || StartError::Loop(io::Error::other("the NAT engine's thread panicked"));
         result.unwrap_or_else(|_| Err(panicked()))?;
@@ -136,13 +144,18 @@ impl Nat {
     /// # Errors
     /// What `open` says, and [`StartError::Interface`] if what it makes is no TUN device with the
     /// same offloads. The engine is without a device then.
-    pub fn replace_device(&self, open: impl FnOnce() -> Result<Tun, StartError>) -> Result<(), StartError> {
+    pub fn replace_device(
+        &self,
+        open: impl FnOnce() -> Result<Tun, StartError>,
+    ) -> Result<(), StartError> {
         self.set_device(open_driver().map_err(StartError::Device)?)?;
         let tun = open()?;
         let missing = self.capabilities.and(tun.capabilities()) != self.capabilities;
         if missing || tun.layer2.is_some() {
-            let source =
-                io::Error::new(io::ErrorKind::Unsupported, "it has other offloads than the one before");
+            let source = io::Error::new(
+                io::ErrorKind::Unsupported,
+                "it has other offloads than the one before",
+            );
             return Err(StartError::Interface { name: tun.name().to_owned(), source });
         }
         self.set_device(tun.descriptor)
@@ -169,13 +182,15 @@ impl Nat {
     pub fn publish(&self, forward: Forward) -> Result<ForwardId, PublishError> {
         self.check(&forward)?;
         let reserve = || reserve(&forward);
-        let socket = if self.host.is_current() { reserve() } else { self.host.with(reserve).flatten() };
-        let socket = socket.map_err(|source| PublishError::Listen { label: forward.label(), source })?;
+        let socket =
+            if self.host.is_current() { reserve() } else { self.host.with(reserve).flatten() };
+        let socket =
+            socket.map_err(|source| PublishError::Listen { label: forward.label(), source })?;
         self.publish_on(socket, forward, None)
     }
 
-    /// The same on a socket that is bound already, to what then stands in for [`Forward::listen`]; of TCP, one that listens will do. `guard` says who may
-    /// ask there.
+    /// The same on a socket that is bound already, to what then stands in for [`Forward::listen`];
+    /// of TCP, one that listens will do. `guard` says who may ask there.
     ///
     /// # Errors
     /// [`PublishError`]; the socket is closed then.
@@ -211,7 +226,8 @@ impl Nat {
         Ok(id)
     }
 
-    /// Closes a published port; when it returns, it is free. Connections go on, sessions of UDP end. False if there is no such port.
+    /// Closes a published port; when it returns, it is free. Connections go on, sessions of UDP
+    /// end. False if there is no such port.
     pub fn unpublish(&self, id: ForwardId) -> bool {
         let mut forwards = self.published();
         if forwards.open.remove(&id).is_none() {
@@ -246,7 +262,8 @@ impl Nat {
         if !can_be_a_guest(guest) {
             return Err(PublishError::Guest { label, guest });
         }
-        let has_gateway = self.published().gateways.iter().any(|ip| ip.is_ipv4() == guest.is_ipv4());
+        let has_gateway =
+            self.published().gateways.iter().any(|ip| ip.is_ipv4() == guest.is_ipv4());
         let needs_gateway =
             forward.source == ForwardSource::Gateway || forward.listen.is_ipv4() != guest.is_ipv4();
         if needs_gateway && !has_gateway {

@@ -1,8 +1,8 @@
 //! Who may go where. Pure.
 //!
-//! The engine's connects are the host's own, so the host's firewall does not judge them as a container's: what a container must not reach
-//! has to be refused here. Some addresses mean nothing to a NAT, or mean the host itself, and are refused always; the rest is
-//! asked for.
+//! The engine's connects are the host's own, so the host's firewall does not judge them as a
+//! container's: what a container must not reach has to be refused here. Some addresses mean nothing
+//! to a NAT, or mean the host itself, and are refused always; the rest is asked for.
 //!
 //! An address may hide another one (IPv4-mapped, 6to4, NAT64): it is judged as both.
 
@@ -10,7 +10,8 @@ use ipnet::IpNet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tidegate_model::CidrSet;
 
-/// Where clouds tell a machine who it is and lend it credentials: EC2, GCE and Azure, and EC2 over IPv6.
+/// Where clouds tell a machine who it is and lend it credentials: EC2, GCE and Azure, and EC2 over
+/// IPv6.
 const METADATA: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
@@ -33,14 +34,17 @@ pub struct PolicyNetwork {
 pub struct Policy {
     /// Whose packets are taken: the containers' subnets. Empty: anybody's.
     pub sources: Vec<IpNet>,
-    /// The networks that endpoints belong to. Sources outside all of them count as one more network.
+    /// The networks that endpoints belong to. Sources outside all of them count as one more
+    /// network.
     pub networks: Vec<PolicyNetwork>,
-    /// The engine's own addresses, which containers know as their gateway. They answer pings, and what is said below.
+    /// The engine's own addresses, which containers know as their gateway. They answer pings, and
+    /// what is said below.
     pub gateways: Vec<IpAddr>,
-    /// More addresses of the engine's own, which answer pings and forward DNS. Where there is one, the gateways do not.
+    /// More addresses of the engine's own, which answer pings and forward DNS. Where there is one,
+    /// the gateways do not.
     pub name_servers: Vec<IpAddr>,
-    /// Resolvers of the host that DNS is forwarded to (UDP and TCP port 53). One is asked until it refuses, cannot be
-    /// reached or lets a query die unanswered, then the next.
+    /// Resolvers of the host that DNS is forwarded to (UDP and TCP port 53). One is asked until it
+    /// refuses, cannot be reached or lets a query die unanswered, then the next.
     pub resolvers: Vec<SocketAddr>,
     /// The gateways' other ports are those of the host's loopback.
     pub host_loopback: bool,
@@ -72,13 +76,16 @@ impl Policy {
     #[must_use]
     pub fn knows(&self, source: IpAddr) -> bool {
         let unusable = source.is_unspecified() || source.is_multicast() || source.is_loopback();
-        !unusable && (self.sources.is_empty() || self.sources.iter().any(|net| net.contains(&source)))
+        !unusable
+            && (self.sources.is_empty() || self.sources.iter().any(|net| net.contains(&source)))
     }
 
-    /// The number of the network that `ip` belongs to: from 1 on, in the order of [`Self::networks`]; 0 for none of them.
+    /// The number of the network that `ip` belongs to: from 1 on, in the order of
+    /// [`Self::networks`]; 0 for none of them.
     #[must_use]
     pub fn network_of(&self, ip: IpAddr) -> u16 {
-        let contains = |network: &PolicyNetwork| network.subnets.iter().any(|net| net.contains(&ip));
+        let contains =
+            |network: &PolicyNetwork| network.subnets.iter().any(|net| net.contains(&ip));
         let index = self.networks.iter().position(contains);
         index.and_then(|index| u16::try_from(index + 1).ok()).unwrap_or(0)
     }
@@ -102,7 +109,8 @@ impl Policy {
     #[must_use]
     pub fn way(&self, destination: SocketAddr, is_host: impl Fn(IpAddr) -> bool) -> Way {
         let ip = destination.ip();
-        let forwards_dns = if self.name_servers.is_empty() { &self.gateways } else { &self.name_servers };
+        let forwards_dns =
+            if self.name_servers.is_empty() { &self.gateways } else { &self.name_servers };
         if destination.port() == DNS && !self.resolvers.is_empty() && forwards_dns.contains(&ip) {
             return Way::Resolver;
         }
@@ -111,15 +119,18 @@ impl Policy {
         }
         if self.gateways.contains(&ip) {
             return if self.host_loopback && destination.port() != 0 {
-                let loopback: IpAddr =
-                    if ip.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+                let loopback: IpAddr = if ip.is_ipv4() {
+                    Ipv4Addr::LOCALHOST.into()
+                } else {
+                    Ipv6Addr::LOCALHOST.into()
+                };
                 Way::To(SocketAddr::new(loopback, destination.port()))
             } else {
                 Way::Gateway
             };
         }
-        let refused =
-            self.refuses(ip, &is_host) || hidden(ip).is_some_and(|ip| self.refuses(ip.into(), &is_host));
+        let refused = self.refuses(ip, &is_host)
+            || hidden(ip).is_some_and(|ip| self.refuses(ip.into(), &is_host));
         if refused { Way::Refused } else { Way::To(destination) }
     }
 
@@ -131,7 +142,8 @@ impl Policy {
     }
 }
 
-/// Addresses that name nobody, everybody, this host or the link: there is no flow to them that a NAT could carry.
+/// Addresses that name nobody, everybody, this host or the link: there is no flow to them that a
+/// NAT could carry.
 fn is_meaningless(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {
@@ -149,7 +161,8 @@ fn is_meaningless(ip: IpAddr) -> bool {
     }
 }
 
-/// The IPv4 address within an IPv6 one: IPv4-compatible (RFC 4291 section 2.5.5.1), 6to4 (RFC 3056), NAT64 (RFC 6052).
+/// The IPv4 address within an IPv6 one: IPv4-compatible (RFC 4291 section 2.5.5.1), 6to4
+/// (RFC 3056), NAT64 (RFC 6052).
 fn hidden(ip: IpAddr) -> Option<Ipv4Addr> {
     let IpAddr::V6(ip) = ip else { return None };
     let [a, b, c, d, e, f, g, h] = ip.segments();
@@ -196,7 +209,9 @@ mod tests {
         ] {
             assert_eq!(policy.way(at(refused), nobody), Way::Refused, "{refused}");
         }
-        for allowed in ["192.0.2.1:80", "[2001:db8::1]:80", "169.254.169.254:80", "[64:ff9b::c000:201]:80"] {
+        for allowed in
+            ["192.0.2.1:80", "[2001:db8::1]:80", "169.254.169.254:80", "[64:ff9b::c000:201]:80"]
+        {
             assert_eq!(policy.way(at(allowed), nobody), Way::To(at(allowed)), "{allowed}");
         }
     }
@@ -227,7 +242,8 @@ mod tests {
 
     #[test]
     fn a_gateway_forwards_dns_and_the_hosts_loopback_only_if_asked() {
-        let mut policy = Policy { gateways: vec!["10.0.2.2".parse().unwrap()], ..Policy::default() };
+        let mut policy =
+            Policy { gateways: vec!["10.0.2.2".parse().unwrap()], ..Policy::default() };
         assert_eq!(policy.way(at("10.0.2.2:53"), nobody), Way::Gateway);
         policy.resolvers.push(at("127.0.0.53:53"));
         assert_eq!(policy.way(at("10.0.2.2:53"), nobody), Way::Resolver);

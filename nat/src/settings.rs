@@ -7,15 +7,17 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Which features of newer kernels are used. All of them are, where they are there; each can be forced off.
+/// Which features of newer kernels are used. All of them are, where they are there; each can be
+/// forced off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// `SO_PEEK_OFF` on TCP (Linux 6.9). Without it everything that the guest has not acknowledged is copied again with each
-    /// look, and less of it may be under way.
+    /// `SO_PEEK_OFF` on TCP (Linux 6.9). Without it everything that the guest has not acknowledged
+    /// is copied again with each look, and less of it may be under way.
     pub peek_offset: bool,
     /// TCP and checksum offload of the TUN device (`TUNSETOFFLOAD`).
     pub tcp_offload: bool,
-    /// UDP segmentation offload of the TUN device (Linux 6.2). Without it datagrams cross the device one by one.
+    /// UDP segmentation offload of the TUN device (Linux 6.2). Without it datagrams cross the
+    /// device one by one.
     pub udp_offload: bool,
     /// Trains of datagrams on the host's sockets (`UDP_SEGMENT`, Linux 4.18, and `UDP_GRO`, 5.0).
     pub udp_trains: bool,
@@ -23,7 +25,8 @@ pub struct Capabilities {
 
 impl Capabilities {
     /// Everything.
-    pub const ALL: Self = Self { peek_offset: true, tcp_offload: true, udp_offload: true, udp_trains: true };
+    pub const ALL: Self =
+        Self { peek_offset: true, tcp_offload: true, udp_offload: true, udp_trains: true };
     /// What Linux 4.9 had.
     pub const NONE: Self =
         Self { peek_offset: false, tcp_offload: false, udp_offload: false, udp_trains: false };
@@ -49,12 +52,13 @@ impl Default for Capabilities {
 /// What a far end sees of a container's UDP socket that talks to several (RFC 4787 section 4.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mapping {
-    /// Another port for each far end ("address and port-dependent"): each session has a connected socket, and the kernel lets in
-    /// what comes from its far end only.
+    /// Another port for each far end ("address and port-dependent"): each session has a connected
+    /// socket, and the kernel lets in what comes from its far end only.
     #[default]
     PerFarEnd,
-    /// One port for all of them ("endpoint-independent"), which is what STUN (RFC 8489) and hole punching live on. What comes
-    /// from addresses that the container has not sent to is kept out (section 5, "address-dependent filtering").
+    /// One port for all of them ("endpoint-independent"), which is what STUN (RFC 8489) and hole
+    /// punching live on. What comes from addresses that the container has not sent to is kept out
+    /// (section 5, "address-dependent filtering").
     EndpointIndependent,
 }
 
@@ -85,13 +89,16 @@ pub struct Timeouts {
     pub connect: Duration,
     /// A TCP connection. RFC 5382 REQ-5 wants 2 h 4 min at least.
     pub idle: Duration,
-    /// A TCP connection with one half closed. RFC 5382 section 5 has 4 minutes for those that open or close; slirp4netns 2.
+    /// A TCP connection with one half closed. RFC 5382 section 5 has 4 minutes for those that open
+    /// or close; slirp4netns 2.
     pub half_closed: Duration,
-    /// How long a connection that the far end closed first answers for its last acknowledgement, should that be lost.
+    /// How long a connection that the far end closed first answers for its last acknowledgement,
+    /// should that be lost.
     pub linger: Duration,
     /// A UDP session that nobody has answered (the kernel's conntrack: 30 s).
     pub udp_tentative: Duration,
-    /// A UDP session with traffic both ways. RFC 4787 REQ-5 wants 2 minutes at least; passt has 180 s.
+    /// A UDP session with traffic both ways. RFC 4787 REQ-5 wants 2 minutes at least; passt has 180
+    /// s.
     pub udp_assured: Duration,
     /// A UDP session with port 53, which is over with its answer.
     pub dns: Duration,
@@ -119,8 +126,8 @@ impl Default for Timeouts {
 
 /// Hears which endpoints flood, so that their packets can be dropped before they reach the device.
 pub trait FloodListener: fmt::Debug + Send + Sync {
-    /// SYNs from `source` are being refused. Called on the engine's thread, for one in 64 of them: it
-    /// must not block.
+    /// SYNs from `source` are being refused. Called on the engine's thread, for one in 64 of them:
+    /// it must not block.
     fn flooding(&self, source: IpAddr);
 }
 
@@ -139,13 +146,15 @@ pub struct Settings {
     pub limits: TableLimits,
     /// Time limits.
     pub timeouts: Timeouts,
-    /// What TCP windows are bounded by, in bytes: at most 2 MiB. 1 MiB is the fastest here: 4 MiB do not stay in the cache.
+    /// What TCP windows are bounded by, in bytes: at most 2 MiB. 1 MiB is the fastest here: 4 MiB
+    /// do not stay in the cache.
     pub window: u32,
     /// What is made of the kernel.
     pub capabilities: Capabilities,
     /// Which far ends share a socket.
     pub mapping: Mapping,
-    /// Which of the host's addresses flows go out from, of each family; where none is given, as the route says.
+    /// Which of the host's addresses flows go out from, of each family; where none is given, as the
+    /// route says.
     pub outbound: Outbound,
     /// Hears of floods.
     pub floods: Option<Arc<dyn FloodListener>>,

@@ -1,7 +1,9 @@
-//! SipHash-1-3 and 2-4 (Aumasson and Bernstein, 2012): a hash that who does not know the key cannot steer.
+//! SipHash-1-3 and 2-4 (Aumasson and Bernstein, 2012): a hash that who does not know the key cannot
+//! steer.
 //!
-//! The flow table uses the fast variant, so that no guest can choose ports that all fall into one bucket; initial sequence numbers
-//! use the strong one, as the pseudo-random function that RFC 6528 section 3 asks for.
+//! The flow table uses the fast variant, so that no guest can choose ports that all fall into one
+//! bucket; initial sequence numbers use the strong one, as the pseudo-random function that RFC 6528
+//! section 3 asks for.
 
 use std::hash::{BuildHasher, Hasher};
 
@@ -90,7 +92,8 @@ mod tests {
 
     const KEY: HashKey = HashKey([0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908]);
 
-    /// From the vectors that the authors publish with the reference implementation: input 00 01 02 ..., key 00 01 02 ....
+    /// From the vectors that the authors publish with the reference implementation: input 00 01 02
+    /// ..., key 00 01 02 ....
     #[test]
     fn whole_words_hash_as_the_reference_does() {
         let mut hasher = SipHasher::<2, 4>::new(KEY);

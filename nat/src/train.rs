@@ -1,8 +1,8 @@
 //! Neighbouring datagrams of one session, gathered to be sent by one call. Pure.
 //!
-//! A guest's program sends datagrams one by one, and they are read off the device one by one; those of one batch that
-//! are alike leave together (`UDP_SEGMENT`). Their bytes are copied for it, which costs a hundredth of what a
-//! system call for each would.
+//! A guest's program sends datagrams one by one, and they are read off the device one by one; those
+//! of one batch that are alike leave together (`UDP_SEGMENT`). Their bytes are copied for it, which
+//! costs a hundredth of what a system call for each would.
 
 use std::net::SocketAddr;
 use tidegate_reactor::Key;

@@ -1,5 +1,5 @@
-//! The engine as the way out of bridges, on a host without a firewall: a policy route leads from each bridge into the device, which is in the
-//! host's own namespace.
+//! The engine as the way out of bridges, on a host without a firewall: a policy route leads from
+//! each bridge into the device, which is in the host's own namespace.
 //!
 //! ```text
 //!   client (the world)          host                                     container, neighbour
@@ -28,7 +28,8 @@ const MUCH: u64 = if common::OLD_KERNEL { 10 << 20 } else { 100 << 20 };
 
 fn start(net: &Topology, policy: Policy) -> Nat {
     let host = known(&net.host);
-    let tun = TunOptions { default_routes: Family::ALL.to_vec(), table: 777, ..TunOptions::new("tun0") };
+    let tun =
+        TunOptions { default_routes: Family::ALL.to_vec(), table: 777, ..TunOptions::new("tun0") };
     let tun = Tun::open(&host, &tun).unwrap();
     let mut settings = Settings::new(1500);
     settings.policy = policy;
@@ -75,7 +76,8 @@ fn carries(net: &Topology, container: &Namespace) {
         assert_eq!(received, Transfer::complete(MUCH));
 
         let echo = EchoServer::udp(&net.client, (world, 7003).into());
-        let socket = container.run(|| UdpSocket::bind((if world.is_ipv4() { "0.0.0.0" } else { "::" }, 0)));
+        let socket =
+            container.run(|| UdpSocket::bind((if world.is_ipv4() { "0.0.0.0" } else { "::" }, 0)));
         let socket = socket.unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
         socket.connect(echo.addr()).unwrap();
@@ -128,12 +130,16 @@ fn another_networks_containers_are_refused_although_the_host_could_reach_them() 
          link set br1 up",
         other.path().display()
     ));
-    other.ip_all("addr add 10.77.0.2/24 dev eth0\nlink set eth0 up\nroute add default via 10.77.0.1");
+    other.ip_all(
+        "addr add 10.77.0.2/24 dev eth0\nlink set eth0 up\nroute add default via 10.77.0.1",
+    );
     let service = EchoServer::tcp(&other, at("10.77.0.2", 80));
     let mut policy = policy();
     let open = start(&net, policy.clone());
-    let connects =
-        || net.container.run(|| TcpStream::connect_timeout(&service.addr(), Duration::from_secs(2)).is_ok());
+    let connects = || {
+        net.container
+            .run(|| TcpStream::connect_timeout(&service.addr(), Duration::from_secs(2)).is_ok())
+    };
     assert!(connects(), "without a policy the engine is a way there");
     policy.refused = CidrSet::parse(["10.77.0.0/24"]).unwrap();
     open.set_policy(policy);

@@ -51,7 +51,8 @@ impl Neighbour {
         let stream = bench.world().streams.len() - 1;
         bench.far_end_answers(stream, Ok(()));
         let answer = bench.next_segment().unwrap();
-        let mut her = Self { stream, datagrams: 0, next: 100, expected: answer.sequence.wrapping_add(1) };
+        let mut her =
+            Self { stream, datagrams: 0, next: 100, expected: answer.sequence.wrapping_add(1) };
         bench.frame(&frame(&her.head(ACK), b""));
         bench.frame(&udp(at(HERS), at(FAR), b"ping"));
         her.datagrams = bench.world().datagrams.len() - 1;
@@ -60,7 +61,12 @@ impl Neighbour {
     }
 
     fn head(&self, flags: u8) -> TcpHead {
-        TcpHead { sequence: self.next, acknowledgement: self.expected, flags, ..segment(at(HERS), at(FAR)) }
+        TcpHead {
+            sequence: self.next,
+            acknowledgement: self.expected,
+            flags,
+            ..segment(at(HERS), at(FAR))
+        }
     }
 
     fn works(&mut self, bench: &mut Bench) {
@@ -100,7 +106,8 @@ fn a_syn_flood_has_its_share_and_no_more() {
     let mut bench = bench();
     let mut her = Neighbour::moves_in(&mut bench);
     for port in 1..20_000u16 {
-        let syn = TcpHead { flags: SYN, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
+        let syn =
+            TcpHead { flags: SYN, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
         bench.frame(&frame(&syn, b""));
         within_limits(&bench);
     }
@@ -117,7 +124,8 @@ fn connections_that_the_guest_never_completes_are_half_open_too() {
     let mut bench = bench();
     bench.world().answer_at_once = Some(Ok(()));
     for port in 1..1000u16 {
-        let syn = TcpHead { flags: SYN, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
+        let syn =
+            TcpHead { flags: SYN, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
         bench.frame(&frame(&syn, b""));
     }
     assert_eq!(bench.engine.flows(), LIMITS.unanswered_per_source);
@@ -187,7 +195,8 @@ fn buffers_of_one_source_are_bounded_and_its_neighbour_has_her_own() {
         let source = SocketAddr::from(([10, 0, 0, 1], port));
         let head = segment(source, at("192.0.2.1:80"));
         bench.frame(&frame(&TcpHead { flags: SYN, scale: Some(0), ..head }, b""));
-        let expected = std::iter::from_fn(|| bench.next_segment()).last().unwrap().sequence.wrapping_add(1);
+        let expected =
+            std::iter::from_fn(|| bench.next_segment()).last().unwrap().sequence.wrapping_add(1);
         let head = TcpHead { sequence: 1, acknowledgement: expected, ..head };
         bench.frame(&frame(&head, b""));
         // In order until the window is closed, and far ahead of it.
@@ -212,7 +221,8 @@ fn fragments_that_overlap_reach_nobody() {
     let payload = [7; 2000];
     let whole = [&head::whole_udp_header(source, destination, &payload)[..], &payload].concat();
     let mut piece = |range: std::ops::Range<usize>, more, id| {
-        let head = head::fragment(source.ip(), destination.ip(), protocol::UDP, range.clone(), more, id);
+        let head =
+            head::fragment(source.ip(), destination.ip(), protocol::UDP, range.clone(), more, id);
         bench.frame(&[head.bytes(), &whole[range]].concat());
     };
     piece(0..1000, true, 1);
@@ -221,7 +231,11 @@ fn fragments_that_overlap_reach_nobody() {
     piece(0..1000, true, 2);
     piece(1000..2008, false, 2);
     assert_eq!(bench.world().datagrams.len(), 1);
-    assert_eq!(bench.world().datagrams[0].sent, [payload.to_vec()], "the second one, which is sound");
+    assert_eq!(
+        bench.world().datagrams[0].sent,
+        [payload.to_vec()],
+        "the second one, which is sound"
+    );
     assert!(!bench.world().datagrams[0].dont_fragment);
 }
 
@@ -233,7 +247,14 @@ fn a_million_first_fragments_take_no_more_than_their_room() {
     for id in 0..200_000u32 {
         let source = at(&format!("10.0.0.{}:0", 1 + dice.below(200)));
         let offset = dice.below(8000) as usize * 8;
-        let head = head::fragment(source.ip(), at(FAR).ip(), protocol::UDP, offset..offset + 400, true, id);
+        let head = head::fragment(
+            source.ip(),
+            at(FAR).ip(),
+            protocol::UDP,
+            offset..offset + 400,
+            true,
+            id,
+        );
         let now = bench.now;
         bench.engine.frame(&[head.bytes(), &[0; 400]].concat(), now);
     }
@@ -250,7 +271,8 @@ fn errors_and_resets_that_are_provoked_are_few() {
     });
     for port in 1..10_000u16 {
         bench.frame(&udp(SocketAddr::from(([10, 0, 0, 1], port)), at("198.51.100.1:9"), b"x"));
-        let stray = TcpHead { flags: ACK, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
+        let stray =
+            TcpHead { flags: ACK, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
         bench.frame(&frame(&stray, b""));
     }
     assert_eq!(bench.world().frames.len(), 20);
@@ -276,9 +298,14 @@ fn forged_errors_about_others_flows_change_nothing() {
 
 /// Segments of every kind at a connection in every state.
 fn anything() -> impl Strategy<Value = (u8, u32, u32, u16, usize, bool)> {
-    let near =
-        prop_oneof![0u32..3000, (u32::MAX - 3000).., any::<u32>(), (1u32 << 20) - 2000..(1 << 20) + 2000];
-    let flags = prop_oneof![Just(ACK), Just(ACK | FIN), Just(SYN), Just(RST), Just(RST | ACK), any::<u8>()];
+    let near = prop_oneof![
+        0u32..3000,
+        (u32::MAX - 3000)..,
+        any::<u32>(),
+        (1u32 << 20) - 2000..(1 << 20) + 2000
+    ];
+    let flags =
+        prop_oneof![Just(ACK), Just(ACK | FIN), Just(SYN), Just(RST), Just(RST | ACK), any::<u8>()];
     (flags, near.clone(), near, any::<u16>(), 0usize..3000, any::<bool>())
 }
 
@@ -352,7 +379,8 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// What the fuzz target runs, with steps that mean something more often than a fuzzer's first ones.
+    /// What the fuzz target runs, with steps that mean something more often than a fuzzer's first
+    /// ones.
     #[test]
     fn frames_events_and_time_in_any_order_break_nothing(
         steps in prop::collection::vec((anything(), any::<[u8; 4]>(), 0u8..4), 1..60),

@@ -1,4 +1,5 @@
-//! Published ports in invented time: what the RFCs ask of who calls, and guests and clients that mean harm.
+//! Published ports in invented time: what the RFCs ask of who calls, and guests and clients that
+//! mean harm.
 
 mod world;
 
@@ -144,7 +145,8 @@ fn rfc_7323_the_syn_offers_window_scale_and_timestamps_and_takes_a_no() {
 
     let mut server = Server::called();
     server.answers(SYN | ACK, |head| {
-        (head.mss, head.scale, head.timestamps, head.window) = (Some(500), Some(7), Some((70, 1)), 2000);
+        (head.mss, head.scale, head.timestamps, head.window) =
+            (Some(500), Some(7), Some((70, 1)), 2000);
     });
     let last = server.bench.next_segment().unwrap();
     assert_eq!((last.timestamps.unwrap().1, last.window), (70, (1 << 20 >> 5) as u16));
@@ -210,7 +212,11 @@ fn rfc_6298_a_call_is_repeated_and_given_up_in_the_end() {
     assert!(!server.is_reset());
     server.bench.pass(Duration::from_secs(2));
     let reset = server.bench.next_segment().unwrap();
-    assert_eq!((reset.flags, reset.sequence), (RST, server.expected), "a guest that wakes up knows");
+    assert_eq!(
+        (reset.flags, reset.sequence),
+        (RST, server.expected),
+        "a guest that wakes up knows"
+    );
     assert!(server.is_reset());
 }
 
@@ -221,7 +227,8 @@ fn rfc_1122_4_2_3_9_a_guest_that_says_by_icmp_that_nobody_listens_is_believed() 
         let quoted = head::recalled_ports(at(CLIENT), at(GUEST), 0);
         let header = head::recalled(at(CLIENT).ip(), at(GUEST).ip(), protocol::TCP, &quoted, 8);
         let own: IpAddr = GATEWAY.parse().unwrap();
-        let (head, message) = head::problem(at(teller).ip(), own, Problem::PortUnreachable, &[&header]);
+        let (head, message) =
+            head::problem(at(teller).ip(), own, Problem::PortUnreachable, &[&header]);
         server.bench.frame(&[head.bytes(), &message].concat());
         assert_eq!(server.is_reset(), is_believed);
     }
@@ -262,9 +269,14 @@ fn a_connection_ends_as_any_other_and_what_lingers_makes_way_for_the_next() {
 
 #[test]
 fn who_would_be_answered_past_us_or_trusted_shows_the_gateway() {
-    for client in
-        ["127.0.0.1:5", "192.0.2.1:5", "10.0.2.2:5", "10.0.2.7:5", "169.254.1.1:5", "[2001:db8::7]:5"]
-    {
+    for client in [
+        "127.0.0.1:5",
+        "192.0.2.1:5",
+        "10.0.2.2:5",
+        "10.0.2.7:5",
+        "169.254.1.1:5",
+        "[2001:db8::7]:5",
+    ] {
         let mut bench =
             Bench::with(|settings| settings.policy.sources = vec!["10.0.2.0/24".parse().unwrap()]);
         bench.world().local.push("192.0.2.1".parse().unwrap());
@@ -307,7 +319,10 @@ fn clients_that_a_stopped_guest_does_not_answer_have_a_share_of_their_own() {
     let cut = bench.world().streams.iter().filter(|stream| stream.aborted).count();
     assert_eq!(cut, 20, "and those who waited longest know it");
     let before = bench.world().streams.len();
-    bench.frame(&frame(&TcpHead { flags: SYN, ..segment(at("10.0.2.100:5"), at("192.0.2.9:80")) }, b""));
+    bench.frame(&frame(
+        &TcpHead { flags: SYN, ..segment(at("10.0.2.100:5"), at("192.0.2.9:80")) },
+        b"",
+    ));
     assert_eq!(bench.world().streams.len(), before + 1, "the guest itself is not shut in");
     bench.pass(Duration::from_secs(80));
     assert_eq!(stats.flows.get(), 0);
@@ -322,7 +337,8 @@ fn a_client_with_its_share_of_connections_is_reset_and_others_are_not() {
     }
     assert_eq!((stats.flows.get(), stats.evicted.get()), (6, 0), "two thirds");
     assert_eq!((stats.refused(), bench.dropped(DropReason::ClientLimit)), (2, 2));
-    let aborted = |bench: &mut Bench| bench.world().streams.iter().filter(|stream| stream.aborted).count();
+    let aborted =
+        |bench: &mut Bench| bench.world().streams.iter().filter(|stream| stream.aborted).count();
     assert_eq!(aborted(&mut bench), 2);
     for host in 1..=3 {
         bench.client(0, &format!("198.51.100.{}:1", 10 + host));
@@ -359,7 +375,11 @@ fn datagram(bench: &mut Bench) -> Option<(SocketAddr, SocketAddr, Vec<u8>)> {
     let packet = Packet::parse(&frame[10..]).unwrap();
     let datagram = Datagram::parse(&packet, true, false).unwrap();
     let from = SocketAddr::new(packet.source, datagram.source);
-    Some((from, SocketAddr::new(packet.destination, datagram.destination), datagram.payload.to_vec()))
+    Some((
+        from,
+        SocketAddr::new(packet.destination, datagram.destination),
+        datagram.payload.to_vec(),
+    ))
 }
 
 fn udp(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> Vec<u8> {
@@ -396,7 +416,11 @@ fn a_guest_sends_by_the_port_to_nobody_who_has_not_asked() {
     bench.frame(&udp(at("10.0.2.100:81"), at(CLIENT), b"unasked"));
     bench.frame(&udp(at("10.0.2.55:80"), at(CLIENT), b"unasked"));
     assert_eq!(bench.world().datagrams[0].sent, Vec::<Vec<u8>>::new());
-    assert_eq!(bench.world().datagrams.len(), 4, "that is a container's own business, from another port");
+    assert_eq!(
+        bench.world().datagrams.len(),
+        4,
+        "that is a container's own business, from another port"
+    );
 }
 
 #[test]
@@ -409,7 +433,11 @@ fn one_client_that_asks_at_two_addresses_has_two_sessions() {
     bench.datagram_from(0, CLIENT, b"two");
     assert_eq!(datagram(&mut bench).unwrap().0, at(CLIENT));
     let (shown, _, _) = datagram(&mut bench).unwrap();
-    assert_eq!(shown.ip(), GATEWAY.parse::<IpAddr>().unwrap(), "or the guest could not tell them apart");
+    assert_eq!(
+        shown.ip(),
+        GATEWAY.parse::<IpAddr>().unwrap(),
+        "or the guest could not tell them apart"
+    );
     assert_eq!((stats.flows.get(), stats.fallbacks.get()), (2, 1));
     bench.frame(&udp(at(GUEST), shown, b"answer"));
     let port = &bench.world().datagrams[0];
@@ -566,14 +594,15 @@ fn who_is_shut_out_costs_nothing_and_is_reset() {
 
 #[test]
 fn a_container_that_the_policy_does_not_know_gets_no_clients() {
-    let mut bench = Bench::with(|settings| settings.policy.sources = vec!["10.9.0.0/16".parse().unwrap()]);
+    let mut bench =
+        Bench::with(|settings| settings.policy.sources = vec!["10.9.0.0/16".parse().unwrap()]);
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
     bench.client(0, CLIENT);
     assert_eq!((call(&mut bench), stats.refused()), (None, 1));
 }
 
-/// Whatever a guest answers a call with, in whatever order, no limit is passed, every client is served or told, and another one's connection
-/// does not notice.
+/// Whatever a guest answers a call with, in whatever order, no limit is passed, every client is
+/// served or told, and another one's connection does not notice.
 #[test]
 fn a_hostile_server_harms_nobody_else() {
     for seed in 0..200 {
@@ -586,7 +615,8 @@ fn a_hostile_server_harms_nobody_else() {
         bench.client(1, "198.51.100.9:9");
         let (syn, outside) = call(&mut bench).unwrap();
         let her = |flags, sequence: u32, acknowledgement: u32| {
-            let head = TcpHead { flags, sequence, acknowledgement, ..segment(at("10.0.2.9:80"), outside) };
+            let head =
+                TcpHead { flags, sequence, acknowledgement, ..segment(at("10.0.2.9:80"), outside) };
             frame(&head, if flags & SYN == 0 { b"work" } else { b"" })
         };
         bench.frame(&her(SYN | ACK, 1, syn.sequence.wrapping_add(1)));
@@ -632,8 +662,15 @@ fn a_hostile_server_harms_nobody_else() {
         bench.frame(&her(ACK, 2 + sent as u32, syn.sequence.wrapping_add(1)));
         assert_eq!(bench.world().streams[0].sent.len(), sent + 4, "seed {seed}: her work goes on");
         bench.pass(Duration::from_secs(3 * 3600));
-        assert_eq!((stats.flows.get(), hers.flows.get()), (0, 0), "seed {seed}: silence ends everything");
+        assert_eq!(
+            (stats.flows.get(), hers.flows.get()),
+            (0, 0),
+            "seed {seed}: silence ends everything"
+        );
         let world = bench.world();
-        assert!(world.streams.iter().all(|stream| stream.aborted || stream.shut), "and everybody knows");
+        assert!(
+            world.streams.iter().all(|stream| stream.aborted || stream.shut),
+            "and everybody knows"
+        );
     }
 }

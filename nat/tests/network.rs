@@ -88,7 +88,8 @@ fn a_flood_arrives_in_order(net: &Net) {
         for (from, to) in [(&near, &far), (&far, &near)] {
             segment_at(from, 1000);
             for train in 0..20u8 {
-                // The backlog of a core is shared with whatever else this machine does, and may lose one.
+                // The backlog of a core is shared with whatever else this machine does, and may
+                // lose one.
                 let tries = (0..5)
                     .map(|_| common::train_passes(from, to, train))
                     .take_while(|passed| !passed)
@@ -102,7 +103,13 @@ fn a_flood_arrives_in_order(net: &Net) {
 fn segment_at(socket: &UdpSocket, size: libc::c_int) {
     // SAFETY: pointer and length describe `size`.
     let set = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, (&raw const size).cast(), 4)
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            (&raw const size).cast(),
+            4,
+        )
     };
     assert_eq!(set, 0);
 }
@@ -206,7 +213,8 @@ fn with_endpoint_independent_mapping_all_far_ends_see_one_port_and_strangers_rea
 
 fn ping(net: &Net, arguments: &[&str]) -> String {
     require_program("ping");
-    let output = net.container.command("ping").args(["-n", "-c", "1", "-W", "3"]).args(arguments).output();
+    let output =
+        net.container.command("ping").args(["-n", "-c", "1", "-W", "3"]).args(arguments).output();
     String::from_utf8_lossy(&output.unwrap().stdout).into_owned()
 }
 
@@ -226,7 +234,10 @@ fn hops_and_unreachable_hosts_are_told_to_who_pings() {
     let net = Net::new();
     for family in [0, 1] {
         let output = ping(&net, &["-t", "1", SERVER[family]]);
-        assert!(output.contains("Time") && output.contains(&format!("From {}", GATEWAY[family])), "{output}");
+        assert!(
+            output.contains("Time") && output.contains(&format!("From {}", GATEWAY[family])),
+            "{output}"
+        );
         let output = ping(&net, &["-t", "2", SERVER[family]]);
         assert!(output.contains(" 0% packet loss"), "one hop further: {output}");
     }
@@ -239,8 +250,9 @@ fn a_path_with_a_smaller_mtu_is_told_to_the_sender() {
     let net = Net::new();
     net.host.ip_all("route replace 192.0.2.2/32 dev eth0 mtu lock 1300");
     let output = ping(&net, &["-M", "do", "-s", "1400", SERVER[0]]);
-    let told =
-        output.contains("mtu") || output.contains("Message too long") || output.contains("Frag needed");
+    let told = output.contains("mtu")
+        || output.contains("Message too long")
+        || output.contains("Frag needed");
     assert!(told && output.contains("100% packet loss"), "{output}");
     // The next one is cut by the container itself, which has learnt.
     let echo = EchoServer::udp(&net.server, server(0, 7));
@@ -262,7 +274,10 @@ fn what_is_refused_is_refused_and_told() {
     for family in [0, 1] {
         let error = net.container.run(|| TcpStream::connect(server(family, 80)).unwrap_err());
         let kind = error.kind();
-        assert!(matches!(kind, ErrorKind::HostUnreachable | ErrorKind::PermissionDenied), "{error}");
+        assert!(
+            matches!(kind, ErrorKind::HostUnreachable | ErrorKind::PermissionDenied),
+            "{error}"
+        );
         let socket = udp(&net, server(family, 80));
         let _ = socket.send(b"x");
         assert!(answer(&socket).is_err());
@@ -277,15 +292,18 @@ fn what_is_refused_is_refused_and_told() {
 
 #[test]
 fn the_host_itself_is_reached_only_as_far_as_allowed() {
-    let listen = |net: &Net, address: SocketAddr| net.host.run(|| TcpListener::bind(address).unwrap());
-    let connects = |net: &Net, address: SocketAddr| net.container.run(|| TcpStream::connect(address).is_ok());
+    let listen =
+        |net: &Net, address: SocketAddr| net.host.run(|| TcpListener::bind(address).unwrap());
+    let connects =
+        |net: &Net, address: SocketAddr| net.container.run(|| TcpStream::connect(address).is_ok());
     for (refuse_host, host_loopback) in [(false, false), (true, false), (true, true)] {
         let mut options = Options::default();
         options.policy.refuse_host = refuse_host;
         options.policy.host_loopback = host_loopback;
         let net = Net::with(&options, |_| {});
         for (family, loopback) in [(0, "127.0.0.1"), (1, "::1")] {
-            let _services = [listen(&net, at(loopback, 8080)), listen(&net, at(HOST[family], 8081))];
+            let _services =
+                [listen(&net, at(loopback, 8080)), listen(&net, at(HOST[family], 8081))];
             assert_eq!(connects(&net, at(GATEWAY[family], 8080)), host_loopback);
             assert_eq!(connects(&net, at(HOST[family], 8081)), !refuse_host);
             assert!(!connects(&net, at(HOST[family], 8080)), "loopback's service is loopback's");
@@ -298,7 +316,8 @@ fn the_host_itself_is_reached_only_as_far_as_allowed() {
         let _service = listen(&net, at("127.0.0.2", 8080));
         net.container.ip_all("route add 127.0.0.2/32 dev tun0 src 10.0.2.100");
         let error = net.container.run(|| {
-            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            let socket =
+                socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
             socket.bind(&at(CONTAINER[0], 0).into()).unwrap();
             socket.connect_timeout(&at("127.0.0.2", 8080).into(), Duration::from_secs(2)).err()
         });
@@ -334,7 +353,9 @@ fn the_gateway_answers_dns_over_udp_and_tcp() {
 fn what_is_wrong_with_a_device_is_told() {
     let namespace = Namespace::new();
     let open = |name: &str, mtu| {
-        Tun::open(&known(&namespace), &TunOptions { mtu, ..TunOptions::new(name) }).map(|_| ()).unwrap_err()
+        Tun::open(&known(&namespace), &TunOptions { mtu, ..TunOptions::new(name) })
+            .map(|_| ())
+            .unwrap_err()
     };
     assert!(matches!(open("tun0", 1000), StartError::Mtu(1000)));
     for name in ["", "a name", "way/out", "much-too-long-a-name", "tun%d"] {

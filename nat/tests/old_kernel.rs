@@ -1,4 +1,5 @@
-//! The tests with real kernels once more, with everything forced off that is probed for: as on the oldest kernel there may be.
+//! The tests with real kernels once more, with everything forced off that is probed for: as on the
+//! oldest kernel there may be.
 
 #![allow(clippy::duplicate_mod, reason = "each of them has `common`, as it has on its own")]
 

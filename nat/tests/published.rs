@@ -1,4 +1,5 @@
-//! Published ports that lead in through the device, with a real kernel at both ends. The client is where other tests have the server.
+//! Published ports that lead in through the device, with a real kernel at both ends. The client is
+//! where other tests have the server.
 
 mod common;
 
@@ -9,7 +10,9 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_model::{Ingress, Protocol};
-use tidegate_nat::{Capabilities, DropReason, FlowKind, Forward, ForwardSource, Guard, PublishError};
+use tidegate_nat::{
+    Capabilities, DropReason, FlowKind, Forward, ForwardSource, Guard, PublishError,
+};
 use tidegate_testbed::eventually;
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
@@ -22,7 +25,8 @@ fn inside(family: usize, port: u16) -> SocketAddr {
     at(CONTAINER[family], port)
 }
 
-/// Opens a free port of the host's on all its addresses of the family, and returns where a client finds it.
+/// Opens a free port of the host's on all its addresses of the family, and returns where a client
+/// finds it.
 fn publish(
     net: &Net,
     protocol: Protocol,
@@ -46,7 +50,8 @@ fn says(net: &tidegate_testbed::Namespace, to: SocketAddr) -> String {
     })
 }
 
-/// Carries `bytes` to a server of the container's and from one, over both families, and checks each of them.
+/// Carries `bytes` to a server of the container's and from one, over both families, and checks each
+/// of them.
 fn carries(net: &Net, bytes: u64) {
     for family in [0, 1] {
         let sink = Sink::tcp(&net.container, inside(family, 7001), 3);
@@ -62,7 +67,8 @@ fn carries(net: &Net, bytes: u64) {
 
         let source = Source::tcp(&net.container, inside(family, 7002), 4, bytes);
         let to = publish(net, Protocol::Tcp, family, source.addr(), ForwardSource::Gateway);
-        let received = net.server.run(|| transfer::receive(&mut TcpStream::connect(to).unwrap(), 4));
+        let received =
+            net.server.run(|| transfer::receive(&mut TcpStream::connect(to).unwrap(), 4));
         assert_eq!(received, Transfer::complete(bytes));
     }
 }
@@ -145,9 +151,9 @@ fn datagrams_of_every_size_come_in_and_are_answered() {
             let sent: Vec<u8> = (0..size).map(|at| (at * 7 + size) as u8).collect();
             socket.send(&sent).unwrap();
             let mut buffer = vec![0; 70_000];
-            let length = socket
-                .recv(&mut buffer)
-                .unwrap_or_else(|error| panic!("{size} bytes, family {family}: {error}\n{}", net.figures()));
+            let length = socket.recv(&mut buffer).unwrap_or_else(|error| {
+                panic!("{size} bytes, family {family}: {error}\n{}", net.figures())
+            });
             assert!(buffer[..length] == sent, "{size} bytes, family {family}");
         }
     }
@@ -177,7 +183,8 @@ fn trains_of_datagrams_come_in_whole(net: &Net) {
             };
             assert_eq!(set, 0);
             for train in 0..10u8 {
-                // The backlog of a core is shared with whatever else this machine does, and may lose one.
+                // The backlog of a core is shared with whatever else this machine does, and may
+                // lose one.
                 let passed = (0..5).any(|_| common::train_passes(from, to, train));
                 assert!(passed, "train {train}, family {family}: {}", net.figures());
             }
@@ -288,9 +295,10 @@ fn what_cannot_be_is_said() {
         (forward(Protocol::Tcp, "[::]:0", "[fd00::100]:80", ForwardSource::Gateway), |error| {
             matches!(error, PublishError::NoGateway { .. })
         }),
-        (forward(Protocol::Udp, "198.51.100.1:0", "10.0.2.100:80", ForwardSource::Client), |error| {
-            matches!(error, PublishError::Listen { .. })
-        }),
+        (
+            forward(Protocol::Udp, "198.51.100.1:0", "10.0.2.100:80", ForwardSource::Client),
+            |error| matches!(error, PublishError::Listen { .. }),
+        ),
     ] {
         let error = net.nat.publish(forward).unwrap_err();
         assert!(is_right(&error), "{error}");
@@ -318,7 +326,8 @@ fn a_guard_says_who_may_ask() {
     let tcp = EchoServer::tcp(&net.container, inside(0, 7));
     let udp = EchoServer::udp(&net.container, inside(0, 7));
     for (protocol, guest) in [(Protocol::Tcp, tcp.addr()), (Protocol::Udp, udp.addr())] {
-        let forward = Forward { protocol, listen: at("0.0.0.0", 8080), guest, source: ForwardSource::Client };
+        let forward =
+            Forward { protocol, listen: at("0.0.0.0", 8080), guest, source: ForwardSource::Client };
         let socket: std::os::fd::OwnedFd = net.host.run(|| match protocol {
             Protocol::Udp => UdpSocket::bind(forward.listen).unwrap().into(),
             _ => TcpListener::bind(forward.listen).unwrap().into(),
@@ -327,7 +336,8 @@ fn a_guard_says_who_may_ask() {
     }
     let tcp_answers = |from: &str| {
         net.server.run(|| {
-            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            let socket =
+                socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
             socket.bind(&at(from, 0).into()).unwrap();
             socket.connect(&at(HOST[0], 8080).into()).unwrap();
             let mut stream = TcpStream::from(socket);
@@ -366,7 +376,8 @@ fn without_descriptors_clients_wait_and_are_served_when_there_are_some() {
     };
     let tun = tidegate_nat::Tun::open(&known(&net.container), &tun).unwrap();
     let nat =
-        tidegate_nat::Nat::start(tidegate_nat::Settings::new(1500), tun, &known(&net.host), few).unwrap();
+        tidegate_nat::Nat::start(tidegate_nat::Settings::new(1500), tun, &known(&net.host), few)
+            .unwrap();
     net.container.ip(&["route", "add", "192.0.2.0/24", "dev", "tun1"]);
     let echo = EchoServer::tcp(&net.container, at("10.0.3.100", 7));
     let forward = Forward {

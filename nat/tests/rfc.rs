@@ -30,7 +30,8 @@ impl Guest {
         Self { bench, inside, outside, next: ISN, expected: 0, clock: None }
     }
 
-    /// Receives an ICMP error of the far end: packets on the path may have `mtu` bytes. It quotes `quoted`.
+    /// Receives an ICMP error of the far end: packets on the path may have `mtu` bytes. It quotes
+    /// `quoted`.
     fn path_is_said_to_carry(&mut self, mtu: u32, quoted: &[u8]) {
         let (head, message) = tidegate_nat::wire::head::problem(
             self.inside.ip(),
@@ -145,7 +146,8 @@ fn rfc_792_a_host_that_cannot_be_reached_is_told_by_icmp() {
         let frame = guest.bench.next_frame().unwrap();
         let packet = Packet::parse(&frame[10..]).unwrap();
         assert_eq!(packet.source, at("10.0.2.2:0").ip());
-        let Ok(Message::Error { problem: told, source, destination, protocol: 6 }) = Message::parse(&packet)
+        let Ok(Message::Error { problem: told, source, destination, protocol: 6 }) =
+            Message::parse(&packet)
         else {
             panic!("an error about a segment")
         };
@@ -246,7 +248,10 @@ fn rfc_5961_5_2_acknowledgements_of_what_was_never_sent_are_challenged() {
     let mut guest = Guest::connected();
     guest.send_as(|head| head.acknowledgement = head.acknowledgement.wrapping_add(1), b"forged");
     assert_eq!(guest.got().unwrap().flags, ACK);
-    guest.send_as(|head| head.acknowledgement = head.acknowledgement.wrapping_sub(1 << 31), b"forged");
+    guest.send_as(
+        |head| head.acknowledgement = head.acknowledgement.wrapping_sub(1 << 31),
+        b"forged",
+    );
     assert_eq!(guest.sent(), b"");
 }
 
@@ -520,7 +525,10 @@ fn rfc_6191_a_new_connection_takes_the_place_of_one_that_lingers() {
     guest.send(ACK | FIN, b"");
     guest.got().unwrap();
     guest.send_as(
-        |head| (head.flags, head.acknowledgement, head.sequence) = (SYN, 0, head.sequence.wrapping_add(1000)),
+        |head| {
+            (head.flags, head.acknowledgement, head.sequence) =
+                (SYN, 0, head.sequence.wrapping_add(1000))
+        },
         b"",
     );
     assert_eq!(guest.bench.world().streams.len(), 2);
@@ -570,10 +578,12 @@ fn rfc_1191_a_smaller_path_behind_the_guest_is_respected() {
     assert_eq!((again.sequence, again.payload.len(), again.cut), (data.sequence, 5000, 1260));
 }
 
-/// The urgent pointer takes no byte out of the stream and no length is computed from it (RFC 6093, 3.1).
+/// The urgent pointer takes no byte out of the stream and no length is computed from it (RFC
+/// 6093, 3.1).
 #[test]
 fn rfc_6093_urgent_data_is_data_in_order_whatever_the_pointer_says() {
-    /// The offset of the pointer behind the offload header of the device (10 bytes) and the IPv4 header.
+    /// The offset of the pointer behind the offload header of the device (10 bytes) and the IPv4
+    /// header.
     const POINTER: usize = 10 + 20 + 18;
     const URG: u8 = 0x20;
     let mut guest = Guest::connected();
@@ -590,7 +600,8 @@ fn rfc_6093_urgent_data_is_data_in_order_whatever_the_pointer_says() {
     assert_eq!(guest.sent(), expected);
 }
 
-/// However small a path is said to be, segments carry payload and all of it arrives (RFC 1191, 3; RFC 8201, 4).
+/// However small a path is said to be, segments carry payload and all of it arrives (RFC 1191, 3;
+/// RFC 8201, 4).
 #[test]
 fn rfc_1191_a_path_that_is_said_to_be_tiny_still_carries_payload() {
     for mtu in [0_u32, 1, 20, 40, 52, 67, 68, 88, 576, 1279, 65_535, u32::MAX] {
@@ -613,12 +624,15 @@ fn rfc_1191_a_path_that_is_said_to_be_tiny_still_carries_payload() {
     }
 }
 
-/// An error that quotes too little, or a header of any length, is not read beyond its end (RFC 792; RFC 1812, 4.3.2.3).
+/// An error that quotes too little, or a header of any length, is not read beyond its end (RFC 792;
+/// RFC 1812, 4.3.2.3).
 #[test]
 fn rfc_792_errors_are_read_within_their_bounds_whatever_they_quote() {
     let mut guest = Guest::connected();
-    let quoted =
-        frame(&TcpHead { sequence: guest.expected, ..segment(guest.outside, guest.inside) }, &[1; 40]);
+    let quoted = frame(
+        &TcpHead { sequence: guest.expected, ..segment(guest.outside, guest.inside) },
+        &[1; 40],
+    );
     for length in 0..quoted.len() - 10 {
         for header_words in 0..16_u8 {
             let mut quote = quoted[10..10 + length].to_vec();

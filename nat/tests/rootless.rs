@@ -1,7 +1,8 @@
-//! As an ordinary user: a user namespace of one's own, the device in a network namespace in there, the sockets on the host.
+//! As an ordinary user: a user namespace of one's own, the device in a network namespace in there,
+//! the sockets on the host.
 //!
-//! It has no test harness, for becoming root of a user namespace takes a process with one thread. As root it makes host and server, and runs
-//! itself on the host as nobody.
+//! It has no test harness, for becoming root of a user namespace takes a process with one thread.
+//! As root it makes host and server, and runs itself on the host as nobody.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -32,7 +33,8 @@ fn main() {
     let _source = Source::tcp(&net.server, common::server(1, 7002), 4, MUCH);
     let _echo = EchoServer::udp(&net.server, common::server(0, 7003));
     // The program must be where nobody may read it.
-    let program = std::env::temp_dir().join(format!("tidegate-nat-rootless-{}", std::process::id()));
+    let program =
+        std::env::temp_dir().join(format!("tidegate-nat-rootless-{}", std::process::id()));
     std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     let user = NOBODY.to_string();
     let mut command = net.host.command("setpriv");
@@ -40,7 +42,12 @@ fn main() {
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     std::fs::remove_file(&program).unwrap();
     let output = output.unwrap();
-    assert!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stdout));
+    assert!(
+        output.status.success(),
+        "{}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout)
+    );
     assert_eq!(sink.wait(1, Duration::from_secs(5)), [Transfer::complete(MUCH)]);
     println!("an ordinary user's containers reach the world: ok");
 }
@@ -57,8 +64,10 @@ fn as_an_ordinary_user() {
     };
     let tun = Tun::open(&container, &tun).unwrap();
     let mut settings = Settings::new(1500);
-    settings.policy =
-        Policy { gateways: common::GATEWAY.map(|ip| ip.parse().unwrap()).to_vec(), ..Policy::default() };
+    settings.policy = Policy {
+        gateways: common::GATEWAY.map(|ip| ip.parse().unwrap()).to_vec(),
+        ..Policy::default()
+    };
     let nat = Nat::start(settings, tun, &host, Arc::new(Descriptors::of_process(64))).unwrap();
     container
         .with(|| {
@@ -72,7 +81,8 @@ fn as_an_ordinary_user() {
             socket.connect(common::server(0, 7003)).unwrap();
             socket.send(&[7; 9000]).unwrap();
             assert_eq!(socket.recv(&mut [0; 10_000]).unwrap(), 9000);
-            let ping = Command::new("ping").args(["-n", "-c", "1", "-W", "3", common::SERVER[0]]).output();
+            let ping =
+                Command::new("ping").args(["-n", "-c", "1", "-W", "3", common::SERVER[0]]).output();
             let ping = ping.unwrap();
             assert!(ping.status.success(), "{}", String::from_utf8_lossy(&ping.stdout));
         })

@@ -29,7 +29,8 @@ fn with_hop_limit(mut frame: Vec<u8>, hop_limit: u8) -> Vec<u8> {
     frame[18] = hop_limit;
     // RFC 1624: the checksum changes with the one word.
     let sum = u16::from_be_bytes([frame[20], frame[21]]);
-    let change = u32::from(!sum) + u32::from(!(u16::from(before) << 8)) + (u32::from(hop_limit) << 8);
+    let change =
+        u32::from(!sum) + u32::from(!(u16::from(before) << 8)) + (u32::from(hop_limit) << 8);
     let folded = (change & 0xffff) + (change >> 16);
     frame[20..22].copy_from_slice(&(!(((folded & 0xffff) + (folded >> 16)) as u16)).to_be_bytes());
     frame
@@ -40,7 +41,9 @@ fn told(frame: &[u8]) -> (Problem, SocketAddr, SocketAddr, std::net::IpAddr) {
     let (_, bytes) = VirtioHeader::parse(frame).unwrap();
     let packet = Packet::parse(bytes).unwrap();
     match Message::parse(&packet).unwrap() {
-        Message::Error { problem, source, destination, .. } => (problem, source, destination, packet.source),
+        Message::Error { problem, source, destination, .. } => {
+            (problem, source, destination, packet.source)
+        }
         other => panic!("{other:?}"),
     }
 }
@@ -84,7 +87,12 @@ fn a_train_of_the_guest_is_taken_apart_by_the_kernel_only() {
 fn answers_are_merged_into_one_write_and_large_ones_written_in_fragments() {
     let mut bench = Bench::new();
     bench.frame(&udp(at(IN), at(OUT), b"hello"));
-    bench.world().datagrams[0].waiting.extend([vec![1; 1000], vec![2; 1000], vec![3; 10], vec![4; 5000]]);
+    bench.world().datagrams[0].waiting.extend([
+        vec![1; 1000],
+        vec![2; 1000],
+        vec![3; 10],
+        vec![4; 5000],
+    ]);
     bench.datagrams_ready(0, READABLE);
     let (header, source, destination, payload) = datagram(&bench.next_frame().unwrap());
     assert_eq!((header.segmentation, header.segment), (Segmentation::Udp, 1000));
@@ -263,12 +271,19 @@ fn rfc_4787_req_1_an_endpoint_independent_session_serves_all_far_ends_and_lets_n
     assert_eq!(bench.world().datagrams[0].sent_to, [one, other], "one train, and another one");
     assert_eq!(told(&bench.next_frame().unwrap()).0, Problem::Prohibited, "each far end is judged");
     let from = |from, byte| (from, vec![byte; 100]);
-    let waiting =
-        [from(one, 1), from(one, 2), from(stranger, 3), from(other, 4), from(at("192.0.2.3:6001"), 5)];
+    let waiting = [
+        from(one, 1),
+        from(one, 2),
+        from(stranger, 3),
+        from(other, 4),
+        from(at("192.0.2.3:6001"), 5),
+    ];
     bench.world().datagrams[0].waiting_from.extend(waiting);
     bench.datagrams_ready(0, READABLE);
-    let seen: Vec<_> = std::iter::from_fn(|| bench.next_frame()).map(|frame| datagram(&frame)).collect();
-    let seen: Vec<_> = seen.iter().map(|(_, source, to, bytes)| (*source, *to, bytes.len())).collect();
+    let seen: Vec<_> =
+        std::iter::from_fn(|| bench.next_frame()).map(|frame| datagram(&frame)).collect();
+    let seen: Vec<_> =
+        seen.iter().map(|(_, source, to, bytes)| (*source, *to, bytes.len())).collect();
     let here = at(IN);
     assert_eq!(seen, [(one, here, 200), (other, here, 100), (at("192.0.2.3:6001"), here, 100)]);
     assert_eq!(bench.dropped(DropReason::Unsolicited), 1);
@@ -279,7 +294,10 @@ fn rfc_4787_req_1_an_endpoint_independent_session_serves_all_far_ends_and_lets_n
         payload: b"hello".to_vec(),
     });
     bench.datagrams_ready(0, ERROR);
-    assert_eq!(told(&bench.next_frame().unwrap()), (Problem::PortUnreachable, here, other, other.ip()));
+    assert_eq!(
+        told(&bench.next_frame().unwrap()),
+        (Problem::PortUnreachable, here, other, other.ip())
+    );
     // Whom it sent to long ago is a stranger again.
     for host in 5..200 {
         bench.frame(&udp(here, SocketAddr::from(([203, 0, 113, host], 1)), b"hello"));

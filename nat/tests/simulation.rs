@@ -1,7 +1,8 @@
-//! Two ends in invented time, and between guest and engine a link that loses, doubles, delays and reorders.
+//! Two ends in invented time, and between guest and engine a link that loses, doubles, delays and
+//! reorders.
 //!
-//! Whatever happens, every byte arrives exactly once and in order, or the connection ends visibly: one end sees a reset. What a
-//! run does follows from its seed alone.
+//! Whatever happens, every byte arrives exactly once and in order, or the connection ends visibly:
+//! one end sees a reset. What a run does follows from its seed alone.
 
 mod world;
 
@@ -209,7 +210,8 @@ impl Guest {
         if self.weather.calls && !self.established {
             if seen.has(SYN) {
                 if !self.called {
-                    (self.called, self.irs, self.scaled) = (true, seen.sequence, seen.scale.is_some());
+                    (self.called, self.irs, self.scaled) =
+                        (true, seen.sequence, seen.scale.is_some());
                     self.scaled &= self.weather.scale.is_some();
                     self.echo = seen.timestamps.map_or(0, |stamps| stamps.0);
                 }
@@ -247,7 +249,8 @@ impl Guest {
             (self.tries, self.dup, self.resend_at) = (0, 0, None);
             self.window = window;
         } else if position == self.una {
-            self.dup += u32::from(seen.payload.is_empty() && window == self.window && self.nxt > self.una);
+            self.dup +=
+                u32::from(seen.payload.is_empty() && window == self.window && self.nxt > self.una);
             if self.window == 0 && window > 0 {
                 (self.tries, self.resend_at) = (0, None);
             }
@@ -313,7 +316,10 @@ struct Report {
 
 impl Report {
     fn is_complete(&self, weather: &Weather) -> bool {
-        self.up_ended && self.down_ended && self.up.len() == weather.up && self.down.len() == weather.down
+        self.up_ended
+            && self.down_ended
+            && self.up.len() == weather.up
+            && self.down.len() == weather.down
     }
 }
 
@@ -338,22 +344,23 @@ fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Repor
     for step in 0.. {
         assert!(step < 4_000_000, "seed {seed}: no end in sight at {:?}", bench.now - start);
         guest.transmit(bench.now, bench.now - start, &mut out);
-        let mut travel = |event: Event, dice: &mut Dice, events: &mut BinaryHeap<_>, now: Instant| {
-            if dice.percent(weather.loss) {
-                return;
-            }
-            let copies = 1 + u32::from(dice.percent(weather.doubling));
-            for copy in 0..copies {
-                let delay = Duration::from_micros(10 + dice.below(weather.delay * 1000));
-                order += 1;
-                let event = match (&event, copy) {
-                    (Event::ToEngine(bytes), _) => Event::ToEngine(bytes.clone()),
-                    (Event::ToGuest(bytes), _) => Event::ToGuest(bytes.clone()),
-                    (Event::FarEnd, _) => Event::FarEnd,
-                };
-                events.push(Reverse((now + delay, order, event)));
-            }
-        };
+        let mut travel =
+            |event: Event, dice: &mut Dice, events: &mut BinaryHeap<_>, now: Instant| {
+                if dice.percent(weather.loss) {
+                    return;
+                }
+                let copies = 1 + u32::from(dice.percent(weather.doubling));
+                for copy in 0..copies {
+                    let delay = Duration::from_micros(10 + dice.below(weather.delay * 1000));
+                    order += 1;
+                    let event = match (&event, copy) {
+                        (Event::ToEngine(bytes), _) => Event::ToEngine(bytes.clone()),
+                        (Event::ToGuest(bytes), _) => Event::ToGuest(bytes.clone()),
+                        (Event::FarEnd, _) => Event::FarEnd,
+                    };
+                    events.push(Reverse((now + delay, order, event)));
+                }
+            };
         for frame in out.drain(..) {
             travel(Event::ToEngine(frame), &mut dice, &mut events, bench.now);
         }
@@ -390,19 +397,26 @@ fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Repor
                 if let Some(stream) = bench.world().streams.first_mut() {
                     stream.room = stream.room.max(weather.appetite.min(100_000));
                     let queued = stream.queue.len();
-                    let more = (weather.down - fed).min(200_000usize.saturating_sub(queued)).min(50_000);
+                    let more =
+                        (weather.down - fed).min(200_000usize.saturating_sub(queued)).min(50_000);
                     stream.queue.extend((fed..fed + more).map(byte));
                     fed += more;
                     let close = fed == weather.down && (!weather.guest_closes_first || stream.shut);
                     stream.ended |= close;
-                    bench
-                        .stream_ready(0, Ready { readable: true, writable: true, error: false, more: close });
+                    bench.stream_ready(
+                        0,
+                        Ready { readable: true, writable: true, error: false, more: close },
+                    );
                 }
                 let begun = !bench.world().streams.is_empty();
                 let over = begun && bench.engine.flows() == 0;
                 if !over && !guest.reset {
                     order += 1;
-                    events.push(Reverse((bench.now + Duration::from_millis(1), order, Event::FarEnd)));
+                    events.push(Reverse((
+                        bench.now + Duration::from_millis(1),
+                        order,
+                        Event::FarEnd,
+                    )));
                 }
             }
         }
@@ -454,7 +468,11 @@ fn check_with(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -
     let report = run(weather, seed, change);
     let context = format!("seed {seed}, {weather:?}, after {:?}", report.took);
     assert_eq!(report.up, pattern(weather.up)[..report.up.len().min(weather.up)], "up: {context}");
-    assert_eq!(report.down, pattern(weather.down)[..report.down.len().min(weather.down)], "down: {context}");
+    assert_eq!(
+        report.down,
+        pattern(weather.down)[..report.down.len().min(weather.down)],
+        "down: {context}"
+    );
     if report.up_ended {
         assert_eq!(report.up.len(), weather.up, "an end before the end, up: {context}");
     }
@@ -469,7 +487,8 @@ fn check_with(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -
 
 #[test]
 fn on_a_calm_day_everything_arrives() {
-    for (guest_closes_first, calls) in [(true, false), (false, false), (true, true), (false, true)] {
+    for (guest_closes_first, calls) in [(true, false), (false, false), (true, true), (false, true)]
+    {
         let weather = Weather { guest_closes_first, calls, ..CALM };
         let report = check(weather, 1);
         assert!(report.is_complete(&weather), "{report:?}");
@@ -499,7 +518,8 @@ fn with_loss_everything_arrives_in_the_end() {
 fn with_reordering_and_doubling_every_byte_arrives_once() {
     for seed in 0..20 {
         let calls = seed % 2 == 1;
-        let weather = Weather { doubling: 30, delay: 50, up: 200_000, down: 200_000, calls, ..CALM };
+        let weather =
+            Weather { doubling: 30, delay: 50, up: 200_000, down: 200_000, calls, ..CALM };
         assert!(check(weather, seed).is_complete(&weather), "seed {seed}");
     }
 }

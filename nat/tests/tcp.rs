@@ -76,7 +76,8 @@ fn a_device_that_drops_most_of_it_loses_nothing() {
             });
         }
     });
-    let devices = net.container.run(|| std::fs::read_to_string("/proc/thread-self/net/dev").unwrap());
+    let devices =
+        net.container.run(|| std::fs::read_to_string("/proc/thread-self/net/dev").unwrap());
     let tun = devices.lines().find_map(|line| line.trim().strip_prefix("tun0:")).unwrap();
     let dropped: u64 = tun.split_whitespace().nth(11).unwrap().parse().unwrap();
     assert!(dropped > 0, "or it was no test: {devices}");

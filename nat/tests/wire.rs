@@ -48,8 +48,12 @@ fn completed(frame: &[u8]) -> Vec<u8> {
 
 fn addresses(headers: &PacketHeaders<'_>) -> (IpAddr, IpAddr) {
     match headers.net.as_ref().unwrap() {
-        etherparse::NetHeaders::Ipv4(header, _) => (header.source.into(), header.destination.into()),
-        etherparse::NetHeaders::Ipv6(header, _) => (header.source.into(), header.destination.into()),
+        etherparse::NetHeaders::Ipv4(header, _) => {
+            (header.source.into(), header.destination.into())
+        }
+        etherparse::NetHeaders::Ipv6(header, _) => {
+            (header.source.into(), header.destination.into())
+        }
         other => panic!("{other:?}"),
     }
 }
@@ -232,7 +236,8 @@ proptest! {
 
 #[test]
 fn contradictions_are_refused() {
-    let ends = |port| (SocketAddr::from(([10, 0, 0, 1], port)), SocketAddr::from(([10, 0, 0, 2], 80)));
+    let ends =
+        |port| (SocketAddr::from(([10, 0, 0, 1], port)), SocketAddr::from(([10, 0, 0, 2], 80)));
     let refused = |port, flags| {
         let (source, destination) = ends(port);
         let head = TcpHead {

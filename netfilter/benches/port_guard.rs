@@ -1,9 +1,11 @@
-//! What a port guard costs: time per frame of 64 bytes through a bridge, with each mechanism and without a guard.
+//! What a port guard costs: time per frame of 64 bytes through a bridge, with each mechanism and
+//! without a guard.
 //!
-//! One thread, pinned to a core, sends from a member of the bridge. The kernel delivers in a softirq of the same core, so
-//! the time of the loop is all of the time that a frame takes. All runs are at one port, each with a guard follows one without,
-//! and the cost is the median of their differences: the machine's speed drifts by more than that from minute to minute, and
-//! two bridges differ by more from where their objects lie in memory.
+//! One thread, pinned to a core, sends from a member of the bridge. The kernel delivers in a
+//! softirq of the same core, so the time of the loop is all of the time that a frame takes. All
+//! runs are at one port, each with a guard follows one without, and the cost is the median of their
+//! differences: the machine's speed drifts by more than that from minute to minute, and two bridges
+//! differ by more from where their objects lie in memory.
 //!
 //! `cargo bench -p tidegate-netfilter --bench port_guard [-- --rounds N]`
 
@@ -21,7 +23,8 @@ const SETTLES: Duration = Duration::from_millis(10);
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    let rounds = arguments.iter().position(|one| one == "--rounds").and_then(|at| arguments.get(at + 1));
+    let rounds =
+        arguments.iter().position(|one| one == "--rounds").and_then(|at| arguments.get(at + 1));
     let rounds = rounds.and_then(|rounds| rounds.parse().ok()).unwrap_or(201_usize);
     let mut cores = CpuSet::new();
     cores.set(0);
@@ -47,7 +50,8 @@ fn main() {
         }
     }
     for (name, frame) in &frames {
-        let times = (0..15).map(|_| program_time(&policy(), frame, 1_000_000).unwrap().as_nanos() as f64);
+        let times =
+            (0..15).map(|_| program_time(&policy(), frame, 1_000_000).unwrap().as_nanos() as f64);
         let [_, time, _] = quartiles(times);
         println!("{name}  {:22} {time:5.0} ns, run by the kernel", "program of BPF alone");
     }
@@ -83,7 +87,10 @@ fn quartiles(times: impl Iterator<Item = f64>) -> [f64; 3] {
 fn frames() -> [(&'static str, Vec<u8>); 2] {
     let v4 = udp4(([10, 9, 0, 7].into(), 1), ([10, 9, 0, 8].into(), 2), &[0; 22]);
     let v6 = udp6(("fd09::7".parse().unwrap(), 1), ("fd09::8".parse().unwrap(), 2), &[0; 2]);
-    [("IPv4", ethernet(NEIGHBOR, MEMBER, 0x0800, &v4)), ("IPv6", ethernet(NEIGHBOR, MEMBER, 0x86dd, &v6))]
+    [
+        ("IPv4", ethernet(NEIGHBOR, MEMBER, 0x0800, &v4)),
+        ("IPv6", ethernet(NEIGHBOR, MEMBER, 0x86dd, &v6)),
+    ]
 }
 
 /// A bridge with two members, of which one sends.
@@ -118,7 +125,10 @@ impl Bridge {
             host.ip_all(&format!("link set {link} master br0\nlink set {link} up"));
         }
         host.ip_all("link set br0 up");
-        host.exec("bridge", &["fdb", "replace", "02:00:00:00:00:08", "dev", "veth-n", "master", "static"]);
+        host.exec(
+            "bridge",
+            &["fdb", "replace", "02:00:00:00:00:08", "dev", "veth-n", "master", "static"],
+        );
         let socket = LinkSocket::sender(&member, "eth0");
         Self { host, _neighbor: neighbor, socket, _member: member }
     }

@@ -1,8 +1,8 @@
 //! Changes of tables, all or nothing.
 
 use crate::encode::{
-    INET, batch_begin, batch_end, delete_chain, delete_elements, delete_set, delete_table, flush_chain,
-    message, new_chain, new_elements, new_rule, new_set, new_table, request,
+    INET, batch_begin, batch_end, delete_chain, delete_elements, delete_set, delete_table,
+    flush_chain, message, new_chain, new_elements, new_rule, new_set, new_table, request,
 };
 use crate::socket::NetfilterSocket;
 use crate::table::{Chain, Set, Table};
@@ -30,8 +30,8 @@ pub enum Change {
     Replace {
         /// The table.
         table: Table,
-        /// It belongs to this connection: others can neither change nor delete it, and when the connection ends it stays. Needs a kernel that
-        /// [can do that](Connection::can_own).
+        /// It belongs to this connection: others can neither change nor delete it, and when the
+        /// connection ends it stays. Needs a kernel that [can do that](Connection::can_own).
         owned: bool,
     },
     /// A table goes, if it is there.
@@ -39,15 +39,16 @@ pub enum Change {
         /// Its name.
         table: String,
     },
-    /// In a table that others use too, some chains and sets come in the place of those of their names. The table is made if it is missing, and so is `kept`; what
-    /// is in that chain stays.
+    /// In a table that others use too, some chains and sets come in the place of those of their
+    /// names. The table is made if it is missing, and so is `kept`; what is in that chain stays.
     ReplacePart {
         /// The chains and sets, and the table's name.
         part: Table,
         /// A chain that they may jump to.
         kept: String,
     },
-    /// Chains and sets of these names go. If nothing of others is left in the table, and nothing in the chain `kept`, the table goes with them.
+    /// Chains and sets of these names go. If nothing of others is left in the table, and nothing in
+    /// the chain `kept`, the table goes with them.
     RemovePart {
         /// The table's name.
         table: String,
@@ -116,7 +117,8 @@ pub struct Listed {
     pub persists: bool,
 }
 
-/// A connection to the packet filter of one namespace. The tables that it owns it owns as long as it lives.
+/// A connection to the packet filter of one namespace. The tables that it owns it owns as long as
+/// it lives.
 pub struct Connection {
     socket: NetfilterSocket,
 }
@@ -152,7 +154,8 @@ impl Connection {
             messages.push(batch_end());
             let refused = self.socket.send_all(&messages)?;
             let Some(first) = refused.into_iter().next() else { return Ok(()) };
-            // What was there while it was planned was gone when it was done, or the other way round.
+            // What was there while it was planned was gone when it was done, or the other way
+            // round.
             let overtaken = [Errno::NOENT, Errno::EXIST, Errno::BUSY];
             let overtaken =
                 Errno::from_io_error(&first.source).is_some_and(|errno| overtaken.contains(&errno));
@@ -163,7 +166,8 @@ impl Connection {
         }
     }
 
-    /// How many changes this namespace has seen, ours and those of others, modulo 2^32: one more for each transaction.
+    /// How many changes this namespace has seen, ours and those of others, modulo 2^32: one more
+    /// for each transaction.
     ///
     /// # Errors
     /// As of [`tables`](Self::tables).
@@ -189,7 +193,8 @@ impl Connection {
         Ok(tables)
     }
 
-    /// Whether the table `name` is there and this connection owns it, so that nobody else can have changed it.
+    /// Whether the table `name` is there and this connection owns it, so that nobody else can have
+    /// changed it.
     ///
     /// # Errors
     /// As of [`tables`](Self::tables).
@@ -198,7 +203,8 @@ impl Connection {
         Ok(self.tables()?.iter().any(|table| table.name == name && table.owner == Some(port)))
     }
 
-    /// Whether this kernel lets tables belong to a connection and stay when it ends. It is tried, and leaves nothing.
+    /// Whether this kernel lets tables belong to a connection and stay when it ends. It is tried,
+    /// and leaves nothing.
     ///
     /// # Errors
     /// Tables cannot be made at all.
@@ -245,8 +251,9 @@ impl Connection {
         Ok(found)
     }
 
-    /// The base chains of `postrouting` behind `priority` whose tables have a rule that changes bits of
-    /// `mask` in a packet mark, as `FAMILY TABLE CHAIN`. About which packets such a rule is nobody looks.
+    /// The base chains of `postrouting` behind `priority` whose tables have a rule that changes
+    /// bits of `mask` in a packet mark, as `FAMILY TABLE CHAIN`. About which packets such a rule is
+    /// nobody looks.
     ///
     /// # Errors
     /// As of [`tables`](Self::tables).
@@ -282,9 +289,11 @@ impl Connection {
         Ok(found)
     }
 
-    /// Removes a table that nobody uses: one without rules, and without a chain that is jumped to or that drops. Whether it was there and is gone.
+    /// Removes a table that nobody uses: one without rules, and without a chain that is jumped to
+    /// or that drops. Whether it was there and is gone.
     ///
-    /// It is for the tables that the variant of iptables makes which is made of nf_tables: it makes them when they are first asked for, and leaves them.
+    /// It is for the tables that the variant of iptables makes which is made of nf_tables: it makes
+    /// them when they are first asked for, and leaves them.
     ///
     /// # Errors
     /// The kernel was not heard.
@@ -307,19 +316,25 @@ impl Connection {
             return Ok(false);
         }
         let mut messages = vec![batch_begin()];
-        let deletions = chains.iter().map(|chain| delete_chain(name, chain)).chain([delete_table(name)]);
+        let deletions =
+            chains.iter().map(|chain| delete_chain(name, chain)).chain([delete_table(name)]);
         messages.extend(deletions.map(|message| Message { flags: IF_EMPTY, ..of_family(message) }));
         messages.push(batch_end());
         // Refused: a rule was put there meanwhile.
         Ok(self.socket.send_all(&messages)?.is_empty())
     }
 
-    /// A number that changes with the table `name`, or with those of its chains and sets that `of` picks: with each chain, rule, set and element. `None` if the table is not
-    /// there. Counters do not change it.
+    /// A number that changes with the table `name`, or with those of its chains and sets that `of`
+    /// picks: with each chain, rule, set and element. `None` if the table is not there. Counters do
+    /// not change it.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn fingerprint(&mut self, name: &str, of: impl Fn(&str) -> bool) -> io::Result<Option<u64>> {
+    pub fn fingerprint(
+        &mut self,
+        name: &str,
+        of: impl Fn(&str) -> bool,
+    ) -> io::Result<Option<u64>> {
         if !self.tables()?.iter().any(|table| table.name == name) {
             return Ok(None);
         }
@@ -348,7 +363,12 @@ impl Connection {
     }
 
     /// The messages of one change, of what is there now.
-    fn plan(&mut self, change: &Change, ids: &mut u32, messages: &mut Vec<Message>) -> Result<(), Error> {
+    fn plan(
+        &mut self,
+        change: &Change,
+        ids: &mut u32,
+        messages: &mut Vec<Message>,
+    ) -> Result<(), Error> {
         match change {
             Change::Replace { table, owned } => {
                 if self.is_there(&table.name)? {
@@ -365,7 +385,8 @@ impl Connection {
             Change::ReplacePart { part, kept } => {
                 if self.is_there(&part.name)? {
                     let names = part.sets.iter().map(|set| set.name.clone());
-                    let names = names.chain(part.chains.iter().map(|chain| chain.name.clone())).collect();
+                    let names =
+                        names.chain(part.chains.iter().map(|chain| chain.name.clone())).collect();
                     self.remove_part(&part.name, &names, messages)?;
                 } else {
                     messages.push(new_table(&part.name, 0));
@@ -378,9 +399,12 @@ impl Connection {
                 if !self.is_there(table)? {
                     return Ok(());
                 }
+                let others = self
+                    .chains(table)?
+                    .into_iter()
+                    .any(|chain| chain != *kept && !names.contains(&chain));
                 let others =
-                    self.chains(table)?.into_iter().any(|chain| chain != *kept && !names.contains(&chain));
-                let others = others || self.sets(table)?.iter().any(|(set, _)| !names.contains(set));
+                    others || self.sets(table)?.iter().any(|(set, _)| !names.contains(set));
                 if others || !self.rules(table, kept)?.is_empty() {
                     self.remove_part(table, names, messages)?;
                 } else {
@@ -401,7 +425,8 @@ impl Connection {
         names: &BTreeSet<String>,
         messages: &mut Vec<Message>,
     ) -> io::Result<()> {
-        let chains: Vec<_> = self.chains(table)?.into_iter().filter(|chain| names.contains(chain)).collect();
+        let chains: Vec<_> =
+            self.chains(table)?.into_iter().filter(|chain| names.contains(chain)).collect();
         messages.extend(chains.iter().map(|chain| flush_chain(table, chain)));
         messages.extend(chains.iter().map(|chain| delete_chain(table, chain)));
         let sets = self.sets(table)?;
@@ -415,7 +440,9 @@ impl Connection {
         let port = self.socket.port();
         match self.tables()?.into_iter().find(|table| table.name == name) {
             None => Ok(false),
-            Some(Listed { owner: Some(owner), .. }) if owner != port => Err(Error::Owned(name.to_owned())),
+            Some(Listed { owner: Some(owner), .. }) if owner != port => {
+                Err(Error::Owned(name.to_owned()))
+            }
             Some(_) => Ok(true),
         }
     }
@@ -423,12 +450,15 @@ impl Connection {
     /// The names of a table's chains.
     fn chains(&mut self, table: &str) -> io::Result<Vec<String>> {
         let mut chains = Vec::new();
-        self.socket.dump(&list(request::GET_CHAIN, Attributes::default().text(1, table)), |chain| {
-            // The kernel tells of all tables.
-            if attribute(chain, 1).map(text).as_deref() == Some(table) {
-                chains.extend(attribute(chain, 3).map(text));
-            }
-        })?;
+        self.socket.dump(
+            &list(request::GET_CHAIN, Attributes::default().text(1, table)),
+            |chain| {
+                // The kernel tells of all tables.
+                if attribute(chain, 1).map(text).as_deref() == Some(table) {
+                    chains.extend(attribute(chain, 3).map(text));
+                }
+            },
+        )?;
         Ok(chains)
     }
 
@@ -457,8 +487,8 @@ impl Connection {
     }
 }
 
-/// Whether a rule of these expressions changes bits of `mask` in the packet mark: `meta mark set`, or a
-/// target of iptables that does.
+/// Whether a rule of these expressions changes bits of `mask` in the packet mark: `meta mark set`,
+/// or a target of iptables that does.
 fn sets_mark(expressions: &[u8], mask: u32) -> bool {
     /// `NFT_META_MARK`.
     const MARK: u32 = 3;
@@ -474,7 +504,8 @@ fn sets_mark(expressions: &[u8], mask: u32) -> bool {
         match attribute(expression, 1).map(text).as_deref() {
             // NFTA_BITWISE_MASK, NFTA_BITWISE_XOR
             Some("bitwise") => {
-                changed = value(4).zip(value(5)).map_or(u32::MAX, |(kept, flipped)| !kept | flipped);
+                changed =
+                    value(4).zip(value(5)).map_or(u32::MAX, |(kept, flipped)| !kept | flipped);
             }
             // NFTA_META_KEY, NFTA_META_SREG
             Some("meta") if attribute(data, 2).and_then(number) == Some(MARK) => {

@@ -1,7 +1,8 @@
 //! Connection tracking: entries that outlive what they were made for.
 //!
-//! Where a packet goes is decided for the first one of a flow and remembered for the others. A UDP flow that goes on is sent where its port once led, for
-//! as long as it does not pause; so when a port is opened, moved or closed, what is remembered of it has to go.
+//! Where a packet goes is decided for the first one of a flow and remembered for the others. A UDP
+//! flow that goes on is sent where its port once led, for as long as it does not pause; so when a
+//! port is opened, moved or closed, what is remembered of it has to go.
 
 use crate::connection::TableFamily;
 use crate::socket::NetfilterSocket;
@@ -51,13 +52,19 @@ impl Conntrack {
         Ok(Self(NetfilterSocket::open()?))
     }
 
-    /// Forgets the flows of `families` that `which` picks, and returns how many they were. Packets that still come begin new ones.
+    /// Forgets the flows of `families` that `which` picks, and returns how many they were. Packets
+    /// that still come begin new ones.
     ///
-    /// The kernel goes through its whole table for each family, however few flows it has: 10 ms where it has 256 Ki places.
+    /// The kernel goes through its whole table for each family, however few flows it has: 10 ms
+    /// where it has 256 Ki places.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn forget(&mut self, families: &[TableFamily], which: impl Fn(&Flow) -> bool) -> io::Result<usize> {
+    pub fn forget(
+        &mut self,
+        families: &[TableFamily],
+        which: impl Fn(&Flow) -> bool,
+    ) -> io::Result<usize> {
         if is_empty() {
             return Ok(0);
         }
@@ -72,8 +79,8 @@ impl Conntrack {
         }
         let mut forgotten = 0;
         for (family, original, zone) in found {
-            let mut key =
-                Attributes::default().bytes(field::ORIGINAL | NESTED, &original.unwrap_or_default());
+            let mut key = Attributes::default()
+                .bytes(field::ORIGINAL | NESTED, &original.unwrap_or_default());
             if let Some(zone) = zone {
                 key = key.bytes(field::ZONE, &zone);
             }
@@ -90,7 +97,8 @@ impl Conntrack {
     }
 }
 
-/// Whether the calling thread's namespace keeps track of nothing. What cannot be told is not taken for it.
+/// Whether the calling thread's namespace keeps track of nothing. What cannot be told is not taken
+/// for it.
 fn is_empty() -> bool {
     std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")
         .is_ok_and(|count| count.trim() == "0")
@@ -136,5 +144,9 @@ fn direction(tuple: &[u8]) -> Option<(Transport, SocketAddr, SocketAddr)> {
         let v6 = || Some(IpAddr::from(<[u8; 16]>::try_from(attribute(addresses, v6)?).ok()?));
         v4().or_else(v6)
     };
-    Some((protocol, SocketAddr::new(address(1, 3)?, port(2)?), SocketAddr::new(address(2, 4)?, port(3)?)))
+    Some((
+        protocol,
+        SocketAddr::new(address(1, 3)?, port(2)?),
+        SocketAddr::new(address(2, 4)?, port(3)?),
+    ))
 }

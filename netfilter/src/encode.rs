@@ -53,7 +53,14 @@ pub(crate) fn batch_end() -> Message {
 
 fn batch(kind: u16) -> Message {
     let about = "transaction".to_owned();
-    Message { kind, flags: 0, family: 0, resource: NFTABLES, attributes: Attributes::default(), about }
+    Message {
+        kind,
+        flags: 0,
+        family: 0,
+        resource: NFTABLES,
+        attributes: Attributes::default(),
+        about,
+    }
 }
 
 /// Makes a table, or if it is there sets its flags.
@@ -87,7 +94,12 @@ pub(crate) fn new_chain(table: &str, chain: &Chain) -> Message {
         // NF_ACCEPT
         attributes = attributes.nest(4, &hook).number(5, 1).text(7, kind);
     }
-    message(request::NEW_CHAIN, CREATE, attributes, format!("chain {} of table {table}", chain.name))
+    message(
+        request::NEW_CHAIN,
+        CREATE,
+        attributes,
+        format!("chain {} of table {table}", chain.name),
+    )
 }
 
 /// Deletes all rules of a chain.
@@ -149,7 +161,8 @@ pub(crate) fn new_set(table: &str, set: &Set, id: u32) -> Message {
     }
     let mut description = Attributes::default();
     if set.constant && !set.intervals {
-        // NFTA_SET_DESC_SIZE: with it a hash of fixed size is taken, which is never moved while it is asked.
+        // NFTA_SET_DESC_SIZE: with it a hash of fixed size is taken, which is never moved while it
+        // is asked.
         description = description.number(1, set.elements.len().max(1) as u32);
     }
     if concatenation {
@@ -167,7 +180,8 @@ pub(crate) fn new_set(table: &str, set: &Set, id: u32) -> Message {
     message(request::NEW_SET, CREATE, attributes, format!("set {} of table {table}", set.name))
 }
 
-/// What nft(8) has to be told to list names of interfaces: they are in the host's byte order. Type, length, value.
+/// What nft(8) has to be told to list names of interfaces: they are in the host's byte order. Type,
+/// length, value.
 fn key_byte_order() -> Vec<u8> {
     /// `NFTNL_UDATA_SET_KEYBYTEORDER` of libnftnl.
     const KEY_BYTE_ORDER: u8 = 0;
@@ -242,7 +256,8 @@ fn encode(set: &Set, element: &Element) -> Vec<Attributes> {
     all
 }
 
-/// Values one after the other, each begun at a multiple of 4 bytes where there are several. Of networks the first address or the last.
+/// Values one after the other, each begun at a multiple of 4 bytes where there are several. Of
+/// networks the first address or the last.
 fn joined(values: &[Value], first: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     for value in values {
@@ -278,7 +293,8 @@ fn successor(bytes: &[u8]) -> Option<Vec<u8>> {
     None
 }
 
-/// nft(8)'s number of a type, which the kernel keeps for it (`enum datatypes` of nftables); of a concatenation 6 bits for each.
+/// nft(8)'s number of a type, which the kernel keeps for it (`enum datatypes` of nftables); of a
+/// concatenation 6 bits for each.
 fn type_of(fields: &[Field]) -> u32 {
     fields.iter().fold(0, |all, field| {
         all << 6

@@ -1,7 +1,9 @@
-//! Rules as expressions of nf_tables: small steps over registers (`include/uapi/linux/netfilter/nf_tables.h`).
+//! Rules as expressions of nf_tables: small steps over registers
+//! (`include/uapi/linux/netfilter/nf_tables.h`).
 //!
-//! Registers are 4 bytes wide here (`NFT_REG32_*`); a concatenation lies in them one field after the other, each begun in a new one. A condition loads
-//! what it is about into the first ones and compares; the rule ends where that fails.
+//! Registers are 4 bytes wide here (`NFT_REG32_*`); a concatenation lies in them one field after
+//! the other, each begun in a new one. A condition loads what it is about into the first ones and
+//! compares; the rule ends where that fails.
 
 use crate::table::{Action, Key, Match, Transport, Value};
 use crate::wire::Attributes;
@@ -115,7 +117,8 @@ mod meta {
 const EQUAL: u32 = 0;
 const DIFFERENT: u32 = 1;
 
-/// Headers that payload is loaded from (`NFT_PAYLOAD_NETWORK_HEADER`, `NFT_PAYLOAD_TRANSPORT_HEADER`).
+/// Headers that payload is loaded from (`NFT_PAYLOAD_NETWORK_HEADER`,
+/// `NFT_PAYLOAD_TRANSPORT_HEADER`).
 const NETWORK: u32 = 1;
 const TRANSPORT: u32 = 2;
 
@@ -129,11 +132,12 @@ impl Expressions {
         self.0
     }
 
-    /// Loads `length` bytes from offset `at` of a frame without VLAN tags, Ethernet header included; 16 bytes at most. The
-    /// rule ends where the frame is shorter.
+    /// Loads `length` bytes from offset `at` of a frame without VLAN tags, Ethernet header
+    /// included; 16 bytes at most. The rule ends where the frame is shorter.
     ///
-    /// What is behind the Ethernet header is loaded from the network header, in aligned words where it can be: the kernel
-    /// reads those in place (`nft_payload_fast_eval`), and copies all else (`skb_copy_bits`).
+    /// What is behind the Ethernet header is loaded from the network header, in aligned words where
+    /// it can be: the kernel reads those in place (`nft_payload_fast_eval`), and copies all else
+    /// (`skb_copy_bits`).
     pub(crate) fn load_frame(&mut self, at: u16, length: usize) {
         /// `NFT_PAYLOAD_LL_HEADER`.
         const LINK: u32 = 0;
@@ -159,7 +163,8 @@ impl Expressions {
         self.masked(&[mask], EQUAL, &[value]);
     }
 
-    /// Goes on for packets beyond `rate` a second, after a burst of `burst` (`net/netfilter/nft_limit.c`).
+    /// Goes on for packets beyond `rate` a second, after a burst of `burst`
+    /// (`net/netfilter/nft_limit.c`).
     pub(crate) fn over_rate(&mut self, rate: NonZeroU32, burst: u32) {
         // NFTA_LIMIT_RATE, _UNIT in seconds, _BURST, _TYPE: NFT_LIMIT_PKTS, _FLAGS: NFT_LIMIT_F_INV
         let limit = Attributes::default().bytes(1, &u64::from(rate.get()).to_be_bytes());
@@ -187,7 +192,8 @@ impl Expressions {
 
     /// Goes on if what is in the first registers compares with `value`.
     fn compare(&mut self, operation: u32, value: &[u8]) {
-        let compare = Attributes::default().number(1, FIRST).number(2, operation).nest(3, &data(value));
+        let compare =
+            Attributes::default().number(1, FIRST).number(2, operation).nest(3, &data(value));
         self.push("cmp", &compare);
     }
 
@@ -198,7 +204,8 @@ impl Expressions {
 
     /// What is in the first registers is masked, then has bits flipped.
     fn bitwise(&mut self, mask: &[u8], flip: &[u8]) {
-        let bits = Attributes::default().number(1, FIRST).number(2, FIRST).number(3, mask.len() as u32);
+        let bits =
+            Attributes::default().number(1, FIRST).number(2, FIRST).number(3, mask.len() as u32);
         self.push("bitwise", &bits.nest(4, &data(mask)).nest(5, &data(flip)));
     }
 
@@ -245,8 +252,12 @@ impl Expressions {
             Key::DestinationV6 => self.payload(NETWORK, 24, 16, register),
             Key::SourcePort => self.payload(TRANSPORT, 0, 2, register),
             Key::DestinationPort => self.payload(TRANSPORT, 2, 2, register),
-            Key::OriginalSourceV4 => self.of_connection(ct::SOURCE_V4, Some(ct::ORIGINAL), register),
-            Key::OriginalSourceV6 => self.of_connection(ct::SOURCE_V6, Some(ct::ORIGINAL), register),
+            Key::OriginalSourceV4 => {
+                self.of_connection(ct::SOURCE_V4, Some(ct::ORIGINAL), register)
+            }
+            Key::OriginalSourceV6 => {
+                self.of_connection(ct::SOURCE_V6, Some(ct::ORIGINAL), register)
+            }
             Key::OriginalDestinationV4 => {
                 self.of_connection(ct::DESTINATION_V4, Some(ct::ORIGINAL), register);
             }
@@ -302,7 +313,8 @@ impl Expressions {
             }
             Match::ToHost | Match::NotToHost => {
                 let operation = if *condition == Match::ToHost { EQUAL } else { DIFFERENT };
-                // NFTA_FIB_DREG; NFTA_FIB_RESULT: NFT_FIB_RESULT_ADDRTYPE; NFTA_FIB_FLAGS: NFTA_FIB_F_DADDR
+                // NFTA_FIB_DREG; NFTA_FIB_RESULT: NFT_FIB_RESULT_ADDRTYPE; NFTA_FIB_FLAGS:
+                // NFTA_FIB_F_DADDR
                 let lookup = Attributes::default().number(1, FIRST).number(2, 3).number(3, 2);
                 self.push("fib", &lookup);
                 // RTN_LOCAL
@@ -348,7 +360,9 @@ impl Expressions {
     pub(crate) fn action(&mut self, action: &Action) {
         match action {
             // NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
-            Action::Count => self.push("counter", &Attributes::default().bytes(1, &[0; 8]).bytes(2, &[0; 8])),
+            Action::Count => {
+                self.push("counter", &Attributes::default().bytes(1, &[0; 8]).bytes(2, &[0; 8]))
+            }
             Action::Accept => self.verdict(verdict::ACCEPT, None),
             Action::Drop => self.verdict(verdict::DROP, None),
             Action::Return => self.verdict(verdict::RETURN, None),
@@ -357,7 +371,8 @@ impl Expressions {
             Action::Mark { value, mask } => {
                 self.meta(meta::MARK, FIRST);
                 self.bitwise(&(!mask).to_ne_bytes(), &value.to_ne_bytes());
-                let store = Attributes::default().number(meta::KEY, meta::MARK).number(meta::SOURCE, FIRST);
+                let store =
+                    Attributes::default().number(meta::KEY, meta::MARK).number(meta::SOURCE, FIRST);
                 self.push("meta", &store);
             }
             Action::ClampSegments => {
@@ -372,14 +387,18 @@ impl Expressions {
             }
             Action::SetPort { protocol, source, port } => {
                 // NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA
-                let load = Attributes::default().number(1, FIRST).nest(2, &data(&port.to_be_bytes()));
+                let load =
+                    Attributes::default().number(1, FIRST).nest(2, &data(&port.to_be_bytes()));
                 self.push("immediate", &load);
                 let checksum = match protocol {
                     Transport::Tcp => 16,
                     Transport::Udp => 6,
                 };
-                // NFTA_PAYLOAD_BASE, _OFFSET, _LEN, _SREG; _CSUM_TYPE: NFT_PAYLOAD_CSUM_INET; _CSUM_OFFSET
-                let store = Attributes::default().number(2, TRANSPORT).number(3, if *source { 0 } else { 2 });
+                // NFTA_PAYLOAD_BASE, _OFFSET, _LEN, _SREG; _CSUM_TYPE: NFT_PAYLOAD_CSUM_INET;
+                // _CSUM_OFFSET
+                let store = Attributes::default()
+                    .number(2, TRANSPORT)
+                    .number(3, if *source { 0 } else { 2 });
                 let store = store.number(4, 2).number(5, FIRST).number(6, 1).number(7, checksum);
                 self.push("payload", &store);
             }
@@ -391,7 +410,10 @@ impl Expressions {
                 {
                     // NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA
                     let port = data(&port.to_be_bytes());
-                    self.push("immediate", &Attributes::default().number(1, *register).nest(2, &port));
+                    self.push(
+                        "immediate",
+                        &Attributes::default().number(1, *register).nest(2, &port),
+                    );
                 }
                 // NFTA_MASQ_FLAGS: NF_NAT_RANGE_PROTO_SPECIFIED; _REG_PROTO_MIN, _REG_PROTO_MAX
                 let masquerade = Attributes::default().number(1, 1 << 1).number(2, registers[0]);
@@ -400,8 +422,12 @@ impl Expressions {
             Action::Translate { keys, map, v6 } => {
                 self.load_all(keys);
                 // NFTA_LOOKUP_SET, _SREG, _DREG
-                self.push("lookup", &Attributes::default().text(1, map).number(2, FIRST).number(3, FIRST));
-                let port = FIRST + registers(if *v6 { Key::DestinationV6 } else { Key::DestinationV4 });
+                self.push(
+                    "lookup",
+                    &Attributes::default().text(1, map).number(2, FIRST).number(3, FIRST),
+                );
+                let port =
+                    FIRST + registers(if *v6 { Key::DestinationV6 } else { Key::DestinationV4 });
                 // NFTA_NAT_TYPE: NFT_NAT_DNAT; _FAMILY, _REG_ADDR_MIN, _REG_PROTO_MIN
                 let family = u32::from(PROTOCOL_FAMILY[usize::from(*v6)]);
                 let translate = Attributes::default().number(1, 1).number(2, family);

@@ -1,5 +1,5 @@
-//! A gate at a link's egress: a BPF program that outlasts the process that attached it and every flush of firewall
-//! rules. It goes with its link.
+//! A gate at a link's egress: a BPF program that outlasts the process that attached it and every
+//! flush of firewall rules. It goes with its link.
 //!
 //! ```text
 //!  forwarded, or sent by the host ─► gate: came in by a link, without the mark, not by one that may? ─► drop
@@ -8,11 +8,12 @@
 //!                                            link
 //! ```
 //!
-//! Policy rules that do the same cost every packet of the host more: as soon as there is one, the kernel looks routes
-//! and sources up in full, and has no hints from one packet to the next (`fib4_has_custom_rules`, net/ipv4).
+//! Policy rules that do the same cost every packet of the host more: as soon as there is one, the
+//! kernel looks routes and sources up in full, and has no hints from one packet to the next
+//! (`fib4_has_custom_rules`, net/ipv4).
 //!
-//! Needs CAP_NET_ADMIN and CAP_BPF on the host itself; those of a user namespace do not count. Attached through tcx
-//! (Linux 6.6), else through the qdisc `clsact`.
+//! Needs CAP_NET_ADMIN and CAP_BPF on the host itself; those of a user namespace do not count.
+//! Attached through tcx (Linux 6.6), else through the qdisc `clsact`.
 
 use crate::bpf::{Direction, Instruction, LinkProgram, detach_tcx, field, tcx_programs, verdict};
 use std::io;
@@ -47,7 +48,8 @@ impl Gate {
         LinkProgram::load(NAME, Direction::Egress, &program(policy)).map(Self)
     }
 
-    /// Whether a gate of the same policy is attached to the link numbered `index` of the calling thread's namespace.
+    /// Whether a gate of the same policy is attached to the link numbered `index` of the calling
+    /// thread's namespace.
     ///
     /// # Errors
     /// `ENODEV` without such a link.
@@ -55,8 +57,8 @@ impl Gate {
         self.0.is_attached(index)
     }
 
-    /// Attaches it to the link numbered `index` of the calling thread's namespace, ahead of what is there. If it is
-    /// attached there already, nothing changes.
+    /// Attaches it to the link numbered `index` of the calling thread's namespace, ahead of what is
+    /// there. If it is attached there already, nothing changes.
     ///
     /// # Errors
     /// `ENODEV` without such a link.
@@ -65,15 +67,16 @@ impl Gate {
     }
 }
 
-/// How many programs are attached to the link numbered `index` of the calling thread's namespace: for tests.
+/// How many programs are attached to the link numbered `index` of the calling thread's namespace:
+/// for tests.
 #[doc(hidden)]
 pub fn count_programs(index: u32) -> io::Result<usize> {
     let count = |direction| tcx_programs(index, direction).map(|ids| ids.len());
     Ok(count(Direction::Ingress)? + count(Direction::Egress)?)
 }
 
-/// Detaches all programs from the link numbered `index` of the calling thread's namespace, gates and port guards: for
-/// tests of what holds without them.
+/// Detaches all programs from the link numbered `index` of the calling thread's namespace, gates
+/// and port guards: for tests of what holds without them.
 #[doc(hidden)]
 pub fn detach_programs(index: u32) -> io::Result<()> {
     for direction in [Direction::Ingress, Direction::Egress] {

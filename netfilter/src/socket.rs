@@ -1,13 +1,15 @@
 //! Questions and orders to the kernel's netfilter socket, one at a time.
 //!
-//! The kernel has handled a message when `send(2)` returns, and what it has to say waits in the socket.
+//! The kernel has handled a message when `send(2)` returns, and what it has to say waits in the
+//! socket.
 
 use crate::wire::{Message, NETLINK_HEADER, Request};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// The most that the kernel puts into one datagram of a dump, in bytes (`netlink_recvmsg` caps it at 32 KiB).
+/// The most that the kernel puts into one datagram of a dump, in bytes (`netlink_recvmsg` caps it
+/// at 32 KiB).
 const DATAGRAM: usize = 32 << 10;
 
 /// How often a dump is begun again because what it lists was changed meanwhile.
@@ -60,7 +62,8 @@ impl NetfilterSocket {
         self.port
     }
 
-    /// Sends `messages` together and returns what was refused of them; `NLM_F_ACK` is not needed for that.
+    /// Sends `messages` together and returns what was refused of them; `NLM_F_ACK` is not needed
+    /// for that.
     pub(crate) fn send_all(&mut self, messages: &[Message]) -> io::Result<Vec<Refusal>> {
         self.discard()?;
         let first = self.sequence.wrapping_add(1);
@@ -98,7 +101,11 @@ impl NetfilterSocket {
     }
 
     /// Asks for all there is that `message` lets through: the attributes of each.
-    pub(crate) fn dump(&mut self, message: &impl Request, mut each: impl FnMut(&[u8])) -> io::Result<()> {
+    pub(crate) fn dump(
+        &mut self,
+        message: &impl Request,
+        mut each: impl FnMut(&[u8]),
+    ) -> io::Result<()> {
         for _ in 0..DUMP_ATTEMPTS {
             let mut listed = Vec::new();
             if self.request(message, DUMP, |attributes| listed.push(attributes.to_vec()))? {
@@ -109,7 +116,8 @@ impl NetfilterSocket {
         Err(io::Error::other("what was to be listed keeps changing"))
     }
 
-    /// Sends a request and hands on all that is answered, up to the final word. Says whether that was a consistent picture.
+    /// Sends a request and hands on all that is answered, up to the final word. Says whether that
+    /// was a consistent picture.
     fn request<M: Request>(
         &mut self,
         message: &M,
@@ -148,9 +156,11 @@ impl NetfilterSocket {
         if buffer.len() > DATAGRAM {
             // SAFETY: the descriptor is open for as long as the socket is.
             let socket = unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) };
-            // Beyond the limit that holds for everyone, which a table with thousands of ports exceeds; twice, for the kernel's own
-            // accounting. Without the privilege a smaller one may do.
-            let _ = rustix::net::sockopt::set_socket_send_buffer_size_force(socket, 2 * buffer.len());
+            // Beyond the limit that holds for everyone, which a table with thousands of ports
+            // exceeds; twice, for the kernel's own accounting. Without the privilege a smaller one
+            // may do.
+            let _ =
+                rustix::net::sockopt::set_socket_send_buffer_size_force(socket, 2 * buffer.len());
         }
         self.socket.send(buffer, 0).map(drop)
     }

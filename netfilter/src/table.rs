@@ -1,7 +1,7 @@
 //! A table of nftables as a value.
 //!
-//! Only what tidegate uses of the language, each with the name that nft(8) has for it in its comment. The family is always `inet`: one
-//! table for IPv4 and IPv6.
+//! Only what tidegate uses of the language, each with the name that nft(8) has for it in its
+//! comment. The family is always `inet`: one table for IPv4 and IPv6.
 
 use ipnet::IpNet;
 
@@ -27,7 +27,8 @@ pub struct Set {
     pub data: Vec<Field>,
     /// Elements may be ranges (`flags interval`).
     pub intervals: bool,
-    /// The elements stay as they are (`flags constant`), which makes a set without intervals quicker to ask.
+    /// The elements stay as they are (`flags constant`), which makes a set without intervals
+    /// quicker to ask.
     pub constant: bool,
     /// The elements. None is part of another.
     pub elements: Vec<Element>,
@@ -88,7 +89,8 @@ pub enum Transport {
 pub struct Chain {
     /// Its name.
     pub name: String,
-    /// Where packets come from; `None` for a chain that is jumped to. Its policy is always `accept`.
+    /// Where packets come from; `None` for a chain that is jumped to. Its policy is always
+    /// `accept`.
     pub base: Option<Base>,
     /// Its rules.
     pub rules: Vec<Rule>,
@@ -101,7 +103,8 @@ pub struct Base {
     pub kind: Kind,
     /// Which packets it sees.
     pub hook: Hook,
-    /// Chains with lower ones see them first (`raw` is -300, `mangle` -150, `dstnat` -100, `filter` 0, `srcnat` 100).
+    /// Chains with lower ones see them first (`raw` is -300, `mangle` -150, `dstnat` -100, `filter`
+    /// 0, `srcnat` 100).
     pub priority: i32,
 }
 
@@ -143,7 +146,8 @@ pub struct Rule {
 /// A condition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Match {
-    /// What `keys` give, concatenated, is in the set of this name: `iifname . ip daddr @own`. With `not` it is not: `iifname != @bridges`.
+    /// What `keys` give, concatenated, is in the set of this name: `iifname . ip daddr @own`. With
+    /// `not` it is not: `iifname != @bridges`.
     In {
         /// What of the packet.
         keys: Vec<Key>,
@@ -175,7 +179,8 @@ pub enum Match {
     Reply,
     /// `fib daddr type local`: its destination is a unicast address of the host.
     ToHost,
-    /// `fib daddr type != local`: its destination is a broadcast or multicast address, or elsewhere.
+    /// `fib daddr type != local`: its destination is a broadcast or multicast address, or
+    /// elsewhere.
     NotToHost,
     /// `iif 0`: it did not come in by an interface, so the host itself sends it. In `postrouting`,
     /// where the kernel gives the input interface from Linux 5.7 on (`ip_output`, `ip6_output`).
@@ -240,7 +245,8 @@ pub enum Action {
     Jump(String),
     /// `goto CHAIN`: a packet that comes to its end does not come back.
     Goto(String),
-    /// `meta mark set meta mark & 0xKEPT ^ 0xVALUE`: `value` in the bits of `mask`, the others as they were.
+    /// `meta mark set meta mark & 0xKEPT ^ 0xVALUE`: `value` in the bits of `mask`, the others as
+    /// they were.
     Mark {
         /// The new bits.
         value: u32,
@@ -249,7 +255,8 @@ pub enum Action {
     },
     /// `tcp option maxseg size set rt mtu`: segments fit the path.
     ClampSegments,
-    /// `udp dport set PORT` (`tcp`, `sport`): in this packet, with its checksum, and without the kernel remembering it. Of packets of `protocol` only.
+    /// `udp dport set PORT` (`tcp`, `sport`): in this packet, with its checksum, and without the
+    /// kernel remembering it. Of packets of `protocol` only.
     SetPort {
         /// Where in the packet the checksum is.
         protocol: Transport,

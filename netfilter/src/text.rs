@@ -140,7 +140,9 @@ impl Display for Action {
                 write!(f, "{} {side} set {port}", Value::Protocol(*protocol))
             }
             Self::Masquerade => f.write_str("masquerade"),
-            Self::MasqueradeTo { first, last } if first == last => write!(f, "masquerade to :{first}"),
+            Self::MasqueradeTo { first, last } if first == last => {
+                write!(f, "masquerade to :{first}")
+            }
             Self::MasqueradeTo { first, last } => write!(f, "masquerade to :{first}-{last}"),
             Self::Translate { keys, map, v6 } => {
                 let family = if *v6 { "ip6" } else { "ip" };
@@ -191,7 +193,9 @@ impl Display for Value {
         match self {
             Self::Interface(name) => write!(f, "\"{name}\""),
             Self::Group(group) => write!(f, "{group}"),
-            Self::Net(net) if net.prefix_len() == net.max_prefix_len() => write!(f, "{}", net.addr()),
+            Self::Net(net) if net.prefix_len() == net.max_prefix_len() => {
+                write!(f, "{}", net.addr())
+            }
             Self::Net(net) => write!(f, "{}", net.trunc()),
             Self::Protocol(Transport::Tcp) => f.write_str("tcp"),
             Self::Protocol(Transport::Udp) => f.write_str("udp"),

@@ -1,4 +1,5 @@
-//! Netlink attributes, and the messages of nf_tables that they make (`include/uapi/linux/netfilter/nfnetlink.h`).
+//! Netlink attributes, and the messages of nf_tables that they make
+//! (`include/uapi/linux/netfilter/nfnetlink.h`).
 
 /// The nf_tables part of netfilter (`NFNL_SUBSYS_NFTABLES`).
 pub(crate) const NFTABLES: u16 = 10;

@@ -30,7 +30,10 @@ impl Router {
                 "netns",
                 peer.to_str().unwrap(),
             ]);
-            host.ip_all(&format!("addr add 192.0.2.{}/28 dev {link}\nlink set {link} up", 16 * net + 1));
+            host.ip_all(&format!(
+                "addr add 192.0.2.{}/28 dev {link}\nlink set {link} up",
+                16 * net + 1
+            ));
             machine.ip_all(&format!(
                 "addr add 192.0.2.{}/28 dev eth0\nlink set eth0 up\nroute add default via 192.0.2.{}",
                 16 * net + 2,
@@ -78,7 +81,8 @@ fn only_what_the_host_sends_and_what_is_marked_leaves() {
     assert!(!is_reached(left, "192.0.2.34"), "forwarded, without a mark");
     assert!(is_reached(host, "192.0.2.34"), "sent by the host");
     assert!(!is_reached(right, "192.0.2.18"), "the answer is forwarded too");
-    for (mark, passes) in [("0x74670000", true), ("0x7467abcd", true), ("0x64670000", false), ("0x1", false)]
+    for (mark, passes) in
+        [("0x74670000", true), ("0x7467abcd", true), ("0x64670000", false), ("0x1", false)]
     {
         let rules = format!(
             "table ip t {{ chain c {{ type filter hook forward priority 0; meta mark set {mark}; }}; }}"

@@ -5,8 +5,8 @@ use std::fs;
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 use tidegate_netfilter::{
-    Action, Base, Chain, Change, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule, Set, Table,
-    Transport, Value,
+    Action, Base, Chain, Change, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule,
+    Set, Table, Transport, Value,
 };
 use tidegate_netns::News;
 use tidegate_testbed::{Namespace, eventually};
@@ -121,7 +121,10 @@ fn everything() -> Table {
     let both = [Key::Protocol, Key::DestinationPort];
     let inner = vec![
         rule(vec![Match::Invalid], vec![Action::Count, Action::Drop]),
-        rule(vec![is_in([Key::InInterface, Key::OutInterface], "same", false)], vec![Action::Accept]),
+        rule(
+            vec![is_in([Key::InInterface, Key::OutInterface], "same", false)],
+            vec![Action::Accept],
+        ),
         rule(vec![Match::Established], vec![Action::Accept]),
         rule(vec![Match::Known], vec![Action::Accept]),
         rule(vec![Match::TranslatedDestination], vec![Action::Return]),
@@ -134,7 +137,10 @@ fn everything() -> Table {
             vec![Match::Reply, is(Key::OriginalDestinationV4, ip("203.0.113.1"), false)],
             vec![Action::Accept],
         ),
-        rule(vec![is(Key::OriginalDestinationV6, net("2001:db8::/32"), false)], vec![Action::Accept]),
+        rule(
+            vec![is(Key::OriginalDestinationV6, net("2001:db8::/32"), false)],
+            vec![Action::Accept],
+        ),
         rule(vec![Match::NotToHost, Match::NotIcmpv6], vec![Action::Drop]),
         rule(vec![], vec![Action::Drop]),
     ];
@@ -154,7 +160,10 @@ fn everything() -> Table {
             vec![is_in([Key::DestinationV4, Key::Protocol, Key::DestinationPort], "at", false)],
             vec![Action::Drop],
         ),
-        rule(vec![is(Key::DestinationV4, net("127.0.0.0/8"), true)], vec![Action::Jump("inner".to_owned())]),
+        rule(
+            vec![is(Key::DestinationV4, net("127.0.0.0/8"), true)],
+            vec![Action::Jump("inner".to_owned())],
+        ),
         rule(vec![is(Key::SourceV4, ip("10.9.1.1"), false)], vec![Action::Accept]),
         rule(vec![is(Key::DestinationV6, ip("::1"), true)], vec![Action::Accept]),
         rule(
@@ -162,13 +171,17 @@ fn everything() -> Table {
             vec![Action::Mark { value: 0x7467_0000, mask: 0xffff_0000 }],
         ),
     ];
-    let translate = |map: &str, v6| vec![Action::Translate { keys: both.to_vec(), map: map.to_owned(), v6 }];
+    let translate =
+        |map: &str, v6| vec![Action::Translate { keys: both.to_vec(), map: map.to_owned(), v6 }];
     let nat = vec![
         rule(
             vec![is(Key::DestinationV4, net("127.0.0.0/8"), true), Match::ToHost],
             translate("ports", false),
         ),
-        rule(vec![is(Key::DestinationV6, ip("::1"), true), Match::ToHost], translate("ports6", true)),
+        rule(
+            vec![is(Key::DestinationV6, ip("::1"), true), Match::ToHost],
+            translate("ports6", true),
+        ),
     ];
     let own = vec![rule(
         vec![
@@ -178,8 +191,10 @@ fn everything() -> Table {
         translate("ports", false),
     )];
     let set_port = |protocol, key, source, port| {
-        let matches =
-            vec![is(Key::Protocol, Value::Protocol(protocol), false), is(key, Value::Port(53), false)];
+        let matches = vec![
+            is(Key::Protocol, Value::Protocol(protocol), false),
+            is(key, Value::Port(53), false),
+        ];
         rule(matches, vec![Action::SetPort { protocol, source, port }])
     };
     let rewrite = vec![
@@ -187,7 +202,10 @@ fn everything() -> Table {
         set_port(Transport::Tcp, Key::SourcePort, true, 4054),
     ];
     let leave = vec![rule(
-        vec![is_in([Key::OutInterface], "bridges", true), is_in([Key::SourceV4], "subnets4", false)],
+        vec![
+            is_in([Key::OutInterface], "bridges", true),
+            is_in([Key::SourceV4], "subnets4", false),
+        ],
         vec![Action::Masquerade],
     )];
     let from_ports = |protocol, first, last| {
@@ -272,8 +290,9 @@ fn what_is_sent_is_what_nft_makes_of_the_text() {
     theirs.exec("nft", &["-f", directory.to_str().unwrap()]);
     fs::remove_file(directory).unwrap();
     let (ours, theirs) = (listed(&ours), listed(&theirs));
-    let lines =
-        |json: &Json| json["nftables"].as_array().unwrap().iter().map(Json::to_string).collect::<Vec<_>>();
+    let lines = |json: &Json| {
+        json["nftables"].as_array().unwrap().iter().map(Json::to_string).collect::<Vec<_>>()
+    };
     assert_eq!(lines(&ours), lines(&theirs));
     assert!(lines(&ours).len() > 30);
 }
@@ -357,7 +376,8 @@ fn a_change_is_made_as_a_whole_or_not_at_all_and_the_error_names_what_is_wrong()
 fn whatever_changes_changes_the_fingerprint() {
     let namespace = Namespace::new();
     let mut connection = connect(&namespace);
-    let print = |connection: &mut Connection| connection.fingerprint("everything", |_| true).unwrap();
+    let print =
+        |connection: &mut Connection| connection.fingerprint("everything", |_| true).unwrap();
     assert_eq!(print(&mut connection), None);
     for harm in [
         "add rule inet everything raw accept",
@@ -383,8 +403,10 @@ fn a_part_comes_and_goes_beside_what_is_somebody_elses() {
     let mut connection = connect(&namespace);
     let part = |owner: &str| {
         let bridges = format!("bridges-{owner}");
-        let jump =
-            rule(vec![is_in([Key::InInterface], &bridges, false)], vec![Action::Jump("USER".to_owned())]);
+        let jump = rule(
+            vec![is_in([Key::InInterface], &bridges, false)],
+            vec![Action::Jump("USER".to_owned())],
+        );
         let chain = base(&format!("forward-{owner}"), Kind::Filter, Hook::Forward, -10, vec![jump]);
         let sets = vec![set(&bridges, [Field::Interface], vec![element([interface("tg-a")])])];
         Table { name: "shared".to_owned(), sets, chains: vec![chain] }
@@ -404,7 +426,10 @@ fn a_part_comes_and_goes_beside_what_is_somebody_elses() {
     assert_eq!(listed(&namespace), both, "what is in the chain stays");
     connection.commit(&[take("one")]).unwrap();
     let left = namespace.exec("nft", &["list", "table", "inet", "shared"]);
-    assert!(left.contains("192.0.2.1") && left.contains("forward-two") && !left.contains("one"), "{left}");
+    assert!(
+        left.contains("192.0.2.1") && left.contains("forward-two") && !left.contains("one"),
+        "{left}"
+    );
     connection.commit(&[take("two")]).unwrap();
     let left = namespace.exec("nft", &["list", "table", "inet", "shared"]);
     assert!(left.contains("192.0.2.1") && !left.contains("forward"), "{left}");
@@ -427,7 +452,9 @@ fn one_port_among_ten_thousand_is_an_element() {
     let mut less = ports(1);
     less.elements.truncate(1);
     let begin = Instant::now();
-    connection.commit(&[Change::Elements { table: "many".to_owned(), added: more, removed: less }]).unwrap();
+    connection
+        .commit(&[Change::Elements { table: "many".to_owned(), added: more, removed: less }])
+        .unwrap();
     println!("10,000 ports in {replaced:?}, one more and one less in {:?}", begin.elapsed());
     let listed = namespace.exec("nft", &["list", "map", "inet", "many", "ports"]);
     assert_eq!(listed.matches("tcp . ").count(), 10_000);
@@ -446,7 +473,8 @@ fn changes_are_heard_of() {
     assert!(changes.drain());
 }
 
-/// A packet meets the rules that were meant: a map's entry translates, and of two networks on two links each has its own.
+/// A packet meets the rules that were meant: a map's entry translates, and of two networks on two
+/// links each has its own.
 #[test]
 fn packets_are_translated_and_dropped_as_the_table_says() {
     let (host, outside) = (Namespace::new(), Namespace::new());
@@ -466,7 +494,11 @@ fn packets_are_translated_and_dropped_as_the_table_says() {
     };
     let own = Set {
         intervals: true,
-        ..set("own", [Field::Interface, Field::Ipv4], vec![element([interface("eth0"), net("192.0.2.0/25")])])
+        ..set(
+            "own",
+            [Field::Interface, Field::Ipv4],
+            vec![element([interface("eth0"), net("192.0.2.0/25")])],
+        )
     };
     let keys = vec![Key::Protocol, Key::DestinationPort];
     let translate = Action::Translate { keys, map: "ports".to_owned(), v6: false };
@@ -486,7 +518,8 @@ fn packets_are_translated_and_dropped_as_the_table_says() {
     server.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     let client = outside.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
     // A link that has just come up loses what is sent first.
-    let reaches = || client.send_to(b"!", "192.0.2.2:6000").is_ok() && server.recv(&mut [0; 9]).is_ok();
+    let reaches =
+        || client.send_to(b"!", "192.0.2.2:6000").is_ok() && server.recv(&mut [0; 9]).is_ok();
     assert!(eventually(Duration::from_secs(10), reaches));
     while server.recv(&mut [0; 9]).is_ok() {}
     let mut connection = connect(&host);
@@ -498,8 +531,9 @@ fn packets_are_translated_and_dropped_as_the_table_says() {
     };
     let (long, short) = (Duration::from_secs(10), Duration::from_millis(300));
     assert!(arrives(&table, long));
-    let drop =
-        |not| vec![rule(vec![is_in([Key::InInterface, Key::SourceV4], "own", not)], vec![Action::Drop])];
+    let drop = |not| {
+        vec![rule(vec![is_in([Key::InInterface, Key::SourceV4], "own", not)], vec![Action::Drop])]
+    };
     table.chains[1].rules = drop(true);
     assert!(arrives(&table, long));
     table.chains[1].rules = drop(false);

@@ -1,5 +1,5 @@
-//! Port guards at the ports of a real bridge, by each mechanism: frames that root in a container makes by hand, and what
-//! an unmodified kernel sends.
+//! Port guards at the ports of a real bridge, by each mechanism: frames that root in a container
+//! makes by hand, and what an unmodified kernel sends.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -8,8 +8,8 @@ use std::thread;
 use std::time::Duration;
 use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, SpoofReason};
 use tidegate_testbed::frames::{
-    BROADCAST, Forger, KINDS, LinkSocket, MARKER, Mac, advertisement, arp, checksum, ethernet, ipv4, ipv6,
-    syn4, udp4, udp6,
+    BROADCAST, Forger, KINDS, LinkSocket, MARKER, Mac, advertisement, arp, checksum, ethernet,
+    ipv4, ipv6, syn4, udp4, udp6,
 };
 use tidegate_testbed::{Namespace, eventually};
 
@@ -40,7 +40,8 @@ impl Bridge {
     fn new(mechanism: Mechanism, any_address: bool) -> Self {
         let (host, member, neighbor) = (Namespace::new(), Namespace::new(), Namespace::new());
         host.ip_all("link add br0 type bridge mcast_snooping 0");
-        for (link, namespace, mac) in [("veth-m", &member, MEMBER), ("veth-n", &neighbor, NEIGHBOR)] {
+        for (link, namespace, mac) in [("veth-m", &member, MEMBER), ("veth-n", &neighbor, NEIGHBOR)]
+        {
             let path = namespace.path();
             let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
             host.ip_all(&format!(
@@ -51,7 +52,8 @@ impl Bridge {
         for link in ["br0", "veth-m", "veth-n"] {
             host.sysctl(&format!("net.ipv6.conf.{link}.disable_ipv6"), "1");
         }
-        let policy = PortPolicy { mac: MEMBER, v4: vec![OWN], v6: vec![v6("fd09::7")], any_address };
+        let policy =
+            PortPolicy { mac: MEMBER, v4: vec![OWN], v6: vec![v6("fd09::7")], any_address };
         let listed = host.ip(&["-o", "link", "show", "veth-m"]);
         let index = listed.split(':').next().unwrap().parse().unwrap();
         let guards = Namespace::new().run(|| PortGuards::probe(&[mechanism], "test")).unwrap();
@@ -74,7 +76,10 @@ impl Bridge {
             namespace.sysctl("net.ipv6.conf.eth0.disable_ipv6", "1");
             namespace.ip_all("link set eth0 arp off\nlink set eth0 up");
         }
-        assert!(eventually(SOON, || bridge.host.ip(&["-o", "link", "show", "veth-n"]).contains("state UP")));
+        assert!(eventually(SOON, || bridge
+            .host
+            .ip(&["-o", "link", "show", "veth-n"])
+            .contains("state UP")));
         bridge
     }
 
@@ -84,10 +89,12 @@ impl Bridge {
         counts.filter(|(_, count)| *count > 0).collect()
     }
 
-    /// Sends `frames` from the member. Returns how many frames the neighbour and the host have received.
+    /// Sends `frames` from the member. Returns how many frames the neighbour and the host have
+    /// received.
     fn send(&self, frames: impl Iterator<Item = Vec<u8>>) -> [usize; 2] {
         let sender = LinkSocket::open(&self.member, "eth0");
-        let receivers = [LinkSocket::open(&self.neighbor, "eth0"), LinkSocket::open(&self.host, "br0")];
+        let receivers =
+            [LinkSocket::open(&self.neighbor, "eth0"), LinkSocket::open(&self.host, "br0")];
         let mut received = [0; 2];
         let mut take = || {
             for (count, receiver) in received.iter_mut().zip(&receivers) {
@@ -167,19 +174,22 @@ fn with_any_address_only_the_mac_address_is_checked() {
     }
 }
 
-/// What may begin a TCP connection, and what cannot: of each kind, whether it is policed and the frame.
+/// What may begin a TCP connection, and what cannot: of each kind, whether it is policed and the
+/// frame.
 fn policed_kinds() -> Vec<(&'static str, bool, Vec<u8>)> {
     let own6 = v6("fd09::7");
     let v4 = |packet: Vec<u8>| ethernet(BROADCAST, MEMBER, 0x0800, &packet);
     let tcp = |flags: u8| {
-        let mut segment = vec![0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0];
+        let mut segment =
+            vec![0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0];
         segment.resize(40, 0);
         segment
     };
     let changed = |at: usize, value: u8| {
         let mut packet = syn4((OWN, 1), (GATEWAY, 2), 3);
         packet[at] = value;
-        // A bridge that passes packets to iptables drops those whose header does not add up (`br_validate_ipv4`).
+        // A bridge that passes packets to iptables drops those whose header does not add up
+        // (`br_validate_ipv4`).
         packet[10..12].fill(0);
         let head = 4 * usize::from(packet[0] & 0xf);
         let sum = checksum(&packet[..head]);
@@ -195,7 +205,11 @@ fn policed_kinds() -> Vec<(&'static str, bool, Vec<u8>)> {
         ("with IP options", true, changed(0, 0x46)),
         ("in fragments", true, changed(6, 0x20)),
         ("SYN of IPv6", true, inside(6, &tcp(2))),
-        ("behind a fragment header", true, inside(44, &[&[6, 0, 0, 0, 0, 0, 0, 1][..], &tcp(2)].concat())),
+        (
+            "behind a fragment header",
+            true,
+            inside(44, &[&[6, 0, 0, 0, 0, 0, 0, 1][..], &tcp(2)].concat()),
+        ),
         ("SYN and ACK", false, changed(33, 0x12)),
         ("ACK", false, changed(33, 0x10)),
         ("ACK of IPv6", false, inside(6, &tcp(0x10))),
@@ -239,7 +253,8 @@ fn a_flood_of_new_connections_is_policed_and_nothing_else_is() {
     }
 }
 
-/// Boot with duplicate address detection, MLD, IGMP, ARP and neighbour discovery, an address that is renewed.
+/// Boot with duplicate address detection, MLD, IGMP, ARP and neighbour discovery, an address that
+/// is renewed.
 #[test]
 fn nothing_that_an_unmodified_kernel_sends_is_dropped() {
     for mechanism in Mechanism::ALL {
@@ -258,12 +273,15 @@ fn nothing_that_an_unmodified_kernel_sends_is_dropped() {
             let mut ping = namespace.command("ping");
             ping.args(["-c", "1", "-W", "1", address]).output().unwrap().status.success()
         };
-        // An application that sends meanwhile gets ::1 for a source, which no receiver takes (RFC 4291, 2.5.3).
+        // An application that sends meanwhile gets ::1 for a source, which no receiver takes (RFC
+        // 4291, 2.5.3).
         let detected = |namespace: &Namespace| {
             eventually(SOON, || namespace.ip(&["-6", "addr", "show", "tentative"]).is_empty())
         };
         let all = || {
-            ["10.9.0.1", "10.9.0.8", "fd09::1", "fd09::8"].iter().all(|to| answers(&bridge.member, to))
+            ["10.9.0.1", "10.9.0.8", "fd09::1", "fd09::8"]
+                .iter()
+                .all(|to| answers(&bridge.member, to))
                 && ["10.9.0.7", "fd09::7"].iter().all(|to| answers(&bridge.neighbor, to))
         };
         assert!(detected(&bridge.member) && detected(&bridge.neighbor));
@@ -289,13 +307,17 @@ fn nothing_that_an_unmodified_kernel_sends_is_dropped() {
 fn it_goes_with_its_link_and_is_missed_when_it_is_removed() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::silent(mechanism, false);
-        let policy = PortPolicy { mac: MEMBER, v4: vec![OWN], v6: vec![v6("fd09::7")], any_address: false };
-        let is_attached = || bridge.host.run(|| bridge.guards.is_attached(bridge.index, "veth-m", &policy));
+        let policy =
+            PortPolicy { mac: MEMBER, v4: vec![OWN], v6: vec![v6("fd09::7")], any_address: false };
+        let is_attached =
+            || bridge.host.run(|| bridge.guards.is_attached(bridge.index, "veth-m", &policy));
         let forged = || bridge.send([forger(3).frame("mac")].into_iter());
         let remove: &[(&str, &[&str])] = match mechanism {
             // What removes it is not at hand everywhere (bpftool).
             Mechanism::Tcx => &[],
-            Mechanism::Clsact | Mechanism::Classic => &[("tc", &["qdisc", "del", "dev", "veth-m", "clsact"])],
+            Mechanism::Clsact | Mechanism::Classic => {
+                &[("tc", &["qdisc", "del", "dev", "veth-m", "clsact"])]
+            }
             Mechanism::Nftables => &[("nft", &["flush", "ruleset"])],
         };
         for (program, args) in remove {

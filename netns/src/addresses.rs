@@ -1,19 +1,22 @@
-//! Which addresses are a namespace's own, and which are its neighbours: always current, without polling.
+//! Which addresses are a namespace's own, and which are its neighbours: always current, without
+//! polling.
 //!
 //! # Theory of operation
 //!
-//! A netlink socket made in the namespace is a member of the groups to which the kernel reports every change
-//! of an address. A look-up first tries to receive from it: as a rule there is nothing, and the table at hand
-//! is current. If there is something, or if there was too much for the socket to hold (`ENOBUFS`), what it
-//! says does not matter: the queue is emptied, and then the table is read anew. In this order, so that a
-//! change during the reading is noticed by the next look-up.
+//! A netlink socket made in the namespace is a member of the groups to which the kernel reports
+//! every change of an address. A look-up first tries to receive from it: as a rule there is
+//! nothing, and the table at hand is current. If there is something, or if there was too much for
+//! the socket to hold (`ENOBUFS`), what it says does not matter: the queue is emptied, and then the
+//! table is read anew. In this order, so that a change during the reading is noticed by the next
+//! look-up.
 //!
-//! So a look-up costs one system call, and the answer is no older than that call. An IPv4 address is
-//! announced before the program that added it goes on; an IPv6 address a moment later, when the kernel has
-//! found that nobody else on the link has it.
+//! So a look-up costs one system call, and the answer is no older than that call. An IPv4 address
+//! is announced before the program that added it goes on; an IPv6 address a moment later, when the
+//! kernel has found that nobody else on the link has it.
 //!
-//! Addresses count from when the kernel lists them until it does not, also while their interface is down.
-//! Routes without an address behind them (`ip route add local`, `ip route add ... dev`) are not seen.
+//! Addresses count from when the kernel lists them until it does not, also while their interface is
+//! down. Routes without an address behind them (`ip route add local`, `ip route add ... dev`) are
+//! not seen.
 
 use crate::netlink::Netlink;
 use crate::routes::{connected_interface, default_route};
@@ -42,8 +45,8 @@ pub struct AddressBook {
     state: Mutex<State>,
 }
 
-/// Those that [`AddressBook::of`] has handed out and that are still in use. An open book keeps its namespace alive, so no
-/// other one can have come by its id.
+/// Those that [`AddressBook::of`] has handed out and that are still in use. An open book keeps its
+/// namespace alive, so no other one can have come by its id.
 static SHARED: Mutex<BTreeMap<NamespaceId, Weak<AddressBook>>> = Mutex::new(BTreeMap::new());
 
 struct State {
@@ -66,7 +69,8 @@ impl AddressBook {
         Ok(Self { namespace: namespace.id(), news, state })
     }
 
-    /// The book of `namespace` that this process has open, or a new one: thousands of ports may ask about one host.
+    /// The book of `namespace` that this process has open, or a new one: thousands of ports may ask
+    /// about one host.
     ///
     /// # Errors
     /// As of [`open`](Self::open).
@@ -86,21 +90,23 @@ impl AddressBook {
         self.current().table.is_local(ip)
     }
 
-    /// Whether some interface other than loopback has `ip` in its subnet, its own addresses included.
+    /// Whether some interface other than loopback has `ip` in its subnet, its own addresses
+    /// included.
     #[must_use]
     pub fn is_on_link(&self, ip: IpAddr) -> bool {
         self.current().table.is_on_link(ip)
     }
 
-    /// Whether some interface has both addresses in its subnet, so that they reach one another past any
-    /// router.
+    /// Whether some interface has both addresses in its subnet, so that they reach one another past
+    /// any router.
     #[must_use]
     pub fn on_link_with(&self, a: IpAddr, b: IpAddr) -> bool {
         self.current().table.on_link_with(a, b)
     }
 
-    /// The addresses by which a container is reached: those of global scope on interfaces other than
-    /// loopback. IPv4 first, and of each family those of the interface that the default route uses.
+    /// The addresses by which a container is reached: those of global scope on interfaces other
+    /// than loopback. IPv4 first, and of each family those of the interface that the default route
+    /// uses.
     #[must_use]
     pub fn container_addresses(&self) -> Vec<IpAddr> {
         let mut state = self.current();
@@ -122,7 +128,8 @@ impl AddressBook {
         Ok(entries.map(|entry| entry.own).collect())
     }
 
-    /// The next hop of the default route in the main table; the one of lowest metric if there are several.
+    /// The next hop of the default route in the main table; the one of lowest metric if there are
+    /// several.
     ///
     /// `None` without a default route, or if it leads to an interface and not to a router.
     ///
@@ -132,8 +139,8 @@ impl AddressBook {
         Ok(default_route(&mut self.state().netlink, family)?.and_then(|route| route.gateway))
     }
 
-    /// Index and name of the interface behind which `ip` is on the same link: a packet to it from inside the namespace is
-    /// sent to it and not to a router.
+    /// Index and name of the interface behind which `ip` is on the same link: a packet to it from
+    /// inside the namespace is sent to it and not to a router.
     ///
     /// `None` if the way leads over a router, to the namespace itself, or nowhere.
     ///
@@ -189,8 +196,8 @@ struct Entry {
     global: bool,
 }
 
-/// All addresses at one moment, in the kernel's order: by interface, and a primary address before those that
-/// were added to it.
+/// All addresses at one moment, in the kernel's order: by interface, and a primary address before
+/// those that were added to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Table(Vec<Entry>);
 
@@ -210,7 +217,8 @@ impl Table {
 
     fn is_local(&self, ip: IpAddr) -> bool {
         let ip = ip.to_canonical();
-        ip.is_loopback() || self.0.iter().any(|entry| entry.own == ip || entry.is_loopback_subnet(ip))
+        ip.is_loopback()
+            || self.0.iter().any(|entry| entry.own == ip || entry.is_loopback_subnet(ip))
     }
 
     fn is_on_link(&self, ip: IpAddr) -> bool {
@@ -244,12 +252,14 @@ impl Entry {
             match attribute {
                 AddressAttribute::Address(ip) => address = Some(*ip),
                 AddressAttribute::Local(ip) => local = Some(*ip),
-                AddressAttribute::Flags(flags) => duplicate |= flags.contains(AddressFlags::Dadfailed),
+                AddressAttribute::Flags(flags) => {
+                    duplicate |= flags.contains(AddressFlags::Dadfailed)
+                }
                 _ => {}
             }
         }
-        // On a point-to-point link IFA_ADDRESS is the other end; elsewhere both are the same, and IPv6 then
-        // leaves IFA_LOCAL out.
+        // On a point-to-point link IFA_ADDRESS is the other end; elsewhere both are the same, and
+        // IPv6 then leaves IFA_LOCAL out.
         let own = local.or(address)?;
         let subnet = IpNet::new(address.unwrap_or(own), message.header.prefix_len).ok()?;
         let global = message.header.scope == AddressScope::Universe;
@@ -297,7 +307,9 @@ mod tests {
 
     #[test]
     fn own_addresses_and_loopback_ranges_are_local() {
-        for local in ["203.0.113.1", "::ffff:203.0.113.1", "127.5.5.5", "::1", "fe80::1", "192.0.2.7"] {
+        for local in
+            ["203.0.113.1", "::ffff:203.0.113.1", "127.5.5.5", "::1", "fe80::1", "192.0.2.7"]
+        {
             assert!(host().is_local(ip(local)), "{local}");
         }
         for other in ["203.0.113.9", "172.30.0.2", "fd30::2", "192.0.2.16", "::2"] {
@@ -354,7 +366,9 @@ mod tests {
         let mut message = AddressMessage::default();
         message.header.prefix_len = 64;
         message.attributes.push(AddressAttribute::Address(ip("fd30::2")));
-        message.attributes.push(AddressAttribute::Flags(AddressFlags::Dadfailed | AddressFlags::Tentative));
+        message
+            .attributes
+            .push(AddressAttribute::Flags(AddressFlags::Dadfailed | AddressFlags::Tentative));
         assert_eq!(Entry::parse(&message), None);
     }
 }

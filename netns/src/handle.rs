@@ -18,9 +18,11 @@ const OWN: &str = "/proc/thread-self/ns/net";
 
 /// Which namespace it is: device and inode of its file in `nsfs`.
 ///
-/// Two handles have the same id exactly if they are to the same namespace. An id says nothing once the
-/// namespace is gone: the kernel gives its inode number to one of the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+/// Two handles have the same id exactly if they are to the same namespace. An id says nothing once
+/// the namespace is gone: the kernel gives its inode number to one of the next.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct NamespaceId {
     /// The device number of `nsfs`.
     pub device: u64,
@@ -48,7 +50,9 @@ pub enum OpenError {
     #[error("no process {0}")]
     NoProcess(u32),
     /// The process belongs to someone else.
-    #[error("no permission to open the network namespace of process {0} (needs CAP_SYS_PTRACE over it)")]
+    #[error(
+        "no permission to open the network namespace of process {0} (needs CAP_SYS_PTRACE over it)"
+    )]
     ProcessDenied(u32),
     /// The path is closed to us.
     #[error("no permission to open namespace {}", .0.display())]
@@ -65,8 +69,8 @@ pub enum OpenError {
 
 /// A network namespace, kept alive by a descriptor.
 ///
-/// Clones are handles to the same namespace; it lives as long as one of them does, whatever becomes of the
-/// processes in it.
+/// Clones are handles to the same namespace; it lives as long as one of them does, whatever becomes
+/// of the processes in it.
 #[derive(Clone)]
 pub struct Namespace(Arc<Inner>);
 
@@ -85,14 +89,15 @@ struct Here {
 }
 
 thread_local! {
-    /// Where the calling thread is, as far as this crate knows: it is found out once, and then kept up to
-    /// date by whoever moves the thread, which is [`enter`] alone. Asking the kernel takes longer than the
-    /// whole round trip into another namespace and back.
+    /// Where the calling thread is, as far as this crate knows: it is found out once, and then kept
+    /// up to date by whoever moves the thread, which is [`enter`] alone. Asking the kernel takes
+    /// longer than the whole round trip into another namespace and back.
     static HERE: RefCell<Option<Here>> = const { RefCell::new(None) };
 }
 
 impl Namespace {
-    /// The namespace that the calling thread is in; within [`with`](Self::with), the one it entered.
+    /// The namespace that the calling thread is in; within [`with`](Self::with), the one it
+    /// entered.
     ///
     /// # Errors
     /// `/proc` is not mounted, or no descriptor is left.
@@ -107,28 +112,29 @@ impl Namespace {
         })
     }
 
-    /// A new namespace, which has nothing but a loopback interface that is down. It is gone when its last handle, process and
-    /// socket is.
+    /// A new namespace, which has nothing but a loopback interface that is down. It is gone when
+    /// its last handle, process and socket is.
     ///
     /// # Errors
     /// `EPERM` without `CAP_SYS_ADMIN`, `ENOSPC` at `user.max_net_namespaces`.
     pub fn create() -> io::Result<Self> {
         let made = std::thread::Builder::new().name("tidegate-netns".into()).spawn(|| {
-            // SAFETY: of what threads share, this one takes nothing out: its network namespace alone becomes another, and it
-            // ends right after.
+            // SAFETY: of what threads share, this one takes nothing out: its network namespace
+            // alone becomes another, and it ends right after.
             unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
             File::open(OWN)
         })?;
-        let file =
-            made.join().map_err(|_| io::Error::other("the thread that makes a namespace panicked"))??;
+        let file = made
+            .join()
+            .map_err(|_| io::Error::other("the thread that makes a namespace panicked"))??;
         Self::adopt(file, None)
     }
 
     /// The namespace at `path`: a bind mount such as `ip netns` makes (`/run/netns/blue`), or
     /// `/proc/PID/ns/net`.
     ///
-    /// That it can be opened does not say that it can be entered, which takes `CAP_SYS_ADMIN` in the user
-    /// namespace that owns it; [`with`](Self::with) finds out.
+    /// That it can be opened does not say that it can be entered, which takes `CAP_SYS_ADMIN` in
+    /// the user namespace that owns it; [`with`](Self::with) finds out.
     ///
     /// # Errors
     /// [`OpenError`] says what is there instead, or what is missing.
@@ -187,7 +193,8 @@ impl Namespace {
         system::owner(&self.0.file)
     }
 
-    /// Whether privileges of the calling process count in it: to bind its lower ports, for instance.
+    /// Whether privileges of the calling process count in it: to bind its lower ports, for
+    /// instance.
     #[must_use]
     pub fn belongs_to_own_user_namespace(&self) -> bool {
         let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
@@ -202,26 +209,28 @@ impl Namespace {
         current_id().is_ok_and(|id| id == self.id())
     }
 
-    /// Enters the namespace on the calling thread, runs `f`, and returns to where the thread was. If it is
-    /// in there already, just runs `f`.
+    /// Enters the namespace on the calling thread, runs `f`, and returns to where the thread was.
+    /// If it is in there already, just runs `f`.
     ///
-    /// A thread that could not return, because the namespace it is in belongs to a user namespace above its own, stays
-    /// where it is: another one, made for it, enters in its place and ends there. That costs some 30 µs instead of 5.
+    /// A thread that could not return, because the namespace it is in belongs to a user namespace
+    /// above its own, stays where it is: another one, made for it, enters in its place and ends
+    /// there. That costs some 30 µs instead of 5.
     ///
-    /// Meant for short calls: make a socket, open a file below `/proc/sys/net`. What `f` makes belongs to the
-    /// namespace for life and may be handed out; a thread or process that `f` starts stays inside. Calls
-    /// nest.
+    /// Meant for short calls: make a socket, open a file below `/proc/sys/net`. What `f` makes
+    /// belongs to the namespace for life and may be handed out; a thread or process that `f` starts
+    /// stays inside. Calls nest.
     ///
-    /// The thread comes back when `f` panics, too. Should the kernel refuse to let it back although that was
-    /// tried before, the process is aborted: code that believes itself on the host must not run in a
-    /// container.
+    /// The thread comes back when `f` panics, too. Should the kernel refuse to let it back although
+    /// that was tried before, the process is aborted: code that believes itself on the host must
+    /// not run in a container.
     ///
-    /// A thread that something else than this crate moves between namespaces, by `setns(2)` or `unshare(2)`,
-    /// must not have called this before: it would be returned to where it was then. Debug builds check.
+    /// A thread that something else than this crate moves between namespaces, by `setns(2)` or
+    /// `unshare(2)`, must not have called this before: it would be returned to where it was then.
+    /// Debug builds check.
     ///
     /// # Errors
-    /// `EPERM`: entering takes `CAP_SYS_ADMIN`, here and in the user namespace that owns this namespace. `f` has
-    /// not run then.
+    /// `EPERM`: entering takes `CAP_SYS_ADMIN`, here and in the user namespace that owns this
+    /// namespace. `f` has not run then.
     pub fn with<T: Send>(&self, f: impl FnOnce() -> T + Send) -> io::Result<T> {
         let home = here()?;
         if home.namespace.id() == self.id() {
@@ -243,14 +252,15 @@ impl Namespace {
     fn send_a_thread<T: Send>(&self, f: impl FnOnce() -> T + Send) -> io::Result<T> {
         std::thread::scope(|scope| {
             let inside = || enter(self).map(|()| f());
-            let sent =
-                std::thread::Builder::new().name("tidegate-netns".into()).spawn_scoped(scope, inside)?;
+            let sent = std::thread::Builder::new()
+                .name("tidegate-netns".into())
+                .spawn_scoped(scope, inside)?;
             sent.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 
-    /// Moves the calling thread into the namespace, for good: a thread that will enter others from here, often, and has
-    /// no business where it came from.
+    /// Moves the calling thread into the namespace, for good: a thread that will enter others from
+    /// here, often, and has no business where it came from.
     ///
     /// # Errors
     /// As of [`with`](Self::with).
@@ -265,8 +275,8 @@ impl Namespace {
         here().is_ok_and(|here| here.enterable || enter(&here.namespace).is_ok())
     }
 
-    /// Reads a sysctl, named as sysctl(8) does (`net.ipv4.ip_forward`; a dot in the name of an interface is
-    /// written `/`), without the newline at its end.
+    /// Reads a sysctl, named as sysctl(8) does (`net.ipv4.ip_forward`; a dot in the name of an
+    /// interface is written `/`), without the newline at its end.
     ///
     /// # Errors
     /// `ENOENT` for one that this kernel lacks, `EINVAL` for one that no namespace has of its own.
@@ -279,8 +289,8 @@ impl Namespace {
     /// Sets a sysctl.
     ///
     /// # Errors
-    /// As for [`sysctl`](Self::sysctl); `EPERM` or `EACCES` without `CAP_NET_ADMIN` in there, `EROFS` where
-    /// `/proc/sys` is mounted read-only, as it is in most containers.
+    /// As for [`sysctl`](Self::sysctl); `EPERM` or `EACCES` without `CAP_NET_ADMIN` in there,
+    /// `EROFS` where `/proc/sys` is mounted read-only, as it is in most containers.
     pub fn set_sysctl(&self, name: &str, value: &str) -> io::Result<()> {
         let path = sysctl_path(name)?;
         // Not fs::write: it would create, and truncate, which these files do not take.
@@ -292,8 +302,8 @@ impl Namespace {
         })?
     }
 
-    /// Opens a sysctl to read it and then perhaps to set it: in a thousand namespaces that have the same files, the kernel takes
-    /// longest to find the one that is meant.
+    /// Opens a sysctl to read it and then perhaps to set it: in a thousand namespaces that have the
+    /// same files, the kernel takes longest to find the one that is meant.
     pub(crate) fn open_sysctl(&self, name: &str) -> io::Result<File> {
         let path = sysctl_path(name)?;
         self.with(|| OpenOptions::new().read(true).write(true).open(path))?
@@ -348,7 +358,8 @@ fn current_id() -> io::Result<NamespaceId> {
     Ok(NamespaceId { device: metadata.dev(), inode: metadata.ino() })
 }
 
-/// Only what a namespace has of its own, which is all below `net`; anything else would change the machine.
+/// Only what a namespace has of its own, which is all below `net`; anything else would change the
+/// machine.
 fn sysctl_path(name: &str) -> io::Result<PathBuf> {
     let swapped = name.chars().map(|c| match c {
         '.' => '/',
@@ -403,8 +414,15 @@ mod tests {
 
     #[test]
     fn no_name_leads_out_of_the_sysctls_of_a_namespace() {
-        for name in ["kernel.hostname", "net", "net.", "", "net.//.kernel.hostname", "network.x", ".net.ipv4"]
-        {
+        for name in [
+            "kernel.hostname",
+            "net",
+            "net.",
+            "",
+            "net.//.kernel.hostname",
+            "network.x",
+            ".net.ipv4",
+        ] {
             assert!(sysctl_path(name).is_err(), "{name}");
         }
     }

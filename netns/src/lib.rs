@@ -1,7 +1,9 @@
-//! A network namespace as a factory: of sockets, of policy routes, and of knowledge about its network.
+//! A network namespace as a factory: of sockets, of policy routes, and of knowledge about its
+//! network.
 //!
-//! A socket belongs to the namespace it was made in, for life, whoever holds it. So no part of tidegate lives
-//! in a container. It asks for what it needs to be made there, and then does ordinary I/O from one process:
+//! A socket belongs to the namespace it was made in, for life, whoever holds it. So no part of
+//! tidegate lives in a container. It asks for what it needs to be made there, and then does
+//! ordinary I/O from one process:
 //!
 //! ```no_run
 //! use std::{net::TcpListener, path::Path};
@@ -14,19 +16,22 @@
 //! ```
 //!
 //! - [`Namespace`]: a handle by path or process; makes things inside, reads and sets sysctls.
-//! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours, where its packets go; always current.
+//! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours, where its
+//!   packets go; always current.
 //! - [`LocalPeers`]: the user of a client on this host.
 //! - [`News`]: word that something has changed.
-//! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it goes, and
-//!   that is cleaned up after when its process was killed ([`sweep()`]).
+//! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it
+//!   goes, and that is cleaned up after when its process was killed ([`sweep()`]).
 //!
-//! Everything is synchronous. Going into a namespace and back takes some 5 µs, the kernel answers netlink
-//! requests at once, and programs as small as the docker-proxy drop-in link this crate without a runtime.
+//! Everything is synchronous. Going into a namespace and back takes some 5 µs, the kernel answers
+//! netlink requests at once, and programs as small as the docker-proxy drop-in link this crate
+//! without a runtime.
 //!
-//! Entering takes root, or a user namespace that owns the namespace to enter. An ordinary user has one made
-//! ([`become_root_of_a_user_namespace`]) and stays in the host's network. Its threads find no way back there once they have entered another
-//! namespace, so those that come from the host send one of their own ([`Namespace::with`]), and those that enter often live inside
-//! from the start ([`Namespace::enter`]).
+//! Entering takes root, or a user namespace that owns the namespace to enter. An ordinary user has
+//! one made ([`become_root_of_a_user_namespace`]) and stays in the host's network. Its threads find
+//! no way back there once they have entered another namespace, so those that come from the host
+//! send one of their own ([`Namespace::with`]), and those that enter often live inside from the
+//! start ([`Namespace::enter`]).
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("network namespaces exist on Linux only");

@@ -1,8 +1,8 @@
 //! Whose process is at the other end of a TCP connection within one host.
 //!
-//! TCP has no `SO_PEERCRED`. The kernel's socket diagnosis (`NETLINK_SOCK_DIAG`, sock_diag(7)) finds
-//! the client's socket by its addresses, without a search through all connections, and tells the
-//! user that made it.
+//! TCP has no `SO_PEERCRED`. The kernel's socket diagnosis (`NETLINK_SOCK_DIAG`, sock_diag(7))
+//! finds the client's socket by its addresses, without a search through all connections, and tells
+//! the user that made it.
 
 use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG};
 use std::fmt;
@@ -39,9 +39,9 @@ impl LocalPeers {
         Ok(Self(socket))
     }
 
-    /// The user that made the socket of `client`, which is connected to `local`. `None` if there is no
-    /// such socket here, or if no process has it any more. A user that is not mapped in this process's
-    /// user namespace is reported as 65534.
+    /// The user that made the socket of `client`, which is connected to `local`. `None` if there is
+    /// no such socket here, or if no process has it any more. A user that is not mapped in this
+    /// process's user namespace is reported as 65534.
     #[must_use]
     pub fn user_of(&self, client: SocketAddr, local: SocketAddr) -> Option<u32> {
         let (client, local) = (canonical(client), canonical(local));
@@ -98,9 +98,9 @@ fn octets(ip: IpAddr) -> [u8; 16] {
 }
 
 /// The user in `answer`, if it is about the socket that was asked for: where there is no such
-/// connection, the kernel describes a listener. For a socket that was closed, it describes what is left
-/// of the connection, with inode 0 and user 0 (`inet_twsk_diag_fill`, net/ipv4/inet_diag.c), which must
-/// not be taken for root's.
+/// connection, the kernel describes a listener. For a socket that was closed, it describes what is
+/// left of the connection, with inode 0 and user 0 (`inet_twsk_diag_fill`, net/ipv4/inet_diag.c),
+/// which must not be taken for root's.
 fn read(answer: &[u8], of: SocketAddr, to: SocketAddr) -> Option<u32> {
     let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
     let told = answer.get(HEADER..HEADER + ANSWER).filter(|_| kind == BY_FAMILY)?;
@@ -149,7 +149,11 @@ mod tests {
         let peers = LocalPeers::new().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let here = listener.local_addr().unwrap();
-        assert_eq!(peers.user_of(here, "127.0.0.1:1".parse().unwrap()), None, "a listener is no client");
+        assert_eq!(
+            peers.user_of(here, "127.0.0.1:1".parse().unwrap()),
+            None,
+            "a listener is no client"
+        );
         assert_eq!(peers.user_of("192.0.2.1:9".parse().unwrap(), here), None);
     }
 }

@@ -8,8 +8,9 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
-/// How often to try for the lock, and how long to wait in between, before another process is said to have it: a child of a dead
-/// owner holds on to it until it executes its program, and an owner that ends may delete the file meanwhile.
+/// How often to try for the lock, and how long to wait in between, before another process is said
+/// to have it: a child of a dead owner holds on to it until it executes its program, and an owner
+/// that ends may delete the file meanwhile.
 const ATTEMPTS: usize = 10;
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -22,11 +23,12 @@ pub enum Lock {
     Held(File),
 }
 
-/// Opens and locks (flock(2)) the file that is at `path` by the time the lock is had, and makes it if need be, for this user
-/// alone. The lock goes with the process, however that ends.
+/// Opens and locks (flock(2)) the file that is at `path` by the time the lock is had, and makes it
+/// if need be, for this user alone. The lock goes with the process, however that ends.
 ///
 /// # Errors
-/// What open(2) and flock(2) say; `PermissionDenied` for what is not a file, or not this user's, and a link is not followed.
+/// What open(2) and flock(2) say; `PermissionDenied` for what is not a file, or not this user's,
+/// and a link is not followed.
 pub fn lock_file(path: &Path) -> io::Result<Lock> {
     let mut held = None;
     for _ in 0..ATTEMPTS {
@@ -82,10 +84,12 @@ mod tests {
     #[test]
     fn what_is_no_file_of_ours_is_not_taken() {
         let directory = tempfile::tempdir().unwrap();
-        let [target, link, fifo] = ["target", "link", "fifo"].map(|name| directory.path().join(name));
+        let [target, link, fifo] =
+            ["target", "link", "fifo"].map(|name| directory.path().join(name));
         fs::write(&target, "important").unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0)
+            .unwrap();
         for path in [&link, &fifo, &directory.path().to_owned()] {
             assert!(lock_file(path).is_err(), "{}", path.display());
         }

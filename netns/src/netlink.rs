@@ -1,7 +1,7 @@
 //! Questions and orders to the kernel's routing socket, one at a time.
 //!
-//! Synchronous, because the kernel is: it has handled a request when `send(2)` returns, and the answer waits
-//! in the socket. There is nothing to await and no thread to keep for it.
+//! Synchronous, because the kernel is: it has handled a request when `send(2)` returns, and the
+//! answer waits in the socket. There is nothing to await and no thread to keep for it.
 
 use crate::Namespace;
 use crate::system::namespace_cookie;
@@ -13,7 +13,8 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use std::io;
 
-/// The most that the kernel puts into one datagram of a dump, in bytes (`netlink_recvmsg` caps it at 32 KiB).
+/// The most that the kernel puts into one datagram of a dump, in bytes (`netlink_recvmsg` caps it
+/// at 32 KiB).
 const DATAGRAM: usize = 32 << 10;
 
 /// How often a dump is begun again because what it lists was changed meanwhile.
@@ -39,12 +40,14 @@ pub(crate) struct Netlink {
 }
 
 impl Netlink {
-    /// Connects to `namespace`, for as long as the value lives; the privilege to enter is not needed again.
+    /// Connects to `namespace`, for as long as the value lives; the privilege to enter is not
+    /// needed again.
     pub(crate) fn open(namespace: &Namespace) -> io::Result<Self> {
         let socket = namespace.with(|| Socket::new(NETLINK_ROUTE))??;
         // Connected to the kernel, so that no other process can put an answer into our socket.
         socket.connect(&SocketAddr::new(0, 0))?;
-        // The kernel then honours the filter in a request for a dump, instead of listing everything.
+        // The kernel then honours the filter in a request for a dump, instead of listing
+        // everything.
         socket.set_netlink_get_strict_chk(true)?;
         Ok(Self { socket, sequence: 0 })
     }
@@ -66,17 +69,24 @@ impl Netlink {
     }
 
     /// Asks for one thing.
-    pub(crate) fn get(&mut self, message: RouteNetlinkMessage) -> io::Result<Option<RouteNetlinkMessage>> {
+    pub(crate) fn get(
+        &mut self,
+        message: RouteNetlinkMessage,
+    ) -> io::Result<Option<RouteNetlinkMessage>> {
         let mut answer = None;
         self.request(message, 0, |message| answer = Some(message))?;
         Ok(answer)
     }
 
     /// Asks for all there is that `message` lets through. What cannot be understood is left out.
-    pub(crate) fn dump(&mut self, message: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+    pub(crate) fn dump(
+        &mut self,
+        message: &RouteNetlinkMessage,
+    ) -> io::Result<Vec<RouteNetlinkMessage>> {
         for _ in 0..DUMP_ATTEMPTS {
             let mut listed = Vec::new();
-            let whole = self.request(message.clone(), NLM_F_DUMP, |message| listed.push(message))?;
+            let whole =
+                self.request(message.clone(), NLM_F_DUMP, |message| listed.push(message))?;
             if whole {
                 return Ok(listed);
             }
@@ -94,8 +104,8 @@ impl Netlink {
         Ok(rustix::net::netdevice::name_to_index(&self.socket, name)?)
     }
 
-    /// Sends a request and hands on all that is answered, up to the final word. Says whether that was a
-    /// consistent picture: a dump in several datagrams can be overtaken by a change.
+    /// Sends a request and hands on all that is answered, up to the final word. Says whether that
+    /// was a consistent picture: a dump in several datagrams can be overtaken by a change.
     fn request(
         &mut self,
         message: RouteNetlinkMessage,
@@ -127,7 +137,8 @@ impl Netlink {
                 match packet.message_type() {
                     // Both carry a code: zero, or the negative number of an error.
                     NLMSG_ERROR | NLMSG_DONE => {
-                        let code = ErrorBuffer::new_checked(packet.payload()).map_err(malformed)?.code();
+                        let code =
+                            ErrorBuffer::new_checked(packet.payload()).map_err(malformed)?.code();
                         return match code {
                             None => Ok(whole),
                             Some(code) => Err(io::Error::from_raw_os_error(-code.get())),
@@ -136,7 +147,9 @@ impl Netlink {
                     kind => match RouteNetlinkMessage::parse_with_param(packet.payload(), kind) {
                         Ok(message) => each(message),
                         // Something newer than the parser, hence nothing that we have made.
-                        Err(error) => tracing::debug!(kind, %error, "netlink message not understood"),
+                        Err(error) => {
+                            tracing::debug!(kind, %error, "netlink message not understood")
+                        }
                     },
                 }
             }

@@ -1,9 +1,10 @@
-//! Word that something about a namespace's network has changed; what, the listener looks up himself.
+//! Word that something about a namespace's network has changed; what, the listener looks up
+//! himself.
 //!
-//! Messages can be lost when many come at once (`ENOBUFS`), and then the kernel says just that. So what they say is not
-//! applied: that there was one, or that one was lost, is all there is to know. Only the header is read, to leave out what
-//! happens all the time on a busy host and removes nothing of ours: ARP and neighbour discovery, routes of routing
-//! protocols.
+//! Messages can be lost when many come at once (`ENOBUFS`), and then the kernel says just that. So
+//! what they say is not applied: that there was one, or that one was lost, is all there is to know.
+//! Only the header is read, to leave out what happens all the time on a busy host and removes
+//! nothing of ours: ARP and neighbour discovery, routes of routing protocols.
 
 use crate::Namespace;
 use netlink_sys::{
@@ -54,7 +55,8 @@ impl Topic {
 /// Messages taken at a time, should someone change things without end.
 const AT_A_TIME: usize = 1024;
 
-/// A socket at which word arrives. It becomes readable then, and stays so until [`drain`](Self::drain).
+/// A socket at which word arrives. It becomes readable then, and stays so until
+/// [`drain`](Self::drain).
 pub struct News {
     socket: Socket,
     /// Of the routing socket, whose messages are filtered.
@@ -71,7 +73,8 @@ impl News {
         namespace.with(|| Self::listen(NETLINK_ROUTE, groups))?
     }
 
-    /// Begins to listen, in the namespace of the calling thread, for changes of nftables, and of the variant of iptables that is made of them.
+    /// Begins to listen, in the namespace of the calling thread, for changes of nftables, and of
+    /// the variant of iptables that is made of them.
     ///
     /// # Errors
     /// No descriptor is left, or there is no privilege to listen.
@@ -100,7 +103,8 @@ impl News {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return changed,
                 Err(_) => changed = true,
                 Ok(length) => {
-                    changed |= !self.is_routing || is_of_interest(&beginning[..length.min(HEADERS)]);
+                    changed |=
+                        !self.is_routing || is_of_interest(&beginning[..length.min(HEADERS)]);
                 }
             }
         }
@@ -109,11 +113,12 @@ impl News {
     }
 }
 
-/// Bytes of a message that are read: `struct nlmsghdr` and the longer one of `struct rtmsg` and `struct ndmsg`.
+/// Bytes of a message that are read: `struct nlmsghdr` and the longer one of `struct rtmsg` and
+/// `struct ndmsg`.
 const HEADERS: usize = 16 + 12;
 
-/// Whether a message of the routing socket, of which `beginning` is the beginning, may be about something of ours that was
-/// removed.
+/// Whether a message of the routing socket, of which `beginning` is the beginning, may be about
+/// something of ours that was removed.
 fn is_of_interest(beginning: &[u8]) -> bool {
     /// include/uapi/linux/rtnetlink.h
     const NEWROUTE: u16 = 24;
@@ -129,7 +134,9 @@ fn is_of_interest(beginning: &[u8]) -> bool {
     match short(4) {
         Some(NEWROUTE) => false,
         // rtm_protocol
-        Some(DELROUTE) => byte(16 + 5).is_none_or(|by| by == KERNEL || by == registry::ROUTE_PROTOCOL),
+        Some(DELROUTE) => {
+            byte(16 + 5).is_none_or(|by| by == KERNEL || by == registry::ROUTE_PROTOCOL)
+        }
         // ndm_family; ndm_state
         Some(DELNEIGH) => byte(16).is_none_or(|family| i32::from(family) == libc::AF_BRIDGE),
         Some(NEWNEIGH) => {

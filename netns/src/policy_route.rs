@@ -1,34 +1,39 @@
-//! Rules, routes and sysctls that steer packets into our sockets, as one value that can be taken back.
+//! Rules, routes and sysctls that steer packets into our sockets, as one value that can be taken
+//! back.
 //!
 //! # Theory of operation
 //!
-//! A socket bound to somebody else's address (`IP_TRANSPARENT`) can send in that one's name. For the answers
-//! to reach it, the kernel has to deliver locally what is addressed elsewhere. Two things do that: a route in
-//! a table of its own that calls every address local, and rules that say which packets look there.
+//! A socket bound to somebody else's address (`IP_TRANSPARENT`) can send in that one's name. For
+//! the answers to reach it, the kernel has to deliver locally what is addressed elsewhere. Two
+//! things do that: a route in a table of its own that calls every address local, and rules that say
+//! which packets look there.
 //!
 //! ```text
 //!   7400:  from all fwmark 0x74670001 lookup 29700      <- PolicyRoute::steer, one for each selector
 //!   table 29700:  local default dev lo                  <- PolicyRoute::install
 //! ```
 //!
-//! Priority and table belong to an owner slot ([`OwnerSlot`]), which belongs to one [`PolicyRoute`]: many
-//! processes may have policy routes in one namespace and never meet. Whatever is added carries tidegate's
-//! protocol number ([`ROUTE_PROTOCOL`](tidegate_model::registry::ROUTE_PROTOCOL)), and nothing is deleted
-//! that does not.
+//! Priority and table belong to an owner slot ([`OwnerSlot`]), which belongs to one
+//! [`PolicyRoute`]: many processes may have policy routes in one namespace and never meet. Whatever
+//! is added carries tidegate's protocol number
+//! ([`ROUTE_PROTOCOL`](tidegate_model::registry::ROUTE_PROTOCOL)), and nothing is deleted that does
+//! not.
 //!
-//! A sysctl belongs to the namespace as a whole. The first owner that needs another value writes the original
-//! down; the last one to leave puts it back, unless somebody else has set it meanwhile.
+//! A sysctl belongs to the namespace as a whole. The first owner that needs another value writes
+//! the original down; the last one to leave puts it back, unless somebody else has set it
+//! meanwhile.
 //!
 //! # When a process is killed
 //!
-//! Its slots and the sysctls' original values are in a journal. The next [`PolicyRoute::install`] in that
-//! namespace, and every [`sweep()`], undoes what owners that have ended left behind. A journal speaks of
-//! processes by number: those that share one share a pid namespace.
+//! Its slots and the sysctls' original values are in a journal. The next [`PolicyRoute::install`]
+//! in that namespace, and every [`sweep()`], undoes what owners that have ended left behind. A
+//! journal speaks of processes by number: those that share one share a pid namespace.
 //!
 //! # What stays
 //!
-//! With the first policy rule ever, the kernel takes the tables `local` and `main` of the namespace apart,
-//! which it had looked up as one, and never joins them again: it costs a little time per look-up.
+//! With the first policy rule ever, the kernel takes the tables `local` and `main` of the namespace
+//! apart, which it had looked up as one, and never joins them again: it costs a little time per
+//! look-up.
 
 mod error;
 mod journal;
@@ -56,14 +61,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tidegate_model::registry::{OwnerSlot, table_id};
 
-/// How many rules one [`PolicyRoute`] can have. The kernel goes through all rules of a namespace for every
-/// packet that it has no route for yet.
+/// How many rules one [`PolicyRoute`] can have. The kernel goes through all rules of a namespace
+/// for every packet that it has no route for yet.
 pub const MAX_SELECTORS: usize = 256;
 
 /// A place in a namespace from which packets can be steered into local sockets.
 ///
-/// Dropped, it takes everything back. Errors are logged then; what could not be taken back stays in the
-/// journal.
+/// Dropped, it takes everything back. Errors are logged then; what could not be taken back stays in
+/// the journal.
 pub struct PolicyRoute {
     directory: PathBuf,
     installed: Arc<Installed>,
@@ -92,11 +97,11 @@ struct Rules {
 }
 
 impl PolicyRoute {
-    /// Cleans up after owners that have ended, claims a slot in `namespace`, adds its route for `families`
-    /// and sets `sysctls`. No packet is steered yet.
+    /// Cleans up after owners that have ended, claims a slot in `namespace`, adds its route for
+    /// `families` and sets `sysctls`. No packet is steered yet.
     ///
-    /// The journal is in `$TIDEGATE_RUN_DIR/policy` if that is set, else in `/run/tidegate/policy` or, for
-    /// whoever may not write to `/run`, in `$XDG_RUNTIME_DIR/tidegate/policy`.
+    /// The journal is in `$TIDEGATE_RUN_DIR/policy` if that is set, else in `/run/tidegate/policy`
+    /// or, for whoever may not write to `/run`, in `$XDG_RUNTIME_DIR/tidegate/policy`.
     ///
     /// # Errors
     /// [`PolicyRouteError`] says what was refused. Nothing is left of what was done before it.
@@ -108,8 +113,9 @@ impl PolicyRoute {
         Self::install_in(&journal::directory()?, namespace, families, sysctls)
     }
 
-    /// [`install`](Self::install) with the journal in `directory`. All owners in a namespace should use the
-    /// same: those that do not cannot undo one another's remains, nor know whether they are the last.
+    /// [`install`](Self::install) with the journal in `directory`. All owners in a namespace should
+    /// use the same: those that do not cannot undo one another's remains, nor know whether they are
+    /// the last.
     ///
     /// # Errors
     /// As for [`install`](Self::install).
@@ -130,7 +136,8 @@ impl PolicyRoute {
         }
         drop(session);
         tracing::debug!(namespace = %namespace.id(), slot = slot.0, "policy route installed");
-        let rules = Rules { netlink, sources: BTreeMap::new(), ended: false, holders: BTreeMap::new() };
+        let rules =
+            Rules { netlink, sources: BTreeMap::new(), ended: false, holders: BTreeMap::new() };
         let installed = Arc::new(Installed {
             namespace: namespace.clone(),
             slot,
@@ -145,12 +152,12 @@ impl PolicyRoute {
         Ok(Self { directory: directory.to_owned(), installed })
     }
 
-    /// Delivers packets that match `selector` to local sockets, until the last guard for this selector is
-    /// dropped.
+    /// Delivers packets that match `selector` to local sockets, until the last guard for this
+    /// selector is dropped.
     ///
-    /// Takes two system calls, and two more when the rule is deleted; none for a selector that is there. They
-    /// wait for the kernel's lock on network configuration, which someone who sets up many interfaces keeps
-    /// busy.
+    /// Takes two system calls, and two more when the rule is deleted; none for a selector that is
+    /// there. They wait for the kernel's lock on network configuration, which someone who sets up
+    /// many interfaces keeps busy.
     ///
     /// # Errors
     /// [`PolicyRouteError`]: the kernel refused the rule, there are [`MAX_SELECTORS`], or the selector makes
@@ -163,7 +170,11 @@ impl PolicyRoute {
         });
         if let Some(flaw) = flaw {
             let selector = Box::new(selector);
-            return Err(PolicyRouteError::Selector { namespace: there.namespace.id(), selector, flaw });
+            return Err(PolicyRouteError::Selector {
+                namespace: there.namespace.id(),
+                selector,
+                flaw,
+            });
         }
         let mut rules = there.rules();
         let rules = &mut *rules;
@@ -182,11 +193,13 @@ impl PolicyRoute {
         Ok(Steered { route: Arc::clone(self), selector })
     }
 
-    /// Names the address of the namespace that steered answers leave from when their socket has not chosen one.
+    /// Names the address of the namespace that steered answers leave from when their socket has not
+    /// chosen one.
     ///
-    /// An IPv4 server that is bound to no address answers a datagram from the one that the route says, and a local route
-    /// without a preferred source says the *destination*: such an answer seems to come from the client itself and finds
-    /// nobody (`ip_route_output_key_hash_rcu`, net/ipv4/route.c). IPv6 picks an address of the namespace by itself.
+    /// An IPv4 server that is bound to no address answers a datagram from the one that the route
+    /// says, and a local route without a preferred source says the *destination*: such an answer
+    /// seems to come from the client itself and finds nobody (`ip_route_output_key_hash_rcu`,
+    /// net/ipv4/route.c). IPv6 picks an address of the namespace by itself.
     ///
     /// # Errors
     /// [`PolicyRouteError`]: the kernel refuses an address that is not the namespace's.
@@ -195,7 +208,8 @@ impl PolicyRoute {
         let mut rules = there.rules();
         rules.sources.insert(address.is_ipv6(), address);
         slot::set_source(&mut rules.netlink, there.slot, address).map_err(|source| {
-            let route = format!("local default dev lo table {} src {address}", table_id(there.slot));
+            let route =
+                format!("local default dev lo table {} src {address}", table_id(there.slot));
             kernel_error(&there.namespace, route, source)
         })
     }
@@ -249,7 +263,8 @@ impl Installed {
             }
         }
         for sysctl in &self.sysctls {
-            let failed = |source| kernel_error(&self.namespace, format_args!("sysctl {sysctl}"), source);
+            let failed =
+                |source| kernel_error(&self.namespace, format_args!("sysctl {sysctl}"), source);
             if let Some(change) = sysctl::Change::needed(&self.namespace, sysctl).map_err(failed)? {
                 change.make().map_err(failed)?;
                 restored.push(Restored::Sysctl(sysctl.to_string()));
@@ -269,8 +284,12 @@ impl Installed {
         match rules.delete(self.slot, selector) {
             Ok(()) => {}
             // Someone has cleared the rules of the namespace: networkd does, when it restarts.
-            Err(error) if slot::is_absence(&error) => tracing::debug!(%selector, "the rule was gone already"),
-            Err(source) => tracing::warn!(error = %self.rule_error(selector, source), "cannot delete a rule"),
+            Err(error) if slot::is_absence(&error) => {
+                tracing::debug!(%selector, "the rule was gone already")
+            }
+            Err(source) => {
+                tracing::warn!(error = %self.rule_error(selector, source), "cannot delete a rule")
+            }
         }
     }
 
@@ -291,7 +310,8 @@ pub enum Restored {
     Sysctl(String),
 }
 
-/// Restores what is missing of all policy routes that this process has in `namespace`, and says what that was.
+/// Restores what is missing of all policy routes that this process has in `namespace`, and says
+/// what that was.
 ///
 /// # Errors
 /// [`PolicyRouteError`]: the kernel refused something.
@@ -303,8 +323,8 @@ pub fn repair_policy_routes(namespace: NamespaceId) -> Result<Vec<Restored>, Pol
     Ok(restored)
 }
 
-/// Whether the sysctls of all policy routes that this process has in `namespace` are as they were set, as far as they can
-/// be read. Nothing announces that one is changed.
+/// Whether the sysctls of all policy routes that this process has in `namespace` are as they were
+/// set, as far as they can be read. Nothing announces that one is changed.
 #[must_use]
 pub fn policy_route_sysctls_hold(namespace: NamespaceId) -> bool {
     installed_in(namespace).iter().all(|installed| {
@@ -332,11 +352,13 @@ fn was_missing(added: io::Result<()>) -> io::Result<bool> {
 impl Rules {
     /// Deletes the rule of `selector` and no other.
     ///
-    /// The kernel deletes the first rule that meets the request, and one that `selector` covers may come
-    /// first. So those are all added again, behind the one to delete; then as many deletions as there are
-    /// rules before them hit that one and the old copies. There is no moment in which one is missing.
+    /// The kernel deletes the first rule that meets the request, and one that `selector` covers may
+    /// come first. So those are all added again, behind the one to delete; then as many deletions
+    /// as there are rules before them hit that one and the old copies. There is no moment in which
+    /// one is missing.
     fn delete(&mut self, slot: OwnerSlot, selector: &Selector) -> io::Result<()> {
-        let covered: Vec<&Selector> = self.holders.keys().filter(|other| selector.covers(other)).collect();
+        let covered: Vec<&Selector> =
+            self.holders.keys().filter(|other| selector.covers(other)).collect();
         for other in &covered {
             slot::add_rule_again(&mut self.netlink, slot, other)?;
         }
@@ -353,10 +375,12 @@ impl Drop for PolicyRoute {
         let left = Session::begin(&self.directory, &there.namespace, netlink)
             .map(|mut session| session.leave(there.slot));
         let errors = left.unwrap_or_else(|error| {
-            // Without the journal nobody knows whether the sysctls may go back; what is the slot's alone may.
+            // Without the journal nobody knows whether the sysctls may go back; what is the slot's
+            // alone may.
             let rest = slot::delete_rules(netlink, there.slot)
                 .and_then(|()| slot::delete_routes(netlink, there.slot));
-            let rest = rest.map_err(|source| kernel_error(&there.namespace, "rules and routes", source));
+            let rest =
+                rest.map_err(|source| kernel_error(&there.namespace, "rules and routes", source));
             [Err(error), rest].into_iter().filter_map(Result::err).collect()
         });
         for error in errors {
@@ -397,5 +421,6 @@ impl Drop for Steered {
 }
 
 fn connect(namespace: &Namespace) -> Result<Netlink, PolicyRouteError> {
-    Netlink::open(namespace).map_err(|source| PolicyRouteError::Enter { namespace: namespace.id(), source })
+    Netlink::open(namespace)
+        .map_err(|source| PolicyRouteError::Enter { namespace: namespace.id(), source })
 }

@@ -10,9 +10,12 @@ use rustix::io::Errno;
 use std::io;
 use std::net::IpAddr;
 
-/// Index and name of the interface behind which `ip` is on the same link: asks the kernel for the way of one packet, so policy
-/// rules have their say.
-pub(crate) fn connected_interface(netlink: &mut Netlink, ip: IpAddr) -> io::Result<Option<(u32, String)>> {
+/// Index and name of the interface behind which `ip` is on the same link: asks the kernel for the
+/// way of one packet, so policy rules have their say.
+pub(crate) fn connected_interface(
+    netlink: &mut Netlink,
+    ip: IpAddr,
+) -> io::Result<Option<(u32, String)>> {
     let ip = ip.to_canonical();
     let mut question = RouteMessage::default();
     question.header.address_family = Family::of(ip).into();
@@ -24,14 +27,17 @@ pub(crate) fn connected_interface(netlink: &mut Netlink, ip: IpAddr) -> io::Resu
     };
     let Some(RouteNetlinkMessage::NewRoute(route)) = answer else { return Ok(None) };
     match Way::of(&route) {
-        Way { interface: Some(index), gateway: None } if route.header.kind == RouteType::Unicast => {
+        Way { interface: Some(index), gateway: None }
+            if route.header.kind == RouteType::Unicast =>
+        {
             Ok(Some((index, netlink.interface_name(index)?)))
         }
         _ => Ok(None),
     }
 }
 
-/// Whether the kernel says that no route, or one of type `unreachable`, `blackhole` or `prohibit`, matches.
+/// Whether the kernel says that no route, or one of type `unreachable`, `blackhole` or `prohibit`,
+/// matches.
 fn is_no_way(error: &io::Error) -> bool {
     let no_way = [Errno::NETUNREACH, Errno::HOSTUNREACH, Errno::INVAL, Errno::ACCESS];
     Errno::from_io_error(error).is_some_and(|errno| no_way.contains(&errno))
@@ -74,8 +80,8 @@ fn metric(route: &RouteMessage) -> u32 {
 }
 
 impl Way {
-    /// Reads the attributes of a route or of one of its next hops. Of several hops the first counts: they are
-    /// equivalent.
+    /// Reads the attributes of a route or of one of its next hops. Of several hops the first
+    /// counts: they are equivalent.
     fn of(route: &RouteMessage) -> Self {
         Self::read(&route.attributes)
     }
@@ -86,7 +92,9 @@ impl Way {
             match attribute {
                 RouteAttribute::Oif(index) => way.interface = Some(*index),
                 RouteAttribute::Gateway(RouteAddress::Inet(ip)) => way.gateway = Some((*ip).into()),
-                RouteAttribute::Gateway(RouteAddress::Inet6(ip)) => way.gateway = Some((*ip).into()),
+                RouteAttribute::Gateway(RouteAddress::Inet6(ip)) => {
+                    way.gateway = Some((*ip).into())
+                }
                 // An IPv4 route over an IPv6 router (RFC 8950).
                 RouteAttribute::Via(RouteVia::Inet(ip)) => way.gateway = Some((*ip).into()),
                 RouteAttribute::Via(RouteVia::Inet6(ip)) => way.gateway = Some((*ip).into()),

@@ -3,8 +3,9 @@
 use std::env;
 use std::path::PathBuf;
 
-/// The directory of this user's journals, sockets and services' files: `$TIDEGATE_RUN_DIR` if set, else `/run/tidegate` for who may
-/// write to `/run`, else `$XDG_RUNTIME_DIR/tidegate`. All of them are emptied by a reboot. It need not be there yet.
+/// The directory of this user's journals, sockets and services' files: `$TIDEGATE_RUN_DIR` if set,
+/// else `/run/tidegate` for who may write to `/run`, else `$XDG_RUNTIME_DIR/tidegate`. All of them
+/// are emptied by a reboot. It need not be there yet.
 #[must_use]
 pub fn run_directory() -> Option<PathBuf> {
     if let Some(run) = set("TIDEGATE_RUN_DIR") {

@@ -16,7 +16,8 @@ pub fn interface_index(name: &str) -> io::Result<u32> {
     Ok(name_to_index(&socket, name)?)
 }
 
-/// Whether `file` stands for a network namespace. Of any other file, the kernel does not know the question.
+/// Whether `file` stands for a network namespace. Of any other file, the kernel does not know the
+/// question.
 pub(crate) fn is_network_namespace(file: impl AsFd) -> bool {
     // SAFETY: NS_GET_NSTYPE takes no argument and returns a CLONE_NEW* flag (ioctl_ns(2)).
     let kind = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), libc::NS_GET_NSTYPE) };
@@ -28,7 +29,8 @@ pub(crate) fn is_network_namespace(file: impl AsFd) -> bool {
 /// # Errors
 /// `EPERM` if it is neither the caller's nor inside of it.
 pub(crate) fn owner(file: impl AsFd) -> io::Result<OwnedFd> {
-    // SAFETY: NS_GET_USERNS takes no argument and returns a new descriptor, close-on-exec (ioctl_ns(2)).
+    // SAFETY: NS_GET_USERNS takes no argument and returns a new descriptor, close-on-exec
+    // (ioctl_ns(2)).
     let descriptor = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), libc::NS_GET_USERNS) };
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
@@ -37,8 +39,8 @@ pub(crate) fn owner(file: impl AsFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-/// The cookie of the namespace that `socket` belongs to: a number that no other network namespace has or will
-/// have until the next boot, unlike its inode number.
+/// The cookie of the namespace that `socket` belongs to: a number that no other network namespace
+/// has or will have until the next boot, unlike its inode number.
 ///
 /// # Errors
 /// `ENOPROTOOPT` before Linux 5.14.

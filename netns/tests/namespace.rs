@@ -130,8 +130,8 @@ fn a_namespace_that_may_not_be_entered_is_an_error_and_nothing_runs() {
     assert_eq!(result.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
 }
 
-/// What root of a user namespace meets that has not got a network namespace of its own: it owns those that it
-/// makes and may enter them, but the one it came from belongs to someone else.
+/// What root of a user namespace meets that has not got a network namespace of its own: it owns
+/// those that it makes and may enter them, but the one it came from belongs to someone else.
 #[test]
 fn without_a_way_back_another_thread_is_sent_and_this_one_stays() {
     // A user namespace is a whole process's, so this takes another process.
@@ -151,7 +151,8 @@ fn without_a_way_back_another_thread_is_sent_and_this_one_stays() {
     let (home, namespace) = (Namespace::current().unwrap(), open(&inside));
     assert!(!Namespace::current_is_enterable());
     let here = thread::current().id();
-    let (inside_it, sent) = namespace.with(|| (namespace.is_current(), thread::current().id())).unwrap();
+    let (inside_it, sent) =
+        namespace.with(|| (namespace.is_current(), thread::current().id())).unwrap();
     assert!(inside_it && sent != here);
     let socket = namespace.with(|| std::net::UdpSocket::bind("127.0.0.1:0")).unwrap().unwrap();
     assert_eq!(
@@ -195,7 +196,8 @@ fn a_process_of_several_threads_makes_no_user_namespace() {
 fn a_fifo_does_not_keep_the_caller_waiting() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("fifo");
-    rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0)
+        .unwrap();
     let error = Namespace::from_path(&path).unwrap_err();
     assert_eq!(error.to_string(), format!("{} is not a network namespace", path.display()));
 }
@@ -216,7 +218,9 @@ fn handles_leak_no_descriptors() {
 fn descriptors_to(namespace: &tidegate_testbed::Namespace) -> usize {
     let id = open(namespace).id().to_string();
     let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
-    descriptors.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|link| link.as_os_str() == &*id)).count()
+    descriptors
+        .filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|link| link.as_os_str() == &*id))
+        .count()
 }
 
 #[test]
@@ -232,7 +236,8 @@ fn the_address_book_follows_every_change() {
         let (own, block) = (ip(address), format!("{address}/{prefix}"));
         assert!(!book.is_local(own));
         net.container.ip(&["addr", "add", &block, "dev", "eth0", "nodad"]);
-        // IPv4 addresses are announced before `ip` returns, IPv6 addresses when the kernel gets round to it.
+        // IPv4 addresses are announced before `ip` returns, IPv6 addresses when the kernel gets
+        // round to it.
         assert!(own.is_ipv6() || book.is_local(own));
         assert!(eventually(SOON, || book.is_local(own) && book.is_on_link(own)));
         net.container.ip(&["addr", "del", &block, "dev", "eth0"]);
@@ -306,11 +311,13 @@ fn the_gateway_is_that_of_the_best_default_route() {
     assert_eq!(book.gateway(Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
 
     // Several next hops are equivalent, so the first stands for them.
-    net.container
-        .ip_all("route replace default nexthop via 172.30.0.1 dev eth0 nexthop via 172.30.0.3 dev eth0");
+    net.container.ip_all(
+        "route replace default nexthop via 172.30.0.1 dev eth0 nexthop via 172.30.0.3 dev eth0",
+    );
     assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
     // An IPv4 route over an IPv6 router, and one that leads to no router at all.
-    net.container.ip_all("-4 route flush exact default\n-4 route add default via inet6 fd30::1 dev eth0");
+    net.container
+        .ip_all("-4 route flush exact default\n-4 route add default via inet6 fd30::1 dev eth0");
     assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V6.into()));
     net.container.ip_all("-4 route flush exact default\n-4 route add default dev eth0");
     assert_eq!(book.gateway(Family::V4).unwrap(), None);
@@ -353,7 +360,8 @@ fn a_created_namespace_is_new_and_can_be_entered() {
     let (one, other) = (Namespace::create().unwrap(), Namespace::create().unwrap());
     assert_ne!(one.id(), other.id());
     assert!(!one.is_current());
-    let inside = one.with(|| (Namespace::current().unwrap().id(), TcpListener::bind("0.0.0.0:1").unwrap()));
+    let inside =
+        one.with(|| (Namespace::current().unwrap().id(), TcpListener::bind("0.0.0.0:1").unwrap()));
     assert_eq!(inside.unwrap().0, one.id());
     assert!(TcpListener::bind("0.0.0.0:1").is_ok(), "its ports are its own");
 }

@@ -10,7 +10,8 @@ use tempfile::TempDir;
 use tidegate_model::Protocol;
 use tidegate_model::registry::{MARK, OwnerSlot};
 use tidegate_netns::{
-    Families, Family, MAX_SELECTORS, Namespace, PolicyRoute, PolicyRouteError, Selector, Sysctl, sweep_in,
+    Families, Family, MAX_SELECTORS, Namespace, PolicyRoute, PolicyRouteError, Selector, Sysctl,
+    sweep_in,
 };
 use tidegate_testbed::{Process, Signal, addr};
 
@@ -39,9 +40,14 @@ impl Scene {
         self.try_install(Families::Both, "1").unwrap()
     }
 
-    fn try_install(&self, families: Families, value: &str) -> Result<Arc<PolicyRoute>, PolicyRouteError> {
+    fn try_install(
+        &self,
+        families: Families,
+        value: &str,
+    ) -> Result<Arc<PolicyRoute>, PolicyRouteError> {
         let sysctls = SYSCTLS.map(|name| Sysctl::new(name, value));
-        PolicyRoute::install_in(self.journal.path(), &self.namespace, families, &sysctls).map(Arc::new)
+        PolicyRoute::install_in(self.journal.path(), &self.namespace, families, &sysctls)
+            .map(Arc::new)
     }
 
     fn rules(&self) -> String {
@@ -85,7 +91,8 @@ fn rules(namespace: &tidegate_testbed::Namespace) -> String {
 
 /// Rules, the routes of all tables, and sysctls, in words.
 fn snapshot(namespace: &tidegate_testbed::Namespace) -> String {
-    let routes = ["-4", "-6"].map(|family| namespace.ip(&[family, "route", "show", "table", "all"]));
+    let routes =
+        ["-4", "-6"].map(|family| namespace.ip(&[family, "route", "show", "table", "all"]));
     let sysctls = SYSCTLS.map(|name| format!("{name} = {}\n", namespace.read_sysctl(name)));
     rules(namespace) + &routes.concat() + &sysctls.concat()
 }
@@ -106,11 +113,13 @@ fn udp_reply(port: u16) -> Selector {
 const OWNER_NAMESPACE: &str = "TIDEGATE_TEST_OWNER_NAMESPACE";
 const OWNER_JOURNAL: &str = "TIDEGATE_TEST_OWNER_JOURNAL";
 
-/// Not a test but the body of the process that [`Scene::owner_elsewhere`] starts: holds a policy route until
-/// it is killed. In a run of the tests it does nothing.
+/// Not a test but the body of the process that [`Scene::owner_elsewhere`] starts: holds a policy
+/// route until it is killed. In a run of the tests it does nothing.
 #[test]
 fn owner_in_another_process() {
-    let (Some(namespace), Some(journal)) = (env::var_os(OWNER_NAMESPACE), env::var_os(OWNER_JOURNAL)) else {
+    let (Some(namespace), Some(journal)) =
+        (env::var_os(OWNER_NAMESPACE), env::var_os(OWNER_JOURNAL))
+    else {
         return;
     };
     let namespace = Namespace::from_path(Path::new(&namespace)).unwrap();
@@ -161,9 +170,15 @@ fn a_guard_keeps_the_policy_route_alive() {
 fn one_family_alone_leaves_the_other_untouched() {
     let scene = Scene::new();
     let route = scene.try_install(Families::V6, "1").unwrap();
-    assert_eq!(scene.inside.ip(&["-4", "route", "show", "table", "all"]).matches("29700").count(), 0);
+    assert_eq!(
+        scene.inside.ip(&["-4", "route", "show", "table", "all"]).matches("29700").count(),
+        0
+    );
     let error = route.steer(marked(Family::V4)).unwrap_err();
-    assert!(error.to_string().ends_with("the policy route was not installed for this family"), "{error}");
+    assert!(
+        error.to_string().ends_with("the policy route was not installed for this family"),
+        "{error}"
+    );
     drop(route);
     scene.assert_as_at_first();
 }
@@ -177,7 +192,11 @@ fn two_owners_do_not_meet() {
     let [of_first, of_second] = guards;
     drop((of_first, first));
     assert!(!scene.rules().contains("lookup 29700"));
-    assert!(scene.rules().contains("to 203.0.113.9 ipproto udp sport 53 lookup 29701"), "{}", scene.rules());
+    assert!(
+        scene.rules().contains("to 203.0.113.9 ipproto udp sport 53 lookup 29701"),
+        "{}",
+        scene.rules()
+    );
     assert!(scene.inside.ip(&["route", "show", "table", "29701"]).contains("local default"));
     assert_eq!(scene.sysctls(), ["1", "1", "1"], "the second needs them");
     drop((of_second, second));
@@ -256,13 +275,15 @@ fn without_cookies_an_owners_route_proves_the_namespace() {
     let scene = Scene::new();
     Scene::kill(scene.owner_elsewhere());
     let journal = fs::read_dir(scene.journal.path()).unwrap().next().unwrap().unwrap().path();
-    let mut written: serde_json::Value = serde_json::from_slice(&fs::read(&journal).unwrap()).unwrap();
+    let mut written: serde_json::Value =
+        serde_json::from_slice(&fs::read(&journal).unwrap()).unwrap();
     written["identity"]["cookie"] = serde_json::Value::Null;
     fs::write(&journal, written.to_string()).unwrap();
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 1);
     scene.assert_as_at_first();
 
-    // The same record, and a namespace in which that owner's route is not: not the one that is meant.
+    // The same record, and a namespace in which that owner's route is not: not the one that is
+    // meant.
     scene.inside.sysctl(SYSCTLS[0], "1");
     fs::write(&journal, written.to_string()).unwrap();
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 0);
@@ -272,8 +293,8 @@ fn without_cookies_an_owners_route_proves_the_namespace() {
 #[test]
 fn rules_and_routes_of_others_survive() {
     let scene = Scene::new();
-    // At the priority of slot 0, and at that of slot 1 in our very words but for the protocol; a table in
-    // use.
+    // At the priority of slot 0, and at that of slot 1 in our very words but for the protocol; a
+    // table in use.
     scene.inside.ip_all(
         "rule add priority 7400 fwmark 0x74670001 lookup 99
          rule add priority 7401 fwmark 0x74670001 lookup 29701
@@ -324,15 +345,21 @@ fn owners_that_need_different_values_are_told() {
 fn a_failed_installation_leaves_nothing() {
     let scene = Scene::new();
     let sysctls = [Sysctl::new(SYSCTLS[0], "1"), Sysctl::new("net.ipv4.no_such_thing", "1")];
-    let installed = PolicyRoute::install_in(scene.journal.path(), &scene.namespace, Families::Both, &sysctls);
+    let installed =
+        PolicyRoute::install_in(scene.journal.path(), &scene.namespace, Families::Both, &sysctls);
     let text = installed.unwrap_err().to_string();
-    assert!(text.ends_with("sysctl net.ipv4.no_such_thing = 1: No such file or directory"), "{text}");
+    assert!(
+        text.ends_with("sysctl net.ipv4.no_such_thing = 1: No such file or directory"),
+        "{text}"
+    );
     scene.assert_as_at_first();
 
     scene.inside.ip(&["link", "set", "lo", "down"]);
     let text = scene.try_install(Families::Both, "1").unwrap_err().to_string();
     assert!(
-        text.ends_with("IPv6 route local default dev lo table 29700: Network is down (is lo up there?)"),
+        text.ends_with(
+            "IPv6 route local default dev lo table 29700: Network is down (is lo up there?)"
+        ),
         "{text}"
     );
     scene.inside.ip(&["link", "set", "lo", "up"]);
@@ -414,12 +441,14 @@ fn a_full_set_of_rules_goes_with_a_killed_owner() {
     let route = scene.install();
     let guards: Vec<_> =
         (1..).take(MAX_SELECTORS).map(|port| route.steer(udp_reply(port)).unwrap()).collect();
-    // Guards that are never dropped, as in a process that is killed: the policy route is never dropped
-    // either, but another one that takes its remains for those of a dead process deletes them all.
+    // Guards that are never dropped, as in a process that is killed: the policy route is never
+    // dropped either, but another one that takes its remains for those of a dead process deletes
+    // them all.
     std::mem::forget(guards);
     drop(route);
     let journal = fs::read_dir(scene.journal.path()).unwrap().next().unwrap().unwrap().path();
-    let mut written: serde_json::Value = serde_json::from_slice(&fs::read(&journal).unwrap()).unwrap();
+    let mut written: serde_json::Value =
+        serde_json::from_slice(&fs::read(&journal).unwrap()).unwrap();
     written["owners"][0]["process"]["start_time"] = 1.into();
     fs::write(&journal, written.to_string()).unwrap();
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 1);
@@ -447,9 +476,11 @@ fn selectors_that_make_no_sense_are_refused() {
         format!("policy route in namespace {id}: IPv6 rule from all: it would match every packet")
     );
     assert!(
-        text(Selector { to: Some(addr::CLIENT_V6.into()), ..udp_reply(53) }).ends_with("not of its family")
+        text(Selector { to: Some(addr::CLIENT_V6.into()), ..udp_reply(53) })
+            .ends_with("not of its family")
     );
-    let long = Selector { input_interface: Some("sixteen-bytes-xx".to_owned()), ..marked(Family::V4) };
+    let long =
+        Selector { input_interface: Some("sixteen-bytes-xx".to_owned()), ..marked(Family::V4) };
     assert!(text(long).contains("rule fwmark 0x74670001 iif sixteen-bytes-xx lookup 29700: "));
 }
 

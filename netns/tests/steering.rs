@@ -1,10 +1,12 @@
-//! What policy routes are for: a container sees its clients' own addresses, and its answers come back to us.
+//! What policy routes are for: a container sees its clients' own addresses, and its answers come
+//! back to us.
 //!
 //! Two ways, each for TCP and UDP, IPv4 and IPv6:
 //!
-//! - the short path: the socket is made in the container's namespace, so nothing crosses the bridge;
-//! - from the host: the socket is made in the host's namespace, for a container into which there is no
-//!   handle.
+//! - the short path: the socket is made in the container's namespace, so nothing crosses the
+//!   bridge;
+//! - from the host: the socket is made in the host's namespace, for a container into which there is
+//!   no handle.
 
 use socket2::{Domain, Socket, Type};
 use std::io::{self, Read, Write};
@@ -26,8 +28,8 @@ const SHORT_PATH_SYSCTLS: [&str; 3] =
 const PORT: u16 = 8080;
 const CLOSED_PORT: u16 = 8081;
 
-/// The client's own port, another one each time: what other tests start inherits descriptors for a moment, so
-/// a port may be in use a little longer than its socket.
+/// The client's own port, another one each time: what other tests start inherits descriptors for a
+/// moment, so a port may be in use a little longer than its socket.
 static NEXT_CLIENT_PORT: AtomicU16 = AtomicU16::new(40_001);
 
 /// For what must come. The first packet over a link that was set up a moment ago may get lost.
@@ -73,14 +75,17 @@ impl Scene {
     }
 
     fn of(net: Topology) -> Self {
-        let open = |namespace: &tidegate_testbed::Namespace| Namespace::from_path(&namespace.path()).unwrap();
+        let open = |namespace: &tidegate_testbed::Namespace| {
+            Namespace::from_path(&namespace.path()).unwrap()
+        };
         let (container, host) = (open(&net.container), open(&net.host));
         Self { net, container, host, journal: tempfile::tempdir().unwrap() }
     }
 
     fn install(&self, namespace: &Namespace, sysctls: &[&str]) -> Arc<PolicyRoute> {
         let sysctls: Vec<Sysctl> = sysctls.iter().map(|name| Sysctl::new(*name, "1")).collect();
-        let route = PolicyRoute::install_in(self.journal.path(), namespace, Families::Both, &sysctls);
+        let route =
+            PolicyRoute::install_in(self.journal.path(), namespace, Families::Both, &sysctls);
         Arc::new(route.unwrap())
     }
 
@@ -166,7 +171,10 @@ fn check_tcp(scene: &Scene, namespace: &Namespace, ends: Ends, mark: Option<u32>
     let server = PeerServer::tcp(&scene.net.container, ends.server());
     let client = ends.next_client();
     let mut seen = String::new();
-    connect(namespace, client, ends.server(), mark, SOON).unwrap().read_to_string(&mut seen).unwrap();
+    connect(namespace, client, ends.server(), mark, SOON)
+        .unwrap()
+        .read_to_string(&mut seen)
+        .unwrap();
     assert_eq!(seen, client.to_string());
     drop(server);
 
@@ -184,7 +192,8 @@ fn check_tcp(scene: &Scene, namespace: &Namespace, ends: Ends, mark: Option<u32>
     });
 }
 
-/// Asks a UDP server in the name of the client, and says whether the answer shows that it sees the client.
+/// Asks a UDP server in the name of the client, and says whether the answer shows that it sees the
+/// client.
 fn ask_udp(namespace: &Namespace, ends: Ends) -> io::Result<bool> {
     let client = ends.next_client();
     let socket = namespace.with(|| in_the_name_of(client, Type::DGRAM, None))?;
@@ -203,7 +212,11 @@ fn ask(socket: &UdpSocket) -> io::Result<String> {
 
 #[track_caller]
 fn check_udp(namespace: &Namespace, ends: Ends) {
-    assert!(eventually(SOON, || ask_udp(namespace, ends).is_ok_and(|shown| shown)), "{}", ends.family);
+    assert!(
+        eventually(SOON, || ask_udp(namespace, ends).is_ok_and(|shown| shown)),
+        "{}",
+        ends.family
+    );
 }
 
 #[test]
@@ -221,7 +234,10 @@ fn short_path_tcp_shows_the_client_and_moves_data_both_ways() {
         let figures = lines.windows(2).filter(|pair| pair[0].trim_start().starts_with(['R', 'T']));
         figures.map(|pair| pair[1].split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()).sum()
     };
-    assert!(packets(&after) - packets(&before) < 20, "nothing crosses the veth pair but a few IPv6 reports");
+    assert!(
+        packets(&after) - packets(&before) < 20,
+        "nothing crosses the veth pair but a few IPv6 reports"
+    );
 }
 
 #[test]
@@ -241,7 +257,8 @@ fn short_path_tcp_is_refused_at_once_by_a_closed_port() {
     for ends in ENDS {
         let closed = SocketAddr::new(ends.container, CLOSED_PORT);
         let start = Instant::now();
-        let error = connect(&scene.container, ends.next_client(), closed, Some(MARK), SOON).unwrap_err();
+        let error =
+            connect(&scene.container, ends.next_client(), closed, Some(MARK), SOON).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
         assert!(start.elapsed() < A_WHILE, "{:?}", start.elapsed());
     }
@@ -255,7 +272,8 @@ fn short_path_tcp_reset_reaches_both_sides() {
         let listener = scene.container.with(|| TcpListener::bind(ends.server())).unwrap().unwrap();
         for server_resets in [true, false] {
             let near =
-                connect(&scene.container, ends.next_client(), ends.server(), Some(MARK), SOON).unwrap();
+                connect(&scene.container, ends.next_client(), ends.server(), Some(MARK), SOON)
+                    .unwrap();
             let far = Socket::from(listener.accept().unwrap().0);
             let (cut, mut told) = if server_resets { (far, near) } else { (near, far) };
             told.set_read_timeout(Some(SOON)).unwrap();
@@ -270,16 +288,24 @@ fn short_path_tcp_reset_reaches_both_sides() {
 #[test]
 fn short_path_tcp_needs_each_of_its_sysctls() {
     let [accept, reflect_v4, reflect_v6] = SHORT_PATH_SYSCTLS;
-    let timed_out = |result: io::Result<Socket>| result.unwrap_err().kind() == io::ErrorKind::TimedOut;
+    let timed_out =
+        |result: io::Result<Socket>| result.unwrap_err().kind() == io::ErrorKind::TimedOut;
 
     // The name says IPv4, and it serves both families.
     let scene = Scene::new();
     let _steered = scene.short_path(&[reflect_v4, reflect_v6]);
     for ends in ENDS {
         let _server = EchoServer::tcp(&scene.net.container, ends.server());
-        // The SYN-ACK is sent by the listener, before there is a socket that could have inherited the mark.
+        // The SYN-ACK is sent by the listener, before there is a socket that could have inherited
+        // the mark.
         assert!(
-            timed_out(connect(&scene.container, ends.next_client(), ends.server(), Some(MARK), A_WHILE)),
+            timed_out(connect(
+                &scene.container,
+                ends.next_client(),
+                ends.server(),
+                Some(MARK),
+                A_WHILE
+            )),
             "{}",
             ends.family
         );
@@ -298,7 +324,8 @@ fn short_path_tcp_needs_each_of_its_sysctls() {
     }
 }
 
-/// The rule is about marked packets alone, so whoever talks to the container directly goes on as before.
+/// The rule is about marked packets alone, so whoever talks to the container directly goes on as
+/// before.
 #[test]
 fn short_path_tcp_leaves_neighbours_and_the_host_alone() {
     let scene = Scene::new();
@@ -341,8 +368,10 @@ fn short_path_udp_hears_of_a_closed_port() {
     let route = scene.install(&scene.container, &SHORT_PATH_SYSCTLS);
     for ends in ENDS {
         let mark = route.steer(Selector::marked(ends.family, MARK)).unwrap();
-        let socket =
-            scene.container.with(|| in_the_name_of(ends.next_client(), Type::DGRAM, Some(MARK))).unwrap();
+        let socket = scene
+            .container
+            .with(|| in_the_name_of(ends.next_client(), Type::DGRAM, Some(MARK)))
+            .unwrap();
         socket.connect(&ends.server().into()).unwrap();
         socket.send(b"anybody there?").unwrap();
         let error = (&socket).read(&mut [0; 10]).unwrap_err();
@@ -351,7 +380,8 @@ fn short_path_udp_hears_of_a_closed_port() {
     }
 }
 
-/// The rule is about one client: direct datagrams from a neighbour or the host are answered as before.
+/// The rule is about one client: direct datagrams from a neighbour or the host are answered as
+/// before.
 #[test]
 fn short_path_udp_leaves_neighbours_and_the_host_alone() {
     let scene = Scene::new();
@@ -409,7 +439,8 @@ fn from_the_host_tcp_is_refused_at_once_by_a_closed_port() {
     let route = scene.install(&scene.host, &[]);
     for ends in ENDS {
         let _steered = route.steer(ends.answers_at_host(Protocol::Tcp)).unwrap();
-        let error = connect(&scene.host, ends.next_client(), ends.server(), None, SOON).unwrap_err();
+        let error =
+            connect(&scene.host, ends.next_client(), ends.server(), None, SOON).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
     }
 }

@@ -12,12 +12,14 @@ pub struct Desired {
     pub networks: Vec<Network>,
     /// What is attached to them; names differ.
     pub endpoints: Vec<Endpoint>,
-    /// Links of the host that forward for the networks alone, where their way out is the kernel's and the host forwards for nobody.
+    /// Links of the host that forward for the networks alone, where their way out is the kernel's
+    /// and the host forwards for nobody.
     pub uplinks: Vec<Uplink>,
-    /// How answers of ports that the kernel translates leave by the uplink that was asked; empty where
-    /// there is one default route.
+    /// How answers of ports that the kernel translates leave by the uplink that was asked; empty
+    /// where there is one default route.
     pub reply_paths: Vec<ReplyPath>,
-    /// How far ahead of their usual priorities our policy rules are, so that they precede those of other software.
+    /// How far ahead of their usual priorities our policy rules are, so that they precede those of
+    /// other software.
     pub rules_ahead: u32,
     /// How what endpoints send is checked.
     pub guards: Guards,
@@ -35,8 +37,8 @@ pub enum Guards {
     InTable(String),
 }
 
-/// A default route of the host by which answers of containers leave that are not to take the best one of
-/// the `main` table: the host was asked at an address of this uplink.
+/// A default route of the host by which answers of containers leave that are not to take the best
+/// one of the `main` table: the host was asked at an address of this uplink.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ReplyPath {
     /// Its number in the mark of packets, from 1 to [`UPLINKS`](tidegate_model::registry::UPLINKS).
@@ -62,7 +64,8 @@ pub struct Uplink {
     pub v4: bool,
     /// Answers over IPv6.
     pub v6: bool,
-    /// It forwards, for those families, because of this owner. Otherwise others see to that: another owner, who lets nothing but his own networks be reached by it, or a router.
+    /// It forwards, for those families, because of this owner. Otherwise others see to that:
+    /// another owner, who lets nothing but his own networks be reached by it, or a router.
     pub ours: bool,
 }
 
@@ -125,11 +128,15 @@ impl Network {
         self.subnets.iter().any(|subnet| subnet.gateway.is_ipv6() == v6)
     }
 
-    /// The facts of the network itself, in the order to make them. What closes it comes before it is up.
+    /// The facts of the network itself, in the order to make them. What closes it comes before it
+    /// is up.
     pub(crate) fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {
         let link = self.bridge.name.clone();
-        let mut facts =
-            vec![Fact::Bridge { interface: self.bridge.clone(), mtu: self.mtu, internal: self.internal }];
+        let mut facts = vec![Fact::Bridge {
+            interface: self.bridge.clone(),
+            mtu: self.mtu,
+            internal: self.internal,
+        }];
         // Members learn no other address of the host (arp_ignore, which is the higher one of `all`
         // and the link), and choose no way through it (accept_source_route, which holds where both
         // have it).
@@ -147,7 +154,8 @@ impl Network {
 }
 
 impl Desired {
-    /// Whether a source address on `network` means an endpoint: port guards check all of its members.
+    /// Whether a source address on `network` means an endpoint: port guards check all of its
+    /// members.
     #[must_use]
     pub fn verifies_sources(&self, network: &str) -> bool {
         let attachments = self.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
@@ -186,7 +194,8 @@ impl Desired {
             let place = Place::Endpoint(endpoint.name.clone());
             facts.push(Fact::Up { place: place.clone(), link: "lo".into() });
             for attachment in &endpoint.attachments {
-                if let Some(network) = self.networks.iter().find(|network| network.name == attachment.network)
+                if let Some(network) =
+                    self.networks.iter().find(|network| network.name == attachment.network)
                 {
                     facts.extend(attachment.facts(&place, &endpoint.name, network, &self.guards));
                 }
@@ -224,7 +233,13 @@ impl Attachment {
         guard.into_iter().chain([port, Fact::Station { link, station }]).collect()
     }
 
-    fn facts(&self, place: &Place, endpoint: &str, network: &Network, guards: &Guards) -> Vec<Fact> {
+    fn facts(
+        &self,
+        place: &Place,
+        endpoint: &str,
+        network: &Network,
+        guards: &Guards,
+    ) -> Vec<Fact> {
         let (host_end, inside) = (self.host_end.name.clone(), self.inside.name.clone());
         let mut facts = vec![
             Fact::Veth {
@@ -233,7 +248,8 @@ impl Attachment {
                 inside: self.inside.clone(),
                 mtu: network.mtu,
             },
-            // A port of a bridge needs no address of its own, and one would be a way around the bridge's rules.
+            // A port of a bridge needs no address of its own, and one would be a way around the
+            // bridge's rules.
             setting(Place::Host, format!("net.ipv6.conf.{host_end}.disable_ipv6"), "1"),
             // Nor does it take packets for the host, which are the bridge's to take. It gets those
             // that a bridge leaves to its port, and all of them while others have taken it from its
@@ -244,8 +260,13 @@ impl Attachment {
         ];
         facts.extend(self.port_facts(network, guards));
         if network.has(true) {
-            // Link-local addresses are those of hardware addresses (`IN6_ADDR_GEN_MODE_EUI64`), which the guard knows.
-            facts.push(setting(place.clone(), format!("net.ipv6.conf.{inside}.addr_gen_mode"), "0"));
+            // Link-local addresses are those of hardware addresses (`IN6_ADDR_GEN_MODE_EUI64`),
+            // which the guard knows.
+            facts.push(setting(
+                place.clone(),
+                format!("net.ipv6.conf.{inside}.addr_gen_mode"),
+                "0",
+            ));
             // Its neighbours are no routers.
             for name in ["accept_ra", "accept_redirects"] {
                 facts.push(setting(place.clone(), format!("net.ipv6.conf.{inside}.{name}"), "0"));
@@ -253,8 +274,11 @@ impl Attachment {
         } else {
             facts.push(setting(place.clone(), format!("net.ipv6.conf.{inside}.disable_ipv6"), "1"));
         }
-        let address =
-            |address: &IpNet| Fact::Address { place: place.clone(), link: inside.clone(), address: *address };
+        let address = |address: &IpNet| Fact::Address {
+            place: place.clone(),
+            link: inside.clone(),
+            address: *address,
+        };
         facts.extend(self.addresses.iter().map(address));
         facts.push(Fact::Up { place: Place::Host, link: host_end });
         facts.push(Fact::Up { place: place.clone(), link: inside.clone() });

@@ -48,7 +48,9 @@ pub enum ConflictError {
         subnet: IpNet,
     },
     /// An endpoint would be plugged into the namespace that its bridge is in.
-    #[error("endpoint {endpoint:?}: its network namespace is the host's own; give it a container's")]
+    #[error(
+        "endpoint {endpoint:?}: its network namespace is the host's own; give it a container's"
+    )]
     OnTheHost {
         /// Which.
         endpoint: String,
@@ -85,7 +87,9 @@ pub enum ConflictError {
     #[error("interface {0:?} is wanted twice")]
     NameTwice(String),
     /// Someone else's interface has the name.
-    #[error("interface {name:?} on {place} exists already and is not ours; choose another name or remove it")]
+    #[error(
+        "interface {name:?} on {place} exists already and is not ours; choose another name or remove it"
+    )]
     NameTaken {
         /// Where.
         place: Place,

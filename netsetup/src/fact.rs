@@ -34,7 +34,8 @@ impl fmt::Display for Place {
     }
 }
 
-/// An interface that is ours: by its name and its hardware address, which together nobody else's has.
+/// An interface that is ours: by its name and its hardware address, which together nobody else's
+/// has.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Interface {
     /// At most 15 bytes (`IFNAMSIZ`).
@@ -60,10 +61,12 @@ pub struct Rule {
     pub from_interface: Option<String>,
     /// Packets to here.
     pub to: Option<IpNet>,
-    /// Packets that our firewall rules have marked (`fwmark` [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)).
+    /// Packets that our firewall rules have marked (`fwmark`
+    /// [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)).
     #[serde(default)]
     pub marked: bool,
-    /// Answers that leave by the [reply path](crate::ReplyPath) of this number; 0 for no such condition.
+    /// Answers that leave by the [reply path](crate::ReplyPath) of this number; 0 for no such
+    /// condition.
     #[serde(default)]
     pub uplink: u8,
     /// What becomes of them.
@@ -94,7 +97,8 @@ pub enum Fact {
         interface: Interface,
         /// Bytes that fit into one packet.
         mtu: u32,
-        /// It is that of an internal network. Its alias says so ([`INTERNAL_ALIAS`](tidegate_model::registry::INTERNAL_ALIAS)).
+        /// It is that of an internal network. Its alias says so
+        /// ([`INTERNAL_ALIAS`](tidegate_model::registry::INTERNAL_ALIAS)).
         #[serde(default)]
         internal: bool,
     },
@@ -111,8 +115,9 @@ pub enum Fact {
     },
     /// A link of the host is a port of a bridge.
     ///
-    /// It learns no addresses: the one station behind it is a static entry of the bridge's forwarding database
-    /// ([`Station`](Self::Station)), and frames to unknown addresses are not flooded to it.
+    /// It learns no addresses: the one station behind it is a static entry of the bridge's
+    /// forwarding database ([`Station`](Self::Station)), and frames to unknown addresses are not
+    /// flooded to it.
     Port {
         /// The link.
         link: String,
@@ -121,15 +126,17 @@ pub enum Fact {
         /// It reaches the bridge itself, and none of the other ports that are isolated too.
         isolated: bool,
     },
-    /// The forwarding database of a bridge has a static entry for the station behind one of its ports.
+    /// The forwarding database of a bridge has a static entry for the station behind one of its
+    /// ports.
     Station {
         /// The port.
         link: String,
         /// The hardware address of the station.
         station: Mac,
     },
-    /// What a link of the host receives comes from the endpoint behind it, or is dropped: a
-    /// [port guard](tidegate_netfilter::PortGuards). It is in force before the link is a port of a bridge.
+    /// What a link of the host receives comes from the endpoint behind it, or is dropped: a [port
+    /// guard](tidegate_netfilter::PortGuards). It is in force before the link is a port of a
+    /// bridge.
     PortGuard {
         /// The link.
         link: String,
@@ -140,7 +147,8 @@ pub enum Fact {
         /// The endpoint may use other addresses too: only `station` is checked.
         any_address: bool,
     },
-    /// A program at the ingress of this bridge of an internal network takes what is for its gateway addresses alone.
+    /// A program at the ingress of this bridge of an internal network takes what is for its gateway
+    /// addresses alone.
     InternalGuard {
         /// The bridge.
         link: String,
@@ -152,7 +160,8 @@ pub enum Fact {
         /// Whose.
         owner: String,
     },
-    /// A setting of one of our links (sysctl(8), a dot in an interface's name written `/`). It goes with the link.
+    /// A setting of one of our links (sysctl(8), a dot in an interface's name written `/`). It goes
+    /// with the link.
     Setting {
         /// Where.
         place: Place,
@@ -177,7 +186,8 @@ pub enum Fact {
         /// The link.
         link: String,
     },
-    /// The subnet of an address of a link is on that link: the route that the kernel adds to `main` with the address.
+    /// The subnet of an address of a link is on that link: the route that the kernel adds to `main`
+    /// with the address.
     SubnetRoute {
         /// Where.
         place: Place,
@@ -197,7 +207,8 @@ pub enum Fact {
     },
     /// A policy rule of the host.
     Rule(Rule),
-    /// There is a default route by a link of the host, which is somebody else's, in a table of ours.
+    /// There is a default route by a link of the host, which is somebody else's, in a table of
+    /// ours.
     ReplyRoute {
         /// The link.
         link: String,
@@ -221,7 +232,8 @@ pub enum Fact {
         /// IPv6.
         v6: bool,
     },
-    /// What comes in by this link of the host, which is somebody else's, may be forwarded, although the host forwards for nobody.
+    /// What comes in by this link of the host, which is somebody else's, may be forwarded, although
+    /// the host forwards for nobody.
     Forwarding {
         /// The link.
         link: String,
@@ -235,7 +247,8 @@ pub enum Fact {
         /// The group.
         group: u32,
     },
-    /// A program at the egress of this bridge lets pass what the host itself sends, and what `passes` says.
+    /// A program at the egress of this bridge lets pass what the host itself sends, and what
+    /// `passes` says.
     Gate {
         /// The bridge.
         link: String,
@@ -255,7 +268,8 @@ pub enum Fact {
 /// What a [gate](Fact::Gate) lets pass besides what the host itself sends.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Passes {
-    /// What our firewall rules have marked ([`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)).
+    /// What our firewall rules have marked
+    /// ([`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)).
     #[default]
     Marked,
     /// What came in by this link.
@@ -308,7 +322,8 @@ impl Fact {
         }
     }
 
-    /// Whether it is no failure to restore it where it, or something in its place, is there already.
+    /// Whether it is no failure to restore it where it, or something in its place, is there
+    /// already.
     pub(crate) fn may_exist(&self) -> bool {
         matches!(self, Self::Address { .. } | Self::SubnetRoute { .. } | Self::DefaultRoute { .. })
     }
@@ -322,9 +337,10 @@ impl Fact {
     pub(crate) fn links(&self) -> impl Iterator<Item = Link<'_>> {
         let (host, other) = match self {
             Self::Bridge { interface, .. } => (Some((None, interface.name.as_str())), None),
-            Self::Veth { interface, endpoint, inside, .. } => {
-                (Some((None, interface.name.as_str())), Some((Some(endpoint.as_str()), inside.name.as_str())))
-            }
+            Self::Veth { interface, endpoint, inside, .. } => (
+                Some((None, interface.name.as_str())),
+                Some((Some(endpoint.as_str()), inside.name.as_str())),
+            ),
             Self::EngineDevice { link } => (Some((None, link.as_str())), None),
             _ => (None, None),
         };
@@ -334,21 +350,26 @@ impl Fact {
     /// The links without any one of which it would not be.
     pub(crate) fn on(&self) -> impl Iterator<Item = Link<'_>> {
         let (link, other) = match self {
-            Self::Port { link, bridge, .. } => (Some((None, link.as_str())), Some((None, bridge.as_str()))),
+            Self::Port { link, bridge, .. } => {
+                (Some((None, link.as_str())), Some((None, bridge.as_str())))
+            }
             Self::Setting { place, name, .. } => {
                 (name.split('.').nth(3).map(|link| (place.endpoint(), link)), None)
             }
             Self::Address { place, link, .. }
             | Self::Up { place, link }
             | Self::SubnetRoute { place, link, .. }
-            | Self::DefaultRoute { place, link, .. } => (Some((place.endpoint(), link.as_str())), None),
+            | Self::DefaultRoute { place, link, .. } => {
+                (Some((place.endpoint(), link.as_str())), None)
+            }
             Self::Group { link, .. }
             | Self::EngineRoute { link, .. }
             | Self::Station { link, .. }
             | Self::Gate { link, .. }
             | Self::InternalGuard { link, .. }
             | Self::PortGuard { link, .. } => (Some((None, link.as_str())), None),
-            // Forwarding does end with its link. But it has to be over before the rules are gone that bound it.
+            // Forwarding does end with its link. But it has to be over before the rules are gone
+            // that bound it.
             Self::Bridge { .. }
             | Self::Veth { .. }
             | Self::EngineDevice { .. }
@@ -372,14 +393,20 @@ impl fmt::Display for Fact {
         match self {
             Self::Bridge { interface, .. } => write!(f, "bridge {:?}", interface.name),
             Self::Veth { interface, endpoint, inside, .. } => {
-                write!(f, "veth pair {:?} to {:?} of endpoint {endpoint:?}", interface.name, inside.name)
+                write!(
+                    f,
+                    "veth pair {:?} to {:?} of endpoint {endpoint:?}",
+                    interface.name, inside.name
+                )
             }
             Self::Port { link, bridge, .. } => write!(f, "port {link:?} of bridge {bridge:?}"),
             Self::Station { link, station } => {
                 write!(f, "forwarding database entry {station} of port {link:?}")
             }
             Self::Setting { place, name, value } => write!(f, "{name} = {value} on {place}"),
-            Self::Address { place, link, address } => write!(f, "address {address} of {link:?} on {place}"),
+            Self::Address { place, link, address } => {
+                write!(f, "address {address} of {link:?} on {place}")
+            }
             Self::Up { place, link } => write!(f, "{link:?} up on {place}"),
             Self::SubnetRoute { place, link, address } => {
                 write!(f, "route to {} on {link:?} of {place}", address.trunc())
@@ -403,7 +430,9 @@ impl fmt::Display for Fact {
             Self::Gate { link, .. } => write!(f, "gate at the egress of {link:?}"),
             Self::InternalGuard { link, .. } => write!(f, "guard at the ingress of {link:?}"),
             Self::PortGuard { link, .. } => write!(f, "port guard at {link:?}"),
-            Self::GuardTable { owner } => write!(f, "table of nftables for the port guards of {owner:?}"),
+            Self::GuardTable { owner } => {
+                write!(f, "table of nftables for the port guards of {owner:?}")
+            }
             Self::Ruleset { firewall, owner } => write!(f, "rules of {owner:?} in {firewall}"),
         }
     }

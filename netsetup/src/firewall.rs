@@ -5,8 +5,9 @@
 //!        └──► iptables: chains of our own      ──► iptables-restore --noflush, one for each family
 //! ```
 //!
-//! [`Ruleset`] says what shall be let through, and is pure; a back-end renders it as a whole and puts it in the place of what it rendered before.
-//! [`Firewall`] is what others hold: it knows the ruleset that is in force, opens ports in it and closes them.
+//! [`Ruleset`] says what shall be let through, and is pure; a back-end renders it as a whole and
+//! puts it in the place of what it rendered before. [`Firewall`] is what others hold: it knows the
+//! ruleset that is in force, opens ports in it and closes them.
 
 #[cfg(test)]
 mod golden;
@@ -74,7 +75,8 @@ trait Backend: fmt::Debug + Send + Sync {
     /// Removes what `owner` has, whoever made it.
     fn remove(&mut self, owner: &str) -> io::Result<()>;
 
-    /// Takes note of how the rules of `owner` look when they are as they were put, to know them again. Now and then, while nobody waits.
+    /// Takes note of how the rules of `owner` look when they are as they were put, to know them
+    /// again. Now and then, while nobody waits.
     fn settle(&mut self, _owner: &str) -> io::Result<()> {
         Ok(())
     }
@@ -127,7 +129,8 @@ impl Change {
     }
 }
 
-/// Bounds of the time that a change of rules takes, in seconds: from one port in nftables to `iptables-restore`, which is given ten.
+/// Bounds of the time that a change of rules takes, in seconds: from one port in nftables to
+/// `iptables-restore`, which is given ten.
 pub const UPDATE_BOUNDS: [f64; 8] = [0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0];
 
 /// Changes of one kind.
@@ -187,18 +190,23 @@ impl Firewall {
             FirewallKind::Nftables => Box::new(host.with(nftables::Nftables::open)??),
             FirewallKind::Iptables => Box::new(host.with(iptables::Iptables::open)??),
         };
-        let marked = GatePolicy::Marked { mark: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
+        let marked =
+            GatePolicy::Marked { mark: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
         let gate = host.with(|| Gate::new(&marked))?;
         let gate = gate
-            .inspect_err(|error| tracing::debug!(%error, "no gates: policy rules stand behind the firewall"))
+            .inspect_err(
+                |error| tracing::debug!(%error, "no gates: policy rules stand behind the firewall"),
+            )
             .ok();
-        let ruleset = Ruleset { owner: owner.to_owned(), gated: gate.is_some(), ..Ruleset::default() };
+        let ruleset =
+            Ruleset { owner: owner.to_owned(), gated: gate.is_some(), ..Ruleset::default() };
         let state = Mutex::new(State { backend, ruleset, in_force: false, stale: false });
         let updates = Default::default();
         Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), gate, state, updates })
     }
 
-    /// Does without gates, whatever the kernel can do: policy rules stand behind its rules. Before those are in force.
+    /// Does without gates, whatever the kernel can do: policy rules stand behind its rules. Before
+    /// those are in force.
     #[must_use]
     pub fn ungated(mut self) -> Self {
         self.gate = None;
@@ -211,7 +219,8 @@ impl Firewall {
         self.gate.as_ref()
     }
 
-    /// Does without tables that are out of reach for others, whatever the kernel can do. Before the rules are in force.
+    /// Does without tables that are out of reach for others, whatever the kernel can do. Before the
+    /// rules are in force.
     #[must_use]
     pub fn shared(self) -> Self {
         self.state().backend.share();
@@ -238,15 +247,15 @@ impl Firewall {
         Fact::Ruleset { firewall: self.kind, owner: self.owner.clone() }
     }
 
-    /// Whether rules of the legacy variant of iptables are in use on its host: the kernel sends no word
-    /// of changes of those.
+    /// Whether rules of the legacy variant of iptables are in use on its host: the kernel sends no
+    /// word of changes of those.
     #[must_use]
     pub fn legacy_is_in_use(host: &Namespace) -> bool {
         iptables::legacy_is_in_use(host)
     }
 
-    /// Chains of nftables that may change the mark of the gates behind the rules that set it, as `ip nat
-    /// POSTROUTING`: only with iptables, since nftables sets it in the last hook.
+    /// Chains of nftables that may change the mark of the gates behind the rules that set it, as
+    /// `ip nat POSTROUTING`: only with iptables, since nftables sets it in the last hook.
     ///
     /// # Errors
     /// The kernel's.
@@ -259,7 +268,8 @@ impl Firewall {
         }
     }
 
-    /// Where word of changes of rules arrives; `None` if the kernel sends none, and one has to look.
+    /// Where word of changes of rules arrives; `None` if the kernel sends none, and one has to
+    /// look.
     ///
     /// # Errors
     /// No descriptor is left.
@@ -276,8 +286,8 @@ impl Firewall {
         state.ruleset.ports = ports;
     }
 
-    /// Which answers leave by which reply path, from the next time that the rules are put in place: they
-    /// do not hold until then.
+    /// Which answers leave by which reply path, from the next time that the rules are put in place:
+    /// they do not hold until then.
     pub fn set_reply_paths(&self, paths: &[ReplyPath]) {
         let of = |path: &ReplyPath| {
             let number = path.number;
@@ -300,8 +310,8 @@ impl Firewall {
         self.change(added, removed, |_| true)
     }
 
-    /// Replaces `before` by `after`: the same ports, carried otherwise. Connections of TCP go on as they
-    /// are; flows of UDP, which have no end, follow.
+    /// Replaces `before` by `after`: the same ports, carried otherwise. Connections of TCP go on as
+    /// they are; flows of UDP, which have no end, follow.
     ///
     /// # Errors
     /// The firewall's; nothing has changed then.
@@ -344,8 +354,8 @@ impl Firewall {
         Ok(())
     }
 
-    /// Takes note of how its rules look, so that what others change elsewhere is told from what they change here. To be called now and then; a port that comes or goes
-    /// does not wait for it.
+    /// Takes note of how its rules look, so that what others change elsewhere is told from what
+    /// they change here. To be called now and then; a port that comes or goes does not wait for it.
     ///
     /// # Errors
     /// The firewall's.
@@ -426,8 +436,9 @@ fn forget_shadows(subnets: &[IpNet], ports: &BTreeSet<(Protocol, u16)>) -> io::R
     Ok(())
 }
 
-/// Forgets what is known of flows from and to `subnets`, where others may have been let through before there were rules, and of those of `ports` that the kernel
-/// translates: they would go on going where they went before, however long that is no longer right.
+/// Forgets what is known of flows from and to `subnets`, where others may have been let through
+/// before there were rules, and of those of `ports` that the kernel translates: they would go on
+/// going where they went before, however long that is no longer right.
 fn forget(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
     let concerns = |v6: bool| {
         subnets.iter().any(|net| net.addr().is_ipv6() == v6)
@@ -457,9 +468,14 @@ fn forget(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
         } else {
             Ipv6Addr::UNSPECIFIED.into()
         };
-        at(flow.asked.ip()) || at(any) || [flow.client, flow.asked, flow.server].into_iter().any(inside)
+        at(flow.asked.ip())
+            || at(any)
+            || [flow.client, flow.asked, flow.server].into_iter().any(inside)
     };
     let forgotten = Conntrack::open()?.forget(&families, is_one)?;
-    tracing::debug!(flows = forgotten, "forgotten: older than the rules, or of ports that have changed");
+    tracing::debug!(
+        flows = forgotten,
+        "forgotten: older than the rules, or of ports that have changed"
+    );
     Ok(())
 }

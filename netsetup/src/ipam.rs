@@ -6,8 +6,8 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
-/// How long an address rests after it was given back: neighbours have forgotten its old hardware address by then
-/// (`gc_stale_time`, 60 s), and so have most of those who knew it by number.
+/// How long an address rests after it was given back: neighbours have forgotten its old hardware
+/// address by then (`gc_stale_time`, 60 s), and so have most of those who knew it by number.
 pub const QUARANTINE: Duration = Duration::from_secs(60);
 
 /// The addresses of one subnet.
@@ -39,7 +39,12 @@ impl Ipam {
     /// The addresses of `subnet`, of which `gateway` is taken.
     #[must_use]
     pub fn new(subnet: IpNet, gateway: IpAddr) -> Self {
-        Self { subnet: subnet.trunc(), taken: BTreeSet::from([gateway]), resting: VecDeque::new(), next: 0 }
+        Self {
+            subnet: subnet.trunc(),
+            taken: BTreeSet::from([gateway]),
+            resting: VecDeque::new(),
+            next: 0,
+        }
     }
 
     /// The subnet.
@@ -75,8 +80,8 @@ impl Ipam {
     /// [`IpamError::Taken`], [`IpamError::Outside`].
     pub fn claim(&mut self, address: IpAddr) -> Result<(), IpamError> {
         let (first, count) = usable(self.subnet);
-        let usable =
-            self.subnet.contains(&address) && (first..first + count).contains(&offset(self.subnet, address));
+        let usable = self.subnet.contains(&address)
+            && (first..first + count).contains(&offset(self.subnet, address));
         if !usable {
             return Err(IpamError::Outside(address, self.subnet));
         }
@@ -105,8 +110,9 @@ impl Ipam {
     }
 }
 
-/// The first offset that may be given out, and how many. IPv4 keeps the network's own address and the broadcast address for
-/// itself, except in /31 (RFC 3021) and /32; in IPv6 the first one is the routers' anycast address (RFC 4291, 2.6.1).
+/// The first offset that may be given out, and how many. IPv4 keeps the network's own address and
+/// the broadcast address for itself, except in /31 (RFC 3021) and /32; in IPv6 the first one is the
+/// routers' anycast address (RFC 4291, 2.6.1).
 fn usable(subnet: IpNet) -> (u128, u128) {
     match subnet {
         IpNet::V4(subnet) => match 32 - subnet.prefix_len() {
@@ -130,7 +136,9 @@ fn nth(subnet: IpNet, offset: u128) -> IpAddr {
 
 fn offset(subnet: IpNet, address: IpAddr) -> u128 {
     match (subnet.network(), address) {
-        (IpAddr::V4(network), IpAddr::V4(address)) => u128::from(address.to_bits() - network.to_bits()),
+        (IpAddr::V4(network), IpAddr::V4(address)) => {
+            u128::from(address.to_bits() - network.to_bits())
+        }
         (IpAddr::V6(network), IpAddr::V6(address)) => address.to_bits() - network.to_bits(),
         _ => u128::MAX,
     }
@@ -151,8 +159,9 @@ pub struct Exhausted {
 }
 
 impl Pools {
-    /// The usual ones: 172.28.0.0/14 and 10.201.0.0/16 in parts of /24, which is neither what dockerd begins with nor what most
-    /// offices use, and a unique local prefix of /48 for IPv6 (RFC 4193) made of `host_id`, in parts of /64.
+    /// The usual ones: 172.28.0.0/14 and 10.201.0.0/16 in parts of /24, which is neither what
+    /// dockerd begins with nor what most offices use, and a unique local prefix of /48 for IPv6
+    /// (RFC 4193) made of `host_id`, in parts of /64.
     #[must_use]
     pub fn usual(host_id: [u8; 5]) -> Self {
         let [a, b, c, d, e] = host_id;
@@ -182,15 +191,18 @@ impl Pools {
             let mut parts = self.v6.subnets(64).into_iter().flatten().take(in_use.len() + 1);
             parts.find_map(|part| Some(IpNet::V6(part)).filter(free))
         } else {
-            let mut parts =
-                self.v4.iter().flat_map(|(pool, length)| pool.subnets(*length).into_iter().flatten());
+            let mut parts = self
+                .v4
+                .iter()
+                .flat_map(|(pool, length)| pool.subnets(*length).into_iter().flatten());
             parts.find_map(|part| Some(IpNet::V4(part)).filter(free))
         };
         found.ok_or(Exhausted { v6 })
     }
 }
 
-/// How many addresses there are to give out in `subnet`, the gateway's included. More than 2^64 are not counted.
+/// How many addresses there are to give out in `subnet`, the gateway's included. More than 2^64 are
+/// not counted.
 #[must_use]
 pub fn capacity(subnet: IpNet) -> u128 {
     usable(subnet).1
@@ -250,7 +262,9 @@ mod tests {
         );
         assert_eq!(pools.obtain(false, &[net("172.16.0.0/12")]), Ok(net("10.201.0.0/24")));
         assert!(pools.obtain(false, &[net("172.16.0.0/12"), net("10.0.0.0/8")]).is_err());
-        for (other, overlaps) in [("172.28.5.0/24", true), ("10.0.0.0/8", true), ("172.17.0.0/16", false)] {
+        for (other, overlaps) in
+            [("172.28.5.0/24", true), ("10.0.0.0/8", true), ("172.17.0.0/16", false)]
+        {
             assert_eq!(pools.overlap(&net(other)), overlaps, "{other}");
         }
         assert_eq!(pools.obtain(true, &[net("fd01:203:405::/64")]), Ok(net("fd01:203:405:1::/64")));

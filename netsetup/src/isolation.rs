@@ -22,19 +22,22 @@ pub trait Isolation: fmt::Debug + Send + Sync {
 
 /// Without a firewall: by forwarding switched off on the bridge, and by policy rules.
 ///
-/// Either would do on a host that forwards for nobody. Both are there on every host, because a host that does not forward now
-/// may begin to at any time: a Docker daemon that starts switches forwarding on for all interfaces, ours included.
+/// Either would do on a host that forwards for nobody. Both are there on every host, because a host
+/// that does not forward now may begin to at any time: a Docker daemon that starts switches
+/// forwarding on for all interfaces, ours included.
 ///
-/// - Nothing that comes in by the bridge is forwarded: `forwarding` is off there (IPv4 judges by the interface a packet came in
-///   by; IPv6 before Linux 6.17 by `all` alone, net/ipv6/ip6_output.c), and a rule makes every destination
-///   unreachable for it. The host's own addresses are not concerned: the `local` table is asked before any rule of ours.
-/// - Nothing that comes in elsewhere is forwarded to the subnet: a rule makes it unreachable, behind one that exempts what the
-///   host itself sends. It takes two: a single `not iif lo to SUBNET` would negate both halves.
+/// - Nothing that comes in by the bridge is forwarded: `forwarding` is off there (IPv4 judges by
+///   the interface a packet came in by; IPv6 before Linux 6.17 by `all` alone,
+///   net/ipv6/ip6_output.c), and a rule makes every destination unreachable for it. The host's own
+///   addresses are not concerned: the `local` table is asked before any rule of ours.
+/// - Nothing that comes in elsewhere is forwarded to the subnet: a rule makes it unreachable,
+///   behind one that exempts what the host itself sends. It takes two: a single
+///   `not iif lo to SUBNET` would negate both halves.
 /// - A network without IPv6 subnet has no IPv6 at all, or link-local addresses would be a way in.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct WithoutFirewall {
-    /// BPF programs are available: a [gate](Fact::Gate) at the egress of each bridge closes it whatever policy rules
-    /// others insert before ours.
+    /// BPF programs are available: a [gate](Fact::Gate) at the egress of each bridge closes it
+    /// whatever policy rules others insert before ours.
     pub gated: bool,
 }
 
@@ -49,11 +52,13 @@ impl Isolation for WithoutFirewall {
     }
 }
 
-/// Without a firewall, and with a way out by the NAT engine: as [`WithoutFirewall`], but what comes from a network that is not internal is led into the engine's
-/// device, and what comes out of that is let into the networks.
+/// Without a firewall, and with a way out by the NAT engine: as [`WithoutFirewall`], but what comes
+/// from a network that is not internal is led into the engine's device, and what comes out of that
+/// is let into the networks.
 ///
-/// The guards come first, so that what goes from one network to another gets nowhere. Behind the way out is another one: when the engine has ended, and its device
-/// and routes with it, nothing that comes from a network is forwarded.
+/// The guards come first, so that what goes from one network to another gets nowhere. Behind the
+/// way out is another one: when the engine has ended, and its device and routes with it, nothing
+/// that comes from a network is forwarded.
 #[derive(Clone, Debug)]
 pub struct WithEngine {
     /// The engine's device, which is there before the networks.
@@ -70,14 +75,17 @@ impl Isolation for WithEngine {
     }
 
     fn groundwork(&self, desired: &Desired) -> Vec<Fact> {
-        let has = |v6: bool| desired.networks.iter().any(|network| !network.internal && network.has(v6));
+        let has =
+            |v6: bool| desired.networks.iter().any(|network| !network.internal && network.has(v6));
         let link = || self.device.clone();
         let families: Vec<bool> = [false, true].into_iter().filter(|v6| has(*v6)).collect();
         if families.is_empty() {
             return Vec::new();
         }
-        let mut facts =
-            vec![Fact::EngineDevice { link: link() }, Fact::Up { place: Place::Host, link: link() }];
+        let mut facts = vec![
+            Fact::EngineDevice { link: link() },
+            Fact::Up { place: Place::Host, link: link() },
+        ];
         for v6 in families {
             facts.push(Fact::EngineRoute { link: link(), table: self.table, v6 });
             facts.push(Fact::Forwarding { link: link(), v6 });
@@ -98,7 +106,12 @@ impl Isolation for WithEngine {
             let from_engine = Rule { from_interface: Some(self.device.clone()), ..exemption(v6) };
             facts.push(Fact::Rule(Rule { to: Some(to), ..from_engine }));
             let from_network = |priority, reach| {
-                Fact::Rule(Rule { priority, reach, from_interface: Some(bridge.clone()), ..guard(v6) })
+                Fact::Rule(Rule {
+                    priority,
+                    reach,
+                    from_interface: Some(bridge.clone()),
+                    ..guard(v6)
+                })
             };
             facts.push(from_network(registry::NO_WAY_OUT_PRIORITY, Reach::Nothing));
             facts.push(from_network(registry::WAY_OUT_PRIORITY, Reach::Table(self.table)));
@@ -107,15 +120,18 @@ impl Isolation for WithEngine {
     }
 }
 
-/// With a firewall: by its rules, and behind them by the policy rules of [`WithoutFirewall`], with an exemption for what the firewall has marked.
+/// With a firewall: by its rules, and behind them by the policy rules of [`WithoutFirewall`], with
+/// an exemption for what the firewall has marked.
 ///
-/// Rules of a firewall can be flushed by whoever likes to. The policy rules are then what keeps the networks closed: without its rules the
-/// firewall marks nothing, and nothing but the host itself reaches a container. Where the kernel has them, [gates](Fact::Gate) at the exits of the bridges do the same
-/// for networks that are not internal, and cost a packet less than the mere presence of a policy rule does. What containers send is not concerned: from a network that is not
-/// internal it goes the way that the host's own routes and rules say.
+/// Rules of a firewall can be flushed by whoever likes to. The policy rules are then what keeps the
+/// networks closed: without its rules the firewall marks nothing, and nothing but the host itself
+/// reaches a container. Where the kernel has them, [gates](Fact::Gate) at the exits of the bridges
+/// do the same for networks that are not internal, and cost a packet less than the mere presence of
+/// a policy rule does. What containers send is not concerned: from a network that is not internal
+/// it goes the way that the host's own routes and rules say.
 ///
-/// A host that forwards for nobody is not made a router. The links by which answers to containers come ([`Uplink`]) forward, and what else comes
-/// in there goes nowhere, as before.
+/// A host that forwards for nobody is not made a router. The links by which answers to containers
+/// come ([`Uplink`]) forward, and what else comes in there goes nowhere, as before.
 #[derive(Clone, Debug)]
 pub struct WithFirewall {
     /// Which one.
@@ -158,7 +174,10 @@ impl Isolation for WithFirewall {
         let mut facts = Vec::new();
         if self.firewall == FirewallKind::Nftables {
             // Its rules know bridges by that.
-            facts.push(Fact::Group { link: link.clone(), group: registry::bridge_group(&self.owner) });
+            facts.push(Fact::Group {
+                link: link.clone(),
+                group: registry::bridge_group(&self.owner),
+            });
         }
         if network.internal {
             facts.extend(self.gated.then(|| closed_by_programs(network)).into_iter().flatten());
@@ -180,13 +199,23 @@ impl Isolation for WithFirewall {
 /// What leads answers of ports that the kernel translates to the uplink that was asked.
 fn reply_paths(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     desired.reply_paths.iter().flat_map(|path| {
-        let made =
-            path.made.map(|gateway| Fact::ReplyRoute { link: path.link.clone(), table: path.table, gateway });
-        let networks = desired.networks.iter().filter(|network| !network.internal && network.has(path.v6));
+        let made = path.made.map(|gateway| Fact::ReplyRoute {
+            link: path.link.clone(),
+            table: path.table,
+            gateway,
+        });
+        let networks =
+            desired.networks.iter().filter(|network| !network.internal && network.has(path.v6));
         let rules = networks.flat_map(|network| {
             let rule = |priority, reach| {
                 let from_interface = Some(network.bridge.name.clone());
-                Fact::Rule(Rule { priority, reach, from_interface, uplink: path.number, ..guard(path.v6) })
+                Fact::Rule(Rule {
+                    priority,
+                    reach,
+                    from_interface,
+                    uplink: path.number,
+                    ..guard(path.v6)
+                })
             };
             [
                 rule(registry::UPLINK_MAIN_PRIORITY, Reach::MainButDefault),
@@ -197,20 +226,25 @@ fn reply_paths(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     })
 }
 
-/// What comes in by an uplink of `desired` goes nowhere else than to networks that have a way out. Which of it may is told at their gates.
+/// What comes in by an uplink of `desired` goes nowhere else than to networks that have a way out.
+/// Which of it may is told at their gates.
 fn past_uplinks(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
-    let has_uplink = |v6: bool| desired.uplinks.iter().any(|uplink| if v6 { uplink.v6 } else { uplink.v4 });
-    let subnets = desired.networks.iter().filter(|network| !network.internal).flat_map(|one| &one.subnets);
-    let subnets = subnets.map(|subnet| subnet.subnet.trunc()).filter(move |to| has_uplink(is_v6(*to)));
+    let has_uplink =
+        |v6: bool| desired.uplinks.iter().any(|uplink| if v6 { uplink.v6 } else { uplink.v4 });
+    let subnets =
+        desired.networks.iter().filter(|network| !network.internal).flat_map(|one| &one.subnets);
+    let subnets =
+        subnets.map(|subnet| subnet.subnet.trunc()).filter(move |to| has_uplink(is_v6(*to)));
     subnets.map(|to| Fact::Rule(Rule { to: Some(to), ..exemption(is_v6(to)) }))
 }
 
-/// What closes a network whatever rules there are. One that is not internal is closed to the engine as well, where there is
-/// none.
+/// What closes a network whatever rules there are. One that is not internal is closed to the engine
+/// as well, where there is none.
 fn closed_by_programs(network: &Network) -> Vec<Fact> {
     let link = network.bridge.name.clone();
     let gateways = network.subnets.iter();
-    let gateways = gateways.filter_map(|one| IpNet::new(one.gateway, one.subnet.prefix_len()).ok()).collect();
+    let gateways =
+        gateways.filter_map(|one| IpNet::new(one.gateway, one.subnet.prefix_len()).ok()).collect();
     let guard = network.internal.then_some(Fact::InternalGuard { link, gateways });
     guard.into_iter().chain([gate(network, Passes::Nothing)]).collect()
 }

@@ -1,12 +1,14 @@
 //! What was made, written down before it is made.
 //!
-//! One file for each owner, a JSON value on each line: who writes, then each operation. "add" is written before the kernel is
-//! asked, for all operations of a plan at once, "remove" after it has done it: so a fact that may be true is always in the file,
-//! whenever the process ends. What the file says twice, or says although it never came to be, does no harm: removing what is
-//! not there is no error. With the removal of a link goes what was on it, without a line of its own.
+//! One file for each owner, a JSON value on each line: who writes, then each operation. "add" is
+//! written before the kernel is asked, for all operations of a plan at once, "remove" after it has
+//! done it: so a fact that may be true is always in the file, whenever the process ends. What the
+//! file says twice, or says although it never came to be, does no harm: removing what is not there
+//! is no error. With the removal of a link goes what was on it, without a line of its own.
 //!
-//! The file lives in a directory that does not survive a reboot, as the things it tells of do not. It is locked (flock(2)) for
-//! as long as its owner lives; the lock goes with the process, however that ends.
+//! The file lives in a directory that does not survive a reboot, as the things it tells of do not.
+//! It is locked (flock(2)) for as long as its owner lives; the lock goes with the process, however
+//! that ends.
 
 use crate::world::outlasts;
 use crate::{Fact, JournalError, Op};
@@ -59,7 +61,8 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens the journal at `path`, making it and its directory if need be, and reads what it tells.
+    /// Opens the journal at `path`, making it and its directory if need be, and reads what it
+    /// tells.
     ///
     /// # Errors
     /// [`JournalError::InUse`] if another process has it; [`JournalError`] otherwise.
@@ -91,7 +94,8 @@ impl Journal {
 
     /// To be called after the last of `ops` was carried out.
     pub(crate) fn after(&mut self, ops: &[Op]) -> Result<(), JournalError> {
-        let removed: BTreeSet<&Fact> = ops.iter().filter(|op| op.added().is_none()).map(Op::fact).collect();
+        let removed: BTreeSet<&Fact> =
+            ops.iter().filter(|op| op.added().is_none()).map(Op::fact).collect();
         if removed.is_empty() {
             return Ok(());
         }
@@ -117,7 +121,8 @@ impl Journal {
     /// # Errors
     /// What unlink(2) says.
     pub fn finish(self) -> Result<(), JournalError> {
-        fs::remove_file(&self.path).map_err(|source| JournalError::Io { path: self.path.clone(), source })
+        fs::remove_file(&self.path)
+            .map_err(|source| JournalError::Io { path: self.path.clone(), source })
     }
 
     /// Appends `lines`, in one write(2).
@@ -133,12 +138,14 @@ impl Journal {
     fn compact(&mut self) -> Result<(), JournalError> {
         let failed = |source| JournalError::Io { path: self.path.clone(), source };
         let facts = self.facts.iter().map(|fact| Line::Add(Cow::Borrowed(fact)));
-        let (text, lines) = text(std::iter::once(Line::this_process()).chain(facts)).map_err(failed)?;
+        let (text, lines) =
+            text(std::iter::once(Line::this_process()).chain(facts)).map_err(failed)?;
         let new = self.path.with_extension("new");
         let _ = fs::remove_file(&new);
         let mut file = create(&new).map_err(failed)?;
         // Locked before it takes the name: whoever opens it from then on has to wait.
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| failed(errno.into()))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| failed(errno.into()))?;
         file.write_all(&text).and_then(|()| fs::rename(&new, &self.path)).map_err(failed)?;
         self.file = file;
         self.lines = lines;
@@ -154,7 +161,9 @@ fn create(path: &Path) -> io::Result<File> {
 fn lock(path: &Path) -> Result<File, JournalError> {
     match lock_file(path).map_err(|source| JournalError::Io { path: path.to_owned(), source })? {
         Lock::Had(file) => Ok(file),
-        Lock::Held(file) => Err(JournalError::InUse { path: path.to_owned(), holder: holder(&file) }),
+        Lock::Held(file) => {
+            Err(JournalError::InUse { path: path.to_owned(), holder: holder(&file) })
+        }
     }
 }
 
@@ -170,7 +179,8 @@ fn holder(file: &File) -> u32 {
 
 /// The facts that the file leaves, and how many lines it has.
 ///
-/// A last line without an end was being written when its owner was killed: nothing of what it tells was done yet, and it is cut off.
+/// A last line without an end was being written when its owner was killed: nothing of what it tells
+/// was done yet, and it is cut off.
 fn read(path: &Path, file: &mut File) -> Result<(Vec<Fact>, usize), JournalError> {
     let failed = |source| JournalError::Io { path: path.to_owned(), source };
     let mut text = Vec::new();
@@ -187,7 +197,9 @@ fn read(path: &Path, file: &mut File) -> Result<(Vec<Fact>, usize), JournalError
             Ok(Line::Owner { .. }) => {}
             Ok(Line::Add(fact)) => facts.push(fact.into_owned()),
             Ok(Line::Remove(fact)) => facts.retain(outlasts(&BTreeSet::from([&*fact]))),
-            Err(source) => return Err(JournalError::Damaged { path: path.to_owned(), line: lines, source }),
+            Err(source) => {
+                return Err(JournalError::Damaged { path: path.to_owned(), line: lines, source });
+            }
         }
     }
     Ok((facts, lines))

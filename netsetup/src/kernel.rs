@@ -1,4 +1,5 @@
-//! The real kernel: observes and carries out, by rtnetlink, with sockets made in the namespaces concerned.
+//! The real kernel: observes and carries out, by rtnetlink, with sockets made in the namespaces
+//! concerned.
 
 mod look;
 mod messages;
@@ -24,7 +25,9 @@ use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
 use look::{Depth, Here, Link};
-use messages::{default_route, engine_route, group, link_of, message_of, reply_route, subnet_route};
+use messages::{
+    default_route, engine_route, group, link_of, message_of, reply_route, subnet_route,
+};
 
 /// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
@@ -150,8 +153,8 @@ impl Kernel {
         }
     }
 
-    /// The connection to `place`, made when it is first asked for. Of endpoints only the last one's is kept: there may be
-    /// thousands, and each is dealt with once.
+    /// The connection to `place`, made when it is first asked for. Of endpoints only the last one's
+    /// is kept: there may be thousands, and each is dealt with once.
     fn connection(&mut self, place: &Place) -> Result<&mut Connection, KernelError> {
         if !self.connections.contains_key(place) {
             let open = || -> io::Result<Connection> {
@@ -166,8 +169,10 @@ impl Kernel {
                 let task = tokio::spawn(connection);
                 Ok(Connection { handle, task, indexes: BTreeMap::new() })
             };
-            let connection = open()
-                .map_err(|source| KernelError { what: format!("routing socket on {place}"), source })?;
+            let connection = open().map_err(|source| KernelError {
+                what: format!("routing socket on {place}"),
+                source,
+            })?;
             if *place != Place::Host {
                 self.connections.retain(|other, _| *other == Place::Host);
             }
@@ -182,7 +187,8 @@ impl Kernel {
     /// Looks which of `asked` are true, and what there is besides.
     ///
     /// # Errors
-    /// The first question that the kernel did not answer. An endpoint that is not known has nothing.
+    /// The first question that the kernel did not answer. An endpoint that is not known has
+    /// nothing.
     pub async fn observe(&mut self, asked: &[Fact]) -> Result<Observed, KernelError> {
         self.observe_at(&Place::Host, asked, Depth::All).await
     }
@@ -265,7 +271,9 @@ impl Kernel {
             // Its host's end was renamed or moved elsewhere.
             return Ok(match link {
                 None => End::Missing,
-                Some(link) if link.peer.is_some() && link.mac == Some(inside.mac) => End::Stray(link.index),
+                Some(link) if link.peer.is_some() && link.mac == Some(inside.mac) => {
+                    End::Stray(link.index)
+                }
                 Some(_) => End::Replaced,
             });
         };
@@ -273,7 +281,9 @@ impl Kernel {
         let link = link_named(&handle, &inside.name).await.map_err(failed)?;
         Ok(match link {
             None => End::Missing,
-            Some(link) if host.peer == Some(link.index) && link.peer == Some(host.index) => End::InPlace,
+            Some(link) if host.peer == Some(link.index) && link.peer == Some(host.index) => {
+                End::InPlace
+            }
             Some(_) => End::Replaced,
         })
     }
@@ -299,10 +309,14 @@ impl Kernel {
     /// Which of `uplinks` forward although the host as a whole does not.
     fn forwarding(&self, uplinks: &[Uplink]) -> BTreeSet<(String, bool)> {
         let each = uplinks.iter().flat_map(|Uplink { link, v4, v6, .. }| {
-            [(v4, false), (v6, true)].into_iter().filter(|(is, _)| **is).map(|(_, v6)| (link.clone(), v6))
+            [(v4, false), (v6, true)]
+                .into_iter()
+                .filter(|(is, _)| **is)
+                .map(|(_, v6)| (link.clone(), v6))
         });
-        let forwards =
-            |(link, v6): &(String, bool)| self.forwarding_at(link, *v6).is_ok_and(|value| value == "1");
+        let forwards = |(link, v6): &(String, bool)| {
+            self.forwarding_at(link, *v6).is_ok_and(|value| value == "1")
+        };
         each.filter(forwards).collect()
     }
 
@@ -359,7 +373,9 @@ impl Kernel {
 
     /// Whether the guard of `fact` is at the link numbered `index`.
     fn has_guard(&self, index: u32, fact: &Fact) -> Result<bool, KernelError> {
-        let (Some(guards), Some((link, policy))) = (&self.guards, guard_of(fact)) else { return Ok(false) };
+        let (Some(guards), Some((link, policy))) = (&self.guards, guard_of(fact)) else {
+            return Ok(false);
+        };
         let asked = self.host.with(|| guards.is_attached(index, link, &policy)).flatten();
         found(asked, "port guard")
     }
@@ -375,14 +391,16 @@ impl Kernel {
     /// The kernel's.
     pub async fn programs_hold(&mut self, facts: &[Fact]) -> Result<bool, KernelError> {
         for fact in facts {
-            let (Fact::Gate { link, .. } | Fact::InternalGuard { link, .. } | Fact::PortGuard { link, .. }) =
-                fact
+            let (Fact::Gate { link, .. }
+            | Fact::InternalGuard { link, .. }
+            | Fact::PortGuard { link, .. }) = fact
             else {
                 continue;
             };
             let index = match self.index(&Place::Host, link).await {
                 Err(error) if is_absent(&error) => return Ok(false),
-                index => index.map_err(|source| KernelError { what: format!("look for {fact}"), source })?,
+                index => index
+                    .map_err(|source| KernelError { what: format!("look for {fact}"), source })?,
             };
             let holds = match fact {
                 Fact::Gate { passes, .. } => self.has_gate(index, passes)?,
@@ -397,8 +415,8 @@ impl Kernel {
         Ok(true)
     }
 
-    /// The places in which sysctls of `facts` have other values. One that cannot be read, because its link has gone for
-    /// instance, is none of those.
+    /// The places in which sysctls of `facts` have other values. One that cannot be read, because
+    /// its link has gone for instance, is none of those.
     pub(crate) fn places_with_other_settings(&self, facts: &[Fact]) -> BTreeSet<Place> {
         let differs = |fact: &Fact| match fact {
             Fact::Setting { place, name, value } => {
@@ -416,7 +434,8 @@ impl Kernel {
         facts.iter().filter_map(differs).collect()
     }
 
-    /// Whether the rules are in force; not on this thread, for it may take programs that take their time.
+    /// Whether the rules are in force; not on this thread, for it may take programs that take their
+    /// time.
     async fn ruleset_holds(&self, fact: &Fact) -> Result<bool, KernelError> {
         // Of one that was killed: removing what is not there costs nothing.
         let Ok(firewall) = self.firewall(fact) else { return Ok(true) };
@@ -427,8 +446,8 @@ impl Kernel {
     /// Carries `op` out.
     ///
     /// # Errors
-    /// What the kernel said. That what is to be removed is not there is none, nor that in its place is something else, which is
-    /// left alone.
+    /// What the kernel said. That what is to be removed is not there is none, nor that in its place
+    /// is something else, which is left alone.
     pub async fn execute(&mut self, op: &Op) -> Result<(), KernelError> {
         let result = match op {
             Op::Add(fact) => self.add(fact).await,
@@ -440,15 +459,17 @@ impl Kernel {
         result.map_err(|source| KernelError { what: op.to_string(), source })
     }
 
-    /// Removes links of the host all at once. One by one each would cost the kernel a grace period, which makes 20 s of a thousand
-    /// of them: so they are put into a group of their own (ip-link(8), `group`), and the group is deleted.
+    /// Removes links of the host all at once. One by one each would cost the kernel a grace period,
+    /// which makes 20 s of a thousand of them: so they are put into a group of their own
+    /// (ip-link(8), `group`), and the group is deleted.
     ///
     /// # Errors
     /// As of [`execute`](Self::execute).
     pub async fn remove_links(&mut self, interfaces: &[&Interface]) -> Result<(), KernelError> {
-        self.delete_together(interfaces)
-            .await
-            .map_err(|source| KernelError { what: format!("remove {} links", interfaces.len()), source })
+        self.delete_together(interfaces).await.map_err(|source| KernelError {
+            what: format!("remove {} links", interfaces.len()),
+            source,
+        })
     }
 
     async fn delete_together(&mut self, interfaces: &[&Interface]) -> io::Result<()> {
@@ -456,12 +477,15 @@ impl Kernel {
             return Ok(());
         }
         let handle = self.host()?;
-        let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await.map_err(error)?;
+        let links: Vec<LinkMessage> =
+            handle.link().get().execute().try_collect().await.map_err(error)?;
         let groups: BTreeSet<u32> =
             links.iter().flat_map(|link| &link.attributes).filter_map(group).collect();
         // Nobody is in it, so nobody else's link goes with ours.
-        let free = (registry::DELETION_GROUP..).find(|group| !groups.contains(group)).unwrap_or(u32::MAX);
-        let wanted: BTreeMap<&str, Mac> = interfaces.iter().map(|one| (one.name.as_str(), one.mac)).collect();
+        let free =
+            (registry::DELETION_GROUP..).find(|group| !groups.contains(group)).unwrap_or(u32::MAX);
+        let wanted: BTreeMap<&str, Mac> =
+            interfaces.iter().map(|one| (one.name.as_str(), one.mac)).collect();
         let mut any = false;
         for link in links.iter().map(link_of) {
             if link.mac.is_some() && wanted.get(link.name.as_str()).copied() == link.mac {
@@ -489,21 +513,25 @@ impl Kernel {
             Fact::Bridge { interface, mtu, internal } => {
                 // Somebody may have deleted the one that had the name.
                 self.forget(&Place::Host, &interface.name);
-                let bridge = LinkBridge::new(&interface.name).address(interface.mac.0.to_vec()).mtu(*mtu);
+                let bridge =
+                    LinkBridge::new(&interface.name).address(interface.mac.0.to_vec()).mtu(*mtu);
                 let added = self.host()?.link().add(bridge.build()).execute().await.map_err(error);
                 self.or_set_mtu(added, interface, *mtu).await?;
                 // Not with the link: `rtnl_create_link` (net/core/rtnetlink.c) knows no alias.
                 let index = self.index(&Place::Host, &interface.name).await?;
-                let alias = if *internal { registry::INTERNAL_ALIAS } else { registry::NETWORK_ALIAS };
+                let alias =
+                    if *internal { registry::INTERNAL_ALIAS } else { registry::NETWORK_ALIAS };
                 let alias = LinkAttribute::IfAlias(alias.to_owned());
-                let message = LinkUnspec::new_with_index(index).append_extra_attribute(alias).build();
+                let message =
+                    LinkUnspec::new_with_index(index).append_extra_attribute(alias).build();
                 self.host()?.link().set(message).execute().await.map_err(error)
             }
             Fact::Veth { interface, endpoint, inside, mtu } => {
                 self.forget(&Place::Host, &interface.name);
                 self.forget(&Place::Endpoint(endpoint.clone()), &inside.name);
-                let namespace =
-                    self.namespace(&Place::Endpoint(endpoint.clone())).map_err(|error| error.source)?;
+                let namespace = self
+                    .namespace(&Place::Endpoint(endpoint.clone()))
+                    .map_err(|error| error.source)?;
                 let namespace = namespace.clone();
                 let peer = LinkMessageBuilder::<LinkUnspec>::new()
                     .name(inside.name.clone())
@@ -519,11 +547,17 @@ impl Kernel {
                 self.or_set_mtu(added, interface, *mtu).await
             }
             Fact::Port { link, bridge, isolated } => {
-                let (link, bridge) =
-                    (self.index(&Place::Host, link).await?, self.index(&Place::Host, bridge).await?);
+                let (link, bridge) = (
+                    self.index(&Place::Host, link).await?,
+                    self.index(&Place::Host, bridge).await?,
+                );
                 let enslave = LinkUnspec::new_with_index(link).controller(bridge).build();
                 self.host()?.link().set(enslave).execute().await.map_err(error)?;
-                let port = LinkBridgePort::new(link).isolated(*isolated).learning(false).flood(false).build();
+                let port = LinkBridgePort::new(link)
+                    .isolated(*isolated)
+                    .learning(false)
+                    .flood(false)
+                    .build();
                 self.host()?.link().set_port(port).execute().await.map_err(error)
             }
             Fact::Station { link, station } => {
@@ -547,7 +581,8 @@ impl Kernel {
                     request.message_mut().header.scope = AddressScope::Host;
                 }
                 if address.addr().is_ipv6() {
-                    // Nobody else can have it: it is we who give addresses out, and waiting for that would take a second.
+                    // Nobody else can have it: it is we who give addresses out, and waiting for
+                    // that would take a second.
                     request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
                 }
                 request.execute().await.map_err(error)
@@ -583,7 +618,9 @@ impl Kernel {
                 *request.message_mut() = message_of(rule);
                 request.execute().await.map_err(error)
             }
-            Fact::Forwarding { v6: true, .. } if !self.singles_links_out() => self.forward_everything(),
+            Fact::Forwarding { v6: true, .. } if !self.singles_links_out() => {
+                self.forward_everything()
+            }
             Fact::Forwarding { link, v6 } => self.host.set_sysctl(&forwarding_of(link, *v6), "1"),
             Fact::Group { link, group } => {
                 let index = self.index(&Place::Host, link).await?;
@@ -605,7 +642,9 @@ impl Kernel {
                 };
                 self.host.with(|| guards.attach(index, link, &policy)).flatten()
             }
-            Fact::GuardTable { owner } => self.host.with(|| PortGuards::make_table(owner)).flatten(),
+            Fact::GuardTable { owner } => {
+                self.host.with(|| PortGuards::make_table(owner)).flatten()
+            }
             Fact::Ruleset { .. } => {
                 let firewall = self.firewall(fact)?;
                 blocking(move || firewall.apply()).await
@@ -613,8 +652,14 @@ impl Kernel {
         }
     }
 
-    /// Where `added` says that the link is there already, which is known to be ours: somebody has changed its MTU.
-    async fn or_set_mtu(&mut self, added: io::Result<()>, interface: &Interface, mtu: u32) -> io::Result<()> {
+    /// Where `added` says that the link is there already, which is known to be ours: somebody has
+    /// changed its MTU.
+    async fn or_set_mtu(
+        &mut self,
+        added: io::Result<()>,
+        interface: &Interface,
+        mtu: u32,
+    ) -> io::Result<()> {
         let Err(error_of_add) = added else { return Ok(()) };
         if error_of_add.kind() != io::ErrorKind::AlreadyExists {
             return Err(error_of_add);
@@ -637,21 +682,27 @@ impl Kernel {
             // They go with their links, and the device with the engine.
             Fact::Station { .. } | Fact::SubnetRoute { .. } => Ok(()),
             Fact::EngineDevice { .. } | Fact::EngineRoute { .. } => Ok(()),
-            Fact::Setting { .. } | Fact::Group { .. } | Fact::Gate { .. } | Fact::InternalGuard { .. } => {
-                Ok(())
-            }
+            Fact::Setting { .. }
+            | Fact::Group { .. }
+            | Fact::Gate { .. }
+            | Fact::InternalGuard { .. } => Ok(()),
             Fact::PortGuard { link, .. } => {
                 if let Some(guards) = &self.guards {
                     guards.forget(link);
                 }
                 Ok(())
             }
-            Fact::GuardTable { owner } => self.host.with(|| PortGuards::remove_table(owner)).flatten(),
+            Fact::GuardTable { owner } => {
+                self.host.with(|| PortGuards::remove_table(owner)).flatten()
+            }
             Fact::Address { place, link, address } => {
                 let index = self.index(place, link).await?;
                 let handle = self.handle(place)?;
-                let message =
-                    handle.address().add(index, address.addr(), address.prefix_len()).message_mut().clone();
+                let message = handle
+                    .address()
+                    .add(index, address.addr(), address.prefix_len())
+                    .message_mut()
+                    .clone();
                 handle.address().del(message).execute().await.map_err(error)
             }
             Fact::Up { place, link } => {
@@ -667,9 +718,12 @@ impl Kernel {
                 let route = reply_route(self.index(&Place::Host, link).await?, *gateway, *table);
                 self.host()?.route().del(route).execute().await.map_err(error)
             }
-            Fact::Rule(rule) => self.host()?.rule().del(message_of(rule)).execute().await.map_err(error),
+            Fact::Rule(rule) => {
+                self.host()?.rule().del(message_of(rule)).execute().await.map_err(error)
+            }
             Fact::Forwarding { link, v6 } => {
-                // Has someone switched it on for all links meanwhile, it is no longer ours to switch off.
+                // Has someone switched it on for all links meanwhile, it is no longer ours to
+                // switch off.
                 if self.forwards(*v6)? || *v6 && !self.singles_links_out() {
                     return Ok(());
                 }
@@ -703,7 +757,8 @@ impl Kernel {
         self.host.sysctl(&forwarding_of(link, v6))
     }
 
-    /// Has all links forward IPv6, where they are all ours; policy rules keep closed what is not to be open. A host is not made a router.
+    /// Has all links forward IPv6, where they are all ours; policy rules keep closed what is not to
+    /// be open. A host is not made a router.
     fn forward_everything(&self) -> io::Result<()> {
         const ALL: &str = "net.ipv6.conf.all.forwarding";
         if self.forwards(true)? {
@@ -784,7 +839,9 @@ async fn link_named(handle: &Handle, name: &str) -> io::Result<Option<Link>> {
 }
 
 /// Has `f` done on a thread of its own.
-async fn blocking<T: Send + 'static>(f: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+async fn blocking<T: Send + 'static>(
+    f: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
     tokio::task::spawn_blocking(f).await.map_err(io::Error::other)?
 }
 
@@ -797,7 +854,8 @@ fn forwarding_of(link: &str, v6: bool) -> String {
     }
 }
 
-/// Whether a setting is not there because the kernel has no IPv6: then it is switched off as far as can be.
+/// Whether a setting is not there because the kernel has no IPv6: then it is switched off as far as
+/// can be.
 fn is_without_ipv6(error: &io::Error, setting: &str) -> bool {
     error.kind() == io::ErrorKind::NotFound
         && setting.starts_with("net.ipv6.")
@@ -864,7 +922,12 @@ fn guard_of(fact: &Fact) -> Option<(&str, PortPolicy)> {
         IpAddr::V4(_) => None,
         IpAddr::V6(ip) => Some(*ip),
     });
-    let policy = PortPolicy { mac: station.0, v4: v4.collect(), v6: v6.collect(), any_address: *any_address };
+    let policy = PortPolicy {
+        mac: station.0,
+        v4: v4.collect(),
+        v6: v6.collect(),
+        any_address: *any_address,
+    };
     Some((link, policy))
 }
 
@@ -872,6 +935,8 @@ fn guard_of(fact: &Fact) -> Option<(&str, PortPolicy)> {
 fn found(asked: io::Result<bool>, what: &str) -> Result<bool, KernelError> {
     match asked {
         Err(error) if is_absent(&error) => Ok(false),
-        asked => asked.map_err(|source| KernelError { what: format!("look for the {what}"), source }),
+        asked => {
+            asked.map_err(|source| KernelError { what: format!("look for the {what}"), source })
+        }
     }
 }

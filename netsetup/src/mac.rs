@@ -4,13 +4,15 @@ use std::fmt;
 use std::str::FromStr;
 
 /// An Ethernet address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 #[serde(into = "String", try_from = "String")]
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// A unicast address that no manufacturer has given out, made of `random`: the second-lowest bit of the first byte says
-    /// "locally administered" (IEEE 802, 8.4).
+    /// A unicast address that no manufacturer has given out, made of `random`: the second-lowest
+    /// bit of the first byte says "locally administered" (IEEE 802, 8.4).
     #[must_use]
     pub const fn local(random: [u8; 6]) -> Self {
         let [first, rest @ ..] = random;
@@ -38,9 +40,9 @@ impl FromStr for Mac {
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
-            let part = parts
-                .next()
-                .filter(|part| part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit()));
+            let part = parts.next().filter(|part| {
+                part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit())
+            });
             let value = part.and_then(|part| u8::from_str_radix(part, 16).ok());
             *byte = value.ok_or_else(|| NotAMac(text.to_owned()))?;
         }

@@ -29,17 +29,20 @@ pub struct Observed {
     pub facts: BTreeSet<Fact>,
     /// Every link, also those of others.
     pub links: BTreeMap<Place, BTreeMap<String, Option<Mac>>>,
-    /// What the host reaches otherwise than by a default route, and by which link: its routes and its own addresses.
+    /// What the host reaches otherwise than by a default route, and by which link: its routes and
+    /// its own addresses.
     pub routes: Vec<(IpNet, String)>,
     /// What packets hold, in bytes, on the way out of the host; `None` without a default route.
     pub default_mtu: Option<u32>,
-    /// Of a host that forwards for nobody, the links by which answers to containers could come: those that have an address.
+    /// Of a host that forwards for nobody, the links by which answers to containers could come:
+    /// those that have an address.
     pub uplinks: Vec<Uplink>,
     /// The names of bridges of tidegate, ours and those of other projects.
     pub bridges_of_tidegate: BTreeSet<String>,
     /// The numbers of bridges of internal networks, ours and those of other projects.
     pub internal_bridges: BTreeSet<u32>,
-    /// The lowest priority among the policy rules of others that are behind the `local` table's, if one precedes `main`.
+    /// The lowest priority among the policy rules of others that are behind the `local` table's, if
+    /// one precedes `main`.
     pub first_rule_of_others: Option<u32>,
     /// The default routes of the host: of `main` the best one first, then those of other tables.
     pub default_routes: Vec<DefaultRoute>,

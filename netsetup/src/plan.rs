@@ -15,11 +15,13 @@ pub struct Plan {
     pub ops: Vec<Op>,
 }
 
-/// The steps from `observed` to `desired`. `owned` is what the same owner has made before, in the order in which it was
-/// made: of it goes, last first, what is not desired any more. What others have made stays.
+/// The steps from `observed` to `desired`. `owned` is what the same owner has made before, in the
+/// order in which it was made: of it goes, last first, what is not desired any more. What others
+/// have made stays.
 ///
 /// # Errors
-/// [`ConflictError`] when what is desired contradicts itself or what others have; nothing must be done then.
+/// [`ConflictError`] when what is desired contradicts itself or what others have; nothing must be
+/// done then.
 pub fn plan(
     desired: &Desired,
     owned: &[Fact],
@@ -31,7 +33,8 @@ pub fn plan(
     Ok(difference(desired, owned, observed, isolation))
 }
 
-/// The same for networks that are in use. Routes that others have added to the host meanwhile are not in the way.
+/// The same for networks that are in use. Routes that others have added to the host meanwhile are
+/// not in the way.
 ///
 /// # Errors
 /// A link of somebody else's has the name of one of ours.
@@ -45,7 +48,12 @@ pub(crate) fn plan_again(
     Ok(difference(desired, owned, observed, isolation))
 }
 
-fn difference(desired: &Desired, owned: &[Fact], observed: &Observed, isolation: &dyn Isolation) -> Plan {
+fn difference(
+    desired: &Desired,
+    owned: &[Fact],
+    observed: &Observed,
+    isolation: &dyn Isolation,
+) -> Plan {
     let facts = desired.facts(isolation);
     let wanted: BTreeSet<&Fact> = facts.iter().collect();
     let mut world = World::new(observed.facts.clone());
@@ -60,10 +68,11 @@ fn difference(desired: &Desired, owned: &[Fact], observed: &Observed, isolation:
     Plan { ops }
 }
 
-/// The steps that take back those of `facts` that hold in `world`, last first, and what they leave of the world.
+/// The steps that take back those of `facts` that hold in `world`, last first, and what they leave
+/// of the world.
 ///
-/// Links come before all else: with them goes what is on them and need not be removed one by one, and rules that close a
-/// network outlast it.
+/// Links come before all else: with them goes what is on them and need not be removed one by one,
+/// and rules that close a network outlast it.
 pub(crate) fn removals<'a>(
     facts: impl IntoIterator<Item = &'a Fact, IntoIter: DoubleEndedIterator>,
     world: &mut World,
@@ -73,7 +82,8 @@ pub(crate) fn removals<'a>(
     for kind in [Fact::is_link, |fact: &Fact| !fact.goes_with_its_link(), |_: &Fact| true] {
         let these: Vec<&Fact>;
         (these, rest) = rest.into_iter().partition(|fact| kind(fact));
-        let held: BTreeSet<&Fact> = these.iter().copied().filter(|fact| world.holds(fact)).collect();
+        let held: BTreeSet<&Fact> =
+            these.iter().copied().filter(|fact| world.holds(fact)).collect();
         world.remove(held.iter().copied());
         let mut told = BTreeSet::new();
         ops.extend(
@@ -125,7 +135,8 @@ fn check(desired: &Desired) -> Result<(), ConflictError> {
         for attachment in &endpoint.attachments {
             check_name(&attachment.host_end)?;
             check_name(&attachment.inside)?;
-            let Some(network) = desired.networks.iter().find(|network| network.name == attachment.network)
+            let Some(network) =
+                desired.networks.iter().find(|network| network.name == attachment.network)
             else {
                 return Err(ConflictError::NoSuchNetwork {
                     endpoint: endpoint.name.clone(),
@@ -151,7 +162,11 @@ fn check(desired: &Desired) -> Result<(), ConflictError> {
             }
         }
     }
-    let ends = desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments).map(|one| &one.host_end);
+    let ends = desired
+        .endpoints
+        .iter()
+        .flat_map(|endpoint| &endpoint.attachments)
+        .map(|one| &one.host_end);
     for interface in desired.networks.iter().map(|network| &network.bridge).chain(ends) {
         if !host_links.insert(&interface.name) {
             return Err(ConflictError::NameTwice(interface.name.clone()));
@@ -174,9 +189,14 @@ fn check_name(interface: &Interface) -> Result<(), ConflictError> {
 
 /// Whether what others have leaves room for `desired`.
 ///
-/// A route to more than a subnet (a default route, its halves that a VPN sets up, a company's 10.0.0.0/8) leaves room:
-/// the bridge's own route is more specific. One to the subnet or to a part of it does not.
-fn check_surroundings(desired: &Desired, owned: &[Fact], observed: &Observed) -> Result<(), ConflictError> {
+/// A route to more than a subnet (a default route, its halves that a VPN sets up, a
+/// company's 10.0.0.0/8) leaves room: the bridge's own route is more specific. One to the subnet or
+/// to a part of it does not.
+fn check_surroundings(
+    desired: &Desired,
+    owned: &[Fact],
+    observed: &Observed,
+) -> Result<(), ConflictError> {
     let ours: BTreeSet<&str> = owned
         .iter()
         .filter_map(|fact| match fact {
@@ -220,7 +240,11 @@ pub(crate) fn check_links(desired: &Desired, observed: &Observed) -> Result<(), 
 }
 
 /// Whether a link of that name, if there is one, is the one that is meant.
-fn check_free(observed: &Observed, place: &Place, interface: &Interface) -> Result<(), ConflictError> {
+fn check_free(
+    observed: &Observed,
+    place: &Place,
+    interface: &Interface,
+) -> Result<(), ConflictError> {
     match observed.links.get(place).and_then(|links| links.get(&interface.name)) {
         Some(mac) if *mac != Some(interface.mac) => {
             Err(ConflictError::NameTaken { place: place.clone(), name: interface.name.clone() })

@@ -1,8 +1,8 @@
 //! What to restore of networks that are in use, and which of it was removed: pure.
 //!
-//! With an object the kernel removes what depends on it: with a link everything that is on it, with the last address of a
-//! link its routes, with a link that is set down its IPv6 addresses and its routes. All of that is restored, and the
-//! object that was removed first is what is reported.
+//! With an object the kernel removes what depends on it: with a link everything that is on it, with
+//! the last address of a link its routes, with a link that is set down its IPv6 addresses and its
+//! routes. All of that is restored, and the object that was removed first is what is reported.
 
 use crate::{Fact, Place, SetupError};
 use ipnet::IpNet;
@@ -100,7 +100,9 @@ impl RepairKind {
             Fact::Setting { .. } | Fact::Forwarding { .. } => Self::Sysctl,
             Fact::Rule(_) => Self::Rule,
             Fact::GuardTable { .. } | Fact::Ruleset { .. } => Self::Table,
-            Fact::Gate { .. } | Fact::PortGuard { .. } | Fact::InternalGuard { .. } => Self::Program,
+            Fact::Gate { .. } | Fact::PortGuard { .. } | Fact::InternalGuard { .. } => {
+                Self::Program
+            }
         }
     }
 }
@@ -116,8 +118,8 @@ pub struct Repaired {
     pub unplugged: BTreeSet<String>,
 }
 
-/// `facts` in the order to make them, with those that the kernel makes true by itself: routes to the subnets of
-/// addresses, and the address of a loopback interface.
+/// `facts` in the order to make them, with those that the kernel makes true by itself: routes to
+/// the subnets of addresses, and the address of a loopback interface.
 pub(crate) fn with_derived(facts: Vec<Fact>) -> Vec<Fact> {
     let mut all: Vec<Fact> = Vec::with_capacity(facts.len() * 2);
     for fact in facts {
@@ -129,7 +131,11 @@ pub(crate) fn with_derived(facts: Vec<Fact>) -> Vec<Fact> {
             Fact::Up { place: of, link: on } => {
                 let routes = all.iter().filter_map(|fact| match fact {
                     Fact::Address { place, link, address } if place == of && link == on => {
-                        Some(Fact::SubnetRoute { place: of.clone(), link: on.clone(), address: *address })
+                        Some(Fact::SubnetRoute {
+                            place: of.clone(),
+                            link: on.clone(),
+                            address: *address,
+                        })
                     }
                     _ => None,
                 });
@@ -163,17 +169,22 @@ fn takes_along(cause: &Fact, fact: &Fact) -> bool {
     if cause.links().any(|link| fact.on().any(|on| on == link)) {
         return true;
     }
-    let on = |fact: &Fact| fact.on().next().map(|(place, link)| (place.map(str::to_owned), link.to_owned()));
+    let on = |fact: &Fact| {
+        fact.on().next().map(|(place, link)| (place.map(str::to_owned), link.to_owned()))
+    };
     let together = on(cause).is_some() && on(cause) == on(fact);
     let is_route = matches!(fact, Fact::SubnetRoute { .. } | Fact::DefaultRoute { .. });
     match (cause, fact) {
         (Fact::Up { .. }, Fact::Address { .. } | Fact::EngineRoute { .. }) => together,
         (Fact::EngineDevice { link }, Fact::Forwarding { link: of, .. }) => link == of,
         (Fact::Up { .. } | Fact::Address { .. } | Fact::SubnetRoute { .. }, _) if is_route => {
-            together && !matches!((cause, fact), (Fact::SubnetRoute { .. }, Fact::SubnetRoute { .. }))
+            together
+                && !matches!((cause, fact), (Fact::SubnetRoute { .. }, Fact::SubnetRoute { .. }))
         }
         // A setting that switches IPv6 off and on again.
-        (Fact::Setting { name, .. }, Fact::Address { .. }) => together && name.ends_with(".disable_ipv6"),
+        (Fact::Setting { name, .. }, Fact::Address { .. }) => {
+            together && name.ends_with(".disable_ipv6")
+        }
         (Fact::Port { link, .. }, Fact::Station { link: port, .. }) => link == port,
         // The guards of ports are in the table.
         (Fact::GuardTable { .. }, Fact::PortGuard { .. }) => true,
@@ -220,11 +231,21 @@ mod tests {
     #[test]
     fn routes_of_addresses_are_facts_behind_their_link_and_before_routes_by_gateways() {
         let facts = vec![up("lo"), address("10.9.1.2/24"), up("eth0"), default_route()];
-        let loopback =
-            Fact::Address { place: place(), link: "lo".into(), address: "127.0.0.1/8".parse().unwrap() };
+        let loopback = Fact::Address {
+            place: place(),
+            link: "lo".into(),
+            address: "127.0.0.1/8".parse().unwrap(),
+        };
         assert_eq!(
             with_derived(facts),
-            [up("lo"), loopback, address("10.9.1.2/24"), up("eth0"), subnet("10.9.1.2/24"), default_route()]
+            [
+                up("lo"),
+                loopback,
+                address("10.9.1.2/24"),
+                up("eth0"),
+                subnet("10.9.1.2/24"),
+                default_route()
+            ]
         );
         assert_eq!(with_derived(vec![address("fd00::1/128"), up("eth0")]).len(), 2, "no subnet");
     }
@@ -256,8 +277,14 @@ mod tests {
         let route = |v6| Fact::EngineRoute { link: link(), table: 7, v6 };
         let forwarding = Fact::Forwarding { link: link(), v6: false };
         let of_another = Fact::Forwarding { link: "eth0".into(), v6: false };
-        let everything =
-            vec![device.clone(), up.clone(), route(false), route(true), forwarding, of_another.clone()];
+        let everything = vec![
+            device.clone(),
+            up.clone(),
+            route(false),
+            route(true),
+            forwarding,
+            of_another.clone(),
+        ];
         assert_eq!(causes(everything.clone()), [device.clone(), of_another]);
         assert_eq!(causes(everything[1..4].to_vec()), [up]);
         assert_eq!(causes(everything[2..4].to_vec()), [route(false), route(true)]);

@@ -22,14 +22,20 @@ pub struct Setup {
 /// The link of the host that `op` removes, if that is what it does.
 fn removes_link(op: &Op) -> Option<&Interface> {
     match op {
-        Op::Remove(Fact::Bridge { interface, .. } | Fact::Veth { interface, .. }) => Some(interface),
+        Op::Remove(Fact::Bridge { interface, .. } | Fact::Veth { interface, .. }) => {
+            Some(interface)
+        }
         _ => None,
     }
 }
 
 /// Whether `fact` is about the host's end of a veth pair of `part`.
 fn is_on_pair_of(part: &Desired, fact: &Fact) -> bool {
-    let ends = part.endpoints.iter().flat_map(|one| &one.attachments).map(|one| one.host_end.name.as_str());
+    let ends = part
+        .endpoints
+        .iter()
+        .flat_map(|one| &one.attachments)
+        .map(|one| one.host_end.name.as_str());
     ends.into_iter().any(|end| fact.on().any(|link| link == (None, end)))
 }
 
@@ -96,8 +102,8 @@ impl Setup {
         }
     }
 
-    /// Makes it so where an earlier version of `desired` has been applied. What is new comes before what is over, so that
-    /// nothing opens in between. Returns the number of steps.
+    /// Makes it so where an earlier version of `desired` has been applied. What is new comes before
+    /// what is over, so that nothing opens in between. Returns the number of steps.
     ///
     /// # Errors
     /// [`SetupError`].
@@ -119,12 +125,18 @@ impl Setup {
         Ok(ops.len())
     }
 
-    /// Restores what other software has removed or changed of `desired`, which must have been applied: of the host with
-    /// `host`, and of these `endpoints`. A veth pair that is missing is restored if its endpoint is among them.
+    /// Restores what other software has removed or changed of `desired`, which must have been
+    /// applied: of the host with `host`, and of these `endpoints`. A veth pair that is missing is
+    /// restored if its endpoint is among them.
     ///
-    /// Nothing is undone where a step fails, since facts are in an order in which what closes a network precedes what
-    /// opens it. What the other place needs is done all the same.
-    pub async fn repair(&mut self, desired: &Desired, host: bool, endpoints: &BTreeSet<String>) -> Repaired {
+    /// Nothing is undone where a step fails, since facts are in an order in which what closes a
+    /// network precedes what opens it. What the other place needs is done all the same.
+    pub async fn repair(
+        &mut self,
+        desired: &Desired,
+        host: bool,
+        endpoints: &BTreeSet<String>,
+    ) -> Repaired {
         let mut repaired = Repaired::default();
         // Whoever has removed a link of an endpoint may have made another one of the same name.
         self.kernel.forget_endpoints();
@@ -150,8 +162,8 @@ impl Setup {
         repaired
     }
 
-    /// Restores what is on the host, but for veth pairs and what is on them. Returns what was restored, what has failed,
-    /// and the endpoints whose pairs are missing.
+    /// Restores what is on the host, but for veth pairs and what is on them. Returns what was
+    /// restored, what has failed, and the endpoints whose pairs are missing.
     async fn repair_host(
         &mut self,
         desired: &Desired,
@@ -160,8 +172,9 @@ impl Setup {
         let facts: Vec<Fact> = facts.into_iter().filter(Fact::is_of_the_host).collect();
         let observed = self.kernel.observe(&facts).await?;
         check_links(&desired.without_endpoints(), &observed)?;
-        let is_there =
-            |link: &str| observed.links.get(&Place::Host).is_some_and(|links| links.contains_key(link));
+        let is_there = |link: &str| {
+            observed.links.get(&Place::Host).is_some_and(|links| links.contains_key(link))
+        };
         let devices: BTreeSet<String> = facts
             .iter()
             .filter_map(|fact| match fact {
@@ -203,7 +216,8 @@ impl Setup {
     ) -> Result<(Vec<Fact>, Option<SetupError>), SetupError> {
         let mut part = desired.with_endpoints(&BTreeSet::from([name.to_owned()]));
         let place = Place::Endpoint(name.to_owned());
-        let pairs: Vec<Fact> = part.facts(&*self.isolation).into_iter().filter(Fact::is_link).collect();
+        let pairs: Vec<Fact> =
+            part.facts(&*self.isolation).into_iter().filter(Fact::is_link).collect();
         let (mut lost, mut taken) = (Vec::new(), None);
         for pair in pairs {
             let Fact::Veth { inside, .. } = &pair else { continue };
@@ -236,14 +250,16 @@ impl Setup {
             check_links(&part, &observed)?;
             world = World::new(observed.facts);
             // The other end may have been renamed, or moved elsewhere: then the pair is made anew.
-            let left: Vec<Op> = lost.into_iter().filter(|fact| world.holds(fact)).map(Op::Remove).collect();
+            let left: Vec<Op> =
+                lost.into_iter().filter(|fact| world.holds(fact)).map(Op::Remove).collect();
             self.carry_out(&left).await?;
             left.iter().for_each(|op| world.execute(op));
         } else {
             world = World::new(self.kernel.observe_links(&place, &inside).await?.facts);
             facts = inside;
         }
-        let ops: Vec<Op> = facts.into_iter().filter(|fact| !world.holds(fact)).map(Op::Add).collect();
+        let ops: Vec<Op> =
+            facts.into_iter().filter(|fact| !world.holds(fact)).map(Op::Add).collect();
         let (restored, failed) = self.restore(&ops).await?;
         Ok((restored, failed.or_else(|| taken.map(SetupError::from))))
     }
@@ -265,9 +281,11 @@ impl Setup {
         for op in ops {
             match self.kernel.execute(op).await {
                 Ok(()) => restored.push(op.fact().clone()),
-                // The kernel has added it with what was restored before, or somebody has put another one in its place.
+                // The kernel has added it with what was restored before, or somebody has put
+                // another one in its place.
                 Err(error)
-                    if error.source.kind() == io::ErrorKind::AlreadyExists && op.fact().may_exist() => {}
+                    if error.source.kind() == io::ErrorKind::AlreadyExists
+                        && op.fact().may_exist() => {}
                 Err(source) => {
                     // One object that cannot be restored keeps no other network open.
                     let error = ApplyError { op: Box::new(op.clone()), source, left: Vec::new() };
@@ -278,8 +296,9 @@ impl Setup {
         Ok((restored, failed))
     }
 
-    /// Looks for changes of `desired` that the kernel announces to nobody: programs that were detached, and sysctls of
-    /// bridges and of `endpoints`. Returns the places that have some. Links that are not there are no matter of this.
+    /// Looks for changes of `desired` that the kernel announces to nobody: programs that were
+    /// detached, and sysctls of bridges and of `endpoints`. Returns the places that have some.
+    /// Links that are not there are no matter of this.
     ///
     /// # Errors
     /// [`KernelError`].
@@ -296,13 +315,14 @@ impl Setup {
         Ok(places)
     }
 
-    /// Plugs the endpoint `name` of `desired`, which must have been applied, into `namespace`: its container has come back in
-    /// another one. It keeps its interfaces, addresses and routes; other endpoints are not touched. In the namespace that it is in
-    /// already, what is missing is made again. Returns the number of steps.
+    /// Plugs the endpoint `name` of `desired`, which must have been applied, into `namespace`: its
+    /// container has come back in another one. It keeps its interfaces, addresses and routes; other
+    /// endpoints are not touched. In the namespace that it is in already, what is missing is made
+    /// again. Returns the number of steps.
     ///
     /// # Errors
-    /// [`SetupError`]. Where it cannot be, because an interface is in the way for instance, nothing was changed; where a step
-    /// fails, the endpoint is unplugged.
+    /// [`SetupError`]. Where it cannot be, because an interface is in the way for instance, nothing
+    /// was changed; where a step fails, the endpoint is unplugged.
     pub async fn replug(
         &mut self,
         desired: &Desired,
@@ -328,7 +348,8 @@ impl Setup {
 
     /// Takes back what endpoint `name` has.
     async fn unplug(&mut self, name: &str) -> Result<(), SetupError> {
-        let facts = self.journal.facts().iter().rev().filter(|fact| fact.is_of_endpoint(name)).cloned();
+        let facts =
+            self.journal.facts().iter().rev().filter(|fact| fact.is_of_endpoint(name)).cloned();
         let (on_links, others): (Vec<Fact>, Vec<Fact>) = facts.partition(Fact::goes_with_its_link);
         for op in others.into_iter().map(Op::Remove) {
             match self.kernel.execute(&op).await {
@@ -375,7 +396,9 @@ impl Setup {
         let ops = removals(facts, &mut World::new(facts.iter().cloned().collect()));
         let failed = self.execute(&ops, true).await?;
         if let Some((at, source)) = failed.into_iter().next() {
-            return Err(ApplyError { op: Box::new(ops[at].clone()), source, left: Vec::new() }.into());
+            return Err(
+                ApplyError { op: Box::new(ops[at].clone()), source, left: Vec::new() }.into()
+            );
         }
         Ok(ops.len())
     }
@@ -417,9 +440,14 @@ impl Setup {
         Err(ApplyError { op: Box::new(ops[at].clone()), source, left }.into())
     }
 
-    /// Carries `ops` out: links that are to be removed together, as far as they come first, and all else one by one. The
-    /// journal has all of it before the first step. Returns which steps failed; with `go_on` those after them were tried.
-    async fn execute(&mut self, ops: &[Op], go_on: bool) -> Result<Vec<(usize, KernelError)>, JournalError> {
+    /// Carries `ops` out: links that are to be removed together, as far as they come first, and all
+    /// else one by one. The journal has all of it before the first step. Returns which steps
+    /// failed; with `go_on` those after them were tried.
+    async fn execute(
+        &mut self,
+        ops: &[Op],
+        go_on: bool,
+    ) -> Result<Vec<(usize, KernelError)>, JournalError> {
         self.journal.before(ops)?;
         let links: Vec<&Interface> = ops.iter().map_while(removes_link).collect();
         let mut done = 0;
@@ -443,7 +471,8 @@ impl Setup {
         Ok(failed)
     }
 
-    /// Notes what was carried out. With `go_on` what cannot be noted is let be: what is gone can be removed once more.
+    /// Notes what was carried out. With `go_on` what cannot be noted is let be: what is gone can be
+    /// removed once more.
     fn note(&mut self, ops: &[Op], go_on: bool) -> Result<(), JournalError> {
         match self.journal.after(ops) {
             Err(error) if go_on => {
@@ -454,19 +483,22 @@ impl Setup {
         }
     }
 
-    /// Undoes `ops`, of which the one at `failed` was the last to be tried and may have been done in part.
+    /// Undoes `ops`, of which the one at `failed` was the last to be tried and may have been done
+    /// in part.
     async fn undo(&mut self, ops: &[Op], failed: usize) -> Result<Vec<KernelError>, JournalError> {
         let back = way_back(&ops[..failed], &ops[failed]);
         let left = self.execute(&back, true).await?;
         // With its link has gone what was on it, and what was not tried has never been.
         let stays: BTreeSet<&Fact> = left.iter().map(|(at, _)| back[*at].fact()).collect();
-        let never: Vec<Op> = ops.iter().map(Op::inverse).filter(|op| !stays.contains(op.fact())).collect();
+        let never: Vec<Op> =
+            ops.iter().map(Op::inverse).filter(|op| !stays.contains(op.fact())).collect();
         self.note(&never, true)?;
         Ok(left.into_iter().map(|(_, error)| error).collect())
     }
 }
 
-/// The steps that undo `done`, and the one after them that failed. What that was to remove is still there.
+/// The steps that undo `done`, and the one after them that failed. What that was to remove is still
+/// there.
 fn way_back(done: &[Op], failed: &Op) -> Vec<Op> {
     let added: Vec<Fact> = done.iter().chain([failed]).filter_map(Op::added).cloned().collect();
     let mut back = removals(&added, &mut World::new(added.iter().cloned().collect()));

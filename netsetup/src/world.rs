@@ -42,7 +42,8 @@ impl World {
     }
 }
 
-/// Which facts are still true when those that are `gone` are not: neither they themselves nor, of links, what was on them.
+/// Which facts are still true when those that are `gone` are not: neither they themselves nor, of
+/// links, what was on them.
 pub(crate) fn outlasts<'a>(gone: &'a BTreeSet<&'a Fact>) -> impl Fn(&Fact) -> bool + 'a {
     let links: BTreeSet<_> = gone.iter().flat_map(|fact| fact.links()).collect();
     move |fact| !gone.contains(fact) && !fact.on().any(|link| links.contains(&link))

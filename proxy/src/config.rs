@@ -13,7 +13,8 @@ pub struct Settings {
     pub workers: usize,
     /// TCP connections over all ports at most, of which one client gets two thirds.
     pub max_connections: usize,
-    /// TCP connections of one client (an IPv4 address, an IPv6 /64) at most, if that is less than its share.
+    /// TCP connections of one client (an IPv4 address, an IPv6 /64) at most, if that is less than
+    /// its share.
     pub max_client_connections: Option<usize>,
     /// Bytes of memory that TCP connections may hold for peers that do not drain; at least
     /// [`Self::LEAST_HELD_BYTES`].
@@ -24,7 +25,8 @@ pub struct Settings {
     pub reserved_descriptors: usize,
     /// Payload of one read, in bytes, from which the next one is spliced and not copied.
     pub splice_from: usize,
-    /// Ports that have series of their own in metrics; what is published beyond that is told in one sum for each protocol.
+    /// Ports that have series of their own in metrics; what is published beyond that is told in one
+    /// sum for each protocol.
     pub ports_with_series: usize,
 }
 
@@ -77,7 +79,11 @@ impl PortOptions {
             allow: None,
             gateway_acl: GatewayAcl::default(),
             max_connections: 100_000,
-            sessions: TableLimits { sessions: 16_384, per_source: 8192, idle: Duration::from_secs(90) },
+            sessions: TableLimits {
+                sessions: 16_384,
+                per_source: 8192,
+                idle: Duration::from_secs(90),
+            },
         }
     }
 }

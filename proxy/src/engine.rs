@@ -26,8 +26,8 @@ const DRAIN_POLL: Duration = Duration::from_millis(20);
 /// How often the log says that accepting pauses.
 const PAUSE_LOG: Duration = Duration::from_secs(1);
 
-/// Descriptors that a loop needs for itself at a limit: for a client that is being accepted, and for one that
-/// waits.
+/// Descriptors that a loop needs for itself at a limit: for a client that is being accepted, and
+/// for one that waits.
 const AT_THE_DOOR: usize = 2;
 
 /// What all loops share.
@@ -119,20 +119,24 @@ impl Shared {
         let (event_loop, sender) = EventLoop::new()?;
         let shared = Arc::clone(self);
         let (prepared, is_prepared) = mpsc::channel();
-        let thread = std::thread::Builder::new().name(format!("tidegate-data-{index}")).spawn(move || {
-            let ready = (shared.prepare)();
-            let failed = ready.is_err();
-            // The one who waits for it is `start`, right here.
-            let _ = prepared.send(ready);
-            if failed {
-                return;
-            }
-            let mut worker = Worker::new(index, shared);
-            if let Err(error) = event_loop.run(&mut worker) {
-                tracing::error!(%error, "event loop ended");
-            }
-        })?;
-        is_prepared.recv().unwrap_or_else(|_| Err(io::Error::other("an event loop's thread panicked")))?;
+        let thread = std::thread::Builder::new().name(format!("tidegate-data-{index}")).spawn(
+            move || {
+                let ready = (shared.prepare)();
+                let failed = ready.is_err();
+                // The one who waits for it is `start`, right here.
+                let _ = prepared.send(ready);
+                if failed {
+                    return;
+                }
+                let mut worker = Worker::new(index, shared);
+                if let Err(error) = event_loop.run(&mut worker) {
+                    tracing::error!(%error, "event loop ended");
+                }
+            },
+        )?;
+        is_prepared
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("an event loop's thread panicked")))?;
         Ok(Loop { sender, thread })
     }
 
@@ -175,9 +179,11 @@ pub struct Engine {
 #[derive(Default)]
 struct Ports {
     there: BTreeMap<PublishedPort, Arc<Port>>,
-    /// Those without series that are being closed: until the loops are through with them their figures may change.
+    /// Those without series that are being closed: until the loops are through with them their
+    /// figures may change.
     leaving: BTreeMap<PublishedPort, Arc<Port>>,
-    /// Ports with series of their own, of those that are there and of those that are just being published.
+    /// Ports with series of their own, of those that are there and of those that are just being
+    /// published.
     with_series: usize,
     /// Published TCP ports by their number, for how many sockets.
     tcp_numbers: BTreeMap<u16, usize>,
@@ -189,7 +195,8 @@ impl Ports {
     /// The sum of those without series that are of `protocol`, if there are or were any.
     fn others(&self, protocol: Protocol) -> Option<PortSnapshot> {
         let mut sum = self.gone.iter().find(|sum| sum.whose.protocol() == protocol).cloned();
-        let others = self.there.values().chain(self.leaving.values()).filter(|port| !port.has_series);
+        let others =
+            self.there.values().chain(self.leaving.values()).filter(|port| !port.has_series);
         for port in others.filter(|port| port.label.protocol() == protocol) {
             let empty = || PortSnapshot::empty(Whose::Others(protocol));
             sum.get_or_insert_with(empty).add(&PortSnapshot::of(port));
@@ -215,8 +222,9 @@ impl Engine {
         Self::with_prepared_threads(settings, || Ok(()))
     }
 
-    /// The same, and every thread calls `prepare` before it does anything: to enter a network namespace, for instance. One that
-    /// fails to is no event loop, which [`publish`](Self::publish) tells.
+    /// The same, and every thread calls `prepare` before it does anything: to enter a network
+    /// namespace, for instance. One that fails to is no event loop, which
+    /// [`publish`](Self::publish) tells.
     pub fn with_prepared_threads(
         settings: Settings,
         prepare: impl Fn() -> io::Result<()> + Send + Sync + 'static,
@@ -245,8 +253,9 @@ impl Engine {
         Self { shared: Arc::new(shared), ports: Mutex::default(), next: AtomicU64::new(0) }
     }
 
-    /// Serves `listeners`, each for the port of the container beside it, all with the same options. UDP ports
-    /// are spread over the loops. To be called in the namespace that the listeners are of, as far as they are the host's.
+    /// Serves `listeners`, each for the port of the container beside it, all with the same options.
+    /// UDP ports are spread over the loops. To be called in the namespace that the listeners are
+    /// of, as far as they are the host's.
     ///
     /// # Errors
     /// When no event loop can be started (no thread, no descriptor); the listeners are closed then.
@@ -292,7 +301,8 @@ impl Engine {
         }
         let ids = published.iter().map(|(id, _)| *id).collect();
         let mut ports = self.ports();
-        for (_, port) in published.iter().filter(|(_, port)| port.label.protocol() == Protocol::Tcp) {
+        for (_, port) in published.iter().filter(|(_, port)| port.label.protocol() == Protocol::Tcp)
+        {
             *ports.tcp_numbers.entry(port.label.address().port()).or_default() += 1;
         }
         self.note_numbers(&ports);
@@ -301,7 +311,8 @@ impl Engine {
         Ok(ids)
     }
 
-    /// How many of `count` ports may have series of their own; they are taken. Also for ports that others carry, and that are told beside ours.
+    /// How many of `count` ports may have series of their own; they are taken. Also for ports that
+    /// others carry, and that are told beside ours.
     pub fn take_series(&self, count: usize) -> usize {
         let mut ports = self.ports();
         let left = self.shared.settings.ports_with_series.saturating_sub(ports.with_series);
@@ -310,8 +321,8 @@ impl Engine {
         taken
     }
 
-    /// Closes one port: it can be bound again when this returns. Its connections are reset, its sessions
-    /// end; other ports notice nothing. False if there is no such port (any more).
+    /// Closes one port: it can be bound again when this returns. Its connections are reset, its
+    /// sessions end; other ports notice nothing. False if there is no such port (any more).
     pub fn unpublish(&self, id: PublishedPort) -> bool {
         let port = {
             let mut ports = self.ports();
@@ -322,7 +333,8 @@ impl Engine {
                 ports.leaving.insert(id, Arc::clone(&port));
             }
             if port.label.protocol() == Protocol::Tcp
-                && let Entry::Occupied(mut sockets) = ports.tcp_numbers.entry(port.label.address().port())
+                && let Entry::Occupied(mut sockets) =
+                    ports.tcp_numbers.entry(port.label.address().port())
             {
                 *sockets.get_mut() -= 1;
                 if *sockets.get() == 0 {
@@ -348,7 +360,8 @@ impl Engine {
         self.shared.several_ports.store(ports.tcp_numbers.len() > 1, Ordering::Relaxed);
     }
 
-    /// A UDP port is published at `address` by somebody else: what claims to come from there is not answered either. Call it in the namespace of ports.
+    /// A UDP port is published at `address` by somebody else: what claims to come from there is not
+    /// answered either. Call it in the namespace of ports.
     pub fn note_port_of_others(&self, address: SocketAddr) {
         self.shared.reflection.add(address);
     }
@@ -358,13 +371,14 @@ impl Engine {
         self.shared.reflection.remove(address);
     }
 
-    /// Whether a datagram of `client` claims to come from a published port, which answering would ask, and so on for ever.
+    /// Whether a datagram of `client` claims to come from a published port, which answering would
+    /// ask, and so on for ever.
     pub fn is_reflected(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
         self.shared.reflection.is_ours(client, acl)
     }
 
-    /// Closes every port at once, lets connections go on until they end or `deadline` has passed, then resets
-    /// what is left. `impatient` is asked meanwhile whether to cut it short.
+    /// Closes every port at once, lets connections go on until they end or `deadline` has passed,
+    /// then resets what is left. `impatient` is asked meanwhile whether to cut it short.
     pub fn drain(&self, deadline: Duration, mut impatient: impl FnMut() -> bool) -> Drained {
         self.shared.tell_all(|done| Message::Drain { done });
         let deadline = Instant::now() + deadline;
@@ -391,8 +405,9 @@ impl Engine {
         }
     }
 
-    /// Takes `count` descriptors out of those that connections and sessions may have, for as long as the permit is kept: for
-    /// sockets that are opened while the engine runs, and that [`Settings::reserved_descriptors`] could not count.
+    /// Takes `count` descriptors out of those that connections and sessions may have, for as long
+    /// as the permit is kept: for sockets that are opened while the engine runs, and that
+    /// [`Settings::reserved_descriptors`] could not count.
     pub fn reserve(&self, count: u32) -> Option<Permit> {
         self.shared.descriptors.take(count)
     }
@@ -402,18 +417,24 @@ impl Engine {
         self.shared.descriptors.left()
     }
 
-    /// The figures of the published ports that have series of their own, in the order of publishing, and the sums of the others.
+    /// The figures of the published ports that have series of their own, in the order of
+    /// publishing, and the sums of the others.
     pub fn snapshot(&self) -> Vec<PortSnapshot> {
         let ports = self.ports();
-        let own = ports.there.values().filter(|port| port.has_series).map(|port| PortSnapshot::of(port));
-        let sums = [Protocol::Tcp, Protocol::Udp].into_iter().filter_map(|protocol| ports.others(protocol));
+        let own =
+            ports.there.values().filter(|port| port.has_series).map(|port| PortSnapshot::of(port));
+        let sums = [Protocol::Tcp, Protocol::Udp]
+            .into_iter()
+            .filter_map(|protocol| ports.others(protocol));
         own.chain(sums).collect()
     }
 
-    /// Shows `each` the figures of every published port, those without series included, in the order of publishing.
+    /// Shows `each` the figures of every published port, those without series included, in the
+    /// order of publishing.
     pub fn visit(&self, mut each: impl FnMut(PublishedPort, &PortSnapshot)) {
         // Not under the lock, which publishing waits for.
-        let ports: Vec<_> = self.ports().there.iter().map(|(id, port)| (*id, Arc::clone(port))).collect();
+        let ports: Vec<_> =
+            self.ports().there.iter().map(|(id, port)| (*id, Arc::clone(port))).collect();
         for (id, port) in ports {
             each(id, &PortSnapshot::of(&port));
         }

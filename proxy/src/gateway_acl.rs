@@ -116,7 +116,8 @@ impl GatewayNetworks {
         self.networks.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether `interface` is the bridge of an internal network of another project, if it is none of ours.
+    /// Whether `interface` is the bridge of an internal network of another project, if it is none
+    /// of ours.
     fn is_internal_of_others(&self, interface: u32) -> bool {
         self.internal_of_others.read().unwrap_or_else(PoisonError::into_inner).contains(&interface)
     }
@@ -169,16 +170,20 @@ impl GatewayAcl {
         !self.allows(&networks.read(), of_others, ingress)
     }
 
-    /// `of_others` says that the interface, unless it is one of ours, is the bridge of an internal network.
+    /// `of_others` says that the interface, unless it is one of ours, is the bridge of an internal
+    /// network.
     fn allows(&self, networks: &[GatewayNetwork], of_others: bool, ingress: &Ingress) -> bool {
         let &Ingress { destination, to_group, interface, handshake, .. } = ingress;
         let client = canonical(ingress.client).ip();
-        let Some(destination) = destination.map(|address| address.to_canonical()) else { return false };
+        let Some(destination) = destination.map(|address| address.to_canonical()) else {
+            return false;
+        };
         if interface == 0 {
             return false;
         }
         let is_gateway = |address| networks.iter().any(|network| network.has_gateway(address));
-        let is_host = interface == LOOPBACK || client == destination || handshake && is_gateway(client);
+        let is_host =
+            interface == LOOPBACK || client == destination || handshake && is_gateway(client);
         if is_host {
             return true;
         }
@@ -191,7 +196,9 @@ impl GatewayAcl {
             return self.allows_elsewhere(networks, client, destination, handshake);
         }
         match networks.iter().find(|network| network.bridge == Bridge::Present(interface)) {
-            Some(network) => self.allows_member(networks, network, client, destination, to_group, handshake),
+            Some(network) => {
+                self.allows_member(networks, network, client, destination, to_group, handshake)
+            }
             None if of_others => false,
             None => !networks.iter().any(|network| {
                 let could_be_it = matches!(network.bridge, Bridge::Missing(old) if interface > old);
@@ -219,8 +226,9 @@ impl GatewayAcl {
             IpAddr::V4(v4) => v4.is_link_local(),
             IpAddr::V6(v6) => v6.is_unicast_link_local(),
         };
-        let in_another =
-            |address| !network.contains(address) && networks.iter().any(|other| other.contains(address));
+        let in_another = |address| {
+            !network.contains(address) && networks.iter().any(|other| other.contains(address))
+        };
         // A connection proves its client's address: a container on two networks may use either
         // bridge.
         if in_another(destination) || !handshake && in_another(client) {
@@ -357,21 +365,30 @@ mod tests {
             (0, "203.0.113.9", "203.0.113.1", [n, n, n, n]),
         ] {
             for (port, allowed) in ports.iter().zip(allowed) {
-                for ingress in
-                    [datagram(interface, client, destination), connection(interface, client, destination)]
-                {
+                for ingress in [
+                    datagram(interface, client, destination),
+                    connection(interface, client, destination),
+                ] {
                     // What only datagrams can claim, or be sent to.
                     let is_claimed = interface == FRONT && client == "10.77.2.7";
                     if ingress.handshake && (ingress.to_group || is_claimed) {
                         continue;
                     }
-                    assert_eq!(!port.denies(&ingress), allowed, "{ingress:?} for {:?}", port.attached);
+                    assert_eq!(
+                        !port.denies(&ingress),
+                        allowed,
+                        "{ingress:?} for {:?}",
+                        port.attached
+                    );
                 }
             }
         }
         let unknown = Ingress { destination: None, ..datagram(FRONT, "10.77.1.7", "10.77.1.1") };
         assert!(ports[0].denies(&unknown));
-        assert!(!GatewayAcl::default().denies(&unknown), "without networks there is nothing to control");
+        assert!(
+            !GatewayAcl::default().denies(&unknown),
+            "without networks there is nothing to control"
+        );
     }
 
     #[test]
@@ -405,7 +422,10 @@ mod tests {
         assert_eq!(networks.set_bridges(&indexes(Some(again))), ["shut"]);
         assert!(port.denies(&datagram(again, "203.0.113.77", "203.0.113.1")));
         assert!(!port.denies(&connection(vpn, "192.0.2.7", "203.0.113.1")));
-        assert!(!port.denies(&connection(SHUT, "192.0.2.7", "203.0.113.1")), "somebody else's by now");
+        assert!(
+            !port.denies(&connection(SHUT, "192.0.2.7", "203.0.113.1")),
+            "somebody else's by now"
+        );
         // Missing twice in a row, it is still known by the index that it had.
         networks.set_bridges(&indexes(None));
         networks.set_bridges(&indexes(None));
@@ -446,8 +466,16 @@ mod tests {
             (UPLINK, "10.77.3.7", "203.0.113.1", false, false),
             (UPLINK, "203.0.113.9", "10.77.1.1", false, false),
         ] {
-            assert_eq!(!port.denies(&datagram(interface, client, destination)), datagrams, "{client}");
-            assert_eq!(!port.denies(&connection(interface, client, destination)), connections, "{client}");
+            assert_eq!(
+                !port.denies(&datagram(interface, client, destination)),
+                datagrams,
+                "{client}"
+            );
+            assert_eq!(
+                !port.denies(&connection(interface, client, destination)),
+                connections,
+                "{client}"
+            );
         }
     }
 }

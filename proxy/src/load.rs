@@ -8,9 +8,9 @@ const WINDOW: Duration = Duration::from_millis(100);
 
 /// The share above which a loop counts as saturated: new connections go elsewhere then.
 ///
-/// Below it one loop is the better place for all of them: two take turns on the same caches and wake each other's
-/// peers. On two cores, 16 streams through one loop moved 33 Gbit/s at 0.12 CPU-seconds per GB, through two loops 28 at
-/// 0.18.
+/// Below it one loop is the better place for all of them: two take turns on the same caches and
+/// wake each other's peers. On two cores, 16 streams through one loop moved 33 Gbit/s at 0.12
+/// CPU-seconds per GB, through two loops 28 at 0.18.
 const SATURATED: f64 = 0.75;
 
 /// The meter of one loop; lives on the loop's thread.
@@ -52,7 +52,8 @@ mod tests {
     fn a_thread_that_spins_is_saturated_and_one_that_slept_is_not() {
         let mut meter = Meter::new(Instant::now());
         assert!(!meter.is_saturated(Instant::now()));
-        // By the thread's own clock, so that a busy machine changes nothing: it gets its share some time.
+        // By the thread's own clock, so that a busy machine changes nothing: it gets its share some
+        // time.
         let spun = thread_cpu_time() + Duration::from_millis(120);
         while thread_cpu_time() < spun {
             std::hint::black_box(0);

@@ -1,9 +1,12 @@
-//! For the benchmark that says what counting costs: parts of a loop's work with counters that count, and with counters that do not.
+//! For the benchmark that says what counting costs: parts of a loop's work with counters that
+//! count, and with counters that do not.
 
 pub use crate::port::{Tally, Uncounted};
 
 use crate::port::{Direction, Port, PortStats};
-use crate::tcp::{Connection, Holder, Limits, Phase, SPLICE_FROM, Scratch, Seat, Shares, Side, Turn};
+use crate::tcp::{
+    Connection, Holder, Limits, Phase, SPLICE_FROM, Scratch, Seat, Shares, Side, Turn,
+};
 use crate::{Direct, PortOptions};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -39,7 +42,8 @@ impl<T: Tally> Carrier<T> {
         let descriptors = Arc::new(Descriptors::new(64));
         let permit = descriptors.take(2).expect("the first two of many");
         let phase = Phase::Open { since: Instant::now() };
-        let shares = Arc::new(Shares::new(Limits { connections: 1, of_client: None, bytes: 1 << 30 }));
+        let shares =
+            Arc::new(Shares::new(Limits { connections: 1, of_client: None, bytes: 1 << 30 }));
         let holder = Holder { client: localhost, port: 0 };
         shares.add(holder, 0);
         let seat = Seat::new(shares, holder, 0, permit);
@@ -47,7 +51,8 @@ impl<T: Tally> Carrier<T> {
         Self { connection, scratch: Scratch::new(PipePool::new(16, 16, descriptors), SPLICE_FROM) }
     }
 
-    /// What a loop does when there is something: looks what there is, and moves it. Whether the connection goes on.
+    /// What a loop does when there is something: looks what there is, and moves it. Whether the
+    /// connection goes on.
     pub fn turn(&mut self) -> bool {
         let sides = [Side::Backend, Side::Client];
         let ready = Readiness::of(sides.map(|side| self.connection.socket(side).as_fd()));
@@ -63,7 +68,8 @@ impl<T: Tally> Carrier<T> {
 pub struct Figures<T: Tally>(PortStats<T>);
 
 impl<T: Tally> Figures<T> {
-    /// All that is counted of a connection that is accepted, reached, exchanges a request and an answer, and ends.
+    /// All that is counted of a connection that is accepted, reached, exchanges a request and an
+    /// answer, and ends.
     pub fn connection(&self, dial: Duration, life: Duration) {
         self.0.accepted.add(1);
         self.0.live.fetch_add(1, Ordering::Relaxed);

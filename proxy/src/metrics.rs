@@ -1,13 +1,17 @@
 //! What the proxy counts, and how it is told to Prometheus.
 //!
-//! Families of the whole process go through the `metrics` facade. Those of a port come from the port's own counters at
-//! scrape time and are gone with the port: there is nothing to expire, and a quiet port is not forgotten.
+//! Families of the whole process go through the `metrics` facade. Those of a port come from the
+//! port's own counters at scrape time and are gone with the port: there is nothing to expire, and a
+//! quiet port is not forgotten.
 //!
-//! A TCP port has 37 series and a UDP port 26, of which histograms are 22 and 11. They bear the label `publish` alone: which container is slow to be
-//! reached, and which port's connections are short, are questions about ports, and one bucket more for each direction or reason would
-//! double the page. What the page may be is bounded by [`ports_with_series`](crate::Settings::ports_with_series): the ports that are published when so many
-//! have series are told in one sum for each protocol, as `publish="other/tcp"` and `"other/udp"`. A port stays with what it was given, and what ports of the
-//! sum have counted stays in it when they go, so that no counter ever runs backwards.
+//! A TCP port has 37 series and a UDP port 26, of which histograms are 22 and 11. They bear the
+//! label `publish` alone: which container is slow to be reached, and which port's connections are
+//! short, are questions about ports, and one bucket more for each direction or reason would double
+//! the page. What the page may be is bounded by
+//! [`ports_with_series`](crate::Settings::ports_with_series): the ports that are published when so
+//! many have series are told in one sum for each protocol, as `publish="other/tcp"` and
+//! `"other/udp"`. A port stays with what it was given, and what ports of the sum have counted stays
+//! in it when they go, so that no counter ever runs backwards.
 
 use crate::port::{Direction, Drop, Port, Refusal};
 use metrics::{Counter, counter, describe_counter};
@@ -15,8 +19,9 @@ use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use tidegate_model::{HistogramReading, Protocol, PublishLabel, registry};
 
-/// Bounds of the time until a backend is reached, in seconds: from a container on this host, over a full listen queue, to the first
-/// and the second retransmission of a SYN (RFC 6298: after 1 s, and 2 s later). The dial timeout is the bound of all.
+/// Bounds of the time until a backend is reached, in seconds: from a container on this host, over a
+/// full listen queue, to the first and the second retransmission of a SYN (RFC 6298: after 1 s, and
+/// 2 s later). The dial timeout is the bound of all.
 pub(crate) const DIAL_BOUNDS: [f64; 8] = [0.000_1, 0.000_5, 0.002_5, 0.01, 0.05, 0.25, 1.0, 3.0];
 
 /// Bounds of the time that connections and sessions go on, in seconds: from one request to an hour.
@@ -56,7 +61,12 @@ pub struct Family {
     pub label: Option<&'static str>,
 }
 
-const fn family(name: &'static str, kind: Kind, label: Option<&'static str>, help: &'static str) -> Family {
+const fn family(
+    name: &'static str,
+    kind: Kind,
+    label: Option<&'static str>,
+    help: &'static str,
+) -> Family {
     Family { name, kind, help, label }
 }
 
@@ -66,8 +76,12 @@ const CONNECTIONS_TOTAL: Family = family(
     None,
     "TCP connections that clients made to a published port, refused ones included.",
 );
-const CONNECTIONS: Family =
-    family("tidegate_proxy_connections", Kind::Gauge, None, "TCP connections through a published port now.");
+const CONNECTIONS: Family = family(
+    "tidegate_proxy_connections",
+    Kind::Gauge,
+    None,
+    "TCP connections through a published port now.",
+);
 const RESETS: Family = family(
     "tidegate_proxy_connection_resets_total",
     Kind::Counter,
@@ -86,8 +100,12 @@ const BYTES: Family = family(
     Some("direction"),
     "Payload carried: in to the container, out to the client.",
 );
-const SESSIONS_TOTAL: Family =
-    family("tidegate_proxy_sessions_total", Kind::Counter, None, "UDP sessions begun at a published port.");
+const SESSIONS_TOTAL: Family = family(
+    "tidegate_proxy_sessions_total",
+    Kind::Counter,
+    None,
+    "UDP sessions begun at a published port.",
+);
 const SESSIONS: Family =
     family("tidegate_proxy_sessions", Kind::Gauge, None, "UDP sessions of a published port now.");
 const EVICTED: Family = family(
@@ -288,7 +306,8 @@ impl PortSnapshot {
             name if name == CONNECTIONS_LIMIT.name && tcp => one(out, self.limit),
             name if name == RESETS.name && tcp => one(out, self.cut),
             name if name == REFUSED.name && tcp => {
-                let mut labelled = Refusal::ALL.iter().map(|reason| reason.as_str()).zip(self.refused);
+                let mut labelled =
+                    Refusal::ALL.iter().map(|reason| reason.as_str()).zip(self.refused);
                 labelled.try_for_each(|(label, value)| {
                     writeln_series(out, family, self.whose, Some(label), value)
                 })
@@ -298,7 +317,9 @@ impl PortSnapshot {
             name if name == SESSIONS.name && !tcp => one(out, self.live),
             name if name == SESSIONS_LIMIT.name && !tcp => one(out, self.limit),
             name if name == EVICTED.name && !tcp => one(out, self.cut),
-            name if name == DATAGRAMS.name && !tcp => self.describe_directions(family, &self.datagrams, out),
+            name if name == DATAGRAMS.name && !tcp => {
+                self.describe_directions(family, &self.datagrams, out)
+            }
             name if name == DROPPED.name && !tcp => {
                 let mut labelled = Drop::ALL.iter().map(|reason| reason.as_str()).zip(self.dropped);
                 labelled.try_for_each(|(label, value)| {
@@ -306,15 +327,26 @@ impl PortSnapshot {
                 })
             }
             name if name == DIAL.name && tcp => self.dial.describe(name, &self.labels(), out),
-            name if name == CONNECTION_LIFE.name && tcp => self.life.describe(name, &self.labels(), out),
-            name if name == SESSION_LIFE.name && !tcp => self.life.describe(name, &self.labels(), out),
+            name if name == CONNECTION_LIFE.name && tcp => {
+                self.life.describe(name, &self.labels(), out)
+            }
+            name if name == SESSION_LIFE.name && !tcp => {
+                self.life.describe(name, &self.labels(), out)
+            }
             _ => Ok(()),
         }
     }
 
-    fn describe_directions(&self, family: &Family, values: &[u64], out: &mut impl Write) -> fmt::Result {
+    fn describe_directions(
+        &self,
+        family: &Family,
+        values: &[u64],
+        out: &mut impl Write,
+    ) -> fmt::Result {
         let mut labelled = Direction::ALL.iter().map(|direction| direction.as_str()).zip(values);
-        labelled.try_for_each(|(label, value)| writeln_series(out, family, self.whose, Some(label), *value))
+        labelled.try_for_each(|(label, value)| {
+            writeln_series(out, family, self.whose, Some(label), *value)
+        })
     }
 
     fn labels(&self) -> String {
@@ -390,8 +422,15 @@ impl Fill {
     /// # Errors
     /// Only those of `out`.
     pub fn describe(&self, out: &mut impl Write) -> fmt::Result {
-        let [ports, connections_limit, largest_client, held, held_limit, descriptors, descriptors_limit] =
-            FILL_FAMILIES;
+        let [
+            ports,
+            connections_limit,
+            largest_client,
+            held,
+            held_limit,
+            descriptors,
+            descriptors_limit,
+        ] = FILL_FAMILIES;
         let help = "Published ports, one for each socket: those with series of their own, and those told in one sum.";
         head(ports, Kind::Gauge, help, out)?;
         for (series, count) in ["own", "other"].iter().zip(self.ports) {
@@ -445,7 +484,10 @@ impl ProcessMetrics {
     pub(crate) fn new() -> Self {
         const PAUSES: &str = "tidegate_proxy_accept_pauses_total";
         const EVICTED: &str = "tidegate_proxy_evicted_connections_total";
-        describe_counter!(PAUSES, "Times that a port stopped accepting because descriptors had run out.");
+        describe_counter!(
+            PAUSES,
+            "Times that a port stopped accepting because descriptors had run out."
+        );
         describe_counter!(
             EVICTED,
             "TCP connections of the largest client that were cut at a limit, for others or for the budget of bytes."
@@ -500,12 +542,12 @@ mod tests {
             assert_eq!(text.matches(&format!("# TYPE {} ", family.name)).count(), 1);
         }
         assert!(text.contains("tidegate_proxy_connections{publish=\"0.0.0.0:8080/tcp\"} 2\n"));
-        assert!(text.contains("tidegate_proxy_bytes_total{publish=\"[::]:53/udp\",direction=\"out\"} 20\n"));
-        assert!(
-            text.contains(
-                "tidegate_proxy_connection_seconds_bucket{publish=\"0.0.0.0:8080/tcp\",le=\"0.1\"} "
-            )
-        );
+        assert!(text.contains(
+            "tidegate_proxy_bytes_total{publish=\"[::]:53/udp\",direction=\"out\"} 20\n"
+        ));
+        assert!(text.contains(
+            "tidegate_proxy_connection_seconds_bucket{publish=\"0.0.0.0:8080/tcp\",le=\"0.1\"} "
+        ));
         assert!(text.contains("tidegate_proxy_session_seconds_count{publish=\"[::]:53/udp\"} "));
         assert!(text.contains("tidegate_proxy_port_sessions_limit{publish=\"[::]:53/udp\"} 9\n"));
         assert!(!text.contains("tidegate_proxy_connections{publish=\"[::]:53/udp\"}"));
@@ -519,7 +561,11 @@ mod tests {
         for (label, count) in [("0.0.0.0:80/tcp", 37), ("0.0.0.0:80/udp", 26)] {
             let mut text = String::new();
             describe(&[port(label)], &mut text).unwrap();
-            assert_eq!(text.lines().filter(|line| !line.starts_with('#')).count(), count, "{label}");
+            assert_eq!(
+                text.lines().filter(|line| !line.starts_with('#')).count(),
+                count,
+                "{label}"
+            );
         }
     }
 
@@ -534,7 +580,10 @@ mod tests {
         assert_eq!(sum.life.count(), one.life.count() + gone.life.count());
         let mut text = String::new();
         describe(&[sum], &mut text).unwrap();
-        assert!(text.contains("tidegate_proxy_sessions_total{publish=\"other/udp\"} 6\n"), "{text}");
+        assert!(
+            text.contains("tidegate_proxy_sessions_total{publish=\"other/udp\"} 6\n"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -115,12 +115,14 @@ impl Tally for Uncounted {
     fn add(&self, _: u64) {}
 }
 
-/// The figures of one port. Counted with relaxed atomics: they are read by scrapes and by the API only.
+/// The figures of one port. Counted with relaxed atomics: they are read by scrapes and by the API
+/// only.
 #[derive(Debug, Default)]
 pub(crate) struct PortStats<T = AtomicU64> {
     /// TCP connections accepted, UDP sessions begun.
     pub(crate) accepted: T,
-    /// TCP connections or UDP sessions that are there now. Not only a figure: limits are judged by it.
+    /// TCP connections or UDP sessions that are there now. Not only a figure: limits are judged by
+    /// it.
     pub(crate) live: AtomicUsize,
     pub(crate) bytes: [T; Direction::ALL.len()],
     pub(crate) datagrams: [T; Direction::ALL.len()],
@@ -137,7 +139,8 @@ pub(crate) struct PortStats<T = AtomicU64> {
 pub(crate) struct PortTimes {
     /// From accepting a client to reaching its backend (TCP).
     pub(crate) dial: Histogram<{ DIAL_BOUNDS.len() }>,
-    /// TCP connections from then on to their end; UDP sessions from their first datagram to their last.
+    /// TCP connections from then on to their end; UDP sessions from their first datagram to their
+    /// last.
     pub(crate) life: Histogram<{ LIFE_BOUNDS.len() }>,
 }
 
@@ -172,7 +175,8 @@ impl<T: Tally> PortStats<T> {
     }
 
     fn times_to_be(&self) -> &PortTimes {
-        let new = || PortTimes { dial: Histogram::new(&DIAL_BOUNDS), life: Histogram::new(&LIFE_BOUNDS) };
+        let new =
+            || PortTimes { dial: Histogram::new(&DIAL_BOUNDS), life: Histogram::new(&LIFE_BOUNDS) };
         self.times.get_or_init(|| Box::new(new()))
     }
 }

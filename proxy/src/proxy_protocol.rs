@@ -1,8 +1,8 @@
 //! The PROXY protocol, sender's side, versions 1 and 2. Pure.
 //!
 //! One header before the first byte of a connection tells the backend who the client is and what it
-//! connected to. Source: HAProxy's "The PROXY protocol", versions 1 & 2 (proxy-protocol.txt, revision of
-//! 2020/03/05), sections 2.1 and 2.2. Only the PROXY command over TCP is sent; no TLVs.
+//! connected to. Source: HAProxy's "The PROXY protocol", versions 1 & 2 (proxy-protocol.txt,
+//! revision of 2020/03/05), sections 2.1 and 2.2. Only the PROXY command over TCP is sent; no TLVs.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -27,18 +27,24 @@ const TCP_OVER_IPV6: u8 = 0x21;
 impl ProxyProtocol {
     /// The header for a connection that `client` made to `local`, an address of this host.
     ///
-    /// Both are of the same family, as the two ends of a connection are; should they not be, both are told
-    /// as IPv6 (an IPv4 one mapped), which every receiver can read.
+    /// Both are of the same family, as the two ends of a connection are; should they not be, both
+    /// are told as IPv6 (an IPv4 one mapped), which every receiver can read.
     pub fn header(self, client: SocketAddr, local: SocketAddr) -> Vec<u8> {
         let (source, destination) = match (client.ip(), local.ip()) {
-            (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => (client.ip(), local.ip()),
+            (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => {
+                (client.ip(), local.ip())
+            }
             (source, destination) => (mapped(source), mapped(destination)),
         };
         match self {
             Self::V1 => {
                 let family = if source.is_ipv4() { "TCP4" } else { "TCP6" };
-                format!("PROXY {family} {source} {destination} {} {}\r\n", client.port(), local.port())
-                    .into_bytes()
+                format!(
+                    "PROXY {family} {source} {destination} {} {}\r\n",
+                    client.port(),
+                    local.port()
+                )
+                .into_bytes()
             }
             Self::V2 => {
                 let mut header = Vec::with_capacity(16 + 36);
@@ -106,9 +112,11 @@ mod tests {
 
     #[test]
     fn version_1_is_the_line_of_section_2_1() {
-        let header = ProxyProtocol::V1.header(address("192.168.0.1:56324"), address("192.168.0.11:443"));
+        let header =
+            ProxyProtocol::V1.header(address("192.168.0.1:56324"), address("192.168.0.11:443"));
         assert_eq!(header, b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n");
-        let header = ProxyProtocol::V1.header(address("[2001:db8::1]:1"), address("[2001:db8::2]:65535"));
+        let header =
+            ProxyProtocol::V1.header(address("[2001:db8::1]:1"), address("[2001:db8::2]:65535"));
         assert_eq!(header, b"PROXY TCP6 2001:db8::1 2001:db8::2 1 65535\r\n");
     }
 
@@ -124,7 +132,8 @@ mod tests {
         let expected =
             b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c\xc0\x00\x02\x01\xc0\x00\x02\x02\x01\x02\x03\x04";
         assert_eq!(header, expected);
-        let header = ProxyProtocol::V2.header(address("[2001:db8::1]:258"), address("[2001:db8::2]:772"));
+        let header =
+            ProxyProtocol::V2.header(address("[2001:db8::1]:258"), address("[2001:db8::2]:772"));
         assert_eq!((header[13], &header[14..16], header.len()), (0x21, &[0, 36][..], 16 + 36));
     }
 

@@ -1,8 +1,8 @@
 //! Where a flow goes: the seam between the proxy and whoever knows the backend.
 //!
-//! The proxy forwards; it does not choose. Which address a flow goes to, from which address and in which
-//! network namespace its socket is made, says an [`Upstream`]: the binary implements it over a namespace, the
-//! NAT engine or the mesh.
+//! The proxy forwards; it does not choose. Which address a flow goes to, from which address and in
+//! which network namespace its socket is made, says an [`Upstream`]: the binary implements it over
+//! a namespace, the NAT engine or the mesh.
 
 use crate::listener::prepare_stream;
 use rustix::io::Errno;
@@ -20,7 +20,8 @@ pub struct Flow {
     pub protocol: Protocol,
     /// The client's own address and port.
     pub client: SocketAddr,
-    /// The address of this host that the client used; `None` unless [`Upstream::wants_local_address`].
+    /// The address of this host that the client used; `None` unless
+    /// [`Upstream::wants_local_address`].
     pub local: Option<SocketAddr>,
     /// The port of the container that the published port stands for.
     pub container_port: u16,
@@ -48,12 +49,12 @@ pub trait Upstream: Send + Sync {
     /// A socket for `flow`. A TCP connect is begun, not awaited.
     ///
     /// # Errors
-    /// What the system says. Lack of descriptors or memory ([`is_exhaustion`]) pauses accepting; everything
-    /// else refuses this flow.
+    /// What the system says. Lack of descriptors or memory ([`is_exhaustion`]) pauses accepting;
+    /// everything else refuses this flow.
     fn open(&self, flow: &Flow) -> io::Result<Opened>;
 
-    /// Whether the UDP `socket` that this upstream has opened has lost the address it sends from, so that answers cannot
-    /// find it. Asked from time to time of sessions that get none.
+    /// Whether the UDP `socket` that this upstream has opened has lost the address it sends from,
+    /// so that answers cannot find it. Asked from time to time of sessions that get none.
     fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
         let _ = socket;
         false
@@ -107,11 +108,14 @@ impl Upstream for Direct {
     }
 }
 
-/// Whether the address that `socket` sends from is not one of the calling thread's namespace any more.
+/// Whether the address that `socket` sends from is not one of the calling thread's namespace any
+/// more.
 ///
-/// The kernel tells that to a connected IPv4 socket, and not to an IPv6 one, whose datagrams go on leaving.
+/// The kernel tells that to a connected IPv4 socket, and not to an IPv6 one, whose datagrams go on
+/// leaving.
 pub fn has_lost_its_address(socket: BorrowedFd<'_>) -> bool {
-    let local = rustix::net::getsockname(socket).ok().and_then(|local| SocketAddr::try_from(local).ok());
+    let local =
+        rustix::net::getsockname(socket).ok().and_then(|local| SocketAddr::try_from(local).ok());
     let Some(mut local) = local else { return false };
     local.set_port(0);
     match self::socket(Protocol::Udp, local.ip()) {
@@ -120,8 +124,8 @@ pub fn has_lost_its_address(socket: BorrowedFd<'_>) -> bool {
     }
 }
 
-/// A non-blocking socket for `protocol`, of the family of `address`, in the calling thread's namespace. A stream
-/// socket has the same options as the client's.
+/// A non-blocking socket for `protocol`, of the family of `address`, in the calling thread's
+/// namespace. A stream socket has the same options as the client's.
 ///
 /// # Errors
 /// What socket(2) and setsockopt(2) say; SCTP is `EPROTONOSUPPORT`.
@@ -132,7 +136,8 @@ pub fn socket(protocol: Protocol, address: IpAddr) -> io::Result<OwnedFd> {
         Protocol::Udp => (SocketType::DGRAM, ipproto::UDP),
         Protocol::Sctp => return Err(Errno::PROTONOSUPPORT.into()),
     };
-    let socket = socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, Some(protocol))?;
+    let socket =
+        socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, Some(protocol))?;
     if kind == SocketType::STREAM {
         // Before the connect, not between it and the first bytes: the backend is awake by then.
         prepare_stream(&socket)?;

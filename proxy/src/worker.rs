@@ -5,7 +5,8 @@ use crate::listener::Listener;
 use crate::load::Meter;
 use crate::port::{Direction, Port, Refusal, Tally};
 use crate::tcp::{
-    Accepted, Claim, Connection, Crowd, Holder, NARROW_BYTES, Phase, Scratch, Seat, Side, Turn, WIDE_BYTES,
+    Accepted, Claim, Connection, Crowd, Holder, NARROW_BYTES, Phase, Scratch, Seat, Side, Turn,
+    WIDE_BYTES,
 };
 use crate::udp::{Batches, Relay};
 use std::collections::{HashMap, VecDeque};
@@ -16,8 +17,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Arena, Context, Handler, Interest, Key, List, PipePool, Readiness, Token};
 
-/// Pipes that one loop may have lent at a time, and keeps when idle. Each is two descriptors and, full, up to
-/// 1 MiB of kernel memory.
+/// Pipes that one loop may have lent at a time, and keeps when idle. Each is two descriptors and,
+/// full, up to 1 MiB of kernel memory.
 const PIPES: usize = 256;
 const IDLE_PIPES: usize = 16;
 
@@ -84,7 +85,8 @@ pub(crate) enum Message {
     Unpublish { port: Arc<Port>, done: mpsc::Sender<()> },
     /// Take over a connection that another loop accepted.
     Adopt(Box<(Accepted, Seat)>),
-    /// Take over a connection that another loop accepted, for which one of yours has to end, for this limit.
+    /// Take over a connection that another loop accepted, for which one of yours has to end, for
+    /// this limit.
     Supplant { accepted: Box<Accepted>, limit: Refusal },
     /// One of yours holds most of the bytes, of which there are too many.
     Relieve,
@@ -135,9 +137,11 @@ pub(crate) struct Worker {
     pub(crate) shared: Arc<Shared>,
     pub(crate) ports: Arena<PortState>,
     pub(crate) connections: Arena<Connection>,
-    /// The connections of each holder, from the one that has carried nothing for longest, by about [`MOVED`].
+    /// The connections of each holder, from the one that has carried nothing for longest, by about
+    /// [`MOVED`].
     pub(crate) silence: HashMap<Holder, List>,
-    /// Those with a wide half, or with one that has been narrowed and still holds much, in the same order.
+    /// Those with a wide half, or with one that has been narrowed and still holds much, in the same
+    /// order.
     wide: List,
     /// Whether their timer is armed.
     wide_timer: bool,
@@ -211,13 +215,20 @@ impl Worker {
     fn cut_connections(&mut self, cx: &mut Context<'_>, which: impl Fn(&Arc<Port>) -> bool) {
         for key in self.connections.keys() {
             if self.connections.get(key).is_some_and(|connection| which(&connection.port)) {
-                self.end_connection(cx, key, |connection, scratch| connection.reset(&mut scratch.pipes));
+                self.end_connection(cx, key, |connection, scratch| {
+                    connection.reset(&mut scratch.pipes)
+                });
             }
         }
     }
 
     /// Takes connection `key` out and ends it with `how`.
-    fn end_connection(&mut self, cx: &mut Context<'_>, key: Key, how: impl FnOnce(Connection, &mut Scratch)) {
+    fn end_connection(
+        &mut self,
+        cx: &mut Context<'_>,
+        key: Key,
+        how: impl FnOnce(Connection, &mut Scratch),
+    ) {
         let Some(holder) = self.connections.get(key).map(Connection::holder) else { return };
         if let Some(silence) = self.silence.get_mut(&holder) {
             silence.remove(&mut self.connections, key, |connection| &mut connection.links);
@@ -229,7 +240,9 @@ impl Worker {
         let Some(connection) = self.connections.remove(key) else { return };
         match connection.phase {
             Phase::Dialling { deadline, .. } => cx.timers.disarm(deadline, Tag::Dial.token(key)),
-            Phase::Open { since } => connection.port.stats.lived(cx.now.saturating_duration_since(since)),
+            Phase::Open { since } => {
+                connection.port.stats.lived(cx.now.saturating_duration_since(since))
+            }
         }
         connection.port.stats.live.fetch_sub(1, Ordering::Relaxed);
         self.shared.loads[self.index].fetch_sub(1, Ordering::Relaxed);
@@ -249,7 +262,13 @@ impl Worker {
     }
 
     /// An event on one of a connection's sockets.
-    fn connection_ready(&mut self, cx: &mut Context<'_>, key: Key, side: Side, readiness: Readiness) {
+    fn connection_ready(
+        &mut self,
+        cx: &mut Context<'_>,
+        key: Key,
+        side: Side,
+        readiness: Readiness,
+    ) {
         if self.learn(cx, key, side, readiness)
             && let Some(connection) = self.connections.get_mut(key)
             && !connection.queued
@@ -259,8 +278,15 @@ impl Worker {
         }
     }
 
-    /// Notes what one of a connection's sockets is ready for, and ends a dial that is over; whether payload may flow.
-    pub(crate) fn learn(&mut self, cx: &mut Context<'_>, key: Key, side: Side, readiness: Readiness) -> bool {
+    /// Notes what one of a connection's sockets is ready for, and ends a dial that is over; whether
+    /// payload may flow.
+    pub(crate) fn learn(
+        &mut self,
+        cx: &mut Context<'_>,
+        key: Key,
+        side: Side,
+        readiness: Readiness,
+    ) -> bool {
         let Some(connection) = self.connections.get_mut(key) else { return false };
         connection.note(side, readiness);
         if let Phase::Dialling { since, deadline } = connection.phase {
@@ -274,7 +300,8 @@ impl Worker {
                 Side::Backend if !readiness.is_writable() => return false,
                 Side::Backend => {}
             }
-            // One that was accepted and reset since was reached all the same, and may have said something.
+            // One that was accepted and reset since was reached all the same, and may have said
+            // something.
             if readiness.is_error()
                 && let Err(error) = connection.connect_result()
                 && error.kind() != io::ErrorKind::ConnectionReset
@@ -305,8 +332,10 @@ impl Worker {
                 silence.append(&mut self.connections, key, |connection| &mut connection.links);
             }
             if is_listed_wide {
-                self.wide.remove(&mut self.connections, key, |connection| &mut connection.wide_links);
-                self.wide.append(&mut self.connections, key, |connection| &mut connection.wide_links);
+                self.wide
+                    .remove(&mut self.connections, key, |connection| &mut connection.wide_links);
+                self.wide
+                    .append(&mut self.connections, key, |connection| &mut connection.wide_links);
             }
         }
         if matches!(turn, Turn::Wait | Turn::Again) {
@@ -387,8 +416,8 @@ impl Worker {
         }
     }
 
-    /// Makes those narrow that have carried nothing for a while, and gives back what they have of the budget as
-    /// they drain.
+    /// Makes those narrow that have carried nothing for a while, and gives back what they have of
+    /// the budget as they drain.
     fn narrow_idle(&mut self, now: Instant) {
         self.narrow_those(|connection| connection.moved + WIDE_FOR <= now);
     }
@@ -396,10 +425,12 @@ impl Worker {
     /// Makes the wide ones narrow that `which` names; whether there were any.
     fn narrow_those(&mut self, which: impl Fn(&Connection) -> bool) -> bool {
         // The budget bounds how many they are.
-        let keys: Vec<Key> = self.wide.iter(&self.connections, |connection| &connection.wide_links).collect();
+        let keys: Vec<Key> =
+            self.wide.iter(&self.connections, |connection| &connection.wide_links).collect();
         let mut were_there = false;
         for key in keys {
-            let Some(connection) = self.connections.get_mut(key).filter(|connection| which(connection))
+            let Some(connection) =
+                self.connections.get_mut(key).filter(|connection| which(connection))
             else {
                 continue;
             };
@@ -407,8 +438,11 @@ impl Worker {
             for direction in Direction::ALL {
                 let before = connection.charged(direction);
                 let was_wide = connection.is_wide(direction);
-                let now =
-                    if was_wide || before > NARROW_BYTES { connection.narrow(direction) } else { before };
+                let now = if was_wide || before > NARROW_BYTES {
+                    connection.narrow(direction)
+                } else {
+                    before
+                };
                 connection.seat().charge(before, now);
                 were_there |= was_wide;
                 holds_much |= now > NARROW_BYTES;
@@ -420,7 +454,8 @@ impl Worker {
         were_there
     }
 
-    /// Makes room if more bytes are held than may be: connections read less first, and then one ends.
+    /// Makes room if more bytes are held than may be: connections read less first, and then one
+    /// ends.
     fn relieve(&mut self, cx: &mut Context<'_>) {
         if self.shared.shares.over_budget().is_some() {
             self.narrow_idle(cx.now);

@@ -1,8 +1,8 @@
 //! Slots with generations: a table whose keys go stale.
 //!
-//! An epoll event names a descriptor by the number it was registered with. Between the event's making
-//! and its reading the connection may have been closed and its slot given to another one. A [`Key`]
-//! therefore carries the slot's generation, and a key of a former tenant finds nothing.
+//! An epoll event names a descriptor by the number it was registered with. Between the event's
+//! making and its reading the connection may have been closed and its slot given to another one. A
+//! [`Key`] therefore carries the slot's generation, and a key of a former tenant finds nothing.
 
 /// Names one tenancy of one slot of an [`Arena`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,7 +73,9 @@ impl<T> Arena<T> {
             (self.slots.len() - 1) as u32
         });
         let slot = &mut self.slots[index as usize];
-        let Entry::Vacant { next } = slot.entry else { unreachable!("the vacant list names vacant slots") };
+        let Entry::Vacant { next } = slot.entry else {
+            unreachable!("the vacant list names vacant slots")
+        };
         let key = Key { index, generation: slot.generation };
         slot.entry = Entry::Occupied(make(key));
         self.vacant = next;
@@ -118,7 +120,9 @@ impl<T> Arena<T> {
     /// The occupied slots in the order of their index.
     pub fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
         self.slots.iter().enumerate().filter_map(|(index, slot)| match &slot.entry {
-            Entry::Occupied(value) => Some((Key { index: index as u32, generation: slot.generation }, value)),
+            Entry::Occupied(value) => {
+                Some((Key { index: index as u32, generation: slot.generation }, value))
+            }
             Entry::Vacant { .. } => None,
         })
     }

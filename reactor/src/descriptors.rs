@@ -1,8 +1,8 @@
 //! The allowance of file descriptors.
 //!
-//! A process that runs into `RLIMIT_NOFILE` learns it from whichever call comes next, usually half-way
-//! through something that needs two descriptors. Counting them beforehand turns that into a decision:
-//! what cannot have all it needs is not begun.
+//! A process that runs into `RLIMIT_NOFILE` learns it from whichever call comes next, usually
+//! half-way through something that needs two descriptors. Counting them beforehand turns that into
+//! a decision: what cannot have all it needs is not begun.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,8 +27,8 @@ impl Descriptors {
         Self { taken: AtomicUsize::new(0), limit }
     }
 
-    /// The process's own allowance: its soft `RLIMIT_NOFILE` less `reserved` for everything that is not
-    /// counted here.
+    /// The process's own allowance: its soft `RLIMIT_NOFILE` less `reserved` for everything that is
+    /// not counted here.
     pub fn of_process(reserved: usize) -> Self {
         let soft = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let soft = soft.and_then(|soft| usize::try_from(soft).ok()).unwrap_or(usize::MAX);

@@ -8,7 +8,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// What an event, a timer or a run queue refers to: an arena's [`Key`] and a tag of the handler's own.
+/// What an event, a timer or a run queue refers to: an arena's [`Key`] and a tag of the handler's
+/// own.
 ///
 /// It is the 64 bits that epoll carries for us: generation (32), index (28), tag (4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,8 +19,8 @@ impl Token {
     /// The mailbox's own token; no arena hands out its index.
     pub(crate) const MAILBOX: Self = Self(u64::MAX);
 
-    /// A token for `key`. `tag` (0 to 15) says which arena the key belongs to, or which of an entry's
-    /// descriptors is meant.
+    /// A token for `key`. `tag` (0 to 15) says which arena the key belongs to, or which of an
+    /// entry's descriptors is meant.
     pub const fn new(tag: u8, key: Key) -> Self {
         assert!(tag < 16, "a token has four bits for its tag");
         Self((key.generation as u64) << 32 | (key.index as u64) << 4 | tag as u64)
@@ -44,11 +45,11 @@ pub enum Interest {
     /// As `Readable`, with several loops watching the same descriptor: one event wakes one of them,
     /// the first that sleeps (`EPOLLEXCLUSIVE`).
     ReadableShared,
-    /// Readable, half-closed, urgent data: each change reported once (edge-triggered). The handler reads until the
-    /// kernel says `EAGAIN`.
+    /// Readable, half-closed, urgent data: each change reported once (edge-triggered). The handler
+    /// reads until the kernel says `EAGAIN`.
     InputEdges,
-    /// As `InputEdges`, and writable. Room is there from the start, so it is worth watching only for one who is waiting for it:
-    /// watched earlier, it is an event more for every descriptor.
+    /// As `InputEdges`, and writable. Room is there from the start, so it is worth watching only
+    /// for one who is waiting for it: watched earlier, it is an event more for every descriptor.
     Edges,
 }
 
@@ -57,7 +58,9 @@ impl Interest {
         match self {
             Self::Readable => EventFlags::IN,
             Self::ReadableShared => EventFlags::IN | EventFlags::EXCLUSIVE,
-            Self::InputEdges => EventFlags::IN | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET,
+            Self::InputEdges => {
+                EventFlags::IN | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET
+            }
             Self::Edges => Self::InputEdges.flags() | EventFlags::OUT,
         }
     }
@@ -83,8 +86,8 @@ impl Readiness {
         self.0.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR)
     }
 
-    /// There is urgent data in the stream: reads stop short at its mark although more waits behind it, and splice(2) does not
-    /// pass it at all (`tcp_read_sock`, net/ipv4/tcp.c).
+    /// There is urgent data in the stream: reads stop short at its mark although more waits behind
+    /// it, and splice(2) does not pass it at all (`tcp_read_sock`, net/ipv4/tcp.c).
     pub fn is_urgent(self) -> bool {
         self.0.contains(EventFlags::PRI)
     }
@@ -96,13 +99,14 @@ impl Readiness {
 }
 
 impl Readiness {
-    /// What a watched descriptor would report, asked for right now: what two sockets are ready for costs one system
-    /// call, and less than a round through the loop.
+    /// What a watched descriptor would report, asked for right now: what two sockets are ready for
+    /// costs one system call, and less than a round through the loop.
     pub fn of(sources: [BorrowedFd<'_>; 2]) -> [Self; 2] {
         let asked = PollFlags::IN | PollFlags::OUT | PollFlags::RDHUP | PollFlags::PRI;
         let mut polled = sources.map(|source| PollFd::from_borrowed_fd(source, asked));
         let _ = poll(&mut polled, Some(&Timespec::default()));
-        // The bits are the same ones (include/uapi/linux/eventpoll.h). Where the call fails, none is set.
+        // The bits are the same ones (include/uapi/linux/eventpoll.h). Where the call fails, none
+        // is set.
         polled.map(|one| Self(EventFlags::from_bits_truncate(one.revents().bits().into())))
     }
 }
@@ -118,8 +122,8 @@ impl Epoll {
         Ok(Self(epoll::create(CreateFlags::CLOEXEC)?))
     }
 
-    /// A second handle to the same instance, for who registers descriptors while the loop runs and has no
-    /// [`Context`](crate::Context) at hand.
+    /// A second handle to the same instance, for who registers descriptors while the loop runs and
+    /// has no [`Context`](crate::Context) at hand.
     ///
     /// # Errors
     /// No descriptor is left.
@@ -135,7 +139,8 @@ impl Epoll {
         Ok(epoll::add(&self.0, source, EventData::new_u64(token.0), interest.flags())?)
     }
 
-    /// Watches `source`, which is watched already, for `interest` from now on. What is ready at this moment is reported again.
+    /// Watches `source`, which is watched already, for `interest` from now on. What is ready at
+    /// this moment is reported again.
     ///
     /// # Errors
     /// What epoll_ctl(2) says: `ENOENT` if it was not watched.
@@ -153,7 +158,11 @@ impl Epoll {
 
     /// Waits until something is ready or `timeout` is over (`None`: without limit) and replaces
     /// `events` by what there is, at most its capacity. A signal ends the wait early, with none.
-    pub(crate) fn wait(&self, events: &mut Vec<Event>, timeout: Option<Duration>) -> io::Result<()> {
+    pub(crate) fn wait(
+        &self,
+        events: &mut Vec<Event>,
+        timeout: Option<Duration>,
+    ) -> io::Result<()> {
         events.clear();
         let timeout = timeout.map(whole_milliseconds);
         match epoll::wait(&self.0, rustix::buffer::spare_capacity(events), timeout.as_ref()) {
@@ -199,7 +208,8 @@ mod tests {
     #[test]
     fn readiness_asked_for_is_what_epoll_would_report() {
         let (one, mut other) = UnixStream::pair().unwrap();
-        let of_both = |one: &UnixStream, other: &UnixStream| Readiness::of([one.as_fd(), other.as_fd()]);
+        let of_both =
+            |one: &UnixStream, other: &UnixStream| Readiness::of([one.as_fd(), other.as_fd()]);
         let [fresh, _] = of_both(&one, &other);
         assert!(fresh.is_writable() && !fresh.is_readable() && !fresh.is_error());
         other.write_all(b"x").unwrap();
@@ -212,11 +222,15 @@ mod tests {
     #[test]
     fn room_is_reported_to_those_only_who_wait_for_it() {
         let (stream, _other) = UnixStream::pair().unwrap();
-        let (epoll, token) = (Epoll::new().unwrap(), Token::new(1, Key { index: 7, generation: 9 }));
+        let (epoll, token) =
+            (Epoll::new().unwrap(), Token::new(1, Key { index: 7, generation: 9 }));
         let mut events = Vec::with_capacity(4);
         let mut reported = |epoll: &Epoll| {
             epoll.wait(&mut events, Some(Duration::ZERO)).unwrap();
-            events.iter().map(|event| split(*event)).any(|(told, ready)| told == token && ready.is_writable())
+            events
+                .iter()
+                .map(|event| split(*event))
+                .any(|(told, ready)| told == token && ready.is_writable())
         };
         epoll.add(&stream, token, Interest::InputEdges).unwrap();
         assert!(!reported(&epoll));
@@ -227,7 +241,10 @@ mod tests {
 
     #[test]
     fn a_wait_is_never_rounded_down_to_a_spin() {
-        assert_eq!(whole_milliseconds(Duration::from_nanos(1)), Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
+        assert_eq!(
+            whole_milliseconds(Duration::from_nanos(1)),
+            Timespec { tv_sec: 0, tv_nsec: 1_000_000 }
+        );
         assert_eq!(whole_milliseconds(Duration::ZERO), Timespec { tv_sec: 0, tv_nsec: 0 });
         assert_eq!(
             whole_milliseconds(Duration::from_millis(1500)),

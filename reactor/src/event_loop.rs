@@ -13,10 +13,11 @@ const EVENTS_PER_WAIT: usize = 256;
 /// What runs on an [`EventLoop`]. One thread calls it, so it needs no locks.
 ///
 /// # Theory of operation
-/// Every round of the loop calls, in this order: [`message`](Self::message) for what other threads sent,
-/// [`ready`](Self::ready) for each event, [`timer`](Self::timer) for each deadline that has passed, and
-/// [`turn`](Self::turn) once. `ready` notes what is possible now; the work proper belongs in `turn`, with a
-/// budget for each connection, so that a fast one does not starve the rest.
+/// Every round of the loop calls, in this order: [`message`](Self::message) for what other threads
+/// sent, [`ready`](Self::ready) for each event, [`timer`](Self::timer) for each deadline that has
+/// passed, and [`turn`](Self::turn) once. `ready` notes what is possible now; the work proper
+/// belongs in `turn`, with a budget for each connection, so that a fast one does not starve the
+/// rest.
 pub trait Handler {
     /// What other threads may send to it.
     type Message: Send;
@@ -30,11 +31,12 @@ pub trait Handler {
     /// The deadline armed for `token` has passed. The token may be stale.
     fn timer(&mut self, cx: &mut Context<'_>, token: Token);
 
-    /// Does the work that the events made possible. True if some is left: the loop then does not sleep.
+    /// Does the work that the events made possible. True if some is left: the loop then does not
+    /// sleep.
     fn turn(&mut self, cx: &mut Context<'_>) -> bool;
 
-    /// Until when something is expected so soon that falling asleep and being woken would take longer than to look again; in the
-    /// past most of the time. See [`EventLoop`].
+    /// Until when something is expected so soon that falling asleep and being woken would take
+    /// longer than to look again; in the past most of the time. See [`EventLoop`].
     fn expects_until(&self) -> Option<Instant> {
         None
     }
@@ -69,11 +71,12 @@ const NO_MORE_GIVING_WAY: Duration = Duration::from_millis(100);
 
 /// One thread's loop.
 ///
-/// It sleeps in epoll_wait(2) when there is nothing to do. Falling asleep and being woken by another core takes as long as two
-/// or three small exchanges, in a virtual machine longer. So while the handler [expects](Handler::expects_until) something,
-/// the loop looks again and again, giving way to whoever wants the core (sched_yield(2)) in between: with the client and the
-/// server on the same two cores, they are who is waited for. Where a program that computes takes the core instead, the
-/// loop does without for a while, because one that slept would be let in before it.
+/// It sleeps in epoll_wait(2) when there is nothing to do. Falling asleep and being woken by
+/// another core takes as long as two or three small exchanges, in a virtual machine longer. So
+/// while the handler [expects](Handler::expects_until) something, the loop looks again and again,
+/// giving way to whoever wants the core (sched_yield(2)) in between: with the client and the server
+/// on the same two cores, they are who is waited for. Where a program that computes takes the core
+/// instead, the loop does without for a while, because one that slept would be let in before it.
 pub struct EventLoop<M> {
     epoll: Epoll,
     timers: Timers,
@@ -125,8 +128,13 @@ impl<M: Send> EventLoop<M> {
             }
             now = Instant::now();
             round += 1;
-            let mut cx =
-                Context { epoll: &self.epoll, timers: &mut self.timers, now, round, stop: &mut stop };
+            let mut cx = Context {
+                epoll: &self.epoll,
+                timers: &mut self.timers,
+                now,
+                round,
+                stop: &mut stop,
+            };
             if events.iter().any(|event| split(*event).0 == Token::MAILBOX) {
                 for message in self.mailbox.take() {
                     handler.message(&mut cx, message);
@@ -145,7 +153,8 @@ impl<M: Send> EventLoop<M> {
         Ok(())
     }
 
-    /// Looks for events until there are some or `until` has come. Returns from when on to do so again.
+    /// Looks for events until there are some or `until` has come. Returns from when on to do so
+    /// again.
     fn look_until(
         &self,
         until: Instant,

@@ -55,8 +55,8 @@ fn v4(stream: impl AsFd) -> io::Result<StreamIngress> {
     )?;
     // SAFETY: all-zero is a valid value, and the kernel has written over a part of it.
     let control = unsafe { control.assume_init() };
-    let is_info =
-        (control.header.cmsg_level, control.header.cmsg_type) == (libc::IPPROTO_IP, libc::IP_PKTINFO);
+    let is_info = (control.header.cmsg_level, control.header.cmsg_type)
+        == (libc::IPPROTO_IP, libc::IP_PKTINFO);
     if length < std::mem::offset_of!(Control, _more) || !is_info {
         return Err(io::ErrorKind::InvalidData.into());
     }
@@ -153,7 +153,8 @@ fn get_option(
 ) -> io::Result<usize> {
     let mut length = size as libc::socklen_t;
     // SAFETY: both callers pass a value of `size` bytes that outlives the call.
-    let result =
-        unsafe { libc::getsockopt(socket.as_fd().as_raw_fd(), level, option, value, &raw mut length) };
+    let result = unsafe {
+        libc::getsockopt(socket.as_fd().as_raw_fd(), level, option, value, &raw mut length)
+    };
     if result == 0 { Ok(length as usize) } else { Err(io::Error::last_os_error()) }
 }

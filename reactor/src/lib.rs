@@ -8,7 +8,8 @@
 //! - [`Descriptors`]: the allowance of file descriptors that all loops of a process share.
 //! - [`SourcePorts`]: where TCP connections come from that go to one place, however many they are.
 //! - [`stream_ingress`]: by which interface an accepted connection came in.
-//! - [`batch`]: many datagrams per system call, merged into segmentation offload where they allow it.
+//! - [`batch`]: many datagrams per system call, merged into segmentation offload where they allow
+//!   it.
 //!
 //! It knows no protocol and no policy, and it is not an async runtime: the control plane (API, DNS,
 //! metrics) runs on tokio, and no byte of payload passes through there. Own loops measured 25% more

@@ -1,5 +1,5 @@
-//! Lists that run through the slots of an [`Arena`], oldest first: what has gone without something for
-//! longest is found, moved to the other end, or taken out in constant time.
+//! Lists that run through the slots of an [`Arena`], oldest first: what has gone without something
+//! for longest is found, moved to the other end, or taken out in constant time.
 
 use crate::{Arena, Key};
 
@@ -10,8 +10,8 @@ pub struct Links {
     newer: Option<Key>,
 }
 
-/// One list. Every operation is told where a slot keeps its [`Links`] for this list, because a slot may be
-/// in several.
+/// One list. Every operation is told where a slot keeps its [`Links`] for this list, because a slot
+/// may be in several.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct List {
     oldest: Option<Key>,
@@ -39,7 +39,12 @@ impl List {
     }
 
     /// Adds `key`, which is in no list that these `links` are of, as the newest.
-    pub fn append<T>(&mut self, arena: &mut Arena<T>, key: Key, links: impl Fn(&mut T) -> &mut Links) {
+    pub fn append<T>(
+        &mut self,
+        arena: &mut Arena<T>,
+        key: Key,
+        links: impl Fn(&mut T) -> &mut Links,
+    ) {
         let Some(slot) = arena.get_mut(key) else { return };
         *links(slot) = Links { older: self.newest, newer: None };
         match self.newest.replace(key).and_then(|before| arena.get_mut(before)) {
@@ -49,7 +54,12 @@ impl List {
     }
 
     /// Takes `key` out, which is in this list.
-    pub fn remove<T>(&mut self, arena: &mut Arena<T>, key: Key, links: impl Fn(&mut T) -> &mut Links) {
+    pub fn remove<T>(
+        &mut self,
+        arena: &mut Arena<T>,
+        key: Key,
+        links: impl Fn(&mut T) -> &mut Links,
+    ) {
         let Some(slot) = arena.get_mut(key) else { return };
         let Links { older, newer } = std::mem::take(links(slot));
         match older.and_then(|older| arena.get_mut(older)) {

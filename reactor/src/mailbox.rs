@@ -40,8 +40,8 @@ impl<M> fmt::Debug for Sender<M> {
 impl<M> Sender<M> {
     /// Queues `message` and wakes the loop if it may be asleep.
     ///
-    /// The queue has no limit of its own: what is sent is control messages and accepted connections,
-    /// which have been counted against their limits before.
+    /// The queue has no limit of its own: what is sent is control messages and accepted
+    /// connections, which have been counted against their limits before.
     ///
     /// # Errors
     /// [`Closed`] when the loop has ended.

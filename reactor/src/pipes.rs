@@ -1,11 +1,11 @@
 //! Pipes for `splice(2)`, pooled.
 //!
-//! Payload that is spliced from socket to pipe to socket is moved by reference: the pages never enter
-//! this process. What it costs is pipes: a large one is what makes it fast (per GB moved, 64 KiB pipes took
-//! 1.7 times the CPU of 1 MiB ones), and an unprivileged user may have only 64 MiB of them in all
-//! (`fs.pipe-user-pages-soft`), after which the kernel hands out pipes of one or two pages. So a
-//! connection borrows a pipe while bytes flow and gives it back when it is drained; where no
-//! good one is to be had, the caller copies.
+//! Payload that is spliced from socket to pipe to socket is moved by reference: the pages never
+//! enter this process. What it costs is pipes: a large one is what makes it fast (per GB moved, 64
+//! KiB pipes took 1.7 times the CPU of 1 MiB ones), and an unprivileged user may have only 64 MiB
+//! of them in all (`fs.pipe-user-pages-soft`), after which the kernel hands out pipes of one or two
+//! pages. So a connection borrows a pipe while bytes flow and gives it back when it is drained;
+//! where no good one is to be had, the caller copies.
 
 use crate::{Descriptors, Permit};
 use rustix::io::Errno;
@@ -14,7 +14,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-/// The size asked for, in bytes: the most that `fs.pipe-max-size` allows an ordinary user by default.
+/// The size asked for, in bytes: the most that `fs.pipe-max-size` allows an ordinary user by
+/// default.
 const WANTED: usize = 1 << 20;
 
 /// Below this many bytes a pipe is slower than a copy through one warm buffer.
@@ -94,8 +95,8 @@ fn outcome(splice: impl FnMut() -> Result<usize, Errno>) -> io::Result<Splice> {
     }
 }
 
-/// How many times a caller is told to copy before the system is asked for a pipe again, after it had
-/// none that is worth having: asking costs four system calls.
+/// How many times a caller is told to copy before the system is asked for a pipe again, after it
+/// had none that is worth having: asking costs four system calls.
 const REFUSALS_BEFORE_ASKING_AGAIN: u32 = 256;
 
 /// A bounded number of pipes, kept for use again.
@@ -133,13 +134,14 @@ impl std::ops::DerefMut for Loan {
 }
 
 impl PipePool {
-    /// A pool of at most `limit` pipes, of which `keep` stay open when idle, within the allowance of
-    /// `descriptors`. Makes none yet.
+    /// A pool of at most `limit` pipes, of which `keep` stay open when idle, within the allowance
+    /// of `descriptors`. Makes none yet.
     pub fn new(limit: usize, keep: usize, descriptors: Arc<Descriptors>) -> Self {
         Self { idle: Vec::new(), lent: 0, limit, keep, descriptors, refusals_left: 0 }
     }
 
-    /// An empty pipe; `None` at a limit, or when the system gives none that is worth having: copy then.
+    /// An empty pipe; `None` at a limit, or when the system gives none that is worth having: copy
+    /// then.
     pub fn obtain(&mut self) -> Option<Loan> {
         let (pipe, permit) = match self.idle.pop() {
             Some(idle) => idle,
@@ -165,7 +167,8 @@ impl PipePool {
         }
     }
 
-    /// Takes a pipe back. One with bytes left in it (its connection was cut) is closed, never lent again.
+    /// Takes a pipe back. One with bytes left in it (its connection was cut) is closed, never lent
+    /// again.
     pub fn release(&mut self, loan: Loan) {
         self.lent -= 1;
         if loan.pipe.held == 0 && self.idle.len() < self.keep {

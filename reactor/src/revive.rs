@@ -1,8 +1,9 @@
 //! Sockets that other software has destroyed (`ss -K`, `SOCK_DESTROY`), at work again.
 //!
-//! The kernel aborts the socket and leaves its descriptor: a listener no longer listens (`tcp_abort`, net/ipv4/tcp.c), and
-//! a datagram socket loses its device (`udp_abort`, `__udp_disconnect`, net/ipv4/udp.c). A port that the kernel had chosen
-//! is lost as well. The descriptor keeps all other options, so it is bound and told to listen again.
+//! The kernel aborts the socket and leaves its descriptor: a listener no longer listens
+//! (`tcp_abort`, net/ipv4/tcp.c), and a datagram socket loses its device (`udp_abort`,
+//! `__udp_disconnect`, net/ipv4/udp.c). A port that the kernel had chosen is lost as well. The
+//! descriptor keeps all other options, so it is bound and told to listen again.
 
 use rustix::io::Errno;
 use rustix::net::{connect_unspec, listen, sockopt};
@@ -17,7 +18,8 @@ pub fn says_destroyed(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::INVAL | Errno::CONNABORTED))
 }
 
-/// Has a stream socket that was bound to `address`, and to `device`, listen again. Whether it had ceased to.
+/// Has a stream socket that was bound to `address`, and to `device`, listen again. Whether it had
+/// ceased to.
 ///
 /// # Errors
 /// The kernel's: somebody else has taken a port that was lost.
@@ -41,7 +43,11 @@ pub fn revive_listener(
 ///
 /// # Errors
 /// As of [`revive_listener`].
-pub fn revive_datagrams(socket: impl AsFd, address: SocketAddr, device: Option<&str>) -> io::Result<()> {
+pub fn revive_datagrams(
+    socket: impl AsFd,
+    address: SocketAddr,
+    device: Option<&str>,
+) -> io::Result<()> {
     rebind(&socket, address, device)
 }
 
@@ -70,7 +76,8 @@ mod tests {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         assert!(!revive_listener(&listener, address, None, 8).unwrap(), "it listens");
-        // As near to being destroyed as one comes without privilege (`inet_shutdown`, `tcp_disconnect`).
+        // As near to being destroyed as one comes without privilege (`inet_shutdown`,
+        // `tcp_disconnect`).
         rustix::net::shutdown(&listener, rustix::net::Shutdown::Both).unwrap();
         assert!(says_destroyed(&listener.accept().unwrap_err()));
         assert!(revive_listener(&listener, address, None, 8).unwrap());

@@ -1,15 +1,17 @@
 //! Source ports towards a far end that is dialled often.
 //!
-//! Every connection that we close first leaves its source port in TIME_WAIT for a minute, and the kernel, asked for
-//! any free port, does not take such a one again (`tcp_tw_reuse` is off but for loopback). It looks through one half of its range
-//! first, and then through the other (`__inet_hash_connect`, net/ipv4/inet_hashtables.c). With the usual 28,000
-//! ephemeral ports, one far end can be dialled 470 times a second for any length of time. Beyond that connect(2) first
-//! becomes slow, once half of them are used (half a millisecond with a range of 64,000, in which the whole event loop stands still), and then fails with
-//! `EADDRNOTAVAIL`.
+//! Every connection that we close first leaves its source port in TIME_WAIT for a minute, and the
+//! kernel, asked for any free port, does not take such a one again (`tcp_tw_reuse` is off but for
+//! loopback). It looks through one half of its range first, and then through the other
+//! (`__inet_hash_connect`, net/ipv4/inet_hashtables.c). With the usual 28,000 ephemeral ports, one
+//! far end can be dialled 470 times a second for any length of time. Beyond that connect(2) first
+//! becomes slow, once half of them are used (half a millisecond with a range of 64,000, in which
+//! the whole event loop stands still), and then fails with `EADDRNOTAVAIL`.
 //!
-//! A port that is asked for *by number* may be taken again at once, provided both ends use timestamps, which keep the two
-//! connections apart (RFC 6191; `tcp_twsk_unique`, net/ipv4/tcp_ipv4.c). So before it comes to that, and when the kernel has none left, ports are taken
-//! in turn by number, which also brings back the longest resting first.
+//! A port that is asked for *by number* may be taken again at once, provided both ends use
+//! timestamps, which keep the two connections apart (RFC 6191; `tcp_twsk_unique`,
+//! net/ipv4/tcp_ipv4.c). So before it comes to that, and when the kernel has none left, ports are
+//! taken in turn by number, which also brings back the longest resting first.
 
 use rustix::io::Errno;
 use rustix::net::{bind, connect, sockopt};
@@ -50,7 +52,8 @@ impl Default for PortRange {
 }
 
 impl PortRange {
-    /// The range that the calling thread's namespace sets; the kernel's default where that cannot be read.
+    /// The range that the calling thread's namespace sets; the kernel's default where that cannot
+    /// be read.
     #[must_use]
     pub fn of_this_namespace() -> Self {
         let text = std::fs::read_to_string(RANGE).unwrap_or_default();
@@ -131,8 +134,8 @@ impl SourcePorts {
         count > FEW && count > self.range().plenty()
     }
 
-    /// Begins to connect a socket from `make` to `to`. `make` has bound it to an address without a port, if the
-    /// address matters (`source`); otherwise `source` is `None`.
+    /// Begins to connect a socket from `make` to `to`. `make` has bound it to an address without a
+    /// port, if the address matters (`source`); otherwise `source` is `None`.
     ///
     /// # Errors
     /// What `make` and connect(2) say; `AddrNotAvailable` when no port could be had.
@@ -171,7 +174,10 @@ impl SourcePorts {
         for _ in 0..ATTEMPTS {
             let socket = make()?;
             let from = SocketAddr::new(source.unwrap_or(any), self.next_port());
-            match bind(&socket, &from).map_err(io::Error::from).and_then(|()| begin_connect(&socket, to)) {
+            match bind(&socket, &from)
+                .map_err(io::Error::from)
+                .and_then(|()| begin_connect(&socket, to))
+            {
                 // A live connection's, or somebody's listener.
                 Err(error) if is_taken(&error) => {}
                 result => return result.map(|()| socket),

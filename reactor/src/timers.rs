@@ -6,9 +6,9 @@ use std::time::Instant;
 
 /// A set of deadlines, the next one first.
 ///
-/// Whoever arms a timer keeps the deadline and disarms with it; there is no handle. A timer that only
-/// has to be pushed back on every packet is not worth a re-arm each time: let it fire, look when the
-/// last packet was, and arm it again.
+/// Whoever arms a timer keeps the deadline and disarms with it; there is no handle. A timer that
+/// only has to be pushed back on every packet is not worth a re-arm each time: let it fire, look
+/// when the last packet was, and arm it again.
 #[derive(Debug, Default)]
 pub struct Timers {
     deadlines: BTreeSet<(Instant, Token)>,
@@ -50,7 +50,8 @@ mod tests {
     fn timers_fire_in_the_order_of_their_deadlines_and_not_before() {
         let mut arena = Arena::new();
         let token = |tag, arena: &mut Arena<()>| Token::new(tag, arena.insert(()));
-        let (early, late, never) = (token(0, &mut arena), token(1, &mut arena), token(2, &mut arena));
+        let (early, late, never) =
+            (token(0, &mut arena), token(1, &mut arena), token(2, &mut arena));
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
 

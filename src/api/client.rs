@@ -52,7 +52,8 @@ impl Client {
         let stream = UnixStream::connect(&self.path)
             .await
             .map_err(|error| anyhow!(explain_connect(&self.path, &error)))?;
-        let (mut sender, connection) = handshake(TokioIo::new(stream)).await.with_context(socket)?;
+        let (mut sender, connection) =
+            handshake(TokioIo::new(stream)).await.with_context(socket)?;
         tokio::spawn(connection);
         let request = Request::get(target).header("host", "tidegate").body(Empty::<Bytes>::new())?;
         let answer = sender.send_request(request).await.with_context(socket)?;

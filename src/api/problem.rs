@@ -54,7 +54,9 @@ impl From<PublishError> for Problem {
             PublishError::NoEndpoint(_) => Self::not_found(&error),
             PublishError::Port(port) => match port.kind() {
                 io::ErrorKind::AddrInUse => Self::conflict(&error),
-                io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported => Self::bad_request(&error),
+                io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported => {
+                    Self::bad_request(&error)
+                }
                 _ => Self::failed(&error),
             },
             PublishError::TooMany(_) | PublishError::Bypasses(..) | PublishError::Closed => {
@@ -81,7 +83,8 @@ mod tests {
 
     #[test]
     fn a_problem_is_one_line_without_the_systems_numbers() {
-        let problem = Problem::failed(&format!("first\nsecond: {}", io::Error::from_raw_os_error(13)));
+        let problem =
+            Problem::failed(&format!("first\nsecond: {}", io::Error::from_raw_os_error(13)));
         assert_eq!(problem.line, "first second: Permission denied");
         assert_eq!(problem.status, StatusCode::INTERNAL_SERVER_ERROR);
     }

@@ -112,8 +112,8 @@ async fn endpoint(State(subject): State<Arc<Subject>>, name: Named) -> Answer<En
 
 /// Plug an adopted endpoint into another namespace
 ///
-/// Its container has come back there. It keeps its interfaces, addresses and published ports. That the path it was adopted by leads to
-/// another namespace is noticed without this request.
+/// Its container has come back there. It keeps its interfaces, addresses and published ports. That
+/// the path it was adopted by leads to another namespace is noticed without this request.
 #[utoipa::path(
     put,
     path = "/v1/endpoints/{name}/namespace",
@@ -128,11 +128,18 @@ async fn endpoint(State(subject): State<Arc<Subject>>, name: Named) -> Answer<En
         (status = 500, body = ErrorBody)
     )
 )]
-async fn set_namespace(State(subject): State<Arc<Subject>>, name: Named, body: Body) -> Answer<Endpoint> {
+async fn set_namespace(
+    State(subject): State<Arc<Subject>>,
+    name: Named,
+    body: Body,
+) -> Answer<Endpoint> {
     let (name, new) = (text(name)?, json::<NewNamespace>(body)?);
     let netns = PathBuf::from(new.netns);
     if !netns.is_absolute() {
-        return Err(Problem::bad_request(&format!("netns: {} is not an absolute path", netns.display())));
+        return Err(Problem::bad_request(&format!(
+            "netns: {} is not an absolute path",
+            netns.display()
+        )));
     }
     let (done, is_done) = oneshot::channel();
     let order = Order::Replug { endpoint: name.clone(), netns, done };
@@ -188,7 +195,10 @@ async fn add_ports(
     params(("id" = u32, Path)),
     responses((status = 204), (status = 404, body = ErrorBody))
 )]
-async fn remove_port(State(subject): State<Arc<Subject>>, id: Named) -> Result<StatusCode, Problem> {
+async fn remove_port(
+    State(subject): State<Arc<Subject>>,
+    id: Named,
+) -> Result<StatusCode, Problem> {
     let id = text(id)?;
     let not_there = || Problem::not_found(&format!("there is no published port {id:?}"));
     let number = id.parse().map_err(|_| not_there())?;
@@ -216,7 +226,8 @@ async fn nothing_there(uri: Uri) -> Problem {
 }
 
 async fn not_that_way(uri: Uri) -> Problem {
-    let line = format!("{} does not take requests of that method; see /v1/openapi.json", uri.path());
+    let line =
+        format!("{} does not take requests of that method; see /v1/openapi.json", uri.path());
     Problem::of(StatusCode::METHOD_NOT_ALLOWED, &line)
 }
 
@@ -227,15 +238,17 @@ fn find_endpoint(subject: &Subject, name: String) -> Answer<Endpoint> {
 
 /// The part of the path that is a name.
 fn text(name: Named) -> Result<String, Problem> {
-    name.map(|Path(name)| name).map_err(|rejection| Problem::of(rejection.status(), &rejection.body_text()))
+    name.map(|Path(name)| name)
+        .map_err(|rejection| Problem::of(rejection.status(), &rejection.body_text()))
 }
 
 /// The body as JSON, whatever its `Content-Type` says: `curl -d` says something else.
 fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     let body = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => {
-            Problem::of(rejection.status(), &format!("a request's body may have {MAX_BODY} bytes at most"))
-        }
+        StatusCode::PAYLOAD_TOO_LARGE => Problem::of(
+            rejection.status(),
+            &format!("a request's body may have {MAX_BODY} bytes at most"),
+        ),
         status => Problem::of(status, &rejection.body_text()),
     })?;
     serde_json::from_slice(&body)
@@ -243,7 +256,9 @@ fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
 }
 
 /// Runs what takes a while where nobody waits for it.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Problem> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed(&error))
 }
 
@@ -253,10 +268,13 @@ mod tests {
 
     #[test]
     fn a_body_that_is_not_understood_is_told_with_its_reason() {
-        let line = |body: &str| json::<NewPorts>(Ok(Bytes::from(body.to_owned()))).unwrap_err().line;
+        let line =
+            |body: &str| json::<NewPorts>(Ok(Bytes::from(body.to_owned()))).unwrap_err().line;
         assert!(line("").starts_with("the request's body: EOF"), "{}", line(""));
         assert!(line(r#"{"endpoint":"web"}"#).contains("missing field `spec`"));
-        assert!(line(r#"{"endpoint":"web","spec":"80","port":1}"#).contains("unknown field `port`"));
+        assert!(
+            line(r#"{"endpoint":"web","spec":"80","port":1}"#).contains("unknown field `port`")
+        );
     }
 
     #[test]

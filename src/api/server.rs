@@ -13,14 +13,15 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-/// Clients served at a time; more wait in the socket's queue. They are people and scripts of one user.
+/// Clients served at a time; more wait in the socket's queue. They are people and scripts of one
+/// user.
 pub(crate) const MAX_CLIENTS: usize = 32;
 
 /// How long a client may take to send the head of its request.
 const HEAD_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a client may be there in all: for its one request, and for reading the answer. What a request has begun is finished
-/// all the same.
+/// How long a client may be there in all: for its one request, and for reading the answer. What a
+/// request has begun is finished all the same.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The most that a request's head may be, in bytes.

@@ -1,11 +1,14 @@
 //! Where the API is served: a Unix socket for one instance and one user.
 //!
-//! The socket of an instance that was killed is still there. So a file beside it says whose it is: it is locked for as long as its
-//! owner lives (flock(2)), and bears his pid. Who has the lock may take the socket over.
+//! The socket of an instance that was killed is still there. So a file beside it says whose it is:
+//! it is locked for as long as its owner lives (flock(2)), and bears his pid. Who has the lock may
+//! take the socket over.
 
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
@@ -91,8 +94,8 @@ struct OwnersFile {
 type Inode = (u64, u64);
 
 impl Socket {
-    /// Makes the socket at `path`, for this user alone, and takes over one that a killed instance left. To be called within a tokio
-    /// runtime.
+    /// Makes the socket at `path`, for this user alone, and takes over one that a killed instance
+    /// left. To be called within a tokio runtime.
     ///
     /// # Errors
     /// [`SocketError`].
@@ -148,13 +151,18 @@ impl OwnersFile {
                 if !readable || !(left.trim().is_empty() || left.trim().parse::<u32>().is_ok()) {
                     return Err(SocketError::Foreign(path));
                 }
-                file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failed)?;
+                file.set_len(0)
+                    .and_then(|()| writeln!(file, "{}", std::process::id()))
+                    .map_err(failed)?;
                 Ok(Self { path, file })
             }
             Lock::Held(file) => {
                 let mut pid = String::new();
                 let _ = file.take(20).read_to_string(&mut pid);
-                Err(SocketError::InUse { path: socket.to_owned(), pid: pid.trim().parse().unwrap_or(0) })
+                Err(SocketError::InUse {
+                    path: socket.to_owned(),
+                    pid: pid.trim().parse().unwrap_or(0),
+                })
             }
         }
     }
@@ -170,8 +178,8 @@ impl Drop for OwnersFile {
     }
 }
 
-/// A socket has the mode of its descriptor from the moment it is in the directory (`unix_bind` in the kernel's net/unix/af_unix.c): nobody
-/// else gets in meanwhile.
+/// A socket has the mode of its descriptor from the moment it is in the directory (`unix_bind` in
+/// the kernel's net/unix/af_unix.c): nobody else gets in meanwhile.
 fn listen_at(address: &SocketAddrUnix) -> io::Result<UnixListener> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -227,7 +235,9 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         StdUnixStream::connect(&path).unwrap();
         let error = Socket::open(path.clone()).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("tidegate is up already (process {}, ", std::process::id())));
+        assert!(
+            error.starts_with(&format!("tidegate is up already (process {}, ", std::process::id()))
+        );
         drop(socket);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }

@@ -104,7 +104,14 @@ impl Subject {
             None => {
                 let gone = self.adopted.get(name).is_some_and(|(_, gone)| gone);
                 let state = if gone { State::Gone } else { State::Adopted };
-                Service { name: name.clone(), state, pid: None, restarts: 0, exit: None, since: None }
+                Service {
+                    name: name.clone(),
+                    state,
+                    pid: None,
+                    restarts: 0,
+                    exit: None,
+                    since: None,
+                }
             }
         };
         Status {

@@ -1,4 +1,5 @@
-//! What the API says and is told, as JSON. Nothing of it is used inside, and nothing inside is told as it is.
+//! What the API says and is told, as JSON. Nothing of it is used inside, and nothing inside is told
+//! as it is.
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -24,7 +25,8 @@ pub(crate) struct Status {
     /// When it was started (RFC 3339, UTC).
     #[schema(example = "2026-01-31T12:00:00Z")]
     pub(crate) started: String,
-    /// How networks are kept closed: "nftables", "iptables", or "without-firewall", by policy rules and forwarding switched off on the bridges.
+    /// How networks are kept closed: "nftables", "iptables", or "without-firewall", by policy rules
+    /// and forwarding switched off on the bridges.
     #[schema(example = "nftables")]
     pub(crate) isolation: String,
     /// Where metrics are served; null if they are not wanted.
@@ -39,7 +41,8 @@ pub(crate) struct Metrics {
     /// Address and port, or range of ports, that were asked for.
     #[schema(example = "127.0.0.1:9464")]
     pub(crate) address: String,
-    /// Address and port that answer; null while they are in use by another program, which is tried again.
+    /// Address and port that answer; null while they are in use by another program, which is tried
+    /// again.
     #[schema(example = "127.0.0.1:9464")]
     pub(crate) served: Option<String>,
 }
@@ -192,8 +195,8 @@ pub(crate) enum Transport {
     Sctp,
 }
 
-/// What has been counted since the start, and what there is now. A rate is the difference of two of them, of the same `pid` and `started`, over
-/// the difference of their `elapsed_ms`.
+/// What has been counted since the start, and what there is now. A rate is the difference of two of
+/// them, of the same `pid` and `started`, over the difference of their `elapsed_ms`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Figures {
     /// Name of the project.
@@ -274,7 +277,8 @@ pub(crate) struct NetworkFigures {
     pub(crate) name: String,
     /// Names of the endpoints on it.
     pub(crate) endpoints: Vec<String>,
-    /// Questions for names that were answered; of endpoints on several networks, those of the first.
+    /// Questions for names that were answered; of endpoints on several networks, those of the
+    /// first.
     pub(crate) questions: u64,
     /// Of those, with SERVFAIL or REFUSED.
     pub(crate) questions_failed: u64,
@@ -334,8 +338,9 @@ pub(crate) struct NewPorts {
     /// The endpoint that they shall lead to.
     #[schema(example = "web")]
     pub(crate) endpoint: String,
-    /// In the grammar of `docker run -p`: `[HOST_IP:][HOST_PORT[-END]:]PORT[-END][/tcp|udp]`. Without a HOST_PORT a free one is
-    /// found; without a HOST_IP it is all addresses, IPv4 and IPv6, a port of the answer for each.
+    /// In the grammar of `docker run -p`: `[HOST_IP:][HOST_PORT[-END]:]PORT[-END][/tcp|udp]`.
+    /// Without a HOST_PORT a free one is found; without a HOST_IP it is all addresses, IPv4 and
+    /// IPv6, a port of the answer for each.
     #[schema(example = "8081:80")]
     pub(crate) spec: String,
 }

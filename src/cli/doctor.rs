@@ -7,8 +7,8 @@ use std::io::Write;
 
 /// Tell what this host can and cannot do for tidegate, and the fix for each
 ///
-/// Asks as the user who calls it: root and an ordinary user get different answers. Nothing of the host changes; what has to be tried
-/// is tried in a namespace that is made for it and goes with it.
+/// Asks as the user who calls it: root and an ordinary user get different answers. Nothing of the
+/// host changes; what has to be tried is tried in a namespace that is made for it and goes with it.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Verdicts:\n  ok       all there\n  note     nothing to do, but good to know; also what cannot be told\n  \

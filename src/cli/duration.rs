@@ -15,7 +15,8 @@ pub(super) fn timeout(text: &str) -> Result<Duration, String> {
 pub(super) fn optional_timeout(text: &str) -> Result<Duration, String> {
     let duration = match text {
         "0" => Duration::ZERO,
-        _ => humantime::parse_duration(text).map_err(|error| format!("{error} (say 90s, 500ms, 2m)"))?,
+        _ => humantime::parse_duration(text)
+            .map_err(|error| format!("{error} (say 90s, 500ms, 2m)"))?,
     };
     if duration > LONGEST { Err("it must be at most 7 days".to_owned()) } else { Ok(duration) }
 }

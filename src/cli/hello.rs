@@ -1,4 +1,5 @@
-//! A server to publish while one looks around: one page, which says who the server thinks is asking.
+//! A server to publish while one looks around: one page, which says who the server thinks is
+//! asking.
 
 use anyhow::Context;
 use clap::Args;

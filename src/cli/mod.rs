@@ -99,7 +99,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     };
     let format = logging::format(cli.log_format);
     let last_word = format.as_ref().copied().unwrap_or_default();
-    let result = format.and_then(|format| logging::init(LevelFilter::INFO, format)).map_err(Into::into);
+    let result =
+        format.and_then(|format| logging::init(LevelFilter::INFO, format)).map_err(Into::into);
     let result = result.and_then(|()| cli.command.run());
     logging::flush();
     match result {
@@ -113,7 +114,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         }
         Err(error) => {
             // That nobody can read it changes nothing about the exit status.
-            let _ = write!(std::io::stderr(), "{}", logging::last_word(last_word, &one_line(&error)));
+            let _ =
+                write!(std::io::stderr(), "{}", logging::last_word(last_word, &one_line(&error)));
             ExitCode::from(if error.is::<UsageError>() { EXIT_USAGE } else { EXIT_FAILURE })
         }
     }
@@ -129,7 +131,9 @@ impl Command {
             Self::Top(top) => top.run().map(done),
             Self::Publish(publish) => publish.run().map(done),
             Self::Doctor(doctor) => doctor.run(),
-            Self::DockerProxy { .. } | Self::Slirp4netns { .. } => unreachable!("taken care of above"),
+            Self::DockerProxy { .. } | Self::Slirp4netns { .. } => {
+                unreachable!("taken care of above")
+            }
             Self::Hello(hello) => hello.run().map(done),
             Self::Completion(completion) => completion.run(&mut Cli::command()).map(done),
             Self::Man(man) => man.run(Cli::command()).map(done),

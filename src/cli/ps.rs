@@ -11,9 +11,12 @@ use tidegate_model::PublishLabel;
 
 /// List what tidegate up runs here: services, their addresses and published ports, and networks
 ///
-/// Asks the instance whose socket TIDEGATE_SOCKET names, or else the usual one. Exits 1 if there is none.
+/// Asks the instance whose socket TIDEGATE_SOCKET names, or else the usual one. Exits 1 if there is
+/// none.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  tidegate ps\n  tidegate ps --json | jq '.endpoints[].ports[].publish'")]
+#[command(
+    after_help = "Examples:\n  tidegate ps\n  tidegate ps --json | jq '.endpoints[].ports[].publish'"
+)]
 pub(super) struct Ps {
     /// Tell it as JSON: an object of status, networks and endpoints, each as the API has it
     #[arg(long)]
@@ -22,10 +25,12 @@ pub(super) struct Ps {
 
 impl Ps {
     pub(super) fn run(&self) -> anyhow::Result<()> {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
-        let (status, networks, endpoints): (Status, Vec<Network>, Vec<Endpoint>) =
-            runtime.block_on(async {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("event loop")?;
+        let (status, networks, endpoints): (Status, Vec<Network>, Vec<Endpoint>) = runtime
+            .block_on(async {
                 let client = Client::new()?;
                 let status = client.get("/v1/status").await?;
                 let networks = client.get("/v1/networks").await?;
@@ -35,8 +40,11 @@ impl Ps {
             let all = serde_json::json!({ "status": status, "networks": networks, "endpoints": endpoints });
             format!("{all:#}\n")
         } else {
-            let tables =
-                format!("{}\n{}", services_table(&status.services, &endpoints), networks_table(&networks));
+            let tables = format!(
+                "{}\n{}",
+                services_table(&status.services, &endpoints),
+                networks_table(&networks)
+            );
             tables + &not_served(&status)
         };
         let mut out = io::stdout().lock();
@@ -69,7 +77,8 @@ fn services_table(services: &[Service], endpoints: &[Endpoint]) -> String {
         let mut own = [endpoint.name.clone(), state.unwrap_or_default(), published(endpoint)];
         for attachment in &endpoint.attachments {
             let [name, state, ports] = std::mem::take(&mut own);
-            let addresses: Vec<_> = attachment.addresses.iter().map(|net| net.addr().to_string()).collect();
+            let addresses: Vec<_> =
+                attachment.addresses.iter().map(|net| net.addr().to_string()).collect();
             rows.push([name, state, attachment.network.clone(), addresses.join(", "), ports]);
         }
     }

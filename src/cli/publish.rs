@@ -24,9 +24,9 @@ use tidegate_proxy::{Engine, Listener, PortOptions, ProxyProtocol, Settings, Ups
 
 /// Publish ports of a container or an address, in the foreground
 ///
-/// Connections and datagrams that arrive at the published ports of this host are carried to the container. Stops
-/// on SIGINT or SIGTERM: no new connections from then on, the running ones may end within --drain-timeout; a second
-/// signal cuts them.
+/// Connections and datagrams that arrive at the published ports of this host are carried to the
+/// container. Stops on SIGINT or SIGTERM: no new connections from then on, the running ones may end
+/// within --drain-timeout; a second signal cuts them.
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("target").required(true).multiple(true))]
 #[command(after_help = "Examples:\n  \
@@ -36,8 +36,9 @@ use tidegate_proxy::{Engine, Listener, PortOptions, ProxyProtocol, Settings, Ups
 pub(super) struct Publish {
     /// What to publish, in the grammar of docker's -p
     ///
-    /// [HOST_IP:][HOST_PORT[-END]:]CONTAINER_PORT[-END][/tcp|udp]; an IPv6 HOST_IP in brackets. Without a HOST_IP: all
-    /// addresses, IPv4 and IPv6. Without a HOST_PORT: a free one, which is printed.
+    /// [HOST_IP:][HOST_PORT[-END]:]CONTAINER_PORT[-END][/tcp|udp]; an IPv6 HOST_IP in brackets.
+    /// Without a HOST_IP: all addresses, IPv4 and IPv6. Without a HOST_PORT: a free one, which is
+    /// printed.
     #[arg(required = true, value_name = "SPEC")]
     specs: Vec<PortSpec>,
 
@@ -55,12 +56,14 @@ pub(super) struct Publish {
 
     /// What the container sees as its client: proxy, client or proxy-protocol
     ///
-    /// proxy: the gateway's address. client: the client's own. proxy-protocol: the gateway's, and a PROXY protocol header
-    /// tells the client's. Without --source: with a namespace client for TCP and proxy for UDP, else proxy.
+    /// proxy: the gateway's address. client: the client's own. proxy-protocol: the gateway's, and a
+    /// PROXY protocol header tells the client's. Without --source: with a namespace client for TCP
+    /// and proxy for UDP, else proxy.
     #[arg(long)]
     source: Option<Source>,
 
-    /// Version of the PROXY protocol header sent to the backend: v1 or v2 [with --source proxy-protocol: v2]
+    /// Version of the PROXY protocol header sent to the backend: v1 or v2 [with --source
+    /// proxy-protocol: v2]
     #[arg(long, value_name = "VERSION")]
     proxy_protocol: Option<ProxyProtocol>,
 
@@ -91,11 +94,13 @@ pub(super) struct Publish {
     #[arg(long, value_name = "BYTES", hide = true)]
     splice_from: Option<usize>,
 
-    /// Serve Prometheus metrics at this ADDRESS:PORT, at the first free port of ADDRESS:PORT-PORT, or "none"; a port in use is tried again
+    /// Serve Prometheus metrics at this ADDRESS:PORT, at the first free port of ADDRESS:PORT-PORT,
+    /// or "none"; a port in use is tried again
     #[arg(long, value_name = "ADDRESS", default_value = "none")]
     metrics: String,
 
-    /// Published ports that have series of their own in the metrics; those beyond are told in one sum for each protocol
+    /// Published ports that have series of their own in the metrics; those beyond are told in one
+    /// sum for each protocol
     #[arg(long, value_name = "N", default_value_t = 1000)]
     metrics_max_ports: usize,
 
@@ -109,7 +114,9 @@ fn refuse_itself<'a>(
     container: IpAddr,
     mut listeners: impl Iterator<Item = &'a (Listener, u16)>,
 ) -> anyhow::Result<()> {
-    let own = AddressBook::of(&Namespace::current()?).context("addresses of this host")?.is_local(container);
+    let own = AddressBook::of(&Namespace::current()?)
+        .context("addresses of this host")?
+        .is_local(container);
     let leads_to_itself = |(listener, container_port): &&(Listener, u16)| {
         let at = listener.label().address();
         let on_all = at.ip().is_unspecified() && at.is_ipv4() == container.is_ipv4();
@@ -141,7 +148,8 @@ impl Publish {
 
         let mut bound: BTreeMap<Protocol, Vec<(Listener, u16)>> = BTreeMap::new();
         for mapping in self.specs.iter().flat_map(PortSpec::mappings) {
-            let listeners = bind(&mapping)?.into_iter().map(|listener| (listener, mapping.container_port));
+            let listeners =
+                bind(&mapping)?.into_iter().map(|listener| (listener, mapping.container_port));
             bound.entry(mapping.protocol).or_default().extend(listeners);
         }
         if let Target::Address(container) = target {
@@ -165,7 +173,8 @@ impl Publish {
         }
         let mut published = Vec::new();
         for (protocol, listeners) in bound {
-            let options = Arc::new(self.port_options(self.upstream(&target, protocol)?, allow.clone()));
+            let options =
+                Arc::new(self.port_options(self.upstream(&target, protocol)?, allow.clone()));
             published.extend(listeners.iter().map(|(listener, port)| (listener.label(), *port)));
             engine.publish(listeners, &options).context("event loops")?;
         }
@@ -173,7 +182,9 @@ impl Publish {
             Some(recorder) => {
                 let served = recorder.status().served();
                 let told = Arc::clone(&engine);
-                recorder.serve(move || (told.snapshot(), told.fill())).context("metrics endpoint")?;
+                recorder
+                    .serve(move || (told.snapshot(), told.fill()))
+                    .context("metrics endpoint")?;
                 served
             }
             None => None,
@@ -195,7 +206,8 @@ impl Publish {
         if self.allow.is_empty() {
             return Ok(None);
         }
-        let set = CidrSet::parse(&self.allow).map_err(|error| UsageError(format!("--allow: {error}")))?;
+        let set =
+            CidrSet::parse(&self.allow).map_err(|error| UsageError(format!("--allow: {error}")))?;
         Ok(Some(set))
     }
 
@@ -241,7 +253,9 @@ impl Publish {
             (None, None) => None,
         };
         match (namespace, self.to) {
-            (Some((namespace, name)), address) => Ok(Target::Namespace { namespace, name, address }),
+            (Some((namespace, name)), address) => {
+                Ok(Target::Namespace { namespace, name, address })
+            }
             (None, Some(address)) if address.is_unspecified() => {
                 Err(UsageError(format!("--to {address}: that is no address to connect to")).into())
             }
@@ -255,7 +269,13 @@ impl Publish {
             Target::Address(address) => self.source.unwrap_or(Source::Proxy).towards(*address)?,
             Target::Namespace { namespace, address, .. } => {
                 let ground = Ground::here().context("this process's own network namespace")?;
-                Source::towards_namespace(self.source, &ground, namespace, address.as_slice(), protocol)?
+                Source::towards_namespace(
+                    self.source,
+                    &ground,
+                    namespace,
+                    address.as_slice(),
+                    protocol,
+                )?
             }
         })
     }
@@ -312,7 +332,9 @@ impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Address(address) => write!(f, "{address}"),
-            Self::Namespace { name, address: Some(address), .. } => write!(f, "{address} in {name}"),
+            Self::Namespace { name, address: Some(address), .. } => {
+                write!(f, "{address} in {name}")
+            }
             Self::Namespace { name, .. } => f.write_str(name),
         }
     }

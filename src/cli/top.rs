@@ -12,10 +12,12 @@ use std::time::Duration;
 /// The shortest and the longest time between two samples.
 const INTERVALS: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(3600)];
 
-/// Show what happens on the networks of tidegate up: ports, endpoints, networks and names, with live rates
+/// Show what happens on the networks of tidegate up: ports, endpoints, networks and names, with
+/// live rates
 ///
-/// Asks the instance whose socket TIDEGATE_SOCKET names, or else the usual one. Exits 1 if there is none. On a terminal of 80 columns and 12 lines or more it
-/// goes on until q, Esc or Ctrl-C; --once prints one frame as text, on anything.
+/// Asks the instance whose socket TIDEGATE_SOCKET names, or else the usual one. Exits 1 if there is
+/// none. On a terminal of 80 columns and 12 lines or more it goes on until q, Esc or Ctrl-C; --once
+/// prints one frame as text, on anything.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Keys:\n  Tab, arrows, 1-4  the next view, or the one before; one of them\n  s, S, r           sort by the next column, or the one before; the other way round\n  /                 show only what has a text in one of its names; Esc removes it\n  arrows, pages     scroll\n  q, Esc, Ctrl-C    quit\n\nExamples:\n  tidegate top --interval 1s --sort in\n  tidegate top --once --filter web\n  tidegate top --once --json | jq '.ports[] | {publish, bytes_out_rate}'"
@@ -60,7 +62,8 @@ fn interval(text: &str) -> Result<Duration, String> {
 }
 
 fn order(text: &str) -> Result<Order, String> {
-    Order::by(text).ok_or_else(|| format!("there is no such column; there are {}", Order::keys().join(", ")))
+    Order::by(text)
+        .ok_or_else(|| format!("there is no such column; there are {}", Order::keys().join(", ")))
 }
 
 impl Top {
@@ -70,8 +73,10 @@ impl Top {
             return Err(UsageError(line.to_owned()).into());
         }
         let client = Client::new()?;
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("event loop")?;
         // Before the terminal is touched: that nobody is there is told on it as it is.
         let first = runtime.block_on(screen::ask(&client))?;
         let order = Order { reversed: self.reverse, ..self.sort };

@@ -1,5 +1,6 @@
-//! What the parts of a Compose file say about each other: names that exist, addresses that fit, ports that do not meet,
-//! dependencies that have an order. No check takes more than O(n log n) for what the file holds.
+//! What the parts of a Compose file say about each other: names that exist, addresses that fit,
+//! ports that do not meet, dependencies that have an order. No check takes more than O(n log n) for
+//! what the file holds.
 
 use super::error::{Fault, Site};
 use super::network::{self, unusable};
@@ -25,16 +26,19 @@ pub(super) fn networks(networks: &Networks) -> Result<(), Fault> {
         if let (Some(bridge), Some(site)) = (&draft.network.bridge, &draft.bridge)
             && let Some(other) = bridges.insert(bridge, name)
         {
-            return Err(
-                site.fault(format!("networks.{other} has the bridge {bridge:?} too; choose another name"))
-            );
+            return Err(site.fault(format!(
+                "networks.{other} has the bridge {bridge:?} too; choose another name"
+            )));
         }
     }
     let mut subnets: Vec<(IpNet, &Site)> = networks
         .values()
-        .flat_map(|draft| draft.network.subnets.iter().map(|subnet| subnet.subnet).zip(&draft.subnets))
+        .flat_map(|draft| {
+            draft.network.subnets.iter().map(|subnet| subnet.subnet).zip(&draft.subnets)
+        })
         .collect();
-    // Either of two subnets holds the other or they are apart; so where any two meet, two neighbours do.
+    // Either of two subnets holds the other or they are apart; so where any two meet, two
+    // neighbours do.
     subnets.sort_by_key(|(subnet, site)| (subnet.network(), subnet.prefix_len(), site.place));
     for pair in subnets.windows(2) {
         if let [(first, first_site), (second, second_site)] = pair
@@ -45,9 +49,10 @@ pub(super) fn networks(networks: &Networks) -> Result<(), Fault> {
             } else {
                 (first_site, first, second_site, second)
             };
-            return Err(
-                site.fault(format!("{subnet} overlaps with {other} ({}); choose another", other_site.key))
-            );
+            return Err(site.fault(format!(
+                "{subnet} overlaps with {other} ({}); choose another",
+                other_site.key
+            )));
         }
     }
     Ok(())
@@ -71,8 +76,9 @@ pub(super) fn attachments(services: &[Draft], networks: &Networks) -> Result<(),
                 fixed_address(address, name, &network.network.subnets)
                     .map_err(|problem| site.fault(problem))?;
                 if let Some(other) = taken.insert((name, address), &draft.service.name) {
-                    let problem =
-                        format!("{address} is the address of services.{other} already; choose another");
+                    let problem = format!(
+                        "{address} is the address of services.{other} already; choose another"
+                    );
                     return Err(site.fault(problem));
                 }
             }
@@ -82,7 +88,8 @@ pub(super) fn attachments(services: &[Draft], networks: &Networks) -> Result<(),
 }
 
 fn fixed_address(address: IpAddr, network: &str, subnets: &[Subnet]) -> Result<(), String> {
-    let Some(subnet) = subnets.iter().find(|subnet| subnet.subnet.addr().is_ipv4() == address.is_ipv4())
+    let Some(subnet) =
+        subnets.iter().find(|subnet| subnet.subnet.addr().is_ipv4() == address.is_ipv4())
     else {
         let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
         return Err(format!(
@@ -107,9 +114,9 @@ pub(super) fn ports(services: &[Draft]) -> Result<(), Fault> {
         for (spec, site) in draft.service.ports.iter().zip(&draft.ports) {
             published += usize::from(spec.container_ports().len());
             if published > MAX_PORTS {
-                return Err(
-                    site.fault(format!("more than {MAX_PORTS} ports are published in all; publish fewer"))
-                );
+                return Err(site.fault(format!(
+                    "more than {MAX_PORTS} ports are published in all; publish fewer"
+                )));
             }
             specs.push(*spec);
             origins.push((&draft.service.name, site));
@@ -117,8 +124,11 @@ pub(super) fn ports(services: &[Draft]) -> Result<(), Fault> {
     }
     let Err(clash) = overlap(&specs) else { return Ok(()) };
     let first = specs.iter().position(|spec| *spec == clash.first).unwrap_or(0);
-    let second = specs.iter().skip(first + 1).position(|spec| *spec == clash.second).unwrap_or(0) + first + 1;
-    let (Some((service, first_site)), Some((_, site))) = (origins.get(first), origins.get(second)) else {
+    let second = specs.iter().skip(first + 1).position(|spec| *spec == clash.second).unwrap_or(0)
+        + first
+        + 1;
+    let (Some((service, first_site)), Some((_, site))) = (origins.get(first), origins.get(second))
+    else {
         return Err(Site::start().fault(clash.to_string()));
     };
     let address = match clash.address {
@@ -133,15 +143,20 @@ pub(super) fn ports(services: &[Draft]) -> Result<(), Fault> {
 
 /// Checks that the dependencies of services exist and have an order.
 pub(super) fn dependencies(services: &[Draft]) -> Result<(), Fault> {
-    let by_name: BTreeMap<&str, usize> =
-        services.iter().enumerate().map(|(index, draft)| (draft.service.name.as_str(), index)).collect();
+    let by_name: BTreeMap<&str, usize> = services
+        .iter()
+        .enumerate()
+        .map(|(index, draft)| (draft.service.name.as_str(), index))
+        .collect();
     let mut needs: Vec<Vec<usize>> = Vec::new();
     for draft in services {
         let mut indexes = Vec::new();
         for (name, site) in draft.service.depends_on.iter().zip(&draft.depends_on) {
             let index = by_name.get(name.as_str());
             indexes.push(
-                *index.ok_or_else(|| site.fault(format!("there is no service {name:?} to depend on")))?,
+                *index.ok_or_else(|| {
+                    site.fault(format!("there is no service {name:?} to depend on"))
+                })?,
             );
         }
         needs.push(indexes);
@@ -190,12 +205,14 @@ fn unordered(needs: &[Vec<usize>]) -> BTreeSet<usize> {
 /// The error of a circle of services, each with the number of its dependency that is the next one.
 fn circle(services: &[Draft], way: &[(usize, usize)]) -> Fault {
     let name = |index: usize| services.get(index).map_or("", |draft| draft.service.name.as_str());
-    let mut names: Vec<&str> = way.iter().take(CIRCLE_SHOWN).map(|(index, _)| name(*index)).collect();
+    let mut names: Vec<&str> =
+        way.iter().take(CIRCLE_SHOWN).map(|(index, _)| name(*index)).collect();
     if way.len() > CIRCLE_SHOWN {
         names.push("...");
     }
     names.extend(way.first().map(|(index, _)| name(*index)));
     let site = way.last().and_then(|(index, needed)| services.get(*index)?.depends_on.get(*needed));
-    let problem = format!("services depend on each other in a circle: {}; remove one", names.join(" -> "));
+    let problem =
+        format!("services depend on each other in a circle: {}; remove one", names.join(" -> "));
     site.map_or_else(|| Site::start().fault(problem.clone()), |site| site.fault(problem.clone()))
 }

@@ -1,4 +1,5 @@
-//! Why a Compose file cannot be used: file, line, column, key, what is wrong and what to do, in one line.
+//! Why a Compose file cannot be used: file, line, column, key, what is wrong and what to do, in one
+//! line.
 
 use super::{MAX_FILE, Place};
 use crate::port_error::without_numbers;

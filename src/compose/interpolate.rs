@@ -8,8 +8,9 @@
 //! | `${NAME:+WORD}`, `${NAME+WORD}` | WORD if the variable is set (`:`: and not empty), otherwise nothing |
 //! | `${NAME:?WORD}`, `${NAME?WORD}` | the variable, or an error that says WORD |
 //!
-//! WORD may hold variables itself, [`MAX_NESTING`] deep, and ends at the first `}` that is not theirs. It is looked at
-//! only if it is used. The reference is the `template` package of compose-go.
+//! WORD may hold variables itself, [`MAX_NESTING`] deep, and ends at the first `}` that is not
+//! theirs. It is looked at only if it is used. The reference is the `template` package of
+//! compose-go.
 
 use std::collections::BTreeSet;
 
@@ -131,7 +132,8 @@ impl<'a> Interpolation<'a> {
     }
 
     fn push(&mut self, out: &mut String, piece: &str) -> Result<(), InterpolationError> {
-        self.allowance = self.allowance.checked_sub(piece.len()).ok_or(InterpolationError::TooLong)?;
+        self.allowance =
+            self.allowance.checked_sub(piece.len()).ok_or(InterpolationError::TooLong)?;
         out.push_str(piece);
         Ok(())
     }
@@ -244,7 +246,10 @@ mod tests {
             ("${SET", r#""${SET" has no closing brace"#),
             ("${MISSING?}", "variable MISSING is missing"),
             ("${EMPTY:?set it\nplease}", "variable EMPTY is missing: set it please"),
-            ("$LONG$LONG$LONG$LONG$LONG", "the values of the file get too long with their variables"),
+            (
+                "$LONG$LONG$LONG$LONG$LONG",
+                "the values of the file get too long with their variables",
+            ),
         ] {
             assert_eq!(interpolated(text), Err(error.to_owned()), "{text}");
         }
@@ -252,7 +257,8 @@ mod tests {
 
     #[test]
     fn words_nest_as_deep_as_stated_and_no_deeper() {
-        let nested = |depth: usize| format!("{}x{}", "${MISSING:-".repeat(depth), "}".repeat(depth));
+        let nested =
+            |depth: usize| format!("{}x{}", "${MISSING:-".repeat(depth), "}".repeat(depth));
         assert_eq!(interpolated(&nested(MAX_NESTING)), Ok("x".to_owned()));
         assert_eq!(
             interpolated(&nested(MAX_NESTING + 1)),

@@ -1,7 +1,8 @@
 //! The part of Compose that tidegate honours, from text to a checked [`Project`].
 //!
-//! `docs/compose.md` is the subset as a user reads it. What is not in it is an error and never ignored,
-//! but for `version` and extensions (`x-anything`), which Compose ignores too. Every error names file, line, column and key.
+//! `docs/compose.md` is the subset as a user reads it. What is not in it is an error and never
+//! ignored, but for `version` and extensions (`x-anything`), which Compose ignores too. Every error
+//! names file, line, column and key.
 //!
 //! | step | module |
 //! |---|---|
@@ -10,8 +11,9 @@
 //! | sections into values | `network`, `service`, `ports` |
 //! | what sections say about each other | `check` |
 //!
-//! Nothing here does I/O except [`load`], which reads the file and the variables of this process. The grammar follows
-//! the Compose specification; where that leaves a reading open, compose-go is the reference.
+//! Nothing here does I/O except [`load`], which reads the file and the variables of this process.
+//! The grammar follows the Compose specification; where that leaves a reading open, compose-go is
+//! the reference.
 
 mod check;
 mod error;
@@ -43,8 +45,8 @@ pub const MAX_FILE: usize = 1 << 20;
 /// How long the name of a project, a service or a network may be: that of a label in DNS.
 const MAX_NAME: usize = 63;
 
-/// Reads and checks the file at `path`. Without a `name` in it, the project is called after its directory. Variables
-/// are those of this process; one that is not UTF-8 counts as not set.
+/// Reads and checks the file at `path`. Without a `name` in it, the project is called after its
+/// directory. Variables are those of this process; one that is not UTF-8 counts as not set.
 ///
 /// # Errors
 /// [`ComposeError`] if the file cannot be read, or the first thing that is wrong with it.
@@ -66,13 +68,14 @@ pub fn load(path: &Path) -> Result<Project, ComposeError> {
     })?;
     let directory = absolute.parent().unwrap_or(Path::new("/"));
     let name = directory.file_name().unwrap_or_default().to_string_lossy();
-    let source = Source { path, directory, default_name: &name, env: &|name| std::env::var(name).ok() };
+    let source =
+        Source { path, directory, default_name: &name, env: &|name| std::env::var(name).ok() };
     source.parse(text)
 }
 
-/// Checks `text` as what stands in the file at `path`, whose directory the paths in it are joined to. Without a `name`
-/// in it, the project is called `default_name`, with what no name may have taken out of it as Compose does. `env` are the
-/// variables.
+/// Checks `text` as what stands in the file at `path`, whose directory the paths in it are joined
+/// to. Without a `name` in it, the project is called `default_name`, with what no name may have
+/// taken out of it as Compose does. `env` are the variables.
 ///
 /// # Errors
 /// [`ComposeError`] for the first thing that is wrong.
@@ -82,7 +85,8 @@ pub fn parse(
     default_name: &str,
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Project, ComposeError> {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory =
+        path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     Source { path, directory, default_name, env }.parse(text)
 }
 
@@ -102,7 +106,8 @@ impl Source<'_> {
         }
         let context = Context::new(self.env);
         let mut project = self.read(text, &context).map_err(|fault| fault.in_file(self.path))?;
-        project.warnings = context.warnings().iter().map(|warning| warning.line(self.path)).collect();
+        project.warnings =
+            context.warnings().iter().map(|warning| warning.line(self.path)).collect();
         Ok(project)
     }
 
@@ -171,8 +176,9 @@ fn check_name(field: &Field<'_>) -> Result<(), Fault> {
 
 fn project_name(value: &Value<'_>) -> Result<String, Fault> {
     let name = value.string()?;
-    let allowed =
-        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'_' | b'-');
+    let allowed = |byte: u8| {
+        byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'_' | b'-')
+    };
     let begins = name.starts_with(|c: char| c.is_ascii_alphanumeric());
     if begins && name.len() <= MAX_NAME && name.bytes().all(allowed) {
         return Ok(name);
@@ -190,15 +196,19 @@ fn default_project_name(name: &str) -> Result<String, Fault> {
     let name: String = name.trim_start_matches(['_', '-']).chars().take(MAX_NAME).collect();
     if name.is_empty() {
         let site = Site::start().at_key("name", Place::START);
-        return Err(
-            site.fault("the name of the directory makes no name for the project; give one, as in name: shop")
-        );
+        return Err(site.fault(
+            "the name of the directory makes no name for the project; give one, as in name: shop",
+        ));
     }
     Ok(name)
 }
 
-/// The default network is there if a service is on it, whether the file has a section for it or not.
-fn settle_default_network(networks: &mut BTreeMap<String, network::Draft>, services: &[service::Draft]) {
+/// The default network is there if a service is on it, whether the file has a section for it or
+/// not.
+fn settle_default_network(
+    networks: &mut BTreeMap<String, network::Draft>,
+    services: &[service::Draft],
+) {
     let on_it = |draft: &&service::Draft| {
         draft.service.networks.iter().any(|attachment| attachment.network == DEFAULT_NETWORK)
     };

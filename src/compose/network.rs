@@ -47,7 +47,8 @@ pub(super) fn read(section: &Field<'_>) -> Result<Draft, Fault> {
             "driver_opts" => read_options(value, &mut draft, &mut mtu_site)?,
             "ipam" => read_ipam(value, &mut draft)?,
             "external" => {
-                let problem = "networks are made by tidegate up and taken down again; remove the key";
+                let problem =
+                    "networks are made by tidegate up and taken down again; remove the key";
                 return Err(field.site.fault(problem));
             }
             "x-dns" => {
@@ -83,7 +84,8 @@ fn check(draft: &Draft, mtu_site: Option<&Site>) -> Result<(), Fault> {
     }
     for (Subnet { subnet, .. }, site) in network.subnets.iter().zip(subnets) {
         if let IpNet::V6(_) = subnet {
-            return Err(site.fault(format!("{subnet} is IPv6; say enable_ipv6: true on the network as well")));
+            return Err(site
+                .fault(format!("{subnet} is IPv6; say enable_ipv6: true on the network as well")));
         }
     }
     Ok(())
@@ -97,7 +99,11 @@ fn expect_word(value: &Value<'_>, only: &str, why: &str) -> Result<(), Fault> {
     Err(value.fault(format!("{word:?} is not supported: {why}; say {only} or remove the key")))
 }
 
-fn read_options(options: &Value<'_>, draft: &mut Draft, mtu_site: &mut Option<Site>) -> Result<(), Fault> {
+fn read_options(
+    options: &Value<'_>,
+    draft: &mut Draft,
+    mtu_site: &mut Option<Site>,
+) -> Result<(), Fault> {
     for field in options.fields_if_any()? {
         let value = &field.value;
         match field.key {
@@ -166,10 +172,13 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
     for field in item.fields()? {
         match field.key {
             "subnet" => subnet = Some((parse_subnet(&field.value)?, field.value.site().clone())),
-            "gateway" => gateway = Some((field.value.parsed::<IpAddr>("an IP address")?, field.value)),
+            "gateway" => {
+                gateway = Some((field.value.parsed::<IpAddr>("an IP address")?, field.value))
+            }
             _ if field.is_extension() => {}
             _ => {
-                let problem = "this key is not supported; remove it (config takes subnet and gateway)";
+                let problem =
+                    "this key is not supported; remove it (config takes subnet and gateway)";
                 return Err(field.site.fault(problem));
             }
         }
@@ -185,9 +194,10 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
     let same_family = |other: &Subnet| other.subnet.addr().is_ipv4() == subnet.addr().is_ipv4();
     if let Some(other) = draft.network.subnets.iter().find(|other| same_family(other)) {
         let family = if subnet.addr().is_ipv4() { "IPv4" } else { "IPv6" };
-        return Err(
-            site.fault(format!("{} is there already; a network has one subnet of {family}", other.subnet))
-        );
+        return Err(site.fault(format!(
+            "{} is there already; a network has one subnet of {family}",
+            other.subnet
+        )));
     }
     draft.network.subnets.push(Subnet { subnet, gateway: gateway.map(|(address, _)| address) });
     draft.subnets.push(site);
@@ -197,16 +207,23 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
 fn parse_subnet(value: &Value<'_>) -> Result<IpNet, Fault> {
     let subnet: IpNet = value.parsed("a subnet, as 10.9.0.0/24 or fd09::/64 is one")?;
     if subnet.trunc() != subnet {
-        return Err(value.fault(format!("{subnet} has bits behind its prefix; say {}", subnet.trunc())));
+        return Err(
+            value.fault(format!("{subnet} has bits behind its prefix; say {}", subnet.trunc()))
+        );
     }
     // The network itself, a gateway, a service, and for IPv4 the broadcast address.
     if subnet.max_prefix_len() - subnet.prefix_len() < 2 {
         return Err(value.fault(format!("{subnet} is too small for a gateway and a service")));
     }
     let address = subnet.addr();
-    if address.is_loopback() || address.is_multicast() || address.is_unspecified() || subnet.prefix_len() == 0
+    if address.is_loopback()
+        || address.is_multicast()
+        || address.is_unspecified()
+        || subnet.prefix_len() == 0
     {
-        return Err(value.fault(format!("{subnet} has no addresses for hosts; choose a private range")));
+        return Err(
+            value.fault(format!("{subnet} has no addresses for hosts; choose a private range"))
+        );
     }
     Ok(subnet)
 }

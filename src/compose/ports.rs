@@ -10,7 +10,9 @@ pub(super) fn read(ports: &Value<'_>) -> Result<Vec<(PortSpec, Site)>, Fault> {
     let items = ports.items()?;
     items
         .iter()
-        .map(|item| Ok((if item.is_map() { long(item)? } else { short(item)? }, item.site().clone())))
+        .map(|item| {
+            Ok((if item.is_map() { long(item)? } else { short(item)? }, item.site().clone()))
+        })
         .collect()
 }
 
@@ -26,16 +28,17 @@ fn long(item: &Value<'_>) -> Result<PortSpec, Fault> {
         match field.key {
             "target" => target = Some(digits(value, "a port from 1 to 65535", "")?),
             "published" => {
-                published = Some(digits(value, "a port or a range of ports, as 8080-8090 is one", "-")?);
+                published =
+                    Some(digits(value, "a port or a range of ports, as 8080-8090 is one", "-")?);
             }
             "host_ip" => host_ip = Some(value.parsed::<IpAddr>("an IP address")?),
             "protocol" => protocol = Some(value.string()?),
             "mode" => {
                 let mode = value.string()?;
                 if !matches!(mode.as_str(), "host" | "ingress") {
-                    return Err(
-                        value.fault(format!("{mode:?} is not host or ingress, which mean the same here"))
-                    );
+                    return Err(value.fault(format!(
+                        "{mode:?} is not host or ingress, which mean the same here"
+                    )));
                 }
             }
             "name" | "app_protocol" => drop(value.string()?),

@@ -25,9 +25,9 @@ impl Place {
 
 /// A checked Compose file.
 ///
-/// What stands here is consistent in itself: every network that a service names is in `networks`, fixed
-/// addresses lie in their subnets and are not given twice, dependencies have an order, and no two services publish
-/// the same port. Whether the host can serve it is another question.
+/// What stands here is consistent in itself: every network that a service names is in `networks`,
+/// fixed addresses lie in their subnets and are not given twice, dependencies have an order, and no
+/// two services publish the same port. Whether the host can serve it is another question.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Project {
     /// What scopes the names of everything that is made: `[a-z0-9][a-z0-9_-]*`.
@@ -36,7 +36,8 @@ pub struct Project {
     pub networks: BTreeMap<String, Network>,
     /// The services in the order of the file; there is at least one.
     pub services: Vec<Service>,
-    /// What a user should be told, complete lines in the form of errors: variables that are not set.
+    /// What a user should be told, complete lines in the form of errors: variables that are not
+    /// set.
     pub warnings: Vec<String>,
 }
 
@@ -49,7 +50,8 @@ pub struct Network {
     pub internal: bool,
     /// Whether it has IPv6 addresses, given or chosen.
     pub enable_ipv6: bool,
-    /// The given subnets, at most one of IPv4 and one of IPv6; the others are chosen where the network is made.
+    /// The given subnets, at most one of IPv4 and one of IPv6; the others are chosen where the
+    /// network is made.
     pub subnets: Vec<Subnet>,
     /// Whether its services may talk to each other.
     pub inter_container: bool,
@@ -59,9 +61,11 @@ pub struct Network {
     pub bridge: Option<String>,
     /// Where its names are served.
     pub names: Names,
-    /// The servers that names beyond its own are asked of, by services without servers of their own (`x-dns-servers`); none for those of the host.
+    /// The servers that names beyond its own are asked of, by services without servers of their own
+    /// (`x-dns-servers`); none for those of the host.
     pub dns: Vec<IpAddr>,
-    /// Where its key stands; for a `default` that the file does not mention, the first service on it.
+    /// Where its key stands; for a `default` that the file does not mention, the first service on
+    /// it.
     pub place: Place,
 }
 
@@ -120,7 +124,8 @@ pub struct Service {
     pub name: String,
     /// What it is.
     pub run: Run,
-    /// Variables for the command, beyond those it inherits. Those passed through have their values here.
+    /// Variables for the command, beyond those it inherits. Those passed through have their values
+    /// here.
     pub environment: BTreeMap<String, String>,
     /// The host name it sees, if given.
     pub hostname: Option<String>,
@@ -128,7 +133,8 @@ pub struct Service {
     pub networks: Vec<Attachment>,
     /// The ports it publishes.
     pub ports: Vec<PortSpec>,
-    /// The servers that names beyond its networks are asked of, in order; none for those of the host.
+    /// The servers that names beyond its networks are asked of, in order; none for those of the
+    /// host.
     pub dns: Vec<IpAddr>,
     /// The domains that names are looked for in; none for the host's, and `.` for none at all.
     pub dns_search: Vec<String>,
@@ -147,9 +153,11 @@ pub struct Service {
 /// What a service is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Run {
-    /// A program and its arguments, to run in a namespace made for it. There is at least the program.
+    /// A program and its arguments, to run in a namespace made for it. There is at least the
+    /// program.
     Command(Vec<String>),
-    /// The namespace at this path (`x-netns`). A relative path is joined to the directory of the file already.
+    /// The namespace at this path (`x-netns`). A relative path is joined to the directory of the
+    /// file already.
     Adopt(PathBuf),
 }
 
@@ -187,14 +195,15 @@ pub enum Restart {
     /// Nothing.
     #[default]
     No,
-    /// Start it again if it failed (exit code other than 0, or killed by a signal), `max` times at most; without `max` always.
+    /// Start it again if it failed (exit code other than 0, or killed by a signal), `max` times at
+    /// most; without `max` always.
     OnFailure {
         /// How often, 1 and up.
         max: Option<u32>,
     },
     /// Start it again.
     Always,
-    /// Start it again unless it was stopped on purpose. Differs from `Always` only where services are started by themselves after
-    /// a reboot, which is not done here.
+    /// Start it again unless it was stopped on purpose. Differs from `Always` only where services
+    /// are started by themselves after a reboot, which is not done here.
     UnlessStopped,
 }

@@ -54,7 +54,9 @@ pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault
             "environment" => environment = read_environment(value)?,
             "hostname" => hostname = Some(read_hostname(value)?),
             "networks" => networks = read_networks(value)?,
-            "ports" => service_ports = if value.is_null() { Vec::new() } else { ports::read(value)? },
+            "ports" => {
+                service_ports = if value.is_null() { Vec::new() } else { ports::read(value)? }
+            }
             "dns" => dns = addresses(value)?,
             "dns_search" => dns_search = read_words(value)?,
             "dns_opt" => dns_options = read_words(value)?,
@@ -75,14 +77,14 @@ pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault
             Run::Adopt(path)
         }
         (Some(_), Some((_, site))) => {
-            return Err(
-                site.fault("a service has a command or adopts a namespace, not both; remove one of them")
-            );
+            return Err(site.fault(
+                "a service has a command or adopts a namespace, not both; remove one of them",
+            ));
         }
         (None, None) => {
-            return Err(section
-                .site
-                .fault("there is nothing to run; give a command, or x-netns to adopt a namespace"));
+            return Err(section.site.fault(
+                "there is nothing to run; give a command, or x-netns to adopt a namespace",
+            ));
         }
     };
     if networks.is_empty() {
@@ -117,7 +119,9 @@ fn refusal(key: &str) -> &'static str {
         "image" | "build" | "platform" | "pull_policy" => {
             "tidegate runs services as processes of this host, not images; remove the key and give a command"
         }
-        "entrypoint" => "there is no image whose entry point to replace; put the whole of it into command",
+        "entrypoint" => {
+            "there is no image whose entry point to replace; put the whole of it into command"
+        }
         "volumes" | "tmpfs" | "configs" | "secrets" | "read_only" => {
             "services see the files of this host, there is nothing to mount; remove the key"
         }
@@ -125,7 +129,9 @@ fn refusal(key: &str) -> &'static str {
         "network_mode" => {
             "every service has a namespace of its own; remove the key, or adopt a namespace with x-netns"
         }
-        "links" | "external_links" => "services find the others on their networks by name; remove the key",
+        "links" | "external_links" => {
+            "services find the others on their networks by name; remove the key"
+        }
         "expose" => "services reach every port of the others on their networks; remove the key",
         "deploy" | "scale" => "a service runs once; remove the key",
         "healthcheck" => "services are not checked for health; remove the key",
@@ -168,8 +174,9 @@ fn read_command(value: &Value<'_>) -> Result<Vec<String>, Fault> {
         return Err(value.expected("a string or a list of strings"));
     } else {
         let text = without_nul(value)?;
-        shlex::split(&text)
-            .ok_or_else(|| value.fault("a quote is not closed, or nothing follows a final backslash"))?
+        shlex::split(&text).ok_or_else(|| {
+            value.fault("a quote is not closed, or nothing follows a final backslash")
+        })?
     };
     if words.first().is_none_or(String::is_empty) {
         return Err(value.fault("there is no program in the command; name one"));
@@ -195,14 +202,15 @@ fn refuse_nul(value: &Value<'_>, text: &str) -> Result<(), Fault> {
 fn read_path(value: &Value<'_>) -> Result<String, Fault> {
     let path = without_nul(value)?;
     if path.is_empty() {
-        return Err(
-            value.fault("there is no path; give that of a network namespace, as /run/netns/NAME is one")
-        );
+        return Err(value.fault(
+            "there is no path; give that of a network namespace, as /run/netns/NAME is one",
+        ));
     }
     Ok(path)
 }
 
-/// A map of variables or a list of `NAME=VALUE`. A name alone passes on what we have ourselves, if we have it.
+/// A map of variables or a list of `NAME=VALUE`. A name alone passes on what we have ourselves, if
+/// we have it.
 fn read_environment(value: &Value<'_>) -> Result<BTreeMap<String, String>, Fault> {
     let mut environment = BTreeMap::new();
     let mut add = |name: &str, given: Option<String>, at: &Value<'_>, site: &Site| {
@@ -272,9 +280,15 @@ fn read_networks(value: &Value<'_>) -> Result<Vec<(Attachment, AttachmentSites)>
     Ok(networks)
 }
 
-fn refuse_repetition(seen: &mut BTreeMap<String, u64>, name: &str, item: &Value<'_>) -> Result<(), Fault> {
+fn refuse_repetition(
+    seen: &mut BTreeMap<String, u64>,
+    name: &str,
+    item: &Value<'_>,
+) -> Result<(), Fault> {
     match seen.insert(name.to_owned(), item.site().place.line) {
-        Some(line) => Err(item.fault(format!("{name:?} stands in line {line} already; remove one of them"))),
+        Some(line) => {
+            Err(item.fault(format!("{name:?} stands in line {line} already; remove one of them")))
+        }
         None => Ok(()),
     }
 }
@@ -357,13 +371,13 @@ fn read_condition(dependency: &Field<'_>) -> Result<(), Fault> {
                     }
                     _ => "Compose has no such condition",
                 };
-                return Err(
-                    value.fault(format!("{condition:?} is not supported: {why}; say service_started"))
-                );
+                return Err(value
+                    .fault(format!("{condition:?} is not supported: {why}; say service_started")));
             }
             _ if key.starts_with("x-") => {}
             _ => {
-                return Err(site.fault("this key is not supported; remove it (a dependency takes condition)"));
+                return Err(site
+                    .fault("this key is not supported; remove it (a dependency takes condition)"));
             }
         }
     }
@@ -387,12 +401,12 @@ fn read_restart(value: &Value<'_>) -> Result<Restart, Fault> {
         "unless-stopped" => Ok(Restart::UnlessStopped),
         "on-failure" => Ok(Restart::OnFailure { max: None }),
         // Docker takes 0 for no limit.
-        _ => counted().map(|max| Restart::OnFailure { max: Some(max).filter(|max| *max > 0) }).ok_or_else(
-            || {
+        _ => counted()
+            .map(|max| Restart::OnFailure { max: Some(max).filter(|max| *max > 0) })
+            .ok_or_else(|| {
                 value.fault(format!(
                     "{text:?} is not no, always, unless-stopped, on-failure or on-failure:TIMES"
                 ))
-            },
-        ),
+            }),
     }
 }

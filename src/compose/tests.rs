@@ -1,4 +1,5 @@
-//! The document's example, what forms mean, bounds, and arbitrary input. Errors are in modules of their own.
+//! The document's example, what forms mean, bounds, and arbitrary input. Errors are in modules of
+//! their own.
 
 mod errors;
 mod service_errors;
@@ -43,7 +44,8 @@ fn words(words: &[&str]) -> Run {
 fn a_service_may_ask_to_send_from_any_address() {
     let text = "services: { r: { command: x, networks: { a: { x-any-source: true }, b: {} } } }\nnetworks: { a: {}, b: {} }";
     let project = parsed(text).unwrap();
-    let sources: Vec<bool> = project.services[0].networks.iter().map(|there| there.any_source).collect();
+    let sources: Vec<bool> =
+        project.services[0].networks.iter().map(|there| there.any_source).collect();
     assert_eq!(sources, [true, false]);
     let wrong = parsed(&text.replace("true", "perhaps")).unwrap_err();
     assert!(wrong.contains("x-any-source"), "{wrong}");
@@ -84,7 +86,10 @@ fn the_example_of_the_document_means_what_it_says() {
     assert_eq!(web.name, "web");
     assert_eq!(web.run, words(&["python3", "-m", "http.server", "80"]));
     let variables = [("GREETING", "costs 5$"), ("LANG", "C.UTF-8"), ("WORKERS", "2")];
-    assert_eq!(web.environment, variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
+    assert_eq!(
+        web.environment,
+        variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
+    );
     assert_eq!(web.hostname.as_deref(), Some("web"));
     assert_eq!(
         web.networks,
@@ -165,16 +170,20 @@ fn a_relative_namespace_is_found_from_the_directory_of_the_file() {
 
 #[test]
 fn variables_without_a_value_are_passed_on_if_they_are_set() {
-    for body in ["environment: [LANG, ABSENT, EMPTY=]", "environment: {LANG: , ABSENT: null, EMPTY: ''}"] {
+    for body in
+        ["environment: [LANG, ABSENT, EMPTY=]", "environment: {LANG: , ABSENT: null, EMPTY: ''}"]
+    {
         let environment = service(&format!("command: x\n{body}")).environment;
-        let expected = [("EMPTY", ""), ("LANG", "C.UTF-8")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let expected =
+            [("EMPTY", ""), ("LANG", "C.UTF-8")].map(|(k, v)| (k.to_owned(), v.to_owned()));
         assert_eq!(environment, expected.into(), "{body}");
     }
 }
 
 #[test]
 fn numbers_in_the_environment_stay_as_they_are_written() {
-    let environment = service("command: x\nenvironment: {A: 1.10, B: 0755, C: 0x1F, D: true}").environment;
+    let environment =
+        service("command: x\nenvironment: {A: 1.10, B: 0755, C: 0x1F, D: true}").environment;
     assert_eq!(environment.into_values().collect::<Vec<_>>(), ["1.10", "0755", "0x1F", "true"]);
 }
 
@@ -216,7 +225,10 @@ fn the_default_network_is_there_if_a_service_is_on_it() {
     assert_eq!(networks("services: {a: {command: x}}"), ["default"]);
     assert_eq!(networks("services: {a: {command: x, networks: []}}"), ["default"]);
     assert_eq!(networks("services: {a: {command: x, networks: [default]}}"), ["default"]);
-    assert_eq!(networks("networks: {n: , default: }\nservices: {a: {command: x, networks: [n]}}"), ["n"]);
+    assert_eq!(
+        networks("networks: {n: , default: }\nservices: {a: {command: x, networks: [n]}}"),
+        ["n"]
+    );
     assert_eq!(networks("networks: {n: }\nservices: {a: {command: x}}"), ["default", "n"]);
 }
 
@@ -237,8 +249,11 @@ fn a_variable_that_is_not_set_is_a_warning() {
 
 #[test]
 fn a_project_is_called_after_its_directory_as_in_compose() {
-    for (directory, name) in [("Shop", "shop"), ("_my.shop-2", "myshop-2"), ("Ünter", "nter"), ("-9", "9")] {
-        let project = parse("services: {a: {command: x}}", Path::new("f"), directory, &env).unwrap();
+    for (directory, name) in
+        [("Shop", "shop"), ("_my.shop-2", "myshop-2"), ("Ünter", "nter"), ("-9", "9")]
+    {
+        let project =
+            parse("services: {a: {command: x}}", Path::new("f"), directory, &env).unwrap();
         assert_eq!(project.name, name, "{directory}");
     }
 }
@@ -286,23 +301,33 @@ fn a_file_is_read_with_its_directory_for_a_name() {
 #[test]
 fn values_nest_as_deep_as_stated_and_no_deeper() {
     let nested = |depth: usize| {
-        format!("x-deep: {}{}\nservices: {{a: {{command: x}}}}", "[".repeat(depth), "]".repeat(depth))
+        format!(
+            "x-deep: {}{}\nservices: {{a: {{command: x}}}}",
+            "[".repeat(depth),
+            "]".repeat(depth)
+        )
     };
     parsed(&nested(MAX_DEPTH - 1)).unwrap();
     assert_eq!(
         parsed(&nested(MAX_DEPTH)),
         Err("compose.yaml:1:72: values nest more than 64 deep".to_owned())
     );
-    let blocks: String = (0..=MAX_DEPTH).map(|depth| format!("{}a:\n", " ".repeat(depth))).collect();
-    assert_eq!(parsed(&blocks), Err("compose.yaml:65:65: values nest more than 64 deep".to_owned()));
-    let aliases: String = (1..=MAX_DEPTH).map(|n| format!("x-{n}: &a{n} [*a{}]\n", n - 1)).collect();
+    let blocks: String =
+        (0..=MAX_DEPTH).map(|depth| format!("{}a:\n", " ".repeat(depth))).collect();
+    assert_eq!(
+        parsed(&blocks),
+        Err("compose.yaml:65:65: values nest more than 64 deep".to_owned())
+    );
+    let aliases: String =
+        (1..=MAX_DEPTH).map(|n| format!("x-{n}: &a{n} [*a{}]\n", n - 1)).collect();
     let error = parsed(&format!("x-0: &a0 []\n{aliases}")).unwrap_err();
     assert!(error.ends_with("values nest more than 64 deep"), "{error}");
 }
 
 #[test]
 fn aliases_do_not_make_a_small_file_large() {
-    let tenfold = |n: usize| format!("x-{n}: &a{n} [{}]\n", vec![format!("*a{}", n - 1); 10].join(", "));
+    let tenfold =
+        |n: usize| format!("x-{n}: &a{n} [{}]\n", vec![format!("*a{}", n - 1); 10].join(", "));
     let text = format!("x-0: &a0 [x]\n{}", (1..9).map(tenfold).collect::<String>());
     let error = parsed(&text).unwrap_err();
     assert!(

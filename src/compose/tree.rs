@@ -1,11 +1,12 @@
 //! YAML as a tree that knows where everything stands, with bounds.
 //!
-//! The parser gives events; here they become nodes. Aliases are expanded as copies, merge keys (`<<`) are resolved as in
-//! YAML 1.1 (what a map says itself goes before what it merges, and an earlier merged map before a later one), and what
-//! could mean two things is refused: a key given twice, a second document, tags other than `!!str`, `!!map` and `!!seq`.
+//! The parser gives events; here they become nodes. Aliases are expanded as copies, merge keys
+//! (`<<`) are resolved as in YAML 1.1 (what a map says itself goes before what it merges, and an
+//! earlier merged map before a later one), and what could mean two things is refused: a key given
+//! twice, a second document, tags other than `!!str`, `!!map` and `!!seq`.
 //!
-//! Bounds, beside the size of the file: values nest [`MAX_DEPTH`] deep at most, and with all aliases expanded there are
-//! at most [`MAX_VALUES`] keys and values with [`MAX_TEXT`] bytes.
+//! Bounds, beside the size of the file: values nest [`MAX_DEPTH`] deep at most, and with all
+//! aliases expanded there are at most [`MAX_VALUES`] keys and values with [`MAX_TEXT`] bytes.
 
 use super::Place;
 use super::error::{Fault, Site};
@@ -168,7 +169,9 @@ impl Builder {
             }
             Event::Alias(anchor) => {
                 let Some(node) = self.anchors.get(&anchor) else {
-                    return Err(self.site(at).fault("this alias stands inside of what it stands for"));
+                    return Err(self
+                        .site(at)
+                        .fault("this alias stands inside of what it stands for"));
                 };
                 let (size, node) = (node.size, node.clone());
                 self.spend(size, at)?;
@@ -232,7 +235,9 @@ impl Builder {
         } else {
             return Ok(());
         };
-        Err(self.site(at).fault(format!("the file has more than {bound}, aliases expanded; make it smaller")))
+        Err(self
+            .site(at)
+            .fault(format!("the file has more than {bound}, aliases expanded; make it smaller")))
     }
 
     fn close(&self, collection: Collection, place: Place) -> Result<Node, Fault> {
@@ -250,9 +255,9 @@ impl Builder {
         let own = Size { values: 1, text: 0 };
         let (size, height) = match &body {
             Body::Scalar { .. } => (own, 0),
-            Body::List(items) => items
-                .iter()
-                .fold((own, 1), |(size, height), item| (size.plus(item.size), height.max(item.height + 1))),
+            Body::List(items) => items.iter().fold((own, 1), |(size, height), item| {
+                (size.plus(item.size), height.max(item.height + 1))
+            }),
             Body::Map(entries) => entries.iter().fold((own, 1), |(size, height), entry| {
                 let size = size.plus(Size::of_scalar(&entry.key)).plus(entry.value.size);
                 (size, height.max(entry.value.height + 1))
@@ -341,7 +346,9 @@ impl Key {
         let problem = match node.body {
             Body::Scalar { kind: Kind::Null, .. } => "a key is missing here",
             Body::Scalar { text, .. } => return Ok(Self { text, place, merges }),
-            Body::List(_) | Body::Map(_) => "a key has to be a text, not a list or a map; put it in quotes",
+            Body::List(_) | Body::Map(_) => {
+                "a key has to be a text, not a list or a map; put it in quotes"
+            }
         };
         Err(WrongKey { place, key: None, problem: problem.to_owned() })
     }

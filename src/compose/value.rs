@@ -1,4 +1,5 @@
-//! A value of the tree with its path of keys and all it takes to read it: types, variables, errors that say where.
+//! A value of the tree with its path of keys and all it takes to read it: types, variables, errors
+//! that say where.
 
 use super::error::{Fault, Site};
 use super::interpolate::Interpolation;

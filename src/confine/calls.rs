@@ -1,17 +1,19 @@
 //! Which system calls are left: an allow-list, for all threads, for good.
 //!
-//! What is not on it fails with `EPERM`. To end the process instead would tell more of an attack, but turn a call of some
-//! future libc, which can do without it, into the end of a container's network. The lists were made by reading what the
-//! programs and the Rust and C libraries below them call; traces of runs were compared with them afterwards.
+//! What is not on it fails with `EPERM`. To end the process instead would tell more of an attack,
+//! but turn a call of some future libc, which can do without it, into the end of a container's
+//! network. The lists were made by reading what the programs and the Rust and C libraries below
+//! them call; traces of runs were compared with them afterwards.
 //!
-//! The filter is built by `seccompiler`, Firecracker's: it checks the architecture, and comparing arguments is where
-//! filters written by hand go wrong. The kernel looks calls up that are allowed whatever their arguments in a bitmap
-//! (`seccomp_cache_check_allow`, kernel/seccomp.c, Linux 5.11): the filter itself does not run for them.
+//! The filter is built by `seccompiler`, Firecracker's: it checks the architecture, and comparing
+//! arguments is where filters written by hand go wrong. The kernel looks calls up that are allowed
+//! whatever their arguments in a bitmap (`seccomp_cache_check_allow`, kernel/seccomp.c,
+//! Linux 5.11): the filter itself does not run for them.
 
 use rustix::process::getpid;
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    apply_filter_all_threads,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, apply_filter_all_threads,
 };
 use std::collections::BTreeMap;
 
@@ -31,7 +33,8 @@ pub(crate) enum CallsError {
 pub(crate) enum Work {
     /// The NAT engine: sockets to the network, a device that is there, no new threads.
     Engine,
-    /// Published ports and a page of metrics: sockets to the network, pipes, new threads, files to read.
+    /// Published ports and a page of metrics: sockets to the network, pipes, new threads, files to
+    /// read.
     Ports,
     /// Following resolv.conf: files to read, a pipe that is there.
     Resolvers,
@@ -95,11 +98,11 @@ const SOCKETS: &[libc::c_long] = &[
     libc::SYS_wait4,
 ];
 
-/// What moves payload without copying it, and what a thread calls when it begins: event loops are started as they are
-/// needed, and each scrape has a thread.
+/// What moves payload without copying it, and what a thread calls when it begins: event loops are
+/// started as they are needed, and each scrape has a thread.
 const PIPES_AND_THREADS: &[libc::c_long] = &[
-    // Its flags are in memory, where a filter cannot look: it does not exist here (`ENOSYS`, see `restrict`), and the C
-    // library calls clone(2).
+    // Its flags are in memory, where a filter cannot look: it does not exist here (`ENOSYS`, see
+    // `restrict`), and the C library calls clone(2).
     libc::SYS_clone3,
     libc::SYS_epoll_create1,
     libc::SYS_eventfd2,
@@ -126,13 +129,18 @@ const FILES: &[libc::c_long] = &[
 /// Changes of files.
 const CHANGES: &[libc::c_long] = &[libc::SYS_inotify_add_watch, libc::SYS_inotify_init1];
 
-/// Leaves all threads of this process what `work` takes, and its children too. The process gets no new privileges.
+/// Leaves all threads of this process what `work` takes, and its children too. The process gets no
+/// new privileges.
 ///
 /// # Errors
 /// The kernel has no filters (`CONFIG_SECCOMP_FILTER`), or another thread has a filter of its own.
 pub(crate) fn restrict(work: Work) -> Result<(), CallsError> {
     if work == Work::Ports {
-        apply(vec![(libc::SYS_clone3, Vec::new())], SeccompAction::Allow, SeccompAction::Errno(ENOSYS))?;
+        apply(
+            vec![(libc::SYS_clone3, Vec::new())],
+            SeccompAction::Allow,
+            SeccompAction::Errno(ENOSYS),
+        )?;
     }
     apply(rules(work)?, SeccompAction::Errno(EPERM), SeccompAction::Allow)
 }
@@ -147,7 +155,8 @@ fn apply(
 ) -> Result<(), CallsError> {
     let rules: BTreeMap<i64, Vec<SeccompRule>> = rules.into_iter().collect();
     let architecture = std::env::consts::ARCH.try_into()?;
-    let program: BpfProgram = SeccompFilter::new(rules, otherwise, action, architecture)?.try_into()?;
+    let program: BpfProgram =
+        SeccompFilter::new(rules, otherwise, action, architecture)?.try_into()?;
     Ok(apply_filter_all_threads(&program)?)
 }
 
@@ -157,7 +166,8 @@ fn rules(work: Work) -> Result<Vec<(i64, Vec<SeccompRule>)>, seccompiler::Backen
         Work::Ports => &[ALWAYS, SOCKETS, PIPES_AND_THREADS, FILES],
         Work::Resolvers => &[ALWAYS, FILES, CHANGES],
     };
-    let mut rules: Vec<_> = lists.iter().copied().flatten().map(|call| (*call, Vec::new())).collect();
+    let mut rules: Vec<_> =
+        lists.iter().copied().flatten().map(|call| (*call, Vec::new())).collect();
     // No memory becomes program.
     let executable = libc::PROT_EXEC.unsigned_abs();
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
@@ -177,8 +187,10 @@ fn rules(work: Work) -> Result<Vec<(i64, Vec<SeccompRule>)>, seccompiler::Backen
         rules.push((libc::SYS_setsockopt, Vec::new()));
     }
     if work != Work::Engine {
-        // Files are read. `O_TMPFILE` contains `O_DIRECTORY`, and means nothing without a way to write.
-        let writing = libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC | libc::O_APPEND;
+        // Files are read. `O_TMPFILE` contains `O_DIRECTORY`, and means nothing without a way to
+        // write.
+        let writing =
+            libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC | libc::O_APPEND;
         rules.push((libc::SYS_openat, vec![without(2, writing.unsigned_abs())?]));
     }
     if work == Work::Ports {
@@ -191,8 +203,9 @@ fn rules(work: Work) -> Result<Vec<(i64, Vec<SeccompRule>)>, seccompiler::Backen
         let requests = [libc::FIONBIO, libc::FIOCLEX, libc::FIONREAD]
             .map(|request| equal(1, i32::try_from(request).unwrap_or_default()));
         rules.push((libc::SYS_ioctl, requests.into_iter().collect::<Result<_, _>>()?));
-        // `CAP_NET_ADMIN` is there for the sizes of buffers, and for nothing else: not for marks, which tell firewalls what may
-        // pass, and not for others' addresses. On other levels nobody asks for these numbers (but for TCP_REPAIR).
+        // `CAP_NET_ADMIN` is there for the sizes of buffers, and for nothing else: not for marks,
+        // which tell firewalls what may pass, and not for others' addresses. On other levels nobody
+        // asks for these numbers (but for TCP_REPAIR).
         let privileged = [libc::SO_MARK, libc::IP_TRANSPARENT, libc::IPV6_TRANSPARENT];
         let others = privileged.map(|option| condition(2, SeccompCmpOp::Ne, option));
         let others = SeccompRule::new(others.into_iter().collect::<Result<_, _>>()?)?;
@@ -225,5 +238,10 @@ fn without(argument: u8, bits: u32) -> Result<SeccompRule, seccompiler::BackendE
 /// Of these bits, the argument has those.
 fn masked(argument: u8, mask: u32, bits: u32) -> Result<SeccompRule, seccompiler::BackendError> {
     let how = SeccompCmpOp::MaskedEq(mask.into());
-    SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how, bits.into())?])
+    SeccompRule::new(vec![SeccompCondition::new(
+        argument,
+        SeccompCmpArgLen::Dword,
+        how,
+        bits.into(),
+    )?])
 }

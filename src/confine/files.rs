@@ -1,7 +1,8 @@
-//! Which files can be read, and which TCP ports connected to: a landlock domain (landlock(7), Linux 5.13).
+//! Which files can be read, and which TCP ports connected to: a landlock domain (landlock(7),
+//! Linux 5.13).
 //!
-//! As much of it as the kernel has: ports since 6.7, local sockets and signals since 6.12. It holds for the calling thread
-//! and those that it starts from then on.
+//! As much of it as the kernel has: ports since 6.7, local sockets and signals since 6.12. It holds
+//! for the calling thread and those that it starts from then on.
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, NetPort, Ruleset, RulesetAttr, RulesetCreatedAttr, Scope,
@@ -12,7 +13,8 @@ use std::path::Path;
 /// What the domain has.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Domain<'a> {
-    /// Files, and directories with all that is in them, that can be read. What is not there is left out.
+    /// Files, and directories with all that is in them, that can be read. What is not there is left
+    /// out.
     pub(crate) readable: &'a [&'a Path],
     /// TCP ports that can be connected to, of whatever address.
     pub(crate) connected: &'a [u16],

@@ -7,8 +7,8 @@
 //! | `slirp4netns` | by `--enable-sandbox` | none, by `--enable-sandbox` | [`Work::Engine`], by `--enable-seccomp` |
 //! | its process that follows resolv.conf | none | read: `/etc`, `/run`, and where the file leads | [`Work::Resolvers`] |
 //!
-//! Privileges and files are a thread's, and those that it starts inherit them: they go before there are other threads.
-//! System calls are filtered when all is set up, for all threads.
+//! Privileges and files are a thread's, and those that it starts inherit them: they go before there
+//! are other threads. System calls are filtered when all is set up, for all threads.
 
 mod calls;
 mod files;
@@ -38,14 +38,16 @@ pub(crate) struct PrivilegeError {
 pub(crate) fn drop_privileges(kept: CapabilitySet) -> Result<(), PrivilegeError> {
     let failed = |step| move |source| PrivilegeError { step, source };
     set_no_new_privs(true).map_err(failed("no new privileges"))?;
-    // As long as one may: without new privileges the set means nothing any more, so that is not worth failing for.
+    // As long as one may: without new privileges the set means nothing any more, so that is not
+    // worth failing for.
     for capability in CapabilitySet::all().difference(kept).iter() {
         let _ = remove_capability_from_bounding_set(capability);
     }
     clear_ambient_capability_set().map_err(failed("clear the ambient capabilities"))?;
     let permitted = capabilities(None).map_err(failed("read the capabilities"))?.permitted;
     let kept = permitted.intersection(kept);
-    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    let sets =
+        CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(failed("drop the capabilities"))
 }
 
@@ -57,7 +59,8 @@ pub(crate) fn engine_is_ready() -> Result<(), CallsError> {
     calls::restrict(Work::Engine)
 }
 
-/// What a proxy reads: what the page of metrics tells of this process (`procfs`), and how large buffers may be.
+/// What a proxy reads: what the page of metrics tells of this process (`procfs`), and how large
+/// buffers may be.
 const OWN_FIGURES: [&str; 5] = [
     "/proc/self",
     "/proc/stat",
@@ -66,22 +69,26 @@ const OWN_FIGURES: [&str; 5] = [
     "/proc/sys/net/ipv4/ip_local_port_range",
 ];
 
-/// What libraries ask the kernel once, when they first need it: they could not any more (`/proc/self/auxv`, prctl(2)).
+/// What libraries ask the kernel once, when they first need it: they could not any more
+/// (`/proc/self/auxv`, prctl(2)).
 fn ask_beforehand() {
     let _ = rustix::param::page_size();
 }
 
-/// Confines a process that carries connections and datagrams from sockets that are bound to TCP ports `connected`, and to
-/// UDP ports: to be called before it has other threads. [`proxy_is_ready`] is the second step.
+/// Confines a process that carries connections and datagrams from sockets that are bound to TCP
+/// ports `connected`, and to UDP ports: to be called before it has other threads.
+/// [`proxy_is_ready`] is the second step.
 pub(crate) fn proxy_begins(connected: &[u16]) {
     ask_beforehand();
-    // Without the first, pipes are small where a user has many (pipe(7), pipe-user-pages-soft), and without the second
-    // receive buffers (socket(7), SO_RCVBUFFORCE); the filter of system calls takes away what else they are good for.
+    // Without the first, pipes are small where a user has many (pipe(7), pipe-user-pages-soft), and
+    // without the second receive buffers (socket(7), SO_RCVBUFFORCE); the filter of system calls
+    // takes away what else they are good for.
     warn(drop_privileges(CapabilitySet::SYS_RESOURCE | CapabilitySet::NET_ADMIN));
     warn(files::restrict(Domain { readable: &OWN_FIGURES.map(Path::new), connected }));
 }
 
-/// The same for one that makes sockets with clients' addresses, and in containers' namespaces: it keeps what that takes.
+/// The same for one that makes sockets with clients' addresses, and in containers' namespaces: it
+/// keeps what that takes.
 pub(crate) fn privileged_proxy_begins() {
     let kept = CapabilitySet::SYS_RESOURCE
         | CapabilitySet::NET_ADMIN
@@ -108,7 +115,8 @@ pub(crate) fn follower(path: &Path) {
     ask_beforehand();
     let target = std::fs::canonicalize(path).ok();
     let places = [Path::new("/etc"), Path::new("/run")];
-    let places: Vec<&Path> = places.into_iter().chain(target.as_deref().and_then(Path::parent)).collect();
+    let places: Vec<&Path> =
+        places.into_iter().chain(target.as_deref().and_then(Path::parent)).collect();
     warn(drop_privileges(CapabilitySet::empty()));
     warn(files::restrict(Domain { readable: &places, connected: &[] }));
     warn(calls::restrict(Work::Resolvers));

@@ -2,9 +2,10 @@
 //!
 //! The filter is a level (`debug`) or a list of `target=level` (`info,tidegate_proxy=debug`).
 //!
-//! What an event is about it says in fields, whose names are the same everywhere: `publish` for a published port, `network`, `endpoint` for a container. Who the
-//! peers are, and what names are looked up, is nobody's business above DEBUG. Warnings and errors that repeat themselves are counted
-//! instead ([`repeats`]).
+//! What an event is about it says in fields, whose names are the same everywhere: `publish` for a
+//! published port, `network`, `endpoint` for a container. Who the peers are, and what names are
+//! looked up, is nobody's business above DEBUG. Warnings and errors that repeat themselves are
+//! counted instead ([`repeats`]).
 
 mod repeats;
 
@@ -69,7 +70,9 @@ pub enum LogError {
 pub fn format(asked: Option<Format>) -> Result<Format, LogError> {
     match (asked, std::env::var(FORMAT_VARIABLE)) {
         (Some(asked), _) => Ok(asked),
-        (None, Ok(value)) if !value.is_empty() => value.parse().map_err(|()| LogError::Format(value)),
+        (None, Ok(value)) if !value.is_empty() => {
+            value.parse().map_err(|()| LogError::Format(value))
+        }
         (None, _) => Ok(Format::default()),
     }
 }
@@ -87,7 +90,9 @@ pub fn init(default: LevelFilter, format: Format) -> Result<(), LogError> {
     };
     let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let output = match format {
-        Format::Human => output.with_ansi(std::io::stderr().is_terminal()).with_target(false).boxed(),
+        Format::Human => {
+            output.with_ansi(std::io::stderr().is_terminal()).with_target(false).boxed()
+        }
         Format::Json => {
             output.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
         }

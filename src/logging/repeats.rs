@@ -1,13 +1,15 @@
 //! Warnings and errors that repeat themselves: said once, and counted from then on.
 //!
 //! # Theory of operation
-//! Two events are the same when they come from the same place in the source and all that they say in words is the same; numbers may differ. The first is
-//! let through and opens a window of [`WINDOW`]. Those that follow within it are counted, and when it closes one line says how many there were
-//! ("repeated 412 times in 60 s") and the next window opens. A window in which nothing has happened closes for good, and what comes after that is a first
-//! one again.
+//! Two events are the same when they come from the same place in the source and all that they say
+//! in words is the same; numbers may differ. The first is let through and opens a window of
+//! [`WINDOW`]. Those that follow within it are counted, and when it closes one line says how many
+//! there were ("repeated 412 times in 60 s") and the next window opens. A window in which nothing
+//! has happened closes for good, and what comes after that is a first one again.
 //!
-//! [`Table`] is pure and bounded: for a new event at the limit that window closes early which would have closed first. A thread sees to it that windows
-//! close in time; there is none before something repeats itself.
+//! [`Table`] is pure and bounded: for a new event at the limit that window closes early which would
+//! have closed first. A thread sees to it that windows close in time; there is none before
+//! something repeats itself.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -70,7 +72,8 @@ impl Table {
         Self { windows: BTreeMap::new(), limit }
     }
 
-    /// Whether `said` is to be said now, and what has to be told because it could not be counted any more.
+    /// Whether `said` is to be said now, and what has to be told because it could not be counted
+    /// any more.
     fn note(&mut self, said: Said, now: Instant) -> (bool, Option<Repeated>) {
         if let Some(window) = self.windows.get_mut(&said) {
             window.times += 1;
@@ -179,9 +182,9 @@ fn keep() {
         }
         let left = open.next().map(|next| next.saturating_duration_since(Instant::now()));
         open = match left {
-            Some(left) => {
-                REPEATS.wait_timeout(open, left).map_or_else(|lost| lost.into_inner().0, |(open, _)| open)
-            }
+            Some(left) => REPEATS
+                .wait_timeout(open, left)
+                .map_or_else(|lost| lost.into_inner().0, |(open, _)| open),
             None => REPEATS.wait(open).unwrap_or_else(PoisonError::into_inner),
         };
     }
@@ -214,7 +217,8 @@ impl Said {
             // Writing to a String does not fail.
             name => drop(write!(self.text, " {name}={value}")),
         }
-        let end = (0..=LONGEST.min(self.text.len())).rev().find(|end| self.text.is_char_boundary(*end));
+        let end =
+            (0..=LONGEST.min(self.text.len())).rev().find(|end| self.text.is_char_boundary(*end));
         self.text.truncate(end.unwrap_or(0));
     }
 }
@@ -242,7 +246,14 @@ mod tests {
 
     fn said(text: &str) -> Said {
         let place = (Some("x.rs"), Some(1));
-        Said { error: false, place, text: text.into(), publish: None, network: None, endpoint: None }
+        Said {
+            error: false,
+            place,
+            text: text.into(),
+            publish: None,
+            network: None,
+            endpoint: None,
+        }
     }
 
     #[test]
@@ -257,7 +268,10 @@ mod tests {
         }
         assert_eq!(table.next(), Some(after(60)));
         let told = table.close(after(60));
-        assert_eq!(told, [Repeated { said: said("lost"), times: 59, within: Duration::from_secs(60) }]);
+        assert_eq!(
+            told,
+            [Repeated { said: said("lost"), times: 59, within: Duration::from_secs(60) }]
+        );
         // It goes on, and is not said again, but counted.
         assert_eq!(table.note(said("lost"), after(61)), (false, None));
         assert_eq!(table.close(after(120))[0].times, 1);

@@ -9,12 +9,13 @@
 //! ```
 //!
 //! A client is *silent* until its request is complete. There is always room for a new one: at the
-//! limit of silent clients, the oldest one of the largest holder is evicted. A *holder* is everybody
-//! who shares a limit: a local user, or an address ([`Holder`]).
+//! limit of silent clients, the oldest one of the largest holder is evicted. A *holder* is
+//! everybody who shares a limit: a local user, or an address ([`Holder`]).
 //!
-//! A holder may have one more answer as long as [`may_take`] says so: one greedy holder gets two thirds,
-//! and the rest stays free for others without a running answer being cut. Where several greedy holders leave no place free,
-//! the oldest answer of the largest holder yields to a holder that has fewer.
+//! A holder may have one more answer as long as [`may_take`] says so: one greedy holder gets two
+//! thirds, and the rest stays free for others without a running answer being cut. Where several
+//! greedy holders leave no place free, the oldest answer of the largest holder yields to a holder
+//! that has fewer.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -90,7 +91,9 @@ impl Clients {
 
     /// The request of the silent client `id` is complete.
     pub(super) fn begin(&mut self, id: Id) -> Begin {
-        let Some(holder) = self.clients.get(&id).map(|client| client.holder) else { return Begin::Refuse };
+        let Some(holder) = self.clients.get(&id).map(|client| client.holder) else {
+            return Begin::Refuse;
+        };
         let by = self.by_holder(true);
         let held = by.get(&holder).copied().unwrap_or(0);
         let free = self.answers.saturating_sub(self.count(true));
@@ -125,7 +128,10 @@ impl Clients {
 
     /// The holder that has most clients.
     pub(super) fn largest(&self, answered: bool) -> Option<Holder> {
-        self.by_holder(answered).into_iter().max_by_key(|(_, count)| *count).map(|(holder, _)| holder)
+        self.by_holder(answered)
+            .into_iter()
+            .max_by_key(|(_, count)| *count)
+            .map(|(holder, _)| holder)
     }
 
     fn count(&self, answered: bool) -> usize {
@@ -144,8 +150,9 @@ impl Clients {
     fn evict(&mut self, answered: bool) -> Option<(Id, Holder)> {
         let by = self.by_holder(answered);
         let largest = by.values().copied().max()?;
-        let is_its =
-            |client: &Client| client.answered == answered && by.get(&client.holder) == Some(&largest);
+        let is_its = |client: &Client| {
+            client.answered == answered && by.get(&client.holder) == Some(&largest)
+        };
         let (id, holder) = self
             .clients
             .iter()

@@ -39,7 +39,8 @@ fn answer(method: &str, target: &str) -> Request {
         None => target,
     };
     let (status, body) = match path.split('?').next().unwrap_or_default() {
-        // To HEAD without its length: RFC 9110 section 8.6 allows a server to leave out what only generating the content shows.
+        // To HEAD without its length: RFC 9110 section 8.6 allows a server to leave out what only
+        // generating the content shows.
         "/metrics" if method == "HEAD" => return Request::Answered(head("200 OK", "", None)),
         "/metrics" => return Request::Page,
         "/" => ("200 OK", "tidegate's metrics are at /metrics\n"),
@@ -87,15 +88,22 @@ mod tests {
         for end in 0..request.len() {
             assert_eq!(read(&request[..end], false), Request::Incomplete, "{end}");
         }
-        assert!(matches!(read(&request[..9], true), Request::Answered(answer) if answer.contains(" 400 ")));
+        assert!(
+            matches!(read(&request[..9], true), Request::Answered(answer) if answer.contains(" 400 "))
+        );
     }
 
     #[test]
     fn head_is_answered_like_get_and_without_content() {
-        for (path, status) in [("/metrics", "200 OK"), ("/", "200 OK"), ("/elsewhere", "404 Not Found")] {
+        for (path, status) in
+            [("/metrics", "200 OK"), ("/", "200 OK"), ("/elsewhere", "404 Not Found")]
+        {
             let answer = answered(&format!("HEAD {path} HTTP/1.1\r\n\r\n"));
             assert!(answer.starts_with(&format!("HTTP/1.1 {status}\r\n")), "{answer}");
-            assert!(answer.ends_with("\r\n\r\n") && answer.matches("\r\n\r\n").count() == 1, "{answer}");
+            assert!(
+                answer.ends_with("\r\n\r\n") && answer.matches("\r\n\r\n").count() == 1,
+                "{answer}"
+            );
         }
         let get = answered("GET / HTTP/1.1\r\n\r\n");
         assert!(get.starts_with(&answered("HEAD / HTTP/1.1\r\n\r\n")));

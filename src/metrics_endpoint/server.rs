@@ -1,5 +1,5 @@
-//! The metrics listener: one thread accepts clients and reads their requests, and each page is sent by
-//! a thread of its own.
+//! The metrics listener: one thread accepts clients and reads their requests, and each page is sent
+//! by a thread of its own.
 //!
 //! Which client yields at a limit is decided by [`Clients`]. A client on this host is known by its
 //! user, because all local clients have the same address; others by their address.
@@ -93,8 +93,8 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Answers the clients of `listener` that `acl` does not deny. Without `peers`, all clients on this
-    /// host are one holder.
+    /// Answers the clients of `listener` that `acl` does not deny. Without `peers`, all clients on
+    /// this host are one holder.
     ///
     /// # Errors
     /// What fcntl(2) says.
@@ -108,7 +108,15 @@ impl Server {
         let shared = Shared { clients: Clients::new(SILENT, ANSWERS), answered: BTreeMap::new() };
         gauge!(LIMIT).set(shared.clients.limit() as f64);
         let shared = Arc::new(Mutex::new(shared));
-        Ok(Self { listener, acl, page, peers, shared, silent: BTreeMap::new(), counts: Counts::new() })
+        Ok(Self {
+            listener,
+            acl,
+            page,
+            peers,
+            shared,
+            silent: BTreeMap::new(),
+            counts: Counts::new(),
+        })
     }
 
     /// Serves until the process ends.
@@ -174,13 +182,16 @@ impl Server {
     fn holder(&self, stream: &TcpStream, address: SocketAddr) -> Holder {
         let client = canonical(address);
         let local = stream.local_addr().map(canonical);
-        let is_here =
-            client.ip().is_loopback() || local.as_ref().is_ok_and(|local| local.ip() == client.ip());
+        let is_here = client.ip().is_loopback()
+            || local.as_ref().is_ok_and(|local| local.ip() == client.ip());
         if !is_here {
             return Holder::Address(share_of(client.ip()));
         }
-        let user =
-            self.peers.as_ref().zip(local.ok()).and_then(|(peers, local)| peers.user_of(client, local));
+        let user = self
+            .peers
+            .as_ref()
+            .zip(local.ok())
+            .and_then(|(peers, local)| peers.user_of(client, local));
         user.map_or(Holder::Local, Holder::User)
     }
 
@@ -232,7 +243,10 @@ impl Server {
             Begin::Refuse => {
                 let largest = shared.clients.largest(true);
                 drop(shared);
-                say(&stream, &http::whole("503 Service Unavailable", "", "too many scrapes at once\n"));
+                say(
+                    &stream,
+                    &http::whole("503 Service Unavailable", "", "too many scrapes at once\n"),
+                );
                 return self.counts.refused(Refusal::Answers, largest);
             }
         }
@@ -252,8 +266,12 @@ impl Server {
     /// Sends those away who have not asked in time.
     fn expire(&mut self) {
         let now = Instant::now();
-        let late: Vec<_> =
-            self.silent.iter().filter(|(_, client)| client.until <= now).map(|(id, _)| *id).collect();
+        let late: Vec<_> = self
+            .silent
+            .iter()
+            .filter(|(_, client)| client.until <= now)
+            .map(|(id, _)| *id)
+            .collect();
         for id in late {
             self.forget(id);
             self.counts.refused(Refusal::Timeout, None);
@@ -280,7 +298,10 @@ impl Counts {
     fn new() -> Self {
         describe_gauge!(CLIENTS, "Clients of the metrics listener.");
         describe_gauge!(LIMIT, "Clients that the metrics listener may have.");
-        describe_counter!(REFUSED, "Clients of the metrics listener that were sent away at a limit.");
+        describe_counter!(
+            REFUSED,
+            "Clients of the metrics listener that were sent away at a limit."
+        );
         Self {
             clients: gauge!(CLIENTS),
             refused: Refusal::ALL.map(|reason| counter!(REFUSED, "reason" => reason.as_str())),

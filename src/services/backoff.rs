@@ -4,7 +4,8 @@ use super::Exit;
 use crate::compose::Restart;
 use std::time::Duration;
 
-/// The first pause, doubled with each restart. As dockerd's restart manager, so that Compose files behave alike.
+/// The first pause, doubled with each restart. As dockerd's restart manager, so that Compose files
+/// behave alike.
 const FIRST: Duration = Duration::from_millis(100);
 
 /// The longest pause.
@@ -31,8 +32,8 @@ impl Restarts {
         self.count
     }
 
-    /// The pause before the next start of a service that ended so after having run for `ran`; `None` if it is
-    /// not to be started again.
+    /// The pause before the next start of a service that ended so after having run for `ran`;
+    /// `None` if it is not to be started again.
     pub(super) fn next(&mut self, exit: Exit, ran: Duration) -> Option<Duration> {
         let again = match self.policy {
             Restart::No => false,
@@ -62,9 +63,12 @@ mod tests {
     #[test]
     fn pauses_double_up_to_a_minute() {
         let mut restarts = Restarts::new(Restart::Always);
-        let pauses: Vec<u128> =
-            (0..12).filter_map(|_| restarts.next(FAILED, AT_ONCE)).map(|pause| pause.as_millis()).collect();
-        let expected = [100, 200, 400, 800, 1600, 3200, 6400, 12_800, 25_600, 51_200, 60_000, 60_000];
+        let pauses: Vec<u128> = (0..12)
+            .filter_map(|_| restarts.next(FAILED, AT_ONCE))
+            .map(|pause| pause.as_millis())
+            .collect();
+        let expected =
+            [100, 200, 400, 800, 1600, 3200, 6400, 12_800, 25_600, 51_200, 60_000, 60_000];
         assert_eq!(pauses, expected);
         assert_eq!(restarts.count(), 12);
     }

@@ -1,8 +1,9 @@
 //! The directory `RUN_DIR/services/NAME/` of a service: its own `hosts`, `resolv.conf`, `hostname`
 //! and `nsswitch.conf`.
 //!
-//! Whoever made it holds a lock on it for as long as it lives. What is not locked has been left behind, and
-//! [`sweep`] removes it. The files need no more: they are shown to the service in its own mounts, which go with it.
+//! Whoever made it holds a lock on it for as long as it lives. What is not locked has been left
+//! behind, and [`sweep`] removes it. The files need no more: they are shown to the service in its
+//! own mounts, which go with it.
 
 use super::{ServiceError, ServiceSpec, nsswitch};
 use rustix::fs::{FlockOperation, flock};
@@ -33,7 +34,8 @@ pub(super) struct ServiceFiles {
 }
 
 impl ServiceFiles {
-    /// Makes the directory and writes the files: 0755 and 0644 whatever the umask, since services may give up root.
+    /// Makes the directory and writes the files: 0755 and 0644 whatever the umask, since services
+    /// may give up root.
     pub(super) fn create(run_dir: &Path, spec: &ServiceSpec) -> Result<Self, ServiceError> {
         let services = run_dir.join(SERVICES);
         let path = services.join(&spec.name);
@@ -41,14 +43,20 @@ impl ServiceFiles {
             let (service, path) = (spec.name.clone(), path.to_owned());
             |source| ServiceError::Files { service, path, source }
         };
-        DirBuilder::new().recursive(true).mode(0o755).create(&services).map_err(failed(&services))?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&services)
+            .map_err(failed(&services))?;
         let lock = claim(&path).map_err(failed(&path))?;
-        let lock =
-            lock.ok_or_else(|| ServiceError::Busy { service: spec.name.clone(), path: path.clone() })?;
+        let lock = lock
+            .ok_or_else(|| ServiceError::Busy { service: spec.name.clone(), path: path.clone() })?;
         let files = Self { path, _lock: lock };
-        fs::set_permissions(&files.path, Permissions::from_mode(0o755)).map_err(failed(&files.path))?;
+        fs::set_permissions(&files.path, Permissions::from_mode(0o755))
+            .map_err(failed(&files.path))?;
         let hostname = format!("{}\n", spec.hostname);
-        for ((name, _), text) in SHOWN.into_iter().zip([&spec.hosts, &spec.resolv_conf, &hostname]) {
+        for ((name, _), text) in SHOWN.into_iter().zip([&spec.hosts, &spec.resolv_conf, &hostname])
+        {
             let path = files.path.join(name);
             write(&path, text).map_err(failed(&path))?;
         }
@@ -73,7 +81,8 @@ impl Drop for ServiceFiles {
     }
 }
 
-/// Makes the directory, or takes over one that was left behind, and locks it; `None` if somebody else holds it.
+/// Makes the directory, or takes over one that was left behind, and locks it; `None` if somebody
+/// else holds it.
 fn claim(path: &Path) -> io::Result<Option<File>> {
     for _ in 0..TRIES {
         match DirBuilder::new().mode(0o755).create(path) {
@@ -116,9 +125,11 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(0o644))
 }
 
-/// Removes the directories of services whose supervisor was killed, and says how many. Those of living ones stay.
+/// Removes the directories of services whose supervisor was killed, and says how many. Those of
+/// living ones stay.
 ///
-/// Nothing else needs sweeping: processes, namespaces and mounts of a service go with its supervisor.
+/// Nothing else needs sweeping: processes, namespaces and mounts of a service go with its
+/// supervisor.
 ///
 /// # Errors
 /// A directory that cannot be read or removed. The others are swept all the same.
@@ -178,7 +189,10 @@ mod tests {
         let path = run_dir.path().join("services/web");
         assert_eq!(files.path(), path);
         assert_eq!(fs::read_to_string(path.join("hostname")).unwrap(), "web-host\n");
-        assert_eq!(fs::read_to_string(path.join("resolv.conf")).unwrap(), "nameserver 127.0.0.11\n");
+        assert_eq!(
+            fs::read_to_string(path.join("resolv.conf")).unwrap(),
+            "nameserver 127.0.0.11\n"
+        );
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&path), mode(&path.join("hosts"))), (0o755, 0o644));
         drop(files);

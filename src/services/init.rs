@@ -1,8 +1,8 @@
 //! `tidegate service-init`: the first process of a service's PID namespace. Not for people.
 //!
-//! One thread, no runtime. All signals are blocked from before it is executed and read from a descriptor, so none
-//! is lost; the command gets them unblocked. Standard input is the socket to the supervisor, standard output and error
-//! are the service's.
+//! One thread, no runtime. All signals are blocked from before it is executed and read from a
+//! descriptor, so none is lost; the command gets them unblocked. Standard input is the socket to
+//! the supervisor, standard output and error are the service's.
 
 mod mounts;
 mod name_services;
@@ -14,7 +14,9 @@ use crate::{EXIT_FAILURE, EXIT_USAGE};
 use name_services::NameServices;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process_group, test_kill_process_group, wait};
+use rustix::process::{
+    Pid, Signal, WaitOptions, getpid, kill_process_group, test_kill_process_group, wait,
+};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -39,7 +41,8 @@ const FORWARDED: [i32; 8] = [
     libc::SIGCONT,
 ];
 
-/// The whole of it. Ends when the command has, and the kernel then kills what the command has left behind.
+/// The whole of it. Ends when the command has, and the kernel then kills what the command has left
+/// behind.
 pub fn main() -> ExitCode {
     if !getpid().is_init() {
         let _ = writeln!(
@@ -48,7 +51,8 @@ pub fn main() -> ExitCode {
         );
         return ExitCode::from(EXIT_USAGE);
     }
-    // SAFETY: standard input is ours, nothing else in this process reads it, and it stays open to the end.
+    // SAFETY: standard input is ours, nothing else in this process reads it, and it stays open to
+    // the end.
     let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
     // Without an order there is nobody to tell.
     let Ok(order) = receive::<Order>(&socket) else { return ExitCode::from(EXIT_FAILURE) };
@@ -62,19 +66,22 @@ pub fn main() -> ExitCode {
 }
 
 fn run(socket: &UnixStream, order: &Order) -> Result<(), Report> {
-    // Not before the order has come, see `launch`. Had the supervisor died by now, the socket would say so below.
+    // Not before the order has come, see `launch`. Had the supervisor died by now, the socket would
+    // say so below.
     let asked = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     step("ask to die with tidegate", asked)?;
     step("make a session", rustix::process::setsid())?;
-    // SAFETY: the number is that of a descriptor which the supervisor left open for us and nothing else here owns.
+    // SAFETY: the number is that of a descriptor which the supervisor left open for us and nothing
+    // else here owns.
     let namespace = unsafe { OwnedFd::from_raw_fd(order.namespace) };
     let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
     step("enter the network namespace", entered)?;
     drop(namespace);
-    // Whatever tidegate was given open by its own parent. Before Linux 5.11 the flag is unknown, and it stays.
-    // SAFETY: a system call that marks descriptors of this process; it closes none.
+    // Whatever tidegate was given open by its own parent. Before Linux 5.11 the flag is unknown,
+    // and it stays. SAFETY: a system call that marks descriptors of this process; it closes none.
     unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
-    // SAFETY: this process has one thread, which shares its mounts and host name with nobody in here.
+    // SAFETY: this process has one thread, which shares its mounts and host name with nobody in
+    // here.
     let unshared = unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::NEWUTS) };
     step("make own mounts and host name", unshared)?;
     step(
@@ -104,7 +111,9 @@ fn reason(what: &str, error: Errno) -> String {
     let said = without_numbers(&error.to_string());
     match error {
         Errno::PERM => {
-            format!("{what}: {said}; needs CAP_SYS_ADMIN: run as root, or in a user namespace that has it")
+            format!(
+                "{what}: {said}; needs CAP_SYS_ADMIN: run as root, or in a user namespace that has it"
+            )
         }
         _ => format!("{what}: {said}"),
     }
@@ -114,12 +123,20 @@ fn reason(what: &str, error: Errno) -> String {
 fn start(order: &Order) -> Result<Pid, Report> {
     let directory = order.working_dir.display();
     std::env::set_current_dir(&order.working_dir).map_err(|error| {
-        Report::SetUpFailed(format!("working directory {directory}: {}", without_numbers(&error.to_string())))
+        Report::SetUpFailed(format!(
+            "working directory {directory}: {}",
+            without_numbers(&error.to_string())
+        ))
     })?;
     let (program, arguments) =
         order.command.split_first().ok_or_else(|| Report::CannotRun("no command".to_owned()))?;
     let mut command = Command::new(program);
-    command.args(arguments).env_clear().envs(&order.environment).stdin(Stdio::null()).process_group(0);
+    command
+        .args(arguments)
+        .env_clear()
+        .envs(&order.environment)
+        .stdin(Stdio::null())
+        .process_group(0);
     // SAFETY: the closure makes one system call and neither allocates nor locks.
     unsafe {
         command.pre_exec(|| {
@@ -133,7 +150,9 @@ fn start(order: &Order) -> Result<Pid, Report> {
             io::ErrorKind::NotFound if program.contains('/') => {
                 format!("{said}; name a program that exists")
             }
-            io::ErrorKind::NotFound => format!("{said} in PATH; install it, or name it by its path"),
+            io::ErrorKind::NotFound => {
+                format!("{said} in PATH; install it, or name it by its path")
+            }
             io::ErrorKind::PermissionDenied => format!("{said}; is it an executable file?"),
             _ => said,
         })
@@ -144,7 +163,8 @@ fn start(order: &Order) -> Result<Pid, Report> {
 /// Lets every signal through to the calling thread and what it executes. Async-signal-safe.
 fn unblock_signals() {
     let mut none = MaybeUninit::uninit();
-    // SAFETY: `sigemptyset` initialises the set that the second call reads; neither can fail on valid pointers.
+    // SAFETY: `sigemptyset` initialises the set that the second call reads; neither can fail on
+    // valid pointers.
     unsafe {
         libc::sigemptyset(none.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
@@ -154,7 +174,8 @@ fn unblock_signals() {
 /// All signals that matter here, as a descriptor.
 fn signals() -> Result<File, Errno> {
     let mut set = MaybeUninit::uninit();
-    // SAFETY: `sigemptyset` initialises the set that the others read; the numbers are those of signals.
+    // SAFETY: `sigemptyset` initialises the set that the others read; the numbers are those of
+    // signals.
     let fd = unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for signal in FORWARDED.into_iter().chain([libc::SIGCHLD]) {
@@ -185,7 +206,8 @@ fn attend(
         if exit.is_some() && !(asked_to_end && test_kill_process_group(command).is_ok()) {
             return exit;
         }
-        let mut ready = vec![PollFd::new(signals, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
+        let mut ready =
+            vec![PollFd::new(signals, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
         ready.extend(name_services.events().map(|events| PollFd::new(events, PollFlags::IN)));
         match poll(&mut ready, None) {
             Err(Errno::INTR) => continue,

@@ -1,10 +1,11 @@
 //! Starts a service's init as the first process of a new PID namespace.
 //!
-//! `unshare(CLONE_NEWPID)` concerns the *children* that the calling thread makes from then on, and undoing it takes
-//! privileges that a rootless caller lacks. So a thread of its own does it, starts the init, and ends. The init asks
-//! for `PR_SET_PDEATHSIG` only when its order has come, which is after the kernel has released that thread
-//! ([`in_ended_thread`]): by then its parent is the process's main thread (`find_alive_thread` of `kernel/exit.c`: the
-//! first in the list that lives), whichever thread called here.
+//! `unshare(CLONE_NEWPID)` concerns the *children* that the calling thread makes from then on, and
+//! undoing it takes privileges that a rootless caller lacks. So a thread of its own does it, starts
+//! the init, and ends. The init asks for `PR_SET_PDEATHSIG` only when its order has come, which is
+//! after the kernel has released that thread ([`in_ended_thread`]): by then its parent is the
+//! process's main thread (`find_alive_thread` of `kernel/exit.c`: the first in the list that
+//! lives), whichever thread called here.
 
 use super::protocol::Order;
 use crate::services::ServiceSpec;
@@ -63,7 +64,8 @@ pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched>
     let runtime = Handle::current();
     let mut init = in_ended_thread(|| {
         let _runtime = runtime.enter();
-        // SAFETY: nothing that this thread shares with others changes, only where its children are born.
+        // SAFETY: nothing that this thread shares with others changes, only where its children are
+        // born.
         unsafe { unshare_unsafe(UnshareFlags::NEWPID) }?;
         command.spawn()
     })??;
@@ -71,10 +73,12 @@ pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched>
     Ok(Launched { init, socket, stdout, stderr })
 }
 
-/// Calls `call` in a thread of its own, and returns when the kernel has released that thread and handed on its children.
+/// Calls `call` in a thread of its own, and returns when the kernel has released that thread and
+/// handed on its children.
 ///
-/// Joining is not enough: the kernel wakes who joins (`mm_release`) before it looks which children want a signal at
-/// the thread's end (`exit_notify`). A child that asks for one in between is killed.
+/// Joining is not enough: the kernel wakes who joins (`mm_release`) before it looks which children
+/// want a signal at the thread's end (`exit_notify`). A child that asks for one in between is
+/// killed.
 fn in_ended_thread<T: Send>(call: impl FnOnce() -> T + Send) -> io::Result<T> {
     let (tid, result) = std::thread::scope(|scope| scope.spawn(|| (gettid(), call())).join())
         .map_err(|_| io::Error::other("the starting thread panicked"))?;
@@ -82,7 +86,10 @@ fn in_ended_thread<T: Send>(call: impl FnOnce() -> T + Send) -> io::Result<T> {
     let deadline = Instant::now() + THREAD_ENDS;
     while task.try_exists()? {
         if Instant::now() > deadline {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "the starting thread does not end"));
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the starting thread does not end",
+            ));
         }
         std::thread::yield_now();
     }
@@ -92,7 +99,8 @@ fn in_ended_thread<T: Send>(call: impl FnOnce() -> T + Send) -> io::Result<T> {
 /// Blocks every signal for the calling thread and what it executes. Async-signal-safe.
 fn block_signals() {
     let mut all = MaybeUninit::uninit();
-    // SAFETY: `sigfillset` initialises the set that the second call reads; neither can fail on valid pointers.
+    // SAFETY: `sigfillset` initialises the set that the second call reads; neither can fail on
+    // valid pointers.
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), std::ptr::null_mut());

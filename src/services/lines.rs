@@ -1,8 +1,9 @@
 //! From the bytes that a service writes to lines that a terminal can be trusted with. Pure.
 //!
-//! A line is what a newline ends, or [`MAX_LINE`] bytes. Invalid UTF-8 becomes U+FFFD. Of control characters only
-//! the tab stays, of escape sequences only SGR (colours), so that no service can move the cursor, retitle the
-//! window, paste, or make its text look like another's. A sequence is removed as a whole, parameters and all.
+//! A line is what a newline ends, or [`MAX_LINE`] bytes. Invalid UTF-8 becomes U+FFFD. Of control
+//! characters only the tab stays, of escape sequences only SGR (colours), so that no service can
+//! move the cursor, retitle the window, paste, or make its text look like another's. A sequence is
+//! removed as a whole, parameters and all.
 
 /// The longest line, in bytes; what is longer is told in pieces.
 pub(super) const MAX_LINE: usize = 16 * 1024;
@@ -53,10 +54,12 @@ impl Splitter {
     }
 }
 
-/// Where to cut a window of one byte more than a line may have: not inside a character, if it is one.
+/// Where to cut a window of one byte more than a line may have: not inside a character, if it is
+/// one.
 fn cut(window: &[u8]) -> usize {
     let continues = |at: &usize| window[*at] & 0b1100_0000 == 0b1000_0000;
-    // A character has at most three bytes that continue it; with more it is none, and any place is as good.
+    // A character has at most three bytes that continue it; with more it is none, and any place is
+    // as good.
     (MAX_LINE - 3..=MAX_LINE).rev().find(|at| !continues(at)).unwrap_or(MAX_LINE)
 }
 
@@ -98,7 +101,8 @@ fn escape(text: &str) -> usize {
     let run = |from: usize, first: u8, last: u8| {
         from + bytes[from..].iter().take_while(|&&byte| (first..=last).contains(&byte)).count()
     };
-    // The byte that ends the sequence, if there is one: otherwise it was cut off, and what is there is all.
+    // The byte that ends the sequence, if there is one: otherwise it was cut off, and what is there
+    // is all.
     let ended = |at: usize, first: u8| match bytes.get(at) {
         Some(byte) if (first..=0x7e).contains(byte) => at + 1,
         _ => at,
@@ -116,7 +120,9 @@ fn escape(text: &str) -> usize {
 /// Whether the sequence behind an ESC is SGR: `[`, numbers, `m`.
 fn is_colour(sequence: &str) -> bool {
     let numbers = sequence.strip_prefix('[').and_then(|rest| rest.strip_suffix('m'));
-    numbers.is_some_and(|numbers| numbers.bytes().all(|byte| byte.is_ascii_digit() || b";:".contains(&byte)))
+    numbers.is_some_and(|numbers| {
+        numbers.bytes().all(|byte| byte.is_ascii_digit() || b";:".contains(&byte))
+    })
 }
 
 #[cfg(test)]

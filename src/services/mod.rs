@@ -10,15 +10,18 @@
 //! the command    leads a process group; whatever it forks stays in the PID namespace
 //! ```
 //!
-//! A service is started by this program executing itself as a tiny init (`init`), the first process of a new PID
-//! namespace. Set-up happens there, in an ordinary process with one thread, and so each failing step can be named. The
-//! init then starts the command, forwards signals to its process group, reaps orphans and tells how the command ended.
+//! A service is started by this program executing itself as a tiny init (`init`), the first process
+//! of a new PID namespace. Set-up happens there, in an ordinary process with one thread, and so
+//! each failing step can be named. The init then starts the command, forwards signals to its
+//! process group, reaps orphans and tells how the command ended.
 //!
-//! When the init ends, the kernel kills all that is left in its PID namespace, daemonised grandchildren included, and lets
-//! nobody reap the init before. So one `SIGKILL` and one `wait` are a complete end. The init ends with the command, by
-//! the supervisor's signal, when the supervisor dies (`PR_SET_PDEATHSIG`), and when its socket closes.
+//! When the init ends, the kernel kills all that is left in its PID namespace, daemonised
+//! grandchildren included, and lets nobody reap the init before. So one `SIGKILL` and one `wait`
+//! are a complete end. The init ends with the command, by the supervisor's signal, when the
+//! supervisor dies (`PR_SET_PDEATHSIG`), and when its socket closes.
 //!
-//! A service moves `Starting -> Running -> (Restarting -> Starting ...) -> Ended`, and from `Ended` nowhere.
+//! A service moves `Starting -> Running -> (Restarting -> Starting ...) -> Ended`, and from `Ended`
+//! nowhere.
 
 mod backoff;
 mod error;
@@ -49,11 +52,13 @@ use tidegate_netns::Namespace;
 /// A service to run.
 #[derive(Clone, Debug)]
 pub struct ServiceSpec {
-    /// How it is called in output, errors and the run directory: 1 to 64 letters, digits, `.`, `_` and `-`.
+    /// How it is called in output, errors and the run directory: 1 to 64 letters, digits, `.`, `_`
+    /// and `-`.
     pub name: String,
     /// Program and arguments. The program is searched for in the service's `PATH`.
     pub command: Vec<String>,
-    /// Variables beside `PATH`, `HOME`, `LANG`, `TERM` and `USER`, which are inherited unless they are named here.
+    /// Variables beside `PATH`, `HOME`, `LANG`, `TERM` and `USER`, which are inherited unless they
+    /// are named here.
     pub environment: BTreeMap<String, String>,
     /// What `hostname` says in there, 64 bytes at most.
     pub hostname: String,
@@ -172,8 +177,9 @@ mod tests {
 
     #[test]
     fn all_have_to_succeed() {
-        let ended =
-            |codes: &[i32]| Ended(codes.iter().map(|&code| (String::new(), Exit::Code(code))).collect());
+        let ended = |codes: &[i32]| {
+            Ended(codes.iter().map(|&code| (String::new(), Exit::Code(code))).collect())
+        };
         assert!(ended(&[0, 0]).success());
         assert!(!ended(&[0, 3]).success());
     }

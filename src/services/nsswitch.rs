@@ -40,7 +40,8 @@ mod tests {
         let host = "# hosts: of the host\npasswd: files systemd\n \
                     hosts : mymachines resolve [!UNAVAIL=return] files myhostname dns\nnetworks: files\n\
                     hosts: sss";
-        let service = "# hosts: of the host\npasswd: files systemd\nhosts: files dns\nnetworks: files\n";
+        let service =
+            "# hosts: of the host\npasswd: files systemd\nhosts: files dns\nnetworks: files\n";
         assert_eq!(with_names_from_dns(host), service);
         assert_eq!(with_names_from_dns(service), service);
     }

@@ -3,7 +3,8 @@
 use super::ServiceError;
 use std::collections::BTreeMap;
 
-/// Each service's level: 0 for one that depends on nothing, else one above the highest it depends on.
+/// Each service's level: 0 for one that depends on nothing, else one above the highest it depends
+/// on.
 ///
 /// Starting goes up the levels, stopping down; services of one level do not know each other.
 pub(super) fn levels(services: &[(&str, &[String])]) -> Result<Vec<usize>, ServiceError> {
@@ -28,8 +29,9 @@ pub(super) fn levels(services: &[(&str, &[String])]) -> Result<Vec<usize>, Servi
         let mut settled = false;
         for position in 0..services.len() {
             if levels[position].is_none() {
-                levels[position] =
-                    needs[position].iter().try_fold(0, |level, &need| Some(level.max(levels[need]? + 1)));
+                levels[position] = needs[position]
+                    .iter()
+                    .try_fold(0, |level, &need| Some(level.max(levels[need]? + 1)));
                 settled |= levels[position].is_some();
             }
         }
@@ -80,8 +82,13 @@ mod tests {
 
     #[test]
     fn a_service_is_above_all_that_it_depends_on() {
-        let services: &[(&str, &[&str])] =
-            &[("web", &["api", "cache"]), ("api", &["db"]), ("db", &[]), ("cache", &[]), ("lone", &[])];
+        let services: &[(&str, &[&str])] = &[
+            ("web", &["api", "cache"]),
+            ("api", &["db"]),
+            ("db", &[]),
+            ("cache", &[]),
+            ("lone", &[]),
+        ];
         assert_eq!(order(services), Ok(vec![2, 1, 0, 0, 0]));
         assert_eq!(order(&[]), Ok(vec![]));
     }
@@ -89,7 +96,8 @@ mod tests {
     #[test]
     fn a_circle_is_told_from_where_it_closes() {
         let services: &[(&str, &[&str])] = &[("web", &["api"]), ("api", &["db"]), ("db", &["api"])];
-        let told = "services depend on each other in a circle: \"api\" -> \"db\" -> \"api\"; break it";
+        let told =
+            "services depend on each other in a circle: \"api\" -> \"db\" -> \"api\"; break it";
         assert_eq!(order(services), Err(told.to_owned()));
         let itself = "services depend on each other in a circle: \"a\" -> \"a\"; break it";
         assert_eq!(order(&[("a", &["a"])]), Err(itself.to_owned()));

@@ -1,8 +1,9 @@
 //! Where the services' lines go: one writer for all, so that lines never mix.
 //!
-//! The writer is a thread, since a terminal may take nothing for hours (Ctrl-S) and names, metrics and Ctrl-C have to
-//! go on meanwhile. Before it is a queue of [`QUEUE`] lines. Once that is full, whoever has a line waits, stops
-//! reading its service's pipe, and so the service waits in its own `write`. Nothing is dropped and nothing piles up.
+//! The writer is a thread, since a terminal may take nothing for hours (Ctrl-S) and names, metrics
+//! and Ctrl-C have to go on meanwhile. Before it is a queue of [`QUEUE`] lines. Once that is full,
+//! whoever has a line waits, stops reading its service's pipe, and so the service waits in its own
+//! `write`. Nothing is dropped and nothing piles up.
 
 use super::lines::Splitter;
 use std::io::{self, IsTerminal, Write};
@@ -11,8 +12,8 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-/// Lines between the services and the writer. With lines of 16 KiB, which invalid UTF-8 makes three times as long, that
-/// is 3 MiB at the very most.
+/// Lines between the services and the writer. With lines of 16 KiB, which invalid UTF-8 makes three
+/// times as long, that is 3 MiB at the very most.
 const QUEUE: usize = 64;
 
 /// What is read from a service at a time.
@@ -26,7 +27,8 @@ const COLOURS: [u8; 6] = [36, 33, 32, 35, 34, 96];
 
 /// Takes the lines of all services, on a thread of its own. May block: the services then wait.
 pub trait Output: Send + 'static {
-    /// Writes a line, which comes without its newline. After the first error nothing more is written.
+    /// Writes a line, which comes without its newline. After the first error nothing more is
+    /// written.
     ///
     /// # Errors
     /// Whoever read this is gone.
@@ -38,7 +40,8 @@ pub trait Output: Send + 'static {
     }
 }
 
-/// Standard output; coloured if it is a terminal and `NO_COLOR` is not set (<https://no-color.org>).
+/// Standard output; coloured if it is a terminal and `NO_COLOR` is not set
+/// (<https://no-color.org>).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StandardOutput;
 
@@ -50,7 +53,8 @@ impl Output for StandardOutput {
     }
 
     fn colours(&self) -> bool {
-        io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        io::stdout().is_terminal()
+            && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
     }
 }
 
@@ -123,7 +127,8 @@ impl Voice {
         let _ = self.queue.send(Message::Line(format!("{} {line}", self.prefix))).await;
     }
 
-    /// A line about the service: `NAME text`, which none of its own can look like. Given up where there is no room for
+    /// A line about the service: `NAME text`, which none of its own can look like. Given up where
+    /// there is no room for
     /// [`PATIENCE`]: a stuck terminal must not keep a service from being stopped.
     pub(super) async fn says(&self, text: &str) {
         let line = Message::Line(format!("{} {text}", self.name));

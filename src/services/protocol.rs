@@ -1,7 +1,9 @@
-//! What the supervisor and a service's init say to each other, over a Unix socket that is the init's standard input.
+//! What the supervisor and a service's init say to each other, over a Unix socket that is the
+//! init's standard input.
 //!
-//! One [`Order`] goes down, [`Report`]s come up. Each is JSON behind its length, four bytes, little-endian. The socket
-//! stays open for the service's life: its end tells the init that the supervisor is gone, whatever took it.
+//! One [`Order`] goes down, [`Report`]s come up. Each is JSON behind its length, four bytes,
+//! little-endian. The socket stays open for the service's life: its end tells the init that the
+//! supervisor is gone, whatever took it.
 
 use super::Exit;
 use serde::de::DeserializeOwned;
@@ -114,8 +116,10 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let (mut up, mut down) = UnixStream::pair().unwrap();
-            let reports = [Report::Note("n".into()), Report::Running, Report::Ended(Exit::Signal(9))];
-            let bytes: Vec<u8> = reports.iter().flat_map(|report| encode(report).unwrap()).collect();
+            let reports =
+                [Report::Note("n".into()), Report::Running, Report::Ended(Exit::Signal(9))];
+            let bytes: Vec<u8> =
+                reports.iter().flat_map(|report| encode(report).unwrap()).collect();
             let writer = tokio::spawn(async move {
                 for byte in bytes {
                     tokio::io::AsyncWriteExt::write_all(&mut down, &[byte]).await.unwrap();

@@ -20,7 +20,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 /// How long what a service has written last may take to be told once it is gone.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// How long the init's last words may take to be read once it is gone: they are in the socket already.
+/// How long the init's last words may take to be read once it is gone: they are in the socket
+/// already.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What is wanted of a service.
@@ -162,7 +163,9 @@ impl Service {
         match end {
             Ends { failure: Some(failure), .. } => Err(failure),
             Ends { exit: Some(exit), .. } => Ok(exit),
-            Ends { .. } => status.map(exit_of).map_err(|error| self.set_up_failed(&error.to_string())),
+            Ends { .. } => {
+                status.map(exit_of).map_err(|error| self.set_up_failed(&error.to_string()))
+            }
         }
     }
 
@@ -171,8 +174,11 @@ impl Service {
             Report::SetUpFailed(reason) => end.failure = Some(self.set_up_failed(&reason)),
             Report::CannotRun(reason) => {
                 let program = self.spec.command.first().cloned().unwrap_or_default();
-                end.failure =
-                    Some(ServiceError::CannotRun { service: self.spec.name.clone(), program, reason });
+                end.failure = Some(ServiceError::CannotRun {
+                    service: self.spec.name.clone(),
+                    program,
+                    reason,
+                });
             }
             Report::Note(note) => self.voice.says(&note).await,
             Report::Running => {
@@ -200,7 +206,10 @@ impl Service {
             io::ErrorKind::StorageFull => "; raise user.max_pid_namespaces",
             _ => "",
         };
-        self.set_up_failed(&format!("start {} in a new PID namespace: {error}{hint}", self.init.display()))
+        self.set_up_failed(&format!(
+            "start {} in a new PID namespace: {error}{hint}",
+            self.init.display()
+        ))
     }
 }
 

@@ -17,8 +17,9 @@ const LONGEST_NAME: usize = 64;
 
 /// Runs services. Dropped, it kills them; to have them end well, [`stop`](Self::stop).
 ///
-/// Needs a tokio runtime with I/O and time; one thread will do. Every method may be cancelled (in `select!`) and called
-/// again. Starting a service holds its thread for the millisecond that fork and exec take.
+/// Needs a tokio runtime with I/O and time; one thread will do. Every method may be cancelled (in
+/// `select!`) and called again. Starting a service holds its thread for the millisecond that fork
+/// and exec take.
 #[derive(Debug)]
 pub struct Supervisor {
     run_dir: PathBuf,
@@ -39,8 +40,8 @@ struct Handle {
 }
 
 impl Supervisor {
-    /// A supervisor whose services have their files in `run_dir/services`, write to `output`, and get `grace` to end
-    /// (see [`DEFAULT_GRACE`]).
+    /// A supervisor whose services have their files in `run_dir/services`, write to `output`, and
+    /// get `grace` to end (see [`DEFAULT_GRACE`]).
     #[must_use]
     pub fn new(run_dir: impl Into<PathBuf>, output: impl Output, grace: Duration) -> Self {
         let init = PathBuf::from("/proc/self/exe");
@@ -58,7 +59,8 @@ impl Supervisor {
     /// Starts the services, each once all that it depends on run.
     ///
     /// # Errors
-    /// [`ServiceError`] names the service and what it lacks. What had been started is stopped again.
+    /// [`ServiceError`] names the service and what it lacks. What had been started is stopped
+    /// again.
     pub async fn start(&mut self, specs: Vec<ServiceSpec>) -> Result<(), ServiceError> {
         if self.started {
             return Err(ServiceError::AlreadyStarted);
@@ -115,7 +117,10 @@ impl Supervisor {
         tokio::spawn(service.run());
         self.services.push(Handle { level, want, status: seen });
         has_started.await.unwrap_or_else(|_| {
-            Err(ServiceError::SetUp { service: name, reason: "ended while it was set up".to_owned() })
+            Err(ServiceError::SetUp {
+                service: name,
+                reason: "ended while it was set up".to_owned(),
+            })
         })
     }
 
@@ -131,8 +136,9 @@ impl Supervisor {
         Ended(ended)
     }
 
-    /// Asks all services to end, those first on which no other depends, and waits until nothing is left of them. Who
-    /// takes longer than the grace period is killed; services that do not depend on each other have it together.
+    /// Asks all services to end, those first on which no other depends, and waits until nothing is
+    /// left of them. Who takes longer than the grace period is killed; services that do not depend
+    /// on each other have it together.
     pub async fn stop(&mut self) {
         let highest = self.services.iter().map(|service| service.level).max();
         for level in (0..=highest.unwrap_or(0)).rev() {
@@ -198,7 +204,8 @@ impl Handle {
 
     /// How the service has ended, once it has; `None` if its task is gone with the runtime.
     async fn ended(&mut self) -> Option<(String, super::Exit)> {
-        let status = self.status.wait_for(|status| matches!(status.state, State::Ended(_))).await.ok()?;
+        let status =
+            self.status.wait_for(|status| matches!(status.state, State::Ended(_))).await.ok()?;
         match status.state {
             State::Ended(exit) => Some((status.name.clone(), exit)),
             _ => None,

@@ -1,8 +1,8 @@
 //! Which client speaks to which port of the container.
 //!
-//! Two UDP sockets bound to the same client and connected to the same container port would take each other's answers,
-//! and the kernel lets both be (it must, with `SO_REUSEADDR`, for one client port may well speak to two container ports).
-//! For TCP, connect(2) tells.
+//! Two UDP sockets bound to the same client and connected to the same container port would take
+//! each other's answers, and the kernel lets both be (it must, with `SO_REUSEADDR`, for one client
+//! port may well speak to two container ports). For TCP, connect(2) tells.
 
 use std::collections::BTreeSet;
 use std::io;

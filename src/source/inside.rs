@@ -2,7 +2,8 @@
 
 use super::claims::Claims;
 use super::{
-    Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket,
+    Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway,
+    transparent_socket,
 };
 use crate::ground::Ground;
 use std::io;
@@ -10,12 +11,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use tidegate_model::{Protocol, registry};
-use tidegate_netns::{AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl};
+use tidegate_netns::{
+    AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl,
+};
 use tidegate_proxy::{Flow, Lease, Opened, Upstream, has_lost_its_address, socket};
 use tidegate_reactor::{SourcePorts, begin_connect};
 
-/// What makes TCP answers inherit the mark of the connection they belong to: those of an accepted connection, and those
-/// of no socket at all (a closed port's RST, an ICMP error).
+/// What makes TCP answers inherit the mark of the connection they belong to: those of an accepted
+/// connection, and those of no socket at all (a closed port's RST, an ICMP error).
 const MARK_SYSCTLS: [(&str, Family); 3] = [
     ("net.ipv4.tcp_fwmark_accept", Family::V4),
     ("net.ipv4.fwmark_reflect", Family::V4),
@@ -47,7 +50,8 @@ struct Container {
 }
 
 impl Inside {
-    /// The way to `containers` (or, without any, to the namespace's own addresses) for flows of `protocol`.
+    /// The way to `containers` (or, without any, to the namespace's own addresses) for flows of
+    /// `protocol`.
     ///
     /// # Errors
     /// [`SourceError`]; nothing is left behind then.
@@ -69,7 +73,9 @@ impl Inside {
         }
         let mut containers = Vec::new();
         for family in Family::ALL {
-            let Some(address) = found.iter().copied().find(|address| Family::of(*address) == family) else {
+            let Some(address) =
+                found.iter().copied().find(|address| Family::of(*address) == family)
+            else {
                 continue;
             };
             let connected = namespace.id() != ground.networks().id()
@@ -114,7 +120,9 @@ impl Inside {
             }
             Protocol::Udp if show_client => {
                 let routes = PolicyRoute::install(namespace, families, &[])?;
-                for container in inside.containers.iter().filter(|container| container.address.is_ipv4()) {
+                for container in
+                    inside.containers.iter().filter(|container| container.address.is_ipv4())
+                {
                     routes.answer_from(container.address)?;
                 }
                 inside.routes = Some(Arc::new(routes));
@@ -130,7 +138,10 @@ impl Inside {
 
     /// The container's address for `client`: of its own family if there is one.
     fn container_for(&self, client: IpAddr) -> &Container {
-        let same = self.containers.iter().find(|container| container.address.is_ipv4() == client.is_ipv4());
+        let same = self
+            .containers
+            .iter()
+            .find(|container| container.address.is_ipv4() == client.is_ipv4());
         // There is at least one: `new` saw to it.
         same.unwrap_or(&self.containers[0])
     }
@@ -151,16 +162,23 @@ impl Inside {
         Some(SocketAddr::new(client.ip(), client.port()))
     }
 
-    /// A socket made inside, from `source`, marked if the flow is TCP. Without a port, or without a source, one
-    /// is found.
-    fn inside(&self, flow: &Flow, source: Option<SocketAddr>, to: SocketAddr) -> io::Result<OwnedFd> {
+    /// A socket made inside, from `source`, marked if the flow is TCP. Without a port, or without a
+    /// source, one is found.
+    fn inside(
+        &self,
+        flow: &Flow,
+        source: Option<SocketAddr>,
+        to: SocketAddr,
+    ) -> io::Result<OwnedFd> {
         let mark = (flow.protocol == Protocol::Tcp).then_some(registry::MARK);
         let make = || match source {
             Some(source) => transparent_socket(flow.protocol, source, mark),
             None => socket(flow.protocol, to.ip()),
         };
         self.namespace.with(|| match source {
-            _ if flow.protocol == Protocol::Tcp && source.is_none_or(|source| source.port() == 0) => {
+            _ if flow.protocol == Protocol::Tcp
+                && source.is_none_or(|source| source.port() == 0) =>
+            {
                 self.ports.connect(make, source.map(|source| source.ip()), to)
             }
             _ => {
@@ -175,8 +193,11 @@ impl Inside {
     fn open_as_gateway(&self, flow: &Flow, container: &Container) -> io::Result<Opened> {
         let to = SocketAddr::new(container.address, flow.container_port);
         let socket = match (flow.protocol, container.gateway) {
-            (Protocol::Tcp, Some(gateway)) => self.inside(flow, Some(SocketAddr::new(gateway, 0)), to)?,
-            // From our own namespace the route says the gateway's address, and the answers find their way.
+            (Protocol::Tcp, Some(gateway)) => {
+                self.inside(flow, Some(SocketAddr::new(gateway, 0)), to)?
+            }
+            // From our own namespace the route says the gateway's address, and the answers find
+            // their way.
             (Protocol::Udp, _) if container.connected => {
                 let socket = socket(flow.protocol, to.ip())?;
                 begin_connect(&socket, to)?;
@@ -188,7 +209,12 @@ impl Inside {
         Ok(socket.into())
     }
 
-    fn open_as_client(&self, flow: &Flow, client: SocketAddr, container: &Container) -> io::Result<Opened> {
+    fn open_as_client(
+        &self,
+        flow: &Flow,
+        client: SocketAddr,
+        container: &Container,
+    ) -> io::Result<Opened> {
         let to = SocketAddr::new(container.address, flow.container_port);
         let lease = match (&self.routes, flow.protocol) {
             (Some(routes), Protocol::Udp) => {
@@ -221,8 +247,10 @@ impl Upstream for Inside {
     }
 
     fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
-        // Only sockets of our own namespace can be asked here; with the client's address they may be either.
-        let all_ours = !self.show_client && self.containers.iter().all(|container| container.connected);
+        // Only sockets of our own namespace can be asked here; with the client's address they may
+        // be either.
+        let all_ours =
+            !self.show_client && self.containers.iter().all(|container| container.connected);
         all_ours && has_lost_its_address(socket)
     }
 }

@@ -9,8 +9,9 @@ use tidegate_proxy::{Flow, Opened, Upstream};
 
 /// An upstream that can be replaced under ports that are published.
 ///
-/// Flows that were begun stay on the way they took: a TCP connection ends with the container that it reached, and a UDP session to an
-/// address that is not the container's any more is stale, so that its next datagram opens a new one.
+/// Flows that were begun stay on the way they took: a TCP connection ends with the container that
+/// it reached, and a UDP session to an address that is not the container's any more is stale, so
+/// that its next datagram opens a new one.
 pub struct Relocatable(RwLock<Arc<Target>>);
 
 /// Where it leads now.
@@ -28,7 +29,8 @@ impl Relocatable {
     /// Leads to `addresses` by `upstream` from here on.
     pub fn relocate(&self, upstream: Arc<dyn Upstream>, addresses: &[IpAddr]) {
         let target = Arc::new(Target { upstream, addresses: addresses.to_vec() });
-        let old = std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), target);
+        let old =
+            std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), target);
         // Not under the lock: what it takes back takes a while.
         drop(old);
     }
@@ -46,8 +48,10 @@ impl Upstream for Relocatable {
 
     fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
         let target = self.target();
-        let peer = getpeername(socket).ok().flatten().and_then(|peer| SocketAddr::try_from(peer).ok());
-        let elsewhere = peer.is_some_and(|peer| !target.addresses.contains(&peer.ip().to_canonical()));
+        let peer =
+            getpeername(socket).ok().flatten().and_then(|peer| SocketAddr::try_from(peer).ok());
+        let elsewhere =
+            peer.is_some_and(|peer| !target.addresses.contains(&peer.ip().to_canonical()));
         (elsewhere && !target.addresses.is_empty()) || target.upstream.is_stale(socket)
     }
 

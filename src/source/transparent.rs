@@ -1,13 +1,16 @@
-//! Transparent sockets in this process's own namespace: the client's address without a handle on the container.
+//! Transparent sockets in this process's own namespace: the client's address without a handle on
+//! the container.
 //!
-//! The container's answers go to the client's address and so through this host, where a rule for the container, the
-//! published port and the client leads them to our socket instead of out. The rule is there while the client has a
-//! flow. Traffic of that client that reaches the container past the proxy (kernel DNAT) would be led to us as well: that is
-//! why this is only done on request.
+//! The container's answers go to the client's address and so through this host, where a rule for
+//! the container, the published port and the client leads them to our socket instead of out. The
+//! rule is there while the client has a flow. Traffic of that client that reaches the container
+//! past the proxy (kernel DNAT) would be led to us as well: that is why this is only done on
+//! request.
 
 use super::claims::Claims;
 use super::{
-    Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, transparent_socket,
+    Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway,
+    transparent_socket,
 };
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -40,7 +43,8 @@ impl Transparent {
             .connected_interface(container)
             .map_err(addresses)?
             .ok_or(SourceError::NotConnected(container))?;
-        let any = SocketAddr::new(if container.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
+        let any =
+            SocketAddr::new(if container.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
         transparent_socket(Protocol::Tcp, any, None).map_err(SourceError::Transparent)?;
         let families = if container.is_ipv4() { Families::V4 } else { Families::V6 };
         let routes = Arc::new(PolicyRoute::install(&home, families, &[])?);

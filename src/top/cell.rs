@@ -42,12 +42,15 @@ impl Cell {
         matches!(self, Self::Trouble(rate) if *rate > 0.0)
     }
 
-    /// Which comes first: names by the alphabet and the numbers in them, the larger number before the smaller one, what is not known last.
+    /// Which comes first: names by the alphabet and the numbers in them, the larger number before
+    /// the smaller one, what is not known last.
     pub(crate) fn compare(&self, other: &Self) -> Ordering {
         let key = |cell: &Self| match cell {
             Self::Text(_) => f64::NAN,
             Self::Count(count) => *count as f64,
-            Self::Rate(value) | Self::Trouble(value) | Self::Bytes(value) | Self::Time(value) => *value,
+            Self::Rate(value) | Self::Trouble(value) | Self::Bytes(value) | Self::Time(value) => {
+                *value
+            }
         };
         match (self, other) {
             (Self::Text(one), Self::Text(two)) => natural(one).cmp(&natural(two)),
@@ -154,9 +157,13 @@ mod tests {
 
     #[test]
     fn figures_are_three_digits_and_a_unit() {
-        for (value, shown) in
-            [(0.0, "0"), (9999.0, "9999"), (10_000.0, "10.0k"), (65_536.0, "65.5k"), (1_048_576.0, "1.05M")]
-        {
+        for (value, shown) in [
+            (0.0, "0"),
+            (9999.0, "9999"),
+            (10_000.0, "10.0k"),
+            (65_536.0, "65.5k"),
+            (1_048_576.0, "1.05M"),
+        ] {
             assert_eq!(number(value), shown);
         }
         for (value, shown) in [
@@ -181,9 +188,13 @@ mod tests {
         ] {
             assert_eq!(bytes_of(value), shown);
         }
-        for (value, shown) in
-            [(f64::NAN, "-"), (0.000_05, "0.05 ms"), (0.0012, "1.2 ms"), (0.0123, "12 ms"), (1.2, "1.2 s")]
-        {
+        for (value, shown) in [
+            (f64::NAN, "-"),
+            (0.000_05, "0.05 ms"),
+            (0.0012, "1.2 ms"),
+            (0.0123, "12 ms"),
+            (1.2, "1.2 s"),
+        ] {
             assert_eq!(time(value), shown);
         }
         for (value, shown) in
@@ -199,9 +210,10 @@ mod tests {
         cells.sort_by(Cell::compare);
         let shown: Vec<String> = cells.iter().map(Cell::show).collect();
         assert_eq!(shown, ["30", "2.0", "1.0", "-"]);
-        let mut names: Vec<Cell> = ["0.0.0.0:8080/tcp", "0.0.0.0:80/tcp", "10.0.0.1:80/tcp", "[::]:9/udp"]
-            .map(|name| Cell::Text(name.into()))
-            .into();
+        let mut names: Vec<Cell> =
+            ["0.0.0.0:8080/tcp", "0.0.0.0:80/tcp", "10.0.0.1:80/tcp", "[::]:9/udp"]
+                .map(|name| Cell::Text(name.into()))
+                .into();
         names.sort_by(Cell::compare);
         let shown: Vec<String> = names.iter().map(Cell::show).collect();
         assert_eq!(shown, ["0.0.0.0:80/tcp", "0.0.0.0:8080/tcp", "10.0.0.1:80/tcp", "[::]:9/udp"]);

@@ -26,14 +26,18 @@ impl State {
             KeyCode::BackTab | KeyCode::Left | KeyCode::Char('h') => {
                 self.look_at(self.view.step(View::ALL.len() - 1));
             }
-            KeyCode::Char(digit @ '1'..='4') => self.look_at(View::ALL[digit as usize - '1' as usize]),
+            KeyCode::Char(digit @ '1'..='4') => {
+                self.look_at(View::ALL[digit as usize - '1' as usize])
+            }
             KeyCode::Char('s') => self.sort(1),
             KeyCode::Char('S') => self.sort(self.view.columns().len() - 1),
             KeyCode::Char('r') => self.order.reversed = !self.order.reversed,
             KeyCode::Char('/') => self.typing = true,
             KeyCode::Down | KeyCode::Char('j') => self.scroll = self.scroll.saturating_add(1),
             KeyCode::Up | KeyCode::Char('k') => self.scroll = self.scroll.saturating_sub(1),
-            KeyCode::PageDown | KeyCode::Char(' ') => self.scroll = self.scroll.saturating_add(PAGE),
+            KeyCode::PageDown | KeyCode::Char(' ') => {
+                self.scroll = self.scroll.saturating_add(PAGE)
+            }
             KeyCode::PageUp => self.scroll = self.scroll.saturating_sub(PAGE),
             KeyCode::Home | KeyCode::Char('g') => self.scroll = 0,
             KeyCode::End | KeyCode::Char('G') => self.scroll = usize::MAX,
@@ -84,7 +88,13 @@ mod tests {
     use std::time::Duration;
 
     fn state() -> State {
-        State::new(View::Ports, Order::default(), String::new(), Duration::from_secs(2), figures(1000, 1))
+        State::new(
+            View::Ports,
+            Order::default(),
+            String::new(),
+            Duration::from_secs(2),
+            figures(1000, 1),
+        )
     }
 
     fn press(state: &mut State, code: KeyCode) -> bool {

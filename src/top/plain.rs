@@ -9,8 +9,9 @@ const WIDTH: usize = 1000;
 
 /// All that there is to see: the lines above, and every view that has rows.
 pub(crate) fn frame(rates: &Rates, order: Order, filter: &str) -> String {
-    let join =
-        |pieces: &[Piece]| pieces.iter().map(|piece| piece.text.as_str()).collect::<Vec<_>>().join("  ");
+    let join = |pieces: &[Piece]| {
+        pieces.iter().map(|piece| piece.text.as_str()).collect::<Vec<_>>().join("  ")
+    };
     let mut text = format!("{}  rates over {:.1} s\n", join(&title(rates)), rates.over_seconds);
     for (name, pieces) in lines(rates) {
         text.push_str(&format!("{name:6}{}\n", join(&pieces)));
@@ -66,7 +67,9 @@ SERVER         TRUSTED  ASKED/s  SILENT/s  FAIL/s   ANSWER
 ";
         let expected = expected.replace("  50 kB  2.50", "  50.0 kB  2.50");
         let squeeze = |text: &str| {
-            text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>()
+            text.lines()
+                .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+                .collect::<Vec<_>>()
         };
         let text = frame(&rates, Order::default(), "");
         assert_eq!(squeeze(&text), squeeze(&expected), "{text}");
@@ -74,6 +77,9 @@ SERVER         TRUSTED  ASKED/s  SILENT/s  FAIL/s   ANSWER
         let at = |needle: &str| text.lines().find(|line| line.contains(needle)).unwrap().len();
         assert_eq!(at("PUBLISHED"), at("0.0.0.0:53/udp"));
         let filtered = frame(&rates, Order::default(), "udp");
-        assert!(!filtered.contains("NETWORK ") && filtered.contains("0.0.0.0:53/udp"), "{filtered}");
+        assert!(
+            !filtered.contains("NETWORK ") && filtered.contains("0.0.0.0:53/udp"),
+            "{filtered}"
+        );
     }
 }

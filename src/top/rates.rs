@@ -5,8 +5,8 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// What there is, and what happens in a second (`_rate`). A rate that is not known yet, because there are no figures to compare
-/// with, is not a number; in JSON it is null.
+/// What there is, and what happens in a second (`_rate`). A rate that is not known yet, because
+/// there are no figures to compare with, is not a number; in JSON it is null.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Rates {
     /// Name of the project.
@@ -125,7 +125,8 @@ impl Rates {
     /// Of `now`, and what was a while `before`.
     pub(crate) fn between(before: Option<&Figures>, now: &Figures) -> Self {
         // Of another instance nothing can be compared.
-        let before = before.filter(|before| (before.pid, &before.started) == (now.pid, &now.started));
+        let before =
+            before.filter(|before| (before.pid, &before.started) == (now.pid, &now.started));
         let passed = before.map(|before| now.elapsed_ms.saturating_sub(before.elapsed_ms));
         let passed = Duration::from_millis(passed.unwrap_or(0));
         let per = Per { seconds: if passed.is_zero() { f64::NAN } else { passed.as_secs_f64() } };
@@ -204,9 +205,15 @@ fn endpoints(now: &Figures, ports: &[PortRates]) -> Vec<EndpointRates> {
     order.into_iter().filter_map(|name| endpoints.remove(name)).collect()
 }
 
-fn networks(before: Option<&Figures>, now: &Figures, per: Per, ports: &[PortRates]) -> Vec<NetworkRates> {
+fn networks(
+    before: Option<&Figures>,
+    now: &Figures,
+    per: Per,
+    ports: &[PortRates],
+) -> Vec<NetworkRates> {
     let rates = |network: &crate::api::types::NetworkFigures| {
-        let old = before.and_then(|before| before.networks.iter().find(|old| old.name == network.name));
+        let old =
+            before.and_then(|before| before.networks.iter().find(|old| old.name == network.name));
         let rate = |field: fn(&crate::api::types::NetworkFigures) -> u64| {
             per.second(field(network), old.map_or(0, field))
         };
@@ -228,8 +235,9 @@ fn networks(before: Option<&Figures>, now: &Figures, per: Per, ports: &[PortRate
 fn nat(before: Option<&Figures>, now: &Figures, per: Per) -> Option<NatRates> {
     let nat = now.nat.as_ref()?;
     let old = before.and_then(|before| before.nat.as_ref());
-    let rate =
-        |field: fn(&crate::api::types::NatFigures) -> u64| per.second(field(nat), old.map_or(0, field));
+    let rate = |field: fn(&crate::api::types::NatFigures) -> u64| {
+        per.second(field(nat), old.map_or(0, field))
+    };
     Some(NatRates {
         flows: nat.flows,
         begun_rate: rate(|nat| nat.begun),
@@ -242,9 +250,11 @@ fn nat(before: Option<&Figures>, now: &Figures, per: Per) -> Option<NatRates> {
 
 fn upstreams(before: Option<&Figures>, now: &Figures, per: Per) -> Vec<UpstreamRates> {
     let rates = |upstream: &crate::api::types::UpstreamFigures| {
-        let old = before.and_then(|before| before.upstreams.iter().find(|old| old.server == upstream.server));
-        let of =
-            |field: fn(&crate::api::types::UpstreamFigures) -> u64| (field(upstream), old.map_or(0, field));
+        let old = before
+            .and_then(|before| before.upstreams.iter().find(|old| old.server == upstream.server));
+        let of = |field: fn(&crate::api::types::UpstreamFigures) -> u64| {
+            (field(upstream), old.map_or(0, field))
+        };
         let rate = |field: fn(&crate::api::types::UpstreamFigures) -> u64| {
             let (now, before) = of(field);
             per.second(now, before)
@@ -270,7 +280,8 @@ pub(super) mod tests {
     use super::*;
     use crate::api::types::{NatFigures, NetworkFigures, UpstreamFigures};
 
-    /// Two networks, two endpoints, two ports, `elapsed_ms` after the start, when `done` of everything has happened.
+    /// Two networks, two endpoints, two ports, `elapsed_ms` after the start, when `done` of
+    /// everything has happened.
     pub(in crate::top) fn figures(elapsed_ms: u64, done: u64) -> Figures {
         let port = |id, publish: &str, endpoint: &str, times: u64| PortFigures {
             id,
@@ -349,10 +360,16 @@ pub(super) mod tests {
         );
         assert_eq!((web.flow.open, web.flow.bytes_in_rate), (3, 150_000.0));
         let front = &rates.networks[0];
-        assert_eq!((front.flow.open, front.questions_rate, front.questions_failed_rate), (6, 200.0, 10.0));
+        assert_eq!(
+            (front.flow.open, front.questions_rate, front.questions_failed_rate),
+            (6, 200.0, 10.0)
+        );
         assert_eq!(rates.networks[1].flow.open, 3);
         let nat = rates.nat.as_ref().unwrap();
-        assert_eq!((nat.begun_rate, nat.bytes_in_rate, nat.retransmissions_rate), (50.0, 100_000.0, 50.0));
+        assert_eq!(
+            (nat.begun_rate, nat.bytes_in_rate, nat.retransmissions_rate),
+            (50.0, 100_000.0, 50.0)
+        );
         assert!((rates.upstreams[0].answer_seconds - 0.0004).abs() < 1e-9);
         assert_eq!(rates.flow().open, 6);
     }

@@ -65,8 +65,9 @@ pub(crate) fn show(mut state: State, client: Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends the process when its terminal has gone: a window that was closed, a connection that was lost. SIGHUP says so to the shell, which need not pass it
-/// on; and crossterm reads the end of a terminal for ever (0.29, `try_read`).
+/// Ends the process when its terminal has gone: a window that was closed, a connection that was
+/// lost. SIGHUP says so to the shell, which need not pass it on; and crossterm reads the end of a
+/// terminal for ever (0.29, `try_read`).
 fn end_with_the_terminal() -> anyhow::Result<()> {
     let watch = || {
         let stdout = io::stdout();
@@ -93,10 +94,14 @@ impl Drop for Restored {
 }
 
 /// What `client` says every `interval`, from a thread that ends with the process.
-fn ask_repeatedly(client: Client, interval: Duration) -> anyhow::Result<Receiver<Result<Figures, String>>> {
+fn ask_repeatedly(
+    client: Client,
+    interval: Duration,
+) -> anyhow::Result<Receiver<Result<Figures, String>>> {
     // Not more than one is looked at.
     let (tell, told) = sync_channel(1);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
     std::thread::Builder::new()
         .name("tidegate-top".into())
         .spawn(move || {

@@ -146,12 +146,13 @@ pub(crate) struct Sheet {
 }
 
 impl Sheet {
-    /// What `view` shows of `rates`: the rows one of whose names has `filter` in it, in the order of `order` or, if the view has no such column, in
-    /// their own.
+    /// What `view` shows of `rates`: the rows one of whose names has `filter` in it, in the order
+    /// of `order` or, if the view has no such column, in their own.
     pub(crate) fn new(view: View, rates: &Rates, order: Order, filter: &str) -> Self {
         let mut rows = rows(view, rates);
         let filter = filter.to_lowercase();
-        let found = |cell: &Cell| matches!(cell, Cell::Text(text) if text.to_lowercase().contains(&filter));
+        let found =
+            |cell: &Cell| matches!(cell, Cell::Text(text) if text.to_lowercase().contains(&filter));
         rows.retain(|row| filter.is_empty() || row.iter().any(found));
         let columns = view.columns();
         if let Some(index) = columns.iter().position(|column| column.key == order.key) {
@@ -163,8 +164,8 @@ impl Sheet {
         Self { columns, rows }
     }
 
-    /// The widths of its columns where all together may have `total`, with two blanks between them; 0 for one that is left out. Names are cut
-    /// before numbers are.
+    /// The widths of its columns where all together may have `total`, with two blanks between them;
+    /// 0 for one that is left out. Names are cut before numbers are.
     pub(crate) fn widths(&self, total: usize) -> Vec<usize> {
         let content = |index: usize, column: &Column| {
             let cells = self.rows.iter().map(|row| row[index].show().chars().count());
@@ -187,7 +188,8 @@ impl Sheet {
                 let is_text = self.rows.first().is_none_or(|row| row[*index].is_text());
                 is_text && widths[*index] > self.columns[*index].head.len()
             };
-            let Some(widest) = (0..widths.len()).filter(is_name).max_by_key(|index| widths[*index]) else {
+            let Some(widest) = (0..widths.len()).filter(is_name).max_by_key(|index| widths[*index])
+            else {
                 break;
             };
             widths[widest] -= 1;
@@ -195,7 +197,8 @@ impl Sheet {
         widths
     }
 
-    /// A row's cells as they stand beside each other; names on the left of their columns, numbers on the right.
+    /// A row's cells as they stand beside each other; names on the left of their columns, numbers
+    /// on the right.
     pub(crate) fn cells<'a>(
         row: &'a [Cell],
         widths: &'a [usize],
@@ -210,8 +213,11 @@ impl Sheet {
         widths: &'a [usize],
     ) -> impl Iterator<Item = (String, &'static Column)> + 'a {
         let is_text = |index: usize| self.rows.first().is_some_and(|row| row[index].is_text());
-        let shown = self.columns.iter().zip(widths).enumerate().filter(|(_, (_, width))| **width > 0);
-        shown.map(move |(index, (column, width))| (aligned(column.head, *width, is_text(index)), column))
+        let shown =
+            self.columns.iter().zip(widths).enumerate().filter(|(_, (_, width))| **width > 0);
+        shown.map(move |(index, (column, width))| {
+            (aligned(column.head, *width, is_text(index)), column)
+        })
     }
 }
 
@@ -238,8 +244,11 @@ fn rows(view: View, rates: &Rates) -> Vec<Vec<Cell>> {
     match view {
         View::Ports => {
             let row = |port: &super::rates::PortRates| {
-                let mut row =
-                    vec![text(&port.publish), text(&port.endpoint), text(&port.container_port.to_string())];
+                let mut row = vec![
+                    text(&port.publish),
+                    text(&port.endpoint),
+                    text(&port.container_port.to_string()),
+                ];
                 row.extend(flow(&port.flow));
                 row.push(Cell::Time(port.dial_seconds));
                 row
@@ -249,7 +258,8 @@ fn rows(view: View, rates: &Rates) -> Vec<Vec<Cell>> {
         View::Endpoints => {
             let row = |endpoint: &super::rates::EndpointRates| {
                 let networks = endpoint.networks.join(" ");
-                let mut row = vec![text(&endpoint.endpoint), text(&networks), Cell::Count(endpoint.ports)];
+                let mut row =
+                    vec![text(&endpoint.endpoint), text(&networks), Cell::Count(endpoint.ports)];
                 row.extend(flow(&endpoint.flow));
                 row
             };
@@ -316,11 +326,15 @@ mod tests {
 
     #[test]
     fn a_filter_is_looked_for_in_every_name_in_upper_and_lower_case() {
-        let filtered = |filter: &str| names(&Sheet::new(View::Ports, &rates(), Order::default(), filter));
+        let filtered =
+            |filter: &str| names(&Sheet::new(View::Ports, &rates(), Order::default(), filter));
         assert_eq!(filtered("WEB").len(), 2);
         assert_eq!(filtered("udp"), ["0.0.0.0:53/udp"]);
         assert_eq!(filtered("nobody"), [""; 0]);
-        assert_eq!(names(&Sheet::new(View::Endpoints, &rates(), Order::default(), "back")), ["web"]);
+        assert_eq!(
+            names(&Sheet::new(View::Endpoints, &rates(), Order::default(), "back")),
+            ["web"]
+        );
     }
 
     #[test]
@@ -333,10 +347,12 @@ mod tests {
         for total in [80, 100, 132, 300] {
             let widths = sheet.widths(total);
             assert!(
-                widths.iter().filter(|width| **width > 0).map(|width| width + 2).sum::<usize>() - 2 <= total
+                widths.iter().filter(|width| **width > 0).map(|width| width + 2).sum::<usize>() - 2
+                    <= total
             );
             assert_eq!(widths[8] > 0, total == 132 || total == 300, "{total}: {widths:?}");
-            let row: Vec<String> = Sheet::cells(&sheet.rows[0], &widths).map(|(text, _)| text).collect();
+            let row: Vec<String> =
+                Sheet::cells(&sheet.rows[0], &widths).map(|(text, _)| text).collect();
             assert_eq!(row[0].contains('…'), total < 132, "{total}: {row:?}");
             // Numbers are whole.
             assert!(row[2..].iter().all(|cell| !cell.contains('…')), "{row:?}");

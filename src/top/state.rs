@@ -27,9 +27,25 @@ pub(crate) struct State {
 
 impl State {
     /// With the first figures.
-    pub(crate) fn new(view: View, order: Order, filter: String, interval: Duration, first: Figures) -> Self {
+    pub(crate) fn new(
+        view: View,
+        order: Order,
+        filter: String,
+        interval: Duration,
+        first: Figures,
+    ) -> Self {
         let rates = Rates::between(None, &first);
-        Self { view, order, filter, typing: false, scroll: 0, interval, rates, lost: None, last: first }
+        Self {
+            view,
+            order,
+            filter,
+            typing: false,
+            scroll: 0,
+            interval,
+            rates,
+            lost: None,
+            last: first,
+        }
     }
 
     /// What the API has said, or why it has not.

@@ -68,13 +68,17 @@ pub(super) fn lines(rates: &Rates) -> [(&'static str, Vec<Piece>); 3] {
         ],
         None => vec![piece("by the kernel, or there is none".to_owned())],
     };
-    let sum = |rate: fn(&super::rates::NetworkRates) -> f64| rates.networks.iter().map(rate).sum::<f64>();
+    let sum =
+        |rate: fn(&super::rates::NetworkRates) -> f64| rates.networks.iter().map(rate).sum::<f64>();
     let silent = rates.upstreams.iter().filter(|upstream| !upstream.trusted).count();
     let names = vec![
         rate("asked", sum(|network| network.questions_rate)),
         rate("unknown", sum(|network| network.questions_unknown_rate)),
         trouble("fail", sum(|network| network.questions_failed_rate)),
-        Piece { text: format!("servers {}, silent {silent}", rates.upstreams.len()), trouble: silent > 0 },
+        Piece {
+            text: format!("servers {}, silent {silent}", rates.upstreams.len()),
+            trouble: silent > 0,
+        },
     ];
     [("ports", ports), ("NAT", nat), ("names", names)]
 }

@@ -55,7 +55,8 @@ fn too_small(area: Rect) -> String {
 
 fn first_line(state: &State, width: usize) -> Line<'static> {
     if let Some(reason) = &state.lost {
-        let text: String = format!("connection lost, retrying: {reason}").chars().take(width).collect();
+        let text: String =
+            format!("connection lost, retrying: {reason}").chars().take(width).collect();
         return Line::styled(text, TROUBLE);
     }
     let mut pieces = title(&state.rates);
@@ -110,7 +111,11 @@ fn table(state: &State, sheet: &Sheet, room: usize, width: usize, text: &mut Vec
     }
     text.push(Line::from(heads));
     if sheet.rows.is_empty() {
-        let why = if state.filter.is_empty() { "nothing here" } else { "nothing has the filter in its name" };
+        let why = if state.filter.is_empty() {
+            "nothing here"
+        } else {
+            "nothing has the filter in its name"
+        };
         text.push(Line::styled(why, DIM));
     }
     for row in sheet.rows.iter().skip(state.scroll).take(room) {
@@ -168,7 +173,9 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
         terminal.draw(|frame| draw(frame, state)).unwrap();
         let buffer = terminal.backend().buffer();
-        let line = |y| (0..width).map(|x| buffer[(x, y)].symbol()).collect::<String>().trim_end().to_owned();
+        let line = |y| {
+            (0..width).map(|x| buffer[(x, y)].symbol()).collect::<String>().trim_end().to_owned()
+        };
         (0..height).map(line).collect()
     }
 
@@ -195,7 +202,8 @@ mod tests {
     #[test]
     fn before_there_is_something_to_compare_with_rates_are_not_known() {
         let first = figures(10_000, 100);
-        let state = State::new(View::Ports, Order::default(), String::new(), Duration::from_secs(2), first);
+        let state =
+            State::new(View::Ports, Order::default(), String::new(), Duration::from_secs(2), first);
         let lines = shown(&state, 80, 24);
         assert!(lines[1].contains("new -/s  in -/s"), "{lines:?}");
         assert!(lines[6].contains(" -  "), "{lines:?}");
@@ -218,7 +226,10 @@ mod tests {
         let mut state = state();
         state.take(Err("socket /run/tidegate/api.sock: nobody is there".into()));
         let lines = shown(&state, 80, 24);
-        assert_eq!(lines[0], "connection lost, retrying: socket /run/tidegate/api.sock: nobody is there");
+        assert_eq!(
+            lines[0],
+            "connection lost, retrying: socket /run/tidegate/api.sock: nobody is there"
+        );
         assert!(lines[6].contains("7.50 MB"), "{lines:?}");
         state.take(Ok(figures(14_000, 200)));
         assert!(shown(&state, 80, 24)[0].starts_with("tidegate top: shop"));

@@ -24,7 +24,9 @@ impl Running {
             for attachment in &endpoint.attachments {
                 tracing::info!(endpoint = endpoint.name, network = attachment.network, "attached");
             }
-            for (publish, to) in runs(published.get(&endpoint.name).map(Vec::as_slice).unwrap_or_default()) {
+            for (publish, to) in
+                runs(published.get(&endpoint.name).map(Vec::as_slice).unwrap_or_default())
+            {
                 tracing::info!(publish, endpoint = endpoint.name, to, "published");
             }
         }
@@ -45,7 +47,8 @@ impl Running {
         let mut rows = vec![["SERVICE", "NETWORK", "ADDRESS", "PUBLISHED"].map(str::to_owned)];
         for endpoint in &self.layout.desired.endpoints {
             let ports = published.get(&endpoint.name).map(Vec::as_slice).unwrap_or_default();
-            let ports: Vec<_> = runs(ports).into_iter().map(|(from, to)| format!("{from}->{to}")).collect();
+            let ports: Vec<_> =
+                runs(ports).into_iter().map(|(from, to)| format!("{from}->{to}")).collect();
             let (mut name, mut ports) = (endpoint.name.clone(), ports.join(", "));
             for attachment in &endpoint.attachments {
                 let addresses: Vec<_> =
@@ -55,7 +58,8 @@ impl Running {
             }
         }
         let text = table(&rows) + "Ctrl-C takes all of it down again.\n";
-        // On a thread of its own: where nobody reads, a write waits, and signals and the API are not to wait with it.
+        // On a thread of its own: where nobody reads, a write waits, and signals and the API are
+        // not to wait with it.
         let (done, is_done) = mpsc::channel();
         std::thread::Builder::new().name("tidegate-announce".into()).spawn(move || {
             let mut out = std::io::stdout().lock();

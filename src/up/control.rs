@@ -1,17 +1,21 @@
-//! While a project runs: its end is waited for, orders are carried out, and containers that come back are plugged in again.
+//! While a project runs: its end is waited for, orders are carried out, and containers that come
+//! back are plugged in again.
 //!
-//! An adopted namespace is a container of somebody else's. When that is restarted, the path it was adopted by leads to another namespace:
-//! that is looked for once a second, since nothing announces it. The old namespace cannot be mistaken for a new one meanwhile, because
-//! our handle keeps it, and with it its number.
+//! An adopted namespace is a container of somebody else's. When that is restarted, the path it was
+//! adopted by leads to another namespace: that is looked for once a second, since nothing announces
+//! it. The old namespace cannot be mistaken for a new one meanwhile, because our handle keeps it,
+//! and with it its number.
 //!
-//! Other software removes objects of ours: a daemon that flushes policy rules when it starts (systemd-networkd does with
-//! those it does not know) or that switches forwarding on everywhere opens what is closed, and processes of a container
-//! can remove its addresses. The kernel announces changes of links, addresses, routes, rules and nftables, on the host and
-//! in each endpoint's namespace; programs and sysctls, of which it announces nothing, are looked at every
-//! [`SILENT_CHANGES`]. What is missing is restored ([`repair_schedule`](super::repair_schedule) says when), logged and
-//! counted.
+//! Other software removes objects of ours: a daemon that flushes policy rules when it starts
+//! (systemd-networkd does with those it does not know) or that switches forwarding on everywhere
+//! opens what is closed, and processes of a container can remove its addresses. The kernel
+//! announces changes of links, addresses, routes, rules and nftables, on the host and in each
+//! endpoint's namespace; programs and sysctls, of which it announces nothing, are looked at every
+//! [`SILENT_CHANGES`]. What is missing is restored ([`repair_schedule`](super::repair_schedule)
+//! says when), logged and counted.
 //!
-//! A path below `/proc` names a process and not a container. What it leads to once that process has ended is a stranger's.
+//! A path below `/proc` names a process and not a container. What it leads to once that process has
+//! ended is a stranger's.
 
 use super::endpoint_watch::EndpointWatch;
 use super::repair_schedule::{Check, RepairSchedule, SETTLE};
@@ -50,8 +54,8 @@ const ENDPOINTS_AT_A_TIME: usize = 64;
 /// How often rules are looked at where the kernel sends no word of changes.
 const LOOK_AT_RULES: Duration = Duration::from_millis(200);
 
-/// Every how many looks default routes are looked for where the kernel publishes, and DOCKER-USER is read
-/// where the legacy variant of iptables is in use, which takes two runs of a program.
+/// Every how many looks default routes are looked for where the kernel publishes, and DOCKER-USER
+/// is read where the legacy variant of iptables is in use, which takes two runs of a program.
 const LOOK_AT_LEGACY: u32 = 5;
 
 /// What tells that rules of the firewall have changed.
@@ -109,7 +113,8 @@ impl Instance {
         let has_services = !self.up.supervisor.statuses().is_empty();
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // What was said last of an endpoint that could not be plugged in, so that it is not said every second.
+        // What was said last of an endpoint that could not be plugged in, so that it is not said
+        // every second.
         let mut said = BTreeMap::new();
         let mut silent = interval(SILENT_CHANGES);
         silent.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -158,7 +163,8 @@ impl Instance {
                     }
                 },
                 _ = ticks.tick() => {
-                    // The kernel sends no word of changes of legacy rules, and of routes none is heard.
+                    // The kernel sends no word of changes of legacy rules, and of routes none is
+                    // heard.
                     ticked = (ticked + 1) % LOOK_AT_LEGACY;
                     if ticked == 0 && self.up.publisher.translates() {
                         schedule.host_changed(Instant::now());
@@ -195,10 +201,12 @@ impl Instance {
         !status.is_some_and(|status| matches!(status.state, State::Ended(_)))
     }
 
-    /// Looks at what the kernel announces to nobody. Of many endpoints, those that follow `last` are looked at.
+    /// Looks at what the kernel announces to nobody. Of many endpoints, those that follow `last`
+    /// are looked at.
     async fn look_for_silent_changes(&mut self, schedule: &mut RepairSchedule, last: &mut String) {
         let endpoints = &self.up.layout.desired.endpoints;
-        let mut names: Vec<String> = endpoints.iter().map(|endpoint| endpoint.name.clone()).collect();
+        let mut names: Vec<String> =
+            endpoints.iter().map(|endpoint| endpoint.name.clone()).collect();
         if names.len() > ENDPOINTS_AT_A_TIME {
             names.sort_unstable();
             let next = names.partition_point(|name| *name <= *last) % names.len();
@@ -229,7 +237,8 @@ impl Instance {
         }
     }
 
-    /// Rules have changed: reports chains, each once, that may change the mark of the gates behind ours.
+    /// Rules have changed: reports chains, each once, that may change the mark of the gates behind
+    /// ours.
     fn look_at_marks(&self, known: &mut BTreeSet<String>) {
         let setters = self.chosen.firewall.as_ref().map(|firewall| firewall.mark_setters_behind());
         let setters = match setters.transpose() {
@@ -246,8 +255,8 @@ impl Instance {
         *known = setters;
     }
 
-    /// Rules have changed: has DOCKER-USER one that published ports bypass? Then the kernel publishes
-    /// them from here on; what it cannot publish is reported, and goes on.
+    /// Rules have changed: has DOCKER-USER one that published ports bypass? Then the kernel
+    /// publishes them from here on; what it cannot publish is reported, and goes on.
     async fn look_at_docker_user(&self, reported: &mut BTreeSet<String>) {
         let kind = self.chosen.firewall.as_ref().map(|firewall| firewall.kind());
         let (host, publisher) = (self.host.clone(), Arc::clone(&self.up.publisher));
@@ -287,15 +296,16 @@ impl Instance {
         let (host, mut endpoints) = schedule.take(Instant::now());
         endpoints.retain(|name| self.is_in_use(name));
         if host {
-            // A bridge that is missing has to be known to be before it is made again: its members would
-            // pass for outsiders otherwise.
+            // A bridge that is missing has to be known to be before it is made again: its members
+            // would pass for outsiders otherwise.
             self.update_bridge_indexes();
         }
         let mut repaired = self.restore(host, &endpoints).await;
         if !repaired.failed.is_empty() {
             // A link on its way out is still listed for a moment, and nothing can be put on it.
             tokio::time::sleep(SETTLE).await;
-            let failed: BTreeSet<_> = repaired.failed.iter().map(|(endpoint, _)| endpoint.clone()).collect();
+            let failed: BTreeSet<_> =
+                repaired.failed.iter().map(|(endpoint, _)| endpoint.clone()).collect();
             let endpoints = failed.iter().flatten().cloned().collect();
             let again = self.restore(failed.contains(&None), &endpoints).await;
             repaired.restored.extend(again.restored);
@@ -353,12 +363,16 @@ impl Instance {
         }
     }
 
-    /// Restores what published ports and the DNS server have in the namespace of `endpoint`. Whether any of it was missing.
+    /// Restores what published ports and the DNS server have in the namespace of `endpoint`.
+    /// Whether any of it was missing.
     fn restore_beyond_facts(&mut self, endpoint: &str) -> anyhow::Result<bool> {
         let Some(namespace) = self.up.publisher.namespace(endpoint) else { return Ok(false) };
         let mut restored: Vec<(RepairKind, String)> = Vec::new();
         if self.up.names.repair(endpoint)? {
-            restored.push((RepairKind::Dns, "table of nftables that leads to the DNS server".to_owned()));
+            restored.push((
+                RepairKind::Dns,
+                "table of nftables that leads to the DNS server".to_owned(),
+            ));
         }
         for object in repair_policy_routes(namespace.id())? {
             restored.push(match object {
@@ -420,7 +434,8 @@ impl Instance {
             self.setup.change(desired).await?;
         }
         let preceding_rule = preceding_rule(&observed, self.chosen.firewall.as_ref());
-        if let Some(priority) = preceding_rule.filter(|_| preceding_rule != self.up.preceding_rule) {
+        if let Some(priority) = preceding_rule.filter(|_| preceding_rule != self.up.preceding_rule)
+        {
             warn_of_preceding_rule(priority);
         }
         self.up.preceding_rule = preceding_rule;
@@ -432,7 +447,8 @@ impl Instance {
                 Vec::new()
             };
             if uplinks != desired.uplinks || reply_paths != desired.reply_paths {
-                // A new link, or the host has begun to forward: not our networks that someone has changed.
+                // A new link, or the host has begun to forward: not our networks that someone has
+                // changed.
                 (desired.uplinks, desired.reply_paths) = (uplinks, reply_paths);
                 firewall.set_reply_paths(&desired.reply_paths);
                 self.setup.update(desired).await?;
@@ -466,12 +482,18 @@ impl Instance {
                 Problem::not_found(&format!("there is no endpoint {endpoint:?}"))
             });
         }
-        let namespace = Namespace::from_path(&netns).map_err(|error| Problem::bad_request(&error))?;
+        let namespace =
+            Namespace::from_path(&netns).map_err(|error| Problem::bad_request(&error))?;
         self.replug(endpoint, netns, &namespace).await
     }
 
     /// Plugs `endpoint` into `namespace`, which is at `path`, and leads its ports there.
-    async fn replug(&mut self, endpoint: &str, path: PathBuf, namespace: &Namespace) -> Result<(), Problem> {
+    async fn replug(
+        &mut self,
+        endpoint: &str,
+        path: PathBuf,
+        namespace: &Namespace,
+    ) -> Result<(), Problem> {
         let plugged = self.setup.replug(&self.up.layout.desired, endpoint, namespace.clone()).await;
         plugged.map_err(|error| match error {
             SetupError::Conflict(_) => Problem::conflict(&error),
@@ -479,7 +501,8 @@ impl Instance {
         })?;
         // Before its ports: should those not follow, the next look tries again, here.
         self.up.adopted.set(endpoint, path.clone(), false);
-        let addresses = self.up.layout.addresses.get(endpoint).map(Vec::as_slice).unwrap_or_default();
+        let addresses =
+            self.up.layout.addresses.get(endpoint).map(Vec::as_slice).unwrap_or_default();
         self.up.publisher.relocate(endpoint, namespace, addresses)?;
         if let Err(error) = self.up.names.serve(endpoint, namespace) {
             tracing::warn!(endpoint, "{error:#}");
@@ -497,11 +520,17 @@ impl Instance {
                 Ok(None) => {
                     self.up.adopted.set(&endpoint, path, false);
                     // Its server may have found the port taken, or no descriptor.
-                    self.up.names.serve_if_unserved(&endpoint, &known).err().map(|error| format!("{error:#}"))
+                    self.up
+                        .names
+                        .serve_if_unserved(&endpoint, &known)
+                        .err()
+                        .map(|error| format!("{error:#}"))
                 }
-                Ok(Some(namespace)) => {
-                    self.replug(&endpoint, path, &namespace).await.err().map(|problem| problem.to_string())
-                }
+                Ok(Some(namespace)) => self
+                    .replug(&endpoint, path, &namespace)
+                    .await
+                    .err()
+                    .map(|problem| problem.to_string()),
                 Err(reason) => {
                     self.up.adopted.set(&endpoint, path, true);
                     Some(reason)
@@ -543,7 +572,8 @@ fn found(repaired: &Repaired, endpoint: Option<&str>) -> Check {
 /// Why it leads to none that the container could have come back in.
 fn look(path: &Path, known: NamespaceId) -> Result<Option<Namespace>, String> {
     // Without opening it, which is more work for everyone.
-    let there = fs::metadata(path).map(|there| NamespaceId { device: there.dev(), inode: there.ino() });
+    let there =
+        fs::metadata(path).map(|there| NamespaceId { device: there.dev(), inode: there.ino() });
     if there.is_ok_and(|there| there == known) {
         return Ok(None);
     }

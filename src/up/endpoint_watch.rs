@@ -1,5 +1,5 @@
-//! Word of changes in the namespaces of endpoints: a task for each, that waits at a routing socket and at one of
-//! nftables there.
+//! Word of changes in the namespaces of endpoints: a task for each, that waits at a routing socket
+//! and at one of nftables there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -14,7 +14,8 @@ use tokio::task::AbortHandle;
 /// Descriptors for each endpoint.
 pub(super) const DESCRIPTORS: usize = 2;
 
-/// How long a task rests after a change: processes of an endpoint can make thousands of changes a second.
+/// How long a task rests after a change: processes of an endpoint can make thousands of changes a
+/// second.
 const REST: Duration = Duration::from_millis(50);
 
 /// The endpoints that have changed.
@@ -44,7 +45,8 @@ impl EndpointWatch {
         let links = register(News::of(namespace, &topics)?)?;
         // Without nftables there is no table to lose.
         let rules = namespace.with(News::of_rules)?.and_then(register).ok();
-        let task = tokio::spawn(follow(endpoint.to_owned(), links, rules, Arc::clone(&self.changed)));
+        let task =
+            tokio::spawn(follow(endpoint.to_owned(), links, rules, Arc::clone(&self.changed)));
         self.tasks.insert(endpoint.to_owned(), task.abort_handle());
         Ok(())
     }
@@ -52,8 +54,9 @@ impl EndpointWatch {
     /// Returns when endpoints have changed.
     pub(super) async fn changed(&self) -> BTreeSet<String> {
         loop {
-            let names =
-                std::mem::take(&mut *self.changed.names.lock().unwrap_or_else(PoisonError::into_inner));
+            let names = std::mem::take(
+                &mut *self.changed.names.lock().unwrap_or_else(PoisonError::into_inner),
+            );
             if !names.is_empty() {
                 return names;
             }
@@ -73,7 +76,12 @@ fn register(news: News) -> io::Result<AsyncFd<News>> {
     Ok(unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }?)
 }
 
-async fn follow(endpoint: String, links: AsyncFd<News>, rules: Option<AsyncFd<News>>, changed: Arc<Changed>) {
+async fn follow(
+    endpoint: String,
+    links: AsyncFd<News>,
+    rules: Option<AsyncFd<News>>,
+    changed: Arc<Changed>,
+) {
     loop {
         let rules_changed = async {
             match &rules {

@@ -1,11 +1,11 @@
 //! Floods end at the bridge port of the endpoint that sends them.
 //!
-//! The NAT engine refuses flows beyond an endpoint's budget as it reads them, but by then each packet
-//! has crossed the bridge, the host's routing and the TUN device, on the cores that the other
-//! endpoints need too. So while the engine refuses SYNs of an endpoint, the port guard of the endpoint
-//! polices them. In a second as many pass as the endpoint may have unanswered flows, which is twice
-//! what the engine admits then: the engine's budget, not the policer, decides which. The policer is
-//! lifted once it has had little to drop for [`CHECK`].
+//! The NAT engine refuses flows beyond an endpoint's budget as it reads them, but by then each
+//! packet has crossed the bridge, the host's routing and the TUN device, on the cores that the
+//! other endpoints need too. So while the engine refuses SYNs of an endpoint, the port guard of the
+//! endpoint polices them. In a second as many pass as the endpoint may have unanswered flows, which
+//! is twice what the engine admits then: the engine's budget, not the policer, decides which. The
+//! policer is lifted once it has had little to drop for [`CHECK`].
 
 use crate::ground::Ground;
 use ipnet::IpNet;
@@ -49,8 +49,8 @@ struct BridgePort {
     any_of: Vec<IpNet>,
 }
 
-/// Starts the thread that polices with `rate`, if `guards` can. It ends with the engine that has the
-/// listener.
+/// Starts the thread that polices with `rate`, if `guards` can. It ends with the engine that has
+/// the listener.
 ///
 /// # Errors
 /// No thread can be started.
@@ -79,7 +79,11 @@ pub(super) fn start(
 fn bridge_ports(desired: &Desired) -> Vec<BridgePort> {
     let subnets = |network: &str| {
         let network = desired.networks.iter().find(|one| one.name == network);
-        network.into_iter().flat_map(|network| &network.subnets).map(|one| one.subnet.trunc()).collect()
+        network
+            .into_iter()
+            .flat_map(|network| &network.subnets)
+            .map(|one| one.subnet.trunc())
+            .collect()
     };
     let of_endpoint = |endpoint: &tidegate_netsetup::Endpoint| {
         let name = endpoint.name.clone();
@@ -94,8 +98,8 @@ fn bridge_ports(desired: &Desired) -> Vec<BridgePort> {
     desired.endpoints.iter().flat_map(of_endpoint).collect()
 }
 
-/// The ports by which packets from `source` come in: the one of its endpoint, or those of the endpoints
-/// that may have sent it.
+/// The ports by which packets from `source` come in: the one of its endpoint, or those of the
+/// endpoints that may have sent it.
 fn ports_of(ports: &[BridgePort], source: IpAddr) -> Vec<&BridgePort> {
     if let Some(own) = ports.iter().find(|port| port.addresses.contains(&source)) {
         return vec![own];
@@ -142,7 +146,8 @@ impl Policer {
             }
             match self.guards.police(link, Some(self.rate)) {
                 Ok(()) => {
-                    let dropped = self.guards.dropped().get(link).map_or(0, |dropped| dropped.policed);
+                    let dropped =
+                        self.guards.dropped().get(link).map_or(0, |dropped| dropped.policed);
                     self.policed.insert(link.clone(), dropped);
                     tracing::warn!(
                         endpoint,
@@ -162,7 +167,10 @@ impl Policer {
             let now = dropped.get(link).map_or(0, |dropped| dropped.policed);
             let floods = now.saturating_sub(std::mem::replace(before, now)) > FEW;
             // A link without a guard has no policer.
-            floods || guards.police(link, None).is_err_and(|error| error.kind() != io::ErrorKind::NotFound)
+            floods
+                || guards
+                    .police(link, None)
+                    .is_err_and(|error| error.kind() != io::ErrorKind::NotFound)
         });
     }
 }

@@ -1,4 +1,5 @@
-//! From a Compose file to networks with names, addresses and interfaces: pure, but for what is passed in.
+//! From a Compose file to networks with names, addresses and interfaces: pure, but for what is
+//! passed in.
 
 use crate::compose::{self, Project};
 use ipnet::IpNet;
@@ -8,8 +9,8 @@ use std::net::IpAddr;
 use std::time::Instant;
 use tidegate_model::registry;
 use tidegate_netsetup::{
-    Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Mac, Network, Observed, Pools,
-    Subnet, gateway,
+    Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Mac, Network, Observed,
+    Pools, Subnet, gateway,
 };
 use tidegate_proxy::{Bridge, GatewayNetwork};
 
@@ -47,11 +48,15 @@ pub(super) struct Surroundings<'a> {
 ///
 /// # Errors
 /// [`LayoutError`]: subnets or addresses have run out, or a fixed one is taken.
-pub(super) fn layout(project: &Project, with: &mut Surroundings<'_>) -> Result<Layout, LayoutError> {
+pub(super) fn layout(
+    project: &Project,
+    with: &mut Surroundings<'_>,
+) -> Result<Layout, LayoutError> {
     let (networks, mut pools) = networks(project, with)?;
     let mut desired = Desired { networks, ..Desired::default() };
     let mut addresses = BTreeMap::new();
-    // Fixed addresses first, whatever the order of the file: nobody shall be given one that another has asked for.
+    // Fixed addresses first, whatever the order of the file: nobody shall be given one that another
+    // has asked for.
     for service in &project.services {
         for attachment in &service.networks {
             let failed = |source| no_address(&service.name, &attachment.network, source);
@@ -66,15 +71,14 @@ pub(super) fn layout(project: &Project, with: &mut Surroundings<'_>) -> Result<L
     for service in &project.services {
         let mut attachments = Vec::new();
         let mut all = Vec::new();
-        let way_out = service
-            .networks
-            .iter()
-            .position(|one| project.networks.get(&one.network).is_some_and(|network| !network.internal));
+        let way_out = service.networks.iter().position(|one| {
+            project.networks.get(&one.network).is_some_and(|network| !network.internal)
+        });
         for (number, attachment) in service.networks.iter().enumerate() {
             let mut nets = Vec::new();
             for pool in pools.get_mut(&attachment.network).into_iter().flatten() {
-                let fixed =
-                    fixed(attachment).find(|ip| ip.is_ipv4() == matches!(pool.subnet(), IpNet::V4(_)));
+                let fixed = fixed(attachment)
+                    .find(|ip| ip.is_ipv4() == matches!(pool.subnet(), IpNet::V4(_)));
                 let address = match fixed {
                     Some(address) => address,
                     None => pool
@@ -88,7 +92,10 @@ pub(super) fn layout(project: &Project, with: &mut Surroundings<'_>) -> Result<L
             attachments.push(Attachment {
                 network: attachment.network.clone(),
                 host_end: Interface { name: veth_name(random), mac: Mac::local((with.random)()) },
-                inside: Interface { name: format!("eth{number}"), mac: Mac::local((with.random)()) },
+                inside: Interface {
+                    name: format!("eth{number}"),
+                    mac: Mac::local((with.random)()),
+                },
                 addresses: nets,
                 default_route: way_out == Some(number),
                 any_address: attachment.any_source,
@@ -106,7 +113,9 @@ impl Layout {
     pub(super) fn gateway_networks(&self, indexes: &BTreeMap<String, u32>) -> Vec<GatewayNetwork> {
         let of = |network: &Network| GatewayNetwork {
             name: network.name.clone(),
-            bridge: indexes.get(&network.name).map_or(Bridge::Missing(0), |index| Bridge::Present(*index)),
+            bridge: indexes
+                .get(&network.name)
+                .map_or(Bridge::Missing(0), |index| Bridge::Present(*index)),
             internal: network.internal,
             subnets: network.subnets.iter().map(|one| (one.subnet, one.gateway)).collect(),
         };
@@ -116,7 +125,10 @@ impl Layout {
     /// The names of the networks that `endpoint` is attached to.
     pub(super) fn networks_of(&self, endpoint: &str) -> impl Iterator<Item = String> {
         let endpoint = self.desired.endpoints.iter().find(|one| one.name == endpoint);
-        endpoint.into_iter().flat_map(|one| &one.attachments).map(|attachment| attachment.network.clone())
+        endpoint
+            .into_iter()
+            .flat_map(|one| &one.attachments)
+            .map(|attachment| attachment.network.clone())
     }
 }
 
@@ -127,7 +139,8 @@ fn networks(
     with: &mut Surroundings<'_>,
 ) -> Result<(Vec<Network>, AddressPools), LayoutError> {
     let pools = Pools::usual(with.host_id);
-    let given = project.networks.values().flat_map(|network| &network.subnets).map(|subnet| subnet.subnet);
+    let given =
+        project.networks.values().flat_map(|network| &network.subnets).map(|subnet| subnet.subnet);
     let routes = with.observed.routes.iter().map(|(net, _)| *net).filter(|net| !is_default(net));
     let mut in_use: Vec<IpNet> = routes.chain(given).collect();
     let mut networks = Vec::new();
@@ -143,16 +156,18 @@ fn networks(
             if has || (v6 && !network.enable_ipv6) {
                 continue;
             }
-            let subnet = pools
-                .obtain(v6, &in_use)
-                .map_err(|source| LayoutError::NoSubnet { network: network.name.clone(), source })?;
+            let subnet = pools.obtain(v6, &in_use).map_err(|source| LayoutError::NoSubnet {
+                network: network.name.clone(),
+                source,
+            })?;
             in_use.push(subnet);
             subnets.push(Subnet { subnet, gateway: gateway(subnet) });
         }
         subnets.sort_by_key(|subnet| subnet.gateway.is_ipv6());
         let pools = subnets.iter().map(|subnet| Ipam::new(subnet.subnet, subnet.gateway)).collect();
         addresses.insert(network.name.clone(), pools);
-        let name = network.bridge.clone().unwrap_or_else(|| bridge_name(&project.name, &network.name));
+        let name =
+            network.bridge.clone().unwrap_or_else(|| bridge_name(&project.name, &network.name));
         networks.push(Network {
             name: network.name.clone(),
             bridge: Interface { name, mac: Mac::local((with.random)()) },
@@ -165,8 +180,8 @@ fn networks(
     Ok((networks, addresses))
 }
 
-/// Whether `route` is a part of a default route: VPNs set up halves (0.0.0.0/1, 128.0.0.0/1), quarters or eighths of all
-/// addresses, which precede a default route without replacing it.
+/// Whether `route` is a part of a default route: VPNs set up halves (0.0.0.0/1, 128.0.0.0/1),
+/// quarters or eighths of all addresses, which precede a default route without replacing it.
 fn is_default(route: &IpNet) -> bool {
     route.prefix_len() <= 3
 }
@@ -176,7 +191,11 @@ fn fixed(attachment: &compose::Attachment) -> impl Iterator<Item = IpAddr> + use
     v4.into_iter().chain(attachment.ipv6_address.map(IpAddr::V6))
 }
 
-fn pool_for<'a>(pools: &'a mut AddressPools, network: &str, address: IpAddr) -> Option<&'a mut Ipam> {
+fn pool_for<'a>(
+    pools: &'a mut AddressPools,
+    network: &str,
+    address: IpAddr,
+) -> Option<&'a mut Ipam> {
     pools.get_mut(network)?.iter_mut().find(|pool| pool.subnet().contains(&address))
 }
 
@@ -184,11 +203,16 @@ fn no_address(service: &str, network: &str, source: IpamError) -> LayoutError {
     LayoutError::NoAddress { service: service.to_owned(), network: network.to_owned(), source }
 }
 
-/// `tg-`, what fits of the network's name, and what tells projects apart: the same every time, for those who capture packets.
+/// `tg-`, what fits of the network's name, and what tells projects apart: the same every time, for
+/// those who capture packets.
 fn bridge_name(project: &str, network: &str) -> String {
     let readable = network.chars().filter(char::is_ascii_alphanumeric).take(7);
     let id = fnv(format!("{project}/{network}").as_bytes()) as u16;
-    format!("{}-{}-{id:04x}", registry::INTERFACE_PREFIX, readable.collect::<String>().to_ascii_lowercase())
+    format!(
+        "{}-{}-{id:04x}",
+        registry::INTERFACE_PREFIX,
+        readable.collect::<String>().to_ascii_lowercase()
+    )
 }
 
 /// `tgv` and what nobody else has.
@@ -239,8 +263,10 @@ services:
             count += 1;
             [0x10, 0, 0, 0, 0, count]
         };
-        let laid_out =
-            layout(&project, &mut Surroundings { observed, host_id: [1, 2, 3, 4, 5], random: &mut random });
+        let laid_out = layout(
+            &project,
+            &mut Surroundings { observed, host_id: [1, 2, 3, 4, 5], random: &mut random },
+        );
         (project, laid_out)
     }
 

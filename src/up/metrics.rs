@@ -1,4 +1,5 @@
-//! `tidegate_network_*`: rendered at each scrape from what there is then, so that a family's series go with their object.
+//! `tidegate_network_*`: rendered at each scrape from what there is then, so that a family's series
+//! go with their object.
 
 use crate::publisher::Publisher;
 use crate::services::Observer;
@@ -14,20 +15,29 @@ use tidegate_netsetup::{Change, Desired, Firewall, Network, RepairKind, capacity
 /// A family: its name, its type, and what it tells.
 type Family = (&'static str, &'static str, &'static str);
 
-const INFO: Family =
-    ("tidegate_network_info", "gauge", "Always 1 for a network that is there; its labels name its bridge.");
+const INFO: Family = (
+    "tidegate_network_info",
+    "gauge",
+    "Always 1 for a network that is there; its labels name its bridge.",
+);
 const ENDPOINTS: Family = ("tidegate_network_endpoints", "gauge", "Endpoints on a network.");
 const USED: Family = (
     "tidegate_network_addresses_used",
     "gauge",
     "Addresses of a network that are taken, the gateway's included.",
 );
-const FREE: Family =
-    ("tidegate_network_addresses_free", "gauge", "Addresses of a network that are left to give out.");
+const FREE: Family = (
+    "tidegate_network_addresses_free",
+    "gauge",
+    "Addresses of a network that are left to give out.",
+);
 const ATTACHED: Family =
     ("tidegate_network_endpoint_info", "gauge", "Always 1 for an endpoint on a network.");
-const PORTS: Family =
-    ("tidegate_network_endpoint_ports", "gauge", "Ports published for an endpoint, one for each socket.");
+const PORTS: Family = (
+    "tidegate_network_endpoint_ports",
+    "gauge",
+    "Ports published for an endpoint, one for each socket.",
+);
 const RELOCATIONS: Family = (
     "tidegate_network_endpoint_relocations_total",
     "counter",
@@ -88,7 +98,8 @@ impl Repairs {
     }
 }
 
-/// Writes the families of `firewall` in the text format of Prometheus (exposition format 0.0.4). Without one they have no series.
+/// Writes the families of `firewall` in the text format of Prometheus (exposition format 0.0.4).
+/// Without one they have no series.
 pub(super) fn ruleset_families(firewall: Option<&Firewall>, page: &mut String) {
     // Writing to a String does not fail.
     let _ = render_updates(firewall, page);
@@ -108,12 +119,19 @@ fn render_updates(firewall: Option<&Firewall>, page: &mut String) -> fmt::Result
         firewall.iter().flat_map(|firewall| Change::ALL.map(|change| (firewall, change)))
     {
         let failed = firewall.updates(change).failed();
-        writeln!(page, "{}{{firewall=\"{}\",{}}} {failed}", UPDATES_FAILED.0, firewall.kind(), of(change))?;
+        writeln!(
+            page,
+            "{}{{firewall=\"{}\",{}}} {failed}",
+            UPDATES_FAILED.0,
+            firewall.kind(),
+            of(change)
+        )?;
     }
     Ok(())
 }
 
-/// Writes the families of the networks and endpoints of `desired` in the text format of Prometheus (exposition format 0.0.4).
+/// Writes the families of the networks and endpoints of `desired` in the text format of Prometheus
+/// (exposition format 0.0.4).
 pub(super) fn families(
     desired: &Desired,
     publisher: &Publisher,
@@ -125,14 +143,20 @@ pub(super) fn families(
         *ports.entry(port.endpoint).or_default() += 1;
     }
     let statuses = observer.map(Observer::statuses).unwrap_or_default();
-    let restarts = statuses.into_iter().map(|status| (status.name, u64::from(status.restarts))).collect();
+    let restarts =
+        statuses.into_iter().map(|status| (status.name, u64::from(status.restarts))).collect();
     // Writing to a String does not fail.
     let _ = render(desired, &ports, &publisher.relocations(), &restarts, page);
 }
 
-/// Writes what `guards`, at the ports of bridges in `host`, have dropped of the endpoints of `desired`. Classic BPF counts
-/// nothing by reason, and has no series.
-pub(super) fn spoofed_families(desired: &Desired, guards: &PortGuards, host: &Namespace, page: &mut String) {
+/// Writes what `guards`, at the ports of bridges in `host`, have dropped of the endpoints of
+/// `desired`. Classic BPF counts nothing by reason, and has no series.
+pub(super) fn spoofed_families(
+    desired: &Desired,
+    guards: &PortGuards,
+    host: &Namespace,
+    page: &mut String,
+) {
     let dropped = match guards.mechanism() {
         Mechanism::Classic => BTreeMap::new(),
         _ => host.with(|| guards.dropped()).unwrap_or_default(),
@@ -141,7 +165,11 @@ pub(super) fn spoofed_families(desired: &Desired, guards: &PortGuards, host: &Na
     let _ = render_spoofed(desired, &dropped, page);
 }
 
-fn render_spoofed(desired: &Desired, dropped: &BTreeMap<String, Dropped>, page: &mut String) -> fmt::Result {
+fn render_spoofed(
+    desired: &Desired,
+    dropped: &BTreeMap<String, Dropped>,
+    page: &mut String,
+) -> fmt::Result {
     head(SPOOFED, page)?;
     for endpoint in &desired.endpoints {
         for attachment in &endpoint.attachments {
@@ -181,7 +209,11 @@ fn render(
 ) -> fmt::Result {
     head(INFO, page)?;
     for network in &desired.networks {
-        writeln!(page, "{}{{network=\"{}\",bridge=\"{}\"}} 1", INFO.0, network.name, network.bridge.name)?;
+        writeln!(
+            page,
+            "{}{{network=\"{}\",bridge=\"{}\"}} 1",
+            INFO.0, network.name, network.bridge.name
+        )?;
     }
     head(ENDPOINTS, page)?;
     for network in &desired.networks {
@@ -194,7 +226,11 @@ fn render(
         for network in &desired.networks {
             for (word, used, free) in addresses(desired, network) {
                 let value = if family == USED { used } else { free };
-                writeln!(page, "{}{{network=\"{}\",family=\"{word}\"}} {value}", family.0, network.name)?;
+                writeln!(
+                    page,
+                    "{}{{network=\"{}\",family=\"{word}\"}} {value}",
+                    family.0, network.name
+                )?;
             }
         }
     }
@@ -224,7 +260,8 @@ fn addresses(desired: &Desired, network: &Network) -> Vec<(&'static str, u128, u
     let count = |subnet: IpNet| {
         let attachments = desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
         let here = attachments.filter(|attachment| attachment.network == network.name);
-        let given = here.flat_map(|one| &one.addresses).filter(|one| subnet.contains(&one.addr())).count();
+        let given =
+            here.flat_map(|one| &one.addresses).filter(|one| subnet.contains(&one.addr())).count();
         let used = given as u128 + 1;
         let word = if subnet.addr().is_ipv4() { "ipv4" } else { "ipv6" };
         (word, used, capacity(subnet).saturating_sub(used))

@@ -6,9 +6,9 @@
 //! remove networks ◄─ close ports, cut connections ◄─ stop services ◄────────────────────────────────────┘ or a signal
 //! ```
 //!
-//! Ports are taken before anything is changed, because that is what fails most, and answered at when the rules are in force. Networks are
-//! closed before they are up (see [`tidegate_netsetup`]), so there is no moment at which more can be reached than
-//! what is published.
+//! Ports are taken before anything is changed, because that is what fails most, and answered at
+//! when the rules are in force. Networks are closed before they are up (see [`tidegate_netsetup`]),
+//! so there is no moment at which more can be reached than what is published.
 
 mod announce;
 mod control;
@@ -49,8 +49,8 @@ use tidegate_model::{PortSpec, Protocol, registry};
 use tidegate_netfilter::PortGuards;
 use tidegate_netns::{Namespace, News, Topic, interface_index, run_directory};
 use tidegate_netsetup::{
-    DefaultRoute, Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, ReplyPath, Setup,
-    Uplink, WithFirewall, WithoutFirewall,
+    DefaultRoute, Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, ReplyPath,
+    Setup, Uplink, WithFirewall, WithoutFirewall,
 };
 use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -154,8 +154,12 @@ struct Signals([Signal; 4]);
 
 impl Signals {
     /// Ctrl-C, a request to end, a terminal that was closed, Ctrl-\.
-    const KINDS: [SignalKind; 4] =
-        [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()];
+    const KINDS: [SignalKind; 4] = [
+        SignalKind::interrupt(),
+        SignalKind::terminate(),
+        SignalKind::hangup(),
+        SignalKind::quit(),
+    ];
 
     /// From here on none of them kills.
     fn new() -> io::Result<Self> {
@@ -175,16 +179,20 @@ impl Signals {
 }
 
 impl Up {
-    /// Runs until all services have ended or a signal comes. True if every service ended well, or was told to.
+    /// Runs until all services have ended or a signal comes. True if every service ended well, or
+    /// was told to.
     ///
     /// # Errors
     /// One line. Nothing is left behind, unless it says so.
     pub fn run(&self) -> anyhow::Result<bool> {
         // While there is one thread only.
         let ground = Ground::for_networks()?;
-        // One thread: children are tied to the thread that made them, so that they go when this process is killed.
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
+        // One thread: children are tied to the thread that made them, so that they go when this
+        // process is killed.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("event loop")?;
         runtime.block_on(self.run_on(&ground))
     }
 
@@ -199,8 +207,9 @@ impl Up {
         for warning in &project.warnings {
             tracing::warn!("{warning}");
         }
-        let run = run_directory()
-            .context("no place for what is to be remembered: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR")?;
+        let run = run_directory().context(
+            "no place for what is to be remembered: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR",
+        )?;
         let run = run.join("projects").join(&project.name);
         let socket = Socket::open(socket::path()?)?;
         let journal = Journal::open(&run.join("network.journal")).map_err(|error| match error {
@@ -226,7 +235,9 @@ impl Up {
             Some(_) => None,
             None => way_out::Device::open(ground, &project)
                 .inspect_err(|error| {
-                    tracing::warn!("containers have no way out: {error}; tidegate doctor says what helps");
+                    tracing::warn!(
+                        "containers have no way out: {error}; tidegate doctor says what helps"
+                    );
                 })
                 .ok(),
         };
@@ -249,9 +260,16 @@ impl Up {
             tracing::info!(steps = left, "cleared what an instance that was killed had left");
         }
 
-        let topics =
-            [Topic::Links, Topic::Rules, Topic::Settings, Topic::Addresses, Topic::Routes, Topic::Fdb];
-        let news = News::of(ground.networks(), &topics).context("listen for changes of networks")?;
+        let topics = [
+            Topic::Links,
+            Topic::Rules,
+            Topic::Settings,
+            Topic::Addresses,
+            Topic::Routes,
+            Topic::Fdb,
+        ];
+        let news =
+            News::of(ground.networks(), &topics).context("listen for changes of networks")?;
         // SAFETY: its descriptor is its own, and the same for as long as it lives.
         let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }
             .context("listen for changes of networks")?;
@@ -259,7 +277,8 @@ impl Up {
         let up = match self.start(means, &project, &mut setup, &mut signals).await {
             Ok(Some(up)) => up,
             not_up => {
-                // What went wrong first is what matters; what cannot be taken back is in the journal, for the next start.
+                // What went wrong first is what matters; what cannot be taken back is in the
+                // journal, for the next start.
                 match setup.finish().await {
                     Ok(()) => drop(fs::remove_dir_all(&run)),
                     Err(second) => tracing::warn!(error = %second, "not all could be taken back"),
@@ -313,8 +332,8 @@ impl Up {
         Ok(well)
     }
 
-    /// Brings the project up; `None` if a signal came meanwhile. What was made of its networks is then, and with an error, in `setup`,
-    /// to be taken back.
+    /// Brings the project up; `None` if a signal came meanwhile. What was made of its networks is
+    /// then, and with an error, in `setup`, to be taken back.
     async fn start(
         &self,
         means: Means<'_>,
@@ -325,7 +344,8 @@ impl Up {
         let Means { ground, chosen, device, guards, run } = means;
         let mut observed = setup.surroundings().await?;
         if ground.is_rootless() {
-            // The networks of the host are not in the way there. But who is to reach them one day must not have their addresses.
+            // The networks of the host are not in the way there. But who is to reach them one day
+            // must not have their addresses.
             let host = Kernel::new(ground.ports().clone()).observe(&[]).await?;
             observed.routes.extend(host.routes);
             observed.bridges_of_tidegate.extend(host.bridges_of_tidegate);
@@ -336,7 +356,8 @@ impl Up {
             let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
             bytes
         };
-        let mut surroundings = Surroundings { observed: &observed, host_id: host_id(), random: &mut random };
+        let mut surroundings =
+            Surroundings { observed: &observed, host_id: host_id(), random: &mut random };
         let mut layout = layout(project, &mut surroundings)?;
         layout.desired.guards = port_guards::attachment(guards.as_deref(), &project.name);
         layout.desired.rules_ahead = rules_ahead(&observed);
@@ -360,9 +381,8 @@ impl Up {
         for service in &project.services {
             let namespace = match &service.run {
                 Run::Command(_) => Namespace::create().context("make a network namespace")?,
-                Run::Adopt(path) => {
-                    Namespace::from_path(path).with_context(|| format!("service {:?}", service.name))?
-                }
+                Run::Adopt(path) => Namespace::from_path(path)
+                    .with_context(|| format!("service {:?}", service.name))?,
             };
             let shared = |(_, other): &(&String, &Namespace)| other.id() == namespace.id();
             if let Some((other, _)) = namespaces.iter().find(shared) {
@@ -379,13 +399,22 @@ impl Up {
         let start = |device: way_out::Device| -> anyhow::Result<_> {
             let rate = NonZeroU32::new(self.nat_limits.unanswered).unwrap_or(NonZeroU32::MIN);
             let guards = guards.as_ref();
-            let floods = guards.map(|guards| flood_control::start(&layout.desired, guards, ground, rate));
+            let floods =
+                guards.map(|guards| flood_control::start(&layout.desired, guards, ground, rate));
             let floods = floods.transpose().context("start a thread")?.flatten();
-            Ok(device.start(&layout, &observed, ground, self.allow_host_loopback, self.nat_limits, floods)?)
+            Ok(device.start(
+                &layout,
+                &observed,
+                ground,
+                self.allow_host_loopback,
+                self.nat_limits,
+                floods,
+            )?)
         };
         let mut way_out = device.map(start).transpose()?;
 
-        let mut settings = Settings { ports_with_series: self.ports_with_series, ..Settings::default() };
+        let mut settings =
+            Settings { ports_with_series: self.ports_with_series, ..Settings::default() };
         if way_out.is_some() {
             settings.reserved_descriptors += way_out::descriptors();
         }
@@ -397,7 +426,8 @@ impl Up {
         gateway_networks.set_internal_of_others(observed.internal_bridges.clone());
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
-        let publisher = Arc::new(Publisher::new(ground.clone(), settings, self.limits, chosen, gateways));
+        let publisher =
+            Arc::new(Publisher::new(ground.clone(), settings, self.limits, chosen, gateways));
         for (name, namespace) in &namespaces {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let acl = GatewayAcl::new(Arc::clone(&gateway_networks), layout.networks_of(name));
@@ -411,7 +441,8 @@ impl Up {
         // Of services, once they have been started.
         let observer: Arc<OnceLock<services::Observer>> = Arc::default();
         let begun = async {
-            let mut names = NameServers::new(project, &layout, ground, self.dns_ttl, self.dns_forward_rate)?;
+            let mut names =
+                NameServers::new(project, &layout, ground, self.dns_ttl, self.dns_forward_rate)?;
             let mut resolvers = names.resolver().host_servers();
             if let Some(way_out) = &mut way_out {
                 way_out.set_resolvers(&resolvers.borrow_and_update());
@@ -428,7 +459,8 @@ impl Up {
                 let firewall = chosen.firewall.clone();
                 let recorder =
                     recorder.with(move |page| metrics::ruleset_families(firewall.as_deref(), page));
-                let nat = way_out.as_ref().map(|nat| (project.name.clone(), nat.nat().figures().clone()));
+                let nat =
+                    way_out.as_ref().map(|nat| (project.name.clone(), nat.nat().figures().clone()));
                 let recorder = recorder.with(move |page| {
                     let engines: Vec<_> =
                         nat.iter().map(|(name, figures)| (name.as_str(), figures)).collect();
@@ -451,7 +483,9 @@ impl Up {
                 let acl = if ground.is_rootless() { acl.for_sockets_elsewhere() } else { acl };
                 let recorder = recorder.controlled_by(acl);
                 let told = Arc::clone(&publisher);
-                recorder.serve(move || (told.snapshot(), told.fill())).context("metrics endpoint")?;
+                recorder
+                    .serve(move || (told.snapshot(), told.fill()))
+                    .context("metrics endpoint")?;
             }
             let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
             let specs = specs(project, &layout, &namespaces);
@@ -511,7 +545,8 @@ fn openings(layout: &Layout, ports: &OpenPorts, publish: PublishBy) -> BTreeSet<
             PublishBy::Proxy => Vec::new(),
             PublishBy::Kernel => targets_of(layout, service),
         };
-        let openings = listeners.iter().map(|(listener, port)| opening(listener.label(), *port, &targets));
+        let openings =
+            listeners.iter().map(|(listener, port)| opening(listener.label(), *port, &targets));
         openings.collect::<Vec<_>>()
     };
     ports.iter().flat_map(of).collect()
@@ -562,7 +597,9 @@ fn setup_with(
                 kernel.use_engine(device.link());
                 Setup::new(kernel, journal, device.isolation())
             }
-            None => Setup::new(kernel, journal, WithoutFirewall { gated: port_guards::has_gates() }),
+            None => {
+                Setup::new(kernel, journal, WithoutFirewall { gated: port_guards::has_gates() })
+            }
         },
         Some(firewall) => {
             kernel.use_firewall(Arc::clone(firewall));
@@ -573,29 +610,35 @@ fn setup_with(
     }
 }
 
-/// The links of others by which answers to the containers of `desired` come, each once for what it forwards because of us and once for what others see to.
+/// The links of others by which answers to the containers of `desired` come, each once for what it
+/// forwards because of us and once for what others see to.
 fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
     let one = |uplink: &Uplink, ours: bool| {
         let is_ours = |v6: bool| {
-            let is_it =
-                |one: &Uplink| one.link == uplink.link && one.ours && if v6 { one.v6 } else { one.v4 };
+            let is_it = |one: &Uplink| {
+                one.link == uplink.link && one.ours && if v6 { one.v6 } else { one.v4 }
+            };
             // One that forwards by itself is a router's, whose business is not ours.
             let is_ours = desired.uplinks.iter().any(is_it)
                 || !observed.forwarding.contains(&(uplink.link.clone(), v6));
             is_ours == ours
         };
         let link = uplink.link.clone();
-        let part = Uplink { link, v4: uplink.v4 && is_ours(false), v6: uplink.v6 && is_ours(true), ours };
+        let part =
+            Uplink { link, v4: uplink.v4 && is_ours(false), v6: uplink.v6 && is_ours(true), ours };
         (part.v4 || part.v6).then_some(part)
     };
     // Nobody comes by the networks of containers, of ours or of others.
-    let uplinks = observed.uplinks.iter().filter(|uplink| !way_out::is_bridge_of_containers(&uplink.link));
-    uplinks.flat_map(|uplink| [true, false].into_iter().filter_map(|ours| one(uplink, ours))).collect()
+    let uplinks =
+        observed.uplinks.iter().filter(|uplink| !way_out::is_bridge_of_containers(&uplink.link));
+    uplinks
+        .flat_map(|uplink| [true, false].into_iter().filter_map(|ours| one(uplink, ours)))
+        .collect()
 }
 
-/// How far ahead of their usual priorities our policy rules have to be to precede those of other software. A rule that is
-/// added without a priority gets one ahead of all others but the `local` table's (`fib_default_rule_pref`,
-/// net/core/fib_rules.c): wg-quick does that.
+/// How far ahead of their usual priorities our policy rules have to be to precede those of other
+/// software. A rule that is added without a priority gets one ahead of all others but the `local`
+/// table's (`fib_default_rule_pref`, net/core/fib_rules.c): wg-quick does that.
 fn rules_ahead(observed: &Observed) -> u32 {
     /// Priorities that our rules take.
     const COUNT: u32 = registry::UPLINK_PRIORITY - registry::GUARD_EXEMPTION_PRIORITY + 1;
@@ -612,7 +655,9 @@ fn preceding_rule(observed: &Observed, firewall: Option<&Arc<Firewall>>) -> Opti
     // With gates the firewall needs no rules of ours for what containers send, and what closes
     // networks are programs.
     let matters = firewall.is_none_or(|firewall| firewall.gate().is_none());
-    observed.first_rule_of_others.filter(|first| matters && *first <= registry::PRECEDING_PRIORITIES)
+    observed
+        .first_rule_of_others
+        .filter(|first| matters && *first <= registry::PRECEDING_PRIORITIES)
 }
 
 fn warn_of_preceding_rule(priority: u32) {
@@ -624,8 +669,8 @@ fn warn_of_preceding_rule(priority: u32) {
     );
 }
 
-/// How answers leave by the uplink that was asked, where the host has several default routes: by all but
-/// the best one of `main`, which they take anyway.
+/// How answers leave by the uplink that was asked, where the host has several default routes: by
+/// all but the best one of `main`, which they take anyway.
 fn reply_paths(observed: &Observed, project: &str) -> Vec<ReplyPath> {
     let mut paths: Vec<ReplyPath> = Vec::new();
     for v6 in [false, true] {
@@ -677,7 +722,8 @@ fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
                     mapping.container_port
                 );
             }
-            let opened = reserve(&mapping).with_context(|| format!("service {:?}", service.name))?;
+            let opened =
+                reserve(&mapping).with_context(|| format!("service {:?}", service.name))?;
             let entry = ports.entry((service.name.clone(), mapping.protocol)).or_default();
             entry.extend(opened.into_iter().map(|listener| (listener, mapping.container_port)));
         }
@@ -702,9 +748,16 @@ fn bridge_indexes(layout: &Layout, host: &Namespace) -> io::Result<BTreeMap<Stri
 }
 
 /// What the supervisor is to run. Adopted namespaces have processes of their own.
-fn specs(project: &Project, layout: &Layout, namespaces: &BTreeMap<String, Namespace>) -> Vec<ServiceSpec> {
+fn specs(
+    project: &Project,
+    layout: &Layout,
+    namespaces: &BTreeMap<String, Namespace>,
+) -> Vec<ServiceSpec> {
     let runs = |name: &String| {
-        project.services.iter().any(|service| service.name == *name && matches!(service.run, Run::Command(_)))
+        project
+            .services
+            .iter()
+            .any(|service| service.name == *name && matches!(service.run, Run::Command(_)))
     };
     let host = names::host_resolv_conf();
     let spec = |service: &compose::Service| {
@@ -726,7 +779,8 @@ fn specs(project: &Project, layout: &Layout, namespaces: &BTreeMap<String, Names
     project.services.iter().filter_map(spec).collect()
 }
 
-/// Five bytes that are this host's, and the same at every start: of its machine id (machine-id(5)), which itself is not to be shown.
+/// Five bytes that are this host's, and the same at every start: of its machine id (machine-id(5)),
+/// which itself is not to be shown.
 fn host_id() -> [u8; 5] {
     let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
     let [.., a, b, c, d, e] = fnv(format!("tidegate {}", id.trim()).as_bytes()).to_be_bytes();

@@ -68,13 +68,19 @@ impl NameServers {
                     name: network.name.clone(),
                     subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
                     internal: network.internal,
-                    servers: project.networks.get(&network.name).map(servers_of_network).unwrap_or_default(),
+                    servers: project
+                        .networks
+                        .get(&network.name)
+                        .map(servers_of_network)
+                        .unwrap_or_default(),
                     sources_are_verified: layout.desired.verifies_sources(&network.name),
                 })
                 .context("names")?;
         }
         for endpoint in &layout.desired.endpoints {
-            let Some(service) = project.services.iter().find(|service| service.name == endpoint.name) else {
+            let Some(service) =
+                project.services.iter().find(|service| service.name == endpoint.name)
+            else {
                 continue;
             };
             for (attachment, there) in service.networks.iter().zip(&endpoint.attachments) {
@@ -102,14 +108,18 @@ impl NameServers {
                 at_gateways.insert(network.name.clone(), there);
             }
         }
-        let servers =
-            |service: &Service| service.dns.iter().map(|server| SocketAddr::new(*server, PORT)).collect();
+        let servers = |service: &Service| {
+            service.dns.iter().map(|server| SocketAddr::new(*server, PORT)).collect()
+        };
         let options = project
             .services
             .iter()
             .filter(|service| gateway(project, layout, service).is_none())
             .map(|service| {
-                (service.name.clone(), ServeOptions { servers: servers(service), ..ServeOptions::default() })
+                (
+                    service.name.clone(),
+                    ServeOptions { servers: servers(service), ..ServeOptions::default() },
+                )
             })
             .collect();
         let resolver = Arc::new(resolver);
@@ -135,13 +145,18 @@ impl NameServers {
     ///
     /// # Errors
     /// One line that names the network.
-    pub(super) fn serve_at_gateways_again(&mut self, network: &str, host: &Namespace) -> anyhow::Result<()> {
+    pub(super) fn serve_at_gateways_again(
+        &mut self,
+        network: &str,
+        host: &Namespace,
+    ) -> anyhow::Result<()> {
         let Some(there) = self.at_gateways.get_mut(network) else { return Ok(()) };
         there.serving.clear();
         there.serve(&self.resolver, network, host)
     }
 
-    /// Restores what leads to the server of `service`, if other software has removed it. Whether it had.
+    /// Restores what leads to the server of `service`, if other software has removed it. Whether it
+    /// had.
     ///
     /// # Errors
     /// One line that names the service.
@@ -154,14 +169,19 @@ impl NameServers {
     ///
     /// # Errors
     /// One line that names the service.
-    pub(super) fn serve_if_unserved(&mut self, service: &str, namespace: &Namespace) -> anyhow::Result<()> {
+    pub(super) fn serve_if_unserved(
+        &mut self,
+        service: &str,
+        namespace: &Namespace,
+    ) -> anyhow::Result<()> {
         if self.serving.contains_key(service) { Ok(()) } else { self.serve(service, namespace) }
     }
 
     /// Serves everybody where they are.
     ///
     /// # Errors
-    /// Of a service that is run here. An adopted container may have a server of its own there; that is only told.
+    /// Of a service that is run here. An adopted container may have a server of its own there; that
+    /// is only told.
     pub(super) fn serve_all(
         &mut self,
         project: &Project,
@@ -184,7 +204,12 @@ impl NameServers {
 }
 
 impl AtGateway {
-    fn serve(&mut self, resolver: &Resolver, network: &str, host: &Namespace) -> anyhow::Result<()> {
+    fn serve(
+        &mut self,
+        resolver: &Resolver,
+        network: &str,
+        host: &Namespace,
+    ) -> anyhow::Result<()> {
         for gateway in &self.gateways {
             self.serving.push(resolver.serve_gateway(host, network, *gateway, &self.bridge)?);
         }
@@ -229,9 +254,11 @@ pub(super) fn host_resolv_conf() -> ResolvConf {
 
 /// `/etc/hosts` of a service: what it is itself.
 pub(super) fn hosts(layout: &Layout, service: &str, hostname: &str) -> String {
-    let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    let mut text =
+        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
     for address in layout.addresses.get(service).into_iter().flatten() {
-        let names = if hostname == service { service.to_owned() } else { format!("{hostname} {service}") };
+        let names =
+            if hostname == service { service.to_owned() } else { format!("{hostname} {service}") };
         // Writing to a string does not fail.
         let _ = writeln!(text, "{address}\t{names}");
     }

@@ -1,14 +1,15 @@
 //! When which place is checked for objects that other software has removed. Pure.
 //!
-//! A place is the host or the namespace of one endpoint. Word of a change makes it due after [`SETTLE`], so that a flush
-//! of many objects is one repair. The pause between two checks of a place grows in two cases, and returns to [`PAUSE`]
-//! when it was quiet for a while:
+//! A place is the host or the namespace of one endpoint. Word of a change makes it due after
+//! [`SETTLE`], so that a flush of many objects is one repair. The pause between two checks of a
+//! place grows in two cases, and returns to [`PAUSE`] when it was quiet for a while:
 //!
-//! - Something was removed again after it had been restored [`PATIENCE`] times: the other software is not going to stop.
-//!   The pause doubles up to 200 ms on the host, where what is missing may be what closes a network, and up to 30 seconds
-//!   in an endpoint, whose own processes can remove objects at no cost.
-//! - Changes go on that remove nothing of ours: the pause is then 200 ms on the host and [`BUSY_PAUSE`] in an endpoint, which bounds the
-//!   processor time that an endpoint can cause.
+//! - Something was removed again after it had been restored [`PATIENCE`] times: the other software
+//!   is not going to stop. The pause doubles up to 200 ms on the host, where what is missing may be
+//!   what closes a network, and up to 30 seconds in an endpoint, whose own processes can remove
+//!   objects at no cost.
+//! - Changes go on that remove nothing of ours: the pause is then 200 ms on the host and
+//!   [`BUSY_PAUSE`] in an endpoint, which bounds the processor time that an endpoint can cause.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -32,7 +33,8 @@ const PATIENCE: u32 = 10;
 /// How long after the last restoration the next one is the first again, beside twice the pause.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// The longest pauses. On the host all is restored within a second, which the programs of iptables take a part of.
+/// The longest pauses. On the host all is restored within a second, which the programs of iptables
+/// take a part of.
 const HOST_LIMIT: Duration = Duration::from_millis(200);
 const ENDPOINT_LIMIT: Duration = Duration::from_secs(30);
 
@@ -67,7 +69,15 @@ struct Pace {
 
 impl Pace {
     fn new(limit: Duration, busy_pause: Duration) -> Self {
-        Self { limit, busy_pause, pause: PAUSE, checked: None, busy: 0, restored: 0, restored_at: None }
+        Self {
+            limit,
+            busy_pause,
+            pause: PAUSE,
+            checked: None,
+            busy: 0,
+            restored: 0,
+            restored_at: None,
+        }
     }
 
     /// When a place that has changed at `now` is checked.
@@ -76,7 +86,8 @@ impl Pace {
         self.checked.map_or(soon, |checked| soon.max(checked + self.pause))
     }
 
-    /// Notes a check. Whether the place is checked less often from now on, because objects are removed again and again.
+    /// Notes a check. Whether the place is checked less often from now on, because objects are
+    /// removed again and again.
     fn note(&mut self, found: Check, now: Instant) -> bool {
         let since = |at: Option<Instant>| at.map(|at| now.saturating_duration_since(at));
         let follows = since(self.checked).is_some_and(|gap| gap < 2 * self.pause);
@@ -139,13 +150,18 @@ impl RepairSchedule {
     /// Takes what is due at `now`: the host or not, and these endpoints.
     pub(super) fn take(&mut self, now: Instant) -> (bool, BTreeSet<String>) {
         let host = self.host_at.take_if(|at| *at <= now).is_some();
-        let due: BTreeSet<String> =
-            self.endpoints_at.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
+        let due: BTreeSet<String> = self
+            .endpoints_at
+            .iter()
+            .filter(|(_, at)| **at <= now)
+            .map(|(name, _)| name.clone())
+            .collect();
         self.endpoints_at.retain(|name, _| !due.contains(name));
         (host, due)
     }
 
-    /// Notes a check of the host, of which others removed objects again and again if this returns true.
+    /// Notes a check of the host, of which others removed objects again and again if this returns
+    /// true.
     pub(super) fn host_checked(&mut self, found: Check, now: Instant) -> bool {
         let backs_off = self.host.note(found, now);
         if found == Check::Failed {
@@ -174,7 +190,8 @@ impl RepairSchedule {
 mod tests {
     use super::*;
 
-    /// Lets `endpoint` change whenever it is not due, for `seconds`. When it was checked, with what was `found`.
+    /// Lets `endpoint` change whenever it is not due, for `seconds`. When it was checked, with what
+    /// was `found`.
     fn checks(schedule: &mut RepairSchedule, found: Check, seconds: u64) -> (Vec<Duration>, usize) {
         let start = Instant::now();
         let (mut now, mut at, mut told) = (start, Vec::new(), 0);
@@ -214,7 +231,10 @@ mod tests {
         let mut now = Instant::now();
         for _ in 0..100 {
             host.host_changed(now);
-            assert!(host.next().unwrap() - now <= HOST_LIMIT + SETTLE, "the host is never left alone");
+            assert!(
+                host.next().unwrap() - now <= HOST_LIMIT + SETTLE,
+                "the host is never left alone"
+            );
             now = host.next().unwrap();
             host.take(now);
             host.host_checked(Check::Restored, now);

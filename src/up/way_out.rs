@@ -1,7 +1,10 @@
-//! The way out of a project's networks where no firewall masquerades: the NAT engine, behind a TUN device.
+//! The way out of a project's networks where no firewall masquerades: the NAT engine, behind a TUN
+//! device.
 //!
-//! To containers it is the host, at an address of its own ([`registry::ENGINE_ADDRESSES`]): there it answers DNS with what the host's servers say, and, if that was
-//! asked for, what the host has on its loopback. By the same device come datagrams for published ports ([`WayIn`](crate::way_in::WayIn)).
+//! To containers it is the host, at an address of its own ([`registry::ENGINE_ADDRESSES`]): there
+//! it answers DNS with what the host's servers say, and, if that was asked for, what the host has
+//! on its loopback. By the same device come datagrams for published ports
+//! ([`WayIn`](crate::way_in::WayIn)).
 
 use super::layout::{Layout, fnv};
 use crate::compose::Project;
@@ -12,7 +15,9 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock, Weak};
 use tidegate_model::{CidrSet, Feature, registry};
-use tidegate_nat::{FloodListener, Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions};
+use tidegate_nat::{
+    FloodListener, Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions,
+};
 use tidegate_netns::{Family, Namespace, interface_index};
 use tidegate_netsetup::{EngineDevice, Network, Observed, WithEngine};
 use tidegate_reactor::Descriptors;
@@ -63,7 +68,8 @@ impl DeviceLink {
     fn open(namespace: &Namespace, options: TunOptions) -> Result<(Tun, Self), StartError> {
         let tun = Tun::open(namespace, &options)?;
         let index = namespace.with(|| interface_index(&options.name)).flatten();
-        let index = index.map_err(|source| StartError::Interface { name: options.name.clone(), source })?;
+        let index =
+            index.map_err(|source| StartError::Interface { name: options.name.clone(), source })?;
         // Programs at bridges know the device by its index. Its routes come after it.
         let options = TunOptions { index: Some(index), default_routes: Vec::new(), ..options };
         Ok((tun, Self { namespace: namespace.clone(), options, index, nat: OnceLock::new() }))
@@ -79,7 +85,10 @@ impl EngineDevice for DeviceLink {
         // The engine's device may have another name now, and is not closed for one that cannot be
         // made.
         if self.namespace.with(|| interface_index(&self.options.name)).flatten().is_ok() {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "another interface has its name"));
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "another interface has its name",
+            ));
         }
         let nat = self.nat.get().and_then(Weak::upgrade).ok_or(io::ErrorKind::NotConnected)?;
         nat.replace_device(|| Tun::open(&self.namespace, &self.options)).map_err(io::Error::other)
@@ -105,8 +114,11 @@ impl Device {
         let mut number = hash % u64::from(registry::WAY_OUT_TABLES);
         for attempt in 1.. {
             let table = registry::FIRST_WAY_OUT_TABLE + number as u32;
-            let options =
-                TunOptions { default_routes: default_routes.clone(), table, ..TunOptions::new(name.clone()) };
+            let options = TunOptions {
+                default_routes: default_routes.clone(),
+                table,
+                ..TunOptions::new(name.clone())
+            };
             match DeviceLink::open(ground.networks(), options) {
                 // Another project has its routes there.
                 Err(StartError::Interface { source, .. })
@@ -132,8 +144,8 @@ impl Device {
         Arc::clone(&self.link)
     }
 
-    /// Starts the engine for the networks of `layout`, on a host that has what was `observed`. `floods`
-    /// hears which endpoints flood.
+    /// Starts the engine for the networks of `layout`, on a host that has what was `observed`.
+    /// `floods` hears which endpoints flood.
     ///
     /// # Errors
     /// What is missing.
@@ -151,7 +163,8 @@ impl Device {
         settings.floods = floods;
         let policy = Policy { host_loopback, ..policy(layout, observed) };
         settings.policy.clone_from(&policy);
-        // No container has more than a quarter of all flows, or a few could keep the others from having any.
+        // No container has more than a quarter of all flows, or a few could keep the others from
+        // having any.
         let share = (descriptors() / 4).max(1);
         settings.limits.flows = limits.flows as usize;
         settings.limits.flows_per_source = share.min(limits.endpoint_flows as usize);
@@ -194,7 +207,8 @@ impl WayOut {
     }
 }
 
-/// The addresses of `endpoint` from which its answers go to the engine: those of the network that its default route leads into.
+/// The addresses of `endpoint` from which its answers go to the engine: those of the network that
+/// its default route leads into.
 pub(super) fn behind_it(layout: &Layout, endpoint: &str) -> Vec<IpAddr> {
     let endpoint = layout.desired.endpoints.iter().find(|one| one.name == endpoint);
     let attachments = endpoint.map(|one| one.attachments.as_slice()).unwrap_or_default();
@@ -204,11 +218,13 @@ pub(super) fn behind_it(layout: &Layout, endpoint: &str) -> Vec<IpAddr> {
 
 /// How many descriptors the engine may have: a quarter of what the process may.
 pub(super) fn descriptors() -> usize {
-    let limit = getrlimit(Resource::Nofile).current.map_or(MOST_DESCRIPTORS, |limit| limit as usize / 4);
+    let limit =
+        getrlimit(Resource::Nofile).current.map_or(MOST_DESCRIPTORS, |limit| limit as usize / 4);
     limit.min(MOST_DESCRIPTORS)
 }
 
-/// The engine's connects are the host's own: what networks shall not reach by way of the host has to be refused here.
+/// The engine's connects are the host's own: what networks shall not reach by way of the host has
+/// to be refused here.
 pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
     let networks = &layout.desired.networks;
     let subnets = |internal: bool| {
@@ -252,9 +268,12 @@ mod tests {
 
     #[test]
     fn bridges_of_others_are_known_by_their_names() {
-        for (link, is) in
-            [("docker0", true), ("br-0123456789ab", true), ("virbr0", true), ("tg-front-1a2b", true)]
-        {
+        for (link, is) in [
+            ("docker0", true),
+            ("br-0123456789ab", true),
+            ("virbr0", true),
+            ("tg-front-1a2b", true),
+        ] {
             assert_eq!(is_bridge_of_containers(link), is, "{link}");
         }
         for link in ["eth0", "br0", "wg0", "docker01", "br-lan", "br-ex"] {

@@ -92,7 +92,9 @@ impl Flooder<'_> {
         let frame = |number: u32| {
             let port = 1024 + (number % 60_000) as u16;
             let packet = match kind {
-                FloodKind::ForeignMac | FloodKind::Syn => syn4((self.address, port), self.target, number),
+                FloodKind::ForeignMac | FloodKind::Syn => {
+                    syn4((self.address, port), self.target, number)
+                }
                 FloodKind::SynOfManySources => {
                     let spoofed = Ipv4Addr::new(a, b, c, 10 + (number % 200) as u8);
                     syn4((spoofed, port), self.target, number)
@@ -101,7 +103,8 @@ impl Flooder<'_> {
                 FloodKind::Fragments => {
                     let mut packet = ipv4(self.address, self.target.0, 17, &[0; 1024]);
                     packet[4..6].copy_from_slice(&port.to_be_bytes());
-                    // More of them follow, which never come. The header's checksum sums up to the same as before.
+                    // More of them follow, which never come. The header's checksum sums up to the
+                    // same as before.
                     packet[6] = 0x20;
                     let before = u16::from_be_bytes([packet[10], packet[11]]);
                     let added = u32::from(before) + 0xffff * 2 - 0x2000 - u32::from(port) + 1;
@@ -145,7 +148,8 @@ impl Drop for Flood {
     }
 }
 
-/// What `count` requests to `target` take, each a connection of its own, `pause` after the one before. The server sends and closes.
+/// What `count` requests to `target` take, each a connection of its own, `pause` after the one
+/// before. The server sends and closes.
 ///
 /// To be called in the namespace of the modest container ([`Namespace::run`]).
 ///
@@ -157,7 +161,8 @@ pub fn request_times(target: SocketAddr, count: usize, pause: Duration) -> Vec<D
     let request = |_| {
         thread::sleep(pause);
         let begin = Instant::now();
-        let mut stream = TcpStream::connect_timeout(&target, PATIENCE).expect("a modest container connects");
+        let mut stream =
+            TcpStream::connect_timeout(&target, PATIENCE).expect("a modest container connects");
         stream.set_read_timeout(Some(PATIENCE)).expect("a time-out can be set");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("and is answered");
@@ -169,6 +174,7 @@ pub fn request_times(target: SocketAddr, count: usize, pause: Duration) -> Vec<D
 /// The hardware address behind `word` in a line of ip(8).
 fn mac(line: &str, word: &str) -> Mac {
     let text = line.split(word).nth(1).unwrap_or_else(|| panic!("no {word} in {line}"));
-    let mut bytes = text.trim().split([':', ' ', '\n']).map(|byte| u8::from_str_radix(byte, 16).unwrap());
+    let mut bytes =
+        text.trim().split([':', ' ', '\n']).map(|byte| u8::from_str_radix(byte, 16).unwrap());
     std::array::from_fn(|_| bytes.next().unwrap())
 }

@@ -17,7 +17,8 @@ pub struct LinkSocket {
 }
 
 impl LinkSocket {
-    /// At `link` of `namespace`. It receives every frame that the link does, those for other stations too.
+    /// At `link` of `namespace`. It receives every frame that the link does, those for other
+    /// stations too.
     ///
     /// # Panics
     ///
@@ -62,7 +63,8 @@ impl LinkSocket {
             address.sll_ifindex = index.cast_signed();
             let length = size_of_val(&address) as libc::socklen_t;
             // SAFETY: `address` is as long as it says.
-            let bound = unsafe { libc::bind(packets.as_raw_fd(), (&raw const address).cast(), length) };
+            let bound =
+                unsafe { libc::bind(packets.as_raw_fd(), (&raw const address).cast(), length) };
             if bound != 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -83,7 +85,9 @@ impl LinkSocket {
         loop {
             match rustix::net::send(&self.socket, frame, rustix::net::SendFlags::empty()) {
                 Ok(_) => return,
-                Err(rustix::io::Errno::NOBUFS | rustix::io::Errno::AGAIN) => std::thread::yield_now(),
+                Err(rustix::io::Errno::NOBUFS | rustix::io::Errno::AGAIN) => {
+                    std::thread::yield_now()
+                }
                 Err(errno) => panic!("send a frame of {} bytes: {errno}", frame.len()),
             }
         }
@@ -196,14 +200,20 @@ pub fn icmp6(source: Ipv6Addr, destination: Ipv6Addr, message: &[u8]) -> Vec<u8>
 }
 
 /// A neighbour advertisement that `target` is at `mac`, overriding what is known.
-pub fn advertisement(source: Ipv6Addr, destination: Ipv6Addr, target: Ipv6Addr, mac: Mac) -> Vec<u8> {
+pub fn advertisement(
+    source: Ipv6Addr,
+    destination: Ipv6Addr,
+    target: Ipv6Addr,
+    mac: Mac,
+) -> Vec<u8> {
     let message = [&[136, 0, 0, 0, 0x20, 0, 0, 0][..], &target.octets(), &[2, 1], &mac].concat();
     icmp6(source, destination, &message)
 }
 
 fn udp(source: u16, destination: u16, payload: &[u8]) -> Vec<u8> {
     let length = (8 + payload.len()) as u16;
-    [&source.to_be_bytes()[..], &destination.to_be_bytes(), &length.to_be_bytes(), &[0, 0], payload].concat()
+    [&source.to_be_bytes()[..], &destination.to_be_bytes(), &length.to_be_bytes(), &[0, 0], payload]
+        .concat()
 }
 
 fn pseudo_checksum(source: Ipv6Addr, destination: Ipv6Addr, next: u8, payload: &[u8]) -> u16 {
@@ -214,8 +224,9 @@ fn pseudo_checksum(source: Ipv6Addr, destination: Ipv6Addr, next: u8, payload: &
 
 /// The checksum of the Internet (RFC 1071).
 pub fn checksum(bytes: &[u8]) -> u16 {
-    let pairs =
-        bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |low| u32::from(*low)));
+    let pairs = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |low| u32::from(*low)));
     let mut sum: u32 = pairs.sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
@@ -248,7 +259,10 @@ pub struct Forger {
 
 impl Forger {
     fn next(&mut self) -> u64 {
-        self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.seed = self
+            .seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         self.seed >> 24
     }
 
@@ -275,7 +289,15 @@ impl Forger {
         let outside = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 9);
         let router = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
         let (gateway, neighbor) = (self.gateway.1, self.neighbor.1);
-        self.pick(&[gateway, neighbor, router, Ipv6Addr::LOCALHOST, Ipv6Addr::UNSPECIFIED, outside, any])
+        self.pick(&[
+            gateway,
+            neighbor,
+            router,
+            Ipv6Addr::LOCALHOST,
+            Ipv6Addr::UNSPECIFIED,
+            outside,
+            any,
+        ])
     }
 
     /// The next forged frame of `kind`, which is one of [`KINDS`].
@@ -292,7 +314,8 @@ impl Forger {
         mac[0] &= 0xfe;
         mac[5] = if mac == own_mac { !mac[5] } else { mac[5] };
         let (source4, source6) = (self.source4(), self.source6());
-        let ((own4, own6), own_link, (gateway4, gateway6)) = (self.own, self.link_local, self.gateway);
+        let ((own4, own6), own_link, (gateway4, gateway6)) =
+            (self.own, self.link_local, self.gateway);
         let (neighbor4, neighbor6) = self.neighbor;
         match kind {
             "mac" => ethernet(BROADCAST, mac, 0x0800, &udp4((own4, 1), (gateway4, 2), MARKER)),
@@ -313,7 +336,11 @@ impl Forger {
                 }
                 1 => ip6(&advertisement(own_link, ALL_NODES, own6, mac)),
                 // A router advertisement, a redirect.
-                2 => ip6(&icmp6(own_link, ALL_NODES, &[134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0])),
+                2 => ip6(&icmp6(
+                    own_link,
+                    ALL_NODES,
+                    &[134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0],
+                )),
                 3 => ip6(&icmp6(own_link, ALL_NODES, &[&[137, 0, 0, 0][..], &[0; 36]].concat())),
                 // A second option overrides the first.
                 4 => {
@@ -322,12 +349,15 @@ impl Forger {
                     ip6(&icmp6(own_link, ALL_NODES, &[&head[..], &nonce, &[2, 1], &mac].concat()))
                 }
                 // A router solicitation from a link-layer address that is not its own.
-                5 => {
-                    ip6(&icmp6(own_link, ALL_NODES, &[&[133, 0, 0, 0, 0, 0, 0, 0, 1, 1][..], &mac].concat()))
-                }
+                5 => ip6(&icmp6(
+                    own_link,
+                    ALL_NODES,
+                    &[&[133, 0, 0, 0, 0, 0, 0, 0, 1, 1][..], &mac].concat(),
+                )),
                 // Behind an extension header.
                 _ => {
-                    let message = advertisement(own_link, ALL_NODES, gateway6, own_mac)[40..].to_vec();
+                    let message =
+                        advertisement(own_link, ALL_NODES, gateway6, own_mac)[40..].to_vec();
                     let header = [58, 0, 1, 4, 0, 0, 0, 0];
                     let next = self.pick(&[0, 43, 60]);
                     ip6(&ipv6(own_link, ALL_NODES, next, &[&header[..], &message].concat()))

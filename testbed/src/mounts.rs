@@ -1,4 +1,5 @@
-//! A private mount namespace, for programs that insist on paths of their own such as `/run` or `/etc/docker`.
+//! A private mount namespace, for programs that insist on paths of their own such as `/run` or
+//! `/etc/docker`.
 
 use std::ffi::CString;
 use std::fmt;
@@ -18,7 +19,8 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 
 use crate::{Namespace, require_root};
 
-/// A mount namespace held by a descriptor: a copy of the machine's mounts with changes that stay inside.
+/// A mount namespace held by a descriptor: a copy of the machine's mounts with changes that stay
+/// inside.
 ///
 /// Give it to [`Namespace::with_mounts`]. Like the network namespace it is gone with its last user.
 #[derive(Clone)]
@@ -42,8 +44,8 @@ impl Mounts {
 
     /// Moves the calling process into the mount namespace. Async-signal-safe.
     ///
-    /// The process must not share its root and working directory with another thread, which after a `fork`
-    /// holds.
+    /// The process must not share its root and working directory with another thread, which after a
+    /// `fork` holds.
     pub(crate) fn enter(&self) -> io::Result<()> {
         Ok(move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Mount))?)
     }
@@ -74,24 +76,32 @@ impl MountsBuilder {
 
     /// Runs on a thread of its own, which leaves the machine's mounts for good and then ends.
     fn make(&self) -> Result<File, String> {
-        // SAFETY: a private copy of the mounts and of root and working directory concerns this thread only.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.map_err(|error| format!("unshare: {error}"))?;
+        // SAFETY: a private copy of the mounts and of root and working directory concerns this
+        // thread only.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
+            .map_err(|error| format!("unshare: {error}"))?;
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         mount_change("/", private).map_err(|error| format!("make / private: {error}"))?;
         own_sys().map_err(|error| format!("mount /sys: {error}"))?;
         for change in &self.0 {
             change.apply()?;
         }
-        File::open("/proc/thread-self/ns/mnt").map_err(|error| format!("open the namespace: {error}"))
+        File::open("/proc/thread-self/ns/mnt")
+            .map_err(|error| format!("open the namespace: {error}"))
     }
 }
 
 impl Change {
     fn apply(&self) -> Result<(), String> {
         match self {
-            Self::Tmpfs(path) => tmpfs(path).map_err(|error| format!("tmpfs on {}: {error}", path.display())),
-            Self::Bind { source, target } => mount_bind_recursive(source, target)
-                .map_err(|error| format!("bind {} to {}: {error}", source.display(), target.display())),
+            Self::Tmpfs(path) => {
+                tmpfs(path).map_err(|error| format!("tmpfs on {}: {error}", path.display()))
+            }
+            Self::Bind { source, target } => {
+                mount_bind_recursive(source, target).map_err(|error| {
+                    format!("bind {} to {}: {error}", source.display(), target.display())
+                })
+            }
         }
     }
 }
@@ -107,14 +117,16 @@ fn tmpfs(path: &Path) -> rustix::io::Result<()> {
     mount("tmpfs", path, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, mode.as_c_str())
 }
 
-/// Mounts a `/sys` that belongs to the thread's network namespace and keeps the control groups below it.
+/// Mounts a `/sys` that belongs to the thread's network namespace and keeps the control groups
+/// below it.
 ///
-/// sysfs shows the links of the network namespace it was mounted from. Control groups hang below `/sys`, so
-/// a detached copy of their mounts is taken first and attached to the new `/sys`.
+/// sysfs shows the links of the network namespace it was mounted from. Control groups hang below
+/// `/sys`, so a detached copy of their mounts is taken first and attached to the new `/sys`.
 fn own_sys() -> rustix::io::Result<()> {
     const GROUPS: &str = "/sys/fs/cgroup";
-    let clone =
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let clone = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let groups = match open_tree(CWD, GROUPS, clone) {
         Ok(groups) => Some(groups),
         Err(Errno::NOENT) => None,

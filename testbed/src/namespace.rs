@@ -1,8 +1,9 @@
 //! A network namespace held by a descriptor, and the ways to do something inside it.
 //!
-//! The namespace is made by a thread that unshares itself and ends; what stays is the descriptor of that
-//! thread's `/proc/thread-self/ns/net`. There is no name under `/run/netns` that could outlive a killed test:
-//! the kernel takes the namespace down, links and all, with its last descriptor, process or socket.
+//! The namespace is made by a thread that unshares itself and ends; what stays is the descriptor of
+//! that thread's `/proc/thread-self/ns/net`. There is no name under `/run/netns` that could outlive
+//! a killed test: the kernel takes the namespace down, links and all, with its last descriptor,
+//! process or socket.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -20,14 +21,14 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 
 use crate::{Mounts, eventually, require_root};
 
-/// The congestion control that a namespace gets unless told otherwise: the one in every kernel, and the one
-/// whose throughput does not depend on pacing timers, so that measurements repeat.
+/// The congestion control that a namespace gets unless told otherwise: the one in every kernel, and
+/// the one whose throughput does not depend on pacing timers, so that measurements repeat.
 const DEFAULT_CONGESTION_CONTROL: &str = "reno";
 
 /// A network namespace of our own: `lo` is up, nothing else is in it.
 ///
-/// Clones are handles to the same namespace. It ends when the last handle is dropped, once no socket and no
-/// process is left in it.
+/// Clones are handles to the same namespace. It ends when the last handle is dropped, once no
+/// socket and no process is left in it.
 #[derive(Clone)]
 pub struct Namespace {
     net: Arc<OwnedFd>,
@@ -40,8 +41,8 @@ impl Namespace {
     pub fn new() -> Self {
         require_root();
         let net = thread::spawn(|| {
-            // SAFETY: only this thread's network namespace changes; its descriptors stay shared, and the
-            // thread ends right after.
+            // SAFETY: only this thread's network namespace changes; its descriptors stay shared,
+            // and the thread ends right after.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("unshare a network namespace");
             fs::File::open("/proc/thread-self/ns/net").expect("open the new network namespace")
         })
@@ -53,14 +54,17 @@ impl Namespace {
         namespace
     }
 
-    /// The namespace at `path`, which someone else has made: `/proc/PID/ns/net` of a program under test.
+    /// The namespace at `path`, which someone else has made: `/proc/PID/ns/net` of a program under
+    /// test.
     #[track_caller]
     pub fn at(path: &Path) -> Self {
-        let net = fs::File::open(path).unwrap_or_else(|error| panic!("open {}: {error}", path.display()));
+        let net =
+            fs::File::open(path).unwrap_or_else(|error| panic!("open {}: {error}", path.display()));
         Self { net: Arc::new(net.into()), mounts: None }
     }
 
-    /// The same namespace, with `mounts` entered too by every command started through the returned handle.
+    /// The same namespace, with `mounts` entered too by every command started through the returned
+    /// handle.
     ///
     /// Closures given to [`run`](Self::run) are not affected: they see the machine's own files.
     pub fn with_mounts(&self, mounts: Mounts) -> Self {
@@ -74,8 +78,9 @@ impl Namespace {
 
     /// Runs `f` on a fresh thread inside the namespace and returns what it returned.
     ///
-    /// Sockets that `f` makes belong to the namespace for life, so `f` may hand them out. A child process
-    /// made by `f` through [`command`](Self::command) dies with the fresh thread: spawn outside of `f`.
+    /// Sockets that `f` makes belong to the namespace for life, so `f` may hand them out. A child
+    /// process made by `f` through [`command`](Self::command) dies with the fresh thread: spawn
+    /// outside of `f`.
     ///
     /// # Panics
     ///
@@ -93,7 +98,10 @@ impl Namespace {
     }
 
     /// Starts a thread inside the namespace and leaves it running.
-    pub fn spawn_thread<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    pub fn spawn_thread<T: Send + 'static>(
+        &self,
+        f: impl FnOnce() -> T + Send + 'static,
+    ) -> JoinHandle<T> {
         let namespace = self.clone();
         thread::spawn(move || {
             namespace.enter();
@@ -101,10 +109,12 @@ impl Namespace {
         })
     }
 
-    /// A command whose child enters the namespace (and the mounts, if any) before it executes `program`.
+    /// A command whose child enters the namespace (and the mounts, if any) before it executes
+    /// `program`.
     ///
-    /// The child is killed when the *thread* that spawned it ends (`PR_SET_PDEATHSIG`), and so also when this
-    /// process is killed. Use it with [`Process`](crate::Process), which kills and reaps by itself.
+    /// The child is killed when the *thread* that spawned it ends (`PR_SET_PDEATHSIG`), and so also
+    /// when this process is killed. Use it with [`Process`](crate::Process), which kills and reaps
+    /// by itself.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         let net = Arc::clone(&self.net);
@@ -115,7 +125,8 @@ impl Namespace {
             command.pre_exec(move || {
                 rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
                 if rustix::process::getppid() != Some(parent) {
-                    // The parent went before the request was in place: nobody would send the signal.
+                    // The parent went before the request was in place: nobody would send the
+                    // signal.
                     return Err(rustix::io::Errno::SRCH.into());
                 }
                 move_into_link_name_space(net.as_fd(), Some(LinkNameSpaceType::Network))?;
@@ -147,7 +158,8 @@ impl Namespace {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Runs iproute2's `ip` in the namespace: `ns.ip(&["addr", "add", "10.0.0.1/24", "dev", "eth0"])`.
+    /// Runs iproute2's `ip` in the namespace:
+    /// `ns.ip(&["addr", "add", "10.0.0.1/24", "dev", "eth0"])`.
     #[track_caller]
     pub fn ip(&self, args: &[&str]) -> String {
         self.exec("ip", args)
@@ -191,7 +203,8 @@ impl Namespace {
         self.run(|| path.exists())
     }
 
-    /// The ports on which a socket listens (TCP) or is bound and unconnected (UDP), whatever its address.
+    /// The ports on which a socket listens (TCP) or is bound and unconnected (UDP), whatever its
+    /// address.
     ///
     /// Reads the kernel's socket tables: no service sees a connection.
     pub fn bound_ports(&self, protocol: Protocol) -> BTreeSet<u16> {
@@ -201,7 +214,8 @@ impl Namespace {
         };
         self.run(|| {
             // A kernel without IPv6 lacks a table.
-            let tables = tables.map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")));
+            let tables =
+                tables.map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")));
             let lines = tables.iter().flatten().flat_map(|text| text.lines().skip(1));
             lines.filter_map(|line| bound_port(line, protocol)).collect()
         })
@@ -260,7 +274,8 @@ pub enum Protocol {
 #[track_caller]
 fn sysctl_path(key: &str) -> PathBuf {
     assert!(key.starts_with("net."), "{key} is not a sysctl of a network namespace");
-    // `net.ipv4.conf.eth0/1.rp_filter` writes the dot of an interface name as a slash: as sysctl(8), swap them.
+    // `net.ipv4.conf.eth0/1.rp_filter` writes the dot of an interface name as a slash: as
+    // sysctl(8), swap them.
     let swap = |c| match c {
         '.' => '/',
         '/' => '.',
@@ -269,11 +284,13 @@ fn sysctl_path(key: &str) -> PathBuf {
     PathBuf::from("/proc/sys").join(key.chars().map(swap).collect::<String>())
 }
 
-/// Reads one line of `/proc/net/{tcp,udp}{,6}`: `sl: local_address:port rem_address:port state ...`, in hex.
+/// Reads one line of `/proc/net/{tcp,udp}{,6}`:
+/// `sl: local_address:port rem_address:port state ...`, in hex.
 ///
 /// Answers the port if the socket waits for strangers.
 fn bound_port(line: &str, protocol: Protocol) -> Option<u16> {
-    // Values of the `enum` in the kernel's include/net/tcp_states.h; an unconnected UDP socket is in TCP_CLOSE.
+    // Values of the `enum` in the kernel's include/net/tcp_states.h; an unconnected UDP socket is
+    // in TCP_CLOSE.
     let bound_state = match protocol {
         Protocol::Tcp => "0A",
         Protocol::Udp => "07",
@@ -290,19 +307,25 @@ mod tests {
 
     #[test]
     fn socket_table_lines_are_read_as_the_kernel_writes_them() {
-        let listening = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0";
+        let listening =
+            "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0";
         assert_eq!(bound_port(listening, Protocol::Tcp), Some(8080));
         assert_eq!(bound_port(listening, Protocol::Udp), None);
-        let established = "   1: 0100007F:1F90 0100007F:D431 01 00000000:00000000 00:00000000 00000000     0";
+        let established =
+            "   1: 0100007F:1F90 0100007F:D431 01 00000000:00000000 00:00000000 00000000     0";
         assert_eq!(bound_port(established, Protocol::Tcp), None);
-        let datagram = "  12: 00000000:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000     0";
+        let datagram =
+            "  12: 00000000:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000     0";
         assert_eq!(bound_port(datagram, Protocol::Udp), Some(53));
         assert_eq!(bound_port("garbage", Protocol::Udp), None);
     }
 
     #[test]
     fn sysctl_names_follow_sysctl_8() {
-        assert_eq!(sysctl_path("net.ipv4.ip_forward"), PathBuf::from("/proc/sys/net/ipv4/ip_forward"));
+        assert_eq!(
+            sysctl_path("net.ipv4.ip_forward"),
+            PathBuf::from("/proc/sys/net/ipv4/ip_forward")
+        );
         let dotted = PathBuf::from("/proc/sys/net/ipv4/conf/eth0.1/rp_filter");
         assert_eq!(sysctl_path("net.ipv4.conf.eth0/1.rp_filter"), dotted);
     }

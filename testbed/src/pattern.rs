@@ -1,11 +1,12 @@
 //! A reproducible stream of bytes that shows where a transfer went wrong.
 //!
-//! A hash says that a transfer differs; a stream that both ends can generate says at which byte, and needs
-//! no memory of what was sent.
+//! A hash says that a transfer differs; a stream that both ends can generate says at which byte,
+//! and needs no memory of what was sent.
 
 /// A stream of pseudo-random bytes fixed by its seed, and a position in it.
 ///
-/// No stretch repeats within any transfer, so a lost, doubled or moved block is noticed where it starts.
+/// No stretch repeats within any transfer, so a lost, doubled or moved block is noticed where it
+/// starts.
 #[derive(Clone, Debug)]
 pub struct Pattern {
     state: u64,
@@ -54,7 +55,8 @@ impl Pattern {
             let start = self.position;
             let expected = &mut expected[..chunk.len()];
             self.fill(expected);
-            if let Some(at) = chunk.iter().zip(expected.iter()).position(|(got, want)| got != want) {
+            if let Some(at) = chunk.iter().zip(expected.iter()).position(|(got, want)| got != want)
+            {
                 return Err(start + at as u64);
             }
         }

@@ -22,11 +22,12 @@ const LONGEST_LINE: u64 = 64 * 1024;
 
 /// A running child, killed and reaped when dropped.
 ///
-/// It leads a process group of its own, and dropping it kills what it forked as well, unless that moved to
-/// another group. A child that ended before is reaped and nothing else: what it left behind is its business.
+/// It leads a process group of its own, and dropping it kills what it forked as well, unless that
+/// moved to another group. A child that ended before is reaped and nothing else: what it left
+/// behind is its business.
 ///
-/// Its standard output and error are read by threads from the start, so that it never blocks on a full pipe;
-/// the last 10,000 lines of both together are kept in the order of arrival.
+/// Its standard output and error are read by threads from the start, so that it never blocks on a
+/// full pipe; the last 10,000 lines of both together are kept in the order of arrival.
 pub struct Process {
     name: String,
     child: Child,
@@ -73,7 +74,8 @@ impl Process {
     ///
     /// # Panics
     ///
-    /// If there is none after `timeout`, or the process closes its output before; shows what it did say.
+    /// If there is none after `timeout`, or the process closes its output before; shows what it did
+    /// say.
     #[track_caller]
     pub fn wait_for_line(&self, pattern: &str, timeout: Duration) -> String {
         let deadline = Instant::now() + timeout;
@@ -103,7 +105,10 @@ impl Process {
     #[track_caller]
     pub fn wait_for_output(&self, timeout: Duration) -> String {
         let state = self.output.lock();
-        let waited = self.output.changed.wait_timeout_while(state, timeout, |state| state.closed_streams < 2);
+        let waited = self
+            .output
+            .changed
+            .wait_timeout_while(state, timeout, |state| state.closed_streams < 2);
         let (text, open) = {
             let (state, result) = waited.expect("no reader panics");
             (state.text(), result.timed_out())
@@ -127,7 +132,8 @@ impl Process {
         // Not reaped until `try_wait` says so, hence the pid cannot have gone to somebody else.
         if self.is_running() {
             let pid = Pid::from_child(&self.child);
-            kill_process(pid, signal).unwrap_or_else(|error| panic!("signal {}: {error}", self.name));
+            kill_process(pid, signal)
+                .unwrap_or_else(|error| panic!("signal {}: {error}", self.name));
         }
     }
 
@@ -211,7 +217,8 @@ impl Output {
         self.state.lock().expect("no reader panics")
     }
 
-    /// Starts a thread that reads `stream` to its end, which comes with the last process that holds it.
+    /// Starts a thread that reads `stream` to its end, which comes with the last process that holds
+    /// it.
     fn drain(this: &Arc<Self>, stream: impl Read + Send + 'static) {
         let this = Arc::clone(this);
         thread::spawn(move || {
@@ -253,11 +260,12 @@ fn read_line(stream: &mut impl BufRead) -> io::Result<Option<String>> {
 
 /// Lets the child of `command` inherit `fd` under the number `number`.
 ///
-/// For protocols that fix a descriptor: dockerd hands docker-proxy a status pipe as 3 and a socket as 4. The
-/// command keeps `fd` open on our side until it is dropped, so drop it before waiting for an end of file.
+/// For protocols that fix a descriptor: dockerd hands docker-proxy a status pipe as 3 and a socket
+/// as 4. The command keeps `fd` open on our side until it is dropped, so drop it before waiting for
+/// an end of file.
 pub fn pass_fd(command: &mut Command, fd: OwnedFd, number: RawFd) {
-    // `Command` opens descriptors of its own when it spawns. Occupying every number up to the wanted one
-    // keeps them, and `fd` itself, away from it.
+    // `Command` opens descriptors of its own when it spawns. Occupying every number up to the
+    // wanted one keeps them, and `fd` itself, away from it.
     let mut occupied = vec![fd];
     let fd = loop {
         let copy = occupied[0].try_clone().expect("duplicate a descriptor");

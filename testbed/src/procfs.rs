@@ -1,14 +1,14 @@
 //! What `/proc` tells about a process: CPU time, memory, descriptors, children.
 //!
-//! Every function answers `None` for a process that is gone or a file that cannot be read; a caller that
-//! measures decides whether that is an error.
+//! Every function answers `None` for a process that is gone or a file that cannot be read; a caller
+//! that measures decides whether that is an error.
 
 use std::fs;
 
 /// User and system time that all threads of the process have used, in seconds.
 ///
-/// Includes children that it has reaped, not those still running. Resolution is the kernel's clock tick,
-/// 10 ms nearly everywhere.
+/// Includes children that it has reaped, not those still running. Resolution is the kernel's clock
+/// tick, 10 ms nearly everywhere.
 pub fn cpu_seconds(pid: u32) -> Option<f64> {
     let ticks = cpu_ticks(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
     Some(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
@@ -40,7 +40,9 @@ pub fn tree(pid: u32) -> Vec<u32> {
         found.push(pid);
         for thread in threads.flatten() {
             let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
-            open.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+            open.extend(
+                children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()),
+            );
         }
     }
     found
@@ -48,8 +50,8 @@ pub fn tree(pid: u32) -> Vec<u32> {
 
 /// The state letter of the process (`R`, `S`, `Z`, ...), as in proc(5).
 ///
-/// A child of ours that has ended stays `Z` until it is reaped, and signal 0 still reaches it: look here
-/// to learn whether it lives.
+/// A child of ours that has ended stays `Z` until it is reaped, and signal 0 still reaches it: look
+/// here to learn whether it lives.
 pub fn state(pid: u32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     after_name(&stat)?.chars().next()
@@ -66,7 +68,8 @@ fn rollup_bytes(text: &str, name: &str) -> Option<u64> {
     Some(kilobytes * 1024)
 }
 
-/// The part of `/proc/PID/stat` behind the program's name, which may itself hold blanks and parentheses.
+/// The part of `/proc/PID/stat` behind the program's name, which may itself hold blanks and
+/// parentheses.
 fn after_name(stat: &str) -> Option<&str> {
     Some(stat.rsplit_once(')')?.1.trim_start())
 }

@@ -1,5 +1,5 @@
-//! A thread of another process that is stopped and makes system calls for a test: what is left to somebody who has taken
-//! the process over.
+//! A thread of another process that is stopped and makes system calls for a test: what is left to
+//! somebody who has taken the process over.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -27,8 +27,8 @@ pub fn status(task: &str) -> BTreeMap<String, String> {
     pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
 }
 
-/// Asserts that a thread has no capabilities but those of the set `kept` (bits by number), can gain none, and has a filter
-/// of system calls.
+/// Asserts that a thread has no capabilities but those of the set `kept` (bits by number), can gain
+/// none, and has a filter of system calls.
 ///
 /// # Panics
 /// It has more, or no filter.
@@ -63,14 +63,18 @@ impl Puppet {
     pub fn seize(task: &str) -> Self {
         let thread: libc::pid_t =
             task.rsplit('/').next().unwrap_or_default().parse().expect("a thread's number");
-        // SAFETY: these requests concern the other process; its registers are written to a live variable.
+        // SAFETY: these requests concern the other process; its registers are written to a live
+        // variable.
         let as_it_was = unsafe {
             checked(libc::ptrace(libc::PTRACE_ATTACH, thread, 0, 0)).expect("ptrace");
             assert_eq!(libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL), thread);
             registers(thread)
         };
-        let memory =
-            OpenOptions::new().read(true).write(true).open(format!("{task}/mem")).expect("its memory");
+        let memory = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(format!("{task}/mem"))
+            .expect("its memory");
         let mut instruction = [0; 2];
         memory.read_exact_at(&mut instruction, as_it_was.rip - 2).expect("its program");
         assert_eq!(instruction, [0x0f, 0x05], "it waits behind an instruction `syscall`");
@@ -148,8 +152,9 @@ impl Puppet {
         }
     }
 
-    /// What nobody who carries packets has a use for: files, processes, namespaces, privileges, devices, other sockets.
-    /// `file` is where [`Self::path`] has put the path of a file that can be read.
+    /// What nobody who carries packets has a use for: files, processes, namespaces, privileges,
+    /// devices, other sockets. `file` is where [`Self::path`] has put the path of a file that can
+    /// be read.
     #[must_use]
     pub fn attempts(&self, file: u64) -> Vec<Call> {
         let cwd = libc::AT_FDCWD as u64;
@@ -191,7 +196,8 @@ impl Puppet {
     }
 }
 
-/// Asserts that every thread of process `pid`, which carries connections to TCP port `port`, can do that and nothing else.
+/// Asserts that every thread of process `pid`, which carries connections to TCP port `port`, can do
+/// that and nothing else.
 ///
 /// # Panics
 /// It can do more, or less.
@@ -208,7 +214,8 @@ pub fn assert_is_nothing_but_a_proxy(pid: u32, port: u16) {
         puppet.is_refused(libc::ENOSYS, &[("clone3", libc::SYS_clone3, [file, 88, 0, 0, 0, 0])]);
         for path in ["/etc/passwd", "/proc/1/environ", "/root", "/run"] {
             let path_at = puppet.path(path);
-            puppet.is_refused(libc::EACCES, &[(path, libc::SYS_openat, [cwd, path_at, 0, 0, 0, 0])]);
+            puppet
+                .is_refused(libc::EACCES, &[(path, libc::SYS_openat, [cwd, path_at, 0, 0, 0, 0])]);
         }
         let own = puppet.path("/proc/self/limits");
         let own = puppet.call(libc::SYS_openat, [cwd, own, 0, 0, 0, 0]).expect("its own figures");

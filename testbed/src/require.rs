@@ -25,8 +25,8 @@ pub fn require_program(program: &str) {
     );
 }
 
-/// Searches `PATH` for `program`, then `/usr/sbin` and `/sbin`, which an ordinary user's `PATH` leaves out, and
-/// `/usr/lib/podman`, where Debian keeps what podman alone calls.
+/// Searches `PATH` for `program`, then `/usr/sbin` and `/sbin`, which an ordinary user's `PATH`
+/// leaves out, and `/usr/lib/podman`, where Debian keeps what podman alone calls.
 pub fn find_program(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -35,7 +35,8 @@ pub fn find_program(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// The Debian package of a program the tests and benchmarks run; its own name where that is the package.
+/// The Debian package of a program the tests and benchmarks run; its own name where that is the
+/// package.
 pub fn debian_package(program: &str) -> &str {
     match program {
         "dockerd" | "docker" | "docker-proxy" => "docker.io",
@@ -56,8 +57,8 @@ pub fn debian_package(program: &str) -> &str {
 
 /// Raises this process's limit of open files towards `wanted` and returns the limit then in force.
 ///
-/// Children inherit it. Without `CAP_SYS_RESOURCE`, which root inside a sandbox may lack, the hard limit is as
-/// far as it goes: a caller that cannot do with less has to check.
+/// Children inherit it. Without `CAP_SYS_RESOURCE`, which root inside a sandbox may lack, the hard
+/// limit is as far as it goes: a caller that cannot do with less has to check.
 pub fn raise_open_files(wanted: u64) -> u64 {
     let limit = getrlimit(Resource::Nofile);
     // `None` is no limit.
@@ -80,7 +81,11 @@ pub fn raise_open_files(wanted: u64) -> u64 {
 pub fn version_line(program: &str, args: &[&str]) -> Option<String> {
     let output = Command::new(program).args(args).output().ok()?;
     let text = if output.stdout.is_empty() { output.stderr } else { output.stdout };
-    String::from_utf8_lossy(&text).lines().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
+    String::from_utf8_lossy(&text)
+        .lines()
+        .map(str::trim)
+        .find(|line| !line.is_empty())
+        .map(str::to_owned)
 }
 
 #[cfg(test)]

@@ -55,8 +55,8 @@ const FIRST_CONTAINER: u8 = 2;
 
 /// Three joined namespaces, with the host as a router between the other two.
 ///
-/// IPv6 works at once: duplicate address detection is off. Bridged packets do not pass the host's firewall
-/// rules (`net.bridge.bridge-nf-call-*` is 0); a test that wants the opposite sets it.
+/// IPv6 works at once: duplicate address detection is off. Bridged packets do not pass the host's
+/// firewall rules (`net.bridge.bridge-nf-call-*` is 0); a test that wants the opposite sets it.
 pub struct Topology {
     /// Outside of the host, in its own subnet with it.
     pub client: Namespace,
@@ -86,8 +86,8 @@ impl Topology {
         Builder { forwarding: true, congestion_control: None }
     }
 
-    /// Adds a container to the bridge: [`addr::NEIGHBOUR_V4`] and [`addr::NEIGHBOUR_V6`] the first time, the
-    /// addresses after them from then on.
+    /// Adds a container to the bridge: [`addr::NEIGHBOUR_V4`] and [`addr::NEIGHBOUR_V6`] the first
+    /// time, the addresses after them from then on.
     #[track_caller]
     pub fn neighbour(&self) -> Namespace {
         let neighbour = Namespace::new();
@@ -210,8 +210,9 @@ impl Builder {
 
 /// Waits until the kernel has taken note that `link` can carry packets, as a bridge's port too.
 ///
-/// It does so in the background, at times a second after both ends of a veth pair have been set up. What is
-/// sent before is lost, and the first repetition, of TCP and of ARP alike, comes a second later.
+/// It does so in the background, at times a second after both ends of a veth pair have been set up.
+/// What is sent before is lost, and the first repetition, of TCP and of ARP alike, comes a second
+/// later.
 #[track_caller]
 pub(crate) fn wait_until_up(namespace: &Namespace, link: &str) {
     let state = || namespace.ip(&["-details", "-oneline", "link", "show", "dev", link]);

@@ -25,7 +25,8 @@ fn seen_by(server_in: &Namespace, server: IpAddr, from: &Namespace) -> IpAddr {
 }
 
 fn connect(addr: SocketAddr) -> TcpStream {
-    TcpStream::connect_timeout(&addr, SOON).unwrap_or_else(|error| panic!("connect to {addr}: {error}"))
+    TcpStream::connect_timeout(&addr, SOON)
+        .unwrap_or_else(|error| panic!("connect to {addr}: {error}"))
 }
 
 #[test]
@@ -60,9 +61,9 @@ fn everybody_reaches_everybody_under_their_own_address() {
 fn without_forwarding_the_container_is_out_of_reach() {
     let net = Topology::builder().forwarding(false).build();
     let listener = net.container.run(|| TcpListener::bind((addr::CONTAINER_V4, 80))).unwrap();
-    let result = net
-        .client
-        .run(|| TcpStream::connect_timeout(&listener.local_addr().unwrap(), Duration::from_millis(300)));
+    let result = net.client.run(|| {
+        TcpStream::connect_timeout(&listener.local_addr().unwrap(), Duration::from_millis(300))
+    });
     assert!(result.is_err());
 }
 
@@ -166,8 +167,8 @@ fn dropping_a_server_ends_its_connections() {
 #[test]
 fn bound_ports_are_seen_without_connecting() {
     let namespace = Namespace::new();
-    let (tcp, udp) =
-        namespace.run(|| (TcpListener::bind("[::]:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap()));
+    let (tcp, udp) = namespace
+        .run(|| (TcpListener::bind("[::]:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap()));
     let (tcp, udp) = (tcp.local_addr().unwrap().port(), udp.local_addr().unwrap().port());
     namespace.wait_until_bound(Protocol::Tcp, tcp, SOON);
     namespace.wait_until_bound(Protocol::Udp, udp, SOON);
@@ -188,7 +189,9 @@ fn a_command_runs_inside_and_sees_its_own_mounts() {
     let same = inside.exec("stat", &["-c", "%d:%i", "/mnt", &directory.display().to_string()]);
     let lines: BTreeSet<&str> = same.lines().collect();
     assert_eq!(lines.len(), 1, "{same}");
-    if fs::exists("/sys/fs/cgroup/cgroup.procs").unwrap() || fs::exists("/sys/fs/cgroup/memory").unwrap() {
+    if fs::exists("/sys/fs/cgroup/cgroup.procs").unwrap()
+        || fs::exists("/sys/fs/cgroup/memory").unwrap()
+    {
         assert_ne!(inside.exec("ls", &["/sys/fs/cgroup"]), "");
     }
     assert!(!fs::exists("/run/left-in-the-tmpfs").unwrap());
@@ -213,7 +216,9 @@ fn a_panic_inside_comes_out() {
 fn left_on_the_machine() -> BTreeSet<String> {
     let names = |directory: &str| -> Vec<String> {
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-        entries.map(|entry| format!("{directory}/{}", entry.file_name().to_string_lossy())).collect()
+        entries
+            .map(|entry| format!("{directory}/{}", entry.file_name().to_string_lossy()))
+            .collect()
     };
     [names("/sys/class/net"), names("/run/netns")].concat().into_iter().collect()
 }
@@ -237,7 +242,8 @@ fn a_dropped_namespace_takes_its_links_along() {
     assert!(eventually(SOON, || !stays.ip(&["-brief", "link"]).contains("here")));
 }
 
-/// The variable that turns [`owner_of_a_namespace`] into a helper; its value is the path of another namespace.
+/// The variable that turns [`owner_of_a_namespace`] into a helper; its value is the path of another
+/// namespace.
 const PEER_NAMESPACE: &str = "TIDEGATE_TESTBED_PEER";
 
 #[test]

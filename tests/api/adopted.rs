@@ -89,7 +89,8 @@ fn a_container_that_is_restarted_keeps_its_ports_and_others_notice_nothing() {
         );
         name.leads_to(&again);
         assert!(eventually(SOON, || service() == "adopted"));
-        let seen = answer(&scene, "203.0.113.1:8080").expect("the container that has come back answers");
+        let seen =
+            answer(&scene, "203.0.113.1:8080").expect("the container that has come back answers");
         assert!(seen.starts_with("203.0.113.9:"), "the client's own address: {seen}");
         assert!(eventually(SOON, || udp_answer(&scene, &udp)), "the same client, by UDP");
         kept.write_all(b"tide").unwrap();
@@ -123,7 +124,13 @@ fn an_endpoint_is_plugged_in_elsewhere_when_that_is_asked_for() {
     // Where it does not fit it stays where it was: the other endpoint's namespace has its own eth0.
     let (code, error) = put(&other.path());
     assert_eq!(
-        (code, error["error"].as_str().unwrap().contains("\"eth0\" on endpoint \"box\" exists already")),
+        (
+            code,
+            error["error"]
+                .as_str()
+                .unwrap()
+                .contains("\"eth0\" on endpoint \"box\" exists already")
+        ),
         (409, true),
         "{error}"
     );
@@ -131,18 +138,26 @@ fn an_endpoint_is_plugged_in_elsewhere_when_that_is_asked_for() {
         [("/nowhere", "no such namespace /nowhere"), ("/etc/passwd", "is not a network namespace")]
     {
         let (code, error) = put(Path::new(path));
-        assert_eq!((code, error["error"].as_str().unwrap().contains(reason)), (400, true), "{error}");
+        assert_eq!(
+            (code, error["error"].as_str().unwrap().contains(reason)),
+            (400, true),
+            "{error}"
+        );
     }
     assert!(answer(&scene, "203.0.113.1:8080").is_some());
     // The first path is not looked after any more.
     let third = Namespace::new();
     name.leads_to(&third);
     std::thread::sleep(std::time::Duration::from_millis(1500));
-    assert_eq!(get(&scene.socket(), "/v1/endpoints/box").1["netns"], second.path().to_str().unwrap());
+    assert_eq!(
+        get(&scene.socket(), "/v1/endpoints/box").1["netns"],
+        second.path().to_str().unwrap()
+    );
     assert_ne!(state(&second), inside);
 }
 
-/// The path names a process, which moves to another namespace as a stranger with its number would be in one.
+/// The path names a process, which moves to another namespace as a stranger with its number would
+/// be in one.
 #[test]
 fn what_follows_a_process_under_its_number_is_not_plugged_in() {
     let scene = Scene::new();
@@ -179,12 +194,17 @@ fn an_adopted_namespace_is_left_as_it_was_found() {
     let file = FILE.replace("BOX", &name.0.display().to_string());
     std::fs::write(&path, file.replace("OTHER", &other.path().display().to_string())).unwrap();
     let mut command = scene.tidegate();
-    let mut up = Process::spawn(command.args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(&path));
+    let mut up =
+        Process::spawn(command.args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(&path));
     up.wait_for_line("Ctrl-C takes", SOON);
     name.leads_to(&again);
     assert!(eventually(SOON, || again.read_sysctl(setting) == "1"), "plugged in, with ports");
     up.stop(Signal::INT, SOON);
-    assert!(eventually(SOON, || [&other, &again].map(all) == before), "{:?}", [&other, &again].map(all));
+    assert!(
+        eventually(SOON, || [&other, &again].map(all) == before),
+        "{:?}",
+        [&other, &again].map(all)
+    );
 
     // And when it does not come up after all.
     let file = std::fs::read_to_string(&path).unwrap() + "  job: { command: /no/such/program }\n";
@@ -192,5 +212,9 @@ fn an_adopted_namespace_is_left_as_it_was_found() {
     let mut command = scene.tidegate();
     let told = refused(command.args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(path));
     assert!(told.contains("/no/such/program"), "{told}");
-    assert!(eventually(SOON, || [&other, &again].map(all) == before), "{:?}", [&other, &again].map(all));
+    assert!(
+        eventually(SOON, || [&other, &again].map(all) == before),
+        "{:?}",
+        [&other, &again].map(all)
+    );
 }

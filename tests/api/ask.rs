@@ -17,13 +17,17 @@ pub(crate) fn ask(socket: &Path, method: &str, target: &str, body: &str) -> (u16
     let mut stream =
         UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let head = format!("{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
+    let head =
+        format!("{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
     stream.write_all(head.as_bytes()).unwrap();
     // Who is told that it is too much need not have read it all.
     let _ = stream.write_all(body.as_bytes());
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap_or_else(|error| panic!("{method} {target}: {error}: {answer}"));
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
+    stream
+        .read_to_string(&mut answer)
+        .unwrap_or_else(|error| panic!("{method} {target}: {error}: {answer}"));
+    let (head, body) =
+        answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
     let code = head.split(' ').nth(1).and_then(|code| code.parse().ok());
     let body = if body.is_empty() { Value::Null } else { serde_json::from_str(body).unwrap() };
     (code.unwrap_or_else(|| panic!("{head}")), body)

@@ -16,7 +16,11 @@ const NOBODY: u32 = 65_534;
 fn says(command: &mut Command) -> String {
     let output = command.stdin(Stdio::null()).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!((output.status.code(), output.stdout.len(), said.lines().count()), (Some(1), 0, 1), "{said}");
+    assert_eq!(
+        (output.status.code(), output.stdout.len(), said.lines().count()),
+        (Some(1), 0, 1),
+        "{said}"
+    );
     said
 }
 
@@ -26,7 +30,8 @@ fn a_second_project_on_the_same_socket_is_refused_and_on_another_one_runs_beside
     let up = scene.up(&project());
     up.wait_for_line("Ctrl-C takes", SOON);
     let before = state(&scene.net.host);
-    let other = "name: other\nservices: { web: { command: [ sleep, '60' ], ports: [ '9090:80' ] } }\n";
+    let other =
+        "name: other\nservices: { web: { command: [ sleep, '60' ], ports: [ '9090:80' ] } }\n";
     let told = scene.refused(other);
     assert_eq!(
         told,
@@ -43,7 +48,8 @@ fn a_second_project_on_the_same_socket_is_refused_and_on_another_one_runs_beside
     let beside = Process::spawn(scene.command(other).env("TIDEGATE_SOCKET", &second));
     beside.wait_for_line("Ctrl-C takes", SOON);
     assert_eq!(get(&scene.socket(), "/v1/status").1["project"], "demo");
-    let output = scene.tidegate().args(["ps", "--json"]).env("TIDEGATE_SOCKET", &second).output().unwrap();
+    let output =
+        scene.tidegate().args(["ps", "--json"]).env("TIDEGATE_SOCKET", &second).output().unwrap();
     assert!(String::from_utf8(output.stdout).unwrap().contains("\"project\": \"other\""));
 }
 
@@ -55,7 +61,10 @@ fn a_socket_that_a_killed_instance_left_is_taken_over() {
     up.stop(Signal::KILL, SOON);
     assert!(scene.socket().exists(), "a killed process cannot clear up");
     let said = says(scene.tidegate().arg("ps"));
-    assert!(said.starts_with("tidegate: error: nothing is up: nobody listens on socket "), "{said}");
+    assert!(
+        said.starts_with("tidegate: error: nothing is up: nobody listens on socket "),
+        "{said}"
+    );
     let mut next = scene.up(&project());
     next.wait_for_line("Ctrl-C takes", SOON);
     assert_eq!(get(&scene.socket(), "/v1/status").1["pid"], next.pid());

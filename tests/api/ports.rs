@@ -43,7 +43,10 @@ fn publish(scene: &Scene, spec: &str) -> Vec<Value> {
 
 #[track_caller]
 fn close(scene: &Scene, port: &Value) {
-    assert_eq!(ask(&scene.socket(), "DELETE", &format!("/v1/ports/{}", port["id"]), ""), (204, Value::Null));
+    assert_eq!(
+        ask(&scene.socket(), "DELETE", &format!("/v1/ports/{}", port["id"]), ""),
+        (204, Value::Null)
+    );
 }
 
 fn connect(from: &Namespace, to: &str) -> std::io::Result<TcpStream> {
@@ -63,8 +66,8 @@ fn seen(from: &Namespace, to: &str) -> std::io::Result<String> {
 /// TCP segments that a namespace has sent again (`RetransSegs` of RFC 4022).
 fn sent_again(namespace: &Namespace) -> u64 {
     let text = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
-    let [names, values] =
-        [0, 1].map(|index| text.lines().filter(|line| line.starts_with("Tcp:")).nth(index).unwrap());
+    let [names, values] = [0, 1]
+        .map(|index| text.lines().filter(|line| line.starts_with("Tcp:")).nth(index).unwrap());
     let mut columns = names.split(' ').zip(values.split(' '));
     columns.find(|(name, _)| *name == "RetransSegs").unwrap().1.parse().unwrap()
 }

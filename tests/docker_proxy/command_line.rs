@@ -1,4 +1,5 @@
-//! The command line, from the outside: what Go's `flag` package takes is taken, and all else is refused.
+//! The command line, from the outside: what Go's `flag` package takes is taken, and all else is
+//! refused.
 
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Protocol, Signal};
@@ -44,12 +45,16 @@ fn every_form_that_go_takes_opens_the_port() {
 fn udp_and_ipv6_are_asked_for_by_their_flags() {
     let host = Namespace::new();
     let _udp = Launch::new(&host, LOOPBACK_UDP).start().ready();
-    let _v6 = Launch::new(&host, "-host-ip ::1 -host-port 8081 -container-ip ::1 -container-port 9000")
-        .start()
-        .ready();
+    let _v6 =
+        Launch::new(&host, "-host-ip ::1 -host-port 8081 -container-ip ::1 -container-port 9000")
+            .start()
+            .ready();
     assert_eq!(host.bound_ports(Protocol::Udp), [8080].into());
     assert_eq!(host.bound_ports(Protocol::Tcp), [8081].into());
-    assert!(host.run(|| std::net::TcpStream::connect("127.0.0.1:8081")).is_err(), "it listens on ::1 only");
+    assert!(
+        host.run(|| std::net::TcpStream::connect("127.0.0.1:8081")).is_err(),
+        "it listens on ::1 only"
+    );
 }
 
 #[test]
@@ -60,7 +65,10 @@ fn what_is_not_understood_is_refused_with_the_usage() {
         (format!("{ports} -frobnicate"), "flag provided but not defined: -frobnicate"),
         (format!("{ports} --Proto=tcp"), "flag provided but not defined: -Proto"),
         (format!("{ports} ---proto tcp"), "bad flag syntax: ---proto"),
-        (format!("{ports} leftover"), r#"unexpected argument "leftover": docker-proxy takes only flags"#),
+        (
+            format!("{ports} leftover"),
+            r#"unexpected argument "leftover": docker-proxy takes only flags"#,
+        ),
         (format!("{ports} -- -v"), r#"unexpected argument "-v": docker-proxy takes only flags"#),
         (
             format!("{ports} -use-listen-fd true"),
@@ -71,12 +79,18 @@ fn what_is_not_understood_is_refused_with_the_usage() {
             r#"invalid boolean value "maybe" for -use-listen-fd: parse error"#,
         ),
         (format!("{ports} -proto"), "flag needs an argument: -proto"),
-        (format!("{ports} -proto icmp"), r#"invalid value "icmp" for flag -proto: not tcp, udp or sctp"#),
+        (
+            format!("{ports} -proto icmp"),
+            r#"invalid value "icmp" for flag -proto: not tcp, udp or sctp"#,
+        ),
         (
             format!("{ports} -host-ip localhost"),
             r#"invalid value "localhost" for flag -host-ip: not an IP address"#,
         ),
-        (format!("{ports} -host-port 80a"), r#"invalid value "80a" for flag -host-port: parse error"#),
+        (
+            format!("{ports} -host-port 80a"),
+            r#"invalid value "80a" for flag -host-port: parse error"#,
+        ),
         (
             format!("{ports} -host-port 0"),
             r#"invalid value "0" for flag -host-port: not a port between 1 and 65535"#,
@@ -85,8 +99,14 @@ fn what_is_not_understood_is_refused_with_the_usage() {
             format!("{ports} -container-port 70000"),
             r#"invalid value "70000" for flag -container-port: not a port between 1 and 65535"#,
         ),
-        ("-container-port 80".to_owned(), "flag -host-port is required: a port between 1 and 65535"),
-        ("-host-port 8080".to_owned(), "flag -container-port is required: a port between 1 and 65535"),
+        (
+            "-container-port 80".to_owned(),
+            "flag -host-port is required: a port between 1 and 65535",
+        ),
+        (
+            "-host-port 8080".to_owned(),
+            "flag -container-port is required: a port between 1 and 65535",
+        ),
         (String::new(), "flag -host-port is required: a port between 1 and 65535"),
     ];
     for (arguments, reason) in refusals {
@@ -120,7 +140,10 @@ fn what_cannot_be_printed_is_no_crash() {
         let mut proxy = Process::spawn(&mut shell);
         let code = proxy.wait(SOON).code();
         let text = proxy.wait_for_output(SOON);
-        assert!(matches!(code, Some(0 | 1)) && !text.contains("panicked"), "{arguments}: {code:?}: {text}");
+        assert!(
+            matches!(code, Some(0 | 1)) && !text.contains("panicked"),
+            "{arguments}: {code:?}: {text}"
+        );
     }
 }
 

@@ -15,7 +15,9 @@ fn it_is_nothing_but_a_proxy() {
     assert_is_nothing_but_a_proxy(proxy.pid(), 9000);
     echo(&mut connect(&host, front()), b"still there");
     drop(proxy);
-    let proxy =
-        Launch::new(&host, LOOPBACK_UDP).env("TIDEGATE_PROXY_METRICS", "127.0.0.1:9464").start().ready();
+    let proxy = Launch::new(&host, LOOPBACK_UDP)
+        .env("TIDEGATE_PROXY_METRICS", "127.0.0.1:9464")
+        .start()
+        .ready();
     assert_is_nothing_but_a_proxy(proxy.pid(), 9000);
 }

@@ -30,8 +30,8 @@ pub(crate) const LOOPBACK: &str =
 pub(crate) const LOOPBACK_UDP: &str =
     "-proto udp -host-ip 127.0.0.1 -host-port 8080 -container-ip 127.0.0.1 -container-port 9000";
 
-/// `docker-proxy ARGUMENTS` in `namespace`, with none of the variables that steer it and no descriptor but
-/// the first three.
+/// `docker-proxy ARGUMENTS` in `namespace`, with none of the variables that steer it and no
+/// descriptor but the first three.
 pub(crate) fn command(namespace: &Namespace, arguments: &str) -> Command {
     let mut command = namespace.command(env!("CARGO_BIN_EXE_docker-proxy"));
     command.args(arguments.split_whitespace()).current_dir("/");
@@ -62,7 +62,8 @@ impl Launch {
     /// Any command, with a status pipe.
     pub(crate) fn of(mut command: Command) -> Self {
         // A pipe of packets: each read gives what one write gave.
-        let (status, theirs) = pipe_with(PipeFlags::DIRECT | PipeFlags::CLOEXEC).expect("make a pipe");
+        let (status, theirs) =
+            pipe_with(PipeFlags::DIRECT | PipeFlags::CLOEXEC).expect("make a pipe");
         pass_fd(&mut command, theirs, STATUS_FD);
         Self { command, status }
     }
@@ -113,7 +114,8 @@ pub(crate) struct Refusal {
 }
 
 impl Proxy {
-    /// Reads the answer as dockerd does: `0` and a newline in one piece. After that the pipe must be closed.
+    /// Reads the answer as dockerd does: `0` and a newline in one piece. After that the pipe must
+    /// be closed.
     #[track_caller]
     pub(crate) fn ready(self) -> Process {
         let first = self.packet();
@@ -126,8 +128,10 @@ impl Proxy {
     #[track_caller]
     pub(crate) fn refused(mut self) -> Refusal {
         let first = self.packet().unwrap_or_default();
-        let reason =
-            first.strip_prefix("1\n").unwrap_or_else(|| panic!("{first:?} is no refusal")).to_owned();
+        let reason = first
+            .strip_prefix("1\n")
+            .unwrap_or_else(|| panic!("{first:?} is no refusal"))
+            .to_owned();
         assert_eq!(self.packet(), None, "a refusal is one write as well");
         let exit_code = self.process.wait(SOON).code();
         Refusal { reason, stderr: self.process.wait_for_output(SOON), exit_code }
@@ -165,7 +169,8 @@ pub(crate) fn connect(namespace: &Namespace, to: impl Into<SocketAddr>) -> TcpSt
     stream
 }
 
-/// Asserts that a connection from inside `namespace` is reset, at once or when something is read from it.
+/// Asserts that a connection from inside `namespace` is reset, at once or when something is read
+/// from it.
 #[track_caller]
 pub(crate) fn assert_reset(namespace: &Namespace, to: impl Into<SocketAddr>) {
     let to = to.into();

@@ -1,5 +1,5 @@
-//! How the proxy ends. `docker stop` waits for that without limit, so it must be at once and whatever goes
-//! on.
+//! How the proxy ends. `docker stop` waits for that without limit, so it must be at once and
+//! whatever goes on.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,7 +10,9 @@ use tidegate_testbed::server::{EchoServer, Source, StalledServer};
 use tidegate_testbed::transfer;
 use tidegate_testbed::{Namespace, Process, Protocol, Signal, Topology, addr, eventually};
 
-use crate::driver::{LOOPBACK, LOOPBACK_UDP, Launch, SOON, back, command, connect, echo, front, udp};
+use crate::driver::{
+    LOOPBACK, LOOPBACK_UDP, Launch, SOON, back, command, connect, echo, front, udp,
+};
 
 /// How long ending may take.
 const PROMPT: Duration = Duration::from_millis(200);
@@ -43,7 +45,11 @@ fn a_hundred_connections_end_in_a_reset_on_both_sides() {
             let took = end(proxy, signal);
             for (client, server) in pairs {
                 assert_eq!(ending_of(client), Some(ErrorKind::ConnectionReset), "the client's end");
-                assert_eq!(ending_of(server), Some(ErrorKind::ConnectionReset), "the backend's end");
+                assert_eq!(
+                    ending_of(server),
+                    Some(ErrorKind::ConnectionReset),
+                    "the backend's end"
+                );
             }
             took
         });
@@ -92,7 +98,8 @@ fn clients_whose_backend_is_still_being_dialled_are_reset() {
         assert_prompt(|| {
             let proxy = Launch::new(&net.host, arguments).start().ready();
             // Nobody has the address, and it takes the kernel three seconds to find out.
-            let clients: Vec<_> = (0..10).map(|_| connect(&net.client, (addr::HOST_V4, 8080))).collect();
+            let clients: Vec<_> =
+                (0..10).map(|_| connect(&net.client, (addr::HOST_V4, 8080))).collect();
             assert!(eventually(SOON, || dialling(&net.host) == clients.len()));
             let took = end(proxy, signal);
             for client in clients {
@@ -156,7 +163,8 @@ fn a_signal_during_the_start_ends_it_too() {
             }
             // Before it can handle signals the kernel ends it; afterwards it does so itself.
             let status = proxy.stop(signal, SOON);
-            let by_kernel = std::os::unix::process::ExitStatusExt::signal(&status) == Some(signal.as_raw());
+            let by_kernel =
+                std::os::unix::process::ExitStatusExt::signal(&status) == Some(signal.as_raw());
             assert!(status.success() || by_kernel, "{status}");
         }
     }
@@ -171,8 +179,8 @@ fn end(mut proxy: Process, signal: Signal) -> Duration {
     begun.elapsed()
 }
 
-/// Lets `round` end a proxy a few times. One of them may be held up by whatever else the machine does, most
-/// may not.
+/// Lets `round` end a proxy a few times. One of them may be held up by whatever else the machine
+/// does, most may not.
 #[track_caller]
 fn assert_prompt(mut round: impl FnMut() -> Duration) {
     let mut rounds: Vec<Duration> = (0..3).map(|_| round()).collect();
@@ -180,7 +188,8 @@ fn assert_prompt(mut round: impl FnMut() -> Duration) {
     assert!(rounds[1] < PROMPT, "ending took {rounds:?}");
 }
 
-/// A client's connection through the proxy and the backend's end of it, with payload having gone both ways.
+/// A client's connection through the proxy and the backend's end of it, with payload having gone
+/// both ways.
 fn pair(host: &Namespace, backend: &TcpListener) -> (TcpStream, TcpStream) {
     let mut client = connect(host, front());
     let (mut server, _) = backend.accept().unwrap();
@@ -207,7 +216,8 @@ fn stuffed(host: &Namespace) -> TcpStream {
     client
 }
 
-/// How many connections of `namespace` are waiting for an answer to their SYN (state 02 of `/proc/net/tcp`).
+/// How many connections of `namespace` are waiting for an answer to their SYN (state 02 of
+/// `/proc/net/tcp`).
 fn dialling(namespace: &Namespace) -> usize {
     let table = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/tcp")).unwrap();
     table.lines().filter(|line| line.split_ascii_whitespace().nth(3) == Some("02")).count()

@@ -1,4 +1,5 @@
-//! What docker-proxy does not do and ours does if the environment, which is dockerd's own, asks for it.
+//! What docker-proxy does not do and ours does if the environment, which is dockerd's own, asks for
+//! it.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -8,7 +9,9 @@ use std::path::Path;
 use tidegate_testbed::server::{EchoServer, PeerServer, Source, StalledServer};
 use tidegate_testbed::{Namespace, Process, Protocol, Signal, Topology, addr, eventually};
 
-use crate::driver::{LOOPBACK, LOOPBACK_UDP, Launch, SOON, assert_reset, back, connect, echo, front, udp};
+use crate::driver::{
+    LOOPBACK, LOOPBACK_UDP, Launch, SOON, assert_reset, back, connect, echo, front, udp,
+};
 
 const METRICS: &str = "TIDEGATE_PROXY_METRICS";
 const LIMITS: &str = "TIDEGATE_PROXY_LIMITS";
@@ -35,7 +38,10 @@ fn the_metrics_of_a_tcp_port_are_exact() {
             (r#"tidegate_proxy_connections{publish="127.0.0.1:8080/tcp"}"#, 0),
             (r#"tidegate_proxy_connection_resets_total{publish="127.0.0.1:8080/tcp"}"#, 0),
             (r#"tidegate_proxy_bytes_total{publish="127.0.0.1:8080/tcp",direction="in"}"#, 1234),
-            (r#"tidegate_proxy_bytes_total{publish="127.0.0.1:8080/tcp",direction="out"}"#, 4_321_000),
+            (
+                r#"tidegate_proxy_bytes_total{publish="127.0.0.1:8080/tcp",direction="out"}"#,
+                4_321_000,
+            ),
             (r#"tidegate_proxy_dial_seconds_count{publish="127.0.0.1:8080/tcp"}"#, 1),
             (r#"tidegate_proxy_connection_seconds_count{publish="127.0.0.1:8080/tcp"}"#, 1),
         ],
@@ -57,7 +63,10 @@ fn the_metrics_of_a_tcp_port_are_exact() {
     let (_, page) = scrape(&host, 9464, "/metrics");
     assert!(page.contains("tidegate_build_info{"), "{page}");
     assert!(page.contains("\nprocess_open_fds "), "{page}");
-    assert!(!page.contains(&client.local_addr().unwrap().port().to_string()), "no peer is named in {page}");
+    assert!(
+        !page.contains(&client.local_addr().unwrap().port().to_string()),
+        "no peer is named in {page}"
+    );
 }
 
 #[test]
@@ -95,7 +104,8 @@ fn proxies_of_one_host_share_a_range_of_metrics_ports() {
     assert!(scrape(&host, 9501, "/metrics").1.contains(r#"publish="127.0.0.1:8080/udp""#));
     let third = LOOPBACK.replace("8080", "8081");
     // A full range keeps no container from starting.
-    let launch = Launch::new(&host, &third).env(METRICS, "127.0.0.1:9500-9501").env("TIDEGATE_LOG", "info");
+    let launch =
+        Launch::new(&host, &third).env(METRICS, "127.0.0.1:9500-9501").env("TIDEGATE_LOG", "info");
     let third = launch.start().ready();
     let told = third.wait_for_line("metrics are not served", SOON);
     assert!(told.contains("ports 9500-9501 on 127.0.0.1 are in use"), "{told}");
@@ -124,7 +134,8 @@ fn without_being_asked_it_opens_its_port_and_nothing_else() {
 fn limits_are_set_by_the_names_of_the_flags_of_publish() {
     let host = Namespace::new();
     let _server = EchoServer::tcp(&host, back());
-    let launch = Launch::new(&host, LOOPBACK).env(LIMITS, "max-client-connections=2,max-connections=9");
+    let launch =
+        Launch::new(&host, LOOPBACK).env(LIMITS, "max-client-connections=2,max-connections=9");
     let _proxy = launch.start().ready();
     let mut held = [connect(&host, front()), connect(&host, front())];
     assert_reset(&host, front());
@@ -141,7 +152,8 @@ fn version_1_of_the_proxy_protocol_tells_the_backend_who_connects() {
         let arguments = with_host(host);
         let _proxy = Launch::new(&net.host, &arguments).env(PROXY_PROTOCOL, "v1").start().ready();
         let (received, client) = one_connection(&net, &backend, host);
-        let expected = format!("PROXY {family} {} {host} {} 8080\r\npayload", client.ip(), client.port());
+        let expected =
+            format!("PROXY {family} {} {host} {} 8080\r\npayload", client.ip(), client.port());
         assert_eq!(String::from_utf8_lossy(&received), expected);
     }
 }
@@ -185,7 +197,11 @@ fn a_variable_that_is_not_understood_is_refused_in_one_clear_line() {
             "max-connections=0",
             r#"TIDEGATE_PROXY_LIMITS="max-connections=0": max-connections=0: a limit is a whole number, 1 at least"#,
         ),
-        (SOURCE, "nat", r#"TIDEGATE_PROXY_SOURCE="nat": "nat" is none of proxy, client, proxy-protocol"#),
+        (
+            SOURCE,
+            "nat",
+            r#"TIDEGATE_PROXY_SOURCE="nat": "nat" is none of proxy, client, proxy-protocol"#,
+        ),
         (
             PROXY_PROTOCOL,
             "3",
@@ -204,7 +220,11 @@ fn a_variable_that_is_not_understood_is_refused_in_one_clear_line() {
         assert_eq!(refusal.exit_code, Some(1));
     }
     let refusal = Launch::new(&host, LOOPBACK).env("TIDEGATE_LOG", "=/=").start().refused();
-    assert!(refusal.reason.starts_with(r#"TIDEGATE_LOG="=/=" is no log filter"#), "{}", refusal.reason);
+    assert!(
+        refusal.reason.starts_with(r#"TIDEGATE_LOG="=/=" is no log filter"#),
+        "{}",
+        refusal.reason
+    );
     assert!(!refusal.reason.contains('\n'), "{}", refusal.reason);
     assert_eq!(refusal.exit_code, Some(1));
 }
@@ -217,8 +237,12 @@ fn the_clients_own_address_is_shown_if_asked_and_its_rules_go_with_the_proxy() {
     let _udp = PeerServer::udp(&net.container, (addr::CONTAINER_V4, 80).into());
     let before = rules(&net.host);
     for protocol in ["tcp", "udp"] {
-        let mut proxy = showing_clients(&net, run.path(), &format!("-proto {protocol} {TO_CONTAINER}"));
-        assert_eq!(seen_by_container(&net.client, protocol, (addr::HOST_V4, 8080)), addr::CLIENT_V4);
+        let mut proxy =
+            showing_clients(&net, run.path(), &format!("-proto {protocol} {TO_CONTAINER}"));
+        assert_eq!(
+            seen_by_container(&net.client, protocol, (addr::HOST_V4, 8080)),
+            addr::CLIENT_V4
+        );
         assert_ne!(rules(&net.host), before, "answers are led back by a rule");
         // The host itself is no stranger to the container.
         assert_eq!(seen_by_container(&net.host, protocol, (addr::HOST_V4, 8080)), addr::GATEWAY_V4);
@@ -237,8 +261,8 @@ fn proxies_that_show_the_client_do_not_disturb_one_another() {
     let seen = |port| seen_by_container(&net.client, "tcp", (addr::HOST_V4, port));
     let mut first = start("-host-port 8081");
     let mut second = start("-host-port 8082");
-    // As dockerd starts it beside them. A client that speaks IPv6 cannot be shown to a container that does
-    // not.
+    // As dockerd starts it beside them. A client that speaks IPv6 cannot be shown to a container
+    // that does not.
     let mut third = start("-host-ip :: -host-port 8081");
     assert_eq!((seen(8081), seen(8082)), (addr::CLIENT_V4.into(), addr::CLIENT_V4.into()));
     assert_eq!(seen_by_container(&net.client, "tcp", (addr::HOST_V6, 8081)), addr::GATEWAY_V4);
@@ -326,8 +350,8 @@ fn one_connection(net: &Topology, backend: &TcpListener, host: IpAddr) -> (Vec<u
     (received, client.local_addr().unwrap())
 }
 
-/// Section 2.2 of the PROXY protocol: signature, version and command, family and protocol, length, addresses,
-/// ports.
+/// Section 2.2 of the PROXY protocol: signature, version and command, family and protocol, length,
+/// addresses, ports.
 fn version_2_header(client: SocketAddr, host: SocketAddr) -> Vec<u8> {
     let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21".to_vec();
     header.extend(if client.is_ipv4() { [0x11, 0, 12] } else { [0x21, 0, 36] });
@@ -358,8 +382,11 @@ fn assert_settles(namespace: &Namespace, port: u16, expected: &[(&str, u64)]) {
     let mut page = String::new();
     let settled = eventually(SOON, || {
         page = scrape(namespace, port, "/metrics").1;
-        let values: BTreeMap<&str, &str> = page.lines().filter_map(|line| line.rsplit_once(' ')).collect();
-        expected.iter().all(|(series, value)| values.get(series) == Some(&value.to_string().as_str()))
+        let values: BTreeMap<&str, &str> =
+            page.lines().filter_map(|line| line.rsplit_once(' ')).collect();
+        expected
+            .iter()
+            .all(|(series, value)| values.get(series) == Some(&value.to_string().as_str()))
     });
     assert!(settled, "not all of {expected:?} in:\n{page}");
 }
@@ -374,7 +401,8 @@ fn short_of_descriptors(host: &Namespace, redirection: &str) -> Process {
     Launch::of(shell).start().ready()
 }
 
-/// A proxy on the host that shows the container its clients. What has to survive a crash is kept in `run`.
+/// A proxy on the host that shows the container its clients. What has to survive a crash is kept in
+/// `run`.
 #[track_caller]
 fn showing_clients(net: &Topology, run: &Path, arguments: &str) -> Process {
     let launch = Launch::new(&net.host, arguments).env(SOURCE, "client");

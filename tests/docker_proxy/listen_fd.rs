@@ -1,4 +1,5 @@
-//! `-use-listen-fd`: dockerd 28 and later bind the port themselves and hand the socket down as descriptor 4.
+//! `-use-listen-fd`: dockerd 28 and later bind the port themselves and hand the socket down as
+//! descriptor 4.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -21,7 +22,10 @@ fn an_inherited_tcp_socket_is_served_and_stays_the_daemons() {
     let mut proxy = Launch::new(&host, &arguments).listen_on(socket).start().ready();
     echo(&mut connect(&host, front()), b"inherited");
     assert_eq!(server.served(), 1);
-    assert!(fcntl_getfl(&kept).unwrap().contains(OFlags::NONBLOCK), "accepting must never block the loop");
+    assert!(
+        fcntl_getfl(&kept).unwrap().contains(OFlags::NONBLOCK),
+        "accepting must never block the loop"
+    );
     assert_eq!(proxy.stop(Signal::INT, SOON).code(), Some(0));
     assert!(host.is_bound(Protocol::Tcp, 8080), "the daemon's copy keeps the port");
 
@@ -71,7 +75,8 @@ fn host_address_and_port_are_informative_beside_a_socket() {
     let _server = EchoServer::tcp(&host, back());
     for informative in ["-host-ip 192.0.2.1 -host-port 1", ""] {
         let socket = bound(&host, Type::STREAM, front());
-        let arguments = format!("{informative} -container-ip 127.0.0.1 -container-port 9000 -use-listen-fd");
+        let arguments =
+            format!("{informative} -container-ip 127.0.0.1 -container-port 9000 -use-listen-fd");
         let _proxy = Launch::new(&host, &arguments).listen_on(socket).start().ready();
         echo(&mut connect(&host, front()), b"where the socket is");
     }
@@ -95,7 +100,8 @@ fn what_is_not_the_right_socket_is_refused() {
     let file: OwnedFd = tempfile::tempfile().unwrap().into();
     let datagrams: OwnedFd = bound(&host, Type::DGRAM, ([127, 0, 0, 1], 1).into()).into();
     let stream: OwnedFd = bound(&host, Type::STREAM, ([127, 0, 0, 1], 2).into()).into();
-    let unbound: OwnedFd = host.run(|| Socket::new(Domain::IPV4, Type::DGRAM, None)).unwrap().into();
+    let unbound: OwnedFd =
+        host.run(|| Socket::new(Domain::IPV4, Type::DGRAM, None)).unwrap().into();
     let cases = [
         (&tcp, datagrams, "it is not a tcp socket"),
         (&udp, stream, "it is not a udp socket"),
@@ -106,7 +112,11 @@ fn what_is_not_the_right_socket_is_refused() {
     ];
     for (arguments, socket, reason) in cases {
         let refusal = Launch::new(&host, arguments).listen_on(socket).start().refused();
-        assert!(refusal.reason.starts_with(&format!("{was_to_be}: {reason}")), "{}", refusal.reason);
+        assert!(
+            refusal.reason.starts_with(&format!("{was_to_be}: {reason}")),
+            "{}",
+            refusal.reason
+        );
         assert_eq!(refusal.exit_code, Some(1));
     }
     for arguments in [tcp, udp] {
@@ -131,7 +141,8 @@ fn clients_that_came_before_the_proxy_are_served() {
     assert_eq!(&answer, b"early");
 }
 
-/// A socket as dockerd makes it: for TCP it listens, for UDP it tells the address a datagram was sent to.
+/// A socket as dockerd makes it: for TCP it listens, for UDP it tells the address a datagram was
+/// sent to.
 fn bound(namespace: &Namespace, kind: Type, address: SocketAddr) -> Socket {
     let socket = namespace.run(|| Socket::new(Domain::for_address(address), kind, None)).unwrap();
     if address.is_ipv6() {

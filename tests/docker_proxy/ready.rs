@@ -7,7 +7,9 @@ use std::net::UdpSocket;
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Protocol, Signal, pass_fd};
 
-use crate::driver::{FRONT, LOOPBACK, LOOPBACK_UDP, Launch, SOON, back, command, connect, echo, front};
+use crate::driver::{
+    FRONT, LOOPBACK, LOOPBACK_UDP, Launch, SOON, back, command, connect, echo, front,
+};
 
 #[test]
 fn readiness_is_one_write_and_then_the_pipe_is_closed() {
@@ -34,7 +36,8 @@ fn a_busy_tcp_port_is_refused_with_the_name_of_its_holder() {
     let host = Namespace::new();
     let holder = Launch::new(&host, LOOPBACK).start().ready();
     let refusal = Launch::new(&host, LOOPBACK).start().refused();
-    let expected = format!("port 8080/tcp on 127.0.0.1 is in use by docker-proxy (pid {})", holder.pid());
+    let expected =
+        format!("port 8080/tcp on 127.0.0.1 is in use by docker-proxy (pid {})", holder.pid());
     assert_eq!(refusal.reason, expected);
     assert_eq!(refusal.stderr, format!("docker-proxy: error: {expected}\n"));
     assert_eq!(refusal.exit_code, Some(1));
@@ -47,7 +50,8 @@ fn a_busy_udp_port_is_refused_with_the_name_of_its_holder() {
     let everywhere = LOOPBACK_UDP.replace("-host-ip 127.0.0.1", "-host-ip 0.0.0.0");
     let holder = Launch::new(&host, &everywhere).start().ready();
     let refusal = Launch::new(&host, LOOPBACK_UDP).start().refused();
-    let expected = format!("port 8080/udp on 127.0.0.1 is in use by docker-proxy (pid {})", holder.pid());
+    let expected =
+        format!("port 8080/udp on 127.0.0.1 is in use by docker-proxy (pid {})", holder.pid());
     assert_eq!(refusal.reason, expected);
     assert_eq!(refusal.exit_code, Some(1));
 }
@@ -87,8 +91,10 @@ fn sctp_is_refused_as_a_protocol_that_is_not_supported() {
 fn a_refused_start_leaves_the_port_free() {
     let host = Namespace::new();
     // The port is bound before the metrics address turns out to be somebody else's.
-    let refusal =
-        Launch::new(&host, LOOPBACK).env("TIDEGATE_PROXY_METRICS", "192.0.2.1:9464").start().refused();
+    let refusal = Launch::new(&host, LOOPBACK)
+        .env("TIDEGATE_PROXY_METRICS", "192.0.2.1:9464")
+        .start()
+        .refused();
     assert!(refusal.reason.starts_with("metrics address 192.0.2.1:9464: "), "{}", refusal.reason);
     assert!(!host.is_bound(Protocol::Tcp, 8080));
 }
@@ -107,7 +113,10 @@ fn by_hand_it_runs_without_a_pipe() {
     let mut proxy = Process::spawn(&mut command(&host, LOOPBACK_UDP));
     assert_eq!(proxy.wait(SOON).code(), Some(1));
     let text = proxy.wait_for_output(SOON);
-    assert!(text.starts_with("docker-proxy: error: port 8080/udp on 127.0.0.1 is in use by "), "{text}");
+    assert!(
+        text.starts_with("docker-proxy: error: port 8080/udp on 127.0.0.1 is in use by "),
+        "{text}"
+    );
 }
 
 #[test]

@@ -13,11 +13,14 @@ const OURS: Ipv4Addr = Ipv4Addr::new(10, 79, 1, 10);
 
 /// What iptables has of others: chains, policies that drop, and rules, each table in its order.
 fn rules_of_others(machine: &Machine) -> String {
-    let saved = ["iptables-save", "ip6tables-save"].map(|program| machine.net.host.exec(program, &[]));
+    let saved =
+        ["iptables-save", "ip6tables-save"].map(|program| machine.net.host.exec(program, &[]));
     let lines = saved.iter().flat_map(|text| text.lines());
     let lines = lines.map(|line| line.split(" [").next().unwrap_or_default());
-    let is_something = |line: &&str| line.starts_with("-A") || line.ends_with(" -") || line.ends_with("DROP");
-    let mut lines: Vec<&str> = lines.filter(is_something).filter(|line| !line.contains("TIDEGATE")).collect();
+    let is_something =
+        |line: &&str| line.starts_with("-A") || line.ends_with(" -") || line.ends_with("DROP");
+    let mut lines: Vec<&str> =
+        lines.filter(is_something).filter(|line| !line.contains("TIDEGATE")).collect();
     // Tables are listed in no order; what matters is that within the chains.
     lines.sort_by_key(|line| line.split(' ').nth(1).unwrap_or_default().to_owned());
     lines.join("\n")
@@ -32,7 +35,8 @@ struct Beside {
 impl Beside {
     fn new(machine: &Machine) -> (Self, Process) {
         let container = Namespace::new();
-        let server = Process::spawn(container.command(&machine.server()).args(["tcp:80", "udp:80"]));
+        let server =
+            Process::spawn(container.command(&machine.server()).args(["tcp:80", "udp:80"]));
         server.wait_for_line("ready", SOON);
         (Self { container, directory: tempfile::tempdir().unwrap() }, server)
     }
@@ -52,7 +56,9 @@ services:
         let mut command = machine.net.host.command(env!("CARGO_BIN_EXE_tidegate"));
         command.arg("up").arg("-f").arg(file).args(["--metrics", "none"]).args(flags);
         let up = Process::spawn(
-            command.env("TIDEGATE_RUN_DIR", self.directory.path().join("run")).env_remove("TIDEGATE_SOCKET"),
+            command
+                .env("TIDEGATE_RUN_DIR", self.directory.path().join("run"))
+                .env_remove("TIDEGATE_SOCKET"),
         );
         up.wait_for_line("Ctrl-C takes", SOON);
         up
@@ -77,8 +83,11 @@ fn docker_and_tidegate_live_side_by_side() {
         let machine = Machine::new();
         machine.net.host.sysctl("net.ipv4.ip_forward", forwarded_before);
         let daemon = Daemon::start(&machine, &[]);
-        let theirs =
-            daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53", "tcp:81"]);
+        let theirs = daemon.run(
+            "server",
+            &["-p", "8080:80", "-p", "8080:53/udp"],
+            &["tcp:80", "udp:53", "tcp:81"],
+        );
         let before = rules_of_others(&machine);
         let (host, outside) = (host(&machine), outside(&machine));
         let (beside, _server) = Beside::new(&machine);
@@ -110,14 +119,20 @@ fn docker_and_tidegate_live_side_by_side() {
 
         // A container goes and another comes, and the daemon itself, which makes its rules anew.
         daemon.remove(theirs);
-        let theirs =
-            daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53", "tcp:81"]);
+        let theirs = daemon.run(
+            "server",
+            &["-p", "8080:80", "-p", "8080:53/udp"],
+            &["tcp:80", "udp:53", "tcp:81"],
+        );
         both_work(&daemon, &theirs.place, theirs.address);
         daemon.remove(theirs);
         daemon.end(Signal::TERM);
         let daemon = Daemon::start(&machine, &[]);
-        let theirs =
-            daemon.run("again", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53", "tcp:81"]);
+        let theirs = daemon.run(
+            "again",
+            &["-p", "8080:80", "-p", "8080:53/udp"],
+            &["tcp:80", "udp:53", "tcp:81"],
+        );
         outside.asks(Tcp, (addr::HOST_V4, 8080));
         outside.asks(Tcp, (addr::HOST_V4, 8090));
         is_unreachable(&theirs.place, (OURS, 80));

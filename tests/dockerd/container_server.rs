@@ -1,10 +1,11 @@
 //! The only program in the tests' image: says who connected, then echoes.
 //!
-//! Built with nothing but the standard library and linked statically, so that the image is this one file. Its
-//! arguments are what it serves: `tcp:80`, `udp:53`, on every IPv4 address, or on every address where IPv6 is
-//! there.
+//! Built with nothing but the standard library and linked statically, so that the image is this one
+//! file. Its arguments are what it serves: `tcp:80`, `udp:53`, on every IPv4 address, or on every
+//! address where IPv6 is there.
 //!
-//! - TCP: a line with the client's address, then every byte that comes in, until the client's half-close.
+//! - TCP: a line with the client's address, then every byte that comes in, until the client's
+//!   half-close.
 //! - UDP: each datagram comes back behind a line with the sender's address.
 //!
 //! It prints `ready` when everything is bound, and ends when it is killed.
@@ -17,7 +18,8 @@ use std::thread::{self, JoinHandle};
 const LARGEST_DATAGRAM: usize = 65_536;
 
 fn main() -> io::Result<()> {
-    let threads = std::env::args().skip(1).map(|service| serve(&service)).collect::<io::Result<Vec<_>>>()?;
+    let threads =
+        std::env::args().skip(1).map(|service| serve(&service)).collect::<io::Result<Vec<_>>>()?;
     println!("ready");
     for thread in threads {
         // They do not end.

@@ -36,7 +36,8 @@ pub(crate) struct Container {
 }
 
 impl<'a> Daemon<'a> {
-    /// Starts dockerd with `options` beyond what makes it stay on its machine, and waits until it answers.
+    /// Starts dockerd with `options` beyond what makes it stay on its machine, and waits until it
+    /// answers.
     #[track_caller]
     pub(crate) fn start(machine: &'a Machine, options: &[&str]) -> Self {
         Self::start_with(machine, options, &[])
@@ -44,7 +45,11 @@ impl<'a> Daemon<'a> {
 
     /// The same with more in its environment.
     #[track_caller]
-    pub(crate) fn start_with(machine: &'a Machine, options: &[&str], environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn start_with(
+        machine: &'a Machine,
+        options: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         let path = |name: &str| machine.path(name).display().to_string();
         fs::write(machine.path("daemon.json"), "{}").expect("write the configuration");
         let socket = format!("unix://{}", path("docker.sock"));
@@ -114,7 +119,15 @@ impl<'a> Daemon<'a> {
     pub(crate) fn stranger(&self) -> Container {
         let [a, b, ..] = OTHER_GATEWAY.octets();
         let (subnet, gateway) = (format!("{a}.{b}.0.0/16"), OTHER_GATEWAY.to_string());
-        self.docker(&["network", "create", "--subnet", &subnet, "--gateway", &gateway, "elsewhere"]);
+        self.docker(&[
+            "network",
+            "create",
+            "--subnet",
+            &subnet,
+            "--gateway",
+            &gateway,
+            "elsewhere",
+        ]);
         self.run("stranger", &["--network", "elsewhere"], &["tcp:1"])
     }
 
@@ -180,8 +193,11 @@ impl<'a> Daemon<'a> {
         command.args(["--kill-after=1", &SOON.as_secs().to_string(), "docker", "--host"]);
         command.arg(format!("unix://{}", self.machine.path("docker.sock").display()));
         command.args(arguments);
-        command.env("DOCKER_CONFIG", self.machine.path("client")).env("HOME", self.machine.path("client"));
-        for variable in ["DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_API_VERSION", "DOCKER_TLS_VERIFY"] {
+        command
+            .env("DOCKER_CONFIG", self.machine.path("client"))
+            .env("HOME", self.machine.path("client"));
+        for variable in ["DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_API_VERSION", "DOCKER_TLS_VERIFY"]
+        {
             command.env_remove(variable);
         }
         command.output().expect("start docker")

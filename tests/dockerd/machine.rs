@@ -1,13 +1,14 @@
-//! A machine for dockerd: namespaces of its own for network, mounts and processes, and a private image.
+//! A machine for dockerd: namespaces of its own for network, mounts and processes, and a private
+//! image.
 //!
-//! dockerd insists on paths such as `/run/docker`, `/opt/containerd` and `/etc/docker`, starts helpers that
-//! outlive it, and leaves interfaces and control groups behind when it is killed. So it runs where all of
-//! that is private:
+//! dockerd insists on paths such as `/run/docker`, `/opt/containerd` and `/etc/docker`, starts
+//! helpers that outlive it, and leaves interfaces and control groups behind when it is killed. So
+//! it runs where all of that is private:
 //!
 //! - the network is the host of a [`Topology`], which has no way out;
 //! - the mounts are a copy with empty file systems where dockerd would write;
-//! - its processes live in a PID namespace, so whatever it starts is known, and ends when the machine does,
-//!   even if the test is killed;
+//! - its processes live in a PID namespace, so whatever it starts is known, and ends when the
+//!   machine does, even if the test is killed;
 //! - control groups, which cannot be hidden, have a parent named after the test.
 
 use std::collections::BTreeSet;
@@ -37,9 +38,15 @@ const SERVER_SOURCE: &str = include_str!("container_server.rs");
 /// The machine's own two processes; nobody else inside has these names.
 const OWN: [&str; 2] = ["docker-init", "sleep"];
 
-/// What dockerd and containerd make outside of their data directory. All of it is hidden, and must stay away.
-const FOOTPRINTS: [&str; 5] =
-    ["/etc/docker/key.json", "/opt/containerd", "/run/containerd", "/run/docker", "/var/lib/docker"];
+/// What dockerd and containerd make outside of their data directory. All of it is hidden, and must
+/// stay away.
+const FOOTPRINTS: [&str; 5] = [
+    "/etc/docker/key.json",
+    "/opt/containerd",
+    "/run/containerd",
+    "/run/docker",
+    "/var/lib/docker",
+];
 
 /// Where dockerd can run without anybody noticing.
 pub(crate) struct Machine {
@@ -63,8 +70,8 @@ pub(crate) struct Inside {
     handle: Handle,
 }
 
-/// A process that is signalled by descriptor: its number may go to somebody else at any time, as we do not
-/// reap it.
+/// A process that is signalled by descriptor: its number may go to somebody else at any time, as we
+/// do not reap it.
 struct Handle(OwnedFd);
 
 /// A process inside, started by whomever.
@@ -96,7 +103,8 @@ impl Machine {
         sweep_control_groups();
         let before = Surroundings::now();
         let net = Topology::three();
-        let mounts = Mounts::builder().tmpfs("/run").tmpfs("/opt").tmpfs("/etc/docker").build(&net.host);
+        let mounts =
+            Mounts::builder().tmpfs("/run").tmpfs("/opt").tmpfs("/etc/docker").build(&net.host);
         let mut command = net.host.with_mounts(mounts).command("unshare");
         command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "docker-init", "--"]);
         command.args(["sh", "-c", "echo up; exec sleep infinity"]);
@@ -128,7 +136,12 @@ impl Machine {
 
     /// Starts `program` inside.
     #[track_caller]
-    pub(crate) fn spawn(&self, program: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Inside {
+    pub(crate) fn spawn(
+        &self,
+        program: &str,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Inside {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.init_pid.to_string(), "--pid", "--mount", "--net", "--"]);
         command.arg(program).args(arguments);
@@ -153,7 +166,8 @@ impl Machine {
         Inside { entry, pid, handle: Handle::open(pid) }
     }
 
-    /// Everything that lives inside, but for the machine's own two processes, in the order of their start.
+    /// Everything that lives inside, but for the machine's own two processes, in the order of their
+    /// start.
     pub(crate) fn processes(&self) -> Vec<Found> {
         let entries = fs::read_dir(self.proc()).into_iter().flatten().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -168,13 +182,14 @@ impl Machine {
         let arguments = fs::read(self.proc().join(format!("{pid}/cmdline"))).ok()?;
         let arguments = arguments.strip_suffix(b"\0").unwrap_or(&arguments);
         let arguments = arguments.split(|byte| *byte == 0);
-        let arguments = arguments.map(|argument| String::from_utf8_lossy(argument).into_owned()).collect();
+        let arguments =
+            arguments.map(|argument| String::from_utf8_lossy(argument).into_owned()).collect();
         let process = Found { pid, started: started.parse().ok()?, arguments };
         (state != "Z" && !OWN.contains(&process.program())).then_some(process)
     }
 
-    /// The arguments of every docker-proxy inside, the program's own name left out, in the order of their
-    /// start.
+    /// The arguments of every docker-proxy inside, the program's own name left out, in the order of
+    /// their start.
     pub(crate) fn proxies(&self) -> Vec<String> {
         let all = self.processes().into_iter();
         let proxies = all.filter(|process| process.program() == "docker-proxy");
@@ -205,8 +220,8 @@ impl Machine {
         Some(behind_name.split_ascii_whitespace().map(str::to_owned).collect())
     }
 
-    /// Takes everything down in good order, and checks that dockerd (which must have been stopped) left
-    /// nothing.
+    /// Takes everything down in good order, and checks that dockerd (which must have been stopped)
+    /// left nothing.
     #[track_caller]
     pub(crate) fn teardown(mut self) {
         let empty = eventually(SOON, || self.processes().is_empty());
@@ -216,7 +231,10 @@ impl Machine {
         let expected = ["br0", "docker0", "eth0", "lo", "port2"].into();
         assert_eq!(links, expected, "interfaces left behind");
         let groups = self.control_groups();
-        assert!(groups.iter().all(|group| subdirectories(group).is_empty()), "left behind in {groups:?}");
+        assert!(
+            groups.iter().all(|group| subdirectories(group).is_empty()),
+            "left behind in {groups:?}"
+        );
 
         self.end();
         assert_eq!(self.processes(), []);
@@ -229,8 +247,8 @@ impl Machine {
         assert!(same, "the machine's surroundings have changed: {new:#?}");
     }
 
-    /// The `/proc` of the machine's PID namespace, which has the processes of containers as well. Empty once
-    /// the first process has ended: then there is nobody else.
+    /// The `/proc` of the machine's PID namespace, which has the processes of containers as well.
+    /// Empty once the first process has ended: then there is nobody else.
     fn proc(&self) -> PathBuf {
         format!("/proc/{}/root/proc", self.init_pid).into()
     }
@@ -258,7 +276,8 @@ impl Machine {
         fs::create_dir(&rootfs).expect("make a directory");
         let server = rootfs.join("server");
         fs::write(&server, server_binary()).expect("write the server");
-        fs::set_permissions(&server, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
+        fs::set_permissions(&server, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .expect("chmod");
         let mut tar = Command::new("tar");
         tar.arg("-C").arg(&rootfs).arg("-cf").arg(self.path("image.tar")).arg("server");
         assert!(tar.status().expect("start tar").success(), "tar failed");
@@ -275,9 +294,13 @@ impl Inside {
     /// Its number as the others inside know it.
     #[track_caller]
     pub(crate) fn inner_pid(&self) -> u32 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).expect("it has ended");
+        let status =
+            fs::read_to_string(format!("/proc/{}/status", self.pid)).expect("it has ended");
         let line = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
-        line.split_ascii_whitespace().last().and_then(|pid| pid.parse().ok()).expect("a process has a number")
+        line.split_ascii_whitespace()
+            .last()
+            .and_then(|pid| pid.parse().ok())
+            .expect("a process has a number")
     }
 
     pub(crate) fn process(&self) -> &Process {
@@ -365,7 +388,8 @@ fn all_control_groups() -> Vec<PathBuf> {
 
 /// The process that made a control group for a test.
 fn maker(group: &Path) -> Option<u32> {
-    let (pid, _number) = group.file_name()?.to_str()?.strip_prefix(CGROUP_PREFIX)?.split_once('-')?;
+    let (pid, _number) =
+        group.file_name()?.to_str()?.strip_prefix(CGROUP_PREFIX)?.split_once('-')?;
     pid.parse().ok()
 }
 
@@ -384,14 +408,23 @@ fn server_binary() -> &'static [u8] {
     static BINARY: OnceLock<Vec<u8>> = OnceLock::new();
     BINARY.get_or_init(|| {
         let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| {
-            find_program("rustc").unwrap_or_else(|| panic!("no rustc to build the server with")).into()
+            find_program("rustc")
+                .unwrap_or_else(|| panic!("no rustc to build the server with"))
+                .into()
         });
         let directory = tempfile::tempdir().expect("make a directory");
         let source = directory.path().join("server.rs");
         let binary = directory.path().join("server");
         fs::write(&source, SERVER_SOURCE).expect("write the source");
         let mut command = Command::new(rustc);
-        command.args(["--edition", "2024", "-C", "target-feature=+crt-static", "-C", "strip=symbols"]);
+        command.args([
+            "--edition",
+            "2024",
+            "-C",
+            "target-feature=+crt-static",
+            "-C",
+            "strip=symbols",
+        ]);
         command.args(["-C", "panic=abort", "-o"]).arg(&binary).arg(&source);
         let output = command.output().expect("start rustc");
         assert!(output.status.success(), "rustc: {}", String::from_utf8_lossy(&output.stderr));

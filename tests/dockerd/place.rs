@@ -1,4 +1,5 @@
-//! A place to be a client at: a network namespace, and the two questions that the containers' server answers.
+//! A place to be a client at: a network namespace, and the two questions that the containers'
+//! server answers.
 
 use std::fmt;
 use std::fs::File;
@@ -26,7 +27,8 @@ impl Place {
     #[track_caller]
     pub(crate) fn open(name: &str, path: impl AsRef<Path>) -> Self {
         let net = File::open(&path);
-        let net = net.unwrap_or_else(|error| panic!("{name}: open {}: {error}", path.as_ref().display()));
+        let net =
+            net.unwrap_or_else(|error| panic!("{name}: open {}: {error}", path.as_ref().display()));
         Self { name: name.to_owned(), net }
     }
 
@@ -48,7 +50,9 @@ impl Place {
     pub(crate) fn asks(&self, protocol: Protocol, to: impl Into<SocketAddr>) -> IpAddr {
         let to = to.into();
         let seen = self.try_ask(protocol, to);
-        seen.unwrap_or_else(|error| panic!("{self} gets no answer from {to} ({protocol:?}): {error}"))
+        seen.unwrap_or_else(|error| {
+            panic!("{self} gets no answer from {to} ({protocol:?}): {error}")
+        })
     }
 
     /// Asserts that nobody is at `to`: the host says so at once.
@@ -56,7 +60,11 @@ impl Place {
     pub(crate) fn is_refused(&self, protocol: Protocol, to: impl Into<SocketAddr>) {
         let to = to.into();
         let error = self.try_ask(protocol, to).expect_err("somebody answers");
-        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{self} and {to} ({protocol:?}): {error}");
+        assert_eq!(
+            error.kind(),
+            ErrorKind::ConnectionRefused,
+            "{self} and {to} ({protocol:?}): {error}"
+        );
     }
 
     /// A connection that has been greeted by the server.
@@ -128,7 +136,8 @@ fn ask_tcp(to: SocketAddr, question: &[u8]) -> io::Result<String> {
 }
 
 fn ask_udp(to: SocketAddr, question: &[u8]) -> io::Result<String> {
-    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr =
+        if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0))?;
     // Connected, it takes answers from the address it asked, and hears of refusals.
     socket.connect(to)?;

@@ -44,7 +44,8 @@ pub(crate) fn all() -> Vec<Dashboard> {
     let entries = fs::read_dir(root("grafana/dashboards")).unwrap();
     let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
     paths.sort();
-    let dashboard = |path| Dashboard::new(serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap());
+    let dashboard =
+        |path| Dashboard::new(serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap());
     paths.iter().map(dashboard).collect()
 }
 
@@ -88,7 +89,10 @@ impl Dashboard {
         let (json, uid) = (&self.json, &self.uid);
         assert!(json["id"].is_null() && json["schemaVersion"].as_u64().unwrap() >= 39, "{uid}");
         assert_eq!(list(&json["tags"]), ["tidegate"], "{uid}");
-        assert_eq!(json["links"][0]["tags"][0], "tidegate", "{uid}: a list of the other dashboards");
+        assert_eq!(
+            json["links"][0]["tags"][0], "tidegate",
+            "{uid}: a list of the other dashboards"
+        );
         let names: Vec<String> =
             list(&json["templating"]["list"]).iter().map(|one| text(&one["name"])).collect();
         assert_eq!(names[..2], ["datasource", "instance"], "{uid}");
@@ -96,8 +100,12 @@ impl Dashboard {
         let mut taken = BTreeSet::new();
         for panel in list(&json["panels"]) {
             let title = text(&panel["title"]);
-            assert!(ids.insert(panel["id"].as_u64().unwrap()), "{uid}: {title}: an id that another has");
-            let [x, y, w, h] = ["x", "y", "w", "h"].map(|key| panel["gridPos"][key].as_u64().unwrap());
+            assert!(
+                ids.insert(panel["id"].as_u64().unwrap()),
+                "{uid}: {title}: an id that another has"
+            );
+            let [x, y, w, h] =
+                ["x", "y", "w", "h"].map(|key| panel["gridPos"][key].as_u64().unwrap());
             assert!(w > 0 && h > 0 && x + w <= 24, "{uid}: {title}");
             for place in (x..x + w).flat_map(|x| (y..y + h).map(move |y| (x, y))) {
                 assert!(taken.insert(place), "{uid}: {title} covers another");
@@ -113,7 +121,10 @@ impl Dashboard {
             assert_eq!(references.len(), list(&panel["targets"]).len(), "{uid}: {title}");
             for target in list(&panel["targets"]) {
                 assert_eq!(target["datasource"]["uid"], "${datasource}", "{uid}: {title}");
-                assert!(text(&target["expr"]).contains("$instance"), "{uid}: {title} is of all instances");
+                assert!(
+                    text(&target["expr"]).contains("$instance"),
+                    "{uid}: {title} is of all instances"
+                );
             }
         }
         let everything = json.to_string();
@@ -130,7 +141,8 @@ impl Variable {
     pub(crate) fn ticked(&self, server: &Prometheus) -> Self {
         let (_, query) = self.query.split_once("label_values(").unwrap();
         let (selector, label) = query.strip_suffix(')').unwrap().rsplit_once(", ").unwrap();
-        let all = Self { name: "instance".to_owned(), query: String::new(), pattern: ".*".to_owned() };
+        let all =
+            Self { name: "instance".to_owned(), query: String::new(), pattern: ".*".to_owned() };
         let values = server.label_values(label, &interpolate(selector, &[all]));
         assert!(!values.is_empty(), "{}", self.query);
         let values: Vec<String> = values.iter().map(|value| escaped(value)).collect();
@@ -140,7 +152,8 @@ impl Variable {
 
 /// As Grafana writes a value of a variable into a regular expression that stands in a string.
 fn escaped(value: &str) -> String {
-    let special = |c| if r"\$^*{}[]'+?.()|".contains(c) { format!(r"\\{c}") } else { String::from(c) };
+    let special =
+        |c| if r"\$^*{}[]'+?.()|".contains(c) { format!(r"\\{c}") } else { String::from(c) };
     value.chars().map(special).collect()
 }
 

@@ -40,7 +40,9 @@ impl Answer {
     /// Whether there is a number in it.
     pub(crate) fn has_data(&self) -> bool {
         match self {
-            Self::Vector(values) | Self::Matrix(values) => values.iter().any(|value| value.is_finite()),
+            Self::Vector(values) | Self::Matrix(values) => {
+                values.iter().any(|value| value.is_finite())
+            }
             Self::Error(_) => false,
         }
     }
@@ -65,7 +67,8 @@ pub(crate) struct Rule {
 }
 
 impl Prometheus {
-    /// Starts it in `host` with what `grafana/` has for it, but for the intervals, and waits until it is ready.
+    /// Starts it in `host` with what `grafana/` has for it, but for the intervals, and waits until
+    /// it is ready.
     #[track_caller]
     pub(crate) fn start(host: &Namespace) -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -73,7 +76,8 @@ impl Prometheus {
         assert!(configuration.contains(TARGET), "{configuration}");
         let quick = configuration.replace("15s", INTERVAL);
         assert_eq!(quick.matches(INTERVAL).count(), 2, "{configuration}");
-        let (one, both) = (format!("[\"{TARGET}\"]"), format!("[\"{TARGET}\", \"{OTHER_TARGET}\"]"));
+        let (one, both) =
+            (format!("[\"{TARGET}\"]"), format!("[\"{TARGET}\", \"{OTHER_TARGET}\"]"));
         assert!(quick.contains(&one), "{configuration}");
         let quick = quick.replace(&one, &both);
         let file = directory.path().join("prometheus.yml");
@@ -101,7 +105,8 @@ impl Prometheus {
             for target in targets["data"]["activeTargets"].as_array().unwrap() {
                 if target["health"] == "up" {
                     let url = target["scrapeUrl"].as_str().unwrap_or_default().to_owned();
-                    scrapes.push((url, target["lastScrape"].as_str().unwrap_or_default().to_owned()));
+                    scrapes
+                        .push((url, target["lastScrape"].as_str().unwrap_or_default().to_owned()));
                 }
             }
             scrapes.sort();
@@ -139,14 +144,19 @@ impl Prometheus {
 
     fn evaluate(&self, path: &str, body: &str) -> Answer {
         let text = http(&self.host, ADDRESS, "POST", path, body);
-        let answer: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        let answer: Value =
+            serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
         if answer["status"] != "success" || !answer["warnings"].is_null() {
             return Answer::Error(text);
         }
-        let number = |value: &Value| value[1].as_str().and_then(|text| text.parse().ok()).unwrap_or(f64::NAN);
+        let number = |value: &Value| {
+            value[1].as_str().and_then(|text| text.parse().ok()).unwrap_or(f64::NAN)
+        };
         let series = answer["data"]["result"].as_array().unwrap();
         match answer["data"]["resultType"].as_str() {
-            Some("vector") => Answer::Vector(series.iter().map(|one| number(&one["value"])).collect()),
+            Some("vector") => {
+                Answer::Vector(series.iter().map(|one| number(&one["value"])).collect())
+            }
             Some("matrix") => {
                 let values = series.iter().flat_map(|one| one["values"].as_array().unwrap());
                 Answer::Matrix(values.map(number).collect())
@@ -157,9 +167,15 @@ impl Prometheus {
 
     /// The values of `label` among the series of `selector`.
     pub(crate) fn label_values(&self, label: &str, selector: &str) -> Vec<String> {
-        let answer = self.get(&format!("/api/v1/label/{label}/values?{}", form(&[("match[]", selector)])));
+        let answer =
+            self.get(&format!("/api/v1/label/{label}/values?{}", form(&[("match[]", selector)])));
         assert_eq!(answer["status"], "success", "{selector}: {answer}");
-        answer["data"].as_array().unwrap().iter().map(|value| value.as_str().unwrap().to_owned()).collect()
+        answer["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|value| value.as_str().unwrap().to_owned())
+            .collect()
     }
 
     /// All rules, evaluated once at least.

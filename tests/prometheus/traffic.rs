@@ -40,10 +40,11 @@ const RECEIVED: u64 = 700_001;
 /// Datagrams that a container exchanges with the world, and the bytes of each.
 const OUTSIDE: (u64, usize) = (5, 100);
 /// Datagrams from a container to addresses that nobody has, which the engine refuses.
-const FORBIDDEN: (u64, SocketAddr) = (4, SocketAddr::new(IpAddr::V4(Ipv4Addr::new(240, 0, 0, 1)), 9999));
+const FORBIDDEN: (u64, SocketAddr) =
+    (4, SocketAddr::new(IpAddr::V4(Ipv4Addr::new(240, 0, 0, 1)), 9999));
 
-/// What is asked, how often in each round, and the type and code that it is counted under. Names outside are new in each
-/// round, for answers are kept.
+/// What is asked, how often in each round, and the type and code that it is counted under. Names
+/// outside are new in each round, for answers are kept.
 const QUESTIONS: [(&str, &str, u64, &str); 5] = [
     ("db", "A", 5, "NOERROR"),
     ("db", "AAAA", 2, "NOERROR"),
@@ -173,14 +174,20 @@ impl<'a> Traffic<'a> {
             is(port("bytes_total", v6, &label), rounds * ECHOED[1]);
             is(port("bytes_total", dead, &label), 0);
             is(port("datagrams_total", "0.0.0.0:5353/udp", &label), rounds * DATAGRAMS.0);
-            is(port("bytes_total", "0.0.0.0:5353/udp", &label), rounds * DATAGRAMS.0 * DATAGRAMS.1 as u64);
+            is(
+                port("bytes_total", "0.0.0.0:5353/udp", &label),
+                rounds * DATAGRAMS.0 * DATAGRAMS.1 as u64,
+            );
         }
         is(port("connections_total", v4, ""), 2 * rounds + 1);
         is(port("connections", v4, ""), 1);
         is(port("connections_total", v6, ""), rounds);
         is(port("connection_resets_total", v4, ""), rounds);
         is(port("connections_total", dead, ""), rounds * REFUSED);
-        is(port("refused_connections_total", dead, ", reason=\"backend_refused\""), rounds * REFUSED);
+        is(
+            port("refused_connections_total", dead, ", reason=\"backend_refused\""),
+            rounds * REFUSED,
+        );
         is("sum(tidegate_proxy_refused_connections_total)".to_owned(), rounds * REFUSED);
         is(port("sessions_total", "0.0.0.0:5353/udp", ""), rounds);
         is(
@@ -196,13 +203,17 @@ impl<'a> Traffic<'a> {
         is(port("connection_seconds_bucket", v6, ", le=\"+Inf\""), rounds);
         is(port("connection_seconds_count", dead, ""), 0);
 
-        let nat = |family: &str, more: &str| format!("tidegate_nat_{family}{{network=\"shop\", {more}}}");
+        let nat =
+            |family: &str, more: &str| format!("tidegate_nat_{family}{{network=\"shop\", {more}}}");
         let outside = OUTSIDE.0 * OUTSIDE.1 as u64;
         // Published ports of UDP come in by the engine as well.
         let published = DATAGRAMS.0 * DATAGRAMS.1 as u64;
         is(nat("bytes_total", "direction=\"out\""), rounds * (SENT + outside + published) + 4);
         let lost = LOST * "lost".len() as u64;
-        is(nat("bytes_total", "direction=\"in\""), rounds * (RECEIVED + outside + published + lost));
+        is(
+            nat("bytes_total", "direction=\"in\""),
+            rounds * (RECEIVED + outside + published + lost),
+        );
         is(nat("flows_total", "protocol=\"tcp\""), 2 * rounds + 1);
         is(nat("flows_total", "protocol=\"udp\""), 3 * rounds);
         is(nat("dropped_packets_total", "reason=\"policy\""), rounds * FORBIDDEN.0);
@@ -210,7 +221,8 @@ impl<'a> Traffic<'a> {
 
         for kind in ["A", "AAAA"] {
             for code in ["NOERROR", "NXDOMAIN", "REFUSED"] {
-                let asked = QUESTIONS.iter().filter(|question| question.1 == kind && question.3 == code);
+                let asked =
+                    QUESTIONS.iter().filter(|question| question.1 == kind && question.3 == code);
                 let asked: u64 = asked.map(|question| question.2).sum();
                 if asked > 0 {
                     let labels = format!("network=\"home\", qtype=\"{kind}\", rcode=\"{code}\"");
@@ -220,8 +232,10 @@ impl<'a> Traffic<'a> {
         }
         let asked: u64 = QUESTIONS.iter().map(|question| question.2).sum();
         is("sum(tidegate_dns_queries_total)".to_owned(), rounds * asked);
-        // Of the names outside the first question goes there, and the rest is answered by the cache.
-        let server = |family: &str| format!("tidegate_dns_upstream_{family}{{server=\"203.0.113.9:53\"}}");
+        // Of the names outside the first question goes there, and the rest is answered by the
+        // cache.
+        let server =
+            |family: &str| format!("tidegate_dns_upstream_{family}{{server=\"203.0.113.9:53\"}}");
         is(server("queries_total"), rounds * 2);
         is(server("failures_total"), rounds);
         is(server("seconds_count"), rounds * 2);

@@ -24,9 +24,12 @@ fn a_proxy_to_an_address_is_nothing_but_that() {
         }
     });
     let metrics = proxy.metrics();
-    for figure in
-        ["process_open_fds", "process_cpu_seconds_total", "process_start_time_seconds", "process_threads"]
-    {
+    for figure in [
+        "process_open_fds",
+        "process_cpu_seconds_total",
+        "process_start_time_seconds",
+        "process_threads",
+    ] {
         assert!(metrics.0.lines().any(|line| line.starts_with(&format!("{figure} "))), "{figure}");
     }
 }

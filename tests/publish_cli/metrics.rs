@@ -35,7 +35,8 @@ fn the_figures_are_exactly_what_was_carried() {
         let live = metrics.port("connections", "0.0.0.0:8081/tcp");
         (metrics.refused("0.0.0.0:8081/tcp", "backend_refused"), live) == (1, 0)
     });
-    let bytes = |publish, direction| metrics.labelled("bytes_total", publish, "direction", direction);
+    let bytes =
+        |publish, direction| metrics.labelled("bytes_total", publish, "direction", direction);
     assert_eq!(metrics.port("connections_total", publish(v4)), 3);
     assert_eq!((bytes(publish(v4), "in"), bytes(publish(v4), "out")), (301_001, 700_018));
     assert_eq!(metrics.port("connections_total", publish(v6)), 1);
@@ -101,8 +102,9 @@ fn the_endpoint_answers_nonsense_with_an_error_and_goes_on() {
         ("GET\r\n\r\n".to_owned(), "400"),
         (format!("GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(100_000)), "400"),
         (
-            (0..200).fold("GET /metrics HTTP/1.1\r\n".to_owned(), |text, n| format!("{text}X-{n}: y\r\n"))
-                + "\r\n",
+            (0..200).fold("GET /metrics HTTP/1.1\r\n".to_owned(), |text, n| {
+                format!("{text}X-{n}: y\r\n")
+            }) + "\r\n",
             "400",
         ),
     ] {
@@ -136,7 +138,8 @@ fn slow_scrapers_hold_up_neither_others_nor_connections() {
         .collect();
     publisher.metrics();
     // As many as there may be, and more: the oldest go, and neither scrapes nor ports notice.
-    let more: Vec<TcpStream> = (0..100).map(|_| connect(&net.host, METRICS.parse().unwrap())).collect();
+    let more: Vec<TcpStream> =
+        (0..100).map(|_| connect(&net.host, METRICS.parse().unwrap())).collect();
     assert_eq!(ask(&connect(&net.client, (addr::HOST_V4, 8080).into()), b"unmoved"), b"unmoved");
     publisher.metrics();
     // All were closed in the end, without their having done anything.
@@ -154,10 +157,12 @@ fn slow_scrapers_hold_up_neither_others_nor_connections() {
 fn a_scraper_that_does_not_read_is_given_up() {
     let net = Topology::three();
     // A page of more than the buffers of one connection.
-    let publisher = Publisher::start(&net.host, "127.0.0.1:20000-23999:20000-23999 --to 172.30.0.2");
+    let publisher =
+        Publisher::start(&net.host, "127.0.0.1:20000-23999:20000-23999 --to 172.30.0.2");
     let idle = publisher.process.open_fds();
     let scraper = net.host.run(|| {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        let socket =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         socket.set_recv_buffer_size(4096).unwrap();
         socket.connect(&METRICS.parse::<SocketAddr>().unwrap().into()).unwrap();
         TcpStream::from(socket)

@@ -6,7 +6,8 @@ use super::*;
 fn a_free_port_is_the_same_for_both_families_and_is_printed() {
     let net = Topology::three();
     let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
-    let mut command = tidegate(&net.host, "publish 80 80/udp 127.0.0.1::80 0:80 --to 172.30.0.2 --json");
+    let mut command =
+        tidegate(&net.host, "publish 80 80/udp 127.0.0.1::80 0:80 --to 172.30.0.2 --json");
     let process = Process::spawn(&mut command);
     let published = published(&process);
     let ports = |protocol: &str, ip: &str| -> Vec<u16> {
@@ -26,8 +27,9 @@ fn a_free_port_is_the_same_for_both_families_and_is_printed() {
     }
 
     let process = Process::spawn(&mut tidegate(&net.host, "publish 81 --to 172.30.0.2"));
-    let printed =
-        |line: String| line.split("/tcp").next().and_then(|at| at.rsplit(':').next()?.parse::<u16>().ok());
+    let printed = |line: String| {
+        line.split("/tcp").next().and_then(|at| at.rsplit(':').next()?.parse::<u16>().ok())
+    };
     let v4 = printed(process.wait_for_line("0.0.0.0:", PATIENCE)).unwrap();
     let v6 = printed(process.wait_for_line("[::]:", PATIENCE)).unwrap();
     assert_eq!(v4, v6);
@@ -37,9 +39,11 @@ fn a_free_port_is_the_same_for_both_families_and_is_printed() {
 #[test]
 fn the_ports_of_a_range_lead_to_the_containers_ports_in_order() {
     let net = Topology::three();
-    let backends: Vec<Backend> =
-        (80..85).map(|port| Backend::tcp(&net.container, (addr::CONTAINER_V4, port).into())).collect();
-    let process = Process::spawn(&mut tidegate(&net.host, "publish 9000-9004:80-84 --to 172.30.0.2"));
+    let backends: Vec<Backend> = (80..85)
+        .map(|port| Backend::tcp(&net.container, (addr::CONTAINER_V4, port).into()))
+        .collect();
+    let process =
+        Process::spawn(&mut tidegate(&net.host, "publish 9000-9004:80-84 --to 172.30.0.2"));
     process.wait_for_line("0.0.0.0:9000-9004/tcp  ->  172.30.0.2 port 80-84", PATIENCE);
     process.wait_for_line("[::]:9000-9004/tcp", PATIENCE);
     for (port, backend) in (9000..).zip(&backends) {
@@ -74,7 +78,8 @@ fn what_was_published_is_told_as_json() {
     let line = process.wait_for_line("{", PATIENCE);
     let told: serde_json::Value = serde_json::from_str(&line).unwrap();
     let metrics = told["metrics"].as_str().unwrap().strip_prefix("http://").unwrap();
-    let (head, _) = http(&host, metrics.strip_suffix("/metrics").unwrap(), "GET /metrics HTTP/1.0\r\n\r\n");
+    let (head, _) =
+        http(&host, metrics.strip_suffix("/metrics").unwrap(), "GET /metrics HTTP/1.0\r\n\r\n");
     assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
     let mut published = published(&process);
     published.sort();
@@ -92,7 +97,8 @@ fn what_was_published_is_told_as_json() {
     assert_eq!(published, expected);
 
     let without = Process::spawn(&mut tidegate(&host, "publish 8081:80 --to 172.30.0.2 --json"));
-    let told: serde_json::Value = serde_json::from_str(&without.wait_for_line("{", PATIENCE)).unwrap();
+    let told: serde_json::Value =
+        serde_json::from_str(&without.wait_for_line("{", PATIENCE)).unwrap();
     assert!(told["metrics"].is_null());
 }
 
@@ -103,7 +109,8 @@ fn a_reader_that_goes_away_does_not_end_it() {
     let (reader, writer) = io::pipe().unwrap();
     drop(reader);
     // Everything it might want to say: a line for each connection as well.
-    let mut command = tidegate(&net.host, "publish 8080:80 8081:81 5353:53/udp --to 172.30.0.2 --workers 1");
+    let mut command =
+        tidegate(&net.host, "publish 8080:80 8081:81 5353:53/udp --to 172.30.0.2 --workers 1");
     command.env("TIDEGATE_LOG", "trace").stdin(Stdio::null());
     command.stdout(writer.try_clone().unwrap()).stderr(writer);
     let mut process = Killed(command.spawn().unwrap());
@@ -120,7 +127,8 @@ fn a_reader_that_goes_away_does_not_end_it() {
         assert_eq!(ask(&served, b"still here"), b"still here");
     }
     assert!(process.0.try_wait().unwrap().is_none(), "it has ended");
-    rustix::process::kill_process(rustix::process::Pid::from_child(&process.0), Signal::TERM).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_child(&process.0), Signal::TERM)
+        .unwrap();
     wait_until("it has ended", || process.0.try_wait().unwrap().is_some());
     assert_eq!(process.0.try_wait().unwrap().unwrap().code(), Some(0));
 }
@@ -147,7 +155,10 @@ fn an_error_that_nobody_reads_has_its_exit_status_all_the_same() {
 fn ten_thousand_ports_are_ready_and_answer_in_one_process() {
     const PORTS: u16 = 10_000;
     let limit = raise_open_files(16_384);
-    assert!(limit > 10_500, "this test needs 10,500 open files, the limit is {limit} (ulimit -n -H)");
+    assert!(
+        limit > 10_500,
+        "this test needs 10,500 open files, the limit is {limit} (ulimit -n -H)"
+    );
     let net = Topology::three();
     let backends: BTreeMap<u16, Backend> = (0..20)
         .map(|number| 20_000 + number * (PORTS / 20) + number)
@@ -170,17 +181,23 @@ fn ten_thousand_ports_are_ready_and_answer_in_one_process() {
         drop(server);
         assert_eq!(read_all(&client), (port.to_be_bytes().to_vec(), None));
     }
-    // Behind the others is nothing: a reset by the proxy, where a port that is not published refuses.
+    // Behind the others is nothing: a reset by the proxy, where a port that is not published
+    // refuses.
     net.client.run(|| {
         for port in (20_000..=last).filter(|port| !backends.contains_key(port)) {
             let end = TcpStream::connect_timeout(&(addr::HOST_V4, port).into(), PATIENCE)
                 .and_then(|stream| patient(stream).read(&mut [0]));
-            assert_eq!(end.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset), "port {port}");
+            assert_eq!(
+                end.map_err(|error| error.kind()),
+                Err(io::ErrorKind::ConnectionReset),
+                "port {port}"
+            );
         }
     });
     let metrics = publisher.metrics();
     // The first thousand have series of their own, the others one together.
-    let lines = metrics.0.lines().filter(|line| line.starts_with("tidegate_proxy_connections_total{"));
+    let lines =
+        metrics.0.lines().filter(|line| line.starts_with("tidegate_proxy_connections_total{"));
     let values: Vec<u64> =
         lines.map(|line| line.rsplit_once(' ').unwrap().1.parse().expect("a number")).collect();
     assert_eq!((values.len(), values.iter().sum()), (1001, u64::from(PORTS)));
@@ -194,7 +211,8 @@ fn with_few_descriptors_either_all_ports_answer_or_it_says_so_and_ends() {
     let net = Topology::three();
     for count in [10, 15, 20, 25, 30] {
         let last = 9000 + count - 1;
-        let mut command = tidegate(&net.host, &format!("publish 9000-{last}:9000-{last} --to 172.30.0.2"));
+        let mut command =
+            tidegate(&net.host, &format!("publish 9000-{last}:9000-{last} --to 172.30.0.2"));
         support::limit_open_files(&mut command, 64);
         let mut process = Process::spawn(&mut command);
         let ready = || process.output().contains("[::]:9000") || process.output().contains("error");

@@ -81,12 +81,18 @@ fn what_cannot_be_done_is_told_in_one_line() {
         ("8080:80 8081:80/sctp --to 172.30.0.2".to_owned(), "protocol not supported".to_owned()),
         ("192.0.2.77:8080:80 --to 172.30.0.2".to_owned(), "192.0.2.77".to_owned()),
         ("[2001:db8::77]:8080:80/udp --to 172.30.0.2".to_owned(), "[2001:db8::77]".to_owned()),
-        ("8080:80 192.0.2.77:8081:80 --to 172.30.0.2".to_owned(), "port 8081/tcp on 192.0.2.77".to_owned()),
+        (
+            "8080:80 192.0.2.77:8081:80 --to 172.30.0.2".to_owned(),
+            "port 8081/tcp on 192.0.2.77".to_owned(),
+        ),
         (
             format!("8080:80 --netns {}", not_there.display()),
             format!("no such namespace {}", not_there.display()),
         ),
-        ("8080:80 --netns /etc/passwd".to_owned(), "/etc/passwd is not a network namespace".to_owned()),
+        (
+            "8080:80 --netns /etc/passwd".to_owned(),
+            "/etc/passwd is not a network namespace".to_owned(),
+        ),
         (format!("8080:80 --netns {there}"), format!("{there} is not a network namespace")),
         (
             "8080:80 --netns /proc/self/ns/mnt".to_owned(),
@@ -94,7 +100,10 @@ fn what_cannot_be_done_is_told_in_one_line() {
         ),
         // Beyond the largest pid there may be (PID_MAX_LIMIT of include/linux/threads.h).
         ("8080:80 --pid 4194305".to_owned(), "no process 4194305".to_owned()),
-        ("8080 8081:8081 --to 127.0.0.1".to_owned(), "port 0.0.0.0:8081/tcp would lead to itself".to_owned()),
+        (
+            "8080 8081:8081 --to 127.0.0.1".to_owned(),
+            "port 0.0.0.0:8081/tcp would lead to itself".to_owned(),
+        ),
         ("8080:8080/udp --to ::1".to_owned(), "port [::]:8080/udp would lead to itself".to_owned()),
         (
             "203.0.113.1:8080:8080 --to 203.0.113.1".to_owned(),
@@ -145,10 +154,13 @@ fn a_busy_port_is_told_with_its_holder() {
     assert!(said.contains(&format!("(pid {})", std::process::id())), "{said}");
     drop(loopback);
     // A child that another test is just starting may hold a copy of the socket for a moment.
-    wait_until("it is closed", || net.host.bound_ports(Protocol::Tcp) == BTreeSet::from([8080, 9464]));
+    wait_until("it is closed", || {
+        net.host.bound_ports(Protocol::Tcp) == BTreeSet::from([8080, 9464])
+    });
     assert_eq!(net.host.bound_ports(Protocol::Udp), BTreeSet::from([5353]));
     // The port of another namespace is nobody's here.
-    let mut elsewhere = Process::spawn(&mut tidegate(&net.client, "publish 8080:80 --to 172.30.0.2"));
+    let mut elsewhere =
+        Process::spawn(&mut tidegate(&net.client, "publish 8080:80 --to 172.30.0.2"));
     elsewhere.wait_for_line("0.0.0.0:8080/tcp", PATIENCE);
     assert!(elsewhere.is_running());
 }

@@ -11,7 +11,10 @@ fn the_init_is_not_for_people() {
         .unwrap();
     assert_eq!(output.status.code(), Some(2));
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.starts_with("tidegate: error: service-init") && said.lines().count() == 1, "{said}");
+    assert!(
+        said.starts_with("tidegate: error: service-init") && said.lines().count() == 1,
+        "{said}"
+    );
 }
 
 #[test]
@@ -29,9 +32,13 @@ fn a_service_that_writes_more_than_is_taken_waits() {
     run(async {
         let mut supervisor = supervisor(bed.run_dir.path(), Stuck(stuck), FOREVER);
         let line = "x".repeat(1000);
-        let script = format!("i=0; while :; do i=$((i+1)); echo {line}; echo $i > {}; done", count.display());
+        let script = format!(
+            "i=0; while :; do i=$((i+1)); echo {line}; echo $i > {}; done",
+            count.display()
+        );
         supervisor.start(vec![bed.shell("web", &script)]).await.unwrap();
-        let written = || fs::read_to_string(&count).ok().and_then(|text| text.trim().parse::<u32>().ok());
+        let written =
+            || fs::read_to_string(&count).ok().and_then(|text| text.trim().parse::<u32>().ok());
         let mut last = None;
         let mut same = 0;
         wait_until(

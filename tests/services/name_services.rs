@@ -27,7 +27,8 @@ fn supervisor_beside_name_services() {
     symlink("/run/systemd/resolve/stub-resolv.conf", "/etc/resolv.conf").unwrap();
     fs::write("/etc/hosts", "").unwrap();
     fs::write("/etc/hostname", "").unwrap();
-    fs::write("/etc/nsswitch.conf", "passwd: files\nhosts: resolve [!UNAVAIL=return] sss dns\n").unwrap();
+    fs::write("/etc/nsswitch.conf", "passwd: files\nhosts: resolve [!UNAVAIL=return] sss dns\n")
+        .unwrap();
     let script = r#"
         find /run/nscd /run/avahi-daemon /run/systemd/resolve
         cat /etc/resolv.conf /etc/nsswitch.conf

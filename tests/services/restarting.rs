@@ -15,8 +15,16 @@ fn a_service_that_fails_is_restarted_as_often_as_allowed_in_the_same_namespace()
     let network = tidegate_netns::Namespace::from_path(&bed.namespace.path()).unwrap().id();
     let seen = format!("web | {network}");
     let exited = "web exited with code 4";
-    let told =
-        [&seen, exited, "web restarts in 100ms", &seen, exited, "web restarts in 200ms", &seen, exited];
+    let told = [
+        &seen,
+        exited,
+        "web restarts in 100ms",
+        &seen,
+        exited,
+        "web restarts in 200ms",
+        &seen,
+        exited,
+    ];
     assert_eq!(bed.lines.all(), told);
     bed.assert_clean();
 }
@@ -29,7 +37,10 @@ fn a_service_is_restarted_until_it_is_stopped() {
         let always = restarting(bed.shell("always", "exit 0"), Restart::Always);
         bed.supervisor.start(vec![failing, always]).await.unwrap();
         bed.lines.wait_for("always restarts in 400ms").await;
-        assert!(matches!(bed.status("always").state, State::Restarting(Exit::Code(0)) | State::Running));
+        assert!(matches!(
+            bed.status("always").state,
+            State::Restarting(Exit::Code(0)) | State::Running
+        ));
         assert_eq!(bed.status("good").state, State::Ended(Exit::Code(0)));
         bed.supervisor.stop().await;
         assert!(matches!(bed.status("always").state, State::Ended(Exit::Code(0))));

@@ -24,7 +24,12 @@ fn root_of_a_user_namespace_is_enough() {
         Command::new("unshare")
             .args(["--user", "--map-root-user", "--net"])
             .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "rootless::supervisor_in_a_user_namespace", "--nocapture", "--test-threads=1"])
+            .args([
+                "--exact",
+                "rootless::supervisor_in_a_user_namespace",
+                "--nocapture",
+                "--test-threads=1",
+            ])
             .env(ROOTLESS_RUN_DIR, run_dir.path()),
     );
     assert!(process.wait(PATIENCE).success(), "{}", process.output());
@@ -48,7 +53,12 @@ fn a_privilege_that_is_missing_is_named() {
     let output = Command::new("setpriv")
         .args(["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "rootless::supervisor_in_a_user_namespace", "--nocapture", "--test-threads=1"])
+        .args([
+            "--exact",
+            "rootless::supervisor_in_a_user_namespace",
+            "--nocapture",
+            "--test-threads=1",
+        ])
         .env(ROOTLESS_RUN_DIR, run_dir.path())
         .output()
         .unwrap();

@@ -6,7 +6,8 @@ use super::*;
 fn a_service_has_its_own_names_and_network_and_the_host_keeps_its_own() {
     let mut bed = Bed::new(FOREVER);
     bed.namespace.ip(&["link", "add", "tgmark", "type", "veth", "peer", "name", "tgpeer"]);
-    let host_files = || ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname"].map(|path| fs::read(path).ok());
+    let host_files =
+        || ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname"].map(|path| fs::read(path).ok());
     let mounts = || fs::read_to_string("/proc/self/mountinfo").unwrap();
     let hostname = || fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     let before = (host_files(), mounts(), hostname());
@@ -16,7 +17,8 @@ fn a_service_has_its_own_names_and_network_and_the_host_keeps_its_own() {
                       exec sleep 600";
         bed.supervisor.start(vec![bed.shell("web", script)]).await.unwrap();
         bed.lines.wait_for("web | ready").await;
-        let network = tidegate_netns::Namespace::from_path(&bed.namespace.path()).unwrap().id().to_string();
+        let network =
+            tidegate_netns::Namespace::from_path(&bed.namespace.path()).unwrap().id().to_string();
         let told = bed.lines.all();
         for expected in [
             "web-host",
@@ -25,7 +27,10 @@ fn a_service_has_its_own_names_and_network_and_the_host_keeps_its_own() {
             network.as_str(),
             "/sys/class/net/tgmark",
         ] {
-            assert!(told.contains(&format!("web | {expected}")), "{expected} is missing: {told:#?}");
+            assert!(
+                told.contains(&format!("web | {expected}")),
+                "{expected} is missing: {told:#?}"
+            );
         }
         assert_eq!(told.iter().filter(|line| *line == "web | web-host").count(), 2, "{told:#?}");
         // Itself, its init, and the pipeline that counts.
@@ -67,11 +72,19 @@ fn output_of_both_streams_is_told_line_by_line_behind_padded_names() {
         let database = after(bed.shell("database", "echo to stderr >&2"), &["web"]);
         bed.supervisor.start(vec![web, database]).await.unwrap();
         let ended = bed.supervisor.wait().await;
-        assert_eq!(ended.0, [("web".to_owned(), Exit::Code(3)), ("database".to_owned(), Exit::Code(0))]);
+        assert_eq!(
+            ended.0,
+            [("web".to_owned(), Exit::Code(3)), ("database".to_owned(), Exit::Code(0))]
+        );
     });
     let told = bed.lines.all();
-    let of = |start: &str| told.iter().filter(|line| line.starts_with(start)).cloned().collect::<Vec<_>>();
-    assert_eq!(of("web"), ["web      | one", "web      | two", "web      | rest", "web exited with code 3"]);
+    let of = |start: &str| {
+        told.iter().filter(|line| line.starts_with(start)).cloned().collect::<Vec<_>>()
+    };
+    assert_eq!(
+        of("web"),
+        ["web      | one", "web      | two", "web      | rest", "web exited with code 3"]
+    );
     assert_eq!(of("database"), ["database | to stderr", "database exited with code 0"]);
     bed.assert_clean();
 }

@@ -23,7 +23,8 @@ fn services_start_after_and_stop_before_what_they_depend_on() {
         bed.supervisor.stop().await;
     });
     let told = bed.lines.all();
-    let ends: Vec<&String> = told.iter().filter(|line| line.ends_with("exited with code 0")).collect();
+    let ends: Vec<&String> =
+        told.iter().filter(|line| line.ends_with("exited with code 0")).collect();
     assert_eq!(ends, ["c exited with code 0", "b exited with code 0", "a exited with code 0"]);
     bed.assert_clean();
 }

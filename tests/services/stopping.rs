@@ -24,8 +24,7 @@ fn a_whole_process_group_is_asked_to_end_and_has_time_for_it() {
     let mut bed = Bed::new(FOREVER);
     run(async {
         // The leader dies of the signal at once; its child needs longer.
-        let script =
-            "(trap 'sleep 0.3; echo put away; exit 0' TERM; echo up; while :; do sleep 0.02; done) & wait";
+        let script = "(trap 'sleep 0.3; echo put away; exit 0' TERM; echo up; while :; do sleep 0.02; done) & wait";
         bed.supervisor.start(vec![bed.shell("web", script)]).await.unwrap();
         bed.lines.wait_for("web | up").await;
         bed.supervisor.stop().await;
@@ -58,23 +57,30 @@ fn nothing_that_a_service_has_forked_outlives_it() {
     let mut bed = Bed::new(FOREVER);
     let (daemon, killed) = (marker(2), marker(3));
     run(async {
-        let daemonise =
-            |mark: &str, then: &str| format!("setsid -f sleep {mark} </dev/null >/dev/null 2>&1; {then}");
+        let daemonise = |mark: &str, then: &str| {
+            format!("setsid -f sleep {mark} </dev/null >/dev/null 2>&1; {then}")
+        };
         // One ends by itself, the other is stopped.
         let short = bed.shell("short", &daemonise(&daemon, "echo up; sleep 0.3"));
         let long = bed.shell("long", &daemonise(&killed, "echo up; exec sleep 600"));
         bed.supervisor.start(vec![short, long]).await.unwrap();
         bed.lines.wait_for("long  | up").await;
         assert_eq!(marked(&killed).len(), 1);
-        wait_until(|| bed.lines.has("short exited with code 0"), || format!("{:?}", bed.lines.all())).await;
+        wait_until(
+            || bed.lines.has("short exited with code 0"),
+            || format!("{:?}", bed.lines.all()),
+        )
+        .await;
         assert!(marked(&daemon).is_empty());
         bed.supervisor.stop().await;
     });
     assert!(marked(&killed).is_empty());
-    // No zombie of ours either: all that is below this process has gone, and no other test's is named so.
+    // No zombie of ours either: all that is below this process has gone, and no other test's is
+    // named so.
     let zombies = procfs::tree(std::process::id()).into_iter().filter(|&pid| {
         procfs::state(pid) == Some('Z')
-            && fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep")
+            && fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|name| name.trim() == "sleep")
     });
     assert_eq!(zombies.count(), 0);
     bed.assert_clean();

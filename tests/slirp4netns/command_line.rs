@@ -10,16 +10,22 @@ fn help_and_version_are_what_callers_look_for() {
     let output = Command::new(OURS).arg("--help").output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty());
     let help = String::from_utf8(output.stdout).unwrap();
-    for word in
-        ["--netns-type", "--enable-ipv6", "--cidr", "--api-socket", "--enable-sandbox", "--enable-seccomp"]
-    {
+    for word in [
+        "--netns-type",
+        "--enable-ipv6",
+        "--cidr",
+        "--api-socket",
+        "--enable-sandbox",
+        "--enable-seccomp",
+    ] {
         assert!(help.contains(word), "{word}");
     }
     let output = Command::new(OURS).arg("-v").output().unwrap();
     let version = String::from_utf8(output.stdout).unwrap();
     assert!(version.starts_with("slirp4netns version ") && output.status.success(), "{version}");
     // Under its other name.
-    let output = Command::new(env!("CARGO_BIN_EXE_tidegate")).args(["slirp4netns", "-v"]).output().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_tidegate")).args(["slirp4netns", "-v"]).output().unwrap();
     assert_eq!(String::from_utf8(output.stdout).unwrap(), version);
 }
 
@@ -39,7 +45,10 @@ fn what_cannot_be_served_is_refused_in_one_line() {
         (vec!["-c", "-r", "78", &pid], "--ready-fd 78: this descriptor is not open"),
         (vec!["-c", "--mtu=70000", &pid], "--mtu \"70000\""),
         (vec!["-c", "--cidr=10.0.2.0/30", &pid], "--cidr \"10.0.2.0/30\""),
-        (vec!["-c", "--outbound-addr=nosuch0", &pid], "--outbound-addr \"nosuch0\": No such device"),
+        (
+            vec!["-c", "--outbound-addr=nosuch0", &pid],
+            "--outbound-addr \"nosuch0\": No such device",
+        ),
         (vec!["-c", "--api-socket=/proc/socket", &pid], "--api-socket \"/proc/socket\""),
         (vec!["-c", "--userns-path=/proc/1/ns/user", &pid], "--userns-path"),
         (vec!["-c", &pid, "a name"], "no name for an interface"),
@@ -57,7 +66,8 @@ fn what_cannot_be_served_is_refused_in_one_line() {
         "it stays"
     );
     let mut command = scene.as_nobody(&scene.ours());
-    let output = command.args(["-c", &pid]).env("TIDEGATE_SLIRP_DEVICE", "bridge").output().unwrap();
+    let output =
+        command.args(["-c", &pid]).env("TIDEGATE_SLIRP_DEVICE", "bridge").output().unwrap();
     assert!(one_line(&output).contains("TIDEGATE_SLIRP_DEVICE=\"bridge\": neither tun nor tap"));
 }
 
@@ -80,7 +90,8 @@ fn a_host_without_tun_devices_is_told_what_to_do() {
     let guest = scene.guest();
     let told = scene.refused(&["-c", &guest.pid()]);
     assert!(
-        told.contains("open /dev/net/tun: No such file or directory") && told.contains("module tun"),
+        told.contains("open /dev/net/tun: No such file or directory")
+            && told.contains("module tun"),
         "{told}"
     );
 }
@@ -94,7 +105,9 @@ fn a_host_without_user_namespaces_has_no_sandbox() {
                   echo 0 >/proc/sys/user/max_user_namespaces; \
                   setpriv --bounding-set=-all --inh-caps=-all \"$0\" -c --enable-sandbox $!; code=$?; kill $!; exit $code";
     let mut command = scene.as_nobody("unshare");
-    command.args(["--user", "--map-root-user", "sh", "-c", script, &scene.ours()]).stdin(Stdio::null());
+    command
+        .args(["--user", "--map-root-user", "sh", "-c", script, &scene.ours()])
+        .stdin(Stdio::null());
     let told = one_line(&command.output().unwrap());
     assert!(told.contains("--enable-sandbox: make a user namespace: "), "{told}");
     assert!(told.contains("user.max_user_namespaces"), "{told}");

@@ -11,8 +11,12 @@ use tidegate_testbed::{addr, eventually, require_program};
 fn pings(guest: &Guest, to: &impl ToString) {
     let ping = || {
         let to = to.to_string();
-        let output =
-            guest.namespace.command("ping").args(["-n", "-c", "1", "-W", "1", &to]).output().unwrap();
+        let output = guest
+            .namespace
+            .command("ping")
+            .args(["-n", "-c", "1", "-W", "1", &to])
+            .output()
+            .unwrap();
         output.status.success()
     };
     assert!(eventually(SOON, ping), "{}", to.to_string());
@@ -32,8 +36,14 @@ fn a_mac_address_makes_a_tap_with_it() {
     let scene = Scene::new();
     for mtu in ["--mtu=1500", "--mtu=65521"] {
         let guest = scene.guest();
-        let options =
-            ["-c", "-6", mtu, "--macaddress=02:00:00:11:22:33", "--enable-sandbox", "--enable-seccomp"];
+        let options = [
+            "-c",
+            "-6",
+            mtu,
+            "--macaddress=02:00:00:11:22:33",
+            "--enable-sandbox",
+            "--enable-seccomp",
+        ];
         let _slirp = scene.serve(&guest, &options);
         let link = guest.ip(&["link", "show", "tap0"]);
         assert!(link.contains("link/ether 02:00:00:11:22:33"), "{link}");
@@ -64,7 +74,9 @@ fn a_dhcp_client_is_given_all_it_needs() {
     fs::write(&script, text).unwrap();
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
     let mut client = guest.namespace.command("busybox");
-    client.args(["udhcpc", "-i", "tap0", "-n", "-q", "-f", "-t", "10", "-T", "1", "-s"]).arg(&script);
+    client
+        .args(["udhcpc", "-i", "tap0", "-n", "-q", "-f", "-t", "10", "-T", "1", "-s"])
+        .arg(&script);
     let output = client.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{said} {}", String::from_utf8_lossy(&output.stderr));
@@ -73,8 +85,11 @@ fn a_dhcp_client_is_given_all_it_needs() {
     // And by IPv6 it has made itself an address of what the router has told.
     let told = || guest.ip(&["-6", "route", "show", "default"]).contains("via fe80::2 dev tap0");
     assert!(eventually(SOON, told));
-    let address =
-        || guest.ip(&["-6", "-o", "addr", "show", "dev", "tap0", "scope", "global"]).contains("inet6 fd00::");
+    let address = || {
+        guest
+            .ip(&["-6", "-o", "addr", "show", "dev", "tap0", "scope", "global"])
+            .contains("inet6 fd00::")
+    };
     assert!(eventually(SOON, address));
     pings(&guest, &addr::CLIENT_V6);
     transfers(&scene, &guest);
@@ -85,11 +100,12 @@ fn ports_are_forwarded_to_a_container_that_has_said_nothing_yet() {
     let scene = Scene::new();
     let guest = scene.guest();
     let socket = scene.home("api.sock");
-    let options =
-        ["-c", "--macaddress=02:00:00:11:22:33", "-a", &socket.display().to_string()].map(str::to_owned);
+    let options = ["-c", "--macaddress=02:00:00:11:22:33", "-a", &socket.display().to_string()]
+        .map(str::to_owned);
     let _slirp = scene.serve(&guest, &options.iter().map(String::as_str).collect::<Vec<_>>());
     let _server = PeerServer::tcp(&guest.namespace, "10.0.2.100:80".parse().unwrap());
-    let request = r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":8080,"guest_port":80}}"#;
+    let request =
+        r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":8080,"guest_port":80}}"#;
     assert_eq!(super::scene::ask(&socket, request), r#"{"return":{"id":1}}"#);
     let seen = scene.net.client.run(|| {
         let mut text = String::new();

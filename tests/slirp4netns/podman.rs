@@ -11,7 +11,8 @@ use tidegate_testbed::{Process, addr, eventually, find_program, require_program}
 /// podman makes containers slowly where nothing is warm.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// `script` by nobody in a PID namespace of its own, so that nothing that podman leaves running outlives it.
+/// `script` by nobody in a PID namespace of its own, so that nothing that podman leaves running
+/// outlives it.
 #[track_caller]
 fn run(scene: &Scene, script: &str) -> Process {
     for program in ["podman", "runc", "conmon", "unshare", "docker-init"] {
@@ -55,7 +56,17 @@ network_cmd_path = "{}"
     let user = NOBODY.to_string();
     let mut command = scene.as_root("unshare");
     command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "docker-init", "--"]);
-    command.args(["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups", "bash", "-ec", &script]);
+    command.args([
+        "setpriv",
+        "--reuid",
+        &user,
+        "--regid",
+        &user,
+        "--clear-groups",
+        "bash",
+        "-ec",
+        &script,
+    ]);
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("HOME", scene.home(""));
     command.env("XDG_RUNTIME_DIR", scene.home("r"));

@@ -15,7 +15,8 @@ fn served(scene: &Scene, options: &[&str]) -> (Guest, Slirp, PathBuf) {
     let guest = scene.guest();
     let socket = scene.home("api.sock");
     let path = socket.display().to_string();
-    let options = ["-c", "-6", "-a", &path].into_iter().chain(options.iter().copied()).collect::<Vec<_>>();
+    let options =
+        ["-c", "-6", "-a", &path].into_iter().chain(options.iter().copied()).collect::<Vec<_>>();
     let slirp = scene.serve(&guest, &options);
     (guest, slirp, socket)
 }
@@ -102,7 +103,9 @@ fn the_container_sees_its_clients_where_that_is_asked_for() {
     let guest = scene.guest();
     let socket = scene.home("api.sock");
     let mut command = scene.as_nobody(&scene.ours());
-    command.args(["-c", "-a", &socket.display().to_string()]).env("TIDEGATE_SLIRP_SOURCE", "client");
+    command
+        .args(["-c", "-a", &socket.display().to_string()])
+        .env("TIDEGATE_SLIRP_SOURCE", "client");
     let _slirp = Slirp::start(command, &guest);
     let _tcp = PeerServer::tcp(&guest.namespace, "10.0.2.100:80".parse().unwrap());
     let _udp = PeerServer::udp(&guest.namespace, "10.0.2.100:53".parse().unwrap());
@@ -119,7 +122,13 @@ fn root_forwards_lower_ports_out_of_its_sandbox() {
     let guest = scene.guest();
     let socket = scene.home("api.sock");
     let mut command = scene.as_root(&scene.ours());
-    command.args(["-c", "--enable-sandbox", "--enable-seccomp", "-a", &socket.display().to_string()]);
+    command.args([
+        "-c",
+        "--enable-sandbox",
+        "--enable-seccomp",
+        "-a",
+        &socket.display().to_string(),
+    ]);
     let slirp = Slirp::start(command, &guest);
     let _tcp = PeerServer::tcp(&guest.namespace, "10.0.2.100:80".parse().unwrap());
     assert_eq!(
@@ -167,7 +176,9 @@ fn nobody_who_asks_badly_keeps_others_from_asking() {
     for length in 0..300 {
         let bytes: Vec<u8> = (0..length)
             .map(|_| {
-                noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                noise = noise
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 (noise >> 33) as u8
             })
             .collect();

@@ -58,7 +58,9 @@ fn works_with(driver: &str) {
     for words in ["nameserver 10.0.2.3", "inet 10.0.2.100/24", "default via 10.0.2.2 dev tap0"] {
         assert!(said.contains(words), "{words}: {said}");
     }
-    for (from, to) in [(&scene.net.client, addr::HOST_V4), (&scene.net.host, std::net::Ipv4Addr::LOCALHOST)] {
+    for (from, to) in
+        [(&scene.net.client, addr::HOST_V4), (&scene.net.host, std::net::Ipv4Addr::LOCALHOST)]
+    {
         let answered = eventually(SOON, || {
             get(from, (to, 18080)).is_some_and(|page| page.ends_with("behind rootlesskit"))
         });

@@ -27,7 +27,10 @@ fn no_thread_has_privileges_files_or_system_calls_left() {
         assert!(status["Uid"].starts_with(&NOBODY.to_string()));
         let inode = |path: String| fs::metadata(path).unwrap().ino();
         for namespace in ["mnt", "user"] {
-            assert_ne!(inode(format!("{task}/ns/{namespace}")), inode(format!("/proc/self/ns/{namespace}")));
+            assert_ne!(
+                inode(format!("{task}/ns/{namespace}")),
+                inode(format!("/proc/self/ns/{namespace}"))
+            );
         }
         assert_eq!(fs::read_dir(format!("{task}/root")).unwrap().count(), 0, "an empty root");
     }
@@ -80,14 +83,18 @@ fn who_follows_the_resolvers_reads_and_does_nothing_else() {
         let file = puppet.path("/proc/self/environ");
         let mut calls = puppet.attempts(file);
         let socket = [libc::AF_INET as u64, libc::SOCK_DGRAM as u64, 0, 0, 0, 0];
-        let socket = puppet.call(libc::SYS_socket, socket).expect("to ask for the numbers of links");
+        let socket =
+            puppet.call(libc::SYS_socket, socket).expect("to ask for the numbers of links");
         calls.extend([
             ("connect", libc::SYS_connect, [socket, file, 16, 0, 0, 0]),
             ("sendto", libc::SYS_sendto, [socket, file, 1, 0, file, 16]),
             ("bind", libc::SYS_bind, [socket, file, 16, 0, 0, 0]),
         ]);
         puppet.is_refused(libc::EPERM, &calls);
-        puppet.is_refused(libc::EACCES, &[("openat, elsewhere", libc::SYS_openat, [cwd, file, 0, 0, 0, 0])]);
+        puppet.is_refused(
+            libc::EACCES,
+            &[("openat, elsewhere", libc::SYS_openat, [cwd, file, 0, 0, 0, 0])],
+        );
         puppet.call(libc::SYS_close, [socket, 0, 0, 0, 0, 0]).unwrap();
         let own = puppet.path("/etc/resolv.conf");
         let own = puppet.call(libc::SYS_openat, [cwd, own, 0, 0, 0, 0]).expect("its file");
@@ -122,12 +129,17 @@ fn what_is_tried_from_inside_is_refused() {
         let socket = [libc::AF_INET as u64, libc::SOCK_DGRAM as u64, 0, 0, 0, 0];
         let socket = puppet.call(libc::SYS_socket, socket).expect("a socket to the network");
         puppet.call(libc::SYS_close, [socket, 0, 0, 0, 0, 0]).unwrap();
-        let memory = puppet.call(libc::SYS_mmap, [0, 4096, libc::PROT_READ as u64, PRIVATE, u64::MAX, 0]);
+        let memory =
+            puppet.call(libc::SYS_mmap, [0, 4096, libc::PROT_READ as u64, PRIVATE, u64::MAX, 0]);
         puppet.call(libc::SYS_munmap, [memory.unwrap(), 4096, 0, 0, 0, 0]).unwrap();
     }
     // It goes on as if nothing had been.
-    let ping =
-        guest.namespace.command("ping").args(["-n", "-c", "1", "-W", "5", "10.0.2.2"]).output().unwrap();
+    let ping = guest
+        .namespace
+        .command("ping")
+        .args(["-n", "-c", "1", "-W", "5", "10.0.2.2"])
+        .output()
+        .unwrap();
     assert!(ping.status.success(), "{}", slirp.process.output());
 }
 
@@ -145,13 +157,16 @@ fn there_is_no_file_to_be_opened() {
             let error = puppet.call(libc::SYS_openat, [cwd, path_at, 0, 0, 0, 0]).expect_err(path);
             assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "{path}: {error}");
         }
-        let error = puppet.call(libc::SYS_mkdirat, [cwd, puppet.path("/new"), 0o700, 0, 0, 0]).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
         let error =
-            puppet.call(libc::SYS_mount, [0, puppet.path("/"), 0, libc::MS_REMOUNT, 0, 0]).unwrap_err();
+            puppet.call(libc::SYS_mkdirat, [cwd, puppet.path("/new"), 0o700, 0, 0, 0]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+        let error = puppet
+            .call(libc::SYS_mount, [0, puppet.path("/"), 0, libc::MS_REMOUNT, 0, 0])
+            .unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
         // The host's network, which the descriptor is of that came with it.
-        let error = puppet.call(libc::SYS_unshare, [libc::CLONE_NEWNET as u64, 0, 0, 0, 0, 0]).unwrap_err();
+        let error =
+            puppet.call(libc::SYS_unshare, [libc::CLONE_NEWNET as u64, 0, 0, 0, 0, 0]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
     }
 }

@@ -12,7 +12,9 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 use tidegate_testbed::server::{Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
-use tidegate_testbed::{Mounts, Namespace, Process, Topology, eventually, pass_fd, require_program};
+use tidegate_testbed::{
+    Mounts, Namespace, Process, Topology, eventually, pass_fd, require_program,
+};
 
 /// How long anything may take that ought to take no time.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
@@ -39,7 +41,8 @@ impl Scene {
         Self::with(|mounts, _| mounts)
     }
 
-    /// With more mounts than the scene's own: its program where nobody may read it, and a `resolv.conf`.
+    /// With more mounts than the scene's own: its program where nobody may read it, and a
+    /// `resolv.conf`.
     #[track_caller]
     pub(crate) fn with(
         change: impl FnOnce(tidegate_testbed::MountsBuilder, &Path) -> tidegate_testbed::MountsBuilder,
@@ -97,7 +100,16 @@ impl Scene {
         let user = NOBODY.to_string();
         let mut command = self.as_root("setpriv");
         // Another user's process would not be killed with us but for that.
-        command.args(["--reuid", &user, "--regid", &user, "--clear-groups", "--pdeathsig", "KILL", program]);
+        command.args([
+            "--reuid",
+            &user,
+            "--regid",
+            &user,
+            "--clear-groups",
+            "--pdeathsig",
+            "KILL",
+            program,
+        ]);
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{}:{path}:/usr/sbin:/sbin", self.path("bin").display()));
         command.env("HOME", self.path("home"));
@@ -108,9 +120,11 @@ impl Scene {
     #[track_caller]
     pub(crate) fn guest(&self) -> Guest {
         let mut command = self.as_nobody("unshare");
-        let process = Process::spawn(command.args(["--user", "--map-root-user", "--net", "sleep", "300"]));
+        let process =
+            Process::spawn(command.args(["--user", "--map-root-user", "--net", "sleep", "300"]));
         let pid = process.pid();
-        let runs = || fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "sleep\n");
+        let runs =
+            || fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "sleep\n");
         assert!(eventually(SOON, runs), "{}", process.output());
         Guest { namespace: Namespace::at(format!("/proc/{pid}/ns/net").as_ref()), process }
     }
@@ -126,7 +140,8 @@ impl Scene {
     /// Ours with `arguments`, which must fail: the one line that it says.
     #[track_caller]
     pub(crate) fn refused(&self, arguments: &[&str]) -> String {
-        let output = self.as_nobody(&self.ours()).args(arguments).stdin(Stdio::null()).output().unwrap();
+        let output =
+            self.as_nobody(&self.ours()).args(arguments).stdin(Stdio::null()).output().unwrap();
         one_line(&output)
     }
 }

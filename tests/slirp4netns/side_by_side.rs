@@ -109,7 +109,8 @@ fn what_is_wrong_ends_with_the_same_code() {
         &["--version"],
     ] {
         let [theirs, ours] = [theirs(), scene.ours()].map(|program| {
-            let output = scene.as_nobody(&program).args(arguments).stdin(Stdio::null()).output().unwrap();
+            let output =
+                scene.as_nobody(&program).args(arguments).stdin(Stdio::null()).output().unwrap();
             output.status.code()
         });
         assert_eq!(ours, theirs, "{arguments:?}");

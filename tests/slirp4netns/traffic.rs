@@ -35,7 +35,8 @@ fn exchange(guest: &Guest, to: SocketAddr, message: &[u8]) -> std::io::Result<Ve
 #[track_caller]
 fn pings(guest: &Guest, to: &impl ToString) -> bool {
     let to = to.to_string();
-    let output = guest.namespace.command("ping").args(["-n", "-c", "1", "-W", "2", &to]).output().unwrap();
+    let output =
+        guest.namespace.command("ping").args(["-n", "-c", "1", "-W", "2", &to]).output().unwrap();
     output.status.success()
 }
 
@@ -76,9 +77,14 @@ fn the_gateway_is_the_hosts_loopback_unless_that_is_disabled() {
     let guest = scene.guest();
     {
         let _slirp = scene.serve(&guest, &["-c", "-6", "--cidr", "10.9.8.0/24"]);
-        assert!(greeting(&guest, "10.9.8.2:8000".parse().unwrap()).unwrap().starts_with("127.0.0.1:"));
+        assert!(
+            greeting(&guest, "10.9.8.2:8000".parse().unwrap()).unwrap().starts_with("127.0.0.1:")
+        );
         assert!(greeting(&guest, "[fd00::2]:8000".parse().unwrap()).unwrap().starts_with("[::1]:"));
-        assert!(greeting(&guest, "10.9.8.3:8000".parse().unwrap()).is_err(), "DNS has no other port");
+        assert!(
+            greeting(&guest, "10.9.8.3:8000".parse().unwrap()).is_err(),
+            "DNS has no other port"
+        );
     }
     let _slirp = scene.serve(&guest, &["-c", "-6", "--disable-host-loopback"]);
     for refused in ["10.0.2.2:8000", "[fd00::2]:8000", "127.0.0.1:8000"] {
@@ -146,7 +152,11 @@ fn flows_go_out_from_the_address_that_is_asked_for() {
             "203.0.113.77:",
             "[2001:db8:1::77]:",
         ),
-        (&["-c6", "--outbound-addr=second", "--outbound-addr6=eth0"], "203.0.113.78:", "[2001:db8:1::"),
+        (
+            &["-c6", "--outbound-addr=second", "--outbound-addr6=eth0"],
+            "203.0.113.78:",
+            "[2001:db8:1::",
+        ),
     ] {
         let _slirp = scene.serve(&guest, options);
         assert!(greeting(&guest, (addr::CLIENT_V4, 7000).into()).unwrap().starts_with(v4), "{v4}");

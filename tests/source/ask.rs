@@ -26,7 +26,8 @@ pub(crate) struct Seen {
 #[track_caller]
 pub(crate) fn ask(from: &Namespace, protocol: Protocol, to: (IpAddr, u16)) -> Seen {
     let any = (Family::of(to.0).unspecified(), 0);
-    try_ask(from, protocol, any, to).unwrap_or_else(|error| panic!("{protocol:?} to {to:?}: {error}"))
+    try_ask(from, protocol, any, to)
+        .unwrap_or_else(|error| panic!("{protocol:?} to {to:?}: {error}"))
 }
 
 /// The same from an address of one's choice.
@@ -52,7 +53,11 @@ pub(crate) fn try_ask(
 }
 
 /// A TCP connection with timeouts.
-pub(crate) fn connect(from: &Namespace, own: (IpAddr, u16), to: (IpAddr, u16)) -> io::Result<TcpStream> {
+pub(crate) fn connect(
+    from: &Namespace,
+    own: (IpAddr, u16),
+    to: (IpAddr, u16),
+) -> io::Result<TcpStream> {
     from.run(|| {
         let socket = Socket::new(Domain::for_address(own.into()), Type::STREAM, None)?;
         socket.set_reuse_address(true)?;
@@ -73,7 +78,11 @@ pub(crate) fn open(from: &Namespace, to: (IpAddr, u16)) -> TcpStream {
 }
 
 /// A UDP socket that takes answers from `to` only.
-pub(crate) fn datagrams(from: &Namespace, own: (IpAddr, u16), to: (IpAddr, u16)) -> io::Result<UdpSocket> {
+pub(crate) fn datagrams(
+    from: &Namespace,
+    own: (IpAddr, u16),
+    to: (IpAddr, u16),
+) -> io::Result<UdpSocket> {
     let socket = bind_datagrams(from, own)?;
     socket.connect(SocketAddr::from(to))?;
     Ok(socket)
@@ -81,8 +90,8 @@ pub(crate) fn datagrams(from: &Namespace, own: (IpAddr, u16), to: (IpAddr, u16))
 
 /// A UDP socket that takes answers from anybody.
 ///
-/// What another thread has just closed may be taken still: a process that is being started has copies of all sockets
-/// until it executes its program.
+/// What another thread has just closed may be taken still: a process that is being started has
+/// copies of all sockets until it executes its program.
 pub(crate) fn bind_datagrams(from: &Namespace, own: (IpAddr, u16)) -> io::Result<UdpSocket> {
     from.run(|| {
         let mut bound = Err(io::ErrorKind::AddrInUse.into());
@@ -128,14 +137,17 @@ pub(crate) fn echo(stream: &mut TcpStream, text: &str) {
     assert_eq!(String::from_utf8_lossy(&answer), text);
 }
 
-/// Sends `text` to a UDP echo server and expects it back; answers to what was sent before may come first.
+/// Sends `text` to a UDP echo server and expects it back; answers to what was sent before may come
+/// first.
 #[track_caller]
 pub(crate) fn echo_datagram(socket: &UdpSocket, text: &str) {
     let deadline = Instant::now() + SOON;
     loop {
         match exchange(socket, text.as_bytes()) {
             Ok(answer) if answer == text.as_bytes() => return,
-            Ok(other) if Instant::now() >= deadline => panic!("{:?}", String::from_utf8_lossy(&other)),
+            Ok(other) if Instant::now() >= deadline => {
+                panic!("{:?}", String::from_utf8_lossy(&other))
+            }
             Ok(_) => {}
             Err(error) => panic!("echo {text:?}: {error}"),
         }
@@ -143,7 +155,8 @@ pub(crate) fn echo_datagram(socket: &UdpSocket, text: &str) {
 }
 
 fn seen(text: &str, own: SocketAddr) -> io::Result<Seen> {
-    let peer: SocketAddr = text.parse().map_err(|_| io::Error::other(format!("the answer was {text:?}")))?;
+    let peer: SocketAddr =
+        text.parse().map_err(|_| io::Error::other(format!("the answer was {text:?}")))?;
     // A server of both families calls an IPv4 client ::ffff:a.b.c.d.
     Ok(Seen { peer: SocketAddr::new(peer.ip().to_canonical(), peer.port()), own })
 }

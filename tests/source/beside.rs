@@ -1,4 +1,5 @@
-//! What goes to the container past us, while its ports are published: nothing of it is ours, and none of it astray.
+//! What goes to the container past us, while its ports are published: nothing of it is ours, and
+//! none of it astray.
 
 use std::net::{IpAddr, TcpStream, UdpSocket};
 
@@ -20,7 +21,8 @@ fn neighbour_and_host_reach_the_container_directly_in_every_mode() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     let any = (Family::V6.unspecified(), ECHO).into();
-    let _echo = [EchoServer::tcp(&scene.net.container, any), EchoServer::udp(&scene.net.container, any)];
+    let _echo =
+        [EchoServer::tcp(&scene.net.container, any), EchoServer::udp(&scene.net.container, any)];
     let _elsewhere: Vec<_> = [&scene.net.client, &scene.net.host, &scene.neighbour]
         .into_iter()
         .flat_map(|namespace| {
@@ -74,14 +76,16 @@ fn outside_clients_reach_the_container_directly_as_far_as_the_page_says() {
         for family in Family::BOTH {
             for port in SERVED {
                 for protocol in [Tcp, Udp] {
-                    let published = || ask(&scene.net.client, protocol, (family.host(), ABOVE + port));
+                    let published =
+                        || ask(&scene.net.client, protocol, (family.host(), ABOVE + port));
                     let direct = || {
                         let seen = ask(&scene.net.client, protocol, (family.container(), port));
                         assert_eq!(seen.peer, seen.own, "{mode:?}: {protocol:?} port {port}");
                     };
                     direct();
                     published();
-                    // With a UDP session this one waits until the session is over: then, at the latest, it is served.
+                    // With a UDP session this one waits until the session is over: then, at the
+                    // latest, it is served.
                     direct();
                     published();
                 }
@@ -103,8 +107,11 @@ fn assert_direct(scene: &Scene, when: &str) {
                     assert_eq!(seen.peer, seen.own, "{when}: {who}, {protocol:?} port {port}");
                 }
             }
-            let others =
-                [("neighbour", family.neighbour()), ("host", family.gateway()), ("client", family.client())];
+            let others = [
+                ("neighbour", family.neighbour()),
+                ("host", family.gateway()),
+                ("client", family.client()),
+            ];
             for (who, address) in others {
                 let seen = ask(&scene.net.container, protocol, (address, ELSEWHERE));
                 assert_eq!(seen.peer, seen.own, "{when}: container to {who}, {protocol:?}");

@@ -80,7 +80,10 @@ fn a_client_port_at_two_published_udp_ports_is_two_sessions() {
 
 #[test]
 fn a_client_port_at_two_addresses_of_a_udp_port_is_two_sessions() {
-    assert_sessions(&["8080:80/udp"], &[(addr::HOST_V4.into(), 8080), (addr::GATEWAY_V4.into(), 8080)]);
+    assert_sessions(
+        &["8080:80/udp"],
+        &[(addr::HOST_V4.into(), 8080), (addr::GATEWAY_V4.into(), 8080)],
+    );
 }
 
 #[test]
@@ -101,8 +104,8 @@ fn an_ipv4_client_of_an_ipv6_container_is_shown_as_the_gateway() {
     assert_mismatch(&scene, Family::V6);
 }
 
-/// Sends by each of `ways` in turn, all from one socket, and expects each answer to come from where it was sent to. Two
-/// of them lead to the same port of the container.
+/// Sends by each of `ways` in turn, all from one socket, and expects each answer to come from where
+/// it was sent to. Two of them lead to the same port of the container.
 #[track_caller]
 fn assert_sessions(specs: &[&str], ways: &[(IpAddr, u16)]) {
     let scene = Scene::new();
@@ -153,7 +156,8 @@ fn assert_mismatch(scene: &Scene, family: Family) {
     for mode in [Mode::Netns, Mode::NetnsProxy, Mode::NetnsClient] {
         let publisher = scene.publish(mode, &["8080-8081:80-81", "8080-8081:80-81/udp"], &[]);
         let mut mismatched = 0;
-        for (protocol, shows) in [(Tcp, mode != Mode::NetnsProxy), (Udp, mode == Mode::NetnsClient)] {
+        for (protocol, shows) in [(Tcp, mode != Mode::NetnsProxy), (Udp, mode == Mode::NetnsClient)]
+        {
             for port in [SPECIFIC, WILDCARD] {
                 for from in Family::BOTH {
                     let what = format!("{mode:?} {protocol:?} from {from:?}, port {port}");

@@ -57,7 +57,9 @@ fn a_big_transfer_takes_the_short_path_both_ways() {
 fn the_flows_of_two_clients_stay_apart() {
     let scene = Scene::new();
     let client = &scene.net.client;
-    client.ip_all(&format!("addr add {OTHER_V4}/24 dev eth0\n addr add {OTHER_V6}/64 dev eth0 nodad"));
+    client.ip_all(&format!(
+        "addr add {OTHER_V4}/24 dev eth0\n addr add {OTHER_V6}/64 dev eth0 nodad"
+    ));
     let _echo = echo_servers(&scene);
     for mode in Mode::STEERING {
         let publisher = scene.publish(mode, &ECHO_SPECS, &["--drain-timeout", "0"]);
@@ -113,7 +115,10 @@ fn a_closed_port_of_the_container_refuses_at_once() {
                 };
                 // The first packet over a fresh bridge may get lost.
                 let took = [refusal(), refusal()];
-                assert!(took.iter().any(|took| *took < AT_ONCE), "{mode:?}: {to}: it took {took:?}");
+                assert!(
+                    took.iter().any(|took| *took < AT_ONCE),
+                    "{mode:?}: {to}: it took {took:?}"
+                );
             }
         }
         publisher.terminate();
@@ -126,7 +131,8 @@ fn the_rule_for_a_udp_client_goes_with_its_last_session() {
     let _servers = Servers::start(&scene);
     for mode in [Mode::NetnsClient, Mode::ToClient(Family::V4), Mode::ToClient(Family::V6)] {
         let publisher = scene.publish_all(mode, &["--udp-idle-timeout", "300ms"]);
-        let steered = if mode == Mode::NetnsClient { &scene.net.container } else { &scene.net.host };
+        let steered =
+            if mode == Mode::NetnsClient { &scene.net.container } else { &scene.net.host };
         for family in Family::BOTH.into_iter().filter(|family| mode.towards(*family) == *family) {
             for port in SERVED {
                 let what = format!("{mode:?} {family:?} port {port}");
@@ -134,7 +140,8 @@ fn the_rule_for_a_udp_client_goes_with_its_last_session() {
                 assert!(eventually(SOON, || rules() == 0), "{what}: from before");
                 ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
                 ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
-                // On a busy machine the sessions may be over already: then there is nothing to see here.
+                // On a busy machine the sessions may be over already: then there is nothing to see
+                // here.
                 assert!(rules() <= 1, "{what}: one rule serves both sessions");
                 assert!(eventually(SOON, || rules() == 0), "{what}: the rule is still there");
                 // What it led to us goes its own way again.
@@ -155,13 +162,18 @@ fn the_rule_for_a_udp_client_is_there_while_the_session_is() {
     let _servers = Servers::start(&scene);
     for mode in [Mode::NetnsClient, Mode::ToClient(Family::V4), Mode::ToClient(Family::V6)] {
         let publisher = scene.publish_all(mode, &[]);
-        let steered = if mode == Mode::NetnsClient { &scene.net.container } else { &scene.net.host };
+        let steered =
+            if mode == Mode::NetnsClient { &scene.net.container } else { &scene.net.host };
         for family in Family::BOTH.into_iter().filter(|family| mode.towards(*family) == *family) {
             for port in SERVED {
                 assert_eq!(rules_about(steered, family.client(), port), 0, "{mode:?} {family:?}");
                 for _ in 0..2 {
                     ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
-                    assert_eq!(rules_about(steered, family.client(), port), 1, "{mode:?} {family:?}");
+                    assert_eq!(
+                        rules_about(steered, family.client(), port),
+                        1,
+                        "{mode:?} {family:?}"
+                    );
                 }
             }
         }
@@ -175,12 +187,17 @@ fn of_two_publishers_of_a_container_one_goes_on_when_the_other_ends() {
     let _servers = Servers::start(&scene);
     let _echo = echo_servers(&scene);
     let before = scene.state();
-    let modes = [Mode::Netns, Mode::NetnsClient, Mode::ToClient(Family::V4), Mode::ToClient(Family::V6)];
+    let modes =
+        [Mode::Netns, Mode::NetnsClient, Mode::ToClient(Family::V4), Mode::ToClient(Family::V6)];
     for mode in modes {
         for killed in [false, true] {
             let first = scene.publish(mode, &["8080:80", "8080:80/udp"], &[]);
             let options = ["--drain-timeout", "0"];
-            let second = scene.publish(mode, &["9080:80", "9080:80/udp", "9090:90", "9090:90/udp"], &options);
+            let second = scene.publish(
+                mode,
+                &["9080:80", "9080:80/udp", "9090:90", "9090:90/udp"],
+                &options,
+            );
             let family = mode.towards(Family::V4);
             let host = family.host();
             let mut stream = open(&scene.net.client, (host, 9090));
@@ -242,7 +259,8 @@ fn rules_about(namespace: &Namespace, client: IpAddr, port: u16) -> usize {
 /// Bytes that came in or went out by the container's interface so far.
 fn eth0_bytes(namespace: &Namespace) -> u64 {
     let devices = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/dev")).unwrap();
-    let line = devices.lines().find_map(|line| line.trim().strip_prefix("eth0:")).expect("there is eth0");
+    let line =
+        devices.lines().find_map(|line| line.trim().strip_prefix("eth0:")).expect("there is eth0");
     let fields: Vec<u64> = line.split_whitespace().map(|field| field.parse().unwrap()).collect();
     // Eight columns about receiving, then those about sending.
     fields[0] + fields[8]

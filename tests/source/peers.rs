@@ -56,7 +56,8 @@ fn a_network_that_the_container_joins_later_counts_as_its_own() {
     let _servers = Servers::start(&scene);
     let publisher = scene.publish_all(Mode::NetnsClient, &[]);
     for protocol in [Tcp, Udp] {
-        let question = || ask(&scene.net.client, protocol, (addr::HOST_V4.into(), ABOVE + WILDCARD));
+        let question =
+            || ask(&scene.net.client, protocol, (addr::HOST_V4.into(), ABOVE + WILDCARD));
         assert_shown(question(), addr::CLIENT_V4.into(), true, "an outside client");
         scene.net.container.ip(&["addr", "add", "203.0.113.77/24", "dev", "eth0"]);
         assert_shown(question(), addr::GATEWAY_V4.into(), false, "a client next door");
@@ -110,7 +111,8 @@ fn assert_table(mode: Mode) {
                 } else {
                     assert_shown(seen, container.gateway(), false, &what);
                 }
-                // In the other family nobody can tell whether the container has a network with the client.
+                // In the other family nobody can tell whether the container has a network with the
+                // client.
                 mismatched += u64::from(shows && container != family && who != HOST);
             }
         }
@@ -123,7 +125,8 @@ fn assert_table(mode: Mode) {
 
 /// The address of `eth0` that is good for its link only, and the interface's index.
 fn link_local(namespace: &Namespace) -> (Ipv6Addr, u32) {
-    let table = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/if_inet6")).unwrap();
+    let table =
+        namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/if_inet6")).unwrap();
     let line = table.lines().find(|line| line.starts_with("fe80") && line.ends_with(" eth0"));
     let fields: Vec<&str> = line.expect("eth0 has one").split_whitespace().collect();
     let ip = u128::from_str_radix(fields[0], 16).unwrap();

@@ -59,8 +59,8 @@ fn root_without_the_capability_is_told_its_name() {
 /// Arguments of setpriv(1).
 const AS_NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
 
-/// Publishes with the privileges that setpriv(1) leaves, expects that to fail and nothing to be left, and returns
-/// the one line that it says.
+/// Publishes with the privileges that setpriv(1) leaves, expects that to fail and nothing to be
+/// left, and returns the one line that it says.
 #[track_caller]
 fn refused(scene: &Scene, privileges: &[&str], target: &[&str]) -> String {
     require_program("setpriv");
@@ -86,7 +86,10 @@ fn refused(scene: &Scene, privileges: &[&str], target: &[&str]) -> String {
     assert_eq!(status.code(), Some(1), "{target:?}: {text}");
     assert_eq!(text.lines().count(), 1, "{target:?}: {text}");
     assert!(text.starts_with("tidegate: error: "), "{target:?}: {text}");
-    assert!(text.matches("Operation not permitted").count() <= 1, "{target:?}: it repeats itself: {text}");
+    assert!(
+        text.matches("Operation not permitted").count() <= 1,
+        "{target:?}: it repeats itself: {text}"
+    );
 
     scene.assert_untouched(&before, &format!("{target:?}"));
     let journals = fs::read_dir(run.join("policy")).map_or(0, Iterator::count);

@@ -85,7 +85,10 @@ impl Scene {
     /// `program` in the host's namespace, with the run directory of this scene.
     pub(crate) fn command(&self, program: &str) -> std::process::Command {
         let mut command = self.net.host.command(program);
-        command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn").current_dir("/");
+        command
+            .env("TIDEGATE_RUN_DIR", self.run.path())
+            .env("TIDEGATE_LOG", "warn")
+            .current_dir("/");
         command
     }
 
@@ -114,8 +117,9 @@ impl Scene {
 
     /// Some process in the container.
     fn inhabitant(&self) -> Process {
-        let inhabitant =
-            Process::spawn(self.net.container.command("sh").args(["-c", "echo in; exec sleep 600"]));
+        let inhabitant = Process::spawn(
+            self.net.container.command("sh").args(["-c", "echo in; exec sleep 600"]),
+        );
         inhabitant.wait_for_line("in", SOON);
         inhabitant
     }
@@ -153,8 +157,12 @@ impl Scene {
 
     /// The files in the policy journal.
     pub(crate) fn journals(&self) -> Vec<String> {
-        let Ok(entries) = std::fs::read_dir(self.run_directory().join("policy")) else { return Vec::new() };
-        entries.map(|entry| entry.expect("read it").file_name().to_string_lossy().into_owned()).collect()
+        let Ok(entries) = std::fs::read_dir(self.run_directory().join("policy")) else {
+            return Vec::new();
+        };
+        entries
+            .map(|entry| entry.expect("read it").file_name().to_string_lossy().into_owned())
+            .collect()
     }
 
     pub(crate) fn run_directory(&self) -> &Path {
@@ -235,7 +243,9 @@ impl Mode {
 
     fn arguments(self, container: &Namespace, inhabitant: Option<&Process>) -> Vec<String> {
         let target = match (self, inhabitant) {
-            (Self::To(family) | Self::ToClient(family), _) => ["--to".into(), family.container().to_string()],
+            (Self::To(family) | Self::ToClient(family), _) => {
+                ["--to".into(), family.container().to_string()]
+            }
             (_, Some(inhabitant)) => ["--pid".into(), inhabitant.pid().to_string()],
             (_, None) => ["--netns".into(), container.path().display().to_string()],
         };
@@ -303,7 +313,8 @@ impl Publisher {
         let page = self.host.run(|| {
             let mut stream = TcpStream::connect(self.metrics)?;
             stream.set_read_timeout(Some(SOON))?;
-            stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")?;
+            stream
+                .write_all(b"GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")?;
             let mut page = String::new();
             stream.read_to_string(&mut page)?;
             Ok::<_, std::io::Error>(page)

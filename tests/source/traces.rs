@@ -47,7 +47,11 @@ fn what_a_killed_one_left_the_next_one_takes_away() {
         assert!(left.contains(PROTOCOL), "{mode:?}: a killed process cannot clean up:\n{left}");
 
         let publisher = scene.publish_all(mode, &[]);
-        assert_eq!(scene.state().to_string(), idle, "{mode:?}: only what the second one needs is there");
+        assert_eq!(
+            scene.state().to_string(),
+            idle,
+            "{mode:?}: only what the second one needs is there"
+        );
         talk_to_everyone(&scene);
         publisher.terminate();
         scene.assert_untouched(&before, &format!("{mode:?}"));
@@ -93,11 +97,16 @@ fn nothing_is_set_beyond_what_the_page_says() {
         let publisher = scene.publish_all(mode, &[]);
         talk_to_everyone(&scene);
         let during = scene.state().to_string();
-        let (ours, sysctls): (Vec<_>, Vec<_>) =
-            during.lines().filter(|line| !before.contains(line)).partition(|line| !line.contains(" = "));
-        // Of the host nothing is touched for a namespace, and of the container nothing for an address.
-        let inside =
-            matches!(mode, Mode::Netns | Mode::NetnsProxy | Mode::NetnsClient | Mode::Pid | Mode::PidClient);
+        let (ours, sysctls): (Vec<_>, Vec<_>) = during
+            .lines()
+            .filter(|line| !before.contains(line))
+            .partition(|line| !line.contains(" = "));
+        // Of the host nothing is touched for a namespace, and of the container nothing for an
+        // address.
+        let inside = matches!(
+            mode,
+            Mode::Netns | Mode::NetnsProxy | Mode::NetnsClient | Mode::Pid | Mode::PidClient
+        );
         assert!(ours.iter().all(|line| line.contains(PROTOCOL)), "{mode:?}: {ours:#?}");
         let expected = if inside {
             vec![

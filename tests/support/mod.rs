@@ -1,5 +1,5 @@
-//! What the tests of `tidegate publish` share: the program in front of a backend, clients that do not wait for
-//! ever, and its figures.
+//! What the tests of `tidegate publish` share: the program in front of a backend, clients that do
+//! not wait for ever, and its figures.
 
 #![allow(dead_code, reason = "every test crate uses a part of it")]
 
@@ -63,7 +63,11 @@ impl Publisher {
 
     /// The same, with `prepare` applied to the command first.
     #[track_caller]
-    pub(crate) fn start_with(host: &Namespace, arguments: &str, prepare: impl FnOnce(&mut Command)) -> Self {
+    pub(crate) fn start_with(
+        host: &Namespace,
+        arguments: &str,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Self {
         let mut command = tidegate(host, &format!("publish {arguments} --metrics {METRICS}"));
         prepare(&mut command);
         let process = Process::spawn(&mut command);
@@ -112,7 +116,8 @@ impl Metrics {
     #[track_caller]
     fn read<T: FromStr<Err: Display>>(&self, series: &str) -> T {
         let line = self.0.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-        let line = line.unwrap_or_else(|| panic!("no series {series}; there are:\n{}", self.of_ports()));
+        let line =
+            line.unwrap_or_else(|| panic!("no series {series}; there are:\n{}", self.of_ports()));
         line.parse().unwrap_or_else(|error| panic!("{series} {line}: {error}"))
     }
 
@@ -131,7 +136,8 @@ impl Metrics {
     /// The same of a family that has a label besides.
     #[track_caller]
     pub(crate) fn labelled(&self, name: &str, publish: &str, label: &str, value: &str) -> u64 {
-        self.value(&format!("tidegate_proxy_{name}{{publish=\"{publish}\",{label}=\"{value}\"}}")) as u64
+        self.value(&format!("tidegate_proxy_{name}{{publish=\"{publish}\",{label}=\"{value}\"}}"))
+            as u64
     }
 
     /// How many connections of the port were refused because of `reason`.
@@ -182,7 +188,8 @@ pub(crate) fn http(namespace: &Namespace, to: &str, request: &str) -> (String, S
     stream.write_all(request.as_bytes()).expect("send a request");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("read the answer");
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no HTTP answer: {answer:?}"));
+    let (head, body) =
+        answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no HTTP answer: {answer:?}"));
     (head.to_owned(), body.to_owned())
 }
 
@@ -251,7 +258,8 @@ pub(crate) fn reset(stream: TcpStream) {
 pub(crate) fn wait_for_reset(stream: &TcpStream) {
     assert!(is_ready(stream, PollFlags::empty(), PATIENCE), "the connection was not reset");
     let error = stream.take_error().expect("SO_ERROR").map(|error| error.kind());
-    // A reset that follows the other side's FIN is told as EPIPE (tcp_reset in the kernel's tcp_input.c).
+    // A reset that follows the other side's FIN is told as EPIPE (tcp_reset in the kernel's
+    // tcp_input.c).
     let reset = [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe];
     assert!(
         error.is_some_and(|error| reset.contains(&error)),
@@ -293,10 +301,12 @@ pub(crate) fn wait_until(what: &str, ready: impl FnMut() -> bool) {
 #[track_caller]
 pub(crate) fn link_local(host: &Namespace, client: &Namespace, port: u16) -> SocketAddr {
     let shown = host.ip(&["-6", "-brief", "address", "show", "dev", "eth0", "scope", "link"]);
-    let address = shown.split_ascii_whitespace().find_map(|word| word.strip_suffix("/64")?.parse().ok());
+    let address =
+        shown.split_ascii_whitespace().find_map(|word| word.strip_suffix("/64")?.parse().ok());
     let address = address.unwrap_or_else(|| panic!("no link-local address: {shown:?}"));
     // `2: eth0@if3: <...>`
     let link = client.ip(&["-o", "link", "show", "dev", "eth0"]);
     let scope = link.split(':').next().and_then(|index| index.trim().parse().ok());
-    SocketAddrV6::new(address, port, 0, scope.unwrap_or_else(|| panic!("no index: {link:?}"))).into()
+    SocketAddrV6::new(address, port, 0, scope.unwrap_or_else(|| panic!("no index: {link:?}")))
+        .into()
 }

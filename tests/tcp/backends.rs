@@ -40,7 +40,8 @@ fn a_backend_that_no_neighbour_answers_for_resets_the_client() {
     net.host.sysctl("net.ipv4.neigh.br0.retrans_time_ms", "50");
     net.host.sysctl("net.ipv6.neigh.br0.retrans_time_ms", "50");
     for backend in ["172.30.0.77", "fd30::77"] {
-        let publisher = Publisher::start(&net.host, &format!("8080:80 --to {backend} --dial-timeout 1h"));
+        let publisher =
+            Publisher::start(&net.host, &format!("8080:80 --to {backend} --dial-timeout 1h"));
         assert_eq!(refused(&net.client, host(8080)), io::ErrorKind::ConnectionReset, "{backend}");
         publisher.wait_for_metrics(|metrics| metrics.refused(PORT, "backend_unreachable") == 1);
     }
@@ -50,8 +51,10 @@ fn a_backend_that_no_neighbour_answers_for_resets_the_client() {
 fn a_backend_that_never_answers_resets_the_client_after_the_dial_timeout() {
     let net = Topology::three();
     black_hole(&net.host);
-    let publisher =
-        Publisher::start(&net.host, &format!("8080:80 --to {} --dial-timeout 500ms", addr::CONTAINER_V4));
+    let publisher = Publisher::start(
+        &net.host,
+        &format!("8080:80 --to {} --dial-timeout 500ms", addr::CONTAINER_V4),
+    );
     let asked = Instant::now();
     assert_eq!(refused(&net.client, host(8080)), io::ErrorKind::ConnectionReset);
     assert!(asked.elapsed() >= Duration::from_millis(500), "{:?}", asked.elapsed());
@@ -67,8 +70,10 @@ fn a_backend_that_never_answers_resets_the_client_after_the_dial_timeout() {
 fn a_client_that_resets_while_the_backend_is_dialled_ends_the_dial() {
     let net = Topology::three();
     black_hole(&net.host);
-    let publisher =
-        Publisher::start(&net.host, &format!("8080:80 --to {} --dial-timeout 1h", addr::CONTAINER_V4));
+    let publisher = Publisher::start(
+        &net.host,
+        &format!("8080:80 --to {} --dial-timeout 1h", addr::CONTAINER_V4),
+    );
     let idle = publisher.process.open_fds();
     let mut impatient = connect(&net.client, host(8080));
     impatient.write_all(b"anybody there?").unwrap();
@@ -85,8 +90,10 @@ fn a_client_that_half_closes_while_the_backend_is_dialled_is_served() {
     let net = Topology::three();
     black_hole(&net.host);
     let backend = Backend::tcp(&net.container, container(80));
-    let _publisher =
-        Publisher::start(&net.host, &format!("8080:80 --to {} --dial-timeout 1h", addr::CONTAINER_V4));
+    let _publisher = Publisher::start(
+        &net.host,
+        &format!("8080:80 --to {} --dial-timeout 1h", addr::CONTAINER_V4),
+    );
     let mut client = connect(&net.client, host(8080));
     client.write_all(b"a request").unwrap();
     client.shutdown(Shutdown::Write).unwrap();

@@ -15,7 +15,10 @@ fn both_sockets_have_no_delay_and_keep_alive_set() {
             seen += 1;
             assert!(socket.tcp_nodelay().unwrap(), "{local:?} to {peer:?}");
             assert!(socket.keepalive().unwrap(), "{local:?} to {peer:?}");
-            assert!(socket.tcp_keepalive_time().unwrap() <= Duration::from_secs(60), "{local:?} to {peer:?}");
+            assert!(
+                socket.tcp_keepalive_time().unwrap() <= Duration::from_secs(60),
+                "{local:?} to {peer:?}"
+            );
         }
     }
     assert_eq!(seen, 2, "the client's socket and the backend's");
@@ -25,11 +28,14 @@ fn both_sockets_have_no_delay_and_keep_alive_set() {
 fn messages_are_copied_and_streams_are_spliced() {
     let bed = Bed::new("");
     let pipes = || {
-        let link =
-            |name: &str| std::fs::read_link(format!("/proc/{}/fd/{name}", bed.publisher.process.pid()));
+        let link = |name: &str| {
+            std::fs::read_link(format!("/proc/{}/fd/{name}", bed.publisher.process.pid()))
+        };
         let names = std::fs::read_dir(format!("/proc/{}/fd", bed.publisher.process.pid())).unwrap();
         let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        names.filter(|name| link(name).is_ok_and(|to| to.to_string_lossy().starts_with("pipe:"))).count()
+        names
+            .filter(|name| link(name).is_ok_and(|to| to.to_string_lossy().starts_with("pipe:")))
+            .count()
     };
     let before = pipes();
     let (client, server) = bed.pair();
@@ -114,7 +120,8 @@ fn connections_that_end_as_soon_as_they_begin_leave_nothing_behind() {
         let served = |publish| metrics.port("connections_total", publish);
         served(PORT) == 2 * ROUNDS
             && served("0.0.0.0:8081/tcp") == ROUNDS
-            && metrics.port("connections", PORT) + metrics.port("connections", "0.0.0.0:8081/tcp") == 0
+            && metrics.port("connections", PORT) + metrics.port("connections", "0.0.0.0:8081/tcp")
+                == 0
     });
     assert_eq!(metrics.refused(PORT, "backend_unreachable"), 0);
     // Pipes are kept for the next connections.

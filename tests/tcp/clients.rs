@@ -7,8 +7,10 @@ fn only_clients_of_the_allowed_networks_are_let_in() {
     let net = Topology::three();
     let neighbour = net.neighbour();
     let _echo = EchoServer::tcp(&net.container, container(80));
-    let arguments =
-        format!("8080:80 --to {} --allow 203.0.113.0/25 --allow 2001:db8:1::/64", addr::CONTAINER_V4);
+    let arguments = format!(
+        "8080:80 --to {} --allow 203.0.113.0/25 --allow 2001:db8:1::/64",
+        addr::CONTAINER_V4
+    );
     let publisher = Publisher::start(&net.host, &arguments);
     assert_eq!(ask(&connect(&net.client, host(8080)), b"v4"), b"v4");
     assert_eq!(ask(&connect(&net.client, host_v6(8080)), b"v6"), b"v6");
@@ -77,9 +79,13 @@ fn clients_of_either_family_reach_backends_of_either_family() {
 fn a_port_published_on_one_address_is_closed_on_the_others() {
     let net = Topology::three();
     let _echo = EchoServer::tcp(&net.container, container(80));
-    let arguments = format!("127.0.0.1:8080:80 [{}]:8081:80 --to {}", addr::HOST_V6, addr::CONTAINER_V4);
+    let arguments =
+        format!("127.0.0.1:8080:80 [{}]:8081:80 --to {}", addr::HOST_V6, addr::CONTAINER_V4);
     let _publisher = Publisher::start(&net.host, &arguments);
-    assert_eq!(ask(&connect(&net.host, (Ipv4Addr::LOCALHOST, 8080).into()), b"loopback"), b"loopback");
+    assert_eq!(
+        ask(&connect(&net.host, (Ipv4Addr::LOCALHOST, 8080).into()), b"loopback"),
+        b"loopback"
+    );
     assert_eq!(ask(&connect(&net.client, host_v6(8081)), b"IPv6"), b"IPv6");
     for (from, to) in [
         (&net.client, host(8080)),

@@ -42,8 +42,16 @@ fn connections_that_outlast_the_drain_timeout_are_reset() {
         let pairs = [bed.pair(), bed.pair_after(FAST)];
         bed.publisher.process.signal(Signal::TERM);
         for (client, server) in &pairs {
-            assert_eq!(read_all(client), (vec![], Some(io::ErrorKind::ConnectionReset)), "{options}");
-            assert_eq!(read_all(server), (vec![], Some(io::ErrorKind::ConnectionReset)), "{options}");
+            assert_eq!(
+                read_all(client),
+                (vec![], Some(io::ErrorKind::ConnectionReset)),
+                "{options}"
+            );
+            assert_eq!(
+                read_all(server),
+                (vec![], Some(io::ErrorKind::ConnectionReset)),
+                "{options}"
+            );
         }
         assert_eq!(bed.publisher.process.wait(PATIENCE).code(), Some(0));
     }

@@ -6,10 +6,16 @@ use super::*;
 #[track_caller]
 pub(super) fn connect_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> TcpStream {
     let connected = try_connect_from(namespace, source, to);
-    support::patient(connected.unwrap_or_else(|error| panic!("connect from {source} to {to}: {error}")))
+    support::patient(
+        connected.unwrap_or_else(|error| panic!("connect from {source} to {to}: {error}")),
+    )
 }
 
-fn try_connect_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> io::Result<TcpStream> {
+fn try_connect_from(
+    namespace: &Namespace,
+    source: Ipv4Addr,
+    to: SocketAddr,
+) -> io::Result<TcpStream> {
     namespace.run(|| {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
         socket.bind(&SocketAddr::from((source, 0)).into())?;
@@ -40,7 +46,9 @@ fn one_client_gets_two_thirds_of_a_ports_connections_and_a_freed_place_is_used_a
     let said = format!("limit=\"client_limit\" largest=\"{}\" connections=4", addr::CLIENT_V4);
     assert!(told.contains(&said), "{told}");
     let others: Vec<_> = (1..=2)
-        .map(|number| (connect_from(&bed.net.client, address(number), host(8080)), bed.backend.accept()))
+        .map(|number| {
+            (connect_from(&bed.net.client, address(number), host(8080)), bed.backend.accept())
+        })
         .collect();
     for (client, server) in held.iter().chain(&others) {
         carry(client, server, 10_000);
@@ -48,7 +56,8 @@ fn one_client_gets_two_thirds_of_a_ports_connections_and_a_freed_place_is_used_a
     }
     held.pop();
     bed.publisher.wait_for_metrics(|metrics| metrics.port("connections", PORT) == 5);
-    let (client, server) = (connect_from(&bed.net.client, address(3), host(8080)), bed.backend.accept());
+    let (client, server) =
+        (connect_from(&bed.net.client, address(3), host(8080)), bed.backend.accept());
     carry(&client, &server, 10_000);
     assert_eq!(bed.publisher.metrics().value("tidegate_proxy_client_connections_max"), 3.0);
     assert_eq!(bed.publisher.process.output().matches("limit of connections reached").count(), 1);
@@ -60,11 +69,13 @@ fn at_a_full_port_the_idlest_connection_of_the_largest_client_yields_to_a_smalle
     many_addresses(&bed.net);
     let held: Vec<_> = (0..3).map(|_| bed.pair()).collect();
     let (other, _) = (connect_from(&bed.net.client, address(1), host(8080)), bed.backend.accept());
-    // By the second: the first and the last have something to say, and the one between them has not.
+    // By the second: the first and the last have something to say, and the one between them has
+    // not.
     thread::sleep(Duration::from_millis(1100));
     carry(&held[0].0, &held[0].1, 100);
     carry(&held[2].1, &held[2].0, 100);
-    let (newcomer, server) = (connect_from(&bed.net.client, address(2), host(8080)), bed.backend.accept());
+    let (newcomer, server) =
+        (connect_from(&bed.net.client, address(2), host(8080)), bed.backend.accept());
     carry(&newcomer, &server, 10_000);
     wait_for_reset(&held[1].0);
     for (client, server) in [&held[0], &held[2]] {
@@ -75,7 +86,10 @@ fn at_a_full_port_the_idlest_connection_of_the_largest_client_yields_to_a_smalle
     assert_eq!(metrics.port("connection_resets_total", PORT), 1);
     // One more, and all have the same: the next is refused, and nobody is cut for it.
     let _one_more = (connect_from(&bed.net.client, address(3), host(8080)), bed.backend.accept());
-    assert_eq!(refused_from(&bed.net.client, address(4), host(8080)), io::ErrorKind::ConnectionReset);
+    assert_eq!(
+        refused_from(&bed.net.client, address(4), host(8080)),
+        io::ErrorKind::ConnectionReset
+    );
     let metrics = bed.publisher.metrics();
     assert_eq!(metrics.refused(PORT, "port_limit"), 1);
     assert_eq!(metrics.port("connection_resets_total", PORT), 2);
@@ -89,7 +103,8 @@ fn connections_beyond_the_limit_of_all_ports_are_reset_and_one_port_leaves_room_
     let backend = Backend::tcp(&net.container, container(80));
     let arguments = format!("8080:80 8081:80 --to {} --max-connections 6", addr::CONTAINER_V4);
     let publisher = Publisher::start(&net.host, &arguments);
-    let pair = |number, port| (connect_from(&net.client, address(number), host(port)), backend.accept());
+    let pair =
+        |number, port| (connect_from(&net.client, address(number), host(port)), backend.accept());
     let mut held: Vec<_> = (1..=5).map(|number| pair(number, 8080)).collect();
     let refused = |number, port| refused_from(&net.client, address(number), host(port));
     assert_eq!(refused(6, 8080), io::ErrorKind::ConnectionReset);
@@ -115,10 +130,13 @@ fn with_64_descriptors_500_clients_at_once_are_all_answered() {
     let net = Topology::three();
     many_addresses(&net);
     let _echo = EchoServer::tcp(&net.container, container(80));
-    let publisher =
-        Publisher::start_with(&net.host, &format!("8080:80 --to {}", addr::CONTAINER_V4), |command| {
+    let publisher = Publisher::start_with(
+        &net.host,
+        &format!("8080:80 --to {}", addr::CONTAINER_V4),
+        |command| {
             limit_open_files(command, 64);
-        });
+        },
+    );
     let idle = publisher.process.open_fds();
     let mut old_friend = connect(&net.client, host(8080));
     let mut greet = |text: &[u8]| {
@@ -134,7 +152,8 @@ fn with_64_descriptors_500_clients_at_once_are_all_answered() {
         client.write_all(format!("request {number}").as_bytes()).unwrap();
     }
     // Nobody leaves: what can be accepted has been.
-    publisher.wait_for_metrics(|metrics| metrics.value("tidegate_proxy_accept_pauses_total") >= 1.0);
+    publisher
+        .wait_for_metrics(|metrics| metrics.value("tidegate_proxy_accept_pauses_total") >= 1.0);
     greet(b"while there is no room for anybody else");
     for client in &clients {
         client.shutdown(Shutdown::Write).unwrap();
@@ -192,8 +211,8 @@ fn with_64_descriptors_a_client_that_takes_all_it_gets_keeps_nobody_out() {
     assert_eq!(metrics.value("tidegate_proxy_accept_pauses_total"), 0.0);
 }
 
-/// How long `count` requests take, each with a connection of its own, from addresses that nobody else has: the median and
-/// the 99th percentile.
+/// How long `count` requests take, each with a connection of its own, from addresses that nobody
+/// else has: the median and the 99th percentile.
 fn requests(from: &Namespace, count: u32, port: u16) -> (Duration, Duration) {
     let mut times: Vec<Duration> = (0..count)
         .map(|number| {
@@ -241,7 +260,10 @@ fn a_client_that_holds_its_full_share_and_asks_for_more_costs_the_requests_of_ot
     assert!(held >= 390.0, "{held} are no share");
     for ((_, calm), (_, beside)) in calm.iter().zip(&beside) {
         // What is asserted is what a busy machine leaves of it: the figures are above.
-        assert!(*beside < *calm * 4 + Duration::from_millis(20), "{calm:?} calm, {beside:?} beside");
+        assert!(
+            *beside < *calm * 4 + Duration::from_millis(20),
+            "{calm:?} calm, {beside:?} beside"
+        );
     }
     let metrics = publisher.metrics();
     for port in [PORT, "0.0.0.0:8081/tcp"] {
@@ -255,13 +277,17 @@ fn waiting_for_descriptors_costs_next_to_no_cpu() {
     let net = Topology::three();
     many_addresses(&net);
     let echo = EchoServer::tcp(&net.container, container(80));
-    let publisher =
-        Publisher::start_with(&net.host, &format!("8080:80 --to {}", addr::CONTAINER_V4), |command| {
+    let publisher = Publisher::start_with(
+        &net.host,
+        &format!("8080:80 --to {}", addr::CONTAINER_V4),
+        |command| {
             limit_open_files(command, 64);
-        });
+        },
+    );
     let clients: Vec<TcpStream> =
         (0..60).map(|number| connect_from(&net.client, address(number), host(8080))).collect();
-    publisher.wait_for_metrics(|metrics| metrics.value("tidegate_proxy_accept_pauses_total") >= 1.0);
+    publisher
+        .wait_for_metrics(|metrics| metrics.value("tidegate_proxy_accept_pauses_total") >= 1.0);
     assert_idle(&publisher);
     // Those who hold the places go without a word; the others get them.
     let (served, waiting) = (echo.open_connections(), clients.len() - echo.open_connections());

@@ -8,7 +8,8 @@ fn a_quarter_of_a_gibibyte_arrives_whole_in_each_direction() {
     let net = Topology::three();
     let sink = Sink::tcp(&net.container, container(80), 1);
     let _source = Source::tcp(&net.container, container(81), 2, LENGTH);
-    let publisher = Publisher::start(&net.host, &format!("8080-8081:80-81 --to {}", addr::CONTAINER_V4));
+    let publisher =
+        Publisher::start(&net.host, &format!("8080-8081:80-81 --to {}", addr::CONTAINER_V4));
 
     let mut up = connect(&net.client, host(8080));
     transfer::send(&mut up, 1, LENGTH).unwrap();
@@ -79,7 +80,8 @@ fn connections_side_by_side_do_not_mix() {
     let net = Topology::three();
     let _echo = EchoServer::tcp(&net.container, container(80));
     let _publisher = Publisher::start(&net.host, &format!("8080:80 --to {}", addr::CONTAINER_V4));
-    let streams: Vec<TcpStream> = (0..CONNECTIONS).map(|_| connect(&net.client, host(8080))).collect();
+    let streams: Vec<TcpStream> =
+        (0..CONNECTIONS).map(|_| connect(&net.client, host(8080))).collect();
     thread::scope(|scope| {
         for (seed, stream) in streams.iter().enumerate() {
             scope.spawn(move || {
@@ -87,7 +89,10 @@ fn connections_side_by_side_do_not_mix() {
                 stream.shutdown(Shutdown::Write).unwrap();
             });
             scope.spawn(move || {
-                assert_eq!(transfer::receive(&mut &*stream, seed as u64), Transfer::complete(LENGTH));
+                assert_eq!(
+                    transfer::receive(&mut &*stream, seed as u64),
+                    Transfer::complete(LENGTH)
+                );
             });
         }
     });
@@ -113,7 +118,8 @@ fn bytes_between_urgent_data_and_the_end_are_not_cut_off() {
     }
 }
 
-/// The end may arrive between two looks of the proxy, in the middle of its work: hence the many rounds.
+/// The end may arrive between two looks of the proxy, in the middle of its work: hence the many
+/// rounds.
 #[test]
 fn urgent_data_in_a_fast_transfer_never_cuts_it_short() {
     const ROUNDS: usize = 400;

@@ -7,7 +7,11 @@ fn a_reset_by_the_client_reaches_the_server() {
     for (bed, moved) in Bed::each([0, 1000, FAST]) {
         let (client, server) = bed.pair_after(moved);
         reset(client);
-        assert_eq!(read_all(&server), (vec![], Some(io::ErrorKind::ConnectionReset)), "after {moved} bytes");
+        assert_eq!(
+            read_all(&server),
+            (vec![], Some(io::ErrorKind::ConnectionReset)),
+            "after {moved} bytes"
+        );
     }
 }
 
@@ -16,7 +20,11 @@ fn a_reset_by_the_server_reaches_the_client() {
     for (bed, moved) in Bed::each([0, 1000, FAST]) {
         let (client, server) = bed.pair_after(moved);
         reset(server);
-        assert_eq!(read_all(&client), (vec![], Some(io::ErrorKind::ConnectionReset)), "after {moved} bytes");
+        assert_eq!(
+            read_all(&client),
+            (vec![], Some(io::ErrorKind::ConnectionReset)),
+            "after {moved} bytes"
+        );
     }
 }
 
@@ -29,7 +37,11 @@ fn a_reset_reaches_the_other_side_when_that_has_said_all() {
             assert_eq!(read_to_end(&resetter), b"");
             reset(resetter);
             let seen = read_all(&other);
-            assert_eq!(seen, (vec![], Some(io::ErrorKind::ConnectionReset)), "by client: {by_client}");
+            assert_eq!(
+                seen,
+                (vec![], Some(io::ErrorKind::ConnectionReset)),
+                "by client: {by_client}"
+            );
         }
     }
 }
@@ -57,7 +69,10 @@ fn a_reset_in_the_middle_of_a_transfer_never_looks_like_its_end() {
             transfer::send(&mut &sender, 1, 8 * MIB).unwrap();
             reset(sender);
             let received = received.join().unwrap();
-            assert_eq!((received.error, received.wrong_at), (Some(io::ErrorKind::ConnectionReset), None));
+            assert_eq!(
+                (received.error, received.wrong_at),
+                (Some(io::ErrorKind::ConnectionReset), None)
+            );
         });
     }
 }
@@ -84,7 +99,8 @@ fn what_a_client_sends_right_before_its_reset_arrives_as_without_a_proxy() {
     }
 }
 
-/// A web server that turns an upload down does this: it answers and closes while the client is still sending.
+/// A web server that turns an upload down does this: it answers and closes while the client is
+/// still sending.
 #[test]
 fn the_answer_to_an_upload_that_is_turned_down_arrives_as_without_a_proxy() {
     for (mut bed, moved) in Bed::each([1, FAST]) {

@@ -13,7 +13,8 @@ fn held(publisher: &Publisher, own: u64) -> u64 {
     sockets + publisher.process.rss().saturating_sub(own)
 }
 
-/// What the kernel has allocated for a socket, both ways (`SO_MEMINFO`; include/uapi/linux/sock_diag.h).
+/// What the kernel has allocated for a socket, both ways (`SO_MEMINFO`;
+/// include/uapi/linux/sock_diag.h).
 fn memory_of(socket: impl AsFd) -> u64 {
     const SO_MEMINFO: i32 = 55;
     const RECEIVED: usize = 0;
@@ -40,7 +41,8 @@ fn stall(net: &Topology) -> TcpStream {
     client
 }
 
-/// Reads a little from each, again and again, and checks that each gets what it should; how much the least got.
+/// Reads a little from each, again and again, and checks that each gets what it should; how much
+/// the least got.
 fn download_slowly(clients: &[TcpStream], patterns: &mut [Pattern], rounds: usize) -> u64 {
     let mut got = vec![0; clients.len()];
     let (mut chunk, mut expected) = ([0; 8192], [0; 8192]);
@@ -81,8 +83,13 @@ fn four_hundred_stalled_readers_stay_within_the_budget_and_cut_no_slow_download(
     assert!(held <= 256 << 20, "{held} bytes are held");
     let metrics = publisher.metrics();
     assert_eq!(metrics.port("connections", PORT), u64::from(STALLED + SLOW), "nobody was cut");
-    assert!(metrics.value("tidegate_proxy_held_bytes") >= f64::from(STALLED) * f64::from(384 << 10));
-    assert!(metrics.value("tidegate_proxy_held_bytes") <= metrics.value("tidegate_proxy_held_bytes_limit"));
+    assert!(
+        metrics.value("tidegate_proxy_held_bytes") >= f64::from(STALLED) * f64::from(384 << 10)
+    );
+    assert!(
+        metrics.value("tidegate_proxy_held_bytes")
+            <= metrics.value("tidegate_proxy_held_bytes_limit")
+    );
     drop(stalled);
     drop(slow);
     publisher.wait_for_metrics(|metrics| metrics.value("tidegate_proxy_held_bytes") == 0.0);
@@ -98,7 +105,8 @@ fn beyond_the_budget_the_largest_client_loses_who_has_been_stalled_for_longest()
     let publisher =
         Publisher::start(&net.host, &format!("8080:80 --to {} --max-held 16M", addr::CONTAINER_V4));
     let own = publisher.process.rss();
-    let slow: Vec<_> = (0..10).map(|number| connect_from(&net.client, address(number), host(8080))).collect();
+    let slow: Vec<_> =
+        (0..10).map(|number| connect_from(&net.client, address(number), host(8080))).collect();
     let mut patterns: Vec<_> = slow.iter().map(|_| Pattern::new(5)).collect();
     download_slowly(&slow, &mut patterns, 5);
     let stalled: Vec<_> = (0..200).map(|_| stall(&net)).collect();
@@ -112,8 +120,12 @@ fn beyond_the_budget_the_largest_client_loses_who_has_been_stalled_for_longest()
     let held = held(&publisher, own);
     assert!(held <= BUDGET, "{held} bytes are held");
     wait_for_reset(&stalled[0]);
-    assert!(!is_ready(&stalled[199], PollFlags::empty(), Duration::ZERO), "the last one is still there");
-    let told = publisher.process.wait_for_line("limit of bytes held for peers that do not read", PATIENCE);
+    assert!(
+        !is_ready(&stalled[199], PollFlags::empty(), Duration::ZERO),
+        "the last one is still there"
+    );
+    let told =
+        publisher.process.wait_for_line("limit of bytes held for peers that do not read", PATIENCE);
     assert!(told.contains(&format!("largest=\"{}\"", addr::CLIENT_V4)), "{told}");
     assert_eq!(publisher.process.output().matches("limit of bytes held").count(), 1);
 }

@@ -84,7 +84,8 @@ impl Terminal {
         self.tmux(&["resize-window", "-x", &columns.to_string(), "-y", &lines.to_string()]);
     }
 
-    /// Sends `signal` to the command that [`run`](Self::run) has started and that has `word` among its arguments.
+    /// Sends `signal` to the command that [`run`](Self::run) has started and that has `word` among
+    /// its arguments.
     #[track_caller]
     pub(crate) fn signal(&self, word: &str, signal: Signal) {
         rustix::process::kill_process(self.pid(word), signal).unwrap();
@@ -100,14 +101,21 @@ impl Terminal {
             let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             command.split(|byte| *byte == 0).any(|argument| argument == word.as_bytes())
         };
-        let pid = children.split_whitespace().find(has_word).unwrap_or_else(|| panic!("{children}"));
+        let pid =
+            children.split_whitespace().find(has_word).unwrap_or_else(|| panic!("{children}"));
         Pid::from_raw(pid.parse().unwrap()).unwrap()
     }
 
     #[track_caller]
     fn tmux(&self, arguments: &[&str]) -> String {
         let mut command = Command::new("tmux");
-        let output = command.arg("-S").arg(&self.socket).args(arguments).env_remove("TMUX").output().unwrap();
+        let output = command
+            .arg("-S")
+            .arg(&self.socket)
+            .args(arguments)
+            .env_remove("TMUX")
+            .output()
+            .unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "tmux {arguments:?}: {said}");
         String::from_utf8(output.stdout).unwrap()

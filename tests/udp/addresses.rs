@@ -12,7 +12,8 @@ fn an_answer_comes_from_the_address_that_the_client_used() {
          addr add 2001:db8:9::7/128 dev lo nodad",
     );
     let _echo = EchoServer::udp(&net.container, container(53));
-    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let _publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     // One socket talks to all of them: each is a conversation of its own.
     let client = socket(&net.client, unspecified(host(5353)));
     let addresses = [addr::HOST_V4, Ipv4Addr::new(203, 0, 113, 2), Ipv4Addr::new(198, 51, 100, 7)];
@@ -46,7 +47,8 @@ fn a_broadcast_is_answered_from_the_hosts_own_address() {
          addr add 203.0.113.1/24 broadcast 203.0.113.255 dev eth0",
     );
     let _echo = EchoServer::udp(&net.container, container(53));
-    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let _publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
     client.set_broadcast(true).unwrap();
     client.send_to(b"anybody?", "203.0.113.255:5353").unwrap();
@@ -57,7 +59,8 @@ fn a_broadcast_is_answered_from_the_hosts_own_address() {
 fn a_client_with_a_link_local_address_is_answered() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
-    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let _publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let to = support::link_local(&net.host, &net.client, 5353);
     let client = socket(&net.client, unspecified(to));
     assert_eq!(echo(&client, to, b"from next door"), b"from next door");
@@ -68,9 +71,10 @@ fn clients_and_their_sockets_are_kept_apart() {
     let net = Topology::three();
     let neighbour = net.neighbour();
     let _peers = PeerServer::udp(&net.container, container(53));
-    let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
-    let clients =
-        [&net.client, &net.client, &neighbour, &net.host].map(|from| socket(from, unspecified(host(5353))));
+    let publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let clients = [&net.client, &net.client, &neighbour, &net.host]
+        .map(|from| socket(from, unspecified(host(5353))));
     let ask_all = || {
         // All questions before the first answer.
         for client in &clients {

@@ -7,12 +7,14 @@ fn a_backend_that_starts_late_serves_the_session_that_waited() {
     let net = Topology::three();
     // By default the kernel tells of a closed port once a second, after the first few times.
     net.container.sysctl("net.ipv4.icmp_ratelimit", "0");
-    let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
     for sent in 1..=3 {
         client.send_to(b"too early", host(5353)).unwrap();
         // The kernel told of the closed port (ICMP), and the session lives.
-        let told = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT, "backend_refused") >= sent);
+        let told =
+            publisher.wait_for_metrics(|metrics| metrics.dropped(PORT, "backend_refused") >= sent);
         assert_eq!(told.port("sessions", PORT), 1);
     }
     for round in 0..3 {
@@ -33,7 +35,8 @@ fn a_backend_that_starts_late_serves_the_session_that_waited() {
 fn delivery_resumes_when_the_containers_address_comes_back() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, (Ipv4Addr::UNSPECIFIED, 53).into());
-    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let _publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
     for _ in 0..3 {
         assert_eq!(echo(&client, host(5353), b"before"), b"before");
@@ -48,7 +51,8 @@ fn delivery_resumes_when_the_containers_address_comes_back() {
 fn delivery_resumes_when_a_container_comes_back_with_another_hardware_address() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
-    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let _publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
     assert_eq!(echo(&client, host(5353), b"before"), b"before");
     net.host.ip_all("link set port2 down");

@@ -30,7 +30,8 @@ fn datagrams_of_every_size_are_echoed_over_either_family() {
 fn a_datagram_too_long_for_the_backends_family_is_counted_and_harms_no_other() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
-    let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host_v6(5353)));
     assert_eq!(echo(&client, host_v6(5353), b"before"), b"before");
     // IPv6 does not count its header into the length.
@@ -45,8 +46,10 @@ fn a_datagram_too_long_for_the_backends_family_is_counted_and_harms_no_other() {
 fn a_datagram_that_claims_to_come_from_a_published_port_is_not_answered_for_ever() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, (addr::CONTAINER_V6, 53).into());
-    let publisher =
-        Publisher::start(&net.host, &format!("5353:53/udp 5454:53/udp --to {}", addr::CONTAINER_V6));
+    let publisher = Publisher::start(
+        &net.host,
+        &format!("5353:53/udp 5454:53/udp --to {}", addr::CONTAINER_V6),
+    );
     let client = socket(&net.client, unspecified(host_v6(5353)));
     for to in [host_v6(5353), host_v6(5454)] {
         assert_eq!(echo(&client, to, b"before"), b"before");
@@ -56,7 +59,8 @@ fn a_datagram_that_claims_to_come_from_a_published_port_is_not_answered_for_ever
         [(host_v6(5353), host_v6(5353)), (host_v6(5454), host_v6(5353)), (backend, host_v6(5353))]
     {
         net.client.run(|| {
-            let forger = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
+            let forger =
+                socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
             forger.set_ip_transparent_v6(true).unwrap();
             forger.bind(&claimed.into()).unwrap();
             forger.send_to(b"for ever", &to.into()).unwrap();
@@ -71,13 +75,14 @@ fn a_datagram_that_claims_to_come_from_a_published_port_is_not_answered_for_ever
 fn a_burst_of_mixed_sizes_keeps_every_boundary() {
     let net = Topology::three();
     let server = socket(&net.container, container(53));
-    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let _publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
     let upstream = meet(&client, host(5353), &server);
     // Runs of equal ones, which may be joined on the way, and everything that must not be.
     let sizes = [
-        1200, 1200, 1200, 700, 0, 0, 1200, 1200, 1, 1, 1, 0, 1473, 1473, 5, 1200, 9000, 9000, 3, LARGEST,
-        1200, 1200, 1201, 1200, 0, LARGEST, 2,
+        1200, 1200, 1200, 700, 0, 0, 1200, 1200, 1, 1, 1, 0, 1473, 1473, 5, 1200, 9000, 9000, 3,
+        LARGEST, 1200, 1200, 1201, 1200, 0, LARGEST, 2,
     ];
     for round in 0..8 {
         let sent: Vec<Vec<u8>> =
@@ -97,7 +102,9 @@ fn a_burst_of_mixed_sizes_keeps_every_boundary() {
 fn segments_of_an_offloading_sender_arrive_whole_in_each_direction() {
     const SEGMENT: u16 = 1200;
     let net = Topology::three();
-    for (listen, to) in [(container(53), host(5353)), ((addr::CONTAINER_V6, 53).into(), host_v6(5353))] {
+    for (listen, to) in
+        [(container(53), host(5353)), ((addr::CONTAINER_V6, 53).into(), host_v6(5353))]
+    {
         let server = socket(&net.container, listen);
         let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", listen.ip()));
         let client = socket(&net.client, unspecified(to));
@@ -105,8 +112,11 @@ fn segments_of_an_offloading_sender_arrive_whole_in_each_direction() {
         // The last segment is a short one.
         let trains: Vec<Vec<u8>> =
             (0..20).map(|seed| payload(50 * usize::from(SEGMENT) + 77, seed)).collect();
-        let segments: Vec<Vec<u8>> =
-            trains.iter().flat_map(|train| train.chunks(SEGMENT.into())).map(<[u8]>::to_vec).collect();
+        let segments: Vec<Vec<u8>> = trains
+            .iter()
+            .flat_map(|train| train.chunks(SEGMENT.into()))
+            .map(<[u8]>::to_vec)
+            .collect();
         segment_sends(&client, SEGMENT);
         for train in &trains {
             client.send_to(train, to).unwrap();
@@ -120,7 +130,8 @@ fn segments_of_an_offloading_sender_arrive_whole_in_each_direction() {
         let publish = if to.is_ipv4() { PORT } else { PORT_V6 };
         let count = segments.len() as u64;
         publisher.wait_for_metrics(|metrics| {
-            let datagrams = |direction| metrics.labelled("datagrams_total", publish, "direction", direction);
+            let datagrams =
+                |direction| metrics.labelled("datagrams_total", publish, "direction", direction);
             // One more said hello.
             (datagrams("in"), datagrams("out")) == (count + 1, count)
         });
@@ -131,7 +142,8 @@ fn segments_of_an_offloading_sender_arrive_whole_in_each_direction() {
 fn segments_larger_than_the_mtu_towards_the_container_arrive() {
     let net = Topology::three();
     let server = socket(&net.container, container(53));
-    let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
     meet(&client, host(5353), &server);
     // The bridge follows its port.
@@ -149,7 +161,8 @@ fn segments_larger_than_the_mtu_towards_the_container_arrive() {
 fn segments_larger_than_the_mtu_towards_the_client_arrive() {
     let net = Topology::three();
     let server = socket(&net.container, container(53));
-    let _publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let _publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     for namespace in [&net.client, &net.host] {
         namespace.ip(&["link", "set", "eth0", "mtu", "1280"]);
     }

@@ -10,7 +10,8 @@ fn a_silent_session_ends_and_gives_its_descriptor_back() {
     let publisher = Publisher::start(&net.host, &arguments);
     let idle = publisher.process.open_fds();
     for round in 1..=3 {
-        let clients: Vec<_> = (0..5).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+        let clients: Vec<_> =
+            (0..5).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
         for client in &clients {
             assert_eq!(echo(client, host(5353), b"hello"), b"hello");
         }
@@ -31,8 +32,11 @@ fn traffic_in_one_direction_keeps_a_session() {
     const TALK: Duration = Duration::from_millis(4000);
     let net = Topology::three();
     let server = socket(&net.container, container(53));
-    let arguments =
-        format!("5353:53/udp --to {} --udp-idle-timeout {}ms", addr::CONTAINER_V4, IDLE.as_millis());
+    let arguments = format!(
+        "5353:53/udp --to {} --udp-idle-timeout {}ms",
+        addr::CONTAINER_V4,
+        IDLE.as_millis()
+    );
     let publisher = Publisher::start(&net.host, &arguments);
     let talker = socket(&net.client, unspecified(host(5353)));
     let listener = socket(&net.client, unspecified(host(5353)));
@@ -55,8 +59,10 @@ fn traffic_in_one_direction_keeps_a_session() {
 fn a_full_table_makes_room_at_the_cost_of_the_longest_silent_unanswered_session() {
     let net = Topology::three();
     let server = socket(&net.container, container(53));
-    let arguments =
-        format!("5353:53/udp --to {} --udp-max-sessions 8 --udp-idle-timeout 1h", addr::CONTAINER_V4);
+    let arguments = format!(
+        "5353:53/udp --to {} --udp-max-sessions 8 --udp-idle-timeout 1h",
+        addr::CONTAINER_V4
+    );
     let publisher = Publisher::start(&net.host, &arguments);
     let idle = publisher.process.open_fds();
     let meet = |client: &UdpSocket| meet(client, host(5353), &server);
@@ -84,12 +90,17 @@ fn a_full_table_makes_room_at_the_cost_of_the_longest_silent_unanswered_session(
     assert_eq!(meet(&strangers[19]), strangers_met[19]);
     assert_eq!(publisher.metrics().port("evicted_sessions_total", PORT), 16);
 
-    // Four more that are answered push the last strangers out; then the longest silent friend has to go.
+    // Four more that are answered push the last strangers out; then the longest silent friend has
+    // to go.
     let more: Vec<UdpSocket> = (0..4).map(|_| new_socket()).collect();
     for client in &more {
         answered(client);
     }
-    assert_eq!(meet(&friends[0]), met[0], "it speaks up, which makes its neighbour the longest silent one");
+    assert_eq!(
+        meet(&friends[0]),
+        met[0],
+        "it speaks up, which makes its neighbour the longest silent one"
+    );
     answered(&new_socket());
     assert_eq!(meet(&friends[0]), met[0]);
     assert_ne!(meet(&friends[1]), met[1], "a new session, for the old one made room");
@@ -125,13 +136,16 @@ fn six_thousand_ports_of_one_address_at_once_lose_nothing() {
     raise_open_files(PORTS as u64 + 1000);
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
-    let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
-    let clients: Vec<UdpSocket> = (0..PORTS).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+    let publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let clients: Vec<UdpSocket> =
+        (0..PORTS).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
     for (number, batch) in clients.chunks(100).enumerate() {
         for client in batch {
             client.send_to(b"a question", host(5353)).unwrap();
         }
-        // No faster than they are dealt with: buffers on the way, which are not ours, hold some hundreds.
+        // No faster than they are dealt with: buffers on the way, which are not ours, hold some
+        // hundreds.
         let sent = 100 * (number as u64 + 1);
         publisher.wait_for_metrics(|metrics| metrics.port("sessions_total", PORT) == sent);
     }
@@ -147,7 +161,8 @@ fn six_thousand_ports_of_one_address_at_once_lose_nothing() {
 fn figures_count_every_datagram_and_byte() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
-    let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
+    let publisher =
+        Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
     let sizes = [0, 1, 1200, 9000, LARGEST];
     for size in sizes {
@@ -158,7 +173,8 @@ fn figures_count_every_datagram_and_byte() {
     let metrics = publisher.wait_for_metrics(|metrics| {
         let value = |name, direction| metrics.labelled(name, PORT, "direction", direction);
         ["in", "out"].iter().all(|direction| {
-            (value("datagrams_total", direction), value("bytes_total", direction)) == (datagrams, bytes)
+            (value("datagrams_total", direction), value("bytes_total", direction))
+                == (datagrams, bytes)
         })
     });
     assert_eq!(metrics.port("sessions", PORT), 1);
@@ -186,7 +202,8 @@ fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_o
     for batch in (0..SOURCES).step_by(BATCH) {
         net.client.run(|| {
             for number in batch..batch + BATCH as u32 {
-                let forged = UdpSocket::bind((support::address(number), 1024 + number as u16)).unwrap();
+                let forged =
+                    UdpSocket::bind((support::address(number), 1024 + number as u16)).unwrap();
                 forged.send_to(b"forged", host(5353)).unwrap();
             }
         });
@@ -212,7 +229,8 @@ fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_o
     assert!(grown < 1 << 20, "{grown} bytes more than after a quarter of them");
 
     // One address with as many ports gets its share and no more.
-    let greedy: Vec<UdpSocket> = (0..150).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+    let greedy: Vec<UdpSocket> =
+        (0..150).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
     for client in &greedy {
         client.send_to(b"greedy", host(5353)).unwrap();
     }
@@ -229,8 +247,9 @@ fn with_64_descriptors_everybody_is_answered_and_one_client_leaves_a_third_to_ot
     net.client.ip(&["addr", "add", "203.0.113.10/24", "dev", "eth0"]);
     let _echo = EchoServer::udp(&net.container, container(53));
     let arguments = format!("5353:53/udp --to {}", addr::CONTAINER_V4);
-    let publisher =
-        Publisher::start_with(&net.host, &arguments, |command| support::limit_open_files(command, 64));
+    let publisher = Publisher::start_with(&net.host, &arguments, |command| {
+        support::limit_open_files(command, 64)
+    });
     let modest = socket(&net.client, (Ipv4Addr::new(203, 0, 113, 10), 0).into());
     assert_eq!(echo(&modest, host(5353), b"hello"), b"hello");
     for number in 0..100 {
@@ -241,8 +260,8 @@ fn with_64_descriptors_everybody_is_answered_and_one_client_leaves_a_third_to_ot
     let metrics = publisher.metrics();
     assert_eq!(metrics.port("sessions_total", PORT), 101, "the modest client kept its session");
     assert_eq!(metrics.dropped(PORT, "exhausted"), 0);
-    let free =
-        metrics.value("tidegate_proxy_descriptors_limit") - metrics.value("tidegate_proxy_descriptors");
+    let free = metrics.value("tidegate_proxy_descriptors_limit")
+        - metrics.value("tidegate_proxy_descriptors");
     let held = metrics.port("sessions", PORT) as f64 - 1.0;
     assert!((2.0 * free - held).abs() <= 2.0, "{held} held, {free} free");
 }
@@ -252,13 +271,15 @@ fn whom_nobody_answers_does_not_keep_others_out_when_descriptors_are_short() {
     let net = Topology::three();
     let server = socket(&net.container, container(53));
     let arguments = format!("5353:53/udp --to {}", addr::CONTAINER_V4);
-    let publisher =
-        Publisher::start_with(&net.host, &arguments, |command| support::limit_open_files(command, 64));
+    let publisher = Publisher::start_with(&net.host, &arguments, |command| {
+        support::limit_open_files(command, 64)
+    });
     let at_work = socket(&net.client, unspecified(host(5353)));
     let upstream = meet(&at_work, host(5353), &server);
     server.send_to(b"welcome", upstream).unwrap();
     assert_eq!(receive(&at_work).0, b"welcome");
-    let silent: Vec<UdpSocket> = (0..100).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
+    let silent: Vec<UdpSocket> =
+        (0..100).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
     for client in &silent {
         client.send_to(b"ignore me", host(5353)).unwrap();
         std::thread::sleep(Duration::from_millis(5));
@@ -268,7 +289,10 @@ fn whom_nobody_answers_does_not_keep_others_out_when_descriptors_are_short() {
     let arrived = |wanted: &[u8]| {
         let mut buffer = [0; 100];
         std::iter::from_fn(|| {
-            server.recv_from(&mut buffer).ok().map(|(length, from)| (buffer[..length].to_vec(), from))
+            server
+                .recv_from(&mut buffer)
+                .ok()
+                .map(|(length, from)| (buffer[..length].to_vec(), from))
         })
         .find(|(datagram, _)| datagram == wanted)
         .map(|(_, from)| from)
@@ -286,8 +310,10 @@ fn whom_nobody_answers_does_not_keep_others_out_when_descriptors_are_short() {
 fn sessions_do_not_hold_up_the_end() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
-    let mut publisher =
-        Publisher::start(&net.host, &format!("5353:53/udp --to {} --drain-timeout 1h", addr::CONTAINER_V4));
+    let mut publisher = Publisher::start(
+        &net.host,
+        &format!("5353:53/udp --to {} --drain-timeout 1h", addr::CONTAINER_V4),
+    );
     let client = socket(&net.client, unspecified(host(5353)));
     assert_eq!(echo(&client, host(5353), b"hello"), b"hello");
     assert_eq!(publisher.process.stop(Signal::TERM, PATIENCE).code(), Some(0));

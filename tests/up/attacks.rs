@@ -44,7 +44,8 @@ fn pretender(namespace: &Namespace, address: &str) -> UdpSocket {
     UdpSocket::from(socket)
 }
 
-/// The host keeps track of connections before there are rules, and two of the outside have made one up.
+/// The host keeps track of connections before there are rules, and two of the outside have made one
+/// up.
 #[test]
 fn a_connection_from_before_the_rules_is_no_way_in() {
     for firewall in FIREWALLS {
@@ -182,11 +183,16 @@ fn shadows_nothing(firewall: &str, publish: &str) {
         let taking = thread::spawn(move || stolen.connect_timeout(&client_at.into(), 5 * PAUSE));
         thread::sleep(PAUSE);
         let client = bound(&scene.net.client, client_at);
-        client.connect_timeout(&service.into(), SOON).unwrap_or_else(|error| panic!("{case}: {error}"));
+        client
+            .connect_timeout(&service.into(), SOON)
+            .unwrap_or_else(|error| panic!("{case}: {error}"));
         let mut client = TcpStream::from(client);
         client.set_read_timeout(Some(SOON)).unwrap();
         client.write_all(b"?").unwrap();
-        assert!(client.read(&mut buffer).is_ok_and(|length| length > 0), "{case}: the service answers");
+        assert!(
+            client.read(&mut buffer).is_ok_and(|length| length > 0),
+            "{case}: the service answers"
+        );
         assert!(taking.join().unwrap().is_err(), "{case}: TCP");
     }
 
@@ -203,7 +209,9 @@ fn shadows_nothing(firewall: &str, publish: &str) {
     let (_, seen) = client.recv_from(&mut buffer).unwrap();
     assert_eq!(seen, service.parse().unwrap(), "{case}: an ephemeral port is kept");
     let mut curl = host.command("curl");
-    curl.args(["-sSf", "--unix-socket"]).arg(scene.socket()).args(["http://tidegate/v1/ports", "-d"]);
+    curl.args(["-sSf", "--unix-socket"])
+        .arg(scene.socket())
+        .args(["http://tidegate/v1/ports", "-d"]);
     let published = curl.arg(r#"{"endpoint": "server", "spec": "41000:80/udp"}"#).output().unwrap();
     assert!(published.status.success(), "{case}: {published:?}");
     client.send_to(b"?", service).unwrap();
@@ -253,7 +261,10 @@ fn a_container_gets_nothing_into_flows_of_another_network() {
     for firewall in FIREWALLS {
         let scene = Scene::new();
         let (victim, stranger) = (Namespace::new(), Namespace::new());
-        let more = format!(" }}\n  stranger: {{ x-netns: {}, networks: [ away ]", stranger.path().display());
+        let more = format!(
+            " }}\n  stranger: {{ x-netns: {}, networks: [ away ]",
+            stranger.path().display()
+        );
         let _up = up(&scene, &file(&victim, &more), &[firewall]);
         let server = Witness::new(&scene.net.client, &["203.0.113.9:9999".parse().unwrap()]);
         let asks = victim.run(|| UdpSocket::bind("0.0.0.0:4444")).unwrap();
@@ -334,7 +345,10 @@ fn a_host_that_forwards_by_single_links_goes_on_doing_so() {
         up.stop(Signal::INT, SOON);
         assert!(passes(), "{firewall}");
         for link in ["eth0", "eth1"] {
-            assert_eq!(scene.net.host.read_sysctl(&format!("net.ipv4.conf.{link}.forwarding")), "1");
+            assert_eq!(
+                scene.net.host.read_sysctl(&format!("net.ipv4.conf.{link}.forwarding")),
+                "1"
+            );
         }
         assert_eq!(state(&scene.net.host), before, "{firewall}");
     }
@@ -349,8 +363,9 @@ fn two_projects_have_a_way_out_each() {
         let before = state(&scene.net.host);
         let at: SocketAddr = "203.0.113.9:7000".parse().unwrap();
         let _server = scene.net.client.run(|| TcpListener::bind(at)).unwrap();
-        let file =
-            |name: &str| format!("name: {name}\nservices: {{ box: {{ command: [ sleep, '60' ] }} }}\n");
+        let file = |name: &str| {
+            format!("name: {name}\nservices: {{ box: {{ command: [ sleep, '60' ] }} }}\n")
+        };
         let has_way_out = |up: &Process| {
             let inside = service_namespace(up, "box");
             eventually(SOON, || inside.run(|| TcpStream::connect_timeout(&at, 3 * PAUSE)).is_ok())
@@ -395,7 +410,9 @@ fn the_nat_engine_leads_into_no_network_of_others() {
          link set their0 master br-0123456789ab up",
         theirs.path().display()
     ));
-    theirs.ip_all("addr add 10.99.0.2/24 dev eth0\n link set eth0 up\n route add default via 10.99.0.1");
+    theirs.ip_all(
+        "addr add 10.99.0.2/24 dev eth0\n link set eth0 up\n route add default via 10.99.0.1",
+    );
     let at: SocketAddr = "10.99.0.2:80".parse().unwrap();
     let _server = theirs.run(|| TcpListener::bind(at)).unwrap();
     assert!(scene.net.host.run(|| TcpStream::connect_timeout(&at, SOON)).is_ok());

@@ -34,7 +34,8 @@ pub(super) const MODES: [&[&str]; 4] = [
     &["--firewall=iptables", "--publish=kernel"],
 ];
 
-/// A host on which iptables is in use: it has the tables, and what a rule of the user's once needed stays anyway.
+/// A host on which iptables is in use: it has the tables, and what a rule of the user's once needed
+/// stays anyway.
 const IN_USE: &str = "for program in iptables ip6tables; do for chain in INPUT FORWARD; do $program -A $chain -i none -j DROP; done; done";
 
 /// A host with two outsides, and a container that tells its clients who they are.
@@ -228,7 +229,8 @@ fn a_rule_about_containers_makes_the_kernel_publish() {
     }
     // A client that only a socket can serve: over IPv6, to a container that has none.
     let file = FILE.replace("SERVER", &wall.server.path().display().to_string());
-    let file = file.replace(r#"enable_ipv6: true, "#, "").replace(r#", { subnet: "fd78:1::/64" }"#, "");
+    let file =
+        file.replace(r#"enable_ipv6: true, "#, "").replace(r#", { subnet: "fd78:1::/64" }"#, "");
     let file = file.replace(r#", ipv6_address: "fd78:1::10""#, "");
     let told = refused(&mut wall.scene.command(&file));
     assert!(
@@ -347,7 +349,8 @@ fn a_users_rule_holds_for_ports_that_are_published_later() {
     }
 }
 
-/// What ufw makes of iptables, in short: policies that drop, chains of its own, one port that is open.
+/// What ufw makes of iptables, in short: policies that drop, chains of its own, one port that is
+/// open.
 const LIKE_UFW: &str = "
     P -P INPUT DROP
     P -P FORWARD DROP
@@ -369,7 +372,11 @@ fn a_firewall_like_ufws_stays_as_it_is_and_has_the_say_about_sockets() {
     let wall = Wall::new(Scene::new());
     let both = LIKE_UFW.lines().map(|line| {
         let of = |program: &str| line.replace("P -", &format!("{program} -"));
-        if line.contains("P -") { of("iptables") + "\n" + &of("ip6tables") } else { line.to_owned() }
+        if line.contains("P -") {
+            of("iptables") + "\n" + &of("ip6tables")
+        } else {
+            line.to_owned()
+        }
     });
     wall.scene.sh(&both.collect::<Vec<_>>().join("\n"));
     let theirs = state(&wall.scene.net.host);
@@ -388,7 +395,9 @@ fn a_firewall_like_ufws_stays_as_it_is_and_has_the_say_about_sockets() {
 }
 
 /// A server at 203.0.113.9:7000.
-struct TcpListenerOutside(#[expect(dead_code, reason = "it listens for as long as it lives")] TcpListener);
+struct TcpListenerOutside(
+    #[expect(dead_code, reason = "it listens for as long as it lives")] TcpListener,
+);
 
 impl TcpListenerOutside {
     fn new(client: &Namespace) -> Self {
@@ -440,7 +449,8 @@ fn a_firewall_like_firewallds_stays_as_it_is_and_has_the_say() {
     }
 }
 
-/// Two machines on a bridge of somebody else's, where bridged packets pass the host's rules, and a route between two such bridges.
+/// Two machines on a bridge of somebody else's, where bridged packets pass the host's rules, and a
+/// route between two such bridges.
 #[test]
 fn virtual_machines_beside_us_go_on_talking() {
     let scene = Scene::new();
@@ -493,7 +503,8 @@ fn connections_fit_a_smaller_way_out() {
         up.wait_for_line("Ctrl-C takes", SOON);
         let at: SocketAddr = "203.0.113.9:7000".parse().unwrap();
         let listener = wall.scene.net.client.run(|| TcpListener::bind(at)).unwrap();
-        let container = wall.server.run(|| std::net::TcpStream::connect_timeout(&at, PATIENCE[1])).unwrap();
+        let container =
+            wall.server.run(|| std::net::TcpStream::connect_timeout(&at, PATIENCE[1])).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         for stream in [&accepted, &container] {
             let mss = socket2::SockRef::from(stream).tcp_mss().unwrap();
@@ -529,7 +540,11 @@ fn an_iptables_that_does_not_do_is_one_line_and_changes_nothing() {
             "if [ -e RAN ]; then exec iptables-nft-restore \"$@\"; fi; touch RAN; sed '/^.nat/,$d' | iptables-nft-restore \"$@\"; echo >&2 half; exit 1",
             "half",
         ),
-        ("ip6tables-save", "exit 1", "has IPv6, and ip6tables is missing; install it, or leave IPv6 out"),
+        (
+            "ip6tables-save",
+            "exit 1",
+            "has IPv6, and ip6tables is missing; install it, or leave IPv6 out",
+        ),
         ("iptables-save", "sleep 60", "iptables-save: has not ended within 10 s, and was killed"),
     ] {
         let wall = Wall::new(Scene::new());
@@ -558,7 +573,8 @@ fn without_iptables_there_is_still_nftables() {
     assert!(state(&wall.scene.net.host).contains("table inet tidegate-wall"));
 }
 
-/// A client that never pauses. The kernel would go on sending his datagrams where the port once led.
+/// A client that never pauses. The kernel would go on sending his datagrams where the port once
+/// led.
 #[test]
 fn a_udp_flow_follows_its_port_when_that_is_moved_and_ends_with_it() {
     for flags in [MODES[1], MODES[3]] {
@@ -575,22 +591,32 @@ fn a_udp_flow_follows_its_port_when_that_is_moved_and_ends_with_it() {
         }
         let up = scene.up_with(&file, flags);
         up.wait_for_line("Ctrl-C takes", SOON);
-        let witnesses =
-            [0, 1].map(|number| Witness::new(&containers[number], &["0.0.0.0:80".parse().unwrap()]));
+        let witnesses = [0, 1]
+            .map(|number| Witness::new(&containers[number], &["0.0.0.0:80".parse().unwrap()]));
         let ask = |args: &[&str]| {
             let mut curl = scene.net.host.command("curl");
-            let output =
-                curl.args(["-sSf", "--unix-socket"]).arg(scene.socket()).args(args).output().unwrap();
-            assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+            let output = curl
+                .args(["-sSf", "--unix-socket"])
+                .arg(scene.socket())
+                .args(args)
+                .output()
+                .unwrap();
+            assert!(
+                output.status.success(),
+                "{args:?}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
             String::from_utf8(output.stdout).unwrap()
         };
         let open = |endpoint: &str| {
-            let body = format!(r#"{{"endpoint": "{endpoint}", "spec": "203.0.113.1:9000:80/udp"}}"#);
+            let body =
+                format!(r#"{{"endpoint": "{endpoint}", "spec": "203.0.113.1:9000:80/udp"}}"#);
             let told: serde_json::Value =
                 serde_json::from_str(&ask(&["http://tidegate/v1/ports", "-d", &body])).unwrap();
             told[0]["id"].to_string()
         };
-        let close = |id: &str| drop(ask(&["-X", "DELETE", &format!("http://tidegate/v1/ports/{id}")]));
+        let close =
+            |id: &str| drop(ask(&["-X", "DELETE", &format!("http://tidegate/v1/ports/{id}")]));
         let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:5000")).unwrap();
         let comes = |text: &str, witness: &Witness, patience| {
             eventually(patience, || {
@@ -606,6 +632,9 @@ fn a_udp_flow_follows_its_port_when_that_is_moved_and_ends_with_it() {
         assert!(comes("second", &witnesses[1], Duration::from_secs(1)), "{flags:?}");
         assert!(!witnesses[0].has_seen("second"));
         close(&id);
-        assert!(!comes("third", &witnesses[1], PATIENCE[0]) && !witnesses[0].has_seen("third"), "{flags:?}");
+        assert!(
+            !comes("third", &witnesses[1], PATIENCE[0]) && !witnesses[0].has_seen("third"),
+            "{flags:?}"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! A greedy container and a modest one behind the NAT engine: what the flood of the one costs the other.
+//! A greedy container and a modest one behind the NAT engine: what the flood of the one costs the
+//! other.
 
 use super::scene::{Scene, TIDEGATE};
 use std::fs;
@@ -50,10 +51,12 @@ fn a_flood_of_one_container_does_not_slow_another_down() {
         took.sort_unstable();
         (took[REQUESTS / 2], took[REQUESTS * 99 / 100])
     };
-    for kind in [FloodKind::Syn, FloodKind::SynOfManySources, FloodKind::Udp, FloodKind::Fragments] {
+    for kind in [FloodKind::Syn, FloodKind::SynOfManySources, FloodKind::Udp, FloodKind::Fragments]
+    {
         let mut seen = Vec::new();
         let is_fair = (0..3).any(|_| {
-            let ((alone, alone_99), (beside, beside_99)) = (round(FloodKind::ForeignMac), round(kind));
+            let ((alone, alone_99), (beside, beside_99)) =
+                (round(FloodKind::ForeignMac), round(kind));
             seen.push(((alone, beside), (alone_99, beside_99)));
             beside <= 3 * alone + NOISE / 10 && beside_99 <= 5 * alone_99 + NOISE
         });
@@ -65,8 +68,8 @@ fn a_flood_of_one_container_does_not_slow_another_down() {
     }
 }
 
-/// The greedy one's port guard drops what the engine would refuse, and lets all pass again once the flood is over: its own
-/// connections are limited for as long.
+/// The greedy one's port guard drops what the engine would refuse, and lets all pass again once the
+/// flood is over: its own connections are limited for as long.
 #[track_caller]
 fn a_flood_is_policed(rootless: bool) {
     let scene = Scene::new().with_metrics();
@@ -100,7 +103,8 @@ fn a_flood_is_policed(rootless: bool) {
     let passed = 2.0 * f64::from(RATE) - (policed() - before) as f64;
     assert!(passed < f64::from(RATE) / 4.0, "of {RATE} a second {passed} passed in two");
     drop(flood);
-    // Some 2 s after the flood there is no policer any more: more connections than it lets pass at once are made.
+    // Some 2 s after the flood there is no policer any more: more connections than it lets pass at
+    // once are made.
     thread::sleep(Duration::from_millis(2500));
     let before = policed();
     let times = greedy.run(|| request_times(target.into(), 200, Duration::ZERO));

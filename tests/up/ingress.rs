@@ -53,9 +53,11 @@ struct Mode {
 
 const NONE: Mode = Mode { rootless: false, flags: &["--firewall=none"] };
 const NFTABLES: Mode = Mode { rootless: false, flags: &["--firewall=nftables", "--publish=proxy"] };
-const NFTABLES_KERNEL: Mode = Mode { rootless: false, flags: &["--firewall=nftables", "--publish=kernel"] };
+const NFTABLES_KERNEL: Mode =
+    Mode { rootless: false, flags: &["--firewall=nftables", "--publish=kernel"] };
 const IPTABLES: Mode = Mode { rootless: false, flags: &["--firewall=iptables", "--publish=proxy"] };
-const IPTABLES_KERNEL: Mode = Mode { rootless: false, flags: &["--firewall=iptables", "--publish=kernel"] };
+const IPTABLES_KERNEL: Mode =
+    Mode { rootless: false, flags: &["--firewall=iptables", "--publish=kernel"] };
 const ROOTLESS: Mode = Mode { rootless: true, flags: &[] };
 
 /// Where a client is.
@@ -117,7 +119,8 @@ const UNICAST: [To; 8] = [
 ];
 
 /// The others, with UDP.
-const GROUPS: [To; 5] = [To::AllNodes, To::AllHosts, To::Broadcast, To::SubnetBroadcast, To::UplinkBroadcast];
+const GROUPS: [To; 5] =
+    [To::AllNodes, To::AllHosts, To::Broadcast, To::SubnetBroadcast, To::UplinkBroadcast];
 
 /// A published port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,13 +194,16 @@ impl Scenery {
         assert!(eventually(SOON, || {
             let all = host.ip(&["-o", "addr", "show"]);
             let link = all.lines().find(|line| line.contains(&gateway));
-            let Some(link) = link.and_then(|line| line.split_whitespace().nth(1)) else { return false };
+            let Some(link) = link.and_then(|line| line.split_whitespace().nth(1)) else {
+                return false;
+            };
             let is_on_it = |line: &&str| {
                 line.contains("scope link") && !line.contains("tentative") && line.contains("inet6")
             };
             let on_link = all.lines().filter(|line| line.split_whitespace().nth(1) == Some(link));
             let line = on_link.into_iter().find(is_on_it);
-            found = line.and_then(|line| line.split_whitespace().nth(3)?.split('/').next()?.parse().ok());
+            found = line
+                .and_then(|line| line.split_whitespace().nth(3)?.split('/').next()?.parse().ok());
             found.is_some()
         }));
         found.unwrap()
@@ -223,7 +229,8 @@ impl Scenery {
     /// Every port, asked by everybody at every address. What is not as [`expected`] says.
     fn wrong(&self) -> Vec<String> {
         let by_both = |to: To| [(to, false), (to, true)];
-        let probes = UNICAST.into_iter().flat_map(by_both).chain(GROUPS.into_iter().map(|to| (to, true)));
+        let probes =
+            UNICAST.into_iter().flat_map(by_both).chain(GROUPS.into_iter().map(|to| (to, true)));
         let probes: Vec<(To, bool)> = probes.collect();
         std::thread::scope(|scope| {
             let mut asking = Vec::new();
@@ -234,8 +241,9 @@ impl Scenery {
                         asking.push(scope.spawn(move || {
                             let served = self.is_served(port, from, to, udp, expected);
                             let is_wrong = served != expected;
-                            is_wrong
-                                .then(|| format!("{port:?} from {from:?} at {to:?} (udp {udp}): {served}"))
+                            is_wrong.then(|| {
+                                format!("{port:?} from {from:?} at {to:?} (udp {udp}): {served}")
+                            })
                         }));
                     }
                 }
@@ -336,7 +344,8 @@ fn socket(
         socket.bind_device(Some(b"eth0"))?;
     }
     if to == To::LinkLocalFromGlobal {
-        let global = own.find(|line| !line.starts_with("fe80")).unwrap().split_whitespace().next().unwrap();
+        let global =
+            own.find(|line| !line.starts_with("fe80")).unwrap().split_whitespace().next().unwrap();
         let global = Ipv6Addr::from(u128::from_str_radix(global, 16).unwrap());
         socket.bind(&SocketAddr::new(global.into(), 0).into())?;
     }
@@ -360,7 +369,13 @@ fn ask_by_udp(
 }
 
 /// The length of the answer.
-fn ask_by_tcp(port: Port, from: From, to: To, link_local: Ipv6Addr, patience: Duration) -> io::Result<usize> {
+fn ask_by_tcp(
+    port: Port,
+    from: From,
+    to: To,
+    link_local: Ipv6Addr,
+    patience: Duration,
+) -> io::Result<usize> {
     let (socket, address) = socket(port, from, to, link_local, Type::STREAM).expect("a socket");
     socket.connect_timeout(&address.into(), patience)?;
     let mut stream = TcpStream::from(socket);
@@ -416,7 +431,8 @@ fn access_is_as_before_when_bridges_have_been_made_again() {
         let bridges = || {
             let all = host.ip(&["-o", "link", "show", "type", "bridge"]);
             let ours = all.lines().filter(|line| line.contains(": tg-"));
-            ours.map(|line| line.split(": ").map(str::to_owned).take(2).collect()).collect::<Vec<Vec<_>>>()
+            ours.map(|line| line.split(": ").map(str::to_owned).take(2).collect())
+                .collect::<Vec<Vec<_>>>()
         };
         let old = bridges();
         assert_eq!(old.len(), 3, "{old:?}");
@@ -457,7 +473,8 @@ services: {{ box: {{ x-netns: {}, networks: [ net ]{port} }} }}
         )
     };
     let _server = PeerServer::tcp(&server, "0.0.0.0:80".parse().unwrap());
-    let one = scene.up_with(&file("one", 1, false, &server, ", ports: [ '8080:80' ]"), &["--firewall=none"]);
+    let one = scene
+        .up_with(&file("one", 1, false, &server, ", ports: [ '8080:80' ]"), &["--firewall=none"]);
     one.wait_for_line("Ctrl-C takes", SOON);
     let other = scene.up_beside(&file("other", 2, true, &inmate, ""), &["--firewall=none"]);
     other.wait_for_line("Ctrl-C takes", SOON);
@@ -471,8 +488,14 @@ services: {{ box: {{ x-netns: {}, networks: [ net ]{port} }} }}
     let link_local =
         bridge.and_then(|line| line.split_whitespace().nth(3)).unwrap().split('/').next().unwrap();
     let scope = inmate.run(|| fs::read_to_string("/proc/thread-self/net/if_inet6")).unwrap();
-    let scope =
-        scope.lines().find(|line| line.ends_with("eth0")).unwrap().split(' ').nth(1).unwrap().to_owned();
+    let scope = scope
+        .lines()
+        .find(|line| line.ends_with("eth0"))
+        .unwrap()
+        .split(' ')
+        .nth(1)
+        .unwrap()
+        .to_owned();
     let scope = u32::from_str_radix(&scope, 16).unwrap();
     let at = [
         "203.0.113.1:8080".parse::<SocketAddr>().unwrap(),
@@ -507,8 +530,9 @@ services: { box: { command: sleep 60, networks: { home: { ipv4_address: 10.77.1.
         };
         assert!(eventually(SOON, is_answered), "{}", up.output());
         let bridges = scene.net.host.ip(&["-o", "link", "show", "type", "bridge"]);
-        let bridge =
-            bridges.lines().find_map(|line| line.split(": ").nth(1).filter(|name| name.starts_with("tg-")));
+        let bridge = bridges
+            .lines()
+            .find_map(|line| line.split(": ").nth(1).filter(|name| name.starts_with("tg-")));
         scene.net.host.ip(&["link", "delete", bridge.unwrap()]);
         assert!(eventually(SOON, is_answered), "{flags:?}: {}", up.output());
     }
@@ -532,19 +556,23 @@ fn page(at: SocketAddr, expected: Page) -> Page {
     let is_open = silent.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
     stream.set_read_timeout(Some(PATIENCE[0])).unwrap();
     let mut answer = [0; 12];
-    let asked =
-        stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").and_then(|()| stream.read_exact(&mut answer));
-    if is_open && asked.is_ok() && answer.starts_with(b"HTTP/1.1 200") { Page::Served } else { Page::Closed }
+    let asked = stream
+        .write_all(b"GET /metrics HTTP/1.1\r\n\r\n")
+        .and_then(|()| stream.read_exact(&mut answer));
+    if is_open && asked.is_ok() && answer.starts_with(b"HTTP/1.1 200") {
+        Page::Served
+    } else {
+        Page::Closed
+    }
 }
 
 #[test]
 fn metrics_are_served_to_no_internal_network_and_at_no_address_of_another() {
     for mode in [NONE, NFTABLES, IPTABLES, ROOTLESS] {
         let scene = Scene::new().with_open_tun();
-        scene
-            .net
-            .client
-            .ip_all("route add 10.77.0.0/16 via 203.0.113.1\n -6 route add fd77::/16 via 2001:db8:1::1");
+        scene.net.client.ip_all(
+            "route add 10.77.0.0/16 via 203.0.113.1\n -6 route add fd77::/16 via 2001:db8:1::1",
+        );
         let file = with_commands(FILE, &SERVICES);
         let path = scene.directory.path().join("compose.yaml");
         fs::write(&path, file).unwrap();
@@ -581,7 +609,12 @@ fn metrics_are_served_to_no_internal_network_and_at_no_address_of_another() {
             ("inmate", &inmate, "10.77.1.1", no),
         ] {
             let at = SocketAddr::new(to.parse().unwrap(), 9464);
-            assert_eq!(from.run(|| page(at, expected)), expected, "{mode:?}: {who} at {to}: {}", up.output());
+            assert_eq!(
+                from.run(|| page(at, expected)),
+                expected,
+                "{mode:?}: {who} at {to}: {}",
+                up.output()
+            );
         }
     }
 }
@@ -592,10 +625,12 @@ fn the_nat_engine_answers_no_internal_network() {
     for mode in [NONE, ROOTLESS] {
         let scene = Scene::new().with_open_tun();
         let file = with_commands(FILE, &SERVICES);
-        let mut command = if mode.rootless { scene.command_as_nobody(&file) } else { scene.command(&file) };
+        let mut command =
+            if mode.rootless { scene.command_as_nobody(&file) } else { scene.command(&file) };
         let up = Process::spawn(command.args(mode.flags).arg("--allow-host-loopback"));
         up.wait_for_line("Ctrl-C takes", SOON);
-        let loopbacks: [SocketAddr; 2] = ["127.0.0.1:9999", "[::1]:9999"].map(|at| at.parse().unwrap());
+        let loopbacks: [SocketAddr; 2] =
+            ["127.0.0.1:9999", "[::1]:9999"].map(|at| at.parse().unwrap());
         let _tcp = loopbacks.map(|at| PeerServer::tcp(&scene.net.host, at));
         let _udp = loopbacks.map(|at| PeerServer::udp(&scene.net.host, at));
         let [neighbour, inmate] = ["neighbour", "inmate"].map(|name| service_namespace(&up, name));
@@ -618,7 +653,9 @@ fn an_accepted_connection_tells_its_ingress_interface() {
     let _uplink = Uplink::new(&scene);
     let (host, client) = (&scene.net.host, &scene.net.client);
     // The addresses of the second uplink, by the first.
-    client.ip_all("route add 198.51.100.1 via 203.0.113.1\n -6 route add 2001:db8:2::1 via 2001:db8:1::1");
+    client.ip_all(
+        "route add 198.51.100.1 via 203.0.113.1\n -6 route add 2001:db8:2::1 via 2001:db8:1::1",
+    );
     let indexes = ["lo", "eth0", "eth1"].map(|link| {
         let line = host.ip(&["-o", "link", "show", link]);
         line.split(':').next().unwrap().trim().parse::<u32>().unwrap()
@@ -629,8 +666,11 @@ fn an_accepted_connection_tells_its_ingress_interface() {
         let mut found = None;
         assert!(eventually(SOON, || {
             let line = namespace.ip(&["-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"]);
-            let address =
-                line.split_whitespace().nth(3).and_then(|net| net.split('/').next()).map(str::to_owned);
+            let address = line
+                .split_whitespace()
+                .nth(3)
+                .and_then(|net| net.split('/').next())
+                .map(str::to_owned);
             found = address.filter(|_| !line.contains("tentative"));
             found.is_some()
         }));
@@ -670,7 +710,11 @@ fn an_accepted_connection_tells_its_ingress_interface() {
             });
             let (accepted, _) = listener.accept().unwrap();
             let ingress = stream_ingress(&accepted, ipv6).unwrap();
-            assert_eq!((ingress.interface, ingress.local), (*expected, to.ip()), "{source} to {to}");
+            assert_eq!(
+                (ingress.interface, ingress.local),
+                (*expected, to.ip()),
+                "{source} to {to}"
+            );
             drop(stream);
         }
     }
@@ -701,7 +745,8 @@ fn a_datagram_with_its_destination_for_a_source_is_taken_from_the_host_alone() {
     host.sysctl("net.ipv4.conf.eth0.rp_filter", "0");
     // Ports of its own for each family: a program that another test starts may hold a socket for a
     // moment.
-    for (any, own, ports) in [("0.0.0.0", "203.0.113.1", [7000, 7001]), ("::", "2001:db8:1::1", [7002, 7003])]
+    for (any, own, ports) in
+        [("0.0.0.0", "203.0.113.1", [7000, 7001]), ("::", "2001:db8:1::1", [7002, 7003])]
     {
         let any: IpAddr = any.parse().unwrap();
         let own: IpAddr = own.parse().unwrap();
@@ -714,7 +759,8 @@ fn a_datagram_with_its_destination_for_a_source_is_taken_from_the_host_alone() {
         drop_forged_own_source(&filtered, any.is_ipv6()).unwrap();
         let forger = client.run(|| {
             let socket =
-                Socket::new(Domain::for_address(SocketAddr::new(own, 0)), Type::DGRAM, None).unwrap();
+                Socket::new(Domain::for_address(SocketAddr::new(own, 0)), Type::DGRAM, None)
+                    .unwrap();
             if own.is_ipv6() {
                 socket.set_ip_transparent_v6(true).unwrap();
             } else {

@@ -1,5 +1,5 @@
-//! An outside that knows the way, and a container of another network, which knock at a container all the while: during starts and ends, kills,
-//! and while others throw our rules away.
+//! An outside that knows the way, and a container of another network, which knock at a container
+//! all the while: during starts and ends, kills, and while others throw our rules away.
 
 use super::matrix::{ENDPOINTS, FILE};
 use super::scene::{Scene, state};
@@ -122,7 +122,8 @@ fn there_is_none_with_iptables_through_twenty_restarts() {
     is_never_open_through_restarts(&["--firewall=iptables", "--publish=kernel"], 20);
 }
 
-/// Others throw rules away, ours among them: they are back within a second, and nobody is let in meanwhile.
+/// Others throw rules away, ours among them: they are back within a second, and nobody is let in
+/// meanwhile.
 #[track_caller]
 fn heals(scene: Scene, flags: &[&str], harms: &[&str], times: usize) {
     let knocking = Knocking::new(scene);
@@ -133,7 +134,12 @@ fn heals(scene: Scene, flags: &[&str], harms: &[&str], times: usize) {
     let mut longest = Duration::ZERO;
     for harm in harms.iter().cycle().take(times) {
         // What cannot be done to us, because it is ours alone, need not be put right.
-        let _ = host.command("sh").args(["-c", harm]).env("PATH", knocking.scene.path()).output().unwrap();
+        let _ = host
+            .command("sh")
+            .args(["-c", harm])
+            .env("PATH", knocking.scene.path())
+            .output()
+            .unwrap();
         let harmed = Instant::now();
         let healed = eventually(SOON, || state(host) == ours);
         assert!(healed, "{harm}:\n{}\ninstead of\n{ours}{}", state(host), up.output());
@@ -214,6 +220,7 @@ fn iptables_flushed_a_hundred_times_let_nobody_in() {
 /// Whose kernel says nothing of changes.
 #[test]
 fn legacy_iptables_flushed_let_nobody_in() {
-    let harms = ["iptables -F; ip6tables -F", "iptables -t nat -F", "iptables -t raw -D PREROUTING 1"];
+    let harms =
+        ["iptables -F; ip6tables -F", "iptables -t nat -F", "iptables -t raw -D PREROUTING 1"];
     heals(Scene::with_legacy_iptables(), &["--firewall=iptables", "--publish=kernel"], &harms, 12);
 }

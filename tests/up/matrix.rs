@@ -23,7 +23,8 @@ enum From {
     Outside,
     /// Beyond the host, on its second uplink.
     Beyond,
-    /// A host on the second uplink that sends everything, loopback addresses too, by way of the host.
+    /// A host on the second uplink that sends everything, loopback addresses too, by way of the
+    /// host.
     Hostile,
     /// The same, with the source address of an endpoint of the server's network.
     AsNeighbour,
@@ -139,8 +140,13 @@ struct Mode {
     flags: &'static [&'static str],
 }
 
-const ROOT: Mode =
-    Mode { rootless: false, forwarding: false, legacy: false, lacks: "", flags: &["--firewall=none"] };
+const ROOT: Mode = Mode {
+    rootless: false,
+    forwarding: false,
+    legacy: false,
+    lacks: "",
+    flags: &["--firewall=none"],
+};
 const ROOTLESS: Mode = Mode { rootless: true, flags: &[], ..ROOT };
 const NFTABLES: Mode = Mode { flags: &["--firewall=nftables"], ..ROOT };
 const NFTABLES_KERNEL: Mode = Mode { flags: &["--firewall=nftables", "--publish=kernel"], ..ROOT };
@@ -181,7 +187,8 @@ impl Mode {
     }
 }
 
-/// Rows in the order of [`FROM`]. Whoever pretends to be another gets no answer, but may get a datagram into what is published.
+/// Rows in the order of [`FROM`]. Whoever pretends to be another gets no answer, but may get a
+/// datagram into what is published.
 #[rustfmt::skip]
 const EXPECTED: [(To, [Outcome; 10]); 10] = [
     //                        ---------- beyond the host -----------  ------------- here --------------
@@ -230,7 +237,8 @@ const EXPECTED_WITHOUT_TUN: [(To, [Outcome; 10]); 10] = [
     (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
 ];
 
-/// What is left of it when root's instance was killed, until the next one clears it: bridges, and what keeps them closed.
+/// What is left of it when root's instance was killed, until the next one clears it: bridges, and
+/// what keeps them closed.
 #[rustfmt::skip]
 const EXPECTED_OF_THE_DEAD: [(To, [Outcome; 10]); 10] = [
     //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
@@ -296,7 +304,8 @@ impl Matrix {
             "route add default via 10.77.3.1
              -6 route add default via fd77:3::1",
         );
-        let at: [SocketAddr; 2] = ["10.77.1.10:80", "[fd77:1::10]:80"].map(|at| at.parse().unwrap());
+        let at: [SocketAddr; 2] =
+            ["10.77.1.10:80", "[fd77:1::10]:80"].map(|at| at.parse().unwrap());
         let servers = at.map(|at| PeerServer::tcp(&endpoints[0], at));
         let witness = Witness::new(&endpoints[0], &at);
         Self { mode, before, scene, uplink, endpoints, witness, _servers: servers, up }
@@ -321,7 +330,8 @@ impl Matrix {
     fn outcome(&self, probe: &Probe, expected: Outcome) -> Outcome {
         let patience = PATIENCE[usize::from(expected == NO)];
         let answered = self.place(probe.from).run(|| {
-            let asked = if probe.udp { probe.ask_by_udp(patience) } else { probe.ask_by_tcp(patience) };
+            let asked =
+                if probe.udp { probe.ask_by_udp(patience) } else { probe.ask_by_tcp(patience) };
             asked.is_ok_and(|length| length > 0)
         });
         let seen = || self.witness.has_seen(&probe.text());
@@ -337,7 +347,8 @@ impl Matrix {
     /// Everybody asks everything at the same time. What came out otherwise than expected.
     fn wrong(&self, table: Table) -> Vec<String> {
         let by_both = [(false, false), (false, true), (true, false), (true, true)];
-        let cells = table.iter().flat_map(|(to, row)| FROM.iter().zip(row).map(move |cell| (to, cell)));
+        let cells =
+            table.iter().flat_map(|(to, row)| FROM.iter().zip(row).map(move |cell| (to, cell)));
         std::thread::scope(|scope| {
             let asking: Vec<_> = cells
                 .flat_map(|(to, (from, expected))| {
@@ -351,16 +362,20 @@ impl Matrix {
             let outcomes = asking.into_iter().map(|one| one.join().unwrap());
             let wrong = outcomes.filter(|(outcome, expected, _)| outcome != expected);
             wrong
-                .map(|(outcome, expected, probe)| format!("{probe:?}: {outcome:?}, not {expected:?}"))
+                .map(|(outcome, expected, probe)| {
+                    format!("{probe:?}: {outcome:?}, not {expected:?}")
+                })
                 .collect()
         })
     }
 }
 
 impl Matrix {
-    /// What reaches the server, or is answered, although its source address is forged: nothing should, at any address.
+    /// What reaches the server, or is answered, although its source address is forged: nothing
+    /// should, at any address.
     fn forged(&self) -> Vec<String> {
-        let forging = FORGERS.iter().flat_map(|forger| SOURCES.map(|source| From::Forging(*forger, source)));
+        let forging =
+            FORGERS.iter().flat_map(|forger| SOURCES.map(|source| From::Forging(*forger, source)));
         let forging: Vec<From> = forging.collect();
         let asked: Vec<To> = EXPECTED.iter().map(|(to, _)| *to).collect();
         std::thread::scope(|scope| {
@@ -382,14 +397,16 @@ impl Matrix {
         })
     }
 
-    /// Where datagrams of the inmate get to beyond the host: nowhere. It sends them to the outside's own addresses.
+    /// Where datagrams of the inmate get to beyond the host: nowhere. It sends them to the
+    /// outside's own addresses.
     fn leaks_of_the_inmate(&self) -> Vec<&'static str> {
         let outside = ["203.0.113.9:7778", "[2001:db8:1::9]:7778"];
         let at = outside.map(|at| at.parse::<SocketAddr>().unwrap());
         let witness = Witness::new(&self.scene.net.client, &at);
         self.place(From::Inmate).run(|| {
             for to in at {
-                let socket = UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
+                let socket =
+                    UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
                 for _ in 0..20 {
                     // Without a route it cannot even be sent.
                     let _ = socket.send_to(format!("leak to {to}").as_bytes(), to);
@@ -401,7 +418,8 @@ impl Matrix {
         outside.into_iter().filter(|to| witness.has_seen(&format!("leak to {to}"))).collect()
     }
 
-    /// Whom echo requests to the server's own addresses reach although they should not, or not although they should.
+    /// Whom echo requests to the server's own addresses reach although they should not, or not
+    /// although they should.
     fn wrong_echoes(&self) -> Vec<String> {
         let row = self.mode.expected()[0].1;
         let cells = FROM.iter().zip(row).filter(|(from, _)| {
@@ -415,7 +433,8 @@ impl Matrix {
                         scope.spawn(move || {
                             let patience = if expected == YES { "5" } else { "0.3" };
                             let mut ping = self.place(*from).command("ping");
-                            let output = ping.args(["-c", "1", "-W", patience, to]).output().unwrap();
+                            let output =
+                                ping.args(["-c", "1", "-W", patience, to]).output().unwrap();
                             (*from, to, output.status.success(), expected == YES)
                         })
                     })
@@ -423,7 +442,9 @@ impl Matrix {
                 .collect();
             let outcomes = asking.into_iter().map(|one| one.join().unwrap());
             let wrong = outcomes.filter(|(_, _, reached, expected)| reached != expected);
-            wrong.map(|(from, to, reached, _)| format!("echo from {from:?} to {to}: {reached}")).collect()
+            wrong
+                .map(|(from, to, reached, _)| format!("echo from {from:?} to {to}: {reached}"))
+                .collect()
         })
     }
 }
@@ -434,9 +455,12 @@ impl Matrix {
     /// nowhere.
     fn forged_echoes(&self) -> Vec<String> {
         let [server, neighbour, ..] = &self.endpoints;
-        let receivers =
-            [("the server", server), ("its neighbour", neighbour), ("the outside", &self.scene.net.client)]
-                .map(|(name, namespace)| (name, LinkSocket::open(namespace, "eth0")));
+        let receivers = [
+            ("the server", server),
+            ("its neighbour", neighbour),
+            ("the outside", &self.scene.net.client),
+        ]
+        .map(|(name, namespace)| (name, LinkSocket::open(namespace, "eth0")));
         let mut reached = Vec::new();
         for forger in FORGERS {
             let place = self.place(From::Forging(forger, Source::Member));
@@ -444,7 +468,8 @@ impl Matrix {
             let gateway = format!("10.77.{subnet}.1");
             place.exec("ping", &["-c", "1", "-W", "5", &gateway]);
             let mac_in = |listed: &str| -> Mac {
-                let mac = listed.split_whitespace().find(|word| word.matches(':').count() == 5).unwrap();
+                let mac =
+                    listed.split_whitespace().find(|word| word.matches(':').count() == 5).unwrap();
                 let bytes = mac.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap());
                 bytes.collect::<Vec<_>>().try_into().unwrap()
             };
@@ -461,16 +486,23 @@ impl Matrix {
                     let mut echo = [&[8, 0, 0, 0, 0, 1, 0, 1][..], MARKER].concat();
                     let sum = checksum(&echo);
                     echo[2..4].copy_from_slice(&sum.to_be_bytes());
-                    link.send(&ethernet(gateway_mac, own_mac, 0x0800, &ipv4(source4, to, 1, &echo)));
+                    link.send(&ethernet(
+                        gateway_mac,
+                        own_mac,
+                        0x0800,
+                        &ipv4(source4, to, 1, &echo),
+                    ));
                 }
-                for to in ["fd77:1::10", "fd77:1::1", "2001:db8:1::9", &format!("fd77:{subnet}::1")] {
+                for to in ["fd77:1::10", "fd77:1::1", "2001:db8:1::9", &format!("fd77:{subnet}::1")]
+                {
                     let to = to.parse().unwrap();
                     let echo = [&[128, 0, 0, 0, 0, 1, 0, 1][..], MARKER].concat();
                     link.send(&ethernet(gateway_mac, own_mac, 0x86dd, &icmp6(source6, to, &echo)));
                 }
                 std::thread::sleep(PATIENCE[1]);
                 for (name, receiver) in &receivers {
-                    let is_one = |frame: &Vec<u8>| frame.windows(MARKER.len()).any(|part| part == MARKER);
+                    let is_one =
+                        |frame: &Vec<u8>| frame.windows(MARKER.len()).any(|part| part == MARKER);
                     let count = receiver.received().iter().filter(|frame| is_one(frame)).count();
                     if count > 0 {
                         reached.push(format!("{count} of {forger:?} as {source:?} at {name}"));
@@ -482,9 +514,11 @@ impl Matrix {
     }
 }
 
-/// Where containers go when they go out: a server on each uplink, which tells the address that it is asked from.
+/// Where containers go when they go out: a server on each uplink, which tells the address that it
+/// is asked from.
 impl Matrix {
-    /// What containers do not reach although they should, or do although they should not, or not as the host.
+    /// What containers do not reach although they should, or do although they should not, or not as
+    /// the host.
     fn wrong_ways_out(&self) -> Vec<String> {
         let servers = [
             (&self.scene.net.client, "203.0.113.9:7777", "203.0.113.1"),
@@ -500,9 +534,12 @@ impl Matrix {
                 let has = self.mode.has_way_out() && from != From::Inmate;
                 let expected = has.then(|| host.to_owned());
                 for udp in [false, true] {
-                    let asked = self.place(from).run(|| peer_as_seen(at, udp, PATIENCE[usize::from(!has)]));
+                    let asked =
+                        self.place(from).run(|| peer_as_seen(at, udp, PATIENCE[usize::from(!has)]));
                     if asked.as_ref().ok() != expected.as_ref() {
-                        wrong.push(format!("{from:?} asks {at} (udp {udp}): {asked:?}, not {expected:?}"));
+                        wrong.push(format!(
+                            "{from:?} asks {at} (udp {udp}): {asked:?}, not {expected:?}"
+                        ));
                     }
                 }
             }
@@ -513,14 +550,20 @@ impl Matrix {
     /// What is not ours is as open, or as closed, as it was.
     #[track_caller]
     fn forwards_for_others_as_before(&self) {
-        let others =
-            PeerServer::tcp(&self.scene.net.container, SocketAddr::new(addr::CONTAINER_V4.into(), 80));
-        let others6 =
-            PeerServer::tcp(&self.scene.net.container, SocketAddr::new(addr::CONTAINER_V6.into(), 80));
+        let others = PeerServer::tcp(
+            &self.scene.net.container,
+            SocketAddr::new(addr::CONTAINER_V4.into(), 80),
+        );
+        let others6 = PeerServer::tcp(
+            &self.scene.net.container,
+            SocketAddr::new(addr::CONTAINER_V6.into(), 80),
+        );
         for server in [others, others6] {
             let patience = PATIENCE[usize::from(!self.mode.forwarding)];
-            let reached =
-                self.uplink.hostile.run(|| TcpStream::connect_timeout(&server.addr(), patience).is_ok());
+            let reached = self
+                .uplink
+                .hostile
+                .run(|| TcpStream::connect_timeout(&server.addr(), patience).is_ok());
             assert_eq!(reached, self.mode.forwarding, "{}", server.addr());
         }
     }
@@ -555,7 +598,11 @@ impl Matrix {
 }
 
 /// The address that `server` sees us under.
-pub(super) fn peer_as_seen(server: SocketAddr, udp: bool, patience: Duration) -> io::Result<String> {
+pub(super) fn peer_as_seen(
+    server: SocketAddr,
+    udp: bool,
+    patience: Duration,
+) -> io::Result<String> {
     let mut answer = [0; 100];
     let length = if udp {
         let socket = UdpSocket::bind(if server.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })?;
@@ -653,7 +700,8 @@ impl Probe {
     fn ask_by_udp(&self, patience: Duration) -> io::Result<usize> {
         let socket = UdpSocket::from(self.socket(Type::DGRAM).expect("a socket with that source"));
         // Nobody else answers one who pretends to be another, however long he waits.
-        let pretends = matches!(self.from, From::AsNeighbour | From::AsLoopback | From::Forging(..));
+        let pretends =
+            matches!(self.from, From::AsNeighbour | From::AsLoopback | From::Forging(..));
         socket.set_read_timeout(Some(if pretends { PATIENCE[1] } else { patience }))?;
         socket.connect(self.address())?;
         socket.send(self.text().as_bytes())?;
@@ -767,7 +815,8 @@ fn without_a_device_there_is_no_way_out_and_all_else_holds() {
     holds(ROOTLESS_WITHOUT_TUN);
 }
 
-/// A kernel before Linux 6.17 lets all links forward IPv6 or none: an ordinary user's are all his own, and a host that forwards does so already.
+/// A kernel before Linux 6.17 lets all links forward IPv6 or none: an ordinary user's are all his
+/// own, and a host that forwards does so already.
 #[test]
 fn on_an_old_kernel_the_same_holds() {
     holds(ROOT_OLD.forwarding());
@@ -779,7 +828,11 @@ fn on_an_old_kernel_the_same_holds() {
 fn endpoints_do_not_listen_to_router_advertisements() {
     let matrix = Matrix::new(ROOT);
     for name in ["accept_ra", "accept_redirects"] {
-        assert_eq!(matrix.endpoints[0].read_sysctl(&format!("net.ipv6.conf.eth0.{name}")), "0", "{name}");
+        assert_eq!(
+            matrix.endpoints[0].read_sysctl(&format!("net.ipv6.conf.eth0.{name}")),
+            "0",
+            "{name}"
+        );
     }
 }
 
@@ -806,8 +859,12 @@ fn without_one_kind_of_guard_the_others_hold() {
     let gates = |matrix: &Matrix| matrix.detach_programs("type bridge");
     let guards = |matrix: &Matrix| matrix.detach_programs("type veth");
     type Remove<'a> = &'a dyn Fn(&Matrix);
-    let kinds: [(&str, Remove<'_>); 4] =
-        [("firewall rules", &flush), ("policy rules", &rules), ("gates", &gates), ("port guards", &guards)];
+    let kinds: [(&str, Remove<'_>); 4] = [
+        ("firewall rules", &flush),
+        ("policy rules", &rules),
+        ("gates", &gates),
+        ("port guards", &guards),
+    ];
     // Published by sockets, which have gone: what the kernel carries goes on.
     let shared = Mode { lacks: "owned-tables", ..NFTABLES };
     let shared_kernel = Mode { lacks: "owned-tables", ..NFTABLES_KERNEL };
@@ -852,11 +909,15 @@ fn gates_and_port_guards_that_others_remove_are_put_back() {
 fn without_port_guards_a_forged_echo_is_answered_to_the_outside() {
     let lacks = "bpf-guards,netdev-guards,classic-guards";
     let reached = Matrix::new(Mode { lacks, ..ROOT }).forged_echoes();
-    assert!(reached.iter().any(|one| one.ends_with("Stranger as Outside at the outside")), "{reached:?}");
+    assert!(
+        reached.iter().any(|one| one.ends_with("Stranger as Outside at the outside")),
+        "{reached:?}"
+    );
     assert!(!reached.iter().any(|one| one.contains("Inmate")), "{reached:?}");
 }
 
-/// Or the table would hold for want of an attack: where the kernel is told to let them through, they come through.
+/// Or the table would hold for want of an attack: where the kernel is told to let them through,
+/// they come through.
 #[test]
 fn what_the_hostile_neighbour_sends_does_arrive() {
     let matrix = Matrix::new(ROOT);

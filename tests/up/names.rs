@@ -43,7 +43,8 @@ fn outside(scene: &Scene) -> Process {
 /// What `name` is answered with in `namespace`.
 fn dig(namespace: &Namespace, args: &[&str]) -> String {
     let mut command = namespace.command("dig");
-    let output = command.args(["@127.0.0.11", "+short", "+time=3", "+tries=1"]).args(args).output().unwrap();
+    let output =
+        command.args(["@127.0.0.11", "+short", "+time=3", "+tries=1"]).args(args).output().unwrap();
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
@@ -132,7 +133,10 @@ fn programs_find_the_server_in_their_files() {
         assert!(told.lines().any(|told| told.ends_with(&format!("| {line}"))), "{line}:\n{told}");
     }
     assert!(told.lines().any(|line| line.contains("172.28.") && line.ends_with("sql")), "{told}");
-    assert!(told.lines().any(|line| line.contains("172.28.") && line.ends_with("curious web")), "{told}");
+    assert!(
+        told.lines().any(|line| line.contains("172.28.") && line.ends_with("curious web")),
+        "{told}"
+    );
 }
 
 /// On any address, which takes the port from everybody.
@@ -151,12 +155,19 @@ services:
     let web = service_namespace(&up, "web");
     let at = dig(&web, &["names"]);
     let ask = || {
-        let output =
-            web.command("dig").args([&format!("@{at}"), "+short", "+time=1", "x.test"]).output().unwrap();
+        let output = web
+            .command("dig")
+            .args([&format!("@{at}"), "+short", "+time=1", "x.test"])
+            .output()
+            .unwrap();
         String::from_utf8_lossy(&output.stdout).trim() == "192.0.2.1"
     };
     assert!(eventually(SOON, ask));
-    assert_eq!(dig(&service_namespace(&up, "names"), &["web"]).lines().count(), 1, "and is served itself");
+    assert_eq!(
+        dig(&service_namespace(&up, "names"), &["web"]).lines().count(),
+        1,
+        "and is served itself"
+    );
 }
 
 /// Whoever asks first decides nothing for others: neither by a shared answer nor by a server that

@@ -1,4 +1,5 @@
-//! Objects that other software removes, or processes of a container: each is restored, logged once and counted.
+//! Objects that other software removes, or processes of a container: each is restored, logged once
+//! and counted.
 
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, rootless_namespace, service_namespace};
@@ -96,7 +97,8 @@ impl Bed {
         bed
     }
 
-    /// From outside to the container over TCP and UDP, from the host to it, and a name that it looks up.
+    /// From outside to the container over TCP and UDP, from the host to it, and a name that it
+    /// looks up.
     fn carries_traffic(&self, patience: Duration) -> bool {
         let host = |to: &str, udp| {
             let to = to.parse().unwrap();
@@ -114,7 +116,8 @@ impl Bed {
             ("DNS over UDP", self.resolves("+notcp")),
             ("DNS over TCP", self.resolves("+tcp")),
         ];
-        let failed: Vec<_> = failed.iter().filter(|(_, works)| !works).map(|(what, _)| what).collect();
+        let failed: Vec<_> =
+            failed.iter().filter(|(_, works)| !works).map(|(what, _)| what).collect();
         if !failed.is_empty() {
             eprintln!("{failed:?}");
         }
@@ -151,8 +154,11 @@ impl Bed {
     }
 
     fn count(&self, kind: &str) -> u64 {
-        let page =
-            self.scene.net.host.exec("curl", &["-sS", "--max-time", "5", "http://127.0.0.1:9464/metrics"]);
+        let page = self
+            .scene
+            .net
+            .host
+            .exec("curl", &["-sS", "--max-time", "5", "http://127.0.0.1:9464/metrics"]);
         let series = format!("tidegate_network_repairs_total{{kind=\"{kind}\"}} ");
         let value = page.lines().find_map(|line| line.strip_prefix(series.as_str()));
         value.unwrap_or_else(|| panic!("no {series} in\n{page}")).parse().unwrap()
@@ -208,7 +214,12 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
     bed.removes("veth", Inside, "ip link del eth0", &up("eth0"));
     bed.removes_again("veth", Host, "ip link del $VETH", "ip -o link | grep tgv | grep -q ,UP");
     bed.removes("link", Inside, "ip link set eth0 down", &up("eth0"));
-    bed.removes("port", Host, "ip link set $VETH nomaster", "ip link show $VETH | grep -q 'master tg-home'");
+    bed.removes(
+        "port",
+        Host,
+        "ip link set $VETH nomaster",
+        "ip link show $VETH | grep -q 'master tg-home'",
+    );
     let entry = "bridge fdb show br tg-home | grep 'master tg-home static'";
     bed.removes(
         "fdb",
@@ -216,9 +227,11 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
         &format!("bridge fdb del $({entry} | cut -d' ' -f1) dev $VETH master static"),
         entry,
     );
-    for (address, link, place) in
-        [("10.83.1.1/24", "tg-home", Host), ("10.83.1.2/24", "eth0", Inside), ("127.0.0.1/8", "lo", Inside)]
-    {
+    for (address, link, place) in [
+        ("10.83.1.1/24", "tg-home", Host),
+        ("10.83.1.2/24", "eth0", Inside),
+        ("127.0.0.1/8", "lo", Inside),
+    ] {
         let check = format!("ip addr show {link} | grep -q {address}");
         bed.removes("address", place, &format!("ip addr del {address} dev {link}"), &check);
     }
@@ -228,13 +241,23 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
         "ip route del 10.83.1.0/24 dev tg-home",
         "ip route | grep -q '10.83.1.0/24 dev tg-home'",
     );
-    bed.removes("route", Inside, "ip route del default", "ip route | grep -q 'default via 10.83.1.1'");
+    bed.removes(
+        "route",
+        Inside,
+        "ip route del default",
+        "ip route | grep -q 'default via 10.83.1.1'",
+    );
     // One for TCP, one for UDP.
     let answers = "[ $(ip route show table all | grep -c '^local default dev lo') = 2 ]";
     let table = "$(ip route show table all | grep -m1 '^local default dev lo' | sed 's/.*table //; s/ .*//')";
     bed.removes_again("route", Inside, &format!("ip route flush table {table}"), answers);
     let marked = "ip rule | grep -q fwmark";
-    bed.removes("rule", Inside, "ip rule del pref $(ip rule | grep -m1 fwmark | cut -d: -f1)", marked);
+    bed.removes(
+        "rule",
+        Inside,
+        "ip rule del pref $(ip rule | grep -m1 fwmark | cut -d: -f1)",
+        marked,
+    );
     let sysctl = |name: &str, others: u8, ours: u8| {
         (format!("sysctl -q {name}={others}"), format!("sysctl -n {name} | grep -qx {ours}"))
     };
@@ -261,7 +284,8 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
     );
 }
 
-/// Destroyed as `ss -K` does, or its table deleted: names are resolved, and ports answer, without a restart.
+/// Destroyed as `ss -K` does, or its table deleted: names are resolved, and ports answer, without a
+/// restart.
 #[test]
 fn sockets_that_are_destroyed_answer_again() {
     let bed = Bed::new(&["--firewall=nftables", "--publish=proxy"]);
@@ -290,7 +314,11 @@ fn sockets_that_are_destroyed_answer_again() {
 fn a_socket_of_the_engine_that_is_destroyed_goes_on() {
     let bed = Bed::new(&["--firewall=none"]);
     assert!(bed.run(Host, "ss -K -nul4 sport = 8080"));
-    assert!(eventually(SOON, || bed.carries_traffic(Duration::from_secs(1))), "{}", bed.up.output());
+    assert!(
+        eventually(SOON, || bed.carries_traffic(Duration::from_secs(1))),
+        "{}",
+        bed.up.output()
+    );
     let cpu = bed.up.cpu_seconds();
     std::thread::sleep(Duration::from_secs(2));
     let cpu = bed.up.cpu_seconds() - cpu;
@@ -305,7 +333,8 @@ fn the_device_of_the_engine_is_restored() {
         let bed = if rootless { Bed::rootless() } else { Bed::new(&["--firewall=none"]) };
         let _outside = PeerServer::tcp(&bed.scene.net.client, "[::]:81".parse().unwrap());
         let egress = || {
-            let to = |to: &str| bed.boxed.run(|| peer_as_seen(to.parse().unwrap(), false, SOON)).is_ok();
+            let to =
+                |to: &str| bed.boxed.run(|| peer_as_seen(to.parse().unwrap(), false, SOON)).is_ok();
             to("203.0.113.9:81") && to("[2001:db8:1::9]:81")
         };
         assert!(egress());
@@ -317,8 +346,14 @@ fn the_device_of_the_engine_is_restored() {
         assert!(egress(), "{}", bed.up.output());
         bed.removes("link", Host, "ip link set $TUN down", up);
         for family in ["-4", "-6"] {
-            let check = format!("ip {family} route show table {table} | grep -q 'default dev tgt-'");
-            bed.removes("route", Host, &format!("ip {family} route del default table {table}"), &check);
+            let check =
+                format!("ip {family} route show table {table} | grep -q 'default dev tgt-'");
+            bed.removes(
+                "route",
+                Host,
+                &format!("ip {family} route del default table {table}"),
+                &check,
+            );
         }
         bed.removes(
             "sysctl",
@@ -360,7 +395,8 @@ fn a_flow_survives_the_loss_of_the_device() {
 fn without_the_device_of_the_engine_everything_else_is_restored() {
     let bed = Bed::new(&["--firewall=none"]);
     let tun = bed.link("tgt-");
-    let replace = r"printf 'link set %s name elsewhere\nlink add %s type bridge\n' $TUN $TUN | ip -batch -";
+    let replace =
+        r"printf 'link set %s name elsewhere\nlink add %s type bridge\n' $TUN $TUN | ip -batch -";
     assert!(bed.run(Host, replace));
     let there = "ip addr show tg-home | grep -q 10.83.1.1/24";
     for _ in 0..2 {
@@ -374,7 +410,11 @@ fn without_the_device_of_the_engine_everything_else_is_restored() {
     let counted = bed.count("tun");
     bed.networks.ip(&["link", "del", &tun]);
     assert!(eventually(SOON, || bed.count("tun") == counted + 1), "{}", bed.up.output());
-    assert!(eventually(SOON, || bed.carries_traffic(Duration::from_secs(1))), "{}", bed.up.output());
+    assert!(
+        eventually(SOON, || bed.carries_traffic(Duration::from_secs(1))),
+        "{}",
+        bed.up.output()
+    );
 }
 
 /// Of a container that has ended nothing is restored, while others are.
@@ -389,8 +429,10 @@ fn a_container_that_has_ended_is_not_repaired() {
         &["--firewall=none"],
     );
     let brief = service_namespace(&bed.up, "brief");
-    let has = |namespace: &Namespace, address| namespace.ip(&["addr", "show", "eth0"]).contains(address);
-    let remove = |namespace: &Namespace, address| namespace.ip(&["addr", "del", address, "dev", "eth0"]);
+    let has =
+        |namespace: &Namespace, address| namespace.ip(&["addr", "show", "eth0"]).contains(address);
+    let remove =
+        |namespace: &Namespace, address| namespace.ip(&["addr", "del", address, "dev", "eth0"]);
     remove(&brief, "10.83.1.3/24");
     assert!(eventually(SOON, || has(&brief, "10.83.1.3")), "as long as it runs");
     fs::write(bed.scene.directory.path().join("end"), "").unwrap();
@@ -431,7 +473,11 @@ fn a_link_in_the_place_of_a_veth_end_is_left_alone() {
     assert_eq!(log.matches("not restored").count(), 1, "{log}");
     let counted = bed.count("veth");
     assert!(bed.run(Inside, "ip link del eth0"));
-    assert!(eventually(SOON * 4, || bed.carries_traffic(Duration::from_secs(1))), "{}", bed.up.output());
+    assert!(
+        eventually(SOON * 4, || bed.carries_traffic(Duration::from_secs(1))),
+        "{}",
+        bed.up.output()
+    );
     assert!(eventually(SOON * 4, || bed.count("veth") == counted + 1), "{}", bed.up.output());
     assert!(!bed.boxed.ip(&["-o", "link"]).contains("real"), "the pair is a new one");
 }
@@ -452,8 +498,8 @@ fn routes_of_a_container_delay_nothing_for_others() {
     let noisy = service_namespace(&bed.up, "noisy");
     noisy.ip_all("link add more type bridge\nlink set more up");
     let routes = bed.scene.directory.path().join("routes");
-    let lines =
-        (0..ROUTES).map(|at| format!("route add 11.{}.{}.0/24 dev more proto kernel\n", at / 256, at % 256));
+    let lines = (0..ROUTES)
+        .map(|at| format!("route add 11.{}.{}.0/24 dev more proto kernel\n", at / 256, at % 256));
     fs::write(&routes, lines.collect::<String>()).unwrap();
     let routes = routes.to_str().unwrap();
     noisy.ip(&["-batch", routes]);
@@ -461,7 +507,8 @@ fn routes_of_a_container_delay_nothing_for_others() {
     // taken away as well.
     let changes = "while :; do ip route del 11.0.0.0/24; ip route add 11.0.0.0/24 dev more proto kernel; \
                    ip addr del 10.83.1.3/24 dev eth0; done 2>/dev/null";
-    let mut changes = noisy.command("sh").args(["-c", changes]).stdout(Stdio::null()).spawn().unwrap();
+    let mut changes =
+        noisy.command("sh").args(["-c", changes]).stdout(Stdio::null()).spawn().unwrap();
     std::thread::sleep(Duration::from_secs(1));
     let mut times = Vec::new();
     for _ in 0..5 {
@@ -476,7 +523,11 @@ fn routes_of_a_container_delay_nothing_for_others() {
         curl.args(["-H", "content-type: application/json", "-d", r#"{"netns":"/nowhere"}"#]);
         let answer = curl.arg("http://localhost/v1/endpoints/box/namespace").output().unwrap();
         assert!(answer.status.success());
-        eprintln!("restored in {:?}, order answered in {:?}", times[times.len() - 1], asked.elapsed());
+        eprintln!(
+            "restored in {:?}, order answered in {:?}",
+            times[times.len() - 1],
+            asked.elapsed()
+        );
         assert!(asked.elapsed() < BOUND);
         std::thread::sleep(Duration::from_millis(500));
     }
@@ -519,7 +570,8 @@ fn programs_are_restored() {
     assert_eq!(bed.logged("program"), 2, "{}", bed.up.output());
 }
 
-/// A process of the container that removes its address in a loop is not followed for ever at its pace.
+/// A process of the container that removes its address in a loop is not followed for ever at its
+/// pace.
 #[test]
 fn what_is_removed_again_and_again_is_restored_with_growing_pauses() {
     let bed = Bed::new(&["--firewall=none"]);
@@ -537,5 +589,9 @@ fn what_is_removed_again_and_again_is_restored_with_growing_pauses() {
     let log = bed.up.output();
     assert_eq!(log.matches("are removed again and again").count(), 1, "{log}");
     assert_eq!(bed.logged("address"), 1, "{log}");
-    assert!(eventually(SOON * 4, || bed.carries_traffic(Duration::from_secs(1))), "{}", bed.up.output());
+    assert!(
+        eventually(SOON * 4, || bed.carries_traffic(Duration::from_secs(1))),
+        "{}",
+        bed.up.output()
+    );
 }

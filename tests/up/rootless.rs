@@ -1,4 +1,5 @@
-//! `tidegate up` by an ordinary user: the networks are in a namespace of its own, the ports on the host.
+//! `tidegate up` by an ordinary user: the networks are in a namespace of its own, the ports on the
+//! host.
 
 use super::scene::{Scene, TIDEGATE, service_namespace, state};
 use std::fs;
@@ -43,15 +44,19 @@ fn an_ordinary_user_publishes_ports_and_nothing_of_the_host_changes() {
     let before = state(&scene.net.host);
     let mut up = up(&scene);
     assert_eq!(state(&scene.net.host), before, "the networks are not the host's");
-    for (url, shown) in
-        [("http://203.0.113.1:8080/", "203.0.113.9"), ("http://[2001:db8:1::1]:8080/", "2001:db8:1::9")]
-    {
+    for (url, shown) in [
+        ("http://203.0.113.1:8080/", "203.0.113.9"),
+        ("http://[2001:db8:1::1]:8080/", "2001:db8:1::9"),
+    ] {
         let answer = get(&scene.net.client, url).unwrap();
         assert!(answer.contains(shown), "the client's own address: {answer}");
     }
     for url in ["http://127.0.0.1:8080/", "http://[::1]:8080/", "http://127.0.0.1:9090/"] {
         let answer = get(&scene.net.host, url).unwrap();
-        assert!(answer.contains("10.77.1.1]") || answer.contains("fd77:1::1]"), "the gateway: {answer}");
+        assert!(
+            answer.contains("10.77.1.1]") || answer.contains("fd77:1::1]"),
+            "the gateway: {answer}"
+        );
     }
     let web = service_namespace(&up, "web");
     let at: SocketAddr = "10.77.1.10:53".parse().unwrap();
@@ -81,7 +86,13 @@ fn ports_come_and_go_at_run_time_at_the_gateways_too() {
         let socket = scene.run.path().join("api.sock");
         let mut curl = scene.net.host.command("curl");
         curl.args(["-sS", "--max-time", "5", "-X", method, "--unix-socket"]).arg(socket);
-        curl.args(["-H", "content-type: application/json", "-d", body, &format!("http://localhost{path}")]);
+        curl.args([
+            "-H",
+            "content-type: application/json",
+            "-d",
+            body,
+            &format!("http://localhost{path}"),
+        ]);
         String::from_utf8(curl.output().unwrap().stdout).unwrap()
     };
     let opened = ask("POST", "/v1/ports", r#"{"endpoint":"web","spec":"0.0.0.0:8181:80"}"#);
@@ -106,8 +117,11 @@ fn killed_it_leaves_nothing_and_comes_up_again() {
     let service = fs::read_to_string(format!("/proc/{0}/task/{0}/children", first.pid())).unwrap();
     first.signal(Signal::KILL);
     first.wait(SOON);
-    let alive =
-        || service.split_whitespace().any(|pid| fs::exists(format!("/proc/{pid}/ns/net")).unwrap_or(false));
+    let alive = || {
+        service
+            .split_whitespace()
+            .any(|pid| fs::exists(format!("/proc/{pid}/ns/net")).unwrap_or(false))
+    };
     assert!(eventually(SOON, || !alive()), "services go with it: {service}");
     let mut next = up(&scene);
     assert!(get(&scene.net.client, "http://203.0.113.1:8080/").is_ok());

@@ -54,7 +54,9 @@ impl Scene {
     /// The page of metrics.
     #[track_caller]
     pub(crate) fn figures(&self) -> String {
-        self.net.host.exec("curl", &["-sS", "--max-time", "5", &format!("http://{}/metrics", self.metrics)])
+        self.net
+            .host
+            .exec("curl", &["-sS", "--max-time", "5", &format!("http://{}/metrics", self.metrics)])
     }
 
     /// With the variant of iptables that is not made of nf_tables.
@@ -73,7 +75,10 @@ impl Scene {
     pub(crate) fn with_open_tun(mut self) -> Self {
         let device = self.programs.path().join("tun");
         let path = device.to_str().unwrap();
-        self.sh(&format!("mknod -m 666 {path} c 10 200; chmod 755 {}", self.programs.path().display()));
+        self.sh(&format!(
+            "mknod -m 666 {path} c 10 200; chmod 755 {}",
+            self.programs.path().display()
+        ));
         let mounts = Mounts::builder().bind(&device, "/dev/net/tun").build(&self.net.host);
         self.net.host = self.net.host.with_mounts(mounts);
         self
@@ -88,8 +93,14 @@ impl Scene {
     /// What a user types on the host.
     #[track_caller]
     pub(crate) fn sh(&self, script: &str) {
-        let output =
-            self.net.host.command("sh").args(["-ec", script]).env("PATH", self.path()).output().unwrap();
+        let output = self
+            .net
+            .host
+            .command("sh")
+            .args(["-ec", script])
+            .env("PATH", self.path())
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
@@ -104,7 +115,11 @@ impl Scene {
             chown(directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
         }
         let mut command = self.net.host.command("setpriv");
-        command.args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}"), "--clear-groups"]);
+        command.args([
+            &format!("--reuid={NOBODY}"),
+            &format!("--regid={NOBODY}"),
+            "--clear-groups",
+        ]);
         // The wish to go with the test is lost with the privileges.
         command.args(["--pdeathsig", "KILL", TIDEGATE]);
         self.at_home(command)
@@ -160,8 +175,9 @@ impl Scene {
         self.brings_up(self.tidegate_as_nobody(), file)
     }
 
-    /// Brings `file` up and waits until it is. Its `services` get a namespace each, in the place of their names in upper
-    /// case (`x-netns: NAME`); a `rootless` engine makes these itself, for a command.
+    /// Brings `file` up and waits until it is. Its `services` get a namespace each, in the place of
+    /// their names in upper case (`x-netns: NAME`); a `rootless` engine makes these itself, for a
+    /// command.
     #[track_caller]
     pub(crate) fn up_with_services<const N: usize>(
         &self,
@@ -229,28 +245,34 @@ pub(crate) fn state(namespace: &Namespace) -> String {
         .collect()
 }
 
-/// The tables of the packet filter by name, whichever was made first. One family at a time: nft(8) shows what extensions of
-/// iptables do (`masquerade`, `dnat to`) for the first of `ip` and `ip6` that it comes to, and leaves it out for the other.
+/// The tables of the packet filter by name, whichever was made first. One family at a time: nft(8)
+/// shows what extensions of iptables do (`masquerade`, `dnat to`) for the first of `ip` and `ip6`
+/// that it comes to, and leaves it out for the other.
 fn tables(namespace: &Namespace) -> String {
     let families = ["ip", "ip6", "inet", "netdev", "bridge", "arp"];
     let listed = families.map(|family| namespace.exec("nft", &["-s", "list", "ruleset", family]));
-    let mut tables: Vec<&str> = listed.iter().flat_map(|listed| listed.split_inclusive("\n}\n")).collect();
+    let mut tables: Vec<&str> =
+        listed.iter().flat_map(|listed| listed.split_inclusive("\n}\n")).collect();
     tables.sort_unstable();
     tables.concat()
 }
 
-/// The rules and chains of the legacy variant of `program`; its tables come into being when they are looked at.
+/// The rules and chains of the legacy variant of `program`; its tables come into being when they
+/// are looked at.
 fn legacy_rules(namespace: &Namespace, program: &str) -> String {
     let saved = namespace.exec(&format!("{program}-legacy-save"), &[]);
-    let is_there = |line: &&str| line.starts_with("-A") || line.starts_with('*') || line.contains(" - [");
-    let lines = saved.lines().filter(is_there).map(|line| line.split(" [").next().unwrap_or_default());
+    let is_there =
+        |line: &&str| line.starts_with("-A") || line.starts_with('*') || line.contains(" - [");
+    let lines =
+        saved.lines().filter(is_there).map(|line| line.split(" [").next().unwrap_or_default());
     let lines: Vec<&str> = lines.collect();
     // Tables without anything in them are as good as none.
     let tables = lines.split(|line| line.starts_with('*')).filter(|table| !table.is_empty());
     tables.map(|table| format!("{program}: {}\n", table.join("\n"))).collect()
 }
 
-/// `file`, with a command for each of its `services` in the place of a namespace (`x-netns: NAME`, in upper case).
+/// `file`, with a command for each of its `services` in the place of a namespace (`x-netns: NAME`,
+/// in upper case).
 pub(crate) fn with_commands(file: &str, services: &[&str]) -> String {
     let one = |file: String, name: &&str| {
         file.replace(&format!("x-netns: {}", name.to_uppercase()), "command: sleep 60")

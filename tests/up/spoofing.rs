@@ -1,5 +1,5 @@
-//! Root in a container sends in the name of others, by hand-made frames: nobody receives them, in any mode and with each
-//! mechanism of port guards. What an unmodified kernel sends is not dropped.
+//! Root in a container sends in the name of others, by hand-made frames: nobody receives them, in
+//! any mode and with each mechanism of port guards. What an unmodified kernel sends is not dropped.
 
 use super::scene::{Scene, rootless_namespace, service_namespace};
 use std::collections::HashSet;
@@ -76,9 +76,11 @@ impl Project {
     }
 
     fn forger(&self) -> Forger {
-        let address = self.containers[0].run(|| fs::read_to_string("/proc/thread-self/net/if_inet6"));
+        let address =
+            self.containers[0].run(|| fs::read_to_string("/proc/thread-self/net/if_inet6"));
         let address = address.unwrap();
-        let link_local = address.lines().find(|line| line.starts_with("fe80")).expect("a link-local address");
+        let link_local =
+            address.lines().find(|line| line.starts_with("fe80")).expect("a link-local address");
         let link_local = u128::from_str_radix(&link_local[..32], 16).unwrap().into();
         let listed = self.containers[0].ip(&["-o", "link", "show", "eth0"]);
         let mac = mac_of(link_layer_address(&listed));
@@ -100,8 +102,10 @@ impl Project {
             ("the outside".to_owned(), LinkSocket::open(&self.scene.net.client, "eth0")),
         ];
         let listed = self.host.ip(&["-o", "link", "show", "type", "bridge"]);
-        for bridge in
-            listed.lines().filter_map(|line| line.split(": ").nth(1)).filter(|name| name.starts_with("tg-"))
+        for bridge in listed
+            .lines()
+            .filter_map(|line| line.split(": ").nth(1))
+            .filter(|name| name.starts_with("tg-"))
         {
             all.push((bridge.to_owned(), LinkSocket::open(&self.host, bridge)));
         }
@@ -113,8 +117,9 @@ impl Project {
     fn dropped(&self) -> Vec<(String, u64)> {
         let url = format!("http://{METRICS}/metrics");
         let page = self.scene.net.host.exec("curl", &["-sS", "--max-time", "5", &url]);
-        let lines =
-            page.lines().filter_map(|line| line.strip_prefix("tidegate_network_spoofed_frames_total"));
+        let lines = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("tidegate_network_spoofed_frames_total"));
         let counts = lines.map(|line| {
             let (labels, count) = line.rsplit_once(' ').unwrap();
             (labels.to_owned(), count.parse().unwrap())
@@ -133,7 +138,8 @@ impl Project {
             let mut take = |sent: &HashSet<Vec<u8>>| {
                 for (place, receiver) in &receivers {
                     let forged = |frame: &Vec<u8>| {
-                        sent.contains(frame) || frame.windows(MARKER.len()).any(|part| part == MARKER)
+                        sent.contains(frame)
+                            || frame.windows(MARKER.len()).any(|part| part == MARKER)
                     };
                     let count = receiver.received().iter().filter(|frame| forged(frame)).count();
                     if count > 0 {
@@ -164,10 +170,18 @@ impl Project {
         let dropped = self.dropped();
         let of = |service: &str| -> u64 {
             let label = format!("endpoint=\"{service}\"");
-            dropped.iter().filter(|(labels, _)| labels.contains(&label)).map(|(_, count)| count).sum()
+            dropped
+                .iter()
+                .filter(|(labels, _)| labels.contains(&label))
+                .map(|(_, count)| count)
+                .sum()
         };
         let expected = if counts { (KINDS.len() * COUNT) as u64 } else { 0 };
-        assert_eq!([of("hostile"), of("neighbor"), of("stranger")], [expected, 0, 0], "{dropped:?}");
+        assert_eq!(
+            [of("hostile"), of("neighbor"), of("stranger")],
+            [expected, 0, 0],
+            "{dropped:?}"
+        );
         self.talks();
     }
 
@@ -217,7 +231,10 @@ fn without_a_guard_forged_frames_reach_the_neighbor_and_it_is_said() {
             "{leaks:?}"
         );
     }
-    assert!(!leaks.iter().any(|leak| leak.contains("the stranger")), "networks are apart: {leaks:?}");
+    assert!(
+        !leaks.iter().any(|leak| leak.contains("the stranger")),
+        "networks are apart: {leaks:?}"
+    );
     let doctor = project.scene.tidegate().args(["doctor"]).output().unwrap();
     let told = String::from_utf8_lossy(&doctor.stdout).into_owned();
     assert!(told.contains("of their gateway") && told.contains("port-guards"), "{told}");
@@ -241,8 +258,12 @@ services:
 "#;
     for lacks in ["", "bpf-guards,netdev-guards,classic-guards"] {
         let scene = Scene::lacking(lacks);
-        let (_up, [other, inmate, router]) =
-            scene.up_with_services(NETWORKS, ["other", "inmate", "router"], false, &["--firewall=none"]);
+        let (_up, [other, inmate, router]) = scene.up_with_services(
+            NETWORKS,
+            ["other", "inmate", "router"],
+            false,
+            &["--firewall=none"],
+        );
         let host = scene.net.host.run(|| UdpSocket::bind("0.0.0.0:5555")).unwrap();
         let served = other.run(|| UdpSocket::bind("0.0.0.0:80")).unwrap();
         for socket in [&host, &served] {
@@ -250,8 +271,10 @@ services:
         }
         let received = |socket: &UdpSocket| {
             let mut buffer = [0; 100];
-            std::iter::from_fn(|| socket.recv(&mut buffer).ok().map(|length| buffer[..length].to_vec()))
-                .count()
+            std::iter::from_fn(|| {
+                socket.recv(&mut buffer).ok().map(|length| buffer[..length].to_vec())
+            })
+            .count()
         };
         let bridges = scene.net.host.ip(&["-o", "link", "show", "type", "bridge"]);
         let bridge = bridges.lines().find(|line| line.contains("tg-back")).unwrap();
@@ -301,7 +324,8 @@ fn link_layer_address(listed: &str) -> &str {
 }
 
 fn mac_of(text: &str) -> Mac {
-    let bytes: Vec<u8> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    let bytes: Vec<u8> =
+        text.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
     bytes.try_into().unwrap()
 }
 

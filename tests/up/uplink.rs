@@ -10,7 +10,8 @@ pub(crate) const HOST: [&str; 2] = ["198.51.100.1", "2001:db8:2::1"];
 pub(crate) struct Uplink {
     /// An honest client.
     pub(crate) client: Namespace,
-    /// Sends everything by way of the host: to its containers, to its gateways, to its loopback addresses.
+    /// Sends everything by way of the host: to its containers, to its gateways, to its loopback
+    /// addresses.
     pub(crate) hostile: Namespace,
     _link: Segment,
 }
@@ -19,7 +20,8 @@ impl Uplink {
     /// Gives the scene's host `eth1`.
     #[track_caller]
     pub(crate) fn new(scene: &Scene) -> Self {
-        let uplink = Self { client: Namespace::new(), hostile: Namespace::new(), _link: Segment::new() };
+        let uplink =
+            Self { client: Namespace::new(), hostile: Namespace::new(), _link: Segment::new() };
         let [host4, host6] = HOST;
         let link = &uplink._link;
         link.attach(&scene.net.host, "eth1", &[&format!("{host4}/24"), &format!("{host6}/64")]);
@@ -31,7 +33,8 @@ impl Uplink {
                  -6 route add default via {host6}"
             ));
         }
-        // Loopback addresses are nothing special to him: he has none of his own, and sends there as anywhere.
+        // Loopback addresses are nothing special to him: he has none of his own, and sends there as
+        // anywhere.
         uplink.hostile.sysctl("net.ipv4.conf.all.route_localnet", "1");
         uplink.hostile.ip_all(&format!(
             "addr del 127.0.0.1/8 dev lo

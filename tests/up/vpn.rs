@@ -1,5 +1,5 @@
-//! VPNs, QoS scripts and second uplinks of the host: what was closed stays closed, what worked keeps working,
-//! and no mark or rule of theirs is lost, whichever came first.
+//! VPNs, QoS scripts and second uplinks of the host: what was closed stays closed, what worked
+//! keeps working, and no mark or rule of theirs is lost, whichever came first.
 
 use super::firewall::MODES;
 use super::matrix::peer_as_seen;
@@ -49,8 +49,8 @@ const MESH: Vpn = Vpn {
            iptables -X vpn-fwd",
 };
 
-/// A class for what leaves by the uplink, kept with the connection. The counters tell whether the mark is as
-/// it was set, and whether anybody else's bits are seen.
+/// A class for what leaves by the uplink, kept with the connection. The counters tell whether the
+/// mark is as it was set, and whether anybody else's bits are seen.
 const QOS: Vpn = Vpn {
     up: "iptables -t mangle -A PREROUTING -j CONNMARK --restore-mark
          iptables -t mangle -A FORWARD -i eth0 -m mark --mark 0x5 -m comment --comment restored
@@ -105,7 +105,8 @@ impl Host {
         for key in ["all", "default", "eth0", "vpn0"] {
             scene.net.host.sysctl(&format!("net.ipv4.conf.{key}.rp_filter"), "0");
         }
-        // iptables leaves the chains that it has made for somebody once: they are there from the start.
+        // iptables leaves the chains that it has made for somebody once: they are there from the
+        // start.
         scene.sh("for program in iptables ip6tables; do
                for table in filter mangle; do
                  for chain in INPUT FORWARD; do $program -t $table -A $chain -i none -j ACCEPT; done
@@ -158,14 +159,17 @@ impl Host {
         check(self, &format!("VPN later, {flags:?}"));
         up.stop(Signal::INT, SOON);
         if !theirs.is_empty() {
-            assert_eq!(without_priorities(&state(&self.scene.net.host)), without_priorities(theirs));
+            assert_eq!(
+                without_priorities(&state(&self.scene.net.host)),
+                without_priorities(theirs)
+            );
         }
         self.scene.sh(vpn.down);
         assert_eq!(state(&self.scene.net.host), before, "VPN later, {flags:?}");
     }
 
-    /// Whether the jump to the mark is the last rule of its hook: mangle POSTROUTING, or PREROUTING where policy rules are
-    /// the guards.
+    /// Whether the jump to the mark is the last rule of its hook: mangle POSTROUTING, or PREROUTING
+    /// where policy rules are the guards.
     fn marks_last(&self) -> bool {
         ["POSTROUTING", "PREROUTING"].iter().any(|hook| {
             let listed = self.scene.net.host.exec("iptables", &["-t", "mangle", "-S", hook]);
@@ -314,7 +318,11 @@ fn a_rule_that_cannot_be_preceded_opens_nothing_and_is_named() {
                 );
                 assert!(!told(), "{when}");
             } else {
-                assert!(up.output().contains("a priority of 5 or higher"), "{when}: {}", up.output());
+                assert!(
+                    up.output().contains("a priority of 5 or higher"),
+                    "{when}: {}",
+                    up.output()
+                );
             }
             let _servers = PeerServer::tcp(&host.server, "0.0.0.0:80".parse().unwrap());
             for from in [&host.scene.net.client, &host.peer, &host.stranger] {
@@ -359,7 +367,8 @@ impl TwoUplinks {
 
     fn asks(&self) -> bool {
         self.far.run(|| {
-            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            let socket =
+                socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
             socket.bind(&"192.0.2.77:0".parse::<SocketAddr>().unwrap().into()).unwrap();
             let at: SocketAddr = "198.51.100.1:8080".parse().unwrap();
             socket.connect_timeout(&at.into(), PATIENCE[1]).is_ok()

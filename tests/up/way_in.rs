@@ -1,4 +1,5 @@
-//! Whom the container sees as its client where the NAT engine leads it out, as root and as an ordinary user.
+//! Whom the container sees as its client where the NAT engine leads it out, as root and as an
+//! ordinary user.
 
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, service_namespace, state};
@@ -31,7 +32,8 @@ const GATEWAY: [&str; 2] = ["10.81.1.1", "fd81:1::1"];
 const HOST: [&str; 2] = ["203.0.113.1", "2001:db8:1::1"];
 
 fn up(scene: &Scene, rootless: bool) -> Process {
-    let up = if rootless { scene.up_as_nobody(FILE) } else { scene.up_with(FILE, &["--firewall=none"]) };
+    let up =
+        if rootless { scene.up_as_nobody(FILE) } else { scene.up_with(FILE, &["--firewall=none"]) };
     up.wait_for_line("Ctrl-C takes", SOON);
     up
 }
@@ -40,7 +42,8 @@ fn up(scene: &Scene, rootless: bool) -> Process {
 #[track_caller]
 fn seen(from: &Namespace, to: &str, port: u16, udp: bool) -> String {
     let to = SocketAddr::new(to.parse().unwrap(), port);
-    from.run(|| peer_as_seen(to, udp, SOON)).unwrap_or_else(|error| panic!("{to} (udp {udp}): {error}"))
+    from.run(|| peer_as_seen(to, udp, SOON))
+        .unwrap_or_else(|error| panic!("{to} (udp {udp}): {error}"))
 }
 
 #[test]
@@ -57,17 +60,26 @@ fn the_container_sees_its_clients_over_tcp_and_udp() {
             let outside = ["203.0.113.9", "2001:db8:1::9"][family];
             let loopback = ["127.0.0.1", "::1"][family];
             for udp in [false, true] {
-                assert_eq!(seen(client, HOST[family], 8080, udp), outside, "rootless {rootless}, udp {udp}");
+                assert_eq!(
+                    seen(client, HOST[family], 8080, udp),
+                    outside,
+                    "rootless {rootless}, udp {udp}"
+                );
                 // Whom applications would trust, or answer past us, they do not see.
                 let gateway = if udp { ENGINE[family] } else { GATEWAY[family] };
                 for to in [HOST[family], loopback] {
-                    assert_eq!(seen(host, to, 8080, udp), gateway, "rootless {rootless}, udp {udp}");
+                    assert_eq!(
+                        seen(host, to, 8080, udp),
+                        gateway,
+                        "rootless {rootless}, udp {udp}"
+                    );
                 }
                 // Itself, by the host: hairpin.
                 assert!(!seen(&boxed, HOST[family], 8080, udp).is_empty());
             }
         }
-        // Nothing that it sends goes to the engine: a container without a way out is reached as ever.
+        // Nothing that it sends goes to the engine: a container without a way out is reached as
+        // ever.
         let inmate = service_namespace(&up, "inmate");
         let _udp = PeerServer::udp(&inmate, "10.81.2.3:80".parse().unwrap());
         assert_eq!(seen(&scene.net.client, HOST[0], 8082, true), "10.81.2.1");
@@ -86,7 +98,13 @@ fn ports_of_udp_come_and_go_at_run_time() {
         let socket = scene.run.path().join("api.sock");
         let mut curl = scene.net.host.command("curl");
         curl.args(["-sS", "--max-time", "5", "-X", method, "--unix-socket"]).arg(socket);
-        curl.args(["-H", "content-type: application/json", "-d", body, &format!("http://localhost{path}")]);
+        curl.args([
+            "-H",
+            "content-type: application/json",
+            "-d",
+            body,
+            &format!("http://localhost{path}"),
+        ]);
         String::from_utf8(curl.output().unwrap().stdout).unwrap()
     };
     for _ in 0..2 {
@@ -99,7 +117,11 @@ fn ports_of_udp_come_and_go_at_run_time() {
         let closed = scene.net.client.run(|| peer_as_seen(to, true, SOON / 10));
         assert!(closed.is_err(), "{closed:?}");
     }
-    assert_eq!(seen(&scene.net.client, HOST[0], 8080, true), "203.0.113.9", "the others are as they were");
+    assert_eq!(
+        seen(&scene.net.client, HOST[0], 8080, true),
+        "203.0.113.9",
+        "the others are as they were"
+    );
 }
 
 /// In the same series as every other published port's.
@@ -115,7 +137,9 @@ fn what_a_port_of_the_engine_carries_is_counted_as_that_of_any_port() {
     let boxed = service_namespace(&up, "box");
     let _udp = PeerServer::udp(&boxed, "10.81.1.2:80".parse().unwrap());
     seen(&scene.net.client, HOST[0], 8080, true);
-    let page = || scene.net.host.exec("curl", &["-sS", "--max-time", "5", "http://127.0.0.1:9464/metrics"]);
+    let page = || {
+        scene.net.host.exec("curl", &["-sS", "--max-time", "5", "http://127.0.0.1:9464/metrics"])
+    };
     let told = |line: &str| page().lines().any(|told| told == line);
     for line in [
         r#"tidegate_proxy_sessions_total{publish="0.0.0.0:8080/udp"} 1"#,

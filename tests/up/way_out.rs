@@ -21,7 +21,8 @@ services:
 "#;
 
 fn up(scene: &Scene, rootless: bool) -> (Process, Namespace) {
-    let up = if rootless { scene.up_as_nobody(FILE) } else { scene.up_with(FILE, &["--firewall=none"]) };
+    let up =
+        if rootless { scene.up_as_nobody(FILE) } else { scene.up_with(FILE, &["--firewall=none"]) };
     up.wait_for_line("Ctrl-C takes", SOON);
     let inside = service_namespace(&up, "box");
     (up, inside)
@@ -44,9 +45,14 @@ fn all_of_it_goes_out_and_comes_back_as_root_and_as_an_ordinary_user() {
                 transfer::send(&mut stream, 3, MUCH).unwrap();
                 stream.shutdown(Shutdown::Write).unwrap();
             });
-            assert_eq!(sink.wait(1, 6 * SOON), [Transfer::complete(MUCH)], "rootless {rootless}, {world}");
+            assert_eq!(
+                sink.wait(1, 6 * SOON),
+                [Transfer::complete(MUCH)],
+                "rootless {rootless}, {world}"
+            );
             let source = Source::tcp(&scene.net.client, (world, 7002).into(), 4, MUCH);
-            let received = inside.run(|| transfer::receive(&mut connect(source.addr()).unwrap(), 4));
+            let received =
+                inside.run(|| transfer::receive(&mut connect(source.addr()).unwrap(), 4));
             assert_eq!(received, Transfer::complete(MUCH), "rootless {rootless}, {world}");
 
             // Who is refused is told, and at once.
@@ -101,8 +107,10 @@ fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else()
             + "  other: { command: [ sleep, '60' ], networks: { away: { ipv4_address: 10.81.9.2 } } }\n"
             + "  inmate: { command: [ sleep, '60' ], networks: [ shut ] }\n";
         let networks = "networks: { away: { ipam: { config: [ { subnet: 10.81.9.0/24 } ] } }, shut: { internal: true }, ";
-        let file =
-            file.replace("networks: { home: { enable_ipv6", &(networks.to_owned() + "home: { enable_ipv6"));
+        let file = file.replace(
+            "networks: { home: { enable_ipv6",
+            &(networks.to_owned() + "home: { enable_ipv6"),
+        );
         let up = if rootless {
             Process::spawn(scene.command_as_nobody(&file).args(&flags))
         } else {
@@ -111,7 +119,8 @@ fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else()
         up.wait_for_line("Ctrl-C takes", SOON);
         let inside = service_namespace(&up, "box");
         let host = &scene.net.host;
-        let loopbacks: [SocketAddr; 2] = ["127.0.0.1:9999", "[::1]:9999"].map(|at| at.parse().unwrap());
+        let loopbacks: [SocketAddr; 2] =
+            ["127.0.0.1:9999", "[::1]:9999"].map(|at| at.parse().unwrap());
         let _tcp = loopbacks.map(|at| PeerServer::tcp(host, at));
         let _udp = loopbacks.map(|at| PeerServer::udp(host, at));
         let patience = if allowed { SOON } else { SOON / 10 };
@@ -123,8 +132,10 @@ fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else()
             }
         }
         // Other names of it are as closed as ever, and so are other networks.
-        let _other = PeerServer::tcp(&service_namespace(&up, "other"), "10.81.9.2:80".parse().unwrap());
-        for (to, port) in [("203.0.113.1", 9999), ("10.81.1.1", 9999), ("10.81.9.1", 9999), ("10.81.9.2", 80)]
+        let _other =
+            PeerServer::tcp(&service_namespace(&up, "other"), "10.81.9.2:80".parse().unwrap());
+        for (to, port) in
+            [("203.0.113.1", 9999), ("10.81.1.1", 9999), ("10.81.9.1", 9999), ("10.81.9.2", 80)]
         {
             let to = SocketAddr::new(to.parse().unwrap(), port);
             let reached = inside.run(|| TcpStream::connect_timeout(&to, SOON / 10));
@@ -133,7 +144,10 @@ fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else()
         let inmate = service_namespace(&up, "inmate");
         inmate.ip_all("route add default dev eth0");
         let to = SocketAddr::new(ENGINE[0].parse().unwrap(), 9999);
-        assert!(inmate.run(|| TcpStream::connect_timeout(&to, SOON / 10)).is_err(), "it has no way out");
+        assert!(
+            inmate.run(|| TcpStream::connect_timeout(&to, SOON / 10)).is_err(),
+            "it has no way out"
+        );
     }
 }
 
@@ -143,7 +157,8 @@ fn on_an_old_kernel_a_host_does_not_become_a_router() {
     let scene = Scene::lacking("all");
     scene.net.host.sysctl("net.ipv6.conf.all.forwarding", "0");
     let (mut up, inside) = up(&scene, false);
-    let servers = ["203.0.113.9:7777", "[2001:db8:1::9]:7777"].map(|at| at.parse::<SocketAddr>().unwrap());
+    let servers =
+        ["203.0.113.9:7777", "[2001:db8:1::9]:7777"].map(|at| at.parse::<SocketAddr>().unwrap());
     let _servers = servers.map(|at| PeerServer::tcp(&scene.net.client, at));
     assert_eq!(inside.run(|| peer_as_seen(servers[0], false, SOON)).unwrap(), "203.0.113.1");
     assert!(inside.run(|| peer_as_seen(servers[1], false, SOON / 10)).is_err());
@@ -190,7 +205,14 @@ fn the_engine_answers_dns_with_what_the_hosts_servers_say_and_follows_them() {
         let (_up, inside) = up(&scene, rootless);
         let ask = |server: &str, how: &str| {
             let mut dig = inside.command("dig");
-            dig.args([&format!("@{server}"), "+short", "+time=3", "+tries=1", how, "www.example.test"]);
+            dig.args([
+                &format!("@{server}"),
+                "+short",
+                "+time=3",
+                "+tries=1",
+                how,
+                "www.example.test",
+            ]);
             String::from_utf8(dig.output().unwrap().stdout).unwrap().trim().to_owned()
         };
         for server in ENGINE {
@@ -204,13 +226,15 @@ fn the_engine_answers_dns_with_what_the_hosts_servers_say_and_follows_them() {
     }
 }
 
-/// An adopted container lives on when we are killed; nothing of it is forwarded then, least of all under its own address.
+/// An adopted container lives on when we are killed; nothing of it is forwarded then, least of all
+/// under its own address.
 #[test]
 fn when_the_engine_is_killed_nothing_leaves() {
     let scene = Scene::new();
     scene.net.host.sysctl("net.ipv4.ip_forward", "1");
     let inside = Namespace::new();
-    let file = FILE.replace(r#"command: [ sleep, "60" ]"#, &format!("x-netns: {}", inside.path().display()));
+    let file = FILE
+        .replace(r#"command: [ sleep, "60" ]"#, &format!("x-netns: {}", inside.path().display()));
     let mut up = scene.up_with(&file, &["--firewall=none"]);
     up.wait_for_line("Ctrl-C takes", SOON);
     let at: SocketAddr = "203.0.113.9:7777".parse().unwrap();

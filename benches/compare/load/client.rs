@@ -1,4 +1,5 @@
-//! The TCP clients: requests on open connections, a connection per request, idle connections, a blind pusher.
+//! The TCP clients: requests on open connections, a connection per request, idle connections, a
+//! blind pusher.
 //!
 //! Each function opens its sockets in the calling thread's namespace: call them through
 //! [`Namespace::run`](tidegate_testbed::Namespace::run).
@@ -22,7 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Requests answered before this much time has passed are not counted.
 const WARM_UP: Duration = Duration::from_millis(200);
 
-/// Connections after which a run of [`connections`] ends early: each leaves a port in TIME_WAIT behind.
+/// Connections after which a run of [`connections`] ends early: each leaves a port in TIME_WAIT
+/// behind.
 const MOST_CONNECTIONS: u64 = 50_000;
 
 /// What came of [`requests`].
@@ -34,7 +36,8 @@ pub(crate) struct Requests {
 
 /// Keeps one request in flight on each of `count` connections for `duration`.
 ///
-/// `at_start` is called when counting begins: the place to read the CPU time of whatever is in between.
+/// `at_start` is called when counting begins: the place to read the CPU time of whatever is in
+/// between.
 pub(crate) fn requests(
     target: SocketAddr,
     count: usize,
@@ -103,7 +106,8 @@ impl Ring {
 }
 
 impl Slot {
-    /// Takes what has come; once the reply is whole sends the next request and returns the time it took.
+    /// Takes what has come; once the reply is whole sends the next request and returns the time it
+    /// took.
     fn advance(&mut self) -> Result<Option<u32>> {
         let mut buffer = [0; MESSAGE];
         self.received += match self.stream.read(&mut buffer[self.received..]) {
@@ -127,7 +131,11 @@ impl Slot {
 /// Opens a connection, asks once, closes it, and begins again, `at_a_time` of them side by side.
 ///
 /// Returns connections per second and how many there were in all.
-pub(crate) fn connections(target: SocketAddr, at_a_time: usize, duration: Duration) -> Result<(f64, u64)> {
+pub(crate) fn connections(
+    target: SocketAddr,
+    at_a_time: usize,
+    duration: Duration,
+) -> Result<(f64, u64)> {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let mut slots = Vec::with_capacity(at_a_time);
     for number in 0..at_a_time {
@@ -159,7 +167,8 @@ struct Visit {
 
 impl Visit {
     fn start(epoll: &OwnedFd, number: usize, target: SocketAddr) -> Result<Self> {
-        let socket = Socket::new(Domain::for_address(target), Type::STREAM.nonblocking().cloexec(), None)?;
+        let socket =
+            Socket::new(Domain::for_address(target), Type::STREAM.nonblocking().cloexec(), None)?;
         socket.set_tcp_nodelay(true)?;
         match socket.connect(&target.into()) {
             Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => {
@@ -167,7 +176,8 @@ impl Visit {
             }
             _ => {}
         }
-        // Edge-triggered, so one registration serves both steps: writable once connected, readable later.
+        // Edge-triggered, so one registration serves both steps: writable once connected, readable
+        // later.
         let both = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
         epoll::add(epoll, &socket, epoll::EventData::new_u64(number as u64), both)?;
         Ok(Self { socket, asked: false, received: 0 })
@@ -195,7 +205,9 @@ impl Visit {
 
 /// Opens `count` connections, asks once on each to prove it goes all the way, and leaves them idle.
 pub(crate) fn idle(target: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
-    (0..count).map(|number| ask_once(target).with_context(|| format!("connection {number}"))).collect()
+    (0..count)
+        .map(|number| ask_once(target).with_context(|| format!("connection {number}")))
+        .collect()
 }
 
 fn ask_once(target: SocketAddr) -> Result<TcpStream> {
@@ -229,8 +241,8 @@ pub(crate) fn push(target: SocketAddr, patience: Duration, limit: usize) -> Resu
     Ok(pushed - unacknowledged(&stream)?)
 }
 
-/// What `stream` has taken and its peer has not acknowledged yet, in bytes: what never left this end (tcp(7),
-/// `SIOCOUTQ`).
+/// What `stream` has taken and its peer has not acknowledged yet, in bytes: what never left this
+/// end (tcp(7), `SIOCOUTQ`).
 fn unacknowledged(stream: &TcpStream) -> Result<usize> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the request writes one int, which `bytes` is.
@@ -242,8 +254,8 @@ fn unacknowledged(stream: &TcpStream) -> Result<usize> {
 }
 
 fn connect(target: SocketAddr) -> Result<TcpStream> {
-    let stream =
-        TcpStream::connect_timeout(&target, PATIENCE).with_context(|| format!("connect to {target}"))?;
+    let stream = TcpStream::connect_timeout(&target, PATIENCE)
+        .with_context(|| format!("connect to {target}"))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }

@@ -1,7 +1,7 @@
 //! A UDP sender that floods and a receiver that counts.
 //!
-//! Both batch as much as the kernel lets them: `sendmmsg` or segmentation offload (`UDP_SEGMENT`) at the
-//! sender, `recvmmsg` with `UDP_GRO` at the receiver. rustix has no `recvmmsg`, hence libc.
+//! Both batch as much as the kernel lets them: `sendmmsg` or segmentation offload (`UDP_SEGMENT`)
+//! at the sender, `recvmmsg` with `UDP_GRO` at the receiver. rustix has no `recvmmsg`, hence libc.
 
 use std::io;
 use std::mem::{self, size_of};
@@ -37,8 +37,8 @@ pub(crate) struct Flood {
 }
 
 impl Flood {
-    /// Starts to send datagrams of `size` bytes from `namespace`, from one socket; `offload` sends them as
-    /// segments of large ones.
+    /// Starts to send datagrams of `size` bytes from `namespace`, from one socket; `offload` sends
+    /// them as segments of large ones.
     pub(crate) fn start(
         namespace: &Namespace,
         target: SocketAddr,
@@ -62,8 +62,8 @@ impl Flood {
             std::thread::spawn(move || {
                 let payload = vec![0x5a; length];
                 while running.load(Ordering::Relaxed) {
-                    // ENOBUFS under pressure, ECONNREFUSED from a proxy that is not there: the receiver's
-                    // count tells.
+                    // ENOBUFS under pressure, ECONNREFUSED from a proxy that is not there: the
+                    // receiver's count tells.
                     let _ = send_batch(&socket, &payload);
                 }
             })
@@ -91,7 +91,8 @@ pub(crate) struct Counter {
 impl Counter {
     /// Starts to receive on `addr` in `namespace`.
     pub(crate) fn start(namespace: &Namespace, addr: SocketAddr) -> Result<Self> {
-        let socket = namespace.run(|| UdpSocket::bind(addr)).with_context(|| format!("bind {addr}"))?;
+        let socket =
+            namespace.run(|| UdpSocket::bind(addr)).with_context(|| format!("bind {addr}"))?;
         set_option(&socket, libc::UDP_GRO, 1)?;
         // Looks at `running` at least this often.
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
@@ -127,15 +128,17 @@ impl Drop for Counter {
 
 /// Sends `payload` [`BATCH`] times.
 fn send_batch(socket: &UdpSocket, payload: &[u8]) -> io::Result<()> {
-    let mut part = libc::iovec { iov_base: payload.as_ptr().cast_mut().cast(), iov_len: payload.len() };
+    let mut part =
+        libc::iovec { iov_base: payload.as_ptr().cast_mut().cast(), iov_len: payload.len() };
     // SAFETY: zero is a valid value for each field of this plain C structure.
     let mut message: libc::mmsghdr = unsafe { mem::zeroed() };
     message.msg_hdr.msg_iov = &raw mut part;
     message.msg_hdr.msg_iovlen = 1;
     let mut messages = [message; BATCH];
-    // SAFETY: every header points to `part`, which points to `payload`; both outlive the call, which only
-    // reads them.
-    let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), BATCH as u32, 0) };
+    // SAFETY: every header points to `part`, which points to `payload`; both outlive the call,
+    // which only reads them.
+    let sent =
+        unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), BATCH as u32, 0) };
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -162,15 +165,17 @@ impl ReceiveBatch {
         // SAFETY: as above.
         let mut messages: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
         let buffers = self.payloads.chunks_exact_mut(LARGEST).zip(&mut self.controls);
-        for ((message, part), (payload, control)) in messages.iter_mut().zip(&mut parts).zip(buffers) {
+        for ((message, part), (payload, control)) in
+            messages.iter_mut().zip(&mut parts).zip(buffers)
+        {
             *part = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: LARGEST };
             message.msg_hdr.msg_iov = part;
             message.msg_hdr.msg_iovlen = 1;
             message.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
             message.msg_hdr.msg_controllen = size_of::<Control>();
         }
-        // SAFETY: each header points to a payload and a control buffer of its own, of the lengths given, and
-        // all of them outlive the call.
+        // SAFETY: each header points to a payload and a control buffer of its own, of the lengths
+        // given, and all of them outlive the call.
         let count = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
@@ -188,11 +193,13 @@ impl ReceiveBatch {
 /// How many datagrams the kernel delivered as this one message.
 fn datagrams(message: &libc::mmsghdr) -> u64 {
     let mut segment = 0;
-    // SAFETY: the kernel filled in the control buffer and its length; CMSG_FIRSTHDR answers null if there is
-    // no whole header in it.
+    // SAFETY: the kernel filled in the control buffer and its length; CMSG_FIRSTHDR answers null if
+    // there is no whole header in it.
     unsafe {
         let header = libc::CMSG_FIRSTHDR(&raw const message.msg_hdr);
-        if !header.is_null() && (*header).cmsg_level == libc::SOL_UDP && (*header).cmsg_type == libc::UDP_GRO
+        if !header.is_null()
+            && (*header).cmsg_level == libc::SOL_UDP
+            && (*header).cmsg_type == libc::UDP_GRO
         {
             segment = ptr::read_unaligned(libc::CMSG_DATA(header).cast::<libc::c_int>());
         }

@@ -1,7 +1,7 @@
 //! Load generators: event-driven, one thread each, so that they are not what is measured.
 //!
-//! The clients run inside the client's namespace and speak to the published port; the servers run inside the
-//! container's. Everything is bounded in time and count.
+//! The clients run inside the client's namespace and speak to the published port; the servers run
+//! inside the container's. Everything is bounded in time and count.
 
 pub(crate) mod client;
 pub(crate) mod datagrams;

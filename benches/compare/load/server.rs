@@ -1,4 +1,5 @@
-//! The service behind the published port: answers every 64 bytes with 64 bytes, for any number of connections.
+//! The service behind the published port: answers every 64 bytes with 64 bytes, for any number of
+//! connections.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -16,7 +17,8 @@ use tidegate_testbed::{Namespace, eventually};
 
 use super::{EVENTS, MESSAGE};
 
-/// Tokens of the two descriptors that are no connection; a connection's token is its descriptor's number.
+/// Tokens of the two descriptors that are no connection; a connection's token is its descriptor's
+/// number.
 const LISTENER: u64 = u64::MAX;
 const STOP: u64 = u64::MAX - 1;
 
@@ -30,7 +32,8 @@ pub(crate) struct RequestServer {
 impl RequestServer {
     /// Starts the server on `addr` in `namespace`; it listens when this returns.
     pub(crate) fn start(namespace: &Namespace, addr: SocketAddr) -> Result<Self> {
-        let listener = namespace.run(|| listen(addr)).with_context(|| format!("listen on {addr}"))?;
+        let listener =
+            namespace.run(|| listen(addr)).with_context(|| format!("listen on {addr}"))?;
         let open = Arc::new(AtomicUsize::new(0));
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let mut service = Service::new(listener, &stop, Arc::clone(&open))?;
@@ -58,7 +61,8 @@ impl Drop for RequestServer {
 }
 
 fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(addr), Type::STREAM.nonblocking().cloexec(), None)?;
+    let socket =
+        Socket::new(Domain::for_address(addr), Type::STREAM.nonblocking().cloexec(), None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
     // The kernel cuts it down to net.core.somaxconn.
@@ -140,14 +144,16 @@ impl Service {
 impl Connection {
     /// Reads once and answers every whole request; false when the connection is over.
     ///
-    /// A reply is tiny and its client waits for it, so a send buffer that is full means a client that does
-    /// not keep to the protocol.
+    /// A reply is tiny and its client waits for it, so a send buffer that is full means a client
+    /// that does not keep to the protocol.
     fn answer(&mut self) -> bool {
         let mut buffer = [0; 4096];
         match self.stream.read(&mut buffer) {
             Ok(0) => return false,
             Ok(length) => self.received += length,
-            Err(error) => return matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
+            Err(error) => {
+                return matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted);
+            }
         }
         while self.received >= MESSAGE {
             self.received -= MESSAGE;

@@ -1,4 +1,5 @@
-//! The results for programs: every sample, so that nothing has to be measured again to be looked at anew.
+//! The results for programs: every sample, so that nothing has to be measured again to be looked at
+//! anew.
 
 use serde_json::{Map, Value, json};
 
@@ -69,7 +70,8 @@ mod tests {
             let value: Value = serde_json::from_str(&render(report)).unwrap();
             assert_eq!(value["cells"][0]["samples"]["tidegate"], json!([30.0, 31.0]));
             let figures = value["figures"].as_array().unwrap();
-            let requests = figures.iter().find(|figure| figure["worst_cell"] == "requests.rate").unwrap();
+            let requests =
+                figures.iter().find(|figure| figure["worst_cell"] == "requests.rate").unwrap();
             assert_eq!(requests["verdict"], "stretch");
             assert_eq!(value["machine"]["cores"], 2);
         });

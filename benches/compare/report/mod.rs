@@ -27,7 +27,8 @@ impl Report<'_> {
         self.render(Style::Plain)
     }
 
-    /// Writes `stem.json`, `stem.svg` and `stem.md` into `directory`, which is made if it is not there.
+    /// Writes `stem.json`, `stem.svg` and `stem.md` into `directory`, which is made if it is not
+    /// there.
     pub(crate) fn write(&self, directory: &Path, stem: &str) -> Result<Vec<PathBuf>> {
         fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
         let picture = format!("\n![every cell, median and extremes]({stem}.svg)\n");
@@ -78,9 +79,11 @@ impl Report<'_> {
                 unit => format!("{} {unit}", number(value)),
             };
             let (value, rounds, cell) = match &outcome.worst {
-                Some((cell, worst)) => {
-                    (with_unit(worst.median), format!("{}..{}", number(worst.min), number(worst.max)), *cell)
-                }
+                Some((cell, worst)) => (
+                    with_unit(worst.median),
+                    format!("{}..{}", number(worst.min), number(worst.max)),
+                    *cell,
+                ),
                 None => Default::default(),
             };
             table.row([
@@ -148,7 +151,8 @@ pub(crate) mod tests {
 
     /// A report with one metric of two contenders.
     pub(crate) fn with_report(check: impl FnOnce(&Report<'_>)) {
-        let cells: [(Kind, &[f64]); 2] = [(Kind::Publish, &[30.0, 31.0]), (Kind::DockerProxy, &[10.0, 10.0])];
+        let cells: [(Kind, &[f64]); 2] =
+            [(Kind::Publish, &[30.0, 31.0]), (Kind::DockerProxy, &[10.0, 10.0])];
         let results = results("requests.rate", &cells);
         let machine = Machine {
             date: "2026-09-13T10:20Z".into(),

@@ -1,4 +1,5 @@
-//! A plot of every cell: one panel per metric, a bar per contender, a whisker from the worst to the best round.
+//! A plot of every cell: one panel per metric, a bar per contender, a whisker from the worst to the
+//! best round.
 
 use std::fmt::Write;
 
@@ -19,7 +20,8 @@ const MARGIN: usize = 20;
 
 /// Renders the report as an SVG document.
 pub(super) fn render(report: &Report<'_>) -> String {
-    let panels: Vec<String> = report.results.metrics.iter().map(|metric| panel(report, metric)).collect();
+    let panels: Vec<String> =
+        report.results.metrics.iter().map(|metric| panel(report, metric)).collect();
     let panel_height = TITLE + BAR * report.results.kinds.len() + MARGIN;
     let width = COLUMNS * PANEL_WIDTH + MARGIN;
     let height = HEAD + panels.len().div_ceil(COLUMNS) * panel_height;
@@ -30,10 +32,15 @@ pub(super) fn render(report: &Report<'_>) -> String {
          <text x=\"{MARGIN}\" y=\"30\" font-size=\"18\">tidegate compared: medians, best and worst round</text>\n"
     );
     for (line, y) in report.machine.summary().lines().zip([52, 70]) {
-        let _ = writeln!(svg, "<text x=\"{MARGIN}\" y=\"{y}\" fill=\"#555555\">{}</text>", escape(line));
+        let _ = writeln!(
+            svg,
+            "<text x=\"{MARGIN}\" y=\"{y}\" fill=\"#555555\">{}</text>",
+            escape(line)
+        );
     }
     for (number, panel) in panels.iter().enumerate() {
-        let (x, y) = (number % COLUMNS * PANEL_WIDTH + MARGIN, HEAD + number / COLUMNS * panel_height);
+        let (x, y) =
+            (number % COLUMNS * PANEL_WIDTH + MARGIN, HEAD + number / COLUMNS * panel_height);
         let _ = write!(svg, "<g transform=\"translate({x} {y})\">\n{panel}</g>\n");
     }
     svg + "</svg>\n"
@@ -47,7 +54,8 @@ fn panel(report: &Report<'_>, metric: &Metric) -> String {
         .iter()
         .filter_map(|&kind| Some((kind, report.results.summary(&metric.name, kind)?)))
         .collect();
-    let largest = summaries.iter().map(|(_, summary)| summary.max).fold(f64::MIN_POSITIVE, f64::max);
+    let largest =
+        summaries.iter().map(|(_, summary)| summary.max).fold(f64::MIN_POSITIVE, f64::max);
     let scale = (PANEL_WIDTH - LABELS - FIGURES - MARGIN) as f64 / largest;
     let mut svg = String::new();
     let title = escape(&format!("{} ({})", metric.title, metric.unit));

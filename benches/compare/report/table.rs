@@ -36,11 +36,15 @@ impl Table {
 
     pub(super) fn render(&self, style: Style) -> String {
         let widths: Vec<usize> = (0..self.rows[0].len())
-            .map(|column| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
+            .map(|column| {
+                self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)
+            })
             .collect();
         let line = |cells: &[String]| {
             let padded: Vec<String> = iter::zip(cells, &widths)
-                .map(|(cell, &width)| format!("{}{}", cell, " ".repeat(width - cell.chars().count())))
+                .map(|(cell, &width)| {
+                    format!("{}{}", cell, " ".repeat(width - cell.chars().count()))
+                })
                 .collect();
             match style {
                 Style::Plain => padded.join("  ").trim_end().to_owned() + "\n",

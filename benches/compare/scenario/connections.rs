@@ -28,12 +28,18 @@ impl Scenario for Connections {
         ]
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let _server = RequestServer::start(&lab.net.container, Service::TCP.backend())?;
         let running = contender.start(lab, Service::TCP)?;
         let target = Service::TCP.published();
         let before = running.cpu_seconds();
-        let (rate, count) = lab.net.client.run(|| client::connections(target, self.at_a_time, duration))?;
+        let (rate, count) =
+            lab.net.client.run(|| client::connections(target, self.at_a_time, duration))?;
         let after = running.cpu_seconds();
         Ok(vec![Some(rate), per(before, after, count as f64).map(|seconds| seconds * 1e6)])
     }

@@ -13,8 +13,8 @@ use crate::load::datagrams::{Counter, Flood};
 /// From the start of the flood to the start of counting.
 const WARM_UP: Duration = Duration::from_millis(300);
 
-/// One client that sends datagrams of `size` bytes as fast as it can; with `offload` in large ones that the
-/// kernel cuts (UDP_SEGMENT), as QUIC senders do.
+/// One client that sends datagrams of `size` bytes as fast as it can; with `offload` in large ones
+/// that the kernel cuts (UDP_SEGMENT), as QUIC senders do.
 pub(super) struct Datagrams {
     pub(super) size: usize,
     pub(super) offload: bool,
@@ -39,10 +39,16 @@ impl Scenario for Datagrams {
         kind.does_udp()
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let counter = Counter::start(&lab.net.container, Service::UDP.backend())?;
         let running = contender.start(lab, Service::UDP)?;
-        let flood = Flood::start(&lab.net.client, Service::UDP.published(), self.size, self.offload)?;
+        let flood =
+            Flood::start(&lab.net.client, Service::UDP.published(), self.size, self.offload)?;
         thread::sleep(WARM_UP);
         let (start, before, first) = (Instant::now(), running.cpu_seconds(), counter.received());
         thread::sleep(duration);

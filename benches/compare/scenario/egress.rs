@@ -1,6 +1,8 @@
-//! The way out of a container: through tidegate's slirp4netns, the real one, pasta, and the kernel's masquerade.
+//! The way out of a container: through tidegate's slirp4netns, the real one, pasta, and the
+//! kernel's masquerade.
 //!
-//! The container is a namespace without a network of its own; the server is beyond the host, on a link of 1500 bytes.
+//! The container is a namespace without a network of its own; the server is beyond the host, on a
+//! link of 1500 bytes.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -59,13 +61,20 @@ pub(super) fn all(quick: bool) -> impl Iterator<Item = Egress> {
     for mtu in [1500, 65520] {
         for streams in streams {
             all.extend(
-                directions.map(|direction| Egress { mtu, load: Load::Tcp { streams: *streams, direction } }),
+                directions.map(|direction| Egress {
+                    mtu,
+                    load: Load::Tcp { streams: *streams, direction },
+                }),
             );
         }
     }
     let one = directions.map(|direction| Load::Udp { direction });
-    let rest =
-        [Load::Latency, Load::Connections { at_a_time: 1 }, Load::Connections { at_a_time: 16 }, Load::Held];
+    let rest = [
+        Load::Latency,
+        Load::Connections { at_a_time: 1 },
+        Load::Connections { at_a_time: 16 },
+        Load::Held,
+    ];
     all.extend(one.into_iter().chain(rest).map(|load| Egress { mtu: 1500, load }));
     all.into_iter()
 }
@@ -73,7 +82,9 @@ pub(super) fn all(quick: bool) -> impl Iterator<Item = Egress> {
 impl Scenario for Egress {
     fn name(&self) -> String {
         let what = match self.load {
-            Load::Tcp { streams, direction } => format!("tcp.{}.{streams}.{}", self.mtu, direction.name()),
+            Load::Tcp { streams, direction } => {
+                format!("tcp.{}.{streams}.{}", self.mtu, direction.name())
+            }
             Load::Udp { direction } => format!("udp.{}", direction.name()),
             Load::Latency => "latency".to_owned(),
             Load::Connections { at_a_time } => format!("connections.{at_a_time}"),
@@ -84,24 +95,45 @@ impl Scenario for Egress {
 
     fn metrics(&self) -> Vec<Metric> {
         let name = self.name();
-        let metric = |part: &str, title: String, unit| Metric::new(format!("{name}.{part}"), title, unit);
+        let metric =
+            |part: &str, title: String, unit| Metric::new(format!("{name}.{part}"), title, unit);
         match self.load {
             Load::Tcp { streams, direction } => {
                 let plural = if streams == 1 { "" } else { "s" };
-                let title =
-                    format!("Way out, MTU {}, TCP, {streams} stream{plural} {}", self.mtu, direction.name());
-                vec![metric("rate", title.clone(), "Gbit/s"), metric("cpu", format!("{title}: CPU"), "s/GB")]
+                let title = format!(
+                    "Way out, MTU {}, TCP, {streams} stream{plural} {}",
+                    self.mtu,
+                    direction.name()
+                );
+                vec![
+                    metric("rate", title.clone(), "Gbit/s"),
+                    metric("cpu", format!("{title}: CPU"), "s/GB"),
+                ]
             }
             Load::Udp { direction } => {
-                vec![metric("rate", format!("Way out, UDP {DATAGRAM} B {}", direction.name()), "packets/s")]
+                vec![metric(
+                    "rate",
+                    format!("Way out, UDP {DATAGRAM} B {}", direction.name()),
+                    "packets/s",
+                )]
             }
             Load::Latency => {
-                vec![metric("median", "Way out, a question and its answer, median".to_owned(), "us")]
+                vec![metric(
+                    "median",
+                    "Way out, a question and its answer, median".to_owned(),
+                    "us",
+                )]
             }
             Load::Connections { at_a_time } => {
-                vec![metric("rate", format!("Way out, new connections, {at_a_time} at a time"), "1/s")]
+                vec![metric(
+                    "rate",
+                    format!("Way out, new connections, {at_a_time} at a time"),
+                    "1/s",
+                )]
             }
-            Load::Held => vec![metric("memory", format!("Way out, RSS with {HELD} connections"), "MB")],
+            Load::Held => {
+                vec![metric("memory", format!("Way out, RSS with {HELD} connections"), "MB")]
+            }
         }
     }
 
@@ -114,7 +146,12 @@ impl Scenario for Egress {
         if self.load == Load::Held { 2 } else { u32::MAX }
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let way = Way::start(lab, contender, self.mtu)?;
         way.container.sysctl("net.ipv4.ip_local_port_range", "1024 65535");
         // As many connections in a second as it takes.
@@ -202,7 +239,14 @@ impl Way {
                     "-4",
                 ]);
                 command.args(["-t", "none", "-u", "none", "-T", "none", "-U", "none"]);
-                command.args(["--address", "10.0.2.100", "--netmask", "24", "--gateway", "10.0.2.2"]);
+                command.args([
+                    "--address",
+                    "10.0.2.100",
+                    "--netmask",
+                    "24",
+                    "--gateway",
+                    "10.0.2.2",
+                ]);
                 command.args([
                     "--interface",
                     "eth0",
@@ -217,7 +261,13 @@ impl Way {
                 Some(start(&mut command, &container, contender)?)
             }
             _ => {
-                command.args(["--configure", "--netns-type=path", &format!("--mtu={mtu}"), &path, "tap0"]);
+                command.args([
+                    "--configure",
+                    "--netns-type=path",
+                    &format!("--mtu={mtu}"),
+                    &path,
+                    "tap0",
+                ]);
                 Some(start(&mut command, &container, contender)?)
             }
         };
@@ -245,7 +295,8 @@ impl Way {
 
     fn udp(&self, lab: &Lab, direction: Direction, duration: Duration) -> Result<Vec<Option<f64>>> {
         let _server = serve(&lab.net.client, addr::CLIENT_V4);
-        let report = self.iperf(direction, duration, &["-u", "-b", "0", "-l", &DATAGRAM.to_string()])?;
+        let report =
+            self.iperf(direction, duration, &["-u", "-b", "0", "-l", &DATAGRAM.to_string()])?;
         Ok(vec![Some(report.bits_per_second / 8.0 / f64::from(DATAGRAM))])
     }
 
@@ -322,7 +373,11 @@ fn start(command: &mut Command, container: &Namespace, contender: &Contender) ->
     let mut process = Process::spawn(command);
     let ready = || container.ip(&["route", "show", "default"]).contains("tap0");
     let name = contender.kind.name();
-    ensure!(eventually(Duration::from_secs(10), ready), "{name} is not ready: {}", process.output());
+    ensure!(
+        eventually(Duration::from_secs(10), ready),
+        "{name} is not ready: {}",
+        process.output()
+    );
     ensure!(process.is_running(), "{name} has ended: {}", process.output());
     Ok(process)
 }

@@ -1,4 +1,5 @@
-//! TCP throughput of ports that the kernel translates: with the rules that Docker has, and with ours.
+//! TCP throughput of ports that the kernel translates: with the rules that Docker has, and with
+//! ours.
 
 use std::net::Ipv4Addr;
 use std::thread;
@@ -16,7 +17,8 @@ use crate::lab::{CONTAINER, Lab, Service};
 /// Where tidegate puts the container.
 const ENDPOINT: Ipv4Addr = Ipv4Addr::new(10, 100, 0, 2);
 
-/// What dockerd 20.10 has in iptables with one network and one published port; the bridge has the lab's name. As it stands in `iptables-save`, without the chains that nothing leads to.
+/// What dockerd 20.10 has in iptables with one network and one published port; the bridge has the
+/// lab's name. As it stands in `iptables-save`, without the chains that nothing leads to.
 const DOCKER: &str = "\
 *nat
 :DOCKER - [0:0]
@@ -61,8 +63,11 @@ impl Scenario for Forward {
 
     fn metrics(&self) -> Vec<Metric> {
         let plural = if self.streams == 1 { "" } else { "s" };
-        let title =
-            format!("Translated by the kernel, {} stream{plural} {}", self.streams, self.direction.name());
+        let title = format!(
+            "Translated by the kernel, {} stream{plural} {}",
+            self.streams,
+            self.direction.name()
+        );
         vec![Metric::new(format!("{}.rate", self.name()), title, "Gbit/s")]
     }
 
@@ -70,7 +75,12 @@ impl Scenario for Forward {
         kind.translates()
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let firewall = match contender.kind {
             Kind::DockerRules | Kind::DockerRulesAgain => {
                 let _server = serve(&lab.net.container, CONTAINER);
@@ -100,9 +110,11 @@ services: {{ s: {{ x-netns: {}, networks: {{ n: {{ ipv4_address: {ENDPOINT} }} }
 
 impl Forward {
     fn rate(&self, lab: &Lab, duration: Duration) -> Result<Vec<Option<f64>>> {
-        // Client and server each on a core of its own: at times the scheduler leaves both on one for a second, which is half of what there
-        // is, and more than what is to be told apart here.
-        let apart: &[&str] = if thread::available_parallelism()?.get() > 1 { &["-A", "0,1"] } else { &[] };
+        // Client and server each on a core of its own: at times the scheduler leaves both on one
+        // for a second, which is half of what there is, and more than what is to be told apart
+        // here.
+        let apart: &[&str] =
+            if thread::available_parallelism()?.get() > 1 { &["-A", "0,1"] } else { &[] };
         let report = load(lab, self.streams, self.direction, duration, apart)?;
         Ok(vec![Some(report.bits_per_second / 1e9)])
     }
@@ -115,6 +127,10 @@ fn restore(lab: &Lab, contender: &Contender) -> Result<()> {
     let file = directory.path().join("rules");
     std::fs::write(&file, rules)?;
     let output = contender.command(lab).arg(file).output()?;
-    ensure!(output.status.success(), "iptables-restore: {}", String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        output.status.success(),
+        "iptables-restore: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }

@@ -22,8 +22,8 @@ const OTHER_FILES: usize = 400;
 
 /// Connections that have answered one request and then rest.
 ///
-/// Where the limit of open files does not allow as many as wanted, for the contender or for our own process
-/// with both ends of each, the cell stops there; `reached` tells.
+/// Where the limit of open files does not allow as many as wanted, for the contender or for our own
+/// process with both ends of each, the cell stops there; `reached` tells.
 pub(super) struct Idle {
     /// Numbers of connections to stop at, rising; the first is always possible.
     pub(super) counts: &'static [usize],
@@ -39,7 +39,11 @@ impl Scenario for Idle {
         for count in self.counts {
             let title = format!("RSS per connection, {count} idle");
             metrics.push(Metric::new(format!("idle.{count}"), &title, "KB"));
-            metrics.push(Metric::new(format!("idle.{count}.reached"), format!("{title}: reached"), "open"));
+            metrics.push(Metric::new(
+                format!("idle.{count}.reached"),
+                format!("{title}: reached"),
+                "open",
+            ));
         }
         metrics
     }
@@ -53,7 +57,12 @@ impl Scenario for Idle {
         3
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        _duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let server = RequestServer::start(&lab.net.container, Service::TCP.backend())?;
         let running = contender.start(lab, Service::TCP)?;
         thread::sleep(SETTLE);
@@ -65,7 +74,8 @@ impl Scenario for Idle {
         for &count in self.counts {
             let wanted = count.min(possible).max(connections.len());
             let more = wanted - connections.len();
-            connections.extend(lab.net.client.run(|| client::idle(Service::TCP.published(), more))?);
+            connections
+                .extend(lab.net.client.run(|| client::idle(Service::TCP.published(), more))?);
             server.wait_until_open(wanted, PATIENCE)?;
             thread::sleep(SETTLE);
             let now = running.rss().context("no process to look at")?;

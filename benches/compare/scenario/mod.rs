@@ -41,9 +41,14 @@ pub(crate) trait Scenario {
 
     /// Puts the load on the contender for about `duration`.
     ///
-    /// A figure that it does not have is `None`: the kernel's own path has no process whose CPU time or
-    /// memory could be read.
-    fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>>;
+    /// A figure that it does not have is `None`: the kernel's own path has no process whose CPU
+    /// time or memory could be read.
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        duration: Duration,
+    ) -> Result<Vec<Option<f64>>>;
 }
 
 /// One figure.
@@ -78,7 +83,9 @@ pub(crate) fn all(options: &Options) -> Vec<Box<dyn Scenario>> {
     all.push(Box::new(datagrams::Datagrams { size: 64, offload: false }));
     all.push(Box::new(datagrams::Datagrams { size: 1200, offload: false }));
     all.push(Box::new(datagrams::Datagrams { size: 1200, offload: true }));
-    all.push(Box::new(idle::Idle { counts: if options.quick { &[1_000] } else { &[1_000, 10_000] } }));
+    all.push(Box::new(idle::Idle {
+        counts: if options.quick { &[1_000] } else { &[1_000, 10_000] },
+    }));
     all.push(Box::new(ports::Pair));
     all.push(Box::new(ports::Ports { count: 1_000 }));
     all.push(Box::new(ports::Ports { count: 10_000 }));

@@ -1,7 +1,8 @@
 //! What a flooding container costs its neighbour, both led out by the NAT engine.
 //!
-//! The baseline is the same generator with frames that are dropped at its own bridge port: what is left is what the generator itself
-//! costs on the same cores. Both are measured by turns within a cell.
+//! The baseline is the same generator with frames that are dropped at its own bridge port: what is
+//! left is what the generator itself costs on the same cores. Both are measured by turns within a
+//! cell.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -53,7 +54,9 @@ pub(super) fn all() -> [Neighbour; 3] {
 impl Neighbour {
     fn words(&self) -> (&'static str, &'static str) {
         match (self.flood, self.any_source) {
-            (FloodKind::SynOfManySources, true) => ("any-source", "SYNs from 200 addresses, allowed"),
+            (FloodKind::SynOfManySources, true) => {
+                ("any-source", "SYNs from 200 addresses, allowed")
+            }
             (FloodKind::SynOfManySources, false) => ("spoofed", "SYNs from 200 spoofed addresses"),
             _ => ("syn", "SYNs"),
         }
@@ -70,7 +73,11 @@ impl Scenario for Neighbour {
         let title = |figure: &str| format!("{RATE} {title}/s: neighbour's {figure}");
         vec![
             Metric::new(format!("{name}.median"), title("median, / dropped at the port"), "x"),
-            Metric::new(format!("{name}.p99"), title("99th percentile, / dropped at the port"), "x"),
+            Metric::new(
+                format!("{name}.p99"),
+                title("99th percentile, / dropped at the port"),
+                "x",
+            ),
             Metric::new(format!("{name}.median-time"), title("median"), "us"),
             Metric::new(format!("{name}.p99-time"), title("99th percentile"), "us"),
         ]
@@ -80,7 +87,12 @@ impl Scenario for Neighbour {
         kind == Kind::Publish
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let [greedy, modest] = [Namespace::new(), Namespace::new()];
         let file = format!(
             "name: bench
@@ -100,7 +112,8 @@ services:
         let flooded = (addr::CLIENT_V4, 7001);
         let _flooded = PeerServer::tcp(&lab.net.client, flooded.into());
         let asked = PeerServer::tcp(&lab.net.client, (addr::CLIENT_V4, 7002).into());
-        let flooder = Flooder { namespace: &greedy, address: ADDRESS, gateway: GATEWAY, target: flooded };
+        let flooder =
+            Flooder { namespace: &greedy, address: ADDRESS, gateway: GATEWAY, target: flooded };
         let count = (duration / TURNS).div_duration_f64(TURN).ceil() as usize;
         let time = |kind| {
             let _flood = flooder.start(kind, RATE);

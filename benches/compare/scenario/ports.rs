@@ -10,7 +10,8 @@ use crate::contender::{Contender, Kind, Running};
 use crate::lab::{Lab, Service};
 use crate::load::{client, server::RequestServer};
 
-/// How many ports a contender with a process for each really publishes; the figures are scaled up from here.
+/// How many ports a contender with a process for each really publishes; the figures are scaled up
+/// from here.
 const SAMPLE: u16 = 50;
 
 /// From the last open port to the reading of memory.
@@ -18,8 +19,9 @@ const SETTLE: Duration = Duration::from_millis(300);
 
 /// `count` idle ports.
 ///
-/// Memory is the resident set of a single process, which takes the whole of its program. Where each port has
-/// a process it is the sum of proportional sets, which counts the pages of the program once.
+/// Memory is the resident set of a single process, which takes the whole of its program. Where each
+/// port has a process it is the sum of proportional sets, which counts the pages of the program
+/// once.
 pub(super) struct Ports {
     pub(super) count: u16,
 }
@@ -46,25 +48,33 @@ impl Scenario for Ports {
         3
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        _duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let process_per_port = contender.kind != Kind::Publish;
         let count = if process_per_port { SAMPLE } else { self.count };
         let scale = f64::from(self.count) / f64::from(count);
         let running = contender.start(lab, Service::many(count))?;
         thread::sleep(SETTLE);
         let memory = if process_per_port { running.pss() } else { running.rss() };
-        Ok(vec![memory.map(|bytes| bytes * scale / 1e6), Some(running.ready_after.as_secs_f64() * scale)])
+        Ok(vec![
+            memory.map(|bytes| bytes * scale / 1e6),
+            Some(running.ready_after.as_secs_f64() * scale),
+        ])
     }
 }
 
 /// Connections that each of a pair of processes carries before its memory is read the second time.
 const CARRIED: usize = 100;
 
-/// One `docker run -p`: two processes, for IPv4 and for IPv6. Their memory before the first connection, which is all that
-/// most of them ever see, and after some.
+/// One `docker run -p`: two processes, for IPv4 and for IPv6. Their memory before the first
+/// connection, which is all that most of them ever see, and after some.
 ///
-/// The proportional set of a process counts what it shares with the other one by half, and less if more
-/// processes of the same program run on the machine.
+/// The proportional set of a process counts what it shares with the other one by half, and less if
+/// more processes of the same program run on the machine.
 pub(super) struct Pair;
 
 impl Scenario for Pair {
@@ -87,10 +97,16 @@ impl Scenario for Pair {
         3
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        _duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let pair = Service::many(2);
         let ports: Vec<Service> = pair.each().collect();
-        let servers = ports.iter().map(|port| RequestServer::start(&lab.net.container, port.backend()));
+        let servers =
+            ports.iter().map(|port| RequestServer::start(&lab.net.container, port.backend()));
         let _servers = servers.collect::<Result<Vec<_>>>()?;
         let running = contender.start(lab, pair)?;
         let each = |running: &Running| running.pss().map(|bytes| bytes / 2.0 / 1e6);

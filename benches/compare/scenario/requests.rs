@@ -29,13 +29,19 @@ impl Scenario for Requests {
         ]
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let _server = RequestServer::start(&lab.net.container, Service::TCP.backend())?;
         let running = contender.start(lab, Service::TCP)?;
         let target = Service::TCP.published();
         let mut before = None;
         let at_start = || before = running.cpu_seconds();
-        let result = lab.net.client.run(|| client::requests(target, CONNECTIONS, duration, at_start))?;
+        let result =
+            lab.net.client.run(|| client::requests(target, CONNECTIONS, duration, at_start))?;
         let after = running.cpu_seconds();
         let micros = |latency: Duration| Some(latency.as_secs_f64() * 1e6);
         let count = result.per_second * duration.as_secs_f64();

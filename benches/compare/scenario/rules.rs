@@ -1,4 +1,5 @@
-//! How long one port takes to come or to go where the kernel translates many, and how many rules there are.
+//! How long one port takes to come or to go where the kernel translates many, and how many rules
+//! there are.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -56,19 +57,29 @@ impl Scenario for Rules {
         3
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        _duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let mut few = project(lab, contender, 1)?;
         let least = rules(lab);
         few.process.stop(Signal::TERM, Duration::from_secs(10));
         let Up { process: _up, directory } = project(lab, contender, self.ports)?;
         let more = rules(lab) - least;
         let socket = directory.path().join("run/api.sock");
-        // A socket for each family comes and goes with the rule: what that costs where there is no firewall is in it too.
+        // A socket for each family comes and goes with the rule: what that costs where there is no
+        // firewall is in it too.
         let mut slowest = Duration::ZERO;
         for _ in 0..TIMES {
             let begin = Instant::now();
-            let opened =
-                ask(&socket, "POST", "/v1/ports", &format!(r#"{{"endpoint":"s","spec":"{PORT}:80"}}"#))?;
+            let opened = ask(
+                &socket,
+                "POST",
+                "/v1/ports",
+                &format!(r#"{{"endpoint":"s","spec":"{PORT}:80"}}"#),
+            )?;
             slowest = slowest.max(begin.elapsed());
             for id in opened.split("\"id\":").skip(1) {
                 let id: String = id
@@ -95,7 +106,12 @@ services: {{ s: {{ x-netns: {}, ports: [ \"0.0.0.0:{FIRST}-{last}:{FIRST}-{last}
         endpoint.path().display()
     );
     // The namespace is kept by who has adopted it.
-    project::up(lab, contender, &file, &["--firewall=nftables", "--publish=kernel", "--metrics=none"])
+    project::up(
+        lab,
+        contender,
+        &file,
+        &["--firewall=nftables", "--publish=kernel", "--metrics=none"],
+    )
 }
 
 /// How many rules the host has in nftables.

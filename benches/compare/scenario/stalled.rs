@@ -18,8 +18,9 @@ const LIMIT: usize = 1 << 30;
 
 /// A client that pushes, and a server that accepts and never reads.
 ///
-/// The figure is what has left the client: what the path holds, the server's own receive buffer included. What
-/// still waits in the client's own socket is not the path's; the kernel's own path shows the least it can be.
+/// The figure is what has left the client: what the path holds, the server's own receive buffer
+/// included. What still waits in the client's own socket is not the path's; the kernel's own path
+/// shows the least it can be.
 pub(super) struct Stalled;
 
 impl Scenario for Stalled {
@@ -35,10 +36,16 @@ impl Scenario for Stalled {
         3
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        _duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let _server = StalledServer::tcp(&lab.net.container, Service::TCP.backend());
         let _running = contender.start(lab, Service::TCP)?;
-        let pushed = lab.net.client.run(|| client::push(Service::TCP.published(), PATIENCE, LIMIT))?;
+        let pushed =
+            lab.net.client.run(|| client::push(Service::TCP.published(), PATIENCE, LIMIT))?;
         Ok(vec![Some(pushed as f64 / 1e6)])
     }
 }

@@ -42,12 +42,14 @@ impl Direction {
 pub(super) fn serve(namespace: &Namespace, address: Ipv4Addr) -> Process {
     let (address, port) = (address.to_string(), Service::TCP.first_port.to_string());
     let mut command = namespace.command("iperf3");
-    let server = Process::spawn(command.args(["-s", "-1", "--forceflush", "-B", &address, "-p", &port]));
+    let server =
+        Process::spawn(command.args(["-s", "-1", "--forceflush", "-B", &address, "-p", &port]));
     server.wait_for_line("Server listening", PATIENCE);
     server
 }
 
-/// Has the client send to the published port, or be sent from there, with `more` of iperf3's options.
+/// Has the client send to the published port, or be sent from there, with `more` of iperf3's
+/// options.
 pub(super) fn load(
     lab: &Lab,
     streams: u32,
@@ -58,7 +60,9 @@ pub(super) fn load(
     let (seconds, streams) = (duration.as_secs().to_string(), streams.to_string());
     let (host, port) = (HOST.to_string(), Service::TCP.first_port.to_string());
     let mut client = lab.net.client.command("iperf3");
-    client.args(["-J", "-i", "0", "-c", &host, "-p", &port, "-t", &seconds, "-P", &streams]).args(more);
+    client
+        .args(["-J", "-i", "0", "-c", &host, "-p", &port, "-t", &seconds, "-P", &streams])
+        .args(more);
     if direction == Direction::Down {
         client.arg("-R");
     }
@@ -81,7 +85,12 @@ impl Scenario for Throughput {
         ]
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let _server = serve(&lab.net.container, CONTAINER);
         let running = contender.start(lab, Service::TCP)?;
         let before = running.cpu_seconds();

@@ -75,7 +75,8 @@ fn what_cannot_be_an_answer_is_told_apart() {
     assert!(!taken(&message(ResponseCode::NXDomain, &[], None)).is_failure());
 }
 
-/// RFC 2308 section 3: "The TTL of this record is set from the minimum of the MINIMUM field of the SOA record and the TTL of the SOA itself".
+/// RFC 2308 section 3: "The TTL of this record is set from the minimum of the MINIMUM field of the
+/// SOA record and the TTL of the SOA itself".
 #[test]
 fn answers_are_kept_for_as_long_as_they_say() {
     use ResponseCode::{NXDomain, NoError, ServFail};
@@ -122,7 +123,10 @@ fn an_answer_reaches_the_client_older_and_without_the_opt_record() {
     let request = Request::read(&with_edns).unwrap();
     out.clear();
     relay(&request, &answer.given(Duration::ZERO), 512, &mut out);
-    assert_eq!(Message::from_vec(&out).unwrap().edns.unwrap().max_payload(), crate::message::PAYLOAD);
+    assert_eq!(
+        Message::from_vec(&out).unwrap().edns.unwrap().max_payload(),
+        crate::message::PAYLOAD
+    );
     out.clear();
     relay(&request, &answer.given(Duration::ZERO), 80, &mut out);
     let cut = Message::from_vec(&out).unwrap();

@@ -87,7 +87,11 @@ fn a_partition_that_floods_the_cache_evicts_its_own_entries() {
     for number in 0..1_000 {
         cache.put(key_of(3, 0, number), answer(5), now);
     }
-    assert_eq!((kept(&cache, 1), kept(&cache, 2), kept(&cache, 3)), (3, 4, 3), "the largest yields");
+    assert_eq!(
+        (kept(&cache, 1), kept(&cache, 2), kept(&cache, 3)),
+        (3, 4, 3),
+        "the largest yields"
+    );
     assert_eq!(cache.sizes.len(), cache.shares.len());
     let all: usize = cache.shares.values().map(|share| share.size).sum();
     assert_eq!((all, cache.order.len()), (cache.size, cache.len()));

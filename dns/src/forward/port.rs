@@ -153,7 +153,12 @@ impl Ports {
         Ok(Outstanding { port, id, form, message, asked: super::now() })
     }
 
-    fn port(&self, way: Way<'_>, server: SocketAddr, partition: &Partition) -> io::Result<Arc<Port>> {
+    fn port(
+        &self,
+        way: Way<'_>,
+        server: SocketAddr,
+        partition: &Partition,
+    ) -> io::Result<Arc<Port>> {
         let key = (partition.clone(), server, way.namespace.id());
         let number = {
             let mut open = lock(&self.open);
@@ -233,7 +238,12 @@ impl Drop for Port {
 
 impl Shared {
     /// Begins to await the answer to `key`; its ID, and the name as it is to be sent.
-    fn expect(&self, key: &Key, form: Form, heard: mpsc::Sender<Word>) -> io::Result<(u16, Box<[u8]>)> {
+    fn expect(
+        &self,
+        key: &Key,
+        form: Form,
+        heard: mpsc::Sender<Word>,
+    ) -> io::Result<(u16, Box<[u8]>)> {
         let mut waiting = lock(&self.waiting);
         loop {
             let mut random = [0; 34];
@@ -259,8 +269,9 @@ impl Shared {
             let Ok(ready) = self.socket.ready(either).await else { return };
             // One at a time: `try_io` knows nothing of both.
             let interest = if ready.is_error() { Interest::ERROR } else { Interest::READABLE };
-            let received =
-                self.socket.try_io(interest, || RECEIVED.with_borrow_mut(|received| self.receive(received)));
+            let received = self
+                .socket
+                .try_io(interest, || RECEIVED.with_borrow_mut(|received| self.receive(received)));
             match received {
                 Ok(true) => {}
                 Ok(false) => return,
@@ -322,7 +333,11 @@ impl Shared {
 
     fn tell_all(&self, reading: &Reading) {
         for (_, heard) in lock(&self.waiting).questions.values() {
-            let _ = heard.try_send(Word { server: self.server, reading: reading.clone(), same_case: None });
+            let _ = heard.try_send(Word {
+                server: self.server,
+                reading: reading.clone(),
+                same_case: None,
+            });
         }
     }
 }
@@ -343,7 +358,8 @@ impl Outstanding {
     /// Sends it, for the first time or again. Whether there was a way.
     pub(super) fn send(&self) -> bool {
         // Not by the runtime, which has not heard yet that a new socket has room.
-        let send = || rustix::net::send(&self.port.shared.socket, &self.message, SendFlags::DONTWAIT);
+        let send =
+            || rustix::net::send(&self.port.shared.socket, &self.message, SendFlags::DONTWAIT);
         match send() {
             Ok(_) => true,
             // Of an earlier datagram.

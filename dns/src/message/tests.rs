@@ -34,7 +34,10 @@ fn a_plain_question_is_read_in_place() {
     assert_eq!(request.name(), b"\x03web\x07example\0");
     assert_eq!(&request.question[..4], b"\x03Web");
     let with_edns = asking("web", kind::A, Some(1400));
-    assert_eq!(Request::read(&with_edns).unwrap().edns, Some(Edns { payload: 1400, dnssec: false }));
+    assert_eq!(
+        Request::read(&with_edns).unwrap().edns,
+        Some(Edns { payload: 1400, dnssec: false })
+    );
 }
 
 #[test]
@@ -65,8 +68,9 @@ fn what_is_not_plain_is_left_alone() {
     }
 }
 
-/// RFC 1035 section 4.1.1: "RD [...] is copied into the response". RFC 6891 section 6.1.1: "If an OPT record is present in a received request, compliant
-/// responders MUST include an OPT record in their respective responses."
+/// RFC 1035 section 4.1.1: "RD [...] is copied into the response". RFC 6891 section 6.1.1: "If an
+/// OPT record is present in a received request, compliant responders MUST include an OPT record in
+/// their respective responses."
 #[test]
 fn an_answer_repeats_question_and_flags() {
     let answers = [Data::A([10, 9, 0, 2].into()), Data::A([10, 9, 0, 3].into())];
@@ -74,7 +78,12 @@ fn an_answer_repeats_question_and_flags() {
     let message = answered(&reply, &asking("web", kind::A, None), 512);
     let head = &message.metadata;
     assert_eq!((head.id, head.message_type), (0x1234, MessageType::Response));
-    assert!(head.recursion_desired && head.recursion_available && !head.authoritative && !head.truncation);
+    assert!(
+        head.recursion_desired
+            && head.recursion_available
+            && !head.authoritative
+            && !head.truncation
+    );
     assert_eq!(message.answers.len(), 2);
     assert_eq!((message.answers[0].name.to_ascii(), message.answers[0].ttl), ("web.".into(), 5));
     assert_eq!(message.answers[1].data, RData::A(Ipv4Addr::new(10, 9, 0, 3).into()));
@@ -83,8 +92,8 @@ fn an_answer_repeats_question_and_flags() {
     assert_eq!(message.edns.unwrap().max_payload(), PAYLOAD);
 }
 
-/// RFC 2308 section 2.2: "NODATA is indicated by an answer with the RCODE set to NOERROR and no relevant answers in the answer section." Section 5: the
-/// SOA's last field is how long that holds.
+/// RFC 2308 section 2.2: "NODATA is indicated by an answer with the RCODE set to NOERROR and no
+/// relevant answers in the answer section." Section 5: the SOA's last field is how long that holds.
 #[test]
 fn the_soa_of_an_empty_answer_says_how_long_it_holds() {
     let nothing = Reply { zone: Some(4), ttl: 7, ..Reply::code(Rcode::NxDomain) };
@@ -93,17 +102,21 @@ fn the_soa_of_an_empty_answer_says_how_long_it_holds() {
     let [soa] = &message.authorities[..] else { panic!("one SOA") };
     let RData::SOA(data) = &soa.data else { panic!("an SOA") };
     assert_eq!((soa.name.to_ascii(), soa.ttl, data.minimum), ("un1.".into(), 7, 7));
-    assert_eq!((data.mname.to_ascii(), data.rname.to_ascii()), ("un1.".into(), "nobody.invalid.".into()));
+    assert_eq!(
+        (data.mname.to_ascii(), data.rname.to_ascii()),
+        ("un1.".into(), "nobody.invalid.".into())
+    );
     let root = Reply { zone: Some(8), ttl: 7, ..Reply::code(Rcode::NxDomain) };
     let message = answered(&root, &asking("web.un1", kind::AAAA, Some(512)), 512);
     assert_eq!(message.authorities[0].name.to_ascii(), ".");
 }
 
-/// RFC 2181 section 9: "The TC bit should be set in responses only when an RRSet is required as a part of the response, but could not be included in
-/// its entirety."
+/// RFC 2181 section 9: "The TC bit should be set in responses only when an RRSet is required as a
+/// part of the response, but could not be included in its entirety."
 #[test]
 fn what_does_not_fit_is_left_out_and_said_to_be() {
-    let answers: Vec<_> = (0..300_u32).map(|number| Data::A((0x0a09_0000 + number).into())).collect();
+    let answers: Vec<_> =
+        (0..300_u32).map(|number| Data::A((0x0a09_0000 + number).into())).collect();
     let reply = Reply { answers: &answers, ttl: 5, ..Reply::code(Rcode::NoError) };
     for (payload, limit) in [(None, 512), (Some(1232), 1232), (Some(1232), 600)] {
         let message = answered(&reply, &asking("web", kind::A, payload), limit);

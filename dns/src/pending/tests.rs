@@ -63,11 +63,16 @@ fn equal_questions_are_one_and_everybody_hears() {
     let mut scene = Scene::new(table(10, 10, 10, 100));
     assert_eq!(scene.ask(&key(1, 1), "a", 1), Asked::New);
     assert_eq!(scene.ask(&key(1, 1), "b", 2), Asked::Joined);
-    assert_eq!(scene.ask(&key(2, 1), "c", 3), Asked::New, "another partition's is another question");
+    assert_eq!(
+        scene.ask(&key(2, 1), "c", 3),
+        Asked::New,
+        "another partition's is another question"
+    );
     let launched = scene.launch();
     assert_eq!(launched.len(), 2);
     assert_eq!(scene.ask(&key(1, 1), "a", 4), Asked::Joined);
-    let waiters: Vec<_> = scene.table.land(&key(1, 1)).into_iter().map(|(_, waiter)| waiter).collect();
+    let waiters: Vec<_> =
+        scene.table.land(&key(1, 1)).into_iter().map(|(_, waiter)| waiter).collect();
     assert_eq!(waiters, [1, 2, 4]);
     assert!(scene.yielded.is_empty());
     assert_eq!((scene.table.flights(), scene.table.waiters()), (1, 1));

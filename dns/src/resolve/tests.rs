@@ -6,8 +6,11 @@ use crate::zone::{Asker, NetworkSpec, Zones};
 fn example() -> Zones {
     let un1 = NetworkSpec { subnets: vec!["198.18.1.0/24".parse().unwrap()], ..network("un1") };
     let own = NetworkSpec { servers: vec!["192.0.2.53:53".parse().unwrap()], ..network("own") };
-    let shut =
-        NetworkSpec { internal: true, servers: vec!["192.0.2.99:53".parse().unwrap()], ..network("shut") };
+    let shut = NetworkSpec {
+        internal: true,
+        servers: vec!["192.0.2.99:53".parse().unwrap()],
+        ..network("shut")
+    };
     zones(
         &[un1, own, shut, network("un6")],
         &[
@@ -72,16 +75,28 @@ fn those_who_share_a_name_take_turns() {
     assert_eq!(turn(u32::MAX), turn(u32::MAX % 3));
 }
 
-/// RFC 2308 section 2.2: "NODATA", a name that exists without records of the type. A resolver that heard NXDOMAIN for AAAA would not ask for A (RFC
-/// 8020 section 2).
+/// RFC 2308 section 2.2: "NODATA", a name that exists without records of the type. A resolver that
+/// heard NXDOMAIN for AAAA would not ask for A (RFC 8020 section 2).
 #[test]
 fn other_types_of_a_known_name_are_empty_and_stay_here() {
     let zones = example();
-    for kind in
-        [kind::AAAA, kind::MX, kind::TXT, kind::SRV, kind::HTTPS, kind::SOA, kind::NS, kind::CNAME, 65_280]
-    {
+    for kind in [
+        kind::AAAA,
+        kind::MX,
+        kind::TXT,
+        kind::SRV,
+        kind::HTTPS,
+        kind::SOA,
+        kind::NS,
+        kind::CNAME,
+        65_280,
+    ] {
         assert_eq!(ask(&zones, "db", "web", kind), "nothing in web", "{kind}");
-        assert_eq!(ask(&zones, "db", "dotted.example", kind), "nothing in dotted.example", "{kind}");
+        assert_eq!(
+            ask(&zones, "db", "dotted.example", kind),
+            "nothing in dotted.example",
+            "{kind}"
+        );
     }
 }
 
@@ -106,7 +121,11 @@ fn names_of_others_are_none_and_stay_here() {
         "[192.0.2.53:53]",
         "that may be someone on the Internet"
     );
-    assert_eq!(ask(&zones, "web", "other.own", kind::A), "host", "a network may be called like a domain");
+    assert_eq!(
+        ask(&zones, "web", "other.own", kind::A),
+        "host",
+        "a network may be called like a domain"
+    );
 }
 
 #[test]
@@ -115,7 +134,11 @@ fn names_of_services_that_are_being_restarted_stay_here() {
     zones.remove_endpoint("un1", "db", "db");
     assert_eq!(ask(&zones, "web", "db.un1", kind::A), "no name in un1");
     assert_eq!(ask(&zones, "alone", "db.un1", kind::A), "no name in un1");
-    assert_eq!(ask(&zones, "web", "never.un1", kind::A), "host", "a network may be called like a domain");
+    assert_eq!(
+        ask(&zones, "web", "never.un1", kind::A),
+        "host",
+        "a network may be called like a domain"
+    );
     for number in 0..1_000 {
         let name = format!("c{number}");
         zones.add_endpoint("un1", &endpoint(&name, &[], &[])).unwrap();
@@ -150,7 +173,11 @@ fn single_labels_are_asked_of_nobody_but_what_validators_ask_of_domains() {
     let view = zones.view(&asker, [0; 4].into());
     let open = Policy { forward_single_labels: true };
     assert_eq!(resolve(&view, open, b"\x06nosuch\0", kind::A, 0), Resolution::Forward(None));
-    assert_eq!(resolve(&view, Policy::default(), b"\0", kind::NS, 0), Resolution::Forward(None), "the root");
+    assert_eq!(
+        resolve(&view, Policy::default(), b"\0", kind::NS, 0),
+        Resolution::Forward(None),
+        "the root"
+    );
 }
 
 /// RFC 1035 section 3.5.
@@ -158,7 +185,10 @@ fn single_labels_are_asked_of_nobody_but_what_validators_ask_of_domains() {
 fn addresses_of_neighbours_have_names() {
     let zones = example();
     assert_eq!(ask(&zones, "db", "2.1.18.198.in-addr.arpa", kind::PTR), "web.un1");
-    assert_eq!(ask(&zones, "db", "2.1.18.198.in-addr.arpa", kind::A), "nothing in 2.1.18.198.in-addr.arpa");
+    assert_eq!(
+        ask(&zones, "db", "2.1.18.198.in-addr.arpa", kind::A),
+        "nothing in 2.1.18.198.in-addr.arpa"
+    );
     assert_eq!(
         ask(&zones, "db", "77.1.18.198.in-addr.arpa", kind::PTR),
         "no name in 77.1.18.198.in-addr.arpa",
@@ -220,7 +250,11 @@ fn who_is_on_internal_networks_only_has_no_way_out() {
         "host",
         "not to the servers of the internal one"
     );
-    assert_eq!(ask(&zones, "nobody", "example.com", kind::A), "refused: NoWayOut", "on no network at all");
+    assert_eq!(
+        ask(&zones, "nobody", "example.com", kind::A),
+        "refused: NoWayOut",
+        "on no network at all"
+    );
 }
 
 #[test]

@@ -33,7 +33,8 @@ impl Burst {
         self.headers.clear();
         for (range, _) in &self.answers {
             let bytes = &mut self.bytes[range.clone()];
-            self.vectors.push(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() });
+            self.vectors
+                .push(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() });
         }
         for (vector, (_, client)) in self.vectors.iter_mut().zip(&self.answers) {
             // SAFETY: all-zero is a valid mmsghdr.
@@ -47,8 +48,9 @@ impl Burst {
         let mut next = 0;
         let mut lost = 0;
         while next < self.headers.len() {
-            // SAFETY: the headers from `next` on point to `vectors`, `answers` and `bytes`, which outlive the call and are not touched meanwhile. The kernel
-            // only reads what they point to.
+            // SAFETY: the headers from `next` on point to `vectors`, `answers` and `bytes`, which
+            // outlive the call and are not touched meanwhile. The kernel only reads what they point
+            // to.
             let sent = unsafe {
                 libc::sendmmsg(
                     socket.as_fd().as_raw_fd(),

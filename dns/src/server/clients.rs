@@ -25,13 +25,15 @@ impl Activity {
 }
 
 impl Clients {
-    /// Makes room for one more of at most `limit`: at the limit, who has been silent for longest goes (RFC 7766 section 6.2.3). Whether somebody had to.
+    /// Makes room for one more of at most `limit`: at the limit, who has been silent for longest
+    /// goes (RFC 7766 section 6.2.3). Whether somebody had to.
     pub(super) fn make_room(&mut self, limit: usize) -> bool {
         self.clients.retain(|(task, _)| !task.is_finished());
         if self.clients.len() < limit {
             return false;
         }
-        let last = |(_, activity): &&(AbortHandle, Arc<Activity>)| activity.last.load(Ordering::Relaxed);
+        let last =
+            |(_, activity): &&(AbortHandle, Arc<Activity>)| activity.last.load(Ordering::Relaxed);
         let oldest = self.clients.iter().min_by_key(last).map(|(task, _)| task.id());
         self.clients.retain(|(task, _)| {
             let goes = Some(task.id()) == oldest;

@@ -33,13 +33,15 @@ pub enum Listen {
     /// Redirected where the namespace has nftables, else directly.
     #[default]
     Auto,
-    /// At ports of its own, to which a rule of nftables leads: the container may have a DNS server on 0.0.0.0:53.
+    /// At ports of its own, to which a rule of nftables leads: the container may have a DNS server
+    /// on 0.0.0.0:53.
     Redirected,
     /// At the port itself: nobody else in the container may have it, on 0.0.0.0 neither.
     Direct,
 }
 
-/// A server of one container, or of one gateway. It ends when this is dropped, and what it has set up in the container's namespace goes with it.
+/// A server of one container, or of one gateway. It ends when this is dropped, and what it has set
+/// up in the container's namespace goes with it.
 #[derive(Debug)]
 pub struct Serving {
     tasks: [AbortHandle; 2],
@@ -57,7 +59,8 @@ impl Serving {
         self.address
     }
 
-    /// Restores the table of nftables that leads there, if other software has removed or changed it. Whether it had.
+    /// Restores the table of nftables that leads there, if other software has removed or changed
+    /// it. Whether it had.
     ///
     /// # Errors
     /// The kernel's.
@@ -96,7 +99,8 @@ pub(crate) fn in_container(
     servers: Option<ServerList>,
 ) -> Result<Serving, ServeError> {
     let address = SocketAddr::from((SERVER, PORT));
-    let failed = |source| ServeError::Socket { of: format!("container {container:?}"), address, source };
+    let failed =
+        |source| ServeError::Socket { of: format!("container {container:?}"), address, source };
     let redirected = || {
         let pair = Pair::open(namespace, SocketAddr::from((SERVER, 0)), None).map_err(failed)?;
         let ports = pair.ports().map_err(failed)?;
@@ -142,7 +146,8 @@ pub(crate) fn at_gateway(
     device: &str,
 ) -> Result<Serving, ServeError> {
     let address = SocketAddr::from((gateway, PORT));
-    let failed = |source| ServeError::Socket { of: format!("network {network:?}"), address, source };
+    let failed =
+        |source| ServeError::Socket { of: format!("network {network:?}"), address, source };
     let pair = match Pair::open(namespace, address, Some(device)) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             return Err(ServeError::GatewayInUse { network: network.to_owned(), address });
@@ -171,7 +176,8 @@ fn start(
     let site = Arc::new(site);
     let udp = tokio::spawn(udp::serve(Arc::new(socket), of_udp, Arc::clone(&site))).abort_handle();
     let tcp = tokio::spawn(tcp::serve(listener, of_tcp, site)).abort_handle();
-    let outside = [&shared.ways.outside, &shared.ways.networks].iter().any(|way| way.id() == namespace.id());
+    let outside =
+        [&shared.ways.outside, &shared.ways.networks].iter().any(|way| way.id() == namespace.id());
     if outside {
         shared.ourselves(address);
     }

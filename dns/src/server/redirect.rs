@@ -15,9 +15,11 @@
 //! }
 //! ```
 //!
-//! Ports are rewritten, packet by packet, and nothing is remembered: a translation (`dnat`, what Docker has) costs an entry of connection tracking
-//! for each question, a quarter of the time that an answer takes, and the names of a busy container when that table is full. Where a container tracks
-//! connections for reasons of its own, it sees both directions with port 53: questions are rewritten after that (-200), answers before.
+//! Ports are rewritten, packet by packet, and nothing is remembered: a translation (`dnat`, what
+//! Docker has) costs an entry of connection tracking for each question, a quarter of the time that
+//! an answer takes, and the names of a busy container when that table is full. Where a container
+//! tracks connections for reasons of its own, it sees both directions with port 53: questions are
+//! rewritten after that (-200), answers before.
 
 use crate::resolv_conf::{PORT, SERVER};
 use std::io;
@@ -25,7 +27,8 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tidegate_model::registry::NFTABLES_DNS_TABLE;
 use tidegate_netfilter::{
-    Action, Base, Chain, Change, Connection, Error, Hook, Key, Kind, Match, Rule, Table, Transport, Value,
+    Action, Base, Chain, Change, Connection, Error, Hook, Key, Kind, Match, Rule, Table, Transport,
+    Value,
 };
 use tidegate_netns::Namespace;
 
@@ -92,8 +95,8 @@ impl Drop for Redirect {
     }
 }
 
-/// Closes what has deleted something: the kernel lets go of that then, after a grace period of some 12 ms, which a thousand servers that end together would
-/// have to wait for one after the other.
+/// Closes what has deleted something: the kernel lets go of that then, after a grace period of some
+/// 12 ms, which a thousand servers that end together would have to wait for one after the other.
 fn close_elsewhere(connection: Connection) {
     static CLOSING: AtomicUsize = AtomicUsize::new(0);
     if CLOSING.fetch_add(1, Ordering::Relaxed) < CLOSERS {
@@ -133,7 +136,9 @@ fn table((udp, tcp): (u16, u16)) -> Table {
     };
     let questions = rules(Key::DestinationV4, Key::DestinationPort, false);
     let answers = rules(Key::SourceV4, Key::SourcePort, true);
-    let chains =
-        vec![chain("questions", AFTER_TRACKING, questions), chain("answers", BEFORE_TRACKING, answers)];
+    let chains = vec![
+        chain("questions", AFTER_TRACKING, questions),
+        chain("answers", BEFORE_TRACKING, answers),
+    ];
     Table { name: NFTABLES_DNS_TABLE.to_owned(), sets: Vec::new(), chains }
 }

@@ -31,7 +31,11 @@ pub(super) struct Bound {
 
 impl Bound {
     /// Has `listener` listen again, if `error` says that it was destroyed. Whether it was.
-    pub(super) fn revive_listener(&self, listener: &TcpListener, error: &io::Error) -> io::Result<bool> {
+    pub(super) fn revive_listener(
+        &self,
+        listener: &TcpListener,
+        error: &io::Error,
+    ) -> io::Result<bool> {
         if !says_destroyed(error) {
             return Ok(false);
         }
@@ -39,7 +43,11 @@ impl Bound {
     }
 
     /// Binds `socket` again, if `error` says that it was destroyed. Whether it was.
-    pub(super) fn revive_datagrams(&self, socket: &UdpSocket, error: &io::Error) -> io::Result<bool> {
+    pub(super) fn revive_datagrams(
+        &self,
+        socket: &UdpSocket,
+        error: &io::Error,
+    ) -> io::Result<bool> {
         if !says_destroyed(error) {
             return Ok(false);
         }
@@ -47,15 +55,24 @@ impl Bound {
     }
 }
 
-/// Logs what became of the `socket`, UDP or TCP, of `site` that failed with `error`, and counts it if it was destroyed and is `revived`.
+/// Logs what became of the `socket`, UDP or TCP, of `site` that failed with `error`, and counts it
+/// if it was destroyed and is `revived`.
 pub(super) fn report(site: &Site, socket: &str, revived: io::Result<bool>, error: &io::Error) {
     let (endpoint, network) = (site.asker.endpoint(), site.asker.network());
     match revived {
         Ok(true) => {
             site.shared.metrics.revived.increment(1);
-            tracing::warn!(endpoint, network, kind = "dns", socket, "destroyed by other software; restored");
+            tracing::warn!(
+                endpoint,
+                network,
+                kind = "dns",
+                socket,
+                "destroyed by other software; restored"
+            );
         }
-        Ok(false) => tracing::warn!(endpoint, network, socket, %error, "socket of the DNS server failed"),
+        Ok(false) => {
+            tracing::warn!(endpoint, network, socket, %error, "socket of the DNS server failed")
+        }
         Err(error) => {
             tracing::error!(endpoint, network, kind = "dns", socket, %error, "destroyed by other software; not restored");
         }
@@ -64,7 +81,11 @@ pub(super) fn report(site: &Site, socket: &str, revived: io::Result<bool>, error
 
 impl Pair {
     /// Makes them in `namespace`; bound to `device`, they hear nobody who comes by another one.
-    pub(super) fn open(namespace: &Namespace, address: SocketAddr, device: Option<&str>) -> io::Result<Self> {
+    pub(super) fn open(
+        namespace: &Namespace,
+        address: SocketAddr,
+        device: Option<&str>,
+    ) -> io::Result<Self> {
         namespace.with(|| {
             let open = |kind, protocol| {
                 let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
@@ -79,7 +100,9 @@ impl Pair {
             };
             let udp = open(Type::DGRAM, Protocol::UDP)?;
             // Beyond the limit that holds for everyone; without the privilege, up to it.
-            if rustix::net::sockopt::set_socket_recv_buffer_size_force(udp.as_fd(), WAITING / 2).is_err() {
+            if rustix::net::sockopt::set_socket_recv_buffer_size_force(udp.as_fd(), WAITING / 2)
+                .is_err()
+            {
                 let _ = udp.set_recv_buffer_size(WAITING / 2);
             }
             udp.bind(&address.into())?;
@@ -94,7 +117,9 @@ impl Pair {
 
     /// The ports that they have: of UDP, of TCP.
     pub(super) fn ports(&self) -> io::Result<(u16, u16)> {
-        let port = |socket: &Socket| Ok(socket.local_addr()?.as_socket().map_or(0, |address| address.port()));
+        let port = |socket: &Socket| {
+            Ok(socket.local_addr()?.as_socket().map_or(0, |address| address.port()))
+        };
         port(&self.udp).and_then(|udp| Ok::<_, io::Error>((udp, port(&self.tcp)?)))
     }
 

@@ -1,7 +1,8 @@
 //! Connections (RFC 7766): several questions on one, answered as their answers are there.
 //!
-//! A client costs a task and what it has sent of an unfinished question. It is read from for as long as fewer than [`PIPELINE`] of its questions wait
-//! and it takes its answers; it goes when it is idle, or stops in the middle of a question, or does not read.
+//! A client costs a task and what it has sent of an unfinished question. It is read from for as
+//! long as fewer than [`PIPELINE`] of its questions wait and it takes its answers; it goes when it
+//! is idle, or stops in the middle of a question, or does not read.
 
 use super::clients::{Activity, Clients, limit};
 use super::sockets::{Bound, report};
@@ -48,7 +49,9 @@ pub(super) async fn serve(mut listener: TcpListener, bound: Bound, site: Arc<Sit
                     // To the runtime a socket that was closed (`EPOLLHUP`) remains so.
                     match listener.into_std().and_then(TcpListener::from_std) {
                         Ok(registered) => listener = registered,
-                        Err(error) => return report(&site, "tcp", Err(error), &io::ErrorKind::Other.into()),
+                        Err(error) => {
+                            return report(&site, "tcp", Err(error), &io::ErrorKind::Other.into());
+                        }
                     }
                 }
                 tokio::time::sleep(REST).await;
@@ -69,7 +72,8 @@ pub(super) async fn serve(mut listener: TcpListener, bound: Bound, site: Arc<Sit
             );
         }
         let activity = clients.activity();
-        let conversation = Conversation::new(stream, client, Arc::clone(&site), Arc::clone(&activity));
+        let conversation =
+            Conversation::new(stream, client, Arc::clone(&site), Arc::clone(&activity));
         let task = tasks.spawn(async move {
             conversation.hold().await;
             drop(admitted);
@@ -98,19 +102,36 @@ struct Conversation {
 }
 
 impl Conversation {
-    fn new(stream: TcpStream, client: SocketAddr, site: Arc<Site>, activity: Arc<Activity>) -> Self {
+    fn new(
+        stream: TcpStream,
+        client: SocketAddr,
+        site: Arc<Site>,
+        activity: Arc<Activity>,
+    ) -> Self {
         // Answers are small and complete.
         let _ = stream.set_nodelay(true);
         let until = Instant::now() + IDLE;
         let (inbox, outbox) = (Vec::new(), Vec::new());
-        Self { stream, client, site, activity, inbox, outbox, sent: 0, waiting: 0, ended: false, until }
+        Self {
+            stream,
+            client,
+            site,
+            activity,
+            inbox,
+            outbox,
+            sent: 0,
+            waiting: 0,
+            ended: false,
+            until,
+        }
     }
 
     async fn hold(mut self) {
         let (sender, mut answers) = mpsc::channel::<Vec<u8>>(PIPELINE);
         loop {
             let unsent = self.sent < self.outbox.len();
-            let reads = !self.ended && self.waiting < PIPELINE && self.outbox.len() - self.sent < UNTAKEN;
+            let reads =
+                !self.ended && self.waiting < PIPELINE && self.outbox.len() - self.sent < UNTAKEN;
             if self.ended && !unsent && self.waiting == 0 {
                 return;
             }
@@ -162,7 +183,9 @@ impl Conversation {
     fn questions(&mut self, sender: &mpsc::Sender<Vec<u8>>) -> bool {
         let mut at = 0;
         while self.waiting < PIPELINE && self.outbox.len() - self.sent < UNTAKEN {
-            let Some(length) = crate::message::short(&self.inbox, at).map(usize::from) else { break };
+            let Some(length) = crate::message::short(&self.inbox, at).map(usize::from) else {
+                break;
+            };
             if length > LONGEST {
                 return false;
             }

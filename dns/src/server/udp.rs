@@ -76,7 +76,8 @@ impl Scratch {
             let zones = site.shared.zones();
             for index in 0..count {
                 let datagram = self.received.get(index);
-                let Some(client) = datagram.source.filter(|_| datagram.payload.len() <= LONGEST) else {
+                let Some(client) = datagram.source.filter(|_| datagram.payload.len() <= LONGEST)
+                else {
                     continue;
                 };
                 self.burst.push(client, |out| {

@@ -22,7 +22,11 @@ fn answer(message: &[u8]) -> (Option<Rcode>, Option<Message>) {
 
 #[test]
 fn answers_and_fragments_get_none() {
-    assert_eq!(answer(&with(false, 2, 0x81)), (None, None), "two servers would answer each other for ever");
+    assert_eq!(
+        answer(&with(false, 2, 0x81)),
+        (None, None),
+        "two servers would answer each other for ever"
+    );
     assert_eq!(answer(&plain(false)[..11]), (None, None));
     assert_eq!(answer(&[]), (None, None));
 }
@@ -34,7 +38,11 @@ fn each_oddity_gets_its_code() {
         ("RFC 2136: update", with(false, 2, 0x29), Rcode::NotImp),
         ("RFC 1996: notify", with(false, 2, 0x21), Rcode::NotImp),
         ("an opcode that nobody has", with(false, 2, 0x79), Rcode::NotImp),
-        ("RFC 9619: two questions", [&with(false, 5, 2)[..], &plain(false)[12..]].concat(), Rcode::FormErr),
+        (
+            "RFC 9619: two questions",
+            [&with(false, 5, 2)[..], &plain(false)[12..]].concat(),
+            Rcode::FormErr,
+        ),
         (
             "no question",
             {

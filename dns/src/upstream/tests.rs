@@ -43,7 +43,8 @@ fn run(health: &mut Health, servers: &[Played], start: Instant) -> (Option<Socke
                 }
                 Step::Wait(until) => Some(until),
             };
-            let answers = asked.iter().filter_map(|(one, at)| Some((*at + ms(played(*one).1?), *one)));
+            let answers =
+                asked.iter().filter_map(|(one, at)| Some((*at + ms(played(*one).1?), *one)));
             if let Some((at, winner)) = answers.min() {
                 if at <= now {
                     let sent = asked.iter().find(|(one, _)| *one == winner).unwrap().1;

@@ -63,7 +63,10 @@ fn a_name_is_one_to_those_on_its_network_alone() {
 fn what_has_gone_is_gone_with_all_its_names() {
     let mut zones = zones(
         &[network("a")],
-        &[("a", endpoint("web", &["x"], &["10.0.1.2"])), ("a", endpoint("me", &["x"], &["10.0.1.3"]))],
+        &[
+            ("a", endpoint("web", &["x"], &["10.0.1.2"])),
+            ("a", endpoint("me", &["x"], &["10.0.1.3"])),
+        ],
     );
     assert_eq!(addresses(&zones, "me", "x"), ["10.0.1.2", "10.0.1.3"]);
     assert!(zones.remove_endpoint("a", "web", "web"));
@@ -78,10 +81,17 @@ fn what_has_gone_is_gone_with_all_its_names() {
 fn a_container_that_comes_back_elsewhere_takes_its_place() {
     let mut zones = zones(
         &[network("a"), network("b")],
-        &[("a", endpoint("web", &["old"], &["10.0.1.2"])), ("b", endpoint("web", &[], &["10.0.2.2"]))],
+        &[
+            ("a", endpoint("web", &["old"], &["10.0.1.2"])),
+            ("b", endpoint("web", &[], &["10.0.2.2"])),
+        ],
     );
     zones.add_endpoint("a", &endpoint("web", &["new"], &["10.0.1.9"])).unwrap();
-    assert_eq!(addresses(&zones, "web", "web"), ["10.0.1.9", "10.0.2.2"], "its networks stay in order");
+    assert_eq!(
+        addresses(&zones, "web", "web"),
+        ["10.0.1.9", "10.0.2.2"],
+        "its networks stay in order"
+    );
     assert!(addresses(&zones, "web", "old").is_empty());
     assert_eq!(zones.endpoints, 2);
 }
@@ -106,8 +116,9 @@ fn limits_are_told_with_what_exceeds_them_and_change_nothing() {
     assert_eq!(add("A").unwrap_err(), "network \"A\" has names already", "names have no case");
     assert_eq!(add("b").unwrap_err(), "network \"b\": there are names of 1 networks already");
     assert_eq!(add("b..c").unwrap_err(), "name \"b..c\" has an empty label");
-    let mut add =
-        |spec: &EndpointSpec| zones.add_endpoint("a", spec).map(drop).map_err(|error| error.to_string());
+    let mut add = |spec: &EndpointSpec| {
+        zones.add_endpoint("a", spec).map(drop).map_err(|error| error.to_string())
+    };
     assert_eq!(
         add(&endpoint("web", &["1", "2", "3"], &[])).unwrap_err(),
         "endpoint \"web\": more than 4 names"
@@ -122,7 +133,10 @@ fn limits_are_told_with_what_exceeds_them_and_change_nothing() {
     );
     assert_eq!(add(&endpoint("web", &[], &[])), Ok(()));
     assert_eq!(add(&endpoint("web", &["again"], &[])), Ok(()), "in its own place");
-    assert_eq!(add(&endpoint("db", &[], &[])).unwrap_err(), "endpoint \"db\": more than 1 endpoints");
+    assert_eq!(
+        add(&endpoint("db", &[], &[])).unwrap_err(),
+        "endpoint \"db\": more than 1 endpoints"
+    );
     assert_eq!(
         zones.add_endpoint("z", &endpoint("web", &[], &[])).unwrap_err().to_string(),
         "network \"z\" has no names"
@@ -147,7 +161,10 @@ fn who_asks_at_a_gateway_is_known_by_his_address() {
     assert_eq!(sees([10, 0, 1, 2]), [true, true], "its other network too");
     assert_eq!(sees([10, 0, 1, 9]), [false, false], "an address that no endpoint has");
     assert!(zones.view(&asker, [10, 0, 1, 9].into()).is_stranger());
-    assert!(zones.view(&asker, [10, 0, 2, 3].into()).is_stranger(), "an endpoint of another network");
+    assert!(
+        zones.view(&asker, [10, 0, 2, 3].into()).is_stranger(),
+        "an endpoint of another network"
+    );
     assert!(!zones.view(&asker, [10, 0, 1, 2].into()).is_stranger());
     let share = zones.view(&asker, [10, 0, 1, 2].into()).asker(&asker);
     assert_eq!(share, Asker::Container("both".into()), "whose limits are the same at each server");
@@ -171,7 +188,11 @@ fn where_sources_are_not_verified_all_clients_of_a_gateway_have_the_least_privil
         for source in [[10, 0, 1, 2], [10, 0, 1, 9]] {
             let view = zones.view(&asker, source.into());
             let sees = |name: &[u8]| view.holders(name).flatten().count();
-            assert_eq!((sees(b"\x04both\0"), sees(b"\x02db\0")), (1, 0), "names of this network only");
+            assert_eq!(
+                (sees(b"\x04both\0"), sees(b"\x02db\0")),
+                (1, 0),
+                "names of this network only"
+            );
             assert_eq!(view.may_forward(), forwards);
             assert_eq!(view.partition(), Partition::of([0]));
             assert_eq!(view.asker(&asker), asker, "all of them have one share");
@@ -215,14 +236,19 @@ fn a_host_name_with_dots_is_the_containers_own_affair() {
         hostname: Some(hostname.into()),
         ..endpoint(container, &[], &["10.0.1.2"])
     };
-    let zones = zones(&[network("a")], &[("a", spec("web", "www.example.com")), ("a", spec("db", "data"))]);
+    let zones =
+        zones(&[network("a")], &[("a", spec("web", "www.example.com")), ("a", spec("db", "data"))]);
     assert_eq!(addresses(&zones, "web", "www.example.com"), ["10.0.1.2"]);
-    assert!(addresses(&zones, "db", "www.example.com").is_empty(), "the one on the Internet is meant");
+    assert!(
+        addresses(&zones, "db", "www.example.com").is_empty(),
+        "the one on the Internet is meant"
+    );
     assert_eq!(addresses(&zones, "web", "data"), ["10.0.1.2"]);
 }
 
 proptest! {
-    /// Whatever came and went, what is there is what a fresh start with the same endpoints would have.
+    /// Whatever came and went, what is there is what a fresh start with the same endpoints would
+    /// have.
     #[test]
     fn no_history_shows(steps in proptest::collection::vec((0..3_usize, 0..4_usize, 0..3_usize, any::<bool>()), 0..60)) {
         const NETWORKS: [&str; 3] = ["a", "b", "c"];

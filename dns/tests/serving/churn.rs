@@ -46,13 +46,21 @@ fn no_question_is_lost_while_200_networks_come_and_go() {
     let _guard = house.runtime.enter();
     for number in 0..NETWORKS {
         let name = format!("net{number}");
-        house.resolver.add_network(&NetworkSpec { name: name.clone(), ..NetworkSpec::default() }).unwrap();
+        house
+            .resolver
+            .add_network(&NetworkSpec { name: name.clone(), ..NetworkSpec::default() })
+            .unwrap();
         let mut serving = Vec::new();
         for (place, namespace) in namespaces.iter().enumerate() {
             let container = format!("c{number}-{place}");
-            house.resolver.add_endpoint(&name, &endpoint(&container, &["web", "x"], &["10.1.0.2"])).unwrap();
+            house
+                .resolver
+                .add_endpoint(&name, &endpoint(&container, &["web", "x"], &["10.1.0.2"]))
+                .unwrap();
             let namespace = crate::support::handle(namespace);
-            serving.push(house.resolver.serve(&namespace, &container, &ServeOptions::default()).unwrap());
+            serving.push(
+                house.resolver.serve(&namespace, &container, &ServeOptions::default()).unwrap(),
+            );
         }
         drop(serving);
         assert!(house.resolver.remove_network(&name));

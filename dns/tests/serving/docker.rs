@@ -1,4 +1,5 @@
-//! What Docker's server answers, row by row, and where this one answers something else; docs/dns.md says why.
+//! What Docker's server answers, row by row, and where this one answers something else; docs/dns.md
+//! says why.
 
 use crate::support::client::{question, read, told, with_edns, write};
 use crate::support::upstream::{Mood, Upstream};
@@ -75,7 +76,9 @@ fn the_owner_of_a_record_keeps_the_case_that_was_asked() {
 fn what_a_known_name_has_not_is_nothing_and_is_not_forwarded() {
     let (_house, upstream, asker) = scene();
     // Docker forwards TXT and ANY, and so tells the outside what services are called.
-    for kind in [RecordType::AAAA, RecordType::MX, RecordType::TXT, RecordType::HTTPS, RecordType::SRV] {
+    for kind in
+        [RecordType::AAAA, RecordType::MX, RecordType::TXT, RecordType::HTTPS, RecordType::SRV]
+    {
         let answer = asker.ask("svc-b", kind);
         assert_eq!(told(&answer), "nothing", "{kind}");
         assert_eq!(answer.authorities[0].record_type(), RecordType::SOA, "RFC 2308 section 3");

@@ -41,12 +41,20 @@ fn a_network_is_served_at_its_gateway_to_who_comes_by_its_bridge() {
         for name in ["al1", "8307d39d06d4", "al1.n1"] {
             assert_eq!(ask(&net.container, server, name), Some(own.clone()), "{name} at {server}");
         }
-        assert_eq!(ask(&net.container, server, "other"), Some("172.31.0.3".to_owned()), "it is on n2 too");
+        assert_eq!(
+            ask(&net.container, server, "other"),
+            Some("172.31.0.3".to_owned()),
+            "it is on n2 too"
+        );
         for name in ["al1", "other", "example.com"] {
             let told = ask(&neighbour, server, name);
             assert_eq!(told, Some("Refused".to_owned()), "{name}: no endpoint has its address");
         }
-        assert_eq!(ask(&net.client, server, "al1"), None, "the gateway's address, by another interface");
+        assert_eq!(
+            ask(&net.client, server, "al1"),
+            None,
+            "the gateway's address, by another interface"
+        );
     }
     assert_eq!(v4.address(), (IpAddr::from(addr::GATEWAY_V4), 53).into());
     drop(v4);
@@ -61,7 +69,8 @@ fn a_gateways_port_that_is_taken_is_told_with_the_network() {
     house.network("n1");
     let taken = net.host.run(|| UdpSocket::bind("0.0.0.0:53").unwrap());
     let _guard = house.runtime.enter();
-    let error = house.resolver.serve_gateway(&handle(&net.host), "n1", addr::GATEWAY_V4.into(), "br0");
+    let error =
+        house.resolver.serve_gateway(&handle(&net.host), "n1", addr::GATEWAY_V4.into(), "br0");
     assert_eq!(
         error.unwrap_err().to_string(),
         "network \"n1\": 172.30.0.1:53 is in use by another DNS server"
@@ -83,7 +92,8 @@ fn where_sources_are_not_verified_a_gateway_tells_everybody_the_names_of_its_net
     house.endpoint("n2", "other", &[], &["172.31.0.3"]);
     let _guard = house.runtime.enter();
     let host = handle(&net.host);
-    let _serving = house.resolver.serve_gateway(&host, "n1", addr::GATEWAY_V4.into(), "br0").unwrap();
+    let _serving =
+        house.resolver.serve_gateway(&host, "n1", addr::GATEWAY_V4.into(), "br0").unwrap();
     for client in [&net.container, &neighbour] {
         let ask = |name| ask(client, addr::GATEWAY_V4.into(), name).unwrap();
         assert_eq!(ask("ptwo"), addr::CONTAINER_V4.to_string());

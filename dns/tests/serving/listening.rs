@@ -29,11 +29,16 @@ fn a_container_may_have_a_dns_server_of_its_own() {
     let (udp, _tcp) = container.namespace.run(own);
     assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
     let mut stream = container.connect();
-    crate::support::client::write(&mut stream, &crate::support::client::question(1, "web", RecordType::A));
+    crate::support::client::write(
+        &mut stream,
+        &crate::support::client::question(1, "web", RecordType::A),
+    );
     assert!(crate::support::client::read(&mut stream).is_ok());
     // Its own is asked at every other address.
     let asked = std::thread::scope(|scope| {
-        scope.spawn(|| send(&container.namespace, at("127.0.0.1:53"), b"own", Duration::from_millis(10)));
+        scope.spawn(|| {
+            send(&container.namespace, at("127.0.0.1:53"), b"own", Duration::from_millis(10))
+        });
         let mut buffer = [0; 10];
         let length = udp.recv(&mut buffer).unwrap();
         buffer[..length].to_vec()
@@ -64,8 +69,10 @@ fn a_server_comes_after_one_that_was_killed() {
     // As if nothing had been taken back: its sockets are gone, its table is not.
     std::mem::forget(container.serving.take());
     let _guard = house.runtime.enter();
-    let serving =
-        house.resolver.serve(&handle(&container.namespace), "web", &ServeOptions::default()).unwrap();
+    let serving = house
+        .resolver
+        .serve(&handle(&container.namespace), "web", &ServeOptions::default())
+        .unwrap();
     assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
     assert_eq!(container.namespace.exec("nft", &["list", "tables"]), "table inet tidegate_dns\n");
     drop(serving);
@@ -79,7 +86,8 @@ fn without_nftables_the_port_itself_is_taken() {
     assert!(!container.serving.as_ref().unwrap().is_redirected());
     assert_eq!(container.namespace.exec("nft", &["list", "ruleset"]), "");
     assert!(
-        container.namespace.is_bound(Protocol::Udp, 53) && container.namespace.is_bound(Protocol::Tcp, 53)
+        container.namespace.is_bound(Protocol::Udp, 53)
+            && container.namespace.is_bound(Protocol::Tcp, 53)
     );
     assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
 }
@@ -92,7 +100,8 @@ fn a_port_that_is_taken_is_told_with_the_container() {
         let _udp = taken.then(|| namespace.run(|| UdpSocket::bind("0.0.0.0:53").unwrap()));
         let _tcp = (!taken).then(|| namespace.run(|| TcpListener::bind(SERVER).unwrap()));
         let _guard = house.runtime.enter();
-        let error = house.resolver.serve(&handle(&namespace), "web", &options(Listen::Direct)).unwrap_err();
+        let error =
+            house.resolver.serve(&handle(&namespace), "web", &options(Listen::Direct)).unwrap_err();
         assert_eq!(
             error.to_string(),
             "container \"web\": 127.0.0.11:53 is in use by a DNS server in it, and nftables cannot redirect past that"

@@ -46,7 +46,10 @@ fn dig_is_content() {
         "172.30.1.2\n172.30.1.3\n"
     );
     let empty = dig(&asker, &["web", "AAAA"]);
-    assert!(empty.contains("status: NOERROR") && empty.contains("ANSWER: 0, AUTHORITY: 1"), "{empty}");
+    assert!(
+        empty.contains("status: NOERROR") && empty.contains("ANSWER: 0, AUTHORITY: 1"),
+        "{empty}"
+    );
     assert!(
         !empty.contains("WARNING") && !empty.contains("Malformed") && !empty.contains("malformed"),
         "{empty}"
@@ -55,13 +58,22 @@ fn dig_is_content() {
     assert!(dig(&asker, &["+opcode=status", "web"]).contains("status: NOTIMP"));
     assert!(dig(&asker, &["version.bind", "TXT", "CH"]).contains("status: REFUSED"));
     let forwarded = dig(&asker, &["example.com"]);
-    assert!(forwarded.contains("192.0.2.1") && forwarded.contains("flags: qr rd ra;"), "{forwarded}");
+    assert!(
+        forwarded.contains("192.0.2.1") && forwarded.contains("flags: qr rd ra;"),
+        "{forwarded}"
+    );
     let cookie = dig(&asker, &["+cookie=0123456789abcdef", "web"]);
     assert!(cookie.contains("172.30.1.2"), "{cookie}");
 }
 
 /// The container's own `resolv.conf`, and a program that uses it.
-fn getent(asker: &Container, house: &House, host: &str, options: &[String], args: &[&str]) -> (bool, String) {
+fn getent(
+    asker: &Container,
+    house: &House,
+    host: &str,
+    options: &[String],
+    args: &[&str],
+) -> (bool, String) {
     require_program("getent");
     let text = ResolvConf::parse(host, &|_| None).for_container(SERVER.into(), &[], options);
     let path = house.directory.path().join("inside.conf");
@@ -91,7 +103,10 @@ fn a_program_of_glibc_finds_names() {
     upstream.seen();
     assert!(get(&["ahostsv4", "printer"]).1.starts_with("192.0.2.1 "));
     let names = upstream.names();
-    assert!(!names.is_empty() && names.iter().all(|name| name == "printer.example.test."), "{names:?}");
+    assert!(
+        !names.is_empty() && names.iter().all(|name| name == "printer.example.test."),
+        "{names:?}"
+    );
     assert!(!get(&["ahostsv4", "nx.example.com"]).0);
 }
 

@@ -43,11 +43,15 @@ fn what_is_not_served_is_told_by_its_code() {
     assert_eq!(told(&asker.ask("web", RecordType::A)), "172.30.1.2");
     let page = house.page();
     assert!(
-        page.contains("tidegate_dns_queries_total{network=\"un1\",qtype=\"other\",rcode=\"NOTIMP\"} 2"),
+        page.contains(
+            "tidegate_dns_queries_total{network=\"un1\",qtype=\"other\",rcode=\"NOTIMP\"} 2"
+        ),
         "{page}"
     );
     assert!(
-        page.contains("tidegate_dns_queries_total{network=\"un1\",qtype=\"A\",rcode=\"NOERROR\"} 1"),
+        page.contains(
+            "tidegate_dns_queries_total{network=\"un1\",qtype=\"A\",rcode=\"NOERROR\"} 1"
+        ),
         "{page}"
     );
 }
@@ -90,8 +94,8 @@ fn three_hundred_addresses_are_one_name() {
     assert_eq!(whole.answers.len(), 300);
 }
 
-/// RFC 7766 section 6.2.1.1: "clients SHOULD pipeline their queries"; section 7: servers "are RECOMMENDED to support
-/// the preparing of responses in parallel and sending them out of order".
+/// RFC 7766 section 6.2.1.1: "clients SHOULD pipeline their queries"; section 7: servers "are
+/// RECOMMENDED to support the preparing of responses in parallel and sending them out of order".
 #[test]
 fn many_questions_on_one_connection_are_answered_as_answers_come() {
     use crate::support::upstream::Mood;
@@ -110,9 +114,12 @@ fn many_questions_on_one_connection_are_answered_as_answers_come() {
     }
     stream.write_all(&all).unwrap();
     let answers: Vec<_> = (0..200).map(|_| read(&mut stream).unwrap()).collect();
-    let by_id: BTreeMap<_, _> = answers.iter().map(|answer| (answer.metadata.id, told(answer))).collect();
+    let by_id: BTreeMap<_, _> =
+        answers.iter().map(|answer| (answer.metadata.id, told(answer))).collect();
     assert_eq!(by_id.len(), 200);
-    assert!(by_id.iter().all(|(id, told)| told == if id % 2 == 0 { "192.0.2.1" } else { "172.30.1.2" }));
+    assert!(
+        by_id.iter().all(|(id, told)| told == if id % 2 == 0 { "192.0.2.1" } else { "172.30.1.2" })
+    );
     assert_eq!(answers[0].metadata.id, 1, "a local one is first");
 }
 

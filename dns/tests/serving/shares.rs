@@ -15,7 +15,8 @@ use tidegate_testbed::{Namespace, eventually};
 
 /// Questions that the greedy container asks in a second, each for a name that nobody has asked for.
 const GREED: usize = 20_000;
-/// Lookups of the modest one, each of a cached name, of one of its network and of one that is forwarded.
+/// Lookups of the modest one, each of a cached name, of one of its network and of one that is
+/// forwarded.
 const LOOKUPS: usize = 150;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -96,8 +97,8 @@ impl Times {
     }
 }
 
-/// Looks up names as `container`, one after the other: cached ones, those of its network, and ones that
-/// are forwarded. Each has to be answered.
+/// Looks up names as `container`, one after the other: cached ones, those of its network, and ones
+/// that are forwarded. Each has to be answered.
 fn look_up(container: &Container, round: &str) -> [Times; 3] {
     let mut times = [const { Vec::new() }; 3];
     let socket = container.namespace.run(|| UdpSocket::bind("127.0.0.1:0")).unwrap();
@@ -140,7 +141,9 @@ fn compare(greedy: &Container, modest: &Container) {
     std::thread::sleep(Duration::from_millis(700));
     let beside = look_up(modest, "flood");
     let figures = flooding.stop();
-    for (what, (calm, beside)) in ["cached", "local", "forwarded"].iter().zip(calm.iter().zip(&beside)) {
+    for (what, (calm, beside)) in
+        ["cached", "local", "forwarded"].iter().zip(calm.iter().zip(&beside))
+    {
         println!(
             "{what}: median {:?} calm, {:?} beside; p99 {:?}, {:?}",
             calm.median(),

@@ -52,8 +52,14 @@ fn a_dead_first_server_costs_one_question() {
     assert!(asked.0 <= 5 && asked.1 == 100, "{asked:?}");
     let page = house.page();
     assert!(page.contains("tidegate_dns_upstream_trusted{server=\"127.0.0.1:53\"} 0"), "{page}");
-    assert!(!page.contains("tidegate_dns_upstream_timeouts_total{server=\"127.0.0.1:53\"} 0"), "{page}");
-    assert!(page.contains("tidegate_dns_upstream_seconds_count{server=\"127.0.0.2:53\"} 100"), "{page}");
+    assert!(
+        !page.contains("tidegate_dns_upstream_timeouts_total{server=\"127.0.0.1:53\"} 0"),
+        "{page}"
+    );
+    assert!(
+        page.contains("tidegate_dns_upstream_seconds_count{server=\"127.0.0.2:53\"} 100"),
+        "{page}"
+    );
 }
 
 #[test]
@@ -185,7 +191,8 @@ fn a_question_has_a_source_port_of_its_own_while_there_are_enough() {
     let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 1 << 20);
     socket.set_read_timeout(Some(SOON)).unwrap();
     for number in 0..COUNT {
-        let question = question(number as u16, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        let question =
+            question(number as u16, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
         socket.send_to(&question, "127.0.0.11:53").unwrap();
     }
     for _ in 0..COUNT {
@@ -254,7 +261,8 @@ fn many_questions_learn_at_once_that_a_server_has_no_edns() {
     let socket = asker.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
     socket.set_read_timeout(Some(SOON)).unwrap();
     for number in 0..50 {
-        let question = question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        let question =
+            question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
         socket.send_to(&question, "127.0.0.11:53").unwrap();
     }
     for _ in 0..50 {
@@ -325,7 +333,8 @@ fn five_thousand_questions_to_a_slow_server_are_all_answered() {
     }
     let start = Instant::now();
     for number in 0..COUNT {
-        let question = question(number as u16, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        let question =
+            question(number as u16, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
         sockets[number % sockets.len()].send_to(&question, "127.0.0.11:53").unwrap();
     }
     let mut answers = [0; 2];
@@ -333,7 +342,9 @@ fn five_thousand_questions_to_a_slow_server_are_all_answered() {
     for _ in 0..COUNT / sockets.len() {
         for socket in &sockets {
             let mut buffer = [0; 512];
-            let Ok(length) = socket.recv(&mut buffer) else { panic!("{} of {COUNT} answered", seen.len()) };
+            let Ok(length) = socket.recv(&mut buffer) else {
+                panic!("{} of {COUNT} answered", seen.len())
+            };
             let answer = Message::from_vec(&buffer[..length]).unwrap();
             seen.insert(answer.metadata.id);
             answers[usize::from(answer.metadata.response_code == ResponseCode::ServFail)] += 1;
@@ -356,7 +367,8 @@ fn too_many_questions_wait_and_are_told_so_and_local_names_go_on() {
     let socket = asker.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
     socket.set_read_timeout(Some(SOON)).unwrap();
     for number in 0..15 {
-        let question = question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        let question =
+            question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
         socket.send_to(&question, "127.0.0.11:53").unwrap();
     }
     let start = Instant::now();
@@ -433,9 +445,11 @@ fn one_network_cannot_use_up_the_questions_of_all() {
     });
     house.network("un1");
     house.network("un2");
-    for (network, container, address) in
-        [("un1", "greedy", "172.30.1.2"), ("un1", "too", "172.30.1.3"), ("un2", "modest", "172.30.2.2")]
-    {
+    for (network, container, address) in [
+        ("un1", "greedy", "172.30.1.2"),
+        ("un1", "too", "172.30.1.3"),
+        ("un2", "modest", "172.30.2.2"),
+    ] {
         house.endpoint(network, container, &[], &[address]);
     }
     let [greedy, too, modest] = ["greedy", "too", "modest"].map(|name| house.serve(name));
@@ -462,7 +476,8 @@ fn one_network_cannot_use_up_the_questions_of_all() {
 fn one_container_leaves_places_to_the_others() {
     let host = Namespace::new();
     let upstream = Upstream::start(&host, "127.0.0.53:53");
-    let house = House::with(host, "nameserver 127.0.0.53\n", |settings| settings.waiting_of_one = 10);
+    let house =
+        House::with(host, "nameserver 127.0.0.53\n", |settings| settings.waiting_of_one = 10);
     house.network("un1");
     house.endpoint("un1", "greedy", &[], &["172.30.1.2"]);
     house.endpoint("un1", "modest", &[], &["172.30.1.3"]);
@@ -471,7 +486,8 @@ fn one_container_leaves_places_to_the_others() {
     let socket = greedy.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
     socket.set_read_timeout(Some(SOON)).unwrap();
     for number in 0..30 {
-        let question = question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        let question =
+            question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
         socket.send_to(&question, "127.0.0.11:53").unwrap();
     }
     // For each beyond the limit, its own oldest one is told at once.
@@ -495,8 +511,10 @@ fn nothing_leaves_an_internal_network() {
     let (house, first, second, open) = scene();
     house.internal_network("shut");
     house.endpoint("shut", "safe", &[], &["172.30.2.2"]);
-    let asker = house
-        .serve_with("safe", &ServeOptions { servers: vec![at("127.0.0.1:53")], ..ServeOptions::default() });
+    let asker = house.serve_with(
+        "safe",
+        &ServeOptions { servers: vec![at("127.0.0.1:53")], ..ServeOptions::default() },
+    );
     assert_eq!(asker.told("safe", RecordType::A), "172.30.2.2");
     for (name, kind) in [
         ("example.com", RecordType::A),
@@ -514,7 +532,11 @@ fn nothing_leaves_an_internal_network() {
     time(&open, "known.example");
     assert_eq!(asker.told("known.example", RecordType::A), "Refused");
     house.endpoint("un1", "safe", &[], &["172.30.1.9"]);
-    assert_eq!(asker.told("example.com", RecordType::A), "192.0.2.1", "once it is on an open one too");
+    assert_eq!(
+        asker.told("example.com", RecordType::A),
+        "192.0.2.1",
+        "once it is on an open one too"
+    );
 }
 
 #[test]
@@ -522,14 +544,19 @@ fn containers_networks_and_the_host_have_servers_in_that_order() {
     let (house, hosts, _second, asker) = scene();
     let networks = Upstream::start(&house.host, "127.0.0.3:53");
     let containers = Upstream::start(&house.host, "127.0.0.4:53");
-    let spec =
-        NetworkSpec { name: "own".into(), servers: vec![at("127.0.0.3:53")], ..NetworkSpec::default() };
+    let spec = NetworkSpec {
+        name: "own".into(),
+        servers: vec![at("127.0.0.3:53")],
+        ..NetworkSpec::default()
+    };
     house.network_with(&spec);
     house.endpoint("own", "a", &[], &["172.30.3.2"]);
     house.endpoint("own", "b", &[], &["172.30.3.3"]);
     let a = house.serve("a");
-    let b =
-        house.serve_with("b", &ServeOptions { servers: vec![at("127.0.0.4:53")], ..ServeOptions::default() });
+    let b = house.serve_with(
+        "b",
+        &ServeOptions { servers: vec![at("127.0.0.4:53")], ..ServeOptions::default() },
+    );
     for asker in [&asker, &a, &b] {
         time(asker, "one.example");
     }
@@ -631,9 +658,13 @@ fn ourselves_are_not_asked() {
          link set br0 up",
     );
     let host = crate::support::handle(&house.host);
-    let _serving = house.resolver.serve_gateway(&host, "un1", [172, 30, 1, 1].into(), "br0").unwrap();
-    let spec =
-        NetworkSpec { name: "own".into(), servers: vec![at("172.30.1.1:53")], ..NetworkSpec::default() };
+    let _serving =
+        house.resolver.serve_gateway(&host, "un1", [172, 30, 1, 1].into(), "br0").unwrap();
+    let spec = NetworkSpec {
+        name: "own".into(),
+        servers: vec![at("172.30.1.1:53")],
+        ..NetworkSpec::default()
+    };
     let error = house.resolver.add_network(&spec).unwrap_err();
     assert_eq!(error.to_string(), "network \"own\": DNS server 172.30.1.1:53 is tidegate itself");
     let asker = house.serve("web");

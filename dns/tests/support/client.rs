@@ -69,7 +69,8 @@ pub(crate) fn send(
     message: &[u8],
     patience: Duration,
 ) -> Option<Vec<u8>> {
-    let any: SocketAddr = if server.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+    let any: SocketAddr =
+        if server.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
     let socket = from.run(|| UdpSocket::bind(any)).unwrap();
     socket.connect(server).unwrap();
     socket.set_read_timeout(Some(patience)).unwrap();

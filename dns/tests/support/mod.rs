@@ -43,10 +43,17 @@ impl House {
         Self::with(host, resolv_conf, |_| ())
     }
 
-    pub(crate) fn with(host: Namespace, resolv_conf: &str, change: impl FnOnce(&mut Settings)) -> Self {
+    pub(crate) fn with(
+        host: Namespace,
+        resolv_conf: &str,
+        change: impl FnOnce(&mut Settings),
+    ) -> Self {
         tidegate_testbed::raise_open_files(1 << 16);
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("resolv.conf");
         fs::write(&path, resolv_conf).unwrap();
@@ -67,14 +74,24 @@ impl House {
     }
 
     pub(crate) fn internal_network(&self, name: &str) {
-        self.network_with(&NetworkSpec { name: name.to_owned(), internal: true, ..NetworkSpec::default() });
+        self.network_with(&NetworkSpec {
+            name: name.to_owned(),
+            internal: true,
+            ..NetworkSpec::default()
+        });
     }
 
     pub(crate) fn network_with(&self, spec: &NetworkSpec) {
         self.resolver.add_network(spec).unwrap();
     }
 
-    pub(crate) fn endpoint(&self, network: &str, container: &str, aliases: &[&str], addresses: &[&str]) {
+    pub(crate) fn endpoint(
+        &self,
+        network: &str,
+        container: &str,
+        aliases: &[&str],
+        addresses: &[&str],
+    ) {
         self.resolver.add_endpoint(network, &endpoint(container, aliases, addresses)).unwrap();
     }
 

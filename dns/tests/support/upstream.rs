@@ -75,8 +75,8 @@ impl Upstream {
             seen: Mutex::default(),
             ends: AtomicBool::new(false),
         });
-        let (udp, tcp) =
-            namespace.run(|| (UdpSocket::bind(address).unwrap(), TcpListener::bind(address).unwrap()));
+        let (udp, tcp) = namespace
+            .run(|| (UdpSocket::bind(address).unwrap(), TcpListener::bind(address).unwrap()));
         // A burst of 5,000 questions fits.
         socket2::SockRef::from(&udp).set_recv_buffer_size(8 << 20).unwrap();
         let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&udp, 8 << 20);
@@ -175,7 +175,8 @@ impl State {
             }
             let mood = *self.mood.lock().unwrap();
             for answer in self.answers(&message, from, true, mood) {
-                let _ = stream.write_all(&[&(answer.len() as u16).to_be_bytes()[..], &answer].concat());
+                let _ =
+                    stream.write_all(&[&(answer.len() as u16).to_be_bytes()[..], &answer].concat());
             }
         }
     }

@@ -14,7 +14,8 @@ pub struct OverlapError {
     pub first: PortSpec,
     /// The one that stands later.
     pub second: PortSpec,
-    /// The host port that both claim, 1..=65535; the lowest of `second` that anyone before it claims.
+    /// The host port that both claim, 1..=65535; the lowest of `second` that anyone before it
+    /// claims.
     pub port: u16,
     /// The transport of both.
     pub protocol: Protocol,
@@ -22,12 +23,12 @@ pub struct OverlapError {
     pub address: IpAddr,
 }
 
-/// Checks that no two of `specs` claim the same protocol and host port on the same address. The wildcard
-/// address of a family (0.0.0.0 or `::`, and a spec without an address has both) meets every address of
-/// that family.
+/// Checks that no two of `specs` claim the same protocol and host port on the same address. The
+/// wildcard address of a family (0.0.0.0 or `::`, and a spec without an address has both) meets
+/// every address of that family.
 ///
-/// Only fixed host ports are claims: an ephemeral mapping, or one that may choose from a range, finds
-/// itself a free port later, or fails to.
+/// Only fixed host ports are claims: an ephemeral mapping, or one that may choose from a range,
+/// finds itself a free port later, or fails to.
 ///
 /// Takes O(n log n) time and O(n) space for n claimed ports in all.
 ///
@@ -51,14 +52,19 @@ pub fn overlap(specs: &[PortSpec]) -> Result<(), OverlapError> {
     Ok(())
 }
 
-/// Who claims what. The order of the keys puts the addresses of one family on one port side by side, its
-/// wildcard first, so that each question is a look-up or the start of a range.
+/// Who claims what. The order of the keys puts the addresses of one family on one port side by
+/// side, its wildcard first, so that each question is a look-up or the start of a range.
 #[derive(Default)]
 struct Claims<'a>(BTreeMap<(Protocol, u16, IpAddr), &'a PortSpec>);
 
 impl<'a> Claims<'a> {
     /// A claim that `address` cannot be added beside, and the more specific of the two addresses.
-    fn meeting(&self, protocol: Protocol, port: u16, address: IpAddr) -> Option<(IpAddr, &'a PortSpec)> {
+    fn meeting(
+        &self,
+        protocol: Protocol,
+        port: u16,
+        address: IpAddr,
+    ) -> Option<(IpAddr, &'a PortSpec)> {
         let (wildcard, last): (IpAddr, IpAddr) = match address {
             IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::BROADCAST.into()),
             IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::from_bits(u128::MAX).into()),

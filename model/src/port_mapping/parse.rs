@@ -1,8 +1,9 @@
 //! Reads the grammar of a port spec, and says what is wrong with one.
 //!
-//! Differences from Docker, all of them refusals: an empty host address, an empty host port that is not
-//! behind an address, and an empty protocol are errors here and defaults there; an IPv6 address has to be
-//! in brackets; a number is digits only (Docker also takes `+80`); 0 inside a host range is an error.
+//! Differences from Docker, all of them refusals: an empty host address, an empty host port that is
+//! not behind an address, and an empty protocol are errors here and defaults there; an IPv6 address
+//! has to be in brackets; a number is digits only (Docker also takes `+80`); 0 inside a host range
+//! is an error.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -84,7 +85,9 @@ pub enum PortSpecProblem {
     #[error("IPv6 host address {0} must be in brackets, as [{0}]")]
     HostAddressUnbracketed(Ipv6Addr),
     /// An opening bracket has no closing one, or something other than a colon follows that.
-    #[error("brackets must hold an IPv6 host address and be followed by a colon, as in [::1]:8080:80")]
+    #[error(
+        "brackets must hold an IPv6 host address and be followed by a colon, as in [::1]:8080:80"
+    )]
     HostAddressBrackets,
     /// The host address has a zone (`%eth0`).
     #[error("host address {0:?} has a zone; zones cannot be published on")]
@@ -145,8 +148,8 @@ fn parse(spec: &str) -> Result<PortSpec, PortSpecProblem> {
     PortSpec::new(host_ip, host_ports, container_ports, protocol)
 }
 
-/// The text between the colons, of which those of an IPv6 address do not count. `None` is a piece that
-/// has no colon, an empty string one that has.
+/// The text between the colons, of which those of an IPv6 address do not count. `None` is a piece
+/// that has no colon, an empty string one that has.
 struct Pieces<'a> {
     /// Without brackets.
     host_ip: Option<&'a str>,
@@ -184,8 +187,9 @@ impl<'a> Pieces<'a> {
         if address.parse::<Ipv4Addr>().is_ok() {
             return Err(PortSpecProblem::HostAddressBrackets);
         }
-        let (host_port, container) =
-            ports.split_once(':').ok_or_else(|| PortSpecProblem::HostPortMissing(format!("[{address}]")))?;
+        let (host_port, container) = ports
+            .split_once(':')
+            .ok_or_else(|| PortSpecProblem::HostPortMissing(format!("[{address}]")))?;
         Ok(Self { host_ip: Some(address), host_port: Some(host_port), container })
     }
 }

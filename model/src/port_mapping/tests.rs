@@ -82,12 +82,18 @@ mod reading {
             ("0", "container port 0 is not between 1 and 65535"),
             ("8080:0", "container port 0 is not between 1 and 65535"),
             ("8080:70000", "container port 70000 is not between 1 and 65535"),
-            ("99999999999999999999:80", "host port 99999999999999999999 is not between 1 and 65535"),
+            (
+                "99999999999999999999:80",
+                "host port 99999999999999999999 is not between 1 and 65535",
+            ),
             ("0-2:80-82", "host port 0 is not between 1 and 65535"),
             ("0:80-82", "host port 0 is one ephemeral port, container ports 80-82 are 3"),
             ("9002-9000:80", "host port range 9002-9000 ends before it starts"),
             ("82-80", "container port range 82-80 ends before it starts"),
-            ("9000-9002:80-81", "host ports 9000-9002 and container ports 80-81 differ in number (3 and 2)"),
+            (
+                "9000-9002:80-81",
+                "host ports 9000-9002 and container ports 80-81 differ in number (3 and 2)",
+            ),
             ("9000:80-81", "host ports 9000 and container ports 80-81 differ in number (1 and 2)"),
             ("localhost:8080:80", r#"host "localhost" is a name; an IP address is needed"#),
             ("300.0.0.1:8080:80", r#"host address "300.0.0.1" is not an IP address"#),
@@ -97,7 +103,10 @@ mod reading {
                 r#"host address "fe80::1%eth0" has a zone; zones cannot be published on"#,
             ),
             ("::1:8082:80", "IPv6 host address ::1 must be in brackets, as [::1]"),
-            ("2001:db8::1:80", "IPv6 host address 2001:db8::1 must be in brackets, as [2001:db8::1]"),
+            (
+                "2001:db8::1:80",
+                "IPv6 host address 2001:db8::1 must be in brackets, as [2001:db8::1]",
+            ),
             (
                 "127.0.0.1:80",
                 "host port is missing behind the address 127.0.0.1; for an ephemeral one write 127.0.0.1::PORT",
@@ -274,15 +283,23 @@ mod overlaps {
 
     #[test]
     fn ports_that_can_still_be_chosen_are_no_claims() {
-        assert_eq!(overlap(&["80", "80", "8000-8010:80", "8000-8010:80", "8000:80"].map(parsed)), Ok(()));
+        assert_eq!(
+            overlap(&["80", "80", "8000-8010:80", "8000-8010:80", "8000:80"].map(parsed)),
+            Ok(())
+        );
     }
 
     #[test]
     fn ten_thousand_ports_take_no_time() {
         let specs: Vec<_> = (10_000..20_000)
             .map(|port| {
-                PortSpec::new(None, HostPorts::Fixed(range(port, port)), range(80, 80), Protocol::Tcp)
-                    .unwrap()
+                PortSpec::new(
+                    None,
+                    HostPorts::Fixed(range(port, port)),
+                    range(80, 80),
+                    Protocol::Tcp,
+                )
+                .unwrap()
             })
             .collect();
         let start = Instant::now();
@@ -311,7 +328,9 @@ mod overlaps {
     }
 
     fn meet(first: &PortSpec, second: &PortSpec) -> bool {
-        claims(first).into_iter().any(|one| claims(second).into_iter().any(|other| claims_meet(one, other)))
+        claims(first)
+            .into_iter()
+            .any(|one| claims(second).into_iter().any(|other| claims_meet(one, other)))
     }
 
     type Claim = (Protocol, u16, IpAddr);
@@ -320,14 +339,19 @@ mod overlaps {
         let mut claims = Vec::new();
         for mapping in spec.mappings() {
             if let HostPort::Fixed(port) = mapping.host_port {
-                claims
-                    .extend(host_addresses(mapping.host_ip).map(|address| (mapping.protocol, port, address)));
+                claims.extend(
+                    host_addresses(mapping.host_ip)
+                        .map(|address| (mapping.protocol, port, address)),
+                );
             }
         }
         claims
     }
 
-    fn claims_meet((protocol, port, address): Claim, (other_protocol, other_port, other): Claim) -> bool {
+    fn claims_meet(
+        (protocol, port, address): Claim,
+        (other_protocol, other_port, other): Claim,
+    ) -> bool {
         let same_family = address.is_ipv4() == other.is_ipv4();
         let same_address = address == other || address.is_unspecified() || other.is_unspecified();
         protocol == other_protocol && port == other_port && same_family && same_address
@@ -335,9 +359,16 @@ mod overlaps {
 
     /// Specs on so few ports and addresses that they often clash.
     fn crowded_spec() -> impl Strategy<Value = PortSpec> {
-        let addresses = [None, Some("0.0.0.0"), Some("10.0.0.1"), Some("10.0.0.2"), Some("::"), Some("::1")];
+        let addresses =
+            [None, Some("0.0.0.0"), Some("10.0.0.1"), Some("10.0.0.2"), Some("::"), Some("::1")];
         let addresses = addresses.map(|address| address.map(ip));
-        (prop::sample::select(addresses.to_vec()), 1..12_u16, 0..3_u16, any::<bool>(), any::<bool>())
+        (
+            prop::sample::select(addresses.to_vec()),
+            1..12_u16,
+            0..3_u16,
+            any::<bool>(),
+            any::<bool>(),
+        )
             .prop_map(|(host_ip, start, more, udp, ephemeral)| {
                 let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
                 let host = if ephemeral && start < 3 {
@@ -357,9 +388,15 @@ mod overlaps {
 
 /// Every spec there is, ranges of any length included.
 fn spec() -> impl Strategy<Value = PortSpec> {
-    let container =
-        (1..=u16::MAX, 0..=u16::MAX).prop_map(|(start, more)| range(start, start.saturating_add(more)));
-    (any::<Option<IpAddr>>(), container, 0..3, 1..=u16::MAX, prop::sample::select(&Protocol::ALL[..]))
+    let container = (1..=u16::MAX, 0..=u16::MAX)
+        .prop_map(|(start, more)| range(start, start.saturating_add(more)));
+    (
+        any::<Option<IpAddr>>(),
+        container,
+        0..3,
+        1..=u16::MAX,
+        prop::sample::select(&Protocol::ALL[..]),
+    )
         .prop_map(|(host_ip, container, kind, start, protocol)| {
             let host = match kind {
                 0 => HostPorts::Ephemeral,

@@ -1,8 +1,10 @@
-//! Which queue a packet belongs into, what it costs, and whether it is refused before anything is made for it.
+//! Which queue a packet belongs into, what it costs, and whether it is refused before anything is
+//! made for it.
 //!
-//! A flood consists of packets that begin flows. To refuse one after its turn has come would still take its place in the queue from
-//! others, and to begin the flow costs a socket: so packets that begin flows beyond the budgets ([`FlowTable`](crate::flow_table::FlowTable))
-//! are dropped as they are read off the device, ahead of the queue.
+//! A flood consists of packets that begin flows. To refuse one after its turn has come would still
+//! take its place in the queue from others, and to begin the flow costs a socket: so packets that
+//! begin flows beyond the budgets ([`FlowTable`](crate::flow_table::FlowTable)) are dropped as they
+//! are read off the device, ahead of the queue.
 
 use super::Engine;
 use crate::flow_table::{Admission, FlowKey, Origin};
@@ -25,7 +27,8 @@ const FLOW_COST: u32 = 65_536;
 /// The quantum of the queue: enough to begin a flow, or to send the largest packet, in one turn.
 pub const QUANTUM: u32 = FLOW_COST;
 
-/// SYNs that are refused for each one that is reported ([`FloodListener`](crate::settings::FloodListener)).
+/// SYNs that are refused for each one that is reported
+/// ([`FloodListener`](crate::settings::FloodListener)).
 const REFUSED_PER_REPORT: u32 = 64;
 
 /// Where a packet waits.
@@ -57,7 +60,8 @@ impl<'a> Parsed<'a> {
 }
 
 impl<H: Host> Engine<H> {
-    /// Classifies a frame of the device, virtio's header first. `None` if it is dropped, which is counted.
+    /// Classifies a frame of the device, virtio's header first. `None` if it is dropped, which is
+    /// counted.
     pub fn classify<'a>(&mut self, frame: &'a [u8], now: Instant) -> Option<(Class, Parsed<'a>)> {
         self.stats.packets[0].add(1);
         let Some(parsed) = Parsed::of(frame) else {
@@ -124,8 +128,8 @@ impl<H: Host> Engine<H> {
             outside: SocketAddr::new(packet.destination, destination),
             protocol: packet.protocol,
         };
-        let shares_socket =
-            packet.protocol == protocol::UDP && self.settings.mapping == Mapping::EndpointIndependent;
+        let shares_socket = packet.protocol == protocol::UDP
+            && self.settings.mapping == Mapping::EndpointIndependent;
         self.flows.find(&key).is_none()
             && !(shares_socket && self.flows.find(&super::datagrams::shared_key(key)).is_some())
     }

@@ -1,19 +1,22 @@
 //! Sessions of datagrams: UDP, and echoes, which are much the same.
 //!
 //! # Theory of operation
-//! A session has a connected socket of its own: the kernel delivers to it what its far end sends, and nobody else's. It is
-//! *tentative* until the far end has answered and *assured* from then on ([`Class`]); silent for its time, or in the way when the table is
-//! full, it ends. UDP promises no delivery: what does not fit into a buffer is dropped and counted.
+//! A session has a connected socket of its own: the kernel delivers to it what its far end sends,
+//! and nobody else's. It is *tentative* until the far end has answered and *assured* from then on
+//! ([`Class`]); silent for its time, or in the way when the table is full, it ends. UDP promises no
+//! delivery: what does not fit into a buffer is dropped and counted.
 //!
-//! A session of a published port ([`Via::Port`]) has no socket: a client has begun it, and the guest's answers leave by the port's. It is
-//! the guest whose answer makes it assured.
+//! A session of a published port ([`Via::Port`]) has no socket: a client has begun it, and the
+//! guest's answers leave by the port's. It is the guest whose answer makes it assured.
 //!
-//! With [`Mapping::EndpointIndependent`] the far ends of one container's socket share a session, whose socket is not connected, and the
-//! session remembers whom the container has sent to: they alone are let in.
+//! With [`Mapping::EndpointIndependent`] the far ends of one container's socket share a session,
+//! whose socket is not connected, and the session remembers whom the container has sent to: they
+//! alone are let in.
 //!
-//! Datagrams leave in trains ([`Train`](crate::train::Train)), and arrive in them if the kernel has merged them (`UDP_GRO`); those of a
-//! batch that are alike are merged into one write, which the guest's kernel takes apart again where the program reads them.
-//! One that is larger than the device's packets is written in fragments.
+//! Datagrams leave in trains ([`Train`](crate::train::Train)), and arrive in them if the kernel has
+//! merged them (`UDP_GRO`); those of a batch that are alike are merged into one write, which the
+//! guest's kernel takes apart again where the program reads them. One that is larger than the
+//! device's packets is written in fragments.
 
 use super::inbound::Published;
 use super::tcp::{is_exhaustion, problem};
@@ -45,7 +48,8 @@ const BATCHES_PER_TURN: usize = 4;
 /// Entries of an error queue told to the guest at a time.
 const PROBLEMS_PER_TURN: usize = 16;
 
-/// Far ends that a shared socket lets in; one more, and the one that was sent to first is a stranger again.
+/// Far ends that a shared socket lets in; one more, and the one that was sent to first is a
+/// stranger again.
 const PEERS: usize = 64;
 
 /// Hop limits below this are meant (traceroute); above it they are some system's default.
@@ -164,8 +168,10 @@ impl<H: Host> Engine<H> {
             && self.flows.find(&key).is_none();
         let kind = if shared { DatagramKind::SharedUdp } else { DatagramKind::Udp };
         let Some(flow) = self.session(packet, key, kind, now) else { return };
-        let answers =
-            matches!(self.flows.get(flow), Some(Flow::Datagrams(Session { via: Via::Port { .. }, .. })));
+        let answers = matches!(
+            self.flows.get(flow),
+            Some(Flow::Datagrams(Session { via: Via::Port { .. }, .. }))
+        );
         self.flows.touch(flow, answers, now);
         let wagon = Wagon { to: shared.then_some(key.outside), ..wagon(flow, packet) };
         if train && datagram.payload.len() > segment {
@@ -202,7 +208,8 @@ impl<H: Host> Engine<H> {
         self.send(wagon(flow, packet), message, message.len(), now);
     }
 
-    /// The session of `packet`, made if there is none yet; `None` if there may be none, which the guest has been told.
+    /// The session of `packet`, made if there is none yet; `None` if there may be none, which the
+    /// guest has been told.
     fn session(
         &mut self,
         packet: &Packet<'_>,
@@ -235,7 +242,8 @@ impl<H: Host> Engine<H> {
             }
         };
         let dns = kind == DatagramKind::Udp && outside.port() == DNS;
-        let mut session = Session { mapped: to != outside, dns, ..Session::new(Via::Own(socket), kind) };
+        let mut session =
+            Session { mapped: to != outside, dns, ..Session::new(Via::Own(socket), kind) };
         if session.is_shared() {
             session.let_in(outside.ip());
         }
@@ -263,7 +271,12 @@ impl<H: Host> Engine<H> {
     }
 
     /// Where `packet` goes; `None` if it may not, which the guest is told.
-    fn way(&mut self, packet: &Packet<'_>, outside: SocketAddr, now: Instant) -> Option<SocketAddr> {
+    fn way(
+        &mut self,
+        packet: &Packet<'_>,
+        outside: SocketAddr,
+        now: Instant,
+    ) -> Option<SocketAddr> {
         let host = &self.host;
         let (problem, teller) = match self.settings.policy.way(outside, |ip| host.is_local(ip)) {
             Way::To(to) => return Some(to),
@@ -276,8 +289,15 @@ impl<H: Host> Engine<H> {
         None
     }
 
-    /// Whether session `flow` may be used for `packet`: a shared one is judged anew for each far end.
-    fn may_go_on(&mut self, flow: Key, packet: &Packet<'_>, outside: SocketAddr, now: Instant) -> bool {
+    /// Whether session `flow` may be used for `packet`: a shared one is judged anew for each far
+    /// end.
+    fn may_go_on(
+        &mut self,
+        flow: Key,
+        packet: &Packet<'_>,
+        outside: SocketAddr,
+        now: Instant,
+    ) -> bool {
         let peer = outside.ip();
         let known = match self.flows.get(flow) {
             Some(Flow::Datagrams(session)) => !session.is_shared() || session.peers.contains(&peer),
@@ -294,7 +314,13 @@ impl<H: Host> Engine<H> {
         true
     }
 
-    fn not_opened(&mut self, packet: &Packet<'_>, kind: DatagramKind, error: &io::Error, now: Instant) {
+    fn not_opened(
+        &mut self,
+        packet: &Packet<'_>,
+        kind: DatagramKind,
+        error: &io::Error,
+        now: Instant,
+    ) {
         tracing::debug!(%error, "no socket for a session");
         if is_exhaustion(error) {
             return self.at_a_limit(DropReason::Descriptors, Some(packet.source), now);
@@ -323,7 +349,8 @@ impl<H: Host> Engine<H> {
         let (socket, destination, port) = match &mut session.via {
             Via::Own(socket) => (socket, to.map(|to| Destination { to, from: None }), None),
             Via::Port { port, client, local, stats } => {
-                let Some(Port::Udp(socket)) = self.ports.get_mut(*port).map(Published::port_mut) else {
+                let Some(Port::Udp(socket)) = self.ports.get_mut(*port).map(Published::port_mut)
+                else {
                     return;
                 };
                 (socket, Some(Destination { to: *client, from: *local }), Some(&*stats))
@@ -348,7 +375,13 @@ impl<H: Host> Engine<H> {
                     stats.refuse(DropReason::TooBig, count);
                 }
                 self.stats.refuse(DropReason::TooBig);
-                self.tell_session(key, Problem::TooBig(mtu), None, &bytes[..segment.min(bytes.len())], now);
+                self.tell_session(
+                    key,
+                    Problem::TooBig(mtu),
+                    None,
+                    &bytes[..segment.min(bytes.len())],
+                    now,
+                );
             }
             SendOutcome::Unreachable(problem) => {
                 self.stats.refuse(DropReason::Unreachable);
@@ -385,7 +418,9 @@ impl<H: Host> Engine<H> {
     pub(super) fn session_turn(&mut self, key: Key, now: Instant) {
         self.tell_problems(key, now);
         for _ in 0..BATCHES_PER_TURN {
-            let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(key) else { return };
+            let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(key) else {
+                return;
+            };
             if !session.readable {
                 return;
             }
@@ -414,13 +449,16 @@ impl<H: Host> Engine<H> {
         self.enqueue(key);
     }
 
-    /// Writes to the guest what came to a shared socket from those it has sent to, neighbours of one source together.
+    /// Writes to the guest what came to a shared socket from those it has sent to, neighbours of
+    /// one source together.
     fn deliver_shared(&mut self, key: Key, five_tuple: FlowKey) {
         let mut start = 0;
         while start < self.batch.len() {
             let source = self.batch.source(start);
             let run = start + 1..self.batch.len();
-            let end = run.take_while(|index| self.batch.source(*index) == source).last().unwrap_or(start) + 1;
+            let end =
+                run.take_while(|index| self.batch.source(*index) == source).last().unwrap_or(start)
+                    + 1;
             let messages = start..end;
             start = end;
             let Some(Flow::Datagrams(session)) = self.flows.get(key) else { return };
@@ -451,7 +489,8 @@ impl<H: Host> Engine<H> {
                 // Payload and one header of its own for the first.
                 debug_assert!(group.bytes + headers <= MAX_PACKET);
                 let identification = self.next_identification() as u16;
-                let head = head::datagrams(outside, inside, group.bytes, group.segment, identification);
+                let head =
+                    head::datagrams(outside, inside, group.bytes, group.segment, identification);
                 let mut pieces = [IoSlice::new(&[]); MAX_SEGMENTS];
                 let count = group.messages.len();
                 for (piece, index) in pieces.iter_mut().zip(group.messages) {
@@ -481,7 +520,8 @@ impl<H: Host> Engine<H> {
         let headers = udp::HEADER + if inside.is_ipv6() { 40 } else { 20 };
         if payload.len() + headers <= usize::from(self.settings.mtu) {
             let identification = self.next_identification() as u16;
-            let head = head::datagrams(outside, inside, payload.len(), payload.len(), identification);
+            let head =
+                head::datagrams(outside, inside, payload.len(), payload.len(), identification);
             emit(&mut self.host, &self.stats, head.bytes(), &[IoSlice::new(payload)]);
         } else {
             let header = head::whole_udp_header(outside, inside, payload);
@@ -510,14 +550,25 @@ impl<H: Host> Engine<H> {
             // A ping socket is told of nothing else than answers.
             if message.len() >= icmp::HEADER {
                 self.stats.bytes[1].add(message.len() as u64);
-                self.echo_reply(key.outside.ip(), key.inside.ip(), Some(key.inside.port()), message);
+                self.echo_reply(
+                    key.outside.ip(),
+                    key.inside.ip(),
+                    Some(key.inside.port()),
+                    message,
+                );
             }
         }
         self.batch = batch;
     }
 
     /// Writes `message` to the guest as an answer, with the identifier that it had asked under.
-    fn echo_reply(&mut self, source: IpAddr, inside: IpAddr, identifier: Option<u16>, message: &[u8]) {
+    fn echo_reply(
+        &mut self,
+        source: IpAddr,
+        inside: IpAddr,
+        identifier: Option<u16>,
+        message: &[u8],
+    ) {
         let v6 = inside.is_ipv6();
         let mut message = message.to_vec();
         message[0] = if v6 { 129 } else { 0 };
@@ -538,7 +589,9 @@ impl<H: Host> Engine<H> {
     /// Tells the guest what the network told the session's socket.
     fn tell_problems(&mut self, key: Key, now: Instant) {
         for _ in 0..PROBLEMS_PER_TURN {
-            let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(key) else { return };
+            let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(key) else {
+                return;
+            };
             if !session.troubled {
                 return;
             }
@@ -547,7 +600,8 @@ impl<H: Host> Engine<H> {
                 session.troubled = false;
                 return;
             };
-            let (mapped, dns, session_is_shared) = (session.mapped, session.dns, session.is_shared());
+            let (mapped, dns, session_is_shared) =
+                (session.mapped, session.dns, session.is_shared());
             if mapped && dns {
                 self.try_next_resolver(five_tuple.outside);
             }
@@ -574,7 +628,8 @@ impl<H: Host> Engine<H> {
 
     /// A resolver that has never answered may be gone without a word.
     fn note_silence(&mut self, key: Key) {
-        let unanswered = self.flows.last_seen(key).is_some_and(|(_, class)| class == Class::Tentative);
+        let unanswered =
+            self.flows.last_seen(key).is_some_and(|(_, class)| class == Class::Tentative);
         if let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(key)
             && unanswered
             && session.dns
@@ -599,13 +654,17 @@ impl<H: Host> Engine<H> {
 
 /// What finds a session that all far ends of a family share.
 pub(super) fn shared_key(key: FlowKey) -> FlowKey {
-    let nobody: IpAddr =
-        if key.outside.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let nobody: IpAddr = if key.outside.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
     FlowKey { outside: SocketAddr::new(nobody, 0), ..key }
 }
 
 fn wagon(flow: Key, packet: &Packet<'_>) -> Wagon {
-    let hop_limit = (packet.hop_limit < HOPS_THAT_MATTER).then(|| packet.hop_limit.saturating_sub(1));
+    let hop_limit =
+        (packet.hop_limit < HOPS_THAT_MATTER).then(|| packet.hop_limit.saturating_sub(1));
     Wagon { flow, to: None, dont_fragment: packet.dont_fragment, hop_limit }
 }
 

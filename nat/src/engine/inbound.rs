@@ -1,8 +1,8 @@
 //! Published ports: clients of the host's network come in through the device.
 //!
 //! # Theory of operation
-//! A published port is a socket of the host's. What comes there becomes a flow of the same table that the guest's own flows are in, under the
-//! five-tuple that the guest will see:
+//! A published port is a socket of the host's. What comes there becomes a flow of the same table
+//! that the guest's own flows are in, under the five-tuple that the guest will see:
 //!
 //! ```text
 //!  client ─► socket ─► may it ask here? ─► which address does it show? ─► five-tuple free? ─no─► the gateway, and another port
@@ -14,13 +14,15 @@
 //!                                               TCP: our SYN   UDP: the datagram
 //! ```
 //!
-//! - TCP: a client that was accepted has a connection that calls ([`Phase::Calling`](crate::tcp::conn::Phase)); from there on it is one like
-//!   any other.
-//! - UDP: a session for each client and each of our addresses that it asks at. It has no socket: answers leave by the port's, from the address
-//!   that was asked. Nothing that the guest sends goes that way but answers, for only a client makes a session.
+//! - TCP: a client that was accepted has a connection that calls
+//!   ([`Phase::Calling`](crate::tcp::conn::Phase)); from there on it is one like any other.
+//! - UDP: a session for each client and each of our addresses that it asks at. It has no socket:
+//!   answers leave by the port's, from the address that was asked. Nothing that the guest sends
+//!   goes that way but answers, for only a client makes a session.
 //!
-//! Where descriptors are short clients wait in the kernel's queue, and the port is looked at again after a moment. At a limit of flows another flow
-//! of the container's clients yields. At the limit of one client its own oldest session ends, or its next connection is reset.
+//! Where descriptors are short clients wait in the kernel's queue, and the port is looked at again
+//! after a moment. At a limit of flows another flow of the container's clients yields. At the limit
+//! of one client its own oldest session ends, or its next connection is reset.
 
 use super::datagrams::{Session, Via};
 use super::tcp::is_exhaustion;
@@ -91,7 +93,11 @@ impl OfClient {
     }
 
     /// The one that yields: the oldest unanswered one of the first few, or the oldest.
-    fn oldest(&mut self, is_there: impl Fn(Key) -> bool, is_unanswered: impl Fn(Key) -> bool) -> Option<Key> {
+    fn oldest(
+        &mut self,
+        is_there: impl Fn(Key) -> bool,
+        is_unanswered: impl Fn(Key) -> bool,
+    ) -> Option<Key> {
         while self.begun.front().is_some_and(|flow| !is_there(*flow)) {
             self.begun.pop_front();
         }
@@ -136,8 +142,12 @@ impl<H: Host> Engine<H> {
     /// Closes a published port. Connections go on; sessions, which have no other way out, end.
     pub fn unpublish(&mut self, id: ForwardId) -> bool {
         let Some(key) = self.ports_by_id.remove(&id) else { return false };
-        let sessions: Vec<Key> =
-            self.clients.iter().filter(|(client, _)| client.0 == key).map(|(_, flow)| *flow).collect();
+        let sessions: Vec<Key> = self
+            .clients
+            .iter()
+            .filter(|(client, _)| client.0 == key)
+            .map(|(_, flow)| *flow)
+            .collect();
         for session in sessions {
             self.end(session, false);
         }
@@ -183,7 +193,9 @@ impl<H: Host> Engine<H> {
             let Port::Tcp(listener) = &mut published.port else { return };
             match self.host.accept(listener) {
                 Ok((stream, client)) => self.welcome(key, stream, client, now),
-                Err(error) if is_exhaustion(&error) && error.kind() != io::ErrorKind::WouldBlock => {
+                Err(error)
+                    if is_exhaustion(&error) && error.kind() != io::ErrorKind::WouldBlock =>
+                {
                     if self.give_up_a_flow(now) {
                         continue;
                     }
@@ -233,7 +245,8 @@ impl<H: Host> Engine<H> {
         };
         let opening = self.opening(&five_tuple, now);
         let mut connection = Connection::call(opening, stream, &mut self.io(now));
-        connection.inbound = Some(Inbound { stats: Arc::clone(&stats), client: share_of(client.ip()) });
+        connection.inbound =
+            Some(Inbound { stats: Arc::clone(&stats), client: share_of(client.ip()) });
         let flow = Flow::Tcp(Box::new(connection));
         let inserted = self.flows.insert(five_tuple, admission, Class::Connection, flow, now);
         let Some(flow) = inserted else { return };
@@ -276,15 +289,17 @@ impl<H: Host> Engine<H> {
             Protocol::Udp | Protocol::Sctp => (protocol::UDP, Class::Tentative),
         };
         let own = FlowKey { inside: guest, outside: client, protocol: number };
-        let shows_itself = forward.source == ForwardSource::Client && self.may_show(client.ip(), guest.ip());
-        let five_tuple = if shows_itself && client.is_ipv4() == guest.is_ipv4() && self.make_free(&own) {
-            own
-        } else {
-            if shows_itself {
-                stats.fallbacks.add(1);
-            }
-            self.behind_gateway(own).ok_or(DropReason::Conflict)?
-        };
+        let shows_itself =
+            forward.source == ForwardSource::Client && self.may_show(client.ip(), guest.ip());
+        let five_tuple =
+            if shows_itself && client.is_ipv4() == guest.is_ipv4() && self.make_free(&own) {
+                own
+            } else {
+                if shows_itself {
+                    stats.fallbacks.add(1);
+                }
+                self.behind_gateway(own).ok_or(DropReason::Conflict)?
+            };
         let network = self.settings.policy.network_of(guest.ip());
         let admitted = self.flows.admit(guest.ip(), network, Origin::Outside, now);
         self.stats.sources.set(self.flows.sources() as u64);
@@ -295,7 +310,8 @@ impl<H: Host> Engine<H> {
         Ok((five_tuple, admission))
     }
 
-    /// Whether a client may be shown as itself: not if it would be answered past us, or trusted for its address.
+    /// Whether a client may be shown as itself: not if it would be answered past us, or trusted for
+    /// its address.
     fn may_show(&self, client: IpAddr, guest: IpAddr) -> bool {
         let policy = &self.settings.policy;
         let is_of_a_link = match client {
@@ -327,7 +343,8 @@ impl<H: Host> Engine<H> {
     fn behind_gateway(&mut self, five_tuple: FlowKey) -> Option<FlowKey> {
         let guest = five_tuple.inside.ip();
         let gateways = &self.settings.policy.gateways;
-        let gateway = *gateways.iter().find(|ip| ip.is_ipv4() == guest.is_ipv4() && **ip != guest)?;
+        let gateway =
+            *gateways.iter().find(|ip| ip.is_ipv4() == guest.is_ipv4() && **ip != guest)?;
         for _ in 0..TRIES {
             self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_PORT).max(FIRST_PORT);
             let key = FlowKey { outside: SocketAddr::new(gateway, self.next_port), ..five_tuple };
@@ -357,7 +374,9 @@ impl<H: Host> Engine<H> {
             let asks = |batch: &H::Batch, index| (batch.source(index), batch.arrival(index));
             let asked = asks(&self.batch, start);
             let run = start + 1..self.batch.len();
-            let end = run.take_while(|index| asks(&self.batch, *index) == asked).last().unwrap_or(start) + 1;
+            let end =
+                run.take_while(|index| asks(&self.batch, *index) == asked).last().unwrap_or(start)
+                    + 1;
             let messages = start..end;
             start = end;
             let (client, arrival) = asked;
@@ -379,7 +398,9 @@ impl<H: Host> Engine<H> {
     /// Counts a refusal; limits are something to be told.
     fn refuse_client(&mut self, reason: DropReason, now: Instant) {
         match reason {
-            DropReason::ShutOut | DropReason::Malformed | DropReason::Policy => self.stats.refuse(reason),
+            DropReason::ShutOut | DropReason::Malformed | DropReason::Policy => {
+                self.stats.refuse(reason)
+            }
             limit => self.at_a_limit(limit, None, now),
         }
     }
@@ -415,7 +436,8 @@ impl<H: Host> Engine<H> {
         let &Arrival { local, destination, to_group, interface } = arrival;
         let client = (port, address, local);
         let published = self.ports.get(port).ok_or(DropReason::ShutOut)?;
-        let ingress = Ingress { client: address, destination, to_group, interface, handshake: false };
+        let ingress =
+            Ingress { client: address, destination, to_group, interface, handshake: false };
         let admits = |guard: &Arc<dyn Guard>| guard.admits(&ingress);
         // Of one that has a session too: a forged datagram may differ by its interface alone.
         if !published.guard.as_ref().is_none_or(admits) {
@@ -443,8 +465,8 @@ impl<H: Host> Engine<H> {
         Ok(flow)
     }
 
-    /// Whether a client has as many TCP connections as it may: of what one container may have, a third is
-    /// left for others.
+    /// Whether a client has as many TCP connections as it may: of what one container may have, a
+    /// third is left for others.
     fn has_its_share(&self, client: IpAddr) -> bool {
         let limits = &self.settings.limits;
         let most = limits.sessions_per_client.min((limits.flows_per_source * 2 / 3).max(1));
@@ -470,7 +492,8 @@ impl<H: Host> Engine<H> {
         if of_client.held < limit {
             return;
         }
-        let victim = of_client.oldest(|flow| flows.get(flow).is_some(), |flow| flows.is_unanswered(flow));
+        let victim =
+            of_client.oldest(|flow| flows.get(flow).is_some(), |flow| flows.is_unanswered(flow));
         if let Some((five_tuple, flow)) = victim.and_then(|victim| self.flows.remove(victim)) {
             self.evicted(five_tuple, flow, Limit::Client, now);
         }
@@ -486,8 +509,7 @@ impl<H: Host> Engine<H> {
             // A client that does not show itself is nobody that the guest has heard of.
             let Some(client) = found.destination.map(canonical) else { continue };
             let five_tuple = FlowKey { inside: guest, outside: client, protocol: protocol::UDP };
-            let is_answer =
-                |flow| matches!(self.flows.get(flow), Some(Flow::Datagrams(s)) if s.is_of_port(key));
+            let is_answer = |flow| matches!(self.flows.get(flow), Some(Flow::Datagrams(s)) if s.is_of_port(key));
             if self.flows.find(&five_tuple).is_some_and(is_answer) {
                 self.tell_session(five_tuple, found.problem, found.offender, &found.payload, now);
             }
@@ -527,7 +549,8 @@ impl<H: Host> Engine<H> {
     }
 }
 
-/// An address as it is compared: a mapped one is the IPv4 address, and a scope says nothing to the guest.
+/// An address as it is compared: a mapped one is the IPv4 address, and a scope says nothing to the
+/// guest.
 fn canonical(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => address,
@@ -540,6 +563,7 @@ pub(crate) fn can_be_a_guest(guest: SocketAddr) -> bool {
     let ip = guest.ip();
     let broadcast = ip == IpAddr::V4(Ipv4Addr::BROADCAST);
     let link_local = matches!(ip, IpAddr::V6(ip) if Ipv6Addr::is_unicast_link_local(&ip));
-    let nowhere = ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || broadcast || link_local;
+    let nowhere =
+        ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || broadcast || link_local;
     guest.port() != 0 && !nowhere && ip == ip.to_canonical()
 }

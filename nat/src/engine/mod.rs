@@ -3,15 +3,19 @@
 //! # Theory of operation
 //! A driver calls, in each round of its loop:
 //!
-//! 1. [`classify`](Engine::classify) for each frame that it reads off the device, whose queue it then enters; [`packet`](Engine::packet) for each
-//!    one whose turn it is, and [`flush`](Engine::flush) when there are no more for now;
-//! 2. [`ready`](Engine::ready) for each socket that has become ready, [`port_ready`](Engine::port_ready) for one of a published port;
-//! 3. [`handle_timeout`](Engine::handle_timeout) when [`poll_timeout`](Engine::poll_timeout) has come;
-//! 4. [`turn`](Engine::turn) once, which does the work that the others made possible, with a budget for each flow.
+//! 1. [`classify`](Engine::classify) for each frame that it reads off the device, whose queue it
+//!    then enters; [`packet`](Engine::packet) for each one whose turn it is, and
+//!    [`flush`](Engine::flush) when there are no more for now;
+//! 2. [`ready`](Engine::ready) for each socket that has become ready,
+//!    [`port_ready`](Engine::port_ready) for one of a published port;
+//! 3. [`handle_timeout`](Engine::handle_timeout) when [`poll_timeout`](Engine::poll_timeout) has
+//!    come;
+//! 4. [`turn`](Engine::turn) once, which does the work that the others made possible, with a budget
+//!    for each flow.
 //!
-//! The engine calls its [`Host`] for everything that has an effect, and what it calls must not wait. There is no queue of outputs in
-//! between: payload goes from the buffer it was read into to the socket, and from the socket's queue to the
-//! device.
+//! The engine calls its [`Host`] for everything that has an effect, and what it calls must not
+//! wait. There is no queue of outputs in between: payload goes from the buffer it was read into to
+//! the socket, and from the socket's queue to the device.
 //!
 //! ```text
 //!  frame ─► virtio, IP ─► whole? ─no─► reassembly ─┐
@@ -63,7 +67,8 @@ const WORK: QueueLimits = QueueLimits { items: usize::MAX, bytes: usize::MAX, qu
 /// Flows whose time is over that are dealt with at a time.
 const TIMEOUTS_PER_TURN: usize = 64;
 
-/// Flows that are younger, or have had a packet since, do not yield where descriptors are short: unanswered and answered ones.
+/// Flows that are younger, or have had a packet since, do not yield where descriptors are short:
+/// unanswered and answered ones.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
 const IDLE_TIME: Duration = Duration::from_secs(10);
 
@@ -147,7 +152,13 @@ pub struct Engine<H: Host> {
 
 impl<H: Host> Engine<H> {
     /// An engine without flows. `now` is the beginning of its clocks.
-    pub fn new(host: H, settings: Settings, secrets: Secrets, stats: Arc<Stats>, now: Instant) -> Self {
+    pub fn new(
+        host: H,
+        settings: Settings,
+        secrets: Secrets,
+        stats: Arc<Stats>,
+        now: Instant,
+    ) -> Self {
         Self {
             host,
             params: Params::new(&settings, now),
@@ -210,7 +221,11 @@ impl<H: Host> Engine<H> {
                 self.serve(&parsed, class, now);
             }
             parsed => {
-                let reason = if parsed.is_some() { DropReason::ForeignSource } else { DropReason::Malformed };
+                let reason = if parsed.is_some() {
+                    DropReason::ForeignSource
+                } else {
+                    DropReason::Malformed
+                };
                 self.stats.refuse(reason);
                 if let Some(admission) = class.admission {
                     self.flows.give_back(class.endpoint, admission);
@@ -223,7 +238,8 @@ impl<H: Host> Engine<H> {
     pub(crate) fn serve(&mut self, parsed: &Parsed<'_>, class: &classify::Class, now: Instant) {
         self.admission = class.admission;
         self.serve_packet(parsed, now);
-        // The flow is there already: the first of several packets that were read at once has begun it.
+        // The flow is there already: the first of several packets that were read at once has begun
+        // it.
         if let Some(admission) = self.admission.take() {
             self.flows.give_back(class.endpoint, admission);
         }
@@ -236,8 +252,10 @@ impl<H: Host> Engine<H> {
             Piece::Kept => {}
             Piece::Dropped => self.stats.refuse(DropReason::Fragments),
             Piece::Whole(payload) => {
-                let whole = Packet { payload: &payload, fragment: None, dont_fragment: false, ..*packet };
-                let header = VirtioHeader { verify: true, segmentation: Segmentation::None, segment: 0 };
+                let whole =
+                    Packet { payload: &payload, fragment: None, dont_fragment: false, ..*packet };
+                let header =
+                    VirtioHeader { verify: true, segmentation: Segmentation::None, segment: 0 };
                 self.whole(&whole, header, now);
             }
         }
@@ -369,8 +387,8 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Sees to it that the flow's timer fires at `deadline`, or earlier: one that is pushed back with every packet is not armed
-    /// anew each time.
+    /// Sees to it that the flow's timer fires at `deadline`, or earlier: one that is pushed back
+    /// with every packet is not armed anew each time.
     fn arm(&mut self, key: Key, deadline: Instant) {
         let Some((_, flow)) = self.flows.get_mut(key) else { return };
         let timer = flow.timer();
@@ -383,8 +401,8 @@ impl<H: Host> Engine<H> {
         self.timers.arm(deadline, token(key));
     }
 
-    /// Admits a flow, unless its packet was admitted when it was classified, and makes room for it. `None` if it is refused, which is
-    /// counted.
+    /// Admits a flow, unless its packet was admitted when it was classified, and makes room for it.
+    /// `None` if it is refused, which is counted.
     fn admit(&mut self, source: IpAddr, class: Class, now: Instant) -> Option<Admission> {
         let network = self.settings.policy.network_of(source);
         let admitted = match self.admission.take() {
@@ -393,7 +411,9 @@ impl<H: Host> Engine<H> {
         };
         self.stats.sources.set(self.flows.sources() as u64);
         match admitted {
-            Ok(admission) => self.make_room(source, Origin::Inside, class, now).then_some(admission),
+            Ok(admission) => {
+                self.make_room(source, Origin::Inside, class, now).then_some(admission)
+            }
             Err(refused) => {
                 self.at_a_limit(drop_reason(refused), Some(source), now);
                 None
@@ -469,8 +489,8 @@ impl<H: Host> Engine<H> {
         let (largest, held) = self.flows.largest_holder().unzip();
         let endpoint = source.map(|ip| ip.to_string()).unwrap_or_default();
         let largest_holder = largest.map(|ip| ip.to_string()).unwrap_or_default();
-        let largest_network =
-            largest.map_or("", |ip| self.settings.policy.name_of(self.settings.policy.network_of(ip)));
+        let largest_network = largest
+            .map_or("", |ip| self.settings.policy.name_of(self.settings.policy.network_of(ip)));
         tracing::warn!(
             network = &*self.settings.network,
             limit,
@@ -486,9 +506,11 @@ impl<H: Host> Engine<H> {
     /// A descriptor is short: whether a flow of the largest holder could be ended for it.
     fn give_up_a_flow(&mut self, now: Instant) -> bool {
         let ago = |time| now.checked_sub(time);
-        // As long as an answer may take, so that those who come all at once do not push one another out.
+        // As long as an answer may take, so that those who come all at once do not push one another
+        // out.
         let evicted = ago(ANSWER_TIME).and_then(|before| self.flows.evict_unanswered(before));
-        let evicted = evicted.or_else(|| ago(IDLE_TIME).and_then(|before| self.flows.evict_idle(before)));
+        let evicted =
+            evicted.or_else(|| ago(IDLE_TIME).and_then(|before| self.flows.evict_idle(before)));
         let Some((key, flow)) = evicted else { return false };
         self.evicted(key, flow, Limit::Descriptors, now);
         true
@@ -510,7 +532,8 @@ impl<H: Host> Engine<H> {
     fn ended(&mut self, key: FlowKey, mut flow: Flow<H>, cut: bool) {
         self.stats.flows[flow.kind() as usize].sub();
         self.measure_at.get_or_insert(self.latest + SHARES_INTERVAL);
-        // Its timer finds nothing when it fires, but would stay until then: hours, for a connection.
+        // Its timer finds nothing when it fires, but would stay until then: hours, for a
+        // connection.
         if let Some(armed) = flow.timer().take()
             && let Some(token) = self.timer_token(&flow)
         {

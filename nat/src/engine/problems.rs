@@ -1,4 +1,5 @@
-//! ICMP in the engine: echoes that are for us, errors that the guest tells us, errors that we tell the guest.
+//! ICMP in the engine: echoes that are for us, errors that the guest tells us, errors that we tell
+//! the guest.
 
 use super::datagrams::{Session, Via};
 use super::{Engine, Flow};
@@ -41,17 +42,21 @@ impl<H: Host> Engine<H> {
         let flow = self.flows.find(&key);
         // Only the container itself may say so, or a router in front of it about sizes.
         let sound = teller == destination.ip() || matches!(problem, Problem::TooBig(_));
-        let Some(flow) = flow.filter(|_| sound) else { return self.stats.refuse(DropReason::Window) };
+        let Some(flow) = flow.filter(|_| sound) else {
+            return self.stats.refuse(DropReason::Window);
+        };
         match (self.flows.get_mut(flow), problem) {
             (Some((_, Flow::Tcp(_))), Problem::TooBig(mtu)) => {
                 self.with_connection(flow, now, |connection, _| connection.reduce_mtu(mtu));
                 self.enqueue(flow);
             }
-            // Nobody is called on where nobody listens: a host's REJECT in front of the port (RFC 1122 section 4.2.3.9).
+            // Nobody is called on where nobody listens: a host's REJECT in front of the port (RFC
+            // 1122 section 4.2.3.9).
             (Some((_, Flow::Tcp(connection))), _) if connection.phase() == Phase::Calling => {
                 self.end(flow, true);
             }
-            // The client's next may find somebody; the session is the port's, and nobody would hear of its end.
+            // The client's next may find somebody; the session is the port's, and nobody would hear
+            // of its end.
             (
                 Some((_, Flow::Datagrams(Session { via: Via::Port { stats, .. }, .. }))),
                 Problem::PortUnreachable,
@@ -95,7 +100,13 @@ impl<H: Host> Engine<H> {
     }
 
     /// As [`Self::tell`], about a SYN that is long gone.
-    pub(super) fn tell_recalled(&mut self, problem: Problem, key: FlowKey, sequence: u32, now: Instant) {
+    pub(super) fn tell_recalled(
+        &mut self,
+        problem: Problem,
+        key: FlowKey,
+        sequence: u32,
+        now: Instant,
+    ) {
         let transport = head::recalled_ports(key.inside, key.outside, sequence);
         self.tell_about(problem, None, key, &transport, &[], now);
     }

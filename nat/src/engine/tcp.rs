@@ -29,7 +29,9 @@ impl<H: Host> Engine<H> {
             outside: SocketAddr::new(packet.destination, segment.destination),
             protocol: protocol::TCP,
         };
-        let Some(flow) = self.flows.find(&key) else { return self.stranger(packet, &segment, key, now) };
+        let Some(flow) = self.flows.find(&key) else {
+            return self.stranger(packet, &segment, key, now);
+        };
         let arrived = self.with_connection(flow, now, |connection, io| {
             let established = connection.is_established();
             let outcome = connection.segment(&segment, io);
@@ -243,7 +245,9 @@ impl<H: Host> Engine<H> {
         now: Instant,
         f: impl FnOnce(&mut Connection<H::Stream>, &mut Io<'_, H>) -> T,
     ) -> Option<T> {
-        let (Flow::Tcp(connection), allowance) = self.flows.with_allowance(key)? else { return None };
+        let (Flow::Tcp(connection), allowance) = self.flows.with_allowance(key)? else {
+            return None;
+        };
         let before = connection.buffered();
         let mut io = Io {
             host: &mut self.host,
@@ -262,7 +266,14 @@ impl<H: Host> Engine<H> {
 
 /// Whether something of ours is short, and not of the network's.
 pub(super) fn is_exhaustion(error: &io::Error) -> bool {
-    let short = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ADDRNOTAVAIL, Errno::AGAIN];
+    let short = [
+        Errno::MFILE,
+        Errno::NFILE,
+        Errno::NOBUFS,
+        Errno::NOMEM,
+        Errno::ADDRNOTAVAIL,
+        Errno::AGAIN,
+    ];
     short.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 

@@ -7,8 +7,8 @@ use tidegate_reactor::{PortRange, SourcePorts};
 /// Places that are remembered.
 const SLOTS: usize = 64;
 
-/// See the module. Each destination has one slot, which it shares with others: who is dialled so often that its source ports are short
-/// keeps it.
+/// See the module. Each destination has one slot, which it shares with others: who is dialled so
+/// often that its source ports are short keeps it.
 #[derive(Debug)]
 pub(super) struct Destinations {
     range: PortRange,
@@ -21,7 +21,8 @@ impl Destinations {
         Self { range, slots: Vec::new() }
     }
 
-    /// The source ports of connections to `to`; `None` to leave them to the kernel, because another destination needs the slot.
+    /// The source ports of connections to `to`; `None` to leave them to the kernel, because another
+    /// destination needs the slot.
     pub(super) fn ports_towards(&mut self, to: SocketAddr) -> Option<&SourcePorts> {
         if self.slots.is_empty() {
             self.slots.resize_with(SLOTS, || None);

@@ -1,7 +1,8 @@
 //! The loop that carries frames to the engine and events of sockets, and keeps its timer.
 //!
-//! Frames are read as fast as possible, so that not the device's own queue decides who is served, which is first in, first out:
-//! [`Engine::classify`] drops floods there and then, and what is left waits in a [`FairQueue`].
+//! Frames are read as fast as possible, so that not the device's own queue decides who is served,
+//! which is first in, first out: [`Engine::classify`] drops floods there and then, and what is left
+//! waits in a [`FairQueue`].
 
 use super::sockets::{FLOW, Kernel, PORT};
 use crate::engine::Engine;
@@ -31,11 +32,13 @@ const SERVE: Duration = Duration::from_micros(250);
 /// Packets served between two reads of the device.
 const SERVED_BETWEEN_READS: usize = 16;
 
-/// Frames of this size are copied out of the buffer that they were read into; larger ones take the buffer with them.
+/// Frames of this size are copied out of the buffer that they were read into; larger ones take the
+/// buffer with them.
 const COPIED: usize = 4096;
 
-/// Bytes of large frames that are dealt with as they are read while the queue is empty: a window of TCP, some 250 microseconds. To read
-/// more before the first is dealt with would drive all of them out of the cache.
+/// Bytes of large frames that are dealt with as they are read while the queue is empty: a window of
+/// TCP, some 250 microseconds. To read more before the first is dealt with would drive all of them
+/// out of the cache.
 const DIRECT: usize = 1 << 20;
 
 /// Frames of one read that are dropped make it a flood.
@@ -43,20 +46,22 @@ const FLOOD: usize = 32;
 
 /// The niceness of the thread during a flood, and for how long after it.
 ///
-/// A kernel that forwards does so ahead of every program. A thread that shares its core with others does not, and the device's
-/// queue, which holds 4,096 packets, overflows with those of every endpoint. At other times the niceness stays as it is: bulk
-/// transfers are faster where the sender fills the queue first (by a quarter, on two cores).
+/// A kernel that forwards does so ahead of every program. A thread that shares its core with others
+/// does not, and the device's queue, which holds 4,096 packets, overflows with those of every
+/// endpoint. At other times the niceness stays as it is: bulk transfers are faster where the sender
+/// fills the queue first (by a quarter, on two cores).
 const FLOOD_NICENESS: i32 = -10;
 const AFTER_FLOOD: Duration = Duration::from_secs(1);
 
 /// Buffers kept for frames to come.
 const SPARE_BUFFERS: usize = 16;
 
-/// A read that brings no more than that is a question rather than a stream, and there is nobody else to be served.
+/// A read that brings no more than that is a question rather than a stream, and there is nobody
+/// else to be served.
 const FEW: usize = 1;
 
-/// How long the answer to it is looked for, instead of falling asleep and being woken, which takes as long as an exchange does on one
-/// host.
+/// How long the answer to it is looked for, instead of falling asleep and being woken, which takes
+/// as long as an exchange does on one host.
 const SOON: Duration = Duration::from_micros(50);
 
 /// For how long packets in a row show that an endpoint has more to be served.
@@ -131,8 +136,8 @@ pub(crate) struct Driver {
     direct: usize,
     /// The endpoint of the latest packet of this read.
     latest: Option<IpAddr>,
-    /// The endpoint that sends several packets in a row, and until when it is taken to. A flood of another one is no
-    /// reason to put anything off.
+    /// The endpoint that sends several packets in a row, and until when it is taken to. A flood of
+    /// another one is no reason to put anything off.
     busy: Option<(IpAddr, Instant)>,
     /// Names the device. Another device has another key, so that an event of the one before it,
     /// which was reported in the same turn, is not taken for one of its own.
@@ -144,12 +149,17 @@ pub(crate) struct Driver {
 
 impl Driver {
     /// Begins to watch the device.
-    pub(crate) fn new(mut engine: Engine<Kernel>, limits: QueueLimits, epoll: &Epoll) -> io::Result<Self> {
+    pub(crate) fn new(
+        mut engine: Engine<Kernel>,
+        limits: QueueLimits,
+        epoll: &Epoll,
+    ) -> io::Result<Self> {
         let key = Arena::new().insert(());
         let mut devices = Arena::new();
         let device = devices.insert(());
         epoll.add(&engine.host_mut().tun, Token::new(DEVICE, device), Interest::Readable)?;
-        let advertises = engine.host_mut().layer2.as_ref().is_some_and(|of| of.advertisement().is_some());
+        let advertises =
+            engine.host_mut().layer2.as_ref().is_some_and(|of| of.advertisement().is_some());
         Ok(Self {
             engine,
             queue: FairQueue::new(limits),
@@ -193,19 +203,21 @@ impl Driver {
     fn publish(&mut self, publish: Publish) {
         let Publish { id, forward, socket, guard, stats, done } = publish;
         let opened = self.engine.host_mut().open_port(&forward, socket);
-        let published = opened.and_then(|port| self.engine.publish(id, forward, port, guard, stats));
+        let published =
+            opened.and_then(|port| self.engine.publish(id, forward, port, guard, stats));
         // Who has asked waits for it.
         let _ = done.send(published);
     }
 
-    /// Moves the frames that wait in the device, whose queue is first in, first out, to their endpoints' queues. True if there were
-    /// more than can be read at once.
+    /// Moves the frames that wait in the device, whose queue is first in, first out, to their
+    /// endpoints' queues. True if there were more than can be read at once.
     fn read(&mut self, now: Instant) -> bool {
         // What is dropped says nothing about those who are served.
         let (mut frames, mut queued) = (0, 0);
         self.latest = None;
         while frames < FRAMES_PER_READ {
-            let mut buffer = self.buffers.pop().unwrap_or_else(|| vec![0; layer2::HEAD + MAX_PACKET]);
+            let mut buffer =
+                self.buffers.pop().unwrap_or_else(|| vec![0; layer2::HEAD + MAX_PACKET]);
             // An error is "nothing there", or a device whose link is gone, which is for the owner
             // to replace.
             let host = self.engine.host_mut();
@@ -269,7 +281,8 @@ impl Driver {
         let may_be_direct =
             self.engine.has_one_guest() || packet.len() > COPIED && packet.len() <= self.direct;
         if self.queue.is_empty() && may_be_direct {
-            // Nobody else waits, as far as has been read: the buffer that is in the cache serves the next frame too.
+            // Nobody else waits, as far as has been read: the buffer that is in the cache serves
+            // the next frame too.
             self.direct = self.direct.saturating_sub(packet.len());
             self.set_crowded(&class, now);
             self.engine.serve(&parsed, &class, now);

@@ -1,4 +1,5 @@
-//! The engine's world: a TUN device and the kernel's sockets. All system calls of this crate are below here.
+//! The engine's world: a TUN device and the kernel's sockets. All system calls of this crate are
+//! below here.
 
 mod destinations;
 pub(crate) mod driver;

@@ -1,5 +1,6 @@
-//! What a device is told by rtnetlink(7): by netlink alone, for the ioctl of the queue length takes a privilege over the whole machine
-//! (`dev_ioctl`, net/core/dev_ioctl.c), netlink one over the namespace.
+//! What a device is told by rtnetlink(7): by netlink alone, for the ioctl of the queue length takes
+//! a privilege over the whole machine (`dev_ioctl`, net/core/dev_ioctl.c), netlink one over the
+//! namespace.
 
 use super::tun::TunOptions;
 use ipnet::IpNet;
@@ -19,7 +20,8 @@ use std::net::IpAddr;
 use tidegate_model::registry;
 use tidegate_netns::Family;
 
-/// Sets MTU and queue length, brings the device up, gives it its addresses and leads packets to it; in the current namespace.
+/// Sets MTU and queue length, brings the device up, gives it its addresses and leads packets to it;
+/// in the current namespace.
 pub(super) fn configure(options: &TunOptions) -> io::Result<()> {
     let socket = Socket::new(NETLINK_ROUTE)?;
     // Connected to the kernel, so that no other process can put an answer into our socket.
@@ -113,7 +115,8 @@ fn order(socket: &Socket, message: RouteNetlinkMessage, flags: u16) -> io::Resul
     message.serialize(&mut buffer);
     socket.send(&buffer, 0)?;
     let (answer, _) = socket.recv_from_full()?;
-    let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
+    let answer =
+        NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
     match answer.payload {
         NetlinkPayload::Error(error) => error.code.map_or(Ok(()), |_| Err(error.to_io())),
         _ => Err(io::Error::other("the kernel answers another question")),

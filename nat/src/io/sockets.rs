@@ -4,7 +4,9 @@ use super::destinations::Destinations;
 use super::sys::{self, SO_PEEK_OFF};
 use super::tun::Tun;
 use crate::forward::Forward;
-use crate::host::{Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem};
+use crate::host::{
+    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem,
+};
 use crate::layer2::{self, Layer2};
 use crate::settings::{Capabilities, Outbound, Settings};
 use crate::wire::icmp::Problem;
@@ -32,11 +34,12 @@ pub(super) const FLOW: u8 = 0;
 /// Tag of published ports' sockets.
 pub(super) const PORT: u8 = 3;
 
-/// The queue of clients that wait to be accepted; the kernel caps it at `net.core.somaxconn`, whose default it is.
+/// The queue of clients that wait to be accepted; the kernel caps it at `net.core.somaxconn`, whose
+/// default it is.
 const BACKLOG: i32 = 4096;
 
-/// When a silent client is asked whether it is still there, how often, and after how many unanswered questions it is gone: as with ports of
-/// the port publisher.
+/// When a silent client is asked whether it is still there, how often, and after how many
+/// unanswered questions it is gone: as with ports of the port publisher.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_time(Duration::from_secs(15))
     .with_interval(Duration::from_secs(15))
@@ -45,9 +48,10 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 /// Buffers of a session's socket, as the port publisher has them: a batch of trains.
 const DATAGRAM_BUFFER: usize = 4 << 20;
 
-/// Payload that may wait in a TCP socket to be read, in bytes (the kernel doubles it for its own bookkeeping). Left to itself, the buffer grows to
-/// `tcp_rmem` (6 to 32 MiB) behind a container that has stopped reading, for each of its connections. The price is the window: 1 MiB or a little
-/// more for each round trip, as with published ports.
+/// Payload that may wait in a TCP socket to be read, in bytes (the kernel doubles it for its own
+/// bookkeeping). Left to itself, the buffer grows to `tcp_rmem` (6 to 32 MiB) behind a container
+/// that has stopped reading, for each of its connections. The price is the window: 1 MiB or a
+/// little more for each round trip, as with published ports.
 const UNREAD: usize = 1 << 20;
 
 /// How often an error of an earlier datagram may come before this one.
@@ -71,7 +75,8 @@ pub(crate) struct Kernel {
     skipped: Vec<u8>,
 }
 
-/// What fits into one segment on any path, in bytes (RFC 9293 section 3.7.1: 536, less what options take).
+/// What fits into one segment on any path, in bytes (RFC 9293 section 3.7.1: 536, less what options
+/// take).
 const SMALL: usize = 500;
 
 /// What a stream was sent.
@@ -88,9 +93,11 @@ enum Sent {
 #[derive(Debug)]
 pub(crate) struct Stream {
     socket: OwnedFd,
-    /// Where the kernel's next look begins (`SO_PEEK_OFF`), once that is set: who is sent little never needs it.
+    /// Where the kernel's next look begins (`SO_PEEK_OFF`), once that is set: who is sent little
+    /// never needs it.
     peek_offset: Option<usize>,
-    /// Something was sent, and then Nagle's algorithm switched off: the first piece goes at once in any case.
+    /// Something was sent, and then Nagle's algorithm switched off: the first piece goes at once in
+    /// any case.
     sent: Sent,
     /// What its events carry, once it is watched.
     token: Option<Token>,
@@ -121,7 +128,8 @@ pub(crate) struct Datagrams {
     _permit: Permit,
 }
 
-/// Received messages. Room for them is made when the first come: an empty one, which stands in while they are dealt with, costs nothing.
+/// Received messages. Room for them is made when the first come: an empty one, which stands in
+/// while they are dealt with, costs nothing.
 #[derive(Default)]
 pub(crate) struct Received(Option<RecvBatch>);
 
@@ -163,7 +171,8 @@ enum BoundBuffer {
     Force,
     /// Within it.
     Ask,
-    /// It would become so small that it cost more throughput than the bound is worth: it is left to the kernel.
+    /// It would become so small that it cost more throughput than the bound is worth: it is left to
+    /// the kernel.
     Leave,
 }
 
@@ -175,7 +184,8 @@ impl BoundBuffer {
         if Self::Force.apply(&socket).is_ok() {
             return Self::Force;
         }
-        let asked = Self::Ask.apply(&socket).and_then(|()| SockRef::from(&socket).recv_buffer_size());
+        let asked =
+            Self::Ask.apply(&socket).and_then(|()| SockRef::from(&socket).recv_buffer_size());
         // The kernel tells what it has doubled.
         if asked.is_ok_and(|size| size >= 2 * UNREAD) { Self::Ask } else { Self::Leave }
     }
@@ -193,8 +203,8 @@ impl BoundBuffer {
 pub(crate) fn probe() -> Capabilities {
     let stream = new_socket(AddressFamily::INET, SocketType::STREAM, None);
     let peek_offset = !Feature::PeekOffset.is_forced_off();
-    let peek_offset =
-        peek_offset && stream.is_ok_and(|socket| sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
+    let peek_offset = peek_offset
+        && stream.is_ok_and(|socket| sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
     let datagrams = new_socket(AddressFamily::INET, SocketType::DGRAM, None);
     let udp_trains = !Feature::UdpTrains.is_forced_off();
     let udp_trains = udp_trains
@@ -217,7 +227,8 @@ fn family(of: SocketAddr) -> AddressFamily {
     if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 }
 }
 
-/// Takes `forward`'s port in the calling thread's namespace, so that nobody else has it. No client is answered yet.
+/// Takes `forward`'s port in the calling thread's namespace, so that nobody else has it. No client
+/// is answered yet.
 pub(crate) fn reserve(forward: &Forward) -> io::Result<OwnedFd> {
     let kind = if forward.protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
     let domain = Domain::for_address(forward.listen);
@@ -240,14 +251,15 @@ fn prepare_stream(socket: &OwnedFd, buffer: BoundBuffer) -> io::Result<()> {
     SockRef::from(socket).set_out_of_band_inline(true)
 }
 
-/// Whether the last segment of `socket`'s handshake waits for what is sent first, a fifth of a second at most. Asked for before the connect; when
-/// it is taken back later, that segment leaves (`tcp_rcv_synsent_state_process` and `__tcp_sock_set_quickack`, net/ipv4).
+/// Whether the last segment of `socket`'s handshake waits for what is sent first, a fifth of a
+/// second at most. Asked for before the connect; when it is taken back later, that segment leaves
+/// (`tcp_rcv_synsent_state_process` and `__tcp_sock_set_quickack`, net/ipv4).
 fn put_off_hello(socket: &OwnedFd, put_off: bool) -> io::Result<()> {
     sys::set(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, (!put_off).into())
 }
 
-/// Binds a socket that goes to `to` to the address that it shall go out from. Its port is chosen when it connects, so that
-/// one port serves many far ends.
+/// Binds a socket that goes to `to` to the address that it shall go out from. Its port is chosen
+/// when it connects, so that one port serves many far ends.
 fn bind_towards(socket: &OwnedFd, outbound: Outbound, to: SocketAddr) -> io::Result<()> {
     let Some(ip) = outbound.towards(to.ip()) else { return Ok(()) };
     sys::set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
@@ -346,7 +358,8 @@ impl Kernel {
         let mut look = || sys::peek_behind(&stream.socket, &mut self.skipped[..offset], into);
         let mut seen = look()?;
         if seen <= offset && offset > 0 {
-            // Nothing new. The end shows only in the state, which is looked at first: what came before it is there then.
+            // Nothing new. The end shows only in the state, which is looked at first: what came
+            // before it is there then.
             if !sys::is_at_end(&stream.socket) {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
@@ -558,7 +571,8 @@ impl Host for Kernel {
                 taken => left -= taken.min(left),
             }
         }
-        // The kernel's offset goes back by what is taken out (sk_peek_offset_bwd, include/net/sock.h).
+        // The kernel's offset goes back by what is taken out (sk_peek_offset_bwd,
+        // include/net/sock.h).
         if let Some(offset) = &mut stream.peek_offset {
             *offset = offset.saturating_sub(length);
         }
@@ -571,7 +585,8 @@ impl Host for Kernel {
     }
 
     fn abort(&mut self, stream: Stream) {
-        // Closed this way, it resets; should that fail, it ends in a FIN behind bytes that are short, or in nothing.
+        // Closed this way, it resets; should that fail, it ends in a FIN behind bytes that are
+        // short, or in nothing.
         let _ = SockRef::from(&stream.socket).set_linger(Some(Duration::ZERO));
     }
 
@@ -610,12 +625,17 @@ impl Host for Kernel {
     ) -> SendOutcome {
         socket.prepare(dont_fragment, hop_limit);
         if bytes.len() > segment && segment <= socket.max_segment {
-            match attempt(|| sys::send_message(&socket.socket, destination, bytes, Some(segment as u16))) {
+            match attempt(|| {
+                sys::send_message(&socket.socket, destination, bytes, Some(segment as u16))
+            }) {
                 Ok(_) => return SendOutcome::Sent,
-                // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that cannot checksum (EIO, until
-                // 6.11): one by one they may pass.
+                // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that
+                // cannot checksum (EIO, until 6.11): one by one they may pass.
                 Err(error)
-                    if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EMSGSIZE | libc::EIO)) =>
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::EINVAL | libc::EMSGSIZE | libc::EIO)
+                    ) =>
                 {
                     socket.max_segment = segment.saturating_sub(1);
                 }
@@ -658,19 +678,29 @@ fn descriptor(port: &Port<Listener, Datagrams>) -> BorrowedFd<'_> {
 
 /// Has what the network tells about datagrams kept in the socket's error queue.
 fn recall_errors(socket: &OwnedFd, v6: bool) -> io::Result<()> {
-    let (level, option) =
-        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) } else { (libc::IPPROTO_IP, libc::IP_RECVERR) };
+    let (level, option) = if v6 {
+        (libc::IPPROTO_IPV6, libc::IPV6_RECVERR)
+    } else {
+        (libc::IPPROTO_IP, libc::IP_RECVERR)
+    };
     sys::set(socket, level, option, 1)
 }
 
-/// Sends, past the errors of earlier datagrams: each is told once, and this one was not looked at yet.
+/// Sends, past the errors of earlier datagrams: each is told once, and this one was not looked at
+/// yet.
 fn attempt(mut send: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     for _ in 0..OLD_ERRORS {
         match send() {
             Err(error)
                 if matches!(
                     error.raw_os_error(),
-                    Some(libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::EINTR | libc::EPROTO | libc::EACCES)
+                    Some(
+                        libc::ECONNREFUSED
+                            | libc::EHOSTUNREACH
+                            | libc::EINTR
+                            | libc::EPROTO
+                            | libc::EACCES
+                    )
                 ) => {}
             done => return done,
         }
@@ -714,14 +744,16 @@ impl Datagrams {
         }
     }
 
-    /// What the path takes; of a socket that is not connected, what every path does (RFC 8200 section 5, RFC 791 section 3.1).
+    /// What the path takes; of a socket that is not connected, what every path does (RFC 8200
+    /// section 5, RFC 791 section 3.1).
     fn path_mtu(&self) -> u32 {
         let (level, option, least) = if self.v6 {
             (libc::IPPROTO_IPV6, libc::IPV6_MTU, 1280)
         } else {
             (libc::IPPROTO_IP, libc::IP_MTU, 576)
         };
-        sys::get(self.socket.as_fd(), level, option).map_or(least, |mtu| mtu.unsigned_abs().max(least))
+        sys::get(self.socket.as_fd(), level, option)
+            .map_or(least, |mtu| mtu.unsigned_abs().max(least))
     }
 }
 

@@ -39,12 +39,22 @@ pub(super) fn set(
 }
 
 /// Reads an option that is a number.
-pub(super) fn get(socket: impl AsFd, level: libc::c_int, option: libc::c_int) -> io::Result<libc::c_int> {
+pub(super) fn get(
+    socket: impl AsFd,
+    level: libc::c_int,
+    option: libc::c_int,
+) -> io::Result<libc::c_int> {
     let mut value: libc::c_int = 0;
     let mut length = size_of_val(&value) as libc::socklen_t;
     // SAFETY: value and length point to live variables, and the length is the size of the value.
     let result = unsafe {
-        libc::getsockopt(socket.as_fd().as_raw_fd(), level, option, (&raw mut value).cast(), &raw mut length)
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            option,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
     };
     if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }
@@ -59,7 +69,11 @@ pub(super) fn peek(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 /// The same behind `skip` bytes that are copied to nowhere of interest.
-pub(super) fn peek_behind(socket: impl AsFd, skipped: &mut [u8], buffer: &mut [u8]) -> io::Result<usize> {
+pub(super) fn peek_behind(
+    socket: impl AsFd,
+    skipped: &mut [u8],
+    buffer: &mut [u8],
+) -> io::Result<usize> {
     let mut vectors = [
         libc::iovec { iov_base: skipped.as_mut_ptr().cast(), iov_len: skipped.len() },
         libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() },
@@ -80,7 +94,8 @@ pub(super) fn discard(socket: impl AsFd, length: usize) -> io::Result<usize> {
     checked(unsafe { libc::recv(socket.as_fd().as_raw_fd(), std::ptr::null_mut(), length, flags) })
 }
 
-/// Whether the far end of a TCP socket has sent its FIN, and it has been received in order (`TCP_INFO`).
+/// Whether the far end of a TCP socket has sent its FIN, and it has been received in order
+/// (`TCP_INFO`).
 pub(super) fn is_at_end(socket: impl AsFd) -> bool {
     let mut state = 0u8;
     let mut length = 1 as libc::socklen_t;
@@ -94,7 +109,8 @@ pub(super) fn is_at_end(socket: impl AsFd) -> bool {
             &raw mut length,
         )
     };
-    // TCP_TIME_WAIT, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING (include/net/tcp_states.h).
+    // TCP_TIME_WAIT, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING
+    // (include/net/tcp_states.h).
     result == 0 && matches!(state, 6 | 7 | 8 | 9 | 11)
 }
 
@@ -102,23 +118,32 @@ pub(super) fn is_at_end(socket: impl AsFd) -> bool {
 pub(super) fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     // SAFETY: pointer and length describe `bytes`.
-    checked(unsafe { libc::send(socket.as_fd().as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) })
+    checked(unsafe {
+        libc::send(socket.as_fd().as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags)
+    })
 }
 
-/// Room for the control messages that are sent: an address to send from and a segment's size. Aligned as `cmsghdr` wants it.
+/// Room for the control messages that are sent: an address to send from and a segment's size.
+/// Aligned as `cmsghdr` wants it.
 #[repr(C, align(8))]
 struct SendControl([u8; 128]);
 
 impl SendControl {
     /// Appends a message at `used`; where the next one goes.
-    fn push<T: Copy>(&mut self, used: usize, level: libc::c_int, kind: libc::c_int, value: T) -> usize {
+    fn push<T: Copy>(
+        &mut self,
+        used: usize,
+        level: libc::c_int,
+        kind: libc::c_int,
+        value: T,
+    ) -> usize {
         let size = size_of::<T>() as u32;
         // SAFETY: both only compute.
         let (space, length) = unsafe { (libc::CMSG_SPACE(size), libc::CMSG_LEN(size)) };
         let end = used + space as usize;
         assert!(end <= self.0.len(), "there is room for each message that is sent");
-        // SAFETY: header and value are within the buffer, as was just checked; `used` is a sum of CMSG_SPACEs and so aligned, and the value is
-        // written unaligned.
+        // SAFETY: header and value are within the buffer, as was just checked; `used` is a sum of
+        // CMSG_SPACEs and so aligned, and the value is written unaligned.
         unsafe {
             let message = self.0.as_mut_ptr().add(used).cast::<libc::cmsghdr>();
             (*message).cmsg_level = level;
@@ -130,7 +155,8 @@ impl SendControl {
     }
 }
 
-/// Sends `bytes`, to `destination` if the socket is not connected; as datagrams of `segment` bytes if that is given (`UDP_SEGMENT`, udp(7)).
+/// Sends `bytes`, to `destination` if the socket is not connected; as datagrams of `segment` bytes
+/// if that is given (`UDP_SEGMENT`, udp(7)).
 pub(super) fn send_message(
     socket: impl AsFd,
     destination: Option<Destination>,
@@ -150,8 +176,10 @@ pub(super) fn send_message(
             used = control.push(used, libc::IPPROTO_IP, libc::IP_PKTINFO, info);
         }
         Some(IpAddr::V6(from)) => {
-            let info =
-                libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: from.octets() }, ipi6_ifindex: 0 };
+            let info = libc::in6_pktinfo {
+                ipi6_addr: libc::in6_addr { s6_addr: from.octets() },
+                ipi6_ifindex: 0,
+            };
             used = control.push(used, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
         }
         None => {}
@@ -159,8 +187,10 @@ pub(super) fn send_message(
     if let Some(segment) = segment {
         used = control.push(used, libc::SOL_UDP, libc::UDP_SEGMENT, segment);
     }
-    let mut vector = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: all-zero is a valid msghdr; sendmsg(2) only reads what the header describes, which outlives the call.
+    let mut vector =
+        libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // SAFETY: all-zero is a valid msghdr; sendmsg(2) only reads what the header describes, which
+    // outlives the call.
     checked(unsafe {
         let mut header: libc::msghdr = MaybeUninit::zeroed().assume_init();
         if let Some(name) = &name {
@@ -173,7 +203,11 @@ pub(super) fn send_message(
             header.msg_control = control.0.as_mut_ptr().cast();
             header.msg_controllen = used as _;
         }
-        libc::sendmsg(socket.as_fd().as_raw_fd(), &raw const header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+        libc::sendmsg(
+            socket.as_fd().as_raw_fd(),
+            &raw const header,
+            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+        )
     })
 }
 
@@ -181,12 +215,14 @@ pub(super) fn send_message(
 #[repr(C, align(8))]
 struct ErrorControl([u8; 512]);
 
-/// Takes the next entry out of a socket's error queue (`IP_RECVERR`, ip(7)); entries that tell nothing about the network are passed over.
+/// Takes the next entry out of a socket's error queue (`IP_RECVERR`, ip(7)); entries that tell
+/// nothing about the network are passed over.
 pub(super) fn next_problem(socket: impl AsFd) -> Option<SocketProblem> {
     loop {
         let mut payload = vec![0; QUOTED];
         let mut control = ErrorControl([0; 512]);
-        let mut vector = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() };
+        let mut vector =
+            libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() };
         // SAFETY: all-zero is a valid msghdr.
         let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
         header.msg_iov = &raw mut vector;
@@ -196,11 +232,13 @@ pub(super) fn next_problem(socket: impl AsFd) -> Option<SocketProblem> {
         let flags = libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT;
         let receive = |name: *mut SockAddrStorage, length: *mut libc::socklen_t| {
             header.msg_name = name.cast();
-            // SAFETY: socket2 hands out a pointer to its own storage, and one to that storage's length.
+            // SAFETY: socket2 hands out a pointer to its own storage, and one to that storage's
+            // length.
             header.msg_namelen = unsafe { *length };
             // SAFETY: the header describes buffers that outlive the call.
-            let received =
-                checked(unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, flags) })?;
+            let received = checked(unsafe {
+                libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, flags)
+            })?;
             // SAFETY: as above.
             unsafe { *length = header.msg_namelen };
             Ok(received)
@@ -210,7 +248,12 @@ pub(super) fn next_problem(socket: impl AsFd) -> Option<SocketProblem> {
         payload.truncate(received);
         // SAFETY: recvmsg has filled the header in.
         if let Some((problem, offender)) = unsafe { told(&header) } {
-            return Some(SocketProblem { problem, offender, destination: name.as_socket(), payload });
+            return Some(SocketProblem {
+                problem,
+                offender,
+                destination: name.as_socket(),
+                payload,
+            });
         }
     }
 }
@@ -220,13 +263,15 @@ pub(super) fn next_problem(socket: impl AsFd) -> Option<SocketProblem> {
 /// # Safety
 /// `msg_control` and `msg_controllen` must describe what recvmsg(2) has filled in.
 unsafe fn told(header: &libc::msghdr) -> Option<(Problem, Option<IpAddr>)> {
-    // SAFETY: the macros stay within the buffer that the caller vouches for; what is read is read unaligned and only where the
-    // message is long enough for it.
+    // SAFETY: the macros stay within the buffer that the caller vouches for; what is read is read
+    // unaligned and only where the message is long enough for it.
     unsafe {
         let mut cursor = libc::CMSG_FIRSTHDR(header);
         while let Some(message) = cursor.as_ref() {
-            let v6 = (message.cmsg_level, message.cmsg_type) == (libc::IPPROTO_IPV6, libc::IPV6_RECVERR);
-            let v4 = (message.cmsg_level, message.cmsg_type) == (libc::IPPROTO_IP, libc::IP_RECVERR);
+            let v6 =
+                (message.cmsg_level, message.cmsg_type) == (libc::IPPROTO_IPV6, libc::IPV6_RECVERR);
+            let v4 =
+                (message.cmsg_level, message.cmsg_type) == (libc::IPPROTO_IP, libc::IP_RECVERR);
             let length = message.cmsg_len.saturating_sub(libc::CMSG_LEN(0) as _);
             let size = size_of::<libc::sock_extended_err>();
             if (v4 || v6) && length >= size {
@@ -250,7 +295,8 @@ unsafe fn told(header: &libc::msghdr) -> Option<(Problem, Option<IpAddr>)> {
 unsafe fn offender(data: *const u8, length: usize) -> Option<IpAddr> {
     // SAFETY: the family is read only if it is there, and the address only if all of it is.
     unsafe {
-        let family = (length >= 2).then(|| i32::from(data.cast::<libc::sa_family_t>().read_unaligned()))?;
+        let family =
+            (length >= 2).then(|| i32::from(data.cast::<libc::sa_family_t>().read_unaligned()))?;
         match family {
             libc::AF_INET if length >= size_of::<libc::sockaddr_in>() => {
                 let address = data.cast::<libc::sockaddr_in>().read_unaligned();

@@ -13,7 +13,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use tidegate_model::Feature;
 use tidegate_netns::{Family, Namespace};
 
-/// Flags of `TUNSETOFFLOAD` (include/uapi/linux/if_tun.h): checksums; TCP over IPv4 and IPv6, with ECN; UDP.
+/// Flags of `TUNSETOFFLOAD` (include/uapi/linux/if_tun.h): checksums; TCP over IPv4 and IPv6, with
+/// ECN; UDP.
 const CSUM: libc::c_ulong = 0x01;
 const TSO4: libc::c_ulong = 0x02;
 const TSO6: libc::c_ulong = 0x04;
@@ -41,27 +42,31 @@ pub struct TunOptions {
     pub name: String,
     /// Its interface index, which must be free; the kernel selects one if this is none.
     pub index: Option<u32>,
-    /// Bytes that fit into one packet, 1280 to 65535. 1500 is as fast as any, and what the world has.
+    /// Bytes that fit into one packet, 1280 to 65535. 1500 is as fast as any, and what the world
+    /// has.
     pub mtu: u16,
-    /// Packets that the kernel keeps for us. 500, the kernel's own, loses thousands with 8 fast connections.
+    /// Packets that the kernel keeps for us. 500, the kernel's own, loses thousands with 8 fast
+    /// connections.
     pub queue_length: u32,
     /// Which offloads are asked for.
     pub capabilities: Capabilities,
-    /// Its addresses, each with its prefix length. A device that only forwards for bridges needs none.
+    /// Its addresses, each with its prefix length. A device that only forwards for bridges needs
+    /// none.
     pub addresses: Vec<IpNet>,
     /// Of which families everything goes here that has no other way.
     pub default_routes: Vec<Family>,
-    /// What those routes name as the next router, of each family one at most. A device of layer 3 needs none; people and programs look
-    /// for one.
+    /// What those routes name as the next router, of each family one at most. A device of layer 3
+    /// needs none; people and programs look for one.
     pub gateways: Vec<IpAddr>,
     /// In which table those routes are: 254 is `main`, another one is asked by policy rules only.
     pub table: u32,
-    /// A TAP device of this name that is persistent, and that nobody has open, gives way (`ip tuntap add` makes such). Any other interface of the name is in
-    /// the way.
+    /// A TAP device of this name that is persistent, and that nobody has open, gives way
+    /// (`ip tuntap add` makes such). Any other interface of the name is in the way.
     pub replace: bool,
     /// The namespace's loopback is brought up as well.
     pub loopback: bool,
-    /// A TAP instead of a TUN: a device on an Ethernet. One of the name that is persistent, and that nobody has open, is taken over.
+    /// A TAP instead of a TUN: a device on an Ethernet. One of the name that is persistent, and
+    /// that nobody has open, is taken over.
     pub layer2: Option<Layer2Options>,
 }
 
@@ -108,7 +113,9 @@ impl Tun {
         let bytes = options.name.as_bytes();
         let sound = !bytes.is_empty()
             && bytes.len() < libc::IFNAMSIZ
-            && bytes.iter().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%'));
+            && bytes
+                .iter()
+                .all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%'));
         if !sound {
             return Err(StartError::Name(options.name.clone()));
         }
@@ -160,7 +167,10 @@ impl Tun {
     fn open_here(options: &TunOptions) -> Result<Self, StartError> {
         let descriptor = open_driver().map_err(StartError::Device)?;
         let interface = |source| StartError::Interface { name: options.name.clone(), source };
-        if options.replace && options.layer2.is_none() && netlink::has(&options.name).map_err(interface)? {
+        if options.replace
+            && options.layer2.is_none()
+            && netlink::has(&options.name).map_err(interface)?
+        {
             take_away(&options.name).map_err(StartError::Device)?;
         }
         make(&descriptor, options).map_err(interface)?;
@@ -191,8 +201,9 @@ pub(crate) fn open_driver() -> io::Result<OwnedFd> {
     Ok(open("/dev/net/tun", flags, Mode::empty())?)
 }
 
-/// Ends the TAP device `name`: attached to and no longer persistent, it goes with its last descriptor. What is no such device, or has somebody
-/// attached, is refused by the kernel and stays; that the name is taken is told by who makes the new one.
+/// Ends the TAP device `name`: attached to and no longer persistent, it goes with its last
+/// descriptor. What is no such device, or has somebody attached, is refused by the kernel and
+/// stays; that the name is taken is told by who makes the new one.
 fn take_away(name: &str) -> io::Result<()> {
     let descriptor = open_driver()?;
     let mut request = request(name);
@@ -205,7 +216,8 @@ fn take_away(name: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// The address of the device's interface. It may be in another namespace, and the kernel looks there.
+/// The address of the device's interface. It may be in another namespace, and the kernel looks
+/// there.
 fn hardware_address(descriptor: &OwnedFd) -> io::Result<MacAddress> {
     let mut request = request("");
     // SAFETY: the request is given an ifreq, and fills the address in.
@@ -223,7 +235,8 @@ fn hardware_address(descriptor: &OwnedFd) -> io::Result<MacAddress> {
 fn make(descriptor: &OwnedFd, options: &TunOptions) -> io::Result<()> {
     let mut request = request(&options.name);
     // Exclusively: without it, a persistent device of this name would be taken over.
-    let kind = if options.layer2.is_some() { libc::IFF_TAP } else { libc::IFF_TUN | libc::IFF_TUN_EXCL };
+    let kind =
+        if options.layer2.is_some() { libc::IFF_TAP } else { libc::IFF_TUN | libc::IFF_TUN_EXCL };
     let flags = kind | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     let length = crate::wire::virtio::LENGTH as libc::c_int;
@@ -256,7 +269,8 @@ fn offload(descriptor: &OwnedFd, wanted: Capabilities) -> io::Result<Capabilitie
     let mut refused = Ok(());
     for (flags, granted) in attempts {
         // SAFETY: the request takes a number.
-        refused = checked(unsafe { libc::ioctl(descriptor.as_raw_fd(), TUNSETOFFLOAD as _, flags) });
+        refused =
+            checked(unsafe { libc::ioctl(descriptor.as_raw_fd(), TUNSETOFFLOAD as _, flags) });
         if refused.is_ok() {
             return Ok(granted);
         }

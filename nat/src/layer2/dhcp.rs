@@ -1,6 +1,7 @@
 //! A DHCP server for one Ethernet (RFC 2131, RFC 2132). Pure.
 //!
-//! It has 16 addresses, and no clock: leases are for a day, and never run out. The oldest one goes to the seventeenth client.
+//! It has 16 addresses, and no clock: leases are for a day, and never run out. The oldest one goes
+//! to the seventeenth client.
 
 use super::{Layer2Options, ipv4_at};
 use crate::wire::checksum::{Sum, pseudo_header};
@@ -129,14 +130,22 @@ pub(super) struct Leases {
 
 impl Leases {
     /// Answers; `None` where silence is the answer.
-    pub(super) fn answer(&mut self, of: &Layer2Options, mtu: u16, question: &Question) -> Option<Answer> {
+    pub(super) fn answer(
+        &mut self,
+        of: &Layer2Options,
+        mtu: u16,
+        question: &Question,
+    ) -> Option<Answer> {
         // An answer to another server's offer.
         if question.server.is_some_and(|server| server != of.gateway) {
             return None;
         }
-        let wanted = question.requested.or((!question.client.is_unspecified()).then_some(question.client));
+        let wanted =
+            question.requested.or((!question.client.is_unspecified()).then_some(question.client));
         let (kind, yours) = match question.kind {
-            message::DISCOVER => (message::OFFER, address(of, self.place(of, question.station, wanted))),
+            message::DISCOVER => {
+                (message::OFFER, address(of, self.place(of, question.station, wanted)))
+            }
             message::REQUEST => {
                 let place = self.place(of, question.station, wanted);
                 let address = address(of, place);
@@ -177,8 +186,14 @@ impl Leases {
         Some(Answer { question: *question, kind, yours, options })
     }
 
-    /// The place of `station`: the one it has, the one it wants if that is free, a free one, the oldest one.
-    fn place(&mut self, of: &Layer2Options, station: MacAddress, wanted: Option<Ipv4Addr>) -> usize {
+    /// The place of `station`: the one it has, the one it wants if that is free, a free one, the
+    /// oldest one.
+    fn place(
+        &mut self,
+        of: &Layer2Options,
+        station: MacAddress,
+        wanted: Option<Ipv4Addr>,
+    ) -> usize {
         let has = self.holders.iter().position(|holder| *holder == Some(station));
         if let Some(place) = has {
             return place;
@@ -200,7 +215,8 @@ fn address(of: &Layer2Options, place: usize) -> Ipv4Addr {
 }
 
 impl Answer {
-    /// To which station it goes (RFC 2131 section 4.1): a refusal, and what is asked for so, to all of them.
+    /// To which station it goes (RFC 2131 section 4.1): a refusal, and what is asked for so, to all
+    /// of them.
     pub(super) fn station(&self, asks: MacAddress) -> MacAddress {
         if self.is_broadcast() { MacAddress::BROADCAST } else { asks }
     }

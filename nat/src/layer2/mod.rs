@@ -1,8 +1,9 @@
 //! An Ethernet around the engine, for guests that insist on one. Pure.
 //!
 //! # Theory of operation
-//! A TAP device carries frames: the engine's packets with 14 bytes in front. The guest is the only real station; the others, router and name server, are played
-//! here. What a guest asks them as stations is answered at once, from the frame alone, and never seen by the engine:
+//! A TAP device carries frames: the engine's packets with 14 bytes in front. The guest is the only
+//! real station; the others, router and name server, are played here. What a guest asks them as
+//! stations is answered at once, from the frame alone, and never seen by the engine:
 //!
 //! | asked | answered |
 //! |---|---|
@@ -11,8 +12,9 @@
 //! | router solicitation (section 4.1) | router advertisement with prefix, MTU and DNS server (RFC 8106) |
 //! | DHCP (RFC 2131) | a lease of one of the addresses 15 to 30 of the network |
 //!
-//! Everything else that is an IP packet for one station goes on. To know where packets go that come back, the sender of each frame is remembered; a guest that has not
-//! said anything has the address of its device, or of whoever spoke last.
+//! Everything else that is an IP packet for one station goes on. To know where packets go that come
+//! back, the sender of each frame is remembered; a guest that has not said anything has the address
+//! of its device, or of whoever spoke last.
 
 mod dhcp;
 mod v6;
@@ -81,12 +83,23 @@ impl Layer2 {
     /// An Ethernet whose guest's device has the address `guest`, and takes packets of `mtu` bytes.
     #[must_use]
     pub fn new(options: Layer2Options, guest: MacAddress, mtu: u16) -> Self {
-        Self { options, mtu, neighbours: Vec::new(), oldest: 0, last: guest, leases: Leases::default() }
+        Self {
+            options,
+            mtu,
+            neighbours: Vec::new(),
+            oldest: 0,
+            last: guest,
+            leases: Leases::default(),
+        }
     }
 
-    /// A frame of the device, virtio's header first. What is for the engine is returned, virtio's header first, without Ethernet's; what is to be answered
-    /// is handed to `answer` as a frame.
-    pub fn receive<'a>(&mut self, frame: &'a mut [u8], mut answer: impl FnMut(&[u8])) -> Option<&'a [u8]> {
+    /// A frame of the device, virtio's header first. What is for the engine is returned, virtio's
+    /// header first, without Ethernet's; what is to be answered is handed to `answer` as a frame.
+    pub fn receive<'a>(
+        &mut self,
+        frame: &'a mut [u8],
+        mut answer: impl FnMut(&[u8]),
+    ) -> Option<&'a [u8]> {
         let payload = frame.get(HEAD..)?;
         let to = MacAddress::at(frame, virtio::LENGTH)?;
         let from = MacAddress::at(frame, virtio::LENGTH + 6).filter(|from| from.is_unicast())?;
@@ -124,7 +137,8 @@ impl Layer2 {
         None
     }
 
-    /// The frame by which the router tells of itself, unasked: now and then, or it is forgotten ([`ADVERTISEMENTS`]).
+    /// The frame by which the router tells of itself, unasked: now and then, or it is forgotten
+    /// ([`ADVERTISEMENTS`]).
     #[must_use]
     pub fn advertisement(&self) -> Option<Vec<u8>> {
         self.options.v6.map(|options| v6::unsolicited(&options, self.mtu))
@@ -159,7 +173,8 @@ impl Layer2 {
         if ip.is_unspecified() || ip.is_multicast() || self.is_own(ip) {
             return;
         }
-        if let Some((_, known)) = self.neighbours.iter_mut().find(|(neighbour, _)| *neighbour == ip) {
+        if let Some((_, known)) = self.neighbours.iter_mut().find(|(neighbour, _)| *neighbour == ip)
+        {
             *known = station;
         } else if self.neighbours.len() < MOST_NEIGHBOURS {
             self.neighbours.push((ip, station));
@@ -200,7 +215,8 @@ impl Layer2 {
         let asked = dhcp::question(packet)?;
         let told = self.leases.answer(&self.options, self.mtu, &asked)?;
         self.last = from;
-        let mut answer = frame(told.station(from), MacAddress::of_v4(self.options.gateway), kind::IPV4);
+        let mut answer =
+            frame(told.station(from), MacAddress::of_v4(self.options.gateway), kind::IPV4);
         told.write(self.options.gateway, &mut answer);
         Some(answer)
     }

@@ -29,12 +29,14 @@ fn framed(to: MacAddress, kind: u16, payload: &[u8]) -> Vec<u8> {
 /// What goes on and what is answered, without virtio's header.
 fn receive(layer2: &mut Layer2, mut frame: Vec<u8>) -> (Option<Vec<u8>>, Option<Vec<u8>>) {
     let mut answered = None;
-    let packet = layer2.receive(&mut frame, |answer| answered = Some(answer[virtio::LENGTH..].to_vec()));
+    let packet =
+        layer2.receive(&mut frame, |answer| answered = Some(answer[virtio::LENGTH..].to_vec()));
     (packet.map(<[u8]>::to_vec), answered)
 }
 
 fn arp(operation: u8, sender: [u8; 4], target: [u8; 4]) -> Vec<u8> {
-    let mut message = [&ARP_HEAD[..], &[0, operation], &GUEST.0, &sender, &[0; 6], &target].concat();
+    let mut message =
+        [&ARP_HEAD[..], &[0, operation], &GUEST.0, &sender, &[0; 6], &target].concat();
     // Ethernet pads frames to 60 bytes.
     message.resize(46, 0);
     framed(MacAddress::BROADCAST, kind::ARP, &message)
@@ -102,11 +104,15 @@ fn a_million_stations_are_not_remembered() {
         layer2.learn(Ipv4Addr::new(10, b, c, d).into(), MacAddress([2, 0, a, b, c, d]));
     }
     assert_eq!(layer2.neighbours.len(), MOST_NEIGHBOURS);
-    assert_eq!(layer2.station(Ipv4Addr::from_bits(0x0a00_0000 | 99_999).into()).0[3..], [1, 0x86, 0x9f]);
+    assert_eq!(
+        layer2.station(Ipv4Addr::from_bits(0x0a00_0000 | 99_999).into()).0[3..],
+        [1, 0x86, 0x9f]
+    );
 }
 
 fn icmpv6(source: &str, destination: &str, mut message: Vec<u8>) -> Vec<u8> {
-    let (source, destination): (Ipv6Addr, Ipv6Addr) = (source.parse().unwrap(), destination.parse().unwrap());
+    let (source, destination): (Ipv6Addr, Ipv6Addr) =
+        (source.parse().unwrap(), destination.parse().unwrap());
     let sum = pseudo_header(source.into(), destination.into(), protocol::ICMPV6, message.len());
     let sum = sum.bytes(&message).finish();
     message[2..4].copy_from_slice(&sum.to_be_bytes());
@@ -125,27 +131,35 @@ fn neighbours_and_routers_are_found() {
         [&[135, 0, 0, 0, 0, 0, 0, 0][..], &target.octets(), &[1, 1], &GUEST.0].concat()
     };
     for target in ["fd00::2", "fd00::3", "fe80::2"] {
-        let (packet, answer) = receive(&mut layer2, icmpv6("fd00::100", "ff02::1:ff00:2", solicit(target)));
+        let (packet, answer) =
+            receive(&mut layer2, icmpv6("fd00::100", "ff02::1:ff00:2", solicit(target)));
         let answer = answer.unwrap();
         assert_eq!((packet, &answer[..6]), (None, &GUEST.0[..]));
         let advertised = &answer[ethernet::LENGTH + 40..];
         assert_eq!((advertised[0], advertised[4]), (136, 0xe0));
         assert_eq!(advertised[8..24], target.parse::<Ipv6Addr>().unwrap().octets());
         assert_eq!(advertised[24..26], [2, 1]);
-        let ends = [8, 24].map(|at| v6::address_at(&answer[ethernet::LENGTH..], at).unwrap().into());
+        let ends =
+            [8, 24].map(|at| v6::address_at(&answer[ethernet::LENGTH..], at).unwrap().into());
         let sum = pseudo_header(ends[0], ends[1], protocol::ICMPV6, advertised.len());
         assert_eq!(sum.bytes(advertised).finish(), 0);
     }
-    assert_eq!(receive(&mut layer2, icmpv6("::", "ff02::1:ff00:100", solicit("fd00::100"))), (None, None));
+    assert_eq!(
+        receive(&mut layer2, icmpv6("::", "ff02::1:ff00:100", solicit("fd00::100"))),
+        (None, None)
+    );
     let mut wrong = icmpv6("fd00::100", "ff02::1:ff00:2", solicit("fd00::2"));
     *wrong.last_mut().unwrap() ^= 1;
     assert_eq!(receive(&mut layer2, wrong), (None, None), "its checksum is wrong");
 
-    let (_, answer) = receive(&mut layer2, icmpv6("fe80::7", "ff02::2", vec![133, 0, 0, 0, 0, 0, 0, 0]));
+    let (_, answer) =
+        receive(&mut layer2, icmpv6("fe80::7", "ff02::2", vec![133, 0, 0, 0, 0, 0, 0, 0]));
     let answer = answer.unwrap();
     let advertised = &answer[ethernet::LENGTH + 40..];
     assert_eq!((advertised[0], &advertised[6..8]), (134, &9000_u16.to_be_bytes()[..]));
-    assert!(advertised.windows(18).any(|window| window[..2] == [0, 0] && window[2..4] == [0xfd, 0]));
+    assert!(
+        advertised.windows(18).any(|window| window[..2] == [0, 0] && window[2..4] == [0xfd, 0])
+    );
     assert_eq!(layer2.advertisement().unwrap()[virtio::LENGTH..][..6], [0x33, 0x33, 0, 0, 0, 1]);
 }
 
@@ -199,7 +213,8 @@ fn addresses_are_leased() {
     ] {
         assert!(options.contains(&(code, value.to_vec())), "option {code}: {options:?}");
     }
-    let (_, answer) = receive(&mut layer2, dhcp(3, GUEST, &[50, 4, 10, 0, 2, 15, 54, 4, 10, 0, 2, 2]));
+    let (_, answer) =
+        receive(&mut layer2, dhcp(3, GUEST, &[50, 4, 10, 0, 2, 15, 54, 4, 10, 0, 2, 2]));
     assert_eq!(told(&answer.unwrap()).0, 5);
     // An address of another network is refused, to everybody's ears.
     let (_, answer) = receive(&mut layer2, dhcp(3, GUEST, &[50, 4, 192, 168, 0, 9]));
@@ -208,7 +223,8 @@ fn addresses_are_leased() {
     // Another server's business.
     assert_eq!(receive(&mut layer2, dhcp(3, GUEST, &[54, 4, 10, 0, 2, 9])), (None, None));
     // Another station wants a certain address; seventeen want one.
-    let (_, answer) = receive(&mut layer2, dhcp(1, MacAddress([2, 0, 0, 0, 1, 1]), &[50, 4, 10, 0, 2, 20]));
+    let (_, answer) =
+        receive(&mut layer2, dhcp(1, MacAddress([2, 0, 0, 0, 1, 1]), &[50, 4, 10, 0, 2, 20]));
     assert_eq!(told(&answer.unwrap()).1.to_string(), "10.0.2.20");
     for n in 0..40 {
         let (_, answer) = receive(&mut layer2, dhcp(1, MacAddress([2, 0, 0, 0, 2, n]), &[]));
@@ -235,7 +251,9 @@ fn no_frame_is_too_strange() {
         for _ in 0..20_000 {
             let mut strange = sample.clone();
             for _ in 0..3 {
-                noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                noise = noise
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 let at = (noise >> 33) as usize % strange.len();
                 strange[at] = (noise >> 24) as u8;
             }

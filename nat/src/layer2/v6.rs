@@ -20,7 +20,8 @@ const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 
-/// How long the router may be used unless it is heard of again, in seconds: the longest there is (section 6.2.1).
+/// How long the router may be used unless it is heard of again, in seconds: the longest there is
+/// (section 6.2.1).
 const ROUTER_LIFETIME: u16 = 9000;
 /// How long prefix and DNS server may be: for ever.
 const FOR_EVER: [u8; 4] = [0xff; 4];
@@ -36,7 +37,12 @@ pub(super) fn is_own(options: &Layer2V6, ip: Ipv6Addr) -> bool {
 }
 
 /// Answers what is asked of stations; `None` for everything else.
-pub(super) fn answer(options: &Layer2V6, mtu: u16, from: MacAddress, packet: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn answer(
+    options: &Layer2V6,
+    mtu: u16,
+    from: MacAddress,
+    packet: &[u8],
+) -> Option<Vec<u8>> {
     // What was asked with an extension header in between is not asked (RFC 6980).
     if packet.len() < HEAD || packet[6] != protocol::ICMPV6 || packet[7] != HOP_LIMIT {
         return None;
@@ -52,9 +58,11 @@ pub(super) fn answer(options: &Layer2V6, mtu: u16, from: MacAddress, packet: &[u
             let target = address_at(message, 8).filter(|target| is_own(options, *target))?;
             let station = MacAddress::of_v6(target);
             // Who looks whether an address is free has none yet (section 7.2.4): all are told then.
-            let (to, solicited) = if source.is_unspecified() { (ALL_NODES, 0) } else { (source, 0x40) };
+            let (to, solicited) =
+                if source.is_unspecified() { (ALL_NODES, 0) } else { (source, 0x40) };
             // Router, and more recent than what was known before.
-            let mut answer = vec![NEIGHBOUR_ADVERTISEMENT, 0, 0, 0, 0x80 | 0x20 | solicited, 0, 0, 0];
+            let mut answer =
+                vec![NEIGHBOUR_ADVERTISEMENT, 0, 0, 0, 0x80 | 0x20 | solicited, 0, 0, 0];
             answer.extend(target.octets());
             answer.extend([2, 1]);
             answer.extend(station.0);
@@ -111,7 +119,9 @@ fn packet_of(
     to_station: MacAddress,
     mut message: Vec<u8>,
 ) -> Vec<u8> {
-    let sum = pseudo_header(from.into(), to.into(), protocol::ICMPV6, message.len()).bytes(&message).finish();
+    let sum = pseudo_header(from.into(), to.into(), protocol::ICMPV6, message.len())
+        .bytes(&message)
+        .finish();
     message[2..4].copy_from_slice(&sum.to_be_bytes());
     let mut answer = frame(to_station, station, kind::IPV6);
     answer.extend([0x60, 0, 0, 0]);

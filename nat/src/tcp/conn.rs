@@ -15,8 +15,9 @@ use tidegate_reactor::Key;
 /// How long a timestamp of the guest is held against it (RFC 7323 section 5.5).
 const PAWS_IDLE: Duration = Duration::from_secs(24 * 24 * 3600);
 
-/// How long a busy engine lets a far end wait for the last segment of the handshake, for the guest's first bytes to carry it: most have something
-/// to say at once. It spares a segment, and one of the far end's two wake-ups.
+/// How long a busy engine lets a far end wait for the last segment of the handshake, for the
+/// guest's first bytes to carry it: most have something to say at once. It spares a segment, and
+/// one of the far end's two wake-ups.
 const HELLO_WAITS: Duration = Duration::from_millis(1);
 
 /// What a guest takes at least that does not say: RFC 9293 section 3.7.1.
@@ -49,7 +50,8 @@ pub enum Outcome {
     Reset,
     /// The guest begins a new one under the same five-tuple.
     Replaced,
-    /// It goes on; but the segment was none of its own, and is to be answered as one of no connection.
+    /// It goes on; but the segment was none of its own, and is to be answered as one of no
+    /// connection.
     Stray,
 }
 
@@ -160,7 +162,13 @@ impl Inbound {
 
 impl<S> Connection<S> {
     /// A connection for `syn`, with a socket that is connecting.
-    pub fn new(opening: Opening, syn: &Segment<'_>, stream: S, params: &Params, now: Instant) -> Self {
+    pub fn new(
+        opening: Opening,
+        syn: &Segment<'_>,
+        stream: S,
+        params: &Params,
+        now: Instant,
+    ) -> Self {
         let mut connection = Self::begun(opening, Phase::Dialling, stream, now);
         connection.adopt_syn(syn, params, now);
         connection
@@ -316,7 +324,11 @@ impl<S> Connection<S> {
     }
 
     /// A segment of this connection has arrived.
-    pub fn segment<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> Outcome {
+    pub fn segment<H: Host<Stream = S>>(
+        &mut self,
+        segment: &Segment<'_>,
+        io: &mut Io<'_, H>,
+    ) -> Outcome {
         match self.phase {
             Phase::Dialling => self.while_dialling(segment),
             Phase::Calling => self.while_calling(segment, io),
@@ -330,15 +342,21 @@ impl<S> Connection<S> {
             // Without a SYN-ACK the guest has nothing else to number it with.
             return if segment.sequence == self.rcv_nxt { Outcome::Reset } else { Outcome::Alive };
         }
-        let another = segment.has(flags::SYN) && !segment.has(flags::ACK) && segment.sequence != self.irs;
+        let another =
+            segment.has(flags::SYN) && !segment.has(flags::ACK) && segment.sequence != self.irs;
         if another { Outcome::Replaced } else { Outcome::Alive }
     }
 
     /// RFC 9293 section 3.10.7.3, in its order.
-    fn while_calling<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> Outcome {
+    fn while_calling<H: Host<Stream = S>>(
+        &mut self,
+        segment: &Segment<'_>,
+        io: &mut Io<'_, H>,
+    ) -> Outcome {
         let acknowledges = segment.has(flags::ACK);
         if acknowledges && segment.acknowledgement != self.snd_nxt {
-            // Of an earlier connection of the same five-tuple, which a reset ends if the guest still has it.
+            // Of an earlier connection of the same five-tuple, which a reset ends if the guest
+            // still has it.
             return if segment.has(flags::RST) { Outcome::Alive } else { Outcome::Stray };
         }
         if segment.has(flags::RST) {
@@ -364,7 +382,11 @@ impl<S> Connection<S> {
         Outcome::Alive
     }
 
-    fn while_lingering<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> Outcome {
+    fn while_lingering<H: Host<Stream = S>>(
+        &mut self,
+        segment: &Segment<'_>,
+        io: &mut Io<'_, H>,
+    ) -> Outcome {
         if segment.has(flags::RST) {
             return if segment.sequence == self.rcv_nxt { Outcome::Done } else { Outcome::Alive };
         }
@@ -382,7 +404,11 @@ impl<S> Connection<S> {
         Outcome::Alive
     }
 
-    fn while_open<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> Outcome {
+    fn while_open<H: Host<Stream = S>>(
+        &mut self,
+        segment: &Segment<'_>,
+        io: &mut Io<'_, H>,
+    ) -> Outcome {
         let window = self.rcv_edge.wrapping_sub(self.rcv_nxt);
         if segment.has(flags::RST) {
             // RFC 5961 section 3.2: exactly the next number, or we ask again.
@@ -399,7 +425,8 @@ impl<S> Connection<S> {
         if segment.has(flags::SYN) {
             let again = segment.sequence == self.irs && !self.is_established();
             if again && segment.has(flags::ACK) && segment.acknowledgement == self.snd_nxt {
-                // Both ends have called, and the guest has heard of it: as good as its acknowledgement.
+                // Both ends have called, and the guest has heard of it: as good as its
+                // acknowledgement.
                 self.acknowledge(segment, io);
                 self.need_ack = true;
             } else if again && !segment.has(flags::ACK) {
@@ -414,7 +441,8 @@ impl<S> Connection<S> {
             return Outcome::Alive;
         }
         let end = segment.sequence.wrapping_add(segment.length());
-        // A segment at the closed window's edge: its acknowledgement counts, its payload does not (RFC 9293 section 3.10.7.4).
+        // A segment at the closed window's edge: its acknowledgement counts, its payload does not
+        // (RFC 9293 section 3.10.7.4).
         let acceptable = up_to(segment.sequence, self.rcv_edge)
             && if segment.length() == 0 {
                 up_to(self.rcv_nxt, segment.sequence)
@@ -443,11 +471,16 @@ impl<S> Connection<S> {
     }
 
     /// RFC 7323 sections 3.2 and 5.3: whether the segment's timestamp lets it be looked at.
-    fn check_stamps<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> bool {
+    fn check_stamps<H: Host<Stream = S>>(
+        &mut self,
+        segment: &Segment<'_>,
+        io: &mut Io<'_, H>,
+    ) -> bool {
         let Some(stamps) = self.stamps else { return true };
         let sound = match segment.options {
             Options { timestamps: Some((value, _)), .. } => {
-                !before(value, stamps.recent) || io.now.saturating_duration_since(stamps.since) > PAWS_IDLE
+                !before(value, stamps.recent)
+                    || io.now.saturating_duration_since(stamps.since) > PAWS_IDLE
             }
             Options { timestamps: None, .. } => {
                 io.stats.refuse(DropReason::Window);
@@ -460,8 +493,9 @@ impl<S> Connection<S> {
         sound
     }
 
-    /// Acknowledges a segment that is not taken. Without payload it may itself be such an acknowledgement, and two ends that are
-    /// not at one would go on for ever (the kernel's `tcp_oow_rate_limited`).
+    /// Acknowledges a segment that is not taken. Without payload it may itself be such an
+    /// acknowledgement, and two ends that are not at one would go on for ever (the kernel's
+    /// `tcp_oow_rate_limited`).
     fn say_where<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) {
         if segment.length() == 0 {
             return self.challenge(io);
@@ -470,10 +504,16 @@ impl<S> Connection<S> {
         self.need_ack = true;
     }
 
-    /// Takes note of acknowledgement and window. False if the segment is not to be looked at further.
-    fn acknowledge<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) -> bool {
+    /// Takes note of acknowledgement and window. False if the segment is not to be looked at
+    /// further.
+    fn acknowledge<H: Host<Stream = S>>(
+        &mut self,
+        segment: &Segment<'_>,
+        io: &mut Io<'_, H>,
+    ) -> bool {
         let ack = segment.acknowledgement;
-        // RFC 5961 section 5.2: not of what was never sent, nor older than any window can have been.
+        // RFC 5961 section 5.2: not of what was never sent, nor older than any window can have
+        // been.
         let oldest = self.snd_una.wrapping_sub(1 << 30);
         if before(self.snd_max, ack) || before(ack, oldest) {
             self.challenge(io);

@@ -10,8 +10,8 @@ use crate::wire::tcp::flags;
 use std::io::IoSlice;
 use std::time::Duration;
 
-/// Challenge acknowledgements of one connection come this far apart (RFC 5961 section 7; the kernel's
-/// `tcp_invalid_ratelimit`).
+/// Challenge acknowledgements of one connection come this far apart (RFC 5961 section 7; the
+/// kernel's `tcp_invalid_ratelimit`).
 const CHALLENGE_INTERVAL: Duration = Duration::from_millis(500);
 
 impl<S> Connection<S> {
@@ -61,11 +61,16 @@ impl<S> Connection<S> {
 
     /// What a window would reach to that is all that can be had.
     pub(super) fn possible_edge<H: Host<Stream = S>>(&self, io: &Io<'_, H>) -> u32 {
-        let most = if self.guest_scale.is_some() { io.params.window } else { io.params.window.min(0xffff) };
+        let most = if self.guest_scale.is_some() {
+            io.params.window
+        } else {
+            io.params.window.min(0xffff)
+        };
         let free = if self.pending.is_empty() {
             most
         } else {
-            most.saturating_sub(self.pending.len() as u32).min(io.allowance.try_into().unwrap_or(u32::MAX))
+            most.saturating_sub(self.pending.len() as u32)
+                .min(io.allowance.try_into().unwrap_or(u32::MAX))
         };
         later(self.rcv_edge, self.rcv_nxt.wrapping_add(free))
     }
@@ -86,7 +91,12 @@ impl<S> Connection<S> {
         if self.stamps.is_some() { 12 } else { 0 }
     }
 
-    pub(super) fn head<H: Host<Stream = S>>(&self, sequence: u32, flags: u8, io: &Io<'_, H>) -> TcpHead {
+    pub(super) fn head<H: Host<Stream = S>>(
+        &self,
+        sequence: u32,
+        flags: u8,
+        io: &Io<'_, H>,
+    ) -> TcpHead {
         let clock = io.params.clock(io.now);
         TcpHead {
             source: self.opening.outside,
@@ -97,7 +107,9 @@ impl<S> Connection<S> {
             window: 0,
             mss: None,
             scale: None,
-            timestamps: self.stamps.map(|stamps| (clock.wrapping_add(stamps.offset), stamps.recent)),
+            timestamps: self
+                .stamps
+                .map(|stamps| (clock.wrapping_add(stamps.offset), stamps.recent)),
             segment: self.mss,
         }
     }

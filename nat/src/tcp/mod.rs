@@ -28,12 +28,14 @@
 //! | Open | connected | SYN-ACK until it is acknowledged; then data and acknowledgements |
 //! | Lingering | closed | the acknowledgement of its FIN, should the first have been lost |
 //!
-//! **Out** (guest to host): what comes in order is sent on from the buffer that it was read into. Only what the socket
-//! does not take is kept, in [`Pending`](queue::Pending), and what comes too early in [`OutOfOrder`](queue::OutOfOrder); both are within the window,
-//! which is what they leave of it. One acknowledgement answers all that came in one batch.
+//! **Out** (guest to host): what comes in order is sent on from the buffer that it was read into.
+//! Only what the socket does not take is kept, in [`Pending`](queue::Pending), and what comes too
+//! early in [`OutOfOrder`](queue::OutOfOrder); both are within the window, which is what they leave
+//! of it. One acknowledgement answers all that came in one batch.
 //!
-//! **In** (host to guest): the kernel's receive queue is the send buffer. Bytes are looked at where they lie, written to the guest, and
-//! taken out of the queue when the guest has acknowledged them. To send again is to look again. Numbers:
+//! **In** (host to guest): the kernel's receive queue is the send buffer. Bytes are looked at where
+//! they lie, written to the guest, and taken out of the queue when the guest has acknowledged them.
+//! To send again is to look again. Numbers:
 //!
 //! ```text
 //!      queue_base      snd_una            snd_nxt             snd_max
@@ -42,13 +44,15 @@
 //!           not taken out                      be sent again       socket's queue
 //! ```
 //!
-//! After a timeout, or three duplicate acknowledgements, `snd_nxt` goes back to `snd_una` (go-back-N). There is no congestion between the
-//! engine and its guest, so there is no congestion control; what limits the flow is the guest's window and
-//! [`Params::max_in_flight`]. Neither SACK nor urgent data nor Nagle's algorithm is implemented: the host's
-//! socket has them towards the world.
+//! After a timeout, or three duplicate acknowledgements, `snd_nxt` goes back to `snd_una`
+//! (go-back-N). There is no congestion between the engine and its guest, so there is no congestion
+//! control; what limits the flow is the guest's window and [`Params::max_in_flight`]. Neither SACK
+//! nor urgent data nor Nagle's algorithm is implemented: the host's socket has them towards the
+//! world.
 //!
-//! Everything is told on: a half-close is shut down when all before it is sent, a reset becomes a reset (`SO_LINGER` 0), an error of the
-//! socket becomes a reset. A connection that is cut never looks complete.
+//! Everything is told on: a half-close is shut down when all before it is sent, a reset becomes a
+//! reset (`SO_LINGER` 0), an error of the socket becomes a reset. A connection that is cut never
+//! looks complete.
 
 pub mod conn;
 mod emit;
@@ -106,7 +110,8 @@ impl Params {
         }
     }
 
-    /// Milliseconds since the epoch: the clock of timestamps (RFC 7323 section 5.4 allows 1 ms to 1 s).
+    /// Milliseconds since the epoch: the clock of timestamps (RFC 7323 section 5.4 allows 1 ms to 1
+    /// s).
     fn clock(&self, now: Instant) -> u32 {
         now.saturating_duration_since(self.epoch).as_millis() as u32
     }

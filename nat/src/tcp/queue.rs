@@ -1,4 +1,5 @@
-//! What a connection keeps of what its guest sent: what the socket did not take, and what came too early.
+//! What a connection keeps of what its guest sent: what the socket did not take, and what came too
+//! early.
 
 use std::collections::VecDeque;
 
@@ -66,9 +67,16 @@ impl OutOfOrder {
         self.bytes == 0
     }
 
-    /// Adds what is new of `bytes`, which begin at `sequence`, at or after the next number expected (`base`). Bytes that are
-    /// there already stay as they are. False if not all of it found room: `allowance` bytes, and [`MAX_RANGES`].
-    pub fn insert(&mut self, base: u32, sequence: u32, mut bytes: &[u8], mut allowance: usize) -> bool {
+    /// Adds what is new of `bytes`, which begin at `sequence`, at or after the next number expected
+    /// (`base`). Bytes that are there already stay as they are. False if not all of it found room:
+    /// `allowance` bytes, and [`MAX_RANGES`].
+    pub fn insert(
+        &mut self,
+        base: u32,
+        sequence: u32,
+        mut bytes: &[u8],
+        mut allowance: usize,
+    ) -> bool {
         let distance = |sequence: u32| sequence.wrapping_sub(base) as usize;
         let mut at = distance(sequence);
         let mut index = 0;

@@ -45,7 +45,8 @@ impl<S> Connection<S> {
                 io.stats.refuse(DropReason::Buffers);
             }
             io.allowance = io.allowance.saturating_sub(self.early.len() - kept);
-            // RFC 5681 section 4.2: each segment out of order is acknowledged at once. One that was not cut is several.
+            // RFC 5681 section 4.2: each segment out of order is acknowledged at once. One that was
+            // not cut is several.
             let segments = segment.payload.len().div_ceil(usize::from(self.mss.max(1))).clamp(1, 3);
             for _ in 0..segments {
                 self.send_ack(io);
@@ -59,8 +60,13 @@ impl<S> Connection<S> {
         Ok(())
     }
 
-    /// Sends `bytes` on, or keeps them; they are the next ones in order. False if not all found room.
-    fn accept<H: Host<Stream = S>>(&mut self, bytes: &[u8], io: &mut Io<'_, H>) -> io::Result<bool> {
+    /// Sends `bytes` on, or keeps them; they are the next ones in order. False if not all found
+    /// room.
+    fn accept<H: Host<Stream = S>>(
+        &mut self,
+        bytes: &[u8],
+        io: &mut Io<'_, H>,
+    ) -> io::Result<bool> {
         let mut rest = bytes;
         if let Some(stream) = &mut self.stream {
             while self.writable && self.pending.is_empty() && !rest.is_empty() {
@@ -68,11 +74,14 @@ impl<S> Connection<S> {
                 match io.host.send(stream, rest) {
                     Ok(sent) => {
                         count(io.stats, Inbound::stats_of(self.inbound.as_ref()), 0, sent as u64);
-                        // A short send means that the buffer is full; the kernel will tell when it is not.
+                        // A short send means that the buffer is full; the kernel will tell when it
+                        // is not.
                         self.writable = sent == rest.len();
                         rest = &rest[sent.min(rest.len())..];
                     }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        self.writable = false
+                    }
                     Err(error) => return Err(error),
                 }
             }

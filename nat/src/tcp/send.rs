@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 /// Writes to the guest in one turn, before others have theirs: half a megabyte.
 const WRITES_PER_TURN: usize = 8;
 
-/// How long the acknowledgement of a guest's FIN waits for the far end's: most servers close at once when their client does. Far below any
-/// stack's retransmission timeout (the kernel's is 200 ms at least).
+/// How long the acknowledgement of a guest's FIN waits for the far end's: most servers close at
+/// once when their client does. Far below any stack's retransmission timeout (the kernel's is 200
+/// ms at least).
 const FIN_WAITS: Duration = Duration::from_millis(10);
 
 impl<S> Connection<S> {
@@ -34,14 +35,17 @@ impl<S> Connection<S> {
         (self.finish(io.now), more || looks_again)
     }
 
-    /// Acknowledges, or puts it off, so that an answer or the other end's FIN may carry it. True if only until the next round.
+    /// Acknowledges, or puts it off, so that an answer or the other end's FIN may carry it. True if
+    /// only until the next round.
     ///
-    /// What waits is less than a segment, in order, when nothing else is to be told (RFC 9293 section 3.8.6.3 allows half a second). A guest
-    /// may hold back its next bytes until it hears of the last ones (Nagle's algorithm), but after its FIN there are none.
+    /// What waits is less than a segment, in order, when nothing else is to be told (RFC 9293
+    /// section 3.8.6.3 allows half a second). A guest may hold back its next bytes until it hears
+    /// of the last ones (Nagle's algorithm), but after its FIN there are none.
     fn acknowledge_soon<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> bool {
         let untold = self.rcv_nxt.wrapping_sub(self.acknowledged);
-        let may_wait =
-            (1..u32::from(self.mss)).contains(&untold) && self.fin.is_none() && self.early.is_empty();
+        let may_wait = (1..u32::from(self.mss)).contains(&untold)
+            && self.fin.is_none()
+            && self.early.is_empty();
         let first = self.owed_since.is_none();
         let since = *self.owed_since.get_or_insert(io.now);
         let closing = self.guest_is_done();
@@ -59,7 +63,8 @@ impl<S> Connection<S> {
         self.owed_since.filter(|_| self.guest_is_done()).map(|since| since + FIN_WAITS)
     }
 
-    /// Whether a client that the guest has not accepted yet has gone. One that has only said all that it has to say is waiting.
+    /// Whether a client that the guest has not accepted yet has gone. One that has only said all
+    /// that it has to say is waiting.
     fn client_is_gone<H: Host<Stream = S>>(&self, io: &mut Io<'_, H>) -> bool {
         self.stream.as_ref().is_some_and(|stream| io.host.connect_result(stream).is_err())
     }
@@ -115,7 +120,8 @@ impl<S> Connection<S> {
             } else if self.probe_at.is_none() {
                 self.arm_probe(io.now);
             }
-            // Less than a segment is not worth sending while an acknowledgement is to come (RFC 9293 section 3.8.6.2.1).
+            // Less than a segment is not worth sending while an acknowledgement is to come (RFC
+            // 9293 section 3.8.6.2.1).
             if nothing || room == 0 || !ending && room < mss && in_flight > 0 {
                 return Ok(false);
             }

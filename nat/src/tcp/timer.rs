@@ -1,8 +1,9 @@
 //! A connection's timers: sending again, probing a closed window, giving up.
 //!
-//! The guest is on the same machine, so the first timeout is the kernel's own minimum (`TCP_RTO_MIN`, 200 ms) and not
-//! measured; it doubles with each that nothing comes of (RFC 6298 section 5.5). A guest may be stopped for a while: 12 of them in a row, five minutes, are the
-//! end (RFC 9293 section 3.8.3 wants 100 s at least).
+//! The guest is on the same machine, so the first timeout is the kernel's own minimum
+//! (`TCP_RTO_MIN`, 200 ms) and not measured; it doubles with each that nothing comes of (RFC 6298
+//! section 5.5). A guest may be stopped for a while: 12 of them in a row, five minutes, are the end
+//! (RFC 9293 section 3.8.3 wants 100 s at least).
 
 use super::Io;
 use super::conn::{Connection, Outcome, Phase};

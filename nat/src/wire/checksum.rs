@@ -1,7 +1,7 @@
 //! The Internet checksum (RFC 1071) and the pseudo-headers that TCP, UDP and ICMPv6 include in it.
 //!
-//! Sums are kept in 64 bits of native byte order, which RFC 1071 section 2(B) allows, and folded at the end: eight
-//! bytes for each addition.
+//! Sums are kept in 64 bits of native byte order, which RFC 1071 section 2(B) allows, and folded at
+//! the end: eight bytes for each addition.
 
 use std::net::IpAddr;
 
@@ -15,8 +15,9 @@ impl Sum {
     pub fn bytes(mut self, bytes: &[u8]) -> Self {
         let mut words = bytes.chunks_exact(8);
         for word in &mut words {
-            let word =
-                u64::from_ne_bytes([word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7]]);
+            let word = u64::from_ne_bytes([
+                word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7],
+            ]);
             self = self.add(word);
         }
         let rest = words.remainder();
@@ -36,7 +37,8 @@ impl Sum {
         Self(sum + u64::from(carry))
     }
 
-    /// The sum in 16 bits, not complemented: what a checksum field holds that the kernel is to complete.
+    /// The sum in 16 bits, not complemented: what a checksum field holds that the kernel is to
+    /// complete.
     #[must_use]
     pub fn partial(self) -> u16 {
         let mut sum = (self.0 >> 32) + (self.0 & 0xffff_ffff);
@@ -53,8 +55,8 @@ impl Sum {
     }
 }
 
-/// The sum of the pseudo-header: RFC 9293 section 3.1 for IPv4, RFC 8200 section 8.1 for IPv6. Both addresses are
-/// of one family; `length` is that of the transport's header and payload.
+/// The sum of the pseudo-header: RFC 9293 section 3.1 for IPv4, RFC 8200 section 8.1 for IPv6. Both
+/// addresses are of one family; `length` is that of the transport's header and payload.
 #[must_use]
 pub fn pseudo_header(source: IpAddr, destination: IpAddr, protocol: u8, length: usize) -> Sum {
     let sum = match (source, destination) {
@@ -88,7 +90,10 @@ mod tests {
 
     #[test]
     fn rfc_1071_section_3_example() {
-        assert_eq!(Sum::default().bytes(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]).partial(), 0xddf2);
+        assert_eq!(
+            Sum::default().bytes(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]).partial(),
+            0xddf2
+        );
     }
 
     proptest! {

@@ -87,13 +87,18 @@ impl FromStr for MacAddress {
         let mut address = [0; ADDRESS];
         let mut parts = text.split(':');
         for byte in &mut address {
-            let part = parts.next().filter(|part| (1..=2).contains(&part.len())).ok_or(MacAddressError)?;
+            let part =
+                parts.next().filter(|part| (1..=2).contains(&part.len())).ok_or(MacAddressError)?;
             // `from_str_radix` takes a sign.
             let digits = part.bytes().all(|digit| digit.is_ascii_hexdigit());
             *byte = u8::from_str_radix(part, 16).ok().filter(|_| digits).ok_or(MacAddressError)?;
         }
         let address = Self(address);
-        if parts.next().is_none() && address.is_unicast() { Ok(address) } else { Err(MacAddressError) }
+        if parts.next().is_none() && address.is_unicast() {
+            Ok(address)
+        } else {
+            Err(MacAddressError)
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! The writing of headers: virtio's, IP's and the transport's, in one small buffer in front of a payload that stays where it is.
+//! The writing of headers: virtio's, IP's and the transport's, in one small buffer in front of a
+//! payload that stays where it is.
 
 use super::checksum::{Sum, pseudo_header};
 use super::icmp::Problem;
@@ -66,7 +67,8 @@ impl Head {
                 let extension = if let Cut::Fragment { identification, offset, more } = cut {
                     let mut extension = [0; 8];
                     extension[0] = kind;
-                    extension[2..4].copy_from_slice(&(offset as u16 | u16::from(more)).to_be_bytes());
+                    extension[2..4]
+                        .copy_from_slice(&(offset as u16 | u16::from(more)).to_be_bytes());
                     extension[4..8].copy_from_slice(&identification.to_be_bytes());
                     Some(extension)
                 } else {
@@ -196,7 +198,8 @@ impl TcpHead {
     }
 }
 
-/// Headers for a datagram of `payload` bytes, or a train of them cut at `segment`; the kernel completes the checksum.
+/// Headers for a datagram of `payload` bytes, or a train of them cut at `segment`; the kernel
+/// completes the checksum.
 #[must_use]
 pub fn datagrams(
     source: SocketAddr,
@@ -212,8 +215,11 @@ pub fn datagrams(
     let start = head.length - virtio::LENGTH;
     let sum = pseudo_header(source.ip(), destination.ip(), protocol::UDP, length);
     head.push(&udp_header(source, destination, length, sum.partial()));
-    let (segmentation, segment) =
-        if payload > segment { (Segmentation::Udp, segment as u16) } else { (Segmentation::None, 0) };
+    let (segmentation, segment) = if payload > segment {
+        (Segmentation::Udp, segment as u16)
+    } else {
+        (Segmentation::None, 0)
+    };
     let all = (start + udp::HEADER) as u16;
     head.bytes[..virtio::LENGTH].copy_from_slice(&virtio::offloaded(
         segmentation,
@@ -241,11 +247,16 @@ fn udp_header(
 
 /// The header of a datagram with its checksum complete, for one that travels in fragments.
 #[must_use]
-pub fn whole_udp_header(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> [u8; udp::HEADER] {
+pub fn whole_udp_header(
+    source: SocketAddr,
+    destination: SocketAddr,
+    payload: &[u8],
+) -> [u8; udp::HEADER] {
     let length = udp::HEADER + payload.len();
     let header = udp_header(source, destination, length, 0);
-    let sum =
-        pseudo_header(source.ip(), destination.ip(), protocol::UDP, length).bytes(&header).bytes(payload);
+    let sum = pseudo_header(source.ip(), destination.ip(), protocol::UDP, length)
+        .bytes(&header)
+        .bytes(payload);
     // RFC 768: a sum of zero is sent as all ones.
     let checksum = match sum.finish() {
         0 => 0xffff,
@@ -293,13 +304,14 @@ pub fn complete_icmp(source: IpAddr, destination: IpAddr, message: &mut [u8]) {
     message[2..4].copy_from_slice(&checksum.to_be_bytes());
 }
 
-/// What an error quotes at most, so that the whole stays within what every host takes: 576 bytes of IPv4 (RFC 1812
-/// section 4.3.2.3), 1280 of IPv6 (RFC 4443 section 2.4).
+/// What an error quotes at most, so that the whole stays within what every host takes: 576 bytes of
+/// IPv4 (RFC 1812 section 4.3.2.3), 1280 of IPv6 (RFC 4443 section 2.4).
 const fn quotable(v6: bool) -> usize {
     if v6 { 1280 - 40 - icmp::HEADER } else { 576 - 20 - icmp::HEADER }
 }
 
-/// An ICMP error to `destination` about a packet of its own, quoted in pieces. Returns headers and message.
+/// An ICMP error to `destination` about a packet of its own, quoted in pieces. Returns headers and
+/// message.
 #[must_use]
 pub fn problem(
     source: IpAddr,
@@ -320,15 +332,22 @@ pub fn problem(
     (whole(source, destination, kind, message.len()), message)
 }
 
-/// The headers of a packet that `source` had sent, for an error to quote where the packet itself is gone. `transport` is
-/// the beginning of its transport header.
+/// The headers of a packet that `source` had sent, for an error to quote where the packet itself is
+/// gone. `transport` is the beginning of its transport header.
 #[must_use]
-pub fn recalled(source: IpAddr, destination: IpAddr, kind: u8, transport: &[u8], length: usize) -> Vec<u8> {
+pub fn recalled(
+    source: IpAddr,
+    destination: IpAddr,
+    kind: u8,
+    transport: &[u8],
+    length: usize,
+) -> Vec<u8> {
     let head = whole(source, destination, kind, length);
     [&head.bytes()[virtio::LENGTH..], transport].concat()
 }
 
-/// The first eight bytes of a datagram's header, or of a segment's: ports and length or sequence number.
+/// The first eight bytes of a datagram's header, or of a segment's: ports and length or sequence
+/// number.
 #[must_use]
 pub fn recalled_ports(source: SocketAddr, destination: SocketAddr, rest: u32) -> [u8; 8] {
     let mut bytes = [0; 8];

@@ -27,7 +27,8 @@ pub enum Problem {
 }
 
 impl Problem {
-    /// Type, code and the 32 bits after the checksum: RFC 792, RFC 1191 section 4, RFC 1812 section 5.2.7.1.
+    /// Type, code and the 32 bits after the checksum: RFC 792, RFC 1191 section 4, RFC 1812
+    /// section 5.2.7.1.
     #[must_use]
     pub const fn v4(self) -> (u8, u8, u32) {
         match self {
@@ -41,7 +42,8 @@ impl Problem {
         }
     }
 
-    /// The same of ICMPv6: RFC 4443 section 3. It has no word for a protocol nobody speaks but "parameter problem".
+    /// The same of ICMPv6: RFC 4443 section 3. It has no word for a protocol nobody speaks but
+    /// "parameter problem".
     #[must_use]
     pub const fn v6(self) -> (u8, u8, u32) {
         match self {
@@ -116,11 +118,15 @@ impl<'a> Message<'a> {
             return Err(Malformed::Checksum);
         }
         match (v6, bytes[0], bytes[1]) {
-            (false, 8, 0) | (true, 128, 0) => Ok(Self::EchoRequest { identifier: read_u16(bytes, 4), bytes }),
+            (false, 8, 0) | (true, 128, 0) => {
+                Ok(Self::EchoRequest { identifier: read_u16(bytes, 4), bytes })
+            }
             (v6, kind, code) => {
                 let info = if v6 { read_u32(bytes, 4) } else { u32::from(read_u16(bytes, 6)) };
                 let problem = Problem::of(v6, kind, code, info);
-                Ok(problem.and_then(|problem| quoted(problem, &bytes[HEADER..])).unwrap_or(Self::Other))
+                Ok(problem
+                    .and_then(|problem| quoted(problem, &bytes[HEADER..]))
+                    .unwrap_or(Self::Other))
             }
         }
     }

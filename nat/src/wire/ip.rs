@@ -4,7 +4,8 @@ use super::checksum::Sum;
 use super::{Malformed, read_u16, read_u32};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Extension headers followed in one packet; more than a sender has reason for (RFC 8504 section 5.3).
+/// Extension headers followed in one packet; more than a sender has reason for (RFC 8504
+/// section 5.3).
 const MAX_EXTENSIONS: usize = 8;
 
 /// IPv6 next-header values that are skipped (RFC 8200 section 4).
@@ -95,7 +96,8 @@ impl<'a> Packet<'a> {
         if bytes.len() < 40 {
             return Err(Malformed::Truncated);
         }
-        // A length of 0 would be a jumbogram (RFC 2675), or no payload, which is of no use to anybody either.
+        // A length of 0 would be a jumbogram (RFC 2675), or no payload, which is of no use to
+        // anybody either.
         let total = 40 + usize::from(read_u16(bytes, 4));
         let bytes = bytes.get(..total).ok_or(Malformed::Truncated)?;
         let mut protocol = bytes[6];

@@ -1,8 +1,9 @@
-//! Packets as bytes: views that are validated once and cannot panic afterwards, and the writing of headers.
+//! Packets as bytes: views that are validated once and cannot panic afterwards, and the writing of
+//! headers.
 //!
-//! A view borrows the bytes it was made of. Making one checks every length that its accessors rely on, so a
-//! hostile guest's packet is either refused here, with the reason, or is safe to read everywhere else. No
-//! view interprets policy, and none allocates.
+//! A view borrows the bytes it was made of. Making one checks every length that its accessors rely
+//! on, so a hostile guest's packet is either refused here, with the reason, or is safe to read
+//! everywhere else. No view interprets policy, and none allocates.
 
 pub mod checksum;
 pub mod ethernet;
@@ -48,7 +49,8 @@ pub enum Malformed {
     Fields,
 }
 
-/// Reads the big-endian 16 bits at `at`. The caller has checked the length; beyond it the answer is 0.
+/// Reads the big-endian 16 bits at `at`. The caller has checked the length; beyond it the answer
+/// is 0.
 pub(crate) fn read_u16(bytes: &[u8], at: usize) -> u16 {
     bytes.get(at..at + 2).map_or(0, |two| u16::from_be_bytes([two[0], two[1]]))
 }

@@ -1,4 +1,5 @@
-//! TCP segments (RFC 9293 section 3.1) and the options that matter: MSS, window scale and timestamps (RFC 7323).
+//! TCP segments (RFC 9293 section 3.1) and the options that matter: MSS, window scale and
+//! timestamps (RFC 7323).
 
 use super::checksum::pseudo_header;
 use super::{Malformed, ip, protocol, read_u16, read_u32};
@@ -80,7 +81,8 @@ impl<'a> Segment<'a> {
             options: options(&header[20..]),
             payload: &bytes[header_length..],
         };
-        let contradictory = segment.has(flags::SYN) && (segment.has(flags::FIN) || segment.has(flags::RST));
+        let contradictory =
+            segment.has(flags::SYN) && (segment.has(flags::FIN) || segment.has(flags::RST));
         if segment.source == 0 || segment.destination == 0 || contradictory {
             return Err(Malformed::Fields);
         }
@@ -96,11 +98,14 @@ impl<'a> Segment<'a> {
     /// How many sequence numbers it takes: bytes, SYN and FIN.
     #[must_use]
     pub fn length(&self) -> u32 {
-        self.payload.len() as u32 + u32::from(self.has(flags::SYN)) + u32::from(self.has(flags::FIN))
+        self.payload.len() as u32
+            + u32::from(self.has(flags::SYN))
+            + u32::from(self.has(flags::FIN))
     }
 }
 
-/// Reads options until they end or make no sense any more; what makes none is ignored (RFC 9293 section 3.1, MUST-7).
+/// Reads options until they end or make no sense any more; what makes none is ignored (RFC 9293
+/// section 3.1, MUST-7).
 fn options(mut bytes: &[u8]) -> Options {
     // Two NOPs and the timestamps, the form in which every segment of a connection has them.
     if let [1, 1, 8, 10, stamps @ ..] = bytes

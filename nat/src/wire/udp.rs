@@ -18,8 +18,8 @@ pub struct Datagram<'a> {
 }
 
 impl<'a> Datagram<'a> {
-    /// Checks the payload of `packet`; its checksum too, if `verify`. With `train` it is several datagrams behind
-    /// one header, whose length field is then of no meaning to us.
+    /// Checks the payload of `packet`; its checksum too, if `verify`. With `train` it is several
+    /// datagrams behind one header, whose length field is then of no meaning to us.
     ///
     /// # Errors
     /// Why it is no datagram.
@@ -36,10 +36,17 @@ impl<'a> Datagram<'a> {
         if verify {
             verify_checksum(packet, bytes)?;
         }
-        let datagram =
-            Self { source: read_u16(bytes, 0), destination: read_u16(bytes, 2), payload: &bytes[HEADER..] };
+        let datagram = Self {
+            source: read_u16(bytes, 0),
+            destination: read_u16(bytes, 2),
+            payload: &bytes[HEADER..],
+        };
         // Port 0 is reserved, and no answer could be sent there.
-        if datagram.source == 0 || datagram.destination == 0 { Err(Malformed::Fields) } else { Ok(datagram) }
+        if datagram.source == 0 || datagram.destination == 0 {
+            Err(Malformed::Fields)
+        } else {
+            Ok(datagram)
+        }
     }
 }
 
@@ -49,6 +56,7 @@ fn verify_checksum(packet: &ip::Packet<'_>, bytes: &[u8]) -> Result<(), Malforme
         // RFC 8200 section 8.1: over IPv6 a datagram must have one.
         return if packet.source.is_ipv4() { Ok(()) } else { Err(Malformed::Checksum) };
     }
-    let sum = pseudo_header(packet.source, packet.destination, protocol::UDP, bytes.len()).bytes(bytes);
+    let sum =
+        pseudo_header(packet.source, packet.destination, protocol::UDP, bytes.len()).bytes(bytes);
     if sum.finish() == 0 { Ok(()) } else { Err(Malformed::Checksum) }
 }

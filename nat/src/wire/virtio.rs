@@ -1,5 +1,5 @@
-//! The header in front of each packet of a TUN device with `IFF_VNET_HDR` (include/uapi/linux/virtio_net.h):
-//! what is left to do of checksum and segmentation.
+//! The header in front of each packet of a TUN device with `IFF_VNET_HDR`
+//! (include/uapi/linux/virtio_net.h): what is left to do of checksum and segmentation.
 
 /// Bytes of the header (`TUNSETVNETHDRSZ`).
 pub const LENGTH: usize = 10;
@@ -22,14 +22,16 @@ pub enum Segmentation {
     TcpV6,
     /// UDP, each piece a datagram (`VIRTIO_NET_HDR_GSO_UDP_L4`).
     Udp,
-    /// UDP, one datagram in fragments (`VIRTIO_NET_HDR_GSO_UDP`): not cut, as far as it concerns us.
+    /// UDP, one datagram in fragments (`VIRTIO_NET_HDR_GSO_UDP`): not cut, as far as it concerns
+    /// us.
     Fragments,
 }
 
 /// The header's fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioHeader {
-    /// Whether the transport's checksum is complete (and not vouched for): it is to be verified then.
+    /// Whether the transport's checksum is complete (and not vouched for): it is to be verified
+    /// then.
     pub verify: bool,
     /// How the payload is cut.
     pub segmentation: Segmentation,
@@ -38,7 +40,8 @@ pub struct VirtioHeader {
 }
 
 impl VirtioHeader {
-    /// Reads the header off the front of `frame`; `None` if it is too short or of a type that was not offered.
+    /// Reads the header off the front of `frame`; `None` if it is too short or of a type that was
+    /// not offered.
     #[must_use]
     pub fn parse(frame: &[u8]) -> Option<(Self, &[u8])> {
         let (header, packet) = frame.split_first_chunk::<LENGTH>()?;
@@ -69,8 +72,9 @@ pub(crate) fn shifted(header: [u8; LENGTH], shift: u16) -> [u8; LENGTH] {
     header
 }
 
-/// Writes a header for a packet whose checksum the kernel completes: `start` is where the transport's header
-/// begins, `offset` where in it the checksum is, `head` the length of all headers.
+/// Writes a header for a packet whose checksum the kernel completes: `start` is where the
+/// transport's header begins, `offset` where in it the checksum is, `head` the length of all
+/// headers.
 #[must_use]
 pub fn offloaded(
     segmentation: Segmentation,

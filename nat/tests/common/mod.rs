@@ -48,7 +48,10 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        let policy = Policy { gateways: GATEWAY.map(|ip| ip.parse().unwrap()).to_vec(), ..Policy::default() };
+        let policy = Policy {
+            gateways: GATEWAY.map(|ip| ip.parse().unwrap()).to_vec(),
+            ..Policy::default()
+        };
         Self { mtu: 1500, queue_length: 4096, capabilities: Capabilities::ALL, policy, ports: None }
     }
 }
@@ -133,8 +136,10 @@ impl Net {
         let mut text = counted.collect::<Vec<_>>().join("\n");
         for namespace in [&self.container, &self.host, &self.server] {
             text += "\n";
-            text += &namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
-            text += &namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp6").unwrap());
+            text +=
+                &namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
+            text +=
+                &namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp6").unwrap());
             text += &namespace.ip(&["-s", "link"]);
         }
         text
@@ -150,7 +155,8 @@ pub fn at(ip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port)
 }
 
-/// Sends a train and receives its datagrams; false if some are missing. Those that come are whole and in order.
+/// Sends a train and receives its datagrams; false if some are missing. Those that come are whole
+/// and in order.
 pub fn train_passes(from: &UdpSocket, to: &UdpSocket, train: u8) -> bool {
     let mut bytes = Vec::new();
     for index in 0..30u8 {
@@ -175,7 +181,8 @@ pub fn train_passes(from: &UdpSocket, to: &UdpSocket, train: u8) -> bool {
     }
 }
 
-/// Sixteen clients in `from` connect to the echo server at `to`, fifty times each one after the other.
+/// Sixteen clients in `from` connect to the echo server at `to`, fifty times each one after the
+/// other.
 pub fn ask_all_at_once(from: &Namespace, to: SocketAddr) {
     thread::scope(|scope| {
         for _ in 0..16 {

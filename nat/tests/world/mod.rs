@@ -1,4 +1,5 @@
-//! A world in memory for the engine: sockets that are queues, and a device that is a list of frames.
+//! A world in memory for the engine: sockets that are queues, and a device that is a list of
+//! frames.
 
 #![allow(dead_code, unreachable_pub)]
 
@@ -18,7 +19,9 @@ use tidegate_nat::wire::ip::Packet;
 use tidegate_nat::wire::protocol;
 use tidegate_nat::wire::tcp::{Segment, flags};
 use tidegate_nat::wire::virtio::VirtioHeader;
-use tidegate_nat::{DropReason, Forward, ForwardId, ForwardSource, ForwardStats, Guard, Settings, Stats};
+use tidegate_nat::{
+    DropReason, Forward, ForwardId, ForwardSource, ForwardStats, Guard, Settings, Stats,
+};
 use tidegate_reactor::{Key, StreamIngress};
 
 pub const GATEWAY: &str = "10.0.2.2";
@@ -172,7 +175,13 @@ impl Host for World {
         self.open += 1;
         let answer = self.answer_at_once;
         let (room, quiet) = (self.room, self.crowded);
-        self.streams.push(FakeStream { to: Some(to), answer, room, quiet, ..FakeStream::default() });
+        self.streams.push(FakeStream {
+            to: Some(to),
+            answer,
+            room,
+            quiet,
+            ..FakeStream::default()
+        });
         Ok(Handle(self.streams.len() - 1, Arc::clone(&self.closed_streams)))
     }
 
@@ -232,7 +241,10 @@ impl Host for World {
     fn connect_result(&mut self, stream: &Handle) -> io::Result<()> {
         let stream = &self.streams[stream.0];
         let reset = stream.broken.then_some(Err(104));
-        reset.or(stream.answer).expect("only who is ready is asked").map_err(io::Error::from_raw_os_error)
+        reset
+            .or(stream.answer)
+            .expect("only who is ready is asked")
+            .map_err(io::Error::from_raw_os_error)
     }
 
     fn send(&mut self, stream: &mut Handle, bytes: &[u8]) -> io::Result<usize> {
@@ -288,7 +300,11 @@ impl Host for World {
             return Err(io::Error::from_raw_os_error(24));
         }
         self.open += 1;
-        self.datagrams.push(FakeDatagrams { to: Some(to), kind: Some(kind), ..FakeDatagrams::default() });
+        self.datagrams.push(FakeDatagrams {
+            to: Some(to),
+            kind: Some(kind),
+            ..FakeDatagrams::default()
+        });
         Ok(Handle(self.datagrams.len() - 1, Arc::clone(&self.closed_datagrams)))
     }
 
@@ -426,7 +442,10 @@ impl Bench {
 
     pub fn far_end_answers(&mut self, index: usize, answer: Result<(), i32>) {
         self.world().streams[index].answer = Some(answer);
-        self.stream_ready(index, Ready { writable: true, error: answer.is_err(), ..Ready::default() });
+        self.stream_ready(
+            index,
+            Ready { writable: true, error: answer.is_err(), ..Ready::default() },
+        );
     }
 
     pub fn datagrams_ready(&mut self, index: usize, ready: Ready) {

@@ -1,7 +1,8 @@
 //! The qdisc `clsact` and its classifier `cls_bpf` (net/sched/cls_bpf.c), over rtnetlink.
 //!
-//! A classifier takes a loaded program by its descriptor, or a program of *classic* BPF by its instructions. The
-//! latter needs no CAP_BPF: CAP_NET_ADMIN over the network namespace will do, so it serves in a user namespace too.
+//! A classifier takes a loaded program by its descriptor, or a program of *classic* BPF by its
+//! instructions. The latter needs no CAP_BPF: CAP_NET_ADMIN over the network namespace will do, so
+//! it serves in a user namespace too.
 
 use super::Direction;
 use crate::socket::NetfilterSocket;
@@ -83,11 +84,12 @@ impl Clsact {
         NetfilterSocket::speaking(NETLINK_ROUTE).map(Self)
     }
 
-    /// Attaches `code` under `name` to the link numbered `index`, in the place of what we have there.
+    /// Attaches `code` under `name` to the link numbered `index`, in the place of what we have
+    /// there.
     ///
     /// # Errors
-    /// `ENODEV` without such a link; `EPERM` without CAP_NET_ADMIN; `ENOENT` or `EOPNOTSUPP` where the kernel has no
-    /// `clsact` or no `cls_bpf`.
+    /// `ENODEV` without such a link; `EPERM` without CAP_NET_ADMIN; `ENOENT` or `EOPNOTSUPP` where
+    /// the kernel has no `clsact` or no `cls_bpf`.
     pub(crate) fn attach(
         &mut self,
         index: u32,
@@ -113,7 +115,8 @@ impl Clsact {
                 .bytes(option::COUNT, &(instructions.len() as u16).to_ne_bytes())
                 .bytes(option::INSTRUCTIONS, &bytes_of(instructions)),
         };
-        let options = options.text(option::NAME, name).bytes(option::FLAGS, &option::DIRECT.to_ne_bytes());
+        let options =
+            options.text(option::NAME, name).bytes(option::FLAGS, &option::DIRECT.to_ne_bytes());
         self.0.order(&TrafficControl {
             kind: NEW_FILTER,
             flags: CREATE | REPLACE,
@@ -143,7 +146,8 @@ impl Clsact {
             let options = attribute(attributes, OPTIONS).unwrap_or_default();
             // The kernel keeps names of loaded programs alone (`cls_bpf_prog_from_efd`).
             let named = attribute(options, option::NAME).map(text).as_deref() == Some(name);
-            let id = attribute(options, option::ID).filter(|_| named).and_then(|id| id.try_into().ok());
+            let id =
+                attribute(options, option::ID).filter(|_| named).and_then(|id| id.try_into().ok());
             let classic = attribute(options, option::INSTRUCTIONS);
             found = id
                 .map(|id| Attached::Program(u32::from_ne_bytes(id)))
@@ -169,7 +173,8 @@ pub(crate) fn bytes_of(instructions: &[Classic]) -> Vec<u8> {
     instructions.iter().flat_map(bytes).collect()
 }
 
-/// A message about qdiscs and classifiers. Its head is `struct tcmsg`: family, link, handle, parent, info.
+/// A message about qdiscs and classifiers. Its head is `struct tcmsg`: family, link, handle,
+/// parent, info.
 struct TrafficControl {
     kind: u16,
     flags: u16,
@@ -194,8 +199,8 @@ fn parent(direction: Direction) -> u32 {
     }
 }
 
-/// The head of a message about our classifier: preference in the upper half of the last field, `ETH_P_ALL` in network
-/// order in the lower one.
+/// The head of a message about our classifier: preference in the upper half of the last field,
+/// `ETH_P_ALL` in network order in the lower one.
 fn filter(index: u32, direction: Direction) -> [u32; 5] {
     const ALL: u16 = 3;
     [0, index, NUMBER, parent(direction), PREFERENCE << 16 | u32::from(ALL.to_be())]

@@ -1,11 +1,12 @@
 //! BPF programs at the ingress and egress of links: loading, attaching, counters.
 //!
-//! Two attachment points serve the same programs. tcx (Linux 6.6, `kernel/bpf/tcx.c`) takes them through bpf(2);
-//! before that, a clsact qdisc with the classifier `cls_bpf` takes them through rtnetlink ([`clsact`]). Either way a
-//! program outlasts the process that attached it and goes with its link.
+//! Two attachment points serve the same programs. tcx (Linux 6.6, `kernel/bpf/tcx.c`) takes them
+//! through bpf(2); before that, a clsact qdisc with the classifier `cls_bpf` takes them through
+//! rtnetlink ([`clsact`]). Either way a program outlasts the process that attached it and goes with
+//! its link.
 //!
-//! The programs are a few hundred instructions at most and are assembled here, so what a loader such as aya brings
-//! (ELF objects, relocations, pinning) has no use.
+//! The programs are a few hundred instructions at most and are assembled here, so what a loader
+//! such as aya brings (ELF objects, relocations, pinning) has no use.
 
 pub(crate) mod clsact;
 
@@ -34,7 +35,8 @@ mod command {
 const CLASSIFIER: u32 = 3;
 /// `BPF_MAP_TYPE_ARRAY`.
 const ARRAY: u32 = 2;
-/// `BPF_F_BEFORE`: ahead of the programs that are there, so that none of them accepts a packet first.
+/// `BPF_F_BEFORE`: ahead of the programs that are there, so that none of them accepts a packet
+/// first.
 const BEFORE: u32 = 1 << 3;
 /// The most programs at one hook (`BPF_MPROG_MAX`).
 const PROGRAMS: usize = 64;
@@ -77,7 +79,8 @@ impl Program {
     /// Loads `instructions` under `name` (at most 15 bytes, for bpftool-prog(8)).
     ///
     /// # Errors
-    /// `EPERM` without CAP_BPF and CAP_NET_ADMIN in the initial user namespace; `EINVAL` where the kernel is too old.
+    /// `EPERM` without CAP_BPF and CAP_NET_ADMIN in the initial user namespace; `EINVAL` where the
+    /// kernel is too old.
     pub(crate) fn load(name: &str, instructions: &[Instruction]) -> io::Result<Self> {
         let license = c"Apache-2.0";
         let mut attributes = Load {
@@ -88,14 +91,15 @@ impl Program {
             ..Load::default()
         };
         attributes.name[..name.len()].copy_from_slice(name.as_bytes());
-        // SAFETY: `Load` is the head of `union bpf_attr` for this command; what it points to outlives the call.
+        // SAFETY: `Load` is the head of `union bpf_attr` for this command; what it points to
+        // outlives the call.
         let descriptor = unsafe { open(command::LOAD, &mut attributes) }?;
         let Loaded { id, tag, .. } = info(&descriptor)?;
         Ok(Self { descriptor, id, tag })
     }
 
-    /// Attaches it through tcx to the link numbered `index` of the calling thread's namespace, ahead of other programs.
-    /// If it is attached there already, nothing changes.
+    /// Attaches it through tcx to the link numbered `index` of the calling thread's namespace,
+    /// ahead of other programs. If it is attached there already, nothing changes.
     ///
     /// # Errors
     /// `ENODEV` without such a link; `EINVAL` before Linux 6.6.
@@ -128,13 +132,15 @@ impl Program {
             repeat: times,
             ..TestRun::default()
         };
-        // SAFETY: `TestRun` is the head of `union bpf_attr` for this command, and `frame` outlives the call.
+        // SAFETY: `TestRun` is the head of `union bpf_attr` for this command, and `frame` outlives
+        // the call.
         unsafe { bpf(command::TEST_RUN, &mut attributes) }?;
         Ok((attributes.verdict.cast_signed(), Duration::from_nanos(attributes.duration.into())))
     }
 }
 
-/// The ids of the programs that tcx has at the link numbered `index` of the calling thread's namespace, first to last.
+/// The ids of the programs that tcx has at the link numbered `index` of the calling thread's
+/// namespace, first to last.
 ///
 /// # Errors
 /// `ENODEV` without such a link; `EINVAL` before Linux 6.6.
@@ -147,12 +153,14 @@ pub(crate) fn tcx_programs(index: u32, direction: Direction) -> io::Result<Vec<u
         count: PROGRAMS as u32,
         ..Query::default()
     };
-    // SAFETY: `Query` is the head of `union bpf_attr` for this command, and `ids` has room for `count`.
+    // SAFETY: `Query` is the head of `union bpf_attr` for this command, and `ids` has room for
+    // `count`.
     unsafe { bpf(command::QUERY, &mut attributes) }?;
     Ok(ids.into_iter().take(attributes.count as usize).collect())
 }
 
-/// A program for one hook of links: through tcx where the kernel has it, else through the qdisc `clsact`.
+/// A program for one hook of links: through tcx where the kernel has it, else through the qdisc
+/// `clsact`.
 #[derive(Debug)]
 pub(crate) struct LinkProgram {
     program: Program,
@@ -177,8 +185,8 @@ impl LinkProgram {
         Ok(Self { program, direction, name, tcx })
     }
 
-    /// Whether a program with the same instructions is attached to the link numbered `index` of the calling thread's
-    /// namespace.
+    /// Whether a program with the same instructions is attached to the link numbered `index` of the
+    /// calling thread's namespace.
     ///
     /// # Errors
     /// `ENODEV` without such a link.
@@ -195,8 +203,8 @@ impl LinkProgram {
         Ok(ids.into_iter().any(|id| tag_of(id).is_ok_and(|tag| tag == self.program.tag)))
     }
 
-    /// Attaches it to the link numbered `index` of the calling thread's namespace, ahead of what is there. If it is
-    /// attached there already, nothing changes.
+    /// Attaches it to the link numbered `index` of the calling thread's namespace, ahead of what is
+    /// there. If it is attached there already, nothing changes.
     ///
     /// # Errors
     /// `ENODEV` without such a link.
@@ -209,7 +217,8 @@ impl LinkProgram {
     }
 }
 
-/// Detaches the program with that id from the link numbered `index` of the calling thread's namespace.
+/// Detaches the program with that id from the link numbered `index` of the calling thread's
+/// namespace.
 ///
 /// # Errors
 /// `ENODEV` without such a link, `ENOENT` without such a program.
@@ -265,7 +274,8 @@ impl Counters {
             value: (&raw mut value) as u64,
             flags: 0,
         };
-        // SAFETY: `Lookup` is the head of `union bpf_attr` for this command; key and value have the map's sizes.
+        // SAFETY: `Lookup` is the head of `union bpf_attr` for this command; key and value have the
+        // map's sizes.
         unsafe { bpf(command::MAP_LOOKUP, &mut attributes) }?;
         Ok(value)
     }
@@ -282,7 +292,8 @@ impl Counters {
             value: (&raw const value) as u64,
             flags: 0,
         };
-        // SAFETY: `Lookup` is the head of `union bpf_attr` for this command too; key and value have the map's sizes.
+        // SAFETY: `Lookup` is the head of `union bpf_attr` for this command too; key and value have
+        // the map's sizes.
         unsafe { bpf(command::MAP_UPDATE, &mut attributes) }.map(drop)
     }
 
@@ -299,7 +310,8 @@ fn info(program: &OwnedFd) -> io::Result<Loaded> {
         length: size_of::<Loaded>() as u32,
         info: (&raw mut loaded) as u64,
     };
-    // SAFETY: `Info` is the head of `union bpf_attr` for this command, and `loaded` is as long as it says.
+    // SAFETY: `Info` is the head of `union bpf_attr` for this command, and `loaded` is as long as
+    // it says.
     unsafe { bpf(command::INFO, &mut attributes) }?;
     Ok(loaded)
 }
@@ -317,7 +329,13 @@ pub(crate) struct Instruction {
 
 impl Instruction {
     /// From its fields: `BPF_CLASS | BPF_OP | BPF_SRC`, destination, source, offset, immediate.
-    pub(crate) const fn new(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Self {
+    pub(crate) const fn new(
+        code: u8,
+        destination: u8,
+        source: u8,
+        offset: i16,
+        immediate: i32,
+    ) -> Self {
         Self { code, registers: source << 4 | destination, offset, immediate }
     }
 
@@ -345,8 +363,8 @@ pub(crate) mod field {
     pub(crate) const INGRESS_INTERFACE: i16 = 36;
 }
 
-/// Verdicts of tcx and of `cls_bpf` in direct-action mode: the next program decides (`TCX_NEXT`, `TC_ACT_UNSPEC`), or
-/// the packet is dropped (`TCX_DROP`, `TC_ACT_SHOT`).
+/// Verdicts of tcx and of `cls_bpf` in direct-action mode: the next program decides (`TCX_NEXT`,
+/// `TC_ACT_UNSPEC`), or the packet is dropped (`TCX_DROP`, `TC_ACT_SHOT`).
 pub(crate) mod verdict {
     pub(crate) const NEXT: i32 = -1;
     pub(crate) const DROP: i32 = 2;
@@ -355,11 +373,17 @@ pub(crate) mod verdict {
 /// Calls the kernel. Returns its result.
 ///
 /// # Safety
-/// `attributes` is laid out as `union bpf_attr` for `command`, and what it points to as the kernel reads and writes it.
+/// `attributes` is laid out as `union bpf_attr` for `command`, and what it points to as the kernel
+/// reads and writes it.
 unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
     // SAFETY: the caller's promise.
     let result = unsafe {
-        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>() as libc::c_long)
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attributes),
+            size_of::<T>() as libc::c_long,
+        )
     };
     match i32::try_from(result) {
         Ok(result) if result >= 0 => Ok(result),

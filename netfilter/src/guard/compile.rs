@@ -1,11 +1,12 @@
 //! Rules as programs: eBPF and classic BPF, from one sequence of steps. Pure.
 //!
-//! The steps are those that classic BPF has: loads from an offset of the frame, comparisons with a constant, forward
-//! jumps. Where a load is beyond the end of the frame, classic BPF ends with 0, which would be "accept"; so the length is
-//! compared first.
+//! The steps are those that classic BPF has: loads from an offset of the frame, comparisons with a
+//! constant, forward jumps. Where a load is beyond the end of the frame, classic BPF ends with 0,
+//! which would be "accept"; so the length is compared first.
 //!
-//! eBPF has the same loads (`BPF_LD | BPF_ABS`), but each is a function call there (`bpf_gen_ld_abs`). So it reads the
-//! packet directly, and has the kernel make as much of it linear as rules look at (`bpf_skb_pull_data`), if it is not.
+//! eBPF has the same loads (`BPF_LD | BPF_ABS`), but each is a function call there
+//! (`bpf_gen_ld_abs`). So it reads the packet directly, and has the kernel make as much of it
+//! linear as rules look at (`bpf_skb_pull_data`), if it is not.
 
 use super::rules::{OTHERWISE, Rule, SpoofReason, Test, Verdict};
 use crate::bpf::clsact::Classic;
@@ -68,7 +69,8 @@ enum Step {
     Load(Width, u16),
     /// The accumulator is not 0 if the frame had a VLAN tag.
     Tagged,
-    /// Jumps if the accumulator equals the constant, or differs from it. The width is that of the load.
+    /// Jumps if the accumulator equals the constant, or differs from it. The width is that of the
+    /// load.
     IfEqual(Width, u32, Label),
     IfDifferent(Width, u32, Label),
     /// Jumps if the frame has fewer bytes.
@@ -81,7 +83,8 @@ enum Step {
     End(Verdict),
 }
 
-/// The steps of `rules`, which end with `otherwise` where no rule matches. `labels` counts the labels in use.
+/// The steps of `rules`, which end with `otherwise` where no rule matches. `labels` counts the
+/// labels in use.
 fn steps(rules: &[Rule], otherwise: Verdict, labels: &mut Label) -> Vec<Step> {
     let mut steps = Vec::new();
     // The beginning of each rule, and what follows the last.
@@ -91,7 +94,8 @@ fn steps(rules: &[Rule], otherwise: Verdict, labels: &mut Label) -> Vec<Step> {
         let next = begin + number + 1;
         steps.push(Step::Here(begin + number));
         // Rules that begin with the same test fail together.
-        let others = rules[number + 1..].iter().position(|other| other.tests.first() != rule.tests.first());
+        let others =
+            rules[number + 1..].iter().position(|other| other.tests.first() != rule.tests.first());
         let others = begin + others.map_or(rules.len(), |distance| number + 1 + distance);
         let mut known = ETHERNET;
         for (place, test) in rule.tests.iter().enumerate() {
@@ -149,7 +153,14 @@ fn policed_steps(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Step> {
 }
 
 /// Goes on if the bytes from `at` are `value`, or with `not` if they are not; else jumps to `miss`.
-fn compare(at: u16, value: &[u8], not: bool, miss: Label, labels: &mut Label, steps: &mut Vec<Step>) {
+fn compare(
+    at: u16,
+    value: &[u8],
+    not: bool,
+    miss: Label,
+    labels: &mut Label,
+    steps: &mut Vec<Step>,
+) {
     let differs = *labels;
     let mut rest = value;
     let mut at = at;
@@ -163,7 +174,8 @@ fn compare(at: u16, value: &[u8], not: bool, miss: Label, labels: &mut Label, st
         let constant = now.iter().fold(0, |all, byte| all << 8 | u32::from(*byte));
         let load = Step::Load(width, at);
         // A comparison leaves in the accumulator what it found there.
-        if !matches!(steps[..], [.., before, Step::IfEqual(..) | Step::IfDifferent(..)] if before == load) {
+        if !matches!(steps[..], [.., before, Step::IfEqual(..) | Step::IfDifferent(..)] if before == load)
+        {
             steps.push(load);
         }
         steps.push(match (not, later.is_empty()) {
@@ -174,14 +186,15 @@ fn compare(at: u16, value: &[u8], not: bool, miss: Label, labels: &mut Label, st
         at += width.bytes() as u16;
         rest = later;
     }
-    if steps.iter().any(|step| matches!(step, Step::IfDifferent(_, _, label) if *label == differs)) {
+    if steps.iter().any(|step| matches!(step, Step::IfDifferent(_, _, label) if *label == differs))
+    {
         steps.push(Step::Here(differs));
         *labels += 1;
     }
 }
 
-/// Registers of eBPF: results, arguments of calls, what survives calls (the context, the beginning and the end of the
-/// frame), the stack.
+/// Registers of eBPF: results, arguments of calls, what survives calls (the context, the beginning
+/// and the end of the frame), the stack.
 mod register {
     pub(super) const RESULT: u8 = 0;
     pub(super) const FIRST: u8 = 1;
@@ -199,11 +212,12 @@ mod register {
 /// Jumps whose distance is not known yet: which instruction, to which label.
 type Pending = Vec<(usize, Label)>;
 
-/// The program of eBPF. Drops are counted by reason in `counters`, the descriptor of an array of them.
+/// The program of eBPF. Drops are counted by reason in `counters`, the descriptor of an array of
+/// them.
 ///
-/// What the rules accept and a `policed` test matches is dropped beyond a rate, which the array holds too ([`INTERVAL`]).
-/// The policer is GCRA (ITU-T I.371, annex A): [`DUE`] is when the next frame is due, and it may come [`BURST`] intervals
-/// early.
+/// What the rules accept and a `policed` test matches is dropped beyond a rate, which the array
+/// holds too ([`INTERVAL`]). The policer is GCRA (ITU-T I.371, annex A): [`DUE`] is when the next
+/// frame is due, and it may come [`BURST`] intervals early.
 pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> Vec<Instruction> {
     use register::{BEGIN, CONTEXT, END, FIRST, RESULT, SECOND, STACK};
     let of = Instruction::new;
@@ -264,7 +278,9 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
             of(operation | 0x06, RESULT, 0, 0, width.as_loaded(constant).cast_signed())
         };
         match step {
-            Step::Load(width, at) => code.push(of(width.extended_load(), RESULT, BEGIN, at.cast_signed(), 0)),
+            Step::Load(width, at) => {
+                code.push(of(width.extended_load(), RESULT, BEGIN, at.cast_signed(), 0))
+            }
             // BPF_ALU | BPF_AND | BPF_K
             Step::And(bits) => code.push(of(0x54, RESULT, 0, 0, bits.into())),
             Step::Tagged => code.push(read(RESULT, field::VLAN_PRESENT)),
@@ -289,8 +305,9 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
             }
         }
     }
-    // The place in the array numbered FIRST: on the stack (BPF_STX | BPF_MEM | BPF_W), BPF_LD | BPF_IMM | BPF_DW with
-    // BPF_PSEUDO_MAP_FD, which is two instructions long, and bpf_map_lookup_elem.
+    // The place in the array numbered FIRST: on the stack (BPF_STX | BPF_MEM | BPF_W), BPF_LD |
+    // BPF_IMM | BPF_DW with BPF_PSEUDO_MAP_FD, which is two instructions long, and
+    // bpf_map_lookup_elem.
     let find = [
         of(0x63, STACK, FIRST, -4, 0),
         copy(SECOND, STACK),
@@ -321,7 +338,8 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
         to_accept(is_zero(RESULT, 0), &mut code);
         code.extend([
             load(FIRST, RESULT),
-            // The earliest that counts: now less the burst. BPF_ALU64 | BPF_MUL | BPF_K, BPF_ALU64 | BPF_SUB | BPF_X
+            // The earliest that counts: now less the burst. BPF_ALU64 | BPF_MUL | BPF_K,
+            // BPF_ALU64 | BPF_SUB | BPF_X
             copy(SECOND, EVERY),
             of(0x27, SECOND, 0, 0, BURST),
             copy(register::THIRD, NOW),
@@ -366,7 +384,8 @@ pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
     let mut pending = Pending::new();
     let mut places = std::collections::BTreeMap::new();
     for step in steps(rules, OTHERWISE, &mut 0) {
-        // Distances of conditional jumps are 8 bits wide, so each skips an unconditional one, or does not.
+        // Distances of conditional jumps are 8 bits wide, so each skips an unconditional one, or
+        // does not.
         let mut jump = |operation, jumps, constant, label, code: &mut Vec<Classic>| {
             code.push(of(operation, jumps, constant));
             pending.push((code.len(), label));

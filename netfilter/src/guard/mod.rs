@@ -1,8 +1,9 @@
 //! Port guards: what an endpoint sends must come from its own addresses.
 //!
-//! A guard is attached to the host's end of an endpoint's veth pair, at ingress, before the link becomes a port of a
-//! bridge. It sees each frame before the bridge and before any firewall, and drops what carries a source that is not the
-//! endpoint's ([`rules`]). So behind it a source address means an endpoint.
+//! A guard is attached to the host's end of an endpoint's veth pair, at ingress, before the link
+//! becomes a port of a bridge. It sees each frame before the bridge and before any firewall, and
+//! drops what carries a source that is not the endpoint's ([`rules`]). So behind it a source
+//! address means an endpoint.
 //!
 //! | mechanism | where | counts drops by reason | needs |
 //! |---|---|---|---|
@@ -11,8 +12,8 @@
 //! | [`Nftables`](Mechanism::Nftables) | chain of the family `netdev` | yes | CAP_NET_ADMIN over the namespace |
 //! | [`Classic`](Mechanism::Classic) | classic BPF in the qdisc `clsact` | no | CAP_NET_ADMIN over the namespace |
 //!
-//! A guard can also police what may begin TCP connections ([`PortGuards::police`]): a flood then ends at the port of the
-//! endpoint that sends it. Classic BPF has no state and cannot.
+//! A guard can also police what may begin TCP connections ([`PortGuards::police`]): a flood then
+//! ends at the port of the endpoint that sends it. Classic BPF has no state and cannot.
 
 mod compile;
 mod nftables;
@@ -122,21 +123,24 @@ impl Installed {
     fn set_policer(&self) -> io::Result<()> {
         let interval = self.rate.map_or(0, |rate| 1_000_000_000 / u64::from(rate.get()));
         match &self.counters {
-            Some(counters) => {
-                counters.write(compile::DUE, 0).and_then(|()| counters.write(compile::INTERVAL, interval))
-            }
+            Some(counters) => counters
+                .write(compile::DUE, 0)
+                .and_then(|()| counters.write(compile::INTERVAL, interval)),
             None => Ok(()),
         }
     }
 }
 
 impl PortGuards {
-    /// Chooses the first of `candidates` that works, by trying it at `lo` in the namespace of the calling thread: to be
-    /// called in one that was made for that.
+    /// Chooses the first of `candidates` that works, by trying it at `lo` in the namespace of the
+    /// calling thread: to be called in one that was made for that.
     ///
     /// # Errors
     /// None works: what was in the way of each.
-    pub fn probe(candidates: &[Mechanism], owner: &str) -> Result<Self, Vec<(Mechanism, io::Error)>> {
+    pub fn probe(
+        candidates: &[Mechanism],
+        owner: &str,
+    ) -> Result<Self, Vec<(Mechanism, io::Error)>> {
         let policy = PortPolicy { mac: [0; 6], v4: Vec::new(), v6: Vec::new(), any_address: false };
         let mut failures = Vec::new();
         for mechanism in candidates.iter().copied() {
@@ -158,8 +162,8 @@ impl PortGuards {
         self.mechanism
     }
 
-    /// Attaches a guard that enforces `policy` to the link `link`, numbered `index`, in the place of the one that is
-    /// there.
+    /// Attaches a guard that enforces `policy` to the link `link`, numbered `index`, in the place
+    /// of the one that is there.
     ///
     /// # Errors
     /// The kernel's.
@@ -169,11 +173,13 @@ impl PortGuards {
         self.replace(&mut installed, index, link, policy, rate)
     }
 
-    /// Polices what may begin a TCP connection at the link `link`: `rate` frames a second pass, and the rest is dropped; without a
-    /// rate, all pass. It holds for guards that are attached there later too.
+    /// Polices what may begin a TCP connection at the link `link`: `rate` frames a second pass, and
+    /// the rest is dropped; without a rate, all pass. It holds for guards that are attached there
+    /// later too.
     ///
     /// # Errors
-    /// The kernel's. `ENOENT`: there is no guard at this link. `EOPNOTSUPP` of [`Mechanism::Classic`].
+    /// The kernel's. `ENOENT`: there is no guard at this link. `EOPNOTSUPP` of
+    /// [`Mechanism::Classic`].
     pub fn police(&self, link: &str, rate: Option<NonZeroU32>) -> io::Result<()> {
         let mut installed = self.installed();
         let one = installed.get_mut(link).ok_or(Errno::NOENT)?;
@@ -202,7 +208,8 @@ impl PortGuards {
         let rules = rules(policy);
         let earlier = installed.get(link).map(|one| self.total(link, one)).unwrap_or_default();
         let policy_of_link = policy.clone();
-        let mut new = Installed { index, policy: policy_of_link, program: 0, counters: None, earlier, rate };
+        let mut new =
+            Installed { index, policy: policy_of_link, program: 0, counters: None, earlier, rate };
         match self.mechanism {
             Mechanism::Tcx | Mechanism::Clsact => {
                 let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
@@ -225,7 +232,13 @@ impl PortGuards {
             }
             Mechanism::Nftables => {
                 let policed = rate.map(|rate| (rate, policed(policy)));
-                nftables::attach(&mut NetfilterSocket::open()?, &self.table, link, &rules, policed.as_ref())?;
+                nftables::attach(
+                    &mut NetfilterSocket::open()?,
+                    &self.table,
+                    link,
+                    &rules,
+                    policed.as_ref(),
+                )?;
             }
             Mechanism::Classic => {
                 let code = compile::classic(&rules);
@@ -252,7 +265,13 @@ impl PortGuards {
             Mechanism::Nftables => {
                 let policed = one.rate.map(|rate| (rate, policed(policy)));
                 let mut socket = NetfilterSocket::open()?;
-                nftables::is_attached(&mut socket, &self.table, link, &rules(policy), policed.as_ref())
+                nftables::is_attached(
+                    &mut socket,
+                    &self.table,
+                    link,
+                    &rules(policy),
+                    policed.as_ref(),
+                )
             }
             Mechanism::Classic => {
                 let code = bytes_of(&compile::classic(&rules(policy)));
@@ -273,8 +292,8 @@ impl PortGuards {
         installed.iter().map(|(link, one)| (link.clone(), self.total(link, one))).collect()
     }
 
-    /// Makes the table of nftables for the guards of `owner`, which does not go with a link, in the calling thread's
-    /// namespace.
+    /// Makes the table of nftables for the guards of `owner`, which does not go with a link, in the
+    /// calling thread's namespace.
     ///
     /// # Errors
     /// The kernel's.
@@ -329,8 +348,9 @@ pub fn program_time(policy: &PortPolicy, frame: &[u8], times: u32) -> io::Result
     program.test_run(frame, times).map(|(_, time)| time)
 }
 
-/// A guard at the ingress of an internal network's bridge: the host takes what its members send to its gateway addresses
-/// alone, and forwards nothing of theirs. A BPF program, as a [`Gate`](crate::Gate) is.
+/// A guard at the ingress of an internal network's bridge: the host takes what its members send to
+/// its gateway addresses alone, and forwards nothing of theirs. A BPF program, as a
+/// [`Gate`](crate::Gate) is.
 #[derive(Debug)]
 pub struct InternalGuard(LinkProgram);
 
@@ -345,7 +365,8 @@ impl InternalGuard {
         LinkProgram::load(INTERNAL_NAME, Direction::Ingress, &code).map(Self)
     }
 
-    /// Whether a guard for the same addresses is attached to the link numbered `index` of the calling thread's namespace.
+    /// Whether a guard for the same addresses is attached to the link numbered `index` of the
+    /// calling thread's namespace.
     ///
     /// # Errors
     /// `ENODEV` without such a link.

@@ -1,5 +1,5 @@
-//! Rules as a chain of nftables, in a table of the family `netdev`: one chain for each port, at the ingress hook of its
-//! link.
+//! Rules as a chain of nftables, in a table of the family `netdev`: one chain for each port, at the
+//! ingress hook of its link.
 //!
 //! The chain goes with its link; the table has to be removed. Before Linux 6.9 others can flush it.
 
@@ -17,10 +17,12 @@ use std::num::NonZeroU32;
 /// `NFPROTO_NETDEV`.
 const NETDEV: u8 = 5;
 
-/// Ahead of chains that others have at the hook (`NF_IP_PRI_FIRST` is lower still, and nobody uses it).
+/// Ahead of chains that others have at the hook (`NF_IP_PRI_FIRST` is lower still, and nobody uses
+/// it).
 const PRIORITY: i32 = -1000;
 
-/// Where the kernel has a VLAN tag, it shows it in the place of the ethertype (`nft_payload_copy_vlan`).
+/// Where the kernel has a VLAN tag, it shows it in the place of the ethertype
+/// (`nft_payload_copy_vlan`).
 const VLAN_TAGS: [[u8; 2]; 2] = [[0x81, 0x00], [0x88, 0xa8]];
 const ETHERTYPE: u16 = 12;
 
@@ -60,11 +62,16 @@ pub(super) fn is_attached(
 }
 
 /// The frames that were dropped at `link`, by reason.
-pub(super) fn dropped(socket: &mut NetfilterSocket, table: &str, link: &str) -> io::Result<Dropped> {
+pub(super) fn dropped(
+    socket: &mut NetfilterSocket,
+    table: &str,
+    link: &str,
+) -> io::Result<Dropped> {
     let mut dropped = Dropped::default();
     for_each_rule(socket, table, link, |rule| {
         let comment = attribute(rule, USERDATA).and_then(|data| data.get(2..)).map(text);
-        let reason = SpoofReason::ALL.into_iter().find(|one| Some(one.as_str()) == comment.as_deref());
+        let reason =
+            SpoofReason::ALL.into_iter().find(|one| Some(one.as_str()) == comment.as_deref());
         let counter = match reason {
             Some(reason) => &mut dropped.spoofed[reason as usize],
             None if comment.as_deref() == Some(POLICED) => &mut dropped.policed,
@@ -84,7 +91,8 @@ pub(super) fn dropped(socket: &mut NetfilterSocket, table: &str, link: &str) -> 
 
 /// Makes the table, without chains.
 pub(super) fn make(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
-    let messages = [encode::batch_begin(), netdev(encode::new_table(table, 0)), encode::batch_end()];
+    let messages =
+        [encode::batch_begin(), netdev(encode::new_table(table, 0)), encode::batch_end()];
     match socket.send_all(&messages)?.into_iter().next() {
         None => Ok(()),
         Some(refused) => Err(refused.source),
@@ -104,7 +112,8 @@ pub(super) fn has_table(socket: &mut NetfilterSocket, table: &str) -> io::Result
 
 /// Removes the table, if it is there.
 pub(super) fn remove(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
-    let messages = [encode::batch_begin(), netdev(encode::delete_table(table)), encode::batch_end()];
+    let messages =
+        [encode::batch_begin(), netdev(encode::delete_table(table)), encode::batch_end()];
     match socket.send_all(&messages)?.into_iter().next() {
         Some(refused) if refused.source.kind() != io::ErrorKind::NotFound => Err(refused.source),
         _ => Ok(()),
@@ -180,8 +189,8 @@ fn is_tag(bytes: &[u8]) -> bool {
     VLAN_TAGS.iter().any(|tag| tag == bytes)
 }
 
-/// A frame with a VLAN tag has another ethertype here, and no other rule accepts it: so the tags come last, and cost the
-/// endpoint's own frames nothing.
+/// A frame with a VLAN tag has another ethertype here, and no other rule accepts it: so the tags
+/// come last, and cost the endpoint's own frames nothing.
 ///
 /// The policer comes first: what it lets pass has to pass the rules as well.
 fn rendered(rules: &[Rule], policer: Option<&Policer>) -> Vec<Rendered> {
@@ -189,7 +198,8 @@ fn rendered(rules: &[Rule], policer: Option<&Policer>) -> Vec<Rendered> {
         rules.iter().partition(|rule| rule.tests == [Test::Tagged]);
     let mut all = Vec::new();
     if let Some((rate, policed)) = policer {
-        let rules = policed.iter().map(|tests| Rendered { tests: tests.clone(), end: End::Police(*rate) });
+        let rules =
+            policed.iter().map(|tests| Rendered { tests: tests.clone(), end: End::Police(*rate) });
         all.extend(rules);
     }
     for rule in others {
@@ -219,10 +229,12 @@ fn new_rule(table: &str, link: &str, rule: &Rendered) -> Message {
             // Rendered as ethertypes.
             Test::Tagged => continue,
         };
-        // Where a rule asks for an ethertype, it is the one that the kernel has read, unless there is a VLAN tag: asking
-        // the kernel first is a fraction of a load from the frame.
+        // Where a rule asks for an ethertype, it is the one that the kernel has read, unless there
+        // is a VLAN tag: asking the kernel first is a fraction of a load from the frame.
         let ethertype = usize::from(ETHERTYPE.wrapping_sub(*at));
-        if let Some(ethertype) = value.get(ethertype..ethertype + 2).filter(|_| !not && !is_tag(value)) {
+        if let Some(ethertype) =
+            value.get(ethertype..ethertype + 2).filter(|_| !not && !is_tag(value))
+        {
             expressions.ethertype_is(ethertype);
             loaded = None;
         }

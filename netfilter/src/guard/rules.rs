@@ -2,9 +2,10 @@
 //!
 //! # Theory of operation
 //!
-//! A frame is compared with one rule after the other. The first rule whose tests all hold decides; a frame that no rule
-//! matches is dropped. A test of bytes that the frame does not have does not hold, negated or not. Three back ends
-//! render the same list: eBPF, classic BPF ([`compile`](super::compile)) and nftables ([`nftables`](super::nftables)).
+//! A frame is compared with one rule after the other. The first rule whose tests all hold decides;
+//! a frame that no rule matches is dropped. A test of bytes that the frame does not have does not
+//! hold, negated or not. Three back ends render the same list: eBPF, classic BPF
+//! ([`compile`](super::compile)) and nftables ([`nftables`](super::nftables)).
 //!
 //! ```text
 //! destination 01:80:c2:00:00:00 to :0f  ─► drop
@@ -33,8 +34,9 @@
 //! (`ndisc_parse_options`), so a message with more than one option is not looked through but
 //! dropped.
 //!
-//! Fragments need no rule of their own: every Linux kernel ignores fragmented neighbour discovery (RFC 6980,
-//! `ndisc_suppress_frag_ndisc`, net/ipv6/ndisc.c), and what else a fragment carries has its source in each.
+//! Fragments need no rule of their own: every Linux kernel ignores fragmented neighbour discovery
+//! (RFC 6980, `ndisc_suppress_frag_ndisc`, net/ipv6/ndisc.c), and what else a fragment carries has
+//! its source in each.
 
 use ipnet::IpNet;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -46,14 +48,16 @@ pub struct PortPolicy {
     pub mac: [u8; 6],
     /// Its IPv4 addresses.
     pub v4: Vec<Ipv4Addr>,
-    /// Its IPv6 addresses, without the link-local one. If there are none, it may send no IPv6 at all.
+    /// Its IPv6 addresses, without the link-local one. If there are none, it may send no IPv6 at
+    /// all.
     pub v6: Vec<Ipv6Addr>,
     /// It may have other addresses too (a router, VRRP): only `mac` is checked.
     pub any_address: bool,
 }
 
 impl PortPolicy {
-    /// The IPv6 addresses that it may send from: its own, and the link-local address of its MAC address.
+    /// The IPv6 addresses that it may send from: its own, and the link-local address of its MAC
+    /// address.
     fn v6_sources(&self) -> Vec<Ipv6Addr> {
         if self.v6.is_empty() {
             return Vec::new();
@@ -88,7 +92,8 @@ pub enum SpoofReason {
     Ipv4Source,
     /// The IPv6 source address is not the endpoint's.
     Ipv6Source,
-    /// A neighbour advertisement for an address, or a link-layer address, that is not the endpoint's.
+    /// A neighbour advertisement for an address, or a link-layer address, that is not the
+    /// endpoint's.
     NeighborDiscovery,
     /// A router advertisement or a redirect.
     Router,
@@ -140,11 +145,12 @@ pub(super) enum Verdict {
     Drop(SpoofReason),
 }
 
-/// Which of the frames that a guard accepts are policed while an endpoint floods: those that may begin a TCP connection.
-/// Each has its own test; a frame that none matches is not policed.
+/// Which of the frames that a guard accepts are policed while an endpoint floods: those that may
+/// begin a TCP connection. Each has its own test; a frame that none matches is not policed.
 ///
-/// A SYN is recognised where the header has its usual length. What hides the flags (IP options, fragments, extension
-/// headers) is policed as a whole: no kernel sends a SYN that way unless it is told to.
+/// A SYN is recognised where the header has its usual length. What hides the flags (IP options,
+/// fragments, extension headers) is policed as a whole: no kernel sends a SYN that way unless it is
+/// told to.
 pub(super) fn policed(policy: &PortPolicy) -> Vec<Vec<Test>> {
     /// SYN, of SYN and ACK.
     const SYN: u8 = 0x02;
@@ -160,8 +166,11 @@ pub(super) fn policed(policy: &PortPolicy) -> Vec<Vec<Test>> {
         v4().chain([Test::Bits { at: at::V4_FRAGMENT, value: 0x20, mask: 0x20 }]).collect(),
     ];
     if policy.any_address || !policy.v6.is_empty() {
-        policed
-            .push(v6(TCP).chain([Test::Bits { at: at::V6_TCP_FLAGS, value: SYN, mask: SYN_ACK }]).collect());
+        policed.push(
+            v6(TCP)
+                .chain([Test::Bits { at: at::V6_TCP_FLAGS, value: SYN, mask: SYN_ACK }])
+                .collect(),
+        );
         policed.extend(EXTENSIONS.into_iter().chain([FRAGMENT]).map(|next| v6(next).collect()));
     }
     policed
@@ -173,7 +182,8 @@ pub(super) const OTHERWISE: Verdict = Verdict::Drop(SpoofReason::Ethertype);
 /// A condition on a frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Test {
-    /// The bytes from offset `at` of the frame, Ethernet header included, are `value`; with `not`, they differ.
+    /// The bytes from offset `at` of the frame, Ethernet header included, are `value`; with `not`,
+    /// they differ.
     Bytes { at: u16, value: Vec<u8>, not: bool },
     /// The byte at offset `at` has the bits of `value` where `mask` has ones.
     Bits { at: u16, value: u8, mask: u8 },
@@ -210,7 +220,8 @@ mod at {
     pub(super) const V6_NEXT: u16 = NETWORK + 6;
     pub(super) const V6_SOURCE: u16 = NETWORK + 8;
     pub(super) const V6_DESTINATION: u16 = NETWORK + 24;
-    /// What follows the IPv6 header: the type of an ICMPv6 message, or the next header of an extension header.
+    /// What follows the IPv6 header: the type of an ICMPv6 message, or the next header of an
+    /// extension header.
     pub(super) const V6_PAYLOAD: u16 = NETWORK + 40;
     pub(super) const V6_TCP_FLAGS: u16 = V6_PAYLOAD + 13;
     /// Of neighbour solicitations and advertisements (RFC 4861, 4.3 and 4.4).
@@ -236,8 +247,8 @@ const ICMPV6: u8 = 58;
 const HOP_BY_HOP: u8 = 0;
 const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, 43, 51, 60];
 const FRAGMENT: u8 = 44;
-/// What may follow one of them: tunnels, TCP, UDP, GRE, ESP, fragments, nothing, L2TP, SCTP. Not ICMPv6, which could be
-/// neighbour discovery, and not a second one.
+/// What may follow one of them: tunnels, TCP, UDP, GRE, ESP, fragments, nothing, L2TP, SCTP. Not
+/// ICMPv6, which could be neighbour discovery, and not a second one.
 const AFTER_EXTENSION: [u8; 10] = [4, TCP, UDP, 41, 44, 47, 50, 59, 115, 132];
 
 /// MLD: reports of version 1, its done message, reports of version 2.
@@ -248,7 +259,8 @@ const NEIGHBOR_SOLICITATION: u8 = 135;
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
 
-/// The options that carry a link-layer address, of a solicitation's source and of an advertisement's target.
+/// The options that carry a link-layer address, of a solicitation's source and of an
+/// advertisement's target.
 const SOURCE_LINK_LAYER: u8 = 1;
 const TARGET_LINK_LAYER: u8 = 2;
 /// Messages that may carry them: the type, the bytes before the options (RFC 4861, 4.1, 4.3 and
@@ -275,7 +287,8 @@ fn rule(tests: impl IntoIterator<Item = Test>, verdict: Verdict) -> Rule {
     Rule { tests: tests.into_iter().collect(), verdict }
 }
 
-/// The rules of `policy`. What a busy endpoint sends most is decided first, with few and wide comparisons.
+/// The rules of `policy`. What a busy endpoint sends most is decided first, with few and wide
+/// comparisons.
 pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
     use Verdict::{Accept, Drop};
     let group = at::DESTINATION_MAC + LINK_CONTROL.len() as u16;
@@ -295,9 +308,9 @@ pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
     rules
 }
 
-/// What the host takes from the members of an internal network, at the ingress of its bridge: packets for its gateway
-/// addresses, from addresses of the network, and what resolves those. Nothing is forwarded, whatever routes and policy
-/// rules there are.
+/// What the host takes from the members of an internal network, at the ingress of its bridge:
+/// packets for its gateway addresses, from addresses of the network, and what resolves those.
+/// Nothing is forwarded, whatever routes and policy rules there are.
 pub(super) fn internal_rules(gateways: &[IpNet]) -> Vec<Rule> {
     let mut rules = vec![rule([is(at::ETHERTYPE, &ARP)], Verdict::Accept)];
     for net in gateways {
@@ -460,7 +473,10 @@ pub(super) mod tests {
                 frame.get(at..at + value.len()).is_some_and(|bytes| (bytes == value) != *not)
             }
         };
-        rules.iter().find(|rule| rule.tests.iter().all(holds)).map_or(OTHERWISE, |rule| rule.verdict)
+        rules
+            .iter()
+            .find(|rule| rule.tests.iter().all(holds))
+            .map_or(OTHERWISE, |rule| rule.verdict)
     }
 
     pub(in crate::guard) fn policy() -> PortPolicy {
@@ -472,7 +488,11 @@ pub(super) mod tests {
         }
     }
 
-    pub(in crate::guard) fn ethernet(source: [u8; 6], ethertype: [u8; 2], payload: &[u8]) -> Vec<u8> {
+    pub(in crate::guard) fn ethernet(
+        source: [u8; 6],
+        ethertype: [u8; 2],
+        payload: &[u8],
+    ) -> Vec<u8> {
         ethernet_to([0xff; 6], source, ethertype, payload)
     }
 
@@ -591,11 +611,36 @@ pub(super) mod tests {
             // link-layer address alone.
             ("::", ICMPV6, solicited(OWN, Some((14, OTHER))), Verdict::Accept),
             (OWN, ICMPV6, solicited("fd09::1", None), Verdict::Accept),
-            (OWN, ICMPV6, solicited("fd09::1", Some((14, OTHER))), Verdict::Drop(NeighborDiscovery)),
-            (OWN, ICMPV6, second(solicited("fd09::1", Some((1, MAC))), 1), Verdict::Drop(NeighborDiscovery)),
-            (OWN, ICMPV6, second(solicited("fd09::1", Some((14, MAC))), 1), Verdict::Drop(NeighborDiscovery)),
-            (OWN, ICMPV6, second(advertised(OWN, Some((2, MAC))), 2), Verdict::Drop(NeighborDiscovery)),
-            (OWN, ICMPV6, second(advertised(OWN, Some((14, MAC))), 2), Verdict::Drop(NeighborDiscovery)),
+            (
+                OWN,
+                ICMPV6,
+                solicited("fd09::1", Some((14, OTHER))),
+                Verdict::Drop(NeighborDiscovery),
+            ),
+            (
+                OWN,
+                ICMPV6,
+                second(solicited("fd09::1", Some((1, MAC))), 1),
+                Verdict::Drop(NeighborDiscovery),
+            ),
+            (
+                OWN,
+                ICMPV6,
+                second(solicited("fd09::1", Some((14, MAC))), 1),
+                Verdict::Drop(NeighborDiscovery),
+            ),
+            (
+                OWN,
+                ICMPV6,
+                second(advertised(OWN, Some((2, MAC))), 2),
+                Verdict::Drop(NeighborDiscovery),
+            ),
+            (
+                OWN,
+                ICMPV6,
+                second(advertised(OWN, Some((14, MAC))), 2),
+                Verdict::Drop(NeighborDiscovery),
+            ),
             (OWN, ICMPV6, asks_routers(&[]), Verdict::Accept),
             (OWN, ICMPV6, asks_routers(&own_option), Verdict::Accept),
             (OWN, ICMPV6, second(asks_routers(&[]), 1), Verdict::Drop(NeighborDiscovery)),
@@ -623,13 +668,22 @@ pub(super) mod tests {
     fn nothing_goes_to_the_group_addresses_of_link_control() {
         for policy in [policy(), PortPolicy { any_address: true, ..policy() }] {
             let rules = rules(&policy);
-            for (last, expected) in
-                [(0, true), (1, true), (3, true), (0x0e, true), (0x0f, true), (0x10, false), (0x20, false)]
-            {
+            for (last, expected) in [
+                (0, true),
+                (1, true),
+                (3, true),
+                (0x0e, true),
+                (0x0f, true),
+                (0x10, false),
+                (0x20, false),
+            ] {
                 let group = [0x01, 0x80, 0xc2, 0, 0, last];
                 let frame = ethernet_to(group, MAC, IPV4, &packet_v4([10, 9, 0, 7], UDP));
-                let expected =
-                    if expected { Verdict::Drop(SpoofReason::LinkControl) } else { Verdict::Accept };
+                let expected = if expected {
+                    Verdict::Drop(SpoofReason::LinkControl)
+                } else {
+                    Verdict::Accept
+                };
                 assert_eq!(verdict(&rules, &frame, false), expected, "{group:02x?} {policy:?}");
             }
         }
@@ -646,8 +700,9 @@ pub(super) mod tests {
     fn an_internal_network_reaches_its_gateway_and_nothing_behind_it() {
         let gateways = ["10.9.0.1/20", "fd09::1/64"].map(|net| net.parse().unwrap());
         let rules = internal_rules(&gateways);
-        let judge =
-            |ethertype: [u8; 2], packet: &[u8]| verdict(&rules, &ethernet(MAC, ethertype, packet), false);
+        let judge = |ethertype: [u8; 2], packet: &[u8]| {
+            verdict(&rules, &ethernet(MAC, ethertype, packet), false)
+        };
         let refused = Verdict::Drop(SpoofReason::Ethertype);
         for (source, to, expected) in [
             ([10, 9, 15, 7], [10, 9, 0, 1], Verdict::Accept),

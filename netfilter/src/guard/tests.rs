@@ -11,7 +11,8 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % limit
     }
 
@@ -22,8 +23,12 @@ impl Random {
     /// A frame that is nearly right: parts of the endpoint's own, some bytes changed, some cut off.
     fn frame(&mut self) -> Vec<u8> {
         let mac = if self.below(8) == 0 { [2, 0, 0, 0, 0, 9] } else { MAC };
-        let to =
-            *self.pick(&[&[0xff; 6], &[0xff; 6], &[1, 0x80, 0xc2, 0, 0, 0x0e], &[1, 0x80, 0xc2, 0, 0, 0x10]]);
+        let to = *self.pick(&[
+            &[0xff; 6],
+            &[0xff; 6],
+            &[1, 0x80, 0xc2, 0, 0, 0x0e],
+            &[1, 0x80, 0xc2, 0, 0, 0x10],
+        ]);
         let ethernet = |mac, ethertype, payload: &[u8]| ethernet_to(to, mac, ethertype, payload);
         let ethertype = *self.pick(&[&[8, 0], &[8, 6], &[0x86, 0xdd], &[0x86, 0xdd], &[0x81, 0]]);
         let source = self.pick(&["fd09::7", "fd09::8", "fe80::ff:fe00:7", "::", "::1"]);
@@ -32,7 +37,8 @@ impl Random {
         payload[0] = *self.pick(&[&58_u8, &6, &60, &128, &133, &134, &135, &136, &137, &143]);
         payload[1] = 0;
         if self.below(2) == 0 {
-            payload[8..24].copy_from_slice(&"fd09::7".parse::<std::net::Ipv6Addr>().unwrap().octets());
+            payload[8..24]
+                .copy_from_slice(&"fd09::7".parse::<std::net::Ipv6Addr>().unwrap().octets());
             payload[24..26].copy_from_slice(&[self.below(3) as u8, 1]);
             payload[26..32].copy_from_slice(&MAC);
         }
@@ -147,7 +153,8 @@ fn ebpf_decides_as_the_rules_do_and_counts_by_reason() {
         let mut dropped = [0; super::SpoofReason::ALL.len()];
         for _ in 0..20_000 {
             let frame = random.frame();
-            // The test run itself refuses what is shorter than its network header (`bpf_prog_test_run_skb`).
+            // The test run itself refuses what is shorter than its network header
+            // (`bpf_prog_test_run_skb`).
             if frame.len() < 14 + 40 {
                 continue;
             }

@@ -29,7 +29,9 @@ pub enum PolicyRouteError {
         source: io::Error,
     },
     /// Another owner needs the sysctl to have another value.
-    #[error("policy route in namespace {namespace}: sysctl {name} is kept at {value} by process {pid}")]
+    #[error(
+        "policy route in namespace {namespace}: sysctl {name} is kept at {value} by process {pid}"
+    )]
     SysctlTaken {
         /// Where.
         namespace: NamespaceId,

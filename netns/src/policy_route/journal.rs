@@ -1,10 +1,10 @@
 //! What has to be known after a crash: who owns which slot, and what every sysctl was before.
 //!
-//! One JSON file per namespace, in a directory that only its owner may write: what stands there is carried
-//! out with that owner's rights, by whoever reads it next. The directory itself is the lock, by flock(2),
-//! which the kernel gives back however its holder ends. A file is replaced as a whole, so a reader finds the
-//! old one or the new one. Nothing is synced to the disk: what is described does not outlive the kernel
-//! either.
+//! One JSON file per namespace, in a directory that only its owner may write: what stands there is
+//! carried out with that owner's rights, by whoever reads it next. The directory itself is the
+//! lock, by flock(2), which the kernel gives back however its holder ends. A file is replaced as a
+//! whole, so a reader finds the old one or the new one. Nothing is synced to the disk: what is
+//! described does not outlive the kernel either.
 
 use super::PolicyRouteError;
 use super::process::Process;
@@ -22,8 +22,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tidegate_model::registry::OwnerSlot;
 
-/// How long to wait for another process to finish with the journal. It takes milliseconds unless the process
-/// is stopped.
+/// How long to wait for another process to finish with the journal. It takes milliseconds unless
+/// the process is stopped.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What is written about one namespace.
@@ -37,8 +37,8 @@ pub(super) struct Record {
 
 /// Which namespace is meant.
 ///
-/// Device and inode do not suffice: the kernel gives the lowest free inode number to the next namespace, so a
-/// restarted container is likely to have that of the one before.
+/// Device and inode do not suffice: the kernel gives the lowest free inode number to the next
+/// namespace, so a restarted container is likely to have that of the one before.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Identity {
     pub(super) boot: String,
@@ -72,7 +72,8 @@ impl Record {
         Self { identity, owners: Vec::new(), sysctls: Vec::new() }
     }
 
-    /// Notes what sysctls were. One that is known has been set by someone else since: that is now what it goes back to.
+    /// Notes what sysctls were. One that is known has been set by someone else since: that is now
+    /// what it goes back to.
     pub(super) fn save<'a>(&mut self, sysctls: impl IntoIterator<Item = &'a Saved>) {
         for sysctl in sysctls {
             match self.sysctls.iter_mut().find(|saved| saved.name == sysctl.name) {
@@ -128,7 +129,10 @@ impl Journal {
                     thread::sleep(Duration::from_millis(1));
                 }
                 Err(Errno::WOULDBLOCK) => {
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, "another process keeps it locked"));
+                    return Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "another process keeps it locked",
+                    ));
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -279,7 +283,8 @@ mod tests {
     #[test]
     fn the_dead_are_told_from_the_living() {
         let mut record = record();
-        let dead = serde_json::from_str(r#"{"pid": 1, "start_time": 18446744073709551615}"#).unwrap();
+        let dead =
+            serde_json::from_str(r#"{"pid": 1, "start_time": 18446744073709551615}"#).unwrap();
         record.owners.push(Owner { slot: 9, process: dead, path: None });
         assert_eq!(record.orphans(), [OwnerSlot(9)]);
         assert!(!record.is_last(OwnerSlot(7)));

@@ -26,8 +26,8 @@ impl Process {
     pub(super) fn is_alive(&self) -> bool {
         match fs::read_to_string(format!("/proc/{}/stat", self.pid)) {
             Ok(stat) => parse(&stat).is_none_or(|(state, start_time)| {
-                // A zombie has ended; that its parent has not asked for its status yet is none of our
-                // business.
+                // A zombie has ended; that its parent has not asked for its status yet is none of
+                // our business.
                 !matches!(state, "Z" | "X") && start_time == self.start_time
             }),
             Err(error) => {
@@ -39,7 +39,8 @@ impl Process {
 
 /// State and start time.
 fn parse(stat: &str) -> Option<(&str, u64)> {
-    // The second field is the program's name in parentheses, and may itself contain blanks and parentheses.
+    // The second field is the program's name in parentheses, and may itself contain blanks and
+    // parentheses.
     let (_, fields) = stat.rsplit_once(") ")?;
     let mut fields = fields.split_ascii_whitespace();
     let state = fields.next()?;

@@ -18,15 +18,16 @@ pub struct Selector {
     pub to: Option<IpAddr>,
     /// The transport.
     pub protocol: Option<Protocol>,
-    /// The source port. Makes the kernel look into the transport header of every packet that is routed in the
-    /// namespace, also of those that are none of ours.
+    /// The source port. Makes the kernel look into the transport header of every packet that is
+    /// routed in the namespace, also of those that are none of ours.
     pub source_port: Option<u16>,
     /// The interface the packet came in by; `lo` for packets of the namespace's own.
     pub input_interface: Option<String>,
 }
 
 impl Selector {
-    /// No condition yet. [`steer`](super::PolicyRoute::steer) refuses it as it is: every packet would match.
+    /// No condition yet. [`steer`](super::PolicyRoute::steer) refuses it as it is: every packet
+    /// would match.
     #[must_use]
     pub const fn new(family: Family) -> Self {
         Self {
@@ -60,8 +61,8 @@ impl Selector {
 
     /// Whether every condition of this one is one of `other`'s, too.
     ///
-    /// Then the kernel, told to delete the rule of this one, may delete that of `other`: a condition that
-    /// a request leaves out is one that may be anything.
+    /// Then the kernel, told to delete the rule of this one, may delete that of `other`: a
+    /// condition that a request leaves out is one that may be anything.
     pub(super) fn covers(&self, other: &Self) -> bool {
         fn meets<T: PartialEq>(mine: Option<&T>, other: Option<&T>) -> bool {
             mine.is_none() || mine == other
@@ -100,7 +101,11 @@ impl fmt::Display for Selector {
             self.source_port.map(|port| format!("sport {port}")),
         ];
         let conditions: Vec<String> = conditions.into_iter().flatten().collect();
-        if conditions.is_empty() { f.write_str("from all") } else { f.write_str(&conditions.join(" ")) }
+        if conditions.is_empty() {
+            f.write_str("from all")
+        } else {
+            f.write_str(&conditions.join(" "))
+        }
     }
 }
 

@@ -11,10 +11,10 @@
 //! | 3 | the sysctls are changed | put back, by the last owner |
 //! | 4 | rules are added, at any time and without a word in the journal | all rules of the slot are deleted |
 //!
-//! Every step is written down before it is taken, so the record tells of at least what is there, wherever a
-//! process was killed; and undoing what is not there does nothing. Whoever comes next undoes what dead owners
-//! left, by the same steps. An owner that could not be undone stays in the record, and is tried again when
-//! its process has ended.
+//! Every step is written down before it is taken, so the record tells of at least what is there,
+//! wherever a process was killed; and undoing what is not there does nothing. Whoever comes next
+//! undoes what dead owners left, by the same steps. An owner that could not be undone stays in the
+//! record, and is tried again when its process has ended.
 
 use super::PolicyRouteError;
 use super::journal::{Identity, Journal, Owner, Record};
@@ -61,8 +61,8 @@ impl<'a> Session<'a> {
         Ok(Self { namespace, netlink, journal, record })
     }
 
-    /// Undoes what owners that have ended left behind, and counts them. What fails is logged and stays
-    /// written down.
+    /// Undoes what owners that have ended left behind, and counts them. What fails is logged and
+    /// stays written down.
     pub(super) fn prune(&mut self) -> usize {
         let orphans = self.record.orphans();
         for slot in &orphans {
@@ -95,7 +95,8 @@ impl<'a> Session<'a> {
         Ok(changes)
     }
 
-    /// Steps 1 and 2: finds a slot that nobody uses, and takes it. `changes` are written down, not made.
+    /// Steps 1 and 2: finds a slot that nobody uses, and takes it. `changes` are written down, not
+    /// made.
     pub(super) fn claim(
         &mut self,
         families: Families,
@@ -103,8 +104,8 @@ impl<'a> Session<'a> {
     ) -> Result<OwnerSlot, PolicyRouteError> {
         let before = self.record.clone();
         let process = Process::current().map_err(|source| self.refused("process", source))?;
-        let with_rules =
-            slot::with_rules(self.netlink).map_err(|source| self.refused("list of rules", source))?;
+        let with_rules = slot::with_rules(self.netlink)
+            .map_err(|source| self.refused("list of rules", source))?;
         for slot in OwnerSlot::all() {
             if self.record.owns(slot) || with_rules.contains(&slot) {
                 continue;
@@ -126,7 +127,8 @@ impl<'a> Session<'a> {
                     self.store()?;
                     // Someone who keeps another journal was quicker, and the slot is theirs.
                     if Errno::from_io_error(&source) != Some(Errno::EXIST) {
-                        let route = format!("{family} route local default dev lo table {}", table_id(slot));
+                        let route =
+                            format!("{family} route local default dev lo table {}", table_id(slot));
                         return Err(self.refused(route, source));
                     }
                 }
@@ -136,7 +138,11 @@ impl<'a> Session<'a> {
     }
 
     /// Adds the slot's route for all of `families`, or for none and says which was refused.
-    fn add_routes(&mut self, slot: OwnerSlot, families: Families) -> Result<(), (Family, io::Error)> {
+    fn add_routes(
+        &mut self,
+        slot: OwnerSlot,
+        families: Families,
+    ) -> Result<(), (Family, io::Error)> {
         for family in families.iter() {
             if let Err(error) = slot::add_route(self.netlink, slot, family) {
                 for added in families.iter().take_while(|added| *added != family) {
@@ -153,24 +159,34 @@ impl<'a> Session<'a> {
     pub(super) fn make(&self, changes: &[Change]) -> Result<(), PolicyRouteError> {
         changes.iter().try_for_each(|change| {
             let Saved { name, ours, .. } = &change.saved;
-            change.make().map_err(|source| self.refused(format_args!("sysctl {name} = {ours}"), source))
+            change
+                .make()
+                .map_err(|source| self.refused(format_args!("sysctl {name} = {ours}"), source))
         })
     }
 
     /// Undoes all steps of the owner of `slot`, and goes on where one fails.
     pub(super) fn leave(&mut self, slot: OwnerSlot) -> Vec<PolicyRouteError> {
         if !self.record.owns(slot) {
-            tracing::warn!(slot = slot.0, "not in the journal any more; sysctls are left as they are");
+            tracing::warn!(
+                slot = slot.0,
+                "not in the journal any more; sysctls are left as they are"
+            );
         }
         let mut errors = Vec::new();
         let rules = format!("rules of priority {}", rule_priority(slot));
-        errors.extend(slot::delete_rules(self.netlink, slot).err().map(|source| self.refused(rules, source)));
+        errors.extend(
+            slot::delete_rules(self.netlink, slot).err().map(|source| self.refused(rules, source)),
+        );
         if self.record.is_last(slot) {
             errors.extend(self.restore_sysctls());
         }
         let routes = format!("routes of table {}", table_id(slot));
-        errors
-            .extend(slot::delete_routes(self.netlink, slot).err().map(|source| self.refused(routes, source)));
+        errors.extend(
+            slot::delete_routes(self.netlink, slot)
+                .err()
+                .map(|source| self.refused(routes, source)),
+        );
         if errors.is_empty() {
             self.record.remove(slot);
             errors.extend(self.store().err());
@@ -195,9 +211,10 @@ impl<'a> Session<'a> {
     }
 
     fn store(&self) -> Result<(), PolicyRouteError> {
-        self.journal
-            .store(&self.record)
-            .map_err(|source| PolicyRouteError::Journal { path: self.journal.directory().to_owned(), source })
+        self.journal.store(&self.record).map_err(|source| PolicyRouteError::Journal {
+            path: self.journal.directory().to_owned(),
+            source,
+        })
     }
 
     fn refused(&self, object: impl fmt::Display, source: io::Error) -> PolicyRouteError {
@@ -213,10 +230,11 @@ pub(super) fn kernel_error(
     PolicyRouteError::Kernel { namespace: namespace.id(), object: object.to_string(), source }
 }
 
-/// Whether `record` tells of the namespace before us, and not of an earlier one with the same inode number.
+/// Whether `record` tells of the namespace before us, and not of an earlier one with the same inode
+/// number.
 ///
-/// A kernel that gives out no cookies leaves evidence: as long as anything else is changed, an owner's route
-/// is there (steps 2 and 3 above), and it is in no other namespace.
+/// A kernel that gives out no cookies leaves evidence: as long as anything else is changed, an
+/// owner's route is there (steps 2 and 3 above), and it is in no other namespace.
 fn is_about(record: &Record, identity: &Identity, netlink: &mut Netlink) -> bool {
     record.identity.same(identity).unwrap_or_else(|| {
         let mut slots = record.owners.iter().map(|owner| OwnerSlot(owner.slot));

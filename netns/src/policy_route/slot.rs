@@ -1,14 +1,16 @@
 //! The rules and routes of one owner slot, in the kernel.
 //!
-//! What is ours carries three things: the slot's priority or table, and [`ROUTE_PROTOCOL`]. Every request
-//! below names them, whether it adds or deletes, so that nothing of another slot or of another program can be
-//! meant.
+//! What is ours carries three things: the slot's priority or table, and [`ROUTE_PROTOCOL`]. Every
+//! request below names them, whether it adds or deletes, so that nothing of another slot or of
+//! another program can be meant.
 
 use super::Selector;
 use crate::Family;
 use crate::addresses::LOOPBACK;
 use crate::netlink::{Netlink, Order};
-use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType};
+use netlink_packet_route::route::{
+    RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange};
 use netlink_packet_route::{IpProtocol, RouteNetlinkMessage};
 use rustix::io::Errno;
@@ -22,17 +24,30 @@ use tidegate_model::registry::{MARK_MASK, OwnerSlot, ROUTE_PROTOCOL, rule_priori
 const DELETIONS: usize = 4 * super::MAX_SELECTORS;
 
 /// Adds the rule `SELECTOR lookup TABLE`.
-pub(super) fn add_rule(netlink: &mut Netlink, slot: OwnerSlot, selector: &Selector) -> io::Result<()> {
+pub(super) fn add_rule(
+    netlink: &mut Netlink,
+    slot: OwnerSlot,
+    selector: &Selector,
+) -> io::Result<()> {
     netlink.execute(RouteNetlinkMessage::NewRule(selected(slot, selector)), Order::Create)
 }
 
 /// Adds the same rule once more, behind all others of the slot.
-pub(super) fn add_rule_again(netlink: &mut Netlink, slot: OwnerSlot, selector: &Selector) -> io::Result<()> {
+pub(super) fn add_rule_again(
+    netlink: &mut Netlink,
+    slot: OwnerSlot,
+    selector: &Selector,
+) -> io::Result<()> {
     netlink.execute(RouteNetlinkMessage::NewRule(selected(slot, selector)), Order::CreateAgain)
 }
 
-/// Deletes the first rule of the slot that meets the conditions of `selector`; it may have further ones.
-pub(super) fn delete_rule(netlink: &mut Netlink, slot: OwnerSlot, selector: &Selector) -> io::Result<()> {
+/// Deletes the first rule of the slot that meets the conditions of `selector`; it may have further
+/// ones.
+pub(super) fn delete_rule(
+    netlink: &mut Netlink,
+    slot: OwnerSlot,
+    selector: &Selector,
+) -> io::Result<()> {
     netlink.execute(RouteNetlinkMessage::DelRule(selected(slot, selector)), Order::Delete)
 }
 
@@ -45,7 +60,8 @@ pub(super) fn delete_rules(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result
     })
 }
 
-/// Adds `local default dev lo`, by which whatever is looked up in the slot's table is delivered locally.
+/// Adds `local default dev lo`, by which whatever is looked up in the slot's table is delivered
+/// locally.
 pub(super) fn add_route(netlink: &mut Netlink, slot: OwnerSlot, family: Family) -> io::Result<()> {
     netlink.execute(RouteNetlinkMessage::NewRoute(route(slot, family)), Order::Create)
 }
@@ -58,8 +74,14 @@ pub(super) fn set_source(netlink: &mut Netlink, slot: OwnerSlot, source: IpAddr)
 }
 
 /// Deletes it again.
-pub(super) fn delete_route(netlink: &mut Netlink, slot: OwnerSlot, family: Family) -> io::Result<()> {
-    until_none_is_left(|| netlink.execute(RouteNetlinkMessage::DelRoute(route(slot, family)), Order::Delete))
+pub(super) fn delete_route(
+    netlink: &mut Netlink,
+    slot: OwnerSlot,
+    family: Family,
+) -> io::Result<()> {
+    until_none_is_left(|| {
+        netlink.execute(RouteNetlinkMessage::DelRoute(route(slot, family)), Order::Delete)
+    })
 }
 
 /// Deletes it again, in both families.
@@ -150,7 +172,8 @@ fn selected(slot: OwnerSlot, selector: &Selector) -> RuleMessage {
         }));
     }
     if let Some(port) = selector.source_port {
-        rule.attributes.push(RuleAttribute::SourcePortRange(RulePortRange { start: port, end: port }));
+        rule.attributes
+            .push(RuleAttribute::SourcePortRange(RulePortRange { start: port, end: port }));
     }
     if let Some(name) = &selector.input_interface {
         rule.attributes.push(RuleAttribute::Iifname(name.clone()));
@@ -181,8 +204,8 @@ fn until_none_is_left(mut delete: impl FnMut() -> io::Result<()>) -> io::Result<
     Err(io::Error::other("there is no end to them"))
 }
 
-/// Whether the kernel says that what was to be deleted is not there: a rule (`ENOENT`), a route (`ESRCH`), or
-/// the whole family (`EAFNOSUPPORT`, `EOPNOTSUPP`).
+/// Whether the kernel says that what was to be deleted is not there: a rule (`ENOENT`), a route
+/// (`ESRCH`), or the whole family (`EAFNOSUPPORT`, `EOPNOTSUPP`).
 pub(super) fn is_absence(error: &io::Error) -> bool {
     let absent = [Errno::NOENT, Errno::SRCH, Errno::AFNOSUPPORT, Errno::OPNOTSUPP];
     Errno::from_io_error(error).is_some_and(|errno| absent.contains(&errno))

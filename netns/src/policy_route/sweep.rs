@@ -9,13 +9,13 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Undoes what policy routes of processes that have ended left behind, in every namespace that can still be
-/// found and entered: by the path it was opened by, or through a process that is in it. The journal of one
-/// that cannot is deleted when all its owners have ended. Counts the owners cleaned up after; what fails is
-/// logged.
+/// Undoes what policy routes of processes that have ended left behind, in every namespace that can
+/// still be found and entered: by the path it was opened by, or through a process that is in it.
+/// The journal of one that cannot is deleted when all its owners have ended. Counts the owners
+/// cleaned up after; what fails is logged.
 ///
-/// For the start of a program. Takes some milliseconds if there is a namespace that has to be looked for
-/// among the processes, and well under one otherwise.
+/// For the start of a program. Takes some milliseconds if there is a namespace that has to be
+/// looked for among the processes, and well under one otherwise.
 ///
 /// # Errors
 /// The journal cannot be read.
@@ -32,20 +32,25 @@ pub fn sweep_in(directory: &Path) -> Result<usize, PolicyRouteError> {
         return Ok(0);
     }
     let failed = |source| PolicyRouteError::Journal { path: directory.to_owned(), source };
-    let namespaces = Journal::lock(directory).and_then(|journal| journal.namespaces()).map_err(failed)?;
+    let namespaces =
+        Journal::lock(directory).and_then(|journal| journal.namespaces()).map_err(failed)?;
     let mut finder = Finder::default();
     let mut swept = 0;
     for id in namespaces {
         // Locked anew for each: others need not wait for all of them.
-        let record = Journal::lock(directory).and_then(|journal| journal.load(id)).map_err(failed)?;
+        let record =
+            Journal::lock(directory).and_then(|journal| journal.load(id)).map_err(failed)?;
         let Some(record) = record.filter(|record| !record.orphans().is_empty()) else { continue };
         match finder.find(&record) {
             Some(namespace) => {
-                let cleaned = connect(&namespace)
-                    .and_then(|mut netlink| Ok(Session::begin(directory, &namespace, &mut netlink)?.prune()));
+                let cleaned = connect(&namespace).and_then(|mut netlink| {
+                    Ok(Session::begin(directory, &namespace, &mut netlink)?.prune())
+                });
                 match cleaned {
                     Ok(count) => swept += count,
-                    Err(error) => tracing::warn!(%error, "cannot clean up after processes that have ended"),
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot clean up after processes that have ended")
+                    }
                 }
             }
             None => forget(directory, id).map_err(failed)?,
@@ -54,8 +59,8 @@ pub fn sweep_in(directory: &Path) -> Result<usize, PolicyRouteError> {
     Ok(swept)
 }
 
-/// Deletes what is written about a namespace that nobody can be found in, if none of its owners is left to
-/// use it.
+/// Deletes what is written about a namespace that nobody can be found in, if none of its owners is
+/// left to use it.
 fn forget(directory: &Path, id: NamespaceId) -> std::io::Result<()> {
     let journal = Journal::lock(directory)?;
     match journal.load(id)? {
@@ -69,8 +74,8 @@ fn forget(directory: &Path, id: NamespaceId) -> std::io::Result<()> {
 /// Finds namespaces by their ids.
 #[derive(Default)]
 struct Finder {
-    /// The namespaces that processes are in, and one such process's link for each; looked for once, if at
-    /// all.
+    /// The namespaces that processes are in, and one such process's link for each; looked for once,
+    /// if at all.
     processes: Option<BTreeMap<NamespaceId, PathBuf>>,
 }
 
@@ -93,7 +98,9 @@ impl Finder {
 fn namespaces_of_processes() -> BTreeMap<NamespaceId, PathBuf> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let links = entries
-        .filter(|entry| entry.file_name().as_encoded_bytes().first().is_some_and(u8::is_ascii_digit))
+        .filter(|entry| {
+            entry.file_name().as_encoded_bytes().first().is_some_and(u8::is_ascii_digit)
+        })
         .map(|entry| entry.path().join("ns/net"));
     // Processes end while we look, and others are none of ours to look at.
     links

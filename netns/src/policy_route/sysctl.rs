@@ -58,7 +58,8 @@ pub(super) struct Change {
 impl Change {
     /// Looks what has to be done; `None` if nothing.
     pub(super) fn needed(namespace: &Namespace, sysctl: &Sysctl) -> io::Result<Option<Self>> {
-        let opened = namespace.open_sysctl(&sysctl.name).and_then(|mut file| Ok((read(&mut file)?, file)));
+        let opened =
+            namespace.open_sysctl(&sysctl.name).and_then(|mut file| Ok((read(&mut file)?, file)));
         let (now, file) = match opened {
             Ok(opened) => opened,
             // What cannot be written may have the value all the same.

@@ -1,6 +1,7 @@
 //! What the ruleset becomes with each combination of options, as it stands in `golden/`.
 //!
-//! With `UPDATE_GOLDEN=1` the files are written instead of compared; what changed is then for a person to read.
+//! With `UPDATE_GOLDEN=1` the files are written instead of compared; what changed is then for a
+//! person to read.
 
 use super::{Opening, Ruleset, Zone, iptables, nftables};
 use std::fs;
@@ -92,7 +93,9 @@ fn every_combination_of_options_is_as_it_was() {
                 ];
                 let has = |port: &Opening| {
                     !publish.is_empty()
-                        && subnets.iter().any(|subnet| subnet.contains(':') == port.address.is_ipv6())
+                        && subnets
+                            .iter()
+                            .any(|subnet| subnet.contains(':') == port.address.is_ipv6())
                 };
                 let ports = ports.into_iter().filter(has);
                 let name = format!("{families}{way_out}{publish}");
@@ -110,7 +113,11 @@ fn nothing_two_networks_and_rules_of_dockers_users_are_as_they_were() {
     // A family of which one of them has a subnet is closed to the other all the same.
     let apart = vec![zone("tg-front", &FRONT[..1], false), zone("tg-back", &BACK[1..], false)];
     is_golden("a-family-each", &ruleset(apart, []), false);
-    is_golden("docker-user", &ruleset(zones(), [opening(Protocol::Tcp, "0.0.0.0:8080", None)]), true);
+    is_golden(
+        "docker-user",
+        &ruleset(zones(), [opening(Protocol::Tcp, "0.0.0.0:8080", None)]),
+        true,
+    );
 }
 
 /// Two uplinks with a default route each.
@@ -133,9 +140,10 @@ fn verified_sources_are_as_they_were() {
 /// Two ports that lead to one, and more than go into one rule.
 #[test]
 fn many_ports_are_as_they_were() {
-    let more = (0..20).map(|port| opening(Protocol::Tcp, &format!("0.0.0.0:{}", 9000 + port), None));
-    let two =
-        [8080, 8081].map(|port| opening(Protocol::Tcp, &format!("0.0.0.0:{port}"), Some("10.9.1.2:80")));
+    let more =
+        (0..20).map(|port| opening(Protocol::Tcp, &format!("0.0.0.0:{}", 9000 + port), None));
+    let two = [8080, 8081]
+        .map(|port| opening(Protocol::Tcp, &format!("0.0.0.0:{port}"), Some("10.9.1.2:80")));
     let zones = vec![zone("tg-front", &FRONT[..1], false)];
     is_golden("many-ports", &ruleset(zones, more.chain(two)), false);
 }

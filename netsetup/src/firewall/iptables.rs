@@ -1,10 +1,12 @@
 //! The ruleset as chains of iptables and ip6tables.
 //!
-//! Chains of our own, named for the owner, and one jump to each from the built-in chain it belongs to; nothing else in those chains changes. All of it
-//! is one run of `iptables-restore --noflush` for each family, in which each table is one transaction. Should a run fail, what was there before is
-//! put back, so that there are the old rules or the new ones.
+//! Chains of our own, named for the owner, and one jump to each from the built-in chain it belongs
+//! to; nothing else in those chains changes. All of it is one run of `iptables-restore --noflush`
+//! for each family, in which each table is one transaction. Should a run fail, what was there
+//! before is put back, so that there are the old rules or the new ones.
 //!
-//! iptables has no sets of its own: the number of rules grows with the ports, and a port that comes or goes costs a run.
+//! iptables has no sets of its own: the number of rules grows with the ports, and a port that comes
+//! or goes costs a run.
 
 mod program;
 mod rules;
@@ -25,11 +27,16 @@ use tidegate_netns::{Namespace, News};
 #[cfg(test)]
 pub(super) fn rendered(ruleset: &Ruleset, v6: bool, docker_user: bool) -> String {
     let tables = rules::tables(ruleset, if v6 { Family::V6 } else { Family::V4 }, docker_user);
-    rules::restore(&tables, &ruleset.owner, &Saved::of("*raw\n*mangle\n*filter\n*nat\n"), &BTreeSet::new())
+    rules::restore(
+        &tables,
+        &ruleset.owner,
+        &Saved::of("*raw\n*mangle\n*filter\n*nat\n"),
+        &BTreeSet::new(),
+    )
 }
 
-/// How often in one run the jump to the mark is put behind rules that others append: who appends again
-/// each time shall not keep both of us busy for ever.
+/// How often in one run the jump to the mark is put behind rules that others append: who appends
+/// again each time shall not keep both of us busy for ever.
 const MOST_MOVES: u32 = 64;
 
 /// The rules of one owner, by the programs that are installed.
@@ -48,7 +55,8 @@ struct Side {
     listed: Vec<String>,
     /// How often the jump that has to be the last was put behind rules that others had appended.
     moves: u32,
-    /// The tables that are there for us alone. In the kernel a rule says so, for the next one should this process be killed; but rules can be flushed.
+    /// The tables that are there for us alone. In the kernel a rule says so, for the next one
+    /// should this process be killed; but rules can be flushed.
     made: BTreeSet<String>,
 }
 
@@ -74,7 +82,8 @@ impl Side {
         let text = rules::restore(&tables, &ruleset.owner, &saved, &self.made);
         self.program.restore(&text)?;
         self.listed = self.saved()?.of_owner(&ruleset.owner);
-        // Others may have been at it meanwhile. Then it does not hold, and is applied again with the next look.
+        // Others may have been at it meanwhile. Then it does not hold, and is applied again with
+        // the next look.
         if self.listed.len() != rules::count(&text, &tables) {
             self.listed.clear();
         }
@@ -99,7 +108,8 @@ impl Side {
             }
         }
         let asks_docker = self.listed.iter().any(|line| line.ends_with(rules::TO_DOCKER_USER));
-        Ok(saved.of_owner(&ruleset.owner) == self.listed && saved.docker_user().has_rules() == asks_docker)
+        Ok(saved.of_owner(&ruleset.owner) == self.listed
+            && saved.docker_user().has_rules() == asks_docker)
     }
 
     /// Takes away what `owner` has, and the tables that were there for him alone.
@@ -210,8 +220,8 @@ impl IptablesState {
         Program::is_installed(Family::V4)
     }
 
-    /// Chains in the calling thread's namespace that may change the mark of the gates behind the rules of
-    /// iptables that set it, as `ip nat POSTROUTING`.
+    /// Chains in the calling thread's namespace that may change the mark of the gates behind the
+    /// rules of iptables that set it, as `ip nat POSTROUTING`.
     ///
     /// # Errors
     /// The kernel's.
@@ -254,8 +264,8 @@ impl DockerUser {
     }
 }
 
-/// Whether the calling thread's namespace has the chain DOCKER-USER, or may have it: the kernel does not
-/// tell of chains of the legacy variant.
+/// Whether the calling thread's namespace has the chain DOCKER-USER, or may have it: the kernel
+/// does not tell of chains of the legacy variant.
 fn may_have_docker_user(family: Family) -> io::Result<bool> {
     if is_legacy_in_use(family) {
         return Ok(true);
@@ -269,8 +279,8 @@ fn may_have_docker_user(family: Family) -> io::Result<bool> {
     connection.has_chain(table_family(family), "filter", saved::DOCKER_USER)
 }
 
-/// Whether the legacy variant has its table `filter` in `host`, of either family. The kernel sends no
-/// word of changes there.
+/// Whether the legacy variant has its table `filter` in `host`, of either family. The kernel sends
+/// no word of changes there.
 pub(crate) fn legacy_is_in_use(host: &Namespace) -> bool {
     host.with(|| [Family::V4, Family::V6].into_iter().any(is_legacy_in_use)).unwrap_or(false)
 }
@@ -281,7 +291,8 @@ fn is_legacy_in_use(family: Family) -> bool {
         Family::V4 => "ip_tables_names",
         Family::V6 => "ip6_tables_names",
     };
-    let names = std::fs::read_to_string(format!("/proc/thread-self/net/{names}")).unwrap_or_default();
+    let names =
+        std::fs::read_to_string(format!("/proc/thread-self/net/{names}")).unwrap_or_default();
     names.lines().any(|name| name == "filter")
 }
 
@@ -292,10 +303,13 @@ fn table_family(family: Family) -> TableFamily {
     }
 }
 
-/// Whether the calling thread's namespace has the table `filter`, of either variant: without a look at it by its programs, which make it.
+/// Whether the calling thread's namespace has the table `filter`, of either variant: without a look
+/// at it by its programs, which make it.
 fn is_in_use(family: Family) -> bool {
-    let of_nftables =
-        || Connection::open().and_then(|mut connection| connection.has_table(table_family(family), "filter"));
+    let of_nftables = || {
+        Connection::open()
+            .and_then(|mut connection| connection.has_table(table_family(family), "filter"))
+    };
     is_legacy_in_use(family) || of_nftables().unwrap_or(false)
 }
 

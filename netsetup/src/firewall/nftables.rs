@@ -1,7 +1,8 @@
 //! The ruleset as tables of nftables.
 //!
-//! What differs between hosts is in sets and maps, and the rules are always the same few: however many networks and ports there are, a packet
-//! passes the same number of rules, and a port that comes or goes is an element.
+//! What differs between hosts is in sets and maps, and the rules are always the same few: however
+//! many networks and ports there are, a packet passes the same number of rules, and a port that
+//! comes or goes is an element.
 
 use super::ruleset::is_source_port;
 use super::{Backend, Opening, Ports, Ruleset, Zone, on_link};
@@ -11,8 +12,8 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tidegate_model::{Protocol, registry};
 use tidegate_netfilter::{
-    Action, Base, Chain, Change, Connection, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table,
-    Transport, Value,
+    Action, Base, Chain, Change, Connection, Element, Field, Hook, Key, Kind, Match, Rule, Set,
+    Table, Transport, Value,
 };
 use tidegate_netns::News;
 
@@ -39,7 +40,8 @@ impl Nftables {
         self.connection.commit(changes).map_err(io::Error::other)
     }
 
-    /// Carries `changes` out. Whether nobody else has changed anything meanwhile: then what was sound is, with them.
+    /// Carries `changes` out. Whether nobody else has changed anything meanwhile: then what was
+    /// sound is, with them.
     fn commit_alone(&mut self, changes: &[Change]) -> io::Result<bool> {
         let before = self.connection.generation()?;
         (self.sound_at, self.fingerprints) = (None, None);
@@ -49,7 +51,8 @@ impl Nftables {
         Ok(self.sound_at.is_some())
     }
 
-    /// Whether all is as it was put. It costs a look at every element, unless nobody has changed anything at all since.
+    /// Whether all is as it was put. It costs a look at every element, unless nobody has changed
+    /// anything at all since.
     fn is_sound(&mut self, owner: &str) -> io::Result<bool> {
         let generation = self.connection.generation()?;
         if self.sound_at == Some(generation) {
@@ -70,8 +73,9 @@ impl Nftables {
             false => self.connection.fingerprint(&table, |_| true)?,
         };
         let names = names_of_ways(owner);
-        let theirs =
-            self.connection.fingerprint(registry::NFTABLES_USER_TABLE, |name| names.contains(name))?;
+        let theirs = self
+            .connection
+            .fingerprint(registry::NFTABLES_USER_TABLE, |name| names.contains(name))?;
         Ok([own, theirs])
     }
 }
@@ -79,14 +83,18 @@ impl Nftables {
 impl Backend for Nftables {
     fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()> {
         let replace = Change::Replace { table: table(ruleset), owned: self.owns };
-        let part = Change::ReplacePart { part: ways_to_user(ruleset), kept: registry::USER_CHAIN.to_owned() };
+        let part = Change::ReplacePart {
+            part: ways_to_user(ruleset),
+            kept: registry::USER_CHAIN.to_owned(),
+        };
         let changes = [replace, part];
         for _ in 0..ATTEMPTS {
             if self.commit_alone(&changes)? {
                 break;
             }
         }
-        // What could not be looked at undisturbed does not hold, and is applied again with the next look.
+        // What could not be looked at undisturbed does not hold, and is applied again with the next
+        // look.
         Ok(())
     }
 
@@ -98,17 +106,24 @@ impl Backend for Nftables {
         }
         let mut changes = Vec::new();
         // Two ports may lead to one, and what they lead to is known as long as one of them does.
-        let targets =
-            |ports: &BTreeSet<Opening>| ports.iter().filter_map(|port| port.to).collect::<BTreeSet<_>>();
+        let targets = |ports: &BTreeSet<Opening>| {
+            ports.iter().filter_map(|port| port.to).collect::<BTreeSet<_>>()
+        };
         let left = targets(&ruleset.ports);
         for family in &FAMILIES {
             let [added, removed] =
                 [&change.added, &change.removed].map(|ports| port_sets(ports.iter(), family));
             for (added, mut removed) in added.into_iter().zip(removed) {
                 if added.name == family.set("to") {
-                    removed.elements.retain(|element| !left.iter().any(|target| is_to(element, *target)));
+                    removed
+                        .elements
+                        .retain(|element| !left.iter().any(|target| is_to(element, *target)));
                 }
-                changes.push(Change::Elements { table: table_name(&ruleset.owner), added, removed });
+                changes.push(Change::Elements {
+                    table: table_name(&ruleset.owner),
+                    added,
+                    removed,
+                });
             }
         }
         let of = |ports: &BTreeSet<Opening>| {
@@ -170,7 +185,8 @@ const ATTEMPTS: u32 = 5;
 
 /// Whether `element` of the sets of targets stands for `target`.
 fn is_to(element: &Element, target: SocketAddr) -> bool {
-    element.key.contains(&Value::Net(target.ip().into())) && element.key.contains(&Value::Port(target.port()))
+    element.key.contains(&Value::Net(target.ip().into()))
+        && element.key.contains(&Value::Port(target.port()))
 }
 
 /// The names of what [`ways_to_user`] makes.
@@ -238,8 +254,13 @@ impl Family {
 /// The table of `ruleset`'s owner.
 pub(crate) fn table(ruleset: &Ruleset) -> Table {
     let name = table_name(&ruleset.owner);
-    let mut chains =
-        vec![between(), to_network(ruleset), from_network(ruleset), others(ruleset), inside(ruleset)];
+    let mut chains = vec![
+        between(),
+        to_network(ruleset),
+        from_network(ruleset),
+        others(ruleset),
+        inside(ruleset),
+    ];
     chains.push(translate(ruleset));
     if !ruleset.gated {
         chains.push(mark(ruleset));
@@ -274,8 +295,14 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
         name: of("forward"),
         base: Some(Base { kind: Kind::Filter, hook: Hook::Forward, priority: BEFORE_FILTER }),
         rules: vec![
-            go(vec![by_ours(Key::OutGroup, ruleset)], "forwarded to a container: the user comes first"),
-            go(vec![by_ours(Key::InGroup, ruleset)], "forwarded from a container: the user comes first"),
+            go(
+                vec![by_ours(Key::OutGroup, ruleset)],
+                "forwarded to a container: the user comes first",
+            ),
+            go(
+                vec![by_ours(Key::InGroup, ruleset)],
+                "forwarded from a container: the user comes first",
+            ),
         ],
     };
     let mut rules = vec![rule(
@@ -288,7 +315,8 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
         let served = ruleset.ports.iter().filter(|port| family.is_of(port.address));
         let (everywhere, somewhere): (Vec<&Opening>, Vec<&Opening>) =
             served.partition(|port| port.address.is_unspecified());
-        let key = |port: &Opening| [Value::Protocol(transport(port.protocol)), Value::Port(port.port)];
+        let key =
+            |port: &Opening| [Value::Protocol(transport(port.protocol)), Value::Port(port.port)];
         sets.push(Set {
             name: at.clone(),
             elements: somewhere
@@ -303,8 +331,14 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
             ..set("", vec![Field::Protocol, Field::Port])
         });
         let why = "a published port that a socket of ours serves: the user comes first";
-        rules.push(jump(vec![is_in([family.destination, Key::Protocol, Key::DestinationPort], &at)], why));
-        rules.push(jump(vec![not_loopback(family), is_in([Key::Protocol, Key::DestinationPort], &any)], why));
+        rules.push(jump(
+            vec![is_in([family.destination, Key::Protocol, Key::DestinationPort], &at)],
+            why,
+        ));
+        rules.push(jump(
+            vec![not_loopback(family), is_in([Key::Protocol, Key::DestinationPort], &any)],
+            why,
+        ));
     }
     let input = Chain {
         name: of("input"),
@@ -350,7 +384,8 @@ fn sets(ruleset: &Ruleset) -> Vec<Set> {
             zones.iter().flat_map(of)
         };
         let own = subnets().map(|(zone, subnet)| element([bridge(zone), subnet]));
-        let outgoing = subnets().filter(|(zone, _)| !zone.internal).map(|(_, subnet)| element([subnet]));
+        let outgoing =
+            subnets().filter(|(zone, _)| !zone.internal).map(|(_, subnet)| element([subnet]));
         sets.extend([
             Set {
                 intervals: true,
@@ -380,7 +415,11 @@ fn sets(ruleset: &Ruleset) -> Vec<Set> {
 fn port_sets<'a>(ports: impl Iterator<Item = &'a Opening> + Clone, family: &Family) -> [Set; 4] {
     let ports = ports.filter(|port| family.is_of(port.address));
     let here = |port: &Opening| {
-        [Value::Net(port.address.into()), Value::Protocol(transport(port.protocol)), Value::Port(port.port)]
+        [
+            Value::Net(port.address.into()),
+            Value::Protocol(transport(port.protocol)),
+            Value::Port(port.port),
+        ]
     };
     let translated = ports.clone().filter_map(|port| Some((port, port.to?)));
     let (mut at, mut any, mut to) = (Vec::new(), Vec::new(), Vec::new());
@@ -402,12 +441,17 @@ fn port_sets<'a>(ports: impl Iterator<Item = &'a Opening> + Clone, family: &Fami
     [
         Set { elements: loopback.collect(), ..set(&family.set("loopback"), here.clone()) },
         Set { elements: at, data: target.clone(), ..set(&family.set("at"), here.clone()) },
-        Set { elements: any, data: target, ..set(&family.set("any"), vec![Field::Protocol, Field::Port]) },
+        Set {
+            elements: any,
+            data: target,
+            ..set(&family.set("any"), vec![Field::Protocol, Field::Port])
+        },
         Set { elements: to, ..set(&family.set("to"), here) },
     ]
 }
 
-/// Whatever is known of its connection: who can forge the address of a server could else get into flows of others.
+/// Whatever is known of its connection: who can forge the address of a server could else get into
+/// flows of others.
 fn between() -> Chain {
     let rules = vec![
         rule(
@@ -420,7 +464,8 @@ fn between() -> Chain {
     Chain { name: "between".to_owned(), base: None, rules }
 }
 
-/// What is known of a connection may be of a time when there were no rules. One that began as it should was translated at one of its ends.
+/// What is known of a connection may be of a time when there were no rules. One that began as it
+/// should was translated at one of its ends.
 fn to_network(ruleset: &Ruleset) -> Chain {
     let let_in = || if ruleset.gated { marked() } else { accept() };
     let mut rules = vec![
@@ -442,7 +487,8 @@ fn to_network(ruleset: &Ruleset) -> Chain {
         rule(vec![Match::Invalid], drop(), "belongs to no connection"),
     ]);
     for family in &FAMILIES {
-        let to = is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
+        let to =
+            is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
         rules.push(rule(vec![Match::TranslatedDestination, to], let_in(), "a published port"));
     }
     rules.push(rule(vec![], drop(), "networks are closed to the outside"));
@@ -450,7 +496,8 @@ fn to_network(ruleset: &Ruleset) -> Chain {
 }
 
 fn from_network(ruleset: &Ruleset) -> Chain {
-    let mut rules = vec![rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path")];
+    let mut rules =
+        vec![rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path")];
     rules.push(rule(vec![Match::Established], accept(), "what has begun goes on"));
     if has_internal(ruleset) {
         let internal = is_in([Key::InInterface], "internal");
@@ -496,8 +543,10 @@ fn inside(ruleset: &Ruleset) -> Chain {
     if has_internal(ruleset) {
         let internal = || is_in([Key::InInterface], "internal");
         for family in &FAMILIES {
-            let mut elsewhere =
-                vec![internal(), not_in([Key::InInterface, family.destination], &family.set("own"))];
+            let mut elsewhere = vec![
+                internal(),
+                not_in([Key::InInterface, family.destination], &family.set("own")),
+            ];
             if family.is_v6() {
                 // By link-local and multicast addresses neighbours find each other, and the host.
                 elsewhere.push(Match::NotIcmpv6);
@@ -521,11 +570,13 @@ fn sources(ruleset: &Ruleset) -> Chain {
 const GATEWAY_ALONE: &str = "an internal network reaches nothing of the host but its gateway";
 const STRAY_SOURCE: &str = "claims to come from a container";
 const FALSE_SOURCE: &str = "has a source address that is not of its network";
-const STRAY_DESTINATION: &str = "sent straight to a container or a gateway, past the published ports";
+const STRAY_DESTINATION: &str =
+    "sent straight to a container or a gateway, past the published ports";
 const PART: &str = "a part of a connection that was let through";
 
-/// What is for the host itself. Every packet is looked at, whatever is known of its connection: a part of one can be forged, and one can have been made
-/// while there were no rules. By `lo` the host reaches its networks.
+/// What is for the host itself. Every packet is looked at, whatever is known of its connection: a
+/// part of one can be forged, and one can have been made while there were no rules. By `lo` the
+/// host reaches its networks.
 fn input(ruleset: &Ruleset) -> Chain {
     let mut rules = vec![rule(
         vec![by_ours(Key::InGroup, ruleset)],
@@ -541,7 +592,8 @@ fn input(ruleset: &Ruleset) -> Chain {
 /// Drops what comes from elsewhere than a bridge of ours, and has an address of our networks.
 fn strays(ruleset: &Ruleset) -> impl Iterator<Item = Rule> {
     families_of(ruleset).flat_map(move |family| {
-        [family.source, family.destination].map(|key| stray(ruleset, family, key, vec![not_from_host()]))
+        [family.source, family.destination]
+            .map(|key| stray(ruleset, family, key, vec![not_from_host()]))
     })
 }
 
@@ -583,20 +635,24 @@ fn families_of(ruleset: &Ruleset) -> impl Iterator<Item = &'static Family> {
     FAMILIES.iter().filter(|family| subnets_of(ruleset, family).next().is_some())
 }
 
-/// The same, if there is more than one network: with a single one there is no other that a container could claim to be in, or send to straight.
+/// The same, if there is more than one network: with a single one there is no other that a
+/// container could claim to be in, or send to straight.
 fn families_with_others(ruleset: &Ruleset) -> impl Iterator<Item = &'static Family> {
     families_of(ruleset).filter(|_| ruleset.zones.len() > 1)
 }
 
 /// Drops what is for a port that is published on a loopback address, under further `conditions`.
 fn not_on_loopback(family: &Family, conditions: Vec<Match>) -> Rule {
-    let mut matches =
-        vec![is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("loopback"))];
+    let mut matches = vec![is_in(
+        [family.destination, Key::Protocol, Key::DestinationPort],
+        &family.set("loopback"),
+    )];
     matches.extend(conditions);
     rule(matches, drop(), "published on a loopback address, and asked for from elsewhere")
 }
 
-/// What `key` gives is in one of our subnets. A set is asked only about what is in the smallest network that has all of them: that takes a tenth of the time.
+/// What `key` gives is in one of our subnets. A set is asked only about what is in the smallest
+/// network that has all of them: that takes a tenth of the time.
 fn to_subnets(ruleset: &Ruleset, family: &Family, key: Key) -> Vec<Match> {
     let subnets: Vec<IpNet> = subnets_of(ruleset, family).collect();
     let around = around(&subnets).filter(|net| net.prefix_len() > 0);
@@ -616,11 +672,13 @@ fn around(nets: &[IpNet]) -> Option<IpNet> {
     Some(all)
 }
 
-/// The first packet of each connection, on its arrival. What is dropped here leaves no trace, and is answered by nothing; later packets, and those of
-/// no connection, are seen where they are forwarded or come in. So those that are forwarded pass one hook less, of which each takes a
+/// The first packet of each connection, on its arrival. What is dropped here leaves no trace, and
+/// is answered by nothing; later packets, and those of no connection, are seen where they are
+/// forwarded or come in. So those that are forwarded pass one hook less, of which each takes a
 /// hundredth of the throughput.
 fn translate(ruleset: &Ruleset) -> Chain {
-    let mut rules: Vec<Rule> = FAMILIES.iter().map(|family| false_source(ruleset, family)).collect();
+    let mut rules: Vec<Rule> =
+        FAMILIES.iter().map(|family| false_source(ruleset, family)).collect();
     let hairpin = vec![by_ours(Key::InGroup, ruleset)];
     let why = "containers are served by our sockets: they may ask for their own port";
     rules.push(rule(hairpin, accept(), why));
@@ -636,13 +694,15 @@ fn translate(ruleset: &Ruleset) -> Chain {
         // What is addressed to the link no policy rule leads on; a socket serves it.
         let mut everywhere = vec![not_loopback(family), Match::ToHost];
         everywhere.extend(
-            family.on_link().into_iter().filter(|net| !net.addr().is_multicast()).map(|net| Match::Is {
-                key: family.destination,
-                value: Value::Net(net),
-                not: true,
+            family.on_link().into_iter().filter(|net| !net.addr().is_multicast()).map(|net| {
+                Match::Is { key: family.destination, value: Value::Net(net), not: true }
             }),
         );
-        rules.push(rule(everywhere, translate(ports.to_vec(), "any"), "a port published on all addresses"));
+        rules.push(rule(
+            everywhere,
+            translate(ports.to_vec(), "any"),
+            "a port published on all addresses",
+        ));
     }
     base("translate", Kind::Nat, Hook::Prerouting, DSTNAT, rules)
 }
@@ -650,7 +710,8 @@ fn translate(ruleset: &Ruleset) -> Chain {
 /// Where policy rules stand behind these: they are asked before a packet is forwarded.
 fn mark(ruleset: &Ruleset) -> Chain {
     let own = vec![by_ours(Key::InGroup, ruleset)];
-    let mut rules = vec![rule(own, accept(), "from a container: nothing that a network is closed to")];
+    let mut rules =
+        vec![rule(own, accept(), "from a container: nothing that a network is closed to")];
     for family in &FAMILIES {
         let inside = || is_in([family.destination], &family.set("subnets"));
         rules.push(rule(
@@ -658,7 +719,8 @@ fn mark(ruleset: &Ruleset) -> Chain {
             marked(),
             "may be forwarded: policy rules let nothing else pass",
         ));
-        let to = is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
+        let to =
+            is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
         rules.push(rule(
             vec![Match::TranslatedDestination, to],
             marked(),
@@ -668,21 +730,27 @@ fn mark(ruleset: &Ruleset) -> Chain {
     base("mark", Kind::Filter, Hook::Prerouting, LAST, rules)
 }
 
-/// Where the host has several default routes: the mark by which an answer finds its uplink. It is on the
-/// packet while its route is looked up, and at no hook of others. What was asked tells the uplink, so
-/// that nothing has to be remembered with the connection, whose mark is others'.
+/// Where the host has several default routes: the mark by which an answer finds its uplink. It is
+/// on the packet while its route is looked up, and at no hook of others. What was asked tells the
+/// uplink, so that nothing has to be remembered with the connection, whose mark is others'.
 fn reply_paths(ruleset: &Ruleset) -> [Chain; 4] {
     let marks = |value: fn(u8) -> u32| {
         let rule_of = |(number, net): &(u8, IpNet)| {
             let family = FAMILIES.iter().find(|family| family.is_of(net.addr()))?;
-            let asked = Match::Is { key: family.original_destination, value: Value::Net(*net), not: false };
+            let asked =
+                Match::Is { key: family.original_destination, value: Value::Net(*net), not: false };
             let mark = Action::Mark { value: value(*number), mask: registry::UPLINK_MARK_MASK };
-            Some(rule(vec![asked], vec![mark, Action::Return], "asked at an address of that uplink"))
+            Some(rule(
+                vec![asked],
+                vec![mark, Action::Return],
+                "asked at an address of that uplink",
+            ))
         };
         ruleset.replies.iter().filter_map(rule_of).collect()
     };
     let answers = |chain: &str| {
-        let answer = vec![by_ours(Key::InGroup, ruleset), Match::Reply, Match::TranslatedDestination];
+        let answer =
+            vec![by_ours(Key::InGroup, ruleset), Match::Reply, Match::TranslatedDestination];
         vec![rule(answer, vec![Action::Jump(chain.to_owned())], "an answer of a translated port")]
     };
     [
@@ -694,11 +762,12 @@ fn reply_paths(ruleset: &Ruleset) -> [Chain; 4] {
 }
 
 /// The verdict on what is forwarded: at the last hook before the interface, so that nobody changes
-/// the mark that the gates look at, and nobody else sees it. A hook more for what the host sends, and
-/// none for what it forwards. Conntrack confirms connections at the same priority.
+/// the mark that the gates look at, and nobody else sees it. A hook more for what the host sends,
+/// and none for what it forwards. Conntrack confirms connections at the same priority.
 fn postrouting(ruleset: &Ruleset) -> Chain {
-    let jump =
-        |key, chain: &str, why| rule(vec![by_ours(key, ruleset)], vec![Action::Jump(chain.to_owned())], why);
+    let jump = |key, chain: &str, why| {
+        rule(vec![by_ours(key, ruleset)], vec![Action::Jump(chain.to_owned())], why)
+    };
     let mut rules = vec![
         rule(vec![Match::FromHost], accept(), "sent by the host itself"),
         jump(Key::OutGroup, "to-network", "all that goes to a container"),
@@ -718,7 +787,11 @@ fn postrouting(ruleset: &Ruleset) -> Chain {
 fn leave(ruleset: &Ruleset) -> Chain {
     let from = |protocol: Value, (first, last): (u16, u16)| {
         let matches = vec![Match::Is { key: Key::Protocol, value: protocol, not: false }];
-        rule(matches, vec![Action::MasqueradeTo { first, last }], "from a port at which no service is")
+        rule(
+            matches,
+            vec![Action::MasqueradeTo { first, last }],
+            "from a port at which no service is",
+        )
     };
     let mut rules = vec![
         from(Value::Protocol(Transport::Tcp), ruleset.source_ports(Protocol::Tcp)),
@@ -734,18 +807,24 @@ fn leave(ruleset: &Ruleset) -> Chain {
 /// SCTP, UDP-Lite. Nothing is published for them.
 const OTHERS_WITH_PORTS: [u8; 3] = [33, 132, 136];
 
-/// By the pair of interfaces what is forwarded, whatever its source; by the source what a process of
-/// the host sends from a gateway's address.
+/// By the pair of interfaces what is forwarded, whatever its source; by the source what a process
+/// of the host sends from a gateway's address.
 fn masquerade(ruleset: &Ruleset) -> Chain {
     let leaves = |first: Match, more: Option<Match>| {
-        let lo = Match::Is { key: Key::OutInterface, value: Value::Interface("lo".to_owned()), not: true };
+        let lo = Match::Is {
+            key: Key::OutInterface,
+            value: Value::Interface("lo".to_owned()),
+            not: true,
+        };
         let group = Match::Is { key: Key::OutGroup, value: group(ruleset), not: true };
         let matches = [first, group, lo].into_iter().chain(more).collect();
         rule(matches, vec![Action::Goto("leave".to_owned())], "leaves with the host's address")
     };
     let outgoing = has_internal(ruleset).then(|| not_in([Key::InInterface], "internal"));
     let mut rules = vec![leaves(by_ours(Key::InGroup, ruleset), outgoing)];
-    rules.extend(FAMILIES.iter().map(|family| leaves(is_in([family.source], &family.set("outgoing")), None)));
+    rules.extend(
+        FAMILIES.iter().map(|family| leaves(is_in([family.source], &family.set("outgoing")), None)),
+    );
     base("masquerade", Kind::Nat, Hook::Postrouting, SRCNAT, rules)
 }
 

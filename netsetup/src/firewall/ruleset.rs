@@ -15,9 +15,11 @@
 //! | behind routing | what comes from a subnet that is not internal and leaves otherwise than by a bridge of ours is masqueraded, from source ports at which nothing is published ([`Ruleset::source_ports`]) | port shadowing |
 //! | destination NAT | what is addressed to the host at a port published by the kernel and did not come in by a bridge of ours is translated | those that did are served in userspace (hairpin) |
 //!
-//! nftables looks at the last two of what comes first only until a connection is established: iptables, whose `raw` table does not know that, in every packet.
+//! nftables looks at the last two of what comes first only until a connection is established:
+//! iptables, whose `raw` table does not know that, in every packet.
 //!
-//! Nothing is ever a chain's policy, and what is neither from nor to a network of ours is left alone.
+//! Nothing is ever a chain's policy, and what is neither from nor to a network of ours is left
+//! alone.
 
 use ipnet::IpNet;
 use std::collections::BTreeSet;
@@ -33,8 +35,8 @@ pub struct Ruleset {
     pub zones: Vec<Zone>,
     /// The published ports.
     pub ports: BTreeSet<Opening>,
-    /// Which answers of translated ports leave by which [reply path](crate::ReplyPath): the number of
-    /// the path, and the addresses that were asked. The narrowest network decides.
+    /// Which answers of translated ports leave by which [reply path](crate::ReplyPath): the number
+    /// of the path, and the addresses that were asked. The narrowest network decides.
     pub replies: Vec<(u8, IpNet)>,
     /// Gates at the bridges' exits keep networks closed when the rules are gone, not policy rules.
     pub gated: bool,
@@ -46,7 +48,8 @@ impl Ruleset {
     pub(super) fn source_ports(&self, protocol: Protocol) -> (u16, u16) {
         let (first, last) = registry::MASQUERADE_PORTS.into_inner();
         let of_protocol = self.ports.iter().filter(|port| port.protocol == protocol);
-        let taken: BTreeSet<u16> = of_protocol.map(|port| port.port).filter(is_source_port).collect();
+        let taken: BTreeSet<u16> =
+            of_protocol.map(|port| port.port).filter(is_source_port).collect();
         let (mut widest, mut begin) = (None, first);
         for end in taken.into_iter().chain([last + 1]) {
             let width = end.saturating_sub(begin);
@@ -87,7 +90,8 @@ pub struct Opening {
     pub address: IpAddr,
     /// The host's port.
     pub port: u16,
-    /// What the kernel translates it to, of the same family; `None` where a socket of ours serves it alone.
+    /// What the kernel translates it to, of the same family; `None` where a socket of ours serves
+    /// it alone.
     pub to: Option<SocketAddr>,
 }
 

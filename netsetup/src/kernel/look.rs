@@ -79,7 +79,10 @@ impl Here {
         depth: Depth,
     ) -> Result<Self, KernelError> {
         let failed = |what: &'static str| {
-            move |source| KernelError { what: format!("list the {what} of {place}"), source: error(source) }
+            move |source| KernelError {
+                what: format!("list the {what} of {place}"),
+                source: error(source),
+            }
         };
         let handle = kernel.connection(place)?.handle.clone();
         let host = *place == Place::Host;
@@ -115,8 +118,9 @@ impl Here {
             rules: Vec::new(),
         };
         let mut is_cut_short = false;
-        let has_addresses =
-            || asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact));
+        let has_addresses = || {
+            asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact))
+        };
         if host || depth == Depth::All && has_addresses() {
             let mut listed = handle.address().get().execute();
             while let Some(message) = listed.try_next().await.map_err(failed("addresses"))? {
@@ -124,7 +128,8 @@ impl Here {
                     is_cut_short = true;
                     break;
                 }
-                // On a point-to-point link `IFA_ADDRESS` is the peer's; `IFA_LOCAL` is there on IPv4 only.
+                // On a point-to-point link `IFA_ADDRESS` is the peer's; `IFA_LOCAL` is there on
+                // IPv4 only.
                 let mut address = None;
                 for attribute in message.attributes {
                     match attribute {
@@ -133,7 +138,9 @@ impl Here {
                         _ => {}
                     }
                 }
-                if let Some(net) = address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok()) {
+                if let Some(net) =
+                    address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok())
+                {
                     here.addresses.push((message.header.index, net));
                 }
             }
@@ -180,16 +187,25 @@ impl Here {
         }
         if host {
             for version in [IpVersion::V4, IpVersion::V6] {
-                let listed: Vec<RuleMessage> =
-                    handle.rule().get(version).execute().try_collect().await.map_err(failed("rules"))?;
+                let listed: Vec<RuleMessage> = handle
+                    .rule()
+                    .get(version)
+                    .execute()
+                    .try_collect()
+                    .await
+                    .map_err(failed("rules"))?;
                 here.rules.extend(listed.iter().filter_map(rule_of));
                 let first = first_of_others(&listed);
-                here.first_rule_of_others = here.first_rule_of_others.into_iter().chain(first).min();
+                here.first_rule_of_others =
+                    here.first_rule_of_others.into_iter().chain(first).min();
             }
         }
-        if asked.iter().any(|fact| matches!(fact, Fact::Station { .. }) && here.has_links_of(fact)) {
-            let listed = handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
-            let listed: Vec<_> = listed.try_collect().await.map_err(failed("forwarding databases"))?;
+        if asked.iter().any(|fact| matches!(fact, Fact::Station { .. }) && here.has_links_of(fact))
+        {
+            let listed =
+                handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
+            let listed: Vec<_> =
+                listed.try_collect().await.map_err(failed("forwarding databases"))?;
             for entry in listed {
                 let is_static = entry.header.state == NeighbourState::Noarp;
                 let stations = entry.attributes.iter().filter_map(|attribute| match attribute {
@@ -222,10 +238,13 @@ impl Here {
             return Ok(false);
         }
         let is = |interface: &Interface, mtu: u32| {
-            self.link(&interface.name).is_some_and(|link| link.mac == Some(interface.mac) && link.mtu == mtu)
+            self.link(&interface.name)
+                .is_some_and(|link| link.mac == Some(interface.mac) && link.mtu == mtu)
         };
         Ok(match fact {
-            Fact::Bridge { interface, mtu, .. } | Fact::Veth { interface, mtu, .. } => is(interface, *mtu),
+            Fact::Bridge { interface, mtu, .. } | Fact::Veth { interface, mtu, .. } => {
+                is(interface, *mtu)
+            }
             Fact::Port { link, bridge, isolated } => {
                 let bridge = self.link(bridge).map(|bridge| bridge.index);
                 bridge.is_some()
@@ -237,7 +256,8 @@ impl Here {
                 port.controller.is_some() && self.stations.contains(&(port.index, *station))
             }),
             Fact::Setting { place, name, value } => {
-                // Told with the link; and a file that thousands of namespaces have takes the kernel long to find.
+                // Told with the link; and a file that thousands of namespaces have takes the kernel
+                // long to find.
                 let told = fact.on().find_map(|(_, link)| self.link(link)?.without_ipv6);
                 match told.filter(|_| name.ends_with(".disable_ipv6")) {
                     Some(off) => *value == u8::from(off).to_string(),
@@ -256,13 +276,16 @@ impl Here {
                 self.routes.iter().any(|route| is_to(route, link.index, address.trunc()))
             }),
             Fact::DefaultRoute { link, gateway, .. } => self.link(link).is_some_and(|link| {
-                self.routes.iter().any(|route| is_default(route) && leads(route, link.index, *gateway))
+                self.routes
+                    .iter()
+                    .any(|route| is_default(route) && leads(route, link.index, *gateway))
             }),
             Fact::Rule(rule) => self.rules.contains(rule),
             Fact::Forwarding { link, v6 } => {
                 match kernel.forwarding_at(link, *v6) {
                     Ok(value) if value == "1" => true,
-                    // A kernel that cannot single links out; that is told elsewhere, or all of them forward.
+                    // A kernel that cannot single links out; that is told elsewhere, or all of them
+                    // forward.
                     Err(_) if *v6 && self.indexes.contains_key(link) => {
                         !kernel.alone || kernel.forwards(true).unwrap_or(false)
                     }
@@ -294,7 +317,8 @@ impl Here {
         })
     }
 
-    /// The links that have an address which others may answer to, of the families that are asked for.
+    /// The links that have an address which others may answer to, of the families that are asked
+    /// for.
     pub(super) fn uplinks(&self, v4: bool, v6: bool) -> Vec<Uplink> {
         let of = |link: &Link| {
             let has = |v6: bool| {
@@ -304,7 +328,12 @@ impl Here {
                 };
                 self.addresses.iter().any(|(index, net)| *index == link.index && usable(net))
             };
-            Uplink { link: link.name.clone(), v4: v4 && has(false), v6: v6 && has(true), ours: false }
+            Uplink {
+                link: link.name.clone(),
+                v4: v4 && has(false),
+                v6: v6 && has(true),
+                ours: false,
+            }
         };
         self.links.values().map(of).filter(|uplink| uplink.v4 || uplink.v6).collect()
     }
@@ -323,7 +352,8 @@ impl Here {
             });
             metric.unwrap_or(0)
         };
-        let mut main: Vec<&RouteMessage> = self.routes.iter().filter(|route| is_default(route)).collect();
+        let mut main: Vec<&RouteMessage> =
+            self.routes.iter().filter(|route| is_default(route)).collect();
         main.sort_by_key(|route| metric(route));
         main.into_iter().chain(&self.elsewhere).flat_map(|route| self.hops(route)).collect()
     }
@@ -352,8 +382,9 @@ impl Here {
         for attribute in &route.attributes {
             match attribute {
                 RouteAttribute::Oif(index) => hops.extend(of(*index, &route.attributes, false)),
-                RouteAttribute::MultiPath(several) => hops
-                    .extend(several.iter().filter_map(|hop| of(hop.interface_index, &hop.attributes, true))),
+                RouteAttribute::MultiPath(several) => hops.extend(
+                    several.iter().filter_map(|hop| of(hop.interface_index, &hop.attributes, true)),
+                ),
                 _ => {}
             }
         }
@@ -371,7 +402,11 @@ impl Here {
     }
 
     pub(super) fn default_mtu(&self) -> Option<u32> {
-        let by = self.routes.iter().filter(|route| is_default(route)).flat_map(|route| &route.attributes);
+        let by = self
+            .routes
+            .iter()
+            .filter(|route| is_default(route))
+            .flat_map(|route| &route.attributes);
         let link = |attribute: &RouteAttribute| match attribute {
             RouteAttribute::Oif(index) => self.links.get(index).map(|link| link.mtu),
             _ => None,
@@ -382,7 +417,8 @@ impl Here {
 
     /// What is reached from here otherwise than by a default route.
     pub(super) fn reached(&self) -> Vec<(IpNet, String)> {
-        let name = |index: u32| self.links.get(&index).map(|link| link.name.clone()).unwrap_or_default();
+        let name =
+            |index: u32| self.links.get(&index).map(|link| link.name.clone()).unwrap_or_default();
         let routes = self.routes.iter().filter(|route| !is_default(route)).filter_map(|route| {
             let mut to = None;
             let mut by = 0;

@@ -7,7 +7,8 @@ use ipnet::IpNet;
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, InfoBridgePort, InfoPortData, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, InfoBridgePort, InfoPortData, LinkAttribute, LinkFlags, LinkInfo,
+    LinkMessage,
 };
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -32,13 +33,17 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         learns: false,
         without_ipv6: None,
     };
-    let is_elsewhere =
-        message.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::LinkNetNsId(_)));
+    let is_elsewhere = message
+        .attributes
+        .iter()
+        .any(|attribute| matches!(attribute, LinkAttribute::LinkNetNsId(_)));
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Link(peer) => link.peer = Some(*peer).filter(|_| is_elsewhere),
             LinkAttribute::IfName(name) => link.name.clone_from(name),
-            LinkAttribute::Address(bytes) => link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac),
+            LinkAttribute::Address(bytes) => {
+                link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac)
+            }
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::Group(group) => link.group = *group,
@@ -51,8 +56,8 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
                     if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
                         link.isolated = port.contains(&InfoBridgePort::Isolated(true));
                         let is = |one| port.contains(&one);
-                        link.learns =
-                            is(InfoBridgePort::Learning(true)) || is(InfoBridgePort::UnicastFlood(true));
+                        link.learns = is(InfoBridgePort::Learning(true))
+                            || is(InfoBridgePort::UnicastFlood(true));
                     }
                 }
             }
@@ -115,8 +120,8 @@ pub(super) fn is_to(route: &RouteMessage, by: u32, net: IpNet) -> bool {
         && !route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_)))
 }
 
-/// The route that the kernel adds with `address` (`fib_add_ifaddr`, net/ipv4/fib_frontend.c; `addrconf_prefix_route`,
-/// net/ipv6/addrconf.c).
+/// The route that the kernel adds with `address` (`fib_add_ifaddr`, net/ipv4/fib_frontend.c;
+/// `addrconf_prefix_route`, net/ipv6/addrconf.c).
 pub(super) fn subnet_route(by: u32, address: IpNet) -> RouteMessage {
     /// `IP6_RT_PRIO_ADDRCONF`.
     const METRIC: u32 = 256;
@@ -243,7 +248,8 @@ pub(super) fn first_of_others(rules: &[RuleMessage]) -> Option<u32> {
         given.unwrap_or(0)
     };
     let is_local = |rule: &&RuleMessage| {
-        let table = rule.attributes.iter().find_map(table_of).unwrap_or(u32::from(rule.header.table));
+        let table =
+            rule.attributes.iter().find_map(table_of).unwrap_or(u32::from(rule.header.table));
         rule.header.action == RuleAction::ToTable && table == LOCAL
     };
     // The kernel lists rules as it asks them: of one priority those first that were added first.
@@ -285,7 +291,9 @@ pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
                 rule.uplink = (1..=registry::UPLINKS).find(of).unwrap_or(0);
             }
             RuleAttribute::Iifname(name) => rule.from_interface = Some(name.clone()),
-            RuleAttribute::Destination(ip) => rule.to = IpNet::new(*ip, message.header.dst_len).ok(),
+            RuleAttribute::Destination(ip) => {
+                rule.to = IpNet::new(*ip, message.header.dst_len).ok()
+            }
             _ => {}
         }
     }

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::{
-    Attachment, Endpoint, FirewallKind, Guards, Mac, Network, Subnet, Uplink, WithEngine, WithFirewall,
-    WithoutFirewall,
+    Attachment, Endpoint, FirewallKind, Guards, Mac, Network, Subnet, Uplink, WithEngine,
+    WithFirewall, WithoutFirewall,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -35,8 +35,9 @@ fn network(name: &str, number: u8) -> Network {
 
 fn endpoint(name: &str, number: u8, network: &Network) -> Endpoint {
     let IpNet::V4(subnet) = network.subnets[0].subnet else { panic!("IPv4 comes first") };
-    let address =
-        IpAddr::from(std::net::Ipv4Addr::from_bits(subnet.network().to_bits() + 10 + u32::from(number)));
+    let address = IpAddr::from(std::net::Ipv4Addr::from_bits(
+        subnet.network().to_bits() + 10 + u32::from(number),
+    ));
     Endpoint {
         name: name.into(),
         attachments: vec![Attachment {
@@ -54,7 +55,12 @@ fn plan_in(world: &World, owned: &[Fact], desired: &Desired) -> Vec<Op> {
     plan_with(&WithoutFirewall::default(), world, owned, desired)
 }
 
-fn plan_with(isolation: &dyn Isolation, world: &World, owned: &[Fact], desired: &Desired) -> Vec<Op> {
+fn plan_with(
+    isolation: &dyn Isolation,
+    world: &World,
+    owned: &[Fact],
+    desired: &Desired,
+) -> Vec<Op> {
     let observed = Observed { facts: world.facts().clone(), ..Observed::default() };
     plan(desired, owned, &observed, isolation).unwrap().ops
 }
@@ -65,7 +71,8 @@ fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
         Arc::new(WithFirewall { firewall, owner: "demo".to_owned(), gated }) as Arc<dyn Isolation>
     };
     let engine = |gated| {
-        Arc::new(WithEngine { device: "tgt-1".to_owned(), table: 30_000, gated }) as Arc<dyn Isolation>
+        Arc::new(WithEngine { device: "tgt-1".to_owned(), table: 30_000, gated })
+            as Arc<dyn Isolation>
     };
     let all: Vec<Arc<dyn Isolation>> = vec![
         Arc::new(WithoutFirewall { gated: false }),
@@ -80,18 +87,28 @@ fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
 
 /// Some networks and endpoints on them, chosen by bits.
 fn some_desired() -> impl Strategy<Value = Desired> {
-    let networks =
-        prop::collection::vec((any::<bool>(), any::<bool>(), prop::sample::select(vec![1400_u32, 1500])), 3);
+    let networks = prop::collection::vec(
+        (any::<bool>(), any::<bool>(), prop::sample::select(vec![1400_u32, 1500])),
+        3,
+    );
     let endpoints = prop::collection::vec((any::<bool>(), 0_usize..3), 4);
     let uplinks = prop::collection::vec((any::<bool>(), any::<bool>()), 0..3);
-    let guards =
-        prop::sample::select(vec![Guards::None, Guards::AtLinks, Guards::InTable("demo".to_owned())]);
+    let guards = prop::sample::select(vec![
+        Guards::None,
+        Guards::AtLinks,
+        Guards::InTable("demo".to_owned()),
+    ]);
     let all = (any::<[bool; 3]>(), networks, endpoints, uplinks, guards, 0..2_000_u32);
     all.prop_map(|(there, looks, endpoints, uplinks, guards, rules_ahead)| {
         let mut networks = Vec::new();
         for (number, (internal, inter_container, mtu)) in looks.into_iter().enumerate() {
             let name = format!("n{number}");
-            networks.push(Network { internal, inter_container, mtu, ..network(&name, number as u8) });
+            networks.push(Network {
+                internal,
+                inter_container,
+                mtu,
+                ..network(&name, number as u8)
+            });
         }
         let endpoints = endpoints
             .into_iter()
@@ -100,11 +117,20 @@ fn some_desired() -> impl Strategy<Value = Desired> {
             .filter(|(_, (_, on))| there[*on])
             .map(|(number, (_, on))| endpoint(&format!("e{number}"), number as u8, &networks[on]));
         let endpoints = endpoints.collect();
-        let networks =
-            networks.into_iter().zip(there).filter(|(_, there)| *there).map(|(network, _)| network).collect();
+        let networks = networks
+            .into_iter()
+            .zip(there)
+            .filter(|(_, there)| *there)
+            .map(|(network, _)| network)
+            .collect();
         let uplinks = uplinks.into_iter().enumerate();
         let uplinks = uplinks
-            .map(|(number, (v4, v6))| Uplink { link: format!("eth{number}"), v4, v6, ours: number != 0 })
+            .map(|(number, (v4, v6))| Uplink {
+                link: format!("eth{number}"),
+                v4,
+                v6,
+                ours: number != 0,
+            })
             .collect();
         Desired { networks, endpoints, uplinks, rules_ahead, guards, ..Desired::default() }
     })
@@ -150,7 +176,8 @@ proptest! {
 #[test]
 fn a_network_is_closed_before_it_is_up() {
     let desired = Desired { networks: vec![network("blue", 1)], ..Desired::default() };
-    let steps: Vec<String> = plan_in(&World::default(), &[], &desired).iter().map(Op::to_string).collect();
+    let steps: Vec<String> =
+        plan_in(&World::default(), &[], &desired).iter().map(Op::to_string).collect();
     assert_eq!(
         steps,
         [
@@ -177,7 +204,8 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
         ..Desired::default()
     };
     let steps = |gated| -> Vec<String> {
-        let isolation = WithFirewall { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
+        let isolation =
+            WithFirewall { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
         plan_with(&isolation, &World::default(), &[], &desired).iter().map(Op::to_string).collect()
     };
     let gated = steps(true);
@@ -250,7 +278,10 @@ fn an_endpoint_is_guarded_before_it_is_on_the_bridge() {
     let unguarded = steps(Guards::None);
     assert_eq!(place(&unguarded, "port guard"), None);
     let guarded = steps(Guards::AtLinks);
-    assert!(place(&guarded, "port guard").unwrap() < place(&guarded, "port \"").unwrap(), "{guarded:?}");
+    assert!(
+        place(&guarded, "port guard").unwrap() < place(&guarded, "port \"").unwrap(),
+        "{guarded:?}"
+    );
     let in_table = steps(Guards::InTable("demo".to_owned()));
     assert_eq!(place(&in_table, "table of nftables"), Some(0));
 }
@@ -260,7 +291,8 @@ fn an_endpoint_is_guarded_before_it_is_on_the_bridge() {
 fn wider_routes_of_others_are_no_conflict() {
     let desired = Desired { networks: vec![network("blue", 1)], ..Desired::default() };
     for route in ["0.0.0.0/1", "128.0.0.0/1", "10.0.0.0/8", "10.9.0.0/23"] {
-        let observed = Observed { routes: vec![(net(route), "tun0".into())], ..Observed::default() };
+        let observed =
+            Observed { routes: vec![(net(route), "tun0".into())], ..Observed::default() };
         assert!(plan(&desired, &[], &observed, &WithoutFirewall::default()).is_ok(), "{route}");
     }
 }
@@ -268,7 +300,8 @@ fn wider_routes_of_others_are_no_conflict() {
 #[test]
 fn policy_rules_are_ahead_of_those_of_others() {
     let priorities = |rules_ahead| -> Vec<u32> {
-        let desired = Desired { networks: vec![network("blue", 1)], rules_ahead, ..Desired::default() };
+        let desired =
+            Desired { networks: vec![network("blue", 1)], rules_ahead, ..Desired::default() };
         let facts = desired.facts(&WithoutFirewall::default());
         let rules = facts.iter().filter_map(|fact| match fact {
             Fact::Rule(rule) => Some(rule.priority),
@@ -286,7 +319,10 @@ fn contradictions_are_told_and_nothing_is_planned() {
     let taken = |links: &[(&str, u8)]| Observed {
         links: BTreeMap::from([(
             Place::Host,
-            links.iter().map(|(name, mac)| ((*name).to_owned(), Some(Mac([2, 0, 0, 0, 0, *mac])))).collect(),
+            links
+                .iter()
+                .map(|(name, mac)| ((*name).to_owned(), Some(Mac([2, 0, 0, 0, 0, *mac]))))
+                .collect(),
         )]),
         ..Observed::default()
     };
@@ -333,7 +369,10 @@ fn contradictions_are_told_and_nothing_is_planned() {
         refused(vec![blue.clone()], vec![one.clone(), other], &nothing),
         "endpoint \"other\": address 10.9.1.11 is endpoint \"one\"'s already"
     );
-    assert_eq!(refused(vec![red], vec![one], &nothing), "endpoint \"one\": there is no network \"blue\"");
+    assert_eq!(
+        refused(vec![red], vec![one], &nothing),
+        "endpoint \"one\": there is no network \"blue\""
+    );
     assert!(
         plan(
             &Desired { networks: vec![blue], ..Desired::default() },

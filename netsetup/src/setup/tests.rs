@@ -73,7 +73,10 @@ fn two_networks() -> Desired {
     let network = |name: &str, number: u8, inter_container| Network {
         name: name.into(),
         bridge: interface(&format!("tg-{name}"), number),
-        subnets: vec![subnet(&format!("10.9.{number}.0/24")), subnet(&format!("fd09:{number}::/64"))],
+        subnets: vec![
+            subnet(&format!("10.9.{number}.0/24")),
+            subnet(&format!("fd09:{number}::/64")),
+        ],
         internal: false,
         inter_container,
         mtu: 1500,
@@ -133,7 +136,8 @@ fn endpoints_reach_their_network_and_the_host_and_nothing_else() {
     let outside = Namespace::from_path(&bed.net.client.path()).unwrap();
     let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
     let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
-    // A host that forwards for others, as Docker leaves it, and an outside that sends containers' subnets its way.
+    // A host that forwards for others, as Docker leaves it, and an outside that sends containers'
+    // subnets its way.
     for key in ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"] {
         bed.host.set_sysctl(key, "1").unwrap();
     }
@@ -142,9 +146,10 @@ fn endpoints_reach_their_network_and_the_host_and_nothing_else() {
          -6 route add fd09::/16 via 2001:db8:1::1",
     );
     bed.runtime.block_on(setup.apply(&two_networks())).unwrap();
-    for (to_b, to_host, to_c) in
-        [("10.9.1.11:0", "10.9.1.1:0", "10.9.2.12:0"), ("[fd09:1::11]:0", "[fd09:1::1]:0", "[fd09:2::12]:0")]
-    {
+    for (to_b, to_host, to_c) in [
+        ("10.9.1.11:0", "10.9.1.1:0", "10.9.2.12:0"),
+        ("[fd09:1::11]:0", "[fd09:1::1]:0", "[fd09:2::12]:0"),
+    ] {
         assert!(reaches(&a, &b, to_b, SOON), "a neighbour at {to_b}");
         assert!(reaches(&a, &bed.host, to_host, SOON), "the host at {to_host}");
         assert!(reaches(&bed.host, &c, to_c, SOON), "the host reaches {to_c}");
@@ -152,7 +157,10 @@ fn endpoints_reach_their_network_and_the_host_and_nothing_else() {
         assert!(!reaches(&outside, &c, to_c, NEVER), "the outside gets to {to_c}");
         assert!(!reaches(&outside, &b, to_b, NEVER), "the outside gets to {to_b}");
     }
-    assert!(!reaches(&a, &outside, "203.0.113.9:0", NEVER), "nothing gets out without an engine for it");
+    assert!(
+        !reaches(&a, &outside, "203.0.113.9:0", NEVER),
+        "nothing gets out without an engine for it"
+    );
     bed.runtime.block_on(setup.finish()).unwrap();
 }
 
@@ -188,7 +196,8 @@ fn what_is_there_is_not_made_again_and_all_of_it_goes_at_the_end() {
     assert!(!bed.directory.path().join("test.journal").exists());
 }
 
-/// At every operation the process may be killed: before the kernel is asked, and after, before that is written down.
+/// At every operation the process may be killed: before the kernel is asked, and after, before that
+/// is written down.
 #[test]
 fn whatever_a_killed_process_left_is_cleared_by_the_next() {
     let bed = Bed::new();
@@ -259,7 +268,10 @@ fn a_subnet_that_the_host_reaches_otherwise_is_refused_and_nothing_is_changed() 
     let mut desired = two_networks();
     desired.endpoints.clear();
     let error = bed.runtime.block_on(setup.apply(&desired)).unwrap_err().to_string();
-    assert!(error.starts_with("network \"blue\": subnet 10.9.1.0/24 overlaps 10.9.1.128/25"), "{error}");
+    assert!(
+        error.starts_with("network \"blue\": subnet 10.9.1.0/24 overlaps 10.9.1.128/25"),
+        "{error}"
+    );
     assert_eq!(bed.state(), before);
     assert!(Path::new(&bed.directory.path().join("test.journal")).exists());
 }
@@ -272,8 +284,10 @@ fn a_thousand_endpoints_are_set_up_and_taken_down() {
     let before = bed.state();
     let mut desired = two_networks();
     desired.networks.pop();
-    desired.networks[0].subnets =
-        vec![Subnet { subnet: "10.9.0.0/16".parse().unwrap(), gateway: "10.9.0.1".parse().unwrap() }];
+    desired.networks[0].subnets = vec![Subnet {
+        subnet: "10.9.0.0/16".parse().unwrap(),
+        gateway: "10.9.0.1".parse().unwrap(),
+    }];
     let namespaces: Vec<Namespace> = (0..COUNT).map(|_| Namespace::create().unwrap()).collect();
     let mut setup = bed.setup(&[]);
     desired.endpoints = (0..COUNT)
@@ -285,7 +299,10 @@ fn a_thousand_endpoints_are_set_up_and_taken_down() {
                 name,
                 attachments: vec![Attachment {
                     network: "blue".into(),
-                    host_end: Interface { name: format!("tgv-{number}"), mac: Mac([2, 0, 0, 1, high, low]) },
+                    host_end: Interface {
+                        name: format!("tgv-{number}"),
+                        mac: Mac([2, 0, 0, 1, high, low]),
+                    },
                     inside: Interface { name: "eth0".into(), mac: Mac([2, 0, 0, 2, high, low]) },
                     addresses: vec![format!("10.9.{}.{low}/16", high + 1).parse().unwrap()],
                     default_route: true,
@@ -382,7 +399,11 @@ fn each_object_that_others_remove_is_restored_and_reported_once() {
         (host, "ip link del tgv-a", &["veth"]),
         (inside, "ip link del eth0", &["veth"]),
         (inside, "ip link set eth0 down; ip link set eth0 name other", &["veth"]),
-        (host, "ip link set tgv-a down; ip link set tgv-a name other; ip link set other up", &["veth"]),
+        (
+            host,
+            "ip link set tgv-a down; ip link set tgv-a name other; ip link set other up",
+            &["veth"],
+        ),
         (host, &moved, &["veth"]),
         (host, "ip link set tgv-a nomaster", &["port"]),
         (host, "bridge fdb del 02:00:00:00:00:d2 dev tgv-a master static", &["fdb"]),
@@ -401,7 +422,8 @@ fn each_object_that_others_remove_is_restored_and_reported_once() {
         let repaired = bed.runtime.block_on(setup.repair(&desired, true, &endpoints));
         assert!(repaired.failed.is_empty(), "{script}: {:?}", repaired.failed);
         assert!(repaired.unplugged.is_empty(), "{script}");
-        let found: Vec<_> = repaired.restored.iter().map(|fact| RepairKind::of(fact).as_str()).collect();
+        let found: Vec<_> =
+            repaired.restored.iter().map(|fact| RepairKind::of(fact).as_str()).collect();
         assert_eq!(found, kinds, "{script}: {:?}", repaired.restored);
         let again = bed.runtime.block_on(setup.repair(&desired, true, &endpoints));
         assert!(again.restored.is_empty() && again.failed.is_empty(), "{script}: {again:?}");
@@ -446,16 +468,20 @@ fn a_link_in_the_place_of_a_veth_end_gets_none_of_its_addresses() {
     bed.runtime.block_on(setup.apply(&desired)).unwrap();
     let (inside, endpoints) = (&boxes[0], BTreeSet::from(["a".to_owned()]));
     let mac = desired.endpoints[0].attachments[0].inside.mac;
-    for dummy in
-        ["type bridge".to_owned(), format!("address {mac} type bridge"), format!("address {mac} type veth")]
-    {
+    for dummy in [
+        "type bridge".to_owned(),
+        format!("address {mac} type bridge"),
+        format!("address {mac} type veth"),
+    ] {
         let script = format!(
             "ip link set eth0 down; ip link set eth0 name real; ip link add eth0 {dummy}; ip link set eth0 up; \
              ip addr del 127.0.0.1/8 dev lo"
         );
         inside.exec("sh", &["-ec", &script]);
         let repaired = bed.runtime.block_on(setup.repair(&desired, true, &endpoints));
-        let [(Some(endpoint), error)] = &repaired.failed[..] else { panic!("{:?}", repaired.failed) };
+        let [(Some(endpoint), error)] = &repaired.failed[..] else {
+            panic!("{:?}", repaired.failed)
+        };
         assert_eq!(endpoint, "a");
         assert!(error.to_string().contains("\"eth0\" on endpoint \"a\" exists already"), "{error}");
         let kinds: Vec<_> = repaired.restored.iter().map(RepairKind::of).collect();
@@ -485,7 +511,8 @@ fn routes_of_an_endpoint_delay_no_repair() {
     boxes[0].exec("sh", &["-ec", &format!("{routes} | ip -batch -")]);
     boxes[0].ip(&["addr", "del", "10.9.1.10/24", "dev", "eth0"]);
     let begun = std::time::Instant::now();
-    let repaired = bed.runtime.block_on(setup.repair(&desired, false, &BTreeSet::from(["a".to_owned()])));
+    let repaired =
+        bed.runtime.block_on(setup.repair(&desired, false, &BTreeSet::from(["a".to_owned()])));
     let took = begun.elapsed();
     assert!(repaired.failed.is_empty(), "{:?}", repaired.failed);
     let kinds: Vec<_> = repaired.restored.iter().map(RepairKind::of).collect();

@@ -15,21 +15,25 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tidegate_model::{Ingress, Protocol, PublishLabel, canonical, share_of};
-use tidegate_reactor::{Context, Interest, Key, List, Permit, Readiness, says_destroyed, stream_ingress};
+use tidegate_reactor::{
+    Context, Interest, Key, List, Permit, Readiness, says_destroyed, stream_ingress,
+};
 
 /// Connections accepted from one port before other events have their turn.
 const BATCH: usize = 64;
 
-/// How soon after a connection its next event comes, where the backend is on this host and answers at once, and what may be
-/// spent on looking out for it: 100 connections a second cost 2% of a core.
+/// How soon after a connection its next event comes, where the backend is on this host and answers
+/// at once, and what may be spent on looking out for it: 100 connections a second cost 2% of a
+/// core.
 const ANSWER: Duration = Duration::from_micros(200);
 
 /// How long a port rests when descriptors have run out and none came back on this loop.
 const REST: Duration = Duration::from_millis(50);
 
-/// How many connections arrive at a port at a time. accept(2) makes a socket and its file before it finds out that
-/// nobody waits, which costs more than a tenth of a connection's system calls; so it is asked only for as many as
-/// there will be. Those that it is not asked for keep the port readable.
+/// How many connections arrive at a port at a time. accept(2) makes a socket and its file before it
+/// finds out that nobody waits, which costs more than a tenth of a connection's system calls; so it
+/// is asked only for as many as there will be. Those that it is not asked for keep the port
+/// readable.
 #[derive(Debug)]
 pub(crate) struct Crowd {
     expected: usize,
@@ -44,7 +48,8 @@ impl Default for Crowd {
 }
 
 impl Crowd {
-    /// How many to accept in `round`: twice as many as last time, if that was the round before and there were more.
+    /// How many to accept in `round`: twice as many as last time, if that was the round before and
+    /// there were more.
     fn expect(&mut self, round: u64) -> usize {
         if self.filled.is_some_and(|filled| filled + 1 == round) {
             self.expected = (2 * self.expected).min(BATCH);
@@ -177,8 +182,8 @@ impl Worker {
         true
     }
 
-    /// Finds a place for a client that another loop accepted, and for which a connection of this loop has to end for
-    /// `limit`, as things were then.
+    /// Finds a place for a client that another loop accepted, and for which a connection of this
+    /// loop has to end for `limit`, as things were then.
     pub(crate) fn seat_here(&mut self, cx: &mut Context<'_>, accepted: Accepted, limit: Refusal) {
         let permit = self.shared.descriptors.take(2);
         self.seat(cx, accepted, permit, NoPlace::Refuse(limit));
@@ -193,7 +198,8 @@ impl Worker {
         }
     }
 
-    /// Cuts the connection of `victim` that has carried nothing for longest, and gives its place away.
+    /// Cuts the connection of `victim` that has carried nothing for longest, and gives its place
+    /// away.
     fn supplant(
         &mut self,
         cx: &mut Context<'_>,
@@ -240,8 +246,8 @@ impl Worker {
         }
         if !options.gateway_acl.is_empty() {
             let listen = label.address();
-            let ingress =
-                stream_ingress(client, listen.is_ipv6()).map_err(|error| ingress_unknown(*label, &error))?;
+            let ingress = stream_ingress(client, listen.is_ipv6())
+                .map_err(|error| ingress_unknown(*label, &error))?;
             *local = Some(SocketAddr::new(ingress.local, listen.port()));
             let ingress = Ingress {
                 client: *address,
@@ -257,7 +263,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Keeps the connection, which is in the book, or hands it to another loop if this one has all it can do.
+    /// Keeps the connection, which is in the book, or hands it to another loop if this one has all
+    /// it can do.
     fn place(&mut self, cx: &mut Context<'_>, accepted: Accepted, permit: Permit) {
         let shares = Arc::clone(&self.shared.shares);
         let mut seat = Seat::new(shares, accepted.holder(), self.index, permit);
@@ -304,9 +311,11 @@ impl Worker {
         seat: Seat,
     ) -> Result<(), (Accepted, Refusal)> {
         let options = Arc::clone(&accepted.port.options);
-        let wants_local = options.proxy_protocol.is_some() || options.upstream.wants_local_address();
+        let wants_local =
+            options.proxy_protocol.is_some() || options.upstream.wants_local_address();
         let known = accepted.local;
-        let local = if wants_local { known.or_else(|| local_address(&accepted.client)) } else { None };
+        let local =
+            if wants_local { known.or_else(|| local_address(&accepted.client)) } else { None };
         let flow = Flow {
             protocol: Protocol::Tcp,
             client: accepted.address,
@@ -320,14 +329,15 @@ impl Worker {
                 return Err((accepted, refusal(&error)));
             }
         };
-        let header = options
-            .proxy_protocol
-            .map(|version| version.header(accepted.address, local.unwrap_or(accepted.port.label.address())));
+        let header = options.proxy_protocol.map(|version| {
+            version.header(accepted.address, local.unwrap_or(accepted.port.label.address()))
+        });
         let deadline = cx.now + self.shared.settings.dial_timeout;
         let phase = Phase::Dialling { since: cx.now, deadline };
         let holder = seat.holder();
         let Accepted { client, port, .. } = accepted;
-        let connection = Connection::new(client, opened.socket, phase, port, header, opened.lease, seat);
+        let connection =
+            Connection::new(client, opened.socket, phase, port, header, opened.lease, seat);
         let key = self.connections.insert(connection);
         let silence = self.silence.entry(holder).or_default();
         silence.append(&mut self.connections, key, |connection| &mut connection.links);
@@ -336,13 +346,16 @@ impl Worker {
         Ok(())
     }
 
-    /// Does at once what can be done at once: on one host, often the whole connect and the client's first message.
+    /// Does at once what can be done at once: on one host, often the whole connect and the client's
+    /// first message.
     fn make_a_start(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(connection) = self.connections.get(key) else { return };
         let sides = [Side::Backend, Side::Client];
         let ready = Readiness::of(sides.map(|side| connection.socket(side).as_fd()));
-        let learnt = sides.into_iter().zip(ready).map(|(side, ready)| self.learn(cx, key, side, ready));
-        // Both, and in this order: what the client says first has a meaning only when there is a backend.
+        let learnt =
+            sides.into_iter().zip(ready).map(|(side, ready)| self.learn(cx, key, side, ready));
+        // Both, and in this order: what the client says first has a meaning only when there is a
+        // backend.
         if learnt.fold(false, |_, open| open) {
             self.take_turn(cx, key);
         }
@@ -362,7 +375,8 @@ impl Worker {
         }
     }
 
-    /// Has epoll tell of room on a side that connection `key` waits for, from the first time that there is none.
+    /// Has epoll tell of room on a side that connection `key` waits for, from the first time that
+    /// there is none.
     pub(crate) fn watch_for_room(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(connection) = self.connections.get_mut(key) else { return };
         for (side, tag) in [(Side::Backend, Tag::Backend), (Side::Client, Tag::Client)] {
@@ -377,7 +391,8 @@ impl Worker {
         }
     }
 
-    /// Has the socket of port `key`, of which accept(2) says that it does not listen, listen again. Whether more may wait there.
+    /// Has the socket of port `key`, of which accept(2) says that it does not listen, listen again.
+    /// Whether more may wait there.
     fn revive(&mut self, cx: &mut Context<'_>, key: Key) -> bool {
         let Some(PortState::Tcp { listener, port, .. }) = self.ports.get(key) else { return false };
         match listener.revive() {
@@ -414,7 +429,9 @@ impl Worker {
 
     /// Stops accepting at port `key` for a while. Whether it had not yet.
     fn pause(&mut self, cx: &mut Context<'_>, key: Key) -> bool {
-        let Some(PortState::Tcp { listener, resting, .. }) = self.ports.get_mut(key) else { return false };
+        let Some(PortState::Tcp { listener, resting, .. }) = self.ports.get_mut(key) else {
+            return false;
+        };
         if *resting || cx.epoll.remove(&*listener).is_err() {
             return false;
         }
@@ -490,7 +507,8 @@ fn local_address(client: &OwnedFd) -> Option<SocketAddr> {
 mod tests {
     use super::*;
 
-    /// What accept(2) is asked for in each round in which the port is readable, with so many waiting then.
+    /// What accept(2) is asked for in each round in which the port is readable, with so many
+    /// waiting then.
     fn asked(arrivals: &[(u64, usize)]) -> Vec<usize> {
         let mut crowd = Crowd::default();
         let ask = |(round, waiting): &(u64, usize)| {

@@ -1,7 +1,8 @@
 //! One connection and how its halves move payload.
 
 use super::{
-    COPY_BYTES, Holder, NARROW_BYTES, READS_PER_TURN, SOON, SPLICE_BYTES, Seat, WIDE_BYTES, WIDEN_AFTER,
+    COPY_BYTES, Holder, NARROW_BYTES, READS_PER_TURN, SOON, SPLICE_BYTES, Seat, WIDE_BYTES,
+    WIDEN_AFTER,
 };
 use crate::listener::{narrow, widen};
 use crate::port::{Direction, Port, Tally};
@@ -85,9 +86,10 @@ struct Half {
     readable: bool,
     /// The source has closed its writing side: read until the end shows.
     closing: bool,
-    /// Splicing is over, and a short read does not mean that nothing is left: there is urgent data, at whose mark reads stop
-    /// short and splice(2) returns 0 as if the stream had ended (`tcp_read_sock`, net/ipv4/tcp.c); or splice(2) has
-    /// returned 0, and only a read can tell whether that was the end.
+    /// Splicing is over, and a short read does not mean that nothing is left: there is urgent data,
+    /// at whose mark reads stop short and splice(2) returns 0 as if the stream had ended
+    /// (`tcp_read_sock`, net/ipv4/tcp.c); or splice(2) has returned 0, and only a read can tell
+    /// whether that was the end.
     copy_only: bool,
     /// The end was read.
     ended: bool,
@@ -172,7 +174,8 @@ pub(crate) struct Connection<T = AtomicU64> {
 }
 
 impl<T: Tally> Connection<T> {
-    /// A connection whose backend is being dialled. `header` goes to the backend before anything else.
+    /// A connection whose backend is being dialled. `header` goes to the backend before anything
+    /// else.
     pub(crate) fn new(
         client: OwnedFd,
         backend: OwnedFd,
@@ -246,7 +249,11 @@ impl<T: Tally> Connection<T> {
     pub(crate) fn interest(&mut self, side: Side) -> Interest {
         let dialling = side == Side::Backend && matches!(self.phase, Phase::Dialling { .. });
         let for_room = dialling || self.waits_for_room(side);
-        *self.watched[side as usize].insert(if for_room { Interest::Edges } else { Interest::InputEdges })
+        *self.watched[side as usize].insert(if for_room {
+            Interest::Edges
+        } else {
+            Interest::InputEdges
+        })
     }
 
     fn waits_for_room(&self, side: Side) -> bool {
@@ -287,8 +294,8 @@ impl<T: Tally> Connection<T> {
         (half.wide, half.charged) = (true, WIDE_BYTES);
     }
 
-    /// Makes the half of `direction` narrow. Returns the bytes that it has of the budget from here on, which are
-    /// what it still holds.
+    /// Makes the half of `direction` narrow. Returns the bytes that it has of the budget from here
+    /// on, which are what it still holds.
     pub(crate) fn narrow(&mut self, direction: Direction) -> usize {
         let (source, sink) = self.ends(direction);
         narrow(source, sink);
@@ -305,8 +312,8 @@ impl<T: Tally> Connection<T> {
         half.charged
     }
 
-    /// Bounds what the half of `direction`, which is blocked, holds: left to itself the receive buffer at its source
-    /// grows to `tcp_rmem`.
+    /// Bounds what the half of `direction`, which is blocked, holds: left to itself the receive
+    /// buffer at its source grows to `tcp_rmem`.
     pub(crate) fn bound(&mut self, direction: Direction) {
         if !std::mem::replace(&mut self.halves[direction as usize].was_narrow, true) {
             let (source, sink) = self.ends(direction);
@@ -353,7 +360,8 @@ impl<T: Tally> Connection<T> {
 
     /// Moves what can be moved.
     pub(crate) fn turn(&mut self, scratch: &mut Scratch) -> Turn {
-        // Not before there is a use for it: most published ports are idle, and some have a process to themselves.
+        // Not before there is a use for it: most published ports are idle, and some have a process
+        // to themselves.
         if scratch.buffer.is_empty() {
             scratch.buffer = vec![0; COPY_BYTES].into_boxed_slice();
         }
@@ -362,8 +370,8 @@ impl<T: Tally> Connection<T> {
         for direction in Direction::ALL {
             match self.advance(direction, scratch) {
                 Ok(more) => again |= more,
-                // The other direction may still have something to pass on: the answer of a server that hung up on a
-                // client in the middle of its request.
+                // The other direction may still have something to pass on: the answer of a server
+                // that hung up on a client in the middle of its request.
                 Err(_) => self.broken = true,
             }
         }
@@ -379,8 +387,8 @@ impl<T: Tally> Connection<T> {
         Turn::Wait
     }
 
-    /// Moves payload in one direction until the source is empty, the sink is full or the budget is used up;
-    /// true in the last case.
+    /// Moves payload in one direction until the source is empty, the sink is full or the budget is
+    /// used up; true in the last case.
     fn advance(&mut self, direction: Direction, scratch: &mut Scratch) -> io::Result<bool> {
         let [client, backend] = &self.sockets;
         let (source, sink) = match direction {
@@ -434,7 +442,8 @@ impl<T: Tally> Connection<T> {
         }
     }
 
-    /// Ends the connection with a reset to both sides; what they had not read yet is lost, as it should be.
+    /// Ends the connection with a reset to both sides; what they had not read yet is lost, as it
+    /// should be.
     pub(crate) fn reset(self, pipes: &mut PipePool) {
         reset_on_close(&self.sockets[0]);
         reset_on_close(&self.sockets[1]);
@@ -484,14 +493,16 @@ impl Half {
         if moved == 0 {
             self.writable = false;
         }
-        if empty && let Waiting::Piped(pipe) = std::mem::replace(&mut self.waiting, Waiting::Nothing) {
+        if empty
+            && let Waiting::Piped(pipe) = std::mem::replace(&mut self.waiting, Waiting::Nothing)
+        {
             pipes.release(pipe);
         }
         Ok(moved as u64)
     }
 
-    /// Reads through the loop's buffer and sends at once; what the sink does not take is kept. Returns
-    /// the bytes that went.
+    /// Reads through the loop's buffer and sends at once; what the sink does not take is kept.
+    /// Returns the bytes that went.
     fn copy(&mut self, source: &OwnedFd, sink: &OwnedFd, scratch: &mut Scratch) -> io::Result<u64> {
         let buffer = &mut scratch.buffer;
         let read = match recv(source, &mut buffer[..], RecvFlags::empty()) {
@@ -522,7 +533,12 @@ impl Half {
     }
 
     /// Fills `pipe` from the source.
-    fn splice(&mut self, source: &OwnedFd, mut pipe: Loan, scratch: &mut Scratch) -> io::Result<()> {
+    fn splice(
+        &mut self,
+        source: &OwnedFd,
+        mut pipe: Loan,
+        scratch: &mut Scratch,
+    ) -> io::Result<()> {
         match pipe.fill(source, SPLICE_BYTES) {
             Ok(Splice::Moved(read)) => {
                 self.plenty = read >= scratch.splice_from / 4;

@@ -1,21 +1,23 @@
-//! Who holds how many TCP connections at which port, and how many bytes for peers that do not drain, and who
-//! yields at a limit. Pure, but for the lock around it: all loops share one book.
+//! Who holds how many TCP connections at which port, and how many bytes for peers that do not
+//! drain, and who yields at a limit. Pure, but for the lock around it: all loops share one book.
 //!
 //! # Theory of operation
 //!
-//! Connections are limited in all, for each port, and by descriptors. A *client*, an IPv4 address or an IPv6
-//! /64, may take one connection more as long as [`may_take`] says so of what is free, in all and at the port:
-//! one greedy client gets two thirds of each, without a running connection being cut for anybody else. A port
-//! that is not the only one gets four fifths of all, so that a client with its share leaves room at its port.
+//! Connections are limited in all, for each port, and by descriptors. A *client*, an IPv4 address
+//! or an IPv6 /64, may take one connection more as long as [`may_take`] says so of what is free, in
+//! all and at the port: one greedy client gets two thirds of each, without a running connection
+//! being cut for anybody else. A port that is not the only one gets four fifths of all, so that a
+//! client with its share leaves room at its port.
 //!
-//! Where a client may take no more, and another one has more than twice as much, that one yields: of its
-//! connections the one that has carried nothing for longest is cut. Otherwise the newcomer is refused; if it is
-//! only descriptors that are short, and it holds next to nothing, it waits for the next one.
+//! Where a client may take no more, and another one has more than twice as much, that one yields:
+//! of its connections the one that has carried nothing for longest is cut. Otherwise the newcomer
+//! is refused; if it is only descriptors that are short, and it holds next to nothing, it waits for
+//! the next one.
 //!
-//! Bytes have one budget. A half may become wide as long as [`may_take`] says so of what is left of it
-//! ([`Book::take_bytes`]). What a narrow half holds while it is blocked is charged in any case
-//! ([`Book::charge_bytes`]): if that exceeds the budget, the client that holds most bytes has to yield
-//! ([`Book::over_budget`]).
+//! Bytes have one budget. A half may become wide as long as [`may_take`] says so of what is left of
+//! it ([`Book::take_bytes`]). What a narrow half holds while it is blocked is charged in any case
+//! ([`Book::charge_bytes`]): if that exceeds the budget, the client that holds most bytes has to
+//! yield ([`Book::over_budget`]).
 
 use crate::port::Refusal;
 use std::collections::hash_map::Entry;
@@ -240,10 +242,16 @@ struct Book {
 
 impl Book {
     fn new(limits: Limits) -> Self {
-        Self { limits, connections: Located::default(), ports: HashMap::new(), bytes: Located::default() }
+        Self {
+            limits,
+            connections: Located::default(),
+            ports: HashMap::new(),
+            bytes: Located::default(),
+        }
     }
 
-    /// Judges a new connection of `holder` that loop `at` has accepted, and counts it if there is room.
+    /// Judges a new connection of `holder` that loop `at` has accepted, and counts it if there is
+    /// room.
     fn admit(&mut self, holder: Holder, at: usize, room: Room) -> Verdict {
         let verdict = self.judge(holder, at, room);
         if verdict == Verdict::Room {
@@ -298,7 +306,8 @@ impl Book {
     fn instead_of(&self, holder: Holder, at: usize, limit: Refusal) -> Option<Verdict> {
         let loops = &self.connections.loops;
         let here = loops.contains_key(&(holder, at)).then_some(at);
-        let elsewhere = || loops.range((holder, 0)..).next().filter(|((other, _), _)| *other == holder);
+        let elsewhere =
+            || loops.range((holder, 0)..).next().filter(|((other, _), _)| *other == holder);
         let at = here.or_else(|| elsewhere().map(|((_, at), _)| *at))?;
         Some(Verdict::InPlaceOf { holder, at, limit })
     }
@@ -331,7 +340,8 @@ impl Book {
         }
     }
 
-    /// Takes `more` bytes for a connection of `holder` in loop `at`, if they are left for its client.
+    /// Takes `more` bytes for a connection of `holder` in loop `at`, if they are left for its
+    /// client.
     fn take_bytes(&mut self, holder: Holder, at: usize, more: usize) -> bool {
         let free = self.limits.bytes.saturating_sub(self.bytes.all.held);
         let may = more <= free && may_take(self.bytes.all.of(holder.client), free);
@@ -346,7 +356,8 @@ impl Book {
         self.bytes.change(holder, at, before, now);
     }
 
-    /// Where more bytes are held than the budget has: of whose connections one has to end, and in which loop.
+    /// Where more bytes are held than the budget has: of whose connections one has to end, and in
+    /// which loop.
     fn over_budget(&self) -> Option<(Holder, usize)> {
         let Holdings { held, ranking, .. } = &self.bytes.all;
         let (client, _) = ranking.largest().filter(|_| *held > self.limits.bytes)?;
@@ -405,7 +416,11 @@ mod tests {
         assert_eq!(book.admit(holder(3, 1), 0, room), yields);
         book.end(holder(1, 1), 0);
         assert_eq!(book.admit(holder(3, 1), 0, room), Verdict::Room);
-        assert_eq!(book.admit(holder(4, 1), 0, room), Verdict::Refused(Refusal::PortLimit), "all are equal");
+        assert_eq!(
+            book.admit(holder(4, 1), 0, room),
+            Verdict::Refused(Refusal::PortLimit),
+            "all are equal"
+        );
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Datagrams that claim to come from a published port of our own.
 //!
-//! Answering one is asking ourselves, whose answer is asked again, for ever: two ports of services that answer everything keep a core
-//! busy with a single datagram (CERT advisory CA-1996-01, "UDP port denial-of-service attack"). The kernel drops such a source if it is IPv4
-//! and comes from outside (a martian, `fib_validate_source`); of IPv6 it lets it in.
+//! Answering one is asking ourselves, whose answer is asked again, for ever: two ports of services
+//! that answer everything keep a core busy with a single datagram (CERT advisory CA-1996-01, "UDP
+//! port denial-of-service attack"). The kernel drops such a source if it is IPv4 and comes from
+//! outside (a martian, `fib_validate_source`); of IPv6 it lets it in.
 
 use crate::gateway_acl::GatewayAcl;
 use rustix::io::Errno;
@@ -18,7 +19,8 @@ use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 #[derive(Debug, Default)]
 pub(crate) struct Reflection {
     ours: RwLock<BTreeSet<SocketAddr>>,
-    /// One socket of each family, of the namespace in which ports are published, whichever the asking thread is in.
+    /// One socket of each family, of the namespace in which ports are published, whichever the
+    /// asking thread is in.
     probes: OnceLock<[Option<Mutex<OwnedFd>>; 2]>,
 }
 
@@ -37,31 +39,39 @@ impl Reflection {
     pub(crate) fn is_ours(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
         let (on_it, on_all) = {
             let ours = self.ours.read().unwrap_or_else(PoisonError::into_inner);
-            let any: IpAddr =
-                if client.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+            let any: IpAddr = if client.is_ipv4() {
+                Ipv4Addr::UNSPECIFIED.into()
+            } else {
+                Ipv6Addr::UNSPECIFIED.into()
+            };
             let has = |ip| ours.contains(&SocketAddr::new(ip, client.port()));
             (has(client.ip()), has(any))
         };
         on_it || on_all && (acl.has_gateway(client.ip()) || self.is_local(client))
     }
 
-    /// Whether the address is this host's: the kernel then answers from it. Without a probe nothing is known, and nothing is refused.
+    /// Whether the address is this host's: the kernel then answers from it. Without a probe nothing
+    /// is known, and nothing is refused.
     fn is_local(&self, client: SocketAddr) -> bool {
         if client.ip().is_loopback() {
             return true;
         }
-        let probe = self.probes.get().and_then(|probes| probes[usize::from(client.is_ipv6())].as_ref());
+        let probe =
+            self.probes.get().and_then(|probes| probes[usize::from(client.is_ipv6())].as_ref());
         let Some(probe) = probe else { return false };
         let probe = probe.lock().unwrap_or_else(PoisonError::into_inner);
         // Of a datagram socket this looks for a route and sends nothing.
         let own = connect(&*probe, &client).and_then(|()| getsockname(&*probe));
         let _ = connect_unspec(&*probe);
-        own.ok().and_then(|own| SocketAddr::try_from(own).ok()).is_some_and(|own| own.ip() == client.ip())
+        own.ok()
+            .and_then(|own| SocketAddr::try_from(own).ok())
+            .is_some_and(|own| own.ip() == client.ip())
     }
 }
 
 fn probe(family: AddressFamily) -> Option<Mutex<OwnedFd>> {
-    let made: Result<OwnedFd, Errno> = socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    let made: Result<OwnedFd, Errno> =
+        socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
     made.ok().map(Mutex::new)
 }
 

@@ -63,7 +63,8 @@ impl Relay {
     /// Ends every session and hands out the loop's references to them.
     pub(crate) fn end_sessions(&mut self) -> Vec<Key> {
         let stats = &self.port.stats;
-        let ended = self.sessions.drain().inspect(|session| stats.lived(session.last - session.began));
+        let ended =
+            self.sessions.drain().inspect(|session| stats.lived(session.last - session.began));
         let references: Vec<Key> = ended.map(|session| session.reference).collect();
         stats.live.fetch_sub(references.len(), Ordering::Relaxed);
         references
@@ -104,7 +105,8 @@ impl Worker {
         let Some(PortState::Udp(relay)) = self.ports.get_mut(key) else { return };
         let Batches { received, sending } = self.batches.get_or_insert_default();
         for _ in 0..BATCHES_PER_TURN {
-            // An error here is a client's ICMP for an answer of ours; the next receive is clear of it.
+            // An error here is a client's ICMP for an answer of ours; the next receive is clear of
+            // it.
             let count = match received.receive(&relay.listener) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -133,7 +135,8 @@ impl Worker {
                 let run = start..(start + 1..count).take_while(same).last().unwrap_or(start) + 1;
                 start = run.end;
                 let Some(client) = client(&relay.listener, &datagram) else { continue };
-                let opening = Opening { cx, key, references: &mut self.sessions, shared: &self.shared };
+                let opening =
+                    Opening { cx, key, references: &mut self.sessions, shared: &self.shared };
                 let session = match opening.find_or_open(relay, client, &datagram) {
                     Ok(session) => session,
                     Err(reason) => {
@@ -145,7 +148,8 @@ impl Worker {
                 relay.sessions.touch(session, false, cx.now);
                 let Some((_, carried)) = relay.sessions.get_mut(session) else { continue };
                 carried.last = cx.now;
-                let sent = sending.forward(&carried.socket, received, run, None, &mut carried.to_backend);
+                let sent =
+                    sending.forward(&carried.socket, received, run, None, &mut carried.to_backend);
                 relay.account(Direction::In, &sent);
                 if let Some(error) = sent.error {
                     tracing::debug!(publish = %relay.port.label, %error, "session's path is gone");
@@ -178,7 +182,8 @@ impl Worker {
                     return end(relay, &mut self.sessions, session);
                 }
             };
-            let destination = Destination { to: client.address, from: client.local.map(|local| (local, 0)) };
+            let destination =
+                Destination { to: client.address, from: client.local.map(|local| (local, 0)) };
             let sent = sending.forward(
                 &relay.listener,
                 received,
@@ -216,7 +221,12 @@ struct Opening<'a, 'b> {
 }
 
 impl Opening<'_, '_> {
-    fn find_or_open(self, relay: &mut Relay, client: Client, datagram: &Datagram<'_>) -> Result<Key, Drop> {
+    fn find_or_open(
+        self,
+        relay: &mut Relay,
+        client: Client,
+        datagram: &Datagram<'_>,
+    ) -> Result<Key, Drop> {
         let ingress = Ingress {
             client: client.address,
             destination: datagram.sent_to,
@@ -252,7 +262,9 @@ impl Opening<'_, '_> {
         let flow = Flow {
             protocol: Protocol::Udp,
             client: client.address,
-            local: client.local.map(|local| SocketAddr::new(local, relay.port.label.address().port())),
+            local: client
+                .local
+                .map(|local| SocketAddr::new(local, relay.port.label.address().port())),
             container_port: relay.port.container_port,
         };
         let opened = relay.port.options.upstream.open(&flow).map_err(|error| {
@@ -288,8 +300,15 @@ impl Opening<'_, '_> {
         relay.port.stats.accepted.add(1);
         relay.port.stats.live.fetch_add(1, Ordering::Relaxed);
         let session = session.ok_or(Drop::Exhausted)?;
-        let Some((_, carried)) = relay.sessions.get_mut(session) else { return Err(Drop::Exhausted) };
-        if self.cx.epoll.add(&carried.socket, Tag::Session.token(reference), Interest::Readable).is_err() {
+        let Some((_, carried)) = relay.sessions.get_mut(session) else {
+            return Err(Drop::Exhausted);
+        };
+        if self
+            .cx
+            .epoll
+            .add(&carried.socket, Tag::Session.token(reference), Interest::Readable)
+            .is_err()
+        {
             end(relay, self.references, session);
             return Err(Drop::Exhausted);
         }
@@ -318,7 +337,8 @@ fn end(relay: &mut Relay, references: &mut Arena<SessionRef>, session: Key) {
     }
 }
 
-/// Arms the port's timer if it is not; a session that speaks in the meantime only makes it fire early.
+/// Arms the port's timer if it is not; a session that speaks in the meantime only makes it fire
+/// early.
 fn arm(cx: &mut Context<'_>, key: Key, relay: &mut Relay) {
     if relay.timer.is_none()
         && let Some(expiry) = relay.sessions.next_expiry()

@@ -1,10 +1,12 @@
-//! The sessions of one published UDP port: who is talking, in what order they fell silent, and who has
-//! to go when the table is full. Pure: the caller brings the time, and owns what a session carries.
+//! The sessions of one published UDP port: who is talking, in what order they fell silent, and who
+//! has to go when the table is full. Pure: the caller brings the time, and owns what a session
+//! carries.
 //!
 //! # Theory of operation
-//! A session is one client socket talking to one of our addresses ([`Client`]). It is *tentative* until
-//! the backend has answered once and *assured* from then on, the kernel's words for the same thing
-//! (`nf_conntrack_core.c`, `early_drop`). Each kind has a list from the longest silent to the most recent.
+//! A session is one client socket talking to one of our addresses ([`Client`]). It is *tentative*
+//! until the backend has answered once and *assured* from then on, the kernel's words for the same
+//! thing (`nf_conntrack_core.c`, `early_drop`). Each kind has a list from the longest silent to the
+//! most recent.
 //!
 //! | move | when |
 //! |---|---|
@@ -15,11 +17,13 @@
 //!
 //! Every new session is let in; at a limit another one ends for it ([`SessionTable::make_room`]).
 //!
-//! - At the limit of its source (an IPv4 address or an IPv6 /64), one of the same source: its longest silent
-//!   tentative one that the backend has had time to answer, then its longest silent assured one, then its
-//!   longest silent one. A resolver that asks from a new port each time loses what it no longer needs.
-//! - At the limit of the port, the longest silent tentative one if most are tentative: a flood of forged
-//!   sources evicts itself, and not the clients at work. Otherwise one of the source that has most.
+//! - At the limit of its source (an IPv4 address or an IPv6 /64), one of the same source: its
+//!   longest silent tentative one that the backend has had time to answer, then its longest silent
+//!   assured one, then its longest silent one. A resolver that asks from a new port each time loses
+//!   what it no longer needs.
+//! - At the limit of the port, the longest silent tentative one if most are tentative: a flood of
+//!   forged sources evicts itself, and not the clients at work. Otherwise one of the source that
+//!   has most.
 //!
 //! Besides its fixed limit, a source may have twice as many sessions as there are free descriptors
 //! ([`may_take`]), and so may a port.
@@ -30,12 +34,12 @@ use std::time::{Duration, Instant};
 use tidegate_model::{Ranking, may_take, share_of};
 use tidegate_reactor::{Arena, Key, Links, List};
 
-/// How long a backend may take to answer before its session is a candidate to make room: those that come all at
-/// once are not to push one another out.
+/// How long a backend may take to answer before its session is a candidate to make room: those that
+/// come all at once are not to push one another out.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
 
-/// What tells one session from another: the client, and the address of ours it talks to (a client that talks
-/// to two of them gets each answer from the right one).
+/// What tells one session from another: the client, and the address of ours it talks to (a client
+/// that talks to two of them gets each answer from the right one).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Client {
     /// The client's address and port.
@@ -51,8 +55,9 @@ pub struct TableLimits {
     pub sessions: usize,
     /// Sessions of one source, an IPv4 address or an IPv6 /64; at least 1.
     pub per_source: usize,
-    /// A session that is silent for so long in both directions ends. docker-proxy has 90 s, passt 180 s;
-    /// RFC 4787 REQ-5 wants no less than 2 minutes of a NAT and allows less for single applications.
+    /// A session that is silent for so long in both directions ends. docker-proxy has 90 s, passt
+    /// 180 s; RFC 4787 REQ-5 wants no less than 2 minutes of a NAT and allows less for single
+    /// applications.
     pub idle: Duration,
 }
 
@@ -127,8 +132,9 @@ impl<T> SessionTable<T> {
         self.sessions.get_mut(key).map(|session| (session.client, &mut session.value))
     }
 
-    /// Takes the session out, if any, that has to end for a new one of `client`, while the process may open
-    /// `free` more descriptors. Without a session to take out and without a descriptor, there is no room.
+    /// Takes the session out, if any, that has to end for a new one of `client`, while the process
+    /// may open `free` more descriptors. Without a session to take out and without a descriptor,
+    /// there is no room.
     pub fn make_room(&mut self, client: &Client, free: usize, now: Instant) -> Option<T> {
         let source = self.by_source.get(&share_of(client.address.ip()));
         let source = source.and_then(|source| self.sources.get(*source));
@@ -145,8 +151,9 @@ impl<T> SessionTable<T> {
     /// The session that its own source misses least.
     fn least_of(&self, source: &Source, now: Instant) -> Option<Key> {
         let [tentative, assured] = source.silence.map(|list| list.oldest());
-        let had_time =
-            |key: &Key| self.sessions.get(*key).is_some_and(|session| session.last_seen + ANSWER_TIME <= now);
+        let had_time = |key: &Key| {
+            self.sessions.get(*key).is_some_and(|session| session.last_seen + ANSWER_TIME <= now)
+        };
         tentative.filter(had_time).or(assured).or(tentative)
     }
 
@@ -158,7 +165,8 @@ impl<T> SessionTable<T> {
         };
         let is_flooded = 2 * self.tentative > self.len();
         let largest = self.ranking.largest().filter(|_| !is_flooded);
-        let largest = largest.and_then(|(largest, _)| self.sources.get(*self.by_source.get(&largest)?));
+        let largest =
+            largest.and_then(|(largest, _)| self.sources.get(*self.by_source.get(&largest)?));
         oldest(largest.map_or(&self.silence, |source| &source.silence))
     }
 
@@ -166,10 +174,9 @@ impl<T> SessionTable<T> {
     pub fn insert(&mut self, client: Client, value: T, now: Instant) -> Key {
         let address = share_of(client.address.ip());
         let sources = &mut self.sources;
-        let source = *self
-            .by_source
-            .entry(address)
-            .or_insert_with(|| sources.insert(Source { address, held: 0, silence: Silence::default() }));
+        let source = *self.by_source.entry(address).or_insert_with(|| {
+            sources.insert(Source { address, held: 0, silence: Silence::default() })
+        });
         let key = self.sessions.insert(Session {
             client,
             source,
@@ -248,7 +255,8 @@ impl<T> SessionTable<T> {
         self.tentative += 1 - kind;
         self.silence[kind].append(&mut self.sessions, key, |session| &mut session.links);
         if let Some(source) = self.sources.get_mut(source) {
-            source.silence[kind].append(&mut self.sessions, key, |session| &mut session.source_links);
+            source.silence[kind]
+                .append(&mut self.sessions, key, |session| &mut session.source_links);
         }
     }
 
@@ -259,7 +267,8 @@ impl<T> SessionTable<T> {
         self.tentative -= 1 - kind;
         self.silence[kind].remove(&mut self.sessions, key, |session| &mut session.links);
         if let Some(source) = self.sources.get_mut(source) {
-            source.silence[kind].remove(&mut self.sessions, key, |session| &mut session.source_links);
+            source.silence[kind]
+                .remove(&mut self.sessions, key, |session| &mut session.source_links);
         }
     }
 }
@@ -269,7 +278,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LIMITS: TableLimits = TableLimits { sessions: 3, per_source: 2, idle: Duration::from_secs(90) };
+    const LIMITS: TableLimits =
+        TableLimits { sessions: 3, per_source: 2, idle: Duration::from_secs(90) };
 
     fn client(host: u8, port: u16) -> Client {
         Client { address: SocketAddr::from(([192, 0, 2, host], port)), local: None }
@@ -286,11 +296,16 @@ mod tests {
     fn the_longest_silent_session_makes_room() {
         let start = Instant::now();
         let mut table = SessionTable::new(LIMITS);
-        let keys: Vec<_> =
-            (1..=3).map(|host| table.insert(client(host, 1), host, seconds(start, host.into()))).collect();
+        let keys: Vec<_> = (1..=3)
+            .map(|host| table.insert(client(host, 1), host, seconds(start, host.into())))
+            .collect();
         table.touch(keys[0], false, seconds(start, 9));
         assert_eq!(table.make_room(&client(4, 1), PLENTY, seconds(start, 9)), Some(2));
-        assert_eq!(table.make_room(&client(4, 1), PLENTY, seconds(start, 9)), None, "there is room now");
+        assert_eq!(
+            table.make_room(&client(4, 1), PLENTY, seconds(start, 9)),
+            None,
+            "there is room now"
+        );
     }
 
     #[test]
@@ -433,7 +448,9 @@ mod tests {
         /// The session that its own source misses least.
         fn least_of(&self, host: IpAddr, now: Instant) -> Option<usize> {
             let of = |which: &dyn Fn(bool, Instant) -> bool| {
-                self.0.iter().position(|(c, assured, seen)| c.address.ip() == host && which(*assured, *seen))
+                self.0
+                    .iter()
+                    .position(|(c, assured, seen)| c.address.ip() == host && which(*assured, *seen))
             };
             of(&|assured, seen| !assured && seen + ANSWER_TIME <= now)
                 .or_else(|| of(&|assured, _| assured))
@@ -441,16 +458,22 @@ mod tests {
         }
 
         fn make_room(&mut self, client: &Client, free: usize, now: Instant) -> Option<Client> {
-            let held = |host: IpAddr| self.0.iter().filter(|(c, ..)| c.address.ip() == host).count();
+            let held =
+                |host: IpAddr| self.0.iter().filter(|(c, ..)| c.address.ip() == host).count();
             let host = client.address.ip();
-            let at = if held(host) > 0 && (held(host) >= LIMITS.per_source || held(host) >= 2 * free) {
+            let at = if held(host) > 0
+                && (held(host) >= LIMITS.per_source || held(host) >= 2 * free)
+            {
                 self.least_of(host, now)
             } else if self.0.len() >= LIMITS.sessions || self.0.len() >= 2 * free {
-                let flooded = 2 * self.0.iter().filter(|(_, assured, _)| !assured).count() > self.0.len();
-                let largest = self.0.iter().map(|(c, ..)| c.address.ip()).max_by_key(|ip| (held(*ip), *ip));
+                let flooded =
+                    2 * self.0.iter().filter(|(_, assured, _)| !assured).count() > self.0.len();
+                let largest =
+                    self.0.iter().map(|(c, ..)| c.address.ip()).max_by_key(|ip| (held(*ip), *ip));
                 let largest = largest.filter(|ip| held(*ip) > 1 && !flooded);
                 let of = |assured: bool| {
-                    let is_its = |c: &Client| largest.is_none_or(|largest| c.address.ip() == largest);
+                    let is_its =
+                        |c: &Client| largest.is_none_or(|largest| c.address.ip() == largest);
                     self.0.iter().position(|(c, is_assured, _)| *is_assured == assured && is_its(c))
                 };
                 of(false).or(of(true))

@@ -3,8 +3,8 @@
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
-/// Room for every control message that we ask for or send: packet info and a segment size. Aligned as
-/// `cmsghdr` wants it.
+/// Room for every control message that we ask for or send: packet info and a segment size. Aligned
+/// as `cmsghdr` wants it.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 pub(super) struct Control(pub(super) [u8; 128]);
@@ -32,8 +32,8 @@ pub(super) struct Ancillary {
 /// `msg_control` and `msg_controllen` must describe what recvmmsg(2) has filled in.
 pub(super) unsafe fn decode(header: &libc::msghdr) -> Ancillary {
     let mut ancillary = Ancillary::default();
-    // SAFETY: the CMSG macros stay within the buffer that the caller vouches for, and each payload is read
-    // unaligned, in the type that its level and type name.
+    // SAFETY: the CMSG macros stay within the buffer that the caller vouches for, and each payload
+    // is read unaligned, in the type that its level and type name.
     unsafe {
         let mut cursor = libc::CMSG_FIRSTHDR(header);
         while let Some(message) = cursor.as_ref() {
@@ -41,10 +41,12 @@ pub(super) unsafe fn decode(header: &libc::msghdr) -> Ancillary {
             match (message.cmsg_level, message.cmsg_type) {
                 (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
                     let info = data.cast::<libc::in_pktinfo>().read_unaligned();
-                    // `ipi_spec_dst` and not `ipi_addr`: of a broadcast it is the address to answer from.
+                    // `ipi_spec_dst` and not `ipi_addr`: of a broadcast it is the address to answer
+                    // from.
                     ancillary.destination =
                         Some(Ipv4Addr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()).into());
-                    ancillary.sent_to = Some(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes()).into());
+                    ancillary.sent_to =
+                        Some(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes()).into());
                     ancillary.interface = info.ipi_ifindex as u32;
                 }
                 (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
@@ -55,7 +57,8 @@ pub(super) unsafe fn decode(header: &libc::msghdr) -> Ancillary {
                 }
                 (libc::SOL_UDP, libc::UDP_GRO) => {
                     let segment = data.cast::<libc::c_int>().read_unaligned();
-                    ancillary.segment = usize::try_from(segment).ok().filter(|segment| *segment > 0);
+                    ancillary.segment =
+                        usize::try_from(segment).ok().filter(|segment| *segment > 0);
                 }
                 _ => {}
             }
@@ -65,9 +68,13 @@ pub(super) unsafe fn decode(header: &libc::msghdr) -> Ancillary {
     ancillary
 }
 
-/// Writes into `control` what a message needs: the address to send from and the segment size. Returns the
-/// length to put into `msg_controllen`.
-pub(super) fn encode(control: &mut Control, from: Option<(IpAddr, u32)>, segment: Option<u16>) -> usize {
+/// Writes into `control` what a message needs: the address to send from and the segment size.
+/// Returns the length to put into `msg_controllen`.
+pub(super) fn encode(
+    control: &mut Control,
+    from: Option<(IpAddr, u32)>,
+    segment: Option<u16>,
+) -> usize {
     let mut used = 0;
     match from {
         Some((IpAddr::V4(address), interface)) => {
@@ -93,14 +100,20 @@ pub(super) fn encode(control: &mut Control, from: Option<(IpAddr, u32)>, segment
     used
 }
 
-fn push<T: Copy>(control: &mut Control, at: usize, level: libc::c_int, kind: libc::c_int, value: T) -> usize {
+fn push<T: Copy>(
+    control: &mut Control,
+    at: usize,
+    level: libc::c_int,
+    kind: libc::c_int,
+    value: T,
+) -> usize {
     // SAFETY: pure arithmetic, despite its signature.
     let (space, length) =
         unsafe { (libc::CMSG_SPACE(size_of::<T>() as u32), libc::CMSG_LEN(size_of::<T>() as u32)) };
     let end = at + space as usize;
     assert!(end <= control.0.len(), "the control buffer holds every message that we send");
-    // SAFETY: `at` is a multiple of the alignment (CMSG_SPACE rounds up), `end` is inside the buffer, and the
-    // payload is written unaligned.
+    // SAFETY: `at` is a multiple of the alignment (CMSG_SPACE rounds up), `end` is inside the
+    // buffer, and the payload is written unaligned.
     unsafe {
         let header = control.0.as_mut_ptr().add(at).cast::<libc::cmsghdr>();
         let mut filled: libc::cmsghdr = MaybeUninit::zeroed().assume_init();
@@ -116,8 +129,8 @@ fn push<T: Copy>(control: &mut Control, at: usize, level: libc::c_int, kind: lib
 /// The address in `storage`, if it is one of IP.
 pub(super) fn address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
     let storage = &raw const *storage;
-    // SAFETY: sockaddr_storage is large and aligned enough for each family's address, and the family
-    // says which one it holds.
+    // SAFETY: sockaddr_storage is large and aligned enough for each family's address, and the
+    // family says which one it holds.
     unsafe {
         match i32::from((*storage).ss_family) {
             libc::AF_INET => {
@@ -139,8 +152,8 @@ pub(super) fn address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
 /// Puts `address` into `storage` and returns the length that it has there.
 pub(super) fn store(address: &SocketAddr, storage: &mut libc::sockaddr_storage) -> libc::socklen_t {
     let storage = &raw mut *storage;
-    // SAFETY: sockaddr_storage is large and aligned enough for each family's address, and all-zero is a
-    // valid value for each.
+    // SAFETY: sockaddr_storage is large and aligned enough for each family's address, and all-zero
+    // is a valid value for each.
     unsafe {
         storage.write(MaybeUninit::zeroed().assume_init());
         match address {

@@ -1,15 +1,17 @@
 //! Which neighbours may travel as one train. Pure.
 //!
-//! A train (`UDP_SEGMENT`) is one buffer and one segment size: the kernel cuts it at each multiple of the size,
-//! so every datagram but the last must have exactly that size, and the last may be shorter but not empty.
+//! A train (`UDP_SEGMENT`) is one buffer and one segment size: the kernel cuts it at each multiple
+//! of the size, so every datagram but the last must have exactly that size, and the last may be
+//! shorter but not empty.
 
 use std::ops::Range;
 
-/// The most datagrams in one train: `UDP_MAX_SEGMENTS` of include/linux/udp.h (64 until Linux 6.8, 128 since).
+/// The most datagrams in one train: `UDP_MAX_SEGMENTS` of include/linux/udp.h (64 until Linux 6.8,
+/// 128 since).
 pub const MAX_SEGMENTS: usize = 64;
 
-/// The most payload in one train, in bytes: it is one IP packet until it is cut, 65,535 bytes with its
-/// headers, and some of that is left for encapsulation.
+/// The most payload in one train, in bytes: it is one IP packet until it is cut, 65,535 bytes with
+/// its headers, and some of that is left for encapsulation.
 pub const MAX_TRAIN_BYTES: usize = 64_000;
 
 /// Received messages that are sent on as one.
@@ -32,19 +34,28 @@ impl Group {
     }
 }
 
-/// How many datagrams a message of `bytes` cut at `segment` is; an empty message is one empty datagram.
+/// How many datagrams a message of `bytes` cut at `segment` is; an empty message is one empty
+/// datagram.
 fn datagrams(bytes: usize, segment: usize) -> usize {
     if bytes == 0 { 1 } else { bytes.div_ceil(segment) }
 }
 
 /// The longest group that begins with message `run.start` and stays within `run`.
 ///
-/// `size` tells a message's length and segment size, both in bytes. Messages whose segments are larger than
-/// `max_segment` (it may be 0) are not joined with others.
-pub fn next_group(run: Range<usize>, max_segment: usize, size: impl Fn(usize) -> (usize, usize)) -> Group {
+/// `size` tells a message's length and segment size, both in bytes. Messages whose segments are
+/// larger than `max_segment` (it may be 0) are not joined with others.
+pub fn next_group(
+    run: Range<usize>,
+    max_segment: usize,
+    size: impl Fn(usize) -> (usize, usize),
+) -> Group {
     let (bytes, segment) = size(run.start);
-    let mut group =
-        Group { messages: run.start..run.start + 1, segment, bytes, datagrams: datagrams(bytes, segment) };
+    let mut group = Group {
+        messages: run.start..run.start + 1,
+        segment,
+        bytes,
+        datagrams: datagrams(bytes, segment),
+    };
     if segment == 0 || segment > max_segment {
         return group;
     }

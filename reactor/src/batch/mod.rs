@@ -1,19 +1,20 @@
 //! Many datagrams per system call, both ways.
 //!
-//! A datagram proxy pays for each system call and for each walk through the network stack, hardly for
-//! bytes. Three features of the kernel make both rarer:
+//! A datagram proxy pays for each system call and for each walk through the network stack, hardly
+//! for bytes. Three features of the kernel make both rarer:
 //!
 //! - `recvmmsg(2)` and `sendmmsg(2)` move up to [`SLOTS`] messages per call;
-//! - `UDP_GRO` (5.0) delivers a train of equal datagrams of one flow as one message, with the segment size
-//!   in a control message;
-//! - `UDP_SEGMENT` (4.18) takes such a train and cuts it only at the device, so it walks the stack once.
+//! - `UDP_GRO` (5.0) delivers a train of equal datagrams of one flow as one message, with the
+//!   segment size in a control message;
+//! - `UDP_SEGMENT` (4.18) takes such a train and cuts it only at the device, so it walks the stack
+//!   once.
 //!
-//! Measured on a published port with 1200-byte datagrams from a sender that uses segmentation itself: 67
-//! to 72 thousand datagrams a second with one call each, over a million with all three.
+//! Measured on a published port with 1200-byte datagrams from a sender that uses segmentation
+//! itself: 67 to 72 thousand datagrams a second with one call each, over a million with all three.
 //!
 //! [`RecvBatch`] receives, [`Datagram`] is one message of it, [`SendBatch::forward`] sends a run of
-//! messages on, merged by the rules in [`merge`]. Boundaries between datagrams are kept exactly; zero-length
-//! datagrams and those of 65,507 bytes included.
+//! messages on, merged by the rules in [`merge`]. Boundaries between datagrams are kept exactly;
+//! zero-length datagrams and those of 65,507 bytes included.
 
 mod control;
 mod merge;
@@ -36,7 +37,8 @@ pub const SLOT_BYTES: usize = 1 << 16;
 /// Lets the kernel deliver trains (`UDP_GRO`).
 ///
 /// # Errors
-/// `ENOPROTOOPT` before Linux 5.0; then messages come one by one, which [`RecvBatch`] takes as well.
+/// `ENOPROTOOPT` before Linux 5.0; then messages come one by one, which [`RecvBatch`] takes as
+/// well.
 pub fn enable_receive_offload(socket: impl AsFd) -> io::Result<()> {
     set_option(socket, libc::SOL_UDP, libc::UDP_GRO)
 }

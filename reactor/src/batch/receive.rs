@@ -12,9 +12,11 @@ use std::os::fd::{AsFd, AsRawFd};
 pub struct Datagram<'a> {
     /// The bytes; of a train, those of all its datagrams.
     pub payload: &'a [u8],
-    /// The size of each datagram of a train but the last, which may be shorter; otherwise the length.
+    /// The size of each datagram of a train but the last, which may be shorter; otherwise the
+    /// length.
     pub segment: usize,
-    /// Who sent it; `None` on a socket whose kernel did not say (a connected one, where it is known).
+    /// Who sent it; `None` on a socket whose kernel did not say (a connected one, where it is
+    /// known).
     pub source: Option<SocketAddr>,
     /// Which of our addresses to answer from, where [`super::enable_packet_info`] asked for that:
     /// the one it was sent to, or for an IPv4 broadcast or multicast the one that the kernel
@@ -30,7 +32,8 @@ impl Datagram<'_> {
     /// Whether it was sent to a broadcast or multicast address. Only then does the kernel select
     /// another address to answer from (`fib_compute_spec_dst`).
     pub fn is_to_group(&self) -> bool {
-        self.sent_to != self.destination || self.sent_to.is_some_and(|address| address.is_multicast())
+        self.sent_to != self.destination
+            || self.sent_to.is_some_and(|address| address.is_multicast())
     }
 
     /// How many datagrams it is.
@@ -41,7 +44,8 @@ impl Datagram<'_> {
 
 /// Slots for [`SLOTS`] messages of up to [`SLOT_BYTES`] each.
 ///
-/// The buffers are 4 MiB of address space, of which the kernel backs only what was ever received into.
+/// The buffers are 4 MiB of address space, of which the kernel backs only what was ever received
+/// into.
 pub struct RecvBatch {
     buffers: Vec<u8>,
     names: Vec<libc::sockaddr_storage>,
@@ -67,7 +71,8 @@ impl RecvBatch {
     pub fn new() -> Self {
         let mut buffers = vec![0; SLOTS * SLOT_BYTES];
         // SAFETY: all-zero is a valid sockaddr_storage.
-        let mut names = vec![unsafe { MaybeUninit::<libc::sockaddr_storage>::zeroed().assume_init() }; SLOTS];
+        let mut names =
+            vec![unsafe { MaybeUninit::<libc::sockaddr_storage>::zeroed().assume_init() }; SLOTS];
         let mut controls = vec![Control::EMPTY; SLOTS];
         let base = buffers.as_mut_ptr();
         let mut vectors: Vec<libc::iovec> = (0..SLOTS)
@@ -105,12 +110,12 @@ impl RecvBatch {
         }
     }
 
-    /// Receives what waits at `socket`, at most [`SLOTS`] messages, in place of what was here before.
-    /// Returns how many.
+    /// Receives what waits at `socket`, at most [`SLOTS`] messages, in place of what was here
+    /// before. Returns how many.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing waits; otherwise the socket's pending error (`ConnectionRefused` of
-    /// a connected socket whose last datagram found the port closed).
+    /// `WouldBlock` when nothing waits; otherwise the socket's pending error (`ConnectionRefused`
+    /// of a connected socket whose last datagram found the port closed).
     pub fn receive(&mut self, socket: impl AsFd) -> io::Result<usize> {
         self.reset(self.received);
         self.received = 0;
@@ -148,8 +153,11 @@ impl RecvBatch {
         let payload = &self.buffers[index * SLOT_BYTES..][..header.msg_len as usize];
         // SAFETY: recvmmsg has filled in this header, for it is one of those received.
         let ancillary = unsafe { control::decode(&header.msg_hdr) };
-        let source =
-            if header.msg_hdr.msg_namelen == 0 { None } else { control::address(&self.names[index]) };
+        let source = if header.msg_hdr.msg_namelen == 0 {
+            None
+        } else {
+            control::address(&self.names[index])
+        };
         Datagram {
             payload,
             segment: ancillary.segment.unwrap_or(payload.len()).min(payload.len()),

@@ -20,8 +20,9 @@ pub struct Destination {
 
 /// What one path (a connected socket, or a client of a listener) can take in the way of trains.
 ///
-/// A segment that does not fit the path's MTU is refused by the kernel as a train, while as a datagram of
-/// its own it would be sent in fragments. That shows only on sending, so it is learnt there.
+/// A segment that does not fit the path's MTU is refused by the kernel as a train, while as a
+/// datagram of its own it would be sent in fragments. That shows only on sending, so it is learnt
+/// there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offload {
     pub(super) max_segment: u16,
@@ -38,7 +39,8 @@ impl Offload {
     pub const OFF: Self = Self { max_segment: 0 };
 
     fn refused(&mut self, segment: usize) {
-        self.max_segment = self.max_segment.min(u16::try_from(segment.saturating_sub(1)).unwrap_or(u16::MAX));
+        self.max_segment =
+            self.max_segment.min(u16::try_from(segment.saturating_sub(1)).unwrap_or(u16::MAX));
     }
 }
 
@@ -55,8 +57,8 @@ pub struct Sent {
     pub too_long: u64,
     /// Datagrams lost to `error`.
     pub failed: u64,
-    /// How often the socket told of an earlier datagram that the port was closed (ICMP); what was being sent
-    /// was sent all the same.
+    /// How often the socket told of an earlier datagram that the port was closed (ICMP); what was
+    /// being sent was sent all the same.
     pub refusals: u64,
     /// Why the rest of the run was given up: the path is gone (`NetworkUnreachable` and the like).
     pub error: Option<io::Error>,
@@ -89,11 +91,16 @@ impl Default for SendBatch {
 impl SendBatch {
     /// Empty scratch space.
     pub fn new() -> Self {
-        Self { vectors: Vec::new(), messages: Vec::new(), headers: Vec::new(), controls: Vec::new() }
+        Self {
+            vectors: Vec::new(),
+            messages: Vec::new(),
+            headers: Vec::new(),
+            controls: Vec::new(),
+        }
     }
 
-    /// Sends messages `run` of `received` on through `socket`: to its peer if it is connected, or to
-    /// `destination`. Keeps their order and the datagrams' boundaries. Never waits.
+    /// Sends messages `run` of `received` on through `socket`: to its peer if it is connected, or
+    /// to `destination`. Keeps their order and the datagrams' boundaries. Never waits.
     pub fn forward(
         &mut self,
         socket: impl AsFd,
@@ -164,14 +171,15 @@ impl SendBatch {
     ) {
         // SAFETY: all-zero is a valid sockaddr_storage.
         let mut name: libc::sockaddr_storage = unsafe { MaybeUninit::zeroed().assume_init() };
-        let name_length = destination.map_or(0, |destination| control::store(&destination.to, &mut name));
+        let name_length =
+            destination.map_or(0, |destination| control::store(&destination.to, &mut name));
         self.write_headers(destination, &mut name, name_length);
 
         let mut next = 0;
         let mut tried_again = false;
         while next < self.messages.len() {
-            // SAFETY: the headers from `next` on point to `vectors`, `controls`, `name` and the buffers of
-            // `received`, all of which outlive the call and are not touched meanwhile.
+            // SAFETY: the headers from `next` on point to `vectors`, `controls`, `name` and the
+            // buffers of `received`, all of which outlive the call and are not touched meanwhile.
             let count = unsafe {
                 libc::sendmmsg(
                     socket.as_raw_fd(),
@@ -208,8 +216,8 @@ impl SendBatch {
                     sent.no_room += self.remaining(next);
                     return;
                 }
-                // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that cannot
-                // checksum (EIO, until 6.11).
+                // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that
+                // cannot checksum (EIO, until 6.11).
                 Some(libc::EINVAL | libc::EMSGSIZE | libc::EIO) if group.is_train() => {
                     if error.raw_os_error() == Some(libc::EIO) {
                         *offload = Offload::OFF;
@@ -260,7 +268,8 @@ impl SendBatch {
             // SAFETY: all-zero is a valid mmsghdr.
             let mut header: libc::mmsghdr = unsafe { MaybeUninit::zeroed().assume_init() };
             // SAFETY: the range is inside `vectors`.
-            header.msg_hdr.msg_iov = unsafe { self.vectors.as_mut_ptr().add(message.vectors.start) };
+            header.msg_hdr.msg_iov =
+                unsafe { self.vectors.as_mut_ptr().add(message.vectors.start) };
             header.msg_hdr.msg_iovlen = message.vectors.len() as _;
             if name_length > 0 {
                 header.msg_hdr.msg_name = (&raw mut *name).cast();

@@ -70,8 +70,8 @@ fn datagrams_arrive_whole_in_order_and_with_their_boundaries() {
 
 #[test]
 fn a_train_that_the_path_refuses_is_sent_datagram_by_datagram() {
-    // Over loopback (MTU 65,536) nothing is refused, so ask for a train on a path that takes none: a
-    // socket that must not checksum refuses segmentation (EINVAL or EIO, by kernel version).
+    // Over loopback (MTU 65,536) nothing is refused, so ask for a train on a path that takes none:
+    // a socket that must not checksum refuses segmentation (EINVAL or EIO, by kernel version).
     let (client, front) = pair();
     let (upstream, server) = pair();
     let no_checksum = socket2::SockRef::from(&upstream);
@@ -91,7 +91,8 @@ fn a_train_that_the_path_refuses_is_sent_datagram_by_datagram() {
     for datagram in &datagrams {
         client.send(datagram).unwrap();
     }
-    let (mut batch, mut sender, mut offload) = (RecvBatch::new(), SendBatch::new(), Offload::default());
+    let (mut batch, mut sender, mut offload) =
+        (RecvBatch::new(), SendBatch::new(), Offload::default());
     let count = batch.receive(&front).unwrap();
     let sent = sender.forward(&upstream, &batch, 0..count, None, &mut offload);
     assert_eq!((sent.datagrams, sent.bytes), (5, 2500), "{sent:?}");
@@ -128,7 +129,8 @@ fn an_answer_leaves_from_the_address_that_was_asked() {
     let count = batch.receive(&front).unwrap();
     let from = Ipv4Addr::new(127, 0, 0, 42).into();
     let destination = Destination { to: asker.local_addr().unwrap(), from: Some((from, 0)) };
-    let sent = sender.forward(&other, &batch, 0..count, Some(&destination), &mut Offload::default());
+    let sent =
+        sender.forward(&other, &batch, 0..count, Some(&destination), &mut Offload::default());
     assert_eq!(sent.datagrams, 1, "{sent:?}");
     let (_, answered_by) = asker.recv_from(&mut [0; 16]).unwrap();
     assert_eq!(answered_by.ip(), from);

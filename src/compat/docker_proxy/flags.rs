@@ -1,15 +1,16 @@
 //! docker-proxy's command line, read as Docker's own does.
 //!
-//! dockerd starts one proxy per protocol, host address and host port, always with these flags in this
-//! order:
+//! dockerd starts one proxy per protocol, host address and host port, always with these flags in
+//! this order:
 //!
 //! ```text
 //! docker-proxy -proto tcp -host-ip 0.0.0.0 -host-port 8080 -container-ip 172.17.0.2 -container-port 80
 //! ```
 //!
-//! Newer daemons add `-use-listen-fd`. Tests and people type the same flags by hand, so everything that
-//! Go's `flag` package allows is allowed here: one dash or two, `-flag value` or `-flag=value`, integers
-//! in any base Go knows, the last of several wins. A general parser would read most of that differently.
+//! Newer daemons add `-use-listen-fd`. Tests and people type the same flags by hand, so everything
+//! that Go's `flag` package allows is allowed here: one dash or two, `-flag value` or
+//! `-flag=value`, integers in any base Go knows, the last of several wins. A general parser would
+//! read most of that differently.
 //!
 //! It works in two steps. `Raw::parse` is Go's grammar and knows nothing of ports and addresses;
 //! `Raw::check` turns what was given into [`Options`]. Nothing is ignored: where docker-proxy drops
@@ -45,8 +46,8 @@ pub struct Options {
     pub protocol: Protocol,
     /// `-host-ip` and `-host-port`, or `-use-listen-fd`.
     pub listen: Listen,
-    /// `-container-ip` and `-container-port`. The default address is 0.0.0.0, as it is for docker-proxy,
-    /// and connecting to that means the host itself; dockerd never leaves it out.
+    /// `-container-ip` and `-container-port`. The default address is 0.0.0.0, as it is for
+    /// docker-proxy, and connecting to that means the host itself; dockerd never leaves it out.
     pub container: SocketAddr,
 }
 
@@ -60,8 +61,8 @@ pub enum Listen {
     Inherited(Option<SocketAddr>),
 }
 
-/// Why a command line was refused. The texts are those of Go's `flag` package wherever it has one; the
-/// caller prints the error and [`usage`] to standard error and exits 2.
+/// Why a command line was refused. The texts are those of Go's `flag` package wherever it has one;
+/// the caller prints the error and [`usage`] to standard error and exits 2.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FlagError {
     /// Three dashes, or no name before the `=`.
@@ -99,11 +100,13 @@ pub enum FlagError {
     Positional(String),
 }
 
-/// Reads a command line, without the program's own name. Arguments that are not UTF-8 are never valid.
+/// Reads a command line, without the program's own name. Arguments that are not UTF-8 are never
+/// valid.
 ///
 /// # Errors
 ///
-/// The first thing that Go's `flag` package would refuse, else the first missing or meaningless value.
+/// The first thing that Go's `flag` package would refuse, else the first missing or meaningless
+/// value.
 pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invocation, FlagError> {
     match Raw::parse(args.into_iter().map(Into::into))? {
         None => Ok(Invocation::Help),
@@ -160,8 +163,8 @@ enum Kind {
     Switch,
 }
 
-/// In the order of the usage text. `-h` and `-help` are no flags to Go, but what it does when there are
-/// none of that name.
+/// In the order of the usage text. `-h` and `-help` are no flags to Go, but what it does when there
+/// are none of that name.
 const FLAGS: [Flag; 8] = [
     Flag {
         name: "container-ip",
@@ -234,8 +237,8 @@ struct Raw {
 }
 
 impl Raw {
-    /// The grammar. `None` means that help was asked for, which Go answers where it stands: before what
-    /// is wrong behind it, after what is wrong before it.
+    /// The grammar. `None` means that help was asked for, which Go answers where it stands: before
+    /// what is wrong behind it, after what is wrong before it.
     fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Option<Self>, FlagError> {
         let mut raw = Self::default();
         // A byte that is not UTF-8 becomes U+FFFD, which no name and no value contains.
@@ -299,13 +302,19 @@ impl Raw {
         };
         let host_ip = address("host-ip", self.host_ip)?;
         let listen = match port("host-port", self.host_port) {
-            Ok(port) if self.use_listen_fd => Listen::Inherited(Some(canonical((host_ip, port).into()))),
+            Ok(port) if self.use_listen_fd => {
+                Listen::Inherited(Some(canonical((host_ip, port).into())))
+            }
             Err(_) if self.use_listen_fd => Listen::Inherited(None),
             port => Listen::Bind(canonical((host_ip, port?).into())),
         };
         let container_ip = address("container-ip", self.container_ip)?;
         let container_port = port("container-port", self.container_port)?;
-        Ok(Options { protocol, listen, container: canonical((container_ip, container_port).into()) })
+        Ok(Options {
+            protocol,
+            listen,
+            container: canonical((container_ip, container_port).into()),
+        })
     }
 }
 
@@ -339,9 +348,9 @@ fn integer(flag: &'static str, value: String) -> Result<i64, FlagError> {
 const PARSE_ERROR: &str = "parse error";
 const OUT_OF_RANGE: &str = "value out of range";
 
-/// Go's `strconv.ParseInt(text, 0, 64)`: an optional sign, then decimal, `0x` hexadecimal, `0o` or `0`
-/// octal or `0b` binary digits, in either case, with single underscores between digits and behind the
-/// prefix.
+/// Go's `strconv.ParseInt(text, 0, 64)`: an optional sign, then decimal, `0x` hexadecimal, `0o` or
+/// `0` octal or `0b` binary digits, in either case, with single underscores between digits and
+/// behind the prefix.
 fn parse_int(text: &str) -> Result<i64, &'static str> {
     let (negative, unsigned) = match text.strip_prefix(['-', '+']) {
         Some(rest) => (text.starts_with('-'), rest),
@@ -380,8 +389,8 @@ fn split_base(unsigned: &str) -> (u32, &str) {
     if octal.len() > 1 { (base, &octal[1..]) } else { (8, octal) }
 }
 
-/// No underscore begins or ends the number or stands beside another. The prefix counts as a digit, so one
-/// right behind it is fine.
+/// No underscore begins or ends the number or stands beside another. The prefix counts as a digit,
+/// so one right behind it is fine.
 fn underscores_separate_digits(unsigned: &str, digits: &str) -> bool {
     let begins = unsigned.len() == digits.len() && digits.starts_with('_');
     !begins && !digits.ends_with('_') && !digits.contains("__")

@@ -1,9 +1,10 @@
 //! A stand-in for Docker's `docker-proxy`, for `dockerd --userland-proxy-path`.
 //!
-//! dockerd starts one process for each published port and address, hands it the write end of a pipe as descriptor
-//! 3 (and, since 28, the bound socket as descriptor 4), waits for it to say that it is ready, and stops it
-//! with SIGINT, without limit: a proxy that does not end hangs `docker stop`. So the signals are the main
-//! thread's only occupation, and ending is immediate: connections are not drained, as with the original.
+//! dockerd starts one process for each published port and address, hands it the write end of a pipe
+//! as descriptor 3 (and, since 28, the bound socket as descriptor 4), waits for it to say that it
+//! is ready, and stops it with SIGINT, without limit: a proxy that does not end hangs
+//! `docker stop`. So the signals are the main thread's only occupation, and ending is immediate:
+//! connections are not drained, as with the original.
 //!
 //! What the original does not do is steered by the environment, which is dockerd's own:
 //! [`SOURCE`], [`PROXY_PROTOCOL`], [`METRICS`], [`limits::VARIABLE`].
@@ -30,13 +31,15 @@ use std::sync::Arc;
 use tidegate_proxy::{AdoptError, Engine, Listener, PortOptions, ProxyProtocol, Settings};
 use tracing_subscriber::filter::LevelFilter;
 
-/// `proxy` (default), `client` or `proxy-protocol`: what the container sees as the client's address.
+/// `proxy` (default), `client` or `proxy-protocol`: what the container sees as the client's
+/// address.
 pub const SOURCE: &str = "TIDEGATE_PROXY_SOURCE";
 
 /// `v1` or `v2`: tell the backend the client's address by the PROXY protocol.
 pub const PROXY_PROTOCOL: &str = "TIDEGATE_PROXY_PROTOCOL";
 
-/// Where to serve metrics: `ADDRESS:PORT`, or `ADDRESS:PORT-PORT` for the first free one. Off without it.
+/// Where to serve metrics: `ADDRESS:PORT`, or `ADDRESS:PORT-PORT` for the first free one. Off
+/// without it.
 pub const METRICS: &str = "TIDEGATE_PROXY_METRICS";
 
 /// The descriptor that newer daemons hand the bound socket down as.
@@ -63,15 +66,18 @@ enum StartError {
     System(#[from] io::Error),
 }
 
-/// The whole program, given its arguments without its own name. Must be the first thing that main does:
-/// descriptor 3 is ours only as long as nothing else was opened.
+/// The whole program, given its arguments without its own name. Must be the first thing that main
+/// does: descriptor 3 is ours only as long as nothing else was opened.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let ready = ReadyPipe::inherit();
     let options = match flags::parse(args) {
         Ok(Invocation::Run(options)) => options,
         Ok(Invocation::Version) => {
             let (commit, version) = (version::COMMIT, version::VERSION);
-            say(io::stdout(), &format!("docker-proxy (commit {commit}) version {version} (tidegate)\n"));
+            say(
+                io::stdout(),
+                &format!("docker-proxy (commit {commit}) version {version} (tidegate)\n"),
+            );
             return ExitCode::SUCCESS;
         }
         Ok(Invocation::Help) => {
@@ -96,7 +102,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     ready.succeeded();
     crate::compat::start_up_pages::give_back();
     signals.forever().next();
-    // Connections are reset, so that none looks complete, and rules in the host's namespace are put away.
+    // Connections are reset, so that none looks complete, and rules in the host's namespace are put
+    // away.
     engine.stop();
     logging::flush();
     ExitCode::SUCCESS
@@ -115,7 +122,8 @@ fn say(mut to: impl Write, text: &str) {
 }
 
 fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
-    // dockerd discards what its proxies log, and a logger that nobody reads is a fifth of this process's memory.
+    // dockerd discards what its proxies log, and a logger that nobody reads is a fifth of this
+    // process's memory.
     if std::env::var_os(logging::VARIABLE).is_some() {
         logging::init(LevelFilter::WARN, logging::format(None)?)?;
     }
@@ -129,7 +137,8 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     };
     let recorder = environment.metrics.map(Recorder::install).transpose()?;
     let container = options.container.ip();
-    // Clients of another family than the container's cannot be shown; that is all that come to such a listener.
+    // Clients of another family than the container's cannot be shown; that is all that come to such
+    // a listener.
     let same_family = listener.label().address().is_ipv4() == container.is_ipv4();
     let source = if same_family { environment.source } else { Source::Proxy };
     let upstream = source.towards(container)?;
@@ -185,7 +194,9 @@ fn variable<T: std::str::FromStr<Err: std::fmt::Display>>(
     };
     match value.parse() {
         Ok(parsed) => Ok(Some(parsed)),
-        Err(error) => Err(StartError::Environment { variable: name, reason: format!("{error}"), value }),
+        Err(error) => {
+            Err(StartError::Environment { variable: name, reason: format!("{error}"), value })
+        }
     }
 }
 

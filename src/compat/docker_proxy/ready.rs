@@ -1,7 +1,8 @@
 //! How the proxy tells dockerd that it is ready, or why it is not: descriptor 3.
 //!
-//! `0` and a newline mean success, `1`, a newline and a text mean failure. The daemon reads two bytes once and
-//! compares, so success must be one write(2). (moby, `cmd/docker-proxy/main_linux.go`; measured with 20.10.)
+//! `0` and a newline mean success, `1`, a newline and a text mean failure. The daemon reads two
+//! bytes once and compares, so success must be one write(2). (moby,
+//! `cmd/docker-proxy/main_linux.go`; measured with 20.10.)
 
 use rustix::fs::{FileType, fstat};
 use rustix::io::write;
@@ -15,8 +16,8 @@ const STATUS_FD: i32 = 3;
 pub(super) struct ReadyPipe(Option<OwnedFd>);
 
 impl ReadyPipe {
-    /// Takes the pipe over. To be called before this process has opened anything: then descriptor 3 is
-    /// open only if it was handed down.
+    /// Takes the pipe over. To be called before this process has opened anything: then descriptor 3
+    /// is open only if it was handed down.
     pub(super) fn inherit() -> Self {
         // SAFETY: only looked at; a number that is not open is an error.
         let status = fstat(unsafe { BorrowedFd::borrow_raw(STATUS_FD) });
@@ -39,7 +40,8 @@ impl ReadyPipe {
 
     fn tell(self, message: &[u8]) {
         if let Some(pipe) = self.0 {
-            // A daemon that has gone away is not told; its death ends us (PR_SET_PDEATHSIG, set by it).
+            // A daemon that has gone away is not told; its death ends us (PR_SET_PDEATHSIG, set by
+            // it).
             let _ = write(&pipe, message);
         }
     }

@@ -9,8 +9,9 @@
 //!     {"return":{}}
 //! ```
 //!
-//! Callers compare error texts, so they are those of slirp4netns (`api.c`), and come in its order. Why a port cannot be had is said in the log.
-//! Beyond slirp4netns, addresses of the host may be of IPv6.
+//! Callers compare error texts, so they are those of slirp4netns (`api.c`), and come in its order.
+//! Why a port cannot be had is said in the log. Beyond slirp4netns, addresses of the host may be of
+//! IPv6.
 
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -20,7 +21,8 @@ use tidegate_model::Protocol;
 /// The most bytes that a request may have; at this many it is refused.
 pub(super) const LONGEST_REQUEST: usize = 4096;
 
-/// How many ports may be forwarded. slirp4netns has no bound, and rootless hosts have some 1,000 descriptors.
+/// How many ports may be forwarded. slirp4netns has no bound, and rootless hosts have some 1,000
+/// descriptors.
 const MOST_FORWARDS: usize = 4096;
 
 /// A port to be forwarded.
@@ -92,15 +94,20 @@ impl<F: Forwarder> Forwards<F> {
             Some(text) => text.parse().ok(),
         };
         let port = |name: &str| {
-            arguments[name].as_u64().and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0)
+            arguments[name]
+                .as_u64()
+                .and_then(|port| u16::try_from(port).ok())
+                .filter(|port| *port != 0)
         };
-        let host =
-            address("host_addr", Ipv4Addr::UNSPECIFIED).ok_or("add_hostfwd: bad arguments.host_addr")?;
+        let host = address("host_addr", Ipv4Addr::UNSPECIFIED)
+            .ok_or("add_hostfwd: bad arguments.host_addr")?;
         let host_port = port("host_port").ok_or("add_hostfwd: bad arguments.host_port")?;
-        let guest = address("guest_addr", self.guest).ok_or("add_hostfwd: bad arguments.guest_addr")?;
+        let guest =
+            address("guest_addr", self.guest).ok_or("add_hostfwd: bad arguments.guest_addr")?;
         let guest = if guest.is_unspecified() { self.guest.into() } else { guest };
         let guest_port = port("guest_port").ok_or("add_hostfwd: bad arguments.guest_port")?;
-        let wanted = Wanted { protocol, host: (host, host_port).into(), guest: (guest, guest_port).into() };
+        let wanted =
+            Wanted { protocol, host: (host, host_port).into(), guest: (guest, guest_port).into() };
         if self.entries.len() >= MOST_FORWARDS {
             tracing::warn!(most = MOST_FORWARDS, "no more ports are forwarded");
             return Err("add_hostfwd: slirp_add_hostfwd failed");
@@ -146,7 +153,8 @@ pub(super) fn too_large() -> String {
 
 /// Whether a request is there as a whole, although its sender has not ended his half.
 pub(super) fn is_whole(bytes: &[u8]) -> bool {
-    bytes.trim_ascii_end().ends_with(b"}") && serde_json::from_slice::<serde::de::IgnoredAny>(bytes).is_ok()
+    bytes.trim_ascii_end().ends_with(b"}")
+        && serde_json::from_slice::<serde::de::IgnoredAny>(bytes).is_ok()
 }
 
 #[cfg(test)]

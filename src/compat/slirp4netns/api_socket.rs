@@ -40,7 +40,8 @@ enum State {
 
 /// Listens at `path`. A socket that somebody has left there is put away, as slirp4netns does it.
 pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    let is_socket =
+        std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if is_socket {
         std::fs::remove_file(path)?;
     }
@@ -85,8 +86,11 @@ impl<F: Forwarder> Server<F> {
             if self.clients.len() == MOST_CLIENTS {
                 self.clients.pop_front();
             }
-            let client =
-                Client { socket: client.into(), until: now + PATIENCE, state: State::Asks(Vec::new()) };
+            let client = Client {
+                socket: client.into(),
+                until: now + PATIENCE,
+                state: State::Asks(Vec::new()),
+            };
             self.clients.push_back(client);
         }
     }

@@ -1,4 +1,5 @@
-//! The loop that waits for everything but packets: the caller's end, signals, requests for ports, word of resolvers.
+//! The loop that waits for everything but packets: the caller's end, signals, requests for ports,
+//! word of resolvers.
 
 use super::api::{Forwarder, Wanted};
 use super::api_socket::Server;
@@ -40,7 +41,8 @@ impl Control {
     pub(super) fn run(mut self) -> io::Result<()> {
         loop {
             let (sources, ready) = self.wait()?;
-            let is_ready = |source| sources.iter().zip(&ready).any(|(one, ready)| *one == source && *ready);
+            let is_ready =
+                |source| sources.iter().zip(&ready).any(|(one, ready)| *one == source && *ready);
             if is_ready(Source::Exit) || is_ready(Source::Signals) {
                 return Ok(());
             }
@@ -48,7 +50,8 @@ impl Control {
                 self.hear();
             }
             if let Some(api) = &mut self.api {
-                let first = sources.iter().position(|source| *source == Source::Api).unwrap_or(ready.len());
+                let first =
+                    sources.iter().position(|source| *source == Source::Api).unwrap_or(ready.len());
                 api.turn(&ready[first..], Instant::now());
             }
         }
@@ -58,8 +61,10 @@ impl Control {
     fn wait(&self) -> io::Result<(Vec<Source>, Vec<bool>)> {
         let input = |source, fd| (source, (fd, PollFlags::IN));
         // The end is told without being asked for.
-        let exit = self.exit.as_ref().map(|exit| (Source::Exit, (exit.as_fd(), PollFlags::empty())));
-        let resolvers = self.resolvers.as_ref().map(|words| input(Source::Resolvers, words.as_fd()));
+        let exit =
+            self.exit.as_ref().map(|exit| (Source::Exit, (exit.as_fd(), PollFlags::empty())));
+        let resolvers =
+            self.resolvers.as_ref().map(|words| input(Source::Resolvers, words.as_fd()));
         let api = self.api.iter().flat_map(|api| api.polled().map(|polled| (Source::Api, polled)));
         let all = exit.into_iter().chain([input(Source::Signals, self.signals.as_fd())]);
         let (sources, polled): (Vec<Source>, Vec<(BorrowedFd<'_>, PollFlags)>) =
@@ -69,7 +74,8 @@ impl Control {
         let deadline = self.api.as_ref().and_then(Server::deadline);
         let left = deadline.map(|deadline| {
             // A little late rather than a little early, and once more for nothing.
-            let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            let left =
+                deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
         });
         match poll(&mut polled, left.as_ref()) {
@@ -119,7 +125,9 @@ impl Forwarder for Ports {
             }
         };
         let published = self.nat.publish_on(socket, forward, None);
-        published.map_err(|error| tracing::warn!(%publish, %error, "this port is not forwarded")).ok()
+        published
+            .map_err(|error| tracing::warn!(%publish, %error, "this port is not forwarded"))
+            .ok()
     }
 
     fn remove(&mut self, id: Self::Id) -> bool {
@@ -127,7 +135,8 @@ impl Forwarder for Ports {
     }
 }
 
-/// Takes a port where this process is. The engine would first look where that is, for which a sandbox has no `/proc`.
+/// Takes a port where this process is. The engine would first look where that is, for which a
+/// sandbox has no `/proc`.
 fn bind(protocol: Protocol, listen: SocketAddr) -> io::Result<OwnedFd> {
     let kind = if protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
     let socket = Socket::new(Domain::for_address(listen), kind.nonblocking().cloexec(), None)?;

@@ -4,8 +4,8 @@ use super::addresses::Addresses;
 use super::options::{Options, Target};
 use super::process::{Copy, line};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -43,7 +43,8 @@ pub(super) struct Made {
 /// To be called while this process has but one thread.
 pub(super) fn make(options: &Options, layer2: bool) -> Result<Made, DeviceError> {
     let (ours, theirs) = line().map_err(DeviceError::Start)?;
-    let copy = Copy::start(&[], || tell(&theirs, inside(options, layer2))).map_err(DeviceError::Start)?;
+    let copy =
+        Copy::start(&[], || tell(&theirs, inside(options, layer2))).map_err(DeviceError::Start)?;
     drop(theirs);
     let mut bytes = [0; LONGEST_ERROR];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -106,17 +107,20 @@ fn inside(options: &Options, layer2: bool) -> Result<Made, String> {
     };
     let namespace = opened.map_err(|error| error.to_string())?;
     join(options, &namespace)?;
-    let open =
-        |ipv6| Tun::open(&namespace, &tun_options(options, ipv6, layer2)).map(|tun| Made { tun, ipv6 });
+    let open = |ipv6| {
+        Tun::open(&namespace, &tun_options(options, ipv6, layer2)).map(|tun| Made { tun, ipv6 })
+    };
     let made = match open(options.ipv6) {
-        // Where the host has IPv6 switched off, the device can have no address of it; callers ask for it all the same.
+        // Where the host has IPv6 switched off, the device can have no address of it; callers ask
+        // for it all the same.
         Err(StartError::Interface { .. }) if options.ipv6 => open(false),
         made => made,
     };
     made.map_err(|error| explain(&error, &name, options))
 }
 
-/// Joins the user namespace whose network it is. Who is in there already, as podman's children are, or is root, stays where he is.
+/// Joins the user namespace whose network it is. Who is in there already, as podman's children are,
+/// or is root, stays where he is.
 fn join(options: &Options, namespace: &Namespace) -> Result<(), String> {
     let named = match (&options.user_namespace, &options.target) {
         (Some(path), _) => Some(path.clone()),
@@ -129,7 +133,9 @@ fn join(options: &Options, namespace: &Namespace) -> Result<(), String> {
         None => namespace.owner().and_then(join_user_namespace),
     };
     match joined {
-        Err(error) if options.user_namespace.is_some() && error.raw_os_error() != Some(libc::EINVAL) => {
+        Err(error)
+            if options.user_namespace.is_some() && error.raw_os_error() != Some(libc::EINVAL) =>
+        {
             let path = named.as_deref().unwrap_or(Path::new("")).display().to_string();
             Err(format!("--userns-path {path:?}: {error}"))
         }

@@ -1,8 +1,9 @@
 //! A stand-in for slirp4netns, for rootlesskit, podman and whoever else starts one.
 //!
 //! # Theory of operation
-//! It is started by a user without privileges on the host, and given a network namespace by process or path. In there it makes a device, which it serves from
-//! here: what a container sends there goes out through ordinary sockets of this process ([`tidegate_nat`]).
+//! It is started by a user without privileges on the host, and given a network namespace by process
+//! or path. In there it makes a device, which it serves from here: what a container sends there
+//! goes out through ordinary sockets of this process ([`tidegate_nat`]).
 //!
 //! ```text
 //!  caller's user namespace          here                                           the container's
@@ -18,10 +19,11 @@
 //!                                   waits for: exit, signals, API ◄──────┘
 //! ```
 //!
-//! All of that is over before the caller hears that it is ready; then there is no file, no privilege and no system call left that is not needed, as far as was
-//! asked for.
+//! All of that is over before the caller hears that it is ready; then there is no file, no
+//! privilege and no system call left that is not needed, as far as was asked for.
 //!
-//! The device is a TUN, although callers say TAP: it is the faster one, and nobody looks. `TIDEGATE_SLIRP_DEVICE=tap`, and `--macaddress`, make a TAP.
+//! The device is a TUN, although callers say TAP: it is the faster one, and nobody looks.
+//! `TIDEGATE_SLIRP_DEVICE=tap`, and `--macaddress`, make a TAP.
 
 mod addresses;
 mod api;
@@ -95,14 +97,17 @@ enum RunError {
     System(#[from] io::Error),
 }
 
-/// The whole program, given its arguments without its own name. Must be the first thing that main does: descriptors are known by
-/// numbers that nothing else may take before.
+/// The whole program, given its arguments without its own name. Must be the first thing that main
+/// does: descriptors are known by numbers that nothing else may take before.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let options = match options::parse(args) {
         Ok(Invocation::Run(options)) => options,
         Ok(Invocation::Version) => {
             let (commit, version) = (version::COMMIT, version::VERSION);
-            say(io::stdout(), &format!("slirp4netns version {version} (tidegate)\ncommit: {commit}\n"));
+            say(
+                io::stdout(),
+                &format!("slirp4netns version {version} (tidegate)\ncommit: {commit}\n"),
+            );
             return ExitCode::SUCCESS;
         }
         Ok(Invocation::Help) => {
@@ -149,9 +154,14 @@ fn run(options: &Options) -> Result<(), RunError> {
     });
     let listener = listener.transpose()?;
 
-    // Copies, as long as there is one thread; first the one that stays, so that it keeps no device from going with this process.
-    let callers: Vec<BorrowedFd<'_>> =
-        exit.iter().chain(&ready).map(AsFd::as_fd).chain(listener.as_ref().map(AsFd::as_fd)).collect();
+    // Copies, as long as there is one thread; first the one that stays, so that it keeps no device
+    // from going with this process.
+    let callers: Vec<BorrowedFd<'_>> = exit
+        .iter()
+        .chain(&ready)
+        .map(AsFd::as_fd)
+        .chain(listener.as_ref().map(AsFd::as_fd))
+        .collect();
     let following = if options.disable_dns {
         None
     } else {
@@ -184,18 +194,26 @@ fn run(options: &Options) -> Result<(), RunError> {
         if let Some(sandbox) = sandbox {
             sandbox.drop_privileges()?;
         }
-        Ok::<_, RunError>(Nat::start(settings, tun, &host, Arc::new(Descriptors::of_process(RESERVED)))?)
+        Ok::<_, RunError>(Nat::start(
+            settings,
+            tun,
+            &host,
+            Arc::new(Descriptors::of_process(RESERVED)),
+        )?)
     };
     // From a thread that has no privileges any more, so that the engine's begins without them.
     let nat = std::thread::scope(|scope| {
         let started = scope.spawn(start).join();
-        started.unwrap_or_else(|_| Err(io::Error::other("the thread that starts the engine panicked").into()))
+        started.unwrap_or_else(|_| {
+            Err(io::Error::other("the thread that starts the engine panicked").into())
+        })
     })?;
     let nat = Arc::new(nat);
     let signals = signals()?;
     let guest = addresses.guest().addr();
-    let api = listener
-        .map(|listener| Server::new(listener, Forwards::new(Ports { nat: Arc::clone(&nat), source }, guest)));
+    let api = listener.map(|listener| {
+        Server::new(listener, Forwards::new(Ports { nat: Arc::clone(&nat), source }, guest))
+    });
     if let Some(sandbox) = sandbox {
         sandbox.close()?;
     }
@@ -210,7 +228,10 @@ fn run(options: &Options) -> Result<(), RunError> {
 }
 
 /// One of two words.
-fn variable(name: &'static str, words: [&'static str; 2]) -> Result<Option<&'static str>, RunError> {
+fn variable(
+    name: &'static str,
+    words: [&'static str; 2],
+) -> Result<Option<&'static str>, RunError> {
     let value = std::env::var_os(name).unwrap_or_default();
     let word = words.into_iter().find(|word| value == *word);
     if word.is_none() && !value.is_empty() {
@@ -238,7 +259,8 @@ fn inherited(option: &'static str, number: RawFd) -> Result<OwnedFd, RunError> {
     Ok(owned)
 }
 
-/// Where SIGTERM and SIGINT come to: far ends are to see resets, not half of a transfer that looks whole.
+/// Where SIGTERM and SIGINT come to: far ends are to see resets, not half of a transfer that looks
+/// whole.
 fn signals() -> io::Result<UnixStream> {
     let (here, there) = UnixStream::pair()?;
     for signal in [SIGTERM, SIGINT] {
@@ -250,10 +272,14 @@ fn signals() -> io::Result<UnixStream> {
 /// The addresses that flows go out from.
 fn outbound(options: &Options, host: &Namespace) -> Result<tidegate_nat::Outbound, RunError> {
     let named = |option, interface: &str, is_it: fn(&IpAddr) -> bool| {
-        let error = |reason: String| RunError::Outbound { option, interface: interface.to_owned(), reason };
+        let error =
+            |reason: String| RunError::Outbound { option, interface: interface.to_owned(), reason };
         let addresses = AddressBook::of(host).and_then(|book| book.of_interface(interface));
         let addresses = addresses.map_err(|source| error(source.to_string()))?;
-        addresses.into_iter().find(is_it).ok_or_else(|| error("it has no address of this family".to_owned()))
+        addresses
+            .into_iter()
+            .find(is_it)
+            .ok_or_else(|| error("it has no address of this family".to_owned()))
     };
     let v4 = match &options.outbound {
         None => None,

@@ -5,8 +5,9 @@
 //! slirp4netns --mtu=65520 --enable-sandbox -c -e 3 -r 4 --netns-type=path /run/.../netns tap0  (podman)
 //! ```
 //!
-//! Callers spell options either way, put them before or behind the rest, and may shorten long ones and bundle short ones; all of
-//! that is understood here. Numbers of descriptors are taken as given, for callers differ in which is which.
+//! Callers spell options either way, put them before or behind the rest, and may shorten long ones
+//! and bundle short ones; all of that is understood here. Numbers of descriptors are taken as
+//! given, for callers differ in which is which.
 //!
 //! Source: `main.c` of slirp4netns 1.2 and its manual page, and what the program does.
 
@@ -189,8 +190,20 @@ const OPTIONS: [OptionDefinition; 19] = [
         Some("FD"),
         "end when the other end of descriptor FD is closed",
     ),
-    option(Name::ReadyFd, Some(b'r'), "ready-fd", Some("FD"), "write 1 to descriptor FD when all is ready"),
-    option(Name::Mtu, Some(b'm'), "mtu", Some("MTU"), "MTU of the device (default=1500, max=65521)"),
+    option(
+        Name::ReadyFd,
+        Some(b'r'),
+        "ready-fd",
+        Some("FD"),
+        "write 1 to descriptor FD when all is ready",
+    ),
+    option(
+        Name::Mtu,
+        Some(b'm'),
+        "mtu",
+        Some("MTU"),
+        "MTU of the device (default=1500, max=65521)",
+    ),
     option(Name::EnableIpv6, Some(b'6'), "enable-ipv6", None, "serve IPv6 as well, on fd00::/64"),
     option(
         Name::ApiSocket,
@@ -214,7 +227,13 @@ const OPTIONS: [OptionDefinition; 19] = [
         Some("TYPE"),
         "what names the network namespace ([path|pid], default=pid)",
     ),
-    option(Name::UsernsPath, None, "userns-path", Some("PATH"), "the user namespace to join on the way in"),
+    option(
+        Name::UsernsPath,
+        None,
+        "userns-path",
+        Some("PATH"),
+        "the user namespace to join on the way in",
+    ),
     option(
         Name::EnableSandbox,
         None,
@@ -222,7 +241,13 @@ const OPTIONS: [OptionDefinition; 19] = [
         None,
         "keep no file system and no capability but CAP_NET_BIND_SERVICE",
     ),
-    option(Name::EnableSeccomp, None, "enable-seccomp", None, "keep no system call that is not needed"),
+    option(
+        Name::EnableSeccomp,
+        None,
+        "enable-seccomp",
+        None,
+        "keep no system call that is not needed",
+    ),
     option(
         Name::OutboundAddr,
         None,
@@ -237,7 +262,13 @@ const OPTIONS: [OptionDefinition; 19] = [
         Some("IPv6"),
         "go out from this address, or this interface's",
     ),
-    option(Name::DisableDns, None, "disable-dns", None, "do not lead 10.0.2.3 (or as --cidr has it) to DNS"),
+    option(
+        Name::DisableDns,
+        None,
+        "disable-dns",
+        None,
+        "do not lead 10.0.2.3 (or as --cidr has it) to DNS",
+    ),
     option(
         Name::MacAddress,
         None,
@@ -280,7 +311,9 @@ pub fn usage() -> String {
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invocation, OptionError> {
+pub fn parse(
+    args: impl IntoIterator<Item = impl Into<OsString>>,
+) -> Result<Invocation, OptionError> {
     let mut raw = Raw::default();
     let mut args = args.into_iter().map(Into::into);
     while let Some(arg) = args.next() {
@@ -299,9 +332,9 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invo
                 (None, Some(_)) => return Err(OptionError::TakesNone(option.long)),
                 (None, None) => OsString::new(),
                 (Some(_), Some(value)) => value,
-                (Some(_), None) => {
-                    args.next().ok_or_else(|| OptionError::NeedsArgument(format!("--{}", option.long)))?
-                }
+                (Some(_), None) => args
+                    .next()
+                    .ok_or_else(|| OptionError::NeedsArgument(format!("--{}", option.long)))?,
             };
             raw.set(option, value);
         } else if bytes.len() > 1 && bytes[0] == b'-' {
@@ -378,7 +411,11 @@ impl Raw {
 
     /// The last value of an option.
     fn value(&self, name: Name) -> Option<&OsStr> {
-        self.values.iter().rev().find(|(given, _)| *given == name).map(|(_, value)| value.as_os_str())
+        self.values
+            .iter()
+            .rev()
+            .find(|(given, _)| *given == name)
+            .map(|(_, value)| value.as_os_str())
     }
 
     fn has(&self, name: Name) -> bool {
@@ -393,7 +430,8 @@ impl Raw {
     ) -> Result<Option<T>, OptionError> {
         let Some(value) = self.value(name) else { return Ok(None) };
         let value = value.to_string_lossy().into_owned();
-        let option = OPTIONS.iter().find(|option| option.name == name).map_or("", |option| option.long);
+        let option =
+            OPTIONS.iter().find(|option| option.name == name).map_or("", |option| option.long);
         read(&value).map(Some).map_err(|reason| OptionError::Value { option, value, reason })
     }
 
@@ -403,7 +441,9 @@ impl Raw {
         let exit_fd = self.read(Name::ExitFd, descriptor)?;
         let ready_fd = self.read(Name::ReadyFd, descriptor)?;
         if exit_fd.is_some() && exit_fd == ready_fd {
-            return Err(OptionError::Contradiction("--exit-fd and --ready-fd are the same descriptor"));
+            return Err(OptionError::Contradiction(
+                "--exit-fd and --ready-fd are the same descriptor",
+            ));
         }
         let mtu = self.read(Name::Mtu, mtu)?.unwrap_or(1500);
         let network = self.read(Name::Cidr, network)?.unwrap_or(DEFAULT_NETWORK);
@@ -441,7 +481,8 @@ impl Raw {
             });
         }
         let flags = |name| self.has(name);
-        let (ipv6, disable_host_loopback) = (flags(Name::EnableIpv6), flags(Name::DisableHostLoopback));
+        let (ipv6, disable_host_loopback) =
+            (flags(Name::EnableIpv6), flags(Name::DisableHostLoopback));
         let (disable_dns, sandbox) = (flags(Name::DisableDns), flags(Name::EnableSandbox));
         let seccomp = flags(Name::EnableSeccomp);
         let user_namespace = self.value(Name::UsernsPath).map(PathBuf::from);
@@ -450,11 +491,15 @@ impl Raw {
         let target = if by_path == Some(true) {
             Target::Path(target.into())
         } else {
-            let pid = target.to_str().and_then(|text| text.parse::<i32>().ok()).filter(|pid| *pid > 0);
-            Target::Process(pid.ok_or_else(|| OptionError::Pid(target.display().to_string()))?.unsigned_abs())
+            let pid =
+                target.to_str().and_then(|text| text.parse::<i32>().ok()).filter(|pid| *pid > 0);
+            Target::Process(
+                pid.ok_or_else(|| OptionError::Pid(target.display().to_string()))?.unsigned_abs(),
+            )
         };
-        let device =
-            rest.next().map_or_else(|| "tap0".to_owned(), |name| name.to_string_lossy().into_owned());
+        let device = rest
+            .next()
+            .map_or_else(|| "tap0".to_owned(), |name| name.to_string_lossy().into_owned());
         if let Some(more) = rest.next() {
             return Err(OptionError::TooMany(more.display().to_string()));
         }
@@ -493,7 +538,10 @@ fn descriptor(value: &str) -> Result<RawFd, String> {
 fn mtu(value: &str) -> Result<u16, String> {
     let range = tidegate_nat::MIN_MTU..=ETHERNET_MAX_MTU;
     value.parse().ok().filter(|mtu| range.contains(mtu)).ok_or_else(|| {
-        format!("an MTU is {} to {ETHERNET_MAX_MTU}, the least being that of IPv6", tidegate_nat::MIN_MTU)
+        format!(
+            "an MTU is {} to {ETHERNET_MAX_MTU}, the least being that of IPv6",
+            tidegate_nat::MIN_MTU
+        )
     })
 }
 

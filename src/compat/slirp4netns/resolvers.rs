@@ -1,7 +1,9 @@
 //! The host's resolvers, told by a process of its own.
 //!
-//! The engine opens no file when it is sandboxed, and `/etc/resolv.conf` changes with every network that a laptop sees. So a copy of this process
-//! stays outside, reads the file whenever it has changed, and sends what it says over a pipe; nothing goes the other way. It ends with this process.
+//! The engine opens no file when it is sandboxed, and `/etc/resolv.conf` changes with every network
+//! that a laptop sees. So a copy of this process stays outside, reads the file whenever it has
+//! changed, and sends what it says over a pipe; nothing goes the other way. It ends with this
+//! process.
 
 use super::process::Copy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -139,7 +141,8 @@ mod tests {
     #[test]
     fn what_is_told_is_what_is_heard() {
         let servers = ["192.0.2.53:53", "[2001:db8::53]:53", "[fe80::53%2]:53"];
-        let servers: Vec<SocketAddr> = servers.iter().map(|server| server.parse().unwrap()).collect();
+        let servers: Vec<SocketAddr> =
+            servers.iter().map(|server| server.parse().unwrap()).collect();
         assert_eq!(parse(text(&servers).as_bytes()), servers);
         let many: Vec<SocketAddr> = std::iter::repeat_n(servers[2], 100).collect();
         assert_eq!(parse(text(&many).as_bytes()).len(), MOST_SERVERS);

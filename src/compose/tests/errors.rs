@@ -64,7 +64,8 @@ fn errors_in_the_whole_file_are_told() {
     ] {
         assert_eq!(error(text), expected, "{text}");
     }
-    let unnamed = parse("services: {a: {command: x}}", Path::new("compose.yaml"), "..", &env).unwrap_err();
+    let unnamed =
+        parse("services: {a: {command: x}}", Path::new("compose.yaml"), "..", &env).unwrap_err();
     let expected = "compose.yaml:1:1: name: the name of the directory makes no name for the project; give one, as in name: shop";
     assert_eq!(unnamed.to_string(), expected);
 }
@@ -91,7 +92,10 @@ fn errors_of_yaml_name_line_and_key() {
         ("a: 1\n---\nb: 2\n", "2:1: a second document begins here; a Compose file is a single one"),
         ("services: !reset null", "1:11: services: tag \"!reset\" is not supported; remove it"),
         ("services: !!int 5", "1:11: services: tag \"!!int\" is not supported; remove it"),
-        ("services: *nobody", "1:11: services: not valid YAML: while parsing node, found unknown anchor"),
+        (
+            "services: *nobody",
+            "1:11: services: not valid YAML: while parsing node, found unknown anchor",
+        ),
         ("services: &a [*a]", "1:15: services[0]: this alias stands inside of what it stands for"),
         ("services: {<<: x}", "1:16: services.<<: a merge key takes a map or a list of maps"),
         ("? [a]\n: b\n", "1:3: a key has to be a text, not a list or a map; put it in quotes"),
@@ -207,7 +211,8 @@ fn errors_in_networks_are_told() {
 
 #[test]
 fn networks_must_not_meet() {
-    let with = |networks: &str| error(&format!("networks:\n{networks}services: {{a: {{command: x}}}}\n"));
+    let with =
+        |networks: &str| error(&format!("networks:\n{networks}services: {{a: {{command: x}}}}\n"));
     assert_eq!(
         with(
             "  z: {ipam: {config: [{subnet: 10.0.0.0/8}]}}\n  b: {ipam: {config: [{subnet: 10.1.0.0/16}]}}\n"

@@ -39,11 +39,20 @@ fn errors_in_services_are_told() {
             "x-netns: ''",
             "3:14: services.a.x-netns: there is no path; give that of a network namespace, as /run/netns/NAME is one",
         ),
-        ("command:", "3:5: services.a.command: expected a string or a list of strings, found nothing"),
-        ("command: {}", "3:14: services.a.command: expected a string or a list of strings, found a map"),
+        (
+            "command:",
+            "3:5: services.a.command: expected a string or a list of strings, found nothing",
+        ),
+        (
+            "command: {}",
+            "3:14: services.a.command: expected a string or a list of strings, found a map",
+        ),
         ("command: ''", "3:14: services.a.command: there is no program in the command; name one"),
         ("command: []", "3:14: services.a.command: there is no program in the command; name one"),
-        ("command: ['', x]", "3:14: services.a.command: there is no program in the command; name one"),
+        (
+            "command: ['', x]",
+            "3:14: services.a.command: there is no program in the command; name one",
+        ),
         (
             "command: it's",
             "3:14: services.a.command: a quote is not closed, or nothing follows a final backslash",
@@ -57,12 +66,18 @@ fn errors_in_services_are_told() {
             "command: [x, $NUL]",
             "3:18: services.a.command[1]: this holds a NUL character, which no process can be given",
         ),
-        ("command: echo $", "3:14: services.a.command: \"$\" is no variable; write $$ for a dollar sign"),
+        (
+            "command: echo $",
+            "3:14: services.a.command: \"$\" is no variable; write $$ for a dollar sign",
+        ),
         (
             "command: [run, '${DATA:?say where}']",
             "3:20: services.a.command[1]: variable DATA is missing: say where",
         ),
-        ("command: x\nenvironment: A", "4:18: services.a.environment: expected a map, found a string"),
+        (
+            "command: x\nenvironment: A",
+            "4:18: services.a.environment: expected a map, found a string",
+        ),
         (
             "command: x\nenvironment: [A=1, =2]",
             "4:24: services.a.environment[1]: \"\" cannot be the name of a variable",
@@ -84,7 +99,10 @@ fn errors_in_services_are_told() {
             "4:15: services.a.hostname: \"a_b\" cannot be a host name: letters, digits, hyphens and dots, 64 characters at \
              most",
         ),
-        ("command: x\ndns: [192.0.2.1, one]", "4:22: services.a.dns[1]: \"one\" is not an IP address"),
+        (
+            "command: x\ndns: [192.0.2.1, one]",
+            "4:22: services.a.dns[1]: \"one\" is not an IP address",
+        ),
         ("command: x\ndns_opt: [a b]", "4:15: services.a.dns_opt[0]: \"a b\" is not one word"),
         ("command: x\ndns:", "4:5: services.a.dns: expected a string, found nothing"),
         (
@@ -166,14 +184,30 @@ fn fixed_addresses_must_fit() {
             "ipv4_address: 10.0.0.255",
             "ipv4_address: 10.0.0.255 cannot be on networks.n: it is the broadcast address of 10.0.0.0/24",
         ),
-        ("ipv4_address: 10.0.0.1", "ipv4_address: 10.0.0.1 is the gateway of networks.n; choose another"),
-        ("ipv6_address: 'fd00::9'", "ipv6_address: fd00::9 is the gateway of networks.n; choose another"),
-        ("ipv6_address: 'fd01::9'", "ipv6_address: fd01::9 cannot be on networks.n: it is not in fd00::/64"),
+        (
+            "ipv4_address: 10.0.0.1",
+            "ipv4_address: 10.0.0.1 is the gateway of networks.n; choose another",
+        ),
+        (
+            "ipv6_address: 'fd00::9'",
+            "ipv6_address: fd00::9 is the gateway of networks.n; choose another",
+        ),
+        (
+            "ipv6_address: 'fd01::9'",
+            "ipv6_address: fd01::9 cannot be on networks.n: it is not in fd00::/64",
+        ),
     ] {
-        assert_eq!(fixed(address, ""), format!("3:48: services.a.networks.n.{expected}"), "{address}");
+        assert_eq!(
+            fixed(address, ""),
+            format!("3:48: services.a.networks.n.{expected}"),
+            "{address}"
+        );
     }
     assert_eq!(
-        fixed("ipv4_address: 10.0.0.7", "  b: {command: x, networks: {n: {ipv4_address: 10.0.0.7}}}\n"),
+        fixed(
+            "ipv4_address: 10.0.0.7",
+            "  b: {command: x, networks: {n: {ipv4_address: 10.0.0.7}}}\n"
+        ),
         "4:48: services.b.networks.n.ipv4_address: 10.0.0.7 is the address of services.a already; choose another"
     );
 }
@@ -189,7 +223,10 @@ fn errors_in_ports_are_told() {
             "ports: ['80-82:80-81']",
             "4:13: services.a.ports[0]: host ports 80-82 and container ports 80-81 differ in number (3 and 2)",
         ),
-        ("ports: [70000]", "4:13: services.a.ports[0]: container port 70000 is not between 1 and 65535"),
+        (
+            "ports: [70000]",
+            "4:13: services.a.ports[0]: container port 70000 is not between 1 and 65535",
+        ),
         (
             "ports: [{published: 80}]",
             "4:13: services.a.ports[0]: there is no target; say which port the service listens on",
@@ -244,7 +281,10 @@ fn errors_in_ports_are_told() {
 fn errors_in_dependencies_are_told() {
     for (body, expected) in [
         ("depends_on: b", "4:17: services.a.depends_on: expected a map, found a string"),
-        ("depends_on: [b]", "4:18: services.a.depends_on[0]: there is no service \"b\" to depend on"),
+        (
+            "depends_on: [b]",
+            "4:18: services.a.depends_on[0]: there is no service \"b\" to depend on",
+        ),
         (
             "depends_on: [b, b]",
             "4:21: services.a.depends_on[1]: \"b\" stands in line 4 already; remove one of them",

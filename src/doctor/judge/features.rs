@@ -11,8 +11,10 @@ pub(super) fn kernel(host: &Host) -> Row {
     let release = &host.release;
     match version(release) {
         Some(version) if version >= FLOOR => Row::ok(check, format!("Linux {release}")),
-        Some(_) => Row::missing(check, format!("Linux {release} is older than {}.{}", FLOOR.0, FLOOR.1))
-            .fix(format!("run Linux {}.{} or newer", FLOOR.0, FLOOR.1)),
+        Some(_) => {
+            Row::missing(check, format!("Linux {release} is older than {}.{}", FLOOR.0, FLOOR.1))
+                .fix(format!("run Linux {}.{} or newer", FLOOR.0, FLOOR.1))
+        }
         None => Row::cannot_tell(check, &format!("{release:?} is no release of Linux")),
     }
 }
@@ -29,7 +31,9 @@ pub(super) fn tcp_peek_offset(host: &Host) -> Row {
         Ok(()) => Row::ok(check, "TCP data can be looked at in the kernel's own buffer"),
         Err(error) => Row::limited(
             check,
-            format!("SO_PEEK_OFF on TCP: {error}; a network's way out will copy more (it is to come)"),
+            format!(
+                "SO_PEEK_OFF on TCP: {error}; a network's way out will copy more (it is to come)"
+            ),
         )
         .fix("run Linux 6.9 or newer"),
     }
@@ -37,10 +41,11 @@ pub(super) fn tcp_peek_offset(host: &Host) -> Row {
 
 pub(super) fn udp_offload(host: &Host) -> Row {
     let check = "udp-offload";
-    let refused: Vec<String> = [("UDP_GRO", host.sockets.udp_gro), ("UDP_SEGMENT", host.sockets.udp_segment)]
-        .into_iter()
-        .filter_map(|(name, tried)| Some(format!("{name}: {}", tried.err()?)))
-        .collect();
+    let refused: Vec<String> =
+        [("UDP_GRO", host.sockets.udp_gro), ("UDP_SEGMENT", host.sockets.udp_segment)]
+            .into_iter()
+            .filter_map(|(name, tried)| Some(format!("{name}: {}", tried.err()?)))
+            .collect();
     if refused.is_empty() {
         return Row::ok(check, "trains of datagrams are received and sent as one");
     }

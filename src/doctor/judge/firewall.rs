@@ -43,9 +43,10 @@ pub(super) fn gates(host: &Host) -> Row {
         return Row::cannot_tell(check, "no network namespace could be made to try it in");
     };
     match inside.gates {
-        Ok(()) => {
-            Row::ok(check, "programs at the bridges' exits keep networks closed when firewall rules are gone")
-        }
+        Ok(()) => Row::ok(
+            check,
+            "programs at the bridges' exits keep networks closed when firewall rules are gone",
+        ),
         Err(error) => {
             let fix = if error == Errno::PERM {
                 "run as root on the host itself, with CAP_BPF"
@@ -107,7 +108,10 @@ pub(super) fn choice(host: &Host) -> Row {
     let nothing = [None, None];
     let has_nftables = inside(&host.direct).is_some_and(|inside| inside.nftables.is_ok());
     if inside(&host.direct).is_none() || !host.capabilities.net_admin {
-        return Row::note(check, "none is used: networks of an ordinary user are apart from the host");
+        return Row::note(
+            check,
+            "none is used: networks of an ordinary user are apart from the host",
+        );
     }
     let (order, why) = preference(host.iptables.as_ref().unwrap_or(&nothing));
     let is_there = |kind: &FirewallKind| match kind {

@@ -29,7 +29,10 @@ pub(super) fn low_ports(host: &Host) -> Row {
         // Before Linux 4.11 it was no setting.
         Ok(first) => Row::limited(
             check,
-            format!("ports below {} cannot be published (no CAP_NET_BIND_SERVICE)", first.unwrap_or(1024)),
+            format!(
+                "ports below {} cannot be published (no CAP_NET_BIND_SERVICE)",
+                first.unwrap_or(1024)
+            ),
         )
         .fix(format!("sysctl -w net.ipv4.ip_unprivileged_port_start={COMMON_PORT}")),
         Err(row) => *row,
@@ -39,16 +42,18 @@ pub(super) fn low_ports(host: &Host) -> Row {
 pub(super) fn open_files(host: &Host) -> Row {
     let check = "open-files";
     let (soft, hard) = host.limits.open_files;
-    let told = |limit: Option<u64>| limit.map_or_else(|| "no limit".to_owned(), |limit| limit.to_string());
+    let told =
+        |limit: Option<u64>| limit.map_or_else(|| "no limit".to_owned(), |limit| limit.to_string());
     let found = format!("soft {}, hard {}", told(soft), told(hard));
     match hard {
         Some(hard) if hard < OPEN_FILES => {
             Row::limited(check, format!("{found}: fewer than {} connections at a time", hard / 2))
                 .fix("raise the hard limit (ulimit -Hn, LimitNOFILE= of a unit) to 65536")
         }
-        Some(hard) => {
-            Row::ok(check, format!("{found} (used up to the hard one): some {} connections", hard / 2))
-        }
+        Some(hard) => Row::ok(
+            check,
+            format!("{found} (used up to the hard one): some {} connections", hard / 2),
+        ),
         None => Row::ok(check, found),
     }
 }

@@ -15,7 +15,8 @@ pub(super) fn inside(trial: &Found<Trial>) -> Option<&Inside> {
     }
 }
 
-/// Why nothing may be done in a namespace that could be made: AppArmor, as Ubuntu sets it up, takes the capabilities away inside.
+/// Why nothing may be done in a namespace that could be made: AppArmor, as Ubuntu sets it up, takes
+/// the capabilities away inside.
 fn powerless(inside: &Inside) -> Option<Code> {
     match inside.network {
         Err((_, error)) if is_denial(error) => Some(error),
@@ -48,14 +49,16 @@ pub(super) fn port_guards(host: &Host) -> Row {
     let check = "port-guards";
     let Some(inside) = any_inside(host) else { return Row::cannot_tell(check, NO_NAMESPACE) };
     match &inside.port_guards {
-        Ok(mechanism) => {
-            Row::ok(check, format!("{mechanism}: each container sends from its own addresses alone"))
-        }
+        Ok(mechanism) => Row::ok(
+            check,
+            format!("{mechanism}: each container sends from its own addresses alone"),
+        ),
         Err(failures) => {
             let fix = remedy(failures.iter().map(|(_, error)| is_denial(*error)));
             let why: Vec<String> =
                 failures.iter().map(|(mechanism, error)| format!("{mechanism}: {error}")).collect();
-            let details = WITHOUT_PORT_GUARDS.iter().map(|one| (*one).to_owned()).chain(why).collect();
+            let details =
+                WITHOUT_PORT_GUARDS.iter().map(|one| (*one).to_owned()).chain(why).collect();
             Row::limited(check, "what containers send is not checked").details(details).fix(fix)
         }
     }
@@ -72,14 +75,17 @@ pub(super) fn network_namespaces(host: &Host) -> Row {
             format!("the host's network cannot be entered from another namespace: {error}"),
             "run as root of the host, or in a network namespace of your own (unshare --user --map-root-user --net)",
         ),
-        Ok(Trial::NotMade(error)) if *error == Errno::NOSPC => {
-            ("user.max_net_namespaces is used up".to_owned(), "sysctl -w user.max_net_namespaces=10000")
-        }
+        Ok(Trial::NotMade(error)) if *error == Errno::NOSPC => (
+            "user.max_net_namespaces is used up".to_owned(),
+            "sysctl -w user.max_net_namespaces=10000",
+        ),
         Ok(Trial::NotMade(error)) if *error == Errno::INVAL => (
             "this kernel has no network namespaces".to_owned(),
             "run a kernel with CONFIG_NET_NS, outside of sandboxes",
         ),
-        Ok(Trial::NotMade(error)) => (format!("cannot make one: {error}"), "run as root, with CAP_SYS_ADMIN"),
+        Ok(Trial::NotMade(error)) => {
+            (format!("cannot make one: {error}"), "run as root, with CAP_SYS_ADMIN")
+        }
         Err(why) => return Row::cannot_tell(check, why),
     };
     if in_user_namespace(host).is_some() {
@@ -97,24 +103,29 @@ pub(super) fn user_namespaces(host: &Host) -> Row {
     let check = "user-namespaces";
     let refused = match &host.in_user_namespace {
         Ok(Trial::NotMade(error) | Trial::NoWayBack(error)) => Some(("cannot make one", *error)),
-        Ok(Trial::Entered(inside)) => powerless(inside).map(|error| ("nothing may be done in one", error)),
+        Ok(Trial::Entered(inside)) => {
+            powerless(inside).map(|error| ("nothing may be done in one", error))
+        }
         Err(why) => return Row::cannot_tell(check, why),
     };
     let forbidding = forbidding(&host.user_namespaces);
     let is_root = inside(&host.direct).is_some();
     let Some((what, error)) = refused else {
         return match forbidding {
-            Some((setting, fix)) if is_root => {
-                Row::note(check, format!("this user can make them, ordinary ones cannot: {setting}")).fix(fix)
-            }
+            Some((setting, fix)) if is_root => Row::note(
+                check,
+                format!("this user can make them, ordinary ones cannot: {setting}"),
+            )
+            .fix(fix),
             _ => Row::ok(check, "one was made, with a network namespace"),
         };
     };
     let (why, fix) = match forbidding {
         Some((setting, fix)) => (format!("{what}: {error}; {setting}"), fix),
-        None if error == Errno::NOSPC || error == Errno::USERS => {
-            ("too many are there, or too deep".to_owned(), "sysctl -w user.max_user_namespaces=10000")
-        }
+        None if error == Errno::NOSPC || error == Errno::USERS => (
+            "too many are there, or too deep".to_owned(),
+            "sysctl -w user.max_user_namespaces=10000",
+        ),
         None => (
             format!("{what}: {error}"),
             "lift what forbids unshare(2): a container's seccomp profile, or a security module",
@@ -133,7 +144,10 @@ fn forbidding(settings: &UserNamespaces) -> Option<(&'static str, &'static str)>
     if is(&settings.max, 0) {
         Some(("user.max_user_namespaces is 0", "sysctl -w user.max_user_namespaces=10000"))
     } else if is(&settings.unprivileged_clone, 0) {
-        Some(("kernel.unprivileged_userns_clone is 0", "sysctl -w kernel.unprivileged_userns_clone=1"))
+        Some((
+            "kernel.unprivileged_userns_clone is 0",
+            "sysctl -w kernel.unprivileged_userns_clone=1",
+        ))
     } else if is(&settings.apparmor_restricts, 1) {
         Some((
             "kernel.apparmor_restrict_unprivileged_userns is 1",
@@ -206,11 +220,14 @@ pub(super) fn tun(host: &Host) -> Row {
 pub(super) fn tun_offload(host: &Host) -> Row {
     let check = "tun-offload";
     match any_inside(host).map(|inside| inside.tun) {
-        Some(Ok(offload)) if offload.tcp && offload.udp => Row::ok(check, "TCP and UDP segmentation"),
-        Some(Ok(offload)) if offload.tcp => {
-            Row::limited(check, "TCP segmentation, no UDP segmentation: UDP goes out datagram by datagram")
-                .fix("run Linux 6.2 or newer")
+        Some(Ok(offload)) if offload.tcp && offload.udp => {
+            Row::ok(check, "TCP and UDP segmentation")
         }
+        Some(Ok(offload)) if offload.tcp => Row::limited(
+            check,
+            "TCP segmentation, no UDP segmentation: UDP goes out datagram by datagram",
+        )
+        .fix("run Linux 6.2 or newer"),
         Some(Ok(_)) => Row::limited(check, "no segmentation: everything goes out packet by packet")
             .fix("use the kernel's own TUN driver, outside of sandboxes"),
         Some(Err(_)) => Row::cannot_tell(check, "there is no TUN device to ask"),

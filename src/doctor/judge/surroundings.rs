@@ -24,7 +24,8 @@ pub(super) fn ip_forward(host: &Host) -> Row {
             };
         }
     };
-    let settings = [(is_on(v4), "net.ipv4.ip_forward=0"), (is_on(v6), "net.ipv6.conf.all.forwarding=0")];
+    let settings =
+        [(is_on(v4), "net.ipv4.ip_forward=0"), (is_on(v6), "net.ipv6.conf.all.forwarding=0")];
     let settings: Vec<&str> =
         settings.into_iter().filter(|(on, _)| *on).map(|(_, setting)| setting).collect();
     Row::note(
@@ -59,10 +60,11 @@ pub(super) fn ipv6_force_forwarding(host: &Host) -> Row {
     let check = "ipv6-force-forwarding";
     match &host.forwarding.v6_per_interface {
         Ok(Some(_)) => Row::ok(check, "IPv6 forwarding can be switched per interface"),
-        Ok(None) => {
-            Row::note(check, "IPv6 is forwarded by all interfaces or by none; guards close the networks")
-                .fix("run Linux 6.17 or newer")
-        }
+        Ok(None) => Row::note(
+            check,
+            "IPv6 is forwarded by all interfaces or by none; guards close the networks",
+        )
+        .fix("run Linux 6.17 or newer"),
         Err(why) => Row::cannot_tell(check, why),
     }
 }
@@ -77,7 +79,9 @@ pub(super) fn address_pools(host: &Host) -> Row {
     let pools = Pools::usual([0; 5]);
     let in_use: Vec<IpNet> = routes.iter().map(|(net, _)| *net).collect();
     let foreign = |(net, link): &&(IpNet, String)| {
-        matches!(net, IpNet::V4(_)) && pools.overlap(net) && !link.starts_with(registry::INTERFACE_PREFIX)
+        matches!(net, IpNet::V4(_))
+            && pools.overlap(net)
+            && !link.starts_with(registry::INTERFACE_PREFIX)
     };
     let mut others: Vec<String> =
         routes.iter().filter(foreign).map(|(net, link)| format!("{net} by {link}")).collect();

@@ -155,7 +155,10 @@ fn what_forbids_user_namespaces_is_named() {
     };
     for (host, fix) in [
         (with(&|one| one.max = Ok(Some(0))), "sysctl -w user.max_user_namespaces=10000"),
-        (with(&|one| one.unprivileged_clone = Ok(Some(0))), "sysctl -w kernel.unprivileged_userns_clone=1"),
+        (
+            with(&|one| one.unprivileged_clone = Ok(Some(0))),
+            "sysctl -w kernel.unprivileged_userns_clone=1",
+        ),
         (
             with(&|one| one.apparmor_restricts = Ok(Some(1))),
             "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
@@ -180,7 +183,12 @@ fn a_user_namespace_without_power_is_none() {
         tun: Err(Errno::PERM.into()),
     }));
     host.user_namespaces.apparmor_restricts = Ok(Some(1));
-    expect("user-namespaces", &host, Verdict::Limited, "nothing may be done in one: Operation not permitted");
+    expect(
+        "user-namespaces",
+        &host,
+        Verdict::Limited,
+        "nothing may be done in one: Operation not permitted",
+    );
     expect("user-namespaces", &host, Verdict::Limited, "apparmor_restrict_unprivileged_userns=0");
     expect("network-namespaces", &host, Verdict::Missing, "run as root");
     expect("networks", &host, Verdict::Note, "cannot tell");
@@ -212,7 +220,8 @@ fn a_network_that_cannot_be_made_is_told_with_its_step() {
 
 #[test]
 fn a_tun_device_that_is_hidden_or_closed_is_limited() {
-    let with = |errno: Errno, mode| Host { tun_device: Err(errno.into()), tun_mode: mode, ..good() };
+    let with =
+        |errno: Errno, mode| Host { tun_device: Err(errno.into()), tun_mode: mode, ..good() };
     expect("tun", &with(Errno::NOENT, None), Verdict::Limited, "modprobe tun");
     expect("tun", &with(Errno::ACCESS, Some(0o600)), Verdict::Limited, "(mode 0600)");
     expect("tun", &with(Errno::PERM, Some(0o666)), Verdict::Limited, "--device /dev/net/tun");
@@ -257,7 +266,12 @@ fn forwarding_is_a_note_that_names_what_is_on() {
     expect("ip-forward", &host, Verdict::Note, "on (IPv4): networks are kept closed by guards");
     expect("ip-forward", &host, Verdict::Note, "sysctl -w net.ipv4.ip_forward=0");
     host.forwarding.v6 = Ok(Some(1));
-    expect("ip-forward", &host, Verdict::Note, "net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=0");
+    expect(
+        "ip-forward",
+        &host,
+        Verdict::Note,
+        "net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=0",
+    );
     // A kernel without IPv6 forwards none of it.
     host.forwarding = Forwarding { v4: Ok(Some(0)), v6: Ok(None), ..host.forwarding };
     expect("ip-forward", &host, Verdict::Ok, "off");
@@ -273,7 +287,12 @@ fn rules_that_cannot_be_preceded_are_told() {
     expect("policy-rules", &host(Ok(Some(5))), Verdict::Ok, "");
     expect("policy-rules", &host(Ok(Some(4))), Verdict::Limited, "a rule of priority 4 precedes");
     expect("policy-rules", &host(Ok(Some(0))), Verdict::Limited, "a priority of 5 or higher");
-    expect("policy-rules", &host(Err("no netlink".into())), Verdict::Note, "cannot tell: no netlink");
+    expect(
+        "policy-rules",
+        &host(Err("no netlink".into())),
+        Verdict::Note,
+        "cannot tell: no netlink",
+    );
 }
 
 #[test]
@@ -282,9 +301,13 @@ fn routes_in_the_address_pools_are_passed_over_until_none_is_left() {
         let routes = routes.iter().map(|(net, link)| (net.parse().unwrap(), (*link).to_owned()));
         Host { routes: Ok(routes.collect()), ..good() }
     };
-    let host = with(&[("172.28.0.0/24", "br-x"), ("10.0.0.0/8", "tun0"), ("172.28.0.0/24", "br-x")]);
+    let host =
+        with(&[("172.28.0.0/24", "br-x"), ("10.0.0.0/8", "tun0"), ("172.28.0.0/24", "br-x")]);
     expect("address-pools", &host, Verdict::Note, "the next network gets 172.28.1.0/24");
-    assert_eq!(row("address-pools", &host).details, ["10.0.0.0/8 by tun0", "172.28.0.0/24 by br-x"]);
+    assert_eq!(
+        row("address-pools", &host).details,
+        ["10.0.0.0/8 by tun0", "172.28.0.0/24 by br-x"]
+    );
     let own = with(&[("172.28.0.0/24", "tg-front-0000")]);
     expect("address-pools", &own, Verdict::Ok, "");
     let full = with(&[("172.16.0.0/12", "br-x"), ("10.0.0.0/8", "tun0")]);
@@ -298,7 +321,10 @@ fn services_on_all_addresses_are_listed_with_their_holders() {
         protocol: Protocol::Tcp,
         holder: holder.map(str::to_owned),
     };
-    let host = Host { services: Ok(vec![service(22, Some("sshd (pid 1)")), service(111, None)]), ..good() };
+    let host = Host {
+        services: Ok(vec![service(22, Some("sshd (pid 1)")), service(111, None)]),
+        ..good()
+    };
     expect("host-services", &host, Verdict::Note, "2 sockets answer on all addresses");
     let details = row("host-services", &host).details;
     assert_eq!(details, ["22/tcp: sshd (pid 1)", "111/tcp: holder not visible from here"]);
@@ -337,7 +363,12 @@ fn a_run_directory_is_needed() {
         run_directory: RunDirectory { path: path.map(Into::into), writable },
         ..good()
     };
-    expect("run-directory", &with(None, Err(Errno::NOENT.into())), Verdict::Missing, "XDG_RUNTIME_DIR");
+    expect(
+        "run-directory",
+        &with(None, Err(Errno::NOENT.into())),
+        Verdict::Missing,
+        "XDG_RUNTIME_DIR",
+    );
     let closed = with(Some("/run/tidegate"), Err(Errno::ACCESS.into()));
     expect(
         "run-directory",
@@ -379,7 +410,8 @@ fn with_nftables(nftables: Result<bool, Errno>) -> Host {
 #[test]
 fn a_firewall_is_chosen_and_the_reason_is_told() {
     let docker = |rules: &[&str]| {
-        let rules: Vec<_> = rules.iter().map(|text| UserRule { text: (*text).to_owned() }).collect();
+        let rules: Vec<_> =
+            rules.iter().map(|text| UserRule { text: (*text).to_owned() }).collect();
         let state = IptablesState {
             version: "iptables v1.8.9 (legacy)".into(),
             forward_drops: rules.is_empty(),
@@ -390,11 +422,18 @@ fn a_firewall_is_chosen_and_the_reason_is_told() {
     expect("firewall", &good(), Verdict::Note, "takes nftables: it is there");
     expect("firewall", &docker(&[]), Verdict::Note, "takes iptables: the chain FORWARD");
     expect("iptables", &docker(&[]), Verdict::Note, "iptables v1.8.9 (legacy)");
-    let rules =
-        docker(&["-A DOCKER-USER -s 192.0.2.0/24 -j DROP", "-A DOCKER-USER -p tcp --dport 80 -j DROP"]);
+    let rules = docker(&[
+        "-A DOCKER-USER -s 192.0.2.0/24 -j DROP",
+        "-A DOCKER-USER -p tcp --dport 80 -j DROP",
+    ]);
     expect("firewall", &rules, Verdict::Note, "takes iptables: the chain DOCKER-USER has rules");
     let marks = Host { mark_setters: vec!["ip nat POSTROUTING".to_owned()], ..docker(&[]) };
-    assert!(row("iptables", &marks).details.iter().any(|line| line.starts_with("ip nat POSTROUTING may")));
+    assert!(
+        row("iptables", &marks)
+            .details
+            .iter()
+            .any(|line| line.starts_with("ip nat POSTROUTING may"))
+    );
     let details = row("iptables", &rules).details;
     assert!(details[0].ends_with("-j DROP (it holds for published ports)"), "{details:?}");
     assert!(details[1].ends_with("ports are published by the kernel)"), "{details:?}");
@@ -422,5 +461,9 @@ fn where_nothing_checks_what_containers_send_it_lists_what_does_not_hold() {
     expect("port-guards", &with(Errno::OPNOTSUPP), Verdict::Limited, "CONFIG_NF_TABLES_NETDEV");
     let told = all(&with(Errno::PERM));
     let row = told.iter().find(|row| row.check == "port-guards").unwrap();
-    assert!(row.details.iter().any(|detail| detail.contains("of their gateway")), "{:?}", row.details);
+    assert!(
+        row.details.iter().any(|detail| detail.contains("of their gateway")),
+        "{:?}",
+        row.details
+    );
 }

@@ -20,7 +20,8 @@ const UDP: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 /// Opens it. By itself that makes no device.
 ///
 /// # Errors
-/// `ENOENT` without the node, `EACCES` without the permission, `EPERM` where a container may not, `ENODEV` or `ENXIO` without the driver.
+/// `ENOENT` without the node, `EACCES` without the permission, `EPERM` where a container may not,
+/// `ENODEV` or `ENXIO` without the driver.
 pub(super) fn open() -> Result<OwnedFd, Errno> {
     rustix::fs::openat(CWD, PATH, OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
 }
@@ -30,7 +31,8 @@ pub(super) fn mode() -> Option<u32> {
     fs::metadata(PATH).ok().map(|metadata| metadata.permissions().mode() & 0o777)
 }
 
-/// Makes a device in the namespace that the calling thread is in, and finds out what it can offload. It is gone when this returns.
+/// Makes a device in the namespace that the calling thread is in, and finds out what it can
+/// offload. It is gone when this returns.
 ///
 /// # Errors
 /// As of [`open`]; `EPERM` without `CAP_NET_ADMIN` in there.

@@ -6,7 +6,9 @@ mod trial;
 
 pub use trial::{TRIAL, trial};
 
-use super::host::{Capabilities, Forwarding, Found, Host, Limits, RunDirectory, Service, UserNamespaces};
+use super::host::{
+    Capabilities, Forwarding, Found, Host, Limits, RunDirectory, Service, UserNamespaces,
+};
 use crate::listeners;
 use crate::port_error::without_numbers;
 use rustix::fs::{Access, access};
@@ -60,7 +62,8 @@ fn said(error: &dyn Display) -> String {
 }
 
 fn capabilities() -> Capabilities {
-    let held = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+    let held =
+        rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
     Capabilities {
         net_admin: held.contains(CapabilitySet::NET_ADMIN),
         net_bind_service: held.contains(CapabilitySet::NET_BIND_SERVICE),
@@ -78,7 +81,8 @@ fn setting(name: &str) -> Found<Option<u64>> {
         },
         // Without this one there is no /proc/sys at all, which says nothing about the kernel.
         Err(error)
-            if error.kind() == io::ErrorKind::NotFound && Path::new("/proc/sys/kernel/ostype").exists() =>
+            if error.kind() == io::ErrorKind::NotFound
+                && Path::new("/proc/sys/kernel/ostype").exists() =>
         {
             Ok(None)
         }
@@ -90,13 +94,15 @@ fn iptables() -> Found<[Option<IptablesState>; 2]> {
     if !capabilities().net_admin {
         return Err("only root is told of rules".to_owned());
     }
-    let here = Namespace::current().map_err(|error| format!("/proc/thread-self/ns/net: {}", said(&error)))?;
+    let here = Namespace::current()
+        .map_err(|error| format!("/proc/thread-self/ns/net: {}", said(&error)))?;
     IptablesState::of(&here).map_err(|error| said(&error))
 }
 
 /// None where nobody may ask, or nothing is there.
 fn mark_setters() -> Vec<String> {
-    let setters = || Namespace::current().and_then(|here| here.with(IptablesState::mark_setters_behind)?);
+    let setters =
+        || Namespace::current().and_then(|here| here.with(IptablesState::mark_setters_behind)?);
     setters().unwrap_or_default()
 }
 
@@ -104,7 +110,8 @@ fn surroundings() -> io::Result<Observed> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let here = Namespace::current();
-        let here = here.map_err(|error| io::Error::other(format!("/proc/thread-self/ns/net: {error}")))?;
+        let here =
+            here.map_err(|error| io::Error::other(format!("/proc/thread-self/ns/net: {error}")))?;
         let mut kernel = Kernel::new(here);
         kernel.observe(&[]).await.map_err(io::Error::other)
     })
@@ -114,13 +121,16 @@ fn services() -> Found<Vec<Service>> {
     let mut open = Vec::new();
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let bound = listeners::bound(protocol).map_err(|error| said(&error))?;
-        open.extend(bound.into_iter().filter(listeners::Bound::is_open_to_all).map(|one| (protocol, one)));
+        open.extend(
+            bound.into_iter().filter(listeners::Bound::is_open_to_all).map(|one| (protocol, one)),
+        );
     }
     let inodes: BTreeSet<u64> = open.iter().map(|(_, socket)| socket.inode).collect();
     let mut by_inode = BTreeMap::new();
     for holder in listeners::holders(&inodes) {
         // A published port of a project tells networks apart by itself.
-        let is_project = holder.name == "tidegate" && holder.command.get(1).is_some_and(|word| word == "up");
+        let is_project =
+            holder.name == "tidegate" && holder.command.get(1).is_some_and(|word| word == "up");
         for inode in &holder.inodes {
             // Of several that share it the first, which is the oldest as a rule, stands for all.
             by_inode.entry(*inode).or_insert((is_project, holder.to_string()));

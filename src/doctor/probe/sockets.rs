@@ -11,11 +11,13 @@ pub(super) fn probe() -> Sockets {
     let udp = || open(AddressFamily::INET, SocketType::DGRAM);
     Sockets {
         // Before 6.9 the option is refused (`EOPNOTSUPP`), whatever the value.
-        tcp_peek_offset: tcp().and_then(|socket| set(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)),
+        tcp_peek_offset: tcp()
+            .and_then(|socket| set(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)),
         udp_gro: udp().and_then(|socket| set(socket, libc::SOL_UDP, libc::UDP_GRO, 1)),
         udp_segment: udp().and_then(|socket| set(socket, libc::SOL_UDP, libc::UDP_SEGMENT, 1200)),
-        force_buffer: udp()
-            .and_then(|socket| Ok(sockopt::set_socket_recv_buffer_size_force(&socket, UDP_BUFFER)?)),
+        force_buffer: udp().and_then(|socket| {
+            Ok(sockopt::set_socket_recv_buffer_size_force(&socket, UDP_BUFFER)?)
+        }),
         ipv6: open(AddressFamily::INET6, SocketType::DGRAM).map(drop),
     }
 }
@@ -26,7 +28,12 @@ fn open(family: AddressFamily, kind: SocketType) -> Result<OwnedFd, Code> {
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the socket ends here")]
-fn set(socket: OwnedFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> Result<(), Code> {
+fn set(
+    socket: OwnedFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> Result<(), Code> {
     // SAFETY: the pointer and the length describe `value`, which lives through the call.
     let result = unsafe {
         libc::setsockopt(

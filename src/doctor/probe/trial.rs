@@ -1,6 +1,8 @@
-//! What can be done in a namespace that is made for the purpose: tried by a process of its own, with which all of it ends.
+//! What can be done in a namespace that is made for the purpose: tried by a process of its own,
+//! with which all of it ends.
 //!
-//! A process of its own because a user namespace takes one without threads, and because the way back out of one is closed.
+//! A process of its own because a user namespace takes one without threads, and because the way
+//! back out of one is closed.
 
 use super::device;
 use crate::doctor::host::{Code, Found, Inside, Trial};
@@ -23,7 +25,8 @@ use tidegate_netsetup::{
 /// What this program is called with to be the process that tries.
 pub const TRIAL: &str = "doctor-trial";
 
-/// How many seconds a trial may take: the kernel makes namespaces one at a time, and a busy one lets wait.
+/// How many seconds a trial may take: the kernel makes namespaces one at a time, and a busy one
+/// lets wait.
 const PATIENCE: libc::c_uint = 20;
 
 /// In what kind of namespace.
@@ -48,11 +51,13 @@ impl Kind {
 
 /// Has a process of its own try, and returns what it reports.
 pub(super) fn run(kind: Kind) -> Found<Trial> {
-    // Not by its path: a program that was replaced, or is in a directory closed to us, runs all the same.
+    // Not by its path: a program that was replaced, or is in a directory closed to us, runs all the
+    // same.
     let mut command = Command::new("/proc/self/exe");
     command.args([TRIAL, kind.word()]).env_clear().stdin(Stdio::null()).stderr(Stdio::null());
     command.envs(std::env::vars_os().filter(|(name, _)| name == LACKS));
-    let output = command.output().map_err(|error| format!("/proc/self/exe: {}", super::said(&error)))?;
+    let output =
+        command.output().map_err(|error| format!("/proc/self/exe: {}", super::said(&error)))?;
     serde_json::from_slice(&output.stdout)
         .map_err(|_| format!("the process that tries ended early ({})", output.status))
 }
@@ -60,9 +65,13 @@ pub(super) fn run(kind: Kind) -> Found<Trial> {
 /// The process that tries: `arguments` say in what kind of namespace. Reports on standard output.
 pub fn trial(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let word = arguments.next();
-    let Some(kind) = Kind::ALL.into_iter().find(|kind| word.as_ref().is_some_and(|word| word == kind.word()))
+    let Some(kind) =
+        Kind::ALL.into_iter().find(|kind| word.as_ref().is_some_and(|word| word == kind.word()))
     else {
-        let _ = writeln!(io::stderr(), "tidegate: error: {TRIAL} is what tidegate doctor starts by itself");
+        let _ = writeln!(
+            io::stderr(),
+            "tidegate: error: {TRIAL} is what tidegate doctor starts by itself"
+        );
         return ExitCode::from(EXIT_USAGE);
     };
     // SAFETY: a number goes in and one comes out. The signal ends this process.
@@ -80,7 +89,8 @@ fn attempt(kind: Kind) -> Trial {
         Kind::Direct => UnshareFlags::NEWNET,
         Kind::InUserNamespace => UnshareFlags::NEWUSER | UnshareFlags::NEWNET,
     };
-    // SAFETY: this process has one thread, which shares neither network nor user namespace with anybody in here.
+    // SAFETY: this process has one thread, which shares neither network nor user namespace with
+    // anybody in here.
     if let Err(errno) = unsafe { unshare_unsafe(flags) } {
         return Trial::NotMade(errno.into());
     }
@@ -96,7 +106,8 @@ fn attempt(kind: Kind) -> Trial {
             other => io::Error::other(other),
         })
     });
-    let marked = GatePolicy::Marked { mark: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
+    let marked =
+        GatePolicy::Marked { mark: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
     let gates = Gate::new(&marked).map(drop).map_err(Into::into);
     let tun = device::make().map_err(Into::into);
     let nftables = nftables.map_err(Into::into);
@@ -107,7 +118,10 @@ fn attempt(kind: Kind) -> Trial {
 fn port_guards() -> Result<String, Vec<(String, Code)>> {
     let probed = PortGuards::probe(&port_guards::candidates(), "trial");
     probed.map(|guards| guards.mechanism().to_string()).map_err(|failures| {
-        failures.into_iter().map(|(mechanism, error)| (mechanism.to_string(), error.into())).collect()
+        failures
+            .into_iter()
+            .map(|(mechanism, error)| (mechanism.to_string(), error.into()))
+            .collect()
     })
 }
 
@@ -121,7 +135,8 @@ fn there_and_back(old: io::Result<Namespace>) -> Result<(), Code> {
     Ok(enter(new.as_fd())?)
 }
 
-/// Makes a network with one endpoint, as `tidegate up` does, in the namespace that this process is in.
+/// Makes a network with one endpoint, as `tidegate up` does, in the namespace that this process is
+/// in.
 fn network() -> Result<(), (String, Code)> {
     let failed = |what: &str| {
         let what = what.to_owned();
@@ -131,7 +146,8 @@ fn network() -> Result<(), (String, Code)> {
     let runtime = runtime.map_err(failed("event loop"))?;
     runtime.block_on(async {
         let mut kernel = Kernel::new(Namespace::current().map_err(failed("open the namespace"))?);
-        kernel.add_endpoint("trial", Namespace::create().map_err(failed("make a second namespace"))?);
+        kernel
+            .add_endpoint("trial", Namespace::create().map_err(failed("make a second namespace"))?);
         let facts = desired().facts(&WithoutFirewall::default());
         for fact in &facts {
             let added = kernel.execute(&Op::Add(fact.clone())).await;
@@ -154,8 +170,10 @@ fn desired() -> Desired {
         .filter_map(|text| text.parse::<ipnet::IpNet>().ok())
         .map(|net| Subnet { subnet: net.trunc(), gateway: net.addr() })
         .collect();
-    let interface =
-        |name: &str, last| Interface { name: name.to_owned(), mac: Mac::local([0, 0, 0, 0, 0, last]) };
+    let interface = |name: &str, last| Interface {
+        name: name.to_owned(),
+        mac: Mac::local([0, 0, 0, 0, 0, last]),
+    };
     let network = Network {
         name: "trial".into(),
         bridge: interface("tg-trial", 1),

@@ -72,10 +72,15 @@ pub(super) struct NameServices {
 impl NameServices {
     /// Covers what there is. What could not be covered is told in `notes`.
     pub(super) fn hide(files: &Path, notes: &mut Vec<String>) -> Self {
-        let shown = SHOWN.iter().filter_map(|(name, shown)| Some((*name, fs::canonicalize(shown).ok()?)));
+        let shown =
+            SHOWN.iter().filter_map(|(name, shown)| Some((*name, fs::canonicalize(shown).ok()?)));
         let events = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC);
-        let mut this =
-            Self { files: files.to_owned(), shown: shown.collect(), devices: BTreeSet::new(), events: None };
+        let mut this = Self {
+            files: files.to_owned(),
+            shown: shown.collect(),
+            devices: BTreeSet::new(),
+            events: None,
+        };
         match events {
             Ok(events) => this.events = Some(File::from(events)),
             Err(error) => notes.push(format!(
@@ -96,7 +101,11 @@ impl NameServices {
     pub(super) fn refresh(&mut self) -> Vec<String> {
         let mut buffer = [0; 4096];
         // What has happened does not matter; that something has does.
-        while self.events.as_ref().is_some_and(|mut events| matches!(events.read(&mut buffer), Ok(1..))) {}
+        while self
+            .events
+            .as_ref()
+            .is_some_and(|mut events| matches!(events.read(&mut buffer), Ok(1..)))
+        {}
         self.cover(true)
     }
 
@@ -128,9 +137,9 @@ impl NameServices {
         mount("tmpfs", path, "tmpfs", EMPTY, OPTIONS)?;
         let inside = || self.shown.iter().filter(|(_, target)| target.starts_with(&real));
         for (_, target) in inside() {
-            let made = target
-                .parent()
-                .map_or(Ok(()), |parent| DirBuilder::new().recursive(true).mode(0o755).create(parent));
+            let made = target.parent().map_or(Ok(()), |parent| {
+                DirBuilder::new().recursive(true).mode(0o755).create(parent)
+            });
             made.and_then(|()| File::create(target)).map_err(|error| errno(&error))?;
         }
         mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | EMPTY, c"")?;

@@ -9,8 +9,8 @@ use super::tcp::TcpServer;
 use crate::Namespace;
 use crate::transfer::{self, Transfer};
 
-/// A TCP server that reads each connection to its end and compares it with the [`Pattern`](crate::Pattern)
-/// of a seed.
+/// A TCP server that reads each connection to its end and compares it with the
+/// [`Pattern`](crate::Pattern) of a seed.
 pub struct Sink {
     server: TcpServer,
     finished: Arc<Finished>,
@@ -23,7 +23,8 @@ struct Finished {
 }
 
 impl Sink {
-    /// Starts a sink on `addr` in `namespace` that expects the pattern of `seed` on every connection.
+    /// Starts a sink on `addr` in `namespace` that expects the pattern of `seed` on every
+    /// connection.
     #[track_caller]
     pub fn tcp(namespace: &Namespace, addr: SocketAddr, seed: u64) -> Self {
         let finished = Arc::new(Finished::default());
@@ -49,14 +50,20 @@ impl Sink {
     #[track_caller]
     pub fn wait(&self, count: usize, timeout: Duration) -> Vec<Transfer> {
         let transfers = self.finished.transfers.lock().expect("nothing panics under this lock");
-        let waited = self.finished.one_more.wait_timeout_while(transfers, timeout, |all| all.len() < count);
+        let waited =
+            self.finished.one_more.wait_timeout_while(transfers, timeout, |all| all.len() < count);
         let transfers = waited.expect("nothing panics under this lock").0.clone();
-        assert!(transfers.len() >= count, "{} of {count} transfers ended in {timeout:?}", transfers.len());
+        assert!(
+            transfers.len() >= count,
+            "{} of {count} transfers ended in {timeout:?}",
+            transfers.len()
+        );
         transfers
     }
 }
 
-/// A TCP server that sends each client the first bytes of a [`Pattern`](crate::Pattern), then closes its half.
+/// A TCP server that sends each client the first bytes of a [`Pattern`](crate::Pattern), then
+/// closes its half.
 pub struct Source(TcpServer);
 
 impl Source {

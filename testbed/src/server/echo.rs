@@ -8,8 +8,8 @@ use crate::Namespace;
 
 /// Sends back every byte or datagram.
 ///
-/// TCP: until the client's half-close, then closes its own half as well. UDP: datagrams of any length, empty
-/// ones and those of 65,507 bytes included, from the address that the kernel picks.
+/// TCP: until the client's half-close, then closes its own half as well. UDP: datagrams of any
+/// length, empty ones and those of 65,507 bytes included, from the address that the kernel picks.
 pub struct EchoServer(Transport);
 
 enum Transport {

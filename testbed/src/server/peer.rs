@@ -8,8 +8,8 @@ use crate::Namespace;
 
 /// Answers with the textual address of its peer: `203.0.113.9:40001`, `[2001:db8:1::9]:40001`.
 ///
-/// TCP: at once on connecting, followed by its half-close, so `read_to_string` gives the address. UDP: one
-/// datagram for each that comes in.
+/// TCP: at once on connecting, followed by its half-close, so `read_to_string` gives the address.
+/// UDP: one datagram for each that comes in.
 pub struct PeerServer(Transport);
 
 enum Transport {

@@ -7,7 +7,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::tcp::TcpServer;
 use crate::Namespace;
 
-/// Accepts connections and never reads or writes: whatever a client can push into one is held by buffers.
+/// Accepts connections and never reads or writes: whatever a client can push into one is held by
+/// buffers.
 pub struct StalledServer(TcpServer);
 
 impl StalledServer {

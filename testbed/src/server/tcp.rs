@@ -28,8 +28,8 @@ struct Connections {
 impl TcpServer {
     /// Listens on `addr` in `namespace` and runs `serve` for each connection.
     ///
-    /// The connection is closed when `serve` returns. When the server stops, the stream that `serve` holds is
-    /// shut down under it: reads then end and writes fail.
+    /// The connection is closed when `serve` returns. When the server stops, the stream that
+    /// `serve` holds is shut down under it: reads then end and writes fail.
     #[track_caller]
     pub(super) fn start(
         namespace: &Namespace,
@@ -37,7 +37,8 @@ impl TcpServer {
         serve: impl Fn(TcpStream, SocketAddr) + Send + Sync + 'static,
     ) -> Self {
         let listener = namespace.run(|| TcpListener::bind(addr));
-        let listener = Arc::new(listener.unwrap_or_else(|error| panic!("listen on {addr}: {error}")));
+        let listener =
+            Arc::new(listener.unwrap_or_else(|error| panic!("listen on {addr}: {error}")));
         let addr = listener.local_addr().expect("a listener has an address");
         let connections = Arc::new(Mutex::new(Connections::default()));
         let accepting = {

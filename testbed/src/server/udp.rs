@@ -11,8 +11,8 @@ use crate::Namespace;
 /// More than any UDP payload: 65,507 bytes over IPv4, 65,527 over IPv6.
 const LARGEST_DATAGRAM: usize = 65_536;
 
-/// How often the receiving thread looks whether it is to stop. (A shutdown would wake it, and std cannot read the
-/// nameless message that it then receives.)
+/// How often the receiving thread looks whether it is to stop. (A shutdown would wake it, and std
+/// cannot read the nameless message that it then receives.)
 const LOOK_UP: Duration = Duration::from_millis(50);
 
 /// A bound socket with a thread that handles its datagrams one by one.
@@ -42,7 +42,8 @@ impl UdpServer {
             thread::spawn(move || {
                 let mut buffer = vec![0; LARGEST_DATAGRAM];
                 while !stopped.load(Ordering::Acquire) {
-                    // Errors are answers to what was sent before (ECONNREFUSED, EHOSTUNREACH), or the time-out.
+                    // Errors are answers to what was sent before (ECONNREFUSED, EHOSTUNREACH), or
+                    // the time-out.
                     if let Ok((length, peer)) = socket.recv_from(&mut buffer) {
                         received.fetch_add(1, Ordering::Relaxed);
                         serve(&socket, &buffer[..length], peer);

@@ -1,7 +1,9 @@
-//! How long networks take to come and to go: `tidegate up` on namespaces that are there already, and netavark doing the same.
+//! How long networks take to come and to go: `tidegate up` on namespaces that are there already,
+//! and netavark doing the same.
 //!
-//! Times are those of whole processes, from their start: to the exit of netavark, to the announcement of tidegate that all is up, and
-//! from the signal to the exit of tidegate. That the ports answer is seen to outside of what is timed.
+//! Times are those of whole processes, from their start: to the exit of netavark, to the
+//! announcement of tidegate that all is up, and from the signal to the exit of tidegate. That the
+//! ports answer is seen to outside of what is timed.
 
 mod netavark;
 pub(super) mod project;
@@ -81,7 +83,12 @@ impl Scenario for Single {
         matches!(kind, Kind::Netavark | Kind::Publish)
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        _duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let endpoints = [Namespace::new()];
         let check = || answer(lab, &endpoints);
         let times = match contender.kind {
@@ -92,8 +99,8 @@ impl Scenario for Single {
     }
 }
 
-/// Namespaces to be endpoints, made when they are first asked for and kept for the whole run: the kernel takes seconds to take a
-/// thousand of them apart, and the cells after that would feel it.
+/// Namespaces to be endpoints, made when they are first asked for and kept for the whole run: the
+/// kernel takes seconds to take a thousand of them apart, and the cells after that would feel it.
 #[derive(Clone)]
 pub(super) struct Endpoints {
     count: u16,
@@ -127,7 +134,8 @@ impl Scenario for Many {
         let name = self.name();
         let plural = if self.networks == 1 { "" } else { "s" };
         let (count, firewall) = (self.endpoints.count, self.firewall.name());
-        let title = format!("{count} endpoints and ports, {} network{plural} ({firewall})", self.networks);
+        let title =
+            format!("{count} endpoints and ports, {} network{plural} ({firewall})", self.networks);
         vec![
             Metric::new(format!("{name}.ready"), format!("{title}: set up"), "s"),
             Metric::new(format!("{name}.gone"), format!("{title}: taken down"), "s"),
@@ -142,7 +150,12 @@ impl Scenario for Many {
         3
     }
 
-    fn measure(&self, lab: &Lab, contender: &Contender, _duration: Duration) -> Result<Vec<Option<f64>>> {
+    fn measure(
+        &self,
+        lab: &Lab,
+        contender: &Contender,
+        _duration: Duration,
+    ) -> Result<Vec<Option<f64>>> {
         let endpoints = self.endpoints.get();
         let times = project::time(lab, contender, self.networks, endpoints, self.firewall, || {
             answer(lab, endpoints)
@@ -158,7 +171,8 @@ fn answer(lab: &Lab, endpoints: &[Namespace]) -> Result<()> {
     for (endpoint, port) in
         ends.enumerate().filter(|(number, _)| [0, last].contains(number)).map(|(_, end)| end)
     {
-        let server = RequestServer::start(endpoint, (Ipv4Addr::UNSPECIFIED, CONTAINER_PORT).into())?;
+        let server =
+            RequestServer::start(endpoint, (Ipv4Addr::UNSPECIFIED, CONTAINER_PORT).into())?;
         let published = SocketAddr::from((HOST, port));
         let asked = lab.net.client.run(|| client::idle(published, 1));
         drop(asked.with_context(|| format!("published port {port}"))?);

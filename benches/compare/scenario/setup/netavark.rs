@@ -47,7 +47,8 @@ fn call(
     Ok(elapsed)
 }
 
-/// A container on one network, with one published port and no names to resolve. Addresses are podman's to choose, not netavark's.
+/// A container on one network, with one published port and no names to resolve. Addresses are
+/// podman's to choose, not netavark's.
 fn input() -> String {
     let id = "0123456789abcdef".repeat(4);
     serde_json::json!({

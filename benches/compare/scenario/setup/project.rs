@@ -16,7 +16,8 @@ use crate::lab::Lab;
 /// In the line that says that everything is up.
 const ANNOUNCEMENT: &str = "Ctrl-C takes all of it down";
 
-/// Brings `endpoints` up, spread over `networks`, and takes them down again; `check` is called in between.
+/// Brings `endpoints` up, spread over `networks`, and takes them down again; `check` is called in
+/// between.
 pub(super) fn time(
     lab: &Lab,
     contender: &Contender,
@@ -32,7 +33,8 @@ pub(super) fn time(
     check()?;
     let begin = Instant::now();
     up.process.signal(Signal::TERM);
-    // Its output ends with it, to the microsecond; waiting for a process would look once a millisecond.
+    // Its output ends with it, to the microsecond; waiting for a process would look once a
+    // millisecond.
     let told = up.process.wait_for_output(PATIENCE);
     let gone = begin.elapsed();
     ensure!(up.process.wait(PATIENCE).success(), "tidegate up failed: {told}");
@@ -57,7 +59,8 @@ pub(crate) fn up(lab: &Lab, contender: &Contender, file: &str, flags: &[&str]) -
     Ok(Up { process, directory })
 }
 
-/// A directory in memory, as `/run` is on hosts: on a disk a thousand small files make a difference.
+/// A directory in memory, as `/run` is on hosts: on a disk a thousand small files make a
+/// difference.
 fn in_memory() -> io::Result<TempDir> {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }
@@ -69,8 +72,10 @@ fn compose(networks: u8, namespaces: &[PathBuf]) -> String {
     for network in 0..networks {
         let subnet = 100 + network;
         // Writing to a string succeeds.
-        let _ =
-            writeln!(text, "  n{network}: {{ ipam: {{ config: [ {{ subnet: 10.{subnet}.0.0/16 }} ] }} }}");
+        let _ = writeln!(
+            text,
+            "  n{network}: {{ ipam: {{ config: [ {{ subnet: 10.{subnet}.0.0/16 }} ] }} }}"
+        );
     }
     text += "services:\n";
     for ((number, path), port) in namespaces.iter().enumerate().zip(FIRST_PORT..) {

@@ -51,13 +51,17 @@ pub(super) struct Program {
 
 impl Program {
     /// # Errors
-    /// It is not installed, does not say what it is, or is older than 1.6 (of 2015), which cannot wait for its lock.
+    /// It is not installed, does not say what it is, or is older than 1.6 (of 2015), which cannot
+    /// wait for its lock.
     pub(super) fn find(family: Family) -> io::Result<Self> {
         let name = family.program();
-        let [program, save, restore] = ["", "-save", "-restore"].map(|end| find(&format!("{name}{end}")));
+        let [program, save, restore] =
+            ["", "-save", "-restore"].map(|end| find(&format!("{name}{end}")));
         let version = run(&program?, &["--version"], "")?.trim().to_owned();
         if numbers(&version).is_none_or(|numbers| numbers < (1, 6)) {
-            return Err(io::Error::other(format!("{version:?} is too old; 1.6 or newer is needed")));
+            return Err(io::Error::other(format!(
+                "{version:?} is too old; 1.6 or newer is needed"
+            )));
         }
         Ok(Self { family, version, save: save?, restore: restore? })
     }
@@ -119,7 +123,8 @@ fn numbers(version: &str) -> Option<(u32, u32)> {
 /// Runs `program` with `input`, and returns what it writes.
 ///
 /// # Errors
-/// It does not start, fails (the first line of what it says), or takes longer than [`PATIENCE`]; then it is killed.
+/// It does not start, fails (the first line of what it says), or takes longer than [`PATIENCE`];
+/// then it is killed.
 fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let failed = |what: &str| io::Error::other(format!("{name}: {what}"));
@@ -134,7 +139,8 @@ fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
         .process_group(0)
         .spawn()
         .map_err(|error| failed(&error.to_string()))?;
-    let (mut stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let (mut stdin, stdout, stderr) =
+        (child.stdin.take(), child.stdout.take(), child.stderr.take());
     thread::scope(|scope| {
         scope.spawn(move || {
             // Whether it has read all of it its status tells.
@@ -145,12 +151,16 @@ fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
         let status = wait(&mut child)?;
         let [output, errors] = [output, errors].map(|thread| thread.join().unwrap_or_default());
         match status {
-            None => Err(failed(&format!("has not ended within {} s, and was killed", PATIENCE.tv_sec))),
+            None => {
+                Err(failed(&format!("has not ended within {} s, and was killed", PATIENCE.tv_sec)))
+            }
             Some(status) if status.success() => Ok(output),
             Some(status) => {
                 let told = errors.lines().map(str::trim).find(|line| !line.is_empty());
-                Err(told
-                    .map_or_else(|| failed(&status.to_string()), |told| io::Error::other(told.to_owned())))
+                Err(told.map_or_else(
+                    || failed(&status.to_string()),
+                    |told| io::Error::other(told.to_owned()),
+                ))
             }
         }
     })

@@ -1,8 +1,11 @@
 //! The ruleset as chains and rules, and what iptables-restore is told to have them. Pure.
 //!
-//! What may pass the gates is marked in POSTROUTING of `mangle`: the last chain that every packet passes, and behind the rules of others there, which neither see the mark nor
-//! change it. (Chains of others before ours may accept a packet in `filter`.) Where policy rules are the guards, it has to be marked before routing, and no chain is asked
-//! between that and destination NAT: so it is told by what the connection began with, and the first packet of a translated one is marked in `nat` beside its translation.
+//! What may pass the gates is marked in POSTROUTING of `mangle`: the last chain that every packet
+//! passes, and behind the rules of others there, which neither see the mark nor change it. (Chains
+//! of others before ours may accept a packet in `filter`.) Where policy rules are the guards, it
+//! has to be marked before routing, and no chain is asked between that and destination NAT: so it
+//! is told by what the connection began with, and the first packet of a translated one is marked in
+//! `nat` beside its translation.
 
 use super::program::Family;
 use super::saved::{DOCKER_USER, Saved};
@@ -39,7 +42,8 @@ impl Table {
     }
 }
 
-/// What the names of `owner`'s chains begin with: what fits of his name, and what tells him from others.
+/// What the names of `owner`'s chains begin with: what fits of his name, and what tells him from
+/// others.
 pub(super) fn prefix(owner: &str) -> String {
     let hash = registry::fnv1a(owner.as_bytes());
     let hash = (hash ^ hash >> 24 ^ hash >> 48) & 0xff_ffff;
@@ -59,7 +63,8 @@ pub(super) fn behind_mark<'a>(ruleset: &Ruleset, saved: &'a Saved) -> Option<&'a
     saved.behind("mangle", from, &format!("{}-MARK", prefix(&ruleset.owner))).next()
 }
 
-/// How many lines [`Saved::of_owner`] has where `text` was carried out: chains, the user's among them, rules and jumps.
+/// How many lines [`Saved::of_owner`] has where `text` was carried out: chains, the user's among
+/// them, rules and jumps.
 pub(super) fn count(text: &str, tables: &[Table]) -> usize {
     let chains: usize = tables.iter().map(|table| table.chains.len() + table.jumps.len()).sum();
     let ours = format!("-A {}", registry::IPTABLES_CHAIN_PREFIX);
@@ -69,7 +74,11 @@ pub(super) fn count(text: &str, tables: &[Table]) -> usize {
 
 /// The names of the tables that `tables` are of and `saved` has not.
 pub(super) fn missing(tables: &[Table], saved: &Saved) -> BTreeSet<String> {
-    tables.iter().filter(|table| !saved.has_table(table.name)).map(|table| table.name.to_owned()).collect()
+    tables
+        .iter()
+        .filter(|table| !saved.has_table(table.name))
+        .map(|table| table.name.to_owned())
+        .collect()
 }
 
 struct With<'a> {
@@ -156,17 +165,24 @@ impl With<'_> {
         let mut sources = Vec::new();
         if self.family.is_v6() {
             let why = "as neighbours have it";
-            sources.extend(["fe80::/10", "::/128"].map(|net| rule(&format!("-s {net}"), "RETURN", why)));
+            sources.extend(
+                ["fe80::/10", "::/128"].map(|net| rule(&format!("-s {net}"), "RETURN", why)),
+            );
         }
         sources.push(rule("", "DROP", "from nobody in this network"));
-        let chains = vec![(stray, strays), (self.chain("SOURCE"), sources), (self.chain("RAW"), rules)];
+        let chains =
+            vec![(stray, strays), (self.chain("SOURCE"), sources), (self.chain("RAW"), rules)];
         self.table("raw", chains, &[("PREROUTING", "RAW")])
     }
 
     fn mangle(&self) -> Table {
         let zones = &self.ruleset.zones;
         let from = zones.iter().map(|Zone { bridge, .. }| {
-            rule(&format!("-i {bridge}"), "RETURN", "from a container: nothing that a network is closed to")
+            rule(
+                &format!("-i {bridge}"),
+                "RETURN",
+                "from a container: nothing that a network is closed to",
+            )
         });
         let mut rules: Vec<_> = from.collect();
         if self.ruleset.gated {
@@ -206,8 +222,11 @@ impl With<'_> {
             let replies = self.ruleset.replies.iter().filter(|(_, net)| self.is_of(net.addr()));
             replies
                 .flat_map(|(number, net)| {
-                    let mark =
-                        format!("MARK --set-xmark {:#x}/{:#x}", value(*number), registry::UPLINK_MARK_MASK);
+                    let mark = format!(
+                        "MARK --set-xmark {:#x}/{:#x}",
+                        value(*number),
+                        registry::UPLINK_MARK_MASK
+                    );
                     let asked = format!("-m conntrack --ctorigdst {net}");
                     let why = "asked at an address of that uplink";
                     [rule(&asked, &mark, why), rule(&asked, "RETURN", why)]
@@ -221,7 +240,8 @@ impl With<'_> {
                 let zones = self.ruleset.zones.iter().filter(|zone| !zone.internal);
                 zones
                     .map(|Zone { bridge, .. }| {
-                        let answer = format!("-i {bridge} -m conntrack --ctstate DNAT --ctdir REPLY");
+                        let answer =
+                            format!("-i {bridge} -m conntrack --ctstate DNAT --ctdir REPLY");
                         rule(&answer, &chain, "an answer of a translated port")
                     })
                     .collect()
@@ -255,9 +275,9 @@ impl With<'_> {
         };
         let ports: BTreeSet<_> =
             self.translated().map(|(port, ip, to)| (ip, name(port.protocol), to)).collect();
-        let ports = ports
-            .into_iter()
-            .map(|(ip, protocol, to)| format!("-d {ip} -p {protocol} -m {protocol} --dport {to} -j ACCEPT"));
+        let ports = ports.into_iter().map(|(ip, protocol, to)| {
+            format!("-d {ip} -p {protocol} -m {protocol} --dport {to} -j ACCEPT")
+        });
         let mut to_network = to_users("forwarded to a container: the user comes first");
         to_network.push(clamp());
         to_network.push(rule(
@@ -267,9 +287,17 @@ impl With<'_> {
         ));
         to_network.push(rule("-m conntrack --ctstate INVALID", "DROP", "belongs to no connection"));
         to_network.extend(zones.iter().map(|Zone { bridge, .. }| {
-            rule(&format!("-i {bridge} -o {bridge}"), "ACCEPT", "bridged, where br_netfilter shows that")
+            rule(
+                &format!("-i {bridge} -o {bridge}"),
+                "ACCEPT",
+                "bridged, where br_netfilter shows that",
+            )
         }));
-        to_network.push(rule("-m conntrack --ctstate DNAT", &self.chain("PORTS"), "a published port"));
+        to_network.push(rule(
+            "-m conntrack --ctstate DNAT",
+            &self.chain("PORTS"),
+            "a published port",
+        ));
         to_network.push(rule("", "DROP", "networks are closed, to the outside and to one another"));
 
         let mut from_network = to_users("forwarded from a container: the user comes first");
@@ -286,15 +314,19 @@ impl With<'_> {
         ));
         from_network.extend(
             // Their owners' rules decide about those: what we accept they would not be asked.
-            registry::BRIDGES_OF_OTHERS
-                .iter()
-                .map(|bridge| rule(&format!("-o {bridge}"), "RETURN", "a network of others: theirs to say")),
+            registry::BRIDGES_OF_OTHERS.iter().map(|bridge| {
+                rule(&format!("-o {bridge}"), "RETURN", "a network of others: theirs to say")
+            }),
         );
         from_network.push(rule("", "ACCEPT", "containers reach the outside"));
 
         let mut forward = Vec::new();
         for Zone { bridge, .. } in zones {
-            forward.push(rule(&format!("-o {bridge}"), &self.chain("TO"), "all that goes to a container"));
+            forward.push(rule(
+                &format!("-o {bridge}"),
+                &self.chain("TO"),
+                "all that goes to a container",
+            ));
         }
         for Zone { bridge, internal, .. } in zones {
             forward.push(if *internal {
@@ -304,7 +336,8 @@ impl With<'_> {
             });
         }
 
-        let mut input = vec![rule("-i lo", "RETURN", "the host asks itself: nothing that is forwarded")];
+        let mut input =
+            vec![rule("-i lo", "RETURN", "the host asks itself: nothing that is forwarded")];
         // The broadcast address of the subnet is in the subnet. Neighbour discovery is multicast.
         let but = if self.family.is_v6() { " ! -p ipv6-icmp" } else { "" };
         input.extend(zones.iter().filter(|zone| zone.internal).map(|Zone { bridge, .. }| {
@@ -342,16 +375,24 @@ impl With<'_> {
                 )
             })
             .collect();
-        for net in on_link(self.family.is_v6()).into_iter().filter(|net| !net.addr().is_multicast()) {
-            translate.push(rule(&format!("-d {net}"), "RETURN", "asks on the link: a socket serves it"));
+        for net in on_link(self.family.is_v6()).into_iter().filter(|net| !net.addr().is_multicast())
+        {
+            translate.push(rule(
+                &format!("-d {net}"),
+                "RETURN",
+                "asks on the link: a socket serves it",
+            ));
         }
         let loopback = if self.family.is_v6() { "::1/128" } else { "127.0.0.0/8" };
         let asked = format!("! -d {loopback} -m addrtype --dst-type LOCAL");
         translate.push(rule(&asked, &self.chain("PORTS"), "asks for the host"));
         let mut ports = Vec::new();
         for (port, ip, to) in self.translated() {
-            let at =
-                if port.address.is_unspecified() { String::new() } else { format!("-d {} ", port.address) };
+            let at = if port.address.is_unspecified() {
+                String::new()
+            } else {
+                format!("-d {} ", port.address)
+            };
             let protocol = name(port.protocol);
             let matches = format!("{at}-p {protocol} -m {protocol} --dport {}", port.port);
             let to = std::net::SocketAddr::new(ip, to);
@@ -363,12 +404,16 @@ impl With<'_> {
         let own = zones.iter().map(|zone| zone.bridge.as_str()).chain(["lo"]);
         let mut masquerade: Vec<_> =
             own.map(|link| rule(&format!("-o {link}"), "RETURN", "stays on the host")).collect();
-        // By the pair of interfaces what is forwarded, whatever its source (the kernel gives the input
-        // interface there from Linux 5.7 on); by the source what a process sends from a gateway's address.
-        masquerade.extend(self.subnets().filter(|(zone, _)| !zone.internal).flat_map(|(zone, subnet)| {
-            [format!("-i {}", zone.bridge), format!("-s {subnet}")]
-                .map(|matches| rule(&matches, &self.chain("LEAVE"), "leaves with the host's address"))
-        }));
+        // By the pair of interfaces what is forwarded, whatever its source (the kernel gives the
+        // input interface there from Linux 5.7 on); by the source what a process sends from a
+        // gateway's address.
+        masquerade.extend(self.subnets().filter(|(zone, _)| !zone.internal).flat_map(
+            |(zone, subnet)| {
+                [format!("-i {}", zone.bridge), format!("-s {subnet}")].map(|matches| {
+                    rule(&matches, &self.chain("LEAVE"), "leaves with the host's address")
+                })
+            },
+        ));
         let chains = vec![
             (self.chain("PORTS"), ports),
             (self.chain("DNAT"), translate),
@@ -446,8 +491,14 @@ fn grouped<'a>(ports: impl Iterator<Item = &'a Opening>) -> Vec<String> {
     rules
 }
 
-/// What iptables-restore is told with `--noflush`, to have `tables` of `owner` where `saved` is there. Tables in `made` are known to be there for us alone.
-pub(super) fn restore(tables: &[Table], owner: &str, saved: &Saved, made: &BTreeSet<String>) -> String {
+/// What iptables-restore is told with `--noflush`, to have `tables` of `owner` where `saved` is
+/// there. Tables in `made` are known to be there for us alone.
+pub(super) fn restore(
+    tables: &[Table],
+    owner: &str,
+    saved: &Saved,
+    made: &BTreeSet<String>,
+) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
     for table in tables {
@@ -548,8 +599,12 @@ mod tests {
 
     #[test]
     fn ports_are_grouped_by_fifteen() {
-        let opening =
-            |port| Opening { protocol: Protocol::Tcp, address: "0.0.0.0".parse().unwrap(), port, to: None };
+        let opening = |port| Opening {
+            protocol: Protocol::Tcp,
+            address: "0.0.0.0".parse().unwrap(),
+            port,
+            to: None,
+        };
         let ports: Vec<Opening> = (1..=16).map(opening).collect();
         assert_eq!(
             grouped(ports.iter()),
@@ -567,7 +622,8 @@ mod tests {
         let saved = Saved::of(&format!(
             "*raw\n:PREROUTING ACCEPT [0:0]\n:{chain} - [0:0]\n-A PREROUTING -j {chain}\n-A PREROUTING -j {chain}\nCOMMIT\n"
         ));
-        let text = restore(&tables(&ruleset, Family::V4, false)[..1], "demo", &saved, &BTreeSet::new());
+        let text =
+            restore(&tables(&ruleset, Family::V4, false)[..1], "demo", &saved, &BTreeSet::new());
         assert!(!text.contains("-I PREROUTING"), "{text}");
         assert_eq!(text.matches("-D PREROUTING").count(), 1, "{text}");
         assert!(!text.contains(TABLE_MADE), "{text}");

@@ -58,7 +58,11 @@ impl Saved {
     }
 
     /// The chains of `owner` in `table`.
-    pub(super) fn chains_of<'a>(&'a self, table: &'a str, owner: &'a str) -> impl Iterator<Item = &'a str> {
+    pub(super) fn chains_of<'a>(
+        &'a self,
+        table: &'a str,
+        owner: &'a str,
+    ) -> impl Iterator<Item = &'a str> {
         let chains = self.table(table).into_iter().flat_map(|table| &table.chains);
         chains
             .map(|(name, _)| name.as_str())
@@ -79,7 +83,8 @@ impl Saved {
         let rules = self.table(table).into_iter().flat_map(|table| &table.rules);
         rules.filter_map(move |rule| {
             let (from, to) = rule.strip_prefix("-A ")?.split_once(" -j ")?;
-            let is_jump = !from.contains(' ') && !is_of_owner(from, owner) && is_of_owner(to, owner);
+            let is_jump =
+                !from.contains(' ') && !is_of_owner(from, owner) && is_of_owner(to, owner);
             (is_jump && to != registry::USER_CHAIN).then_some((from, to))
         })
     }
@@ -136,13 +141,15 @@ impl Saved {
     /// The tables that were made for one of us, who told it in his chains.
     pub(super) fn made(&self) -> BTreeSet<String> {
         let tells = |rule: &String| {
-            rule.ends_with(rules::TABLE_MADE) && chain_of(rule).starts_with(registry::IPTABLES_CHAIN_PREFIX)
+            rule.ends_with(rules::TABLE_MADE)
+                && chain_of(rule).starts_with(registry::IPTABLES_CHAIN_PREFIX)
         };
         let made = self.tables.iter().filter(|table| table.rules.iter().any(tells));
         made.map(|table| table.name.clone()).collect()
     }
 
-    /// All that is there of `owner`: his chains, their rules, the jumps to them, and that the user's chain is there.
+    /// All that is there of `owner`: his chains, their rules, the jumps to them, and that the
+    /// user's chain is there.
     pub(super) fn of_owner(&self, owner: &str) -> Vec<String> {
         let mut lines = Vec::new();
         for table in &self.tables {
@@ -227,8 +234,9 @@ pub struct UserRule {
 }
 
 impl UserRule {
-    /// Options that mean the same of a packet that is forwarded to a container and of one that comes in for a published port: what is known of the client, and of the
-    /// connection as the client sees it. With the number of words behind each.
+    /// Options that mean the same of a packet that is forwarded to a container and of one that
+    /// comes in for a published port: what is known of the client, and of the connection as the
+    /// client sees it. With the number of words behind each.
     const PORTABLE: [(&str, usize); 27] = [
         ("-A", 1),
         ("!", 0),
@@ -260,8 +268,18 @@ impl UserRule {
     ];
 
     /// Matches whose options are judged one by one.
-    const MATCHES: [&str; 10] =
-        ["comment", "conntrack", "icmp", "iprange", "limit", "mac", "multiport", "state", "tcp", "udp"];
+    const MATCHES: [&str; 10] = [
+        "comment",
+        "conntrack",
+        "icmp",
+        "iprange",
+        "limit",
+        "mac",
+        "multiport",
+        "state",
+        "tcp",
+        "udp",
+    ];
 
     /// Where it leads: a verdict, or a chain.
     fn target(&self) -> Option<&str> {
@@ -274,7 +292,8 @@ impl UserRule {
         self.text.split(' ').skip(2).eq(["-j", "RETURN"])
     }
 
-    /// Whether it is, or may be, about where a packet is forwarded to: the container's address or port, or the way out.
+    /// Whether it is, or may be, about where a packet is forwarded to: the container's address or
+    /// port, or the way out.
     #[must_use]
     pub fn is_about_forwarding(&self) -> bool {
         let words = words(&self.text);
@@ -295,7 +314,10 @@ impl UserRule {
                     }
                     Some(0)
                 }
-                _ => Self::PORTABLE.iter().find(|(option, _)| *option == word).map(|(_, values)| *values),
+                _ => Self::PORTABLE
+                    .iter()
+                    .find(|(option, _)| *option == word)
+                    .map(|(_, values)| *values),
             };
             let Some(values) = known else { return true };
             for _ in 0..values {
@@ -365,7 +387,9 @@ COMMIT
             Some("-A OFFICE -p tcp -m tcp --dport 80 -j DROP")
         );
         assert!(
-            !Saved::of("*filter\n:DOCKER-USER - [0:0]\n-A DOCKER-USER -j RETURN\n").docker_user().has_rules()
+            !Saved::of("*filter\n:DOCKER-USER - [0:0]\n-A DOCKER-USER -j RETURN\n")
+                .docker_user()
+                .has_rules()
         );
         assert!(!Saved::default().docker_user().has_rules());
     }

@@ -4,8 +4,9 @@ use super::*;
 
 #[test]
 fn what_dockerd_sends_is_understood() {
-    let options =
-        run("-proto tcp -host-ip 0.0.0.0 -host-port 8080 -container-ip 172.17.0.2 -container-port 80");
+    let options = run(
+        "-proto tcp -host-ip 0.0.0.0 -host-port 8080 -container-ip 172.17.0.2 -container-port 80",
+    );
     assert_eq!(
         options,
         Options {
@@ -18,7 +19,8 @@ fn what_dockerd_sends_is_understood() {
 
 #[test]
 fn an_ipv6_address_has_no_brackets() {
-    let options = run("-proto udp -host-ip :: -host-port 53 -container-ip fd88::2 -container-port 5353");
+    let options =
+        run("-proto udp -host-ip :: -host-port 53 -container-ip fd88::2 -container-port 5353");
     assert_eq!(options.listen, Listen::Bind(socket("[::]:53")));
     assert_eq!(options.container, socket("[fd88::2]:5353"));
     assert_eq!(
@@ -29,7 +31,10 @@ fn an_ipv6_address_has_no_brackets() {
 
 #[test]
 fn a_mapped_address_is_ipv4_as_it_is_to_go() {
-    assert_eq!(run_with("-host-ip ::ffff:192.0.2.1").listen, Listen::Bind(socket("192.0.2.1:8080")));
+    assert_eq!(
+        run_with("-host-ip ::ffff:192.0.2.1").listen,
+        Listen::Bind(socket("192.0.2.1:8080"))
+    );
 }
 
 #[test]
@@ -79,13 +84,22 @@ mod grammar {
             error("-container-port 1 -host-port -1"),
             r#"invalid value "-1" for flag -host-port: not a port between 1 and 65535"#
         );
-        assert_eq!(error("-host-port -v"), r#"invalid value "-v" for flag -host-port: parse error"#);
-        assert_eq!(error("-host-port --"), r#"invalid value "--" for flag -host-port: parse error"#);
+        assert_eq!(
+            error("-host-port -v"),
+            r#"invalid value "-v" for flag -host-port: parse error"#
+        );
+        assert_eq!(
+            error("-host-port --"),
+            r#"invalid value "--" for flag -host-port: parse error"#
+        );
     }
 
     #[test]
     fn a_value_is_everything_behind_the_first_equals_sign() {
-        assert_eq!(error("-host-port=a=b"), r#"invalid value "a=b" for flag -host-port: parse error"#);
+        assert_eq!(
+            error("-host-port=a=b"),
+            r#"invalid value "a=b" for flag -host-port: parse error"#
+        );
         assert_eq!(error("-host-port="), r#"invalid value "" for flag -host-port: parse error"#);
     }
 
@@ -116,7 +130,10 @@ mod grammar {
             assert_eq!(error(&format!("-host-port 1 {arg} -container-port 1")), expected);
             assert_eq!(error(&format!("-host-port 1 -container-port 1 -- {arg}")), expected);
         }
-        assert_eq!(error("-host-port 1 -- -v"), r#"unexpected argument "-v": docker-proxy takes only flags"#);
+        assert_eq!(
+            error("-host-port 1 -- -v"),
+            r#"unexpected argument "-v": docker-proxy takes only flags"#
+        );
         assert_eq!(parse([""]), Err(FlagError::Positional(String::new())));
         // A switch takes no value from the next argument.
         assert_eq!(
@@ -139,7 +156,10 @@ mod grammar {
             assert_eq!(run_with(&format!("-version={word}")).protocol, Protocol::Tcp, "{word}");
         }
         assert_eq!(error("-v=maybe"), r#"invalid boolean value "maybe" for -v: parse error"#);
-        assert_eq!(error("-use-listen-fd="), r#"invalid boolean value "" for -use-listen-fd: parse error"#);
+        assert_eq!(
+            error("-use-listen-fd="),
+            r#"invalid boolean value "" for -use-listen-fd: parse error"#
+        );
     }
 
     #[test]
@@ -204,8 +224,14 @@ mod ports {
 
     #[test]
     fn both_are_required_and_named() {
-        assert_eq!(error("-container-port 80"), "flag -host-port is required: a port between 1 and 65535");
-        assert_eq!(error("-host-port 80"), "flag -container-port is required: a port between 1 and 65535");
+        assert_eq!(
+            error("-container-port 80"),
+            "flag -host-port is required: a port between 1 and 65535"
+        );
+        assert_eq!(
+            error("-host-port 80"),
+            "flag -container-port is required: a port between 1 and 65535"
+        );
         assert_eq!(parse([] as [&str; 0]), Err(FlagError::PortMissing("host-port")));
     }
 
@@ -215,7 +241,9 @@ mod ports {
             for flag in ["host-port", "container-port"] {
                 assert_eq!(
                     error(&format!("-host-port 1 -container-port 1 -{flag} {value}")),
-                    format!("invalid value {value:?} for flag -{flag}: not a port between 1 and 65535")
+                    format!(
+                        "invalid value {value:?} for flag -{flag}: not a port between 1 and 65535"
+                    )
                 );
             }
         }
@@ -224,7 +252,10 @@ mod ports {
 
     #[test]
     fn what_is_no_integer_is_gos_error() {
-        assert_eq!(error("-host-port abc"), r#"invalid value "abc" for flag -host-port: parse error"#);
+        assert_eq!(
+            error("-host-port abc"),
+            r#"invalid value "abc" for flag -host-port: parse error"#
+        );
         assert_eq!(
             error("-host-port 99999999999999999999"),
             r#"invalid value "99999999999999999999" for flag -host-port: value out of range"#
@@ -237,12 +268,18 @@ mod ports {
         assert_eq!(listen(""), Listen::Inherited(None));
         assert_eq!(listen("-host-port 0"), Listen::Inherited(None));
         assert_eq!(listen("-host-port 70000"), Listen::Inherited(None));
-        assert_eq!(listen("-host-ip ::1 -host-port 8080"), Listen::Inherited(Some(socket("[::1]:8080"))));
+        assert_eq!(
+            listen("-host-ip ::1 -host-port 8080"),
+            Listen::Inherited(Some(socket("[::1]:8080")))
+        );
     }
 
     #[test]
     fn an_inherited_socket_excuses_nothing_else() {
-        assert_eq!(error("-use-listen-fd"), "flag -container-port is required: a port between 1 and 65535");
+        assert_eq!(
+            error("-use-listen-fd"),
+            "flag -container-port is required: a port between 1 and 65535"
+        );
         assert_eq!(
             error("-use-listen-fd -container-port 80 -host-ip x"),
             r#"invalid value "x" for flag -host-ip: not an IP address"#
@@ -284,8 +321,8 @@ mod integers {
     #[test]
     fn what_go_refuses_is_refused() {
         for text in [
-            "", "+", "-", "+-1", "--1", " 1", "1 ", "08", "0x", "0o", "0b", "0b2", "0o8", "0xg", "1f", "_1",
-            "-_1", "1_", "1__0", "_", "0_", "0x_", "0x__1", "0x1_", "1.0", "1e3", "٨",
+            "", "+", "-", "+-1", "--1", " 1", "1 ", "08", "0x", "0o", "0b", "0b2", "0o8", "0xg",
+            "1f", "_1", "-_1", "1_", "1__0", "_", "0_", "0x_", "0x__1", "0x1_", "1.0", "1e3", "٨",
         ] {
             assert_eq!(parse_int(text), Err(PARSE_ERROR), "{text}");
         }

@@ -35,7 +35,8 @@ fn ports_are_added_listed_and_removed() {
     let podmans = r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"0.0.0.0","host_port":8080,"guest_addr":"","guest_port":80}}
 "#;
     assert_eq!(answer(&mut forwards, podmans), json!({"return": {"id": 1}}));
-    let short = r#"{"execute":"add_hostfwd","arguments":{"proto":"udp","host_port":53,"guest_port":5353}}"#;
+    let short =
+        r#"{"execute":"add_hostfwd","arguments":{"proto":"udp","host_port":53,"guest_port":5353}}"#;
     assert_eq!(answer(&mut forwards, short), json!({"return": {"id": 2}}));
     assert_eq!(forwards.forwarder.added[0].guest, "10.0.2.100:80".parse().unwrap());
     assert_eq!(forwards.forwarder.added[1].host, "0.0.0.0:53".parse().unwrap());
@@ -66,7 +67,10 @@ fn what_is_wrong_is_told_in_slirp4netns_words() {
         (r#"{"execute":7}"#, "no execute found"),
         (r#"{"execute":"add"}"#, "unknown execute"),
         (r#"{"execute":"add_hostfwd"}"#, "add_hostfwd: bad arguments.proto"),
-        (r#"{"execute":"add_hostfwd","arguments":{"proto":"sctp"}}"#, "add_hostfwd: bad arguments.proto"),
+        (
+            r#"{"execute":"add_hostfwd","arguments":{"proto":"sctp"}}"#,
+            "add_hostfwd: bad arguments.proto",
+        ),
         (
             r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"x"}}"#,
             "add_hostfwd: bad arguments.host_addr",
@@ -87,7 +91,10 @@ fn what_is_wrong_is_told_in_slirp4netns_words() {
             r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":9001,"guest_port":1}}"#,
             "add_hostfwd: slirp_add_hostfwd failed",
         ),
-        (r#"{"execute":"remove_hostfwd","arguments":{"id":"1"}}"#, "remove_hostfwd: bad arguments.id"),
+        (
+            r#"{"execute":"remove_hostfwd","arguments":{"id":"1"}}"#,
+            "remove_hostfwd: bad arguments.id",
+        ),
     ] {
         let told = answer(&mut forwards, request);
         assert_eq!(told, json!({"error": {"desc": format!("bad request: {text}")}}), "{request}");
@@ -97,7 +104,8 @@ fn what_is_wrong_is_told_in_slirp4netns_words() {
 #[test]
 fn ports_are_bounded() {
     let mut forwards = forwards();
-    let one = r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":80,"guest_port":80}}"#;
+    let one =
+        r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":80,"guest_port":80}}"#;
     for _ in 0..MOST_FORWARDS {
         assert!(answer(&mut forwards, one)["return"].is_object());
     }
