@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tidegate_proxy::measure::{Carrier, Figures, Tally, Uncounted};
+use tidegate_proxy::bench_support::{Carrier, Figures, Tally, Uncounted};
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Topology, addr, raise_open_files, require_root};
 

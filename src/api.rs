@@ -1,7 +1,7 @@
 //! The API of `tidegate up`: HTTP and JSON on a Unix socket.
 //!
 //! ```text
-//! client ─► socket (0600) ─► server: one request a connection, bounded ─► routes ─► subject ─► publisher, services' states
+//! client ─► socket (0600) ─► server: one request a connection, bounded ─► routes ─► view ─► publisher, services' states
 //!                                                                           │
 //!                                                     networks: an order to the task that makes them
 //! ```
@@ -19,9 +19,9 @@ mod problem;
 mod routes;
 mod server;
 pub(crate) mod socket;
-mod subject;
 pub(crate) mod types;
+mod view;
 
 pub(crate) use problem::Problem;
 pub(crate) use server::{MAX_CLIENTS, Server};
-pub(crate) use subject::{Adopted, Order, Subject};
+pub(crate) use view::{Adopted, Order, View};

@@ -1,6 +1,6 @@
 //! The host's firewall: which one is used, and what is opened in it.
 
-use crate::ground::Ground;
+use crate::host_context::HostContext;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use std::io;
@@ -23,7 +23,7 @@ pub enum FirewallChoice {
     Nftables,
     /// Chains of tidegate's own in iptables and ip6tables
     Iptables,
-    /// No firewall: policy rules alone, and the NAT engine for the way out
+    /// No firewall: policy rules alone, and the NAT engine for egress
     None,
 }
 
@@ -115,20 +115,23 @@ impl BypassedRules {
     }
 }
 
-/// Chooses the firewall for the networks of `ground`, with the rules of `owner`, and what carries
-/// published ports.
+/// Chooses the firewall for the networks of `host_context`, with the rules of `owner`, and what
+/// carries published ports.
 ///
 /// # Errors
 /// What was asked for cannot be had: one line that says why.
 pub(crate) fn choose(
     choice: FirewallChoice,
     publish: Option<PublishBy>,
-    ground: &Ground,
+    host_context: &HostContext,
     owner: &str,
 ) -> anyhow::Result<Chosen> {
-    let iptables =
-        if ground.is_rootless() { [None, None] } else { IptablesState::of(ground.networks())? };
-    let (firewall, mut why) = choose_firewall(choice, ground, owner, &iptables)?;
+    let iptables = if host_context.is_rootless() {
+        [None, None]
+    } else {
+        IptablesState::of(host_context.networks())?
+    };
+    let (firewall, mut why) = choose_firewall(choice, host_context, owner, &iptables)?;
     let kind = firewall.as_ref().map(|firewall| firewall.kind());
     let docker_user = iptables.each_ref().map(|state| Some(state.as_ref()?.docker_user.clone()));
     let bypassed = BypassedRules::of(kind, &docker_user);
@@ -153,12 +156,12 @@ pub(crate) fn choose(
 
 fn choose_firewall(
     choice: FirewallChoice,
-    ground: &Ground,
+    host_context: &HostContext,
     owner: &str,
     iptables: &[Option<IptablesState>; 2],
 ) -> anyhow::Result<(Option<Arc<Firewall>>, String)> {
     let open = |kind| {
-        let firewall = Firewall::new(kind, ground.networks(), owner)?;
+        let firewall = Firewall::new(kind, host_context.networks(), owner)?;
         let firewall =
             if Feature::OwnedTables.is_forced_off() { firewall.shared() } else { firewall };
         io::Result::Ok(Arc::new(if Feature::Gates.is_forced_off() {
@@ -169,7 +172,7 @@ fn choose_firewall(
     };
     let wanted = match choice {
         FirewallChoice::None => return Ok((None, "asked for".to_owned())),
-        FirewallChoice::Auto if ground.is_rootless() => {
+        FirewallChoice::Auto if host_context.is_rootless() => {
             return Ok((None, "the networks are apart from the host".to_owned()));
         }
         FirewallChoice::Auto => None,
@@ -177,7 +180,7 @@ fn choose_firewall(
         FirewallChoice::Iptables => Some(FirewallKind::Iptables),
     };
     if let Some(kind) = wanted {
-        if ground.is_rootless() {
+        if host_context.is_rootless() {
             bail!(
                 "--firewall={kind} needs root: without it the networks are apart from the host's firewall"
             );

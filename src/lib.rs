@@ -5,7 +5,9 @@
 //! it.
 
 mod api;
+mod bind;
 pub mod cli;
+pub mod client_address;
 pub mod compat;
 pub mod compose;
 mod confine;
@@ -13,22 +15,20 @@ pub mod doctor;
 pub mod firewall;
 #[doc(hidden)]
 pub mod fuzz;
-pub mod ground;
+pub mod host_context;
 pub mod limits;
-mod listeners;
 pub mod logging;
 pub mod metrics_endpoint;
+mod nat_publish;
 pub mod port_error;
 mod port_guards;
-mod ports;
+mod port_holders;
 mod publisher;
 pub mod services;
-pub mod source;
 mod table;
 mod top;
 pub mod up;
 pub mod version;
-mod way_in;
 
 /// What a failed command exits with.
 pub const EXIT_FAILURE: u8 = 1;

@@ -1,6 +1,6 @@
 //! Why a port cannot be opened, said so that one knows what to do.
 
-use crate::listeners;
+use crate::port_holders;
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -74,11 +74,11 @@ fn holders(wanted: SocketAddr, protocol: Protocol) -> Vec<String> {
             || wanted.ip().is_unspecified();
         local.port() == wanted.port() && overlaps
     };
-    let bound = listeners::bound(protocol).unwrap_or_default();
+    let bound = port_holders::bound(protocol).unwrap_or_default();
     let inodes =
         bound.iter().filter(|socket| clashes(socket.local)).map(|socket| socket.inode).collect();
     let holders: BTreeSet<String> =
-        listeners::holders(&inodes).iter().map(ToString::to_string).collect();
+        port_holders::holders(&inodes).iter().map(ToString::to_string).collect();
     holders.into_iter().collect()
 }
 

@@ -5,18 +5,19 @@
 //! ([`Relocatable`]), so that a container that comes back elsewhere takes a thousand ports along at
 //! once. Nothing that is done to one port or one endpoint is noticed by the flows of another.
 //!
-//! Where the NAT engine leads containers out, ports of UDP come in by it as well ([`WayIn`]).
+//! Where the NAT engine leads containers out, ports of UDP come in by it as well
+//! ([`NatPublisher`]).
 //!
-//! Where networks are apart from the host ([`Ground::is_rootless`]) their gateways are no addresses
-//! of its own. What is published on all addresses is opened there too then, and comes and goes with
-//! the port.
+//! Where networks are apart from the host ([`HostContext::is_rootless`]) their gateways are no
+//! addresses of its own. What is published on all addresses is opened there too then, and comes and
+//! goes with the port.
 
+use crate::bind::{PortError, reserve};
+use crate::client_address::{Relocatable, Source, SourceError};
 use crate::firewall::{BypassedRules, Chosen, PublishBy, opening};
-use crate::ground::Ground;
+use crate::host_context::HostContext;
 use crate::limits::ProxyLimits;
-use crate::ports::{PortError, reserve};
-use crate::source::{Relocatable, Source, SourceError};
-use crate::way_in::{CarriedPort, WayIn};
+use crate::nat_publish::{NatPort, NatPublisher};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -104,7 +105,7 @@ pub(crate) enum PublishError {
 
 /// Publishes ports of endpoints.
 pub(crate) struct Publisher {
-    ground: Ground,
+    host_context: HostContext,
     /// Where ports are opened too.
     firewall: Option<Arc<Firewall>>,
     engine: Arc<Engine>,
@@ -112,7 +113,7 @@ pub(crate) struct Publisher {
     /// Where a port on all addresses has to be opened besides.
     gateways: Vec<IpAddr>,
     /// By the NAT engine, until everything is closed.
-    way_in: Mutex<Option<WayIn>>,
+    nat_publish: Mutex<Option<NatPublisher>>,
     state: Mutex<State>,
 }
 
@@ -122,7 +123,7 @@ struct State {
     ports: BTreeMap<PortId, Port>,
     /// Those without series that the NAT engine carries and that are being closed: what they have
     /// counted is not remembered yet.
-    leaving: BTreeMap<PortId, Arc<CarriedPort>>,
+    leaving: BTreeMap<PortId, Arc<NatPort>>,
     /// The last number that was given out.
     last: u32,
     /// The kernel translates ports, where it can.
@@ -190,29 +191,29 @@ struct Port {
     /// Itself, and the same at gateways.
     published: Vec<PublishedPort>,
     /// Itself, where the NAT engine carries it.
-    carried: Option<Arc<CarriedPort>>,
+    carried: Option<Arc<NatPort>>,
     _descriptors: Vec<Permit>,
 }
 
 /// By whom a port is carried.
 enum Carried {
     Publisher(PublishedPort),
-    Engine(CarriedPort),
+    Engine(NatPort),
 }
 
 impl Publisher {
     /// Publishes nothing yet. Ports are opened in the firewall of `chosen` too. `gateways` are the
     /// addresses of all networks on this side.
     pub(crate) fn new(
-        ground: Ground,
+        host_context: HostContext,
         mut settings: Settings,
         limits: ProxyLimits,
         chosen: &Chosen,
         gateways: Vec<IpAddr>,
     ) -> Self {
         // What connects to containers lives where their networks are.
-        let (inside, gateways) = if ground.is_rootless() {
-            (Some(ground.networks().clone()), gateways)
+        let (inside, gateways) = if host_context.is_rootless() {
+            (Some(host_context.networks().clone()), gateways)
         } else {
             (None, Vec::new())
         };
@@ -222,16 +223,24 @@ impl Publisher {
         let firewall = chosen.firewall.clone();
         let translates = chosen.publish == PublishBy::Kernel;
         let state = Mutex::new(State { translates, ..State::default() });
-        Self { ground, firewall, engine, limits, gateways, way_in: Mutex::default(), state }
+        Self {
+            host_context,
+            firewall,
+            engine,
+            limits,
+            gateways,
+            nat_publish: Mutex::default(),
+            state,
+        }
     }
 
     /// Ports of UDP come in by `nat` from here on, which leads containers out.
     pub(crate) fn come_in_by(&self, nat: Arc<Nat>) {
-        *self.way_in() = Some(WayIn::new(nat, Arc::clone(&self.engine)));
+        *self.nat_publish() = Some(NatPublisher::new(nat, Arc::clone(&self.engine)));
     }
 
-    fn way_in(&self) -> MutexGuard<'_, Option<WayIn>> {
-        self.way_in.lock().unwrap_or_else(PoisonError::into_inner)
+    fn nat_publish(&self) -> MutexGuard<'_, Option<NatPublisher>> {
+        self.nat_publish.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The figures of the open ports that have series of their own, and the sums of the others.
@@ -379,14 +388,16 @@ impl Publisher {
             return Err(PortError::from(error).into());
         }
         let publish = |listeners, options| self.engine.publish(listeners, options);
-        let way_in = self.way_in().clone();
+        let nat_publish = self.nat_publish().clone();
         let by_engine =
             state.endpoints.get(endpoint).map(|endpoint| endpoint.behind_engine.as_slice());
-        let carried = match (way_in, by_engine) {
-            (Some(way_in), Some(guests)) if protocol == Protocol::Udp && !guests.is_empty() => {
+        let carried = match (nat_publish, by_engine) {
+            (Some(nat_publish), Some(guests))
+                if protocol == Protocol::Udp && !guests.is_empty() =>
+            {
                 let acl = &options.outside.gateway_acl;
                 let carry = |(listener, port)| {
-                    way_in.publish(listener, port, guests, acl).map(Carried::Engine)
+                    nat_publish.publish(listener, port, guests, acl).map(Carried::Engine)
                 };
                 listeners.into_iter().map(carry).collect::<io::Result<Vec<_>>>()
             }
@@ -438,7 +449,7 @@ impl Publisher {
             return Ok(Vec::new());
         }
         let opened = self
-            .ground
+            .host_context
             .networks()
             .with(|| gateways.into_iter().map(open).collect::<Result<_, _>>());
         Ok(opened.map_err(PublishError::Engine)??)
@@ -476,11 +487,12 @@ impl Publisher {
         mut labels: impl Iterator<Item = PublishLabel>,
     ) -> Result<BypassedRules, PublishError> {
         // What is apart from the host no rules of the host's are about; nor what it asks itself.
-        if self.ground.is_rootless() || labels.all(|label| label.address().ip().is_loopback()) {
+        if self.host_context.is_rootless() || labels.all(|label| label.address().ip().is_loopback())
+        {
             return Ok(BypassedRules::default());
         }
         let kind = self.firewall.as_ref().map(|firewall| firewall.kind());
-        BypassedRules::observe(kind, self.ground.networks()).map_err(PublishError::DockerUser)
+        BypassedRules::observe(kind, self.host_context.networks()).map_err(PublishError::DockerUser)
     }
 
     /// Rules have come that sockets bypass: all ports are translated by the kernel from here on,
@@ -586,8 +598,9 @@ impl Publisher {
         let Some(found) = state.endpoints.get_mut(endpoint) else {
             return Err(PublishError::NoEndpoint(endpoint.to_owned()));
         };
-        let towards =
-            |protocol: &Protocol| towards(&self.ground, endpoint, namespace, addresses, *protocol);
+        let towards = |protocol: &Protocol| {
+            towards(&self.host_context, endpoint, namespace, addresses, *protocol)
+        };
         let ways = found.ways.keys().map(towards).collect::<Result<Vec<_>, _>>()?;
         for (way, upstream) in found.ways.values().zip(ways) {
             way.upstream.relocate(upstream, addresses);
@@ -609,7 +622,7 @@ impl Publisher {
         // Not under the lock either: the engine has to be waited for.
         drop(ports);
         // Whoever still knows of this does not keep the engine.
-        self.way_in().take();
+        self.nat_publish().take();
         let drained = self.engine.drain(deadline, || false);
         // With the ways goes what they have set in there. Not under the lock: it takes a while.
         let endpoints = std::mem::take(&mut self.state().endpoints);
@@ -624,7 +637,7 @@ impl Publisher {
 
 impl State {
     /// The ports that the NAT engine carries, and those of the sum that it has carried until now.
-    fn carried(&self) -> impl Iterator<Item = &Arc<CarriedPort>> {
+    fn carried(&self) -> impl Iterator<Item = &Arc<NatPort>> {
         self.ports.values().filter_map(|port| port.carried.as_ref()).chain(self.leaving.values())
     }
 
@@ -670,8 +683,13 @@ impl State {
         }
         let descriptors =
             publisher.engine.reserve(WAY_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
-        let upstream =
-            towards(&publisher.ground, name, &endpoint.namespace, &endpoint.addresses, protocol)?;
+        let upstream = towards(
+            &publisher.host_context,
+            name,
+            &endpoint.namespace,
+            &endpoint.addresses,
+            protocol,
+        )?;
         let upstream = Arc::new(Relocatable::new(upstream, &endpoint.addresses));
         let with = |acl| {
             let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
@@ -680,7 +698,7 @@ impl State {
             Arc::new(options)
         };
         let at_gateways = with(endpoint.acl.clone());
-        let outside = if publisher.ground.is_rootless() {
+        let outside = if publisher.host_context.is_rootless() {
             with(endpoint.acl.for_sockets_elsewhere())
         } else {
             Arc::clone(&at_gateways)
@@ -693,13 +711,13 @@ impl State {
 }
 
 fn towards(
-    ground: &Ground,
+    host_context: &HostContext,
     endpoint: &str,
     namespace: &Namespace,
     addresses: &[IpAddr],
     protocol: Protocol,
 ) -> Result<Arc<dyn Upstream>, PublishError> {
-    Source::towards_namespace(None, ground, namespace, addresses, protocol)
+    Source::towards_namespace(None, host_context, namespace, addresses, protocol)
         .map_err(|source| PublishError::NoWay { endpoint: endpoint.to_owned(), source })
 }
 
@@ -710,7 +728,7 @@ mod tests {
     /// With one endpoint, `web`.
     fn publisher() -> Publisher {
         let publisher = Publisher::new(
-            Ground::here().unwrap(),
+            HostContext::here().unwrap(),
             Settings::default(),
             ProxyLimits::default(),
             &Chosen::default(),

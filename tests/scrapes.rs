@@ -88,7 +88,7 @@ fn a_storm_of_scrapes_fails_no_request_and_no_scrape_that_was_let_in() {
 fn scrape() -> Option<String> {
     let mut stream = TcpStream::connect_timeout(&METRICS.parse().unwrap(), SOON).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
-    // Who is turned away may be so before he has asked.
+    // A client may be turned away before it has asked.
     let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
     let mut answer = String::new();
     if let Err(error) = stream.read_to_string(&mut answer) {

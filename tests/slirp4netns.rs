@@ -1,7 +1,7 @@
 //! The `slirp4netns` binary, driven the way rootless engines drive it, and by them.
 //!
 //! An ordinary user (nobody) starts it on a host that the test has made, for containers in user
-//! namespaces of his own. `rootlesskit.rs` and `podman.rs` put the real callers in the test's
+//! namespaces of its own. `rootlesskit.rs` and `podman.rs` put the real callers in the test's
 //! place, `side_by_side.rs` the real slirp4netns beside ours.
 
 #[path = "slirp4netns/command_line.rs"]

@@ -125,15 +125,15 @@ fn segment_sends(socket: &UdpSocket, segment: u16) {
     assert_eq!(result, 0, "UDP_SEGMENT: {}", io::Error::last_os_error());
 }
 
-/// Sends trains of datagrams of 1,400 bytes, which the sender's own link takes and the one behind
-/// the proxy does not.
+/// Sends GSO batches of datagrams of 1,400 bytes, which the sender's own link takes and the one
+/// behind the proxy does not.
 fn oversized_segments(from: &UdpSocket, to: SocketAddr, at: &UdpSocket) {
     const SEGMENT: u16 = 1400;
-    let train = payload(20 * usize::from(SEGMENT), 1);
-    let segments: Vec<Vec<u8>> = train.chunks(SEGMENT.into()).map(<[u8]>::to_vec).collect();
+    let batch = payload(20 * usize::from(SEGMENT), 1);
+    let segments: Vec<Vec<u8>> = batch.chunks(SEGMENT.into()).map(<[u8]>::to_vec).collect();
     segment_sends(from, SEGMENT);
     for _ in 0..3 {
-        from.send_to(&train, to).unwrap();
+        from.send_to(&batch, to).unwrap();
         assert_same_datagrams(&segments, at);
     }
 }

@@ -3,20 +3,20 @@
 
 mod up {
     pub(crate) mod attacks;
+    pub(crate) mod egress;
     pub(crate) mod firewall;
     pub(crate) mod floods;
     pub(crate) mod ingress;
     pub(crate) mod knocking;
     pub(crate) mod matrix;
     pub(crate) mod names;
+    pub(crate) mod nat_publish;
     pub(crate) mod repairs;
     pub(crate) mod rootless;
     pub(crate) mod scene;
     pub(crate) mod spoofing;
     pub(crate) mod uplink;
     pub(crate) mod vpn;
-    pub(crate) mod way_in;
-    pub(crate) mod way_out;
     pub(crate) mod witness;
 }
 
@@ -218,7 +218,7 @@ fn is_put_back(firewall: &str, forwards: &str) {
         answer.unwrap().status.success()
     };
     let neighbours = || {
-        // While it is on its way out the kernel may still list it, and then no more.
+        // While it is about to go the kernel may still list it, and then no more.
         let links =
             scene.net.host.command("ip").args(["-o", "link", "show", "master", &bridge]).output();
         String::from_utf8_lossy(&links.unwrap().stdout).lines().count() == 1

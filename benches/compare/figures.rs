@@ -174,51 +174,47 @@ pub(crate) const FIGURES: &[Figure] = &[
         Kind::DockerRules,
     )
     .at_par(),
-    way_out("way out, TCP up / slirp4netns", &["egress.tcp.1500.1.up.rate"], Kind::Slirp)
+    egress("egress, TCP up / slirp4netns", &["egress.tcp.1500.1.up.rate"], Kind::Slirp)
         .at_least(24.0, 30.0),
-    way_out("way out, TCP down / slirp4netns", &["egress.tcp.1500.1.down.rate"], Kind::Slirp)
+    egress("egress, TCP down / slirp4netns", &["egress.tcp.1500.1.down.rate"], Kind::Slirp)
         .at_least(6.0, 10.0),
-    way_out("way out, TCP up / pasta", &["egress.tcp.1500.1.up.rate"], Kind::Pasta)
+    egress("egress, TCP up / pasta", &["egress.tcp.1500.1.up.rate"], Kind::Pasta)
         .at_least(7.0, 10.0),
-    way_out("way out, TCP down / pasta", &["egress.tcp.1500.1.down.rate"], Kind::Pasta)
+    egress("egress, TCP down / pasta", &["egress.tcp.1500.1.down.rate"], Kind::Pasta)
         .at_least(12.0, 15.0),
-    way_out("way out, TCP up / masquerade", &["egress.tcp.1500.1.up.rate"], Kind::Masquerade)
+    egress("egress, TCP up / masquerade", &["egress.tcp.1500.1.up.rate"], Kind::Masquerade)
         .at_least(0.7, 0.95),
-    way_out("way out, TCP down / masquerade", &["egress.tcp.1500.1.down.rate"], Kind::Masquerade)
+    egress("egress, TCP down / masquerade", &["egress.tcp.1500.1.down.rate"], Kind::Masquerade)
         .at_least(0.55, 0.8),
-    way_out(
-        "way out, MTU 65520, TCP up / slirp4netns",
-        &["egress.tcp.65520.1.up.rate"],
-        Kind::Slirp,
-    )
-    .at_least(2.3, 3.0),
-    way_out(
-        "way out, MTU 65520, TCP down / slirp4netns",
+    egress("egress, MTU 65520, TCP up / slirp4netns", &["egress.tcp.65520.1.up.rate"], Kind::Slirp)
+        .at_least(2.3, 3.0),
+    egress(
+        "egress, MTU 65520, TCP down / slirp4netns",
         &["egress.tcp.65520.1.down.rate"],
         Kind::Slirp,
     )
     .at_least(3.0, 4.0),
-    way_out("way out, CPU per GB up / slirp4netns", &["egress.tcp.1500.1.up.cpu"], Kind::Slirp)
+    egress("egress, CPU per GB up / slirp4netns", &["egress.tcp.1500.1.up.cpu"], Kind::Slirp)
         .at_most(1.0 / 24.0, 1.0 / 30.0),
-    way_out("way out, CPU per GB down / slirp4netns", &["egress.tcp.1500.1.down.cpu"], Kind::Slirp)
+    egress("egress, CPU per GB down / slirp4netns", &["egress.tcp.1500.1.down.cpu"], Kind::Slirp)
         .at_most(1.0 / 7.0, 1.0 / 10.0),
-    way_out("way out, UDP 1200 B up / slirp4netns", &["egress.udp.up.rate"], Kind::Slirp)
+    egress("egress, UDP 1200 B up / slirp4netns", &["egress.udp.up.rate"], Kind::Slirp)
         .at_least(2.4, 3.0),
-    way_out("way out, UDP 1200 B down / slirp4netns", &["egress.udp.down.rate"], Kind::Slirp)
+    egress("egress, UDP 1200 B down / slirp4netns", &["egress.udp.down.rate"], Kind::Slirp)
         .at_least(1.6, 2.5),
-    way_out(
-        "way out, new connections, 16 at a time / slirp4netns",
+    egress(
+        "egress, new connections, 16 at a time / slirp4netns",
         &["egress.connections.16.rate"],
         Kind::Slirp,
     )
     .at_least(1.4, 2.0),
-    way_out(
-        "way out, new connections, 16 at a time / masquerade",
+    egress(
+        "egress, new connections, 16 at a time / masquerade",
         &["egress.connections.16.rate"],
         Kind::Masquerade,
     )
     .at_least(0.6, 0.75),
-    value("way out, RSS with 5,000 connections", &["egress.held.memory"], Kind::Engine, "MB")
+    value("egress, RSS with 5,000 connections", &["egress.held.memory"], Kind::Engine, "MB")
         .at_most(8.0, 4.0),
     value(
         "beside a flood: neighbour's median / dropped at its port",
@@ -245,7 +241,7 @@ const fn ratio(
     Figure { against: Some(peer), ..value(title, cells, subject, "x") }
 }
 
-const fn way_out(title: &'static str, cells: &'static [&'static str], peer: Kind) -> Figure {
+const fn egress(title: &'static str, cells: &'static [&'static str], peer: Kind) -> Figure {
     ratio(title, cells, Kind::Engine, peer)
 }
 

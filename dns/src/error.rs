@@ -46,7 +46,7 @@ pub enum ZoneError {
     /// It would be asked, ask us, and so on.
     #[error("{of}: DNS server {server} is tidegate itself")]
     Ourselves {
-        /// Who has it in his list.
+        /// Whose list it is in.
         of: String,
         /// The server.
         server: SocketAddr,
@@ -56,7 +56,7 @@ pub enum ZoneError {
 /// Why a container is not served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// Someone in there has the port, and packets cannot be redirected past him.
+    /// A process in the container has the port, and packets cannot be redirected past it.
     #[error(
         "container {container:?}: {address} is in use by a DNS server in it, and nftables cannot redirect past that"
     )]

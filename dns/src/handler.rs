@@ -4,10 +4,10 @@ use crate::forward::{ReplyTo, Taken, Waiter};
 use crate::message::{Bits, Rcode, Reply, Request, relay};
 use crate::metrics::NetworkStats;
 use crate::name::Shown;
+use crate::non_query;
 use crate::resolve::{Resolution, resolve};
 use crate::resolver::Shared;
 use crate::servers::ServerList;
-use crate::unusual;
 use crate::zone::{Asker, Zones};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -54,7 +54,7 @@ impl Site {
     ) -> Outcome {
         let Some(request) = Request::read(message) else {
             self.shared.metrics.unusual.increment(1);
-            return match unusual::refuse(message, out) {
+            return match non_query::refuse(message, out) {
                 Some(rcode) => {
                     count(zones.view(&self.asker, client.ip()).stats(), 0, rcode);
                     Outcome::Answered
@@ -139,7 +139,7 @@ fn count(stats: Option<&Arc<NetworkStats>>, kind: u16, rcode: Rcode) {
 pub(crate) fn check(zones: &Zones, asker: &Asker, message: &[u8]) {
     let mut out = Vec::new();
     let Some(request) = Request::read(message) else {
-        if unusual::refuse(message, &mut out).is_some() {
+        if non_query::refuse(message, &mut out).is_some() {
             assert_eq!(out[..2], message[..2], "the number is repeated");
             assert!(out[2] & 0x80 != 0, "it is an answer");
         }

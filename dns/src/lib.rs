@@ -15,15 +15,15 @@
 //! none of them learns from an answer what others have asked.
 //!
 //! A [`Resolver`] knows networks and endpoints. [`Resolver::serve`] makes two sockets in a
-//! container's namespace, which stay in this process; who asks there is known by the socket, and
-//! what he may be told by the networks that he is on ([`zone`]). What is not ours goes to other
-//! servers ([`upstream`], [`forward`]), from the host's namespace. One process serves thousands of
+//! container's namespace, which stay in this process; the socket identifies the container, and its
+//! networks decide what it may be told ([`zone`]). What is not ours goes to other servers
+//! ([`upstream`], [`forward`]), from the host's namespace. One process serves thousands of
 //! containers: a server costs its sockets and two tasks.
 //!
 //! Endpoints take turns at being forwarded for, and each has a rate (`scheduler`); at a limit the
 //! largest holder yields (`pending`). Names of containers and cached answers take no turn.
 //!
-//! What is pure has no socket, clock or runtime in it: `name`, `message`, `unusual`, `zone`,
+//! What is pure has no socket, clock or runtime in it: `name`, `message`, `non_query`, `zone`,
 //! `partition`, `resolve`, `answer`, `cache`, `scheduler`, `pending`, `upstream`, `servers`,
 //! `resolv_conf`.
 //!
@@ -43,30 +43,30 @@ compile_error!("network namespaces exist on Linux only");
 mod answer;
 mod cache;
 mod error;
-mod follow;
 mod forward;
 pub mod fuzz;
 mod handler;
 mod message;
 mod metrics;
 mod name;
+mod non_query;
 mod partition;
 mod pending;
 mod resolv_conf;
+mod resolv_conf_watch;
 mod resolve;
 mod resolver;
 mod scheduler;
 mod server;
 mod servers;
-mod unusual;
 mod upstream;
 mod zone;
 
 pub use error::{ServeError, StartError, ZoneError};
-pub use follow::{REST, Watch, servers};
 pub use metrics::{FAMILIES, FILL_FAMILIES, Fill, Questions, Upstream};
 pub use name::NameError;
 pub use resolv_conf::{PORT, ResolvConf, SERVER};
+pub use resolv_conf_watch::{REST, Watch, servers};
 pub use resolver::{Resolver, ServeOptions, Settings};
 pub use server::{Listen, Serving};
 pub use zone::{Asker, EndpointSpec, Limits, NetworkSpec};

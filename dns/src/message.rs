@@ -2,7 +2,7 @@
 //!
 //! Nearly every message that comes is a plain question: one, of class IN, with an OPT record at
 //! most. Those are read here, without an allocation. What is anything else is left to hickory's
-//! decoder, see [`unusual`](crate::unusual).
+//! decoder, see [`non_query`](crate::non_query).
 
 use crate::name::LONGEST;
 use std::net::{Ipv4Addr, Ipv6Addr};

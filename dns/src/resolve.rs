@@ -8,7 +8,7 @@
 //!    knows, that there is none;
 //! 3. what is nobody else's business: `localhost`, names that are reserved for not being there,
 //!    single labels, names of networks that the asker is not on;
-//! 4. everything else is forwarded, for askers with a way out.
+//! 4. everything else is forwarded, for askers with egress.
 
 use crate::message::{Data, Rcode, kind};
 use crate::name::{Reverse, labels, reverse, suffixes};

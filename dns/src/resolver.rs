@@ -1,10 +1,10 @@
 //! The names of all networks, and the servers that tell them.
 
 use crate::error::{ServeError, StartError, ZoneError};
-use crate::follow::{self, Watch};
 use crate::forward::{Bounds, Forwarder, Ways, dispatch};
 use crate::metrics::{self, Fill, NetworkStats, ProcessMetrics, Questions, Upstream};
 use crate::partition::{Partition, Shares};
+use crate::resolv_conf_watch::{self, Watch};
 use crate::resolve::Policy;
 use crate::server::{self, Listen, Serving};
 use crate::servers::{ServerList, ServerLists, TooManyLists};
@@ -226,7 +226,7 @@ impl Resolver {
     pub fn new(settings: Settings) -> Result<Self, StartError> {
         let path = settings.resolv_conf;
         let watch = Watch::new(&path)
-            .and_then(follow::register)
+            .and_then(resolv_conf_watch::register)
             .map_err(|source| StartError::Watch { path: path.clone(), source })?;
         let metrics = Arc::new(ProcessMetrics::new());
         let bounds = Bounds {
@@ -259,14 +259,15 @@ impl Resolver {
             metrics,
         });
         // Before anybody can ask.
-        if let Some(servers) = follow::servers(&path, &outside) {
+        if let Some(servers) = resolv_conf_watch::servers(&path, &outside) {
             shared.host_servers(servers);
         }
         // It ends with the last server.
         tokio::spawn(dispatch(Arc::clone(&shared.forwarder)));
         let following = Arc::clone(&shared);
         let each = move |servers| following.host_servers(servers);
-        let follower = tokio::spawn(follow::follow(path, outside, watch, each)).abort_handle();
+        let follower =
+            tokio::spawn(resolv_conf_watch::follow(path, outside, watch, each)).abort_handle();
         Ok(Self { shared, follower })
     }
 

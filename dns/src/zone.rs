@@ -522,12 +522,12 @@ impl<'a> View<'a> {
         })
     }
 
-    /// Whether the asker has a way out.
+    /// Whether the asker has egress.
     pub(crate) fn may_forward(&self) -> bool {
         self.networks().any(|network| !network.internal)
     }
 
-    /// The servers of the first network that has some of its own and a way out.
+    /// The servers of the first network that has some of its own and egress.
     pub(crate) fn servers(&self) -> Option<&'a ServerList> {
         self.networks()
             .filter(|network| !network.internal)

@@ -41,7 +41,7 @@ pub enum Feature {
     /// one.
     Uso,
     /// `UDP_SEGMENT` (Linux 4.18) and `UDP_GRO` (5.0); otherwise datagrams go one by one.
-    UdpTrains,
+    UdpGso,
     /// nftables in containers' namespaces for DNS; otherwise it is served at port 53 itself.
     DnsRedirect,
 }
@@ -60,7 +60,7 @@ impl Feature {
         Self::PeekOffset,
         Self::TunOffload,
         Self::Uso,
-        Self::UdpTrains,
+        Self::UdpGso,
         Self::DnsRedirect,
     ];
 
@@ -79,7 +79,7 @@ impl Feature {
             Self::PeekOffset => "peek-offset",
             Self::TunOffload => "tun-offload",
             Self::Uso => "uso",
-            Self::UdpTrains => "udp-trains",
+            Self::UdpGso => "udp-gso",
             Self::DnsRedirect => "dns-redirect",
         }
     }

@@ -85,11 +85,11 @@ pub const UPLINK_PRIORITY: u32 = 7_661;
 /// How many priorities the rules of networks take that have to precede those of others, from
 /// [`GUARD_EXEMPTION_PRIORITY`] on. They are moved ahead, where there are as many behind that of
 /// the `local` table, 0.
-pub const PRECEDING_PRIORITIES: u32 = NO_WAY_OUT_PRIORITY - GUARD_EXEMPTION_PRIORITY + 1;
+pub const PRECEDING_PRIORITIES: u32 = NO_EGRESS_PRIORITY - GUARD_EXEMPTION_PRIORITY + 1;
 
 /// The first of the [`UPLINK_TABLES`] routing tables, behind those of NAT engines. One is used for
 /// a default route that the `main` table has beside its best one.
-pub const FIRST_UPLINK_TABLE: u32 = FIRST_WAY_OUT_TABLE + WAY_OUT_TABLES;
+pub const FIRST_UPLINK_TABLE: u32 = FIRST_EGRESS_TABLE + EGRESS_TABLES;
 
 /// How many of them there are: sixteen for each of a thousand projects, found by name.
 pub const UPLINK_TABLES: u32 = 16_000;
@@ -174,7 +174,7 @@ pub const fn table_id(slot: OwnerSlot) -> u32 {
 
 /// The priority of the rules that let the host itself reach its networks past [`GUARD_PRIORITY`].
 ///
-/// Behind the [`OwnerSlot`]s, which lead a network's way out; before `main`.
+/// Behind the [`OwnerSlot`]s, which lead a network's egress; before `main`.
 pub const GUARD_EXEMPTION_PRIORITY: u32 = 7_656;
 
 /// The priority of the rules that make a network unreachable for packets to be forwarded, in either
@@ -183,22 +183,22 @@ pub const GUARD_PRIORITY: u32 = 7_657;
 
 /// The priority of the rules that lead what comes from a network to the NAT engine: behind the
 /// guards, so that it is out only what goes to no network of ours.
-pub const WAY_OUT_PRIORITY: u32 = 7_658;
+pub const EGRESS_PRIORITY: u32 = 7_658;
 
-/// The priority of the rules behind [`WAY_OUT_PRIORITY`]: where the engine has gone, nothing that
+/// The priority of the rules behind [`EGRESS_PRIORITY`]: where the engine has gone, nothing that
 /// comes from a network is forwarded.
-pub const NO_WAY_OUT_PRIORITY: u32 = 7_659;
+pub const NO_EGRESS_PRIORITY: u32 = 7_659;
 
-/// The first of the [`WAY_OUT_TABLES`] routing tables in which the NAT engines of projects have
+/// The first of the [`EGRESS_TABLES`] routing tables in which the NAT engines of projects have
 /// their routes, behind the [`OwnerSlot`]s'.
-pub const FIRST_WAY_OUT_TABLE: u32 = 29_956;
+pub const FIRST_EGRESS_TABLE: u32 = 29_956;
 
 /// How many of them there are. A project's is chosen by its name.
-pub const WAY_OUT_TABLES: u32 = 1_000;
+pub const EGRESS_TABLES: u32 = 1_000;
 
 /// The group of links (`IFLA_GROUP`) that the bridges of `owner` are in, by which nftables knows
-/// them at a glance: between 0x4000_0000 and 0x5fff_ffff, by his name. iproute2's groups are small
-/// numbers.
+/// them at a glance: between 0x4000_0000 and 0x5fff_ffff, by the owner's name. iproute2's groups
+/// are small numbers.
 #[must_use]
 pub fn bridge_group(owner: &str) -> u32 {
     let hash = fnv1a(owner.as_bytes());
@@ -252,11 +252,11 @@ pub const BRIDGES_OF_OTHERS: [&str; 9] = [
 ];
 
 /// What the nftables tables, of family `inet`, begin with that hold the rules of one owner each;
-/// his name follows. They are replaced as a whole, and deleting one is all of its teardown.
+/// the owner's name follows. They are replaced as a whole, and deleting one is all of its teardown.
 pub const NFTABLES_PREFIX: &str = "tidegate-";
 
 /// The nftables table, of family `inet`, that holds the user's chain ([`USER_CHAIN`]) and what
-/// leads to it. One for all owners; what the user has put into his chain stays when they are gone.
+/// leads to it. One for all owners; what the user has put into that chain stays when they are gone.
 pub const NFTABLES_USER_TABLE: &str = "tidegate_user";
 
 /// The nftables table, of family `inet`, that leads 127.0.0.11:53 to the DNS server of a container,

@@ -177,7 +177,7 @@ impl Host for Fuzzed {
         Ok(())
     }
 
-    fn send_train(
+    fn send_gso_batch(
         &mut self,
         _: &mut (),
         _: Option<Destination>,

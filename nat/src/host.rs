@@ -37,7 +37,7 @@ pub enum DatagramKind {
     Echo,
 }
 
-/// What became of a train.
+/// What became of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendOutcome {
     /// It is sent, as far as the kernel tells.
@@ -92,7 +92,7 @@ pub trait Batch: Default {
         self.len() == 0
     }
 
-    /// Message `index`: a datagram, or a train of them, and the size of each but the last.
+    /// Message `index`: a datagram, or a GSO batch of them, and the size of each but the last.
     fn get(&self, index: usize) -> (&[u8], usize);
 
     /// Who sent message `index`; asked only of a socket that is not connected.
@@ -232,7 +232,7 @@ pub trait Host {
     /// Sends `bytes`, where the socket is connected to or to `destination`, as datagrams of
     /// `segment` bytes, the last one perhaps shorter. Whether one may be cut on its way says
     /// `dont_fragment`; a `hop_limit` is set where the guest's own is so low that it matters.
-    fn send_train(
+    fn send_gso_batch(
         &mut self,
         socket: &mut Self::Datagrams,
         destination: Option<Destination>,

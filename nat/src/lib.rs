@@ -16,7 +16,7 @@
 //!
 //! It is fast for one reason: neither side cuts what the other would put together again. The
 //! guest's TCP hands 64 KiB over at a time (TSO), the engine answers in kind, and UDP goes in
-//! trains both ways. And it keeps no payload: what the guest has not acknowledged stays in the
+//! GSO batches both ways. And it keeps no payload: what the guest has not acknowledged stays in the
 //! kernel's receive queue.
 //!
 //! ```no_run
@@ -63,6 +63,7 @@ pub mod forward;
 pub mod fragments;
 #[doc(hidden)]
 pub mod fuzz;
+mod gso_batch;
 pub mod host;
 mod io;
 pub mod layer2;
@@ -73,7 +74,6 @@ mod policy;
 mod settings;
 pub mod siphash;
 pub mod tcp;
-mod train;
 pub mod wire;
 
 pub use error::StartError;

@@ -19,17 +19,18 @@ pub struct Capabilities {
     /// UDP segmentation offload of the TUN device (Linux 6.2). Without it datagrams cross the
     /// device one by one.
     pub udp_offload: bool,
-    /// Trains of datagrams on the host's sockets (`UDP_SEGMENT`, Linux 4.18, and `UDP_GRO`, 5.0).
-    pub udp_trains: bool,
+    /// GSO batches of datagrams on the host's sockets (`UDP_SEGMENT`, Linux 4.18, and
+    /// `UDP_GRO`, 5.0).
+    pub udp_gso: bool,
 }
 
 impl Capabilities {
     /// Everything.
     pub const ALL: Self =
-        Self { peek_offset: true, tcp_offload: true, udp_offload: true, udp_trains: true };
+        Self { peek_offset: true, tcp_offload: true, udp_offload: true, udp_gso: true };
     /// What Linux 4.9 had.
     pub const NONE: Self =
-        Self { peek_offset: false, tcp_offload: false, udp_offload: false, udp_trains: false };
+        Self { peek_offset: false, tcp_offload: false, udp_offload: false, udp_gso: false };
 
     /// Those that both have.
     #[must_use]
@@ -38,7 +39,7 @@ impl Capabilities {
             peek_offset: self.peek_offset && other.peek_offset,
             tcp_offload: self.tcp_offload && other.tcp_offload,
             udp_offload: self.udp_offload && other.udp_offload,
-            udp_trains: self.udp_trains && other.udp_trains,
+            udp_gso: self.udp_gso && other.udp_gso,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The engine as the way out of bridges, on a host without a firewall: a policy route leads from
+//! The engine as egress of bridges, on a host without a firewall: a policy route leads from
 //! each bridge into the device, which is in the host's own namespace.
 //!
 //! ```text

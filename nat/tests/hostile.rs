@@ -51,13 +51,13 @@ impl Neighbour {
         let stream = bench.world().streams.len() - 1;
         bench.far_end_answers(stream, Ok(()));
         let answer = bench.next_segment().unwrap();
-        let mut her =
+        let mut neighbour =
             Self { stream, datagrams: 0, next: 100, expected: answer.sequence.wrapping_add(1) };
-        bench.frame(&frame(&her.head(ACK), b""));
+        bench.frame(&frame(&neighbour.head(ACK), b""));
         bench.frame(&udp(at(HERS), at(FAR), b"ping"));
-        her.datagrams = bench.world().datagrams.len() - 1;
-        her.works(bench);
-        her
+        neighbour.datagrams = bench.world().datagrams.len() - 1;
+        neighbour.works(bench);
+        neighbour
     }
 
     fn head(&self, flags: u8) -> TcpHead {
@@ -104,7 +104,7 @@ fn within_limits(bench: &Bench) {
 #[test]
 fn a_syn_flood_has_its_share_and_no_more() {
     let mut bench = bench();
-    let mut her = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::moves_in(&mut bench);
     for port in 1..20_000u16 {
         let syn =
             TcpHead { flags: SYN, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
@@ -113,10 +113,10 @@ fn a_syn_flood_has_its_share_and_no_more() {
     }
     assert_eq!(bench.stats.flows(FlowKind::Tcp), 1 + LIMITS.unanswered_per_source as u64);
     assert_eq!(bench.dropped(DropReason::Unanswered), 19_999 - LIMITS.unanswered_per_source as u64);
-    her.works(&mut bench);
+    neighbour.works(&mut bench);
     bench.pass(Duration::from_secs(80));
     assert_eq!(bench.stats.flows(FlowKind::Tcp), 1, "what nobody has answered ends");
-    her.works(&mut bench);
+    neighbour.works(&mut bench);
 }
 
 #[test]
@@ -137,7 +137,7 @@ fn connections_that_the_guest_never_completes_are_half_open_too() {
 #[test]
 fn a_million_sources_are_not_remembered() {
     let mut bench = bench();
-    let mut her = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::moves_in(&mut bench);
     for number in 0..1_000_000u32 {
         let source = SocketAddr::from(((0x0a00_0000 + number).to_be_bytes(), 1000));
         let now = bench.now;
@@ -149,13 +149,13 @@ fn a_million_sources_are_not_remembered() {
     let outside = udp(at("172.16.0.1:9"), at("192.0.2.1:9"), b"x");
     bench.frame(&outside);
     assert_eq!(bench.dropped(DropReason::ForeignSource), 1);
-    her.works(&mut bench);
+    neighbour.works(&mut bench);
 }
 
 #[test]
 fn a_flood_of_sessions_evicts_itself() {
     let mut bench = bench();
-    let mut her = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::moves_in(&mut bench);
     for host in 1..50u8 {
         for port in 1..100u16 {
             bench.frame(&udp(SocketAddr::from(([10, 0, 0, host], port)), at("192.0.2.1:9"), b"x"));
@@ -163,13 +163,13 @@ fn a_flood_of_sessions_evicts_itself() {
         }
     }
     assert!(bench.stats.evicted.get() + bench.dropped(DropReason::Unanswered) > 4000);
-    her.works(&mut bench);
+    neighbour.works(&mut bench);
 }
 
 #[test]
 fn descriptors_that_run_out_end_the_unanswered_first() {
     let mut bench = bench();
-    let mut her = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::moves_in(&mut bench);
     bench.world().descriptors = 12;
     for port in 1..100u16 {
         bench.frame(&udp(SocketAddr::from(([10, 0, 0, 1], port)), at("192.0.2.1:9"), b"x"));
@@ -181,13 +181,13 @@ fn descriptors_that_run_out_end_the_unanswered_first() {
     let connections = bench.world().streams.len();
     bench.frame(&frame(&syn, b""));
     assert_eq!(bench.world().streams.len(), connections + 1, "room was made for a connection");
-    her.works(&mut bench);
+    neighbour.works(&mut bench);
 }
 
 #[test]
-fn buffers_of_one_source_are_bounded_and_its_neighbour_has_her_own() {
+fn buffers_of_one_source_are_bounded_and_its_neighbour_has_its_own() {
     let mut bench = bench();
-    let mut her = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::moves_in(&mut bench);
     bench.world().room = 0;
     bench.world().answer_at_once = Some(Ok(()));
     let mut kept = 0usize;
@@ -211,7 +211,7 @@ fn buffers_of_one_source_are_bounded_and_its_neighbour_has_her_own() {
     }
     assert!(kept <= LIMITS.buffered_per_source, "{kept}");
     assert!(kept > LIMITS.buffered_per_source * 9 / 10, "{kept}");
-    her.works(&mut bench);
+    neighbour.works(&mut bench);
 }
 
 #[test]
@@ -242,7 +242,7 @@ fn fragments_that_overlap_reach_nobody() {
 #[test]
 fn a_million_first_fragments_take_no_more_than_their_room() {
     let mut bench = bench();
-    let mut her = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::moves_in(&mut bench);
     let mut dice = Dice(5);
     for id in 0..200_000u32 {
         let source = at(&format!("10.0.0.{}:0", 1 + dice.below(200)));
@@ -258,7 +258,7 @@ fn a_million_first_fragments_take_no_more_than_their_room() {
         let now = bench.now;
         bench.engine.frame(&[head.bytes(), &[0; 400]].concat(), now);
     }
-    her.works(&mut bench);
+    neighbour.works(&mut bench);
     bench.pass(Duration::from_secs(31));
     assert_eq!(bench.stats.flows(FlowKind::Tcp), 1);
 }
@@ -284,7 +284,7 @@ fn errors_and_resets_that_are_provoked_are_few() {
 #[test]
 fn forged_errors_about_others_flows_change_nothing() {
     let mut bench = bench();
-    let mut her = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::moves_in(&mut bench);
     let quoted = udp(at(FAR), at(HERS), b"pong");
     let (head, message) = head::problem(
         at("10.0.0.1:0").ip(),
@@ -293,7 +293,7 @@ fn forged_errors_about_others_flows_change_nothing() {
         &[&quoted[10..]],
     );
     bench.frame(&[head.bytes(), &message].concat());
-    her.works(&mut bench);
+    neighbour.works(&mut bench);
 }
 
 /// Segments of every kind at a connection in every state.
@@ -317,7 +317,7 @@ proptest! {
         segments in prop::collection::vec((anything(), 0u64..400, 0u8..10), 1..80),
     ) {
         let mut bench = bench();
-        let mut her = Neighbour::moves_in(&mut bench);
+        let mut neighbour = Neighbour::moves_in(&mut bench);
         let (inside, outside) = (at("10.0.0.1:7"), at("192.0.2.1:80"));
         let mut expected = 0;
         bench.world().room = 50_000;
@@ -334,7 +334,7 @@ proptest! {
             };
             bench.frame(&frame(&head, &vec![1; length]));
             let last = bench.world().streams.len() - 1;
-            if last != her.stream {
+            if last != neighbour.stream {
                 match act {
                     0 => bench.far_end_answers(last, Ok(())),
                     1 if bench.world().streams[last].answer.is_some() => bench.far_end_sends(last, &[5; 3000]),
@@ -354,7 +354,7 @@ proptest! {
             }
             bench.pass(Duration::from_millis(wait));
         }
-        her.works(&mut bench);
+        neighbour.works(&mut bench);
         bench.pass(Duration::from_secs(3 * 3600));
         prop_assert_eq!(bench.engine.flows(), 0);
         prop_assert_eq!(bench.world().open, 0);
@@ -363,7 +363,7 @@ proptest! {
     #[test]
     fn no_bytes_at_all_break_the_engine(frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..120), 1..50)) {
         let mut bench = bench();
-        let mut her = Neighbour::moves_in(&mut bench);
+        let mut neighbour = Neighbour::moves_in(&mut bench);
         for mut frame in frames {
             // Some of it shall come further than to the first check.
             if frame.len() > 30 {
@@ -372,7 +372,7 @@ proptest! {
             }
             bench.frame(&frame);
         }
-        her.works(&mut bench);
+        neighbour.works(&mut bench);
     }
 }
 

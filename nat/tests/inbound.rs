@@ -614,12 +614,12 @@ fn a_hostile_server_harms_nobody_else() {
         let hers = bench.publish_tcp("10.0.2.9:80", ForwardSource::Client);
         bench.client(1, "198.51.100.9:9");
         let (syn, outside) = call(&mut bench).unwrap();
-        let her = |flags, sequence: u32, acknowledgement: u32| {
+        let neighbour = |flags, sequence: u32, acknowledgement: u32| {
             let head =
                 TcpHead { flags, sequence, acknowledgement, ..segment(at("10.0.2.9:80"), outside) };
             frame(&head, if flags & SYN == 0 { b"work" } else { b"" })
         };
-        bench.frame(&her(SYN | ACK, 1, syn.sequence.wrapping_add(1)));
+        bench.frame(&neighbour(SYN | ACK, 1, syn.sequence.wrapping_add(1)));
         for step in 0..200u16 {
             if dice.percent(20) {
                 bench.client(0, &format!("203.0.113.1:{}", 1 + step));
@@ -659,8 +659,12 @@ fn a_hostile_server_harms_nobody_else() {
             assert!(bench.engine.flows() <= 40);
         }
         let sent = bench.world().streams[0].sent.len();
-        bench.frame(&her(ACK, 2 + sent as u32, syn.sequence.wrapping_add(1)));
-        assert_eq!(bench.world().streams[0].sent.len(), sent + 4, "seed {seed}: her work goes on");
+        bench.frame(&neighbour(ACK, 2 + sent as u32, syn.sequence.wrapping_add(1)));
+        assert_eq!(
+            bench.world().streams[0].sent.len(),
+            sent + 4,
+            "seed {seed}: the work of the neighbour goes on"
+        );
         bench.pass(Duration::from_secs(3 * 3600));
         assert_eq!(
             (stats.flows.get(), hers.flows.get()),

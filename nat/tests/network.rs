@@ -57,10 +57,10 @@ fn without_any_new_feature_of_the_kernel_too() {
 }
 
 #[test]
-fn without_uso_or_trains_too() {
+fn without_uso_or_gso_too() {
     for capabilities in [
         Capabilities { udp_offload: false, ..Capabilities::ALL },
-        Capabilities { udp_trains: false, ..Capabilities::ALL },
+        Capabilities { udp_gso: false, ..Capabilities::ALL },
     ] {
         let net = Net::with(&Options { capabilities, ..Options::default() }, |_| {});
         datagrams_of_every_size(&net);
@@ -68,7 +68,8 @@ fn without_uso_or_trains_too() {
     }
 }
 
-/// Sends trains both ways and checks that the receivers see single datagrams, in order and whole.
+/// Sends GSO batches both ways and checks that the receivers see single datagrams, in order and
+/// whole.
 fn a_flood_arrives_in_order(net: &Net) {
     for family in [0, 1] {
         let far = net.server.run(|| UdpSocket::bind(server(family, 9)).unwrap());
@@ -87,14 +88,14 @@ fn a_flood_arrives_in_order(net: &Net) {
         far.connect(back).unwrap();
         for (from, to) in [(&near, &far), (&far, &near)] {
             segment_at(from, 1000);
-            for train in 0..20u8 {
+            for batch in 0..20u8 {
                 // The backlog of a core is shared with whatever else this machine does, and may
                 // lose one.
                 let tries = (0..5)
-                    .map(|_| common::train_passes(from, to, train))
+                    .map(|_| common::batch_passes(from, to, batch))
                     .take_while(|passed| !passed)
                     .count();
-                assert!(tries < 5, "train {train}, family {family}: {}", net.figures());
+                assert!(tries < 5, "batch {batch}, family {family}: {}", net.figures());
             }
         }
     }
@@ -115,7 +116,7 @@ fn segment_at(socket: &UdpSocket, size: libc::c_int) {
 }
 
 #[test]
-fn trains_of_datagrams_arrive_whole_and_in_order() {
+fn batches_of_datagrams_arrive_whole_and_in_order() {
     a_flood_arrives_in_order(&Net::new());
 }
 

@@ -83,7 +83,7 @@ fn without_any_new_feature_of_the_kernel_too() {
     let options = Options { capabilities: Capabilities::NONE, ..Options::default() };
     let net = Net::with(&options, |_| {});
     carries(&net, MUCH / 4);
-    trains_of_datagrams_come_in_whole(&net);
+    batches_of_datagrams_come_in_whole(&net);
 }
 
 #[test]
@@ -157,11 +157,11 @@ fn datagrams_of_every_size_come_in_and_are_answered() {
             assert!(buffer[..length] == sent, "{size} bytes, family {family}");
         }
     }
-    trains_of_datagrams_come_in_whole(&net);
+    batches_of_datagrams_come_in_whole(&net);
 }
 
-/// Sends trains in and back out; the receivers see single datagrams, whole and in order.
-fn trains_of_datagrams_come_in_whole(net: &Net) {
+/// Sends GSO batches in and back out; the receivers see single datagrams, whole and in order.
+fn batches_of_datagrams_come_in_whole(net: &Net) {
     for family in [0, 1] {
         let near = net.container.run(|| UdpSocket::bind(inside(family, 9)).unwrap());
         let to = publish(net, Protocol::Udp, family, inside(family, 9), ForwardSource::Client);
@@ -182,11 +182,11 @@ fn trains_of_datagrams_come_in_whole(net: &Net) {
                 libc::setsockopt(from.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, option, 4)
             };
             assert_eq!(set, 0);
-            for train in 0..10u8 {
+            for batch in 0..10u8 {
                 // The backlog of a core is shared with whatever else this machine does, and may
                 // lose one.
-                let passed = (0..5).any(|_| common::train_passes(from, to, train));
-                assert!(passed, "train {train}, family {family}: {}", net.figures());
+                let passed = (0..5).any(|_| common::batch_passes(from, to, batch));
+                assert!(passed, "batch {batch}, family {family}: {}", net.figures());
             }
         }
     }

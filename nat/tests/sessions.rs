@@ -61,7 +61,7 @@ fn datagram(frame: &[u8]) -> (VirtioHeader, SocketAddr, SocketAddr, Vec<u8>) {
 }
 
 #[test]
-fn datagrams_of_a_batch_leave_in_one_train_and_keep_their_boundaries() {
+fn datagrams_of_a_batch_leave_in_one_batch_and_keep_their_boundaries() {
     let mut bench = Bench::new();
     let now = bench.now;
     for payload in [&[1; 100][..], &[2; 100], &[3; 40], &[4; 100], b""] {
@@ -74,7 +74,7 @@ fn datagrams_of_a_batch_leave_in_one_train_and_keep_their_boundaries() {
 }
 
 #[test]
-fn a_train_of_the_guest_is_taken_apart_by_the_kernel_only() {
+fn a_batch_of_the_guest_is_taken_apart_by_the_kernel_only() {
     let mut bench = Bench::new();
     let head = head::datagrams(at(IN), at(OUT), 50_000, 1200, 1);
     bench.frame(&[head.bytes(), &[9; 50_000]].concat());
@@ -268,7 +268,7 @@ fn rfc_4787_req_1_an_endpoint_independent_session_serves_all_far_ends_and_lets_n
     }
     bench.settle();
     assert_eq!(bench.world().datagrams.len(), 1);
-    assert_eq!(bench.world().datagrams[0].sent_to, [one, other], "one train, and another one");
+    assert_eq!(bench.world().datagrams[0].sent_to, [one, other], "one GSO batch, and another one");
     assert_eq!(told(&bench.next_frame().unwrap()).0, Problem::Prohibited, "each far end is judged");
     let from = |from, byte| (from, vec![byte; 100]);
     let waiting = [

@@ -17,11 +17,11 @@ use std::net::{IpAddr, SocketAddr};
 pub struct Flow {
     /// The protocol.
     pub protocol: Transport,
-    /// Who asked.
+    /// The client.
     pub client: SocketAddr,
-    /// Whom he asked.
+    /// The destination that it asked.
     pub asked: SocketAddr,
-    /// Who answers.
+    /// The server.
     pub server: SocketAddr,
     /// Whom the answers are addressed to: behind source NAT an address and a port of the host.
     pub answered: SocketAddr,

@@ -8,7 +8,7 @@ use tidegate_netfilter::{
     Action, Base, Chain, Change, Connection, Element, Error, Field, Hook, Key, Kind, Match, Rule,
     Set, Table, Transport, Value,
 };
-use tidegate_netns::News;
+use tidegate_netns::ChangeListener;
 use tidegate_testbed::{Namespace, eventually};
 
 fn interface(name: &str) -> Value {
@@ -464,7 +464,7 @@ fn one_port_among_ten_thousand_is_an_element() {
 #[test]
 fn changes_are_heard_of() {
     let namespace = Namespace::new();
-    let changes = namespace.run(News::of_rules).unwrap();
+    let changes = namespace.run(ChangeListener::of_rules).unwrap();
     assert!(!changes.drain());
     namespace.exec("nft", &["add table ip other"]);
     assert!(changes.drain());

@@ -20,7 +20,7 @@
 
 use crate::netlink::Netlink;
 use crate::routes::{connected_interface, default_route};
-use crate::{Family, Namespace, NamespaceId, News, Topic};
+use crate::{ChangeListener, Family, Namespace, NamespaceId, Topic};
 use ipnet::IpNet;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{
@@ -41,7 +41,7 @@ pub(crate) const LOOPBACK: u32 = 1;
 /// May be asked from several threads. Keeps two descriptors; needs no privilege once it is open.
 pub struct AddressBook {
     namespace: NamespaceId,
-    news: News,
+    changes: ChangeListener,
     state: Mutex<State>,
 }
 
@@ -62,11 +62,11 @@ impl AddressBook {
     /// # Errors
     /// The namespace cannot be entered, or its addresses not be read.
     pub fn open(namespace: &Namespace) -> io::Result<Self> {
-        let news = News::of(namespace, &[Topic::Addresses])?;
+        let changes = ChangeListener::of(namespace, &[Topic::Addresses])?;
         let mut netlink = Netlink::open(namespace)?;
         let table = Table::read(&mut netlink)?;
         let state = Mutex::new(State { netlink, table, stale: false });
-        Ok(Self { namespace: namespace.id(), news, state })
+        Ok(Self { namespace: namespace.id(), changes, state })
     }
 
     /// The book of `namespace` that this process has open, or a new one: thousands of ports may ask
@@ -154,10 +154,10 @@ impl AddressBook {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The table, read anew if there is news.
+    /// The table, read anew if it has changed.
     fn current(&self) -> MutexGuard<'_, State> {
         let mut state = self.state();
-        if self.news.drain() || state.stale {
+        if self.changes.drain() || state.stale {
             match Table::read(&mut state.netlink) {
                 Ok(table) => (state.table, state.stale) = (table, false),
                 Err(error) => {

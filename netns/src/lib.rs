@@ -19,7 +19,7 @@
 //! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours, where its
 //!   packets go; always current.
 //! - [`LocalPeers`]: the user of a client on this host.
-//! - [`News`]: word that something has changed.
+//! - [`ChangeListener`]: word that something has changed.
 //! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it
 //!   goes, and that is cleaned up after when its process was killed ([`sweep()`]).
 //!
@@ -37,12 +37,12 @@
 compile_error!("network namespaces exist on Linux only");
 
 mod addresses;
+mod change_listener;
 mod family;
 mod handle;
 mod local_peer;
 mod lock;
 mod netlink;
-mod news;
 mod policy_route;
 mod routes;
 mod run_directory;
@@ -50,11 +50,11 @@ mod system;
 mod user;
 
 pub use addresses::AddressBook;
+pub use change_listener::{ChangeListener, Topic};
 pub use family::{Families, Family};
 pub use handle::{Namespace, NamespaceId, OpenError};
 pub use local_peer::LocalPeers;
 pub use lock::{Lock, lock_file};
-pub use news::{News, Topic};
 pub use policy_route::{
     MAX_SELECTORS, PolicyRoute, PolicyRouteError, Restored, Selector, Steered, Sysctl,
     policy_route_sysctls_hold, repair_policy_routes, sweep, sweep_in,

@@ -12,7 +12,7 @@ pub struct Desired {
     pub networks: Vec<Network>,
     /// What is attached to them; names differ.
     pub endpoints: Vec<Endpoint>,
-    /// Links of the host that forward for the networks alone, where their way out is the kernel's
+    /// Links of the host that forward for the networks alone, where their egress is the kernel's
     /// and the host forwards for nobody.
     pub uplinks: Vec<Uplink>,
     /// How answers of ports that the kernel translates leave by the uplink that was asked; empty
@@ -65,7 +65,7 @@ pub struct Uplink {
     /// Answers over IPv6.
     pub v6: bool,
     /// It forwards, for those families, because of this owner. Otherwise others see to that:
-    /// another owner, who lets nothing but his own networks be reached by it, or a router.
+    /// another owner, which lets nothing but its own networks be reached by it, or a router.
     pub ours: bool,
 }
 
@@ -78,7 +78,7 @@ pub struct Network {
     pub bridge: Interface,
     /// At most one of each family.
     pub subnets: Vec<Subnet>,
-    /// It has no way out: its endpoints get no default route.
+    /// It has no egress: its endpoints get no default route.
     pub internal: bool,
     /// Its endpoints reach one another.
     pub inter_container: bool,

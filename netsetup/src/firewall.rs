@@ -31,7 +31,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use tidegate_model::{Histogram, HistogramReading, Protocol, registry};
 use tidegate_netfilter::{Conntrack, Flow, Gate, GatePolicy, TableFamily, Transport};
-use tidegate_netns::{Namespace, News};
+use tidegate_netns::{ChangeListener, Namespace};
 
 /// Which firewall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -85,7 +85,7 @@ trait Backend: fmt::Debug + Send + Sync {
     fn share(&mut self) {}
 
     /// Word of changes; `None` if the kernel sends none, and one has to look.
-    fn changes(&self) -> io::Result<Option<News>>;
+    fn changes(&self) -> io::Result<Option<ChangeListener>>;
 }
 
 /// Ports that come and go.
@@ -273,7 +273,7 @@ impl Firewall {
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn changes(&self) -> io::Result<Option<News>> {
+    pub fn changes(&self) -> io::Result<Option<ChangeListener>> {
         let state = self.state();
         let backend = &state.backend;
         self.host.with(|| backend.changes())?

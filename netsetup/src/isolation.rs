@@ -35,13 +35,13 @@ pub trait Isolation: fmt::Debug + Send + Sync {
 ///   `not iif lo to SUBNET` would negate both halves.
 /// - A network without IPv6 subnet has no IPv6 at all, or link-local addresses would be a way in.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct WithoutFirewall {
+pub struct RuleIsolation {
     /// BPF programs are available: a [gate](Fact::Gate) at the egress of each bridge closes it
     /// whatever policy rules others insert before ours.
     pub gated: bool,
 }
 
-impl Isolation for WithoutFirewall {
+impl Isolation for RuleIsolation {
     fn name(&self) -> &'static str {
         "without-firewall"
     }
@@ -52,26 +52,26 @@ impl Isolation for WithoutFirewall {
     }
 }
 
-/// Without a firewall, and with a way out by the NAT engine: as [`WithoutFirewall`], but what comes
+/// Without a firewall, and with egress by the NAT engine: as [`RuleIsolation`], but what comes
 /// from a network that is not internal is led into the engine's device, and what comes out of that
 /// is let into the networks.
 ///
 /// The guards come first, so that what goes from one network to another gets nowhere. Behind the
-/// way out is another one: when the engine has ended, and its device and routes with it, nothing
+/// egress is another one: when the engine has ended, and its device and routes with it, nothing
 /// that comes from a network is forwarded.
 #[derive(Clone, Debug)]
-pub struct WithEngine {
+pub struct NatIsolation {
     /// The engine's device, which is there before the networks.
     pub device: String,
     /// The table that has its routes.
     pub table: u32,
-    /// As of [`WithoutFirewall`].
+    /// As of [`RuleIsolation`].
     pub gated: bool,
 }
 
-impl Isolation for WithEngine {
+impl Isolation for NatIsolation {
     fn name(&self) -> &'static str {
-        WithoutFirewall::default().name()
+        RuleIsolation::default().name()
     }
 
     fn groundwork(&self, desired: &Desired) -> Vec<Fact> {
@@ -95,7 +95,7 @@ impl Isolation for WithEngine {
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
         if network.internal {
-            return WithoutFirewall { gated: self.gated }.facts(network);
+            return RuleIsolation { gated: self.gated }.facts(network);
         }
         let bridge = &network.bridge.name;
         let gate = self.gated.then(|| gate(network, Passes::From(self.device.clone())));
@@ -113,14 +113,14 @@ impl Isolation for WithEngine {
                     ..guard(v6)
                 })
             };
-            facts.push(from_network(registry::NO_WAY_OUT_PRIORITY, Reach::Nothing));
-            facts.push(from_network(registry::WAY_OUT_PRIORITY, Reach::Table(self.table)));
+            facts.push(from_network(registry::NO_EGRESS_PRIORITY, Reach::Nothing));
+            facts.push(from_network(registry::EGRESS_PRIORITY, Reach::Table(self.table)));
         }
         facts
     }
 }
 
-/// With a firewall: by its rules, and behind them by the policy rules of [`WithoutFirewall`], with
+/// With a firewall: by its rules, and behind them by the policy rules of [`RuleIsolation`], with
 /// an exemption for what the firewall has marked.
 ///
 /// Rules of a firewall can be flushed by whoever likes to. The policy rules are then what keeps the
@@ -133,7 +133,7 @@ impl Isolation for WithEngine {
 /// A host that forwards for nobody is not made a router. The links by which answers to containers
 /// come ([`Uplink`]) forward, and what else comes in there goes nowhere, as before.
 #[derive(Clone, Debug)]
-pub struct WithFirewall {
+pub struct FirewallIsolation {
     /// Which one.
     pub firewall: FirewallKind,
     /// Whose rules.
@@ -142,7 +142,7 @@ pub struct WithFirewall {
     pub gated: bool,
 }
 
-impl Isolation for WithFirewall {
+impl Isolation for FirewallIsolation {
     fn name(&self) -> &'static str {
         self.firewall.name()
     }
@@ -226,7 +226,7 @@ fn reply_paths(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     })
 }
 
-/// What comes in by an uplink of `desired` goes nowhere else than to networks that have a way out.
+/// What comes in by an uplink of `desired` goes nowhere else than to networks that have egress.
 /// Which of it may is told at their gates.
 fn past_uplinks(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     let has_uplink =

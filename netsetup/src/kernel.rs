@@ -1,8 +1,8 @@
 //! The real kernel: observes and carries out, by rtnetlink, with sockets made in the namespaces
 //! concerned.
 
-mod look;
 mod messages;
+mod observe;
 
 use crate::{Fact, Firewall, Interface, KernelError, Mac, Observed, Op, Passes, Place, Uplink};
 use futures_util::TryStreamExt;
@@ -24,10 +24,10 @@ use tidegate_netns::{Namespace, interface_index};
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
-use look::{Depth, Here, Link};
 use messages::{
     default_route, engine_route, group, link_of, message_of, reply_route, subnet_route,
 };
+use observe::{Depth, Link, Snapshot};
 
 /// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
@@ -217,7 +217,7 @@ impl Kernel {
         }
         by_place.retain(|place, _| self.namespace(place).is_ok());
         for (place, asked) in by_place {
-            let here = Here::look(self, place, &asked, depth).await?;
+            let here = Snapshot::observe(self, place, &asked, depth).await?;
             let links = here.links.values().map(|link| (link.name.clone(), link.mac)).collect();
             observed.links.insert(place.clone(), links);
             if *place == Place::Host {
@@ -300,7 +300,7 @@ impl Kernel {
     }
 
     /// The links of a host that forwards for nobody by which answers to containers may come.
-    fn uplinks(&self, here: &Here) -> Vec<Uplink> {
+    fn uplinks(&self, here: &Snapshot) -> Vec<Uplink> {
         // What cannot be read here cannot be changed either.
         let forwards = |v6| self.forwards(v6).unwrap_or(true);
         here.uplinks(!forwards(false), !forwards(true) && self.singles_links_out())
@@ -768,7 +768,7 @@ impl Kernel {
             return self.host.set_sysctl(ALL, "1");
         }
         tracing::warn!(
-            "containers have no way out over IPv6: before Linux 6.17 it is all links that forward or none; set {ALL}=1 if this host may be a router"
+            "containers have no egress over IPv6: before Linux 6.17 it is all links that forward or none; set {ALL}=1 if this host may be a router"
         );
         Ok(())
     }

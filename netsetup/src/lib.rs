@@ -45,7 +45,7 @@ pub use firewall::{
     Updates, UserRule, Zone,
 };
 pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
-pub use isolation::{Isolation, WithEngine, WithFirewall, WithoutFirewall};
+pub use isolation::{FirewallIsolation, Isolation, NatIsolation, RuleIsolation};
 pub use journal::Journal;
 pub use kernel::{EngineDevice, Kernel};
 pub use mac::Mac;

@@ -32,7 +32,7 @@ pub struct Observed {
     /// What the host reaches otherwise than by a default route, and by which link: its routes and
     /// its own addresses.
     pub routes: Vec<(IpNet, String)>,
-    /// What packets hold, in bytes, on the way out of the host; `None` without a default route.
+    /// What packets hold, in bytes, as they leave the host; `None` without a default route.
     pub default_mtu: Option<u32>,
     /// Of a host that forwards for nobody, the links by which answers to containers could come:
     /// those that have an address.

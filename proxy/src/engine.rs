@@ -6,7 +6,7 @@ use crate::listener::Listener;
 use crate::metrics::{Fill, PortSnapshot, ProcessMetrics, Whose};
 use crate::port::{Port, PortStats, Refusal};
 use crate::tcp::{Limits, Shares};
-use crate::udp::Reflection;
+use crate::udp::LoopGuard;
 use crate::worker::{Message, Worker};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -43,7 +43,7 @@ pub(crate) struct Shared {
     pub(crate) pause_log: LogInterval,
     limit_logs: [LogInterval; Refusal::ALL.len()],
     budget_log: LogInterval,
-    pub(crate) reflection: Reflection,
+    pub(crate) loop_guard: LoopGuard,
     /// What every thread does first.
     prepare: Prepare,
     loops: Mutex<Vec<Option<Loop>>>,
@@ -245,7 +245,7 @@ impl Engine {
             pause_log: LogInterval::new(PAUSE_LOG),
             limit_logs: std::array::from_fn(|_| LogInterval::default()),
             budget_log: LogInterval::default(),
-            reflection: Reflection::default(),
+            loop_guard: LoopGuard::default(),
             prepare: Box::new(prepare),
             loops: Mutex::new((0..workers).map(|_| None).collect()),
             settings,
@@ -282,7 +282,7 @@ impl Engine {
             });
             with_series = with_series.saturating_sub(1);
             if port.label.protocol() == Protocol::Udp {
-                self.shared.reflection.add(port.label.address());
+                self.shared.loop_guard.add(port.label.address());
             }
             // Connections move on to other loops when one is saturated, sessions do not.
             let index = match port.label.protocol() {
@@ -345,7 +345,7 @@ impl Engine {
             port
         };
         if port.label.protocol() == Protocol::Udp {
-            self.shared.reflection.remove(port.label.address());
+            self.shared.loop_guard.remove(port.label.address());
         }
         port.closed.store(true, Ordering::Relaxed);
         self.shared.tell_all(|done| Message::Unpublish { port: Arc::clone(&port), done });
@@ -363,18 +363,18 @@ impl Engine {
     /// A UDP port is published at `address` by somebody else: what claims to come from there is not
     /// answered either. Call it in the namespace of ports.
     pub fn note_port_of_others(&self, address: SocketAddr) {
-        self.shared.reflection.add(address);
+        self.shared.loop_guard.add(address);
     }
 
     /// It no longer is.
     pub fn forget_port_of_others(&self, address: SocketAddr) {
-        self.shared.reflection.remove(address);
+        self.shared.loop_guard.remove(address);
     }
 
     /// Whether a datagram of `client` claims to come from a published port, which answering would
     /// ask, and so on for ever.
     pub fn is_reflected(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
-        self.shared.reflection.is_ours(client, acl)
+        self.shared.loop_guard.is_ours(client, acl)
     }
 
     /// Closes every port at once, lets connections go on until they end or `deadline` has passed,

@@ -16,12 +16,12 @@
 
 mod config;
 
+#[doc(hidden)]
+pub mod bench_support;
+mod cpu_meter;
 mod engine;
 mod gateway_acl;
 mod listener;
-mod load;
-#[doc(hidden)]
-pub mod measure;
 mod metrics;
 mod port;
 pub mod proxy_protocol;

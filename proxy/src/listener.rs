@@ -237,7 +237,7 @@ fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Resu
         return prepare_stream(socket);
     }
     // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
-    let _ = receive_trains(socket);
+    let _ = enable_gro(socket);
     prepare_datagrams(socket);
     batch::enable_packet_info(socket, address.is_ipv6())
 }
@@ -281,9 +281,9 @@ pub(crate) fn narrow(source: impl AsFd, sink: impl AsFd) {
     let _ = SockRef::from(&sink).set_tcp_notsent_lowat(UNSENT_NARROW);
 }
 
-/// Lets the kernel deliver trains of datagrams.
-pub(crate) fn receive_trains(datagrams: impl AsFd) -> io::Result<()> {
-    if Feature::UdpTrains.is_forced_off() {
+/// Lets the kernel deliver GSO batches of datagrams.
+pub(crate) fn enable_gro(datagrams: impl AsFd) -> io::Result<()> {
+    if Feature::UdpGso.is_forced_off() {
         return Err(Errno::NOPROTOOPT.into());
     }
     batch::enable_receive_offload(datagrams)

@@ -1,8 +1,8 @@
 //! One event loop of the engine: its ports, its connections, its sessions.
 
+use crate::cpu_meter::Meter;
 use crate::engine::Shared;
 use crate::listener::Listener;
-use crate::load::Meter;
 use crate::port::{Direction, Port, Refusal, Tally};
 use crate::tcp::{
     Accepted, Claim, Connection, Crowd, Holder, NARROW_BYTES, Phase, Scratch, Seat, Side, Turn,

@@ -1,9 +1,9 @@
 //! The requests that there are.
 
 use super::problem::Problem;
-use super::subject::{Order, Subject, port_of};
 use super::types::{Endpoint, ErrorBody, Figures, Network, NewNamespace, NewPorts, Port, Status};
-use crate::ports::runs;
+use super::view::{Order, View, port_of};
+use crate::bind::runs;
 use crate::publisher::{PortId, PublishError};
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection};
@@ -49,8 +49,8 @@ type Answer<T> = Result<Json<T>, Problem>;
 type Named = Result<Path<String>, PathRejection>;
 type Body = Result<Bytes, BytesRejection>;
 
-/// All routes, over `subject`.
-pub(super) fn router(subject: Arc<Subject>) -> Router {
+/// All routes, over `view`.
+pub(super) fn router(view: Arc<View>) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/networks", get(networks))
@@ -65,19 +65,19 @@ pub(super) fn router(subject: Arc<Subject>) -> Router {
         .fallback(nothing_there)
         .method_not_allowed_fallback(not_that_way)
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .with_state(subject)
+        .with_state(view)
 }
 
 /// What runs, and how its services are
 #[utoipa::path(get, path = "/v1/status", responses((status = 200, body = Status)))]
-async fn status(State(subject): State<Arc<Subject>>) -> Json<Status> {
-    Json(subject.status())
+async fn status(State(view): State<Arc<View>>) -> Json<Status> {
+    Json(view.status())
 }
 
 /// All networks
 #[utoipa::path(get, path = "/v1/networks", responses((status = 200, body = Vec<Network>)))]
-async fn networks(State(subject): State<Arc<Subject>>) -> Json<Vec<Network>> {
-    Json(subject.networks())
+async fn networks(State(view): State<Arc<View>>) -> Json<Vec<Network>> {
+    Json(view.networks())
 }
 
 /// One network
@@ -87,16 +87,16 @@ async fn networks(State(subject): State<Arc<Subject>>) -> Json<Vec<Network>> {
     params(("name" = String, Path)),
     responses((status = 200, body = Network), (status = 404, body = ErrorBody))
 )]
-async fn network(State(subject): State<Arc<Subject>>, name: Named) -> Answer<Network> {
+async fn network(State(view): State<Arc<View>>, name: Named) -> Answer<Network> {
     let name = text(name)?;
-    let found = subject.networks().into_iter().find(|network| network.name == name);
+    let found = view.networks().into_iter().find(|network| network.name == name);
     found.map(Json).ok_or_else(|| Problem::not_found(&format!("there is no network {name:?}")))
 }
 
 /// All endpoints, with their attachments and published ports
 #[utoipa::path(get, path = "/v1/endpoints", responses((status = 200, body = Vec<Endpoint>)))]
-async fn endpoints(State(subject): State<Arc<Subject>>) -> Json<Vec<Endpoint>> {
-    Json(subject.endpoints())
+async fn endpoints(State(view): State<Arc<View>>) -> Json<Vec<Endpoint>> {
+    Json(view.endpoints())
 }
 
 /// One endpoint
@@ -106,8 +106,8 @@ async fn endpoints(State(subject): State<Arc<Subject>>) -> Json<Vec<Endpoint>> {
     params(("name" = String, Path)),
     responses((status = 200, body = Endpoint), (status = 404, body = ErrorBody))
 )]
-async fn endpoint(State(subject): State<Arc<Subject>>, name: Named) -> Answer<Endpoint> {
-    find_endpoint(&subject, text(name)?)
+async fn endpoint(State(view): State<Arc<View>>, name: Named) -> Answer<Endpoint> {
+    find_endpoint(&view, text(name)?)
 }
 
 /// Plug an adopted endpoint into another namespace
@@ -128,11 +128,7 @@ async fn endpoint(State(subject): State<Arc<Subject>>, name: Named) -> Answer<En
         (status = 500, body = ErrorBody)
     )
 )]
-async fn set_namespace(
-    State(subject): State<Arc<Subject>>,
-    name: Named,
-    body: Body,
-) -> Answer<Endpoint> {
+async fn set_namespace(State(view): State<Arc<View>>, name: Named, body: Body) -> Answer<Endpoint> {
     let (name, new) = (text(name)?, json::<NewNamespace>(body)?);
     let netns = PathBuf::from(new.netns);
     if !netns.is_absolute() {
@@ -144,15 +140,15 @@ async fn set_namespace(
     let (done, is_done) = oneshot::channel();
     let order = Order::Replug { endpoint: name.clone(), netns, done };
     let closed = || Problem::from(PublishError::Closed);
-    subject.orders.send(order).await.map_err(|_| closed())?;
+    view.orders.send(order).await.map_err(|_| closed())?;
     is_done.await.map_err(|_| closed())??;
-    find_endpoint(&subject, name)
+    find_endpoint(&view, name)
 }
 
 /// All published ports
 #[utoipa::path(get, path = "/v1/ports", responses((status = 200, body = Vec<Port>)))]
-async fn ports(State(subject): State<Arc<Subject>>) -> Json<Vec<Port>> {
-    Json(subject.ports())
+async fn ports(State(view): State<Arc<View>>) -> Json<Vec<Port>> {
+    Json(view.ports())
 }
 
 /// Publish ports of an endpoint: all of them, or none
@@ -170,7 +166,7 @@ async fn ports(State(subject): State<Arc<Subject>>) -> Json<Vec<Port>> {
     )
 )]
 async fn add_ports(
-    State(subject): State<Arc<Subject>>,
+    State(view): State<Arc<View>>,
     body: Body,
 ) -> Result<(StatusCode, Json<Vec<Port>>), Problem> {
     let new = json::<NewPorts>(body)?;
@@ -180,7 +176,7 @@ async fn add_ports(
     }
     // Opening sockets is quick; finding out who is in the way is not.
     let endpoint = new.endpoint.clone();
-    let opened = blocking(move || subject.publisher.publish(&endpoint, &spec)).await??;
+    let opened = blocking(move || view.publisher.publish(&endpoint, &spec)).await??;
     let ports: Vec<_> = opened.iter().map(|port| (port.label, port.container_port)).collect();
     for (publish, to) in runs(&ports) {
         tracing::info!(publish, endpoint = new.endpoint, to, "published");
@@ -195,14 +191,11 @@ async fn add_ports(
     params(("id" = u32, Path)),
     responses((status = 204), (status = 404, body = ErrorBody))
 )]
-async fn remove_port(
-    State(subject): State<Arc<Subject>>,
-    id: Named,
-) -> Result<StatusCode, Problem> {
+async fn remove_port(State(view): State<Arc<View>>, id: Named) -> Result<StatusCode, Problem> {
     let id = text(id)?;
     let not_there = || Problem::not_found(&format!("there is no published port {id:?}"));
     let number = id.parse().map_err(|_| not_there())?;
-    let removed = blocking(move || subject.publisher.unpublish(PortId(number))).await?;
+    let removed = blocking(move || view.publisher.unpublish(PortId(number))).await?;
     let port = removed.ok_or_else(not_there)?;
     tracing::info!(publish = %port.label, endpoint = port.endpoint, "port closed");
     Ok(StatusCode::NO_CONTENT)
@@ -210,9 +203,9 @@ async fn remove_port(
 
 /// What has been counted, and what there is now: ports, networks, the NAT engine, name servers
 #[utoipa::path(get, path = "/v1/figures", responses((status = 200, body = Figures)))]
-async fn figures(State(subject): State<Arc<Subject>>) -> Answer<Figures> {
+async fn figures(State(view): State<Arc<View>>) -> Answer<Figures> {
     // A quarter of a million ports take their time.
-    blocking(move || subject.figures()).await.map(Json)
+    blocking(move || view.figures()).await.map(Json)
 }
 
 /// This document
@@ -231,8 +224,8 @@ async fn not_that_way(uri: Uri) -> Problem {
     Problem::of(StatusCode::METHOD_NOT_ALLOWED, &line)
 }
 
-fn find_endpoint(subject: &Subject, name: String) -> Answer<Endpoint> {
-    let found = subject.endpoints().into_iter().find(|endpoint| endpoint.name == name);
+fn find_endpoint(view: &View, name: String) -> Answer<Endpoint> {
+    let found = view.endpoints().into_iter().find(|endpoint| endpoint.name == name);
     found.map(Json).ok_or_else(|| PublishError::NoEndpoint(name).into())
 }
 

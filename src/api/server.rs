@@ -2,7 +2,7 @@
 
 use super::routes::router;
 use super::socket::{Place, Socket};
-use super::subject::Subject;
+use super::view::View;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -38,10 +38,10 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Answers the clients of `socket` about `subject`. To be called within a tokio runtime.
-    pub(crate) fn start(socket: Socket, subject: Arc<Subject>) -> Self {
+    /// Answers the clients of `socket` about `view`. To be called within a tokio runtime.
+    pub(crate) fn start(socket: Socket, view: Arc<View>) -> Self {
         let Socket { listener, place } = socket;
-        Self { task: tokio::spawn(serve(listener, subject)), place }
+        Self { task: tokio::spawn(serve(listener, view)), place }
     }
 
     /// Sends all clients away and lets nobody in any more. The place is kept until it is dropped.
@@ -57,7 +57,7 @@ impl Drop for Server {
     }
 }
 
-async fn serve(listener: UnixListener, subject: Arc<Subject>) {
+async fn serve(listener: UnixListener, view: Arc<View>) {
     let mut http = http1::Builder::new();
     // A connection is one request: that is what makes its time easy to bound.
     http.keep_alive(false)
@@ -65,7 +65,7 @@ async fn serve(listener: UnixListener, subject: Arc<Subject>) {
         .header_read_timeout(HEAD_PATIENCE)
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS);
-    let router = router(subject);
+    let router = router(view);
     let places = Arc::new(Semaphore::new(MAX_CLIENTS));
     let mut clients = tokio::task::JoinSet::new();
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {

@@ -1,8 +1,8 @@
 //! Where the API is served: a Unix socket for one instance and one user.
 //!
 //! The socket of an instance that was killed is still there. So a file beside it says whose it is:
-//! it is locked for as long as its owner lives (flock(2)), and bears his pid. Who has the lock may
-//! take the socket over.
+//! it is locked for as long as its owner lives (flock(2)), and holds its pid. Whoever has the lock
+//! may take the socket over.
 
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;

@@ -103,7 +103,7 @@ pub(crate) struct Network {
     pub(crate) bridge: String,
     /// At most one of each family, IPv4 first.
     pub(crate) subnets: Vec<Subnet>,
-    /// There is no way out.
+    /// There is no egress.
     pub(crate) internal: bool,
     /// Its endpoints reach one another.
     pub(crate) inter_container: bool,

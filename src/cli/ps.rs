@@ -2,7 +2,7 @@
 
 use crate::api::client::Client;
 use crate::api::types::{Endpoint, Network, Service, State, Status};
-use crate::ports::runs;
+use crate::bind::runs;
 use crate::table::table;
 use anyhow::Context;
 use clap::Args;

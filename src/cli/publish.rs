@@ -2,12 +2,12 @@
 
 use super::duration::{optional_timeout, timeout};
 use super::{UsageError, metrics_address};
+use crate::bind::{bind, raise_descriptor_limit, runs};
+use crate::client_address::{Source, sweep_stale_owners};
 use crate::confine;
-use crate::ground::Ground;
+use crate::host_context::HostContext;
 use crate::limits::ProxyLimits;
 use crate::metrics_endpoint::Recorder;
-use crate::ports::{bind, raise_descriptor_limit, runs};
-use crate::source::{Source, clean_up_after_the_dead};
 use anyhow::{Context, anyhow, bail};
 use clap::{ArgGroup, Args};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -143,7 +143,7 @@ impl Publish {
             bail!("port spec \"{spec}\": protocol not supported");
         }
         let target = self.target()?;
-        clean_up_after_the_dead();
+        sweep_stale_owners();
         raise_descriptor_limit();
 
         let mut bound: BTreeMap<Protocol, Vec<(Listener, u16)>> = BTreeMap::new();
@@ -268,10 +268,11 @@ impl Publish {
         Ok(match target {
             Target::Address(address) => self.source.unwrap_or(Source::Proxy).towards(*address)?,
             Target::Namespace { namespace, address, .. } => {
-                let ground = Ground::here().context("this process's own network namespace")?;
+                let host_context =
+                    HostContext::here().context("this process's own network namespace")?;
                 Source::towards_namespace(
                     self.source,
-                    &ground,
+                    &host_context,
                     namespace,
                     address.as_slice(),
                     protocol,

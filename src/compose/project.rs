@@ -46,7 +46,7 @@ pub struct Project {
 pub struct Network {
     /// Its key in the file: `[a-zA-Z0-9._-]+`, 63 characters at most.
     pub name: String,
-    /// Whether there is no way out of it (and none in).
+    /// Whether there is no egress of it (and none in).
     pub internal: bool,
     /// Whether it has IPv6 addresses, given or chosen.
     pub enable_ipv6: bool,

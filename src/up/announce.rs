@@ -1,7 +1,7 @@
 //! What is told on standard output once a project is up.
 
 use super::Running;
-use crate::ports::runs;
+use crate::bind::runs;
 use crate::table::table;
 use anyhow::bail;
 use std::collections::BTreeMap;

@@ -35,7 +35,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_netns::{
-    Namespace, NamespaceId, News, Restored, policy_route_sysctls_hold, repair_policy_routes,
+    ChangeListener, Namespace, NamespaceId, Restored, policy_route_sysctls_hold,
+    repair_policy_routes,
 };
 use tidegate_netsetup::{Firewall, Place, RepairKind, Repaired, SetupError};
 use tokio::io::Interest;
@@ -63,7 +64,7 @@ enum Rules {
     /// There are none.
     None,
     /// Word of the kernel's.
-    Word(AsyncFd<News>),
+    Word(AsyncFd<ChangeListener>),
     /// Nothing does.
     Look,
 }
@@ -71,12 +72,12 @@ enum Rules {
 impl Rules {
     /// What others do, if the kernel tells.
     fn heard_of(host: &Namespace) -> io::Result<Self> {
-        Self::word(host.with(News::of_rules)??)
+        Self::word(host.with(ChangeListener::of_rules)??)
     }
 
-    fn word(news: News) -> io::Result<Self> {
+    fn word(changes: ChangeListener) -> io::Result<Self> {
         // SAFETY: its descriptor is its own, and the same for as long as it lives.
-        Ok(Self::Word(unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }?))
+        Ok(Self::Word(unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?))
     }
 
     fn of(firewall: &Firewall) -> io::Result<Self> {
@@ -130,7 +131,7 @@ impl Instance {
         self.look_at_marks(&mut mark_setters);
         loop {
             tokio::select! {
-                changed = self.news.readable(), if !schedule.awaits_host() => {
+                changed = self.changes.readable(), if !schedule.awaits_host() => {
                     let has_changed = changed.is_ok_and(|mut changed| {
                         let has_changed = changed.get_inner().drain();
                         changed.clear_ready();
@@ -158,8 +159,8 @@ impl Instance {
                 Some(order) = self.orders.recv() => self.carry_out(order).await,
                 Ok(()) = self.up.resolvers.changed() => {
                     let resolvers = Arc::clone(&self.up.resolvers.borrow_and_update());
-                    if let Some(way_out) = &mut self.up.way_out {
-                        way_out.set_resolvers(&resolvers);
+                    if let Some(egress) = &mut self.up.egress {
+                        egress.set_resolvers(&resolvers);
                     }
                 },
                 _ = ticks.tick() => {
@@ -302,7 +303,7 @@ impl Instance {
         }
         let mut repaired = self.restore(host, &endpoints).await;
         if !repaired.failed.is_empty() {
-            // A link on its way out is still listed for a moment, and nothing can be put on it.
+            // A link about to go is still listed for a moment, and nothing can be put on it.
             tokio::time::sleep(SETTLE).await;
             let failed: BTreeSet<_> =
                 repaired.failed.iter().map(|(endpoint, _)| endpoint.clone()).collect();
@@ -454,9 +455,9 @@ impl Instance {
                 self.setup.update(desired).await?;
             }
         }
-        if let Some(way_out) = self.up.way_out.as_mut().filter(|_| !self.apart) {
+        if let Some(egress) = self.up.egress.as_mut().filter(|_| !self.apart) {
             // Networks of others may have come.
-            way_out.look_again(&self.up.layout, &observed);
+            egress.look_again(&self.up.layout, &observed);
         }
         Ok(())
     }

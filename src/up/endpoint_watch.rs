@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tidegate_netns::{Namespace, News, Topic};
+use tidegate_netns::{ChangeListener, Namespace, Topic};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -42,9 +42,9 @@ impl EndpointWatch {
             task.abort();
         }
         let topics = [Topic::Links, Topic::Addresses, Topic::Routes, Topic::Rules, Topic::Settings];
-        let links = register(News::of(namespace, &topics)?)?;
+        let links = register(ChangeListener::of(namespace, &topics)?)?;
         // Without nftables there is no table to lose.
-        let rules = namespace.with(News::of_rules)?.and_then(register).ok();
+        let rules = namespace.with(ChangeListener::of_rules)?.and_then(register).ok();
         let task =
             tokio::spawn(follow(endpoint.to_owned(), links, rules, Arc::clone(&self.changed)));
         self.tasks.insert(endpoint.to_owned(), task.abort_handle());
@@ -71,15 +71,15 @@ impl Drop for EndpointWatch {
     }
 }
 
-fn register(news: News) -> io::Result<AsyncFd<News>> {
+fn register(changes: ChangeListener) -> io::Result<AsyncFd<ChangeListener>> {
     // SAFETY: its descriptor is its own, and the same for as long as it lives.
-    Ok(unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }?)
+    Ok(unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?)
 }
 
 async fn follow(
     endpoint: String,
-    links: AsyncFd<News>,
-    rules: Option<AsyncFd<News>>,
+    links: AsyncFd<ChangeListener>,
+    rules: Option<AsyncFd<ChangeListener>>,
     changed: Arc<Changed>,
 ) {
     loop {
@@ -103,8 +103,8 @@ async fn follow(
 }
 
 /// Waits for word. Whether it is of interest.
-async fn heard(news: &AsyncFd<News>) -> bool {
-    let Ok(mut ready) = news.readable().await else { return std::future::pending().await };
+async fn heard(changes: &AsyncFd<ChangeListener>) -> bool {
+    let Ok(mut ready) = changes.readable().await else { return std::future::pending().await };
     let changed = ready.get_inner().drain();
     ready.clear_ready();
     changed

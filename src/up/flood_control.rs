@@ -7,7 +7,7 @@
 //! is twice what the engine admits then: the engine's budget, not the policer, decides which. The
 //! policer is lifted once it has had little to drop for [`CHECK`].
 
-use crate::ground::Ground;
+use crate::host_context::HostContext;
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::io;
@@ -57,14 +57,14 @@ struct BridgePort {
 pub(super) fn start(
     desired: &Desired,
     guards: &Arc<PortGuards>,
-    ground: &Ground,
+    host_context: &HostContext,
     rate: NonZeroU32,
 ) -> io::Result<Option<Arc<dyn FloodListener>>> {
     if guards.mechanism() == Mechanism::Classic {
         return Ok(None);
     }
     let (sender, reports) = sync_channel(REPORTS);
-    let (guards, host) = (Arc::clone(guards), ground.networks().clone());
+    let (guards, host) = (Arc::clone(guards), host_context.networks().clone());
     let ports = bridge_ports(desired);
     std::thread::Builder::new().name("tidegate-flood".into()).spawn(move || {
         let entered = if host.is_current() { Ok(()) } else { host.enter() };

@@ -14,7 +14,7 @@ use tidegate_netsetup::{
 };
 use tidegate_proxy::{Bridge, GatewayNetwork};
 
-/// What a network's packets hold where the host has no way out to take the figure from.
+/// What a network's packets hold where the host has no egress to take the figure from.
 const MTU: u32 = 1500;
 
 /// A project on this host.
@@ -71,7 +71,7 @@ pub(super) fn layout(
     for service in &project.services {
         let mut attachments = Vec::new();
         let mut all = Vec::new();
-        let way_out = service.networks.iter().position(|one| {
+        let egress = service.networks.iter().position(|one| {
             project.networks.get(&one.network).is_some_and(|network| !network.internal)
         });
         for (number, attachment) in service.networks.iter().enumerate() {
@@ -97,7 +97,7 @@ pub(super) fn layout(
                     mac: Mac::local((with.random)()),
                 },
                 addresses: nets,
-                default_route: way_out == Some(number),
+                default_route: egress == Some(number),
                 any_address: attachment.any_source,
             });
         }

@@ -12,27 +12,29 @@
 
 mod announce;
 mod control;
+mod egress;
 mod endpoint_watch;
 mod flood_control;
 mod layout;
 mod metrics;
 mod names;
 mod repair_schedule;
-mod way_out;
 
 use crate::api::socket::{self, Socket};
-use crate::api::{Adopted, MAX_CLIENTS, Order, Server, Subject};
+use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View};
+use crate::bind::{raise_descriptor_limit, reserve};
+use crate::client_address::sweep_stale_owners;
 use crate::compose::{self, Project, Run};
 use crate::firewall::{Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones};
-use crate::ground::Ground;
+use crate::host_context::HostContext;
 use crate::limits::ProxyLimits;
 use crate::metrics_endpoint::{MetricsAddress, MetricsStatus, Recorder};
 use crate::port_guards;
-use crate::ports::{raise_descriptor_limit, reserve};
 use crate::publisher::{Endpoint, Publisher};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
-use crate::source::clean_up_after_the_dead;
 use anyhow::{Context, anyhow, bail};
+use egress::Egress;
+pub use egress::NatLimits;
 use endpoint_watch::EndpointWatch;
 use layout::{Layout, Surroundings, fnv, layout};
 use names::NameServers;
@@ -47,17 +49,15 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 use tidegate_model::{PortSpec, Protocol, registry};
 use tidegate_netfilter::PortGuards;
-use tidegate_netns::{Namespace, News, Topic, interface_index, run_directory};
+use tidegate_netns::{ChangeListener, Namespace, Topic, interface_index, run_directory};
 use tidegate_netsetup::{
-    DefaultRoute, Desired, Firewall, Journal, JournalError, Kernel, Observed, Opening, ReplyPath,
-    Setup, Uplink, WithFirewall, WithoutFirewall,
+    DefaultRoute, Desired, Firewall, FirewallIsolation, Journal, JournalError, Kernel, Observed,
+    Opening, ReplyPath, RuleIsolation, Setup, Uplink,
 };
 use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings};
 use tokio::io::{Interest, unix::AsyncFd};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-pub use way_out::NatLimits;
-use way_out::WayOut;
 
 /// How long running connections may go on once all services have ended: none is answered any more.
 const DRAIN: Duration = Duration::from_millis(100);
@@ -65,7 +65,7 @@ const DRAIN: Duration = Duration::from_millis(100);
 /// Descriptors that a service keeps: its namespace, and its init's socket, process and two streams.
 const SERVICE_DESCRIPTORS: usize = 5;
 
-/// Orders that may wait; who gives one more waits himself.
+/// Orders that may wait; whoever gives one more waits.
 const ORDERS: usize = 8;
 
 /// What is asked for.
@@ -111,7 +111,7 @@ struct Instance {
     server: Server,
     orders: mpsc::Receiver<Order>,
     /// Of what could have opened the networks.
-    news: AsyncFd<News>,
+    changes: AsyncFd<ChangeListener>,
     /// Of what was removed in the namespaces of endpoints.
     watch: EndpointWatch,
     /// What was restored.
@@ -129,7 +129,7 @@ struct Running {
     adopted: Arc<Adopted>,
     names: NameServers,
     /// The NAT engine, where there is no firewall.
-    way_out: Option<WayOut>,
+    egress: Option<Egress>,
     /// The host's DNS servers, for it.
     resolvers: watch::Receiver<Arc<[SocketAddr]>>,
     supervisor: Supervisor,
@@ -138,11 +138,11 @@ struct Running {
 }
 
 /// What a project is brought up with.
-struct Means<'a> {
-    ground: &'a Ground,
+struct Resources<'a> {
+    host_context: &'a HostContext,
     chosen: &'a Chosen,
-    /// Of the way out, where there is no firewall.
-    device: Option<way_out::Device>,
+    /// Of egress, where there is no firewall.
+    device: Option<egress::Device>,
     /// What checks what endpoints send, where the host has a mechanism for that.
     guards: Option<Arc<PortGuards>>,
     /// Where what is to be remembered goes.
@@ -186,17 +186,17 @@ impl Up {
     /// One line. Nothing is left behind, unless it says so.
     pub fn run(&self) -> anyhow::Result<bool> {
         // While there is one thread only.
-        let ground = Ground::for_networks()?;
+        let host_context = HostContext::for_networks()?;
         // One thread: children are tied to the thread that made them, so that they go when this
         // process is killed.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .context("event loop")?;
-        runtime.block_on(self.run_on(&ground))
+        runtime.block_on(self.run_on(&host_context))
     }
 
-    async fn run_on(&self, ground: &Ground) -> anyhow::Result<bool> {
+    async fn run_on(&self, host_context: &HostContext) -> anyhow::Result<bool> {
         let (started, begun) = (SystemTime::now(), Instant::now());
         let mut project = compose::load(&self.file)?;
         if let Some(name) = &self.project {
@@ -222,9 +222,9 @@ impl Up {
             error => error.into(),
         })?;
         services::sweep(&run).context("files of services that were killed")?;
-        clean_up_after_the_dead();
+        sweep_stale_owners();
         raise_descriptor_limit();
-        let chosen = choose(self.firewall, self.publish, ground, &project.name)?;
+        let chosen = choose(self.firewall, self.publish, host_context, &project.name)?;
         chosen.tell();
         if self.allow_host_loopback && chosen.firewall.is_some() {
             bail!(
@@ -233,15 +233,16 @@ impl Up {
         }
         let device = match &chosen.firewall {
             Some(_) => None,
-            None => way_out::Device::open(ground, &project)
+            None => egress::Device::open(host_context, &project)
                 .inspect_err(|error| {
                     tracing::warn!(
-                        "containers have no way out: {error}; tidegate doctor says what helps"
+                        "containers have no egress: {error}; tidegate doctor says what helps"
                     );
                 })
                 .ok(),
         };
-        let mut setup = setup_with(ground, journal, chosen.firewall.as_ref(), device.as_ref());
+        let mut setup =
+            setup_with(host_context, journal, chosen.firewall.as_ref(), device.as_ref());
         let guards = port_guards::port_guards(&project.name)
             .inspect_err(|error| {
                 tracing::warn!(
@@ -268,12 +269,12 @@ impl Up {
             Topic::Routes,
             Topic::Fdb,
         ];
-        let news =
-            News::of(ground.networks(), &topics).context("listen for changes of networks")?;
-        // SAFETY: its descriptor is its own, and the same for as long as it lives.
-        let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }
+        let changes = ChangeListener::of(host_context.networks(), &topics)
             .context("listen for changes of networks")?;
-        let means = Means { ground, chosen: &chosen, device, guards, run: &run };
+        // SAFETY: its descriptor is its own, and the same for as long as it lives.
+        let changes = unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }
+            .context("listen for changes of networks")?;
+        let means = Resources { host_context, chosen: &chosen, device, guards, run: &run };
         let up = match self.start(means, &project, &mut setup, &mut signals).await {
             Ok(Some(up)) => up,
             not_up => {
@@ -288,7 +289,7 @@ impl Up {
         };
         let (orders, received) = mpsc::channel(ORDERS);
         let name = project.name.clone();
-        let subject = Subject {
+        let view = View {
             compose_file: std::path::absolute(&self.file).unwrap_or_else(|_| self.file.clone()),
             started,
             begun,
@@ -298,15 +299,15 @@ impl Up {
             observer: up.supervisor.observer(),
             publisher: Arc::clone(&up.publisher),
             names: up.names.resolver(),
-            nat: up.way_out.as_ref().map(|nat| nat.nat().figures().clone()),
+            nat: up.egress.as_ref().map(|nat| nat.nat().figures().clone()),
             adopted: Arc::clone(&up.adopted),
             metrics: up.metrics.clone(),
             orders,
             project: project.name,
         };
-        let server = Server::start(socket, Arc::new(subject));
+        let server = Server::start(socket, Arc::new(view));
         let repairs = metrics::Repairs::new();
-        let (host, apart) = (ground.networks().clone(), ground.is_rootless());
+        let (host, apart) = (host_context.networks().clone(), host_context.is_rootless());
         let mut instance = Instance {
             setup,
             chosen,
@@ -316,7 +317,7 @@ impl Up {
             project: name,
             server,
             orders: received,
-            news,
+            changes,
             watch: EndpointWatch::default(),
             repairs,
         };
@@ -336,17 +337,17 @@ impl Up {
     /// then, and with an error, in `setup`, to be taken back.
     async fn start(
         &self,
-        means: Means<'_>,
+        means: Resources<'_>,
         project: &Project,
         setup: &mut Setup,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Running>> {
-        let Means { ground, chosen, device, guards, run } = means;
+        let Resources { host_context, chosen, device, guards, run } = means;
         let mut observed = setup.surroundings().await?;
-        if ground.is_rootless() {
+        if host_context.is_rootless() {
             // The networks of the host are not in the way there. But who is to reach them one day
             // must not have their addresses.
-            let host = Kernel::new(ground.ports().clone()).observe(&[]).await?;
+            let host = Kernel::new(host_context.ports().clone()).observe(&[]).await?;
             observed.routes.extend(host.routes);
             observed.bridges_of_tidegate.extend(host.bridges_of_tidegate);
         }
@@ -396,56 +397,62 @@ impl Up {
             namespaces.insert(service.name.clone(), namespace);
         }
         setup.apply(&layout.desired).await?;
-        let start = |device: way_out::Device| -> anyhow::Result<_> {
+        let start = |device: egress::Device| -> anyhow::Result<_> {
             let rate = NonZeroU32::new(self.nat_limits.unanswered).unwrap_or(NonZeroU32::MIN);
             let guards = guards.as_ref();
-            let floods =
-                guards.map(|guards| flood_control::start(&layout.desired, guards, ground, rate));
+            let floods = guards
+                .map(|guards| flood_control::start(&layout.desired, guards, host_context, rate));
             let floods = floods.transpose().context("start a thread")?.flatten();
             Ok(device.start(
                 &layout,
                 &observed,
-                ground,
+                host_context,
                 self.allow_host_loopback,
                 self.nat_limits,
                 floods,
             )?)
         };
-        let mut way_out = device.map(start).transpose()?;
+        let mut egress = device.map(start).transpose()?;
 
         let mut settings =
             Settings { ports_with_series: self.ports_with_series, ..Settings::default() };
-        if way_out.is_some() {
-            settings.reserved_descriptors += way_out::descriptors();
+        if egress.is_some() {
+            settings.reserved_descriptors += egress::descriptors();
         }
         let of_a_service = SERVICE_DESCRIPTORS + names::DESCRIPTORS + endpoint_watch::DESCRIPTORS;
         settings.reserved_descriptors +=
             of_a_service * namespaces.len() + names::SHARED_DESCRIPTORS + MAX_CLIENTS;
-        let bridges = bridge_indexes(&layout, ground.networks()).context("look for the bridges")?;
+        let bridges =
+            bridge_indexes(&layout, host_context.networks()).context("look for the bridges")?;
         let gateway_networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&bridges)));
         gateway_networks.set_internal_of_others(observed.internal_bridges.clone());
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
         let publisher =
-            Arc::new(Publisher::new(ground.clone(), settings, self.limits, chosen, gateways));
+            Arc::new(Publisher::new(host_context.clone(), settings, self.limits, chosen, gateways));
         for (name, namespace) in &namespaces {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let acl = GatewayAcl::new(Arc::clone(&gateway_networks), layout.networks_of(name));
             let endpoint = Endpoint::new(namespace.clone(), addresses, acl);
             let endpoint = endpoint.translated_to(targets_of(&layout, name));
-            publisher.add_endpoint(name, endpoint.behind_engine(way_out::behind_it(&layout, name)));
+            publisher.add_endpoint(name, endpoint.behind_engine(egress::behind_it(&layout, name)));
         }
-        if let Some(way_out) = &way_out {
-            publisher.come_in_by(Arc::clone(way_out.nat()));
+        if let Some(egress) = &egress {
+            publisher.come_in_by(Arc::clone(egress.nat()));
         }
         // Of services, once they have been started.
         let observer: Arc<OnceLock<services::Observer>> = Arc::default();
         let begun = async {
-            let mut names =
-                NameServers::new(project, &layout, ground, self.dns_ttl, self.dns_forward_rate)?;
+            let mut names = NameServers::new(
+                project,
+                &layout,
+                host_context,
+                self.dns_ttl,
+                self.dns_forward_rate,
+            )?;
             let mut resolvers = names.resolver().host_servers();
-            if let Some(way_out) = &mut way_out {
-                way_out.set_resolvers(&resolvers.borrow_and_update());
+            if let Some(egress) = &mut egress {
+                egress.set_resolvers(&resolvers.borrow_and_update());
             }
             names.serve_all(project, &namespaces)?;
             for ((service, protocol), listeners) in ports {
@@ -460,13 +467,13 @@ impl Up {
                 let recorder =
                     recorder.with(move |page| metrics::ruleset_families(firewall.as_deref(), page));
                 let nat =
-                    way_out.as_ref().map(|nat| (project.name.clone(), nat.nat().figures().clone()));
+                    egress.as_ref().map(|nat| (project.name.clone(), nat.nat().figures().clone()));
                 let recorder = recorder.with(move |page| {
                     let engines: Vec<_> =
                         nat.iter().map(|(name, figures)| (name.as_str(), figures)).collect();
                     let _ = tidegate_nat::describe(&engines, page);
                 });
-                let host = ground.networks().clone();
+                let host = host_context.networks().clone();
                 let desired = layout.desired.clone();
                 let recorder = recorder.with(move |page| {
                     if let Some(guards) = &guards {
@@ -480,7 +487,8 @@ impl Up {
                 });
                 // As a port that belongs to no endpoint.
                 let acl = GatewayAcl::new(Arc::clone(&gateway_networks), []);
-                let acl = if ground.is_rootless() { acl.for_sockets_elsewhere() } else { acl };
+                let acl =
+                    if host_context.is_rootless() { acl.for_sockets_elsewhere() } else { acl };
                 let recorder = recorder.controlled_by(acl);
                 let told = Arc::clone(&publisher);
                 recorder
@@ -524,7 +532,7 @@ impl Up {
             publisher,
             adopted: Arc::new(Adopted::new(adopted)),
             names,
-            way_out,
+            egress,
             resolvers,
             supervisor,
             metrics,
@@ -556,7 +564,7 @@ impl Instance {
     /// Takes everything back; a signal meanwhile ends the patience with services.
     async fn take_down(self, signals: &mut Signals) -> anyhow::Result<()> {
         self.server.close();
-        let Running { publisher, mut supervisor, names, way_out, .. } = self.up;
+        let Running { publisher, mut supervisor, names, egress, .. } = self.up;
         let impatient = {
             let stop = supervisor.stop();
             tokio::pin!(stop);
@@ -572,7 +580,7 @@ impl Instance {
         drop(names);
         let drained = publisher.close(DRAIN);
         // Not before: ports come in by it.
-        drop(way_out);
+        drop(egress);
         if drained.cut > 0 {
             tracing::info!(connections = drained.cut, "connections were cut");
         }
@@ -582,13 +590,13 @@ impl Instance {
 
 /// How networks are made and taken back; closed by `firewall`, if there is one.
 fn setup_with(
-    ground: &Ground,
+    host_context: &HostContext,
     journal: Journal,
     firewall: Option<&Arc<Firewall>>,
-    device: Option<&way_out::Device>,
+    device: Option<&egress::Device>,
 ) -> Setup {
-    let mut kernel = Kernel::new(ground.networks().clone());
-    if ground.is_rootless() {
+    let mut kernel = Kernel::new(host_context.networks().clone());
+    if host_context.is_rootless() {
         kernel = kernel.alone();
     }
     match firewall {
@@ -597,15 +605,13 @@ fn setup_with(
                 kernel.use_engine(device.link());
                 Setup::new(kernel, journal, device.isolation())
             }
-            None => {
-                Setup::new(kernel, journal, WithoutFirewall { gated: port_guards::has_gates() })
-            }
+            None => Setup::new(kernel, journal, RuleIsolation { gated: port_guards::has_gates() }),
         },
         Some(firewall) => {
             kernel.use_firewall(Arc::clone(firewall));
             let (kind, owner) = (firewall.kind(), firewall.owner().to_owned());
             let gated = firewall.gate().is_some();
-            Setup::new(kernel, journal, WithFirewall { firewall: kind, owner, gated })
+            Setup::new(kernel, journal, FirewallIsolation { firewall: kind, owner, gated })
         }
     }
 }
@@ -630,7 +636,7 @@ fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
     };
     // Nobody comes by the networks of containers, of ours or of others.
     let uplinks =
-        observed.uplinks.iter().filter(|uplink| !way_out::is_bridge_of_containers(&uplink.link));
+        observed.uplinks.iter().filter(|uplink| !egress::is_bridge_of_containers(&uplink.link));
     uplinks
         .flat_map(|uplink| [true, false].into_iter().filter_map(|ours| one(uplink, ours)))
         .collect()
@@ -677,7 +683,7 @@ fn reply_paths(observed: &Observed, project: &str) -> Vec<ReplyPath> {
         let routes = observed.default_routes.iter().filter(|route| {
             route.v6 == v6
                 && !route.link.starts_with(registry::INTERFACE_PREFIX)
-                && !way_out::is_bridge_of_containers(&route.link)
+                && !egress::is_bridge_of_containers(&route.link)
         });
         let routes: Vec<&DefaultRoute> = routes.collect();
         let best = routes.first().filter(|best| best.table.is_none() && !best.shared);

@@ -2,7 +2,7 @@
 
 use super::layout::Layout;
 use crate::compose::{Names, Network, Project, Run, Service};
-use crate::ground::Ground;
+use crate::host_context::HostContext;
 use anyhow::Context;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -52,16 +52,17 @@ impl NameServers {
     pub(super) fn new(
         project: &Project,
         layout: &Layout,
-        ground: &Ground,
+        host_context: &HostContext,
         ttl: Duration,
         forward_rate: u32,
     ) -> anyhow::Result<Self> {
-        let mut settings = Settings { ttl, forward_rate, ..Settings::new(ground.ports().clone()) };
-        settings.networks = ground.networks().clone();
+        let mut settings =
+            Settings { ttl, forward_rate, ..Settings::new(host_context.ports().clone()) };
+        settings.networks = host_context.networks().clone();
         settings.source_ports = SOURCE_PORTS;
         settings.tcp_clients_in_all = TCP_CLIENTS;
         let resolver = Resolver::new(settings).context("names")?;
-        resolver.set_bridges(super::bridge_indexes(layout, ground.networks())?.into_values());
+        resolver.set_bridges(super::bridge_indexes(layout, host_context.networks())?.into_values());
         for network in &layout.desired.networks {
             resolver
                 .add_network(&NetworkSpec {
@@ -104,7 +105,7 @@ impl NameServers {
                 let bridge = network.bridge.name.clone();
                 let gateways = network.subnets.iter().map(|subnet| subnet.gateway).collect();
                 let mut there = AtGateway { bridge, gateways, serving: Vec::new() };
-                there.serve(&resolver, &network.name, ground.networks())?;
+                there.serve(&resolver, &network.name, host_context.networks())?;
                 at_gateways.insert(network.name.clone(), there);
             }
         }

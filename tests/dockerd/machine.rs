@@ -5,7 +5,7 @@
 //! helpers that outlive it, and leaves interfaces and control groups behind when it is killed. So
 //! it runs where all of that is private:
 //!
-//! - the network is the host of a [`Topology`], which has no way out;
+//! - the network is the host of a [`Topology`], which has no egress;
 //! - the mounts are a copy with empty file systems where dockerd would write;
 //! - its processes live in a PID namespace, so whatever it starts is known, and ends when the
 //!   machine does, even if the test is killed;

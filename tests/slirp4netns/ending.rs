@@ -13,7 +13,7 @@ fn reader_of(process: &Process) -> u32 {
 }
 
 fn is_gone(pid: u32) -> bool {
-    // Whoever inherits orphans may take his time to reap them.
+    // Whoever inherits orphans may take some time to reap them.
     eventually(SOON, || procfs::state(pid).is_none_or(|state| state == 'Z'))
 }
 

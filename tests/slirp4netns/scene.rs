@@ -1,4 +1,4 @@
-//! A host with an ordinary user on it, his containers, and the program that serves them.
+//! A host with an ordinary user on it, the user's containers, and the program that serves them.
 
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::fs::{self, File};

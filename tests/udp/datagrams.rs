@@ -110,21 +110,21 @@ fn segments_of_an_offloading_sender_arrive_whole_in_each_direction() {
         let client = socket(&net.client, unspecified(to));
         let upstream = meet(&client, to, &server);
         // The last segment is a short one.
-        let trains: Vec<Vec<u8>> =
+        let batches: Vec<Vec<u8>> =
             (0..20).map(|seed| payload(50 * usize::from(SEGMENT) + 77, seed)).collect();
-        let segments: Vec<Vec<u8>> = trains
+        let segments: Vec<Vec<u8>> = batches
             .iter()
-            .flat_map(|train| train.chunks(SEGMENT.into()))
+            .flat_map(|batch| batch.chunks(SEGMENT.into()))
             .map(<[u8]>::to_vec)
             .collect();
         segment_sends(&client, SEGMENT);
-        for train in &trains {
-            client.send_to(train, to).unwrap();
+        for batch in &batches {
+            client.send_to(batch, to).unwrap();
         }
         assert_same_datagrams(&segments, &server);
         segment_sends(&server, SEGMENT);
-        for train in &trains {
-            server.send_to(train, upstream).unwrap();
+        for batch in &batches {
+            server.send_to(batch, upstream).unwrap();
         }
         assert_same_datagrams(&segments, &client);
         let publish = if to.is_ipv4() { PORT } else { PORT_V6 };

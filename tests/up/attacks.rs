@@ -356,7 +356,7 @@ fn a_host_that_forwards_by_single_links_goes_on_doing_so() {
 
 /// On a host that forwards for nobody, and with names for which the NAT engine chooses one table.
 #[test]
-fn two_projects_have_a_way_out_each() {
+fn two_projects_have_a_egress_each() {
     for flags in [&["--firewall=nftables"], &["--firewall=iptables"], &["--firewall=none"]] {
         let scene = Scene::new();
         scene.net.host.sysctl("net.ipv4.ip_forward", "0");
@@ -366,24 +366,24 @@ fn two_projects_have_a_way_out_each() {
         let file = |name: &str| {
             format!("name: {name}\nservices: {{ box: {{ command: [ sleep, '60' ] }} }}\n")
         };
-        let has_way_out = |up: &Process| {
+        let has_egress = |up: &Process| {
             let inside = service_namespace(up, "box");
             eventually(SOON, || inside.run(|| TcpStream::connect_timeout(&at, 3 * PAUSE)).is_ok())
         };
         let mut first = up(&scene, &file("rva"), flags);
-        assert!(has_way_out(&first), "{flags:?}");
+        assert!(has_egress(&first), "{flags:?}");
         let mut second = scene.up_beside(&file("rv1099"), flags);
         second.wait_for_line("Ctrl-C takes", SOON);
-        assert!(has_way_out(&second) && has_way_out(&first), "{flags:?}: both");
+        assert!(has_egress(&second) && has_egress(&first), "{flags:?}: both");
         first.stop(Signal::INT, SOON);
-        assert!(has_way_out(&second), "{flags:?}: the other has gone");
+        assert!(has_egress(&second), "{flags:?}: the other has gone");
         second.stop(Signal::INT, SOON);
         assert_eq!(state(&scene.net.host), before, "{flags:?}");
     }
 }
 
 #[test]
-fn without_ipv6_there_is_still_a_way_out() {
+fn without_ipv6_there_is_still_a_egress() {
     let scene = Scene::new();
     for key in ["all", "default"] {
         scene.net.host.sysctl(&format!("net.ipv6.conf.{key}.disable_ipv6"), "1");

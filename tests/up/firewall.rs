@@ -386,7 +386,7 @@ fn a_firewall_like_ufws_stays_as_it_is_and_has_the_say_about_sockets() {
     wall.answers(client, false);
     wall.scene.sh("iptables -A ufw-user-input -p tcp --dport 8080 -j ACCEPT");
     wall.is_answered(client, "203.0.113.1:8080", false, true);
-    // The way out, past a policy that drops.
+    // Egress, past a policy that drops.
     let outside = TcpListenerOutside::new(client);
     assert!(outside.is_reached_from(&wall.server), "containers reach the outside");
     wall.scene.sh("iptables -D ufw-user-input -p tcp --dport 8080 -j ACCEPT");
@@ -489,9 +489,9 @@ fn virtual_machines_beside_us_go_on_talking() {
     }
 }
 
-/// A way out that is smaller than the network, and does not say so.
+/// Egress that is smaller than the network, and does not say so.
 #[test]
-fn connections_fit_a_smaller_way_out() {
+fn connections_fit_a_smaller_egress() {
     for flags in [MODES[0], MODES[2]] {
         let wall = Wall::new(Scene::new());
         wall.scene.net.host.ip_all("link set eth0 mtu 1400");
@@ -573,7 +573,7 @@ fn without_iptables_there_is_still_nftables() {
     assert!(state(&wall.scene.net.host).contains("table inet tidegate-wall"));
 }
 
-/// A client that never pauses. The kernel would go on sending his datagrams where the port once
+/// A client that never pauses. The kernel would go on sending its datagrams where the port once
 /// led.
 #[test]
 fn a_udp_flow_follows_its_port_when_that_is_moved_and_ends_with_it() {

@@ -169,7 +169,7 @@ type Table = &'static [(To, [Outcome; 10])];
 
 impl Mode {
     fn expected(self) -> Table {
-        match (self.rootless, self.has_way_out()) {
+        match (self.rootless, self.has_egress()) {
             (false, _) => &EXPECTED,
             (true, true) => &EXPECTED_ROOTLESS,
             (true, false) => &EXPECTED_WITHOUT_TUN,
@@ -182,7 +182,7 @@ impl Mode {
     }
 
     /// Whether containers reach the outside.
-    fn has_way_out(self) -> bool {
+    fn has_egress(self) -> bool {
         self.lacks != "tun"
     }
 }
@@ -299,7 +299,7 @@ impl Matrix {
         scene.net.host.sysctl("net.ipv6.conf.all.forwarding", on);
         let before = state(&scene.net.host);
         let (up, endpoints) = scene.up_with_services(FILE, ENDPOINTS, mode.rootless, mode.flags);
-        // An inmate who looks for a way out himself.
+        // A member of the internal network that gives itself a default route.
         endpoints[3].ip_all(
             "route add default via 10.77.3.1
              -6 route add default via fd77:3::1",
@@ -531,7 +531,7 @@ impl Matrix {
             let at: SocketAddr = at.parse().unwrap();
             let (_tcp, _udp) = (PeerServer::tcp(place, at), PeerServer::udp(place, at));
             for from in [From::Itself, From::Neighbour, From::Stranger, From::Inmate] {
-                let has = self.mode.has_way_out() && from != From::Inmate;
+                let has = self.mode.has_egress() && from != From::Inmate;
                 let expected = has.then(|| host.to_owned());
                 for udp in [false, true] {
                     let asked =
@@ -699,7 +699,7 @@ impl Probe {
     /// The length of the answer.
     fn ask_by_udp(&self, patience: Duration) -> io::Result<usize> {
         let socket = UdpSocket::from(self.socket(Type::DGRAM).expect("a socket with that source"));
-        // Nobody else answers one who pretends to be another, however long he waits.
+        // Nobody answers a client with a forged source, however long it waits.
         let pretends =
             matches!(self.from, From::AsNeighbour | From::AsLoopback | From::Forging(..));
         socket.set_read_timeout(Some(if pretends { PATIENCE[1] } else { patience }))?;
@@ -719,7 +719,7 @@ impl Probe {
     }
 }
 
-/// The whole table, ways out, and nothing left behind.
+/// The whole table, egress, and nothing left behind.
 #[track_caller]
 fn holds(mode: Mode) {
     let mut matrix = Matrix::new(mode);
@@ -805,18 +805,18 @@ fn published_by_the_kernel_with_legacy_iptables_the_same_holds() {
 }
 
 #[test]
-fn the_networks_of_an_ordinary_user_are_as_closed_and_have_a_way_out() {
+fn the_networks_of_an_ordinary_user_are_as_closed_and_have_a_egress() {
     holds(ROOTLESS);
 }
 
 #[test]
-fn without_a_device_there_is_no_way_out_and_all_else_holds() {
+fn without_a_device_there_is_no_egress_and_all_else_holds() {
     holds(ROOT_WITHOUT_TUN);
     holds(ROOTLESS_WITHOUT_TUN);
 }
 
-/// A kernel before Linux 6.17 lets all links forward IPv6 or none: an ordinary user's are all his
-/// own, and a host that forwards does so already.
+/// A kernel before Linux 6.17 lets all links forward IPv6 or none: an ordinary user has all of
+/// them, and a host that forwards does so already.
 #[test]
 fn on_an_old_kernel_the_same_holds() {
     holds(ROOT_OLD.forwarding());

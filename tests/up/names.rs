@@ -62,11 +62,11 @@ fn names_are_right(scene: &Scene, up: &Process) {
     assert_eq!(dig(&web, &["-x", &v4]), "db.back.");
     assert!(dig(&stranger, &["AAAA", "web"]).starts_with("fd"));
     assert_eq!(dig(&db, &["curious"]), dig(&db, &["web"]), "by its host name");
-    assert_eq!(dig(&stranger, &["db"]), "", "not on a network of his");
+    assert_eq!(dig(&stranger, &["db"]), "", "not on a network of its own");
     assert_eq!(dig(&inmate, &["web"]), "");
     // What is not ours is asked outside, and never for those who have no way there.
     assert_eq!(dig(&web, &["www.example.test"]), "192.0.2.77");
-    assert_eq!(dig(&stranger, &["www.example.test"]), "192.0.2.77", "by the server of his network");
+    assert_eq!(dig(&stranger, &["www.example.test"]), "192.0.2.77", "by the server of its network");
     assert_eq!(dig(&inmate, &["inmate.example.test"]), "");
     // Letters are sent in a random case.
     let asked = server.output().to_lowercase();

@@ -33,7 +33,7 @@ impl Uplink {
                  -6 route add default via {host6}"
             ));
         }
-        // Loopback addresses are nothing special to him: he has none of his own, and sends there as
+        // Loopback addresses are nothing special to it: it has none of its own, and sends there as
         // anywhere.
         uplink.hostile.sysctl("net.ipv4.conf.all.route_localnet", "1");
         uplink.hostile.ip_all(&format!(

@@ -1,4 +1,4 @@
-//! The way out of a container: through tidegate's slirp4netns, the real one, pasta, and the
+//! Egress of a container: through tidegate's slirp4netns, the real one, pasta, and the
 //! kernel's masquerade.
 //!
 //! The container is a namespace without a network of its own; the server is beyond the host, on a
@@ -101,7 +101,7 @@ impl Scenario for Egress {
             Load::Tcp { streams, direction } => {
                 let plural = if streams == 1 { "" } else { "s" };
                 let title = format!(
-                    "Way out, MTU {}, TCP, {streams} stream{plural} {}",
+                    "Egress, MTU {}, TCP, {streams} stream{plural} {}",
                     self.mtu,
                     direction.name()
                 );
@@ -113,26 +113,22 @@ impl Scenario for Egress {
             Load::Udp { direction } => {
                 vec![metric(
                     "rate",
-                    format!("Way out, UDP {DATAGRAM} B {}", direction.name()),
+                    format!("Egress, UDP {DATAGRAM} B {}", direction.name()),
                     "packets/s",
                 )]
             }
             Load::Latency => {
-                vec![metric(
-                    "median",
-                    "Way out, a question and its answer, median".to_owned(),
-                    "us",
-                )]
+                vec![metric("median", "Egress, a question and its answer, median".to_owned(), "us")]
             }
             Load::Connections { at_a_time } => {
                 vec![metric(
                     "rate",
-                    format!("Way out, new connections, {at_a_time} at a time"),
+                    format!("Egress, new connections, {at_a_time} at a time"),
                     "1/s",
                 )]
             }
             Load::Held => {
-                vec![metric("memory", format!("Way out, RSS with {HELD} connections"), "MB")]
+                vec![metric("memory", format!("Egress, RSS with {HELD} connections"), "MB")]
             }
         }
     }
@@ -368,7 +364,7 @@ impl Way {
     }
 }
 
-/// Starts a helper, and waits until the container has a way out.
+/// Starts a helper, and waits until the container has egress.
 fn start(command: &mut Command, container: &Namespace, contender: &Contender) -> Result<Process> {
     let mut process = Process::spawn(command);
     let ready = || container.ip(&["route", "show", "default"]).contains("tap0");

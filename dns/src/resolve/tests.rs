@@ -240,7 +240,7 @@ fn the_reverse_of_private_addresses_never_leaves() {
 }
 
 #[test]
-fn who_is_on_internal_networks_only_has_no_way_out() {
+fn who_is_on_internal_networks_only_has_no_egress() {
     let zones = example();
     assert_eq!(ask(&zones, "safe", "mixed", kind::A), "10.0.2.3");
     assert_eq!(ask(&zones, "safe", "example.com", kind::A), "refused: NoWayOut");

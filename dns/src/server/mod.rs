@@ -1,8 +1,8 @@
 //! Servers: one for each container, and for each gateway that is to be one.
 
-mod burst;
 mod clients;
 mod redirect;
+mod send_batch;
 mod sockets;
 mod tcp;
 mod udp;

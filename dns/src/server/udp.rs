@@ -2,7 +2,7 @@
 //!
 //! Buffers belong to the thread, not to the server: a thousand servers have one set.
 
-use super::burst::Burst;
+use super::send_batch::SendBatch;
 use super::sockets::{Bound, report};
 use crate::handler::{Channel, Outcome, Site};
 use crate::metrics::Overload;
@@ -24,11 +24,11 @@ const INTEREST: Interest = Interest::READABLE.add(Interest::ERROR);
 
 struct Scratch {
     received: RecvBatch,
-    burst: Burst,
+    replies: SendBatch,
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch { received: RecvBatch::new(), burst: Burst::default() });
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch { received: RecvBatch::new(), replies: SendBatch::default() });
 }
 
 /// Serves `socket` for as long as the task lives.
@@ -80,12 +80,12 @@ impl Scratch {
                 else {
                     continue;
                 };
-                self.burst.push(client, |out| {
+                self.replies.push(client, |out| {
                     site.handle(&zones, datagram.payload, client, channel, out) == Outcome::Answered
                 });
             }
         }
-        for _ in 0..self.burst.send(socket) {
+        for _ in 0..self.replies.send(socket) {
             site.shared.metrics.refused(Overload::Socket, None);
         }
         if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }

@@ -13,20 +13,20 @@
 //! whose socket is not connected, and the session remembers whom the container has sent to: they
 //! alone are let in.
 //!
-//! Datagrams leave in trains ([`Train`](crate::train::Train)), and arrive in them if the kernel has
-//! merged them (`UDP_GRO`); those of a batch that are alike are merged into one write, which the
-//! guest's kernel takes apart again where the program reads them. One that is larger than the
-//! device's packets is written in fragments.
+//! Datagrams leave in GSO batches ([`GsoBatch`](crate::gso_batch::GsoBatch)), and arrive in them if
+//! the kernel has merged them (`UDP_GRO`); those of a batch that are alike are merged into one
+//! write, which the guest's kernel takes apart again where the program reads them. One that is
+//! larger than the device's packets is written in fragments.
 
 use super::inbound::Published;
 use super::tcp::{is_exhaustion, problem};
 use super::{Engine, Flow};
 use crate::flow_table::{Class, FlowKey};
+use crate::gso_batch::BatchKey;
 use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome};
 use crate::metrics::{DropReason, FlowKind, ForwardStats, Stats};
 use crate::policy::{DNS, Way};
 use crate::settings::{Mapping, Timeouts};
-use crate::train::Way as Wagon;
 use crate::wire::head::{self, MAX_PACKET};
 use crate::wire::icmp::Problem;
 use crate::wire::ip::Packet;
@@ -40,7 +40,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_reactor::Key;
-use tidegate_reactor::batch::{MAX_SEGMENTS, MAX_TRAIN_BYTES, next_group};
+use tidegate_reactor::batch::{MAX_BATCH_BYTES, MAX_SEGMENTS, next_group};
 
 /// Batches received of one session before others have their turn.
 const BATCHES_PER_TURN: usize = 4;
@@ -153,8 +153,8 @@ impl<D> Session<D> {
 impl<H: Host> Engine<H> {
     pub(super) fn udp_packet(&mut self, packet: &Packet<'_>, header: VirtioHeader, now: Instant) {
         let segment = usize::from(header.segment);
-        let train = header.segmentation == Segmentation::Udp && segment > 0;
-        let Ok(datagram) = Datagram::parse(packet, train, header.verify) else {
+        let batch = header.segmentation == Segmentation::Udp && segment > 0;
+        let Ok(datagram) = Datagram::parse(packet, batch, header.verify) else {
             return self.stats.refuse(DropReason::Malformed);
         };
         let key = FlowKey {
@@ -173,16 +173,16 @@ impl<H: Host> Engine<H> {
             Some(Flow::Datagrams(Session { via: Via::Port { .. }, .. }))
         );
         self.flows.touch(flow, answers, now);
-        let wagon = Wagon { to: shared.then_some(key.outside), ..wagon(flow, packet) };
-        if train && datagram.payload.len() > segment {
-            self.send_train(now);
-            let whole = MAX_SEGMENTS.min(MAX_TRAIN_BYTES / segment).max(1) * segment;
+        let batch_key = BatchKey { to: shared.then_some(key.outside), ..batch_key(flow, packet) };
+        if batch && datagram.payload.len() > segment {
+            self.send_gso_batch(now);
+            let whole = MAX_SEGMENTS.min(MAX_BATCH_BYTES / segment).max(1) * segment;
             for part in datagram.payload.chunks(whole) {
-                self.send(wagon, part, segment, now);
+                self.send(batch_key, part, segment, now);
             }
-        } else if !self.train.push(wagon, datagram.payload) {
-            self.send_train(now);
-            self.train.push(wagon, datagram.payload);
+        } else if !self.gso_batch.push(batch_key, datagram.payload) {
+            self.send_gso_batch(now);
+            self.gso_batch.push(batch_key, datagram.payload);
         }
     }
 
@@ -204,8 +204,8 @@ impl<H: Host> Engine<H> {
         };
         let Some(flow) = self.session(packet, key, DatagramKind::Echo, now) else { return };
         self.flows.touch(flow, false, now);
-        self.send_train(now);
-        self.send(wagon(flow, packet), message, message.len(), now);
+        self.send_gso_batch(now);
+        self.send(batch_key(flow, packet), message, message.len(), now);
     }
 
     /// The session of `packet`, made if there is none yet; `None` if there may be none, which the
@@ -333,18 +333,20 @@ impl<H: Host> Engine<H> {
     }
 
     /// Sends what has been gathered.
-    pub(super) fn send_train(&mut self, now: Instant) {
-        let train = std::mem::take(&mut self.train);
-        if let Some((wagon, bytes, segment)) = train.get() {
-            self.send(wagon, bytes, segment, now);
+    pub(super) fn send_gso_batch(&mut self, now: Instant) {
+        let batch = std::mem::take(&mut self.gso_batch);
+        if let Some((batch_key, bytes, segment)) = batch.get() {
+            self.send(batch_key, bytes, segment, now);
         }
-        self.train = train;
-        self.train.clear();
+        self.gso_batch = batch;
+        self.gso_batch.clear();
     }
 
-    fn send(&mut self, wagon: Wagon, bytes: &[u8], segment: usize, now: Instant) {
-        let Some((key, Flow::Datagrams(session))) = self.flows.get_mut(wagon.flow) else { return };
-        let Wagon { to, dont_fragment, hop_limit, .. } = wagon;
+    fn send(&mut self, batch_key: BatchKey, bytes: &[u8], segment: usize, now: Instant) {
+        let Some((key, Flow::Datagrams(session))) = self.flows.get_mut(batch_key.flow) else {
+            return;
+        };
+        let BatchKey { to, dont_fragment, hop_limit, .. } = batch_key;
         let key = FlowKey { outside: to.unwrap_or(key.outside), ..key };
         let (socket, destination, port) = match &mut session.via {
             Via::Own(socket) => (socket, to.map(|to| Destination { to, from: None }), None),
@@ -357,7 +359,14 @@ impl<H: Host> Engine<H> {
             }
         };
         let count = bytes.len().div_ceil(segment.max(1)).max(1) as u64;
-        match self.host.send_train(socket, destination, bytes, segment, dont_fragment, hop_limit) {
+        match self.host.send_gso_batch(
+            socket,
+            destination,
+            bytes,
+            segment,
+            dont_fragment,
+            hop_limit,
+        ) {
             SendOutcome::Sent => {
                 self.stats.bytes[0].add(bytes.len() as u64);
                 if let Some(stats) = port {
@@ -485,7 +494,7 @@ impl<H: Host> Engine<H> {
             let group = next_group(start..messages.end, max_segment, size);
             start = group.messages.end;
             self.stats.bytes[1].add(group.bytes as u64);
-            if group.segment <= room && (!group.is_train() || max_segment > 0) {
+            if group.segment <= room && (!group.is_batch() || max_segment > 0) {
                 // Payload and one header of its own for the first.
                 debug_assert!(group.bytes + headers <= MAX_PACKET);
                 let identification = self.next_identification() as u16;
@@ -662,10 +671,10 @@ pub(super) fn shared_key(key: FlowKey) -> FlowKey {
     FlowKey { outside: SocketAddr::new(nobody, 0), ..key }
 }
 
-fn wagon(flow: Key, packet: &Packet<'_>) -> Wagon {
+fn batch_key(flow: Key, packet: &Packet<'_>) -> BatchKey {
     let hop_limit =
         (packet.hop_limit < HOPS_THAT_MATTER).then(|| packet.hop_limit.saturating_sub(1));
-    Wagon { flow, to: None, dont_fragment: packet.dont_fragment, hop_limit }
+    BatchKey { flow, to: None, dont_fragment: packet.dont_fragment, hop_limit }
 }
 
 fn emit<H: Host>(host: &mut H, stats: &Stats, head: &[u8], payload: &[IoSlice<'_>]) {

@@ -139,7 +139,7 @@ impl<H: Host> Engine<H> {
         Ok(())
     }
 
-    /// Closes a published port. Connections go on; sessions, which have no other way out, end.
+    /// Closes a published port. Connections go on; sessions, which leave by nothing else, end.
     pub fn unpublish(&mut self, id: ForwardId) -> bool {
         let Some(key) = self.ports_by_id.remove(&id) else { return false };
         let sessions: Vec<Key> = self

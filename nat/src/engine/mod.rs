@@ -37,13 +37,13 @@ use crate::fair_queue::{FairQueue, QueueLimits};
 use crate::flow_table::{Admission, Class, FlowKey, FlowTable, Limit, Origin, Refused};
 use crate::forward::ForwardId;
 use crate::fragments::{Piece, Reassembly};
+use crate::gso_batch::GsoBatch;
 use crate::host::{Host, Ready};
 use crate::metrics::{DropReason, FlowKind, Stats};
 use crate::policy::Policy;
 use crate::settings::Settings;
 use crate::siphash::{HashKey, SipHasher};
 use crate::tcp::{Connection, Io, Opening, Params};
-use crate::train::Train;
 use crate::wire::ip::Packet;
 use crate::wire::protocol;
 use crate::wire::virtio::{Segmentation, VirtioHeader};
@@ -117,7 +117,7 @@ pub struct Engine<H: Host> {
     timers: Timers,
     /// Flows that have something to do, each once; endpoints in turn.
     queue: FairQueue<Key>,
-    train: Train,
+    gso_batch: GsoBatch,
     batch: H::Batch,
     scratch: Vec<u8>,
     secrets: Secrets,
@@ -167,7 +167,7 @@ impl<H: Host> Engine<H> {
             reassembly: Reassembly::new(settings.timeouts.fragments),
             timers: Timers::default(),
             queue: FairQueue::new(WORK),
-            train: Train::default(),
+            gso_batch: GsoBatch::default(),
             batch: H::Batch::default(),
             scratch: vec![0; 1 << 16],
             identification: secrets.sequence.0[0] as u32,
@@ -293,7 +293,7 @@ impl<H: Host> Engine<H> {
 
     /// No more frames wait at this moment.
     pub fn flush(&mut self, now: Instant) {
-        self.send_train(now);
+        self.send_gso_batch(now);
     }
 
     fn whole(&mut self, packet: &Packet<'_>, header: VirtioHeader, now: Instant) {

@@ -45,7 +45,7 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_interval(Duration::from_secs(15))
     .with_retries(9);
 
-/// Buffers of a session's socket, as the port publisher has them: a batch of trains.
+/// Buffers of a session's socket, as the port publisher has them: a batch of GSO batches.
 const DATAGRAM_BUFFER: usize = 4 << 20;
 
 /// Payload that may wait in a TCP socket to be read, in bytes (the kernel doubles it for its own
@@ -123,7 +123,7 @@ pub(crate) struct Datagrams {
     v6: bool,
     dont_fragment: Option<bool>,
     hop_limit: Option<u8>,
-    /// Larger segments were refused as a train.
+    /// Larger segments were refused as a batch.
     max_segment: usize,
     _permit: Permit,
 }
@@ -206,13 +206,13 @@ pub(crate) fn probe() -> Capabilities {
     let peek_offset = peek_offset
         && stream.is_ok_and(|socket| sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
     let datagrams = new_socket(AddressFamily::INET, SocketType::DGRAM, None);
-    let udp_trains = !Feature::UdpTrains.is_forced_off();
-    let udp_trains = udp_trains
+    let udp_gso = !Feature::UdpGso.is_forced_off();
+    let udp_gso = udp_gso
         && datagrams.is_ok_and(|socket| {
             sys::set(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
                 && batch::enable_receive_offload(&socket).is_ok()
         });
-    Capabilities { peek_offset, udp_trains, ..Capabilities::ALL }
+    Capabilities { peek_offset, udp_gso, ..Capabilities::ALL }
 }
 
 fn new_socket(
@@ -301,7 +301,7 @@ impl Kernel {
     }
 
     fn prepare_datagrams(&self, socket: &OwnedFd) -> io::Result<()> {
-        if self.capabilities.udp_trains {
+        if self.capabilities.udp_gso {
             batch::enable_receive_offload(socket)?;
         }
         if sockopt::set_socket_recv_buffer_size_force(socket, DATAGRAM_BUFFER).is_err() {
@@ -317,7 +317,7 @@ impl Kernel {
             v6,
             dont_fragment: None,
             hop_limit: None,
-            max_segment: if self.capabilities.udp_trains { usize::from(u16::MAX) } else { 0 },
+            max_segment: if self.capabilities.udp_gso { usize::from(u16::MAX) } else { 0 },
             _permit: permit,
         }
     }
@@ -614,7 +614,7 @@ impl Host for Kernel {
         self.epoll.add(&socket.socket, Token::new(FLOW, key), Interest::InputEdges)
     }
 
-    fn send_train(
+    fn send_gso_batch(
         &mut self,
         socket: &mut Datagrams,
         destination: Option<Destination>,

@@ -124,7 +124,7 @@ pub(super) fn question(packet: &[u8]) -> Option<Question> {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Leases {
     holders: [Option<MacAddress>; COUNT],
-    /// Who loses his, when all are taken.
+    /// The one that is replaced when all are taken.
     oldest: usize,
 }
 

@@ -62,7 +62,7 @@ fn arp_is_answered_for_router_and_name_server_only() {
         assert_eq!((&answer[22..28], &answer[28..32]), (&station[..], &[10, 0, 2, last][..]));
         assert_eq!((&answer[32..38], &answer[38..42]), (&GUEST.0[..], &[10, 0, 2, 100][..]));
     }
-    // Who looks whether his own address is free must not hear that it is taken.
+    // A probe for the guest's own address must not be answered.
     assert_eq!(receive(&mut layer2, arp(1, [0; 4], [10, 0, 2, 100])), (None, None));
     assert_eq!(receive(&mut layer2, arp(2, [10, 0, 2, 2], [10, 0, 2, 2])), (None, None));
 }

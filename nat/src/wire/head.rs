@@ -198,7 +198,7 @@ impl TcpHead {
     }
 }
 
-/// Headers for a datagram of `payload` bytes, or a train of them cut at `segment`; the kernel
+/// Headers for a datagram of `payload` bytes, or a GSO batch of them cut at `segment`; the kernel
 /// completes the checksum.
 #[must_use]
 pub fn datagrams(

@@ -6,7 +6,7 @@ use super::{Malformed, ip, protocol, read_u16};
 /// Bytes of the header.
 pub const HEADER: usize = 8;
 
-/// A datagram, or a train of them, whose lengths agree.
+/// A datagram, or a GSO batch of them, whose lengths agree.
 #[derive(Clone, Copy, Debug)]
 pub struct Datagram<'a> {
     /// The sender's port.
@@ -18,17 +18,17 @@ pub struct Datagram<'a> {
 }
 
 impl<'a> Datagram<'a> {
-    /// Checks the payload of `packet`; its checksum too, if `verify`. With `train` it is several
+    /// Checks the payload of `packet`; its checksum too, if `verify`. With `batch` it is several
     /// datagrams behind one header, whose length field is then of no meaning to us.
     ///
     /// # Errors
     /// Why it is no datagram.
-    pub fn parse(packet: &ip::Packet<'a>, train: bool, verify: bool) -> Result<Self, Malformed> {
+    pub fn parse(packet: &ip::Packet<'a>, batch: bool, verify: bool) -> Result<Self, Malformed> {
         let bytes = packet.payload;
         if bytes.len() < HEADER {
             return Err(Malformed::Truncated);
         }
-        let length = if train { bytes.len() } else { usize::from(read_u16(bytes, 4)) };
+        let length = if batch { bytes.len() } else { usize::from(read_u16(bytes, 4)) };
         if length < HEADER {
             return Err(Malformed::Length);
         }

@@ -155,15 +155,15 @@ pub fn at(ip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port)
 }
 
-/// Sends a train and receives its datagrams; false if some are missing. Those that come are whole
-/// and in order.
-pub fn train_passes(from: &UdpSocket, to: &UdpSocket, train: u8) -> bool {
+/// Sends a GSO batch and receives its datagrams; false if some are missing. Those that come are
+/// whole and in order.
+pub fn batch_passes(from: &UdpSocket, to: &UdpSocket, batch: u8) -> bool {
     let mut bytes = Vec::new();
     for index in 0..30u8 {
-        bytes.extend([train; 500]);
+        bytes.extend([batch; 500]);
         bytes.extend([index; 500]);
     }
-    bytes.extend([train; 7]);
+    bytes.extend([batch; 7]);
     from.send(&bytes).unwrap();
     let mut buffer = [0; 2000];
     let mut next = 0;
@@ -171,7 +171,7 @@ pub fn train_passes(from: &UdpSocket, to: &UdpSocket, train: u8) -> bool {
         match to.recv(&mut buffer) {
             Ok(7) => return next == 30,
             Ok(1000) => {
-                assert_eq!(buffer[0], train);
+                assert_eq!(buffer[0], batch);
                 assert!(buffer[999] >= next, "{} after {next}", buffer[999]);
                 next = buffer[999] + 1;
             }

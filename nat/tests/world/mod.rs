@@ -313,7 +313,7 @@ impl Host for World {
         Ok(())
     }
 
-    fn send_train(
+    fn send_gso_batch(
         &mut self,
         socket: &mut Handle,
         destination: Option<Destination>,

@@ -74,7 +74,7 @@ fn the_demo_is_as_it_was() {
 #[test]
 fn every_combination_of_options_is_as_it_was() {
     for (families, subnets) in [("v4", &FRONT[..1]), ("v6", &FRONT[1..]), ("v46", &FRONT[..])] {
-        for (way_out, internal) in [("", false), ("-internal", true)] {
+        for (egress, internal) in [("", false), ("-internal", true)] {
             for publish in ["", "-proxy", "-kernel"] {
                 let at = |at: &str, protocol, to| {
                     opening(
@@ -98,7 +98,7 @@ fn every_combination_of_options_is_as_it_was() {
                             .any(|subnet| subnet.contains(':') == port.address.is_ipv6())
                 };
                 let ports = ports.into_iter().filter(has);
-                let name = format!("{families}{way_out}{publish}");
+                let name = format!("{families}{egress}{publish}");
                 is_golden(&name, &ruleset(vec![zone("tg-front", subnets, internal)], ports), false);
             }
         }

@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 use std::io;
 use tidegate_model::registry;
 use tidegate_netfilter::{Connection, TableFamily};
-use tidegate_netns::{Namespace, News};
+use tidegate_netns::{ChangeListener, Namespace};
 
 /// What iptables-restore is told, or ip6tables-restore, on a host where iptables is in use.
 #[cfg(test)]
@@ -112,7 +112,7 @@ impl Side {
             && saved.docker_user().has_rules() == asks_docker)
     }
 
-    /// Takes away what `owner` has, and the tables that were there for him alone.
+    /// Removes what `owner` has, and the tables that were made for it alone.
     fn take_away(&mut self, owner: &str) -> io::Result<()> {
         let saved = self.saved()?;
         let text = rules::removal(&saved, owner);
@@ -196,9 +196,9 @@ impl Backend for Iptables {
         result
     }
 
-    fn changes(&self) -> io::Result<Option<News>> {
+    fn changes(&self) -> io::Result<Option<ChangeListener>> {
         let tells = self.sides.iter().all(|side| side.program.is_made_of_nftables());
-        if tells { News::of_rules().map(Some) } else { Ok(None) }
+        if tells { ChangeListener::of_rules().map(Some) } else { Ok(None) }
     }
 }
 

@@ -15,7 +15,7 @@ use tidegate_netfilter::{
     Action, Base, Chain, Change, Connection, Element, Field, Hook, Key, Kind, Match, Rule, Set,
     Table, Transport, Value,
 };
-use tidegate_netns::News;
+use tidegate_netns::ChangeListener;
 
 /// The rules of one owner, by a connection that owns their table where the kernel lets it.
 #[derive(Debug)]
@@ -175,8 +175,8 @@ impl Backend for Nftables {
         self.owns = false;
     }
 
-    fn changes(&self) -> io::Result<Option<News>> {
-        News::of_rules().map(Some)
+    fn changes(&self) -> io::Result<Option<ChangeListener>> {
+        ChangeListener::of_rules().map(Some)
     }
 }
 
@@ -501,7 +501,7 @@ fn from_network(ruleset: &Ruleset) -> Chain {
     rules.push(rule(vec![Match::Established], accept(), "what has begun goes on"));
     if has_internal(ruleset) {
         let internal = is_in([Key::InInterface], "internal");
-        rules.push(rule(vec![internal], drop(), "an internal network has no way out"));
+        rules.push(rule(vec![internal], drop(), "an internal network has no egress"));
     }
     rules.extend([
         rule(

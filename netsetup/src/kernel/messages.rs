@@ -1,7 +1,7 @@
 //! Between facts and the messages of rtnetlink.
 
 use super::MAIN;
-use super::look::Link;
+use super::observe::Link;
 use crate::{Mac, Reach, Rule};
 use ipnet::IpNet;
 use rtnetlink::RouteMessageBuilder;

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::{
-    Attachment, Endpoint, FirewallKind, Guards, Mac, Network, Subnet, Uplink, WithEngine,
-    WithFirewall, WithoutFirewall,
+    Attachment, Endpoint, FirewallIsolation, FirewallKind, Guards, Mac, NatIsolation, Network,
+    RuleIsolation, Subnet, Uplink,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -52,7 +52,7 @@ fn endpoint(name: &str, number: u8, network: &Network) -> Endpoint {
 }
 
 fn plan_in(world: &World, owned: &[Fact], desired: &Desired) -> Vec<Op> {
-    plan_with(&WithoutFirewall::default(), world, owned, desired)
+    plan_with(&RuleIsolation::default(), world, owned, desired)
 }
 
 fn plan_with(
@@ -68,15 +68,16 @@ fn plan_with(
 /// Every way to keep networks closed.
 fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
     let with = |firewall, gated| {
-        Arc::new(WithFirewall { firewall, owner: "demo".to_owned(), gated }) as Arc<dyn Isolation>
+        Arc::new(FirewallIsolation { firewall, owner: "demo".to_owned(), gated })
+            as Arc<dyn Isolation>
     };
     let engine = |gated| {
-        Arc::new(WithEngine { device: "tgt-1".to_owned(), table: 30_000, gated })
+        Arc::new(NatIsolation { device: "tgt-1".to_owned(), table: 30_000, gated })
             as Arc<dyn Isolation>
     };
     let all: Vec<Arc<dyn Isolation>> = vec![
-        Arc::new(WithoutFirewall { gated: false }),
-        Arc::new(WithoutFirewall { gated: true }),
+        Arc::new(RuleIsolation { gated: false }),
+        Arc::new(RuleIsolation { gated: true }),
         engine(false),
         engine(true),
         with(FirewallKind::Nftables, true),
@@ -205,7 +206,7 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
     };
     let steps = |gated| -> Vec<String> {
         let isolation =
-            WithFirewall { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
+            FirewallIsolation { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
         plan_with(&isolation, &World::default(), &[], &desired).iter().map(Op::to_string).collect()
     };
     let gated = steps(true);
@@ -249,14 +250,14 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
 }
 
 #[test]
-fn an_endpoint_of_an_internal_network_has_no_way_out() {
+fn an_endpoint_of_an_internal_network_has_no_egress() {
     let internal = Network { internal: true, ..network("inside", 1) };
     let desired = Desired {
         endpoints: vec![endpoint("web", 1, &internal)],
         networks: vec![internal],
         ..Desired::default()
     };
-    let facts = desired.facts(&WithoutFirewall::default());
+    let facts = desired.facts(&RuleIsolation::default());
     assert!(!facts.iter().any(|fact| matches!(fact, Fact::DefaultRoute { .. })));
 }
 
@@ -271,7 +272,7 @@ fn an_endpoint_is_guarded_before_it_is_on_the_bridge() {
         ..Desired::default()
     };
     let steps = |guards| -> Vec<String> {
-        let facts = desired(guards).facts(&WithoutFirewall::default());
+        let facts = desired(guards).facts(&RuleIsolation::default());
         facts.iter().map(Fact::to_string).collect()
     };
     let place = |steps: &[String], what: &str| steps.iter().position(|step| step.starts_with(what));
@@ -293,7 +294,7 @@ fn wider_routes_of_others_are_no_conflict() {
     for route in ["0.0.0.0/1", "128.0.0.0/1", "10.0.0.0/8", "10.9.0.0/23"] {
         let observed =
             Observed { routes: vec![(net(route), "tun0".into())], ..Observed::default() };
-        assert!(plan(&desired, &[], &observed, &WithoutFirewall::default()).is_ok(), "{route}");
+        assert!(plan(&desired, &[], &observed, &RuleIsolation::default()).is_ok(), "{route}");
     }
 }
 
@@ -302,7 +303,7 @@ fn policy_rules_are_ahead_of_those_of_others() {
     let priorities = |rules_ahead| -> Vec<u32> {
         let desired =
             Desired { networks: vec![network("blue", 1)], rules_ahead, ..Desired::default() };
-        let facts = desired.facts(&WithoutFirewall::default());
+        let facts = desired.facts(&RuleIsolation::default());
         let rules = facts.iter().filter_map(|fact| match fact {
             Fact::Rule(rule) => Some(rule.priority),
             _ => None,
@@ -331,7 +332,7 @@ fn contradictions_are_told_and_nothing_is_planned() {
             &Desired { networks, endpoints, ..Desired::default() },
             &[],
             observed,
-            &WithoutFirewall::default(),
+            &RuleIsolation::default(),
         )
         .unwrap_err()
         .to_string()
@@ -378,7 +379,7 @@ fn contradictions_are_told_and_nothing_is_planned() {
             &Desired { networks: vec![blue], ..Desired::default() },
             &[],
             &taken(&[("tg-blue", 1)]),
-            &WithoutFirewall::default()
+            &RuleIsolation::default()
         )
         .is_ok()
     );

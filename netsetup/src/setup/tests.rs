@@ -1,7 +1,7 @@
 //! Against the real kernel, in namespaces of the tests' own.
 
 use super::*;
-use crate::{Attachment, Endpoint, Interface, Mac, Network, RepairKind, Subnet, WithoutFirewall};
+use crate::{Attachment, Endpoint, Interface, Mac, Network, RepairKind, RuleIsolation, Subnet};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
@@ -38,7 +38,7 @@ impl Bed {
             kernel.add_endpoint(name, (*namespace).clone());
         }
         let journal = Journal::open(&self.directory.path().join(journal)).unwrap();
-        Setup::new(kernel, journal, WithoutFirewall::default())
+        Setup::new(kernel, journal, RuleIsolation::default())
     }
 
     /// All that can be seen of the host: links, addresses, routes, rules.

@@ -19,9 +19,9 @@
 //! backend may be starting. UDP promises no delivery, so a full send buffer drops, and that is
 //! counted too.
 
-mod reflection;
+mod loop_guard;
 mod relay;
 pub mod session_table;
 
-pub(crate) use reflection::Reflection;
+pub(crate) use loop_guard::LoopGuard;
 pub(crate) use relay::{Batches, Relay};

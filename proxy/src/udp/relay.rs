@@ -2,7 +2,7 @@
 
 use super::session_table::{Client, SessionTable};
 use crate::engine::Shared;
-use crate::listener::{Listener, prepare_datagrams, receive_trains};
+use crate::listener::{Listener, enable_gro, prepare_datagrams};
 use crate::port::{Direction, Drop, Port, Tally};
 use crate::tcp::log_revived;
 use crate::upstream::{Flow, Lease, is_exhaustion};
@@ -246,7 +246,7 @@ impl Opening<'_, '_> {
             end(relay, self.references, session);
         }
         admit(relay, &client)?;
-        if self.shared.reflection.is_ours(client.address, &relay.port.options.gateway_acl) {
+        if self.shared.loop_guard.is_ours(client.address, &relay.port.options.gateway_acl) {
             return Err(Drop::Reflected);
         }
         self.open(relay, client)
@@ -276,7 +276,7 @@ impl Opening<'_, '_> {
             return Err(Drop::Reflected);
         }
         // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
-        let _ = receive_trains(&opened.socket);
+        let _ = enable_gro(&opened.socket);
         prepare_datagrams(&opened.socket);
         let now = self.cx.now;
         let port = self.key;
@@ -285,8 +285,8 @@ impl Opening<'_, '_> {
             let carried = Session {
                 socket: opened.socket,
                 reference,
-                to_backend: trains(),
-                to_client: trains(),
+                to_backend: offload(),
+                to_client: offload(),
                 trusted: now,
                 began: now,
                 last: now,
@@ -357,7 +357,7 @@ fn client(listener: &Listener, datagram: &Datagram<'_>) -> Option<Client> {
     (address.port() != 0).then_some(Client { address, local })
 }
 
-/// How long trains may be at first.
-fn trains() -> Offload {
-    if Feature::UdpTrains.is_forced_off() { Offload::OFF } else { Offload::default() }
+/// How long GSO batches may be at first.
+fn offload() -> Offload {
+    if Feature::UdpGso.is_forced_off() { Offload::OFF } else { Offload::default() }
 }

@@ -22,7 +22,7 @@ pub(super) struct Ancillary {
     pub(super) sent_to: Option<IpAddr>,
     /// The index of the interface it came in by; 0 when not told.
     pub(super) interface: u32,
-    /// The segment size of a train.
+    /// The segment size of a batch.
     pub(super) segment: Option<usize>,
 }
 

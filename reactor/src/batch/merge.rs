@@ -1,18 +1,18 @@
-//! Which neighbours may travel as one train. Pure.
+//! Which neighbours may travel as one batch. Pure.
 //!
-//! A train (`UDP_SEGMENT`) is one buffer and one segment size: the kernel cuts it at each multiple
-//! of the size, so every datagram but the last must have exactly that size, and the last may be
-//! shorter but not empty.
+//! A GSO batch (`UDP_SEGMENT`) is one buffer and one segment size: the kernel cuts it at each
+//! multiple of the size, so every datagram but the last must have exactly that size, and the last
+//! may be shorter but not empty.
 
 use std::ops::Range;
 
-/// The most datagrams in one train: `UDP_MAX_SEGMENTS` of include/linux/udp.h (64 until Linux 6.8,
-/// 128 since).
+/// The most datagrams in one GSO batch: `UDP_MAX_SEGMENTS` of include/linux/udp.h (64 until
+/// Linux 6.8, 128 since).
 pub const MAX_SEGMENTS: usize = 64;
 
-/// The most payload in one train, in bytes: it is one IP packet until it is cut, 65,535 bytes with
-/// its headers, and some of that is left for encapsulation.
-pub const MAX_TRAIN_BYTES: usize = 64_000;
+/// The most payload in one GSO batch, in bytes: it is one IP packet until it is cut, 65,535 bytes
+/// with its headers, and some of that is left for encapsulation.
+pub const MAX_BATCH_BYTES: usize = 64_000;
 
 /// Received messages that are sent on as one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,13 +23,13 @@ pub struct Group {
     pub segment: usize,
     /// Payload of all of them, in bytes.
     pub bytes: usize,
-    /// How many datagrams they hold: a received message may be a train itself.
+    /// How many datagrams they hold: a received message may be a GSO batch itself.
     pub datagrams: usize,
 }
 
 impl Group {
     /// Whether it has to be cut at all.
-    pub fn is_train(&self) -> bool {
+    pub fn is_batch(&self) -> bool {
         self.datagrams > 1
     }
 }
@@ -67,7 +67,7 @@ pub fn next_group(
         if !aligned
             || !fits
             || bytes == 0
-            || group.bytes + bytes > MAX_TRAIN_BYTES
+            || group.bytes + bytes > MAX_BATCH_BYTES
             || group.datagrams + more > MAX_SEGMENTS
         {
             break;
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_neighbours_join_and_a_shorter_one_ends_the_train() {
+    fn equal_neighbours_join_and_a_shorter_one_ends_the_batch() {
         let sizes = [(100, 100), (100, 100), (40, 40), (100, 100)];
         let lengths: Vec<_> = groups(&sizes, 1500).iter().map(|g| g.messages.len()).collect();
         assert_eq!(lengths, [3, 1]);
@@ -141,7 +141,7 @@ mod tests {
                 prop_assert_eq!(cut(group.bytes, group.segment).len(), group.datagrams);
                 if group.messages.len() > 1 {
                     prop_assert!(group.segment <= max_segment);
-                    prop_assert!(group.datagrams <= MAX_SEGMENTS && group.bytes <= MAX_TRAIN_BYTES);
+                    prop_assert!(group.datagrams <= MAX_SEGMENTS && group.bytes <= MAX_BATCH_BYTES);
                 }
             }
         }

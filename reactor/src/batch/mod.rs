@@ -4,10 +4,10 @@
 //! for bytes. Three features of the kernel make both rarer:
 //!
 //! - `recvmmsg(2)` and `sendmmsg(2)` move up to [`SLOTS`] messages per call;
-//! - `UDP_GRO` (5.0) delivers a train of equal datagrams of one flow as one message, with the
+//! - `UDP_GRO` (5.0) delivers a GSO batch of equal datagrams of one flow as one message, with the
 //!   segment size in a control message;
-//! - `UDP_SEGMENT` (4.18) takes such a train and cuts it only at the device, so it walks the stack
-//!   once.
+//! - `UDP_SEGMENT` (4.18) takes such a GSO batch and cuts it only at the device, so it walks the
+//!   stack once.
 //!
 //! Measured on a published port with 1200-byte datagrams from a sender that uses segmentation
 //! itself: 67 to 72 thousand datagrams a second with one call each, over a million with all three.
@@ -21,7 +21,7 @@ mod merge;
 mod receive;
 mod send;
 
-pub use merge::{Group, MAX_SEGMENTS, MAX_TRAIN_BYTES, next_group};
+pub use merge::{Group, MAX_BATCH_BYTES, MAX_SEGMENTS, next_group};
 pub use receive::{Datagram, RecvBatch};
 pub use send::{Destination, Offload, SendBatch, Sent};
 
@@ -31,10 +31,10 @@ use std::os::fd::{AsFd, AsRawFd};
 /// How many messages one call moves at most.
 pub const SLOTS: usize = 64;
 
-/// What a slot must hold: the largest train that the kernel builds, or the largest datagram.
+/// What a slot must hold: the largest batch that the kernel builds, or the largest datagram.
 pub const SLOT_BYTES: usize = 1 << 16;
 
-/// Lets the kernel deliver trains (`UDP_GRO`).
+/// Lets the kernel deliver GSO batches (`UDP_GRO`).
 ///
 /// # Errors
 /// `ENOPROTOOPT` before Linux 5.0; then messages come one by one, which [`RecvBatch`] takes as

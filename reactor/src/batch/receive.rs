@@ -7,12 +7,12 @@ use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 
-/// One received message: a datagram, or a train of them.
+/// One received message: a datagram, or a GSO batch of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Datagram<'a> {
-    /// The bytes; of a train, those of all its datagrams.
+    /// The bytes; of a GSO batch, those of all its datagrams.
     pub payload: &'a [u8],
-    /// The size of each datagram of a train but the last, which may be shorter; otherwise the
+    /// The size of each datagram of a GSO batch but the last, which may be shorter; otherwise the
     /// length.
     pub segment: usize,
     /// Who sent it; `None` on a socket whose kernel did not say (a connected one, where it is

@@ -1,4 +1,4 @@
-//! Sending on: runs of received messages, merged into trains, by `sendmmsg(2)`.
+//! Sending on: runs of received messages, merged into GSO batches, by `sendmmsg(2)`.
 
 use super::control::{self, Control};
 use super::merge::{Group, next_group};
@@ -18,9 +18,10 @@ pub struct Destination {
     pub from: Option<(IpAddr, u32)>,
 }
 
-/// What one path (a connected socket, or a client of a listener) can take in the way of trains.
+/// What one path (a connected socket, or a client of a listener) can take in the way of GSO
+/// batches.
 ///
-/// A segment that does not fit the path's MTU is refused by the kernel as a train, while as a
+/// A segment that does not fit the path's MTU is refused by the kernel as a GSO batch, while as a
 /// datagram of its own it would be sent in fragments. That shows only on sending, so it is learnt
 /// there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +36,7 @@ impl Default for Offload {
 }
 
 impl Offload {
-    /// A path that takes no trains at all.
+    /// A path that takes no GSO batches at all.
     pub const OFF: Self = Self { max_segment: 0 };
 
     fn refused(&mut self, segment: usize) {
@@ -117,7 +118,7 @@ impl SendBatch {
                 let max_segment = usize::from(offload.max_segment);
                 let group = next_group(start..run.end, max_segment, |index| received.size(index));
                 start = group.messages.end;
-                if group.is_train() && group.segment > max_segment {
+                if group.is_batch() && group.segment > max_segment {
                     self.push_cut(received, &group);
                 } else {
                     self.push(received, group);
@@ -218,7 +219,7 @@ impl SendBatch {
                 }
                 // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that
                 // cannot checksum (EIO, until 6.11).
-                Some(libc::EINVAL | libc::EMSGSIZE | libc::EIO) if group.is_train() => {
+                Some(libc::EINVAL | libc::EMSGSIZE | libc::EIO) if group.is_batch() => {
                     if error.raw_os_error() == Some(libc::EIO) {
                         *offload = Offload::OFF;
                     }
@@ -226,7 +227,7 @@ impl SendBatch {
                     let rest = self.messages.split_off(next);
                     self.clear();
                     for message in rest {
-                        if message.group.is_train() {
+                        if message.group.is_batch() {
                             self.push_cut(received, &message.group);
                         } else {
                             self.push(received, message.group);
@@ -263,7 +264,7 @@ impl SendBatch {
         self.controls.resize(self.messages.len(), Control::EMPTY);
         self.headers.clear();
         for (message, control) in self.messages.iter().zip(&mut self.controls) {
-            let segment = message.group.is_train().then_some(message.group.segment as u16);
+            let segment = message.group.is_batch().then_some(message.group.segment as u16);
             let length = control::encode(control, from, segment);
             // SAFETY: all-zero is a valid mmsghdr.
             let mut header: libc::mmsghdr = unsafe { MaybeUninit::zeroed().assume_init() };

@@ -70,8 +70,9 @@ fn datagrams_arrive_whole_in_order_and_with_their_boundaries() {
 
 #[test]
 fn a_train_that_the_path_refuses_is_sent_datagram_by_datagram() {
-    // Over loopback (MTU 65,536) nothing is refused, so ask for a train on a path that takes none:
-    // a socket that must not checksum refuses segmentation (EINVAL or EIO, by kernel version).
+    // Over loopback (MTU 65,536) nothing is refused, so ask for a GSO batch on a path that takes
+    // none: a socket that must not checksum refuses segmentation (EINVAL or EIO, by kernel
+    // version).
     let (client, front) = pair();
     let (upstream, server) = pair();
     let no_checksum = socket2::SockRef::from(&upstream);

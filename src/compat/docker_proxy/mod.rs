@@ -12,11 +12,11 @@
 pub mod flags;
 mod ready;
 
+use crate::bind::raise_descriptor_limit;
+use crate::client_address::{Source, SourceError, sweep_stale_owners};
 use crate::confine;
 use crate::limits::{self, ProxyLimits};
 use crate::metrics_endpoint::{MetricsAddress, Recorder};
-use crate::ports::raise_descriptor_limit;
-use crate::source::{Source, SourceError, clean_up_after_the_dead};
 use crate::{EXIT_FAILURE, EXIT_USAGE, logging, port_error, version};
 use flags::{Invocation, Listen, Options};
 use ready::ReadyPipe;
@@ -128,7 +128,7 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
         logging::init(LevelFilter::WARN, logging::format(None)?)?;
     }
     let environment = Environment::read()?;
-    clean_up_after_the_dead();
+    sweep_stale_owners();
     raise_descriptor_limit();
     let listener = match options.listen {
         Listen::Bind(address) => Listener::bind(address, options.protocol)

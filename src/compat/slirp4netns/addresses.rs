@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Addresses {
     network: Ipv4Net,
-    /// Its second address: the way out, and the host's loopback.
+    /// Its second address: egress, and the host's loopback.
     pub(super) gateway: Ipv4Addr,
     /// Its third: DNS.
     pub(super) name_server: Ipv4Addr,

@@ -151,7 +151,7 @@ pub(super) fn too_large() -> String {
     json!({"error": {"desc": "bad request: too large message"}}).to_string()
 }
 
-/// Whether a request is there as a whole, although its sender has not ended his half.
+/// Whether a request is there as a whole, although its sender has not ended its half.
 pub(super) fn is_whole(bytes: &[u8]) -> bool {
     bytes.trim_ascii_end().ends_with(b"}")
         && serde_json::from_slice::<serde::de::IgnoredAny>(bytes).is_ok()

@@ -62,12 +62,12 @@ pub(super) fn make(options: &Options, layer2: bool) -> Result<Made, DeviceError>
         _ => None,
     });
     match (descriptor, &bytes[..received.bytes]) {
-        (Some(descriptor), &[ipv6, peek_offset, tcp_offload, udp_offload, udp_trains]) => {
+        (Some(descriptor), &[ipv6, peek_offset, tcp_offload, udp_offload, udp_gso]) => {
             let capabilities = Capabilities {
                 peek_offset: peek_offset != 0,
                 tcp_offload: tcp_offload != 0,
                 udp_offload: udp_offload != 0,
-                udp_trains: udp_trains != 0,
+                udp_gso: udp_gso != 0,
             };
             let ipv6 = ipv6 != 0;
             let tun = Tun::adopt(descriptor, &tun_options(options, ipv6, layer2), capabilities);
@@ -86,8 +86,8 @@ fn tell(line: &OwnedFd, made: Result<Made, String>) {
     let _ = match made {
         Ok(Made { tun, ipv6 }) => {
             let (descriptor, granted) = tun.into_parts();
-            let Capabilities { peek_offset, tcp_offload, udp_offload, udp_trains } = granted;
-            let bytes = [ipv6, peek_offset, tcp_offload, udp_offload, udp_trains].map(u8::from);
+            let Capabilities { peek_offset, tcp_offload, udp_offload, udp_gso } = granted;
+            let bytes = [ipv6, peek_offset, tcp_offload, udp_offload, udp_gso].map(u8::from);
             let descriptors = [descriptor.as_fd()];
             control.push(SendAncillaryMessage::ScmRights(&descriptors));
             sendmsg(line, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)
@@ -119,8 +119,8 @@ fn inside(options: &Options, layer2: bool) -> Result<Made, String> {
     made.map_err(|error| explain(&error, &name, options))
 }
 
-/// Joins the user namespace whose network it is. Who is in there already, as podman's children are,
-/// or is root, stays where he is.
+/// Joins the user namespace whose network it is. A process that is in it already, as podman's
+/// children are, or is root, stays where it is.
 fn join(options: &Options, namespace: &Namespace) -> Result<(), String> {
     let named = match (&options.user_namespace, &options.target) {
         (Some(path), _) => Some(path.clone()),
@@ -129,7 +129,7 @@ fn join(options: &Options, namespace: &Namespace) -> Result<(), String> {
     };
     let joined = match &named {
         Some(path) => File::open(path).and_then(join_user_namespace),
-        // Whoever gave a path alone is taken to where it belongs, if he may go there.
+        // With a path alone, the namespace's owner is joined where that is permitted.
         None => namespace.owner().and_then(join_user_namespace),
     };
     match joined {

@@ -35,8 +35,8 @@ mod process;
 mod resolvers;
 mod sandbox;
 
+use crate::bind::raise_descriptor_limit;
 use crate::confine::{self, CallsError};
-use crate::ports::raise_descriptor_limit;
 use crate::{EXIT_FAILURE, logging, version};
 use addresses::Addresses;
 use api::Forwards;

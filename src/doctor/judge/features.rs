@@ -32,7 +32,7 @@ pub(super) fn tcp_peek_offset(host: &Host) -> Row {
         Err(error) => Row::limited(
             check,
             format!(
-                "SO_PEEK_OFF on TCP: {error}; a network's way out will copy more (it is to come)"
+                "SO_PEEK_OFF on TCP: {error}; a network's egress will copy more (it is to come)"
             ),
         )
         .fix("run Linux 6.9 or newer"),
@@ -47,7 +47,7 @@ pub(super) fn udp_offload(host: &Host) -> Row {
             .filter_map(|(name, tried)| Some(format!("{name}: {}", tried.err()?)))
             .collect();
     if refused.is_empty() {
-        return Row::ok(check, "trains of datagrams are received and sent as one");
+        return Row::ok(check, "GSO batches of datagrams are received and sent as one");
     }
     // Both are older than the oldest kernel that is supported.
     Row::limited(check, format!("{}; datagrams are moved one by one", refused.join(", ")))

@@ -192,7 +192,7 @@ pub(super) fn tun(host: &Host) -> Row {
     let limited = |found: String, fix: &str| {
         Row::limited(
             check,
-            format!("{found}; networks will have no way out without a firewall (it is to come)"),
+            format!("{found}; networks will have no egress without a firewall (it is to come)"),
         )
         .fix(fix)
     };

@@ -9,8 +9,8 @@ pub use trial::{TRIAL, trial};
 use super::host::{
     Capabilities, Forwarding, Found, Host, Limits, RunDirectory, Service, UserNamespaces,
 };
-use crate::listeners;
 use crate::port_error::without_numbers;
+use crate::port_holders;
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
@@ -120,14 +120,17 @@ fn surroundings() -> io::Result<Observed> {
 fn services() -> Found<Vec<Service>> {
     let mut open = Vec::new();
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        let bound = listeners::bound(protocol).map_err(|error| said(&error))?;
+        let bound = port_holders::bound(protocol).map_err(|error| said(&error))?;
         open.extend(
-            bound.into_iter().filter(listeners::Bound::is_open_to_all).map(|one| (protocol, one)),
+            bound
+                .into_iter()
+                .filter(port_holders::Bound::is_open_to_all)
+                .map(|one| (protocol, one)),
         );
     }
     let inodes: BTreeSet<u64> = open.iter().map(|(_, socket)| socket.inode).collect();
     let mut by_inode = BTreeMap::new();
-    for holder in listeners::holders(&inodes) {
+    for holder in port_holders::holders(&inodes) {
         // A published port of a project tells networks apart by itself.
         let is_project =
             holder.name == "tidegate" && holder.command.get(1).is_some_and(|word| word == "up");

@@ -19,7 +19,7 @@ use tidegate_model::{LACKS, registry};
 use tidegate_netfilter::{Connection, Error, Gate, GatePolicy, PortGuards};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{
-    Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, Subnet, WithoutFirewall,
+    Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, RuleIsolation, Subnet,
 };
 
 /// What this program is called with to be the process that tries.
@@ -148,7 +148,7 @@ fn network() -> Result<(), (String, Code)> {
         let mut kernel = Kernel::new(Namespace::current().map_err(failed("open the namespace"))?);
         kernel
             .add_endpoint("trial", Namespace::create().map_err(failed("make a second namespace"))?);
-        let facts = desired().facts(&WithoutFirewall::default());
+        let facts = desired().facts(&RuleIsolation::default());
         for fact in &facts {
             let added = kernel.execute(&Op::Add(fact.clone())).await;
             added.map_err(|error| (error.what, error.source.into()))?;

@@ -42,7 +42,7 @@ impl Table {
     }
 }
 
-/// What the names of `owner`'s chains begin with: what fits of his name, and what tells him from
+/// What the names of `owner`'s chains begin with: what fits of its name, and what tells it from
 /// others.
 pub(super) fn prefix(owner: &str) -> String {
     let hash = registry::fnv1a(owner.as_bytes());
@@ -330,7 +330,7 @@ impl With<'_> {
         }
         for Zone { bridge, internal, .. } in zones {
             forward.push(if *internal {
-                rule(&format!("-i {bridge}"), "DROP", "an internal network has no way out")
+                rule(&format!("-i {bridge}"), "DROP", "an internal network has no egress")
             } else {
                 rule(&format!("-i {bridge}"), &self.chain("FROM"), "all that comes from one")
             });

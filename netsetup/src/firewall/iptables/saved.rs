@@ -138,7 +138,7 @@ impl Saved {
         })
     }
 
-    /// The tables that were made for one of us, who told it in his chains.
+    /// The tables that were made for one of us, as its chains say.
     pub(super) fn made(&self) -> BTreeSet<String> {
         let tells = |rule: &String| {
             rule.ends_with(rules::TABLE_MADE)
@@ -148,7 +148,7 @@ impl Saved {
         made.map(|table| table.name.clone()).collect()
     }
 
-    /// All that is there of `owner`: his chains, their rules, the jumps to them, and that the
+    /// All that is there of `owner`: its chains, their rules, the jumps to them, and that the
     /// user's chain is there.
     pub(super) fn of_owner(&self, owner: &str) -> Vec<String> {
         let mut lines = Vec::new();
@@ -293,7 +293,7 @@ impl UserRule {
     }
 
     /// Whether it is, or may be, about where a packet is forwarded to: the container's address or
-    /// port, or the way out.
+    /// port, or egress.
     #[must_use]
     pub fn is_about_forwarding(&self) -> bool {
         let words = words(&self.text);

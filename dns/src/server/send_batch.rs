@@ -9,14 +9,14 @@ use std::os::fd::{AsFd, AsRawFd};
 
 /// Answers that wait to be sent together.
 #[derive(Default)]
-pub(super) struct Burst {
+pub(super) struct SendBatch {
     bytes: Vec<u8>,
     answers: Vec<(Range<usize>, SockAddr)>,
     vectors: Vec<libc::iovec>,
     headers: Vec<libc::mmsghdr>,
 }
 
-impl Burst {
+impl SendBatch {
     /// Adds what `write` writes, for `client`, if it says that it is an answer.
     pub(super) fn push(&mut self, client: SocketAddr, write: impl FnOnce(&mut Vec<u8>) -> bool) {
         let start = self.bytes.len();

@@ -21,7 +21,7 @@ use tidegate_proxy::{Direction, PortSnapshot};
 use tokio::sync::{mpsc, oneshot};
 
 /// A running project.
-pub(crate) struct Subject {
+pub(crate) struct View {
     /// Its name.
     pub(crate) project: String,
     /// Its Compose file.
@@ -42,7 +42,7 @@ pub(crate) struct Subject {
     pub(crate) publisher: Arc<Publisher>,
     /// Its names.
     pub(crate) names: Arc<Resolver>,
-    /// Its way out, if there is no firewall.
+    /// Its egress, if there is no firewall.
     pub(crate) nat: Option<nat::Figures>,
     /// The paths of adopted namespaces.
     pub(crate) adopted: Arc<Adopted>,
@@ -96,7 +96,7 @@ impl Adopted {
     }
 }
 
-impl Subject {
+impl View {
     pub(super) fn status(&self) -> Status {
         let statuses = self.observer.statuses();
         let service = |name: &String| match statuses.iter().find(|status| status.name == *name) {

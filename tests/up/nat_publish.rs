@@ -78,7 +78,7 @@ fn the_container_sees_its_clients_over_tcp_and_udp() {
                 assert!(!seen(&boxed, HOST[family], 8080, udp).is_empty());
             }
         }
-        // Nothing that it sends goes to the engine: a container without a way out is reached as
+        // Nothing that it sends goes to the engine: a container without egress is reached as
         // ever.
         let inmate = service_namespace(&up, "inmate");
         let _udp = PeerServer::udp(&inmate, "10.81.2.3:80".parse().unwrap());

@@ -1,14 +1,14 @@
-//! The way out of a project's networks where no firewall masquerades: the NAT engine, behind a TUN
+//! Egress of a project's networks where no firewall masquerades: the NAT engine, behind a TUN
 //! device.
 //!
 //! To containers it is the host, at an address of its own ([`registry::ENGINE_ADDRESSES`]): there
 //! it answers DNS with what the host's servers say, and, if that was asked for, what the host has
 //! on its loopback. By the same device come datagrams for published ports
-//! ([`WayIn`](crate::way_in::WayIn)).
+//! ([`NatPublisher`](crate::nat_publish::NatPublisher)).
 
 use super::layout::{Layout, fnv};
 use crate::compose::Project;
-use crate::ground::Ground;
+use crate::host_context::HostContext;
 use crate::port_guards;
 use rustix::process::{Resource, getrlimit};
 use std::io;
@@ -19,7 +19,7 @@ use tidegate_nat::{
     FloodListener, Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions,
 };
 use tidegate_netns::{Family, Namespace, interface_index};
-use tidegate_netsetup::{EngineDevice, Network, Observed, WithEngine};
+use tidegate_netsetup::{EngineDevice, NatIsolation, Network, Observed};
 use tidegate_reactor::Descriptors;
 
 /// Tables that are tried.
@@ -100,7 +100,7 @@ impl Device {
     ///
     /// # Errors
     /// What is missing.
-    pub(super) fn open(ground: &Ground, project: &Project) -> Result<Self, StartError> {
+    pub(super) fn open(host_context: &HostContext, project: &Project) -> Result<Self, StartError> {
         if Feature::Tun.is_forced_off() {
             return Err(StartError::Device(io::ErrorKind::NotFound.into()));
         }
@@ -111,15 +111,15 @@ impl Device {
             !network.internal && (network.enable_ipv6 || given)
         });
         let default_routes = if has_v6 { Family::ALL.to_vec() } else { vec![Family::V4] };
-        let mut number = hash % u64::from(registry::WAY_OUT_TABLES);
+        let mut number = hash % u64::from(registry::EGRESS_TABLES);
         for attempt in 1.. {
-            let table = registry::FIRST_WAY_OUT_TABLE + number as u32;
+            let table = registry::FIRST_EGRESS_TABLE + number as u32;
             let options = TunOptions {
                 default_routes: default_routes.clone(),
                 table,
                 ..TunOptions::new(name.clone())
             };
-            match DeviceLink::open(ground.networks(), options) {
+            match DeviceLink::open(host_context.networks(), options) {
                 // Another project has its routes there.
                 Err(StartError::Interface { source, .. })
                     if source.kind() == io::ErrorKind::AlreadyExists && attempt < ATTEMPTS => {}
@@ -128,15 +128,15 @@ impl Device {
                     return Ok(Self { project, tun, table, link: Arc::new(link) });
                 }
             }
-            number = (number + 1) % u64::from(registry::WAY_OUT_TABLES);
+            number = (number + 1) % u64::from(registry::EGRESS_TABLES);
         }
         Err(StartError::Name(name))
     }
 
     /// How networks are led to it.
-    pub(super) fn isolation(&self) -> WithEngine {
+    pub(super) fn isolation(&self) -> NatIsolation {
         let (device, gated) = (self.tun.name().to_owned(), port_guards::has_gates());
-        WithEngine { device, table: self.table, gated }
+        NatIsolation { device, table: self.table, gated }
     }
 
     /// What restores its link.
@@ -153,11 +153,11 @@ impl Device {
         self,
         layout: &Layout,
         observed: &Observed,
-        ground: &Ground,
+        host_context: &HostContext,
         host_loopback: bool,
         limits: NatLimits,
         floods: Option<Arc<dyn FloodListener>>,
-    ) -> Result<WayOut, StartError> {
+    ) -> Result<Egress, StartError> {
         let mut settings = Settings::new(self.tun.mtu());
         settings.network = self.project;
         settings.floods = floods;
@@ -170,20 +170,20 @@ impl Device {
         settings.limits.flows_per_source = share.min(limits.endpoint_flows as usize);
         settings.limits.unanswered_per_source = limits.unanswered as usize;
         let descriptors = Arc::new(Descriptors::new(descriptors()));
-        let nat = Arc::new(Nat::start(settings, self.tun, ground.ports(), descriptors)?);
+        let nat = Arc::new(Nat::start(settings, self.tun, host_context.ports(), descriptors)?);
         // Nobody else sets it.
         let _ = self.link.nat.set(Arc::downgrade(&nat));
-        Ok(WayOut { nat, policy })
+        Ok(Egress { nat, policy })
     }
 }
 
 /// A running engine, and who may go where by it.
-pub(super) struct WayOut {
+pub(super) struct Egress {
     nat: Arc<Nat>,
     policy: Policy,
 }
 
-impl WayOut {
+impl Egress {
     /// The engine.
     pub(super) fn nat(&self) -> &Arc<Nat> {
         &self.nat

@@ -1,5 +1,5 @@
-//! Word that something about a namespace's network has changed; what, the listener looks up
-//! himself.
+//! Tells that something about a namespace's network has changed. What has changed, the listener
+//! observes itself.
 //!
 //! Messages can be lost when many come at once (`ENOBUFS`), and then the kernel says just that. So
 //! what they say is not applied: that there was one, or that one was lost, is all there is to know.
@@ -57,13 +57,13 @@ const AT_A_TIME: usize = 1024;
 
 /// A socket at which word arrives. It becomes readable then, and stays so until
 /// [`drain`](Self::drain).
-pub struct News {
+pub struct ChangeListener {
     socket: Socket,
     /// Of the routing socket, whose messages are filtered.
     is_routing: bool,
 }
 
-impl News {
+impl ChangeListener {
     /// Begins to listen for `topics` in `namespace`.
     ///
     /// # Errors
@@ -148,15 +148,15 @@ fn is_of_interest(beginning: &[u8]) -> bool {
 }
 
 /// The same as long as it lives.
-impl AsRawFd for News {
+impl AsRawFd for ChangeListener {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
 }
 
-impl fmt::Debug for News {
+impl fmt::Debug for ChangeListener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("News").field(&self.socket.as_raw_fd()).finish()
+        f.debug_tuple("ChangeListener").field(&self.socket.as_raw_fd()).finish()
     }
 }
 

@@ -2,10 +2,10 @@
 //! shows the client's own address there.
 //!
 //! TCP has a better way: a socket made in the container's namespace shows the client as well, and
-//! crosses neither device nor bridge (see [`source`](crate::source)). Of UDP that takes a rule in
-//! the container for each client, and no client could talk to the container directly meanwhile.
-//! What comes in by the engine's device goes back there by the default route, for every client
-//! alike.
+//! crosses neither device nor bridge (see [`client_address`](crate::client_address)). Of UDP that
+//! takes a rule in the container for each client, and no client could talk to the container
+//! directly meanwhile. What comes in by the engine's device goes back there by the default route,
+//! for every client alike.
 //!
 //! It takes an address that the default route leads away from. A container on internal networks
 //! only has none, and its ports stay with the publisher's own sockets.
@@ -21,15 +21,15 @@ use tidegate_proxy::{Drop, Engine, GatewayAcl, Listener, PortSnapshot, Whose};
 
 /// The engine, and who else publishes ports.
 #[derive(Clone)]
-pub(crate) struct WayIn {
+pub(crate) struct NatPublisher {
     nat: Arc<Nat>,
     /// Of the ports that it publishes.
     others: Arc<Engine>,
 }
 
 /// A port that the engine carries; dropped, it is closed.
-pub(crate) struct CarriedPort {
-    way: WayIn,
+pub(crate) struct NatPort {
+    way: NatPublisher,
     id: ForwardId,
     forward: Forward,
     stats: Arc<ForwardStats>,
@@ -37,7 +37,7 @@ pub(crate) struct CarriedPort {
     is_closed: AtomicBool,
 }
 
-impl WayIn {
+impl NatPublisher {
     /// By `nat`, beside ports of `others`.
     pub(crate) fn new(nat: Arc<Nat>, others: Arc<Engine>) -> Self {
         Self { nat, others }
@@ -54,7 +54,7 @@ impl WayIn {
         port: u16,
         guests: &[IpAddr],
         acl: &GatewayAcl,
-    ) -> io::Result<CarriedPort> {
+    ) -> io::Result<NatPort> {
         let label = listener.label();
         let same = guests.iter().find(|guest| guest.is_ipv4() == label.address().is_ipv4());
         let guest = same.or(guests.first()).ok_or(io::ErrorKind::AddrNotAvailable)?;
@@ -73,7 +73,7 @@ impl WayIn {
             Ok((id, stats)) => {
                 let has_series = self.others.take_series(1) > 0;
                 let is_closed = AtomicBool::new(false);
-                Ok(CarriedPort { way: self.clone(), id, forward, stats, has_series, is_closed })
+                Ok(NatPort { way: self.clone(), id, forward, stats, has_series, is_closed })
             }
             Err(error) => {
                 self.others.forget_port_of_others(label.address());
@@ -83,7 +83,7 @@ impl WayIn {
     }
 }
 
-impl CarriedPort {
+impl NatPort {
     /// Its figures, in the words of the publisher's own ports.
     pub(crate) fn snapshot(&self) -> PortSnapshot {
         let stats = &self.stats;
@@ -127,7 +127,7 @@ impl CarriedPort {
     }
 }
 
-impl std::ops::Drop for CarriedPort {
+impl std::ops::Drop for NatPort {
     fn drop(&mut self) {
         self.close();
         if self.has_series {

@@ -39,7 +39,7 @@ pub(super) struct Link {
 }
 
 /// What one namespace has.
-pub(super) struct Here {
+pub(super) struct Snapshot {
     pub(super) links: BTreeMap<u32, Link>,
     indexes: BTreeMap<String, u32>,
     addresses: Vec<(u32, IpNet)>,
@@ -68,11 +68,11 @@ pub(super) enum Depth {
 /// Addresses and routes that are looked at in one place. Further ones are taken not to be there.
 const MOST: usize = 65_536;
 
-impl Here {
+impl Snapshot {
     /// Asks for links, and for the rest as far as `asked` makes it necessary: there may be
     /// thousands of endpoints. Of the host all is of interest, of an endpoint the links that
     /// `asked` is about: its processes may make as many of their own as they like.
-    pub(super) async fn look(
+    pub(super) async fn observe(
         kernel: &mut Kernel,
         place: &Place,
         asked: &[&Fact],
@@ -411,7 +411,7 @@ impl Here {
             RouteAttribute::Oif(index) => self.links.get(index).map(|link| link.mtu),
             _ => None,
         };
-        // With several ways out a packet must fit through each.
+        // With several routes out a packet must fit through each.
         by.filter_map(link).min()
     }
 

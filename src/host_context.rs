@@ -17,12 +17,12 @@ use tidegate_netns::{Namespace, become_root_of_a_user_namespace, is_privileged};
 
 /// See the [module](self).
 #[derive(Clone, Debug)]
-pub struct Ground {
+pub struct HostContext {
     ports: Namespace,
     networks: Namespace,
 }
 
-impl Ground {
+impl HostContext {
     /// Where this process was started; its networks are there too.
     ///
     /// # Errors

@@ -1,5 +1,5 @@
-//! The host's `resolv.conf`, followed as it changes, by the resolver's task; [`Watch`] is for who
-//! waits himself.
+//! The host's `resolv.conf`, watched for changes by the resolver's task; [`Watch`] is for callers
+//! that wait themselves.
 
 use crate::resolv_conf::{LONGEST, ResolvConf};
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};

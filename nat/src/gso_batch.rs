@@ -6,11 +6,11 @@
 
 use std::net::SocketAddr;
 use tidegate_reactor::Key;
-use tidegate_reactor::batch::{MAX_SEGMENTS, MAX_TRAIN_BYTES};
+use tidegate_reactor::batch::{MAX_BATCH_BYTES, MAX_SEGMENTS};
 
-/// What all datagrams of a train have in common.
+/// What all datagrams of a GSO batch have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Way {
+pub(crate) struct BatchKey {
     /// Whose they are.
     pub(crate) flow: Key,
     /// Where they go, if their socket is not connected.
@@ -21,10 +21,10 @@ pub(crate) struct Way {
     pub(crate) hop_limit: Option<u8>,
 }
 
-/// A train that is being made up.
+/// A GSO batch that is being made up.
 #[derive(Debug, Default)]
-pub(crate) struct Train {
-    way: Option<Way>,
+pub(crate) struct GsoBatch {
+    key: Option<BatchKey>,
     bytes: Vec<u8>,
     segment: usize,
     count: usize,
@@ -32,22 +32,22 @@ pub(crate) struct Train {
     closed: bool,
 }
 
-impl Train {
+impl GsoBatch {
     /// Adds a datagram, if it may travel with those that are here.
-    pub(crate) fn push(&mut self, way: Way, datagram: &[u8]) -> bool {
+    pub(crate) fn push(&mut self, key: BatchKey, datagram: &[u8]) -> bool {
         let length = datagram.len();
-        match self.way {
+        match self.key {
             None => {
-                self.way = Some(way);
+                self.key = Some(key);
                 self.segment = length;
             }
-            Some(here) => {
-                let fits = here == way
+            Some(held) => {
+                let fits = held == key
                     && !self.closed
                     && length > 0
                     && length <= self.segment
                     && self.count < MAX_SEGMENTS
-                    && self.bytes.len() + length <= MAX_TRAIN_BYTES;
+                    && self.bytes.len() + length <= MAX_BATCH_BYTES;
                 if !fits {
                     return false;
                 }
@@ -60,13 +60,13 @@ impl Train {
     }
 
     /// What there is: whose it is, the bytes and the size of each datagram but the last.
-    pub(crate) fn get(&self) -> Option<(Way, &[u8], usize)> {
-        self.way.map(|way| (way, &self.bytes[..], self.segment))
+    pub(crate) fn get(&self) -> Option<(BatchKey, &[u8], usize)> {
+        self.key.map(|key| (key, &self.bytes[..], self.segment))
     }
 
     /// Begins anew.
     pub(crate) fn clear(&mut self) {
-        self.way = None;
+        self.key = None;
         self.bytes.clear();
         (self.segment, self.count, self.closed) = (0, 0, false);
     }
@@ -84,27 +84,27 @@ mod tests {
             lengths in prop::collection::vec(prop_oneof![Just(0usize), 1usize..5, Just(1200), Just(60_000)], 1..100),
         ) {
             let flow = Arena::new().insert(());
-            let way = Way { flow, to: None, dont_fragment: true, hop_limit: None };
-            let mut train = Train::default();
+            let key = BatchKey { flow, to: None, dont_fragment: true, hop_limit: None };
+            let mut batch = GsoBatch::default();
             let mut seen = Vec::new();
-            let mut leave = |train: &mut Train| {
-                if let Some((_, bytes, segment)) = train.get() {
+            let mut leave = |batch: &mut GsoBatch| {
+                if let Some((_, bytes, segment)) = batch.get() {
                     if bytes.is_empty() {
                         seen.push(0);
                     }
                     seen.extend(bytes.chunks(segment.max(1)).map(<[u8]>::len));
                 }
-                train.clear();
+                batch.clear();
             };
             for &length in &lengths {
-                if !train.push(way, &vec![0; length]) {
-                    leave(&mut train);
-                    prop_assert!(train.push(way, &vec![0; length]));
+                if !batch.push(key, &vec![0; length]) {
+                    leave(&mut batch);
+                    prop_assert!(batch.push(key, &vec![0; length]));
                 }
-                prop_assert!(train.count <= MAX_SEGMENTS);
-                prop_assert!(train.count == 1 || train.bytes.len() <= MAX_TRAIN_BYTES);
+                prop_assert!(batch.count <= MAX_SEGMENTS);
+                prop_assert!(batch.count == 1 || batch.bytes.len() <= MAX_BATCH_BYTES);
             }
-            leave(&mut train);
+            leave(&mut batch);
             prop_assert_eq!(seen, lengths);
         }
     }

@@ -1,4 +1,4 @@
-//! The way out without a firewall: by the NAT engine, as root and as an ordinary user.
+//! Egress without a firewall: by the NAT engine, as root and as an ordinary user.
 
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, refused, service_namespace, state};
@@ -146,7 +146,7 @@ fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else()
         let to = SocketAddr::new(ENGINE[0].parse().unwrap(), 9999);
         assert!(
             inmate.run(|| TcpStream::connect_timeout(&to, SOON / 10)).is_err(),
-            "it has no way out"
+            "it has no egress"
         );
     }
 }
@@ -163,7 +163,7 @@ fn on_an_old_kernel_a_host_does_not_become_a_router() {
     assert_eq!(inside.run(|| peer_as_seen(servers[0], false, SOON)).unwrap(), "203.0.113.1");
     assert!(inside.run(|| peer_as_seen(servers[1], false, SOON / 10)).is_err());
     assert_eq!(scene.net.host.read_sysctl("net.ipv6.conf.all.forwarding"), "0");
-    assert!(up.output().contains("no way out over IPv6"), "{}", up.output());
+    assert!(up.output().contains("no egress over IPv6"), "{}", up.output());
     up.stop(Signal::INT, SOON);
 }
 

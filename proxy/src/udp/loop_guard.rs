@@ -17,14 +17,14 @@ use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 
 /// The UDP ports that are published, and a way to ask which addresses are this host's.
 #[derive(Debug, Default)]
-pub(crate) struct Reflection {
+pub(crate) struct LoopGuard {
     ours: RwLock<BTreeSet<SocketAddr>>,
     /// One socket of each family, of the namespace in which ports are published, whichever the
     /// asking thread is in.
     probes: OnceLock<[Option<Mutex<OwnedFd>>; 2]>,
 }
 
-impl Reflection {
+impl LoopGuard {
     /// Notes that `address` is published. Call it in the namespace of ports.
     pub(crate) fn add(&self, address: SocketAddr) {
         self.probes.get_or_init(|| [AddressFamily::INET, AddressFamily::INET6].map(probe));
@@ -81,11 +81,11 @@ mod tests {
 
     #[test]
     fn an_address_of_this_host_with_a_published_port_is_ours() {
-        let reflection = Reflection::default();
+        let guard = LoopGuard::default();
         let acl = GatewayAcl::default();
         let at = |text: &str| text.parse::<SocketAddr>().unwrap();
-        reflection.add(at("0.0.0.0:7000"));
-        reflection.add(at("192.0.2.1:7001"));
+        guard.add(at("0.0.0.0:7000"));
+        guard.add(at("192.0.2.1:7001"));
         for (client, ours) in [
             ("127.0.0.1:7000", true),
             ("127.0.0.9:7000", true),
@@ -95,9 +95,9 @@ mod tests {
             ("192.0.2.1:7000", false),
             ("[::1]:7000", false),
         ] {
-            assert_eq!(reflection.is_ours(at(client), &acl), ours, "{client}");
+            assert_eq!(guard.is_ours(at(client), &acl), ours, "{client}");
         }
-        reflection.remove(at("0.0.0.0:7000"));
-        assert!(!reflection.is_ours(at("127.0.0.1:7000"), &acl));
+        guard.remove(at("0.0.0.0:7000"));
+        assert!(!guard.is_ours(at("127.0.0.1:7000"), &acl));
     }
 }

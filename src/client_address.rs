@@ -27,7 +27,7 @@ mod inside;
 mod relocatable;
 mod transparent;
 
-use crate::ground::Ground;
+use crate::host_context::HostContext;
 use metrics::{Counter, counter};
 use std::fmt;
 use std::io;
@@ -43,7 +43,7 @@ pub use relocatable::Relocatable;
 pub use transparent::Transparent;
 
 /// Removes what processes that were killed have left in namespaces, as their journal tells.
-pub fn clean_up_after_the_dead() {
+pub fn sweep_stale_owners() {
     match tidegate_netns::sweep() {
         Ok(0) => {}
         Ok(owners) => tracing::info!(owners, "cleaned up after processes that were killed"),
@@ -87,15 +87,15 @@ impl Source {
         }
     }
 
-    /// The way to the container that lives in `namespace`, on a network of `ground`. `protocol`
-    /// matters where nothing was asked for (`None`): TCP then shows the client's address, and UDP
-    /// the gateway's.
+    /// The way to the container that lives in `namespace`, on a network of `host_context`.
+    /// `protocol` matters where nothing was asked for (`None`): TCP then shows the client's
+    /// address, and UDP the gateway's.
     ///
     /// # Errors
     /// [`SourceError`].
     pub fn towards_namespace(
         asked: Option<Self>,
-        ground: &Ground,
+        host_context: &HostContext,
         namespace: &Namespace,
         container: &[IpAddr],
         protocol: Protocol,
@@ -104,7 +104,7 @@ impl Source {
             Some(source) => source == Self::Client,
             None => protocol == Protocol::Tcp,
         };
-        Ok(Arc::new(Inside::new(ground, namespace, container, protocol, show_client)?))
+        Ok(Arc::new(Inside::new(host_context, namespace, container, protocol, show_client)?))
     }
 }
 

@@ -5,7 +5,7 @@ use super::{
     Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway,
     transparent_socket,
 };
-use crate::ground::Ground;
+use crate::host_context::HostContext;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -56,7 +56,7 @@ impl Inside {
     /// # Errors
     /// [`SourceError`]; nothing is left behind then.
     pub fn new(
-        ground: &Ground,
+        host_context: &HostContext,
         namespace: &Namespace,
         containers: &[IpAddr],
         protocol: Protocol,
@@ -64,9 +64,9 @@ impl Inside {
     ) -> Result<Self, SourceError> {
         let name = namespace.id().to_string();
         let addresses = |cause| SourceError::Addresses { namespace: name.clone(), cause };
-        let host = AddressBook::of(ground.ports()).map_err(addresses)?;
+        let host = AddressBook::of(host_context.ports()).map_err(addresses)?;
         let there = AddressBook::of(namespace).map_err(addresses)?;
-        let home = AddressBook::of(ground.networks()).map_err(addresses)?;
+        let home = AddressBook::of(host_context.networks()).map_err(addresses)?;
         let mut found = containers.to_vec();
         if found.is_empty() {
             found = there.container_addresses();
@@ -78,7 +78,7 @@ impl Inside {
             else {
                 continue;
             };
-            let connected = namespace.id() != ground.networks().id()
+            let connected = namespace.id() != host_context.networks().id()
                 && home.connected_interface(address).map_err(addresses)?.is_some();
             containers.push(Container {
                 address,
