@@ -67,7 +67,7 @@ pub const MAX_SELECTORS: usize = 256;
 
 /// A place in a namespace from which packets can be steered into local sockets.
 ///
-/// Dropped, it takes everything back. Errors are logged then; what could not be taken back stays in
+/// Dropped, it reverts everything. Errors are logged then; what could not be reverted stays in
 /// the journal.
 pub struct PolicyRoute {
     directory: PathBuf,

@@ -47,7 +47,7 @@ pub enum ConflictError {
         /// Where it should be.
         subnet: IpNet,
     },
-    /// An endpoint would be plugged into the namespace that its bridge is in.
+    /// An endpoint would be attached to the namespace that its bridge is in.
     #[error(
         "endpoint {endpoint:?}: its network namespace is the host's own; give it a container's"
     )]

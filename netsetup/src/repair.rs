@@ -115,7 +115,7 @@ pub struct Repaired {
     /// What could not be restored: the endpoint, none for the host, and why.
     pub failed: Vec<(Option<String>, SetupError)>,
     /// Endpoints whose veth pair is missing, beyond those that were to be repaired.
-    pub unplugged: BTreeSet<String>,
+    pub detached: BTreeSet<String>,
 }
 
 /// `facts` in the order to make them, with those that the kernel makes true by itself: routes to

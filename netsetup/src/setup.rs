@@ -140,25 +140,25 @@ impl Setup {
         let mut repaired = Repaired::default();
         // Whoever has removed a link of an endpoint may have made another one of the same name.
         self.kernel.forget_endpoints();
-        let mut unplugged = BTreeSet::new();
+        let mut detached = BTreeSet::new();
         if host {
             match self.repair_host(desired).await {
                 Ok((restored, failed, missing)) => {
                     repaired.restored = restored;
                     repaired.failed.extend(failed.map(|error| (None, error)));
-                    unplugged = missing;
+                    detached = missing;
                 }
                 Err(error) => repaired.failed.push((None, error)),
             }
         }
         for name in endpoints {
-            let result = self.repair_endpoint(desired, name, unplugged.contains(name)).await;
+            let result = self.repair_endpoint(desired, name, detached.contains(name)).await;
             let (restored, failed) = result.unwrap_or_else(|error| (Vec::new(), Some(error)));
             repaired.restored.extend(restored);
             repaired.failed.extend(failed.map(|error| (Some(name.clone()), error)));
         }
         repaired.restored = causes(std::mem::take(&mut repaired.restored));
-        repaired.unplugged = unplugged.difference(endpoints).cloned().collect();
+        repaired.detached = detached.difference(endpoints).cloned().collect();
         repaired
     }
 
@@ -183,13 +183,13 @@ impl Setup {
             })
             .collect();
         let is_ours = |link: &str| desired.has_bridge(link) || devices.contains(link);
-        let mut unplugged = BTreeSet::new();
+        let mut detached = BTreeSet::new();
         let mut missing_links = BTreeSet::new();
         let mut ops = Vec::new();
         for fact in facts.into_iter().filter(|fact| !observed.facts.contains(fact)) {
             match &fact {
                 Fact::Veth { interface, endpoint, .. } => {
-                    unplugged.insert(endpoint.clone());
+                    detached.insert(endpoint.clone());
                     missing_links.insert(interface.name.clone());
                 }
                 // Of a link of somebody else's that has gone.
@@ -199,11 +199,11 @@ impl Setup {
             }
         }
         let (restored, failed) = self.restore(&ops).await?;
-        Ok((restored, failed, unplugged))
+        Ok((restored, failed, detached))
     }
 
     /// Restores what is in the namespace of the endpoint `name`, and its veth pairs. It is known to
-    /// be `unplugged`, or that is found out. A link that the endpoint has made under the name of
+    /// be `detached`, or that is found out. A link that the endpoint has made under the name of
     /// one of its own is left alone; what belongs on that cannot be restored.
     ///
     /// What is there is found by adding it: processes of an endpoint can make listing it take as
@@ -212,7 +212,7 @@ impl Setup {
         &mut self,
         desired: &Desired,
         name: &str,
-        unplugged: bool,
+        detached: bool,
     ) -> Result<(Vec<Fact>, Option<SetupError>), SetupError> {
         let mut part = desired.with_endpoints(&BTreeSet::from([name.to_owned()]));
         let place = Place::Endpoint(name.to_owned());
@@ -245,7 +245,7 @@ impl Setup {
             .collect();
         facts.retain(|fact| fact.is_of_endpoint(name) || is_on_pair_of(&part, fact));
         let mut world;
-        if unplugged || !lost.is_empty() {
+        if detached || !lost.is_empty() {
             let observed = self.kernel.observe_links(&place, &facts).await?;
             check_links(&part, &observed)?;
             world = World::new(observed.facts);
@@ -322,8 +322,8 @@ impl Setup {
     ///
     /// # Errors
     /// [`SetupError`]. Where it cannot be, because an interface is in the way for instance, nothing
-    /// was changed; where a step fails, the endpoint is unplugged.
-    pub async fn replug(
+    /// was changed; where a step fails, the endpoint is detached.
+    pub async fn reattach(
         &mut self,
         desired: &Desired,
         name: &str,
@@ -335,7 +335,7 @@ impl Setup {
             let fits = self.plan_part(&part).await;
             self.kernel.add_endpoint(name, old);
             fits?;
-            self.unplug(name).await?;
+            self.detach(name).await?;
             self.kernel.add_endpoint(name, namespace);
         }
         let ops = self.plan_part(&part).await?;
@@ -347,7 +347,7 @@ impl Setup {
     }
 
     /// Takes back what endpoint `name` has.
-    async fn unplug(&mut self, name: &str) -> Result<(), SetupError> {
+    async fn detach(&mut self, name: &str) -> Result<(), SetupError> {
         let facts =
             self.journal.facts().iter().rev().filter(|fact| fact.is_of_endpoint(name)).cloned();
         let (on_links, others): (Vec<Fact>, Vec<Fact>) = facts.partition(Fact::goes_with_its_link);
@@ -363,7 +363,7 @@ impl Setup {
         for op in on_links.into_iter().map(Op::Remove) {
             if self.journal.facts().contains(op.fact()) {
                 if let Err(error) = self.kernel.execute(&op).await {
-                    tracing::debug!(%error, "not taken back in a namespace that is left");
+                    tracing::debug!(%error, "not reverted in a namespace that is left");
                 }
                 self.journal.after(&[op])?;
             }

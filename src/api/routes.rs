@@ -138,7 +138,7 @@ async fn set_namespace(State(view): State<Arc<View>>, name: Named, body: Body) -
         )));
     }
     let (done, is_done) = oneshot::channel();
-    let order = Order::Replug { endpoint: name.clone(), netns, done };
+    let order = Order::Reattach { endpoint: name.clone(), netns, done };
     let closed = || Problem::from(PublishError::Closed);
     view.orders.send(order).await.map_err(|_| closed())?;
     is_done.await.map_err(|_| closed())??;

@@ -60,7 +60,7 @@ pub(crate) struct Adopted(Mutex<BTreeMap<String, (PathBuf, bool)>>);
 #[derive(Debug)]
 pub(crate) enum Order {
     /// The container of an adopted endpoint has come back.
-    Replug {
+    Reattach {
         /// Which endpoint.
         endpoint: String,
         /// Where its namespace is now.

@@ -1,5 +1,5 @@
 //! While a project runs: its end is waited for, orders are carried out, and containers that come
-//! back are plugged in again.
+//! back are re-attached.
 //!
 //! An adopted namespace is a container of somebody else's. When that is restarted, the path it was
 //! adopted by leads to another namespace: that is looked for once a second, since nothing announces
@@ -114,7 +114,7 @@ impl Instance {
         let has_services = !self.up.supervisor.statuses().is_empty();
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // What was said last of an endpoint that could not be plugged in, so that it is not said
+        // What was said last of an endpoint that could not be attached, so that it is not said
         // every second.
         let mut said = BTreeMap::new();
         let mut silent = interval(SILENT_CHANGES);
@@ -311,10 +311,10 @@ impl Instance {
             let again = self.restore(failed.contains(&None), &endpoints).await;
             repaired.restored.extend(again.restored);
             repaired.failed = again.failed;
-            repaired.unplugged.extend(again.unplugged);
+            repaired.detached.extend(again.detached);
         }
         let now = Instant::now();
-        for name in std::mem::take(&mut repaired.unplugged) {
+        for name in std::mem::take(&mut repaired.detached) {
             schedule.endpoint_changed(name, now);
         }
         if host {
@@ -464,20 +464,20 @@ impl Instance {
 
     async fn carry_out(&mut self, order: Order) {
         match order {
-            Order::Replug { endpoint, netns, done } => {
-                let result = self.replug_to(&endpoint, netns).await;
+            Order::Reattach { endpoint, netns, done } => {
+                let result = self.reattach_to(&endpoint, netns).await;
                 // Who has gone meanwhile does not hear of it.
                 let _ = done.send(result);
             }
         }
     }
 
-    async fn replug_to(&mut self, endpoint: &str, netns: PathBuf) -> Result<(), Problem> {
+    async fn reattach_to(&mut self, endpoint: &str, netns: PathBuf) -> Result<(), Problem> {
         if self.up.adopted.get(endpoint).is_none() {
             let known = self.up.layout.desired.endpoints.iter().any(|one| one.name == endpoint);
             return Err(if known {
                 Problem::conflict(&format!(
-                    "endpoint {endpoint:?} is in a namespace that tidegate made; only adopted ones (x-netns) can be plugged in elsewhere"
+                    "endpoint {endpoint:?} is in a namespace that tidegate made; only adopted ones (x-netns) can be attached elsewhere"
                 ))
             } else {
                 Problem::not_found(&format!("there is no endpoint {endpoint:?}"))
@@ -485,18 +485,19 @@ impl Instance {
         }
         let namespace =
             Namespace::from_path(&netns).map_err(|error| Problem::bad_request(&error))?;
-        self.replug(endpoint, netns, &namespace).await
+        self.reattach(endpoint, netns, &namespace).await
     }
 
     /// Plugs `endpoint` into `namespace`, which is at `path`, and leads its ports there.
-    async fn replug(
+    async fn reattach(
         &mut self,
         endpoint: &str,
         path: PathBuf,
         namespace: &Namespace,
     ) -> Result<(), Problem> {
-        let plugged = self.setup.replug(&self.up.layout.desired, endpoint, namespace.clone()).await;
-        plugged.map_err(|error| match error {
+        let attached =
+            self.setup.reattach(&self.up.layout.desired, endpoint, namespace.clone()).await;
+        attached.map_err(|error| match error {
             SetupError::Conflict(_) => Problem::conflict(&error),
             error => Problem::failed(&error),
         })?;
@@ -509,7 +510,7 @@ impl Instance {
             tracing::warn!(endpoint, "{error:#}");
         }
         watch(&mut self.watch, endpoint, namespace);
-        tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "plugged in again");
+        tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "re-attached");
         Ok(())
     }
 
@@ -528,7 +529,7 @@ impl Instance {
                         .map(|error| format!("{error:#}"))
                 }
                 Ok(Some(namespace)) => self
-                    .replug(&endpoint, path, &namespace)
+                    .reattach(&endpoint, path, &namespace)
                     .await
                     .err()
                     .map(|problem| problem.to_string()),

@@ -41,7 +41,7 @@ const PORTS: Family = (
 const RELOCATIONS: Family = (
     "tidegate_network_endpoint_relocations_total",
     "counter",
-    "Times that an endpoint was plugged into another namespace because its container had come back.",
+    "Times that an endpoint was attached to another namespace because its container had come back.",
 );
 
 const RESTARTS: Family = (

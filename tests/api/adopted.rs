@@ -103,7 +103,7 @@ fn a_container_that_is_restarted_keeps_its_ports_and_others_notice_nothing() {
 }
 
 #[test]
-fn an_endpoint_is_plugged_in_elsewhere_when_that_is_asked_for() {
+fn an_endpoint_is_attached_elsewhere_when_that_is_asked_for() {
     let scene = Scene::new();
     let (name, other) = (Named::new(&scene, "box"), Namespace::new());
     let (first, second) = (Namespace::new(), Namespace::new());
@@ -159,7 +159,7 @@ fn an_endpoint_is_plugged_in_elsewhere_when_that_is_asked_for() {
 /// The path names a process, which moves to another namespace as a stranger with its number would
 /// be in one.
 #[test]
-fn what_follows_a_process_under_its_number_is_not_plugged_in() {
+fn what_follows_a_process_under_its_number_is_not_attached() {
     let scene = Scene::new();
     let (other, first, second) = (Namespace::new(), Namespace::new(), Namespace::new());
     let go = scene.directory.path().join("go");
@@ -198,7 +198,7 @@ fn an_adopted_namespace_is_left_as_it_was_found() {
         Process::spawn(command.args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(&path));
     up.wait_for_line("Ctrl-C takes", SOON);
     name.leads_to(&again);
-    assert!(eventually(SOON, || again.read_sysctl(setting) == "1"), "plugged in, with ports");
+    assert!(eventually(SOON, || again.read_sysctl(setting) == "1"), "attached, with ports");
     up.stop(Signal::INT, SOON);
     assert!(
         eventually(SOON, || [&other, &again].map(all) == before),

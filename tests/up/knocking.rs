@@ -133,7 +133,7 @@ fn heals(scene: Scene, flags: &[&str], harms: &[&str], times: usize) {
     let ours = state(host);
     let mut longest = Duration::ZERO;
     for harm in harms.iter().cycle().take(times) {
-        // What cannot be done to us, because it is ours alone, need not be put right.
+        // What cannot be done to us, because it is ours alone, need not be repaired.
         let _ = host
             .command("sh")
             .args(["-c", harm])

@@ -66,7 +66,7 @@ fn what_has_been_set_up_goes_with_the_server() {
 fn a_server_comes_after_one_that_was_killed() {
     let house = scene();
     let mut container = house.serve("web");
-    // As if nothing had been taken back: its sockets are gone, its table is not.
+    // As if nothing had been reverted: its sockets are gone, its table is not.
     std::mem::forget(container.serving.take());
     let _guard = house.runtime.enter();
     let serving = house

@@ -252,7 +252,7 @@ fn prepare_stream(socket: &OwnedFd, buffer: BoundBuffer) -> io::Result<()> {
 }
 
 /// Whether the last segment of `socket`'s handshake waits for what is sent first, a fifth of a
-/// second at most. Asked for before the connect; when it is taken back later, that segment leaves
+/// second at most. Asked for before the connect; when it is withdrawn later, that segment leaves
 /// (`tcp_rcv_synsent_state_process` and `__tcp_sock_set_quickack`, net/ipv4).
 fn put_off_hello(socket: &OwnedFd, put_off: bool) -> io::Result<()> {
     sys::set(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, (!put_off).into())

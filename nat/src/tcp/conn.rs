@@ -18,7 +18,7 @@ const PAWS_IDLE: Duration = Duration::from_secs(24 * 24 * 3600);
 /// How long a busy engine lets a far end wait for the last segment of the handshake, for the
 /// guest's first bytes to carry it: most have something to say at once. It spares a segment, and
 /// one of the far end's two wake-ups.
-const HELLO_WAITS: Duration = Duration::from_millis(1);
+const HANDSHAKE_ACK_DELAY: Duration = Duration::from_millis(1);
 
 /// What a guest takes at least that does not say: RFC 9293 section 3.7.1.
 const DEFAULT_MSS: [u16; 2] = [536, 1220];
@@ -133,7 +133,7 @@ pub struct Connection<S> {
     pub(super) resend_at: Option<Instant>,
     pub(super) probe_at: Option<Instant>,
     /// When the far end hears that it is connected, if the guest has said nothing until then.
-    pub(super) hello_at: Option<Instant>,
+    pub(super) handshake_ack_at: Option<Instant>,
     pub(super) active: Instant,
     /// When its timer is armed for, if it is; the engine's.
     pub timer: Option<Instant>,
@@ -220,7 +220,7 @@ impl<S> Connection<S> {
             probes: 0,
             resend_at: None,
             probe_at: None,
-            hello_at: None,
+            handshake_ack_at: None,
             active: now,
             timer: None,
             key: None,
@@ -311,13 +311,13 @@ impl<S> Connection<S> {
         self.writable = true;
         self.active = io.now;
         let quiet = self.stream.as_ref().is_some_and(|stream| io.host.is_quiet(stream));
-        self.hello_at = quiet.then(|| io.now + HELLO_WAITS);
+        self.handshake_ack_at = quiet.then(|| io.now + HANDSHAKE_ACK_DELAY);
         self.send_syn_ack(io);
     }
 
     /// The far end hears that it is connected, in case that it is the one to speak first.
     pub(super) fn say_hello<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
-        self.hello_at = None;
+        self.handshake_ack_at = None;
         if let Some(stream) = &mut self.stream {
             io.host.say_hello(stream);
         }

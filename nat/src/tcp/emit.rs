@@ -82,7 +82,7 @@ impl<S> Connection<S> {
 
     /// Opens the window as far as it goes; its size in bytes.
     pub(super) fn advertise<H: Host<Stream = S>>(&mut self, io: &Io<'_, H>) -> u32 {
-        // An edge that has been told is never taken back (RFC 9293 section 3.8.6).
+        // An edge that has been told is never withdrawn (RFC 9293 section 3.8.6).
         self.rcv_edge = self.possible_edge(io);
         self.rcv_edge.wrapping_sub(self.rcv_nxt)
     }

@@ -70,7 +70,7 @@ impl<S> Connection<S> {
         let mut rest = bytes;
         if let Some(stream) = &mut self.stream {
             while self.writable && self.pending.is_empty() && !rest.is_empty() {
-                self.hello_at = None;
+                self.handshake_ack_at = None;
                 match io.host.send(stream, rest) {
                     Ok(sent) => {
                         count(io.stats, Inbound::stats_of(self.inbound.as_ref()), 0, sent as u64);

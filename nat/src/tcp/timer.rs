@@ -46,7 +46,7 @@ impl<S> Connection<S> {
             Phase::Lingering => self.active + timeouts.linger,
             Phase::Open => {
                 let idle = if self.half_closed() { timeouts.half_closed } else { timeouts.idle };
-                [self.resend_at, self.probe_at, self.acknowledge_at(), self.hello_at]
+                [self.resend_at, self.probe_at, self.acknowledge_at(), self.handshake_ack_at]
                     .into_iter()
                     .flatten()
                     .fold(self.active + idle, Instant::min)
@@ -79,7 +79,7 @@ impl<S> Connection<S> {
         if resend || probe {
             self.retries += 1;
         }
-        if due(self.hello_at) {
+        if due(self.handshake_ack_at) {
             self.say_hello(io);
         }
         if due(self.acknowledge_at()) {

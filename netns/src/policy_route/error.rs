@@ -7,7 +7,7 @@ use std::io;
 use std::path::PathBuf;
 use tidegate_model::registry::OWNER_SLOTS;
 
-/// A policy route that could not be made, changed or taken back.
+/// A policy route that could not be made, changed or reverted.
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyRouteError {
     /// The namespace could not be entered or spoken to.

@@ -321,7 +321,7 @@ fn a_thousand_endpoints_are_set_up_and_taken_down() {
 
 /// Blue's endpoint `a` in another namespace, as a container that was restarted.
 #[test]
-fn an_endpoint_is_plugged_into_another_namespace_and_its_neighbours_notice_nothing() {
+fn an_endpoint_is_attached_to_another_namespace_and_its_neighbours_notice_nothing() {
     let bed = Bed::new();
     let before = bed.state();
     let [a, b, c, again] = [(); 4].map(|()| Namespace::create().unwrap());
@@ -338,7 +338,7 @@ fn an_endpoint_is_plugged_into_another_namespace_and_its_neighbours_notice_nothi
     };
     let (there, theirs) = (a.id(), neighbours(bed.state()));
     for namespace in [&again, &a, &again] {
-        bed.runtime.block_on(setup.replug(&desired, "a", namespace.clone())).unwrap();
+        bed.runtime.block_on(setup.reattach(&desired, "a", namespace.clone())).unwrap();
         assert!(reaches(&b, namespace, "10.9.1.10:0", SOON));
         assert_eq!(setup.owned().len(), owned, "nothing is remembered twice");
     }
@@ -371,7 +371,7 @@ fn a_namespace_in_which_the_interface_is_taken_is_refused_and_the_endpoint_stays
     elsewhere.endpoints[0].attachments[0].addresses = vec!["10.9.7.2/24".parse().unwrap()];
     bed.runtime.block_on(other.apply(&elsewhere)).unwrap();
     let before = bed.state();
-    let error = bed.runtime.block_on(setup.replug(&desired, "a", full)).unwrap_err().to_string();
+    let error = bed.runtime.block_on(setup.reattach(&desired, "a", full)).unwrap_err().to_string();
     assert!(error.contains("\"eth0\" on endpoint \"a\" exists already"), "{error}");
     assert_eq!(bed.state(), before);
     assert!(reaches(&b, &a, "10.9.1.10:0", SOON));
@@ -421,7 +421,7 @@ fn each_object_that_others_remove_is_restored_and_reported_once() {
         let endpoints = BTreeSet::from(["a".to_owned()]);
         let repaired = bed.runtime.block_on(setup.repair(&desired, true, &endpoints));
         assert!(repaired.failed.is_empty(), "{script}: {:?}", repaired.failed);
-        assert!(repaired.unplugged.is_empty(), "{script}");
+        assert!(repaired.detached.is_empty(), "{script}");
         let found: Vec<_> =
             repaired.restored.iter().map(|fact| RepairKind::of(fact).as_str()).collect();
         assert_eq!(found, kinds, "{script}: {:?}", repaired.restored);
@@ -433,7 +433,7 @@ fn each_object_that_others_remove_is_restored_and_reported_once() {
     assert_eq!(setup.owned().len(), journal, "each fact once, and none that the kernel makes");
     host.ip(&["link", "del", "tgv-c"]);
     let repaired = bed.runtime.block_on(setup.repair(&desired, true, &BTreeSet::new()));
-    assert_eq!(repaired.unplugged, BTreeSet::from(["c".to_owned()]));
+    assert_eq!(repaired.detached, BTreeSet::from(["c".to_owned()]));
     assert!(repaired.restored.is_empty(), "{:?}", repaired.restored);
 }
 
