@@ -81,7 +81,7 @@ pub(crate) fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError>
                 match open(port) {
                     Ok(listeners) => return Ok(listeners),
                     Err(error) if error.source.kind() == io::ErrorKind::AddrInUse => {
-                        last = Some(error)
+                        last = Some(error);
                     }
                     Err(error) => return Err(error.into()),
                 }

@@ -55,7 +55,7 @@ impl Chosen {
         let why = &self.why;
         match &self.firewall {
             Some(firewall) => {
-                tracing::info!(firewall = %firewall.kind(), why, "networks are closed by")
+                tracing::info!(firewall = %firewall.kind(), why, "networks are closed by");
             }
             None => tracing::info!(why, "networks are closed without a firewall"),
         }

@@ -29,7 +29,7 @@ impl Scene {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let open = |path: PathBuf, mode| {
-            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap()
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
         };
         open(directory.path().into(), 0o755);
         fs::copy(env!("CARGO_BIN_EXE_tidegate"), directory.path().join("tidegate")).unwrap();

@@ -153,7 +153,7 @@ pub(crate) async fn follow(
         match servers(&path, &outside) {
             Some(servers) => each(servers),
             None => {
-                tracing::warn!(path = %path.display(), "unreadable; DNS servers stay as they were")
+                tracing::warn!(path = %path.display(), "unreadable; DNS servers stay as they were");
             }
         }
         if let Err(error) = changed(&watch).await {

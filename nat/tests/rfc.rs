@@ -527,7 +527,7 @@ fn rfc_6191_a_new_connection_takes_the_place_of_one_that_lingers() {
     guest.send_as(
         |head| {
             (head.flags, head.acknowledgement, head.sequence) =
-                (SYN, 0, head.sequence.wrapping_add(1000))
+                (SYN, 0, head.sequence.wrapping_add(1000));
         },
         b"",
     );

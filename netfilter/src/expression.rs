@@ -253,10 +253,10 @@ impl Expressions {
             Key::SourcePort => self.payload(TRANSPORT, 0, 2, register),
             Key::DestinationPort => self.payload(TRANSPORT, 2, 2, register),
             Key::OriginalSourceV4 => {
-                self.of_connection(ct::SOURCE_V4, Some(ct::ORIGINAL), register)
+                self.of_connection(ct::SOURCE_V4, Some(ct::ORIGINAL), register);
             }
             Key::OriginalSourceV6 => {
-                self.of_connection(ct::SOURCE_V6, Some(ct::ORIGINAL), register)
+                self.of_connection(ct::SOURCE_V6, Some(ct::ORIGINAL), register);
             }
             Key::OriginalDestinationV4 => {
                 self.of_connection(ct::DESTINATION_V4, Some(ct::ORIGINAL), register);
@@ -361,7 +361,7 @@ impl Expressions {
         match action {
             // NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
             Action::Count => {
-                self.push("counter", &Attributes::default().bytes(1, &[0; 8]).bytes(2, &[0; 8]))
+                self.push("counter", &Attributes::default().bytes(1, &[0; 8]).bytes(2, &[0; 8]));
             }
             Action::Accept => self.verdict(verdict::ACCEPT, None),
             Action::Drop => self.verdict(verdict::DROP, None),

@@ -253,7 +253,7 @@ impl Entry {
                 AddressAttribute::Address(ip) => address = Some(*ip),
                 AddressAttribute::Local(ip) => local = Some(*ip),
                 AddressAttribute::Flags(flags) => {
-                    duplicate |= flags.contains(AddressFlags::Dadfailed)
+                    duplicate |= flags.contains(AddressFlags::Dadfailed);
                 }
                 _ => {}
             }

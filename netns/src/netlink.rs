@@ -148,7 +148,7 @@ impl Netlink {
                         Ok(message) => each(message),
                         // Something newer than the parser, hence nothing that we have made.
                         Err(error) => {
-                            tracing::debug!(kind, %error, "netlink message not understood")
+                            tracing::debug!(kind, %error, "netlink message not understood");
                         }
                     },
                 }

@@ -285,10 +285,10 @@ impl Installed {
             Ok(()) => {}
             // Someone has cleared the rules of the namespace: networkd does, when it restarts.
             Err(error) if slot::is_absence(&error) => {
-                tracing::debug!(%selector, "the rule was gone already")
+                tracing::debug!(%selector, "the rule was gone already");
             }
             Err(source) => {
-                tracing::warn!(error = %self.rule_error(selector, source), "cannot delete a rule")
+                tracing::warn!(error = %self.rule_error(selector, source), "cannot delete a rule");
             }
         }
     }

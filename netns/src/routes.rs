@@ -93,7 +93,7 @@ impl Way {
                 RouteAttribute::Oif(index) => way.interface = Some(*index),
                 RouteAttribute::Gateway(RouteAddress::Inet(ip)) => way.gateway = Some((*ip).into()),
                 RouteAttribute::Gateway(RouteAddress::Inet6(ip)) => {
-                    way.gateway = Some((*ip).into())
+                    way.gateway = Some((*ip).into());
                 }
                 // An IPv4 route over an IPv6 router (RFC 8950).
                 RouteAttribute::Via(RouteVia::Inet(ip)) => way.gateway = Some((*ip).into()),

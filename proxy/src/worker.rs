@@ -216,7 +216,7 @@ impl Worker {
         for key in self.connections.keys() {
             if self.connections.get(key).is_some_and(|connection| which(&connection.port)) {
                 self.end_connection(cx, key, |connection, scratch| {
-                    connection.reset(&mut scratch.pipes)
+                    connection.reset(&mut scratch.pipes);
                 });
             }
         }
@@ -241,7 +241,7 @@ impl Worker {
         match connection.phase {
             Phase::Dialling { deadline, .. } => cx.timers.disarm(deadline, Tag::Dial.token(key)),
             Phase::Open { since } => {
-                connection.port.stats.lived(cx.now.saturating_duration_since(since))
+                connection.port.stats.lived(cx.now.saturating_duration_since(since));
             }
         }
         connection.port.stats.live.fetch_sub(1, Ordering::Relaxed);

@@ -173,7 +173,7 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
         match field.key {
             "subnet" => subnet = Some((parse_subnet(&field.value)?, field.value.site().clone())),
             "gateway" => {
-                gateway = Some((field.value.parsed::<IpAddr>("an IP address")?, field.value))
+                gateway = Some((field.value.parsed::<IpAddr>("an IP address")?, field.value));
             }
             _ if field.is_extension() => {}
             _ => {

@@ -27,7 +27,7 @@ impl State {
                 self.look_at(self.view.step(View::ALL.len() - 1));
             }
             KeyCode::Char(digit @ '1'..='4') => {
-                self.look_at(View::ALL[digit as usize - '1' as usize])
+                self.look_at(View::ALL[digit as usize - '1' as usize]);
             }
             KeyCode::Char('s') => self.sort(1),
             KeyCode::Char('S') => self.sort(self.view.columns().len() - 1),
@@ -36,7 +36,7 @@ impl State {
             KeyCode::Down | KeyCode::Char('j') => self.scroll = self.scroll.saturating_add(1),
             KeyCode::Up | KeyCode::Char('k') => self.scroll = self.scroll.saturating_sub(1),
             KeyCode::PageDown | KeyCode::Char(' ') => {
-                self.scroll = self.scroll.saturating_add(PAGE)
+                self.scroll = self.scroll.saturating_add(PAGE);
             }
             KeyCode::PageUp => self.scroll = self.scroll.saturating_sub(PAGE),
             KeyCode::Home | KeyCode::Char('g') => self.scroll = 0,

@@ -86,7 +86,7 @@ impl LinkSocket {
             match rustix::net::send(&self.socket, frame, rustix::net::SendFlags::empty()) {
                 Ok(_) => return,
                 Err(rustix::io::Errno::NOBUFS | rustix::io::Errno::AGAIN) => {
-                    std::thread::yield_now()
+                    std::thread::yield_now();
                 }
                 Err(errno) => panic!("send a frame of {} bytes: {errno}", frame.len()),
             }

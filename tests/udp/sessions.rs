@@ -248,7 +248,7 @@ fn with_64_descriptors_everybody_is_answered_and_one_client_leaves_a_third_to_ot
     let _echo = EchoServer::udp(&net.container, container(53));
     let arguments = format!("5353:53/udp --to {}", addr::CONTAINER_V4);
     let publisher = Publisher::start_with(&net.host, &arguments, |command| {
-        support::limit_open_files(command, 64)
+        support::limit_open_files(command, 64);
     });
     let modest = socket(&net.client, (Ipv4Addr::new(203, 0, 113, 10), 0).into());
     assert_eq!(echo(&modest, host(5353), b"hello"), b"hello");
@@ -272,7 +272,7 @@ fn whom_nobody_answers_does_not_keep_others_out_when_descriptors_are_short() {
     let server = socket(&net.container, container(53));
     let arguments = format!("5353:53/udp --to {}", addr::CONTAINER_V4);
     let publisher = Publisher::start_with(&net.host, &arguments, |command| {
-        support::limit_open_files(command, 64)
+        support::limit_open_files(command, 64);
     });
     let at_work = socket(&net.client, unspecified(host(5353)));
     let upstream = meet(&at_work, host(5353), &server);

@@ -71,7 +71,7 @@ pub(super) fn report(site: &Site, socket: &str, revived: io::Result<bool>, error
             );
         }
         Ok(false) => {
-            tracing::warn!(endpoint, network, socket, %error, "socket of the DNS server failed")
+            tracing::warn!(endpoint, network, socket, %error, "socket of the DNS server failed");
         }
         Err(error) => {
             tracing::error!(endpoint, network, kind = "dns", socket, %error, "destroyed by other software; not restored");

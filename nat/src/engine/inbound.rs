@@ -399,7 +399,7 @@ impl<H: Host> Engine<H> {
     fn refuse_client(&mut self, reason: DropReason, now: Instant) {
         match reason {
             DropReason::ShutOut | DropReason::Malformed | DropReason::Policy => {
-                self.stats.refuse(reason)
+                self.stats.refuse(reason);
             }
             limit => self.at_a_limit(limit, None, now),
         }

@@ -80,7 +80,7 @@ impl<S> Connection<S> {
                         rest = &rest[sent.min(rest.len())..];
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        self.writable = false
+                        self.writable = false;
                     }
                     Err(error) => return Err(error),
                 }

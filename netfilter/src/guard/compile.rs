@@ -279,7 +279,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
         };
         match step {
             Step::Load(width, at) => {
-                code.push(of(width.extended_load(), RESULT, BEGIN, at.cast_signed(), 0))
+                code.push(of(width.extended_load(), RESULT, BEGIN, at.cast_signed(), 0));
             }
             // BPF_ALU | BPF_AND | BPF_K
             Step::And(bits) => code.push(of(0x54, RESULT, 0, 0, bits.into())),

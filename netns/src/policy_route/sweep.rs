@@ -49,7 +49,7 @@ pub fn sweep_in(directory: &Path) -> Result<usize, PolicyRouteError> {
                 match cleaned {
                     Ok(count) => swept += count,
                     Err(error) => {
-                        tracing::warn!(%error, "cannot clean up after processes that have ended")
+                        tracing::warn!(%error, "cannot clean up after processes that have ended");
                     }
                 }
             }

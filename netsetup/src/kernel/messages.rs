@@ -42,7 +42,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::Link(peer) => link.peer = Some(*peer).filter(|_| is_elsewhere),
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Address(bytes) => {
-                link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac)
+                link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac);
             }
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Controller(index) => link.controller = Some(*index),
@@ -292,7 +292,7 @@ pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
             }
             RuleAttribute::Iifname(name) => rule.from_interface = Some(name.clone()),
             RuleAttribute::Destination(ip) => {
-                rule.to = IpNet::new(*ip, message.header.dst_len).ok()
+                rule.to = IpNet::new(*ip, message.header.dst_len).ok();
             }
             _ => {}
         }

@@ -61,7 +61,7 @@ impl Drop for Copy {
         for _ in 0..LONGEST_END.as_millis() {
             match waitpid(Some(self.pid), WaitOptions::NOHANG) {
                 Ok(None) | Err(rustix::io::Errno::INTR) => {
-                    std::thread::sleep(Duration::from_millis(1))
+                    std::thread::sleep(Duration::from_millis(1));
                 }
                 Ok(Some(_)) | Err(_) => return,
             }
