@@ -13,7 +13,7 @@
 //! batch that belong to the same session go out as one run.
 //!
 //! A datagram whose sender is a published port of ours would be answered for ever, and opens no
-//! session ([`reflection`]).
+//! session ([`loop_guard`]).
 //!
 //! A closed port at the backend (`ECONNREFUSED`, from ICMP) is counted and changes nothing: the
 //! backend may be starting. UDP promises no delivery, so a full send buffer drops, and that is
