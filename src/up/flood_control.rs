@@ -98,13 +98,13 @@ fn bridge_ports(desired: &Desired) -> Vec<BridgePort> {
     desired.endpoints.iter().flat_map(of_endpoint).collect()
 }
 
-/// The ports by which packets from `source` come in: the one of its endpoint, or those of the
-/// endpoints that may have sent it.
+/// The bridge ports by which packets from `source` may come in: that of its endpoint, and those of
+/// endpoints of its network that may send from any address.
 fn ports_of(ports: &[BridgePort], source: IpAddr) -> Vec<&BridgePort> {
-    if let Some(own) = ports.iter().find(|port| port.addresses.contains(&source)) {
-        return vec![own];
-    }
-    ports.iter().filter(|port| port.any_of.iter().any(|net| net.contains(&source))).collect()
+    let may_send = |port: &&BridgePort| {
+        port.addresses.contains(&source) || port.any_of.iter().any(|net| net.contains(&source))
+    };
+    ports.iter().filter(may_send).collect()
 }
 
 struct Policer {
@@ -193,13 +193,14 @@ mod tests {
         let ports = [
             port("web", "10.1.0.2", &[]),
             port("router", "10.1.0.3", &["10.1.0.0/24"]),
-            port("other", "10.2.0.2", &["10.2.0.0/24"]),
+            port("other", "10.2.0.2", &[]),
         ];
         let of = |source: &str| {
             let found = ports_of(&ports, source.parse().unwrap());
             found.into_iter().map(|port| port.endpoint.as_str()).collect::<Vec<_>>()
         };
-        assert_eq!(of("10.1.0.2"), ["web"]);
+        assert_eq!(of("10.1.0.2"), ["web", "router"], "a router may have forged it");
+        assert_eq!(of("10.2.0.2"), ["other"]);
         assert_eq!(of("10.1.0.9"), ["router"]);
         assert_eq!(of("10.3.0.1"), [""; 0]);
     }
