@@ -125,10 +125,14 @@ fn the_server_sees_the_host_and_not_the_container() {
 fn a_closed_port_refuses_at_once() {
     let net = Net::new();
     for family in [0, 1] {
-        let begun = Instant::now();
-        let error = net.container.run(|| TcpStream::connect(server(family, 9)).unwrap_err());
-        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
-        assert!(begun.elapsed() < Duration::from_secs(1));
+        // On a busy machine a SYN may be lost, and is sent again after a second.
+        let refused_at_once = (0..3).any(|_| {
+            let begun = Instant::now();
+            let error = net.container.run(|| TcpStream::connect(server(family, 9)).unwrap_err());
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+            begun.elapsed() < Duration::from_secs(1)
+        });
+        assert!(refused_at_once, "family {family}");
     }
 }
 
