@@ -328,10 +328,16 @@ pub(super) fn internal_rules(gateways: &[IpNet]) -> Vec<Rule> {
                 tests.extend(within(at::V6_SOURCE, &net.network().octets(), net.prefix_len()));
                 tests.push(is(at::V6_DESTINATION, &net.addr().octets()));
                 rules.push(rule(tests, Verdict::Accept));
-                // To the gateway, link-local or solicited-node addresses: none of them leads on.
+                // To the gateway, and to addresses that lead no further than the link (fe80::/10,
+                // ff02::/16): with another one it would be forwarded.
+                let destinations: [(&[u8], u8); 3] =
+                    [(&net.addr().octets(), 128), (&[0xfe, 0x80], 10), (&[0xff, 0x02], 16)];
                 for kind in [NEIGHBOR_SOLICITATION, NEIGHBOR_ADVERTISEMENT] {
-                    let tests = [v6(), is(at::V6_NEXT, &[ICMPV6]), is(at::V6_PAYLOAD, &[kind])];
-                    rules.push(rule(tests, Verdict::Accept));
+                    for (destination, prefix) in destinations {
+                        let head = [v6(), is(at::V6_NEXT, &[ICMPV6]), is(at::V6_PAYLOAD, &[kind])];
+                        let to = within(at::V6_DESTINATION, destination, prefix);
+                        rules.push(rule(head.into_iter().chain(to), Verdict::Accept));
+                    }
                 }
             }
         }
@@ -728,6 +734,10 @@ pub(super) mod tests {
             ("fe80::7", "ff02::1", UDP, 0, refused),
             ("fd09::7", "ff02::1:ff00:1", ICMPV6, NEIGHBOR_SOLICITATION, Verdict::Accept),
             ("fd09::7", "fe80::1", ICMPV6, NEIGHBOR_ADVERTISEMENT, Verdict::Accept),
+            ("fe80::7", "fd09::1", ICMPV6, NEIGHBOR_SOLICITATION, Verdict::Accept),
+            ("fd09::7", "2001:db8:1::9", ICMPV6, NEIGHBOR_SOLICITATION, refused),
+            ("fd09::7", "fd09::9", ICMPV6, NEIGHBOR_ADVERTISEMENT, refused),
+            ("fd09::7", "ff0e::1", ICMPV6, NEIGHBOR_ADVERTISEMENT, refused),
         ] {
             let mut packet = packet_v6(source, next, &[kind; 24]);
             packet[24..40].copy_from_slice(&to.parse::<Ipv6Addr>().unwrap().octets());
