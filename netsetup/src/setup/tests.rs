@@ -28,6 +28,19 @@ impl Bed {
         Self { net, host, directory: tempfile::tempdir().unwrap(), runtime }
     }
 
+    /// Two networks that are up, with the containers a, b and c, as the test and as tidegate have
+    /// them.
+    fn with_two_networks(
+        &self,
+    ) -> ([tidegate_testbed::Namespace; 3], [Namespace; 3], Setup, Desired) {
+        let boxes = [(); 3].map(|()| tidegate_testbed::Namespace::new());
+        let [a, b, c] = [0, 1, 2].map(|at: usize| Namespace::from_path(&boxes[at].path()).unwrap());
+        let mut setup = self.setup(&[("a", &a), ("b", &b), ("c", &c)]);
+        let desired = two_networks();
+        self.runtime.block_on(setup.apply(&desired)).unwrap();
+        (boxes, [a, b, c], setup, desired)
+    }
+
     fn setup(&self, endpoints: &[(&str, &Namespace)]) -> Setup {
         self.setup_at("test.journal", endpoints)
     }
@@ -380,11 +393,7 @@ fn a_namespace_in_which_the_interface_is_taken_is_refused_and_the_endpoint_stays
 #[test]
 fn each_object_that_others_remove_is_restored_and_reported_once() {
     let bed = Bed::new();
-    let boxes = [(); 3].map(|()| tidegate_testbed::Namespace::new());
-    let [a, b, c] = [0, 1, 2].map(|at: usize| Namespace::from_path(&boxes[at].path()).unwrap());
-    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
-    let desired = two_networks();
-    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    let (boxes, [a, b, _], mut setup, desired) = bed.with_two_networks();
     let journal = setup.owned().len();
     let (host, inside) = (&bed.net.host, &boxes[0]);
     // What a pair was changed to is not the host's only.
@@ -440,11 +449,7 @@ fn each_object_that_others_remove_is_restored_and_reported_once() {
 #[test]
 fn a_link_of_its_own_in_a_container_keeps_neither_the_host_nor_others_from_being_repaired() {
     let bed = Bed::new();
-    let boxes = [(); 3].map(|()| tidegate_testbed::Namespace::new());
-    let [a, b, c] = [0, 1, 2].map(|at: usize| Namespace::from_path(&boxes[at].path()).unwrap());
-    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
-    let desired = two_networks();
-    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    let (boxes, _, mut setup, desired) = bed.with_two_networks();
     boxes[0].ip_all("link del eth0\nlink add eth0 type bridge");
     boxes[1].ip(&["link", "del", "eth0"]);
     bed.net.host.ip(&["addr", "del", "10.9.1.1/24", "dev", "tg-blue"]);
@@ -461,11 +466,7 @@ fn a_link_of_its_own_in_a_container_keeps_neither_the_host_nor_others_from_being
 #[test]
 fn a_link_in_the_place_of_a_veth_end_gets_none_of_its_addresses() {
     let bed = Bed::new();
-    let boxes = [(); 3].map(|()| tidegate_testbed::Namespace::new());
-    let [a, b, c] = [0, 1, 2].map(|at: usize| Namespace::from_path(&boxes[at].path()).unwrap());
-    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
-    let desired = two_networks();
-    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    let (boxes, [a, b, _], mut setup, desired) = bed.with_two_networks();
     let (inside, endpoints) = (&boxes[0], BTreeSet::from(["a".to_owned()]));
     let mac = desired.endpoints[0].attachments[0].inside.mac;
     for dummy in [
@@ -501,11 +502,7 @@ fn a_link_in_the_place_of_a_veth_end_gets_none_of_its_addresses() {
 #[test]
 fn routes_of_an_endpoint_delay_no_repair() {
     let bed = Bed::new();
-    let boxes = [(); 3].map(|()| tidegate_testbed::Namespace::new());
-    let [a, b, c] = [0, 1, 2].map(|at: usize| Namespace::from_path(&boxes[at].path()).unwrap());
-    let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
-    let desired = two_networks();
-    bed.runtime.block_on(setup.apply(&desired)).unwrap();
+    let (boxes, _, mut setup, desired) = bed.with_two_networks();
     boxes[0].ip_all("link add more type bridge\nlink set more up");
     let routes = "seq 0 99999 | awk '{ printf \"route add 11.%d.%d.%d dev more\\n\", $1 / 65536, $1 / 256 % 256, $1 % 256 }'";
     boxes[0].exec("sh", &["-ec", &format!("{routes} | ip -batch -")]);
