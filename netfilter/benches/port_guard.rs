@@ -71,6 +71,7 @@ fn main() {
 fn policy() -> PortPolicy {
     PortPolicy {
         mac: MEMBER,
+        bridge: [2, 0, 0, 0, 0, 1],
         v4: vec![[10, 9, 0, 7].into()],
         v6: vec!["fd09::7".parse().unwrap()],
         any_address: false,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, SpoofReason};
 use tidegate_testbed::frames::{
     BROADCAST, Forger, KINDS, LinkSocket, MARKER, Mac, advertisement, arp, checksum, ethernet,
-    ipv4, ipv6, syn4, udp4, udp6,
+    ipv4, ipv6, syn4, too_big4, udp4, udp6,
 };
 use tidegate_testbed::{Namespace, eventually};
 
@@ -18,6 +18,7 @@ const SOON: Duration = Duration::from_secs(10);
 const COUNT: usize = 10_000;
 
 const MEMBER: Mac = [2, 0, 0, 0, 0, 7];
+const BRIDGE: Mac = [2, 0, 0, 0, 0, 1];
 const NEIGHBOR: Mac = [2, 0, 0, 0, 0, 8];
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 7);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
@@ -39,7 +40,7 @@ struct Bridge {
 impl Bridge {
     fn new(mechanism: Mechanism, any_address: bool) -> Self {
         let (host, member, neighbor) = (Namespace::new(), Namespace::new(), Namespace::new());
-        host.ip_all("link add br0 type bridge mcast_snooping 0");
+        host.ip_all("link add br0 address 02:00:00:00:00:01 type bridge mcast_snooping 0");
         for (link, namespace, mac) in [("veth-m", &member, MEMBER), ("veth-n", &neighbor, NEIGHBOR)]
         {
             let path = namespace.path();
@@ -52,8 +53,13 @@ impl Bridge {
         for link in ["br0", "veth-m", "veth-n"] {
             host.sysctl(&format!("net.ipv6.conf.{link}.disable_ipv6"), "1");
         }
-        let policy =
-            PortPolicy { mac: MEMBER, v4: vec![OWN], v6: vec![v6("fd09::7")], any_address };
+        let policy = PortPolicy {
+            mac: MEMBER,
+            bridge: BRIDGE,
+            v4: vec![OWN],
+            v6: vec![v6("fd09::7")],
+            any_address,
+        };
         let listed = host.ip(&["-o", "link", "show", "veth-m"]);
         let index = listed.split(':').next().unwrap().parse().unwrap();
         let guards = Namespace::new().run(|| PortGuards::probe(&[mechanism], "test")).unwrap();
@@ -151,18 +157,20 @@ fn the_endpoints_own_frames_pass() {
         let frames = [
             ethernet(BROADCAST, MEMBER, 0x0800, &udp4((OWN, 1), (GATEWAY, 2), b"own")),
             ethernet(NEIGHBOR, MEMBER, 0x0800, &ipv4(OWN, NEIGHBOR_V4, 6, &[0; 20])),
+            // What it is told is too large for it was sent to it.
+            ethernet(BROADCAST, MEMBER, 0x0800, &too_big4(OWN, GATEWAY, (OWN, 53), 9, 1280)),
             arp(1, MEMBER, OWN, GATEWAY),
             ethernet(BROADCAST, MEMBER, 0x86dd, &udp6((own6, 1), (v6("ff02::1"), 2), b"own")),
             ethernet(BROADCAST, MEMBER, 0x86dd, &advertisement(own6, v6("ff02::1"), own6, MEMBER)),
         ];
         // The neighbour hears all of them, the host those that are not for the neighbour alone.
-        assert_eq!(bridge.send(frames.into_iter()), [5, 4], "{mechanism}");
+        assert_eq!(bridge.send(frames.into_iter()), [6, 5], "{mechanism}");
         assert_eq!(bridge.dropped(), [], "{mechanism}");
     }
 }
 
 #[test]
-fn with_any_address_only_the_mac_address_is_checked() {
+fn with_any_address_the_mac_address_is_checked() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::silent(mechanism, true);
         let mut forger = forger(2);
@@ -171,6 +179,17 @@ fn with_any_address_only_the_mac_address_is_checked() {
         let mut forger = self::forger(2);
         let forged_mac = (0..100).map(|_| forger.frame("mac"));
         assert_eq!(bridge.send(forged_mac), [0, 0], "{mechanism}");
+        let mut forger = self::forger(2);
+        let loopback = (0..100).map(|_| forger.frame("loopback"));
+        assert_eq!(bridge.send(loopback), [0, 0], "{mechanism}: to loopback addresses");
+        let mut forger = self::forger(2);
+        // To all stations, so to the host.
+        let errors = (0..100).map(|_| forger.frame("icmp"));
+        assert_eq!(bridge.send(errors), [0, 0], "{mechanism}: errors that the host takes");
+        let server = Ipv4Addr::new(203, 0, 113, 9);
+        let error = too_big4(OWN, NEIGHBOR_V4, (server, 53), 9, 1280);
+        let to_neighbor = ethernet(NEIGHBOR, MEMBER, 0x0800, &error);
+        assert_eq!(bridge.send([to_neighbor].into_iter()), [1, 0], "{mechanism}: as a router");
     }
 }
 
@@ -307,8 +326,13 @@ fn nothing_that_an_unmodified_kernel_sends_is_dropped() {
 fn it_goes_with_its_link_and_is_missed_when_it_is_removed() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::silent(mechanism, false);
-        let policy =
-            PortPolicy { mac: MEMBER, v4: vec![OWN], v6: vec![v6("fd09::7")], any_address: false };
+        let policy = PortPolicy {
+            mac: MEMBER,
+            bridge: BRIDGE,
+            v4: vec![OWN],
+            v6: vec![v6("fd09::7")],
+            any_address: false,
+        };
         let is_attached =
             || bridge.host.run(|| bridge.guards.is_attached(bridge.index, "veth-m", &policy));
         let forged = || bridge.send([forger(3).frame("mac")].into_iter());

@@ -137,10 +137,13 @@ impl Network {
             mtu: self.mtu,
             internal: self.internal,
         }];
-        // Members learn no other address of the host (arp_ignore, which is the higher one of `all`
-        // and the link), and choose no way through it (accept_source_route, which holds where both
-        // have it).
-        for (name, value) in [("arp_ignore", "1"), ("accept_source_route", "0")] {
+        // Members learn no other address of the host (arp_ignore: the higher value of `all` and the
+        // link applies), choose no route through it (accept_source_route, which both must allow),
+        // and change none of its routes (accept_redirects, which both must allow on a link that
+        // forwards; port guards drop redirects everywhere).
+        for (name, value) in
+            [("arp_ignore", "1"), ("accept_source_route", "0"), ("accept_redirects", "0")]
+        {
             facts.push(setting(Place::Host, format!("net.ipv4.conf.{link}.{name}"), value));
         }
         facts.extend(isolation.facts(self));
@@ -222,6 +225,7 @@ impl Attachment {
         let guard = (*guards != Guards::None).then(|| Fact::PortGuard {
             link: link.clone(),
             station,
+            bridge: network.bridge.mac,
             addresses: self.addresses.iter().map(IpNet::addr).collect(),
             any_address: self.any_address,
         });

@@ -59,6 +59,9 @@ pub struct Rule {
     pub v6: bool,
     /// Packets that came in here (`iif`); `lo` means those that the host itself sends.
     pub from_interface: Option<String>,
+    /// Packets from here.
+    #[serde(default)]
+    pub from: Option<IpNet>,
     /// Packets to here.
     pub to: Option<IpNet>,
     /// Packets that our firewall rules have marked (`fwmark`
@@ -142,9 +145,12 @@ pub enum Fact {
         link: String,
         /// The endpoint's hardware address.
         station: Mac,
+        /// The hardware address of the bridge.
+        bridge: Mac,
         /// The endpoint's addresses on this network.
         addresses: Vec<IpAddr>,
-        /// The endpoint may use other addresses too: only `station` is checked.
+        /// The endpoint may use other addresses too: source addresses other than `station` are not
+        /// checked.
         any_address: bool,
     },
     /// A program at the ingress of this bridge of an internal network takes what is for its gateway
@@ -441,6 +447,9 @@ impl fmt::Display for Fact {
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rule {}{}:", if self.v6 { "-6 " } else { "" }, self.priority)?;
+        if let Some(from) = &self.from {
+            write!(f, " from {from}")?;
+        }
         if let Some(to) = &self.to {
             write!(f, " to {to}")?;
         }

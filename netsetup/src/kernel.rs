@@ -224,8 +224,7 @@ impl Kernel {
                 observed.routes = here.reached();
                 observed.default_mtu = here.default_mtu();
                 observed.first_rule_of_others = here.first_rule_of_others();
-                observed.internal_bridges = here.internal_bridges();
-                observed.bridges_of_tidegate = here.bridges_of_tidegate();
+                observed.bridges = here.bridges();
                 observed.default_routes = here.default_routes();
                 observed.uplinks = self.uplinks(&here);
                 observed.forwarding = self.forwarding(&observed.uplinks);
@@ -913,7 +912,9 @@ fn place_of(fact: &Fact) -> Option<&Place> {
 
 /// The link that the guard of `fact` is at, and what it enforces.
 fn guard_of(fact: &Fact) -> Option<(&str, PortPolicy)> {
-    let Fact::PortGuard { link, station, addresses, any_address } = fact else { return None };
+    let Fact::PortGuard { link, station, bridge, addresses, any_address } = fact else {
+        return None;
+    };
     let v4 = addresses.iter().filter_map(|ip| match ip {
         IpAddr::V4(ip) => Some(*ip),
         IpAddr::V6(_) => None,
@@ -924,6 +925,7 @@ fn guard_of(fact: &Fact) -> Option<(&str, PortPolicy)> {
     });
     let policy = PortPolicy {
         mac: station.0,
+        bridge: bridge.0,
         v4: v4.collect(),
         v6: v6.collect(),
         any_address: *any_address,

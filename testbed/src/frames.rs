@@ -222,6 +222,22 @@ fn pseudo_checksum(source: Ipv6Addr, destination: Ipv6Addr, next: u8, payload: &
     checksum(&[&head[..], payload].concat())
 }
 
+/// An ICMP error to `destination` about a packet from there to `server` that is too large (RFC 792,
+/// RFC 1191), for which there is room for `mtu` bytes.
+pub fn too_big4(
+    source: Ipv4Addr,
+    destination: Ipv4Addr,
+    server: (Ipv4Addr, u16),
+    port: u16,
+    mtu: u16,
+) -> Vec<u8> {
+    let quoted = udp4((destination, port), server, &[]);
+    let mut message = [&[3, 4, 0, 0, 0, 0][..], &mtu.to_be_bytes(), &quoted].concat();
+    let sum = checksum(&message);
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    ipv4(source, destination, 1, &message)
+}
+
 /// The checksum of the Internet (RFC 1071).
 pub fn checksum(bytes: &[u8]) -> u16 {
     let pairs = bytes
@@ -235,7 +251,8 @@ pub fn checksum(bytes: &[u8]) -> u16 {
 }
 
 /// Kinds of forged frames.
-pub const KINDS: [&str; 7] = ["mac", "arp", "nd", "ipv4", "ipv6", "ethertype", "link-control"];
+pub const KINDS: [&str; 9] =
+    ["mac", "arp", "nd", "ipv4", "ipv6", "ethertype", "link-control", "icmp", "loopback"];
 
 /// What every forged packet of UDP carries.
 pub const MARKER: &[u8] = b"forged-by-root";
@@ -391,6 +408,42 @@ impl Forger {
                     0 => ethernet(group, own_mac, 0x0800, &udp4((own4, 1), (to, 2), MARKER)),
                     _ => ethernet(group, own_mac, 0x86dd, &udp6((own6, 1), (gateway6, 2), MARKER)),
                 }
+            }
+            // From its own addresses: redirects, and errors about packets to others.
+            "icmp" => {
+                let outside = Ipv4Addr::new(203, 0, 113, 9);
+                let outside6 = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 9);
+                let kind = self.pick(&[3, 4, 5, 11, 12]);
+                let mut packet = too_big4(own4, gateway4, (outside, 53), 9, 600);
+                packet[20] = kind;
+                let quoted = udp6((gateway6, 9), (outside6, 53), MARKER);
+                let kind6 = self.pick(&[1, 2, 3, 4]);
+                let error = [&[kind6, 0, 0, 0, 0, 0, 5, 0][..], &quoted].concat();
+                match self.next() % 5 {
+                    0 => ip4(&packet),
+                    // More fragments follow, with what it is about.
+                    1 => {
+                        packet[6] = 0x20;
+                        ip4(&packet[..28])
+                    }
+                    2 => ip6(&icmp6(own6, gateway6, &error)),
+                    3 => ip6(&ipv6(
+                        own6,
+                        gateway6,
+                        44,
+                        &[&[58, 0, 0, 1, 0, 0, 0, 1], &error[..]].concat(),
+                    )),
+                    _ => ip6(&ipv6(
+                        own6,
+                        gateway6,
+                        60,
+                        &[&[58, 0, 1, 4, 0, 0, 0, 0], &error[..]].concat(),
+                    )),
+                }
+            }
+            "loopback" => {
+                let low = self.next() as u8;
+                ip4(&udp4((own4, 9), (Ipv4Addr::new(127, 0, low, 1), 53), MARKER))
             }
             _ => panic!("{kind} is no kind of forged frames"),
         }

@@ -141,7 +141,13 @@ impl PortGuards {
         candidates: &[Mechanism],
         owner: &str,
     ) -> Result<Self, Vec<(Mechanism, io::Error)>> {
-        let policy = PortPolicy { mac: [0; 6], v4: Vec::new(), v6: Vec::new(), any_address: false };
+        let policy = PortPolicy {
+            mac: [0; 6],
+            bridge: [0; 6],
+            v4: Vec::new(),
+            v6: Vec::new(),
+            any_address: false,
+        };
         let mut failures = Vec::new();
         for mechanism in candidates.iter().copied() {
             let guards = Self { mechanism, table: table_of(owner), installed: Mutex::default() };

@@ -9,21 +9,34 @@
 //!
 //! ```text
 //! destination 01:80:c2:00:00:00 to :0f  ─► drop
-//! (any source address allowed: source MAC address own ─► accept, else drop)
+//! (any source address allowed: see below)
 //! VLAN tag                             ─► drop
 //! source MAC address own and
-//!   IPv4 source own                    ─► accept
-//!   IPv6 source own, neither ICMPv6 nor extension headers ─► accept
+//!   IPv4 source own, destination not 127.0.0.0/8, not ICMP ─► accept
+//!   IPv6 source own, neither ICMPv6, extension headers nor fragments ─► accept
 //! source MAC address not the endpoint's ─► drop
-//! IPv4   0.0.0.0 for IGMP (RFC 3376, 4.2.13)       ─► accept
+//! IPv4   destination 127.0.0.0/8 (RFC 1122, 3.2.1.3)          ─► drop
+//!        source 0.0.0.0 for IGMP (RFC 3376, 4.2.13)           ─► accept
+//!        source own, ICMP: no redirects, errors about packets to own addresses only ─► accept
 //! IPv6   source `::`: duplicate address detection of an own target (RFC 4862, 5.4.2), MLD reports
 //!        (RFC 3810, 5.2.13)                                         ─► accept
 //!        source own: router and neighbour solicitations and advertisements with at most one option, which is
 //!        the own link-layer address; neighbour advertisements for own targets only; no router advertisements, no
-//!        redirects; extension headers that lead to none of them     ─► accept
+//!        redirects; errors about packets to own addresses only; extension headers that lead to none of
+//!        them                                                       ─► accept
 //! ARP    sender own, or a probe for an own address ─► accept (RFC 5227, 2.1.1)
 //! all else                             ─► drop
 //! ```
+//!
+//! An endpoint that may send from any address is bound to its MAC address. It sends IPv4, IPv6 and
+//! ARP, no redirects and nothing to 127.0.0.0/8. It may report errors to its neighbours; an error
+//! that the host takes (the frame is not for one neighbour alone) has to be about a packet to an
+//! own address.
+//!
+//! The host believes an ICMP error about any flow that it knows: it ends sockets, lowers the MTU of
+//! a path, or translates the error back to the container that the flow belongs to. The error
+//! quotes the packet that it is about (RFC 792, RFC 4443, 2.4). An endpoint receives no packets but
+//! those to its own addresses, so the quoted destination shows whether it may report an error.
 //!
 //! The group addresses of link control (IEEE 802.1Q, table 8-1) come first, for every endpoint: a
 //! bridge does not take such a frame itself but leaves it to its port (`br_handle_frame`,
@@ -34,9 +47,10 @@
 //! (`ndisc_parse_options`), so a message with more than one option is not looked through but
 //! dropped.
 //!
-//! Fragments need no rule of their own: every Linux kernel ignores fragmented neighbour discovery
-//! (RFC 6980, `ndisc_suppress_frag_ndisc`, net/ipv6/ndisc.c), and what else a fragment carries has
-//! its source in each.
+//! Every fragment has the source address. Linux ignores fragmented neighbour discovery (RFC 6980,
+//! `ndisc_suppress_frag_ndisc`, net/ipv6/ndisc.c), but not fragmented ICMP errors. So the first
+//! fragment of an ICMPv6 error is dropped (no error is larger than 1280 bytes), and that of an ICMP
+//! error has to show the quoted destination. The payload of later fragments is not looked at.
 
 use ipnet::IpNet;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -46,12 +60,16 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 pub struct PortPolicy {
     /// Its hardware address.
     pub mac: [u8; 6],
+    /// The hardware address of the bridge: a unicast frame with another destination address is for
+    /// a neighbour, not for the host.
+    pub bridge: [u8; 6],
     /// Its IPv4 addresses.
     pub v4: Vec<Ipv4Addr>,
     /// Its IPv6 addresses, without the link-local one. If there are none, it may send no IPv6 at
     /// all.
     pub v6: Vec<Ipv6Addr>,
-    /// It may have other addresses too (a router, VRRP): only `mac` is checked.
+    /// It may have other addresses too (a router, VRRP): source addresses other than `mac` are not
+    /// checked.
     pub any_address: bool,
 }
 
@@ -95,17 +113,22 @@ pub enum SpoofReason {
     /// A neighbour advertisement for an address, or a link-layer address, that is not the
     /// endpoint's.
     NeighborDiscovery,
-    /// A router advertisement or a redirect.
+    /// A router advertisement, or a redirect of ICMP or ICMPv6.
     Router,
     /// Extension headers behind which such a message could be.
     ExtensionHeader,
     /// To a group address of link control (spanning tree, LLDP), which a bridge leaves to its port.
     LinkControl,
+    /// To 127.0.0.0/8, which a host with `route_localnet` takes from a link.
+    Loopback,
+    /// An ICMP or ICMPv6 error about a packet that was not sent to the endpoint, or one that is
+    /// hidden by IP options or fragments.
+    IcmpError,
 }
 
 impl SpoofReason {
     /// All of them, in the order of their counters.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Mac,
         Self::Vlan,
         Self::Ethertype,
@@ -116,6 +139,8 @@ impl SpoofReason {
         Self::Router,
         Self::ExtensionHeader,
         Self::LinkControl,
+        Self::Loopback,
+        Self::IcmpError,
     ];
 
     /// The value of the label `reason`.
@@ -132,6 +157,8 @@ impl SpoofReason {
             Self::Router => "router",
             Self::ExtensionHeader => "extension_header",
             Self::LinkControl => "link_control",
+            Self::Loopback => "loopback",
+            Self::IcmpError => "icmp_error",
         }
     }
 }
@@ -216,6 +243,10 @@ mod at {
     pub(super) const V4_TCP_FLAGS: u16 = NETWORK + 20 + 13;
     pub(super) const V4_SOURCE: u16 = NETWORK + 12;
     pub(super) const V4_DESTINATION: u16 = NETWORK + 16;
+    /// The type of an ICMP message behind a header without options.
+    pub(super) const V4_ICMP: u16 = NETWORK + 20;
+    /// The destination of the packet that an ICMP error quotes (RFC 792).
+    pub(super) const V4_QUOTED_DESTINATION: u16 = V4_ICMP + 8 + 16;
     pub(super) const V6_PAYLOAD_LENGTH: u16 = NETWORK + 4;
     pub(super) const V6_NEXT: u16 = NETWORK + 6;
     pub(super) const V6_SOURCE: u16 = NETWORK + 8;
@@ -224,6 +255,11 @@ mod at {
     /// extension header.
     pub(super) const V6_PAYLOAD: u16 = NETWORK + 40;
     pub(super) const V6_TCP_FLAGS: u16 = V6_PAYLOAD + 13;
+    /// The destination of the packet that an ICMPv6 error quotes (RFC 4443, 3).
+    pub(super) const V6_QUOTED_DESTINATION: u16 = V6_PAYLOAD + 8 + 24;
+    /// Of a fragment header (RFC 8200, 4.5): the offset, in its upper 13 bits, and what follows.
+    pub(super) const V6_FRAGMENT_OFFSET: u16 = V6_PAYLOAD + 2;
+    pub(super) const AFTER_FRAGMENT: u16 = V6_PAYLOAD + 8;
     /// Of neighbour solicitations and advertisements (RFC 4861, 4.3 and 4.4).
     pub(super) const ND_TARGET: u16 = V6_PAYLOAD + 8;
     /// The type of an ICMPv6 message behind a hop-by-hop header of 8 bytes.
@@ -239,6 +275,7 @@ const ARP_FORMAT: [u8; 6] = [0, 1, 0x08, 0x00, 6, 4];
 const ARP_REQUEST: [u8; 2] = [0, 1];
 const ARP_REPLY: [u8; 2] = [0, 2];
 
+const ICMP: u8 = 1;
 const IGMP: u8 = 2;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -247,9 +284,14 @@ const ICMPV6: u8 = 58;
 const HOP_BY_HOP: u8 = 0;
 const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, 43, 51, 60];
 const FRAGMENT: u8 = 44;
-/// What may follow one of them: tunnels, TCP, UDP, GRE, ESP, fragments, nothing, L2TP, SCTP. Not
-/// ICMPv6, which could be neighbour discovery, and not a second one.
-const AFTER_EXTENSION: [u8; 10] = [4, TCP, UDP, 41, 44, 47, 50, 59, 115, 132];
+/// What may follow one of them: tunnels, TCP, UDP, GRE, ESP, nothing, L2TP, SCTP. Not ICMPv6, which
+/// could be neighbour discovery or an error, and not a fragment or a second extension header, which
+/// could hide it.
+const AFTER_EXTENSION: [u8; 9] = [4, TCP, UDP, 41, 47, 50, 59, 115, 132];
+
+/// ICMP errors: destination unreachable, source quench, time exceeded, parameter problem (RFC 792).
+const ICMP_ERRORS: [u8; 4] = [3, 4, 11, 12];
+const ICMP_REDIRECT: u8 = 5;
 
 /// MLD: reports of version 1, its done message, reports of version 2.
 const MLD_REPORTS: [u8; 3] = [131, 132, 143];
@@ -290,16 +332,18 @@ fn rule(tests: impl IntoIterator<Item = Test>, verdict: Verdict) -> Rule {
 /// The rules of `policy`. What a busy endpoint sends most is decided first, with few and wide
 /// comparisons.
 pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
-    use Verdict::{Accept, Drop};
+    use Verdict::Drop;
     let group = at::DESTINATION_MAC + LINK_CONTROL.len() as u16;
     let link_control =
         [is(at::DESTINATION_MAC, &LINK_CONTROL), Test::Bits { at: group, value: 0, mask: 0xf0 }];
     let link_control = rule(link_control, Drop(SpoofReason::LinkControl));
     let foreign_mac = rule([is_not(at::SOURCE_MAC, &policy.mac)], Drop(SpoofReason::Mac));
-    if policy.any_address {
-        return vec![link_control, foreign_mac, rule([], Accept)];
-    }
     let mut rules = vec![link_control, rule([Test::Tagged], Drop(SpoofReason::Vlan))];
+    if policy.any_address {
+        rules.push(foreign_mac);
+        rules.extend(any_address(policy));
+        return rules;
+    }
     rules.extend(own(policy));
     rules.push(foreign_mac);
     rules.extend(ipv4(policy));
@@ -365,23 +409,180 @@ fn own(policy: &PortPolicy) -> Vec<Rule> {
     // The source MAC address and the ethertype are neighbours.
     let head = |ethertype: &[u8]| is(at::SOURCE_MAC, &[&policy.mac[..], ethertype].concat());
     let plain = |protocol: &u8| is_not(at::V6_NEXT, &[*protocol]);
-    let v4 = policy.v4.iter().map(|ip| vec![head(&IPV4), is(at::V4_SOURCE, &ip.octets())]);
+    let v4 = policy.v4.iter().map(|ip| {
+        vec![
+            head(&IPV4),
+            not_to_loopback(),
+            is(at::V4_SOURCE, &ip.octets()),
+            is_not(at::V4_PROTOCOL, &[ICMP]),
+        ]
+    });
     let v6 = policy.v6_sources().into_iter().map(|ip| {
         let tests = [head(&IPV6), is(at::V6_SOURCE, &ip.octets()), is_not(at::V6_NEXT, &[ICMPV6])];
-        tests.into_iter().chain(EXTENSIONS.iter().map(plain)).collect()
+        tests.into_iter().chain(EXTENSIONS.iter().chain([&FRAGMENT]).map(plain)).collect()
     });
     v4.chain(v6).map(|tests: Vec<Test>| rule(tests, Verdict::Accept)).collect()
 }
 
+/// 127.0.0.0/8.
+const LOOPBACK: [u8; 1] = [127];
+
+fn not_to_loopback() -> Test {
+    is_not(at::V4_DESTINATION, &LOOPBACK)
+}
+
+/// Drops what is addressed to a loopback address. The kernel itself drops packets to `::1`
+/// (`ip6_rcv_core`).
+fn to_loopback() -> Rule {
+    let tests = [is(at::ETHERTYPE, &IPV4), is(at::V4_DESTINATION, &LOOPBACK)];
+    rule(tests, Verdict::Drop(SpoofReason::Loopback))
+}
+
+/// Drops ICMP redirects.
+fn redirect_v4() -> Rule {
+    let tests = icmp_v4().chain([is(at::V4_HEAD, &WITHOUT_OPTIONS)]).chain(first_fragment_v4());
+    let tests = tests.chain([is(at::V4_ICMP, &[ICMP_REDIRECT])]);
+    rule(tests, Verdict::Drop(SpoofReason::Router))
+}
+
+/// Version 4, five words.
+const WITHOUT_OPTIONS: [u8; 1] = [0x45];
+
+fn icmp_v4() -> impl Iterator<Item = Test> {
+    [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[ICMP])].into_iter()
+}
+
+/// A fragment that does not begin at offset 0 carries no header of ICMP.
+fn first_fragment_v4() -> [Test; 2] {
+    let upper = Test::Bits { at: at::V4_FRAGMENT, value: 0, mask: 0x1f };
+    [upper, is(at::V4_FRAGMENT + 1, &[0])]
+}
+
+/// Of what is ICMP, drops the errors that are not about a packet to one of `own`. With IP options the type is not where it is looked for: no kernel sends errors
+/// with options, so that is dropped as well.
+fn icmp_errors_v4(own: &[Ipv4Addr]) -> Vec<Rule> {
+    let first = || icmp_v4().chain(first_fragment_v4());
+    let dropped = Verdict::Drop(SpoofReason::IcmpError);
+    let mut rules = vec![rule(first().chain([is_not(at::V4_HEAD, &WITHOUT_OPTIONS)]), dropped)];
+    for kind in ICMP_ERRORS {
+        let error = || first().chain([is(at::V4_ICMP, &[kind])]);
+        rules.extend(own.iter().map(|ip| {
+            let about = is(at::V4_QUOTED_DESTINATION, &ip.octets());
+            rule(error().chain([about]), Verdict::Accept)
+        }));
+        rules.push(rule(error(), dropped));
+    }
+    rules
+}
+
+/// ICMPv6 errors have types below 128 (RFC 4443, 2.1).
+fn is_error_v6(at: u16) -> Test {
+    Test::Bits { at, value: 0, mask: 0x80 }
+}
+
+/// As [`icmp_errors_v4`]. In a fragment, and behind other headers, an error is dropped.
+fn icmp_errors_v6(own: &[Ipv6Addr]) -> Vec<Rule> {
+    let dropped = Verdict::Drop(SpoofReason::IcmpError);
+    let head = |next: u8| [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[next])].into_iter();
+    let error = || head(ICMPV6).chain([is_error_v6(at::V6_PAYLOAD)]);
+    let mut rules: Vec<Rule> = own
+        .iter()
+        .map(|ip| {
+            let about = is(at::V6_QUOTED_DESTINATION, &ip.octets());
+            rule(error().chain([about]), Verdict::Accept)
+        })
+        .collect();
+    rules.push(rule(error(), dropped));
+    let first = || {
+        let upper = is(at::V6_FRAGMENT_OFFSET, &[0]);
+        let lower = Test::Bits { at: at::V6_FRAGMENT_OFFSET + 1, value: 0, mask: 0xf8 };
+        head(FRAGMENT).chain([upper, lower])
+    };
+    let of = |inner: u8| is(at::V6_PAYLOAD, &[inner]);
+    rules.push(rule(first().chain([of(ICMPV6), is_error_v6(at::AFTER_FRAGMENT)]), dropped));
+    for extension in EXTENSIONS {
+        let harmless = AFTER_EXTENSION.iter().map(|inner| is_not(at::AFTER_FRAGMENT, &[*inner]));
+        rules.push(rule(
+            first().chain([of(extension)]).chain(harmless),
+            Verdict::Drop(SpoofReason::ExtensionHeader),
+        ));
+    }
+    rules.push(rule(first().chain([of(FRAGMENT)]), Verdict::Drop(SpoofReason::ExtensionHeader)));
+    rules
+}
+
+/// Drops extension headers behind which ICMPv6 could be.
+fn hidden_v6() -> impl Iterator<Item = Rule> {
+    EXTENSIONS.into_iter().map(|extension| {
+        let head = [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[extension])].into_iter();
+        let harmless = AFTER_EXTENSION.iter().map(|inner| is_not(at::V6_PAYLOAD, &[*inner]));
+        rule(head.chain(harmless), Verdict::Drop(SpoofReason::ExtensionHeader))
+    })
+}
+
+/// What an endpoint with any address may send from its MAC address.
+fn any_address(policy: &PortPolicy) -> Vec<Rule> {
+    use Verdict::{Accept, Drop};
+    let v6 = || is(at::ETHERTYPE, &IPV6);
+    let plain = EXTENSIONS.into_iter().chain([ICMPV6, FRAGMENT]);
+    let plain = plain.map(|next| is_not(at::V6_NEXT, &[next]));
+    // Most of what is sent, and then what only ICMP is in.
+    let mut rules = vec![
+        rule(
+            [is(at::ETHERTYPE, &IPV4), is_not(at::V4_PROTOCOL, &[ICMP]), not_to_loopback()],
+            Accept,
+        ),
+        rule([v6()].into_iter().chain(plain), Accept),
+        to_loopback(),
+        redirect_v4(),
+        rule(
+            [v6(), is(at::V6_NEXT, &[ICMPV6]), is(at::V6_PAYLOAD, &[REDIRECT])],
+            Drop(SpoofReason::Router),
+        ),
+    ];
+    // For one neighbour alone: it may be about what the endpoint forwards. A bridge takes frames to
+    // groups, and its own.
+    let unicast = Test::Bits { at: at::DESTINATION_MAC, value: 0, mask: 1 };
+    for icmp in [
+        [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[ICMP])],
+        [v6(), is(at::V6_NEXT, &[ICMPV6])],
+    ] {
+        let to_neighbour = [unicast.clone(), is_not(at::DESTINATION_MAC, &policy.bridge)];
+        rules.push(rule(icmp.into_iter().chain(to_neighbour), Accept));
+    }
+    rules.extend(icmp_errors_v4(&policy.v4));
+    rules.extend(icmp_errors_v6(&policy.v6_sources()));
+    rules.extend(MLD_REPORTS.iter().map(|kind| rule(mld(*kind), Accept)));
+    rules.extend(hidden_v6());
+    rules.extend([IPV4, IPV6, ARP].map(|ethertype| rule([is(at::ETHERTYPE, &ethertype)], Accept)));
+    rules
+}
+
 fn ipv4(policy: &PortPolicy) -> Vec<Rule> {
     let v4 = || is(at::ETHERTYPE, &IPV4);
-    let mut rules = Vec::new();
-    if !policy.v4.is_empty() {
-        let tests = [v4(), is(at::V4_SOURCE, &[0; 4]), is(at::V4_PROTOCOL, &[IGMP])];
-        rules.push(rule(tests, Verdict::Accept));
+    let foreign_source = Verdict::Drop(SpoofReason::Ipv4Source);
+    if policy.v4.is_empty() {
+        return vec![rule([v4()], foreign_source)];
     }
-    rules.push(rule([v4()], Verdict::Drop(SpoofReason::Ipv4Source)));
+    let igmp = [v4(), is(at::V4_SOURCE, &[0; 4]), is(at::V4_PROTOCOL, &[IGMP])];
+    let mut rules = vec![to_loopback(), rule(igmp, Verdict::Accept)];
+    let foreign = policy.v4.iter().map(|ip| is_not(at::V4_SOURCE, &ip.octets()));
+    rules.push(rule([v4()].into_iter().chain(foreign), foreign_source));
+    // From here on the source is the endpoint's, and the protocol ICMP.
+    rules.push(redirect_v4());
+    rules.extend(icmp_errors_v4(&policy.v4));
+    rules.extend(
+        policy.v4.iter().map(|ip| rule([v4(), is(at::V4_SOURCE, &ip.octets())], Verdict::Accept)),
+    );
+    // It is cut short.
+    rules.push(rule([v4()], foreign_source));
     rules
+}
+
+/// A report behind a hop-by-hop header of 8 bytes with the router alert option (RFC 2710, 3).
+fn mld(kind: u8) -> impl Iterator<Item = Test> {
+    let head = [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[HOP_BY_HOP])].into_iter();
+    head.chain([is(at::V6_PAYLOAD, &[ICMPV6, 0]), is(at::AFTER_HOP_BY_HOP, &[kind])])
 }
 
 fn arp(policy: &PortPolicy) -> Vec<Rule> {
@@ -418,11 +619,6 @@ fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
     let next = |protocol: u8| is(at::V6_NEXT, &[protocol]);
     let icmp = |kind: u8| [v6(), next(ICMPV6), is(at::V6_PAYLOAD, &[kind])];
     let with = |head: [Test; 3], more: Vec<Test>| head.into_iter().chain(more);
-    // A report behind a hop-by-hop header of 8 bytes with the router alert option (RFC 2710, 3).
-    let mld = |kind: u8| {
-        let head = [v6(), next(HOP_BY_HOP), is(at::V6_PAYLOAD, &[ICMPV6, 0])];
-        with(head, vec![is(at::AFTER_HOP_BY_HOP, &[kind])])
-    };
 
     let mut rules = Vec::new();
     for target in &own {
@@ -452,11 +648,8 @@ fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
         rules.push(rule(icmp(kind), spoofed));
     }
     rules.extend(MLD_REPORTS.iter().map(|kind| rule(mld(*kind), Accept)));
-    for extension in EXTENSIONS {
-        let harmless = AFTER_EXTENSION.iter().map(|inner| is_not(at::V6_PAYLOAD, &[*inner]));
-        let tests = [v6(), next(extension)].into_iter().chain(harmless);
-        rules.push(rule(tests, Drop(SpoofReason::ExtensionHeader)));
-    }
+    rules.extend(icmp_errors_v6(&own));
+    rules.extend(hidden_v6());
     rules.push(rule([v6()], Accept));
     rules
 }
@@ -466,6 +659,7 @@ pub(super) mod tests {
     use super::*;
 
     pub(in crate::guard) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
+    const BRIDGE: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
     /// What the list says of `frame`: the oracle that the back ends are compared with.
     pub(in crate::guard) fn verdict(rules: &[Rule], frame: &[u8], tagged: bool) -> Verdict {
@@ -488,6 +682,7 @@ pub(super) mod tests {
     pub(in crate::guard) fn policy() -> PortPolicy {
         PortPolicy {
             mac: MAC,
+            bridge: BRIDGE,
             v4: vec![[10, 9, 0, 7].into()],
             v6: vec!["fd09::7".parse().unwrap()],
             any_address: false,
@@ -541,6 +736,21 @@ pub(super) mod tests {
         message
     }
 
+    /// An ICMPv6 error about a packet from `source` to `destination`.
+    fn error_v6(kind: u8, source: &str, destination: &str) -> Vec<u8> {
+        let mut quoted = packet_v6(source, UDP, &[0; 8]);
+        quoted[24..40].copy_from_slice(&destination.parse::<Ipv6Addr>().unwrap().octets());
+        [&[kind, 0, 0, 0, 0, 0, 0, 0][..], &quoted].concat()
+    }
+
+    /// An ICMP message from the endpoint's address, about a packet to `destination`.
+    fn message_v4(kind: u8, destination: [u8; 4]) -> Vec<u8> {
+        let mut quoted = packet_v4([198, 51, 100, 1], UDP);
+        quoted[16..20].copy_from_slice(&destination);
+        let header = packet_v4([10, 9, 0, 7], ICMP);
+        [&header[..20], &[kind, 0, 0, 0, 0, 0, 0, 0], &quoted].concat()
+    }
+
     fn judge(frame: &[u8]) -> Verdict {
         verdict(&rules(&policy()), frame, false)
     }
@@ -583,7 +793,7 @@ pub(super) mod tests {
 
     #[test]
     fn ipv6_and_neighbor_discovery_come_from_the_endpoint_alone() {
-        use SpoofReason::{ExtensionHeader, Ipv6Source, NeighborDiscovery, Router};
+        use SpoofReason::{ExtensionHeader, IcmpError, Ipv6Source, NeighborDiscovery, Router};
         let mld = |kind| [&[ICMPV6, 0, 5, 2, 0, 0, 1, 0][..], &[kind, 0, 0, 0]].concat();
         let solicited = |target, option| discovery(NEIGHBOR_SOLICITATION, target, option);
         let advertised = |target, option| discovery(NEIGHBOR_ADVERTISEMENT, target, option);
@@ -663,7 +873,21 @@ pub(super) mod tests {
             (OWN, 60, vec![41, 0, 4, 1, 4, 1, 1, 0], Verdict::Accept),
             (OWN, 60, vec![ICMPV6, 0, 4, 1, 4, 1, 1, 0, 134], Verdict::Drop(ExtensionHeader)),
             (OWN, 60, vec![60, 0, 4, 1, 4, 1, 1, 0], Verdict::Drop(ExtensionHeader)),
-            (OWN, 44, vec![ICMPV6, 0, 0, 1, 0, 0, 0, 1], Verdict::Accept),
+            (OWN, 44, vec![ICMPV6, 0, 0, 1, 0, 0, 0, 1, 128], Verdict::Accept),
+            (OWN, 44, vec![UDP, 0, 0, 1, 0, 0, 0, 1], Verdict::Accept),
+            // An error in a first fragment; a later one may have any payload.
+            (OWN, 44, vec![ICMPV6, 0, 0, 1, 0, 0, 0, 1, 2], Verdict::Drop(IcmpError)),
+            (OWN, 44, vec![ICMPV6, 0, 0, 9, 0, 0, 0, 1, 2], Verdict::Accept),
+            (OWN, 44, vec![60, 0, 0, 1, 0, 0, 0, 1, ICMPV6], Verdict::Drop(ExtensionHeader)),
+            (OWN, 44, vec![60, 0, 0, 1, 0, 0, 0, 1, 41], Verdict::Accept),
+            (OWN, 44, vec![44, 0, 0, 1, 0, 0, 0, 1, UDP], Verdict::Drop(ExtensionHeader)),
+            (OWN, 60, vec![44, 0, 4, 1, 4, 1, 1, 0], Verdict::Drop(ExtensionHeader)),
+            // Errors about packets to own addresses, and to others.
+            (OWN, ICMPV6, error_v6(1, "fd09::1", OWN), Verdict::Accept),
+            (OWN, ICMPV6, error_v6(2, "2001:db8::1", LINK_LOCAL), Verdict::Accept),
+            (OWN, ICMPV6, error_v6(2, OWN, "2001:db8::1"), Verdict::Drop(IcmpError)),
+            (OWN, ICMPV6, error_v6(3, "fd09::1", "fd09::8"), Verdict::Drop(IcmpError)),
+            (OWN, ICMPV6, vec![2, 0, 0, 0], Verdict::Drop(IcmpError)),
         ] {
             let frame = ethernet(MAC, IPV6, &packet_v6(source, next, &payload));
             assert_eq!(judge(&frame), expected, "{source} {next} {payload:02x?}");
@@ -691,6 +915,60 @@ pub(super) mod tests {
                     Verdict::Accept
                 };
                 assert_eq!(verdict(&rules, &frame, false), expected, "{group:02x?} {policy:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn icmp_errors_are_about_packets_to_the_endpoint() {
+        use SpoofReason::{IcmpError, Router};
+        let (own, server) = ([10, 9, 0, 7], [198, 51, 100, 1]);
+        for (kind, quoted, expected) in [
+            (0, server, Verdict::Accept),
+            (8, server, Verdict::Accept),
+            (3, own, Verdict::Accept),
+            (11, own, Verdict::Accept),
+            (3, server, Verdict::Drop(IcmpError)),
+            (4, server, Verdict::Drop(IcmpError)),
+            (11, [10, 9, 0, 8], Verdict::Drop(IcmpError)),
+            (12, server, Verdict::Drop(IcmpError)),
+            (5, own, Verdict::Drop(Router)),
+        ] {
+            let message = message_v4(kind, quoted);
+            assert_eq!(judge(&ethernet(MAC, IPV4, &message)), expected, "{kind} {quoted:?}");
+            // Without the quoted destination an error is dropped.
+            let short = judge(&ethernet(MAC, IPV4, &message[..44]));
+            let expected =
+                if [3, 11].contains(&kind) { Verdict::Drop(IcmpError) } else { expected };
+            assert_eq!(short, expected, "{kind}, cut short");
+        }
+        let mut fragment = message_v4(3, server);
+        for (field, expected) in [
+            ([0x20, 0], Verdict::Drop(IcmpError)),
+            ([0x20, 1], Verdict::Accept),
+            ([0x01, 0], Verdict::Accept),
+        ] {
+            fragment[6..8].copy_from_slice(&field);
+            assert_eq!(judge(&ethernet(MAC, IPV4, &fragment)), expected, "{field:02x?}");
+        }
+        let mut with_options = message_v4(8, server);
+        with_options[0] = 0x46;
+        let verdict = judge(&ethernet(MAC, IPV4, &with_options));
+        assert_eq!(verdict, Verdict::Drop(IcmpError));
+    }
+
+    #[test]
+    fn nothing_goes_to_loopback_addresses() {
+        for policy in [policy(), PortPolicy { any_address: true, ..policy() }] {
+            let mut packet = packet_v4([10, 9, 0, 7], UDP);
+            packet[16..20].copy_from_slice(&[127, 0, 0, 1]);
+            for protocol in [TCP, UDP, ICMP, 132] {
+                packet[9] = protocol;
+                assert_eq!(
+                    verdict(&rules(&policy), &ethernet(MAC, IPV4, &packet), false),
+                    Verdict::Drop(SpoofReason::Loopback),
+                    "{protocol} {policy:?}"
+                );
             }
         }
     }
@@ -749,10 +1027,39 @@ pub(super) mod tests {
 
     #[test]
     fn an_endpoint_with_any_address_is_bound_to_its_mac_address() {
+        use SpoofReason::{Ethertype, IcmpError, Mac, Router, Vlan};
         let rules = rules(&PortPolicy { any_address: true, ..policy() });
+        let judge = |to, source, ethertype, packet: &[u8]| {
+            verdict(&rules, &ethernet_to(to, source, ethertype, packet), false)
+        };
         let foreign = packet_v4([198, 51, 100, 1], UDP);
-        assert_eq!(verdict(&rules, &ethernet(MAC, IPV4, &foreign), false), Verdict::Accept);
-        let forged = verdict(&rules, &ethernet(OTHER, IPV4, &foreign), false);
-        assert_eq!(forged, Verdict::Drop(SpoofReason::Mac));
+        let foreign_v6 = packet_v6("2001:db8::9", UDP, &[0; 8]);
+        let fragment = packet_v6("2001:db8::9", 44, &[UDP, 0, 0, 1, 0, 0, 0, 1]);
+        let server = [198, 51, 100, 1];
+        let error = message_v4(3, server);
+        let error_v6 = packet_v6(OWN, ICMPV6, &error_v6(2, "fd09::8", "2001:db8::1"));
+        let group = [0x33, 0x33, 0, 0, 0, 1];
+        for (to, source, ethertype, packet, expected) in [
+            (BRIDGE, MAC, IPV4, &foreign[..], Verdict::Accept),
+            (BRIDGE, OTHER, IPV4, &foreign, Verdict::Drop(Mac)),
+            (BRIDGE, MAC, IPV6, &foreign_v6, Verdict::Accept),
+            (BRIDGE, MAC, IPV6, &fragment, Verdict::Accept),
+            (BRIDGE, MAC, ARP, &[0; 28], Verdict::Accept),
+            (BRIDGE, MAC, [0x88, 0x64], &[0; 28], Verdict::Drop(Ethertype)),
+            // It forwards for its neighbours, and tells them of errors.
+            (OTHER, MAC, IPV4, &error, Verdict::Accept),
+            (OTHER, MAC, IPV6, &error_v6, Verdict::Accept),
+            (BRIDGE, MAC, IPV4, &error, Verdict::Drop(IcmpError)),
+            (BRIDGE, MAC, IPV6, &error_v6, Verdict::Drop(IcmpError)),
+            ([0xff; 6], MAC, IPV4, &error, Verdict::Drop(IcmpError)),
+            (group, MAC, IPV6, &error_v6, Verdict::Drop(IcmpError)),
+            (BRIDGE, MAC, IPV4, &message_v4(3, [10, 9, 0, 7]), Verdict::Accept),
+            (BRIDGE, MAC, IPV4, &message_v4(8, server), Verdict::Accept),
+            (OTHER, MAC, IPV4, &message_v4(5, server), Verdict::Drop(Router)),
+        ] {
+            assert_eq!(judge(to, source, ethertype, packet), expected, "{to:02x?} {packet:02x?}");
+        }
+        let tagged = verdict(&rules, &ethernet(MAC, IPV4, &foreign), true);
+        assert_eq!(tagged, Verdict::Drop(Vlan));
     }
 }
