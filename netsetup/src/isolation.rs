@@ -105,16 +105,15 @@ impl Isolation for NatIsolation {
             facts.extend(shut(to));
             let from_engine = Rule { from_interface: Some(self.device.clone()), ..exemption(v6) };
             facts.push(Fact::Rule(Rule { to: Some(to), ..from_engine }));
-            let from_network = |priority, reach| {
-                Fact::Rule(Rule {
-                    priority,
-                    reach,
-                    from_interface: Some(bridge.clone()),
-                    ..guard(v6)
-                })
+            let from_network = |priority, reach, from| {
+                let from_interface = Some(bridge.clone());
+                Fact::Rule(Rule { priority, reach, from_interface, from, ..guard(v6) })
             };
-            facts.push(from_network(registry::NO_EGRESS_PRIORITY, Reach::Nothing));
-            facts.push(from_network(registry::EGRESS_PRIORITY, Reach::Table(self.table)));
+            facts.push(from_network(registry::NO_EGRESS_PRIORITY, Reach::Nothing, None));
+            // The engine takes a source address for the endpoint that has it. Port guards verify
+            // it, except where an endpoint may send from any address.
+            let engine = Reach::Table(self.table);
+            facts.push(from_network(registry::EGRESS_PRIORITY, engine, Some(to)));
         }
         facts
     }
@@ -308,6 +307,7 @@ fn guard(v6: bool) -> Rule {
         priority: registry::GUARD_PRIORITY,
         v6,
         from_interface: None,
+        from: None,
         to: None,
         marked: false,
         uplink: 0,

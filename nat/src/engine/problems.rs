@@ -40,8 +40,11 @@ impl<H: Host> Engine<H> {
     ) {
         let key = FlowKey { inside: destination, outside: source, protocol };
         let flow = self.flows.find(&key);
-        // Only the container itself may say so, or a router in front of it about sizes.
-        let sound = teller == destination.ip() || matches!(problem, Problem::TooBig(_));
+        // The endpoint itself reports an error, or a router of its network reports a size.
+        let network = |ip| self.settings.policy.network_of(ip);
+        let same_network = || network(teller) == network(destination.ip());
+        let sound =
+            teller == destination.ip() || matches!(problem, Problem::TooBig(_)) && same_network();
         let Some(flow) = flow.filter(|_| sound) else {
             return self.stats.refuse(DropReason::Window);
         };

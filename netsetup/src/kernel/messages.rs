@@ -219,6 +219,10 @@ pub(super) fn message_of(rule: &Rule) -> RuleMessage {
         attributes.push(RuleAttribute::FwMark(registry::uplink_mark(rule.uplink)));
         attributes.push(RuleAttribute::FwMask(registry::UPLINK_MARK_MASK));
     }
+    if let Some(from) = &rule.from {
+        message.header.src_len = from.prefix_len();
+        attributes.push(RuleAttribute::Source(from.network()));
+    }
     if let Some(to) = &rule.to {
         message.header.dst_len = to.prefix_len();
         attributes.push(RuleAttribute::Destination(to.network()));
@@ -267,6 +271,7 @@ pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
         priority: 0,
         v6: message.header.family == AddressFamily::Inet6,
         from_interface: None,
+        from: None,
         to: None,
         uplink: 0,
         marked: message.attributes.contains(&RuleAttribute::FwMark(registry::FORWARD_MARK)),
@@ -291,6 +296,9 @@ pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
                 rule.uplink = (1..=registry::UPLINKS).find(of).unwrap_or(0);
             }
             RuleAttribute::Iifname(name) => rule.from_interface = Some(name.clone()),
+            RuleAttribute::Source(ip) => {
+                rule.from = IpNet::new(*ip, message.header.src_len).ok();
+            }
             RuleAttribute::Destination(ip) => {
                 rule.to = IpNet::new(*ip, message.header.dst_len).ok();
             }
