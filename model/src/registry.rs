@@ -237,6 +237,9 @@ pub const NETWORK_ALIAS: &str = "tidegate network";
 /// bytes (`IFNAMSIZ` less the NUL), which leaves 13 behind the prefix.
 pub const INTERFACE_PREFIX: &str = "tg";
 
+/// What the names of bridges begin with; no other link of tidegate has a hyphen there.
+pub const BRIDGE_PREFIX: &str = "tg-";
+
 /// Bridges that containers and machines of others are on: of Docker, Podman, CNI, libvirt, LXC, LXD
 /// and Incus. `+` at the end stands for anything, as in iptables(8).
 pub const BRIDGES_OF_OTHERS: [&str; 9] = [

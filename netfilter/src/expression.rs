@@ -53,6 +53,8 @@ pub(crate) fn bytes_of(value: &Value) -> Vec<u8> {
             bytes.resize(INTERFACE_LENGTH, 0);
             bytes
         }
+        // A comparison of fewer bytes than the register has.
+        Value::InterfacePrefix(prefix) => prefix.as_bytes().to_vec(),
         Value::Group(group) => group.to_ne_bytes().to_vec(),
         Value::Net(net) => address(net.network()),
         Value::Protocol(protocol) => vec![number_of(*protocol)],
@@ -319,6 +321,16 @@ impl Expressions {
                 self.push("fib", &lookup);
                 // RTN_LOCAL
                 self.compare(operation, &2_u32.to_ne_bytes());
+            }
+            Match::FromHostAddress => {
+                // As above: NFTA_FIB_F_SADDR, RTN_LOCAL
+                let lookup = Attributes::default().number(1, FIRST).number(2, 3).number(3, 1);
+                self.push("fib", &lookup);
+                self.compare(EQUAL, &2_u32.to_ne_bytes());
+            }
+            Match::Family { v6 } => {
+                self.meta(meta::FAMILY, FIRST);
+                self.compare(EQUAL, &[PROTOCOL_FAMILY[usize::from(*v6)]]);
             }
             Match::FromHost => {
                 self.meta(meta::IN_INDEX, FIRST);

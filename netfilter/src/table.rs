@@ -63,6 +63,8 @@ pub enum Field {
 pub enum Value {
     /// An interface's name.
     Interface(String),
+    /// All interfaces with names that begin so.
+    InterfacePrefix(String),
     /// A group of interfaces (ip-link(8), `group`).
     Group(u32),
     /// An address, or in a set with intervals all of a network.
@@ -179,12 +181,19 @@ pub enum Match {
     Reply,
     /// `fib daddr type local`: its destination is a unicast address of the host.
     ToHost,
+    /// `fib saddr type local`: its source is an address of the host.
+    FromHostAddress,
     /// `fib daddr type != local`: its destination is a broadcast or multicast address, or
     /// elsewhere.
     NotToHost,
     /// `iif 0`: it did not come in by an interface, so the host itself sends it. In `postrouting`,
     /// where the kernel gives the input interface from Linux 5.7 on (`ip_output`, `ip6_output`).
     FromHost,
+    /// `meta nfproto ipv6`, or `ipv4`.
+    Family {
+        /// IPv6.
+        v6: bool,
+    },
     /// `meta l4proto != ipv6-icmp`.
     NotIcmpv6,
     /// `tcp flags syn / syn,rst`: it begins a connection, or accepts one.

@@ -114,6 +114,10 @@ impl Display for Match {
             Self::TranslatedDestination => f.write_str("ct status dnat"),
             Self::Reply => f.write_str("ct direction reply"),
             Self::ToHost => f.write_str("fib daddr type local"),
+            Self::FromHostAddress => f.write_str("fib saddr type local"),
+            Self::Family { v6 } => {
+                f.write_str(if *v6 { "meta nfproto ipv6" } else { "meta nfproto ipv4" })
+            }
             Self::NotToHost => f.write_str("fib daddr type != local"),
             Self::FromHost => f.write_str("iif 0"),
             Self::NotIcmpv6 => f.write_str("meta l4proto != ipv6-icmp"),
@@ -192,6 +196,7 @@ impl Display for Value {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
             Self::Interface(name) => write!(f, "\"{name}\""),
+            Self::InterfacePrefix(prefix) => write!(f, "\"{prefix}*\""),
             Self::Group(group) => write!(f, "{group}"),
             Self::Net(net) if net.prefix_len() == net.max_prefix_len() => {
                 write!(f, "{}", net.addr())
@@ -200,7 +205,8 @@ impl Display for Value {
             Self::Protocol(Transport::Tcp) => f.write_str("tcp"),
             Self::Protocol(Transport::Udp) => f.write_str("udp"),
             // As getprotobynumber(3) has it, and nft(8) shows it.
-            Self::OtherProtocol(33) => f.write_str("dccp"),
+            Self::OtherProtocol(1) => f.write_str("icmp"),
+            Self::OtherProtocol(58) => f.write_str("ipv6-icmp"),
             Self::OtherProtocol(132) => f.write_str("sctp"),
             Self::OtherProtocol(136) => f.write_str("udplite"),
             Self::OtherProtocol(number) => write!(f, "{number}"),

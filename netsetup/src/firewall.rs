@@ -18,7 +18,7 @@ mod ruleset;
 pub use iptables::{DockerUser, IptablesState, UserRule};
 pub use ruleset::{Opening, Ruleset, Zone};
 
-use crate::{Fact, ReplyPath};
+use crate::{Fact, ReplyPath, Uplink};
 use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use std::cmp::Reverse;
@@ -284,6 +284,22 @@ impl Firewall {
         let mut state = self.state();
         state.ruleset.zones = zones;
         state.ruleset.ports = ports;
+    }
+
+    /// Which links of the host forward for the networks alone, from the next time that the rules are
+    /// put in place: they do not hold until then.
+    pub fn set_uplinks(&self, uplinks: &[Uplink]) {
+        let of = |uplink: &Uplink| {
+            let Uplink { link, v4, v6, .. } = uplink.clone();
+            [(v4, (link.clone(), false)), (v6, (link, true))]
+        };
+        let ours = uplinks.iter().filter(|uplink| uplink.ours).flat_map(of);
+        let uplinks: Vec<_> = ours.filter(|(is, _)| *is).map(|(_, uplink)| uplink).collect();
+        let mut state = self.state();
+        if state.ruleset.uplinks != uplinks {
+            state.ruleset.uplinks = uplinks;
+            state.stale = state.in_force;
+        }
     }
 
     /// Which answers leave by which reply path, from the next time that the rules are put in place:

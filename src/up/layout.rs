@@ -10,9 +10,9 @@ use std::time::Instant;
 use tidegate_model::registry;
 use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Mac, Network, Observed,
-    Pools, Subnet, gateway,
+    ObservedBridge, Pools, Subnet, gateway,
 };
-use tidegate_proxy::{Bridge, GatewayNetwork};
+use tidegate_proxy::{Bridge, ForeignNetwork, GatewayNetwork};
 
 /// What a network's packets hold where the host has no egress to take the figure from.
 const MTU: u32 = 1500;
@@ -42,6 +42,15 @@ pub(super) struct Surroundings<'a> {
     pub(super) host_id: [u8; 5],
     /// For hardware addresses and the names of veth ends.
     pub(super) random: &'a mut dyn FnMut() -> [u8; 6],
+}
+
+/// The networks of tidegate on this host, of all projects, as access to ports depends on them.
+pub(super) fn foreign_networks(observed: &Observed) -> BTreeMap<u32, ForeignNetwork> {
+    let network = |bridge: &ObservedBridge| ForeignNetwork {
+        internal: bridge.internal,
+        subnets: bridge.subnets.clone(),
+    };
+    observed.bridges.values().map(|bridge| (bridge.index, network(bridge))).collect()
 }
 
 /// Gives every network its subnets and bridge, and every service its interfaces and addresses.
@@ -209,8 +218,8 @@ fn bridge_name(project: &str, network: &str) -> String {
     let readable = network.chars().filter(char::is_ascii_alphanumeric).take(7);
     let id = fnv(format!("{project}/{network}").as_bytes()) as u16;
     format!(
-        "{}-{}-{id:04x}",
-        registry::INTERFACE_PREFIX,
+        "{}{}-{id:04x}",
+        registry::BRIDGE_PREFIX,
         readable.collect::<String>().to_ascii_lowercase()
     )
 }

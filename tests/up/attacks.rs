@@ -2,17 +2,20 @@
 
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, service_namespace, state};
+use super::spoofing::{link_layer_address, mac_of};
 use super::uplink::Uplink;
 use super::witness::Witness;
 use socket2::{Domain, Socket, Type};
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
+use tidegate_testbed::frames::{LinkSocket, ethernet, udp6};
 use tidegate_testbed::server::PeerServer;
-use tidegate_testbed::{Namespace, Process, Signal, eventually};
+use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(300);
@@ -438,4 +441,128 @@ fn names_are_answered_while_iptables_hangs() {
         .output()
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "10.77.1.10");
+}
+
+/// Conntrack tells flows of such protocols apart by their addresses alone: what the far end sends to
+/// the host would be an answer to the container.
+#[test]
+fn what_conntrack_cannot_tell_apart_is_not_masqueraded() {
+    const PROTOCOLS: [u8; 9] = [4, 33, 41, 47, 50, 51, 89, 112, 115];
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        let container = Namespace::new();
+        let _up = up(&scene, &file(&container, ""), &[firewall]);
+        let outside = LinkSocket::open(&scene.net.client, "eth0");
+        let client = SocketAddr::from(([203, 0, 113, 9], 9));
+        for protocol in PROTOCOLS {
+            let kind = Some(socket2::Protocol::from(i32::from(protocol)));
+            let raw = container.run(|| Socket::new(Domain::IPV4, Type::RAW, kind)).unwrap();
+            raw.send_to(&[0; 64], &client.into()).unwrap();
+        }
+        let udp = container.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+        let mut seen = BTreeSet::new();
+        assert!(eventually(SOON, || {
+            udp.send_to(b"hello", client).unwrap();
+            let frames = outside.received();
+            // IPv4: the protocol.
+            seen.extend(frames.iter().filter(|one| one[12..14] == [8, 0]).map(|one| one[23]));
+            seen.contains(&17)
+        }));
+        assert!(PROTOCOLS.iter().all(|one| !seen.contains(one)), "{firewall}: {seen:?}");
+    }
+}
+
+/// An endpoint that may send from any address, and no other check of sources.
+#[test]
+fn the_nat_engine_takes_no_source_of_another_network() {
+    let scene = Scene::new();
+    let (server, router) = (Namespace::new(), Namespace::new());
+    let more = format!(
+        " }}\n  router: {{ x-netns: {}, networks: {{ away: {{ ipv4_address: 10.77.2.10, x-any-source: true }} }}",
+        router.path().display()
+    );
+    let _up = up(&scene, &file(&server, &more), &["--firewall=none"]);
+    let links = scene.net.host.ip(&["-o", "link", "show", "type", "bridge"]);
+    let bridges = links.lines().filter_map(|line| line.split(": ").nth(1));
+    for key in bridges.chain(["all"]) {
+        scene.net.host.sysctl(&format!("net.ipv4.conf.{key}.rp_filter"), "0");
+    }
+    let witness = Witness::new(&scene.net.client, &["203.0.113.9:9999".parse().unwrap()]);
+    let forged = pretender(&router, "10.77.1.10:4444");
+    let own = router.run(|| UdpSocket::bind("10.77.2.10:4444")).unwrap();
+    assert!(eventually(SOON, || {
+        forged.send_to(b"I am the server", "203.0.113.9:9999").unwrap();
+        own.send_to(b"router", "203.0.113.9:9999").unwrap();
+        witness.has_seen("router")
+    }));
+    thread::sleep(PAUSE);
+    assert!(!witness.has_seen("I am the server"));
+}
+
+/// The kernel drops these over IPv4 by itself.
+#[test]
+fn nobody_outside_speaks_for_the_host_over_ipv6() {
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        let container = Namespace::new();
+        let file = format!(
+            "name: attacked
+networks: {{ home: {{ enable_ipv6: true, ipam: {{ config: [ {{ subnet: 10.77.1.0/24 }}, {{ subnet: 'fd77:1::/64' }} ] }} }} }}
+services:
+  server: {{ x-netns: {}, networks: {{ home: {{ ipv6_address: 'fd77:1::10' }} }}, ports: [ '8080:80/udp' ] }}
+",
+            container.path().display()
+        );
+        let _up = up(&scene, &file, &[firewall, "--publish=kernel"]);
+        let witness = Witness::new(&container, &["[::]:80".parse().unwrap()]);
+        let mac = |namespace: &Namespace| {
+            mac_of(link_layer_address(&namespace.ip(&["-o", "link", "show", "eth0"])))
+        };
+        let (host, client) = (mac(&scene.net.host), mac(&scene.net.client));
+        let link = LinkSocket::open(&scene.net.client, "eth0");
+        let send = |source: Ipv6Addr, text: &[u8]| {
+            let packet = udp6((source, 5000), (addr::HOST_V6, 8080), text);
+            link.send(&ethernet(host, client, 0x86dd, &packet));
+        };
+        assert!(eventually(SOON, || {
+            send(addr::HOST_V6, b"I am the host");
+            send(addr::CLIENT_V6, b"client");
+            witness.has_seen("client")
+        }));
+        thread::sleep(PAUSE);
+        assert!(!witness.has_seen("I am the host"), "{firewall}");
+    }
+}
+
+/// The host forwards for networks of containers alone, and other software has a policy rule that
+/// none of tidegate's can precede.
+#[test]
+fn a_host_that_forwards_for_nobody_is_made_no_router_by_a_rule_of_others() {
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        let uplink = Uplink::new(&scene);
+        for key in ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"] {
+            scene.net.host.sysctl(key, "0");
+        }
+        scene.sh("ip rule add pref 0 lookup main; ip -6 rule add pref 0 lookup main");
+        let (one, two) = (Namespace::new(), Namespace::new());
+        let _up = up(&scene, &file(&one, ""), &[firewall]);
+        let beside = scene.up_beside(
+            &format!(
+                "name: beside
+networks: {{ net: {{ ipam: {{ config: [ {{ subnet: 10.78.1.0/24 }} ] }} }} }}
+services: {{ box: {{ x-netns: {}, networks: [ net ] }} }}
+",
+                two.path().display()
+            ),
+            &[firewall],
+        );
+        beside.wait_for_line("Ctrl-C takes", SOON);
+        let at: SocketAddr = "203.0.113.9:7000".parse().unwrap();
+        let _server = PeerServer::tcp(&scene.net.client, at);
+        let reaches =
+            |from: &Namespace| from.run(|| TcpStream::connect_timeout(&at, 3 * PAUSE)).is_ok();
+        assert!(eventually(SOON, || reaches(&one) && reaches(&two)), "{firewall}: egress");
+        assert!(!reaches(&uplink.client), "{firewall}");
+    }
 }

@@ -319,11 +319,11 @@ services:
 }
 
 /// Of a link as `ip -o link` lists it.
-fn link_layer_address(listed: &str) -> &str {
+pub(super) fn link_layer_address(listed: &str) -> &str {
     listed.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap()
 }
 
-fn mac_of(text: &str) -> Mac {
+pub(super) fn mac_of(text: &str) -> Mac {
     let bytes: Vec<u8> =
         text.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
     bytes.try_into().unwrap()

@@ -27,6 +27,7 @@ fn ruleset(zones: Vec<Zone>, ports: impl IntoIterator<Item = Opening>) -> Rulese
         zones,
         ports: ports.into_iter().collect(),
         replies: Vec::new(),
+        uplinks: Vec::new(),
         gated: true,
     }
 }
@@ -128,6 +129,13 @@ fn a_host_with_two_uplinks_is_as_it_was() {
     let replies = [(1, "203.0.113.0/24"), (2, "2001:db8:2::/64")];
     let replies = replies.iter().map(|(number, net)| (*number, net.parse().unwrap())).collect();
     is_golden("two-uplinks", &Ruleset { replies, ..host }, false);
+}
+
+#[test]
+fn a_host_that_forwards_for_nobody_else_is_as_it_was() {
+    let host = ruleset(vec![zone("tg-front", &FRONT, false)], []);
+    let uplinks = vec![("eth0".to_owned(), false), ("eth0".to_owned(), true)];
+    is_golden("no-router", &Ruleset { uplinks, ..host }, false);
 }
 
 /// Guards at all bridge ports verify sources: no hook does.

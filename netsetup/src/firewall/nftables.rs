@@ -4,7 +4,7 @@
 //! many networks and ports there are, a packet passes the same number of rules, and a port that
 //! comes or goes is an element.
 
-use super::ruleset::is_source_port;
+use super::ruleset::{MASQUERADED, is_source_port};
 use super::{Backend, Opening, Ports, Ruleset, Zone, on_link};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::BTreeSet;
@@ -377,6 +377,11 @@ fn sets(ruleset: &Ruleset) -> Vec<Set> {
             elements: same.collect(),
             ..set("same", vec![Field::Interface, Field::Interface])
         },
+        Set {
+            constant: true,
+            elements: MASQUERADED.map(protocol).map(|one| element([one])).into(),
+            ..set("masqueraded", vec![Field::Protocol])
+        },
     ];
     for family in &FAMILIES {
         let subnets = || {
@@ -509,6 +514,7 @@ fn from_network(ruleset: &Ruleset) -> Chain {
             drop(),
             "belongs to no connection, and would leave with a container's address",
         ),
+        rule(vec![not_in([Key::Protocol], "masqueraded")], drop(), UNKNOWN_PROTOCOL),
         rule(vec![], accept(), "containers reach the outside"),
     ]);
     Chain { name: "from-network".to_owned(), base: None, rules }
@@ -567,6 +573,9 @@ fn sources(ruleset: &Ruleset) -> Chain {
     base("sources", Kind::Filter, Hook::Forward, FILTER, rules)
 }
 
+const UNKNOWN_PROTOCOL: &str =
+    "connections of this protocol differ by addresses alone: answers would be the host's";
+const NO_ROUTER: &str = "the host forwards for container networks alone";
 const GATEWAY_ALONE: &str = "an internal network reaches nothing of the host but its gateway";
 const STRAY_SOURCE: &str = "claims to come from a container";
 const FALSE_SOURCE: &str = "has a source address that is not of its network";
@@ -684,6 +693,9 @@ fn translate(ruleset: &Ruleset) -> Chain {
     rules.push(rule(hairpin, accept(), why));
     rules.extend(strays(ruleset));
     rules.extend(FAMILIES.iter().map(|family| not_on_loopback(family, vec![not_from_host()])));
+    // The kernel itself drops these in IPv4 (`__fib_validate_source`, net/ipv4/fib_frontend.c).
+    let own = vec![Match::Family { v6: true }, not_from_host(), Match::FromHostAddress];
+    rules.push(rule(own, drop(), "claims to come from the host itself"));
     for family in &FAMILIES {
         let ports = [Key::Protocol, Key::DestinationPort];
         let translate = |keys: Vec<Key>, map: &str| {
@@ -780,6 +792,16 @@ fn postrouting(ruleset: &Ruleset) -> Chain {
     ];
     // What a container sends, and what is for one, has left by now.
     rules.extend(strays(ruleset));
+    rules.extend(ruleset.uplinks.iter().map(|(link, v6)| {
+        let is = |key, value, not| Match::Is { key, value, not };
+        let elsewhere = Value::InterfacePrefix(registry::BRIDGE_PREFIX.to_owned());
+        let matches = vec![
+            Match::Family { v6: *v6 },
+            is(Key::InInterface, Value::Interface(link.clone()), false),
+            is(Key::OutInterface, elsewhere, true),
+        ];
+        rule(matches, drop(), NO_ROUTER)
+    }));
     base("postrouting", Kind::Filter, Hook::Postrouting, LAST, rules)
 }
 
@@ -797,15 +819,15 @@ fn leave(ruleset: &Ruleset) -> Chain {
         from(Value::Protocol(Transport::Tcp), ruleset.source_ports(Protocol::Tcp)),
         from(Value::Protocol(Transport::Udp), ruleset.source_ports(Protocol::Udp)),
     ];
-    let others = OTHERS_WITH_PORTS.map(Value::OtherProtocol);
+    let others = OTHERS_WITH_PORTS.map(protocol);
     rules.extend(others.map(|protocol| from(protocol, ruleset.source_ports(Protocol::Sctp))));
     rules.push(rule(vec![], vec![Action::Masquerade], "has no ports"));
     Chain { name: "leave".to_owned(), base: None, rules }
 }
 
-/// Protocols besides TCP and UDP whose ports NAT translates (`nf_nat_l4proto_unique_tuple`): DCCP,
-/// SCTP, UDP-Lite. Nothing is published for them.
-const OTHERS_WITH_PORTS: [u8; 3] = [33, 132, 136];
+/// Protocols besides TCP and UDP whose ports NAT translates (`nf_nat_l4proto_unique_tuple`): SCTP and
+/// UDP-Lite. Nothing is published for them.
+const OTHERS_WITH_PORTS: [u8; 2] = [132, 136];
 
 /// By the pair of interfaces what is forwarded, whatever its source; by the source what a process
 /// of the host sends from a gateway's address.
@@ -911,6 +933,15 @@ fn subnets_of<'a>(ruleset: &'a Ruleset, family: &'a Family) -> impl Iterator<Ite
 
 fn subnets<'a>(zone: &'a Zone, family: &'a Family) -> impl Iterator<Item = IpNet> + 'a {
     zone.subnets.iter().map(IpNet::trunc).filter(|subnet| family.is_of(subnet.addr()))
+}
+
+/// The protocol of that number.
+fn protocol(number: u8) -> Value {
+    match number {
+        6 => Value::Protocol(Transport::Tcp),
+        17 => Value::Protocol(Transport::Udp),
+        number => Value::OtherProtocol(number),
+    }
 }
 
 fn transport(protocol: Protocol) -> Transport {

@@ -10,7 +10,8 @@
 //! | forwarding, and where the guards are policy rules before routing | answers to connections of containers, and what was translated to a published port, get the mark [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK) | without it the guards (gates at the bridges' exits or policy rules, outside of the firewall) let nothing through to a container, so that rules that are gone do not either |
 //! | forwarding | the user's chain comes first | |
 //! | | to a bridge: what comes from the same bridge accepted, from another of ours dropped; segments clamped to the path; established ones accepted, invalid ones dropped, what was translated to a published port accepted; all else dropped | isolation |
-//! | | from a bridge to elsewhere: segments clamped to the path; established ones accepted, from an internal network dropped, invalid ones dropped; accepted | |
+//! | | from a bridge to elsewhere: segments clamped to the path; established ones accepted, from an internal network dropped, invalid ones dropped, other protocols than [`MASQUERADED`] dropped; accepted | |
+//! | | from an uplink of a host that forwards for the networks alone to another link than a bridge of tidegate: dropped | the host is made no router |
 //! | input | the user's chain, for ports that are served in userspace and were not asked for by way of `lo` | |
 //! | behind routing | what comes from a subnet that is not internal and leaves otherwise than by a bridge of ours is masqueraded, from source ports at which nothing is published ([`Ruleset::source_ports`]) | port shadowing |
 //! | destination NAT | what is addressed to the host at a port published by the kernel and did not come in by a bridge of ours is translated | those that did are served in userspace (hairpin) |
@@ -26,6 +27,13 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use tidegate_model::{Protocol, registry};
 
+/// The protocols that containers reach the outside by: ICMP, TCP, UDP, ICMPv6, SCTP and UDP-Lite.
+///
+/// Connection tracking knows a flow of another protocol by its addresses alone
+/// (`nf_conntrack_l4proto_generic`). Masquerade would give the flow of a container the host's address,
+/// and what the far end sends to the host by that protocol would be an answer to the container.
+pub(super) const MASQUERADED: [u8; 6] = [1, 6, 17, 58, 132, 136];
+
 /// Everything that a firewall shall do for one owner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ruleset {
@@ -38,6 +46,9 @@ pub struct Ruleset {
     /// Which answers of translated ports leave by which [reply path](crate::ReplyPath): the number
     /// of the path, and the addresses that were asked. The narrowest network decides.
     pub replies: Vec<(u8, IpNet)>,
+    /// Links of a host that forwards for nobody which forward for the networks alone, each for
+    /// IPv4, or with `true` for IPv6.
+    pub uplinks: Vec<(String, bool)>,
     /// Gates at the bridges' exits keep networks closed when the rules are gone, not policy rules.
     pub gated: bool,
 }

@@ -9,6 +9,7 @@
 
 use super::program::Family;
 use super::saved::{DOCKER_USER, Saved};
+use crate::firewall::ruleset::MASQUERADED;
 use crate::firewall::{Opening, Ruleset, Zone, on_link};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -293,6 +294,11 @@ impl With<'_> {
                 "bridged, where br_netfilter shows that",
             )
         }));
+        if self.family.is_v6() {
+            // The kernel itself drops these in IPv4 (`__fib_validate_source`).
+            let own = "-m addrtype --src-type LOCAL";
+            to_network.push(rule(own, "DROP", "claims to come from the host itself"));
+        }
         to_network.push(rule(
             "-m conntrack --ctstate DNAT",
             &self.chain("PORTS"),
@@ -312,6 +318,7 @@ impl With<'_> {
             "DROP",
             "belongs to no connection, and would leave with a container's address",
         ));
+        from_network.push(rule("", &self.chain("PROTO"), "may it be masqueraded?"));
         from_network.extend(
             // Their owners' rules decide about those: what we accept they would not be asked.
             registry::BRIDGES_OF_OTHERS.iter().map(|bridge| {
@@ -336,6 +343,15 @@ impl With<'_> {
             });
         }
 
+        for (link, _) in self.ruleset.uplinks.iter().filter(|(_, v6)| *v6 == self.family.is_v6()) {
+            let elsewhere = format!("-i {link} ! -o {}+", registry::BRIDGE_PREFIX);
+            forward.push(rule(
+                &elsewhere,
+                "DROP",
+                "the host forwards for container networks alone",
+            ));
+        }
+
         let mut input =
             vec![rule("-i lo", "RETURN", "the host asks itself: nothing that is forwarded")];
         // The broadcast address of the subnet is in the subnet. Neighbour discovery is multicast.
@@ -356,6 +372,7 @@ impl With<'_> {
             (self.chain("PORTS"), ports.collect()),
             (self.chain("USERS"), to_users("the user comes first")),
             (self.chain("TO"), to_network),
+            (self.chain("PROTO"), self.protocols()),
             (self.chain("FROM"), from_network),
             (self.chain("FORWARD"), forward),
             (self.chain("INPUT"), input),
@@ -423,15 +440,27 @@ impl With<'_> {
         self.table("nat", chains, &[("PREROUTING", "DNAT"), ("POSTROUTING", "SNAT")])
     }
 
+    /// Drops protocols other than [`MASQUERADED`].
+    fn protocols(&self) -> Vec<String> {
+        let known = MASQUERADED.iter().filter_map(|number| match (number, self.family.is_v6()) {
+            (1, false) => Some("icmp"),
+            (58, true) => Some("ipv6-icmp"),
+            (6, _) => Some("tcp"),
+            (17, _) => Some("udp"),
+            (132, _) => Some("sctp"),
+            (136, _) => Some("udplite"),
+            _ => None,
+        });
+        let why = "connection tracking tells its connections apart";
+        let known = known.map(|name| rule(&format!("-p {name}"), "RETURN", why));
+        let why = "connections of this protocol differ by addresses alone";
+        known.chain([rule("", "DROP", why)]).collect()
+    }
+
     /// Masquerade, from ports at which no service is ([`Ruleset::source_ports`]). The target knows
     /// the ports of no other protocols.
     fn leave(&self) -> Vec<String> {
-        let protocols = [
-            ("tcp", Protocol::Tcp),
-            ("udp", Protocol::Udp),
-            ("sctp", Protocol::Sctp),
-            ("dccp", Protocol::Sctp),
-        ];
+        let protocols = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp), ("sctp", Protocol::Sctp)];
         let mut rules: Vec<String> = protocols
             .iter()
             .map(|(name, protocol)| {
