@@ -49,7 +49,7 @@ pub use isolation::{FirewallIsolation, Isolation, NatIsolation, RuleIsolation};
 pub use journal::Journal;
 pub use kernel::{EngineDevice, Kernel};
 pub use mac::Mac;
-pub use observed::{DefaultRoute, Observed};
+pub use observed::{DefaultRoute, Observed, ObservedBridge};
 pub use plan::{Plan, plan};
 pub use repair::{RepairKind, Repaired};
 pub use setup::{Setup, SetupError};

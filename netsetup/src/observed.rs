@@ -22,6 +22,17 @@ pub struct DefaultRoute {
     pub nets: Vec<IpNet>,
 }
 
+/// A bridge of tidegate, of this project or another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObservedBridge {
+    /// The index of its interface.
+    pub index: u32,
+    /// It is that of an internal network.
+    pub internal: bool,
+    /// The subnets of its addresses.
+    pub subnets: Vec<IpNet>,
+}
+
 /// What was found when the kernel was asked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
@@ -37,10 +48,8 @@ pub struct Observed {
     /// Of a host that forwards for nobody, the links by which answers to containers could come:
     /// those that have an address.
     pub uplinks: Vec<Uplink>,
-    /// The names of bridges of tidegate, ours and those of other projects.
-    pub bridges_of_tidegate: BTreeSet<String>,
-    /// The numbers of bridges of internal networks, ours and those of other projects.
-    pub internal_bridges: BTreeSet<u32>,
+    /// The bridges of tidegate by name, ours and those of other projects.
+    pub bridges: BTreeMap<String, ObservedBridge>,
     /// The lowest priority among the policy rules of others that are behind the `local` table's, if
     /// one precedes `main`.
     pub first_rule_of_others: Option<u32>,

@@ -20,7 +20,7 @@
 //! | | another address of the host | yes |
 //! | bridge of an internal network of another project | any | no |
 //! | any other interface | an address in a subnet of ours | no |
-//! | | anything else | yes, unless the client claims an address in a subnet of ours |
+//! | | anything else | yes, unless the client claims an address in a subnet of ours; a datagram also not if it claims one in a subnet of another project |
 //! | unknown | any | no |
 //!
 //! For what the host sends to itself, the kernel reports the interface that carries the destination
@@ -80,15 +80,24 @@ impl GatewayNetwork {
 #[derive(Debug, Default)]
 pub struct GatewayNetworks {
     networks: RwLock<Vec<GatewayNetwork>>,
-    /// Bridges of internal networks of other projects on this host.
-    internal_of_others: RwLock<BTreeSet<u32>>,
+    /// Networks of other projects on this host, by the indexes of their bridges.
+    of_others: RwLock<BTreeMap<u32, ForeignNetwork>>,
+}
+
+/// A network of another project on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ForeignNetwork {
+    /// It has no egress, and reaches nothing of ours.
+    pub internal: bool,
+    /// Its subnets.
+    pub subnets: Vec<IpNet>,
 }
 
 impl GatewayNetworks {
     /// With these networks.
     #[must_use]
     pub fn new(networks: Vec<GatewayNetwork>) -> Self {
-        Self { networks: RwLock::new(networks), internal_of_others: RwLock::default() }
+        Self { networks: RwLock::new(networks), of_others: RwLock::default() }
     }
 
     /// Notes the index of each bridge, by the name of its network. One without an index is missing.
@@ -106,9 +115,10 @@ impl GatewayNetworks {
         changed
     }
 
-    /// Notes the indexes of bridges of internal networks; those of this project may be among them.
-    pub fn set_internal_of_others(&self, indexes: BTreeSet<u32>) {
-        *self.internal_of_others.write().unwrap_or_else(PoisonError::into_inner) = indexes;
+    /// Sets the networks of other projects, by the indexes of their bridges. Those of this project
+    /// may be among them.
+    pub fn set_others(&self, networks: BTreeMap<u32, ForeignNetwork>) {
+        *self.of_others.write().unwrap_or_else(PoisonError::into_inner) = networks;
     }
 
     /// For one decision: no system call is made while this is held.
@@ -116,11 +126,27 @@ impl GatewayNetworks {
         self.networks.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether `interface` is the bridge of an internal network of another project, if it is none
-    /// of ours.
-    fn is_internal_of_others(&self, interface: u32) -> bool {
-        self.internal_of_others.read().unwrap_or_else(PoisonError::into_inner).contains(&interface)
+    /// What `ingress` is to networks of other projects.
+    fn foreign(&self, ingress: &Ingress) -> Foreign {
+        let networks = self.of_others.read().unwrap_or_else(PoisonError::into_inner);
+        let client = canonical(ingress.client).ip();
+        let has_client =
+            |network: &ForeignNetwork| network.subnets.iter().any(|net| net.contains(&client));
+        let by = networks.get(&ingress.interface);
+        Foreign {
+            internal: by.is_some_and(|network| network.internal),
+            forged: !by.is_some_and(has_client) && networks.values().any(has_client),
+        }
     }
+}
+
+/// A client and the networks of other projects.
+#[derive(Clone, Copy, Debug)]
+struct Foreign {
+    /// It comes by the bridge of an internal one, unless that bridge is ours.
+    internal: bool,
+    /// It has an address in a subnet of one, and does not come by its bridge.
+    forged: bool,
 }
 
 /// The access list of the ports of one endpoint. The default has no networks and denies nothing.
@@ -166,13 +192,11 @@ impl GatewayAcl {
     #[must_use]
     pub fn denies(&self, ingress: &Ingress) -> bool {
         let Some(networks) = &self.networks else { return false };
-        let of_others = networks.is_internal_of_others(ingress.interface);
-        !self.allows(&networks.read(), of_others, ingress)
+        let foreign = networks.foreign(ingress);
+        !self.allows(&networks.read(), foreign, ingress)
     }
 
-    /// `of_others` says that the interface, unless it is one of ours, is the bridge of an internal
-    /// network.
-    fn allows(&self, networks: &[GatewayNetwork], of_others: bool, ingress: &Ingress) -> bool {
+    fn allows(&self, networks: &[GatewayNetwork], foreign: Foreign, ingress: &Ingress) -> bool {
         let &Ingress { destination, to_group, interface, handshake, .. } = ingress;
         let client = canonical(ingress.client).ip();
         let Some(destination) = destination.map(|address| address.to_canonical()) else {
@@ -199,7 +223,8 @@ impl GatewayAcl {
             Some(network) => {
                 self.allows_member(networks, network, client, destination, to_group, handshake)
             }
-            None if of_others => false,
+            // A connection proves its client's address.
+            None if foreign.internal || foreign.forged && !handshake => false,
             None => !networks.iter().any(|network| {
                 let could_be_it = matches!(network.bridge, Bridge::Missing(old) if interface > old);
                 network.contains(client) || network.contains(destination) || could_be_it
@@ -444,10 +469,32 @@ mod tests {
             datagram(THEIRS, "fe80::7", "ff02::1"),
         ];
         assert!(asked.iter().all(|ingress| !port.denies(ingress)), "not known to be one");
-        networks.set_internal_of_others([THEIRS, SHUT].into());
+        let foreign = ForeignNetwork { internal: true, subnets: Vec::new() };
+        networks.set_others([THEIRS, SHUT].map(|index| (index, foreign.clone())).into());
         assert!(asked.iter().all(|ingress| port.denies(ingress)));
         assert!(!port.denies(&connection(SHUT, "10.77.3.7", "10.77.3.1")), "ours");
         assert!(!port.denies(&connection(UPLINK, "203.0.113.9", "203.0.113.1")));
+    }
+
+    /// The answer to a forged datagram would go into the other project's network.
+    #[test]
+    fn a_datagram_with_an_address_of_another_project_comes_by_its_bridge() {
+        const THEIRS: u32 = 30;
+        let networks = networks();
+        let port = GatewayAcl::new(Arc::clone(&networks), ["front".to_owned()]);
+        let foreign = ForeignNetwork {
+            internal: false,
+            subnets: ["10.78.1.0/24", "fd78:1::/64"].map(|net| net.parse().unwrap()).into(),
+        };
+        networks.set_others([(THEIRS, foreign)].into());
+        for client in ["10.78.1.7", "fd78:1::7", "::ffff:10.78.1.7"] {
+            for (interface, allowed) in [(THEIRS, true), (UPLINK, false), (THEIRS + 1, false)] {
+                let datagram = datagram(interface, client, "203.0.113.1");
+                assert_eq!(!port.denies(&datagram), allowed, "{client} by {interface}");
+                assert!(!port.denies(&connection(interface, client, "203.0.113.1")));
+            }
+        }
+        assert!(!port.denies(&datagram(UPLINK, "203.0.113.9", "203.0.113.1")));
     }
 
     /// As an ordinary user: the sockets are the host's, the bridges are not.

@@ -32,7 +32,7 @@ mod worker;
 
 pub use config::{PortOptions, Settings};
 pub use engine::{Drained, Engine, PublishedPort};
-pub use gateway_acl::{Bridge, GatewayAcl, GatewayNetwork, GatewayNetworks};
+pub use gateway_acl::{Bridge, ForeignNetwork, GatewayAcl, GatewayNetwork, GatewayNetworks};
 pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
 pub use metrics::{FAMILIES, FILL_FAMILIES, Family, Fill, Kind, PortSnapshot, Whose, describe};
 pub use port::{Direction, Drop, Refusal};

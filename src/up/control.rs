@@ -18,6 +18,7 @@
 //! ended is a stranger's.
 
 use super::endpoint_watch::EndpointWatch;
+use super::layout::foreign_networks;
 use super::repair_schedule::{Check, RepairSchedule, SETTLE};
 use super::{
     Instance, Signals, bridge_indexes, preceding_rule, reply_paths, rules_ahead, uplinks,
@@ -423,7 +424,7 @@ impl Instance {
     /// Adapts networks to links, routes and rules of others that have come and gone.
     async fn adapt_to_host(&mut self) -> Result<(), SetupError> {
         let observed = self.setup.surroundings().await?;
-        self.up.gateway_networks.set_internal_of_others(observed.internal_bridges.clone());
+        self.up.gateway_networks.set_others(foreign_networks(&observed));
         let desired = &mut self.up.layout.desired;
         let ahead = rules_ahead(&observed);
         if ahead != desired.rules_ahead {
@@ -451,6 +452,7 @@ impl Instance {
                 // A new link, or the host has begun to forward: not our networks that someone has
                 // changed.
                 (desired.uplinks, desired.reply_paths) = (uplinks, reply_paths);
+                firewall.set_uplinks(&desired.uplinks);
                 firewall.set_reply_paths(&desired.reply_paths);
                 self.setup.update(desired).await?;
             }

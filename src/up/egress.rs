@@ -232,7 +232,7 @@ pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
         of.flat_map(|network| &network.subnets).map(|subnet| subnet.subnet.trunc())
     };
     let is_containers =
-        |link: &str| is_bridge_of_containers(link) || observed.bridges_of_tidegate.contains(link);
+        |link: &str| is_bridge_of_containers(link) || observed.bridges.contains_key(link);
     let of_others = observed.routes.iter().filter(|(_, link)| is_containers(link));
     let with_egress = networks.iter().filter(|network| !network.internal);
     let own_share = |network: &Network| PolicyNetwork {

@@ -36,7 +36,7 @@ use anyhow::{Context, anyhow, bail};
 use egress::Egress;
 pub use egress::NatLimits;
 use endpoint_watch::EndpointWatch;
-use layout::{Layout, Surroundings, fnv, layout};
+use layout::{Layout, Surroundings, fnv, foreign_networks, layout};
 use names::NameServers;
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
@@ -349,7 +349,7 @@ impl Up {
             // must not have their addresses.
             let host = Kernel::new(host_context.ports().clone()).observe(&[]).await?;
             observed.routes.extend(host.routes);
-            observed.bridges_of_tidegate.extend(host.bridges_of_tidegate);
+            observed.bridges.extend(host.bridges);
         }
         let mut random = || {
             let mut bytes = [0; 6];
@@ -372,6 +372,7 @@ impl Up {
             if chosen.publish == PublishBy::Kernel {
                 layout.desired.reply_paths = reply_paths(&observed, &project.name);
             }
+            firewall.set_uplinks(&layout.desired.uplinks);
             firewall.set_reply_paths(&layout.desired.reply_paths);
             firewall.prepare(zones(&layout.desired), openings(&layout, &ports, chosen.publish));
         }
@@ -425,7 +426,7 @@ impl Up {
         let bridges =
             bridge_indexes(&layout, host_context.networks()).context("look for the bridges")?;
         let gateway_networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&bridges)));
-        gateway_networks.set_internal_of_others(observed.internal_bridges.clone());
+        gateway_networks.set_others(foreign_networks(&observed));
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
         let publisher =

@@ -2,7 +2,7 @@
 
 use super::messages::{first_of_others, is_default, is_to, is_v6, leads, link_of, rule_of, table};
 use super::{Kernel, MAIN, error, is_without_ipv6};
-use crate::{DefaultRoute, Fact, Interface, KernelError, Mac, Place, Rule, Uplink};
+use crate::{DefaultRoute, Fact, Interface, KernelError, Mac, ObservedBridge, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::AddressFamily;
@@ -391,14 +391,19 @@ impl Snapshot {
         hops
     }
 
-    /// The names of bridges of tidegate, ours and those of other projects.
-    pub(super) fn bridges_of_tidegate(&self) -> BTreeSet<String> {
-        self.links.values().filter(|link| link.of_tidegate).map(|link| link.name.clone()).collect()
-    }
-
-    /// The numbers of bridges of internal networks, ours and those of other projects.
-    pub(super) fn internal_bridges(&self) -> BTreeSet<u32> {
-        self.links.values().filter(|link| link.internal).map(|link| link.index).collect()
+    /// The bridges of tidegate, ours and those of other projects.
+    pub(super) fn bridges(&self) -> BTreeMap<String, ObservedBridge> {
+        let bridge = |link: &Link| {
+            let own = self.addresses.iter().filter(|(index, _)| *index == link.index);
+            let subnets = own.map(|(_, net)| net.trunc()).filter(|net| !is_link_local(net.addr()));
+            ObservedBridge {
+                index: link.index,
+                internal: link.internal,
+                subnets: subnets.collect(),
+            }
+        };
+        let ours = self.links.values().filter(|link| link.of_tidegate);
+        ours.map(|link| (link.name.clone(), bridge(link))).collect()
     }
 
     pub(super) fn default_mtu(&self) -> Option<u32> {
