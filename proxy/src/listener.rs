@@ -11,6 +11,7 @@ use std::time::Duration;
 use tidegate_model::{Feature, Protocol, PublishLabel, canonical};
 use tidegate_reactor::{
     batch, drop_forged_own_source, enable_stream_ingress, revive_datagrams, revive_listener,
+    set_window_clamp,
 };
 
 /// The queue of connections that wait to be accepted; the kernel caps it at `net.core.somaxconn`,
@@ -270,6 +271,8 @@ pub(crate) fn widen(source: impl AsFd, sink: impl AsFd, was_narrow: bool) {
         // A socket whose peer has gone has no use for it.
         let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_BYTES);
     }
+    // The buffer is twice that, of which the kernel's bookkeeping takes a part.
+    let _ = set_window_clamp(&source, 2 * UNREAD_BYTES as u32);
     let _ = SockRef::from(&sink).set_tcp_notsent_lowat(UNSENT_WIDE);
 }
 

@@ -25,8 +25,9 @@ pub use merge::{Group, MAX_BATCH_BYTES, MAX_SEGMENTS, next_group};
 pub use receive::{Datagram, RecvBatch};
 pub use send::{Destination, Offload, SendBatch, Sent};
 
+use crate::options::set_number;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 
 /// How many messages one call moves at most.
 pub const SLOTS: usize = 64;
@@ -57,18 +58,7 @@ pub fn enable_packet_info(socket: impl AsFd, ipv6: bool) -> io::Result<()> {
 }
 
 fn set_option(socket: impl AsFd, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: the pointer and the length describe `on`, which outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            level,
-            option,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    set_number(socket, level, option, 1)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use super::*;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 fn pair() -> (UdpSocket, UdpSocket) {
