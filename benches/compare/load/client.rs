@@ -5,7 +5,7 @@
 //! [`Namespace::run`](tidegate_testbed::Namespace::run).
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -204,14 +204,25 @@ impl Visit {
 }
 
 /// Opens `count` connections, asks once on each to prove it goes all the way, and leaves them idle.
-pub(crate) fn idle(target: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
-    (0..count)
-        .map(|number| ask_once(target).with_context(|| format!("connection {number}")))
-        .collect()
+/// From one of `sources` after the other; the unspecified address leaves the choice to the kernel.
+pub(crate) fn idle(
+    target: SocketAddr,
+    sources: &[Ipv4Addr],
+    count: usize,
+) -> Result<Vec<TcpStream>> {
+    let each = (0..count).zip(sources.iter().cycle());
+    each.map(|(number, source)| {
+        ask_once(target, *source).with_context(|| format!("connection {number}"))
+    })
+    .collect()
 }
 
-fn ask_once(target: SocketAddr) -> Result<TcpStream> {
-    let mut stream = connect(target)?;
+fn ask_once(target: SocketAddr, source: Ipv4Addr) -> Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(target), Type::STREAM, None)?;
+    socket.bind(&SocketAddr::from((source, 0)).into())?;
+    socket.connect_timeout(&target.into(), PATIENCE)?;
+    let mut stream = TcpStream::from(socket);
+    stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(&[b'?'; MESSAGE])?;
     stream.read_exact(&mut [0; MESSAGE])?;

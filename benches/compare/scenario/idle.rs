@@ -1,10 +1,11 @@
 //! Memory that idle connections hold in the process.
 
+use std::net::Ipv4Addr;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tidegate_testbed::raise_open_files;
+use tidegate_testbed::{addr, raise_open_files};
 
 use super::{Metric, Scenario};
 use crate::contender::{Contender, Kind};
@@ -19,6 +20,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Open files that a process needs besides its connections.
 const OTHER_FILES: usize = 400;
+
+/// Clients that the connections are of, of this network: one alone gets two thirds of what a port
+/// has.
+const CLIENTS: u32 = 8;
+const CLIENTS_NET: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
 
 /// Connections that have answered one request and then rest.
 ///
@@ -69,13 +75,21 @@ impl Scenario for Idle {
         let start = running.rss().context("no process to look at")?;
         let files_at_start = running.open_files();
         let mut figures = vec![Some(start / 1e6)];
+        let network = format!("{CLIENTS_NET}/24");
+        lab.net.client.ip(&["route", "replace", "local", &network, "dev", "lo"]);
+        let by_client = addr::CLIENT_V4.to_string();
+        lab.net.host.ip(&["route", "replace", &network, "via", &by_client]);
+        let clients: Vec<Ipv4Addr> = (1..=CLIENTS)
+            .map(|number| Ipv4Addr::from_bits(CLIENTS_NET.to_bits() + number))
+            .collect();
         let mut connections = Vec::new();
         let mut possible = self.counts[0];
         for &count in self.counts {
             let wanted = count.min(possible).max(connections.len());
             let more = wanted - connections.len();
-            connections
-                .extend(lab.net.client.run(|| client::idle(Service::TCP.published(), more))?);
+            connections.extend(
+                lab.net.client.run(|| client::idle(Service::TCP.published(), &clients, more))?,
+            );
             server.wait_until_open(wanted, PATIENCE)?;
             thread::sleep(SETTLE);
             let now = running.rss().context("no process to look at")?;

@@ -1,5 +1,6 @@
 //! What published ports cost while nobody uses them.
 
+use std::net::Ipv4Addr;
 use std::thread;
 use std::time::Duration;
 
@@ -113,7 +114,9 @@ impl Scenario for Pair {
         thread::sleep(SETTLE);
         let idle = each(&running);
         for port in ports {
-            lab.net.client.run(|| client::idle(port.published(), CARRIED))?;
+            lab.net
+                .client
+                .run(|| client::idle(port.published(), &[Ipv4Addr::UNSPECIFIED], CARRIED))?;
         }
         thread::sleep(SETTLE);
         Ok(vec![idle, each(&running)])

@@ -174,7 +174,7 @@ fn answer(lab: &Lab, endpoints: &[Namespace]) -> Result<()> {
         let server =
             RequestServer::start(endpoint, (Ipv4Addr::UNSPECIFIED, CONTAINER_PORT).into())?;
         let published = SocketAddr::from((HOST, port));
-        let asked = lab.net.client.run(|| client::idle(published, 1));
+        let asked = lab.net.client.run(|| client::idle(published, &[Ipv4Addr::UNSPECIFIED], 1));
         drop(asked.with_context(|| format!("published port {port}"))?);
         // What is still open would have to be waited for, or cut.
         server.wait_until_open(0, PATIENCE)?;
