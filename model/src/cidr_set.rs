@@ -1,4 +1,4 @@
-//! Allow-lists of addresses.
+//! Address allow-lists.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -7,17 +7,17 @@ use ipnet::{IpNet, Ipv6Net};
 /// The IPv4-mapped addresses, `::ffff:0:0/96` (RFC 4291 section 2.5.5.2).
 const MAPPED: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96);
 
-/// A set of addresses, given as CIDR blocks and single addresses.
+/// A set of addresses, built from CIDR blocks and single addresses.
 ///
-/// Both families are apart: an IPv4-mapped IPv6 address is judged as the IPv4 address it carries,
-/// so a client cannot choose the form in which it is judged, and `::/0` holds no IPv4 address. A
-/// block of mapped addresses (`::ffff:192.0.2.0/120`) means the IPv4 block.
+/// The address families are separate. An IPv4-mapped IPv6 address is looked up as the IPv4 address
+/// in it, so the form of its address gains a client nothing, and `::/0` contains no IPv4 address. A
+/// block of mapped addresses (`::ffff:192.0.2.0/120`) is equivalent to the IPv4 block.
 ///
-/// Whether an empty set allows everything or nothing is for the caller to say; it
-/// [`contains`](Self::contains) nothing.
+/// An empty set [`contains`](Self::contains) nothing. The caller decides whether an empty set means
+/// "allow all" or "deny all".
 ///
-/// Blocks are kept as sorted ranges that neither overlap nor touch; a look-up is one binary search.
-/// A set takes at most [`MAX_ENTRIES`](Self::MAX_ENTRIES) blocks, hence at most 2 MiB.
+/// Blocks are stored as sorted, disjoint, non-adjacent ranges; a lookup is one binary search. A set
+/// is built from at most [`MAX_ENTRIES`](Self::MAX_ENTRIES) blocks, hence at most 2 MiB.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CidrSet {
     v4: Vec<(Ipv4Addr, Ipv4Addr)>,
@@ -25,15 +25,16 @@ pub struct CidrSet {
 }
 
 impl CidrSet {
-    /// How many blocks a set can be made of.
+    /// Maximum number of blocks.
     pub const MAX_ENTRIES: usize = 65_536;
 
-    /// Reads a list of blocks (`10.0.0.0/8`, `2001:db8::/32`) and single addresses (`192.0.2.1`,
-    /// `::1`). Order and repetition do not matter.
+    /// Parses a list of blocks (`10.0.0.0/8`, `2001:db8::/32`) and single addresses (`192.0.2.1`,
+    /// `::1`). Order and duplicates do not matter.
     ///
     /// # Errors
     ///
-    /// The first entry that is no block, or the one that is one too many.
+    /// Returns an error for the first invalid entry, or if there are more than
+    /// [`MAX_ENTRIES`](Self::MAX_ENTRIES).
     ///
     /// ```
     /// use tidegate_model::CidrSet;
@@ -59,61 +60,61 @@ impl CidrSet {
             }
             set.push(parse_block(entry.as_ref())?);
         }
-        set.settle();
+        set.normalize();
         Ok(set)
     }
 
     fn push(&mut self, block: IpNet) {
-        match judged_family(block) {
+        match canonical_block(block) {
             IpNet::V4(block) => self.v4.push((block.network(), block.broadcast())),
             IpNet::V6(block) => self.v6.push((block.network(), block.broadcast())),
         }
     }
 
-    fn settle(&mut self) {
+    fn normalize(&mut self) {
         merge(&mut self.v4, |end| end.to_bits().checked_add(1).map(Ipv4Addr::from_bits));
         merge(&mut self.v6, |end| end.to_bits().checked_add(1).map(Ipv6Addr::from_bits));
     }
 
-    /// Whether one of the blocks holds `ip`.
+    /// Whether the set contains `ip`.
     #[must_use]
     pub fn contains(&self, ip: IpAddr) -> bool {
         match ip.to_canonical() {
-            IpAddr::V4(ip) => holds(&self.v4, ip),
-            IpAddr::V6(ip) => holds(&self.v6, ip),
+            IpAddr::V4(ip) => ranges_contain(&self.v4, ip),
+            IpAddr::V6(ip) => ranges_contain(&self.v6, ip),
         }
     }
 
-    /// Whether the set was made of no blocks at all.
+    /// Whether the set was built from no blocks.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.v4.is_empty() && self.v6.is_empty()
     }
 }
 
-/// Of blocks that are known to be sound; their number is the caller's to bound. Host bits do not
-/// count.
+/// Builds a set from blocks that are valid already. Host bits are ignored. The caller limits the
+/// number of blocks.
 impl FromIterator<IpNet> for CidrSet {
     fn from_iter<I: IntoIterator<Item = IpNet>>(blocks: I) -> Self {
         let mut set = Self::default();
         blocks.into_iter().for_each(|block| set.push(block));
-        set.settle();
+        set.normalize();
         set
     }
 }
 
-/// Why a list is not a [`CidrSet`].
+/// Parse error of a [`CidrSet`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CidrSetError {
     /// The entry is neither an address nor a block.
     #[error("{0:?} is not an address or a CIDR block such as 10.0.0.0/8")]
     Invalid(String),
-    /// The address has bits set behind the prefix: it is not the start of its block.
+    /// The address has bits set after the prefix.
     #[error("{given} has host bits set: {block} or {host} was probably meant")]
     HostBits {
-        /// The entry as it was given.
+        /// The entry as given.
         given: IpNet,
-        /// The block the address is in.
+        /// The block that contains the address.
         block: IpNet,
         /// The address alone.
         host: IpNet,
@@ -137,8 +138,8 @@ fn parse_block(entry: &str) -> Result<IpNet, CidrSetError> {
     }
 }
 
-/// Turns a block of mapped addresses into the IPv4 block that [`CidrSet::contains`] will ask about.
-fn judged_family(block: IpNet) -> IpNet {
+/// Converts a block of IPv4-mapped addresses to the IPv4 block that [`CidrSet::contains`] searches.
+fn canonical_block(block: IpNet) -> IpNet {
     match block {
         IpNet::V6(v6) if MAPPED.contains(&v6) => {
             let prefix = v6.prefix_len() - MAPPED.prefix_len();
@@ -148,8 +149,8 @@ fn judged_family(block: IpNet) -> IpNet {
     }
 }
 
-/// Sorts inclusive ranges and joins those that overlap or touch. `next` is the address behind
-/// another.
+/// Sorts inclusive ranges and joins those that overlap or are adjacent. `next` returns the address
+/// after its argument.
 fn merge<A: Copy + Ord>(ranges: &mut Vec<(A, A)>, next: impl Fn(A) -> Option<A>) {
     ranges.sort_unstable();
     ranges.dedup_by(|(start, end), (_, previous_end)| {
@@ -162,9 +163,9 @@ fn merge<A: Copy + Ord>(ranges: &mut Vec<(A, A)>, next: impl Fn(A) -> Option<A>)
     ranges.shrink_to_fit();
 }
 
-/// Whether one of the sorted, disjoint ranges holds `ip`: only the last that starts at or before it
-/// can.
-fn holds<A: Copy + Ord>(ranges: &[(A, A)], ip: A) -> bool {
+/// Whether one of the sorted, disjoint ranges contains `ip`. Only the last range that starts at or
+/// before `ip` can.
+fn ranges_contain<A: Copy + Ord>(ranges: &[(A, A)], ip: A) -> bool {
     let behind = ranges.partition_point(|&(start, _)| start <= ip);
     behind.checked_sub(1).is_some_and(|index| ip <= ranges[index].1)
 }
@@ -176,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mapped_address_is_judged_as_the_address_it_carries() {
+    fn a_mapped_address_matches_as_the_ipv4_address() {
         let set = CidrSet::parse(["192.0.2.0/24"]).unwrap();
         assert!(set.contains(ip("::ffff:192.0.2.7")));
         assert!(!set.contains(ip("::ffff:192.0.3.7")));
@@ -187,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_of_mapped_addresses_is_the_ipv4_block() {
+    fn a_block_of_mapped_addresses_equals_the_ipv4_block() {
         assert_eq!(CidrSet::parse(["::ffff:192.0.2.0/120"]), CidrSet::parse(["192.0.2.0/24"]));
         assert_eq!(CidrSet::parse(["::ffff:192.0.2.1"]), CidrSet::parse(["192.0.2.1"]));
         assert_eq!(CidrSet::parse(["::ffff:0:0/96"]), CidrSet::parse(["0.0.0.0/0"]));
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_that_touch_become_one() {
+    fn adjacent_blocks_are_joined() {
         let halves =
             CidrSet::parse(["128.0.0.0/1", "0.0.0.0/1", "10.0.0.0/8", "8000::/1", "::/1"]).unwrap();
         assert_eq!(halves, CidrSet::parse(["::/0", "0.0.0.0/0"]).unwrap());
@@ -210,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn host_bits_are_an_error_that_says_what_was_meant() {
+    fn host_bits_are_an_error_that_suggests_a_correction() {
         assert_eq!(
             error("10.0.0.5/8"),
             "10.0.0.5/8 has host bits set: 10.0.0.0/8 or 10.0.0.5/32 was probably meant"
@@ -222,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_an_error_that_quotes_it() {
+    fn an_invalid_entry_is_quoted_in_the_error() {
         for entry in [
             "",
             "/",
@@ -241,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_is_too_long_is_refused() {
+    fn a_list_over_the_limit_is_an_error() {
         let list = |length| CidrSet::parse(std::iter::repeat_n("192.0.2.1", length));
         assert!(list(CidrSet::MAX_ENTRIES).is_ok());
         assert_eq!(list(CidrSet::MAX_ENTRIES + 1), Err(CidrSetError::TooMany));
@@ -249,15 +250,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn agrees_with_asking_each_block(
+        fn agrees_with_checking_each_block(
             blocks in prop::collection::vec(block(), 0..12),
             probes in prop::collection::vec(close_ip(), 1..32),
         ) {
             let set = CidrSet::parse(blocks.iter().map(ToString::to_string)).unwrap();
             let edges = blocks.iter().flat_map(|block| [block.network(), block.broadcast()]);
             for probe in probes.into_iter().chain(edges) {
-                let judged = probe.to_canonical();
-                let expected = blocks.iter().any(|&block| judged_family(block).contains(&judged));
+                let canonical = probe.to_canonical();
+                let expected = blocks.iter().any(|&block| canonical_block(block).contains(&canonical));
                 prop_assert_eq!(set.contains(probe), expected, "{}", probe);
             }
         }
@@ -275,7 +276,7 @@ mod tests {
         }
     }
 
-    /// Addresses that are close enough together for blocks to meet, in all three forms.
+    /// Addresses close enough together for blocks to overlap, in all three forms.
     fn close_ip() -> impl Strategy<Value = IpAddr> {
         let v4 = prop_oneof![0..64_u32, u32::MAX - 64..=u32::MAX, any::<u32>()]
             .prop_map(Ipv4Addr::from_bits);

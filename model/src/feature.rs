@@ -1,53 +1,53 @@
-//! What newer kernels have, is probed for and can be done without; and how each of it is forced
-//! off, so that tests on a new kernel show what happens on an old one.
+//! Optional kernel features. Each is probed for and has a fallback. Each can also be forced off, so
+//! that tests on a new kernel exercise the behaviour on an old one.
 //!
-//! It is the one place of this crate that looks around: at the environment variable [`LACKS`],
-//! once.
+//! This is the only module of this crate that reads external state: the environment variable
+//! [`LACKS`], once.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Features that the kernel is taken not to have, separated by commas; `all` for every one that old
-/// kernels lack. For tests.
+/// Environment variable with features to treat as missing, separated by commas; `all` stands for
+/// every feature that depends on the kernel version. For tests.
 pub const LACKS: &str = "TIDEGATE_LACKS";
 
-/// Something that is used where it is there.
+/// A kernel feature that is used if present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Feature {
-    /// `/dev/net/tun`, which is no matter of the kernel's age: without it there is no NAT engine.
+    /// `/dev/net/tun`, independent of the kernel version; without it there is no NAT engine.
     Tun,
-    /// Tables of nftables that belong to a connection and outlast it (Linux 6.9); otherwise they
-    /// are everybody's, and repaired.
+    /// nftables tables that a process owns and that persist when it exits (Linux 6.9); otherwise
+    /// tables without an owner, which are repaired after changes.
     OwnedTables,
-    /// BPF programs at the egress of bridges; otherwise policy rules stand behind a firewall.
+    /// BPF programs at the egress of bridges; otherwise policy rules back up the firewall.
     Gates,
-    /// Attachment of BPF programs through tcx (Linux 6.6); otherwise through the qdisc `clsact`.
+    /// Attaching BPF programs through tcx (Linux 6.6); otherwise through the qdisc `clsact`.
     Tcx,
-    /// BPF programs as port guards, which is no matter of the kernel's age; otherwise nftables.
+    /// Port guards as BPF programs, independent of the kernel version; otherwise nftables.
     BpfGuards,
-    /// nftables as port guards, which is no matter of the kernel's age; otherwise classic BPF.
+    /// Port guards in nftables, independent of the kernel version; otherwise classic BPF.
     NetdevGuards,
-    /// Classic BPF as port guards, which is no matter of the kernel's age; otherwise there are
-    /// none.
+    /// Port guards in classic BPF, independent of the kernel version; otherwise no port guards.
     ClassicGuards,
-    /// IPv6 forwarding of single links (`force_forwarding`, Linux 6.17); otherwise all of a
-    /// namespace's, where it is our own.
+    /// IPv6 forwarding per link (`force_forwarding`, Linux 6.17); otherwise forwarding is enabled
+    /// for a whole namespace, if tidegate created it.
     ForceForwarding,
-    /// `SO_PEEK_OFF` on TCP (Linux 6.9); otherwise what was looked at before is copied again.
+    /// `SO_PEEK_OFF` on TCP (Linux 6.9); otherwise bytes that were peeked before are copied again.
     PeekOffset,
-    /// Checksum and segmentation offload of TUN devices; otherwise packets of one segment.
+    /// Checksum and segmentation offload of TUN devices; otherwise packets carry one segment each.
     TunOffload,
-    /// UDP segmentation offload of TUN devices (Linux 6.2); otherwise datagrams cross them one by
-    /// one.
+    /// UDP segmentation offload of TUN devices (Linux 6.2); otherwise each packet carries one
+    /// datagram.
     Uso,
-    /// `UDP_SEGMENT` (Linux 4.18) and `UDP_GRO` (5.0); otherwise datagrams go one by one.
+    /// `UDP_SEGMENT` (Linux 4.18) and `UDP_GRO` (5.0); otherwise each message carries one datagram.
     UdpGso,
-    /// nftables in containers' namespaces for DNS; otherwise it is served at port 53 itself.
+    /// nftables in the namespaces of containers, to redirect DNS; otherwise DNS is served on port
+    /// 53 directly.
     DnsRedirect,
 }
 
 impl Feature {
-    /// All of them.
+    /// All features.
     pub const ALL: [Self; 13] = [
         Self::Tun,
         Self::OwnedTables,
@@ -64,7 +64,7 @@ impl Feature {
         Self::DnsRedirect,
     ];
 
-    /// Its name in [`LACKS`].
+    /// The name of the feature in [`LACKS`].
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -84,33 +84,32 @@ impl Feature {
         }
     }
 
-    /// Whether the kernel is to be taken for one that does not have it. If not, it is to be probed
-    /// for.
+    /// Whether the feature is to be treated as missing without probing for it.
     #[must_use]
     pub fn is_forced_off(self) -> bool {
-        static TOLD: OnceLock<String> = OnceLock::new();
-        let told = TOLD.get_or_init(|| std::env::var(LACKS).unwrap_or_default());
-        ALL_OFF.load(Ordering::Relaxed) && self.comes_with_age() || is_among(self, told)
+        static FORCED_OFF: OnceLock<String> = OnceLock::new();
+        let forced_off = FORCED_OFF.get_or_init(|| std::env::var(LACKS).unwrap_or_default());
+        ALL_OFF.load(Ordering::Relaxed) && self.depends_on_version() || is_listed(self, forced_off)
     }
 
-    /// Whether some kernel from Linux 5.10 on lacks it because it is old. Else privileges or the
-    /// kernel's configuration decide.
-    const fn comes_with_age(self) -> bool {
+    /// Whether some kernel from Linux 5.10 on is too old for the feature. Otherwise its presence
+    /// depends on privileges or on the kernel configuration.
+    const fn depends_on_version(self) -> bool {
         !matches!(self, Self::Tun | Self::BpfGuards | Self::NetdevGuards | Self::ClassicGuards)
     }
 }
 
 static ALL_OFF: AtomicBool = AtomicBool::new(false);
 
-/// As with `all` in [`LACKS`], for the rest of this process: for tests within it.
+/// Equivalent to `all` in [`LACKS`], for the rest of this process. For tests within the process.
 #[doc(hidden)]
 pub fn force_all_off() {
     ALL_OFF.store(true, Ordering::Relaxed);
 }
 
-fn is_among(feature: Feature, told: &str) -> bool {
-    let is_it = |one: &str| one == feature.as_str() || one == "all" && feature.comes_with_age();
-    told.split(',').any(is_it)
+fn is_listed(feature: Feature, forced_off: &str) -> bool {
+    let matches = |one: &str| one == feature.as_str() || one == "all" && feature.depends_on_version();
+    forced_off.split(',').any(matches)
 }
 
 #[cfg(test)]
@@ -119,11 +118,11 @@ mod tests {
 
     #[test]
     fn features_are_forced_off_by_name_or_all_at_once() {
-        assert!(Feature::ALL.iter().all(|feature| !is_among(*feature, "")));
-        assert!(is_among(Feature::Uso, "tun,uso") && !is_among(Feature::Uso, "tun,us"));
+        assert!(Feature::ALL.iter().all(|feature| !is_listed(*feature, "")));
+        assert!(is_listed(Feature::Uso, "tun,uso") && !is_listed(Feature::Uso, "tun,us"));
         for feature in Feature::ALL {
-            assert!(is_among(feature, feature.as_str()));
-            assert_eq!(is_among(feature, "all"), feature.comes_with_age());
+            assert!(is_listed(feature, feature.as_str()));
+            assert_eq!(is_listed(feature, "all"), feature.depends_on_version());
         }
     }
 }

@@ -1,7 +1,7 @@
-//! How one conversation is named ([`FlowKey`]) and how one published socket is ([`PublishLabel`]).
+//! Identifiers of flows ([`FlowKey`]) and of published sockets ([`PublishLabel`]).
 //!
-//! What a flow is doing (its state, its counters, when it expires) belongs to the tables of `proxy`
-//! and `nat`, which use these as keys.
+//! The state, counters and expiry of a flow belong to the tables of `proxy` and `nat`, which use
+//! these types as keys.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -9,23 +9,22 @@ use std::str::FromStr;
 
 use crate::{Protocol, UnknownProtocol};
 
-/// The five-tuple of a flow, seen in one direction.
+/// The five-tuple of one direction of a flow.
 ///
-/// It is compared as it stands: a caller that reads addresses from a dual-stack socket passes them
-/// through [`canonical`] first, or the same peer can appear under two keys.
+/// Keys are compared without normalization. A caller that reads addresses from a dual-stack socket
+/// must pass them through [`canonical`]; otherwise the same peer can have two keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlowKey {
-    /// The transport of both ends.
+    /// Transport protocol.
     pub protocol: Protocol,
-    /// The end that sends in this direction.
+    /// Sender in this direction.
     pub source: SocketAddr,
-    /// The end that receives in this direction.
+    /// Receiver in this direction.
     pub destination: SocketAddr,
 }
 
 impl FlowKey {
-    /// The key of the same flow's packets in the other direction. Reversing twice gives the key
-    /// back.
+    /// The key of the opposite direction. Reversing twice returns the original key.
     #[must_use]
     pub const fn reversed(self) -> Self {
         Self { protocol: self.protocol, source: self.destination, destination: self.source }
@@ -42,28 +41,27 @@ impl fmt::Display for FlowKey {
 /// The IPv4 form of an IPv4-mapped IPv6 address (`[::ffff:192.0.2.1]:80` becomes `192.0.2.1:80`,
 /// RFC 4291 section 2.5.5.2); every other address unchanged.
 ///
-/// A dual-stack socket reports IPv4 peers in the mapped form, and a policy or a table that misses
-/// the mapping can be walked around.
+/// A dual-stack socket reports IPv4 peers in the mapped form. A policy or table that does not
+/// normalize can be bypassed.
 #[must_use]
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
         IpAddr::V4(ip) => SocketAddr::from((ip, address.port())),
-        // Not rebuilt from the address and the port: that would lose the scope of a link-local
-        // address.
+        // Rebuilding it from address and port would lose the scope of a link-local address.
         IpAddr::V6(_) => address,
     }
 }
 
-/// The value of the metrics label `publish`: one published socket, as `0.0.0.0:8080/tcp` or
-/// `[::]:8080/tcp`.
+/// The value of the metrics label `publish`, which identifies a published socket:
+/// `0.0.0.0:8080/tcp` or `[::]:8080/tcp`.
 ///
-/// The address is kept in its [`canonical`] form and without an IPv6 flow label, so that one socket
-/// has one label.
+/// The address is stored in [`canonical`] form and without an IPv6 flow label, so each socket has
+/// exactly one label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublishLabel(SocketAddr, Protocol);
 
 impl PublishLabel {
-    /// The label of a socket that listens for `protocol` on `address`.
+    /// The label of a `protocol` socket that listens on `address`.
     #[must_use]
     pub fn new(address: SocketAddr, protocol: Protocol) -> Self {
         let mut address = canonical(address);
@@ -79,7 +77,7 @@ impl PublishLabel {
         self.0
     }
 
-    /// The transport.
+    /// The transport protocol.
     #[must_use]
     pub const fn protocol(self) -> Protocol {
         self.1
@@ -116,29 +114,29 @@ impl FromStr for PublishLabel {
     }
 }
 
-/// Why a text is not a [`PublishLabel`].
+/// Parse error of a [`PublishLabel`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PublishLabelError {
     /// There is no `/`.
-    #[error("publish label {label:?}: no protocol; a label looks like 0.0.0.0:8080/tcp")]
+    #[error("publish label {label:?}: no protocol; the format is 0.0.0.0:8080/tcp")]
     NoProtocol {
         /// The whole label.
         label: String,
     },
-    /// The word behind the last `/` is no protocol.
+    /// The text after the last `/` is not a protocol.
     #[error("publish label {label:?}: {source}")]
     Protocol {
         /// The whole label.
         label: String,
-        /// Which word it was.
+        /// The cause, with that text.
         source: UnknownProtocol,
     },
-    /// What stands before the `/` is not `IPV4:PORT` or `[IPV6]:PORT`.
+    /// The text before the last `/` is not `IPV4:PORT` or `[IPV6]:PORT`.
     #[error("publish label {label:?}: {address:?} is not an address and a port")]
     Address {
         /// The whole label.
         label: String,
-        /// The part that did not parse.
+        /// The text before the last `/`.
         address: String,
     },
 }
@@ -164,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn only_mapped_addresses_become_ipv4() {
+    fn only_mapped_addresses_are_converted_to_ipv4() {
         assert_eq!(canonical(address("[::ffff:192.0.2.1]:80")), address("192.0.2.1:80"));
         // The deprecated IPv4-compatible form is not the mapped form.
         assert_eq!(canonical(address("[::192.0.2.1]:80")), address("[::192.0.2.1]:80"));
@@ -173,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_look_like_the_socket_they_name() {
+    fn labels_show_address_port_and_protocol() {
         let label = |text, protocol| PublishLabel::new(address(text), protocol).to_string();
         assert_eq!(label("0.0.0.0:8080", Protocol::Tcp), "0.0.0.0:8080/tcp");
         assert_eq!(label("[::]:8080", Protocol::Tcp), "[::]:8080/tcp");
@@ -185,7 +183,7 @@ mod tests {
         let error = |text: &str| text.parse::<PublishLabel>().unwrap_err().to_string();
         assert_eq!(
             error("0.0.0.0:80"),
-            r#"publish label "0.0.0.0:80": no protocol; a label looks like 0.0.0.0:8080/tcp"#
+            r#"publish label "0.0.0.0:80": no protocol; the format is 0.0.0.0:8080/tcp"#
         );
         assert_eq!(
             error("0.0.0.0:80/xtp"),

@@ -1,11 +1,11 @@
-//! What the fuzz targets check, as ordinary functions, so that a plain test can replay a corpus.
+//! Checks of the fuzz targets as plain functions, so that an ordinary test can replay a corpus.
 //!
-//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the
-//! interface.
+//! Each function takes the input of the fuzzer and panics if a property is violated. Not part of
+//! the public interface.
 
 use crate::PortSpec;
 
-/// Parsing does not panic, and what parses prints and parses back to the same.
+/// Parsing does not panic, and a parsed spec prints to a text that parses to the same spec.
 pub fn check_port_spec(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     match text.parse::<PortSpec>() {

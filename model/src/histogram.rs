@@ -1,15 +1,15 @@
-//! Times counted in buckets, by as many threads as like to, without a lock: a histogram as
-//! Prometheus has it. The bounds are fixed, and so is what it takes: `N + 2` words.
+//! A lock-free Prometheus histogram of durations. Any number of threads may record. The bounds are
+//! fixed, and the histogram takes `N + 2` words.
 //!
-//! Counts are relaxed. One that is read while another thread records may have the bucket and not
-//! yet the sum, which the next reading has.
+//! Counters use relaxed ordering. A snapshot taken while another thread records may include the
+//! bucket but not yet the sum; the next snapshot includes both.
 
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Times by `N` upper bounds, in seconds and ascending, each inclusive; there is one more bucket
-/// for what is longer.
+/// Durations by `N` inclusive upper bounds, in seconds and ascending. One more bucket counts longer
+/// durations.
 #[derive(Debug)]
 pub struct Histogram<const N: usize> {
     bounds: &'static [f64; N],
@@ -19,7 +19,7 @@ pub struct Histogram<const N: usize> {
 }
 
 impl<const N: usize> Histogram<N> {
-    /// An empty one.
+    /// Creates an empty histogram.
     #[must_use]
     pub const fn new(bounds: &'static [f64; N]) -> Self {
         Self {
@@ -30,7 +30,7 @@ impl<const N: usize> Histogram<N> {
         }
     }
 
-    /// Counts a time.
+    /// Records a duration.
     pub fn record(&self, time: Duration) {
         let seconds = time.as_secs_f64();
         let bucket = self.bounds.iter().position(|bound| seconds <= *bound);
@@ -38,7 +38,7 @@ impl<const N: usize> Histogram<N> {
         self.nanoseconds.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
     }
 
-    /// What it has counted until now.
+    /// Takes a snapshot of the counters.
     #[must_use]
     pub fn read(&self) -> HistogramReading<N> {
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
@@ -51,7 +51,7 @@ impl<const N: usize> Histogram<N> {
     }
 }
 
-/// What a [`Histogram`] had counted at one moment.
+/// Snapshot of a [`Histogram`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct HistogramReading<const N: usize> {
     bounds: &'static [f64; N],
@@ -61,13 +61,13 @@ pub struct HistogramReading<const N: usize> {
 }
 
 impl<const N: usize> HistogramReading<N> {
-    /// That of an empty one.
+    /// The snapshot of an empty histogram.
     #[must_use]
     pub const fn empty(bounds: &'static [f64; N]) -> Self {
         Self { bounds, counts: [0; N], longer: 0, nanoseconds: 0 }
     }
 
-    /// Counts what `other`, of the same bounds, has counted as well.
+    /// Adds the counts of `other`, which must have the same bounds.
     pub fn add(&mut self, other: &Self) {
         for (sum, more) in self.counts.iter_mut().zip(&other.counts) {
             *sum += more;
@@ -76,23 +76,23 @@ impl<const N: usize> HistogramReading<N> {
         self.nanoseconds = self.nanoseconds.wrapping_add(other.nanoseconds);
     }
 
-    /// How many times there were.
+    /// Number of recorded durations.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.counts.iter().sum::<u64>() + self.longer
     }
 
-    /// How long they took together.
+    /// Sum of all recorded durations.
     #[must_use]
     pub fn total(&self) -> Duration {
         Duration::from_nanos(self.nanoseconds)
     }
 
-    /// Writes the series of `family` that bear `labels` (`a="b",c="d"`, or nothing) in the text
-    /// format of Prometheus (exposition format 0.0.4).
+    /// Writes the series of `family` with `labels` (`a="b",c="d"`, or empty) in the text format of
+    /// Prometheus (exposition format 0.0.4).
     ///
     /// # Errors
-    /// Only those of `out`.
+    /// Only errors of `out`.
     pub fn describe(&self, family: &str, labels: &str, out: &mut impl Write) -> fmt::Result {
         let separator = if labels.is_empty() { "" } else { "," };
         let mut sum = 0;
@@ -115,7 +115,7 @@ mod tests {
     const BOUNDS: [f64; 3] = [0.001, 0.1, 1.0];
 
     #[test]
-    fn a_time_is_in_the_first_bucket_that_holds_it_and_buckets_add_up() {
+    fn a_duration_counts_in_its_bucket_and_all_higher_ones() {
         let histogram = Histogram::new(&BOUNDS);
         for milliseconds in [0, 1, 2, 100, 1000, 1001, 60_000] {
             histogram.record(Duration::from_millis(milliseconds));
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn two_readings_add_up_to_one_of_both() {
+    fn the_sum_of_two_snapshots_counts_both() {
         let (one, other, both) =
             (Histogram::new(&BOUNDS), Histogram::new(&BOUNDS), Histogram::new(&BOUNDS));
         for (histogram, microseconds) in

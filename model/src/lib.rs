@@ -1,23 +1,23 @@
-//! The words every tidegate crate speaks: what a published port is, what a flow is, which addresses
-//! a list allows, and which marks, tables, priorities and names tidegate claims on a host.
+//! Types shared by all tidegate crates: published ports, flows, address lists, and the marks,
+//! tables, priorities and names that tidegate claims on a host.
 //!
-//! Everything here is a value or a pure function of values. There are no sockets, files, clocks,
-//! random numbers or name look-ups, and no configuration formats: a front end (the command line, a
-//! Compose file, the API) turns its input into these types, and everything below works with nothing
-//! else.
+//! The crate contains values and pure functions of values. It has no sockets, files, clocks, random
+//! numbers or name resolution, and no configuration formats. A front end (the command line, a
+//! Compose file, the API) converts its input to these types, and the other crates use only these
+//! types.
 //!
-//! | module | answers |
+//! | item | purpose |
 //! |---|---|
-//! | [`Protocol`] | which transports can be published |
-//! | [`PortSpec`] | what `-p 127.0.0.1:8080-8082:80-82/udp` means, and whether two of them collide |
-//! | [`FlowKey`], [`PublishLabel`] | how one conversation, and one published socket, is named |
-//! | [`Ingress`] | by which interface, and to which address, a client came |
-//! | [`share_of`], [`may_take`], [`Ranking`] | whose share of a limit a client's address counts to, how much a holder may take, who holds most |
-//! | [`Histogram`] | how often something took how long |
-//! | [`LogInterval`] | whether the log tells of an event that repeats itself |
-//! | [`CidrSet`] | whether an address is in an allow-list |
-//! | [`Feature`] | what a kernel may not have, or be taken not to have |
-//! | [`registry`] | what tidegate claims on the host, and whom it avoids |
+//! | [`Protocol`] | transports that can be published |
+//! | [`PortSpec`] | parses `-p 127.0.0.1:8080-8082:80-82/udp` and detects conflicts |
+//! | [`FlowKey`], [`PublishLabel`] | identify a flow and a published socket |
+//! | [`Ingress`] | ingress interface and destination address of a client |
+//! | [`share_of`], [`may_take`], [`Ranking`] | share of a limit that a client address counts against, size of a share, largest holder |
+//! | [`Histogram`] | distribution of durations |
+//! | [`LogInterval`] | rate limit for log events |
+//! | [`CidrSet`] | address allow-list |
+//! | [`Feature`] | kernel features that are optional, and their overrides |
+//! | [`registry`] | identifiers that tidegate claims on the host, and the ranges of other software that it avoids |
 
 mod cidr_set;
 pub mod feature;

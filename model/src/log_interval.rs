@@ -1,7 +1,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Limits how often the log tells of an event that repeats itself, such as a limit that is reached.
+/// Rate limit for a recurring log event, such as reaching a limit.
 #[derive(Debug)]
 pub struct LogInterval {
     every: Duration,
@@ -9,14 +9,14 @@ pub struct LogInterval {
 }
 
 impl LogInterval {
-    /// Lets one event through in `every`.
+    /// Allows one event per `every`.
     #[must_use]
     pub const fn new(every: Duration) -> Self {
         Self { every, last: Mutex::new(None) }
     }
 
-    /// Whether an event at `now` is to be logged: it is the first, or the last one that was logged
-    /// is long enough ago.
+    /// Whether to log an event at `now`: it is the first one, or `every` has passed since the last
+    /// logged one.
     pub fn is_due(&self, now: Instant) -> bool {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let is_due = last.is_none_or(|last| now.saturating_duration_since(last) >= self.every);
@@ -27,7 +27,7 @@ impl LogInterval {
     }
 }
 
-/// Once a minute.
+/// One event per minute.
 impl Default for LogInterval {
     fn default() -> Self {
         Self::new(Duration::from_secs(60))
@@ -39,13 +39,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_event_in_each_interval_is_due() {
+    fn one_event_per_interval_is_due() {
         let (interval, start) = (LogInterval::default(), Instant::now());
         let due = |seconds| interval.is_due(start + Duration::from_secs(seconds));
         assert_eq!(
             [0, 1, 59, 60, 61, 200, 201].map(due),
             [true, false, false, true, false, true, false]
         );
-        assert!(!due(100), "before the last one");
+        assert!(!due(100), "earlier than the last event");
     }
 }

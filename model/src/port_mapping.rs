@@ -1,15 +1,14 @@
-//! Published ports: what Docker's `-p` means, as a value.
+//! Published ports, in the syntax of Docker's `-p`.
 //!
 //! ```text
 //! [HOST_IP:][HOST_PORT[-END]:]CONTAINER_PORT[-END][/tcp|udp|sctp]
 //! ```
 //!
-//! A [`PortSpec`] is one such text; its [`mappings`](PortSpec::mappings) are the single ports it
-//! stands for, and [`overlap`] finds the specs of a list that cannot be served together. Whether a
-//! port is free on the host, and which one an ephemeral mapping gets, is known only where the
-//! socket is made.
+//! A [`PortSpec`] is one parsed spec. Its [`mappings`](PortSpec::mappings) are the individual
+//! ports, and [`overlap`] finds conflicting specs in a list. Whether a port is free on the host,
+//! and which port an ephemeral mapping gets, is known only once the socket is created.
 //!
-//! The grammar is read in [`parse`]; its reference is `ParsePortSpec` of docker/go-connections.
+//! [`parse`] implements the grammar. The reference is `ParsePortSpec` of docker/go-connections.
 
 mod overlap;
 mod parse;
@@ -23,7 +22,7 @@ pub use self::overlap::{OverlapError, overlap};
 pub use self::parse::{PortSide, PortSpecError, PortSpecProblem};
 use crate::Protocol;
 
-/// A range of ports, both ends included, none of them 0. It holds at least one port.
+/// An inclusive range of ports, none of them 0. It contains at least one port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortRange {
     start: u16,
@@ -31,13 +30,13 @@ pub struct PortRange {
 }
 
 impl PortRange {
-    /// The ports from `start` to `end`; `None` if `start` is 0 or behind `end`.
+    /// The ports from `start` to `end`; `None` if `start` is 0 or greater than `end`.
     #[must_use]
     pub const fn new(start: u16, end: u16) -> Option<Self> {
         if start == 0 || end < start { None } else { Some(Self { start, end }) }
     }
 
-    /// The one port `port`; `None` if it is 0.
+    /// A range of one port; `None` if `port` is 0.
     #[must_use]
     pub const fn single(port: u16) -> Option<Self> {
         Self::new(port, port)
@@ -55,14 +54,14 @@ impl PortRange {
         self.end
     }
 
-    /// How many ports there are, 1..=65535.
+    /// The number of ports, 1..=65535.
     #[expect(clippy::len_without_is_empty, reason = "a port range is never empty")]
     #[must_use]
     pub const fn len(self) -> u16 {
         self.end - self.start + 1
     }
 
-    /// Whether `port` is one of them.
+    /// Whether the range contains `port`.
     #[must_use]
     pub const fn contains(self, port: u16) -> bool {
         self.start <= port && port <= self.end
@@ -74,7 +73,7 @@ impl PortRange {
     }
 }
 
-/// `80`, or `80-82`
+/// Format: `80`, or `80-82`.
 impl fmt::Display for PortRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.start)?;
@@ -88,43 +87,43 @@ impl fmt::Display for PortRange {
 /// The host side of a [`PortSpec`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HostPorts {
-    /// Not given, or 0: each container port gets a host port that the host chooses.
+    /// Missing or 0: the host chooses a host port for each container port.
     Ephemeral,
-    /// As many host ports as container ports, joined in order.
+    /// The same number of host ports as container ports, paired in order.
     Fixed(PortRange),
-    /// Any one free port of the range, for a single container port. Docker's special case of a host
-    /// range with one container port; the range has at least two ports.
+    /// Any one free port of a range of at least two ports, for a single container port. This is
+    /// Docker's special case of a host range with one container port.
     AnyOf(PortRange),
 }
 
 /// The host side of a [`PortMapping`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HostPort {
-    /// Any port that the host chooses.
+    /// A port chosen by the host.
     Ephemeral,
-    /// This port, 1..=65535, and no other.
+    /// Exactly this port, 1..=65535.
     Fixed(u16),
     /// The first free port of the range.
     AnyOf(PortRange),
 }
 
-/// One published port: what a single listener needs to know.
+/// One published port, which one listener per host address serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortMapping {
-    /// The host address to listen on; `None` for all of them (see [`host_addresses`]).
+    /// The host address to listen on; `None` for all addresses (see [`host_addresses`]).
     pub host_ip: Option<IpAddr>,
     /// The host port to listen on.
     pub host_port: HostPort,
     /// The port inside the container, 1..=65535.
     pub container_port: u16,
-    /// The transport on both sides.
+    /// The transport protocol on both sides.
     pub protocol: Protocol,
 }
 
-/// Docker's `-p` argument, checked: the ports one text asks to publish.
+/// A validated argument of Docker's `-p`: one or more published ports.
 ///
-/// [`FromStr`](std::str::FromStr) reads Docker's grammar, [`new`](Self::new) checks parts that come
-/// from elsewhere (a Compose file's long form, the API). [`Display`](fmt::Display) gives the
+/// [`FromStr`](std::str::FromStr) parses Docker's grammar. [`new`](Self::new) validates parts from
+/// other sources (the long syntax of a Compose file, the API). [`Display`](fmt::Display) prints the
 /// shortest text that parses back to the same value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortSpec {
@@ -135,17 +134,17 @@ pub struct PortSpec {
 }
 
 impl PortSpec {
-    /// A spec made of its parts.
+    /// Creates a spec from its parts.
     ///
-    /// A `host_ip` in IPv4-mapped form is kept as IPv4: no IPv6-only socket can be bound to it.
-    /// Unequal numbers of ports are read as Docker reads them: [`HostPorts::Fixed`] with several
-    /// ports before one container port becomes [`HostPorts::AnyOf`], and `AnyOf` with a single port
-    /// becomes `Fixed`.
+    /// An IPv4-mapped `host_ip` is converted to IPv4, because no IPv6-only socket can be bound to
+    /// it. Ranges of different lengths follow Docker: [`HostPorts::Fixed`] with several ports and
+    /// one container port becomes [`HostPorts::AnyOf`], and `AnyOf` with a single port becomes
+    /// `Fixed`.
     ///
     /// # Errors
     ///
-    /// [`PortSpecProblem::UnequalRanges`] if host and container ports differ in number and there is
-    /// more than one container port.
+    /// [`PortSpecProblem::UnequalRanges`] if the numbers of host and container ports differ and
+    /// there is more than one container port.
     pub fn new(
         host_ip: Option<IpAddr>,
         host_ports: HostPorts,
@@ -170,7 +169,7 @@ impl PortSpec {
         Ok(Self { host_ip, host_ports, container_ports, protocol })
     }
 
-    /// The host address to listen on, never in IPv4-mapped form; `None` for all of them.
+    /// The host address to listen on, never IPv4-mapped; `None` for all addresses.
     #[must_use]
     pub const fn host_ip(&self) -> Option<IpAddr> {
         self.host_ip
@@ -188,13 +187,13 @@ impl PortSpec {
         self.container_ports
     }
 
-    /// The transport on both sides.
+    /// The transport protocol on both sides.
     #[must_use]
     pub const fn protocol(&self) -> Protocol {
         self.protocol
     }
 
-    /// The single ports the spec stands for, one per container port, lowest first.
+    /// The individual ports of the spec, one per container port, lowest first.
     pub fn mappings(&self) -> impl ExactSizeIterator<Item = PortMapping> + use<> {
         let Self { host_ip, host_ports, container_ports, protocol } = *self;
         (0..container_ports.len()).map(move |index| PortMapping {
@@ -221,8 +220,8 @@ impl fmt::Display for PortSpec {
         }
         match self.host_ports {
             HostPorts::Fixed(range) | HostPorts::AnyOf(range) => write!(f, "{range}:")?,
-            // Behind an address the empty piece keeps its colon: `127.0.0.1:80` would be something
-            // else.
+            // After an address, the empty host port keeps its colon: `127.0.0.1:80` has another
+            // meaning.
             HostPorts::Ephemeral if self.host_ip.is_some() => f.write_str(":")?,
             HostPorts::Ephemeral => {}
         }
@@ -234,9 +233,8 @@ impl fmt::Display for PortSpec {
     }
 }
 
-/// The addresses to listen on for a host address that may not have been given: without one, 0.0.0.0
-/// and `::`, each a socket of its own (`IPV6_V6ONLY`) with a `publish` label of its own, as
-/// docker-proxy has them.
+/// The addresses to listen on for an optional host address. Without one, these are 0.0.0.0 and
+/// `::`, each with its own socket (`IPV6_V6ONLY`) and its own `publish` label, as in docker-proxy.
 pub fn host_addresses(host_ip: Option<IpAddr>) -> impl Iterator<Item = IpAddr> + Clone {
     let (first, second) = match host_ip {
         Some(ip) => (ip, None),

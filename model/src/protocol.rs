@@ -1,12 +1,12 @@
-//! The transports a port can be published on.
+//! Transport protocols of published ports.
 
 use std::fmt;
 use std::str::FromStr;
 
 /// A transport protocol with ports.
 ///
-/// SCTP is a word tidegate understands everywhere; whether it can be served depends on the kernel
-/// and is found out where the socket is made, not here.
+/// SCTP parses everywhere. Support depends on the kernel and is detected when the socket is
+/// created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protocol {
     /// RFC 9293.
@@ -21,7 +21,7 @@ impl Protocol {
     /// Every protocol, in the order of [`Ord`].
     pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
 
-    /// The lower-case word by which users, Docker and metrics labels call it.
+    /// The lower-case name used by users, Docker and metrics labels.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -38,8 +38,8 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// Accepts exactly `tcp`, `udp` and `sctp`, as docker-proxy's `-proto` does. A grammar that ignores
-/// case (Docker's `-p`) lowers the word first.
+/// Accepts exactly `tcp`, `udp` and `sctp`, as does `-proto` of docker-proxy. A case-insensitive
+/// grammar (`-p` of Docker) converts to lower case first.
 impl FromStr for Protocol {
     type Err = UnknownProtocol;
 
@@ -51,7 +51,7 @@ impl FromStr for Protocol {
     }
 }
 
-/// A word that names no [`Protocol`].
+/// A word that is not the name of a [`Protocol`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("protocol {0:?} is not tcp, udp or sctp")]
 pub struct UnknownProtocol(pub String);
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn upper_case_is_left_to_the_caller() {
+    fn upper_case_is_an_error() {
         assert_eq!("TCP".parse::<Protocol>(), Err(UnknownProtocol("TCP".to_owned())));
     }
 

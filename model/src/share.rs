@@ -1,12 +1,12 @@
-//! Shares of a limited resource: who shares one, how much one holder may take, and who holds most.
+//! Shares of a limited resource: holder of a share, size of a share, largest holder.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr};
 
-/// The address that stands for everybody who shares a limit with `address`: an IPv4 address itself,
-/// for an IPv6 address the first one of its /64. One host has a whole /64 at its disposal (RFC 4291
-/// section 2.5.4, RFC 8981), so an IPv6 address alone bounds nobody. An IPv4-mapped address counts
-/// as the IPv4 address.
+/// The address under which `address` counts against a limit: an IPv4 address itself, or the first
+/// address of the /64 of an IPv6 address. A single host can use a whole /64 (RFC 4291 section
+/// 2.5.4, RFC 8981), so limits per IPv6 address are ineffective. An IPv4-mapped address counts as
+/// the IPv4 address.
 #[must_use]
 pub fn share_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
@@ -18,17 +18,17 @@ pub fn share_of(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Whether a holder of `held` places may take one more while `free` are left: while it has fewer
-/// than twice as many as are free (a dynamic threshold, Choudhury and Hahne 1998). One holder gets
-/// two thirds of a limit, and a third is left at once for the others; two get two fifths each. A
-/// holder of nothing may take the last place.
+/// Whether a holder of `held` places may take one more while `free` places are left. It may if it
+/// holds fewer than twice as many places as are free (dynamic threshold, Choudhury and Hahne 1998).
+/// One holder gets two thirds of a limit, and one third stays free for others; two holders get two
+/// fifths each. A holder without a place may take the last one.
 #[must_use]
 pub const fn may_take(held: usize, free: usize) -> bool {
     held < free.saturating_mul(2)
 }
 
-/// Holders by how much they hold, to find the largest one, which yields at a limit. Who holds one
-/// place or none is left out: there is nobody for whom it would have to yield.
+/// Holders ordered by the places they hold. The largest one yields when a limit is reached. Holders
+/// of at most one place are not ranked, because evicting them would favour no smaller holder.
 #[derive(Clone, Debug)]
 pub struct Ranking<K>(BTreeSet<(usize, K)>);
 
@@ -39,7 +39,7 @@ impl<K> Default for Ranking<K> {
 }
 
 impl<K: Copy + Ord> Ranking<K> {
-    /// Notes that `holder`, which held `before` places, holds `now`.
+    /// Updates `holder` from `before` to `now` places.
     pub fn change(&mut self, holder: K, before: usize, now: usize) {
         if before > 1 {
             self.0.remove(&(before, holder));
@@ -49,7 +49,7 @@ impl<K: Copy + Ord> Ranking<K> {
         }
     }
 
-    /// The largest holder, and what it holds: two at least.
+    /// The largest holder and its places, at least two.
     #[must_use]
     pub fn largest(&self) -> Option<(K, usize)> {
         self.0.last().map(|(held, holder)| (*holder, *held))
@@ -60,7 +60,7 @@ impl<K: Copy + Ord> Ranking<K> {
 mod tests {
     use super::*;
 
-    /// What holders get who take places in turn, as long as they may.
+    /// Places per holder if all holders take places in turn for as long as they may.
     fn taken(limit: usize, holders: usize) -> Vec<usize> {
         let mut held = vec![0; holders];
         for _ in 0..limit {
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn one_holder_gets_two_thirds_and_several_get_the_same() {
+    fn one_holder_gets_two_thirds_and_several_get_equal_shares() {
         assert_eq!(taken(99, 1), [66]);
         assert_eq!(taken(100, 2), [40, 40]);
         assert_eq!(taken(9, 3), [3, 3, 2]);
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_holder_is_known_and_one_of_a_single_place_is_not_ranked() {
+    fn the_largest_holder_ranks_first_and_single_places_do_not_rank() {
         let mut ranking = Ranking::default();
         ranking.change('a', 0, 1);
         assert_eq!(ranking.largest(), None);
@@ -100,13 +100,13 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv4_address_has_a_share_of_its_own() {
+    fn each_ipv4_address_has_its_own_share() {
         assert_eq!(share("192.0.2.7"), "192.0.2.7");
         assert_eq!(share("::ffff:192.0.2.7"), "192.0.2.7");
     }
 
     #[test]
-    fn the_addresses_of_a_64_have_one_share() {
+    fn addresses_of_a_slash_64_share() {
         assert_eq!(share("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
         assert_eq!(share("2001:db8:1:2:ffff::1"), share("2001:db8:1:2::9"));
         assert_ne!(share("2001:db8:1:3::1"), share("2001:db8:1:2::1"));

@@ -1,4 +1,4 @@
-//! Finds port specs that cannot be served together.
+//! Detection of conflicting port specs.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -6,35 +6,35 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use super::{HostPort, PortSpec, host_addresses};
 use crate::Protocol;
 
-/// Two specs of a list want the same port.
+/// Two specs of a list claim the same host port.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("port specs \"{first}\" and \"{second}\" both claim {port}/{protocol} on {address}")]
 pub struct OverlapError {
-    /// The one that stands earlier in the list.
+    /// The earlier spec of the list.
     pub first: PortSpec,
-    /// The one that stands later.
+    /// The later spec of the list.
     pub second: PortSpec,
-    /// The host port that both claim, 1..=65535; the lowest of `second` that anyone before it
+    /// The host port that both claim, 1..=65535: the lowest port of `second` that an earlier spec
     /// claims.
     pub port: u16,
-    /// The transport of both.
+    /// The transport protocol of both.
     pub protocol: Protocol,
-    /// The address on which they meet: the more specific of the two.
+    /// The address of the conflict: the more specific of the two.
     pub address: IpAddr,
 }
 
 /// Checks that no two of `specs` claim the same protocol and host port on the same address. The
-/// wildcard address of a family (0.0.0.0 or `::`, and a spec without an address has both) meets
-/// every address of that family.
+/// wildcard address of a family (0.0.0.0 or `::`) conflicts with every address of that family. A
+/// spec without an address claims both wildcards.
 ///
-/// Only fixed host ports are claims: an ephemeral mapping, or one that may choose from a range,
-/// finds itself a free port later, or fails to.
+/// Only fixed host ports are claims. An ephemeral mapping, or a mapping to any port of a range,
+/// takes a free port when its socket is created, or fails.
 ///
-/// Takes O(n log n) time and O(n) space for n claimed ports in all.
+/// Takes O(n log n) time and O(n) space for a total of n claimed ports.
 ///
 /// # Errors
 ///
-/// The earliest spec that clashes with one before it, and one of those.
+/// Returns the earliest spec that conflicts with a previous one, and one such previous spec.
 pub fn overlap(specs: &[PortSpec]) -> Result<(), OverlapError> {
     let mut claims = Claims::default();
     for second in specs {
@@ -42,7 +42,7 @@ pub fn overlap(specs: &[PortSpec]) -> Result<(), OverlapError> {
             let HostPort::Fixed(port) = mapping.host_port else { continue };
             for address in host_addresses(mapping.host_ip) {
                 let protocol = mapping.protocol;
-                if let Some((address, &first)) = claims.meeting(protocol, port, address) {
+                if let Some((address, &first)) = claims.conflict(protocol, port, address) {
                     return Err(OverlapError { first, second: *second, port, protocol, address });
                 }
                 claims.0.insert((protocol, port, address), second);
@@ -52,14 +52,14 @@ pub fn overlap(specs: &[PortSpec]) -> Result<(), OverlapError> {
     Ok(())
 }
 
-/// Who claims what. The order of the keys puts the addresses of one family on one port side by
-/// side, its wildcard first, so that each question is a look-up or the start of a range.
+/// The claims so far. The key order groups the addresses of one family on one port, its wildcard
+/// first, so each conflict check is a lookup or the start of a range.
 #[derive(Default)]
 struct Claims<'a>(BTreeMap<(Protocol, u16, IpAddr), &'a PortSpec>);
 
 impl<'a> Claims<'a> {
-    /// A claim that `address` cannot be added beside, and the more specific of the two addresses.
-    fn meeting(
+    /// Returns a claim that conflicts with `address`, and the more specific of the two addresses.
+    fn conflict(
         &self,
         protocol: Protocol,
         port: u16,

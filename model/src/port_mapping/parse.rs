@@ -1,9 +1,8 @@
-//! Reads the grammar of a port spec, and says what is wrong with one.
+//! Parser for port specs, with an error for each kind of mistake.
 //!
-//! Differences from Docker, all of them refusals: an empty host address, an empty host port that is
-//! not behind an address, and an empty protocol are errors here and defaults there; an IPv6 address
-//! has to be in brackets; a number is digits only (Docker also takes `+80`); 0 inside a host range
-//! is an error.
+//! The parser is stricter than Docker's. These are errors: an empty host address, an empty host
+//! port without an address, an empty protocol (Docker uses defaults for all three), an IPv6 address
+//! without brackets, a number with a sign (`+80`), and 0 inside a host range.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,79 +11,79 @@ use std::str::FromStr;
 use super::{HostPorts, PortRange, PortSpec};
 use crate::{Protocol, UnknownProtocol};
 
-/// Why a text is not a [`PortSpec`]. The message quotes the whole spec.
+/// Parse error of a [`PortSpec`]. The message quotes the whole spec.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("port spec {spec:?}: {problem}")]
 pub struct PortSpecError {
-    /// The text that did not parse.
+    /// The spec as given.
     pub spec: String,
-    /// What is wrong with it.
+    /// The cause.
     pub problem: PortSpecProblem,
 }
 
-/// What is wrong with a port spec, without the spec itself.
+/// The cause of a [`PortSpecError`], without the spec itself.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PortSpecProblem {
-    /// There is nothing between two colons, or before or behind one.
+    /// A port is empty, next to a colon.
     #[error("{0} port is empty")]
     PortEmpty(PortSide),
-    /// A port, or an end of a range, is not made of digits.
+    /// A port, or an end of a range, has characters other than digits.
     #[error("{side} port {text:?} is not a number")]
     PortNotANumber {
-        /// Which side of the mapping.
+        /// The side of the mapping.
         side: PortSide,
-        /// The piece that should have been a number.
+        /// The invalid text.
         text: String,
     },
-    /// A port is 0 where that means nothing, or above 65535.
+    /// A port is above 65535, or 0 in a position where 0 is not allowed.
     #[error("{side} port {text} is not between 1 and 65535")]
     PortOutOfRange {
-        /// Which side of the mapping.
+        /// The side of the mapping.
         side: PortSide,
-        /// The number as it was written.
+        /// The number as given.
         text: String,
     },
     /// A range ends before it starts.
     #[error("{side} port range {start}-{end} ends before it starts")]
     RangeReversed {
-        /// Which side of the mapping.
+        /// The side of the mapping.
         side: PortSide,
         /// The number before the hyphen.
         start: u16,
-        /// The number behind it.
+        /// The number after the hyphen.
         end: u16,
     },
-    /// Several container ports, and another number of host ports.
+    /// There are several container ports, and a different number of host ports.
     #[error(
         "host ports {host} and container ports {container} differ in number ({} and {})",
         .host.len(),
         .container.len()
     )]
     UnequalRanges {
-        /// The host ports asked for.
+        /// The host ports.
         host: PortRange,
-        /// The container ports asked for.
+        /// The container ports.
         container: PortRange,
     },
-    /// Host port 0, which stands for one ephemeral port, before several container ports.
+    /// Host port 0, a single ephemeral port, with several container ports.
     #[error("host port 0 is one ephemeral port, container ports {container} are {}", .container.len())]
     EphemeralForRange {
-        /// The container ports asked for.
+        /// The container ports.
         container: PortRange,
     },
     /// The spec starts with a colon.
     #[error("host address is empty")]
     HostAddressEmpty,
-    /// The host address is a name. A name can change its meaning and can have several addresses.
+    /// The host address is a name. A name can resolve to several addresses, and to others later.
     #[error("host {0:?} is a name; an IP address is needed")]
     HostName(String),
     /// The host address is neither an IP address nor a name.
     #[error("host address {0:?} is not an IP address")]
     HostAddressInvalid(String),
-    /// An IPv6 address stands without brackets, where its end can only be guessed.
+    /// An IPv6 address has no brackets, so its end is ambiguous.
     #[error("IPv6 host address {0} must be in brackets, as [{0}]")]
     HostAddressUnbracketed(Ipv6Addr),
-    /// An opening bracket has no closing one, or something other than a colon follows that.
+    /// An opening bracket has no closing one, or the closing bracket is not followed by a colon.
     #[error(
         "brackets must hold an IPv6 host address and be followed by a colon, as in [::1]:8080:80"
     )]
@@ -92,20 +91,20 @@ pub enum PortSpecProblem {
     /// The host address has a zone (`%eth0`).
     #[error("host address {0:?} has a zone; zones cannot be published on")]
     HostAddressZone(String),
-    /// An address stands where the host port should: the colon of the empty host port is missing.
+    /// An address is in the place of the host port: the colon of the empty host port is missing.
     #[error("host port is missing behind the address {0}; for an ephemeral one write {0}::PORT")]
     HostPortMissing(String),
-    /// The word behind the slash is no protocol.
+    /// The text after the slash is not a protocol.
     #[error(transparent)]
     Protocol(#[from] UnknownProtocol),
 }
 
-/// A side of a port mapping, as a word in an error.
+/// A side of a port mapping. [`Display`](fmt::Display) prints it for an error message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PortSide {
-    /// What clients connect to.
+    /// The side that clients connect to.
     Host,
-    /// What the container listens on.
+    /// The side on which the container listens.
     Container,
 }
 
@@ -127,14 +126,14 @@ impl FromStr for PortSpec {
 }
 
 fn parse(spec: &str) -> Result<PortSpec, PortSpecProblem> {
-    let pieces = Pieces::split(spec)?;
-    let (container, protocol) = match pieces.container.split_once('/') {
+    let fields = Fields::split(spec)?;
+    let (container, protocol) = match fields.container.split_once('/') {
         Some((ports, word)) => (ports, word.to_ascii_lowercase().parse()?),
-        None => (pieces.container, Protocol::Tcp),
+        None => (fields.container, Protocol::Tcp),
     };
-    let host_ip = pieces.host_ip.map(host_ip).transpose()?;
-    let container_ports = port_range(PortSide::Container, container)?;
-    let host_ports = match pieces.host_port {
+    let host_ip = fields.host_ip.map(parse_host_ip).transpose()?;
+    let container_ports = parse_port_range(PortSide::Container, container)?;
+    let host_ports = match fields.host_port {
         None => HostPorts::Ephemeral,
         Some("") if host_ip.is_some() => HostPorts::Ephemeral,
         Some(text) if is_zero(text) => {
@@ -143,14 +142,14 @@ fn parse(spec: &str) -> Result<PortSpec, PortSpecProblem> {
             }
             HostPorts::Ephemeral
         }
-        Some(text) => HostPorts::Fixed(port_range(PortSide::Host, text)?),
+        Some(text) => HostPorts::Fixed(parse_port_range(PortSide::Host, text)?),
     };
     PortSpec::new(host_ip, host_ports, container_ports, protocol)
 }
 
-/// The text between the colons, of which those of an IPv6 address do not count. `None` is a piece
-/// that has no colon, an empty string one that has.
-struct Pieces<'a> {
+/// The fields of a spec, which colons separate outside of an IPv6 address. A missing field is
+/// `None`; a field that is present and empty is an empty string.
+struct Fields<'a> {
     /// Without brackets.
     host_ip: Option<&'a str>,
     host_port: Option<&'a str>,
@@ -158,8 +157,8 @@ struct Pieces<'a> {
     container: &'a str,
 }
 
-impl<'a> Pieces<'a> {
-    /// Splits from the right, as Docker does, so that whatever is left over ends up in the address.
+impl<'a> Fields<'a> {
+    /// Splits from the right, as Docker does, so that excess fields become part of the address.
     fn split(spec: &'a str) -> Result<Self, PortSpecProblem> {
         if let Some(bracketed) = spec.strip_prefix('[') {
             return Self::split_bracketed(bracketed);
@@ -173,7 +172,8 @@ impl<'a> Pieces<'a> {
             }
             return Ok(Self { host_ip: None, host_port: Some(before), container });
         };
-        // Docker takes `::1` here; the others are IPv6 addresses whose last groups look like ports.
+        // Docker accepts `::1` here. The other cases are IPv6 addresses with last groups that could
+        // be ports.
         let v6 = [address, before, spec].into_iter().find_map(|text| text.parse().ok());
         if let Some(v6) = v6.filter(|_| !address.is_empty()) {
             return Err(PortSpecProblem::HostAddressUnbracketed(v6));
@@ -181,7 +181,7 @@ impl<'a> Pieces<'a> {
         Ok(Self { host_ip: Some(address), host_port: Some(host_port), container })
     }
 
-    /// The same behind an opening bracket.
+    /// Splits a spec whose opening bracket has been removed.
     fn split_bracketed(spec: &'a str) -> Result<Self, PortSpecProblem> {
         let (address, ports) = spec.split_once("]:").ok_or(PortSpecProblem::HostAddressBrackets)?;
         if address.parse::<Ipv4Addr>().is_ok() {
@@ -194,7 +194,7 @@ impl<'a> Pieces<'a> {
     }
 }
 
-fn host_ip(text: &str) -> Result<IpAddr, PortSpecProblem> {
+fn parse_host_ip(text: &str) -> Result<IpAddr, PortSpecProblem> {
     if let Ok(ip) = text.parse() {
         return Ok(ip);
     }
@@ -209,19 +209,19 @@ fn host_ip(text: &str) -> Result<IpAddr, PortSpecProblem> {
     })
 }
 
-fn port_range(side: PortSide, text: &str) -> Result<PortRange, PortSpecProblem> {
+fn parse_port_range(side: PortSide, text: &str) -> Result<PortRange, PortSpecProblem> {
     let (start, end) = match text.split_once('-') {
-        Some((start, end)) => (port(side, start)?, port(side, end)?),
+        Some((start, end)) => (parse_port(side, start)?, parse_port(side, end)?),
         None => {
-            let port = port(side, text)?;
+            let port = parse_port(side, text)?;
             (port, port)
         }
     };
     PortRange::new(start, end).ok_or(PortSpecProblem::RangeReversed { side, start, end })
 }
 
-/// A port of 1..=65535 in decimal, leading zeros allowed.
-fn port(side: PortSide, text: &str) -> Result<u16, PortSpecProblem> {
+/// Parses a decimal port of 1..=65535; leading zeros are allowed.
+fn parse_port(side: PortSide, text: &str) -> Result<u16, PortSpecProblem> {
     if text.is_empty() {
         return Err(PortSpecProblem::PortEmpty(side));
     }

@@ -4,11 +4,11 @@ use proptest::prelude::*;
 
 use super::*;
 
-mod reading {
+mod parsing {
     use super::*;
 
     #[test]
-    fn a_container_port_alone_gets_an_ephemeral_port_on_every_address() {
+    fn a_lone_container_port_gets_an_ephemeral_port_on_every_address() {
         let spec = parsed("80");
         assert_eq!(spec.host_ip(), None);
         assert_eq!(spec.host_ports(), HostPorts::Ephemeral);
@@ -22,14 +22,14 @@ mod reading {
     }
 
     #[test]
-    fn an_address_limits_the_host_side() {
+    fn an_address_restricts_the_host_side() {
         assert_eq!(parsed("127.0.0.1:8080:80").host_ip(), Some(ip("127.0.0.1")));
         assert_eq!(parsed("[::1]:8082:80").host_ip(), Some(ip("::1")));
         assert_eq!(parsed("0.0.0.0:8080:80").host_ip(), Some(ip("0.0.0.0")));
     }
 
     #[test]
-    fn a_mapped_address_is_kept_as_ipv4() {
+    fn a_mapped_address_is_converted_to_ipv4() {
         assert_eq!(parsed("[::ffff:192.0.2.1]:8080:80"), parsed("192.0.2.1:8080:80"));
     }
 
@@ -58,7 +58,7 @@ mod reading {
     }
 
     #[test]
-    fn every_mistake_has_its_own_message() {
+    fn each_kind_of_mistake_has_its_own_message() {
         for (spec, problem) in [
             ("", "container port is empty"),
             ("/tcp", "container port is empty"),
@@ -134,7 +134,7 @@ mod reading {
         }
 
         #[test]
-        fn never_panics_on_text_that_is_nearly_right(text in r"[\[\]0-9a-f:./%-]{0,24}(/[a-zA-Z]{0,4})?") {
+        fn never_panics_on_nearly_valid_text(text in r"[\[\]0-9a-f:./%-]{0,24}(/[a-zA-Z]{0,4})?") {
             crate::fuzz::check_port_spec(text.as_bytes());
         }
     }
@@ -162,7 +162,7 @@ mod printing {
 
     proptest! {
         #[test]
-        fn what_is_printed_parses_back(spec in spec()) {
+        fn printed_text_parses_back(spec in spec()) {
             prop_assert_eq!(spec.to_string().parse(), Ok(spec));
         }
     }
@@ -172,7 +172,7 @@ mod mappings {
     use super::*;
 
     #[test]
-    fn ranges_are_joined_in_order() {
+    fn ranges_are_paired_in_order() {
         let pairs: Vec<_> = parsed("127.0.0.1:9000-9002:80-82/udp")
             .mappings()
             .map(|mapping| (mapping.host_port, mapping.container_port))
@@ -184,7 +184,7 @@ mod mappings {
     }
 
     #[test]
-    fn a_host_range_before_one_container_port_is_a_choice() {
+    fn a_host_range_with_one_container_port_is_any_of_the_range() {
         let mappings: Vec<_> = parsed("8000-8100:80").mappings().collect();
         assert_eq!(
             mappings,
@@ -198,19 +198,19 @@ mod mappings {
     }
 
     #[test]
-    fn every_port_there_is_can_be_published() {
+    fn all_ports_can_be_published() {
         let last = parsed("1-65535:1-65535").mappings().last().unwrap();
         assert_eq!((last.host_port, last.container_port), (HostPort::Fixed(65535), 65535));
     }
 
     #[test]
-    fn no_address_means_both_wildcards() {
+    fn a_missing_address_means_both_wildcards() {
         assert!(host_addresses(None).eq([ip("0.0.0.0"), ip("::")]));
         assert!(host_addresses(Some(ip("::1"))).eq([ip("::1")]));
     }
 
     #[test]
-    fn parts_are_judged_like_text() {
+    fn parts_are_validated_like_text() {
         let new = |host_ports, container| PortSpec::new(None, host_ports, container, Protocol::Tcp);
         assert_eq!(new(HostPorts::AnyOf(range(80, 80)), range(80, 80)), Ok(parsed("80:80")));
         assert_eq!(new(HostPorts::Fixed(range(80, 90)), range(80, 80)), Ok(parsed("80-90:80")));
@@ -218,7 +218,7 @@ mod mappings {
     }
 
     #[test]
-    fn a_range_has_no_zero_and_no_end_before_its_start() {
+    fn a_range_rejects_zero_and_an_end_before_its_start() {
         assert_eq!(PortRange::new(0, 5), None);
         assert_eq!(PortRange::new(6, 5), None);
         assert_eq!(range(1, 65535).len(), 65535);
@@ -228,7 +228,7 @@ mod mappings {
 
     proptest! {
         #[test]
-        fn there_is_one_for_each_container_port(spec in spec()) {
+        fn there_is_one_mapping_per_container_port(spec in spec()) {
             let ports: Vec<_> = spec.mappings().map(|mapping| mapping.container_port).collect();
             prop_assert!(spec.container_ports().iter().eq(ports));
             prop_assert_eq!(spec.mappings().len(), usize::from(spec.container_ports().len()));
@@ -240,35 +240,35 @@ mod overlaps {
     use super::*;
 
     #[test]
-    fn the_wildcard_meets_every_address_of_its_family() {
+    fn a_wildcard_conflicts_with_every_address_of_its_family() {
         assert_eq!(
-            clash(&["8080:80", "127.0.0.1:8080:81"]),
+            conflict(&["8080:80", "127.0.0.1:8080:81"]),
             r#"port specs "8080:80" and "127.0.0.1:8080:81" both claim 8080/tcp on 127.0.0.1"#
         );
         assert_eq!(
-            clash(&["[::1]:53:53/udp", "53:53/udp"]),
+            conflict(&["[::1]:53:53/udp", "53:53/udp"]),
             r#"port specs "[::1]:53:53/udp" and "53:53/udp" both claim 53/udp on ::1"#
         );
     }
 
     #[test]
-    fn the_same_spec_twice_is_a_clash() {
+    fn a_repeated_spec_conflicts() {
         assert_eq!(
-            clash(&["8080:80", "8080:80"]),
+            conflict(&["8080:80", "8080:80"]),
             r#"port specs "8080:80" and "8080:80" both claim 8080/tcp on 0.0.0.0"#
         );
     }
 
     #[test]
-    fn ranges_clash_in_a_single_port() {
+    fn ranges_conflict_on_a_single_port() {
         assert_eq!(
-            clash(&["9000-9010:80-90", "10.0.0.1:9010-9020:80-90"]),
+            conflict(&["9000-9010:80-90", "10.0.0.1:9010-9020:80-90"]),
             r#"port specs "9000-9010:80-90" and "10.0.0.1:9010-9020:80-90" both claim 9010/tcp on 10.0.0.1"#
         );
     }
 
     #[test]
-    fn different_addresses_families_protocols_and_ports_live_together() {
+    fn different_addresses_families_protocols_and_ports_do_not_conflict() {
         let specs = [
             "127.0.0.1:53:53",
             "127.0.0.2:53:53",
@@ -282,7 +282,7 @@ mod overlaps {
     }
 
     #[test]
-    fn ports_that_can_still_be_chosen_are_no_claims() {
+    fn ephemeral_ports_and_ranges_are_not_claims() {
         assert_eq!(
             overlap(&["80", "80", "8000-8010:80", "8000-8010:80", "8000:80"].map(parsed)),
             Ok(())
@@ -290,7 +290,7 @@ mod overlaps {
     }
 
     #[test]
-    fn ten_thousand_ports_take_no_time() {
+    fn ten_thousand_ports_are_checked_in_under_five_seconds() {
         let specs: Vec<_> = (10_000..20_000)
             .map(|port| {
                 PortSpec::new(
@@ -304,14 +304,15 @@ mod overlaps {
             .collect();
         let start = Instant::now();
         assert_eq!(overlap(&specs), Ok(()));
-        // An unoptimised build needs a hundredth of that; comparing every pair would need far more.
+        // An unoptimised build takes about 50 ms; comparing every pair would take far longer than 5
+        // s.
         assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
     }
 
     proptest! {
         #[test]
-        fn agrees_with_comparing_every_pair(specs in prop::collection::vec(crowded_spec(), 0..8)) {
-            let is_late = |&index: &usize| specs[..index].iter().any(|first| meet(first, &specs[index]));
+        fn agrees_with_comparing_every_pair(specs in prop::collection::vec(conflicting_spec(), 0..8)) {
+            let is_late = |&index: &usize| specs[..index].iter().any(|first| specs_conflict(first, &specs[index]));
             let late = (0..specs.len()).find(is_late);
             match (overlap(&specs), late) {
                 (Ok(()), None) => {}
@@ -319,7 +320,7 @@ mod overlaps {
                     prop_assert_eq!(error.second, specs[late]);
                     prop_assert!(specs[..late].contains(&error.first));
                     let claim = (error.protocol, error.port, error.address);
-                    let claimed_by = |spec| claims(spec).into_iter().any(|other| claims_meet(claim, other));
+                    let claimed_by = |spec| claims(spec).into_iter().any(|other| claims_conflict(claim, other));
                     prop_assert!(claimed_by(&error.first) && claimed_by(&error.second));
                 }
                 (found, expected) => prop_assert!(false, "{:?}, but the oracle says {:?}", found, expected),
@@ -327,10 +328,10 @@ mod overlaps {
         }
     }
 
-    fn meet(first: &PortSpec, second: &PortSpec) -> bool {
+    fn specs_conflict(first: &PortSpec, second: &PortSpec) -> bool {
         claims(first)
             .into_iter()
-            .any(|one| claims(second).into_iter().any(|other| claims_meet(one, other)))
+            .any(|one| claims(second).into_iter().any(|other| claims_conflict(one, other)))
     }
 
     type Claim = (Protocol, u16, IpAddr);
@@ -348,7 +349,7 @@ mod overlaps {
         claims
     }
 
-    fn claims_meet(
+    fn claims_conflict(
         (protocol, port, address): Claim,
         (other_protocol, other_port, other): Claim,
     ) -> bool {
@@ -357,8 +358,8 @@ mod overlaps {
         protocol == other_protocol && port == other_port && same_family && same_address
     }
 
-    /// Specs on so few ports and addresses that they often clash.
-    fn crowded_spec() -> impl Strategy<Value = PortSpec> {
+    /// Specs on few ports and addresses, so that they often conflict.
+    fn conflicting_spec() -> impl Strategy<Value = PortSpec> {
         let addresses =
             [None, Some("0.0.0.0"), Some("10.0.0.1"), Some("10.0.0.2"), Some("::"), Some("::1")];
         let addresses = addresses.map(|address| address.map(ip));
@@ -380,13 +381,13 @@ mod overlaps {
             })
     }
 
-    fn clash(specs: &[&str]) -> String {
+    fn conflict(specs: &[&str]) -> String {
         let specs: Vec<_> = specs.iter().copied().map(parsed).collect();
         overlap(&specs).unwrap_err().to_string()
     }
 }
 
-/// Every spec there is, ranges of any length included.
+/// All valid specs, with ranges of any length.
 fn spec() -> impl Strategy<Value = PortSpec> {
     let container = (1..=u16::MAX, 0..=u16::MAX)
         .prop_map(|(start, more)| range(start, start.saturating_add(more)));
