@@ -1,21 +1,22 @@
-//! Slots with generations: a table whose keys go stale.
+//! A table of slots with generational keys.
 //!
-//! An epoll event names a descriptor by the number it was registered with. Between the event's
-//! making and its reading the connection may have been closed and its slot given to another one. A
-//! [`Key`] therefore carries the slot's generation, and a key of a former tenant finds nothing.
+//! An epoll event identifies a descriptor by the number it was registered with. By the time the
+//! event is read, the connection may have been closed and its slot reused. A [`Key`] therefore
+//! includes the generation of the slot, and a lookup with a stale key returns nothing.
 
-/// Names one tenancy of one slot of an [`Arena`].
+/// Identifies one use of one slot of an [`Arena`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
     pub(crate) index: u32,
     pub(crate) generation: u32,
 }
 
-/// A growing table of `T`; freed slots are used again, most recently freed first (they are warm).
+/// A growable table of `T`. Freed slots are reused, most recently freed first, because they are in
+/// the cache.
 #[derive(Debug)]
 pub struct Arena<T> {
     slots: Vec<Slot<T>>,
-    /// Head of the list that runs through the vacant slots.
+    /// Head of the free list.
     vacant: Option<u32>,
     len: usize,
 }
@@ -39,15 +40,15 @@ impl<T> Default for Arena<T> {
 }
 
 impl<T> Arena<T> {
-    /// The most slots an arena has: a key's index must fit the 28 bits that a token has for it.
+    /// Maximum number of slots: an index must fit the 28 bits that a token has for it.
     pub const MAX_SLOTS: usize = 1 << 28;
 
-    /// An empty arena; allocates nothing yet.
+    /// Creates an empty arena without allocating.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How many slots are occupied.
+    /// Number of occupied slots.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -57,15 +58,15 @@ impl<T> Arena<T> {
         self.len == 0
     }
 
-    /// Puts `value` into a free slot.
+    /// Stores `value` in a free slot.
     ///
     /// # Panics
-    /// When all [`Self::MAX_SLOTS`] are taken; the caller's own limits come long before.
+    /// If all [`Self::MAX_SLOTS`] are occupied. The limits of the callers are far lower.
     pub fn insert(&mut self, value: T) -> Key {
         self.insert_with(|_| value)
     }
 
-    /// Puts into a free slot what `make` builds from the slot's key.
+    /// Stores in a free slot the value that `make` builds from the key.
     pub fn insert_with(&mut self, make: impl FnOnce(Key) -> T) -> Key {
         let index = self.vacant.unwrap_or_else(|| {
             assert!(self.slots.len() < Self::MAX_SLOTS, "arena is full");
@@ -74,7 +75,7 @@ impl<T> Arena<T> {
         });
         let slot = &mut self.slots[index as usize];
         let Entry::Vacant { next } = slot.entry else {
-            unreachable!("the vacant list names vacant slots")
+            unreachable!("the free list holds vacant slots only")
         };
         let key = Key { index, generation: slot.generation };
         slot.entry = Entry::Occupied(make(key));
@@ -83,7 +84,7 @@ impl<T> Arena<T> {
         key
     }
 
-    /// The value under `key`, unless its slot was freed since.
+    /// Returns the value of `key`, unless the key is stale.
     pub fn get(&self, key: Key) -> Option<&T> {
         match self.slots.get(key.index as usize)? {
             Slot { generation, entry: Entry::Occupied(value) } if *generation == key.generation => {
@@ -93,7 +94,7 @@ impl<T> Arena<T> {
         }
     }
 
-    /// As [`Self::get`], to change it.
+    /// Like [`Self::get`], mutably.
     pub fn get_mut(&mut self, key: Key) -> Option<&mut T> {
         match self.slots.get_mut(key.index as usize)? {
             Slot { generation, entry: Entry::Occupied(value) } if *generation == key.generation => {
@@ -103,7 +104,7 @@ impl<T> Arena<T> {
         }
     }
 
-    /// Frees the slot and hands its value out; every copy of `key` is stale from here on.
+    /// Frees the slot and returns its value. All copies of `key` become stale.
     pub fn remove(&mut self, key: Key) -> Option<T> {
         self.get(key)?;
         let slot = &mut self.slots[key.index as usize];
@@ -117,7 +118,7 @@ impl<T> Arena<T> {
         }
     }
 
-    /// The occupied slots in the order of their index.
+    /// The occupied slots, ordered by index.
     pub fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
         self.slots.iter().enumerate().filter_map(|(index, slot)| match &slot.entry {
             Entry::Occupied(value) => {
@@ -127,7 +128,7 @@ impl<T> Arena<T> {
         })
     }
 
-    /// The keys of the occupied slots, for a caller that changes the arena as it goes through them.
+    /// The keys of the occupied slots, for a caller that modifies the arena while iterating.
     pub fn keys(&self) -> Vec<Key> {
         self.iter().map(|(key, _)| key).collect()
     }
@@ -140,12 +141,12 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn a_key_of_a_former_tenant_finds_nothing() {
+    fn a_stale_key_finds_nothing() {
         let mut arena = Arena::new();
         let first = arena.insert("first");
         assert_eq!(arena.remove(first), Some("first"));
         let second = arena.insert("second");
-        assert_eq!(first.index, second.index, "the slot is used again");
+        assert_eq!(first.index, second.index, "the slot is reused");
         assert_eq!(arena.get(first), None);
         assert_eq!(arena.remove(first), None);
         assert_eq!(arena.get(second), Some(&"second"));
@@ -160,7 +161,7 @@ mod tests {
             for (insert, value) in operations {
                 if insert || keys.is_empty() {
                     let key = arena.insert(value);
-                    prop_assert!(map.insert(key, value).is_none(), "a key is never given twice");
+                    prop_assert!(map.insert(key, value).is_none(), "keys are unique");
                     keys.push(key);
                 } else {
                     let key = keys[usize::from(value) % keys.len()];

@@ -1,20 +1,20 @@
-//! The allowance of file descriptors.
+//! Budget of file descriptors.
 //!
-//! A process that runs into `RLIMIT_NOFILE` learns it from whichever call comes next, usually
-//! half-way through something that needs two descriptors. Counting them beforehand turns that into
-//! a decision: what cannot have all it needs is not begun.
+//! A process at `RLIMIT_NOFILE` fails in whichever system call comes next, often halfway through an
+//! operation that needs two descriptors. Reserving descriptors beforehand avoids partial failures:
+//! an operation that cannot reserve all of its descriptors does not start.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// How many descriptors may be in use, shared by all loops of a process.
+/// A budget of descriptors, shared by all loops of a process.
 #[derive(Debug)]
 pub struct Descriptors {
     taken: AtomicUsize,
     limit: usize,
 }
 
-/// The right to have some descriptors open; dropped, it goes back.
+/// A reservation of descriptors, released on drop.
 #[derive(Debug)]
 pub struct Permit {
     descriptors: Arc<Descriptors>,
@@ -22,20 +22,20 @@ pub struct Permit {
 }
 
 impl Descriptors {
-    /// An allowance of `limit` descriptors.
+    /// Creates a budget of `limit` descriptors.
     pub const fn new(limit: usize) -> Self {
         Self { taken: AtomicUsize::new(0), limit }
     }
 
-    /// The process's own allowance: its soft `RLIMIT_NOFILE` less `reserved` for everything that is
-    /// not counted here.
+    /// The budget of this process: its soft `RLIMIT_NOFILE`, minus `reserved` for descriptors that
+    /// are not counted here.
     pub fn of_process(reserved: usize) -> Self {
         let soft = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let soft = soft.and_then(|soft| usize::try_from(soft).ok()).unwrap_or(usize::MAX);
         Self::new(soft.saturating_sub(reserved))
     }
 
-    /// The right to `count` more, if that many are left.
+    /// Reserves `count` descriptors, if that many are available.
     pub fn take(self: &Arc<Self>, count: u32) -> Option<Permit> {
         let wanted = count as usize;
         self.taken
@@ -46,17 +46,17 @@ impl Descriptors {
             .map(|_| Permit { descriptors: Arc::clone(self), count })
     }
 
-    /// How many may still be taken.
+    /// Number of available descriptors.
     pub fn left(&self) -> usize {
         self.limit.saturating_sub(self.taken())
     }
 
-    /// How many are in use.
+    /// Number of reserved descriptors.
     pub fn taken(&self) -> usize {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// How many there may be.
+    /// The size of the budget.
     pub fn limit(&self) -> usize {
         self.limit
     }
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_have_all_it_needs_gets_nothing() {
+    fn a_reservation_is_all_or_nothing() {
         let descriptors = Arc::new(Descriptors::new(3));
         let two = descriptors.take(2).unwrap();
         assert!(descriptors.take(2).is_none());

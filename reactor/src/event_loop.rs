@@ -1,4 +1,4 @@
-//! The loop: wait, hand out events, run what was queued, expire timers, again.
+//! The event loop: waits, dispatches events, runs queued work and expires timers.
 
 use crate::Interest;
 use crate::epoll::{Epoll, Readiness, Token, split};
@@ -7,22 +7,22 @@ use crate::timers::Timers;
 use std::io;
 use std::time::{Duration, Instant};
 
-/// Events taken from the kernel in one call. More would only delay the run queue behind them.
+/// Maximum number of events per wait. More would only delay the run queue.
 const EVENTS_PER_WAIT: usize = 256;
 
-/// What runs on an [`EventLoop`]. One thread calls it, so it needs no locks.
+/// Callbacks of an [`EventLoop`]. A single thread calls them, so no locks are needed.
 ///
 /// # Theory of operation
-/// Every round of the loop calls, in this order: [`message`](Self::message) for what other threads
-/// sent, [`ready`](Self::ready) for each event, [`timer`](Self::timer) for each deadline that has
-/// passed, and [`turn`](Self::turn) once. `ready` notes what is possible now; the work proper
-/// belongs in `turn`, with a budget for each connection, so that a fast one does not starve the
-/// rest.
+/// Each iteration calls, in this order: [`message`](Self::message) for each message of another
+/// thread, [`ready`](Self::ready) for each event, [`timer`](Self::timer) for each expired deadline,
+/// and [`turn`](Self::turn) once. `ready` records readiness. The I/O belongs in `turn`, with a
+/// budget for each connection, so that a fast connection does not starve the others.
 pub trait Handler {
-    /// What other threads may send to it.
+    /// The type of messages from other threads.
     type Message: Send;
 
-    /// The descriptor registered as `token` is ready. The token may be stale: look its key up.
+    /// The descriptor registered as `token` is ready. The token may be stale, so its key must be
+    /// looked up.
     fn ready(&mut self, cx: &mut Context<'_>, token: Token, readiness: Readiness);
 
     /// A message from a [`Sender`].
@@ -31,52 +31,52 @@ pub trait Handler {
     /// The deadline armed for `token` has passed. The token may be stale.
     fn timer(&mut self, cx: &mut Context<'_>, token: Token);
 
-    /// Does the work that the events made possible. True if some is left: the loop then does not
-    /// sleep.
+    /// Performs the I/O for which descriptors are ready. Returns true if work is left, and the loop
+    /// then does not sleep.
     fn turn(&mut self, cx: &mut Context<'_>) -> bool;
 
-    /// Until when something is expected so soon that falling asleep and being woken would take
-    /// longer than to look again; in the past most of the time. See [`EventLoop`].
+    /// The time until which to poll instead of sleeping, because an event is expected sooner than a
+    /// sleep and wake-up would take; usually in the past. See [`EventLoop`].
     fn expects_until(&self) -> Option<Instant> {
         None
     }
 }
 
-/// What a [`Handler`] may use of the loop it runs on.
+/// Access of a [`Handler`] to its loop.
 #[derive(Debug)]
 pub struct Context<'a> {
-    /// Where descriptors are registered.
+    /// The epoll instance for registering descriptors.
     pub epoll: &'a Epoll,
     /// The loop's timers.
     pub timers: &'a mut Timers,
-    /// The time at which this round began: good enough for deadlines, and free.
+    /// The start time of this iteration. Accurate enough for deadlines, and needs no system call.
     pub now: Instant,
-    /// Which round this is, counted from 1.
+    /// The number of this iteration, starting at 1.
     pub round: u64,
     stop: &'a mut bool,
 }
 
 impl Context<'_> {
-    /// Ends the loop after this round.
+    /// Ends the loop after this iteration.
     pub fn stop(&mut self) {
         *self.stop = true;
     }
 }
 
-/// The most that giving way may take, if nobody else wants the core: beyond it someone does.
-const GAVE_WAY: Duration = Duration::from_micros(100);
+/// Maximum duration of sched_yield(2) if no other thread wants the core.
+const MAX_YIELD: Duration = Duration::from_micros(100);
 
-/// How long a loop does not give way after someone has used that to the full.
-const NO_MORE_GIVING_WAY: Duration = Duration::from_millis(100);
+/// How long a loop does not poll after a yield that took longer.
+const POLL_BACK_OFF: Duration = Duration::from_millis(100);
 
-/// One thread's loop.
+/// An event loop for one thread.
 ///
-/// It sleeps in epoll_wait(2) when there is nothing to do. Falling asleep and being woken by
-/// another core takes as long as two or three small exchanges, in a virtual machine longer. So
-/// while the handler [expects](Handler::expects_until) something, the loop looks again and again,
-/// giving way to whoever wants the core (sched_yield(2)) in between: with the client and the server
-/// on the same two cores, they are who is waited for. Where a program that computes takes the core
-/// instead, the loop does without for a while, because one that slept would be let in before it.
+/// It sleeps in epoll_wait(2) when idle. Falling asleep and being woken by another core takes as
+/// long as two or three small exchanges, and longer in a virtual machine. So while the handler
+/// [expects events](Handler::expects_until), the loop polls and calls sched_yield(2) in between. If
+/// client and server share its cores, yielding lets them produce the awaited event. If a
+/// compute-bound program takes the core instead, the loop stops polling for a while, because the
+/// scheduler favours threads that slept.
 pub struct EventLoop<M> {
     epoll: Epoll,
     timers: Timers,
@@ -84,10 +84,10 @@ pub struct EventLoop<M> {
 }
 
 impl<M: Send> EventLoop<M> {
-    /// A loop, and the way to send it messages.
+    /// Creates a loop and a sender for messages to it.
     ///
     /// # Errors
-    /// No descriptors left for the epoll instance or the eventfd.
+    /// No descriptors are available for the epoll instance or the eventfd.
     pub fn new() -> io::Result<(Self, Sender<M>)> {
         let epoll = Epoll::new()?;
         let (mailbox, sender) = Mailbox::new()?;
@@ -95,7 +95,7 @@ impl<M: Send> EventLoop<M> {
         Ok((Self { epoll, timers: Timers::default(), mailbox }, sender))
     }
 
-    /// Where descriptors are registered, also before the loop runs.
+    /// The epoll instance, for registering descriptors before the loop runs.
     pub fn epoll(&self) -> &Epoll {
         &self.epoll
     }
@@ -103,13 +103,13 @@ impl<M: Send> EventLoop<M> {
     /// Runs `handler` on this thread until it calls [`Context::stop`].
     ///
     /// # Errors
-    /// Only what makes waiting itself impossible; the handler deals with the errors of its sockets.
+    /// Only errors of the wait itself. The handler handles the errors of its sockets.
     pub fn run<H: Handler<Message = M>>(mut self, handler: &mut H) -> io::Result<()> {
         let mut events = Vec::with_capacity(EVENTS_PER_WAIT);
         let (mut more, mut stop) = (false, false);
         let mut now = Instant::now();
         let mut round = 0;
-        let mut give_way_from = now;
+        let mut poll_from = now;
         while !stop {
             events.clear();
             if more {
@@ -117,9 +117,9 @@ impl<M: Send> EventLoop<M> {
             } else {
                 if let Some(until) = handler.expects_until()
                     && until > now
-                    && now >= give_way_from
+                    && now >= poll_from
                 {
-                    give_way_from = self.look_until(until, &mut events)?;
+                    poll_from = self.spin_until(until, &mut events)?;
                 }
                 if events.is_empty() {
                     let sleep = self.until_next_deadline(Instant::now());
@@ -153,9 +153,9 @@ impl<M: Send> EventLoop<M> {
         Ok(())
     }
 
-    /// Looks for events until there are some or `until` has come. Returns from when on to do so
+    /// Polls until events arrive or `until` has passed. Returns the earliest time for polling
     /// again.
-    fn look_until(
+    fn spin_until(
         &self,
         until: Instant,
         events: &mut Vec<rustix::event::epoll::Event>,
@@ -168,8 +168,8 @@ impl<M: Send> EventLoop<M> {
             }
             std::thread::yield_now();
             let after = Instant::now();
-            if after - before > GAVE_WAY {
-                return Ok(after + NO_MORE_GIVING_WAY);
+            if after - before > MAX_YIELD {
+                return Ok(after + POLL_BACK_OFF);
             }
             before = after;
         }
@@ -187,7 +187,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
-    /// Writes down what it is told and stops at the timer.
+    /// Records its calls, and stops the loop at the timer.
     struct Recorder {
         log: Vec<String>,
         key: Key,
@@ -230,7 +230,7 @@ mod tests {
         let mut recorder = Recorder { log: vec![], key: Arena::new().insert(()), stream, turns: 0 };
         event_loop.run(&mut recorder).unwrap();
         assert_eq!(recorder.log, ["message hello", "ready readable=true", "timer 3"]);
-        assert!(recorder.turns <= 4, "{} rounds for three happenings", recorder.turns);
+        assert!(recorder.turns <= 4, "{} iterations for three events", recorder.turns);
         assert_eq!(sender.send("too late"), Err(crate::Closed("too late")));
     }
 }

@@ -1,4 +1,4 @@
-//! The ingress interface of accepted TCP connections.
+//! Ingress interface of accepted TCP connections.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -6,43 +6,43 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use crate::batch;
 
-/// By which interface a connection came in, and to which address of ours.
+/// Ingress interface and local address of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamIngress {
-    /// The index of the interface by which the last packet of the handshake came in.
+    /// Index of the interface that received the last packet of the handshake.
     pub interface: u32,
-    /// Our address.
+    /// The local address.
     pub local: IpAddr,
 }
 
-/// Lets the kernel report the ingress interface of the connections that `listener` accepts. Without
-/// it an IPv4 connection does not tell ([`stream_ingress`] fails); an IPv6 one tells in any case.
+/// Enables [`stream_ingress`] for the connections that `listener` accepts. Without it,
+/// [`stream_ingress`] fails for IPv4; for IPv6 it always works.
 ///
 /// # Errors
-/// What setsockopt(2) says.
+/// Errors of setsockopt(2).
 pub fn enable_stream_ingress(listener: impl AsFd, ipv6: bool) -> io::Result<()> {
-    // Accepted sockets inherit the flag. TCP uses it for nothing else.
+    // Accepted sockets inherit the option. TCP does not use it otherwise.
     if ipv6 { Ok(()) } else { batch::enable_packet_info(listener, false) }
 }
 
-/// The ingress of `stream`, accepted from a listener of the family that `ipv6` names. One system
-/// call for IPv4, two for IPv6.
+/// Returns the ingress of `stream`. `ipv6` is the family of the listener that accepted it. Takes
+/// one system call for IPv4 and two for IPv6.
 ///
 /// # Errors
-/// What getsockopt(2) says; `InvalidData` where the kernel does not report the interface.
+/// Errors of getsockopt(2); `InvalidData` if the kernel does not report the interface.
 pub fn stream_ingress(stream: impl AsFd, ipv6: bool) -> io::Result<StreamIngress> {
     let ingress = if ipv6 { v6(stream)? } else { v4(stream)? };
     if ingress.interface == 0 { Err(io::ErrorKind::InvalidData.into()) } else { Ok(ingress) }
 }
 
-/// `tcp_v4_syn_recv_sock` keeps the interface in `mc_index`, and `IP_PKTOPTIONS` reports it with
+/// `tcp_v4_syn_recv_sock` stores the interface in `mc_index`, and `IP_PKTOPTIONS` reports it with
 /// the local address (`do_ip_getsockopt`).
 fn v4(stream: impl AsFd) -> io::Result<StreamIngress> {
     #[repr(C)]
     struct Control {
         header: libc::cmsghdr,
         info: libc::in_pktinfo,
-        /// Room for `IP_TTL` and `IP_TOS`, should somebody have asked for those.
+        /// Space for `IP_TTL` and `IP_TOS`, in case those are enabled too.
         _more: [u64; 6],
     }
     let mut control = std::mem::MaybeUninit::<Control>::zeroed();
@@ -53,7 +53,7 @@ fn v4(stream: impl AsFd) -> io::Result<StreamIngress> {
         control.as_mut_ptr().cast(),
         size_of::<Control>(),
     )?;
-    // SAFETY: all-zero is a valid value, and the kernel has written over a part of it.
+    // SAFETY: all-zero is a valid value, and the kernel has overwritten part of it.
     let control = unsafe { control.assume_init() };
     let is_info = (control.header.cmsg_level, control.header.cmsg_type)
         == (libc::IPPROTO_IP, libc::IP_PKTINFO);
@@ -66,9 +66,9 @@ fn v4(stream: impl AsFd) -> io::Result<StreamIngress> {
     })
 }
 
-/// `tcp_v6_syn_recv_sock` keeps the interface in `mcast_oif`, which `IPV6_MULTICAST_IF` reports.
-/// `IPV6_2292PKTOPTIONS` reports the same number, but only while `IPV6_RECVPKTINFO` is set, and
-/// then the kernel clones every received segment (`tcp_v6_do_rcv`).
+/// `tcp_v6_syn_recv_sock` stores the interface in `mcast_oif`, and `IPV6_MULTICAST_IF` reports it.
+/// `IPV6_2292PKTOPTIONS` reports the same index, but requires `IPV6_RECVPKTINFO`, which makes the
+/// kernel clone every received segment (`tcp_v6_do_rcv`).
 fn v6(stream: impl AsFd) -> io::Result<StreamIngress> {
     let mut interface: libc::c_int = 0;
     get_option(
@@ -88,18 +88,18 @@ fn v6(stream: impl AsFd) -> io::Result<StreamIngress> {
     Ok(StreamIngress { interface: interface as u32, local })
 }
 
-/// Has the kernel drop datagrams whose source address is their destination address, unless the host
-/// itself sent them: those are delivered by `lo`. The packet information does not tell the two
-/// apart, because for what the host sends to an address of its own it names the interface that
-/// carries the address.
+/// Attaches a filter that drops datagrams with equal source and destination addresses, unless the
+/// host itself sent them and `lo` delivers them. `IP_PKTINFO` cannot distinguish the two: for
+/// packets from the host to one of its own addresses, it reports the interface that has the
+/// address.
 ///
-/// The kernel drops such a source by itself for IPv4, unless `accept_local` is set
-/// (`fib_validate_source`). For IPv6 it does not.
+/// For IPv4, the kernel drops such datagrams itself unless `accept_local` is set
+/// (`fib_validate_source`). For IPv6, it does not.
 ///
 /// # Errors
-/// What setsockopt(2) says.
+/// Errors of setsockopt(2).
 pub fn drop_forged_own_source(datagrams: impl AsFd, ipv6: bool) -> io::Result<()> {
-    // Classic BPF, as libc's macros build it; offsets from `SKF_NET_OFF` are into the IP header.
+    // Classic BPF. Offsets from `SKF_NET_OFF` are relative to the IP header.
     let at = |offset: u32| (libc::SKF_NET_OFF as u32).wrapping_add(offset);
     let load = |address: u32| filter(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, address);
     let verdict = |bytes: u32| filter(libc::BPF_RET | libc::BPF_K, 0, 0, bytes);
@@ -140,10 +140,11 @@ fn filter(code: u32, if_true: u8, if_false: u8, value: u32) -> libc::sock_filter
 /// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
 const LOOPBACK: u32 = 1;
 
-/// `IP_PKTOPTIONS` of include/uapi/linux/in.h, which libc does not have for every C library.
+/// `IP_PKTOPTIONS` (include/uapi/linux/in.h), which the libc crate does not define for every C
+/// library.
 const IP_PKTOPTIONS: libc::c_int = 9;
 
-/// The length of what the kernel wrote to `value`, which has room for `size` bytes.
+/// Calls getsockopt(2) with a `value` of `size` bytes and returns the length that the kernel wrote.
 fn get_option(
     socket: impl AsFd,
     level: libc::c_int,

@@ -1,19 +1,18 @@
-//! The data plane's only runtime: what the port publisher and the NAT engine share.
+//! The data-plane runtime that the port publisher and the NAT engine share.
 //!
-//! - [`EventLoop`]: one thread, one epoll instance, one [`Handler`]; timers and a mailbox included.
-//! - [`Arena`]: slots that events refer to by a key which goes stale when the slot is freed.
-//! - [`List`]: lists that run through an arena, to find what has been silent for longest.
-//! - [`Timers`]: deadlines by token, pure.
-//! - [`PipePool`]: the pipes that `splice(2)` moves payload through.
-//! - [`Descriptors`]: the allowance of file descriptors that all loops of a process share.
-//! - [`SourcePorts`]: where TCP connections come from that go to one place, however many they are.
-//! - [`stream_ingress`]: by which interface an accepted connection came in.
-//! - [`batch`]: many datagrams per system call, merged into segmentation offload where they allow
-//!   it.
+//! - [`EventLoop`]: one thread, one epoll instance and one [`Handler`], with timers and a mailbox.
+//! - [`Arena`]: slots that events refer to by a key, which becomes stale when the slot is freed.
+//! - [`List`]: intrusive lists of arena slots, which find the longest idle one.
+//! - [`Timers`]: deadlines by token, without a clock.
+//! - [`PipePool`]: pipes for moving payload with `splice(2)`.
+//! - [`Descriptors`]: the budget of file descriptors shared by all loops of a process.
+//! - [`SourcePorts`]: source ports for many TCP connections to one destination.
+//! - [`stream_ingress`]: the ingress interface of an accepted connection.
+//! - [`batch`]: many datagrams per system call, merged into GSO batches where possible.
 //!
-//! It knows no protocol and no policy, and it is not an async runtime: the control plane (API, DNS,
-//! metrics) runs on tokio, and no byte of payload passes through there. Own loops measured 25% more
-//! connections and requests per second than tokio with the same system calls (ARCHITECTURE.md).
+//! The crate implements no protocol and no policy. It is not an async runtime: the control plane
+//! (API, DNS, metrics) runs on tokio, which handles no payload. With the same system calls, these
+//! loops achieved 25% more connections and requests per second than tokio (ARCHITECTURE.md).
 
 mod arena;
 pub mod batch;

@@ -1,17 +1,17 @@
-//! Lists that run through the slots of an [`Arena`], oldest first: what has gone without something
-//! for longest is found, moved to the other end, or taken out in constant time.
+//! Intrusive lists of [`Arena`] slots, oldest first. Finding the oldest slot, moving a slot to the
+//! newest end and removing a slot take constant time.
 
 use crate::{Arena, Key};
 
-/// A slot's place in a list.
+/// The links of a slot in one list.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Links {
     older: Option<Key>,
     newer: Option<Key>,
 }
 
-/// One list. Every operation is told where a slot keeps its [`Links`] for this list, because a slot
-/// may be in several.
+/// An intrusive list. A slot may be in several lists, so each operation takes a function that
+/// returns the [`Links`] of a slot for this list.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct List {
     oldest: Option<Key>,
@@ -24,12 +24,12 @@ impl List {
         self.oldest
     }
 
-    /// Whether there is none.
+    /// Whether the list is empty.
     pub fn is_empty(&self) -> bool {
         self.oldest.is_none()
     }
 
-    /// The slots from the oldest on.
+    /// The slots, oldest first.
     pub fn iter<'a, T>(
         &self,
         arena: &'a Arena<T>,
@@ -38,7 +38,7 @@ impl List {
         std::iter::successors(self.oldest, move |key| links(arena.get(*key)?).newer)
     }
 
-    /// Adds `key`, which is in no list that these `links` are of, as the newest.
+    /// Appends `key` as the newest. It must not be in a list that uses the same `links`.
     pub fn append<T>(
         &mut self,
         arena: &mut Arena<T>,
@@ -53,7 +53,7 @@ impl List {
         }
     }
 
-    /// Takes `key` out, which is in this list.
+    /// Removes `key`, which must be in this list.
     pub fn remove<T>(
         &mut self,
         arena: &mut Arena<T>,

@@ -1,4 +1,4 @@
-//! How other threads speak to a loop: a queue and an eventfd(2) that ends the loop's sleep.
+//! Messages from other threads to a loop: a queue, and an eventfd(2) that wakes the loop.
 
 use rustix::event::{EventfdFlags, eventfd};
 use std::fmt;
@@ -6,14 +6,14 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The receiving loop has ended; the message comes back.
+/// The receiving loop has ended. Returns the message.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Closed<M>(pub M);
 
 struct Shared<M> {
     /// `None` once the loop has ended.
     queue: Mutex<Option<Vec<M>>>,
-    bell: OwnedFd,
+    wake_fd: OwnedFd,
 }
 
 impl<M> Shared<M> {
@@ -22,7 +22,7 @@ impl<M> Shared<M> {
     }
 }
 
-/// Sends messages to a loop; cheap to clone.
+/// Sends messages to a loop. Cloning is cheap.
 pub struct Sender<M>(Arc<Shared<M>>);
 
 impl<M> Clone for Sender<M> {
@@ -38,13 +38,13 @@ impl<M> fmt::Debug for Sender<M> {
 }
 
 impl<M> Sender<M> {
-    /// Queues `message` and wakes the loop if it may be asleep.
+    /// Queues `message`, and wakes the loop if it may be asleep.
     ///
-    /// The queue has no limit of its own: what is sent is control messages and accepted
-    /// connections, which have been counted against their limits before.
+    /// The queue is unbounded. It carries control messages, and accepted connections that were
+    /// counted against their limits before.
     ///
     /// # Errors
-    /// [`Closed`] when the loop has ended.
+    /// [`Closed`] if the loop has ended.
     pub fn send(&self, message: M) -> Result<(), Closed<M>> {
         let mut queue = self.0.queue();
         let Some(messages) = queue.as_mut() else { return Err(Closed(message)) };
@@ -52,26 +52,26 @@ impl<M> Sender<M> {
         messages.push(message);
         drop(queue);
         if asleep {
-            // It fails only when the counter is full, and then the loop is awake.
-            let _ = rustix::io::write(&self.0.bell, &1u64.to_ne_bytes());
+            // The write fails only if the counter is at its maximum, and then the loop is awake.
+            let _ = rustix::io::write(&self.0.wake_fd, &1u64.to_ne_bytes());
         }
         Ok(())
     }
 }
 
-/// The loop's end.
+/// The receiving side.
 pub(crate) struct Mailbox<M>(Arc<Shared<M>>);
 
 impl<M> Mailbox<M> {
     pub(crate) fn new() -> io::Result<(Self, Sender<M>)> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let shared = Arc::new(Shared { queue: Mutex::new(Some(Vec::new())), bell });
+        let wake_fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let shared = Arc::new(Shared { queue: Mutex::new(Some(Vec::new())), wake_fd });
         Ok((Self(Arc::clone(&shared)), Sender(shared)))
     }
 
-    /// Everything sent so far. The bell is silenced first: what is sent after that rings again.
+    /// Takes all queued messages. Clears the eventfd first, so that later messages signal it again.
     pub(crate) fn take(&self) -> Vec<M> {
-        let _ = rustix::io::read(&self.0.bell, &mut [0u8; 8]);
+        let _ = rustix::io::read(&self.0.wake_fd, &mut [0u8; 8]);
         self.0.queue().as_mut().map(std::mem::take).unwrap_or_default()
     }
 }
@@ -84,6 +84,6 @@ impl<M> Drop for Mailbox<M> {
 
 impl<M> AsFd for Mailbox<M> {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.bell.as_fd()
+        self.0.wake_fd.as_fd()
     }
 }

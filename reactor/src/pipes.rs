@@ -1,11 +1,10 @@
-//! Pipes for `splice(2)`, pooled.
+//! Pool of pipes for `splice(2)`.
 //!
-//! Payload that is spliced from socket to pipe to socket is moved by reference: the pages never
-//! enter this process. What it costs is pipes: a large one is what makes it fast (per GB moved, 64
-//! KiB pipes took 1.7 times the CPU of 1 MiB ones), and an unprivileged user may have only 64 MiB
-//! of them in all (`fs.pipe-user-pages-soft`), after which the kernel hands out pipes of one or two
-//! pages. So a connection borrows a pipe while bytes flow and gives it back when it is drained;
-//! where no good one is to be had, the caller copies.
+//! Splicing from socket to pipe to socket moves payload by reference; the pages never enter this
+//! process. It requires large pipes: per GB moved, 64 KiB pipes took 1.7 times the CPU of 1 MiB
+//! pipes. An unprivileged user may have only 64 MiB of pipes (`fs.pipe-user-pages-soft`); beyond
+//! that, new pipes have one or two pages. So a connection borrows a pipe while bytes flow and
+//! returns it once drained. If no large pipe is available, the caller copies.
 
 use crate::{Descriptors, Permit};
 use rustix::io::Errno;
@@ -14,25 +13,25 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-/// The size asked for, in bytes: the most that `fs.pipe-max-size` allows an ordinary user by
-/// default.
-const WANTED: usize = 1 << 20;
+/// The requested size in bytes: the default of `fs.pipe-max-size`, the maximum for an unprivileged
+/// user.
+const PIPE_SIZE: usize = 1 << 20;
 
-/// Below this many bytes a pipe is slower than a copy through one warm buffer.
-const WORTHWHILE: usize = 256 << 10;
+/// Minimum useful size in bytes. A smaller pipe is slower than copying through one cached buffer.
+const MIN_PIPE_SIZE: usize = 256 << 10;
 
-/// What became of one `splice(2)`.
+/// Result of one `splice(2)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Splice {
-    /// So many bytes moved (more than zero).
+    /// The number of bytes moved, at least one.
     Moved(usize),
-    /// The source has ended.
+    /// End of stream at the source.
     End,
-    /// Nothing to read, or no room to write, for now.
+    /// Nothing to read, or no space to write, at the moment.
     Blocked,
 }
 
-/// A pipe and how many bytes are in it.
+/// A pipe and the number of bytes in it.
 #[derive(Debug)]
 pub struct Pipe {
     read: OwnedFd,
@@ -43,50 +42,50 @@ pub struct Pipe {
 impl Pipe {
     fn new() -> io::Result<(Self, usize)> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        let size = match fcntl_setpipe_size(&write, WANTED) {
+        let size = match fcntl_setpipe_size(&write, PIPE_SIZE) {
             Ok(size) => size,
             Err(_) => rustix::pipe::fcntl_getpipe_size(&write)?,
         };
         Ok((Self { read, write, held: 0 }, size))
     }
 
-    /// How many bytes wait in the pipe.
+    /// Number of bytes in the pipe.
     pub fn held(&self) -> usize {
         self.held
     }
 
-    /// Moves up to `limit` bytes from `source` into the pipe, which must be empty: a half-full pipe
-    /// could refuse for its own sake, and `Blocked` would not say whose turn it is.
+    /// Moves up to `limit` bytes from `source` into the pipe, which must be empty. With a partly
+    /// filled pipe, `Blocked` would not tell whether the source is empty or the pipe is full.
     ///
     /// # Errors
-    /// What the source socket says, a reset for instance.
+    /// Errors of the source socket, such as a reset.
     pub fn fill(&mut self, source: impl AsFd, limit: usize) -> io::Result<Splice> {
-        debug_assert_eq!(self.held, 0, "a pipe is filled when it is empty");
+        debug_assert_eq!(self.held, 0, "fill requires an empty pipe");
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let source = source.as_fd();
-        let outcome = outcome(|| splice(source, None, &self.write, None, limit, flags))?;
-        if let Splice::Moved(bytes) = outcome {
+        let result = splice_result(|| splice(source, None, &self.write, None, limit, flags))?;
+        if let Splice::Moved(bytes) = result {
             self.held = bytes;
         }
-        Ok(outcome)
+        Ok(result)
     }
 
-    /// Moves what the pipe holds into `sink`, as far as there is room.
+    /// Moves bytes from the pipe to `sink`, as many as it accepts.
     ///
     /// # Errors
-    /// What the sink says, a reset for instance.
+    /// Errors of the sink, such as a reset.
     pub fn drain(&mut self, sink: impl AsFd) -> io::Result<Splice> {
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let sink = sink.as_fd();
-        let outcome = outcome(|| splice(&self.read, None, sink, None, self.held, flags))?;
-        if let Splice::Moved(bytes) = outcome {
+        let result = splice_result(|| splice(&self.read, None, sink, None, self.held, flags))?;
+        if let Splice::Moved(bytes) = result {
             self.held -= bytes;
         }
-        Ok(outcome)
+        Ok(result)
     }
 }
 
-fn outcome(splice: impl FnMut() -> Result<usize, Errno>) -> io::Result<Splice> {
+fn splice_result(splice: impl FnMut() -> Result<usize, Errno>) -> io::Result<Splice> {
     match rustix::io::retry_on_intr(splice) {
         Ok(0) => Ok(Splice::End),
         Ok(bytes) => Ok(Splice::Moved(bytes)),
@@ -95,24 +94,24 @@ fn outcome(splice: impl FnMut() -> Result<usize, Errno>) -> io::Result<Splice> {
     }
 }
 
-/// How many times a caller is told to copy before the system is asked for a pipe again, after it
-/// had none that is worth having: asking costs four system calls.
-const REFUSALS_BEFORE_ASKING_AGAIN: u32 = 256;
+/// Number of [`PipePool::obtain`] calls that fail without a system call after the kernel had no
+/// large pipe. A retry takes four system calls.
+const FAILURES_BEFORE_RETRY: u32 = 256;
 
-/// A bounded number of pipes, kept for use again.
+/// A bounded pool of reusable pipes.
 #[derive(Debug)]
 pub struct PipePool {
     idle: Vec<(Pipe, Permit)>,
     lent: usize,
     limit: usize,
-    /// How many pipes to keep while nobody uses them.
+    /// Maximum number of idle pipes to keep open.
     keep: usize,
     descriptors: Arc<Descriptors>,
-    /// Counts down to the next attempt after the system refused one.
-    refusals_left: u32,
+    /// Remaining failures before the next attempt to create a pipe.
+    failures_left: u32,
 }
 
-/// A pipe on loan from a [`PipePool`], with the permit for its descriptors.
+/// A pipe borrowed from a [`PipePool`], with the reservation of its descriptors.
 #[derive(Debug)]
 pub struct Loan {
     pipe: Pipe,
@@ -134,14 +133,14 @@ impl std::ops::DerefMut for Loan {
 }
 
 impl PipePool {
-    /// A pool of at most `limit` pipes, of which `keep` stay open when idle, within the allowance
-    /// of `descriptors`. Makes none yet.
+    /// Creates a pool of at most `limit` pipes within the budget of `descriptors`. At most `keep`
+    /// idle pipes stay open. Creates no pipe yet.
     pub fn new(limit: usize, keep: usize, descriptors: Arc<Descriptors>) -> Self {
-        Self { idle: Vec::new(), lent: 0, limit, keep, descriptors, refusals_left: 0 }
+        Self { idle: Vec::new(), lent: 0, limit, keep, descriptors, failures_left: 0 }
     }
 
-    /// An empty pipe; `None` at a limit, or when the system gives none that is worth having: copy
-    /// then.
+    /// Returns an empty pipe; `None` at a limit, or if the kernel provides no large pipe. The
+    /// caller then copies.
     pub fn obtain(&mut self) -> Option<Loan> {
         let (pipe, permit) = match self.idle.pop() {
             Some(idle) => idle,
@@ -153,22 +152,22 @@ impl PipePool {
     }
 
     fn make(&mut self) -> Option<(Pipe, Permit)> {
-        if self.refusals_left > 0 {
-            self.refusals_left -= 1;
+        if self.failures_left > 0 {
+            self.failures_left -= 1;
             return None;
         }
         let permit = self.descriptors.take(2)?;
         match Pipe::new() {
-            Ok((pipe, size)) if size >= WORTHWHILE => Some((pipe, permit)),
+            Ok((pipe, size)) if size >= MIN_PIPE_SIZE => Some((pipe, permit)),
             _ => {
-                self.refusals_left = REFUSALS_BEFORE_ASKING_AGAIN;
+                self.failures_left = FAILURES_BEFORE_RETRY;
                 None
             }
         }
     }
 
-    /// Takes a pipe back. One with bytes left in it (its connection was cut) is closed, never lent
-    /// again.
+    /// Returns a pipe to the pool. A pipe that still contains bytes, because its connection was
+    /// closed, is closed and not reused.
     pub fn release(&mut self, loan: Loan) {
         self.lent -= 1;
         if loan.pipe.held == 0 && self.idle.len() < self.keep {
@@ -176,7 +175,7 @@ impl PipePool {
         }
     }
 
-    /// Closes the idle pipes, for their descriptors are needed elsewhere.
+    /// Closes the idle pipes to free their descriptors.
     pub fn shrink(&mut self) {
         self.idle.clear();
     }
@@ -194,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_pass_through_and_the_end_of_the_source_is_told() {
+    fn bytes_pass_through_and_the_end_of_stream_is_reported() {
         let (mut near, source) = UnixStream::pair().unwrap();
         let (sink, mut far) = UnixStream::pair().unwrap();
         source.set_nonblocking(true).unwrap();
@@ -213,30 +212,30 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_with_bytes_in_it_is_not_lent_again() {
+    fn a_pipe_with_bytes_in_it_is_not_reused() {
         let (mut near, source) = UnixStream::pair().unwrap();
         let (mut pool, descriptors) = pool(9);
         let mut pipe = pool.obtain().unwrap();
         near.write_all(b"left behind").unwrap();
         pipe.fill(&source, 1 << 16).unwrap();
         pool.release(pipe);
-        assert_eq!(descriptors.taken(), 0, "closed, with its bytes");
+        assert_eq!(descriptors.taken(), 0, "the pipe was closed");
 
         let clean = pool.obtain().unwrap();
         pool.release(clean);
-        assert_eq!(descriptors.taken(), 2, "kept");
+        assert_eq!(descriptors.taken(), 2, "the idle pipe stays open");
         pool.shrink();
         assert_eq!(descriptors.taken(), 0);
     }
 
     #[test]
-    fn there_are_no_more_pipes_than_the_limits_allow() {
+    fn the_number_of_pipes_is_limited() {
         let (mut few, _) = pool(3);
         let loan = few.obtain().unwrap();
-        assert!(few.obtain().is_none(), "one descriptor is left, a pipe has two");
+        assert!(few.obtain().is_none(), "a pipe needs two descriptors, one is available");
         few.release(loan);
         let (mut many, _) = pool(100);
         let _loans = [many.obtain().unwrap(), many.obtain().unwrap()];
-        assert!(many.obtain().is_none(), "two pipes are the pool's limit");
+        assert!(many.obtain().is_none(), "the limit of the pool is two pipes");
     }
 }

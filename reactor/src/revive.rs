@@ -1,9 +1,10 @@
-//! Sockets that other software has destroyed (`ss -K`, `SOCK_DESTROY`), at work again.
+//! Recovery of sockets that other software destroyed (`ss -K`, `SOCK_DESTROY`).
 //!
-//! The kernel aborts the socket and leaves its descriptor: a listener no longer listens
+//! The kernel aborts the socket, and its descriptor stays open. A listener stops listening
 //! (`tcp_abort`, net/ipv4/tcp.c), and a datagram socket loses its device (`udp_abort`,
-//! `__udp_disconnect`, net/ipv4/udp.c). A port that the kernel had chosen is lost as well. The
-//! descriptor keeps all other options, so it is bound and told to listen again.
+//! `__udp_disconnect`, net/ipv4/udp.c). A socket on a port that the kernel chose also loses the
+//! port. All other socket options persist, so it suffices to bind the socket and call listen(2)
+//! again.
 
 use rustix::io::Errno;
 use rustix::net::{connect_unspec, listen, sockopt};
@@ -12,17 +13,17 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
-/// Whether `error`, of accept(2) or of receiving, may say that the socket was destroyed.
+/// Whether `error` of accept(2) or of a receive call can mean that the socket was destroyed.
 #[must_use]
 pub fn says_destroyed(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::INVAL | Errno::CONNABORTED))
 }
 
-/// Has a stream socket that was bound to `address`, and to `device`, listen again. Whether it had
-/// ceased to.
+/// Makes a stream socket that was bound to `address` and `device` listen again. Returns whether it
+/// had stopped listening.
 ///
 /// # Errors
-/// The kernel's: somebody else has taken a port that was lost.
+/// Errors of the system calls, such as `EADDRINUSE` if another socket took the lost port.
 pub fn revive_listener(
     socket: impl AsFd,
     address: SocketAddr,
@@ -32,17 +33,17 @@ pub fn revive_listener(
     if sockopt::socket_acceptconn(&socket)? {
         return Ok(false);
     }
-    // An aborted socket is shut down, which its connections would inherit.
+    // An aborted socket is shut down, and accepted connections would inherit that state.
     connect_unspec(&socket)?;
     rebind(&socket, address, device)?;
     listen(&socket, backlog)?;
     Ok(true)
 }
 
-/// Binds a datagram socket that was destroyed to its `address` and `device` again.
+/// Binds a destroyed datagram socket to its `address` and `device` again.
 ///
 /// # Errors
-/// As of [`revive_listener`].
+/// As for [`revive_listener`].
 pub fn revive_datagrams(
     socket: impl AsFd,
     address: SocketAddr,
@@ -53,13 +54,14 @@ pub fn revive_datagrams(
 
 fn rebind(socket: &impl AsFd, address: SocketAddr, device: Option<&str>) -> io::Result<()> {
     let socket = SockRef::from(socket);
-    // What it was destroyed with.
+    // Clears the error that the kernel set when it destroyed the socket.
     let _ = socket.take_error();
     if let Some(device) = device {
         socket.bind_device(Some(device.as_bytes()))?;
     }
     match socket.bind(&address.into()) {
-        // It still is. getsockname(2) does not tell: it names a port that was lost.
+        // The socket is still bound. getsockname(2) cannot tell, because it also reports a lost
+        // port.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
         bound => bound,
     }
@@ -72,11 +74,11 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
     #[test]
-    fn a_listener_that_was_shut_down_is_connected_to_again() {
+    fn a_listener_that_was_shut_down_accepts_again() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
-        assert!(!revive_listener(&listener, address, None, 8).unwrap(), "it listens");
-        // As near to being destroyed as one comes without privilege (`inet_shutdown`,
+        assert!(!revive_listener(&listener, address, None, 8).unwrap(), "the socket is listening");
+        // The closest equivalent of `SOCK_DESTROY` without privileges (`inet_shutdown`,
         // `tcp_disconnect`).
         rustix::net::shutdown(&listener, rustix::net::Shutdown::Both).unwrap();
         assert!(says_destroyed(&listener.accept().unwrap_err()));
@@ -86,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_somebody_else_has_taken_is_an_error() {
+    fn a_port_that_is_in_use_is_an_error() {
         let holder = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let lost = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         let error = revive_listener(&lost, holder.local_addr().unwrap(), None, 8).unwrap_err();

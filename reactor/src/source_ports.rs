@@ -1,17 +1,17 @@
-//! Source ports towards a far end that is dialled often.
+//! Source ports of frequent TCP connections to one destination.
 //!
-//! Every connection that we close first leaves its source port in TIME_WAIT for a minute, and the
-//! kernel, asked for any free port, does not take such a one again (`tcp_tw_reuse` is off but for
-//! loopback). It looks through one half of its range first, and then through the other
-//! (`__inet_hash_connect`, net/ipv4/inet_hashtables.c). With the usual 28,000 ephemeral ports, one
-//! far end can be dialled 470 times a second for any length of time. Beyond that connect(2) first
-//! becomes slow, once half of them are used (half a millisecond with a range of 64,000, in which
-//! the whole event loop stands still), and then fails with `EADDRNOTAVAIL`.
+//! When this side closes a connection first, its source port stays in TIME_WAIT for a minute. The
+//! automatic port selection of the kernel does not reuse such a port (`tcp_tw_reuse` applies only
+//! to loopback). It searches one half of its range first, and then the other
+//! (`__inet_hash_connect`, net/ipv4/inet_hashtables.c). With the default 28,000 ephemeral ports,
+//! one destination supports 470 sustained connections per second. Beyond that, connect(2) first
+//! becomes slow, once half of the ports are in use (half a millisecond with a range of 64,000,
+//! which blocks the event loop), and then fails with `EADDRNOTAVAIL`.
 //!
-//! A port that is asked for *by number* may be taken again at once, provided both ends use
-//! timestamps, which keep the two connections apart (RFC 6191; `tcp_twsk_unique`,
-//! net/ipv4/tcp_ipv4.c). So before it comes to that, and when the kernel has none left, ports are
-//! taken in turn by number, which also brings back the longest resting first.
+//! A socket that binds a port *by number* may reuse it at once if both ends use TCP timestamps,
+//! which keep the two connections apart (RFC 6191; `tcp_twsk_unique`, net/ipv4/tcp_ipv4.c). So
+//! before the search becomes slow, and when it fails, ports are bound by number in round-robin
+//! order. This also reuses the ports with the longest time in TIME_WAIT first.
 
 use rustix::io::Errno;
 use rustix::net::{bind, connect, sockopt};
@@ -22,22 +22,23 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Where the kernel's range is to be read, for the namespace of the reading thread.
+/// The port range of the kernel, in the network namespace of the reading thread.
 const RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 
-/// How long a port rests (`TCP_TIMEWAIT_LEN`).
-const REST: Duration = Duration::from_secs(60);
+/// Duration of TIME_WAIT (`TCP_TIMEWAIT_LEN`).
+const TIME_WAIT: Duration = Duration::from_secs(60);
 
-/// Ports tried by number before a flow is refused. Those of live connections are in the way.
+/// Maximum number of ports to try by number before a connection fails. Ports of open connections
+/// are unavailable.
 const ATTEMPTS: u32 = 256;
 
-/// How long none is tried after all that were tried were taken.
-const DRY: Duration = Duration::from_millis(100);
+/// Back-off of the port search after all attempts failed.
+const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// The range is not looked up for the sake of fewer connections than these.
-const FEW: u32 = 64;
+/// Up to this number of recent connections, the range is not read.
+const MIN_RECENT: u32 = 64;
 
-/// Ports that the kernel gives to sockets that ask for any.
+/// The range of ports for automatic selection by the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortRange {
     first: u16,
@@ -45,15 +46,15 @@ pub struct PortRange {
 }
 
 impl Default for PortRange {
-    /// The kernel's own.
+    /// The default of the kernel.
     fn default() -> Self {
         Self { first: 32_768, last: 60_999 }
     }
 }
 
 impl PortRange {
-    /// The range that the calling thread's namespace sets; the kernel's default where that cannot
-    /// be read.
+    /// The range of the network namespace of the calling thread, or the default of the kernel if it
+    /// cannot be read.
     #[must_use]
     pub fn of_this_namespace() -> Self {
         let text = std::fs::read_to_string(RANGE).unwrap_or_default();
@@ -64,30 +65,30 @@ impl PortRange {
         }
     }
 
-    /// How many there are.
+    /// The number of ports.
     #[must_use]
     pub fn count(self) -> u32 {
         u32::from(self.last - self.first) + 1
     }
 
-    /// Half of the half that the kernel goes through first.
-    fn plenty(self) -> u32 {
+    /// Half of the ports that the kernel searches first.
+    fn threshold(self) -> u32 {
         self.count() / 4
     }
 }
 
-/// How many connections began in the last one to two [`REST`]s.
+/// Number of connections started during the last one to two [`TIME_WAIT`] periods.
 #[derive(Debug, Default)]
 struct Recent {
     since: Option<Instant>,
     before: u32,
     now: u32,
-    /// There was no port, and until then none is looked for.
-    dry_until: Option<Instant>,
+    /// Set after the port search failed; no search starts earlier.
+    back_off_until: Option<Instant>,
 }
 
 impl Recent {
-    /// Counts one more; how many there are with it.
+    /// Counts a connection and returns the new total.
     fn add(&mut self, now: Instant) -> u32 {
         self.pass(now);
         self.now = self.now.saturating_add(1);
@@ -102,43 +103,44 @@ impl Recent {
     fn pass(&mut self, now: Instant) {
         let since = *self.since.get_or_insert(now);
         let passed = now.saturating_duration_since(since);
-        if passed >= REST {
-            self.before = if passed < 2 * REST { self.now } else { 0 };
+        if passed >= TIME_WAIT {
+            self.before = if passed < 2 * TIME_WAIT { self.now } else { 0 };
             (self.since, self.now) = (Some(now), 0);
         }
     }
 }
 
-/// Chooses source ports of TCP connections, from one namespace to one far end.
+/// Selects source ports of TCP connections from one namespace to one destination.
 #[derive(Debug, Default)]
 pub struct SourcePorts {
-    /// Read when it is first needed, which for most far ends it never is.
+    /// Read on first use. Most destinations never need it.
     range: OnceLock<PortRange>,
     next: AtomicU32,
     recent: Mutex<Recent>,
 }
 
 impl SourcePorts {
-    /// With a range that is known already, for who may not be able to read it later.
+    /// Creates a selector with a known range, for callers that may not be able to read it later.
     #[must_use]
     pub fn within(range: PortRange) -> Self {
         Self { range: range.into(), ..Self::default() }
     }
 
-    /// Whether so many connections began of late that ports are taken by number.
+    /// Whether recent connections are so many that ports are bound by number.
     pub fn by_number(&self) -> bool {
-        self.is_plenty(self.recent().count(Instant::now()))
+        self.exceeds_threshold(self.recent().count(Instant::now()))
     }
 
-    fn is_plenty(&self, count: u32) -> bool {
-        count > FEW && count > self.range().plenty()
+    fn exceeds_threshold(&self, count: u32) -> bool {
+        count > MIN_RECENT && count > self.range().threshold()
     }
 
-    /// Begins to connect a socket from `make` to `to`. `make` has bound it to an address without a
-    /// port, if the address matters (`source`); otherwise `source` is `None`.
+    /// Creates a socket with `make` and starts to connect it to `to`. If the source address
+    /// matters, `make` binds the socket to it without a port, and `source` is that address.
+    /// Otherwise `source` is `None`.
     ///
     /// # Errors
-    /// What `make` and connect(2) say; `AddrNotAvailable` when no port could be had.
+    /// Errors of `make` and connect(2); `AddrNotAvailable` if no port is available.
     pub fn connect(
         &self,
         make: impl Fn() -> io::Result<OwnedFd>,
@@ -147,22 +149,23 @@ impl SourcePorts {
     ) -> io::Result<OwnedFd> {
         let make = || {
             let socket = make()?;
-            // A port in TIME_WAIT is bound again only if its last socket allowed that as well.
+            // A port in TIME_WAIT can be bound again only if its previous socket also had
+            // SO_REUSEADDR set.
             sockopt::set_socket_reuseaddr(&socket, true)?;
             Ok::<_, io::Error>(socket)
         };
         let now = Instant::now();
-        let (count, dry) = {
+        let (count, backing_off) = {
             let mut recent = self.recent();
-            (recent.add(now), recent.dry_until.is_some_and(|until| now < until))
+            (recent.add(now), recent.back_off_until.is_some_and(|until| now < until))
         };
-        if dry {
+        if backing_off {
             return Err(Errno::ADDRNOTAVAIL.into());
         }
-        if !self.is_plenty(count) {
+        if !self.exceeds_threshold(count) {
             let socket = make()?;
             match begin_connect(&socket, to) {
-                // Others have used them up.
+                // Other sockets use all ports.
                 Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
                     self.recent().now = u32::MAX;
                 }
@@ -178,12 +181,12 @@ impl SourcePorts {
                 .map_err(io::Error::from)
                 .and_then(|()| begin_connect(&socket, to))
             {
-                // A live connection's, or somebody's listener.
-                Err(error) if is_taken(&error) => {}
+                // The port belongs to an open connection or to a listener.
+                Err(error) if is_in_use(&error) => {}
                 result => return result.map(|()| socket),
             }
         }
-        self.recent().dry_until = Some(now + DRY);
+        self.recent().back_off_until = Some(now + BACK_OFF);
         Err(Errno::ADDRNOTAVAIL.into())
     }
 
@@ -202,10 +205,11 @@ impl SourcePorts {
     }
 }
 
-/// Begins to connect `socket`; that it is not done yet is no error.
+/// Starts to connect `socket`. A connection in progress is not an error.
 ///
 /// # Errors
-/// What connect(2) says at once: no route, no free port, refused (UDP never; TCP over loopback).
+/// Immediate errors of connect(2): no route, no free port, refused (never for UDP; TCP over
+/// loopback).
 pub fn begin_connect(socket: impl AsFd, address: SocketAddr) -> io::Result<()> {
     match connect(socket, &address) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(()),
@@ -213,7 +217,7 @@ pub fn begin_connect(socket: impl AsFd, address: SocketAddr) -> io::Result<()> {
     }
 }
 
-fn is_taken(error: &io::Error) -> bool {
+fn is_in_use(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
 }
 
@@ -225,7 +229,7 @@ mod tests {
     use std::net::TcpListener;
 
     #[test]
-    fn what_is_older_than_two_minutes_does_not_count() {
+    fn connections_older_than_two_minutes_do_not_count() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut recent = Recent::default();
@@ -233,7 +237,7 @@ mod tests {
             recent.add(at(second));
         }
         assert_eq!(recent.count(at(59)), 30);
-        assert_eq!(recent.count(at(60)), 30, "the minute before counts");
+        assert_eq!(recent.count(at(60)), 30, "the previous minute counts");
         recent.add(at(61));
         assert_eq!(recent.count(at(119)), 31);
         assert_eq!(recent.count(at(120)), 1);
@@ -241,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn when_all_are_taken_none_is_tried_for_a_while() {
+    fn the_port_search_backs_off_after_exhaustion() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let to = listener.local_addr().unwrap();
         let ports = SourcePorts::within(PortRange { first: to.port(), last: to.port() });
@@ -255,14 +259,14 @@ mod tests {
             let refused = ports.connect(make, None, to).unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::AddrNotAvailable);
         }
-        assert_eq!(made.get(), ATTEMPTS, "the second time it did not try");
-        ports.recent().dry_until = Some(Instant::now());
+        assert_eq!(made.get(), ATTEMPTS, "the second call backs off");
+        ports.recent().back_off_until = Some(Instant::now());
         ports.connect(make, None, to).unwrap_err();
         assert_eq!(made.get(), 2 * ATTEMPTS);
     }
 
     #[test]
-    fn a_range_of_one_port_is_one() {
+    fn a_range_may_contain_a_single_port() {
         let range = PortRange { first: 7, last: 7 };
         let ports = SourcePorts::within(range);
         assert_eq!((range.count(), ports.next_port(), ports.next_port()), (1, 7, 7));

@@ -1,36 +1,36 @@
-//! Deadlines by token. Pure: the caller brings the time.
+//! Deadlines by token. The caller provides the current time.
 
 use crate::Token;
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-/// A set of deadlines, the next one first.
+/// A set of deadlines, earliest first.
 ///
-/// Whoever arms a timer keeps the deadline and disarms with it; there is no handle. A timer that
-/// only has to be pushed back on every packet is not worth a re-arm each time: let it fire, look
-/// when the last packet was, and arm it again.
+/// There are no timer handles: the caller keeps the deadline and passes it to [`Self::disarm`]. To
+/// extend a timeout on every packet, do not re-arm the timer each time. Let it fire, compare with
+/// the time of the last packet, and arm it again.
 #[derive(Debug, Default)]
 pub struct Timers {
     deadlines: BTreeSet<(Instant, Token)>,
 }
 
 impl Timers {
-    /// Makes `token` due at `deadline`; the same pair twice is one timer.
+    /// Arms a timer for `token` at `deadline`. Arming the same pair twice is one timer.
     pub fn arm(&mut self, deadline: Instant, token: Token) {
         self.deadlines.insert((deadline, token));
     }
 
-    /// Takes back what [`Self::arm`] did; no harm if it has fired already.
+    /// Cancels a timer of [`Self::arm`]; does nothing if it has fired already.
     pub fn disarm(&mut self, deadline: Instant, token: Token) {
         self.deadlines.remove(&(deadline, token));
     }
 
-    /// When the next timer is due.
+    /// The earliest deadline.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.deadlines.first().map(|(deadline, _)| *deadline)
     }
 
-    /// Takes out one timer that is due at `now`, earliest first.
+    /// Removes and returns the earliest timer that is due at `now`.
     pub fn expire(&mut self, now: Instant) -> Option<Token> {
         let first = *self.deadlines.first()?;
         (first.0 <= now).then(|| {

@@ -1,10 +1,11 @@
-//! Socket addresses and control messages, to and from the kernel's layout (ip(7), ipv6(7), udp(7)).
+//! Conversion of socket addresses and control messages to and from the kernel layout (ip(7),
+//! ipv6(7), udp(7)).
 
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
-/// Room for every control message that we ask for or send: packet info and a segment size. Aligned
-/// as `cmsghdr` wants it.
+/// Buffer for all control messages of one message: packet info and segment size. Aligned as
+/// `cmsghdr` requires.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 pub(super) struct Control(pub(super) [u8; 128]);
@@ -13,27 +14,27 @@ impl Control {
     pub(super) const EMPTY: Self = Self([0; 128]);
 }
 
-/// What the control messages of one received message say.
+/// Parsed control messages of one received message.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Ancillary {
-    /// Which of our addresses to answer from.
+    /// The local address for replies.
     pub(super) destination: Option<IpAddr>,
-    /// The destination address of the datagram, which may be a broadcast or multicast address.
+    /// The destination address of the datagram; it may be a broadcast or multicast address.
     pub(super) sent_to: Option<IpAddr>,
-    /// The index of the interface it came in by; 0 when not told.
+    /// Index of the ingress interface; 0 if not reported.
     pub(super) interface: u32,
-    /// The segment size of a batch.
+    /// Segment size of a GSO batch, in bytes.
     pub(super) segment: Option<usize>,
 }
 
-/// Reads the control messages of `header`.
+/// Parses the control messages of `header`.
 ///
 /// # Safety
-/// `msg_control` and `msg_controllen` must describe what recvmmsg(2) has filled in.
+/// `msg_control` and `msg_controllen` must be as set by recvmmsg(2).
 pub(super) unsafe fn decode(header: &libc::msghdr) -> Ancillary {
     let mut ancillary = Ancillary::default();
-    // SAFETY: the CMSG macros stay within the buffer that the caller vouches for, and each payload
-    // is read unaligned, in the type that its level and type name.
+    // SAFETY: the CMSG macros stay within the buffer, by the contract of this function. Each
+    // payload is read unaligned, with the type that its level and type imply.
     unsafe {
         let mut cursor = libc::CMSG_FIRSTHDR(header);
         while let Some(message) = cursor.as_ref() {
@@ -41,8 +42,8 @@ pub(super) unsafe fn decode(header: &libc::msghdr) -> Ancillary {
             match (message.cmsg_level, message.cmsg_type) {
                 (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
                     let info = data.cast::<libc::in_pktinfo>().read_unaligned();
-                    // `ipi_spec_dst` and not `ipi_addr`: of a broadcast it is the address to answer
-                    // from.
+                    // `ipi_spec_dst` instead of `ipi_addr`: for a broadcast it is the local address
+                    // for replies.
                     ancillary.destination =
                         Some(Ipv4Addr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()).into());
                     ancillary.sent_to =
@@ -68,8 +69,8 @@ pub(super) unsafe fn decode(header: &libc::msghdr) -> Ancillary {
     ancillary
 }
 
-/// Writes into `control` what a message needs: the address to send from and the segment size.
-/// Returns the length to put into `msg_controllen`.
+/// Writes the control messages for the source address and the segment size to `control`. Returns
+/// the value for `msg_controllen`.
 pub(super) fn encode(
     control: &mut Control,
     from: Option<(IpAddr, u32)>,
@@ -107,13 +108,13 @@ fn push<T: Copy>(
     kind: libc::c_int,
     value: T,
 ) -> usize {
-    // SAFETY: pure arithmetic, despite its signature.
+    // SAFETY: CMSG_SPACE and CMSG_LEN are pure arithmetic.
     let (space, length) =
         unsafe { (libc::CMSG_SPACE(size_of::<T>() as u32), libc::CMSG_LEN(size_of::<T>() as u32)) };
     let end = at + space as usize;
-    assert!(end <= control.0.len(), "the control buffer holds every message that we send");
-    // SAFETY: `at` is a multiple of the alignment (CMSG_SPACE rounds up), `end` is inside the
-    // buffer, and the payload is written unaligned.
+    assert!(end <= control.0.len(), "the control buffer fits all messages");
+    // SAFETY: `at` is aligned because CMSG_SPACE rounds up, `end` is within the buffer, and the
+    // payload is written unaligned.
     unsafe {
         let header = control.0.as_mut_ptr().add(at).cast::<libc::cmsghdr>();
         let mut filled: libc::cmsghdr = MaybeUninit::zeroed().assume_init();
@@ -126,11 +127,11 @@ fn push<T: Copy>(
     end
 }
 
-/// The address in `storage`, if it is one of IP.
+/// The address in `storage`, if its family is IPv4 or IPv6.
 pub(super) fn address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
     let storage = &raw const *storage;
-    // SAFETY: sockaddr_storage is large and aligned enough for each family's address, and the
-    // family says which one it holds.
+    // SAFETY: sockaddr_storage has sufficient size and alignment for each family, and the family
+    // selects the type of the address.
     unsafe {
         match i32::from((*storage).ss_family) {
             libc::AF_INET => {
@@ -141,7 +142,7 @@ pub(super) fn address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
             libc::AF_INET6 => {
                 let v6 = &*storage.cast::<libc::sockaddr_in6>();
                 let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
-                // The flow label is no part of a flow's identity.
+                // The flow label does not identify a flow.
                 Some(SocketAddrV6::new(ip, u16::from_be(v6.sin6_port), 0, v6.sin6_scope_id).into())
             }
             _ => None,
@@ -149,11 +150,11 @@ pub(super) fn address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
     }
 }
 
-/// Puts `address` into `storage` and returns the length that it has there.
+/// Writes `address` to `storage` and returns its length.
 pub(super) fn store(address: &SocketAddr, storage: &mut libc::sockaddr_storage) -> libc::socklen_t {
     let storage = &raw mut *storage;
-    // SAFETY: sockaddr_storage is large and aligned enough for each family's address, and all-zero
-    // is a valid value for each.
+    // SAFETY: sockaddr_storage has sufficient size and alignment for each family, and all-zero is a
+    // valid value for each.
     unsafe {
         storage.write(MaybeUninit::zeroed().assume_init());
         match address {
@@ -183,7 +184,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_address_survives_the_kernels_layout(ip: IpAddr, port: u16, scope in 0u32..9) {
+        fn an_address_survives_conversion(ip: IpAddr, port: u16, scope in 0u32..9) {
             let mut before = SocketAddr::new(ip, port);
             if let SocketAddr::V6(v6) = &mut before {
                 v6.set_scope_id(scope);

@@ -1,49 +1,49 @@
-//! Which neighbours may travel as one batch. Pure.
+//! Merging of consecutive messages into GSO batches. Pure functions.
 //!
-//! A GSO batch (`UDP_SEGMENT`) is one buffer and one segment size: the kernel cuts it at each
-//! multiple of the size, so every datagram but the last must have exactly that size, and the last
-//! may be shorter but not empty.
+//! A GSO batch (`UDP_SEGMENT`) is one buffer with one segment size, and the kernel cuts it at
+//! multiples of that size. So all datagrams except the last must have exactly the segment size. The
+//! last may be shorter but not empty.
 
 use std::ops::Range;
 
-/// The most datagrams in one GSO batch: `UDP_MAX_SEGMENTS` of include/linux/udp.h (64 until
+/// Maximum number of datagrams in a GSO batch: `UDP_MAX_SEGMENTS` of include/linux/udp.h (64 until
 /// Linux 6.8, 128 since).
 pub const MAX_SEGMENTS: usize = 64;
 
-/// The most payload in one GSO batch, in bytes: it is one IP packet until it is cut, 65,535 bytes
-/// with its headers, and some of that is left for encapsulation.
+/// Maximum payload of a GSO batch in bytes. Until segmentation it is one IP packet of at most
+/// 65,535 bytes including headers; the rest is reserved for encapsulation.
 pub const MAX_BATCH_BYTES: usize = 64_000;
 
-/// Received messages that are sent on as one.
+/// Consecutive received messages that are sent as one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
-    /// Which messages.
+    /// Indices of the messages.
     pub messages: Range<usize>,
-    /// The size at which the kernel cuts them; for a lone datagram its length.
+    /// Segment size in bytes; for a single datagram its length.
     pub segment: usize,
-    /// Payload of all of them, in bytes.
+    /// Total payload in bytes.
     pub bytes: usize,
-    /// How many datagrams they hold: a received message may be a GSO batch itself.
+    /// Number of datagrams. A received message may itself be a GSO batch.
     pub datagrams: usize,
 }
 
 impl Group {
-    /// Whether it has to be cut at all.
+    /// Whether the group contains more than one datagram.
     pub fn is_batch(&self) -> bool {
         self.datagrams > 1
     }
 }
 
-/// How many datagrams a message of `bytes` cut at `segment` is; an empty message is one empty
-/// datagram.
+/// Number of datagrams in a message of `bytes` with segment size `segment`. An empty message is one
+/// empty datagram.
 fn datagrams(bytes: usize, segment: usize) -> usize {
     if bytes == 0 { 1 } else { bytes.div_ceil(segment) }
 }
 
-/// The longest group that begins with message `run.start` and stays within `run`.
+/// Returns the longest group that starts at message `run.start` and stays within `run`.
 ///
-/// `size` tells a message's length and segment size, both in bytes. Messages whose segments are
-/// larger than `max_segment` (it may be 0) are not joined with others.
+/// `size` returns the length and segment size of a message, both in bytes. Messages with segments
+/// larger than `max_segment`, which may be 0, are not merged with others.
 pub fn next_group(
     run: Range<usize>,
     max_segment: usize,
@@ -95,7 +95,7 @@ mod tests {
         groups
     }
 
-    /// The datagrams' lengths as the receiver of `bytes` cut at `segment` sees them.
+    /// Lengths of the datagrams after segmentation of `bytes` at `segment`.
     fn cut(bytes: usize, segment: usize) -> Vec<usize> {
         if bytes == 0 {
             return vec![0];
@@ -104,14 +104,14 @@ mod tests {
     }
 
     #[test]
-    fn equal_neighbours_join_and_a_shorter_one_ends_the_batch() {
+    fn equal_datagrams_merge_and_a_shorter_one_ends_the_batch() {
         let sizes = [(100, 100), (100, 100), (40, 40), (100, 100)];
         let lengths: Vec<_> = groups(&sizes, 1500).iter().map(|g| g.messages.len()).collect();
         assert_eq!(lengths, [3, 1]);
     }
 
     #[test]
-    fn an_empty_datagram_travels_alone() {
+    fn an_empty_datagram_is_sent_alone() {
         let sizes = [(100, 100), (0, 0), (100, 100)];
         let lengths: Vec<_> = groups(&sizes, 1500).iter().map(|g| g.messages.len()).collect();
         assert_eq!(lengths, [1, 1, 1]);
@@ -129,7 +129,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_receiver_sees_the_same_datagrams(
+        fn merging_preserves_datagrams(
             messages in prop::collection::vec(message(), 1..64),
             max_segment in prop_oneof![Just(0usize), Just(5), Just(1472), Just(65_535)],
         ) {

@@ -1,4 +1,4 @@
-//! Receiving: `recvmmsg(2)` into slots that are made once.
+//! Receiving with `recvmmsg(2)` into preallocated slots.
 
 use super::control::{self, Control};
 use super::{SLOT_BYTES, SLOTS};
@@ -7,36 +7,34 @@ use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 
-/// One received message: a datagram, or a GSO batch of them.
+/// One received message: a datagram or a GSO batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Datagram<'a> {
-    /// The bytes; of a GSO batch, those of all its datagrams.
+    /// The payload; for a GSO batch, the payload of all its datagrams.
     pub payload: &'a [u8],
-    /// The size of each datagram of a GSO batch but the last, which may be shorter; otherwise the
-    /// length.
+    /// The segment size of a GSO batch (the last datagram may be shorter); otherwise the length.
     pub segment: usize,
-    /// Who sent it; `None` on a socket whose kernel did not say (a connected one, where it is
-    /// known).
+    /// The sender; `None` if the kernel did not report it, as on a connected socket.
     pub source: Option<SocketAddr>,
-    /// Which of our addresses to answer from, where [`super::enable_packet_info`] asked for that:
-    /// the one it was sent to, or for an IPv4 broadcast or multicast the one that the kernel
-    /// selects.
+    /// The local address for replies, if [`super::enable_packet_info`] is set. It is the
+    /// destination address of the datagram, or for an IPv4 broadcast or multicast the address that
+    /// the kernel selects.
     pub destination: Option<IpAddr>,
-    /// Its destination address, with the same condition.
+    /// The destination address, under the same condition.
     pub sent_to: Option<IpAddr>,
-    /// The index of the interface it came in by, with the same condition; 0 when not told.
+    /// Index of the ingress interface, under the same condition; 0 if not reported.
     pub interface: u32,
 }
 
 impl Datagram<'_> {
-    /// Whether it was sent to a broadcast or multicast address. Only then does the kernel select
-    /// another address to answer from (`fib_compute_spec_dst`).
+    /// Whether the destination is a broadcast or multicast address. Only then does the kernel
+    /// select a different address for replies (`fib_compute_spec_dst`).
     pub fn is_to_group(&self) -> bool {
         self.sent_to != self.destination
             || self.sent_to.is_some_and(|address| address.is_multicast())
     }
 
-    /// How many datagrams it is.
+    /// Number of datagrams in the message.
     pub fn count(&self) -> usize {
         if self.payload.is_empty() { 1 } else { self.payload.len().div_ceil(self.segment) }
     }
@@ -44,20 +42,20 @@ impl Datagram<'_> {
 
 /// Slots for [`SLOTS`] messages of up to [`SLOT_BYTES`] each.
 ///
-/// The buffers are 4 MiB of address space, of which the kernel backs only what was ever received
-/// into.
+/// The buffers reserve 4 MiB of address space. The kernel allocates only the pages that were
+/// received into.
 pub struct RecvBatch {
     buffers: Vec<u8>,
     names: Vec<libc::sockaddr_storage>,
     controls: Vec<Control>,
-    /// Point into `vectors`, `names` and `controls`, none of which is ever resized.
+    /// Pointers into `vectors`, `names` and `controls`, which are never resized.
     headers: Vec<libc::mmsghdr>,
-    /// Point into `buffers`, which is never resized.
+    /// Pointers into `buffers`, which is never resized.
     _vectors: Vec<libc::iovec>,
     received: usize,
 }
 
-// SAFETY: the raw pointers inside refer to the heap blocks of the same value, which move with it.
+// SAFETY: the raw pointers refer to heap blocks of the same value, which move with it.
 unsafe impl Send for RecvBatch {}
 
 impl Default for RecvBatch {
@@ -67,7 +65,7 @@ impl Default for RecvBatch {
 }
 
 impl RecvBatch {
-    /// Empty slots.
+    /// Allocates empty slots.
     pub fn new() -> Self {
         let mut buffers = vec![0; SLOTS * SLOT_BYTES];
         // SAFETY: all-zero is a valid sockaddr_storage.
@@ -101,7 +99,7 @@ impl RecvBatch {
         batch
     }
 
-    /// Puts back the lengths that the kernel overwrote in the first `used` headers.
+    /// Restores the lengths that the kernel overwrote in the first `used` headers.
     fn reset(&mut self, used: usize) {
         for header in &mut self.headers[..used] {
             header.msg_hdr.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
@@ -110,12 +108,12 @@ impl RecvBatch {
         }
     }
 
-    /// Receives what waits at `socket`, at most [`SLOTS`] messages, in place of what was here
-    /// before. Returns how many.
+    /// Receives up to [`SLOTS`] queued messages from `socket`, and replaces the previous ones.
+    /// Returns their number.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing waits; otherwise the socket's pending error (`ConnectionRefused`
-    /// of a connected socket whose last datagram found the port closed).
+    /// `WouldBlock` if no message is queued; otherwise the pending error of the socket
+    /// (`ConnectionRefused` if the last datagram of a connected socket reached a closed port).
     pub fn receive(&mut self, socket: impl AsFd) -> io::Result<usize> {
         self.reset(self.received);
         self.received = 0;
@@ -133,25 +131,26 @@ impl RecvBatch {
         Ok(self.received)
     }
 
-    /// How many messages the last [`Self::receive`] brought.
+    /// Number of messages of the last [`Self::receive`].
     pub fn len(&self) -> usize {
         self.received
     }
 
-    /// Whether it brought none.
+    /// Whether the last [`Self::receive`] returned no message.
     pub fn is_empty(&self) -> bool {
         self.received == 0
     }
 
-    /// Message `index` of the last [`Self::receive`].
+    /// Returns message `index` of the last [`Self::receive`].
     ///
     /// # Panics
-    /// When there is no such message.
+    /// If there is no such message.
     pub fn get(&self, index: usize) -> Datagram<'_> {
         assert!(index < self.received, "message {index} of {}", self.received);
         let header = &self.headers[index];
         let payload = &self.buffers[index * SLOT_BYTES..][..header.msg_len as usize];
-        // SAFETY: recvmmsg has filled in this header, for it is one of those received.
+        // SAFETY: recvmmsg has filled in this header, because `index` is below the number of
+        // messages.
         let ancillary = unsafe { control::decode(&header.msg_hdr) };
         let source = if header.msg_hdr.msg_namelen == 0 {
             None

@@ -1,4 +1,4 @@
-//! Sending on: runs of received messages, merged into GSO batches, by `sendmmsg(2)`.
+//! Forwarding of received messages with `sendmmsg(2)`, merged into GSO batches.
 
 use super::control::{self, Control};
 use super::merge::{Group, next_group};
@@ -9,21 +9,20 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-/// Where a run goes on an unconnected socket.
+/// Destination of messages on an unconnected socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Destination {
     /// The receiver.
     pub to: SocketAddr,
-    /// Which of our addresses to send from, and the interface to leave by (0: as the route says).
+    /// Source address and egress interface (0: by the routing table).
     pub from: Option<(IpAddr, u32)>,
 }
 
-/// What one path (a connected socket, or a client of a listener) can take in the way of GSO
-/// batches.
+/// GSO capability of one path: of a connected socket, or of a listener towards one client.
 ///
-/// A segment that does not fit the path's MTU is refused by the kernel as a GSO batch, while as a
-/// datagram of its own it would be sent in fragments. That shows only on sending, so it is learnt
-/// there.
+/// The kernel rejects a GSO batch with a segment larger than the path MTU, while it would fragment
+/// a single datagram of that size. The limit is known only after a failed send, and is recorded
+/// here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offload {
     pub(super) max_segment: u16,
@@ -36,36 +35,37 @@ impl Default for Offload {
 }
 
 impl Offload {
-    /// A path that takes no GSO batches at all.
+    /// A path without GSO.
     pub const OFF: Self = Self { max_segment: 0 };
 
-    fn refused(&mut self, segment: usize) {
+    fn reject_segment(&mut self, segment: usize) {
         self.max_segment =
             self.max_segment.min(u16::try_from(segment.saturating_sub(1)).unwrap_or(u16::MAX));
     }
 }
 
-/// What became of a run.
+/// Result of [`SendBatch::forward`].
 #[derive(Debug, Default)]
 pub struct Sent {
-    /// Datagrams that the kernel took.
+    /// Datagrams that the kernel accepted.
     pub datagrams: u64,
     /// Their payload in bytes.
     pub bytes: u64,
-    /// Datagrams lost because the socket's send buffer was full.
+    /// Datagrams dropped because the send buffer was full.
     pub no_room: u64,
-    /// Datagrams too long for the path, where it does not fragment.
+    /// Datagrams dropped because they exceed the path MTU and must not be fragmented.
     pub too_long: u64,
-    /// Datagrams lost to `error`.
+    /// Datagrams dropped because of other errors, including `error`.
     pub failed: u64,
-    /// How often the socket told of an earlier datagram that the port was closed (ICMP); what was
-    /// being sent was sent all the same.
+    /// Number of pending ICMP port-unreachable errors that the socket reported for earlier
+    /// datagrams. The current datagram is sent regardless.
     pub refusals: u64,
-    /// Why the rest of the run was given up: the path is gone (`NetworkUnreachable` and the like).
+    /// The error that ended the run early: the path is unavailable (`NetworkUnreachable` and
+    /// similar).
     pub error: Option<io::Error>,
 }
 
-/// Scratch space for sending; one per loop.
+/// Buffers for sending, reused between calls; one per loop.
 pub struct SendBatch {
     vectors: Vec<libc::iovec>,
     messages: Vec<Message>,
@@ -73,10 +73,10 @@ pub struct SendBatch {
     controls: Vec<Control>,
 }
 
-// SAFETY: the raw pointers inside are used only within `forward`, which sets them first.
+// SAFETY: the raw pointers are used only within `forward`, which sets them first.
 unsafe impl Send for SendBatch {}
 
-/// One message to send: part of `vectors`, and what it is.
+/// A message to send: a range of `vectors` and its group.
 #[derive(Clone)]
 struct Message {
     vectors: Range<usize>,
@@ -90,7 +90,7 @@ impl Default for SendBatch {
 }
 
 impl SendBatch {
-    /// Empty scratch space.
+    /// Creates empty buffers.
     pub fn new() -> Self {
         Self {
             vectors: Vec::new(),
@@ -100,8 +100,8 @@ impl SendBatch {
         }
     }
 
-    /// Sends messages `run` of `received` on through `socket`: to its peer if it is connected, or
-    /// to `destination`. Keeps their order and the datagrams' boundaries. Never waits.
+    /// Forwards messages `run` of `received` through `socket`, to its peer if it is connected, or
+    /// to `destination`. Preserves order and datagram boundaries. Never blocks.
     pub fn forward(
         &mut self,
         socket: impl AsFd,
@@ -143,7 +143,7 @@ impl SendBatch {
         self.messages.push(Message { vectors: first..self.vectors.len(), group });
     }
 
-    /// Adds the datagrams of `group` one by one.
+    /// Adds each datagram of `group` as a message of its own.
     fn push_cut(&mut self, received: &RecvBatch, group: &Group) {
         for index in group.messages.clone() {
             let datagram = received.get(index);
@@ -161,7 +161,7 @@ impl SendBatch {
         }
     }
 
-    /// Sends what was pushed.
+    /// Sends all added messages.
     fn flush(
         &mut self,
         socket: BorrowedFd<'_>,
@@ -177,10 +177,10 @@ impl SendBatch {
         self.write_headers(destination, &mut name, name_length);
 
         let mut next = 0;
-        let mut tried_again = false;
+        let mut retried = false;
         while next < self.messages.len() {
             // SAFETY: the headers from `next` on point to `vectors`, `controls`, `name` and the
-            // buffers of `received`, all of which outlive the call and are not touched meanwhile.
+            // buffers of `received`, which outlive the call and are not modified during it.
             let count = unsafe {
                 libc::sendmmsg(
                     socket.as_raw_fd(),
@@ -195,7 +195,7 @@ impl SendBatch {
                     sent.bytes += message.group.bytes as u64;
                 }
                 next += count;
-                tried_again = false;
+                retried = false;
                 continue;
             }
             let error = io::Error::last_os_error();
@@ -203,27 +203,27 @@ impl SendBatch {
             let lost = group.datagrams as u64;
             match error.raw_os_error() {
                 Some(libc::EINTR) => {}
-                // The error of an earlier datagram; this one was not looked at yet.
-                Some(libc::ECONNREFUSED) if !tried_again => {
+                // A pending error of an earlier datagram. The kernel has not processed this one.
+                Some(libc::ECONNREFUSED) if !retried => {
                     sent.refusals += 1;
-                    tried_again = true;
+                    retried = true;
                 }
                 Some(libc::ECONNREFUSED) => {
                     sent.failed += lost;
                     next += 1;
-                    tried_again = false;
+                    retried = false;
                 }
                 Some(libc::EAGAIN | libc::ENOBUFS) => {
                     sent.no_room += self.remaining(next);
                     return;
                 }
-                // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that
-                // cannot checksum (EIO, until 6.11).
+                // The segment exceeds the path MTU (EINVAL; EMSGSIZE since 6.12), or the device has
+                // no checksum offload (EIO, until 6.11).
                 Some(libc::EINVAL | libc::EMSGSIZE | libc::EIO) if group.is_batch() => {
                     if error.raw_os_error() == Some(libc::EIO) {
                         *offload = Offload::OFF;
                     }
-                    offload.refused(group.segment);
+                    offload.reject_segment(group.segment);
                     let rest = self.messages.split_off(next);
                     self.clear();
                     for message in rest {
@@ -253,7 +253,7 @@ impl SendBatch {
         self.messages[next..].iter().map(|message| message.group.datagrams as u64).sum()
     }
 
-    /// Points a header at each message, now that nothing moves any more.
+    /// Writes a header for each message. `vectors` must not change afterwards.
     fn write_headers(
         &mut self,
         destination: Option<&Destination>,

@@ -1,4 +1,4 @@
-//! On real sockets, over loopback.
+//! Tests with sockets on loopback.
 
 use super::*;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -13,7 +13,7 @@ fn pair() -> (UdpSocket, UdpSocket) {
     (sender, receiver)
 }
 
-/// Takes everything that waits at `socket`, waiting for the first message.
+/// Receives `expected` datagrams from `socket`.
 fn receive_all(socket: &UdpSocket, expected: usize) -> Vec<Vec<u8>> {
     let mut buffer = vec![0; SLOT_BYTES];
     (0..expected)
@@ -24,7 +24,7 @@ fn receive_all(socket: &UdpSocket, expected: usize) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Sends `datagrams` through a relay socket with receive offload on, as the proxy does it.
+/// Sends `datagrams` through a relay socket with receive offload, as the proxy does.
 fn relay(datagrams: &[Vec<u8>], offload: &mut Offload) -> (Vec<Vec<u8>>, Sent) {
     let (client, front) = pair();
     enable_receive_offload(&front).unwrap();
@@ -70,10 +70,9 @@ fn datagrams_arrive_whole_in_order_and_with_their_boundaries() {
 }
 
 #[test]
-fn a_train_that_the_path_refuses_is_sent_datagram_by_datagram() {
-    // Over loopback (MTU 65,536) nothing is refused, so ask for a GSO batch on a path that takes
-    // none: a socket that must not checksum refuses segmentation (EINVAL or EIO, by kernel
-    // version).
+fn a_rejected_gso_batch_is_sent_as_single_datagrams() {
+    // Over loopback (MTU 65,536) no GSO batch is too large. A socket without checksums rejects
+    // segmentation instead (EINVAL or EIO, depending on the kernel version).
     let (client, front) = pair();
     let (upstream, server) = pair();
     let no_checksum = socket2::SockRef::from(&upstream);
@@ -99,11 +98,11 @@ fn a_train_that_the_path_refuses_is_sent_datagram_by_datagram() {
     let sent = sender.forward(&upstream, &batch, 0..count, None, &mut offload);
     assert_eq!((sent.datagrams, sent.bytes), (5, 2500), "{sent:?}");
     assert_eq!(receive_all(&server, 5), datagrams);
-    assert!(offload.max_segment < 500, "learnt: {offload:?}");
+    assert!(offload.max_segment < 500, "the limit is recorded: {offload:?}");
 }
 
 #[test]
-fn a_closed_port_is_told_and_the_datagram_sent_all_the_same() {
+fn a_closed_port_is_reported_and_the_datagram_is_sent() {
     let (client, front) = pair();
     let (upstream, server) = pair();
     let port = server.local_addr().unwrap();
@@ -121,7 +120,7 @@ fn a_closed_port_is_told_and_the_datagram_sent_all_the_same() {
 }
 
 #[test]
-fn an_answer_leaves_from_the_address_that_was_asked() {
+fn a_reply_uses_the_requested_source_address() {
     let (client, front) = pair();
     client.send(b"ask").unwrap();
     let other = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
