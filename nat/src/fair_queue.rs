@@ -1,36 +1,35 @@
 //! Fair queueing: deficit round robin between networks, and between the endpoints of a network.
-//! Pure.
 //!
 //! # Theory of operation
-//! Each endpoint has a queue, first in, first out. Queues are served by deficit round robin
-//! (Shreedhar and Varghese, 1995): whoever has the turn is served until its deficit is used up, and
-//! gains a quantum at the end of each turn. The same algorithm runs twice, between the networks and
-//! between the endpoints of the network whose turn it is. An endpoint that invents source addresses
-//! therefore gains nothing beyond its network's share.
+//! Each endpoint has a FIFO queue. Queues are served by deficit round robin (Shreedhar and
+//! Varghese, 1995): the current queue is served until its deficit is used up, and gains a quantum
+//! at the end of each turn. The algorithm runs at two levels: between networks, and between the
+//! endpoints of the current network. An endpoint that spoofs source addresses therefore gains
+//! nothing beyond the share of its network.
 //!
-//! As in FQ-CoDel (RFC 8290 section 4.2) a queue that was empty enters a list of new queues, which
-//! is served first, and moves to the end of the list of old ones when it has used up its quantum or
-//! is empty. An endpoint that asks now and then is served before the backlog of the others, and
-//! cannot stay ahead by sending more.
+//! As in FQ-CoDel (RFC 8290 section 4.2), a queue that was empty enters a list of new queues, which
+//! is served first. It moves to the end of the list of old queues when it has used up its quantum
+//! or is empty. So a sparse endpoint is served before the backlog of others, and cannot stay ahead
+//! by sending more.
 //!
-//! Items have a cost, which the deficits are charged with: what serving them takes, and not only
-//! their bytes.
+//! Each item has a cost, which is charged to the deficits. It represents the work of serving the
+//! item, not only its bytes.
 //!
-//! The queue is bounded in items and bytes. At a bound, the endpoint that holds most, of the
-//! network that holds most, drops from the head of its queue: its sender learns soonest that way
-//! (RFC 8290 section 4.1.2 does the same).
+//! The queue is limited in items and bytes. At a limit, the endpoint with the longest queue, in the
+//! network with the longest queue, drops from the head. Head drop notifies the sender soonest (as
+//! in RFC 8290 section 4.1.2).
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::IpAddr;
 
-/// What may wait.
+/// Limits and quantum of a [`FairQueue`].
 #[derive(Clone, Copy, Debug)]
 pub struct QueueLimits {
-    /// Items.
+    /// Maximum number of items.
     pub items: usize,
-    /// Their bytes.
+    /// Maximum number of bytes.
     pub bytes: usize,
-    /// The cost that may be served in a turn.
+    /// Cost that may be served per turn.
     pub quantum: u32,
 }
 
@@ -41,7 +40,7 @@ struct Item<T> {
     value: T,
 }
 
-/// Who is served in turn: those that were empty first.
+/// Round-robin order: new queues first, then old ones.
 #[derive(Debug)]
 struct Schedule<K> {
     new: VecDeque<K>,
@@ -55,20 +54,20 @@ impl<K> Default for Schedule<K> {
 }
 
 impl<K: Copy> Schedule<K> {
-    /// Whose turn it is.
+    /// The current queue.
     fn first(&self) -> Option<K> {
         self.new.front().or(self.old.front()).copied()
     }
 
-    /// Ends the turn of the first one.
+    /// Ends the turn of the current queue.
     fn rotate(&mut self) {
         if let Some(key) = self.new.pop_front().or_else(|| self.old.pop_front()) {
             self.old.push_back(key);
         }
     }
 
-    /// The first one is empty: a new one waits among the old ones, unless there are none to wait
-    /// for. True if it is gone.
+    /// Retires the current queue, which is empty. A new queue moves to the old ones, unless there
+    /// are none. Returns whether the queue was removed from the schedule.
     fn retire(&mut self) -> bool {
         let Some(key) = self.new.pop_front() else { return self.old.pop_front().is_some() };
         if self.old.is_empty() {
@@ -94,7 +93,7 @@ struct Network<T> {
     deficit: i64,
 }
 
-/// See the module.
+/// A fair queue; see the module.
 #[derive(Debug)]
 pub struct FairQueue<T> {
     limits: QueueLimits,
@@ -105,7 +104,7 @@ pub struct FairQueue<T> {
 }
 
 impl<T> FairQueue<T> {
-    /// An empty queue; allocates nothing yet.
+    /// Creates an empty queue without allocating.
     #[must_use]
     pub fn new(limits: QueueLimits) -> Self {
         Self {
@@ -117,28 +116,28 @@ impl<T> FairQueue<T> {
         }
     }
 
-    /// How many items wait.
+    /// Number of queued items.
     #[must_use]
     pub fn len(&self) -> usize {
         self.items
     }
 
-    /// Whether none does.
+    /// Whether the queue is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.items == 0
     }
 
-    /// How many bytes wait.
+    /// Number of queued bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Adds an item of `endpoint` in `network`. To be followed by [`Self::drop_excess`].
+    /// Adds an item of `endpoint` in `network`. [`Self::drop_excess`] must be called afterwards.
     pub fn push(&mut self, network: u16, endpoint: IpAddr, cost: u32, bytes: usize, value: T) {
-        // What an item costs at least: the bound of items is one of bytes, too, and one measure
-        // tells who holds most.
+        // Minimum size of an item. It makes the limit of items a limit of bytes as well, so a
+        // single measure determines the longest queue.
         let bytes = bytes.max(self.limits.bytes / self.limits.items.max(1));
         let quantum = i64::from(self.limits.quantum);
         let schedule = &mut self.schedule;
@@ -163,8 +162,8 @@ impl<T> FairQueue<T> {
         self.items += 1;
     }
 
-    /// Takes an item out that has to be dropped because the queue is over its bounds, and tells
-    /// whose it is. To be called until there is none.
+    /// Removes an item that exceeds the limits, and returns it with its endpoint. Must be called
+    /// until it returns `None`.
     pub fn drop_excess(&mut self) -> Option<(IpAddr, T)> {
         if self.items <= self.limits.items && self.bytes <= self.limits.bytes {
             return None;
@@ -180,7 +179,7 @@ impl<T> FairQueue<T> {
         Some((*ip, item.value))
     }
 
-    /// Takes out what is to be served next.
+    /// Removes and returns the next item to serve.
     pub fn pop(&mut self) -> Option<T> {
         let quantum = i64::from(self.limits.quantum);
         loop {
@@ -270,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn invented_addresses_do_not_enlarge_the_share_of_their_network() {
+    fn spoofed_addresses_do_not_increase_the_share_of_their_network() {
         let spoofed = (0..20).flat_map(|_| (1..=200).map(|host| (1, host, 100)));
         let mut queue = filled(spoofed.chain((0..400).map(|_| (2, 250, 100))));
         let served =
@@ -279,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn who_holds_most_items_loses_them_and_not_who_has_a_few_large_ones() {
+    fn many_small_items_are_dropped_before_a_few_large_ones() {
         let mut queue = FairQueue::new(LIMITS);
         for _ in 0..4 {
             queue.push(1, ip(2), 100, 1000, 2);
@@ -293,23 +292,23 @@ mod tests {
     }
 
     #[test]
-    fn costs_count_and_not_items() {
+    fn shares_are_measured_by_cost() {
         let mut queue = filled((0..1000).flat_map(|_| [(1, 1, 2000), (2, 2, 100)]));
         let served: Vec<_> = (0..420).filter_map(|_| queue.pop()).collect();
-        let dear = served.iter().filter(|(network, _)| *network == 1).count();
-        assert!((15..=25).contains(&dear), "{dear} of 420");
+        let expensive = served.iter().filter(|(network, _)| *network == 1).count();
+        assert!((15..=25).contains(&expensive), "{expensive} of 420");
     }
 
     #[test]
-    fn the_largest_holder_drops_the_head_of_its_queue() {
+    fn the_longest_queue_drops_its_head() {
         let mut queue = FairQueue::new(LIMITS);
         for number in 0..200u32 {
             queue.push(1, ip(1), 1, 10, number);
             if number % 10 == 0 {
                 queue.push(1, ip(2), 1, 10, number + 1000);
             }
-            while let Some((whose, _)) = queue.drop_excess() {
-                assert_eq!(whose, ip(1));
+            while let Some((owner, _)) = queue.drop_excess() {
+                assert_eq!(owner, ip(1));
             }
         }
         assert_eq!(queue.len(), 100);
@@ -320,14 +319,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bounds_hold_order_is_kept_and_nothing_is_lost(
+        fn limits_and_order_hold_and_no_item_is_lost(
             steps in prop::collection::vec((0u16..3, 0u8..5, 1u32..3000, 1usize..900, prop::bool::weighted(0.4)), 1..400),
         ) {
             let mut queue = FairQueue::new(LIMITS);
             let mut seen: HashMap<(u16, u8), u64> = HashMap::new();
             let (mut pushed, mut popped, mut dropped) = (0u64, 0, 0);
-            let check = |seen: &mut HashMap<(u16, u8), u64>, (whose, number): ((u16, u8), u64)| {
-                let last = seen.insert(whose, number);
+            let check = |seen: &mut HashMap<(u16, u8), u64>, (owner, number): ((u16, u8), u64)| {
+                let last = seen.insert(owner, number);
                 last.is_none_or(|last| last < number)
             };
             for (network, host, cost, bytes, pops) in steps {
@@ -338,7 +337,7 @@ mod tests {
                             popped += 1;
                             prop_assert!(check(&mut seen, item));
                         }
-                        None => prop_assert_eq!(before, 0, "what waits is served"),
+                        None => prop_assert_eq!(before, 0, "queued items are served"),
                     }
                 } else {
                     pushed += 1;
@@ -356,11 +355,11 @@ mod tests {
             }
             prop_assert_eq!(pushed, popped + dropped);
             prop_assert_eq!((queue.len(), queue.bytes()), (0, 0));
-            prop_assert!(queue.networks.is_empty(), "what is empty is forgotten");
+            prop_assert!(queue.networks.is_empty(), "empty queues are removed");
         }
 
         #[test]
-        fn backlogged_endpoints_are_served_alike_whatever_their_costs(
+        fn backlogged_endpoints_get_equal_shares_for_any_cost(
             first in 1u32..1500, second in 1u32..1500, same in any::<bool>(),
         ) {
             let network = if same { 1 } else { 2 };

@@ -1,34 +1,33 @@
-//! The flows: found by their five-tuple, counted for each endpoint and network, bounded in every
-//! respect. Pure.
+//! Flow table: lookup by five-tuple, accounting per endpoint and network, and limits. No I/O.
 //!
 //! # Theory of operation
-//! Each source (an endpoint, by address) has two lists of flows, each ordered from the longest idle
-//! to the most recent: *unanswered* flows ([`Class::Tentative`], and TCP connections until the
-//! handshake is complete on both sides) and *answered* ones.
+//! Each source (the address of an endpoint) has two lists of flows, each ordered from the longest
+//! idle to the most recent: *unanswered* flows ([`Class::Tentative`], and TCP connections until the
+//! handshake is complete on both sides) and *answered* flows.
 //!
-//! | limit | what yields |
+//! | limit | evicted flow or source |
 //! |---|---|
-//! | unanswered flows of a source | its own longest unanswered flow |
-//! | flows of a source | its own longest unanswered flow, then its idlest flow |
-//! | flows in all | the same, of the source with most flows in the network with most flows |
-//! | sources | a source without flows, of the network with most sources |
+//! | unanswered flows of a source | its longest unanswered flow |
+//! | flows of a source | its longest unanswered flow, then its longest idle flow |
+//! | total flows | the same, of the source with the most flows in the network with the most flows |
+//! | sources | a source without flows, of the network with the most sources |
 //!
 //! A new flow costs a socket and several system calls, about as much as forwarding fifty small
-//! packets. An answered flow was worth it; a flood consists of flows that stay unanswered.
-//! Unanswered flows therefore have a budget, refunded when a flow is answered:
+//! packets. For an answered flow this cost is justified. A flood consists of flows that stay
+//! unanswered. Unanswered flows therefore have a budget, which is refunded when a flow is answered:
 //!
-//! - A source in *good standing* has few unanswered flows lately. It takes from the budget of its
-//!   network only; once it has had an answered flow, from none.
-//! - Any other source takes from its own budget ([`TableLimits::unanswered_per_source`] at once,
-//!   half of it each second) and from that of its network, which is twice as much at once and as
-//!   much each second. The last half of the network's budget is reserved for sources in good
-//!   standing.
+//! - A source in *good standing* has created few unanswered flows recently. It is charged only to
+//!   the budget of its network, and to no budget once it has had an answered flow.
+//! - Any other source is charged to its own budget (a burst of
+//!   [`TableLimits::unanswered_per_source`], half of it per second). Unless it has had an answered
+//!   flow, it is also charged to the budget of its network (twice the burst, the same rate). The
+//!   last half of the network budget is reserved for sources in good standing.
 //!
-//! Invented source addresses therefore do not multiply the budget, and do not shut out the
-//! endpoints of their network.
+//! Spoofed source addresses therefore neither multiply the budget nor lock out the other endpoints
+//! of their network.
 //!
-//! Flows that come in by published ports are counted apart from those that the container itself
-//! begins ([`Origin`]): clients that flood the port do not use up the container's egress.
+//! Flows through published ports are counted separately from those that the container creates
+//! ([`Origin`]), so a flood of clients does not exhaust the egress of the container.
 
 use crate::limits::{Bucket, Rate};
 use crate::siphash::HashKey;
@@ -38,14 +37,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Arena, Key, Links, List};
 
-/// What tells one flow from another, as the guest sees it.
+/// Identifies a flow, as seen by the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowKey {
-    /// The container's end.
+    /// Address and port of the container.
     pub inside: SocketAddr,
-    /// The far end, as the container addresses it.
+    /// Address and port of the remote side, as the container addresses it.
     pub outside: SocketAddr,
-    /// [`crate::wire::protocol`].
+    /// Protocol number ([`crate::wire::protocol`]).
     pub protocol: u8,
 }
 
@@ -73,51 +72,51 @@ impl Hash for FlowKey {
     }
 }
 
-/// How dear a flow is.
+/// Class of a flow, by increasing value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Nobody has answered it.
+    /// A session without a reply.
     Tentative = 0,
-    /// It has traffic both ways.
+    /// A session with traffic in both directions.
     Assured = 1,
-    /// It is a TCP connection.
+    /// A TCP connection.
     Connection = 2,
 }
 
-/// Who has begun a flow.
+/// Initiator of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
     /// The container.
     Inside,
-    /// A client of a published port of the container's.
+    /// A client of a published port of the container.
     Outside,
 }
 
-/// The bounds of a table.
+/// Limits of a flow table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableLimits {
-    /// Flows in all.
+    /// Maximum number of flows.
     pub flows: usize,
-    /// Flows of one source.
+    /// Maximum number of flows per source.
     pub flows_per_source: usize,
-    /// Unanswered flows of one source: TCP connections whose handshake is incomplete, sessions
-    /// without an answer. Also how many flows that stay unanswered it may begin at once, and half
-    /// of that each second.
+    /// Maximum number of unanswered flows per source: TCP connections with an incomplete handshake,
+    /// and sessions without a reply. It is also the burst of new flows that stay unanswered; their
+    /// sustained rate is half of it per second.
     pub unanswered_per_source: usize,
-    /// New flows of one source.
+    /// Rate of new flows per source.
     pub new_flows_per_source: Rate,
-    /// Sessions of one client of published ports, an IPv4 address or an IPv6 /64: one that can be
-    /// answered at thousands of ports does not shut others out.
+    /// Maximum number of sessions per client of published ports (an IPv4 address or an IPv6 /64),
+    /// so that one client with many ports does not lock out others.
     pub sessions_per_client: usize,
-    /// Bytes that wait in buffers on behalf of one source.
+    /// Maximum number of buffered bytes per source.
     pub buffered_per_source: usize,
-    /// ICMP errors, and resets that belong to no connection, that one source is told.
+    /// Rate of ICMP errors and of resets without a connection, per source.
     pub errors_per_source: Rate,
-    /// Sources remembered.
+    /// Maximum number of sources.
     pub sources: usize,
-    /// Packets from containers that wait for their turn.
+    /// Maximum number of queued packets from containers.
     pub queued_packets: usize,
-    /// Their bytes.
+    /// Maximum number of queued bytes from containers.
     pub queued_bytes: usize,
 }
 
@@ -128,14 +127,14 @@ impl Default for TableLimits {
             flows_per_source: 16_384,
             unanswered_per_source: 1024,
             new_flows_per_source: Rate { per_second: 20_000, burst: 20_000 },
-            // As with ports of the port publisher.
+            // The same as for ports of the port publisher.
             sessions_per_client: 8192,
             buffered_per_source: 64 << 20,
-            // The kernel's own: net.ipv4.icmp_msgs_per_sec and icmp_msgs_burst.
+            // The defaults of the kernel: net.ipv4.icmp_msgs_per_sec and icmp_msgs_burst.
             errors_per_source: Rate { per_second: 1000, burst: 1000 },
             sources: 4096,
             queued_packets: 4096,
-            // Sixteen windows of TCP, each of 1 MiB.
+            // Sixteen TCP windows of 1 MiB each.
             queued_bytes: 16 << 20,
         }
     }
@@ -153,20 +152,20 @@ impl TableLimits {
     }
 }
 
-/// Why a new flow was not admitted.
+/// Reason for not admitting a new flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
-    /// The table is full, and nothing in it can make room.
+pub enum AdmissionError {
+    /// The table is full, and no flow can be evicted.
     TableFull,
-    /// The source makes new flows too fast.
+    /// The source exceeds its rate of new flows.
     Rate,
-    /// Too many of the latest flows of the source, or of its network, stay unanswered.
+    /// The source or its network has exhausted the budget for unanswered flows.
     Unanswered,
-    /// There are too many sources.
+    /// The table of sources is full.
     Sources,
 }
 
-/// Which limit a flow was evicted for.
+/// Limit that caused an eviction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
     /// [`TableLimits::flows`].
@@ -182,7 +181,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// All of them.
+    /// All limits.
     pub const ALL: [Self; 5] =
         [Self::Flows, Self::SourceFlows, Self::Unanswered, Self::Client, Self::Descriptors];
 
@@ -199,25 +198,25 @@ impl Limit {
     }
 }
 
-/// Unanswered flows that leave a source in good standing: in a second, and at once.
+/// Rate and burst of unanswered flows up to which a source is in good standing.
 const GOOD_STANDING: Rate = Rate { per_second: 4, burst: 32 };
 
-/// The budgets that an unanswered flow has taken from; each is given back once it is answered.
+/// Budgets to which an unanswered flow is charged, and which are refunded once it is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stake {
+enum Charge {
     Standing,
     StandingAndNetwork,
-    Own,
-    Budgets,
-    Nothing,
+    Source,
+    SourceAndNetwork,
+    None,
 }
 
-/// A flow that may begin.
+/// Permission to insert a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Admission {
     network: u16,
     origin: Origin,
-    stake: Stake,
+    charge: Charge,
 }
 
 #[derive(Debug)]
@@ -229,28 +228,30 @@ struct Source {
     unanswered: usize,
     buffered: usize,
     bucket: Bucket,
-    /// It has had an answered flow.
+    /// The source has had an answered flow.
     answered: bool,
     standing: Bucket,
     budget: Bucket,
-    /// What it may be told.
+    /// Rate limit for ICMP errors and resets.
     errors: Bucket,
     /// Unanswered flows, then answered ones.
     idle: [List; 2],
 }
 
-impl Stake {
-    fn is_of_network(self) -> bool {
-        matches!(self, Self::StandingAndNetwork | Self::Budgets)
+impl Charge {
+    fn includes_network(self) -> bool {
+        matches!(self, Self::StandingAndNetwork | Self::SourceAndNetwork)
     }
 }
 
 impl Source {
-    fn give_back(&mut self, stake: Stake, limits: TableLimits) {
-        match stake {
-            Stake::Standing | Stake::StandingAndNetwork => self.standing.give_back(GOOD_STANDING),
-            Stake::Own | Stake::Budgets => self.budget.give_back(limits.unanswered_rate()),
-            Stake::Nothing => {}
+    fn refund(&mut self, charge: Charge, limits: TableLimits) {
+        match charge {
+            Charge::Standing | Charge::StandingAndNetwork => self.standing.refund(GOOD_STANDING),
+            Charge::Source | Charge::SourceAndNetwork => {
+                self.budget.refund(limits.unanswered_rate())
+            }
+            Charge::None => {}
         }
     }
 }
@@ -268,21 +269,21 @@ struct Entry<T> {
     source: Key,
     class: Class,
     unanswered: bool,
-    stake: Stake,
+    charge: Charge,
     last_seen: Instant,
     links: Links,
     value: T,
 }
 
-/// How often sources without flows are looked for at most, when there are too many.
+/// Minimum interval between sweeps for sources without flows.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How exact the lists are: for sessions, and for connections, which have a packet each few
+/// Precision of the idle lists: for sessions, and for connections, which have a packet every few
 /// microseconds.
 const SESSION_PRECISION: Duration = Duration::from_millis(10);
 const CONNECTION_PRECISION: Duration = Duration::from_millis(500);
 
-/// The flows, each with a `T`.
+/// A table of flows, each with a value of type `T`.
 #[derive(Debug)]
 pub struct FlowTable<T> {
     limits: TableLimits,
@@ -296,7 +297,7 @@ pub struct FlowTable<T> {
 }
 
 impl<T> FlowTable<T> {
-    /// An empty table; allocates nothing yet.
+    /// Creates an empty table without allocating.
     #[must_use]
     pub fn new(limits: TableLimits, key: HashKey) -> Self {
         Self {
@@ -311,74 +312,74 @@ impl<T> FlowTable<T> {
         }
     }
 
-    /// How many sources are remembered.
+    /// Number of sources.
     #[must_use]
     pub fn sources(&self) -> usize {
         self.by_source.len()
     }
 
-    /// How many flows there are.
+    /// Number of flows.
     #[must_use]
     pub fn len(&self) -> usize {
         self.flows.len()
     }
 
-    /// Whether there are none.
+    /// Whether the table is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.flows.is_empty()
     }
 
-    /// Whether there is no room for one more.
+    /// Whether the table is full.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.flows.len() >= self.limits.flows
     }
 
-    /// How many there are of a class.
+    /// Number of flows of `class`.
     #[must_use]
     pub fn count(&self, class: Class) -> usize {
         self.counts[class as usize]
     }
 
-    /// The flow with this five-tuple.
+    /// Returns the flow with this five-tuple.
     #[must_use]
     pub fn find(&self, key: &FlowKey) -> Option<Key> {
         self.by_key.get(key).copied()
     }
 
-    /// What flow `key` carries.
+    /// Returns the value of flow `key`.
     #[must_use]
     pub fn get(&self, key: Key) -> Option<&T> {
         self.flows.get(key).map(|entry| &entry.value)
     }
 
-    /// As [`Self::get`], to change it; and its five-tuple.
+    /// Returns the five-tuple and, mutably, the value of flow `key`.
     pub fn get_mut(&mut self, key: Key) -> Option<(FlowKey, &mut T)> {
         self.flows.get_mut(key).map(|entry| (entry.key, &mut entry.value))
     }
 
-    /// The network of flow `key`.
+    /// Returns the network of flow `key`.
     #[must_use]
     pub fn network(&self, key: Key) -> u16 {
         let source = self.flows.get(key).and_then(|entry| self.sources.get(entry.source));
         source.map_or(0, |source| source.network)
     }
 
-    /// Whether flow `key` has not been answered.
+    /// Whether flow `key` is unanswered.
     #[must_use]
     pub fn is_unanswered(&self, key: Key) -> bool {
         self.flows.get(key).is_some_and(|entry| entry.unanswered)
     }
 
-    /// What flow `key` carries, and how many bytes more its source may have buffered.
+    /// Returns the value of flow `key`, and the number of bytes that its source may still buffer.
     pub fn with_allowance(&mut self, key: Key) -> Option<(&mut T, usize)> {
         let entry = self.flows.get_mut(key)?;
         let buffered = self.sources.get(entry.source).map_or(0, |source| source.buffered);
         Some((&mut entry.value, self.limits.buffered_per_source.saturating_sub(buffered)))
     }
 
-    /// Notes that flow `key` has `before` buffered bytes no longer, but `after`.
+    /// Updates the buffered bytes of flow `key` from `before` to `after`.
     pub fn account_buffered(&mut self, key: Key, before: usize, after: usize) {
         if before != after
             && let Some(entry) = self.flows.get(key)
@@ -388,74 +389,78 @@ impl<T> FlowTable<T> {
         }
     }
 
-    /// Whether `ip` of `network` may begin one flow more: asked before anything is made for it, and
-    /// counted against its rates. [`Self::evict_for`] then makes room.
+    /// Decides whether `ip` of `network` may create a flow, and charges its budgets. Called before
+    /// any resource is allocated; [`Self::evict_for`] then makes room.
     ///
     /// # Errors
-    /// Which limit forbids it.
+    /// The limit that was exceeded.
     pub fn admit(
         &mut self,
         ip: IpAddr,
         network: u16,
         origin: Origin,
         now: Instant,
-    ) -> Result<Admission, Refused> {
-        let admission = |stake| Admission { network, origin, stake };
+    ) -> Result<Admission, AdmissionError> {
+        let admission = |charge| Admission { network, origin, charge };
         let limits = self.limits;
         let budget_rate = limits.unanswered_rate();
         let network_rate = limits.network_rate();
         let source = self.source(ip, network, origin, now)?;
-        let source = self.sources.get_mut(source).ok_or(Refused::Sources)?;
+        let source = self.sources.get_mut(source).ok_or(AdmissionError::Sources)?;
         if source.bucket.level(limits.new_flows_per_source, now) == 0 {
-            return Err(Refused::Rate);
+            return Err(AdmissionError::Rate);
         }
         if origin == Origin::Outside {
-            // A published service may never answer its clients (syslog).
+            // A published service may never reply to its clients (syslog).
             source.bucket.take(limits.new_flows_per_source, now);
-            return Ok(admission(Stake::Nothing));
+            return Ok(admission(Charge::None));
         }
         let in_good_standing = source.standing.take(GOOD_STANDING, now);
         if in_good_standing && source.answered {
             source.bucket.take(limits.new_flows_per_source, now);
-            return Ok(admission(Stake::Standing));
+            return Ok(admission(Charge::Standing));
         }
         if source.answered {
-            // Somebody has answered it, so it is who it says: its own budget bounds it, and no
-            // neighbour that floods.
+            // A reply proves that the address is not spoofed. Only the budget of the source itself
+            // applies, so flooding neighbours do not affect it.
             if !source.budget.take(budget_rate, now) {
-                return Err(Refused::Unanswered);
+                return Err(AdmissionError::Unanswered);
             }
             source.bucket.take(limits.new_flows_per_source, now);
-            return Ok(admission(Stake::Own));
+            return Ok(admission(Charge::Source));
         }
-        let network = self.networks.get_mut(&source.network).ok_or(Refused::Unanswered)?;
+        let network = self.networks.get_mut(&source.network).ok_or(AdmissionError::Unanswered)?;
         let reserve = if in_good_standing { 0 } else { network_rate.burst / 2 };
         if network.budget.level(network_rate, now) <= reserve
             || !in_good_standing && !source.budget.take(budget_rate, now)
         {
-            return Err(Refused::Unanswered);
+            return Err(AdmissionError::Unanswered);
         }
         network.budget.take(network_rate, now);
         source.bucket.take(limits.new_flows_per_source, now);
-        Ok(admission(if in_good_standing { Stake::StandingAndNetwork } else { Stake::Budgets }))
+        Ok(admission(if in_good_standing {
+            Charge::StandingAndNetwork
+        } else {
+            Charge::SourceAndNetwork
+        }))
     }
 
-    /// Gives back what was taken for a flow of `ip` that needs it no longer.
-    pub fn give_back(&mut self, ip: IpAddr, Admission { origin, stake, .. }: Admission) {
+    /// Refunds the charges of a flow of `ip` that is not created.
+    pub fn refund(&mut self, ip: IpAddr, Admission { origin, charge, .. }: Admission) {
         let source = self.by_source.get(&(ip, origin));
         if let Some(source) = source.and_then(|key| self.sources.get_mut(*key)) {
-            source.give_back(stake, self.limits);
-            if stake.is_of_network()
+            source.refund(charge, self.limits);
+            if charge.includes_network()
                 && let Some(network) = self.networks.get_mut(&source.network)
             {
-                network.budget.give_back(self.limits.network_rate());
+                network.budget.refund(self.limits.network_rate());
             }
         }
     }
 
-    /// Whether source `ip` may be told of an error: counted, so that it cannot have the engine
-    /// answer all day.
-    pub fn may_tell(&mut self, ip: IpAddr, network: u16, now: Instant) -> bool {
+    /// Whether an ICMP error or a reset may be sent to source `ip`. Rate limited, so that a source
+    /// cannot keep the engine busy with replies.
+    pub fn may_send_error(&mut self, ip: IpAddr, network: u16, now: Instant) -> bool {
         let rate = self.limits.errors_per_source;
         let source = self
             .source(ip, network, Origin::Inside, now)
@@ -464,8 +469,8 @@ impl<T> FlowTable<T> {
         source.is_some_and(|source| source.errors.take(rate, now))
     }
 
-    /// Takes the flow out that has to make room for a new one of `ip`, and tells for which limit.
-    /// To be called until there is none.
+    /// Removes the flow to evict for a new flow of `ip`, and returns it with the limit. Must be
+    /// called until it returns `None`.
     pub fn evict_for(
         &mut self,
         ip: IpAddr,
@@ -490,12 +495,12 @@ impl<T> FlowTable<T> {
         self.remove(victim?).map(|(key, value)| (key, value, limit))
     }
 
-    /// Takes the longest unanswered session of the largest holder out that has one, if it has been
-    /// so since `before`: something else than room is short.
+    /// Evicts the longest unanswered flow to free a descriptor. The flow must be unanswered since
+    /// `before`; it is taken from the source with the most unanswered flows that has such a flow.
     pub fn evict_unanswered(&mut self, before: Instant) -> Option<(FlowKey, T)> {
         let victim = |source: &Source| {
             let oldest = source.idle[0].oldest()?;
-            // A session of a published port has no descriptor of its own.
+            // Sessions of published ports have no descriptor of their own.
             let frees = |class| source.origin == Origin::Inside || class == Class::Connection;
             let entry = self.flows.get(oldest);
             entry.filter(|entry| entry.last_seen <= before && frees(entry.class)).map(|_| oldest)
@@ -508,7 +513,8 @@ impl<T> FlowTable<T> {
         self.remove(victim)
     }
 
-    /// As [`Self::evict_unanswered`], of answered flows: the idlest one of the largest holder.
+    /// Like [`Self::evict_unanswered`], for answered flows: evicts the longest idle flow of the
+    /// source with the most flows.
     pub fn evict_idle(&mut self, before: Instant) -> Option<(FlowKey, T)> {
         let sources = self.sources.iter().filter(|(_, source)| source.origin == Origin::Inside);
         let (_, largest) = sources.max_by_key(|(_, source)| source.flows)?;
@@ -517,27 +523,27 @@ impl<T> FlowTable<T> {
         self.remove(idlest)
     }
 
-    /// The source with most flows, of the network with most flows.
+    /// The source with the most flows, in the network with the most flows.
     fn largest(&self) -> Option<Key> {
         let (network, _) = self.networks.iter().max_by_key(|(_, network)| network.flows)?;
         let sources = self.sources.iter().filter(|(_, source)| source.network == *network);
         sources.max_by_key(|(_, source)| source.flows).map(|(key, _)| key)
     }
 
-    /// The source with most flows, and how many it has.
+    /// The source with the most flows, and their number.
     #[must_use]
     pub fn largest_holder(&self) -> Option<(IpAddr, usize)> {
         self.largest().and_then(|key| self.sources.get(key)).map(|source| (source.ip, source.flows))
     }
 
-    /// The most flows that one source has, and the most that are unanswered.
+    /// The maximum number of flows of any source, and the maximum number of unanswered flows.
     #[must_use]
     pub fn largest_shares(&self) -> (usize, usize) {
         let shares = self.sources.iter().map(|(_, source)| (source.flows, source.unanswered));
         shares.fold((0, 0), |(a, b), (c, d)| (a.max(c), b.max(d)))
     }
 
-    /// Adds a flow, which was admitted and for which room was made. It begins unanswered.
+    /// Inserts a flow that was admitted and for which room was made. It starts unanswered.
     pub fn insert(
         &mut self,
         key: FlowKey,
@@ -546,7 +552,7 @@ impl<T> FlowTable<T> {
         value: T,
         now: Instant,
     ) -> Option<Key> {
-        let Admission { network, origin, stake } = admission;
+        let Admission { network, origin, charge } = admission;
         let source = self.source(key.inside.ip(), network, origin, now).ok()?;
         let unanswered = class != Class::Assured;
         let entry = Entry {
@@ -554,7 +560,7 @@ impl<T> FlowTable<T> {
             source,
             class,
             unanswered,
-            stake,
+            charge,
             last_seen: now,
             links: Links::default(),
             value,
@@ -573,9 +579,9 @@ impl<T> FlowTable<T> {
         Some(flow)
     }
 
-    /// Notes that connection `key` is established on both sides, or that session `key` was
-    /// answered.
-    pub fn opened(&mut self, key: Key) {
+    /// Marks a flow as answered: the connection is established on both sides, or the session had a
+    /// reply.
+    pub fn mark_answered(&mut self, key: Key) {
         if self.flows.get(key).is_none_or(|entry| !entry.unanswered) {
             return;
         }
@@ -583,26 +589,26 @@ impl<T> FlowTable<T> {
         let limits = self.limits;
         if let Some(entry) = self.flows.get_mut(key) {
             entry.unanswered = false;
-            let stake = std::mem::replace(&mut entry.stake, Stake::Nothing);
+            let charge = std::mem::replace(&mut entry.charge, Charge::None);
             if let Some(source) = self.sources.get_mut(entry.source) {
                 source.unanswered -= 1;
                 source.answered = true;
-                source.give_back(stake, limits);
-                if stake.is_of_network()
+                source.refund(charge, limits);
+                if charge.includes_network()
                     && let Some(network) = self.networks.get_mut(&source.network)
                 {
-                    network.budget.give_back(limits.network_rate());
+                    network.budget.refund(limits.network_rate());
                 }
             }
         }
         self.append(key);
     }
 
-    /// Notes a packet of flow `key`; `answer` if it came from the far end of a session.
+    /// Records a packet of flow `key`; `answer` if it came from the remote side of a session.
     pub fn touch(&mut self, key: Key, answer: bool, now: Instant) {
         let Some(entry) = self.flows.get_mut(key) else { return };
         let answers = answer && entry.class == Class::Tentative;
-        // A list in the order of silence need not be exact to the packet.
+        // The order of the idle lists need not be exact to the packet.
         let precision =
             if entry.class == Class::Connection { CONNECTION_PRECISION } else { SESSION_PRECISION };
         if !answers && now.saturating_duration_since(entry.last_seen) < precision {
@@ -613,20 +619,20 @@ impl<T> FlowTable<T> {
             entry.class = Class::Assured;
             self.counts[Class::Tentative as usize] -= 1;
             self.counts[Class::Assured as usize] += 1;
-            self.opened(key);
+            self.mark_answered(key);
         } else {
             self.unlink(key);
             self.append(key);
         }
     }
 
-    /// When flow `key` was last noted, and of which class it is.
+    /// The time of the last recorded packet of flow `key`, and its class.
     #[must_use]
     pub fn last_seen(&self, key: Key) -> Option<(Instant, Class)> {
         self.flows.get(key).map(|entry| (entry.last_seen, entry.class))
     }
 
-    /// Ends flow `key` and hands out what it carried.
+    /// Removes flow `key` and returns its value.
     pub fn remove(&mut self, key: Key) -> Option<(FlowKey, T)> {
         self.flows.get(key)?;
         self.unlink(key);
@@ -643,7 +649,7 @@ impl<T> FlowTable<T> {
         Some((entry.key, entry.value))
     }
 
-    /// The keys of all flows, in no order of meaning.
+    /// The keys of all flows, in arbitrary order.
     #[must_use]
     pub fn keys(&self) -> Vec<Key> {
         self.flows.keys()
@@ -655,14 +661,14 @@ impl<T> FlowTable<T> {
         network: u16,
         origin: Origin,
         now: Instant,
-    ) -> Result<Key, Refused> {
+    ) -> Result<Key, AdmissionError> {
         if let Some(key) = self.by_source.get(&(ip, origin)) {
             return Ok(*key);
         }
         if self.by_source.len() >= self.limits.sources {
-            self.forget_sources(now);
+            self.remove_idle_sources(now);
             if self.by_source.len() >= self.limits.sources {
-                return Err(Refused::Sources);
+                return Err(AdmissionError::Sources);
             }
         }
         let source = Source {
@@ -687,9 +693,9 @@ impl<T> FlowTable<T> {
         Ok(key)
     }
 
-    /// Forgets the sources without flows of the network that has most sources, where their rates
-    /// are restored.
-    fn forget_sources(&mut self, now: Instant) {
+    /// Removes sources without flows from the network with the most sources, if their rate limits
+    /// are fully restored.
+    fn remove_idle_sources(&mut self, now: Instant) {
         if self.swept.is_some_and(|swept| now.saturating_duration_since(swept) < SWEEP_INTERVAL) {
             return;
         }
@@ -723,14 +729,14 @@ impl<T> FlowTable<T> {
         Some((list, &mut self.flows))
     }
 
-    /// Puts `key` at the recent end of its list.
+    /// Appends `key` to its list as the most recent.
     fn append(&mut self, key: Key) {
         if let Some((list, flows)) = self.list(key) {
             list.append(flows, key, |entry| &mut entry.links);
         }
     }
 
-    /// Takes `key` out of its list.
+    /// Removes `key` from its list.
     fn unlink(&mut self, key: Key) {
         if let Some((list, flows)) = self.list(key) {
             list.remove(flows, key, |entry| &mut entry.links);
@@ -768,7 +774,7 @@ mod tests {
         port: u16,
         class: Class,
         now: Instant,
-    ) -> Result<(Key, Vec<u16>), Refused> {
+    ) -> Result<(Key, Vec<u16>), AdmissionError> {
         let (key, network) = (key(host, port), u16::from(host / 10));
         let admission = table.admit(key.inside.ip(), network, Origin::Inside, now)?;
         let mut evicted = Vec::new();
@@ -780,7 +786,7 @@ mod tests {
     }
 
     #[test]
-    fn largest_holder_yields_its_unanswered_flow_first_and_then_its_idlest() {
+    fn the_largest_source_loses_its_unanswered_flow_then_its_longest_idle() {
         let mut now = Instant::now();
         let mut table = FlowTable::new(LIMITS, KEY);
         let mut add = |host, port, answered| {
@@ -795,12 +801,12 @@ mod tests {
         assert!(add(1, 2, true).is_empty());
         assert!(add(1, 3, false).is_empty());
         assert!(add(11, 4, true).is_empty());
-        assert_eq!(add(11, 5, true), [3], "table is full: unanswered flow of the largest holder");
-        assert_eq!(add(12, 6, true), [4], "then its idlest");
+        assert_eq!(add(11, 5, true), [3], "unanswered flow of the largest source");
+        assert_eq!(add(12, 6, true), [4], "then its longest idle flow");
     }
 
     #[test]
-    fn a_source_at_its_limits_yields_itself() {
+    fn a_source_at_its_limits_loses_its_own_flows() {
         let now = Instant::now();
         let mut table = FlowTable::new(LIMITS, KEY);
         let (first, _) = add(&mut table, 1, 1, Class::Connection, now).unwrap();
@@ -808,20 +814,20 @@ mod tests {
         assert_eq!(
             add(&mut table, 1, 3, Class::Connection, now).unwrap().1,
             [1],
-            "two are unanswered"
+            "two flows are unanswered"
         );
         assert!(table.get(first).is_none());
         let keys = table.keys();
-        keys.into_iter().for_each(|key| table.opened(key));
+        keys.into_iter().for_each(|key| table.mark_answered(key));
         assert!(add(&mut table, 1, 4, Class::Connection, now).unwrap().1.is_empty());
         assert_eq!(
             add(&mut table, 1, 5, Class::Tentative, now).unwrap().1,
             [4],
-            "three flows are its share"
+            "the limit is three flows"
         );
         assert!(
             add(&mut table, 2, 6, Class::Tentative, now).unwrap().1.is_empty(),
-            "others have theirs"
+            "other sources have their own limit"
         );
     }
 
@@ -843,12 +849,12 @@ mod tests {
             admitted += usize::from(table.admit(ip(1), 0, Origin::Inside, now).is_ok());
         }
         assert!((900..=1032).contains(&admitted), "{admitted} of one source");
-        // Two hundred invented sources of the same network share what is left of its budget.
+        // Two hundred spoofed sources of the same network share the rest of its budget.
         let spoofed = (0..100).flat_map(|_| 20..220u8);
         let admitted =
             spoofed.filter(|host| table.admit(ip(*host), 0, Origin::Inside, now).is_ok()).count();
         assert!(admitted <= 1100, "{admitted} of many sources");
-        // Another network has a budget of its own.
+        // Another network has its own budget.
         for port in 1..2000 {
             let key = key(7, port);
             let admission = table.admit(key.inside.ip(), 1, Origin::Inside, now).unwrap();
@@ -858,7 +864,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_answered_flows_is_not_shut_out_by_invented_neighbours() {
+    fn spoofed_neighbours_do_not_lock_out_a_source_with_answered_flows() {
         let limits = TableLimits { unanswered_per_source: 10, flows: 1000, sources: 300, ..LIMITS };
         let now = Instant::now();
         let mut table = FlowTable::new(limits, KEY);
@@ -867,7 +873,7 @@ mod tests {
             let admission = table.admit(key.inside.ip(), 0, Origin::Inside, now)?;
             let flow = table.insert(key, admission, Class::Tentative, port, now).unwrap();
             table.touch(flow, true, now);
-            Ok::<_, Refused>(())
+            Ok::<_, AdmissionError>(())
         };
         answered(&mut table, 1).unwrap();
         for host in 20..220u8 {
@@ -875,7 +881,7 @@ mod tests {
         }
         assert_eq!(
             table.admit(key(230, 1).inside.ip(), 0, Origin::Inside, now),
-            Err(Refused::Unanswered)
+            Err(AdmissionError::Unanswered)
         );
         for port in 2..200 {
             answered(&mut table, port).unwrap();
@@ -883,7 +889,7 @@ mod tests {
     }
 
     #[test]
-    fn invented_sources_are_refused_and_forgotten_when_their_rate_is_restored() {
+    fn spoofed_sources_are_refused_and_removed_once_their_rate_is_restored() {
         let now = Instant::now();
         let limits = TableLimits { unanswered_per_source: 1000, ..LIMITS };
         let mut table = FlowTable::<u16>::new(limits, KEY);
@@ -893,14 +899,14 @@ mod tests {
             let ip = key(host, 1).inside.ip();
             refused += usize::from(table.admit(ip, 0, Origin::Inside, now).is_err());
         }
-        assert_eq!(refused, 252, "two places were free");
+        assert_eq!(refused, 252, "two sources were free");
         assert!(table.get(honest).is_some());
         let later = now + Duration::from_secs(2);
         assert!(table.admit(key(77, 1).inside.ip(), 0, Origin::Inside, later).is_ok());
     }
 
     #[test]
-    fn clients_of_a_published_port_have_a_share_of_their_own() {
+    fn clients_of_a_published_port_have_a_separate_limit() {
         let now = Instant::now();
         let mut table = FlowTable::new(LIMITS, KEY);
         add(&mut table, 1, 1, Class::Tentative, now).unwrap();
@@ -911,13 +917,13 @@ mod tests {
         }
         let evicted =
             table.evict_for(ip, Origin::Inside, Class::Tentative).map(|(_, port, _)| port);
-        assert_eq!(evicted, None, "the container's own share is not used up");
+        assert_eq!(evicted, None, "the limit of the container itself is not reached");
         let evicted =
             table.evict_for(ip, Origin::Outside, Class::Tentative).map(|(_, port, _)| port);
-        assert_eq!(evicted, None, "sessions of a service that does not answer");
+        assert_eq!(evicted, None, "sessions of a service that does not reply");
         let evicted =
             table.evict_for(ip, Origin::Outside, Class::Connection).map(|(_, port, _)| port);
-        assert_eq!(evicted, Some(10), "the longest silent, and not the container's own");
+        assert_eq!(evicted, Some(10), "the longest idle client flow, not a flow of the container");
     }
 
     #[test]
@@ -936,7 +942,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_limit_is_ever_passed_and_every_flow_is_found(
+        fn no_limit_is_exceeded_and_every_flow_is_found(
             steps in prop::collection::vec((0u8..6, 1u16..6, 0u8..5), 1..200),
         ) {
             let now = Instant::now();
@@ -945,7 +951,7 @@ mod tests {
                 let key = key(host, port);
                 match (table.find(&key), action) {
                     (Some(flow), 0) => drop(table.remove(flow)),
-                    (Some(flow), 1) => table.opened(flow),
+                    (Some(flow), 1) => table.mark_answered(flow),
                     (Some(flow), _) => table.touch(flow, action == 2, now),
                     (None, action) => {
                         let class = if action < 3 { Class::Connection } else { Class::Tentative };

@@ -1,19 +1,21 @@
-//! Published ports: what can be said about one. Pure.
+//! Types for published ports.
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use tidegate_model::{Ingress, Protocol, PublishLabel};
 
-/// How many there may be: as many as there are ports. Each takes a descriptor, which ends earlier.
+/// Maximum number of published ports: the number of port numbers. Each port also needs a
+/// descriptor, which is a lower limit in practice.
 pub const MAX_FORWARDS: usize = 65_536;
 
-/// Which published port it is. Numbers are not given out twice.
+/// Identifier of a published port. Identifiers are not reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ForwardId(pub(crate) u32);
 
 impl ForwardId {
-    /// One of an engine that is not run by [`Nat`](crate::Nat), which numbers its own.
+    /// Creates an identifier for an engine without [`Nat`](crate::Nat), which otherwise assigns
+    /// them.
     #[doc(hidden)]
     #[must_use]
     pub const fn for_test(number: u32) -> Self {
@@ -21,42 +23,43 @@ impl ForwardId {
     }
 }
 
-/// Whom the container sees as its client.
+/// The client address that the container sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ForwardSource {
-    /// The client itself, unless it would be answered past the engine or taken for somebody else:
-    /// loopback, the host's own addresses and the container's neighbours show the gateway, as does
-    /// a flow whose five-tuple is taken or whose client is of another family than the container's
-    /// address.
+    /// The address of the client. The container sees the gateway instead if a reply would bypass
+    /// the engine or the address would be trusted: for loopback, addresses of the host and
+    /// neighbours of the container. It also sees the gateway if the five-tuple is in use, or the
+    /// client is of another family than the container address.
     #[default]
     Client,
-    /// The gateway, with a port of the engine's choice.
+    /// The gateway, with a port chosen by the engine.
     Gateway,
 }
 
-/// A port of the host's that leads to a port of a container.
+/// A port of the host that is forwarded to a port of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forward {
     /// TCP or UDP.
     pub protocol: Protocol,
-    /// Where clients come. Port 0 takes any free one; IPv6 addresses take IPv6 clients only.
+    /// The listening address. Port 0 selects any free port; an IPv6 address accepts only IPv6
+    /// clients.
     pub listen: SocketAddr,
-    /// Where they are led to.
+    /// The destination in the container.
     pub guest: SocketAddr,
-    /// Who they seem to be there.
+    /// The client address that the container sees.
     pub source: ForwardSource,
 }
 
 impl Forward {
-    /// What it is called in metrics and messages.
+    /// The label in metrics and messages.
     #[must_use]
     pub fn label(&self) -> PublishLabel {
         PublishLabel::new(self.listen, self.protocol)
     }
 }
 
-/// Controls access to a published port. Called on the engine's thread for each connection and for
-/// each run of datagrams of one client; must not block.
+/// Access control for a published port. Called on the thread of the engine for each connection, and
+/// for each run of datagrams of one client. Must not block.
 pub trait Guard: Send + Sync {
     /// Whether the client of `ingress` may use the port.
     fn admits(&self, ingress: &Ingress) -> bool;
@@ -68,44 +71,44 @@ impl fmt::Debug for dyn Guard {
     }
 }
 
-/// Why a port is not published. Nothing has changed then.
+/// Error of publishing a port. The state of the engine is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// The host does not give the port away: in use, not permitted, no such address.
+    /// The host refuses the port: in use, not permitted, or no such address.
     #[error("listen {label}: {source}")]
     Listen {
-        /// What was to be opened.
+        /// The port to publish.
         label: PublishLabel,
-        /// What the system says.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
-    /// The engine carries TCP and UDP.
-    #[error("publish {0}: the engine carries tcp and udp only")]
+    /// The engine supports only TCP and UDP.
+    #[error("publish {0}: the NAT engine supports only tcp and udp")]
     Protocol(PublishLabel),
-    /// A container's port that cannot be: no address, or port 0.
-    #[error("publish {label}: {guest} is nowhere that a container can be")]
+    /// An invalid container address, or port 0.
+    #[error("publish {label}: {guest} is not a valid container address and port")]
     Guest {
-        /// What was to be opened.
+        /// The port to publish.
         label: PublishLabel,
-        /// Where it was to lead.
+        /// The destination in the container.
         guest: SocketAddr,
     },
-    /// The gateway is to be shown, and there is none of the container's family.
+    /// The container must see the gateway address, and the engine has no gateway of that family.
     #[error(
-        "publish {label}: the gateway is to be shown to {guest}, and the engine has no gateway of that family"
+        "publish {label}: {guest} must see the gateway address, but the NAT engine has no gateway of that family"
     )]
     NoGateway {
-        /// What was to be opened.
+        /// The port to publish.
         label: PublishLabel,
-        /// Where it was to lead.
+        /// The destination in the container.
         guest: SocketAddr,
     },
-    /// There are [`MAX_FORWARDS`].
-    #[error("{MAX_FORWARDS} ports are published, which is all there may be; remove some first")]
+    /// [`MAX_FORWARDS`] ports are published.
+    #[error("{MAX_FORWARDS} ports are published, which is the maximum; remove some first")]
     TooMany,
-    /// No descriptors are left for it.
-    #[error("publish {0}: no file descriptors are left; raise the limit (ulimit -n)")]
+    /// No file descriptor is available.
+    #[error("publish {0}: no file descriptor is available; raise the limit (ulimit -n)")]
     Descriptors(PublishLabel),
     /// The engine has ended.
     #[error("the NAT engine has ended")]

@@ -1,9 +1,9 @@
-//! Putting packets together again that arrive in pieces (RFC 791 section 3.2, RFC 8200
-//! section 4.5). Pure, and bounded: a guest can send first pieces for ever.
+//! Reassembly of fragmented packets (RFC 791 section 3.2, RFC 8200 section 4.5). It is bounded,
+//! because a guest can send first fragments indefinitely.
 //!
-//! Pieces of one packet may not overlap. RFC 5722 forbids it for IPv6, and nobody has reason to
-//! over IPv4: a packet with pieces that do is dropped with all of them, and what else comes of it
-//! with the time that is left to it.
+//! Fragments of a packet must not overlap. RFC 5722 forbids overlaps for IPv6, and they have no
+//! legitimate use for IPv4. A packet with overlapping fragments is dropped as a whole, and so are
+//! its further fragments until its reassembly timeout.
 
 use crate::wire::head::MAX_PACKET;
 use crate::wire::ip::{Fragment, Packet};
@@ -11,17 +11,17 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Packets under way at once.
+/// Maximum number of incomplete packets.
 pub const MAX_PACKETS: usize = 128;
-/// Of one source.
+/// Maximum number of incomplete packets per source.
 pub const MAX_PACKETS_PER_SOURCE: usize = 32;
-/// Pieces of one packet: the largest one in pieces of 512 bytes, which is less than any link here
-/// has.
-pub const MAX_PIECES: usize = 128;
-/// Bytes of all of them.
+/// Maximum number of fragments per packet: the largest packet in fragments of 512 bytes, which is
+/// below the MTU of any link here.
+pub const MAX_FRAGMENTS: usize = 128;
+/// Maximum number of buffered bytes.
 pub const MAX_BYTES: usize = 4 << 20;
 
-/// What all pieces of a packet have in common.
+/// Fields that all fragments of a packet share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Id {
     source: IpAddr,
@@ -34,26 +34,26 @@ struct Id {
 struct Partial {
     deadline: Instant,
     /// By offset.
-    pieces: BTreeMap<usize, Vec<u8>>,
+    fragments: BTreeMap<usize, Vec<u8>>,
     bytes: usize,
-    /// Known once the last piece has come.
+    /// Known once the last fragment has arrived.
     length: Option<usize>,
-    /// Something in it contradicts itself: what comes of it is dropped until its time is over.
-    spoilt: bool,
+    /// The fragments are inconsistent; further ones are dropped until the deadline.
+    invalid: bool,
 }
 
-/// What a piece came to.
+/// Result of adding a fragment.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Piece {
-    /// Others are missing.
-    Kept,
-    /// The payload of the whole packet.
-    Whole(Vec<u8>),
-    /// It does not fit with the others, or there is no room.
+pub enum FragmentOutcome {
+    /// Stored; other fragments are missing.
+    Stored,
+    /// The packet is complete; its payload.
+    Complete(Vec<u8>),
+    /// Dropped: inconsistent with other fragments, or over a limit.
     Dropped,
 }
 
-/// The packets under way.
+/// Incomplete packets.
 #[derive(Debug)]
 pub struct Reassembly {
     packets: BTreeMap<Id, Partial>,
@@ -62,14 +62,19 @@ pub struct Reassembly {
 }
 
 impl Reassembly {
-    /// Packets have `timeout` from their first piece to their last.
+    /// Creates an empty buffer. `timeout` is the time from the first fragment to the last.
     #[must_use]
     pub fn new(timeout: Duration) -> Self {
         Self { packets: BTreeMap::new(), bytes: 0, timeout }
     }
 
-    /// Adds a piece.
-    pub fn add(&mut self, packet: &Packet<'_>, fragment: Fragment, now: Instant) -> Piece {
+    /// Adds a fragment.
+    pub fn add(
+        &mut self,
+        packet: &Packet<'_>,
+        fragment: Fragment,
+        now: Instant,
+    ) -> FragmentOutcome {
         let id = Id {
             source: packet.source,
             destination: packet.destination,
@@ -77,31 +82,31 @@ impl Reassembly {
             identification: fragment.identification,
         };
         if !self.make_room(&id, packet.payload.len(), now) {
-            return Piece::Dropped;
+            return FragmentOutcome::Dropped;
         }
         let partial = self.packets.entry(id).or_insert_with(|| Partial {
             deadline: now + self.timeout,
-            pieces: BTreeMap::new(),
+            fragments: BTreeMap::new(),
             bytes: 0,
             length: None,
-            spoilt: false,
+            invalid: false,
         });
         let before = partial.bytes;
-        let kept = partial.add(fragment, packet.payload);
+        let stored = partial.add(fragment, packet.payload);
         self.bytes = self.bytes - before + partial.bytes;
-        if !kept {
-            return Piece::Dropped;
+        if !stored {
+            return FragmentOutcome::Dropped;
         }
         if partial.length != Some(partial.bytes) {
-            return Piece::Kept;
+            return FragmentOutcome::Stored;
         }
-        // No overlaps, nothing beyond the length, and as many bytes as that: there are no gaps.
-        self.remove(&id).map_or(Piece::Dropped, |partial| {
-            Piece::Whole(partial.pieces.into_values().flatten().collect())
+        // Without overlaps and with no data beyond the length, this number of bytes leaves no gap.
+        self.remove(&id).map_or(FragmentOutcome::Dropped, |partial| {
+            FragmentOutcome::Complete(partial.fragments.into_values().flatten().collect())
         })
     }
 
-    /// Forgets packets whose time is over. Returns how many there were.
+    /// Drops packets that have reached their deadline. Returns their number.
     pub fn expire(&mut self, now: Instant) -> usize {
         let due: Vec<Id> = self
             .packets
@@ -115,13 +120,13 @@ impl Reassembly {
         due.len()
     }
 
-    /// When [`Self::expire`] has something to do.
+    /// The earliest deadline, at which to call [`Self::expire`].
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
         self.packets.values().map(|partial| partial.deadline).min()
     }
 
-    /// Bytes kept.
+    /// Number of buffered bytes.
     #[must_use]
     pub const fn bytes(&self) -> usize {
         self.bytes
@@ -133,8 +138,8 @@ impl Reassembly {
         Some(partial)
     }
 
-    /// Whether `bytes` more of packet `id` may be kept. A source that has its share loses its own
-    /// oldest packet, so that it takes nobody else's room.
+    /// Whether `bytes` more of packet `id` may be stored. A source at its limit loses its own
+    /// oldest packet, so it does not affect other sources.
     fn make_room(&mut self, id: &Id, bytes: usize, now: Instant) -> bool {
         if !self.packets.contains_key(id) {
             let of_source = self.packets.iter().filter(|(other, _)| other.source == id.source);
@@ -161,51 +166,57 @@ impl Reassembly {
 impl Partial {
     fn add(&mut self, fragment: Fragment, payload: &[u8]) -> bool {
         let end = fragment.offset + payload.len();
-        let sound = !self.spoilt
+        let valid = !self.invalid
             && !payload.is_empty()
-            // All pieces but the last end where another one can begin.
+            // All fragments except the last end at a multiple of 8 bytes.
             && (!fragment.more || payload.len().is_multiple_of(8))
             && end <= MAX_PACKET
-            && self.pieces.len() < MAX_PIECES
+            && self.fragments.len() < MAX_FRAGMENTS
             && self.length.is_none_or(|length| if fragment.more { end < length } else { end == length })
             && !self.overlaps(fragment.offset, end);
-        if !sound {
-            // One that came twice spoils nothing (RFC 8200 section 4.5 allows to ignore it).
-            if self.pieces.get(&fragment.offset).is_some_and(|piece| piece == payload) {
+        if !valid {
+            // A duplicate is ignored (permitted by RFC 8200 section 4.5).
+            if self
+                .fragments
+                .get(&fragment.offset)
+                .is_some_and(|fragment_bytes| fragment_bytes == payload)
+            {
                 return true;
             }
             *self = Self {
                 deadline: self.deadline,
-                pieces: BTreeMap::new(),
+                fragments: BTreeMap::new(),
                 bytes: 0,
                 length: None,
-                spoilt: true,
+                invalid: true,
             };
             return false;
         }
         if !fragment.more {
-            let beyond =
-                self.pieces.last_key_value().is_some_and(|(at, piece)| at + piece.len() > end);
+            let beyond = self
+                .fragments
+                .last_key_value()
+                .is_some_and(|(at, fragment_bytes)| at + fragment_bytes.len() > end);
             if beyond {
                 *self = Self {
                     deadline: self.deadline,
-                    pieces: BTreeMap::new(),
+                    fragments: BTreeMap::new(),
                     bytes: 0,
                     length: None,
-                    spoilt: true,
+                    invalid: true,
                 };
                 return false;
             }
             self.length = Some(end);
         }
         self.bytes += payload.len();
-        self.pieces.insert(fragment.offset, payload.to_vec());
+        self.fragments.insert(fragment.offset, payload.to_vec());
         true
     }
 
     fn overlaps(&self, start: usize, end: usize) -> bool {
-        let before = self.pieces.range(..end).next_back();
-        before.is_some_and(|(at, piece)| at + piece.len() > start)
+        let before = self.fragments.range(..end).next_back();
+        before.is_some_and(|(at, fragment_bytes)| at + fragment_bytes.len() > start)
     }
 }
 
@@ -233,52 +244,52 @@ mod tests {
         more: bool,
         payload: &[u8],
         now: Instant,
-    ) -> Piece {
+    ) -> FragmentOutcome {
         reassembly.add(&packet(1, payload), Fragment { identification: 7, offset, more }, now)
     }
 
     #[test]
-    fn rfc_5722_pieces_that_overlap_spoil_the_packet() {
+    fn rfc_5722_overlapping_fragments_invalidate_the_packet() {
         let now = Instant::now();
         let mut reassembly = Reassembly::new(Duration::from_secs(30));
-        assert_eq!(add(&mut reassembly, 0, true, &[1; 16], now), Piece::Kept);
-        assert_eq!(add(&mut reassembly, 8, true, &[2; 16], now), Piece::Dropped);
-        assert_eq!(add(&mut reassembly, 24, false, &[3; 8], now), Piece::Dropped);
+        assert_eq!(add(&mut reassembly, 0, true, &[1; 16], now), FragmentOutcome::Stored);
+        assert_eq!(add(&mut reassembly, 8, true, &[2; 16], now), FragmentOutcome::Dropped);
+        assert_eq!(add(&mut reassembly, 24, false, &[3; 8], now), FragmentOutcome::Dropped);
         assert_eq!(reassembly.bytes(), 0);
         reassembly.expire(now + Duration::from_secs(30));
-        assert_eq!(add(&mut reassembly, 8, false, &[2; 8], now), Piece::Kept);
+        assert_eq!(add(&mut reassembly, 8, false, &[2; 8], now), FragmentOutcome::Stored);
         assert_eq!(
             add(&mut reassembly, 0, true, &[1; 8], now),
-            Piece::Whole([[1; 8], [2; 8]].concat())
+            FragmentOutcome::Complete([[1; 8], [2; 8]].concat())
         );
     }
 
     #[test]
-    fn a_piece_that_comes_twice_is_ignored() {
+    fn a_duplicate_fragment_is_ignored() {
         let now = Instant::now();
         let mut reassembly = Reassembly::new(Duration::from_secs(30));
         add(&mut reassembly, 0, true, &[1; 8], now);
-        assert_eq!(add(&mut reassembly, 0, true, &[1; 8], now), Piece::Kept);
+        assert_eq!(add(&mut reassembly, 0, true, &[1; 8], now), FragmentOutcome::Stored);
         assert_eq!(
             add(&mut reassembly, 8, false, &[2; 3], now),
-            Piece::Whole(vec![1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2])
+            FragmentOutcome::Complete(vec![1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2])
         );
     }
 
     #[test]
-    fn a_packet_too_long_for_its_length_field_is_dropped() {
+    fn a_packet_over_the_maximum_length_is_dropped() {
         let now = Instant::now();
         let mut reassembly = Reassembly::new(Duration::from_secs(30));
-        assert_eq!(add(&mut reassembly, 65_528, false, &[0; 100], now), Piece::Dropped);
+        assert_eq!(add(&mut reassembly, 65_528, false, &[0; 100], now), FragmentOutcome::Dropped);
         assert_eq!(reassembly.bytes(), 0);
     }
 
     #[test]
-    fn a_source_that_never_finishes_loses_its_own_and_nobody_elses() {
+    fn a_source_at_its_limit_loses_only_its_own_packets() {
         let now = Instant::now();
         let mut reassembly = Reassembly::new(Duration::from_secs(30));
         let part = Fragment { identification: 1, offset: 0, more: true };
-        assert_eq!(reassembly.add(&packet(2, &[5; 8]), part, now), Piece::Kept);
+        assert_eq!(reassembly.add(&packet(2, &[5; 8]), part, now), FragmentOutcome::Stored);
         for identification in 0..100_000 {
             let part = Fragment { identification, offset: 0, more: true };
             reassembly.add(&packet(1, &[0; 1480]), part, now);
@@ -288,28 +299,28 @@ mod tests {
         let last = Fragment { identification: 1, offset: 8, more: false };
         assert_eq!(
             reassembly.add(&packet(2, &[6; 8]), last, now),
-            Piece::Whole([[5; 8], [6; 8]].concat())
+            FragmentOutcome::Complete([[5; 8], [6; 8]].concat())
         );
     }
 
     proptest! {
         #[test]
-        fn any_order_makes_the_same_packet(
+        fn fragments_in_any_order_make_the_same_packet(
             length in 1usize..4000,
             size in 1usize..60,
             order in prop::collection::vec(any::<u32>(), 600),
         ) {
             let now = Instant::now();
             let whole: Vec<u8> = (0..length).map(|at| at as u8).collect();
-            let size = (size * 8).max(length.div_ceil(MAX_PIECES).next_multiple_of(8));
-            let mut pieces: Vec<usize> = (0..length).step_by(size).collect();
-            pieces.sort_by_key(|at| order[at / size]);
+            let size = (size * 8).max(length.div_ceil(MAX_FRAGMENTS).next_multiple_of(8));
+            let mut fragments: Vec<usize> = (0..length).step_by(size).collect();
+            fragments.sort_by_key(|at| order[at / size]);
             let mut reassembly = Reassembly::new(Duration::from_secs(30));
             let mut done = None;
-            for at in pieces {
+            for at in fragments {
                 prop_assert_eq!(&done, &None);
                 let end = (at + size).min(length);
-                if let Piece::Whole(bytes) = add(&mut reassembly, at, end < length, &whole[at..end], now) {
+                if let FragmentOutcome::Complete(bytes) = add(&mut reassembly, at, end < length, &whole[at..end], now) {
                     done = Some(bytes);
                 }
             }
@@ -318,19 +329,19 @@ mod tests {
         }
 
         #[test]
-        fn whatever_pieces_come_no_bound_is_passed(
-            pieces in prop::collection::vec((0usize..9000, any::<bool>(), 0usize..3000, 0u32..3), 0..200),
+        fn no_limit_is_exceeded_for_any_fragments(
+            fragments in prop::collection::vec((0usize..9000, any::<bool>(), 0usize..3000, 0u32..3), 0..200),
         ) {
             let now = Instant::now();
             let mut reassembly = Reassembly::new(Duration::from_secs(30));
-            for (offset, more, length, identification) in pieces {
+            for (offset, more, length, identification) in fragments {
                 let payload = vec![0; length];
                 let part = Fragment { identification, offset: offset * 8, more };
-                if let Piece::Whole(bytes) = reassembly.add(&packet(1, &payload), part, now) {
+                if let FragmentOutcome::Complete(bytes) = reassembly.add(&packet(1, &payload), part, now) {
                     prop_assert!(bytes.len() <= MAX_PACKET);
                 }
-                let kept: usize = reassembly.packets.values().map(|p| p.pieces.values().map(Vec::len).sum::<usize>()).sum();
-                prop_assert_eq!(kept, reassembly.bytes());
+                let stored: usize = reassembly.packets.values().map(|p| p.fragments.values().map(Vec::len).sum::<usize>()).sum();
+                prop_assert_eq!(stored, reassembly.bytes());
             }
         }
     }

@@ -1,17 +1,17 @@
-//! What the fuzz targets check, as ordinary functions, so that a plain test can replay a corpus.
-//! Not part of the interface.
+//! Checks of the fuzz targets as plain functions, so that an ordinary test can replay a corpus. Not
+//! part of the public interface.
 
 use crate::engine::{Engine, Secrets};
 use crate::forward::{Forward, ForwardId, ForwardSource};
 use crate::host::{
-    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem,
+    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketError,
 };
 use crate::layer2::{self, Layer2, Layer2Options, Layer2V6};
 use crate::metrics::Stats;
 use crate::settings::Settings;
 use crate::siphash::HashKey;
 use crate::wire::ethernet::{self, MacAddress};
-use crate::wire::icmp::Problem;
+use crate::wire::icmp::IcmpError;
 use crate::wire::ip::Packet;
 use crate::wire::virtio::VirtioHeader;
 use std::io::{self, IoSlice};
@@ -21,20 +21,20 @@ use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
 use tidegate_reactor::{Key, StreamIngress};
 
-/// A host whose sockets do what the fuzzer says.
+/// A host with results that the fuzzer determines.
 #[derive(Default)]
 struct Fuzzed {
     keys: Vec<Key>,
     ports: Vec<Key>,
-    /// Bytes that say how the next calls end.
-    moods: Vec<u8>,
-    /// What waits at each stream.
+    /// Bytes that determine the results of the next calls.
+    results: Vec<u8>,
+    /// Bytes in the receive queue of each stream.
     waiting: Vec<usize>,
 }
 
 impl Fuzzed {
-    fn mood(&mut self) -> u8 {
-        self.moods.pop().unwrap_or(0)
+    fn next_result(&mut self) -> u8 {
+        self.results.pop().unwrap_or(0)
     }
 
     fn watch(&mut self, key: Key) {
@@ -75,8 +75,8 @@ impl Host for Fuzzed {
     fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
         let payload: Vec<u8> = payload.iter().flat_map(|piece| piece.iter().copied()).collect();
         let frame = [head, &payload].concat();
-        let (_, packet) = VirtioHeader::parse(&frame).expect("what is written has a header");
-        let parsed = Packet::parse(packet).expect("what is written is a packet");
+        let (_, packet) = VirtioHeader::parse(&frame).expect("written frames have a virtio header");
+        let parsed = Packet::parse(packet).expect("written frames contain a packet");
         assert_eq!(parsed.header.len() + parsed.payload.len(), packet.len());
         true
     }
@@ -86,7 +86,7 @@ impl Host for Fuzzed {
     }
 
     fn connect(&mut self, _to: SocketAddr) -> io::Result<usize> {
-        match self.mood() % 8 {
+        match self.next_result() % 8 {
             7 => Err(io::Error::from_raw_os_error(libc::ENETUNREACH)),
             6 => Err(io::Error::from_raw_os_error(libc::EMFILE)),
             _ => {
@@ -98,7 +98,7 @@ impl Host for Fuzzed {
 
     fn watch_stream(&mut self, _stream: &mut usize, key: Key) -> io::Result<Ready> {
         self.watch(key);
-        Ok(Ready { writable: self.mood().is_multiple_of(2), ..Ready::default() })
+        Ok(Ready { writable: self.next_result().is_multiple_of(2), ..Ready::default() })
     }
 
     fn watch_port(&mut self, _port: &Port<(), ()>, key: Key) -> io::Result<()> {
@@ -111,14 +111,14 @@ impl Host for Fuzzed {
     fn ignore_port(&mut self, _port: &Port<(), ()>) {}
 
     fn accept(&mut self, _listener: &mut ()) -> io::Result<(usize, SocketAddr)> {
-        let mood = self.mood();
-        match mood % 8 {
+        let choice = self.next_result();
+        match choice % 8 {
             0 => Err(io::ErrorKind::WouldBlock.into()),
             6 => Err(io::Error::from_raw_os_error(libc::EMFILE)),
             7 => Err(io::ErrorKind::ConnectionAborted.into()),
             _ => {
-                self.waiting.push(usize::from(mood) * 10);
-                Ok((self.waiting.len() - 1, SocketAddr::from(([192, 0, 2, mood / 64], 5000))))
+                self.waiting.push(usize::from(choice) * 10);
+                Ok((self.waiting.len() - 1, SocketAddr::from(([192, 0, 2, choice / 64], 5000))))
             }
         }
     }
@@ -128,11 +128,15 @@ impl Host for Fuzzed {
     }
 
     fn connect_result(&mut self, _stream: &usize) -> io::Result<()> {
-        if self.mood() % 4 == 3 { Err(io::ErrorKind::ConnectionRefused.into()) } else { Ok(()) }
+        if self.next_result() % 4 == 3 {
+            Err(io::ErrorKind::ConnectionRefused.into())
+        } else {
+            Ok(())
+        }
     }
 
     fn send(&mut self, _stream: &mut usize, bytes: &[u8]) -> io::Result<usize> {
-        match self.mood() % 8 {
+        match self.next_result() % 8 {
             7 => Err(io::ErrorKind::ConnectionReset.into()),
             6 => Err(io::ErrorKind::WouldBlock.into()),
             5 => Ok(bytes.len().div_ceil(2)),
@@ -141,16 +145,16 @@ impl Host for Fuzzed {
     }
 
     fn peek(&mut self, stream: &mut usize, offset: usize, into: &mut [u8]) -> io::Result<usize> {
-        let mood = self.mood();
+        let choice = self.next_result();
         let waiting = &mut self.waiting[*stream];
-        assert!(offset <= *waiting, "nothing behind the queue's end is looked at");
-        if mood % 8 == 7 {
+        assert!(offset <= *waiting, "peek beyond the end of the queue");
+        if choice % 8 == 7 {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
         if offset == *waiting {
-            match mood % 4 {
+            match choice % 4 {
                 3 => return Ok(0),
-                2 => *waiting += usize::from(mood) * 100,
+                2 => *waiting += usize::from(choice) * 100,
                 _ => return Err(io::ErrorKind::WouldBlock.into()),
             }
         }
@@ -159,7 +163,7 @@ impl Host for Fuzzed {
     }
 
     fn discard(&mut self, stream: &mut usize, length: usize) -> io::Result<()> {
-        assert!(length <= self.waiting[*stream], "only what is there is taken out");
+        assert!(length <= self.waiting[*stream], "discard beyond the end of the queue");
         self.waiting[*stream] -= length;
         Ok(())
     }
@@ -169,7 +173,11 @@ impl Host for Fuzzed {
     fn abort(&mut self, _stream: usize) {}
 
     fn open(&mut self, _kind: DatagramKind, _to: SocketAddr) -> io::Result<()> {
-        if self.mood() % 8 == 7 { Err(io::Error::from_raw_os_error(libc::EMFILE)) } else { Ok(()) }
+        if self.next_result() % 8 == 7 {
+            Err(io::Error::from_raw_os_error(libc::EMFILE))
+        } else {
+            Ok(())
+        }
     }
 
     fn watch_datagrams(&mut self, _socket: &(), key: Key) -> io::Result<()> {
@@ -186,27 +194,27 @@ impl Host for Fuzzed {
         _: bool,
         _: Option<u8>,
     ) -> SendOutcome {
-        match self.mood() % 8 {
+        match self.next_result() % 8 {
             7 => SendOutcome::TooBig(1280),
-            6 => SendOutcome::Unreachable(Problem::HostUnreachable),
+            6 => SendOutcome::Unreachable(IcmpError::HostUnreachable),
             5 => SendOutcome::NoRoom,
             _ => SendOutcome::Sent,
         }
     }
 
     fn receive(&mut self, _socket: &mut (), batch: &mut Answers) -> io::Result<usize> {
-        let mood = usize::from(self.mood());
-        if mood % 3 == 0 {
+        let choice = usize::from(self.next_result());
+        if choice % 3 == 0 {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        batch.0 = vec![vec![0; mood * 17]; mood % 5 + 1];
+        batch.0 = vec![vec![0; choice * 17]; choice % 5 + 1];
         Ok(batch.0.len())
     }
 
-    fn next_problem(&mut self, _socket: &mut ()) -> Option<SocketProblem> {
+    fn next_socket_error(&mut self, _socket: &mut ()) -> Option<SocketError> {
         let payload = vec![0; 20];
-        (self.mood() % 4 == 3).then_some(SocketProblem {
-            problem: Problem::PortUnreachable,
+        (self.next_result() % 4 == 3).then_some(SocketError {
+            icmp_error: IcmpError::PortUnreachable,
             offender: None,
             destination: Some(SocketAddr::from(([192, 0, 2, 1], 5000))),
             payload,
@@ -214,11 +222,11 @@ impl Host for Fuzzed {
     }
 }
 
-/// Frames, events of sockets and time, in any order: the engine does not panic, writes nothing but
-/// packets, and passes no limit.
+/// Frames, socket events and time in any order: the engine does not panic, writes only valid
+/// packets, and exceeds no limit.
 ///
-/// The bytes are a sequence of steps: one that says what happens, and what it takes. A frame has
-/// two bytes of length before it.
+/// The input is a sequence of steps: a byte that selects the action, and its arguments. A frame is
+/// preceded by its length in two bytes.
 pub fn check_engine(mut data: &[u8]) {
     let start = Instant::now();
     let mut settings = Settings::new(1500);
@@ -239,16 +247,20 @@ pub fn check_engine(mut data: &[u8]) {
     ] {
         let forward = Forward { protocol, listen, guest, source };
         let published = engine.publish(ForwardId(id), forward, port, None, Arc::default());
-        published.expect("nothing here refuses to be watched");
+        published.expect("watching cannot fail here");
     }
     while let [step, rest @ ..] = data {
         data = rest;
         match step % 8 {
             4 | 5 => {
-                let Some(([which, mood], rest)) = data.split_first_chunk::<2>() else { break };
+                let Some(([which, choice], rest)) = data.split_first_chunk::<2>() else { break };
                 data = rest;
-                engine.host_mut().moods =
-                    vec![*mood, mood.rotate_left(3), mood.rotate_left(5), mood.rotate_left(1)];
+                engine.host_mut().results = vec![
+                    *choice,
+                    choice.rotate_left(3),
+                    choice.rotate_left(5),
+                    choice.rotate_left(1),
+                ];
                 let ports = &engine.host_mut().ports;
                 let port = ports[usize::from(*which) % ports.len()];
                 let error = *which >= 128;
@@ -262,10 +274,12 @@ pub fn check_engine(mut data: &[u8]) {
                 engine.frame(frame, now);
             }
             2 | 6 => {
-                let Some(([which, how, mood], rest)) = data.split_first_chunk::<3>() else { break };
+                let Some(([which, how, choice], rest)) = data.split_first_chunk::<3>() else {
+                    break;
+                };
                 data = rest;
-                engine.host_mut().moods =
-                    vec![*mood, mood.rotate_left(3), *mood, mood.rotate_left(6)];
+                engine.host_mut().results =
+                    vec![*choice, choice.rotate_left(3), *choice, choice.rotate_left(6)];
                 let keys = &engine.host_mut().keys;
                 let key = keys.get(usize::from(*which) % keys.len().max(1)).copied();
                 let [readable, writable, error, more] = [1, 2, 4, 8].map(|bit| how & bit != 0);
@@ -292,9 +306,8 @@ pub fn check_engine(mut data: &[u8]) {
     assert_eq!(engine.flows(), 0);
 }
 
-/// Frames of a hostile guest on an Ethernet, each behind two bytes that say how long it is:
-/// whatever they are, what is answered is a whole frame, and what goes on has lost no more than its
-/// header.
+/// Ethernet frames of a hostile guest, each preceded by its length in two bytes. Every reply is a
+/// complete frame, and a packet that is passed on loses only its Ethernet header.
 pub fn check_layer2(data: &[u8]) {
     let options = Layer2Options {
         network: ipnet::Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 2, 0), 24),
@@ -317,7 +330,7 @@ pub fn check_layer2(data: &[u8]) {
         let mut answers = 0;
         let passed = layer2.receive(&mut frame, |answer| {
             answers += 1;
-            assert!(answer.len() > layer2::HEAD, "an answer without content");
+            assert!(answer.len() > layer2::HEAD, "a reply without content");
         });
         if let Some(packet) = passed {
             assert_eq!((answers, packet.len()), (0, length - ethernet::LENGTH));

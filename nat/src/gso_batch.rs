@@ -1,39 +1,39 @@
-//! Neighbouring datagrams of one session, gathered to be sent by one call. Pure.
+//! Collects consecutive datagrams of one session into a GSO batch. No I/O.
 //!
-//! A guest's program sends datagrams one by one, and they are read off the device one by one; those
-//! of one batch that are alike leave together (`UDP_SEGMENT`). Their bytes are copied for it, which
-//! costs a hundredth of what a system call for each would.
+//! A program of the guest sends datagrams individually, and they are read from the device
+//! individually. Consecutive datagrams with equal properties are sent as one GSO batch
+//! (`UDP_SEGMENT`). Copying their payload costs one hundredth of a system call for each.
 
 use std::net::SocketAddr;
 use tidegate_reactor::Key;
 use tidegate_reactor::batch::{MAX_BATCH_BYTES, MAX_SEGMENTS};
 
-/// What all datagrams of a GSO batch have in common.
+/// Properties that all datagrams of a GSO batch share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BatchKey {
-    /// Whose they are.
+    /// The session.
     pub(crate) flow: Key,
-    /// Where they go, if their socket is not connected.
+    /// The destination, if the socket is not connected.
     pub(crate) to: Option<SocketAddr>,
-    /// No router may cut them.
+    /// DF is set.
     pub(crate) dont_fragment: bool,
-    /// A hop limit that matters.
+    /// The hop limit, if it is low enough to matter.
     pub(crate) hop_limit: Option<u8>,
 }
 
-/// A GSO batch that is being made up.
+/// A GSO batch under construction.
 #[derive(Debug, Default)]
 pub(crate) struct GsoBatch {
     key: Option<BatchKey>,
     bytes: Vec<u8>,
     segment: usize,
     count: usize,
-    /// One shorter than the others has come: it is the last.
+    /// A datagram shorter than the segment size was added, which must be the last.
     closed: bool,
 }
 
 impl GsoBatch {
-    /// Adds a datagram, if it may travel with those that are here.
+    /// Adds a datagram, if it fits the current batch. Returns whether it was added.
     pub(crate) fn push(&mut self, key: BatchKey, datagram: &[u8]) -> bool {
         let length = datagram.len();
         match self.key {
@@ -59,12 +59,12 @@ impl GsoBatch {
         true
     }
 
-    /// What there is: whose it is, the bytes and the size of each datagram but the last.
+    /// Returns the key, payload and segment size of the batch.
     pub(crate) fn get(&self) -> Option<(BatchKey, &[u8], usize)> {
         self.key.map(|key| (key, &self.bytes[..], self.segment))
     }
 
-    /// Begins anew.
+    /// Empties the batch.
     pub(crate) fn clear(&mut self) {
         self.key = None;
         self.bytes.clear();
@@ -80,7 +80,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_far_end_sees_the_same_datagrams(
+        fn batching_preserves_datagrams(
             lengths in prop::collection::vec(prop_oneof![Just(0usize), 1usize..5, Just(1200), Just(60_000)], 1..100),
         ) {
             let flow = Arena::new().insert(());

@@ -1,203 +1,204 @@
-//! What the engine needs of the world: a device to write packets to, and sockets on the host's
-//! side.
+//! Interface of the engine to the outside: a device for packets, and sockets on the host.
 //!
-//! It is the seam between logic and I/O. `io` implements it with a TUN device and the kernel's
-//! sockets, the simulation with queues in memory; the engine is compiled for each, so that the seam
-//! costs no call through a table and no copy. No call may wait: what cannot be done at once is
+//! It separates logic from I/O. `io` implements it with a TUN device and kernel sockets, and the
+//! simulation with queues in memory. The engine is generic over the implementation, so there is no
+//! dynamic dispatch and no extra copy. No call may block: an operation that cannot complete returns
 //! [`WouldBlock`](io::ErrorKind::WouldBlock), and [`Engine::ready`](crate::engine::Engine::ready)
-//! tells when to try again.
+//! reports when to retry.
 
-use crate::wire::icmp::Problem;
+use crate::wire::icmp::IcmpError;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use tidegate_reactor::{Key, StreamIngress};
 
-/// What a socket has become ready for.
+/// Readiness of a socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ready {
-    /// Data, the end of the stream or an error waits.
+    /// Data, the end of the stream or an error can be read.
     pub readable: bool,
-    /// There is room, or a connect is over.
+    /// The send buffer has space, or a connect has completed.
     pub writable: bool,
-    /// An error waits, of the socket or in its error queue.
+    /// A socket error or an entry of the error queue is pending.
     pub error: bool,
-    /// The stream's end has come, or urgent data: a look that brings less than it could does not
-    /// mean that nothing is left.
+    /// The stream has ended or contains urgent data. A short peek does not mean that the receive
+    /// queue is empty.
     pub more: bool,
 }
 
-/// Which kind of datagram socket.
+/// Kind of a datagram socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DatagramKind {
-    /// UDP, connected.
+    /// A connected UDP socket.
     Udp,
-    /// UDP, for whoever a datagram is for.
+    /// An unconnected UDP socket for several peers.
     SharedUdp,
-    /// ICMP or ICMPv6 echoes, as the address's family has it (`SOCK_DGRAM` with `IPPROTO_ICMP`).
+    /// A ping socket for ICMP or ICMPv6 echoes, by address family (`SOCK_DGRAM` with
+    /// `IPPROTO_ICMP`).
     Echo,
 }
 
-/// What became of a batch.
+/// Result of sending a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendOutcome {
-    /// It is sent, as far as the kernel tells.
+    /// The kernel accepted the batch.
     Sent,
     /// The send buffer is full.
     NoRoom,
-    /// A datagram of it may not be cut, and does not fit the path, which takes packets of so many
-    /// bytes.
+    /// A datagram has DF set and exceeds the path MTU, which is given in bytes.
     TooBig(u32),
-    /// There is no way there.
-    Unreachable(Problem),
+    /// The destination is unreachable.
+    Unreachable(IcmpError),
 }
 
-/// Where a datagram goes whose socket is not connected.
+/// Destination of a datagram on an unconnected socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Destination {
-    /// There.
+    /// The destination.
     pub to: SocketAddr,
-    /// The address of ours that it leaves from, if not the one that the route says.
+    /// The source address; `None` to select it by the routing table.
     pub from: Option<IpAddr>,
 }
 
-/// The socket of a published port: one that listens, or one for datagrams.
+/// Socket of a published port.
 #[derive(Debug)]
 pub enum Port<L, D> {
-    /// Of TCP.
+    /// A listening TCP socket.
     Tcp(L),
-    /// Of UDP, not connected.
+    /// An unconnected UDP socket.
     Udp(D),
 }
 
-/// Something that the network told a datagram socket about an earlier datagram (`IP_RECVERR`).
+/// An ICMP error about an earlier datagram of a socket (`IP_RECVERR`).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SocketProblem {
-    /// What.
-    pub problem: Problem,
-    /// Who told, if it was not this host.
+pub struct SocketError {
+    /// The error.
+    pub icmp_error: IcmpError,
+    /// The sender of the error; `None` for this host.
     pub offender: Option<IpAddr>,
-    /// Where that datagram went, on a socket that is not connected.
+    /// The destination of that datagram, for an unconnected socket.
     pub destination: Option<SocketAddr>,
-    /// The beginning of that datagram's payload.
+    /// The start of the payload of that datagram.
     pub payload: Vec<u8>,
 }
 
-/// Messages received in one call.
+/// Messages received by one call.
 pub trait Batch: Default {
-    /// How many there are.
+    /// Number of messages.
     fn len(&self) -> usize;
 
-    /// Whether there are none.
+    /// Whether the batch is empty.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Message `index`: a datagram, or a GSO batch of them, and the size of each but the last.
+    /// Message `index` (a datagram or a GSO batch) and its segment size.
     fn get(&self, index: usize) -> (&[u8], usize);
 
-    /// Who sent message `index`; asked only of a socket that is not connected.
+    /// The sender of message `index`. Called only for unconnected sockets.
     fn source(&self, index: usize) -> Option<SocketAddr>;
 
-    /// How message `index` reached us; asked only of a published port's socket.
+    /// The arrival of message `index`. Called only for the socket of a published port.
     fn arrival(&self, index: usize) -> Arrival;
 }
 
-/// How a datagram reached the socket of a published port.
+/// Arrival of a datagram at the socket of a published port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Arrival {
-    /// The address of ours to answer from; `None` leaves the choice to the kernel.
+    /// The source address for replies; `None` to let the kernel choose.
     pub local: Option<IpAddr>,
     /// The destination address.
     pub destination: Option<IpAddr>,
     /// The destination is a broadcast or multicast address.
     pub to_group: bool,
-    /// The index of the ingress interface; 0 where it is not known.
+    /// The index of the ingress interface; 0 if unknown.
     pub interface: u32,
 }
 
-/// See the module.
+/// Device and sockets of an engine; see the module.
 pub trait Host {
     /// A TCP socket.
     type Stream;
-    /// A UDP or ping socket, connected unless it is shared.
+    /// A UDP or ping socket; connected unless it is shared.
     type Datagrams;
     /// A listening TCP socket.
     type Listener;
-    /// What datagrams are received into.
+    /// Receive buffer for datagrams.
     type Batch: Batch;
 
-    /// Writes one packet to the guest: headers, virtio's first, and payload. False if it is lost.
+    /// Writes a packet to the guest: the headers, starting with the virtio header, and the payload.
+    /// Returns false if the packet is lost.
     fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool;
 
-    /// Whether an address is this host's own, loopback included.
+    /// Whether `ip` is an address of the host, including loopback.
     fn is_local(&self, ip: IpAddr) -> bool;
 
-    /// Begins to connect.
+    /// Starts to connect a TCP socket.
     ///
     /// # Errors
-    /// There is no descriptor left (`EMFILE`), or it is clear at once that there is no way.
+    /// No descriptor is available (`EMFILE`), or an immediate error of the connect.
     fn connect(&mut self, to: SocketAddr) -> io::Result<Self::Stream>;
 
-    /// From now on [`Engine::ready`](crate::engine::Engine::ready) is called with `key`. Returns
-    /// what the socket is ready for already: on one host a connect is over when the call returns.
+    /// Starts to report events of the socket to [`Engine::ready`](crate::engine::Engine::ready)
+    /// with `key`. Returns the current readiness: on the same host, a connect may already be
+    /// complete.
     ///
     /// # Errors
-    /// The kernel watches no more sockets.
+    /// The socket cannot be added to epoll.
     fn watch_stream(&mut self, stream: &mut Self::Stream, key: Key) -> io::Result<Ready>;
 
-    /// From now on [`Engine::port_ready`](crate::engine::Engine::port_ready) is called with `key`
-    /// for as long as something waits.
+    /// Starts to call [`Engine::port_ready`](crate::engine::Engine::port_ready) with `key` while
+    /// clients or datagrams are queued.
     ///
     /// # Errors
-    /// The kernel watches no more sockets.
+    /// The socket cannot be added to epoll.
     fn watch_port(
         &mut self,
         port: &Port<Self::Listener, Self::Datagrams>,
         key: Key,
     ) -> io::Result<()>;
 
-    /// What waits at `port` waits until it is watched again.
+    /// Stops watching `port`. Its queue is kept until it is watched again.
     fn ignore_port(&mut self, port: &Port<Self::Listener, Self::Datagrams>);
 
-    /// Takes the next client that waits to be accepted, and tells its address.
+    /// Accepts the next client and returns its address.
     ///
     /// # Errors
-    /// `WouldBlock` when nobody waits, `EMFILE` when there is no descriptor left for who does.
+    /// `WouldBlock` if no client is queued, `EMFILE` if no descriptor is available for it.
     fn accept(&mut self, listener: &mut Self::Listener) -> io::Result<(Self::Stream, SocketAddr)>;
 
-    /// The interface by which a client has connected, and the address of ours; `None` where that is
-    /// not known.
+    /// The ingress interface and local address of an accepted connection; `None` if unknown.
     fn ingress(&self, stream: &Self::Stream) -> Option<StreamIngress>;
 
-    /// How a connect ended; of a client that was accepted, whether it is still there.
+    /// The result of a connect, or whether an accepted client is still connected.
     ///
     /// # Errors
-    /// It failed.
+    /// The connect failed, or the connection is reset.
     fn connect_result(&mut self, stream: &Self::Stream) -> io::Result<()>;
 
-    /// Whether the far end may not have heard yet that it is connected: where the engine is busy
-    /// that is put off, so that the first bytes carry it.
-    fn is_quiet(&self, stream: &Self::Stream) -> bool {
+    /// Whether the last ACK of the handshake is still delayed. On a busy engine it is delayed so
+    /// that the first payload carries it.
+    fn is_handshake_ack_delayed(&self, stream: &Self::Stream) -> bool {
         let _ = stream;
         false
     }
 
-    /// Lets the far end hear it now, which may be the one that is to speak first.
-    fn say_hello(&mut self, stream: &mut Self::Stream) {
+    /// Sends the delayed handshake ACK, in case the remote side sends first.
+    fn send_handshake_ack(&mut self, stream: &mut Self::Stream) {
         let _ = stream;
     }
 
-    /// Sends the beginning of `bytes`, and tells how much of it.
+    /// Sends a prefix of `bytes` and returns its length.
     ///
     /// # Errors
-    /// `WouldBlock`; otherwise the connection is broken.
+    /// `WouldBlock`; any other error means that the connection is broken.
     fn send(&mut self, stream: &mut Self::Stream, bytes: &[u8]) -> io::Result<usize>;
 
-    /// Copies bytes of the receive queue from `offset` on, and leaves them there. 0 is the end of
-    /// the stream.
+    /// Copies bytes of the receive queue, starting at `offset`, without removing them. Returns 0 at
+    /// the end of the stream.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing is there yet; otherwise the connection is broken.
+    /// `WouldBlock` if no data has arrived yet; any other error means that the connection is
+    /// broken.
     fn peek(
         &mut self,
         stream: &mut Self::Stream,
@@ -205,33 +206,33 @@ pub trait Host {
         into: &mut [u8],
     ) -> io::Result<usize>;
 
-    /// Takes the first `length` bytes out of the receive queue; they were peeked at before.
+    /// Removes the first `length` bytes, which were peeked before, from the receive queue.
     ///
     /// # Errors
     /// The connection is broken.
     fn discard(&mut self, stream: &mut Self::Stream, length: usize) -> io::Result<()>;
 
-    /// Ends our half of the stream.
+    /// Shuts down the sending direction.
     fn shutdown(&mut self, stream: &mut Self::Stream);
 
     /// Resets the connection.
     fn abort(&mut self, stream: Self::Stream);
 
-    /// Opens a datagram socket, connected unless it is to be shared.
+    /// Opens a datagram socket, connected unless `kind` is shared.
     ///
     /// # Errors
-    /// There is no descriptor left (`EMFILE`), no route, or no leave to have ping sockets.
+    /// No descriptor is available (`EMFILE`), there is no route, or ping sockets are not permitted.
     fn open(&mut self, kind: DatagramKind, to: SocketAddr) -> io::Result<Self::Datagrams>;
 
-    /// As [`watch_stream`](Self::watch_stream).
+    /// Like [`watch_stream`](Self::watch_stream).
     ///
     /// # Errors
-    /// The kernel watches no more sockets.
+    /// The socket cannot be added to epoll.
     fn watch_datagrams(&mut self, socket: &Self::Datagrams, key: Key) -> io::Result<()>;
 
-    /// Sends `bytes`, where the socket is connected to or to `destination`, as datagrams of
-    /// `segment` bytes, the last one perhaps shorter. Whether one may be cut on its way says
-    /// `dont_fragment`; a `hop_limit` is set where the guest's own is so low that it matters.
+    /// Sends `bytes` to the peer or to `destination`, as datagrams of `segment` bytes; the last one
+    /// may be shorter. `dont_fragment` sets DF. A `hop_limit` is given only if that of the guest is
+    /// low enough to matter.
     fn send_gso_batch(
         &mut self,
         socket: &mut Self::Datagrams,
@@ -242,17 +243,17 @@ pub trait Host {
         hop_limit: Option<u8>,
     ) -> SendOutcome;
 
-    /// Receives what waits, in place of what was in `batch`.
+    /// Receives queued messages into `batch`, replacing the previous ones.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing is there; otherwise what the network told, which
-    /// [`next_problem`](Self::next_problem) has in detail.
+    /// `WouldBlock` if no message is queued; otherwise an ICMP error, with details in
+    /// [`next_socket_error`](Self::next_socket_error).
     fn receive(
         &mut self,
         socket: &mut Self::Datagrams,
         batch: &mut Self::Batch,
     ) -> io::Result<usize>;
 
-    /// Takes one entry out of the socket's error queue.
-    fn next_problem(&mut self, socket: &mut Self::Datagrams) -> Option<SocketProblem>;
+    /// Removes one entry from the error queue of the socket.
+    fn next_socket_error(&mut self, socket: &mut Self::Datagrams) -> Option<SocketError>;
 }

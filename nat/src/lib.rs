@@ -1,23 +1,24 @@
-//! The NAT engine: containers reach the world without iptables and without privileges.
+//! User-space NAT engine: egress for containers without iptables and without privileges.
 //!
-//! What leaves a container goes into a TUN device, its default route. The engine reads it there,
-//! ends every flow, and goes on with an ordinary socket of the host's: a container's connection
-//! becomes a connection of this process, its datagrams become this process's datagrams, and answers
-//! take the way back. The host needs no rule, no forwarding and no module for that, and the process
-//! no privilege but the TUN device, which an ordinary user makes in a user namespace.
+//! The default route of a container leads to a TUN device. The engine reads packets from the
+//! device, terminates each flow, and continues it with a regular socket of the host. A connection
+//! of the container becomes a connection of this process, and its datagrams become datagrams of
+//! this process. Replies take the reverse path. The host needs no firewall rule, no forwarding and
+//! no kernel module. The process needs no privilege except the TUN device, which an unprivileged
+//! user can create in a user namespace.
 //!
 //! ```text
 //!  container                                   this process                          host's network
 //!  ┌──────────┐  default route  ┌─────┐  read  ┌────────┐  send, connect   ┌──────────────┐
-//!  │ program  ├────────────────►│ TUN │◄──────►│ Engine │◄────────────────►│ TCP, UDP and │◄──────► world
-//!  └──────────┘  64 KiB a piece └─────┘  write └────────┘  recv(MSG_PEEK)  │ ping sockets │
+//!  │ program  ├────────────────►│ TUN │◄──────►│ Engine │◄────────────────►│ TCP, UDP and │◄─────► network
+//!  └──────────┘  64 KiB packets └─────┘  write └────────┘  recv(MSG_PEEK)  │ ping sockets │
 //!                                                                          └──────────────┘
 //! ```
 //!
-//! It is fast for one reason: neither side cuts what the other would put together again. The
-//! guest's TCP hands 64 KiB over at a time (TSO), the engine answers in kind, and UDP goes in
-//! GSO batches both ways. And it keeps no payload: what the guest has not acknowledged stays in the
-//! kernel's receive queue.
+//! The engine is fast because packets stay large on both sides. The TCP stack of the guest sends 64
+//! KiB at a time (TSO), the engine does the same in reverse, and UDP uses GSO batches in both
+//! directions. The engine buffers no payload: bytes that the guest has not acknowledged remain in
+//! the receive queue of the kernel.
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc};
@@ -36,21 +37,22 @@
 //! let mut settings = Settings::new(options.mtu);
 //! settings.policy.gateways = vec!["10.0.2.2".parse()?];
 //! let nat = Nat::start(settings, tun, &Namespace::current()?, descriptors)?;
-//! # drop(nat); // resets what it carries, and the device is gone
+//! # drop(nat); // resets all connections and removes the device
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! - [`Nat`]: a running engine on a thread of its own; the way in for everybody else.
-//! - [`Settings`], [`Policy`]: what can be set, and who may go where.
-//! - [`Stats`], [`describe`]: what is counted.
-//! - [`engine`], [`host`]: the logic, and the seam to the kernel below it. All but `io` is pure: no
-//!   socket, no clock, no randomness; the simulation in `tests` runs it in invented time.
+//! - [`Nat`]: a running engine on its own thread; the main entry point.
+//! - [`Settings`], [`Policy`]: configuration and egress policy.
+//! - [`Stats`], [`describe`]: metrics.
+//! - [`engine`], [`host`]: the logic, and its interface to the kernel. Everything except `io` is
+//!   free of sockets, clocks and random numbers, so the simulation in `tests` runs it with
+//!   simulated time.
 //!
-//! The TUN device is made with the ioctls themselves (`io/tun.rs`). Of the `tun` crate (0.8.14) two
-//! calls would be left: it has neither `TUNSETVNETHDRSZ` nor `TUNSETOFFLOAD`, nor a queue length;
-//! it opens the device to wait, and cannot tell a host without `/dev/net/tun` from a name that is
-//! taken, which are two different things to do for whoever reads the error. `tun-rs` (2.8) has the
-//! offloads behind a software GRO layer that a NAT does not want.
+//! `io/tun.rs` creates the TUN device with ioctls. The `tun` crate (0.8.14) would replace only two
+//! calls: it supports neither `TUNSETVNETHDRSZ` nor `TUNSETOFFLOAD` nor a queue length. It also
+//! opens the device in blocking mode and does not distinguish a missing `/dev/net/tun` from a name
+//! in use, which need different remedies. `tun-rs` (2.8) supports the offloads, but only with a
+//! software GRO layer, which a NAT does not need.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("TUN devices with virtio headers exist on Linux only");

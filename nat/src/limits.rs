@@ -1,34 +1,34 @@
-//! Rates, bounded. Pure: the caller brings the time.
+//! Rate limits. The caller provides the current time.
 
 use std::time::{Duration, Instant};
 
-/// A token bucket: `burst` at once, and `per_second` in the long run.
+/// A token bucket: `burst` tokens at once, `per_second` sustained.
 #[derive(Clone, Copy, Debug)]
 pub struct Bucket {
-    /// Tokens, in millionths.
+    /// Available tokens, in millionths.
     level: u64,
     filled: Instant,
 }
 
-/// How much a [`Bucket`] gives.
+/// Rate of a [`Bucket`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
-    /// Tokens added each second.
+    /// Tokens added per second.
     pub per_second: u32,
-    /// Tokens it holds.
+    /// Capacity in tokens.
     pub burst: u32,
 }
 
 const UNIT: u64 = 1_000_000;
 
 impl Bucket {
-    /// A full one.
+    /// Creates a full bucket.
     #[must_use]
     pub fn new(rate: Rate, now: Instant) -> Self {
         Self { level: u64::from(rate.burst) * UNIT, filled: now }
     }
 
-    /// Takes a token, if there is one.
+    /// Takes a token, if one is available.
     pub fn take(&mut self, rate: Rate, now: Instant) -> bool {
         self.fill(rate, now);
         let taken = self.level >= UNIT;
@@ -38,28 +38,29 @@ impl Bucket {
         taken
     }
 
-    /// Whether nothing would be forgotten with it.
+    /// Whether the bucket is full, so that it can be discarded without loss of state.
     pub fn is_full(&mut self, rate: Rate, now: Instant) -> bool {
         self.fill(rate, now);
         self.level >= u64::from(rate.burst) * UNIT
     }
 
-    /// Gives a token back that was taken.
-    pub fn give_back(&mut self, rate: Rate) {
+    /// Returns a token to the bucket.
+    pub fn refund(&mut self, rate: Rate) {
         self.level = (self.level + UNIT).min(u64::from(rate.burst) * UNIT);
     }
 
-    /// How many tokens there are.
+    /// Number of available tokens.
     pub fn level(&mut self, rate: Rate, now: Instant) -> u32 {
         self.fill(rate, now);
         (self.level / UNIT) as u32
     }
 
     fn fill(&mut self, rate: Rate, now: Instant) {
-        // More than an hour fills whatever there is; the bound keeps the product in range.
+        // An hour fills any bucket. The bound prevents an overflow of the product.
         let passed = now.saturating_duration_since(self.filled).min(Duration::from_secs(3600));
         let added = passed.as_micros() as u64 * u64::from(rate.per_second);
-        // What is too little for a millionth is not lost: the time it took counts again.
+        // If the elapsed time adds less than a millionth of a token, `filled` stays, and the time
+        // counts later.
         if added > 0 {
             self.level = (self.level + added).min(u64::from(rate.burst) * UNIT);
             self.filled = now;
@@ -72,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_burst_is_given_and_then_the_rate() {
+    fn a_bucket_allows_a_burst_and_then_the_rate() {
         let start = Instant::now();
         let rate = Rate { per_second: 10, burst: 3 };
         let mut bucket = Bucket::new(rate, start);

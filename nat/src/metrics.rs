@@ -1,8 +1,8 @@
-//! What the engine counts, and how it is told to Prometheus.
+//! Counters of the engine, and their Prometheus families.
 //!
-//! One thread writes and others read, so counting is a load and a store and no locked instruction.
-//! The families are rendered at scrape time with the label `network` and are gone with the engine,
-//! as those of published ports are.
+//! A single thread writes each counter, so an update is a load and a store without a locked
+//! instruction. The families are rendered at scrape time with the label `network`, and disappear
+//! with the engine.
 
 use crate::flow_table::Limit;
 use std::fmt::{self, Write};
@@ -10,60 +10,59 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tidegate_reactor::Descriptors;
 
-/// Why a packet was not carried.
+/// Reason for dropping a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DropReason {
-    /// It is not the packet that it claims to be.
+    /// The packet is malformed.
     Malformed,
-    /// Its source is none of the containers'.
+    /// The source address does not belong to a container.
     ForeignSource,
-    /// Nothing here speaks its protocol.
+    /// The protocol is not supported.
     Protocol,
-    /// Its destination is refused.
+    /// The policy rejects the destination.
     Policy,
     /// The flow table is full.
     TableFull,
-    /// Its source makes new flows too fast.
+    /// The source exceeds its rate of new flows.
     Rate,
-    /// Too many flows of its source, or of its network, stay unanswered.
+    /// The source or its network has exhausted the budget for unanswered flows.
     Unanswered,
-    /// The queue was full, and its source or its network held most of it.
+    /// The queue was full, and the source or its network used most of it.
     Queue,
-    /// There are too many sources.
+    /// The table of sources is full.
     Sources,
-    /// No descriptors are left.
+    /// No file descriptor is available.
     Descriptors,
-    /// There is no way to its destination.
+    /// The destination is unreachable.
     Unreachable,
-    /// This process may have no ping sockets (`net.ipv4.ping_group_range`).
+    /// Ping sockets are not permitted for this process (`net.ipv4.ping_group_range`).
     PingRefused,
-    /// It fits no connection, or the connection's window does not hold it.
+    /// The segment matches no connection, or is outside of the receive window.
     Window,
-    /// Its source has its share of buffered bytes, or a queue is full.
+    /// The buffer limit of the source is reached, or a queue is full.
     Buffers,
-    /// Pieces that do not fit together, too many of them, or too late.
+    /// Fragments that overlap, are too many, or arrive too late.
     Fragments,
     /// The socket's send buffer is full.
     NoRoom,
-    /// It is too big for the path and may not be cut.
+    /// The packet exceeds the path MTU and has DF set.
     TooBig,
-    /// It has been under way for too many hops.
+    /// The hop limit is exceeded.
     HopLimit,
-    /// The device took it not.
+    /// The device rejected the packet.
     Device,
-    /// It came from an address that the container has not sent to.
+    /// The datagram came from an address that the container has not sent to.
     Unsolicited,
-    /// It came to a published port, from who may not ask there, or pretends to be somebody.
+    /// At a published port: the access guard denied the client, or the source address is spoofed.
     ShutOut,
-    /// It came to a published port, and every five-tuple that could tell its flow from others is
-    /// taken.
+    /// At a published port: all five-tuples that could identify the flow are in use.
     Conflict,
-    /// It came to a published port, from a client that has its share of connections.
+    /// At a published port: the client has reached its limit of connections.
     ClientLimit,
 }
 
 impl DropReason {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Self; 23] = [
         Self::Malformed,
         Self::ForeignSource,
@@ -121,19 +120,19 @@ impl DropReason {
     }
 }
 
-/// The kinds of flows, as the label `protocol` tells them apart.
+/// Kinds of flows, as distinguished by the label `protocol`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlowKind {
     /// TCP.
     Tcp,
     /// UDP.
     Udp,
-    /// Echoes.
+    /// ICMP echoes.
     Icmp,
 }
 
 impl FlowKind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Icmp];
 
     /// The value of the label `protocol`.
@@ -147,7 +146,7 @@ impl FlowKind {
     }
 }
 
-/// A number that one thread writes.
+/// A counter that a single thread writes.
 #[derive(Debug, Default)]
 pub struct Count(AtomicU64);
 
@@ -157,106 +156,105 @@ impl Count {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
     }
 
-    /// Takes one off.
+    /// Subtracts one.
     pub fn sub(&self) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_sub(1), Ordering::Relaxed);
     }
 
-    /// It is `value` now.
+    /// Sets the value.
     pub fn set(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed);
     }
 
-    /// What it is now.
+    /// Returns the value.
     #[must_use]
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// The figures of an engine. "Out" is from the container to the world, "in" the other way.
+/// Counters of an engine. "Out" is the direction from the container, "in" the direction to it.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// Flows now, by [`FlowKind`].
+    /// Current flows, by [`FlowKind`].
     pub flows: [Count; 3],
-    /// Flows begun, by [`FlowKind`].
+    /// Flows created, by [`FlowKind`].
     pub flows_begun: [Count; 3],
-    /// Payload carried: out, in.
+    /// Payload bytes forwarded: out, in.
     pub bytes: [Count; 2],
-    /// Packets that crossed the device, one with segmentation offload counting once: out, in.
+    /// Packets that crossed the device: out, in. A packet with segmentation offload counts once.
     pub packets: [Count; 2],
-    /// Packets not carried, by [`DropReason`].
+    /// Packets dropped, by [`DropReason`].
     pub dropped: [Count; DropReason::ALL.len()],
-    /// TCP connections that were not reached, or ended in a reset.
+    /// TCP connections that failed or were reset.
     pub resets: Count,
-    /// Times that the engine went back to what the container had not acknowledged.
+    /// Retransmissions to the container.
     pub retransmissions: Count,
-    /// UDP and ICMP sessions ended before their time to make room.
+    /// UDP and ICMP sessions evicted.
     pub evicted: Count,
-    /// Flows ended before their time to make room, by [`Limit`](crate::flow_table::Limit).
+    /// Flows evicted, by [`Limit`](crate::flow_table::Limit).
     pub evicted_by_limit: [Count; Limit::ALL.len()],
-    /// Sources that are remembered.
+    /// Current sources.
     pub sources: Count,
-    /// The most flows that one source has, and the most that are unanswered.
+    /// The maximum number of flows of any source, and the maximum number of unanswered flows.
     pub largest_shares: [Count; 2],
-    /// Bytes of packets that wait in the queue.
+    /// Bytes of queued packets.
     pub queued_bytes: Count,
 }
 
-/// The figures of an engine, and what its tables may hold.
+/// Counters of an engine and the limits of its tables.
 #[derive(Clone, Debug)]
 pub struct Figures {
-    /// What it counts.
+    /// The counters.
     pub stats: Arc<Stats>,
-    /// Flows at most.
+    /// Maximum number of flows.
     pub flows_limit: u64,
-    /// Flows at most of one container, and as many again that come in by its published ports.
+    /// Maximum number of flows per container; the same number again through its published ports.
     pub share_limit: u64,
-    /// Unanswered flows at most of one container.
+    /// Maximum number of unanswered flows per container.
     pub unanswered_limit: u64,
-    /// Bytes at most of packets that wait.
+    /// Maximum number of queued bytes.
     pub queued_bytes_limit: u64,
-    /// Sources at most.
+    /// Maximum number of sources.
     pub sources_limit: u64,
-    /// What its sockets count against.
+    /// The descriptor budget of its sockets.
     pub descriptors: Arc<Descriptors>,
 }
 
-/// The figures of a published port.
+/// Counters of a published port.
 #[derive(Debug, Default)]
 pub struct ForwardStats {
-    /// Flows now.
+    /// Current flows.
     pub flows: Count,
-    /// Flows begun.
+    /// Flows created.
     pub flows_begun: Count,
-    /// Sessions ended before their time to make room.
+    /// Sessions evicted.
     pub evicted: Count,
-    /// Clients' connections that were refused, and datagrams that were not carried, either way, by
-    /// [`DropReason`].
+    /// Refused client connections, and datagrams dropped in either direction, by [`DropReason`].
     pub dropped: [Count; DropReason::ALL.len()],
-    /// Datagrams that the guest has refused: nobody listens, so it told by ICMP.
+    /// Datagrams that the guest rejected with ICMP port unreachable.
     pub refusals: Count,
-    /// Flows that showed the gateway where the client was to be shown, because the five-tuple was
-    /// taken or of another family.
+    /// Flows that showed the gateway address instead of the client address, because the five-tuple
+    /// was in use or the address families differed.
     pub fallbacks: Count,
-    /// Payload carried: out (to the client), in.
+    /// Payload bytes forwarded: out (to the client), in.
     pub bytes: [Count; 2],
-    /// Datagrams carried: out, in.
+    /// Datagrams forwarded: out, in.
     pub datagrams: [Count; 2],
 }
 
 impl ForwardStats {
-    pub(crate) fn refuse(&self, reason: DropReason, count: u64) {
+    pub(crate) fn count_drop(&self, reason: DropReason, count: u64) {
         self.dropped[reason as usize].add(count);
     }
 
-    /// What was refused or dropped, for whatever reason.
+    /// Refused connections and dropped datagrams, for all reasons.
     #[must_use]
     pub fn refused(&self) -> u64 {
         self.dropped.iter().map(Count::get).sum()
     }
 
-    /// Counts payload that was carried: out (0) or in (1).
+    /// Counts forwarded payload: out (0) or in (1).
     pub(crate) fn carried(&self, direction: usize, bytes: u64, datagrams: u64) {
         self.bytes[direction].add(bytes);
         self.datagrams[direction].add(datagrams);
@@ -264,7 +262,7 @@ impl ForwardStats {
 }
 
 impl Stats {
-    pub(crate) fn refuse(&self, reason: DropReason) {
+    pub(crate) fn count_drop(&self, reason: DropReason) {
         self.dropped[reason as usize].add(1);
         tracing::trace!(reason = reason.as_str(), "packet dropped");
     }
@@ -275,23 +273,23 @@ impl Stats {
         self.dropped[reason as usize].get()
     }
 
-    /// Flows of `kind` now.
+    /// Current flows of `kind`.
     #[must_use]
     pub fn flows(&self, kind: FlowKind) -> u64 {
         self.flows[kind as usize].get()
     }
 }
 
-/// A family of series.
+/// A family of time series.
 #[derive(Clone, Copy, Debug)]
 pub struct Family {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
     /// `counter` or `gauge`.
     pub kind: &'static str,
-    /// Its label beside `network`, if it has one.
+    /// The label in addition to `network`, if any.
     pub label: Option<&'static str>,
-    /// What it tells, in a sentence.
+    /// The help text.
     pub help: &'static str,
 }
 
@@ -304,97 +302,87 @@ const fn family(
     Family { name, kind, label, help }
 }
 
-/// The families of an engine.
+/// The metric families of an engine.
 pub const FAMILIES: [Family; 20] = [
-    family(
-        "tidegate_nat_flows",
-        "gauge",
-        Some("protocol"),
-        "Flows from containers to the world now.",
-    ),
-    family(
-        "tidegate_nat_flows_limit",
-        "gauge",
-        None,
-        "Flows that there may be, of all protocols together.",
-    ),
+    family("tidegate_nat_flows", "gauge", Some("protocol"), "Current flows of containers."),
+    family("tidegate_nat_flows_limit", "gauge", None, "Maximum number of flows of all protocols."),
     family(
         "tidegate_nat_endpoint_flows_max",
         "gauge",
         None,
-        "Flows of the endpoint that has most, counted apart for its published ports.",
+        "Flows of the endpoint with the most flows; flows through its published ports count separately.",
     ),
-    family("tidegate_nat_endpoint_flows_limit", "gauge", None, "Flows that one endpoint may have."),
+    family(
+        "tidegate_nat_endpoint_flows_limit",
+        "gauge",
+        None,
+        "Maximum number of flows of one endpoint.",
+    ),
     family(
         "tidegate_nat_endpoint_unanswered_max",
         "gauge",
         None,
-        "Flows without an answer of the endpoint that has most of them.",
+        "Unanswered flows of the endpoint with the most of them.",
     ),
     family(
         "tidegate_nat_endpoint_unanswered_limit",
         "gauge",
         None,
-        "Flows without an answer that one endpoint may have.",
+        "Maximum number of unanswered flows of one endpoint.",
     ),
-    family(
-        "tidegate_nat_queued_bytes",
-        "gauge",
-        None,
-        "Bytes of packets that wait for their turn.",
-    ),
-    family("tidegate_nat_queued_bytes_limit", "gauge", None, "Bytes of packets that may wait."),
-    family("tidegate_nat_sources", "gauge", None, "Addresses of containers that are remembered."),
-    family("tidegate_nat_sources_limit", "gauge", None, "Addresses that may be remembered."),
-    family("tidegate_nat_descriptors", "gauge", None, "File descriptors taken by flows."),
+    family("tidegate_nat_queued_bytes", "gauge", None, "Bytes of packets queued for the engine."),
+    family("tidegate_nat_queued_bytes_limit", "gauge", None, "Maximum number of queued bytes."),
+    family("tidegate_nat_sources", "gauge", None, "Container addresses in the flow table."),
+    family("tidegate_nat_sources_limit", "gauge", None, "Maximum number of container addresses."),
+    family("tidegate_nat_descriptors", "gauge", None, "File descriptors used by flows."),
     family(
         "tidegate_nat_descriptors_limit",
         "gauge",
         None,
-        "File descriptors that flows may take.",
+        "Maximum number of file descriptors for flows.",
     ),
-    family("tidegate_nat_flows_total", "counter", Some("protocol"), "Flows begun by containers."),
+    family("tidegate_nat_flows_total", "counter", Some("protocol"), "Flows created by containers."),
     family(
         "tidegate_nat_bytes_total",
         "counter",
         Some("direction"),
-        "Payload carried: out to the world, in to the container.",
+        "Payload bytes forwarded: out of the container, or in to it.",
     ),
     family(
         "tidegate_nat_packets_total",
         "counter",
         Some("direction"),
-        "Packets that crossed the device; one that is cut later counts once.",
+        "Packets that crossed the device; a packet with segmentation offload counts once.",
     ),
     family(
         "tidegate_nat_dropped_packets_total",
         "counter",
         Some("reason"),
-        "Packets that were not carried.",
+        "Packets dropped, by reason.",
     ),
     family(
         "tidegate_nat_connection_resets_total",
         "counter",
         None,
-        "TCP connections that reached nobody, or ended in a reset.",
+        "TCP connections that failed or were reset.",
     ),
     family(
         "tidegate_nat_retransmissions_total",
         "counter",
         None,
-        "Times that the engine sent again what a container had not acknowledged.",
+        "Retransmissions of data that a container had not acknowledged.",
     ),
     family(
         "tidegate_nat_evicted_flows_total",
         "counter",
         Some("limit"),
-        "Flows ended before their time to make room, by the limit that was reached.",
+        "Flows evicted, by the limit that was reached.",
     ),
     family(
         "tidegate_nat_evicted_sessions_total",
         "counter",
         None,
-        "UDP and ICMP sessions ended before their time to make room.",
+        "UDP and ICMP sessions evicted to make room.",
     ),
 ];
 
@@ -436,11 +424,11 @@ impl Figures {
     }
 }
 
-/// Writes the families of `engines`, each with its network's name, in the text format of Prometheus
-/// (exposition format 0.0.4).
+/// Writes the families of `engines`, each with the name of its network, in the text format of
+/// Prometheus (exposition format 0.0.4).
 ///
 /// # Errors
-/// Only those of `out`.
+/// Only errors of `out`.
 pub fn describe(engines: &[(&str, &Figures)], out: &mut impl Write) -> fmt::Result {
     for family in &FAMILIES {
         writeln!(
@@ -466,9 +454,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_family_is_told_once_and_with_its_labels() {
+    fn every_family_is_described_once_with_its_labels() {
         let stats = Arc::new(Stats::default());
-        stats.refuse(DropReason::Policy);
+        stats.count_drop(DropReason::Policy);
         stats.bytes[1].add(7);
         stats.sources.set(3);
         let descriptors = Arc::new(Descriptors::new(50));
@@ -505,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn reasons_are_numbered_as_they_are_listed() {
+    fn reasons_are_numbered_in_list_order() {
         for (index, reason) in DropReason::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, index);
         }

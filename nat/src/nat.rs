@@ -1,4 +1,4 @@
-//! A running engine, as its owner holds it.
+//! Handle of a running engine.
 
 use crate::engine::classify::QUANTUM;
 use crate::engine::inbound::can_be_a_guest;
@@ -24,8 +24,7 @@ use tidegate_model::Protocol;
 use tidegate_netns::{AddressBook, Namespace};
 use tidegate_reactor::{Descriptors, EventLoop, Sender};
 
-/// A NAT engine on a thread of its own. Dropped, it resets its connections and ends, and its device
-/// is gone.
+/// A NAT engine on its own thread. Dropping it resets all connections and removes the device.
 #[derive(Debug)]
 pub struct Nat {
     figures: Figures,
@@ -36,24 +35,24 @@ pub struct Nat {
     forwards: Mutex<Forwards>,
 }
 
-/// What is published.
+/// Published ports.
 #[derive(Debug, Default)]
 struct Forwards {
     last: u32,
     open: BTreeMap<ForwardId, (Forward, Arc<ForwardStats>)>,
-    /// The engine's own addresses, as the policy has them.
+    /// The addresses of the engine, from the policy.
     gateways: Vec<IpAddr>,
 }
 
 impl Nat {
-    /// Starts an engine between `tun` and the network of namespace `host`, whose sockets count
-    /// against `descriptors`.
+    /// Starts an engine between `tun` and the network namespace `host`. Its sockets count against
+    /// `descriptors`.
     ///
-    /// The settings' MTU is that of the device, and of the capabilities those are used that device
-    /// and kernel have.
+    /// The MTU of the settings is replaced by that of the device. Only capabilities that both
+    /// device and kernel support are used.
     ///
     /// # Errors
-    /// [`StartError`] says what is missing.
+    /// [`StartError`].
     pub fn start(
         mut settings: Settings,
         tun: Tun,
@@ -89,7 +88,7 @@ impl Nat {
         let host = host.clone();
         let inside = host.clone();
         let run = move || {
-            // In the host's network for good: a socket then costs no way there and back.
+            // Entering the namespace of the host permanently avoids two setns(2) calls per socket.
             let entered = if inside.is_current() { Ok(()) } else { inside.enter() };
             let made = entered.map_err(StartError::Namespace).and_then(|()| {
                 let kernel = Kernel::new(tun, epoll, addresses, descriptors, &settings);
@@ -100,12 +99,12 @@ impl Nat {
                 Ok(driver) => (Some(driver), Ok(())),
                 Err(error) => (None, Err(error)),
             };
-            // The one who waits for it is `start`, right here.
+            // `start` waits for this below.
             let _ = started.send(result);
             if let Some(mut driver) = driver
                 && let Err(error) = event_loop.run(&mut driver)
             {
-                tracing::error!(%error, "the NAT engine's loop ended");
+                tracing::error!(%error, "NAT engine loop ended");
             }
         };
         let thread = std::thread::Builder::new()
@@ -113,37 +112,37 @@ impl Nat {
             .spawn(run)
             .map_err(StartError::Loop)?;
         let result = has_started.recv();
-        let panicked = || StartError::Loop(io::Error::other("the NAT engine's thread panicked"));
+        let panicked = || StartError::Loop(io::Error::other("NAT engine thread panicked"));
         result.unwrap_or_else(|_| Err(panicked()))?;
         tracing::info!(network = &*network, ?capabilities, "NAT engine started");
         Ok(Self { figures, capabilities, sender, thread: Some(thread), host, forwards })
     }
 
-    /// What it counts.
+    /// The counters.
     #[must_use]
     pub fn stats(&self) -> &Arc<Stats> {
         &self.figures.stats
     }
 
-    /// The same, with what its tables may hold.
+    /// The counters, with the limits of the tables.
     #[must_use]
     pub fn figures(&self) -> &Figures {
         &self.figures
     }
 
-    /// What it makes use of.
+    /// The capabilities in use.
     #[must_use]
     pub fn capabilities(&self) -> Capabilities {
         self.capabilities
     }
 
-    /// Has `open` make a device in the place of the one that the engine has, which is closed
-    /// before: its link was deleted, renamed or moved elsewhere. Flows, counters, ports and policy
-    /// stay.
+    /// Replaces the device, after its link was deleted, renamed or moved. Closes the current
+    /// device, then calls `open` for the new one. Flows, counters, published ports and policy are
+    /// kept.
     ///
     /// # Errors
-    /// What `open` says, and [`StartError::Interface`] if what it makes is no TUN device with the
-    /// same offloads. The engine is without a device then.
+    /// Errors of `open`, and [`StartError::Interface`] if the new device is not a TUN device with
+    /// the same offloads. The engine then has no device.
     pub fn replace_device(
         &self,
         open: impl FnOnce() -> Result<Tun, StartError>,
@@ -154,7 +153,7 @@ impl Nat {
         if missing || tun.layer2.is_some() {
             let source = io::Error::new(
                 io::ErrorKind::Unsupported,
-                "it has other offloads than the one before",
+                "offloads differ from those of the previous device",
             );
             return Err(StartError::Interface { name: tun.name().to_owned(), source });
         }
@@ -163,22 +162,22 @@ impl Nat {
 
     fn set_device(&self, tun: OwnedFd) -> Result<(), StartError> {
         let (done, is_done) = mpsc::channel();
-        let ended = || StartError::Loop(io::Error::other("the NAT engine has ended"));
+        let ended = || StartError::Loop(io::Error::other("NAT engine has ended"));
         self.sender.send(Message::Device(tun, done)).map_err(|_| ended())?;
         is_done.recv().map_err(|_| ended())?.map_err(StartError::Loop)
     }
 
-    /// Who may go where from now on. Flows that are there go on.
+    /// Sets the policy for new flows. Existing flows continue.
     pub fn set_policy(&self, policy: Policy) {
         self.published().gateways.clone_from(&policy.gateways);
         // A loop that has ended has no flows.
         let _ = self.sender.send(Message::Policy(Box::new(policy)));
     }
 
-    /// Opens a port of the host's that leads to a container. When it returns, clients are answered.
+    /// Publishes a port of the host. Clients are served when it returns.
     ///
     /// # Errors
-    /// [`PublishError`]; nothing has changed then.
+    /// [`PublishError`]; the state is then unchanged.
     pub fn publish(&self, forward: Forward) -> Result<ForwardId, PublishError> {
         self.check(&forward)?;
         let reserve = || reserve(&forward);
@@ -189,11 +188,11 @@ impl Nat {
         self.publish_on(socket, forward, None)
     }
 
-    /// The same on a socket that is bound already, to what then stands in for [`Forward::listen`];
-    /// of TCP, one that listens will do. `guard` says who may ask there.
+    /// Publishes a port on a bound socket, whose address replaces [`Forward::listen`]. A TCP socket
+    /// may already listen. `guard` controls access.
     ///
     /// # Errors
-    /// [`PublishError`]; the socket is closed then.
+    /// [`PublishError`]; the socket is then closed.
     pub fn publish_on(
         &self,
         socket: OwnedFd,
@@ -226,8 +225,8 @@ impl Nat {
         Ok(id)
     }
 
-    /// Closes a published port; when it returns, it is free. Connections go on, sessions of UDP
-    /// end. False if there is no such port.
+    /// Closes a published port, which is free when this returns. TCP connections continue, UDP
+    /// sessions end. Returns false if there is no such port.
     pub fn unpublish(&self, id: ForwardId) -> bool {
         let mut forwards = self.published();
         if forwards.open.remove(&id).is_none() {
@@ -235,25 +234,25 @@ impl Nat {
         }
         let (done, is_done) = mpsc::channel();
         if self.sender.send(Message::Unpublish(id, done)).is_ok() {
-            // A loop that ends meanwhile closes the port as well.
+            // A loop that ends concurrently also closes the port.
             let _ = is_done.recv();
         }
         true
     }
 
-    /// What is published, in the order in which it was.
+    /// The published ports, in order of publication.
     #[must_use]
     pub fn forwards(&self) -> Vec<(ForwardId, Forward)> {
         self.published().open.iter().map(|(id, (forward, _))| (*id, *forward)).collect()
     }
 
-    /// The figures of a published port.
+    /// The counters of a published port.
     #[must_use]
     pub fn forward_stats(&self, id: ForwardId) -> Option<Arc<ForwardStats>> {
         self.published().open.get(&id).map(|(_, stats)| Arc::clone(stats))
     }
 
-    /// Whether `forward` can be at all.
+    /// Checks whether `forward` is valid.
     fn check(&self, forward: &Forward) -> Result<(), PublishError> {
         let (label, guest) = (forward.label(), forward.guest);
         if forward.protocol == Protocol::Sctp {
@@ -276,7 +275,7 @@ impl Nat {
         self.forwards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends it; returns when the device is gone.
+    /// Stops the engine, and returns when the device is removed.
     pub fn stop(self) {}
 }
 
@@ -284,7 +283,7 @@ impl Drop for Nat {
     fn drop(&mut self) {
         let _ = self.sender.send(Message::Stop);
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the NAT engine's thread panicked");
+            tracing::error!("NAT engine thread panicked");
         }
     }
 }

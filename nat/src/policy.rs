@@ -1,17 +1,18 @@
-//! Who may go where. Pure.
+//! Egress policy. Pure functions.
 //!
-//! The engine's connects are the host's own, so the host's firewall does not judge them as a
-//! container's: what a container must not reach has to be refused here. Some addresses mean nothing
-//! to a NAT, or mean the host itself, and are refused always; the rest is asked for.
+//! The engine connects from the host, so the firewall of the host does not treat its connections as
+//! those of a container. Destinations that a container must not reach must therefore be rejected
+//! here. Some addresses have no meaning behind a NAT or denote the host itself, and are always
+//! rejected. The rest is configurable.
 //!
-//! An address may hide another one (IPv4-mapped, 6to4, NAT64): it is judged as both.
+//! An address may embed another one (IPv4-mapped, 6to4, NAT64). Both are checked.
 
 use ipnet::IpNet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tidegate_model::CidrSet;
 
-/// Where clouds tell a machine who it is and lend it credentials: EC2, GCE and Azure, and EC2 over
-/// IPv6.
+/// Metadata services of clouds, which hand out identity and credentials: EC2, GCE and Azure, and
+/// EC2 over IPv6.
 const METADATA: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
@@ -20,68 +21,67 @@ const METADATA: [IpAddr; 2] = [
 /// The well-known port of DNS.
 pub(crate) const DNS: u16 = 53;
 
-/// The subnets of one network, whose endpoints share a budget.
+/// A network and its subnets. Its endpoints share a budget.
 #[derive(Clone, Debug)]
 pub struct PolicyNetwork {
-    /// Its name, in the log.
+    /// The name in the log.
     pub name: String,
-    /// Its subnets.
+    /// The subnets.
     pub subnets: Vec<IpNet>,
 }
 
-/// What containers may reach.
+/// Egress policy of an engine.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
-    /// Whose packets are taken: the containers' subnets. Empty: anybody's.
+    /// Source addresses to accept: the subnets of the containers. Empty: any.
     pub sources: Vec<IpNet>,
-    /// The networks that endpoints belong to. Sources outside all of them count as one more
-    /// network.
+    /// The networks of endpoints. Sources outside all of them form one additional network.
     pub networks: Vec<PolicyNetwork>,
-    /// The engine's own addresses, which containers know as their gateway. They answer pings, and
-    /// what is said below.
+    /// Addresses of the engine, which containers use as their gateway. The engine replies to pings
+    /// to them, and forwards ports as configured below.
     pub gateways: Vec<IpAddr>,
-    /// More addresses of the engine's own, which answer pings and forward DNS. Where there is one,
-    /// the gateways do not.
+    /// Additional addresses of the engine, which reply to pings and forward DNS. If there are any,
+    /// the gateways do not forward DNS.
     pub name_servers: Vec<IpAddr>,
-    /// Resolvers of the host that DNS is forwarded to (UDP and TCP port 53). One is asked until it
-    /// refuses, cannot be reached or lets a query die unanswered, then the next.
+    /// Resolvers of the host to which DNS is forwarded (UDP and TCP port 53). The engine uses one
+    /// until it refuses, is unreachable or does not answer a query, then the next.
     pub resolvers: Vec<SocketAddr>,
-    /// The gateways' other ports are those of the host's loopback.
+    /// Other ports of the gateways are forwarded to loopback of the host.
     pub host_loopback: bool,
-    /// Destinations refused, such as other networks' subnets.
+    /// Destinations to reject, such as the subnets of other networks.
     pub refused: CidrSet,
-    /// Exceptions from `refused` and `refuse_host`.
+    /// Exceptions to `refused` and `refuse_host`.
     pub allowed: CidrSet,
-    /// The host's own addresses are refused.
+    /// Reject the addresses of the host.
     pub refuse_host: bool,
-    /// The cloud's metadata service may be asked.
+    /// Permit the metadata service of the cloud.
     pub metadata: bool,
 }
 
-/// Where a flow goes.
+/// Verdict for a new flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
-    /// There.
-    To(SocketAddr),
-    /// To one of the resolvers.
+pub enum Verdict {
+    /// Forward to this address.
+    Forward(SocketAddr),
+    /// Forward to a resolver.
     Resolver,
-    /// To the engine itself.
+    /// The destination is the engine itself.
     Gateway,
-    /// Nowhere.
-    Refused,
+    /// Reject.
+    Reject,
 }
 
 impl Policy {
-    /// Whether packets of `source` are taken.
+    /// Whether packets from `source` are accepted.
     #[must_use]
-    pub fn knows(&self, source: IpAddr) -> bool {
+    pub fn accepts_source(&self, source: IpAddr) -> bool {
         let unusable = source.is_unspecified() || source.is_multicast() || source.is_loopback();
         !unusable
             && (self.sources.is_empty() || self.sources.iter().any(|net| net.contains(&source)))
     }
 
-    /// The number of the network that `ip` belongs to: from 1 on, in the order of
-    /// [`Self::networks`]; 0 for none of them.
+    /// The number of the network of `ip`: from 1 in the order of [`Self::networks`]; 0 if `ip` is
+    /// in none.
     #[must_use]
     pub fn network_of(&self, ip: IpAddr) -> u16 {
         let contains =
@@ -99,23 +99,24 @@ impl Policy {
             .map_or("", |network| &network.name)
     }
 
-    /// Whether `ip` is one of the engine's own.
+    /// Whether `ip` is an address of the engine.
     #[must_use]
     pub fn is_own(&self, ip: IpAddr) -> bool {
         self.gateways.contains(&ip) || self.name_servers.contains(&ip)
     }
 
-    /// Where a flow to `destination` goes. `is_host` tells whether an address is the host's.
+    /// The verdict for a flow to `destination`. `is_host` returns whether an address belongs to the
+    /// host.
     #[must_use]
-    pub fn way(&self, destination: SocketAddr, is_host: impl Fn(IpAddr) -> bool) -> Way {
+    pub fn verdict(&self, destination: SocketAddr, is_host: impl Fn(IpAddr) -> bool) -> Verdict {
         let ip = destination.ip();
         let forwards_dns =
             if self.name_servers.is_empty() { &self.gateways } else { &self.name_servers };
         if destination.port() == DNS && !self.resolvers.is_empty() && forwards_dns.contains(&ip) {
-            return Way::Resolver;
+            return Verdict::Resolver;
         }
         if self.name_servers.contains(&ip) {
-            return Way::Gateway;
+            return Verdict::Gateway;
         }
         if self.gateways.contains(&ip) {
             return if self.host_loopback && destination.port() != 0 {
@@ -124,27 +125,27 @@ impl Policy {
                 } else {
                     Ipv6Addr::LOCALHOST.into()
                 };
-                Way::To(SocketAddr::new(loopback, destination.port()))
+                Verdict::Forward(SocketAddr::new(loopback, destination.port()))
             } else {
-                Way::Gateway
+                Verdict::Gateway
             };
         }
         let refused = self.refuses(ip, &is_host)
-            || hidden(ip).is_some_and(|ip| self.refuses(ip.into(), &is_host));
-        if refused { Way::Refused } else { Way::To(destination) }
+            || embedded_v4(ip).is_some_and(|ip| self.refuses(ip.into(), &is_host));
+        if refused { Verdict::Reject } else { Verdict::Forward(destination) }
     }
 
     fn refuses(&self, ip: IpAddr, is_host: impl Fn(IpAddr) -> bool) -> bool {
-        if is_meaningless(ip) || !self.metadata && METADATA.contains(&ip) {
+        if is_unroutable(ip) || !self.metadata && METADATA.contains(&ip) {
             return true;
         }
         !self.allowed.contains(ip) && (self.refused.contains(ip) || self.refuse_host && is_host(ip))
     }
 }
 
-/// Addresses that name nobody, everybody, this host or the link: there is no flow to them that a
-/// NAT could carry.
-fn is_meaningless(ip: IpAddr) -> bool {
+/// Addresses that denote no host, a group, this host or the link. A NAT cannot forward flows to
+/// them.
+fn is_unroutable(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {
             // 0.0.0.0/8 is "this host" to connect(2); 240.0.0.0/4 is reserved, broadcast included.
@@ -161,9 +162,9 @@ fn is_meaningless(ip: IpAddr) -> bool {
     }
 }
 
-/// The IPv4 address within an IPv6 one: IPv4-compatible (RFC 4291 section 2.5.5.1), 6to4
+/// The IPv4 address embedded in an IPv6 address: IPv4-compatible (RFC 4291 section 2.5.5.1), 6to4
 /// (RFC 3056), NAT64 (RFC 6052).
-fn hidden(ip: IpAddr) -> Option<Ipv4Addr> {
+fn embedded_v4(ip: IpAddr) -> Option<Ipv4Addr> {
     let IpAddr::V6(ip) = ip else { return None };
     let [a, b, c, d, e, f, g, h] = ip.segments();
     let (high, low) = match (a, b) {
@@ -179,7 +180,7 @@ fn hidden(ip: IpAddr) -> Option<Ipv4Addr> {
 mod tests {
     use super::*;
 
-    fn nobody(_: IpAddr) -> bool {
+    fn not_host(_: IpAddr) -> bool {
         false
     }
 
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_loopback_is_refused_under_every_name() {
+    fn loopback_of_the_host_is_rejected_in_every_notation() {
         let policy = Policy { metadata: true, ..Policy::default() };
         for refused in [
             "127.0.0.1:80",
@@ -207,17 +208,21 @@ mod tests {
             "255.255.255.255:80",
             "[ff02::1]:80",
         ] {
-            assert_eq!(policy.way(at(refused), nobody), Way::Refused, "{refused}");
+            assert_eq!(policy.verdict(at(refused), not_host), Verdict::Reject, "{refused}");
         }
         for allowed in
             ["192.0.2.1:80", "[2001:db8::1]:80", "169.254.169.254:80", "[64:ff9b::c000:201]:80"]
         {
-            assert_eq!(policy.way(at(allowed), nobody), Way::To(at(allowed)), "{allowed}");
+            assert_eq!(
+                policy.verdict(at(allowed), not_host),
+                Verdict::Forward(at(allowed)),
+                "{allowed}"
+            );
         }
     }
 
     #[test]
-    fn metadata_other_networks_and_the_host_are_refused_where_asked() {
+    fn metadata_other_networks_and_the_host_are_rejected_if_configured() {
         let policy = Policy {
             refused: CidrSet::parse(["10.1.0.0/16", "fd01::/16"]).unwrap(),
             allowed: CidrSet::parse(["10.1.0.9", "192.0.2.2"]).unwrap(),
@@ -236,24 +241,27 @@ mod tests {
             ("192.0.2.2:80", false),
             ("192.0.2.3:80", false),
         ] {
-            assert_eq!(policy.way(at(address), host) == Way::Refused, refused, "{address}");
+            assert_eq!(policy.verdict(at(address), host) == Verdict::Reject, refused, "{address}");
         }
     }
 
     #[test]
-    fn a_gateway_forwards_dns_and_the_hosts_loopback_only_if_asked() {
+    fn a_gateway_forwards_dns_and_host_loopback_only_if_configured() {
         let mut policy =
             Policy { gateways: vec!["10.0.2.2".parse().unwrap()], ..Policy::default() };
-        assert_eq!(policy.way(at("10.0.2.2:53"), nobody), Way::Gateway);
+        assert_eq!(policy.verdict(at("10.0.2.2:53"), not_host), Verdict::Gateway);
         policy.resolvers.push(at("127.0.0.53:53"));
-        assert_eq!(policy.way(at("10.0.2.2:53"), nobody), Way::Resolver);
-        assert_eq!(policy.way(at("10.0.2.2:80"), nobody), Way::Gateway);
+        assert_eq!(policy.verdict(at("10.0.2.2:53"), not_host), Verdict::Resolver);
+        assert_eq!(policy.verdict(at("10.0.2.2:80"), not_host), Verdict::Gateway);
         policy.host_loopback = true;
-        assert_eq!(policy.way(at("10.0.2.2:80"), nobody), Way::To(at("127.0.0.1:80")));
+        assert_eq!(
+            policy.verdict(at("10.0.2.2:80"), not_host),
+            Verdict::Forward(at("127.0.0.1:80"))
+        );
     }
 
     #[test]
-    fn where_there_is_a_name_server_the_gateway_leads_to_the_host_only() {
+    fn with_a_name_server_the_gateway_forwards_to_the_host_only() {
         let mut policy = Policy {
             gateways: vec!["10.0.2.2".parse().unwrap()],
             name_servers: vec!["10.0.2.3".parse().unwrap()],
@@ -261,23 +269,26 @@ mod tests {
             host_loopback: true,
             ..Policy::default()
         };
-        assert_eq!(policy.way(at("10.0.2.3:53"), nobody), Way::Resolver);
-        assert_eq!(policy.way(at("10.0.2.3:80"), nobody), Way::Gateway);
-        assert_eq!(policy.way(at("10.0.2.2:53"), nobody), Way::To(at("127.0.0.1:53")));
+        assert_eq!(policy.verdict(at("10.0.2.3:53"), not_host), Verdict::Resolver);
+        assert_eq!(policy.verdict(at("10.0.2.3:80"), not_host), Verdict::Gateway);
+        assert_eq!(
+            policy.verdict(at("10.0.2.2:53"), not_host),
+            Verdict::Forward(at("127.0.0.1:53"))
+        );
         policy.host_loopback = false;
         policy.resolvers.clear();
-        assert_eq!(policy.way(at("10.0.2.3:53"), nobody), Way::Gateway);
-        assert_eq!(policy.way(at("10.0.2.2:53"), nobody), Way::Gateway);
+        assert_eq!(policy.verdict(at("10.0.2.3:53"), not_host), Verdict::Gateway);
+        assert_eq!(policy.verdict(at("10.0.2.2:53"), not_host), Verdict::Gateway);
         assert!(["10.0.2.2", "10.0.2.3"].iter().all(|ip| policy.is_own(ip.parse().unwrap())));
     }
 
     #[test]
-    fn packets_of_others_are_not_taken() {
+    fn packets_from_other_sources_are_not_accepted() {
         let policy = Policy { sources: vec!["10.0.2.0/24".parse().unwrap()], ..Policy::default() };
-        assert!(policy.knows("10.0.2.100".parse().unwrap()));
+        assert!(policy.accepts_source("10.0.2.100".parse().unwrap()));
         for other in ["10.0.3.1", "127.0.0.1", "fd00::1"] {
-            assert!(!policy.knows(other.parse().unwrap()), "{other}");
+            assert!(!policy.accepts_source(other.parse().unwrap()), "{other}");
         }
-        assert!(!Policy::default().knows("::1".parse().unwrap()));
+        assert!(!Policy::default().accepts_source("::1".parse().unwrap()));
     }
 }

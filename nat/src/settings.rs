@@ -1,4 +1,4 @@
-//! What can be set, and what it is when nobody sets it.
+//! Settings and their defaults.
 
 use crate::flow_table::TableLimits;
 use crate::policy::Policy;
@@ -7,32 +7,30 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Which features of newer kernels are used. All of them are, where they are there; each can be
-/// forced off.
+/// Optional kernel features to use. All available ones are used by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// `SO_PEEK_OFF` on TCP (Linux 6.9). Without it everything that the guest has not acknowledged
-    /// is copied again with each look, and less of it may be under way.
+    /// `SO_PEEK_OFF` on TCP (Linux 6.9). Without it, each peek copies all bytes that the guest has
+    /// not acknowledged, and fewer bytes may be in flight.
     pub peek_offset: bool,
     /// TCP and checksum offload of the TUN device (`TUNSETOFFLOAD`).
     pub tcp_offload: bool,
-    /// UDP segmentation offload of the TUN device (Linux 6.2). Without it datagrams cross the
-    /// device one by one.
+    /// UDP segmentation offload of the TUN device (Linux 6.2). Without it, each packet carries one
+    /// datagram.
     pub udp_offload: bool,
-    /// GSO batches of datagrams on the host's sockets (`UDP_SEGMENT`, Linux 4.18, and
-    /// `UDP_GRO`, 5.0).
+    /// GSO batches on the sockets of the host (`UDP_SEGMENT`, Linux 4.18, and `UDP_GRO`, 5.0).
     pub udp_gso: bool,
 }
 
 impl Capabilities {
-    /// Everything.
+    /// All features.
     pub const ALL: Self =
         Self { peek_offset: true, tcp_offload: true, udp_offload: true, udp_gso: true };
-    /// What Linux 4.9 had.
+    /// The features of Linux 4.9.
     pub const NONE: Self =
         Self { peek_offset: false, tcp_offload: false, udp_offload: false, udp_gso: false };
 
-    /// Those that both have.
+    /// The features that both sets contain.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self {
@@ -50,31 +48,31 @@ impl Default for Capabilities {
     }
 }
 
-/// What a far end sees of a container's UDP socket that talks to several (RFC 4787 section 4.1).
+/// NAT mapping behaviour for a UDP socket of a container with several peers (RFC 4787 section 4.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mapping {
-    /// Another port for each far end ("address and port-dependent"): each session has a connected
-    /// socket, and the kernel lets in what comes from its far end only.
+    /// Address and port-dependent mapping: a different port for each peer. Each session has a
+    /// connected socket, and the kernel accepts datagrams only from its peer.
     #[default]
-    PerFarEnd,
-    /// One port for all of them ("endpoint-independent"), which is what STUN (RFC 8489) and hole
-    /// punching live on. What comes from addresses that the container has not sent to is kept out
-    /// (section 5, "address-dependent filtering").
+    AddressAndPortDependent,
+    /// Endpoint-independent mapping: one port for all peers, as required by STUN (RFC 8489) and
+    /// hole punching. Datagrams from addresses that the container has not sent to are dropped
+    /// (address-dependent filtering, section 5).
     EndpointIndependent,
 }
 
-/// Addresses to go out from. Flows to loopback go out from there.
+/// Source addresses of egress flows. Flows to loopback use a loopback address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outbound {
-    /// Of IPv4.
+    /// Source address of IPv4 flows.
     pub v4: Option<Ipv4Addr>,
-    /// Of IPv6.
+    /// Source address of IPv6 flows.
     pub v6: Option<Ipv6Addr>,
 }
 
 impl Outbound {
-    /// The one for a flow to `to`, if there is one.
-    pub(crate) fn towards(&self, to: IpAddr) -> Option<IpAddr> {
+    /// The source address for a flow to `to`, if configured.
+    pub(crate) fn source_for(&self, to: IpAddr) -> Option<IpAddr> {
         match to {
             to if to.is_loopback() => None,
             IpAddr::V4(_) => self.v4.map(Into::into),
@@ -83,29 +81,29 @@ impl Outbound {
     }
 }
 
-/// How long what is silent is kept.
+/// Timeouts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// Until a connect has succeeded (the kernel's own is 127 s, BSD's 75 s).
+    /// Until a connect succeeds (Linux: 127 s, BSD: 75 s).
     pub connect: Duration,
-    /// A TCP connection. RFC 5382 REQ-5 wants 2 h 4 min at least.
+    /// Idle time of a TCP connection. RFC 5382 REQ-5 requires at least 2 h 4 min.
     pub idle: Duration,
-    /// A TCP connection with one half closed. RFC 5382 section 5 has 4 minutes for those that open
-    /// or close; slirp4netns 2.
+    /// Idle time of a half-closed TCP connection. RFC 5382 section 5 specifies 4 minutes for
+    /// connections that open or close; slirp4netns uses 2.
     pub half_closed: Duration,
-    /// How long a connection that the far end closed first answers for its last acknowledgement,
-    /// should that be lost.
+    /// How long the acknowledgement of the FIN of the guest is repeated on request, after the
+    /// remote side closed first.
     pub linger: Duration,
-    /// A UDP session that nobody has answered (the kernel's conntrack: 30 s).
+    /// Idle time of an unanswered UDP session (conntrack of the kernel: 30 s).
     pub udp_tentative: Duration,
-    /// A UDP session with traffic both ways. RFC 4787 REQ-5 wants 2 minutes at least; passt has 180
-    /// s.
+    /// Idle time of an answered UDP session. RFC 4787 REQ-5 requires at least 2 minutes; passt uses
+    /// 180 s.
     pub udp_assured: Duration,
-    /// A UDP session with port 53, which is over with its answer.
+    /// Idle time of a UDP session with port 53, which normally ends with the response.
     pub dns: Duration,
-    /// Echoes. RFC 5508 REQ-1 wants 60 s at least.
+    /// Idle time of an echo session. RFC 5508 REQ-1 requires at least 60 s.
     pub echo: Duration,
-    /// The pieces of a packet (the kernel's `ipfrag_time`).
+    /// Reassembly time of a fragmented packet (`ipfrag_time` of the kernel).
     pub fragments: Duration,
 }
 
@@ -125,39 +123,39 @@ impl Default for Timeouts {
     }
 }
 
-/// Hears which endpoints flood, so that their packets can be dropped before they reach the device.
+/// Receives notifications of flooding endpoints, so that their packets can be dropped before the
+/// device.
 pub trait FloodListener: fmt::Debug + Send + Sync {
-    /// SYNs from `source` are being refused. Called on the engine's thread, for one in 64 of them:
-    /// it must not block.
+    /// The engine drops SYNs of `source`. Called on the thread of the engine for one in 64 of them;
+    /// must not block.
     fn flooding(&self, source: IpAddr);
 }
 
 /// The engine's settings.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What the networks behind it are called in the log.
+    /// Name of the networks behind the engine, for the log.
     pub network: Arc<str>,
-    /// Bytes that fit into one packet of the device.
+    /// MTU of the device.
     pub mtu: u16,
-    /// Who may go where.
+    /// The egress policy.
     pub policy: Policy,
-    /// There is one guest alone, so that nobody has to be served fairly beside it.
+    /// There is only one guest, so no fair queueing is needed.
     pub one_guest: bool,
-    /// Bounds of the flow table.
+    /// Limits of the flow table.
     pub limits: TableLimits,
-    /// Time limits.
+    /// Timeouts.
     pub timeouts: Timeouts,
-    /// What TCP windows are bounded by, in bytes: at most 2 MiB. 1 MiB is the fastest here: 4 MiB
-    /// do not stay in the cache.
+    /// Maximum TCP window in bytes, at most 2 MiB. 1 MiB is the fastest value; 4 MiB do not stay in
+    /// the CPU cache.
     pub window: u32,
-    /// What is made of the kernel.
+    /// Kernel features to use.
     pub capabilities: Capabilities,
-    /// Which far ends share a socket.
+    /// Mapping behaviour for UDP.
     pub mapping: Mapping,
-    /// Which of the host's addresses flows go out from, of each family; where none is given, as the
-    /// route says.
+    /// Source address of egress flows, per family; chosen by the routing table if not given.
     pub outbound: Outbound,
-    /// Hears of floods.
+    /// Receiver of flood notifications.
     pub floods: Option<Arc<dyn FloodListener>>,
 }
 

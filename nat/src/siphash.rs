@@ -1,17 +1,17 @@
-//! SipHash-1-3 and 2-4 (Aumasson and Bernstein, 2012): a hash that who does not know the key cannot
-//! steer.
+//! SipHash-1-3 and SipHash-2-4 (Aumasson and Bernstein, 2012): keyed hashes that cannot be
+//! predicted without the key.
 //!
-//! The flow table uses the fast variant, so that no guest can choose ports that all fall into one
-//! bucket; initial sequence numbers use the strong one, as the pseudo-random function that RFC 6528
-//! section 3 asks for.
+//! The flow table uses the fast variant, so that a guest cannot choose ports that collide in one
+//! bucket. Initial sequence numbers use the strong variant as the pseudo-random function of RFC
+//! 6528 section 3.
 
 use std::hash::{BuildHasher, Hasher};
 
-/// The key of a process, chosen at random once.
+/// A key, generated at random once per process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HashKey(pub [u64; 2]);
 
-/// A hash under way. It takes whole words; what is written in smaller pieces takes one word each.
+/// A hasher state. It processes whole words; each shorter write is padded to a word.
 #[derive(Clone, Copy, Debug)]
 pub struct SipHasher<const ROUNDS: usize, const LAST_ROUNDS: usize> {
     state: [u64; 4],
@@ -19,7 +19,7 @@ pub struct SipHasher<const ROUNDS: usize, const LAST_ROUNDS: usize> {
 }
 
 impl<const ROUNDS: usize, const LAST_ROUNDS: usize> SipHasher<ROUNDS, LAST_ROUNDS> {
-    /// The hash of nothing yet.
+    /// Creates a hasher without input.
     #[must_use]
     pub const fn new(key: HashKey) -> Self {
         let [k0, k1] = key.0;
@@ -92,10 +92,9 @@ mod tests {
 
     const KEY: HashKey = HashKey([0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908]);
 
-    /// From the vectors that the authors publish with the reference implementation: input 00 01 02
-    /// ..., key 00 01 02 ....
+    /// Test vectors of the reference implementation: input 00 01 02 ..., key 00 01 02 ....
     #[test]
-    fn whole_words_hash_as_the_reference_does() {
+    fn whole_words_match_the_reference_vectors() {
         let mut hasher = SipHasher::<2, 4>::new(KEY);
         assert_eq!(hasher.finish(), 0x726f_db47_dd0e_0e31);
         hasher.write(&[0, 1, 2, 3, 4, 5, 6, 7]);
@@ -105,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn another_key_is_another_hash() {
+    fn different_keys_give_different_hashes() {
         let other = HashKey([KEY.0[0] ^ 1, KEY.0[1]]);
         assert_ne!(KEY.hash_one(7u64), other.hash_one(7u64));
     }

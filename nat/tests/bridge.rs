@@ -1,5 +1,5 @@
-//! The engine as egress of bridges, on a host without a firewall: a policy route leads from
-//! each bridge into the device, which is in the host's own namespace.
+//! The engine as egress of bridges, on a host without a firewall. A policy rule routes packets of
+//! each bridge to the device, which is in the namespace of the host.
 //!
 //! ```text
 //!   client (the world)          host                                     container, neighbour
@@ -11,7 +11,7 @@
 
 mod common;
 
-use common::{at, known};
+use common::{at, netns};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Shutdown, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use tidegate_testbed::{Namespace, Topology, addr};
 const MUCH: u64 = if common::OLD_KERNEL { 10 << 20 } else { 100 << 20 };
 
 fn start(net: &Topology, policy: Policy) -> Nat {
-    let host = known(&net.host);
+    let host = netns(&net.host);
     let tun =
         TunOptions { default_routes: Family::ALL.to_vec(), table: 777, ..TunOptions::new("tun0") };
     let tun = Tun::open(&host, &tun).unwrap();
@@ -59,7 +59,7 @@ fn policy() -> Policy {
     }
 }
 
-fn carries(net: &Topology, container: &Namespace) {
+fn transfer_both_ways(net: &Topology, container: &Namespace) {
     for world in [IpAddr::from(addr::CLIENT_V4), addr::CLIENT_V6.into()] {
         let sink = Sink::tcp(&net.client, (world, 7001).into(), 3);
         container.run(|| {
@@ -89,13 +89,13 @@ fn carries(net: &Topology, container: &Namespace) {
 }
 
 #[test]
-fn bridges_reach_the_world_through_the_engine_and_the_world_does_not_reach_them() {
+fn bridges_have_egress_through_the_engine_and_no_ingress() {
     let net = Topology::builder().forwarding(false).build();
     let neighbour = net.neighbour();
     let _service = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let nat = start(&net, policy());
-    carries(&net, &net.container);
-    carries(&net, &neighbour);
+    transfer_both_ways(&net, &net.container);
+    transfer_both_ways(&net, &neighbour);
 
     let peer = PeerServer::udp(&net.client, (addr::CLIENT_V4, 9).into());
     let socket = net.container.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
@@ -105,7 +105,7 @@ fn bridges_reach_the_world_through_the_engine_and_the_world_does_not_reach_them(
     let length = socket.recv(&mut seen).unwrap();
     assert!(seen[..length].starts_with(addr::HOST_V4.to_string().as_bytes()));
 
-    // The world has a route to the container by the host, and gets nowhere with it.
+    // The client has a route to the container through the host, but cannot reach it.
     net.client.ip(&["route", "replace", "172.30.0.0/24", "via", &addr::HOST_V4.to_string()]);
     let error = net.client.run(|| {
         let to = (addr::CONTAINER_V4, 80).into();
@@ -121,7 +121,7 @@ fn bridges_reach_the_world_through_the_engine_and_the_world_does_not_reach_them(
 }
 
 #[test]
-fn another_networks_containers_are_refused_although_the_host_could_reach_them() {
+fn other_networks_are_rejected_although_the_host_reaches_them() {
     let net = Topology::builder().forwarding(false).build();
     let other = Namespace::new();
     net.host.ip_all(&format!(
@@ -140,7 +140,7 @@ fn another_networks_containers_are_refused_although_the_host_could_reach_them() 
         net.container
             .run(|| TcpStream::connect_timeout(&service.addr(), Duration::from_secs(2)).is_ok())
     };
-    assert!(connects(), "without a policy the engine is a way there");
+    assert!(connects(), "without a policy the engine forwards");
     policy.refused = CidrSet::parse(["10.77.0.0/24"]).unwrap();
     open.set_policy(policy);
     assert!(tidegate_testbed::eventually(Duration::from_secs(3), || !connects()));

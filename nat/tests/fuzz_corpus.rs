@@ -1,4 +1,4 @@
-//! The fuzz targets' corpora, replayed.
+//! Replays the corpora of the fuzz targets.
 
 use std::path::Path;
 use tidegate_nat::fuzz;

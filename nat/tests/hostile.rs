@@ -1,4 +1,4 @@
-//! A guest that means harm: no limit is passed, and nobody else's flow notices.
+//! Hostile guests: no limit is exceeded, and flows of other guests are unaffected.
 
 mod world;
 
@@ -33,7 +33,7 @@ fn bench() -> Bench {
     })
 }
 
-/// A neighbour at work: a connection and a session that must not notice anything.
+/// An active neighbour: a connection and a session that must not be affected.
 struct Neighbour {
     stream: usize,
     datagrams: usize,
@@ -41,22 +41,22 @@ struct Neighbour {
     expected: u32,
 }
 
-const HERS: &str = "10.9.9.9:5000";
-const FAR: &str = "192.0.2.9:443";
+const NEIGHBOUR: &str = "10.9.9.9:5000";
+const REMOTE: &str = "192.0.2.9:443";
 
 impl Neighbour {
-    fn moves_in(bench: &mut Bench) -> Self {
-        let syn = TcpHead { sequence: 99, flags: SYN, ..segment(at(HERS), at(FAR)) };
+    fn start(bench: &mut Bench) -> Self {
+        let syn = TcpHead { sequence: 99, flags: SYN, ..segment(at(NEIGHBOUR), at(REMOTE)) };
         bench.frame(&frame(&syn, b""));
         let stream = bench.world().streams.len() - 1;
-        bench.far_end_answers(stream, Ok(()));
+        bench.remote_answers(stream, Ok(()));
         let answer = bench.next_segment().unwrap();
         let mut neighbour =
             Self { stream, datagrams: 0, next: 100, expected: answer.sequence.wrapping_add(1) };
         bench.frame(&frame(&neighbour.head(ACK), b""));
-        bench.frame(&udp(at(HERS), at(FAR), b"ping"));
+        bench.frame(&udp(at(NEIGHBOUR), at(REMOTE), b"ping"));
         neighbour.datagrams = bench.world().datagrams.len() - 1;
-        neighbour.works(bench);
+        neighbour.check(bench);
         neighbour
     }
 
@@ -65,25 +65,25 @@ impl Neighbour {
             sequence: self.next,
             acknowledgement: self.expected,
             flags,
-            ..segment(at(HERS), at(FAR))
+            ..segment(at(NEIGHBOUR), at(REMOTE))
         }
     }
 
-    fn works(&mut self, bench: &mut Bench) {
+    fn check(&mut self, bench: &mut Bench) {
         bench.world().frames.clear();
         let before = bench.world().streams[self.stream].sent.len();
         bench.frame(&frame(&self.head(ACK | PSH), b"question"));
         self.next += 8;
         assert_eq!(&bench.world().streams[self.stream].sent[before..], b"question");
         bench.world().frames.clear();
-        bench.far_end_sends(self.stream, b"answer");
+        bench.remote_sends(self.stream, b"answer");
         let seen = bench.next_segment().unwrap();
         assert_eq!((seen.sequence, &seen.payload[..]), (self.expected, &b"answer"[..]));
         self.expected = self.expected.wrapping_add(6);
         bench.frame(&frame(&self.head(ACK), b""));
         let index = self.datagrams;
         let before = bench.world().datagrams[index].sent.len();
-        bench.frame(&udp(at(HERS), at(FAR), b"ping"));
+        bench.frame(&udp(at(NEIGHBOUR), at(REMOTE), b"ping"));
         assert_eq!(bench.world().datagrams[index].sent.len(), before + 1);
         bench.world().datagrams[index].waiting.push_back(b"pong".to_vec());
         bench.world().frames.clear();
@@ -97,30 +97,30 @@ fn udp(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> Vec<u8> {
     [head.bytes(), payload].concat()
 }
 
-fn within_limits(bench: &Bench) {
+fn assert_limits(bench: &Bench) {
     assert!(bench.engine.flows() <= LIMITS.flows);
 }
 
 #[test]
-fn a_syn_flood_has_its_share_and_no_more() {
+fn a_syn_flood_is_limited_to_its_share() {
     let mut bench = bench();
-    let mut neighbour = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::start(&mut bench);
     for port in 1..20_000u16 {
         let syn =
             TcpHead { flags: SYN, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
         bench.frame(&frame(&syn, b""));
-        within_limits(&bench);
+        assert_limits(&bench);
     }
     assert_eq!(bench.stats.flows(FlowKind::Tcp), 1 + LIMITS.unanswered_per_source as u64);
     assert_eq!(bench.dropped(DropReason::Unanswered), 19_999 - LIMITS.unanswered_per_source as u64);
-    neighbour.works(&mut bench);
+    neighbour.check(&mut bench);
     bench.pass(Duration::from_secs(80));
-    assert_eq!(bench.stats.flows(FlowKind::Tcp), 1, "what nobody has answered ends");
-    neighbour.works(&mut bench);
+    assert_eq!(bench.stats.flows(FlowKind::Tcp), 1, "unanswered connections end");
+    neighbour.check(&mut bench);
 }
 
 #[test]
-fn connections_that_the_guest_never_completes_are_half_open_too() {
+fn connections_that_the_guest_never_completes_count_as_unanswered() {
     let mut bench = bench();
     bench.world().answer_at_once = Some(Ok(()));
     for port in 1..1000u16 {
@@ -131,45 +131,45 @@ fn connections_that_the_guest_never_completes_are_half_open_too() {
     assert_eq!(bench.engine.flows(), LIMITS.unanswered_per_source);
     bench.pass(Duration::from_secs(1000));
     assert_eq!(bench.engine.flows(), 0);
-    assert_eq!(bench.world().open, 0, "and no socket is left");
+    assert_eq!(bench.world().open, 0, "all sockets are closed");
 }
 
 #[test]
-fn a_million_sources_are_not_remembered() {
+fn the_number_of_sources_is_limited() {
     let mut bench = bench();
-    let mut neighbour = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::start(&mut bench);
     for number in 0..1_000_000u32 {
         let source = SocketAddr::from(((0x0a00_0000 + number).to_be_bytes(), 1000));
         let now = bench.now;
         bench.engine.frame(&udp(source, at("192.0.2.1:9"), b"x"), now);
     }
     bench.settle();
-    within_limits(&bench);
+    assert_limits(&bench);
     assert!(bench.dropped(DropReason::Sources) > 999_000);
     let outside = udp(at("172.16.0.1:9"), at("192.0.2.1:9"), b"x");
     bench.frame(&outside);
     assert_eq!(bench.dropped(DropReason::ForeignSource), 1);
-    neighbour.works(&mut bench);
+    neighbour.check(&mut bench);
 }
 
 #[test]
 fn a_flood_of_sessions_evicts_itself() {
     let mut bench = bench();
-    let mut neighbour = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::start(&mut bench);
     for host in 1..50u8 {
         for port in 1..100u16 {
             bench.frame(&udp(SocketAddr::from(([10, 0, 0, host], port)), at("192.0.2.1:9"), b"x"));
-            within_limits(&bench);
+            assert_limits(&bench);
         }
     }
     assert!(bench.stats.evicted.get() + bench.dropped(DropReason::Unanswered) > 4000);
-    neighbour.works(&mut bench);
+    neighbour.check(&mut bench);
 }
 
 #[test]
-fn descriptors_that_run_out_end_the_unanswered_first() {
+fn descriptor_exhaustion_evicts_unanswered_flows_first() {
     let mut bench = bench();
-    let mut neighbour = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::start(&mut bench);
     bench.world().descriptors = 12;
     for port in 1..100u16 {
         bench.frame(&udp(SocketAddr::from(([10, 0, 0, 1], port)), at("192.0.2.1:9"), b"x"));
@@ -180,14 +180,14 @@ fn descriptors_that_run_out_end_the_unanswered_first() {
     let syn = TcpHead { flags: SYN, ..segment(at("10.0.0.2:1"), at("192.0.2.1:80")) };
     let connections = bench.world().streams.len();
     bench.frame(&frame(&syn, b""));
-    assert_eq!(bench.world().streams.len(), connections + 1, "room was made for a connection");
-    neighbour.works(&mut bench);
+    assert_eq!(bench.world().streams.len(), connections + 1, "a descriptor was freed");
+    neighbour.check(&mut bench);
 }
 
 #[test]
-fn buffers_of_one_source_are_bounded_and_its_neighbour_has_its_own() {
+fn buffers_are_limited_per_source() {
     let mut bench = bench();
-    let mut neighbour = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::start(&mut bench);
     bench.world().room = 0;
     bench.world().answer_at_once = Some(Ok(()));
     let mut kept = 0usize;
@@ -199,7 +199,7 @@ fn buffers_of_one_source_are_bounded_and_its_neighbour_has_its_own() {
             std::iter::from_fn(|| bench.next_segment()).last().unwrap().sequence.wrapping_add(1);
         let head = TcpHead { sequence: 1, acknowledgement: expected, ..head };
         bench.frame(&frame(&head, b""));
-        // In order until the window is closed, and far ahead of it.
+        // In order until the window is closed, and then far beyond it.
         let mut next = 1u32;
         for _ in 0..30 {
             bench.frame(&frame(&TcpHead { sequence: next, ..head }, &[1; 60_000]));
@@ -211,7 +211,7 @@ fn buffers_of_one_source_are_bounded_and_its_neighbour_has_its_own() {
     }
     assert!(kept <= LIMITS.buffered_per_source, "{kept}");
     assert!(kept > LIMITS.buffered_per_source * 9 / 10, "{kept}");
-    neighbour.works(&mut bench);
+    neighbour.check(&mut bench);
 }
 
 #[test]
@@ -219,7 +219,8 @@ fn fragments_that_overlap_reach_nobody() {
     let mut bench = bench();
     let (source, destination) = (at("10.0.0.1:7"), at("192.0.2.1:9"));
     let payload = [7; 2000];
-    let whole = [&head::whole_udp_header(source, destination, &payload)[..], &payload].concat();
+    let whole =
+        [&head::checksummed_udp_header(source, destination, &payload)[..], &payload].concat();
     let mut piece = |range: std::ops::Range<usize>, more, id| {
         let head =
             head::fragment(source.ip(), destination.ip(), protocol::UDP, range.clone(), more, id);
@@ -234,7 +235,7 @@ fn fragments_that_overlap_reach_nobody() {
     assert_eq!(
         bench.world().datagrams[0].sent,
         [payload.to_vec()],
-        "the second one, which is sound"
+        "only the second packet, which is valid"
     );
     assert!(!bench.world().datagrams[0].dont_fragment);
 }
@@ -242,14 +243,14 @@ fn fragments_that_overlap_reach_nobody() {
 #[test]
 fn a_million_first_fragments_take_no_more_than_their_room() {
     let mut bench = bench();
-    let mut neighbour = Neighbour::moves_in(&mut bench);
+    let mut neighbour = Neighbour::start(&mut bench);
     let mut dice = Dice(5);
     for id in 0..200_000u32 {
         let source = at(&format!("10.0.0.{}:0", 1 + dice.below(200)));
         let offset = dice.below(8000) as usize * 8;
         let head = head::fragment(
             source.ip(),
-            at(FAR).ip(),
+            at(REMOTE).ip(),
             protocol::UDP,
             offset..offset + 400,
             true,
@@ -258,13 +259,13 @@ fn a_million_first_fragments_take_no_more_than_their_room() {
         let now = bench.now;
         bench.engine.frame(&[head.bytes(), &[0; 400]].concat(), now);
     }
-    neighbour.works(&mut bench);
+    neighbour.check(&mut bench);
     bench.pass(Duration::from_secs(31));
     assert_eq!(bench.stats.flows(FlowKind::Tcp), 1);
 }
 
 #[test]
-fn errors_and_resets_that_are_provoked_are_few() {
+fn errors_and_resets_are_rate_limited() {
     let mut bench = Bench::with(|settings| {
         settings.policy.refused = CidrSet::parse(["198.51.100.0/24"]).unwrap();
         settings.limits.errors_per_source = Rate { per_second: 10, burst: 20 };
@@ -277,26 +278,26 @@ fn errors_and_resets_that_are_provoked_are_few() {
     }
     assert_eq!(bench.world().frames.len(), 20);
     assert_eq!(bench.dropped(DropReason::Policy), 9999);
-    bench.frame(&udp(at(HERS), at("198.51.100.1:9"), b"x"));
-    assert_eq!(bench.world().frames.len(), 21, "a neighbour is told all the same");
+    bench.frame(&udp(at(NEIGHBOUR), at("198.51.100.1:9"), b"x"));
+    assert_eq!(bench.world().frames.len(), 21, "a neighbour still gets errors");
 }
 
 #[test]
 fn forged_errors_about_others_flows_change_nothing() {
     let mut bench = bench();
-    let mut neighbour = Neighbour::moves_in(&mut bench);
-    let quoted = udp(at(FAR), at(HERS), b"pong");
-    let (head, message) = head::problem(
+    let mut neighbour = Neighbour::start(&mut bench);
+    let quoted = udp(at(REMOTE), at(NEIGHBOUR), b"pong");
+    let (head, message) = head::icmp_error(
         at("10.0.0.1:0").ip(),
-        at(FAR).ip(),
-        tidegate_nat::wire::icmp::Problem::PortUnreachable,
+        at(REMOTE).ip(),
+        tidegate_nat::wire::icmp::IcmpError::PortUnreachable,
         &[&quoted[10..]],
     );
     bench.frame(&[head.bytes(), &message].concat());
-    neighbour.works(&mut bench);
+    neighbour.check(&mut bench);
 }
 
-/// Segments of every kind at a connection in every state.
+/// Segments of any kind for a connection in any state.
 fn anything() -> impl Strategy<Value = (u8, u32, u32, u16, usize, bool)> {
     let near = prop_oneof![
         0u32..3000,
@@ -317,7 +318,7 @@ proptest! {
         segments in prop::collection::vec((anything(), 0u64..400, 0u8..10), 1..80),
     ) {
         let mut bench = bench();
-        let mut neighbour = Neighbour::moves_in(&mut bench);
+        let mut neighbour = Neighbour::start(&mut bench);
         let (inside, outside) = (at("10.0.0.1:7"), at("192.0.2.1:80"));
         let mut expected = 0;
         bench.world().room = 50_000;
@@ -336,9 +337,9 @@ proptest! {
             let last = bench.world().streams.len() - 1;
             if last != neighbour.stream {
                 match act {
-                    0 => bench.far_end_answers(last, Ok(())),
-                    1 if bench.world().streams[last].answer.is_some() => bench.far_end_sends(last, &[5; 3000]),
-                    2 => bench.far_end_closes(last),
+                    0 => bench.remote_answers(last, Ok(())),
+                    1 if bench.world().streams[last].answer.is_some() => bench.remote_sends(last, &[5; 3000]),
+                    2 => bench.remote_closes(last),
                     3 if bench.world().streams[last].answer.is_some() => bench.stream_ready(last, Ready { writable: true, ..Ready::default() }),
                     4 => {
                         bench.world().streams[last].broken = true;
@@ -354,35 +355,35 @@ proptest! {
             }
             bench.pass(Duration::from_millis(wait));
         }
-        neighbour.works(&mut bench);
+        neighbour.check(&mut bench);
         bench.pass(Duration::from_secs(3 * 3600));
         prop_assert_eq!(bench.engine.flows(), 0);
         prop_assert_eq!(bench.world().open, 0);
     }
 
     #[test]
-    fn no_bytes_at_all_break_the_engine(frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..120), 1..50)) {
+    fn arbitrary_bytes_do_not_break_the_engine(frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..120), 1..50)) {
         let mut bench = bench();
-        let mut neighbour = Neighbour::moves_in(&mut bench);
+        let mut neighbour = Neighbour::start(&mut bench);
         for mut frame in frames {
-            // Some of it shall come further than to the first check.
+            // Some frames must pass the first check.
             if frame.len() > 30 {
                 frame[..10].copy_from_slice(&[1, 0, 0, 0, 0, 0, 20, 0, 16, 0]);
                 frame[10] = if frame[20] % 2 == 0 { 0x45 } else { 0x60 };
             }
             bench.frame(&frame);
         }
-        neighbour.works(&mut bench);
+        neighbour.check(&mut bench);
     }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// What the fuzz target runs, with steps that mean something more often than a fuzzer's first
-    /// ones.
+    /// Runs the check of the fuzz target with steps that are valid more often than those of a
+    /// fuzzer.
     #[test]
-    fn frames_events_and_time_in_any_order_break_nothing(
+    fn frames_events_and_time_in_any_order_hold(
         steps in prop::collection::vec((anything(), any::<[u8; 4]>(), 0u8..4), 1..60),
     ) {
         let mut data = Vec::new();
@@ -410,7 +411,7 @@ proptest! {
     }
 
     #[test]
-    fn bytes_that_mean_nothing_break_nothing(data in prop::collection::vec(any::<u8>(), 0..2000)) {
+    fn arbitrary_fuzz_input_holds(data in prop::collection::vec(any::<u8>(), 0..2000)) {
         tidegate_nat::fuzz::check_engine(&data);
     }
 }

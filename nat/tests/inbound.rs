@@ -1,5 +1,5 @@
-//! Published ports in invented time: what the RFCs ask of who calls, and guests and clients that
-//! mean harm.
+//! Published ports in simulated time: RFC requirements for the connecting side, and hostile guests
+//! and clients.
 
 mod world;
 
@@ -7,9 +7,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::Ingress;
-use tidegate_nat::host::{Port, Ready, SendOutcome, SocketProblem};
+use tidegate_nat::host::{Port, Ready, SendOutcome, SocketError};
 use tidegate_nat::wire::head::{self, TcpHead};
-use tidegate_nat::wire::icmp::{Message, Problem};
+use tidegate_nat::wire::icmp::{IcmpError, Message};
 use tidegate_nat::wire::ip::Packet;
 use tidegate_nat::wire::protocol;
 use tidegate_nat::wire::tcp::Segment;
@@ -22,7 +22,7 @@ const GUEST: &str = "10.0.2.100:80";
 const CLIENT: &str = "198.51.100.7:40000";
 const ISN: u32 = u32::MAX - 3;
 
-/// A server in the container, as its TCP behaves towards one client.
+/// A server in the container, with the TCP state of one connection.
 struct Server {
     bench: Bench,
     stats: Arc<ForwardStats>,
@@ -32,23 +32,23 @@ struct Server {
 }
 
 impl Server {
-    /// One that is being called.
-    fn called() -> Self {
-        Self::called_by(Bench::new(), ForwardSource::Client, CLIENT)
+    /// Creates a server that has received a SYN.
+    fn syn_received() -> Self {
+        Self::syn_received_from(Bench::new(), ForwardSource::Client, CLIENT)
     }
 
-    fn called_by(mut bench: Bench, source: ForwardSource, client: &str) -> Self {
+    fn syn_received_from(mut bench: Bench, source: ForwardSource, client: &str) -> Self {
         let stats = bench.publish_tcp(GUEST, source);
         bench.client(0, client);
-        let (syn, outside) = call(&mut bench).expect("a SYN");
+        let (syn, outside) = next_syn(&mut bench).expect("a SYN");
         Self { bench, stats, outside, next: ISN, expected: syn.sequence.wrapping_add(1) }
     }
 
-    /// One that has accepted.
+    /// Creates a server with an established connection.
     fn connected() -> Self {
-        let mut server = Self::called();
-        server.answers(SYN | ACK, |head| head.mss = Some(1460));
-        let last = server.bench.next_segment().expect("the last of three");
+        let mut server = Self::syn_received();
+        server.reply(SYN | ACK, |head| head.mss = Some(1460));
+        let last = server.bench.next_segment().expect("the ACK of the handshake");
         assert_eq!((last.flags, last.sequence), (ACK, server.expected));
         assert_eq!(last.acknowledgement, ISN.wrapping_add(1));
         server
@@ -64,21 +64,21 @@ impl Server {
     }
 
     /// Sends the next segment in order.
-    fn answers(&mut self, flags: u8, change: impl FnOnce(&mut TcpHead)) {
+    fn reply(&mut self, flags: u8, change: impl FnOnce(&mut TcpHead)) {
         let mut head = self.head(flags);
         change(&mut head);
         self.bench.frame(&frame(&head, b""));
         self.next = self.next.wrapping_add(u32::from(flags & (SYN | FIN) != 0));
     }
 
-    fn says(&mut self, payload: &[u8]) {
+    fn send(&mut self, payload: &[u8]) {
         let head = self.head(ACK | PSH);
         self.bench.frame(&frame(&head, payload));
         self.next = self.next.wrapping_add(payload.len() as u32);
     }
 
-    /// Sends one as it is.
-    fn throws(&mut self, flags: u8, change: impl FnOnce(&mut TcpHead)) {
+    /// Sends a modified segment without changing the state.
+    fn send_as(&mut self, flags: u8, change: impl FnOnce(&mut TcpHead)) {
         let mut head = self.head(flags);
         change(&mut head);
         self.bench.frame(&frame(&head, b""));
@@ -90,8 +90,8 @@ impl Server {
     }
 }
 
-/// The next segment to the guest, and whom it seems to come from.
-fn call(bench: &mut Bench) -> Option<(Seen, SocketAddr)> {
+/// Returns the next segment to the guest, and its source.
+fn next_syn(bench: &mut Bench) -> Option<(Seen, SocketAddr)> {
     let bytes = bench.next_frame()?;
     let packet = Packet::parse(&bytes[10..]).unwrap();
     assert_eq!(packet.protocol, protocol::TCP);
@@ -100,29 +100,29 @@ fn call(bench: &mut Bench) -> Option<(Seen, SocketAddr)> {
 }
 
 #[test]
-fn rfc_9293_3_10_7_3_a_syn_ack_makes_a_connection() {
-    let mut server = Server::called();
+fn rfc_9293_3_10_7_3_a_syn_ack_establishes_the_connection() {
+    let mut server = Server::syn_received();
     assert_eq!(server.outside, at(CLIENT));
     assert_eq!((server.bench.stats.flows(FlowKind::Tcp), server.stats.flows.get()), (1, 1));
-    // What the client has said meanwhile waits.
-    server.bench.far_end_sends(0, b"question");
+    // Data of the client stays in the socket.
+    server.bench.remote_sends(0, b"question");
     assert_eq!(server.bench.next_frame(), None);
-    server.answers(SYN | ACK, |head| head.mss = Some(1000));
+    server.reply(SYN | ACK, |head| head.mss = Some(1000));
     let first = server.bench.next_segment().unwrap();
     assert_eq!((first.sequence, &first.payload[..]), (server.expected, &b"question"[..]));
-    assert_eq!(first.acknowledgement, server.next, "it is the last of three as well");
+    assert_eq!(first.acknowledgement, server.next, "it also completes the handshake");
     server.expected = server.expected.wrapping_add(8);
-    server.says(b"answer");
+    server.send(b"answer");
     assert_eq!(server.bench.world().streams[0].sent, b"answer");
     assert_eq!([0, 1].map(|direction| server.stats.bytes[direction].get()), [6, 8]);
 }
 
 #[test]
-fn rfc_7323_the_syn_offers_window_scale_and_timestamps_and_takes_a_no() {
+fn rfc_7323_the_syn_offers_options_that_the_guest_may_decline() {
     let mut bench = Bench::new();
     bench.publish_tcp(GUEST, ForwardSource::Client);
     bench.client(0, CLIENT);
-    let (syn, _) = call(&mut bench).unwrap();
+    let (syn, _) = next_syn(&mut bench).unwrap();
     assert_eq!((syn.flags, syn.mss, syn.scale, syn.window), (SYN, Some(1460), Some(5), 0xffff));
     assert_eq!(syn.timestamps.unwrap().1, 0);
     let accepts = |bench: &mut Bench, change: &dyn Fn(&mut TcpHead)| {
@@ -139,111 +139,108 @@ fn rfc_7323_the_syn_offers_window_scale_and_timestamps_and_takes_a_no() {
     };
     accepts(&mut bench, &|_| {});
     let last = bench.next_segment().unwrap();
-    assert_eq!((last.timestamps, last.window), (None, 0xffff), "neither was agreed on");
-    bench.far_end_sends(0, &[1; 100]);
+    assert_eq!((last.timestamps, last.window), (None, 0xffff), "neither option was negotiated");
+    bench.remote_sends(0, &[1; 100]);
     assert_eq!(bench.next_segment().unwrap().payload.len(), 4);
 
-    let mut server = Server::called();
-    server.answers(SYN | ACK, |head| {
+    let mut server = Server::syn_received();
+    server.reply(SYN | ACK, |head| {
         (head.mss, head.scale, head.timestamps, head.window) =
             (Some(500), Some(7), Some((70, 1)), 2000);
     });
     let last = server.bench.next_segment().unwrap();
     assert_eq!((last.timestamps.unwrap().1, last.window), (70, (1 << 20 >> 5) as u16));
-    server.bench.far_end_sends(0, &[1; 5000]);
+    server.bench.remote_sends(0, &[1; 5000]);
     let data = server.bench.next_segment().unwrap();
     assert_eq!(data.payload.len(), 4 * (500 - 12), "the window of a SYN-ACK is not scaled");
-    assert_eq!(usize::from(data.cut), 500 - 12, "timestamps are part of the segment");
+    assert_eq!(usize::from(data.cut), 500 - 12, "timestamps reduce the MSS");
 }
 
 #[test]
-fn rfc_9293_3_10_7_3_an_acknowledgement_of_something_else_is_reset_and_the_call_goes_on() {
-    let mut server = Server::called();
-    // The guest has a connection of that five-tuple still, from before.
-    server.throws(ACK, |head| head.acknowledgement = 4711);
+fn rfc_9293_3_10_7_3_a_wrong_acknowledgement_is_reset_and_the_handshake_continues() {
+    let mut server = Server::syn_received();
+    // The guest still has an earlier connection with this five-tuple.
+    server.send_as(ACK, |head| head.acknowledgement = 4711);
     let reset = server.bench.next_segment().unwrap();
     assert_eq!((reset.flags, reset.sequence), (RST, 4711));
-    server.throws(SYN | ACK, |head| head.acknowledgement = head.acknowledgement.wrapping_add(1));
+    server.send_as(SYN | ACK, |head| head.acknowledgement = head.acknowledgement.wrapping_add(1));
     assert_eq!(server.bench.next_segment().unwrap().flags, RST);
-    server.throws(RST | ACK, |head| head.acknowledgement = 4711);
-    server.throws(RST, |_| {});
-    server.throws(ACK, |_| {});
+    server.send_as(RST | ACK, |head| head.acknowledgement = 4711);
+    server.send_as(RST, |_| {});
+    server.send_as(ACK, |_| {});
     assert_eq!(server.bench.next_frame(), None);
     server.bench.pass(Duration::from_millis(200));
     let again = server.bench.next_segment().unwrap();
     assert_eq!((again.flags, again.sequence.wrapping_add(1)), (SYN, server.expected));
-    server.answers(SYN | ACK, |_| {});
+    server.reply(SYN | ACK, |_| {});
     assert_eq!(server.bench.next_segment().unwrap().flags, ACK);
     assert!(!server.is_reset());
 }
 
 #[test]
 fn rfc_9293_3_10_7_3_a_reset_that_acknowledges_the_syn_refuses_the_client() {
-    let mut server = Server::called();
-    server.throws(RST | ACK, |head| head.sequence = 0);
+    let mut server = Server::syn_received();
+    server.send_as(RST | ACK, |head| head.sequence = 0);
     assert!(server.is_reset());
     assert_eq!(server.bench.next_frame(), None);
     assert_eq!(server.stats.flows.get(), 0);
 }
 
 #[test]
-fn rfc_9293_3_5_both_ends_may_call_at_once() {
-    let mut server = Server::called();
-    server.throws(SYN, |head| head.mss = Some(1460));
+fn rfc_9293_3_5_a_simultaneous_open_succeeds() {
+    let mut server = Server::syn_received();
+    server.send_as(SYN, |head| head.mss = Some(1460));
     let answer = server.bench.next_segment().unwrap();
     assert_eq!((answer.flags, answer.sequence.wrapping_add(1)), (SYN | ACK, server.expected));
     assert_eq!(answer.acknowledgement, ISN.wrapping_add(1));
-    server.bench.far_end_sends(0, b"hello");
-    assert_eq!(server.bench.next_frame(), None, "the guest has not heard of us yet");
-    server.answers(SYN | ACK, |_| {});
+    server.bench.remote_sends(0, b"hello");
+    assert_eq!(server.bench.next_frame(), None, "the guest has not acknowledged the SYN yet");
+    server.reply(SYN | ACK, |_| {});
     assert_eq!(server.bench.next_segment().unwrap().payload, b"hello");
     server.expected = server.expected.wrapping_add(5);
-    server.says(b"hello");
+    server.send(b"hello");
     assert_eq!(server.bench.world().streams[0].sent, b"hello");
 }
 
 #[test]
-fn rfc_6298_a_call_is_repeated_and_given_up_in_the_end() {
-    let mut server = Server::called();
+fn rfc_6298_a_syn_is_retransmitted_and_given_up() {
+    let mut server = Server::syn_received();
     server.bench.pass(Duration::from_secs(74));
-    let calls: Vec<_> = std::iter::from_fn(|| server.bench.next_segment()).collect();
-    assert!(calls.iter().all(|call| call.flags == SYN && call.sequence == calls[0].sequence));
-    assert_eq!(calls.len(), 8, "after 0.2, 0.6, 1.4 s and so on");
+    let syns: Vec<_> = std::iter::from_fn(|| server.bench.next_segment()).collect();
+    assert!(syns.iter().all(|syn| syn.flags == SYN && syn.sequence == syns[0].sequence));
+    assert_eq!(syns.len(), 8, "after 0.2, 0.6, 1.4 s and so on");
     assert!(!server.is_reset());
     server.bench.pass(Duration::from_secs(2));
     let reset = server.bench.next_segment().unwrap();
-    assert_eq!(
-        (reset.flags, reset.sequence),
-        (RST, server.expected),
-        "a guest that wakes up knows"
-    );
+    assert_eq!((reset.flags, reset.sequence), (RST, server.expected), "the guest is notified");
     assert!(server.is_reset());
 }
 
 #[test]
-fn rfc_1122_4_2_3_9_a_guest_that_says_by_icmp_that_nobody_listens_is_believed() {
-    for (teller, is_believed) in [(GUEST, true), ("10.0.2.55:0", false)] {
-        let mut server = Server::called();
-        let quoted = head::recalled_ports(at(CLIENT), at(GUEST), 0);
-        let header = head::recalled(at(CLIENT).ip(), at(GUEST).ip(), protocol::TCP, &quoted, 8);
+fn rfc_1122_4_2_3_9_port_unreachable_counts_only_from_the_guest() {
+    for (reporter, is_believed) in [(GUEST, true), ("10.0.2.55:0", false)] {
+        let mut server = Server::syn_received();
+        let quoted = head::quoted_ports(at(CLIENT), at(GUEST), 0);
+        let header =
+            head::quoted_headers(at(CLIENT).ip(), at(GUEST).ip(), protocol::TCP, &quoted, 8);
         let own: IpAddr = GATEWAY.parse().unwrap();
         let (head, message) =
-            head::problem(at(teller).ip(), own, Problem::PortUnreachable, &[&header]);
+            head::icmp_error(at(reporter).ip(), own, IcmpError::PortUnreachable, &[&header]);
         server.bench.frame(&[head.bytes(), &message].concat());
         assert_eq!(server.is_reset(), is_believed);
     }
 }
 
 #[test]
-fn a_client_that_goes_before_it_is_accepted_is_no_more_and_one_that_is_silent_is() {
-    let mut server = Server::called();
-    server.bench.far_end_closes(0);
-    assert!(!server.is_reset(), "it has nothing to say, but can listen");
-    server.answers(SYN | ACK, |_| {});
+fn a_client_reset_before_accept_ends_the_connection_but_a_half_close_does_not() {
+    let mut server = Server::syn_received();
+    server.bench.remote_closes(0);
+    assert!(!server.is_reset(), "the client can still receive");
+    server.reply(SYN | ACK, |_| {});
     let fin = std::iter::from_fn(|| server.bench.next_segment()).last().unwrap();
     assert!(fin.has(FIN));
 
-    let mut server = Server::called();
+    let mut server = Server::syn_received();
     server.bench.world().streams[0].broken = true;
     server.bench.stream_ready(0, Ready { readable: true, writable: true, error: true, more: true });
     let reset = server.bench.next_segment().unwrap();
@@ -252,18 +249,18 @@ fn a_client_that_goes_before_it_is_accepted_is_no_more_and_one_that_is_silent_is
 }
 
 #[test]
-fn a_connection_ends_as_any_other_and_what_lingers_makes_way_for_the_next() {
+fn a_lingering_connection_is_replaced_by_the_next() {
     let mut server = Server::connected();
-    // The client closes first: the guest's FIN is acknowledged, and should that be lost, again.
-    server.bench.far_end_closes(0);
+    // The client closes first, so the engine keeps acknowledging the FIN of the guest for a while.
+    server.bench.remote_closes(0);
     assert!(server.bench.next_segment().unwrap().has(FIN));
     server.expected = server.expected.wrapping_add(1);
-    server.answers(FIN | ACK, |_| {});
+    server.reply(FIN | ACK, |_| {});
     assert_eq!(server.bench.next_segment().unwrap().flags, ACK);
-    assert_eq!(server.bench.engine.flows(), 1, "it lingers");
+    assert_eq!(server.bench.engine.flows(), 1, "the connection lingers");
     server.bench.client(0, CLIENT);
-    let (syn, outside) = call(&mut server.bench).unwrap();
-    assert_eq!((syn.flags, outside), (SYN, at(CLIENT)), "and does not stand in the way");
+    let (syn, outside) = next_syn(&mut server.bench).unwrap();
+    assert_eq!((syn.flags, outside), (SYN, at(CLIENT)), "the lingering connection is replaced");
     assert_eq!((server.bench.engine.flows(), server.stats.fallbacks.get()), (1, 0));
 }
 
@@ -280,22 +277,23 @@ fn who_would_be_answered_past_us_or_trusted_shows_the_gateway() {
         let mut bench =
             Bench::with(|settings| settings.policy.sources = vec!["10.0.2.0/24".parse().unwrap()]);
         bench.world().local.push("192.0.2.1".parse().unwrap());
-        let server = Server::called_by(bench, ForwardSource::Client, client);
+        let server = Server::syn_received_from(bench, ForwardSource::Client, client);
         assert_eq!(server.outside.ip(), GATEWAY.parse::<IpAddr>().unwrap(), "{client}");
         assert!(server.outside.port() >= 1024);
     }
-    let server = Server::called_by(Bench::new(), ForwardSource::Client, "[::ffff:198.51.100.7]:5");
-    assert_eq!(server.outside, at("198.51.100.7:5"), "a mapped address is the one within");
-    let server = Server::called_by(Bench::new(), ForwardSource::Gateway, CLIENT);
+    let server =
+        Server::syn_received_from(Bench::new(), ForwardSource::Client, "[::ffff:198.51.100.7]:5");
+    assert_eq!(server.outside, at("198.51.100.7:5"), "a mapped address is converted");
+    let server = Server::syn_received_from(Bench::new(), ForwardSource::Gateway, CLIENT);
     assert_eq!((server.outside.ip(), server.stats.fallbacks.get()), (GATEWAY.parse().unwrap(), 0));
 }
 
 #[test]
-fn a_five_tuple_that_is_taken_shows_the_gateway_and_is_counted() {
+fn a_five_tuple_in_use_shows_the_gateway_and_is_counted() {
     let mut bench = Bench::new();
-    // The guest itself talks to the client, from the port that it publishes.
+    // The guest itself connects to the client, from the port that it publishes.
     bench.frame(&frame(&TcpHead { flags: SYN, ..segment(at(GUEST), at(CLIENT)) }, b""));
-    let server = Server::called_by(bench, ForwardSource::Client, CLIENT);
+    let server = Server::syn_received_from(bench, ForwardSource::Client, CLIENT);
     assert_eq!(server.outside.ip(), GATEWAY.parse::<IpAddr>().unwrap());
     assert_eq!((server.stats.fallbacks.get(), server.stats.refused()), (1, 0));
 
@@ -303,13 +301,13 @@ fn a_five_tuple_that_is_taken_shows_the_gateway_and_is_counted() {
     bench.frame(&frame(&TcpHead { flags: SYN, ..segment(at(GUEST), at(CLIENT)) }, b""));
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
     bench.client(0, CLIENT);
-    assert_eq!(call(&mut bench), None);
+    assert_eq!(next_syn(&mut bench), None);
     assert_eq!((stats.refused(), bench.dropped(DropReason::Conflict)), (1, 1));
     assert!(bench.world().streams[1].aborted);
 }
 
 #[test]
-fn clients_that_a_stopped_guest_does_not_answer_have_a_share_of_their_own() {
+fn unanswered_clients_of_a_stopped_guest_have_a_separate_limit() {
     let mut bench = Bench::with(|settings| settings.limits.unanswered_per_source = 10);
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
     for port in 1..=30 {
@@ -317,19 +315,19 @@ fn clients_that_a_stopped_guest_does_not_answer_have_a_share_of_their_own() {
     }
     assert_eq!((stats.flows.get(), stats.refused(), stats.evicted.get()), (10, 0, 20));
     let cut = bench.world().streams.iter().filter(|stream| stream.aborted).count();
-    assert_eq!(cut, 20, "and those who waited longest know it");
+    assert_eq!(cut, 20, "the oldest clients are reset");
     let before = bench.world().streams.len();
     bench.frame(&frame(
         &TcpHead { flags: SYN, ..segment(at("10.0.2.100:5"), at("192.0.2.9:80")) },
         b"",
     ));
-    assert_eq!(bench.world().streams.len(), before + 1, "the guest itself is not shut in");
+    assert_eq!(bench.world().streams.len(), before + 1, "the guest itself can still connect");
     bench.pass(Duration::from_secs(80));
     assert_eq!(stats.flows.get(), 0);
 }
 
 #[test]
-fn a_client_with_its_share_of_connections_is_reset_and_others_are_not() {
+fn a_client_at_its_connection_limit_is_reset_and_others_are_not() {
     let mut bench = Bench::with(|settings| settings.limits.flows_per_source = 9);
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
     for port in 1..=8 {
@@ -344,7 +342,7 @@ fn a_client_with_its_share_of_connections_is_reset_and_others_are_not() {
         bench.client(0, &format!("198.51.100.{}:1", 10 + host));
     }
     assert_eq!((stats.flows.get(), stats.refused(), stats.evicted.get()), (9, 2, 0));
-    // Those that have ended do not count.
+    // Ended connections do not count.
     bench.pass(Duration::from_secs(80));
     assert_eq!(stats.flows.get(), 0);
     bench.client(0, "198.51.100.7:99");
@@ -352,7 +350,7 @@ fn a_client_with_its_share_of_connections_is_reset_and_others_are_not() {
 }
 
 #[test]
-fn without_descriptors_clients_wait_in_the_queue() {
+fn without_descriptors_clients_wait_in_the_accept_queue() {
     let mut bench = Bench::new();
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
     bench.world().descriptors = 1;
@@ -361,7 +359,7 @@ fn without_descriptors_clients_wait_in_the_queue() {
     }
     bench.listener_ready(0);
     assert_eq!((stats.flows.get(), bench.world().listeners[0].clients.len()), (1, 2));
-    assert_eq!(bench.world().listeners[0].key, None, "it is not told all the time that they wait");
+    assert_eq!(bench.world().listeners[0].key, None, "the listener is not watched");
     bench.world().descriptors = 100;
     bench.pass(Duration::from_millis(100));
     assert!(bench.world().listeners[0].key.is_some());
@@ -369,7 +367,7 @@ fn without_descriptors_clients_wait_in_the_queue() {
     assert_eq!((stats.flows.get(), stats.refused()), (3, 0));
 }
 
-/// A datagram that the guest has got: from, to and what.
+/// Returns source, destination and payload of the next datagram to the guest.
 fn datagram(bench: &mut Bench) -> Option<(SocketAddr, SocketAddr, Vec<u8>)> {
     let frame = bench.next_frame()?;
     let packet = Packet::parse(&frame[10..]).unwrap();
@@ -388,7 +386,7 @@ fn udp(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn datagrams_come_in_as_their_clients_and_answers_leave_by_the_port() {
+fn datagrams_show_the_client_and_replies_leave_through_the_port() {
     let mut bench = Bench::new();
     let stats = bench.publish_udp(GUEST, ForwardSource::Client);
     bench.datagram_from(0, CLIENT, b"question");
@@ -396,11 +394,15 @@ fn datagrams_come_in_as_their_clients_and_answers_leave_by_the_port() {
     bench.frame(&udp(at(GUEST), at(CLIENT), b"answer"));
     let port = &bench.world().datagrams[0];
     assert_eq!((&port.sent[..], port.sent_to[0]), (&[b"answer".to_vec()][..], at(CLIENT)));
-    assert_eq!(port.sent_from, [Some("192.0.2.1".parse().unwrap())], "from where it was asked");
+    assert_eq!(
+        port.sent_from,
+        [Some("192.0.2.1".parse().unwrap())],
+        "from the address that the client used"
+    );
     assert_eq!((stats.flows.get(), bench.stats.flows(FlowKind::Udp)), (1, 1));
     assert_eq!([0, 1].map(|direction| stats.bytes[direction].get()), [6, 8]);
-    assert_eq!(bench.world().datagrams.len(), 1, "no socket of its own");
-    // Answered, it is kept for three minutes.
+    assert_eq!(bench.world().datagrams.len(), 1, "the session has no socket of its own");
+    // An answered session is kept for three minutes.
     bench.pass(Duration::from_secs(100));
     assert_eq!(stats.flows.get(), 1);
     bench.pass(Duration::from_secs(100));
@@ -408,7 +410,7 @@ fn datagrams_come_in_as_their_clients_and_answers_leave_by_the_port() {
 }
 
 #[test]
-fn a_guest_sends_by_the_port_to_nobody_who_has_not_asked() {
+fn a_guest_can_use_the_port_only_to_reply() {
     let mut bench = Bench::new();
     bench.publish_udp(GUEST, ForwardSource::Client);
     bench.datagram_from(0, CLIENT, b"question");
@@ -419,12 +421,12 @@ fn a_guest_sends_by_the_port_to_nobody_who_has_not_asked() {
     assert_eq!(
         bench.world().datagrams.len(),
         4,
-        "that is a container's own business, from another port"
+        "such datagrams leave through sockets of their own"
     );
 }
 
 #[test]
-fn one_client_that_asks_at_two_addresses_has_two_sessions() {
+fn a_client_of_two_host_addresses_has_two_sessions() {
     let mut bench = Bench::new();
     let stats = bench.publish_udp(GUEST, ForwardSource::Client);
     bench.datagram_from(0, CLIENT, b"one");
@@ -436,7 +438,7 @@ fn one_client_that_asks_at_two_addresses_has_two_sessions() {
     assert_eq!(
         shown.ip(),
         GATEWAY.parse::<IpAddr>().unwrap(),
-        "or the guest could not tell them apart"
+        "the second session needs another five-tuple"
     );
     assert_eq!((stats.flows.get(), stats.fallbacks.get()), (2, 1));
     bench.frame(&udp(at(GUEST), shown, b"answer"));
@@ -445,7 +447,7 @@ fn one_client_that_asks_at_two_addresses_has_two_sessions() {
 }
 
 #[test]
-fn a_flood_of_forged_clients_evicts_itself() {
+fn a_flood_of_spoofed_clients_evicts_itself() {
     let mut bench = Bench::with(|settings| {
         settings.limits.flows_per_source = 50;
         settings.limits.new_flows_per_source = Rate { per_second: 100_000, burst: 100_000 };
@@ -459,28 +461,33 @@ fn a_flood_of_forged_clients_evicts_itself() {
     assert_eq!((stats.flows.get(), stats.refused()), (50, 0));
     bench.world().frames.clear();
     bench.frame(&udp(at(GUEST), at(CLIENT), b"more"));
-    assert_eq!(bench.world().datagrams[0].sent.len(), 2, "who was answered is still there");
+    assert_eq!(bench.world().datagrams[0].sent.len(), 2, "the answered session remains");
     bench.frame(&udp(at("10.0.2.100:5"), at("192.0.2.9:53"), b"q"));
-    assert_eq!(bench.world().datagrams.len(), 2, "and the guest is not shut in");
+    assert_eq!(bench.world().datagrams.len(), 2, "the guest itself can still send");
 }
 
 #[test]
-fn datagrams_that_a_guest_refuses_are_counted_and_the_next_may_find_somebody() {
+fn refused_datagrams_are_counted_and_the_session_remains() {
     let mut bench = Bench::new();
     let stats = bench.publish_udp(GUEST, ForwardSource::Client);
     for _ in 0..3 {
         bench.datagram_from(0, CLIENT, b"?");
-        let quoted = head::recalled_ports(at(CLIENT), at(GUEST), 9 << 16);
-        let header = head::recalled(at(CLIENT).ip(), at(GUEST).ip(), protocol::UDP, &quoted, 9);
-        let (head, message) =
-            head::problem(at(GUEST).ip(), at(CLIENT).ip(), Problem::PortUnreachable, &[&header]);
+        let quoted = head::quoted_ports(at(CLIENT), at(GUEST), 9 << 16);
+        let header =
+            head::quoted_headers(at(CLIENT).ip(), at(GUEST).ip(), protocol::UDP, &quoted, 9);
+        let (head, message) = head::icmp_error(
+            at(GUEST).ip(),
+            at(CLIENT).ip(),
+            IcmpError::PortUnreachable,
+            &[&header],
+        );
         bench.frame(&[head.bytes(), &message].concat());
     }
     assert_eq!((stats.refusals.get(), stats.flows_begun.get(), stats.flows.get()), (3, 1, 1));
 }
 
 #[test]
-fn a_client_with_its_share_of_sessions_replaces_its_own_oldest() {
+fn a_client_at_its_session_limit_replaces_its_own_oldest() {
     let mut bench = Bench::with(|settings| settings.limits.sessions_per_client = 3);
     let stats = bench.publish_udp(GUEST, ForwardSource::Client);
     for port in 1..=5 {
@@ -494,11 +501,11 @@ fn a_client_with_its_share_of_sessions_replaces_its_own_oldest() {
     assert_eq!(stats.flows.get(), 4);
     bench.pass(Duration::from_secs(400));
     bench.datagram_from(0, "198.51.100.7:5", b"?");
-    assert_eq!(stats.flows.get(), 1, "those that have ended do not count");
+    assert_eq!(stats.flows.get(), 1, "ended sessions do not count");
 }
 
 #[test]
-fn an_ipv6_64_is_one_client() {
+fn an_ipv6_slash_64_is_one_client() {
     let mut bench = Bench::with(|settings| settings.limits.sessions_per_client = 3);
     let stats = bench.publish_udp(GUEST, ForwardSource::Gateway);
     for host in 1..=9 {
@@ -508,7 +515,7 @@ fn an_ipv6_64_is_one_client() {
 }
 
 #[test]
-fn who_pretends_to_be_the_server_itself_gets_nothing_in() {
+fn datagrams_with_the_address_of_the_server_are_dropped() {
     let mut bench = Bench::new();
     let stats = bench.publish_udp(GUEST, ForwardSource::Client);
     bench.datagram_from(0, GUEST, b"?");
@@ -516,18 +523,18 @@ fn who_pretends_to_be_the_server_itself_gets_nothing_in() {
 }
 
 #[test]
-fn what_the_network_tells_about_answers_reaches_the_guest() {
+fn icmp_errors_about_replies_reach_the_guest() {
     let mut bench = Bench::new();
     bench.publish_udp(GUEST, ForwardSource::Client);
     bench.datagram_from(0, CLIENT, b"question");
     bench.world().frames.clear();
-    let gone = SocketProblem {
-        problem: Problem::PortUnreachable,
+    let gone = SocketError {
+        icmp_error: IcmpError::PortUnreachable,
         offender: Some(at(CLIENT).ip()),
         destination: Some(at(CLIENT)),
         payload: b"answer".to_vec(),
     };
-    let stranger = SocketProblem { destination: Some(at("203.0.113.9:9")), ..gone.clone() };
+    let stranger = SocketError { destination: Some(at("203.0.113.9:9")), ..gone.clone() };
     bench.world().datagrams[0].problems.extend([stranger, gone]);
     let key = bench.world().datagrams[0].key.unwrap();
     let now = bench.now;
@@ -535,20 +542,23 @@ fn what_the_network_tells_about_answers_reaches_the_guest() {
     let frame = bench.next_frame().unwrap();
     let packet = Packet::parse(&frame[10..]).unwrap();
     assert_eq!(packet.source, at(CLIENT).ip());
-    let Ok(Message::Error { problem, source, destination, .. }) = Message::parse(&packet) else {
+    let Ok(Message::Error { icmp_error, source, destination, .. }) = Message::parse(&packet) else {
         panic!("an error")
     };
-    assert_eq!((problem, source, destination), (Problem::PortUnreachable, at(GUEST), at(CLIENT)));
-    assert_eq!(bench.next_frame(), None, "of others it has not heard");
+    assert_eq!(
+        (icmp_error, source, destination),
+        (IcmpError::PortUnreachable, at(GUEST), at(CLIENT))
+    );
+    assert_eq!(bench.next_frame(), None, "errors about unknown clients are dropped");
     bench.world().datagrams[0].outcome = Some(SendOutcome::TooBig(1400));
     bench.frame(&udp(at(GUEST), at(CLIENT), &[1; 1450]));
     let frame = bench.next_frame().unwrap();
     let told = Message::parse(&Packet::parse(&frame[10..]).unwrap());
-    assert!(matches!(told, Ok(Message::Error { problem: Problem::TooBig(1400), .. })));
+    assert!(matches!(told, Ok(Message::Error { icmp_error: IcmpError::TooBig(1400), .. })));
 }
 
 #[test]
-fn closed_a_port_lets_connections_go_on_and_ends_sessions() {
+fn unpublishing_keeps_connections_and_ends_sessions() {
     let mut server = Server::connected();
     let udp_stats = server.bench.publish_udp(GUEST, ForwardSource::Client);
     server.bench.datagram_from(0, CLIENT, b"question");
@@ -558,14 +568,14 @@ fn closed_a_port_lets_connections_go_on_and_ends_sessions() {
     server.bench.settle();
     assert_eq!((udp_stats.flows.get(), server.stats.flows.get()), (0, 1));
     assert!(server.bench.world().datagrams[0].closed);
-    server.says(b"still here");
+    server.send(b"still here");
     assert_eq!(server.bench.world().streams[0].sent, b"still here");
 }
 
-/// Lets nobody in.
-struct Nobody;
+/// A guard that denies all clients.
+struct DenyAll;
 
-impl Guard for Nobody {
+impl Guard for DenyAll {
     fn admits(&self, ingress: &Ingress) -> bool {
         let expected = Ingress {
             client: at(CLIENT),
@@ -580,29 +590,29 @@ impl Guard for Nobody {
 }
 
 #[test]
-fn who_is_shut_out_costs_nothing_and_is_reset() {
+fn a_denied_client_is_reset_without_a_flow() {
     let mut bench = Bench::new();
     bench.world().listeners.push(FakeListener::default());
-    let guard: Arc<dyn Guard> = Arc::new(Nobody);
+    let guard: Arc<dyn Guard> = Arc::new(DenyAll);
     let protocol = tidegate_model::Protocol::Tcp;
     let stats = bench.publish(protocol, GUEST, ForwardSource::Client, Port::Tcp(0), Some(guard));
     bench.client(0, CLIENT);
-    assert_eq!((call(&mut bench), stats.refused(), bench.engine.flows()), (None, 1, 0));
+    assert_eq!((next_syn(&mut bench), stats.refused(), bench.engine.flows()), (None, 1, 0));
     assert_eq!(bench.dropped(DropReason::ShutOut), 1);
     assert!(bench.world().streams[0].aborted);
 }
 
 #[test]
-fn a_container_that_the_policy_does_not_know_gets_no_clients() {
+fn a_guest_outside_the_policy_gets_no_clients() {
     let mut bench =
         Bench::with(|settings| settings.policy.sources = vec!["10.9.0.0/16".parse().unwrap()]);
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
     bench.client(0, CLIENT);
-    assert_eq!((call(&mut bench), stats.refused()), (None, 1));
+    assert_eq!((next_syn(&mut bench), stats.refused()), (None, 1));
 }
 
-/// Whatever a guest answers a call with, in whatever order, no limit is passed, every client is
-/// served or told, and another one's connection does not notice.
+/// For any replies of a guest, no limit is exceeded, every client is served or reset, and the
+/// connection of another guest is unaffected.
 #[test]
 fn a_hostile_server_harms_nobody_else() {
     for seed in 0..200 {
@@ -611,9 +621,9 @@ fn a_hostile_server_harms_nobody_else() {
             (settings.limits.flows, settings.limits.flows_per_source) = (40, 30);
         });
         let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
-        let hers = bench.publish_tcp("10.0.2.9:80", ForwardSource::Client);
+        let neighbour_stats = bench.publish_tcp("10.0.2.9:80", ForwardSource::Client);
         bench.client(1, "198.51.100.9:9");
-        let (syn, outside) = call(&mut bench).unwrap();
+        let (syn, outside) = next_syn(&mut bench).unwrap();
         let neighbour = |flags, sequence: u32, acknowledgement: u32| {
             let head =
                 TcpHead { flags, sequence, acknowledgement, ..segment(at("10.0.2.9:80"), outside) };
@@ -624,17 +634,17 @@ fn a_hostile_server_harms_nobody_else() {
             if dice.percent(20) {
                 bench.client(0, &format!("203.0.113.1:{}", 1 + step));
             }
-            let mut calls = vec![at("203.0.113.1:1")];
+            let mut syns = vec![at("203.0.113.1:1")];
             let mut numbers = vec![0];
             while let Some(bytes) = bench.next_frame() {
                 let packet = Packet::parse(&bytes[10..]).unwrap();
                 if packet.protocol == protocol::TCP && packet.destination == at(GUEST).ip() {
                     let seen = Segment::parse(&packet, false).unwrap();
-                    calls.push(SocketAddr::new(packet.source, seen.source));
+                    syns.push(SocketAddr::new(packet.source, seen.source));
                     numbers.extend([seen.sequence.wrapping_add(1), seen.acknowledgement]);
                 }
             }
-            let outside = calls[dice.below(calls.len() as u64) as usize];
+            let outside = syns[dice.below(syns.len() as u64) as usize];
             let mut number = || match dice.below(4) {
                 0 => dice.next() as u32,
                 _ => numbers[dice.below(numbers.len() as u64) as usize],
@@ -663,18 +673,18 @@ fn a_hostile_server_harms_nobody_else() {
         assert_eq!(
             bench.world().streams[0].sent.len(),
             sent + 4,
-            "seed {seed}: the work of the neighbour goes on"
+            "seed {seed}: the neighbour is unaffected"
         );
         bench.pass(Duration::from_secs(3 * 3600));
         assert_eq!(
-            (stats.flows.get(), hers.flows.get()),
+            (stats.flows.get(), neighbour_stats.flows.get()),
             (0, 0),
-            "seed {seed}: silence ends everything"
+            "seed {seed}: idle flows end"
         );
         let world = bench.world();
         assert!(
             world.streams.iter().all(|stream| stream.aborted || stream.shut),
-            "and everybody knows"
+            "every remote side is notified"
         );
     }
 }

@@ -1,8 +1,8 @@
-//! Datagrams, echoes, policy and host services, with a real kernel at both ends.
+//! Datagrams, echoes, policy and host services, with real kernels on both sides.
 
 mod common;
 
-use common::{CONTAINER, GATEWAY, HOST, Net, Options, SERVER, at, known, server};
+use common::{CONTAINER, GATEWAY, HOST, Net, Options, SERVER, at, netns, server};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -12,7 +12,7 @@ use tidegate_nat::{Capabilities, DropReason, FlowKind, StartError, Tun, TunOptio
 use tidegate_testbed::server::{EchoServer, PeerServer};
 use tidegate_testbed::{Namespace, eventually, require_program};
 
-/// A socket of the container's, connected.
+/// Creates a connected socket in the container.
 fn udp(net: &Net, to: SocketAddr) -> UdpSocket {
     net.container.run(|| {
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
@@ -43,34 +43,34 @@ fn datagrams_of_every_size(net: &Net) {
 }
 
 #[test]
-fn datagrams_of_every_size_go_there_and_back() {
+fn datagrams_of_every_size_are_echoed() {
     datagrams_of_every_size(&Net::new());
 }
 
 #[test]
-fn without_any_new_feature_of_the_kernel_too() {
+fn it_works_without_optional_kernel_features() {
     let options = Options { capabilities: Capabilities::NONE, ..Options::default() };
     let net = Net::with(&options, |_| {});
     assert_eq!(net.nat.capabilities(), Capabilities::NONE);
     datagrams_of_every_size(&net);
-    a_flood_arrives_in_order(&net);
+    batches_arrive_in_order(&net);
 }
 
 #[test]
-fn without_uso_or_gso_too() {
+fn it_works_without_uso_or_gso() {
     for capabilities in [
         Capabilities { udp_offload: false, ..Capabilities::ALL },
         Capabilities { udp_gso: false, ..Capabilities::ALL },
     ] {
         let net = Net::with(&Options { capabilities, ..Options::default() }, |_| {});
         datagrams_of_every_size(&net);
-        a_flood_arrives_in_order(&net);
+        batches_arrive_in_order(&net);
     }
 }
 
-/// Sends GSO batches both ways and checks that the receivers see single datagrams, in order and
-/// whole.
-fn a_flood_arrives_in_order(net: &Net) {
+/// Sends GSO batches in both directions. The receivers must see single datagrams, complete and in
+/// order.
+fn batches_arrive_in_order(net: &Net) {
     for family in [0, 1] {
         let far = net.server.run(|| UdpSocket::bind(server(family, 9)).unwrap());
         let near = udp(net, server(family, 9));
@@ -89,13 +89,13 @@ fn a_flood_arrives_in_order(net: &Net) {
         for (from, to) in [(&near, &far), (&far, &near)] {
             segment_at(from, 1000);
             for batch in 0..20u8 {
-                // The backlog of a core is shared with whatever else this machine does, and may
-                // lose one.
+                // The backlog of a CPU is shared with other processes of this machine, and may drop
+                // a batch.
                 let tries = (0..5)
                     .map(|_| common::batch_passes(from, to, batch))
                     .take_while(|passed| !passed)
                     .count();
-                assert!(tries < 5, "batch {batch}, family {family}: {}", net.figures());
+                assert!(tries < 5, "batch {batch}, family {family}: {}", net.counters());
             }
         }
     }
@@ -116,12 +116,12 @@ fn segment_at(socket: &UdpSocket, size: libc::c_int) {
 }
 
 #[test]
-fn batches_of_datagrams_arrive_whole_and_in_order() {
-    a_flood_arrives_in_order(&Net::new());
+fn gso_batches_arrive_complete_and_in_order() {
+    batches_arrive_in_order(&Net::new());
 }
 
 #[test]
-fn a_closed_port_is_told_to_the_sender() {
+fn a_closed_port_is_reported_to_the_sender() {
     let net = Net::new();
     for family in [0, 1] {
         let socket = udp(&net, server(family, 9));
@@ -131,7 +131,7 @@ fn a_closed_port_is_told_to_the_sender() {
 }
 
 #[test]
-fn a_session_keeps_its_address_and_ends_when_it_is_silent() {
+fn a_session_keeps_its_address_and_ends_when_idle() {
     let net = Net::with(&Options::default(), |settings| {
         settings.timeouts.udp_assured = Duration::from_millis(300);
     });
@@ -150,7 +150,7 @@ fn a_session_keeps_its_address_and_ends_when_it_is_silent() {
 }
 
 #[test]
-fn flows_go_out_from_the_address_that_they_are_told() {
+fn flows_use_the_configured_source_address() {
     let net = Net::with(&Options::default(), |settings| {
         settings.outbound.v4 = Some("192.0.2.7".parse().unwrap());
         settings.outbound.v6 = Some("2001:db8::7".parse().unwrap());
@@ -171,7 +171,7 @@ fn flows_go_out_from_the_address_that_they_are_told() {
 }
 
 #[test]
-fn with_endpoint_independent_mapping_all_far_ends_see_one_port_and_strangers_reach_nobody() {
+fn with_endpoint_independent_mapping_all_peers_see_one_port_and_others_are_dropped() {
     let net = Net::with(&Options::default(), |settings| {
         settings.mapping = tidegate_nat::Mapping::EndpointIndependent;
     });
@@ -191,8 +191,8 @@ fn with_endpoint_independent_mapping_all_far_ends_see_one_port_and_strangers_rea
             seen
         });
         let seen: Vec<SocketAddr> = seen.collect();
-        assert_eq!(seen[0], seen[1], "one port for both");
-        // The other address has not been sent to: a hole that was not punched.
+        assert_eq!(seen[0], seen[1], "both peers see the same port");
+        // The container has not sent to this address yet, so its datagram is dropped.
         far[2].send_to(b"hello", seen[0]).unwrap();
         near.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
         assert!(near.recv_from(&mut [0; 20]).is_err());
@@ -200,7 +200,7 @@ fn with_endpoint_independent_mapping_all_far_ends_see_one_port_and_strangers_rea
         assert_eq!(far[2].recv_from(&mut [0; 20]).unwrap().1, seen[0]);
         far[2].send_to(b"hello", seen[0]).unwrap();
         assert_eq!(near.recv_from(&mut [0; 20]).unwrap().0, 5);
-        // A closed port is told by its name, whichever it was.
+        // A closed port is reported for the right peer.
         near.connect(server(family, 11)).unwrap();
         near.send(b"anybody?").unwrap();
         near.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
@@ -209,7 +209,7 @@ fn with_endpoint_independent_mapping_all_far_ends_see_one_port_and_strangers_rea
     assert_eq!(net.nat.stats().flows(FlowKind::Udp), 2);
     assert_eq!(net.nat.stats().dropped(DropReason::Unsolicited), 2);
     datagrams_of_every_size(&net);
-    a_flood_arrives_in_order(&net);
+    batches_arrive_in_order(&net);
 }
 
 fn ping(net: &Net, arguments: &[&str]) -> String {
@@ -220,7 +220,7 @@ fn ping(net: &Net, arguments: &[&str]) -> String {
 }
 
 #[test]
-fn pings_are_answered_by_whom_they_are_meant_for() {
+fn pings_of_server_gateway_and_host_are_answered() {
     let net = Net::new();
     for ip in [SERVER, GATEWAY, HOST].concat() {
         for size in ["56", "1400", "5000"] {
@@ -231,7 +231,7 @@ fn pings_are_answered_by_whom_they_are_meant_for() {
 }
 
 #[test]
-fn hops_and_unreachable_hosts_are_told_to_who_pings() {
+fn expired_hop_limits_and_unreachable_hosts_are_reported() {
     let net = Net::new();
     for family in [0, 1] {
         let output = ping(&net, &["-t", "1", SERVER[family]]);
@@ -240,14 +240,14 @@ fn hops_and_unreachable_hosts_are_told_to_who_pings() {
             "{output}"
         );
         let output = ping(&net, &["-t", "2", SERVER[family]]);
-        assert!(output.contains(" 0% packet loss"), "one hop further: {output}");
+        assert!(output.contains(" 0% packet loss"), "one hop more: {output}");
     }
     let output = ping(&net, &["198.51.100.1"]);
     assert!(output.contains("Unreachable"), "{output}");
 }
 
 #[test]
-fn a_path_with_a_smaller_mtu_is_told_to_the_sender() {
+fn a_smaller_path_mtu_is_reported_to_the_sender() {
     let net = Net::new();
     net.host.ip_all("route replace 192.0.2.2/32 dev eth0 mtu lock 1300");
     let output = ping(&net, &["-M", "do", "-s", "1400", SERVER[0]]);
@@ -255,7 +255,7 @@ fn a_path_with_a_smaller_mtu_is_told_to_the_sender() {
         || output.contains("Message too long")
         || output.contains("Frag needed");
     assert!(told && output.contains("100% packet loss"), "{output}");
-    // The next one is cut by the container itself, which has learnt.
+    // The container has learned the path MTU, and fragments the next datagram itself.
     let echo = EchoServer::udp(&net.server, server(0, 7));
     let socket = udp(&net, echo.addr());
     let sent = vec![5; 1400];
@@ -267,7 +267,7 @@ fn a_path_with_a_smaller_mtu_is_told_to_the_sender() {
 }
 
 #[test]
-fn what_is_refused_is_refused_and_told() {
+fn rejected_destinations_are_reported() {
     let mut options = Options::default();
     options.policy.refused = CidrSet::parse(["192.0.2.2", "2001:db8::2"]).unwrap();
     let net = Net::with(&options, |_| {});
@@ -288,11 +288,11 @@ fn what_is_refused_is_refused_and_told() {
     policy.refused = CidrSet::default();
     net.nat.set_policy(policy);
     let connects = || net.container.run(|| TcpStream::connect(server(0, 80)).is_ok());
-    assert!(eventually(Duration::from_secs(2), connects), "a policy can change while it runs");
+    assert!(eventually(Duration::from_secs(2), connects), "the policy can change at run time");
 }
 
 #[test]
-fn the_host_itself_is_reached_only_as_far_as_allowed() {
+fn the_host_is_reachable_only_as_permitted() {
     let listen =
         |net: &Net, address: SocketAddr| net.host.run(|| TcpListener::bind(address).unwrap());
     let connects =
@@ -307,9 +307,12 @@ fn the_host_itself_is_reached_only_as_far_as_allowed() {
                 [listen(&net, at(loopback, 8080)), listen(&net, at(HOST[family], 8081))];
             assert_eq!(connects(&net, at(GATEWAY[family], 8080)), host_loopback);
             assert_eq!(connects(&net, at(HOST[family], 8081)), !refuse_host);
-            assert!(!connects(&net, at(HOST[family], 8080)), "loopback's service is loopback's");
+            assert!(
+                !connects(&net, at(HOST[family], 8080)),
+                "a service on loopback is not reachable"
+            );
         }
-        // A route to loopback out of the container does not make it reachable.
+        // A route from the container to loopback does not make loopback reachable.
         net.container.sysctl("net.ipv4.conf.all.route_localnet", "1");
         net.container.ip_all(
             "addr flush dev lo scope host\nroute flush table local proto kernel type local 127.0.0.0/8",
@@ -351,10 +354,10 @@ fn the_gateway_answers_dns_over_udp_and_tcp() {
 }
 
 #[test]
-fn what_is_wrong_with_a_device_is_told() {
+fn device_errors_name_the_cause() {
     let namespace = Namespace::new();
     let open = |name: &str, mtu| {
-        Tun::open(&known(&namespace), &TunOptions { mtu, ..TunOptions::new(name) })
+        Tun::open(&netns(&namespace), &TunOptions { mtu, ..TunOptions::new(name) })
             .map(|_| ())
             .unwrap_err()
     };

@@ -1,7 +1,10 @@
-//! The tests with real kernels once more, with everything forced off that is probed for: as on the
-//! oldest kernel there may be.
+//! Runs the tests with real kernels again, with all optional features forced off, as on the oldest
+//! supported kernel.
 
-#![allow(clippy::duplicate_mod, reason = "each of them has `common`, as it has on its own")]
+#![allow(
+    clippy::duplicate_mod,
+    reason = "each module includes `common`, as in its own test binary"
+)]
 
 #[path = "bridge.rs"]
 mod bridge;
@@ -14,6 +17,6 @@ mod published;
 mod tcp;
 
 #[test]
-fn nothing_is_used_that_an_old_kernel_has_not() {
+fn no_optional_feature_is_used() {
     assert_eq!(common::Net::new().nat.capabilities(), tidegate_nat::Capabilities::NONE);
 }

@@ -1,9 +1,9 @@
-//! Published ports that lead in through the device, with a real kernel at both ends. The client is
-//! where other tests have the server.
+//! Published ports through the device, with real kernels on both sides. The client takes the place
+//! of the server of other tests.
 
 mod common;
 
-use common::{CONTAINER, GATEWAY, HOST, Net, Options, SERVER, at, known};
+use common::{CONTAINER, GATEWAY, HOST, Net, Options, SERVER, at, netns};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -20,13 +20,12 @@ use tidegate_testbed::transfer::{self, Transfer};
 const MUCH: u64 = if common::OLD_KERNEL { 20 << 20 } else { 200 << 20 };
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The container's end, of the family.
+/// Address and port in the container, by family.
 fn inside(family: usize, port: u16) -> SocketAddr {
     at(CONTAINER[family], port)
 }
 
-/// Opens a free port of the host's on all its addresses of the family, and returns where a client
-/// finds it.
+/// Publishes a free port on all addresses of a family, and returns the address for clients.
 fn publish(
     net: &Net,
     protocol: Protocol,
@@ -40,7 +39,7 @@ fn publish(
     at(HOST[family], open.listen.port())
 }
 
-fn says(net: &tidegate_testbed::Namespace, to: SocketAddr) -> String {
+fn read_peer(net: &tidegate_testbed::Namespace, to: SocketAddr) -> String {
     net.run(|| {
         let mut seen = String::new();
         let mut stream = TcpStream::connect(to).unwrap();
@@ -50,9 +49,9 @@ fn says(net: &tidegate_testbed::Namespace, to: SocketAddr) -> String {
     })
 }
 
-/// Carries `bytes` to a server of the container's and from one, over both families, and checks each
+/// Transfers `bytes` to and from a server in the container, over both families, and verifies each
 /// of them.
-fn carries(net: &Net, bytes: u64) {
+fn transfer_both_ways(net: &Net, bytes: u64) {
     for family in [0, 1] {
         let sink = Sink::tcp(&net.container, inside(family, 7001), 3);
         let to = publish(net, Protocol::Tcp, family, sink.addr(), ForwardSource::Client);
@@ -62,7 +61,7 @@ fn carries(net: &Net, bytes: u64) {
             stream.shutdown(Shutdown::Write).unwrap();
             transfer::receive(&mut stream, 0)
         });
-        assert_eq!(sent, Transfer::complete(0), "the container closes in its turn");
+        assert_eq!(sent, Transfer::complete(0), "the container closes as well");
         assert_eq!(sink.wait(1, PATIENCE), [Transfer::complete(bytes)]);
 
         let source = Source::tcp(&net.container, inside(family, 7002), 4, bytes);
@@ -74,21 +73,24 @@ fn carries(net: &Net, bytes: u64) {
 }
 
 #[test]
-fn two_hundred_megabytes_come_in_and_go_out() {
-    carries(&Net::new(), MUCH);
+fn two_hundred_megabytes_are_transferred_both_ways() {
+    transfer_both_ways(&Net::new(), MUCH);
 }
 
 #[test]
-fn without_any_new_feature_of_the_kernel_too() {
+fn it_works_without_optional_kernel_features() {
     let options = Options { capabilities: Capabilities::NONE, ..Options::default() };
     let net = Net::with(&options, |_| {});
-    carries(&net, MUCH / 4);
-    batches_of_datagrams_come_in_whole(&net);
+    transfer_both_ways(&net, MUCH / 4);
+    batches_arrive_in_order(&net);
 }
 
 #[test]
-fn a_device_that_drops_most_of_it_loses_nothing() {
-    carries(&Net::with(&Options { queue_length: 3, ..Options::default() }, |_| {}), MUCH / 8);
+fn drops_at_the_device_lose_no_data() {
+    transfer_both_ways(
+        &Net::with(&Options { queue_length: 3, ..Options::default() }, |_| {}),
+        MUCH / 8,
+    );
 }
 
 #[test]
@@ -98,18 +100,18 @@ fn the_container_sees_the_client_or_the_gateway() {
         let peer = PeerServer::tcp(&net.container, inside(family, 80));
         let as_client = publish(&net, Protocol::Tcp, family, peer.addr(), ForwardSource::Client);
         let as_gateway = publish(&net, Protocol::Tcp, family, peer.addr(), ForwardSource::Gateway);
-        assert!(says(&net.server, as_client).contains(SERVER[family]));
-        assert!(says(&net.server, as_gateway).contains(GATEWAY[family]));
-        // The host's own addresses, and loopback above all, are not shown.
-        assert!(says(&net.host, as_client).contains(GATEWAY[family]));
+        assert!(read_peer(&net.server, as_client).contains(SERVER[family]));
+        assert!(read_peer(&net.server, as_gateway).contains(GATEWAY[family]));
+        // Addresses of the host, including loopback, are not shown.
+        assert!(read_peer(&net.host, as_client).contains(GATEWAY[family]));
         let loopback = at(["127.0.0.1", "::1"][family], as_client.port());
         net.host.ip(&["link", "set", "lo", "up"]);
-        assert!(says(&net.host, loopback).contains(GATEWAY[family]));
+        assert!(read_peer(&net.host, loopback).contains(GATEWAY[family]));
     }
 }
 
 #[test]
-fn datagrams_show_the_client_or_the_gateway_and_are_answered_from_where_they_were_sent_to() {
+fn datagrams_show_client_or_gateway_and_replies_use_the_destination_address() {
     let net = Net::new();
     net.host.ip_all("addr add 192.0.2.55/24 dev eth0\naddr add 2001:db8::55/64 dev eth0 nodad");
     for family in [0, 1] {
@@ -130,7 +132,7 @@ fn datagrams_show_the_client_or_the_gateway_and_are_answered_from_where_they_wer
     }
 }
 
-/// A connected socket of the client's.
+/// Creates a connected socket of the client.
 fn client(net: &Net, to: SocketAddr) -> UdpSocket {
     net.server.run(|| {
         let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
@@ -141,7 +143,7 @@ fn client(net: &Net, to: SocketAddr) -> UdpSocket {
 }
 
 #[test]
-fn datagrams_of_every_size_come_in_and_are_answered() {
+fn datagrams_of_every_size_are_echoed() {
     let net = Net::new();
     for family in [0, 1] {
         let echo = EchoServer::udp(&net.container, inside(family, 7));
@@ -152,16 +154,17 @@ fn datagrams_of_every_size_come_in_and_are_answered() {
             socket.send(&sent).unwrap();
             let mut buffer = vec![0; 70_000];
             let length = socket.recv(&mut buffer).unwrap_or_else(|error| {
-                panic!("{size} bytes, family {family}: {error}\n{}", net.figures())
+                panic!("{size} bytes, family {family}: {error}\n{}", net.counters())
             });
             assert!(buffer[..length] == sent, "{size} bytes, family {family}");
         }
     }
-    batches_of_datagrams_come_in_whole(&net);
+    batches_arrive_in_order(&net);
 }
 
-/// Sends GSO batches in and back out; the receivers see single datagrams, whole and in order.
-fn batches_of_datagrams_come_in_whole(net: &Net) {
+/// Sends GSO batches in both directions. The receivers must see single datagrams, complete and in
+/// order.
+fn batches_arrive_in_order(net: &Net) {
     for family in [0, 1] {
         let near = net.container.run(|| UdpSocket::bind(inside(family, 9)).unwrap());
         let to = publish(net, Protocol::Udp, family, inside(family, 9), ForwardSource::Client);
@@ -183,17 +186,17 @@ fn batches_of_datagrams_come_in_whole(net: &Net) {
             };
             assert_eq!(set, 0);
             for batch in 0..10u8 {
-                // The backlog of a core is shared with whatever else this machine does, and may
-                // lose one.
+                // The backlog of a CPU is shared with other processes of this machine, and may drop
+                // a batch.
                 let passed = (0..5).any(|_| common::batch_passes(from, to, batch));
-                assert!(passed, "batch {batch}, family {family}: {}", net.figures());
+                assert!(passed, "batch {batch}, family {family}: {}", net.counters());
             }
         }
     }
 }
 
 #[test]
-fn a_port_nobody_listens_on_is_a_reset_to_the_client() {
+fn a_closed_container_port_resets_the_client() {
     let net = Net::new();
     for family in [0, 1] {
         let to = publish(&net, Protocol::Tcp, family, inside(family, 9), ForwardSource::Client);
@@ -206,7 +209,7 @@ fn a_port_nobody_listens_on_is_a_reset_to_the_client() {
 }
 
 #[test]
-fn half_closes_and_resets_pass_both_ways() {
+fn half_closes_and_resets_are_forwarded() {
     let net = Net::new();
     for family in [0, 1] {
         let echo = EchoServer::tcp(&net.container, inside(family, 7));
@@ -236,11 +239,11 @@ fn half_closes_and_resets_pass_both_ways() {
     let (client, mut server) = connect();
     reset(client);
     assert_eq!(server.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
-    assert!(eventually(PATIENCE, || net.nat.stats().flows(FlowKind::Tcp) == 0), "nothing is left");
+    assert!(eventually(PATIENCE, || net.nat.stats().flows(FlowKind::Tcp) == 0), "no flow remains");
 }
 
 #[test]
-fn ports_come_and_go_and_a_taken_one_is_told() {
+fn ports_are_published_and_unpublished_and_conflicts_reported() {
     let net = Net::new();
     let echo = EchoServer::tcp(&net.container, inside(0, 7));
     let forward = Forward {
@@ -262,10 +265,10 @@ fn ports_come_and_go_and_a_taken_one_is_told() {
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
     connected.write_all(b"b").unwrap();
     connected.read_exact(&mut [0]).unwrap();
-    // Free at once, and a socket that somebody else has bound serves as well.
+    // The port is free immediately, and a socket bound by another process can be published.
     let bound = net.host.run(|| TcpListener::bind(at("0.0.0.0", 8080)).unwrap());
     let second = net.nat.publish_on(bound.into(), forward, None).unwrap();
-    assert_ne!(first, second, "no number is given out twice");
+    assert_ne!(first, second, "identifiers are not reused");
     assert_eq!(net.nat.forwards(), [(second, forward)]);
     let mut again = net.server.run(|| TcpStream::connect(at(HOST[0], 8080)).unwrap());
     again.write_all(b"c").unwrap();
@@ -273,7 +276,7 @@ fn ports_come_and_go_and_a_taken_one_is_told() {
 }
 
 #[test]
-fn what_cannot_be_is_said() {
+fn invalid_forwards_are_rejected() {
     let net = Net::with(&Options::default(), |settings| settings.policy.gateways.truncate(1));
     let forward = |protocol, listen: &str, guest: &str, source| Forward {
         protocol,
@@ -306,20 +309,20 @@ fn what_cannot_be_is_said() {
     assert_eq!(net.nat.forwards(), []);
 }
 
-/// Lets in who comes from one address.
+/// A guard that admits one client address.
 struct Only(IpAddr);
 
 impl Guard for Only {
     fn admits(&self, ingress: &Ingress) -> bool {
         assert_eq!(ingress.destination, Some(HOST[0].parse().unwrap()));
-        // Not `lo`, and not unknown.
+        // Neither `lo` nor unknown.
         assert!(ingress.interface > 1 && !ingress.to_group, "{ingress:?}");
         ingress.client.ip() == self.0
     }
 }
 
 #[test]
-fn a_guard_says_who_may_ask() {
+fn a_guard_controls_access() {
     let net = Net::new();
     net.server.ip(&["addr", "add", "192.0.2.3/24", "dev", "eth0"]);
     let guard: Arc<dyn Guard> = Arc::new(Only("192.0.2.3".parse().unwrap()));
@@ -358,25 +361,25 @@ fn a_guard_says_who_may_ask() {
 }
 
 #[test]
-fn many_clients_at_once_all_get_their_answer() {
+fn concurrent_clients_are_all_served() {
     let net = Net::new();
     let echo = EchoServer::tcp(&net.container, inside(0, 7));
     let to = publish(&net, Protocol::Tcp, 0, echo.addr(), ForwardSource::Client);
-    common::ask_all_at_once(&net.server, to);
+    common::echo_concurrently(&net.server, to);
     assert_eq!(echo.served(), 800);
 }
 
 #[test]
-fn without_descriptors_clients_wait_and_are_served_when_there_are_some() {
+fn without_descriptors_clients_wait_until_some_are_free() {
     let net = Net::new();
     let few = Arc::new(tidegate_reactor::Descriptors::new(3));
     let tun = tidegate_nat::TunOptions {
         addresses: vec!["10.0.3.100/24".parse().unwrap()],
         ..tidegate_nat::TunOptions::new("tun1")
     };
-    let tun = tidegate_nat::Tun::open(&known(&net.container), &tun).unwrap();
+    let tun = tidegate_nat::Tun::open(&netns(&net.container), &tun).unwrap();
     let nat =
-        tidegate_nat::Nat::start(tidegate_nat::Settings::new(1500), tun, &known(&net.host), few)
+        tidegate_nat::Nat::start(tidegate_nat::Settings::new(1500), tun, &netns(&net.host), few)
             .unwrap();
     net.container.ip(&["route", "add", "192.0.2.0/24", "dev", "tun1"]);
     let echo = EchoServer::tcp(&net.container, at("10.0.3.100", 7));

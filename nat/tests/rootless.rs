@@ -1,8 +1,8 @@
-//! As an ordinary user: a user namespace of one's own, the device in a network namespace in there,
-//! the sockets on the host.
+//! Rootless operation: a user namespace, the device in a network namespace inside it, and the
+//! sockets on the host.
 //!
-//! It has no test harness, for becoming root of a user namespace takes a process with one thread.
-//! As root it makes host and server, and runs itself on the host as nobody.
+//! There is no test harness, because creating a user namespace requires a single-threaded process.
+//! As root, the test creates the host and the server, and runs itself on the host as nobody.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -32,7 +32,7 @@ fn main() {
     let sink = Sink::tcp(&net.server, common::server(0, 7001), 3);
     let _source = Source::tcp(&net.server, common::server(1, 7002), 4, MUCH);
     let _echo = EchoServer::udp(&net.server, common::server(0, 7003));
-    // The program must be where nobody may read it.
+    // The binary must be in a place that the user nobody can read.
     let program =
         std::env::temp_dir().join(format!("tidegate-nat-rootless-{}", std::process::id()));
     std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
@@ -49,7 +49,7 @@ fn main() {
         String::from_utf8_lossy(&output.stdout)
     );
     assert_eq!(sink.wait(1, Duration::from_secs(5)), [Transfer::complete(MUCH)]);
-    println!("an ordinary user's containers reach the world: ok");
+    println!("rootless egress: ok");
 }
 
 fn as_an_ordinary_user() {

@@ -1,12 +1,12 @@
-//! Datagrams and echoes, in invented time.
+//! Datagrams and echoes in simulated time.
 
 mod world;
 
 use std::net::SocketAddr;
 use std::time::Duration;
-use tidegate_nat::host::{Ready, SendOutcome, SocketProblem};
+use tidegate_nat::host::{Ready, SendOutcome, SocketError};
 use tidegate_nat::wire::head;
-use tidegate_nat::wire::icmp::{Message, Problem};
+use tidegate_nat::wire::icmp::{IcmpError, Message};
 use tidegate_nat::wire::ip::Packet;
 use tidegate_nat::wire::protocol;
 use tidegate_nat::wire::udp::Datagram;
@@ -36,13 +36,13 @@ fn with_hop_limit(mut frame: Vec<u8>, hop_limit: u8) -> Vec<u8> {
     frame
 }
 
-/// What the guest is told, and by whom.
-fn told(frame: &[u8]) -> (Problem, SocketAddr, SocketAddr, std::net::IpAddr) {
+/// Parses an ICMP error to the guest: error, quoted source and destination, and sender.
+fn parse_error(frame: &[u8]) -> (IcmpError, SocketAddr, SocketAddr, std::net::IpAddr) {
     let (_, bytes) = VirtioHeader::parse(frame).unwrap();
     let packet = Packet::parse(bytes).unwrap();
     match Message::parse(&packet).unwrap() {
-        Message::Error { problem, source, destination, .. } => {
-            (problem, source, destination, packet.source)
+        Message::Error { icmp_error, source, destination, .. } => {
+            (icmp_error, source, destination, packet.source)
         }
         other => panic!("{other:?}"),
     }
@@ -61,7 +61,7 @@ fn datagram(frame: &[u8]) -> (VirtioHeader, SocketAddr, SocketAddr, Vec<u8>) {
 }
 
 #[test]
-fn datagrams_of_a_batch_leave_in_one_batch_and_keep_their_boundaries() {
+fn datagrams_are_sent_in_one_batch_with_their_boundaries() {
     let mut bench = Bench::new();
     let now = bench.now;
     for payload in [&[1; 100][..], &[2; 100], &[3; 40], &[4; 100], b""] {
@@ -74,7 +74,7 @@ fn datagrams_of_a_batch_leave_in_one_batch_and_keep_their_boundaries() {
 }
 
 #[test]
-fn a_batch_of_the_guest_is_taken_apart_by_the_kernel_only() {
+fn a_gso_batch_of_the_guest_is_segmented_by_the_kernel_only() {
     let mut bench = Bench::new();
     let head = head::datagrams(at(IN), at(OUT), 50_000, 1200, 1);
     bench.frame(&[head.bytes(), &[9; 50_000]].concat());
@@ -84,7 +84,7 @@ fn a_batch_of_the_guest_is_taken_apart_by_the_kernel_only() {
 }
 
 #[test]
-fn answers_are_merged_into_one_write_and_large_ones_written_in_fragments() {
+fn replies_are_merged_and_large_ones_fragmented() {
     let mut bench = Bench::new();
     bench.frame(&udp(at(IN), at(OUT), b"hello"));
     bench.world().datagrams[0].waiting.extend([
@@ -108,7 +108,7 @@ fn answers_are_merged_into_one_write_and_large_ones_written_in_fragments() {
 }
 
 #[test]
-fn rfc_4787_req_5_sessions_end_when_they_are_silent() {
+fn rfc_4787_req_5_idle_sessions_end() {
     let alive_after = |answered: bool, port: u16, seconds: u64| {
         let mut bench = Bench::new();
         let out = SocketAddr::new(at(OUT).ip(), port);
@@ -126,46 +126,46 @@ fn rfc_4787_req_5_sessions_end_when_they_are_silent() {
 }
 
 #[test]
-fn rfc_5508_what_the_network_tells_the_socket_is_told_to_the_guest() {
+fn rfc_5508_icmp_errors_of_the_socket_are_forwarded_to_the_guest() {
     let mut bench = Bench::new();
     bench.frame(&udp(at(IN), at(OUT), b"hello"));
     let router = at("203.0.113.1:0").ip();
-    for (problem, offender) in [
-        (Problem::PortUnreachable, Some(at(OUT).ip())),
-        (Problem::HopLimit, Some(router)),
-        (Problem::TooBig(1400), Some(router)),
-        (Problem::HostUnreachable, None),
+    for (icmp_error, offender) in [
+        (IcmpError::PortUnreachable, Some(at(OUT).ip())),
+        (IcmpError::HopLimit, Some(router)),
+        (IcmpError::TooBig(1400), Some(router)),
+        (IcmpError::HostUnreachable, None),
     ] {
         let payload = b"hello".to_vec();
-        bench.world().datagrams[0].problems.push_back(SocketProblem {
-            problem,
+        bench.world().datagrams[0].problems.push_back(SocketError {
+            icmp_error,
             offender,
             destination: None,
             payload,
         });
         bench.datagrams_ready(0, ERROR);
-        let (seen, source, destination, teller) = told(&bench.next_frame().unwrap());
-        assert_eq!((seen, source, destination), (problem, at(IN), at(OUT)));
-        assert_eq!(teller, offender.unwrap_or(at("10.0.2.2:0").ip()));
+        let (seen, source, destination, reporter) = parse_error(&bench.next_frame().unwrap());
+        assert_eq!((seen, source, destination), (icmp_error, at(IN), at(OUT)));
+        assert_eq!(reporter, offender.unwrap_or(at("10.0.2.2:0").ip()));
     }
 }
 
 #[test]
-fn rfc_1191_a_datagram_that_does_not_fit_the_path_is_told_what_would() {
+fn rfc_1191_a_datagram_over_the_path_mtu_is_answered_with_the_mtu() {
     let mut bench = Bench::new();
     bench.frame(&udp(at(IN), at(OUT), b"first"));
     bench.world().datagrams[0].outcome = Some(SendOutcome::TooBig(1280));
     bench.frame(&udp(at(IN), at(OUT), &[0; 1400]));
-    assert_eq!(told(&bench.next_frame().unwrap()).0, Problem::TooBig(1280));
+    assert_eq!(parse_error(&bench.next_frame().unwrap()).0, IcmpError::TooBig(1280));
     assert_eq!(bench.dropped(DropReason::TooBig), 1);
 }
 
 #[test]
-fn rfc_1812_5_3_1_a_packet_at_its_last_hop_ends_here_and_others_carry_on() {
+fn rfc_1812_5_3_1_the_hop_limit_is_decremented_and_enforced() {
     let mut bench = Bench::new();
     bench.frame(&with_hop_limit(udp(at(IN), at(OUT), b"trace"), 1));
-    let (problem, _, _, teller) = told(&bench.next_frame().unwrap());
-    assert_eq!((problem, teller), (Problem::HopLimit, at("10.0.2.2:0").ip()));
+    let (icmp_error, _, _, reporter) = parse_error(&bench.next_frame().unwrap());
+    assert_eq!((icmp_error, reporter), (IcmpError::HopLimit, at("10.0.2.2:0").ip()));
     assert_eq!(bench.engine.flows(), 0);
     bench.frame(&with_hop_limit(udp(at(IN), at(OUT), b"trace"), 5));
     assert_eq!(bench.world().datagrams[0].hop_limit, Some(4));
@@ -182,11 +182,11 @@ fn echo(source: &str, destination: &str, identifier: u16, payload: &[u8]) -> Vec
     message.extend_from_slice(payload);
     head::complete_icmp(source, destination, &mut message);
     let protocol = if source.is_ipv6() { protocol::ICMPV6 } else { protocol::ICMP };
-    [head::whole(source, destination, protocol, message.len()).bytes(), &message].concat()
+    [head::ip_header(source, destination, protocol, message.len()).bytes(), &message].concat()
 }
 
 #[test]
-fn rfc_5508_req_2_an_echo_comes_back_under_the_identifier_it_was_asked() {
+fn rfc_5508_req_2_an_echo_reply_has_the_identifier_of_the_request() {
     for (source, destination, reply) in
         [("10.0.2.100:0", "192.0.2.2:0", 0), ("[fd00::100]:0", "[2001:db8::2]:0", 129)]
     {
@@ -200,23 +200,23 @@ fn rfc_5508_req_2_an_echo_comes_back_under_the_identifier_it_was_asked() {
         let packet = Packet::parse(&frame[10..]).unwrap();
         assert_eq!((packet.source, packet.destination), (at(destination).ip(), at(source).ip()));
         assert_eq!((packet.payload[0], &packet.payload[4..6]), (reply, &[0xab, 0xcd][..]));
-        assert!(Message::parse(&packet).is_ok(), "its checksum is right");
+        assert!(Message::parse(&packet).is_ok(), "valid checksum");
     }
 }
 
 #[test]
-fn a_gateway_answers_for_itself() {
+fn a_gateway_replies_to_echoes_and_refuses_ports() {
     let mut bench = Bench::new();
     bench.frame(&echo("10.0.2.100:0", "10.0.2.2:0", 7, b"payload"));
     let frame = bench.next_frame().unwrap();
     assert_eq!(Packet::parse(&frame[10..]).unwrap().payload[0], 0);
     assert_eq!(bench.engine.flows(), 0);
     bench.frame(&udp(at(IN), at("10.0.2.2:99"), b"anybody?"));
-    assert_eq!(told(&bench.next_frame().unwrap()).0, Problem::PortUnreachable);
+    assert_eq!(parse_error(&bench.next_frame().unwrap()).0, IcmpError::PortUnreachable);
 }
 
 #[test]
-fn dns_goes_to_the_resolver_and_to_the_next_one_when_that_is_gone() {
+fn dns_fails_over_to_the_next_resolver() {
     let resolvers = ["127.0.0.53:53", "192.0.2.53:53"].map(at);
     let mut bench = Bench::with(|settings| settings.policy.resolvers = resolvers.to_vec());
     let gateway = at("10.0.2.2:53");
@@ -226,37 +226,37 @@ fn dns_goes_to_the_resolver_and_to_the_next_one_when_that_is_gone() {
     bench.datagrams_ready(0, READABLE);
     let (_, source, _, payload) = datagram(&bench.next_frame().unwrap());
     assert_eq!((source, &payload[..]), (gateway, &b"answer"[..]));
-    bench.world().datagrams[0].problems.push_back(SocketProblem {
-        problem: Problem::PortUnreachable,
+    bench.world().datagrams[0].problems.push_back(SocketError {
+        icmp_error: IcmpError::PortUnreachable,
         offender: Some(resolvers[0].ip()),
         destination: None,
         payload: b"query".to_vec(),
     });
     bench.datagrams_ready(0, ERROR);
-    let (_, _, _, teller) = told(&bench.next_frame().unwrap());
-    assert_eq!(teller, gateway.ip(), "the guest has never heard of the resolver");
+    let (_, _, _, reporter) = parse_error(&bench.next_frame().unwrap());
+    assert_eq!(reporter, gateway.ip(), "the guest does not know the resolver");
     bench.frame(&udp(at("10.0.2.100:4001"), gateway, b"query"));
     assert_eq!(bench.world().datagrams[1].to, Some(resolvers[1]));
-    // This one says nothing at all.
+    // This resolver does not reply at all.
     bench.pass(Duration::from_secs(11));
     bench.frame(&udp(at("10.0.2.100:4002"), gateway, b"query"));
     assert_eq!(bench.world().datagrams[2].to, Some(resolvers[0]));
 }
 
 #[test]
-fn a_guest_whose_port_has_closed_ends_the_session() {
+fn port_unreachable_from_the_guest_ends_the_session() {
     let mut bench = Bench::new();
     bench.frame(&udp(at(IN), at(OUT), b"hello"));
     let quoted = udp(at(OUT), at(IN), b"too late");
     let (head, message) =
-        head::problem(at(IN).ip(), at(OUT).ip(), Problem::PortUnreachable, &[&quoted[10..]]);
+        head::icmp_error(at(IN).ip(), at(OUT).ip(), IcmpError::PortUnreachable, &[&quoted[10..]]);
     bench.frame(&[head.bytes(), &message].concat());
     assert_eq!(bench.engine.flows(), 0);
-    assert!(bench.world().datagrams[0].closed, "and the host answers the far end in its stead");
+    assert!(bench.world().datagrams[0].closed, "the host replies to later datagrams");
 }
 
 #[test]
-fn rfc_4787_req_1_an_endpoint_independent_session_serves_all_far_ends_and_lets_no_stranger_in() {
+fn rfc_4787_req_1_an_endpoint_independent_session_accepts_only_its_peers() {
     let mut bench = Bench::with(|settings| {
         settings.mapping = tidegate_nat::Mapping::EndpointIndependent;
         settings.policy.refused = tidegate_model::CidrSet::parse(["198.51.100.0/24"]).unwrap();
@@ -268,8 +268,12 @@ fn rfc_4787_req_1_an_endpoint_independent_session_serves_all_far_ends_and_lets_n
     }
     bench.settle();
     assert_eq!(bench.world().datagrams.len(), 1);
-    assert_eq!(bench.world().datagrams[0].sent_to, [one, other], "one GSO batch, and another one");
-    assert_eq!(told(&bench.next_frame().unwrap()).0, Problem::Prohibited, "each far end is judged");
+    assert_eq!(bench.world().datagrams[0].sent_to, [one, other], "one GSO batch per peer");
+    assert_eq!(
+        parse_error(&bench.next_frame().unwrap()).0,
+        IcmpError::Prohibited,
+        "the policy applies to each peer"
+    );
     let from = |from, byte| (from, vec![byte; 100]);
     let waiting = [
         from(one, 1),
@@ -287,18 +291,18 @@ fn rfc_4787_req_1_an_endpoint_independent_session_serves_all_far_ends_and_lets_n
     let here = at(IN);
     assert_eq!(seen, [(one, here, 200), (other, here, 100), (at("192.0.2.3:6001"), here, 100)]);
     assert_eq!(bench.dropped(DropReason::Unsolicited), 1);
-    bench.world().datagrams[0].problems.push_back(SocketProblem {
-        problem: Problem::PortUnreachable,
+    bench.world().datagrams[0].problems.push_back(SocketError {
+        icmp_error: IcmpError::PortUnreachable,
         offender: Some(other.ip()),
         destination: Some(other),
         payload: b"hello".to_vec(),
     });
     bench.datagrams_ready(0, ERROR);
     assert_eq!(
-        told(&bench.next_frame().unwrap()),
-        (Problem::PortUnreachable, here, other, other.ip())
+        parse_error(&bench.next_frame().unwrap()),
+        (IcmpError::PortUnreachable, here, other, other.ip())
     );
-    // Whom it sent to long ago is a stranger again.
+    // The first peer is no longer accepted after 64 others.
     for host in 5..200 {
         bench.frame(&udp(here, SocketAddr::from(([203, 0, 113, host], 1)), b"hello"));
     }

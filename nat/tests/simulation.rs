@@ -1,8 +1,8 @@
-//! Two ends in invented time, and between guest and engine a link that loses, doubles, delays and
-//! reorders.
+//! Simulation of a connection in simulated time. The link between guest and engine loses,
+//! duplicates, delays and reorders packets.
 //!
-//! Whatever happens, every byte arrives exactly once and in order, or the connection ends visibly:
-//! one end sees a reset. What a run does follows from its seed alone.
+//! In every run, each byte arrives exactly once and in order, or the connection ends visibly: one
+//! side sees a reset. A run is determined by its seed.
 
 mod world;
 
@@ -16,30 +16,30 @@ use tidegate_nat::wire::tcp::flags::{ACK, FIN, PSH, RST, SYN};
 use tidegate_nat::{ForwardSource, Settings};
 use world::{Bench, Dice, Seen, at, frame, segment};
 
-/// What kind of a link and of ends a run has.
+/// Properties of the link and of both sides in a run.
 #[derive(Clone, Copy, Debug)]
-struct Weather {
+struct Conditions {
     loss: u64,
-    doubling: u64,
-    /// Packets are delayed by up to so many milliseconds, each differently.
+    duplication: u64,
+    /// Maximum random delay of each packet in milliseconds.
     delay: u64,
     up: usize,
     down: usize,
-    /// The guest's receive window.
+    /// Receive window of the guest.
     window: usize,
     scale: Option<u8>,
     timestamps: bool,
     mss: u16,
-    /// The far end takes so much at a time.
-    appetite: usize,
+    /// Bytes that the remote side accepts at a time.
+    read_size: usize,
     guest_closes_first: bool,
-    /// The far end is a client of a published port, and calls.
-    calls: bool,
+    /// The remote side is a client of a published port, and opens the connection.
+    inbound: bool,
 }
 
-const CALM: Weather = Weather {
+const LOSSLESS: Conditions = Conditions {
     loss: 0,
-    doubling: 0,
+    duplication: 0,
     delay: 1,
     up: 300_000,
     down: 300_000,
@@ -47,9 +47,9 @@ const CALM: Weather = Weather {
     scale: Some(7),
     timestamps: true,
     mss: 1460,
-    appetite: usize::MAX,
+    read_size: usize::MAX,
     guest_closes_first: true,
-    calls: false,
+    inbound: false,
 };
 
 fn byte(position: usize) -> u8 {
@@ -60,22 +60,22 @@ fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(byte).collect()
 }
 
-/// A guest's TCP: plain, and by the book.
+/// A minimal TCP implementation for the guest.
 struct Guest {
-    weather: Weather,
+    conditions: Conditions,
     inside: SocketAddr,
     outside: SocketAddr,
     iss: u32,
-    /// Position in the stream: 0 is the SYN, 1 the first byte.
+    /// Positions in the stream: 0 is the SYN, 1 the first byte.
     una: usize,
     nxt: usize,
     window: usize,
     established: bool,
-    /// A client has called.
-    called: bool,
+    /// A SYN of the engine was received.
+    syn_received: bool,
     irs: u32,
     received: Vec<u8>,
-    early: BTreeMap<usize, Vec<u8>>,
+    out_of_order: BTreeMap<usize, Vec<u8>>,
     fin_at: Option<usize>,
     fin_received: bool,
     may_close: bool,
@@ -89,9 +89,9 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(weather: Weather) -> Self {
+    fn new(conditions: Conditions) -> Self {
         Self {
-            weather,
+            conditions,
             inside: at("10.0.2.100:40000"),
             outside: at("192.0.2.2:80"),
             iss: u32::MAX - 5000,
@@ -99,13 +99,13 @@ impl Guest {
             nxt: 0,
             window: 1,
             established: false,
-            called: false,
+            syn_received: false,
             irs: 0,
             received: Vec::new(),
-            early: BTreeMap::new(),
+            out_of_order: BTreeMap::new(),
             fin_at: None,
             fin_received: false,
-            may_close: weather.guest_closes_first,
+            may_close: conditions.guest_closes_first,
             resend_at: None,
             tries: 0,
             dup: 0,
@@ -116,13 +116,13 @@ impl Guest {
         }
     }
 
-    /// Length of its stream in numbers: SYN, bytes, FIN.
+    /// Length of the stream in sequence numbers: SYN, bytes, FIN.
     fn end(&self) -> usize {
-        1 + self.weather.up + usize::from(self.may_close)
+        1 + self.conditions.up + usize::from(self.may_close)
     }
 
     fn sent_all(&self) -> bool {
-        self.may_close && self.una == 2 + self.weather.up
+        self.may_close && self.una == 2 + self.conditions.up
     }
 
     fn acknowledgement(&self) -> u32 {
@@ -131,29 +131,29 @@ impl Guest {
     }
 
     fn write(&self, at: usize, flags: u8, payload: &[u8], now: Duration) -> Vec<u8> {
-        let kept: usize = self.early.values().map(Vec::len).sum();
-        let free = self.weather.window.saturating_sub(kept);
+        let kept: usize = self.out_of_order.values().map(Vec::len).sum();
+        let free = self.conditions.window.saturating_sub(kept);
         let syn = flags & SYN != 0;
-        let window = match self.weather.scale {
+        let window = match self.conditions.scale {
             Some(scale) if self.scaled && !syn => free >> scale,
             _ => free,
         };
         let head = TcpHead {
             sequence: self.iss.wrapping_add(at as u32),
-            acknowledgement: if syn && !self.called { 0 } else { self.acknowledgement() },
+            acknowledgement: if syn && !self.syn_received { 0 } else { self.acknowledgement() },
             flags,
             window: window.min(0xffff) as u16,
-            mss: syn.then_some(self.weather.mss),
-            scale: self.weather.scale.filter(|_| syn),
-            timestamps: self.weather.timestamps.then(|| (now.as_millis() as u32 + 1, self.echo)),
+            mss: syn.then_some(self.conditions.mss),
+            scale: self.conditions.scale.filter(|_| syn),
+            timestamps: self.conditions.timestamps.then(|| (now.as_millis() as u32 + 1, self.echo)),
             ..segment(self.inside, self.outside)
         };
         frame(&head, payload)
     }
 
-    /// What it sends now.
+    /// Sends what is due now.
     fn transmit(&mut self, now: Instant, clock: Duration, out: &mut Vec<Vec<u8>>) {
-        if self.reset || self.done_at.is_some() || self.weather.calls && !self.called {
+        if self.reset || self.done_at.is_some() || self.conditions.inbound && !self.syn_received {
             return;
         }
         if self.resend_at.is_some_and(|at| at <= now) {
@@ -166,15 +166,15 @@ impl Guest {
             self.nxt = self.una;
             self.resend_at = None;
         }
-        // A window that is closed is probed with one byte.
+        // A closed window is probed with one byte.
         let window = if self.tries > 0 && self.window == 0 { 1 } else { self.window };
         while self.nxt < self.end() && self.nxt < self.una + window {
-            let bytes = 1 + self.weather.up;
+            let bytes = 1 + self.conditions.up;
             let (flags, payload) = if self.nxt == 0 {
-                (if self.called { SYN | ACK } else { SYN }, Vec::new())
+                (if self.syn_received { SYN | ACK } else { SYN }, Vec::new())
             } else if self.nxt < bytes {
                 // Large segments, as with offload.
-                let room = (self.una + window - self.nxt).min(4 * usize::from(self.weather.mss));
+                let room = (self.una + window - self.nxt).min(4 * usize::from(self.conditions.mss));
                 let length = room.min(bytes - self.nxt);
                 (ACK | PSH, (self.nxt - 1..self.nxt - 1 + length).map(byte).collect())
             } else {
@@ -200,26 +200,26 @@ impl Guest {
             let ours = self.iss.wrapping_add(self.nxt as u32);
             let answers_syn = !self.established && seen.acknowledgement == self.iss.wrapping_add(1);
             if answers_syn
-                || (self.established || self.called)
+                || (self.established || self.syn_received)
                     && (seen.sequence == self.acknowledgement() || ours == seen.acknowledgement)
             {
                 self.reset = true;
             }
             return;
         }
-        if self.weather.calls && !self.established {
+        if self.conditions.inbound && !self.established {
             if seen.has(SYN) {
-                if !self.called {
-                    (self.called, self.irs, self.scaled) =
+                if !self.syn_received {
+                    (self.syn_received, self.irs, self.scaled) =
                         (true, seen.sequence, seen.scale.is_some());
-                    self.scaled &= self.weather.scale.is_some();
+                    self.scaled &= self.conditions.scale.is_some();
                     self.echo = seen.timestamps.map_or(0, |stamps| stamps.0);
                 }
-                // Once more, should the first have been lost.
+                // Sends the SYN-ACK again, in case the first was lost.
                 (self.nxt, self.resend_at) = (0, None);
                 return;
             }
-            if !self.called || seen.acknowledgement != self.iss.wrapping_add(1) {
+            if !self.syn_received || seen.acknowledgement != self.iss.wrapping_add(1) {
                 return;
             }
             self.established = true;
@@ -231,7 +231,7 @@ impl Guest {
                 return;
             }
             (self.established, self.irs, self.scaled) = (true, seen.sequence, seen.scale.is_some());
-            self.scaled &= self.weather.scale.is_some();
+            self.scaled &= self.conditions.scale.is_some();
             (self.una, self.nxt, self.resend_at) = (1, 1, None);
             self.window = seen.window.into();
             self.echo = seen.timestamps.map_or(0, |stamps| stamps.0);
@@ -259,7 +259,7 @@ impl Guest {
                 self.nxt = self.una;
             }
         }
-        // Numbers from the SYN on: the first byte has 1.
+        // Positions start at the SYN: the first byte has 1.
         let at = seen.sequence.wrapping_sub(self.irs) as i32 as i64 - 1;
         if seen.has(FIN) {
             self.fin_at = Some((at + seen.payload.len() as i64) as usize);
@@ -268,16 +268,16 @@ impl Guest {
         if !seen.payload.is_empty() && at + seen.payload.len() as i64 > next {
             if at <= next {
                 self.received.extend_from_slice(&seen.payload[(next - at) as usize..]);
-                while let Some((at, bytes)) = self.early.pop_first() {
+                while let Some((at, bytes)) = self.out_of_order.pop_first() {
                     if at > self.received.len() {
-                        self.early.insert(at, bytes);
+                        self.out_of_order.insert(at, bytes);
                         break;
                     }
                     let known = self.received.len() - at;
                     self.received.extend_from_slice(bytes.get(known..).unwrap_or_default());
                 }
-            } else if (at as usize) < self.received.len() + self.weather.window {
-                self.early.insert(at as usize, seen.payload.clone());
+            } else if (at as usize) < self.received.len() + self.conditions.window {
+                self.out_of_order.insert(at as usize, seen.payload.clone());
             }
         }
         self.fin_received |= self.fin_at == Some(self.received.len());
@@ -315,21 +315,21 @@ struct Report {
 }
 
 impl Report {
-    fn is_complete(&self, weather: &Weather) -> bool {
+    fn is_complete(&self, conditions: &Conditions) -> bool {
         self.up_ended
             && self.down_ended
-            && self.up.len() == weather.up
-            && self.down.len() == weather.down
+            && self.up.len() == conditions.up
+            && self.down.len() == conditions.down
     }
 }
 
-fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Report {
+fn run(conditions: Conditions, seed: u64, change: impl FnOnce(&mut Settings)) -> Report {
     let mut dice = Dice(seed);
     let mut bench = Bench::with(change);
-    bench.world().room = weather.appetite.min(100_000);
+    bench.world().room = conditions.read_size.min(100_000);
     bench.world().answer_at_once = Some(Ok(()));
-    let mut guest = Guest::new(weather);
-    if weather.calls {
+    let mut guest = Guest::new(conditions);
+    if conditions.inbound {
         bench.publish_tcp(&guest.inside.to_string(), ForwardSource::Client);
         bench.client(0, &guest.outside.to_string());
     }
@@ -338,20 +338,20 @@ fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Repor
     let mut order = 0;
     let mut fed = 0;
     let mut out = Vec::new();
-    // Longer than a connection is kept whose guest is gone without a word.
+    // Longer than the engine keeps a connection of a guest that disappeared.
     let limit = start + Duration::from_secs(3 * 3600);
     events.push(Reverse((start, 0, Event::FarEnd)));
     for step in 0.. {
-        assert!(step < 4_000_000, "seed {seed}: no end in sight at {:?}", bench.now - start);
+        assert!(step < 4_000_000, "seed {seed}: not finished at {:?}", bench.now - start);
         guest.transmit(bench.now, bench.now - start, &mut out);
         let mut travel =
             |event: Event, dice: &mut Dice, events: &mut BinaryHeap<_>, now: Instant| {
-                if dice.percent(weather.loss) {
+                if dice.percent(conditions.loss) {
                     return;
                 }
-                let copies = 1 + u32::from(dice.percent(weather.doubling));
+                let copies = 1 + u32::from(dice.percent(conditions.duplication));
                 for copy in 0..copies {
-                    let delay = Duration::from_micros(10 + dice.below(weather.delay * 1000));
+                    let delay = Duration::from_micros(10 + dice.below(conditions.delay * 1000));
                     order += 1;
                     let event = match (&event, copy) {
                         (Event::ToEngine(bytes), _) => Event::ToEngine(bytes.clone()),
@@ -393,15 +393,17 @@ fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Repor
                 guest.receive(&seen, bench.now, bench.now - start, &mut out);
             }
             Event::FarEnd => {
-                // The far end takes some, gives some, and closes when it has given all.
+                // The remote side reads some, sends some, and closes when everything is sent.
                 if let Some(stream) = bench.world().streams.first_mut() {
-                    stream.room = stream.room.max(weather.appetite.min(100_000));
+                    stream.room = stream.room.max(conditions.read_size.min(100_000));
                     let queued = stream.queue.len();
-                    let more =
-                        (weather.down - fed).min(200_000usize.saturating_sub(queued)).min(50_000);
+                    let more = (conditions.down - fed)
+                        .min(200_000usize.saturating_sub(queued))
+                        .min(50_000);
                     stream.queue.extend((fed..fed + more).map(byte));
                     fed += more;
-                    let close = fed == weather.down && (!weather.guest_closes_first || stream.shut);
+                    let close =
+                        fed == conditions.down && (!conditions.guest_closes_first || stream.shut);
                     stream.ended |= close;
                     bench.stream_ready(
                         0,
@@ -423,7 +425,7 @@ fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Repor
     }
     let took = bench.now - start;
     let flows_left = bench.engine.flows();
-    // There is none if not even a SYN has come through.
+    // There is no stream if no SYN arrived.
     let stream = bench.world().streams.drain(..).next().unwrap_or_default();
     Report {
         guest_reset: guest.reset,
@@ -437,7 +439,7 @@ fn run(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Repor
     }
 }
 
-/// Cuts a segment as the guest's kernel would, so that a piece of it can be lost.
+/// Segments a packet as the kernel of the guest would, so that single segments can be lost.
 fn cut(bytes: &[u8]) -> Vec<Vec<u8>> {
     let seen = Seen::of(bytes).expect("a segment");
     if seen.cut == 0 {
@@ -459,77 +461,91 @@ fn cut(bytes: &[u8]) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Checks what holds whatever the weather.
-fn check(weather: Weather, seed: u64) -> Report {
-    check_with(weather, seed, |_| {})
+/// Checks the invariants of every run.
+fn check(conditions: Conditions, seed: u64) -> Report {
+    check_with(conditions, seed, |_| {})
 }
 
-fn check_with(weather: Weather, seed: u64, change: impl FnOnce(&mut Settings)) -> Report {
-    let report = run(weather, seed, change);
-    let context = format!("seed {seed}, {weather:?}, after {:?}", report.took);
-    assert_eq!(report.up, pattern(weather.up)[..report.up.len().min(weather.up)], "up: {context}");
+fn check_with(conditions: Conditions, seed: u64, change: impl FnOnce(&mut Settings)) -> Report {
+    let report = run(conditions, seed, change);
+    let context = format!("seed {seed}, {conditions:?}, after {:?}", report.took);
+    assert_eq!(
+        report.up,
+        pattern(conditions.up)[..report.up.len().min(conditions.up)],
+        "up: {context}"
+    );
     assert_eq!(
         report.down,
-        pattern(weather.down)[..report.down.len().min(weather.down)],
+        pattern(conditions.down)[..report.down.len().min(conditions.down)],
         "down: {context}"
     );
     if report.up_ended {
-        assert_eq!(report.up.len(), weather.up, "an end before the end, up: {context}");
+        assert_eq!(report.up.len(), conditions.up, "premature end, up: {context}");
     }
     if report.down_ended {
-        assert_eq!(report.down.len(), weather.down, "an end before the end, down: {context}");
+        assert_eq!(report.down.len(), conditions.down, "premature end, down: {context}");
     }
     let visible = report.guest_reset || report.far_end_reset;
-    assert!(report.is_complete(&weather) || visible, "cut and nobody knows: {context}");
-    assert_eq!(report.flows_left, 0, "nothing is left: {context}");
+    assert!(
+        report.is_complete(&conditions) || visible,
+        "invisible end of the connection: {context}"
+    );
+    assert_eq!(report.flows_left, 0, "no flow remains: {context}");
     report
 }
 
 #[test]
-fn on_a_calm_day_everything_arrives() {
-    for (guest_closes_first, calls) in [(true, false), (false, false), (true, true), (false, true)]
+fn without_loss_all_data_arrives() {
+    for (guest_closes_first, inbound) in
+        [(true, false), (false, false), (true, true), (false, true)]
     {
-        let weather = Weather { guest_closes_first, calls, ..CALM };
-        let report = check(weather, 1);
-        assert!(report.is_complete(&weather), "{report:?}");
+        let conditions = Conditions { guest_closes_first, inbound, ..LOSSLESS };
+        let report = check(conditions, 1);
+        assert!(report.is_complete(&conditions), "{report:?}");
         assert!(!report.guest_reset && !report.far_end_reset);
     }
 }
 
 #[test]
-fn with_loss_everything_arrives_in_the_end() {
+fn with_loss_all_data_arrives() {
     for seed in 0..40 {
-        let weather = Weather {
+        let conditions = Conditions {
             loss: 1 + seed % 20,
-            doubling: seed % 7,
+            duplication: seed % 7,
             delay: 1 + seed % 30,
             guest_closes_first: seed % 2 == 0,
-            calls: seed % 4 > 1,
+            inbound: seed % 4 > 1,
             up: 60_000,
             down: 60_000,
-            ..CALM
+            ..LOSSLESS
         };
-        let report = check(weather, seed);
-        assert!(report.is_complete(&weather), "seed {seed}: {weather:?}");
+        let report = check(conditions, seed);
+        assert!(report.is_complete(&conditions), "seed {seed}: {conditions:?}");
     }
 }
 
 #[test]
-fn with_reordering_and_doubling_every_byte_arrives_once() {
+fn with_reordering_and_duplication_each_byte_arrives_once() {
     for seed in 0..20 {
-        let calls = seed % 2 == 1;
-        let weather =
-            Weather { doubling: 30, delay: 50, up: 200_000, down: 200_000, calls, ..CALM };
-        assert!(check(weather, seed).is_complete(&weather), "seed {seed}");
+        let inbound = seed % 2 == 1;
+        let conditions = Conditions {
+            duplication: 30,
+            delay: 50,
+            up: 200_000,
+            down: 200_000,
+            inbound,
+            ..LOSSLESS
+        };
+        assert!(check(conditions, seed).is_complete(&conditions), "seed {seed}");
     }
 }
 
 #[test]
-fn with_tiny_windows_everything_arrives_slowly() {
+fn with_tiny_windows_all_data_arrives() {
     for (window, mss) in [(1, 1460), (100, 1460), (1460, 1460), (3000, 88), (65_535, 536)] {
         for seed in 0..4 {
             let size = if window < 1000 { 2000 } else { 50_000 };
-            let weather = Weather {
+            let conditions = Conditions {
                 window,
                 mss,
                 scale: None,
@@ -537,49 +553,52 @@ fn with_tiny_windows_everything_arrives_slowly() {
                 loss: seed,
                 up: size,
                 down: size,
-                appetite: window.max(10),
-                calls: seed > 1,
-                ..CALM
+                read_size: window.max(10),
+                inbound: seed > 1,
+                ..LOSSLESS
             };
-            assert!(check(weather, seed).is_complete(&weather), "seed {seed}: {weather:?}");
+            assert!(
+                check(conditions, seed).is_complete(&conditions),
+                "seed {seed}: {conditions:?}"
+            );
         }
     }
 }
 
 #[test]
-fn a_far_end_that_reads_slowly_slows_the_guest_and_loses_nothing() {
-    let weather = Weather { appetite: 700, up: 3_000_000, down: 1000, ..CALM };
-    assert!(check(weather, 3).is_complete(&weather));
+fn a_slow_reader_slows_the_guest_without_loss() {
+    let conditions = Conditions { read_size: 700, up: 3_000_000, down: 1000, ..LOSSLESS };
+    assert!(check(conditions, 3).is_complete(&conditions));
 }
 
 #[test]
-fn without_so_peek_off_and_offload_it_is_the_same() {
+fn without_so_peek_off_and_offload_all_data_arrives() {
     for seed in 0..10 {
-        let weather = Weather { loss: seed, delay: 5, up: 50_000, down: 400_000, ..CALM };
-        let report = check_with(weather, seed, |settings| {
+        let conditions = Conditions { loss: seed, delay: 5, up: 50_000, down: 400_000, ..LOSSLESS };
+        let report = check_with(conditions, seed, |settings| {
             settings.capabilities = tidegate_nat::Capabilities::NONE;
         });
-        assert!(report.is_complete(&weather));
+        assert!(report.is_complete(&conditions));
     }
 }
 
 #[test]
-fn in_a_storm_nothing_is_invented_and_every_cut_is_seen() {
-    storm(false);
+fn under_heavy_loss_data_is_intact_and_aborts_are_visible() {
+    heavy_loss(false);
 }
 
 #[test]
-fn in_a_storm_a_client_that_calls_is_served_or_told() {
-    storm(true);
+fn under_heavy_loss_clients_of_a_port_are_served_or_reset() {
+    heavy_loss(true);
 }
 
-fn storm(calls: bool) {
+fn heavy_loss(inbound: bool) {
     let mut complete = 0;
     for seed in 100..160 {
         let mut dice = Dice(seed);
-        let weather = Weather {
+        let conditions = Conditions {
             loss: 20 + dice.below(60),
-            doubling: dice.below(50),
+            duplication: dice.below(50),
             delay: 1 + dice.below(400),
             up: dice.below(20_000) as usize,
             down: dice.below(20_000) as usize,
@@ -587,11 +606,11 @@ fn storm(calls: bool) {
             scale: if dice.percent(50) { Some(dice.below(8) as u8) } else { None },
             timestamps: dice.percent(50),
             mss: 100 + dice.below(1400) as u16,
-            appetite: 1 + dice.below(5000) as usize,
+            read_size: 1 + dice.below(5000) as usize,
             guest_closes_first: dice.percent(50),
-            calls,
+            inbound,
         };
-        complete += u32::from(check(weather, seed).is_complete(&weather));
+        complete += u32::from(check(conditions, seed).is_complete(&conditions));
     }
-    assert!(complete > 5, "some get through: {complete}");
+    assert!(complete > 5, "some connections complete: {complete}");
 }

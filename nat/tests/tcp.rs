@@ -1,4 +1,4 @@
-//! TCP through the engine, with a real kernel at both ends.
+//! TCP through the engine, with real kernels on both sides.
 
 mod common;
 
@@ -15,8 +15,8 @@ use tidegate_testbed::transfer::{self, Transfer};
 const MUCH: u64 = if common::OLD_KERNEL { 20 << 20 } else { 200 << 20 };
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Carries `bytes` up and down, over both families, and checks each of them.
-fn carries(net: &Net, bytes: u64) {
+/// Transfers `bytes` in both directions, over both families, and verifies each of them.
+fn transfer_both_ways(net: &Net, bytes: u64) {
     for family in [0, 1] {
         let sink = Sink::tcp(&net.server, server(family, 7001), 3);
         let sent = net.container.run(|| {
@@ -25,7 +25,7 @@ fn carries(net: &Net, bytes: u64) {
             stream.shutdown(Shutdown::Write).unwrap();
             transfer::receive(&mut stream, 0)
         });
-        assert_eq!(sent, Transfer::complete(0), "the server closes in its turn");
+        assert_eq!(sent, Transfer::complete(0), "the server closes as well");
         assert_eq!(sink.wait(1, PATIENCE), [Transfer::complete(bytes)]);
 
         let source = Source::tcp(&net.server, server(family, 7002), 4, bytes);
@@ -38,30 +38,33 @@ fn carries(net: &Net, bytes: u64) {
 }
 
 #[test]
-fn two_hundred_megabytes_go_up_and_down() {
-    carries(&Net::new(), MUCH);
+fn two_hundred_megabytes_are_transferred_both_ways() {
+    transfer_both_ways(&Net::new(), MUCH);
 }
 
 #[test]
-fn without_any_new_feature_of_the_kernel_too() {
+fn it_works_without_optional_kernel_features() {
     let options = Options { capabilities: Capabilities::NONE, ..Options::default() };
-    carries(&Net::with(&options, |_| {}), MUCH);
+    transfer_both_ways(&Net::with(&options, |_| {}), MUCH);
 }
 
 #[test]
-fn without_so_peek_off_too() {
+fn it_works_without_so_peek_off() {
     let capabilities = Capabilities { peek_offset: false, ..Capabilities::ALL };
-    carries(&Net::with(&Options { capabilities, ..Options::default() }, |_| {}), MUCH);
+    transfer_both_ways(&Net::with(&Options { capabilities, ..Options::default() }, |_| {}), MUCH);
 }
 
 #[test]
-fn without_offload_of_the_device_too() {
+fn it_works_without_device_offload() {
     let capabilities = Capabilities { tcp_offload: false, ..Capabilities::ALL };
-    carries(&Net::with(&Options { capabilities, ..Options::default() }, |_| {}), MUCH / 4);
+    transfer_both_ways(
+        &Net::with(&Options { capabilities, ..Options::default() }, |_| {}),
+        MUCH / 4,
+    );
 }
 
 #[test]
-fn a_device_that_drops_most_of_it_loses_nothing() {
+fn drops_at_the_device_lose_no_data() {
     let net = Net::with(&Options { queue_length: 3, ..Options::default() }, |_| {});
     thread::scope(|scope| {
         for port in 7100..7104 {
@@ -80,16 +83,16 @@ fn a_device_that_drops_most_of_it_loses_nothing() {
         net.container.run(|| std::fs::read_to_string("/proc/thread-self/net/dev").unwrap());
     let tun = devices.lines().find_map(|line| line.trim().strip_prefix("tun0:")).unwrap();
     let dropped: u64 = tun.split_whitespace().nth(11).unwrap().parse().unwrap();
-    assert!(dropped > 0, "or it was no test: {devices}");
+    assert!(dropped > 0, "the device must drop packets: {devices}");
 }
 
 #[test]
-fn an_mtu_of_65520_carries_as_well() {
-    carries(&Net::with(&Options { mtu: 65_520, ..Options::default() }, |_| {}), MUCH);
+fn an_mtu_of_65520_works() {
+    transfer_both_ways(&Net::with(&Options { mtu: 65_520, ..Options::default() }, |_| {}), MUCH);
 }
 
 #[test]
-fn both_ends_see_each_others_half_close() {
+fn half_closes_are_forwarded() {
     let net = Net::new();
     for family in [0, 1] {
         let echo = EchoServer::tcp(&net.server, server(family, 7));
@@ -104,11 +107,11 @@ fn both_ends_see_each_others_half_close() {
         assert_eq!(answer, "question");
     }
     let gone = || net.nat.stats().flows(FlowKind::Tcp) == 0;
-    assert!(eventually(Duration::from_secs(5), gone), "nothing is left of what has ended");
+    assert!(eventually(Duration::from_secs(5), gone), "no flow remains");
 }
 
 #[test]
-fn the_server_sees_the_host_and_not_the_container() {
+fn the_server_sees_the_address_of_the_host() {
     let net = Net::new();
     for family in [0, 1] {
         let peer = PeerServer::tcp(&net.server, server(family, 80));
@@ -122,10 +125,10 @@ fn the_server_sees_the_host_and_not_the_container() {
 }
 
 #[test]
-fn a_closed_port_refuses_at_once() {
+fn a_closed_port_refuses_immediately() {
     let net = Net::new();
     for family in [0, 1] {
-        // On a busy machine a SYN may be lost, and is sent again after a second.
+        // On a busy machine a SYN may be lost, and is retransmitted after a second.
         let refused_at_once = (0..3).any(|_| {
             let begun = Instant::now();
             let error = net.container.run(|| TcpStream::connect(server(family, 9)).unwrap_err());
@@ -137,7 +140,7 @@ fn a_closed_port_refuses_at_once() {
 }
 
 #[test]
-fn what_cannot_be_reached_is_told_as_such() {
+fn unreachable_destinations_are_reported() {
     let net = Net::new();
     for (address, kind) in [
         ("198.51.100.1", ErrorKind::NetworkUnreachable),
@@ -151,7 +154,7 @@ fn what_cannot_be_reached_is_told_as_such() {
 }
 
 #[test]
-fn a_reset_of_either_end_reaches_the_other() {
+fn resets_are_forwarded_both_ways() {
     let net = Net::new();
     let listener = net.server.run(|| TcpListener::bind(server(0, 80)).unwrap());
     let reset = |stream: TcpStream| {
@@ -170,7 +173,7 @@ fn a_reset_of_either_end_reaches_the_other() {
 }
 
 #[test]
-fn a_server_that_does_not_read_stops_its_client_and_nobody_else() {
+fn a_stalled_server_blocks_only_its_own_client() {
     let net = Net::new();
     let stalled = StalledServer::tcp(&net.server, server(0, 80));
     let pushed = net.container.run(|| {
@@ -182,21 +185,21 @@ fn a_server_that_does_not_read_stops_its_client_and_nobody_else() {
         }
         pushed
     });
-    assert!(pushed < 64 << 20, "{pushed} bytes went somewhere");
-    carries(&net, 1 << 20);
+    assert!(pushed < 64 << 20, "{pushed} bytes were accepted");
+    transfer_both_ways(&net, 1 << 20);
 }
 
 #[test]
-fn many_connections_at_once_all_get_their_answer() {
+fn concurrent_connections_are_all_served() {
     let net = Net::new();
     let echo = EchoServer::tcp(&net.server, server(0, 7));
-    common::ask_all_at_once(&net.container, echo.addr());
+    common::echo_concurrently(&net.container, echo.addr());
     assert_eq!(echo.served(), 800);
 }
 
 #[test]
-fn a_server_is_dialled_more_often_in_a_minute_than_there_are_source_ports() {
-    // Each connection that the container ends first leaves one in TIME_WAIT for a minute.
+fn connections_per_minute_may_exceed_the_source_port_range() {
+    // Each connection that the container closes first leaves one in TIME_WAIT for a minute.
     let net = Net::with(&Options { ports: Some("40000 40499"), ..Options::default() }, |_| {});
     let echo = EchoServer::tcp(&net.server, server(0, 7));
     net.container.run(|| {
@@ -207,11 +210,11 @@ fn a_server_is_dialled_more_often_in_a_minute_than_there_are_source_ports() {
         }
     });
     let dropped = net.nat.stats().dropped(DropReason::Descriptors);
-    assert_eq!(dropped, 0, "none was refused, to be asked for again");
+    assert_eq!(dropped, 0, "no connection was dropped");
 }
 
 #[test]
-fn dropped_it_leaves_no_device_and_resets_what_it_carried() {
+fn stopping_removes_the_device_and_resets_connections() {
     let net = Net::new();
     let listener = net.server.run(|| TcpListener::bind(server(0, 80)).unwrap());
     let mut client = net.container.run(|| TcpStream::connect(server(0, 80)).unwrap());

@@ -1,10 +1,10 @@
-//! The wire layer against etherparse, which knows nothing of us; and against any bytes at all.
+//! Compares the wire layer with etherparse, and tests it with arbitrary bytes.
 
 use etherparse::{PacketHeaders, TransportHeader};
 use proptest::prelude::*;
 use std::net::{IpAddr, SocketAddr};
 use tidegate_nat::wire::head::{self, TcpHead};
-use tidegate_nat::wire::icmp::{Message, Problem};
+use tidegate_nat::wire::icmp::{IcmpError, Message};
 use tidegate_nat::wire::ip::Packet;
 use tidegate_nat::wire::tcp::{self, Segment};
 use tidegate_nat::wire::udp::Datagram;
@@ -25,7 +25,7 @@ fn frame(head: &head::Head, payload: &[u8]) -> Vec<u8> {
     [head.bytes(), payload].concat()
 }
 
-/// Completes the checksum as the kernel does with `NEEDS_CSUM`, and hands out the packet.
+/// Completes the checksum as the kernel does with `NEEDS_CSUM`, and returns the packet.
 fn completed(frame: &[u8]) -> Vec<u8> {
     let (header, packet) = frame.split_at(virtio::LENGTH);
     let mut packet = packet.to_vec();
@@ -39,7 +39,8 @@ fn completed(frame: &[u8]) -> Vec<u8> {
         while sum >> 16 != 0 {
             sum = (sum & 0xffff) + (sum >> 16);
         }
-        // A sum of zero is all ones (`CSUM_MANGLED_0`): in UDP, zero says that there is none.
+        // A checksum of zero becomes all ones (`CSUM_MANGLED_0`), because zero means "no checksum"
+        // in UDP.
         let checksum = Some(!(sum as u16)).filter(|sum| *sum != 0).unwrap_or(0xffff);
         packet[start + offset..start + offset + 2].copy_from_slice(&checksum.to_be_bytes());
     }
@@ -60,7 +61,7 @@ fn addresses(headers: &PacketHeaders<'_>) -> (IpAddr, IpAddr) {
 
 proptest! {
     #[test]
-    fn a_segment_is_what_it_was_meant_to_be(
+    fn a_built_segment_parses_back(
         (source, destination) in ends(),
         sequence: u32,
         acknowledgement: u32,
@@ -101,11 +102,11 @@ proptest! {
         prop_assert_eq!(ours.options, tcp::Options { mss, scale, timestamps });
         prop_assert_eq!(ours.payload, &payload[..]);
         let whole = Packet::parse(&packet).unwrap();
-        prop_assert!(Segment::parse(&whole, true).is_ok(), "its checksum is right");
+        prop_assert!(Segment::parse(&whole, true).is_ok(), "valid checksum");
     }
 
     #[test]
-    fn a_datagram_is_what_it_was_meant_to_be(
+    fn a_built_datagram_parses_back(
         (source, destination) in ends(),
         payload in prop::collection::vec(any::<u8>(), 0..3000),
     ) {
@@ -117,16 +118,16 @@ proptest! {
         let ours = Packet::parse(&packet).unwrap();
         let datagram = Datagram::parse(&ours, false, true).unwrap();
         prop_assert_eq!((datagram.source, datagram.payload), (source.port(), &payload[..]));
-        let whole = head::whole_udp_header(source, destination, &payload);
+        let whole = head::checksummed_udp_header(source, destination, &payload);
         prop_assert_eq!(&whole[..6], &packet[packet.len() - payload.len() - 8..][..6]);
     }
 
     #[test]
-    fn fragments_put_together_are_the_datagram(
+    fn fragments_reassemble_to_the_datagram(
         (source, destination) in ends(),
         payload in prop::collection::vec(any::<u8>(), 0..5000),
     ) {
-        let whole = [&head::whole_udp_header(source, destination, &payload)[..], &payload].concat();
+        let whole = [&head::checksummed_udp_header(source, destination, &payload)[..], &payload].concat();
         let mut again = Vec::new();
         for at in (0..whole.len()).step_by(1200) {
             let piece = at..(at + 1200).min(whole.len());
@@ -143,35 +144,35 @@ proptest! {
             again.extend_from_slice(packet.payload);
         }
         prop_assert_eq!(&again, &whole);
-        let header = head::whole(source.ip(), destination.ip(), protocol::UDP, whole.len());
+        let header = head::ip_header(source.ip(), destination.ip(), protocol::UDP, whole.len());
         let frame = frame(&header, &whole);
         let packet = Packet::parse(&frame[virtio::LENGTH..]).unwrap();
-        prop_assert!(Datagram::parse(&packet, false, true).is_ok(), "its checksum is right");
+        prop_assert!(Datagram::parse(&packet, false, true).is_ok(), "valid checksum");
     }
 
     #[test]
-    fn an_error_quotes_what_it_is_about(
+    fn an_icmp_error_quotes_its_packet(
         (source, destination) in ends(),
         payload in prop::collection::vec(any::<u8>(), 0..3000),
         which in 0usize..6,
     ) {
-        let problem = [
-            Problem::NetworkUnreachable,
-            Problem::HostUnreachable,
-            Problem::PortUnreachable,
-            Problem::TooBig(1400),
-            Problem::Prohibited,
-            Problem::HopLimit,
+        let icmp_error = [
+            IcmpError::NetworkUnreachable,
+            IcmpError::HostUnreachable,
+            IcmpError::PortUnreachable,
+            IcmpError::TooBig(1400),
+            IcmpError::Prohibited,
+            IcmpError::HopLimit,
         ][which];
         let quoted = completed(&frame(&head::datagrams(source, destination, payload.len(), 3000, 7), &payload));
-        let (head, message) = head::problem(destination.ip(), source.ip(), problem, &[&quoted]);
+        let (head, message) = head::icmp_error(destination.ip(), source.ip(), icmp_error, &[&quoted]);
         let frame = frame(&head, &message);
         let most = if source.is_ipv4() { 576 } else { 1280 };
         prop_assert!(frame.len() - virtio::LENGTH <= most);
         let packet = Packet::parse(&frame[virtio::LENGTH..]).unwrap();
         let told = Message::parse(&packet).unwrap();
-        let Message::Error { problem: told, source: by, destination: to, protocol } = told else { panic!("{told:?}") };
-        prop_assert_eq!((told, by, to, protocol), (problem, source, destination, protocol::UDP));
+        let Message::Error { icmp_error: told, source: by, destination: to, protocol } = told else { panic!("{told:?}") };
+        prop_assert_eq!((told, by, to, protocol), (icmp_error, source, destination, protocol::UDP));
         let seen = PacketHeaders::from_ip_slice(&frame[virtio::LENGTH..]).unwrap();
         match &seen.transport {
             Some(TransportHeader::Icmpv4(icmp)) => {
@@ -189,7 +190,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_a_view_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..200), version in 0u8..4) {
+    fn parsing_arbitrary_bytes_does_not_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..200), version in 0u8..4) {
         if let Some(first) = bytes.first_mut() {
             *first = match version { 0 => *first, 1 => 0x45, 2 => 0x4f, _ => 0x60 };
         }
@@ -205,7 +206,7 @@ proptest! {
     }
 
     #[test]
-    fn a_true_packet_cut_or_changed_is_refused_or_sound(
+    fn a_truncated_or_modified_packet_is_rejected_or_consistent(
         (source, destination) in ends(),
         payload in prop::collection::vec(any::<u8>(), 0..100),
         cut in 0usize..200,
@@ -263,7 +264,7 @@ fn contradictions_are_refused() {
 }
 
 #[test]
-fn ipv6_extensions_are_followed_to_their_end_and_no_further() {
+fn ipv6_extension_headers_are_limited() {
     let (source, destination) = (SocketAddr::from(([1; 16], 5)), SocketAddr::from(([2; 16], 6)));
     let frame = frame(&head::datagrams(source, destination, 3, 3, 0), b"abc");
     let plain = &frame[virtio::LENGTH..];

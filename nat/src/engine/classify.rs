@@ -1,10 +1,9 @@
-//! Which queue a packet belongs into, what it costs, and whether it is refused before anything is
-//! made for it.
+//! Classification of packets: queue, cost, and admission before any resource is allocated.
 //!
-//! A flood consists of packets that begin flows. To refuse one after its turn has come would still
-//! take its place in the queue from others, and to begin the flow costs a socket: so packets that
-//! begin flows beyond the budgets ([`FlowTable`](crate::flow_table::FlowTable)) are dropped as they
-//! are read off the device, ahead of the queue.
+//! A flood consists of packets that create flows. Dropping them after queueing would still take
+//! queue space from others, and creating each flow costs a socket. So packets that create flows
+//! above the budgets ([`FlowTable`](crate::flow_table::FlowTable)) are dropped when they are read
+//! from the device, before the queue.
 
 use super::Engine;
 use crate::flow_table::{Admission, FlowKey, Origin};
@@ -18,33 +17,32 @@ use crate::wire::{protocol, read_u16};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
-/// The cost of any packet, beside its bytes.
+/// Cost of any packet in addition to its bytes.
 const PACKET_COST: u32 = 2048;
 
-/// The cost of a packet that begins a flow: as measured, about that of a write of 64 KiB.
+/// Cost of a packet that creates a flow: as measured, about that of a write of 64 KiB.
 const FLOW_COST: u32 = 65_536;
 
-/// The quantum of the queue: enough to begin a flow, or to send the largest packet, in one turn.
+/// Quantum of the queue: sufficient to create a flow, or to send the largest packet, in one turn.
 pub const QUANTUM: u32 = FLOW_COST;
 
-/// SYNs that are refused for each one that is reported
-/// ([`FloodListener`](crate::settings::FloodListener)).
+/// Dropped SYNs per flood report ([`FloodListener`](crate::settings::FloodListener)).
 const REFUSED_PER_REPORT: u32 = 64;
 
-/// Where a packet waits.
+/// Queue and cost of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Class {
-    /// The network of its source.
+    /// Network of the source.
     pub network: u16,
-    /// Its source.
+    /// Source address.
     pub endpoint: IpAddr,
-    /// What serving it costs, in bytes copied.
+    /// Cost of processing, in equivalent bytes copied.
     pub cost: u32,
-    /// Of the flow that it begins.
+    /// Admission of the flow that the packet creates.
     pub admission: Option<Admission>,
 }
 
-/// A frame of the device.
+/// A parsed frame of the device.
 #[derive(Clone, Copy, Debug)]
 pub struct Parsed<'a> {
     pub(super) header: VirtioHeader,
@@ -52,7 +50,7 @@ pub struct Parsed<'a> {
 }
 
 impl<'a> Parsed<'a> {
-    /// `None` if it is malformed.
+    /// Parses a frame; `None` if it is malformed.
     pub(super) fn of(frame: &'a [u8]) -> Option<Self> {
         let (header, bytes) = VirtioHeader::parse(frame)?;
         Some(Self { header, packet: Packet::parse(bytes).ok()? })
@@ -60,18 +58,18 @@ impl<'a> Parsed<'a> {
 }
 
 impl<H: Host> Engine<H> {
-    /// Classifies a frame of the device, virtio's header first. `None` if it is dropped, which is
-    /// counted.
+    /// Classifies a frame of the device, including the virtio header. A drop is counted and returns
+    /// `None`.
     pub fn classify<'a>(&mut self, frame: &'a [u8], now: Instant) -> Option<(Class, Parsed<'a>)> {
         self.stats.packets[0].add(1);
         let Some(parsed) = Parsed::of(frame) else {
-            self.stats.refuse(DropReason::Malformed);
+            self.stats.count_drop(DropReason::Malformed);
             return None;
         };
         let packet = &parsed.packet;
         let policy = &self.settings.policy;
-        if !policy.knows(packet.source) {
-            self.stats.refuse(DropReason::ForeignSource);
+        if !policy.accepts_source(packet.source) {
+            self.stats.count_drop(DropReason::ForeignSource);
             return None;
         }
         let (endpoint, network) = (packet.source, policy.network_of(packet.source));
@@ -85,7 +83,7 @@ impl<H: Host> Engine<H> {
                     if packet.protocol == protocol::TCP {
                         self.report_flood(endpoint);
                     }
-                    self.at_a_limit(super::drop_reason(refused), Some(endpoint), now);
+                    self.count_limit_drop(super::drop_reason(refused), Some(endpoint), now);
                     return None;
                 }
             }
@@ -94,7 +92,7 @@ impl<H: Host> Engine<H> {
         Some((Class { network, endpoint, cost, admission }, parsed))
     }
 
-    /// Counts a SYN that is refused. The more an endpoint sends, the surer it is reported.
+    /// Counts a dropped SYN. The more SYNs an endpoint sends, the more likely it is reported.
     fn report_flood(&mut self, endpoint: IpAddr) {
         self.refused_syns = self.refused_syns.wrapping_add(1);
         if self.refused_syns.is_multiple_of(REFUSED_PER_REPORT)
@@ -104,7 +102,7 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Whether a flow would be made for `packet`.
+    /// Whether `packet` would create a flow.
     fn begins_flow(&self, packet: &Packet<'_>) -> bool {
         let Some(ports) = packet.payload.get(..4) else { return false };
         let (source, destination) = (read_u16(ports, 0), read_u16(ports, 2));

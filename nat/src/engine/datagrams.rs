@@ -1,34 +1,35 @@
-//! Sessions of datagrams: UDP, and echoes, which are much the same.
+//! Datagram sessions: UDP, and ICMP echoes, which work the same way.
 //!
 //! # Theory of operation
-//! A session has a connected socket of its own: the kernel delivers to it what its far end sends,
-//! and nobody else's. It is *tentative* until the far end has answered and *assured* from then on
-//! ([`Class`]); silent for its time, or in the way when the table is full, it ends. UDP promises no
-//! delivery: what does not fit into a buffer is dropped and counted.
+//! A session has its own connected socket, on which the kernel delivers only datagrams of its peer.
+//! It is *tentative* until the peer has replied, and then *assured* ([`Class`]). It ends after its
+//! idle timeout, or when it is evicted. UDP does not guarantee delivery: a datagram that does not
+//! fit a buffer is dropped and counted.
 //!
-//! A session of a published port ([`Via::Port`]) has no socket: a client has begun it, and the
-//! guest's answers leave by the port's. It is the guest whose answer makes it assured.
+//! A session of a published port ([`SessionSocket::Port`]) has no socket of its own. The client
+//! creates it, and replies of the guest are sent from the socket of the port. Such a session
+//! becomes assured when the guest replies.
 //!
-//! With [`Mapping::EndpointIndependent`] the far ends of one container's socket share a session,
-//! whose socket is not connected, and the session remembers whom the container has sent to: they
-//! alone are let in.
+//! With [`Mapping::EndpointIndependent`], one unconnected socket of a container serves all its
+//! peers. The session records the addresses that the container has sent to, and accepts datagrams
+//! only from them.
 //!
-//! Datagrams leave in GSO batches ([`GsoBatch`](crate::gso_batch::GsoBatch)), and arrive in them if
-//! the kernel has merged them (`UDP_GRO`); those of a batch that are alike are merged into one
-//! write, which the guest's kernel takes apart again where the program reads them. One that is
-//! larger than the device's packets is written in fragments.
+//! Datagrams are sent in GSO batches ([`GsoBatch`](crate::gso_batch::GsoBatch)), and received in
+//! batches if the kernel has merged them (`UDP_GRO`). Consecutive datagrams of equal size are
+//! written to the guest as one packet, which the guest kernel segments when the program reads it. A
+//! datagram larger than the MTU of the device is fragmented.
 
 use super::inbound::Published;
-use super::tcp::{is_exhaustion, problem};
+use super::tcp::{icmp_error_of, is_exhaustion};
 use super::{Engine, Flow};
 use crate::flow_table::{Class, FlowKey};
 use crate::gso_batch::BatchKey;
 use crate::host::{Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome};
 use crate::metrics::{DropReason, FlowKind, ForwardStats, Stats};
-use crate::policy::{DNS, Way};
+use crate::policy::{DNS, Verdict};
 use crate::settings::{Mapping, Timeouts};
 use crate::wire::head::{self, MAX_PACKET};
-use crate::wire::icmp::Problem;
+use crate::wire::icmp::IcmpError;
 use crate::wire::ip::Packet;
 use crate::wire::udp::{self, Datagram};
 use crate::wire::virtio::{Segmentation, VirtioHeader};
@@ -42,61 +43,60 @@ use std::time::{Duration, Instant};
 use tidegate_reactor::Key;
 use tidegate_reactor::batch::{MAX_BATCH_BYTES, MAX_SEGMENTS, next_group};
 
-/// Batches received of one session before others have their turn.
+/// Maximum number of batches received per session and turn.
 const BATCHES_PER_TURN: usize = 4;
 
-/// Entries of an error queue told to the guest at a time.
-const PROBLEMS_PER_TURN: usize = 16;
+/// Maximum number of error-queue entries forwarded to the guest per turn.
+const ERRORS_PER_TURN: usize = 16;
 
-/// Far ends that a shared socket lets in; one more, and the one that was sent to first is a
-/// stranger again.
+/// Maximum number of peers of a shared socket. A new one replaces the first.
 const PEERS: usize = 64;
 
-/// Hop limits below this are meant (traceroute); above it they are some system's default.
-const HOPS_THAT_MATTER: u8 = 33;
+/// Lower hop limits are intentional (traceroute); higher ones are defaults of operating systems.
+const LOW_HOP_LIMIT: u8 = 33;
 
-/// By what a session reaches its far end.
+/// Socket over which a session reaches its peer.
 #[derive(Debug)]
-pub(super) enum Via<D> {
-    /// A socket of its own.
+pub(super) enum SessionSocket<D> {
+    /// A socket of the session.
     Own(D),
-    /// A published port's.
+    /// The socket of a published port.
     Port {
-        /// Which port's.
+        /// The published port.
         port: Key,
-        /// The far end.
+        /// The client.
         client: SocketAddr,
-        /// The address of ours that it asks at.
+        /// The local address that the client sends to.
         local: Option<IpAddr>,
-        /// The port's figures.
+        /// The counters of the port.
         stats: Arc<ForwardStats>,
     },
 }
 
-/// A session, and how it reaches its far end.
+/// A session of datagrams.
 #[derive(Debug)]
 pub(super) struct Session<D> {
-    pub(super) via: Via<D>,
+    pub(super) via: SessionSocket<D>,
     kind: DatagramKind,
-    /// The far end is not where the guest believes.
+    /// The destination differs from the one that the guest used.
     mapped: bool,
-    /// Of a shared socket, whom the guest has sent to, the latest last.
+    /// Peers of a shared socket to which the guest has sent, the most recent last.
     peers: VecDeque<IpAddr>,
     dns: bool,
     readable: bool,
-    troubled: bool,
+    has_error: bool,
     pub(super) queued: bool,
     pub(super) timer: Option<Instant>,
     pub(super) key: Option<Key>,
 }
 
 impl<D> Session<D> {
-    /// One of a published port's client.
-    pub(super) fn of_a_client(via: Via<D>) -> Self {
+    /// Creates a session for a client of a published port.
+    pub(super) fn for_client(via: SessionSocket<D>) -> Self {
         Self::new(via, DatagramKind::Udp)
     }
 
-    fn new(via: Via<D>, kind: DatagramKind) -> Self {
+    fn new(via: SessionSocket<D>, kind: DatagramKind) -> Self {
         Self {
             via,
             kind,
@@ -104,16 +104,16 @@ impl<D> Session<D> {
             peers: VecDeque::new(),
             dns: false,
             readable: false,
-            troubled: false,
+            has_error: false,
             queued: false,
             timer: None,
             key: None,
         }
     }
 
-    /// Whether it is one of published port `key`.
-    pub(super) fn is_of_port(&self, key: Key) -> bool {
-        matches!(self.via, Via::Port { port, .. } if port == key)
+    /// Whether the session belongs to published port `key`.
+    pub(super) fn belongs_to_port(&self, key: Key) -> bool {
+        matches!(self.via, SessionSocket::Port { port, .. } if port == key)
     }
 
     pub(super) fn kind(&self) -> FlowKind {
@@ -127,8 +127,8 @@ impl<D> Session<D> {
         self.kind == DatagramKind::SharedUdp
     }
 
-    /// Lets in what comes from `peer`.
-    fn let_in(&mut self, peer: IpAddr) {
+    /// Accepts datagrams from `peer` from now on.
+    fn add_peer(&mut self, peer: IpAddr) {
         if self.peers.len() >= PEERS {
             self.peers.pop_front();
         }
@@ -137,10 +137,10 @@ impl<D> Session<D> {
 
     pub(super) fn note(&mut self, ready: Ready) {
         self.readable |= ready.readable || ready.error;
-        self.troubled |= ready.error;
+        self.has_error |= ready.error;
     }
 
-    fn patience(&self, class: Class, timeouts: &Timeouts) -> Duration {
+    fn idle_timeout(&self, class: Class, timeouts: &Timeouts) -> Duration {
         match (self.kind, class) {
             (DatagramKind::Echo, _) => timeouts.echo,
             _ if self.dns => timeouts.dns,
@@ -155,14 +155,14 @@ impl<H: Host> Engine<H> {
         let segment = usize::from(header.segment);
         let batch = header.segmentation == Segmentation::Udp && segment > 0;
         let Ok(datagram) = Datagram::parse(packet, batch, header.verify) else {
-            return self.stats.refuse(DropReason::Malformed);
+            return self.stats.count_drop(DropReason::Malformed);
         };
         let key = FlowKey {
             inside: SocketAddr::new(packet.source, datagram.source),
             outside: SocketAddr::new(packet.destination, datagram.destination),
             protocol: protocol::UDP,
         };
-        // What a gateway stands for is none of the far ends that find one another by STUN.
+        // Services behind a gateway address do not take part in STUN.
         let shared = self.settings.mapping == Mapping::EndpointIndependent
             && !self.settings.policy.is_own(packet.destination)
             && self.flows.find(&key).is_none();
@@ -170,7 +170,7 @@ impl<H: Host> Engine<H> {
         let Some(flow) = self.session(packet, key, kind, now) else { return };
         let answers = matches!(
             self.flows.get(flow),
-            Some(Flow::Datagrams(Session { via: Via::Port { .. }, .. }))
+            Some(Flow::Datagrams(Session { via: SessionSocket::Port { .. }, .. }))
         );
         self.flows.touch(flow, answers, now);
         let batch_key = BatchKey { to: shared.then_some(key.outside), ..batch_key(flow, packet) };
@@ -208,8 +208,8 @@ impl<H: Host> Engine<H> {
         self.send(batch_key(flow, packet), message, message.len(), now);
     }
 
-    /// The session of `packet`, made if there is none yet; `None` if there may be none, which the
-    /// guest has been told.
+    /// Returns the session of `packet`, and creates it if necessary. If that is refused, the guest
+    /// is notified and `None` is returned.
     fn session(
         &mut self,
         packet: &Packet<'_>,
@@ -219,50 +219,53 @@ impl<H: Host> Engine<H> {
     ) -> Option<Key> {
         let to_us = self.settings.policy.is_own(packet.destination);
         if packet.hop_limit <= 1 && !to_us {
-            self.stats.refuse(DropReason::HopLimit);
-            self.tell(Problem::HopLimit, None, packet, now);
+            self.stats.count_drop(DropReason::HopLimit);
+            self.send_icmp_error(IcmpError::HopLimit, None, packet, now);
             return None;
         }
         let outside = key.outside;
         let key = if kind == DatagramKind::SharedUdp { shared_key(key) } else { key };
         if let Some(flow) = self.flows.find(&key) {
-            return self.may_go_on(flow, packet, outside, now).then_some(flow);
+            return self.check_peer(flow, packet, outside, now).then_some(flow);
         }
-        let to = self.way(packet, outside, now)?;
+        let to = self.resolve_destination(packet, outside, now)?;
         let admission = self.admit(key.inside.ip(), Class::Tentative, now)?;
         let mut socket = self.host.open(kind, to);
-        if socket.as_ref().is_err_and(is_exhaustion) && self.give_up_a_flow(now) {
+        if socket.as_ref().is_err_and(is_exhaustion) && self.evict_for_descriptor(now) {
             socket = self.host.open(kind, to);
         }
         let socket = match socket {
             Ok(socket) => socket,
             Err(error) => {
-                self.not_opened(packet, kind, &error, now);
+                self.socket_failed(packet, kind, &error, now);
                 return None;
             }
         };
         let dns = kind == DatagramKind::Udp && outside.port() == DNS;
-        let mut session =
-            Session { mapped: to != outside, dns, ..Session::new(Via::Own(socket), kind) };
+        let mut session = Session {
+            mapped: to != outside,
+            dns,
+            ..Session::new(SessionSocket::Own(socket), kind)
+        };
         if session.is_shared() {
-            session.let_in(outside.ip());
+            session.add_peer(outside.ip());
         }
         let flow_kind = session.kind();
         let session = Flow::Datagrams(session);
         let flow = self.flows.insert(key, admission, Class::Tentative, session, now)?;
-        self.begun(flow_kind, now);
+        self.count_new_flow(flow_kind, now);
         let watched = match self.flows.get_mut(flow) {
             Some((_, Flow::Datagrams(session))) => {
                 session.key = Some(flow);
                 match &session.via {
-                    Via::Own(socket) => self.host.watch_datagrams(socket, flow),
-                    Via::Port { .. } => Ok(()),
+                    SessionSocket::Own(socket) => self.host.watch_datagrams(socket, flow),
+                    SessionSocket::Port { .. } => Ok(()),
                 }
             }
             _ => return None,
         };
         if watched.is_err() {
-            self.at_a_limit(DropReason::Descriptors, Some(packet.source), now);
+            self.count_limit_drop(DropReason::Descriptors, Some(packet.source), now);
             self.end(flow, false);
             return None;
         }
@@ -270,28 +273,30 @@ impl<H: Host> Engine<H> {
         Some(flow)
     }
 
-    /// Where `packet` goes; `None` if it may not, which the guest is told.
-    fn way(
+    /// The destination of `packet`. If the policy rejects it, the guest is notified and `None` is
+    /// returned.
+    fn resolve_destination(
         &mut self,
         packet: &Packet<'_>,
         outside: SocketAddr,
         now: Instant,
     ) -> Option<SocketAddr> {
         let host = &self.host;
-        let (problem, teller) = match self.settings.policy.way(outside, |ip| host.is_local(ip)) {
-            Way::To(to) => return Some(to),
-            Way::Resolver => return Some(self.resolver(outside)),
-            Way::Gateway => (Problem::PortUnreachable, Some(packet.destination)),
-            Way::Refused => (Problem::Prohibited, None),
-        };
-        self.stats.refuse(DropReason::Policy);
-        self.tell(problem, teller, packet, now);
+        let (icmp_error, reporter) =
+            match self.settings.policy.verdict(outside, |ip| host.is_local(ip)) {
+                Verdict::Forward(to) => return Some(to),
+                Verdict::Resolver => return Some(self.resolver(outside)),
+                Verdict::Gateway => (IcmpError::PortUnreachable, Some(packet.destination)),
+                Verdict::Reject => (IcmpError::Prohibited, None),
+            };
+        self.stats.count_drop(DropReason::Policy);
+        self.send_icmp_error(icmp_error, reporter, packet, now);
         None
     }
 
-    /// Whether session `flow` may be used for `packet`: a shared one is judged anew for each far
-    /// end.
-    fn may_go_on(
+    /// Whether session `flow` may be used for `packet`. A shared session checks the policy for each
+    /// new peer.
+    fn check_peer(
         &mut self,
         flow: Key,
         packet: &Packet<'_>,
@@ -304,35 +309,40 @@ impl<H: Host> Engine<H> {
             _ => return false,
         };
         if !known {
-            if self.way(packet, outside, now).is_none() {
+            if self.resolve_destination(packet, outside, now).is_none() {
                 return false;
             }
             if let Some((_, Flow::Datagrams(session))) = self.flows.get_mut(flow) {
-                session.let_in(peer);
+                session.add_peer(peer);
             }
         }
         true
     }
 
-    fn not_opened(
+    fn socket_failed(
         &mut self,
         packet: &Packet<'_>,
         kind: DatagramKind,
         error: &io::Error,
         now: Instant,
     ) {
-        tracing::debug!(%error, "no socket for a session");
+        tracing::debug!(%error, "session socket failed");
         if is_exhaustion(error) {
-            return self.at_a_limit(DropReason::Descriptors, Some(packet.source), now);
+            return self.count_limit_drop(DropReason::Descriptors, Some(packet.source), now);
         }
         if kind == DatagramKind::Echo && error.kind() == io::ErrorKind::PermissionDenied {
-            return self.at_a_limit(DropReason::PingRefused, Some(packet.source), now);
+            return self.count_limit_drop(DropReason::PingRefused, Some(packet.source), now);
         }
-        self.stats.refuse(DropReason::Unreachable);
-        self.tell(problem(error).unwrap_or(Problem::HostUnreachable), None, packet, now);
+        self.stats.count_drop(DropReason::Unreachable);
+        self.send_icmp_error(
+            icmp_error_of(error).unwrap_or(IcmpError::HostUnreachable),
+            None,
+            packet,
+            now,
+        );
     }
 
-    /// Sends what has been gathered.
+    /// Sends the pending GSO batch.
     pub(super) fn send_gso_batch(&mut self, now: Instant) {
         let batch = std::mem::take(&mut self.gso_batch);
         if let Some((batch_key, bytes, segment)) = batch.get() {
@@ -349,8 +359,10 @@ impl<H: Host> Engine<H> {
         let BatchKey { to, dont_fragment, hop_limit, .. } = batch_key;
         let key = FlowKey { outside: to.unwrap_or(key.outside), ..key };
         let (socket, destination, port) = match &mut session.via {
-            Via::Own(socket) => (socket, to.map(|to| Destination { to, from: None }), None),
-            Via::Port { port, client, local, stats } => {
+            SessionSocket::Own(socket) => {
+                (socket, to.map(|to| Destination { to, from: None }), None)
+            }
+            SessionSocket::Port { port, client, local, stats } => {
                 let Some(Port::Udp(socket)) = self.ports.get_mut(*port).map(Published::port_mut)
                 else {
                     return;
@@ -374,58 +386,65 @@ impl<H: Host> Engine<H> {
                 }
             }
             SendOutcome::NoRoom => {
-                self.stats.refuse(DropReason::NoRoom);
+                self.stats.count_drop(DropReason::NoRoom);
                 if let Some(stats) = port {
-                    stats.refuse(DropReason::NoRoom, count);
+                    stats.count_drop(DropReason::NoRoom, count);
                 }
             }
             SendOutcome::TooBig(mtu) => {
                 if let Some(stats) = port {
-                    stats.refuse(DropReason::TooBig, count);
+                    stats.count_drop(DropReason::TooBig, count);
                 }
-                self.stats.refuse(DropReason::TooBig);
-                self.tell_session(
+                self.stats.count_drop(DropReason::TooBig);
+                self.send_session_error(
                     key,
-                    Problem::TooBig(mtu),
+                    IcmpError::TooBig(mtu),
                     None,
                     &bytes[..segment.min(bytes.len())],
                     now,
                 );
             }
-            SendOutcome::Unreachable(problem) => {
-                self.stats.refuse(DropReason::Unreachable);
-                self.tell_session(key, problem, None, &bytes[..segment.min(bytes.len())], now);
+            SendOutcome::Unreachable(icmp_error) => {
+                self.stats.count_drop(DropReason::Unreachable);
+                self.send_session_error(
+                    key,
+                    icmp_error,
+                    None,
+                    &bytes[..segment.min(bytes.len())],
+                    now,
+                );
             }
         }
     }
 
-    /// Tells the guest about a datagram of its own; of an echo, `payload` is the whole message.
-    pub(super) fn tell_session(
+    /// Sends the guest an ICMP error about one of its datagrams. For an echo, `payload` is the
+    /// whole message.
+    pub(super) fn send_session_error(
         &mut self,
         key: FlowKey,
-        problem: Problem,
-        teller: Option<IpAddr>,
+        icmp_error: IcmpError,
+        reporter: Option<IpAddr>,
         payload: &[u8],
         now: Instant,
     ) {
         if key.protocol == protocol::UDP {
             let length = udp::HEADER + payload.len();
-            let header = head::recalled_ports(key.inside, key.outside, (length as u32) << 16);
-            self.tell_about(problem, teller, key, &header, payload, now);
+            let header = head::quoted_ports(key.inside, key.outside, (length as u32) << 16);
+            self.send_rebuilt_icmp_error(icmp_error, reporter, key, &header, payload, now);
         } else {
-            // The kernel has put its own identifier in.
+            // The kernel has replaced the identifier with its own.
             let mut message = payload.to_vec();
             if let Some(identifier) = message.get_mut(4..6) {
                 identifier.copy_from_slice(&key.inside.port().to_be_bytes());
             }
             head::complete_icmp(key.inside.ip(), key.outside.ip(), &mut message);
-            self.tell_about(problem, teller, key, &[], &message, now);
+            self.send_rebuilt_icmp_error(icmp_error, reporter, key, &[], &message, now);
         }
     }
 
-    /// Receives what waits at session `key`.
+    /// Receives from session `key`.
     pub(super) fn session_turn(&mut self, key: Key, now: Instant) {
-        self.tell_problems(key, now);
+        self.forward_socket_errors(key, now);
         for _ in 0..BATCHES_PER_TURN {
             let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(key) else {
                 return;
@@ -434,7 +453,7 @@ impl<H: Host> Engine<H> {
                 return;
             }
             let kind = session.kind;
-            let Via::Own(socket) = &mut session.via else { return };
+            let SessionSocket::Own(socket) = &mut session.via else { return };
             match self.host.receive(socket, &mut self.batch) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -442,8 +461,8 @@ impl<H: Host> Engine<H> {
                     return;
                 }
                 Err(_) => {
-                    session.troubled = true;
-                    self.tell_problems(key, now);
+                    session.has_error = true;
+                    self.forward_socket_errors(key, now);
                     continue;
                 }
             }
@@ -458,8 +477,8 @@ impl<H: Host> Engine<H> {
         self.enqueue(key);
     }
 
-    /// Writes to the guest what came to a shared socket from those it has sent to, neighbours of
-    /// one source together.
+    /// Writes datagrams of a shared socket to the guest, if their source is a known peer.
+    /// Consecutive datagrams of one source are written together.
     fn deliver_shared(&mut self, key: Key, five_tuple: FlowKey) {
         let mut start = 0;
         while start < self.batch.len() {
@@ -473,7 +492,7 @@ impl<H: Host> Engine<H> {
             let Some(Flow::Datagrams(session)) = self.flows.get(key) else { return };
             match source.filter(|source| session.peers.contains(&source.ip())) {
                 Some(outside) => self.deliver(FlowKey { outside, ..five_tuple }, messages),
-                None => messages.for_each(|_| self.stats.refuse(DropReason::Unsolicited)),
+                None => messages.for_each(|_| self.stats.count_drop(DropReason::Unsolicited)),
             }
         }
     }
@@ -495,7 +514,7 @@ impl<H: Host> Engine<H> {
             start = group.messages.end;
             self.stats.bytes[1].add(group.bytes as u64);
             if group.segment <= room && (!group.is_batch() || max_segment > 0) {
-                // Payload and one header of its own for the first.
+                // A batch shares one header, so the total fits a packet.
                 debug_assert!(group.bytes + headers <= MAX_PACKET);
                 let identification = self.next_identification() as u16;
                 let head =
@@ -511,7 +530,7 @@ impl<H: Host> Engine<H> {
             for index in group.messages {
                 let (bytes, segment) = batch.get(index);
                 let mut rest = bytes;
-                // An empty one is one, too.
+                // An empty message is one empty datagram.
                 loop {
                     let (datagram, more) = rest.split_at(segment.min(rest.len()));
                     self.deliver_one(inside, outside, datagram);
@@ -533,14 +552,14 @@ impl<H: Host> Engine<H> {
                 head::datagrams(outside, inside, payload.len(), payload.len(), identification);
             emit(&mut self.host, &self.stats, head.bytes(), &[IoSlice::new(payload)]);
         } else {
-            let header = head::whole_udp_header(outside, inside, payload);
+            let header = head::checksummed_udp_header(outside, inside, payload);
             let whole = [&header, payload].concat();
-            self.deliver_pieces(inside.ip(), outside.ip(), protocol::UDP, &whole);
+            self.deliver_fragments(inside.ip(), outside.ip(), protocol::UDP, &whole);
         }
     }
 
-    /// Writes a packet in fragments that the device takes.
-    fn deliver_pieces(&mut self, inside: IpAddr, outside: IpAddr, protocol: u8, whole: &[u8]) {
+    /// Writes a packet as fragments that fit the MTU of the device.
+    fn deliver_fragments(&mut self, inside: IpAddr, outside: IpAddr, protocol: u8, whole: &[u8]) {
         let headers = if inside.is_ipv6() { 48 } else { 20 };
         let size = usize::from(self.settings.mtu).saturating_sub(headers).max(8) & !7;
         let identification = self.next_identification();
@@ -556,7 +575,7 @@ impl<H: Host> Engine<H> {
         let batch = std::mem::take(&mut self.batch);
         for index in 0..batch.len() {
             let (message, _) = batch.get(index);
-            // A ping socket is told of nothing else than answers.
+            // A ping socket receives only echo replies.
             if message.len() >= icmp::HEADER {
                 self.stats.bytes[1].add(message.len() as u64);
                 self.echo_reply(
@@ -570,7 +589,7 @@ impl<H: Host> Engine<H> {
         self.batch = batch;
     }
 
-    /// Writes `message` to the guest as an answer, with the identifier that it had asked under.
+    /// Writes `message` to the guest as an echo reply, with the identifier of its request.
     fn echo_reply(
         &mut self,
         source: IpAddr,
@@ -588,46 +607,46 @@ impl<H: Host> Engine<H> {
         let kind = if v6 { protocol::ICMPV6 } else { protocol::ICMP };
         let headers = if v6 { 40 } else { 20 };
         if message.len() + headers <= usize::from(self.settings.mtu) {
-            let head = head::whole(source, inside, kind, message.len());
+            let head = head::ip_header(source, inside, kind, message.len());
             emit(&mut self.host, &self.stats, head.bytes(), &[IoSlice::new(&message)]);
         } else {
-            self.deliver_pieces(inside, source, kind, &message);
+            self.deliver_fragments(inside, source, kind, &message);
         }
     }
 
-    /// Tells the guest what the network told the session's socket.
-    fn tell_problems(&mut self, key: Key, now: Instant) {
-        for _ in 0..PROBLEMS_PER_TURN {
+    /// Forwards ICMP errors of the session socket to the guest.
+    fn forward_socket_errors(&mut self, key: Key, now: Instant) {
+        for _ in 0..ERRORS_PER_TURN {
             let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(key) else {
                 return;
             };
-            if !session.troubled {
+            if !session.has_error {
                 return;
             }
-            let Via::Own(socket) = &mut session.via else { return };
-            let Some(found) = self.host.next_problem(socket) else {
-                session.troubled = false;
+            let SessionSocket::Own(socket) = &mut session.via else { return };
+            let Some(found) = self.host.next_socket_error(socket) else {
+                session.has_error = false;
                 return;
             };
             let (mapped, dns, session_is_shared) =
                 (session.mapped, session.dns, session.is_shared());
             if mapped && dns {
-                self.try_next_resolver(five_tuple.outside);
+                self.select_next_resolver(five_tuple.outside);
             }
-            // Whoever is behind a mapped address is nobody the guest has heard of.
-            let teller = if mapped { Some(five_tuple.outside.ip()) } else { found.offender };
+            // The guest does not know the address behind a mapped destination.
+            let reporter = if mapped { Some(five_tuple.outside.ip()) } else { found.offender };
             let five_tuple = match found.destination {
                 Some(outside) if session_is_shared => FlowKey { outside, ..five_tuple },
                 _ => five_tuple,
             };
-            self.tell_session(five_tuple, found.problem, teller, &found.payload, now);
+            self.send_session_error(five_tuple, found.icmp_error, reporter, &found.payload, now);
         }
     }
 
     pub(super) fn session_timeout(&mut self, key: Key, now: Instant) {
         match self.session_deadline(key) {
             Some(deadline) if deadline <= now => {
-                self.note_silence(key);
+                self.note_dns_timeout(key);
                 self.end(key, false);
             }
             Some(deadline) => self.arm(key, deadline),
@@ -635,8 +654,8 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// A resolver that has never answered may be gone without a word.
-    fn note_silence(&mut self, key: Key) {
+    /// A resolver that never replied may be down.
+    fn note_dns_timeout(&mut self, key: Key) {
         let unanswered =
             self.flows.last_seen(key).is_some_and(|(_, class)| class == Class::Tentative);
         if let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(key)
@@ -644,7 +663,7 @@ impl<H: Host> Engine<H> {
             && session.dns
             && session.mapped
         {
-            self.try_next_resolver(five_tuple.outside);
+            self.select_next_resolver(five_tuple.outside);
         }
     }
 
@@ -657,11 +676,11 @@ impl<H: Host> Engine<H> {
     fn session_deadline(&self, key: Key) -> Option<Instant> {
         let (last_seen, class) = self.flows.last_seen(key)?;
         let Some(Flow::Datagrams(session)) = self.flows.get(key) else { return None };
-        Some(last_seen + session.patience(class, &self.settings.timeouts))
+        Some(last_seen + session.idle_timeout(class, &self.settings.timeouts))
     }
 }
 
-/// What finds a session that all far ends of a family share.
+/// The lookup key of a session that all peers of one family share.
 pub(super) fn shared_key(key: FlowKey) -> FlowKey {
     let nobody: IpAddr = if key.outside.is_ipv4() {
         Ipv4Addr::UNSPECIFIED.into()
@@ -672,8 +691,7 @@ pub(super) fn shared_key(key: FlowKey) -> FlowKey {
 }
 
 fn batch_key(flow: Key, packet: &Packet<'_>) -> BatchKey {
-    let hop_limit =
-        (packet.hop_limit < HOPS_THAT_MATTER).then(|| packet.hop_limit.saturating_sub(1));
+    let hop_limit = (packet.hop_limit < LOW_HOP_LIMIT).then(|| packet.hop_limit.saturating_sub(1));
     BatchKey { flow, to: None, dont_fragment: packet.dont_fragment, hop_limit }
 }
 
@@ -681,6 +699,6 @@ fn emit<H: Host>(host: &mut H, stats: &Stats, head: &[u8], payload: &[IoSlice<'_
     if host.emit(head, payload) {
         stats.packets[1].add(1);
     } else {
-        stats.refuse(DropReason::Device);
+        stats.count_drop(DropReason::Device);
     }
 }

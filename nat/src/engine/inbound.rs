@@ -1,30 +1,31 @@
-//! Published ports: clients of the host's network come in through the device.
+//! Published ports: connections and datagrams from clients to containers through the device.
 //!
 //! # Theory of operation
-//! A published port is a socket of the host's. What comes there becomes a flow of the same table
-//! that the guest's own flows are in, under the five-tuple that the guest will see:
+//! A published port is a socket of the host. Its clients create flows in the same table as those of
+//! the guest, under the five-tuple that the guest sees:
 //!
 //! ```text
-//!  client ─► socket ─► may it ask here? ─► which address does it show? ─► five-tuple free? ─no─► the gateway, and another port
-//!                          │ no                                               │ yes                 │ none of 64 is free
-//!                          ▼                                                  ▼                     ▼
-//!                   reset, or silence ◄──────── no ◄─────── limits? ◄─────────┴─────────────────────┘ refused
-//!                                                             │ yes
-//!                                                             ▼
-//!                                               TCP: our SYN   UDP: the datagram
+//!  client ─► socket ─► access guard ─► client address:  ─no─► gateway address:
+//!                          │           five-tuple free?         one of 64 ports free?
+//!                          │ deny          │ yes                  │ yes         │ no
+//!                          ▼               ▼                      ▼             ▼
+//!                    reset or drop ◄─yes─ limit reached? ◄────────┘       reset or drop
+//!                                          │ no
+//!                                          ▼
+//!                                 TCP: SYN, UDP: datagram
 //! ```
 //!
-//! - TCP: a client that was accepted has a connection that calls
-//!   ([`Phase::Calling`](crate::tcp::conn::Phase)); from there on it is one like any other.
-//! - UDP: a session for each client and each of our addresses that it asks at. It has no socket:
-//!   answers leave by the port's, from the address that was asked. Nothing that the guest sends
-//!   goes that way but answers, for only a client makes a session.
+//! - TCP: an accepted client becomes a connection in [`Phase::SynSent`](crate::tcp::conn::Phase),
+//!   and then behaves like any other connection.
+//! - UDP: each pair of client and local address has a session. It has no socket: replies are sent
+//!   from the socket of the port, from the address that the client used. Only a client creates a
+//!   session, so the guest can use the port only to reply.
 //!
-//! Where descriptors are short clients wait in the kernel's queue, and the port is looked at again
-//! after a moment. At a limit of flows another flow of the container's clients yields. At the limit
-//! of one client its own oldest session ends, or its next connection is reset.
+//! Without a free descriptor, clients wait in the accept queue of the kernel, and the port is
+//! retried after a pause. At a limit of flows, another client flow of the container is evicted. At
+//! the limit of one client, its own oldest session is evicted, or its next connection is reset.
 
-use super::datagrams::{Session, Via};
+use super::datagrams::{Session, SessionSocket};
 use super::tcp::is_exhaustion;
 use super::{Engine, Flow};
 use crate::flow_table::{Admission, Class, FlowKey, Limit, Origin};
@@ -44,19 +45,19 @@ use std::time::{Duration, Instant};
 use tidegate_model::{Ingress, Protocol, share_of};
 use tidegate_reactor::Key;
 
-/// Clients accepted of one port before others have their turn.
+/// Maximum number of clients accepted per port and turn.
 const CLIENTS_PER_TURN: usize = 64;
 
-/// Batches received of one port before others have their turn.
+/// Maximum number of batches received per port and turn.
 const BATCHES_PER_TURN: usize = 4;
 
-/// Ports of the gateway that are tried for a flow.
+/// Maximum number of gateway ports to try for a flow.
 const TRIES: u16 = 64;
 
-/// The first port that the gateway is shown with; those before belong to services.
+/// The first gateway port to use; lower ones belong to services.
 const FIRST_PORT: u16 = 1024;
 
-/// When a port is looked at again that had to be left for want of descriptors.
+/// Pause before a port without a free descriptor is retried.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// A published port.
@@ -68,41 +69,43 @@ pub(super) struct Published<H: Host> {
     stats: Arc<ForwardStats>,
 }
 
-/// The sessions of one client of published ports.
+/// Sessions of one client of published ports.
 #[derive(Debug, Default)]
-pub(super) struct OfClient {
+pub(super) struct ClientSessions {
     held: usize,
-    /// In the order in which they began; some have ended.
-    begun: VecDeque<Key>,
+    /// Sessions in order of creation; some have ended.
+    oldest_first: VecDeque<Key>,
 }
 
-/// Sessions of a client that are looked at for one that nobody has answered.
-const OLDEST: usize = 64;
+/// Number of oldest sessions to search for an unanswered one.
+const SCAN_LIMIT: usize = 64;
 
-impl OfClient {
+impl ClientSessions {
     fn begin(&mut self, flow: Key) {
         self.held += 1;
-        self.begun.push_back(flow);
+        self.oldest_first.push_back(flow);
     }
 
-    /// Forgets those that have ended, when they are more than half.
-    fn tidy(&mut self, is_there: impl Fn(Key) -> bool) {
-        if self.begun.len() > 2 * self.held + OLDEST {
-            self.begun.retain(|flow| is_there(*flow));
+    /// Removes ended sessions, if they are more than half.
+    fn compact(&mut self, exists: impl Fn(Key) -> bool) {
+        if self.oldest_first.len() > 2 * self.held + SCAN_LIMIT {
+            self.oldest_first.retain(|flow| exists(*flow));
         }
     }
 
-    /// The one that yields: the oldest unanswered one of the first few, or the oldest.
+    /// The session to evict: the oldest unanswered one among the first [`SCAN_LIMIT`], or the
+    /// oldest.
     fn oldest(
         &mut self,
-        is_there: impl Fn(Key) -> bool,
+        exists: impl Fn(Key) -> bool,
         is_unanswered: impl Fn(Key) -> bool,
     ) -> Option<Key> {
-        while self.begun.front().is_some_and(|flow| !is_there(*flow)) {
-            self.begun.pop_front();
+        while self.oldest_first.front().is_some_and(|flow| !exists(*flow)) {
+            self.oldest_first.pop_front();
         }
-        let unanswered = self.begun.iter().take(OLDEST).find(|flow| is_unanswered(**flow));
-        unanswered.or(self.begun.front()).copied()
+        let unanswered =
+            self.oldest_first.iter().take(SCAN_LIMIT).find(|flow| is_unanswered(**flow));
+        unanswered.or(self.oldest_first.front()).copied()
     }
 }
 
@@ -112,14 +115,14 @@ impl<H: Host> Published<H> {
     }
 }
 
-/// Who asks at which port, and at which address of ours.
+/// Published port, client address, and local address that the client sends to.
 pub(super) type Client = (Key, SocketAddr, Option<IpAddr>);
 
 impl<H: Host> Engine<H> {
-    /// Opens a published port: `port` is its socket.
+    /// Publishes a port with socket `port`.
     ///
     /// # Errors
-    /// The kernel watches no more sockets.
+    /// The socket cannot be added to epoll.
     pub fn publish(
         &mut self,
         id: ForwardId,
@@ -139,7 +142,8 @@ impl<H: Host> Engine<H> {
         Ok(())
     }
 
-    /// Closes a published port. Connections go on; sessions, which leave by nothing else, end.
+    /// Closes a published port. TCP connections continue. UDP sessions end, because they use its
+    /// socket.
     pub fn unpublish(&mut self, id: ForwardId) -> bool {
         let Some(key) = self.ports_by_id.remove(&id) else { return false };
         let sessions: Vec<Key> = self
@@ -154,11 +158,11 @@ impl<H: Host> Engine<H> {
         self.ports.remove(key).is_some()
     }
 
-    /// Something waits at a published port. The key may be stale.
+    /// Handles readiness of a published port. The key may be stale.
     pub fn port_ready(&mut self, key: Key, ready: Ready, now: Instant) {
         if ready.error {
-            // It would be told of for as long as it is in the queue, whoever has met with it first.
-            self.tell_port_problems(key, now);
+            // The error queue keeps the socket ready until it is drained.
+            self.forward_port_errors(key, now);
         }
         match self.ports.get(key).map(|published| &published.port) {
             Some(Port::Tcp(_)) => self.accept(key, now),
@@ -167,7 +171,7 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Looks at the ports again that were left alone for a while.
+    /// Watches paused ports again.
     pub(super) fn resume_ports(&mut self, now: Instant) {
         if self.resume_at.is_none_or(|at| now < at) {
             return;
@@ -192,28 +196,29 @@ impl<H: Host> Engine<H> {
             let Some(published) = self.ports.get_mut(key) else { return };
             let Port::Tcp(listener) = &mut published.port else { return };
             match self.host.accept(listener) {
-                Ok((stream, client)) => self.welcome(key, stream, client, now),
+                Ok((stream, client)) => self.accept_client(key, stream, client, now),
                 Err(error)
                     if is_exhaustion(&error) && error.kind() != io::ErrorKind::WouldBlock =>
                 {
-                    if self.give_up_a_flow(now) {
+                    if self.evict_for_descriptor(now) {
                         continue;
                     }
-                    self.at_a_limit(DropReason::Descriptors, None, now);
+                    self.count_limit_drop(DropReason::Descriptors, None, now);
                     if let Some(published) = self.ports.get(key) {
                         self.host.ignore_port(&published.port);
                         self.pause(key, now);
                     }
                     return;
                 }
-                // Nobody waits, or who waited is gone (`ECONNABORTED`): what is left is told again.
+                // No client is queued, or it has disconnected (`ECONNABORTED`). The socket is
+                // level-triggered.
                 Err(_) => return,
             }
         }
     }
 
-    /// A client has connected: the guest is asked whether it takes it.
-    fn welcome(&mut self, key: Key, stream: H::Stream, client: SocketAddr, now: Instant) {
+    /// Handles an accepted client: checks access and limits, and sends a SYN to the guest.
+    fn accept_client(&mut self, key: Key, stream: H::Stream, client: SocketAddr, now: Instant) {
         let Some(published) = self.ports.get(key) else { return };
         let (forward, stats) = (published.forward, Arc::clone(&published.stats));
         let client = canonical(client);
@@ -229,7 +234,7 @@ impl<H: Host> Engine<H> {
             })
         };
         let admitted = published.guard.as_ref().is_none_or(admits);
-        let five_tuple = match self.has_its_share(client.ip()) {
+        let five_tuple = match self.is_at_client_limit(client.ip()) {
             _ if !admitted => Err(DropReason::ShutOut),
             true => Err(DropReason::ClientLimit),
             false => self.five_tuple(&forward, &stats, client, now),
@@ -237,21 +242,21 @@ impl<H: Host> Engine<H> {
         let (five_tuple, admission) = match five_tuple {
             Ok(admitted) => admitted,
             Err(reason) => {
-                stats.refuse(reason, 1);
+                stats.count_drop(reason, 1);
                 self.stats.resets.add(1);
                 self.host.abort(stream);
-                return self.refuse_client(reason, now);
+                return self.count_refused_client(reason, now);
             }
         };
         let opening = self.opening(&five_tuple, now);
-        let mut connection = Connection::call(opening, stream, &mut self.io(now));
+        let mut connection = Connection::to_guest(opening, stream, &mut self.io(now));
         connection.inbound =
             Some(Inbound { stats: Arc::clone(&stats), client: share_of(client.ip()) });
         let flow = Flow::Tcp(Box::new(connection));
         let inserted = self.flows.insert(five_tuple, admission, Class::Connection, flow, now);
         let Some(flow) = inserted else { return };
         *self.connections.entry(share_of(client.ip())).or_default() += 1;
-        self.begun(FlowKind::Tcp, now);
+        self.count_new_flow(FlowKind::Tcp, now);
         stats.flows.add(1);
         stats.flows_begun.add(1);
         let watched = match self.flows.get_mut(flow) {
@@ -259,13 +264,13 @@ impl<H: Host> Engine<H> {
             _ => return,
         };
         if watched.is_err() {
-            self.at_a_limit(DropReason::Descriptors, None, now);
+            self.count_limit_drop(DropReason::Descriptors, None, now);
             return self.end(flow, true);
         }
         self.arm_stream(flow);
     }
 
-    /// The five-tuple under which the guest is to see a client's flow, which is within the limits.
+    /// Selects the five-tuple of a client flow and admits the flow.
     fn five_tuple(
         &mut self,
         forward: &Forward,
@@ -278,10 +283,10 @@ impl<H: Host> Engine<H> {
             return Err(DropReason::Malformed);
         }
         if client == guest {
-            // It would be answered by itself, and so on.
+            // Its replies would loop back to the guest.
             return Err(DropReason::ShutOut);
         }
-        if !self.settings.policy.knows(guest.ip()) {
+        if !self.settings.policy.accepts_source(guest.ip()) {
             return Err(DropReason::Policy);
         }
         let (number, class) = match forward.protocol {
@@ -289,16 +294,16 @@ impl<H: Host> Engine<H> {
             Protocol::Udp | Protocol::Sctp => (protocol::UDP, Class::Tentative),
         };
         let own = FlowKey { inside: guest, outside: client, protocol: number };
-        let shows_itself =
-            forward.source == ForwardSource::Client && self.may_show(client.ip(), guest.ip());
+        let shows_client = forward.source == ForwardSource::Client
+            && self.may_show_client(client.ip(), guest.ip());
         let five_tuple =
-            if shows_itself && client.is_ipv4() == guest.is_ipv4() && self.make_free(&own) {
+            if shows_client && client.is_ipv4() == guest.is_ipv4() && self.free_five_tuple(&own) {
                 own
             } else {
-                if shows_itself {
+                if shows_client {
                     stats.fallbacks.add(1);
                 }
-                self.behind_gateway(own).ok_or(DropReason::Conflict)?
+                self.gateway_five_tuple(own).ok_or(DropReason::Conflict)?
             };
         let network = self.settings.policy.network_of(guest.ip());
         let admitted = self.flows.admit(guest.ip(), network, Origin::Outside, now);
@@ -310,9 +315,9 @@ impl<H: Host> Engine<H> {
         Ok((five_tuple, admission))
     }
 
-    /// Whether a client may be shown as itself: not if it would be answered past us, or trusted for
-    /// its address.
-    fn may_show(&self, client: IpAddr, guest: IpAddr) -> bool {
+    /// Whether the guest may see the client address: not if its replies would bypass the engine, or
+    /// if the address is trusted.
+    fn may_show_client(&self, client: IpAddr, guest: IpAddr) -> bool {
         let policy = &self.settings.policy;
         let is_of_a_link = match client {
             IpAddr::V4(ip) => ip.is_link_local(),
@@ -326,8 +331,8 @@ impl<H: Host> Engine<H> {
             || self.host.is_local(client))
     }
 
-    /// Whether no flow has this five-tuple: one that only lingers makes way.
-    fn make_free(&mut self, five_tuple: &FlowKey) -> bool {
+    /// Whether the five-tuple is free. A flow that only lingers is ended.
+    fn free_five_tuple(&mut self, five_tuple: &FlowKey) -> bool {
         let Some(flow) = self.flows.find(five_tuple) else { return true };
         let lingers = matches!(
             self.flows.get(flow),
@@ -339,8 +344,8 @@ impl<H: Host> Engine<H> {
         lingers
     }
 
-    /// A five-tuple for the same guest with the gateway as its far end.
-    fn behind_gateway(&mut self, five_tuple: FlowKey) -> Option<FlowKey> {
+    /// A five-tuple for the same guest with the gateway as its remote side.
+    fn gateway_five_tuple(&mut self, five_tuple: FlowKey) -> Option<FlowKey> {
         let guest = five_tuple.inside.ip();
         let gateways = &self.settings.policy.gateways;
         let gateway =
@@ -360,15 +365,16 @@ impl<H: Host> Engine<H> {
             let Some(published) = self.ports.get_mut(key) else { return };
             let Port::Udp(socket) = &mut published.port else { return };
             match self.host.receive(socket, &mut self.batch) {
-                Ok(_) => self.hand_over(key, now),
+                Ok(_) => self.deliver_port_batch(key, now),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.tell_port_problems(key, now),
+                Err(_) => self.forward_port_errors(key, now),
             }
         }
     }
 
-    /// Writes what has come to a port to its guest, neighbours of one client together.
-    fn hand_over(&mut self, key: Key, now: Instant) {
+    /// Writes received datagrams of a port to its guest. Consecutive datagrams of one client are
+    /// written together.
+    fn deliver_port_batch(&mut self, key: Key, now: Instant) {
         let mut start = 0;
         while start < self.batch.len() {
             let asks = |batch: &H::Batch, index| (batch.source(index), batch.arrival(index));
@@ -382,41 +388,41 @@ impl<H: Host> Engine<H> {
             let (client, arrival) = asked;
             let Some(client) = client.map(canonical) else { continue };
             match self.session_of(key, client, &arrival, now) {
-                Ok(flow) => self.hand_over_to(flow, messages, now),
+                Ok(flow) => self.deliver_to_session(flow, messages, now),
                 Err(reason) => {
                     let datagrams = self.datagrams(messages.clone());
                     if let Some(published) = self.ports.get(key) {
-                        published.stats.refuse(reason, datagrams);
+                        published.stats.count_drop(reason, datagrams);
                     }
-                    messages.skip(1).for_each(|_| self.stats.refuse(reason));
-                    self.refuse_client(reason, now);
+                    messages.skip(1).for_each(|_| self.stats.count_drop(reason));
+                    self.count_refused_client(reason, now);
                 }
             }
         }
     }
 
-    /// Counts a refusal; limits are something to be told.
-    fn refuse_client(&mut self, reason: DropReason, now: Instant) {
+    /// Counts a refusal. Refusals caused by a limit are also logged.
+    fn count_refused_client(&mut self, reason: DropReason, now: Instant) {
         match reason {
             DropReason::ShutOut | DropReason::Malformed | DropReason::Policy => {
-                self.stats.refuse(reason);
+                self.stats.count_drop(reason);
             }
-            limit => self.at_a_limit(limit, None, now),
+            limit => self.count_limit_drop(limit, None, now),
         }
     }
 
-    fn hand_over_to(&mut self, flow: Key, messages: Range<usize>, now: Instant) {
+    fn deliver_to_session(&mut self, flow: Key, messages: Range<usize>, now: Instant) {
         self.flows.touch(flow, false, now);
         let datagrams = self.datagrams(messages.clone());
         let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(flow) else { return };
-        if let Via::Port { stats, .. } = &session.via {
+        if let SessionSocket::Port { stats, .. } = &session.via {
             let bytes = messages.clone().map(|index| self.batch.get(index).0.len() as u64);
             stats.carried(1, bytes.sum(), datagrams);
         }
         self.deliver(five_tuple, messages);
     }
 
-    /// How many datagrams `messages` of the batch are.
+    /// Number of datagrams in `messages` of the batch.
     fn datagrams(&self, messages: Range<usize>) -> u64 {
         let count = |index| {
             let (bytes, segment) = self.batch.get(index);
@@ -425,7 +431,7 @@ impl<H: Host> Engine<H> {
         messages.map(count).sum()
     }
 
-    /// The session of `client`, made if there is none yet.
+    /// Returns the session of a client, and creates it if necessary.
     fn session_of(
         &mut self,
         port: Key,
@@ -439,7 +445,8 @@ impl<H: Host> Engine<H> {
         let ingress =
             Ingress { client: address, destination, to_group, interface, handshake: false };
         let admits = |guard: &Arc<dyn Guard>| guard.admits(&ingress);
-        // Of one that has a session too: a forged datagram may differ by its interface alone.
+        // Existing sessions are checked as well: a spoofed datagram may differ only by its
+        // interface.
         if !published.guard.as_ref().is_none_or(admits) {
             return Err(DropReason::ShutOut);
         }
@@ -449,8 +456,8 @@ impl<H: Host> Engine<H> {
         let (forward, stats) = (published.forward, Arc::clone(&published.stats));
         self.make_room_for_client(address.ip(), now);
         let (five_tuple, admission) = self.five_tuple(&forward, &stats, address, now)?;
-        let via = Via::Port { port, client: address, local, stats: Arc::clone(&stats) };
-        let session = Flow::Datagrams(Session::of_a_client(via));
+        let via = SessionSocket::Port { port, client: address, local, stats: Arc::clone(&stats) };
+        let session = Flow::Datagrams(Session::for_client(via));
         let flow = self.flows.insert(five_tuple, admission, Class::Tentative, session, now);
         let flow = flow.ok_or(DropReason::Sources)?;
         if let Some((_, Flow::Datagrams(session))) = self.flows.get_mut(flow) {
@@ -458,23 +465,23 @@ impl<H: Host> Engine<H> {
         }
         self.clients.insert(client, flow);
         self.sessions.entry(share_of(address.ip())).or_default().begin(flow);
-        self.begun(FlowKind::Udp, now);
+        self.count_new_flow(FlowKind::Udp, now);
         stats.flows.add(1);
         stats.flows_begun.add(1);
         self.arm_session(flow);
         Ok(flow)
     }
 
-    /// Whether a client has as many TCP connections as it may: of what one container may have, a
-    /// third is left for others.
-    fn has_its_share(&self, client: IpAddr) -> bool {
+    /// Whether a client has reached its limit of TCP connections. One third of the flows of a
+    /// container is reserved for other clients.
+    fn is_at_client_limit(&self, client: IpAddr) -> bool {
         let limits = &self.settings.limits;
         let most = limits.sessions_per_client.min((limits.flows_per_source * 2 / 3).max(1));
         self.connections.get(&share_of(client)).is_some_and(|held| *held >= most)
     }
 
-    /// A connection of a client, which is known by its share, has ended.
-    pub(super) fn forget_connection_of(&mut self, client: IpAddr) {
+    /// Releases a connection of a client. `client` is its share.
+    pub(super) fn release_client_connection(&mut self, client: IpAddr) {
         if let Entry::Occupied(mut held) = self.connections.entry(client) {
             *held.get_mut() -= 1;
             if *held.get() == 0 {
@@ -483,42 +490,49 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Ends a session of the client's own if it has as many as it may.
+    /// Evicts a session of the client if it has reached its limit.
     fn make_room_for_client(&mut self, client: IpAddr, now: Instant) {
         let limit = self.settings.limits.sessions_per_client;
-        let Some(of_client) = self.sessions.get_mut(&share_of(client)) else { return };
+        let Some(client_sessions) = self.sessions.get_mut(&share_of(client)) else { return };
         let flows = &self.flows;
-        of_client.tidy(|flow| flows.get(flow).is_some());
-        if of_client.held < limit {
+        client_sessions.compact(|flow| flows.get(flow).is_some());
+        if client_sessions.held < limit {
             return;
         }
-        let victim =
-            of_client.oldest(|flow| flows.get(flow).is_some(), |flow| flows.is_unanswered(flow));
+        let victim = client_sessions
+            .oldest(|flow| flows.get(flow).is_some(), |flow| flows.is_unanswered(flow));
         if let Some((five_tuple, flow)) = victim.and_then(|victim| self.flows.remove(victim)) {
-            self.evicted(five_tuple, flow, Limit::Client, now);
+            self.finish_eviction(five_tuple, flow, Limit::Client, now);
         }
     }
 
-    /// Tells the guest what the network told a port about answers.
-    fn tell_port_problems(&mut self, key: Key, now: Instant) {
+    /// Forwards ICMP errors of a port about replies to the guest.
+    fn forward_port_errors(&mut self, key: Key, now: Instant) {
         for _ in 0..CLIENTS_PER_TURN {
             let Some(published) = self.ports.get_mut(key) else { return };
             let guest = published.forward.guest;
             let Port::Udp(socket) = &mut published.port else { return };
-            let Some(found) = self.host.next_problem(socket) else { return };
-            // A client that does not show itself is nobody that the guest has heard of.
+            let Some(found) = self.host.next_socket_error(socket) else { return };
+            // The guest does not know a client that appears as the gateway, so such an error is
+            // dropped.
             let Some(client) = found.destination.map(canonical) else { continue };
             let five_tuple = FlowKey { inside: guest, outside: client, protocol: protocol::UDP };
-            let is_answer = |flow| matches!(self.flows.get(flow), Some(Flow::Datagrams(s)) if s.is_of_port(key));
+            let is_answer = |flow| matches!(self.flows.get(flow), Some(Flow::Datagrams(s)) if s.belongs_to_port(key));
             if self.flows.find(&five_tuple).is_some_and(is_answer) {
-                self.tell_session(five_tuple, found.problem, found.offender, &found.payload, now);
+                self.send_session_error(
+                    five_tuple,
+                    found.icmp_error,
+                    found.offender,
+                    &found.payload,
+                    now,
+                );
             }
         }
     }
 
-    /// A session of a published port has ended.
-    pub(super) fn forget_client(&mut self, via: &Via<H::Datagrams>) {
-        if let Via::Port { port, client, local, stats } = via {
+    /// Removes the accounting of a session of a published port.
+    pub(super) fn remove_client_session(&mut self, via: &SessionSocket<H::Datagrams>) {
+        if let SessionSocket::Port { port, client, local, stats } = via {
             self.clients.remove(&(*port, *client, *local));
             stats.flows.sub();
             if let Entry::Occupied(mut held) = self.sessions.entry(share_of(client.ip())) {
@@ -530,10 +544,12 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// A flow has made room for another.
-    pub(super) fn evicted_at_port(&self, flow: &Flow<H>) {
+    /// Counts an eviction at its published port.
+    pub(super) fn count_port_eviction(&self, flow: &Flow<H>) {
         match flow {
-            Flow::Datagrams(Session { via: Via::Port { stats, .. }, .. }) => stats.evicted.add(1),
+            Flow::Datagrams(Session { via: SessionSocket::Port { stats, .. }, .. }) => {
+                stats.evicted.add(1)
+            }
             Flow::Tcp(connection) => {
                 if let Some(inbound) = &connection.inbound {
                     inbound.stats.evicted.add(1);
@@ -543,14 +559,14 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Which ports are open.
+    /// The published ports.
     pub fn published(&self) -> Vec<ForwardId> {
         self.ports.iter().map(|(_, published)| published.id).collect()
     }
 }
 
-/// An address as it is compared: a mapped one is the IPv4 address, and a scope says nothing to the
-/// guest.
+/// Normalizes an address for comparison: an IPv4-mapped address becomes IPv4, and the scope is
+/// dropped unless the address is link-local.
 fn canonical(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => address,
@@ -558,7 +574,7 @@ fn canonical(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Whether a container can be there.
+/// Whether `guest` is a valid container address and port.
 pub(crate) fn can_be_a_guest(guest: SocketAddr) -> bool {
     let ip = guest.ip();
     let broadcast = ip == IpAddr::V4(Ipv4Addr::BROADCAST);

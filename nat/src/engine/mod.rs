@@ -1,42 +1,41 @@
-//! The engine: packets of the guest in, calls to the host's sockets out, and back.
+//! The engine: receives packets of the guest, calls the sockets of the host, and the reverse.
 //!
 //! # Theory of operation
-//! A driver calls, in each round of its loop:
+//! In each iteration of its loop, a driver calls:
 //!
-//! 1. [`classify`](Engine::classify) for each frame that it reads off the device, whose queue it
-//!    then enters; [`packet`](Engine::packet) for each one whose turn it is, and
-//!    [`flush`](Engine::flush) when there are no more for now;
-//! 2. [`ready`](Engine::ready) for each socket that has become ready,
-//!    [`port_ready`](Engine::port_ready) for one of a published port;
-//! 3. [`handle_timeout`](Engine::handle_timeout) when [`poll_timeout`](Engine::poll_timeout) has
-//!    come;
-//! 4. [`turn`](Engine::turn) once, which does the work that the others made possible, with a budget
-//!    for each flow.
+//! 1. [`classify`](Engine::classify) for each frame read from the device, before it is queued;
+//!    [`packet`](Engine::packet) for each packet that leaves the queue; and
+//!    [`flush`](Engine::flush) when no more packets are available;
+//! 2. [`ready`](Engine::ready) for each socket that has become ready, and
+//!    [`port_ready`](Engine::port_ready) for the socket of a published port;
+//! 3. [`handle_timeout`](Engine::handle_timeout) when [`poll_timeout`](Engine::poll_timeout) is
+//!    due;
+//! 4. [`turn`](Engine::turn) once, which performs pending work with a budget for each flow.
 //!
-//! The engine calls its [`Host`] for everything that has an effect, and what it calls must not
-//! wait. There is no queue of outputs in between: payload goes from the buffer it was read into to
-//! the socket, and from the socket's queue to the device.
+//! The engine calls its [`Host`] for every side effect, and these calls must not block. There is no
+//! output queue in between: payload moves from the read buffer directly to the socket, and from the
+//! socket queue to the device.
 //!
 //! ```text
-//!  frame ─► virtio, IP ─► whole? ─no─► reassembly ─┐
-//!            │ malformed    │ yes ◄────────────────┘
+//!  frame ─► virtio, IP ─► complete? ─no─► reassembly ─┐
+//!            │ malformed    │ yes ◄───────────────────┘
 //!            ▼              ▼
-//!          drop      TCP / UDP / ICMP ─► flow there? ─no─► policy, limits, descriptor ─no─► refuse: ICMP, RST or silence
-//!                                          │ yes               │ yes
-//!                                          ▼                   ▼
-//!                                     its state machine ◄── new flow: connect
+//!          drop      TCP / UDP / ICMP ─► flow exists? ─no─► policy, limits, descriptor ─no─► refuse: ICMP, RST or drop
+//!                                          │ yes                │ yes
+//!                                          ▼                    ▼
+//!                                     state machine ◄────── new flow: connect
 //! ```
 
 pub mod classify;
 mod datagrams;
+mod icmp;
 pub(crate) mod inbound;
-mod problems;
 mod tcp;
 
 use crate::fair_queue::{FairQueue, QueueLimits};
-use crate::flow_table::{Admission, Class, FlowKey, FlowTable, Limit, Origin, Refused};
+use crate::flow_table::{Admission, AdmissionError, Class, FlowKey, FlowTable, Limit, Origin};
 use crate::forward::ForwardId;
-use crate::fragments::{Piece, Reassembly};
+use crate::fragments::{FragmentOutcome, Reassembly};
 use crate::gso_batch::GsoBatch;
 use crate::host::{Host, Ready};
 use crate::metrics::{DropReason, FlowKind, Stats};
@@ -58,33 +57,33 @@ use std::time::{Duration, Instant};
 use tidegate_model::LogInterval;
 use tidegate_reactor::{Arena, Key, Timers, Token};
 
-/// Flows that are worked on in one turn. More would delay the packets behind them.
+/// Maximum number of flows served per turn. More would delay queued packets.
 const FLOWS_PER_TURN: usize = 64;
 
-/// Each flow waits once, so the flow table bounds the queue.
+/// Each flow is queued at most once, so the flow table limits the queue.
 const WORK: QueueLimits = QueueLimits { items: usize::MAX, bytes: usize::MAX, quantum: 4 };
 
-/// Flows whose time is over that are dealt with at a time.
+/// Maximum number of expired timers handled per call.
 const TIMEOUTS_PER_TURN: usize = 64;
 
-/// Flows that are younger, or have had a packet since, do not yield where descriptors are short:
-/// unanswered and answered ones.
+/// Minimum age of an unanswered flow, and minimum idle time of an answered flow, before it can be
+/// evicted for its descriptor.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
 const IDLE_TIME: Duration = Duration::from_secs(10);
 
-/// How often the largest shares are looked for, which takes a look at every source.
+/// Minimum interval between updates of the largest shares, which scan all sources.
 const SHARES_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Numbers that nobody may guess, drawn once.
+/// Secret keys, generated at start.
 #[derive(Clone, Copy, Debug)]
 pub struct Secrets {
-    /// Of the flow table.
+    /// Key of the flow table.
     pub table: HashKey,
-    /// Of initial sequence numbers (RFC 6528) and timestamps.
+    /// Key of initial sequence numbers (RFC 6528) and timestamps.
     pub sequence: HashKey,
 }
 
-/// A flow of any kind.
+/// A TCP connection or a datagram session.
 enum Flow<H: Host> {
     Tcp(Box<Connection<H::Stream>>),
     Datagrams(Session<H::Datagrams>),
@@ -106,7 +105,7 @@ impl<H: Host> Flow<H> {
     }
 }
 
-/// See the module.
+/// The NAT engine; see the module.
 pub struct Engine<H: Host> {
     host: H,
     settings: Settings,
@@ -115,7 +114,7 @@ pub struct Engine<H: Host> {
     flows: FlowTable<Flow<H>>,
     reassembly: Reassembly,
     timers: Timers,
-    /// Flows that have something to do, each once; endpoints in turn.
+    /// Flows with pending work, each at most once, scheduled fairly between endpoints.
     queue: FairQueue<Key>,
     gso_batch: GsoBatch,
     batch: H::Batch,
@@ -123,35 +122,35 @@ pub struct Engine<H: Host> {
     secrets: Secrets,
     epoch: Instant,
     identification: u32,
-    /// Which of the resolvers is asked.
+    /// Index of the current resolver.
     resolver: usize,
-    /// What was taken for the flow that the packet at hand begins.
+    /// Admission of the flow that the current packet creates.
     admission: Option<Admission>,
-    /// The latest turn.
+    /// Time of the last turn.
     latest: Instant,
-    /// When the largest shares are to be looked for; `None` as long as they cannot have changed.
+    /// Time of the next update of the largest shares; `None` if they are unchanged.
     measure_at: Option<Instant>,
     limit_log: LogInterval,
-    /// SYNs refused so far.
+    /// Number of dropped SYNs.
     refused_syns: u32,
-    /// The published ports, and what they are known by.
+    /// Published ports, and their index by identifier.
     ports: Arena<Published<H>>,
     ports_by_id: BTreeMap<ForwardId, Key>,
-    /// The sessions of published ports.
+    /// Sessions of published ports.
     clients: HashMap<Client, Key, HashKey>,
-    /// Those of each client, by its share.
-    sessions: HashMap<IpAddr, inbound::OfClient, HashKey>,
-    /// How many TCP connections of published ports each client has, by its share.
+    /// Sessions of each client, by its share.
+    sessions: HashMap<IpAddr, inbound::ClientSessions, HashKey>,
+    /// Number of TCP connections of each client of published ports, by its share.
     connections: HashMap<IpAddr, usize, HashKey>,
-    /// Ports that are left alone until then.
+    /// Ports that are not watched until `resume_at`.
     paused: Vec<Key>,
     resume_at: Option<Instant>,
-    /// The port that the gateway was shown with last.
+    /// The last source port used with the gateway address.
     next_port: u16,
 }
 
 impl<H: Host> Engine<H> {
-    /// An engine without flows. `now` is the beginning of its clocks.
+    /// Creates an engine without flows. Its clocks start at `now`.
     pub fn new(
         host: H,
         settings: Settings,
@@ -191,33 +190,34 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// The world, as it was given.
+    /// Returns the host.
     pub fn host_mut(&mut self) -> &mut H {
         &mut self.host
     }
 
-    /// Who may go where from now on; flows that are there go on.
+    /// Sets the policy for new flows. Existing flows continue.
     pub fn set_policy(&mut self, policy: Policy) {
         self.settings.policy = policy;
     }
 
-    /// How many flows there are.
+    /// Number of flows.
     pub fn flows(&self) -> usize {
         self.flows.len()
     }
 
-    /// Classifies a frame and deals with it at once, for a driver without a queue.
+    /// Classifies and processes a frame immediately, for a driver without a queue.
     pub fn frame(&mut self, frame: &[u8], now: Instant) {
         if let Some((class, parsed)) = self.classify(frame, now) {
             self.serve(&parsed, &class, now);
         }
     }
 
-    /// A frame of the device, virtio's header first, which [`Self::classify`] has let pass.
+    /// Processes a queued frame of the device, including the virtio header, that [`Self::classify`]
+    /// accepted.
     pub fn packet(&mut self, frame: &[u8], class: &classify::Class, now: Instant) {
         match Parsed::of(frame) {
-            // The policy may have changed while it waited.
-            Some(parsed) if self.settings.policy.knows(parsed.packet.source) => {
+            // The policy may have changed while the frame was queued.
+            Some(parsed) if self.settings.policy.accepts_source(parsed.packet.source) => {
                 self.serve(&parsed, class, now);
             }
             parsed => {
@@ -226,48 +226,49 @@ impl<H: Host> Engine<H> {
                 } else {
                     DropReason::Malformed
                 };
-                self.stats.refuse(reason);
+                self.stats.count_drop(reason);
                 if let Some(admission) = class.admission {
-                    self.flows.give_back(class.endpoint, admission);
+                    self.flows.refund(class.endpoint, admission);
                 }
             }
         }
     }
 
-    /// The same of a frame that was not queued since it was classified.
+    /// Processes a frame that was not queued after classification.
     pub(crate) fn serve(&mut self, parsed: &Parsed<'_>, class: &classify::Class, now: Instant) {
         self.admission = class.admission;
         self.serve_packet(parsed, now);
-        // The flow is there already: the first of several packets that were read at once has begun
-        // it.
+        // The flow already exists: an earlier packet of the same read created it.
         if let Some(admission) = self.admission.take() {
-            self.flows.give_back(class.endpoint, admission);
+            self.flows.refund(class.endpoint, admission);
         }
     }
 
     fn serve_packet(&mut self, parsed: &Parsed<'_>, now: Instant) {
         let Parsed { header, packet } = parsed;
-        let Some(fragment) = packet.fragment else { return self.whole(packet, *header, now) };
+        let Some(fragment) = packet.fragment else {
+            return self.process_whole(packet, *header, now);
+        };
         match self.reassembly.add(packet, fragment, now) {
-            Piece::Kept => {}
-            Piece::Dropped => self.stats.refuse(DropReason::Fragments),
-            Piece::Whole(payload) => {
+            FragmentOutcome::Stored => {}
+            FragmentOutcome::Dropped => self.stats.count_drop(DropReason::Fragments),
+            FragmentOutcome::Complete(payload) => {
                 let whole =
                     Packet { payload: &payload, fragment: None, dont_fragment: false, ..*packet };
                 let header =
                     VirtioHeader { verify: true, segmentation: Segmentation::None, segment: 0 };
-                self.whole(&whole, header, now);
+                self.process_whole(&whole, header, now);
             }
         }
     }
 
-    /// A frame is dropped for want of room in the queue, at the expense of `endpoint`.
+    /// Records that the queue dropped a frame of `class`.
     pub fn note_queue_drop(&mut self, class: &classify::Class, now: Instant) {
         let endpoint = class.endpoint;
         if let Some(admission) = class.admission {
-            self.flows.give_back(endpoint, admission);
+            self.flows.refund(endpoint, admission);
         }
-        self.at_a_limit(DropReason::Queue, Some(endpoint), now);
+        self.count_limit_drop(DropReason::Queue, Some(endpoint), now);
     }
 
     /// [`Settings::one_guest`].
@@ -276,12 +277,12 @@ impl<H: Host> Engine<H> {
         self.settings.one_guest
     }
 
-    /// How many bytes wait in the queue, for the metrics.
+    /// Updates the number of queued bytes in the metrics.
     pub fn note_queue(&self, bytes: usize) {
         self.stats.queued_bytes.set(bytes as u64);
     }
 
-    /// Looks for the largest shares, if they may have changed and it is time.
+    /// Updates the largest shares, if they may have changed and the interval has passed.
     fn measure_shares(&mut self, now: Instant) {
         if self.measure_at.is_some_and(|at| at <= now) {
             self.measure_at = None;
@@ -291,23 +292,23 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// No more frames wait at this moment.
+    /// Sends the pending GSO batch. Called when no more frames are available.
     pub fn flush(&mut self, now: Instant) {
         self.send_gso_batch(now);
     }
 
-    fn whole(&mut self, packet: &Packet<'_>, header: VirtioHeader, now: Instant) {
+    fn process_whole(&mut self, packet: &Packet<'_>, header: VirtioHeader, now: Instant) {
         match (packet.protocol, packet.source) {
             (protocol::TCP, _) => self.tcp_packet(packet, header, now),
             (protocol::UDP, _) => self.udp_packet(packet, header, now),
             (protocol::ICMP, IpAddr::V4(_)) | (protocol::ICMPV6, IpAddr::V6(_)) => {
                 self.icmp_packet(packet, now);
             }
-            _ => self.stats.refuse(DropReason::Protocol),
+            _ => self.stats.count_drop(DropReason::Protocol),
         }
     }
 
-    /// The socket of flow `key` has become ready. The key may be stale.
+    /// Records the readiness of the socket of flow `key`. The key may be stale.
     pub fn ready(&mut self, key: Key, ready: Ready, now: Instant) {
         match self.flows.get_mut(key) {
             None => {}
@@ -319,7 +320,7 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Does the work that has become possible. True if some is left.
+    /// Performs pending work. Returns true if some is left.
     pub fn turn(&mut self, now: Instant) -> bool {
         self.latest = now;
         self.measure_shares(now);
@@ -340,17 +341,17 @@ impl<H: Host> Engine<H> {
         !self.queue.is_empty()
     }
 
-    /// When [`Self::handle_timeout`] has something to do.
+    /// The earliest deadline, at which to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         let others = [self.reassembly.next_deadline(), self.resume_at, self.measure_at];
         self.timers.next_deadline().into_iter().chain(others.into_iter().flatten()).min()
     }
 
-    /// Does what is due. [`Self::turn`] is to be called afterwards.
+    /// Handles expired timers. [`Self::turn`] must be called afterwards.
     pub fn handle_timeout(&mut self, now: Instant) {
         for _ in 0..self.reassembly.expire(now) {
-            self.stats.refuse(DropReason::Fragments);
+            self.stats.count_drop(DropReason::Fragments);
         }
         self.resume_ports(now);
         for _ in 0..TIMEOUTS_PER_TURN {
@@ -365,7 +366,7 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Closes every port and ends every flow: far ends see resets.
+    /// Closes all published ports and ends all flows. Remote sides receive resets.
     pub fn shutdown(&mut self) {
         for id in self.published() {
             self.unpublish(id);
@@ -387,8 +388,8 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Sees to it that the flow's timer fires at `deadline`, or earlier: one that is pushed back
-    /// with every packet is not armed anew each time.
+    /// Ensures that the timer of the flow fires at `deadline` or earlier. A deadline that moves
+    /// back with every packet does not re-arm the timer.
     fn arm(&mut self, key: Key, deadline: Instant) {
         let Some((_, flow)) = self.flows.get_mut(key) else { return };
         let timer = flow.timer();
@@ -401,8 +402,8 @@ impl<H: Host> Engine<H> {
         self.timers.arm(deadline, token(key));
     }
 
-    /// Admits a flow, unless its packet was admitted when it was classified, and makes room for it.
-    /// `None` if it is refused, which is counted.
+    /// Admits a flow, unless its packet was admitted at classification, and makes room for it. A
+    /// refusal is counted and returns `None`.
     fn admit(&mut self, source: IpAddr, class: Class, now: Instant) -> Option<Admission> {
         let network = self.settings.policy.network_of(source);
         let admitted = match self.admission.take() {
@@ -415,44 +416,45 @@ impl<H: Host> Engine<H> {
                 self.make_room(source, Origin::Inside, class, now).then_some(admission)
             }
             Err(refused) => {
-                self.at_a_limit(drop_reason(refused), Some(source), now);
+                self.count_limit_drop(drop_reason(refused), Some(source), now);
                 None
             }
         }
     }
 
-    /// Makes room for a flow that was admitted.
+    /// Evicts flows for a flow that was admitted.
     fn make_room(&mut self, source: IpAddr, origin: Origin, class: Class, now: Instant) -> bool {
         while let Some((key, flow, limit)) = self.flows.evict_for(source, origin, class) {
-            self.evicted(key, flow, limit, now);
+            self.finish_eviction(key, flow, limit, now);
         }
         if self.flows.is_full() {
-            self.at_a_limit(DropReason::TableFull, Some(source), now);
+            self.count_limit_drop(DropReason::TableFull, Some(source), now);
             return false;
         }
         true
     }
 
-    /// Ends a flow that yields at `limit`.
-    fn evicted(&mut self, key: FlowKey, mut flow: Flow<H>, limit: Limit, now: Instant) {
+    /// Ends a flow that was evicted for `limit`.
+    fn finish_eviction(&mut self, key: FlowKey, mut flow: Flow<H>, limit: Limit, now: Instant) {
         self.stats.evicted_by_limit[limit as usize].add(1);
         if matches!(flow, Flow::Datagrams(_)) {
             self.stats.evicted.add(1);
         }
         self.warn(limit.as_str(), Some(key.inside.ip()), now);
-        self.evicted_at_port(&flow);
+        self.count_port_eviction(&flow);
         if let Flow::Tcp(connection) = &mut flow
             && connection.is_established()
         {
-            // A connection that is cut must look neither complete nor alive.
+            // The guest must not see an evicted connection as complete or as open.
             connection.send_reset(&mut self.io(now));
         }
-        self.ended(key, flow, true);
+        self.finish_flow(key, flow, true);
     }
 
-    /// What connection `key` begins with.
+    /// Initial parameters of connection `key`.
     fn opening(&self, key: &FlowKey, now: Instant) -> Opening {
-        // RFC 6528 section 3: a clock of 4 microseconds, and a function of the connection.
+        // RFC 6528 section 3: a clock with a tick of 4 microseconds, plus a keyed hash of the
+        // five-tuple.
         let clock = now.saturating_duration_since(self.epoch).as_micros() as u64 / 4;
         Opening {
             inside: key.inside,
@@ -462,7 +464,7 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// What a connection may use that has nothing buffered yet.
+    /// Resources for a connection without buffered data.
     fn io(&mut self, now: Instant) -> Io<'_, H> {
         Io {
             host: &mut self.host,
@@ -474,13 +476,13 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Counts a new flow that is refused.
-    fn at_a_limit(&mut self, reason: DropReason, source: Option<IpAddr>, now: Instant) {
-        self.stats.refuse(reason);
+    /// Counts and logs a drop caused by a limit.
+    fn count_limit_drop(&mut self, reason: DropReason, source: Option<IpAddr>, now: Instant) {
+        self.stats.count_drop(reason);
         self.warn(reason.as_str(), source, now);
     }
 
-    /// Logs that a limit was reached, once a minute at most.
+    /// Logs that a limit was reached, at most once per minute.
     fn warn(&mut self, limit: &str, source: Option<IpAddr>, now: Instant) {
         if !self.limit_log.is_due(now) {
             return;
@@ -499,40 +501,40 @@ impl<H: Host> Engine<H> {
             largest_holder,
             largest_network,
             largest_holder_flows = held.unwrap_or(0),
-            "NAT engine at a limit"
+            "NAT engine limit reached"
         );
     }
 
-    /// A descriptor is short: whether a flow of the largest holder could be ended for it.
-    fn give_up_a_flow(&mut self, now: Instant) -> bool {
+    /// Evicts a flow of the largest source to free a descriptor. Returns whether one was evicted.
+    fn evict_for_descriptor(&mut self, now: Instant) -> bool {
         let ago = |time| now.checked_sub(time);
-        // As long as an answer may take, so that those who come all at once do not push one another
-        // out.
+        // An unanswered flow must be old enough to have had a reply, so that concurrent new flows
+        // do not evict one another.
         let evicted = ago(ANSWER_TIME).and_then(|before| self.flows.evict_unanswered(before));
         let evicted =
             evicted.or_else(|| ago(IDLE_TIME).and_then(|before| self.flows.evict_idle(before)));
         let Some((key, flow)) = evicted else { return false };
-        self.evicted(key, flow, Limit::Descriptors, now);
+        self.finish_eviction(key, flow, Limit::Descriptors, now);
         true
     }
 
-    fn begun(&mut self, kind: FlowKind, now: Instant) {
+    fn count_new_flow(&mut self, kind: FlowKind, now: Instant) {
         self.measure_at.get_or_insert(now + SHARES_INTERVAL);
         self.stats.flows[kind as usize].add(1);
         self.stats.flows_begun[kind as usize].add(1);
     }
 
-    /// Ends flow `key`; `cut` if its far end is to see a reset.
+    /// Ends flow `key`. `cut` sends a reset to the remote side.
     fn end(&mut self, key: Key, cut: bool) {
         if let Some((five_tuple, flow)) = self.flows.remove(key) {
-            self.ended(five_tuple, flow, cut);
+            self.finish_flow(five_tuple, flow, cut);
         }
     }
 
-    fn ended(&mut self, key: FlowKey, mut flow: Flow<H>, cut: bool) {
+    fn finish_flow(&mut self, key: FlowKey, mut flow: Flow<H>, cut: bool) {
         self.stats.flows[flow.kind() as usize].sub();
         self.measure_at.get_or_insert(self.latest + SHARES_INTERVAL);
-        // Its timer finds nothing when it fires, but would stay until then: hours, for a
+        // A stale timer is harmless, but would otherwise stay armed for hours in the case of a
         // connection.
         if let Some(armed) = flow.timer().take()
             && let Some(token) = self.timer_token(&flow)
@@ -543,14 +545,14 @@ impl<H: Host> Engine<H> {
             Flow::Tcp(mut connection) => {
                 if let Some(inbound) = &connection.inbound {
                     inbound.stats.flows.sub();
-                    self.forget_connection_of(inbound.client);
+                    self.release_client_connection(inbound.client);
                 }
                 if let Some(stream) = connection.take_stream().filter(|_| cut) {
                     self.stats.resets.add(1);
                     self.host.abort(stream);
                 }
             }
-            Flow::Datagrams(session) => self.forget_client(&session.via),
+            Flow::Datagrams(session) => self.remove_client_session(&session.via),
         }
         tracing::debug!(protocol = key.protocol, cut, "flow ended");
     }
@@ -563,13 +565,13 @@ impl<H: Host> Engine<H> {
         .map(token)
     }
 
-    /// The next number for a packet that may be cut.
+    /// The next IP identification, for a packet that may be fragmented.
     fn next_identification(&mut self) -> u32 {
         self.identification = self.identification.wrapping_add(1);
         self.identification
     }
 
-    /// A number that only who knows the key can tell from the five-tuple.
+    /// A keyed hash of the five-tuple, for one purpose.
     fn secret_of(&self, key: &FlowKey, purpose: u64) -> u64 {
         let mut hasher = SipHasher::<2, 4>::new(self.secrets.sequence);
         key.hash(&mut hasher);
@@ -577,19 +579,19 @@ impl<H: Host> Engine<H> {
         hasher.finish()
     }
 
-    /// Our own address of a family, or what stands for it.
+    /// The gateway address of the same family as `instead`, or `instead` itself.
     fn own_address(&self, instead: IpAddr) -> IpAddr {
         let gateways = &self.settings.policy.gateways;
         gateways.iter().copied().find(|ip| ip.is_ipv4() == instead.is_ipv4()).unwrap_or(instead)
     }
 }
 
-fn drop_reason(refused: Refused) -> DropReason {
+fn drop_reason(refused: AdmissionError) -> DropReason {
     match refused {
-        Refused::TableFull => DropReason::TableFull,
-        Refused::Rate => DropReason::Rate,
-        Refused::Unanswered => DropReason::Unanswered,
-        Refused::Sources => DropReason::Sources,
+        AdmissionError::TableFull => DropReason::TableFull,
+        AdmissionError::Rate => DropReason::Rate,
+        AdmissionError::Unanswered => DropReason::Unanswered,
+        AdmissionError::Sources => DropReason::Sources,
     }
 }
 

@@ -1,14 +1,14 @@
-//! TCP in the engine: which connection a segment belongs to, and how one begins and ends.
+//! TCP in the engine: lookup, creation and termination of connections.
 
 use super::{Engine, Flow};
 use crate::flow_table::{Class, FlowKey};
 use crate::host::{Host, Ready};
 use crate::metrics::{DropReason, FlowKind};
-use crate::policy::Way;
+use crate::policy::Verdict;
 use crate::tcp::conn::Phase;
 use crate::tcp::{Connection, Io, Outcome};
 use crate::wire::head::TcpHead;
-use crate::wire::icmp::Problem;
+use crate::wire::icmp::IcmpError;
 use crate::wire::ip::Packet;
 use crate::wire::protocol;
 use crate::wire::tcp::{Segment, flags};
@@ -22,7 +22,7 @@ use tidegate_reactor::Key;
 impl<H: Host> Engine<H> {
     pub(super) fn tcp_packet(&mut self, packet: &Packet<'_>, header: VirtioHeader, now: Instant) {
         let Ok(segment) = Segment::parse(packet, header.verify) else {
-            return self.stats.refuse(DropReason::Malformed);
+            return self.stats.count_drop(DropReason::Malformed);
         };
         let key = FlowKey {
             inside: SocketAddr::new(packet.source, segment.source),
@@ -30,7 +30,7 @@ impl<H: Host> Engine<H> {
             protocol: protocol::TCP,
         };
         let Some(flow) = self.flows.find(&key) else {
-            return self.stranger(packet, &segment, key, now);
+            return self.unmatched_segment(packet, &segment, key, now);
         };
         let arrived = self.with_connection(flow, now, |connection, io| {
             let established = connection.is_established();
@@ -40,35 +40,41 @@ impl<H: Host> Engine<H> {
         let Some((outcome, opened)) = arrived else { return };
         self.flows.touch(flow, false, now);
         if opened {
-            self.flows.opened(flow);
+            self.flows.mark_answered(flow);
         }
         if outcome == Outcome::Replaced {
             self.end(flow, true);
-            return self.stranger(packet, &segment, key, now);
+            return self.unmatched_segment(packet, &segment, key, now);
         }
         if outcome == Outcome::Stray {
-            return self.refuse(&segment, key, now);
+            return self.reply_with_reset(&segment, key, now);
         }
         if self.conclude(flow, outcome) {
             self.enqueue(flow);
         }
     }
 
-    /// A segment of no connection.
-    fn stranger(&mut self, packet: &Packet<'_>, segment: &Segment<'_>, key: FlowKey, now: Instant) {
+    /// Handles a segment that matches no connection.
+    fn unmatched_segment(
+        &mut self,
+        packet: &Packet<'_>,
+        segment: &Segment<'_>,
+        key: FlowKey,
+        now: Instant,
+    ) {
         if segment.has(flags::SYN) && !segment.has(flags::ACK) {
-            return self.begin(packet, segment, key, now);
+            return self.connect_flow(packet, segment, key, now);
         }
         if segment.has(flags::RST) || packet.destination.is_multicast() {
-            return self.stats.refuse(DropReason::Window);
+            return self.stats.count_drop(DropReason::Window);
         }
-        self.refuse(segment, key, now);
+        self.reply_with_reset(segment, key, now);
     }
 
-    /// Answers with a reset (RFC 9293 section 3.10.7.1).
-    fn refuse(&mut self, segment: &Segment<'_>, key: FlowKey, now: Instant) {
-        if !self.may_tell(key.inside.ip(), now) {
-            return self.stats.refuse(DropReason::Rate);
+    /// Replies with a reset (RFC 9293 section 3.10.7.1).
+    fn reply_with_reset(&mut self, segment: &Segment<'_>, key: FlowKey, now: Instant) {
+        if !self.may_send_error(key.inside.ip(), now) {
+            return self.stats.count_drop(DropReason::Rate);
         }
         let (sequence, acknowledgement, flags) = if segment.has(flags::ACK) {
             (segment.acknowledgement, 0, flags::RST)
@@ -90,39 +96,45 @@ impl<H: Host> Engine<H> {
         self.host.emit(head.write(0).bytes(), &[]);
     }
 
-    /// A SYN: begins to connect, unless something forbids it.
-    fn begin(&mut self, packet: &Packet<'_>, segment: &Segment<'_>, key: FlowKey, now: Instant) {
+    /// Handles a SYN: starts to connect, unless policy or a limit prevents it.
+    fn connect_flow(
+        &mut self,
+        packet: &Packet<'_>,
+        segment: &Segment<'_>,
+        key: FlowKey,
+        now: Instant,
+    ) {
         if packet.hop_limit <= 1 && !self.settings.policy.is_own(packet.destination) {
-            self.stats.refuse(DropReason::HopLimit);
-            return self.tell(Problem::HopLimit, None, packet, now);
+            self.stats.count_drop(DropReason::HopLimit);
+            return self.send_icmp_error(IcmpError::HopLimit, None, packet, now);
         }
         let host = &self.host;
-        let to = match self.settings.policy.way(key.outside, |ip| host.is_local(ip)) {
-            Way::To(to) => to,
-            Way::Resolver => self.resolver(key.outside),
-            Way::Gateway => return self.refuse(segment, key, now),
-            Way::Refused => {
-                self.stats.refuse(DropReason::Policy);
-                return self.tell(Problem::Prohibited, None, packet, now);
+        let to = match self.settings.policy.verdict(key.outside, |ip| host.is_local(ip)) {
+            Verdict::Forward(to) => to,
+            Verdict::Resolver => self.resolver(key.outside),
+            Verdict::Gateway => return self.reply_with_reset(segment, key, now),
+            Verdict::Reject => {
+                self.stats.count_drop(DropReason::Policy);
+                return self.send_icmp_error(IcmpError::Prohibited, None, packet, now);
             }
         };
         let Some(admission) = self.admit(key.inside.ip(), Class::Connection, now) else { return };
         let mut stream = self.host.connect(to);
-        if stream.as_ref().is_err_and(is_exhaustion) && self.give_up_a_flow(now) {
+        if stream.as_ref().is_err_and(is_exhaustion) && self.evict_for_descriptor(now) {
             stream = self.host.connect(to);
         }
         let stream = match stream {
             Ok(stream) => stream,
-            // Silence: the guest will ask again, and there may be room then.
+            // The SYN is dropped. The guest retransmits it, and a descriptor may be available then.
             Err(error) if is_exhaustion(&error) => {
-                return self.at_a_limit(DropReason::Descriptors, Some(key.inside.ip()), now);
+                return self.count_limit_drop(DropReason::Descriptors, Some(key.inside.ip()), now);
             }
             Err(error) => {
-                self.stats.refuse(DropReason::Unreachable);
+                self.stats.count_drop(DropReason::Unreachable);
                 self.stats.resets.add(1);
-                return match problem(&error) {
-                    Some(problem) => self.tell(problem, None, packet, now),
-                    None => self.refuse(segment, key, now),
+                return match icmp_error_of(&error) {
+                    Some(icmp_error) => self.send_icmp_error(icmp_error, None, packet, now),
+                    None => self.reply_with_reset(segment, key, now),
                 };
             }
         };
@@ -131,7 +143,7 @@ impl<H: Host> Engine<H> {
         let connection = Flow::Tcp(Box::new(connection));
         let inserted = self.flows.insert(key, admission, Class::Connection, connection, now);
         let Some(flow) = inserted else { return };
-        self.begun(FlowKind::Tcp, now);
+        self.count_new_flow(FlowKind::Tcp, now);
         let watched = match self.flows.get_mut(flow) {
             Some((_, Flow::Tcp(connection))) => connection.watched_as(flow, &mut self.host),
             _ => return,
@@ -142,20 +154,20 @@ impl<H: Host> Engine<H> {
                 self.stream_ready(flow, ready, now);
             }
             Err(_) => {
-                self.at_a_limit(DropReason::Descriptors, Some(key.inside.ip()), now);
+                self.count_limit_drop(DropReason::Descriptors, Some(key.inside.ip()), now);
                 self.end(flow, true);
             }
         }
     }
 
-    /// Where DNS goes.
+    /// The current resolver, or `instead` if there is none.
     pub(super) fn resolver(&self, instead: SocketAddr) -> SocketAddr {
         let resolvers = &self.settings.policy.resolvers;
         resolvers.get(self.resolver % resolvers.len().max(1)).copied().unwrap_or(instead)
     }
 
-    /// A resolver does not answer: the next one is asked from now on.
-    pub(super) fn try_next_resolver(&mut self, outside: SocketAddr) {
+    /// Switches to the next resolver, after the current one did not answer.
+    pub(super) fn select_next_resolver(&mut self, outside: SocketAddr) {
         if self.settings.policy.is_own(outside.ip()) {
             self.resolver = self.resolver.wrapping_add(1);
         }
@@ -164,13 +176,13 @@ impl<H: Host> Engine<H> {
     pub(super) fn stream_ready(&mut self, key: Key, ready: Ready, now: Instant) {
         let Some((five_tuple, Flow::Tcp(connection))) = self.flows.get_mut(key) else { return };
         connection.note(ready);
-        if connection.phase() == Phase::Dialling {
+        if connection.phase() == Phase::Connecting {
             if !ready.writable && !ready.error {
                 return;
             }
             let initial = connection.initial_sequence();
             let result = match connection.stream() {
-                // Room alone says that it is connected.
+                // Writability without an error means that the socket is connected.
                 Some(stream) if ready.error => self.host.connect_result(stream),
                 Some(_) => Ok(()),
                 None => return,
@@ -179,14 +191,14 @@ impl<H: Host> Engine<H> {
                 Ok(()) => {
                     self.with_connection(key, now, Connection::connected);
                 }
-                Err(error) => return self.not_connected(key, five_tuple, initial, &error, now),
+                Err(error) => return self.connect_failed(key, five_tuple, initial, &error, now),
             }
         }
         self.enqueue(key);
         self.arm_stream(key);
     }
 
-    fn not_connected(
+    fn connect_failed(
         &mut self,
         key: Key,
         five_tuple: FlowKey,
@@ -195,9 +207,9 @@ impl<H: Host> Engine<H> {
         now: Instant,
     ) {
         tracing::debug!(%error, "connect failed");
-        self.try_next_resolver(five_tuple.outside);
-        match problem(error) {
-            Some(problem) => self.tell_recalled(problem, five_tuple, initial, now),
+        self.select_next_resolver(five_tuple.outside);
+        match icmp_error_of(error) {
+            Some(icmp_error) => self.send_icmp_error_for_syn(icmp_error, five_tuple, initial, now),
             None => {
                 self.with_connection(key, now, Connection::send_reset);
             }
@@ -220,7 +232,7 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Ends the connection if it has ended. Whether it goes on.
+    /// Ends the flow if the connection has ended. Returns whether it continues.
     fn conclude(&mut self, key: Key, outcome: Outcome) -> bool {
         match outcome {
             Outcome::Alive | Outcome::Stray => self.arm_stream(key),
@@ -238,7 +250,7 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Lets connection `key` do something, and accounts for what it buffers.
+    /// Calls `f` on connection `key`, and accounts for its buffered bytes.
     pub(super) fn with_connection<T>(
         &mut self,
         key: Key,
@@ -264,7 +276,7 @@ impl<H: Host> Engine<H> {
     }
 }
 
-/// Whether something of ours is short, and not of the network's.
+/// Whether a local resource is exhausted, as opposed to a network error.
 pub(super) fn is_exhaustion(error: &io::Error) -> bool {
     let short = [
         Errno::MFILE,
@@ -277,14 +289,14 @@ pub(super) fn is_exhaustion(error: &io::Error) -> bool {
     short.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
-/// What a router would have told; `None` for what the far end itself told, with a reset.
-pub(super) fn problem(error: &io::Error) -> Option<Problem> {
+/// The ICMP error that a router would send for `error`; `None` if the remote side sent a reset.
+pub(super) fn icmp_error_of(error: &io::Error) -> Option<IcmpError> {
     let errno = Errno::from_raw_os_error(error.raw_os_error()?);
     Some(match errno {
-        Errno::NETUNREACH => Problem::NetworkUnreachable,
-        Errno::HOSTUNREACH | Errno::TIMEDOUT | Errno::HOSTDOWN => Problem::HostUnreachable,
-        Errno::ACCESS | Errno::PERM => Problem::Prohibited,
-        Errno::NOPROTOOPT => Problem::ProtocolUnreachable,
+        Errno::NETUNREACH => IcmpError::NetworkUnreachable,
+        Errno::HOSTUNREACH | Errno::TIMEDOUT | Errno::HOSTDOWN => IcmpError::HostUnreachable,
+        Errno::ACCESS | Errno::PERM => IcmpError::Prohibited,
+        Errno::NOPROTOOPT => IcmpError::ProtocolUnreachable,
         _ => return None,
     })
 }

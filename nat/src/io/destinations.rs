@@ -1,14 +1,14 @@
-//! Where the guests' connections go, as far as it matters that many go to one place.
+//! Source ports of connections, by destination.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use tidegate_reactor::{PortRange, SourcePorts};
 
-/// Places that are remembered.
+/// Number of recorded destinations.
 const SLOTS: usize = 64;
 
-/// See the module. Each destination has one slot, which it shares with others: who is dialled so
-/// often that its source ports are short keeps it.
+/// Table of destinations. Several destinations share one slot. A destination that is connected to
+/// so often that its source ports are short keeps the slot.
 #[derive(Debug)]
 pub(super) struct Destinations {
     range: PortRange,
@@ -16,13 +16,13 @@ pub(super) struct Destinations {
 }
 
 impl Destinations {
-    /// None yet. `range` is the kernel's.
+    /// Creates an empty table. `range` is that of the kernel.
     pub(super) fn new(range: PortRange) -> Self {
         Self { range, slots: Vec::new() }
     }
 
-    /// The source ports of connections to `to`; `None` to leave them to the kernel, because another
-    /// destination needs the slot.
+    /// Returns the source ports for connections to `to`; `None` to let the kernel choose, because
+    /// another destination needs the slot.
     pub(super) fn ports_towards(&mut self, to: SocketAddr) -> Option<&SourcePorts> {
         if self.slots.is_empty() {
             self.slots.resize_with(SLOTS, || None);
@@ -47,7 +47,7 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener};
     use tidegate_testbed::Namespace;
 
-    /// A destination in the same slot as `of`, where nobody listens.
+    /// Returns a destination in the same slot as `of`, without a listener.
     fn neighbour(of: SocketAddr) -> SocketAddr {
         let shares = |to: &SocketAddr| {
             let mut both = Destinations::new(PortRange::default());
@@ -63,28 +63,28 @@ mod tests {
     }
 
     #[test]
-    fn who_is_dialled_often_keeps_the_slot() {
+    fn a_frequent_destination_keeps_the_slot() {
         Namespace::new().run(|| {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
             let to = listener.local_addr().unwrap();
             let other = neighbour(to);
             let mut destinations = Destinations::new(PortRange::default());
-            let mut dial = |to| {
+            let mut connect = |to| {
                 let make = || Ok(Socket::new(Domain::IPV4, Type::STREAM, None)?.into());
                 destinations.ports_towards(to).map(|ports| ports.connect(make, None, to).map(drop))
             };
             for _ in 0..2 {
-                dial(to).unwrap().unwrap();
-                let refused = dial(other).expect("nobody is dialled often").unwrap_err();
+                connect(to).unwrap().unwrap();
+                let refused = connect(other).expect("no destination is frequent").unwrap_err();
                 assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
             }
-            let plenty = PortRange::default();
-            for _ in 0..=plenty.count() / 4 {
-                dial(to).unwrap().unwrap();
+            let range = PortRange::default();
+            for _ in 0..=range.count() / 4 {
+                connect(to).unwrap().unwrap();
                 drop(listener.accept().unwrap());
             }
-            assert!(dial(other).is_none(), "the slot is taken");
-            assert!(dial(to).is_some());
+            assert!(connect(other).is_none(), "the slot is in use");
+            assert!(connect(to).is_some());
         });
     }
 }

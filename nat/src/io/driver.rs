@@ -1,8 +1,8 @@
-//! The loop that carries frames to the engine and events of sockets, and keeps its timer.
+//! Driver: passes frames and socket events to the engine, and runs its timer.
 //!
-//! Frames are read as fast as possible, so that not the device's own queue decides who is served,
-//! which is first in, first out: [`Engine::classify`] drops floods there and then, and what is left
-//! waits in a [`FairQueue`].
+//! Frames are read as fast as possible, because the device queue is FIFO and would otherwise
+//! determine which endpoint is served. [`Engine::classify`] drops floods when they are read, and a
+//! [`FairQueue`] holds the other packets.
 
 use super::sockets::{FLOW, Kernel, PORT};
 use crate::engine::Engine;
@@ -23,132 +23,132 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Arena, Context, Epoll, Handler, Interest, Key, Readiness, Token};
 
-/// Frames read off the device before packets are served. What a flood sends meanwhile is less.
+/// Maximum number of frames per read of the device. A flood sends fewer in the meantime.
 const FRAMES_PER_READ: usize = 256;
 
-/// How long packets are served before sockets have their turn. Acknowledgements leave after that.
+/// Maximum time for serving packets before sockets are served. Acknowledgements are sent after
+/// that.
 const SERVE: Duration = Duration::from_micros(250);
 
-/// Packets served between two reads of the device.
+/// Number of packets served between two reads of the device.
 const SERVED_BETWEEN_READS: usize = 16;
 
-/// Frames of this size are copied out of the buffer that they were read into; larger ones take the
-/// buffer with them.
+/// Frames up to this size in bytes are copied out of the read buffer; larger ones keep the buffer.
 const COPIED: usize = 4096;
 
-/// Bytes of large frames that are dealt with as they are read while the queue is empty: a window of
-/// TCP, some 250 microseconds. To read more before the first is dealt with would drive all of them
-/// out of the cache.
+/// Maximum bytes of large frames to process directly while the queue is empty: one TCP window,
+/// about 250 microseconds. Reading more before processing would evict all of them from the CPU
+/// cache.
 const DIRECT: usize = 1 << 20;
 
-/// Frames of one read that are dropped make it a flood.
+/// Number of dropped frames per read that indicates a flood.
 const FLOOD: usize = 32;
 
-/// The niceness of the thread during a flood, and for how long after it.
+/// Niceness of the thread during a flood, and the time for which it is kept afterwards.
 ///
-/// A kernel that forwards does so ahead of every program. A thread that shares its core with others
-/// does not, and the device's queue, which holds 4,096 packets, overflows with those of every
-/// endpoint. At other times the niceness stays as it is: bulk transfers are faster where the sender
-/// fills the queue first (by a quarter, on two cores).
+/// Forwarding in the kernel has priority over every process. A thread that shares its CPU does not,
+/// so the device queue of 4,096 packets overflows and drops packets of every endpoint. At other
+/// times the niceness is unchanged, because bulk transfers are faster if the sender fills the queue
+/// first (by a quarter on two cores).
 const FLOOD_NICENESS: i32 = -10;
 const AFTER_FLOOD: Duration = Duration::from_secs(1);
 
-/// Buffers kept for frames to come.
+/// Maximum number of spare read buffers.
 const SPARE_BUFFERS: usize = 16;
 
-/// A read that brings no more than that is a question rather than a stream, and there is nobody
-/// else to be served.
-const FEW: usize = 1;
+/// A read of at most this number of frames is a request rather than a stream, and no other endpoint
+/// needs service.
+const MAX_REQUEST_FRAMES: usize = 1;
 
-/// How long the answer to it is looked for, instead of falling asleep and being woken, which takes
-/// as long as an exchange does on one host.
-const SOON: Duration = Duration::from_micros(50);
+/// Time to poll for the reply to a request. Falling asleep and being woken takes as long as an
+/// exchange on the same host.
+const POLL_TIME: Duration = Duration::from_micros(50);
 
-/// For how long packets in a row show that an endpoint has more to be served.
-const BUSY: Duration = Duration::from_millis(1);
+/// Time for which an endpoint counts as busy after consecutive packets.
+const BUSY_TIME: Duration = Duration::from_millis(1);
 
-/// Tags of tokens, beside [`FLOW`].
+/// Tags of tokens in addition to [`FLOW`].
 const DEVICE: u8 = 1;
 const TIMER: u8 = 2;
 
-/// What the loop is told.
+/// Message to the loop.
 #[derive(Debug)]
 pub(crate) enum Message {
-    /// From now on this holds, for new flows.
+    /// Sets the policy for new flows.
     Policy(Box<Policy>),
-    /// The TUN device from now on, and who hears that the one before is closed. One that is
-    /// attached to no device takes the place of one whose link has gone.
+    /// Replaces the TUN device; replies once the previous one is closed. A descriptor without a
+    /// device replaces one whose link was deleted.
     Device(OwnedFd, mpsc::Sender<io::Result<()>>),
-    /// A port to be published.
+    /// Publishes a port.
     Publish(Box<Publish>),
-    /// A port to be closed. The answer comes when it is.
+    /// Closes a port; replies once it is closed.
     Unpublish(ForwardId, mpsc::Sender<()>),
-    /// End.
+    /// Stops the loop.
     Stop,
 }
 
-/// A port to be published.
+/// A port to publish.
 #[derive(Debug)]
 pub(crate) struct Publish {
-    /// What it is known by.
+    /// Identifier.
     pub(crate) id: ForwardId,
-    /// Where it leads.
+    /// Destination in the container.
     pub(crate) forward: Forward,
-    /// Its socket, bound.
+    /// The bound socket.
     pub(crate) socket: OwnedFd,
-    /// Who may ask there.
+    /// Access control.
     pub(crate) guard: Option<Arc<dyn Guard>>,
-    /// Its figures.
+    /// Counters.
     pub(crate) stats: Arc<ForwardStats>,
-    /// Hears how it went.
+    /// Receives the result.
     pub(crate) done: mpsc::Sender<io::Result<()>>,
 }
 
-/// A frame that waits, without Ethernet's header.
+/// A queued frame without Ethernet header.
 struct Frame {
     class: Class,
     bytes: FrameBytes,
 }
 
 enum FrameBytes {
-    /// Of a small frame.
+    /// A copy of a small frame.
     Copied(Box<[u8]>),
-    /// The part of a buffer that holds it.
+    /// A read buffer and the range of the frame in it.
     InBuffer(Vec<u8>, Range<usize>),
 }
 
-/// See the module.
+/// Event handler of the loop; see the module.
 pub(crate) struct Driver {
     engine: Engine<Kernel>,
-    /// Packets that wait for their turn.
+    /// Queued packets.
     queue: FairQueue<Frame>,
-    /// Buffers that frames are read into; the one used last is used next, while it is in the cache.
+    /// Spare read buffers. The most recently used one is next, because it is in the CPU cache.
     buffers: Vec<Vec<u8>>,
     timer: Option<Instant>,
-    /// When the router of an Ethernet is to tell of itself.
+    /// Time of the next router advertisement.
     advertise: Option<Instant>,
-    /// An answer to what the guest has just asked may come soon.
+    /// Time until which a reply to a request of the guest is expected.
     expects_until: Option<Instant>,
-    /// When the flood at hand will be over, and the niceness to return to.
+    /// End of the current flood, and the niceness to restore.
     flood_until: Option<Instant>,
     niceness: i32,
-    /// Bytes of large frames that need not be queued before the next turn ends.
+    /// Bytes of large frames that may still bypass the queue in this turn.
     direct: usize,
-    /// The endpoint of the latest packet of this read.
+    /// Endpoint of the latest packet of this read.
     latest: Option<IpAddr>,
-    /// The endpoint that sends several packets in a row, and until when it is taken to. A flood of
-    /// another one is no reason to put anything off.
+    /// Endpoint that sends several packets in a row, and the time until which it counts as busy. A
+    /// flood of another endpoint does not cause delayed ACKs.
     busy: Option<(IpAddr, Instant)>,
-    /// Names the device. Another device has another key, so that an event of the one before it,
-    /// which was reported in the same turn, is not taken for one of its own.
+    /// Key of the device. Each device has its own key, so a late event of the previous device in
+    /// the same turn is not attributed to the new one.
     device: Key,
     devices: Arena<()>,
-    /// Names the one timer.
+    /// Key of the timer.
     key: Key,
 }
 
 impl Driver {
-    /// Begins to watch the device.
+    /// Starts to watch the device.
     pub(crate) fn new(
         mut engine: Engine<Kernel>,
         limits: QueueLimits,
@@ -178,19 +178,18 @@ impl Driver {
         })
     }
 
-    /// Uses `tun` in the place of the device at hand. Flows stay: their endpoints send again what
-    /// was lost.
+    /// Replaces the device. Flows continue: their endpoints retransmit lost packets.
     fn set_device(&mut self, tun: OwnedFd, epoll: &Epoll) -> io::Result<()> {
         let device = self.devices.insert(());
         epoll.add(&tun, Token::new(DEVICE, device), Interest::Readable)?;
         let old = std::mem::replace(&mut self.engine.host_mut().tun, tun);
-        // It is not watched any more if its link has gone.
+        // It is no longer watched if its link was deleted.
         let _ = epoll.remove(&old);
         self.devices.remove(std::mem::replace(&mut self.device, device));
         Ok(())
     }
 
-    /// Has the router of an Ethernet tell of itself, if it is time.
+    /// Sends a router advertisement if it is due.
     fn advertise(&mut self, now: Instant) {
         let Some(due) = self.advertise.filter(|due| *due <= now) else { return };
         self.advertise = Some(due.max(now) + ADVERTISEMENTS);
@@ -205,21 +204,21 @@ impl Driver {
         let opened = self.engine.host_mut().open_port(&forward, socket);
         let published =
             opened.and_then(|port| self.engine.publish(id, forward, port, guard, stats));
-        // Who has asked waits for it.
+        // The caller waits for the result.
         let _ = done.send(published);
     }
 
-    /// Moves the frames that wait in the device, whose queue is first in, first out, to their
-    /// endpoints' queues. True if there were more than can be read at once.
+    /// Reads frames from the device and queues them by endpoint. Returns true if more may be
+    /// available.
     fn read(&mut self, now: Instant) -> bool {
-        // What is dropped says nothing about those who are served.
+        // Dropped frames do not count as requests.
         let (mut frames, mut queued) = (0, 0);
         self.latest = None;
         while frames < FRAMES_PER_READ {
             let mut buffer =
                 self.buffers.pop().unwrap_or_else(|| vec![0; layer2::HEAD + MAX_PACKET]);
-            // An error is "nothing there", or a device whose link is gone, which is for the owner
-            // to replace.
+            // The error is `EAGAIN`, or the link of the device was deleted and the owner must
+            // replace the device.
             let host = self.engine.host_mut();
             let Ok(length) = rustix::io::read(&host.tun, &mut buffer[..]) else {
                 self.keep(buffer);
@@ -228,7 +227,7 @@ impl Driver {
             frames += 1;
             let mut packet = 0..length;
             if let Some(layer2) = &mut host.layer2 {
-                // An answer that finds no room is asked for again.
+                // A reply that does not fit is requested again by the guest.
                 let tun = &host.tun;
                 let answer = |answer: &[u8]| _ = rustix::io::write(tun, answer);
                 match layer2.receive(&mut buffer[..length], answer).map(<[u8]>::len) {
@@ -242,7 +241,7 @@ impl Driver {
             queued += usize::from(self.enqueue(buffer, packet, now));
         }
         if queued > 0 {
-            self.expects_until = (queued <= FEW).then_some(now + SOON);
+            self.expects_until = (queued <= MAX_REQUEST_FRAMES).then_some(now + POLL_TIME);
         }
         if frames - queued >= FLOOD {
             self.note_flood(now);
@@ -250,7 +249,7 @@ impl Driver {
         frames == FRAMES_PER_READ
     }
 
-    /// Raises the thread's priority where it may, which takes CAP_SYS_NICE.
+    /// Raises the priority of the thread, if permitted (CAP_SYS_NICE).
     fn note_flood(&mut self, now: Instant) {
         if self.flood_until.replace(now + AFTER_FLOOD).is_none()
             && let Ok(niceness) = getpriority_process(None)
@@ -267,24 +266,24 @@ impl Driver {
         }
     }
 
-    /// Puts a frame into its endpoint's queue. False if it is dropped.
+    /// Queues a frame. Returns false if it is dropped.
     fn enqueue(&mut self, buffer: Vec<u8>, packet: Range<usize>, now: Instant) -> bool {
         let Some((class, parsed)) = self.engine.classify(&buffer[packet.clone()], now) else {
             self.keep(buffer);
             return false;
         };
         if self.latest == Some(class.endpoint) {
-            self.busy = Some((class.endpoint, now + BUSY));
+            self.busy = Some((class.endpoint, now + BUSY_TIME));
         }
         self.latest = Some(class.endpoint);
-        // Of one guest nothing is queued: what is too much the device's own queue drops, unread.
+        // With a single guest nothing is queued: the device queue drops the excess unread.
         let may_be_direct =
             self.engine.has_one_guest() || packet.len() > COPIED && packet.len() <= self.direct;
         if self.queue.is_empty() && may_be_direct {
-            // Nobody else waits, as far as has been read: the buffer that is in the cache serves
-            // the next frame too.
+            // No other packet is queued, so the frame is processed directly, and the cached buffer
+            // is reused for the next frame.
             self.direct = self.direct.saturating_sub(packet.len());
-            self.set_crowded(&class, now);
+            self.update_ack_delay(&class, now);
             self.engine.serve(&parsed, &class, now);
             self.keep(buffer);
             return true;
@@ -305,7 +304,7 @@ impl Driver {
         true
     }
 
-    /// Has the engine deal with the packets whose turn it is, for a while.
+    /// Serves queued packets for a limited time.
     fn serve(&mut self, now: Instant) {
         let until = now + SERVE;
         let mut served = 0;
@@ -314,7 +313,7 @@ impl Driver {
                 FrameBytes::Copied(bytes) => bytes,
                 FrameBytes::InBuffer(buffer, packet) => &buffer[packet.clone()],
             };
-            self.set_crowded(&frame.class, now);
+            self.update_ack_delay(&frame.class, now);
             self.engine.packet(bytes, &frame.class, now);
             self.reuse(frame);
             served += 1;
@@ -323,7 +322,7 @@ impl Driver {
                 if later >= until {
                     break;
                 }
-                // Whoever asks now and then is found before what is left of the backlog.
+                // This finds packets of sparse endpoints before the rest of the backlog.
                 self.read(later);
             }
         }
@@ -331,9 +330,9 @@ impl Driver {
         self.engine.note_queue(self.queue.bytes());
     }
 
-    fn set_crowded(&mut self, class: &Class, now: Instant) {
+    fn update_ack_delay(&mut self, class: &Class, now: Instant) {
         let busy = |(endpoint, until)| endpoint == class.endpoint && now < until;
-        self.engine.host_mut().crowded = self.busy.is_some_and(busy);
+        self.engine.host_mut().delay_handshake_acks = self.busy.is_some_and(busy);
     }
 
     fn reuse(&mut self, frame: Frame) {
@@ -365,16 +364,16 @@ impl Handler for Driver {
         match token.tag() {
             DEVICE if token.key() != self.device => {}
             DEVICE if readiness.is_error() => {
-                // Its link was deleted, or the namespace has ended. Level-triggered, it would be
-                // reported for ever.
+                // The link was deleted, or its namespace has ended. The level-triggered event would
+                // repeat forever.
                 let _ = cx.epoll.remove(&self.engine.host_mut().tun);
             }
             DEVICE => _ = self.read(cx.now),
             FLOW => self.engine.ready(token.key(), ready(readiness), cx.now),
             PORT => {
                 self.engine.port_ready(token.key(), ready(readiness), cx.now);
-                // The guest, or the client, will have something to say next.
-                self.expects_until = Some(cx.now + SOON);
+                // The guest or the client is expected to reply soon.
+                self.expects_until = Some(cx.now + POLL_TIME);
             }
             _ => {}
         }

@@ -1,5 +1,4 @@
-//! The engine's world: a TUN device and the kernel's sockets. All system calls of this crate are
-//! below here.
+//! TUN device and kernel sockets. All system calls of this crate are in this module.
 
 mod destinations;
 pub(crate) mod driver;

@@ -1,6 +1,6 @@
-//! What a device is told by rtnetlink(7): by netlink alone, for the ioctl of the queue length takes
-//! a privilege over the whole machine (`dev_ioctl`, net/core/dev_ioctl.c), netlink one over the
-//! namespace.
+//! Configuration of a device through rtnetlink(7). The ioctl for the queue length requires a
+//! privilege in the initial user namespace (`dev_ioctl`, net/core/dev_ioctl.c); netlink requires
+//! one only over the network namespace.
 
 use super::tun::TunOptions;
 use ipnet::IpNet;
@@ -20,25 +20,29 @@ use std::net::IpAddr;
 use tidegate_model::registry;
 use tidegate_netns::Family;
 
-/// Sets MTU and queue length, brings the device up, gives it its addresses and leads packets to it;
-/// in the current namespace.
+/// Sets MTU and queue length, brings the device up, and adds its addresses and routes, in the
+/// current namespace.
 pub(super) fn configure(options: &TunOptions) -> io::Result<()> {
     let socket = Socket::new(NETLINK_ROUTE)?;
-    // Connected to the kernel, so that no other process can put an answer into our socket.
+    // Connected to the kernel, so that no other process can inject a reply.
     socket.connect(&SocketAddr::new(0, 0))?;
     if options.loopback {
-        order(&socket, RouteNetlinkMessage::SetLink(up("lo")), 0)?;
+        request(&socket, RouteNetlinkMessage::SetLink(up("lo")), 0)?;
     }
-    order(&socket, RouteNetlinkMessage::SetLink(link(options)), 0)?;
+    request(&socket, RouteNetlinkMessage::SetLink(link(options)), 0)?;
     let index = rustix::net::netdevice::name_to_index(&socket, &options.name)?;
     let create = NLM_F_CREATE | NLM_F_EXCL;
     for address in &options.addresses {
-        order(&socket, RouteNetlinkMessage::NewAddress(of_address(*address, index)), create)?;
+        request(
+            &socket,
+            RouteNetlinkMessage::NewAddress(address_message(*address, index)),
+            create,
+        )?;
     }
     for family in &options.default_routes {
         let gateway = options.gateways.iter().copied().find(|ip| Family::of(*ip) == *family);
         let route = default_route(*family, gateway, index, options.table);
-        order(&socket, RouteNetlinkMessage::NewRoute(route), create)?;
+        request(&socket, RouteNetlinkMessage::NewRoute(route), create)?;
     }
     Ok(())
 }
@@ -69,12 +73,12 @@ fn link(options: &TunOptions) -> LinkMessage {
     message
 }
 
-fn of_address(address: IpNet, index: u32) -> AddressMessage {
+fn address_message(address: IpNet, index: u32) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = Family::of(address.addr()).into();
     message.header.prefix_len = address.prefix_len();
     message.header.index = index;
-    // Nobody else is on the link who could have it.
+    // No other station on the link could have the address.
     message.header.flags = AddressHeaderFlags::Nodad;
     message.attributes =
         vec![AddressAttribute::Local(address.addr()), AddressAttribute::Address(address.addr())];
@@ -85,7 +89,7 @@ fn default_route(family: Family, gateway: Option<IpAddr>, index: u32, table: u32
     let mut message = RouteMessage::default();
     message.header = RouteHeader {
         address_family: family.into(),
-        // The attribute holds what does not fit (`RT_TABLE_COMPAT`).
+        // The attribute holds values above 255 (`RT_TABLE_COMPAT`).
         table: u8::try_from(table).unwrap_or(252),
         protocol: RouteProtocol::Other(registry::ROUTE_PROTOCOL),
         scope: if family == Family::V4 && gateway.is_none() {
@@ -106,8 +110,8 @@ fn default_route(family: Family, gateway: Option<IpAddr>, index: u32, table: u32
     message
 }
 
-/// Has the kernel do something, and waits for its word.
-fn order(socket: &Socket, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+/// Sends a request to the kernel and waits for its acknowledgement.
+fn request(socket: &Socket, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
     let mut message = NetlinkMessage::from(message);
     message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
     message.finalize();
@@ -119,6 +123,6 @@ fn order(socket: &Socket, message: RouteNetlinkMessage, flags: u16) -> io::Resul
         NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
     match answer.payload {
         NetlinkPayload::Error(error) => error.code.map_or(Ok(()), |_| Err(error.to_io())),
-        _ => Err(io::Error::other("the kernel answers another question")),
+        _ => Err(io::Error::other("unexpected netlink reply")),
     }
 }

@@ -1,15 +1,15 @@
-//! The host's side, by the kernel's sockets.
+//! [`Host`] implementation with a TUN device and kernel sockets.
 
 use super::destinations::Destinations;
 use super::sys::{self, SO_PEEK_OFF};
 use super::tun::Tun;
 use crate::forward::Forward;
 use crate::host::{
-    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem,
+    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketError,
 };
 use crate::layer2::{self, Layer2};
 use crate::settings::{Capabilities, Outbound, Settings};
-use crate::wire::icmp::Problem;
+use crate::wire::icmp::IcmpError;
 use crate::wire::{ethernet, virtio};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with, sockopt};
@@ -28,39 +28,37 @@ use tidegate_reactor::{
     enable_stream_ingress, revive_listener, says_destroyed, stream_ingress,
 };
 
-/// Tag of flows' sockets among the loop's tokens.
+/// Token tag of flow sockets.
 pub(super) const FLOW: u8 = 0;
 
-/// Tag of published ports' sockets.
+/// Token tag of published port sockets.
 pub(super) const PORT: u8 = 3;
 
-/// The queue of clients that wait to be accepted; the kernel caps it at `net.core.somaxconn`, whose
-/// default it is.
+/// Length of the accept queue. The kernel caps it at `net.core.somaxconn`, whose default it is.
 const BACKLOG: i32 = 4096;
 
-/// When a silent client is asked whether it is still there, how often, and after how many
-/// unanswered questions it is gone: as with ports of the port publisher.
+/// Keepalive of client connections, as for ports of the port publisher.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_time(Duration::from_secs(15))
     .with_interval(Duration::from_secs(15))
     .with_retries(9);
 
-/// Buffers of a session's socket, as the port publisher has them: a batch of GSO batches.
+/// Buffer size of a session socket in bytes, as in the port publisher: a batch of GSO batches.
 const DATAGRAM_BUFFER: usize = 4 << 20;
 
-/// Payload that may wait in a TCP socket to be read, in bytes (the kernel doubles it for its own
-/// bookkeeping). Left to itself, the buffer grows to `tcp_rmem` (6 to 32 MiB) behind a container
-/// that has stopped reading, for each of its connections. The price is the window: 1 MiB or a
-/// little more for each round trip, as with published ports.
-const UNREAD: usize = 1 << 20;
+/// Receive buffer of a TCP socket in bytes of payload (the kernel doubles it for bookkeeping).
+/// Without it, the kernel grows the buffer of each connection of a stalled container to `tcp_rmem`
+/// (6 to 32 MiB). The cost is a limit of the window: slightly more than 1 MiB per round trip, as
+/// for published ports.
+const RECEIVE_BUFFER: usize = 1 << 20;
 
-/// How often an error of an earlier datagram may come before this one.
-const OLD_ERRORS: usize = 3;
+/// Maximum number of pending errors of earlier datagrams to skip per send.
+const MAX_PENDING_ERRORS: usize = 3;
 
-/// TUN device and sockets.
+/// TUN device and sockets of the host.
 pub(crate) struct Kernel {
     pub(super) tun: OwnedFd,
-    /// Around packets, where the device is one of layer 2.
+    /// Ethernet emulation for a layer 2 device.
     pub(super) layer2: Option<Box<Layer2>>,
     epoll: Epoll,
     addresses: Arc<AddressBook>,
@@ -69,41 +67,40 @@ pub(crate) struct Kernel {
     outbound: Outbound,
     bound_buffer: BoundBuffer,
     destinations: Destinations,
-    /// The endpoint at hand has more for the engine to do.
-    pub(super) crowded: bool,
-    /// Where bytes go that are copied once more for want of `SO_PEEK_OFF`.
+    /// The current endpoint is busy, so handshake ACKs are delayed.
+    pub(super) delay_handshake_acks: bool,
+    /// Buffer for bytes that must be copied again without `SO_PEEK_OFF`.
     skipped: Vec<u8>,
 }
 
-/// What fits into one segment on any path, in bytes (RFC 9293 section 3.7.1: 536, less what options
-/// take).
-const SMALL: usize = 500;
+/// Payload that fits one segment on any path, in bytes (RFC 9293 section 3.7.1: 536, minus
+/// options).
+const MIN_PATH_PAYLOAD: usize = 500;
 
-/// What a stream was sent.
+/// Send state of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sent {
-    /// The last segment of the handshake waits for the first bytes.
-    NotEvenHello,
-    Nothing,
-    One,
-    WithoutDelay,
+enum SendState {
+    /// The last handshake ACK is delayed until the first payload.
+    HandshakeAckDelayed,
+    Unsent,
+    SentOnce,
+    NoDelay,
 }
 
-/// A TCP socket.
+/// A TCP socket of the host.
 #[derive(Debug)]
 pub(crate) struct Stream {
     socket: OwnedFd,
-    /// Where the kernel's next look begins (`SO_PEEK_OFF`), once that is set: who is sent little
-    /// never needs it.
+    /// Current peek offset (`SO_PEEK_OFF`), once set. Short connections never need it.
     peek_offset: Option<usize>,
-    /// Something was sent, and then Nagle's algorithm switched off: the first piece goes at once in
-    /// any case.
-    sent: Sent,
-    /// What its events carry, once it is watched.
+    /// Nagle's algorithm is disabled after the first send, because the first segment is sent
+    /// immediately in any case.
+    sent: SendState,
+    /// Token of its events, once watched.
     token: Option<Token>,
-    /// Whether room to send is reported.
-    watches_room: bool,
-    /// It is a client's, and connected from the start.
+    /// Whether writability is watched.
+    watches_writable: bool,
+    /// The socket was accepted from a client, and is connected from the start.
     accepted: bool,
     _permit: Permit,
 }
@@ -123,13 +120,13 @@ pub(crate) struct Datagrams {
     v6: bool,
     dont_fragment: Option<bool>,
     hop_limit: Option<u8>,
-    /// Larger segments were refused as a batch.
+    /// Maximum segment size for GSO batches; larger ones were rejected.
     max_segment: usize,
     _permit: Permit,
 }
 
-/// Received messages. Room for them is made when the first come: an empty one, which stands in
-/// while they are dealt with, costs nothing.
+/// Received messages. The buffer is allocated on first use, so the empty placeholder during
+/// processing costs nothing.
 #[derive(Default)]
 pub(crate) struct Received(Option<RecvBatch>);
 
@@ -155,7 +152,7 @@ impl Batch for Received {
     fn arrival(&self, index: usize) -> Arrival {
         let Some(datagram) = self.message(index) else { return Arrival::default() };
         Arrival {
-            // Nothing can be sent from a multicast address; the kernel selects one then.
+            // A multicast address cannot be a source address; the kernel selects one.
             local: datagram.destination.filter(|address| !address.is_multicast()),
             destination: datagram.sent_to,
             to_group: datagram.is_to_group(),
@@ -164,15 +161,14 @@ impl Batch for Received {
     }
 }
 
-/// How a receive buffer is fixed.
+/// Method of fixing the receive buffer size.
 #[derive(Clone, Copy, Debug)]
 enum BoundBuffer {
-    /// With the privilege to pass `net.core.rmem_max`.
+    /// With the privilege to exceed `net.core.rmem_max`.
     Force,
-    /// Within it.
+    /// Within `net.core.rmem_max`.
     Ask,
-    /// It would become so small that it cost more throughput than the bound is worth: it is left to
-    /// the kernel.
+    /// Not fixed: the limit would reduce the throughput too much.
     Leave,
 }
 
@@ -186,20 +182,20 @@ impl BoundBuffer {
         }
         let asked =
             Self::Ask.apply(&socket).and_then(|()| SockRef::from(&socket).recv_buffer_size());
-        // The kernel tells what it has doubled.
-        if asked.is_ok_and(|size| size >= 2 * UNREAD) { Self::Ask } else { Self::Leave }
+        // The kernel reports the doubled size.
+        if asked.is_ok_and(|size| size >= 2 * RECEIVE_BUFFER) { Self::Ask } else { Self::Leave }
     }
 
     fn apply(self, socket: &OwnedFd) -> io::Result<()> {
         match self {
-            Self::Force => Ok(sockopt::set_socket_recv_buffer_size_force(socket, UNREAD)?),
-            Self::Ask => SockRef::from(socket).set_recv_buffer_size(UNREAD),
+            Self::Force => Ok(sockopt::set_socket_recv_buffer_size_force(socket, RECEIVE_BUFFER)?),
+            Self::Ask => SockRef::from(socket).set_recv_buffer_size(RECEIVE_BUFFER),
             Self::Leave => Ok(()),
         }
     }
 }
 
-/// What this kernel can do for sockets.
+/// Probes socket features of the kernel.
 pub(crate) fn probe() -> Capabilities {
     let stream = new_socket(AddressFamily::INET, SocketType::STREAM, None);
     let peek_offset = !Feature::PeekOffset.is_forced_off();
@@ -227,18 +223,18 @@ fn family(of: SocketAddr) -> AddressFamily {
     if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 }
 }
 
-/// Takes `forward`'s port in the calling thread's namespace, so that nobody else has it. No client
-/// is answered yet.
+/// Binds the port of `forward` in the namespace of the calling thread to reserve it. It does not
+/// serve clients yet.
 pub(crate) fn reserve(forward: &Forward) -> io::Result<OwnedFd> {
     let kind = if forward.protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
     let domain = Domain::for_address(forward.listen);
     let socket = Socket::new(domain, kind.nonblocking().cloexec(), None)?;
     if forward.listen.is_ipv6() {
-        // The IPv4 half of a port has a socket of its own.
+        // The IPv4 part of a port has its own socket.
         socket.set_only_v6(true)?;
     }
     if forward.protocol == Protocol::Tcp {
-        // Past connections in TIME_WAIT do not hold the port; a live listener still does.
+        // Ignores connections in TIME_WAIT, but not an active listener.
         socket.set_reuse_address(true)?;
     }
     socket.bind(&forward.listen.into())?;
@@ -247,26 +243,26 @@ pub(crate) fn reserve(forward: &Forward) -> io::Result<OwnedFd> {
 
 fn prepare_stream(socket: &OwnedFd, buffer: BoundBuffer) -> io::Result<()> {
     buffer.apply(socket)?;
-    // Urgent data stays where it is in the stream.
+    // Keeps urgent data in the stream.
     SockRef::from(socket).set_out_of_band_inline(true)
 }
 
-/// Whether the last segment of `socket`'s handshake waits for what is sent first, a fifth of a
-/// second at most. Asked for before the connect; when it is withdrawn later, that segment leaves
+/// Sets whether the last ACK of the handshake is delayed until the first payload, for at most 200
+/// ms. Must be set before connect(2). Clearing it later sends the ACK
 /// (`tcp_rcv_synsent_state_process` and `__tcp_sock_set_quickack`, net/ipv4).
-fn put_off_hello(socket: &OwnedFd, put_off: bool) -> io::Result<()> {
+fn delay_handshake_ack(socket: &OwnedFd, put_off: bool) -> io::Result<()> {
     sys::set(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, (!put_off).into())
 }
 
-/// Binds a socket that goes to `to` to the address that it shall go out from. Its port is chosen
-/// when it connects, so that one port serves many far ends.
+/// Binds a socket for `to` to its configured source address. The port is chosen at connect(2), so
+/// one port can serve several destinations.
 fn bind_towards(socket: &OwnedFd, outbound: Outbound, to: SocketAddr) -> io::Result<()> {
-    let Some(ip) = outbound.towards(to.ip()) else { return Ok(()) };
+    let Some(ip) = outbound.source_for(to.ip()) else { return Ok(()) };
     sys::set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
     Ok(rustix::net::bind(socket, &SocketAddr::new(ip, 0))?)
 }
 
-/// Where `socket` is bound.
+/// Returns the bound address of `socket`.
 pub(crate) fn bound_to(socket: impl AsFd) -> io::Result<SocketAddr> {
     let address = SockRef::from(&socket).local_addr()?;
     address
@@ -276,7 +272,7 @@ pub(crate) fn bound_to(socket: impl AsFd) -> io::Result<SocketAddr> {
 }
 
 impl Kernel {
-    /// Makes `socket` the one of a published port. Clients are answered from here on.
+    /// Turns `socket` into the socket of a published port, which serves clients from now on.
     pub(crate) fn open_port(
         &self,
         forward: &Forward,
@@ -288,10 +284,10 @@ impl Kernel {
             let v6 = forward.listen.is_ipv6();
             self.prepare_datagrams(&socket)?;
             batch::enable_packet_info(&socket, v6)?;
-            recall_errors(&socket, v6)?;
+            enable_error_queue(&socket, v6)?;
             return Ok(Port::Udp(self.datagrams(socket, v6, permit)));
         }
-        // What a listener is set to, what it accepts is set to as well.
+        // Accepted sockets inherit the options of the listener.
         prepare_stream(&socket, self.bound_buffer)?;
         SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
         enable_stream_ingress(&socket, forward.listen.is_ipv6())?;
@@ -342,7 +338,7 @@ impl Kernel {
             outbound,
             bound_buffer,
             destinations: Destinations::new(PortRange::of_this_namespace()),
-            crowded: false,
+            delay_handshake_acks: false,
             skipped: Vec::new(),
         }
     }
@@ -351,25 +347,30 @@ impl Kernel {
         self.descriptors.take(1).ok_or_else(|| rustix::io::Errno::MFILE.into())
     }
 
-    fn peek_anew(&mut self, stream: &Stream, offset: usize, into: &mut [u8]) -> io::Result<usize> {
+    fn peek_without_offset(
+        &mut self,
+        stream: &Stream,
+        offset: usize,
+        into: &mut [u8],
+    ) -> io::Result<usize> {
         if self.skipped.len() < offset {
             self.skipped.resize(offset, 0);
         }
-        let mut look = || sys::peek_behind(&stream.socket, &mut self.skipped[..offset], into);
-        let mut seen = look()?;
+        let mut peek = || sys::peek_behind(&stream.socket, &mut self.skipped[..offset], into);
+        let mut seen = peek()?;
         if seen <= offset && offset > 0 {
-            // Nothing new. The end shows only in the state, which is looked at first: what came
-            // before it is there then.
+            // No new data. Only the state shows the end of the stream. It is checked before the
+            // second peek, so that no earlier data is missed.
             if !sys::is_at_end(&stream.socket) {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
-            seen = look()?;
+            seen = peek()?;
         }
         Ok(seen.saturating_sub(offset))
     }
 }
 
-/// Writes a packet with Ethernet's header behind virtio's.
+/// Writes a packet with an Ethernet header after the virtio header.
 fn emit_frame(tun: &OwnedFd, layer2: &Layer2, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
     let Some((virtio, head)) = head.split_first_chunk::<{ virtio::LENGTH }>() else { return false };
     let mut begin = [0; layer2::HEAD];
@@ -413,18 +414,18 @@ impl Host for Kernel {
 
     fn connect(&mut self, to: SocketAddr) -> io::Result<Stream> {
         let permit = self.permit()?;
-        let quiet = self.crowded;
+        let delay_ack = self.delay_handshake_acks;
         let make = || {
             let socket = new_socket(family(to), SocketType::STREAM, None)?;
             prepare_stream(&socket, self.bound_buffer)?;
             bind_towards(&socket, self.outbound, to)?;
-            if quiet {
-                put_off_hello(&socket, true)?;
+            if delay_ack {
+                delay_handshake_ack(&socket, true)?;
             }
             Ok(socket)
         };
         let socket = match self.destinations.ports_towards(to) {
-            Some(ports) => ports.connect(make, self.outbound.towards(to.ip()), to)?,
+            Some(ports) => ports.connect(make, self.outbound.source_for(to.ip()), to)?,
             None => {
                 let socket = make()?;
                 begin_connect(&socket, to)?;
@@ -434,9 +435,9 @@ impl Host for Kernel {
         Ok(Stream {
             socket,
             peek_offset: None,
-            sent: if quiet { Sent::NotEvenHello } else { Sent::Nothing },
+            sent: if delay_ack { SendState::HandshakeAckDelayed } else { SendState::Unsent },
             token: None,
-            watches_room: false,
+            watches_writable: false,
             accepted: false,
             _permit: permit,
         })
@@ -447,7 +448,7 @@ impl Host for Kernel {
     }
 
     fn ignore_port(&mut self, port: &Port<Listener, Datagrams>) {
-        // It is watched, and so can be ignored.
+        // Removal succeeds because the port is watched.
         let _ = self.epoll.remove(descriptor(port));
     }
 
@@ -471,9 +472,9 @@ impl Host for Kernel {
         let stream = Stream {
             socket,
             peek_offset: None,
-            sent: Sent::Nothing,
+            sent: SendState::Unsent,
             token: None,
-            watches_room: false,
+            watches_writable: false,
             accepted: true,
             _permit: permit,
         };
@@ -494,15 +495,15 @@ impl Host for Kernel {
         }
         let mut polled = [PollFd::new(&stream.socket, PollFlags::OUT)];
         let _ = poll(&mut polled, Some(&Timespec::default()));
-        let told = polled[0].revents();
+        let revents = polled[0].revents();
         let ready = Ready {
-            writable: told.intersects(PollFlags::OUT),
-            error: told.intersects(PollFlags::ERR | PollFlags::HUP),
+            writable: revents.intersects(PollFlags::OUT),
+            error: revents.intersects(PollFlags::ERR | PollFlags::HUP),
             ..Ready::default()
         };
-        // Room is there from the start: to be told of it would be an event for each connection.
-        stream.watches_room = !ready.writable;
-        let interest = if stream.watches_room { Interest::Edges } else { Interest::InputEdges };
+        // A new socket is writable, so watching for it would cause an event per connection.
+        stream.watches_writable = !ready.writable;
+        let interest = if stream.watches_writable { Interest::Edges } else { Interest::InputEdges };
         let token = Token::new(FLOW, key);
         stream.token = Some(token);
         self.epoll.add(&stream.socket, token, interest)?;
@@ -513,44 +514,44 @@ impl Host for Kernel {
         SockRef::from(&stream.socket).take_error()?.map_or(Ok(()), Err)
     }
 
-    fn is_quiet(&self, stream: &Stream) -> bool {
-        stream.sent == Sent::NotEvenHello
+    fn is_handshake_ack_delayed(&self, stream: &Stream) -> bool {
+        stream.sent == SendState::HandshakeAckDelayed
     }
 
-    fn say_hello(&mut self, stream: &mut Stream) {
-        if stream.sent == Sent::NotEvenHello {
-            stream.sent = Sent::Nothing;
-            // Should it fail, the kernel says it after a fifth of a second.
-            let _ = put_off_hello(&stream.socket, false);
+    fn send_handshake_ack(&mut self, stream: &mut Stream) {
+        if stream.sent == SendState::HandshakeAckDelayed {
+            stream.sent = SendState::Unsent;
+            // On failure, the kernel sends the ACK after 200 ms.
+            let _ = delay_handshake_ack(&stream.socket, false);
         }
     }
 
     fn send(&mut self, stream: &mut Stream, bytes: &[u8]) -> io::Result<usize> {
-        if stream.sent != Sent::WithoutDelay {
-            // A piece of several segments ends in one that would wait.
-            if stream.sent == Sent::One || bytes.len() > SMALL {
+        if stream.sent != SendState::NoDelay {
+            // With several segments, Nagle's algorithm would delay the last one.
+            if stream.sent == SendState::SentOnce || bytes.len() > MIN_PATH_PAYLOAD {
                 SockRef::from(&stream.socket).set_tcp_nodelay(true)?;
-                stream.sent = Sent::WithoutDelay;
+                stream.sent = SendState::NoDelay;
             } else {
-                stream.sent = Sent::One;
+                stream.sent = SendState::SentOnce;
             }
         }
         let sent = sys::send(&stream.socket, bytes);
         let short = sent.as_ref().map_or(true, |sent| *sent < bytes.len());
         if short
-            && !stream.watches_room
+            && !stream.watches_writable
             && let Some(token) = stream.token
         {
-            // What has become free since is reported again.
+            // Space that has become free since is reported again.
             self.epoll.modify(&stream.socket, token, Interest::Edges)?;
-            stream.watches_room = true;
+            stream.watches_writable = true;
         }
         sent
     }
 
     fn peek(&mut self, stream: &mut Stream, offset: usize, into: &mut [u8]) -> io::Result<usize> {
         if !self.capabilities.peek_offset {
-            return self.peek_anew(stream, offset, into);
+            return self.peek_without_offset(stream, offset, into);
         }
         if stream.peek_offset.unwrap_or(0) != offset {
             sys::set(&stream.socket, libc::SOL_SOCKET, SO_PEEK_OFF, offset as libc::c_int)?;
@@ -571,7 +572,7 @@ impl Host for Kernel {
                 taken => left -= taken.min(left),
             }
         }
-        // The kernel's offset goes back by what is taken out (sk_peek_offset_bwd,
+        // The kernel reduces its offset by the removed bytes (sk_peek_offset_bwd,
         // include/net/sock.h).
         if let Some(offset) = &mut stream.peek_offset {
             *offset = offset.saturating_sub(length);
@@ -580,13 +581,13 @@ impl Host for Kernel {
     }
 
     fn shutdown(&mut self, stream: &mut Stream) {
-        // It fails only on a connection that is broken, which the next read tells.
+        // Fails only on a broken connection, which the next read reports.
         let _ = SockRef::from(&stream.socket).shutdown(Shutdown::Write);
     }
 
     fn abort(&mut self, stream: Stream) {
-        // Closed this way, it resets; should that fail, it ends in a FIN behind bytes that are
-        // short, or in nothing.
+        // Closing the socket now sends a reset. On failure, the stream ends with a FIN after
+        // missing bytes, or not at all.
         let _ = SockRef::from(&stream.socket).set_linger(Some(Duration::ZERO));
     }
 
@@ -602,7 +603,7 @@ impl Host for Kernel {
         if kind != DatagramKind::Echo {
             self.prepare_datagrams(&socket)?;
         }
-        recall_errors(&socket, v6)?;
+        enable_error_queue(&socket, v6)?;
         bind_towards(&socket, self.outbound, to)?;
         if kind != DatagramKind::SharedUdp {
             rustix::net::connect(&socket, &to)?;
@@ -625,12 +626,12 @@ impl Host for Kernel {
     ) -> SendOutcome {
         socket.prepare(dont_fragment, hop_limit);
         if bytes.len() > segment && segment <= socket.max_segment {
-            match attempt(|| {
+            match send_past_errors(|| {
                 sys::send_message(&socket.socket, destination, bytes, Some(segment as u16))
             }) {
                 Ok(_) => return SendOutcome::Sent,
-                // Too long a segment for the path (EINVAL; EMSGSIZE since 6.12), or a device that
-                // cannot checksum (EIO, until 6.11): one by one they may pass.
+                // The segment exceeds the path MTU (EINVAL; EMSGSIZE since 6.12), or the device has
+                // no checksum offload (EIO, until 6.11). Single datagrams may pass.
                 Err(error)
                     if matches!(
                         error.raw_os_error(),
@@ -646,7 +647,7 @@ impl Host for Kernel {
         let mut rest = bytes;
         loop {
             let (datagram, more) = rest.split_at(segment.min(rest.len()));
-            if let Err(error) = attempt(|| match destination {
+            if let Err(error) = send_past_errors(|| match destination {
                 Some(_) => sys::send_message(&socket.socket, destination, datagram, None),
                 None => sys::send(&socket.socket, datagram),
             }) {
@@ -663,12 +664,12 @@ impl Host for Kernel {
         batch.0.get_or_insert_default().receive(&socket.socket)
     }
 
-    fn next_problem(&mut self, socket: &mut Datagrams) -> Option<SocketProblem> {
-        sys::next_problem(&socket.socket)
+    fn next_socket_error(&mut self, socket: &mut Datagrams) -> Option<SocketError> {
+        sys::next_socket_error(&socket.socket)
     }
 }
 
-/// What is watched of a published port.
+/// The watched descriptor of a published port.
 fn descriptor(port: &Port<Listener, Datagrams>) -> BorrowedFd<'_> {
     match port {
         Port::Tcp(listener) => listener.socket.as_fd(),
@@ -676,8 +677,8 @@ fn descriptor(port: &Port<Listener, Datagrams>) -> BorrowedFd<'_> {
     }
 }
 
-/// Has what the network tells about datagrams kept in the socket's error queue.
-fn recall_errors(socket: &OwnedFd, v6: bool) -> io::Result<()> {
+/// Enables the error queue of the socket for ICMP errors.
+fn enable_error_queue(socket: &OwnedFd, v6: bool) -> io::Result<()> {
     let (level, option) = if v6 {
         (libc::IPPROTO_IPV6, libc::IPV6_RECVERR)
     } else {
@@ -686,10 +687,10 @@ fn recall_errors(socket: &OwnedFd, v6: bool) -> io::Result<()> {
     sys::set(socket, level, option, 1)
 }
 
-/// Sends, past the errors of earlier datagrams: each is told once, and this one was not looked at
-/// yet.
-fn attempt(mut send: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
-    for _ in 0..OLD_ERRORS {
+/// Calls `send`, and retries after pending errors of earlier datagrams. The kernel reports each
+/// error once, before it processes the current datagram.
+fn send_past_errors(mut send: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    for _ in 0..MAX_PENDING_ERRORS {
         match send() {
             Err(error)
                 if matches!(
@@ -709,7 +710,7 @@ fn attempt(mut send: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
 }
 
 impl Datagrams {
-    /// Sets what differs from the last datagram's.
+    /// Updates socket options that differ from the previous datagram.
     fn prepare(&mut self, dont_fragment: bool, hop_limit: Option<u8>) {
         if self.dont_fragment != Some(dont_fragment) {
             let (level, option) = if self.v6 {
@@ -717,7 +718,7 @@ impl Datagrams {
             } else {
                 (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
             };
-            // IP_PMTUDISC_DO and IP_PMTUDISC_WANT, the same numbers for IPv6.
+            // IP_PMTUDISC_DO and IP_PMTUDISC_WANT; the IPv6 constants are equal.
             let _ = sys::set(&self.socket, level, option, if dont_fragment { 2 } else { 1 });
             self.dont_fragment = Some(dont_fragment);
         }
@@ -727,7 +728,7 @@ impl Datagrams {
             } else {
                 (libc::IPPROTO_IP, libc::IP_TTL)
             };
-            // -1 is the system's default.
+            // -1 selects the system default.
             let _ = sys::set(&self.socket, level, option, hop_limit.map_or(-1, i32::from));
             self.hop_limit = hop_limit;
         }
@@ -737,14 +738,14 @@ impl Datagrams {
         match error.raw_os_error() {
             Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => SendOutcome::NoRoom,
             Some(libc::EMSGSIZE) => SendOutcome::TooBig(self.path_mtu()),
-            Some(libc::ENETUNREACH) => SendOutcome::Unreachable(Problem::NetworkUnreachable),
-            Some(libc::EPERM | libc::EACCES) => SendOutcome::Unreachable(Problem::Prohibited),
-            // What the error queue tells in detail, and the guest then hears from there.
+            Some(libc::ENETUNREACH) => SendOutcome::Unreachable(IcmpError::NetworkUnreachable),
+            Some(libc::EPERM | libc::EACCES) => SendOutcome::Unreachable(IcmpError::Prohibited),
+            // The error queue provides the details, which are forwarded to the guest.
             _ => SendOutcome::Sent,
         }
     }
 
-    /// What the path takes; of a socket that is not connected, what every path does (RFC 8200
+    /// The path MTU. For an unconnected socket, the minimum that every path supports (RFC 8200
     /// section 5, RFC 791 section 3.1).
     fn path_mtu(&self) -> u32 {
         let (level, option, least) = if self.v6 {
@@ -765,23 +766,23 @@ mod tests {
     use tidegate_testbed::{Namespace, eventually};
 
     #[test]
-    fn who_listens_hears_of_a_connection_when_it_is_told() {
+    fn a_listener_sees_a_connection_when_its_delayed_ack_is_sent() {
         Namespace::new().run(|| {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
             listener.set_nonblocking(true).unwrap();
             let to = listener.local_addr().unwrap();
             let quiet_until_told = || {
                 let socket = new_socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-                put_off_hello(&socket, true).unwrap();
+                delay_handshake_ack(&socket, true).unwrap();
                 let begun = Instant::now();
                 begin_connect(&socket, to).unwrap();
                 let heard = listener.accept().is_ok();
                 let in_time = begun.elapsed() < Duration::from_millis(40);
-                put_off_hello(&socket, false).unwrap();
+                delay_handshake_ack(&socket, false).unwrap();
                 assert!(heard || eventually(Duration::from_secs(5), || listener.accept().is_ok()));
                 (!heard, in_time)
             };
-            // Whoever was kept from running for so long saw the kernel's own patience end.
+            // If the test was not scheduled for so long, the kernel has sent the ACK by itself.
             let first = (0..20).map(|_| quiet_until_told()).find(|(_, in_time)| *in_time);
             assert_eq!(first, Some((true, true)));
         });

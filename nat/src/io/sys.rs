@@ -1,24 +1,24 @@
-//! System calls that neither rustix nor socket2 has.
+//! System calls that neither rustix nor socket2 provides.
 
-use crate::host::{Destination, SocketProblem};
-use crate::wire::icmp::Problem;
+use crate::host::{Destination, SocketError};
+use crate::wire::icmp::IcmpError;
 use socket2::{SockAddr, SockAddrStorage};
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 
-/// Not in libc for every target; `include/uapi/asm-generic/socket.h`.
+/// Not defined by the libc crate for every target (`include/uapi/asm-generic/socket.h`).
 pub(super) const SO_PEEK_OFF: libc::c_int = 42;
 
-/// Bytes of a datagram that an error gives back: all that an ICMP error can quote of it.
+/// Maximum bytes of a datagram that an error returns: the most that an ICMP error can quote.
 const QUOTED: usize = 1280;
 
 fn checked(result: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-/// Sets an option that is a number.
+/// Sets an integer option.
 pub(super) fn set(
     socket: impl AsFd,
     level: libc::c_int,
@@ -38,7 +38,7 @@ pub(super) fn set(
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Reads an option that is a number.
+/// Reads an integer option.
 pub(super) fn get(
     socket: impl AsFd,
     level: libc::c_int,
@@ -59,7 +59,7 @@ pub(super) fn get(
     if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Copies what waits at `socket` into `buffer` and leaves it there (`MSG_PEEK`).
+/// Copies data from the receive queue into `buffer` without removing it (`MSG_PEEK`).
 pub(super) fn peek(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
     // SAFETY: pointer and length describe `buffer`.
@@ -68,7 +68,7 @@ pub(super) fn peek(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     })
 }
 
-/// The same behind `skip` bytes that are copied to nowhere of interest.
+/// Like [`peek`], after the bytes that fill `skipped`, which are discarded.
 pub(super) fn peek_behind(
     socket: impl AsFd,
     skipped: &mut [u8],
@@ -87,15 +87,15 @@ pub(super) fn peek_behind(
     checked(unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, flags) })
 }
 
-/// Takes `length` bytes out of a TCP socket's queue without copying them (`MSG_TRUNC`, tcp(7)).
+/// Removes `length` bytes from the receive queue of a TCP socket without copying them (`MSG_TRUNC`,
+/// tcp(7)).
 pub(super) fn discard(socket: impl AsFd, length: usize) -> io::Result<usize> {
     let flags = libc::MSG_TRUNC | libc::MSG_DONTWAIT;
     // SAFETY: with MSG_TRUNC, TCP writes nothing to the buffer.
     checked(unsafe { libc::recv(socket.as_fd().as_raw_fd(), std::ptr::null_mut(), length, flags) })
 }
 
-/// Whether the far end of a TCP socket has sent its FIN, and it has been received in order
-/// (`TCP_INFO`).
+/// Whether a FIN has been received in order on a TCP socket (`TCP_INFO`).
 pub(super) fn is_at_end(socket: impl AsFd) -> bool {
     let mut state = 0u8;
     let mut length = 1 as libc::socklen_t;
@@ -123,13 +123,12 @@ pub(super) fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     })
 }
 
-/// Room for the control messages that are sent: an address to send from and a segment's size.
-/// Aligned as `cmsghdr` wants it.
+/// Buffer for control messages: source address and segment size. Aligned as `cmsghdr` requires.
 #[repr(C, align(8))]
 struct SendControl([u8; 128]);
 
 impl SendControl {
-    /// Appends a message at `used`; where the next one goes.
+    /// Appends a message at offset `used` and returns the next offset.
     fn push<T: Copy>(
         &mut self,
         used: usize,
@@ -138,12 +137,12 @@ impl SendControl {
         value: T,
     ) -> usize {
         let size = size_of::<T>() as u32;
-        // SAFETY: both only compute.
+        // SAFETY: CMSG_SPACE and CMSG_LEN are pure arithmetic.
         let (space, length) = unsafe { (libc::CMSG_SPACE(size), libc::CMSG_LEN(size)) };
         let end = used + space as usize;
-        assert!(end <= self.0.len(), "there is room for each message that is sent");
-        // SAFETY: header and value are within the buffer, as was just checked; `used` is a sum of
-        // CMSG_SPACEs and so aligned, and the value is written unaligned.
+        assert!(end <= self.0.len(), "the control buffer fits all messages");
+        // SAFETY: header and value are within the buffer, as checked above. `used` is a sum of
+        // CMSG_SPACE values and therefore aligned, and the value is written unaligned.
         unsafe {
             let message = self.0.as_mut_ptr().add(used).cast::<libc::cmsghdr>();
             (*message).cmsg_level = level;
@@ -155,8 +154,8 @@ impl SendControl {
     }
 }
 
-/// Sends `bytes`, to `destination` if the socket is not connected; as datagrams of `segment` bytes
-/// if that is given (`UDP_SEGMENT`, udp(7)).
+/// Sends `bytes`, to `destination` if the socket is not connected, and as datagrams of `segment`
+/// bytes if given (`UDP_SEGMENT`, udp(7)).
 pub(super) fn send_message(
     socket: impl AsFd,
     destination: Option<Destination>,
@@ -211,13 +210,13 @@ pub(super) fn send_message(
     })
 }
 
-/// Room for the control messages of an error queue's entry.
+/// Buffer for the control messages of an error-queue entry.
 #[repr(C, align(8))]
 struct ErrorControl([u8; 512]);
 
-/// Takes the next entry out of a socket's error queue (`IP_RECVERR`, ip(7)); entries that tell
-/// nothing about the network are passed over.
-pub(super) fn next_problem(socket: impl AsFd) -> Option<SocketProblem> {
+/// Removes and returns the next ICMP error from the error queue of a socket (`IP_RECVERR`, ip(7)).
+/// Other entries are skipped.
+pub(super) fn next_socket_error(socket: impl AsFd) -> Option<SocketError> {
     loop {
         let mut payload = vec![0; QUOTED];
         let mut control = ErrorControl([0; 512]);
@@ -232,8 +231,8 @@ pub(super) fn next_problem(socket: impl AsFd) -> Option<SocketProblem> {
         let flags = libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT;
         let receive = |name: *mut SockAddrStorage, length: *mut libc::socklen_t| {
             header.msg_name = name.cast();
-            // SAFETY: socket2 hands out a pointer to its own storage, and one to that storage's
-            // length.
+            // SAFETY: socket2 provides a pointer to its storage, and one to the length of that
+            // storage.
             header.msg_namelen = unsafe { *length };
             // SAFETY: the header describes buffers that outlive the call.
             let received = checked(unsafe {
@@ -246,10 +245,10 @@ pub(super) fn next_problem(socket: impl AsFd) -> Option<SocketProblem> {
         // SAFETY: the kernel writes an address, or nothing and a length of 0.
         let (received, name) = unsafe { SockAddr::try_init(receive) }.ok()?;
         payload.truncate(received);
-        // SAFETY: recvmsg has filled the header in.
-        if let Some((problem, offender)) = unsafe { told(&header) } {
-            return Some(SocketProblem {
-                problem,
+        // SAFETY: recvmsg has filled in the header.
+        if let Some((icmp_error, offender)) = unsafe { parse_error(&header) } {
+            return Some(SocketError {
+                icmp_error,
                 offender,
                 destination: name.as_socket(),
                 payload,
@@ -258,13 +257,13 @@ pub(super) fn next_problem(socket: impl AsFd) -> Option<SocketProblem> {
     }
 }
 
-/// What the control messages of an error say, and who told.
+/// Parses the control messages of an error: the error and its sender.
 ///
 /// # Safety
-/// `msg_control` and `msg_controllen` must describe what recvmsg(2) has filled in.
-unsafe fn told(header: &libc::msghdr) -> Option<(Problem, Option<IpAddr>)> {
-    // SAFETY: the macros stay within the buffer that the caller vouches for; what is read is read
-    // unaligned and only where the message is long enough for it.
+/// `msg_control` and `msg_controllen` must be as set by recvmsg(2).
+unsafe fn parse_error(header: &libc::msghdr) -> Option<(IcmpError, Option<IpAddr>)> {
+    // SAFETY: the macros stay within the buffer, by the contract of this function. Reads are
+    // unaligned, and only within the length of the message.
     unsafe {
         let mut cursor = libc::CMSG_FIRSTHDR(header);
         while let Some(message) = cursor.as_ref() {
@@ -279,9 +278,9 @@ unsafe fn told(header: &libc::msghdr) -> Option<(Problem, Option<IpAddr>)> {
                 let error = data.cast::<libc::sock_extended_err>().read_unaligned();
                 let from_network =
                     matches!(error.ee_origin, libc::SO_EE_ORIGIN_ICMP | libc::SO_EE_ORIGIN_ICMP6);
-                let problem = Problem::of(v6, error.ee_type, error.ee_code, error.ee_info);
-                if from_network && let Some(problem) = problem {
-                    return Some((problem, offender(data.add(size), length - size)));
+                let icmp_error = IcmpError::of(v6, error.ee_type, error.ee_code, error.ee_info);
+                if from_network && let Some(icmp_error) = icmp_error {
+                    return Some((icmp_error, offender(data.add(size), length - size)));
                 }
             }
             cursor = libc::CMSG_NXTHDR(header, message);
@@ -291,9 +290,9 @@ unsafe fn told(header: &libc::msghdr) -> Option<(Problem, Option<IpAddr>)> {
 }
 
 /// # Safety
-/// `length` bytes from `data` on must be readable.
+/// `length` bytes from `data` must be readable.
 unsafe fn offender(data: *const u8, length: usize) -> Option<IpAddr> {
-    // SAFETY: the family is read only if it is there, and the address only if all of it is.
+    // SAFETY: the family is read only if it is present, and the address only if it is complete.
     unsafe {
         let family =
             (length >= 2).then(|| i32::from(data.cast::<libc::sa_family_t>().read_unaligned()))?;

@@ -1,4 +1,4 @@
-//! The TUN device: made inside a namespace, gone with its descriptor.
+//! TUN device: created inside a namespace, and removed with its descriptor.
 
 use super::netlink;
 use crate::error::StartError;
@@ -22,56 +22,55 @@ const TSO_ECN: libc::c_ulong = 0x08;
 const USO4: libc::c_ulong = 0x20;
 const USO6: libc::c_ulong = 0x40;
 
-/// ioctl numbers of the same file.
+/// ioctl numbers (include/uapi/linux/if_tun.h).
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETIFINDEX: libc::c_ulong = 0x4004_54da;
 
-/// The table that every packet's route is looked up in (`RT_TABLE_MAIN`).
+/// The main routing table (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
 
-/// The smallest MTU that a device can have: IPv6's (RFC 8200 section 5).
+/// Minimum MTU of a device: that of IPv6 (RFC 8200 section 5).
 pub const MIN_MTU: u16 = 1280;
 
-/// What a device is to be.
+/// Options of a device.
 #[derive(Clone, Debug)]
 pub struct TunOptions {
-    /// Its name.
+    /// Name of the interface.
     pub name: String,
-    /// Its interface index, which must be free; the kernel selects one if this is none.
+    /// Interface index, which must be free; chosen by the kernel if `None`.
     pub index: Option<u32>,
-    /// Bytes that fit into one packet, 1280 to 65535. 1500 is as fast as any, and what the world
-    /// has.
+    /// MTU in bytes, 1280 to 65535. 1500 is as fast as larger values, and the usual MTU of
+    /// networks.
     pub mtu: u16,
-    /// Packets that the kernel keeps for us. 500, the kernel's own, loses thousands with 8 fast
-    /// connections.
+    /// Queue length in packets. With the default of the kernel, 500, eight fast connections lose
+    /// thousands of packets.
     pub queue_length: u32,
-    /// Which offloads are asked for.
+    /// Offloads to request.
     pub capabilities: Capabilities,
-    /// Its addresses, each with its prefix length. A device that only forwards for bridges needs
-    /// none.
+    /// Addresses with prefix lengths. A device that only forwards for bridges needs none.
     pub addresses: Vec<IpNet>,
-    /// Of which families everything goes here that has no other way.
+    /// Families with a default route through the device.
     pub default_routes: Vec<Family>,
-    /// What those routes name as the next router, of each family one at most. A device of layer 3
-    /// needs none; people and programs look for one.
+    /// Next hops of these routes, at most one per family. A layer 3 device needs none, but people
+    /// and programs look for one.
     pub gateways: Vec<IpAddr>,
-    /// In which table those routes are: 254 is `main`, another one is asked by policy rules only.
+    /// Routing table of these routes: 254 is `main`; other tables need policy rules.
     pub table: u32,
-    /// A TAP device of this name that is persistent, and that nobody has open, gives way
-    /// (`ip tuntap add` makes such). Any other interface of the name is in the way.
+    /// Replaces a persistent TAP device of this name that no process has open (as created by `ip
+    /// tuntap add`). Any other interface of this name is an error.
     pub replace: bool,
-    /// The namespace's loopback is brought up as well.
+    /// Also brings up loopback of the namespace.
     pub loopback: bool,
-    /// A TAP instead of a TUN: a device on an Ethernet. One of the name that is persistent, and
-    /// that nobody has open, is taken over.
+    /// Creates a TAP instead of a TUN device, with Ethernet emulation. A persistent device of this
+    /// name that no process has open is taken over.
     pub layer2: Option<Layer2Options>,
 }
 
 impl TunOptions {
-    /// The defaults, under a name.
+    /// Default options for a device `name`.
     #[must_use]
     pub fn new(name: impl Into<String>) -> Self {
         Self {
@@ -91,7 +90,7 @@ impl TunOptions {
     }
 }
 
-/// A device that is up. Its addresses and routes go with it.
+/// A configured device that is up. Its addresses and routes are removed with it.
 #[derive(Debug)]
 pub struct Tun {
     pub(crate) descriptor: OwnedFd,
@@ -102,10 +101,10 @@ pub struct Tun {
 }
 
 impl Tun {
-    /// Makes a device inside `namespace` and sets it up.
+    /// Creates and configures a device inside `namespace`.
     ///
     /// # Errors
-    /// [`StartError`] says what is missing.
+    /// [`StartError`].
     pub fn open(namespace: &Namespace, options: &TunOptions) -> Result<Self, StartError> {
         if options.mtu < MIN_MTU || options.layer2.is_some() && options.mtu > ETHERNET_MAX_MTU {
             return Err(StartError::Mtu(options.mtu));
@@ -122,10 +121,10 @@ impl Tun {
         namespace.with(|| Self::open_here(options)).map_err(StartError::Namespace)?
     }
 
-    /// One that another process has made, with the same options, and handed over.
+    /// Adopts a device that another process created with the same options.
     ///
     /// # Errors
-    /// [`StartError::Interface`] if it is no such device.
+    /// [`StartError::Interface`] if it is not such a device.
     pub fn adopt(
         descriptor: OwnedFd,
         options: &TunOptions,
@@ -140,25 +139,25 @@ impl Tun {
         Ok(Self { descriptor, name: options.name.clone(), mtu: options.mtu, capabilities, layer2 })
     }
 
-    /// What [`adopt`](Self::adopt) takes.
+    /// Returns the arguments for [`adopt`](Self::adopt).
     #[must_use]
     pub fn into_parts(self) -> (OwnedFd, Capabilities) {
         (self.descriptor, self.capabilities)
     }
 
-    /// Its name.
+    /// The name of the interface.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Bytes that fit into one packet.
+    /// The MTU.
     #[must_use]
     pub fn mtu(&self) -> u16 {
         self.mtu
     }
 
-    /// The offloads that the kernel has granted.
+    /// The offloads that the kernel granted.
     #[must_use]
     pub fn capabilities(&self) -> Capabilities {
         self.capabilities
@@ -171,16 +170,16 @@ impl Tun {
             && options.layer2.is_none()
             && netlink::has(&options.name).map_err(interface)?
         {
-            take_away(&options.name).map_err(StartError::Device)?;
+            delete_tap(&options.name).map_err(StartError::Device)?;
         }
-        make(&descriptor, options).map_err(interface)?;
+        create(&descriptor, options).map_err(interface)?;
         let capabilities = offload(&descriptor, options.capabilities).map_err(interface)?;
         netlink::configure(options).map_err(interface)?;
         Self::adopt(descriptor, options, capabilities)
     }
 }
 
-/// An empty `ifreq` with a name. The name was checked: it fits, with a zero behind it.
+/// An empty `ifreq` with a name, whose length was checked to leave space for the NUL.
 fn request(name: &str) -> libc::ifreq {
     // SAFETY: all-zero is a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -194,21 +193,21 @@ fn checked(result: libc::c_int) -> io::Result<()> {
     if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A descriptor that is attached to no device yet. Until it is, reading and writing fail
+/// Opens a descriptor that is not attached to a device. Until it is, reads and writes fail
 /// (`EBADFD`).
 pub(crate) fn open_driver() -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     Ok(open("/dev/net/tun", flags, Mode::empty())?)
 }
 
-/// Ends the TAP device `name`: attached to and no longer persistent, it goes with its last
-/// descriptor. What is no such device, or has somebody attached, is refused by the kernel and
-/// stays; that the name is taken is told by who makes the new one.
-fn take_away(name: &str) -> io::Result<()> {
+/// Deletes the persistent TAP device `name`: attaches to it and clears persistence, so that it is
+/// removed with the descriptor. The kernel refuses this for other devices and for devices in use,
+/// and the creation of the new device then fails.
+fn delete_tap(name: &str) -> io::Result<()> {
     let descriptor = open_driver()?;
     let mut request = request(name);
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
-    // SAFETY: the first request is given an ifreq, the second takes a number.
+    // SAFETY: the first ioctl takes an ifreq, the second a number.
     let _ = unsafe {
         checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFF as _, &raw mut request))
             .and_then(|()| checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETPERSIST as _, 0)))
@@ -216,11 +215,10 @@ fn take_away(name: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// The address of the device's interface. It may be in another namespace, and the kernel looks
-/// there.
+/// Returns the MAC address of the interface of the device, even if it is in another namespace.
 fn hardware_address(descriptor: &OwnedFd) -> io::Result<MacAddress> {
     let mut request = request("");
-    // SAFETY: the request is given an ifreq, and fills the address in.
+    // SAFETY: the ioctl takes an ifreq, and fills in the address.
     let address = unsafe {
         checked(libc::ioctl(descriptor.as_raw_fd(), libc::SIOCGIFHWADDR as _, &raw mut request))?;
         request.ifr_ifru.ifru_hwaddr.sa_data
@@ -232,15 +230,15 @@ fn hardware_address(descriptor: &OwnedFd) -> io::Result<MacAddress> {
     Ok(station)
 }
 
-fn make(descriptor: &OwnedFd, options: &TunOptions) -> io::Result<()> {
+fn create(descriptor: &OwnedFd, options: &TunOptions) -> io::Result<()> {
     let mut request = request(&options.name);
-    // Exclusively: without it, a persistent device of this name would be taken over.
+    // IFF_TUN_EXCL prevents taking over a persistent device of this name.
     let kind =
         if options.layer2.is_some() { libc::IFF_TAP } else { libc::IFF_TUN | libc::IFF_TUN_EXCL };
     let flags = kind | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     let length = crate::wire::virtio::LENGTH as libc::c_int;
-    // SAFETY: each request is given what it wants: an ifreq, and a pointer to an int.
+    // SAFETY: each ioctl gets its argument type: an ifreq, or a pointer to an int.
     unsafe {
         if let Some(index) = &options.index {
             checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFINDEX as _, &raw const *index))?;
@@ -250,7 +248,7 @@ fn make(descriptor: &OwnedFd, options: &TunOptions) -> io::Result<()> {
     }
 }
 
-/// Asks for offloads, as many as are wanted and granted.
+/// Requests offloads, and returns the granted ones.
 fn offload(descriptor: &OwnedFd, wanted: Capabilities) -> io::Result<Capabilities> {
     let wanted = Capabilities {
         tcp_offload: wanted.tcp_offload && !Feature::TunOffload.is_forced_off(),
@@ -258,7 +256,7 @@ fn offload(descriptor: &OwnedFd, wanted: Capabilities) -> io::Result<Capabilitie
         ..wanted
     };
     let tcp = if wanted.tcp_offload { CSUM | TSO4 | TSO6 | TSO_ECN } else { 0 };
-    // UDP's needs checksums too (tun_net_fix_features).
+    // UDP segmentation also requires checksum offload (tun_net_fix_features).
     let udp = if wanted.udp_offload { CSUM | USO4 | USO6 } else { 0 };
     let granted = |tcp_offload, udp_offload| Capabilities { tcp_offload, udp_offload, ..wanted };
     let attempts = [
@@ -268,7 +266,7 @@ fn offload(descriptor: &OwnedFd, wanted: Capabilities) -> io::Result<Capabilitie
     ];
     let mut refused = Ok(());
     for (flags, granted) in attempts {
-        // SAFETY: the request takes a number.
+        // SAFETY: the ioctl takes a number.
         refused =
             checked(unsafe { libc::ioctl(descriptor.as_raw_fd(), TUNSETOFFLOAD as _, flags) });
         if refused.is_ok() {

@@ -1,7 +1,7 @@
-//! A DHCP server for one Ethernet (RFC 2131, RFC 2132). Pure.
+//! DHCP server for the emulated network (RFC 2131, RFC 2132). No I/O.
 //!
-//! It has 16 addresses, and no clock: leases are for a day, and never run out. The oldest one goes
-//! to the seventeenth client.
+//! It has 16 addresses and no clock: a lease is granted for a day, but never expires. A seventeenth
+//! client gets the oldest lease.
 
 use super::{Layer2Options, ipv4_at};
 use crate::wire::checksum::{Sum, pseudo_header};
@@ -9,20 +9,20 @@ use crate::wire::ethernet::MacAddress;
 use crate::wire::{protocol, read_u16, read_u32};
 use std::net::Ipv4Addr;
 
-/// The first address that is leased, counted from the network's.
+/// The first leased address, relative to the network address.
 const FIRST: u32 = 15;
-/// How many there are.
+/// Number of addresses.
 const COUNT: usize = 16;
-/// How long a lease is, in seconds.
+/// Lease time in seconds.
 const LEASE: u32 = 24 * 3600;
 
-/// Ports of server and client.
+/// Ports of the server and of the client.
 const SERVER: u16 = 67;
 const CLIENT: u16 = 68;
 
-/// Bytes of a message before its options, magic cookie included.
+/// Length of a message before its options, including the magic cookie.
 const FIXED: usize = 240;
-/// Clients may take no message that is shorter, a relic of BOOTP (RFC 951).
+/// Minimum message length; clients may reject shorter ones (BOOTP, RFC 951).
 const SHORTEST: usize = 300;
 const COOKIE: [u8; 4] = [99, 130, 83, 99];
 
@@ -50,9 +50,9 @@ mod message {
     pub(super) const INFORM: u8 = 8;
 }
 
-/// What a client asks.
+/// A DHCP request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Question {
+pub(super) struct Request {
     kind: u8,
     transaction: u32,
     flags: u16,
@@ -62,17 +62,17 @@ pub(super) struct Question {
     server: Option<Ipv4Addr>,
 }
 
-/// What it is told.
+/// A DHCP reply.
 #[derive(Clone, Debug)]
-pub(super) struct Answer {
-    question: Question,
+pub(super) struct Reply {
+    request: Request,
     kind: u8,
     yours: Ipv4Addr,
     options: Vec<u8>,
 }
 
-/// Reads a question out of an IPv4 packet; `None` if it is none.
-pub(super) fn question(packet: &[u8]) -> Option<Question> {
+/// Parses a DHCP request in an IPv4 packet; `None` for any other packet.
+pub(super) fn parse_request(packet: &[u8]) -> Option<Request> {
     let first = *packet.first()?;
     let length = usize::from(first & 15) * 4;
     let whole = first >> 4 == 4 && length >= 20 && read_u16(packet, 6) & 0x3fff == 0;
@@ -84,22 +84,25 @@ pub(super) fn question(packet: &[u8]) -> Option<Question> {
     if read_u16(udp, 0) != CLIENT || read_u16(udp, 2) != SERVER {
         return None;
     }
-    let asked = udp.get(8..)?;
-    // A request, from an Ethernet.
-    if asked.len() < FIXED || asked[..3] != [1, 1, 6] || asked[FIXED - 4..FIXED] != COOKIE {
+    let message_bytes = udp.get(8..)?;
+    // BOOTREQUEST, hardware type Ethernet, address length 6.
+    if message_bytes.len() < FIXED
+        || message_bytes[..3] != [1, 1, 6]
+        || message_bytes[FIXED - 4..FIXED] != COOKIE
+    {
         return None;
     }
-    let station = MacAddress::at(asked, 28).filter(|station| station.is_unicast())?;
-    let mut question = Question {
+    let station = MacAddress::at(message_bytes, 28).filter(|station| station.is_unicast())?;
+    let mut request = Request {
         kind: 0,
-        transaction: read_u32(asked, 4),
-        flags: read_u16(asked, 10),
-        client: ipv4_at(asked, 12)?,
+        transaction: read_u32(message_bytes, 4),
+        flags: read_u16(message_bytes, 10),
+        client: ipv4_at(message_bytes, 12)?,
         station,
         requested: None,
         server: None,
     };
-    let mut options = &asked[FIXED..];
+    let mut options = &message_bytes[FIXED..];
     loop {
         match *options {
             [] | [option::END, ..] => break,
@@ -107,9 +110,9 @@ pub(super) fn question(packet: &[u8]) -> Option<Question> {
             [code, length, ref rest @ ..] => {
                 let (value, rest) = rest.split_at_checked(length.into())?;
                 match (code, value) {
-                    (option::TYPE, [kind]) => question.kind = *kind,
-                    (option::REQUESTED, _) => question.requested = ipv4_at(value, 0),
-                    (option::SERVER, _) => question.server = ipv4_at(value, 0),
+                    (option::TYPE, [kind]) => request.kind = *kind,
+                    (option::REQUESTED, _) => request.requested = ipv4_at(value, 0),
+                    (option::SERVER, _) => request.server = ipv4_at(value, 0),
                     _ => {}
                 }
                 options = rest;
@@ -117,37 +120,37 @@ pub(super) fn question(packet: &[u8]) -> Option<Question> {
             [_] => return None,
         }
     }
-    Some(question)
+    Some(request)
 }
 
-/// Who has which address.
+/// Leases by address.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Leases {
     holders: [Option<MacAddress>; COUNT],
-    /// The one that is replaced when all are taken.
+    /// Index of the lease to replace next when all are in use.
     oldest: usize,
 }
 
 impl Leases {
-    /// Answers; `None` where silence is the answer.
-    pub(super) fn answer(
+    /// Returns the reply to a request; `None` for no reply.
+    pub(super) fn reply(
         &mut self,
         of: &Layer2Options,
         mtu: u16,
-        question: &Question,
-    ) -> Option<Answer> {
-        // An answer to another server's offer.
-        if question.server.is_some_and(|server| server != of.gateway) {
+        request: &Request,
+    ) -> Option<Reply> {
+        // A reply to the offer of another server.
+        if request.server.is_some_and(|server| server != of.gateway) {
             return None;
         }
         let wanted =
-            question.requested.or((!question.client.is_unspecified()).then_some(question.client));
-        let (kind, yours) = match question.kind {
+            request.requested.or((!request.client.is_unspecified()).then_some(request.client));
+        let (kind, yours) = match request.kind {
             message::DISCOVER => {
-                (message::OFFER, address(of, self.place(of, question.station, wanted)))
+                (message::OFFER, address(of, self.place(of, request.station, wanted)))
             }
             message::REQUEST => {
-                let place = self.place(of, question.station, wanted);
+                let place = self.place(of, request.station, wanted);
                 let address = address(of, place);
                 if wanted.is_none_or(|wanted| wanted == address) {
                     (message::ACK, address)
@@ -155,11 +158,11 @@ impl Leases {
                     (message::NAK, Ipv4Addr::UNSPECIFIED)
                 }
             }
-            // Who has an address already wants to know the rest.
+            // The client has an address and requests only the other parameters.
             message::INFORM => (message::ACK, Ipv4Addr::UNSPECIFIED),
             message::RELEASE => {
                 for holder in &mut self.holders {
-                    holder.take_if(|holder| *holder == question.station);
+                    holder.take_if(|holder| *holder == request.station);
                 }
                 return None;
             }
@@ -183,11 +186,11 @@ impl Leases {
             }
         }
         options.push(option::END);
-        Some(Answer { question: *question, kind, yours, options })
+        Some(Reply { request: *request, kind, yours, options })
     }
 
-    /// The place of `station`: the one it has, the one it wants if that is free, a free one, the
-    /// oldest one.
+    /// The index of the address of `station`: its current one, the requested one if free, any free
+    /// one, or the oldest one.
     fn place(
         &mut self,
         of: &Layer2Options,
@@ -214,20 +217,20 @@ fn address(of: &Layer2Options, place: usize) -> Ipv4Addr {
     Ipv4Addr::from_bits(of.network.network().to_bits().wrapping_add(FIRST + place as u32))
 }
 
-impl Answer {
-    /// To which station it goes (RFC 2131 section 4.1): a refusal, and what is asked for so, to all
-    /// of them.
+impl Reply {
+    /// The destination station (RFC 2131 section 4.1): broadcast for a NAK, or if the client
+    /// requested it.
     pub(super) fn station(&self, asks: MacAddress) -> MacAddress {
         if self.is_broadcast() { MacAddress::BROADCAST } else { asks }
     }
 
     fn is_broadcast(&self) -> bool {
-        self.kind == message::NAK || self.question.flags & 0x8000 != 0
+        self.kind == message::NAK || self.request.flags & 0x8000 != 0
     }
 
     /// Writes the IPv4 packet.
     pub(super) fn write(&self, server: Ipv4Addr, to: &mut Vec<u8>) {
-        let Question { transaction, flags, client, station, .. } = self.question;
+        let Request { transaction, flags, client, station, .. } = self.request;
         let mut message = vec![0; FIXED];
         message[..3].copy_from_slice(&[2, 1, 6]);
         message[4..8].copy_from_slice(&transaction.to_be_bytes());
@@ -256,7 +259,7 @@ impl Answer {
         }
         udp.extend(message);
         let sum = pseudo_header(server.into(), destination.into(), protocol::UDP, udp.len());
-        // 0 would mean that there is none (RFC 768).
+        // 0 means "no checksum" (RFC 768).
         let sum = match sum.bytes(&udp).finish() {
             0 => u16::MAX,
             sum => sum,

@@ -1,20 +1,20 @@
-//! An Ethernet around the engine, for guests that insist on one. Pure.
+//! Ethernet emulation around the engine, for guests that require it. No I/O.
 //!
 //! # Theory of operation
-//! A TAP device carries frames: the engine's packets with 14 bytes in front. The guest is the only
-//! real station; the others, router and name server, are played here. What a guest asks them as
-//! stations is answered at once, from the frame alone, and never seen by the engine:
+//! A TAP device carries frames: the packets of the engine with a 14-byte header. The guest is the
+//! only real station. The engine emulates the others: router and name server. Requests to them at
+//! the link layer are answered directly from the frame, and do not reach the engine:
 //!
-//! | asked | answered |
+//! | request | reply |
 //! |---|---|
-//! | ARP (RFC 826) for an address of ours | its MAC address: 52:55 and the IPv4 address, as slirp4netns has it |
+//! | ARP (RFC 826) for an address of the engine | its MAC address: 52:55 and the IPv4 address, as in slirp4netns |
 //! | neighbour solicitation (RFC 4861 section 4.3) | neighbour advertisement |
 //! | router solicitation (section 4.1) | router advertisement with prefix, MTU and DNS server (RFC 8106) |
-//! | DHCP (RFC 2131) | a lease of one of the addresses 15 to 30 of the network |
+//! | DHCP (RFC 2131) | a lease for one of the addresses 15 to 30 of the network |
 //!
-//! Everything else that is an IP packet for one station goes on. To know where packets go that come
-//! back, the sender of each frame is remembered; a guest that has not said anything has the address
-//! of its device, or of whoever spoke last.
+//! All other unicast IP packets are passed to the engine. To address replies, the sender of each
+//! frame is recorded. A guest that has not sent a frame yet gets the address of its device, or of
+//! the most recent sender.
 
 mod dhcp;
 mod v6;
@@ -26,61 +26,62 @@ use ipnet::Ipv4Net;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
-/// Stations that are remembered: bridges inside a namespace have some.
+/// Maximum number of recorded stations. A bridge inside the namespace has several.
 const MOST_NEIGHBOURS: usize = 256;
 
-/// Virtio's header and Ethernet's.
+/// Length of the virtio and Ethernet headers.
 pub const HEAD: usize = virtio::LENGTH + ethernet::LENGTH;
 
-/// How often the router tells of itself (RFC 4861 section 6.2.1, `MaxRtrAdvInterval`).
+/// Interval of router advertisements (RFC 4861 section 6.2.1, `MaxRtrAdvInterval`).
 pub const ADVERTISEMENTS: Duration = Duration::from_secs(600);
 
 /// ARP over Ethernet for IPv4: hardware type 1, protocol 0x0800, lengths 6 and 4.
 const ARP_HEAD: [u8; 6] = [0, 1, 8, 0, 6, 4];
-/// Bytes of such a message.
+/// Length of an ARP message.
 const ARP_LENGTH: usize = 28;
 
-/// What is played.
+/// The emulated network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer2Options {
-    /// The network's addresses.
+    /// The IPv4 subnet.
     pub network: Ipv4Net,
-    /// The router.
+    /// Address of the router.
     pub gateway: Ipv4Addr,
-    /// Who answers DNS, if somebody does.
+    /// Address of the name server, if any.
     pub name_server: Option<Ipv4Addr>,
-    /// The same by IPv6, if that is spoken.
+    /// IPv6 configuration, if enabled.
     pub v6: Option<Layer2V6>,
-    /// What the device shall have as its address; the kernel draws one otherwise.
+    /// MAC address of the device; chosen by the kernel if `None`.
     pub mac: Option<MacAddress>,
 }
 
-/// IPv6 of an Ethernet.
+/// IPv6 configuration of an emulated network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layer2V6 {
-    /// The /64 that guests make themselves an address of (RFC 4862).
+    /// The /64 prefix for stateless address autoconfiguration (RFC 4862).
     pub prefix: Ipv6Addr,
-    /// The router.
+    /// Address of the router.
     pub gateway: Ipv6Addr,
-    /// Who answers DNS, if somebody does.
+    /// Address of the name server, if any.
     pub name_server: Option<Ipv6Addr>,
 }
 
-/// The stations that are played, and what is known of the real ones.
+/// The emulated stations, and the recorded real ones.
 #[derive(Clone, Debug)]
 pub struct Layer2 {
     options: Layer2Options,
     mtu: u16,
     neighbours: Vec<(IpAddr, MacAddress)>,
-    /// Who is overwritten next, when all places are taken.
+    /// Index of the next entry to replace when the table is full.
     oldest: usize,
-    /// Whose word came last.
+    /// Most recent sender.
     last: MacAddress,
     leases: Leases,
 }
 
 impl Layer2 {
-    /// An Ethernet whose guest's device has the address `guest`, and takes packets of `mtu` bytes.
+    /// Creates an emulated network. `guest` is the MAC address of the device, `mtu` its MTU in
+    /// bytes.
     #[must_use]
     pub fn new(options: Layer2Options, guest: MacAddress, mtu: u16) -> Self {
         Self {
@@ -93,8 +94,9 @@ impl Layer2 {
         }
     }
 
-    /// A frame of the device, virtio's header first. What is for the engine is returned, virtio's
-    /// header first, without Ethernet's; what is to be answered is handed to `answer` as a frame.
+    /// Processes a frame of the device, including the virtio header. A packet for the engine is
+    /// returned with the virtio header and without the Ethernet header. A reply is passed to
+    /// `answer` as a frame.
     pub fn receive<'a>(
         &mut self,
         frame: &'a mut [u8],
@@ -137,18 +139,18 @@ impl Layer2 {
         None
     }
 
-    /// The frame by which the router tells of itself, unasked: now and then, or it is forgotten
-    /// ([`ADVERTISEMENTS`]).
+    /// The unsolicited router advertisement, to be sent every [`ADVERTISEMENTS`] so that the guest
+    /// does not expire the router.
     #[must_use]
     pub fn advertisement(&self) -> Option<Vec<u8>> {
         self.options.v6.map(|options| v6::unsolicited(&options, self.mtu))
     }
 
-    /// Ethernet's header for a packet that goes to the guest: `packet` is its beginning.
+    /// The Ethernet header for a packet to the guest that starts with `packet`.
     #[must_use]
     pub fn header(&self, packet: &[u8]) -> [u8; ethernet::LENGTH] {
         let is_v6 = packet.first().is_some_and(|first| first >> 4 == 6);
-        // Whoever a packet is from, the router has brought it.
+        // The router is the link-layer source of every packet.
         let (kind, router, destination) = match self.options.v6 {
             Some(v6) if is_v6 => {
                 let to = v6::address_at(packet, 24).unwrap_or(Ipv6Addr::UNSPECIFIED);
@@ -167,7 +169,7 @@ impl Layer2 {
         known.map_or(self.last, |(_, station)| *station)
     }
 
-    /// `ip` is at `station`, as far as it says.
+    /// Records that `ip` is at `station`.
     fn learn(&mut self, ip: IpAddr, station: MacAddress) {
         self.last = station;
         if ip.is_unspecified() || ip.is_multicast() || self.is_own(ip) {
@@ -196,7 +198,7 @@ impl Layer2 {
         let sender = ipv4_at(message, 14)?;
         let target = ipv4_at(message, 24)?;
         self.learn(sender.into(), from);
-        // 1 asks, 2 answers.
+        // Operation 1 is a request, 2 a reply.
         if read_u16(message, 6) != 1 || !self.is_own(target.into()) {
             return None;
         }
@@ -212,24 +214,24 @@ impl Layer2 {
     }
 
     fn dhcp(&mut self, from: MacAddress, packet: &[u8]) -> Option<Vec<u8>> {
-        let asked = dhcp::question(packet)?;
-        let told = self.leases.answer(&self.options, self.mtu, &asked)?;
+        let request = dhcp::parse_request(packet)?;
+        let reply = self.leases.reply(&self.options, self.mtu, &request)?;
         self.last = from;
         let mut answer =
-            frame(told.station(from), MacAddress::of_v4(self.options.gateway), kind::IPV4);
-        told.write(self.options.gateway, &mut answer);
+            frame(reply.station(from), MacAddress::of_v4(self.options.gateway), kind::IPV4);
+        reply.write(self.options.gateway, &mut answer);
         Some(answer)
     }
 }
 
-/// The beginning of a frame that we send: virtio's header, which says nothing, and Ethernet's.
+/// The start of a frame: an empty virtio header and the Ethernet header.
 fn frame(to: MacAddress, from: MacAddress, kind: u16) -> Vec<u8> {
     let mut frame = vec![0; virtio::LENGTH];
     frame.extend(ethernet::header(to, from, kind));
     frame
 }
 
-/// Moves virtio's header over Ethernet's.
+/// Moves the virtio header over the Ethernet header.
 fn strip(frame: &mut [u8]) -> Option<&[u8]> {
     frame.copy_within(..virtio::LENGTH, ethernet::LENGTH);
     frame.get(ethernet::LENGTH..)

@@ -19,14 +19,14 @@ fn layer2() -> Layer2 {
     Layer2::new(options, GUEST, 1500)
 }
 
-/// A frame of the guest's.
+/// A frame from the guest.
 fn framed(to: MacAddress, kind: u16, payload: &[u8]) -> Vec<u8> {
     let mut bytes = frame(to, GUEST, kind);
     bytes.extend(payload);
     bytes
 }
 
-/// What goes on and what is answered, without virtio's header.
+/// Returns the packet for the engine, and the reply without the virtio header.
 fn receive(layer2: &mut Layer2, mut frame: Vec<u8>) -> (Option<Vec<u8>>, Option<Vec<u8>>) {
     let mut answered = None;
     let packet =
@@ -62,13 +62,13 @@ fn arp_is_answered_for_router_and_name_server_only() {
         assert_eq!((&answer[22..28], &answer[28..32]), (&station[..], &[10, 0, 2, last][..]));
         assert_eq!((&answer[32..38], &answer[38..42]), (&GUEST.0[..], &[10, 0, 2, 100][..]));
     }
-    // A probe for the guest's own address must not be answered.
+    // A probe for the address of the guest itself must not be answered.
     assert_eq!(receive(&mut layer2, arp(1, [0; 4], [10, 0, 2, 100])), (None, None));
     assert_eq!(receive(&mut layer2, arp(2, [10, 0, 2, 2], [10, 0, 2, 2])), (None, None));
 }
 
 #[test]
-fn packets_lose_their_frame_and_find_back() {
+fn packets_are_unwrapped_and_replies_reach_their_station() {
     let mut layer2 = layer2();
     let packet = ipv4([10, 0, 2, 100], [192, 0, 2, 1]);
     let router = MacAddress::of_v4("10.0.2.2".parse().unwrap());
@@ -89,7 +89,7 @@ fn packets_lose_their_frame_and_find_back() {
         let back = layer2.header(&ipv4([192, 0, 2, 1], [10, 0, 2, last]));
         assert_eq!(back[..6], station.0);
     }
-    // Nobody takes our addresses away from us, and nothing for all goes on.
+    // Addresses of the engine cannot be claimed, and broadcast packets are not passed on.
     receive(&mut layer2, framed(router, kind::IPV4, &ipv4([10, 0, 2, 2], [192, 0, 2, 1])));
     assert!(!layer2.neighbours.iter().any(|(ip, _)| layer2.is_own(*ip)));
     let all = framed(MacAddress::BROADCAST, kind::IPV4, &ipv4([10, 0, 2, 100], [10, 0, 2, 255]));
@@ -97,7 +97,7 @@ fn packets_lose_their_frame_and_find_back() {
 }
 
 #[test]
-fn a_million_stations_are_not_remembered() {
+fn the_number_of_recorded_stations_is_limited() {
     let mut layer2 = layer2();
     for n in 0..100_000_u32 {
         let [a, b, c, d] = n.to_be_bytes();
@@ -124,7 +124,7 @@ fn icmpv6(source: &str, destination: &str, mut message: Vec<u8>) -> Vec<u8> {
 }
 
 #[test]
-fn neighbours_and_routers_are_found() {
+fn neighbour_and_router_solicitations_are_answered() {
     let mut layer2 = layer2();
     let solicit = |target: &str| {
         let target: Ipv6Addr = target.parse().unwrap();
@@ -150,7 +150,7 @@ fn neighbours_and_routers_are_found() {
     );
     let mut wrong = icmpv6("fd00::100", "ff02::1:ff00:2", solicit("fd00::2"));
     *wrong.last_mut().unwrap() ^= 1;
-    assert_eq!(receive(&mut layer2, wrong), (None, None), "its checksum is wrong");
+    assert_eq!(receive(&mut layer2, wrong), (None, None), "wrong checksum");
 
     let (_, answer) =
         receive(&mut layer2, icmpv6("fe80::7", "ff02::2", vec![133, 0, 0, 0, 0, 0, 0, 0]));
@@ -181,8 +181,8 @@ fn dhcp(kind: u8, station: MacAddress, options: &[u8]) -> Vec<u8> {
     framed(MacAddress::BROADCAST, kind::IPV4, &packet)
 }
 
-/// Type, address and options of an answer.
-fn told(answer: &[u8]) -> (u8, Ipv4Addr, Vec<(u8, Vec<u8>)>) {
+/// Type, address and options of a reply.
+fn parse_reply(answer: &[u8]) -> (u8, Ipv4Addr, Vec<(u8, Vec<u8>)>) {
     let message = &answer[ethernet::LENGTH + 28..];
     assert_eq!((message[0], &message[4..8]), (2, &[1, 2, 3, 4][..]));
     let (mut options, mut found) = (&message[240..], Vec::new());
@@ -201,7 +201,7 @@ fn addresses_are_leased() {
     let mut layer2 = layer2();
     let (packet, answer) = receive(&mut layer2, dhcp(1, GUEST, &[]));
     assert_eq!(packet, None);
-    let (kind, address, options) = told(&answer.unwrap());
+    let (kind, address, options) = parse_reply(&answer.unwrap());
     assert_eq!((kind, address.to_string()), (2, "10.0.2.15".to_owned()));
     for (code, value) in [
         (1, &[255, 255, 255, 0][..]),
@@ -215,26 +215,26 @@ fn addresses_are_leased() {
     }
     let (_, answer) =
         receive(&mut layer2, dhcp(3, GUEST, &[50, 4, 10, 0, 2, 15, 54, 4, 10, 0, 2, 2]));
-    assert_eq!(told(&answer.unwrap()).0, 5);
-    // An address of another network is refused, to everybody's ears.
+    assert_eq!(parse_reply(&answer.unwrap()).0, 5);
+    // A request for an address of another network gets a broadcast NAK.
     let (_, answer) = receive(&mut layer2, dhcp(3, GUEST, &[50, 4, 192, 168, 0, 9]));
     let answer = answer.unwrap();
-    assert_eq!((told(&answer).0, &answer[..6]), (6, &[0xff; 6][..]));
-    // Another server's business.
+    assert_eq!((parse_reply(&answer).0, &answer[..6]), (6, &[0xff; 6][..]));
+    // A request to another server is ignored.
     assert_eq!(receive(&mut layer2, dhcp(3, GUEST, &[54, 4, 10, 0, 2, 9])), (None, None));
-    // Another station wants a certain address; seventeen want one.
+    // Another station requests a specific address; more stations than addresses request any.
     let (_, answer) =
         receive(&mut layer2, dhcp(1, MacAddress([2, 0, 0, 0, 1, 1]), &[50, 4, 10, 0, 2, 20]));
-    assert_eq!(told(&answer.unwrap()).1.to_string(), "10.0.2.20");
+    assert_eq!(parse_reply(&answer.unwrap()).1.to_string(), "10.0.2.20");
     for n in 0..40 {
         let (_, answer) = receive(&mut layer2, dhcp(1, MacAddress([2, 0, 0, 0, 2, n]), &[]));
-        let (kind, address, _) = told(&answer.unwrap());
+        let (kind, address, _) = parse_reply(&answer.unwrap());
         assert!(kind == 2 && (15..31).contains(&address.octets()[3]), "{address}");
     }
 }
 
 #[test]
-fn no_frame_is_too_strange() {
+fn malformed_frames_do_not_panic() {
     let mut layer2 = layer2();
     let samples = [
         arp(1, [10, 0, 2, 100], [10, 0, 2, 2]),

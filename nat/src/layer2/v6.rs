@@ -1,4 +1,4 @@
-//! Neighbours and routers of IPv6 (RFC 4861). Pure.
+//! IPv6 neighbour and router discovery (RFC 4861). No I/O.
 
 use super::{Layer2V6, frame};
 use crate::wire::checksum::pseudo_header;
@@ -6,13 +6,14 @@ use crate::wire::ethernet::{MacAddress, kind};
 use crate::wire::{protocol, read_u16};
 use std::net::Ipv6Addr;
 
-/// Bytes of IPv6's header.
+/// Length of the IPv6 header.
 const HEAD: usize = 40;
-/// What such messages have, and no router would have left (section 7.1.1).
+/// Hop limit of neighbour discovery messages, which proves that no router forwarded them (section
+/// 7.1.1).
 const HOP_LIMIT: u8 = 255;
-/// The link-local address of a router is what it advertises itself by (section 4.2).
+/// Link-local address of the router, the source of its advertisements (section 4.2).
 pub(super) const ROUTER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
-/// Everybody on the link.
+/// All nodes on the link.
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 
 const ROUTER_SOLICITATION: u8 = 133;
@@ -20,10 +21,9 @@ const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 
-/// How long the router may be used unless it is heard of again, in seconds: the longest there is
-/// (section 6.2.1).
+/// Router lifetime in seconds: the maximum (section 6.2.1).
 const ROUTER_LIFETIME: u16 = 9000;
-/// How long prefix and DNS server may be: for ever.
+/// Lifetime of prefix and DNS server: infinite.
 const FOR_EVER: [u8; 4] = [0xff; 4];
 
 pub(super) fn address_at(bytes: &[u8], at: usize) -> Option<Ipv6Addr> {
@@ -31,19 +31,19 @@ pub(super) fn address_at(bytes: &[u8], at: usize) -> Option<Ipv6Addr> {
     Some(Ipv6Addr::from(*bytes))
 }
 
-/// Whether `ip` is one that is played.
+/// Whether `ip` belongs to an emulated station.
 pub(super) fn is_own(options: &Layer2V6, ip: Ipv6Addr) -> bool {
     ip == ROUTER || ip == options.gateway || Some(ip) == options.name_server
 }
 
-/// Answers what is asked of stations; `None` for everything else.
+/// Returns the reply to a neighbour discovery message; `None` for other packets.
 pub(super) fn answer(
     options: &Layer2V6,
     mtu: u16,
     from: MacAddress,
     packet: &[u8],
 ) -> Option<Vec<u8>> {
-    // What was asked with an extension header in between is not asked (RFC 6980).
+    // Messages with extension headers are ignored (RFC 6980).
     if packet.len() < HEAD || packet[6] != protocol::ICMPV6 || packet[7] != HOP_LIMIT {
         return None;
     }
@@ -57,10 +57,11 @@ pub(super) fn answer(
         NEIGHBOUR_SOLICITATION => {
             let target = address_at(message, 8).filter(|target| is_own(options, *target))?;
             let station = MacAddress::of_v6(target);
-            // Who looks whether an address is free has none yet (section 7.2.4): all are told then.
+            // Duplicate address detection has no source address (section 7.2.4), so the reply goes
+            // to all nodes.
             let (to, solicited) =
                 if source.is_unspecified() { (ALL_NODES, 0) } else { (source, 0x40) };
-            // Router, and more recent than what was known before.
+            // Flags: router, override.
             let mut answer =
                 vec![NEIGHBOUR_ADVERTISEMENT, 0, 0, 0, 0x80 | 0x20 | solicited, 0, 0, 0];
             answer.extend(target.octets());
@@ -82,7 +83,7 @@ pub(super) fn answer(
     }
 }
 
-/// The router's word to everybody on the link, who has not asked.
+/// The unsolicited router advertisement to all nodes.
 pub(super) fn unsolicited(options: &Layer2V6, mtu: u16) -> Vec<u8> {
     let from = MacAddress::of_v6(options.gateway);
     let message = advertisement(options, mtu, from);
@@ -92,13 +93,13 @@ pub(super) fn unsolicited(options: &Layer2V6, mtu: u16) -> Vec<u8> {
 fn advertisement(options: &Layer2V6, mtu: u16, station: MacAddress) -> Vec<u8> {
     let mut message = vec![ROUTER_ADVERTISEMENT, 0, 0, 0, 64, 0];
     message.extend(ROUTER_LIFETIME.to_be_bytes());
-    // Neither how long neighbours stay reachable nor when they are asked again is prescribed.
+    // Reachable time and retransmission timer: unspecified.
     message.extend([0; 8]);
     message.extend([1, 1]);
     message.extend(station.0);
     message.extend([5, 1, 0, 0, 0, 0]);
     message.extend(mtu.to_be_bytes());
-    // On the link, and to make an address of.
+    // Flags: on-link, autonomous address configuration.
     message.extend([3, 4, 64, 0x80 | 0x40]);
     message.extend(FOR_EVER);
     message.extend(FOR_EVER);

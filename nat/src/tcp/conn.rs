@@ -1,4 +1,4 @@
-//! One connection: what arrives from the guest, and what becomes of it (RFC 9293 section 3.10.7).
+//! Connection state and processing of segments from the guest (RFC 9293 section 3.10.7).
 
 use super::queue::{OutOfOrder, Pending};
 use super::seq::{before, later, up_to};
@@ -12,72 +12,72 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_reactor::Key;
 
-/// How long a timestamp of the guest is held against it (RFC 7323 section 5.5).
+/// Maximum age of a timestamp for PAWS (RFC 7323 section 5.5).
 const PAWS_IDLE: Duration = Duration::from_secs(24 * 24 * 3600);
 
-/// How long a busy engine lets a far end wait for the last segment of the handshake, for the
-/// guest's first bytes to carry it: most have something to say at once. It spares a segment, and
-/// one of the far end's two wake-ups.
+/// Delay of the last handshake ACK towards the server on a busy engine, so that the first payload
+/// of the guest carries it. Most clients send immediately. This saves a segment and one of two
+/// wake-ups of the server.
 const HANDSHAKE_ACK_DELAY: Duration = Duration::from_millis(1);
 
-/// What a guest takes at least that does not say: RFC 9293 section 3.7.1.
+/// Default MSS without the option, for IPv4 and IPv6 (RFC 9293 section 3.7.1).
 const DEFAULT_MSS: [u16; 2] = [536, 1220];
 
-/// No write is smaller than this for a guest's odd ideas of its MSS (the kernel's `TCP_MIN_MSS`).
+/// Minimum MSS, whatever the guest announces (`TCP_MIN_MSS` of the kernel).
 const MIN_MSS: u16 = 88;
 
-/// Where a connection is.
+/// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// The host's socket is connecting.
-    Dialling,
-    /// A client is there, and the guest is asked to accept it.
-    Calling,
-    /// It is connected.
+    /// The host socket is connecting.
+    Connecting,
+    /// A client is connected, and a SYN was sent to the guest.
+    SynSent,
+    /// Both sides are connected, or the handshake with the guest is in progress.
     Open,
-    /// All is done; the guest's FIN may come again.
+    /// Both directions are closed. The FIN of the guest may be retransmitted.
     Lingering,
 }
 
-/// What became of a connection.
+/// Result of an operation on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It goes on.
+    /// The connection continues.
     Alive,
-    /// It is over, and both ends know.
+    /// The connection has ended normally on both sides.
     Done,
-    /// It was cut, and both ends know.
+    /// The connection was reset on the guest side; the host side is to be reset.
     Reset,
-    /// The guest begins a new one under the same five-tuple.
+    /// The guest opens a new connection with the same five-tuple.
     Replaced,
-    /// It goes on; but the segment was none of its own, and is to be answered as one of no
-    /// connection.
+    /// The connection continues. The segment does not belong to it, and must be answered like a
+    /// segment without a connection.
     Stray,
 }
 
-/// What a connection begins with.
+/// Initial parameters of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Opening {
-    /// The guest's end.
+    /// Address and port of the guest.
     pub inside: SocketAddr,
-    /// The far end, as the guest addresses it.
+    /// Address and port of the remote side, as the guest addresses it.
     pub outside: SocketAddr,
-    /// Our initial sequence number.
+    /// Initial sequence number of the engine.
     pub iss: u32,
-    /// What our timestamps are offset by.
+    /// Offset of the timestamps of the engine.
     pub clock_offset: u32,
 }
 
-/// The guest's timestamps.
+/// Timestamp state of the guest.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Stamps {
-    /// The one to echo (`TS.Recent`).
+pub(super) struct Timestamps {
+    /// The timestamp to echo (`TS.Recent`).
     pub(super) recent: u32,
     pub(super) since: Instant,
     pub(super) offset: u32,
 }
 
-/// A connection, and the socket `S` that it goes on with.
+/// A TCP connection with the guest, continued with host socket `S`.
 #[derive(Debug)]
 pub struct Connection<S> {
     pub(super) opening: Opening,
@@ -87,11 +87,11 @@ pub struct Connection<S> {
     // Guest to host.
     pub(super) irs: u32,
     pub(super) rcv_nxt: u32,
-    /// The right edge of the window that the guest was told of.
+    /// Right edge of the advertised window.
     pub(super) rcv_edge: u32,
     pub(super) pending: Pending,
-    pub(super) early: OutOfOrder,
-    /// The number of the guest's FIN, when it is known.
+    pub(super) out_of_order: OutOfOrder,
+    /// Sequence number of the FIN of the guest, once known.
     pub(super) guest_fin: Option<u32>,
     pub(super) host_shut: bool,
 
@@ -105,63 +105,63 @@ pub struct Connection<S> {
     pub(super) wl2: u32,
     pub(super) guest_scale: Option<u8>,
     pub(super) mss: u16,
-    pub(super) stamps: Option<Stamps>,
+    pub(super) timestamps: Option<Timestamps>,
     pub(super) dup_acks: u8,
-    /// Until this is acknowledged, duplicates say nothing new.
+    /// Recovery point: until it is acknowledged, duplicate acknowledgements are ignored.
     pub(super) recover: Option<u32>,
-    /// The number of our FIN, when the far end has closed.
+    /// Sequence number of the FIN to the guest, once the remote side has closed.
     pub(super) fin: Option<u32>,
-    /// The guest's FIN came after ours.
+    /// The FIN of the guest arrived after the FIN of the engine.
     pub(super) closed_first: bool,
 
     pub(super) readable: bool,
-    /// A short look does not mean that the queue is empty.
-    pub(super) may_hide: bool,
+    /// A short peek does not mean that the queue is empty.
+    pub(super) short_peeks: bool,
     pub(super) writable: bool,
     pub(super) need_ack: bool,
-    /// Up to where the guest has been told that all has come.
+    /// The last acknowledgement number sent to the guest.
     pub(super) acknowledged: u32,
-    /// Since when the acknowledgement that is owed waits for something that carries it.
-    pub(super) owed_since: Option<Instant>,
-    /// Whether the engine has it in its queue.
+    /// Time since which an acknowledgement is delayed.
+    pub(super) ack_delayed_since: Option<Instant>,
+    /// Whether the connection is in the work queue of the engine.
     pub queued: bool,
 
-    /// Timeouts in a row that nothing came of.
+    /// Consecutive timeouts without progress.
     pub(super) retries: u8,
-    /// Probes of a window that is still closed.
+    /// Zero-window probes sent.
     pub(super) probes: u8,
     pub(super) resend_at: Option<Instant>,
     pub(super) probe_at: Option<Instant>,
-    /// When the far end hears that it is connected, if the guest has said nothing until then.
+    /// Time to send the delayed handshake ACK, if the guest has sent no data by then.
     pub(super) handshake_ack_at: Option<Instant>,
     pub(super) active: Instant,
-    /// When its timer is armed for, if it is; the engine's.
+    /// Deadline of the armed timer; maintained by the engine.
     pub timer: Option<Instant>,
-    /// What it is known by, once it is.
+    /// Key in the flow table, once inserted.
     pub(crate) key: Option<Key>,
-    pub(super) challenged: Option<Instant>,
-    /// Of one that came in by a published port.
+    pub(super) challenge_sent_at: Option<Instant>,
+    /// Set for a connection through a published port.
     pub(crate) inbound: Option<Inbound>,
 }
 
-/// Where a client's connection came in.
+/// Origin of a connection through a published port.
 #[derive(Debug)]
 pub(crate) struct Inbound {
-    /// The figures of the port.
+    /// The counters of the port.
     pub(crate) stats: Arc<ForwardStats>,
     /// The client, by its share ([`share_of`](tidegate_model::share_of)).
     pub(crate) client: IpAddr,
 }
 
 impl Inbound {
-    /// The figures of the port, if the connection came in by one.
+    /// The counters of the port, for a connection through a published port.
     pub(super) fn stats_of(inbound: Option<&Self>) -> Option<&ForwardStats> {
         inbound.map(|inbound| &*inbound.stats)
     }
 }
 
 impl<S> Connection<S> {
-    /// A connection for `syn`, with a socket that is connecting.
+    /// Creates a connection for `syn`, with a socket that is connecting.
     pub fn new(
         opening: Opening,
         syn: &Segment<'_>,
@@ -169,20 +169,20 @@ impl<S> Connection<S> {
         params: &Params,
         now: Instant,
     ) -> Self {
-        let mut connection = Self::begun(opening, Phase::Dialling, stream, now);
+        let mut connection = Self::with_phase(opening, Phase::Connecting, stream, now);
         connection.adopt_syn(syn, params, now);
         connection
     }
 
-    /// A connection for a client, who is asked in with the first segment to the guest.
-    pub fn call<H: Host<Stream = S>>(opening: Opening, stream: S, io: &mut Io<'_, H>) -> Self {
-        let mut connection = Self::begun(opening, Phase::Calling, stream, io.now);
+    /// Creates a connection for an accepted client, and sends a SYN to the guest.
+    pub fn to_guest<H: Host<Stream = S>>(opening: Opening, stream: S, io: &mut Io<'_, H>) -> Self {
+        let mut connection = Self::with_phase(opening, Phase::SynSent, stream, io.now);
         connection.writable = true;
         connection.send_syn(io);
         connection
     }
 
-    fn begun(opening: Opening, phase: Phase, stream: S, now: Instant) -> Self {
+    fn with_phase(opening: Opening, phase: Phase, stream: S, now: Instant) -> Self {
         let Opening { iss, .. } = opening;
         Self {
             opening,
@@ -193,7 +193,7 @@ impl<S> Connection<S> {
             acknowledged: 0,
             rcv_edge: 0,
             pending: Pending::default(),
-            early: OutOfOrder::default(),
+            out_of_order: OutOfOrder::default(),
             guest_fin: None,
             host_shut: false,
             queue_base: iss.wrapping_add(1),
@@ -205,16 +205,16 @@ impl<S> Connection<S> {
             wl2: iss,
             guest_scale: None,
             mss: MIN_MSS,
-            stamps: None,
+            timestamps: None,
             dup_acks: 0,
             recover: None,
             fin: None,
             closed_first: false,
             readable: false,
-            may_hide: false,
+            short_peeks: false,
             writable: false,
             need_ack: false,
-            owed_since: None,
+            ack_delayed_since: None,
             queued: false,
             retries: 0,
             probes: 0,
@@ -224,16 +224,16 @@ impl<S> Connection<S> {
             active: now,
             timer: None,
             key: None,
-            challenged: None,
+            challenge_sent_at: None,
             inbound: None,
         }
     }
 
-    /// Takes over what the guest's SYN says: its number, and what it can do.
+    /// Applies the sequence number and options of the SYN of the guest.
     fn adopt_syn(&mut self, syn: &Segment<'_>, params: &Params, now: Instant) {
         let v6 = self.opening.inside.is_ipv6();
         let headers = 20 + if v6 { 40 } else { 20 };
-        self.stamps = syn.options.timestamps.map(|(recent, _)| Stamps {
+        self.timestamps = syn.options.timestamps.map(|(recent, _)| Timestamps {
             recent,
             since: now,
             offset: self.opening.clock_offset,
@@ -249,53 +249,53 @@ impl<S> Connection<S> {
         self.guest_scale = syn.options.scale.map(|scale| scale.min(MAX_SCALE));
     }
 
-    /// Where it is.
+    /// The state.
     pub fn phase(&self) -> Phase {
         self.phase
     }
 
-    /// Its socket, for as long as it has one.
+    /// The host socket, until it is closed.
     pub fn stream(&self) -> Option<&S> {
         self.stream.as_ref()
     }
 
-    /// Has its socket watched, under what the connection is known by from now on.
+    /// Sets the key of the connection and watches its socket.
     ///
     /// # Errors
-    /// The kernel watches no more sockets.
+    /// The socket cannot be added to epoll.
     pub fn watched_as<H: Host<Stream = S>>(&mut self, key: Key, host: &mut H) -> io::Result<Ready> {
         self.key = Some(key);
         self.stream.as_mut().map_or(Ok(Ready::default()), |stream| host.watch_stream(stream, key))
     }
 
-    /// Takes the socket out, to be ended.
+    /// Takes the socket out of the connection to close it.
     pub fn take_stream(&mut self) -> Option<S> {
         self.stream.take()
     }
 
-    /// Bytes that it has buffered.
+    /// Number of buffered bytes.
     pub fn buffered(&self) -> usize {
-        self.pending.len() + self.early.len()
+        self.pending.len() + self.out_of_order.len()
     }
 
     /// Whether the guest has acknowledged our SYN.
     pub fn is_established(&self) -> bool {
-        self.phase != Phase::Dialling && self.snd_una != self.opening.iss
+        self.phase != Phase::Connecting && self.snd_una != self.opening.iss
     }
 
-    /// The number of the guest's SYN.
+    /// The initial sequence number of the guest.
     pub fn initial_sequence(&self) -> u32 {
         self.irs
     }
 
-    /// Notes what the socket is ready for.
+    /// Records the readiness of the socket.
     pub fn note(&mut self, ready: Ready) {
         self.readable |= ready.readable || ready.error;
-        self.may_hide |= ready.more || ready.error;
+        self.short_peeks |= ready.more || ready.error;
         self.writable |= ready.writable || ready.error;
     }
 
-    /// The guest, or a router behind it, takes packets of `mtu` bytes at most (RFC 1191).
+    /// Reduces the MSS: the path to the guest carries packets of at most `mtu` bytes (RFC 1191).
     pub fn reduce_mtu(&mut self, mtu: u32) {
         let headers = if self.opening.inside.is_ipv6() { 60 } else { 40 } + self.options_length();
         let mss = mtu.saturating_sub(headers.into()).min(u32::from(self.mss)) as u16;
@@ -305,41 +305,42 @@ impl<S> Connection<S> {
         }
     }
 
-    /// The far end has accepted: so do we.
+    /// Handles a successful connect: sends a SYN-ACK to the guest.
     pub fn connected<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
         self.phase = Phase::Open;
         self.writable = true;
         self.active = io.now;
-        let quiet = self.stream.as_ref().is_some_and(|stream| io.host.is_quiet(stream));
+        let quiet =
+            self.stream.as_ref().is_some_and(|stream| io.host.is_handshake_ack_delayed(stream));
         self.handshake_ack_at = quiet.then(|| io.now + HANDSHAKE_ACK_DELAY);
         self.send_syn_ack(io);
     }
 
-    /// The far end hears that it is connected, in case that it is the one to speak first.
-    pub(super) fn say_hello<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
+    /// Sends the delayed handshake ACK, in case the server sends first.
+    pub(super) fn send_handshake_ack<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
         self.handshake_ack_at = None;
         if let Some(stream) = &mut self.stream {
-            io.host.say_hello(stream);
+            io.host.send_handshake_ack(stream);
         }
     }
 
-    /// A segment of this connection has arrived.
+    /// Processes a segment of this connection.
     pub fn segment<H: Host<Stream = S>>(
         &mut self,
         segment: &Segment<'_>,
         io: &mut Io<'_, H>,
     ) -> Outcome {
         match self.phase {
-            Phase::Dialling => self.while_dialling(segment),
-            Phase::Calling => self.while_calling(segment, io),
-            Phase::Open => self.while_open(segment, io),
-            Phase::Lingering => self.while_lingering(segment, io),
+            Phase::Connecting => self.segment_while_connecting(segment),
+            Phase::SynSent => self.segment_in_syn_sent(segment, io),
+            Phase::Open => self.segment_while_open(segment, io),
+            Phase::Lingering => self.segment_while_lingering(segment, io),
         }
     }
 
-    fn while_dialling(&mut self, segment: &Segment<'_>) -> Outcome {
+    fn segment_while_connecting(&mut self, segment: &Segment<'_>) -> Outcome {
         if segment.has(flags::RST) {
-            // Without a SYN-ACK the guest has nothing else to number it with.
+            // Before a SYN-ACK, the guest can only use this sequence number.
             return if segment.sequence == self.rcv_nxt { Outcome::Reset } else { Outcome::Alive };
         }
         let another =
@@ -347,23 +348,23 @@ impl<S> Connection<S> {
         if another { Outcome::Replaced } else { Outcome::Alive }
     }
 
-    /// RFC 9293 section 3.10.7.3, in its order.
-    fn while_calling<H: Host<Stream = S>>(
+    /// RFC 9293 section 3.10.7.3, in the same order.
+    fn segment_in_syn_sent<H: Host<Stream = S>>(
         &mut self,
         segment: &Segment<'_>,
         io: &mut Io<'_, H>,
     ) -> Outcome {
         let acknowledges = segment.has(flags::ACK);
         if acknowledges && segment.acknowledgement != self.snd_nxt {
-            // Of an earlier connection of the same five-tuple, which a reset ends if the guest
-            // still has it.
+            // The segment belongs to an earlier connection with the same five-tuple. A reset ends
+            // it, if the guest still has it.
             return if segment.has(flags::RST) { Outcome::Alive } else { Outcome::Stray };
         }
         if segment.has(flags::RST) {
             return if acknowledges { Outcome::Reset } else { Outcome::Alive };
         }
         if !segment.has(flags::SYN) {
-            io.stats.refuse(DropReason::Window);
+            io.stats.count_drop(DropReason::Window);
             return Outcome::Alive;
         }
         self.adopt_syn(segment, io.params, io.now);
@@ -376,13 +377,13 @@ impl<S> Connection<S> {
             self.resend_at = None;
             self.need_ack = true;
         } else {
-            // Both ends have called (section 3.5, figure 8).
+            // Simultaneous open (section 3.5, figure 8).
             self.send_syn_ack(io);
         }
         Outcome::Alive
     }
 
-    fn while_lingering<H: Host<Stream = S>>(
+    fn segment_while_lingering<H: Host<Stream = S>>(
         &mut self,
         segment: &Segment<'_>,
         io: &mut Io<'_, H>,
@@ -390,9 +391,10 @@ impl<S> Connection<S> {
         if segment.has(flags::RST) {
             return if segment.sequence == self.rcv_nxt { Outcome::Done } else { Outcome::Alive };
         }
-        // RFC 6191 section 2: a new incarnation is recognized by its number, or by its clock.
-        let newer = match (self.stamps, segment.options.timestamps) {
-            (Some(stamps), Some((value, _))) => before(stamps.recent, value),
+        // RFC 6191 section 2: a new incarnation is recognized by a higher sequence number or
+        // timestamp.
+        let newer = match (self.timestamps, segment.options.timestamps) {
+            (Some(timestamps), Some((value, _))) => before(timestamps.recent, value),
             _ => false,
         };
         if segment.has(flags::SYN) && (newer || before(self.rcv_nxt, segment.sequence)) {
@@ -404,45 +406,45 @@ impl<S> Connection<S> {
         Outcome::Alive
     }
 
-    fn while_open<H: Host<Stream = S>>(
+    fn segment_while_open<H: Host<Stream = S>>(
         &mut self,
         segment: &Segment<'_>,
         io: &mut Io<'_, H>,
     ) -> Outcome {
         let window = self.rcv_edge.wrapping_sub(self.rcv_nxt);
         if segment.has(flags::RST) {
-            // RFC 5961 section 3.2: exactly the next number, or we ask again.
+            // RFC 5961 section 3.2: a reset is valid only with the exact next sequence number.
+            // Otherwise a challenge ACK is sent.
             if segment.sequence == self.rcv_nxt {
                 return Outcome::Reset;
             }
             if segment.sequence.wrapping_sub(self.rcv_nxt) < window.max(1) {
-                self.challenge(io);
+                self.send_challenge_ack(io);
             } else {
-                io.stats.refuse(DropReason::Window);
+                io.stats.count_drop(DropReason::Window);
             }
             return Outcome::Alive;
         }
         if segment.has(flags::SYN) {
             let again = segment.sequence == self.irs && !self.is_established();
             if again && segment.has(flags::ACK) && segment.acknowledgement == self.snd_nxt {
-                // Both ends have called, and the guest has heard of it: as good as its
-                // acknowledgement.
+                // Simultaneous open: this SYN-ACK also acknowledges the SYN of the engine.
                 self.acknowledge(segment, io);
                 self.need_ack = true;
             } else if again && !segment.has(flags::ACK) {
                 self.send_syn_ack(io);
             } else {
                 // RFC 5961 section 4.2.
-                self.challenge(io);
+                self.send_challenge_ack(io);
             }
             return Outcome::Alive;
         }
-        if !self.check_stamps(segment, io) {
+        if !self.check_timestamps(segment, io) {
             return Outcome::Alive;
         }
         let end = segment.sequence.wrapping_add(segment.length());
-        // A segment at the closed window's edge: its acknowledgement counts, its payload does not
-        // (RFC 9293 section 3.10.7.4).
+        // With a closed window, a segment at its edge is processed for its acknowledgement, but its
+        // payload is not accepted (RFC 9293 section 3.10.7.4).
         let acceptable = up_to(segment.sequence, self.rcv_edge)
             && if segment.length() == 0 {
                 up_to(self.rcv_nxt, segment.sequence)
@@ -450,82 +452,82 @@ impl<S> Connection<S> {
                 before(self.rcv_nxt, end)
             };
         if !acceptable {
-            self.say_where(segment, io);
+            self.reject_segment(segment, io);
             return Outcome::Alive;
         }
         if !segment.has(flags::ACK) || !self.acknowledge(segment, io) {
             return Outcome::Alive;
         }
         if up_to(segment.sequence, self.rcv_nxt)
-            && let (Some(stamps), Some((value, _))) = (&mut self.stamps, segment.options.timestamps)
+            && let (Some(timestamps), Some((value, _))) =
+                (&mut self.timestamps, segment.options.timestamps)
         {
             // RFC 7323 section 4.3.
-            *stamps = Stamps { recent: value, since: io.now, ..*stamps };
+            *timestamps = Timestamps { recent: value, since: io.now, ..*timestamps };
         }
         self.active = io.now;
-        if segment.length() > 0 && self.take(segment, io).is_err() {
+        if segment.length() > 0 && self.receive_payload(segment, io).is_err() {
             self.send_reset(io);
             return Outcome::Reset;
         }
         Outcome::Alive
     }
 
-    /// RFC 7323 sections 3.2 and 5.3: whether the segment's timestamp lets it be looked at.
-    fn check_stamps<H: Host<Stream = S>>(
+    /// RFC 7323 sections 3.2 and 5.3: whether the timestamp of the segment is acceptable.
+    fn check_timestamps<H: Host<Stream = S>>(
         &mut self,
         segment: &Segment<'_>,
         io: &mut Io<'_, H>,
     ) -> bool {
-        let Some(stamps) = self.stamps else { return true };
+        let Some(timestamps) = self.timestamps else { return true };
         let sound = match segment.options {
             Options { timestamps: Some((value, _)), .. } => {
-                !before(value, stamps.recent)
-                    || io.now.saturating_duration_since(stamps.since) > PAWS_IDLE
+                !before(value, timestamps.recent)
+                    || io.now.saturating_duration_since(timestamps.since) > PAWS_IDLE
             }
             Options { timestamps: None, .. } => {
-                io.stats.refuse(DropReason::Window);
+                io.stats.count_drop(DropReason::Window);
                 return false;
             }
         };
         if !sound {
-            self.say_where(segment, io);
+            self.reject_segment(segment, io);
         }
         sound
     }
 
-    /// Acknowledges a segment that is not taken. Without payload it may itself be such an
-    /// acknowledgement, and two ends that are not at one would go on for ever (the kernel's
-    /// `tcp_oow_rate_limited`).
-    fn say_where<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) {
+    /// Replies with the current acknowledgement to a segment that is not acceptable. A segment
+    /// without payload may itself be such a reply, so that reply is rate limited to prevent an
+    /// endless exchange (`tcp_oow_rate_limited` of the kernel).
+    fn reject_segment<H: Host<Stream = S>>(&mut self, segment: &Segment<'_>, io: &mut Io<'_, H>) {
         if segment.length() == 0 {
-            return self.challenge(io);
+            return self.send_challenge_ack(io);
         }
-        io.stats.refuse(DropReason::Window);
+        io.stats.count_drop(DropReason::Window);
         self.need_ack = true;
     }
 
-    /// Takes note of acknowledgement and window. False if the segment is not to be looked at
-    /// further.
+    /// Processes the acknowledgement and window. Returns false if the segment must be ignored.
     fn acknowledge<H: Host<Stream = S>>(
         &mut self,
         segment: &Segment<'_>,
         io: &mut Io<'_, H>,
     ) -> bool {
         let ack = segment.acknowledgement;
-        // RFC 5961 section 5.2: not of what was never sent, nor older than any window can have
-        // been.
+        // RFC 5961 section 5.2: an acknowledgement of data not sent yet, or older than the largest
+        // window, is invalid.
         let oldest = self.snd_una.wrapping_sub(1 << 30);
         if before(self.snd_max, ack) || before(ack, oldest) {
-            self.challenge(io);
+            self.send_challenge_ack(io);
             return false;
         }
         let first = !self.is_established();
         if first && ack == self.snd_una {
-            // Still without our SYN: nothing that it says counts yet.
+            // It does not acknowledge the SYN of the engine, so the segment is ignored.
             return false;
         }
         if self.probe_at.is_some() {
-            // It lives, and will go on being asked.
+            // The guest is alive, so probing continues.
             self.retries = 0;
         }
         let window = match self.guest_scale {
@@ -567,7 +569,7 @@ impl<S> Connection<S> {
         true
     }
 
-    /// Begins again with what is not acknowledged.
+    /// Restarts transmission at the first unacknowledged byte.
     pub(super) fn go_back(&mut self) {
         if !self.is_established() {
             return;
@@ -579,15 +581,15 @@ impl<S> Connection<S> {
         self.readable = true;
     }
 
-    /// Whether everything that the guest will ever send has come.
-    pub(super) fn guest_is_done(&self) -> bool {
+    /// Whether the FIN of the guest and all bytes before it have been received.
+    pub(super) fn guest_has_finished(&self) -> bool {
         self.guest_fin.is_some_and(|fin| before(fin, self.rcv_nxt))
     }
 
-    /// All that was to be sent is sent and acknowledged, both ways.
+    /// Ends the connection if all data and both FINs are sent and acknowledged.
     pub(super) fn finish(&mut self, io_now: Instant) -> Outcome {
         let ours = self.fin.is_some_and(|fin| before(fin, self.snd_una));
-        if !(ours && self.host_shut && self.guest_is_done()) {
+        if !(ours && self.host_shut && self.guest_has_finished()) {
             return Outcome::Alive;
         }
         if !self.closed_first {

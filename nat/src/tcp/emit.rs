@@ -1,4 +1,4 @@
-//! Segments to the guest: their headers, and the window that they tell.
+//! Segments to the guest: headers and window advertisement.
 
 use super::conn::{Connection, Opening, Phase};
 use super::seq::later;
@@ -10,12 +10,12 @@ use crate::wire::tcp::flags;
 use std::io::IoSlice;
 use std::time::Duration;
 
-/// Challenge acknowledgements of one connection come this far apart (RFC 5961 section 7; the
-/// kernel's `tcp_invalid_ratelimit`).
+/// Minimum interval between challenge ACKs of one connection (RFC 5961 section 7;
+/// `tcp_invalid_ratelimit` of the kernel).
 const CHALLENGE_INTERVAL: Duration = Duration::from_millis(500);
 
 impl<S> Connection<S> {
-    /// Asks the guest to accept.
+    /// Sends a SYN to the guest.
     pub(super) fn send_syn<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
         let Opening { iss, clock_offset, inside, .. } = self.opening;
         self.snd_nxt = iss.wrapping_add(1);
@@ -38,8 +38,8 @@ impl<S> Connection<S> {
         if io.host.emit(head.write(0).bytes(), &[]) {
             io.stats.packets[1].add(1);
         } else {
-            // It will be sent again, as if it were lost on a wire.
-            io.stats.refuse(DropReason::Device);
+            // The segment is retransmitted, as after a loss on the wire.
+            io.stats.count_drop(DropReason::Device);
         }
     }
 
@@ -59,7 +59,7 @@ impl<S> Connection<S> {
         self.arm_resend(io.now);
     }
 
-    /// What a window would reach to that is all that can be had.
+    /// Right edge of the largest possible window.
     pub(super) fn possible_edge<H: Host<Stream = S>>(&self, io: &Io<'_, H>) -> u32 {
         let most = if self.guest_scale.is_some() {
             io.params.window
@@ -75,20 +75,20 @@ impl<S> Connection<S> {
         later(self.rcv_edge, self.rcv_nxt.wrapping_add(free))
     }
 
-    /// How much of the possible window the guest has not been told of.
-    pub(super) fn untold<H: Host<Stream = S>>(&self, io: &Io<'_, H>) -> u32 {
+    /// Number of bytes of the possible window that are not advertised yet.
+    pub(super) fn unadvertised<H: Host<Stream = S>>(&self, io: &Io<'_, H>) -> u32 {
         self.possible_edge(io).wrapping_sub(self.rcv_edge)
     }
 
-    /// Opens the window as far as it goes; its size in bytes.
+    /// Advances the window edge as far as possible and returns the window size in bytes.
     pub(super) fn advertise<H: Host<Stream = S>>(&mut self, io: &Io<'_, H>) -> u32 {
-        // An edge that has been told is never withdrawn (RFC 9293 section 3.8.6).
+        // An advertised edge is never withdrawn (RFC 9293 section 3.8.6).
         self.rcv_edge = self.possible_edge(io);
         self.rcv_edge.wrapping_sub(self.rcv_nxt)
     }
 
     pub(super) fn options_length(&self) -> u16 {
-        if self.stamps.is_some() { 12 } else { 0 }
+        if self.timestamps.is_some() { 12 } else { 0 }
     }
 
     pub(super) fn head<H: Host<Stream = S>>(
@@ -108,8 +108,8 @@ impl<S> Connection<S> {
             mss: None,
             scale: None,
             timestamps: self
-                .stamps
-                .map(|stamps| (clock.wrapping_add(stamps.offset), stamps.recent)),
+                .timestamps
+                .map(|timestamps| (clock.wrapping_add(timestamps.offset), timestamps.recent)),
             segment: self.mss,
         }
     }
@@ -125,7 +125,7 @@ impl<S> Connection<S> {
         let window = self.advertise(io);
         let window = if self.guest_scale.is_some() { window >> SCALE } else { window };
         let head = TcpHead { window: window.min(0xffff) as u16, ..self.head(sequence, flags, io) };
-        (self.need_ack, self.owed_since, self.acknowledged) = (false, None, self.rcv_nxt);
+        (self.need_ack, self.ack_delayed_since, self.acknowledged) = (false, None, self.rcv_nxt);
         let head = head.write(payload);
         let emitted = match payload {
             0 => io.host.emit(head.bytes(), &[]),
@@ -134,8 +134,8 @@ impl<S> Connection<S> {
         if emitted {
             io.stats.packets[1].add(1);
         } else {
-            // It will be sent again, as if it were lost on a wire.
-            io.stats.refuse(DropReason::Device);
+            // The segment is retransmitted, as after a loss on the wire.
+            io.stats.count_drop(DropReason::Device);
         }
     }
 
@@ -143,24 +143,24 @@ impl<S> Connection<S> {
         self.emit(self.snd_nxt, flags::ACK, 0, io);
     }
 
-    /// Cuts the connection, as far as the guest is concerned.
+    /// Sends a reset to the guest.
     pub fn send_reset<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
         let (sequence, flags) = match self.phase {
-            // RFC 9293 section 3.10.7.1: it answers a SYN.
-            Phase::Dialling => (0, flags::RST | flags::ACK),
-            // There is nothing of the guest's yet that it could acknowledge.
-            Phase::Calling => (self.snd_nxt, flags::RST),
+            // RFC 9293 section 3.10.7.1: a reset in reply to a SYN.
+            Phase::Connecting => (0, flags::RST | flags::ACK),
+            // The guest has sent nothing yet that could be acknowledged.
+            Phase::SynSent => (self.snd_nxt, flags::RST),
             Phase::Open | Phase::Lingering => (self.snd_nxt, flags::RST | flags::ACK),
         };
         self.emit(sequence, flags, 0, io);
     }
 
-    /// RFC 5961: says where we are, so that the guest can say what it meant.
-    pub(super) fn challenge<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
-        io.stats.refuse(DropReason::Window);
-        let due = self.challenged.is_none_or(|last| io.now >= last + CHALLENGE_INTERVAL);
+    /// Sends a challenge ACK (RFC 5961), at a limited rate.
+    pub(super) fn send_challenge_ack<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) {
+        io.stats.count_drop(DropReason::Window);
+        let due = self.challenge_sent_at.is_none_or(|last| io.now >= last + CHALLENGE_INTERVAL);
         if due {
-            self.challenged = Some(io.now);
+            self.challenge_sent_at = Some(io.now);
             self.send_ack(io);
         }
     }

@@ -1,58 +1,58 @@
-//! TCP: a connection of the container ends here, and goes on as a socket of the host's.
+//! TCP: terminates connections of the container, and continues each with a socket of the host.
 //!
 //! # Theory of operation
 //!
 //! ```text
 //!             SYN                  connected: SYN-ACK                  both FINs acknowledged
-//!   (none) ────────► Dialling ───────────────────────► Open ─────────────────────────────────► (none)
-//!                       │ refused: RST                  │ RST either way, too late: (none)        ▲
-//!                       │ unreachable: ICMP             │ the far end closed first                │ 1 s
+//!   (none) ───────► Connecting ──────────────────────► Open ─────────────────────────────────► (none)
+//!                       │ refused: RST                  │ RST, or timeout: (none)                 ▲
+//!                       │ unreachable: ICMP             │ the remote side closed first            │ 1 s
 //!                       ▼                               ▼                                         │
 //!                     (none)                         Lingering ───────────────────────────────────┘
 //! ```
 //!
-//! Towards a port that the container has published the roles are changed:
+//! For a published port, the roles are reversed:
 //!
 //! ```text
-//!             a client          guest: SYN-ACK
-//!   (none) ────────────► Calling ─────────────► Open
-//!                           │ guest: RST, too late: reset to the client
+//!         client accepted       guest: SYN-ACK
+//!   (none) ────────────► SynSent ─────────────► Open
+//!                           │ guest: RST, or timeout: reset to the client
 //!                           ▼
 //!                         (none)
 //! ```
 //!
 //! | state | socket | what may be sent to the guest |
 //! |---|---|---|
-//! | Dialling | connecting | nothing: its SYN waits, so that a closed port is closed to it as well |
-//! | Calling | the client's | our SYN, until the guest accepts or refuses; what the client says waits in the socket |
-//! | Open | connected | SYN-ACK until it is acknowledged; then data and acknowledgements |
-//! | Lingering | closed | the acknowledgement of its FIN, should the first have been lost |
+//! | Connecting | connecting | nothing: the SYN stays unanswered, so that the guest also sees a closed port as closed |
+//! | SynSent | accepted | SYN, until the guest accepts or refuses; data of the client stays in the socket |
+//! | Open | connected | SYN-ACK until acknowledged; then data and acknowledgements |
+//! | Lingering | closed | the acknowledgement of its FIN, in case the first was lost |
 //!
-//! **Out** (guest to host): what comes in order is sent on from the buffer that it was read into.
-//! Only what the socket does not take is kept, in [`Pending`](queue::Pending), and what comes too
-//! early in [`OutOfOrder`](queue::OutOfOrder); both are within the window, which is what they leave
-//! of it. One acknowledgement answers all that came in one batch.
+//! **Out** (guest to host): data in order is sent directly from the read buffer. Bytes that the
+//! socket does not accept are stored in [`Pending`](queue::Pending), and data out of order in
+//! [`OutOfOrder`](queue::OutOfOrder). Both reduce the advertised window. One acknowledgement covers
+//! all segments of a batch.
 //!
-//! **In** (host to guest): the kernel's receive queue is the send buffer. Bytes are looked at where
-//! they lie, written to the guest, and taken out of the queue when the guest has acknowledged them.
-//! To send again is to look again. Numbers:
+//! **In** (host to guest): the receive queue of the kernel is the send buffer. Bytes are peeked,
+//! written to the guest, and removed from the queue once the guest has acknowledged them. A
+//! retransmission peeks again. Sequence numbers:
 //!
 //! ```text
 //!      queue_base      snd_una            snd_nxt             snd_max
 //!  ────────┴──────────────┴──────────────────┴───────────────────┴────────► sequence numbers
-//!           acknowledged,   under way          sent before, to     still in the
-//!           not taken out                      be sent again       socket's queue
+//!           acknowledged,   in flight          sent before, to     not sent yet
+//!           not discarded                      be retransmitted
 //! ```
 //!
-//! After a timeout, or three duplicate acknowledgements, `snd_nxt` goes back to `snd_una`
-//! (go-back-N). There is no congestion between the engine and its guest, so there is no congestion
-//! control; what limits the flow is the guest's window and [`Params::max_in_flight`]. Neither SACK
-//! nor urgent data nor Nagle's algorithm is implemented: the host's socket has them towards the
-//! world.
+//! After a timeout or three duplicate acknowledgements, `snd_nxt` returns to `snd_una` (go-back-N).
+//! There is no congestion between the engine and its guest, and therefore no congestion control.
+//! The window of the guest and [`Params::max_in_flight`] limit the bytes in flight. SACK, urgent
+//! data and Nagle's algorithm are not implemented here; the host socket provides them towards the
+//! network.
 //!
-//! Everything is told on: a half-close is shut down when all before it is sent, a reset becomes a
-//! reset (`SO_LINGER` 0), an error of the socket becomes a reset. A connection that is cut never
-//! looks complete.
+//! Every state change is forwarded: a half-close becomes shutdown(2) once all earlier bytes are
+//! sent, a reset becomes a reset (`SO_LINGER` 0), and a socket error becomes a reset. An aborted
+//! connection never appears complete.
 
 pub mod conn;
 mod emit;
@@ -69,19 +69,19 @@ use crate::metrics::{ForwardStats, Stats};
 use crate::settings::{Capabilities, Settings, Timeouts};
 use std::time::Instant;
 
-/// By how many bits our windows are shifted: 2 MiB can be said, in steps of 32 bytes.
+/// Window scale of the engine: windows up to 2 MiB, in steps of 32 bytes.
 const SCALE: u8 = 5;
 
-/// The largest shift there is (RFC 7323 section 2.3).
+/// Maximum window scale (RFC 7323 section 2.3).
 const MAX_SCALE: u8 = 14;
 
-/// Payload of one write at most: a packet with its headers has 65,535 bytes.
+/// Maximum payload of one write: a packet with headers has at most 65,535 bytes.
 const MAX_WRITE: usize = 65_535 - 60 - 40;
 
-/// In flight at most where every look copies all of it again.
+/// Maximum bytes in flight if each peek copies all of them again.
 const MAX_IN_FLIGHT_COPIED: usize = 256 << 10;
 
-/// What all connections have in common.
+/// Parameters that all connections share.
 #[derive(Clone, Debug)]
 pub struct Params {
     mtu: u16,
@@ -93,7 +93,7 @@ pub struct Params {
 }
 
 impl Params {
-    /// From the engine's settings; `epoch` is when its clocks began.
+    /// Derives the parameters from the settings of the engine. `epoch` is the start of its clocks.
     #[must_use]
     pub fn new(settings: &Settings, epoch: Instant) -> Self {
         let Capabilities { peek_offset, tcp_offload, .. } = settings.capabilities;
@@ -110,30 +110,30 @@ impl Params {
         }
     }
 
-    /// Milliseconds since the epoch: the clock of timestamps (RFC 7323 section 5.4 allows 1 ms to 1
-    /// s).
+    /// Milliseconds since the epoch: the timestamp clock (RFC 7323 section 5.4 permits ticks of 1
+    /// ms to 1 s).
     fn clock(&self, now: Instant) -> u32 {
         now.saturating_duration_since(self.epoch).as_millis() as u32
     }
 }
 
-/// What a connection may use while it does something.
+/// Resources of the engine for one call into a connection.
 pub struct Io<'a, H: Host> {
-    /// The world.
+    /// The host.
     pub host: &'a mut H,
-    /// Room for one write's payload.
+    /// Buffer for the payload of one write.
     pub scratch: &'a mut [u8],
-    /// The time.
+    /// The current time.
     pub now: Instant,
-    /// What is counted.
+    /// The counters.
     pub stats: &'a Stats,
-    /// What all have in common.
+    /// The shared parameters.
     pub params: &'a Params,
-    /// Bytes that may be buffered beyond what is already.
+    /// Additional bytes that may be buffered.
     pub allowance: usize,
 }
 
-/// Counts payload: out (0) or in (1).
+/// Counts payload bytes: out (0) or in (1).
 fn count(stats: &Stats, forward: Option<&ForwardStats>, direction: usize, bytes: u64) {
     stats.bytes[direction].add(bytes);
     if let Some(forward) = forward {

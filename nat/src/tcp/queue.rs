@@ -1,43 +1,42 @@
-//! What a connection keeps of what its guest sent: what the socket did not take, and what came too
-//! early.
+//! Receive buffers of a connection: bytes that the socket did not accept, and data out of order.
 
 use std::collections::VecDeque;
 
-/// Ranges kept out of order. A guest whose packets are lost one by one has one for each gap.
+/// Maximum number of out-of-order ranges. A guest with single packet losses needs one for each gap.
 pub const MAX_RANGES: usize = 128;
 
-/// A buffer that has grown beyond this is given back when it is empty.
+/// Capacity in bytes above which an empty buffer is freed.
 const KEEP: usize = 16 << 10;
 
-/// Bytes in order that wait for room in the socket.
+/// Bytes in order that the socket has not accepted yet.
 #[derive(Debug, Default)]
 pub struct Pending(VecDeque<u8>);
 
 impl Pending {
-    /// How many there are.
+    /// Number of bytes.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there are none.
+    /// Whether the buffer is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Adds `bytes` at the end.
+    /// Appends `bytes`.
     pub fn push(&mut self, bytes: &[u8]) {
         self.0.extend(bytes);
     }
 
-    /// The first ones, as many as lie together.
+    /// The first contiguous slice.
     #[must_use]
     pub fn front(&self) -> &[u8] {
         self.0.as_slices().0
     }
 
-    /// Takes the first `count` out.
+    /// Removes the first `count` bytes.
     pub fn pop(&mut self, count: usize) {
         self.0.drain(..count.min(self.0.len()));
         if self.0.is_empty() && self.0.capacity() > KEEP {
@@ -46,30 +45,30 @@ impl Pending {
     }
 }
 
-/// Bytes behind a gap, each range apart from the others.
+/// Bytes after a gap, as disjoint ranges.
 #[derive(Debug, Default)]
 pub struct OutOfOrder {
-    /// By distance from the next number expected.
+    /// Sorted by distance from the next expected sequence number.
     ranges: Vec<(u32, Vec<u8>)>,
     bytes: usize,
 }
 
 impl OutOfOrder {
-    /// How many bytes there are.
+    /// Number of bytes.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.bytes
     }
 
-    /// Whether there are none.
+    /// Whether the buffer is empty.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.bytes == 0
     }
 
-    /// Adds what is new of `bytes`, which begin at `sequence`, at or after the next number expected
-    /// (`base`). Bytes that are there already stay as they are. False if not all of it found room:
-    /// `allowance` bytes, and [`MAX_RANGES`].
+    /// Inserts `bytes`, which start at `sequence`, at or after the next expected sequence number
+    /// `base`. Bytes that are already present are not overwritten. Returns false if some bytes
+    /// exceed the limits: `allowance` bytes, and [`MAX_RANGES`].
     pub fn insert(
         &mut self,
         base: u32,
@@ -108,7 +107,7 @@ impl OutOfOrder {
         true
     }
 
-    /// Takes the first range out, if it begins at `next` or before.
+    /// Removes and returns the first range, if it starts at or before `next`.
     pub fn pop(&mut self, next: u32) -> Option<(u32, Vec<u8>)> {
         let (start, _) = self.ranges.first()?;
         if super::seq::before(next, *start) {
@@ -146,7 +145,7 @@ mod tests {
             while let Some((start, bytes)) = queue.pop(next) {
                 let at = start.wrapping_sub(base) as usize;
                 for (slot, byte) in seen[at..].iter_mut().zip(bytes) {
-                    prop_assert!(slot.is_none(), "no byte is kept twice");
+                    prop_assert!(slot.is_none(), "no byte is stored twice");
                     *slot = Some(byte);
                 }
                 next = base.wrapping_add(300);
@@ -157,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn neither_bytes_nor_ranges_pass_their_bound() {
+    fn bytes_and_ranges_are_limited() {
         let mut queue = OutOfOrder::default();
         assert!(queue.insert(0, 10, &[1; 5], 5));
         assert!(!queue.insert(0, 20, &[1; 5], 4));
@@ -165,11 +164,11 @@ mod tests {
             queue.insert(0, 100 + gap * 2, &[1], 1);
         }
         assert_eq!(queue.ranges.len(), MAX_RANGES);
-        assert!(queue.insert(0, 11, &[1; 4], 0), "what is there already takes no room");
+        assert!(queue.insert(0, 11, &[1; 4], 0), "duplicate bytes take no space");
     }
 
     #[test]
-    fn a_gap_stays_a_gap() {
+    fn a_range_after_a_gap_is_not_returned() {
         let mut queue = OutOfOrder::default();
         queue.insert(u32::MAX - 1, 3, &[1, 2], 10);
         assert_eq!(queue.pop(2), None);

@@ -1,4 +1,4 @@
-//! What a segment carries: sent on, kept, or not taken.
+//! Payload of received segments: forwarded, stored or dropped.
 
 use super::conn::{Connection, Inbound};
 use super::seq::{before, later, up_to};
@@ -9,8 +9,8 @@ use crate::wire::tcp::{Segment, flags};
 use std::io;
 
 impl<S> Connection<S> {
-    /// Takes the segment's payload and FIN, as far as the window reaches.
-    pub(super) fn take<H: Host<Stream = S>>(
+    /// Processes the payload and FIN of a segment, within the window.
+    pub(super) fn receive_payload<H: Host<Stream = S>>(
         &mut self,
         segment: &Segment<'_>,
         io: &mut Io<'_, H>,
@@ -22,14 +22,14 @@ impl<S> Connection<S> {
         self.need_ack = true;
         let skip = self.rcv_nxt.wrapping_sub(segment.sequence) as i32;
         let limit = match self.guest_fin {
-            // Nothing comes after a FIN.
+            // No data follows a FIN.
             Some(fin) if before(fin, self.rcv_edge) => fin,
             _ => self.rcv_edge,
         };
         if skip >= 0 {
             let bytes = segment.payload.get(skip as usize..).unwrap_or_default();
             if self.accept(up_to_limit(bytes, self.rcv_nxt, limit), io)? {
-                while let Some((start, bytes)) = self.early.pop(self.rcv_nxt) {
+                while let Some((start, bytes)) = self.out_of_order.pop(self.rcv_nxt) {
                     io.allowance = io.allowance.saturating_add(bytes.len());
                     let known = self.rcv_nxt.wrapping_sub(start) as usize;
                     let bytes = bytes.get(known..).unwrap_or_default();
@@ -40,13 +40,13 @@ impl<S> Connection<S> {
             }
         } else if before(segment.sequence, limit) {
             let bytes = up_to_limit(segment.payload, segment.sequence, limit);
-            let kept = self.early.len();
-            if !self.early.insert(self.rcv_nxt, segment.sequence, bytes, io.allowance) {
-                io.stats.refuse(DropReason::Buffers);
+            let kept = self.out_of_order.len();
+            if !self.out_of_order.insert(self.rcv_nxt, segment.sequence, bytes, io.allowance) {
+                io.stats.count_drop(DropReason::Buffers);
             }
-            io.allowance = io.allowance.saturating_sub(self.early.len() - kept);
-            // RFC 5681 section 4.2: each segment out of order is acknowledged at once. One that was
-            // not cut is several.
+            io.allowance = io.allowance.saturating_sub(self.out_of_order.len() - kept);
+            // RFC 5681 section 4.2: each out-of-order segment is acknowledged immediately. A packet
+            // with segmentation offload counts as several segments.
             let segments = segment.payload.len().div_ceil(usize::from(self.mss.max(1))).clamp(1, 3);
             for _ in 0..segments {
                 self.send_ack(io);
@@ -60,8 +60,7 @@ impl<S> Connection<S> {
         Ok(())
     }
 
-    /// Sends `bytes` on, or keeps them; they are the next ones in order. False if not all found
-    /// room.
+    /// Forwards or stores `bytes`, which are the next in order. Returns false if some did not fit.
     fn accept<H: Host<Stream = S>>(
         &mut self,
         bytes: &[u8],
@@ -74,8 +73,8 @@ impl<S> Connection<S> {
                 match io.host.send(stream, rest) {
                     Ok(sent) => {
                         count(io.stats, Inbound::stats_of(self.inbound.as_ref()), 0, sent as u64);
-                        // A short send means that the buffer is full; the kernel will tell when it
-                        // is not.
+                        // A short send means that the send buffer is full; the socket reports when
+                        // it has space again.
                         self.writable = sent == rest.len();
                         rest = &rest[sent.min(rest.len())..];
                     }
@@ -92,13 +91,13 @@ impl<S> Connection<S> {
         let lost = rest.len() - kept;
         self.rcv_nxt = self.rcv_nxt.wrapping_add((bytes.len() - lost) as u32);
         if lost > 0 {
-            io.stats.refuse(DropReason::Buffers);
+            io.stats.count_drop(DropReason::Buffers);
         }
         Ok(lost == 0)
     }
 }
 
-/// What of `bytes`, the first of which has number `at`, comes before `limit`.
+/// The prefix of `bytes`, which start at sequence number `at`, that precedes `limit`.
 fn up_to_limit(bytes: &[u8], at: u32, limit: u32) -> &[u8] {
     let room = if before(at, limit) { limit.wrapping_sub(at) as usize } else { 0 };
     &bytes[..bytes.len().min(room)]

@@ -1,4 +1,4 @@
-//! A connection's turn: what waits is sent on, both ways.
+//! Turn of a connection: forwards pending data in both directions.
 
 use super::conn::{Connection, Inbound, Outcome, Phase};
 use super::seq::before;
@@ -8,49 +8,50 @@ use crate::wire::tcp::flags;
 use std::io;
 use std::time::{Duration, Instant};
 
-/// Writes to the guest in one turn, before others have theirs: half a megabyte.
+/// Maximum number of writes to the guest per turn, about half a megabyte.
 const WRITES_PER_TURN: usize = 8;
 
-/// How long the acknowledgement of a guest's FIN waits for the far end's: most servers close at
-/// once when their client does. Far below any stack's retransmission timeout (the kernel's is 200
-/// ms at least).
-const FIN_WAITS: Duration = Duration::from_millis(10);
+/// Delay of the acknowledgement of a FIN of the guest, so that the FIN of the server can carry it.
+/// Most servers close as soon as their client does. It is far below the retransmission timeout of
+/// any stack (Linux: at least 200 ms).
+const FIN_ACK_DELAY: Duration = Duration::from_millis(10);
 
 impl<S> Connection<S> {
-    /// Does what can be done now. True if something is left that can be done at once.
+    /// Forwards as much as possible. Returns true if more can be done immediately.
     pub fn turn<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> (Outcome, bool) {
-        if self.phase == Phase::Calling && self.may_hide && self.client_is_gone(io) {
+        if self.phase == Phase::SynSent && self.short_peeks && self.client_is_gone(io) {
             self.send_reset(io);
             return (Outcome::Reset, false);
         }
         if self.phase != Phase::Open {
             return (Outcome::Alive, false);
         }
-        let moved = self.send_out(io).and_then(|()| self.send_in(io));
+        let moved = self.forward_to_host(io).and_then(|()| self.forward_to_guest(io));
         let Ok(more) = moved else {
             self.send_reset(io);
             return (Outcome::Reset, false);
         };
-        let looks_again = self.need_ack && self.acknowledge_soon(io);
-        (self.finish(io.now), more || looks_again)
+        let ack_pending = self.need_ack && self.send_or_delay_ack(io);
+        (self.finish(io.now), more || ack_pending)
     }
 
-    /// Acknowledges, or puts it off, so that an answer or the other end's FIN may carry it. True if
-    /// only until the next round.
+    /// Sends an acknowledgement, or delays it so that a reply or the FIN of the server can carry
+    /// it. Returns true if it is delayed only until the next turn.
     ///
-    /// What waits is less than a segment, in order, when nothing else is to be told (RFC 9293
-    /// section 3.8.6.3 allows half a second). A guest may hold back its next bytes until it hears
-    /// of the last ones (Nagle's algorithm), but after its FIN there are none.
-    fn acknowledge_soon<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> bool {
+    /// An acknowledgement is delayed only for less than one segment, in order, if there is no other
+    /// news for the guest (RFC 9293 section 3.8.6.3 permits half a second). Before its FIN, a guest
+    /// may withhold data until the acknowledgement arrives (Nagle's algorithm). After its FIN there
+    /// is no more data.
+    fn send_or_delay_ack<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> bool {
         let untold = self.rcv_nxt.wrapping_sub(self.acknowledged);
         let may_wait = (1..u32::from(self.mss)).contains(&untold)
             && self.fin.is_none()
-            && self.early.is_empty();
-        let first = self.owed_since.is_none();
-        let since = *self.owed_since.get_or_insert(io.now);
-        let closing = self.guest_is_done();
-        // Until the next round, or for a while.
-        let waits = if closing { io.now < since + FIN_WAITS } else { first };
+            && self.out_of_order.is_empty();
+        let first = self.ack_delayed_since.is_none();
+        let since = *self.ack_delayed_since.get_or_insert(io.now);
+        let closing = self.guest_has_finished();
+        // Until the next turn, or for [`FIN_ACK_DELAY`].
+        let waits = if closing { io.now < since + FIN_ACK_DELAY } else { first };
         if !(may_wait && waits) {
             self.send_ack(io);
             return false;
@@ -58,20 +59,22 @@ impl<S> Connection<S> {
         !closing
     }
 
-    /// When an acknowledgement that waits leaves, if it is not the next round that it waits for.
-    pub(super) fn acknowledge_at(&self) -> Option<Instant> {
-        self.owed_since.filter(|_| self.guest_is_done()).map(|since| since + FIN_WAITS)
+    /// The deadline of an acknowledgement that is delayed beyond the next turn.
+    pub(super) fn delayed_ack_at(&self) -> Option<Instant> {
+        self.ack_delayed_since
+            .filter(|_| self.guest_has_finished())
+            .map(|since| since + FIN_ACK_DELAY)
     }
 
-    /// Whether a client that the guest has not accepted yet has gone. One that has only said all
-    /// that it has to say is waiting.
+    /// Whether the client has disconnected before the guest accepted it. A client that only closed
+    /// its sending direction is still connected.
     fn client_is_gone<H: Host<Stream = S>>(&self, io: &mut Io<'_, H>) -> bool {
         self.stream.as_ref().is_some_and(|stream| io.host.connect_result(stream).is_err())
     }
 
-    /// Guest to host: what the socket did not take before, and the end.
-    fn send_out<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> io::Result<()> {
-        let done = self.guest_is_done();
+    /// Guest to host: sends pending bytes, and then the FIN.
+    fn forward_to_host<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> io::Result<()> {
+        let done = self.guest_has_finished();
         let Some(stream) = &mut self.stream else { return Ok(()) };
         let waited = !self.pending.is_empty();
         while self.writable && !self.pending.is_empty() {
@@ -92,20 +95,24 @@ impl<S> Connection<S> {
             io.host.shutdown(stream);
             self.host_shut = true;
         }
-        // RFC 9293 section 3.8.6.2.2: not for less than is worth a segment, here a quarter of all.
-        let untold = self.untold(io);
-        if waited && untold > 0 && (untold >= io.params.window / 4 || self.pending.is_empty()) {
+        // RFC 9293 section 3.8.6.2.2: avoid silly window updates; here below a quarter of the
+        // window.
+        let unadvertised = self.unadvertised(io);
+        if waited
+            && unadvertised > 0
+            && (unadvertised >= io.params.window / 4 || self.pending.is_empty())
+        {
             self.need_ack = true;
         }
         Ok(())
     }
 
-    /// Host to guest. True if there is more.
-    fn send_in<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> io::Result<bool> {
+    /// Host to guest. Returns true if more can be sent.
+    fn forward_to_guest<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> io::Result<bool> {
         if !self.is_established() {
             return Ok(false);
         }
-        self.take_out(io)?;
+        self.discard_acknowledged(io)?;
         let mss = usize::from(self.mss);
         for _ in 0..WRITES_PER_TURN {
             let in_flight = self.snd_nxt.wrapping_sub(self.snd_una) as usize;
@@ -120,8 +127,8 @@ impl<S> Connection<S> {
             } else if self.probe_at.is_none() {
                 self.arm_probe(io.now);
             }
-            // Less than a segment is not worth sending while an acknowledgement is to come (RFC
-            // 9293 section 3.8.6.2.1).
+            // Less than a segment is not sent while an acknowledgement is outstanding (RFC 9293
+            // section 3.8.6.2.1).
             if nothing || room == 0 || !ending && room < mss && in_flight > 0 {
                 return Ok(false);
             }
@@ -139,8 +146,8 @@ impl<S> Connection<S> {
             match io.host.peek(stream, offset, &mut io.scratch[..length]) {
                 Ok(0) => self.fin = Some(self.snd_nxt),
                 Ok(seen) => {
-                    // What comes after this look is told anew.
-                    self.readable = seen == length || self.may_hide;
+                    // Data that arrives after this peek is reported by a new event.
+                    self.readable = seen == length || self.short_peeks;
                     self.send_data(seen, io);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
@@ -150,8 +157,8 @@ impl<S> Connection<S> {
         Ok(true)
     }
 
-    /// Takes out of the socket's queue what the guest has acknowledged.
-    fn take_out<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> io::Result<()> {
+    /// Removes acknowledged bytes from the socket queue.
+    fn discard_acknowledged<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> io::Result<()> {
         let acknowledged = match self.fin {
             Some(fin) if before(fin, self.snd_una) => fin,
             _ => self.snd_una,

@@ -1,16 +1,16 @@
-//! The Internet checksum (RFC 1071) and the pseudo-headers that TCP, UDP and ICMPv6 include in it.
+//! The Internet checksum (RFC 1071) and the pseudo-headers of TCP, UDP and ICMPv6.
 //!
-//! Sums are kept in 64 bits of native byte order, which RFC 1071 section 2(B) allows, and folded at
-//! the end: eight bytes for each addition.
+//! Sums use 64 bits in native byte order (permitted by RFC 1071 section 2(B)), eight bytes per
+//! addition, and are folded at the end.
 
 use std::net::IpAddr;
 
-/// A sum that is not folded yet.
+/// An unfolded sum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sum(u64);
 
 impl Sum {
-    /// Adds `bytes`. Only the last piece of what is summed may have an odd length.
+    /// Adds `bytes`. Only the last slice may have an odd length.
     #[must_use]
     pub fn bytes(mut self, bytes: &[u8]) -> Self {
         let mut words = bytes.chunks_exact(8);
@@ -26,7 +26,7 @@ impl Sum {
         self.add(u64::from_ne_bytes(last))
     }
 
-    /// Adds a number as it stands in a packet.
+    /// Adds a 16-bit field.
     #[must_use]
     pub fn number(self, number: u16) -> Self {
         self.add(u64::from(number.to_be()))
@@ -37,8 +37,7 @@ impl Sum {
         Self(sum + u64::from(carry))
     }
 
-    /// The sum in 16 bits, not complemented: what a checksum field holds that the kernel is to
-    /// complete.
+    /// The folded sum, not complemented, for a checksum field that the kernel completes.
     #[must_use]
     pub fn partial(self) -> u16 {
         let mut sum = (self.0 >> 32) + (self.0 & 0xffff_ffff);
@@ -56,7 +55,7 @@ impl Sum {
 }
 
 /// The sum of the pseudo-header: RFC 9293 section 3.1 for IPv4, RFC 8200 section 8.1 for IPv6. Both
-/// addresses are of one family; `length` is that of the transport's header and payload.
+/// addresses must be of the same family. `length` is that of the transport header and payload.
 #[must_use]
 pub fn pseudo_header(source: IpAddr, destination: IpAddr, protocol: u8, length: usize) -> Sum {
     let sum = match (source, destination) {
@@ -76,7 +75,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// RFC 1071 section 4.1, in C there.
+    /// The reference algorithm of RFC 1071 section 4.1.
     fn plain(bytes: &[u8]) -> u16 {
         let mut sum = 0u32;
         for pair in bytes.chunks(2) {
@@ -98,7 +97,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn agrees_with_the_plain_sum(bytes in prop::collection::vec(any::<u8>(), 0..300), cut in 0usize..150) {
+        fn agrees_with_the_reference_algorithm(bytes in prop::collection::vec(any::<u8>(), 0..300), cut in 0usize..150) {
             prop_assert_eq!(Sum::default().bytes(&bytes).partial(), plain(&bytes));
             let (head, tail) = bytes.split_at((cut * 2).min(bytes.len() & !1));
             prop_assert_eq!(Sum::default().bytes(head).bytes(tail).partial(), plain(&bytes));

@@ -1,19 +1,19 @@
-//! Ethernet II: 14 bytes in front of a packet, and the addresses in them (IEEE 802.3).
+//! Ethernet II headers of 14 bytes, and MAC addresses (IEEE 802.3).
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-/// Bytes of the header.
+/// Length of the header in bytes.
 pub const LENGTH: usize = 14;
 
-/// The largest MTU of a device with such headers: a frame has 65535 bytes at most.
+/// Maximum MTU of a device with Ethernet headers: a frame has at most 65535 bytes.
 pub const ETHERNET_MAX_MTU: u16 = u16::MAX - LENGTH as u16;
 
-/// Bytes of an address.
+/// Length of an address in bytes.
 const ADDRESS: usize = 6;
 
-/// What a frame carries (IANA, "EtherTypes").
+/// EtherTypes (IANA).
 pub mod kind {
     /// IPv4.
     pub const IPV4: u16 = 0x0800;
@@ -23,7 +23,7 @@ pub mod kind {
     pub const IPV6: u16 = 0x86dd;
 }
 
-/// The header of a frame.
+/// Builds the header of a frame.
 #[must_use]
 pub fn header(to: MacAddress, from: MacAddress, kind: u16) -> [u8; LENGTH] {
     let mut header = [0; LENGTH];
@@ -33,51 +33,51 @@ pub fn header(to: MacAddress, from: MacAddress, kind: u16) -> [u8; LENGTH] {
     header
 }
 
-/// The address of a device on an Ethernet.
+/// A MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MacAddress(pub [u8; ADDRESS]);
 
 impl MacAddress {
-    /// That of everybody.
+    /// The broadcast address.
     pub const BROADCAST: Self = Self([0xff; ADDRESS]);
 
-    /// That of the station that is played for an IPv4 address, as libslirp has it.
+    /// The address of the emulated station of an IPv4 address, as in libslirp.
     #[must_use]
     pub fn of_v4(ip: Ipv4Addr) -> Self {
         let [a, b, c, d] = ip.octets();
         Self([0x52, 0x55, a, b, c, d])
     }
 
-    /// The same for an IPv6 address.
+    /// The address of the emulated station of an IPv6 address.
     #[must_use]
     pub fn of_v6(ip: Ipv6Addr) -> Self {
         let [.., a, b, c, d] = ip.octets();
         Self([0x52, 0x56, a, b, c, d])
     }
 
-    /// That of an IPv6 multicast group (RFC 2464 section 7).
+    /// The address of an IPv6 multicast group (RFC 2464 section 7).
     #[must_use]
     pub fn of_group(group: Ipv6Addr) -> Self {
         let [.., a, b, c, d] = group.octets();
         Self([0x33, 0x33, a, b, c, d])
     }
 
-    /// The one that stands at `at`.
+    /// Reads an address at offset `at`.
     #[must_use]
     pub fn at(bytes: &[u8], at: usize) -> Option<Self> {
         bytes.get(at..)?.first_chunk().copied().map(Self)
     }
 
-    /// Whether it is of one device: neither a group's nor none at all.
+    /// Whether it is a unicast address other than all zeros.
     #[must_use]
     pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; ADDRESS]
     }
 }
 
-/// What is no address of one device.
+/// Not a unicast MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a MAC address of one device")]
+#[error("not a MAC address of a single device")]
 pub struct MacAddressError;
 
 impl FromStr for MacAddress {

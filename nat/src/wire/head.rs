@@ -1,22 +1,22 @@
-//! The writing of headers: virtio's, IP's and the transport's, in one small buffer in front of a
-//! payload that stays where it is.
+//! Construction of headers (virtio, IP and transport) in a small buffer. The payload is written
+//! separately, without a copy.
 
 use super::checksum::{Sum, pseudo_header};
-use super::icmp::Problem;
+use super::icmp::IcmpError;
 use super::virtio::{self, Segmentation};
 use super::{icmp, protocol, udp};
 use std::net::{IpAddr, SocketAddr};
 
-/// Room for the longest: virtio (10), IPv6 with a fragment header (48), TCP with options (60).
+/// Maximum length: virtio (10), IPv6 with a fragment header (48), TCP with options (60).
 const ROOM: usize = 128;
 
-/// The hop limit of what is written (RFC 1340 recommends 64). Only the guest is on the way.
+/// Hop limit of generated packets (RFC 1340 recommends 64). There is only one hop to the guest.
 const HOP_LIMIT: u8 = 64;
 
-/// The most bytes of a packet: its length has 16 bits.
+/// Maximum length of a packet: its length field has 16 bits.
 pub const MAX_PACKET: usize = 65_535;
 
-/// Headers, ready to be written in front of a payload.
+/// Complete headers of a packet.
 #[derive(Clone, Copy)]
 pub struct Head {
     bytes: [u8; ROOM],
@@ -24,7 +24,7 @@ pub struct Head {
 }
 
 impl Head {
-    /// The bytes.
+    /// The headers as bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
@@ -39,14 +39,21 @@ impl Head {
         self.length += bytes.len();
     }
 
-    /// The header of IP for `length` bytes of payload.
-    fn push_ip(&mut self, source: IpAddr, destination: IpAddr, kind: u8, length: usize, cut: Cut) {
+    /// Appends the IP header for `length` bytes of payload.
+    fn push_ip(
+        &mut self,
+        source: IpAddr,
+        destination: IpAddr,
+        kind: u8,
+        length: usize,
+        fragmentation: Fragmentation,
+    ) {
         match (source, destination) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let (identification, flags) = match cut {
-                    Cut::Never => (0, 0x4000),
-                    Cut::Allowed { identification } => (identification as u16, 0),
-                    Cut::Fragment { identification, offset, more } => {
+                let (identification, flags) = match fragmentation {
+                    Fragmentation::Never => (0, 0x4000),
+                    Fragmentation::Allowed { identification } => (identification as u16, 0),
+                    Fragmentation::Fragment { identification, offset, more } => {
                         (identification as u16, (offset / 8) as u16 | if more { 0x2000 } else { 0 })
                     }
                 };
@@ -64,7 +71,9 @@ impl Head {
                 self.push(&header);
             }
             (source, destination) => {
-                let extension = if let Cut::Fragment { identification, offset, more } = cut {
+                let extension = if let Fragmentation::Fragment { identification, offset, more } =
+                    fragmentation
+                {
                     let mut extension = [0; 8];
                     extension[0] = kind;
                     extension[2..4]
@@ -104,51 +113,51 @@ fn octets_v6(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-/// Whether a packet may be cut on its way, or is a piece of one.
+/// Fragmentation of a packet.
 #[derive(Clone, Copy, Debug)]
-enum Cut {
-    /// Not by routers (DF).
+enum Fragmentation {
+    /// DF is set.
     Never,
-    /// By routers, of IPv4.
+    /// IPv4 routers may fragment the packet.
     Allowed { identification: u32 },
-    /// It is a piece.
+    /// The packet is a fragment.
     Fragment { identification: u32, offset: usize, more: bool },
 }
 
-/// A segment to write, without its payload.
+/// Header fields of a TCP segment.
 #[derive(Clone, Copy, Debug)]
 pub struct TcpHead {
-    /// The sender.
+    /// Source.
     pub source: SocketAddr,
-    /// The receiver, of the same family.
+    /// Destination, of the same family.
     pub destination: SocketAddr,
-    /// The number of its first byte.
+    /// Sequence number of the first byte.
     pub sequence: u32,
-    /// The next number expected.
+    /// Next expected sequence number.
     pub acknowledgement: u32,
     /// Control bits ([`super::tcp::flags`]).
     pub flags: u8,
-    /// The window as it is to stand there.
+    /// The window field.
     pub window: u16,
-    /// MSS and window scale, on SYN.
+    /// Maximum segment size, on SYN.
     pub mss: Option<u16>,
     /// Window scale, on SYN.
     pub scale: Option<u8>,
-    /// Our clock, and the echo of the peer's.
+    /// Timestamp value and echo reply.
     pub timestamps: Option<(u32, u32)>,
-    /// A payload that is longer than this is cut there.
+    /// Segment size for segmentation of a longer payload.
     pub segment: u16,
 }
 
 impl TcpHead {
-    /// Headers for `payload` bytes; the kernel completes the checksum and cuts.
+    /// Builds the headers for `payload` bytes. The kernel completes the checksum and segments.
     #[must_use]
     pub fn write(&self, payload: usize) -> Head {
         let mut options = [1u8; 24];
         let mut length = 0;
         let mut push = |option: &[u8]| {
             options[length..length + option.len()].copy_from_slice(option);
-            // Padded with NOPs to whole words.
+            // NOPs pad options to words.
             length += option.len().next_multiple_of(4);
         };
         if let Some(mss) = self.mss {
@@ -167,7 +176,13 @@ impl TcpHead {
         let header_length = 20 + length;
         let (source, destination) = (self.source.ip(), self.destination.ip());
         let mut head = Head::new();
-        head.push_ip(source, destination, protocol::TCP, header_length + payload, Cut::Never);
+        head.push_ip(
+            source,
+            destination,
+            protocol::TCP,
+            header_length + payload,
+            Fragmentation::Never,
+        );
         let start = head.length - virtio::LENGTH;
         let sum = pseudo_header(source, destination, protocol::TCP, header_length + payload);
         let mut header = [0; 20];
@@ -198,8 +213,8 @@ impl TcpHead {
     }
 }
 
-/// Headers for a datagram of `payload` bytes, or a GSO batch of them cut at `segment`; the kernel
-/// completes the checksum.
+/// Builds the headers of a datagram of `payload` bytes, or of a GSO batch with segment size
+/// `segment`. The kernel completes the checksum.
 #[must_use]
 pub fn datagrams(
     source: SocketAddr,
@@ -210,8 +225,8 @@ pub fn datagrams(
 ) -> Head {
     let length = udp::HEADER + payload;
     let mut head = Head::new();
-    let cut = Cut::Allowed { identification: identification.into() };
-    head.push_ip(source.ip(), destination.ip(), protocol::UDP, length, cut);
+    let fragmentation = Fragmentation::Allowed { identification: identification.into() };
+    head.push_ip(source.ip(), destination.ip(), protocol::UDP, length, fragmentation);
     let start = head.length - virtio::LENGTH;
     let sum = pseudo_header(source.ip(), destination.ip(), protocol::UDP, length);
     head.push(&udp_header(source, destination, length, sum.partial()));
@@ -245,9 +260,9 @@ fn udp_header(
     header
 }
 
-/// The header of a datagram with its checksum complete, for one that travels in fragments.
+/// Builds a UDP header with a complete checksum, for a datagram that is sent in fragments.
 #[must_use]
-pub fn whole_udp_header(
+pub fn checksummed_udp_header(
     source: SocketAddr,
     destination: SocketAddr,
     payload: &[u8],
@@ -257,7 +272,7 @@ pub fn whole_udp_header(
     let sum = pseudo_header(source.ip(), destination.ip(), protocol::UDP, length)
         .bytes(&header)
         .bytes(payload);
-    // RFC 768: a sum of zero is sent as all ones.
+    // RFC 768: a checksum of zero is transmitted as all ones.
     let checksum = match sum.finish() {
         0 => 0xffff,
         checksum => checksum,
@@ -265,15 +280,15 @@ pub fn whole_udp_header(
     udp_header(source, destination, length, checksum)
 }
 
-/// The header of IP for a packet that is complete behind it.
+/// Builds the IP header of a packet whose transport header and payload are complete.
 #[must_use]
-pub fn whole(source: IpAddr, destination: IpAddr, kind: u8, length: usize) -> Head {
+pub fn ip_header(source: IpAddr, destination: IpAddr, kind: u8, length: usize) -> Head {
     let mut head = Head::new();
-    head.push_ip(source, destination, kind, length, Cut::Allowed { identification: 0 });
+    head.push_ip(source, destination, kind, length, Fragmentation::Allowed { identification: 0 });
     head
 }
 
-/// The header of IP for the piece at `offset` of a longer packet.
+/// Builds the IP header of a fragment.
 #[must_use]
 pub fn fragment(
     source: IpAddr,
@@ -284,8 +299,8 @@ pub fn fragment(
     identification: u32,
 ) -> Head {
     let mut head = Head::new();
-    let cut = Cut::Fragment { identification, offset: piece.start, more };
-    head.push_ip(source, destination, kind, piece.len(), cut);
+    let fragmentation = Fragmentation::Fragment { identification, offset: piece.start, more };
+    head.push_ip(source, destination, kind, piece.len(), fragmentation);
     head
 }
 
@@ -304,52 +319,51 @@ pub fn complete_icmp(source: IpAddr, destination: IpAddr, message: &mut [u8]) {
     message[2..4].copy_from_slice(&checksum.to_be_bytes());
 }
 
-/// What an error quotes at most, so that the whole stays within what every host takes: 576 bytes of
-/// IPv4 (RFC 1812 section 4.3.2.3), 1280 of IPv6 (RFC 4443 section 2.4).
-const fn quotable(v6: bool) -> usize {
+/// Maximum length of the quoted packet. The error must not exceed 576 bytes for IPv4 (RFC 1812
+/// section 4.3.2.3) and 1280 for IPv6 (RFC 4443 section 2.4).
+const fn max_quoted(v6: bool) -> usize {
     if v6 { 1280 - 40 - icmp::HEADER } else { 576 - 20 - icmp::HEADER }
 }
 
-/// An ICMP error to `destination` about a packet of its own, quoted in pieces. Returns headers and
-/// message.
+/// Builds an ICMP error to `destination` about a packet that it sent, and that is quoted as a list
+/// of slices. Returns headers and message.
 #[must_use]
-pub fn problem(
+pub fn icmp_error(
     source: IpAddr,
     destination: IpAddr,
-    problem: Problem,
+    icmp_error: IcmpError,
     quotation: &[&[u8]],
 ) -> (Head, Vec<u8>) {
     let v6 = source.is_ipv6();
-    let (kind, code, info) = if v6 { problem.v6() } else { problem.v4() };
+    let (kind, code, info) = if v6 { icmp_error.v6() } else { icmp_error.v4() };
     let mut message = vec![kind, code, 0, 0];
     message.extend_from_slice(&info.to_be_bytes());
     for piece in quotation {
-        let room = quotable(v6) + icmp::HEADER - message.len();
+        let room = max_quoted(v6) + icmp::HEADER - message.len();
         message.extend_from_slice(&piece[..piece.len().min(room)]);
     }
     complete_icmp(source, destination, &mut message);
     let kind = if v6 { protocol::ICMPV6 } else { protocol::ICMP };
-    (whole(source, destination, kind, message.len()), message)
+    (ip_header(source, destination, kind, message.len()), message)
 }
 
-/// The headers of a packet that `source` had sent, for an error to quote where the packet itself is
-/// gone. `transport` is the beginning of its transport header.
+/// Rebuilds the headers of a packet of `source` that is no longer available, for quoting in an ICMP
+/// error. `transport` is the start of its transport header.
 #[must_use]
-pub fn recalled(
+pub fn quoted_headers(
     source: IpAddr,
     destination: IpAddr,
     kind: u8,
     transport: &[u8],
     length: usize,
 ) -> Vec<u8> {
-    let head = whole(source, destination, kind, length);
+    let head = ip_header(source, destination, kind, length);
     [&head.bytes()[virtio::LENGTH..], transport].concat()
 }
 
-/// The first eight bytes of a datagram's header, or of a segment's: ports and length or sequence
-/// number.
+/// Builds the first eight bytes of a UDP or TCP header: ports, and length or sequence number.
 #[must_use]
-pub fn recalled_ports(source: SocketAddr, destination: SocketAddr, rest: u32) -> [u8; 8] {
+pub fn quoted_ports(source: SocketAddr, destination: SocketAddr, rest: u32) -> [u8; 8] {
     let mut bytes = [0; 8];
     bytes[0..2].copy_from_slice(&source.port().to_be_bytes());
     bytes[2..4].copy_from_slice(&destination.port().to_be_bytes());

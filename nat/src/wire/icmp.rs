@@ -1,32 +1,32 @@
-//! ICMP (RFC 792) and ICMPv6 (RFC 4443): echoes, and errors about other packets.
+//! ICMP (RFC 792) and ICMPv6 (RFC 4443): echo messages and errors.
 
 use super::checksum::{Sum, pseudo_header};
 use super::{Malformed, ip, protocol, read_u16, read_u32};
 use std::net::{IpAddr, SocketAddr};
 
-/// Bytes of the header of echoes and errors.
+/// Length of the header of echo and error messages in bytes.
 pub const HEADER: usize = 8;
 
-/// What an error says, in the words of neither version.
+/// An ICMP error, independent of the IP version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Problem {
+pub enum IcmpError {
     /// No route to the network.
     NetworkUnreachable,
-    /// The host does not answer.
+    /// The host is unreachable.
     HostUnreachable,
-    /// The host does not speak the protocol.
+    /// The host does not support the protocol.
     ProtocolUnreachable,
-    /// Nobody listens at the port.
+    /// The port is closed.
     PortUnreachable,
-    /// It does not fit, and may not be cut: what would fit, in bytes.
+    /// The packet exceeds the path MTU and must not be fragmented; the MTU in bytes.
     TooBig(u32),
-    /// Someone forbids it.
+    /// Administratively prohibited.
     Prohibited,
-    /// It has been under way for too many hops.
+    /// The hop limit is exceeded.
     HopLimit,
 }
 
-impl Problem {
+impl IcmpError {
     /// Type, code and the 32 bits after the checksum: RFC 792, RFC 1191 section 4, RFC 1812
     /// section 5.2.7.1.
     #[must_use]
@@ -42,8 +42,8 @@ impl Problem {
         }
     }
 
-    /// The same of ICMPv6: RFC 4443 section 3. It has no word for a protocol nobody speaks but
-    /// "parameter problem".
+    /// Type, code and the 32 bits after the checksum for ICMPv6: RFC 4443 section 3. ICMPv6 reports
+    /// an unsupported protocol only as "parameter problem".
     #[must_use]
     pub const fn v6(self) -> (u8, u8, u32) {
         match self {
@@ -57,7 +57,8 @@ impl Problem {
         }
     }
 
-    /// What type and code of a received error mean; `None` for one that tells nothing about a path.
+    /// Converts type and code of a received error; `None` for an error that is unrelated to the
+    /// path.
     #[must_use]
     pub const fn of(v6: bool, kind: u8, code: u8, info: u32) -> Option<Self> {
         Some(match (v6, kind, code) {
@@ -73,36 +74,36 @@ impl Problem {
     }
 }
 
-/// A message whose checksum is right.
+/// A message with a valid checksum.
 #[derive(Clone, Copy, Debug)]
 pub enum Message<'a> {
-    /// A request to be answered.
+    /// An echo request.
     EchoRequest {
-        /// Which program asks.
+        /// Identifier of the sending program.
         identifier: u16,
-        /// The whole message, header included.
+        /// The whole message including the header.
         bytes: &'a [u8],
     },
-    /// What went wrong with a packet of ours.
+    /// An error about a packet of the engine.
     Error {
-        /// What.
-        problem: Problem,
-        /// Who had sent it, as far as the quotation tells.
+        /// The error.
+        icmp_error: IcmpError,
+        /// Source of the quoted packet.
         source: SocketAddr,
-        /// To whom.
+        /// Destination of the quoted packet.
         destination: SocketAddr,
-        /// Its protocol.
+        /// Protocol of the quoted packet.
         protocol: u8,
     },
-    /// Nothing that concerns a NAT.
+    /// Any other message.
     Other,
 }
 
 impl<'a> Message<'a> {
-    /// Checks the payload of `packet`, which is ICMP or ICMPv6 as its family has it.
+    /// Parses the payload of `packet`, which must be ICMP for IPv4 and ICMPv6 for IPv6.
     ///
     /// # Errors
-    /// Why it is no message.
+    /// The reason why it is not a valid message.
     pub fn parse(packet: &ip::Packet<'a>) -> Result<Self, Malformed> {
         let bytes = packet.payload;
         if bytes.len() < HEADER {
@@ -123,17 +124,17 @@ impl<'a> Message<'a> {
             }
             (v6, kind, code) => {
                 let info = if v6 { read_u32(bytes, 4) } else { u32::from(read_u16(bytes, 6)) };
-                let problem = Problem::of(v6, kind, code, info);
-                Ok(problem
-                    .and_then(|problem| quoted(problem, &bytes[HEADER..]))
+                let icmp_error = IcmpError::of(v6, kind, code, info);
+                Ok(icmp_error
+                    .and_then(|icmp_error| quoted(icmp_error, &bytes[HEADER..]))
                     .unwrap_or(Self::Other))
             }
         }
     }
 }
 
-/// Reads the packet that an error quotes, which is cut short as a rule.
-fn quoted(problem: Problem, bytes: &[u8]) -> Option<Message<'_>> {
+/// Parses the packet that an error quotes, which is usually truncated.
+fn quoted(icmp_error: IcmpError, bytes: &[u8]) -> Option<Message<'_>> {
     let v6 = bytes.first()? >> 4 == 6;
     let (source, destination, protocol, at): (IpAddr, IpAddr, u8, usize) = if v6 {
         let address = |at| Some(IpAddr::from(<[u8; 16]>::try_from(bytes.get(at..at + 16)?).ok()?));
@@ -144,7 +145,7 @@ fn quoted(problem: Problem, bytes: &[u8]) -> Option<Message<'_>> {
     };
     let ports = bytes.get(at..at + 4)?;
     Some(Message::Error {
-        problem,
+        icmp_error,
         source: SocketAddr::new(source, read_u16(ports, 0)),
         destination: SocketAddr::new(destination, read_u16(ports, 2)),
         protocol,

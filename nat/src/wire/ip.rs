@@ -1,56 +1,55 @@
-//! IPv4 (RFC 791) and IPv6 (RFC 8200) packets, seen alike.
+//! IPv4 (RFC 791) and IPv6 (RFC 8200) packets in a common representation.
 
 use super::checksum::Sum;
 use super::{Malformed, read_u16, read_u32};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Extension headers followed in one packet; more than a sender has reason for (RFC 8504
-/// section 5.3).
+/// Maximum number of extension headers per packet; no sender needs more (RFC 8504 section 5.3).
 const MAX_EXTENSIONS: usize = 8;
 
-/// IPv6 next-header values that are skipped (RFC 8200 section 4).
+/// IPv6 next-header values that the parser skips (RFC 8200 section 4).
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const DESTINATION_OPTIONS: u8 = 60;
 
-/// Which part of a packet this is.
+/// Position of a fragment within its packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fragment {
-    /// What all parts have in common, beside addresses and protocol.
+    /// Identification, which all fragments of a packet share.
     pub identification: u32,
-    /// Where its payload belongs, in bytes.
+    /// Offset of the payload in bytes.
     pub offset: usize,
-    /// Whether others follow it.
+    /// Whether more fragments follow.
     pub more: bool,
 }
 
-/// A packet whose lengths agree.
+/// A packet with consistent lengths.
 #[derive(Clone, Copy, Debug)]
 pub struct Packet<'a> {
-    /// Who sent it.
+    /// Source address.
     pub source: IpAddr,
-    /// To whom.
+    /// Destination address.
     pub destination: IpAddr,
-    /// What the payload is ([`super::protocol`]).
+    /// Protocol of the payload ([`super::protocol`]).
     pub protocol: u8,
     /// Time to live, or hop limit.
     pub hop_limit: u8,
-    /// No router may fragment it. Of IPv6 always true, unless the sender has fragmented it already.
+    /// DF is set. For IPv6 always true, unless the sender has fragmented the packet.
     pub dont_fragment: bool,
-    /// Set unless it is whole.
+    /// Position of a fragment; `None` for a complete packet.
     pub fragment: Option<Fragment>,
-    /// The header and what extends it, for an ICMP error to quote.
+    /// The header with extension headers, for quoting in an ICMP error.
     pub header: &'a [u8],
-    /// What the header is of.
+    /// Payload.
     pub payload: &'a [u8],
 }
 
 impl<'a> Packet<'a> {
-    /// Checks the packet at the start of `bytes`; what follows it is ignored.
+    /// Parses the packet at the start of `bytes`. Trailing bytes are ignored.
     ///
     /// # Errors
-    /// Why it is none.
+    /// The reason why it is not a valid packet.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
         match bytes.first().ok_or(Malformed::Truncated)? >> 4 {
             4 => Self::parse_v4(bytes),
@@ -96,8 +95,7 @@ impl<'a> Packet<'a> {
         if bytes.len() < 40 {
             return Err(Malformed::Truncated);
         }
-        // A length of 0 would be a jumbogram (RFC 2675), or no payload, which is of no use to
-        // anybody either.
+        // A length of 0 means a jumbogram (RFC 2675) or an empty payload; neither is supported.
         let total = 40 + usize::from(read_u16(bytes, 4));
         let bytes = bytes.get(..total).ok_or(Malformed::Truncated)?;
         let mut protocol = bytes[6];
@@ -138,7 +136,8 @@ impl<'a> Packet<'a> {
             }
             protocol = extension[0];
             at += length;
-            // Behind the first fragment's header comes payload, whatever its first byte looks like.
+            // After the fragment header of a later fragment, the rest is payload, whatever its
+            // first byte is.
             if fragment.is_some_and(|part| part.offset > 0) {
                 let (header, payload) = bytes.split_at(at);
                 return Ok(Self {

@@ -1,60 +1,60 @@
-//! TCP segments (RFC 9293 section 3.1) and the options that matter: MSS, window scale and
-//! timestamps (RFC 7323).
+//! TCP segments (RFC 9293 section 3.1) and the supported options: MSS, window scale and timestamps
+//! (RFC 7323).
 
 use super::checksum::pseudo_header;
 use super::{Malformed, ip, protocol, read_u16, read_u32};
 
 /// Control bits.
 pub mod flags {
-    /// The sender is done.
+    /// No more data from the sender.
     pub const FIN: u8 = 0x01;
-    /// Sequence numbers begin.
+    /// Synchronize sequence numbers.
     pub const SYN: u8 = 0x02;
-    /// The connection is no more.
+    /// Reset the connection.
     pub const RST: u8 = 0x04;
-    /// Hand it over at once.
+    /// Push: deliver data immediately.
     pub const PSH: u8 = 0x08;
-    /// The acknowledgement counts.
+    /// The acknowledgement field is valid.
     pub const ACK: u8 = 0x10;
 }
 
-/// What the options say, as far as it is understood.
+/// Parsed options.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// The largest segment that the sender takes; on SYN only.
+    /// Maximum segment size of the sender; on SYN only.
     pub mss: Option<u16>,
-    /// By how many bits its windows are shifted; on SYN only.
+    /// Window scale of the sender; on SYN only.
     pub scale: Option<u8>,
-    /// Its clock, and the echo of ours.
+    /// Timestamp value and echo reply.
     pub timestamps: Option<(u32, u32)>,
 }
 
-/// A segment whose lengths agree.
+/// A segment with consistent lengths.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment<'a> {
-    /// The sender's port, never 0.
+    /// Source port, never 0.
     pub source: u16,
-    /// The receiver's port, never 0.
+    /// Destination port, never 0.
     pub destination: u16,
-    /// The number of the first byte (of SYN, if it is set).
+    /// Sequence number of the first byte, or of the SYN.
     pub sequence: u32,
-    /// The next number that the sender expects.
+    /// Next sequence number that the sender expects.
     pub acknowledgement: u32,
     /// Control bits ([`flags`]).
     pub flags: u8,
-    /// The window as it stands there, not scaled.
+    /// The unscaled window field.
     pub window: u16,
-    /// What it has in the way of options.
+    /// Options.
     pub options: Options,
-    /// The bytes.
+    /// Payload.
     pub payload: &'a [u8],
 }
 
 impl<'a> Segment<'a> {
-    /// Checks the payload of `packet`; its checksum too, if `verify`.
+    /// Parses the payload of `packet`, and verifies its checksum if `verify`.
     ///
     /// # Errors
-    /// Why it is no segment.
+    /// The reason why it is not a valid segment.
     pub fn parse(packet: &ip::Packet<'a>, verify: bool) -> Result<Self, Malformed> {
         let bytes = packet.payload;
         if bytes.len() < 20 {
@@ -89,13 +89,13 @@ impl<'a> Segment<'a> {
         Ok(segment)
     }
 
-    /// Whether all of `wanted` are set.
+    /// Whether all flags of `wanted` are set.
     #[must_use]
     pub fn has(&self, wanted: u8) -> bool {
         self.flags & wanted == wanted
     }
 
-    /// How many sequence numbers it takes: bytes, SYN and FIN.
+    /// Length in sequence numbers: payload, SYN and FIN.
     #[must_use]
     pub fn length(&self) -> u32 {
         self.payload.len() as u32
@@ -104,10 +104,10 @@ impl<'a> Segment<'a> {
     }
 }
 
-/// Reads options until they end or make no sense any more; what makes none is ignored (RFC 9293
-/// section 3.1, MUST-7).
+/// Parses options until they end or are malformed; the rest is ignored (RFC 9293 section 3.1,
+/// MUST-7).
 fn options(mut bytes: &[u8]) -> Options {
-    // Two NOPs and the timestamps, the form in which every segment of a connection has them.
+    // Fast path: two NOPs and timestamps, the form in all segments of an established connection.
     if let [1, 1, 8, 10, stamps @ ..] = bytes
         && stamps.len() == 8
     {

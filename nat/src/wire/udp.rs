@@ -3,26 +3,26 @@
 use super::checksum::pseudo_header;
 use super::{Malformed, ip, protocol, read_u16};
 
-/// Bytes of the header.
+/// Length of the header in bytes.
 pub const HEADER: usize = 8;
 
-/// A datagram, or a GSO batch of them, whose lengths agree.
+/// A datagram or a GSO batch, with consistent lengths.
 #[derive(Clone, Copy, Debug)]
 pub struct Datagram<'a> {
-    /// The sender's port.
+    /// Source port, never 0.
     pub source: u16,
-    /// The receiver's port, never 0.
+    /// Destination port, never 0.
     pub destination: u16,
-    /// The bytes.
+    /// Payload.
     pub payload: &'a [u8],
 }
 
 impl<'a> Datagram<'a> {
-    /// Checks the payload of `packet`; its checksum too, if `verify`. With `batch` it is several
-    /// datagrams behind one header, whose length field is then of no meaning to us.
+    /// Parses the payload of `packet`, and verifies its checksum if `verify`. With `batch`, several
+    /// datagrams share one header, and its length field is ignored.
     ///
     /// # Errors
-    /// Why it is no datagram.
+    /// The reason why it is not a valid datagram.
     pub fn parse(packet: &ip::Packet<'a>, batch: bool, verify: bool) -> Result<Self, Malformed> {
         let bytes = packet.payload;
         if bytes.len() < HEADER {
@@ -41,7 +41,7 @@ impl<'a> Datagram<'a> {
             destination: read_u16(bytes, 2),
             payload: &bytes[HEADER..],
         };
-        // Port 0 is reserved, and no answer could be sent there.
+        // Port 0 is reserved, and replies to it are impossible.
         if datagram.source == 0 || datagram.destination == 0 {
             Err(Malformed::Fields)
         } else {
@@ -53,7 +53,7 @@ impl<'a> Datagram<'a> {
 fn verify_checksum(packet: &ip::Packet<'_>, bytes: &[u8]) -> Result<(), Malformed> {
     let unsummed = read_u16(bytes, 6) == 0;
     if unsummed {
-        // RFC 8200 section 8.1: over IPv6 a datagram must have one.
+        // RFC 8200 section 8.1: the checksum is mandatory over IPv6.
         return if packet.source.is_ipv4() { Ok(()) } else { Err(Malformed::Checksum) };
     }
     let sum =

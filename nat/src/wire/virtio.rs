@@ -1,47 +1,46 @@
-//! The header in front of each packet of a TUN device with `IFF_VNET_HDR`
-//! (include/uapi/linux/virtio_net.h): what is left to do of checksum and segmentation.
+//! The header of each packet of a TUN device with `IFF_VNET_HDR` (include/uapi/linux/virtio_net.h).
+//! It describes pending checksum and segmentation work.
 
-/// Bytes of the header (`TUNSETVNETHDRSZ`).
+/// Length of the header in bytes (`TUNSETVNETHDRSZ`).
 pub const LENGTH: usize = 10;
 
-/// The checksum field holds the sum of the pseudo-header, and the rest is to be added.
+/// The checksum field contains the sum of the pseudo-header; the rest must be added.
 const NEEDS_CSUM: u8 = 1;
-/// The checksum was found right.
+/// The checksum has been verified.
 const DATA_VALID: u8 = 2;
-/// With the type: the first segment has ECN's CWR.
+/// Flag in the type: the first segment has the ECN flag CWR.
 const ECN: u8 = 0x80;
 
-/// How the payload is to be cut, or was left uncut.
+/// Segmentation of the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Segmentation {
-    /// Not at all.
+    /// No segmentation.
     None,
     /// TCP over IPv4.
     TcpV4,
     /// TCP over IPv6.
     TcpV6,
-    /// UDP, each piece a datagram (`VIRTIO_NET_HDR_GSO_UDP_L4`).
+    /// UDP, each segment a datagram (`VIRTIO_NET_HDR_GSO_UDP_L4`).
     Udp,
-    /// UDP, one datagram in fragments (`VIRTIO_NET_HDR_GSO_UDP`): not cut, as far as it concerns
-    /// us.
+    /// UDP, one datagram in fragments (`VIRTIO_NET_HDR_GSO_UDP`); treated like an unsegmented
+    /// datagram.
     Fragments,
 }
 
 /// The header's fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioHeader {
-    /// Whether the transport's checksum is complete (and not vouched for): it is to be verified
-    /// then.
+    /// Whether the transport checksum is complete and unverified, and must be verified.
     pub verify: bool,
-    /// How the payload is cut.
+    /// Segmentation of the payload.
     pub segmentation: Segmentation,
-    /// Payload of each segment but the last, in bytes; 0 without segmentation.
+    /// Payload bytes of each segment except the last; 0 without segmentation.
     pub segment: u16,
 }
 
 impl VirtioHeader {
-    /// Reads the header off the front of `frame`; `None` if it is too short or of a type that was
-    /// not offered.
+    /// Parses the header at the start of `frame`. Returns `None` if the frame is too short, or has
+    /// a type that was not offered.
     #[must_use]
     pub fn parse(frame: &[u8]) -> Option<(Self, &[u8])> {
         let (header, packet) = frame.split_first_chunk::<LENGTH>()?;
@@ -59,10 +58,10 @@ impl VirtioHeader {
     }
 }
 
-/// The same header in front of a packet that gets `shift` bytes more at its beginning.
+/// Adjusts a header for a packet to which `shift` bytes are prepended.
 pub(crate) fn shifted(header: [u8; LENGTH], shift: u16) -> [u8; LENGTH] {
     let mut header = header;
-    // Where nothing is left to do, the fields say nothing.
+    // Without pending work the offsets are unused.
     if header[0] & NEEDS_CSUM != 0 || header[1] != 0 {
         for at in [2, 6] {
             let moved = u16::from_ne_bytes([header[at], header[at + 1]]).saturating_add(shift);
@@ -72,8 +71,8 @@ pub(crate) fn shifted(header: [u8; LENGTH], shift: u16) -> [u8; LENGTH] {
     header
 }
 
-/// Writes a header for a packet whose checksum the kernel completes: `start` is where the
-/// transport's header begins, `offset` where in it the checksum is, `head` the length of all
+/// Builds a header for a packet with a checksum that the kernel completes. `start` is the offset of
+/// the transport header, `offset` that of the checksum within it, and `head` the length of all
 /// headers.
 #[must_use]
 pub fn offloaded(

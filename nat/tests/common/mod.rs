@@ -27,7 +27,7 @@ pub const HOST: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 pub const GATEWAY: [&str; 2] = ["10.0.2.2", "fd00::2"];
 pub const CONTAINER: [&str; 2] = ["10.0.2.100", "fd00::100"];
 
-/// Whether these are the tests of `old_kernel.rs`, where nothing is used that is probed for.
+/// Whether the tests run within `old_kernel.rs`, with all optional features forced off.
 pub const OLD_KERNEL: bool = matches!(module_path!().as_bytes(), [b'o', b'l', b'd', ..]);
 
 pub struct Net {
@@ -42,7 +42,7 @@ pub struct Options {
     pub queue_length: u32,
     pub capabilities: Capabilities,
     pub policy: Policy,
-    /// The host's range of source ports, if not the kernel's own.
+    /// Source port range of the host, if not the default.
     pub ports: Option<&'static str>,
 }
 
@@ -56,28 +56,28 @@ impl Default for Options {
     }
 }
 
-/// The same namespace, as the engine's crates know it.
-pub fn known(namespace: &Namespace) -> tidegate_netns::Namespace {
+/// Converts a namespace of the test bed to that of the engine.
+pub fn netns(namespace: &Namespace) -> tidegate_netns::Namespace {
     if OLD_KERNEL {
         tidegate_model::feature::force_all_off();
     }
     tidegate_netns::Namespace::from_path(&namespace.path()).unwrap()
 }
 
-/// The host and the server, and nothing behind the host.
+/// The host and the server, without a container.
 pub struct Outside {
     pub host: Namespace,
     pub server: Namespace,
 }
 
-/// Joins a host and a server.
+/// Creates and connects a host and a server.
 pub fn outside() -> Outside {
     let [host, server] = [(); 2].map(|()| Namespace::new());
     for namespace in [&host, &server] {
         namespace.sysctl("net.ipv6.conf.default.accept_dad", "0");
         namespace.sysctl("net.ipv6.conf.default.accept_ra", "0");
     }
-    // A namespace begins with nobody allowed to ping; a host has everybody as a rule.
+    // A new namespace does not permit ping sockets; a host usually permits them to everyone.
     host.sysctl("net.ipv4.ping_group_range", "0 2147483647");
     host.ip_all(&format!(
         "link add eth0 type veth peer name eth0 netns {}
@@ -118,18 +118,18 @@ impl Net {
             default_routes: Family::ALL.to_vec(),
             ..TunOptions::new("tun0")
         };
-        let tun = Tun::open(&known(&container), &tun).unwrap();
+        let tun = Tun::open(&netns(&container), &tun).unwrap();
         let mut settings = Settings::new(options.mtu);
         settings.capabilities = options.capabilities;
         settings.policy = options.policy.clone();
         change(&mut settings);
         let descriptors = Arc::new(Descriptors::of_process(256));
-        let nat = Nat::start(settings, tun, &known(&host), descriptors).unwrap();
+        let nat = Nat::start(settings, tun, &netns(&host), descriptors).unwrap();
         Self { container, host, server, nat }
     }
 
-    /// What engine and kernels have counted, for a failure to be understood.
-    pub fn figures(&self) -> String {
+    /// Counters of the engine and the kernels, for diagnosing a failure.
+    pub fn counters(&self) -> String {
         let mut text = String::new();
         tidegate_nat::describe(&[("test", self.nat.figures())], &mut text).unwrap();
         let counted = text.lines().filter(|line| !line.starts_with('#') && !line.ends_with(" 0"));
@@ -146,7 +146,7 @@ impl Net {
     }
 }
 
-/// Address and port of the server, of the family.
+/// Address and port of the server, by family.
 pub fn server(family: usize, port: u16) -> SocketAddr {
     at(SERVER[family], port)
 }
@@ -155,8 +155,8 @@ pub fn at(ip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port)
 }
 
-/// Sends a GSO batch and receives its datagrams; false if some are missing. Those that come are
-/// whole and in order.
+/// Sends a GSO batch and receives its datagrams. Returns false if some are missing; the received
+/// ones must be complete and in order.
 pub fn batch_passes(from: &UdpSocket, to: &UdpSocket, batch: u8) -> bool {
     let mut bytes = Vec::new();
     for index in 0..30u8 {
@@ -181,9 +181,8 @@ pub fn batch_passes(from: &UdpSocket, to: &UdpSocket, batch: u8) -> bool {
     }
 }
 
-/// Sixteen clients in `from` connect to the echo server at `to`, fifty times each one after the
-/// other.
-pub fn ask_all_at_once(from: &Namespace, to: SocketAddr) {
+/// Sixteen clients in `from` connect to the echo server at `to`, fifty times each in sequence.
+pub fn echo_concurrently(from: &Namespace, to: SocketAddr) {
     thread::scope(|scope| {
         for _ in 0..16 {
             scope.spawn(|| {

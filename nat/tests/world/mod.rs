@@ -1,5 +1,4 @@
-//! A world in memory for the engine: sockets that are queues, and a device that is a list of
-//! frames.
+//! In-memory host for the engine: sockets are queues, and the device is a list of frames.
 
 #![allow(dead_code, unreachable_pub)]
 
@@ -11,7 +10,7 @@ use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
 use tidegate_nat::engine::{Engine, Secrets};
 use tidegate_nat::host::{
-    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketProblem,
+    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketError,
 };
 use tidegate_nat::siphash::HashKey;
 use tidegate_nat::wire::head::TcpHead;
@@ -26,34 +25,34 @@ use tidegate_reactor::{Key, StreamIngress};
 
 pub const GATEWAY: &str = "10.0.2.2";
 
-/// A TCP socket of the host, and the far end behind it.
+/// A TCP socket of the host, and its remote side.
 #[derive(Debug, Default)]
 pub struct FakeStream {
-    /// Who has connected, if it was accepted.
+    /// The client, if the socket was accepted.
     pub client: Option<SocketAddr>,
     pub to: Option<SocketAddr>,
     pub key: Option<Key>,
-    /// Connecting; `Some` once the far end has answered.
+    /// Result of the connect; `None` while connecting.
     pub answer: Option<Result<(), i32>>,
-    /// Received by the kernel, not yet taken out.
+    /// The receive queue.
     pub queue: VecDeque<u8>,
-    /// The far end has closed behind what is in `queue`.
+    /// The remote side has closed after the data in `queue`.
     pub ended: bool,
-    /// The far end has reset.
+    /// The remote side has reset the connection.
     pub broken: bool,
-    /// What the engine has sent, as the far end sees it.
+    /// Data that the engine has sent.
     pub sent: Vec<u8>,
-    /// Room in the send buffer.
+    /// Space in the send buffer.
     pub room: usize,
     pub shut: bool,
     pub aborted: bool,
-    /// The far end has not heard yet that it is connected.
-    pub quiet: bool,
-    /// Bytes that were peeked at, to see how often it looks.
-    pub looked_at: u64,
+    /// The handshake ACK is delayed.
+    pub delay_ack: bool,
+    /// Number of bytes peeked.
+    pub peeked_bytes: u64,
 }
 
-/// A listening socket, and who waits there.
+/// A listening socket and its accept queue.
 #[derive(Debug, Default)]
 pub struct FakeListener {
     pub key: Option<Key>,
@@ -69,19 +68,19 @@ pub struct FakeDatagrams {
     pub hop_limit: Option<u8>,
     pub dont_fragment: bool,
     pub waiting: VecDeque<Vec<u8>>,
-    /// The same, of a shared socket.
+    /// Queued datagrams of a shared socket, with their source.
     pub waiting_from: VecDeque<(SocketAddr, Vec<u8>)>,
     pub sent_to: Vec<SocketAddr>,
     pub sent_from: Vec<Option<IpAddr>>,
-    /// Of a published port: where what waits was sent to.
+    /// For a published port: the destination address of queued datagrams.
     pub arrival: Option<IpAddr>,
     pub kind: Option<DatagramKind>,
-    pub problems: VecDeque<SocketProblem>,
+    pub problems: VecDeque<SocketError>,
     pub outcome: Option<SendOutcome>,
     pub closed: bool,
 }
 
-/// Tells the world when it is dropped.
+/// Socket handle that reports its drop to the world.
 pub struct Handle(usize, Arc<std::sync::Mutex<Vec<usize>>>);
 
 impl Drop for Handle {
@@ -118,12 +117,12 @@ pub struct World {
     pub datagrams: Vec<FakeDatagrams>,
     pub listeners: Vec<FakeListener>,
     pub local: Vec<IpAddr>,
-    /// What connecting answers at once; otherwise the test answers later.
+    /// Immediate result of a connect; if `None`, the test sets the result later.
     pub answer_at_once: Option<Result<(), i32>>,
-    /// Room in the send buffer of new streams.
+    /// Space in the send buffer of new streams.
     pub room: usize,
-    /// Whether connections begin quietly.
-    pub crowded: bool,
+    /// Whether handshake ACKs are delayed.
+    pub delay_handshake_acks: bool,
     pub descriptors: usize,
     pub open: usize,
     pub ready: Vec<(Key, Ready)>,
@@ -158,7 +157,7 @@ impl Host for World {
     fn emit(&mut self, head: &[u8], payload: &[IoSlice<'_>]) -> bool {
         let mut frame = head.to_vec();
         payload.iter().for_each(|piece| frame.extend_from_slice(piece));
-        assert!(frame.len() <= 10 + 65_535, "no packet is longer than its length field can say");
+        assert!(frame.len() <= 10 + 65_535, "packet longer than 65,535 bytes");
         self.frames.push_back(frame);
         true
     }
@@ -174,23 +173,23 @@ impl Host for World {
         }
         self.open += 1;
         let answer = self.answer_at_once;
-        let (room, quiet) = (self.room, self.crowded);
+        let (room, delay_ack) = (self.room, self.delay_handshake_acks);
         self.streams.push(FakeStream {
             to: Some(to),
             answer,
             room,
-            quiet,
+            delay_ack,
             ..FakeStream::default()
         });
         Ok(Handle(self.streams.len() - 1, Arc::clone(&self.closed_streams)))
     }
 
-    fn is_quiet(&self, stream: &Handle) -> bool {
-        self.streams[stream.0].quiet
+    fn is_handshake_ack_delayed(&self, stream: &Handle) -> bool {
+        self.streams[stream.0].delay_ack
     }
 
-    fn say_hello(&mut self, stream: &mut Handle) {
-        self.streams[stream.0].quiet = false;
+    fn send_handshake_ack(&mut self, stream: &mut Handle) {
+        self.streams[stream.0].delay_ack = false;
     }
 
     fn watch_stream(&mut self, stream: &mut Handle, key: Key) -> io::Result<Ready> {
@@ -211,7 +210,7 @@ impl Host for World {
     }
 
     fn ignore_port(&mut self, port: &Port<usize, Handle>) {
-        let Port::Tcp(listener) = port else { panic!("datagrams take no descriptors") };
+        let Port::Tcp(listener) = port else { panic!("datagram ports are never paused") };
         self.listeners[*listener].key = None;
     }
 
@@ -243,7 +242,7 @@ impl Host for World {
         let reset = stream.broken.then_some(Err(104));
         reset
             .or(stream.answer)
-            .expect("only who is ready is asked")
+            .expect("the result is queried only when ready")
             .map_err(io::Error::from_raw_os_error)
     }
 
@@ -264,7 +263,7 @@ impl Host for World {
 
     fn peek(&mut self, stream: &mut Handle, offset: usize, into: &mut [u8]) -> io::Result<usize> {
         let stream = &mut self.streams[stream.0];
-        assert!(offset <= stream.queue.len(), "nothing behind the queue's end is looked at");
+        assert!(offset <= stream.queue.len(), "peek beyond the end of the queue");
         if stream.broken {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
@@ -275,13 +274,13 @@ impl Host for World {
         for (to, from) in into.iter_mut().zip(stream.queue.range(offset..)) {
             *to = *from;
         }
-        stream.looked_at += count as u64;
+        stream.peeked_bytes += count as u64;
         Ok(count)
     }
 
     fn discard(&mut self, stream: &mut Handle, length: usize) -> io::Result<()> {
         let stream = &mut self.streams[stream.0];
-        assert!(length <= stream.queue.len(), "only what is there is taken out");
+        assert!(length <= stream.queue.len(), "discard beyond the end of the queue");
         stream.queue.drain(..length);
         Ok(())
     }
@@ -347,12 +346,12 @@ impl Host for World {
         if batch.0.is_empty() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(batch.0.len()) }
     }
 
-    fn next_problem(&mut self, socket: &mut Handle) -> Option<SocketProblem> {
+    fn next_socket_error(&mut self, socket: &mut Handle) -> Option<SocketError> {
         self.datagrams[socket.0].problems.pop_front()
     }
 }
 
-/// An engine in such a world, and the time there.
+/// An engine with an in-memory host and simulated time.
 pub struct Bench {
     pub engine: Engine<World>,
     pub stats: Arc<Stats>,
@@ -380,7 +379,7 @@ impl Bench {
         self.engine.host_mut()
     }
 
-    /// Hands a frame to the engine, and lets it do what comes of it.
+    /// Passes a frame to the engine and runs it until it is idle.
     pub fn frame(&mut self, frame: &[u8]) {
         self.engine.frame(frame, self.now);
         self.settle();
@@ -399,10 +398,10 @@ impl Bench {
                 return;
             }
         }
-        panic!("the engine never comes to rest");
+        panic!("the engine does not become idle");
     }
 
-    /// Lets time pass, with every timer that is due meanwhile.
+    /// Advances the time, and handles all timers that expire.
     pub fn pass(&mut self, time: Duration) {
         let until = self.now + time;
         for _ in 0..1_000_000 {
@@ -418,10 +417,10 @@ impl Bench {
                 }
             }
         }
-        panic!("timers never come to rest");
+        panic!("timers do not stop firing");
     }
 
-    /// The stream's socket has become ready.
+    /// Reports the readiness of a stream.
     pub fn stream_ready(&mut self, index: usize, ready: Ready) {
         if let Some(key) = self.world().streams[index].key {
             self.engine.ready(key, ready, self.now);
@@ -429,18 +428,18 @@ impl Bench {
         self.settle();
     }
 
-    /// The far end sends.
-    pub fn far_end_sends(&mut self, index: usize, bytes: &[u8]) {
+    /// The remote side sends `bytes`.
+    pub fn remote_sends(&mut self, index: usize, bytes: &[u8]) {
         self.world().streams[index].queue.extend(bytes);
         self.stream_ready(index, Ready { readable: true, ..Ready::default() });
     }
 
-    pub fn far_end_closes(&mut self, index: usize) {
+    pub fn remote_closes(&mut self, index: usize) {
         self.world().streams[index].ended = true;
         self.stream_ready(index, Ready { readable: true, more: true, ..Ready::default() });
     }
 
-    pub fn far_end_answers(&mut self, index: usize, answer: Result<(), i32>) {
+    pub fn remote_answers(&mut self, index: usize, answer: Result<(), i32>) {
         self.world().streams[index].answer = Some(answer);
         self.stream_ready(
             index,
@@ -455,14 +454,14 @@ impl Bench {
         self.settle();
     }
 
-    /// Publishes a port of TCP; clients come to listener `0`, `1` and so on.
+    /// Publishes a TCP port. Its clients connect to listener 0, 1 and so on.
     pub fn publish_tcp(&mut self, guest: &str, source: ForwardSource) -> Arc<ForwardStats> {
         let index = self.world().listeners.len();
         self.world().listeners.push(FakeListener::default());
         self.publish(Protocol::Tcp, guest, source, Port::Tcp(index), None)
     }
 
-    /// Publishes a port of UDP; its socket is the next of `datagrams`.
+    /// Publishes a UDP port. Its socket is the next entry of `datagrams`.
     pub fn publish_udp(&mut self, guest: &str, source: ForwardSource) -> Arc<ForwardStats> {
         let kind = Some(DatagramKind::SharedUdp);
         let world = self.world();
@@ -501,7 +500,7 @@ impl Bench {
         self.settle();
     }
 
-    /// A datagram comes to published socket `index`.
+    /// A datagram arrives at published socket `index`.
     pub fn datagram_from(&mut self, index: usize, client: &str, bytes: &[u8]) {
         self.world().datagrams[index].waiting_from.push_back((at(client), bytes.to_vec()));
         if let Some(key) = self.world().datagrams[index].key {
@@ -514,10 +513,10 @@ impl Bench {
         self.world().frames.pop_front()
     }
 
-    /// The next frame, which must be a segment.
+    /// Returns the next frame, which must be a TCP segment.
     pub fn next_segment(&mut self) -> Option<Seen> {
         let frame = self.next_frame()?;
-        Some(Seen::of(&frame).unwrap_or_else(|| panic!("no segment: {frame:02x?}")))
+        Some(Seen::of(&frame).unwrap_or_else(|| panic!("not a TCP segment: {frame:02x?}")))
     }
 
     pub fn dropped(&self, reason: DropReason) -> u64 {
@@ -525,7 +524,7 @@ impl Bench {
     }
 }
 
-/// A segment that the guest has got.
+/// A segment received by the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
     pub sequence: u32,
@@ -565,7 +564,7 @@ impl Seen {
     }
 }
 
-/// A segment of the guest's.
+/// A segment of the guest.
 pub fn segment(source: SocketAddr, destination: SocketAddr) -> TcpHead {
     TcpHead {
         source,
@@ -589,7 +588,7 @@ pub fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-/// Numbers that look random and are not (SplitMix64).
+/// Pseudo-random numbers (SplitMix64).
 pub struct Dice(pub u64);
 
 impl Dice {
