@@ -108,7 +108,8 @@ pub fn force_all_off() {
 }
 
 fn is_listed(feature: Feature, forced_off: &str) -> bool {
-    let matches = |one: &str| one == feature.as_str() || one == "all" && feature.depends_on_version();
+    let matches =
+        |one: &str| one == feature.as_str() || one == "all" && feature.depends_on_version();
     forced_off.split(',').any(matches)
 }
 

@@ -249,7 +249,7 @@ impl Source {
         match charge {
             Charge::Standing | Charge::StandingAndNetwork => self.standing.refund(GOOD_STANDING),
             Charge::Source | Charge::SourceAndNetwork => {
-                self.budget.refund(limits.unanswered_rate())
+                self.budget.refund(limits.unanswered_rate());
             }
             Charge::None => {}
         }

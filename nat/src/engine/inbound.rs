@@ -548,7 +548,7 @@ impl<H: Host> Engine<H> {
     pub(super) fn count_port_eviction(&self, flow: &Flow<H>) {
         match flow {
             Flow::Datagrams(Session { via: SessionSocket::Port { stats, .. }, .. }) => {
-                stats.evicted.add(1)
+                stats.evicted.add(1);
             }
             Flow::Tcp(connection) => {
                 if let Some(inbound) = &connection.inbound {
