@@ -1,4 +1,4 @@
-//! Frames, events of sockets and time at the NAT engine: `cargo +nightly fuzz run nat_engine`.
+//! Frames, socket events and time for the NAT engine: `cargo +nightly fuzz run nat_engine`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate_nat::fuzz::check_engine(data));

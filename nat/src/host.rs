@@ -175,7 +175,7 @@ pub trait Host {
     /// The connect failed, or the connection is reset.
     fn connect_result(&mut self, stream: &Self::Stream) -> io::Result<()>;
 
-    /// Whether the last ACK of the handshake is still delayed. On a busy engine it is delayed so
+    /// Whether the final ACK of the handshake is still delayed. On a busy engine it is delayed so
     /// that the first payload carries it.
     fn is_handshake_ack_delayed(&self, stream: &Self::Stream) -> bool {
         let _ = stream;

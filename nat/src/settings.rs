@@ -91,8 +91,8 @@ pub struct Timeouts {
     /// Idle time of a half-closed TCP connection. RFC 5382 section 5 specifies 4 minutes for
     /// connections that open or close; slirp4netns uses 2.
     pub half_closed: Duration,
-    /// How long the acknowledgement of the FIN of the guest is repeated on request, after the
-    /// remote side closed first.
+    /// Time for which a retransmitted FIN of the guest is still acknowledged, after the remote side
+    /// closed first.
     pub linger: Duration,
     /// Idle time of an unanswered UDP session (conntrack of the kernel: 30 s).
     pub udp_tentative: Duration,
@@ -131,7 +131,7 @@ pub trait FloodListener: fmt::Debug + Send + Sync {
     fn flooding(&self, source: IpAddr);
 }
 
-/// The engine's settings.
+/// Settings of an engine.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Name of the networks behind the engine, for the log.

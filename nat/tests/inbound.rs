@@ -534,8 +534,8 @@ fn icmp_errors_about_replies_reach_the_guest() {
         destination: Some(at(CLIENT)),
         payload: b"answer".to_vec(),
     };
-    let stranger = SocketError { destination: Some(at("203.0.113.9:9")), ..gone.clone() };
-    bench.world().datagrams[0].problems.extend([stranger, gone]);
+    let unknown = SocketError { destination: Some(at("203.0.113.9:9")), ..gone.clone() };
+    bench.world().datagrams[0].problems.extend([unknown, gone]);
     let key = bench.world().datagrams[0].key.unwrap();
     let now = bench.now;
     bench.engine.port_ready(key, Ready { error: true, ..Ready::default() }, now);
@@ -553,8 +553,8 @@ fn icmp_errors_about_replies_reach_the_guest() {
     bench.world().datagrams[0].outcome = Some(SendOutcome::TooBig(1400));
     bench.frame(&udp(at(GUEST), at(CLIENT), &[1; 1450]));
     let frame = bench.next_frame().unwrap();
-    let told = Message::parse(&Packet::parse(&frame[10..]).unwrap());
-    assert!(matches!(told, Ok(Message::Error { icmp_error: IcmpError::TooBig(1400), .. })));
+    let parsed = Message::parse(&Packet::parse(&frame[10..]).unwrap());
+    assert!(matches!(parsed, Ok(Message::Error { icmp_error: IcmpError::TooBig(1400), .. })));
 }
 
 #[test]

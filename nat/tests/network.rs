@@ -251,10 +251,10 @@ fn a_smaller_path_mtu_is_reported_to_the_sender() {
     let net = Net::new();
     net.host.ip_all("route replace 192.0.2.2/32 dev eth0 mtu lock 1300");
     let output = ping(&net, &["-M", "do", "-s", "1400", SERVER[0]]);
-    let told = output.contains("mtu")
+    let reported = output.contains("mtu")
         || output.contains("Message too long")
         || output.contains("Frag needed");
-    assert!(told && output.contains("100% packet loss"), "{output}");
+    assert!(reported && output.contains("100% packet loss"), "{output}");
     // The container has learned the path MTU, and fragments the next datagram itself.
     let echo = EchoServer::udp(&net.server, server(0, 7));
     let socket = udp(&net, echo.addr());

@@ -125,8 +125,8 @@ fn datagrams_show_client_or_gateway_and_replies_use_the_destination_address() {
                 socket.send(b"who am I?").unwrap();
                 let mut buffer = [0; 100];
                 let length = socket.recv(&mut buffer).unwrap();
-                let told = String::from_utf8_lossy(&buffer[..length]);
-                assert!(told.contains(seen), "{told} at {to}");
+                let reply = String::from_utf8_lossy(&buffer[..length]);
+                assert!(reply.contains(seen), "{reply} at {to}");
             }
         }
     }

@@ -148,12 +148,12 @@ fn rfc_792_an_unreachable_host_is_reported_by_icmp() {
         let frame = guest.bench.next_frame().unwrap();
         let packet = Packet::parse(&frame[10..]).unwrap();
         assert_eq!(packet.source, at("10.0.2.2:0").ip());
-        let Ok(Message::Error { icmp_error: told, source, destination, protocol: 6 }) =
+        let Ok(Message::Error { icmp_error: reported, source, destination, protocol: 6 }) =
             Message::parse(&packet)
         else {
             panic!("an ICMP error about a TCP segment")
         };
-        assert_eq!((told, source, destination), (icmp_error, guest.inside, guest.outside));
+        assert_eq!((reported, source, destination), (icmp_error, guest.inside, guest.outside));
         assert_eq!(guest.bench.next_frame(), None);
     }
 }

@@ -261,7 +261,7 @@ fn rfc_4787_req_1_an_endpoint_independent_session_accepts_only_its_peers() {
         settings.mapping = tidegate_nat::Mapping::EndpointIndependent;
         settings.policy.refused = tidegate_model::CidrSet::parse(["198.51.100.0/24"]).unwrap();
     });
-    let (one, other, stranger) = (at(OUT), at("192.0.2.3:6000"), at("192.0.2.4:7000"));
+    let (one, other, unknown) = (at(OUT), at("192.0.2.3:6000"), at("192.0.2.4:7000"));
     let now = bench.now;
     for to in [one, one, other, at("198.51.100.1:1")] {
         bench.engine.frame(&udp(at(IN), to, b"hello"), now);
@@ -278,7 +278,7 @@ fn rfc_4787_req_1_an_endpoint_independent_session_accepts_only_its_peers() {
     let waiting = [
         from(one, 1),
         from(one, 2),
-        from(stranger, 3),
+        from(unknown, 3),
         from(other, 4),
         from(at("192.0.2.3:6001"), 5),
     ];

@@ -170,9 +170,9 @@ proptest! {
         let most = if source.is_ipv4() { 576 } else { 1280 };
         prop_assert!(frame.len() - virtio::LENGTH <= most);
         let packet = Packet::parse(&frame[virtio::LENGTH..]).unwrap();
-        let told = Message::parse(&packet).unwrap();
-        let Message::Error { icmp_error: told, source: by, destination: to, protocol } = told else { panic!("{told:?}") };
-        prop_assert_eq!((told, by, to, protocol), (icmp_error, source, destination, protocol::UDP));
+        let parsed = Message::parse(&packet).unwrap();
+        let Message::Error { icmp_error: parsed, source: by, destination: to, protocol } = parsed else { panic!("{parsed:?}") };
+        prop_assert_eq!((parsed, by, to, protocol), (icmp_error, source, destination, protocol::UDP));
         let seen = PacketHeaders::from_ip_slice(&frame[virtio::LENGTH..]).unwrap();
         match &seen.transport {
             Some(TransportHeader::Icmpv4(icmp)) => {

@@ -1,4 +1,5 @@
-//! The engine: receives packets of the guest, calls the sockets of the host, and the reverse.
+//! The engine: forwards packets of the guest to sockets of the host, and received data back to the
+//! guest.
 //!
 //! # Theory of operation
 //! In each iteration of its loop, a driver calls:
@@ -571,7 +572,7 @@ impl<H: Host> Engine<H> {
         self.identification
     }
 
-    /// A keyed hash of the five-tuple, for one purpose.
+    /// A keyed hash of the five-tuple. Hashes for different values of `purpose` are independent.
     fn secret_of(&self, key: &FlowKey, purpose: u64) -> u64 {
         let mut hasher = SipHasher::<2, 4>::new(self.secrets.sequence);
         key.hash(&mut hasher);

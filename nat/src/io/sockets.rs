@@ -80,7 +80,7 @@ const MIN_PATH_PAYLOAD: usize = 500;
 /// Send state of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SendState {
-    /// The last handshake ACK is delayed until the first payload.
+    /// The final handshake ACK is delayed until the first payload.
     HandshakeAckDelayed,
     Unsent,
     SentOnce,
@@ -247,11 +247,11 @@ fn prepare_stream(socket: &OwnedFd, buffer: BoundBuffer) -> io::Result<()> {
     SockRef::from(socket).set_out_of_band_inline(true)
 }
 
-/// Sets whether the last ACK of the handshake is delayed until the first payload, for at most 200
+/// Sets whether the final ACK of the handshake is delayed until the first payload, for at most 200
 /// ms. Must be set before connect(2). Clearing it later sends the ACK
 /// (`tcp_rcv_synsent_state_process` and `__tcp_sock_set_quickack`, net/ipv4).
-fn delay_handshake_ack(socket: &OwnedFd, put_off: bool) -> io::Result<()> {
-    sys::set(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, (!put_off).into())
+fn delay_handshake_ack(socket: &OwnedFd, delayed: bool) -> io::Result<()> {
+    sys::set(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, (!delayed).into())
 }
 
 /// Binds a socket for `to` to its configured source address. The port is chosen at connect(2), so
@@ -771,7 +771,7 @@ mod tests {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
             listener.set_nonblocking(true).unwrap();
             let to = listener.local_addr().unwrap();
-            let quiet_until_told = || {
+            let hidden_until_acked = || {
                 let socket = new_socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
                 delay_handshake_ack(&socket, true).unwrap();
                 let begun = Instant::now();
@@ -783,7 +783,7 @@ mod tests {
                 (!heard, in_time)
             };
             // If the test was not scheduled for so long, the kernel has sent the ACK by itself.
-            let first = (0..20).map(|_| quiet_until_told()).find(|(_, in_time)| *in_time);
+            let first = (0..20).map(|_| hidden_until_acked()).find(|(_, in_time)| *in_time);
             assert_eq!(first, Some((true, true)));
         });
     }

@@ -15,7 +15,7 @@ use tidegate_reactor::Key;
 /// Maximum age of a timestamp for PAWS (RFC 7323 section 5.5).
 const PAWS_IDLE: Duration = Duration::from_secs(24 * 24 * 3600);
 
-/// Delay of the last handshake ACK towards the server on a busy engine, so that the first payload
+/// Delay of the final handshake ACK towards the server on a busy engine, so that the first payload
 /// of the guest carries it. Most clients send immediately. This saves a segment and one of two
 /// wake-ups of the server.
 const HANDSHAKE_ACK_DELAY: Duration = Duration::from_millis(1);
@@ -278,7 +278,7 @@ impl<S> Connection<S> {
         self.pending.len() + self.out_of_order.len()
     }
 
-    /// Whether the guest has acknowledged our SYN.
+    /// Whether the guest has acknowledged the SYN of the engine.
     pub fn is_established(&self) -> bool {
         self.phase != Phase::Connecting && self.snd_una != self.opening.iss
     }
@@ -310,9 +310,9 @@ impl<S> Connection<S> {
         self.phase = Phase::Open;
         self.writable = true;
         self.active = io.now;
-        let quiet =
+        let is_delayed =
             self.stream.as_ref().is_some_and(|stream| io.host.is_handshake_ack_delayed(stream));
-        self.handshake_ack_at = quiet.then(|| io.now + HANDSHAKE_ACK_DELAY);
+        self.handshake_ack_at = is_delayed.then(|| io.now + HANDSHAKE_ACK_DELAY);
         self.send_syn_ack(io);
     }
 
