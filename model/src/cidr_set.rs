@@ -10,8 +10,8 @@ const MAPPED: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff,
 /// A set of addresses, built from CIDR blocks and single addresses.
 ///
 /// The address families are separate. An IPv4-mapped IPv6 address is looked up as the IPv4 address
-/// in it, so the form of its address gains a client nothing, and `::/0` contains no IPv4 address. A
-/// block of mapped addresses (`::ffff:192.0.2.0/120`) is equivalent to the IPv4 block.
+/// in it, so a client cannot evade the list by the form of its address. `::/0` contains no IPv4
+/// address. A block of mapped addresses (`::ffff:192.0.2.0/120`) is equivalent to the IPv4 block.
 ///
 /// An empty set [`contains`](Self::contains) nothing. The caller decides whether an empty set means
 /// "allow all" or "deny all".

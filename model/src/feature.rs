@@ -16,8 +16,8 @@ pub const LACKS: &str = "TIDEGATE_LACKS";
 pub enum Feature {
     /// `/dev/net/tun`, independent of the kernel version; without it there is no NAT engine.
     Tun,
-    /// nftables tables that a process owns and that persist when it exits (Linux 6.9); otherwise
-    /// tables without an owner, which are repaired after changes.
+    /// nftables tables that a netlink socket owns and that persist when it is closed (Linux 6.9);
+    /// otherwise tables without an owner, which are repaired after changes.
     OwnedTables,
     /// BPF programs at the egress of bridges; otherwise policy rules back up the firewall.
     Gates,
