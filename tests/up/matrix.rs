@@ -1,6 +1,6 @@
 //! Who reaches what: one table, for every way to keep networks closed.
 
-use super::scene::{Scene, state};
+use super::scene::{Scene, rootless_namespace, state};
 use super::uplink::{self, Uplink};
 use super::witness::Witness;
 use socket2::{Domain, Socket, Type};
@@ -449,6 +449,56 @@ impl Matrix {
     }
 }
 
+/// Echo requests to gateways, which the host's kernel answers.
+impl Matrix {
+    /// Whether an echo request from there to the gateway of the network numbered `network` is
+    /// answered; `None` where the host's kernel decides, as it does for services of the host.
+    fn gateway_answers(&self, from: From, network: usize) -> Option<bool> {
+        let own = match from {
+            From::Itself | From::Neighbour => 1,
+            From::Stranger => 2,
+            From::Inmate => 3,
+            _ => 0,
+        };
+        let firewall = self.mode.flags.iter().any(|flag| *flag != "--firewall=none");
+        match from {
+            _ if own == network => Some(true),
+            From::Inmate => Some(false),
+            From::Host => None,
+            // The gateways of an ordinary user's networks are in another namespace.
+            _ if own == 0 && self.mode.rootless => Some(false),
+            _ if firewall => Some(false),
+            _ => None,
+        }
+    }
+
+    /// Echo requests to gateways that are answered and must not be, or the other way round.
+    fn wrong_gateway_echoes(&self) -> Vec<String> {
+        let from =
+            FROM.into_iter().filter(|from| !matches!(from, From::AsNeighbour | From::AsLoopback));
+        let cells = from.flat_map(|from| [1, 2, 3].map(|network| (from, network)));
+        std::thread::scope(|scope| {
+            let asking: Vec<_> = cells
+                .filter_map(|(from, to)| Some((from, to, self.gateway_answers(from, to)?)))
+                .flat_map(|(from, network, expected)| {
+                    [format!("10.77.{network}.1"), format!("fd77:{network}::1")].map(|to| {
+                        scope.spawn(move || {
+                            let patience = if expected { "5" } else { "0.3" };
+                            let mut ping = self.place(from).command("ping");
+                            let output =
+                                ping.args(["-c", "1", "-W", patience, &to]).output().unwrap();
+                            let answered = output.status.success();
+                            (answered != expected)
+                                .then(|| format!("echo from {from:?} to {to}: {answered}"))
+                        })
+                    })
+                })
+                .collect();
+            asking.into_iter().filter_map(|one| one.join().unwrap()).collect()
+        })
+    }
+}
+
 /// Echo requests by hand: no socket has somebody else's address for those.
 impl Matrix {
     /// Where echo requests of root in a container with forged sources get to, or answers to them:
@@ -726,6 +776,7 @@ fn holds(mode: Mode) {
     assert_eq!(matrix.wrong(mode.expected()), [""; 0]);
     assert_eq!(matrix.forged(), [""; 0]);
     assert_eq!(matrix.wrong_echoes(), [""; 0]);
+    assert_eq!(matrix.wrong_gateway_echoes(), [""; 0]);
     assert_eq!(matrix.forged_echoes(), [""; 0]);
     assert_eq!(matrix.wrong_ways_out(), [""; 0]);
     matrix.forwards_for_others_as_before();
@@ -885,6 +936,23 @@ fn without_one_kind_of_guard_the_others_hold() {
             assert_eq!(matrix.leaks_of_the_inmate(), [""; 0], "{mode:?} without {kind}");
         }
     }
+}
+
+/// The networks of an ordinary user end with their process: it is stopped, so that it restores
+/// nothing and its engine forwards nothing. Policy rules have no second guard there, and nobody else
+/// gets into that namespace.
+#[test]
+fn without_port_guards_the_networks_of_an_ordinary_user_are_closed() {
+    let mut matrix = Matrix::new(ROOTLESS);
+    let inside = rootless_namespace(&matrix.up, &matrix.scene.net.host);
+    matrix.up.signal(Signal::STOP);
+    let before = state(&inside);
+    inside.exec("nft", &["flush", "ruleset"]);
+    assert_ne!(state(&inside), before);
+    assert_eq!(matrix.wrong(&EXPECTED_ROOTLESS[..1]), [""; 0]);
+    assert_eq!(matrix.forged(), [""; 0]);
+    assert_eq!(matrix.leaks_of_the_inmate(), [""; 0]);
+    matrix.up.signal(Signal::CONT);
 }
 
 /// Detached or deleted behind its back, each is back within two seconds.

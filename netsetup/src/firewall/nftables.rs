@@ -798,6 +798,8 @@ fn postrouting(ruleset: &Ruleset) -> Chain {
         let matches = vec![
             Match::Family { v6: *v6 },
             is(Key::InInterface, Value::Interface(link.clone()), false),
+            // What the host itself sends over IPv6 has the output interface for both (`ip6_xmit`).
+            is(Key::OutInterface, Value::Interface(link.clone()), true),
             is(Key::OutInterface, elsewhere, true),
         ];
         rule(matches, drop(), NO_ROUTER)
