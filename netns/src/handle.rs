@@ -1,6 +1,6 @@
 //! A namespace as a factory: enter it, make something, leave it again.
 
-use crate::system;
+use crate::{system, user};
 use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -128,6 +128,17 @@ impl Namespace {
             .join()
             .map_err(|_| io::Error::other("the thread that makes a namespace panicked"))??;
         Self::adopt(file, None)
+    }
+
+    /// The same in a user namespace of its own, a child of the caller's that maps every ID to
+    /// itself. A process that joins [its owner](Self::owner) has every capability over the
+    /// namespace, and none over those of the caller.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_SETUID`, `CAP_SETGID` and `CAP_SETFCAP`, or where user namespaces are
+    /// not allowed; `ENOSPC` at `user.max_user_namespaces` or `user.max_net_namespaces`.
+    pub fn create_in_user_namespace() -> io::Result<Self> {
+        Self::adopt(user::network_of_a_child()?, None)
     }
 
     /// The namespace at `path`: a bind mount such as `ip netns` makes (`/run/netns/blue`), or

@@ -183,6 +183,24 @@ fn without_a_way_back_another_thread_is_sent_and_this_one_stays() {
     assert!(home.is_current());
 }
 
+#[test]
+fn a_namespace_in_a_user_namespace_of_its_own_is_open_to_who_made_it() {
+    require_root();
+    let (own, home) = (Namespace::create().unwrap(), Namespace::current().unwrap());
+    let [one, other] = [(); 2].map(|()| Namespace::create_in_user_namespace().unwrap());
+    assert!(own.belongs_to_own_user_namespace() && !one.belongs_to_own_user_namespace());
+    let id = |owner: std::os::fd::OwnedFd| rustix::fs::fstat(owner).unwrap().st_ino;
+    let owners = [&own, &one, &other].map(|namespace| id(namespace.owner().unwrap()));
+    assert!(owners[0] != owners[1] && owners[1] != owners[2], "{owners:?}");
+    one.set_sysctl("net.ipv4.ip_forward", "1").unwrap();
+    assert_eq!(one.sysctl("net.ipv4.ip_forward").unwrap(), "1");
+    assert!(one.with(|| TcpListener::bind("127.0.0.1:80")).unwrap().is_ok());
+    assert!(home.is_current());
+    // The processes that made them have been reaped.
+    let children = std::fs::read_to_string("/proc/thread-self/children").unwrap();
+    assert_eq!(children, "");
+}
+
 /// Of a program with one thread: tests/up/rootless.rs.
 #[test]
 fn a_process_of_several_threads_makes_no_user_namespace() {
