@@ -9,6 +9,9 @@
 //! A listening socket belongs to the namespace that it was made in, whoever accepts from it. So
 //! without privileges too one process does it all: what publishes stays outside, what connects to
 //! containers lives inside, and only descriptors of one process lie in between.
+//!
+//! An ordinary user's services are one step further inside: each in a child of that user namespace,
+//! which owns the service's network namespace and nothing else.
 
 use anyhow::{Context, anyhow};
 use rustix::io::Errno;
@@ -49,6 +52,20 @@ impl HostContext {
         Ok(Self { networks, ..here })
     }
 
+    /// A network namespace for a service. Without root it belongs to a user namespace of its own,
+    /// so that root in the service has no capability over the namespace of the bridges. Every veth
+    /// pair tells the ID of that one (`IFLA_LINK_NETNSID`), and a process that has `CAP_NET_ADMIN`
+    /// over it can make links there, past all guards.
+    ///
+    /// # Errors
+    /// One line that says what the host would have to allow.
+    pub fn create_for_service(&self) -> anyhow::Result<Namespace> {
+        if !self.is_rootless() {
+            return Namespace::create().context("make a network namespace");
+        }
+        Namespace::create_in_user_namespace().map_err(|error| explain(&error))
+    }
+
     /// Where ports are published.
     #[must_use]
     pub fn ports(&self) -> &Namespace {
@@ -71,7 +88,8 @@ impl HostContext {
 fn explain(error: &io::Error) -> anyhow::Error {
     let fix = match Errno::from_io_error(error) {
         Some(Errno::NOSPC) => {
-            "the host allows no more of them; raise sysctl user.max_user_namespaces"
+            "the host allows no more of them; raise sysctls user.max_user_namespaces and \
+             user.max_net_namespaces"
         }
         Some(Errno::PERM | Errno::ACCESS) => {
             "the host keeps them from ordinary users; set sysctl kernel.unprivileged_userns_clone=1 or \

@@ -135,6 +135,16 @@ fn shell_in(namespace: tidegate_netns::Namespace, name: &str, script: &str) -> S
     }
 }
 
+/// Where a service of this process belongs: root's where the process is, an ordinary user's in a
+/// user namespace of its own, as `tidegate up` has them.
+fn namespace_for_service() -> tidegate_netns::Namespace {
+    let here = tidegate_netns::Namespace::current().unwrap();
+    if here.belongs_to_own_user_namespace() {
+        return here;
+    }
+    tidegate_netns::Namespace::create_in_user_namespace().unwrap()
+}
+
 fn after(mut spec: ServiceSpec, dependencies: &[&str]) -> ServiceSpec {
     spec.depends_on = dependencies.iter().map(|name| (*name).to_owned()).collect();
     spec

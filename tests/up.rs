@@ -11,6 +11,7 @@ mod up {
     pub(crate) mod matrix;
     pub(crate) mod names;
     pub(crate) mod nat_publish;
+    pub(crate) mod privileges;
     pub(crate) mod repairs;
     pub(crate) mod rootless;
     pub(crate) mod scene;

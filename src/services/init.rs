@@ -3,6 +3,11 @@
 //! One thread, no runtime. All signals are blocked from before it is executed and read from a
 //! descriptor, so none is lost; the command gets them unblocked. Standard input is the socket to
 //! the supervisor, standard output and error are the service's.
+//!
+//! Where the network namespace belongs to a child of the supervisor's user namespace, as it does
+//! for an ordinary user, the init joins that child before it starts the command. The PID namespace
+//! and its `/proc` belong to the supervisor's user namespace. The supervisor makes them, and cannot
+//! enter another user namespace first, because it has several threads.
 
 mod mounts;
 mod name_services;
@@ -25,6 +30,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
+use tidegate_netns::{Namespace, join_user_namespace};
 
 /// What this program is called with to be a service's init.
 pub const SUBCOMMAND: &str = "service-init";
@@ -77,21 +83,30 @@ fn run(socket: &UnixStream, order: &Order) -> Result<(), Report> {
     let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
     step("enter the network namespace", entered)?;
     drop(namespace);
+    let user_namespace = step("find the owner of the network namespace", network_owner())?;
     // Whatever tidegate was given open by its own parent. Before Linux 5.11 the flag is unknown,
     // and it stays. SAFETY: a system call that marks descriptors of this process; it closes none.
     unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
-    // SAFETY: this process has one thread, which shares its mounts and host name with nobody in
-    // here.
-    let unshared = unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::NEWUTS) };
-    step("make own mounts and host name", unshared)?;
-    step(
-        &format!("set host name {:?}", order.hostname),
-        rustix::system::sethostname(order.hostname.as_bytes()),
-    )?;
+    unshare(UnshareFlags::NEWNS, "make a mount namespace")?;
     let (mut name_services, notes) = mounts::set_up(&order.files)?;
     for note in notes {
         let _ = send(socket, &Report::Note(note));
     }
+    if let Some(namespace) = user_namespace {
+        // After the mounts: mounting /proc takes CAP_SYS_ADMIN over the PID namespace.
+        step("join the user namespace", io_errno(join_user_namespace(namespace)))?;
+        // The command can mount here. It cannot remove the mounts made so far, which the kernel
+        // locks in the copy for a less privileged user namespace (mount_namespaces(7)).
+        unshare(UnshareFlags::NEWNS, "make a mount namespace in the user namespace")?;
+        // New credentials can clear the request above (`commit_creds` of `kernel/cred.c`).
+        let asked = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+        step("ask to die with tidegate", asked)?;
+    }
+    unshare(UnshareFlags::NEWUTS, "make a UTS namespace")?;
+    step(
+        &format!("set host name {:?}", order.hostname),
+        rustix::system::sethostname(order.hostname.as_bytes()),
+    )?;
     let signals = step("read signals", signals())?;
     let command = start(order)?;
     let _ = send(socket, &Report::Running);
@@ -100,6 +115,26 @@ fn run(socket: &UnixStream, order: &Order) -> Result<(), Report> {
         let _ = send(socket, &Report::Ended(exit));
     }
     Ok(())
+}
+
+/// The user namespace that owns this process's network namespace, if that is not the one that this
+/// process is in.
+fn network_owner() -> Result<Option<OwnedFd>, Errno> {
+    let network = io_errno(Namespace::current())?;
+    if network.belongs_to_own_user_namespace() {
+        return Ok(None);
+    }
+    io_errno(network.owner()).map(Some)
+}
+
+fn unshare(flags: UnshareFlags, what: &str) -> Result<(), Report> {
+    // SAFETY: this process has one thread, which shares its mounts and host name with nobody in
+    // here.
+    step(what, unsafe { unshare_unsafe(flags) })
+}
+
+fn io_errno<T>(result: io::Result<T>) -> Result<T, Errno> {
+    result.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
 /// The result of a step, or what to say about it.

@@ -20,6 +20,10 @@
 //! are a complete end. The init ends with the command, by the supervisor's signal, when the
 //! supervisor dies (`PR_SET_PDEATHSIG`), and when its socket closes.
 //!
+//! A service runs in the user namespace that owns its network namespace. For root that is the
+//! supervisor's. For an ordinary user it is a child of it, one for each service, so that root in a
+//! service has no capability over the supervisor's network namespace, where the bridges are.
+//!
 //! A service moves `Starting -> Running -> (Restarting -> Starting ...) -> Ended`, and from `Ended`
 //! nowhere.
 
@@ -64,7 +68,8 @@ pub struct ServiceSpec {
     pub hostname: String,
     /// Where the command starts.
     pub working_dir: PathBuf,
-    /// The network namespace that it lives in, across restarts.
+    /// The network namespace that it lives in, across restarts. It runs in the user namespace that
+    /// owns this one: the supervisor's, or a child of it.
     pub namespace: Namespace,
     /// The contents of its `/etc/hosts`.
     pub hosts: String,

@@ -382,7 +382,9 @@ impl Up {
         let mut namespaces = BTreeMap::new();
         for service in &project.services {
             let namespace = match &service.run {
-                Run::Command(_) => Namespace::create().context("make a network namespace")?,
+                Run::Command(_) => host_context
+                    .create_for_service()
+                    .with_context(|| format!("service {:?}", service.name))?,
                 Run::Adopt(path) => Namespace::from_path(path)
                     .with_context(|| format!("service {:?}", service.name))?,
             };

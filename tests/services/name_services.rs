@@ -42,8 +42,8 @@ fn supervisor_beside_name_services() {
     let lines = Lines::default();
     run(async {
         let mut supervisor = supervisor(Path::new(&run_dir), lines.clone(), FOREVER);
-        let namespace = tidegate_netns::Namespace::current().unwrap();
-        supervisor.start(vec![shell_in(namespace, "web", script)]).await.unwrap();
+        let web = shell_in(namespace_for_service(), "web", script);
+        supervisor.start(vec![web]).await.unwrap();
         lines.wait_for("web | first").await;
         // A daemon that is started later.
         let _later = listen("/run/made/socket");
@@ -105,5 +105,5 @@ fn name_services_of_the_host_are_hidden_from_a_service_whenever_they_start() {
 
 #[test]
 fn so_they_are_without_root() {
-    are_hidden(&["--user", "--map-root-user", "--net", "--mount"]);
+    are_hidden(&["--user", "--map-root-user", "--mount"]);
 }

@@ -136,15 +136,22 @@ fn where_user_namespaces_are_not_allowed_it_says_what_would_allow_them() {
     let before = state(&scene.net.host);
     let path = scene.directory.path().join("compose.yaml");
     fs::write(&path, FILE).unwrap();
-    let mut command = scene.net.host.command("unshare");
-    let deny = "echo 0 > /proc/sys/user/max_user_namespaces
-        exec setpriv --bounding-set=-sys_admin \"$0\" up -f \"$1\" --metrics none";
-    command.args(["--user", "--map-root-user", "sh", "-c", deny, TIDEGATE]).arg(path);
-    let output = command.env("TIDEGATE_RUN_DIR", scene.run.path()).output().unwrap();
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.starts_with("tidegate: error: make a user namespace: "), "{told}");
-    assert!(told.contains("user.max_user_namespaces") && told.lines().count() == 1, "{told}");
+    // One for the networks, and one for each service.
+    for (allowed, beginning) in [(0, "tidegate: error: "), (1, "tidegate: error: service \"")] {
+        let mut command = scene.net.host.command("unshare");
+        let deny = format!(
+            "echo {allowed} > /proc/sys/user/max_user_namespaces
+            exec setpriv --bounding-set=-sys_admin \"$0\" up -f \"$1\" --metrics none"
+        );
+        command.args(["--user", "--map-root-user", "sh", "-c", &deny, TIDEGATE]).arg(&path);
+        command.env("TIDEGATE_RUN_DIR", scene.run.path()).env("TIDEGATE_LOG", "warn");
+        let output = command.output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.starts_with(beginning), "{told}");
+        assert!(told.contains("make a user namespace: "), "{told}");
+        assert!(told.contains("user.max_user_namespaces") && told.lines().count() == 1, "{told}");
+    }
     assert_eq!(state(&scene.net.host), before);
 }
 

@@ -12,7 +12,8 @@
 //! watched for as long as the service runs, and what appears is covered.
 //!
 //! This is not a boundary for a service that wants to get past it: it has the host's files, and
-//! root may remove a mount.
+//! root may remove a mount. In a user namespace of its own it may not, but it can open what appears
+//! later before that is covered.
 
 use super::super::files::SHOWN;
 use super::reason;
