@@ -4,6 +4,7 @@ use crate::encode::{
     INET, batch_begin, batch_end, delete_chain, delete_elements, delete_set, delete_table,
     flush_chain, message, new_chain, new_elements, new_rule, new_set, new_table, request,
 };
+use crate::identity::{Object, TableIdentity, without_counts};
 use crate::socket::NetfilterSocket;
 use crate::table::{Chain, Set, Table};
 use crate::wire::{Attributes, Message, attribute, attributes, number, text};
@@ -117,6 +118,18 @@ pub struct Listed {
     pub persists: bool,
 }
 
+impl Listed {
+    /// Of the attributes of a table.
+    fn new(table: &[u8]) -> Self {
+        let flags = attribute(table, 2).and_then(number).unwrap_or(0);
+        Self {
+            name: attribute(table, 1).map(text).unwrap_or_default(),
+            owner: attribute(table, 7).and_then(number).filter(|_| flags & OWNER != 0),
+            persists: flags & PERSIST != 0,
+        }
+    }
+}
+
 /// A connection to the packet filter of one namespace. The tables that it owns it owns as long as
 /// it lives.
 pub struct Connection {
@@ -143,6 +156,42 @@ impl Connection {
     /// # Errors
     /// [`Error`].
     pub fn commit(&mut self, changes: &[Change]) -> Result<(), Error> {
+        self.transact(changes, false).map(drop)
+    }
+
+    /// Puts `table` in the place of one of its name, and returns what identifies it and its
+    /// contents. It does not belong to this connection. Sets of the table are not part of its
+    /// identity, only their number is.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn replace(&mut self, table: Table) -> Result<TableIdentity, Error> {
+        let objects = self.transact(&[Change::Replace { table, owned: false }], true)?;
+        Ok(TableIdentity::new(objects))
+    }
+
+    /// Whether the table is as [`replace`](Self::replace) has put it: with the same chains and
+    /// rules, as many sets, and not dormant.
+    ///
+    /// Every object is asked for by its own name or number. A dump of chains lists those of all
+    /// tables (`nf_tables_dump_chains`), and a dump is begun again whenever somebody has changed
+    /// anything meanwhile.
+    ///
+    /// # Errors
+    /// The kernel's: `EPERM` without the privilege to ask.
+    pub fn is_intact(&mut self, identity: &TableIdentity) -> io::Result<bool> {
+        for object in identity.objects() {
+            match self.find(&object.request())? {
+                Some(found) if object.is(&found) => {}
+                _ => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Carries all of `changes` out, or none. With `echo` the kernel tells what it has made of it:
+    /// tables, chains and rules in the order of their making.
+    fn transact(&mut self, changes: &[Change], echo: bool) -> Result<Vec<Object>, Error> {
         let mut attempt = 0;
         loop {
             attempt += 1;
@@ -152,8 +201,14 @@ impl Connection {
                 self.plan(change, &mut ids, &mut messages)?;
             }
             messages.push(batch_end());
-            let refused = self.socket.send_all(&messages)?;
-            let Some(first) = refused.into_iter().next() else { return Ok(()) };
+            if echo {
+                messages.iter_mut().for_each(Object::have_echoed);
+            }
+            let mut objects = Vec::new();
+            let refused = self.socket.send_all(&messages, |kind, attributes| {
+                objects.extend(Object::made(kind, attributes));
+            })?;
+            let Some(first) = refused.into_iter().next() else { return Ok(objects) };
             // What was there while it was planned was gone when it was done, or the other way
             // round.
             let overtaken = [Errno::NOENT, Errno::EXIST, Errno::BUSY];
@@ -183,14 +238,23 @@ impl Connection {
     pub fn tables(&mut self) -> io::Result<Vec<Listed>> {
         let mut tables = Vec::new();
         self.socket.dump(&list(request::GET_TABLE, Attributes::default()), |table| {
-            let flags = attribute(table, 2).and_then(number).unwrap_or(0);
-            tables.push(Listed {
-                name: attribute(table, 1).map(text).unwrap_or_default(),
-                owner: attribute(table, 7).and_then(number).filter(|_| flags & OWNER != 0),
-                persists: flags & PERSIST != 0,
-            });
+            tables.push(Listed::new(table));
         })?;
         Ok(tables)
+    }
+
+    /// The table `name` of the family `inet`, if it is there.
+    fn table(&mut self, name: &str) -> io::Result<Option<Listed>> {
+        let asked = list(request::GET_TABLE, Attributes::default().text(1, name));
+        Ok(self.find(&asked)?.map(|table| Listed::new(&table)))
+    }
+
+    /// Asks for one thing: its attributes, if it is there.
+    fn find(&mut self, asked: &Message) -> io::Result<Option<Vec<u8>>> {
+        match self.socket.ask(asked) {
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Ok(None),
+            found => found.map(Some),
+        }
     }
 
     /// Whether the table `name` is there and this connection owns it, so that nobody else can have
@@ -200,7 +264,7 @@ impl Connection {
     /// As of [`tables`](Self::tables).
     pub fn owns(&mut self, name: &str) -> io::Result<bool> {
         let port = self.socket.port();
-        Ok(self.tables()?.iter().any(|table| table.name == name && table.owner == Some(port)))
+        Ok(self.table(name)?.is_some_and(|table| table.owner == Some(port)))
     }
 
     /// Whether this kernel lets tables belong to a connection and stay when it ends. It is tried,
@@ -229,12 +293,8 @@ impl Connection {
     /// # Errors
     /// As of [`tables`](Self::tables).
     pub fn has_table(&mut self, family: TableFamily, name: &str) -> io::Result<bool> {
-        let mut found = false;
-        let asked = list(request::GET_TABLE, Attributes::default());
-        self.socket.dump(&Message { family: family.number(), ..asked }, |table| {
-            found |= attribute(table, 1).map(text).as_deref() == Some(name);
-        })?;
-        Ok(found)
+        let asked = list(request::GET_TABLE, Attributes::default().text(1, name));
+        Ok(self.find(&Message { family: family.number(), ..asked })?.is_some())
     }
 
     /// Whether there is a chain of that name in the table `table` of that family.
@@ -242,13 +302,8 @@ impl Connection {
     /// # Errors
     /// As of [`tables`](Self::tables).
     pub fn has_chain(&mut self, family: TableFamily, table: &str, name: &str) -> io::Result<bool> {
-        let mut found = false;
-        let asked = list(request::GET_CHAIN, Attributes::default().text(1, table));
-        self.socket.dump(&Message { family: family.number(), ..asked }, |chain| {
-            let of = |kind| attribute(chain, kind).map(text);
-            found |= of(1).as_deref() == Some(table) && of(3).as_deref() == Some(name);
-        })?;
-        Ok(found)
+        let asked = list(request::GET_CHAIN, Attributes::default().text(1, table).text(3, name));
+        Ok(self.find(&Message { family: family.number(), ..asked })?.is_some())
     }
 
     /// The base chains of `postrouting` behind `priority` whose tables have a rule that changes
@@ -321,7 +376,7 @@ impl Connection {
         messages.extend(deletions.map(|message| Message { flags: IF_EMPTY, ..of_family(message) }));
         messages.push(batch_end());
         // Refused: a rule was put there meanwhile.
-        Ok(self.socket.send_all(&messages)?.is_empty())
+        Ok(self.socket.send_all(&messages, |_, _| ())?.is_empty())
     }
 
     /// A number that changes with the table `name`, or with those of its chains and sets that `of`
@@ -335,13 +390,12 @@ impl Connection {
         name: &str,
         of: impl Fn(&str) -> bool,
     ) -> io::Result<Option<u64>> {
-        if !self.tables()?.iter().any(|table| table.name == name) {
+        if self.table(name)?.is_none() {
             return Ok(None);
         }
         let mut hasher = DefaultHasher::new();
         for chain in self.chains(name)?.into_iter().filter(|chain| of(chain)) {
             chain.hash(&mut hasher);
-            // A rule that is replaced gets a new number.
             self.rules(name, &chain)?.hash(&mut hasher);
         }
         for (set, handle) in self.sets(name)?.into_iter().filter(|(set, _)| of(set)) {
@@ -438,7 +492,7 @@ impl Connection {
     /// Whether the table is there, and may be changed.
     fn is_there(&mut self, name: &str) -> Result<bool, Error> {
         let port = self.socket.port();
-        match self.tables()?.into_iter().find(|table| table.name == name) {
+        match self.table(name)? {
             None => Ok(false),
             Some(Listed { owner: Some(owner), .. }) if owner != port => {
                 Err(Error::Owned(name.to_owned()))
@@ -476,12 +530,14 @@ impl Connection {
         Ok(sets)
     }
 
-    /// The numbers of a chain's rules.
-    fn rules(&mut self, table: &str, chain: &str) -> io::Result<Vec<Vec<u8>>> {
+    /// The numbers and expressions of a chain's rules: one that takes the place of another has its
+    /// number. Counters are left out.
+    fn rules(&mut self, table: &str, chain: &str) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let mut rules = Vec::new();
         let asked = Attributes::default().text(1, table).text(2, chain);
         self.socket.dump(&list(request::GET_RULE, asked), |rule| {
-            rules.push(attribute(rule, 3).unwrap_or_default().to_vec());
+            let of = |kind| attribute(rule, kind).unwrap_or_default();
+            rules.push((of(3).to_vec(), without_counts(of(4))));
         })?;
         Ok(rules)
     }

@@ -22,6 +22,7 @@ mod encode;
 mod expression;
 mod gate;
 mod guard;
+mod identity;
 mod socket;
 mod table;
 mod text;
@@ -35,6 +36,7 @@ pub use gate::{count_programs, detach_programs};
 #[doc(hidden)]
 pub use guard::program_time;
 pub use guard::{Dropped, InternalGuard, Mechanism, PortGuards, PortPolicy, SpoofReason};
+pub use identity::TableIdentity;
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
 };

@@ -63,8 +63,12 @@ impl NetfilterSocket {
     }
 
     /// Sends `messages` together and returns what was refused of them; `NLM_F_ACK` is not needed
-    /// for that.
-    pub(crate) fn send_all(&mut self, messages: &[Message]) -> io::Result<Vec<Refusal>> {
+    /// for that. What the kernel echoes is handed on: its type and its attributes.
+    pub(crate) fn send_all(
+        &mut self,
+        messages: &[Message],
+        mut echoed: impl FnMut(u16, &[u8]),
+    ) -> io::Result<Vec<Refusal>> {
         self.discard()?;
         let first = self.sequence.wrapping_add(1);
         let mut buffer = Vec::new();
@@ -76,11 +80,13 @@ impl NetfilterSocket {
         let mut refused = Vec::new();
         self.socket.set_non_blocking(true)?;
         let received = self.drain(|kind, sequence, payload| {
-            if kind != ERROR {
+            let index = sequence.wrapping_sub(first) as usize;
+            if index >= messages.len() {
                 return;
             }
-            let index = sequence.wrapping_sub(first) as usize;
-            if let Some(source) = error_of(payload).filter(|_| index < messages.len()) {
+            if kind != ERROR {
+                echoed(kind, payload.get(Message::HEAD..).unwrap_or_default());
+            } else if let Some(source) = error_of(payload) {
                 refused.push(Refusal { index, source });
             }
         });

@@ -398,6 +398,70 @@ fn whatever_changes_changes_the_fingerprint() {
 }
 
 #[test]
+fn whatever_changes_the_rules_of_a_table_changes_its_identity() {
+    let namespace = Namespace::new();
+    let mut connection = connect(&namespace);
+    for harm in [
+        "add rule inet everything raw accept",
+        "insert rule inet everything raw accept",
+        "flush chain inet everything inner",
+        "add chain inet everything more",
+        "add set inet everything more { type inet_service; }",
+        "add chain inet everything raw { policy drop; }",
+        "add table inet everything { flags dormant; }",
+        "delete table inet everything",
+    ] {
+        let identity = connection.replace(everything()).unwrap();
+        assert!(connection.is_intact(&identity).unwrap());
+        namespace.exec("nft", &["add table inet elsewhere"]);
+        assert!(connection.is_intact(&identity).unwrap());
+        namespace.exec("nft", &[harm]);
+        assert!(!connection.is_intact(&identity).unwrap(), "{harm}");
+    }
+}
+
+/// As many chains, flags and counts as before.
+#[test]
+fn a_table_or_rule_in_the_place_of_another_has_another_identity() {
+    let namespace = Namespace::new();
+    let mut connection = connect(&namespace);
+    let identity = connection.replace(everything()).unwrap();
+    let again = connection.replace(everything()).unwrap();
+    assert_ne!(identity, again);
+    assert!(!connection.is_intact(&identity).unwrap());
+    let print =
+        |connection: &mut Connection| connection.fingerprint("everything", |_| true).unwrap();
+    let before = print(&mut connection);
+    let listed = namespace.exec("nft", &["-a", "list", "chain", "inet", "everything", "raw"]);
+    let rule = listed.lines().find(|line| line.contains("comment")).unwrap();
+    let number = rule.rsplit(' ').next().unwrap();
+    let replace = ["replace", "rule", "inet", "everything", "raw", "handle", number, "accept"];
+    namespace.exec("nft", &replace);
+    assert!(!connection.is_intact(&again).unwrap());
+    assert_ne!(print(&mut connection), before);
+}
+
+#[test]
+fn chains_of_others_do_not_delay_the_check_of_a_table() {
+    let namespace = Namespace::new();
+    let mut connection = connect(&namespace);
+    let identity = connection.replace(everything()).unwrap();
+    let chains = (0..50_000).map(|at| format!("add chain inet many c{at}\n"));
+    let file = std::env::temp_dir().join(format!("tidegate-nft-many-{}", std::process::id()));
+    fs::write(&file, format!("add table inet many\n{}", chains.collect::<String>())).unwrap();
+    namespace.exec("nft", &["-f", file.to_str().unwrap()]);
+    fs::remove_file(file).unwrap();
+    let begin = Instant::now();
+    connection.fingerprint("everything", |_| true).unwrap();
+    let dumped = begin.elapsed();
+    let begin = Instant::now();
+    assert!(connection.is_intact(&identity).unwrap());
+    let asked = begin.elapsed();
+    println!("beside 50,000 chains: {dumped:?} by dumps, {asked:?} by name");
+    assert!(asked < dumped / 2, "{asked:?}");
+}
+
+#[test]
 fn a_part_comes_and_goes_beside_what_is_somebody_elses() {
     let namespace = Namespace::new();
     let mut connection = connect(&namespace);

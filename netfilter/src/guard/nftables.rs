@@ -42,7 +42,7 @@ pub(super) fn attach(
     messages.push(new_chain(table, link));
     messages.extend(rendered(rules, policer).iter().map(|rule| new_rule(table, link, rule)));
     messages.push(encode::batch_end());
-    match socket.send_all(&messages)?.into_iter().next() {
+    match socket.send_all(&messages, |_, _| ())?.into_iter().next() {
         None => Ok(()),
         Some(refused) => Err(refused.source),
     }
@@ -93,7 +93,7 @@ pub(super) fn dropped(
 pub(super) fn make(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
     let messages =
         [encode::batch_begin(), netdev(encode::new_table(table, 0)), encode::batch_end()];
-    match socket.send_all(&messages)?.into_iter().next() {
+    match socket.send_all(&messages, |_, _| ())?.into_iter().next() {
         None => Ok(()),
         Some(refused) => Err(refused.source),
     }
@@ -114,7 +114,7 @@ pub(super) fn has_table(socket: &mut NetfilterSocket, table: &str) -> io::Result
 pub(super) fn remove(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
     let messages =
         [encode::batch_begin(), netdev(encode::delete_table(table)), encode::batch_end()];
-    match socket.send_all(&messages)?.into_iter().next() {
+    match socket.send_all(&messages, |_, _| ())?.into_iter().next() {
         Some(refused) if refused.source.kind() != io::ErrorKind::NotFound => Err(refused.source),
         _ => Ok(()),
     }
