@@ -312,7 +312,8 @@ impl Resolver {
     }
 
     /// Serves a container at 127.0.0.11:53 in its namespace, whose `lo` is up. What it is told
-    /// depends on the endpoints that it has at the time of each question.
+    /// depends on the endpoints that it has at the time of each question. It may take as long as
+    /// root in the container likes, as to repair a [`Serving`] may.
     ///
     /// # Errors
     /// [`ServeError`]: above all, that the port is taken.

@@ -38,6 +38,7 @@ compile_error!("network namespaces exist on Linux only");
 
 mod addresses;
 mod change_listener;
+mod elsewhere;
 mod family;
 mod handle;
 mod local_peer;
@@ -51,6 +52,7 @@ mod user;
 
 pub use addresses::AddressBook;
 pub use change_listener::{ChangeListener, Topic};
+pub use elsewhere::drop_elsewhere;
 pub use family::{Families, Family};
 pub use handle::{Namespace, NamespaceId, OpenError};
 pub use local_peer::LocalPeers;

@@ -42,6 +42,9 @@ pub enum Listen {
 
 /// A server of one container, or of one gateway. It ends when this is dropped, and what it has set
 /// up in the container's namespace goes with it.
+///
+/// To repair and to drop one takes as long as root in the container makes nftables take there: no
+/// matter for a thread that serves others.
 #[derive(Debug)]
 pub struct Serving {
     tasks: [AbortHandle; 2],

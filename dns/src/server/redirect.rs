@@ -22,62 +22,53 @@
 //! rewritten after that (-200), answers before.
 
 use crate::resolv_conf::{PORT, SERVER};
-use std::io;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use tidegate_model::registry::NFTABLES_DNS_TABLE;
 use tidegate_netfilter::{
-    Action, Base, Chain, Change, Connection, Error, Hook, Key, Kind, Match, Rule, Table, Transport,
-    Value,
+    Action, Base, Chain, Change, Connection, Error, Hook, Key, Kind, Match, Rule, Table,
+    TableIdentity, Transport, Value,
 };
-use tidegate_netns::Namespace;
+use tidegate_netns::{Namespace, drop_elsewhere};
 
 /// `mangle` and `raw` of nft(8); connections are tracked at -200.
 const AFTER_TRACKING: i32 = -150;
 const BEFORE_TRACKING: i32 = -300;
-/// Threads that close connections.
-const CLOSERS: usize = 64;
 
-/// The rule, as long as this is there.
+/// The table, as long as this is there.
+///
+/// Every method blocks for as long as root in the container likes: the kernel carries out one
+/// transaction of a namespace at a time (`commit_mutex`, which closing a socket of nftables takes
+/// as well), and each visits all chains that the namespace has (`nf_tables_commit`).
 #[derive(Debug)]
 pub(super) struct Redirect {
     namespace: Namespace,
     ports: (u16, u16),
-    /// Of the table as it was made.
-    fingerprint: Option<u64>,
+    identity: TableIdentity,
 }
 
 impl Redirect {
     /// Leads port 53 to `ports`: of UDP, of TCP.
     pub(super) fn set_up(namespace: &Namespace, ports: (u16, u16)) -> Result<Self, Error> {
-        let fingerprint = make(namespace, ports)?;
-        Ok(Self { namespace: namespace.clone(), ports, fingerprint })
+        let identity = make(namespace, ports)?;
+        Ok(Self { namespace: namespace.clone(), ports, identity })
     }
 
     /// Makes the table again if it is not as it was made. Whether it was not.
     pub(super) fn repair(&mut self) -> Result<bool, Error> {
-        let found = self.namespace.with(|| fingerprint(&mut Connection::open()?))??;
-        if found.is_some() && found == self.fingerprint {
+        let identity = &self.identity;
+        let is_intact = || Connection::open()?.is_intact(identity);
+        if self.namespace.with(is_intact)?? {
             return Ok(false);
         }
-        self.fingerprint = make(&self.namespace, self.ports)?;
+        self.identity = make(&self.namespace, self.ports)?;
         Ok(true)
     }
 }
 
 /// Makes the table, in the place of one that is there.
-fn make(namespace: &Namespace, ports: (u16, u16)) -> Result<Option<u64>, Error> {
-    let change = Change::Replace { table: table(ports), owned: false };
-    namespace.with(|| {
-        let mut connection = Connection::open()?;
-        connection.commit(&[change])?;
-        Ok(fingerprint(&mut connection)?)
-    })?
-}
-
-/// What tells whether the table is as it was.
-fn fingerprint(connection: &mut Connection) -> io::Result<Option<u64>> {
-    connection.fingerprint(NFTABLES_DNS_TABLE, |_| true)
+fn make(namespace: &Namespace, ports: (u16, u16)) -> Result<TableIdentity, Error> {
+    let table = table(ports);
+    namespace.with(|| Connection::open()?.replace(table))?
 }
 
 impl Drop for Redirect {
@@ -86,30 +77,16 @@ impl Drop for Redirect {
         let remove = || {
             let mut connection = Connection::open()?;
             connection.commit(&[change])?;
-            close_elsewhere(connection);
+            // The kernel lets go of what was deleted when the socket is closed, after a grace
+            // period of some 12 ms, which a thousand servers that end together would have to wait
+            // for one after the other.
+            drop_elsewhere(connection);
             Ok::<_, Error>(())
         };
         if let Err(error) = self.namespace.with(remove).map_err(Error::from).flatten() {
             tracing::debug!(namespace = %self.namespace.id(), %error, "the redirection of DNS stays");
         }
     }
-}
-
-/// Closes what has deleted something: the kernel lets go of that then, after a grace period of some
-/// 12 ms, which a thousand servers that end together would have to wait for one after the other.
-fn close_elsewhere(connection: Connection) {
-    static CLOSING: AtomicUsize = AtomicUsize::new(0);
-    if CLOSING.fetch_add(1, Ordering::Relaxed) < CLOSERS {
-        let close = move || {
-            drop(connection);
-            CLOSING.fetch_sub(1, Ordering::Relaxed);
-        };
-        // Without a thread it is closed here and now.
-        if std::thread::Builder::new().name("tidegate-dns".into()).spawn(close).is_ok() {
-            return;
-        }
-    }
-    CLOSING.fetch_sub(1, Ordering::Relaxed);
 }
 
 fn table((udp, tcp): (u16, u16)) -> Table {
