@@ -361,9 +361,9 @@ impl Publisher {
             counts.push(more.len());
             at_gateways.extend(more.into_iter().map(|listener| (listener, *container_port)));
         }
+        let options = self.way(endpoint, protocol)?;
         let mut state = self.state();
         state.check(endpoint, listeners.len() + at_gateways.len())?;
-        let options = state.way(endpoint, protocol, self)?;
         let openings = |state: &State| -> Vec<Opening> {
             told.iter().map(|(label, port)| state.opening(endpoint, *label, *port)).collect()
         };
@@ -428,6 +428,49 @@ impl Publisher {
             state.ports.insert(id, Port { told, published, carried, _descriptors: descriptors });
         }
         Ok(opened)
+    }
+
+    /// The way of `protocol` to `name`, made when it is first asked for. That is not done under the
+    /// lock: root in the endpoint decides how long it takes.
+    fn way(&self, name: &str, protocol: Protocol) -> Result<Ways, PublishError> {
+        let no_endpoint = || PublishError::NoEndpoint(name.to_owned());
+        loop {
+            let (namespace, addresses, acl) = {
+                let state = self.state();
+                let endpoint = state.endpoints.get(name).ok_or_else(no_endpoint)?;
+                if let Some(way) = endpoint.ways.get(&protocol) {
+                    return Ok(way.options.clone());
+                }
+                (endpoint.namespace.clone(), endpoint.addresses.clone(), endpoint.acl.clone())
+            };
+            let descriptors =
+                self.engine.reserve(WAY_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
+            let upstream = towards(&self.host_context, name, &namespace, &addresses, protocol)?;
+            let upstream = Arc::new(Relocatable::new(upstream, &addresses));
+            let with = |acl| {
+                let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
+                options.gateway_acl = acl;
+                self.limits.limit_port(&mut options);
+                Arc::new(options)
+            };
+            let at_gateways = with(acl.clone());
+            let outside = if self.host_context.is_rootless() {
+                with(acl.for_sockets_elsewhere())
+            } else {
+                Arc::clone(&at_gateways)
+            };
+            let options = Ways { outside, at_gateways };
+            let way = Way { upstream, options: options.clone(), _descriptors: descriptors };
+            let mut state = self.state();
+            let endpoint = state.endpoints.get_mut(name).ok_or_else(no_endpoint)?;
+            let is_first = !endpoint.ways.contains_key(&protocol);
+            // Another port may have made it meanwhile, or the endpoint have been relocated.
+            if is_first && endpoint.namespace.id() == namespace.id() {
+                endpoint.ways.insert(protocol, way);
+                return Ok(options);
+            }
+            drop(state);
+        }
     }
 
     /// The gateways at which a port on `ip` is opened too.
@@ -594,20 +637,32 @@ impl Publisher {
         namespace: &Namespace,
         addresses: &[IpAddr],
     ) -> Result<(), PublishError> {
-        let mut state = self.state();
-        let Some(found) = state.endpoints.get_mut(endpoint) else {
-            return Err(PublishError::NoEndpoint(endpoint.to_owned()));
+        let mut ready: BTreeMap<Protocol, Arc<dyn Upstream>> = BTreeMap::new();
+        let relocated: Vec<(Protocol, Arc<Relocatable>)> = loop {
+            let missing = {
+                let mut state = self.state();
+                let Some(found) = state.endpoints.get_mut(endpoint) else {
+                    return Err(PublishError::NoEndpoint(endpoint.to_owned()));
+                };
+                let Some(missing) = found.ways.keys().find(|way| !ready.contains_key(way)) else {
+                    found.namespace = namespace.clone();
+                    found.addresses = addresses.to_vec();
+                    found.relocations += 1;
+                    let ways = found.ways.iter();
+                    break ways.map(|(of, way)| (*of, Arc::clone(&way.upstream))).collect();
+                };
+                *missing
+            };
+            // Not under the lock: root in the endpoint decides how long it takes.
+            let way = towards(&self.host_context, endpoint, namespace, addresses, missing)?;
+            ready.insert(missing, way);
         };
-        let towards = |protocol: &Protocol| {
-            towards(&self.host_context, endpoint, namespace, addresses, *protocol)
-        };
-        let ways = found.ways.keys().map(towards).collect::<Result<Vec<_>, _>>()?;
-        for (way, upstream) in found.ways.values().zip(ways) {
-            way.upstream.relocate(upstream, addresses);
+        // Nor this, which takes back what is in the old namespace.
+        for (protocol, way) in relocated {
+            if let Some(upstream) = ready.remove(&protocol) {
+                way.relocate(upstream, addresses);
+            }
         }
-        found.namespace = namespace.clone();
-        found.addresses = addresses.to_vec();
-        found.relocations += 1;
         Ok(())
     }
 
@@ -666,47 +721,6 @@ impl State {
             return Err(PublishError::TooMany(more));
         }
         Ok(())
-    }
-
-    /// The way of `protocol` to `name`, made when it is first asked for.
-    fn way(
-        &mut self,
-        name: &str,
-        protocol: Protocol,
-        publisher: &Publisher,
-    ) -> Result<Ways, PublishError> {
-        let Some(endpoint) = self.endpoints.get_mut(name) else {
-            return Err(PublishError::NoEndpoint(name.to_owned()));
-        };
-        if let Some(way) = endpoint.ways.get(&protocol) {
-            return Ok(way.options.clone());
-        }
-        let descriptors =
-            publisher.engine.reserve(WAY_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
-        let upstream = towards(
-            &publisher.host_context,
-            name,
-            &endpoint.namespace,
-            &endpoint.addresses,
-            protocol,
-        )?;
-        let upstream = Arc::new(Relocatable::new(upstream, &endpoint.addresses));
-        let with = |acl| {
-            let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
-            options.gateway_acl = acl;
-            publisher.limits.limit_port(&mut options);
-            Arc::new(options)
-        };
-        let at_gateways = with(endpoint.acl.clone());
-        let outside = if publisher.host_context.is_rootless() {
-            with(endpoint.acl.for_sockets_elsewhere())
-        } else {
-            Arc::clone(&at_gateways)
-        };
-        let options = Ways { outside, at_gateways };
-        let way = Way { upstream, options: options.clone(), _descriptors: descriptors };
-        endpoint.ways.insert(protocol, way);
-        Ok(options)
     }
 }
 
