@@ -16,6 +16,7 @@ use api::ask::{ask, get};
 use scene::{Scene, TIDEGATE};
 use serde_json::{Value, json};
 use std::time::Duration;
+use tidegate_testbed::eventually;
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -39,12 +40,23 @@ fn project() -> String {
     PROJECT.replace("TIDEGATE", TIDEGATE)
 }
 
+/// Its state follows the line that tells of it.
+#[track_caller]
+fn wait_for_end_of_job(scene: &Scene) {
+    let has_ended = || {
+        let status = get(&scene.socket(), "/v1/status").1;
+        let services = status["services"].as_array().unwrap();
+        services.iter().any(|one| one["name"] == "job" && one["state"] == "ended")
+    };
+    assert!(eventually(SOON, has_ended));
+}
+
 #[test]
 fn ps_lists_services_with_their_ports_and_networks() {
     let scene = Scene::new();
     let up = scene.up(&project());
     up.wait_for_line("Ctrl-C takes", SOON);
-    up.wait_for_line("exited with code 3", SOON);
+    wait_for_end_of_job(&scene);
     let output = scene.tidegate().arg("ps").output().unwrap();
     let (told, said) =
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
@@ -84,7 +96,7 @@ fn what_runs_is_told_as_it_is() {
     let scene = Scene::new();
     let up = scene.up(&project());
     up.wait_for_line("Ctrl-C takes", SOON);
-    up.wait_for_line("exited with code 3", SOON);
+    wait_for_end_of_job(&scene);
     let socket = scene.socket();
     let (code, status) = get(&socket, "/v1/status");
     assert_eq!(code, 200);

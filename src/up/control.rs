@@ -18,8 +18,10 @@
 //! ended is a stranger's.
 
 use super::endpoint_watch::EndpointWatch;
+use super::endpoint_work::{EndpointWork, Progress};
 use super::layout::foreign_networks;
-use super::repair_schedule::{Check, RepairSchedule, SETTLE};
+use super::names::{NameServers, NewServer};
+use super::repair_schedule::{Check, SETTLE};
 use super::{
     Instance, Signals, bridge_indexes, preceding_rule, reply_paths, rules_ahead, uplinks,
     warn_of_preceding_rule,
@@ -28,21 +30,24 @@ use crate::api::{Order, Problem};
 use crate::firewall::BypassedRules;
 use crate::publisher::PublishError;
 use crate::services::State;
-use std::collections::{BTreeMap, BTreeSet};
+use anyhow::Context;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_dns::Serving;
 use tidegate_netns::{
-    ChangeListener, Namespace, NamespaceId, Restored, policy_route_sysctls_hold,
+    ChangeListener, Namespace, NamespaceId, Restored, drop_elsewhere, policy_route_sysctls_hold,
     repair_policy_routes,
 };
 use tidegate_netsetup::{Firewall, Place, RepairKind, Repaired, SetupError};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout_at};
 
 /// How often adopted namespaces are looked after.
 const LOOK: Duration = Duration::from_secs(1);
@@ -59,6 +64,48 @@ const LOOK_AT_RULES: Duration = Duration::from_millis(200);
 /// Every how many looks default routes are looked for where the kernel publishes, and DOCKER-USER
 /// is read where the legacy variant of iptables is in use, which takes two runs of a program.
 const LOOK_AT_LEGACY: u32 = 5;
+
+/// How long the end waits for what is taken back in the namespaces of endpoints.
+const PARTING: Duration = Duration::from_secs(2);
+
+/// What came of work in the namespace of an endpoint.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// What published ports and the DNS server have there was checked.
+    Checked(Checked),
+    /// Its ports, and unless that failed its DNS server, lead to the namespace that the endpoint
+    /// was attached to.
+    Attached {
+        /// Whether its ports do.
+        relocated: Result<(), Problem>,
+        /// The server there; where ports could not be relocated, the one from before.
+        serving: anyhow::Result<Option<Serving>>,
+    },
+    /// It has a DNS server, or not.
+    Served(anyhow::Result<Serving>),
+    /// Its DNS server has ended.
+    Ended,
+}
+
+/// What a check beyond facts has found.
+#[derive(Debug)]
+pub(super) struct Checked {
+    /// What the check of its facts had found.
+    facts: Check,
+    /// The server, which was lent for it.
+    serving: Option<Serving>,
+    restored: Vec<(RepairKind, String)>,
+    failed: Option<anyhow::Error>,
+}
+
+/// An endpoint that was attached to a namespace, to which its ports do not lead yet.
+#[derive(Debug)]
+pub(super) struct Attaching {
+    path: PathBuf,
+    namespace: Namespace,
+    /// Told what comes of it, if somebody has ordered it.
+    done: Option<oneshot::Sender<Result<(), Problem>>>,
+}
 
 /// What tells that rules of the firewall have changed.
 enum Rules {
@@ -115,14 +162,10 @@ impl Instance {
         let has_services = !self.up.supervisor.statuses().is_empty();
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // What was said last of an endpoint that could not be attached, so that it is not said
-        // every second.
-        let mut said = BTreeMap::new();
         let mut silent = interval(SILENT_CHANGES);
         silent.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The endpoint whose sysctls were read last.
         let mut looked_at = String::new();
-        let mut schedule = RepairSchedule::new();
         let mut rules_changed = false;
         let mut ticked = 0;
         // The rules of DOCKER-USER that were reported, so that each is reported once.
@@ -132,29 +175,30 @@ impl Instance {
         self.look_at_marks(&mut mark_setters);
         loop {
             tokio::select! {
-                changed = self.changes.readable(), if !schedule.awaits_host() => {
+                changed = self.changes.readable(), if !self.schedule.awaits_host() => {
                     let has_changed = changed.is_ok_and(|mut changed| {
                         let has_changed = changed.get_inner().drain();
                         changed.clear_ready();
                         has_changed
                     });
                     if has_changed {
-                        schedule.host_changed(Instant::now());
+                        self.schedule.host_changed(Instant::now());
                     }
                 },
-                () = rules.changed(), if !schedule.awaits_host() => {
-                    schedule.host_changed(Instant::now());
+                () = rules.changed(), if !self.schedule.awaits_host() => {
+                    self.schedule.host_changed(Instant::now());
                     rules_changed = true;
                 },
                 names = self.watch.changed() => {
                     for name in names {
-                        schedule.endpoint_changed(name, Instant::now());
+                        self.schedule.endpoint_changed(name, Instant::now());
                     }
                 },
-                () = sleep_until(schedule.next().unwrap_or_else(Instant::now)), if schedule.next().is_some() => {
-                    self.repair(&mut schedule).await;
+                () = sleep_until(self.schedule.next().unwrap_or_else(Instant::now)), if self.schedule.next().is_some() => {
+                    self.repair().await;
                 },
-                _ = silent.tick() => self.look_for_silent_changes(&mut schedule, &mut looked_at).await,
+                progress = self.work.next() => self.note_progress(progress),
+                _ = silent.tick() => self.look_for_silent_changes(&mut looked_at).await,
                 ended = self.up.supervisor.wait(), if has_services => return ended.success(),
                 () = signals.next() => return true,
                 Some(order) = self.orders.recv() => self.carry_out(order).await,
@@ -169,7 +213,7 @@ impl Instance {
                     // heard.
                     ticked = (ticked + 1) % LOOK_AT_LEGACY;
                     if ticked == 0 && self.up.publisher.translates() {
-                        schedule.host_changed(Instant::now());
+                        self.schedule.host_changed(Instant::now());
                     }
                     rules_changed |= ticked == 0 && !self.apart && Firewall::legacy_is_in_use(&self.host);
                     if std::mem::take(&mut rules_changed) {
@@ -179,7 +223,7 @@ impl Instance {
                     if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.settle()) {
                         tracing::debug!(%error, "a look at the firewall's rules");
                     }
-                    self.look_after_adopted(&mut said).await;
+                    self.look_after_adopted().await;
                 },
             }
         }
@@ -205,7 +249,7 @@ impl Instance {
 
     /// Looks at what the kernel announces to nobody. Of many endpoints, those that follow `last`
     /// are looked at.
-    async fn look_for_silent_changes(&mut self, schedule: &mut RepairSchedule, last: &mut String) {
+    async fn look_for_silent_changes(&mut self, last: &mut String) {
         let endpoints = &self.up.layout.desired.endpoints;
         let mut names: Vec<String> =
             endpoints.iter().map(|endpoint| endpoint.name.clone()).collect();
@@ -222,7 +266,7 @@ impl Instance {
         for name in &names {
             let namespace = self.up.publisher.namespace(name);
             if namespace.is_some_and(|namespace| !policy_route_sysctls_hold(namespace.id())) {
-                schedule.endpoint_changed(name.clone(), Instant::now());
+                self.schedule.endpoint_changed(name.clone(), Instant::now());
             }
         }
         let names = names.into_iter().collect();
@@ -230,8 +274,10 @@ impl Instance {
             Ok(places) => {
                 for place in places {
                     match place {
-                        Place::Host => schedule.host_changed(Instant::now()),
-                        Place::Endpoint(name) => schedule.endpoint_changed(name, Instant::now()),
+                        Place::Host => self.schedule.host_changed(Instant::now()),
+                        Place::Endpoint(name) => {
+                            self.schedule.endpoint_changed(name, Instant::now());
+                        }
                     }
                 }
             }
@@ -294,8 +340,8 @@ impl Instance {
     }
 
     /// Restores what is missing at the places that are due.
-    async fn repair(&mut self, schedule: &mut RepairSchedule) {
-        let (host, mut endpoints) = schedule.take(Instant::now());
+    async fn repair(&mut self) {
+        let (host, mut endpoints) = self.schedule.take(Instant::now());
         endpoints.retain(|name| self.is_in_use(name));
         if host {
             // A bridge that is missing has to be known to be before it is made again: its members
@@ -316,37 +362,20 @@ impl Instance {
         }
         let now = Instant::now();
         for name in std::mem::take(&mut repaired.detached) {
-            schedule.endpoint_changed(name, now);
+            self.schedule.endpoint_changed(name, now);
         }
         if host {
             self.update_bridge_indexes();
-            if schedule.host_checked(found(&repaired, None), now) {
+            if self.schedule.host_checked(found(&repaired, None), now) {
                 tracing::warn!(
                     "objects on the host are removed again and again; they are restored five times a second at most"
                 );
             }
         }
         for endpoint in &endpoints {
-            let mut found = found(&repaired, Some(endpoint));
-            if found != Check::Failed {
-                match self.restore_beyond_facts(endpoint) {
-                    Ok(true) => found = Check::Restored,
-                    Ok(false) => {}
-                    Err(error) => {
-                        found = Check::Failed;
-                        self.repairs.failed.increment(1);
-                        tracing::error!(
-                            endpoint,
-                            "removed or changed by other software; not restored: {error:#}"
-                        );
-                    }
-                }
-            }
-            if schedule.endpoint_checked(endpoint, found, now) {
-                tracing::warn!(
-                    endpoint,
-                    "objects of the endpoint are removed again and again; they are restored less and less often"
-                );
+            match found(&repaired, Some(endpoint)) {
+                Check::Failed => self.note_check(endpoint, Check::Failed),
+                facts => self.begin_check_beyond_facts(endpoint, facts),
             }
         }
         for fact in &repaired.restored {
@@ -365,23 +394,59 @@ impl Instance {
         }
     }
 
-    /// Restores what published ports and the DNS server have in the namespace of `endpoint`.
-    /// Whether any of it was missing.
-    fn restore_beyond_facts(&mut self, endpoint: &str) -> anyhow::Result<bool> {
-        let Some(namespace) = self.up.publisher.namespace(endpoint) else { return Ok(false) };
-        let mut restored: Vec<(RepairKind, String)> = Vec::new();
-        if self.up.names.repair(endpoint)? {
-            restored.push((
-                RepairKind::Dns,
-                "table of nftables that leads to the DNS server".to_owned(),
-            ));
+    /// Notes what a check of `endpoint` has found.
+    fn note_check(&mut self, endpoint: &str, found: Check) {
+        if self.schedule.endpoint_checked(endpoint, found, Instant::now()) {
+            tracing::warn!(
+                endpoint,
+                "objects of the endpoint are removed again and again; they are restored less and less often"
+            );
         }
-        for object in repair_policy_routes(namespace.id())? {
-            restored.push(match object {
-                Restored::Route(route) => (RepairKind::Route, route),
-                Restored::Rule(rule) => (RepairKind::Rule, rule),
-                Restored::Sysctl(sysctl) => (RepairKind::Sysctl, sysctl),
-            });
+    }
+
+    /// Begins to restore what published ports and the DNS server have in the namespace of
+    /// `endpoint`, where a check of its facts has found `facts`.
+    fn begin_check_beyond_facts(&mut self, endpoint: &str, facts: Check) {
+        let Some(namespace) = self.up.publisher.namespace(endpoint) else {
+            return self.note_check(endpoint, facts);
+        };
+        let (name, serving) = (endpoint.to_owned(), self.up.names.lend(endpoint));
+        self.begin_work(endpoint, move || {
+            Outcome::Checked(check_beyond_facts(&name, namespace.id(), facts, serving))
+        });
+    }
+
+    /// Begins `work` in the namespace of `endpoint`, which is not repaired until that is done.
+    fn begin_work(&mut self, endpoint: &str, work: impl FnOnce() -> Outcome + Send + 'static) {
+        self.schedule.hold(endpoint);
+        self.work.start(endpoint, work);
+    }
+
+    fn note_progress(&mut self, progress: Progress<Outcome>) {
+        let (endpoint, outcome) = match progress {
+            Progress::Overdue { endpoint } => return warn_of_slow_namespace(&endpoint),
+            Progress::Done { endpoint, outcome } => (endpoint, outcome),
+        };
+        self.schedule.release(&endpoint);
+        match outcome {
+            Outcome::Checked(checked) => self.note_checked(&endpoint, checked),
+            Outcome::Attached { relocated, serving } => {
+                self.note_attached(&endpoint, relocated, serving);
+            }
+            Outcome::Served(Ok(serving)) => {
+                self.up.names.give_back(&endpoint, serving);
+                self.note_health(endpoint, None);
+            }
+            Outcome::Served(Err(error)) => self.note_health(endpoint, Some(format!("{error:#}"))),
+            Outcome::Ended => {}
+        }
+    }
+
+    /// Notes what a check of `endpoint` beyond facts has found.
+    fn note_checked(&mut self, endpoint: &str, checked: Checked) {
+        let Checked { facts, serving, restored, failed } = checked;
+        if let Some(serving) = serving {
+            self.up.names.give_back(endpoint, serving);
         }
         for (kind, object) in &restored {
             self.repairs.count(*kind);
@@ -392,7 +457,19 @@ impl Instance {
                 "removed or changed by other software; restored"
             );
         }
-        Ok(!restored.is_empty())
+        let found = match &failed {
+            Some(error) => {
+                self.repairs.failed.increment(1);
+                tracing::error!(
+                    endpoint,
+                    "removed or changed by other software; not restored: {error:#}"
+                );
+                Check::Failed
+            }
+            None if restored.is_empty() => facts,
+            None => Check::Restored,
+        };
+        self.note_check(endpoint, found);
     }
 
     /// Notes which index each bridge has now: access lists depend on it, and DNS servers at
@@ -467,14 +544,19 @@ impl Instance {
     async fn carry_out(&mut self, order: Order) {
         match order {
             Order::Reattach { endpoint, netns, done } => {
-                let result = self.reattach_to(&endpoint, netns).await;
-                // Who has gone meanwhile does not hear of it.
-                let _ = done.send(result);
+                match self.namespace_to_attach(&endpoint, &netns) {
+                    Ok(namespace) => {
+                        self.reattach(&endpoint, netns, namespace, Some(done)).await;
+                    }
+                    // Who has gone meanwhile does not hear of it.
+                    Err(problem) => drop(done.send(Err(problem))),
+                }
             }
         }
     }
 
-    async fn reattach_to(&mut self, endpoint: &str, netns: PathBuf) -> Result<(), Problem> {
+    /// The namespace at `netns`, if `endpoint` may be attached there.
+    fn namespace_to_attach(&self, endpoint: &str, netns: &Path) -> Result<Namespace, Problem> {
         if self.up.adopted.get(endpoint).is_none() {
             let known = self.up.layout.desired.endpoints.iter().any(|one| one.name == endpoint);
             return Err(if known {
@@ -485,68 +567,212 @@ impl Instance {
                 Problem::not_found(&format!("there is no endpoint {endpoint:?}"))
             });
         }
-        let namespace =
-            Namespace::from_path(&netns).map_err(|error| Problem::bad_request(&error))?;
-        self.reattach(endpoint, netns, &namespace).await
+        if self.attaching.contains_key(endpoint) {
+            return Err(Problem::conflict(&format!(
+                "endpoint {endpoint:?} is being attached already; its network namespace answers slowly"
+            )));
+        }
+        Namespace::from_path(netns).map_err(|error| Problem::bad_request(&error))
     }
 
-    /// Plugs `endpoint` into `namespace`, which is at `path`, and leads its ports there.
+    /// Plugs `endpoint` into `namespace`, which is at `path`, and begins to lead its ports there.
+    /// `done` is told what comes of it.
     async fn reattach(
         &mut self,
         endpoint: &str,
         path: PathBuf,
-        namespace: &Namespace,
-    ) -> Result<(), Problem> {
+        namespace: Namespace,
+        done: Option<oneshot::Sender<Result<(), Problem>>>,
+    ) {
         let attached =
             self.setup.reattach(&self.up.layout.desired, endpoint, namespace.clone()).await;
-        attached.map_err(|error| match error {
+        let attached = attached.map_err(|error| match error {
             SetupError::Conflict(_) => Problem::conflict(&error),
             error => Problem::failed(&error),
-        })?;
+        });
+        if let Err(problem) = attached {
+            return self.note_failed_attachment(endpoint, problem, done);
+        }
         // Before its ports: should those not follow, the next look tries again, here.
         self.up.adopted.set(endpoint, path.clone(), false);
-        let addresses =
-            self.up.layout.addresses.get(endpoint).map(Vec::as_slice).unwrap_or_default();
-        self.up.publisher.relocate(endpoint, namespace, addresses)?;
-        if let Err(error) = self.up.names.serve(endpoint, namespace) {
-            tracing::warn!(endpoint, "{error:#}");
+        // What goes on is a check of the namespace that it has left.
+        self.work.abandon(endpoint);
+        let old = self.up.publisher.namespace(endpoint).map(|namespace| namespace.id());
+        let server_ends_first = old == Some(namespace.id());
+        let (name, there) = (endpoint.to_owned(), namespace.clone());
+        let addresses = self.up.layout.addresses.get(endpoint).cloned().unwrap_or_default();
+        let (publisher, serving) = (Arc::clone(&self.up.publisher), self.up.names.lend(endpoint));
+        let server = self.up.names.new_server(endpoint, &namespace);
+        self.attaching.insert(endpoint.to_owned(), Attaching { path, namespace, done });
+        self.begin_work(endpoint, move || {
+            if let Err(error) = publisher.relocate(&name, &there, &addresses) {
+                return Outcome::Attached { relocated: Err(error.into()), serving: Ok(serving) };
+            }
+            if server_ends_first {
+                drop(serving);
+            } else {
+                // In a namespace that may never answer.
+                drop_elsewhere(serving);
+            }
+            let serving = server.map(NewServer::make).transpose();
+            Outcome::Attached { relocated: Ok(()), serving }
+        });
+    }
+
+    /// Notes that the ports of `endpoint` lead to the namespace that it was attached to, or not.
+    fn note_attached(
+        &mut self,
+        endpoint: &str,
+        relocated: Result<(), Problem>,
+        serving: anyhow::Result<Option<Serving>>,
+    ) {
+        match serving {
+            Ok(Some(serving)) => self.up.names.give_back(endpoint, serving),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(endpoint, "{error:#}"),
         }
-        watch(&mut self.watch, endpoint, namespace);
+        let Some(Attaching { path, namespace, done }) = self.attaching.remove(endpoint) else {
+            return;
+        };
+        if let Err(problem) = relocated {
+            return self.note_failed_attachment(endpoint, problem, done);
+        }
+        watch(&mut self.watch, endpoint, &namespace);
         tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "re-attached");
-        Ok(())
+        self.note_health(endpoint.to_owned(), None);
+        if let Some(done) = done {
+            let _ = done.send(Ok(()));
+        }
+    }
+
+    /// Tells whoever has ordered it, or the log, that `endpoint` was not attached.
+    fn note_failed_attachment(
+        &mut self,
+        endpoint: &str,
+        problem: Problem,
+        done: Option<oneshot::Sender<Result<(), Problem>>>,
+    ) {
+        match done {
+            Some(done) => drop(done.send(Err(problem))),
+            None => self.note_health(endpoint.to_owned(), Some(problem.to_string())),
+        }
+    }
+
+    /// Notes whether all is well with the container of `endpoint`. What is not is logged once, and
+    /// not with every look.
+    fn note_health(&mut self, endpoint: String, unhealthy: Option<String>) {
+        match unhealthy {
+            None => drop(self.unhealthy.remove(&endpoint)),
+            Some(reason) if self.unhealthy.get(&endpoint) == Some(&reason) => {}
+            Some(reason) => {
+                tracing::warn!(endpoint, "not all is well with its container: {reason}");
+                self.unhealthy.insert(endpoint, reason);
+            }
+        }
     }
 
     /// Plugs those in again whose containers have come back.
-    async fn look_after_adopted(&mut self, said: &mut BTreeMap<String, String>) {
+    async fn look_after_adopted(&mut self) {
         for (endpoint, path) in self.up.adopted.paths() {
+            if self.attaching.contains_key(&endpoint) {
+                continue;
+            }
             let Some(known) = self.up.publisher.namespace(&endpoint) else { continue };
-            let failed = match look(&path, known.id()) {
+            match look(&path, known.id()) {
                 Ok(None) => {
                     self.up.adopted.set(&endpoint, path, false);
+                    if self.work.is_busy(&endpoint) {
+                        continue;
+                    }
                     // Its server may have found the port taken, or no descriptor.
-                    self.up
-                        .names
-                        .serve_if_unserved(&endpoint, &known)
-                        .err()
-                        .map(|error| format!("{error:#}"))
+                    let server = self.up.names.new_server(&endpoint, &known);
+                    match server.filter(|_| !self.up.names.serves(&endpoint)) {
+                        Some(server) => {
+                            self.begin_work(&endpoint, || Outcome::Served(server.make()));
+                        }
+                        None => self.note_health(endpoint, None),
+                    }
                 }
-                Ok(Some(namespace)) => self
-                    .reattach(&endpoint, path, &namespace)
-                    .await
-                    .err()
-                    .map(|problem| problem.to_string()),
+                Ok(Some(namespace)) => self.reattach(&endpoint, path, namespace, None).await,
                 Err(reason) => {
                     self.up.adopted.set(&endpoint, path, true);
-                    Some(reason)
+                    self.note_health(endpoint, Some(reason));
                 }
-            };
-            match failed {
-                None => drop(said.remove(&endpoint)),
-                Some(reason) if said.get(&endpoint) == Some(&reason) => {}
-                Some(reason) => {
-                    tracing::warn!(endpoint, "not all is well with its container: {reason}");
-                    said.insert(endpoint, reason);
+            }
+        }
+    }
+}
+
+/// Restores what published ports and the DNS server have in `namespace`, that of `endpoint`.
+fn check_beyond_facts(
+    endpoint: &str,
+    namespace: NamespaceId,
+    facts: Check,
+    mut serving: Option<Serving>,
+) -> Checked {
+    let mut restored = Vec::new();
+    let mut restore = || -> anyhow::Result<()> {
+        if let Some(serving) = &mut serving {
+            let repaired = serving.repair();
+            if repaired.with_context(|| format!("DNS of container {endpoint:?}"))? {
+                let table = "table of nftables that leads to the DNS server";
+                restored.push((RepairKind::Dns, table.to_owned()));
+            }
+        }
+        for object in repair_policy_routes(namespace)? {
+            restored.push(match object {
+                Restored::Route(route) => (RepairKind::Route, route),
+                Restored::Rule(rule) => (RepairKind::Rule, rule),
+                Restored::Sysctl(sysctl) => (RepairKind::Sysctl, sysctl),
+            });
+        }
+        Ok(())
+    };
+    let failed = restore().err();
+    Checked { facts, serving, restored, failed }
+}
+
+fn warn_of_slow_namespace(endpoint: &str) {
+    tracing::warn!(
+        endpoint,
+        "network namespace answers slowly; repairs of this endpoint are delayed, those of others are not"
+    );
+}
+
+/// Ends all servers of `names`, each on a thread of its own, once the `work` that has some of them
+/// is done. What takes longer than [`PARTING`] is left behind.
+pub(super) async fn end_servers(mut work: EndpointWork<Outcome>, mut names: NameServers) {
+    let end = |work: &mut EndpointWork<Outcome>, endpoint: &str, serving: Serving| {
+        work.start(endpoint, || {
+            drop(serving);
+            Outcome::Ended
+        });
+    };
+    for service in names.served() {
+        if let Some(serving) = names.lend(&service) {
+            end(&mut work, &service, serving);
+        }
+    }
+    let until = Instant::now() + PARTING;
+    while !work.is_idle() {
+        match timeout_at(until, work.next()).await {
+            Ok(Progress::Overdue { .. }) => {}
+            Ok(Progress::Done { endpoint, outcome }) => {
+                let serving = match outcome {
+                    Outcome::Checked(checked) => checked.serving,
+                    Outcome::Attached { serving, .. } => serving.ok().flatten(),
+                    Outcome::Served(serving) => serving.ok(),
+                    Outcome::Ended => None,
+                };
+                if let Some(serving) = serving {
+                    end(&mut work, &endpoint, serving);
                 }
+            }
+            Err(_) => {
+                tracing::warn!(
+                    "network namespaces of containers answer slowly; tables of nftables that lead to DNS are left there"
+                );
+                return;
             }
         }
     }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tidegate_netns::{ChangeListener, Namespace, Topic};
+use tidegate_netns::{ChangeListener, Namespace, Topic, drop_elsewhere};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -44,7 +44,7 @@ impl EndpointWatch {
         let topics = [Topic::Links, Topic::Addresses, Topic::Routes, Topic::Rules, Topic::Settings];
         let links = register(ChangeListener::of(namespace, &topics)?)?;
         // Without nftables there is no table to lose.
-        let rules = namespace.with(ChangeListener::of_rules)?.and_then(register).ok();
+        let rules = namespace.with(ChangeListener::of_rules)?.and_then(RuleListener::new).ok();
         let task =
             tokio::spawn(follow(endpoint.to_owned(), links, rules, Arc::clone(&self.changed)));
         self.tasks.insert(endpoint.to_owned(), task.abort_handle());
@@ -71,6 +71,24 @@ impl Drop for EndpointWatch {
     }
 }
 
+/// Word of changes of nftables. Closing the socket waits for transactions of the namespace, and is
+/// done elsewhere.
+struct RuleListener(Option<AsyncFd<ChangeListener>>);
+
+impl RuleListener {
+    fn new(changes: ChangeListener) -> io::Result<Self> {
+        register(changes).map(|rules| Self(Some(rules)))
+    }
+}
+
+impl Drop for RuleListener {
+    fn drop(&mut self) {
+        if let Some(rules) = self.0.take() {
+            drop_elsewhere(rules.into_inner());
+        }
+    }
+}
+
 fn register(changes: ChangeListener) -> io::Result<AsyncFd<ChangeListener>> {
     // SAFETY: its descriptor is its own, and the same for as long as it lives.
     Ok(unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?)
@@ -79,14 +97,14 @@ fn register(changes: ChangeListener) -> io::Result<AsyncFd<ChangeListener>> {
 async fn follow(
     endpoint: String,
     links: AsyncFd<ChangeListener>,
-    rules: Option<AsyncFd<ChangeListener>>,
+    rules: Option<RuleListener>,
     changed: Arc<Changed>,
 ) {
     loop {
         let rules_changed = async {
             match &rules {
-                Some(rules) => heard(rules).await,
-                None => std::future::pending().await,
+                Some(RuleListener(Some(rules))) => heard(rules).await,
+                _ => std::future::pending().await,
             }
         };
         let has_changed = tokio::select! {

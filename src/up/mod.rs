@@ -14,7 +14,9 @@ mod announce;
 mod control;
 mod egress;
 mod endpoint_watch;
+mod endpoint_work;
 mod flood_control;
+mod front_end;
 mod layout;
 mod metrics;
 mod names;
@@ -33,11 +35,15 @@ use crate::port_guards;
 use crate::publisher::{Endpoint, Publisher};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use anyhow::{Context, anyhow, bail};
+use control::{Attaching, Outcome, end_servers};
 use egress::Egress;
 pub use egress::NatLimits;
 use endpoint_watch::EndpointWatch;
+use endpoint_work::EndpointWork;
+use front_end::FrontEnd;
 use layout::{Layout, Surroundings, fnv, foreign_networks, layout};
 use names::NameServers;
+use repair_schedule::RepairSchedule;
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -114,6 +120,14 @@ struct Instance {
     changes: AsyncFd<ChangeListener>,
     /// Of what was removed in the namespaces of endpoints.
     watch: EndpointWatch,
+    /// When what is checked.
+    schedule: RepairSchedule,
+    /// What goes on in the namespaces of endpoints.
+    work: EndpointWork<Outcome>,
+    /// Those for which that leads to another namespace.
+    attaching: BTreeMap<String, Attaching>,
+    /// What the log has told last of endpoints whose containers something is wrong with.
+    unhealthy: BTreeMap<String, String>,
     /// What was restored.
     repairs: metrics::Repairs,
 }
@@ -140,6 +154,8 @@ struct Running {
 /// What a project is brought up with.
 struct Resources<'a> {
     host_context: &'a HostContext,
+    /// Of DNS.
+    front_end: &'a FrontEnd,
     chosen: &'a Chosen,
     /// Of egress, where there is no firewall.
     device: Option<egress::Device>,
@@ -188,7 +204,7 @@ impl Up {
         // While there is one thread only.
         let host_context = HostContext::for_networks()?;
         // One thread: children are tied to the thread that made them, so that they go when this
-        // process is killed.
+        // process is killed. What answers has another one (`FrontEnd`).
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -211,7 +227,11 @@ impl Up {
             "no place for what is to be remembered: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR",
         )?;
         let run = run.join("projects").join(&project.name);
-        let socket = Socket::open(socket::path()?)?;
+        let front_end = FrontEnd::start().context("thread of DNS and the API")?;
+        let socket = {
+            let _runtime = front_end.runtime().enter();
+            Socket::open(socket::path()?)?
+        };
         let journal = Journal::open(&run.join("network.journal")).map_err(|error| match error {
             JournalError::InUse { holder, .. } => {
                 anyhow!(
@@ -274,7 +294,14 @@ impl Up {
         // SAFETY: its descriptor is its own, and the same for as long as it lives.
         let changes = unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }
             .context("listen for changes of networks")?;
-        let means = Resources { host_context, chosen: &chosen, device, guards, run: &run };
+        let means = Resources {
+            host_context,
+            front_end: &front_end,
+            chosen: &chosen,
+            device,
+            guards,
+            run: &run,
+        };
         let up = match self.start(means, &project, &mut setup, &mut signals).await {
             Ok(Some(up)) => up,
             not_up => {
@@ -305,7 +332,10 @@ impl Up {
             orders,
             project: project.name,
         };
-        let server = Server::start(socket, Arc::new(view));
+        let server = {
+            let _runtime = front_end.runtime().enter();
+            Server::start(socket, Arc::new(view))
+        };
         let repairs = metrics::Repairs::new();
         let (host, apart) = (host_context.networks().clone(), host_context.is_rootless());
         let mut instance = Instance {
@@ -319,6 +349,10 @@ impl Up {
             orders: received,
             changes,
             watch: EndpointWatch::default(),
+            schedule: RepairSchedule::new(),
+            work: EndpointWork::new(),
+            attaching: BTreeMap::new(),
+            unhealthy: BTreeMap::new(),
             repairs,
         };
         instance.watch_endpoints();
@@ -342,7 +376,7 @@ impl Up {
         setup: &mut Setup,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Running>> {
-        let Resources { host_context, chosen, device, guards, run } = means;
+        let Resources { host_context, front_end, chosen, device, guards, run } = means;
         let mut observed = setup.surroundings().await?;
         if host_context.is_rootless() {
             // The networks of the host are not in the way there. But who is to reach them one day
@@ -450,6 +484,7 @@ impl Up {
                 project,
                 &layout,
                 host_context,
+                front_end.runtime(),
                 self.dns_ttl,
                 self.dns_forward_rate,
             )?;
@@ -580,7 +615,7 @@ impl Instance {
             supervisor.kill();
             supervisor.wait().await;
         }
-        drop(names);
+        end_servers(self.work, names).await;
         let drained = publisher.close(DRAIN);
         // Not before: ports come in by it.
         drop(egress);

@@ -14,6 +14,7 @@ use tidegate_dns::{
     EndpointSpec, NetworkSpec, PORT, ResolvConf, Resolver, SERVER, ServeOptions, Serving, Settings,
 };
 use tidegate_netns::{Namespace, interface_index};
+use tokio::runtime::Handle;
 
 /// Descriptors that a service's server keeps: a UDP and a TCP socket, twice while it moves.
 pub(super) const DESCRIPTORS: usize = 4;
@@ -30,8 +31,10 @@ pub(super) const SHARED_DESCRIPTORS: usize = SOURCE_PORTS + CONNECTIONS + TCP_CL
 /// The servers of a project.
 pub(super) struct NameServers {
     resolver: Arc<Resolver>,
+    /// What the servers run on.
+    runtime: Handle,
     options: BTreeMap<String, ServeOptions>,
-    /// By service.
+    /// By service. One that is lent is not among them.
     serving: BTreeMap<String, Serving>,
     /// Networks that are served at their gateways, by name.
     at_gateways: BTreeMap<String, AtGateway>,
@@ -44,8 +47,31 @@ struct AtGateway {
     serving: Vec<Serving>,
 }
 
+/// A server of a service that is still to be made.
+pub(super) struct NewServer {
+    resolver: Arc<Resolver>,
+    runtime: Handle,
+    service: String,
+    options: ServeOptions,
+    namespace: Namespace,
+}
+
+impl NewServer {
+    /// Makes it. Root in the namespace decides how long that takes.
+    ///
+    /// # Errors
+    /// One line that names the service.
+    pub(super) fn make(self) -> anyhow::Result<Serving> {
+        let _runtime = self.runtime.enter();
+        let serving = self.resolver.serve(&self.namespace, &self.service, &self.options)?;
+        tracing::debug!(endpoint = self.service, at = %serving.address(), redirected = serving.is_redirected(), "names");
+        Ok(serving)
+    }
+}
+
 impl NameServers {
-    /// Knows everybody on the networks of `layout`, and serves nobody yet but at gateways.
+    /// Knows everybody on the networks of `layout`, and serves nobody yet but at gateways. Servers
+    /// run on `runtime`.
     ///
     /// # Errors
     /// A limit, or a server of the file that is this one.
@@ -53,9 +79,11 @@ impl NameServers {
         project: &Project,
         layout: &Layout,
         host_context: &HostContext,
+        runtime: &Handle,
         ttl: Duration,
         forward_rate: u32,
     ) -> anyhow::Result<Self> {
+        let _runtime = runtime.enter();
         let mut settings =
             Settings { ttl, forward_rate, ..Settings::new(host_context.ports().clone()) };
         settings.networks = host_context.networks().clone();
@@ -124,21 +152,39 @@ impl NameServers {
             })
             .collect();
         let resolver = Arc::new(resolver);
-        Ok(Self { resolver, options, serving: BTreeMap::new(), at_gateways })
+        let runtime = runtime.clone();
+        Ok(Self { resolver, runtime, options, serving: BTreeMap::new(), at_gateways })
     }
 
-    /// Serves `service` in `namespace` from here on, and no longer where it was.
-    ///
-    /// # Errors
-    /// One line that names the service.
-    pub(super) fn serve(&mut self, service: &str, namespace: &Namespace) -> anyhow::Result<()> {
-        self.serving.remove(service);
-        // Who asks at a gateway has none.
-        let Some(options) = self.options.get(service).cloned() else { return Ok(()) };
-        let serving = self.resolver.serve(namespace, service, &options)?;
-        tracing::debug!(endpoint = service, at = %serving.address(), redirected = serving.is_redirected(), "names");
+    /// The server of `service` in `namespace`, to be made; none for who asks at a gateway.
+    pub(super) fn new_server(&self, service: &str, namespace: &Namespace) -> Option<NewServer> {
+        Some(NewServer {
+            resolver: Arc::clone(&self.resolver),
+            runtime: self.runtime.clone(),
+            service: service.to_owned(),
+            options: self.options.get(service)?.clone(),
+            namespace: namespace.clone(),
+        })
+    }
+
+    /// Whether `service` has a server, which is not lent.
+    pub(super) fn serves(&self, service: &str) -> bool {
+        self.serving.contains_key(service)
+    }
+
+    /// Lends the server of `service`, which answers as before.
+    pub(super) fn lend(&mut self, service: &str) -> Option<Serving> {
+        self.serving.remove(service)
+    }
+
+    /// Takes the server of `service` back, or a new one.
+    pub(super) fn give_back(&mut self, service: &str, serving: Serving) {
         self.serving.insert(service.to_owned(), serving);
-        Ok(())
+    }
+
+    /// The services that have servers, which are not lent.
+    pub(super) fn served(&self) -> Vec<String> {
+        self.serving.keys().cloned().collect()
     }
 
     /// Serves `network` at its gateways in `host` again, if it was, because its bridge was made
@@ -152,30 +198,9 @@ impl NameServers {
         host: &Namespace,
     ) -> anyhow::Result<()> {
         let Some(there) = self.at_gateways.get_mut(network) else { return Ok(()) };
+        let _runtime = self.runtime.enter();
         there.serving.clear();
         there.serve(&self.resolver, network, host)
-    }
-
-    /// Restores what leads to the server of `service`, if other software has removed it. Whether it
-    /// had.
-    ///
-    /// # Errors
-    /// One line that names the service.
-    pub(super) fn repair(&mut self, service: &str) -> anyhow::Result<bool> {
-        let Some(serving) = self.serving.get_mut(service) else { return Ok(false) };
-        serving.repair().with_context(|| format!("DNS of container {service:?}"))
-    }
-
-    /// Serves `service` in `namespace`, unless it is served already.
-    ///
-    /// # Errors
-    /// One line that names the service.
-    pub(super) fn serve_if_unserved(
-        &mut self,
-        service: &str,
-        namespace: &Namespace,
-    ) -> anyhow::Result<()> {
-        if self.serving.contains_key(service) { Ok(()) } else { self.serve(service, namespace) }
     }
 
     /// Serves everybody where they are.
@@ -190,9 +215,10 @@ impl NameServers {
     ) -> anyhow::Result<()> {
         for service in &project.services {
             let Some(namespace) = namespaces.get(&service.name) else { continue };
-            match (self.serve(&service.name, namespace), &service.run) {
+            let Some(server) = self.new_server(&service.name, namespace) else { continue };
+            match (server.make(), &service.run) {
                 (Err(error), Run::Adopt(_)) => tracing::warn!(endpoint = service.name, "{error:#}"),
-                (result, _) => result?,
+                (made, _) => self.give_back(&service.name, made?),
             }
         }
         Ok(())

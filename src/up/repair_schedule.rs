@@ -10,6 +10,9 @@
 //!   objects at no cost.
 //! - Changes go on that remove nothing of ours: the pause is then 200 ms on the host and
 //!   [`BUSY_PAUSE`] in an endpoint, which bounds the processor time that an endpoint can cause.
+//!
+//! While work goes on in the namespace of an endpoint, the endpoint is held: it is not due, however
+//! long that takes, and what has changed meanwhile makes it due afterwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -114,6 +117,8 @@ pub(super) struct RepairSchedule {
     host_at: Option<Instant>,
     endpoints: BTreeMap<String, Pace>,
     endpoints_at: BTreeMap<String, Instant>,
+    /// Endpoints in whose namespaces work goes on.
+    held: BTreeSet<String>,
 }
 
 impl RepairSchedule {
@@ -123,6 +128,7 @@ impl RepairSchedule {
             host_at: None,
             endpoints: BTreeMap::new(),
             endpoints_at: BTreeMap::new(),
+            held: BTreeSet::new(),
         }
     }
 
@@ -142,9 +148,21 @@ impl RepairSchedule {
         self.endpoints_at.entry(endpoint).or_insert(due);
     }
 
+    /// Work begins in the namespace of `endpoint`.
+    pub(super) fn hold(&mut self, endpoint: &str) {
+        self.held.insert(endpoint.to_owned());
+    }
+
+    /// It has ended.
+    pub(super) fn release(&mut self, endpoint: &str) {
+        self.held.remove(endpoint);
+    }
+
     /// When the next place is due.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.host_at.into_iter().chain(self.endpoints_at.values().copied()).min()
+        let is_free = |(name, _): &(&String, &Instant)| !self.held.contains(*name);
+        let endpoints = self.endpoints_at.iter().filter(is_free).map(|(_, at)| *at);
+        self.host_at.into_iter().chain(endpoints).min()
     }
 
     /// Takes what is due at `now`: the host or not, and these endpoints.
@@ -153,7 +171,7 @@ impl RepairSchedule {
         let due: BTreeSet<String> = self
             .endpoints_at
             .iter()
-            .filter(|(_, at)| **at <= now)
+            .filter(|(name, at)| **at <= now && !self.held.contains(*name))
             .map(|(name, _)| name.clone())
             .collect();
         self.endpoints_at.retain(|name, _| !due.contains(name));
@@ -257,6 +275,20 @@ mod tests {
         schedule.endpoint_checked("web", Check::Restored, later);
         schedule.endpoint_changed("web".into(), later);
         assert_eq!(schedule.next(), Some(later + PAUSE));
+    }
+
+    #[test]
+    fn an_endpoint_is_not_due_while_work_goes_on_in_it_and_delays_no_other() {
+        let mut schedule = RepairSchedule::new();
+        let now = Instant::now();
+        schedule.hold("slow");
+        schedule.endpoint_changed("slow".into(), now);
+        assert_eq!(schedule.next(), None);
+        schedule.endpoint_changed("quick".into(), now);
+        let later = now + Duration::from_secs(60);
+        assert_eq!(schedule.take(later), (false, BTreeSet::from(["quick".to_owned()])));
+        schedule.release("slow");
+        assert_eq!(schedule.take(later), (false, BTreeSet::from(["slow".to_owned()])));
     }
 
     #[test]

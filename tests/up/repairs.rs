@@ -4,7 +4,9 @@
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, rootless_namespace, service_namespace};
 use std::fs;
-use std::net::{SocketAddr, TcpStream};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tidegate_testbed::server::{PeerServer, Source};
@@ -536,6 +538,109 @@ fn routes_of_a_container_delay_nothing_for_others() {
     times.sort_unstable();
     assert!(times[2] < Duration::from_secs(1), "{times:?}");
     assert!(times[4] < BOUND, "{times:?}");
+}
+
+/// Root in a container can have 50,000 chains of nftables, change them in transactions without end,
+/// and give its namespace a reason to be checked all the time. That delays its own repairs alone:
+/// names and the API answer, and others are repaired.
+#[test]
+fn chains_of_a_container_delay_nothing_for_others() {
+    const CHAINS: u32 = 50_000;
+    const QUICK: Duration = Duration::from_millis(500);
+    let bed = Bed::with_services(
+        r#"
+  noisy:
+    command: [ sleep, "600" ]
+    networks: { home: { ipv4_address: 10.83.1.3 } }
+    ports: [ "8081:80" ]
+"#,
+        &["--firewall=none"],
+    );
+    let noisy = service_namespace(&bed.up, "noisy");
+    let batch = |name: &str, head: &str, chains: u32| {
+        let path = bed.scene.directory.path().join(name);
+        let chains = (0..chains).map(|at| format!("add chain inet {name} c{at}\n"));
+        fs::write(&path, format!("{head}{}", chains.collect::<String>())).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    noisy.exec("nft", &["-f", &batch("many", "add table inet many\n", CHAINS)]);
+    let head = "add table inet churn\ndelete table inet churn\nadd table inet churn\n";
+    let churn = batch("churn", head, CHAINS / 5);
+    let start = |script: &str| {
+        let mut sh = noisy.command("sh");
+        sh.args(["-c", script]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let mut attacks = [
+        start("while :; do ip addr add 10.99.0.1/32 dev lo; ip addr del 10.99.0.1/32 dev lo; done"),
+        start(&format!("while :; do nft -f {churn}; done")),
+    ];
+    std::thread::sleep(Duration::from_secs(1));
+    let socket = bed.scene.socket();
+    let api = std::thread::spawn(move || {
+        worst_of_50(|| {
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            stream.set_read_timeout(Some(SOON)).unwrap();
+            stream.write_all(b"GET /v1/endpoints HTTP/1.1\r\nhost: tidegate\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        })
+    });
+    let names = bed.boxed.run(|| {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.connect("127.0.0.11:53").unwrap();
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        worst_of_50(|| {
+            socket.send(b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x03box\0\0\x01\0\x01").unwrap();
+            let mut answer = [0; 512];
+            let length = socket.recv(&mut answer).unwrap();
+            assert!(answer[..length].ends_with(&[10, 83, 1, 2]), "{:?}", &answer[..length]);
+        })
+    });
+    let api = api.join().unwrap();
+    let mut repairs = Vec::new();
+    for _ in 0..5 {
+        let removed = Instant::now();
+        bed.boxed.ip(&["addr", "del", "10.83.1.2/24", "dev", "eth0"]);
+        let is_back = || bed.boxed.ip(&["addr", "show", "eth0"]).contains("10.83.1.2");
+        assert!(eventually(SOON, is_back), "{}", bed.up.output());
+        repairs.push(removed.elapsed());
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    repairs.sort_unstable();
+    let removed = Instant::now();
+    noisy.exec("nft", &["delete", "table", "inet", "tidegate_dns"]);
+    let is_back = || {
+        let mut list = noisy.command("nft");
+        list.args(["list", "chain", "inet", "tidegate_dns", "questions"]).stderr(Stdio::null());
+        String::from_utf8(list.output().unwrap().stdout).unwrap().contains("dport set")
+    };
+    assert!(eventually(SOON * 3, is_back), "{}", bed.up.output());
+    let own = removed.elapsed();
+    for attack in &mut attacks {
+        attack.kill().unwrap();
+        attack.wait().unwrap();
+    }
+    eprintln!(
+        "worst of 50: name {names:.0?}, API {api:.0?}; address of another container restored in \
+         {repairs:.0?}, its own redirect in {own:.0?}"
+    );
+    assert!(names < QUICK, "names: {names:?}");
+    assert!(api < QUICK, "API: {api:?}");
+    assert!(repairs[2] < Duration::from_secs(1), "{repairs:?}");
+    assert!(repairs[4] < BOUND, "{repairs:?}");
+}
+
+/// The longest that `f` takes.
+fn worst_of_50(f: impl Fn()) -> Duration {
+    let took = (0..50).map(|_| {
+        let begun = Instant::now();
+        f();
+        let took = begun.elapsed();
+        std::thread::sleep(Duration::from_millis(100));
+        took
+    });
+    took.max().unwrap_or_default()
 }
 
 #[test]
