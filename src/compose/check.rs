@@ -1,6 +1,5 @@
-//! What the parts of a Compose file say about each other: names that exist, addresses that fit,
-//! ports that do not meet, dependencies that have an order. No check takes more than O(n log n) for
-//! what the file holds.
+//! Cross-checks between the parts of a Compose file: references, fixed addresses, published ports
+//! and the order of dependencies. Each check takes at most O(n log n) time in the size of the file.
 
 use super::error::{Fault, Site};
 use super::network::{self, unusable};
@@ -11,15 +10,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use tidegate_model::{PortSpec, overlap};
 
-/// How many ports a project may publish: each protocol's whole range, twice.
+/// The most ports that a project may publish: the full range of each protocol, twice.
 pub(super) const MAX_PORTS: usize = 4 * 65_535;
 
-/// How many services of a circle of dependencies are told.
-const CIRCLE_SHOWN: usize = 8;
+/// The most services of a dependency cycle that an error lists.
+const CYCLE_SHOWN: usize = 8;
 
 type Networks = BTreeMap<String, network::Draft>;
 
-/// Checks networks against each other.
+/// Checks that bridge names are unique and that subnets do not overlap.
 pub(super) fn networks(networks: &Networks) -> Result<(), Fault> {
     let mut bridges: BTreeMap<&str, &str> = BTreeMap::new();
     for (name, draft) in networks {
@@ -27,7 +26,7 @@ pub(super) fn networks(networks: &Networks) -> Result<(), Fault> {
             && let Some(other) = bridges.insert(bridge, name)
         {
             return Err(site.fault(format!(
-                "networks.{other} has the bridge {bridge:?} too; choose another name"
+                "bridge {bridge:?} is already used by networks.{other}; choose another name"
             )));
         }
     }
@@ -37,8 +36,8 @@ pub(super) fn networks(networks: &Networks) -> Result<(), Fault> {
             draft.network.subnets.iter().map(|subnet| subnet.subnet).zip(&draft.subnets)
         })
         .collect();
-    // Either of two subnets holds the other or they are apart; so where any two meet, two
-    // neighbours do.
+    // Two prefixes are either nested or disjoint, so after sorting any overlap shows up between two
+    // neighbours.
     subnets.sort_by_key(|(subnet, site)| (subnet.network(), subnet.prefix_len(), site.place));
     for pair in subnets.windows(2) {
         if let [(first, first_site), (second, second_site)] = pair
@@ -50,7 +49,7 @@ pub(super) fn networks(networks: &Networks) -> Result<(), Fault> {
                 (first_site, first, second_site, second)
             };
             return Err(site.fault(format!(
-                "{subnet} overlaps with {other} ({}); choose another",
+                "{subnet} overlaps {other} ({}); choose another subnet",
                 other_site.key
             )));
         }
@@ -58,7 +57,7 @@ pub(super) fn networks(networks: &Networks) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Checks that the networks of each service exist and its fixed addresses fit into them.
+/// Checks that the networks of each service are defined and that its fixed addresses fit into them.
 pub(super) fn attachments(services: &[Draft], networks: &Networks) -> Result<(), Fault> {
     let mut taken = BTreeMap::new();
     for draft in services {
@@ -67,7 +66,7 @@ pub(super) fn attachments(services: &[Draft], networks: &Networks) -> Result<(),
             let Some(network) = networks.get(name) else {
                 return Err(sites
                     .network
-                    .fault(format!("there is no network {name:?}; define it under networks")));
+                    .fault(format!("network {name:?} is not defined; add it under networks")));
             };
             let AttachmentSites { ipv4_address, ipv6_address, .. } = sites;
             let v4 = attachment.ipv4_address.map(IpAddr::V4).zip(ipv4_address.as_ref());
@@ -77,7 +76,7 @@ pub(super) fn attachments(services: &[Draft], networks: &Networks) -> Result<(),
                     .map_err(|problem| site.fault(problem))?;
                 if let Some(other) = taken.insert((name, address), &draft.service.name) {
                     let problem = format!(
-                        "{address} is the address of services.{other} already; choose another"
+                        "{address} is already assigned to services.{other}; choose another"
                     );
                     return Err(site.fault(problem));
                 }
@@ -93,11 +92,11 @@ fn fixed_address(address: IpAddr, network: &str, subnets: &[Subnet]) -> Result<(
     else {
         let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
         return Err(format!(
-            "networks.{network} has no subnet of {family} to choose {address} from; give it one under ipam.config"
+            "networks.{network} has no {family} subnet for {address}; add one under ipam.config"
         ));
     };
     if let Some(problem) = unusable(address, &subnet.subnet) {
-        return Err(format!("{address} cannot be on networks.{network}: {problem}"));
+        return Err(format!("{address} is not usable on networks.{network}: {problem}"));
     }
     if address == subnet.gateway_address() {
         return Err(format!("{address} is the gateway of networks.{network}; choose another"));
@@ -105,7 +104,7 @@ fn fixed_address(address: IpAddr, network: &str, subnets: &[Subnet]) -> Result<(
     Ok(())
 }
 
-/// Checks that no two published ports meet.
+/// Checks that no two published ports overlap.
 pub(super) fn ports(services: &[Draft]) -> Result<(), Fault> {
     let mut specs: Vec<PortSpec> = Vec::new();
     let mut origins: Vec<(&str, &Site)> = Vec::new();
@@ -115,7 +114,7 @@ pub(super) fn ports(services: &[Draft]) -> Result<(), Fault> {
             published += usize::from(spec.container_ports().len());
             if published > MAX_PORTS {
                 return Err(site.fault(format!(
-                    "more than {MAX_PORTS} ports are published in all; publish fewer"
+                    "the project publishes more than {MAX_PORTS} ports; publish fewer"
                 )));
             }
             specs.push(*spec);
@@ -136,12 +135,12 @@ pub(super) fn ports(services: &[Draft]) -> Result<(), Fault> {
         IpAddr::V6(v6) => format!("[{v6}]"),
     };
     Err(site.fault(format!(
-        "port {}/{} on {address} is published by services.{service} already (line {}, \"{}\"); choose another host port",
+        "port {}/{} on {address} is already published by services.{service} (line {}, \"{}\"); choose another host port",
         clash.port, clash.protocol, first_site.place.line, clash.first
     )))
 }
 
-/// Checks that the dependencies of services exist and have an order.
+/// Checks that the dependencies of services are defined and free of cycles.
 pub(super) fn dependencies(services: &[Draft]) -> Result<(), Fault> {
     let by_name: BTreeMap<&str, usize> = services
         .iter()
@@ -153,33 +152,32 @@ pub(super) fn dependencies(services: &[Draft]) -> Result<(), Fault> {
         let mut indexes = Vec::new();
         for (name, site) in draft.service.depends_on.iter().zip(&draft.depends_on) {
             let index = by_name.get(name.as_str());
-            indexes.push(
-                *index.ok_or_else(|| {
-                    site.fault(format!("there is no service {name:?} to depend on"))
-                })?,
-            );
+            indexes.push(*index.ok_or_else(|| {
+                site.fault(format!("service {name:?} is not defined; add it under services"))
+            })?);
         }
         needs.push(indexes);
     }
     let stuck = unordered(&needs);
-    // Each of those that are left needs another of them: going on from any leads into a circle.
+    // Every remaining service depends on another remaining one, so any path among them runs into a
+    // cycle.
     let Some(mut at) = stuck.iter().next().copied() else { return Ok(()) };
-    let mut way: Vec<(usize, usize)> = Vec::new();
+    let mut path: Vec<(usize, usize)> = Vec::new();
     let mut visited = BTreeMap::new();
     while let Some(needed) =
         needs.get(at).and_then(|needs| needs.iter().position(|need| stuck.contains(need)))
     {
         if let Some(&begin) = visited.get(&at) {
-            return Err(circle(services, way.get(begin..).unwrap_or_default()));
+            return Err(cycle_fault(services, path.get(begin..).unwrap_or_default()));
         }
-        visited.insert(at, way.len());
-        way.push((at, needed));
+        visited.insert(at, path.len());
+        path.push((at, needed));
         at = needs[at][needed];
     }
     Ok(())
 }
 
-/// Those that cannot be put behind everything they need.
+/// The services that a topological sort (Kahn) cannot place.
 fn unordered(needs: &[Vec<usize>]) -> BTreeSet<usize> {
     let mut missing: Vec<usize> = needs.iter().map(Vec::len).collect();
     let mut needed_by: Vec<Vec<usize>> = vec![Vec::new(); needs.len()];
@@ -202,17 +200,18 @@ fn unordered(needs: &[Vec<usize>]) -> BTreeSet<usize> {
     stuck
 }
 
-/// The error of a circle of services, each with the number of its dependency that is the next one.
-fn circle(services: &[Draft], way: &[(usize, usize)]) -> Fault {
+/// The error for a cycle of services. Each service comes with the index of its dependency on the
+/// next one.
+fn cycle_fault(services: &[Draft], cycle: &[(usize, usize)]) -> Fault {
     let name = |index: usize| services.get(index).map_or("", |draft| draft.service.name.as_str());
     let mut names: Vec<&str> =
-        way.iter().take(CIRCLE_SHOWN).map(|(index, _)| name(*index)).collect();
-    if way.len() > CIRCLE_SHOWN {
+        cycle.iter().take(CYCLE_SHOWN).map(|(index, _)| name(*index)).collect();
+    if cycle.len() > CYCLE_SHOWN {
         names.push("...");
     }
-    names.extend(way.first().map(|(index, _)| name(*index)));
-    let site = way.last().and_then(|(index, needed)| services.get(*index)?.depends_on.get(*needed));
-    let problem =
-        format!("services depend on each other in a circle: {}; remove one", names.join(" -> "));
+    names.extend(cycle.first().map(|(index, _)| name(*index)));
+    let site =
+        cycle.last().and_then(|(index, needed)| services.get(*index)?.depends_on.get(*needed));
+    let problem = format!("dependency cycle: {}; remove one dependency", names.join(" -> "));
     site.map_or_else(|| Site::start().fault(problem.clone()), |site| site.fault(problem.clone()))
 }

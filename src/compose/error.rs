@@ -1,41 +1,40 @@
-//! Why a Compose file cannot be used: file, line, column, key, what is wrong and what to do, in one
-//! line.
+//! Errors of a Compose file, one line each: file, line, column, key, cause and remedy.
 
 use super::{MAX_FILE, Place};
 use crate::port_error::without_numbers;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A key longer than so many characters is cut in messages.
+/// The most characters of a key that a message shows.
 const KEY_SHOWN: usize = 64;
 
-/// Why a Compose file cannot be used.
+/// Why a Compose file is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum ComposeError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("{}: {}", .path.display(), without_numbers(&.cause.to_string()))]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system call.
         cause: io::Error,
     },
-    /// It is larger than [`MAX_FILE`].
-    #[error("{}: larger than {} KiB; a Compose file for tidegate has to be smaller", .path.display(), MAX_FILE / 1024)]
+    /// The file is larger than [`MAX_FILE`].
+    #[error("{}: file is larger than {} KiB; shorten it", .path.display(), MAX_FILE / 1024)]
     TooLarge {
         /// The file.
         path: PathBuf,
     },
-    /// Something in it is wrong.
+    /// The content is invalid.
     #[error("{}", line(.file, *.place, .key, .problem))]
     Invalid {
-        /// The file, as it was named.
+        /// The file as the user named it.
         file: PathBuf,
-        /// Where in it.
+        /// The position in the file.
         place: Place,
-        /// The path of keys, `services.web.ports[0]`; empty for the file as a whole.
+        /// The key path, for example `services.web.ports[0]`; empty for the file as a whole.
         key: String,
-        /// What is wrong and what to do.
+        /// The cause and the remedy.
         problem: String,
     },
 }
@@ -45,7 +44,7 @@ fn line(file: &Path, place: Place, key: &str, problem: &str) -> String {
     format!("{}:{}:{}: {key}{colon}{problem}", file.display(), place.line, place.column)
 }
 
-/// A value's position and path of keys.
+/// The position of a value and its key path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Site {
     pub(super) place: Place,
@@ -62,7 +61,7 @@ impl Site {
         Self::new(Place::START, "")
     }
 
-    /// What stands under `key`, at `place`.
+    /// The value of `key`, at `place`.
     pub(super) fn at_key(&self, key: &str, place: Place) -> Self {
         let key = shown(key);
         Self::new(place, if self.key.is_empty() { key } else { format!("{}.{key}", self.key) })
@@ -78,7 +77,7 @@ impl Site {
     }
 }
 
-/// An error that does not know its file yet.
+/// An error without the name of its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     site: Site,
@@ -91,20 +90,20 @@ impl Fault {
         ComposeError::Invalid { file: file.to_owned(), place, key, problem: self.problem }
     }
 
-    /// The same with what to do.
+    /// Appends a remedy.
     pub(super) fn with_advice(mut self, advice: &str) -> Self {
         self.problem.push_str("; ");
         self.problem.push_str(advice);
         self
     }
 
-    /// The line that it is.
+    /// The error as one line of text.
     pub(super) fn line(&self, file: &Path) -> String {
         line(file, self.site.place, &self.site.key, &self.problem)
     }
 }
 
-/// `key` as a piece of a path of keys: short, and quoted if it could be taken for something else.
+/// `key` as a component of a key path: shortened, and quoted if it contains separators.
 fn shown(key: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "._-/<".contains(c);
     let short: String = key.chars().take(KEY_SHOWN).collect();

@@ -1,58 +1,60 @@
-//! Variables in values: `$NAME`, `${NAME}`, and with a word for what to do if it is missing.
+//! Variable interpolation in values: `$NAME`, `${NAME}`, and forms with a default or an error.
 //!
 //! | form | value |
 //! |---|---|
 //! | `$$` | a dollar sign |
-//! | `$NAME`, `${NAME}` | the variable; nothing, and a warning, if it is not set |
+//! | `$NAME`, `${NAME}` | the variable; an empty string and a warning if it is not set |
 //! | `${NAME:-WORD}`, `${NAME-WORD}` | the variable, or WORD if it is not set (`:`: or empty) |
-//! | `${NAME:+WORD}`, `${NAME+WORD}` | WORD if the variable is set (`:`: and not empty), otherwise nothing |
-//! | `${NAME:?WORD}`, `${NAME?WORD}` | the variable, or an error that says WORD |
+//! | `${NAME:+WORD}`, `${NAME+WORD}` | WORD if the variable is set (`:`: and not empty), otherwise
+//! an empty string |
+//! | `${NAME:?WORD}`, `${NAME?WORD}` | the variable, or an error with the message WORD |
 //!
-//! WORD may hold variables itself, [`MAX_NESTING`] deep, and ends at the first `}` that is not
-//! theirs. It is looked at only if it is used. The reference is the `template` package of
-//! compose-go.
+//! WORD may contain variables itself, nested up to [`MAX_NESTING`] levels. It ends at the first `}`
+//! that closes none of them, and is evaluated only if it is used. The reference is the `template`
+//! package of compose-go.
 
+use super::tree::MAX_TEXT;
 use std::collections::BTreeSet;
 
-/// How deep variables may stand in the words of others.
+/// The most levels that variables may be nested in each other's words.
 pub(super) const MAX_NESTING: usize = 16;
 
 /// Why a value cannot be interpolated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum InterpolationError {
-    /// A dollar sign begins nothing that is known.
-    #[error("{0:?} is no variable; write $$ for a dollar sign")]
+    /// A dollar sign without a valid form after it.
+    #[error("{0:?} is not a valid variable; write $$ for a literal dollar sign")]
     Malformed(String),
-    /// There is no closing brace.
+    /// The closing brace is missing.
     #[error("{0:?} has no closing brace")]
     Unclosed(String),
-    /// A variable that must be there is not.
-    #[error("variable {name} is missing{}{message}", if .message.is_empty() { "" } else { ": " })]
+    /// A variable with `?` has no value.
+    #[error("required variable {name} has no value{}{message}", if .message.is_empty() { "" } else { ": " })]
     Required {
-        /// Which.
+        /// The variable.
         name: String,
-        /// What the file says about it.
+        /// The message in the file.
         message: String,
     },
-    /// Words in words in words.
-    #[error("variables nest more than {MAX_NESTING} deep")]
+    /// The nesting exceeds [`MAX_NESTING`].
+    #[error("variables are nested more than {MAX_NESTING} levels deep")]
     TooDeep,
-    /// The result exceeds what it may have.
-    #[error("the values of the file get too long with their variables")]
+    /// The result exceeds the allowance.
+    #[error("values exceed {} MiB after variable expansion; shorten them", MAX_TEXT >> 20)]
     TooLong,
 }
 
-/// Where variables come from and what became of them.
+/// An interpolation: the source of the variables, the size limit and the unset variables.
 pub(super) struct Interpolation<'a> {
     lookup: &'a dyn Fn(&str) -> Option<String>,
-    /// How many bytes there may be yet.
+    /// The bytes that the result may still grow by.
     allowance: usize,
-    /// Variables that were not set and had no default.
+    /// Variables without a value and without a default.
     pub(super) unset: BTreeSet<String>,
 }
 
 impl<'a> Interpolation<'a> {
-    /// Takes variables from `lookup` and makes `allowance` bytes at most.
+    /// Takes variables from `lookup` and produces at most `allowance` bytes.
     pub(super) fn new(lookup: &'a dyn Fn(&str) -> Option<String>, allowance: usize) -> Self {
         Self { lookup, allowance, unset: BTreeSet::new() }
     }
@@ -94,7 +96,7 @@ impl<'a> Interpolation<'a> {
         Ok(out)
     }
 
-    /// What stands between braces.
+    /// Evaluates the content of a pair of braces.
     fn substitute(&mut self, inside: &str, depth: usize) -> Result<String, InterpolationError> {
         let (name, operation) = split_name(inside);
         let malformed = || InterpolationError::Malformed(shown(&format!("${{{inside}}}")));
@@ -139,7 +141,7 @@ impl<'a> Interpolation<'a> {
     }
 }
 
-/// The name at the beginning of `text`, which may be empty, and what follows it.
+/// Splits `text` behind the variable name at its beginning. The name may be empty.
 fn split_name(text: &str) -> (&str, &str) {
     let named = |c: char| c.is_ascii_alphanumeric() || c == '_';
     if text.starts_with(|c: char| c.is_ascii_digit()) {
@@ -148,7 +150,7 @@ fn split_name(text: &str) -> (&str, &str) {
     text.split_at(text.find(|c| !named(c)).unwrap_or(text.len()))
 }
 
-/// Where the brace is that closes what `text` is the inside of.
+/// The index of the brace that closes the expression whose content begins at `text`.
 fn closing_brace(text: &str) -> Option<usize> {
     let bytes = text.as_bytes();
     let (mut at, mut open) = (0, 1);
@@ -172,14 +174,14 @@ fn closing_brace(text: &str) -> Option<usize> {
     None
 }
 
-/// As much of `text` as a message needs.
+/// The beginning of `text`, short enough for a message.
 fn shown(text: &str) -> String {
     const SHOWN: usize = 32;
     let short: String = text.chars().take(SHOWN).collect();
     if short.len() < text.len() { short + "..." } else { short }
 }
 
-/// `text` on one line.
+/// `text` with control characters replaced by spaces.
 fn shown_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
@@ -203,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_of_compose_is_replaced() {
+    fn all_forms_of_compose_are_interpolated() {
         for (text, value) in [
             ("plain", "plain"),
             ("", ""),
@@ -230,25 +232,28 @@ mod tests {
             ("${MISSING:-a${EMPTY:-b}c}d", "abcd"),
             ("${MISSING:-$$}}", "$}"),
             ("${MISSING:-8080:80}", "8080:80"),
-            ("${SET:-${NEVER?looked at}}", "value"),
+            ("${SET:-${NEVER?evaluated}}", "value"),
         ] {
             assert_eq!(interpolated(text), Ok(value.to_owned()), "{text}");
         }
     }
 
     #[test]
-    fn what_is_malformed_is_told() {
+    fn malformed_variables_are_rejected() {
         for (text, error) in [
-            ("cost: 5$", r#""$" is no variable; write $$ for a dollar sign"#),
-            ("$1", r#""$1" is no variable; write $$ for a dollar sign"#),
-            ("${}", r#""${}" is no variable; write $$ for a dollar sign"#),
-            ("${SET!x}", r#""${SET!x}" is no variable; write $$ for a dollar sign"#),
+            ("cost: 5$", r#""$" is not a valid variable; write $$ for a literal dollar sign"#),
+            ("$1", r#""$1" is not a valid variable; write $$ for a literal dollar sign"#),
+            ("${}", r#""${}" is not a valid variable; write $$ for a literal dollar sign"#),
+            (
+                "${SET!x}",
+                r#""${SET!x}" is not a valid variable; write $$ for a literal dollar sign"#,
+            ),
             ("${SET", r#""${SET" has no closing brace"#),
-            ("${MISSING?}", "variable MISSING is missing"),
-            ("${EMPTY:?set it\nplease}", "variable EMPTY is missing: set it please"),
+            ("${MISSING?}", "required variable MISSING has no value"),
+            ("${EMPTY:?set it\nplease}", "required variable EMPTY has no value: set it please"),
             (
                 "$LONG$LONG$LONG$LONG$LONG",
-                "the values of the file get too long with their variables",
+                "values exceed 4 MiB after variable expansion; shorten them",
             ),
         ] {
             assert_eq!(interpolated(text), Err(error.to_owned()), "{text}");
@@ -256,18 +261,18 @@ mod tests {
     }
 
     #[test]
-    fn words_nest_as_deep_as_stated_and_no_deeper() {
+    fn words_nest_up_to_the_limit() {
         let nested =
             |depth: usize| format!("{}x{}", "${MISSING:-".repeat(depth), "}".repeat(depth));
         assert_eq!(interpolated(&nested(MAX_NESTING)), Ok("x".to_owned()));
         assert_eq!(
             interpolated(&nested(MAX_NESTING + 1)),
-            Err("variables nest more than 16 deep".to_owned())
+            Err("variables are nested more than 16 levels deep".to_owned())
         );
     }
 
     #[test]
-    fn variables_that_are_not_set_are_remembered() {
+    fn unset_variables_are_recorded() {
         let mut interpolation = Interpolation::new(&lookup, 100);
         interpolation.of("$ONE ${SET} ${TWO} ${THREE:-3} $ONE").unwrap();
         assert!(interpolation.unset.iter().eq(["ONE", "TWO"]));
@@ -275,12 +280,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_replaced_or_refused(text in r"([$\{\}:?+\-a-zA-Z_0-9é]|\$\{|SET|MISSING){0,40}") {
+        fn any_text_is_interpolated_or_rejected(text in r"([$\{\}:?+\-a-zA-Z_0-9é]|\$\{|SET|MISSING){0,40}") {
             let _ = interpolated(&text);
         }
 
         #[test]
-        fn text_without_dollars_is_left_alone(text in "[^$]{0,100}") {
+        fn text_without_dollars_is_unchanged(text in "[^$]{0,100}") {
             prop_assert_eq!(interpolated(&text), Ok(text));
         }
     }

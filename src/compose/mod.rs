@@ -1,19 +1,18 @@
-//! The part of Compose that tidegate honours, from text to a checked [`Project`].
+//! Parses the supported subset of Compose and checks it into a [`Project`].
 //!
-//! `docs/compose.md` is the subset as a user reads it. What is not in it is an error and never
-//! ignored, but for `version` and extensions (`x-anything`), which Compose ignores too. Every error
-//! names file, line, column and key.
+//! `docs/compose.md` documents the subset for users. Everything outside it is an error and is never
+//! ignored. The exceptions are `version` and extensions (`x-anything`), as in Compose itself. Every
+//! error names file, line, column and key.
 //!
 //! | step | module |
 //! |---|---|
-//! | YAML into a tree that knows places, within bounds | `tree` |
-//! | a value with its path of keys: types, variables, errors | `value`, `interpolate` |
-//! | sections into values | `network`, `service`, `ports` |
-//! | what sections say about each other | `check` |
+//! | YAML to a tree with positions, within bounds | `tree` |
+//! | a value with its key path: types, variables, errors | `value`, `interpolate` |
+//! | sections to values | `network`, `service`, `ports` |
+//! | checks across sections | `check` |
 //!
-//! Nothing here does I/O except [`load`], which reads the file and the variables of this process.
-//! The grammar follows the Compose specification; where that leaves a reading open, compose-go is
-//! the reference.
+//! Only [`load`] does I/O: it reads the file and the variables of this process. The grammar follows
+//! the Compose specification. Where the specification is ambiguous, compose-go is the reference.
 
 mod check;
 mod error;
@@ -39,17 +38,19 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// How large a file may be, in bytes.
+/// The largest accepted file, in bytes.
 pub const MAX_FILE: usize = 1 << 20;
 
-/// How long the name of a project, a service or a network may be: that of a label in DNS.
+/// The longest name of a project, a service or a network, in bytes: that of a DNS label (RFC 1035,
+/// section 2.3.4).
 const MAX_NAME: usize = 63;
 
-/// Reads and checks the file at `path`. Without a `name` in it, the project is called after its
-/// directory. Variables are those of this process; one that is not UTF-8 counts as not set.
+/// Reads and checks the file at `path`. Without a `name` key, the project is named after the
+/// directory of the file. Variables come from the environment of this process; a value that is not
+/// UTF-8 counts as unset.
 ///
 /// # Errors
-/// [`ComposeError`] if the file cannot be read, or the first thing that is wrong with it.
+/// [`ComposeError`] if the file cannot be read, or for the first fault in it.
 pub fn load(path: &Path) -> Result<Project, ComposeError> {
     let failed = |cause: io::Error| ComposeError::Read { path: path.to_owned(), cause };
     let absolute = std::path::absolute(path).map_err(failed)?;
@@ -64,7 +65,7 @@ pub fn load(path: &Path) -> Result<Project, ComposeError> {
         let last = good.rsplit('\n').next().unwrap_or_default();
         let line = good.matches('\n').count() as u64 + 1;
         let place = Place { line, column: last.chars().count() as u64 + 1 };
-        Site::new(place, "").fault("not UTF-8 text from here on").in_file(path)
+        Site::new(place, "").fault("invalid UTF-8; save the file as UTF-8").in_file(path)
     })?;
     let directory = absolute.parent().unwrap_or(Path::new("/"));
     let name = directory.file_name().unwrap_or_default().to_string_lossy();
@@ -73,12 +74,12 @@ pub fn load(path: &Path) -> Result<Project, ComposeError> {
     source.parse(text)
 }
 
-/// Checks `text` as what stands in the file at `path`, whose directory the paths in it are joined
-/// to. Without a `name` in it, the project is called `default_name`, with what no name may have
-/// taken out of it as Compose does. `env` are the variables.
+/// Parses and checks `text` as the content of the file at `path`. Relative paths in it are joined
+/// to the directory of `path`. Without a `name` key, the project gets `default_name`, normalised as
+/// Compose does. `env` looks up variables.
 ///
 /// # Errors
-/// [`ComposeError`] for the first thing that is wrong.
+/// [`ComposeError`] for the first fault.
 pub fn parse(
     text: &str,
     path: &Path,
@@ -90,9 +91,9 @@ pub fn parse(
     Source { path, directory, default_name, env }.parse(text)
 }
 
-/// What there is to know about a file beside its text.
+/// A Compose file apart from its text.
 struct Source<'a> {
-    /// As the user named it.
+    /// The path as the user gave it.
     path: &'a Path,
     directory: &'a Path,
     default_name: &'a str,
@@ -124,7 +125,7 @@ impl Source<'_> {
                 _ if field.is_extension() => {}
                 _ => {
                     return Err(field.site.fault(
-                        "this section is not supported; remove it (a file has name, networks, services and x-anything)",
+                        "this section is not supported; remove it (supported: name, networks, services, x-*)",
                     ));
                 }
             }
@@ -155,7 +156,7 @@ impl Source<'_> {
     }
 }
 
-const NO_SERVICES: &str = "there are no services; give at least one, with a command";
+const NO_SERVICES: &str = "no services are defined; add at least one with a command";
 
 fn read_networks(section: &Value<'_>) -> Result<BTreeMap<String, network::Draft>, Fault> {
     let fields = section.fields_if_any()?;
@@ -163,14 +164,14 @@ fn read_networks(section: &Value<'_>) -> Result<BTreeMap<String, network::Draft>
     fields.iter().map(|field| check_name(field).and_then(|()| read(field))).collect()
 }
 
-/// The pattern that Compose has for the names of services and networks.
+/// Checks a name against the pattern of Compose for services and networks.
 fn check_name(field: &Field<'_>) -> Result<(), Fault> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     if (1..=MAX_NAME).contains(&field.key.len()) && field.key.bytes().all(allowed) {
         return Ok(());
     }
     Err(field.site.fault(format!(
-        "a name has 1 to {MAX_NAME} letters, digits, dots, underscores and hyphens; choose another"
+        "a name consists of 1 to {MAX_NAME} letters, digits, dots, underscores and hyphens; choose another"
     )))
 }
 
@@ -184,12 +185,12 @@ fn project_name(value: &Value<'_>) -> Result<String, Fault> {
         return Ok(name);
     }
     Err(value.fault(format!(
-        "{name:?} cannot be a project's name: 1 to {MAX_NAME} lower-case letters, digits, underscores and hyphens, a \
-         letter or digit first"
+        "{name:?} is not a valid project name: use 1 to {MAX_NAME} lower-case letters, digits, underscores and hyphens, \
+         starting with a letter or digit"
     )))
 }
 
-/// `name` as Compose makes a project's name of a directory's.
+/// Derives a project name from the name of a directory, as Compose does.
 fn default_project_name(name: &str) -> Result<String, Fault> {
     let allowed = |c: &char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '_' | '-');
     let name: String = name.to_lowercase().chars().filter(allowed).collect();
@@ -197,14 +198,14 @@ fn default_project_name(name: &str) -> Result<String, Fault> {
     if name.is_empty() {
         let site = Site::start().at_key("name", Place::START);
         return Err(site.fault(
-            "the name of the directory makes no name for the project; give one, as in name: shop",
+            "no project name can be derived from the directory; set one, for example name: shop",
         ));
     }
     Ok(name)
 }
 
-/// The default network is there if a service is on it, whether the file has a section for it or
-/// not.
+/// Adds the default network if a service uses it, and removes it otherwise, even if the file has a
+/// section for it.
 fn settle_default_network(
     networks: &mut BTreeMap<String, network::Draft>,
     services: &[service::Draft],

@@ -1,4 +1,4 @@
-//! Reads one network of a Compose file.
+//! Parses the section of a network.
 
 use super::error::{Fault, Site};
 use super::project::{Names, Network, Subnet};
@@ -11,19 +11,19 @@ const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
 const BRIDGE_ICC: &str = "com.docker.network.bridge.enable_icc";
 const DRIVER_MTU: &str = "com.docker.network.driver.mtu";
 
-/// The kernel's bounds of an MTU (`ETH_MIN_MTU`, `ETH_MAX_MTU`).
+/// The range of an MTU in the kernel (`ETH_MIN_MTU` to `ETH_MAX_MTU`).
 const MTU: std::ops::RangeInclusive<u32> = 68..=65_535;
 
-/// The least MTU for IPv6: RFC 8200, section 5.
+/// The minimum MTU of IPv6 (RFC 8200, section 5).
 const MTU_V6: u32 = 1280;
 
-/// An interface's name has so many bytes at most (`IFNAMSIZ`, less the final 0).
+/// The longest interface name, in bytes (`IFNAMSIZ` less the terminating NUL).
 const INTERFACE_NAME: usize = 15;
 
-/// A network, and where the parts stand that are compared with those of others.
+/// A network, with the positions of the parts that are checked against other networks.
 pub(super) struct Draft {
     pub(super) network: Network,
-    /// As many as there are subnets.
+    /// One per subnet.
     pub(super) subnets: Vec<Site>,
     pub(super) bridge: Option<Site>,
 }
@@ -34,7 +34,7 @@ impl Draft {
     }
 }
 
-/// Reads the section of a network.
+/// Parses the section of a network.
 pub(super) fn read(section: &Field<'_>) -> Result<Draft, Fault> {
     let mut draft = Draft::plain(Network::plain(section.key, section.site.place));
     let mut mtu_site = None;
@@ -43,19 +43,18 @@ pub(super) fn read(section: &Field<'_>) -> Result<Draft, Fault> {
         match field.key {
             "internal" => draft.network.internal = value.boolean()?,
             "enable_ipv6" => draft.network.enable_ipv6 = value.boolean()?,
-            "driver" => expect_word(value, "bridge", "networks are bridges of this host")?,
+            "driver" => expect_word(value, "bridge", "every network is a bridge on this host")?,
             "driver_opts" => read_options(value, &mut draft, &mut mtu_site)?,
             "ipam" => read_ipam(value, &mut draft)?,
             "external" => {
-                let problem =
-                    "networks are made by tidegate up and taken down again; remove the key";
+                let problem = "tidegate up creates and removes all networks; remove the key";
                 return Err(field.site.fault(problem));
             }
             "x-dns" => {
                 expect_word(
                     value,
                     "gateway",
-                    "names are served in each container unless they are at the gateway",
+                    "DNS is served in each container, or at the gateway",
                 )?;
                 draft.network.names = Names::AtGateway;
             }
@@ -63,8 +62,7 @@ pub(super) fn read(section: &Field<'_>) -> Result<Draft, Fault> {
             _ if field.is_extension() => {}
             _ => {
                 return Err(field.site.fault(
-                    "this key is not supported; remove it (a network takes driver, driver_opts, enable_ipv6, \
-                     internal and ipam)",
+                    "this key is not supported; remove it (supported: driver, driver_opts, enable_ipv6, internal, ipam)",
                 ));
             }
         }
@@ -73,19 +71,22 @@ pub(super) fn read(section: &Field<'_>) -> Result<Draft, Fault> {
     Ok(draft)
 }
 
-/// What keys say together, in whichever order they stand.
+/// Checks keys that depend on each other, whatever their order in the file.
 fn check(draft: &Draft, mtu_site: Option<&Site>) -> Result<(), Fault> {
     let Draft { network, subnets, .. } = draft;
     if network.enable_ipv6 {
         if let (Some(mtu), Some(site)) = (network.mtu.filter(|mtu| *mtu < MTU_V6), mtu_site) {
-            return Err(site.fault(format!("{mtu} is too little for IPv6, which needs {MTU_V6}")));
+            return Err(site.fault(format!(
+                "{mtu} is below the IPv6 minimum of {MTU_V6}; raise it, or remove enable_ipv6"
+            )));
         }
         return Ok(());
     }
     for (Subnet { subnet, .. }, site) in network.subnets.iter().zip(subnets) {
         if let IpNet::V6(_) = subnet {
-            return Err(site
-                .fault(format!("{subnet} is IPv6; say enable_ipv6: true on the network as well")));
+            return Err(site.fault(format!(
+                "{subnet} is an IPv6 subnet; set enable_ipv6: true on the network"
+            )));
         }
     }
     Ok(())
@@ -96,7 +97,7 @@ fn expect_word(value: &Value<'_>, only: &str, why: &str) -> Result<(), Fault> {
     if word == only {
         return Ok(());
     }
-    Err(value.fault(format!("{word:?} is not supported: {why}; say {only} or remove the key")))
+    Err(value.fault(format!("{word:?} is not supported: {why}; use {only} or remove the key")))
 }
 
 fn read_options(
@@ -117,7 +118,7 @@ fn read_options(
                 let mtu = text.parse().ok().filter(|mtu| MTU.contains(mtu));
                 let bounds = || {
                     value.fault(format!(
-                        "{text:?} is not an MTU: a number from {} to {}",
+                        "{text:?} is not a valid MTU: use a number from {} to {}",
                         MTU.start(),
                         MTU.end()
                     ))
@@ -127,7 +128,7 @@ fn read_options(
             }
             _ => {
                 return Err(field.site.fault(format!(
-                    "this option is not supported; remove it (there are {BRIDGE_NAME}, {BRIDGE_ICC} and {DRIVER_MTU})"
+                    "this option is not supported; remove it (supported: {BRIDGE_NAME}, {BRIDGE_ICC}, {DRIVER_MTU})"
                 )));
             }
         }
@@ -141,7 +142,7 @@ fn interface_name(value: &Value<'_>) -> Result<String, Fault> {
     let special = matches!(name.as_str(), "." | ".." | "all" | "default");
     if name.is_empty() || name.len() > INTERFACE_NAME || special || !name.chars().all(allowed) {
         return Err(value.fault(format!(
-            "{name:?} cannot be the name of an interface: 1 to {INTERFACE_NAME} characters, no spaces, slashes or colons"
+            "{name:?} is not a valid interface name: use 1 to {INTERFACE_NAME} characters without spaces, slashes or colons"
         )));
     }
     Ok(name)
@@ -150,7 +151,9 @@ fn interface_name(value: &Value<'_>) -> Result<String, Fault> {
 fn read_ipam(ipam: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
     for field in ipam.fields_if_any()? {
         match field.key {
-            "driver" => expect_word(&field.value, "default", "tidegate chooses addresses itself")?,
+            "driver" => {
+                expect_word(&field.value, "default", "tidegate allocates addresses itself")?;
+            }
             "config" if field.value.is_null() => {}
             "config" => {
                 for item in field.value.items()? {
@@ -159,7 +162,7 @@ fn read_ipam(ipam: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
             }
             _ if field.is_extension() => {}
             _ => {
-                let problem = "this key is not supported; remove it (ipam takes driver and config)";
+                let problem = "this key is not supported; remove it (supported: driver, config)";
                 return Err(field.site.fault(problem));
             }
         }
@@ -177,25 +180,24 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
             }
             _ if field.is_extension() => {}
             _ => {
-                let problem =
-                    "this key is not supported; remove it (config takes subnet and gateway)";
+                let problem = "this key is not supported; remove it (supported: subnet, gateway)";
                 return Err(field.site.fault(problem));
             }
         }
     }
     let Some((subnet, site)) = subnet else {
-        return Err(item.fault("there is no subnet; give one, as in subnet: 10.9.0.0/24"));
+        return Err(item.fault("no subnet is set; add one, for example subnet: 10.9.0.0/24"));
     };
     if let Some((gateway, value)) = &gateway
         && let Some(problem) = unusable(*gateway, &subnet)
     {
-        return Err(value.fault(format!("{gateway} cannot be a gateway: {problem}")));
+        return Err(value.fault(format!("{gateway} is not usable as the gateway: {problem}")));
     }
     let same_family = |other: &Subnet| other.subnet.addr().is_ipv4() == subnet.addr().is_ipv4();
     if let Some(other) = draft.network.subnets.iter().find(|other| same_family(other)) {
         let family = if subnet.addr().is_ipv4() { "IPv4" } else { "IPv6" };
         return Err(site.fault(format!(
-            "{} is there already; a network has one subnet of {family}",
+            "{} is already set; a network has at most one {family} subnet",
             other.subnet
         )));
     }
@@ -205,13 +207,12 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
 }
 
 fn parse_subnet(value: &Value<'_>) -> Result<IpNet, Fault> {
-    let subnet: IpNet = value.parsed("a subnet, as 10.9.0.0/24 or fd09::/64 is one")?;
+    let subnet: IpNet = value.parsed("a subnet such as 10.9.0.0/24 or fd09::/64")?;
     if subnet.trunc() != subnet {
-        return Err(
-            value.fault(format!("{subnet} has bits behind its prefix; say {}", subnet.trunc()))
-        );
+        return Err(value.fault(format!("{subnet} has host bits set; use {}", subnet.trunc())));
     }
-    // The network itself, a gateway, a service, and for IPv4 the broadcast address.
+    // A subnet holds the network address, a gateway, a service and, for IPv4, the broadcast
+    // address.
     if subnet.max_prefix_len() - subnet.prefix_len() < 2 {
         return Err(value.fault(format!("{subnet} is too small for a gateway and a service")));
     }
@@ -221,19 +222,17 @@ fn parse_subnet(value: &Value<'_>) -> Result<IpNet, Fault> {
         || address.is_unspecified()
         || subnet.prefix_len() == 0
     {
-        return Err(
-            value.fault(format!("{subnet} has no addresses for hosts; choose a private range"))
-        );
+        return Err(value.fault(format!("{subnet} has no host addresses; use a private range")));
     }
     Ok(subnet)
 }
 
-/// Why `address` cannot belong to a host of `subnet`, if it cannot.
+/// The reason why a host in `subnet` cannot use `address`; `None` if it can.
 pub(super) fn unusable(address: IpAddr, subnet: &IpNet) -> Option<String> {
     if !subnet.contains(&address) {
-        Some(format!("it is not in {subnet}"))
+        Some(format!("it is outside {subnet}"))
     } else if address == subnet.network() {
-        Some(format!("it is the address of {subnet} itself"))
+        Some(format!("it is the network address of {subnet}"))
     } else if address.is_ipv4() && address == subnet.broadcast() {
         Some(format!("it is the broadcast address of {subnet}"))
     } else {

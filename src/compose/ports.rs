@@ -1,11 +1,11 @@
-//! Reads the `ports` of a service: the short form (Docker's `-p`) and the long one.
+//! Parses the `ports` of a service, in the short syntax (`docker run -p`) and the long one.
 
 use super::error::{Fault, Site};
 use super::value::Value;
 use std::net::IpAddr;
 use tidegate_model::PortSpec;
 
-/// Reads a list of published ports, and where each stands.
+/// Parses a list of published ports, with the position of each.
 pub(super) fn read(ports: &Value<'_>) -> Result<Vec<(PortSpec, Site)>, Fault> {
     let items = ports.items()?;
     items
@@ -20,7 +20,7 @@ fn short(item: &Value<'_>) -> Result<PortSpec, Fault> {
     parse(item, &item.scalar()?)
 }
 
-/// The long form, put together as a short one: one grammar, one set of errors.
+/// Translates the long syntax to the short one, so that both share one grammar and its errors.
 fn long(item: &Value<'_>) -> Result<PortSpec, Fault> {
     let (mut target, mut published, mut host_ip, mut protocol) = (None, None, None, None);
     for field in item.fields()? {
@@ -28,8 +28,7 @@ fn long(item: &Value<'_>) -> Result<PortSpec, Fault> {
         match field.key {
             "target" => target = Some(digits(value, "a port from 1 to 65535", "")?),
             "published" => {
-                published =
-                    Some(digits(value, "a port or a range of ports, as 8080-8090 is one", "-")?);
+                published = Some(digits(value, "a port or a port range such as 8080-8090", "-")?);
             }
             "host_ip" => host_ip = Some(value.parsed::<IpAddr>("an IP address")?),
             "protocol" => protocol = Some(value.string()?),
@@ -37,7 +36,7 @@ fn long(item: &Value<'_>) -> Result<PortSpec, Fault> {
                 let mode = value.string()?;
                 if !matches!(mode.as_str(), "host" | "ingress") {
                     return Err(value.fault(format!(
-                        "{mode:?} is not host or ingress, which mean the same here"
+                        "{mode:?} is not host or ingress (both have the same effect)"
                     )));
                 }
             }
@@ -45,14 +44,14 @@ fn long(item: &Value<'_>) -> Result<PortSpec, Fault> {
             _ if field.is_extension() => {}
             _ => {
                 return Err(field.site.fault(
-                    "this key is not supported; remove it (a port takes target, published, host_ip, protocol, mode, \
-                     name and app_protocol)",
+                    "this key is not supported; remove it (supported: target, published, host_ip, protocol, mode, name, \
+                     app_protocol)",
                 ));
             }
         }
     }
     let Some(target) = target else {
-        return Err(item.fault("there is no target; say which port the service listens on"));
+        return Err(item.fault("no target is set; add the container port, for example target: 80"));
     };
     let address = match host_ip.map(|ip| ip.to_canonical()) {
         None => String::new(),
@@ -72,7 +71,7 @@ fn parse(item: &Value<'_>, text: &str) -> Result<PortSpec, Fault> {
     item.checked(text.parse::<PortSpec>().map_err(|error| error.problem))
 }
 
-/// A number, or several with what `between` has between them; `what` calls it by name.
+/// A number, or several numbers separated by characters of `between`. Errors call it `what`.
 fn digits(value: &Value<'_>, what: &str, between: &str) -> Result<String, Fault> {
     let text = value.scalar()?;
     if text.is_empty() || !text.chars().all(|c| c.is_ascii_digit() || between.contains(c)) {

@@ -1,4 +1,4 @@
-//! What a Compose file says, checked: the values that the rest of tidegate works with.
+//! The checked content of a Compose file.
 
 use ipnet::IpNet;
 use std::collections::BTreeMap;
@@ -6,10 +6,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use tidegate_model::PortSpec;
 
-/// The name of the network that services belong to which name none.
+/// The network of services that list no networks.
 pub const DEFAULT_NETWORK: &str = "default";
 
-/// A position in a Compose file, both numbers counted from 1, the column in characters.
+/// A position in a Compose file. Line and column count from 1, the column in characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     /// The line.
@@ -25,52 +25,51 @@ impl Place {
 
 /// A checked Compose file.
 ///
-/// What stands here is consistent in itself: every network that a service names is in `networks`,
-/// fixed addresses lie in their subnets and are not given twice, dependencies have an order, and no
-/// two services publish the same port. Whether the host can serve it is another question.
+/// The value is consistent: `networks` contains every network that a service lists, fixed addresses
+/// are unique and lie in their subnets, dependencies have an order, and no two services publish the
+/// same port. Whether the host can serve it is checked elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Project {
-    /// What scopes the names of everything that is made: `[a-z0-9][a-z0-9_-]*`.
+    /// The project name, a prefix of the names of all resources: `[a-z0-9][a-z0-9_-]*`.
     pub name: String,
-    /// The networks by name. `default` is among them exactly if a service is on it.
+    /// The networks by name. `default` is present exactly if a service is attached to it.
     pub networks: BTreeMap<String, Network>,
-    /// The services in the order of the file; there is at least one.
+    /// The services in the order of the file, at least one.
     pub services: Vec<Service>,
-    /// What a user should be told, complete lines in the form of errors: variables that are not
-    /// set.
+    /// Warnings for the user, complete lines in the format of errors: variables that are not set.
     pub warnings: Vec<String>,
 }
 
 /// A network of a project.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Network {
-    /// Its key in the file: `[a-zA-Z0-9._-]+`, 63 characters at most.
+    /// The key in the file: `[a-zA-Z0-9._-]+`, at most 63 characters.
     pub name: String,
-    /// Whether there is no egress of it (and none in).
+    /// The network has neither egress nor published ports.
     pub internal: bool,
-    /// Whether it has IPv6 addresses, given or chosen.
+    /// The network has IPv6 addresses, from a configured or a chosen subnet.
     pub enable_ipv6: bool,
-    /// The given subnets, at most one of IPv4 and one of IPv6; the others are chosen where the
-    /// network is made.
+    /// The configured subnets, at most one per address family. The others are chosen when the
+    /// network is created.
     pub subnets: Vec<Subnet>,
-    /// Whether its services may talk to each other.
+    /// Its services may connect to each other.
     pub inter_container: bool,
-    /// The MTU of its links, 68..=65535 (with IPv6 from 1280), if given.
+    /// The configured MTU of its links, 68..=65535 (at least 1280 with IPv6).
     pub mtu: Option<u32>,
-    /// The name of its bridge, if given; no two networks have the same.
+    /// The configured name of its bridge, unique within the project.
     pub bridge: Option<String>,
-    /// Where its names are served.
+    /// Where DNS is served.
     pub names: Names,
-    /// The servers that names beyond its own are asked of, by services without servers of their own
-    /// (`x-dns-servers`); none for those of the host.
+    /// The upstream name servers (`x-dns-servers`) of services that configure none. If empty, those
+    /// of the host.
     pub dns: Vec<IpAddr>,
-    /// Where its key stands; for a `default` that the file does not mention, the first service on
-    /// it.
+    /// The position of its key. If the file does not define `default`, the position of the first
+    /// service attached to it.
     pub place: Place,
 }
 
 impl Network {
-    /// The network called `name` whose section is empty.
+    /// A network with an empty section.
     pub(super) fn plain(name: &str, place: Place) -> Self {
         Self {
             name: name.to_owned(),
@@ -87,27 +86,27 @@ impl Network {
     }
 }
 
-/// Where names of a network are served.
+/// Where the names of a network are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Names {
-    /// In each container, at 127.0.0.11.
+    /// In each container, on 127.0.0.11.
     #[default]
     InContainers,
-    /// At the gateway's address (`x-dns: gateway`).
+    /// On the gateway address (`x-dns: gateway`).
     AtGateway,
 }
 
-/// A subnet of a network. No host bits are set, and there is room for a gateway and a service.
+/// A subnet of a network. Its host bits are zero, and it has room for a gateway and a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Subnet {
     /// The subnet.
     pub subnet: IpNet,
-    /// The gateway's address in it, if given.
+    /// The configured gateway address.
     pub gateway: Option<IpAddr>,
 }
 
 impl Subnet {
-    /// The gateway's address: the given one, otherwise the first of the subnet.
+    /// The gateway address: the configured one, otherwise the first host address of the subnet.
     #[must_use]
     pub fn gateway_address(&self) -> IpAddr {
         self.gateway.unwrap_or_else(|| match self.subnet.network() {
@@ -117,67 +116,65 @@ impl Subnet {
     }
 }
 
-/// A service of a project: one process tree in a network namespace, or a namespace that exists.
+/// A service of a project: a process tree in its own network namespace, or an adopted namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// Its key in the file: `[a-zA-Z0-9._-]+`, 63 characters at most.
+    /// The key in the file: `[a-zA-Z0-9._-]+`, at most 63 characters.
     pub name: String,
-    /// What it is.
+    /// The command, or the namespace to adopt.
     pub run: Run,
-    /// Variables for the command, beyond those it inherits. Those passed through have their values
-    /// here.
+    /// Variables of the command in addition to the inherited ones. Variables that the file passes
+    /// through are resolved here.
     pub environment: BTreeMap<String, String>,
-    /// The host name it sees, if given.
+    /// The configured host name.
     pub hostname: Option<String>,
-    /// The networks it is on, in the order of the file; at least one, none twice.
+    /// Its networks in the order of the file, at least one, without duplicates.
     pub networks: Vec<Attachment>,
-    /// The ports it publishes.
+    /// The published ports.
     pub ports: Vec<PortSpec>,
-    /// The servers that names beyond its networks are asked of, in order; none for those of the
-    /// host.
+    /// The upstream name servers, in order. If empty, those of its networks or of the host.
     pub dns: Vec<IpAddr>,
-    /// The domains that names are looked for in; none for the host's, and `.` for none at all.
+    /// The DNS search domains. If empty, those of the host; `.` stands for none.
     pub dns_search: Vec<String>,
     /// Options of resolv.conf(5).
     pub dns_options: Vec<String>,
-    /// The services to start before it, none twice.
+    /// The services to start first, without duplicates.
     pub depends_on: Vec<String>,
-    /// What to do when the command ends.
+    /// The restart policy.
     pub restart: Restart,
-    /// The directory the command starts in: the one of the file.
+    /// The working directory of the command: the directory of the file.
     pub working_dir: PathBuf,
-    /// Where its key stands.
+    /// The position of its key.
     pub place: Place,
 }
 
-/// What a service is.
+/// What a service consists of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Run {
-    /// A program and its arguments, to run in a namespace made for it. There is at least the
-    /// program.
+    /// A program and its arguments, run in a new namespace. The program is always present.
     Command(Vec<String>),
-    /// The namespace at this path (`x-netns`). A relative path is joined to the directory of the
-    /// file already.
+    /// The namespace at this path (`x-netns`). A relative path is already joined to the directory
+    /// of the file.
     Adopt(PathBuf),
 }
 
-/// A service on a network.
+/// The attachment of a service to a network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// The network's key.
+    /// The key of the network.
     pub network: String,
-    /// Names of the service on this network beside its own.
+    /// Additional names of the service on this network.
     pub aliases: Vec<String>,
-    /// Its IPv4 address, if fixed.
+    /// The fixed IPv4 address.
     pub ipv4_address: Option<Ipv4Addr>,
-    /// Its IPv6 address, if fixed.
+    /// The fixed IPv6 address.
     pub ipv6_address: Option<Ipv6Addr>,
-    /// It may send from other addresses than its own (`x-any-source`): a router, VRRP.
+    /// It may send from source addresses other than its own (`x-any-source`), for routers and VRRP.
     pub any_source: bool,
 }
 
 impl Attachment {
-    /// On `network`, with nothing else said.
+    /// An attachment with default settings.
     pub(super) fn plain(network: &str) -> Self {
         Self {
             network: network.to_owned(),
@@ -189,21 +186,21 @@ impl Attachment {
     }
 }
 
-/// What to do when a service's command ends.
+/// The restart policy: what happens when the command exits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Restart {
-    /// Nothing.
+    /// The service is not restarted.
     #[default]
     No,
-    /// Start it again if it failed (exit code other than 0, or killed by a signal), `max` times at
-    /// most; without `max` always.
+    /// It is restarted after a failure (exit code other than 0, or killed by a signal), `max` times
+    /// at most; without `max`, without limit.
     OnFailure {
-        /// How often, 1 and up.
+        /// The most restarts, at least 1.
         max: Option<u32>,
     },
-    /// Start it again.
+    /// It is always restarted.
     Always,
-    /// Start it again unless it was stopped on purpose. Differs from `Always` only where services
-    /// are started by themselves after a reboot, which is not done here.
+    /// It is restarted unless it was stopped on purpose. This differs from `Always` only where
+    /// services start after a reboot; tidegate does not start them.
     UnlessStopped,
 }

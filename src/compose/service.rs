@@ -1,4 +1,4 @@
-//! Reads one service of a Compose file.
+//! Parses the section of a service.
 
 use super::error::{Fault, Site};
 use super::ports;
@@ -8,37 +8,37 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 
-/// What `sethostname` takes: `__NEW_UTS_LEN`.
+/// The longest host name that `sethostname` accepts, in bytes (`__NEW_UTS_LEN`).
 const HOST_NAME: usize = 64;
 
-/// What a label of a name in DNS may have: RFC 1035, section 2.3.4.
+/// The longest DNS label, in bytes (RFC 1035, section 2.3.4).
 const LABEL: usize = 63;
 
-/// What a name in DNS may have, as text.
+/// The longest DNS name in text form, in bytes.
 const DOMAIN_NAME: usize = 253;
 
-/// Keys that only mean something where a command is run.
+/// Keys that apply only to services with a command.
 const KEYS_OF_COMMANDS: [&str; 3] = ["environment", "hostname", "restart"];
 
-/// A service, and where the parts stand that are compared with those of others.
+/// A service, with the positions of the parts that are checked against other sections.
 pub(super) struct Draft {
     pub(super) service: Service,
-    /// As many as there are networks.
+    /// One per network.
     pub(super) networks: Vec<AttachmentSites>,
-    /// As many as there are ports.
+    /// One per port.
     pub(super) ports: Vec<Site>,
-    /// As many as there are dependencies.
+    /// One per dependency.
     pub(super) depends_on: Vec<Site>,
 }
 
-/// Where the parts of an [`Attachment`] stand.
+/// The positions of the parts of an [`Attachment`].
 pub(super) struct AttachmentSites {
     pub(super) network: Site,
     pub(super) ipv4_address: Option<Site>,
     pub(super) ipv6_address: Option<Site>,
 }
 
-/// Reads the section of a service of a file in `directory`.
+/// Parses the section of a service of a file in `directory`.
 pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault> {
     let (mut command, mut netns) = (None, None);
     let (mut networks, mut service_ports, mut depends_on) = (Vec::new(), Vec::new(), Vec::new());
@@ -72,18 +72,18 @@ pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault
             if let Some(field) = fields.iter().find(|field| KEYS_OF_COMMANDS.contains(&field.key)) {
                 return Err(field
                     .site
-                    .fault("nothing is run where x-netns adopts a namespace; remove the key"));
+                    .fault("x-netns adopts a namespace and runs no command; remove the key"));
             }
             Run::Adopt(path)
         }
         (Some(_), Some((_, site))) => {
-            return Err(site.fault(
-                "a service has a command or adopts a namespace, not both; remove one of them",
-            ));
+            return Err(
+                site.fault("command and x-netns are mutually exclusive; remove one of them")
+            );
         }
         (None, None) => {
             return Err(section.site.fault(
-                "there is nothing to run; give a command, or x-netns to adopt a namespace",
+                "the service has no command; add command, or x-netns to adopt a namespace",
             ));
         }
     };
@@ -113,44 +113,44 @@ pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault
     Ok(Draft { service, networks, ports, depends_on })
 }
 
-/// Why a service cannot have `key`.
+/// Why `key` is rejected in a service.
 fn refusal(key: &str) -> &'static str {
     match key {
         "image" | "build" | "platform" | "pull_policy" => {
             "tidegate runs services as processes of this host, not images; remove the key and give a command"
         }
         "entrypoint" => {
-            "there is no image whose entry point to replace; put the whole of it into command"
+            "there is no image entry point to override; put the complete command line into command"
         }
         "volumes" | "tmpfs" | "configs" | "secrets" | "read_only" => {
-            "services see the files of this host, there is nothing to mount; remove the key"
+            "services use the file system of this host, so there is nothing to mount; remove the key"
         }
-        "env_file" => "files of variables are not read; put the variables into environment",
+        "env_file" => "environment files are not supported; put the variables under environment",
         "network_mode" => {
-            "every service has a namespace of its own; remove the key, or adopt a namespace with x-netns"
+            "every service has its own network namespace; remove the key, or adopt a namespace with x-netns"
         }
         "links" | "external_links" => {
-            "services find the others on their networks by name; remove the key"
+            "services resolve each other by name on their networks; remove the key"
         }
-        "expose" => "services reach every port of the others on their networks; remove the key",
-        "deploy" | "scale" => "a service runs once; remove the key",
-        "healthcheck" => "services are not checked for health; remove the key",
+        "expose" => "services on a network reach all ports of each other; remove the key",
+        "deploy" | "scale" => "a service has exactly one instance; remove the key",
+        "healthcheck" => "health checks are not supported; remove the key",
         "container_name" => {
-            "services have no name but their key; remove the key, or add an alias to a network"
+            "a service is named by its key; remove the key, or add an alias to a network"
         }
         _ => {
-            "this key is not supported; remove it (a service takes command, depends_on, dns, dns_opt, dns_search, environment, \
-             hostname, networks, ports, restart and x-netns)"
+            "this key is not supported; remove it (supported: command, depends_on, dns, dns_opt, dns_search, environment, \
+             hostname, networks, ports, restart, x-netns)"
         }
     }
 }
 
-/// One word of resolv.conf(5), or a list of them.
+/// One word for resolv.conf(5), or a list of them.
 fn read_words(value: &Value<'_>) -> Result<Vec<String>, Fault> {
     let word = |value: &Value<'_>| {
         let word = without_nul(value)?;
         if word.is_empty() || word.contains(char::is_whitespace) {
-            return Err(value.fault(format!("{word:?} is not one word")));
+            return Err(value.fault(format!("{word:?} is not a single word")));
         }
         Ok(word)
     };
@@ -174,17 +174,16 @@ fn read_command(value: &Value<'_>) -> Result<Vec<String>, Fault> {
         return Err(value.expected("a string or a list of strings"));
     } else {
         let text = without_nul(value)?;
-        shlex::split(&text).ok_or_else(|| {
-            value.fault("a quote is not closed, or nothing follows a final backslash")
-        })?
+        shlex::split(&text)
+            .ok_or_else(|| value.fault("unterminated quote, or a trailing backslash"))?
     };
     if words.first().is_none_or(String::is_empty) {
-        return Err(value.fault("there is no program in the command; name one"));
+        return Err(value.fault("the command names no program; add one"));
     }
     Ok(words)
 }
 
-/// A string that a system call can take.
+/// A string that can be passed to a system call.
 fn without_nul(value: &Value<'_>) -> Result<String, Fault> {
     let text = value.string()?;
     refuse_nul(value, &text)?;
@@ -193,7 +192,7 @@ fn without_nul(value: &Value<'_>) -> Result<String, Fault> {
 
 fn refuse_nul(value: &Value<'_>, text: &str) -> Result<(), Fault> {
     if text.contains('\0') {
-        Err(value.fault("this holds a NUL character, which no process can be given"))
+        Err(value.fault("the value contains a NUL character; remove it"))
     } else {
         Ok(())
     }
@@ -203,22 +202,22 @@ fn read_path(value: &Value<'_>) -> Result<String, Fault> {
     let path = without_nul(value)?;
     if path.is_empty() {
         return Err(value.fault(
-            "there is no path; give that of a network namespace, as /run/netns/NAME is one",
+            "the path is empty; set the path of a network namespace, for example /run/netns/NAME",
         ));
     }
     Ok(path)
 }
 
-/// A map of variables or a list of `NAME=VALUE`. A name alone passes on what we have ourselves, if
-/// we have it.
+/// A map of variables or a list of `NAME=VALUE`. A name without a value passes the variable of this
+/// process through, if it is set.
 fn read_environment(value: &Value<'_>) -> Result<BTreeMap<String, String>, Fault> {
     let mut environment = BTreeMap::new();
     let mut add = |name: &str, given: Option<String>, at: &Value<'_>, site: &Site| {
         if name.is_empty() || name.contains(['=', '\0']) {
-            return Err(site.fault(format!("{name:?} cannot be the name of a variable")));
+            return Err(site.fault(format!("{name:?} is not a valid variable name")));
         }
         if environment.contains_key(name) {
-            return Err(site.fault(format!("variable {name} is given twice; remove one of them")));
+            return Err(site.fault(format!("variable {name} is set twice; remove one of them")));
         }
         if let Some(given) = given.or_else(|| at.context().variable(name)) {
             refuse_nul(at, &given)?;
@@ -254,7 +253,7 @@ fn read_hostname(value: &Value<'_>) -> Result<String, Fault> {
     };
     if name.len() > HOST_NAME || !name.split('.').all(allowed) {
         return Err(value.fault(format!(
-            "{name:?} cannot be a host name: letters, digits, hyphens and dots, {HOST_NAME} characters at most"
+            "{name:?} is not a valid host name: use at most {HOST_NAME} letters, digits, hyphens and dots"
         )));
     }
     Ok(name)
@@ -287,7 +286,8 @@ fn refuse_repetition(
 ) -> Result<(), Fault> {
     match seen.insert(name.to_owned(), item.site().place.line) {
         Some(line) => {
-            Err(item.fault(format!("{name:?} stands in line {line} already; remove one of them")))
+            Err(item
+                .fault(format!("{name:?} is already listed in line {line}; remove one of them")))
         }
         None => Ok(()),
     }
@@ -313,8 +313,7 @@ fn read_attachment(network: &Field<'_>, sites: &mut AttachmentSites) -> Result<A
             _ if key.starts_with("x-") => {}
             _ => {
                 return Err(site.fault(
-                    "this key is not supported; remove it (a network of a service takes aliases, ipv4_address and \
-                     ipv6_address)",
+                    "this key is not supported; remove it (supported: aliases, ipv4_address, ipv6_address)",
                 ));
             }
         }
@@ -330,7 +329,7 @@ fn read_alias(value: &Value<'_>) -> Result<String, Fault> {
     };
     if alias.len() > DOMAIN_NAME || !alias.split('.').all(allowed) {
         return Err(value.fault(format!(
-            "{alias:?} cannot be a name in DNS: letters, digits, hyphens, underscores, and dots between them"
+            "{alias:?} is not a valid DNS name: use letters, digits, hyphens and underscores, separated by dots"
         )));
     }
     Ok(alias)
@@ -353,7 +352,8 @@ fn read_dependencies(value: &Value<'_>) -> Result<Vec<(String, Site)>, Fault> {
     Ok(dependencies)
 }
 
-/// The body of a dependency in a map, which can only say that the other is to be started first.
+/// The body of a dependency in a map. The only supported condition is that the other service is
+/// started first.
 fn read_condition(dependency: &Field<'_>) -> Result<(), Fault> {
     let mut given = false;
     for Field { key, site, value } in dependency.value.fields()? {
@@ -365,26 +365,27 @@ fn read_condition(dependency: &Field<'_>) -> Result<(), Fault> {
                         given = true;
                         continue;
                     }
-                    "service_healthy" => "services are not checked for health",
+                    "service_healthy" => "tidegate runs no health checks",
                     "service_completed_successfully" => {
-                        "services are started in order, not waited for to end"
+                        "tidegate does not wait for a service to exit"
                     }
                     _ => "Compose has no such condition",
                 };
                 return Err(value
-                    .fault(format!("{condition:?} is not supported: {why}; say service_started")));
+                    .fault(format!("{condition:?} is not supported: {why}; use service_started")));
             }
             _ if key.starts_with("x-") => {}
             _ => {
-                return Err(site
-                    .fault("this key is not supported; remove it (a dependency takes condition)"));
+                return Err(
+                    site.fault("this key is not supported; remove it (supported: condition)")
+                );
             }
         }
     }
     if given {
         Ok(())
     } else {
-        Err(dependency.site.fault("there is no condition; say condition: service_started"))
+        Err(dependency.site.fault("no condition is set; add condition: service_started"))
     }
 }
 
@@ -400,7 +401,7 @@ fn read_restart(value: &Value<'_>) -> Result<Restart, Fault> {
         "always" => Ok(Restart::Always),
         "unless-stopped" => Ok(Restart::UnlessStopped),
         "on-failure" => Ok(Restart::OnFailure { max: None }),
-        // Docker takes 0 for no limit.
+        // Docker treats 0 as no limit.
         _ => counted()
             .map(|max| Restart::OnFailure { max: Some(max).filter(|max| *max > 0) })
             .ok_or_else(|| {

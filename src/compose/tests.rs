@@ -1,5 +1,5 @@
-//! The document's example, what forms mean, bounds, and arbitrary input. Errors are in modules of
-//! their own.
+//! The example in the documentation, the meaning of each syntax, bounds, and arbitrary input.
+//! Submodules test the errors.
 
 mod errors;
 mod service_errors;
@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 const DOCUMENT: &str = include_str!("../../docs/compose.md");
 
-/// The example of the document.
+/// The example in the documentation.
 fn example() -> &'static str {
     DOCUMENT.split("```yaml\n").nth(1).unwrap().split("```").next().unwrap()
 }
@@ -41,18 +41,18 @@ fn words(words: &[&str]) -> Run {
 }
 
 #[test]
-fn a_service_may_ask_to_send_from_any_address() {
+fn a_service_can_request_any_source_address() {
     let text = "services: { r: { command: x, networks: { a: { x-any-source: true }, b: {} } } }\nnetworks: { a: {}, b: {} }";
     let project = parsed(text).unwrap();
     let sources: Vec<bool> =
-        project.services[0].networks.iter().map(|there| there.any_source).collect();
+        project.services[0].networks.iter().map(|attachment| attachment.any_source).collect();
     assert_eq!(sources, [true, false]);
     let wrong = parsed(&text.replace("true", "perhaps")).unwrap_err();
     assert!(wrong.contains("x-any-source"), "{wrong}");
 }
 
 #[test]
-fn the_example_of_the_document_means_what_it_says() {
+fn the_documented_example_parses_to_the_documented_values() {
     let project = parsed(example()).unwrap();
     assert_eq!(project.name, "shop");
     assert_eq!(project.warnings, Vec::<String>::new());
@@ -124,14 +124,14 @@ fn the_example_of_the_document_means_what_it_says() {
 }
 
 #[test]
-fn the_error_of_the_document_is_the_one_it_shows() {
+fn the_documented_error_matches() {
     let text = "\n".repeat(10) + "services: {web:\n    {\n    image: nginx}}";
     let shown = DOCUMENT.split("```text\n").nth(1).unwrap().lines().next().unwrap();
     assert_eq!(parsed(&text).unwrap_err().replacen(":13:", ":12:", 1), shown);
 }
 
 #[test]
-fn the_bounds_in_the_document_are_the_ones_that_hold() {
+fn the_documented_bounds_match() {
     for bound in [
         format!("{} MiB of file", MAX_FILE >> 20),
         format!("values {MAX_DEPTH} deep"),
@@ -145,7 +145,7 @@ fn the_bounds_in_the_document_are_the_ones_that_hold() {
 }
 
 #[test]
-fn commands_are_split_like_a_shell_splits_words() {
+fn commands_are_split_like_shell_words() {
     for (text, expected) in [
         ("run", vec!["run"]),
         ("run 'two words' \"$$HOME\" a\\ b", vec!["run", "two words", "$HOME", "a b"]),
@@ -160,7 +160,7 @@ fn commands_are_split_like_a_shell_splits_words() {
 }
 
 #[test]
-fn a_relative_namespace_is_found_from_the_directory_of_the_file() {
+fn a_relative_namespace_path_is_joined_to_the_directory_of_the_file() {
     let text = "services: {a: {x-netns: ns/one}}";
     let project = parse(text, Path::new("/srv/shop/compose.yaml"), "shop", &env).unwrap();
     let [service] = project.services.try_into().unwrap();
@@ -169,7 +169,7 @@ fn a_relative_namespace_is_found_from_the_directory_of_the_file() {
 }
 
 #[test]
-fn variables_without_a_value_are_passed_on_if_they_are_set() {
+fn variables_without_a_value_are_passed_through_if_set() {
     for body in
         ["environment: [LANG, ABSENT, EMPTY=]", "environment: {LANG: , ABSENT: null, EMPTY: ''}"]
     {
@@ -181,14 +181,14 @@ fn variables_without_a_value_are_passed_on_if_they_are_set() {
 }
 
 #[test]
-fn numbers_in_the_environment_stay_as_they_are_written() {
+fn numbers_in_the_environment_keep_their_spelling() {
     let environment =
         service("command: x\nenvironment: {A: 1.10, B: 0755, C: 0x1F, D: true}").environment;
     assert_eq!(environment.into_values().collect::<Vec<_>>(), ["1.10", "0755", "0x1F", "true"]);
 }
 
 #[test]
-fn every_way_to_restart_is_understood() {
+fn every_restart_policy_is_parsed() {
     for (text, restart) in [
         ("no", Restart::No),
         ("'no'", Restart::No),
@@ -203,7 +203,7 @@ fn every_way_to_restart_is_understood() {
 }
 
 #[test]
-fn the_long_form_of_a_port_is_the_short_one_in_pieces() {
+fn the_long_port_syntax_equals_the_short_one() {
     for (long, short) in [
         ("target: 80", "80"),
         ("target: '80', published: 8080, mode: host, name: web, app_protocol: http", "8080:80"),
@@ -220,7 +220,7 @@ fn the_long_form_of_a_port_is_the_short_one_in_pieces() {
 }
 
 #[test]
-fn the_default_network_is_there_if_a_service_is_on_it() {
+fn the_default_network_exists_exactly_if_a_service_uses_it() {
     let networks = |text: &str| parsed(text).unwrap().networks.into_keys().collect::<Vec<_>>();
     assert_eq!(networks("services: {a: {command: x}}"), ["default"]);
     assert_eq!(networks("services: {a: {command: x, networks: []}}"), ["default"]);
@@ -233,22 +233,24 @@ fn the_default_network_is_there_if_a_service_is_on_it() {
 }
 
 #[test]
-fn a_variable_may_decide_a_switch() {
+fn a_boolean_can_come_from_a_variable() {
     let text = "networks: {default: {internal: '${YES}'}}\nservices: {a: {command: x}}";
     assert!(parsed(text).unwrap().networks["default"].internal);
 }
 
 #[test]
-fn a_variable_that_is_not_set_is_a_warning() {
+fn an_unset_variable_is_a_warning() {
     let project = parsed("services:\n  a:\n    command: [x, $ABSENT, $ABSENT]\n").unwrap();
     assert_eq!(
         project.warnings,
-        ["compose.yaml:3:18: services.a.command[1]: variable ABSENT is not set and taken as empty"]
+        [
+            "compose.yaml:3:18: services.a.command[1]: variable ABSENT is not set; using an empty string"
+        ]
     );
 }
 
 #[test]
-fn a_project_is_called_after_its_directory_as_in_compose() {
+fn a_project_is_named_after_its_directory_as_in_compose() {
     for (directory, name) in
         [("Shop", "shop"), ("_my.shop-2", "myshop-2"), ("Ünter", "nter"), ("-9", "9")]
     {
@@ -259,7 +261,7 @@ fn a_project_is_called_after_its_directory_as_in_compose() {
 }
 
 #[test]
-fn what_a_map_says_itself_goes_before_what_it_merges() {
+fn the_keys_of_a_map_take_precedence_over_merged_keys() {
     let text = "
 x-one: &one {restart: always, hostname: one}
 x-two: &two {hostname: two, dns: 192.0.2.1}
@@ -273,7 +275,7 @@ services:
 }
 
 #[test]
-fn a_file_is_read_with_its_directory_for_a_name() {
+fn load_names_the_project_after_the_directory_and_rejects_bad_files() {
     let directory = tempfile::tempdir().unwrap();
     let shop = directory.path().join("Shop");
     std::fs::create_dir(&shop).unwrap();
@@ -289,17 +291,18 @@ fn a_file_is_read_with_its_directory_for_a_name() {
 
     std::fs::write(&file, b"services:\n  \xc3\xa9\xff").unwrap();
     let binary = load(&file).unwrap_err().to_string();
-    assert_eq!(binary, format!("{}:2:4: not UTF-8 text from here on", file.display()));
+    let expected = "2:4: invalid UTF-8; save the file as UTF-8";
+    assert_eq!(binary, format!("{}:{expected}", file.display()));
 
     std::fs::write(&file, "#".repeat(MAX_FILE + 1)).unwrap();
     let large = load(&file).unwrap_err().to_string();
-    let expected = "larger than 1024 KiB; a Compose file for tidegate has to be smaller";
+    let expected = "file is larger than 1024 KiB; shorten it";
     assert_eq!(large, format!("{}: {expected}", file.display()));
     assert!(matches!(parsed(&"#".repeat(MAX_FILE + 1)), Err(large) if large.ends_with(expected)));
 }
 
 #[test]
-fn values_nest_as_deep_as_stated_and_no_deeper() {
+fn values_nest_up_to_the_limit() {
     let nested = |depth: usize| {
         format!(
             "x-deep: {}{}\nservices: {{a: {{command: x}}}}",
@@ -310,51 +313,51 @@ fn values_nest_as_deep_as_stated_and_no_deeper() {
     parsed(&nested(MAX_DEPTH - 1)).unwrap();
     assert_eq!(
         parsed(&nested(MAX_DEPTH)),
-        Err("compose.yaml:1:72: values nest more than 64 deep".to_owned())
+        Err("compose.yaml:1:72: values are nested more than 64 levels deep".to_owned())
     );
     let blocks: String =
         (0..=MAX_DEPTH).map(|depth| format!("{}a:\n", " ".repeat(depth))).collect();
     assert_eq!(
         parsed(&blocks),
-        Err("compose.yaml:65:65: values nest more than 64 deep".to_owned())
+        Err("compose.yaml:65:65: values are nested more than 64 levels deep".to_owned())
     );
     let aliases: String =
         (1..=MAX_DEPTH).map(|n| format!("x-{n}: &a{n} [*a{}]\n", n - 1)).collect();
     let error = parsed(&format!("x-0: &a0 []\n{aliases}")).unwrap_err();
-    assert!(error.ends_with("values nest more than 64 deep"), "{error}");
+    assert!(error.ends_with("values are nested more than 64 levels deep"), "{error}");
 }
 
 #[test]
-fn aliases_do_not_make_a_small_file_large() {
+fn alias_expansion_is_bounded() {
     let tenfold =
         |n: usize| format!("x-{n}: &a{n} [{}]\n", vec![format!("*a{}", n - 1); 10].join(", "));
     let text = format!("x-0: &a0 [x]\n{}", (1..9).map(tenfold).collect::<String>());
     let error = parsed(&text).unwrap_err();
     assert!(
-        error.ends_with("the file has more than 100000 values, aliases expanded; make it smaller"),
+        error.ends_with("the file exceeds 100000 values after alias expansion; shorten it"),
         "{error}"
     );
 
     let text = format!("x-0: &a {}\nx-1: [{}]\n", "x".repeat(500_000), ["*a"; 10].join(", "));
     let error = parsed(&text).unwrap_err();
     assert!(
-        error.ends_with("the file has more than 4 MiB of text, aliases expanded; make it smaller"),
+        error.ends_with("the file exceeds 4 MiB of text after alias expansion; shorten it"),
         "{error}"
     );
 }
 
 #[test]
-fn variables_do_not_make_a_small_file_large() {
+fn variable_expansion_is_bounded() {
     let long = |_: &str| Some("x".repeat(100_000));
     let text = format!("services: {{a: {{command: [{}]}}}}", ["$X"; 100].join(", "));
     let error = parse(&text, Path::new("f"), "x", &long).unwrap_err().to_string();
     assert_eq!(
         error,
-        "f:1:190: services.a.command[41]: the values of the file get too long with their variables"
+        "f:1:190: services.a.command[41]: values exceed 4 MiB after variable expansion; shorten them"
     );
 }
 
-/// Pieces that files are made of, for such as nearly make sense.
+/// Fragments of Compose files, combined to input that is almost valid.
 fn piece() -> impl Strategy<Value = String> {
     let pieces = [
         "services:",
@@ -414,21 +417,21 @@ fn piece() -> impl Strategy<Value = String> {
 
 proptest! {
     #[test]
-    fn any_text_is_read_or_refused_in_one_line(text in ".{0,200}") {
+    fn any_text_is_parsed_or_rejected_in_one_line(text in ".{0,200}") {
         if let Err(error) = parsed(&text) {
             prop_assert!(!error.contains('\n'), "{error:?}");
         }
     }
 
     #[test]
-    fn any_pieces_of_files_are_read_or_refused_in_one_line(pieces in prop::collection::vec(piece(), 0..60)) {
+    fn any_fragments_are_parsed_or_rejected_in_one_line(pieces in prop::collection::vec(piece(), 0..60)) {
         if let Err(error) = parsed(&pieces.concat()) {
             prop_assert!(!error.contains('\n'), "{error:?}");
         }
     }
 
     #[test]
-    fn any_change_of_the_example_is_read_or_refused_in_one_line(
+    fn any_change_of_the_example_is_parsed_or_rejected_in_one_line(
         changes in prop::collection::vec((any::<prop::sample::Index>(), 0_usize..20, piece()), 1..5),
     ) {
         let mut text: Vec<char> = example().chars().collect();

@@ -1,12 +1,12 @@
-//! YAML as a tree that knows where everything stands, with bounds.
+//! YAML as a tree of nodes with positions, within bounds.
 //!
-//! The parser gives events; here they become nodes. Aliases are expanded as copies, merge keys
-//! (`<<`) are resolved as in YAML 1.1 (what a map says itself goes before what it merges, and an
-//! earlier merged map before a later one), and what could mean two things is refused: a key given
-//! twice, a second document, tags other than `!!str`, `!!map` and `!!seq`.
+//! The builder turns the events of the parser into nodes. It expands aliases to copies and resolves
+//! merge keys (`<<`) as YAML 1.1 does: the keys of a map take precedence over merged ones, and an
+//! earlier merged map over a later one. It rejects ambiguous input: duplicate keys, a second
+//! document, and tags other than `!!str`, `!!map` and `!!seq`.
 //!
-//! Bounds, beside the size of the file: values nest [`MAX_DEPTH`] deep at most, and with all
-//! aliases expanded there are at most [`MAX_VALUES`] keys and values with [`MAX_TEXT`] bytes.
+//! Bounds in addition to the file size: at most [`MAX_DEPTH`] levels of nesting and, after alias
+//! expansion, at most [`MAX_VALUES`] keys and values with [`MAX_TEXT`] bytes of text.
 
 use super::Place;
 use super::error::{Fault, Site};
@@ -14,29 +14,29 @@ use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Tag};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// How deep values may nest.
+/// The most levels of nesting.
 pub(super) const MAX_DEPTH: usize = 64;
 
-/// How many keys and values there may be, with aliases expanded.
+/// The most keys and values after alias expansion.
 pub(super) const MAX_VALUES: usize = 100_000;
 
-/// How many bytes these may have in all.
+/// The most bytes of text in these keys and values.
 pub(super) const MAX_TEXT: usize = 4 << 20;
 
-/// The key that merges another map into the one it stands in.
+/// The key that merges another map into its own.
 const MERGE_KEY: &str = "<<";
 
-/// A value of the file.
+/// A value in the file.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) place: Place,
     pub(super) body: Body,
     size: Size,
-    /// How many levels there are below it.
+    /// The levels below this node.
     height: usize,
 }
 
-/// What a value is.
+/// The content of a value.
 #[derive(Clone, Debug)]
 pub(super) enum Body {
     Scalar { text: String, kind: Kind },
@@ -44,7 +44,7 @@ pub(super) enum Body {
     Map(Vec<Entry>),
 }
 
-/// What a scalar is by the rules of YAML 1.2.
+/// The type of a scalar in the core schema of YAML 1.2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Null,
@@ -61,7 +61,7 @@ pub(super) struct Entry {
     pub(super) value: Node,
 }
 
-/// What a node counts against the bounds.
+/// The share of a node in the bounds.
 #[derive(Clone, Copy, Debug, Default)]
 struct Size {
     values: usize,
@@ -78,7 +78,7 @@ impl Size {
     }
 }
 
-/// Reads the one document of `text`; `None` if there is none.
+/// Parses the only document of `text`; `None` if it is empty.
 pub(super) fn read(text: &str) -> Result<Option<Node>, Fault> {
     let mut builder = Builder::default();
     for event in Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text)) {
@@ -88,7 +88,7 @@ pub(super) fn read(text: &str) -> Result<Option<Node>, Fault> {
                 let site = Site { place: place(*error.marker()), ..builder.site(Place::START) };
                 let said: String =
                     error.info().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-                return Err(site.fault(format!("not valid YAML: {said}")));
+                return Err(site.fault(format!("invalid YAML: {said}")));
             }
         }
     }
@@ -99,7 +99,7 @@ fn place(marker: Marker) -> Place {
     Place { line: marker.line() as u64, column: marker.col() as u64 + 1 }
 }
 
-/// A list or a map that has not ended yet.
+/// A list or a map before its end event.
 struct Frame {
     place: Place,
     anchor: usize,
@@ -115,9 +115,9 @@ enum Collection {
 struct OpenMap {
     entries: Vec<Entry>,
     keys: BTreeSet<String>,
-    /// The key whose value comes next.
+    /// The key that waits for its value.
     pending: Option<Key>,
-    /// What merge keys have for values.
+    /// The values of merge keys.
     merged: Vec<Node>,
 }
 
@@ -142,7 +142,7 @@ impl Builder {
             Event::DocumentStart(_) => {
                 self.documents += 1;
                 if self.documents > 1 {
-                    let fault = "a second document begins here; a Compose file is a single one";
+                    let fault = "second YAML document; a Compose file contains exactly one";
                     return Err(self.site(at).fault(fault));
                 }
             }
@@ -169,9 +169,7 @@ impl Builder {
             }
             Event::Alias(anchor) => {
                 let Some(node) = self.anchors.get(&anchor) else {
-                    return Err(self
-                        .site(at)
-                        .fault("this alias stands inside of what it stands for"));
+                    return Err(self.site(at).fault("the alias refers to a node that contains it"));
                 };
                 let (size, node) = (node.size, node.clone());
                 self.spend(size, at)?;
@@ -182,7 +180,7 @@ impl Builder {
         Ok(())
     }
 
-    /// The site of the value that comes next, if it stands at `place`.
+    /// The site of the next value, at `place`.
     fn site(&self, place: Place) -> Site {
         self.open.iter().fold(Site::new(place, ""), |site, frame| match &frame.collection {
             Collection::List(items) => site.at_index(items.len(), place),
@@ -221,7 +219,8 @@ impl Builder {
 
     fn limit_depth(&self, depth: usize, at: Place) -> Result<(), Fault> {
         if depth > MAX_DEPTH {
-            return Err(Site::new(at, "").fault(format!("values nest more than {MAX_DEPTH} deep")));
+            return Err(Site::new(at, "")
+                .fault(format!("values are nested more than {MAX_DEPTH} levels deep")));
         }
         Ok(())
     }
@@ -237,7 +236,7 @@ impl Builder {
         };
         Err(self
             .site(at)
-            .fault(format!("the file has more than {bound}, aliases expanded; make it smaller")))
+            .fault(format!("the file exceeds {bound} after alias expansion; shorten it")))
     }
 
     fn close(&self, collection: Collection, place: Place) -> Result<Node, Fault> {
@@ -277,7 +276,7 @@ impl Builder {
             for map in maps {
                 let Body::Map(entries) = map.body else {
                     let site = self.site(place).at_key(MERGE_KEY, place);
-                    return Err(site.fault("a merge key takes a map or a list of maps"));
+                    return Err(site.fault("the merge key takes a map or a list of maps"));
                 };
                 all.extend(entries);
             }
@@ -285,7 +284,7 @@ impl Builder {
         Ok(all)
     }
 
-    /// Puts a complete value where it belongs: under the anchor's name, and into what is open.
+    /// Stores a complete value: as its anchor, and in the innermost open collection.
     fn complete(&mut self, node: Node, anchor: usize, merges: bool) -> Result<(), Fault> {
         self.limit_depth(self.open.len() + node.height, node.place)?;
         if anchor != 0 {
@@ -310,7 +309,7 @@ impl Builder {
     }
 }
 
-/// Why a key cannot be added to a map.
+/// Why a map rejects a key.
 struct WrongKey {
     place: Place,
     key: Option<String>,
@@ -318,7 +317,7 @@ struct WrongKey {
 }
 
 impl OpenMap {
-    /// Takes the next key, or the value of the last one.
+    /// Adds the next key, or the value of the pending key.
     fn add(&mut self, node: Node, merges: bool) -> Result<(), WrongKey> {
         let Some(key) = self.pending.take() else {
             self.pending = Some(Key::new(node, merges)?);
@@ -332,7 +331,7 @@ impl OpenMap {
         if !self.keys.insert(text.clone()) {
             let first = self.entries.iter().find(|entry| entry.key == text);
             let line = first.map_or(0, |entry| entry.place.line);
-            let problem = format!("this key stands in line {line} already; remove one of them");
+            let problem = format!("duplicate key, first set in line {line}; remove one of them");
             return Err(WrongKey { place, key: Some(text), problem });
         }
         self.entries.push(Entry { key: text, place, value: node });
@@ -344,17 +343,17 @@ impl Key {
     fn new(node: Node, merges: bool) -> Result<Self, WrongKey> {
         let place = node.place;
         let problem = match node.body {
-            Body::Scalar { kind: Kind::Null, .. } => "a key is missing here",
+            Body::Scalar { kind: Kind::Null, .. } => "missing key",
             Body::Scalar { text, .. } => return Ok(Self { text, place, merges }),
             Body::List(_) | Body::Map(_) => {
-                "a key has to be a text, not a list or a map; put it in quotes"
+                "a key must be a string, not a list or a map; put it in quotes"
             }
         };
         Err(WrongKey { place, key: None, problem: problem.to_owned() })
     }
 }
 
-/// The core schema of YAML 1.2.
+/// The type of a plain scalar in the core schema of YAML 1.2.
 fn kind(plain: &str) -> Kind {
     match plain {
         "" | "~" | "null" | "Null" | "NULL" => Kind::Null,

@@ -1,5 +1,4 @@
-//! A value of the tree with its path of keys and all it takes to read it: types, variables, errors
-//! that say where.
+//! Typed access to the values of the tree: key paths, variables, and errors with positions.
 
 use super::error::{Fault, Site};
 use super::interpolate::Interpolation;
@@ -9,12 +8,12 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::str::FromStr;
 
-/// What reading needs beside the tree.
+/// The state that all values of a file share.
 pub(super) struct Context<'a> {
     env: &'a dyn Fn(&str) -> Option<String>,
-    /// Bytes that interpolated values had in all.
+    /// Total bytes of interpolated values.
     spent: Cell<usize>,
-    /// Variables that are not set, and where each is first used.
+    /// The unset variables, with the first use of each.
     warnings: RefCell<BTreeMap<String, Fault>>,
 }
 
@@ -23,12 +22,12 @@ impl<'a> Context<'a> {
         Self { env, spent: Cell::new(0), warnings: RefCell::new(BTreeMap::new()) }
     }
 
-    /// A variable of our own environment.
+    /// A variable of this process.
     pub(super) fn variable(&self, name: &str) -> Option<String> {
         (self.env)(name)
     }
 
-    /// What is not wrong but worth telling.
+    /// Warnings for the user, which do not reject the file.
     pub(super) fn warnings(&self) -> Vec<Fault> {
         self.warnings.borrow().values().cloned().collect()
     }
@@ -40,14 +39,14 @@ impl<'a> Context<'a> {
         self.spent.set(self.spent.get() + value.len());
         let mut warnings = self.warnings.borrow_mut();
         for name in interpolation.unset {
-            let warning = site.fault(format!("variable {name} is not set and taken as empty"));
+            let warning = site.fault(format!("variable {name} is not set; using an empty string"));
             warnings.entry(name).or_insert(warning);
         }
         Ok(value)
     }
 }
 
-/// A value of the file.
+/// A value in the file.
 #[derive(Clone)]
 pub(super) struct Value<'a> {
     node: &'a Node,
@@ -58,25 +57,25 @@ pub(super) struct Value<'a> {
 /// A key of a map with its value.
 pub(super) struct Field<'a> {
     pub(super) key: &'a str,
-    /// The place of the key, with it in the path.
+    /// The position of the key, and the key path including it.
     pub(super) site: Site,
     pub(super) value: Value<'a>,
 }
 
 impl Field<'_> {
-    /// Whether it belongs to others: `x-anything`.
+    /// Whether the key is an extension: `x-anything`.
     pub(super) fn is_extension(&self) -> bool {
         self.key.starts_with("x-")
     }
 }
 
 impl<'a> Value<'a> {
-    /// The value of the whole file.
+    /// The value of the file as a whole.
     pub(super) fn root(node: &'a Node, context: &'a Context<'a>) -> Self {
         Self { node, site: Site::new(node.place, ""), context }
     }
 
-    /// Where it stands; for one that is missing, where its key does.
+    /// The position of the value; that of its key if the value is missing.
     pub(super) fn site(&self) -> &Site {
         &self.site
     }
@@ -101,7 +100,7 @@ impl<'a> Value<'a> {
         matches!(self.node.body, Body::Map(_))
     }
 
-    /// The error that something else was expected.
+    /// The error for a value of the wrong type.
     pub(super) fn expected(&self, what: &str) -> Fault {
         let found = match &self.node.body {
             Body::Scalar { kind: Kind::Null, .. } => "nothing".to_owned(),
@@ -114,7 +113,7 @@ impl<'a> Value<'a> {
         self.fault(format!("expected {what}, found {found}"))
     }
 
-    /// The keys of a map, in their order.
+    /// The entries of a map, in their order.
     pub(super) fn fields(&self) -> Result<Vec<Field<'a>>, Fault> {
         let Body::Map(entries) = &self.node.body else { return Err(self.expected("a map")) };
         let fields = entries.iter().map(|entry| {
@@ -128,7 +127,7 @@ impl<'a> Value<'a> {
         Ok(fields.collect())
     }
 
-    /// The keys of a map; none if there is nothing.
+    /// The entries of a map; none if the value is null.
     pub(super) fn fields_if_any(&self) -> Result<Vec<Field<'a>>, Fault> {
         if self.is_null() { Ok(Vec::new()) } else { self.fields() }
     }
@@ -144,7 +143,7 @@ impl<'a> Value<'a> {
         Ok(items.collect())
     }
 
-    /// A string, with its variables replaced.
+    /// A string with its variables expanded.
     pub(super) fn string(&self) -> Result<String, Fault> {
         match &self.node.body {
             Body::Scalar { kind: Kind::Text, text } => self.context.interpolate(text, &self.site),
@@ -155,7 +154,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    /// A string, a number or a boolean, as it is written, with its variables replaced.
+    /// A string, a number or a boolean as written, with its variables expanded.
     pub(super) fn scalar(&self) -> Result<String, Fault> {
         match &self.node.body {
             Body::Scalar { kind: Kind::Text, .. } => self.string(),
@@ -164,7 +163,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    /// `true` or `false`; as in Compose also as a string, which a variable always is.
+    /// `true` or `false`. As in Compose, it may be a string, because a variable always is.
     pub(super) fn boolean(&self) -> Result<bool, Fault> {
         let text = match &self.node.body {
             Body::Scalar { kind: Kind::Bool | Kind::Text, .. } => self.scalar()?,
@@ -177,13 +176,13 @@ impl<'a> Value<'a> {
         }
     }
 
-    /// A string that is a `T`, which `what` calls by name.
+    /// A string parsed as a `T`. Errors call it `what`.
     pub(super) fn parsed<T: FromStr>(&self, what: &str) -> Result<T, Fault> {
         let text = self.string()?;
         text.parse().map_err(|_| self.fault(format!("{text:?} is not {what}")))
     }
 
-    /// `result` with an error told as one of this value.
+    /// `result`, with its error attributed to this value.
     pub(super) fn checked<T, E: Display>(&self, result: Result<T, E>) -> Result<T, Fault> {
         result.map_err(|error| self.fault(error.to_string()))
     }

@@ -1,9 +1,9 @@
-//! Every error in the services of a Compose file, word for word.
+//! All errors in the services of a Compose file, word for word.
 
 use super::errors::{error, error_in_service};
 
 #[test]
-fn errors_in_services_are_told() {
+fn errors_in_services() {
     for (body, expected) in [
         (
             "image: nginx",
@@ -12,32 +12,34 @@ fn errors_in_services_are_told() {
         ),
         (
             "command: x\nvolumes: [/a:/b]",
-            "4:5: services.a.volumes: services see the files of this host, there is nothing to mount; remove the key",
+            "4:5: services.a.volumes: services use the file system of this host, so there is nothing to mount; remove the \
+             key",
         ),
         (
             "entrypoint: /bin/sh",
-            "3:5: services.a.entrypoint: there is no image whose entry point to replace; put the whole of it into command",
+            "3:5: services.a.entrypoint: there is no image entry point to override; put the complete command line into \
+             command",
         ),
         (
             "comand: x",
-            "3:5: services.a.comand: this key is not supported; remove it (a service takes command, depends_on, dns, \
-             dns_opt, dns_search, environment, hostname, networks, ports, restart and x-netns)",
+            "3:5: services.a.comand: this key is not supported; remove it (supported: command, depends_on, dns, dns_opt, \
+             dns_search, environment, hostname, networks, ports, restart, x-netns)",
         ),
         (
             "dns: 192.0.2.1",
-            "2:3: services.a: there is nothing to run; give a command, or x-netns to adopt a namespace",
+            "2:3: services.a: the service has no command; add command, or x-netns to adopt a namespace",
         ),
         (
             "command: x\nx-netns: /n",
-            "4:5: services.a.x-netns: a service has a command or adopts a namespace, not both; remove one of them",
+            "4:5: services.a.x-netns: command and x-netns are mutually exclusive; remove one of them",
         ),
         (
             "x-netns: /n\nrestart: always",
-            "4:5: services.a.restart: nothing is run where x-netns adopts a namespace; remove the key",
+            "4:5: services.a.restart: x-netns adopts a namespace and runs no command; remove the key",
         ),
         (
             "x-netns: ''",
-            "3:14: services.a.x-netns: there is no path; give that of a network namespace, as /run/netns/NAME is one",
+            "3:14: services.a.x-netns: the path is empty; set the path of a network namespace, for example /run/netns/NAME",
         ),
         (
             "command:",
@@ -47,16 +49,10 @@ fn errors_in_services_are_told() {
             "command: {}",
             "3:14: services.a.command: expected a string or a list of strings, found a map",
         ),
-        ("command: ''", "3:14: services.a.command: there is no program in the command; name one"),
-        ("command: []", "3:14: services.a.command: there is no program in the command; name one"),
-        (
-            "command: ['', x]",
-            "3:14: services.a.command: there is no program in the command; name one",
-        ),
-        (
-            "command: it's",
-            "3:14: services.a.command: a quote is not closed, or nothing follows a final backslash",
-        ),
+        ("command: ''", "3:14: services.a.command: the command names no program; add one"),
+        ("command: []", "3:14: services.a.command: the command names no program; add one"),
+        ("command: ['', x]", "3:14: services.a.command: the command names no program; add one"),
+        ("command: it's", "3:14: services.a.command: unterminated quote, or a trailing backslash"),
         (
             "command: [sleep, 10]",
             "3:22: services.a.command[1]: expected a string, found the number 10; put it in quotes",
@@ -64,15 +60,15 @@ fn errors_in_services_are_told() {
         ("command:\n  - x\n  - [y]", "5:9: services.a.command[1]: expected a string, found a list"),
         (
             "command: [x, $NUL]",
-            "3:18: services.a.command[1]: this holds a NUL character, which no process can be given",
+            "3:18: services.a.command[1]: the value contains a NUL character; remove it",
         ),
         (
             "command: echo $",
-            "3:14: services.a.command: \"$\" is no variable; write $$ for a dollar sign",
+            "3:14: services.a.command: \"$\" is not a valid variable; write $$ for a literal dollar sign",
         ),
         (
             "command: [run, '${DATA:?say where}']",
-            "3:20: services.a.command[1]: variable DATA is missing: say where",
+            "3:20: services.a.command[1]: required variable DATA has no value: say where",
         ),
         (
             "command: x\nenvironment: A",
@@ -80,15 +76,15 @@ fn errors_in_services_are_told() {
         ),
         (
             "command: x\nenvironment: [A=1, =2]",
-            "4:24: services.a.environment[1]: \"\" cannot be the name of a variable",
+            "4:24: services.a.environment[1]: \"\" is not a valid variable name",
         ),
         (
             "command: x\nenvironment: [A=1, A=2]",
-            "4:24: services.a.environment[1]: variable A is given twice; remove one of them",
+            "4:24: services.a.environment[1]: variable A is set twice; remove one of them",
         ),
         (
             "command: x\nenvironment: {A=: 1}",
-            "4:19: services.a.environment.\"A=\": \"A=\" cannot be the name of a variable",
+            "4:19: services.a.environment.\"A=\": \"A=\" is not a valid variable name",
         ),
         (
             "command: x\nenvironment: {A: []}",
@@ -96,14 +92,13 @@ fn errors_in_services_are_told() {
         ),
         (
             "command: x\nhostname: a_b",
-            "4:15: services.a.hostname: \"a_b\" cannot be a host name: letters, digits, hyphens and dots, 64 characters at \
-             most",
+            "4:15: services.a.hostname: \"a_b\" is not a valid host name: use at most 64 letters, digits, hyphens and dots",
         ),
         (
             "command: x\ndns: [192.0.2.1, one]",
             "4:22: services.a.dns[1]: \"one\" is not an IP address",
         ),
-        ("command: x\ndns_opt: [a b]", "4:15: services.a.dns_opt[0]: \"a b\" is not one word"),
+        ("command: x\ndns_opt: [a b]", "4:15: services.a.dns_opt[0]: \"a b\" is not a single word"),
         ("command: x\ndns:", "4:5: services.a.dns: expected a string, found nothing"),
         (
             "command: x\nrestart: on-failure:-1",
@@ -119,25 +114,25 @@ fn errors_in_services_are_told() {
 }
 
 #[test]
-fn errors_in_the_networks_of_services_are_told() {
+fn errors_in_the_networks_of_services() {
     for (body, expected) in [
         ("networks: one", "4:15: services.a.networks: expected a map, found a string"),
         (
             "networks: [one]",
-            "4:16: services.a.networks[0]: there is no network \"one\"; define it under networks",
+            "4:16: services.a.networks[0]: network \"one\" is not defined; add it under networks",
         ),
         (
             "networks: {one: }",
-            "4:16: services.a.networks.one: there is no network \"one\"; define it under networks",
+            "4:16: services.a.networks.one: network \"one\" is not defined; add it under networks",
         ),
         (
             "networks: [default, default]",
-            "4:25: services.a.networks[1]: \"default\" stands in line 4 already; remove one of them",
+            "4:25: services.a.networks[1]: \"default\" is already listed in line 4; remove one of them",
         ),
         (
             "networks: {default: {priority: 5}}",
-            "4:26: services.a.networks.default.priority: this key is not supported; remove it (a network of a service takes \
-             aliases, ipv4_address and ipv6_address)",
+            "4:26: services.a.networks.default.priority: this key is not supported; remove it (supported: aliases, \
+             ipv4_address, ipv6_address)",
         ),
         (
             "networks: {default: {aliases: x}}",
@@ -145,8 +140,8 @@ fn errors_in_the_networks_of_services_are_told() {
         ),
         (
             "networks: {default: {aliases: [a..b]}}",
-            "4:36: services.a.networks.default.aliases[0]: \"a..b\" cannot be a name in DNS: letters, digits, hyphens, \
-             underscores, and dots between them",
+            "4:36: services.a.networks.default.aliases[0]: \"a..b\" is not a valid DNS name: use letters, digits, hyphens \
+             and underscores, separated by dots",
         ),
         (
             "networks: {default: {ipv4_address: 'fd00::1'}}",
@@ -154,8 +149,8 @@ fn errors_in_the_networks_of_services_are_told() {
         ),
         (
             "networks: {default: {ipv4_address: 10.0.0.5}}",
-            "4:40: services.a.networks.default.ipv4_address: networks.default has no subnet of IPv4 to choose 10.0.0.5 from; \
-             give it one under ipam.config",
+            "4:40: services.a.networks.default.ipv4_address: networks.default has no IPv4 subnet for 10.0.0.5; add one under \
+             ipam.config",
         ),
     ] {
         assert_eq!(error_in_service(&format!("command: x\n{body}")), expected, "{body}");
@@ -163,7 +158,7 @@ fn errors_in_the_networks_of_services_are_told() {
 }
 
 #[test]
-fn fixed_addresses_must_fit() {
+fn fixed_addresses_must_fit_their_subnet() {
     let fixed = |address: &str, others: &str| {
         let subnets = "[{subnet: 10.0.0.0/24}, {subnet: 'fd00::/64', gateway: 'fd00::9'}]";
         error(&format!(
@@ -174,15 +169,15 @@ fn fixed_addresses_must_fit() {
     for (address, expected) in [
         (
             "ipv4_address: 10.0.1.5",
-            "ipv4_address: 10.0.1.5 cannot be on networks.n: it is not in 10.0.0.0/24",
+            "ipv4_address: 10.0.1.5 is not usable on networks.n: it is outside 10.0.0.0/24",
         ),
         (
             "ipv4_address: 10.0.0.0",
-            "ipv4_address: 10.0.0.0 cannot be on networks.n: it is the address of 10.0.0.0/24 itself",
+            "ipv4_address: 10.0.0.0 is not usable on networks.n: it is the network address of 10.0.0.0/24",
         ),
         (
             "ipv4_address: 10.0.0.255",
-            "ipv4_address: 10.0.0.255 cannot be on networks.n: it is the broadcast address of 10.0.0.0/24",
+            "ipv4_address: 10.0.0.255 is not usable on networks.n: it is the broadcast address of 10.0.0.0/24",
         ),
         (
             "ipv4_address: 10.0.0.1",
@@ -194,7 +189,7 @@ fn fixed_addresses_must_fit() {
         ),
         (
             "ipv6_address: 'fd01::9'",
-            "ipv6_address: fd01::9 cannot be on networks.n: it is not in fd00::/64",
+            "ipv6_address: fd01::9 is not usable on networks.n: it is outside fd00::/64",
         ),
     ] {
         assert_eq!(
@@ -208,12 +203,12 @@ fn fixed_addresses_must_fit() {
             "ipv4_address: 10.0.0.7",
             "  b: {command: x, networks: {n: {ipv4_address: 10.0.0.7}}}\n"
         ),
-        "4:48: services.b.networks.n.ipv4_address: 10.0.0.7 is the address of services.a already; choose another"
+        "4:48: services.b.networks.n.ipv4_address: 10.0.0.7 is already assigned to services.a; choose another"
     );
 }
 
 #[test]
-fn errors_in_ports_are_told() {
+fn errors_in_ports() {
     for (body, expected) in [
         ("ports: 80", "4:12: services.a.ports: expected a list, found the number 80"),
         ("ports: [x]", "4:13: services.a.ports[0]: container port \"x\" is not a number"),
@@ -229,7 +224,7 @@ fn errors_in_ports_are_told() {
         ),
         (
             "ports: [{published: 80}]",
-            "4:13: services.a.ports[0]: there is no target; say which port the service listens on",
+            "4:13: services.a.ports[0]: no target is set; add the container port, for example target: 80",
         ),
         (
             "ports: [{target: 80-81}]",
@@ -237,7 +232,7 @@ fn errors_in_ports_are_told() {
         ),
         (
             "ports: [{target: 80, published: '80/udp'}]",
-            "4:37: services.a.ports[0].published: \"80/udp\" is not a port or a range of ports, as 8080-8090 is one",
+            "4:37: services.a.ports[0].published: \"80/udp\" is not a port or a port range such as 8080-8090",
         ),
         (
             "ports: [{target: 80, host_ip: host}]",
@@ -249,21 +244,21 @@ fn errors_in_ports_are_told() {
         ),
         (
             "ports: [{target: 80, mode: vip}]",
-            "4:32: services.a.ports[0].mode: \"vip\" is not host or ingress, which mean the same here",
+            "4:32: services.a.ports[0].mode: \"vip\" is not host or ingress (both have the same effect)",
         ),
         (
             "ports: [{target: 80, sticky: true}]",
-            "4:26: services.a.ports[0].sticky: this key is not supported; remove it (a port takes target, published, host_ip, \
-             protocol, mode, name and app_protocol)",
+            "4:26: services.a.ports[0].sticky: this key is not supported; remove it (supported: target, published, host_ip, \
+             protocol, mode, name, app_protocol)",
         ),
         (
             "ports: ['80:80', '127.0.0.1:80:81']",
-            "4:22: services.a.ports[1]: port 80/tcp on 127.0.0.1 is published by services.a already (line 4, \"80:80\"); choose \
+            "4:22: services.a.ports[1]: port 80/tcp on 127.0.0.1 is already published by services.a (line 4, \"80:80\"); choose \
              another host port",
         ),
         (
             "ports: ['1-65535:1-65535', '1-65535:1-65535/udp', '1-65535', '1-65535/udp', '80/sctp']",
-            "4:81: services.a.ports[4]: more than 262140 ports are published in all; publish fewer",
+            "4:81: services.a.ports[4]: the project publishes more than 262140 ports; publish fewer",
         ),
     ] {
         assert_eq!(error_in_service(&format!("command: x\n{body}")), expected, "{body}");
@@ -272,50 +267,50 @@ fn errors_in_ports_are_told() {
         error(
             "services:\n  a: {command: x, ports: ['[::1]:53:53/udp']}\n  b: {command: x, ports: ['53:5353', '53:5353/udp']}\n"
         ),
-        "3:38: services.b.ports[1]: port 53/udp on [::1] is published by services.a already (line 2, \"[::1]:53:53/udp\"); \
+        "3:38: services.b.ports[1]: port 53/udp on [::1] is already published by services.a (line 2, \"[::1]:53:53/udp\"); \
          choose another host port"
     );
 }
 
 #[test]
-fn errors_in_dependencies_are_told() {
+fn errors_in_dependencies() {
     for (body, expected) in [
         ("depends_on: b", "4:17: services.a.depends_on: expected a map, found a string"),
         (
             "depends_on: [b]",
-            "4:18: services.a.depends_on[0]: there is no service \"b\" to depend on",
+            "4:18: services.a.depends_on[0]: service \"b\" is not defined; add it under services",
         ),
         (
             "depends_on: [b, b]",
-            "4:21: services.a.depends_on[1]: \"b\" stands in line 4 already; remove one of them",
+            "4:21: services.a.depends_on[1]: \"b\" is already listed in line 4; remove one of them",
         ),
         ("depends_on: {b: }", "4:18: services.a.depends_on.b: expected a map, found nothing"),
         (
             "depends_on: {b: {}}",
-            "4:18: services.a.depends_on.b: there is no condition; say condition: service_started",
+            "4:18: services.a.depends_on.b: no condition is set; add condition: service_started",
         ),
         (
             "depends_on: {b: {condition: service_healthy}}",
-            "4:33: services.a.depends_on.b.condition: \"service_healthy\" is not supported: services are not checked for \
-             health; say service_started",
+            "4:33: services.a.depends_on.b.condition: \"service_healthy\" is not supported: tidegate runs no health checks; \
+             use service_started",
         ),
         (
             "depends_on: {b: {condition: service_completed_successfully}}",
-            "4:33: services.a.depends_on.b.condition: \"service_completed_successfully\" is not supported: services are \
-             started in order, not waited for to end; say service_started",
+            "4:33: services.a.depends_on.b.condition: \"service_completed_successfully\" is not supported: tidegate does not \
+             wait for a service to exit; use service_started",
         ),
         (
             "depends_on: {b: {condition: service_happy}}",
-            "4:33: services.a.depends_on.b.condition: \"service_happy\" is not supported: Compose has no such condition; say \
+            "4:33: services.a.depends_on.b.condition: \"service_happy\" is not supported: Compose has no such condition; use \
              service_started",
         ),
         (
             "depends_on: {b: {required: false}}",
-            "4:22: services.a.depends_on.b.required: this key is not supported; remove it (a dependency takes condition)",
+            "4:22: services.a.depends_on.b.required: this key is not supported; remove it (supported: condition)",
         ),
         (
             "depends_on: [a]",
-            "4:18: services.a.depends_on[0]: services depend on each other in a circle: a -> a; remove one",
+            "4:18: services.a.depends_on[0]: dependency cycle: a -> a; remove one dependency",
         ),
     ] {
         assert_eq!(error_in_service(&format!("command: x\n{body}")), expected, "{body}");
@@ -325,12 +320,12 @@ fn errors_in_dependencies_are_told() {
             "services:\n  out: {command: x, depends_on: [a]}\n  a: {command: x, depends_on: [z, b]}\n  \
              b: {command: x, depends_on: [c]}\n  c: {command: x, depends_on: [z, a]}\n  z: {command: x}\n"
         ),
-        "5:35: services.c.depends_on[1]: services depend on each other in a circle: a -> b -> c -> a; remove one"
+        "5:35: services.c.depends_on[1]: dependency cycle: a -> b -> c -> a; remove one dependency"
     );
 }
 
 #[test]
-fn an_error_in_what_an_alias_stands_for_is_told_with_both_places() {
+fn an_error_behind_an_alias_names_the_place_and_the_key_path() {
     let text = "x-a: &a\n  ports: [x]\nservices:\n  a: {command: x, <<: *a}\n";
     assert_eq!(error(text), "2:11: services.a.ports[0]: container port \"x\" is not a number");
 }
