@@ -1,54 +1,53 @@
-//! Figures as people read them: short, and with a unit.
+//! Formatting of figures for people: short, and with a unit.
 
 use std::cmp::Ordering;
 use std::time::Duration;
 
-/// What stands in one place of a table. A number that is not known yet is not a number.
+/// A cell of a table. NaN stands for a number that is not known yet.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Cell {
     /// A name.
     Text(String),
-    /// How many there are.
+    /// An absolute number.
     Count(u64),
-    /// How many there are in a second.
+    /// Events per second.
     Rate(f64),
-    /// The same, of what should not be.
-    Trouble(f64),
-    /// Bytes in a second.
+    /// Errors per second. Every value above 0 is highlighted.
+    Errors(f64),
+    /// Bytes per second.
     Bytes(f64),
     /// Seconds.
     Time(f64),
 }
 
 impl Cell {
-    /// As it is shown.
+    /// The text of the cell.
     pub(crate) fn show(&self) -> String {
         match self {
             Self::Text(text) => text.clone(),
             Self::Count(count) => number(*count as f64),
-            Self::Rate(rate) | Self::Trouble(rate) => rate_of(*rate),
+            Self::Rate(rate) | Self::Errors(rate) => rate_of(*rate),
             Self::Bytes(bytes) => bytes_of(*bytes),
             Self::Time(seconds) => time(*seconds),
         }
     }
 
-    /// Whether it is a name, which stands on the left and is sorted from A on.
+    /// Whether the cell is a name. Names are left-aligned and sort in ascending order.
     pub(crate) fn is_text(&self) -> bool {
         matches!(self, Self::Text(_))
     }
 
-    /// Whether something is not as it should be.
-    pub(crate) fn is_trouble(&self) -> bool {
-        matches!(self, Self::Trouble(rate) if *rate > 0.0)
+    /// Whether the cell counts errors and is not 0.
+    pub(crate) fn is_error(&self) -> bool {
+        matches!(self, Self::Errors(rate) if *rate > 0.0)
     }
 
-    /// Which comes first: names by the alphabet and the numbers in them, the larger number before
-    /// the smaller one, what is not known last.
+    /// The sort order: names in natural order, numbers from the largest, unknown numbers last.
     pub(crate) fn compare(&self, other: &Self) -> Ordering {
         let key = |cell: &Self| match cell {
             Self::Text(_) => f64::NAN,
             Self::Count(count) => *count as f64,
-            Self::Rate(value) | Self::Trouble(value) | Self::Bytes(value) | Self::Time(value) => {
+            Self::Rate(value) | Self::Errors(value) | Self::Bytes(value) | Self::Time(value) => {
                 *value
             }
         };
@@ -62,7 +61,7 @@ impl Cell {
     }
 }
 
-/// Text in pieces so that `80` comes before `8080`, and `web2` before `web10`.
+/// Splits text for natural order, so that `80` sorts before `8080`, and `web2` before `web10`.
 fn natural(text: &str) -> Vec<(char, u64)> {
     let mut pieces = Vec::new();
     let mut digits = 0u64;
@@ -92,7 +91,7 @@ pub(crate) fn number(value: f64) -> String {
     if value < 10_000.0 { format!("{value:.0}") } else { scaled(value, ["k", "M", "G", "T"]) }
 }
 
-/// `0`, `0.4`, `35`, `12.3k`; `-` if it is not known yet.
+/// `0`, `0.4`, `35`, `12.3k`; `-` if unknown.
 pub(crate) fn rate_of(value: f64) -> String {
     match value {
         value if value.is_nan() => "-".to_owned(),
@@ -111,7 +110,7 @@ pub(crate) fn bytes_of(value: f64) -> String {
     }
 }
 
-/// Three digits, and the thousand, million and so on that they are of.
+/// Three significant digits with a decimal unit prefix.
 fn scaled(mut value: f64, units: [&str; 4]) -> String {
     let mut unit = "";
     for next in units {
@@ -128,7 +127,7 @@ fn scaled(mut value: f64, units: [&str; 4]) -> String {
     }
 }
 
-/// `0.05 ms`, `12 ms`, `1.2 s`; `-` if there was none.
+/// `0.05 ms`, `12 ms`, `1.2 s`; `-` if unknown.
 pub(crate) fn time(seconds: f64) -> String {
     match seconds {
         seconds if seconds.is_nan() => "-".to_owned(),
@@ -156,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_three_digits_and_a_unit() {
+    fn numbers_have_three_digits_and_a_unit() {
         for (value, shown) in [
             (0.0, "0"),
             (9999.0, "9999"),
@@ -205,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_comes_first_names_by_their_numbers_and_what_is_not_known_last() {
+    fn large_numbers_sort_first_unknown_ones_last_and_names_naturally() {
         let mut cells = [Cell::Rate(1.0), Cell::Rate(f64::NAN), Cell::Rate(30.0), Cell::Rate(2.0)];
         cells.sort_by(Cell::compare);
         let shown: Vec<String> = cells.iter().map(Cell::show).collect();

@@ -1,14 +1,14 @@
-//! What keys do.
+//! Key bindings.
 
 use super::sheet::View;
 use super::state::{LONGEST_FILTER, State};
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
-/// Rows that a page has at least; how high the terminal is, nobody tells.
+/// Rows that page keys scroll by. The height of the terminal is not known here.
 const PAGE: usize = 10;
 
 impl State {
-    /// Does what `key` means. False if it is the end.
+    /// Handles a key. Returns false if it ends the program.
     pub(crate) fn press(&mut self, key: KeyEvent) -> bool {
         if key.kind == KeyEventKind::Release {
             return true;
@@ -22,12 +22,12 @@ impl State {
         }
         match key.code {
             KeyCode::Char('q') | KeyCode::Esc => return false,
-            KeyCode::Tab | KeyCode::Right | KeyCode::Char('l') => self.look_at(self.view.step(1)),
+            KeyCode::Tab | KeyCode::Right | KeyCode::Char('l') => self.select(self.view.step(1)),
             KeyCode::BackTab | KeyCode::Left | KeyCode::Char('h') => {
-                self.look_at(self.view.step(View::ALL.len() - 1));
+                self.select(self.view.step(View::ALL.len() - 1));
             }
             KeyCode::Char(digit @ '1'..='4') => {
-                self.look_at(View::ALL[digit as usize - '1' as usize]);
+                self.select(View::ALL[digit as usize - '1' as usize]);
             }
             KeyCode::Char('s') => self.sort(1),
             KeyCode::Char('S') => self.sort(self.view.columns().len() - 1),
@@ -43,17 +43,17 @@ impl State {
             KeyCode::End | KeyCode::Char('G') => self.scroll = usize::MAX,
             _ => {}
         }
-        // There is nothing below the last row.
+        // Scrolling stops at the last row.
         self.scroll = self.scroll.min(self.sheet().rows.len().saturating_sub(1));
         true
     }
 
-    fn look_at(&mut self, view: View) {
+    fn select(&mut self, view: View) {
         self.view = view;
         self.scroll = 0;
     }
 
-    /// By the column that is `steps` further on.
+    /// Sorts by the column `steps` to the right of the current one.
     fn sort(&mut self, steps: usize) {
         let columns = self.view.columns();
         let now = columns.iter().position(|column| column.key == self.order.key);
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_with_q_esc_and_ctrl_c_but_not_while_a_filter_is_typed() {
+    fn q_esc_and_ctrl_c_quit_except_while_a_filter_is_typed() {
         let mut state = state();
         assert!(!press(&mut state, KeyCode::Char('q')));
         assert!(!press(&mut state, KeyCode::Esc));
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn views_go_round_and_are_chosen_by_number() {
+    fn views_wrap_around_and_are_selected_by_number() {
         let mut state = state();
         press(&mut state, KeyCode::Tab);
         assert_eq!(state.view, View::Endpoints);
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_to_sort_by_follow_one_another_and_are_reversed() {
+    fn the_sort_column_moves_and_reverses() {
         let mut state = state();
         press(&mut state, KeyCode::Char('s'));
         assert_eq!(state.order.key, "fail");
@@ -142,14 +142,14 @@ mod tests {
         assert_eq!(state.order, Order { key: "in", reversed: false });
         press(&mut state, KeyCode::Char('r'));
         assert!(state.order.reversed);
-        // A view without that column begins with its first.
+        // A view without that column starts at its first one.
         press(&mut state, KeyCode::Char('4'));
         press(&mut state, KeyCode::Char('s'));
         assert_eq!(state.order.key, "server");
     }
 
     #[test]
-    fn a_filter_is_typed_taken_back_and_bounded_and_rows_are_scrolled_no_further_than_there_are() {
+    fn the_filter_is_edited_and_bounded_and_scrolling_stops_at_the_last_row() {
         let mut state = state();
         type_in(&mut state, "/webx");
         press(&mut state, KeyCode::Backspace);

@@ -1,11 +1,13 @@
-//! `tidegate top`: what happens on the networks now, as a live view or as one plain frame.
+//! `tidegate top`: live rates of the networks, as an interactive view or as one plain frame.
 //!
 //! ```text
-//! API ─► Figures ─► Rates: the difference of two ─► Sheets: tables of cells ─┬─► view: a terminal, with keys
-//!                                                                           └─► plain: text, once
+//! API ─► Figures ─► Rates: the difference of two ─► Sheets: tables of cells ─┬─► view: a terminal,
+//! with keys
+//!                                                                           └─► plain: text,
+//!                                                                           printed once
 //! ```
 //!
-//! All of it is pure but for [`screen`], which has the terminal, the keys and the clock.
+//! Everything is pure except [`screen`], which owns the terminal, the keys and the clock.
 
 mod cell;
 mod keys;

@@ -1,13 +1,13 @@
-//! One frame as text.
+//! One frame as plain text.
 
 use super::Rates;
 use super::sheet::{Order, Sheet, View};
 use super::summary::{Piece, lines, title};
 
-/// Wide enough for every name.
+/// Columns of a frame, enough for every name.
 const WIDTH: usize = 1000;
 
-/// All that there is to see: the lines above, and every view that has rows.
+/// All of the figures: the summary lines, and every view with rows.
 pub(crate) fn frame(rates: &Rates, order: Order, filter: &str) -> String {
     let join = |pieces: &[Piece]| {
         pieces.iter().map(|piece| piece.text.as_str()).collect::<Vec<_>>().join("  ")
@@ -41,12 +41,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_frame_is_text_with_all_views() {
+    fn a_frame_contains_all_views() {
         let rates = Rates::between(Some(&figures(10_000, 100)), &figures(12_000, 200));
         let expected = "\
 tidegate top: shop  up 12s  descriptors 30/1024  rates over 2.0 s
 ports TCP open 3/100k  new 300/s  in 300 kB/s  out 15.0 MB/s  fail 15/s
-NAT   flows 12/65.5k  new 50/s  in 100 kB/s  out 50.0 kB/s  drop 0/s  again 50/s
+NAT   flows 12/65.5k  new 50/s  in 100 kB/s  out 50.0 kB/s  drop 0/s  retx 50/s
 names asked 400/s  unknown 100/s  fail 20/s  servers 1, silent 0
 
 PUBLISHED         ENDPOINT  TO  OPEN  NEW/s    IN/s    OUT/s  FAIL/s     DIAL
@@ -73,7 +73,7 @@ SERVER         TRUSTED  ASKED/s  SILENT/s  FAIL/s   ANSWER
         };
         let text = frame(&rates, Order::default(), "");
         assert_eq!(squeeze(&text), squeeze(&expected), "{text}");
-        // Columns are straight.
+        // Columns are aligned.
         let at = |needle: &str| text.lines().find(|line| line.contains(needle)).unwrap().len();
         assert_eq!(at("PUBLISHED"), at("0.0.0.0:53/udp"));
         let filtered = frame(&rates, Order::default(), "udp");

@@ -1,19 +1,19 @@
-//! What happens in a second: the difference of two [`Figures`].
+//! Rates: the difference of two [`Figures`] over the time between them.
 
 use crate::api::types::{Figures, Fill, PortFigures};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// What there is, and what happens in a second (`_rate`). A rate that is not known yet, because
-/// there are no figures to compare with, is not a number; in JSON it is null.
+/// Current values and rates per second (`_rate`). A rate is NaN until there are earlier figures to
+/// compare with; in JSON it is null.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Rates {
     /// Name of the project.
     pub(crate) project: String,
-    /// How long it has been up.
+    /// Seconds since the start of the project.
     pub(crate) up_seconds: f64,
-    /// What time the rates are of.
+    /// The seconds between the two figures.
     pub(crate) over_seconds: f64,
     pub(crate) connections: Fill,
     pub(crate) descriptors: Fill,
@@ -24,13 +24,13 @@ pub(crate) struct Rates {
     pub(crate) upstreams: Vec<UpstreamRates>,
 }
 
-/// What flows through published ports.
+/// Traffic of published ports.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Flow {
-    /// TCP connections and UDP sessions now.
+    /// Open TCP connections and UDP sessions.
     pub(crate) open: u64,
     pub(crate) begun_rate: f64,
-    /// Connections that did not reach the endpoint, and datagrams that were not carried.
+    /// Connections that did not reach the endpoint, and dropped datagrams.
     pub(crate) failed_rate: f64,
     pub(crate) bytes_in_rate: f64,
     pub(crate) bytes_out_rate: f64,
@@ -54,11 +54,11 @@ pub(crate) struct PortRates {
     pub(crate) container_port: u16,
     #[serde(flatten)]
     pub(crate) flow: Flow,
-    /// How long it took to reach the endpoint, on average.
+    /// The average time to connect to the endpoint.
     pub(crate) dial_seconds: f64,
 }
 
-/// An endpoint, by its published ports.
+/// The published ports of an endpoint.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct EndpointRates {
     pub(crate) endpoint: String,
@@ -68,7 +68,7 @@ pub(crate) struct EndpointRates {
     pub(crate) flow: Flow,
 }
 
-/// A network, by what its endpoints publish and ask.
+/// The published ports and the DNS queries of a network.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct NetworkRates {
     pub(crate) network: String,
@@ -91,7 +91,7 @@ pub(crate) struct NatRates {
     pub(crate) retransmissions_rate: f64,
 }
 
-/// A name server.
+/// An upstream name server.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct UpstreamRates {
     pub(crate) server: String,
@@ -99,11 +99,11 @@ pub(crate) struct UpstreamRates {
     pub(crate) asked_rate: f64,
     pub(crate) silent_rate: f64,
     pub(crate) failed_rate: f64,
-    /// How long an answer took, on average.
+    /// The average response time.
     pub(crate) answer_seconds: f64,
 }
 
-/// Of two counts a while apart, how many there were in a second.
+/// Computes rates over an interval.
 #[derive(Clone, Copy)]
 struct Per {
     seconds: f64,
@@ -111,20 +111,20 @@ struct Per {
 
 impl Per {
     fn second(self, now: u64, before: u64) -> f64 {
-        // 0/0 where nothing is known: not a number.
+        // 0/0 is NaN, for an interval that is not known.
         now.saturating_sub(before) as f64 / self.seconds
     }
 }
 
-/// The average of what took `now - before` microseconds `times`.
+/// The average of `times` durations with a total of `now - before` microseconds, in seconds.
 fn average((now, before): (u64, u64), times: u64) -> f64 {
     now.saturating_sub(before) as f64 / 1e6 / if times == 0 { f64::NAN } else { times as f64 }
 }
 
 impl Rates {
-    /// Of `now`, and what was a while `before`.
+    /// The rates from `before` to `now`.
     pub(crate) fn between(before: Option<&Figures>, now: &Figures) -> Self {
-        // Of another instance nothing can be compared.
+        // Counters of another instance are not comparable.
         let before =
             before.filter(|before| (before.pid, &before.started) == (now.pid, &now.started));
         let passed = before.map(|before| now.elapsed_ms.saturating_sub(before.elapsed_ms));
@@ -146,7 +146,7 @@ impl Rates {
         }
     }
 
-    /// All published ports together.
+    /// The sum over all published ports.
     pub(crate) fn flow(&self) -> Flow {
         let mut sum = Flow::default();
         self.ports.iter().for_each(|port| sum.add(&port.flow));
@@ -158,7 +158,7 @@ fn ports(before: Option<&Figures>, now: &Figures, per: Per) -> Vec<PortRates> {
     let old: BTreeMap<u32, &PortFigures> =
         before.iter().flat_map(|before| &before.ports).map(|port| (port.id, port)).collect();
     let rates = |port: &PortFigures| {
-        // One that has come meanwhile began at nothing.
+        // A port that is new since then counts from 0.
         let old = old.get(&port.id);
         let of = |field: fn(&PortFigures) -> u64| (field(port), old.map_or(0, |old| field(old)));
         let rate = |field: fn(&PortFigures) -> u64| {
@@ -280,8 +280,8 @@ pub(super) mod tests {
     use super::*;
     use crate::api::types::{NatFigures, NetworkFigures, UpstreamFigures};
 
-    /// Two networks, two endpoints, two ports, `elapsed_ms` after the start, when `done` of
-    /// everything has happened.
+    /// Two networks, two endpoints and three ports, `elapsed_ms` after the start, with every
+    /// counter a multiple of `done`.
     pub(in crate::top) fn figures(elapsed_ms: u64, done: u64) -> Figures {
         let port = |id, publish: &str, endpoint: &str, times: u64| PortFigures {
             id,
@@ -345,7 +345,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_rate_is_what_has_happened_over_the_time_it_took() {
+    fn a_rate_is_the_difference_over_the_interval() {
         let rates = Rates::between(Some(&figures(10_000, 100)), &figures(12_000, 200));
         assert_eq!((rates.up_seconds, rates.over_seconds), (12.0, 2.0));
         let port = &rates.ports[1];
@@ -375,7 +375,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn nothing_is_known_of_the_first_figures_nor_across_instances_nor_without_time() {
+    fn rates_are_unknown_without_earlier_figures_of_the_same_instance() {
         let now = figures(12_000, 200);
         let mut other = figures(10_000, 100);
         other.pid = 8;
@@ -391,13 +391,13 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_port_that_has_come_meanwhile_began_at_nothing_and_one_that_has_gone_is_not_told() {
+    fn new_ports_count_from_zero_and_removed_ports_vanish() {
         let (mut before, mut now) = (figures(10_000, 100), figures(11_000, 100));
         before.ports.remove(1);
         now.ports.remove(0);
         let rates = Rates::between(Some(&before), &now);
-        let told: Vec<_> =
+        let rates: Vec<_> =
             rates.ports.iter().map(|port| (port.publish.as_str(), port.flow.begun_rate)).collect();
-        assert_eq!(told, [("[::]:8080/tcp", 200.0), ("0.0.0.0:53/udp", 0.0)]);
+        assert_eq!(rates, [("[::]:8080/tcp", 200.0), ("0.0.0.0:53/udp", 0.0)]);
     }
 }

@@ -1,4 +1,4 @@
-//! The terminal, the keys, and the thread that asks.
+//! The terminal, its keys, and the thread that polls the API.
 
 use super::state::State;
 use super::view::draw;
@@ -16,31 +16,31 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
-/// How long a key may take to be noticed, and a signal.
-const LOOK: Duration = Duration::from_millis(50);
+/// How often keys and signals are polled, the bound of their latency.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What an instance has counted.
+/// Fetches the counters of the instance.
 ///
 /// # Errors
-/// One line: nobody is there, or it does not know figures.
-pub(crate) async fn ask(client: &Client) -> anyhow::Result<Figures> {
+/// One line: the instance is not running, or its API has no figures.
+pub(crate) async fn fetch(client: &Client) -> anyhow::Result<Figures> {
     client.get("/v1/figures").await
 }
 
-/// Shows `state` until the user has seen enough, with what `client` says at each interval.
+/// Shows `state` until the user quits, with new figures from `client` at each interval.
 ///
 /// # Errors
-/// The terminal's. It is as it was before, however this ends.
+/// Errors of the terminal. The terminal is restored in any case.
 pub(crate) fn show(mut state: State, client: Client) -> anyhow::Result<()> {
     let ends = Arc::new(AtomicBool::new(false));
     for signal in [SIGHUP, SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&ends)).context("signal handlers")?;
     }
-    let answers = ask_repeatedly(client, state.interval)?;
-    end_with_the_terminal()?;
-    // It restores the terminal when something panics, too.
+    let answers = poll_figures(client, state.interval)?;
+    exit_with_the_terminal()?;
+    // ratatui also restores the terminal on a panic.
     let mut terminal = ratatui::try_init().context("terminal")?;
-    let _restored = Restored;
+    let _guard = TerminalGuard;
     let mut is_drawn = false;
     while !ends.load(Ordering::Relaxed) {
         while let Ok(answer) = answers.try_recv() {
@@ -51,7 +51,7 @@ pub(crate) fn show(mut state: State, client: Client) -> anyhow::Result<()> {
             terminal.draw(|frame| draw(frame, &state)).context("terminal")?;
             is_drawn = true;
         }
-        match event::poll(LOOK) {
+        match event::poll(POLL_INTERVAL) {
             Ok(false) => continue,
             Ok(true) => {}
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -65,17 +65,17 @@ pub(crate) fn show(mut state: State, client: Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends the process when its terminal has gone: a window that was closed, a connection that was
-/// lost. SIGHUP says so to the shell, which need not pass it on; and crossterm reads the end of a
-/// terminal for ever (0.29, `try_read`).
-fn end_with_the_terminal() -> anyhow::Result<()> {
+/// Exits the process when its terminal is gone, after a closed window or a lost connection. The
+/// kernel sends SIGHUP to the shell, which need not pass it on. crossterm 0.29 reads from a
+/// terminal at its end in an endless loop (`try_read`).
+fn exit_with_the_terminal() -> anyhow::Result<()> {
     let watch = || {
         let stdout = io::stdout();
         loop {
             let mut terminal = [PollFd::new(&stdout, PollFlags::empty())];
             match poll(&mut terminal, None) {
                 Ok(0) | Err(Errno::INTR) => {}
-                // There is nothing left to restore, and nobody to tell.
+                // There is no terminal left to restore.
                 _ => std::process::exit(EXIT_FAILURE.into()),
             }
         }
@@ -84,22 +84,22 @@ fn end_with_the_terminal() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives the terminal back.
-struct Restored;
+/// Restores the terminal when dropped.
+struct TerminalGuard;
 
-impl Drop for Restored {
+impl Drop for TerminalGuard {
     fn drop(&mut self) {
         ratatui::restore();
     }
 }
 
-/// What `client` says every `interval`, from a thread that ends with the process.
-fn ask_repeatedly(
+/// Polls `client` every `interval`, on a thread that ends with the process.
+fn poll_figures(
     client: Client,
     interval: Duration,
 ) -> anyhow::Result<Receiver<Result<Figures, String>>> {
-    // Not more than one is looked at.
-    let (tell, told) = sync_channel(1);
+    // The view shows only the latest figures.
+    let (sender, receiver) = sync_channel(1);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
     std::thread::Builder::new()
@@ -108,13 +108,13 @@ fn ask_repeatedly(
             runtime.block_on(async {
                 loop {
                     tokio::time::sleep(interval).await;
-                    let answer = ask(&client).await.map_err(|error| format!("{error:#}"));
-                    if tell.send(answer).is_err() {
+                    let answer = fetch(&client).await.map_err(|error| format!("{error:#}"));
+                    if sender.send(answer).is_err() {
                         return;
                     }
                 }
             });
         })
         .context("a thread")?;
-    Ok(told)
+    Ok(receiver)
 }

@@ -1,9 +1,9 @@
-//! Tables of cells: what each view shows, how it is sorted and filtered, and how it is made to fit.
+//! Tables of cells: the columns of each view, sorting, filtering, and fitting to a width.
 
 use super::cell::Cell;
 use super::rates::{Flow, Rates};
 
-/// What is looked at.
+/// A view.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum View {
     /// Published ports
@@ -13,15 +13,15 @@ pub(crate) enum View {
     Endpoints,
     /// Networks
     Networks,
-    /// Name servers that questions are forwarded to
+    /// Upstream name servers
     Names,
 }
 
 impl View {
-    /// All of them, in their order.
+    /// All views, in the order of their tabs.
     pub(crate) const ALL: [Self; 4] = [Self::Ports, Self::Endpoints, Self::Networks, Self::Names];
 
-    /// What stands above it.
+    /// The label of its tab.
     pub(crate) const fn title(self) -> &'static str {
         match self {
             Self::Ports => "Ports",
@@ -31,18 +31,18 @@ impl View {
         }
     }
 
-    /// The one that is `steps` further on, around the corner.
+    /// The view `steps` further on, wrapping around.
     pub(crate) fn step(self, steps: usize) -> Self {
         Self::ALL[(self as usize + steps) % Self::ALL.len()]
     }
 }
 
-/// A column: its head, and what it is called to sort by it.
+/// A column: its heading, and the key to sort by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Column {
     pub(crate) head: &'static str,
     pub(crate) key: &'static str,
-    /// Left out where there is no room.
+    /// Omitted if the table is too wide.
     optional: bool,
 }
 
@@ -95,7 +95,7 @@ const NAMES: &[Column] = &[
 ];
 
 impl View {
-    /// Its columns.
+    /// The columns of the view.
     pub(crate) const fn columns(self) -> &'static [Column] {
         match self {
             Self::Ports => PORTS,
@@ -106,7 +106,7 @@ impl View {
     }
 }
 
-/// By which column rows are sorted, and whether the other way round.
+/// The column that rows are sorted by, and whether the order is reversed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Order {
     pub(crate) key: &'static str,
@@ -120,13 +120,13 @@ impl Default for Order {
 }
 
 impl Order {
-    /// By the column called `key`, of whatever view.
+    /// Sorts by the column `key`, of any view.
     pub(crate) fn by(key: &str) -> Option<Self> {
         let mut all = View::ALL.iter().flat_map(|view| view.columns());
         all.find(|column| column.key == key).map(|column| Self { key: column.key, reversed: false })
     }
 
-    /// All that can be sorted by.
+    /// All sort keys.
     pub(crate) fn keys() -> Vec<&'static str> {
         let mut keys = Vec::new();
         for column in View::ALL.iter().flat_map(|view| view.columns()) {
@@ -146,8 +146,8 @@ pub(crate) struct Sheet {
 }
 
 impl Sheet {
-    /// What `view` shows of `rates`: the rows one of whose names has `filter` in it, in the order
-    /// of `order` or, if the view has no such column, in their own.
+    /// The table of `view` for `rates`: the rows with a name that contains `filter`, sorted by
+    /// `order`. If the view has no such column, the rows keep their order.
     pub(crate) fn new(view: View, rates: &Rates, order: Order, filter: &str) -> Self {
         let mut rows = rows(view, rates);
         let filter = filter.to_lowercase();
@@ -164,8 +164,8 @@ impl Sheet {
         Self { columns, rows }
     }
 
-    /// The widths of its columns where all together may have `total`, with two blanks between them;
-    /// 0 for one that is left out. Names are cut before numbers are.
+    /// The column widths for a table of at most `total` columns, with two blanks between; 0 for an
+    /// omitted column. Names are truncated before numbers.
     pub(crate) fn widths(&self, total: usize) -> Vec<usize> {
         let content = |index: usize, column: &Column| {
             let cells = self.rows.iter().map(|row| row[index].show().chars().count());
@@ -182,7 +182,7 @@ impl Sheet {
                 widths[index] = 0;
             }
         }
-        // The widest name gives way, down to what its head needs.
+        // The widest name shrinks first, down to the width of its heading.
         while sum(&widths) > total {
             let is_name = |index: &usize| {
                 let is_text = self.rows.first().is_none_or(|row| row[*index].is_text());
@@ -197,8 +197,7 @@ impl Sheet {
         widths
     }
 
-    /// A row's cells as they stand beside each other; names on the left of their columns, numbers
-    /// on the right.
+    /// The cells of a row, padded to the column widths: names left-aligned, numbers right-aligned.
     pub(crate) fn cells<'a>(
         row: &'a [Cell],
         widths: &'a [usize],
@@ -207,7 +206,7 @@ impl Sheet {
         shown.map(|(cell, width)| (aligned(&cell.show(), *width, cell.is_text()), cell))
     }
 
-    /// The heads in the same way.
+    /// The headings, padded likewise.
     pub(crate) fn heads<'a>(
         &'a self,
         widths: &'a [usize],
@@ -238,7 +237,7 @@ fn rows(view: View, rates: &Rates) -> Vec<Vec<Cell>> {
             Cell::Rate(flow.begun_rate),
             Cell::Bytes(flow.bytes_in_rate),
             Cell::Bytes(flow.bytes_out_rate),
-            Cell::Trouble(flow.failed_rate),
+            Cell::Errors(flow.failed_rate),
         ]
     };
     match view {
@@ -275,7 +274,7 @@ fn rows(view: View, rates: &Rates) -> Vec<Vec<Cell>> {
                     Cell::Bytes(network.flow.bytes_out_rate),
                     Cell::Rate(network.questions_rate),
                     Cell::Rate(network.questions_unknown_rate),
-                    Cell::Trouble(network.questions_failed_rate),
+                    Cell::Errors(network.questions_failed_rate),
                 ]
             };
             rates.networks.iter().map(row).collect()
@@ -286,8 +285,8 @@ fn rows(view: View, rates: &Rates) -> Vec<Vec<Cell>> {
                     text(&upstream.server),
                     text(if upstream.trusted { "yes" } else { "no" }),
                     Cell::Rate(upstream.asked_rate),
-                    Cell::Trouble(upstream.silent_rate),
-                    Cell::Trouble(upstream.failed_rate),
+                    Cell::Errors(upstream.silent_rate),
+                    Cell::Errors(upstream.failed_rate),
                     Cell::Time(upstream.answer_seconds),
                 ]
             };
@@ -310,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_sorted_by_any_column_and_the_other_way_round() {
+    fn rows_sort_by_any_column_and_reversed() {
         let by = |key: &str, reversed| {
             let order = Order { reversed, ..Order::by(key).unwrap() };
             names(&Sheet::new(View::Ports, &rates(), order, ""))
@@ -318,14 +317,14 @@ mod tests {
         assert_eq!(by("out", false), ["0.0.0.0:53/udp", "[::]:8080/tcp", "0.0.0.0:8080/tcp"]);
         assert_eq!(by("out", true), ["0.0.0.0:8080/tcp", "[::]:8080/tcp", "0.0.0.0:53/udp"]);
         assert_eq!(by("publish", false), ["0.0.0.0:53/udp", "0.0.0.0:8080/tcp", "[::]:8080/tcp"]);
-        // Not a column of that view: as they were published.
+        // Not a column of that view: rows stay in the order of publication.
         assert_eq!(by("asked", false), ["0.0.0.0:8080/tcp", "[::]:8080/tcp", "0.0.0.0:53/udp"]);
         assert_eq!(Order::by("beauty"), None);
         assert_eq!(Order::keys().len(), 18);
     }
 
     #[test]
-    fn a_filter_is_looked_for_in_every_name_in_upper_and_lower_case() {
+    fn a_filter_matches_every_name_regardless_of_case() {
         let filtered =
             |filter: &str| names(&Sheet::new(View::Ports, &rates(), Order::default(), filter));
         assert_eq!(filtered("WEB").len(), 2);
@@ -338,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_the_optional_column_and_then_the_widest_name() {
+    fn the_optional_column_is_omitted_first_then_the_widest_name_is_truncated() {
         let mut figures = figures(12_000, 200);
         figures.ports[0].publish = "[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535/tcp".into();
         figures.ports[0].endpoint = "an-endpoint-with-a-long-name".into();
@@ -354,7 +353,7 @@ mod tests {
             let row: Vec<String> =
                 Sheet::cells(&sheet.rows[0], &widths).map(|(text, _)| text).collect();
             assert_eq!(row[0].contains('…'), total < 132, "{total}: {row:?}");
-            // Numbers are whole.
+            // Numbers are not truncated.
             assert!(row[2..].iter().all(|cell| !cell.contains('…')), "{row:?}");
         }
     }

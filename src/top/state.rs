@@ -1,4 +1,4 @@
-//! What is shown and how: the figures that came last, the view, the order, the filter.
+//! The state of the view: the latest figures, the selected view, the sort order and the filter.
 
 use super::rates::Rates;
 use super::sheet::{Order, Sheet, View};
@@ -16,17 +16,17 @@ pub(crate) struct State {
     pub(super) filter: String,
     /// The filter is being typed.
     pub(super) typing: bool,
-    /// The first row that is shown.
+    /// The first visible row.
     pub(super) scroll: usize,
     pub(super) interval: Duration,
     pub(super) rates: Rates,
-    /// Why the figures are old.
+    /// Why the last poll failed. The figures are stale while it is set.
     pub(super) lost: Option<String>,
     last: Figures,
 }
 
 impl State {
-    /// With the first figures.
+    /// A state with the first figures, before any rate is known.
     pub(crate) fn new(
         view: View,
         order: Order,
@@ -48,7 +48,7 @@ impl State {
         }
     }
 
-    /// What the API has said, or why it has not.
+    /// Takes the answer of the API, or the error of the poll.
     pub(crate) fn take(&mut self, answer: Result<Figures, String>) {
         match answer {
             Ok(figures) => {
@@ -60,12 +60,12 @@ impl State {
         }
     }
 
-    /// The table that is looked at.
+    /// The table of the selected view.
     pub(super) fn sheet(&self) -> Sheet {
         Sheet::new(self.view, &self.rates, self.order, &self.filter)
     }
 
-    /// How many rows each view has, filtered or not.
+    /// The number of rows of each view, without the filter.
     pub(super) fn sizes(&self) -> [usize; View::ALL.len()] {
         let rates = &self.rates;
         [rates.ports.len(), rates.endpoints.len(), rates.networks.len(), rates.upstreams.len()]

@@ -1,4 +1,4 @@
-//! The view on a terminal.
+//! Drawing on a terminal.
 
 use super::sheet::{Sheet, View};
 use super::state::State;
@@ -9,23 +9,23 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Paragraph, Wrap};
 
-/// The least that a terminal has to have, in columns and lines.
-pub(super) const LEAST: (u16, u16) = (80, 12);
+/// The minimum size of the terminal, in columns and lines.
+pub(super) const MIN_SIZE: (u16, u16) = (80, 12);
 
-/// Lines above the rows of the table, and the one below them.
+/// Lines above and below the rows of the table.
 const ABOVE: u16 = 6;
 const BELOW: u16 = 1;
 
 const DIM: Style = Style::new().add_modifier(Modifier::DIM);
 const BOLD: Style = Style::new().add_modifier(Modifier::BOLD);
-const TROUBLE: Style = Style::new().fg(Color::Red).add_modifier(Modifier::BOLD);
+const ERROR: Style = Style::new().fg(Color::Red).add_modifier(Modifier::BOLD);
 
 const HELP: &str = "q quit  Tab view  s/S sort  r reverse  / filter  arrows scroll";
 
 /// Draws `state`.
 pub(super) fn draw(frame: &mut Frame<'_>, state: &State) {
     let area = frame.area();
-    if area.width < LEAST.0 || area.height < LEAST.1 {
+    if area.width < MIN_SIZE.0 || area.height < MIN_SIZE.1 {
         let text = too_small(area);
         return frame.render_widget(Paragraph::new(text).wrap(Wrap { trim: true }), area);
     }
@@ -46,9 +46,9 @@ pub(super) fn draw(frame: &mut Frame<'_>, state: &State) {
 }
 
 fn too_small(area: Rect) -> String {
-    let (columns, lines) = LEAST;
+    let (columns, lines) = MIN_SIZE;
     format!(
-        "tidegate top needs {columns} columns and {lines} lines, and this terminal has {} and {}: make it larger, or use --once (q quits)",
+        "tidegate top needs {columns} columns and {lines} lines, but this terminal has {} and {}: enlarge it, or use --once (q quits)",
         area.width, area.height
     )
 }
@@ -57,11 +57,11 @@ fn first_line(state: &State, width: usize) -> Line<'static> {
     if let Some(reason) = &state.lost {
         let text: String =
             format!("connection lost, retrying: {reason}").chars().take(width).collect();
-        return Line::styled(text, TROUBLE);
+        return Line::styled(text, ERROR);
     }
     let mut pieces = title(&state.rates);
     let every = humantime::format_duration(state.interval);
-    pieces.insert(2, Piece { text: format!("every {every}"), trouble: false });
+    pieces.insert(2, Piece { text: format!("every {every}"), is_error: false });
     let mut spans = spans_of(fitting(&pieces, width));
     if let Some(first) = spans.first_mut() {
         first.style = BOLD;
@@ -75,7 +75,7 @@ fn spans_of(pieces: &[Piece]) -> Vec<Span<'static>> {
         if !spans.is_empty() {
             spans.push(Span::raw("  "));
         }
-        let style = if piece.trouble { TROUBLE } else { Style::new() };
+        let style = if piece.is_error { ERROR } else { Style::new() };
         spans.push(Span::styled(piece.text.clone(), style));
     }
     spans
@@ -100,7 +100,7 @@ fn tabs(state: &State) -> Line<'static> {
     Line::from(spans)
 }
 
-/// The head of the table, and as many rows as there is room for.
+/// The headings of the table, and the rows that fit.
 fn table(state: &State, sheet: &Sheet, room: usize, width: usize, text: &mut Vec<Line<'static>>) {
     let widths = sheet.widths(width);
     let mut heads = Vec::new();
@@ -111,20 +111,16 @@ fn table(state: &State, sheet: &Sheet, room: usize, width: usize, text: &mut Vec
     }
     text.push(Line::from(heads));
     if sheet.rows.is_empty() {
-        let why = if state.filter.is_empty() {
-            "nothing here"
-        } else {
-            "nothing has the filter in its name"
-        };
+        let why = if state.filter.is_empty() { "no entries" } else { "no name matches the filter" };
         text.push(Line::styled(why, DIM));
     }
     for row in sheet.rows.iter().skip(state.scroll).take(room) {
         let mut spans = Vec::new();
         for (shown, cell) in Sheet::cells(row, &widths) {
             let style = match () {
-                // What is old is dim.
+                // Stale figures are dim.
                 () if state.lost.is_some() => DIM,
-                () if cell.is_trouble() => TROUBLE,
+                () if cell.is_error() => ERROR,
                 () => Style::new(),
             };
             spans.extend([Span::styled(shown, style), Span::raw("  ")]);
@@ -168,7 +164,7 @@ mod tests {
         state
     }
 
-    /// What a terminal of that size shows, line by line, without the blanks at the end.
+    /// The screen of a terminal of that size, line by line, without trailing blanks.
     fn shown(state: &State, width: u16, height: u16) -> Vec<String> {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
         terminal.draw(|frame| draw(frame, state)).unwrap();
@@ -180,14 +176,14 @@ mod tests {
     }
 
     #[test]
-    fn eighty_columns_and_twenty_four_lines_show_all_of_it() {
+    fn eighty_columns_and_twenty_four_lines_show_everything() {
         let lines = shown(&state(), 80, 24);
         assert_eq!(
             lines[..9],
             [
                 "tidegate top: shop  up 12s  every 2s  descriptors 30/1024",
                 "ports TCP open 3/100k  new 300/s  in 300 kB/s  out 15.0 MB/s  fail 15/s",
-                "NAT   flows 12/65.5k  new 50/s  in 100 kB/s  out 50.0 kB/s  drop 0/s  again 50/s",
+                "NAT   flows 12/65.5k  new 50/s  in 100 kB/s  out 50.0 kB/s  drop 0/s  retx 50/s",
                 "names asked 400/s  unknown 100/s  fail 20/s  servers 1, silent 0",
                 "[Ports 3]  Endpoints 2   Networks 2   Names 1",
                 "PUBLISHED         ENDPOINT  TO  OPEN  NEW/s     IN/s    OUT/s  FAIL/s     DIAL",
@@ -200,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn before_there_is_something_to_compare_with_rates_are_not_known() {
+    fn rates_are_unknown_before_the_second_sample() {
         let first = figures(10_000, 100);
         let state =
             State::new(View::Ports, Order::default(), String::new(), Duration::from_secs(2), first);
@@ -210,25 +206,26 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_that_is_too_small_says_so_whatever_its_size() {
+    fn a_terminal_of_any_size_below_the_minimum_shows_an_error() {
         for (width, height) in [(79, 24), (80, 11), (40, 5), (1, 1), (200, 3)] {
             let lines = shown(&state(), width, height);
             assert!(lines[0].starts_with('t'), "{width}x{height}: {lines:?}");
         }
         let lines = shown(&state(), 79, 24);
-        let told = "tidegate top needs 80 columns and 12 lines, and this terminal has 79 and 24:";
-        assert!(lines[0].starts_with(told), "{lines:?}");
+        let expected =
+            "tidegate top needs 80 columns and 12 lines, but this terminal has 79 and 24:";
+        assert!(lines[0].starts_with(expected), "{lines:?}");
         assert!(lines[1].contains("--once"), "{lines:?}");
     }
 
     #[test]
-    fn when_the_connection_is_lost_the_last_figures_stay_and_the_first_line_says_why() {
+    fn after_a_lost_connection_the_last_figures_stay_below_the_reason() {
         let mut state = state();
-        state.take(Err("socket /run/tidegate/api.sock: nobody is there".into()));
+        state.take(Err("socket /run/tidegate/api.sock: connection refused".into()));
         let lines = shown(&state, 80, 24);
         assert_eq!(
             lines[0],
-            "connection lost, retrying: socket /run/tidegate/api.sock: nobody is there"
+            "connection lost, retrying: socket /run/tidegate/api.sock: connection refused"
         );
         assert!(lines[6].contains("7.50 MB"), "{lines:?}");
         state.take(Ok(figures(14_000, 200)));
@@ -236,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_beyond_the_terminal_are_scrolled_to_and_counted() {
+    fn rows_beyond_the_terminal_are_scrolled_and_counted() {
         let mut figures = figures(12_000, 200);
         let one = figures.ports[0].clone();
         figures.ports = (0..500)
@@ -266,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_shows_while_it_is_typed_and_after_and_when_nothing_has_it() {
+    fn the_filter_is_shown_while_typed_and_when_nothing_matches() {
         let mut state = state();
         state.filter = "nobody".into();
         state.typing = true;
@@ -275,6 +272,6 @@ mod tests {
             lines[4].ends_with("filter: nobody") && lines[23].starts_with("filter: nobody_"),
             "{lines:?}"
         );
-        assert_eq!(lines[6], "nothing has the filter in its name");
+        assert_eq!(lines[6], "no name matches the filter");
     }
 }
