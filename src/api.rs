@@ -1,18 +1,20 @@
 //! The API of `tidegate up`: HTTP and JSON on a Unix socket.
 //!
 //! ```text
-//! client ─► socket (0600) ─► server: one request a connection, bounded ─► routes ─► view ─► publisher, services' states
-//!                                                                           │
-//!                                                     networks: an order to the task that makes them
+//! client ─► socket (0600) ─► server: one request per connection, bounded ─► routes ─► view ─►
+//! publisher, service states
+//!                                                                             │
+//!                                                       networks: an order to the task that
+//!                                                       changes them
 //! ```
 //!
-//! What is asked is answered from what the parts of the project know; ports come and go in the
-//! publisher. Networks have one task that changes them, which gets orders and carries each out to
-//! its end, also when the client has gone meanwhile.
+//! Handlers answer queries from the state of the running project; the publisher adds and removes
+//! ports. A single task changes the networks. It carries out one order at a time to the end, even
+//! if the client disconnects.
 //!
-//! The types of the API are in [`types`] and are used for nothing else, so that what is inside may
-//! change without them. The OpenAPI document is made of them and of the routes; `docs/openapi.json`
-//! is a copy, which a test compares.
+//! The types of the API are in [`types`] and are not used internally, so that internal types can
+//! change independently. The OpenAPI document is generated from them and from the routes.
+//! `docs/openapi.json` is a copy; a test compares the two.
 
 pub(crate) mod client;
 mod problem;

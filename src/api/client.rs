@@ -1,4 +1,4 @@
-//! Asks an instance that runs.
+//! A client for the API of a running instance.
 
 use super::socket::{self, explain_connect};
 use super::types::ErrorBody;
@@ -14,40 +14,40 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest wait for a response.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The most that an answer may be, in bytes: as many ports as there may be, and more.
+/// The largest accepted response, in bytes: enough for the maximum number of ports.
 const MAX_ANSWER: usize = 128 << 20;
 
-/// The way to an instance.
+/// A client of one instance.
 #[derive(Debug)]
 pub(crate) struct Client {
     path: PathBuf,
 }
 
 impl Client {
-    /// To the instance whose socket `TIDEGATE_SOCKET` names, or the usual one.
+    /// A client for the socket in `TIDEGATE_SOCKET`, or for the default one.
     ///
     /// # Errors
-    /// There is no usual one.
+    /// Without a default socket.
     pub(crate) fn new() -> anyhow::Result<Self> {
         Ok(Self { path: socket::path()? })
     }
 
-    /// What it says at `target`.
+    /// Fetches `target`.
     ///
     /// # Errors
-    /// One line: nobody is there, or it says no.
+    /// One line: the instance is not running, or the error of its response.
     pub(crate) async fn get<T: DeserializeOwned>(&self, target: &str) -> anyhow::Result<T> {
         let socket = || format!("socket {}", self.path.display());
-        match timeout(PATIENCE, self.ask(target)).await {
+        match timeout(TIMEOUT, self.request(target)).await {
             Ok(answer) => serde_json::from_slice(&answer?).with_context(socket),
-            Err(_) => bail!("socket {}: no answer within {PATIENCE:?}", self.path.display()),
+            Err(_) => bail!("socket {}: no response within {TIMEOUT:?}", self.path.display()),
         }
     }
 
-    async fn ask(&self, target: &str) -> anyhow::Result<Bytes> {
+    async fn request(&self, target: &str) -> anyhow::Result<Bytes> {
         let socket = || format!("socket {}", self.path.display());
         let stream = UnixStream::connect(&self.path)
             .await
@@ -57,10 +57,10 @@ impl Client {
         tokio::spawn(connection);
         let request = Request::get(target).header("host", "tidegate").body(Empty::<Bytes>::new())?;
         let answer = sender.send_request(request).await.with_context(socket)?;
-        let well = answer.status().is_success();
+        let is_success = answer.status().is_success();
         let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
         let body = body.map_err(|error| anyhow!("{}: {error}", socket()))?.to_bytes();
-        if !well {
+        if !is_success {
             let error: ErrorBody = serde_json::from_slice(&body).with_context(socket)?;
             bail!("{}", error.error);
         }

@@ -1,4 +1,4 @@
-//! Why a request is not fulfilled, and which status says so.
+//! Errors of requests, and their HTTP status.
 
 use super::types::ErrorBody;
 use crate::port_error::without_numbers;
@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use std::fmt::Display;
 use std::io;
 
-/// A request that is not fulfilled: the status, and one line.
+/// An error of a request: the status, and one line of text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{line}")]
 pub(crate) struct Problem {
@@ -22,27 +22,27 @@ impl Problem {
         Self { status, line: without_numbers(&line.to_string()).replace('\n', " ") }
     }
 
-    /// The request makes no sense.
+    /// The request is invalid.
     pub(crate) fn bad_request(line: &dyn Display) -> Self {
         Self::new(StatusCode::BAD_REQUEST, line)
     }
 
-    /// What it names is not there.
+    /// The named object does not exist.
     pub(crate) fn not_found(line: &dyn Display) -> Self {
         Self::new(StatusCode::NOT_FOUND, line)
     }
 
-    /// What it wants does not go with what is there.
+    /// The request conflicts with the current state.
     pub(crate) fn conflict(line: &dyn Display) -> Self {
         Self::new(StatusCode::CONFLICT, line)
     }
 
-    /// It makes sense, and yet it failed.
+    /// The request is valid but failed.
     pub(crate) fn failed(line: &dyn Display) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, line)
     }
 
-    /// Of another kind.
+    /// An error with any other status.
     pub(super) fn of(status: StatusCode, line: &dyn Display) -> Self {
         Self::new(status, line)
     }
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_problem_is_one_line_without_the_systems_numbers() {
+    fn a_problem_is_one_line_without_error_numbers() {
         let problem =
             Problem::failed(&format!("first\nsecond: {}", io::Error::from_raw_os_error(13)));
         assert_eq!(problem.line, "first second: Permission denied");
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_and_what_is_in_the_way_have_statuses_of_their_own() {
+    fn missing_objects_and_conflicts_have_their_own_status() {
         let of = |error: PublishError| Problem::from(error).status.as_u16();
         assert_eq!(of(PublishError::NoEndpoint("x".into())), 404);
         assert_eq!(of(PublishError::TooMany(1)), 409);

@@ -1,4 +1,4 @@
-//! The requests that there are.
+//! The routes of the API and their handlers.
 
 use super::problem::Problem;
 use super::types::{Endpoint, ErrorBody, Figures, Network, NewNamespace, NewPorts, Port, Status};
@@ -18,15 +18,15 @@ use tidegate_model::{PortSpec, Protocol};
 use tokio::sync::oneshot;
 use utoipa::OpenApi;
 
-/// The most that a request's body may be, in bytes: some hundred times what there is to say.
+/// The largest request body, in bytes, about a hundred times the size of a valid one.
 const MAX_BODY: usize = 64 << 10;
 
-/// The document that describes the API.
+/// The OpenAPI document.
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "tidegate",
-        description = "What `tidegate up` runs on this host. HTTP on a Unix socket, for the user who ran it and for root."
+        description = "The project that `tidegate up` runs on this host. HTTP over a Unix socket, for the user who started it and for root."
     ),
     paths(
         status,
@@ -45,7 +45,7 @@ const MAX_BODY: usize = 64 << 10;
 )]
 struct Document;
 
-type Answer<T> = Result<Json<T>, Problem>;
+type Response<T> = Result<Json<T>, Problem>;
 type Named = Result<Path<String>, PathRejection>;
 type Body = Result<Bytes, BytesRejection>;
 
@@ -62,13 +62,13 @@ pub(super) fn router(view: Arc<View>) -> Router {
         .route("/v1/ports/{id}", delete(remove_port))
         .route("/v1/figures", get(figures))
         .route("/v1/openapi.json", get(document))
-        .fallback(nothing_there)
-        .method_not_allowed_fallback(not_that_way)
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(view)
 }
 
-/// What runs, and how its services are
+/// The running project and the state of its services
 #[utoipa::path(get, path = "/v1/status", responses((status = 200, body = Status)))]
 async fn status(State(view): State<Arc<View>>) -> Json<Status> {
     Json(view.status())
@@ -87,7 +87,7 @@ async fn networks(State(view): State<Arc<View>>) -> Json<Vec<Network>> {
     params(("name" = String, Path)),
     responses((status = 200, body = Network), (status = 404, body = ErrorBody))
 )]
-async fn network(State(view): State<Arc<View>>, name: Named) -> Answer<Network> {
+async fn network(State(view): State<Arc<View>>, name: Named) -> Response<Network> {
     let name = text(name)?;
     let found = view.networks().into_iter().find(|network| network.name == name);
     found.map(Json).ok_or_else(|| Problem::not_found(&format!("there is no network {name:?}")))
@@ -106,14 +106,15 @@ async fn endpoints(State(view): State<Arc<View>>) -> Json<Vec<Endpoint>> {
     params(("name" = String, Path)),
     responses((status = 200, body = Endpoint), (status = 404, body = ErrorBody))
 )]
-async fn endpoint(State(view): State<Arc<View>>, name: Named) -> Answer<Endpoint> {
+async fn endpoint(State(view): State<Arc<View>>, name: Named) -> Response<Endpoint> {
     find_endpoint(&view, text(name)?)
 }
 
-/// Plug an adopted endpoint into another namespace
+/// Attach an adopted endpoint to another namespace
 ///
-/// Its container has come back there. It keeps its interfaces, addresses and published ports. That
-/// the path it was adopted by leads to another namespace is noticed without this request.
+/// Use this after its container was recreated. The endpoint keeps its interfaces, addresses and
+/// published ports. If the path of an adopted namespace leads to a new namespace, tidegate
+/// re-attaches the endpoint without this request.
 #[utoipa::path(
     put,
     path = "/v1/endpoints/{name}/namespace",
@@ -121,14 +122,18 @@ async fn endpoint(State(view): State<Arc<View>>, name: Named) -> Answer<Endpoint
     request_body = NewNamespace,
     responses(
         (status = 200, body = Endpoint),
-        (status = 400, body = ErrorBody, description = "The path leads to no network namespace."),
+        (status = 400, body = ErrorBody, description = "The path is not a network namespace."),
         (status = 404, body = ErrorBody),
-        (status = 409, body = ErrorBody, description = "The endpoint was not adopted, or does not fit into that namespace."),
+        (status = 409, body = ErrorBody, description = "The endpoint was not adopted, or its interfaces conflict with those of the namespace."),
         (status = 413, body = ErrorBody),
         (status = 500, body = ErrorBody)
     )
 )]
-async fn set_namespace(State(view): State<Arc<View>>, name: Named, body: Body) -> Answer<Endpoint> {
+async fn set_namespace(
+    State(view): State<Arc<View>>,
+    name: Named,
+    body: Body,
+) -> Response<Endpoint> {
     let (name, new) = (text(name)?, json::<NewNamespace>(body)?);
     let netns = PathBuf::from(new.netns);
     if !netns.is_absolute() {
@@ -151,16 +156,16 @@ async fn ports(State(view): State<Arc<View>>) -> Json<Vec<Port>> {
     Json(view.ports())
 }
 
-/// Publish ports of an endpoint: all of them, or none
+/// Publish ports of an endpoint, either all of them or none
 #[utoipa::path(
     post,
     path = "/v1/ports",
     request_body = NewPorts,
     responses(
-        (status = 201, body = Vec<Port>, description = "What was opened."),
+        (status = 201, body = Vec<Port>, description = "The published ports."),
         (status = 400, body = ErrorBody),
-        (status = 404, body = ErrorBody, description = "There is no such endpoint."),
-        (status = 409, body = ErrorBody, description = "A port is in use; the error says by whom."),
+        (status = 404, body = ErrorBody, description = "The endpoint does not exist."),
+        (status = 409, body = ErrorBody, description = "A port is in use; the error names the holder."),
         (status = 413, body = ErrorBody),
         (status = 500, body = ErrorBody)
     )
@@ -174,7 +179,7 @@ async fn add_ports(
     if spec.protocol() == Protocol::Sctp {
         return Err(Problem::bad_request(&format!("port spec \"{spec}\": protocol not supported")));
     }
-    // Opening sockets is quick; finding out who is in the way is not.
+    // Binding sockets is fast; finding the holder of a port in use is slow.
     let endpoint = new.endpoint.clone();
     let opened = blocking(move || view.publisher.publish(&endpoint, &spec)).await??;
     let ports: Vec<_> = opened.iter().map(|port| (port.label, port.container_port)).collect();
@@ -184,7 +189,7 @@ async fn add_ports(
     Ok((StatusCode::CREATED, Json(opened.iter().map(port_of).collect())))
 }
 
-/// Close a published port: its connections are reset
+/// Close a published port and reset its connections
 #[utoipa::path(
     delete,
     path = "/v1/ports/{id}",
@@ -201,10 +206,10 @@ async fn remove_port(State(view): State<Arc<View>>, id: Named) -> Result<StatusC
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// What has been counted, and what there is now: ports, networks, the NAT engine, name servers
+/// Counters and current values of ports, networks, the NAT engine and name servers
 #[utoipa::path(get, path = "/v1/figures", responses((status = 200, body = Figures)))]
-async fn figures(State(view): State<Arc<View>>) -> Answer<Figures> {
-    // A quarter of a million ports take their time.
+async fn figures(State(view): State<Arc<View>>) -> Response<Figures> {
+    // Slow with a quarter of a million ports.
     blocking(move || view.figures()).await.map(Json)
 }
 
@@ -214,41 +219,39 @@ async fn document() -> Json<utoipa::openapi::OpenApi> {
     Json(Document::openapi())
 }
 
-async fn nothing_there(uri: Uri) -> Problem {
-    Problem::not_found(&format!("there is nothing at {}; see /v1/openapi.json", uri.path()))
+async fn no_such_path(uri: Uri) -> Problem {
+    Problem::not_found(&format!("path {} does not exist; see /v1/openapi.json", uri.path()))
 }
 
-async fn not_that_way(uri: Uri) -> Problem {
-    let line =
-        format!("{} does not take requests of that method; see /v1/openapi.json", uri.path());
+async fn method_not_allowed(uri: Uri) -> Problem {
+    let line = format!("{} does not support this method; see /v1/openapi.json", uri.path());
     Problem::of(StatusCode::METHOD_NOT_ALLOWED, &line)
 }
 
-fn find_endpoint(view: &View, name: String) -> Answer<Endpoint> {
+fn find_endpoint(view: &View, name: String) -> Response<Endpoint> {
     let found = view.endpoints().into_iter().find(|endpoint| endpoint.name == name);
     found.map(Json).ok_or_else(|| PublishError::NoEndpoint(name).into())
 }
 
-/// The part of the path that is a name.
+/// The name in the path.
 fn text(name: Named) -> Result<String, Problem> {
     name.map(|Path(name)| name)
         .map_err(|rejection| Problem::of(rejection.status(), &rejection.body_text()))
 }
 
-/// The body as JSON, whatever its `Content-Type` says: `curl -d` says something else.
+/// The body as JSON, regardless of its `Content-Type`; `curl -d` sends another type.
 fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     let body = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => Problem::of(
-            rejection.status(),
-            &format!("a request's body may have {MAX_BODY} bytes at most"),
-        ),
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            Problem::of(rejection.status(), &format!("request body exceeds {MAX_BODY} bytes"))
+        }
         status => Problem::of(status, &rejection.body_text()),
     })?;
     serde_json::from_slice(&body)
-        .map_err(|error| Problem::bad_request(&format!("the request's body: {error}")))
+        .map_err(|error| Problem::bad_request(&format!("request body: {error}")))
 }
 
-/// Runs what takes a while where nobody waits for it.
+/// Runs a slow operation on a blocking thread.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Problem> {
@@ -260,10 +263,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_body_that_is_not_understood_is_told_with_its_reason() {
+    fn an_invalid_body_is_rejected_with_the_reason() {
         let line =
             |body: &str| json::<NewPorts>(Ok(Bytes::from(body.to_owned()))).unwrap_err().line;
-        assert!(line("").starts_with("the request's body: EOF"), "{}", line(""));
+        assert!(line("").starts_with("request body: EOF"), "{}", line(""));
         assert!(line(r#"{"endpoint":"web"}"#).contains("missing field `spec`"));
         assert!(
             line(r#"{"endpoint":"web","spec":"80","port":1}"#).contains("unknown field `port`")

@@ -1,4 +1,4 @@
-//! Lets clients in, a few at a time and for a limited time each.
+//! Accepts clients, with bounds on their number and time.
 
 use super::routes::router;
 use super::socket::{Place, Socket};
@@ -13,24 +13,23 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-/// Clients served at a time; more wait in the socket's queue. They are people and scripts of one
-/// user.
-pub(crate) const MAX_CLIENTS: usize = 32;
+/// The most concurrent clients; more wait in the backlog of the socket. Clients are people and
+/// scripts of one user.
 
-/// How long a client may take to send the head of its request.
-const HEAD_PATIENCE: Duration = Duration::from_secs(5);
+/// The time for a client to send the head of its request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a client may be there in all: for its one request, and for reading the answer. What a
-/// request has begun is finished all the same.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The total time of a connection, for its one request and its response. An operation that a
+/// request started is completed in any case.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The most that a request's head may be, in bytes.
+/// The largest request head, in bytes.
 const MAX_HEAD: usize = 16 << 10;
 
-/// The most headers that a request may have.
+/// The most headers of a request.
 const MAX_HEADERS: usize = 64;
 
-/// Answers clients until it is dropped.
+/// Serves clients until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Server {
     place: Place,
@@ -38,13 +37,13 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Answers the clients of `socket` about `view`. To be called within a tokio runtime.
+    /// Serves `view` on `socket`. Must be called within a tokio runtime.
     pub(crate) fn start(socket: Socket, view: Arc<View>) -> Self {
         let Socket { listener, place } = socket;
         Self { task: tokio::spawn(serve(listener, view)), place }
     }
 
-    /// Sends all clients away and lets nobody in any more. The place is kept until it is dropped.
+    /// Disconnects all clients and stops accepting. The socket path stays reserved until the drop.
     pub(crate) fn close(&self) {
         self.place.close();
         self.task.abort();
@@ -59,10 +58,10 @@ impl Drop for Server {
 
 async fn serve(listener: UnixListener, view: Arc<View>) {
     let mut http = http1::Builder::new();
-    // A connection is one request: that is what makes its time easy to bound.
+    // One request per connection makes the total time easy to bound.
     http.keep_alive(false)
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_PATIENCE)
+        .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS);
     let router = router(view);
@@ -72,8 +71,8 @@ async fn serve(listener: UnixListener, view: Arc<View>) {
         let (client, _) = match listener.accept().await {
             Ok(client) => client,
             Err(error) => {
-                // Out of descriptors: the client waits in the queue meanwhile.
-                tracing::debug!(%error, "no client of the API can be let in");
+                // Out of descriptors: the client waits in the backlog.
+                tracing::debug!(%error, "API client not accepted; retrying");
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -82,8 +81,8 @@ async fn serve(listener: UnixListener, view: Arc<View>) {
         let connection =
             http.serve_connection(TokioIo::new(client), TowerToHyperService::new(router.clone()));
         clients.spawn(async move {
-            // A client that goes away, or dawdles, is its own loss.
-            let _ = timeout(PATIENCE, connection).await;
+            // An error or a timeout concerns this client only.
+            let _ = timeout(TIMEOUT, connection).await;
             drop(place);
         });
     }

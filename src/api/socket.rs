@@ -1,8 +1,8 @@
-//! Where the API is served: a Unix socket for one instance and one user.
+//! The Unix socket of the API, for one instance and one user.
 //!
-//! The socket of an instance that was killed is still there. So a file beside it says whose it is:
-//! it is locked for as long as its owner lives (flock(2)), and holds its pid. Whoever has the lock
-//! may take the socket over.
+//! A killed instance leaves its socket behind. A lock file beside the socket records the owner: the
+//! owner holds a lock on it (flock(2)) and writes its pid into it. A process that gets the lock may
+//! take over the socket.
 
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
@@ -17,46 +17,46 @@ use std::path::{Path, PathBuf};
 use tidegate_netns::{Lock, lock_file, run_directory};
 use tokio::net::UnixListener;
 
-/// The variable that says where the socket is.
+/// The environment variable with the path of the socket.
 pub(crate) const VARIABLE: &str = "TIDEGATE_SOCKET";
 
-/// Clients that may wait to be let in.
+/// The backlog of the socket.
 const BACKLOG: i32 = 64;
 
-/// Why the socket is not to be had. Nothing was changed.
+/// Why the socket cannot be created. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SocketError {
-    /// There is no run directory to put it into.
-    #[error("no place for the API's socket: set XDG_RUNTIME_DIR or {VARIABLE}")]
+    /// There is no run directory.
+    #[error("no directory for the API socket: set XDG_RUNTIME_DIR or {VARIABLE}")]
     NoPlace,
-    /// Another instance serves it.
+    /// Another instance serves the socket.
     #[error(
         "tidegate is up already (process {pid}, socket {}); stop that one, or set {VARIABLE} to another path",
         .path.display()
     )]
     InUse {
-        /// Which socket.
+        /// The path of the socket.
         path: PathBuf,
-        /// Whose it is.
+        /// The process of that instance.
         pid: u32,
     },
-    /// Something else is there.
-    #[error("{} is there and not a socket of tidegate's; set {VARIABLE} to another path", .0.display())]
+    /// The path is taken by another file.
+    #[error("{} exists and is not a socket of tidegate; set {VARIABLE} to another path", .0.display())]
     Foreign(PathBuf),
-    /// The kernel takes 107 bytes.
+    /// The path exceeds the 107 bytes of `sun_path`.
     #[error("socket path {} is longer than 107 bytes; set {VARIABLE} to a shorter one", .0.display())]
     TooLong(PathBuf),
-    /// Anything else.
+    /// A system call failed.
     #[error("socket {}: {source}", .path.display())]
     Failed {
-        /// Which socket.
+        /// The path of the socket.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system call.
         source: io::Error,
     },
 }
 
-/// The socket's path: `$TIDEGATE_SOCKET`, else `api.sock` in the run directory.
+/// The path of the socket: `$TIDEGATE_SOCKET`, or `api.sock` in the run directory.
 ///
 /// # Errors
 /// [`SocketError::NoPlace`].
@@ -67,26 +67,26 @@ pub(crate) fn path() -> Result<PathBuf, SocketError> {
     }
 }
 
-/// A socket that is this instance's, with clients that wait to be let in.
+/// The socket of this instance, with connections waiting in its backlog.
 #[derive(Debug)]
 pub(crate) struct Socket {
-    /// Lets clients in.
+    /// Accepts clients.
     pub(super) listener: UnixListener,
-    /// Where it is.
+    /// The path of the socket.
     pub(super) place: Place,
 }
 
-/// A path that is this instance's. Dropped, the socket and the file beside it are gone.
+/// A path owned by this instance. The drop removes the socket and the lock file.
 #[derive(Debug)]
 pub(crate) struct Place {
     path: PathBuf,
     socket: Inode,
-    _owner: OwnersFile,
+    _owner: LockFile,
 }
 
-/// The file that says whose the socket is.
+/// The lock file that records the owner of the socket.
 #[derive(Debug)]
-struct OwnersFile {
+struct LockFile {
     path: PathBuf,
     file: File,
 }
@@ -94,8 +94,8 @@ struct OwnersFile {
 type Inode = (u64, u64);
 
 impl Socket {
-    /// Makes the socket at `path`, for this user alone, and takes over one that a killed instance
-    /// left. To be called within a tokio runtime.
+    /// Creates the socket at `path`, accessible only for this user, and takes over the socket of a
+    /// killed instance. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// [`SocketError`].
@@ -105,7 +105,7 @@ impl Socket {
         if let Some(directory) = path.parent().filter(|_| std::env::var_os(VARIABLE).is_none()) {
             DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(failed)?;
         }
-        let owner = OwnersFile::lock(&path)?;
+        let owner = LockFile::lock(&path)?;
         match fs::symlink_metadata(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Ok(there) if there.file_type().is_socket() => match StdUnixStream::connect(&path) {
@@ -123,9 +123,9 @@ impl Socket {
 }
 
 impl Place {
-    /// Removes the socket: nobody finds it any more, and nobody else may make one.
+    /// Removes the socket. The lock still keeps other instances from creating one.
     pub(super) fn close(&self) {
-        // Another one may be there, if someone has removed ours.
+        // The path may hold another socket, if ours was removed by someone else.
         if inode(&self.path).is_ok_and(|there| there == self.socket) {
             let _ = fs::remove_file(&self.path);
         }
@@ -138,7 +138,7 @@ impl Drop for Place {
     }
 }
 
-impl OwnersFile {
+impl LockFile {
     fn lock(socket: &Path) -> Result<Self, SocketError> {
         let failed = |source| SocketError::Failed { path: socket.to_owned(), source };
         let mut path = socket.as_os_str().to_owned();
@@ -168,9 +168,10 @@ impl OwnersFile {
     }
 }
 
-impl Drop for OwnersFile {
+impl Drop for LockFile {
     fn drop(&mut self) {
-        // Before the lock goes with the file: who waits for it makes another one.
+        // Remove the file before the lock is released with it: a waiting instance creates a new
+        // one.
         let ours = self.file.metadata().map(|file| (file.dev(), file.ino()));
         if ours.is_ok_and(|ours| inode(&self.path).is_ok_and(|there| there == ours)) {
             let _ = fs::remove_file(&self.path);
@@ -178,8 +179,9 @@ impl Drop for OwnersFile {
     }
 }
 
-/// A socket has the mode of its descriptor from the moment it is in the directory (`unix_bind` in
-/// the kernel's net/unix/af_unix.c): nobody else gets in meanwhile.
+/// Binds and listens with mode 0600. A socket gets the mode of its descriptor at the moment it
+/// appears in the directory (`unix_bind` in the kernel's net/unix/af_unix.c), so no other user can
+/// connect in between.
 fn listen_at(address: &SocketAddrUnix) -> io::Result<UnixListener> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -194,22 +196,22 @@ fn inode(path: &Path) -> io::Result<Inode> {
     Ok((there.dev(), there.ino()))
 }
 
-/// Why a client does not get in, as one line.
+/// One line about a failed connect, with the remedy.
 pub(crate) fn explain_connect(path_given: &Path, error: &io::Error) -> String {
     let path = path_given.display();
     match Errno::from_io_error(error) {
         Some(Errno::NOENT | Errno::NOTDIR) => format!(
-            "nothing is up: there is no socket {path} (tidegate up makes it; {VARIABLE} says where another one is)"
+            "tidegate is not running: socket {path} does not exist (start tidegate up, or set {VARIABLE})"
         ),
         Some(Errno::CONNREFUSED) => format!(
-            "nothing is up: nobody listens on socket {path} any more (the next tidegate up takes it over)"
+            "tidegate is not running: no listener on socket {path} (the next tidegate up takes it over)"
         ),
         Some(Errno::ACCESS | Errno::PERM) => {
             format!(
-                "permission denied for socket {path}; it is for the user who ran tidegate up, and for root"
+                "permission denied for socket {path}; only the user who started tidegate up and root may connect"
             )
         }
-        // Not one of the kernel's: it was not asked.
+        // The standard library rejects a path that is too long before any system call.
         None if error.kind() == io::ErrorKind::InvalidInput => {
             SocketError::TooLong(path_given.to_owned()).to_string()
         }
@@ -222,15 +224,15 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener as StdUnixListener;
 
-    fn bed() -> (tempfile::TempDir, PathBuf) {
+    fn socket_path() -> (tempfile::TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("api.sock");
         (directory, path)
     }
 
     #[tokio::test]
-    async fn it_is_this_users_alone_and_gone_in_the_end() {
-        let (directory, path) = bed();
+    async fn the_socket_is_private_and_removed_on_drop() {
+        let (directory, path) = socket_path();
         let socket = Socket::open(path.clone()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         StdUnixStream::connect(&path).unwrap();
@@ -243,13 +245,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_nobody_listens_on_is_taken_over_and_anything_else_left_alone() {
-        let (_directory, path) = bed();
+    async fn a_dead_socket_is_taken_over_and_other_files_are_left_alone() {
+        let (_directory, path) = socket_path();
         drop(StdUnixListener::bind(&path).unwrap());
         drop(Socket::open(path.clone()).unwrap());
-        let someone = StdUnixListener::bind(&path).unwrap();
+        let other = StdUnixListener::bind(&path).unwrap();
         assert!(matches!(Socket::open(path.clone()), Err(SocketError::Foreign(_))));
-        drop(someone);
+        drop(other);
         fs::remove_file(&path).unwrap();
         fs::write(&path, "precious").unwrap();
         assert!(matches!(Socket::open(path.clone()), Err(SocketError::Foreign(_))));
@@ -257,18 +259,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_path_that_the_kernel_does_not_take_is_told() {
+    async fn a_path_that_is_too_long_is_an_error() {
         let error = Socket::open(PathBuf::from(format!("/tmp/{}", "x".repeat(108)))).unwrap_err();
         assert!(matches!(error, SocketError::TooLong(_)), "{error}");
     }
 
     #[test]
-    fn a_client_is_told_what_is_in_its_way() {
-        let (directory, path) = bed();
+    fn failed_connects_are_explained() {
+        let (directory, path) = socket_path();
         let why = |path: &Path| explain_connect(path, &StdUnixStream::connect(path).unwrap_err());
-        assert!(why(&path).starts_with("nothing is up: there is no socket "));
+        assert!(why(&path).starts_with("tidegate is not running: socket "));
         drop(StdUnixListener::bind(&path).unwrap());
-        assert!(why(&path).starts_with("nothing is up: nobody listens on "));
+        assert!(why(&path).starts_with("tidegate is not running: no listener on "));
         let denied = explain_connect(directory.path(), &io::Error::from_raw_os_error(13));
         assert!(denied.starts_with("permission denied for socket "));
     }

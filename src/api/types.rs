@@ -1,18 +1,17 @@
-//! What the API says and is told, as JSON. Nothing of it is used inside, and nothing inside is told
-//! as it is.
+//! The JSON types of the API, separate from internal types.
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use utoipa::ToSchema;
 
-/// What runs here.
+/// The running project.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Status {
     /// Version of tidegate.
     #[schema(example = "0.1.0")]
     pub(crate) version: String,
-    /// Commit that it was built from, or "unknown".
+    /// Commit of the build, or "unknown".
     pub(crate) commit: String,
     /// Name of the project.
     #[schema(example = "hello")]
@@ -22,27 +21,26 @@ pub(crate) struct Status {
     pub(crate) compose_file: String,
     /// Process id.
     pub(crate) pid: u32,
-    /// When it was started (RFC 3339, UTC).
+    /// Start time (RFC 3339, UTC).
     #[schema(example = "2026-01-31T12:00:00Z")]
     pub(crate) started: String,
-    /// How networks are kept closed: "nftables", "iptables", or "without-firewall", by policy rules
-    /// and forwarding switched off on the bridges.
+    /// Isolation of the networks: "nftables", "iptables", or "without-firewall" (policy rules, and
+    /// forwarding disabled on the bridges).
     #[schema(example = "nftables")]
     pub(crate) isolation: String,
-    /// Where metrics are served; null if they are not wanted.
+    /// The metrics endpoint; null if it is disabled.
     pub(crate) metrics: Option<Metrics>,
     /// The services, in the order of the Compose file.
     pub(crate) services: Vec<Service>,
 }
 
-/// Where metrics are served.
+/// The metrics endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Metrics {
-    /// Address and port, or range of ports, that were asked for.
+    /// The configured address, with a port or a range of ports.
     #[schema(example = "127.0.0.1:9464")]
     pub(crate) address: String,
-    /// Address and port that answer; null while they are in use by another program, which is tried
-    /// again.
+    /// The address and port in use; null while another program occupies them and tidegate retries.
     #[schema(example = "127.0.0.1:9464")]
     pub(crate) served: Option<String>,
 }
@@ -50,140 +48,140 @@ pub(crate) struct Metrics {
 /// A service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Service {
-    /// Its name, which is that of its endpoint too.
+    /// The name of the service and of its endpoint.
     #[schema(example = "web")]
     pub(crate) name: String,
-    /// Where it is in its life.
+    /// The state of the service.
     pub(crate) state: State,
-    /// Process id of its command, while that runs.
+    /// The process id of its command while it runs.
     pub(crate) pid: Option<u32>,
-    /// How often it was started again.
+    /// The number of restarts.
     pub(crate) restarts: u32,
-    /// How its command ended last, if it has.
+    /// The last exit of its command.
     pub(crate) exit: Option<Exit>,
-    /// Since when it is in that state (RFC 3339, UTC); not known of adopted ones.
+    /// When it entered this state (RFC 3339, UTC); null for adopted services.
     pub(crate) since: Option<String>,
 }
 
-/// Where a service is in its life.
+/// The state of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum State {
-    /// Its surroundings are being set up.
+    /// Its namespaces are being set up.
     Starting,
-    /// Its command runs.
+    /// Its command is running.
     Running,
-    /// Its command has ended and will be started again.
+    /// Its command has exited and will be restarted.
     Restarting,
-    /// Its command has ended for good.
+    /// Its command has exited and will not be restarted.
     Ended,
-    /// A namespace that exists (`x-netns`): what runs in there is not tidegate's.
+    /// An adopted namespace (`x-netns`); tidegate does not run its processes.
     Adopted,
-    /// The same, and its path leads to no namespace now: the container is down.
+    /// An adopted namespace whose path leads to no namespace: the container is down.
     Gone,
 }
 
-/// How a command has ended: by one of the two.
+/// How a command exited: exactly one of the two is set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Exit {
     /// Exit code.
     pub(crate) code: Option<i32>,
-    /// Number of the signal that killed it.
+    /// The signal that killed it.
     pub(crate) signal: Option<i32>,
 }
 
 /// A network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Network {
-    /// Its name.
+    /// The name of the network.
     #[schema(example = "front")]
     pub(crate) name: String,
-    /// Interface of the host.
+    /// The bridge on the host.
     #[schema(example = "tg-front-1a2b")]
     pub(crate) bridge: String,
-    /// At most one of each family, IPv4 first.
+    /// Subnets, at most one per address family, IPv4 first.
     pub(crate) subnets: Vec<Subnet>,
-    /// There is no egress.
+    /// The network has no egress.
     pub(crate) internal: bool,
-    /// Its endpoints reach one another.
+    /// Its endpoints can connect to each other.
     pub(crate) inter_container: bool,
-    /// Bytes that fit into one packet.
+    /// The MTU in bytes.
     pub(crate) mtu: u32,
-    /// Names of the endpoints on it.
+    /// The names of its endpoints.
     pub(crate) endpoints: Vec<String>,
 }
 
 /// A subnet of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Subnet {
-    /// The subnet.
+    /// The prefix.
     #[schema(value_type = String, example = "172.28.0.0/24")]
     pub(crate) subnet: IpNet,
-    /// The host's address in it.
+    /// The gateway address, which belongs to the host.
     #[schema(value_type = String, example = "172.28.0.1")]
     pub(crate) gateway: IpAddr,
 }
 
-/// A namespace that is attached to networks.
+/// A network namespace attached to networks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Endpoint {
-    /// Its name, which is that of its service too.
+    /// The name of the endpoint and of its service.
     #[schema(example = "web")]
     pub(crate) name: String,
-    /// Which namespace it is, as the links under /proc/PID/ns say.
+    /// The identity of the namespace, in the format of /proc/PID/ns/net.
     #[schema(example = "net:[4026532008]")]
     pub(crate) namespace: String,
-    /// Path of the namespace, if it was adopted.
+    /// The path of the namespace, if it was adopted.
     #[schema(example = "/run/netns/web")]
     pub(crate) netns: Option<String>,
-    /// Where it is attached.
+    /// Its attachments to networks.
     pub(crate) attachments: Vec<Attachment>,
     /// Its published ports.
     pub(crate) ports: Vec<Port>,
 }
 
-/// An endpoint on a network.
+/// The attachment of an endpoint to a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Attachment {
-    /// Name of the network.
+    /// The name of the network.
     #[schema(example = "front")]
     pub(crate) network: String,
-    /// Interface in the endpoint.
+    /// The interface in the endpoint.
     #[schema(example = "eth0")]
     pub(crate) interface: String,
-    /// Hardware address of that interface.
+    /// The MAC address of that interface.
     #[schema(example = "02:5d:0a:9b:10:c4")]
     pub(crate) mac: String,
-    /// Its addresses, with the prefix length of their subnets.
+    /// Its addresses with the prefix length of the subnet.
     #[schema(value_type = Vec<String>, example = json!(["172.28.0.2/24"]))]
     pub(crate) addresses: Vec<IpNet>,
-    /// The endpoint's default route leads by this network.
+    /// The default route of the endpoint uses this network.
     pub(crate) default_route: bool,
 }
 
-/// A published port: one socket of the host.
+/// A published port: one socket on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Port {
-    /// Its number, which no other port gets afterwards.
+    /// The id of the port. Ids are not reused.
     pub(crate) id: u32,
-    /// The endpoint that it leads to.
+    /// The endpoint that it forwards to.
     #[schema(example = "web")]
     pub(crate) endpoint: String,
-    /// Its label in metrics.
+    /// The label of the port in metrics.
     #[schema(example = "0.0.0.0:8080/tcp")]
     pub(crate) publish: String,
-    /// Address of the host.
+    /// The address on the host.
     #[schema(value_type = String, example = "0.0.0.0")]
     pub(crate) host_ip: IpAddr,
-    /// Port of the host.
+    /// The port on the host.
     pub(crate) host_port: u16,
-    /// The transport.
+    /// The transport protocol.
     pub(crate) protocol: Transport,
-    /// Port of the endpoint.
+    /// The port in the endpoint.
     pub(crate) container_port: u16,
 }
 
-/// The transport of a published port.
+/// The transport protocol of a published port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Transport {
@@ -195,8 +193,8 @@ pub(crate) enum Transport {
     Sctp,
 }
 
-/// What has been counted since the start, and what there is now. A rate is the difference of two of
-/// them, of the same `pid` and `started`, over the difference of their `elapsed_ms`.
+/// Counters since the start, and current values. A rate is the difference of two samples with the
+/// same `pid` and `started`, divided by the difference of their `elapsed_ms`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Figures {
     /// Name of the project.
@@ -204,54 +202,54 @@ pub(crate) struct Figures {
     pub(crate) project: String,
     /// Process id.
     pub(crate) pid: u32,
-    /// When it was started (RFC 3339, UTC).
+    /// Start time (RFC 3339, UTC).
     #[schema(example = "2026-01-31T12:00:00Z")]
     pub(crate) started: String,
-    /// Milliseconds since then, by a clock that is not set.
+    /// Milliseconds since the start, by a monotonic clock.
     pub(crate) elapsed_ms: u64,
-    /// Published ports, one for each socket, as in `/v1/ports`.
+    /// Published ports, one per socket, as in `/v1/ports`.
     pub(crate) ports: Vec<PortFigures>,
-    /// TCP connections of all published ports together.
+    /// TCP connections of all published ports.
     pub(crate) connections: Fill,
     /// File descriptors of published ports, connections and sessions.
     pub(crate) descriptors: Fill,
     /// Networks, as in `/v1/networks`.
     pub(crate) networks: Vec<NetworkFigures>,
-    /// The NAT engine, if it is what leads containers out.
+    /// The NAT engine; null if the kernel masquerades, or without egress.
     pub(crate) nat: Option<NatFigures>,
-    /// Name servers that questions were forwarded to.
+    /// Upstream name servers.
     pub(crate) upstreams: Vec<UpstreamFigures>,
 }
 
-/// How full a table is.
+/// The fill level of a bounded table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Fill {
-    /// What there is.
+    /// Entries in use.
     pub(crate) used: u64,
-    /// What there may be.
+    /// The limit.
     pub(crate) limit: u64,
 }
 
-/// Figures of a published port: one socket of the host.
+/// Counters of a published port: one socket on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct PortFigures {
-    /// Its number.
+    /// The id of the port.
     pub(crate) id: u32,
-    /// The endpoint that it leads to.
+    /// The endpoint that it forwards to.
     #[schema(example = "web")]
     pub(crate) endpoint: String,
-    /// Its label in metrics.
+    /// The label of the port in metrics.
     #[schema(example = "0.0.0.0:8080/tcp")]
     pub(crate) publish: String,
-    /// Port of the endpoint.
+    /// The port in the endpoint.
     pub(crate) container_port: u16,
-    /// TCP connections or UDP sessions now.
+    /// Open TCP connections or UDP sessions.
     pub(crate) open: Fill,
-    /// TCP connections that clients made, refused ones included; UDP sessions begun.
+    /// Accepted TCP connections, including refused ones; UDP sessions created.
     pub(crate) begun: u64,
-    /// TCP connections that never reached the endpoint.
+    /// TCP connections that were not connected to the endpoint.
     pub(crate) refused: u64,
-    /// TCP connections that ended in a reset; UDP sessions that had to make room.
+    /// TCP connections that ended with a reset; UDP sessions evicted.
     pub(crate) cut: u64,
     /// Payload to the endpoint, in bytes.
     pub(crate) bytes_in: u64,
@@ -261,73 +259,72 @@ pub(crate) struct PortFigures {
     pub(crate) datagrams_in: u64,
     /// Datagrams to clients.
     pub(crate) datagrams_out: u64,
-    /// Datagrams that were not carried.
+    /// Dropped datagrams.
     pub(crate) dropped: u64,
-    /// Times that the endpoint was reached (TCP).
+    /// Successful connects to the endpoint (TCP).
     pub(crate) dialled: u64,
-    /// Microseconds that took, of all of them together.
+    /// The total time of these connects, in microseconds.
     pub(crate) dial_us: u64,
 }
 
-/// Figures of a network.
+/// Counters of a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct NetworkFigures {
-    /// Its name.
+    /// The name of the network.
     #[schema(example = "front")]
     pub(crate) name: String,
-    /// Names of the endpoints on it.
+    /// The names of its endpoints.
     pub(crate) endpoints: Vec<String>,
-    /// Questions for names that were answered; of endpoints on several networks, those of the
-    /// first.
+    /// Answered DNS queries. An endpoint on several networks counts on its first one.
     pub(crate) questions: u64,
-    /// Of those, with SERVFAIL or REFUSED.
+    /// Of those, answered with SERVFAIL or REFUSED.
     pub(crate) questions_failed: u64,
-    /// Of those, that there is no such name.
+    /// Of those, answered with NXDOMAIN.
     pub(crate) questions_unknown: u64,
 }
 
-/// Figures of the NAT engine. Out is to the world, in to the containers.
+/// Counters of the NAT engine. "In" is towards containers, "out" is towards external hosts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct NatFigures {
-    /// Flows now, of all protocols.
+    /// Current flows of all protocols.
     pub(crate) flows: Fill,
     /// Of those, TCP connections.
     pub(crate) flows_tcp: u64,
-    /// Flows begun.
+    /// Flows created.
     pub(crate) begun: u64,
     /// Payload to containers, in bytes.
     pub(crate) bytes_in: u64,
-    /// Payload to the world, in bytes.
+    /// Payload to external hosts, in bytes.
     pub(crate) bytes_out: u64,
-    /// Packets that crossed its device, to containers.
+    /// Packets to containers through the TUN device.
     pub(crate) packets_in: u64,
-    /// Packets that crossed its device, from containers.
+    /// Packets from containers through the TUN device.
     pub(crate) packets_out: u64,
-    /// Packets that were not carried.
+    /// Dropped packets.
     pub(crate) dropped: u64,
-    /// TCP connections that reached nobody, or ended in a reset.
+    /// TCP connections that failed or ended with a reset.
     pub(crate) resets: u64,
-    /// Times that something was sent to a container again.
+    /// Retransmissions to containers.
     pub(crate) retransmissions: u64,
 }
 
-/// Figures of a name server.
+/// Counters of an upstream name server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct UpstreamFigures {
-    /// Its address.
+    /// The address of the server.
     #[schema(example = "192.0.2.53:53")]
     pub(crate) server: String,
-    /// Others are not asked before it because it was silent.
+    /// Whether the server is tried first. A server that did not respond loses this.
     pub(crate) trusted: bool,
-    /// Questions sent.
+    /// Queries sent.
     pub(crate) asked: u64,
-    /// Of those, not answered in time, or not at all.
+    /// Of those, without a response in time.
     pub(crate) silent: u64,
-    /// Of those, answered with a failure.
+    /// Of those, answered with an error.
     pub(crate) failed: u64,
-    /// Answers of which the time was taken.
+    /// Responses with a measured response time.
     pub(crate) answered: u64,
-    /// Microseconds that those took together.
+    /// The total of these response times, in microseconds.
     pub(crate) took_us: u64,
 }
 
@@ -335,29 +332,29 @@ pub(crate) struct UpstreamFigures {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct NewPorts {
-    /// The endpoint that they shall lead to.
+    /// The endpoint to forward to.
     #[schema(example = "web")]
     pub(crate) endpoint: String,
-    /// In the grammar of `docker run -p`: `[HOST_IP:][HOST_PORT[-END]:]PORT[-END][/tcp|udp]`.
-    /// Without a HOST_PORT a free one is found; without a HOST_IP it is all addresses, IPv4 and
-    /// IPv6, a port of the answer for each.
+    /// Ports in the syntax of `docker run -p`: `[HOST_IP:][HOST_PORT[-END]:]PORT[-END][/tcp|udp]`.
+    /// Without HOST_PORT, a free port is chosen. Without HOST_IP, the port is published on all IPv4
+    /// and IPv6 addresses, and the response contains one port for each family.
     #[schema(example = "8081:80")]
     pub(crate) spec: String,
 }
 
-/// Where the container of an adopted endpoint is now.
+/// The new namespace of an adopted endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct NewNamespace {
-    /// Path of its network namespace, an absolute one.
+    /// The absolute path of the network namespace.
     #[schema(example = "/run/netns/web")]
     pub(crate) netns: String,
 }
 
-/// Why a request was not fulfilled.
+/// The error of a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct ErrorBody {
-    /// One line that names the object and says what to do.
+    /// One line that names the object, the cause and the remedy.
     #[schema(example = "there is no endpoint \"wbe\"")]
     pub(crate) error: String,
 }

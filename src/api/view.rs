@@ -1,4 +1,4 @@
-//! What the API tells about, turned into what it says.
+//! The state of the running project, converted to the types of the API.
 
 use super::problem::Problem;
 use super::types::{
@@ -22,56 +22,56 @@ use tokio::sync::{mpsc, oneshot};
 
 /// A running project.
 pub(crate) struct View {
-    /// Its name.
+    /// The name of the project.
     pub(crate) project: String,
-    /// Its Compose file.
+    /// The path of its Compose file.
     pub(crate) compose_file: PathBuf,
-    /// When it was started.
+    /// The start time.
     pub(crate) started: SystemTime,
-    /// The same by a clock that is not set.
+    /// The start time by a monotonic clock.
     pub(crate) begun: Instant,
-    /// How its networks are kept closed.
+    /// The isolation of its networks.
     pub(crate) isolation: &'static str,
     /// Its networks and endpoints.
     pub(crate) desired: Desired,
     /// The names of its services, in the order of the file.
     pub(crate) services: Vec<String>,
-    /// Its services' states.
+    /// The states of its services.
     pub(crate) observer: Observer,
-    /// Where its endpoints are and what they publish.
+    /// The namespaces of its endpoints and their published ports.
     pub(crate) publisher: Arc<Publisher>,
-    /// Its names.
+    /// Its DNS resolver.
     pub(crate) names: Arc<Resolver>,
-    /// Its egress, if there is no firewall.
+    /// The NAT engine, if there is no firewall.
     pub(crate) nat: Option<nat::Figures>,
     /// The paths of adopted namespaces.
     pub(crate) adopted: Arc<Adopted>,
-    /// Whether metrics are served, if they are wanted.
+    /// The metrics endpoint, if enabled.
     pub(crate) metrics: Option<MetricsStatus>,
-    /// To whoever makes networks.
+    /// The channel to the task that changes networks.
     pub(crate) orders: mpsc::Sender<Order>,
 }
 
-/// The paths of adopted namespaces by endpoint, and which of them lead nowhere.
+/// The paths of adopted namespaces by endpoint, and whether each of them is gone.
 #[derive(Debug, Default)]
 pub(crate) struct Adopted(Mutex<BTreeMap<String, (PathBuf, bool)>>);
 
-/// Something to be done to the networks.
+/// A change to the networks.
 #[derive(Debug)]
 pub(crate) enum Order {
-    /// The container of an adopted endpoint has come back.
+    /// The container of an adopted endpoint is in another namespace.
     Reattach {
-        /// Which endpoint.
+        /// The endpoint.
         endpoint: String,
-        /// Where its namespace is now.
+        /// The path of its new namespace.
         netns: PathBuf,
-        /// Told what came of it.
+        /// Receives the result.
         done: oneshot::Sender<Result<(), Problem>>,
     },
 }
 
 impl Adopted {
-    /// Each of `paths` leads to a namespace.
+    /// All `paths` lead to existing namespaces.
     pub(crate) fn new(paths: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
         Self(Mutex::new(paths.into_iter().map(|(name, path)| (name, (path, false))).collect()))
     }
@@ -81,12 +81,12 @@ impl Adopted {
         self.all().iter().map(|(name, (path, _))| (name.clone(), path.clone())).collect()
     }
 
-    /// The path of `endpoint`, and whether it leads nowhere now.
+    /// The path of `endpoint`, and whether its namespace is gone.
     pub(crate) fn get(&self, endpoint: &str) -> Option<(PathBuf, bool)> {
         self.all().get(endpoint).cloned()
     }
 
-    /// The namespace of `endpoint` is at `path`, or was until it went.
+    /// Records the path of the namespace of `endpoint`, and whether the namespace is gone.
     pub(crate) fn set(&self, endpoint: &str, path: PathBuf, gone: bool) {
         self.all().insert(endpoint.to_owned(), (path, gone));
     }
@@ -329,7 +329,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn how_a_service_has_ended_is_told_with_its_state() {
+    fn the_exit_of_a_service_is_reported_with_its_state() {
         let mut status = services::Status {
             name: "web".into(),
             pid: None,

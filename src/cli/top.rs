@@ -78,7 +78,7 @@ impl Top {
             .build()
             .context("event loop")?;
         // Before the terminal is touched: that nobody is there is told on it as it is.
-        let first = runtime.block_on(screen::ask(&client))?;
+        let first = runtime.block_on(screen::fetch(&client))?;
         let order = Order { reversed: self.reverse, ..self.sort };
         if !self.once {
             let state = State::new(self.view, order, self.filter.clone(), self.interval, first);
@@ -86,7 +86,7 @@ impl Top {
         }
         let second = runtime.block_on(async {
             tokio::time::sleep(self.interval).await;
-            screen::ask(&client).await
+            screen::fetch(&client).await
         })?;
         let rates = Rates::between(Some(&first), &second);
         let text = if self.json {

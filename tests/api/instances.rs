@@ -62,7 +62,7 @@ fn a_socket_that_a_killed_instance_left_is_taken_over() {
     assert!(scene.socket().exists(), "a killed process cannot clear up");
     let said = says(scene.tidegate().arg("ps"));
     assert!(
-        said.starts_with("tidegate: error: nothing is up: nobody listens on socket "),
+        said.starts_with("tidegate: error: tidegate is not running: no listener on socket "),
         "{said}"
     );
     let mut next = scene.up(&project());
@@ -71,7 +71,7 @@ fn a_socket_that_a_killed_instance_left_is_taken_over() {
     next.stop(Signal::INT, SOON);
     assert!(!scene.socket().exists());
     let said = says(scene.tidegate().arg("ps"));
-    assert!(said.starts_with("tidegate: error: nothing is up: there is no socket "), "{said}");
+    assert!(said.starts_with("tidegate: error: tidegate is not running: socket "), "{said}");
 }
 
 #[test]
@@ -95,6 +95,6 @@ fn what_is_there_and_no_socket_is_left_alone() {
     let precious = scene.directory.path().join("precious");
     std::fs::write(&precious, "kept").unwrap();
     let told = refused(scene.command(&project()).env("TIDEGATE_SOCKET", &precious));
-    assert!(told.contains("is there and not a socket of tidegate's"), "{told}");
+    assert!(told.contains("exists and is not a socket of tidegate"), "{told}");
     assert_eq!(std::fs::read_to_string(&precious).unwrap(), "kept");
 }
