@@ -188,7 +188,7 @@ fn the_last_word_is_in_the_format_of_the_log_and_a_format_that_does_not_exist_is
     let said = fails("ps", "xml", 1);
     assert_eq!(
         said,
-        "tidegate: error: TIDEGATE_LOG_FORMAT=\"xml\" is no format of logs: say human or json\n"
+        "tidegate: error: TIDEGATE_LOG_FORMAT=\"xml\" is not a log format; use human or json\n"
     );
     let said = fails("ps --log-format xml", "", 2);
     assert!(said.contains("human") && said.contains("json"), "{said}");

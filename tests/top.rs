@@ -277,11 +277,11 @@ fn what_cannot_be_shown_is_told_in_one_line() {
     assert_eq!(code, 2);
     assert_eq!(
         said,
-        "tidegate: error: standard output is no terminal; use --once, which prints one frame as text\n"
+        "tidegate: error: standard output is not a terminal; use --once to print one frame as text\n"
     );
     for (arguments, needed) in [
         (&["--once", "--sort", "beauty"][..], "publish, endpoint, port"),
-        (&["--once", "--interval", "0"], "longer than nothing"),
+        (&["--once", "--interval", "0"], "longer than 0"),
         (&["--once", "--interval", "1ms"], "between 100ms and 1h"),
         (&["--json"], "--once"),
         (&["--view", "moon"], "ports"),

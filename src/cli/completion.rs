@@ -1,4 +1,4 @@
-//! Shell completion and manual pages, made from the command line's own description.
+//! Shell completion and manual pages, generated from the definition of the command line.
 
 use anyhow::Context;
 use clap::{Args, Command};
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 /// Print a completion script for a shell
 #[derive(Debug, Args)]
 pub(super) struct Completion {
-    /// Which shell
+    /// The shell
     shell: Shell,
 }
 
@@ -18,17 +18,17 @@ impl Completion {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, command, "tidegate", &mut script);
         match std::io::stdout().write_all(&script) {
-            // `tidegate completion bash | head` is no failure.
+            // A closed pipe, as in `tidegate completion bash | head`, is not an error.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
             result => result.context("standard output"),
         }
     }
 }
 
-/// Write the manual pages into a directory
+/// Write the manual pages to a directory
 #[derive(Debug, Args)]
 pub(super) struct Man {
-    /// Where to; it must exist
+    /// An existing directory
     directory: PathBuf,
 }
 

@@ -1,28 +1,28 @@
-//! `tidegate doctor`: what this host can and cannot do.
+//! `tidegate doctor`: checks the host.
 
 use crate::doctor::examine;
 use anyhow::Context;
 use clap::Args;
 use std::io::Write;
 
-/// Tell what this host can and cannot do for tidegate, and the fix for each
+/// Check what this host supports, with a fix for each limitation
 ///
-/// Asks as the user who calls it: root and an ordinary user get different answers. Nothing of the
-/// host changes; what has to be tried is tried in a namespace that is made for it and goes with it.
+/// The results hold for the calling user: root and an ordinary user get different ones. The host is
+/// not changed. Trials run in a temporary namespace.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Verdicts:\n  ok       all there\n  note     nothing to do, but good to know; also what cannot be told\n  \
-    limited  it works without: less of it, slower, or only in part\n  missing  something that tidegate needs\n\n\
+    after_help = "Verdicts:\n  ok       fully supported\n  note     no action needed; also for what cannot be determined\n  \
+    limited  works with reduced features or performance\n  missing  required by tidegate and not available\n\n\
     Exit status: 0 if nothing is missing, 1 otherwise."
 )]
 pub(super) struct Doctor {
-    /// Tell it as JSON
+    /// Print the report as JSON
     #[arg(long)]
     json: bool,
 }
 
 impl Doctor {
-    /// True if nothing that tidegate needs is missing.
+    /// Prints the report. True if nothing that tidegate requires is missing.
     pub(super) fn run(&self) -> anyhow::Result<bool> {
         let report = examine();
         let mut out = std::io::stdout().lock();
@@ -33,7 +33,7 @@ impl Doctor {
             write!(out, "{report}")
         };
         match written.and_then(|()| out.flush()) {
-            // Whoever read it has seen enough; the exit status says the rest.
+            // The reader closed the pipe; the exit status still carries the result.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
             result => result.context("standard output")?,
         }

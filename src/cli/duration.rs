@@ -2,23 +2,23 @@
 
 use std::time::Duration;
 
-/// The longest that makes sense for a timeout here.
-const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The upper bound of a timeout.
+const MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Reads a duration between a millisecond and a week.
+/// Parses a duration from 1 ms to 7 days.
 pub(super) fn timeout(text: &str) -> Result<Duration, String> {
     let duration = optional_timeout(text)?;
-    if duration.is_zero() { Err("it must be longer than nothing".to_owned()) } else { Ok(duration) }
+    if duration.is_zero() { Err("it must be longer than 0".to_owned()) } else { Ok(duration) }
 }
 
-/// As [`timeout`], with `0` allowed.
+/// Like [`timeout`], with `0` allowed.
 pub(super) fn optional_timeout(text: &str) -> Result<Duration, String> {
     let duration = match text {
         "0" => Duration::ZERO,
         _ => humantime::parse_duration(text)
-            .map_err(|error| format!("{error} (say 90s, 500ms, 2m)"))?,
+            .map_err(|error| format!("{error} (use 90s, 500ms, 2m)"))?,
     };
-    if duration > LONGEST { Err("it must be at most 7 days".to_owned()) } else { Ok(duration) }
+    if duration > MAX { Err("it must be at most 7 days".to_owned()) } else { Ok(duration) }
 }
 
 #[cfg(test)]

@@ -1,5 +1,4 @@
-//! A server to publish while one looks around: one page, which says who the server thinks is
-//! asking.
+//! A demo server to publish: one page with the addresses of both ends of the connection.
 
 use anyhow::Context;
 use clap::Args;
@@ -9,16 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Requests answered at the same time; beyond that connections are closed.
+/// The most concurrent requests. Further connections are closed.
 const MAX_CLIENTS: usize = 64;
 
-/// How long a client may take over its request.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The time for a client to send its request.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Serve a page that says hello and who is asking, to try things with
+/// Serve a demo page that shows the address of the client
 #[derive(Debug, Args)]
 pub(super) struct Hello {
-    /// Where to listen
+    /// The address to listen on
     #[arg(long, default_value = "127.0.0.1:8000", value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
 }
@@ -38,11 +37,11 @@ impl Hello {
                 clients.fetch_sub(1, Ordering::Relaxed);
                 continue;
             }
-            let at_work = Arc::clone(&clients);
+            let active = Arc::clone(&clients);
             std::thread::spawn(move || {
-                // A client that goes away is its own loss.
+                // An error of a client concerns this client only.
                 let _ = greet(&client);
-                at_work.fetch_sub(1, Ordering::Relaxed);
+                active.fetch_sub(1, Ordering::Relaxed);
             });
         }
         Ok(())
@@ -50,8 +49,8 @@ impl Hello {
 }
 
 fn greet(mut client: &TcpStream) -> io::Result<()> {
-    client.set_read_timeout(Some(PATIENCE))?;
-    // The end of the request's head is all that is looked for; the page is the same for every path.
+    client.set_read_timeout(Some(TIMEOUT))?;
+    // Every path returns the same page, so only the end of the request head matters.
     let mut request = Vec::new();
     let mut chunk = [0; 1024];
     while !request.windows(4).any(|window| window == b"\r\n\r\n") && request.len() < 8192 {

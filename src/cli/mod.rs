@@ -26,11 +26,11 @@ use tracing_subscriber::filter::LevelFilter;
 #[derive(Debug, Parser)]
 #[command(name = "tidegate", version, about, max_term_width = 100)]
 #[command(
-    after_help = "Environment:\n  TIDEGATE_LOG         what is logged to standard error: a level (info, debug, trace), \
-    or target=level,...\n  TIDEGATE_LOG_FORMAT  human or json, unless --log-format says it\n  TIDEGATE_SOCKET      where tidegate up serves its API, and where tidegate ps and top ask\n\nExit status: 0 for success, 1 for failure, 2 for a command line that was not understood."
+    after_help = "Environment:\n  TIDEGATE_LOG         filter of the log on standard error: a level (info, debug, trace), \
+    or target=level,...\n  TIDEGATE_LOG_FORMAT  human or json; --log-format overrides it\n  TIDEGATE_SOCKET      path of the API socket of tidegate up, used by tidegate ps and top\n\nExit status: 0 for success, 1 for failure, 2 for an invalid command line."
 )]
 pub struct Cli {
-    /// How logs are written to standard error [default: TIDEGATE_LOG_FORMAT, or human]
+    /// Format of the log on standard error [default: TIDEGATE_LOG_FORMAT, or human]
     #[arg(long, global = true, value_name = "FORMAT", value_enum)]
     log_format: Option<logging::Format>,
 
@@ -45,35 +45,35 @@ enum Command {
     Top(top::Top),
     Publish(Box<publish::Publish>),
     Doctor(doctor::Doctor),
-    /// Be Docker's docker-proxy (see the binary of that name)
+    /// Run as Docker's docker-proxy (see the binary of that name)
     #[command(disable_help_flag = true, disable_version_flag = true)]
     DockerProxy {
-        /// docker-proxy's own flags
+        /// The flags of docker-proxy
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
         flags: Vec<OsString>,
     },
-    /// Be slirp4netns (see the binary of that name)
+    /// Run as slirp4netns (see the binary of that name)
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Slirp4netns {
-        /// slirp4netns's own options
+        /// The options of slirp4netns
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
         options: Vec<OsString>,
     },
-    /// Serve a page that says hello and who is asking, to try things with
+    /// Serve a demo page that shows the address of the client
     Hello(hello::Hello),
     /// Print a completion script for a shell
     Completion(completion::Completion),
-    /// Write the manual pages into a directory
+    /// Write the manual pages to a directory
     #[command(hide = true)]
     Man(completion::Man),
 }
 
-/// The whole program, given its arguments with its own name first. Called as `docker-proxy` or
-/// `slirp4netns` (a link to this binary) it is that.
+/// Runs the program with its arguments, the name of the program first. Under the name
+/// `docker-proxy` or `slirp4netns` (a link to this binary), it runs as that program.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.collect();
     let name = args.first().and_then(|name| Path::new(name).file_name().map(OsString::from));
-    // Before anything is opened: descriptors of these two are recognised by their numbers.
+    // These must run before anything is opened: they identify inherited descriptors by number.
     for (as_one, skipped) in [(name.as_ref(), 1), (args.get(1), 2)] {
         match as_one.and_then(|name| name.to_str()) {
             Some("docker-proxy") => return docker_proxy::main(args.iter().skip(skipped).cloned()),
@@ -81,7 +81,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
             _ => {}
         }
     }
-    // These two are not for people, hence no commands of which help and completion know.
+    // Internal subcommands, hidden from help and completion.
     if args.get(1).is_some_and(|command| command == services::init::SUBCOMMAND) {
         return services::init::main();
     }
@@ -91,7 +91,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are "errors" of this kind too, and exit 0.
+            // clap reports help and version as errors; they exit with 0.
             let code = if error.use_stderr() { EXIT_USAGE } else { 0 };
             let _ = error.print();
             return ExitCode::from(code);
@@ -104,7 +104,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let result = result.and_then(|()| cli.command.run());
     logging::flush();
     match result {
-        // What went wrong has been told, service by service.
+        // Services have already logged their failures.
         Ok(well) => {
             if well {
                 ExitCode::SUCCESS
@@ -113,7 +113,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
             }
         }
         Err(error) => {
-            // That nobody can read it changes nothing about the exit status.
+            // A write error does not change the exit status.
             let _ =
                 write!(std::io::stderr(), "{}", logging::last_word(last_word, &one_line(&error)));
             ExitCode::from(if error.is::<UsageError>() { EXIT_USAGE } else { EXIT_FAILURE })
@@ -122,7 +122,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 impl Command {
-    /// Whether it did what it was asked to.
+    /// Runs the command. False if it failed and has already reported why.
     fn run(self) -> anyhow::Result<bool> {
         let done = |()| true;
         match self {
@@ -132,7 +132,7 @@ impl Command {
             Self::Publish(publish) => publish.run().map(done),
             Self::Doctor(doctor) => doctor.run(),
             Self::DockerProxy { .. } | Self::Slirp4netns { .. } => {
-                unreachable!("taken care of above")
+                unreachable!("dispatched before parsing")
             }
             Self::Hello(hello) => hello.run().map(done),
             Self::Completion(completion) => completion.run(&mut Cli::command()).map(done),
@@ -141,7 +141,7 @@ impl Command {
     }
 }
 
-/// The error and its causes, each said once: some errors say their cause themselves.
+/// The error and its causes. A cause that its error already contains is not repeated.
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain().map(|cause| without_numbers(&cause.to_string())) {
@@ -154,7 +154,7 @@ fn one_line(error: &anyhow::Error) -> String {
     line
 }
 
-/// The value of `--metrics`; `none` switches them off.
+/// Parses the value of `--metrics`; `none` disables metrics.
 fn metrics_address(text: &str) -> Result<Option<MetricsAddress>, UsageError> {
     match text {
         "none" => Ok(None),
@@ -162,7 +162,7 @@ fn metrics_address(text: &str) -> Result<Option<MetricsAddress>, UsageError> {
     }
 }
 
-/// A command line that is well-formed and makes no sense.
+/// An error in a command line that is syntactically valid.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct UsageError(pub String);

@@ -1,4 +1,4 @@
-//! `tidegate ps`: what runs here.
+//! `tidegate ps`: lists the running project.
 
 use crate::api::client::Client;
 use crate::api::types::{Endpoint, Network, Service, State, Status};
@@ -9,16 +9,16 @@ use clap::Args;
 use std::io::{self, Write};
 use tidegate_model::PublishLabel;
 
-/// List what tidegate up runs here: services, their addresses and published ports, and networks
+/// List the services of tidegate up with their addresses and published ports, and the networks
 ///
-/// Asks the instance whose socket TIDEGATE_SOCKET names, or else the usual one. Exits 1 if there is
-/// none.
+/// Queries the instance on the socket TIDEGATE_SOCKET, or on the default socket. Exits with 1 if no
+/// instance is running.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  tidegate ps\n  tidegate ps --json | jq '.endpoints[].ports[].publish'"
 )]
 pub(super) struct Ps {
-    /// Tell it as JSON: an object of status, networks and endpoints, each as the API has it
+    /// Print JSON: an object with status, networks and endpoints, each in the format of the API
     #[arg(long)]
     json: bool,
 }
@@ -49,19 +49,19 @@ impl Ps {
         };
         let mut out = io::stdout().lock();
         match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            // Whoever read it has seen enough.
+            // The reader closed the pipe.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             result => result.context("standard output"),
         }
     }
 }
 
-/// A line where metrics are wanted and not served.
+/// A line that says that the metrics endpoint is enabled but not served.
 fn not_served(status: &Status) -> String {
     match &status.metrics {
         Some(metrics) if metrics.served.is_none() => {
             format!(
-                "\nmetrics are not served: {} is in use by another program; trying again\n",
+                "\nmetrics are not served: {} is in use by another program; retrying\n",
                 metrics.address
             )
         }
@@ -69,7 +69,7 @@ fn not_served(status: &Status) -> String {
     }
 }
 
-/// A row for each network of each service; what is the service's stands in the first.
+/// One row per network of each service. The first row also has the columns of the service itself.
 fn services_table(services: &[Service], endpoints: &[Endpoint]) -> String {
     let mut rows = vec![["SERVICE", "STATE", "NETWORK", "ADDRESS", "PUBLISHED"].map(str::to_owned)];
     for endpoint in endpoints {
@@ -140,7 +140,7 @@ mod tests {
     use crate::api::types::Exit;
 
     #[test]
-    fn a_state_tells_how_it_came_to_be() {
+    fn a_state_shows_the_last_exit_and_the_restarts() {
         let mut service = Service {
             name: "web".into(),
             state: State::Running,

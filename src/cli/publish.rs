@@ -1,4 +1,4 @@
-//! `tidegate publish`: ports of a container, in the foreground, without a daemon.
+//! `tidegate publish`: publishes ports of a container in the foreground, without a daemon.
 
 use super::duration::{optional_timeout, timeout};
 use super::{UsageError, metrics_address};
@@ -24,9 +24,9 @@ use tidegate_proxy::{Engine, Listener, PortOptions, ProxyProtocol, Settings, Ups
 
 /// Publish ports of a container or an address, in the foreground
 ///
-/// Connections and datagrams that arrive at the published ports of this host are carried to the
-/// container. Stops on SIGINT or SIGTERM: no new connections from then on, the running ones may end
-/// within --drain-timeout; a second signal cuts them.
+/// Connections and datagrams to the published ports of this host are forwarded to the container. On
+/// SIGINT or SIGTERM, no new connections are accepted, and open ones may finish within
+/// --drain-timeout; a second signal resets them.
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("target").required(true).multiple(true))]
 #[command(after_help = "Examples:\n  \
@@ -34,31 +34,31 @@ use tidegate_proxy::{Engine, Listener, PortOptions, ProxyProtocol, Settings, Ups
     tidegate publish 127.0.0.1:5353:53/udp --netns /run/netns/web\n  \
     tidegate publish 9000-9009:9000-9009 --pid 4711 --source client --metrics 127.0.0.1:9464")]
 pub(super) struct Publish {
-    /// What to publish, in the grammar of docker's -p
+    /// Ports to publish, in the syntax of docker run -p
     ///
-    /// [HOST_IP:][HOST_PORT[-END]:]CONTAINER_PORT[-END][/tcp|udp]; an IPv6 HOST_IP in brackets.
-    /// Without a HOST_IP: all addresses, IPv4 and IPv6. Without a HOST_PORT: a free one, which is
-    /// printed.
+    /// [HOST_IP:][HOST_PORT[-END]:]CONTAINER_PORT[-END][/tcp|udp]; an IPv6 HOST_IP is in brackets.
+    /// Without HOST_IP, the port is published on all IPv4 and IPv6 addresses. Without HOST_PORT, a
+    /// free port is chosen and printed.
     #[arg(required = true, value_name = "SPEC")]
     specs: Vec<PortSpec>,
 
-    /// The container's address
+    /// Address of the container
     #[arg(long, value_name = "IP", group = "target")]
     to: Option<IpAddr>,
 
-    /// The container's network namespace; its address is found there unless --to says one
+    /// Network namespace of the container; its address is detected unless --to is set
     #[arg(long, value_name = "PATH", group = "target", conflicts_with = "pid")]
     netns: Option<PathBuf>,
 
-    /// A process in the container, in place of --netns
+    /// A process in the container, instead of --netns
     #[arg(long, value_name = "PID", group = "target")]
     pid: Option<u32>,
 
-    /// What the container sees as its client: proxy, client or proxy-protocol
+    /// Source address that the container sees: proxy, client or proxy-protocol
     ///
-    /// proxy: the gateway's address. client: the client's own. proxy-protocol: the gateway's, and a
-    /// PROXY protocol header tells the client's. Without --source: with a namespace client for TCP
-    /// and proxy for UDP, else proxy.
+    /// proxy: the address of the gateway. client: the address of the client. proxy-protocol: the
+    /// address of the gateway, with a PROXY protocol header that carries the address of the client.
+    /// Default: with a namespace, client for TCP and proxy for UDP; otherwise proxy.
     #[arg(long)]
     source: Option<Source>,
 
@@ -67,64 +67,65 @@ pub(super) struct Publish {
     #[arg(long, value_name = "VERSION")]
     proxy_protocol: Option<ProxyProtocol>,
 
-    /// Let only clients of this network in; may be repeated
+    /// Accept only clients from this network; can be repeated
     #[arg(long, value_name = "CIDR")]
     allow: Vec<String>,
 
     #[command(flatten)]
     limits: ProxyLimits,
 
-    /// How long the container may take to accept a connection
+    /// Timeout for a connect to the container
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = timeout)]
     dial_timeout: Duration,
 
-    /// How long a UDP session may be silent in both directions
+    /// Timeout for a UDP session without datagrams in either direction
     #[arg(long, value_name = "TIME", default_value = "90s", value_parser = timeout)]
     udp_idle_timeout: Duration,
 
-    /// How long running connections may go on after the first signal; 0 cuts them at once
+    /// Time for open connections to finish after the first signal; 0 resets them at once
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = optional_timeout)]
     drain_timeout: Duration,
 
-    /// Event loops at most [default: one per core, up to 4]
+    /// Maximum number of event loops [default: one per core, up to 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     workers: Option<u32>,
 
-    /// Payload of one read from which the next one is spliced and not copied (for measuring)
+    /// Payload of one read from which the next read uses splice instead of a copy (for
+    /// measurements)
     #[arg(long, value_name = "BYTES", hide = true)]
     splice_from: Option<usize>,
 
-    /// Serve Prometheus metrics at this ADDRESS:PORT, at the first free port of ADDRESS:PORT-PORT,
-    /// or "none"; a port in use is tried again
+    /// Serve Prometheus metrics on this ADDRESS:PORT, or on the first free port of
+    /// ADDRESS:PORT-PORT; "none" disables them. A port in use is retried
     #[arg(long, value_name = "ADDRESS", default_value = "none")]
     metrics: String,
 
-    /// Published ports that have series of their own in the metrics; those beyond are told in one
-    /// sum for each protocol
+    /// Published ports with their own metric series; the others are summed up per protocol
     #[arg(long, value_name = "N", default_value_t = 1000)]
     metrics_max_ports: usize,
 
-    /// Tell what was published as JSON
+    /// Print the published ports as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// A port that leads to itself would take connections from itself until it has all that it may.
-fn refuse_itself<'a>(
+/// Rejects a port that forwards to itself. Such a port would connect to itself until it reaches its
+/// limits.
+fn refuse_loops<'a>(
     container: IpAddr,
     mut listeners: impl Iterator<Item = &'a (Listener, u16)>,
 ) -> anyhow::Result<()> {
     let own = AddressBook::of(&Namespace::current()?)
         .context("addresses of this host")?
         .is_local(container);
-    let leads_to_itself = |(listener, container_port): &&(Listener, u16)| {
+    let is_loop = |(listener, container_port): &&(Listener, u16)| {
         let at = listener.label().address();
         let on_all = at.ip().is_unspecified() && at.is_ipv4() == container.is_ipv4();
         at.port() == *container_port && (at.ip() == container || on_all && own)
     };
-    match listeners.find(leads_to_itself) {
+    match listeners.find(is_loop) {
         Some((listener, container_port)) => bail!(
-            "port {} would lead to itself, at {}; publish another one",
+            "port {} would forward to itself at {}; publish another port",
             listener.label(),
             SocketAddr::new(container, *container_port)
         ),
@@ -134,7 +135,7 @@ fn refuse_itself<'a>(
 
 impl Publish {
     pub(super) fn run(&self) -> anyhow::Result<()> {
-        // From here on neither signal kills: one that comes early waits until we look.
+        // From here on, both signals stay pending until they are read, instead of killing.
         let mut signals = Signals::new([SIGINT, SIGTERM]).context("signal handlers")?;
         overlap(&self.specs).map_err(|error| UsageError(error.to_string()))?;
         let allow = self.allow_list()?;
@@ -153,9 +154,9 @@ impl Publish {
             bound.entry(mapping.protocol).or_default().extend(listeners);
         }
         if let Target::Address(container) = target {
-            refuse_itself(container, bound.values().flatten())?;
+            refuse_loops(container, bound.values().flatten())?;
         }
-        // The recorder goes first: instruments are resolved against it once.
+        // The engine resolves its instruments once, so the recorder must exist before it.
         let recorder = metrics.map(Recorder::install).transpose()?;
         let listeners = bound.values().map(Vec::len).sum();
         let is_confined = self.is_confined(&target);
@@ -168,7 +169,7 @@ impl Publish {
         let engine = Arc::new(Engine::new(self.settings(listeners)));
         if engine.descriptors_left() < 2 {
             bail!(
-                "{listeners} sockets to listen on leave no file descriptors for connections; raise the limit (ulimit -n)"
+                "{listeners} listening sockets leave no file descriptors for connections; raise the limit (ulimit -n)"
             );
         }
         let mut published = Vec::new();
@@ -181,9 +182,9 @@ impl Publish {
         let metrics_at = match recorder {
             Some(recorder) => {
                 let served = recorder.status().served();
-                let told = Arc::clone(&engine);
+                let view = Arc::clone(&engine);
                 recorder
-                    .serve(move || (told.snapshot(), told.fill()))
+                    .serve(move || (view.snapshot(), view.fill()))
                     .context("metrics endpoint")?;
                 served
             }
@@ -197,7 +198,7 @@ impl Publish {
         signals.forever().next();
         let drained = engine.drain(self.drain_timeout, || signals.pending().next().is_some());
         if drained.cut > 0 {
-            tracing::warn!(connections = drained.cut, "connections were cut");
+            tracing::warn!(connections = drained.cut, "connections reset at shutdown");
         }
         Ok(())
     }
@@ -211,7 +212,7 @@ impl Publish {
         Ok(Some(set))
     }
 
-    /// The engine's settings, with so many `listeners` open already.
+    /// The settings of the engine, with `listeners` sockets already open.
     fn settings(&self, listeners: usize) -> Settings {
         let mut settings = Settings {
             dial_timeout: self.dial_timeout,
@@ -241,7 +242,8 @@ impl Publish {
         options
     }
 
-    /// Whether all its sockets are of this namespace, and of its own addresses.
+    /// Whether all sockets belong to this namespace and use its own addresses, so that the process
+    /// can drop its privileges.
     fn is_confined(&self, target: &Target) -> bool {
         matches!(target, Target::Address(_)) && self.source != Some(Source::Client)
     }
@@ -257,7 +259,7 @@ impl Publish {
                 Ok(Target::Namespace { namespace, name, address })
             }
             (None, Some(address)) if address.is_unspecified() => {
-                Err(UsageError(format!("--to {address}: that is no address to connect to")).into())
+                Err(UsageError(format!("--to {address}: not an address to connect to")).into())
             }
             (None, Some(address)) => Ok(Target::Address(address)),
             (None, None) => Err(anyhow!("a target is required")),
@@ -281,7 +283,7 @@ impl Publish {
         })
     }
 
-    /// Tells what is published, once it is.
+    /// Prints the published ports.
     fn announce(
         &self,
         published: &[(PublishLabel, u16)],
@@ -316,14 +318,14 @@ impl Publish {
                 })
         };
         match result.and_then(|()| out.flush()) {
-            // Whoever read it has seen enough; the ports are published all the same.
+            // The reader closed the pipe; the ports stay published.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
             result => result.context("standard output"),
         }
     }
 }
 
-/// Where published ports lead.
+/// Where published ports forward to.
 enum Target {
     Address(IpAddr),
     Namespace { namespace: Namespace, name: String, address: Option<IpAddr> },

@@ -1,4 +1,4 @@
-//! `tidegate top`: what happens now.
+//! `tidegate top`: live rates.
 
 use super::UsageError;
 use super::duration::timeout;
@@ -9,25 +9,24 @@ use clap::Args;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-/// The shortest and the longest time between two samples.
+/// The bounds of the sampling interval.
 const INTERVALS: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(3600)];
 
-/// Show what happens on the networks of tidegate up: ports, endpoints, networks and names, with
-/// live rates
+/// Show live rates of tidegate up: ports, endpoints, networks and name servers
 ///
-/// Asks the instance whose socket TIDEGATE_SOCKET names, or else the usual one. Exits 1 if there is
-/// none. On a terminal of 80 columns and 12 lines or more it goes on until q, Esc or Ctrl-C; --once
-/// prints one frame as text, on anything.
+/// Queries the instance on the socket TIDEGATE_SOCKET, or on the default socket. Exits with 1 if no
+/// instance is running. On a terminal of at least 80 columns and 12 lines, it runs until q, Esc or
+/// Ctrl-C. With --once it prints one frame as text and needs no terminal.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Keys:\n  Tab, arrows, 1-4  the next view, or the one before; one of them\n  s, S, r           sort by the next column, or the one before; the other way round\n  /                 show only what has a text in one of its names; Esc removes it\n  arrows, pages     scroll\n  q, Esc, Ctrl-C    quit\n\nExamples:\n  tidegate top --interval 1s --sort in\n  tidegate top --once --filter web\n  tidegate top --once --json | jq '.ports[] | {publish, bytes_out_rate}'"
+    after_help = "Keys:\n  Tab, arrows       next or previous view\n  1-4               select a view\n  s, S, r           sort by the next or the previous column; reverse the order\n  /                 filter by a text in any name; Esc removes the filter\n  arrows, pages     scroll\n  q, Esc, Ctrl-C    quit\n\nExamples:\n  tidegate top --interval 1s --sort in\n  tidegate top --once --filter web\n  tidegate top --once --json | jq '.ports[] | {publish, bytes_out_rate}'"
 )]
 pub(super) struct Top {
-    /// Time between two samples
+    /// Sampling interval
     #[arg(short, long, value_name = "TIME", default_value = "2s", value_parser = interval)]
     interval: Duration,
 
-    /// What is looked at first
+    /// The first view
     #[arg(long, value_name = "VIEW", value_enum, default_value_t)]
     view: View,
 
@@ -35,19 +34,19 @@ pub(super) struct Top {
     #[arg(long, value_name = "COLUMN", default_value = "out", value_parser = order)]
     sort: Order,
 
-    /// The other way round: the smallest first
+    /// Reverse the order: the smallest first
     #[arg(long)]
     reverse: bool,
 
-    /// Show only what has this text in one of its names
+    /// Show only rows with this text in one of their names
     #[arg(long, value_name = "TEXT", default_value = "")]
     filter: String,
 
-    /// Print one frame as text, after one interval, and end
+    /// Print one frame as text after one interval, and exit
     #[arg(long)]
     once: bool,
 
-    /// Print it as JSON, unsorted and unfiltered
+    /// Print the frame as JSON, unsorted and unfiltered
     #[arg(long, requires = "once")]
     json: bool,
 }
@@ -63,13 +62,13 @@ fn interval(text: &str) -> Result<Duration, String> {
 
 fn order(text: &str) -> Result<Order, String> {
     Order::by(text)
-        .ok_or_else(|| format!("there is no such column; there are {}", Order::keys().join(", ")))
+        .ok_or_else(|| format!("unknown column; use one of {}", Order::keys().join(", ")))
 }
 
 impl Top {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         if !self.once && !io::stdout().is_terminal() {
-            let line = "standard output is no terminal; use --once, which prints one frame as text";
+            let line = "standard output is not a terminal; use --once to print one frame as text";
             return Err(UsageError(line.to_owned()).into());
         }
         let client = Client::new()?;
@@ -77,7 +76,7 @@ impl Top {
             .enable_all()
             .build()
             .context("event loop")?;
-        // Before the terminal is touched: that nobody is there is told on it as it is.
+        // Before the terminal is set up, so that an error is printed as plain text.
         let first = runtime.block_on(screen::fetch(&client))?;
         let order = Order { reversed: self.reverse, ..self.sort };
         if !self.once {
@@ -96,7 +95,7 @@ impl Top {
         };
         let mut out = io::stdout().lock();
         match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            // Whoever read it has seen enough.
+            // The reader closed the pipe.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             result => result.context("standard output"),
         }
@@ -108,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn intervals_have_bounds_and_columns_have_names() {
+    fn intervals_are_bounded_and_columns_are_checked() {
         assert_eq!(interval("1s"), Ok(Duration::from_secs(1)));
         for bad in ["0", "99ms", "2h", "fast", "-1s", ""] {
             assert!(interval(bad).is_err(), "{bad}");

@@ -1,11 +1,10 @@
-//! Logs: `tracing` to standard error, filtered by `TIDEGATE_LOG`, for people or as JSON.
+//! Logs: `tracing` to standard error, filtered by `TIDEGATE_LOG`, as text or as JSON.
 //!
 //! The filter is a level (`debug`) or a list of `target=level` (`info,tidegate_proxy=debug`).
 //!
-//! What an event is about it says in fields, whose names are the same everywhere: `publish` for a
-//! published port, `network`, `endpoint` for a container. Who the peers are, and what names are
-//! looked up, is nobody's business above DEBUG. Warnings and errors that repeat themselves are
-//! counted instead ([`repeats`]).
+//! Events name their objects in fields with uniform names: `publish` for a published port,
+//! `network`, and `endpoint` for a container. Addresses of peers and looked-up names appear only at
+//! DEBUG and below. Repeated warnings and errors are counted instead of logged ([`repeats`]).
 
 mod repeats;
 
@@ -19,19 +18,19 @@ use tracing_subscriber::filter::{LevelFilter, ParseError, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// The variable that sets the filter.
+/// The environment variable with the filter.
 pub const VARIABLE: &str = "TIDEGATE_LOG";
 
-/// The variable that sets the format.
+/// The environment variable with the format.
 pub const FORMAT_VARIABLE: &str = "TIDEGATE_LOG_FORMAT";
 
-/// How logs are written.
+/// The format of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// A line for people, in colours on a terminal
+    /// A line of text, with colours on a terminal
     #[default]
     Human,
-    /// A JSON object on each line
+    /// A JSON object per line
     Json,
 }
 
@@ -47,29 +46,31 @@ impl FromStr for Format {
     }
 }
 
-/// Variables that are not understood.
+/// An environment variable is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// No filter.
-    #[error("{VARIABLE}={value:?} is no log filter ({source}): say a level, or target=level,...")]
+    /// The filter is invalid.
+    #[error(
+        "{VARIABLE}={value:?} is not a log filter ({source}); use a level, or target=level,..."
+    )]
     Filter {
-        /// What it is.
+        /// The value of the variable.
         value: String,
-        /// What is wrong with it.
+        /// The error of the parser.
         source: ParseError,
     },
-    /// No format.
-    #[error("{FORMAT_VARIABLE}={0:?} is no format of logs: say human or json")]
+    /// The format is unknown.
+    #[error("{FORMAT_VARIABLE}={0:?} is not a log format; use human or json")]
     Format(String),
 }
 
-/// The format that was `asked` for, or else that of `TIDEGATE_LOG_FORMAT`.
+/// The format `given` on the command line, or that of `TIDEGATE_LOG_FORMAT`.
 ///
 /// # Errors
-/// [`LogError`] when that is not understood.
-pub fn format(asked: Option<Format>) -> Result<Format, LogError> {
-    match (asked, std::env::var(FORMAT_VARIABLE)) {
-        (Some(asked), _) => Ok(asked),
+/// [`LogError`] if the variable is invalid.
+pub fn format(given: Option<Format>) -> Result<Format, LogError> {
+    match (given, std::env::var(FORMAT_VARIABLE)) {
+        (Some(given), _) => Ok(given),
         (None, Ok(value)) if !value.is_empty() => {
             value.parse().map_err(|()| LogError::Format(value))
         }
@@ -77,10 +78,10 @@ pub fn format(asked: Option<Format>) -> Result<Format, LogError> {
     }
 }
 
-/// Sends logs to standard error from here on; without `TIDEGATE_LOG` those of `default` and worse.
+/// Starts logging to standard error. Without `TIDEGATE_LOG`, the level is `default`.
 ///
 /// # Errors
-/// [`LogError`] when `TIDEGATE_LOG` is not understood.
+/// [`LogError`] if `TIDEGATE_LOG` is invalid.
 pub fn init(default: LevelFilter, format: Format) -> Result<(), LogError> {
     let filter = match std::env::var(VARIABLE) {
         Ok(value) if !value.is_empty() => {
@@ -97,12 +98,12 @@ pub fn init(default: LevelFilter, format: Format) -> Result<(), LogError> {
             output.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
         }
     };
-    // What the filter lets through comes to the limiter first.
+    // An event passes the filter before it reaches the limiter.
     tracing_subscriber::registry().with(output).with(Limiter).with(filter).init();
     Ok(())
 }
 
-/// The last word of a program that ends with an error, as the log has its lines.
+/// The error that ends the program, in the format of the log.
 #[must_use]
 pub fn last_word(format: Format, error: &str) -> String {
     match format {
@@ -120,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_format_is_asked_for_by_its_name() {
+    fn a_format_is_parsed_from_its_name() {
         assert_eq!("json".parse(), Ok(Format::Json));
         assert_eq!("human".parse(), Ok(Format::Human));
         for bad in ["JSON", "", "logfmt"] {
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_word_is_one_line_of_the_log() {
+    fn the_last_word_is_a_line_of_the_log() {
         let line = last_word(Format::Json, "port 80/tcp is \"taken\"");
         let object: serde_json::Value = serde_json::from_str(line.trim_end()).unwrap();
         assert_eq!(

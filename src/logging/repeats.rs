@@ -1,15 +1,14 @@
-//! Warnings and errors that repeat themselves: said once, and counted from then on.
+//! Rate limiting of warnings and errors: the first event is logged, repetitions are counted.
 //!
 //! # Theory of operation
-//! Two events are the same when they come from the same place in the source and all that they say
-//! in words is the same; numbers may differ. The first is let through and opens a window of
-//! [`WINDOW`]. Those that follow within it are counted, and when it closes one line says how many
-//! there were ("repeated 412 times in 60 s") and the next window opens. A window in which nothing
-//! has happened closes for good, and what comes after that is a first one again.
+//! Two events are the same if they come from the same line of the source and all their text is
+//! equal; numbers may differ. The first event is logged and opens a window of [`WINDOW`].
+//! Repetitions within the window are counted. When the window closes, one line reports the count
+//! ("repeated 412 times in 60 s") and the next window opens. A window without repetitions closes
+//! for good, and the next event is a first one again.
 //!
-//! [`Table`] is pure and bounded: for a new event at the limit that window closes early which would
-//! have closed first. A thread sees to it that windows close in time; there is none before
-//! something repeats itself.
+//! [`Table`] is pure and bounded: at the limit, a new event closes the window that expires next. A
+//! thread closes windows in time. It is started at the first repetition.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -20,36 +19,36 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-/// How long repetitions are counted before they are told.
+/// The length of a window.
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// Windows that may be open.
+/// The most open windows.
 const LIMIT: usize = 256;
 
-/// The most of an event's words that is remembered, in bytes.
-const LONGEST: usize = 512;
+/// The most text that is kept of an event, in bytes.
+const MAX_TEXT: usize = 512;
 
-/// The target of the lines that tell how often; they are let through.
+/// The target of the lines that report counts. The limiter lets them pass.
 const TARGET: &str = "tidegate::repeats";
 
-/// What an event says.
+/// The identity of an event.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Said {
-    /// It is an error, not a warning.
+struct EventKey {
+    /// Whether the level is ERROR, and not WARN.
     error: bool,
-    /// Where in the source.
+    /// The file and line of the source.
     place: (Option<&'static str>, Option<u32>),
-    /// Its message, with the words among its fields that have no place below.
+    /// The message, followed by the text fields without a member below.
     text: String,
     publish: Option<String>,
     network: Option<String>,
     endpoint: Option<String>,
 }
 
-/// How often something was repeated.
+/// The number of repetitions of an event.
 #[derive(Debug, PartialEq, Eq)]
-struct Repeated {
-    said: Said,
+struct RepeatCount {
+    key: EventKey,
     times: u64,
     within: Duration,
 }
@@ -60,10 +59,10 @@ struct Window {
     times: u64,
 }
 
-/// The windows that are open.
+/// The open windows.
 #[derive(Debug)]
 struct Table {
-    windows: BTreeMap<Said, Window>,
+    windows: BTreeMap<EventKey, Window>,
     limit: usize,
 }
 
@@ -72,67 +71,67 @@ impl Table {
         Self { windows: BTreeMap::new(), limit }
     }
 
-    /// Whether `said` is to be said now, and what has to be told because it could not be counted
-    /// any more.
-    fn note(&mut self, said: Said, now: Instant) -> (bool, Option<Repeated>) {
-        if let Some(window) = self.windows.get_mut(&said) {
+    /// Counts an event. Returns whether to log it, and the count of a window that was closed early
+    /// to make room.
+    fn note(&mut self, key: EventKey, now: Instant) -> (bool, Option<RepeatCount>) {
+        if let Some(window) = self.windows.get_mut(&key) {
             window.times += 1;
             return (false, None);
         }
         let mut closed = None;
         if self.windows.len() >= self.limit {
             let first = self.windows.iter().min_by_key(|(_, window)| window.opened);
-            let first = first.map(|(said, _)| said.clone());
-            closed = first.and_then(|said| {
-                let window = self.windows.remove(&said)?;
-                repeated(said, &window, now)
+            let first = first.map(|(key, _)| key.clone());
+            closed = first.and_then(|key| {
+                let window = self.windows.remove(&key)?;
+                repeated(key, &window, now)
             });
         }
-        self.windows.insert(said, Window { opened: now, times: 0 });
+        self.windows.insert(key, Window { opened: now, times: 0 });
         (true, closed)
     }
 
-    /// Closes the windows whose time is over at `now`.
-    fn close(&mut self, now: Instant) -> Vec<Repeated> {
-        let mut told = Vec::new();
-        self.windows.retain(|said, window| {
+    /// Closes the windows that have expired at `now`.
+    fn close(&mut self, now: Instant) -> Vec<RepeatCount> {
+        let mut counts = Vec::new();
+        self.windows.retain(|key, window| {
             if now < window.opened + WINDOW {
                 return true;
             }
-            told.extend(repeated(said.clone(), window, now));
-            let goes_on = window.times > 0;
+            counts.extend(repeated(key.clone(), window, now));
+            let continues = window.times > 0;
             *window = Window { opened: now, times: 0 };
-            goes_on
+            continues
         });
-        told
+        counts
     }
 
-    /// Closes all of them.
-    fn close_all(&mut self, now: Instant) -> Vec<Repeated> {
+    /// Closes all windows.
+    fn close_all(&mut self, now: Instant) -> Vec<RepeatCount> {
         let windows = std::mem::take(&mut self.windows);
-        windows.into_iter().filter_map(|(said, window)| repeated(said, &window, now)).collect()
+        windows.into_iter().filter_map(|(key, window)| repeated(key, &window, now)).collect()
     }
 
-    /// When the next one closes.
+    /// When the next window expires.
     fn next(&self) -> Option<Instant> {
         self.windows.values().map(|window| window.opened + WINDOW).min()
     }
 }
 
-fn repeated(said: Said, window: &Window, now: Instant) -> Option<Repeated> {
+fn repeated(key: EventKey, window: &Window, now: Instant) -> Option<RepeatCount> {
     let within = now.saturating_duration_since(window.opened);
-    (window.times > 0).then_some(Repeated { said, times: window.times, within })
+    (window.times > 0).then_some(RepeatCount { key, times: window.times, within })
 }
 
 static TABLE: Mutex<Table> = Mutex::new(Table::new(LIMIT));
-static REPEATS: Condvar = Condvar::new();
-static KEEPER: Once = Once::new();
+static REPETITION: Condvar = Condvar::new();
+static REPORTER: Once = Once::new();
 
 fn table() -> MutexGuard<'static, Table> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Lets events through, or counts them.
+/// Logs the first event of a window and counts the others.
 pub(super) struct Limiter;
 
 impl<S: Subscriber> Layer<S> for Limiter {
@@ -141,7 +140,7 @@ impl<S: Subscriber> Layer<S> for Limiter {
         if *metadata.level() > Level::WARN || metadata.target() == TARGET {
             return true;
         }
-        let mut said = Said {
+        let mut key = EventKey {
             error: *metadata.level() == Level::ERROR,
             place: (metadata.file(), metadata.line()),
             text: String::new(),
@@ -149,90 +148,91 @@ impl<S: Subscriber> Layer<S> for Limiter {
             network: None,
             endpoint: None,
         };
-        event.record(&mut said);
+        event.record(&mut key);
         let now = Instant::now();
-        let (is_first, told) = {
+        let (is_first, counts) = {
             let mut table = table();
-            let (is_first, closed) = table.note(said, now);
-            // Where there is no thread that does it.
+            let (is_first, closed) = table.note(key, now);
+            // This also closes windows if the thread could not be started.
             (is_first, closed.into_iter().chain(table.close(now)).collect::<Vec<_>>())
         };
         if !is_first {
-            // Without a thread they are told with the next event, or at the end.
-            KEEPER.call_once(|| {
-                let _ = std::thread::Builder::new().name("tidegate-log".into()).spawn(keep);
+            // Without the thread, counts are reported with the next event or at the end.
+            REPORTER.call_once(|| {
+                let _ =
+                    std::thread::Builder::new().name("tidegate-log".into()).spawn(report_expired);
             });
-            REPEATS.notify_one();
+            REPETITION.notify_one();
         }
-        // Not under the lock: it comes by here again.
-        told.iter().for_each(tell);
+        // Without the lock: the report is an event and passes through here.
+        counts.iter().for_each(report);
         is_first
     }
 }
 
-/// Tells what is repeated when it is time.
-fn keep() {
+/// Closes windows when they expire, and reports their counts.
+fn report_expired() {
     let mut open = table();
     loop {
-        let told = open.close(Instant::now());
-        if !told.is_empty() {
+        let counts = open.close(Instant::now());
+        if !counts.is_empty() {
             drop(open);
-            told.iter().for_each(tell);
+            counts.iter().for_each(report);
             open = table();
         }
         let left = open.next().map(|next| next.saturating_duration_since(Instant::now()));
         open = match left {
-            Some(left) => REPEATS
+            Some(left) => REPETITION
                 .wait_timeout(open, left)
                 .map_or_else(|lost| lost.into_inner().0, |(open, _)| open),
-            None => REPEATS.wait(open).unwrap_or_else(PoisonError::into_inner),
+            None => REPETITION.wait(open).unwrap_or_else(PoisonError::into_inner),
         };
     }
 }
 
-/// Tells what has been repeated until now: the program ends.
+/// Reports all counts before the program ends.
 pub fn flush() {
-    let told = table().close_all(Instant::now());
-    told.iter().for_each(tell);
+    let counts = table().close_all(Instant::now());
+    counts.iter().for_each(report);
 }
 
-fn tell(Repeated { said, times, within }: &Repeated) {
-    let (text, seconds) = (&said.text, within.as_secs_f64().ceil());
+fn report(RepeatCount { key, times, within }: &RepeatCount) {
+    let (text, seconds) = (&key.text, within.as_secs_f64().ceil());
     let (publish, network, endpoint) =
-        (said.publish.as_deref(), said.network.as_deref(), said.endpoint.as_deref());
-    if said.error {
+        (key.publish.as_deref(), key.network.as_deref(), key.endpoint.as_deref());
+    if key.error {
         tracing::error!(target: TARGET, publish, network, endpoint, times, "{text}: repeated {times} times in {seconds} s");
     } else {
         tracing::warn!(target: TARGET, publish, network, endpoint, times, "{text}: repeated {times} times in {seconds} s");
     }
 }
 
-impl Said {
-    fn word(&mut self, field: &Field, value: fmt::Arguments<'_>) {
+impl EventKey {
+    fn append(&mut self, field: &Field, value: fmt::Arguments<'_>) {
         match field.name() {
             "publish" => self.publish = Some(value.to_string()),
             "network" => self.network = Some(value.to_string()),
             "endpoint" => self.endpoint = Some(value.to_string()),
             "message" => self.text.insert_str(0, &value.to_string()),
-            // Writing to a String does not fail.
+            // Writing to a String cannot fail.
             name => drop(write!(self.text, " {name}={value}")),
         }
         let end =
-            (0..=LONGEST.min(self.text.len())).rev().find(|end| self.text.is_char_boundary(*end));
+            (0..=MAX_TEXT.min(self.text.len())).rev().find(|end| self.text.is_char_boundary(*end));
         self.text.truncate(end.unwrap_or(0));
     }
 }
 
-impl Visit for Said {
+impl Visit for EventKey {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.word(field, format_args!("{value:?}"));
+        self.append(field, format_args!("{value:?}"));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.word(field, format_args!("{value}"));
+        self.append(field, format_args!("{value}"));
     }
 
-    // Numbers do not make a difference.
+    // Numbers are not part of the identity.
     fn record_f64(&mut self, _: &Field, _: f64) {}
     fn record_i64(&mut self, _: &Field, _: i64) {}
     fn record_u64(&mut self, _: &Field, _: u64) {}
@@ -244,9 +244,9 @@ impl Visit for Said {
 mod tests {
     use super::*;
 
-    fn said(text: &str) -> Said {
+    fn key(text: &str) -> EventKey {
         let place = (Some("x.rs"), Some(1));
-        Said {
+        EventKey {
             error: false,
             place,
             text: text.into(),
@@ -257,55 +257,55 @@ mod tests {
     }
 
     #[test]
-    fn the_first_is_said_and_the_rest_is_counted_and_told_once_a_window() {
+    fn the_first_event_is_logged_and_repetitions_are_counted_per_window() {
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
         let mut table = Table::new(8);
-        assert_eq!(table.note(said("lost"), start), (true, None));
+        assert_eq!(table.note(key("lost"), start), (true, None));
         for second in 1..=59 {
-            assert_eq!(table.note(said("lost"), after(second)), (false, None));
+            assert_eq!(table.note(key("lost"), after(second)), (false, None));
             assert_eq!(table.close(after(second)), []);
         }
         assert_eq!(table.next(), Some(after(60)));
-        let told = table.close(after(60));
+        let counts = table.close(after(60));
         assert_eq!(
-            told,
-            [Repeated { said: said("lost"), times: 59, within: Duration::from_secs(60) }]
+            counts,
+            [RepeatCount { key: key("lost"), times: 59, within: Duration::from_secs(60) }]
         );
-        // It goes on, and is not said again, but counted.
-        assert_eq!(table.note(said("lost"), after(61)), (false, None));
+        // The event continues: it is counted and not logged again.
+        assert_eq!(table.note(key("lost"), after(61)), (false, None));
         assert_eq!(table.close(after(120))[0].times, 1);
-        // Nothing more: the next one is a first one.
+        // After an empty window, the next event is a first one.
         assert_eq!(table.close(after(180)), []);
         assert_eq!(table.next(), None);
-        assert_eq!(table.note(said("lost"), after(181)), (true, None));
+        assert_eq!(table.note(key("lost"), after(181)), (true, None));
     }
 
     #[test]
-    fn what_is_said_of_one_port_is_not_what_is_said_of_another() {
+    fn events_of_different_ports_are_different() {
         let now = Instant::now();
         let mut table = Table::new(8);
-        let of = |publish: &str| Said { publish: Some(publish.into()), ..said("closed") };
+        let of = |publish: &str| EventKey { publish: Some(publish.into()), ..key("closed") };
         assert!(table.note(of("0.0.0.0:80/tcp"), now).0);
         assert!(table.note(of("0.0.0.0:81/tcp"), now).0);
         assert!(!table.note(of("0.0.0.0:80/tcp"), now).0);
-        assert!(table.note(Said { error: true, ..of("0.0.0.0:80/tcp") }, now).0);
+        assert!(table.note(EventKey { error: true, ..of("0.0.0.0:80/tcp") }, now).0);
     }
 
     #[test]
-    fn there_are_no_more_windows_than_there_may_be_and_nothing_that_was_counted_is_lost() {
+    fn windows_are_bounded_and_no_count_is_lost() {
         let start = Instant::now();
         let mut table = Table::new(3);
-        let (mut said_at_once, mut told) = (0, 0);
+        let (mut logged, mut counts) = (0, 0);
         for index in 0..1000u64 {
             let now = start + Duration::from_millis(index);
-            let (first, closed) = table.note(said(&format!("event {}", index / 4 % 7)), now);
-            said_at_once += u64::from(first);
-            told += closed.map_or(0, |repeated| repeated.times);
+            let (first, closed) = table.note(key(&format!("event {}", index / 4 % 7)), now);
+            logged += u64::from(first);
+            counts += closed.map_or(0, |repeated| repeated.times);
             assert!(table.windows.len() <= 3);
         }
-        told += table.close_all(start).iter().map(|repeated| repeated.times).sum::<u64>();
-        assert_eq!(said_at_once + told, 1000);
+        counts += table.close_all(start).iter().map(|repeated| repeated.times).sum::<u64>();
+        assert_eq!(logged + counts, 1000);
         assert_eq!(table.next(), None);
     }
 }

@@ -48,7 +48,7 @@ fn a_command_line_that_makes_no_sense_is_refused_with_its_reason() {
             "a size is a whole number of bytes, or one with K, M or G behind it",
         ),
         ("8080:80 --to 172.30.0.2 --dial-timeout 5", "5"),
-        ("8080:80 --to 172.30.0.2 --dial-timeout 0s", "longer than nothing"),
+        ("8080:80 --to 172.30.0.2 --dial-timeout 0s", "longer than 0"),
         ("8080:80 --to 172.30.0.2 --udp-idle-timeout 1y", "7 days"),
         ("8080:80 --to 172.30.0.2 --drain-timeout soon", "soon"),
         ("8080:80 --to 172.30.0.2 --max-connections many", "many"),
@@ -102,12 +102,12 @@ fn what_cannot_be_done_is_told_in_one_line() {
         ("8080:80 --pid 4194305".to_owned(), "no process 4194305".to_owned()),
         (
             "8080 8081:8081 --to 127.0.0.1".to_owned(),
-            "port 0.0.0.0:8081/tcp would lead to itself".to_owned(),
+            "port 0.0.0.0:8081/tcp would forward to itself".to_owned(),
         ),
-        ("8080:8080/udp --to ::1".to_owned(), "port [::]:8080/udp would lead to itself".to_owned()),
+        ("8080:8080/udp --to ::1".to_owned(), "port [::]:8080/udp would forward to itself".to_owned()),
         (
             "203.0.113.1:8080:8080 --to 203.0.113.1".to_owned(),
-            "port 203.0.113.1:8080/tcp would lead to itself, at 203.0.113.1:8080".to_owned(),
+            "port 203.0.113.1:8080/tcp would forward to itself at 203.0.113.1:8080".to_owned(),
         ),
         (
             "8080:80 --to 172.30.0.2 --metrics 192.0.2.77:9464".to_owned(),
