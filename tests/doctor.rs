@@ -188,7 +188,7 @@ fn services_on_all_addresses_are_listed_with_their_processes() {
     assert!(details.iter().all(|line| line.ends_with(&me)), "{details:?}");
     // An ordinary user sees the ports, and not whose they are.
     let row = check(&scene.as_nobody(&scene.host, &JSON), "host-services");
-    assert_eq!(row["details"][0], "7001/tcp: holder not visible from here");
+    assert_eq!(row["details"][0], "7001/tcp: process not visible to this user");
 }
 
 #[test]
@@ -232,8 +232,8 @@ fn forwarding_and_routes_in_the_pools_are_noticed() {
         "{}",
         told.text
     );
-    assert_eq!(check(&told, "address-pools")["details"][0], "172.28.0.0/24 by far");
-    assert_eq!(told.code, Some(0), "neither is in the way");
+    assert_eq!(check(&told, "address-pools")["details"][0], "172.28.0.0/24 via far");
+    assert_eq!(told.code, Some(0), "neither is required");
 }
 
 #[test]

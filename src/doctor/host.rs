@@ -1,4 +1,4 @@
-//! What is known of a host: all that a verdict depends on.
+//! The facts about a host that verdicts depend on.
 
 use ipnet::IpNet;
 use rustix::io::Errno;
@@ -7,52 +7,52 @@ use std::path::PathBuf;
 use tidegate_model::Protocol;
 use tidegate_netsetup::IptablesState;
 
-/// What was found, or why it cannot be told.
+/// A fact, or why it cannot be determined.
 pub(super) type Found<T> = Result<T, String>;
 
-/// One host, as one process sees it.
+/// A host as seen by one process.
 #[derive(Clone, Debug)]
 pub(super) struct Host {
-    /// As `uname -r`.
+    /// The kernel release, as in `uname -r`.
     pub(super) release: String,
     pub(super) capabilities: Capabilities,
-    /// What can be done in a network namespace that this process makes directly.
+    /// The trial in a network namespace created directly.
     pub(super) direct: Found<Trial>,
-    /// The same in one that belongs to a user namespace, which needs no privilege.
+    /// The trial in a network namespace of a user namespace, which needs no privileges.
     pub(super) in_user_namespace: Found<Trial>,
     pub(super) user_namespaces: UserNamespaces,
-    /// Whether `/dev/net/tun` opens.
+    /// Whether `/dev/net/tun` can be opened.
     pub(super) tun_device: Result<(), Code>,
     /// The permission bits of `/dev/net/tun`.
     pub(super) tun_mode: Option<u32>,
     pub(super) sockets: Sockets,
     pub(super) forwarding: Forwarding,
-    /// What iptables has here, IPv4 and IPv6; none where it is not in use.
+    /// The iptables rules for IPv4 and IPv6; `None` for a family not in use.
     pub(super) iptables: Found<[Option<IptablesState>; 2]>,
-    /// Whether the programs are installed.
+    /// Whether the programs of iptables are installed.
     pub(super) iptables_installed: bool,
-    /// Chains that may change the mark of the gates behind the rules of iptables that set it.
+    /// iptables chains that may overwrite the gate mark after the rules that set it.
     pub(super) mark_setters: Vec<String>,
-    /// What the host reaches otherwise than by a default route, and by which link.
+    /// Non-default routes of the host, with their links.
     pub(super) routes: Found<Vec<(IpNet, String)>>,
-    /// The lowest priority of a policy rule of other software.
+    /// The lowest priority of a policy rule that other software has added.
     pub(super) first_rule: Found<Option<u32>>,
-    /// What listens on all addresses.
+    /// Sockets that are bound to all addresses.
     pub(super) services: Found<Vec<Service>>,
     pub(super) limits: Limits,
     pub(super) run_directory: RunDirectory,
 }
 
-/// What this process may do. Of the capabilities only those that something depends on.
+/// Privileges of this process: the capabilities that verdicts depend on.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Capabilities {
     pub(super) net_admin: bool,
     pub(super) net_bind_service: bool,
-    /// One of the two that `fs.pipe-user-pages-soft` does not hold for.
+    /// `CAP_SYS_RESOURCE` or `CAP_SYS_ADMIN`, which exempt from `fs.pipe-user-pages-soft`.
     pub(super) many_pipes: bool,
 }
 
-/// An error of the kernel, as a number that can be handed from one process to another.
+/// An errno, in a form that can be passed between processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Code(i32);
 
@@ -63,7 +63,7 @@ impl From<Errno> for Code {
 }
 
 impl From<std::io::Error> for Code {
-    /// One that is not of the system becomes `EIO`.
+    /// An error that is not from the system becomes `EIO`.
     fn from(error: std::io::Error) -> Self {
         Self(error.raw_os_error().unwrap_or(Errno::IO.raw_os_error()))
     }
@@ -75,7 +75,7 @@ impl PartialEq<Errno> for Code {
     }
 }
 
-/// As strerror(3) says it.
+/// The text of strerror(3).
 impl std::fmt::Display for Code {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let text = std::io::Error::from_raw_os_error(self.0).to_string();
@@ -83,33 +83,33 @@ impl std::fmt::Display for Code {
     }
 }
 
-/// What came of making a network namespace and trying things in it.
+/// The result of creating a network namespace and trying features in it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Trial {
-    /// It could not be made.
+    /// The namespace could not be created.
     NotMade(Code),
-    /// It was made, and where this process came from cannot be returned to.
-    NoWayBack(Code),
-    /// It was made, entered and left.
+    /// The namespace was created, but the process could not return to its original namespace.
+    NoReturn(Code),
+    /// The namespace was created, entered and left.
     Entered(Inside),
 }
 
-/// What is possible inside.
+/// The features that work inside the namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Inside {
-    /// Bridge, veth pair, addresses and guards: what failed.
+    /// A bridge, a veth pair, addresses and guards: the step that failed.
     pub(super) network: Result<(), (String, Code)>,
-    /// Tables of nftables, and whether they can be made so that nobody else changes them.
+    /// nftables, and whether a table can be owned so that no other process changes it.
     pub(super) nftables: Result<bool, Code>,
-    /// Gates at the exits of links.
+    /// BPF gates on the egress of links.
     pub(super) gates: Result<(), Code>,
-    /// Port guards: the mechanism that works, or what is in the way of each.
+    /// Port guards: the mechanism that works, or the error of each mechanism.
     pub(super) port_guards: Result<String, Vec<(String, Code)>>,
     /// A TUN device.
     pub(super) tun: Result<TunOffload, Code>,
 }
 
-/// What a TUN device leaves to the sender and the receiver.
+/// The offloads of a TUN device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct TunOffload {
     /// TCP segmentation.
@@ -118,18 +118,18 @@ pub(super) struct TunOffload {
     pub(super) udp: bool,
 }
 
-/// What may forbid user namespaces. `None`: this kernel does not have the setting.
+/// Settings that can forbid user namespaces. `None`: the kernel has no such setting.
 #[derive(Clone, Debug)]
 pub(super) struct UserNamespaces {
     /// `user.max_user_namespaces`
     pub(super) max: Found<Option<u64>>,
-    /// `kernel.unprivileged_userns_clone`, of Debian's kernels
+    /// `kernel.unprivileged_userns_clone`, in Debian kernels
     pub(super) unprivileged_clone: Found<Option<u64>>,
-    /// `kernel.apparmor_restrict_unprivileged_userns`, of Ubuntu's
+    /// `kernel.apparmor_restrict_unprivileged_userns`, in Ubuntu kernels
     pub(super) apparmor_restricts: Found<Option<u64>>,
 }
 
-/// What sockets can do, each tried on one.
+/// Socket options, each tried on a socket.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sockets {
     /// `SO_PEEK_OFF` of TCP (Linux 6.9)
@@ -140,11 +140,11 @@ pub(super) struct Sockets {
     pub(super) udp_segment: Result<(), Code>,
     /// `SO_RCVBUFFORCE`
     pub(super) force_buffer: Result<(), Code>,
-    /// A socket of that family.
+    /// A socket of the family `AF_INET6`
     pub(super) ipv6: Result<(), Code>,
 }
 
-/// What the host does with packets for others.
+/// The forwarding settings of the host.
 #[derive(Clone, Debug)]
 pub(super) struct Forwarding {
     /// `net.ipv4.ip_forward`
@@ -157,21 +157,21 @@ pub(super) struct Forwarding {
     pub(super) v6_per_interface: Found<Option<u64>>,
 }
 
-/// A socket that whoever reaches the host reaches.
+/// A socket that is bound to all addresses of the host.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Service {
     pub(super) port: u16,
     pub(super) protocol: Protocol,
-    /// As `nginx (pid 812)`; `None` if this process may not see it.
+    /// Its process, as in `nginx (pid 812)`; `None` if this process may not see it.
     pub(super) holder: Option<String>,
 }
 
-/// How much of something there may be.
+/// Resource limits.
 #[derive(Clone, Debug)]
 pub(super) struct Limits {
-    /// Open files, soft and hard; `None` is no limit.
+    /// Open files, soft and hard; `None` for no limit.
     pub(super) open_files: (Option<u64>, Option<u64>),
-    /// `fs.pipe-user-pages-soft` in bytes; 0 is no limit.
+    /// `fs.pipe-user-pages-soft` in bytes; 0 for no limit.
     pub(super) pipe_bytes: Found<Option<u64>>,
     /// `net.core.rmem_max`
     pub(super) receive_buffer: Found<Option<u64>>,
@@ -179,11 +179,11 @@ pub(super) struct Limits {
     pub(super) first_port: Found<Option<u64>>,
 }
 
-/// Where tidegate keeps its journals and sockets.
+/// The directory of journals and sockets.
 #[derive(Clone, Debug)]
 pub(super) struct RunDirectory {
-    /// `None`: there is no place for it.
+    /// `None` if no directory is configured.
     pub(super) path: Option<PathBuf>,
-    /// Whether files can be made in it, or it can be made.
+    /// Whether the directory is writable, or can be created.
     pub(super) writable: Result<(), Code>,
 }

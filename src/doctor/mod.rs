@@ -1,16 +1,16 @@
-//! `tidegate doctor`: what this host can and cannot do for tidegate.
+//! `tidegate doctor`: checks what this host supports.
 //!
 //! ```text
 //! probe ──► Host ──► judge ──► Row, Row, … ──► table, JSON, exit status
 //! ```
 //!
-//! Probing asks the kernel and decides nothing; judging is pure, so that every verdict is tested
-//! against hosts that are only thought. What can be tried is tried, rather than concluded from a
-//! version: distributions carry features back, and what a kernel can do an LSM or a container may
-//! forbid.
+//! Probes query the kernel and decide nothing. Verdicts are pure functions, so that tests cover
+//! them with constructed hosts. A feature is tried where possible, rather than inferred from the
+//! kernel version: distributions backport features, and an LSM or a container can forbid what a
+//! kernel supports.
 //!
-//! Nothing of the host changes. Networks and devices are made in a namespace of their own
-//! ([`probe::TRIAL`]), which ends with the process that made it.
+//! The host is not changed. Networks and devices are created in a temporary namespace
+//! ([`probe::TRIAL`]), which ends with the process that created it.
 
 mod host;
 mod judge;
@@ -20,7 +20,7 @@ mod report;
 pub use probe::{TRIAL, trial};
 pub use report::{Report, Row, Verdict};
 
-/// Looks at this host and judges what it finds.
+/// Probes this host and evaluates the result.
 #[must_use]
 pub fn examine() -> Report {
     Report { rows: judge::all(&probe::host()) }

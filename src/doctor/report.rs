@@ -1,24 +1,24 @@
-//! What is told, and how.
+//! The report: rows with verdicts, as a table and as JSON.
 
 use serde::Serialize;
 use std::fmt::{self, Write};
 
-/// What a check found, best first.
+/// The result of a check, from best to worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
-    /// All there.
+    /// Fully supported.
     Ok,
-    /// Nothing to do, but good to know; also what cannot be told.
+    /// No action needed; also for what cannot be determined.
     Note,
-    /// It works without: less of it, slower, or only in part.
+    /// Works with reduced features or performance.
     Limited,
-    /// Something that tidegate needs.
+    /// Required by tidegate and not available.
     Missing,
 }
 
 impl Verdict {
-    /// As the table and the JSON say it.
+    /// The text in the table and in the JSON.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -33,15 +33,15 @@ impl Verdict {
 /// One check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Row {
-    /// Its name, which stays the same for scripts.
+    /// The name of the check, stable for scripts.
     pub check: &'static str,
-    /// How it went.
+    /// The verdict.
     pub verdict: Verdict,
-    /// What was found, in one line.
+    /// The finding, in one line.
     pub found: String,
-    /// What the line is about, one by one.
+    /// The items behind the finding.
     pub details: Vec<String>,
-    /// One command or setting that helps.
+    /// A command or setting that resolves the finding.
     pub fix: Option<String>,
 }
 
@@ -82,20 +82,20 @@ impl Row {
 /// All checks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// In the order to tell them.
+    /// The checks, in the order of the table.
     #[serde(rename = "checks")]
     pub rows: Vec<Row>,
 }
 
 impl Report {
-    /// Whether everything that tidegate needs is there.
+    /// Whether nothing that tidegate requires is missing.
     #[must_use]
     pub fn is_sufficient(&self) -> bool {
         self.rows.iter().all(|row| row.verdict != Verdict::Missing)
     }
 }
 
-/// The table. What belongs to a row is below it, indented as far as its text.
+/// The table. Details and the fix follow their row, indented to the column of the finding.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.rows.iter().map(|row| row.check.len()).max().unwrap_or(0);
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_has_details_and_fix_below_their_row() {
+    fn details_and_fix_follow_their_row() {
         let expected = "\
 CHECK          VERDICT  FOUND
 kernel         ok       Linux 6.18
@@ -149,7 +149,7 @@ host-services  note     one
     }
 
     #[test]
-    fn the_json_has_the_same_rows() {
+    fn the_json_contains_the_same_rows() {
         let json = serde_json::to_value(report()).unwrap();
         assert_eq!(
             json["checks"][1],
@@ -162,7 +162,7 @@ host-services  note     one
     }
 
     #[test]
-    fn only_what_is_missing_makes_a_host_insufficient() {
+    fn only_a_missing_check_makes_a_host_insufficient() {
         let mut report = report();
         report.rows.push(Row::limited("tun", "none"));
         assert!(report.is_sufficient());

@@ -1,9 +1,9 @@
-//! What the kernel itself can do.
+//! Features of the kernel itself.
 
 use crate::doctor::host::Host;
 use crate::doctor::report::Row;
 
-/// The oldest kernel that tidegate is made for: major and minor.
+/// The oldest supported kernel: major and minor version.
 const FLOOR: (u32, u32) = (5, 10);
 
 pub(super) fn kernel(host: &Host) -> Row {
@@ -15,11 +15,11 @@ pub(super) fn kernel(host: &Host) -> Row {
             Row::missing(check, format!("Linux {release} is older than {}.{}", FLOOR.0, FLOOR.1))
                 .fix(format!("run Linux {}.{} or newer", FLOOR.0, FLOOR.1))
         }
-        None => Row::cannot_tell(check, &format!("{release:?} is no release of Linux")),
+        None => Row::cannot_tell(check, &format!("{release:?} is not a Linux release")),
     }
 }
 
-/// Major and minor of a release such as `5.10.0-33-amd64`.
+/// The major and minor version of a release such as `5.10.0-33-amd64`.
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
@@ -28,12 +28,10 @@ fn version(release: &str) -> Option<(u32, u32)> {
 pub(super) fn tcp_peek_offset(host: &Host) -> Row {
     let check = "tcp-peek-offset";
     match host.sockets.tcp_peek_offset {
-        Ok(()) => Row::ok(check, "TCP data can be looked at in the kernel's own buffer"),
+        Ok(()) => Row::ok(check, "TCP data can be peeked at any offset of the receive queue"),
         Err(error) => Row::limited(
             check,
-            format!(
-                "SO_PEEK_OFF on TCP: {error}; a network's egress will copy more (it is to come)"
-            ),
+            format!("SO_PEEK_OFF on TCP: {error}; the NAT engine copies payload more often"),
         )
         .fix("run Linux 6.9 or newer"),
     }
@@ -47,23 +45,23 @@ pub(super) fn udp_offload(host: &Host) -> Row {
             .filter_map(|(name, tried)| Some(format!("{name}: {}", tried.err()?)))
             .collect();
     if refused.is_empty() {
-        return Row::ok(check, "GSO batches of datagrams are received and sent as one");
+        return Row::ok(check, "batches of datagrams are received and sent with GRO and GSO");
     }
-    // Both are older than the oldest kernel that is supported.
-    Row::limited(check, format!("{}; datagrams are moved one by one", refused.join(", ")))
-        .fix("lift what forbids the socket option: a seccomp profile, or a sandbox with a network stack of its own")
+    // Both options predate the oldest supported kernel.
+    Row::limited(check, format!("{}; datagrams are sent one by one", refused.join(", ")))
+        .fix("allow the socket option: check the seccomp profile, or a sandbox with its own network stack")
 }
 
 pub(super) fn ipv6(host: &Host) -> Row {
     let check = "ipv6";
     if let Err(error) = host.sockets.ipv6 {
-        return Row::limited(check, format!("no IPv6 sockets: {error}; all is IPv4"))
+        return Row::limited(check, format!("no IPv6 sockets: {error}; only IPv4 works"))
             .fix("boot without ipv6.disable=1");
     }
     match host.forwarding.v6_disabled {
-        Ok(Some(0)) => Row::ok(check, "is there"),
-        Ok(None) => Row::cannot_tell(check, "there are IPv6 sockets, and no settings for IPv6"),
-        Ok(Some(_)) => Row::limited(check, "switched off for all interfaces of the host")
+        Ok(Some(0)) => Row::ok(check, "available"),
+        Ok(None) => Row::cannot_tell(check, "IPv6 sockets work, but IPv6 has no sysctls"),
+        Ok(Some(_)) => Row::limited(check, "disabled on all interfaces of the host")
             .fix("sysctl -w net.ipv6.conf.all.disable_ipv6=0"),
         Err(ref why) => Row::cannot_tell(check, why),
     }
@@ -74,7 +72,7 @@ mod tests {
     use super::version;
 
     #[test]
-    fn releases_are_read_as_distributions_write_them() {
+    fn kernel_releases_of_distributions_are_parsed() {
         for (release, expected) in [
             ("5.10.0-33-amd64", Some((5, 10))),
             ("6.18.44", Some((6, 18))),

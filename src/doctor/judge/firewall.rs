@@ -1,4 +1,4 @@
-//! What can close networks by rules, and what `tidegate up` takes of it.
+//! Firewalls: what is available, and which one `tidegate up` chooses.
 
 use super::namespaces::inside;
 use super::surroundings::shortened;
@@ -13,25 +13,25 @@ const IPTABLES: &str = "iptables";
 
 pub(super) fn nftables(host: &Host) -> Row {
     let Some(inside) = inside(&host.direct) else {
-        return Row::cannot_tell(NFTABLES, "no network namespace could be made to try it in");
+        return Row::cannot_tell(NFTABLES, "no network namespace could be created for the trial");
     };
     match inside.nftables {
-        Ok(true) => Row::ok(NFTABLES, "is there; nobody else can flush tables of tidegate's"),
+        Ok(true) => Row::ok(NFTABLES, "available; other processes cannot flush tables of tidegate"),
         Ok(false) => {
-            Row::note(NFTABLES, "is there; rules that others flush are put back, and nothing opens meanwhile")
-                .fix("run Linux 6.9 or newer, and nobody else can flush them")
+            Row::note(NFTABLES, "available; rules flushed by other processes are restored, and networks stay closed meanwhile")
+                .fix("run Linux 6.9 or newer, where tables have an owner that alone can flush them")
         }
         Err(error)
             if error == Errno::PROTONOSUPPORT || error == Errno::OPNOTSUPP || error == Errno::INVAL =>
         {
             Row::note(
                 NFTABLES,
-                "is not in this kernel; iptables or no firewall does as well, but no service can have a DNS server of its own at 0.0.0.0:53",
+                "not in this kernel; iptables or no firewall work too, but a service cannot run its own DNS server on 0.0.0.0:53",
             )
                 .fix("modprobe nf_tables")
         }
         Err(error) => {
-            Row::note(NFTABLES, format!("cannot be used: {error}; iptables or no firewall does as well"))
+            Row::note(NFTABLES, format!("not usable: {error}; iptables or no firewall work too"))
                 .fix("run as root, with CAP_NET_ADMIN")
         }
     }
@@ -40,12 +40,12 @@ pub(super) fn nftables(host: &Host) -> Row {
 pub(super) fn gates(host: &Host) -> Row {
     let check = "gates";
     let Some(inside) = inside(&host.direct) else {
-        return Row::cannot_tell(check, "no network namespace could be made to try it in");
+        return Row::cannot_tell(check, "no network namespace could be created for the trial");
     };
     match inside.gates {
         Ok(()) => Row::ok(
             check,
-            "programs at the bridges' exits keep networks closed when firewall rules are gone",
+            "BPF programs on the egress of bridges keep networks closed if firewall rules vanish",
         ),
         Err(error) => {
             let fix = if error == Errno::PERM {
@@ -55,7 +55,7 @@ pub(super) fn gates(host: &Host) -> Row {
             };
             Row::note(
                 check,
-                format!("{error}: policy rules keep networks closed when firewall rules are gone, which slows down by some 5% what the host forwards"),
+                format!("{error}: policy rules keep networks closed if firewall rules vanish; they slow down forwarding on the host by about 5%"),
             )
             .fix(fix)
         }
@@ -64,45 +64,45 @@ pub(super) fn gates(host: &Host) -> Row {
 
 pub(super) fn iptables(host: &Host) -> Row {
     if !host.iptables_installed {
-        return Row::note(IPTABLES, "is not installed, and not needed");
+        return Row::note(IPTABLES, "not installed, and not required");
     }
     let states = match &host.iptables {
         Ok(states) => states,
         Err(why) => return Row::cannot_tell(IPTABLES, why),
     };
     let Some(state) = states.iter().flatten().next() else {
-        return Row::ok(IPTABLES, "is installed, and nobody uses it");
+        return Row::ok(IPTABLES, "installed, and without rules");
     };
-    let mut details: Vec<String> = states.iter().flatten().flat_map(told).collect();
+    let mut details: Vec<String> = states.iter().flatten().flat_map(relevant_rules).collect();
     details.extend(host.mark_setters.iter().map(|chain| {
         format!(
-            "{chain} may change the mark by which packets pass the gates; use --firewall=nftables beside it"
+            "{chain} may change the mark by which packets pass the gates; use --firewall=nftables alongside it"
         )
     }));
     let row = if details.is_empty() {
-        Row::ok(IPTABLES, format!("{}; nothing there is in the way", state.version))
+        Row::ok(IPTABLES, format!("{}; no rule affects containers", state.version))
     } else {
-        Row::note(IPTABLES, format!("{}; has a say about containers", state.version))
+        Row::note(IPTABLES, format!("{}; has rules that affect containers", state.version))
     };
     row.details(shortened(details))
 }
 
-/// What matters to containers of what there is.
-fn told(state: &IptablesState) -> Vec<String> {
+/// The policies and rules of iptables that affect containers.
+fn relevant_rules(state: &IptablesState) -> Vec<String> {
     let program = state.version.split(' ').next().unwrap_or(IPTABLES);
     let drops = state.forward_drops.then(|| format!("{program}: the policy of FORWARD is DROP"));
-    let asked = |rule: &UserRule| {
-        let by = if rule.is_about_forwarding() {
-            "it can be asked of what the kernel forwards alone: ports are published by the kernel"
+    let describe = |rule: &UserRule| {
+        let effect = if rule.is_about_forwarding() {
+            "matches only packets that the kernel forwards: ports are published by the kernel"
         } else {
-            "it holds for published ports"
+            "applies to published ports"
         };
-        format!("{program}: {} ({by})", rule.text)
+        format!("{program}: {} ({effect})", rule.text)
     };
-    drops.into_iter().chain(state.docker_user.rules.iter().map(asked)).collect()
+    drops.into_iter().chain(state.docker_user.rules.iter().map(describe)).collect()
 }
 
-/// What `tidegate up` takes if it is not told.
+/// The firewall that `tidegate up` chooses by default.
 pub(super) fn choice(host: &Host) -> Row {
     let check = "firewall";
     let nothing = [None, None];
@@ -110,7 +110,7 @@ pub(super) fn choice(host: &Host) -> Row {
     if inside(&host.direct).is_none() || !host.capabilities.net_admin {
         return Row::note(
             check,
-            "none is used: networks of an ordinary user are apart from the host",
+            "none: networks of an ordinary user are separate from the host",
         );
     }
     let (order, why) = preference(host.iptables.as_ref().unwrap_or(&nothing));
@@ -119,11 +119,11 @@ pub(super) fn choice(host: &Host) -> Row {
         FirewallKind::Iptables => host.iptables_installed,
     };
     match order.iter().position(is_there) {
-        Some(0) => Row::note(check, format!("tidegate up takes {}: {why}", order[0])),
-        Some(second) => Row::note(check, format!("tidegate up takes {}: no {}", order[second], order[0])),
+        Some(0) => Row::note(check, format!("tidegate up uses {}: {why}", order[0])),
+        Some(second) => Row::note(check, format!("tidegate up uses {}: no {}", order[second], order[0])),
         None => Row::limited(
             check,
-            "there is none: networks are closed by guards alone, and the NAT engine leads containers out",
+            "not available: guards alone isolate the networks, and the NAT engine provides egress",
         )
         .fix("modprobe nf_tables"),
     }

@@ -1,20 +1,20 @@
-//! How much of something there may be, and where things are kept.
+//! Resource limits, and the run directory.
 
 use super::known;
 use crate::doctor::host::Host;
 use crate::doctor::report::Row;
 use tidegate_proxy::{UDP_BUFFER, UNREAD_BYTES};
 
-/// The lowest port that is commonly published.
+/// The lowest commonly published port.
 const COMMON_PORT: u64 = 80;
 
-/// What a container host should allow; half of it is the number of connections.
+/// The recommended minimum of open files; each connection takes two.
 const OPEN_FILES: u64 = 4096;
 
-/// What the kernel allows by default (`fs.pipe-user-pages-soft` of 16384 pages of 4 KiB).
+/// The default of the kernel (`fs.pipe-user-pages-soft` of 16384 pages of 4 KiB).
 const PIPE_BYTES: u64 = 64 << 20;
 
-/// The size of a pipe that payload is spliced through.
+/// The size of a pipe for splicing.
 const PIPE: u64 = 1 << 20;
 
 pub(super) fn low_ports(host: &Host) -> Row {
@@ -26,7 +26,7 @@ pub(super) fn low_ports(host: &Host) -> Row {
         Ok(Some(first)) if first <= COMMON_PORT => {
             Row::ok(check, format!("ports from {first} can be published"))
         }
-        // Before Linux 4.11 it was no setting.
+        // Before Linux 4.11 the kernel had no such setting.
         Ok(first) => Row::limited(
             check,
             format!(
@@ -42,17 +42,17 @@ pub(super) fn low_ports(host: &Host) -> Row {
 pub(super) fn open_files(host: &Host) -> Row {
     let check = "open-files";
     let (soft, hard) = host.limits.open_files;
-    let told =
+    let text =
         |limit: Option<u64>| limit.map_or_else(|| "no limit".to_owned(), |limit| limit.to_string());
-    let found = format!("soft {}, hard {}", told(soft), told(hard));
+    let found = format!("soft {}, hard {}", text(soft), text(hard));
     match hard {
         Some(hard) if hard < OPEN_FILES => {
-            Row::limited(check, format!("{found}: fewer than {} connections at a time", hard / 2))
+            Row::limited(check, format!("{found}: fewer than {} concurrent connections", hard / 2))
                 .fix("raise the hard limit (ulimit -Hn, LimitNOFILE= of a unit) to 65536")
         }
         Some(hard) => Row::ok(
             check,
-            format!("{found} (used up to the hard one): some {} connections", hard / 2),
+            format!("{found} (tidegate raises the soft limit to it): about {} connections", hard / 2),
         ),
         None => Row::ok(check, found),
     }
@@ -67,7 +67,7 @@ pub(super) fn pipe_memory(host: &Host) -> Row {
         Ok(None | Some(0)) => Row::ok(check, "no limit"),
         Ok(Some(bytes)) => {
             let found = format!(
-                "{} MiB: {} connections at a time move payload without copying",
+                "{} MiB: {} concurrent connections forward payload without copying",
                 bytes >> 20,
                 bytes / PIPE
             );
@@ -84,17 +84,17 @@ pub(super) fn pipe_memory(host: &Host) -> Row {
 pub(super) fn receive_buffer(host: &Host) -> Row {
     let check = "receive-buffer";
     if host.sockets.force_buffer.is_ok() {
-        return Row::ok(check, "as wanted, whatever net.core.rmem_max says (CAP_NET_ADMIN)");
+        return Row::ok(check, "not limited by net.core.rmem_max (CAP_NET_ADMIN)");
     }
     let fix = format!("sysctl -w net.core.rmem_max={UDP_BUFFER}");
     match known(check, &host.limits.receive_buffer) {
         Ok(Some(most)) if most >= UDP_BUFFER as u64 => Row::ok(check, format!("up to {most} bytes")),
         Ok(Some(most)) if most >= UNREAD_BYTES as u64 => {
-            Row::limited(check, format!("up to {most} bytes: UDP ports lose datagrams of large bursts")).fix(fix)
+            Row::limited(check, format!("up to {most} bytes: UDP ports drop datagrams of large bursts")).fix(fix)
         }
         Ok(Some(most)) => Row::limited(
             check,
-            format!("up to {most} bytes: UDP ports lose datagrams of bursts, and TCP buffers are the kernel's to choose"),
+            format!("up to {most} bytes: UDP ports drop datagrams of bursts, and TCP buffers keep the defaults of the kernel"),
         )
         .fix(fix),
         Ok(None) => Row::cannot_tell(check, "this network namespace does not show net.core.rmem_max"),
@@ -105,13 +105,13 @@ pub(super) fn receive_buffer(host: &Host) -> Row {
 pub(super) fn run_directory(host: &Host) -> Row {
     let check = "run-directory";
     let Some(path) = &host.run_directory.path else {
-        return Row::missing(check, "no place for journals and sockets")
+        return Row::missing(check, "no directory for journals and sockets")
             .fix("set XDG_RUNTIME_DIR, or TIDEGATE_RUN_DIR, to a directory of your own");
     };
     let path = path.display();
     match host.run_directory.writable {
-        Ok(()) => Row::ok(check, format!("{path} can be written to")),
-        Err(error) => Row::missing(check, format!("{path} cannot be written to: {error}"))
-            .fix("set TIDEGATE_RUN_DIR to a directory that can be written to"),
+        Ok(()) => Row::ok(check, format!("{path} is writable")),
+        Err(error) => Row::missing(check, format!("{path} is not writable: {error}"))
+            .fix("set TIDEGATE_RUN_DIR to a writable directory"),
     }
 }

@@ -1,4 +1,4 @@
-//! Verdicts: from what is known of a host to what is told of it. Pure.
+//! Verdicts: pure functions from the facts about a host to rows of the report.
 
 mod features;
 mod firewall;
@@ -11,7 +11,7 @@ mod tests;
 use super::host::{Found, Host};
 use super::report::Row;
 
-/// Every check, in the order to tell them.
+/// All checks, in the order of the report.
 pub(super) fn all(host: &Host) -> Vec<Row> {
     vec![
         features::kernel(host),
@@ -41,7 +41,7 @@ pub(super) fn all(host: &Host) -> Vec<Row> {
     ]
 }
 
-/// The value of a setting, or the row that says why there is none to judge.
+/// The value of a setting, or the row that says why it cannot be determined.
 fn known<T: Copy>(check: &'static str, found: &Found<T>) -> Result<T, Box<Row>> {
     found.as_ref().copied().map_err(|why| Box::new(Row::cannot_tell(check, why)))
 }

@@ -1,13 +1,13 @@
-//! Namespaces, and what can be made in them.
+//! Namespaces, and what can be created in them.
 
 use crate::doctor::host::{Code, Found, Host, Inside, Trial, UserNamespaces};
 use crate::doctor::report::Row;
 use crate::port_guards::remedy;
 use rustix::io::Errno;
 
-const NO_NAMESPACE: &str = "there is no namespace to try it in";
+const NO_NAMESPACE: &str = "no namespace could be created for the trial";
 
-/// What a trial came to in the namespace, if there was one.
+/// The result of a trial inside its namespace, if the namespace was entered.
 pub(super) fn inside(trial: &Found<Trial>) -> Option<&Inside> {
     match trial {
         Ok(Trial::Entered(inside)) => Some(inside),
@@ -15,8 +15,8 @@ pub(super) fn inside(trial: &Found<Trial>) -> Option<&Inside> {
     }
 }
 
-/// Why nothing may be done in a namespace that could be made: AppArmor, as Ubuntu sets it up, takes
-/// the capabilities away inside.
+/// The error of a namespace without capabilities. AppArmor, as configured by Ubuntu, allows user
+/// namespaces but drops the capabilities inside.
 fn powerless(inside: &Inside) -> Option<Code> {
     match inside.network {
         Err((_, error)) if is_denial(error) => Some(error),
@@ -28,17 +28,17 @@ fn is_denial(error: Code) -> bool {
     error == Errno::PERM || error == Errno::ACCESS
 }
 
-/// What can be done within a user namespace, if anything.
+/// The features that work within a user namespace.
 fn in_user_namespace(host: &Host) -> Option<&Inside> {
     inside(&host.in_user_namespace).filter(|inside| powerless(inside).is_none())
 }
 
-/// The best namespace that this process can have.
+/// The most privileged namespace available to this process.
 fn any_inside(host: &Host) -> Option<&Inside> {
     inside(&host.direct).or_else(|| in_user_namespace(host))
 }
 
-/// What does not hold where nothing checks what containers send.
+/// The guarantees that do not hold without port guards.
 const WITHOUT_PORT_GUARDS: [&str; 3] = [
     "a container can use the MAC and IP addresses of its neighbours and of their gateway",
     "a container can send to the outside with addresses that are not its own, without masquerade",
@@ -51,7 +51,7 @@ pub(super) fn port_guards(host: &Host) -> Row {
     match &inside.port_guards {
         Ok(mechanism) => Row::ok(
             check,
-            format!("{mechanism}: each container sends from its own addresses alone"),
+            format!("{mechanism}: each container can send only from its own addresses"),
         ),
         Err(failures) => {
             let fix = remedy(failures.iter().map(|(_, error)| is_denial(*error)));
@@ -59,7 +59,7 @@ pub(super) fn port_guards(host: &Host) -> Row {
                 failures.iter().map(|(mechanism, error)| format!("{mechanism}: {error}")).collect();
             let details =
                 WITHOUT_PORT_GUARDS.iter().map(|one| (*one).to_owned()).chain(why).collect();
-            Row::limited(check, "what containers send is not checked").details(details).fix(fix)
+            Row::limited(check, "packets from containers are not checked").details(details).fix(fix)
         }
     }
 }
@@ -68,15 +68,15 @@ pub(super) fn network_namespaces(host: &Host) -> Row {
     let check = "network-namespaces";
     let (why, fix) = match &host.direct {
         Ok(Trial::Entered(_)) if host.capabilities.net_admin => {
-            return Row::ok(check, "one was made, entered and left");
+            return Row::ok(check, "created, entered and left");
         }
         Ok(Trial::Entered(_)) => ("no CAP_NET_ADMIN".to_owned(), "run as root, with CAP_NET_ADMIN"),
-        Ok(Trial::NoWayBack(error)) => (
+        Ok(Trial::NoReturn(error)) => (
             format!("the host's network cannot be entered from another namespace: {error}"),
             "run as root of the host, or in a network namespace of your own (unshare --user --map-root-user --net)",
         ),
         Ok(Trial::NotMade(error)) if *error == Errno::NOSPC => (
-            "user.max_net_namespaces is used up".to_owned(),
+            "user.max_net_namespaces is exhausted".to_owned(),
             "sysctl -w user.max_net_namespaces=10000",
         ),
         Ok(Trial::NotMade(error)) if *error == Errno::INVAL => (
@@ -84,14 +84,14 @@ pub(super) fn network_namespaces(host: &Host) -> Row {
             "run a kernel with CONFIG_NET_NS, outside of sandboxes",
         ),
         Ok(Trial::NotMade(error)) => {
-            (format!("cannot make one: {error}"), "run as root, with CAP_SYS_ADMIN")
+            (format!("not created: {error}"), "run as root, with CAP_SYS_ADMIN")
         }
         Err(why) => return Row::cannot_tell(check, why),
     };
     if in_user_namespace(host).is_some() {
         Row::limited(
             check,
-            format!("{why}; only within a user namespace: no `tidegate up`, no `publish --netns` or --pid"),
+            format!("{why}; available only within a user namespace: no `tidegate up`, no `publish --netns` or --pid"),
         )
         .fix(fix)
     } else {
@@ -102,9 +102,9 @@ pub(super) fn network_namespaces(host: &Host) -> Row {
 pub(super) fn user_namespaces(host: &Host) -> Row {
     let check = "user-namespaces";
     let refused = match &host.in_user_namespace {
-        Ok(Trial::NotMade(error) | Trial::NoWayBack(error)) => Some(("cannot make one", *error)),
+        Ok(Trial::NotMade(error) | Trial::NoReturn(error)) => Some(("not created", *error)),
         Ok(Trial::Entered(inside)) => {
-            powerless(inside).map(|error| ("nothing may be done in one", error))
+            powerless(inside).map(|error| ("created, but without capabilities", error))
         }
         Err(why) => return Row::cannot_tell(check, why),
     };
@@ -114,31 +114,31 @@ pub(super) fn user_namespaces(host: &Host) -> Row {
         return match forbidding {
             Some((setting, fix)) if is_root => Row::note(
                 check,
-                format!("this user can make them, ordinary ones cannot: {setting}"),
+                format!("available to this user, but not to ordinary users: {setting}"),
             )
             .fix(fix),
-            _ => Row::ok(check, "one was made, with a network namespace"),
+            _ => Row::ok(check, "created, with a network namespace"),
         };
     };
     let (why, fix) = match forbidding {
         Some((setting, fix)) => (format!("{what}: {error}; {setting}"), fix),
         None if error == Errno::NOSPC || error == Errno::USERS => (
-            "too many are there, or too deep".to_owned(),
+            "too many user namespaces, or nested too deeply".to_owned(),
             "sysctl -w user.max_user_namespaces=10000",
         ),
         None => (
             format!("{what}: {error}"),
-            "lift what forbids unshare(2): a container's seccomp profile, or a security module",
+            "allow unshare(2): check the seccomp profile of the container, or the security module",
         ),
     };
     if is_root {
-        Row::note(check, format!("{why}; only ordinary users need them")).fix(fix)
+        Row::note(check, format!("{why}; required only for ordinary users")).fix(fix)
     } else {
         Row::limited(check, why).fix(fix)
     }
 }
 
-/// The setting that forbids ordinary users to make user namespaces, and what allows it again.
+/// The setting that forbids user namespaces to ordinary users, and the command that allows them.
 fn forbidding(settings: &UserNamespaces) -> Option<(&'static str, &'static str)> {
     let is = |setting: &Found<Option<u64>>, value: u64| *setting == Ok(Some(value));
     if is(&settings.max, 0) {
@@ -164,7 +164,7 @@ pub(super) fn networks(host: &Host) -> Row {
     let Err((what, error)) = &inside.network else {
         return Row::ok(
             check,
-            "bridge, veth pair, addresses and guards were made in a namespace of their own",
+            "bridge, veth pair, addresses and guards were created in a namespace",
         );
     };
     let found = format!("{what}: {error}");
@@ -192,28 +192,28 @@ pub(super) fn tun(host: &Host) -> Row {
     let limited = |found: String, fix: &str| {
         Row::limited(
             check,
-            format!("{found}; networks will have no egress without a firewall (it is to come)"),
+            format!("{found}; without a firewall, networks have no egress"),
         )
         .fix(fix)
     };
     if let Err(error) = host.tun_device {
         let found = format!("/dev/net/tun: {error}");
         return if error == Errno::NOENT {
-            limited(found, "modprobe tun (into a container: --device /dev/net/tun)")
+            limited(found, "modprobe tun (for a container: --device /dev/net/tun)")
         } else if error == Errno::ACCESS {
-            limited(found + &mode, "chmod 0666 /dev/net/tun (udev's own choice)")
+            limited(found + &mode, "chmod 0666 /dev/net/tun (the default of udev)")
         } else if error == Errno::PERM {
-            limited(found, "allow the container its device: --device /dev/net/tun")
+            limited(found, "grant the device to the container: --device /dev/net/tun")
         } else {
             limited(found, "modprobe tun")
         };
     }
     match any_inside(host).map(|inside| inside.tun) {
-        Some(Ok(_)) => Row::ok(check, "a device was made"),
+        Some(Ok(_)) => Row::ok(check, "a device was created"),
         Some(Err(error)) => {
-            limited(format!("cannot make a device: {error}"), "run as root, with CAP_NET_ADMIN")
+            limited(format!("no device could be created: {error}"), "run as root, with CAP_NET_ADMIN")
         }
-        None => Row::cannot_tell(check, &format!("/dev/net/tun opens, and {NO_NAMESPACE}")),
+        None => Row::cannot_tell(check, &format!("/dev/net/tun can be opened, but {NO_NAMESPACE}")),
     }
 }
 
@@ -225,12 +225,12 @@ pub(super) fn tun_offload(host: &Host) -> Row {
         }
         Some(Ok(offload)) if offload.tcp => Row::limited(
             check,
-            "TCP segmentation, no UDP segmentation: UDP goes out datagram by datagram",
+            "TCP segmentation, no UDP segmentation: UDP is sent datagram by datagram",
         )
         .fix("run Linux 6.2 or newer"),
-        Some(Ok(_)) => Row::limited(check, "no segmentation: everything goes out packet by packet")
+        Some(Ok(_)) => Row::limited(check, "no segmentation: data is sent packet by packet")
             .fix("use the kernel's own TUN driver, outside of sandboxes"),
-        Some(Err(_)) => Row::cannot_tell(check, "there is no TUN device to ask"),
+        Some(Err(_)) => Row::cannot_tell(check, "no TUN device could be created"),
         None => Row::cannot_tell(check, NO_NAMESPACE),
     }
 }

@@ -1,4 +1,4 @@
-//! What else the host does that meets with tidegate's networks.
+//! Settings and software of the host that interact with networks of tidegate.
 
 use crate::doctor::host::{Found, Host, Service};
 use crate::doctor::report::Row;
@@ -6,8 +6,8 @@ use ipnet::IpNet;
 use tidegate_model::registry;
 use tidegate_netsetup::Pools;
 
-/// More lines than so many nobody reads.
-const TOLD: usize = 30;
+/// The most details of a row; the rest is only counted.
+const MAX_DETAILS: usize = 30;
 
 pub(super) fn ip_forward(host: &Host) -> Row {
     let check = "ip-forward";
@@ -19,7 +19,7 @@ pub(super) fn ip_forward(host: &Host) -> Row {
         (false, true) => "IPv6",
         (false, false) => {
             return match v4.as_ref().and(v6.as_ref()) {
-                Ok(_) => Row::ok(check, "off: this host forwards for nobody"),
+                Ok(_) => Row::ok(check, "off: this host does not forward packets"),
                 Err(why) => Row::cannot_tell(check, why),
             };
         }
@@ -31,11 +31,11 @@ pub(super) fn ip_forward(host: &Host) -> Row {
     Row::note(
         check,
         format!(
-            "on ({families}): networks are kept closed by guards alone (ip rule, priority {}); rules of others before those are asked first",
+            "on ({families}): only guards (ip rule, priority {}) isolate the networks; rules of other software with a lower priority number precede them",
             registry::GUARD_PRIORITY
         ),
     )
-    .fix(format!("if nothing else needs it: sysctl -w {}", settings.join(" ")))
+    .fix(format!("if nothing else needs forwarding: sysctl -w {}", settings.join(" ")))
 }
 
 pub(super) fn policy_rules(host: &Host) -> Row {
@@ -44,14 +44,14 @@ pub(super) fn policy_rules(host: &Host) -> Row {
     match &host.first_rule {
         Ok(Some(first)) if *first <= ROOM => {
             let found = format!(
-                "a rule of priority {first} precedes those of tidegate, which have no room ahead of it"
+                "a rule with priority {first} leaves no room for rules of tidegate before it"
             );
-            let detail = "without a firewall, what it matches of what containers send leaves by its route, with the container's address";
+            let detail = "without a firewall, packets from containers that match it leave by its route, with the address of the container";
             Row::limited(check, found)
                 .details(vec![detail.to_owned()])
-                .fix(format!("give it a priority of {} or higher (ip rule)", ROOM + 1))
+                .fix(format!("give that rule a priority of {} or higher (ip rule)", ROOM + 1))
         }
-        Ok(_) => Row::ok(check, "none of other software that those of tidegate cannot precede"),
+        Ok(_) => Row::ok(check, "rules of tidegate can precede those of other software"),
         Err(why) => Row::cannot_tell(check, why),
     }
 }
@@ -59,10 +59,10 @@ pub(super) fn policy_rules(host: &Host) -> Row {
 pub(super) fn ipv6_force_forwarding(host: &Host) -> Row {
     let check = "ipv6-force-forwarding";
     match &host.forwarding.v6_per_interface {
-        Ok(Some(_)) => Row::ok(check, "IPv6 forwarding can be switched per interface"),
+        Ok(Some(_)) => Row::ok(check, "IPv6 forwarding can be set per interface"),
         Ok(None) => Row::note(
             check,
-            "IPv6 is forwarded by all interfaces or by none; guards close the networks",
+            "IPv6 forwarding is on for all interfaces or for none; guards isolate the networks",
         )
         .fix("run Linux 6.17 or newer"),
         Err(why) => Row::cannot_tell(check, why),
@@ -75,7 +75,7 @@ pub(super) fn address_pools(host: &Host) -> Row {
         Ok(routes) => routes,
         Err(why) => return Row::cannot_tell(check, why),
     };
-    // The IPv6 pool is made of what only this host has; nobody else is in it.
+    // The IPv6 pool is a ULA prefix unique to this host, so it cannot collide.
     let pools = Pools::usual([0; 5]);
     let in_use: Vec<IpNet> = routes.iter().map(|(net, _)| *net).collect();
     let foreign = |(net, link): &&(IpNet, String)| {
@@ -84,22 +84,22 @@ pub(super) fn address_pools(host: &Host) -> Row {
             && !link.starts_with(registry::INTERFACE_PREFIX)
     };
     let mut others: Vec<String> =
-        routes.iter().filter(foreign).map(|(net, link)| format!("{net} by {link}")).collect();
+        routes.iter().filter(foreign).map(|(net, link)| format!("{net} via {link}")).collect();
     others.sort();
     others.dedup();
     match (pools.obtain(false, &in_use), others.is_empty()) {
-        (Ok(_), true) => Row::ok(check, "nobody else uses the addresses that networks get"),
+        (Ok(_), true) => Row::ok(check, "no other route overlaps the address pools"),
         (Ok(next), false) => Row::note(
             check,
-            format!("the host reaches something there, which is passed over; the next network gets {next}"),
+            format!("routes of the host overlap the address pools and are skipped; the next network gets {next}"),
         )
         .details(shortened(others)),
         (Err(_), _) => Row::limited(
             check,
-            "no IPv4 subnet is left for networks: the host reaches something everywhere there",
+            "no free IPv4 subnet for networks: routes of the host cover the address pools",
         )
         .details(shortened(others))
-        .fix("give each network one of its own: ipam.config.subnet in the Compose file"),
+        .fix("set a subnet for each network: ipam.config.subnet in the Compose file"),
     }
 }
 
@@ -110,33 +110,33 @@ pub(super) fn host_services(host: &Host) -> Row {
         Err(why) => return Row::cannot_tell(check, why),
     };
     if services.is_empty() {
-        return Row::ok(check, "no socket answers on all addresses");
+        return Row::ok(check, "no socket is bound to all addresses");
     }
-    let told = |service: &Service| {
-        let holder = service.holder.as_deref().unwrap_or("holder not visible from here");
+    let describe = |service: &Service| {
+        let holder = service.holder.as_deref().unwrap_or("process not visible to this user");
         format!("{}/{}: {holder}", service.port, service.protocol)
     };
     let count = match services.len() {
-        1 => "1 socket answers".to_owned(),
-        count => format!("{count} sockets answer"),
+        1 => "1 socket is bound to all addresses".to_owned(),
+        count => format!("{count} sockets are bound to all addresses"),
     };
     Row::note(
         check,
         format!(
-            "{count} on all addresses: containers, and who routes by way of this host, find them at the gateways"
+            "{count}: containers, and hosts that route through this one, reach them on the gateway addresses"
         ),
     )
-    .details(shortened(services.iter().map(told).collect()))
+    .details(shortened(services.iter().map(describe).collect()))
     .fix(format!(
-        "bind them to 127.0.0.1, or let a firewall drop what comes in by {}-* for them",
+        "bind them to 127.0.0.1, or drop input from {}-* to them in a firewall",
         registry::INTERFACE_PREFIX
     ))
 }
 
 pub(super) fn shortened(mut lines: Vec<String>) -> Vec<String> {
-    if lines.len() > TOLD {
-        let more = lines.len() - TOLD;
-        lines.truncate(TOLD);
+    if lines.len() > MAX_DETAILS {
+        let more = lines.len() - MAX_DETAILS;
+        lines.truncate(MAX_DETAILS);
         lines.push(format!("and {more} more"));
     }
     lines

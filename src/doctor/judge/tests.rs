@@ -1,4 +1,4 @@
-//! Verdicts on hosts that are only thought: each is a good one but for what the test changes.
+//! Verdicts on constructed hosts. Each host is fully capable except for what the test changes.
 
 use super::all;
 use crate::doctor::host::*;
@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use tidegate_model::Protocol;
 use tidegate_netsetup::{DockerUser, IptablesState, UserRule};
 
-/// A host where nothing is amiss, seen by root.
+/// A host that supports everything, as seen by root.
 fn good() -> Host {
     let full = Inside {
         network: Ok(()),
@@ -57,7 +57,7 @@ fn good() -> Host {
     }
 }
 
-/// The same host, seen by an ordinary user.
+/// The same host as seen by an ordinary user.
 fn ordinary() -> Host {
     let mut host = good();
     host.capabilities = Capabilities::default();
@@ -71,7 +71,7 @@ fn row(check: &str, host: &Host) -> Row {
     all(host).into_iter().find(|row| row.check == check).unwrap()
 }
 
-/// What is said of `check`, and that there is a fix for what is not as it should be.
+/// The verdict and the text of `check`. From `limited` on, a fix is required.
 #[track_caller]
 fn judged(check: &str, host: &Host) -> (Verdict, String) {
     let row = row(check, host);
@@ -83,13 +83,13 @@ fn judged(check: &str, host: &Host) -> (Verdict, String) {
 
 #[track_caller]
 fn expect(check: &str, host: &Host, verdict: Verdict, text: &str) {
-    let (judged, told) = judged(check, host);
-    assert_eq!(judged, verdict, "{check}: {told}");
-    assert!(told.contains(text), "{check}: {told}");
+    let (judged, text_found) = judged(check, host);
+    assert_eq!(judged, verdict, "{check}: {text_found}");
+    assert!(text_found.contains(text), "{check}: {text_found}");
 }
 
 #[test]
-fn on_a_good_host_all_is_ok() {
+fn a_capable_host_has_no_findings() {
     for row in all(&good()) {
         let expected = if row.check == "firewall" { Verdict::Note } else { Verdict::Ok };
         assert_eq!((row.verdict, &row.fix), (expected, &None), "{row:?}");
@@ -97,14 +97,14 @@ fn on_a_good_host_all_is_ok() {
 }
 
 #[test]
-fn names_of_checks_differ() {
+fn check_names_are_unique() {
     let rows = all(&good());
     let names: std::collections::BTreeSet<_> = rows.iter().map(|row| row.check).collect();
     assert_eq!(names.len(), rows.len());
 }
 
 #[test]
-fn a_kernel_below_the_floor_is_missing_and_one_without_a_number_cannot_be_told() {
+fn old_kernels_are_missing_and_unknown_releases_cannot_be_told() {
     let release = |release: &str| Host { release: release.into(), ..good() };
     expect("kernel", &release("5.10.0"), Verdict::Ok, "5.10.0");
     expect("kernel", &release("5.9.16"), Verdict::Missing, "run Linux 5.10");
@@ -112,7 +112,7 @@ fn a_kernel_below_the_floor_is_missing_and_one_without_a_number_cannot_be_told()
 }
 
 #[test]
-fn without_privilege_there_are_namespaces_only_within_a_user_namespace() {
+fn without_privileges_namespaces_need_a_user_namespace() {
     let mut host = ordinary();
     expect("network-namespaces", &host, Verdict::Limited, "run as root");
     expect("user-namespaces", &host, Verdict::Ok, "");
@@ -127,12 +127,12 @@ fn without_privilege_there_are_namespaces_only_within_a_user_namespace() {
 }
 
 #[test]
-fn every_reason_against_a_network_namespace_has_its_own_fix() {
+fn each_error_of_a_network_namespace_has_its_own_fix() {
     let mut host = good();
     for (trial, fix) in [
         (Trial::NotMade(Errno::NOSPC.into()), "user.max_net_namespaces"),
         (Trial::NotMade(Errno::INVAL.into()), "CONFIG_NET_NS"),
-        (Trial::NoWayBack(Errno::PERM.into()), "unshare --user"),
+        (Trial::NoReturn(Errno::PERM.into()), "unshare --user"),
     ] {
         host.direct = Ok(trial);
         expect("network-namespaces", &host, Verdict::Limited, fix);
@@ -145,7 +145,7 @@ fn every_reason_against_a_network_namespace_has_its_own_fix() {
 }
 
 #[test]
-fn what_forbids_user_namespaces_is_named() {
+fn the_setting_that_forbids_user_namespaces_is_named() {
     let refused = Ok(Trial::NotMade(Errno::PERM.into()));
     let with = |change: &dyn Fn(&mut UserNamespaces)| {
         let mut host = ordinary();
@@ -168,12 +168,12 @@ fn what_forbids_user_namespaces_is_named() {
         let as_root = Host { direct: good().direct, ..host };
         expect("user-namespaces", &as_root, Verdict::Note, fix);
         let root_may = Host { in_user_namespace: good().in_user_namespace, ..as_root };
-        expect("user-namespaces", &root_may, Verdict::Note, "ordinary ones cannot");
+        expect("user-namespaces", &root_may, Verdict::Note, "not to ordinary users");
     }
 }
 
 #[test]
-fn a_user_namespace_without_power_is_none() {
+fn a_user_namespace_without_capabilities_does_not_count() {
     let mut host = ordinary();
     host.in_user_namespace = Ok(Trial::Entered(Inside {
         network: Err(("add bridge \"tg-trial\"".into(), Errno::PERM.into())),
@@ -187,7 +187,7 @@ fn a_user_namespace_without_power_is_none() {
         "user-namespaces",
         &host,
         Verdict::Limited,
-        "nothing may be done in one: Operation not permitted",
+        "created, but without capabilities: Operation not permitted",
     );
     expect("user-namespaces", &host, Verdict::Limited, "apparmor_restrict_unprivileged_userns=0");
     expect("network-namespaces", &host, Verdict::Missing, "run as root");
@@ -195,7 +195,7 @@ fn a_user_namespace_without_power_is_none() {
 }
 
 #[test]
-fn a_network_that_cannot_be_made_is_told_with_its_step() {
+fn a_failed_network_is_reported_with_its_step() {
     let failed = |errno: Errno| {
         Ok(Trial::Entered(Inside {
             network: Err(("add bridge \"tg-trial\"".into(), errno.into())),
@@ -219,7 +219,7 @@ fn a_network_that_cannot_be_made_is_told_with_its_step() {
 }
 
 #[test]
-fn a_tun_device_that_is_hidden_or_closed_is_limited() {
+fn a_missing_or_inaccessible_tun_device_is_limited() {
     let with =
         |errno: Errno, mode| Host { tun_device: Err(errno.into()), tun_mode: mode, ..good() };
     expect("tun", &with(Errno::NOENT, None), Verdict::Limited, "modprobe tun");
@@ -237,7 +237,7 @@ fn a_tun_device_that_is_hidden_or_closed_is_limited() {
         ..good()
     };
     let refused = made(Err(Errno::PERM.into()));
-    expect("tun", &refused, Verdict::Limited, "cannot make a device");
+    expect("tun", &refused, Verdict::Limited, "no device could be created");
     expect("tun-offload", &refused, Verdict::Note, "cannot tell");
     let offload = |tcp, udp| made(Ok(TunOffload { tcp, udp }));
     expect("tun-offload", &offload(true, false), Verdict::Limited, "run Linux 6.2");
@@ -245,7 +245,7 @@ fn a_tun_device_that_is_hidden_or_closed_is_limited() {
 }
 
 #[test]
-fn socket_options_that_are_refused_are_named() {
+fn unsupported_socket_options_are_named() {
     let refused = Err(Errno::OPNOTSUPP.into());
     let mut host = good();
     host.sockets.tcp_peek_offset = refused;
@@ -260,10 +260,10 @@ fn socket_options_that_are_refused_are_named() {
 }
 
 #[test]
-fn forwarding_is_a_note_that_names_what_is_on() {
+fn forwarding_is_a_note_with_the_settings_in_effect() {
     let mut host = good();
     host.forwarding.v4 = Ok(Some(1));
-    expect("ip-forward", &host, Verdict::Note, "on (IPv4): networks are kept closed by guards");
+    expect("ip-forward", &host, Verdict::Note, "on (IPv4): only guards (ip rule, priority 7657)");
     expect("ip-forward", &host, Verdict::Note, "sysctl -w net.ipv4.ip_forward=0");
     host.forwarding.v6 = Ok(Some(1));
     expect(
@@ -272,7 +272,7 @@ fn forwarding_is_a_note_that_names_what_is_on() {
         Verdict::Note,
         "net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=0",
     );
-    // A kernel without IPv6 forwards none of it.
+    // A kernel without IPv6 does not forward IPv6.
     host.forwarding = Forwarding { v4: Ok(Some(0)), v6: Ok(None), ..host.forwarding };
     expect("ip-forward", &host, Verdict::Ok, "off");
     host.forwarding.v4 = Err("/proc/sys/net/ipv4/ip_forward: No such file or directory".into());
@@ -282,10 +282,10 @@ fn forwarding_is_a_note_that_names_what_is_on() {
 }
 
 #[test]
-fn rules_that_cannot_be_preceded_are_told() {
+fn preceding_policy_rules_are_reported() {
     let host = |first_rule| Host { first_rule, ..good() };
     expect("policy-rules", &host(Ok(Some(5))), Verdict::Ok, "");
-    expect("policy-rules", &host(Ok(Some(4))), Verdict::Limited, "a rule of priority 4 precedes");
+    expect("policy-rules", &host(Ok(Some(4))), Verdict::Limited, "a rule with priority 4 leaves");
     expect("policy-rules", &host(Ok(Some(0))), Verdict::Limited, "a priority of 5 or higher");
     expect(
         "policy-rules",
@@ -296,7 +296,7 @@ fn rules_that_cannot_be_preceded_are_told() {
 }
 
 #[test]
-fn routes_in_the_address_pools_are_passed_over_until_none_is_left() {
+fn routes_in_the_address_pools_are_skipped_until_no_subnet_is_free() {
     let with = |routes: &[(&str, &str)]| {
         let routes = routes.iter().map(|(net, link)| (net.parse().unwrap(), (*link).to_owned()));
         Host { routes: Ok(routes.collect()), ..good() }
@@ -306,7 +306,7 @@ fn routes_in_the_address_pools_are_passed_over_until_none_is_left() {
     expect("address-pools", &host, Verdict::Note, "the next network gets 172.28.1.0/24");
     assert_eq!(
         row("address-pools", &host).details,
-        ["10.0.0.0/8 by tun0", "172.28.0.0/24 by br-x"]
+        ["10.0.0.0/8 via tun0", "172.28.0.0/24 via br-x"]
     );
     let own = with(&[("172.28.0.0/24", "tg-front-0000")]);
     expect("address-pools", &own, Verdict::Ok, "");
@@ -315,7 +315,7 @@ fn routes_in_the_address_pools_are_passed_over_until_none_is_left() {
 }
 
 #[test]
-fn services_on_all_addresses_are_listed_with_their_holders() {
+fn services_on_all_addresses_are_listed_with_their_processes() {
     let service = |port, holder: Option<&str>| Service {
         port,
         protocol: Protocol::Tcp,
@@ -325,16 +325,16 @@ fn services_on_all_addresses_are_listed_with_their_holders() {
         services: Ok(vec![service(22, Some("sshd (pid 1)")), service(111, None)]),
         ..good()
     };
-    expect("host-services", &host, Verdict::Note, "2 sockets answer on all addresses");
+    expect("host-services", &host, Verdict::Note, "2 sockets are bound to all addresses");
     let details = row("host-services", &host).details;
-    assert_eq!(details, ["22/tcp: sshd (pid 1)", "111/tcp: holder not visible from here"]);
+    assert_eq!(details, ["22/tcp: sshd (pid 1)", "111/tcp: process not visible to this user"]);
     let many = Host { services: Ok((1..=100).map(|port| service(port, None)).collect()), ..good() };
     let details = row("host-services", &many).details;
     assert_eq!((details.len(), details[30].as_str()), (31, "and 70 more"));
 }
 
 #[test]
-fn limits_count_for_those_that_they_hold_for() {
+fn limits_apply_to_ordinary_users() {
     let mut host = ordinary();
     expect("low-ports", &host, Verdict::Limited, "below 1024");
     expect("pipe-memory", &host, Verdict::Ok, "64 connections");
@@ -350,7 +350,7 @@ fn limits_count_for_those_that_they_hold_for() {
     expect("pipe-memory", &host, Verdict::Limited, "fs.pipe-user-pages-soft");
     expect("receive-buffer", &host, Verdict::Ok, "4194304");
     expect("open-files", &host, Verdict::Limited, "512 connections");
-    // For root the first three are none.
+    // The first three do not apply to root.
     let root = Host { limits: host.limits, ..good() };
     for check in ["low-ports", "pipe-memory", "receive-buffer"] {
         expect(check, &root, Verdict::Ok, "");
@@ -358,7 +358,7 @@ fn limits_count_for_those_that_they_hold_for() {
 }
 
 #[test]
-fn a_run_directory_is_needed() {
+fn a_run_directory_is_required() {
     let with = |path: Option<&str>, writable| Host {
         run_directory: RunDirectory { path: path.map(Into::into), writable },
         ..good()
@@ -374,12 +374,12 @@ fn a_run_directory_is_needed() {
         "run-directory",
         &closed,
         Verdict::Missing,
-        "/run/tidegate cannot be written to: Permission denied",
+        "/run/tidegate is not writable: Permission denied",
     );
 }
 
 #[test]
-fn where_no_gates_are_to_be_had_what_stands_in_for_them_is_told() {
+fn without_gates_their_replacement_is_reported() {
     let with = |errno: Errno| Host {
         direct: Ok(Trial::Entered(Inside {
             network: Ok(()),
@@ -408,7 +408,7 @@ fn with_nftables(nftables: Result<bool, Errno>) -> Host {
 }
 
 #[test]
-fn a_firewall_is_chosen_and_the_reason_is_told() {
+fn the_chosen_firewall_is_reported_with_the_reason() {
     let docker = |rules: &[&str]| {
         let rules: Vec<_> =
             rules.iter().map(|text| UserRule { text: (*text).to_owned() }).collect();
@@ -419,14 +419,14 @@ fn a_firewall_is_chosen_and_the_reason_is_told() {
         };
         Host { iptables: Ok([Some(state), None]), ..good() }
     };
-    expect("firewall", &good(), Verdict::Note, "takes nftables: it is there");
-    expect("firewall", &docker(&[]), Verdict::Note, "takes iptables: the chain FORWARD");
+    expect("firewall", &good(), Verdict::Note, "uses nftables: it is there");
+    expect("firewall", &docker(&[]), Verdict::Note, "uses iptables: the chain FORWARD");
     expect("iptables", &docker(&[]), Verdict::Note, "iptables v1.8.9 (legacy)");
     let rules = docker(&[
         "-A DOCKER-USER -s 192.0.2.0/24 -j DROP",
         "-A DOCKER-USER -p tcp --dport 80 -j DROP",
     ]);
-    expect("firewall", &rules, Verdict::Note, "takes iptables: the chain DOCKER-USER has rules");
+    expect("firewall", &rules, Verdict::Note, "uses iptables: the chain DOCKER-USER has rules");
     let marks = Host { mark_setters: vec!["ip nat POSTROUTING".to_owned()], ..docker(&[]) };
     assert!(
         row("iptables", &marks)
@@ -435,32 +435,32 @@ fn a_firewall_is_chosen_and_the_reason_is_told() {
             .any(|line| line.starts_with("ip nat POSTROUTING may"))
     );
     let details = row("iptables", &rules).details;
-    assert!(details[0].ends_with("-j DROP (it holds for published ports)"), "{details:?}");
+    assert!(details[0].ends_with("-j DROP (applies to published ports)"), "{details:?}");
     assert!(details[1].ends_with("ports are published by the kernel)"), "{details:?}");
 
     let host = with_nftables(Err(Errno::PROTONOSUPPORT));
     expect("nftables", &host, Verdict::Note, "not in this kernel");
-    expect("firewall", &host, Verdict::Note, "takes iptables: no nftables");
+    expect("firewall", &host, Verdict::Note, "uses iptables: no nftables");
     let host = Host { iptables_installed: false, ..host };
-    expect("firewall", &host, Verdict::Limited, "the NAT engine leads containers out");
+    expect("firewall", &host, Verdict::Limited, "the NAT engine provides egress");
     expect("iptables", &host, Verdict::Note, "not installed");
     expect("nftables", &with_nftables(Ok(false)), Verdict::Note, "Linux 6.9");
-    expect("firewall", &ordinary(), Verdict::Note, "none is used");
+    expect("firewall", &ordinary(), Verdict::Note, "none: networks of an ordinary user");
 }
 
 #[test]
-fn where_nothing_checks_what_containers_send_it_lists_what_does_not_hold() {
+fn without_port_guards_the_lost_guarantees_are_listed() {
     let with = |errno: Errno| {
-        let Ok(Trial::Entered(inside)) = good().direct else { panic!("it is entered") };
+        let Ok(Trial::Entered(inside)) = good().direct else { panic!("not entered") };
         let failed = |mechanism: &str| (mechanism.to_owned(), errno.into());
         let port_guards = Err(vec![failed("BPF (tcx)"), failed("nftables (netdev)")]);
         Host { direct: Ok(Trial::Entered(Inside { port_guards, ..inside })), ..good() }
     };
-    expect("port-guards", &good(), Verdict::Ok, "from its own addresses alone");
+    expect("port-guards", &good(), Verdict::Ok, "only from its own addresses");
     expect("port-guards", &with(Errno::PERM), Verdict::Limited, "with CAP_BPF");
     expect("port-guards", &with(Errno::OPNOTSUPP), Verdict::Limited, "CONFIG_NF_TABLES_NETDEV");
-    let told = all(&with(Errno::PERM));
-    let row = told.iter().find(|row| row.check == "port-guards").unwrap();
+    let rows = all(&with(Errno::PERM));
+    let row = rows.iter().find(|row| row.check == "port-guards").unwrap();
     assert!(
         row.details.iter().any(|detail| detail.contains("of their gateway")),
         "{:?}",

@@ -1,4 +1,4 @@
-//! The TUN device: whether it opens, and what it can do.
+//! The TUN device: whether it opens, and its offloads.
 
 use crate::doctor::host::TunOffload;
 use rustix::fs::{CWD, Mode, OFlags};
@@ -8,37 +8,37 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 
-/// By which TUN devices are made.
+/// The control node of TUN devices.
 const PATH: &str = "/dev/net/tun";
 
-/// Checksums and TCP segmentation, which every kernel from 2.6.27 on has.
+/// Checksum and TCP segmentation offload, supported since Linux 2.6.27.
 const TCP: libc::c_uint = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
 
-/// UDP segmentation (6.2). The kernel takes both halves or neither.
+/// UDP segmentation offload (Linux 6.2). The kernel accepts only both flags together.
 const UDP: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
-/// Opens it. By itself that makes no device.
+/// Opens the control node. This does not create a device.
 ///
 /// # Errors
-/// `ENOENT` without the node, `EACCES` without the permission, `EPERM` where a container may not,
-/// `ENODEV` or `ENXIO` without the driver.
+/// `ENOENT` without the node, `EACCES` without permission, `EPERM` if a container denies the
+/// device, `ENODEV` or `ENXIO` without the driver.
 pub(super) fn open() -> Result<OwnedFd, Errno> {
     rustix::fs::openat(CWD, PATH, OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
 }
 
-/// Its permission bits.
+/// The permission bits of the node.
 pub(super) fn mode() -> Option<u32> {
     fs::metadata(PATH).ok().map(|metadata| metadata.permissions().mode() & 0o777)
 }
 
-/// Makes a device in the namespace that the calling thread is in, and finds out what it can
-/// offload. It is gone when this returns.
+/// Creates a device in the namespace of the calling thread and determines its offloads. The device
+/// is removed on return.
 ///
 /// # Errors
-/// As of [`open`]; `EPERM` without `CAP_NET_ADMIN` in there.
+/// Those of [`open`]; `EPERM` without `CAP_NET_ADMIN` in the namespace.
 pub(super) fn make() -> Result<TunOffload, Errno> {
     let device = open()?;
-    // SAFETY: all-zero is a valid ifreq: an empty name, of which the kernel makes one of its own.
+    // SAFETY: all-zero is a valid ifreq. For the empty name, the kernel chooses one.
     let mut request: libc::ifreq = unsafe { MaybeUninit::zeroed().assume_init() };
     let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;

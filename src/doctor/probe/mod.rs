@@ -1,4 +1,4 @@
-//! Asks the kernel. What it does not answer is told as that; nothing here fails.
+//! Queries the kernel. A failed query becomes a fact; no probe aborts the report.
 
 mod device;
 mod sockets;
@@ -24,7 +24,7 @@ use tidegate_model::Protocol;
 use tidegate_netns::{Namespace, run_directory};
 use tidegate_netsetup::{IptablesState, Kernel, Observed};
 
-/// This host as this process sees it.
+/// Probes this host.
 pub(super) fn host() -> Host {
     let surroundings = surroundings().map_err(|error| said(&error));
     Host {
@@ -71,7 +71,7 @@ fn capabilities() -> Capabilities {
     }
 }
 
-/// A numeric sysctl; `None` if this kernel does not have it.
+/// A numeric sysctl; `None` if the kernel does not have it.
 fn setting(name: &str) -> Found<Option<u64>> {
     let path = format!("/proc/sys/{}", name.replace('.', "/"));
     match fs::read_to_string(&path) {
@@ -79,7 +79,8 @@ fn setting(name: &str) -> Found<Option<u64>> {
             Ok(value) => Ok(Some(value)),
             Err(_) => Err(format!("{name} is {:?}", text.trim())),
         },
-        // Without this one there is no /proc/sys at all, which says nothing about the kernel.
+        // If this file is missing too, /proc/sys is not mounted, and the kernel may have the
+        // sysctl.
         Err(error)
             if error.kind() == io::ErrorKind::NotFound
                 && Path::new("/proc/sys/kernel/ostype").exists() =>
@@ -92,14 +93,14 @@ fn setting(name: &str) -> Found<Option<u64>> {
 
 fn iptables() -> Found<[Option<IptablesState>; 2]> {
     if !capabilities().net_admin {
-        return Err("only root is told of rules".to_owned());
+        return Err("only root may list rules".to_owned());
     }
     let here = Namespace::current()
         .map_err(|error| format!("/proc/thread-self/ns/net: {}", said(&error)))?;
     IptablesState::of(&here).map_err(|error| said(&error))
 }
 
-/// None where nobody may ask, or nothing is there.
+/// Empty if the query is not permitted, or without iptables.
 fn mark_setters() -> Vec<String> {
     let setters =
         || Namespace::current().and_then(|here| here.with(IptablesState::mark_setters_behind)?);
@@ -131,15 +132,15 @@ fn services() -> Found<Vec<Service>> {
     let inodes: BTreeSet<u64> = open.iter().map(|(_, socket)| socket.inode).collect();
     let mut by_inode = BTreeMap::new();
     for holder in port_holders::holders(&inodes) {
-        // A published port of a project tells networks apart by itself.
+        // Published ports of a project check the source of each connection.
         let is_project =
             holder.name == "tidegate" && holder.command.get(1).is_some_and(|word| word == "up");
         for inode in &holder.inodes {
-            // Of several that share it the first, which is the oldest as a rule, stands for all.
+            // Processes that share the socket are represented by the first, usually the oldest.
             by_inode.entry(*inode).or_insert((is_project, holder.to_string()));
         }
     }
-    // By IPv4 and by IPv6 it is the same service.
+    // An IPv4 and an IPv6 socket of the same process count as one service.
     let services: BTreeSet<Service> = open
         .into_iter()
         .filter_map(|(protocol, socket)| {
@@ -166,7 +167,7 @@ fn limits() -> Limits {
 
 fn run_place() -> RunDirectory {
     let path = run_directory();
-    // What is not there yet is made in the nearest directory that is.
+    // A missing directory is created in its nearest existing ancestor.
     let nearest = path.as_deref().and_then(|path| path.ancestors().find(|one| one.exists()));
     let writable = match nearest {
         Some(directory) if directory.is_dir() => {

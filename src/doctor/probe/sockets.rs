@@ -1,16 +1,16 @@
-//! Socket options, each tried on a socket that is bound to nothing and closed at once.
+//! Socket options, each tried on an unbound socket that is closed at once.
 
 use crate::doctor::host::{Code, Sockets};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with, sockopt};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use tidegate_proxy::UDP_BUFFER;
 
-/// Tries all of them.
+/// Tries all socket options.
 pub(super) fn probe() -> Sockets {
     let tcp = || open(AddressFamily::INET, SocketType::STREAM);
     let udp = || open(AddressFamily::INET, SocketType::DGRAM);
     Sockets {
-        // Before 6.9 the option is refused (`EOPNOTSUPP`), whatever the value.
+        // Before Linux 6.9, TCP rejects the option with `EOPNOTSUPP`, whatever the value.
         tcp_peek_offset: tcp()
             .and_then(|socket| set(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)),
         udp_gro: udp().and_then(|socket| set(socket, libc::SOL_UDP, libc::UDP_GRO, 1)),
@@ -27,7 +27,7 @@ fn open(family: AddressFamily, kind: SocketType) -> Result<OwnedFd, Code> {
     Ok(socket_with(family, kind, SocketFlags::CLOEXEC, Some(protocol))?)
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "the socket ends here")]
+#[expect(clippy::needless_pass_by_value, reason = "the socket is closed here")]
 fn set(
     socket: OwnedFd,
     level: libc::c_int,

@@ -1,8 +1,8 @@
-//! What can be done in a namespace that is made for the purpose: tried by a process of its own,
-//! with which all of it ends.
+//! A trial: tries features in a temporary namespace, in a child process that removes everything
+//! with its exit.
 //!
-//! A process of its own because a user namespace takes one without threads, and because the way
-//! back out of one is closed.
+//! It needs a child process because unshare(2) of a user namespace requires a single thread, and
+//! because a process cannot leave a user namespace.
 
 use super::device;
 use crate::doctor::host::{Code, Found, Inside, Trial};
@@ -22,19 +22,19 @@ use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, RuleIsolation, Subnet,
 };
 
-/// What this program is called with to be the process that tries.
+/// The internal subcommand of the child process.
 pub const TRIAL: &str = "doctor-trial";
 
-/// How many seconds a trial may take: the kernel makes namespaces one at a time, and a busy one
-/// lets wait.
-const PATIENCE: libc::c_uint = 20;
+/// The timeout of a trial, in seconds. The kernel creates namespaces one at a time, so a busy
+/// kernel delays them.
+const TIMEOUT: libc::c_uint = 20;
 
-/// In what kind of namespace.
+/// The kind of namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// A network namespace.
+    /// A network namespace
     Direct,
-    /// A network namespace that belongs to a user namespace.
+    /// A network namespace in a new user namespace
     InUserNamespace,
 }
 
@@ -49,10 +49,9 @@ impl Kind {
     }
 }
 
-/// Has a process of its own try, and returns what it reports.
+/// Runs a trial in a child process and returns its report.
 pub(super) fn run(kind: Kind) -> Found<Trial> {
-    // Not by its path: a program that was replaced, or is in a directory closed to us, runs all the
-    // same.
+    // /proc/self/exe also works if the program was replaced, or is in an inaccessible directory.
     let mut command = Command::new("/proc/self/exe");
     command.args([TRIAL, kind.word()]).env_clear().stdin(Stdio::null()).stderr(Stdio::null());
     command.envs(std::env::vars_os().filter(|(name, _)| name == LACKS));
@@ -60,9 +59,9 @@ pub(super) fn run(kind: Kind) -> Found<Trial> {
         command.output().map_err(|error| format!("/proc/self/exe: {}", super::said(&error)))?;
     serde_json::from_slice(&output.stdout)
         .map_err(|_| format!("the process that tries ended early ({})", output.status))
-}
+        .map_err(|_| format!("the trial process ended early ({})", output.status))
 
-/// The process that tries: `arguments` say in what kind of namespace. Reports on standard output.
+/// The child process. The argument is the kind of namespace; the report goes to standard output.
 pub fn trial(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let word = arguments.next();
     let Some(kind) =
@@ -70,12 +69,12 @@ pub fn trial(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     else {
         let _ = writeln!(
             io::stderr(),
-            "tidegate: error: {TRIAL} is what tidegate doctor starts by itself"
+            "tidegate: error: {TRIAL} is an internal command of tidegate doctor"
         );
         return ExitCode::from(EXIT_USAGE);
     };
-    // SAFETY: a number goes in and one comes out. The signal ends this process.
-    unsafe { libc::alarm(PATIENCE) };
+    // SAFETY: alarm(2) takes and returns numbers. The signal ends this process.
+    unsafe { libc::alarm(TIMEOUT) };
     let report = attempt(kind);
     match serde_json::to_writer(io::stdout(), &report) {
         Ok(()) => ExitCode::SUCCESS,
@@ -89,16 +88,15 @@ fn attempt(kind: Kind) -> Trial {
         Kind::Direct => UnshareFlags::NEWNET,
         Kind::InUserNamespace => UnshareFlags::NEWUSER | UnshareFlags::NEWNET,
     };
-    // SAFETY: this process has one thread, which shares neither network nor user namespace with
-    // anybody in here.
+    // SAFETY: this process has one thread, so no other thread depends on its namespaces.
     if let Err(errno) = unsafe { unshare_unsafe(flags) } {
         return Trial::NotMade(errno.into());
     }
-    // Out of a user namespace there is no way, for nobody.
+    // A process cannot leave a user namespace.
     if kind == Kind::Direct
-        && let Err(errno) = there_and_back(old)
+        && let Err(errno) = leave_and_return(old)
     {
-        return Trial::NoWayBack(errno);
+        return Trial::NoReturn(errno);
     }
     let nftables = Connection::open().and_then(|mut nftables| {
         nftables.can_own().map_err(|error| match error {
@@ -114,7 +112,7 @@ fn attempt(kind: Kind) -> Trial {
     Trial::Entered(Inside { network: network(), nftables, gates, port_guards: port_guards(), tun })
 }
 
-/// Tries each mechanism of port guards in the namespace that this process is in.
+/// Tries each mechanism of port guards in the current namespace.
 fn port_guards() -> Result<String, Vec<(String, Code)>> {
     let probed = PortGuards::probe(&port_guards::candidates(), "trial");
     probed.map(|guards| guards.mechanism().to_string()).map_err(|failures| {
@@ -125,8 +123,8 @@ fn port_guards() -> Result<String, Vec<(String, Code)>> {
     })
 }
 
-/// Leaves the namespace for `old`, and comes back.
-fn there_and_back(old: io::Result<Namespace>) -> Result<(), Code> {
+/// Enters the namespace `old`, and returns.
+fn leave_and_return(old: io::Result<Namespace>) -> Result<(), Code> {
     let new = File::open("/proc/self/ns/net")?;
     let enter = |namespace: std::os::fd::BorrowedFd<'_>| {
         move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))
@@ -135,8 +133,7 @@ fn there_and_back(old: io::Result<Namespace>) -> Result<(), Code> {
     Ok(enter(new.as_fd())?)
 }
 
-/// Makes a network with one endpoint, as `tidegate up` does, in the namespace that this process is
-/// in.
+/// Creates a network with one endpoint in the current namespace, as `tidegate up` does.
 fn network() -> Result<(), (String, Code)> {
     let failed = |what: &str| {
         let what = what.to_owned();
@@ -147,7 +144,7 @@ fn network() -> Result<(), (String, Code)> {
     runtime.block_on(async {
         let mut kernel = Kernel::new(Namespace::current().map_err(failed("open the namespace"))?);
         kernel
-            .add_endpoint("trial", Namespace::create().map_err(failed("make a second namespace"))?);
+            .add_endpoint("trial", Namespace::create().map_err(failed("create a second namespace"))?);
         let facts = desired().facts(&RuleIsolation::default());
         for fact in &facts {
             let added = kernel.execute(&Op::Add(fact.clone())).await;
@@ -156,13 +153,13 @@ fn network() -> Result<(), (String, Code)> {
         let observed =
             kernel.observe(&facts).await.map_err(|error| (error.what, Code::from(error.source)))?;
         match facts.iter().find(|fact| !observed.facts.contains(fact)) {
-            Some(fact) => Err((format!("{fact} was made and is not there"), Errno::IO.into())),
+            Some(fact) => Err((format!("{fact} was added but is not present"), Errno::IO.into())),
             None => Ok(()),
         }
     })
 }
 
-/// One network, one endpoint. In a namespace of their own any names and addresses do.
+/// One network with one endpoint. The namespace is empty, so any names and addresses are free.
 fn desired() -> Desired {
     let has_ipv6 = socket(AddressFamily::INET6, SocketType::DGRAM, None).is_ok();
     let families = ["192.0.2.1/24", "2001:db8::1/64"].iter().take(if has_ipv6 { 2 } else { 1 });
