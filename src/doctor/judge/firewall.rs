@@ -108,10 +108,7 @@ pub(super) fn choice(host: &Host) -> Row {
     let nothing = [None, None];
     let has_nftables = inside(&host.direct).is_some_and(|inside| inside.nftables.is_ok());
     if inside(&host.direct).is_none() || !host.capabilities.net_admin {
-        return Row::note(
-            check,
-            "none: networks of an ordinary user are separate from the host",
-        );
+        return Row::note(check, "none: networks of an ordinary user are separate from the host");
     }
     let (order, why) = preference(host.iptables.as_ref().unwrap_or(&nothing));
     let is_there = |kind: &FirewallKind| match kind {
@@ -120,7 +117,9 @@ pub(super) fn choice(host: &Host) -> Row {
     };
     match order.iter().position(is_there) {
         Some(0) => Row::note(check, format!("tidegate up uses {}: {why}", order[0])),
-        Some(second) => Row::note(check, format!("tidegate up uses {}: no {}", order[second], order[0])),
+        Some(second) => {
+            Row::note(check, format!("tidegate up uses {}: no {}", order[second], order[0]))
+        }
         None => Row::limited(
             check,
             "not available: guards alone isolate the networks, and the NAT engine provides egress",

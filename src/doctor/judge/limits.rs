@@ -52,7 +52,10 @@ pub(super) fn open_files(host: &Host) -> Row {
         }
         Some(hard) => Row::ok(
             check,
-            format!("{found} (tidegate raises the soft limit to it): about {} connections", hard / 2),
+            format!(
+                "{found} (tidegate raises the soft limit to it): about {} connections",
+                hard / 2
+            ),
         ),
         None => Row::ok(check, found),
     }

@@ -190,11 +190,8 @@ pub(super) fn tun(host: &Host) -> Row {
     let check = "tun";
     let mode = host.tun_mode.map_or_else(String::new, |mode| format!(" (mode {mode:04o})"));
     let limited = |found: String, fix: &str| {
-        Row::limited(
-            check,
-            format!("{found}; without a firewall, networks have no egress"),
-        )
-        .fix(fix)
+        Row::limited(check, format!("{found}; without a firewall, networks have no egress"))
+            .fix(fix)
     };
     if let Err(error) = host.tun_device {
         let found = format!("/dev/net/tun: {error}");
@@ -210,9 +207,10 @@ pub(super) fn tun(host: &Host) -> Row {
     }
     match any_inside(host).map(|inside| inside.tun) {
         Some(Ok(_)) => Row::ok(check, "a device was created"),
-        Some(Err(error)) => {
-            limited(format!("no device could be created: {error}"), "run as root, with CAP_NET_ADMIN")
-        }
+        Some(Err(error)) => limited(
+            format!("no device could be created: {error}"),
+            "run as root, with CAP_NET_ADMIN",
+        ),
         None => Row::cannot_tell(check, &format!("/dev/net/tun can be opened, but {NO_NAMESPACE}")),
     }
 }

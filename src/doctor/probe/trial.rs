@@ -58,8 +58,8 @@ pub(super) fn run(kind: Kind) -> Found<Trial> {
     let output =
         command.output().map_err(|error| format!("/proc/self/exe: {}", super::said(&error)))?;
     serde_json::from_slice(&output.stdout)
-        .map_err(|_| format!("the process that tries ended early ({})", output.status))
         .map_err(|_| format!("the trial process ended early ({})", output.status))
+}
 
 /// The child process. The argument is the kind of namespace; the report goes to standard output.
 pub fn trial(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
@@ -143,8 +143,10 @@ fn network() -> Result<(), (String, Code)> {
     let runtime = runtime.map_err(failed("event loop"))?;
     runtime.block_on(async {
         let mut kernel = Kernel::new(Namespace::current().map_err(failed("open the namespace"))?);
-        kernel
-            .add_endpoint("trial", Namespace::create().map_err(failed("create a second namespace"))?);
+        kernel.add_endpoint(
+            "trial",
+            Namespace::create().map_err(failed("create a second namespace"))?,
+        );
         let facts = desired().facts(&RuleIsolation::default());
         for fact in &facts {
             let added = kernel.execute(&Op::Add(fact.clone())).await;
