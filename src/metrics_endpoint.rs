@@ -1,16 +1,17 @@
-//! `GET /metrics`, for Prometheus.
+//! The metrics endpoint: `GET /metrics` for Prometheus.
 //!
-//! Plain blocking I/O on threads of its own, because the small docker-proxy binary, which has no
-//! async runtime, serves it as well as the large one. Clients are bounded, and each holder of them
-//! has a share ([`clients`]); a client has [`PATIENCE`] for its request, and [`ANSWER_TIME`] to
-//! take the page. The page is written by one thread at a time, whose priority is low ([`NICE`]) and
-//! who often rests, and those who came before it was begun all get the same. Pages are sent in
-//! pieces ([`PIECE`]), one thread's at a time as well, and after each as long is waited as it took:
-//! a storm of scrapes has half of a core at most. So whatever happens here, the data plane hardly
-//! notices.
+//! It uses blocking I/O on its own threads, because the small docker-proxy binary also serves
+//! metrics and has no async runtime. The number of clients is bounded, and each holder has a share
+//! of it ([`clients`]). A client has [`REQUEST_TIMEOUT`] for its request and [`RESPONSE_TIMEOUT`]
+//! to read the page.
 //!
-//! A port that is in use is no reason not to start: any user of the host can take one. It is tried
-//! again ([`Backoff`]) for as long as the process runs.
+//! The load on the data plane is bounded, too. One thread at a time renders a page, with low
+//! priority ([`NICE`]) and frequent pauses. Clients that arrive before rendering starts share the
+//! page. Pages are sent in pieces ([`PIECE`]), one piece at a time, each followed by a pause of
+//! equal length. A storm of scrapes therefore uses at most half a core.
+//!
+//! A port in use does not prevent the start, because any user of the host can occupy a port.
+//! Binding is retried ([`Backoff`]) until the process ends.
 
 mod clients;
 mod http;
@@ -34,32 +35,32 @@ use tidegate_netns::LocalPeers;
 use tidegate_proxy::{Fill, GatewayAcl, PortSnapshot, describe};
 use tidegate_reactor::enable_stream_ingress;
 
-/// How long a client may take over its request, and over reading anything of the page.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// The time for a client to send its request, and the longest wait for it to read more of the page.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a client may take over reading the page. Prometheus gives up after 10 s unless told
-/// otherwise (`scrape_timeout`).
-const ANSWER_TIME: Duration = Duration::from_secs(30);
+/// The total time for a client to read the page. The default of Prometheus is to give up after 10 s
+/// (`scrape_timeout`).
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// When a port in use is tried again: after the first time, which doubles, up to the second.
+/// The first and the longest interval between attempts to bind a port in use. The interval doubles.
 const RETRY: Duration = Duration::from_secs(1);
-const LONGEST_RETRY: Duration = Duration::from_secs(30);
+const MAX_RETRY: Duration = Duration::from_secs(30);
 
-/// How often histograms are folded when nobody scrapes, so that they do not pile up.
+/// The interval for folding histograms without scrapes, so that their samples do not accumulate.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// Niceness of the threads that let clients in and write pages: beside a loop at work they have a
-/// tenth of its time (sched(7)).
+/// The niceness of the threads that accept clients and render pages. Next to a busy event loop,
+/// they get a tenth of its CPU time (sched(7)).
 const NICE: i32 = 10;
 
-/// Bytes of a page that are sent at a time: some 50 us.
+/// The bytes of a page that are sent at a time, which takes about 50 us.
 const PIECE: usize = 256 << 10;
 
-/// Ports behind the first one in the range that is suggested where one is in use.
+/// The length of the port range that the error for a port in use suggests.
 const RANGE: u16 = 10;
 
-/// Where to serve: an address and a port, or the first free port of a range (for the many
-/// docker-proxies of one host, which share one environment).
+/// The address to serve on, with a port or a range of ports. Of a range, the first free port is
+/// used. The docker-proxy processes of a host share one environment and need a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MetricsAddress {
     ip: IpAddr,
@@ -67,7 +68,7 @@ pub struct MetricsAddress {
     last: u16,
 }
 
-/// An address that is not understood.
+/// The address is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("metrics address {0:?} is not ADDRESS:PORT or ADDRESS:PORT-PORT")]
 pub struct MetricsAddressError(String);
@@ -84,7 +85,7 @@ impl fmt::Display for MetricsAddress {
 }
 
 impl MetricsAddress {
-    /// The same with the ports behind it, as an example.
+    /// The same address with a range of ports, as an example for the error.
     fn as_range(self) -> String {
         let last = self.first.saturating_add(RANGE);
         format!("{}-{last}", SocketAddr::new(self.ip, self.first))
@@ -109,20 +110,20 @@ impl FromStr for MetricsAddress {
     }
 }
 
-/// Why there is no endpoint. A port in use is none: [`Recorder::install`].
+/// Why the endpoint cannot be served. A port in use is not an error, see [`Recorder::install`].
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
-    /// The address is not of this host, or not allowed.
+    /// The address does not belong to this host, or is not permitted.
     #[error("metrics address {address}: {source}")]
     Bind {
-        /// Where it should have been.
+        /// The configured address.
         address: MetricsAddress,
-        /// What the system says of the last port tried.
+        /// The error of the last port tried.
         source: io::Error,
     },
 }
 
-/// Whether metrics are served, and where.
+/// The state of the endpoint.
 #[derive(Clone, Debug)]
 pub struct MetricsStatus {
     wanted: MetricsAddress,
@@ -130,46 +131,46 @@ pub struct MetricsStatus {
 }
 
 impl MetricsStatus {
-    /// Where they were asked for: an address and a port, or a range of ports.
+    /// The configured address, with a port or a range of ports.
     #[must_use]
     pub fn wanted(&self) -> MetricsAddress {
         self.wanted
     }
 
-    /// They are served by `listener`.
+    /// Records the address of `listener` as served.
     fn set(&self, listener: &TcpListener) {
         if let Ok(address) = listener.local_addr() {
-            // Nobody else sets it.
+            // Only one listener is ever bound.
             let _ = self.served.set(address);
         }
     }
 
-    /// Where they are served; `None` while the port is in use by others.
+    /// The address in use; `None` while another program occupies it.
     #[must_use]
     pub fn served(&self) -> Option<SocketAddr> {
         self.served.get().copied()
     }
 }
 
-/// The recorder behind the `metrics` facade; make it before anything resolves its instruments.
+/// The recorder of the `metrics` facade. It must be installed before instruments are resolved.
 pub struct Recorder {
     handle: PrometheusHandle,
     status: MetricsStatus,
-    /// Nothing while the port is in use.
+    /// `None` while the port is in use.
     listener: Option<TcpListener>,
     acl: GatewayAcl,
     more: Vec<Families>,
 }
 
-/// Writes families of series in the text format of Prometheus.
+/// Writes families of series in the Prometheus text format.
 type Families = Box<dyn Fn(&mut String) + Send + Sync>;
 
 impl Recorder {
-    /// Binds `address` and takes the facade's place. If the port, or each port of the range, is in
-    /// use, that is logged with its remedy, and [`Self::serve`] tries again.
+    /// Binds `address` and installs the recorder in the facade. If all its ports are in use, a
+    /// warning with the remedy is logged, and [`Self::serve`] retries.
     ///
     /// # Errors
-    /// [`EndpointError`]; nothing is left open then.
+    /// [`EndpointError`]. Nothing stays open.
     pub fn install(address: MetricsAddress) -> Result<Self, EndpointError> {
         let listener = match bind(address) {
             Ok(listener) => Some(listener),
@@ -177,7 +178,7 @@ impl Recorder {
                 if source.kind() == io::ErrorKind::AddrInUse =>
             {
                 tracing::warn!(
-                    "metrics are not served: {}; trying again until it is free, or give another address, or a range of ports \
+                    "metrics are not served: {}; retrying; stop that program, or use another address, or a range of ports \
                      such as {}",
                     in_use(&address),
                     address.as_range()
@@ -189,7 +190,7 @@ impl Recorder {
         let recorder = PrometheusBuilder::new().build_recorder();
         let handle = recorder.handle();
         if metrics::set_global_recorder(recorder).is_err() {
-            tracing::warn!("metrics were set up twice; the first stay");
+            tracing::warn!("metrics recorder already installed; keeping the first");
         }
         let status = MetricsStatus { wanted: address, served: Arc::default() };
         if let Some(listener) = &listener {
@@ -198,37 +199,37 @@ impl Recorder {
         Ok(Self { handle, status, listener, acl: GatewayAcl::default(), more: Vec::new() })
     }
 
-    /// With the families that `families` writes at each scrape (exposition format 0.0.4).
+    /// Adds families that are written at each scrape (exposition format 0.0.4).
     #[must_use]
     pub fn with(mut self, families: impl Fn(&mut String) + Send + Sync + 'static) -> Self {
         self.more.push(Box::new(families));
         self
     }
 
-    /// Answers only clients that `acl` does not deny.
+    /// Serves only clients that `acl` permits.
     #[must_use]
     pub fn controlled_by(self, acl: GatewayAcl) -> Self {
         Self { acl, ..self }
     }
 
-    /// Whether it answers, and where, now and later.
+    /// The state of the endpoint, kept up to date.
     #[must_use]
     pub fn status(&self) -> MetricsStatus {
         self.status.clone()
     }
 
-    /// Answers scrapes with the figures of the published ports, which `ports` tells, and of the
-    /// process, on threads of its own, until the process ends.
+    /// Serves the metrics of the published ports and of the process, on threads of its own, until
+    /// the process ends. `ports` returns the metrics of the ports.
     ///
     /// # Errors
-    /// When no thread can be started.
+    /// If a thread cannot be started.
     pub fn serve(
         self,
         ports: impl Fn() -> (Vec<PortSnapshot>, Fill) + Send + Sync + 'static,
     ) -> io::Result<()> {
         gauge!("tidegate_build_info", "version" => crate::version::VERSION, "commit" => crate::version::COMMIT)
             .set(1.0);
-        metrics::describe_gauge!("tidegate_build_info", "Always 1; its labels say what was built.");
+        metrics::describe_gauge!("tidegate_build_info", "Always 1; the labels identify the build.");
         let collector = Collector::default();
         collector.describe();
         let upkeep = self.handle.clone();
@@ -248,15 +249,15 @@ impl Recorder {
         };
         let page = Arc::new(page);
         let (status, listener, acl) = (self.status, self.listener, self.acl);
-        // Not in the thread: a process that confines itself when this returns may open no netlink
-        // socket then.
+        // Opened here and not in the thread: the process may drop its privileges after this call,
+        // and cannot open a netlink socket then.
         let peers = LocalPeers::new();
         if let Err(error) = &peers {
-            tracing::warn!(%error, "all metrics clients on this host share one limit: their users are not known");
+            tracing::warn!(%error, "metrics clients on this host share one limit; their users are unknown");
         }
         std::thread::Builder::new().name("tidegate-metrics".into()).spawn(move || {
-            // On Linux it is this thread's, and that of those which it starts. That it is refused
-            // changes nothing but that.
+            // On Linux, niceness is per thread and inherited by its child threads. An error only
+            // leaves the priority as it is.
             let _ = rustix::process::nice(NICE);
             let listener = listener.unwrap_or_else(|| wait_for(&status));
             match Server::new(listener, acl, peers.ok(), page) {
@@ -268,23 +269,23 @@ impl Recorder {
     }
 }
 
-/// When a port in use is tried again. Pure.
+/// The intervals between attempts to bind a port in use.
 struct Backoff(Duration);
 
 impl Iterator for Backoff {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        let next = (self.0 * 2).min(LONGEST_RETRY);
+        let next = (self.0 * 2).min(MAX_RETRY);
         Some(std::mem::replace(&mut self.0, next))
     }
 }
 
-/// Tries to bind the address that is wanted until that succeeds.
+/// Binds the configured address, with retries until that succeeds.
 fn wait_for(status: &MetricsStatus) -> TcpListener {
     let mut backoff = Backoff(RETRY);
     loop {
-        std::thread::sleep(backoff.next().unwrap_or(LONGEST_RETRY));
+        std::thread::sleep(backoff.next().unwrap_or(MAX_RETRY));
         match bind(status.wanted) {
             Ok(listener) => {
                 status.set(&listener);
@@ -292,12 +293,12 @@ fn wait_for(status: &MetricsStatus) -> TcpListener {
                 tracing::info!(metrics = address, "metrics are served now; the port was in use");
                 return listener;
             }
-            Err(error) => tracing::debug!(%error, "metrics are still not served"),
+            Err(error) => tracing::debug!(%error, "metrics still not served"),
         }
     }
 }
 
-/// `address` and by whom it is in use.
+/// `address` with the program that uses it.
 fn in_use(address: &MetricsAddress) -> String {
     let one = (address.first == address.last).then(|| SocketAddr::new(address.ip, address.first));
     match one {
@@ -311,8 +312,8 @@ fn bind(address: MetricsAddress) -> Result<TcpListener, EndpointError> {
     for port in address.first..=address.last {
         match TcpListener::bind((address.ip, port)) {
             Ok(listener) => {
-                let told = enable_stream_ingress(&listener, address.ip.is_ipv6());
-                told.map_err(|source| EndpointError::Bind { address, source })?;
+                let enabled = enable_stream_ingress(&listener, address.ip.is_ipv6());
+                enabled.map_err(|source| EndpointError::Bind { address, source })?;
                 return Ok(listener);
             }
             Err(error) => last_error = Some(error),
@@ -322,26 +323,26 @@ fn bind(address: MetricsAddress) -> Result<TcpListener, EndpointError> {
     Err(EndpointError::Bind { address, source })
 }
 
-/// What is on the page.
+/// The source of the metrics page.
 struct Page {
     handle: PrometheusHandle,
     ports: Box<dyn Fn() -> (Vec<PortSnapshot>, Fill) + Send + Sync>,
     collector: Collector,
     more: Vec<Families>,
-    /// The page that was written last for several, and when it was begun.
+    /// The last rendered page, and when rendering started.
     last: Mutex<Option<(Instant, Arc<str>)>>,
-    /// Whose turn it is to work.
+    /// Held by the thread that renders or sends.
     turn: Mutex<()>,
 }
 
 impl Page {
-    /// The page as it is at this moment, or a moment later.
+    /// A page that reflects a time not earlier than this call.
     fn now(&self) -> Arc<str> {
-        let asked = Instant::now();
-        // While others wait for it.
+        let requested = Instant::now();
+        // Concurrent requests wait here for the page of the first.
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((begun, page)) = &*last
-            && *begun >= asked
+            && *begun >= requested
         {
             return Arc::clone(page);
         }
@@ -354,8 +355,8 @@ impl Page {
         page
     }
 
-    /// Does a piece of work when nobody else does, and rests for as long as it took.
-    fn at_ones_turn<T>(&self, work: impl FnOnce() -> T) -> T {
+    /// Does a piece of work under the lock, and pauses for as long as it took.
+    fn throttled<T>(&self, work: impl FnOnce() -> T) -> T {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let begun = Instant::now();
         let done = work();
@@ -363,29 +364,29 @@ impl Page {
         done
     }
 
-    /// Sends the page to `client`, whose socket does not block.
+    /// Sends the page to `client`, a nonblocking socket.
     fn answer(&self, client: &TcpStream) -> io::Result<()> {
-        let until = Instant::now() + ANSWER_TIME;
+        let until = Instant::now() + RESPONSE_TIMEOUT;
         let text = self.now();
         self.send(client, http::head("200 OK", "", Some(text.len())).as_bytes(), until)?;
         self.send(client, text.as_bytes(), until)
     }
 
-    /// Sends `bytes` piece by piece, until `until` at most.
+    /// Sends `bytes` in pieces, with the deadline `until`.
     fn send(&self, mut client: &TcpStream, bytes: &[u8], until: Instant) -> io::Result<()> {
-        let patience = Timespec::try_from(PATIENCE).map_err(io::Error::other)?;
+        let timeout = Timespec::try_from(REQUEST_TIMEOUT).map_err(io::Error::other)?;
         let mut left = bytes;
         while !left.is_empty() {
             if Instant::now() >= until {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             let piece = &left[..left.len().min(PIECE)];
-            match self.at_ones_turn(|| client.write(piece)) {
+            match self.throttled(|| client.write(piece)) {
                 Ok(sent) => left = &left[sent..],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Not while others wait for their turn.
+                // Waits without the lock, so that other threads can send.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let room = poll(&mut [PollFd::new(client, PollFlags::OUT)], Some(&patience));
+                    let room = poll(&mut [PollFd::new(client, PollFlags::OUT)], Some(&timeout));
                     if retry(room)? == Some(0) {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
@@ -399,48 +400,50 @@ impl Page {
     fn render(&self) -> String {
         self.collector.collect();
         let mut text = self.handle.render();
-        // Writing to a String does not fail.
+        // Writing to a String cannot fail.
         let (ports, fill) = (self.ports)();
         let _ =
-            describe(&ports, &mut Gently::new(&mut text)).and_then(|()| fill.describe(&mut text));
+            describe(&ports, &mut Throttle::new(&mut text)).and_then(|()| fill.describe(&mut text));
         self.more.iter().for_each(|families| families(&mut text));
         text
     }
 }
 
-/// Writes, and rests every now and then for as long as it has written. A loop that is woken may
-/// have to wait until whoever has its core sleeps or its time is over, however low its priority is:
-/// 3 ms (`sysctl_sched_base_slice`, kernel/sched/fair.c), where this is over in a tenth of that.
-struct Gently<'a> {
+/// Writes text, and pauses at intervals for as long as the writing took. A woken event loop may
+/// have to wait for the thread on its core to sleep or to use up its time slice of 3 ms
+/// (`sysctl_sched_base_slice`, kernel/sched/fair.c), whatever the priority of that thread. The
+/// pauses shorten this wait to a tenth.
+struct Throttle<'a> {
     text: &'a mut String,
     begun: Instant,
-    /// How long the text was when it rested last.
+    /// The length of the text at the last pause.
+    paused_at: usize,
     rested: usize,
 }
 
-impl<'a> Gently<'a> {
-    /// Bytes of text between two rests: a hundred series, some 50 us.
+impl<'a> Throttle<'a> {
+    /// The bytes of text between two pauses: about a hundred series, rendered in 50 us.
     const STRETCH: usize = 8 << 10;
 
     fn new(text: &'a mut String) -> Self {
-        let rested = text.len();
-        Self { text, begun: Instant::now(), rested }
+        let paused_at = text.len();
+        Self { text, begun: Instant::now(), paused_at }
     }
 }
 
-impl fmt::Write for Gently<'_> {
+impl fmt::Write for Throttle<'_> {
     fn write_str(&mut self, more: &str) -> fmt::Result {
         self.text.push_str(more);
-        if self.text.len() - self.rested >= Self::STRETCH {
+        if self.text.len() - self.paused_at >= Self::STRETCH {
             std::thread::sleep(self.begun.elapsed());
             self.begun = Instant::now();
-            self.rested = self.text.len();
+            self.paused_at = self.text.len();
         }
         Ok(())
     }
 }
 
-/// What poll(2) has said; nothing if a signal came.
+/// The result of poll(2); `None` after a signal.
 fn retry(polled: rustix::io::Result<usize>) -> io::Result<Option<usize>> {
     match polled {
         Ok(ready) => Ok(Some(ready)),
@@ -454,7 +457,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_may_be_a_range_of_ports() {
+    fn an_address_can_have_a_range_of_ports() {
         let one: MetricsAddress = "127.0.0.1:9464".parse().unwrap();
         assert_eq!((one.first, one.last), (9464, 9464));
         let many: MetricsAddress = "[::1]:9500-9599".parse().unwrap();
@@ -465,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_free_port_of_a_range_is_taken_and_a_full_range_is_told() {
+    fn the_first_free_port_of_a_range_is_bound() {
         let holder = TcpListener::bind("127.0.0.1:0").unwrap();
         let busy = holder.local_addr().unwrap().port();
         let range: MetricsAddress =
@@ -477,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_in_use_is_tried_again_after_ever_longer_and_bounded() {
+    fn retries_back_off_up_to_the_maximum() {
         let seconds: Vec<_> = Backoff(RETRY).take(8).map(|time| time.as_secs()).collect();
         assert_eq!(seconds, [1, 2, 4, 8, 16, 30, 30, 30]);
     }

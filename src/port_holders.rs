@@ -1,4 +1,4 @@
-//! Which sockets have a port, and whose they are: from `/proc`, as far as this process may look.
+//! The sockets bound to a port, and the processes that hold them, from `/proc`.
 
 use procfs::ProcResult;
 use procfs::net::TcpState;
@@ -7,29 +7,28 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use tidegate_model::Protocol;
 
-/// A socket that a port is taken by: TCP that listens, or UDP.
+/// A socket bound to a port: a TCP listener, or a UDP socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bound {
-    /// The port and the address that it answers at.
+    /// The local address and port.
     pub(crate) local: SocketAddr,
-    /// Whom alone it hears; without address and port, everybody.
+    /// The connected peer; address and port are 0 without one.
     pub(crate) remote: SocketAddr,
-    /// By which its descriptors are recognised.
+    /// The inode, which identifies descriptors of the socket.
     pub(crate) inode: u64,
 }
 
 impl Bound {
-    /// Whether anybody who reaches the host, by any of its addresses, reaches it.
+    /// Whether clients reach the socket by any address of the host.
     pub(crate) fn is_open_to_all(&self) -> bool {
         self.local.ip().to_canonical().is_unspecified() && self.remote.port() == 0
     }
 }
 
-/// The sockets of this process's network namespace that have a port. A kernel without IPv6 has none
-/// of that family.
+/// The bound sockets of the current network namespace. A kernel without IPv6 has no IPv6 sockets.
 ///
 /// # Errors
-/// `/proc` is not there.
+/// If `/proc` is not readable.
 pub(crate) fn bound(protocol: Protocol) -> ProcResult<Vec<Bound>> {
     let bound = |local, remote, inode| Bound { local, remote, inode };
     match protocol {
@@ -53,24 +52,24 @@ pub(crate) fn bound(protocol: Protocol) -> ProcResult<Vec<Bound>> {
 /// A process that holds sockets.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Holder {
-    /// As its own `/proc/PID/comm` says.
+    /// The name in `/proc/PID/comm`.
     pub(crate) name: String,
     pub(crate) pid: i32,
-    /// Its command line; nothing if it may not be read.
+    /// The command line; empty if it is not readable.
     pub(crate) command: Vec<String>,
-    /// Those of the sockets asked about that it holds.
+    /// The sockets it holds, of those in the query.
     pub(crate) inodes: BTreeSet<u64>,
 }
 
-/// As `nginx (pid 812)`.
+/// In the format `nginx (pid 812)`.
 impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} (pid {})", self.name, self.pid)
     }
 }
 
-/// The processes that hold one of the sockets `inodes`. Other users' processes show theirs to root
-/// alone.
+/// The processes that hold one of the sockets `inodes`. The sockets of other users' processes are
+/// visible only to root.
 pub(crate) fn holders(inodes: &BTreeSet<u64>) -> Vec<Holder> {
     if inodes.is_empty() {
         return Vec::new();

@@ -1,4 +1,4 @@
-//! The clients of the metrics listener, and which of them yields at a limit. Pure.
+//! The clients of the metrics endpoint, and which of them is evicted at a limit. Pure.
 //!
 //! # Theory of operation
 //!
@@ -8,32 +8,32 @@
 //!                └──────► evicted ◄───┘
 //! ```
 //!
-//! A client is *silent* until its request is complete. There is always room for a new one: at the
-//! limit of silent clients, the oldest one of the largest holder is evicted. A *holder* is
-//! everybody who shares a limit: a local user, or an address ([`Holder`]).
+//! A client is *silent* until its request is complete. A new client is always accepted: at the
+//! limit of silent clients, the oldest silent client of the largest holder is evicted. A *holder*
+//! is the owner of a share of the limits: a local user, or an address ([`Holder`]).
 //!
-//! A holder may have one more answer as long as [`may_take`] says so: one greedy holder gets two
-//! thirds, and the rest stays free for others without a running answer being cut. Where several
-//! greedy holders leave no place free, the oldest answer of the largest holder yields to a holder
-//! that has fewer.
+//! A holder may have one more response as long as [`may_take`] permits it. A single greedy holder
+//! gets two thirds of the responses, and the rest stays free for others without cutting a running
+//! response. If several greedy holders use all of them, a holder with fewer responses evicts the
+//! oldest response of the largest holder.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use tidegate_model::may_take;
 
-/// Who shares a limit.
+/// The owner of a share of the limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Holder {
-    /// The processes of a user of this host.
+    /// The processes of a local user.
     User(u32),
-    /// Processes of this host whose user is not known.
+    /// Local processes of an unknown user.
     Local,
     /// An IPv4 address, or the first address of an IPv6 /64.
     Address(IpAddr),
 }
 
-/// For the log, which names no address of a client.
+/// For the log, which must not contain client addresses.
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -44,7 +44,7 @@ impl fmt::Display for Holder {
     }
 }
 
-/// A client, in the order in which they were accepted.
+/// The id of a client. Ids follow the order of acceptance.
 pub(super) type Id = u64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,23 +53,23 @@ struct Client {
     answered: bool,
 }
 
-/// How a request is received.
+/// The decision about a complete request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Begin {
-    /// It is answered.
+    /// It is served.
     Answer,
-    /// It is answered in the place of this client, which is evicted.
+    /// It is served, and this client is evicted for it.
     InPlaceOf(Id, Holder),
-    /// There are too many answers.
+    /// It is refused at the limit of responses.
     Refuse,
 }
 
 /// All clients.
 #[derive(Debug)]
 pub(super) struct Clients {
-    /// Clients that are silent at once, one at least.
+    /// The limit of silent clients, at least 1.
     silent: usize,
-    /// Clients that are answered at once, one at least.
+    /// The limit of concurrent responses, at least 1.
     answers: usize,
     clients: BTreeMap<Id, Client>,
     next: Id,
@@ -80,7 +80,7 @@ impl Clients {
         Self { silent: silent.max(1), answers: answers.max(1), clients: BTreeMap::new(), next: 0 }
     }
 
-    /// Accepts a client of `holder`, and evicts a silent one if there are too many.
+    /// Accepts a client of `holder`, and evicts a silent one above the limit.
     pub(super) fn accept(&mut self, holder: Holder) -> (Id, Option<(Id, Holder)>) {
         let id = self.next;
         self.next += 1;
@@ -89,7 +89,7 @@ impl Clients {
         (id, evicted)
     }
 
-    /// The request of the silent client `id` is complete.
+    /// Decides about the complete request of the silent client `id`.
     pub(super) fn begin(&mut self, id: Id) -> Begin {
         let Some(holder) = self.clients.get(&id).map(|client| client.holder) else {
             return Begin::Refuse;
@@ -112,7 +112,7 @@ impl Clients {
         begin
     }
 
-    /// The client `id` has gone.
+    /// Removes the client `id`.
     pub(super) fn end(&mut self, id: Id) {
         self.clients.remove(&id);
     }
@@ -121,12 +121,12 @@ impl Clients {
         self.clients.len()
     }
 
-    /// The most that there may be.
+    /// The most clients, silent and served.
     pub(super) fn limit(&self) -> usize {
         self.silent + self.answers
     }
 
-    /// The holder that has most clients.
+    /// The holder with the most clients.
     pub(super) fn largest(&self, answered: bool) -> Option<Holder> {
         self.by_holder(answered)
             .into_iter()
@@ -146,17 +146,18 @@ impl Clients {
         by
     }
 
-    /// Removes the oldest client of the largest holder; of equally large ones, the oldest of all.
+    /// Evicts the oldest client of the largest holder. Among equally large holders, the oldest
+    /// client of all is evicted.
     fn evict(&mut self, answered: bool) -> Option<(Id, Holder)> {
         let by = self.by_holder(answered);
         let largest = by.values().copied().max()?;
-        let is_its = |client: &Client| {
+        let is_candidate = |client: &Client| {
             client.answered == answered && by.get(&client.holder) == Some(&largest)
         };
         let (id, holder) = self
             .clients
             .iter()
-            .find(|(_, client)| is_its(client))
+            .find(|(_, client)| is_candidate(client))
             .map(|(id, client)| (*id, client.holder))?;
         self.clients.remove(&id);
         Some((id, holder))
@@ -172,7 +173,7 @@ mod tests {
     const NOBODY: Holder = Holder::User(65_534);
 
     #[test]
-    fn the_oldest_silent_client_of_the_largest_holder_yields() {
+    fn the_oldest_silent_client_of_the_largest_holder_is_evicted() {
         let mut clients = Clients::new(3, 1);
         let (scraper, _) = clients.accept(ROOT);
         let (first, _) = clients.accept(NOBODY);
@@ -183,38 +184,39 @@ mod tests {
     }
 
     #[test]
-    fn one_holder_gets_two_thirds_of_the_answers_and_is_not_cut_for_another() {
+    fn one_holder_gets_two_thirds_of_the_responses_and_keeps_them() {
         let mut clients = Clients::new(9, 9);
-        let mut ask = |holder| {
+        let mut request = |holder| {
             let (id, _) = clients.accept(holder);
             clients.begin(id)
         };
-        let greedy = (0..9).map(|_| ask(NOBODY)).filter(|begin| *begin == Begin::Answer).count();
+        let greedy =
+            (0..9).map(|_| request(NOBODY)).filter(|begin| *begin == Begin::Answer).count();
         assert_eq!(greedy, 6);
-        assert_eq!(ask(NOBODY), Begin::Refuse);
-        assert_eq!((ask(ROOT), ask(ROOT)), (Begin::Answer, Begin::Answer));
+        assert_eq!(request(NOBODY), Begin::Refuse);
+        assert_eq!((request(ROOT), request(ROOT)), (Begin::Answer, Begin::Answer));
     }
 
     #[test]
-    fn where_no_place_is_free_the_oldest_answer_of_the_largest_holder_yields() {
+    fn without_a_free_response_the_oldest_one_of_the_largest_holder_is_evicted() {
         let mut clients = Clients::new(9, 3);
-        let mut ask = |holder| {
+        let mut request = |holder| {
             let (id, _) = clients.accept(holder);
             (id, clients.begin(id))
         };
-        let (first, _) = ask(NOBODY);
-        assert_eq!(ask(NOBODY).1, Begin::Answer);
-        assert_eq!(ask(Holder::Local).1, Begin::Answer);
-        assert_eq!(ask(Holder::Local).1, Begin::Refuse);
-        assert_eq!(ask(ROOT).1, Begin::InPlaceOf(first, NOBODY));
-        assert_eq!(ask(ROOT).1, Begin::Refuse, "nobody has two more than it");
+        let (first, _) = request(NOBODY);
+        assert_eq!(request(NOBODY).1, Begin::Answer);
+        assert_eq!(request(Holder::Local).1, Begin::Answer);
+        assert_eq!(request(Holder::Local).1, Begin::Refuse);
+        assert_eq!(request(ROOT).1, Begin::InPlaceOf(first, NOBODY));
+        assert_eq!(request(ROOT).1, Begin::Refuse, "no holder has two more responses");
     }
 
     proptest! {
-        /// Whatever comes: no more clients than there may be, each accepted, and a holder that has
-        /// fewer than the others loses nobody to them.
+        /// The limits hold, every new client is accepted, and a holder with fewer clients than the
+        /// others loses none to them.
         #[test]
-        fn limits_hold_and_the_smallest_holder_loses_nobody(
+        fn limits_hold_and_the_smallest_holder_loses_no_client(
             steps in prop::collection::vec((0_u32..4, 0_u8..3), 1..200),
         ) {
             let mut clients = Clients::new(5, 4);

@@ -1,20 +1,20 @@
-//! Requests to the metrics listener, and what they are answered. Pure.
+//! Requests to the metrics listener and their responses. Pure.
 
-/// The most that a request may be, in bytes, headers included.
+/// The largest request with its headers, in bytes.
 pub(super) const MAX_REQUEST: usize = 8 << 10;
 
-/// What is to be done about what a client has sent.
+/// The state of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Request {
-    /// It is not complete.
+    /// More bytes are needed.
     Incomplete,
-    /// The page is asked for.
+    /// A request for the metrics page.
     Page,
-    /// It is answered with these bytes.
+    /// Any other request, with its complete response.
     Answered(String),
 }
 
-/// Reads what a client has sent so far. `ended` says that nothing more will come.
+/// Parses the bytes received so far. `ended` is true after the last byte.
 pub(super) fn read(bytes: &[u8], ended: bool) -> Request {
     let mut headers = [httparse::EMPTY_HEADER; 64];
     let mut parsed = httparse::Request::new(&mut headers);
@@ -23,42 +23,42 @@ pub(super) fn read(bytes: &[u8], ended: bool) -> Request {
             answer(parsed.method.unwrap_or_default(), parsed.path.unwrap_or_default())
         }
         Ok(httparse::Status::Partial) if !ended && bytes.len() < MAX_REQUEST => Request::Incomplete,
-        _ => Request::Answered(whole("400 Bad Request", "", "that was no HTTP request\n")),
+        _ => Request::Answered(whole("400 Bad Request", "", "invalid HTTP request\n")),
     }
 }
 
 fn answer(method: &str, target: &str) -> Request {
     if !matches!(method, "GET" | "HEAD") {
-        // RFC 9110 section 15.5.6: with the methods that there are.
-        let body = "there are only GET and HEAD\n";
+        // RFC 9110 section 15.5.6 requires the supported methods.
+        let body = "supported methods: GET, HEAD\n";
         return Request::Answered(whole("405 Method Not Allowed", "Allow: GET, HEAD\r\n", body));
     }
-    // RFC 9112 section 3.2.2: a server has to accept the absolute form too.
+    // RFC 9112 section 3.2.2: a server must accept the absolute form.
     let path = match target.strip_prefix("http://") {
         Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]),
         None => target,
     };
     let (status, body) = match path.split('?').next().unwrap_or_default() {
-        // To HEAD without its length: RFC 9110 section 8.6 allows a server to leave out what only
-        // generating the content shows.
+        // HEAD without a length: RFC 9110 section 8.6 permits a server to omit a length that is
+        // known only after generating the content.
         "/metrics" if method == "HEAD" => return Request::Answered(head("200 OK", "", None)),
         "/metrics" => return Request::Page,
-        "/" => ("200 OK", "tidegate's metrics are at /metrics\n"),
-        _ => ("404 Not Found", "there is only /metrics\n"),
+        "/" => ("200 OK", "metrics of tidegate: /metrics\n"),
+        _ => ("404 Not Found", "not found; the only path is /metrics\n"),
     };
     Request::Answered(match method {
-        // RFC 9110 section 9.3.2: no content, and the length of the answer to GET.
+        // RFC 9110 section 9.3.2: no content, but the length of the response to GET.
         "HEAD" => head(status, "", Some(body.len())),
         _ => whole(status, "", body),
     })
 }
 
-/// A whole answer. `fields` are further header fields, each with its line's end.
+/// A complete response. `fields` are additional header fields, each terminated by CRLF.
 pub(super) fn whole(status: &str, fields: &str, body: &str) -> String {
     head(status, fields, Some(body.len())) + body
 }
 
-/// The head of an answer with `length` bytes of content.
+/// The head of a response with `length` bytes of content.
 pub(super) fn head(status: &str, fields: &str, length: Option<usize>) -> String {
     let length = length.map(|length| format!("Content-Length: {length}\r\n")).unwrap_or_default();
     format!(
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_is_asked_for_by_get_in_either_form() {
+    fn get_requests_the_page_in_both_target_forms() {
         for target in ["/metrics", "/metrics?name[]=x", "http://127.0.0.1:9464/metrics"] {
             let request = format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n");
             assert_eq!(read(request.as_bytes(), false), Request::Page, "{target}");
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn head_is_answered_like_get_and_without_content() {
+    fn head_is_answered_like_get_without_content() {
         for (path, status) in
             [("/metrics", "200 OK"), ("/", "200 OK"), ("/elsewhere", "404 Not Found")]
         {
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn other_methods_are_told_which_there_are() {
+    fn other_methods_are_rejected_with_the_supported_ones() {
         for method in ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "BREW"] {
             let answer = answered(&format!("{method} /metrics HTTP/1.1\r\n\r\n"));
             assert!(answer.starts_with("HTTP/1.1 405 Method Not Allowed\r\n"), "{answer}");
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_request_or_too_long_is_told_so() {
+    fn invalid_and_oversized_requests_are_rejected() {
         let long = format!("GET /metrics HTTP/1.1\r\nX: {}", "x".repeat(MAX_REQUEST));
         for request in ["\u{16}\u{3}\u{1}\0\r\n\r\n", "GET\r\n\r\n", &long] {
             assert!(answered(request).starts_with("HTTP/1.1 400 "));

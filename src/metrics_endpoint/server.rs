@@ -1,12 +1,12 @@
-//! The metrics listener: one thread accepts clients and reads their requests, and each page is sent
-//! by a thread of its own.
+//! The metrics listener. One thread accepts clients and reads their requests; each page is sent by
+//! a thread of its own.
 //!
-//! Which client yields at a limit is decided by [`Clients`]. A client on this host is known by its
-//! user, because all local clients have the same address; others by their address.
+//! [`Clients`] decides which client is evicted at a limit. Clients on this host are told apart by
+//! user, because they all have the same address; other clients are told apart by address.
 
 use super::clients::{Begin, Clients, Holder, Id};
 use super::http::{self, MAX_REQUEST, Request};
-use super::{PATIENCE, Page};
+use super::{Page, REQUEST_TIMEOUT};
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
@@ -19,31 +19,31 @@ use tidegate_netns::LocalPeers;
 use tidegate_proxy::GatewayAcl;
 use tidegate_reactor::stream_ingress;
 
-/// Clients that have not sent a whole request.
+/// The most clients without a complete request.
 const SILENT: usize = 64;
 
-/// Pages that are sent at a time; more requests get 503. One holder gets two thirds.
+/// The most concurrent responses; further requests get a 503. One holder gets two thirds.
 const ANSWERS: usize = 24;
 
-/// Clients accepted before those that are there are read from again.
-const ACCEPTED_AT_A_TIME: usize = 16;
+/// The most clients accepted in a row before pending clients are read again.
+const ACCEPT_BATCH: usize = 16;
 
-/// How long nobody is accepted after that has failed: descriptors come back.
-const REST: Duration = Duration::from_millis(100);
+/// The pause after a failed accept, until descriptors are free again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What is read at most of what a client sends behind its request, in bytes.
-const LEFT_OVER: usize = 64 << 10;
+/// The most bytes that are drained behind a request.
+const MAX_DRAIN: usize = 64 << 10;
 
-/// Why a client was sent away.
+/// Why a client was refused or evicted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refusal {
-    /// A silent one, for a new client.
+    /// A silent client was evicted for a new one.
     Silent,
-    /// It took too long over its request.
+    /// The request did not arrive in time.
     Timeout,
-    /// Too many pages are being sent.
+    /// The limit of concurrent responses was reached.
     Answers,
-    /// Its page was being sent, and a smaller holder asked for one.
+    /// A response was evicted for a smaller holder.
     Answered,
 }
 
@@ -60,28 +60,28 @@ impl Refusal {
     }
 }
 
-/// A client that has not sent a whole request.
+/// A client without a complete request.
 struct Silent {
     stream: TcpStream,
     request: Vec<u8>,
     until: Instant,
 }
 
-/// State that the threads that send pages share with the listener.
+/// State shared between the listener and the threads that send pages.
 struct Shared {
     clients: Clients,
-    /// The clients that are answered, to be cut.
+    /// The sockets of clients that are being served, for eviction.
     answered: BTreeMap<Id, Arc<TcpStream>>,
 }
 
-/// What the listener counts, and how often each limit is logged.
+/// The metrics of the listener, and the rate limits of its log.
 struct Counts {
     clients: Gauge,
     refused: [Counter; Refusal::ALL.len()],
     logs: [LogInterval; Refusal::ALL.len()],
 }
 
-/// The listener with its clients.
+/// The listener and its clients.
 pub(super) struct Server {
     listener: TcpListener,
     acl: GatewayAcl,
@@ -93,11 +93,11 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Answers the clients of `listener` that `acl` does not deny. Without `peers`, all clients on
-    /// this host are one holder.
+    /// Serves the clients of `listener` that `acl` permits. Without `peers`, all clients on this
+    /// host are one holder.
     ///
     /// # Errors
-    /// What fcntl(2) says.
+    /// Those of fcntl(2).
     pub(super) fn new(
         listener: TcpListener,
         acl: GatewayAcl,
@@ -123,7 +123,7 @@ impl Server {
     pub(super) fn run(mut self) {
         loop {
             let acceptable = self.wait();
-            // Who has asked already is not evicted for who has not.
+            // Clients with a complete request must not be evicted for new ones.
             for id in self.silent.keys().copied().collect::<Vec<_>>() {
                 self.read(id);
             }
@@ -135,7 +135,7 @@ impl Server {
         }
     }
 
-    /// Waits until somebody has something to say. Whether there are new clients.
+    /// Waits for requests and new clients. Returns whether there are new clients.
     fn wait(&self) -> bool {
         let mut all = vec![PollFd::new(&self.listener, PollFlags::IN)];
         all.extend(self.silent.values().map(|client| PollFd::new(&client.stream, PollFlags::IN)));
@@ -144,20 +144,20 @@ impl Server {
         let left = left.and_then(|left| Timespec::try_from(left + Duration::from_millis(1)).ok());
         match poll(&mut all, left.as_ref()) {
             Ok(_) => !all[0].revents().is_empty(),
-            // A signal, or no memory.
+            // EINTR or ENOMEM
             Err(_) => false,
         }
     }
 
     fn accept(&mut self) {
-        for _ in 0..ACCEPTED_AT_A_TIME {
+        for _ in 0..ACCEPT_BATCH {
             match self.listener.accept() {
-                // Before a byte is read, and before it takes a place.
+                // Before reading a byte, and before it counts against a limit.
                 Ok((client, address)) if is_denied(&self.acl, &client, address) => reset(&client),
                 Ok((client, address)) => self.admit(client, address),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // Out of descriptors, perhaps: the client waits in the queue meanwhile.
-                Err(_) => return std::thread::sleep(REST),
+                // Probably out of descriptors: the client waits in the backlog.
+                Err(_) => return std::thread::sleep(ACCEPT_PAUSE),
             }
         }
     }
@@ -172,19 +172,19 @@ impl Server {
             self.silent.remove(&evicted);
             self.counts.refused(Refusal::Silent, Some(of));
         }
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + REQUEST_TIMEOUT;
         self.silent.insert(id, Silent { stream, request: Vec::new(), until });
-        // A scraper has asked by now.
+        // The request of a scraper usually arrives with the connection.
         self.read(id);
     }
 
-    /// Who `stream`, from `address`, shares limits with.
+    /// The holder of `stream`, a client at `address`.
     fn holder(&self, stream: &TcpStream, address: SocketAddr) -> Holder {
         let client = canonical(address);
         let local = stream.local_addr().map(canonical);
-        let is_here = client.ip().is_loopback()
+        let is_local = client.ip().is_loopback()
             || local.as_ref().is_ok_and(|local| local.ip() == client.ip());
-        if !is_here {
+        if !is_local {
             return Holder::Address(share_of(client.ip()));
         }
         let user = self
@@ -195,7 +195,7 @@ impl Server {
         user.map_or(Holder::Local, Holder::User)
     }
 
-    /// Reads what the silent client `id` has sent, and answers when that is a request.
+    /// Reads from the silent client `id`, and responds to a complete request.
     fn read(&mut self, id: Id) {
         let Some(client) = self.silent.get_mut(&id) else { return };
         let mut chunk = [0; 1024];
@@ -214,7 +214,7 @@ impl Server {
                 Request::Incomplete => {}
                 Request::Page => break self.answer(id),
                 Request::Answered(answer) => {
-                    say(&client.stream, &answer);
+                    respond(&client.stream, &answer);
                     break self.forget(id);
                 }
             }
@@ -226,7 +226,7 @@ impl Server {
         lock(&self.shared).clients.end(id);
     }
 
-    /// Has the page sent to the client `id`, if not too many are.
+    /// Sends the page to the client `id`, or refuses it at the limit.
     fn answer(&mut self, id: Id) {
         let Some(Silent { stream, .. }) = self.silent.remove(&id) else { return };
         let stream = Arc::new(stream);
@@ -243,7 +243,7 @@ impl Server {
             Begin::Refuse => {
                 let largest = shared.clients.largest(true);
                 drop(shared);
-                say(
+                respond(
                     &stream,
                     &http::whole("503 Service Unavailable", "", "too many scrapes at once\n"),
                 );
@@ -254,7 +254,7 @@ impl Server {
         drop(shared);
         let (page, shared) = (Arc::clone(&self.page), Arc::clone(&self.shared));
         let send = move || {
-            // A client that goes away, or dawdles, is its own loss.
+            // An error or a timeout concerns this client only.
             let _ = page.answer(&stream);
             end(&shared, id);
         };
@@ -263,7 +263,7 @@ impl Server {
         }
     }
 
-    /// Sends those away who have not asked in time.
+    /// Closes clients that did not send a request in time.
     fn expire(&mut self) {
         let now = Instant::now();
         let late: Vec<_> = self
@@ -286,7 +286,7 @@ fn end(shared: &Mutex<Shared>, id: Id) {
 }
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    // What is in there holds after every statement.
+    // Every statement leaves the state consistent, so a poisoned lock is usable.
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -297,10 +297,10 @@ const REFUSED: &str = "tidegate_scrape_refused_total";
 impl Counts {
     fn new() -> Self {
         describe_gauge!(CLIENTS, "Clients of the metrics listener.");
-        describe_gauge!(LIMIT, "Clients that the metrics listener may have.");
+        describe_gauge!(LIMIT, "Limit of clients of the metrics listener.");
         describe_counter!(
             REFUSED,
-            "Clients of the metrics listener that were sent away at a limit."
+            "Clients of the metrics listener refused or evicted at a limit."
         );
         Self {
             clients: gauge!(CLIENTS),
@@ -309,10 +309,10 @@ impl Counts {
         }
     }
 
-    /// Counts it, and says so now and then. `largest` is who holds most.
+    /// Counts a refusal and logs it, rate-limited. `largest` is the holder with the most clients.
     fn refused(&self, reason: Refusal, largest: Option<Holder>) {
         self.refused[reason as usize].increment(1);
-        // One that is slow is no limit.
+        // A timeout is not a limit.
         if reason == Refusal::Timeout {
             return;
         }
@@ -323,7 +323,7 @@ impl Counts {
     }
 }
 
-/// Whether `acl` denies `client`, which came from `address`.
+/// Whether `acl` denies `client`, connected from `address`.
 fn is_denied(acl: &GatewayAcl, client: &TcpStream, address: SocketAddr) -> bool {
     if acl.is_empty() {
         return false;
@@ -341,20 +341,21 @@ fn is_denied(acl: &GatewayAcl, client: &TcpStream, address: SocketAddr) -> bool 
         })
 }
 
-/// Has the client see a reset when the connection is closed.
+/// Makes the close of the connection send a reset.
 fn reset(client: &TcpStream) {
     let _ = socket2::SockRef::from(client).set_linger(Some(Duration::ZERO));
 }
 
-/// Sends a short answer, for which a new connection has room, and reads what has come behind the
-/// request: otherwise closing would reset the connection, and the answer could be lost.
-fn say(mut client: &TcpStream, answer: &str) {
+/// Sends a short response, which fits into the send buffer of a new connection, and drains data
+/// behind the request. Closing with unread data would reset the connection and could lose the
+/// response.
+fn respond(mut client: &TcpStream, answer: &str) {
     let _ = client.write_all(answer.as_bytes());
     let _ = client.shutdown(Shutdown::Write);
-    let mut left_over = [0; 4096];
+    let mut drained = [0; 4096];
     let mut read = 0;
-    while read < LEFT_OVER {
-        match client.read(&mut left_over) {
+    while read < MAX_DRAIN {
+        match client.read(&mut drained) {
             Ok(0) | Err(_) => return,
             Ok(length) => read += length,
         }
