@@ -1,26 +1,29 @@
-//! Which address the container sees as its client's, and how the socket for that is made.
+//! The source address that a container sees, and the sockets that connect with it.
 //!
 //! | | TCP | UDP |
 //! |---|---|---|
-//! | [`Source::Proxy`], no namespace at hand | the host's own, by the route | the same |
-//! | [`Source::Proxy`], with the container's namespace | its gateway | its gateway |
-//! | [`Source::Client`], no namespace at hand | the client's: transparent socket, rule for its answers | the same |
-//! | [`Source::Client`], with the container's namespace | the client's: the short path | the client's: socket inside, rule for its answers |
+//! | [`Source::Proxy`], without the namespace of the container | an address of the host, chosen by
+//! the route | the same |
+//! | [`Source::Proxy`], with the namespace of the container | the gateway | the gateway |
+//! | [`Source::Client`], without the namespace of the container | the client: transparent socket,
+//! policy rule for replies | the same |
+//! | [`Source::Client`], with the namespace of the container | the client: short path | the client:
+//! socket inside, policy rule for replies |
 //!
-//! The short path: the socket is made inside the container's namespace, bound to the client's
-//! address (`IP_TRANSPARENT`) and marked. The container's answers inherit the mark
-//! (`tcp_fwmark_accept`), and a rule for the mark leads them to `lo` and so back to our socket.
-//! Nothing crosses the veth pair or the bridge: it is as fast as the kernel's own path, and rules
-//! and captures on the container's interface do not see it.
+//! The short path: the socket is created inside the namespace of the container, bound to the
+//! address of the client (`IP_TRANSPARENT`) and marked. Replies of the container inherit the mark
+//! (`tcp_fwmark_accept`), and a policy rule for the mark routes them to `lo` and so back to the
+//! socket. No packet crosses the veth pair or the bridge. The path is as fast as that of the
+//! kernel, but firewall rules and captures on the interface of the container do not see it.
 //!
-//! UDP answers inherit no mark. What leads them back is a rule for the published port *and* the
-//! client's address, there for as long as the client has a session; a broader one would swallow the
-//! answers to others who talk to the container directly.
+//! UDP replies do not inherit a mark. They are routed back by a policy rule for the published port
+//! *and* the address of the client, which exists as long as the client has a session. A broader
+//! rule would also match replies to peers that talk to the container directly.
 //!
-//! Some clients are never shown as themselves but as the gateway: those on a network of the
-//! container's own (it would answer them directly), the host's own addresses, and loopback above
-//! all (applications trust 127.0.0.1: CVE-2021-20199). Where binding a single flow fails, it goes
-//! by the gateway too, and that is counted.
+//! Some clients are always shown as the gateway: those on a network of the container (it would
+//! reply to them directly), the addresses of the host, and loopback (applications trust 127.0.0.1:
+//! CVE-2021-20199). If binding a single flow to the client fails, the flow falls back to the
+//! gateway, and the fallback is counted.
 
 mod claims;
 mod inside;
@@ -38,36 +41,37 @@ use tidegate_model::Protocol;
 use tidegate_netns::{AddressBook, Namespace, PolicyRouteError};
 use tidegate_proxy::{Direct, Upstream};
 
-pub use inside::Inside;
-pub use relocatable::Relocatable;
-pub use transparent::Transparent;
+pub use inside::NamespaceUpstream;
+pub use relocatable::RelocatableUpstream;
+pub use transparent::TransparentUpstream;
 
-/// Removes what processes that were killed have left in namespaces, as their journal tells.
+/// Removes state that killed processes left in namespaces, according to their journals.
 pub fn sweep_stale_owners() {
     match tidegate_netns::sweep() {
         Ok(0) => {}
-        Ok(owners) => tracing::info!(owners, "cleaned up after processes that were killed"),
-        // It is the next one's turn then; nothing that is begun here depends on it.
-        Err(error) => tracing::debug!(%error, "cannot look for what killed processes left"),
+        Ok(owners) => tracing::info!(owners, "state of killed processes removed"),
+        // The next process retries; nothing here depends on the result.
+        Err(error) => tracing::debug!(%error, "state of killed processes not removed"),
     }
 }
 
-/// What the container sees as its client's address.
+/// The source address that a container sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// The proxy's: the gateway of the container.
+    /// The address of the gateway.
     Proxy,
-    /// The client's own.
+    /// The address of the client.
     Client,
-    /// The proxy's, and a header in front of the connection tells the client's.
+    /// The address of the gateway, with a PROXY protocol header that carries the address of the
+    /// client.
     ProxyProtocol,
 }
 
 impl Source {
-    /// What there is to choose from.
+    /// All variants.
     pub const ALL: [Self; 3] = [Self::Proxy, Self::Client, Self::ProxyProtocol];
 
-    /// Its name on the command line.
+    /// The value on the command line.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Proxy => "proxy",
@@ -76,35 +80,41 @@ impl Source {
         }
     }
 
-    /// The way to `container` from this process's own namespace.
+    /// An upstream that connects to `container` from the namespace of this process.
     ///
     /// # Errors
-    /// [`SourceError`] when the client's address is to be shown and this process may not do that.
-    pub fn towards(self, container: IpAddr) -> Result<Arc<dyn Upstream>, SourceError> {
+    /// [`SourceError`] if the address of the client is requested and not possible.
+    pub fn upstream_to(self, container: IpAddr) -> Result<Arc<dyn Upstream>, SourceError> {
         match self {
             Self::Proxy | Self::ProxyProtocol => Ok(Arc::new(Direct::new(container))),
-            Self::Client => Ok(Arc::new(Transparent::new(container)?)),
+            Self::Client => Ok(Arc::new(TransparentUpstream::new(container)?)),
         }
     }
 
-    /// The way to the container that lives in `namespace`, on a network of `host_context`.
-    /// `protocol` matters where nothing was asked for (`None`): TCP then shows the client's
-    /// address, and UDP the gateway's.
+    /// An upstream that connects to the container in `namespace`, on a network of `host_context`.
+    /// With `requested` set to `None`, TCP shows the address of the client, and UDP that of the
+    /// gateway.
     ///
     /// # Errors
     /// [`SourceError`].
-    pub fn towards_namespace(
-        asked: Option<Self>,
+    pub fn upstream_to_namespace(
+        requested: Option<Self>,
         host_context: &HostContext,
         namespace: &Namespace,
         container: &[IpAddr],
         protocol: Protocol,
     ) -> Result<Arc<dyn Upstream>, SourceError> {
-        let show_client = match asked {
+        let show_client = match requested {
             Some(source) => source == Self::Client,
             None => protocol == Protocol::Tcp,
         };
-        Ok(Arc::new(Inside::new(host_context, namespace, container, protocol, show_client)?))
+        Ok(Arc::new(NamespaceUpstream::new(
+            host_context,
+            namespace,
+            container,
+            protocol,
+            show_client,
+        )?))
     }
 }
 
@@ -114,9 +124,9 @@ impl fmt::Display for Source {
     }
 }
 
-/// A source that does not exist.
+/// The name of a source is unknown.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is none of proxy, client, proxy-protocol")]
+#[error("{0:?} is not proxy, client or proxy-protocol")]
 pub struct UnknownSource(String);
 
 impl FromStr for Source {
@@ -128,32 +138,32 @@ impl FromStr for Source {
     }
 }
 
-/// Why a source cannot be had.
+/// Why a source address is not possible.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// Transparent sockets need a privilege.
+    /// A transparent socket needs a privilege.
     #[error("source address \"client\": a transparent socket needs CAP_NET_ADMIN: {0}")]
     Transparent(io::Error),
-    /// The rules that lead answers back could not be set.
+    /// The policy rules for replies cannot be added.
     #[error(transparent)]
     PolicyRoute(#[from] PolicyRouteError),
-    /// The container's addresses and routes could not be read.
+    /// The addresses and routes of the container cannot be read.
     #[error("addresses of {namespace}: {cause}{}", hint(.cause))]
     Addresses {
-        /// Whose.
+        /// The namespace.
         namespace: String,
-        /// What the system said.
+        /// The error of the system call.
         cause: io::Error,
     },
-    /// The namespace has nothing to connect to.
-    #[error("{namespace} has no address but loopback: give it one, or say --to ADDRESS")]
+    /// The namespace has no address to connect to.
+    #[error("{namespace} has only loopback addresses; add an address, or set one with --to")]
     NoAddress {
-        /// Which.
+        /// The namespace.
         namespace: String,
     },
-    /// The container cannot be reached from here other than by the default route.
+    /// The container is reachable only by the default route.
     #[error(
-        "source address \"client\": {0} is on no network of this host, so its answers do not pass here"
+        "source address \"client\": {0} is not on a network of this host, so its replies do not pass this host"
     )]
     NotConnected(IpAddr),
 }
@@ -167,14 +177,14 @@ fn hint(cause: &io::Error) -> &'static str {
     }
 }
 
-/// How often a flow could not show the address it should, by reason.
+/// Counters of flows that fell back to another source address, by reason.
 struct Fallbacks {
-    /// The client's address and port were taken, at the container's end or ours.
+    /// The address and port of the client were in use, in the container or in the proxy.
     conflict: Counter,
-    /// The client speaks IPv6 and the container IPv4, or the other way round.
+    /// Client and container use different address families.
     family: Counter,
-    /// No rule could be made to lead the answers back; mostly because there are as many as there
-    /// may be.
+    /// The policy rule for replies could not be added, usually because the limit of rules is
+    /// reached.
     rule: Counter,
 }
 
@@ -183,15 +193,15 @@ impl Fallbacks {
         const NAME: &str = "tidegate_proxy_source_fallbacks_total";
         metrics::describe_counter!(
             NAME,
-            "Flows that showed the gateway where the client was to be shown."
+            "Flows with the source address of the gateway instead of the client."
         );
         let reason = |reason: &'static str| counter!(NAME, "reason" => reason);
         Self { conflict: reason("conflict"), family: reason("family"), rule: reason("rule") }
     }
 }
 
-/// Whether `client` must not be shown to a container at `container` as itself. `there` is what is
-/// known of the container's own namespace.
+/// Whether `client` is shown to the container at `container` as the gateway. `there` is the address
+/// book of the container namespace, if known.
 fn shows_as_gateway(
     client: IpAddr,
     container: IpAddr,
@@ -206,16 +216,17 @@ fn shows_as_gateway(
         || there.is_some_and(|there| there.is_local(client) || there.is_on_link(client))
 }
 
-/// `fe80::/10` says nothing without an interface, and the client's is not the container's.
+/// Whether `ip` is in `fe80::/10`. Such an address is valid only on the link of the client, which
+/// is not the link of the container.
 fn is_link_local(ip: Ipv6Addr) -> bool {
     ip.segments()[0] & 0xffc0 == 0xfe80
 }
 
-/// A transparent socket bound to `source`, in the calling thread's namespace, with `mark` if there
-/// is one.
+/// A transparent socket bound to `source`, in the namespace of the calling thread, with `mark` if
+/// given.
 ///
-/// A `source` with port 0 gets its port on connecting (`IP_BIND_ADDRESS_NO_PORT`): then ports are
-/// scarce for each destination only, and those in TIME_WAIT serve again.
+/// For port 0, the port is chosen at connect time (`IP_BIND_ADDRESS_NO_PORT`). The number of ports
+/// is then limited per destination, and ports in TIME_WAIT can be reused.
 fn transparent_socket(
     protocol: Protocol,
     source: SocketAddr,
@@ -233,7 +244,7 @@ fn transparent_socket(
     if source.port() == 0 {
         bind_without_port(&socket)?;
     } else {
-        // The same client port may be talking to another published port.
+        // The same port of the client may already talk to another published port.
         socket.set_reuse_address(true)?;
     }
     socket.bind(&source.into())?;
@@ -243,8 +254,8 @@ fn transparent_socket(
 fn bind_without_port(socket: &socket2::Socket) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let on: libc::c_int = 1;
-    // SAFETY: the pointer and the length describe `on`. The option is one of level IP for IPv6
-    // sockets too.
+    // SAFETY: the pointer and the length describe `on`. The option has level IP for IPv6 sockets,
+    // too.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -257,13 +268,12 @@ fn bind_without_port(socket: &socket2::Socket) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Whether `error` says that an address is taken, rather than that something is wrong.
+/// Whether `error` means that an address is in use.
 fn is_conflict(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
 }
 
-/// An error of our own making, which no system call returns: there is no rule to lead the answers
-/// back.
+/// The error for a missing policy rule. No system call returns this kind.
 fn no_rule(error: PolicyRouteError) -> io::Error {
     io::Error::other(error)
 }

@@ -1,19 +1,19 @@
-//! The published ports of endpoints: which are open, where they lead, and how they come and go at
-//! run time.
+//! The published ports of endpoints: which are open, where they forward to, and how they are added
+//! and removed at run time.
 //!
-//! An endpoint is a namespace and its addresses. All its ports of one protocol share one way to it
-//! ([`Relocatable`]), so that a container that comes back elsewhere takes a thousand ports along at
-//! once. Nothing that is done to one port or one endpoint is noticed by the flows of another.
+//! An endpoint is a namespace and its addresses. All its ports of one protocol share one upstream
+//! ([`RelocatableUpstream`]). When the container moves to another namespace, a single change
+//! therefore relocates a thousand ports. Changes to one port or endpoint do not affect flows of
+//! another.
 //!
-//! Where the NAT engine leads containers out, ports of UDP come in by it as well
-//! ([`NatPublisher`]).
+//! If the NAT engine provides egress, it also carries published UDP ports ([`NatPublisher`]).
 //!
-//! Where networks are apart from the host ([`HostContext::is_rootless`]) their gateways are no
-//! addresses of its own. What is published on all addresses is opened there too then, and comes and
-//! goes with the port.
+//! Rootless networks are separate from the host ([`HostContext::is_rootless`]), and their gateway
+//! addresses do not belong to the host. A port on all addresses then also listens on the gateways,
+//! for as long as it is published.
 
 use crate::bind::{PortError, reserve};
-use crate::client_address::{Relocatable, Source, SourceError};
+use crate::client_address::{RelocatableUpstream, Source, SourceError};
 use crate::firewall::{BypassedRules, Chosen, PublishBy, opening};
 use crate::host_context::HostContext;
 use crate::limits::ProxyLimits;
@@ -32,87 +32,85 @@ use tidegate_proxy::{
     Settings, Upstream, Whose,
 };
 
-/// Sockets to listen on at most: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses.
-/// What goes beyond that is a mistake, and the list of them has to be told in one piece.
+/// The most listening sockets: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses.
+/// The API returns them in one response.
 pub(crate) const MAX_PORTS: usize = 4 * 65_535;
 
-/// Descriptors that a way into a namespace keeps: two for its book of addresses, one for its policy
+/// The descriptors of an upstream into a namespace: two for its address book, one for its policy
 /// route.
-const WAY_DESCRIPTORS: u32 = 3;
+const UPSTREAM_DESCRIPTORS: u32 = 3;
 
-/// Which port it is. Numbers are not given out twice.
+/// The id of a published port. Ids are not reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct PortId(pub(crate) u32);
 
-/// A published port, as it is told.
+/// The description of a published port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct OpenPort {
-    /// Which one.
+    /// The id.
     pub(crate) id: PortId,
-    /// Whose port it leads to.
+    /// The endpoint that it forwards to.
     pub(crate) endpoint: String,
-    /// Where it listens.
+    /// The address and protocol that it listens on.
     pub(crate) label: PublishLabel,
-    /// The endpoint's port.
+    /// The port of the endpoint.
     pub(crate) container_port: u16,
 }
 
-/// Why a port is not published, or an endpoint not relocated. Nothing has changed then.
+/// Why a port was not published, or an endpoint not relocated. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PublishError {
-    /// There is no such endpoint.
+    /// The endpoint does not exist.
     #[error("there is no endpoint {0:?}")]
     NoEndpoint(String),
-    /// The port cannot be had.
+    /// The port cannot be bound.
     #[error(transparent)]
     Port(#[from] PortError),
-    /// There are [`MAX_PORTS`].
-    #[error(
-        "{0} ports more would be over {MAX_PORTS}, which is all there may be; remove some first"
-    )]
+    /// The limit of [`MAX_PORTS`] is reached.
+    #[error("{0} more ports would exceed the limit of {MAX_PORTS}; remove some first")]
     TooMany(usize),
-    /// Descriptors have run out.
+    /// File descriptors are exhausted.
     #[error(
-        "{0} ports more leave no file descriptors for connections; raise the limit (ulimit -n)"
+        "{0} more ports leave no file descriptors for connections; raise the limit (ulimit -n)"
     )]
     NoDescriptors(usize),
-    /// There is no way into the endpoint.
+    /// No upstream into the namespace of the endpoint could be created.
     #[error("endpoint {endpoint:?}: {source}")]
-    NoWay {
-        /// Which endpoint.
+    NoUpstream {
+        /// The endpoint.
         endpoint: String,
-        /// What is in the way.
+        /// The error of the upstream.
         source: SourceError,
     },
-    /// A rule of DOCKER-USER would not be asked.
+    /// The port would bypass a rule of DOCKER-USER.
     #[error(
         "port {0}: would be served by a userspace socket, which bypasses the rule {1:?} of DOCKER-USER; use --firewall=iptables, give the container an address of that family, or remove the rule"
     )]
     Bypasses(PublishLabel, String),
-    /// Whether there is such a rule is not known.
+    /// The rules of DOCKER-USER cannot be read.
     #[error("the rules of DOCKER-USER cannot be read: {0}")]
     DockerUser(io::Error),
-    /// The firewall has not opened it.
+    /// The port could not be opened in the firewall.
     #[error("firewall: {0}")]
     Firewall(io::Error),
-    /// No event loop could be started.
+    /// An event loop could not be started.
     #[error("event loops: {0}")]
     Engine(io::Error),
-    /// The end has begun.
-    #[error("everything is being taken down")]
+    /// The publisher is closed.
+    #[error("the project is being taken down")]
     Closed,
 }
 
 /// Publishes ports of endpoints.
 pub(crate) struct Publisher {
     host_context: HostContext,
-    /// Where ports are opened too.
+    /// The firewall in which ports are opened.
     firewall: Option<Arc<Firewall>>,
     engine: Arc<Engine>,
     limits: ProxyLimits,
-    /// Where a port on all addresses has to be opened besides.
+    /// The gateways on which ports on all addresses also listen.
     gateways: Vec<IpAddr>,
-    /// By the NAT engine, until everything is closed.
+    /// Publishes UDP ports through the NAT engine; `None` without it, and after the close.
     nat_publish: Mutex<Option<NatPublisher>>,
     state: Mutex<State>,
 }
@@ -121,31 +119,32 @@ pub(crate) struct Publisher {
 struct State {
     endpoints: BTreeMap<String, Endpoint>,
     ports: BTreeMap<PortId, Port>,
-    /// Those without series that the NAT engine carries and that are being closed: what they have
-    /// counted is not remembered yet.
-    leaving: BTreeMap<PortId, Arc<NatPort>>,
-    /// The last number that was given out.
+    /// Ports without series that the NAT engine carries and that are being closed. Their counts are
+    /// not yet added to the sum of closed ports.
+    closing: BTreeMap<PortId, Arc<NatPort>>,
+    /// The last assigned id.
     last: u32,
-    /// The kernel translates ports, where it can.
+    /// Ports are translated by the kernel where possible.
     translates: bool,
     closed: bool,
 }
 
-/// What ports can lead to.
+/// The target of published ports.
 pub(crate) struct Endpoint {
     namespace: Namespace,
     addresses: Vec<IpAddr>,
     acl: GatewayAcl,
-    /// Those of its addresses that the kernel may translate its ports to.
+    /// The addresses that the kernel may translate its ports to.
     targets: Vec<IpAddr>,
-    /// Those from which its answers go to the NAT engine, if there is one.
+    /// The addresses with egress through the NAT engine.
     behind_engine: Vec<IpAddr>,
     relocations: u64,
-    ways: BTreeMap<Protocol, Way>,
+    upstreams: BTreeMap<Protocol, EndpointUpstream>,
 }
 
 impl Endpoint {
-    /// At `addresses` in `namespace`; `acl` says which clients may use which address of this host.
+    /// An endpoint with `addresses` in `namespace`. `acl` decides which clients may use which
+    /// address of the host.
     pub(crate) fn new(namespace: Namespace, addresses: &[IpAddr], acl: GatewayAcl) -> Self {
         Self {
             namespace,
@@ -154,56 +153,56 @@ impl Endpoint {
             targets: Vec::new(),
             behind_engine: Vec::new(),
             relocations: 0,
-            ways: BTreeMap::new(),
+            upstreams: BTreeMap::new(),
         }
     }
 
-    /// Its ports are translated to `targets` where the kernel translates ports.
+    /// Sets the addresses that the kernel translates its ports to.
     pub(crate) fn translated_to(self, targets: Vec<IpAddr>) -> Self {
         Self { targets, ..self }
     }
 
-    /// What it sends from `addresses` goes out by the NAT engine, so what comes in for them may
-    /// come by it.
+    /// Sets the addresses with egress through the NAT engine. Published UDP to them uses the
+    /// engine, too.
     pub(crate) fn behind_engine(self, addresses: Vec<IpAddr>) -> Self {
         Self { behind_engine: addresses, ..self }
     }
 }
 
-/// How flows of one protocol reach an endpoint.
-struct Way {
-    upstream: Arc<Relocatable>,
-    options: Ways,
+/// The upstream of an endpoint for one protocol, with the options of its ports.
+struct EndpointUpstream {
+    upstream: Arc<RelocatableUpstream>,
+    options: EndpointOptions,
     _descriptors: Permit,
 }
 
-/// Options of ports of one protocol of an endpoint.
+/// The port options of an endpoint for one protocol.
 #[derive(Clone)]
-struct Ways {
-    /// Of sockets of the host.
+struct EndpointOptions {
+    /// For sockets on addresses of the host.
     outside: Arc<PortOptions>,
-    /// Of those at gateways that are not addresses of the host's namespace.
+    /// For sockets on gateways outside of the namespace of the host.
     at_gateways: Arc<PortOptions>,
 }
 
 struct Port {
-    told: OpenPort,
-    /// Itself, and the same at gateways.
+    view: OpenPort,
+    /// The sockets of the proxy, including those on gateways.
     published: Vec<PublishedPort>,
-    /// Itself, where the NAT engine carries it.
-    carried: Option<Arc<NatPort>>,
+    /// The port in the NAT engine, if that carries it.
+    nat_port: Option<Arc<NatPort>>,
     _descriptors: Vec<Permit>,
 }
 
-/// By whom a port is carried.
-enum Carried {
-    Publisher(PublishedPort),
-    Engine(NatPort),
+/// A port by the part that carries it.
+enum Carrier {
+    Proxy(PublishedPort),
+    NatEngine(NatPort),
 }
 
 impl Publisher {
-    /// Publishes nothing yet. Ports are opened in the firewall of `chosen` too. `gateways` are the
-    /// addresses of all networks on this side.
+    /// A publisher without ports. Ports are also opened in the firewall of `chosen`. `gateways` are
+    /// the gateway addresses of all networks.
     pub(crate) fn new(
         host_context: HostContext,
         mut settings: Settings,
@@ -211,7 +210,7 @@ impl Publisher {
         chosen: &Chosen,
         gateways: Vec<IpAddr>,
     ) -> Self {
-        // What connects to containers lives where their networks are.
+        // The event loops connect to containers, so they run in the namespace of the networks.
         let (inside, gateways) = if host_context.is_rootless() {
             (Some(host_context.networks().clone()), gateways)
         } else {
@@ -234,7 +233,7 @@ impl Publisher {
         }
     }
 
-    /// Ports of UDP come in by `nat` from here on, which leads containers out.
+    /// Carries UDP ports through `nat`, the engine that provides egress, from now on.
     pub(crate) fn come_in_by(&self, nat: Arc<Nat>) {
         *self.nat_publish() = Some(NatPublisher::new(nat, Arc::clone(&self.engine)));
     }
@@ -243,15 +242,14 @@ impl Publisher {
         self.nat_publish.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The figures of the open ports that have series of their own, and the sums of the others.
+    /// The metrics of the open ports with series of their own, and the sums of the others.
     pub(crate) fn snapshot(&self) -> Vec<PortSnapshot> {
-        // What is counted by one and by the other belongs together: a port that is being closed is
-        // in one of the two.
+        // Under one lock, because a port that is being closed is counted in exactly one of the two.
         let state = self.state();
         let mut ports = self.engine.snapshot();
-        for carried in state.carried() {
-            let figures = carried.snapshot();
-            if carried.has_series() {
+        for port in state.nat_ports() {
+            let figures = port.snapshot();
+            if port.has_series() {
                 ports.push(figures);
                 continue;
             }
@@ -264,27 +262,27 @@ impl Publisher {
         ports
     }
 
-    /// How full the tables are.
+    /// The fill levels of the tables.
     pub(crate) fn fill(&self) -> Fill {
         let state = self.state();
         let mut fill = self.engine.fill();
-        for port in state.ports.values().filter_map(|port| port.carried.as_ref()) {
+        for port in state.ports.values().filter_map(|port| port.nat_port.as_ref()) {
             fill.ports[usize::from(!port.has_series())] += 1;
         }
         fill
     }
 
-    /// Makes `name` an endpoint that ports can lead to.
+    /// Adds an endpoint.
     pub(crate) fn add_endpoint(&self, name: &str, endpoint: Endpoint) {
         self.state().endpoints.insert(name.to_owned(), endpoint);
     }
 
-    /// Where endpoint `name` is.
+    /// The namespace of an endpoint.
     pub(crate) fn namespace(&self, name: &str) -> Option<Namespace> {
         self.state().endpoints.get(name).map(|endpoint| endpoint.namespace.clone())
     }
 
-    /// How often each endpoint has moved.
+    /// The number of relocations of each endpoint.
     pub(crate) fn relocations(&self) -> BTreeMap<String, u64> {
         let state = self.state();
         state
@@ -294,7 +292,7 @@ impl Publisher {
             .collect()
     }
 
-    /// Opens the ports of `spec` and leads them to `endpoint`: all, or none.
+    /// Publishes the ports of `spec` for `endpoint`, either all of them or none.
     ///
     /// # Errors
     /// [`PublishError`].
@@ -306,7 +304,7 @@ impl Publisher {
         let per_mapping =
             host_addresses(spec.host_ip()).map(|ip| 1 + self.gateways_for(ip).count());
         let sockets = spec.mappings().len() * per_mapping.sum::<usize>();
-        // Before anything is opened, so that nobody else is left without descriptors meanwhile.
+        // Checked before anything is opened, so that it takes no descriptors from connections.
         self.state().check(endpoint, sockets)?;
         let permits = self.permits(sockets)?;
         let mut listeners = Vec::new();
@@ -314,11 +312,11 @@ impl Publisher {
             let opened = reserve(&mapping)?;
             listeners.extend(opened.into_iter().map(|listener| (listener, mapping.container_port)));
         }
-        self.lead(endpoint, spec.protocol(), listeners, permits)
+        self.publish_listeners(endpoint, spec.protocol(), listeners, permits)
     }
 
-    /// Leads `listeners`, which are all of `protocol`, each to the port of `endpoint` beside it.
-    /// They are closed if that fails.
+    /// Publishes `listeners`, all of `protocol`, each for the given port of `endpoint`. They are
+    /// closed on error.
     ///
     /// # Errors
     /// [`PublishError`].
@@ -332,53 +330,53 @@ impl Publisher {
             1 + self.gateways_for(listener.label().address().ip()).count()
         };
         let permits = self.permits(listeners.iter().map(sockets).sum())?;
-        self.lead(endpoint, protocol, listeners, permits)
+        self.publish_listeners(endpoint, protocol, listeners, permits)
     }
 
-    /// What `count` sockets need: one descriptor each, with two left for a connection.
+    /// Reserves the descriptors of `count` sockets, with two left for a connection.
     fn permits(&self, count: usize) -> Result<Vec<Permit>, PublishError> {
         let permits: Option<Vec<Permit>> = (0..count).map(|_| self.engine.reserve(1)).collect();
         let permits = permits.filter(|_| self.engine.descriptors_left() >= 2);
         permits.ok_or(PublishError::NoDescriptors(count))
     }
 
-    fn lead(
+    fn publish_listeners(
         &self,
         endpoint: &str,
         protocol: Protocol,
         listeners: Vec<(Listener, u16)>,
         permits: Vec<Permit>,
     ) -> Result<Vec<OpenPort>, PublishError> {
-        let told: Vec<_> =
+        let labels: Vec<_> =
             listeners.iter().map(|(listener, port)| (listener.label(), *port)).collect();
-        // As they are now, and before the lock is taken: a program may run.
-        let bypassed = self.bypassed_rules(told.iter().map(|(label, _)| *label))?;
+        // The current rules. Read before the lock is taken, because this may run a program.
+        let bypassed = self.bypassed_rules(labels.iter().map(|(label, _)| *label))?;
         let mut at_gateways = Vec::new();
-        // How many of those each port has.
-        let mut counts = Vec::with_capacity(told.len());
-        for (label, container_port) in &told {
+        // The number of gateway sockets of each port.
+        let mut counts = Vec::with_capacity(labels.len());
+        for (label, container_port) in &labels {
             let more = self.open_at_gateways(*label)?;
             counts.push(more.len());
             at_gateways.extend(more.into_iter().map(|listener| (listener, *container_port)));
         }
-        let options = self.way(endpoint, protocol)?;
+        let options = self.upstream_options(endpoint, protocol)?;
         let mut state = self.state();
         state.check(endpoint, listeners.len() + at_gateways.len())?;
         let openings = |state: &State| -> Vec<Opening> {
-            told.iter().map(|(label, port)| state.opening(endpoint, *label, *port)).collect()
+            labels.iter().map(|(label, port)| state.opening(endpoint, *label, *port)).collect()
         };
         if openings(&state).iter().any(|opening| bypassed.by(opening).is_some()) {
             self.translate(&mut state, &bypassed)?;
         }
         let openings = openings(&state);
-        for ((label, _), opening) in told.iter().zip(&openings) {
+        for ((label, _), opening) in labels.iter().zip(&openings) {
             if let Some(rule) = bypassed.by(opening) {
                 return Err(PublishError::Bypasses(*label, rule.to_owned()));
             }
         }
-        // Before anything is answered.
+        // The firewall opens before the sockets accept.
         self.change_firewall(&openings, &[])?;
-        // Not before: who connects must have passed the rules.
+        // The sockets accept only now, so that every connection has passed the rules.
         let open = |(listener, _): &(Listener, u16)| {
             listener.drop_forged_own_source()?;
             listener.open()
@@ -391,61 +389,61 @@ impl Publisher {
         let nat_publish = self.nat_publish().clone();
         let by_engine =
             state.endpoints.get(endpoint).map(|endpoint| endpoint.behind_engine.as_slice());
-        let carried = match (nat_publish, by_engine) {
+        let carriers = match (nat_publish, by_engine) {
             (Some(nat_publish), Some(guests))
                 if protocol == Protocol::Udp && !guests.is_empty() =>
             {
                 let acl = &options.outside.gateway_acl;
                 let carry = |(listener, port)| {
-                    nat_publish.publish(listener, port, guests, acl).map(Carried::Engine)
+                    nat_publish.publish(listener, port, guests, acl).map(Carrier::NatEngine)
                 };
                 listeners.into_iter().map(carry).collect::<io::Result<Vec<_>>>()
             }
             _ => publish(listeners, &options.outside)
-                .map(|published| published.into_iter().map(Carried::Publisher).collect()),
+                .map(|published| published.into_iter().map(Carrier::Proxy).collect()),
         };
-        let published =
-            carried.and_then(|carried| Ok((carried, publish(at_gateways, &options.at_gateways)?)));
-        let (carried, at_gateways) = published.map_err(|error| {
+        let published = carriers
+            .and_then(|carriers| Ok((carriers, publish(at_gateways, &options.at_gateways)?)));
+        let (carriers, at_gateways) = published.map_err(|error| {
             self.close_in_firewall(&openings);
             PublishError::Engine(error)
         })?;
-        let (mut carried, mut at_gateways) = (carried.into_iter(), at_gateways.into_iter());
+        let (mut carriers, mut at_gateways) = (carriers.into_iter(), at_gateways.into_iter());
         let mut permits = permits.into_iter();
-        let mut opened = Vec::with_capacity(told.len());
-        for ((label, container_port), count) in told.into_iter().zip(counts) {
+        let mut opened = Vec::with_capacity(labels.len());
+        for ((label, container_port), count) in labels.into_iter().zip(counts) {
             state.last += 1;
             let id = PortId(state.last);
-            let told = OpenPort { id, endpoint: endpoint.to_owned(), label, container_port };
-            opened.push(told.clone());
-            let (mut published, carried) = match carried.next() {
-                Some(Carried::Publisher(port)) => (vec![port], None),
-                Some(Carried::Engine(port)) => (Vec::new(), Some(Arc::new(port))),
+            let view = OpenPort { id, endpoint: endpoint.to_owned(), label, container_port };
+            opened.push(view.clone());
+            let (mut published, nat_port) = match carriers.next() {
+                Some(Carrier::Proxy(port)) => (vec![port], None),
+                Some(Carrier::NatEngine(port)) => (Vec::new(), Some(Arc::new(port))),
                 None => (Vec::new(), None),
             };
             published.extend(at_gateways.by_ref().take(count));
             let descriptors = permits.by_ref().take(1 + count).collect();
-            state.ports.insert(id, Port { told, published, carried, _descriptors: descriptors });
+            state.ports.insert(id, Port { view, published, nat_port, _descriptors: descriptors });
         }
         Ok(opened)
     }
 
-    /// The way of `protocol` to `name`, made when it is first asked for. That is not done under the
-    /// lock: root in the endpoint decides how long it takes.
-    fn way(&self, name: &str, protocol: Protocol) -> Result<Ways, PublishError> {
+    /// The port options of endpoint `name` for `protocol`. The upstream is created on first use, and
+    /// not under the lock: root in the endpoint can delay it.
+    fn upstream_options(&self, name: &str, protocol: Protocol) -> Result<EndpointOptions, PublishError> {
         let no_endpoint = || PublishError::NoEndpoint(name.to_owned());
         loop {
             let (namespace, addresses, acl) = {
                 let state = self.state();
                 let endpoint = state.endpoints.get(name).ok_or_else(no_endpoint)?;
-                if let Some(way) = endpoint.ways.get(&protocol) {
-                    return Ok(way.options.clone());
+                if let Some(known) = endpoint.upstreams.get(&protocol) {
+                    return Ok(known.options.clone());
                 }
                 (endpoint.namespace.clone(), endpoint.addresses.clone(), endpoint.acl.clone())
             };
             let descriptors =
-                self.engine.reserve(WAY_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
-            let upstream = towards(&self.host_context, name, &namespace, &addresses, protocol)?;
+                self.engine.reserve(UPSTREAM_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
+            let upstream = upstream_to(&self.host_context, name, &namespace, &addresses, protocol)?;
             let upstream = Arc::new(Relocatable::new(upstream, &addresses));
             let with = |acl| {
                 let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
@@ -459,21 +457,21 @@ impl Publisher {
             } else {
                 Arc::clone(&at_gateways)
             };
-            let options = Ways { outside, at_gateways };
-            let way = Way { upstream, options: options.clone(), _descriptors: descriptors };
+            let options = EndpointOptions { outside, at_gateways };
+            let new = EndpointUpstream { upstream, options: options.clone(), _descriptors: descriptors };
             let mut state = self.state();
             let endpoint = state.endpoints.get_mut(name).ok_or_else(no_endpoint)?;
-            let is_first = !endpoint.ways.contains_key(&protocol);
-            // Another port may have made it meanwhile, or the endpoint have been relocated.
+            let is_first = !endpoint.upstreams.contains_key(&protocol);
+            // Another port may have created it, or the endpoint may have been relocated.
             if is_first && endpoint.namespace.id() == namespace.id() {
-                endpoint.ways.insert(protocol, way);
+                endpoint.upstreams.insert(protocol, new);
                 return Ok(options);
             }
             drop(state);
         }
     }
 
-    /// The gateways at which a port on `ip` is opened too.
+    /// The gateways on which a port on `ip` also listens.
     fn gateways_for(&self, ip: IpAddr) -> impl Iterator<Item = IpAddr> + '_ {
         let same = move |gateway: &IpAddr| ip.is_unspecified() && gateway.is_ipv4() == ip.is_ipv4();
         self.gateways.iter().copied().filter(same)
@@ -498,38 +496,38 @@ impl Publisher {
         Ok(opened.map_err(PublishError::Engine)??)
     }
 
-    /// Closes a port: it can be bound again when this returns. Its connections are reset, its
-    /// sessions end. Returns what it was; nothing if there is no such port (any more).
+    /// Closes a port. Its connections are reset and its sessions end. The port can be bound again
+    /// on return. Returns its description, or `None` if it does not exist.
     pub(crate) fn unpublish(&self, id: PortId) -> Option<OpenPort> {
-        // Not under the lock: the loops have to be waited for.
+        // Without the lock: the event loops must be waited for.
         let (port, opening) = {
             let mut state = self.state();
             let port = state.ports.remove(&id)?;
             let opening =
-                state.opening(&port.told.endpoint, port.told.label, port.told.container_port);
-            if let Some(carried) = port.carried.as_ref().filter(|carried| !carried.has_series()) {
-                state.leaving.insert(id, Arc::clone(carried));
+                state.opening(&port.view.endpoint, port.view.label, port.view.container_port);
+            if let Some(nat_port) = port.nat_port.as_ref().filter(|port| !port.has_series()) {
+                state.closing.insert(id, Arc::clone(nat_port));
             }
             (port, opening)
         };
-        if let Some(carried) = port.carried {
-            carried.close();
+        if let Some(nat_port) = port.nat_port {
+            nat_port.close();
             let mut state = self.state();
-            if state.leaving.remove(&id).is_some() {
-                self.engine.remember(&carried.snapshot());
+            if state.closing.remove(&id).is_some() {
+                self.engine.remember(&nat_port.snapshot());
             }
         }
         let closed = port.published.into_iter().all(|socket| self.engine.unpublish(socket));
         self.close_in_firewall(&[opening]);
-        closed.then_some(port.told)
+        closed.then_some(port.view)
     }
 
-    /// The rules that ports at `labels` would bypass if sockets served them, as they are now.
+    /// The current rules that ports at `labels` would bypass if sockets served them.
     fn bypassed_rules(
         &self,
         mut labels: impl Iterator<Item = PublishLabel>,
     ) -> Result<BypassedRules, PublishError> {
-        // What is apart from the host no rules of the host's are about; nor what it asks itself.
+        // Rules of the host do not apply to rootless networks, nor to connections over loopback.
         if self.host_context.is_rootless() || labels.all(|label| label.address().ip().is_loopback())
         {
             return Ok(BypassedRules::default());
@@ -538,9 +536,9 @@ impl Publisher {
         BypassedRules::observe(kind, self.host_context.networks()).map_err(PublishError::DockerUser)
     }
 
-    /// Rules have come that sockets bypass: all ports are translated by the kernel from here on,
-    /// where it can and where the rules are asked of what it forwards. Connections go on as they
-    /// are. Whether that has changed anything.
+    /// Moves all ports to translation by the kernel, because sockets bypass `bypassed`. This is
+    /// done only if the rules then apply to every affected port. Existing connections continue
+    /// unchanged. Returns whether anything was changed.
     fn translate(&self, state: &mut State, bypassed: &BypassedRules) -> Result<bool, PublishError> {
         let Some(firewall) = self.firewall.as_ref().filter(|_| !state.translates) else {
             return Ok(false);
@@ -548,8 +546,8 @@ impl Publisher {
         let before = state.openings();
         state.translates = true;
         let after = state.openings();
-        let concerned = before.iter().filter(|opening| bypassed.by(opening).is_some());
-        let result = if concerned.clone().all(|opening| bypassed.holds_when_forwarded(opening)) {
+        let affected = before.iter().filter(|opening| bypassed.by(opening).is_some());
+        let result = if affected.clone().all(|opening| bypassed.holds_when_forwarded(opening)) {
             firewall.redirect_ports(&before, &after).map(|()| true)
         } else {
             Ok(false)
@@ -558,15 +556,16 @@ impl Publisher {
         result.map_err(PublishError::Firewall)
     }
 
-    /// Whether the kernel translates ports, where it can.
+    /// Whether the kernel translates ports where possible.
     pub(crate) fn translates(&self) -> bool {
         self.state().translates
     }
 
-    /// Rules have come: the same, and the ports that go on bypassing one, with the rule.
+    /// Enforces new rules: translates ports by the kernel if that is possible. Returns whether
+    /// anything was changed, and the ports that still bypass a rule, with the rule.
     ///
     /// # Errors
-    /// The firewall's; ports are carried as before.
+    /// The error of the firewall. Ports are forwarded as before.
     pub(crate) fn enforce(
         &self,
         bypassed: &BypassedRules,
@@ -591,23 +590,24 @@ impl Publisher {
         firewall.change_ports(added, removed).map_err(PublishError::Firewall)
     }
 
-    /// Where that fails nothing answers any more, and it goes with the rest in the end.
+    /// Closes ports in the firewall. On error the rules remain until the end, and no socket serves
+    /// the ports.
     fn close_in_firewall(&self, ports: &[Opening]) {
         if let Err(error) = self.change_firewall(&[], ports) {
             for port in ports {
                 let publish =
                     PublishLabel::new(SocketAddr::new(port.address, port.port), port.protocol);
-                tracing::warn!(%publish, %error, "a port that is closed is still in the firewall");
+                tracing::warn!(%publish, %error, "closed port not removed from the firewall");
             }
         }
     }
 
-    /// The open ports, in the order in which they were published.
+    /// The open ports in the order of publication.
     pub(crate) fn ports(&self) -> Vec<OpenPort> {
-        self.state().ports.values().map(|port| port.told.clone()).collect()
+        self.state().ports.values().map(|port| port.view.clone()).collect()
     }
 
-    /// The same with their figures; those of the same port at gateways are in them.
+    /// The open ports with their metrics, which include those of their gateway sockets.
     pub(crate) fn figures(&self) -> Vec<(OpenPort, PortSnapshot)> {
         let mut figures: BTreeMap<PublishedPort, PortSnapshot> = BTreeMap::new();
         self.engine.visit(|port, snapshot| {
@@ -615,22 +615,22 @@ impl Publisher {
         });
         let state = self.state();
         let of = |port: &Port| {
-            let mut sum = PortSnapshot::empty(Whose::Port(port.told.label));
+            let mut sum = PortSnapshot::empty(Whose::Port(port.view.label));
             port.published
                 .iter()
                 .filter_map(|socket| figures.get(socket))
                 .for_each(|more| sum.add(more));
-            port.carried.iter().for_each(|carried| sum.add(&carried.snapshot()));
-            (port.told.clone(), sum)
+            port.nat_port.iter().for_each(|nat_port| sum.add(&nat_port.snapshot()));
+            (port.view.clone(), sum)
         };
         state.ports.values().map(of).collect()
     }
 
-    /// `endpoint` is now at `addresses` in `namespace`. Its ports stay open and lead there from
-    /// here on.
+    /// Moves `endpoint` to `addresses` in `namespace`. Its ports stay open and forward there from
+    /// now on.
     ///
     /// # Errors
-    /// [`PublishError`]; its ports lead where they did.
+    /// [`PublishError`]. Its ports forward as before.
     pub(crate) fn relocate(
         &self,
         endpoint: &str,
@@ -644,42 +644,43 @@ impl Publisher {
                 let Some(found) = state.endpoints.get_mut(endpoint) else {
                     return Err(PublishError::NoEndpoint(endpoint.to_owned()));
                 };
-                let Some(missing) = found.ways.keys().find(|way| !ready.contains_key(way)) else {
+                let Some(missing) = found.upstreams.keys().find(|one| !ready.contains_key(one)) else {
                     found.namespace = namespace.clone();
                     found.addresses = addresses.to_vec();
                     found.relocations += 1;
-                    let ways = found.ways.iter();
-                    break ways.map(|(of, way)| (*of, Arc::clone(&way.upstream))).collect();
+                    let all = found.upstreams.iter();
+                    break all.map(|(of, one)| (*of, Arc::clone(&one.upstream))).collect();
                 };
                 *missing
             };
-            // Not under the lock: root in the endpoint decides how long it takes.
-            let way = towards(&self.host_context, endpoint, namespace, addresses, missing)?;
-            ready.insert(missing, way);
+            // Not under the lock: root in the endpoint can delay it.
+            let upstream = upstream_to(&self.host_context, endpoint, namespace, addresses, missing)?;
+            ready.insert(missing, upstream);
         };
-        // Nor this, which takes back what is in the old namespace.
-        for (protocol, way) in relocated {
+        // Neither is this, which removes state from the old namespace.
+        for (protocol, current) in relocated {
             if let Some(upstream) = ready.remove(&protocol) {
-                way.relocate(upstream, addresses);
+                current.relocate(upstream, addresses);
             }
         }
         Ok(())
     }
 
-    /// Closes every port for good, lets connections go on for at most `deadline`, and cuts what is
-    /// left. Nothing is left in the endpoints' namespaces then, whoever still knows of this.
+    /// Closes all ports for good. Connections may finish within `deadline` and are then reset. On
+    /// return, no state is left in the namespaces of endpoints, even while other references to the
+    /// publisher exist.
     pub(crate) fn close(&self, deadline: Duration) -> Drained {
         let ports = {
             let mut state = self.state();
             state.closed = true;
             std::mem::take(&mut state.ports)
         };
-        // Not under the lock either: the engine has to be waited for.
+        // Without the lock: the engine must be waited for.
         drop(ports);
-        // Whoever still knows of this does not keep the engine.
+        // Other references to the publisher must not keep the NAT engine alive.
         self.nat_publish().take();
         let drained = self.engine.drain(deadline, || false);
-        // With the ways goes what they have set in there. Not under the lock: it takes a while.
+        // The drop removes policy rules in the namespaces. Without the lock: it takes a while.
         let endpoints = std::mem::take(&mut self.state().endpoints);
         drop(endpoints);
         drained
@@ -691,25 +692,25 @@ impl Publisher {
 }
 
 impl State {
-    /// The ports that the NAT engine carries, and those of the sum that it has carried until now.
-    fn carried(&self) -> impl Iterator<Item = &Arc<NatPort>> {
-        self.ports.values().filter_map(|port| port.carried.as_ref()).chain(self.leaving.values())
+    /// The ports that the NAT engine carries, including those that are being closed.
+    fn nat_ports(&self) -> impl Iterator<Item = &Arc<NatPort>> {
+        self.ports.values().filter_map(|port| port.nat_port.as_ref()).chain(self.closing.values())
     }
 
-    /// What a firewall has to know of a port of `endpoint`.
+    /// The firewall opening of a port of `endpoint`.
     fn opening(&self, endpoint: &str, label: PublishLabel, container_port: u16) -> Opening {
         let endpoint = self.endpoints.get(endpoint).filter(|_| self.translates);
         let targets = endpoint.map(|endpoint| endpoint.targets.as_slice());
         opening(label, container_port, targets.unwrap_or_default())
     }
 
-    /// The same of all its ports.
+    /// The firewall openings of all ports.
     fn openings(&self) -> Vec<Opening> {
-        let told = self.ports.values().map(|port| &port.told);
-        told.map(|port| self.opening(&port.endpoint, port.label, port.container_port)).collect()
+        let views = self.ports.values().map(|port| &port.view);
+        views.map(|port| self.opening(&port.endpoint, port.label, port.container_port)).collect()
     }
 
-    /// Whether `more` ports of `endpoint` may be opened.
+    /// Checks that `more` ports of `endpoint` may be opened.
     fn check(&self, endpoint: &str, more: usize) -> Result<(), PublishError> {
         if self.closed {
             return Err(PublishError::Closed);
@@ -724,22 +725,22 @@ impl State {
     }
 }
 
-fn towards(
+fn upstream_to(
     host_context: &HostContext,
     endpoint: &str,
     namespace: &Namespace,
     addresses: &[IpAddr],
     protocol: Protocol,
 ) -> Result<Arc<dyn Upstream>, PublishError> {
-    Source::towards_namespace(None, host_context, namespace, addresses, protocol)
-        .map_err(|source| PublishError::NoWay { endpoint: endpoint.to_owned(), source })
+    Source::upstream_to_namespace(None, host_context, namespace, addresses, protocol)
+        .map_err(|source| PublishError::NoUpstream { endpoint: endpoint.to_owned(), source })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// With one endpoint, `web`.
+    /// A publisher with one endpoint, `web`.
     fn publisher() -> Publisher {
         let publisher = Publisher::new(
             HostContext::here().unwrap(),
@@ -754,7 +755,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_opened_for_an_endpoint_that_is_not_there_nor_after_the_end_has_begun() {
+    fn unknown_endpoints_and_a_closed_publisher_are_rejected() {
         let publisher = publisher();
         let spec: PortSpec = "127.0.0.1::80".parse().unwrap();
         assert_eq!(
@@ -768,7 +769,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_an_end_to_how_many_ports_there_are() {
+    fn the_number_of_ports_is_limited() {
         let publisher = publisher();
         let state = publisher.state();
         assert!(state.check("web", MAX_PORTS).is_ok());

@@ -441,7 +441,7 @@ fn what_dockerds_environment_asks_for_holds_for_every_proxy() {
 
     let daemon = Daemon::start_with(&machine, NO_IPTABLES, &[("TIDEGATE_PROXY_SOURCE", "nat")]);
     let error = daemon.run_fails("refused", &["-p", "8080:80"]);
-    let ours = r#"userland proxy: TIDEGATE_PROXY_SOURCE="nat": "nat" is none of proxy, client, proxy-protocol"#;
+    let ours = r#"userland proxy: TIDEGATE_PROXY_SOURCE="nat": "nat" is not proxy, client or proxy-protocol"#;
     assert!(error.contains(ours), "{error}");
     daemon.end(Signal::TERM);
     machine.teardown();

@@ -64,7 +64,7 @@ impl From<PublishError> for Problem {
             }
             PublishError::NoDescriptors(_)
             | PublishError::DockerUser(_)
-            | PublishError::NoWay { .. }
+            | PublishError::NoUpstream { .. }
             | PublishError::Firewall(_)
             | PublishError::Engine(_) => Self::failed(&error),
         }

@@ -268,11 +268,13 @@ impl Publish {
 
     fn upstream(&self, target: &Target, protocol: Protocol) -> anyhow::Result<Arc<dyn Upstream>> {
         Ok(match target {
-            Target::Address(address) => self.source.unwrap_or(Source::Proxy).towards(*address)?,
+            Target::Address(address) => {
+                self.source.unwrap_or(Source::Proxy).upstream_to(*address)?
+            }
             Target::Namespace { namespace, address, .. } => {
                 let host_context =
                     HostContext::here().context("this process's own network namespace")?;
-                Source::towards_namespace(
+                Source::upstream_to_namespace(
                     self.source,
                     &host_context,
                     namespace,

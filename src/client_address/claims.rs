@@ -1,22 +1,22 @@
-//! Which client speaks to which port of the container.
+//! Which client address talks to which port of the container.
 //!
-//! Two UDP sockets bound to the same client and connected to the same container port would take
-//! each other's answers, and the kernel lets both be (it must, with `SO_REUSEADDR`, for one client
-//! port may well speak to two container ports). For TCP, connect(2) tells.
+//! Two UDP sockets bound to the same client address and connected to the same container port would
+//! receive each other's replies. With `SO_REUSEADDR`, the kernel permits both sockets, because one
+//! client port may talk to two container ports. For TCP, connect(2) detects the conflict.
 
 use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A client and the port of the container that it is shown to.
+/// The address of a client and the container port that it talks to.
 type Pair = (SocketAddr, SocketAddr);
 
-/// The pairs that have a socket.
+/// The pairs with a socket.
 #[derive(Debug, Default)]
 pub(super) struct Claims(Mutex<BTreeSet<Pair>>);
 
-/// One of them; dropped, it is free.
+/// A claimed pair, released on drop.
 #[derive(Debug)]
 pub(super) struct Claim {
     claims: Arc<Claims>,
@@ -27,7 +27,7 @@ impl Claims {
     /// Claims the pair of `client` and `to`.
     ///
     /// # Errors
-    /// `AddrInUse` when it has a socket already.
+    /// `AddrInUse` if the pair is already claimed.
     pub(super) fn claim(self: &Arc<Self>, client: SocketAddr, to: SocketAddr) -> io::Result<Claim> {
         let pair = (client, to);
         if self.pairs().insert(pair) {
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pair_is_claimed_once_until_it_is_free_again() {
+    fn a_pair_is_claimed_once_until_it_is_released() {
         let claims = Arc::new(Claims::default());
         let client = SocketAddr::from(([203, 0, 113, 9], 4000));
         let [web, dns] = [80, 53].map(|port| SocketAddr::from(([172, 30, 0, 2], port)));

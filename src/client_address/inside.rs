@@ -1,4 +1,4 @@
-//! Sockets made inside the container's namespace.
+//! Connects to a container with sockets of its own namespace.
 
 use super::claims::Claims;
 use super::{
@@ -17,44 +17,44 @@ use tidegate_netns::{
 use tidegate_proxy::{Flow, Lease, Opened, Upstream, has_lost_its_address, socket};
 use tidegate_reactor::{SourcePorts, begin_connect};
 
-/// What makes TCP answers inherit the mark of the connection they belong to: those of an accepted
-/// connection, and those of no socket at all (a closed port's RST, an ICMP error).
+/// The sysctls that make TCP replies inherit the mark of their connection: replies of accepted
+/// connections, and replies without a socket (the RST of a closed port, ICMP errors).
 const MARK_SYSCTLS: [(&str, Family); 3] = [
     ("net.ipv4.tcp_fwmark_accept", Family::V4),
     ("net.ipv4.fwmark_reflect", Family::V4),
     ("net.ipv6.fwmark_reflect", Family::V6),
 ];
 
-/// A container reached by sockets of its own namespace.
-pub struct Inside {
+/// An upstream with sockets of the container namespace.
+pub struct NamespaceUpstream {
     namespace: Namespace,
-    /// At most one of each family.
+    /// At most one per address family.
     containers: Vec<Container>,
     host: Arc<AddressBook>,
     there: Arc<AddressBook>,
     show_client: bool,
     routes: Option<Arc<PolicyRoute>>,
-    /// The rules for our mark.
+    /// The policy rules for the mark.
     _marked: Vec<Steered>,
     fallbacks: Fallbacks,
     ports: SourcePorts,
     claims: Arc<Claims>,
 }
 
-/// One address of the container.
+/// An address of the container.
 struct Container {
     address: IpAddr,
     gateway: Option<IpAddr>,
-    /// The namespace that the event loops live in is on the container's network.
+    /// Whether the namespace of the event loops is on the network of this address.
     connected: bool,
 }
 
-impl Inside {
-    /// The way to `containers` (or, without any, to the namespace's own addresses) for flows of
-    /// `protocol`.
+impl NamespaceUpstream {
+    /// An upstream for flows of `protocol` to `containers`; if empty, to the addresses of the
+    /// namespace.
     ///
     /// # Errors
-    /// [`SourceError`]; nothing is left behind then.
+    /// [`SourceError`]. No state is left behind.
     pub fn new(
         host_context: &HostContext,
         namespace: &Namespace,
@@ -108,7 +108,7 @@ impl Inside {
         };
         match protocol {
             Protocol::Tcp => {
-                // The first sysctl is the switch for IPv6 too, whatever its name says.
+                // The first sysctl also applies to IPv6, despite its name.
                 let needed = |family| family == Family::V4 || families.contains(family);
                 let sysctls = MARK_SYSCTLS.iter().filter(|(_, family)| needed(*family));
                 let sysctls: Vec<_> = sysctls.map(|(name, _)| Sysctl::new(*name, "1")).collect();
@@ -136,17 +136,17 @@ impl Inside {
         self.containers.iter().any(|container| Family::of(container.address) == family)
     }
 
-    /// The container's address for `client`: of its own family if there is one.
+    /// The container address for `client`, preferably of the same family.
     fn container_for(&self, client: IpAddr) -> &Container {
         let same = self
             .containers
             .iter()
             .find(|container| container.address.is_ipv4() == client.is_ipv4());
-        // There is at least one: `new` saw to it.
+        // `new` guarantees at least one.
         same.unwrap_or(&self.containers[0])
     }
 
-    /// The client's address, if this flow may show it.
+    /// The address of the client, if this flow may use it.
     fn shown(&self, flow: &Flow, container: &Container) -> Option<SocketAddr> {
         let client = flow.client;
         if !self.show_client
@@ -158,12 +158,12 @@ impl Inside {
             self.fallbacks.family.increment(1);
             return None;
         }
-        // A scope id is meaningful on the client's link only.
+        // A scope id is valid only on the link of the client.
         Some(SocketAddr::new(client.ip(), client.port()))
     }
 
-    /// A socket made inside, from `source`, marked if the flow is TCP. Without a port, or without a
-    /// source, one is found.
+    /// Connects from inside the namespace, from `source`. TCP sockets are marked. A missing source
+    /// or port is chosen.
     fn inside(
         &self,
         flow: &Flow,
@@ -189,26 +189,28 @@ impl Inside {
         })?
     }
 
-    /// Shows the gateway.
+    /// Opens a flow with the source address of the gateway.
     fn open_as_gateway(&self, flow: &Flow, container: &Container) -> io::Result<Opened> {
         let to = SocketAddr::new(container.address, flow.container_port);
         let socket = match (flow.protocol, container.gateway) {
             (Protocol::Tcp, Some(gateway)) => {
                 self.inside(flow, Some(SocketAddr::new(gateway, 0)), to)?
             }
-            // From our own namespace the route says the gateway's address, and the answers find
-            // their way.
+            // From the namespace of the event loops, the route selects the gateway address as the
+            // source, and replies are routed back.
             (Protocol::Udp, _) if container.connected => {
                 let socket = socket(flow.protocol, to.ip())?;
                 begin_connect(&socket, to)?;
                 socket
             }
-            // A namespace without a gateway, or out of our reach: it sees an address of its own.
+            // A namespace without a gateway, or not connected: the source is one of its own
+            // addresses.
             _ => self.inside(flow, None, to)?,
         };
         Ok(socket.into())
     }
 
+    /// Opens a flow with the source address of the client.
     fn open_as_client(
         &self,
         flow: &Flow,
@@ -219,13 +221,13 @@ impl Inside {
         let lease = match (&self.routes, flow.protocol) {
             (Some(routes), Protocol::Udp) => {
                 let claim = self.claims.claim(client, to)?;
-                let answers = Selector {
+                let replies = Selector {
                     to: Some(client.ip()),
                     protocol: Some(Protocol::Udp),
                     source_port: Some(flow.container_port),
                     ..Selector::new(Family::of(client.ip()))
                 };
-                Some(Box::new((routes.steer(answers).map_err(no_rule)?, claim)) as Lease)
+                Some(Box::new((routes.steer(replies).map_err(no_rule)?, claim)) as Lease)
             }
             _ => None,
         };
@@ -233,7 +235,7 @@ impl Inside {
     }
 }
 
-impl Upstream for Inside {
+impl Upstream for NamespaceUpstream {
     fn open(&self, flow: &Flow) -> io::Result<Opened> {
         let container = self.container_for(flow.client.ip());
         if let Some(client) = self.shown(flow, container) {
@@ -247,8 +249,8 @@ impl Upstream for Inside {
     }
 
     fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
-        // Only sockets of our own namespace can be asked here; with the client's address they may
-        // be either.
+        // Only sockets of the current namespace can be checked. With `show_client`, a socket may
+        // belong to either.
         let all_ours =
             !self.show_client && self.containers.iter().all(|container| container.connected);
         all_ours && has_lost_its_address(socket)

@@ -1,11 +1,10 @@
-//! Transparent sockets in this process's own namespace: the client's address without a handle on
-//! the container.
+//! Transparent sockets in the namespace of this process: the address of the client without access
+//! to the container namespace.
 //!
-//! The container's answers go to the client's address and so through this host, where a rule for
-//! the container, the published port and the client leads them to our socket instead of out. The
-//! rule is there while the client has a flow. Traffic of that client that reaches the container
-//! past the proxy (kernel DNAT) would be led to us as well: that is why this is only done on
-//! request.
+//! Replies of the container go to the address of the client and so pass this host. A policy rule
+//! for the container, the published port and the client routes them to our socket. The rule exists
+//! while the client has a flow. It also matches replies to this client that did not pass the proxy
+//! (kernel DNAT), so this mode must be requested explicitly.
 
 use super::claims::Claims;
 use super::{
@@ -20,8 +19,8 @@ use tidegate_netns::{AddressBook, Families, Family, Namespace, PolicyRoute, Sele
 use tidegate_proxy::{Direct, Flow, Lease, Opened, Upstream};
 use tidegate_reactor::begin_connect;
 
-/// A container reached from this host, as if by its clients.
-pub struct Transparent {
+/// An upstream with transparent sockets of this host.
+pub struct TransparentUpstream {
     plain: Direct,
     interface: String,
     host: Arc<AddressBook>,
@@ -30,11 +29,11 @@ pub struct Transparent {
     claims: Arc<Claims>,
 }
 
-impl Transparent {
-    /// The way to `container`, which must be on a network of this host.
+impl TransparentUpstream {
+    /// An upstream to `container`, which must be on a network of this host.
     ///
     /// # Errors
-    /// [`SourceError`] when it is not, or this process may not do that.
+    /// [`SourceError`] if the container is on no such network, or without the privilege.
     pub fn new(container: IpAddr) -> Result<Self, SourceError> {
         let addresses = |cause| SourceError::Addresses { namespace: "this host".to_owned(), cause };
         let home = Namespace::current().map_err(addresses)?;
@@ -60,7 +59,7 @@ impl Transparent {
 
     fn open_as_client(&self, flow: &Flow) -> io::Result<Opened> {
         let container = self.plain.container();
-        let answers = Selector {
+        let replies = Selector {
             from: Some(container),
             to: Some(flow.client.ip()),
             protocol: Some(flow.protocol),
@@ -71,14 +70,14 @@ impl Transparent {
         let client = SocketAddr::new(flow.client.ip(), flow.client.port());
         let to = SocketAddr::new(container, flow.container_port);
         let claim = self.claims.claim(client, to)?;
-        let lease: Lease = Box::new((self.routes.steer(answers).map_err(no_rule)?, claim));
+        let lease: Lease = Box::new((self.routes.steer(replies).map_err(no_rule)?, claim));
         let socket = transparent_socket(flow.protocol, client, None)?;
         begin_connect(&socket, to)?;
         Ok(Opened { socket, lease: Some(lease) })
     }
 }
 
-impl Upstream for Transparent {
+impl Upstream for TransparentUpstream {
     fn open(&self, flow: &Flow) -> io::Result<Opened> {
         let container = self.plain.container();
         let client = flow.client.ip();

@@ -200,7 +200,7 @@ fn a_variable_that_is_not_understood_is_refused_in_one_clear_line() {
         (
             SOURCE,
             "nat",
-            r#"TIDEGATE_PROXY_SOURCE="nat": "nat" is none of proxy, client, proxy-protocol"#,
+            r#"TIDEGATE_PROXY_SOURCE="nat": "nat" is not proxy, client or proxy-protocol"#,
         ),
         (
             PROXY_PROTOCOL,

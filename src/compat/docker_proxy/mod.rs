@@ -141,7 +141,7 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     // a listener.
     let same_family = listener.label().address().is_ipv4() == container.is_ipv4();
     let source = if same_family { environment.source } else { Source::Proxy };
-    let upstream = source.towards(container)?;
+    let upstream = source.upstream_to(container)?;
     let mut port_options = PortOptions::new(upstream);
     port_options.proxy_protocol = environment.proxy_protocol;
     environment.limits.limit_port(&mut port_options);
