@@ -1,5 +1,5 @@
-//! Drop-in personalities: other programs' command lines and protocols, with our engine behind them.
+//! Replacements for other programs: their command lines and protocols on top of tidegate.
 
 pub mod docker_proxy;
 pub mod slirp4netns;
-mod start_up_pages;
+mod startup_pages;

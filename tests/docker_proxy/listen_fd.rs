@@ -96,7 +96,7 @@ fn what_is_not_the_right_socket_is_refused() {
     let host = Namespace::new();
     let tcp = format!("{LOOPBACK} -use-listen-fd");
     let udp = format!("{LOOPBACK_UDP} -use-listen-fd");
-    let was_to_be = "descriptor 4 was to be the listening socket";
+    let prefix = "listening socket on descriptor 4";
     let file: OwnedFd = tempfile::tempfile().unwrap().into();
     let datagrams: OwnedFd = bound(&host, Type::DGRAM, ([127, 0, 0, 1], 1).into()).into();
     let stream: OwnedFd = bound(&host, Type::STREAM, ([127, 0, 0, 1], 2).into()).into();
@@ -113,7 +113,7 @@ fn what_is_not_the_right_socket_is_refused() {
     for (arguments, socket, reason) in cases {
         let refusal = Launch::new(&host, arguments).listen_on(socket).start().refused();
         assert!(
-            refusal.reason.starts_with(&format!("{was_to_be}: {reason}")),
+            refusal.reason.starts_with(&format!("{prefix}: {reason}")),
             "{}",
             refusal.reason
         );
@@ -121,7 +121,7 @@ fn what_is_not_the_right_socket_is_refused() {
     }
     for arguments in [tcp, udp] {
         let refusal = Launch::new(&host, &arguments).start().refused();
-        assert_eq!(refusal.reason, format!("{was_to_be}, and is not open"));
+        assert_eq!(refusal.reason, format!("{prefix}: the descriptor is not open"));
         assert_eq!(refusal.exit_code, Some(1));
     }
 }

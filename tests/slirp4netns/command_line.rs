@@ -60,7 +60,7 @@ fn what_cannot_be_served_is_refused_in_one_line() {
     // A taken name, of what is no idle TAP.
     guest.ip(&["link", "add", "tap0", "type", "veth", "peer", "name", "other"]);
     let told = scene.refused(&["-c", &pid, "tap0"]);
-    assert!(told.contains("device \"tap0\": there is an interface of this name"), "{told}");
+    assert!(told.contains("device \"tap0\": an interface of this name already exists"), "{told}");
     assert!(
         guest.ip(&["-o", "link"]).contains("veth") || guest.ip(&["-o", "link"]).contains("other"),
         "it stays"
@@ -68,7 +68,7 @@ fn what_cannot_be_served_is_refused_in_one_line() {
     let mut command = scene.as_nobody(&scene.ours());
     let output =
         command.args(["-c", &pid]).env("TIDEGATE_SLIRP_DEVICE", "bridge").output().unwrap();
-    assert!(one_line(&output).contains("TIDEGATE_SLIRP_DEVICE=\"bridge\": neither tun nor tap"));
+    assert!(one_line(&output).contains("TIDEGATE_SLIRP_DEVICE=\"bridge\": use tun or tap"));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! docker-proxy's command line, read as Docker's own does.
+//! The command line of docker-proxy, parsed as the original does.
 //!
 //! dockerd starts one proxy per protocol, host address and host port, always with these flags in
 //! this order:
@@ -7,15 +7,15 @@
 //! docker-proxy -proto tcp -host-ip 0.0.0.0 -host-port 8080 -container-ip 172.17.0.2 -container-port 80
 //! ```
 //!
-//! Newer daemons add `-use-listen-fd`. Tests and people type the same flags by hand, so everything
-//! that Go's `flag` package allows is allowed here: one dash or two, `-flag value` or
-//! `-flag=value`, integers in any base Go knows, the last of several wins. A general parser would
-//! read most of that differently.
+//! Newer daemons add `-use-listen-fd`. Tests and people type the same flags by hand, so this parser
+//! accepts everything that Go's `flag` package accepts: one dash or two, `-flag value` or
+//! `-flag=value`, and integers in any base of Go. The last of several values wins. A general parser
+//! would differ in most of this.
 //!
-//! It works in two steps. `Raw::parse` is Go's grammar and knows nothing of ports and addresses;
-//! `Raw::check` turns what was given into [`Options`]. Nothing is ignored: where docker-proxy drops
-//! arguments behind the flags, they are an error here, because they mean that the command was not
-//! understood.
+//! Parsing has two steps. `Raw::parse` implements the grammar of Go, without knowledge of ports and
+//! addresses. `Raw::check` converts the values to [`Options`]. Nothing is ignored: docker-proxy
+//! drops arguments behind the flags, but here they are an error, because they show that the command
+//! was misunderstood.
 //!
 //! Sources: Go's `flag/flag.go` and `strconv` (1.22), `cmd/docker-proxy/main_linux.go` of moby.
 
@@ -28,7 +28,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use tidegate_model::{Protocol, canonical};
 
-/// What a command line asks for.
+/// The action that a command line requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Invocation {
     /// Forward a port.
@@ -39,73 +39,73 @@ pub enum Invocation {
     Help,
 }
 
-/// One port to forward.
+/// The port to forward.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// `-proto`, default tcp.
     pub protocol: Protocol,
     /// `-host-ip` and `-host-port`, or `-use-listen-fd`.
     pub listen: Listen,
-    /// `-container-ip` and `-container-port`. The default address is 0.0.0.0, as it is for
-    /// docker-proxy, and connecting to that means the host itself; dockerd never leaves it out.
+    /// `-container-ip` and `-container-port`. The default address is 0.0.0.0 as in docker-proxy,
+    /// which connects to the host itself; dockerd always sets it.
     pub container: SocketAddr,
 }
 
-/// Where the clients come from. Addresses are canonical: an IPv4-mapped one has become IPv4.
+/// The listening socket. Addresses are canonical: an IPv4-mapped address is converted to IPv4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listen {
-    /// Bind this address, whose port is not 0.
+    /// Bind this address. Its port is not 0.
     Bind(SocketAddr),
-    /// Take the socket that the daemon has bound already (file descriptor 4). What `-host-ip` and
-    /// `-host-port` say is then for logs and labels only; `None` if there was no valid port.
+    /// Adopt the socket that the daemon has bound (descriptor 4). `-host-ip` and `-host-port` are
+    /// then only used for logs and labels; `None` without a valid port.
     Inherited(Option<SocketAddr>),
 }
 
-/// Why a command line was refused. The texts are those of Go's `flag` package wherever it has one;
-/// the caller prints the error and [`usage`] to standard error and exits 2.
+/// Why a command line was rejected. The texts are those of Go's `flag` package where it has one.
+/// The caller prints the error and [`usage`] to standard error and exits with 2.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FlagError {
-    /// Three dashes, or no name before the `=`.
+    /// Three dashes, or an empty name.
     #[error("bad flag syntax: {0}")]
     Syntax(String),
-    /// No such flag.
+    /// The flag does not exist.
     #[error("flag provided but not defined: -{0}")]
     Unknown(String),
-    /// The command line ends where a value should be.
+    /// The value is missing at the end of the command line.
     #[error("flag needs an argument: -{0}")]
     NeedsArgument(&'static str),
-    /// A switch was given something other than Go's words for true and false.
+    /// The value of a switch is not a boolean of Go.
     #[error("invalid boolean value {value:?} for -{flag}: parse error")]
     InvalidBoolean {
         /// The name without dashes.
         flag: &'static str,
-        /// What stands behind the `=`.
+        /// The text behind the `=`.
         value: String,
     },
-    /// A value means nothing for its flag.
+    /// The value is not valid for its flag.
     #[error("invalid value {value:?} for flag -{flag}: {reason}")]
     InvalidValue {
         /// The name without dashes.
         flag: &'static str,
         /// The value as given; a number in decimal.
         value: String,
-        /// What would have been right, or Go's `parse error` and `value out of range`.
+        /// The expectation, or Go's `parse error` or `value out of range`.
         reason: &'static str,
     },
-    /// A port that cannot be done without was not given.
+    /// A required port is missing.
     #[error("flag -{0} is required: a port between 1 and 65535")]
     PortMissing(&'static str),
-    /// Something that is no flag.
+    /// An argument is not a flag.
     #[error("unexpected argument {0:?}: docker-proxy takes only flags")]
     Positional(String),
 }
 
-/// Reads a command line, without the program's own name. Arguments that are not UTF-8 are never
-/// valid.
+/// Parses a command line, without the name of the program. Arguments that are not UTF-8 are
+/// invalid.
 ///
 /// # Errors
 ///
-/// The first thing that Go's `flag` package would refuse, else the first missing or meaningless
+/// The first error that Go's `flag` package would report, otherwise the first missing or invalid
 /// value.
 pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invocation, FlagError> {
     match Raw::parse(args.into_iter().map(Into::into))? {
@@ -115,7 +115,7 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invo
     }
 }
 
-/// The help text, laid out as Go's `PrintDefaults` does it. It ends with a newline.
+/// The help text, in the layout of Go's `PrintDefaults`, with a final newline.
 pub fn usage() -> String {
     let mut text = String::from("Usage of docker-proxy:\n");
     for Flag { name, kind, help, default, .. } in &FLAGS {
@@ -124,7 +124,7 @@ pub fn usage() -> String {
             Kind::Integer => " int",
             Kind::Switch => "",
         };
-        // Go puts the help behind a switch of one letter, and on a line of its own otherwise.
+        // Go puts the help of a one-letter switch on the same line, and other help on its own line.
         let gap = if name.len() == 1 && word.is_empty() { "\t" } else { "\n    \t" };
         let _ = write!(text, "  -{name}{word}{gap}{help}");
         if let Some(default) = default {
@@ -140,7 +140,7 @@ struct Flag {
     field: Field,
     kind: Kind,
     help: &'static str,
-    /// What happens without the flag, where the usage text says so.
+    /// The default in the usage text.
     default: Option<&'static str>,
 }
 
@@ -159,12 +159,12 @@ enum Field {
 enum Kind {
     Text,
     Integer,
-    /// Takes a value only behind a `=`.
+    /// Takes a value only after `=`.
     Switch,
 }
 
-/// In the order of the usage text. `-h` and `-help` are no flags to Go, but what it does when there
-/// are none of that name.
+/// In the order of the usage text. In Go, `-h` and `-help` are not flags but the behaviour if no
+/// flag has that name.
 const FLAGS: [Flag; 8] = [
     Flag {
         name: "container-ip",
@@ -224,7 +224,7 @@ const FLAGS: [Flag; 8] = [
     },
 ];
 
-/// The flags' values, well formed and not yet checked for sense.
+/// The values of the flags before validation.
 #[derive(Default)]
 struct Raw {
     proto: Option<String>,
@@ -237,11 +237,11 @@ struct Raw {
 }
 
 impl Raw {
-    /// The grammar. `None` means that help was asked for, which Go answers where it stands: before
-    /// what is wrong behind it, after what is wrong before it.
+    /// Parses the grammar. `None` requests help. Like Go, this stops at the help flag: errors
+    /// before it are reported, errors after it are not.
     fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Option<Self>, FlagError> {
         let mut raw = Self::default();
-        // A byte that is not UTF-8 becomes U+FFFD, which no name and no value contains.
+        // A byte that is not UTF-8 becomes U+FFFD, which no valid name or value contains.
         let mut next = || args.next().map(|arg| arg.to_string_lossy().into_owned());
         while let Some(arg) = next() {
             let Some(body) = arg.strip_prefix('-').filter(|body| !body.is_empty()) else {
@@ -249,7 +249,7 @@ impl Raw {
             };
             let body = body.strip_prefix('-').unwrap_or(body);
             if body.is_empty() {
-                // `--` ends the flags, and behind them there is nothing to say.
+                // `--` ends the flags; no argument may follow.
                 return next().map_or(Ok(Some(raw)), |rest| Err(FlagError::Positional(rest)));
             }
             if body.starts_with(['-', '=']) {
@@ -268,7 +268,8 @@ impl Raw {
             let value = match (value, flag.kind) {
                 (Some(value), _) => value,
                 (None, Kind::Switch) => "true".to_owned(),
-                // Whatever it looks like: `-host-port -1` is a value.
+                // The next argument is the value even if it looks like a flag, as in `-host-port
+                // -1`.
                 (None, _) => next().ok_or(FlagError::NeedsArgument(flag.name))?,
             };
             raw.set(flag, value)?;
@@ -290,7 +291,7 @@ impl Raw {
         Ok(())
     }
 
-    /// The sense of it.
+    /// Validates the values.
     fn check(self) -> Result<Options, FlagError> {
         let protocol = match self.proto {
             None => Protocol::Tcp,
@@ -349,15 +350,15 @@ const PARSE_ERROR: &str = "parse error";
 const OUT_OF_RANGE: &str = "value out of range";
 
 /// Go's `strconv.ParseInt(text, 0, 64)`: an optional sign, then decimal, `0x` hexadecimal, `0o` or
-/// `0` octal or `0b` binary digits, in either case, with single underscores between digits and
-/// behind the prefix.
+/// `0` octal or `0b` binary digits. Letters may have either case. Single underscores may stand
+/// between digits and after the prefix.
 fn parse_int(text: &str) -> Result<i64, &'static str> {
     let (negative, unsigned) = match text.strip_prefix(['-', '+']) {
         Some(rest) => (text.starts_with('-'), rest),
         None => (false, text),
     };
     let (base, digits) = split_base(unsigned);
-    // A lone zero is octal without digits behind its prefix.
+    // A lone zero is octal without further digits.
     if digits.is_empty() && unsigned != "0" {
         return Err(PARSE_ERROR);
     }
@@ -376,7 +377,7 @@ fn parse_int(text: &str) -> Result<i64, &'static str> {
     value.try_into().map_err(|_| OUT_OF_RANGE)
 }
 
-/// The base that the prefix names, and what is behind the prefix.
+/// The base of the prefix, and the digits after the prefix.
 fn split_base(unsigned: &str) -> (u32, &str) {
     let Some(octal) = unsigned.strip_prefix('0') else { return (10, unsigned) };
     let base = match octal.chars().next() {
@@ -385,12 +386,11 @@ fn split_base(unsigned: &str) -> (u32, &str) {
         Some('b' | 'B') => 2,
         _ => return (8, octal),
     };
-    // Without digits behind it, the letter is no prefix but a wrong digit.
+    // Without digits after it, the letter is an invalid digit and not a prefix.
     if octal.len() > 1 { (base, &octal[1..]) } else { (8, octal) }
 }
 
-/// No underscore begins or ends the number or stands beside another. The prefix counts as a digit,
-/// so one right behind it is fine.
+/// Whether every underscore stands between two digits. The prefix counts as a digit.
 fn underscores_separate_digits(unsigned: &str, digits: &str) -> bool {
     let begins = unsigned.len() == digits.len() && digits.starts_with('_');
     !begins && !digits.ends_with('_') && !digits.contains("__")

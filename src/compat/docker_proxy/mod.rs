@@ -1,13 +1,13 @@
-//! A stand-in for Docker's `docker-proxy`, for `dockerd --userland-proxy-path`.
+//! A replacement for Docker's `docker-proxy`, for `dockerd --userland-proxy-path`.
 //!
-//! dockerd starts one process for each published port and address, hands it the write end of a pipe
-//! as descriptor 3 (and, since 28, the bound socket as descriptor 4), waits for it to say that it
-//! is ready, and stops it with SIGINT, without limit: a proxy that does not end hangs
-//! `docker stop`. So the signals are the main thread's only occupation, and ending is immediate:
-//! connections are not drained, as with the original.
+//! dockerd starts one process for each published port and address. The process inherits the write
+//! end of a pipe as descriptor 3 and, since dockerd 28, the bound socket as descriptor 4. dockerd
+//! waits for it to report readiness, and stops it with SIGINT and without a timeout: a proxy that
+//! does not exit blocks `docker stop`. The main thread therefore only waits for signals, and exits
+//! at once: like the original, it does not drain connections.
 //!
-//! What the original does not do is steered by the environment, which is dockerd's own:
-//! [`SOURCE`], [`PROXY_PROTOCOL`], [`METRICS`], [`limits::VARIABLE`].
+//! Features beyond the original are configured by environment variables, which the proxy inherits
+//! from dockerd: [`SOURCE`], [`PROXY_PROTOCOL`], [`METRICS`], [`limits::VARIABLE`].
 
 pub mod flags;
 mod ready;
@@ -31,30 +31,29 @@ use std::sync::Arc;
 use tidegate_proxy::{AdoptError, Engine, Listener, PortOptions, ProxyProtocol, Settings};
 use tracing_subscriber::filter::LevelFilter;
 
-/// `proxy` (default), `client` or `proxy-protocol`: what the container sees as the client's
-/// address.
+/// The source address that the container sees: `proxy` (default), `client` or `proxy-protocol`.
 pub const SOURCE: &str = "TIDEGATE_PROXY_SOURCE";
 
-/// `v1` or `v2`: tell the backend the client's address by the PROXY protocol.
+/// The version of the PROXY protocol header for the backend: `v1` or `v2`.
 pub const PROXY_PROTOCOL: &str = "TIDEGATE_PROXY_PROTOCOL";
 
-/// Where to serve metrics: `ADDRESS:PORT`, or `ADDRESS:PORT-PORT` for the first free one. Off
-/// without it.
+/// The metrics address: `ADDRESS:PORT`, or `ADDRESS:PORT-PORT` for the first free port. Without it,
+/// metrics are disabled.
 pub const METRICS: &str = "TIDEGATE_PROXY_METRICS";
 
-/// The descriptor that newer daemons hand the bound socket down as.
+/// The descriptor of the bound socket from newer daemons.
 const LISTEN_FD: i32 = 4;
 
-/// Why the proxy does not start.
+/// Why the proxy did not start.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error("{variable}={value:?}: {reason}")]
     Environment { variable: &'static str, value: String, reason: String },
     #[error("{0}")]
     Port(String),
-    #[error("descriptor {LISTEN_FD} was to be the listening socket: {0}")]
+    #[error("listening socket on descriptor {LISTEN_FD}: {0}")]
     Adopt(#[from] AdoptError),
-    #[error("descriptor {LISTEN_FD} was to be the listening socket, and is not open")]
+    #[error("listening socket on descriptor {LISTEN_FD}: the descriptor is not open")]
     NoListenFd,
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -66,31 +65,31 @@ enum StartError {
     System(#[from] io::Error),
 }
 
-/// The whole program, given its arguments without its own name. Must be the first thing that main
-/// does: descriptor 3 is ours only as long as nothing else was opened.
+/// Runs the program with its arguments, without its name. Must be called first in main: descriptor
+/// 3 is the inherited pipe only while nothing else was opened.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let ready = ReadyPipe::inherit();
     let options = match flags::parse(args) {
         Ok(Invocation::Run(options)) => options,
         Ok(Invocation::Version) => {
             let (commit, version) = (version::COMMIT, version::VERSION);
-            say(
+            print(
                 io::stdout(),
                 &format!("docker-proxy (commit {commit}) version {version} (tidegate)\n"),
             );
             return ExitCode::SUCCESS;
         }
         Ok(Invocation::Help) => {
-            say(io::stderr(), &flags::usage());
+            print(io::stderr(), &flags::usage());
             return ExitCode::SUCCESS;
         }
         Err(error) => {
-            say(io::stderr(), &format!("{error}\n{}", flags::usage()));
+            print(io::stderr(), &format!("{error}\n{}", flags::usage()));
             ready.failed(&error.to_string());
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    // From here on neither signal kills: one that comes early waits until we look.
+    // From here on, both signals stay pending until they are read, instead of killing.
     let mut signals = match Signals::new([SIGINT, SIGTERM]) {
         Ok(signals) => signals,
         Err(error) => return fail(ready, &error.into()),
@@ -100,10 +99,10 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Err(error) => return fail(ready, &error),
     };
     ready.succeeded();
-    crate::compat::start_up_pages::give_back();
+    crate::compat::startup_pages::release();
     signals.forever().next();
-    // Connections are reset, so that none looks complete, and rules in the host's namespace are put
-    // away.
+    // Resets connections, so that none looks complete, and removes policy rules from the namespace
+    // of the host.
     engine.stop();
     logging::flush();
     ExitCode::SUCCESS
@@ -111,19 +110,19 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 fn fail(ready: ReadyPipe, error: &StartError) -> ExitCode {
     let reason = port_error::without_numbers(&error.to_string());
-    say(io::stderr(), &format!("docker-proxy: error: {reason}\n"));
+    print(io::stderr(), &format!("docker-proxy: error: {reason}\n"));
     ready.failed(&reason);
     ExitCode::from(EXIT_FAILURE)
 }
 
-/// Writes `text`; that nobody can read it is no reason not to go on.
-fn say(mut to: impl Write, text: &str) {
+/// Writes `text`. A write error does not end the program.
+fn print(mut to: impl Write, text: &str) {
     let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
 }
 
 fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
-    // dockerd discards what its proxies log, and a logger that nobody reads is a fifth of this
-    // process's memory.
+    // dockerd discards the logs of its proxies, and an unused logger takes a fifth of the memory of
+    // this process.
     if std::env::var_os(logging::VARIABLE).is_some() {
         logging::init(LevelFilter::WARN, logging::format(None)?)?;
     }
@@ -137,8 +136,8 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     };
     let recorder = environment.metrics.map(Recorder::install).transpose()?;
     let container = options.container.ip();
-    // Clients of another family than the container's cannot be shown; that is all that come to such
-    // a listener.
+    // The address of a client cannot be shown in another family. All clients of this listener use
+    // the family of its address.
     let same_family = listener.label().address().is_ipv4() == container.is_ipv4();
     let source = if same_family { environment.source } else { Source::Proxy };
     let upstream = source.upstream_to(container)?;
@@ -155,8 +154,8 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     let engine = Arc::new(Engine::new(settings));
     engine.publish(vec![(listener, options.container.port())], &Arc::new(port_options))?;
     if let Some(recorder) = recorder {
-        let told = Arc::clone(&engine);
-        recorder.serve(move || (told.snapshot(), told.fill()))?;
+        let view = Arc::clone(&engine);
+        recorder.serve(move || (view.snapshot(), view.fill()))?;
     }
     if source != Source::Client {
         confine::proxy_is_ready();
@@ -164,7 +163,7 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     Ok(engine)
 }
 
-/// What the environment asks for.
+/// The settings from environment variables.
 struct Environment {
     source: Source,
     proxy_protocol: Option<ProxyProtocol>,
@@ -200,13 +199,13 @@ fn variable<T: std::str::FromStr<Err: std::fmt::Display>>(
     }
 }
 
-/// Descriptor `number`, which our parent has opened for us.
+/// Takes the inherited descriptor `number`.
 fn inherited(number: i32) -> Result<OwnedFd, StartError> {
-    // SAFETY: only looked at; a number that is not open is an error.
+    // SAFETY: the descriptor is only queried; a number that is not open is an error.
     let open = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) });
-    // Everything that we open ourselves is close-on-exec, what was handed down is not.
+    // Descriptors opened by this process are close-on-exec, inherited ones are not.
     if open.is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
-        // SAFETY: it is open, was not opened by us, and the flag that names it is honoured once.
+        // SAFETY: it is open, was not opened by this process, and is taken only once.
         Ok(unsafe { OwnedFd::from_raw_fd(number) })
     } else {
         Err(StartError::NoListenFd)

@@ -1,47 +1,47 @@
-//! How the proxy tells dockerd that it is ready, or why it is not: descriptor 3.
+//! The report of readiness or failure to dockerd, on descriptor 3.
 //!
-//! `0` and a newline mean success, `1`, a newline and a text mean failure. The daemon reads two
-//! bytes once and compares, so success must be one write(2). (moby,
+//! The message is `0` and a newline for success, or `1`, a newline and a text for failure. The
+//! daemon reads two bytes once and compares them, so success must be a single write(2). (moby,
 //! `cmd/docker-proxy/main_linux.go`; measured with 20.10.)
 
 use rustix::fs::{FileType, fstat};
 use rustix::io::write;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 
-/// The descriptor that dockerd hands the pipe down as.
+/// The descriptor of the pipe to dockerd.
 const STATUS_FD: i32 = 3;
 
-/// The pipe to the daemon, if there is one: by hand the proxy is started without.
+/// The pipe to the daemon. There is none if the proxy is started by hand.
 #[derive(Debug)]
 pub(super) struct ReadyPipe(Option<OwnedFd>);
 
 impl ReadyPipe {
-    /// Takes the pipe over. To be called before this process has opened anything: then descriptor 3
-    /// is open only if it was handed down.
+    /// Takes over the pipe. Must be called before this process opens anything: only then is
+    /// descriptor 3 open exactly if it was inherited.
     pub(super) fn inherit() -> Self {
-        // SAFETY: only looked at; a number that is not open is an error.
+        // SAFETY: the descriptor is only queried; a number that is not open is an error.
         let status = fstat(unsafe { BorrowedFd::borrow_raw(STATUS_FD) });
         let is_channel = status.is_ok_and(|status| {
             matches!(FileType::from_raw_mode(status.st_mode), FileType::Fifo | FileType::Socket)
         });
-        // SAFETY: it is open, and nothing in this process owns it.
+        // SAFETY: it is open, and has no other owner in this process.
         Self(is_channel.then(|| unsafe { OwnedFd::from_raw_fd(STATUS_FD) }))
     }
 
-    /// Ready: the port is bound.
+    /// Reports readiness: the port is bound.
     pub(super) fn succeeded(self) {
-        self.tell(b"0\n");
+        self.send(b"0\n");
     }
 
-    /// Not started; the daemon shows `reason` to its user.
+    /// Reports a failure. The daemon shows `reason` to its user.
     pub(super) fn failed(self, reason: &str) {
-        self.tell(format!("1\n{reason}").as_bytes());
+        self.send(format!("1\n{reason}").as_bytes());
     }
 
-    fn tell(self, message: &[u8]) {
+    fn send(self, message: &[u8]) {
         if let Some(pipe) = self.0 {
-            // A daemon that has gone away is not told; its death ends us (PR_SET_PDEATHSIG, set by
-            // it).
+            // An error means that the daemon is dead. Then this process dies as well, by the
+            // PR_SET_PDEATHSIG of the daemon.
             let _ = write(&pipe, message);
         }
     }

@@ -1,24 +1,24 @@
-//! Which address is what, as slirp4netns has it. Pure.
+//! The address plan of slirp4netns. Pure.
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// The IPv4 addresses of a network; those of IPv6 are always the same.
+/// The IPv4 addresses of a network. The IPv6 addresses are constant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Addresses {
     network: Ipv4Net,
-    /// Its second address: egress, and the host's loopback.
+    /// The second address: the gateway, and access to the loopback of the host.
     pub(super) gateway: Ipv4Addr,
-    /// Its third: DNS.
+    /// The third address: DNS.
     pub(super) name_server: Ipv4Addr,
-    /// Its hundredth.
+    /// The address number 100.
     guest: Ipv4Addr,
 }
 
 impl Addresses {
     pub(super) const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
     pub(super) const NAME_SERVER_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 3);
-    /// What a guest has who is given an address; slirp4netns lets it choose its own.
+    /// The IPv6 address of a configured guest. slirp4netns lets the guest choose its own.
     pub(super) const GUEST_V6: Ipv6Net =
         Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x100), 64);
 
@@ -27,7 +27,7 @@ impl Addresses {
         Self { network, gateway: nth(2), name_server: nth(3), guest: nth(100) }
     }
 
-    /// The guest's address, with the length of its prefix.
+    /// The address of the guest with its prefix length.
     pub(super) fn guest(&self) -> Ipv4Net {
         Ipv4Net::new_assert(self.guest, self.network.prefix_len())
     }
@@ -40,7 +40,7 @@ impl Addresses {
         both(self.name_server, Self::NAME_SERVER_V6, ipv6)
     }
 
-    /// Whose packets are taken.
+    /// The accepted source addresses.
     pub(super) fn sources(&self, ipv6: bool) -> Vec<ipnet::IpNet> {
         let v6 = ipv6.then(|| Self::GUEST_V6.trunc().into());
         std::iter::once(self.network.into()).chain(v6).collect()
@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_where_slirp4netns_has_them() {
+    fn addresses_match_those_of_slirp4netns() {
         let addresses = Addresses::of("10.9.8.0/24".parse().unwrap());
         assert_eq!(addresses.gateway.to_string(), "10.9.8.2");
         assert_eq!(addresses.name_server.to_string(), "10.9.8.3");

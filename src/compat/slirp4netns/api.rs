@@ -1,4 +1,4 @@
-//! What is asked over the API socket, and what is answered: the words of slirp4netns. Pure.
+//! Requests and responses of the API socket, in the format of slirp4netns. Pure.
 //!
 //! ```text
 //! {"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"127.0.0.1","host_port":8080,"guest_addr":"","guest_port":80}}
@@ -9,8 +9,8 @@
 //!     {"return":{}}
 //! ```
 //!
-//! Callers compare error texts, so they are those of slirp4netns (`api.c`), and come in its order.
-//! Why a port cannot be had is said in the log. Beyond slirp4netns, addresses of the host may be of
+//! Callers compare error texts, so the texts and their order are those of slirp4netns (`api.c`).
+//! The log has the reason why a port is not available. Unlike slirp4netns, host addresses may be
 //! IPv6.
 
 use serde_json::{Value, json};
@@ -18,49 +18,48 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use tidegate_model::Protocol;
 
-/// The most bytes that a request may have; at this many it is refused.
-pub(super) const LONGEST_REQUEST: usize = 4096;
+/// The size at which a request is rejected, in bytes.
+pub(super) const MAX_REQUEST: usize = 4096;
 
-/// How many ports may be forwarded. slirp4netns has no bound, and rootless hosts have some 1,000
-/// descriptors.
-const MOST_FORWARDS: usize = 4096;
+/// The most forwarded ports. slirp4netns has no limit; rootless hosts have about 1,000 descriptors.
+const MAX_FORWARDS: usize = 4096;
 
-/// A port to be forwarded.
+/// A port forwarding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Wanted {
+pub(super) struct PortForward {
     pub(super) protocol: Protocol,
     pub(super) host: SocketAddr,
     pub(super) guest: SocketAddr,
 }
 
-/// Who forwards.
+/// Forwards ports.
 pub(super) trait Forwarder {
-    /// What is to be remembered of a port.
+    /// Identifies a forwarded port.
     type Id;
 
-    /// Begins to forward. Why it fails was logged.
-    fn add(&mut self, wanted: Wanted) -> Option<Self::Id>;
+    /// Starts to forward a port. On `None`, the reason is in the log.
+    fn add(&mut self, port: PortForward) -> Option<Self::Id>;
 
-    /// Ends it. Whether it was there.
+    /// Stops to forward a port. Returns whether it was forwarded.
     fn remove(&mut self, id: Self::Id) -> bool;
 }
 
-/// The forwarded ports, under the numbers that callers know them by.
+/// The forwarded ports, by the id of the API.
 #[derive(Debug)]
 pub(super) struct Forwards<F: Forwarder> {
     forwarder: F,
-    entries: BTreeMap<u64, (Wanted, F::Id)>,
+    entries: BTreeMap<u64, (PortForward, F::Id)>,
     next: u64,
     guest: Ipv4Addr,
 }
 
 impl<F: Forwarder> Forwards<F> {
-    /// None yet. Where no guest is named, it is `guest`.
+    /// No ports yet. `guest` is the default guest address.
     pub(super) fn new(forwarder: F, guest: Ipv4Addr) -> Self {
         Self { forwarder, entries: BTreeMap::new(), next: 1, guest }
     }
 
-    /// Does what `request` asks for, and returns the answer.
+    /// Executes `request` and returns the response.
     pub(super) fn answer(&mut self, request: &[u8]) -> String {
         let answered = self.execute(request);
         answered
@@ -106,32 +105,35 @@ impl<F: Forwarder> Forwards<F> {
             address("guest_addr", self.guest).ok_or("add_hostfwd: bad arguments.guest_addr")?;
         let guest = if guest.is_unspecified() { self.guest.into() } else { guest };
         let guest_port = port("guest_port").ok_or("add_hostfwd: bad arguments.guest_port")?;
-        let wanted =
-            Wanted { protocol, host: (host, host_port).into(), guest: (guest, guest_port).into() };
-        if self.entries.len() >= MOST_FORWARDS {
-            tracing::warn!(most = MOST_FORWARDS, "no more ports are forwarded");
+        let port = PortForward {
+            protocol,
+            host: (host, host_port).into(),
+            guest: (guest, guest_port).into(),
+        };
+        if self.entries.len() >= MAX_FORWARDS {
+            tracing::warn!(limit = MAX_FORWARDS, "limit of forwarded ports reached");
             return Err("add_hostfwd: slirp_add_hostfwd failed");
         }
-        let forward = self.forwarder.add(wanted).ok_or("add_hostfwd: slirp_add_hostfwd failed")?;
+        let forward = self.forwarder.add(port).ok_or("add_hostfwd: slirp_add_hostfwd failed")?;
         let id = self.next;
         self.next += 1;
-        self.entries.insert(id, (wanted, forward));
+        self.entries.insert(id, (port, forward));
         Ok(json!({"return": {"id": id}}))
     }
 
     fn list(&self) -> Value {
-        let entry = |(id, (wanted, _)): (&u64, &(Wanted, F::Id))| {
+        let entry = |(id, (port, _)): (&u64, &(PortForward, F::Id))| {
             json!({
                 "id": id,
-                "proto": wanted.protocol.as_str(),
-                "host_addr": wanted.host.ip().to_string(),
-                "host_port": wanted.host.port(),
-                "guest_addr": wanted.guest.ip().to_string(),
-                "guest_port": wanted.guest.port(),
+                "proto": port.protocol.as_str(),
+                "host_addr": port.host.ip().to_string(),
+                "host_port": port.host.port(),
+                "guest_addr": port.guest.ip().to_string(),
+                "guest_port": port.guest.port(),
             })
         };
         let entries: Vec<Value> = self.entries.iter().map(entry).collect();
-        // slirp4netns documents the one and sends the other (1.2).
+        // slirp4netns 1.2 documents the first form and sends the second.
         json!({"return": {"entries": entries.clone()}, "entries": entries})
     }
 
@@ -146,13 +148,13 @@ impl<F: Forwarder> Forwards<F> {
     }
 }
 
-/// The answer to what is longer than [`LONGEST_REQUEST`].
+/// The response to a request of [`MAX_REQUEST`] bytes or more.
 pub(super) fn too_large() -> String {
     json!({"error": {"desc": "bad request: too large message"}}).to_string()
 }
 
-/// Whether a request is there as a whole, although its sender has not ended its half.
-pub(super) fn is_whole(bytes: &[u8]) -> bool {
+/// Whether `bytes` is a complete request, even if its sender has not shut down its side.
+pub(super) fn is_complete(bytes: &[u8]) -> bool {
     bytes.trim_ascii_end().ends_with(b"}")
         && serde_json::from_slice::<serde::de::IgnoredAny>(bytes).is_ok()
 }

@@ -1,6 +1,6 @@
-//! The API's socket: one request for each connection, and none of its clients is waited for.
+//! The API socket: one request per connection, with nonblocking clients.
 
-use super::api::{Forwarder, Forwards, LONGEST_REQUEST, is_whole, too_large};
+use super::api::{Forwarder, Forwards, MAX_REQUEST, is_complete, too_large};
 use rustix::event::PollFlags;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use std::collections::VecDeque;
@@ -11,13 +11,13 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Clients at a time. One more, and the one that has been there longest goes.
-pub(super) const MOST_CLIENTS: usize = 32;
+/// The most concurrent clients. A further one evicts the oldest.
+pub(super) const MAX_CLIENTS: usize = 32;
 
-/// How long a client may take over its request and over reading the answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The time for a client to send its request and to read the response.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The socket, its clients, and what they ask for.
+/// The socket with its clients and the forwarded ports.
 pub(super) struct Server<F: Forwarder> {
     listener: UnixListener,
     clients: VecDeque<Client>,
@@ -31,14 +31,14 @@ struct Client {
 }
 
 enum State {
-    /// What has come of the request.
-    Asks(Vec<u8>),
-    /// What is left of the answer.
-    IsTold(Vec<u8>),
+    /// The request received so far.
+    Receiving(Vec<u8>),
+    /// The rest of the response.
+    Sending(Vec<u8>),
     Done,
 }
 
-/// Listens at `path`. A socket that somebody has left there is put away, as slirp4netns does it.
+/// Listens on `path`. Like slirp4netns, this removes an existing socket.
 pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
     let is_socket =
         std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
@@ -55,41 +55,41 @@ impl<F: Forwarder> Server<F> {
         Self { listener, clients: VecDeque::new(), forwards }
     }
 
-    /// What is to be polled, and for what: the listener, then the clients.
+    /// The descriptors to poll with their events: the listener, then the clients.
     pub(super) fn polled(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
         let clients = self.clients.iter().map(|client| {
             let flags = match client.state {
-                State::Asks(_) => PollFlags::IN,
-                State::IsTold(_) | State::Done => PollFlags::OUT,
+                State::Receiving(_) => PollFlags::IN,
+                State::Sending(_) | State::Done => PollFlags::OUT,
             };
             (client.socket.as_fd(), flags)
         });
         std::iter::once((self.listener.as_fd(), PollFlags::IN)).chain(clients)
     }
 
-    /// When the next client's patience is at its end.
+    /// When the next client times out.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.clients.front().map(|client| client.until)
     }
 
-    /// Does what has become possible; `ready` tells of each that was polled whether it is.
-    pub(super) fn turn(&mut self, ready: &[bool], now: Instant) {
+    /// Handles ready descriptors. `ready` is in the order of [`Self::polled`].
+    pub(super) fn handle(&mut self, ready: &[bool], now: Instant) {
         let (listener, clients) = ready.split_first().unwrap_or((&false, &[]));
         for (client, _) in self.clients.iter_mut().zip(clients).filter(|(_, ready)| **ready) {
-            client.turn(&mut self.forwards);
+            client.handle(&mut self.forwards);
         }
         self.clients.retain(|client| now < client.until && !matches!(client.state, State::Done));
-        // In order of their coming, so of their deadlines too.
-        for _ in 0..if *listener { MOST_CLIENTS } else { 0 } {
-            // An error is nobody there, or no descriptor left, which a client that goes frees.
+        // Clients are in order of acceptance, so in order of their deadlines.
+        for _ in 0..if *listener { MAX_CLIENTS } else { 0 } {
+            // The error is EAGAIN, or descriptors are exhausted until a client closes.
             let Ok((client, _)) = self.listener.accept() else { break };
-            if self.clients.len() == MOST_CLIENTS {
+            if self.clients.len() == MAX_CLIENTS {
                 self.clients.pop_front();
             }
             let client = Client {
                 socket: client.into(),
-                until: now + PATIENCE,
-                state: State::Asks(Vec::new()),
+                until: now + TIMEOUT,
+                state: State::Receiving(Vec::new()),
             };
             self.clients.push_back(client);
         }
@@ -97,32 +97,32 @@ impl<F: Forwarder> Server<F> {
 }
 
 impl Client {
-    fn turn<F: Forwarder>(&mut self, forwards: &mut Forwards<F>) {
-        if let State::Asks(request) = &mut self.state {
-            let mut chunk = [0; LONGEST_REQUEST];
-            let room = LONGEST_REQUEST - request.len();
+    fn handle<F: Forwarder>(&mut self, forwards: &mut Forwards<F>) {
+        if let State::Receiving(request) = &mut self.state {
+            let mut chunk = [0; MAX_REQUEST];
+            let room = MAX_REQUEST - request.len();
             let answer = match recv(&self.socket, &mut chunk[..room], RecvFlags::DONTWAIT) {
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
                 Err(_) => {
                     self.state = State::Done;
                     return;
                 }
-                // Its half has ended.
+                // The client has shut down its side.
                 Ok((_, 0)) => forwards.answer(request),
                 Ok((_, length)) => {
                     request.extend_from_slice(&chunk[..length]);
-                    if request.len() >= LONGEST_REQUEST {
+                    if request.len() >= MAX_REQUEST {
                         too_large()
-                    } else if is_whole(request) {
+                    } else if is_complete(request) {
                         forwards.answer(request)
                     } else {
                         return;
                     }
                 }
             };
-            self.state = State::IsTold(answer.into_bytes());
+            self.state = State::Sending(answer.into_bytes());
         }
-        if let State::IsTold(answer) = &mut self.state {
+        if let State::Sending(answer) = &mut self.state {
             match send(&self.socket, answer, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(sent) if sent < answer.len() => _ = answer.drain(..sent),
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}

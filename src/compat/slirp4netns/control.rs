@@ -1,7 +1,7 @@
-//! The loop that waits for everything but packets: the caller's end, signals, requests for ports,
-//! word of resolvers.
+//! The event loop for everything except packets: the exit descriptor, signals, API requests, and
+//! updates of the resolvers.
 
-use super::api::{Forwarder, Wanted};
+use super::api::{Forwarder, PortForward};
 use super::api_socket::Server;
 use super::resolvers::Resolvers;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,19 +15,19 @@ use std::time::{Duration, Instant};
 use tidegate_model::{Protocol, PublishLabel};
 use tidegate_nat::{Forward, ForwardId, ForwardSource, Nat, Policy};
 
-/// What is waited for.
+/// The event sources and their state.
 pub(super) struct Control {
     pub(super) nat: Arc<Nat>,
     pub(super) policy: Policy,
-    /// Somebody else holds its other end: when that closes, it is over.
+    /// The caller holds the other end. When it closes, the program exits.
     pub(super) exit: Option<OwnedFd>,
-    /// Where signals come to.
+    /// Receives signals.
     pub(super) signals: UnixStream,
     pub(super) resolvers: Option<Resolvers>,
     pub(super) api: Option<Server<Ports>>,
 }
 
-/// Which of those that are polled.
+/// An event source.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Source {
     Exit,
@@ -37,7 +37,7 @@ enum Source {
 }
 
 impl Control {
-    /// Returns when it is over.
+    /// Runs until the exit descriptor closes or a signal arrives.
     pub(super) fn run(mut self) -> io::Result<()> {
         loop {
             let (sources, ready) = self.wait()?;
@@ -47,24 +47,24 @@ impl Control {
                 return Ok(());
             }
             if is_ready(Source::Resolvers) {
-                self.hear();
+                self.update_resolvers();
             }
             if let Some(api) = &mut self.api {
                 let first =
                     sources.iter().position(|source| *source == Source::Api).unwrap_or(ready.len());
-                api.turn(&ready[first..], Instant::now());
+                api.handle(&ready[first..], Instant::now());
             }
         }
     }
 
-    /// Waits until something is ready, or the patience with a client of the API is at its end.
+    /// Waits until a source is ready, or a client of the API times out.
     fn wait(&self) -> io::Result<(Vec<Source>, Vec<bool>)> {
         let input = |source, fd| (source, (fd, PollFlags::IN));
-        // The end is told without being asked for.
+        // POLLHUP is reported without being requested.
         let exit =
             self.exit.as_ref().map(|exit| (Source::Exit, (exit.as_fd(), PollFlags::empty())));
         let resolvers =
-            self.resolvers.as_ref().map(|words| input(Source::Resolvers, words.as_fd()));
+            self.resolvers.as_ref().map(|resolvers| input(Source::Resolvers, resolvers.as_fd()));
         let api = self.api.iter().flat_map(|api| api.polled().map(|polled| (Source::Api, polled)));
         let all = exit.into_iter().chain([input(Source::Signals, self.signals.as_fd())]);
         let (sources, polled): (Vec<Source>, Vec<(BorrowedFd<'_>, PollFlags)>) =
@@ -73,7 +73,7 @@ impl Control {
             polled.into_iter().map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)).collect();
         let deadline = self.api.as_ref().and_then(Server::deadline);
         let left = deadline.map(|deadline| {
-            // A little late rather than a little early, and once more for nothing.
+            // Rounded up: waking too early would cause a useless iteration.
             let left =
                 deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
@@ -87,47 +87,45 @@ impl Control {
         Ok((sources, ready))
     }
 
-    fn hear(&mut self) {
-        let Some(words) = &self.resolvers else { return };
-        match words.next() {
+    fn update_resolvers(&mut self) {
+        let Some(resolvers) = &self.resolvers else { return };
+        match resolvers.next() {
             Ok(Some(resolvers)) => {
-                tracing::info!(?resolvers, "the host's resolvers have changed");
+                tracing::info!(?resolvers, "resolvers of the host changed");
                 self.policy.resolvers = resolvers;
                 self.nat.set_policy(self.policy.clone());
             }
             ended => {
-                tracing::error!(?ended, "changes of the host's resolvers are no longer seen");
+                tracing::error!(?ended, "resolver updates of the host lost");
                 self.resolvers = None;
             }
         }
     }
 }
 
-/// The engine's side of the API.
+/// Forwards ports of the API through the NAT engine.
 pub(super) struct Ports {
     pub(super) nat: Arc<Nat>,
-    /// Whom the container sees.
+    /// The source address that the container sees.
     pub(super) source: ForwardSource,
 }
 
 impl Forwarder for Ports {
     type Id = ForwardId;
 
-    fn add(&mut self, wanted: Wanted) -> Option<Self::Id> {
-        let Wanted { protocol, host: listen, guest } = wanted;
+    fn add(&mut self, port: PortForward) -> Option<Self::Id> {
+        let PortForward { protocol, host: listen, guest } = port;
         let forward = Forward { protocol, listen, guest, source: self.source };
         let publish = PublishLabel::new(listen, protocol);
         let socket = match bind(protocol, listen) {
             Ok(socket) => socket,
             Err(error) => {
-                tracing::warn!(%publish, %error, "this port is not forwarded");
+                tracing::warn!(%publish, %error, "port not forwarded");
                 return None;
             }
         };
         let published = self.nat.publish_on(socket, forward, None);
-        published
-            .map_err(|error| tracing::warn!(%publish, %error, "this port is not forwarded"))
-            .ok()
+        published.map_err(|error| tracing::warn!(%publish, %error, "port not forwarded")).ok()
     }
 
     fn remove(&mut self, id: Self::Id) -> bool {
@@ -135,8 +133,8 @@ impl Forwarder for Ports {
     }
 }
 
-/// Takes a port where this process is. The engine would first look where that is, for which a
-/// sandbox has no `/proc`.
+/// Binds a port in the namespace of this process. The engine would first read its namespace from
+/// `/proc`, which a sandbox does not have.
 fn bind(protocol: Protocol, listen: SocketAddr) -> io::Result<OwnedFd> {
     let kind = if protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
     let socket = Socket::new(Domain::for_address(listen), kind.nonblocking().cloexec(), None)?;
@@ -144,7 +142,7 @@ fn bind(protocol: Protocol, listen: SocketAddr) -> io::Result<OwnedFd> {
         socket.set_only_v6(true)?;
     }
     if protocol == Protocol::Tcp {
-        // Past connections in TIME_WAIT do not hold the port.
+        // Connections in TIME_WAIT do not block the port.
         socket.set_reuse_address(true)?;
     }
     socket.bind(&listen.into())?;

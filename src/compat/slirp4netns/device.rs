@@ -1,8 +1,8 @@
-//! The device, made where the container is, and handed out of there.
+//! The device: created in the namespace of the container, and passed to this process.
 
 use super::addresses::Addresses;
 use super::options::{Options, Target};
-use super::process::{Copy, line};
+use super::process::{ForkedProcess, message_socket_pair};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -15,19 +15,19 @@ use std::path::{Path, PathBuf};
 use tidegate_nat::{Capabilities, Layer2Options, Layer2V6, StartError, Tun, TunOptions};
 use tidegate_netns::{Family, Namespace, join_user_namespace};
 
-/// The longest error that is passed on, in bytes.
-const LONGEST_ERROR: usize = 1024;
+/// The longest error that is passed between the processes, in bytes.
+const MAX_ERROR: usize = 1024;
 
-/// Why there is no device.
+/// Why the device was not created.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DeviceError {
-    /// What the one inside says.
+    /// The error of the forked process.
     #[error("{0}")]
-    Inside(String),
-    /// It says nothing.
-    #[error("the process that makes the device ended without a word")]
+    Forked(String),
+    /// The forked process sent no message.
+    #[error("the process that creates the device ended without a message")]
     Silent,
-    #[error("start the process that makes the device: {0}")]
+    #[error("start the process that creates the device: {0}")]
     Start(#[source] io::Error),
 }
 
@@ -38,15 +38,15 @@ pub(super) struct Made {
     pub(super) ipv6: bool,
 }
 
-/// Makes the device that `options` ask for.
+/// Creates the device for `options`.
 ///
-/// To be called while this process has but one thread.
+/// Must be called while this process has a single thread.
 pub(super) fn make(options: &Options, layer2: bool) -> Result<Made, DeviceError> {
-    let (ours, theirs) = line().map_err(DeviceError::Start)?;
-    let copy =
-        Copy::start(&[], || tell(&theirs, inside(options, layer2))).map_err(DeviceError::Start)?;
+    let (ours, theirs) = message_socket_pair().map_err(DeviceError::Start)?;
+    let forked = ForkedProcess::start(&[], || send(&theirs, create(options, layer2)))
+        .map_err(DeviceError::Start)?;
     drop(theirs);
-    let mut bytes = [0; LONGEST_ERROR];
+    let mut bytes = [0; MAX_ERROR];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
@@ -56,7 +56,7 @@ pub(super) fn make(options: &Options, layer2: bool) -> Result<Made, DeviceError>
             received => break received.map_err(|error| DeviceError::Start(error.into()))?,
         }
     };
-    drop(copy);
+    drop(forked);
     let descriptor = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
         _ => None,
@@ -71,18 +71,18 @@ pub(super) fn make(options: &Options, layer2: bool) -> Result<Made, DeviceError>
             };
             let ipv6 = ipv6 != 0;
             let tun = Tun::adopt(descriptor, &tun_options(options, ipv6, layer2), capabilities);
-            let tun = tun.map_err(|error| DeviceError::Inside(error.to_string()))?;
+            let tun = tun.map_err(|error| DeviceError::Forked(error.to_string()))?;
             Ok(Made { tun, ipv6 })
         }
         (_, []) => Err(DeviceError::Silent),
-        (_, text) => Err(DeviceError::Inside(String::from_utf8_lossy(text).into_owned())),
+        (_, text) => Err(DeviceError::Forked(String::from_utf8_lossy(text).into_owned())),
     }
 }
 
-fn tell(line: &OwnedFd, made: Result<Made, String>) {
+fn send(socket: &OwnedFd, made: Result<Made, String>) {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    // That nobody listens any more changes nothing: this process ends.
+    // A send error needs no handling: this process exits in any case.
     let _ = match made {
         Ok(Made { tun, ipv6 }) => {
             let (descriptor, granted) = tun.into_parts();
@@ -90,17 +90,17 @@ fn tell(line: &OwnedFd, made: Result<Made, String>) {
             let bytes = [ipv6, peek_offset, tcp_offload, udp_offload, udp_gso].map(u8::from);
             let descriptors = [descriptor.as_fd()];
             control.push(SendAncillaryMessage::ScmRights(&descriptors));
-            sendmsg(line, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)
+            sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)
         }
         Err(text) => {
-            let text = &text.as_bytes()[..text.len().min(LONGEST_ERROR)];
-            sendmsg(line, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL)
+            let text = &text.as_bytes()[..text.len().min(MAX_ERROR)];
+            sendmsg(socket, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL)
         }
     };
 }
 
-/// In the copy: goes where the container is, and makes the device there.
-fn inside(options: &Options, layer2: bool) -> Result<Made, String> {
+/// In the forked process: enters the namespaces of the container and creates the device.
+fn create(options: &Options, layer2: bool) -> Result<Made, String> {
     let (name, opened) = match &options.target {
         Target::Process(pid) => (format!("of process {pid}"), Namespace::from_pid(*pid)),
         Target::Path(path) => (path.display().to_string(), Namespace::from_path(path)),
@@ -111,16 +111,16 @@ fn inside(options: &Options, layer2: bool) -> Result<Made, String> {
         Tun::open(&namespace, &tun_options(options, ipv6, layer2)).map(|tun| Made { tun, ipv6 })
     };
     let made = match open(options.ipv6) {
-        // Where the host has IPv6 switched off, the device can have no address of it; callers ask
-        // for it all the same.
+        // If IPv6 is disabled on the host, the device cannot have an IPv6 address; callers request
+        // one nevertheless.
         Err(StartError::Interface { .. }) if options.ipv6 => open(false),
         made => made,
     };
     made.map_err(|error| explain(&error, &name, options))
 }
 
-/// Joins the user namespace whose network it is. A process that is in it already, as podman's
-/// children are, or is root, stays where it is.
+/// Joins the user namespace that owns the network namespace. A process that is already in it, such
+/// as a child of podman, or is root, stays in its own.
 fn join(options: &Options, namespace: &Namespace) -> Result<(), String> {
     let named = match (&options.user_namespace, &options.target) {
         (Some(path), _) => Some(path.clone()),
@@ -129,7 +129,7 @@ fn join(options: &Options, namespace: &Namespace) -> Result<(), String> {
     };
     let joined = match &named {
         Some(path) => File::open(path).and_then(join_user_namespace),
-        // With a path alone, the namespace's owner is joined where that is permitted.
+        // Without a path, the owner of the network namespace is joined if that is permitted.
         None => namespace.owner().and_then(join_user_namespace),
     };
     match joined {
@@ -139,7 +139,7 @@ fn join(options: &Options, namespace: &Namespace) -> Result<(), String> {
             let path = named.as_deref().unwrap_or(Path::new("")).display().to_string();
             Err(format!("--userns-path {path:?}: {error}"))
         }
-        // Whether the network can be entered all the same is seen when it is.
+        // Entering the network namespace shows whether the permission suffices.
         _ => Ok(()),
     }
 }
@@ -172,7 +172,7 @@ fn tun_options(options: &Options, ipv6: bool, layer2: bool) -> TunOptions {
         tun.default_routes.push(Family::V4);
         tun.gateways.push(addresses.gateway.into());
     }
-    // On a device of layer 3 nobody advertises a router: whoever wants IPv6 is given it.
+    // On a layer 3 device, no router is advertised, so IPv6 is configured here.
     if ipv6 && !layer2 {
         tun.addresses.push(Addresses::GUEST_V6.into());
         tun.default_routes.push(Family::V6);
@@ -181,7 +181,7 @@ fn tun_options(options: &Options, ipv6: bool, layer2: bool) -> TunOptions {
     tun
 }
 
-/// One line that says what to do.
+/// One line with the remedy.
 fn explain(error: &StartError, namespace: &str, options: &Options) -> String {
     let number = |source: &io::Error| source.raw_os_error();
     match error {
@@ -189,7 +189,7 @@ fn explain(error: &StartError, namespace: &str, options: &Options) -> String {
             if matches!(number(source), Some(libc::EBUSY | libc::EINVAL)) =>
         {
             format!(
-                "device {name:?}: there is an interface of this name in the namespace already; delete it, or name another one behind {}",
+                "device {name:?}: an interface of this name already exists in the namespace; delete it, or set another name after {}",
                 match options.target {
                     Target::Process(_) => "PID",
                     Target::Path(_) => "PATH",
@@ -197,7 +197,7 @@ fn explain(error: &StartError, namespace: &str, options: &Options) -> String {
             )
         }
         StartError::Namespace(source) if number(source) == Some(libc::EPERM) => format!(
-            "enter the network namespace {namespace}: {source}: it belongs to another user, or to a user namespace that --userns-path has to name"
+            "enter the network namespace {namespace}: {source}: it belongs to another user, or to a user namespace that must be set with --userns-path"
         ),
         error => error.to_string(),
     }

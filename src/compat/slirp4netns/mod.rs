@@ -1,29 +1,32 @@
-//! A stand-in for slirp4netns, for rootlesskit, podman and whoever else starts one.
+//! A replacement for slirp4netns, for rootlesskit, podman and other callers.
 //!
 //! # Theory of operation
-//! It is started by a user without privileges on the host, and given a network namespace by process
-//! or path. In there it makes a device, which it serves from here: what a container sends there
-//! goes out through ordinary sockets of this process ([`tidegate_nat`]).
+//! An unprivileged user starts the process and names a network namespace by process or path. The
+//! process creates a device in that namespace and serves it from its own namespace. Packets from
+//! the container leave through ordinary sockets of this process ([`tidegate_nat`]).
 //!
 //! ```text
-//!  caller's user namespace          here                                           the container's
-//!  ───────────────────────          ────                                           ───────────────
+//!  caller's user namespace          this process                                   container's
+//!  namespaces
+//!  ───────────────────────          ────────────
+//!  ──────────────────────
 //!                                   options, descriptors, API socket
-//!                                   copy ──────────── joins ──────────────────────► makes the device
+//!                                   fork ──────────── joins ──────────────────────► creates the
+//!                                   device
 //!                                        ◄─────────── its descriptor ─────────────┘
-//!                                   copy: reads resolv.conf from now on ─┐
-//!                                   namespaces of our own                │
-//!                                   engine's thread, without privileges  │ words
-//!                                   root, privileges, system calls go    │
+//!                                   fork: reads resolv.conf from now on ─┐
+//!                                   own namespaces                       │
+//!                                   engine thread, unprivileged          │ updates
+//!                                   drop root, privileges, system calls  │
 //!  1 ◄───────────────────────────── ready                                │
 //!                                   waits for: exit, signals, API ◄──────┘
 //! ```
 //!
-//! All of that is over before the caller hears that it is ready; then there is no file, no
-//! privilege and no system call left that is not needed, as far as was asked for.
+//! All of this is complete before the process reports that it is ready. As far as the options
+//! request, it then has no file system, privilege or system call left that it does not need.
 //!
-//! The device is a TUN, although callers say TAP: it is the faster one, and nobody looks.
-//! `TIDEGATE_SLIRP_DEVICE=tap`, and `--macaddress`, make a TAP.
+//! The device is a TUN although callers say TAP: a TUN is faster, and callers do not check.
+//! `TIDEGATE_SLIRP_DEVICE=tap` and `--macaddress` select a TAP.
 
 mod addresses;
 mod api;
@@ -40,7 +43,7 @@ use crate::confine::{self, CallsError};
 use crate::{EXIT_FAILURE, logging, version};
 use addresses::Addresses;
 use api::Forwards;
-use api_socket::{MOST_CLIENTS, Server};
+use api_socket::{MAX_CLIENTS, Server};
 use control::{Control, Ports};
 use options::{Invocation, Options, Outbound};
 use resolvers::Resolvers;
@@ -62,26 +65,27 @@ use tracing_subscriber::filter::LevelFilter;
 /// `tun` (default) or `tap`.
 pub const DEVICE: &str = "TIDEGATE_SLIRP_DEVICE";
 
-/// `gateway` (default) or `client`: whom a container sees at a forwarded port.
+/// The source address that a container sees at a forwarded port: `gateway` (default) or `client`.
 pub const SOURCE: &str = "TIDEGATE_SLIRP_SOURCE";
 
-/// Descriptors that are not flows': ours, and those of the API's clients.
-const RESERVED: usize = 32 + MOST_CLIENTS;
+/// Descriptors that are not available to flows: those of the process itself, and those of API
+/// clients.
+const RESERVED: usize = 32 + MAX_CLIENTS;
 
-/// Why it does not start: one line.
+/// Why the process did not start, in one line.
 #[derive(Debug, thiserror::Error)]
 enum RunError {
     #[error("--{option} {number}: this descriptor is not open")]
     Descriptor { option: &'static str, number: RawFd },
     #[error("--ready-fd {0}: {1}")]
     Ready(RawFd, #[source] io::Error),
-    #[error("{name}={value:?}: neither {} nor {}", words[0], words[1])]
+    #[error("{name}={value:?}: use {} or {}", words[0], words[1])]
     Environment { name: &'static str, value: String, words: [&'static str; 2] },
     #[error("--api-socket {path:?}: {source}")]
     ApiSocket { path: String, source: io::Error },
     #[error("--{option} {interface:?}: {reason}")]
     Outbound { option: &'static str, interface: String, reason: String },
-    #[error("follow the host's resolvers: {0}")]
+    #[error("resolvers of the host: {0}")]
     Resolvers(#[source] io::Error),
     #[error(transparent)]
     Made(#[from] device::DeviceError),
@@ -97,21 +101,21 @@ enum RunError {
     System(#[from] io::Error),
 }
 
-/// The whole program, given its arguments without its own name. Must be the first thing that main
-/// does: descriptors are known by numbers that nothing else may take before.
+/// Runs the program with its arguments, without its name. Must be called first in main: inherited
+/// descriptors are identified by numbers that nothing else may take before.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let options = match options::parse(args) {
         Ok(Invocation::Run(options)) => options,
         Ok(Invocation::Version) => {
             let (commit, version) = (version::COMMIT, version::VERSION);
-            say(
+            print(
                 io::stdout(),
                 &format!("slirp4netns version {version} (tidegate)\ncommit: {commit}\n"),
             );
             return ExitCode::SUCCESS;
         }
         Ok(Invocation::Help) => {
-            say(io::stdout(), &options::usage());
+            print(io::stdout(), &options::usage());
             return ExitCode::SUCCESS;
         }
         Err(error) => return fail(&error),
@@ -124,15 +128,15 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// As slirp4netns, which has one code for everything.
+/// Prints the error. Like slirp4netns, this uses one exit code for all errors.
 fn fail(error: &dyn std::error::Error) -> ExitCode {
     let line = crate::port_error::without_numbers(&error.to_string());
-    say(io::stderr(), &format!("slirp4netns: error: {line}\n"));
+    print(io::stderr(), &format!("slirp4netns: error: {line}\n"));
     ExitCode::from(EXIT_FAILURE)
 }
 
-/// Writes `text`; that nobody can read it is no reason not to go on.
-fn say(mut to: impl Write, text: &str) {
+/// Writes `text`. A write error does not end the program.
+fn print(mut to: impl Write, text: &str) {
     let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
 }
 
@@ -154,9 +158,9 @@ fn run(options: &Options) -> Result<(), RunError> {
     });
     let listener = listener.transpose()?;
 
-    // Copies, as long as there is one thread; first the one that stays, so that it keeps no device
-    // from going with this process.
-    let callers: Vec<BorrowedFd<'_>> = exit
+    // Forks while there is a single thread. The process that stays comes first, so that it does not
+    // inherit the device and keep it alive after this process.
+    let caller_fds: Vec<BorrowedFd<'_>> = exit
         .iter()
         .chain(&ready)
         .map(AsFd::as_fd)
@@ -165,12 +169,12 @@ fn run(options: &Options) -> Result<(), RunError> {
     let following = if options.disable_dns {
         None
     } else {
-        Some(Resolvers::follow(&callers).map_err(RunError::Resolvers)?)
+        Some(Resolvers::follow(&caller_fds).map_err(RunError::Resolvers)?)
     };
     let (resolvers, servers) = following.unzip();
     let device::Made { tun, ipv6 } = device::make(options, layer2)?;
     if options.ipv6 && !ipv6 {
-        tracing::warn!("--enable-ipv6: this host has no IPv6; IPv4 is served alone");
+        tracing::warn!("--enable-ipv6: this host has no IPv6; serving only IPv4");
     }
 
     let addresses = Addresses::of(options.network);
@@ -180,7 +184,7 @@ fn run(options: &Options) -> Result<(), RunError> {
         name_servers: addresses.name_servers(ipv6),
         resolvers: servers.unwrap_or_default(),
         host_loopback: !options.disable_host_loopback,
-        // As slirp4netns: what the host reaches.
+        // As in slirp4netns, containers reach what the host reaches.
         metadata: true,
         ..Policy::default()
     };
@@ -201,7 +205,7 @@ fn run(options: &Options) -> Result<(), RunError> {
             Arc::new(Descriptors::of_process(RESERVED)),
         )?)
     };
-    // From a thread that has no privileges any more, so that the engine's begins without them.
+    // Started from a thread without privileges, which the engine thread inherits.
     let nat = std::thread::scope(|scope| {
         let started = scope.spawn(start).join();
         started.unwrap_or_else(|_| {
@@ -217,7 +221,7 @@ fn run(options: &Options) -> Result<(), RunError> {
     if let Some(sandbox) = sandbox {
         sandbox.close()?;
     }
-    crate::compat::start_up_pages::give_back();
+    crate::compat::startup_pages::release();
     if options.seccomp {
         confine::engine_is_ready()?;
     }
@@ -227,7 +231,7 @@ fn run(options: &Options) -> Result<(), RunError> {
     Ok(Control { nat, policy, exit, signals, resolvers, api }.run()?)
 }
 
-/// One of two words.
+/// Reads an environment variable with one of two values.
 fn variable(
     name: &'static str,
     words: [&'static str; 2],
@@ -241,26 +245,26 @@ fn variable(
     Ok(word)
 }
 
-/// Descriptor `number`, which our caller has opened for us, under a number of our own or that one.
+/// Takes the inherited descriptor `number`, and moves it if it is a standard stream.
 fn inherited(option: &'static str, number: RawFd) -> Result<OwnedFd, RunError> {
-    // SAFETY: only looked at; a number that is not open is an error.
+    // SAFETY: the descriptor is only queried; a number that is not open is an error.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
     let closed = |_| RunError::Descriptor { option, number };
-    // Everything that we open ourselves is close-on-exec, what was handed down is not.
+    // Descriptors opened by this process are close-on-exec, inherited ones are not.
     if fcntl_getfd(borrowed).map_err(closed)?.contains(FdFlags::CLOEXEC) {
         return Err(RunError::Descriptor { option, number });
     }
     if number <= libc::STDERR_FILENO {
         return fcntl_dupfd_cloexec(borrowed, libc::STDERR_FILENO + 1).map_err(closed);
     }
-    // SAFETY: it is open, was not opened by us, and no two options name the same one.
+    // SAFETY: it is open, was not opened by this process, and no two options share a number.
     let owned = unsafe { OwnedFd::from_raw_fd(number) };
     fcntl_setfd(&owned, FdFlags::CLOEXEC).map_err(closed)?;
     Ok(owned)
 }
 
-/// Where SIGTERM and SIGINT come to: far ends are to see resets, not half of a transfer that looks
-/// whole.
+/// A socket that receives SIGTERM and SIGINT. They must not kill: peers have to see resets, not a
+/// truncated transfer that looks complete.
 fn signals() -> io::Result<UnixStream> {
     let (here, there) = UnixStream::pair()?;
     for signal in [SIGTERM, SIGINT] {
@@ -269,7 +273,7 @@ fn signals() -> io::Result<UnixStream> {
     Ok(here)
 }
 
-/// The addresses that flows go out from.
+/// The source addresses of outbound flows.
 fn outbound(options: &Options, host: &Namespace) -> Result<tidegate_nat::Outbound, RunError> {
     let named = |option, interface: &str, is_it: fn(&IpAddr) -> bool| {
         let error =

@@ -1,15 +1,15 @@
-//! slirp4netns's command line, read as `getopt_long(3)` reads it.
+//! The command line of slirp4netns, parsed as by `getopt_long(3)`.
 //!
 //! ```text
 //! slirp4netns --mtu 65520 -r 3 --disable-host-loopback 4242 tap0                            (rootlesskit)
 //! slirp4netns --mtu=65520 --enable-sandbox -c -e 3 -r 4 --netns-type=path /run/.../netns tap0  (podman)
 //! ```
 //!
-//! Callers spell options either way, put them before or behind the rest, and may shorten long ones
-//! and bundle short ones; all of that is understood here. Numbers of descriptors are taken as
-//! given, for callers differ in which is which.
+//! Callers use both spellings of options and put options before or after arguments. They may
+//! abbreviate long options and bundle short ones. Descriptor numbers are taken as given, because
+//! callers differ in their order.
 //!
-//! Source: `main.c` of slirp4netns 1.2 and its manual page, and what the program does.
+//! Source: `main.c` and the manual page of slirp4netns 1.2, and the behaviour of the program.
 
 #[cfg(test)]
 mod tests;
@@ -22,10 +22,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use tidegate_nat::{ETHERNET_MAX_MTU, MacAddress};
 
-/// The longest path of a socket: `sun_path` less the zero at its end (unix(7)).
-const LONGEST_SOCKET_PATH: usize = 107;
+/// The longest path of a socket in bytes: `sun_path` less the terminating NUL (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
 
-/// What a command line asks for.
+/// The action that a command line requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Invocation {
     /// Serve a namespace.
@@ -36,98 +36,98 @@ pub enum Invocation {
     Help,
 }
 
-/// What is served, and how.
+/// The configuration of the process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Whose network.
+    /// The network namespace to serve.
     pub target: Target,
-    /// The name of the device in there.
+    /// The name of the device in the namespace.
     pub device: String,
-    /// `-c`: give the device its addresses and routes.
+    /// `-c`: configure addresses and routes of the device.
     pub configure: bool,
-    /// `-e`: end when the other end of this descriptor is closed.
+    /// `-e`: exit when the other end of this descriptor is closed.
     pub exit_fd: Option<RawFd>,
-    /// `-r`: write `1` there when all is ready.
+    /// `-r`: write `1` to this descriptor when ready.
     pub ready_fd: Option<RawFd>,
-    /// `-m`: bytes that fit into one packet, 1280 to 65521.
+    /// `-m`: the MTU in bytes, 1280 to 65521.
     pub mtu: u16,
-    /// `--cidr`: the network's addresses; at least a /25.
+    /// `--cidr`: the network, at least a /25.
     pub network: Ipv4Net,
-    /// `-6`: IPv6 as well.
+    /// `-6`: enable IPv6.
     pub ipv6: bool,
-    /// The gateway does not lead to the host's loopback.
+    /// The gateway address does not give access to the loopback of the host.
     pub disable_host_loopback: bool,
-    /// Nobody answers DNS.
+    /// No DNS server.
     pub disable_dns: bool,
-    /// Give up file system and capabilities.
+    /// Drop the file system and capabilities.
     pub sandbox: bool,
-    /// Give up system calls.
+    /// Restrict system calls.
     pub seccomp: bool,
-    /// `-a`: where requests for ports are taken.
+    /// `-a`: the path of the API socket.
     pub api_socket: Option<PathBuf>,
-    /// From where IPv4 flows go out.
+    /// The source address of outbound IPv4 flows.
     pub outbound: Option<Outbound<Ipv4Addr>>,
-    /// From where IPv6 flows go out.
+    /// The source address of outbound IPv6 flows.
     pub outbound6: Option<Outbound<Ipv6Addr>>,
-    /// `--macaddress`: the device has this address, and hence is one of layer 2.
+    /// `--macaddress`: the MAC address of the device, which makes it a layer 2 device.
     pub mac: Option<MacAddress>,
-    /// `--userns-path`: which user namespace to join on the way in.
+    /// `--userns-path`: the user namespace to join before the network namespace.
     pub user_namespace: Option<PathBuf>,
 }
 
-/// Whose network is served.
+/// The network namespace to serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// That of a process.
+    /// The network namespace of a process.
     Process(u32),
-    /// The namespace at a path.
+    /// The network namespace at a path.
     Path(PathBuf),
 }
 
-/// Which of the host's addresses flows go out from.
+/// The source address of outbound flows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outbound<A> {
-    /// This one.
+    /// An address.
     Address(A),
-    /// The first one of this interface.
+    /// The first address of an interface.
     Interface(String),
 }
 
-/// Why a command line was refused: one line, which names option and value.
+/// Why a command line was rejected: one line with option and value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OptionError {
-    /// No such option.
+    /// The option does not exist.
     #[error("unrecognized option '{0}'")]
     Unknown(String),
-    /// The beginning of several.
+    /// The abbreviation matches several options.
     #[error("option '{0}' is ambiguous")]
     Ambiguous(String),
-    /// The command line ends where a value should be.
+    /// The value is missing at the end of the command line.
     #[error("option '{0}' requires an argument")]
     NeedsArgument(String),
-    /// A value for an option that takes none.
+    /// The option takes no value.
     #[error("option '--{0}' doesn't allow an argument")]
     TakesNone(&'static str),
-    /// A value means nothing for its option.
+    /// The value is not valid for its option.
     #[error("--{option} {value:?}: {reason}")]
     Value {
-        /// The option's long name.
+        /// The long name of the option.
         option: &'static str,
-        /// What was given.
+        /// The given value.
         value: String,
-        /// What would have been right.
+        /// The expectation.
         reason: String,
     },
-    /// Neither a process nor a path.
+    /// The target is missing.
     #[error("PID or PATH is missing; see --help")]
     NoTarget,
-    /// What should be a process is none.
-    #[error("PID must be a positive integer, and {0:?} is none (a path needs --netns-type=path)")]
+    /// The target is not a process id.
+    #[error("PID must be a positive integer, not {0:?} (a path needs --netns-type=path)")]
     Pid(String),
-    /// More than process and device.
+    /// There are more arguments than target and device.
     #[error("unexpected argument {0:?}")]
     TooMany(String),
-    /// Two options that do not go together.
+    /// Two options are mutually exclusive, or one requires another.
     #[error("{0}")]
     Contradiction(&'static str),
 }
@@ -159,7 +159,7 @@ struct OptionDefinition {
     name: Name,
     short: Option<u8>,
     long: &'static str,
-    /// What its value is called, if it takes one.
+    /// The name of its value in the help text, if it takes one.
     value: Option<&'static str>,
     help: &'static str,
 }
@@ -181,21 +181,21 @@ const OPTIONS: [OptionDefinition; 19] = [
         Some(b'c'),
         "configure",
         None,
-        "bring up the device, with its addresses and default routes",
+        "configure the device with its addresses and default routes, and bring it up",
     ),
     option(
         Name::ExitFd,
         Some(b'e'),
         "exit-fd",
         Some("FD"),
-        "end when the other end of descriptor FD is closed",
+        "exit when the other end of descriptor FD is closed",
     ),
     option(
         Name::ReadyFd,
         Some(b'r'),
         "ready-fd",
         Some("FD"),
-        "write 1 to descriptor FD when all is ready",
+        "write 1 to descriptor FD when ready",
     ),
     option(
         Name::Mtu,
@@ -204,84 +204,84 @@ const OPTIONS: [OptionDefinition; 19] = [
         Some("MTU"),
         "MTU of the device (default=1500, max=65521)",
     ),
-    option(Name::EnableIpv6, Some(b'6'), "enable-ipv6", None, "serve IPv6 as well, on fd00::/64"),
+    option(Name::EnableIpv6, Some(b'6'), "enable-ipv6", None, "enable IPv6, on fd00::/64"),
     option(
         Name::ApiSocket,
         Some(b'a'),
         "api-socket",
         Some("PATH"),
-        "take requests to forward ports on a socket at PATH",
+        "serve the API for port forwarding on a socket at PATH",
     ),
-    option(Name::Cidr, None, "cidr", Some("CIDR"), "the network's addresses (default=10.0.2.0/24)"),
+    option(Name::Cidr, None, "cidr", Some("CIDR"), "IPv4 network (default=10.0.2.0/24)"),
     option(
         Name::DisableHostLoopback,
         None,
         "disable-host-loopback",
         None,
-        "do not lead the gateway's address to the host's loopback",
+        "deny access to the loopback of the host at the gateway address",
     ),
     option(
         Name::NetnsType,
         None,
         "netns-type",
         Some("TYPE"),
-        "what names the network namespace ([path|pid], default=pid)",
+        "type of the network namespace argument ([path|pid], default=pid)",
     ),
     option(
         Name::UsernsPath,
         None,
         "userns-path",
         Some("PATH"),
-        "the user namespace to join on the way in",
+        "user namespace to join before the network namespace",
     ),
     option(
         Name::EnableSandbox,
         None,
         "enable-sandbox",
         None,
-        "keep no file system and no capability but CAP_NET_BIND_SERVICE",
+        "drop the file system, and all capabilities except CAP_NET_BIND_SERVICE",
     ),
     option(
         Name::EnableSeccomp,
         None,
         "enable-seccomp",
         None,
-        "keep no system call that is not needed",
+        "restrict system calls to those in use",
     ),
     option(
         Name::OutboundAddr,
         None,
         "outbound-addr",
         Some("IPv4"),
-        "go out from this address, or this interface's",
+        "source address of outbound flows, or interface that has it",
     ),
     option(
         Name::OutboundAddr6,
         None,
         "outbound-addr6",
         Some("IPv6"),
-        "go out from this address, or this interface's",
+        "source address of outbound flows, or interface that has it",
     ),
     option(
         Name::DisableDns,
         None,
         "disable-dns",
         None,
-        "do not lead 10.0.2.3 (or as --cidr has it) to DNS",
+        "disable DNS on 10.0.2.3 (or its equivalent with --cidr)",
     ),
     option(
         Name::MacAddress,
         None,
         "macaddress",
         Some("MAC"),
-        "make a TAP device with this address (only valid with -c)",
+        "create a TAP device with this address (only valid with -c)",
     ),
     option(
         Name::TargetType,
         None,
         "target-type",
         Some("TYPE"),
-        "what is served ([netns|bess], default=netns; bess is refused)",
+        "type of the target ([netns|bess], default=netns; bess is not supported)",
     ),
     option(Name::Help, Some(b'h'), "help", None, "show this help and exit"),
     option(Name::Version, Some(b'v'), "version", None, "show the version and exit"),
@@ -292,7 +292,7 @@ const OPTIONS: [OptionDefinition; 19] = [
 pub fn usage() -> String {
     let mut text = String::from(
         "Usage: slirp4netns [OPTION]... PID|PATH [TAPNAME]\n\
-         User-mode networking for unprivileged network namespaces, by tidegate.\n\n",
+         Userspace networking for unprivileged network namespaces, by tidegate.\n\n",
     );
     for OptionDefinition { short, long, value, help, .. } in &OPTIONS {
         let short = short.map(|short| format!("-{}, ", char::from(short))).unwrap_or_default();
@@ -301,16 +301,16 @@ pub fn usage() -> String {
     }
     text.push_str(
         "\nEnvironment:\n  TIDEGATE_SLIRP_DEVICE  tun (default), or tap for layer 2: MAC addresses, DHCP, router advertisements\
-         \n  TIDEGATE_SLIRP_SOURCE  gateway (default), or client: whom a container sees at a forwarded port\
-         \n  TIDEGATE_LOG           what is logged to standard error: a level (info, debug), or target=level,...\n",
+         \n  TIDEGATE_SLIRP_SOURCE  gateway (default), or client: source address that a container sees at a forwarded port\
+         \n  TIDEGATE_LOG           filter of the log on standard error: a level (info, debug), or target=level,...\n",
     );
     text
 }
 
-/// Reads a command line, without the program's own name.
+/// Parses a command line, without the name of the program.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// The first error.
 pub fn parse(
     args: impl IntoIterator<Item = impl Into<OsString>>,
 ) -> Result<Invocation, OptionError> {
@@ -342,17 +342,17 @@ pub fn parse(
         } else {
             raw.rest.push(arg);
         }
-        if raw.asked.is_some() {
+        if raw.requested.is_some() {
             break;
         }
     }
-    match raw.asked.take() {
-        Some(asked) => Ok(asked),
+    match raw.requested.take() {
+        Some(requested) => Ok(requested),
         None => raw.check().map(|options| Invocation::Run(Box::new(options))),
     }
 }
 
-/// By its name, or by a beginning that no other one has.
+/// Finds an option by its name or by an unambiguous abbreviation.
 fn long_option(name: &[u8]) -> Result<&'static OptionDefinition, OptionError> {
     let text = || format!("--{}", String::from_utf8_lossy(name));
     if let Some(exact) = OPTIONS.iter().find(|option| option.long.as_bytes() == name) {
@@ -366,13 +366,13 @@ fn long_option(name: &[u8]) -> Result<&'static OptionDefinition, OptionError> {
     }
 }
 
-/// What was given, not yet looked at.
+/// The arguments before validation.
 #[derive(Default)]
 struct Raw {
-    /// Of those that take a value, the last one.
+    /// All options in order; the last value of an option wins.
     values: Vec<(Name, OsString)>,
     rest: Vec<OsString>,
-    asked: Option<Invocation>,
+    requested: Option<Invocation>,
 }
 
 impl Raw {
@@ -403,8 +403,8 @@ impl Raw {
 
     fn set(&mut self, option: &OptionDefinition, value: OsString) {
         match option.name {
-            Name::Help => _ = self.asked.get_or_insert(Invocation::Help),
-            Name::Version => _ = self.asked.get_or_insert(Invocation::Version),
+            Name::Help => _ = self.requested.get_or_insert(Invocation::Help),
+            Name::Version => _ = self.requested.get_or_insert(Invocation::Version),
             name => self.values.push((name, value)),
         }
     }
@@ -422,7 +422,7 @@ impl Raw {
         self.value(name).is_some()
     }
 
-    /// The value of an option as `read` understands it.
+    /// The value of an option, parsed by `read`.
     fn read<T>(
         &self,
         name: Name,
@@ -435,7 +435,7 @@ impl Raw {
         read(&value).map(Some).map_err(|reason| OptionError::Value { option, value, reason })
     }
 
-    /// The sense of it.
+    /// Validates the values.
     fn check(self) -> Result<Options, OptionError> {
         let configure = self.has(Name::Configure);
         let exit_fd = self.read(Name::ExitFd, descriptor)?;
@@ -450,7 +450,7 @@ impl Raw {
         let outbound = self.read(Name::OutboundAddr, source_address::<Ipv4Addr>)?;
         let outbound6 = self.read(Name::OutboundAddr6, source_address::<Ipv6Addr>)?;
         let mac = self.read(Name::MacAddress, |value| {
-            value.parse().map_err(|_| "not a MAC address of one device".to_owned())
+            value.parse().map_err(|_| "not a unicast MAC address".to_owned())
         })?;
         if mac.is_some() && !configure {
             return Err(OptionError::Contradiction(
@@ -464,20 +464,20 @@ impl Raw {
         })?;
         self.read(Name::TargetType, |value| match value {
             "netns" => Ok(()),
-            "bess" => Err(
-                "BESS and User Mode Linux are not served, network namespaces are: use slirp4netns for them"
-                    .to_owned(),
-            ),
+            "bess" => {
+                Err("BESS and User Mode Linux are not supported; use slirp4netns for them"
+                    .to_owned())
+            }
             _ => Err("must be either \"netns\" or \"bess\"".to_owned()),
         })?;
         let api_socket = self.value(Name::ApiSocket).map(PathBuf::from);
         if let Some(path) = &api_socket
-            && (path.as_os_str().is_empty() || path.as_os_str().len() > LONGEST_SOCKET_PATH)
+            && (path.as_os_str().is_empty() || path.as_os_str().len() > MAX_SOCKET_PATH)
         {
             return Err(OptionError::Value {
                 option: "api-socket",
                 value: path.display().to_string(),
-                reason: format!("the path of a socket has 1 to {LONGEST_SOCKET_PATH} bytes"),
+                reason: format!("a socket path has 1 to {MAX_SOCKET_PATH} bytes"),
             });
         }
         let flags = |name| self.has(name);
@@ -539,28 +539,31 @@ fn mtu(value: &str) -> Result<u16, String> {
     let range = tidegate_nat::MIN_MTU..=ETHERNET_MAX_MTU;
     value.parse().ok().filter(|mtu| range.contains(mtu)).ok_or_else(|| {
         format!(
-            "an MTU is {} to {ETHERNET_MAX_MTU}, the least being that of IPv6",
+            "the MTU must be {} (the minimum of IPv6) to {ETHERNET_MAX_MTU}",
             tidegate_nat::MIN_MTU
         )
     })
 }
 
 fn network(value: &str) -> Result<Ipv4Net, String> {
-    let network: Ipv4Net = value.parse().map_err(|_| "not like 10.0.2.0/24".to_owned())?;
+    let network: Ipv4Net =
+        value.parse().map_err(|_| "not a network such as 10.0.2.0/24".to_owned())?;
     if !(1..=25).contains(&network.prefix_len()) {
-        return Err("prefix length needs to be 1 to 25: the guest is address 100".to_owned());
+        return Err(
+            "the prefix length must be 1 to 25: the guest has address number 100".to_owned()
+        );
     }
     if network.addr() != network.trunc().addr() {
-        return Err(format!("needs to be the address of a network, like {}", network.trunc()));
+        return Err(format!("host bits are set; use {}", network.trunc()));
     }
-    // Anything else the engine would not take from a guest.
+    // The engine would reject packets from other addresses.
     let address = network.addr();
     if address.is_loopback()
         || address.is_multicast()
         || address.octets()[0] == 0
         || address.octets()[0] >= 240
     {
-        return Err("no host can have such addresses".to_owned());
+        return Err("the network has no host addresses".to_owned());
     }
     Ok(network)
 }

@@ -1,7 +1,7 @@
-//! Processes of one's own: a copy of this one that does one thing and ends.
+//! Forked processes: copies of this process that perform one task.
 //!
-//! What enters a user namespace cannot come back, and what gives up its files cannot read them any
-//! more. So both are done by copies, which have their results sent over a socket.
+//! A process cannot leave a user namespace, and cannot read files after it gave up the file system.
+//! Forked processes perform such tasks and send their results over a socket.
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{
@@ -12,39 +12,41 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// How long the end of one is waited for, so that whoever does not reap orphans has none to reap.
-const LONGEST_END: Duration = Duration::from_millis(500);
+/// How long the drop waits for the process to end, so that no zombie is left to callers that do not
+/// reap orphans.
+const MAX_WAIT: Duration = Duration::from_millis(500);
 
-/// A copy of this process, killed and reaped when dropped.
+/// A forked copy of this process, killed and reaped on drop.
 #[derive(Debug)]
-pub(super) struct Copy {
+pub(super) struct ForkedProcess {
     pid: Pid,
 }
 
-impl Copy {
-    /// Starts `work` in a copy of this process, which ends with it, or with this process. `callers`
-    /// are descriptors at whose closing somebody waits: the copy has them no more.
+impl ForkedProcess {
+    /// Runs `work` in a forked process, which ends after it or with this process. `closed` are
+    /// descriptors whose close the caller of this program waits for; the forked process closes them
+    /// at once.
     ///
-    /// To be called while this process has but one thread: another one might hold a lock that
-    /// nobody in the copy would ever release.
-    pub(super) fn start(callers: &[BorrowedFd<'_>], work: impl FnOnce()) -> io::Result<Self> {
+    /// Must be called while this process has a single thread. Another thread might hold a lock,
+    /// which would stay locked in the forked process.
+    pub(super) fn start(closed: &[BorrowedFd<'_>], work: impl FnOnce()) -> io::Result<Self> {
         let parent = getpid();
-        // SAFETY: there is one thread (see above), so the copy is whole.
+        // SAFETY: there is a single thread (see above), so the state of the copy is consistent.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => {
-                let lives = set_parent_process_death_signal(Some(Signal::KILL)).is_ok()
-                    // Gone before the request was in place, it would send no signal.
+                let has_parent = set_parent_process_death_signal(Some(Signal::KILL)).is_ok()
+                    // A parent that died before the call sends no signal.
                     && getppid() == Some(parent);
-                for descriptor in callers {
-                    // SAFETY: what owns it is in the copy too, and is never looked at or dropped
-                    // there.
+                for descriptor in closed {
+                    // SAFETY: the owner of the descriptor also exists in the forked process, but is
+                    // neither used nor dropped there.
                     unsafe { libc::close(descriptor.as_raw_fd()) };
                 }
-                if lives {
+                if has_parent {
                     work();
                 }
-                // Nothing of what the parent has set up for its own end is to be run here.
+                // Skips exit handlers, which belong to the parent.
                 // SAFETY: ends the process.
                 unsafe { libc::_exit(0) }
             }
@@ -53,12 +55,12 @@ impl Copy {
     }
 }
 
-impl Drop for Copy {
+impl Drop for ForkedProcess {
     fn drop(&mut self) {
-        // It is ours until it is waited for, whatever has become of it. In a sandbox nobody may be
-        // killed: it ends by itself when what it talks into is closed, or else with this process.
+        // The pid stays valid until waitpid(2). In a sandbox, kill(2) fails. The process then ends
+        // when its socket or pipe is closed, or with this process.
         let _ = kill_process(self.pid, Signal::KILL);
-        for _ in 0..LONGEST_END.as_millis() {
+        for _ in 0..MAX_WAIT.as_millis() {
             match waitpid(Some(self.pid), WaitOptions::NOHANG) {
                 Ok(None) | Err(rustix::io::Errno::INTR) => {
                     std::thread::sleep(Duration::from_millis(1));
@@ -69,7 +71,7 @@ impl Drop for Copy {
     }
 }
 
-/// Two ends of a line for messages.
-pub(super) fn line() -> io::Result<(OwnedFd, OwnedFd)> {
+/// A pair of connected sockets for messages.
+pub(super) fn message_socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }

@@ -1,18 +1,17 @@
-//! What a process gives up that serves a container: the file system and its privileges
-//! (`--enable-sandbox`).
+//! The sandbox (`--enable-sandbox`): the process gives up the file system and its privileges.
 //!
 //! # Theory of operation
-//! It is done in two steps, for threads are started in between that begin with a look at `/proc`,
-//! and have to be without privileges from their first moment on.
+//! There are two steps. Threads start in between that read `/proc` first, and that must be
+//! unprivileged from the beginning.
 //!
-//! 1. [`Sandbox::enter`]: into a mount namespace of our own. Who has no privileges in the network
-//!    that ports are bound in makes a user namespace as well: privileges in there count for nothing
+//! 1. [`Sandbox::enter`] creates a mount namespace. A process without privileges in the network
+//!    namespace of its ports also creates a user namespace. Privileges in that have no effect
 //!    outside.
-//! 2. [`Sandbox::close`]: the root becomes an empty file system that cannot be written to, and the
-//!    privileges go. [`Sandbox::drop_privileges`] is for a thread that starts others before that.
+//! 2. [`Sandbox::close`] replaces the root by an empty read-only file system and drops the
+//!    privileges. [`Sandbox::drop_privileges`] does so earlier, for a thread that starts others.
 //!
-//! What stays are descriptors, and `CAP_NET_BIND_SERVICE` where it means something: where the
-//! network is our own user namespace's, as it is for root, ports below 1024 can be forwarded.
+//! Descriptors stay open. `CAP_NET_BIND_SERVICE` is kept where it has an effect: if the network
+//! namespace belongs to the own user namespace, as for root, ports below 1024 can be forwarded.
 
 use crate::confine;
 use rustix::mount::{
@@ -23,11 +22,11 @@ use rustix::thread::{CapabilitySet, UnshareFlags, set_no_new_privs, unshare_unsa
 use std::io;
 use tidegate_netns::{Namespace, become_root_of_a_user_namespace, is_privileged};
 
-/// Where the empty file system is mounted on its way to become the root: a directory that is
-/// everywhere, and not needed any more.
-const STEPPING_STONE: &str = "/proc";
+/// The mount point of the empty file system before it becomes the root: a directory that exists
+/// everywhere and is no longer needed.
+const MOUNT_POINT: &str = "/proc";
 
-/// Why there is no sandbox.
+/// Why the sandbox was not created.
 #[derive(Debug, thiserror::Error)]
 #[error("--enable-sandbox: {step}: {source}{hint}")]
 pub(super) struct SandboxError {
@@ -40,17 +39,17 @@ fn failed(step: &'static str) -> impl Fn(rustix::io::Errno) -> SandboxError {
     move |error| SandboxError { step, source: error.into(), hint: "" }
 }
 
-/// A process on its way into a sandbox.
+/// A process between the two steps.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sandbox {
     kept: CapabilitySet,
 }
 
 impl Sandbox {
-    /// The first step. To be called while the process has but one thread.
+    /// The first step. Must be called while the process has a single thread.
     ///
     /// # Errors
-    /// The host has no user namespaces for ordinary users, for instance.
+    /// For example, if the host forbids user namespaces for ordinary users.
     pub(super) fn enter(host: &Namespace) -> Result<Self, SandboxError> {
         let privileged = is_privileged();
         let owns_network = privileged && host.belongs_to_own_user_namespace();
@@ -58,47 +57,49 @@ impl Sandbox {
             if owns_network { CapabilitySet::NET_BIND_SERVICE } else { CapabilitySet::empty() };
         if !owns_network
             && let Err(source) = become_root_of_a_user_namespace()
-            // A mount namespace alone will do, where there may be no more user namespaces.
+            // With privileges, a mount namespace alone suffices if user namespaces are exhausted.
             && !privileged
         {
             return Err(SandboxError {
-                step: "make a user namespace",
+                step: "create a user namespace",
                 source,
                 hint: " (see sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone and \
                        kernel.apparmor_restrict_unprivileged_userns)",
             });
         }
-        // SAFETY: nothing is unshared that threads share: there is one.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.map_err(failed("make a mount namespace"))?;
+        // SAFETY: there is a single thread, so no other one loses shared state.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
+            .map_err(failed("create a mount namespace"))?;
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         mount_change("/", private).map_err(failed("keep mounts private"))?;
         set_no_new_privs(true).map_err(failed("no new privileges"))?;
         Ok(Self { kept })
     }
 
-    /// The second step, for the calling thread. The file system goes for all of them.
+    /// The second step: replaces the root for all threads, and drops the privileges of the calling
+    /// one.
     ///
     /// # Errors
-    /// The kernel refuses one of its parts.
+    /// If a system call fails.
     pub(super) fn close(self) -> Result<(), SandboxError> {
         let nothing = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        mount("tmpfs", STEPPING_STONE, "tmpfs", nothing, Some(c"size=0,nr_inodes=2,mode=0555"))
+        mount("tmpfs", MOUNT_POINT, "tmpfs", nothing, Some(c"size=0,nr_inodes=2,mode=0555"))
             .map_err(failed("mount an empty file system"))?;
-        chdir(STEPPING_STONE).map_err(failed("enter it"))?;
-        // The old root ends up on top of the new one, and comes off (pivot_root(2),
-        // "pivot_root(".", ".")").
+        chdir(MOUNT_POINT).map_err(failed("enter it"))?;
+        // This stacks the old root on the new one, so that it can be unmounted (`pivot_root(".",
+        // ".")` in pivot_root(2)).
         pivot_root(".", ".").map_err(failed("make it the root"))?;
-        unmount(".", UnmountFlags::DETACH).map_err(failed("let go of the old root"))?;
+        unmount(".", UnmountFlags::DETACH).map_err(failed("unmount the old root"))?;
         chdir("/").map_err(failed("enter it"))?;
         mount_remount("/", nothing | MountFlags::RDONLY, "")
             .map_err(failed("make it read-only"))?;
         self.drop_privileges()
     }
 
-    /// Drops privileges of the calling thread, and of those that it starts.
+    /// Drops the privileges of the calling thread and of threads that it starts.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// If a system call fails.
     pub(super) fn drop_privileges(self) -> Result<(), SandboxError> {
         confine::drop_privileges(self.kept).map_err(|error| failed(error.step)(error.source))
     }

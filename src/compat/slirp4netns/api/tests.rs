@@ -1,18 +1,18 @@
 use super::*;
 
-/// Forwards what is not above port 9000, and remembers all that was asked for.
+/// Forwards ports up to 9000, and records all requests.
 #[derive(Default)]
 struct Recorder {
-    added: Vec<Wanted>,
+    added: Vec<PortForward>,
     removed: Vec<usize>,
 }
 
 impl Forwarder for Recorder {
     type Id = usize;
 
-    fn add(&mut self, wanted: Wanted) -> Option<usize> {
-        self.added.push(wanted);
-        (wanted.host.port() <= 9000).then_some(self.added.len())
+    fn add(&mut self, port: PortForward) -> Option<usize> {
+        self.added.push(port);
+        (port.host.port() <= 9000).then_some(self.added.len())
     }
 
     fn remove(&mut self, id: usize) -> bool {
@@ -32,9 +32,9 @@ fn answer(forwards: &mut Forwards<Recorder>, request: &str) -> Value {
 #[test]
 fn ports_are_added_listed_and_removed() {
     let mut forwards = forwards();
-    let podmans = r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"0.0.0.0","host_port":8080,"guest_addr":"","guest_port":80}}
+    let podman = r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"0.0.0.0","host_port":8080,"guest_addr":"","guest_port":80}}
 "#;
-    assert_eq!(answer(&mut forwards, podmans), json!({"return": {"id": 1}}));
+    assert_eq!(answer(&mut forwards, podman), json!({"return": {"id": 1}}));
     let short =
         r#"{"execute":"add_hostfwd","arguments":{"proto":"udp","host_port":53,"guest_port":5353}}"#;
     assert_eq!(answer(&mut forwards, short), json!({"return": {"id": 2}}));
@@ -56,7 +56,7 @@ fn ports_are_added_listed_and_removed() {
 }
 
 #[test]
-fn what_is_wrong_is_told_in_slirp4netns_words() {
+fn errors_have_the_texts_of_slirp4netns() {
     let mut forwards = forwards();
     for (request, text) in [
         ("", "cannot parse JSON"),
@@ -96,29 +96,29 @@ fn what_is_wrong_is_told_in_slirp4netns_words() {
             "remove_hostfwd: bad arguments.id",
         ),
     ] {
-        let told = answer(&mut forwards, request);
-        assert_eq!(told, json!({"error": {"desc": format!("bad request: {text}")}}), "{request}");
+        let error = answer(&mut forwards, request);
+        assert_eq!(error, json!({"error": {"desc": format!("bad request: {text}")}}), "{request}");
     }
 }
 
 #[test]
-fn ports_are_bounded() {
+fn forwarded_ports_are_limited() {
     let mut forwards = forwards();
     let one =
         r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_port":80,"guest_port":80}}"#;
-    for _ in 0..MOST_FORWARDS {
+    for _ in 0..MAX_FORWARDS {
         assert!(answer(&mut forwards, one)["return"].is_object());
     }
     assert!(answer(&mut forwards, one)["error"].is_object());
-    assert_eq!(forwards.forwarder.added.len(), MOST_FORWARDS);
+    assert_eq!(forwards.forwarder.added.len(), MAX_FORWARDS);
 }
 
 #[test]
-fn a_request_is_whole_when_its_last_brace_is_there() {
+fn a_request_is_complete_with_its_last_brace() {
     let request = br#"{"execute":"list_hostfwd"}"#;
     for length in 0..request.len() {
-        assert!(!is_whole(&request[..length]));
+        assert!(!is_complete(&request[..length]));
     }
-    assert!(is_whole(request) && is_whole(b"{\"a\":{}}\n"));
-    assert!(!is_whole(b"} "));
+    assert!(is_complete(request) && is_complete(b"{\"a\":{}}\n"));
+    assert!(!is_complete(b"} "));
 }

@@ -12,7 +12,7 @@ fn refused(line: &str) -> String {
 }
 
 #[test]
-fn rootlesskits_line_is_understood() {
+fn the_command_line_of_rootlesskit_is_parsed() {
     let options = run(
         "--mtu 65520 -r 3 --disable-host-loopback --cidr 10.7.0.0/24 --api-socket /s --enable-sandbox --enable-seccomp --enable-ipv6 4242 tap0",
     );
@@ -28,7 +28,7 @@ fn rootlesskits_line_is_understood() {
 }
 
 #[test]
-fn podmans_line_is_understood_whatever_the_order_of_descriptors() {
+fn the_command_line_of_podman_is_parsed_in_any_order_of_descriptors() {
     let old = "--disable-host-loopback --mtu=65520 --enable-sandbox --enable-seccomp --enable-ipv6 -c -e 3 -r 4 --netns-type=path /n tap0";
     let new = "--netns-type=path -c -r3 --exit-fd=4 /n tap0 --mtu=1400 --outbound-addr=192.0.2.1 --outbound-addr6=eth0";
     assert_eq!((run(old).exit_fd, run(old).ready_fd), (Some(3), Some(4)));
@@ -39,7 +39,7 @@ fn podmans_line_is_understood_whatever_the_order_of_descriptors() {
 }
 
 #[test]
-fn options_are_spelled_as_getopt_allows_it() {
+fn options_are_parsed_like_getopt_long() {
     let bundled = run("-c6r5 9");
     assert!(bundled.configure && bundled.ipv6);
     assert_eq!(bundled.ready_fd, Some(5));
@@ -56,11 +56,11 @@ fn options_are_spelled_as_getopt_allows_it() {
 }
 
 #[test]
-fn help_and_version_are_given_whatever_else_is_there() {
+fn help_and_version_take_precedence() {
     assert_eq!(parse(["--help"]), Ok(Invocation::Help));
     assert_eq!(parse(["-cv"]), Ok(Invocation::Version));
     assert_eq!(parse(["-h", "--nonsense"]), Ok(Invocation::Help));
-    // What rootlesskit and podman look for.
+    // The options that rootlesskit and podman search the help for.
     for word in [
         "--netns-type",
         "--enable-ipv6",
@@ -80,7 +80,7 @@ fn help_and_version_are_given_whatever_else_is_there() {
 }
 
 #[test]
-fn what_is_out_of_range_is_named() {
+fn invalid_values_are_named() {
     for (line, word) in [
         ("", "PID or PATH is missing"),
         ("0", "PID must be a positive integer"),
@@ -88,37 +88,37 @@ fn what_is_out_of_range_is_named() {
         ("/run/netns/blue", "--netns-type=path"),
         ("99999999999 tap0", "PID must be a positive integer"),
         ("9 tap0 more", "unexpected argument \"more\""),
-        ("--mtu=0 9", "--mtu \"0\": an MTU is 1280 to 65521"),
+        ("--mtu=0 9", "--mtu \"0\": the MTU must be 1280"),
         ("--mtu=65522 9", "65521"),
         ("--mtu=1279 9", "1280"),
         ("--mtu=big 9", "--mtu \"big\""),
-        ("--cidr=10.0.2.0 9", "not like 10.0.2.0/24"),
+        ("--cidr=10.0.2.0 9", "such as 10.0.2.0/24"),
         ("--cidr=10.0.2.0/26 9", "1 to 25"),
         ("--cidr=10.0.2.0/0 9", "1 to 25"),
-        ("--cidr=10.0.2.5/24 9", "like 10.0.2.0/24"),
-        ("--cidr=fd00::/64 9", "not like 10.0.2.0/24"),
-        ("--cidr=127.0.0.0/8 9", "no host can have such addresses"),
+        ("--cidr=10.0.2.5/24 9", "use 10.0.2.0/24"),
+        ("--cidr=fd00::/64 9", "such as 10.0.2.0/24"),
+        ("--cidr=127.0.0.0/8 9", "no host addresses"),
         ("-r -1 9", "--ready-fd \"-1\": must be a non-negative integer"),
         ("-e x 9", "--exit-fd"),
         ("-e 3 -r 3 9", "the same descriptor"),
         ("--outbound-addr=fd00::1 9", "--outbound-addr \"fd00::1\""),
         ("--outbound-addr6=10.0.0.1 9", "--outbound-addr6"),
         ("--macaddress=02:00:00:00:00:01 9", "--configure"),
-        ("-c --macaddress=01:00:00:00:00:01 9", "not a MAC address"),
-        ("-c --macaddress=02:00:00:00:00 9", "not a MAC address"),
+        ("-c --macaddress=01:00:00:00:00:01 9", "not a unicast MAC address"),
+        ("-c --macaddress=02:00:00:00:00 9", "not a unicast MAC address"),
         ("--netns-type=foo 9", "\"path\" or \"pid\""),
         ("--target-type=foo 9", "\"netns\" or \"bess\""),
-        ("--target-type=bess /run/bess", "are not served"),
+        ("--target-type=bess /run/bess", "are not supported"),
     ] {
-        let told = refused(line);
-        assert!(told.contains(word) && !told.contains('\n'), "{line}: {told}");
+        let error = refused(line);
+        assert!(error.contains(word) && !error.contains('\n'), "{line}: {error}");
     }
     let long = format!("--api-socket=/{} 9", "x".repeat(107));
     assert!(refused(&long).contains("107 bytes"));
 }
 
 #[test]
-fn no_command_line_is_too_strange() {
+fn arguments_that_are_not_utf8_are_rejected() {
     use std::os::unix::ffi::OsStringExt;
     let strange = OsString::from_vec(vec![b'-', b'-', 0xff, b'=', 0xfe]);
     assert!(parse([strange]).is_err());
