@@ -1,4 +1,4 @@
-//! A container that floods, and how long a modest neighbour's requests take meanwhile.
+//! A flooding container, and the response times that its neighbour sees meanwhile.
 
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -10,47 +10,47 @@ use std::time::{Duration, Instant};
 use crate::Namespace;
 use crate::frames::{LinkSocket, Mac, ethernet, ipv4, syn4, udp4};
 
-/// Frames sent between two looks at the clock.
+/// Frames sent between two checks of the clock.
 const BATCH: usize = 64;
 
-/// Frames that are prepared, and sent again and again.
+/// Prepared frames, which are sent in a loop.
 const FRAMES: u32 = 20_000;
 
-/// How long a request may take before the neighbour counts as not served.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The timeout of a request.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Another station's hardware address.
+/// The MAC address of another station.
 const OTHER_MAC: Mac = [2, 9, 9, 9, 9, 9];
 
-/// What a container floods with.
+/// The kind of packets of a flood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FloodKind {
-    /// SYNs from another station's hardware address, which a port guard drops: the baseline.
+    /// SYNs from the MAC address of another station, which a port guard drops: the baseline.
     ForeignMac,
-    /// SYNs from its own address, each from the next source port.
+    /// SYNs from its own address, with consecutive source ports.
     Syn,
     /// SYNs from 200 addresses of its network.
     SynOfManySources,
-    /// Datagrams from its own address, each from the next source port.
+    /// Datagrams from its own address, with consecutive source ports.
     Udp,
-    /// First fragments of datagrams that never become complete.
+    /// First fragments of datagrams that are never completed.
     Fragments,
 }
 
-/// A container that sends.
+/// A container that sends a flood.
 #[derive(Clone, Copy, Debug)]
 pub struct Flooder<'a> {
-    /// Its namespace. Its link is `eth0`.
+    /// Its namespace. Its interface is `eth0`.
     pub namespace: &'a Namespace,
-    /// Its IPv4 address, in a network of 24 bits.
+    /// Its IPv4 address, in a /24.
     pub address: Ipv4Addr,
-    /// Its gateway's.
+    /// The address of its gateway.
     pub gateway: Ipv4Addr,
-    /// Where the packets of the flood are for.
+    /// The destination of the packets.
     pub target: (Ipv4Addr, u16),
 }
 
-/// A flood that goes on until this is dropped.
+/// A running flood, which ends on drop.
 #[derive(Debug)]
 pub struct Flood {
     stop: Arc<AtomicBool>,
@@ -58,11 +58,11 @@ pub struct Flood {
 }
 
 impl Flooder<'_> {
-    /// Begins to send `rate` frames a second.
+    /// Starts to send `rate` frames per second.
     ///
     /// # Panics
     ///
-    /// The gateway does not answer.
+    /// If the gateway does not resolve.
     #[track_caller]
     pub fn start(&self, kind: FloodKind, rate: u32) -> Flood {
         let frames = self.frames(kind);
@@ -103,8 +103,7 @@ impl Flooder<'_> {
                 FloodKind::Fragments => {
                     let mut packet = ipv4(self.address, self.target.0, 17, &[0; 1024]);
                     packet[4..6].copy_from_slice(&port.to_be_bytes());
-                    // More of them follow, which never come. The header's checksum sums up to the
-                    // same as before.
+                    // More Fragments is set. The checksum is updated incrementally (RFC 1624).
                     packet[6] = 0x20;
                     let before = u16::from_be_bytes([packet[10], packet[11]]);
                     let added = u32::from(before) + 0xffff * 2 - 0x2000 - u32::from(port) + 1;
@@ -122,7 +121,7 @@ impl Flooder<'_> {
 
     fn gateway_mac(&self) -> Mac {
         let gateway = self.gateway;
-        // The kernel resolves an address that a datagram is for.
+        // Sending a datagram makes the kernel resolve the gateway.
         self.namespace.run(|| {
             let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("a socket in the container");
             socket.send_to(b"x", (gateway, 9)).expect("the container has a route to its gateway");
@@ -135,7 +134,7 @@ impl Flooder<'_> {
             thread::sleep(Duration::from_millis(10));
             known()
         });
-        mac(&known.expect("the gateway answers"), "lladdr ")
+        mac(&known.expect("the gateway resolves"), "lladdr ")
     }
 }
 
@@ -148,30 +147,30 @@ impl Drop for Flood {
     }
 }
 
-/// What `count` requests to `target` take, each a connection of its own, `pause` after the one
-/// before. The server sends and closes.
+/// The times of `count` requests to `target`, each on its own connection and `pause` after the
+/// previous one. The server sends and closes.
 ///
-/// To be called in the namespace of the modest container ([`Namespace::run`]).
+/// Must be called in the namespace of the neighbour ([`Namespace::run`]).
 ///
 /// # Panics
 ///
-/// A request is not served within 10 s.
+/// If a request is not served within 10 s.
 #[track_caller]
 pub fn request_times(target: SocketAddr, count: usize, pause: Duration) -> Vec<Duration> {
     let request = |_| {
         thread::sleep(pause);
         let begin = Instant::now();
         let mut stream =
-            TcpStream::connect_timeout(&target, PATIENCE).expect("a modest container connects");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a time-out can be set");
+            TcpStream::connect_timeout(&target, TIMEOUT).expect("the neighbour connects");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("and is answered");
+        stream.read_to_string(&mut answer).expect("the request is served");
         begin.elapsed()
     };
     (0..count).map(request).collect()
 }
 
-/// The hardware address behind `word` in a line of ip(8).
+/// The MAC address behind `word` in the output of ip(8).
 fn mac(line: &str, word: &str) -> Mac {
     let text = line.split(word).nth(1).unwrap_or_else(|| panic!("no {word} in {line}"));
     let mut bytes =

@@ -1,4 +1,4 @@
-//! Ethernet frames by hand: what root in a container can send, whatever its kernel would.
+//! Raw Ethernet frames: what root in a container can send regardless of its kernel.
 
 use crate::Namespace;
 use rustix::net::netdevice::name_to_index;
@@ -10,29 +10,30 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 /// Every ethertype (`ETH_P_ALL`).
 const ALL: u16 = 3;
 
-/// A packet socket at one link.
+/// A packet socket bound to a link.
 #[derive(Debug)]
 pub struct LinkSocket {
     socket: OwnedFd,
 }
 
 impl LinkSocket {
-    /// At `link` of `namespace`. It receives every frame that the link does, those for other
-    /// stations too.
+    /// Opens a socket on `link` of `namespace`. It receives every frame on the link, including
+    /// those for other stations.
     ///
     /// # Panics
     ///
-    /// Without such a link, or without CAP_NET_RAW.
+    /// If the link does not exist, or without CAP_NET_RAW.
     #[track_caller]
     pub fn open(namespace: &Namespace, link: &str) -> Self {
         Self::bound(namespace, link, ALL)
     }
 
-    /// The same, to send alone: it receives nothing, and costs frames of others nothing.
+    /// Opens a socket that only sends. It receives nothing, and so does not slow down the receive
+    /// path of the link.
     ///
     /// # Panics
     ///
-    /// As of [`open`](Self::open).
+    /// As for [`open`](Self::open).
     #[track_caller]
     pub fn sender(namespace: &Namespace, link: &str) -> Self {
         Self::bound(namespace, link, 0)
@@ -43,7 +44,7 @@ impl LinkSocket {
         let opened = namespace.run(|| -> io::Result<OwnedFd> {
             let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
             let index = name_to_index(&any, link)?;
-            // SAFETY: numbers go in and a descriptor comes out.
+            // SAFETY: socket(2) takes numbers and returns a descriptor.
             let packets = unsafe {
                 libc::socket(
                     libc::AF_PACKET,
@@ -54,7 +55,7 @@ impl LinkSocket {
             if packets < 0 {
                 return Err(io::Error::last_os_error());
             }
-            // SAFETY: the kernel has just made it, and nothing else knows of it.
+            // SAFETY: the descriptor is new and has no other owner.
             let packets = unsafe { OwnedFd::from_raw_fd(packets) };
             // SAFETY: all zeros are a `sockaddr_ll`.
             let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
@@ -79,7 +80,7 @@ impl LinkSocket {
     ///
     /// # Panics
     ///
-    /// The link does not take it.
+    /// If the link rejects it.
     #[track_caller]
     pub fn send(&self, frame: &[u8]) {
         loop {
@@ -93,7 +94,7 @@ impl LinkSocket {
         }
     }
 
-    /// The frames that have come since the last call, those that this host sent itself left out.
+    /// The frames received since the last call, except for those sent by this host.
     pub fn received(&self) -> Vec<Vec<u8>> {
         let mut all = Vec::new();
         let mut buffer = vec![0; 70_000];
@@ -101,7 +102,7 @@ impl LinkSocket {
             // SAFETY: all zeros are a `sockaddr_ll`.
             let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
             let mut length = size_of_val(&from) as libc::socklen_t;
-            // SAFETY: buffer and address are as long as they are said to be.
+            // SAFETY: buffer and address have the lengths that are passed.
             let count = unsafe {
                 libc::recvfrom(
                     self.socket.as_raw_fd(),
@@ -123,7 +124,7 @@ impl LinkSocket {
 /// A MAC address.
 pub type Mac = [u8; 6];
 
-/// Everybody on the link.
+/// The broadcast address.
 pub const BROADCAST: Mac = [0xff; 6];
 
 /// An Ethernet frame.
@@ -131,14 +132,14 @@ pub fn ethernet(destination: Mac, source: Mac, ethertype: u16, payload: &[u8]) -
     [&destination[..], &source, &ethertype.to_be_bytes(), payload].concat()
 }
 
-/// ARP: `operation` 1 asks, 2 answers.
+/// An ARP packet: `operation` 1 is a request, 2 a reply.
 pub fn arp(operation: u8, sender_mac: Mac, sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
     let head = [0, 1, 8, 0, 6, 4, 0, operation];
     let payload = [&head[..], &sender_mac, &sender.octets(), &[0; 6], &target.octets()].concat();
     ethernet(BROADCAST, sender_mac, 0x0806, &payload)
 }
 
-/// The IPv4 packet of `payload`, whose protocol has that number.
+/// An IPv4 packet with `payload` of the given protocol number.
 pub fn ipv4(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     let length = (20 + payload.len()) as u16;
     let mut head = vec![0x45, 0];
@@ -152,7 +153,7 @@ pub fn ipv4(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, payload: &[u8
     head
 }
 
-/// The same of IPv6, with a hop limit of 255 as neighbour discovery has it.
+/// An IPv6 packet, with the hop limit 255 that neighbour discovery requires.
 pub fn ipv6(source: Ipv6Addr, destination: Ipv6Addr, next: u8, payload: &[u8]) -> Vec<u8> {
     let mut packet = vec![0x60, 0, 0, 0];
     packet.extend((payload.len() as u16).to_be_bytes());
@@ -163,17 +164,17 @@ pub fn ipv6(source: Ipv6Addr, destination: Ipv6Addr, next: u8, payload: &[u8]) -
     packet
 }
 
-/// A UDP datagram in IPv4. It has no checksum, which IPv4 allows.
+/// A UDP datagram in IPv4, without a checksum, which is optional in IPv4.
 pub fn udp4(source: (Ipv4Addr, u16), destination: (Ipv4Addr, u16), payload: &[u8]) -> Vec<u8> {
     let udp = udp(source.1, destination.1, payload);
     ipv4(source.0, destination.0, 17, &udp)
 }
 
-/// A SYN of TCP in IPv4.
+/// A TCP SYN in IPv4.
 pub fn syn4(source: (Ipv4Addr, u16), destination: (Ipv4Addr, u16), sequence: u32) -> Vec<u8> {
     let mut syn = [source.1.to_be_bytes(), destination.1.to_be_bytes()].concat();
     syn.extend(sequence.to_be_bytes());
-    // Nothing acknowledged; a header of 20 bytes, SYN, and a window of 64,240 bytes.
+    // No acknowledgement; a header of 20 bytes, the SYN flag, and a window of 64,240 bytes.
     syn.extend([0, 0, 0, 0, 0x50, 2, 0xfa, 0xf0, 0, 0, 0, 0]);
     let pseudo = [&source.0.octets()[..], &destination.0.octets(), &[0, 6, 0, 20], &syn].concat();
     syn[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
@@ -191,7 +192,7 @@ pub fn udp6(source: (Ipv6Addr, u16), destination: (Ipv6Addr, u16), payload: &[u8
     ipv6(source.0, destination.0, 17, &udp)
 }
 
-/// A message of ICMPv6; its checksum is filled in.
+/// An ICMPv6 message, with its checksum filled in.
 pub fn icmp6(source: Ipv6Addr, destination: Ipv6Addr, message: &[u8]) -> Vec<u8> {
     let mut message = message.to_vec();
     let sum = pseudo_checksum(source, destination, 58, &message);
@@ -199,7 +200,7 @@ pub fn icmp6(source: Ipv6Addr, destination: Ipv6Addr, message: &[u8]) -> Vec<u8>
     ipv6(source, destination, 58, &message)
 }
 
-/// A neighbour advertisement that `target` is at `mac`, overriding what is known.
+/// A neighbour advertisement of `target` at `mac`, with the override flag.
 pub fn advertisement(
     source: Ipv6Addr,
     destination: Ipv6Addr,
@@ -222,8 +223,8 @@ fn pseudo_checksum(source: Ipv6Addr, destination: Ipv6Addr, next: u8, payload: &
     checksum(&[&head[..], payload].concat())
 }
 
-/// An ICMP error to `destination` about a packet from there to `server` that is too large (RFC 792,
-/// RFC 1191), for which there is room for `mtu` bytes.
+/// An ICMP error "fragmentation needed" to `destination` (RFC 792, RFC 1191). It quotes a datagram
+/// from `port` of `destination` to `server`, and reports a next-hop MTU of `mtu` bytes.
 pub fn too_big4(
     source: Ipv4Addr,
     destination: Ipv4Addr,
@@ -238,7 +239,7 @@ pub fn too_big4(
     ipv4(source, destination, 1, &message)
 }
 
-/// The checksum of the Internet (RFC 1071).
+/// The Internet checksum (RFC 1071).
 pub fn checksum(bytes: &[u8]) -> u16 {
     let pairs = bytes
         .chunks(2)
@@ -250,25 +251,26 @@ pub fn checksum(bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// Kinds of forged frames.
+/// The kinds of forged frames.
 pub const KINDS: [&str; 9] =
     ["mac", "arp", "nd", "ipv4", "ipv6", "ethertype", "link-control", "icmp", "loopback"];
 
-/// What every forged packet of UDP carries.
+/// The payload of every forged UDP packet.
 pub const MARKER: &[u8] = b"forged-by-root";
 
-/// Root in a container, which sends in the name of others. The same seed makes the same frames.
+/// Root in a container, which forges the addresses of others. The frames are determined by the
+/// seed.
 #[derive(Debug)]
 pub struct Forger {
-    /// Its own hardware address.
+    /// Its own MAC address.
     pub mac: Mac,
     /// Its own addresses.
     pub own: (Ipv4Addr, Ipv6Addr),
     /// Its own link-local address.
     pub link_local: Ipv6Addr,
-    /// Those of its gateway.
+    /// The addresses of its gateway.
     pub gateway: (Ipv4Addr, Ipv6Addr),
-    /// Those of a neighbour.
+    /// The addresses of a neighbour.
     pub neighbor: (Ipv4Addr, Ipv6Addr),
     /// The state of a linear congruential generator (Knuth, MMIX).
     pub seed: u64,
@@ -317,11 +319,11 @@ impl Forger {
         ])
     }
 
-    /// The next forged frame of `kind`, which is one of [`KINDS`].
+    /// The next forged frame of a kind in [`KINDS`].
     ///
     /// # Panics
     ///
-    /// It is none of them.
+    /// If `kind` is unknown.
     pub fn frame(&mut self, kind: &str) -> Vec<u8> {
         const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
         let own_mac = self.mac;
@@ -337,7 +339,7 @@ impl Forger {
         match kind {
             "mac" => ethernet(BROADCAST, mac, 0x0800, &udp4((own4, 1), (gateway4, 2), MARKER)),
             "arp" => match self.next() % 3 {
-                // From 0.0.0.0 it would be a probe, if the target were its own.
+                // The sender 0.0.0.0 is valid only in a probe for its own address.
                 0 => arp(1 + (self.next() % 2) as u8, own_mac, source4, gateway4),
                 1 => {
                     let mut frame = arp(2, own_mac, own4, gateway4);
@@ -352,7 +354,7 @@ impl Forger {
                     ip6(&advertisement(own_link, ALL_NODES, target, own_mac))
                 }
                 1 => ip6(&advertisement(own_link, ALL_NODES, own6, mac)),
-                // A router advertisement, a redirect.
+                // A router advertisement and a redirect.
                 2 => ip6(&icmp6(
                     own_link,
                     ALL_NODES,
@@ -365,13 +367,13 @@ impl Forger {
                     let head = [&[136, 0, 0, 0, 0x20, 0, 0, 0][..], &own6.octets()].concat();
                     ip6(&icmp6(own_link, ALL_NODES, &[&head[..], &nonce, &[2, 1], &mac].concat()))
                 }
-                // A router solicitation from a link-layer address that is not its own.
+                // A router solicitation with a foreign source link-layer address.
                 5 => ip6(&icmp6(
                     own_link,
                     ALL_NODES,
                     &[&[133, 0, 0, 0, 0, 0, 0, 0, 1, 1][..], &mac].concat(),
                 )),
-                // Behind an extension header.
+                // An advertisement behind an extension header.
                 _ => {
                     let message =
                         advertisement(own_link, ALL_NODES, gateway6, own_mac)[40..].to_vec();
@@ -398,7 +400,7 @@ impl Forger {
                 let kind = self.pick(&[0x8100, 0x88a8, 0x88cc, 0x8847, 0x0026, 0x9000, 0x888e]);
                 ethernet(BROADCAST, own_mac, kind, &[0; 46])
             }
-            // From its own addresses, to group addresses that a bridge leaves to its port (IEEE
+            // From its own addresses to the group addresses that a bridge does not forward (IEEE
             // 802.1Q, table 8-1).
             "link-control" => {
                 let group = [0x01, 0x80, 0xc2, 0, 0, (self.next() % 16) as u8];
@@ -409,7 +411,7 @@ impl Forger {
                     _ => ethernet(group, own_mac, 0x86dd, &udp6((own6, 1), (gateway6, 2), MARKER)),
                 }
             }
-            // From its own addresses: redirects, and errors about packets to others.
+            // Redirects, and errors that quote packets to other hosts, from its own addresses.
             "icmp" => {
                 let outside = Ipv4Addr::new(203, 0, 113, 9);
                 let outside6 = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 9);
@@ -421,7 +423,7 @@ impl Forger {
                 let error = [&[kind6, 0, 0, 0, 0, 0, 5, 0][..], &quoted].concat();
                 match self.next() % 5 {
                     0 => ip4(&packet),
-                    // More fragments follow, with what it is about.
+                    // Only the ICMP header; the quoted packet would be in later fragments.
                     1 => {
                         packet[6] = 0x20;
                         ip4(&packet[..28])
@@ -445,7 +447,7 @@ impl Forger {
                 let low = self.next() as u8;
                 ip4(&udp4((own4, 9), (Ipv4Addr::new(127, 0, low, 1), 53), MARKER))
             }
-            _ => panic!("{kind} is no kind of forged frames"),
+            _ => panic!("unknown kind of forged frames: {kind}"),
         }
     }
 }

@@ -1,30 +1,30 @@
-//! Network topologies in throwaway namespaces, and what tests and benchmarks put into them.
+//! Network topologies in temporary namespaces, with servers and tools for tests and benchmarks.
 //!
-//! A test of container networking needs a client, a host and a container with a real kernel between
-//! them, and must leave the machine it runs on as it found it. This crate gives it:
+//! A test of container networking needs a client, a host and a container connected by a real
+//! kernel, and must not leave traces on the machine. This crate provides:
 //!
-//! - [`Namespace`]: a network namespace that exists as a descriptor of this process and nowhere
-//!   else, so it vanishes with the process however that ends;
-//! - [`Topology`]: client, host and container joined by veth pairs and a bridge, IPv4 and IPv6;
-//! - [`Segment`]: one more link, with as many hosts on it as wanted;
-//! - [`Process`]: a child that is killed and reaped when its guard goes, with its output and its
-//!   use of CPU, memory and descriptors at hand;
-//! - [`flood`]: a container that floods, and what its neighbour's requests take meanwhile;
-//! - [`frames`]: Ethernet frames by hand, sent and received at a link;
+//! - [`Namespace`]: a network namespace that exists only as a descriptor of this process, so it
+//!   vanishes with the process even if that is killed;
+//! - [`Topology`]: client, host and container connected by veth pairs and a bridge, IPv4 and IPv6;
+//! - [`Segment`]: one more link, with any number of hosts on it;
+//! - [`Process`]: a child process that is killed and reaped on drop, with its output and its CPU,
+//!   memory and descriptor usage;
+//! - [`flood`]: a flooding container, and the response times that its neighbour sees meanwhile;
+//! - [`frames`]: raw Ethernet frames, sent and received on a link;
 //! - `puppet`: a thread of another process that makes system calls for a test (x86_64);
-//! - [`server`]: small TCP and UDP servers that run on threads of their own inside a namespace.
+//! - [`server`]: small TCP and UDP servers that run on threads inside a namespace.
 //!
 //! # Failure is a panic
 //!
-//! Half a topology gives results that look like findings. Whatever cannot be set up therefore
-//! panics, says what was tried and what the kernel or the tool answered, and points at the caller's
-//! line. Nothing here skips: a test that cannot run must fail, so [`require_root`] and
+//! An incomplete topology yields results that look like findings. So every failed setup panics,
+//! with the attempted step, the error of the kernel or the tool, and the line of the caller.
+//! Nothing is skipped: a test that cannot run must fail, so [`require_root`] and
 //! [`require_program`] panic as well.
 //!
-//! # Nothing gets out
+//! # Isolation
 //!
-//! A namespace made here has only the links that were put into it, and [`Topology`] joins
-//! namespaces of its own to one another. No packet can reach the machine's own network.
+//! A namespace created here has only the links that were added to it, and [`Topology`] connects
+//! only its own namespaces. No packet can reach the network of the machine.
 //!
 //! ```no_run
 //! use std::{io::Read, net::TcpStream};
@@ -70,10 +70,11 @@ pub use topology::{Builder as TopologyBuilder, Topology, addr};
 
 use std::time::{Duration, Instant};
 
-/// Calls `ready` every millisecond until it answers true, for at most `timeout`.
+/// Calls `ready` every millisecond until it returns true, for at most `timeout`. Returns whether it
+/// did.
 ///
-/// Returns whether it did. For conditions that the kernel or another process brings about and that
-/// nothing announces: a link that goes away, a counter that settles.
+/// This is for conditions without a notification, such as a link that goes away or a counter that
+/// settles.
 pub fn eventually(timeout: Duration, mut ready: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + timeout;
     loop {

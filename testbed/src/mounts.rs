@@ -1,4 +1,4 @@
-//! A private mount namespace, for programs that insist on paths of their own such as `/run` or
+//! A private mount namespace, for programs that require fixed paths such as `/run` or
 //! `/etc/docker`.
 
 use std::ffi::CString;
@@ -19,10 +19,10 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 
 use crate::{Namespace, require_root};
 
-/// A mount namespace held by a descriptor: a copy of the machine's mounts with changes that stay
-/// inside.
+/// A mount namespace held by a descriptor: a copy of the mounts of the machine with private
+/// changes.
 ///
-/// Give it to [`Namespace::with_mounts`]. Like the network namespace it is gone with its last user.
+/// Pass it to [`Namespace::with_mounts`]. Like a network namespace, it vanishes with its last user.
 #[derive(Clone)]
 pub struct Mounts(Arc<OwnedFd>);
 
@@ -32,52 +32,54 @@ enum Change {
     Bind { source: PathBuf, target: PathBuf },
 }
 
-/// Collects the changes of a [`Mounts`].
+/// Collects the changes for a [`Mounts`].
 #[derive(Default)]
 pub struct MountsBuilder(Vec<Change>);
 
 impl Mounts {
-    /// Starts with the mounts of the machine, unchanged.
+    /// Starts with the unchanged mounts of the machine.
     pub fn builder() -> MountsBuilder {
         MountsBuilder::default()
     }
 
     /// Moves the calling process into the mount namespace. Async-signal-safe.
     ///
-    /// The process must not share its root and working directory with another thread, which after a
-    /// `fork` holds.
+    /// The process must not share its root and working directory with another thread, which is the
+    /// case after a `fork`.
     pub(crate) fn enter(&self) -> io::Result<()> {
         Ok(move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Mount))?)
     }
 }
 
 impl MountsBuilder {
-    /// An empty file system at `path`, which must exist.
+    /// Mounts an empty file system at `path`, which must exist.
     #[must_use]
     pub fn tmpfs(mut self, path: impl Into<PathBuf>) -> Self {
         self.0.push(Change::Tmpfs(path.into()));
         self
     }
 
-    /// `source` shown at `target`; both must exist, and both be directories or neither.
+    /// Binds `source` to `target`. Both must exist, and be either directories or files.
     #[must_use]
     pub fn bind(mut self, source: impl Into<PathBuf>, target: impl Into<PathBuf>) -> Self {
         self.0.push(Change::Bind { source: source.into(), target: target.into() });
         self
     }
 
-    /// Makes the mounts for programs that run in `namespace`: `/sys` shows its links.
+    /// Creates the mounts for programs that run in `namespace`; `/sys` shows its links.
     #[track_caller]
     pub fn build(self, namespace: &Namespace) -> Mounts {
         require_root();
         let made = namespace.run(|| self.make());
-        Mounts(Arc::new(made.unwrap_or_else(|error| panic!("make private mounts: {error}")).into()))
+        Mounts(Arc::new(
+            made.unwrap_or_else(|error| panic!("create private mounts: {error}")).into(),
+        ))
     }
 
-    /// Runs on a thread of its own, which leaves the machine's mounts for good and then ends.
+    /// Must run on a temporary thread, because the thread cannot return to the mounts of the
+    /// machine.
     fn make(&self) -> Result<File, String> {
-        // SAFETY: a private copy of the mounts and of root and working directory concerns this
-        // thread only.
+        // SAFETY: a private copy of mounts, root and working directory affects only this thread.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
             .map_err(|error| format!("unshare: {error}"))?;
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -117,11 +119,10 @@ fn tmpfs(path: &Path) -> rustix::io::Result<()> {
     mount("tmpfs", path, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, mode.as_c_str())
 }
 
-/// Mounts a `/sys` that belongs to the thread's network namespace and keeps the control groups
-/// below it.
+/// Mounts a `/sys` for the network namespace of the thread, with the control groups below it.
 ///
-/// sysfs shows the links of the network namespace it was mounted from. Control groups hang below
-/// `/sys`, so a detached copy of their mounts is taken first and attached to the new `/sys`.
+/// sysfs shows the links of the network namespace that it was mounted from. Control groups are
+/// mounted below `/sys`, so a detached copy of their mounts is attached to the new `/sys`.
 fn own_sys() -> rustix::io::Result<()> {
     const GROUPS: &str = "/sys/fs/cgroup";
     let clone = OpenTreeFlags::OPEN_TREE_CLONE

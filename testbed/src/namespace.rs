@@ -1,9 +1,9 @@
-//! A network namespace held by a descriptor, and the ways to do something inside it.
+//! A network namespace held by a descriptor, with operations inside it.
 //!
-//! The namespace is made by a thread that unshares itself and ends; what stays is the descriptor of
-//! that thread's `/proc/thread-self/ns/net`. There is no name under `/run/netns` that could outlive
-//! a killed test: the kernel takes the namespace down, links and all, with its last descriptor,
-//! process or socket.
+//! A temporary thread unshares its network namespace; the descriptor of its
+//! `/proc/thread-self/ns/net` remains. There is no name under `/run/netns` that could outlive a
+//! killed test. The kernel destroys the namespace and its links with the last descriptor, process
+//! or socket.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -21,14 +21,13 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 
 use crate::{Mounts, eventually, require_root};
 
-/// The congestion control that a namespace gets unless told otherwise: the one in every kernel, and
-/// the one whose throughput does not depend on pacing timers, so that measurements repeat.
+/// The default congestion control of a namespace. Every kernel has `reno`, and its throughput does
+/// not depend on pacing timers, so measurements are repeatable.
 const DEFAULT_CONGESTION_CONTROL: &str = "reno";
 
-/// A network namespace of our own: `lo` is up, nothing else is in it.
+/// A new network namespace in which only `lo` exists and is up.
 ///
-/// Clones are handles to the same namespace. It ends when the last handle is dropped, once no
-/// socket and no process is left in it.
+/// Clones are handles to the same namespace. It ends with the last handle, socket and process.
 #[derive(Clone)]
 pub struct Namespace {
     net: Arc<OwnedFd>,
@@ -36,26 +35,25 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// Makes a namespace with `lo` up and TCP congestion control `reno`.
+    /// Creates a namespace with `lo` up and TCP congestion control `reno`.
     #[track_caller]
     pub fn new() -> Self {
         require_root();
         let net = thread::spawn(|| {
-            // SAFETY: only this thread's network namespace changes; its descriptors stay shared,
-            // and the thread ends right after.
+            // SAFETY: this changes only the network namespace of this thread, which ends right
+            // after; descriptors stay shared.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("unshare a network namespace");
             fs::File::open("/proc/thread-self/ns/net").expect("open the new network namespace")
         })
         .join()
-        .expect("make a network namespace");
+        .expect("create a network namespace");
         let namespace = Self { net: Arc::new(net.into()), mounts: None };
         namespace.ip(&["link", "set", "lo", "up"]);
         namespace.sysctl("net.ipv4.tcp_congestion_control", DEFAULT_CONGESTION_CONTROL);
         namespace
     }
 
-    /// The namespace at `path`, which someone else has made: `/proc/PID/ns/net` of a program under
-    /// test.
+    /// Opens an existing namespace at `path`, such as `/proc/PID/ns/net` of a program under test.
     #[track_caller]
     pub fn at(path: &Path) -> Self {
         let net =
@@ -63,28 +61,26 @@ impl Namespace {
         Self { net: Arc::new(net.into()), mounts: None }
     }
 
-    /// The same namespace, with `mounts` entered too by every command started through the returned
-    /// handle.
+    /// The same namespace, where commands started through the returned handle also enter `mounts`.
     ///
-    /// Closures given to [`run`](Self::run) are not affected: they see the machine's own files.
+    /// Closures passed to [`run`](Self::run) are not affected: they see the files of the machine.
     pub fn with_mounts(&self, mounts: Mounts) -> Self {
         Self { net: Arc::clone(&self.net), mounts: Some(mounts) }
     }
 
-    /// A path by which another program can open the namespace while this process lives.
+    /// A path that other programs can open while this process lives.
     pub fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", std::process::id(), self.net.as_raw_fd()).into()
     }
 
-    /// Runs `f` on a fresh thread inside the namespace and returns what it returned.
+    /// Runs `f` on a new thread inside the namespace and returns its result.
     ///
-    /// Sockets that `f` makes belong to the namespace for life, so `f` may hand them out. A child
-    /// process made by `f` through [`command`](Self::command) dies with the fresh thread: spawn
-    /// outside of `f`.
+    /// Sockets created by `f` stay in the namespace, so `f` may return them. A child process that
+    /// `f` starts through [`command`](Self::command) dies with the thread: spawn it outside of `f`.
     ///
     /// # Panics
     ///
-    /// As `f` does.
+    /// If `f` panics.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         let done = thread::scope(|scope| {
             scope
@@ -97,7 +93,7 @@ impl Namespace {
         done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// Starts a thread inside the namespace and leaves it running.
+    /// Starts a thread inside the namespace that continues to run.
     pub fn spawn_thread<T: Send + 'static>(
         &self,
         f: impl FnOnce() -> T + Send + 'static,
@@ -109,24 +105,23 @@ impl Namespace {
         })
     }
 
-    /// A command whose child enters the namespace (and the mounts, if any) before it executes
+    /// A command that enters the namespace, and the mounts if there are any, before it executes
     /// `program`.
     ///
-    /// The child is killed when the *thread* that spawned it ends (`PR_SET_PDEATHSIG`), and so also
-    /// when this process is killed. Use it with [`Process`](crate::Process), which kills and reaps
-    /// by itself.
+    /// The child is killed when the *thread* that spawned it ends (`PR_SET_PDEATHSIG`), and
+    /// therefore also when this process is killed. [`Process`](crate::Process) kills and reaps it
+    /// as well.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         let net = Arc::clone(&self.net);
         let mounts = self.mounts.clone();
         let parent = rustix::process::getpid();
-        // SAFETY: the closure makes system calls and nothing else; it neither allocates nor locks.
+        // SAFETY: the closure only makes system calls; it neither allocates nor locks.
         unsafe {
             command.pre_exec(move || {
                 rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
                 if rustix::process::getppid() != Some(parent) {
-                    // The parent went before the request was in place: nobody would send the
-                    // signal.
+                    // The parent died before the call above, so the signal would never be sent.
                     return Err(rustix::io::Errno::SRCH.into());
                 }
                 move_into_link_name_space(net.as_fd(), Some(LinkNameSpaceType::Network))?;
@@ -139,11 +134,11 @@ impl Namespace {
         command
     }
 
-    /// Runs `program` in the namespace to its end and returns what it wrote to its standard output.
+    /// Runs `program` in the namespace and returns its standard output.
     ///
     /// # Panics
     ///
-    /// If it cannot be started or fails; the message carries its standard error.
+    /// If it cannot be started or fails; the message contains its standard error.
     #[track_caller]
     pub fn exec(&self, program: &str, args: &[&str]) -> String {
         let output = self.command(program).args(args).stdin(Stdio::null()).output();
@@ -176,11 +171,11 @@ impl Namespace {
         }
     }
 
-    /// Sets a sysctl of the namespace, named with dots as `sysctl(8)` does.
+    /// Sets a sysctl of the namespace, in the dotted notation of `sysctl(8)`.
     ///
     /// # Panics
     ///
-    /// If `key` is not below `net.`: everything else belongs to the machine.
+    /// If `key` is not below `net.`, because other sysctls belong to the machine.
     #[track_caller]
     pub fn sysctl(&self, key: &str, value: &str) {
         let path = sysctl_path(key);
@@ -196,17 +191,16 @@ impl Namespace {
         read.unwrap_or_else(|error| panic!("read {key}: {error}")).trim_end().to_owned()
     }
 
-    /// Whether the namespace has the sysctl `key`; some come with modules.
+    /// Whether the namespace has the sysctl `key`; some exist only with a module loaded.
     #[track_caller]
     pub fn has_sysctl(&self, key: &str) -> bool {
         let path = sysctl_path(key);
         self.run(|| path.exists())
     }
 
-    /// The ports on which a socket listens (TCP) or is bound and unconnected (UDP), whatever its
-    /// address.
+    /// The ports with a TCP listener, or with a bound and unconnected UDP socket, on any address.
     ///
-    /// Reads the kernel's socket tables: no service sees a connection.
+    /// This reads the socket tables of the kernel and makes no connection.
     pub fn bound_ports(&self, protocol: Protocol) -> BTreeSet<u16> {
         let tables = match protocol {
             Protocol::Tcp => ["tcp", "tcp6"],
@@ -230,7 +224,7 @@ impl Namespace {
     ///
     /// # Panics
     ///
-    /// If it is not after `timeout`.
+    /// If it is still unbound after `timeout`.
     #[track_caller]
     pub fn wait_until_bound(&self, protocol: Protocol, port: u16, timeout: Duration) {
         let bound = eventually(timeout, || self.is_bound(protocol, port));
@@ -274,8 +268,8 @@ pub enum Protocol {
 #[track_caller]
 fn sysctl_path(key: &str) -> PathBuf {
     assert!(key.starts_with("net."), "{key} is not a sysctl of a network namespace");
-    // `net.ipv4.conf.eth0/1.rp_filter` writes the dot of an interface name as a slash: as
-    // sysctl(8), swap them.
+    // As in sysctl(8), dots in interface names are written as slashes:
+    // `net.ipv4.conf.eth0/1.rp_filter`.
     let swap = |c| match c {
         '.' => '/',
         '/' => '.',
@@ -284,12 +278,10 @@ fn sysctl_path(key: &str) -> PathBuf {
     PathBuf::from("/proc/sys").join(key.chars().map(swap).collect::<String>())
 }
 
-/// Reads one line of `/proc/net/{tcp,udp}{,6}`:
-/// `sl: local_address:port rem_address:port state ...`, in hex.
-///
-/// Answers the port if the socket waits for strangers.
+/// Parses a line of `/proc/net/{tcp,udp}{,6}`: `sl: local_address:port rem_address:port state ...`,
+/// in hex. Returns the port of a listening or unconnected socket.
 fn bound_port(line: &str, protocol: Protocol) -> Option<u16> {
-    // Values of the `enum` in the kernel's include/net/tcp_states.h; an unconnected UDP socket is
+    // Values of the `enum` in the kernel's include/net/tcp_states.h. An unconnected UDP socket is
     // in TCP_CLOSE.
     let bound_state = match protocol {
         Protocol::Tcp => "0A",
@@ -306,7 +298,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn socket_table_lines_are_read_as_the_kernel_writes_them() {
+    fn socket_table_lines_are_parsed() {
         let listening =
             "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0";
         assert_eq!(bound_port(listening, Protocol::Tcp), Some(8080));
@@ -332,7 +324,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "not a sysctl of a network namespace")]
-    fn sysctls_of_the_machine_are_out_of_reach() {
+    fn sysctls_of_the_machine_are_rejected() {
         sysctl_path("kernel.panic");
     }
 }

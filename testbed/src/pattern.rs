@@ -1,28 +1,28 @@
-//! A reproducible stream of bytes that shows where a transfer went wrong.
+//! A reproducible stream of bytes that locates errors in a transfer.
 //!
-//! A hash says that a transfer differs; a stream that both ends can generate says at which byte,
-//! and needs no memory of what was sent.
+//! A hash only shows that a transfer differs. A stream that both ends can generate shows at which
+//! byte, without a copy of the sent data.
 
-/// A stream of pseudo-random bytes fixed by its seed, and a position in it.
+/// A stream of pseudo-random bytes determined by a seed, with a position.
 ///
-/// No stretch repeats within any transfer, so a lost, doubled or moved block is noticed where it
+/// No part repeats within a transfer, so a lost, duplicated or moved block is detected where it
 /// starts.
 #[derive(Clone, Debug)]
 pub struct Pattern {
     state: u64,
-    /// Bytes of `block` not handed out yet, from the end.
+    /// The unused bytes of `block` are its last `left` ones.
     block: [u8; 8],
     left: usize,
     position: u64,
 }
 
 impl Pattern {
-    /// The stream of `seed`, at its start.
+    /// The stream of `seed` at its start.
     pub fn new(seed: u64) -> Self {
         Self { state: seed, block: [0; 8], left: 0, position: 0 }
     }
 
-    /// How many bytes have been generated or checked.
+    /// The number of bytes generated or checked.
     pub fn position(&self) -> u64 {
         self.position
     }
@@ -48,7 +48,7 @@ impl Pattern {
     ///
     /// # Errors
     ///
-    /// The position in the stream of the first byte that differs.
+    /// The stream position of the first differing byte.
     pub fn check(&mut self, data: &[u8]) -> Result<(), u64> {
         let mut expected = [0; 4096];
         for chunk in data.chunks(expected.len()) {
@@ -63,7 +63,7 @@ impl Pattern {
         Ok(())
     }
 
-    /// Hands out bytes of the current block, which has enough.
+    /// Copies bytes of the current block, which must have enough.
     fn take(&mut self, out: &mut [u8]) {
         let start = self.block.len() - self.left;
         out.copy_from_slice(&self.block[start..start + out.len()]);
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_of_any_size_make_the_same_stream() {
+    fn pieces_of_any_size_yield_the_same_stream() {
         let mut whole = [0; 1000];
         Pattern::new(7).fill(&mut whole);
         for size in [1, 3, 8, 13, 64, 999] {
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_wrong_byte_is_named() {
+    fn the_first_wrong_byte_is_located() {
         let mut data = vec![0; 10_000];
         Pattern::new(1).fill(&mut data);
         assert_eq!(Pattern::new(1).check(&data), Ok(()));

@@ -1,4 +1,4 @@
-//! A child process that cannot outlive its guard, and what can be learnt from it.
+//! A child process that does not outlive its handle, with its output and resource usage.
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read};
@@ -14,20 +14,19 @@ use rustix::process::{Pid, kill_process, kill_process_group};
 
 use crate::{eventually, procfs};
 
-/// How many lines of output are kept; older ones are dropped.
+/// The number of output lines that are kept; older ones are dropped.
 const KEPT_LINES: usize = 10_000;
 
-/// How long a line may grow before it is cut in two.
-const LONGEST_LINE: u64 = 64 * 1024;
+/// The longest line in bytes; longer ones are split.
+const MAX_LINE: u64 = 64 * 1024;
 
-/// A running child, killed and reaped when dropped.
+/// A running child process, killed and reaped on drop.
 ///
-/// It leads a process group of its own, and dropping it kills what it forked as well, unless that
-/// moved to another group. A child that ended before is reaped and nothing else: what it left
-/// behind is its business.
+/// It leads its own process group. The drop also kills forked processes, unless they moved to
+/// another group. If the child has ended before, the drop only reaps it.
 ///
-/// Its standard output and error are read by threads from the start, so that it never blocks on a
-/// full pipe; the last 10,000 lines of both together are kept in the order of arrival.
+/// Threads read its standard output and error from the start, so that it never blocks on a full
+/// pipe. The last 10,000 lines of both streams are kept in order of arrival.
 pub struct Process {
     name: String,
     child: Child,
@@ -47,7 +46,7 @@ struct OutputState {
 }
 
 impl Process {
-    /// Starts `command` with its output captured and nothing to read on standard input.
+    /// Starts `command` with captured output and empty standard input.
     ///
     /// # Panics
     ///
@@ -68,14 +67,13 @@ impl Process {
         self.child.id()
     }
 
-    /// Waits for a line that contains `pattern`, on either stream, and returns it.
-    ///
-    /// Lines already seen count too.
+    /// Waits for a line that contains `pattern`, on either stream, and returns it. Earlier lines
+    /// count as well.
     ///
     /// # Panics
     ///
-    /// If there is none after `timeout`, or the process closes its output before; shows what it did
-    /// say.
+    /// If there is no such line after `timeout`, or the process closes its output before. The
+    /// message contains its output.
     #[track_caller]
     pub fn wait_for_line(&self, pattern: &str, timeout: Duration) -> String {
         let deadline = Instant::now() + timeout;
@@ -88,20 +86,20 @@ impl Process {
             let over = state.closed_streams == 2;
             if over || left.is_zero() {
                 let text = state.text();
-                // A panic must not poison the lock for whoever reports the output next.
+                // A panic must not poison the lock for later readers of the output.
                 drop(state);
                 let why = if over { "ended" } else { "timed out" };
-                panic!("{}: {why} without a line with {pattern:?}; it said:\n{text}", self.name);
+                panic!("{}: {why} without a line with {pattern:?}; output:\n{text}", self.name);
             }
-            state = self.output.changed.wait_timeout(state, left).expect("no reader panics").0;
+            state = self.output.changed.wait_timeout(state, left).expect("readers do not panic").0;
         }
     }
 
-    /// Waits until both streams are at their end and returns the lines kept.
+    /// Waits for the end of both streams and returns the kept lines.
     ///
     /// # Panics
     ///
-    /// If they are not after `timeout`: the process, or one that it started, still holds them.
+    /// If a stream is still open after `timeout`, in the process or in one that it started.
     #[track_caller]
     pub fn wait_for_output(&self, timeout: Duration) -> String {
         let state = self.output.lock();
@@ -110,26 +108,26 @@ impl Process {
             .changed
             .wait_timeout_while(state, timeout, |state| state.closed_streams < 2);
         let (text, open) = {
-            let (state, result) = waited.expect("no reader panics");
+            let (state, result) = waited.expect("readers do not panic");
             (state.text(), result.timed_out())
         };
-        assert!(!open, "{}: output not at its end after {timeout:?}; it said:\n{text}", self.name);
+        assert!(!open, "{}: output still open after {timeout:?}; output:\n{text}", self.name);
         text
     }
 
-    /// The lines kept so far, of both streams.
+    /// The kept lines of both streams.
     pub fn output(&self) -> String {
         self.output.lock().text()
     }
 
-    /// Whether the process has not ended yet.
+    /// Whether the process is running.
     pub fn is_running(&mut self) -> bool {
         self.try_wait().is_none()
     }
 
-    /// Sends `signal`. Nothing happens if the process has ended.
+    /// Sends `signal`. This does nothing if the process has ended.
     pub fn signal(&mut self, signal: Signal) {
-        // Not reaped until `try_wait` says so, hence the pid cannot have gone to somebody else.
+        // Until `try_wait` reaps the process, its pid cannot be reused.
         if self.is_running() {
             let pid = Pid::from_child(&self.child);
             kill_process(pid, signal)
@@ -137,11 +135,11 @@ impl Process {
         }
     }
 
-    /// Waits for the process to end by itself.
+    /// Waits for the process to exit.
     ///
     /// # Panics
     ///
-    /// If it still runs after `timeout`.
+    /// If it is still running after `timeout`.
     #[track_caller]
     pub fn wait(&mut self, timeout: Duration) -> ExitStatus {
         let mut status = None;
@@ -150,22 +148,22 @@ impl Process {
             status.is_some()
         });
         status.unwrap_or_else(|| {
-            panic!("{}: still running after {timeout:?}; it said:\n{}", self.name, self.output())
+            panic!("{}: still running after {timeout:?}; output:\n{}", self.name, self.output())
         })
     }
 
-    /// Sends `signal` and waits for the end.
+    /// Sends `signal` and waits for the exit.
     ///
     /// # Panics
     ///
-    /// If the process still runs after `timeout`.
+    /// If the process is still running after `timeout`.
     #[track_caller]
     pub fn stop(&mut self, signal: Signal, timeout: Duration) -> ExitStatus {
         self.signal(signal);
         self.wait(timeout)
     }
 
-    /// User and system seconds used so far, by all threads and by children that it reaped.
+    /// User and system time of all threads and reaped children, in seconds.
     #[track_caller]
     pub fn cpu_seconds(&self) -> f64 {
         self.figure("CPU time", procfs::cpu_seconds)
@@ -183,7 +181,7 @@ impl Process {
         self.figure("PSS", procfs::pss)
     }
 
-    /// The number of its open file descriptors.
+    /// The number of open file descriptors.
     #[track_caller]
     pub fn open_fds(&self) -> usize {
         self.figure("open files", procfs::open_fds)
@@ -193,7 +191,11 @@ impl Process {
     fn figure<T>(&self, what: &str, read: impl Fn(u32) -> Option<T>) -> T {
         let value = read(self.pid());
         value.unwrap_or_else(|| {
-            panic!("{}: {what} unknown; has it ended? it said:\n{}", self.name, self.output())
+            panic!(
+                "{}: {what} unknown, the process may have ended; output:\n{}",
+                self.name,
+                self.output()
+            )
         })
     }
 
@@ -204,7 +206,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Until it is reaped neither its pid nor the group of that number can be anybody else's.
+        // Until it is reaped, neither its pid nor its process group can be reused.
         if self.is_running() {
             let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
             let _ = self.child.wait();
@@ -214,11 +216,10 @@ impl Drop for Process {
 
 impl Output {
     fn lock(&self) -> MutexGuard<'_, OutputState> {
-        self.state.lock().expect("no reader panics")
+        self.state.lock().expect("readers do not panic")
     }
 
-    /// Starts a thread that reads `stream` to its end, which comes with the last process that holds
-    /// it.
+    /// Starts a thread that reads `stream` to its end, which comes when the last process closes it.
     fn drain(this: &Arc<Self>, stream: impl Read + Send + 'static) {
         let this = Arc::clone(this);
         thread::spawn(move || {
@@ -246,10 +247,10 @@ impl OutputState {
     }
 }
 
-/// One line without its end, at most [`LONGEST_LINE`] bytes of it; `None` at the end of the stream.
+/// A line without its newline, at most [`MAX_LINE`] bytes; `None` at the end of the stream.
 fn read_line(stream: &mut impl BufRead) -> io::Result<Option<String>> {
     let mut line = Vec::new();
-    if stream.take(LONGEST_LINE).read_until(b'\n', &mut line)? == 0 {
+    if stream.take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
         return Ok(None);
     }
     if line.last() == Some(&b'\n') {
@@ -258,14 +259,14 @@ fn read_line(stream: &mut impl BufRead) -> io::Result<Option<String>> {
     Ok(Some(String::from_utf8_lossy(&line).into_owned()))
 }
 
-/// Lets the child of `command` inherit `fd` under the number `number`.
+/// Passes `fd` to the child of `command` as descriptor `number`.
 ///
-/// For protocols that fix a descriptor: dockerd hands docker-proxy a status pipe as 3 and a socket
-/// as 4. The command keeps `fd` open on our side until it is dropped, so drop it before waiting for
-/// an end of file.
+/// This is for protocols with fixed descriptors: dockerd passes a status pipe as 3 and a socket as
+/// 4 to docker-proxy. The command keeps `fd` open in this process until it is dropped, so drop it
+/// before waiting for an end of file.
 pub fn pass_fd(command: &mut Command, fd: OwnedFd, number: RawFd) {
-    // `Command` opens descriptors of its own when it spawns. Occupying every number up to the
-    // wanted one keeps them, and `fd` itself, away from it.
+    // `Command` opens descriptors when it spawns. Occupying all numbers up to the requested one
+    // keeps them, and `fd`, out of its way.
     let mut occupied = vec![fd];
     let fd = loop {
         let copy = occupied[0].try_clone().expect("duplicate a descriptor");
@@ -306,13 +307,13 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "ended without a line with \"never\"; it said:\nhello")]
+    #[should_panic(expected = "ended without a line with \"never\"; output:\nhello")]
     fn waiting_for_a_line_ends_with_the_process() {
         shell("echo hello").wait_for_line("never", SOON);
     }
 
     #[test]
-    fn a_dropped_process_is_gone() {
+    fn a_dropped_process_is_reaped() {
         let process = shell("exec sleep 60");
         let pid = process.pid();
         drop(process);
@@ -320,13 +321,13 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_process_takes_along_what_it_forked() {
+    fn a_dropped_process_kills_forked_processes() {
         let process = shell("sleep 60 & echo forked $!; wait");
         let line = process.wait_for_line("forked", SOON);
         let forked: u32 = line.split(' ').nth(1).unwrap().parse().unwrap();
         assert!(procfs::state(forked).is_some());
         drop(process);
-        // Whoever inherits an orphan reaps it when it pleases.
+        // The new parent of the orphan may not have reaped it yet.
         assert!(eventually(SOON, || matches!(procfs::state(forked), None | Some('Z'))));
     }
 
@@ -338,10 +339,10 @@ mod tests {
     }
 
     #[test]
-    fn figures_of_a_running_process() {
+    fn a_running_process_has_usage_figures() {
         let process = shell("exec sleep 60");
         assert!(process.cpu_seconds() >= 0.0);
-        // Until it has become what it executes, its memory comes and goes.
+        // The memory fluctuates until the shell has executed `sleep`.
         assert!(eventually(SOON, || process.rss() >= process.pss()));
         assert!(process.open_fds() >= 3);
     }
@@ -354,13 +355,13 @@ mod tests {
         }
         assert_eq!(state.lines.len(), KEPT_LINES);
         assert_eq!(state.lines[0], "5");
-        let long = vec![b'x'; LONGEST_LINE as usize + 1];
+        let long = vec![b'x'; MAX_LINE as usize + 1];
         let first = read_line(&mut &long[..]).unwrap().unwrap();
-        assert_eq!(first.len(), LONGEST_LINE as usize);
+        assert_eq!(first.len(), MAX_LINE as usize);
     }
 
     #[test]
-    fn a_descriptor_is_passed_under_its_number() {
+    fn a_descriptor_is_passed_as_its_number() {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", "echo through >&9"]);

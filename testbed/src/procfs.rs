@@ -1,14 +1,14 @@
-//! What `/proc` tells about a process: CPU time, memory, descriptors, children.
+//! Resource usage of a process from `/proc`: CPU time, memory, descriptors, children.
 //!
-//! Every function answers `None` for a process that is gone or a file that cannot be read; a caller
-//! that measures decides whether that is an error.
+//! Every function returns `None` if the process has ended or a file is not readable; the caller
+//! decides whether that is an error.
 
 use std::fs;
 
-/// User and system time that all threads of the process have used, in seconds.
+/// User and system time of all threads of the process, in seconds.
 ///
-/// Includes children that it has reaped, not those still running. Resolution is the kernel's clock
-/// tick, 10 ms nearly everywhere.
+/// This includes reaped children but not running ones. The resolution is the clock tick of the
+/// kernel, usually 10 ms.
 pub fn cpu_seconds(pid: u32) -> Option<f64> {
     let ticks = cpu_ticks(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
     Some(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
@@ -29,9 +29,10 @@ pub fn open_fds(pid: u32) -> Option<usize> {
     Some(fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
 }
 
-/// The process and all its living descendants, parents before children.
+/// The process and all its living descendants, parents before children; empty if the process has
+/// ended.
 ///
-/// For servers that fork: sum a figure over the result. Empty if the process is gone.
+/// For servers that fork, sum up a figure over the result.
 pub fn tree(pid: u32) -> Vec<u32> {
     let mut found = Vec::new();
     let mut open = vec![pid];
@@ -50,14 +51,14 @@ pub fn tree(pid: u32) -> Vec<u32> {
 
 /// The state letter of the process (`R`, `S`, `Z`, ...), as in proc(5).
 ///
-/// A child of ours that has ended stays `Z` until it is reaped, and signal 0 still reaches it: look
-/// here to learn whether it lives.
+/// A child that has ended stays `Z` until it is reaped, and signal 0 still reaches it. The state
+/// shows whether it is alive.
 pub fn state(pid: u32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     after_name(&stat)?.chars().next()
 }
 
-/// Bytes of the field `name` of `/proc/PID/smaps_rollup`.
+/// The field `name` of `/proc/PID/smaps_rollup`, in bytes.
 fn rollup(pid: u32, name: &str) -> Option<u64> {
     rollup_bytes(&fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?, name)
 }
@@ -68,8 +69,7 @@ fn rollup_bytes(text: &str, name: &str) -> Option<u64> {
     Some(kilobytes * 1024)
 }
 
-/// The part of `/proc/PID/stat` behind the program's name, which may itself hold blanks and
-/// parentheses.
+/// The part of `/proc/PID/stat` after the program name, which may contain blanks and parentheses.
 fn after_name(stat: &str) -> Option<&str> {
     Some(stat.rsplit_once(')')?.1.trim_start())
 }
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cpu_time_is_found_behind_a_hostile_name() {
+    fn cpu_time_is_parsed_after_a_hostile_name() {
         let stat = "42 (a) b (c) S 1 42 42 0 -1 4194560 90 80 0 0 5 7 11 13 20 0 1 0 100 0 0";
         assert_eq!(cpu_ticks(stat), Some(5 + 7 + 11 + 13));
         assert_eq!(cpu_ticks("42 (cut off) S 1"), None);
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_has_figures() {
+    fn this_process_has_usage_figures() {
         let me = std::process::id();
         assert!(cpu_seconds(me).is_some());
         assert!(rss(me).unwrap() >= pss(me).unwrap());

@@ -1,25 +1,25 @@
-//! A thread of another process that is stopped and makes system calls for a test: what is left to
-//! somebody who has taken the process over.
+//! A stopped thread of another process that makes system calls for a test: what an attacker can do
+//! after taking over the process.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// `/proc/PID/task/TID` of every thread of process `pid`.
+/// The paths `/proc/PID/task/TID` of all threads of process `pid`.
 ///
 /// # Panics
-/// There is no such process.
+/// If the process does not exist.
 #[track_caller]
 pub fn tasks(pid: u32) -> Vec<String> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process lives");
     tasks.map(|task| task.expect("a thread").path().display().to_string()).collect()
 }
 
-/// The lines of a thread's `status`, by name.
+/// The fields of the `status` file of a thread.
 ///
 /// # Panics
-/// The thread has ended.
+/// If the thread has ended.
 #[track_caller]
 pub fn status(task: &str) -> BTreeMap<String, String> {
     let text = fs::read_to_string(format!("{task}/status")).expect("the thread lives");
@@ -27,11 +27,11 @@ pub fn status(task: &str) -> BTreeMap<String, String> {
     pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
 }
 
-/// Asserts that a thread has no capabilities but those of the set `kept` (bits by number), can gain
-/// none, and has a filter of system calls.
+/// Asserts that a thread has no capabilities except those in `kept` (a bit mask by number), cannot
+/// gain any, and has a seccomp filter.
 ///
 /// # Panics
-/// It has more, or no filter.
+/// If it has more capabilities, or no filter.
 #[track_caller]
 pub fn assert_confined(task: &str, kept: u64) {
     let status = status(task);
@@ -42,30 +42,30 @@ pub fn assert_confined(task: &str, kept: u64) {
     assert_eq!((&*status["NoNewPrivs"], &*status["Seccomp"]), ("1", "2"), "{task}");
 }
 
-/// A system call: what a test calls it, its number, and its arguments.
+/// A system call: a name for messages, its number, and its arguments.
 pub type Call = (&'static str, libc::c_long, [u64; 6]);
 
-/// A thread that is stopped, until this is dropped: it goes on then as if nothing had been.
+/// A stopped thread. On drop it continues in its original state.
 #[derive(Debug)]
 pub struct Puppet {
     thread: libc::pid_t,
-    as_it_was: libc::user_regs_struct,
+    saved: libc::user_regs_struct,
     memory: File,
 }
 
 impl Puppet {
-    /// Stops thread `task`, one of [`tasks`], which waits in a system call.
+    /// Stops thread `task`, one of [`tasks`], while it waits in a system call.
     ///
     /// # Panics
-    /// It cannot be stopped, or is not in a system call.
+    /// If it cannot be stopped, or is not in a system call.
     #[must_use]
     #[track_caller]
     pub fn seize(task: &str) -> Self {
         let thread: libc::pid_t =
-            task.rsplit('/').next().unwrap_or_default().parse().expect("a thread's number");
-        // SAFETY: these requests concern the other process; its registers are written to a live
+            task.rsplit('/').next().unwrap_or_default().parse().expect("a thread id");
+        // SAFETY: these requests affect only the other process; its registers are written to a live
         // variable.
-        let as_it_was = unsafe {
+        let saved = unsafe {
             checked(libc::ptrace(libc::PTRACE_ATTACH, thread, 0, 0)).expect("ptrace");
             assert_eq!(libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL), thread);
             registers(thread)
@@ -74,26 +74,26 @@ impl Puppet {
             .read(true)
             .write(true)
             .open(format!("{task}/mem"))
-            .expect("its memory");
+            .expect("open its memory");
         let mut instruction = [0; 2];
-        memory.read_exact_at(&mut instruction, as_it_was.rip - 2).expect("its program");
-        assert_eq!(instruction, [0x0f, 0x05], "it waits behind an instruction `syscall`");
-        Self { thread, as_it_was, memory }
+        memory.read_exact_at(&mut instruction, saved.rip - 2).expect("read its code");
+        assert_eq!(instruction, [0x0f, 0x05], "not stopped after a `syscall` instruction");
+        Self { thread, saved, memory }
     }
 
-    /// Has it make a call, and returns what the kernel says.
+    /// Makes a system call in the thread and returns its result.
     ///
     /// # Errors
-    /// The call's own.
+    /// The error of the call.
     ///
     /// # Panics
-    /// The process has ended of it.
+    /// If the call ends the process.
     #[track_caller]
     pub fn call(&self, number: libc::c_long, arguments: [u64; 6]) -> io::Result<u64> {
-        let mut registers = self.as_it_was;
+        let mut registers = self.saved;
         registers.rip -= 2;
         registers.rax = number as u64;
-        // No call is to be taken up again instead.
+        // Prevents the restart of the interrupted call.
         registers.orig_rax = u64::MAX;
         let [a, b, c, d, e, f] = arguments;
         (registers.rdi, registers.rsi, registers.rdx) = (a, b, c);
@@ -102,12 +102,12 @@ impl Puppet {
         let answer = unsafe {
             checked(libc::ptrace(libc::PTRACE_SETREGS, self.thread, 0, &raw const registers))
                 .expect("ptrace");
-            // To where it enters the kernel, and to where it leaves it.
+            // Runs to the entry and then to the exit of the call.
             for _ in 0..2 {
                 checked(libc::ptrace(libc::PTRACE_SYSCALL, self.thread, 0, 0)).expect("ptrace");
                 let mut status = 0;
                 assert_eq!(libc::waitpid(self.thread, &raw mut status, libc::__WALL), self.thread);
-                assert!(libc::WIFSTOPPED(status), "it has ended: {status:x}");
+                assert!(libc::WIFSTOPPED(status), "the process has ended: {status:x}");
             }
             self::registers(self.thread).rax.cast_signed()
         };
@@ -118,43 +118,43 @@ impl Puppet {
         }
     }
 
-    /// Puts a path where the thread can point at it, in the place of the one before.
+    /// Writes a path into the memory of the thread, over the previous one, and returns its address.
     ///
     /// # Panics
-    /// Its memory cannot be written.
+    /// If the memory cannot be written.
     #[track_caller]
     pub fn path(&self, path: &str) -> u64 {
         self.bytes(&[path.as_bytes(), b"\0"].concat())
     }
 
-    /// The same for any bytes, 4 KiB at most.
+    /// Writes up to 4 KiB of bytes into the memory of the thread and returns their address.
     ///
     /// # Panics
-    /// Its memory cannot be written.
+    /// If the memory cannot be written.
     #[track_caller]
     pub fn bytes(&self, bytes: &[u8]) -> u64 {
-        let place = self.as_it_was.rsp - 4096;
-        self.memory.write_all_at(bytes, place).expect("its memory");
-        place
+        let address = self.saved.rsp - 4096;
+        self.memory.write_all_at(bytes, address).expect("write its memory");
+        address
     }
 
     /// Asserts that each of `calls` fails with the error `errno`.
     ///
     /// # Panics
-    /// One does not.
+    /// If a call succeeds or fails with another error.
     #[track_caller]
     pub fn is_refused(&self, errno: i32, calls: &[Call]) {
         for (name, number, arguments) in calls {
             match self.call(*number, *arguments) {
-                Ok(result) => panic!("{name} is allowed: {result}"),
+                Ok(result) => panic!("{name} succeeded: {result}"),
                 Err(error) => assert_eq!(error.raw_os_error(), Some(errno), "{name}: {error}"),
             }
         }
     }
 
-    /// What nobody who carries packets has a use for: files, processes, namespaces, privileges,
-    /// devices, other sockets. `file` is where [`Self::path`] has put the path of a file that can
-    /// be read.
+    /// System calls that a process that forwards packets does not need: files, processes,
+    /// namespaces, privileges, devices, other sockets. `file` is the address of the path of a
+    /// readable file, from [`Self::path`].
     #[must_use]
     pub fn attempts(&self, file: u64) -> Vec<Call> {
         let cwd = libc::AT_FDCWD as u64;
@@ -188,22 +188,21 @@ impl Puppet {
             ("ioctl", libc::SYS_ioctl, [6, 0x8004_54d2, file, 0, 0, 0]),
             ("setuid", libc::SYS_setuid, [0; 6]),
             ("prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0, 0, 0, 0]),
-            ("a local socket", libc::SYS_socket, socket(libc::AF_UNIX, libc::SOCK_STREAM)),
-            ("netlink", libc::SYS_socket, socket(libc::AF_NETLINK, libc::SOCK_RAW)),
-            ("packets", libc::SYS_socket, socket(libc::AF_PACKET, libc::SOCK_RAW)),
+            ("socket, unix", libc::SYS_socket, socket(libc::AF_UNIX, libc::SOCK_STREAM)),
+            ("socket, netlink", libc::SYS_socket, socket(libc::AF_NETLINK, libc::SOCK_RAW)),
+            ("socket, packet", libc::SYS_socket, socket(libc::AF_PACKET, libc::SOCK_RAW)),
             ("executable memory", libc::SYS_mmap, [0, 4096, executable, private, u64::MAX, 0]),
         ]
     }
 }
 
-/// Asserts that every thread of process `pid`, which carries connections to TCP port `port`, can do
-/// that and nothing else.
+/// Asserts that all threads of process `pid` can only forward connections to TCP port `port`.
 ///
 /// # Panics
-/// It can do more, or less.
+/// If a thread can do more, or less.
 #[track_caller]
 pub fn assert_is_nothing_but_a_proxy(pid: u32, port: u16) {
-    /// `CAP_NET_ADMIN` and `CAP_SYS_RESOURCE`, for the sizes of buffers and pipes.
+    /// `CAP_NET_ADMIN` and `CAP_SYS_RESOURCE`, for buffer and pipe sizes.
     const SIZES: u64 = 1 << 12 | 1 << 24;
     for task in tasks(pid) {
         assert_confined(&task, SIZES);
@@ -218,23 +217,24 @@ pub fn assert_is_nothing_but_a_proxy(pid: u32, port: u16) {
                 .is_refused(libc::EACCES, &[(path, libc::SYS_openat, [cwd, path_at, 0, 0, 0, 0])]);
         }
         let own = puppet.path("/proc/self/limits");
-        let own = puppet.call(libc::SYS_openat, [cwd, own, 0, 0, 0, 0]).expect("its own figures");
+        let own =
+            puppet.call(libc::SYS_openat, [cwd, own, 0, 0, 0, 0]).expect("open its own limits");
         puppet.call(libc::SYS_close, [own, 0, 0, 0, 0, 0]).expect("close");
         let socket = [libc::AF_INET as u64, libc::SOCK_STREAM as u64, 0, 0, 0, 0];
-        let socket = puppet.call(libc::SYS_socket, socket).expect("a socket to the network");
+        let socket = puppet.call(libc::SYS_socket, socket).expect("create an IP socket");
         let one = puppet.bytes(&1_u32.to_ne_bytes());
         let option = |name, level: i32, option: i32| {
             (name, libc::SYS_setsockopt, [socket, level as u64, option as u64, one, 4, 0])
         };
         let options = [
             option("mark", libc::SOL_SOCKET, libc::SO_MARK),
-            option("others' addresses", libc::SOL_IP, libc::IP_TRANSPARENT),
-            option("others' IPv6 addresses", libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+            option("IPv4 transparent", libc::SOL_IP, libc::IP_TRANSPARENT),
+            option("IPv6 transparent", libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
         ];
         puppet.is_refused(libc::EPERM, &options);
         let [high, low] = (port + 1).to_be_bytes();
         let elsewhere = puppet.bytes(&[2, 0, high, low, 127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]);
-        let connect = ("connect, elsewhere", libc::SYS_connect, [socket, elsewhere, 16, 0, 0, 0]);
+        let connect = ("connect, other port", libc::SYS_connect, [socket, elsewhere, 16, 0, 0, 0]);
         puppet.is_refused(libc::EACCES, &[connect]);
         puppet.call(libc::SYS_close, [socket, 0, 0, 0, 0, 0]).expect("close");
     }
@@ -242,9 +242,9 @@ pub fn assert_is_nothing_but_a_proxy(pid: u32, port: u16) {
 
 impl Drop for Puppet {
     fn drop(&mut self) {
-        // SAFETY: as in `seize`. It goes on where it was.
+        // SAFETY: as in `seize`. The thread continues in its original state.
         unsafe {
-            libc::ptrace(libc::PTRACE_SETREGS, self.thread, 0, &raw const self.as_it_was);
+            libc::ptrace(libc::PTRACE_SETREGS, self.thread, 0, &raw const self.saved);
             libc::ptrace(libc::PTRACE_DETACH, self.thread, 0, 0);
         }
     }
@@ -255,7 +255,7 @@ fn checked(result: libc::c_long) -> io::Result<()> {
 }
 
 /// # Safety
-/// The thread must be stopped, and ours.
+/// The thread must be stopped and traced by this one.
 unsafe fn registers(thread: libc::pid_t) -> libc::user_regs_struct {
     // SAFETY: all-zero is a valid value, and is overwritten.
     unsafe {

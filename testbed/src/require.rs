@@ -1,4 +1,4 @@
-//! What a test needs from the machine: demanded, never skipped.
+//! Requirements of tests on the machine. An unmet requirement is a failure, not a skip.
 
 use std::env;
 use std::path::PathBuf;
@@ -6,27 +6,27 @@ use std::process::Command;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Panics unless the process is root, which making namespaces takes.
+/// Panics unless the process is root, which creating namespaces requires.
 #[track_caller]
 pub fn require_root() {
     assert!(
         rustix::process::geteuid().is_root(),
-        "this test makes network namespaces and must run as root (a skipped test is a failing one)"
+        "this test creates network namespaces and must run as root (a skipped test is a failing one)"
     );
 }
 
-/// Panics unless `program` is installed; the message says how to install it.
+/// Panics unless `program` is installed. The message contains the command to install it.
 #[track_caller]
 pub fn require_program(program: &str) {
     assert!(
         find_program(program).is_some(),
-        "this test runs {program:?}, which is not installed: apt-get install {} (a skipped test is a failing one)",
+        "this test requires {program:?}, which is not installed: apt-get install {} (a skipped test is a failing one)",
         debian_package(program)
     );
 }
 
-/// Searches `PATH` for `program`, then `/usr/sbin` and `/sbin`, which an ordinary user's `PATH`
-/// leaves out, and `/usr/lib/podman`, where Debian keeps what podman alone calls.
+/// Searches `PATH` for `program`, then `/usr/sbin` and `/sbin`, which the `PATH` of an ordinary
+/// user lacks, and `/usr/lib/podman`, the directory of helpers of podman in Debian.
 pub fn find_program(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -35,8 +35,8 @@ pub fn find_program(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// The Debian package of a program the tests and benchmarks run; its own name where that is the
-/// package.
+/// The Debian package of a program of the tests and benchmarks. Programs not listed have a package
+/// of the same name.
 pub fn debian_package(program: &str) -> &str {
     match program {
         "dockerd" | "docker" | "docker-proxy" => "docker.io",
@@ -55,13 +55,13 @@ pub fn debian_package(program: &str) -> &str {
     }
 }
 
-/// Raises this process's limit of open files towards `wanted` and returns the limit then in force.
+/// Raises the limit of open files of this process to `wanted` and returns the limit in force.
 ///
-/// Children inherit it. Without `CAP_SYS_RESOURCE`, which root inside a sandbox may lack, the hard
-/// limit is as far as it goes: a caller that cannot do with less has to check.
+/// Children inherit it. Without `CAP_SYS_RESOURCE`, which root in a sandbox may lack, the hard
+/// limit is the maximum. A caller that needs more must check the result.
 pub fn raise_open_files(wanted: u64) -> u64 {
     let limit = getrlimit(Resource::Nofile);
-    // `None` is no limit.
+    // `None` means no limit.
     let current = limit.current.unwrap_or(u64::MAX);
     let hard = limit.maximum.unwrap_or(u64::MAX);
     if current >= wanted {
@@ -71,13 +71,12 @@ pub fn raise_open_files(wanted: u64) -> u64 {
     if setrlimit(Resource::Nofile, raised).is_ok() {
         return wanted;
     }
-    let most = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    if setrlimit(Resource::Nofile, most).is_ok() { hard } else { current }
+    let highest = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if setrlimit(Resource::Nofile, highest).is_ok() { hard } else { current }
 }
 
-/// The first line that `program args...` prints, on either stream: for naming versions in reports.
-///
-/// `None` if it cannot be run.
+/// The first line that `program args...` prints on either stream, usually its version; `None` if it
+/// cannot be run.
 pub fn version_line(program: &str, args: &[&str]) -> Option<String> {
     let output = Command::new(program).args(args).output().ok()?;
     let text = if output.stdout.is_empty() { output.stderr } else { output.stdout };
@@ -93,19 +92,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packages_are_named_as_debian_does() {
+    fn packages_have_their_debian_names() {
         assert_eq!(debian_package("docker-proxy"), "docker.io");
         assert_eq!(debian_package("haproxy"), "haproxy");
     }
 
     #[test]
-    fn a_program_that_is_there_is_found() {
+    fn an_installed_program_is_found() {
         require_program("sh");
     }
 
     #[test]
     #[should_panic(expected = "apt-get install no-such-program")]
-    fn a_program_that_is_not_there_panics() {
+    fn a_missing_program_panics() {
         require_program("no-such-program");
     }
 }

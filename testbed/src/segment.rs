@@ -1,22 +1,22 @@
-//! A link that several hosts share: each is everybody's neighbour, and hears whom it likes.
+//! A link shared by several hosts.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::Namespace;
-use crate::topology::{quicken_ipv6, wait_until_up};
+use crate::topology::{disable_dad, wait_until_up};
 
-/// A switch in a namespace of its own.
+/// A bridge in a namespace of its own.
 pub struct Segment {
     switch: Namespace,
     ports: AtomicU8,
 }
 
 impl Segment {
-    /// A link with nobody on it.
+    /// A link without hosts.
     #[track_caller]
     pub fn new() -> Self {
         let switch = Namespace::new();
-        // Without snooping nobody has to ask for the multicasts that neighbours are found by.
+        // Without multicast snooping, neighbour discovery works without group membership reports.
         switch.ip_all(
             "link add br0 type bridge mcast_snooping 0
              link set br0 up",
@@ -24,11 +24,11 @@ impl Segment {
         Self { switch, ports: AtomicU8::new(0) }
     }
 
-    /// Gives `host` the interface `link` on it, with `addresses`, each with its prefix length.
+    /// Adds the interface `link` to `host`, with `addresses` in CIDR notation, and connects it.
     #[track_caller]
     pub fn attach(&self, host: &Namespace, link: &str, addresses: &[&str]) {
         let port = format!("port{}", self.ports.fetch_add(1, Ordering::Relaxed));
-        quicken_ipv6(host);
+        disable_dad(host);
         self.switch.ip_all(&format!(
             "link add {port} type veth peer name {link} netns {}
              link set {port} master br0 up",

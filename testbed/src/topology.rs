@@ -1,4 +1,4 @@
-//! Client, host and container: the smallest network in which a published port means something.
+//! Client, host and container: the smallest network for tests of published ports.
 //!
 //! ```text
 //!   client                      host                               container
@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use crate::{Namespace, eventually};
 
-/// The addresses of [`Topology`]: documentation prefixes outside, private ones inside.
+/// The addresses of [`Topology`]: documentation prefixes outside, private prefixes inside.
 pub mod addr {
     use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -47,35 +47,35 @@ pub mod addr {
     pub const NEIGHBOUR_V6: Ipv6Addr = Ipv6Addr::new(0xfd30, 0, 0, 0, 0, 0, 0, 3);
 }
 
-/// How long a link may take to come up.
+/// The longest wait for a link to come up.
 const LINK_UP: Duration = Duration::from_secs(10);
 
-/// The last byte of the addresses on the bridge that the first container gets.
+/// The last byte of the addresses of the first container.
 const FIRST_CONTAINER: u8 = 2;
 
-/// Three joined namespaces, with the host as a router between the other two.
+/// Three connected namespaces, with the host as the router between the other two.
 ///
-/// IPv6 works at once: duplicate address detection is off. Bridged packets do not pass the host's
-/// firewall rules (`net.bridge.bridge-nf-call-*` is 0); a test that wants the opposite sets it.
+/// IPv6 works at once, because duplicate address detection is off. Bridged packets do not pass the
+/// firewall of the host (`net.bridge.bridge-nf-call-*` is 0); a test that needs it sets this to 1.
 pub struct Topology {
-    /// Outside of the host, in its own subnet with it.
+    /// Outside of the host, in a subnet shared with it.
     pub client: Namespace,
-    /// Has `eth0` towards the client and the bridge `br0` towards containers.
+    /// Has `eth0` to the client and the bridge `br0` to containers.
     pub host: Namespace,
-    /// Behind the host's bridge.
+    /// On the bridge of the host.
     pub container: Namespace,
-    /// What the next container on the bridge gets as the last byte of its addresses.
+    /// The last byte of the addresses of the next container.
     next: AtomicU8,
 }
 
-/// Chooses how a [`Topology`] is set up.
+/// Configures a [`Topology`].
 pub struct Builder {
     forwarding: bool,
     congestion_control: Option<String>,
 }
 
 impl Topology {
-    /// The topology with its defaults: the host forwards, TCP runs `reno`.
+    /// The default topology: the host forwards, and TCP uses `reno`.
     #[track_caller]
     pub fn three() -> Self {
         Self::builder().build()
@@ -86,8 +86,8 @@ impl Topology {
         Builder { forwarding: true, congestion_control: None }
     }
 
-    /// Adds a container to the bridge: [`addr::NEIGHBOUR_V4`] and [`addr::NEIGHBOUR_V6`] the first
-    /// time, the addresses after them from then on.
+    /// Adds a container to the bridge. The first one gets [`addr::NEIGHBOUR_V4`] and
+    /// [`addr::NEIGHBOUR_V6`], later ones the next addresses.
     #[track_caller]
     pub fn neighbour(&self) -> Namespace {
         let neighbour = Namespace::new();
@@ -98,7 +98,7 @@ impl Topology {
     }
 
     fn join_client(&self) {
-        quicken_ipv6(&self.client);
+        disable_dad(&self.client);
         self.host.ip_all(&format!(
             "link add eth0 type veth peer name eth0 netns {}
              addr add {host4}/24 dev eth0
@@ -140,7 +140,7 @@ impl Topology {
         let [a, b, c, _] = addr::GATEWAY_V4.octets();
         let container4 = Ipv4Addr::new(a, b, c, last);
         let container6 = Ipv6Addr::from_bits(addr::GATEWAY_V6.to_bits() - 1 + u128::from(last));
-        quicken_ipv6(container);
+        disable_dad(container);
         self.host.ip_all(&format!(
             "link add port{last} type veth peer name eth0 netns {}
              link set port{last} master br0 up",
@@ -162,21 +162,21 @@ impl Topology {
 }
 
 impl Builder {
-    /// Whether the host forwards between client and containers, IPv4 and IPv6. On unless set.
+    /// Whether the host forwards IPv4 and IPv6 between client and containers (default: yes).
     #[must_use]
     pub fn forwarding(mut self, on: bool) -> Self {
         self.forwarding = on;
         self
     }
 
-    /// The TCP congestion control of all namespaces, `reno` unless set.
+    /// The TCP congestion control of all namespaces (default: `reno`).
     #[must_use]
     pub fn congestion_control(mut self, name: &str) -> Self {
         self.congestion_control = Some(name.to_owned());
         self
     }
 
-    /// Makes the namespaces and joins them.
+    /// Creates the namespaces and connects them.
     #[track_caller]
     pub fn build(self) -> Topology {
         let topology = Topology {
@@ -200,7 +200,7 @@ impl Builder {
                 host.sysctl(&key, "0");
             }
         }
-        quicken_ipv6(host);
+        disable_dad(host);
         topology.join_client();
         topology.add_bridge();
         topology.attach(&topology.container);
@@ -208,11 +208,11 @@ impl Builder {
     }
 }
 
-/// Waits until the kernel has taken note that `link` can carry packets, as a bridge's port too.
+/// Waits until `link` is up and, if it is a bridge port, forwarding.
 ///
-/// It does so in the background, at times a second after both ends of a veth pair have been set up.
-/// What is sent before is lost, and the first repetition, of TCP and of ARP alike, comes a second
-/// later.
+/// The kernel brings links up asynchronously, at times a second after both ends of a veth pair were
+/// set up. Packets sent before are lost, and the first retransmission of TCP or ARP follows a
+/// second later.
 #[track_caller]
 pub(crate) fn wait_until_up(namespace: &Namespace, link: &str) {
     let state = || namespace.ip(&["-details", "-oneline", "link", "show", "dev", link]);
@@ -224,8 +224,9 @@ pub(crate) fn wait_until_up(namespace: &Namespace, link: &str) {
     assert!(up, "link is not up after {LINK_UP:?}: {}", state());
 }
 
-/// Makes IPv6 addresses of links added from now on usable at once, the link-local ones included.
-pub(crate) fn quicken_ipv6(namespace: &Namespace) {
+/// Disables duplicate address detection and router advertisements for links added later, so that
+/// their IPv6 addresses, including link-local ones, are usable at once.
+pub(crate) fn disable_dad(namespace: &Namespace) {
     namespace.sysctl("net.ipv6.conf.default.disable_ipv6", "0");
     namespace.sysctl("net.ipv6.conf.default.accept_dad", "0");
     namespace.sysctl("net.ipv6.conf.default.accept_ra", "0");

@@ -1,6 +1,6 @@
-//! Sending and receiving many bytes, each of them checked against a [`Pattern`].
+//! Bulk transfers in which every byte is checked against a [`Pattern`].
 //!
-//! Either end may be a test's own socket or one of the servers [`Sink`](crate::server::Sink) and
+//! Either end can be a socket of a test, or one of the servers [`Sink`](crate::server::Sink) and
 //! [`Source`](crate::server::Source).
 
 use std::io::{self, Read, Write};
@@ -10,14 +10,14 @@ use crate::Pattern;
 /// Bytes per read or write.
 const CHUNK: usize = 128 * 1024;
 
-/// What came of receiving a pattern.
+/// The result of receiving a pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transfer {
-    /// How many bytes came in.
+    /// The number of bytes received.
     pub bytes: u64,
-    /// The position of the first byte that was not the pattern's, if there was one.
+    /// The position of the first byte that differs from the pattern.
     pub wrong_at: Option<u64>,
-    /// The error that cut the stream; `None` for an orderly end.
+    /// The error that ended the stream; `None` for an orderly end.
     pub error: Option<io::ErrorKind>,
 }
 
@@ -32,7 +32,7 @@ impl Transfer {
 ///
 /// # Errors
 ///
-/// Those of `stream`.
+/// Errors of `stream`.
 pub fn send(stream: &mut impl Write, seed: u64, length: u64) -> io::Result<()> {
     let mut pattern = Pattern::new(seed);
     let mut buffer = vec![0; CHUNK];
@@ -44,7 +44,7 @@ pub fn send(stream: &mut impl Write, seed: u64, length: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads to the end of `stream` and compares with the pattern of `seed`.
+/// Reads `stream` to its end and compares it with the pattern of `seed`.
 pub fn receive(stream: &mut impl Read, seed: u64) -> Transfer {
     let mut pattern = Pattern::new(seed);
     let mut transfer = Transfer::complete(0);
@@ -72,14 +72,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_sent_is_received() {
+    fn a_sent_pattern_is_received() {
         let mut sent = Vec::new();
         send(&mut sent, 3, 300_000).unwrap();
         assert_eq!(receive(&mut &sent[..], 3), Transfer::complete(300_000));
     }
 
     #[test]
-    fn a_missing_block_is_noticed_where_it_starts() {
+    fn a_missing_block_is_located() {
         let mut sent = Vec::new();
         send(&mut sent, 3, 300_000).unwrap();
         sent.drain(150_000..150_100);

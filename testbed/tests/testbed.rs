@@ -1,4 +1,4 @@
-//! The testbed tested: everybody reaches whom they should, and nothing stays behind.
+//! Tests of the testbed: connectivity, servers, and that nothing is left behind.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +13,7 @@ use tidegate_testbed::{Mounts, Namespace, Process, Protocol, Signal, Topology, a
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// Which address a TCP server at `server` sees when `from` connects to it.
+/// The address that a TCP server at `server` sees when `from` connects to it.
 fn seen_by(server_in: &Namespace, server: IpAddr, from: &Namespace) -> IpAddr {
     let server = PeerServer::tcp(server_in, (server, 0).into());
     let text = from.run(|| {
@@ -30,7 +30,7 @@ fn connect(addr: SocketAddr) -> TcpStream {
 }
 
 #[test]
-fn everybody_reaches_everybody_under_their_own_address() {
+fn all_namespaces_connect_with_their_own_address() {
     let net = Topology::three();
     let neighbour = net.neighbour();
     let v4: [(&Namespace, IpAddr); 4] = [
@@ -49,7 +49,7 @@ fn everybody_reaches_everybody_under_their_own_address() {
         for (from, source) in family {
             for (to, target) in family {
                 let seen = seen_by(to, target, from);
-                // The host uses the address of the side it speaks to.
+                // The host uses its address on the link to the server.
                 let gateway = [addr::GATEWAY_V4.into(), addr::GATEWAY_V6.into()].contains(&seen);
                 assert!(seen == source || gateway, "{target} saw {seen} for {source}");
             }
@@ -58,7 +58,7 @@ fn everybody_reaches_everybody_under_their_own_address() {
 }
 
 #[test]
-fn without_forwarding_the_container_is_out_of_reach() {
+fn without_forwarding_the_container_is_unreachable() {
     let net = Topology::builder().forwarding(false).build();
     let listener = net.container.run(|| TcpListener::bind((addr::CONTAINER_V4, 80))).unwrap();
     let result = net.client.run(|| {
@@ -68,10 +68,10 @@ fn without_forwarding_the_container_is_out_of_reach() {
 }
 
 #[test]
-fn congestion_control_is_the_one_asked_for() {
+fn the_congestion_control_is_configurable() {
     let net = Topology::three();
     assert_eq!(net.host.read_sysctl("net.ipv4.tcp_congestion_control"), "reno");
-    // Namespaces may use only what the machine allows to everybody.
+    // Namespaces may only use the algorithms that the machine permits to all users.
     let allowed = fs::read_to_string("/proc/sys/net/ipv4/tcp_allowed_congestion_control").unwrap();
     let wanted = allowed.split_whitespace().last().unwrap();
     let net = Topology::builder().congestion_control(wanted).build();
@@ -81,7 +81,7 @@ fn congestion_control_is_the_one_asked_for() {
 }
 
 #[test]
-fn tcp_echo_ends_with_the_clients_half_close() {
+fn tcp_echo_ends_with_the_half_close_of_the_client() {
     let net = Topology::three();
     let server = EchoServer::tcp(&net.container, (addr::CONTAINER_V6, 0).into());
     net.client.run(|| {
@@ -97,7 +97,7 @@ fn tcp_echo_ends_with_the_clients_half_close() {
 }
 
 #[test]
-fn udp_echo_takes_the_empty_and_the_largest_datagram() {
+fn udp_echo_handles_empty_and_maximum_datagrams() {
     let net = Topology::three();
     let server = EchoServer::udp(&net.container, (addr::CONTAINER_V4, 0).into());
     net.client.run(|| {
@@ -113,7 +113,7 @@ fn udp_echo_takes_the_empty_and_the_largest_datagram() {
 }
 
 #[test]
-fn udp_peer_server_names_the_sender() {
+fn the_udp_peer_server_sends_the_address_of_the_client() {
     let net = Topology::three();
     let server = PeerServer::udp(&net.container, (addr::CONTAINER_V6, 0).into());
     net.client.run(|| {
@@ -127,7 +127,7 @@ fn udp_peer_server_names_the_sender() {
 }
 
 #[test]
-fn bulk_transfers_are_checked_both_ways() {
+fn bulk_transfers_are_checked_in_both_directions() {
     const LENGTH: u64 = 5_000_001;
     let net = Topology::three();
     let sink = Sink::tcp(&net.container, (addr::CONTAINER_V4, 0).into(), 1);
@@ -141,7 +141,7 @@ fn bulk_transfers_are_checked_both_ways() {
 }
 
 #[test]
-fn a_reset_in_the_middle_is_not_an_end() {
+fn a_reset_is_not_an_orderly_end() {
     let net = Topology::three();
     let sink = Sink::tcp(&net.container, (addr::CONTAINER_V4, 0).into(), 1);
     net.client.run(|| {
@@ -165,7 +165,7 @@ fn dropping_a_server_ends_its_connections() {
 }
 
 #[test]
-fn bound_ports_are_seen_without_connecting() {
+fn bound_ports_are_found_without_connecting() {
     let namespace = Namespace::new();
     let (tcp, udp) = namespace
         .run(|| (TcpListener::bind("[::]:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap()));
@@ -176,7 +176,7 @@ fn bound_ports_are_seen_without_connecting() {
 }
 
 #[test]
-fn a_command_runs_inside_and_sees_its_own_mounts() {
+fn a_command_runs_in_the_namespace_with_its_mounts() {
     let namespace = Namespace::new();
     namespace.ip(&["link", "add", "only-here", "type", "bridge"]);
     let directory = std::env::temp_dir();
@@ -202,17 +202,17 @@ fn a_command_runs_inside_and_sees_its_own_mounts() {
 #[should_panic(
     expected = "ip link show no-such-link: exit status: 1: Device \"no-such-link\" does not exist"
 )]
-fn a_failing_ip_command_says_why() {
+fn a_failing_ip_command_panics_with_the_error() {
     Namespace::new().ip(&["link", "show", "no-such-link"]);
 }
 
 #[test]
 #[should_panic(expected = "from inside")]
-fn a_panic_inside_comes_out() {
+fn a_panic_inside_is_propagated() {
     Namespace::new().run(|| panic!("from inside"));
 }
 
-/// The network links and named namespaces of the machine.
+/// The network links and the named namespaces of the machine.
 fn left_on_the_machine() -> BTreeSet<String> {
     let names = |directory: &str| -> Vec<String> {
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -234,7 +234,7 @@ fn a_topology_leaves_nothing_on_the_machine() {
 }
 
 #[test]
-fn a_dropped_namespace_takes_its_links_along() {
+fn a_dropped_namespace_removes_its_links() {
     let (stays, goes) = (Namespace::new(), Namespace::new());
     let path = goes.path().display().to_string();
     stays.ip(&["link", "add", "here", "type", "veth", "peer", "name", "there", "netns", &path]);
@@ -242,12 +242,12 @@ fn a_dropped_namespace_takes_its_links_along() {
     assert!(eventually(SOON, || !stays.ip(&["-brief", "link"]).contains("here")));
 }
 
-/// The variable that turns [`owner_of_a_namespace`] into a helper; its value is the path of another
-/// namespace.
+/// The environment variable that turns [`owner_of_a_namespace`] into a helper process. Its value is
+/// the path of another namespace.
 const PEER_NAMESPACE: &str = "TIDEGATE_TESTBED_PEER";
 
 #[test]
-fn a_killed_process_takes_its_namespaces_along() {
+fn a_killed_process_removes_its_namespaces() {
     let namespace = Namespace::new();
     let this_test = std::env::current_exe().unwrap();
     let mut owner = Process::spawn(
@@ -261,7 +261,7 @@ fn a_killed_process_takes_its_namespaces_along() {
     assert!(eventually(SOON, || !namespace.ip(&["-brief", "link"]).contains("here")));
 }
 
-/// Not a test by itself: the process that the test above kills.
+/// Not a test itself: the process that the test above kills.
 #[test]
 fn owner_of_a_namespace() {
     let Ok(peer) = std::env::var(PEER_NAMESPACE) else { return };

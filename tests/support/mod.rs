@@ -1,5 +1,5 @@
-//! What the tests of `tidegate publish` share: the program in front of a backend, clients that do
-//! not wait for ever, and its figures.
+//! Shared code of the tests of `tidegate publish`: the program in front of a backend, clients with
+//! timeouts, and its metrics.
 
 #![allow(dead_code, reason = "every test crate uses a part of it")]
 
@@ -16,39 +16,39 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use socket2::SockRef;
 use tidegate_testbed::{Namespace, Process, Topology, addr, eventually};
 
-/// How long anything may take that ought to take no time: much more than a busy machine needs.
+/// The timeout of operations that should be immediate, with a margin for a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A port of the container, by IPv4.
+/// A port of the container, over IPv4.
 pub(crate) fn container(port: u16) -> SocketAddr {
     (addr::CONTAINER_V4, port).into()
 }
 
-/// A port of the host as its clients call it, by IPv4.
+/// A port on the host address that clients use, over IPv4.
 pub(crate) fn host(port: u16) -> SocketAddr {
     (addr::HOST_V4, port).into()
 }
 
-/// The same by IPv6.
+/// A port on the host address that clients use, over IPv6.
 pub(crate) fn host_v6(port: u16) -> SocketAddr {
     (addr::HOST_V6, port).into()
 }
 
-/// Lets the client be any address of 198.18.0.0/15, and the host believes it.
+/// Routes 198.18.0.0/15 to the client, so that it can use any of these addresses.
 pub(crate) fn many_addresses(net: &Topology) {
     net.client.ip(&["route", "add", "local", "198.18.0.0/15", "dev", "lo"]);
     net.host.ip(&["route", "add", "198.18.0.0/15", "via", &addr::CLIENT_V4.to_string()]);
 }
 
-/// Address `number` of those.
+/// Address `number` of 198.18.0.0/15.
 pub(crate) fn address(number: u32) -> Ipv4Addr {
     Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + number)
 }
 
-/// Where a [`Publisher`] tells its figures, in its own namespace.
+/// The metrics address of a [`Publisher`], in its own namespace.
 pub(crate) const METRICS: &str = "127.0.0.1:9464";
 
-/// `tidegate publish`, running and ready.
+/// A running `tidegate publish` that is ready.
 pub(crate) struct Publisher {
     pub(crate) process: Process,
     host: Namespace,
@@ -61,7 +61,7 @@ impl Publisher {
         Self::start_with(host, arguments, |_| {})
     }
 
-    /// The same, with `prepare` applied to the command first.
+    /// Like [`Self::start`], with `prepare` applied to the command first.
     #[track_caller]
     pub(crate) fn start_with(
         host: &Namespace,
@@ -71,12 +71,12 @@ impl Publisher {
         let mut command = tidegate(host, &format!("publish {arguments} --metrics {METRICS}"));
         prepare(&mut command);
         let process = Process::spawn(&mut command);
-        // The last line it says when everything is in place.
+        // This line is printed last, when everything is ready.
         process.wait_for_line("metrics at http", PATIENCE);
         Self { process, host: host.clone() }
     }
 
-    /// The figures at this moment.
+    /// The current metrics.
     #[track_caller]
     pub(crate) fn metrics(&self) -> Metrics {
         let (head, body) = http(&self.host, METRICS, "GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n");
@@ -84,7 +84,7 @@ impl Publisher {
         Metrics(body)
     }
 
-    /// Waits until `wanted` holds for the figures.
+    /// Waits until `wanted` holds for the metrics.
     #[track_caller]
     pub(crate) fn wait_for_metrics(&self, wanted: impl Fn(&Metrics) -> bool) -> Metrics {
         let mut last = self.metrics();
@@ -92,22 +92,22 @@ impl Publisher {
             last = self.metrics();
             wanted(&last)
         });
-        assert!(held, "the figures never were as expected:\n{}", last.of_ports());
+        assert!(held, "the metrics never matched:\n{}", last.of_ports());
         last
     }
 }
 
-/// The text that Prometheus would read.
+/// A metrics page.
 pub(crate) struct Metrics(pub(crate) String);
 
 impl Metrics {
-    /// The value of one series, written as on the page: `name{label="value",...}`.
+    /// The value of a series, in the notation of the page: `name{label="value",...}`.
     #[track_caller]
     pub(crate) fn value(&self, series: &str) -> f64 {
         self.read(series)
     }
 
-    /// The same, where it is a whole number.
+    /// The value of a series as an integer.
     #[track_caller]
     pub(crate) fn count(&self, series: &str) -> u64 {
         self.read(series)
@@ -121,45 +121,45 @@ impl Metrics {
         line.parse().unwrap_or_else(|error| panic!("{series} {line}: {error}"))
     }
 
-    /// All whole numbers of the series that begin with `family`, together.
+    /// The sum of all series that begin with `family`.
     pub(crate) fn sum(&self, family: &str) -> u64 {
         let lines = self.0.lines().filter(|line| line.starts_with(family));
         lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()).sum()
     }
 
-    /// The value of `tidegate_proxy_NAME` of the port called `publish`.
+    /// The value of `tidegate_proxy_NAME` for the port `publish`.
     #[track_caller]
     pub(crate) fn port(&self, name: &str, publish: &str) -> u64 {
         self.value(&format!("tidegate_proxy_{name}{{publish=\"{publish}\"}}")) as u64
     }
 
-    /// The same of a family that has a label besides.
+    /// The value of `tidegate_proxy_NAME` for the port `publish`, with one more label.
     #[track_caller]
     pub(crate) fn labelled(&self, name: &str, publish: &str, label: &str, value: &str) -> u64 {
         self.value(&format!("tidegate_proxy_{name}{{publish=\"{publish}\",{label}=\"{value}\"}}"))
             as u64
     }
 
-    /// How many connections of the port were refused because of `reason`.
+    /// The number of connections of the port refused for `reason`.
     #[track_caller]
     pub(crate) fn refused(&self, publish: &str, reason: &str) -> u64 {
         self.labelled("refused_connections_total", publish, "reason", reason)
     }
 
-    /// How many datagrams of the port were dropped because of `reason`.
+    /// The number of datagrams of the port dropped for `reason`.
     #[track_caller]
     pub(crate) fn dropped(&self, publish: &str, reason: &str) -> u64 {
         self.labelled("dropped_datagrams_total", publish, "reason", reason)
     }
 
-    /// What is not zero of the proxy's series.
+    /// The series of the proxy that are not zero.
     pub(crate) fn of_ports(&self) -> String {
-        let told = |line: &&str| line.starts_with("tidegate_proxy_") && !line.ends_with(" 0");
-        self.0.lines().filter(told).take(100).map(|line| format!("{line}\n")).collect()
+        let is_nonzero = |line: &&str| line.starts_with("tidegate_proxy_") && !line.ends_with(" 0");
+        self.0.lines().filter(is_nonzero).take(100).map(|line| format!("{line}\n")).collect()
     }
 }
 
-/// `tidegate` with `arguments`, separated by blanks, to be run in `namespace`.
+/// `tidegate` with `arguments`, separated by blanks, for `namespace`.
 pub(crate) fn tidegate(namespace: &Namespace, arguments: &str) -> Command {
     let mut command = namespace.command(env!("CARGO_BIN_EXE_tidegate"));
     command.args(arguments.split_ascii_whitespace());
@@ -170,7 +170,7 @@ pub(crate) fn tidegate(namespace: &Namespace, arguments: &str) -> Command {
     command
 }
 
-/// Gives the child no more than `count` open files.
+/// Limits the child to `count` open files.
 pub(crate) fn limit_open_files(command: &mut Command, count: u64) {
     // SAFETY: setrlimit is async-signal-safe.
     unsafe {
@@ -181,7 +181,7 @@ pub(crate) fn limit_open_files(command: &mut Command, count: u64) {
     }
 }
 
-/// Sends `request` and reads the whole answer: its head and its body.
+/// Sends `request` and reads the complete response: its head and its body.
 #[track_caller]
 pub(crate) fn http(namespace: &Namespace, to: &str, request: &str) -> (String, String) {
     let mut stream = connect(namespace, to.parse().expect("an address and a port"));
@@ -193,21 +193,21 @@ pub(crate) fn http(namespace: &Namespace, to: &str, request: &str) -> (String, S
     (head.to_owned(), body.to_owned())
 }
 
-/// Connects from `namespace`.
+/// Connects from `namespace`, with timeouts.
 #[track_caller]
 pub(crate) fn connect(namespace: &Namespace, to: SocketAddr) -> TcpStream {
     let connected = namespace.run(|| TcpStream::connect_timeout(&to, PATIENCE));
     patient(connected.unwrap_or_else(|error| panic!("connect to {to}: {error}")))
 }
 
-/// Bounds how long the stream waits.
+/// Sets the timeouts of a stream.
 pub(crate) fn patient(stream: TcpStream) -> TcpStream {
     stream.set_read_timeout(Some(PATIENCE)).expect("set a read timeout");
     stream.set_write_timeout(Some(PATIENCE)).expect("set a write timeout");
     stream
 }
 
-/// A listener whose connections the test takes by hand.
+/// A listener of a test that accepts connections explicitly.
 pub(crate) struct Backend(TcpListener);
 
 impl Backend {
@@ -215,12 +215,12 @@ impl Backend {
     pub(crate) fn tcp(namespace: &Namespace, addr: SocketAddr) -> Self {
         let listener = namespace.run(|| TcpListener::bind(addr));
         let listener = listener.unwrap_or_else(|error| panic!("listen on {addr}: {error}"));
-        // It holds for accept(2) as well.
+        // The timeout also applies to accept(2).
         SockRef::from(&listener).set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         Self(listener)
     }
 
-    /// The next connection and where it comes from.
+    /// The next connection and its peer.
     #[track_caller]
     pub(crate) fn accept_from(&self) -> (TcpStream, SocketAddr) {
         let (stream, peer) = self.0.accept().expect("a connection comes in");
@@ -239,7 +239,7 @@ impl Backend {
     }
 }
 
-/// Waits until one of `events` (or an error) is there, and says whether it came.
+/// Waits for one of `events` or an error, and returns whether it occurred.
 pub(crate) fn is_ready(fd: &impl std::os::fd::AsFd, events: PollFlags, timeout: Duration) -> bool {
     let timeout = Timespec::try_from(timeout).expect("a short time");
     let mut polled = [PollFd::new(fd, events)];
@@ -247,19 +247,19 @@ pub(crate) fn is_ready(fd: &impl std::os::fd::AsFd, events: PollFlags, timeout: 
     ready.expect("poll") > 0
 }
 
-/// Ends the connection with a reset. No other descriptor of it may be open.
+/// Closes the connection with a reset. No other descriptor of it may be open.
 pub(crate) fn reset(stream: TcpStream) {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("set SO_LINGER");
     drop(stream);
 }
 
-/// Waits until the other side has reset the connection; what is left to read is not touched.
+/// Waits until the peer has reset the connection. Data is not read.
 #[track_caller]
 pub(crate) fn wait_for_reset(stream: &TcpStream) {
     assert!(is_ready(stream, PollFlags::empty(), PATIENCE), "the connection was not reset");
     let error = stream.take_error().expect("SO_ERROR").map(|error| error.kind());
-    // A reset that follows the other side's FIN is told as EPIPE (tcp_reset in the kernel's
-    // tcp_input.c).
+    // A reset after the FIN of the peer is reported as EPIPE (tcp_reset in the kernel's
+    // net/ipv4/tcp_input.c).
     let reset = [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe];
     assert!(
         error.is_some_and(|error| reset.contains(&error)),
@@ -267,15 +267,15 @@ pub(crate) fn wait_for_reset(stream: &TcpStream) {
     );
 }
 
-/// Reads to the end: the bytes, and the error that cut the stream if there was one.
+/// Reads to the end, and returns the bytes and the error that ended the stream.
 pub(crate) fn read_all(mut stream: &TcpStream) -> (Vec<u8>, Option<io::ErrorKind>) {
     let mut bytes = Vec::new();
-    // What was read before an error stays in `bytes`.
+    // Bytes read before an error stay in `bytes`.
     let error = stream.read_to_end(&mut bytes).err().map(|error| error.kind());
     (bytes, error)
 }
 
-/// Reads to the end, which must be an orderly one.
+/// Reads to the end, which must be orderly.
 #[track_caller]
 pub(crate) fn read_to_end(stream: &TcpStream) -> Vec<u8> {
     let (bytes, error) = read_all(stream);
@@ -283,7 +283,7 @@ pub(crate) fn read_to_end(stream: &TcpStream) -> Vec<u8> {
     bytes
 }
 
-/// Sends `request`, half-closes, and returns the whole answer.
+/// Sends `request`, half-closes, and returns the complete response.
 #[track_caller]
 pub(crate) fn ask(mut stream: &TcpStream, request: &[u8]) -> Vec<u8> {
     stream.write_all(request).expect("send a request");
@@ -291,13 +291,14 @@ pub(crate) fn ask(mut stream: &TcpStream, request: &[u8]) -> Vec<u8> {
     read_to_end(stream)
 }
 
-/// Waits until `ready` answers true.
+/// Waits until `ready` returns true.
 #[track_caller]
 pub(crate) fn wait_until(what: &str, ready: impl FnMut() -> bool) {
-    assert!(eventually(PATIENCE, ready), "waited {PATIENCE:?} in vain until {what}");
+    assert!(eventually(PATIENCE, ready), "not within {PATIENCE:?}: {what}");
 }
 
-/// The link-local address of `host`'s `eth0`, with `client`'s scope for it, and `port`.
+/// The link-local address of `eth0` of `host` with `port`, and with the scope id that `client`
+/// uses.
 #[track_caller]
 pub(crate) fn link_local(host: &Namespace, client: &Namespace, port: u16) -> SocketAddr {
     let shown = host.ip(&["-6", "-brief", "address", "show", "dev", "eth0", "scope", "link"]);

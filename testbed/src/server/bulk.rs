@@ -1,4 +1,4 @@
-//! Servers that take or give many bytes, each of them checked.
+//! Servers for bulk transfers in which every byte is checked.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -37,12 +37,13 @@ impl Sink {
         Self { server, finished }
     }
 
-    /// Where it listens.
+    /// The listening address.
     pub fn addr(&self) -> SocketAddr {
         self.server.addr()
     }
 
-    /// Waits until `count` connections have ended and returns how, in the order of their ends.
+    /// Waits until `count` connections have ended and returns their results, in the order of their
+    /// ends.
     ///
     /// # Panics
     ///
@@ -62,30 +63,30 @@ impl Sink {
     }
 }
 
-/// A TCP server that sends each client the first bytes of a [`Pattern`](crate::Pattern), then
-/// closes its half.
+/// A TCP server that sends the first bytes of a [`Pattern`](crate::Pattern) to each client and then
+/// shuts down its sending side.
 pub struct Source(TcpServer);
 
 impl Source {
-    /// Starts a source on `addr` in `namespace` that gives `length` bytes of the pattern of `seed`.
+    /// Starts a source on `addr` in `namespace` that sends `length` bytes of the pattern of `seed`.
     #[track_caller]
     pub fn tcp(namespace: &Namespace, addr: SocketAddr, seed: u64, length: u64) -> Self {
         Self(TcpServer::start(namespace, addr, move |stream, _peer| {
-            // An error is a client that went away early, which is its own affair.
-            let _ = give(&stream, seed, length);
+            // An error means that the client closed the connection early.
+            let _ = send(&stream, seed, length);
         }))
     }
 
-    /// Where it listens.
+    /// The listening address.
     pub fn addr(&self) -> SocketAddr {
         self.0.addr()
     }
 }
 
-fn give(mut stream: &TcpStream, seed: u64, length: u64) -> io::Result<()> {
+fn send(mut stream: &TcpStream, seed: u64, length: u64) -> io::Result<()> {
     transfer::send(&mut stream, seed, length)?;
     stream.shutdown(Shutdown::Write)?;
-    // Closing with unread data would send a reset, which may overtake the last bytes.
+    // Closing with unread data would send a reset, which can overtake the last bytes.
     io::copy(&mut stream, &mut io::sink())?;
     Ok(())
 }

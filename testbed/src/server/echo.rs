@@ -1,4 +1,4 @@
-//! Servers that send back what they get.
+//! Echo servers.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr};
@@ -6,10 +6,10 @@ use std::net::{Shutdown, SocketAddr};
 use super::{tcp::TcpServer, udp::UdpServer};
 use crate::Namespace;
 
-/// Sends back every byte or datagram.
+/// Echoes every byte or datagram.
 ///
-/// TCP: until the client's half-close, then closes its own half as well. UDP: datagrams of any
-/// length, empty ones and those of 65,507 bytes included, from the address that the kernel picks.
+/// TCP: until the client shuts down its sending side, then the server does the same. UDP: datagrams
+/// of 0 to 65,507 bytes, from the address that the kernel selects.
 pub struct EchoServer(Transport);
 
 enum Transport {
@@ -22,7 +22,7 @@ impl EchoServer {
     #[track_caller]
     pub fn tcp(namespace: &Namespace, addr: SocketAddr) -> Self {
         Self(Transport::Tcp(TcpServer::start(namespace, addr, |stream, _peer| {
-            // An error is the client's reset or the server's end: there is nobody left to tell.
+            // An error means a reset by the client, or the end of the server.
             if io::copy(&mut &stream, &mut &stream).is_ok() {
                 let _ = stream.shutdown(Shutdown::Write);
             }
@@ -37,7 +37,7 @@ impl EchoServer {
         })))
     }
 
-    /// Where it listens.
+    /// The listening address.
     pub fn addr(&self) -> SocketAddr {
         match &self.0 {
             Transport::Tcp(server) => server.addr(),
@@ -45,7 +45,7 @@ impl EchoServer {
         }
     }
 
-    /// How many connections it has accepted, or datagrams it has received.
+    /// The number of accepted connections or received datagrams.
     pub fn served(&self) -> u64 {
         match &self.0 {
             Transport::Tcp(server) => server.accepted(),
@@ -53,7 +53,7 @@ impl EchoServer {
         }
     }
 
-    /// How many TCP connections are open; 0 for UDP.
+    /// The number of open TCP connections; 0 for UDP.
     pub fn open_connections(&self) -> usize {
         match &self.0 {
             Transport::Tcp(server) => server.open(),

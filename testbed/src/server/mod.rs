@@ -1,11 +1,10 @@
-//! Small real servers, bound inside a namespace and served by threads of this process.
+//! Small real servers, bound in a namespace and served by threads of this process.
 //!
-//! Each is ready when its constructor returns and stopped when dropped: listener and connections
-//! are shut down, and their threads waited for. A port of 0 asks for a free one; `addr()` tells
-//! which.
+//! Each is ready when its constructor returns. Its drop shuts down the listener and the
+//! connections, and joins their threads. Port 0 selects a free port; `addr()` returns it.
 //!
-//! They are plain on purpose, one thread per connection. Loads of thousands of connections are the
-//! benchmarks' business, which bring servers of their own.
+//! They use one thread per connection. Benchmarks with thousands of connections have their own
+//! servers.
 
 mod bulk;
 mod echo;

@@ -1,4 +1,4 @@
-//! Servers that tell each client the address it is seen under.
+//! Servers that send each client its address as seen by the server.
 
 use std::io::{self, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -6,10 +6,10 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use super::{tcp::TcpServer, udp::UdpServer};
 use crate::Namespace;
 
-/// Answers with the textual address of its peer: `203.0.113.9:40001`, `[2001:db8:1::9]:40001`.
+/// Responds with the textual address of the peer: `203.0.113.9:40001`, `[2001:db8:1::9]:40001`.
 ///
-/// TCP: at once on connecting, followed by its half-close, so `read_to_string` gives the address.
-/// UDP: one datagram for each that comes in.
+/// TCP: at once after accept, then shuts down its sending side, so `read_to_string` returns the
+/// address. UDP: one datagram for each received one.
 pub struct PeerServer(Transport);
 
 enum Transport {
@@ -34,7 +34,7 @@ impl PeerServer {
         })))
     }
 
-    /// Where it listens.
+    /// The listening address.
     pub fn addr(&self) -> SocketAddr {
         match &self.0 {
             Transport::Tcp(server) => server.addr(),
@@ -46,7 +46,7 @@ impl PeerServer {
 fn answer(mut stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
     stream.write_all(peer.to_string().as_bytes())?;
     stream.shutdown(Shutdown::Write)?;
-    // Closing with unread data would send a reset, which may overtake the answer.
+    // Closing with unread data would send a reset, which can overtake the response.
     io::copy(&mut stream, &mut io::sink())?;
     Ok(())
 }

@@ -7,8 +7,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::tcp::TcpServer;
 use crate::Namespace;
 
-/// Accepts connections and never reads or writes: whatever a client can push into one is held by
-/// buffers.
+/// Accepts connections and never reads or writes, so that all data of a client stays in buffers.
 pub struct StalledServer(TcpServer);
 
 impl StalledServer {
@@ -16,22 +15,23 @@ impl StalledServer {
     #[track_caller]
     pub fn tcp(namespace: &Namespace, addr: SocketAddr) -> Self {
         Self(TcpServer::start(namespace, addr, |stream, _peer| {
-            // Asks for no event: what is left is a reset by the client, or the server's end.
+            // Without requested events, poll returns on a reset by the client or the end of the
+            // server.
             while poll(&mut [PollFd::new(&stream, PollFlags::empty())], None).is_err() {}
         }))
     }
 
-    /// Where it listens.
+    /// The listening address.
     pub fn addr(&self) -> SocketAddr {
         self.0.addr()
     }
 
-    /// How many connections it has accepted.
+    /// The number of accepted connections.
     pub fn accepted(&self) -> u64 {
         self.0.accepted()
     }
 
-    /// How many connections are open.
+    /// The number of open connections.
     pub fn open_connections(&self) -> usize {
         self.0.open()
     }

@@ -1,4 +1,4 @@
-//! The accept loop beneath the TCP servers.
+//! The accept loop of the TCP servers.
 
 use std::collections::BTreeMap;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -9,7 +9,7 @@ use socket2::SockRef;
 
 use crate::Namespace;
 
-/// A listener with a thread for itself and one for each connection.
+/// A listener with its thread, and one thread per connection.
 pub(super) struct TcpServer {
     listener: Arc<TcpListener>,
     addr: SocketAddr,
@@ -17,7 +17,7 @@ pub(super) struct TcpServer {
     connections: Arc<Mutex<Connections>>,
 }
 
-/// The open connections, so that stopping can shut them down.
+/// The open connections, which the drop shuts down.
 #[derive(Default)]
 struct Connections {
     open: BTreeMap<u64, (TcpStream, JoinHandle<()>)>,
@@ -28,8 +28,8 @@ struct Connections {
 impl TcpServer {
     /// Listens on `addr` in `namespace` and runs `serve` for each connection.
     ///
-    /// The connection is closed when `serve` returns. When the server stops, the stream that
-    /// `serve` holds is shut down under it: reads then end and writes fail.
+    /// The connection is closed when `serve` returns. When the server stops, its stream is shut
+    /// down: reads end and writes fail.
     #[track_caller]
     pub(super) fn start(
         namespace: &Namespace,
@@ -58,12 +58,12 @@ impl TcpServer {
         self.addr
     }
 
-    /// How many connections have been accepted so far.
+    /// The number of accepted connections.
     pub(super) fn accepted(&self) -> u64 {
         lock(&self.connections).accepted
     }
 
-    /// How many connections are open.
+    /// The number of open connections.
     pub(super) fn open(&self) -> usize {
         lock(&self.connections).open.len()
     }
@@ -98,7 +98,7 @@ impl Connections {
         let number = connections.accepted;
         connections.accepted += 1;
         let (serve, table) = (Arc::clone(serve), Arc::clone(this));
-        // The lock is held until the entry is in place, so the thread finds it when it ends.
+        // The lock is held until the entry exists, so that the thread can remove it.
         let serving = thread::spawn(move || {
             serve(stream, peer);
             let mut connections = lock(&table);

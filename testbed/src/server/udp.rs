@@ -1,4 +1,4 @@
-//! The receive loop beneath the UDP servers.
+//! The receive loop of the UDP servers.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use crate::Namespace;
 
-/// More than any UDP payload: 65,507 bytes over IPv4, 65,527 over IPv6.
-const LARGEST_DATAGRAM: usize = 65_536;
+/// A buffer for any UDP payload: 65,507 bytes over IPv4, 65,527 over IPv6.
+const MAX_DATAGRAM: usize = 65_536;
 
-/// How often the receiving thread looks whether it is to stop. (A shutdown would wake it, and std
-/// cannot read the nameless message that it then receives.)
-const LOOK_UP: Duration = Duration::from_millis(50);
+/// How often the receiving thread checks whether to stop. (A shutdown would wake it, but std cannot
+/// handle the received message without a source address.)
+const STOP_POLL: Duration = Duration::from_millis(50);
 
-/// A bound socket with a thread that handles its datagrams one by one.
+/// A bound socket with a thread that handles its datagrams.
 pub(super) struct UdpServer {
     addr: SocketAddr,
     received: Arc<AtomicU64>,
@@ -33,17 +33,17 @@ impl UdpServer {
     ) -> Self {
         let socket = namespace.run(|| UdpSocket::bind(addr));
         let socket = socket.unwrap_or_else(|error| panic!("bind {addr} for UDP: {error}"));
-        socket.set_read_timeout(Some(LOOK_UP)).expect("a timeout longer than nothing");
+        socket.set_read_timeout(Some(STOP_POLL)).expect("the timeout is not 0");
         let addr = socket.local_addr().expect("a bound socket has an address");
         let received = Arc::new(AtomicU64::new(0));
         let stopped = Arc::new(AtomicBool::new(false));
         let receiving = {
             let (received, stopped) = (Arc::clone(&received), Arc::clone(&stopped));
             thread::spawn(move || {
-                let mut buffer = vec![0; LARGEST_DATAGRAM];
+                let mut buffer = vec![0; MAX_DATAGRAM];
                 while !stopped.load(Ordering::Acquire) {
-                    // Errors are answers to what was sent before (ECONNREFUSED, EHOSTUNREACH), or
-                    // the time-out.
+                    // Errors are ICMP errors about sent datagrams (ECONNREFUSED, EHOSTUNREACH), or
+                    // the timeout.
                     if let Ok((length, peer)) = socket.recv_from(&mut buffer) {
                         received.fetch_add(1, Ordering::Relaxed);
                         serve(&socket, &buffer[..length], peer);
@@ -58,7 +58,7 @@ impl UdpServer {
         self.addr
     }
 
-    /// How many datagrams have come in so far.
+    /// The number of received datagrams.
     pub(super) fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
