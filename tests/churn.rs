@@ -1,5 +1,5 @@
-//! Ports that come and go for a long time leave nothing behind: neither series nor memory. A test
-//! crate of its own, for it looks at this process's memory.
+//! Adding and removing ports for a long time leaves neither series nor memory behind. This is a
+//! separate test crate because it measures the memory of its process.
 
 mod support;
 
@@ -14,22 +14,21 @@ use tidegate_proxy::{Direct, Engine, Listener, PortOptions, Settings, describe};
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, procfs, require_root};
 
-/// So many ports in all, each time so many of TCP and as many of UDP.
+/// The total number of ports, and the number of TCP and of UDP ports in each batch.
 const PORTS: usize = 100_000;
 const BATCH: usize = 250;
 
-/// Those with series of their own: a part of each batch.
+/// The number of ports with their own series: a part of each batch.
 const WITH_SERIES: usize = 300;
 
-/// What the process may have grown by from a tenth of the way on. Twenty bytes for each port would
-/// be 1.8 MB.
+/// The limit of memory growth after the first tenth. Twenty bytes per port would be 1.8 MB.
 const GROWTH: u64 = 1 << 20;
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 #[test]
-fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
+fn a_hundred_thousand_added_and_removed_ports_leave_series_and_memory_flat() {
     require_root();
     let host = Namespace::new();
     let tcp = EchoServer::tcp(&host, SocketAddr::new(LOCALHOST, 7));
@@ -54,7 +53,7 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
             }
             let labels: Vec<_> = listeners.iter().map(|(listener, _)| listener.label()).collect();
             let published = engine.publish(listeners, &options).unwrap();
-            // The first of each protocol have series of their own, the last are among the others.
+            // The first ports of each protocol have their own series, the last are summed up.
             exchange_tcp(labels[0].address());
             exchange_udp(labels[1].address());
             exchange_tcp(labels[2 * BATCH - 2].address());
@@ -76,7 +75,7 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
                     carried
                 );
                 let all = page.sum(&format!("tidegate_proxy_{family}{{"));
-                assert_eq!(all, carried + 1, "{family}: and that of a port with series");
+                assert_eq!(all, carried + 1, "{family}: with the count of a port with series");
             }
             for port in published {
                 assert!(engine.unpublish(port));
@@ -89,7 +88,7 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
             resident.push(procfs::rss(std::process::id()).unwrap());
             assert_eq!(engine.fill().ports, [0, 0], "batch {batch}");
         }
-        // What the others have counted has stayed, and their sessions have ended.
+        // The counts of the sum stay, and its sessions have ended.
         let page = page(&engine);
         assert_eq!(page.count("tidegate_proxy_sessions_total{publish=\"other/udp\"}"), carried);
         assert_eq!(page.count("tidegate_proxy_sessions{publish=\"other/udp\"}"), 0);
@@ -98,7 +97,7 @@ fn a_hundred_thousand_ports_that_came_and_went_leave_series_and_memory_flat() {
             page.count("tidegate_proxy_session_seconds_count{publish=\"other/udp\"}"),
             carried
         );
-        // Those of the others, 37 of TCP and 26 of UDP, and no more.
+        // Only the series of the sums remain, 37 for TCP and 26 for UDP.
         assert_eq!(after_each, vec![idle.len() + 37 + 26; after_each.len()]);
         let (early, late) = (resident[resident.len() / 10], *resident.last().unwrap());
         println!("{} series, {early} bytes after a tenth and {late} in the end", after_each[0]);
@@ -128,8 +127,8 @@ fn series(engine: &Engine) -> BTreeMap<String, String> {
 
 #[track_caller]
 fn exchange_tcp(to: SocketAddr) {
-    let mut stream = TcpStream::connect_timeout(&to, PATIENCE).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut stream = TcpStream::connect_timeout(&to, TIMEOUT).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     stream.write_all(b"echo").unwrap();
     let mut answer = [0; 4];
     stream.read_exact(&mut answer).unwrap();
@@ -139,7 +138,7 @@ fn exchange_tcp(to: SocketAddr) {
 #[track_caller]
 fn exchange_udp(to: SocketAddr) {
     let socket = UdpSocket::bind((LOCALHOST, 0)).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     socket.connect(to).unwrap();
     socket.send(b"echo").unwrap();
     assert_eq!(socket.recv(&mut [0; 8]).unwrap(), 4);

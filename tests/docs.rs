@@ -10,7 +10,7 @@ use tidegate_model::registry;
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Topology, addr, require_root};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[test]
 fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
@@ -28,10 +28,10 @@ fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
             .args(["publish", "8080:80", "8080:80/udp", "--metrics", "127.0.0.1:9464", "--netns"])
             .arg(net.container.path()),
     );
-    publish.wait_for_line("metrics at", PATIENCE);
+    publish.wait_for_line("metrics at", TIMEOUT);
     net.host.run(|| {
         let mut asking = TcpStream::connect("127.0.0.1:8080").unwrap();
-        asking.set_read_timeout(Some(PATIENCE)).unwrap();
+        asking.set_read_timeout(Some(TIMEOUT)).unwrap();
         asking.write_all(b"echo").unwrap();
         asking.read_exact(&mut [0; 4]).unwrap();
     });
@@ -42,7 +42,7 @@ fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
         .unwrap();
     let up =
         Process::spawn(tidegate().args(["up", "--metrics", "127.0.0.1:9465", "-f"]).arg(&file));
-    up.wait_for_line("Ctrl-C takes", PATIENCE);
+    up.wait_for_line("Ctrl-C takes", TIMEOUT);
     shown.extend(families(&net.host, "127.0.0.1:9465"));
     assert_eq!(words(&read("docs/metrics.md"), "tidegate_"), shown);
 }
@@ -51,7 +51,7 @@ fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
 fn families(host: &Namespace, address: &str) -> BTreeSet<String> {
     let page = host.run(|| {
         let mut scraping = TcpStream::connect(address).unwrap();
-        scraping.set_read_timeout(Some(PATIENCE)).unwrap();
+        scraping.set_read_timeout(Some(TIMEOUT)).unwrap();
         scraping.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
         let mut page = String::new();
         scraping.read_to_string(&mut page).unwrap();

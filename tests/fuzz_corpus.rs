@@ -1,24 +1,24 @@
-//! Replays the fuzz corpora of all parsers, so that what a fuzzer once found stays fixed.
+//! Replays the fuzz corpora of all parsers as regression tests.
 
 use std::fs;
 use std::path::Path;
 
 #[test]
-fn port_spec_corpus_holds() {
+fn port_spec_corpus_passes() {
     replay("port_spec", tidegate_model::fuzz::check_port_spec);
 }
 
 #[test]
-fn compose_corpus_holds() {
+fn compose_corpus_passes() {
     replay("compose", tidegate::fuzz::check_compose);
 }
 
 #[test]
-fn docker_proxy_flags_corpus_holds() {
+fn docker_proxy_flags_corpus_passes() {
     replay("docker_proxy_flags", tidegate::fuzz::check_docker_proxy_flags);
 }
 
-/// Runs `check` on every file of a target's corpus, and makes sure that there are some.
+/// Runs `check` on every file of the corpus of `target`, which must not be empty.
 fn replay(target: &str, check: fn(&[u8])) {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
     let entries =

@@ -1,5 +1,5 @@
-//! Published ports once more, with everything forced off that is probed for: as on the oldest
-//! kernel there may be. Of TCP nothing is probed for.
+//! The UDP tests with all probed kernel features disabled, as on the oldest supported kernel. TCP
+//! probes for no feature.
 
 #[path = "udp.rs"]
 mod udp;

@@ -25,7 +25,7 @@ use std::time::Instant;
 use clap::CommandFactory;
 use socket2::SockRef;
 use support::{
-    Backend, METRICS, PATIENCE, Publisher, ask, connect, http, patient, read_all, tidegate,
+    Backend, METRICS, TIMEOUT, Publisher, ask, connect, http, patient, read_all, tidegate,
     wait_until,
 };
 use tidegate_testbed::server::EchoServer;
@@ -53,7 +53,7 @@ struct Entry {
 #[track_caller]
 fn published(process: &Process) -> Vec<Entry> {
     let told: serde_json::Value =
-        serde_json::from_str(&process.wait_for_line("{", PATIENCE)).unwrap();
+        serde_json::from_str(&process.wait_for_line("{", TIMEOUT)).unwrap();
     let text = |entry: &serde_json::Value, key: &str| entry[key].as_str().unwrap().to_owned();
     let number =
         |entry: &serde_json::Value, key: &str| u16::try_from(entry[key].as_u64().unwrap()).unwrap();
@@ -127,7 +127,7 @@ fn assert_nothing_is_bound(namespace: &Namespace) {
 /// Connects and reads a byte: how many came, or what went wrong.
 fn connect_and_see(from: &Namespace, to: SocketAddr) -> Result<usize, io::ErrorKind> {
     let read = from.run(|| {
-        TcpStream::connect_timeout(&to, PATIENCE).and_then(|stream| patient(stream).read(&mut [0]))
+        TcpStream::connect_timeout(&to, TIMEOUT).and_then(|stream| patient(stream).read(&mut [0]))
     });
     read.map_err(|error| error.kind())
 }

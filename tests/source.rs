@@ -1,11 +1,10 @@
-//! Who the container says its client is: `tidegate publish --source` on a small network of real
-//! kernels.
+//! The source address that the container sees: `tidegate publish --source` on a small network of
+//! real kernels.
 //!
-//! `docs/source-address.md` has the promises; these tests hold the binary to each of them. Every
-//! test has an outside client, a host, a container and its neighbour in namespaces of its own
-//! (`source/scene.rs`). In the container reverse path filters are strict throughout, and its
-//! servers listen in each way there is: on its addresses, on the wildcard of each family, and on
-//! both families at once.
+//! These tests check each guarantee of `docs/source-address.md`. Every test has an outside client,
+//! a host, a container and its neighbour in their own namespaces (`source/scene.rs`). Reverse path
+//! filters are strict in the container. Its servers listen in every way: on its addresses, on the
+//! wildcard of each family, and on both families at once.
 
 #[path = "source/ask.rs"]
 mod ask;

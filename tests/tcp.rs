@@ -1,9 +1,8 @@
-//! A published TCP port, as both of its ends see it: real clients and servers with a real kernel
-//! between them.
+//! A published TCP port from both ends, with real clients and servers and a real kernel.
 //!
-//! The client reaches the host's address, `tidegate publish` runs on the host, and the server is in
-//! a container behind the host's bridge. Where what must happen is "as without a proxy", the test
-//! does the same thing over the kernel's own path first and compares.
+//! The client connects to the address of the host, `tidegate publish` runs on the host, and the
+//! server is in a container on the bridge of the host. Where the expectation is "as without a
+//! proxy", the test first does the same over the path of the kernel, and compares.
 
 #[path = "tcp/backends.rs"]
 mod backends;
@@ -35,7 +34,7 @@ use rustix::event::PollFlags;
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use socket2::SockRef;
 use support::{
-    Backend, PATIENCE, Publisher, address, ask, connect, container, host, host_v6, is_ready,
+    Backend, Publisher, TIMEOUT, address, ask, connect, container, host, host_v6, is_ready,
     limit_open_files, many_addresses, read_all, read_to_end, reset, wait_for_reset, wait_until,
 };
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
@@ -46,13 +45,13 @@ use tidegate_testbed::{
 
 const MIB: u64 = 1 << 20;
 
-/// What is moved before a connection counts as fast.
+/// The amount of payload after which a connection counts as fast.
 const FAST: u64 = MIB;
 
-/// How the published port is called where only IPv4 is looked at.
+/// The label of the published port for IPv4.
 const PORT: &str = "0.0.0.0:8080/tcp";
 
-/// A published port 8080 in front of a backend whose connections the test takes by hand.
+/// A published port 8080 in front of a backend with explicit accepts.
 struct Bed {
     net: Topology,
     backend: Backend,
@@ -69,19 +68,19 @@ impl Bed {
         Self { net, backend, publisher }
     }
 
-    /// One that copies and one that splices, whatever a read brings, for each of `amounts`.
+    /// A bed that copies and one that splices at any read size, for each of `amounts`.
     fn each<const N: usize>(amounts: [u64; N]) -> impl Iterator<Item = (Self, u64)> {
         let ways = ["--splice-from 1000000000", "--splice-from 0"];
         ways.into_iter().flat_map(move |way| amounts.map(|moved| (Self::new(way), moved)))
     }
 
-    /// A connection: the client's end and the server's.
+    /// A connection: the end of the client and that of the server.
     #[track_caller]
     fn pair(&self) -> (TcpStream, TcpStream) {
         (connect(&self.net.client, host(8080)), self.backend.accept())
     }
 
-    /// One over which so many bytes have gone each way.
+    /// A connection that has moved the given amount in each direction.
     #[track_caller]
     fn pair_after(&self, moved: u64) -> (TcpStream, TcpStream) {
         let (client, server) = self.pair();
@@ -90,7 +89,7 @@ impl Bed {
         (client, server)
     }
 
-    /// The same with the client's end first, or the server's.
+    /// Like [`Self::pair_after`], with the end of the client first, or that of the server.
     #[track_caller]
     fn ordered_pair_after(&self, moved: u64, client_first: bool) -> (TcpStream, TcpStream) {
         let (client, server) = self.pair_after(moved);
@@ -104,7 +103,7 @@ impl Bed {
     }
 }
 
-/// Sends `length` bytes over a connection and checks what arrives.
+/// Sends `length` bytes over a connection and checks the received bytes.
 #[track_caller]
 fn carry(from: &TcpStream, to: &TcpStream, length: u64) {
     thread::scope(|scope| {
@@ -114,27 +113,27 @@ fn carry(from: &TcpStream, to: &TcpStream, length: u64) {
     });
 }
 
-/// Connects, and returns how the proxy turns the client away: never with an orderly end.
+/// Connects, and returns the error of a refused client. An orderly end is a failure.
 #[track_caller]
 fn refused(from: &Namespace, to: SocketAddr) -> io::ErrorKind {
-    turned_away(from.run(|| TcpStream::connect_timeout(&to, PATIENCE)))
+    turned_away(from.run(|| TcpStream::connect_timeout(&to, TIMEOUT)))
 }
 
-/// How the proxy turns away who tried to connect.
+/// The error of a client that the proxy refuses.
 #[track_caller]
 fn turned_away(connected: io::Result<TcpStream>) -> io::ErrorKind {
     match connected {
         Ok(stream) => {
             let (bytes, error) = read_all(&support::patient(stream));
             assert_eq!(bytes, b"");
-            error.expect("the connection looks as if it had been served")
+            error.expect("the connection ended as if it had been served")
         }
-        // So fast that connect(2) had not returned yet; a closed port is another kind.
+        // The reset came before connect(2) returned; a closed port has another error kind.
         Err(error) => error.kind(),
     }
 }
 
-/// One connection after another, each with a request of its own that an echo server answers.
+/// Makes `count` connections in sequence, each with one request to an echo server.
 #[track_caller]
 fn ask_in_turn(from: &Namespace, count: u32) {
     from.run(|| {
@@ -149,8 +148,8 @@ fn ask_in_turn(from: &Namespace, count: u32) {
     });
 }
 
-/// Lets packets to the container vanish, as behind a cable that was pulled: they go to a hardware
-/// address that nobody has.
+/// Makes packets to the container vanish, as with a pulled cable: the neighbour entry has an unused
+/// MAC address.
 fn black_hole(host: &Namespace) {
     let container = addr::CONTAINER_V4.to_string();
     host.ip(&[
@@ -166,14 +165,13 @@ fn black_hole(host: &Namespace) {
     ]);
 }
 
-/// The end of [`black_hole`].
+/// Undoes [`black_hole`].
 fn heal(host: &Namespace) {
     host.ip(&["neigh", "del", &addr::CONTAINER_V4.to_string(), "dev", "br0"]);
 }
 
-/// The server accepts, says "too busy" and ends the connection with `end`, all of it before the
-/// proxy learns that its dial has succeeded. Returns what the client sees, which is what it would
-/// see without a proxy.
+/// The server accepts, sends "too busy" and ends the connection with `end`, before the proxy learns
+/// that its connect succeeded. Returns what the client receives, as it would without a proxy.
 fn answered_before_the_proxy_looks(
     end: impl FnOnce(TcpStream),
 ) -> (Vec<u8>, Option<io::ErrorKind>) {
@@ -190,15 +188,15 @@ fn answered_before_the_proxy_looks(
     server.write_all(b"too busy").unwrap();
     end(server);
     pause(&publisher, false);
-    if !is_ready(&client, PollFlags::IN, PATIENCE) {
+    if !is_ready(&client, PollFlags::IN, TIMEOUT) {
         return (vec![], None);
     }
-    // An orderly end of the server does not end the client's half.
+    // An orderly end of the server leaves the direction from the client open.
     client.shutdown(Shutdown::Write).ok();
     read_all(&client)
 }
 
-/// Stops the publisher where it is, or lets it go on.
+/// Stops the publisher with SIGSTOP, or continues it.
 #[track_caller]
 fn pause(publisher: &Publisher, on: bool) {
     let pid = publisher.process.pid();
@@ -209,11 +207,10 @@ fn pause(publisher: &Publisher, on: bool) {
     }
 }
 
-/// How many connections from `namespace` to port 80 have been begun and not been answered.
+/// The number of connections from `namespace` to port 80 in SYN_SENT.
 fn dials(namespace: &Namespace) -> usize {
     let table = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap());
-    // Behind the number of the line: local address, remote address, state (02 is SYN_SENT), all in
-    // hex.
+    // After the line number: local address, remote address, state (02 is SYN_SENT), in hex.
     let dialling = |line: &&str| {
         let mut fields = line.split_ascii_whitespace().skip(2);
         fields.next().is_some_and(|remote| remote.ends_with(":0050")) && fields.next() == Some("02")
@@ -221,7 +218,7 @@ fn dials(namespace: &Namespace) -> usize {
     table.lines().filter(dialling).count()
 }
 
-/// Copies of all of the publisher's sockets.
+/// Duplicates of all sockets of the publisher.
 fn sockets_of(publisher: &Publisher) -> Vec<OwnedFd> {
     let pid = publisher.process.pid();
     let process = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
@@ -235,7 +232,7 @@ fn sockets_of(publisher: &Publisher) -> Vec<OwnedFd> {
     numbers.map(|number| pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).unwrap()).collect()
 }
 
-/// Looks at the publisher's use of the CPU for a while in which there is nothing to do.
+/// Asserts that an idle publisher uses no CPU time.
 #[track_caller]
 fn assert_idle(publisher: &Publisher) {
     const WATCH: Duration = Duration::from_millis(500);
@@ -245,10 +242,9 @@ fn assert_idle(publisher: &Publisher) {
     assert!(used < 0.1, "{used} s of CPU time in {WATCH:?} of idleness");
 }
 
-/// Sends as much of `pattern` as is taken without anybody reading at the other end; returns how
-/// much.
+/// Sends `pattern` until the connection blocks, while the peer does not read. Returns the amount.
 fn push_until_blocked(mut stream: &TcpStream, pattern: &mut Pattern) -> u64 {
-    /// Longer than acknowledgements and window updates take.
+    /// Longer than acknowledgements and window updates are delayed.
     const QUIET: Duration = Duration::from_millis(400);
     stream.set_nonblocking(true).unwrap();
     let start = pattern.position();
@@ -275,9 +271,9 @@ fn push_until_blocked(mut stream: &TcpStream, pattern: &mut Pattern) -> u64 {
     pattern.position() - start
 }
 
-/// One side stops reading, the other sends until it is blocked: at once, and after a phase in which
-/// the connection was fast and its windows have grown. What the proxy and its sockets hold is then
-/// bounded, and nothing of it is lost.
+/// One side stops reading and the other sends until it blocks: at once, and after a fast phase that
+/// has grown the windows. The bytes held by the proxy and its sockets must be bounded, and none may
+/// be lost.
 fn stalled_peer(server_stalls: bool) {
     const FAST_PHASE: u64 = 64 * MIB;
     const MOST: u64 = 4 * MIB;
@@ -298,7 +294,7 @@ fn stalled_peer(server_stalls: bool) {
             unsent(&sender),
             unread(&receiver),
         );
-        // Nothing was lost, nothing is stuck.
+        // All bytes arrive once the peer reads again.
         thread::scope(|scope| {
             let arrived = scope.spawn(|| transfer::receive(&mut &receiver, 9));
             let mut rest = vec![0; 8 << 20];
@@ -311,22 +307,22 @@ fn stalled_peer(server_stalls: bool) {
     assert!(figures.iter().all(|held| *held < MOST), "bytes held by the proxy: {figures:?}");
 }
 
-/// What a socket was given to send and the other side has not acknowledged, in bytes.
+/// The unacknowledged bytes in the send buffer of a socket.
 fn unsent(stream: &TcpStream) -> u64 {
     let mut count: libc::c_int = 0;
-    // SAFETY: the request writes one integer to where the pointer leads (SIOCOUTQ in tcp(7)).
+    // SAFETY: the request writes one integer to the pointer (SIOCOUTQ in tcp(7)).
     let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
     assert_eq!(result, 0, "SIOCOUTQ: {}", io::Error::last_os_error());
     count as u64
 }
 
-/// What has arrived at a socket and was not read, in bytes.
+/// The unread bytes in the receive buffer of a socket.
 fn unread(stream: &TcpStream) -> u64 {
     rustix::io::ioctl_fionread(stream).unwrap()
 }
 
-/// Does `scene` over the kernel's own path and through the published port, and compares what comes
-/// of it. The scene is given a way to stop the proxy (true) and to let it go on.
+/// Runs `scene` over the path of the kernel and through the published port, and compares the
+/// results. The scene gets a function that stops the proxy (true) and continues it.
 fn same_as_without_a_proxy<T: PartialEq + std::fmt::Debug>(
     bed: &Bed,
     moved: u64,
@@ -342,7 +338,7 @@ fn same_as_without_a_proxy<T: PartialEq + std::fmt::Debug>(
     assert_eq!(scene(&stop, client, server), expected, "after {moved} bytes each way");
 }
 
-/// The rest of a connection: a last request and its answer.
+/// Finishes a connection with a last request and its response.
 fn ask_and_answer(mut client: &TcpStream, mut server: &TcpStream) -> (Vec<u8>, Vec<u8>) {
     client.write_all(b"more").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
@@ -352,7 +348,7 @@ fn ask_and_answer(mut client: &TcpStream, mut server: &TcpStream) -> (Vec<u8>, V
     (request, read_to_end(client))
 }
 
-/// Sends a byte of urgent data between others (and then the end), all of it before the proxy looks.
+/// Sends urgent data between other bytes, optionally followed by the end, before the proxy reads.
 fn send_around_urgent_data(bed: &Bed, mut client: &TcpStream, and_the_end: bool) {
     pause(&bed.publisher, true);
     client.write_all(b"before").unwrap();
@@ -364,8 +360,8 @@ fn send_around_urgent_data(bed: &Bed, mut client: &TcpStream, and_the_end: bool)
     pause(&bed.publisher, false);
 }
 
-/// Reads what [`send_around_urgent_data`] has sent. Whether the urgent byte itself comes in line is
-/// left open: a program chooses that with SO_OOBINLINE.
+/// Reads the bytes of [`send_around_urgent_data`]. The urgent byte is ignored, because SO_OOBINLINE
+/// decides whether it is part of the stream.
 #[track_caller]
 fn read_past_urgent_data(mut server: &TcpStream) -> String {
     let mut seen = Vec::new();
@@ -380,7 +376,7 @@ fn read_past_urgent_data(mut server: &TcpStream) -> String {
     String::from_utf8_lossy(&seen).into_owned()
 }
 
-/// The header of section 2.1 or 2.2 of HAProxy's "The PROXY protocol".
+/// The header of section 2.1 or 2.2 of the HAProxy specification "The PROXY protocol".
 fn proxy_header(version: u8, client: SocketAddr, local: SocketAddr) -> Vec<u8> {
     if version == 1 {
         let family = if client.is_ipv4() { "TCP4" } else { "TCP6" };
@@ -402,14 +398,14 @@ fn proxy_header(version: u8, client: SocketAddr, local: SocketAddr) -> Vec<u8> {
     header
 }
 
-/// The address under which a [`PeerServer`] sees us.
+/// The address of this client as seen by a [`PeerServer`].
 #[track_caller]
 fn peer_ip(stream: &TcpStream) -> IpAddr {
     let text = String::from_utf8(read_to_end(stream)).unwrap();
     text.parse::<SocketAddr>().unwrap_or_else(|error| panic!("{text:?}: {error}")).ip()
 }
 
-/// Sizes from 1 to 70,000 that sum up to `total`.
+/// Sizes from 1 to 70,000 with the sum `total`.
 fn odd_sizes(total: usize, seed: u64) -> Vec<usize> {
     let mut random = Pattern::new(seed);
     let (mut sizes, mut left) = (Vec::new(), total);
@@ -417,7 +413,7 @@ fn odd_sizes(total: usize, seed: u64) -> Vec<usize> {
         let mut bytes = [0; 4];
         random.fill(&mut bytes);
         let number = u32::from_le_bytes(bytes) as usize;
-        // Half of them small.
+        // Half of the sizes are small.
         let size =
             if number.is_multiple_of(2) { number / 2 % 100 } else { number / 2 % 70_000 } + 1;
         sizes.push(size.min(left));

@@ -1,11 +1,9 @@
-//! A published UDP port, as both of its ends see it: datagrams, sessions, and addresses that come
-//! and go.
+//! A published UDP port from both ends: datagrams, sessions, and address changes.
 //!
-//! UDP may lose and reorder. Here nothing between the ends does so unless a buffer is full or an
-//! address is not resolved yet, so the tests exchange a datagram before they send many, compare
-//! what arrived without regard to its order, and have no more than a few hundred packets under way:
-//! a CPU's queue of received packets holds 1,000 (`net.core.netdev_max_backlog`), and all
-//! namespaces share it.
+//! UDP may lose and reorder. In these tests this happens only if a buffer is full or an address is
+//! unresolved. So each test exchanges a datagram before it sends many, ignores the order of
+//! arrival, and keeps at most a few hundred packets in flight. The per-CPU receive queue, which all
+//! namespaces share, holds 1,000 packets (`net.core.netdev_max_backlog`).
 
 #[path = "udp/addresses.rs"]
 mod addresses;
@@ -26,20 +24,20 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
-use support::{PATIENCE, Publisher, container, host, host_v6, is_ready, wait_until};
+use support::{Publisher, TIMEOUT, container, host, host_v6, is_ready, wait_until};
 use tidegate_testbed::server::{EchoServer, PeerServer};
 use tidegate_testbed::{Namespace, Pattern, Protocol, Signal, Topology, addr, raise_open_files};
 
-/// How the published port is called where only IPv4 is looked at.
+/// The label of the published port for IPv4.
 const PORT: &str = "0.0.0.0:5353/udp";
 
-/// The same for IPv6.
+/// The label of the published port for IPv6.
 const PORT_V6: &str = "[::]:5353/udp";
 
-/// The largest payload of a datagram over IPv4: 65,535 bytes less the headers.
-const LARGEST: usize = 65_507;
+/// The largest UDP payload over IPv4: 65,535 bytes less the headers.
+const MAX_PAYLOAD: usize = 65_507;
 
-/// Any address and port of the family of `like`.
+/// The unspecified address of the family of `like`, with port 0.
 fn unspecified(like: SocketAddr) -> SocketAddr {
     let ip = if like.is_ipv4() {
         IpAddr::from(Ipv4Addr::UNSPECIFIED)
@@ -49,13 +47,13 @@ fn unspecified(like: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, 0)
 }
 
-/// A socket with room for a burst, which does not wait for ever.
+/// A socket with a large receive buffer and a timeout.
 #[track_caller]
 fn socket(namespace: &Namespace, bind: SocketAddr) -> UdpSocket {
     let socket = namespace.run(|| UdpSocket::bind(bind));
     let socket = socket.unwrap_or_else(|error| panic!("bind {bind}: {error}"));
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    // What net.core.rmem_max allows is not enough everywhere.
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+    // net.core.rmem_max may be too low for this.
     rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 16 << 20).unwrap();
     socket
 }
@@ -68,15 +66,14 @@ fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     (buffer, from)
 }
 
-/// Sends a datagram and returns the next that comes.
+/// Sends a datagram and returns the next received one.
 #[track_caller]
 fn echo(socket: &UdpSocket, to: SocketAddr, datagram: &[u8]) -> Vec<u8> {
     socket.send_to(datagram, to).unwrap();
     receive(socket).0
 }
 
-/// Lets `client` say hello to a server that is a mere socket; returns where the server may answer
-/// to.
+/// Sends a datagram from `client` to a plain server socket. Returns the address for replies.
 #[track_caller]
 fn meet(client: &UdpSocket, to: SocketAddr, server: &UdpSocket) -> SocketAddr {
     client.send_to(b"hello", to).unwrap();
@@ -92,11 +89,11 @@ fn payload(size: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// Receives as many datagrams as were sent and compares them, whatever their order.
+/// Receives as many datagrams as were sent and compares them regardless of order.
 #[track_caller]
 fn assert_same_datagrams(sent: &[Vec<u8>], at: &UdpSocket) {
     let mut received: Vec<Vec<u8>> = Vec::new();
-    while received.len() < sent.len() && is_ready(at, PollFlags::IN, PATIENCE) {
+    while received.len() < sent.len() && is_ready(at, PollFlags::IN, TIMEOUT) {
         received.push(receive(at).0);
     }
     let mut sent = sent.to_vec();
@@ -104,12 +101,11 @@ fn assert_same_datagrams(sent: &[Vec<u8>], at: &UdpSocket) {
     received.sort();
     let lengths = |datagrams: &[Vec<u8>]| datagrams.iter().map(Vec::len).collect::<Vec<_>>();
     assert_eq!(lengths(&received), lengths(&sent));
-    assert!(received == sent, "the lengths are right, the bytes are not");
-    assert!(!is_ready(at, PollFlags::IN, Duration::ZERO), "more came than was sent");
+    assert!(received == sent, "the lengths match, but the bytes differ");
+    assert!(!is_ready(at, PollFlags::IN, Duration::ZERO), "more datagrams arrived than were sent");
 }
 
-/// From here on what is sent through `socket` is cut into datagrams of `segment` bytes by the
-/// kernel.
+/// Enables UDP_SEGMENT: the kernel splits sends on `socket` into datagrams of `segment` bytes.
 fn segment_sends(socket: &UdpSocket, segment: u16) {
     let segment = libc::c_int::from(segment);
     // SAFETY: the pointer and the length describe `segment`.
@@ -125,8 +121,8 @@ fn segment_sends(socket: &UdpSocket, segment: u16) {
     assert_eq!(result, 0, "UDP_SEGMENT: {}", io::Error::last_os_error());
 }
 
-/// Sends GSO batches of datagrams of 1,400 bytes, which the sender's own link takes and the one
-/// behind the proxy does not.
+/// Sends GSO batches of 1,400 byte datagrams, which fit the MTU of the sender but not the one
+/// behind the proxy.
 fn oversized_segments(from: &UdpSocket, to: SocketAddr, at: &UdpSocket) {
     const SEGMENT: u16 = 1400;
     let batch = payload(20 * usize::from(SEGMENT), 1);
@@ -138,7 +134,7 @@ fn oversized_segments(from: &UdpSocket, to: SocketAddr, at: &UdpSocket) {
     }
 }
 
-/// Sends until an answer comes, which must not take a second.
+/// Sends until a response arrives, within 5 s.
 #[track_caller]
 fn assert_resumes(client: &UdpSocket, to: SocketAddr) -> Vec<u8> {
     let start = Instant::now();
@@ -147,24 +143,24 @@ fn assert_resumes(client: &UdpSocket, to: SocketAddr) -> Vec<u8> {
         if is_ready(client, PollFlags::IN, Duration::from_millis(20)) {
             assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
             let answer = receive(client).0;
-            // Answers to the others that were sent meanwhile.
+            // Responses to the other datagrams sent meanwhile.
             while is_ready(client, PollFlags::IN, Duration::from_millis(50)) {
                 receive(client);
             }
             return answer;
         }
-        assert!(start.elapsed() < Duration::from_secs(5), "no answer comes any more");
+        assert!(start.elapsed() < Duration::from_secs(5), "no response arrives any more");
     }
 }
 
-/// The address of ours that the backend knows goes, comes back, and goes again while another takes
-/// its place: sockets that were bound to it must not stay in use.
+/// The host address that the backend sees is removed, added, and removed again while another takes
+/// its place. Sockets bound to it must not stay in use.
 #[track_caller]
 fn bridge_address_changes(backend: IpAddr, [first, second]: [&str; 2]) {
     let net = Topology::three();
     for (namespace, link) in [(&net.host, "br0"), (&net.container, "eth0")] {
-        // A neighbour solicitation may be lost while an address is being set up; the next comes
-        // after a second.
+        // A neighbour solicitation can be lost while an address is set up; by default the next one
+        // follows after a second.
         namespace.sysctl(&format!("net.ipv6.neigh.{link}.retrans_time_ms"), "50");
         namespace.sysctl(&format!("net.ipv4.neigh.{link}.retrans_time_ms"), "50");
     }
@@ -187,7 +183,7 @@ fn bridge_address_changes(backend: IpAddr, [first, second]: [&str; 2]) {
     assert_eq!(
         publisher.metrics().port("sessions", PORT),
         1,
-        "no session of the old address stays behind"
+        "no session of the old address is left"
     );
 }
 
@@ -199,7 +195,7 @@ fn add_address(namespace: &Namespace, address: &str) {
     namespace.ip(&arguments);
 }
 
-/// A server that answers what begins with a question mark and takes the rest without a word.
+/// A server that replies to datagrams starting with a question mark and ignores others.
 struct Choosy {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,

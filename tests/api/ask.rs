@@ -9,14 +9,14 @@ use std::path::Path;
 use std::time::Duration;
 
 /// How long an answer may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The status and the body of the answer; `null` if it has none.
 #[track_caller]
 pub(crate) fn ask(socket: &Path, method: &str, target: &str, body: &str) -> (u16, Value) {
     let mut stream =
         UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     let head =
         format!("{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
     stream.write_all(head.as_bytes()).unwrap();

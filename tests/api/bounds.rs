@@ -1,6 +1,6 @@
 //! Clients that are in nobody's way.
 
-use super::ask::{PATIENCE, get};
+use super::ask::{TIMEOUT, get};
 use crate::scene::Scene;
 use crate::{SOON, project};
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ fn clients_that_say_nothing_are_sent_away_and_do_not_keep_others_out() {
     let mut silent: Vec<UnixStream> =
         (0..MANY).map(|_| UnixStream::connect(scene.socket()).unwrap()).collect();
     for (index, client) in silent.iter_mut().enumerate() {
-        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.set_read_timeout(Some(TIMEOUT)).unwrap();
         if index % 2 == 0 {
             client.write_all(b"GET /v1/status HTTP/1.1\r\nHost:").unwrap();
         }

@@ -8,7 +8,7 @@ use tidegate_testbed::puppet::assert_is_nothing_but_a_proxy;
 use tidegate_testbed::server::EchoServer;
 
 #[test]
-fn it_is_nothing_but_a_proxy() {
+fn the_proxy_can_only_forward() {
     let host = Namespace::new();
     let _server = EchoServer::tcp(&host, back());
     let proxy = Launch::new(&host, LOOPBACK).start().ready();

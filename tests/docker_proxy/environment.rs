@@ -221,7 +221,7 @@ fn a_variable_that_is_not_understood_is_refused_in_one_clear_line() {
     }
     let refusal = Launch::new(&host, LOOPBACK).env("TIDEGATE_LOG", "=/=").start().refused();
     assert!(
-        refusal.reason.starts_with(r#"TIDEGATE_LOG="=/=" is no log filter"#),
+        refusal.reason.starts_with(r#"TIDEGATE_LOG="=/=" is not a log filter"#),
         "{}",
         refusal.reason
     );

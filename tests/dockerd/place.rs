@@ -14,7 +14,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tidegate_testbed::Protocol;
 
 /// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A network namespace under a name.
 pub(crate) struct Place {
@@ -72,8 +72,8 @@ impl Place {
     pub(crate) fn connects(&self, to: impl Into<SocketAddr>) -> TcpStream {
         let to = to.into();
         let connected = self.run(|| {
-            let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            let mut stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
+            stream.set_read_timeout(Some(TIMEOUT))?;
             let mut byte = [0];
             while byte != *b"\n" {
                 stream.read_exact(&mut byte)?;
@@ -116,8 +116,8 @@ pub(crate) fn echo(stream: &mut TcpStream, payload: &[u8]) {
 pub(crate) fn get(place: &Place, port: u16, path: &str) -> String {
     place.run(|| {
         let to = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let mut stream = TcpStream::connect_timeout(&to, PATIENCE).expect("connect");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a stream has timeouts");
+        let mut stream = TcpStream::connect_timeout(&to, TIMEOUT).expect("connect");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("a stream has timeouts");
         write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("send");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("receive");
@@ -126,8 +126,8 @@ pub(crate) fn get(place: &Place, port: u16, path: &str) -> String {
 }
 
 fn ask_tcp(to: SocketAddr, question: &[u8]) -> io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(question)?;
     stream.shutdown(Shutdown::Write)?;
     let mut answer = String::new();
@@ -141,7 +141,7 @@ fn ask_udp(to: SocketAddr, question: &[u8]) -> io::Result<String> {
     let socket = UdpSocket::bind((any, 0))?;
     // Connected, it takes answers from the address it asked, and hears of refusals.
     socket.connect(to)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(TIMEOUT))?;
     socket.send(question)?;
     let mut answer = [0; 1000];
     let length = socket.recv(&mut answer)?;

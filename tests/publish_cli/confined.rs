@@ -6,7 +6,7 @@ use super::*;
 use tidegate_testbed::puppet::{self, assert_is_nothing_but_a_proxy};
 
 #[test]
-fn a_proxy_to_an_address_is_nothing_but_that() {
+fn a_proxy_to_an_address_can_only_forward() {
     let net = Topology::three();
     let _tcp = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let _udp = EchoServer::udp(&net.container, (addr::CONTAINER_V4, 80).into());

@@ -55,7 +55,7 @@ fn a_log_that_is_not_read_at_a_terminal_has_no_colours() {
         command.env("TIDEGATE_LOG", "debug");
     });
     connect_and_see(&net.client, (addr::HOST_V4, 8080).into()).unwrap_err();
-    let line = publisher.process.wait_for_line("DEBUG", PATIENCE);
+    let line = publisher.process.wait_for_line("DEBUG", TIMEOUT);
     assert!(!line.contains('\u{1b}'), "{line:?}");
 }
 

@@ -30,8 +30,8 @@ fn a_free_port_is_the_same_for_both_families_and_is_printed() {
     let printed = |line: String| {
         line.split("/tcp").next().and_then(|at| at.rsplit(':').next()?.parse::<u16>().ok())
     };
-    let v4 = printed(process.wait_for_line("0.0.0.0:", PATIENCE)).unwrap();
-    let v6 = printed(process.wait_for_line("[::]:", PATIENCE)).unwrap();
+    let v4 = printed(process.wait_for_line("0.0.0.0:", TIMEOUT)).unwrap();
+    let v6 = printed(process.wait_for_line("[::]:", TIMEOUT)).unwrap();
     assert_eq!(v4, v6);
     assert!(net.host.is_bound(Protocol::Tcp, v4));
 }
@@ -44,8 +44,8 @@ fn the_ports_of_a_range_lead_to_the_containers_ports_in_order() {
         .collect();
     let process =
         Process::spawn(&mut tidegate(&net.host, "publish 9000-9004:80-84 --to 172.30.0.2"));
-    process.wait_for_line("0.0.0.0:9000-9004/tcp  ->  172.30.0.2 port 80-84", PATIENCE);
-    process.wait_for_line("[::]:9000-9004/tcp", PATIENCE);
+    process.wait_for_line("0.0.0.0:9000-9004/tcp  ->  172.30.0.2 port 80-84", TIMEOUT);
+    process.wait_for_line("[::]:9000-9004/tcp", TIMEOUT);
     for (port, backend) in (9000..).zip(&backends) {
         let mut client = connect(&net.client, (addr::HOST_V4, port).into());
         client.write_all(&port.to_be_bytes()).unwrap();
@@ -61,8 +61,8 @@ fn of_a_range_for_one_port_the_first_free_one_is_taken() {
     let _busy = net.host.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 9000))).unwrap();
     let _busy_v6 = net.host.run(|| TcpListener::bind((Ipv6Addr::LOCALHOST, 9001))).unwrap();
     let process = Process::spawn(&mut tidegate(&net.host, "publish 9000-9002:80 --to 172.30.0.2"));
-    process.wait_for_line("0.0.0.0:9002/tcp", PATIENCE);
-    process.wait_for_line("[::]:9002/tcp", PATIENCE);
+    process.wait_for_line("0.0.0.0:9002/tcp", TIMEOUT);
+    process.wait_for_line("[::]:9002/tcp", TIMEOUT);
     let said = fails(tidegate(&net.host, "publish 9000-9002:81 --to 172.30.0.2"), 1);
     assert_one_line(&said);
     assert!(said.contains("9000-9002"), "{said}");
@@ -75,7 +75,7 @@ fn what_was_published_is_told_as_json() {
     let arguments =
         "publish 127.0.0.1:8080:80 [::1]:5353:53/udp --to 172.30.0.2 --json --metrics 127.0.0.1:0";
     let process = Process::spawn(&mut tidegate(&host, arguments));
-    let line = process.wait_for_line("{", PATIENCE);
+    let line = process.wait_for_line("{", TIMEOUT);
     let told: serde_json::Value = serde_json::from_str(&line).unwrap();
     let metrics = told["metrics"].as_str().unwrap().strip_prefix("http://").unwrap();
     let (head, _) =
@@ -98,7 +98,7 @@ fn what_was_published_is_told_as_json() {
 
     let without = Process::spawn(&mut tidegate(&host, "publish 8081:80 --to 172.30.0.2 --json"));
     let told: serde_json::Value =
-        serde_json::from_str(&without.wait_for_line("{", PATIENCE)).unwrap();
+        serde_json::from_str(&without.wait_for_line("{", TIMEOUT)).unwrap();
     assert!(told["metrics"].is_null());
 }
 
@@ -115,8 +115,8 @@ fn a_reader_that_goes_away_does_not_end_it() {
     command.stdout(writer.try_clone().unwrap()).stderr(writer);
     let mut process = Killed(command.spawn().unwrap());
     drop(command);
-    net.host.wait_until_bound(Protocol::Tcp, 8081, PATIENCE);
-    net.host.wait_until_bound(Protocol::Udp, 5353, PATIENCE);
+    net.host.wait_until_bound(Protocol::Tcp, 8081, TIMEOUT);
+    net.host.wait_until_bound(Protocol::Udp, 5353, TIMEOUT);
     for _ in 0..3 {
         // Nothing listens at port 81 and 53 of the container, which is worth a line.
         let refused = net.client.run(|| TcpStream::connect((addr::HOST_V4, 8081)));
@@ -185,7 +185,7 @@ fn ten_thousand_ports_are_ready_and_answer_in_one_process() {
     // refuses.
     net.client.run(|| {
         for port in (20_000..=last).filter(|port| !backends.contains_key(port)) {
-            let end = TcpStream::connect_timeout(&(addr::HOST_V4, port).into(), PATIENCE)
+            let end = TcpStream::connect_timeout(&(addr::HOST_V4, port).into(), TIMEOUT)
                 .and_then(|stream| patient(stream).read(&mut [0]));
             assert_eq!(
                 end.map_err(|error| error.kind()),
@@ -218,16 +218,16 @@ fn with_few_descriptors_either_all_ports_answer_or_it_says_so_and_ends() {
         let ready = || process.output().contains("[::]:9000") || process.output().contains("error");
         wait_until("it says something", ready);
         if process.output().contains("error") {
-            let said = process.wait_for_output(PATIENCE);
+            let said = process.wait_for_output(TIMEOUT);
             assert_one_line(&said);
             assert!(said.contains("ulimit -n"), "{said}");
-            assert_eq!(process.wait(PATIENCE).code(), Some(1));
+            assert_eq!(process.wait(TIMEOUT).code(), Some(1));
             continue;
         }
         let backend = Backend::tcp(&net.container, (addr::CONTAINER_V4, last).into());
         let mut client = connect(&net.client, (addr::HOST_V4, last).into());
         client.write_all(b"?").unwrap();
-        let served = eventually(PATIENCE / 3, || backend.has_waiting());
+        let served = eventually(TIMEOUT / 3, || backend.has_waiting());
         assert!(served, "of {count} ports none accepts a connection:\n{}", process.output());
     }
 }

@@ -161,7 +161,7 @@ fn a_busy_port_is_told_with_its_holder() {
     // The port of another namespace is nobody's here.
     let mut elsewhere =
         Process::spawn(&mut tidegate(&net.client, "publish 8080:80 --to 172.30.0.2"));
-    elsewhere.wait_for_line("0.0.0.0:8080/tcp", PATIENCE);
+    elsewhere.wait_for_line("0.0.0.0:8080/tcp", TIMEOUT);
     assert!(elsewhere.is_running());
 }
 
@@ -173,13 +173,13 @@ fn a_busy_metrics_port_is_told_and_keeps_no_port_closed() {
     let arguments = format!("publish 8081:80 --to 172.30.0.2 --json --metrics {METRICS}");
     let process = Process::spawn(&mut tidegate(&net.host, &arguments));
     let holder_is = format!("in use by tidegate (pid {})", holder.process.pid());
-    let told = process.wait_for_line("metrics are not served", PATIENCE);
+    let told = process.wait_for_line("metrics are not served", TIMEOUT);
     assert!(told.contains("port 9464/tcp on 127.0.0.1") && told.contains(&holder_is), "{told}");
     assert!(told.contains("127.0.0.1:9464-9474"), "the remedy: {told}");
-    process.wait_for_line("\"metrics\":null", PATIENCE);
+    process.wait_for_line("\"metrics\":null", TIMEOUT);
     assert_eq!(ask(&connect(&net.client, (addr::HOST_V4, 8081).into()), b"open"), b"open");
     drop(holder);
-    process.wait_for_line("metrics are served now", PATIENCE);
+    process.wait_for_line("metrics are served now", TIMEOUT);
     let (head, page) = http(&net.host, METRICS, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
     assert!(head.starts_with("HTTP/1.1 200 ") && page.contains("0.0.0.0:8081/tcp"), "{head}");
 }
@@ -199,7 +199,7 @@ fn a_low_port_without_the_permission_is_told_with_both_remedies_and_the_remedy_w
     assert_nothing_is_bound(&net.host);
     net.host.sysctl("net.ipv4.ip_unprivileged_port_start", "80");
     let process = Process::spawn(&mut program.command(&net.host, "publish 80:80 --to 172.30.0.2"));
-    process.wait_for_line("[::]:80/tcp", PATIENCE);
+    process.wait_for_line("[::]:80/tcp", TIMEOUT);
     assert_eq!(ask(&connect(&net.client, (addr::HOST_V4, 80).into()), b"remedied"), b"remedied");
 }
 
@@ -211,7 +211,7 @@ fn an_ordinary_user_publishes_high_ports() {
     let program = Unprivileged::new();
     let arguments = format!("publish 8080:80 5353:53/udp --to 172.30.0.2 --metrics {METRICS}");
     let mut process = Process::spawn(&mut program.command(&net.host, &arguments));
-    process.wait_for_line("metrics at", PATIENCE);
+    process.wait_for_line("metrics at", TIMEOUT);
     let mut status = String::new();
     std::fs::File::open(format!("/proc/{}/status", process.pid()))
         .unwrap()
@@ -232,11 +232,11 @@ fn an_ordinary_user_publishes_high_ports() {
         assert_eq!((answer.0 == request, answer.1), (true, None), "{to}");
     }
     let client = net.client.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.set_read_timeout(Some(TIMEOUT)).unwrap();
     client.send_to(b"datagram", (addr::HOST_V4, 5353)).unwrap();
     let mut answer = [0; 64];
     assert_eq!(client.recv(&mut answer).unwrap(), 8);
-    assert_eq!(process.stop(Signal::TERM, PATIENCE).code(), Some(0));
+    assert_eq!(process.stop(Signal::TERM, TIMEOUT).code(), Some(0));
 }
 
 #[test]

@@ -109,6 +109,6 @@ fn a_host_without_user_namespaces_has_no_sandbox() {
         .args(["--user", "--map-root-user", "sh", "-c", script, &scene.ours()])
         .stdin(Stdio::null());
     let told = one_line(&command.output().unwrap());
-    assert!(told.contains("--enable-sandbox: make a user namespace: "), "{told}");
+    assert!(told.contains("--enable-sandbox: create a user namespace: "), "{told}");
     assert!(told.contains("user.max_user_namespaces"), "{told}");
 }

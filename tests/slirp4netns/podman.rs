@@ -9,7 +9,7 @@ use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Process, addr, eventually, find_program, require_program};
 
 /// podman makes containers slowly where nothing is warm.
-const PATIENCE: Duration = Duration::from_secs(90);
+const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// `script` by nobody in a PID namespace of its own, so that nothing that podman leaves running
 /// outlives it.
@@ -96,7 +96,7 @@ done
 echo "left: $left"
 "#;
     let mut podman = run(&scene, script);
-    let status = podman.wait(PATIENCE);
+    let status = podman.wait(TIMEOUT);
     let said = podman.wait_for_output(SOON);
     assert!(status.success(), "{said}");
     for words in [
@@ -126,7 +126,7 @@ podman stop -t 0 one two >/dev/null
 echo stopped
 "#;
     let mut podman = run(&scene, script);
-    podman.wait_for_line("published", PATIENCE);
+    podman.wait_for_line("published", TIMEOUT);
     for port in [8080, 8081] {
         for (from, to) in
             [(&scene.net.client, addr::HOST_V4), (&scene.net.host, std::net::Ipv4Addr::LOCALHOST)]
@@ -138,7 +138,7 @@ echo stopped
         }
     }
     fs::write(scene.home("enough"), "").unwrap();
-    podman.wait_for_line("stopped", PATIENCE);
-    assert!(podman.wait(PATIENCE).success());
+    podman.wait_for_line("stopped", TIMEOUT);
+    assert!(podman.wait(TIMEOUT).success());
     assert_eq!(get(&scene.net.client, (addr::HOST_V4, 8080)), None, "{}", podman.output());
 }

@@ -70,7 +70,7 @@ const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
 
 /// The process that follows resolv.conf, whatever the options.
 #[test]
-fn who_follows_the_resolvers_reads_and_does_nothing_else() {
+fn the_resolver_process_can_only_read_and_report() {
     let scene = Scene::new();
     let guest = scene.guest();
     let slirp = scene.serve(&guest, &["-c"]);
@@ -109,7 +109,7 @@ fn follower(pid: u32) -> Vec<u32> {
 }
 
 #[test]
-fn what_is_tried_from_inside_is_refused() {
+fn attacks_from_inside_are_refused() {
     let scene = Scene::new();
     let guest = scene.guest();
     let slirp = scene.serve(&guest, &["-c", "-6", "--enable-sandbox", "--enable-seccomp"]);

@@ -1,4 +1,4 @@
-//! Clients of every kind: each question ends with an answer or an error within a bounded time.
+//! Clients of every kind. Each request ends with a response or an error within a bounded time.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
@@ -10,19 +10,19 @@ use tidegate_testbed::{Namespace, eventually};
 
 use crate::scene::{Family, SOON};
 
-/// After this a datagram counts as lost, and goes out again.
-const LOST: Duration = Duration::from_millis(250);
+/// The timeout after which a datagram is sent again.
+const RESEND: Duration = Duration::from_millis(250);
 
-/// What a server said, and to whom.
+/// The addresses of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
-    /// The client, as the server sees it.
+    /// The address that the server sees.
     pub(crate) peer: SocketAddr,
-    /// The client, as it sees itself.
+    /// The local address of the client.
     pub(crate) own: SocketAddr,
 }
 
-/// Asks the peer server at `to` who is calling from `from`.
+/// Sends a request from `from` to the peer server at `to`.
 #[track_caller]
 pub(crate) fn ask(from: &Namespace, protocol: Protocol, to: (IpAddr, u16)) -> Seen {
     let any = (Family::of(to.0).unspecified(), 0);
@@ -30,7 +30,7 @@ pub(crate) fn ask(from: &Namespace, protocol: Protocol, to: (IpAddr, u16)) -> Se
         .unwrap_or_else(|error| panic!("{protocol:?} to {to:?}: {error}"))
 }
 
-/// The same from an address of one's choice.
+/// Like [`ask`], from a chosen address, with errors returned.
 pub(crate) fn try_ask(
     from: &Namespace,
     protocol: Protocol,
@@ -70,14 +70,14 @@ pub(crate) fn connect(
     })
 }
 
-/// A TCP connection from wherever.
+/// A TCP connection from any address.
 #[track_caller]
 pub(crate) fn open(from: &Namespace, to: (IpAddr, u16)) -> TcpStream {
     let connected = connect(from, (Family::of(to.0).unspecified(), 0), to);
     connected.unwrap_or_else(|error| panic!("TCP to {to:?}: {error}"))
 }
 
-/// A UDP socket that takes answers from `to` only.
+/// A UDP socket that receives only from `to`.
 pub(crate) fn datagrams(
     from: &Namespace,
     own: (IpAddr, u16),
@@ -88,10 +88,10 @@ pub(crate) fn datagrams(
     Ok(socket)
 }
 
-/// A UDP socket that takes answers from anybody.
+/// A UDP socket that receives from all addresses.
 ///
-/// What another thread has just closed may be taken still: a process that is being started has
-/// copies of all sockets until it executes its program.
+/// A port that another thread has just closed may still be in use: a child process holds copies of
+/// all sockets until it executes its program.
 pub(crate) fn bind_datagrams(from: &Namespace, own: (IpAddr, u16)) -> io::Result<UdpSocket> {
     from.run(|| {
         let mut bound = Err(io::ErrorKind::AddrInUse.into());
@@ -100,19 +100,19 @@ pub(crate) fn bind_datagrams(from: &Namespace, own: (IpAddr, u16)) -> io::Result
             !matches!(&bound, Err(error) if error.kind() == io::ErrorKind::AddrInUse)
         });
         let socket = bound?;
-        socket.set_read_timeout(Some(LOST))?;
+        socket.set_read_timeout(Some(RESEND))?;
         Ok(socket)
     })
 }
 
-/// A UDP socket from wherever.
+/// A UDP socket from any address.
 #[track_caller]
 pub(crate) fn open_datagrams(from: &Namespace, to: (IpAddr, u16)) -> UdpSocket {
     let opened = datagrams(from, (Family::of(to.0).unspecified(), 0), to);
     opened.unwrap_or_else(|error| panic!("UDP to {to:?}: {error}"))
 }
 
-/// Sends `question` until there is an answer.
+/// Sends `question` until a response arrives.
 pub(crate) fn exchange(socket: &UdpSocket, question: &[u8]) -> io::Result<Vec<u8>> {
     let deadline = Instant::now() + SOON;
     let mut buffer = [0; 2048];
@@ -122,7 +122,7 @@ pub(crate) fn exchange(socket: &UdpSocket, question: &[u8]) -> io::Result<Vec<u8
             Ok(length) => return Ok(buffer[..length].to_vec()),
             Err(error) if Instant::now() >= deadline => return Err(error),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // Somebody says that the way is closed. That may pass, but not by asking at once.
+            // An ICMP error, which may be transient. An immediate retry would not help.
             Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }
@@ -137,8 +137,7 @@ pub(crate) fn echo(stream: &mut TcpStream, text: &str) {
     assert_eq!(String::from_utf8_lossy(&answer), text);
 }
 
-/// Sends `text` to a UDP echo server and expects it back; answers to what was sent before may come
-/// first.
+/// Sends `text` to a UDP echo server and expects it back, possibly after earlier responses.
 #[track_caller]
 pub(crate) fn echo_datagram(socket: &UdpSocket, text: &str) {
     let deadline = Instant::now() + SOON;
@@ -156,7 +155,7 @@ pub(crate) fn echo_datagram(socket: &UdpSocket, text: &str) {
 
 fn seen(text: &str, own: SocketAddr) -> io::Result<Seen> {
     let peer: SocketAddr =
-        text.parse().map_err(|_| io::Error::other(format!("the answer was {text:?}")))?;
-    // A server of both families calls an IPv4 client ::ffff:a.b.c.d.
+        text.parse().map_err(|_| io::Error::other(format!("unexpected response {text:?}")))?;
+    // A dual-stack server sees an IPv4 client as ::ffff:a.b.c.d.
     Ok(Seen { peer: SocketAddr::new(peer.ip().to_canonical(), peer.port()), own })
 }

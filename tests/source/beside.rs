@@ -1,5 +1,5 @@
-//! What goes to the container past us, while its ports are published: nothing of it is ours, and
-//! none of it astray.
+//! Traffic to the container that does not pass the proxy, while its ports are published: it must
+//! not be intercepted or lost.
 
 use std::net::{IpAddr, TcpStream, UdpSocket};
 
@@ -10,10 +10,10 @@ use tidegate_testbed::server::{EchoServer, PeerServer};
 use crate::ask::{ask, echo, echo_datagram, open, open_datagrams};
 use crate::scene::{ABOVE, Family, Mode, SERVED, Scene, Servers};
 
-/// Where the container echoes.
+/// The echo port of the container.
 const ECHO: u16 = 90;
 
-/// Where neighbour, host and client have servers of their own.
+/// The port of servers on the neighbour, the host and the client.
 const ELSEWHERE: u16 = 5000;
 
 #[test]
@@ -44,7 +44,7 @@ fn neighbour_and_host_reach_the_container_directly_in_every_mode() {
         lasting.go_on("published");
         assert_direct(&scene, &format!("{mode:?}: published"));
 
-        // Clients of the very port to which the others talk directly, and of those that are asked.
+        // From the same ports that talk directly, and to the same servers.
         let mut sessions = Talks::through(&scene);
         sessions.go_on("a session");
         for port in SERVED {
@@ -68,7 +68,7 @@ fn neighbour_and_host_reach_the_container_directly_in_every_mode() {
 }
 
 #[test]
-fn outside_clients_reach_the_container_directly_as_far_as_the_page_says() {
+fn outside_clients_reach_the_container_directly_as_documented() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     for mode in [Mode::Netns, Mode::NetnsProxy, Mode::NetnsClient] {
@@ -84,8 +84,7 @@ fn outside_clients_reach_the_container_directly_as_far_as_the_page_says() {
                     };
                     direct();
                     published();
-                    // With a UDP session this one waits until the session is over: then, at the
-                    // latest, it is served.
+                    // With a UDP session, this is served only after the session has ended.
                     direct();
                     published();
                 }
@@ -95,7 +94,8 @@ fn outside_clients_reach_the_container_directly_as_far_as_the_page_says() {
     }
 }
 
-/// Neighbour and host ask each server of the container, and the container theirs and the client's.
+/// The neighbour and the host connect to each server of the container, and the container to theirs
+/// and to that of the client.
 #[track_caller]
 fn assert_direct(scene: &Scene, when: &str) {
     let (host, neighbour) = (&scene.net.host, &scene.neighbour);
@@ -120,7 +120,7 @@ fn assert_direct(scene: &Scene, when: &str) {
     }
 }
 
-/// Conversations with echo servers that last.
+/// Long-lived sessions with echo servers.
 #[derive(Default)]
 struct Talks {
     streams: Vec<TcpStream>,
@@ -128,7 +128,7 @@ struct Talks {
 }
 
 impl Talks {
-    /// From neighbour and host to the container itself.
+    /// From the neighbour and the host to the container itself.
     fn beside(scene: &Scene) -> Self {
         let mut talks = Self::default();
         for family in Family::BOTH {
@@ -155,7 +155,7 @@ impl Talks {
         self.sockets.push(open_datagrams(from, to));
     }
 
-    /// Each says `what`, and hears it.
+    /// Exchanges `what` on each session.
     #[track_caller]
     fn go_on(&mut self, what: &str) {
         for stream in &mut self.streams {

@@ -1,4 +1,4 @@
-//! Flows that cannot show their client are shown as the gateway, and counted.
+//! Flows that cannot use the address of the client fall back to the gateway and are counted.
 
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -12,16 +12,16 @@ use tidegate_testbed::{Namespace, addr};
 use crate::ask::{ask, bind_datagrams, connect, try_ask};
 use crate::scene::{ABOVE, Family, Mode, SERVED, SOON, SPECIFIC, Scene, Servers, WILDCARD};
 
-/// The client's port where it matters.
+/// A fixed port of the client.
 const PORT: u16 = 40_123;
 
 #[test]
-fn an_address_and_port_that_is_taken_falls_back_to_the_gateway() {
+fn an_address_and_port_in_use_falls_back_to_the_gateway() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     for mode in [Mode::NetnsClient, Mode::ToClient(Family::V4), Mode::ToClient(Family::V6)] {
         let publisher = scene.publish_all(mode, &[]);
-        // The socket that is to have the address is made there.
+        // The namespace of the socket that would use the address.
         let ours = if mode == Mode::NetnsClient { &scene.net.container } else { &scene.net.host };
         let mut conflicts = 0;
         for family in Family::BOTH.into_iter().filter(|family| mode.towards(*family) == *family) {
@@ -30,13 +30,13 @@ fn an_address_and_port_that_is_taken_falls_back_to_the_gateway() {
                 let client = (family.client(), PORT);
                 let taken = occupy(ours, protocol, client);
                 for port in SERVED {
-                    // Another port each time: the first connection's is in TIME_WAIT at the client.
+                    // A new port each time: that of the first connection is in TIME_WAIT.
                     let host = (family.host(), ABOVE + port);
                     let seen = try_ask(&scene.net.client, protocol, client, host).expect(&what);
                     assert_eq!(seen.peer.ip(), family.gateway(), "{what}: {seen:?}");
                     conflicts += 1;
                     assert_eq!(publisher.fallbacks("conflict"), conflicts, "{what}");
-                    // Others are not concerned.
+                    // Other flows are not affected.
                     let seen = ask(&scene.net.client, protocol, host);
                     assert_eq!(seen.peer, seen.own, "{what}");
                 }
@@ -49,17 +49,17 @@ fn an_address_and_port_that_is_taken_falls_back_to_the_gateway() {
 }
 
 #[test]
-fn a_client_port_at_two_published_ports_is_two_connections() {
+fn one_client_port_at_two_published_ports_is_two_connections() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     for mode in [Mode::NetnsClient, Mode::ToClient(Family::V4)] {
-        // Two host ports lead to the same port of the container.
+        // Two host ports forward to the same container port.
         let publisher = scene.publish(mode, &["8080:80", "8081:81", "9080:80"], &[]);
         let peers = [8080, 8081, 9080].map(|port| {
             let stream = connect(&scene.net.client, own(), (addr::HOST_V4.into(), port)).unwrap();
             let mut text = String::new();
             (&stream).read_to_string(&mut text).unwrap();
-            // Open for as long as the others.
+            // Kept open as long as the others.
             (text.parse::<SocketAddr>().unwrap(), stream)
         });
         let [first, other, again] = peers.each_ref().map(|(peer, _)| *peer);
@@ -72,14 +72,14 @@ fn a_client_port_at_two_published_ports_is_two_connections() {
 }
 
 #[test]
-fn a_client_port_at_two_published_udp_ports_is_two_sessions() {
+fn one_client_port_at_two_published_udp_ports_is_two_sessions() {
     let specs = ["8080:80/udp", "8081:81/udp", "9080:80/udp"];
     let host = IpAddr::from(addr::HOST_V4);
     assert_sessions(&specs, &[(host, 8080), (host, 8081), (host, 9080)]);
 }
 
 #[test]
-fn a_client_port_at_two_addresses_of_a_udp_port_is_two_sessions() {
+fn one_client_port_at_two_addresses_of_a_udp_port_is_two_sessions() {
     assert_sessions(
         &["8080:80/udp"],
         &[(addr::HOST_V4.into(), 8080), (addr::GATEWAY_V4.into(), 8080)],
@@ -104,8 +104,8 @@ fn an_ipv4_client_of_an_ipv6_container_is_shown_as_the_gateway() {
     assert_mismatch(&scene, Family::V6);
 }
 
-/// Sends by each of `ways` in turn, all from one socket, and expects each answer to come from where
-/// it was sent to. Two of them lead to the same port of the container.
+/// Sends to each of `ways` in turn from one socket, and expects each response from the address it
+/// was sent to. Two of them forward to the same container port.
 #[track_caller]
 fn assert_sessions(specs: &[&str], ways: &[(IpAddr, u16)]) {
     let scene = Scene::new();
@@ -120,7 +120,7 @@ fn assert_sessions(specs: &[&str], ways: &[(IpAddr, u16)]) {
             assert_eq!(
                 answerer(&socket, way, &text),
                 way,
-                "{mode:?}: {text}: the answer came from elsewhere"
+                "{mode:?}: {text}: the response came from another address"
             );
         }
         assert_eq!(publisher.fallbacks("conflict"), 1, "{mode:?}");
@@ -128,29 +128,29 @@ fn assert_sessions(specs: &[&str], ways: &[(IpAddr, u16)]) {
     }
 }
 
-/// Sends `text` to an echo server until it comes back, and tells where from.
+/// Sends `text` to an echo server until it comes back, and returns the source of the response.
 #[track_caller]
 fn answerer(socket: &UdpSocket, to: SocketAddr, text: &str) -> SocketAddr {
     let deadline = Instant::now() + SOON;
     let mut buffer = [0; 256];
     while Instant::now() < deadline {
         socket.send_to(text.as_bytes(), to).unwrap();
-        // Late answers to what was sent before are not what is waited for.
+        // Late responses to earlier datagrams are skipped.
         while let Ok((length, from)) = socket.recv_from(&mut buffer) {
             if &buffer[..length] == text.as_bytes() {
                 return from;
             }
         }
     }
-    panic!("{text}: no answer in {SOON:?}");
+    panic!("{text}: no response within {SOON:?}");
 }
 
-/// The client's address and [`PORT`].
+/// The address of the client with [`PORT`].
 fn own() -> (IpAddr, u16) {
     (addr::CLIENT_V4.into(), PORT)
 }
 
-/// The container has addresses of `family` only.
+/// Checks a container with addresses of only `family`.
 #[track_caller]
 fn assert_mismatch(scene: &Scene, family: Family) {
     for mode in [Mode::Netns, Mode::NetnsProxy, Mode::NetnsClient] {
@@ -168,7 +168,7 @@ fn assert_mismatch(scene: &Scene, family: Family) {
                         assert_eq!(seen.peer.ip(), family.gateway(), "{what}");
                         mismatched += u64::from(shows);
                     }
-                    // Nobody wanted to show the host as itself.
+                    // The host is never shown as itself, so this is not a fallback.
                     let seen = ask(&scene.net.host, protocol, (from.loopback(), ABOVE + port));
                     assert_eq!(seen.peer.ip(), family.gateway(), "{what}: the host");
                 }
@@ -180,7 +180,7 @@ fn assert_mismatch(scene: &Scene, family: Family) {
     }
 }
 
-/// Servers at the only address that the container has, and at all of them.
+/// Servers on the only address of the container, and on the wildcard.
 fn servers(container: &Namespace, family: Family) -> Vec<PeerServer> {
     let addresses = [(family.container(), SPECIFIC), (family.unspecified(), WILDCARD)];
     let each = |address: (IpAddr, u16)| {
@@ -189,7 +189,7 @@ fn servers(container: &Namespace, family: Family) -> Vec<PeerServer> {
     addresses.into_iter().flat_map(each).collect()
 }
 
-/// Takes an address that is somebody else's, and shares it with nobody.
+/// Binds an address exclusively, even a foreign one.
 fn occupy(namespace: &Namespace, protocol: Protocol, address: (IpAddr, u16)) -> Socket {
     let address = SocketAddr::from(address);
     let kind = if protocol == Tcp { Type::STREAM } else { Type::DGRAM };

@@ -1,4 +1,4 @@
-//! What flows carry: much, at once, apart from one another; and the end that they come to.
+//! Payload of flows: bulk transfers, concurrency and isolation; and how flows end.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};
@@ -13,22 +13,22 @@ use tidegate_testbed::{Namespace, eventually};
 use crate::ask::{ask, connect, datagrams, echo, echo_datagram, open, open_datagrams};
 use crate::scene::{ABOVE, Family, Mode, SERVED, SOON, Scene, Servers};
 
-/// Where the container echoes, and how that is published.
+/// The echo port of the container, and its published ports.
 const ECHO: u16 = 90;
 const ECHO_SPECS: [&str; 2] = ["8090:90", "8090:90/udp"];
 
-/// Where nobody listens.
+/// A port without a listener.
 const CLOSED: u16 = 99;
 
-/// The port of both clients. Each mode has it anew: ending resets what is open.
+/// The port of both clients. It is new for each mode, because the exit resets open connections.
 const PORT: u16 = 40_123;
 
-/// A second address for the client's namespace.
+/// A second address of the client namespace.
 const OTHER_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 const OTHER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 10);
 
 #[test]
-fn a_big_transfer_takes_the_short_path_both_ways() {
+fn a_bulk_transfer_uses_the_short_path_in_both_directions() {
     const LENGTH: u64 = 64 << 20;
     let scene = Scene::new();
     let _echo = echo_servers(&scene);
@@ -54,7 +54,7 @@ fn a_big_transfer_takes_the_short_path_both_ways() {
 }
 
 #[test]
-fn the_flows_of_two_clients_stay_apart() {
+fn flows_of_two_clients_do_not_mix() {
     let scene = Scene::new();
     let client = &scene.net.client;
     client.ip_all(&format!(
@@ -67,7 +67,7 @@ fn the_flows_of_two_clients_stay_apart() {
         let mut sockets = Vec::new();
         for family in Family::BOTH {
             let host = (family.host(), ABOVE + ECHO);
-            // Their ports are the same.
+            // Both clients use the same port.
             for client_address in [family.client(), family.pick(OTHER_V4, OTHER_V6)] {
                 streams.push(connect(client, (client_address, PORT), host).unwrap());
                 sockets.push(datagrams(client, (client_address, PORT), host).unwrap());
@@ -91,8 +91,8 @@ fn the_flows_of_two_clients_stay_apart() {
 }
 
 #[test]
-fn a_closed_port_of_the_container_refuses_at_once() {
-    /// Far below the kernel's second attempt at a lost SYN.
+fn a_closed_container_port_refuses_at_once() {
+    /// Well below the retransmission timeout of a SYN.
     const AT_ONCE: Duration = Duration::from_millis(700);
     let scene = Scene::new();
     for mode in Mode::ALL {
@@ -109,11 +109,11 @@ fn a_closed_port_of_the_container_refuses_at_once() {
                     let begun = Instant::now();
                     let ending = connect(from, (family.unspecified(), 0), (to, ABOVE + CLOSED))
                         .and_then(|mut stream| io::copy(&mut stream, &mut io::sink()));
-                    let error = ending.expect_err("nobody listens").kind();
+                    let error = ending.expect_err("no listener").kind();
                     assert_eq!(error, io::ErrorKind::ConnectionReset, "{mode:?}: {to}");
                     begun.elapsed()
                 };
-                // The first packet over a fresh bridge may get lost.
+                // The first packet over a new bridge may be lost.
                 let took = [refusal(), refusal()];
                 assert!(
                     took.iter().any(|took| *took < AT_ONCE),
@@ -126,7 +126,7 @@ fn a_closed_port_of_the_container_refuses_at_once() {
 }
 
 #[test]
-fn the_rule_for_a_udp_client_goes_with_its_last_session() {
+fn the_rule_of_a_udp_client_is_removed_with_its_last_session() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     for mode in [Mode::NetnsClient, Mode::ToClient(Family::V4), Mode::ToClient(Family::V6)] {
@@ -137,17 +137,16 @@ fn the_rule_for_a_udp_client_goes_with_its_last_session() {
             for port in SERVED {
                 let what = format!("{mode:?} {family:?} port {port}");
                 let rules = || rules_about(steered, family.client(), port);
-                assert!(eventually(SOON, || rules() == 0), "{what}: from before");
+                assert!(eventually(SOON, || rules() == 0), "{what}: a stale rule");
                 ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
                 ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
-                // On a busy machine the sessions may be over already: then there is nothing to see
-                // here.
+                // On a busy machine the sessions may already have ended; then there is no rule.
                 assert!(rules() <= 1, "{what}: one rule serves both sessions");
-                assert!(eventually(SOON, || rules() == 0), "{what}: the rule is still there");
-                // What it led to us goes its own way again.
+                assert!(eventually(SOON, || rules() == 0), "{what}: the rule was not removed");
+                // Traffic that matched the rule is routed directly again.
                 let seen = ask(&scene.net.client, Udp, (family.container(), port));
                 assert_eq!(seen.peer, seen.own, "{what}");
-                // And it comes back with the next session.
+                // The next session adds the rule again.
                 let seen = ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
                 assert_eq!(seen.peer, seen.own, "{what}");
             }
@@ -157,7 +156,7 @@ fn the_rule_for_a_udp_client_goes_with_its_last_session() {
 }
 
 #[test]
-fn the_rule_for_a_udp_client_is_there_while_the_session_is() {
+fn the_rule_of_a_udp_client_exists_during_its_session() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     for mode in [Mode::NetnsClient, Mode::ToClient(Family::V4), Mode::ToClient(Family::V6)] {
@@ -182,7 +181,7 @@ fn the_rule_for_a_udp_client_is_there_while_the_session_is() {
 }
 
 #[test]
-fn of_two_publishers_of_a_container_one_goes_on_when_the_other_ends() {
+fn one_of_two_publishers_of_a_container_continues_when_the_other_ends() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     let _echo = echo_servers(&scene);
@@ -211,7 +210,7 @@ fn of_two_publishers_of_a_container_one_goes_on_when_the_other_ends() {
                 let shown = if mode == Mode::Netns { family.gateway() } else { family.client() };
                 assert_eq!(seen.peer.ip(), shown, "{mode:?}: {what}");
             };
-            go_on("both are there");
+            go_on("both are running");
             for protocol in [Tcp, Udp] {
                 ask(&scene.net.client, protocol, (host, 8080));
             }
@@ -222,7 +221,7 @@ fn of_two_publishers_of_a_container_one_goes_on_when_the_other_ends() {
             }
             go_on("the first one has ended");
             let third = scene.publish(mode, &["8080:80", "8080:80/udp"], &[]);
-            go_on("there is a third one");
+            go_on("a third one has started");
             third.terminate();
             go_on("the third one has ended");
             second.terminate();
@@ -231,7 +230,7 @@ fn of_two_publishers_of_a_container_one_goes_on_when_the_other_ends() {
     }
 }
 
-/// Sends a megabyte and expects it back, at the same time.
+/// Sends a megabyte and receives its echo at the same time.
 fn assert_echoes(stream: &TcpStream, seed: u64) {
     const LENGTH: u64 = 1 << 20;
     thread::scope(|scope| {
@@ -248,7 +247,7 @@ fn echo_servers(scene: &Scene) -> [EchoServer; 2] {
     [EchoServer::tcp(&scene.net.container, any), EchoServer::udp(&scene.net.container, any)]
 }
 
-/// How many rules there are for what goes to `client` from `port`.
+/// The number of rules for packets from `port` to `client`.
 fn rules_about(namespace: &Namespace, client: IpAddr, port: u16) -> usize {
     let family = if client.is_ipv4() { "-4" } else { "-6" };
     let rules = namespace.ip(&[family, "rule"]);
@@ -256,12 +255,12 @@ fn rules_about(namespace: &Namespace, client: IpAddr, port: u16) -> usize {
     rules.lines().filter(|line| wanted.iter().all(|part| line.contains(part))).count()
 }
 
-/// Bytes that came in or went out by the container's interface so far.
+/// The bytes received and sent on the interface of the container.
 fn eth0_bytes(namespace: &Namespace) -> u64 {
     let devices = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/dev")).unwrap();
     let line =
-        devices.lines().find_map(|line| line.trim().strip_prefix("eth0:")).expect("there is eth0");
+        devices.lines().find_map(|line| line.trim().strip_prefix("eth0:")).expect("eth0 exists");
     let fields: Vec<u64> = line.split_whitespace().map(|field| field.parse().unwrap()).collect();
-    // Eight columns about receiving, then those about sending.
+    // Eight receive columns, then the transmit columns.
     fields[0] + fields[8]
 }

@@ -1,4 +1,4 @@
-//! `--source=proxy-protocol`: the container sees its gateway, and a header tells it the client.
+//! `--source=proxy-protocol`: the container sees its gateway, and a header carries the client.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
@@ -9,11 +9,11 @@ use tidegate_testbed::Namespace;
 use crate::ask::open;
 use crate::scene::{Family, Mode, SOON, Scene};
 
-/// The signature that every header of version 2 begins with.
+/// The signature at the beginning of a version 2 header.
 const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
 #[test]
-fn the_header_tells_the_client_and_the_container_sees_its_gateway() {
+fn the_header_carries_the_client_and_the_container_sees_its_gateway() {
     let scene = Scene::new();
     let connections = listen(&scene.net.container);
     for mode in [Mode::Netns, Mode::To(Family::V4), Mode::To(Family::V6)] {
@@ -52,7 +52,7 @@ fn the_header_tells_the_client_and_the_container_sees_its_gateway() {
     }
 }
 
-/// Takes connections at all addresses and passes on who it was and all that they said.
+/// Accepts connections on all addresses and returns the peer and all bytes of each.
 fn listen(container: &Namespace) -> Receiver<(SocketAddr, Vec<u8>)> {
     let listener = container.run(|| TcpListener::bind((Family::V6.unspecified(), 80))).unwrap();
     let (sender, receiver) = channel();
@@ -70,14 +70,14 @@ fn listen(container: &Namespace) -> Receiver<(SocketAddr, Vec<u8>)> {
     receiver
 }
 
-/// Section 2.1 of the protocol's text.
+/// Section 2.1 of the PROXY protocol specification.
 fn version_1(client: SocketAddr, server: SocketAddr) -> Vec<u8> {
     let family = if client.is_ipv4() { "TCP4" } else { "TCP6" };
     let (from, to) = (client.ip(), server.ip());
     format!("PROXY {family} {from} {to} {} {}\r\n", client.port(), server.port()).into_bytes()
 }
 
-/// Section 2.2 of the protocol's text.
+/// Section 2.2 of the PROXY protocol specification.
 fn version_2(client: SocketAddr, server: SocketAddr) -> Vec<u8> {
     let mut header = SIGNATURE.to_vec();
     header.push(0x21);

@@ -9,7 +9,7 @@ use tidegate_testbed::{Namespace, addr};
 use crate::ask::{Seen, ask, bind_datagrams, exchange};
 use crate::scene::{ABOVE, Family, Mode, SERVED, SOON, Scene, Servers, WILDCARD};
 
-/// Who calls.
+/// Names of clients.
 const OUTSIDE: &str = "an outside client";
 const HOST: &str = "the host";
 
@@ -29,7 +29,7 @@ fn with_a_namespace_client_shows_outside_clients() {
 }
 
 #[test]
-fn a_process_names_its_namespace() {
+fn a_process_identifies_its_namespace() {
     assert_table(Mode::Pid);
     assert_table(Mode::PidClient);
 }
@@ -60,7 +60,7 @@ fn a_network_that_the_container_joins_later_counts_as_its_own() {
             || ask(&scene.net.client, protocol, (addr::HOST_V4.into(), ABOVE + WILDCARD));
         assert_shown(question(), addr::CLIENT_V4.into(), true, "an outside client");
         scene.net.container.ip(&["addr", "add", "203.0.113.77/24", "dev", "eth0"]);
-        assert_shown(question(), addr::GATEWAY_V4.into(), false, "a client next door");
+        assert_shown(question(), addr::GATEWAY_V4.into(), false, "a client on the network");
         scene.net.container.ip(&["addr", "del", "203.0.113.77/24", "dev", "eth0"]);
         assert_shown(question(), addr::CLIENT_V4.into(), true, "an outside client again");
     }
@@ -68,7 +68,7 @@ fn a_network_that_the_container_joins_later_counts_as_its_own() {
 }
 
 #[test]
-fn a_client_of_the_link_is_shown_as_the_gateway() {
+fn a_client_on_the_link_is_shown_as_the_gateway() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     for mode in [Mode::NetnsClient, Mode::ToClient(Family::V6)] {
@@ -90,7 +90,7 @@ fn a_client_of_the_link_is_shown_as_the_gateway() {
     }
 }
 
-/// Asks every server from everywhere.
+/// Sends requests from all clients to all servers.
 #[track_caller]
 fn assert_table(mode: Mode) {
     let scene = Scene::new();
@@ -111,8 +111,7 @@ fn assert_table(mode: Mode) {
                 } else {
                     assert_shown(seen, container.gateway(), false, &what);
                 }
-                // In the other family nobody can tell whether the container has a network with the
-                // client.
+                // In the other family, a network shared with the client cannot be detected.
                 mismatched += u64::from(shows && container != family && who != HOST);
             }
         }
@@ -123,7 +122,7 @@ fn assert_table(mode: Mode) {
     publisher.terminate();
 }
 
-/// The address of `eth0` that is good for its link only, and the interface's index.
+/// The link-local address of `eth0`, and the index of the interface.
 fn link_local(namespace: &Namespace) -> (Ipv6Addr, u32) {
     let table =
         namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/if_inet6")).unwrap();
@@ -133,7 +132,7 @@ fn link_local(namespace: &Namespace) -> (Ipv6Addr, u32) {
     (Ipv6Addr::from_bits(ip), u32::from_str_radix(fields[1], 16).unwrap())
 }
 
-/// Who calls, and the host's address that is called.
+/// Clients and the host addresses that they connect to.
 fn ways(scene: &Scene) -> Vec<(&'static str, &Namespace, IpAddr)> {
     let net = &scene.net;
     let each = |family: Family| {
@@ -152,7 +151,7 @@ fn ways(scene: &Scene) -> Vec<(&'static str, &Namespace, IpAddr)> {
     Family::BOTH.into_iter().flat_map(each).collect()
 }
 
-/// Whether outside clients are shown as themselves.
+/// Whether outside clients are shown with their own address.
 fn shows_clients(mode: Mode, protocol: Protocol) -> bool {
     match mode {
         Mode::NetnsClient | Mode::PidClient | Mode::ToClient(_) => true,
@@ -161,7 +160,7 @@ fn shows_clients(mode: Mode, protocol: Protocol) -> bool {
     }
 }
 
-/// `with_port`: the port too is the client's.
+/// Checks the address, and with `with_port` the port of the client as well.
 #[track_caller]
 fn assert_shown(seen: Seen, expected: IpAddr, with_port: bool, what: &str) {
     assert_eq!(seen.peer.ip(), expected, "{what}: {seen:?}");

@@ -1,4 +1,4 @@
-//! Without the privilege there is one clear line, and nothing else.
+//! Without the required privilege, one clear line is printed and nothing is changed.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -7,7 +7,7 @@ use tidegate_testbed::{Process, Protocol, require_program};
 
 use crate::scene::{SOON, Scene};
 
-/// Some user who is not root.
+/// The user id of nobody.
 const NOBODY: u32 = 65_534;
 
 #[test]
@@ -18,7 +18,7 @@ fn an_ordinary_user_cannot_show_clients_to_an_address() {
 }
 
 #[test]
-fn an_ordinary_user_cannot_enter_the_namespace_of_his_own_process() {
+fn an_ordinary_user_cannot_enter_the_namespace_of_its_own_process() {
     let scene = Scene::new();
     let mut inhabitant = scene.net.container.command("setpriv");
     inhabitant.args(AS_NOBODY).args(["sh", "-c", "echo in; exec sleep 600"]);
@@ -40,7 +40,7 @@ fn an_ordinary_user_cannot_open_the_namespace_of_another() {
 }
 
 #[test]
-fn root_without_the_capability_is_told_its_name() {
+fn root_without_the_capability_gets_an_error_that_names_it() {
     let scene = Scene::new();
     let path = scene.net.container.path().display().to_string();
     let targets = [
@@ -56,15 +56,15 @@ fn root_without_the_capability_is_told_its_name() {
     }
 }
 
-/// Arguments of setpriv(1).
+/// Arguments for setpriv(1).
 const AS_NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
 
-/// Publishes with the privileges that setpriv(1) leaves, expects that to fail and nothing to be
-/// left, and returns the one line that it says.
+/// Publishes with the privileges that setpriv(1) leaves. Expects a failure without traces, and
+/// returns its line.
 #[track_caller]
 fn refused(scene: &Scene, privileges: &[&str], target: &[&str]) -> String {
     require_program("setpriv");
-    // Where everybody may go.
+    // A directory that all users can access.
     let directory = tempfile::tempdir().expect("make a directory");
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let program = directory.path().join("tidegate");

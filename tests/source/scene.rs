@@ -1,4 +1,4 @@
-//! The network that every test has to itself, and `tidegate publish` in it.
+//! The network of a test, and `tidegate publish` in it.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -10,27 +10,27 @@ use tempfile::TempDir;
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, Topology, addr};
 
-/// What is expected to come comes within this time, on a busy machine too.
+/// A timeout with a margin for a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 
-/// What is in the container's namespace as long as something is published, and how it is without.
+/// The sysctls that publishing sets in the container namespace.
 const MARK_SYSCTLS: [&str; 3] =
     ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"];
 
-/// Where the servers of [`Servers`] listen; each is published 8000 above.
+/// The ports of [`Servers`]; each is published 8000 higher.
 pub(crate) const SPECIFIC: u16 = 80;
 pub(crate) const WILDCARD: u16 = 81;
 pub(crate) const DUAL_STACK: u16 = 82;
 pub(crate) const SERVED: [u16; 3] = [SPECIFIC, WILDCARD, DUAL_STACK];
 
-/// By how much a published port is above the container's.
+/// The difference between a published port and the container port.
 pub(crate) const ABOVE: u16 = 8000;
 
 /// Client, host, container and neighbour.
 pub(crate) struct Scene {
     pub(crate) net: Topology,
     pub(crate) neighbour: Namespace,
-    /// What stands for `/run/tidegate`.
+    /// The run directory, in place of `/run/tidegate`.
     run: TempDir,
 }
 
@@ -41,22 +41,22 @@ pub(crate) enum Family {
     V6,
 }
 
-/// How `tidegate publish` is told where the container is and what it should see.
+/// How `tidegate publish` is configured: the container and the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// `--netns`, and nothing else.
+    /// Only `--netns`.
     Netns,
     NetnsProxy,
     NetnsClient,
-    /// `--pid`, and nothing else.
+    /// Only `--pid`.
     Pid,
     PidClient,
-    /// `--to`, and nothing else.
+    /// Only `--to`.
     To(Family),
     ToClient(Family),
 }
 
-/// Servers in the container that tell each client its address.
+/// Servers in the container that send each client its address.
 pub(crate) struct Servers(#[expect(dead_code, reason = "stopped when dropped")] Vec<PeerServer>);
 
 /// A running `tidegate publish`.
@@ -64,11 +64,11 @@ pub(crate) struct Publisher {
     process: Process,
     host: Namespace,
     metrics: SocketAddr,
-    /// What `--pid` names.
+    /// The process of `--pid`.
     _inhabitant: Option<Process>,
 }
 
-/// Rules, routes and sysctls of every namespace that tidegate could touch.
+/// The rules, routes and sysctls of every namespace that tidegate might change.
 #[derive(PartialEq, Eq)]
 pub(crate) struct State(String);
 
@@ -82,7 +82,7 @@ impl Scene {
         Self { net, neighbour, run: tempfile::tempdir().expect("make a directory") }
     }
 
-    /// `program` in the host's namespace, with the run directory of this scene.
+    /// `program` in the namespace of the host, with the run directory of this scene.
     pub(crate) fn command(&self, program: &str) -> std::process::Command {
         let mut command = self.net.host.command(program);
         command
@@ -92,7 +92,7 @@ impl Scene {
         command
     }
 
-    /// Publishes `specs` and waits until they are.
+    /// Publishes `specs` and waits until they are ready.
     #[track_caller]
     pub(crate) fn publish(&self, mode: Mode, specs: &[&str], options: &[&str]) -> Publisher {
         let inhabitant = mode.needs_inhabitant().then(|| self.inhabitant());
@@ -101,7 +101,7 @@ impl Scene {
         command.arg("publish").args(specs).args(&target);
         command.args(["--metrics", "127.0.0.1:0"]).args(options);
         let process = Process::spawn(&mut command);
-        // The last line that it says.
+        // The last line of output.
         let line = process.wait_for_line("metrics at http://", SOON);
         let metrics = line.trim_start_matches("metrics at http://").trim_end_matches("/metrics");
         let metrics = metrics.parse().unwrap_or_else(|error| panic!("{line}: {error}"));
@@ -115,7 +115,7 @@ impl Scene {
         self.publish(mode, &[&ports, &format!("{ports}/udp")], options)
     }
 
-    /// Some process in the container.
+    /// A process in the container.
     fn inhabitant(&self) -> Process {
         let inhabitant = Process::spawn(
             self.net.container.command("sh").args(["-c", "echo in; exec sleep 600"]),
@@ -142,20 +142,20 @@ impl Scene {
         State(text)
     }
 
-    /// Asserts that all is as it was in `before`, and that no journal is left.
+    /// Asserts that the state equals `before`, and that no journal is left.
     #[track_caller]
     pub(crate) fn assert_untouched(&self, before: &State, after_what: &str) {
         let after = self.state();
         assert!(
             *before == after,
-            "{after_what}: gone is\n{}and new is\n{}",
+            "{after_what}: removed\n{}added\n{}",
             before.less(&after),
             after.less(before)
         );
         assert_eq!(self.journals(), [""; 0], "{after_what}: journals");
     }
 
-    /// The files in the policy journal.
+    /// The files of the policy journal.
     pub(crate) fn journals(&self) -> Vec<String> {
         let Ok(entries) = std::fs::read_dir(self.run_directory().join("policy")) else {
             return Vec::new();
@@ -184,12 +184,12 @@ impl Family {
         }
     }
 
-    /// The client, as the outside knows it.
+    /// The address of the client.
     pub(crate) fn client(self) -> IpAddr {
         self.pick(addr::CLIENT_V4, addr::CLIENT_V6)
     }
 
-    /// The host, as the outside knows it.
+    /// The address of the host on the side of the client.
     pub(crate) fn host(self) -> IpAddr {
         self.pick(addr::HOST_V4, addr::HOST_V6)
     }
@@ -216,7 +216,7 @@ impl Family {
 }
 
 impl Mode {
-    /// Those that may set rules, routes and sysctls.
+    /// The modes that may change rules, routes and sysctls.
     pub(crate) const STEERING: [Self; 5] = [
         Self::Netns,
         Self::NetnsProxy,
@@ -257,7 +257,7 @@ impl Mode {
         target.into_iter().chain(source.map(|source| format!("--source={source}"))).collect()
     }
 
-    /// The family of the container's address for a client of `client`.
+    /// The family of the container address for a client of family `client`.
     pub(crate) fn towards(self, client: Family) -> Family {
         match self {
             Self::To(family) | Self::ToClient(family) => family,
@@ -267,10 +267,10 @@ impl Mode {
 }
 
 impl Servers {
-    /// Starts all of [`SERVED`] in the container of `scene`, TCP and UDP.
+    /// Starts servers on all of [`SERVED`] in the container of `scene`, TCP and UDP.
     pub(crate) fn start(scene: &Scene) -> Self {
         let container = &scene.net.container;
-        // Read when a socket is made.
+        // The default of new sockets.
         container.sysctl("net.ipv6.bindv6only", "1");
         let mut addresses: Vec<SocketAddr> = Vec::new();
         for family in Family::BOTH {
@@ -290,24 +290,24 @@ impl Servers {
 }
 
 impl Publisher {
-    /// Ends it as a service manager does.
+    /// Ends the process with SIGTERM, like a service manager.
     #[track_caller]
     pub(crate) fn terminate(mut self) {
         let status = self.process.stop(Signal::TERM, SOON);
-        assert_eq!(status.code(), Some(0), "it said:\n{}", self.process.output());
+        assert_eq!(status.code(), Some(0), "output:\n{}", self.process.output());
     }
 
-    /// Gives it no chance to clean up.
+    /// Kills the process, without a chance to clean up.
     pub(crate) fn kill(mut self) {
         self.process.stop(Signal::KILL, SOON);
     }
 
-    /// What has been written to the log and to standard output.
+    /// The log and the standard output.
     pub(crate) fn output(&self) -> String {
         self.process.output()
     }
 
-    /// How many flows were shown as the gateway for `reason`.
+    /// The number of flows that fell back to the gateway for `reason`.
     #[track_caller]
     pub(crate) fn fallbacks(&self, reason: &str) -> u64 {
         let page = self.host.run(|| {
@@ -322,14 +322,14 @@ impl Publisher {
         let page = page.expect("scrape the metrics");
         let series = format!("tidegate_proxy_source_fallbacks_total{{reason=\"{reason}\"}} ");
         assert!(page.starts_with("HTTP/1.1 200 "), "{page}");
-        // Where nobody is to be shown the counters are not there at all.
+        // The counters exist only in modes that show clients.
         let value = page.lines().find_map(|line| line.strip_prefix(&series));
-        value.map_or(0, |value| value.parse().expect("a whole number"))
+        value.map_or(0, |value| value.parse().expect("an integer"))
     }
 }
 
 impl State {
-    /// The lines that `other` does not have.
+    /// The lines that `other` does not contain.
     pub(crate) fn less(&self, other: &Self) -> String {
         let lines = self.0.lines().filter(|line| !other.0.lines().any(|other| other == *line));
         lines.map(|line| format!("{line}\n")).collect()

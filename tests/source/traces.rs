@@ -1,4 +1,4 @@
-//! What is set in the namespaces, and that it is gone afterwards.
+//! State in the namespaces, and its removal.
 
 use tidegate_testbed::Protocol::{Tcp, Udp};
 use tidegate_testbed::server::EchoServer;
@@ -6,11 +6,11 @@ use tidegate_testbed::server::EchoServer;
 use crate::ask::{ask, echo, echo_datagram, open, open_datagrams};
 use crate::scene::{ABOVE, Family, Mode, SERVED, Scene, Servers};
 
-/// What every rule and route of ours is marked with.
+/// The protocol of all rules and routes of tidegate.
 const PROTOCOL: &str = "proto 116";
 
 #[test]
-fn when_it_ends_everything_is_as_it_was() {
+fn the_exit_restores_the_previous_state() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     let _echo = echo_servers(&scene);
@@ -21,7 +21,7 @@ fn when_it_ends_everything_is_as_it_was() {
         publisher.terminate();
         scene.assert_untouched(&before, &format!("{mode:?}"));
 
-        // With sessions and connections that are cut.
+        // Including sessions and connections that are reset.
         let publisher = scene.publish(mode, &["8090:90", "8090:90/udp"], &["--drain-timeout", "0"]);
         let host = mode.towards(Family::V4).host();
         let mut stream = open(&scene.net.client, (host, 8090));
@@ -34,7 +34,7 @@ fn when_it_ends_everything_is_as_it_was() {
 }
 
 #[test]
-fn what_a_killed_one_left_the_next_one_takes_away() {
+fn the_next_process_removes_the_state_of_a_killed_one() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     let before = scene.state();
@@ -50,7 +50,7 @@ fn what_a_killed_one_left_the_next_one_takes_away() {
         assert_eq!(
             scene.state().to_string(),
             idle,
-            "{mode:?}: only what the second one needs is there"
+            "{mode:?}: only the state of the second one remains"
         );
         talk_to_everyone(&scene);
         publisher.terminate();
@@ -59,21 +59,21 @@ fn what_a_killed_one_left_the_next_one_takes_away() {
 }
 
 #[test]
-fn a_start_that_steers_nothing_itself_takes_away_what_a_killed_one_left() {
+fn a_start_without_own_rules_removes_the_state_of_a_killed_process() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     let before = scene.state();
     let publisher = scene.publish_all(Mode::NetnsClient, &[]);
     talk_to_everyone(&scene);
     publisher.kill();
-    // UDP shown as the gateway needs no rule.
+    // UDP with the address of the gateway needs no rule.
     let publisher = scene.publish(Mode::NetnsProxy, &["8080:80/udp"], &[]);
     publisher.terminate();
     scene.assert_untouched(&before, "after a start in the same namespace");
 }
 
 #[test]
-fn a_sysctl_that_was_set_before_stays_set() {
+fn a_sysctl_that_was_already_set_stays_set() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     scene.net.container.sysctl("net.ipv4.tcp_fwmark_accept", "1");
@@ -85,11 +85,11 @@ fn a_sysctl_that_was_set_before_stays_set() {
     scene.assert_untouched(&before, "terminated");
     scene.publish_all(Mode::Netns, &[]).kill();
     scene.publish_all(Mode::Netns, &[]).terminate();
-    scene.assert_untouched(&before, "killed, and cleaned up after");
+    scene.assert_untouched(&before, "killed, then cleaned up");
 }
 
 #[test]
-fn nothing_is_set_beyond_what_the_page_says() {
+fn only_documented_state_is_set() {
     let scene = Scene::new();
     let _servers = Servers::start(&scene);
     let before = scene.state().to_string();
@@ -101,8 +101,7 @@ fn nothing_is_set_beyond_what_the_page_says() {
             .lines()
             .filter(|line| !before.contains(line))
             .partition(|line| !line.contains(" = "));
-        // Of the host nothing is touched for a namespace, and of the container nothing for an
-        // address.
+        // With a namespace, the host is not changed; with an address, the container is not changed.
         let inside = matches!(
             mode,
             Mode::Netns | Mode::NetnsProxy | Mode::NetnsClient | Mode::Pid | Mode::PidClient
@@ -131,7 +130,7 @@ fn nothing_is_set_beyond_what_the_page_says() {
     }
 }
 
-/// One flow of each kind to every server.
+/// Opens one flow of each kind to every server.
 #[track_caller]
 fn talk_to_everyone(scene: &Scene) {
     for family in Family::BOTH {

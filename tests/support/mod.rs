@@ -17,7 +17,7 @@ use socket2::SockRef;
 use tidegate_testbed::{Namespace, Process, Topology, addr, eventually};
 
 /// The timeout of operations that should be immediate, with a margin for a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A port of the container, over IPv4.
 pub(crate) fn container(port: u16) -> SocketAddr {
@@ -72,7 +72,7 @@ impl Publisher {
         prepare(&mut command);
         let process = Process::spawn(&mut command);
         // This line is printed last, when everything is ready.
-        process.wait_for_line("metrics at http", PATIENCE);
+        process.wait_for_line("metrics at http", TIMEOUT);
         Self { process, host: host.clone() }
     }
 
@@ -88,7 +88,7 @@ impl Publisher {
     #[track_caller]
     pub(crate) fn wait_for_metrics(&self, wanted: impl Fn(&Metrics) -> bool) -> Metrics {
         let mut last = self.metrics();
-        let held = eventually(PATIENCE, || {
+        let held = eventually(TIMEOUT, || {
             last = self.metrics();
             wanted(&last)
         });
@@ -196,14 +196,14 @@ pub(crate) fn http(namespace: &Namespace, to: &str, request: &str) -> (String, S
 /// Connects from `namespace`, with timeouts.
 #[track_caller]
 pub(crate) fn connect(namespace: &Namespace, to: SocketAddr) -> TcpStream {
-    let connected = namespace.run(|| TcpStream::connect_timeout(&to, PATIENCE));
+    let connected = namespace.run(|| TcpStream::connect_timeout(&to, TIMEOUT));
     patient(connected.unwrap_or_else(|error| panic!("connect to {to}: {error}")))
 }
 
 /// Sets the timeouts of a stream.
 pub(crate) fn patient(stream: TcpStream) -> TcpStream {
-    stream.set_read_timeout(Some(PATIENCE)).expect("set a read timeout");
-    stream.set_write_timeout(Some(PATIENCE)).expect("set a write timeout");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("set a read timeout");
+    stream.set_write_timeout(Some(TIMEOUT)).expect("set a write timeout");
     stream
 }
 
@@ -216,7 +216,7 @@ impl Backend {
         let listener = namespace.run(|| TcpListener::bind(addr));
         let listener = listener.unwrap_or_else(|error| panic!("listen on {addr}: {error}"));
         // The timeout also applies to accept(2).
-        SockRef::from(&listener).set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+        SockRef::from(&listener).set_read_timeout(Some(TIMEOUT)).expect("set a timeout");
         Self(listener)
     }
 
@@ -256,7 +256,7 @@ pub(crate) fn reset(stream: TcpStream) {
 /// Waits until the peer has reset the connection. Data is not read.
 #[track_caller]
 pub(crate) fn wait_for_reset(stream: &TcpStream) {
-    assert!(is_ready(stream, PollFlags::empty(), PATIENCE), "the connection was not reset");
+    assert!(is_ready(stream, PollFlags::empty(), TIMEOUT), "the connection was not reset");
     let error = stream.take_error().expect("SO_ERROR").map(|error| error.kind());
     // A reset after the FIN of the peer is reported as EPIPE (tcp_reset in the kernel's
     // net/ipv4/tcp_input.c).
@@ -294,7 +294,7 @@ pub(crate) fn ask(mut stream: &TcpStream, request: &[u8]) -> Vec<u8> {
 /// Waits until `ready` returns true.
 #[track_caller]
 pub(crate) fn wait_until(what: &str, ready: impl FnMut() -> bool) {
-    assert!(eventually(PATIENCE, ready), "not within {PATIENCE:?}: {what}");
+    assert!(eventually(TIMEOUT, ready), "not within {TIMEOUT:?}: {what}");
 }
 
 /// The link-local address of `eth0` of `host` with `port`, and with the scope id that `client`

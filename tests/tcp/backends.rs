@@ -1,4 +1,4 @@
-//! Backends that are not there.
+//! Unreachable backends.
 
 use super::*;
 
@@ -34,9 +34,9 @@ fn a_backend_without_a_route_resets_the_client_at_once() {
 }
 
 #[test]
-fn a_backend_that_no_neighbour_answers_for_resets_the_client() {
+fn a_backend_without_a_neighbour_entry_resets_the_client() {
     let net = Topology::three();
-    // The kernel gives up after three probes; a second apart unless told otherwise.
+    // The kernel gives up after three probes, by default one second apart.
     net.host.sysctl("net.ipv4.neigh.br0.retrans_time_ms", "50");
     net.host.sysctl("net.ipv6.neigh.br0.retrans_time_ms", "50");
     for backend in ["172.30.0.77", "fd30::77"] {
@@ -48,7 +48,7 @@ fn a_backend_that_no_neighbour_answers_for_resets_the_client() {
 }
 
 #[test]
-fn a_backend_that_never_answers_resets_the_client_after_the_dial_timeout() {
+fn a_silent_backend_resets_the_client_after_the_dial_timeout() {
     let net = Topology::three();
     black_hole(&net.host);
     let publisher = Publisher::start(
@@ -60,10 +60,10 @@ fn a_backend_that_never_answers_resets_the_client_after_the_dial_timeout() {
     assert!(asked.elapsed() >= Duration::from_millis(500), "{:?}", asked.elapsed());
     publisher.wait_for_metrics(|metrics| metrics.refused(PORT, "dial_timeout") == 1);
     wait_until("the dial has ended", || dials(&net.host) == 0);
-    // A backend that comes back is reached again.
+    // The backend is reachable again.
     heal(&net.host);
     let _echo = EchoServer::tcp(&net.container, container(80));
-    assert_eq!(ask(&connect(&net.client, host(8080)), b"there again"), b"there again");
+    assert_eq!(ask(&connect(&net.client, host(8080)), b"reachable again"), b"reachable again");
 }
 
 #[test]
@@ -107,13 +107,13 @@ fn a_client_that_half_closes_while_the_backend_is_dialled_is_served() {
 }
 
 #[test]
-fn a_server_that_accepts_answers_and_resets_before_the_proxy_looks_is_heard() {
+fn a_response_and_reset_before_the_proxy_reads_are_delivered() {
     let (bytes, error) = answered_before_the_proxy_looks(reset);
     assert_eq!((bytes.as_slice(), error), (&b"too busy"[..], Some(io::ErrorKind::ConnectionReset)));
 }
 
 #[test]
-fn a_server_that_accepts_answers_and_closes_before_the_proxy_looks_is_heard() {
+fn a_response_and_close_before_the_proxy_reads_are_delivered() {
     let (bytes, error) = answered_before_the_proxy_looks(drop);
     assert_eq!((bytes.as_slice(), error), (&b"too busy"[..], None));
 }

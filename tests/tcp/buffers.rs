@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn both_sockets_have_no_delay_and_keep_alive_set() {
+fn both_sockets_use_no_delay_and_keep_alive() {
     let bed = Bed::new("");
     let (_client, _server) = bed.pair_after(1);
     let mut seen = 0;
@@ -21,7 +21,7 @@ fn both_sockets_have_no_delay_and_keep_alive_set() {
             );
         }
     }
-    assert_eq!(seen, 2, "the client's socket and the backend's");
+    assert_eq!(seen, 2, "the sockets of the client and of the backend");
 }
 
 #[test]
@@ -43,23 +43,23 @@ fn messages_are_copied_and_streams_are_spliced() {
         carry(&client, &server, 64);
         carry(&server, &client, 64);
     }
-    assert_eq!(pipes(), before, "an exchange of small messages, however long, borrows no pipe");
+    assert_eq!(pipes(), before, "small messages never use a pipe");
     carry(&client, &server, 16 * MIB);
-    assert_eq!(pipes(), before + 2, "a stream does, and the pool keeps it");
+    assert_eq!(pipes(), before + 2, "a stream uses a pipe, which the pool keeps");
 }
 
 #[test]
-fn a_stalled_server_is_sent_no_more_than_buffers_hold_and_goes_on_intact() {
+fn a_stalled_server_is_sent_only_what_buffers_hold_and_resumes_intact() {
     stalled_peer(true);
 }
 
 #[test]
-fn a_stalled_client_is_sent_no_more_than_buffers_hold_and_goes_on_intact() {
+fn a_stalled_client_is_sent_only_what_buffers_hold_and_resumes_intact() {
     stalled_peer(false);
 }
 
 #[test]
-fn a_stalled_connection_does_not_hold_up_another_on_the_same_loop() {
+fn a_stalled_connection_does_not_block_another_on_the_same_loop() {
     let bed = Bed::new("--workers 1");
     let (stalled, stalled_server) = bed.pair_after(FAST);
     push_until_blocked(&stalled, &mut Pattern::new(1));
@@ -70,11 +70,11 @@ fn a_stalled_connection_does_not_hold_up_another_on_the_same_loop() {
 }
 
 #[test]
-fn bytes_left_behind_by_a_cut_connection_reach_no_other() {
+fn buffered_bytes_of_a_reset_connection_reach_no_other() {
     let bed = Bed::new("--workers 1 --splice-from 0");
     for by_client in [true, false, true, false] {
         let (sender, receiver) = bed.ordered_pair_after(FAST, by_client);
-        // The proxy holds some of it when the connection is cut.
+        // The proxy holds some of the bytes at the reset.
         push_until_blocked(&sender, &mut Pattern::new(13));
         reset(sender);
         drop(receiver);
@@ -84,7 +84,7 @@ fn bytes_left_behind_by_a_cut_connection_reach_no_other() {
 }
 
 #[test]
-fn connections_that_wait_cost_no_cpu() {
+fn waiting_connections_use_no_cpu() {
     let bed = Bed::new("");
     let idle = bed.pair_after(FAST);
     let half_closed = [bed.pair_after(1), bed.pair_after(FAST)];
@@ -92,7 +92,7 @@ fn connections_that_wait_cost_no_cpu() {
     half_closed[1].1.shutdown(Shutdown::Write).unwrap();
     let stalled = bed.pair_after(FAST);
     push_until_blocked(&stalled.0, &mut Pattern::new(1));
-    // Blocked in one direction, ended in the other.
+    // Blocked in one direction and ended in the other.
     stalled.1.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_to_end(&stalled.0), b"");
     assert_idle(&bed.publisher);
@@ -100,7 +100,7 @@ fn connections_that_wait_cost_no_cpu() {
 }
 
 #[test]
-fn connections_that_end_as_soon_as_they_begin_leave_nothing_behind() {
+fn short_lived_connections_leave_no_state() {
     const ROUNDS: u64 = 1000;
     let net = Topology::three();
     let server = PeerServer::tcp(&net.container, container(80));
@@ -109,10 +109,10 @@ fn connections_that_end_as_soon_as_they_begin_leave_nothing_behind() {
     let idle = publisher.process.open_fds();
     net.client.run(|| {
         for _ in 0..ROUNDS {
-            // Reset before, while or after the backend is dialled.
+            // The reset comes before, during or after the connect to the backend.
             reset(TcpStream::connect(host(8080)).unwrap());
             drop(TcpStream::connect(host(8080)).unwrap());
-            // A closed port, whose reset may be faster than connect(2).
+            // The reset of a closed port may come before connect(2) returns.
             drop(TcpStream::connect(host(8081)));
         }
     });
@@ -124,7 +124,7 @@ fn connections_that_end_as_soon_as_they_begin_leave_nothing_behind() {
                 == 0
     });
     assert_eq!(metrics.refused(PORT, "backend_unreachable"), 0);
-    // Pipes are kept for the next connections.
+    // The pool keeps pipes for later connections.
     wait_until("the descriptors are back", || publisher.process.open_fds() <= idle + 4);
     assert_eq!(peer_ip(&connect(&net.client, host(8080))), IpAddr::from(addr::GATEWAY_V4));
     drop(server);

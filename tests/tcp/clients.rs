@@ -1,9 +1,9 @@
-//! Who may come, and who they are said to be.
+//! Client access, and the client addresses that backends see.
 
 use super::*;
 
 #[test]
-fn only_clients_of_the_allowed_networks_are_let_in() {
+fn only_clients_of_allowed_networks_are_accepted() {
     let net = Topology::three();
     let neighbour = net.neighbour();
     let _echo = EchoServer::tcp(&net.container, container(80));
@@ -30,7 +30,7 @@ fn only_clients_of_the_allowed_networks_are_let_in() {
 }
 
 #[test]
-fn the_proxy_protocol_header_tells_the_client_and_the_address_it_used() {
+fn the_proxy_protocol_header_carries_the_client_and_the_destination_address() {
     let net = Topology::three();
     let backend = Backend::tcp(&net.container, container(80));
     for (options, version) in [
@@ -45,7 +45,7 @@ fn the_proxy_protocol_header_tells_the_client_and_the_address_it_used() {
             let mut client = connect(&net.client, to);
             let expected = proxy_header(version, client.local_addr().unwrap(), to);
             let mut server = backend.accept();
-            // It comes before the client has said anything.
+            // The header arrives before the client sends anything.
             let mut header = vec![0; expected.len()];
             server.read_exact(&mut header).unwrap();
             assert_eq!(header, expected, "{options} to {to}");
@@ -94,7 +94,7 @@ fn a_port_published_on_one_address_is_closed_on_the_others() {
         (&net.client, host(8081)),
         (&net.host, (Ipv6Addr::LOCALHOST, 8081).into()),
     ] {
-        let connected = from.run(|| TcpStream::connect_timeout(&to, PATIENCE));
+        let connected = from.run(|| TcpStream::connect_timeout(&to, TIMEOUT));
         assert_eq!(connected.unwrap_err().kind(), io::ErrorKind::ConnectionRefused, "{to}");
     }
 }
@@ -105,5 +105,5 @@ fn a_client_with_a_link_local_address_is_served() {
     let _echo = EchoServer::tcp(&net.container, container(80));
     let _publisher = Publisher::start(&net.host, &format!("8080:80 --to {}", addr::CONTAINER_V4));
     let to = support::link_local(&net.host, &net.client, 8080);
-    assert_eq!(ask(&connect(&net.client, to), b"from next door"), b"from next door");
+    assert_eq!(ask(&connect(&net.client, to), b"link-local"), b"link-local");
 }

@@ -1,9 +1,9 @@
-//! The end.
+//! Shutdown of the proxy.
 
 use super::*;
 
 #[test]
-fn on_sigterm_new_clients_are_refused_and_running_transfers_complete() {
+fn on_sigterm_new_clients_are_refused_and_transfers_complete() {
     let mut bed = Bed::new("--drain-timeout 1h");
     let (client, server) = bed.pair_after(FAST);
     bed.publisher.process.signal(Signal::TERM);
@@ -15,23 +15,23 @@ fn on_sigterm_new_clients_are_refused_and_running_transfers_complete() {
     assert_eq!(read_to_end(&server), b"");
     server.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_to_end(&client), b"");
-    assert_eq!(bed.publisher.process.wait(PATIENCE).code(), Some(0));
+    assert_eq!(bed.publisher.process.wait(TIMEOUT).code(), Some(0));
 }
 
 #[test]
-fn what_was_answered_before_the_exit_arrives_after_it() {
+fn data_in_flight_is_delivered_after_the_exit() {
     const LENGTH: u64 = 128 << 10;
     let mut bed = Bed::new("");
     let (client, server) = bed.pair();
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_to_end(&server), b"");
-    // More than the window of a client takes that does not read yet.
+    // More than the window of a client that does not read yet.
     transfer::send(&mut &server, 4, LENGTH).unwrap();
     drop(server);
     bed.publisher.wait_for_metrics(|metrics| metrics.port("connections", PORT) == 0);
-    assert!(unread(&client) < LENGTH, "it is all there already");
+    assert!(unread(&client) < LENGTH, "all of it has already arrived");
     bed.publisher.process.signal(Signal::TERM);
-    assert_eq!(bed.publisher.process.wait(PATIENCE).code(), Some(0));
+    assert_eq!(bed.publisher.process.wait(TIMEOUT).code(), Some(0));
     assert_eq!(transfer::receive(&mut &client, 4), Transfer::complete(LENGTH));
 }
 
@@ -53,12 +53,12 @@ fn connections_that_outlast_the_drain_timeout_are_reset() {
                 "{options}"
             );
         }
-        assert_eq!(bed.publisher.process.wait(PATIENCE).code(), Some(0));
+        assert_eq!(bed.publisher.process.wait(TIMEOUT).code(), Some(0));
     }
 }
 
 #[test]
-fn a_second_signal_cuts_at_once() {
+fn a_second_signal_resets_at_once() {
     for (first, second) in
         [(Signal::TERM, Signal::TERM), (Signal::INT, Signal::INT), (Signal::INT, Signal::TERM)]
     {
@@ -70,19 +70,19 @@ fn a_second_signal_cuts_at_once() {
         bed.publisher.process.signal(second);
         assert_eq!(read_all(&client), (vec![], Some(io::ErrorKind::ConnectionReset)));
         assert_eq!(read_all(&server), (vec![], Some(io::ErrorKind::ConnectionReset)));
-        assert_eq!(bed.publisher.process.wait(PATIENCE).code(), Some(0));
+        assert_eq!(bed.publisher.process.wait(TIMEOUT).code(), Some(0));
     }
 }
 
 #[test]
-fn without_connections_either_signal_ends_it_at_once() {
+fn without_connections_either_signal_ends_the_process_at_once() {
     let net = Topology::three();
     for signal in [Signal::TERM, Signal::INT] {
         let mut publisher = Publisher::start(
             &net.host,
             &format!("8080:80 8080:80/udp --to {} --drain-timeout 1h", addr::CONTAINER_V4),
         );
-        assert_eq!(publisher.process.stop(signal, PATIENCE).code(), Some(0));
+        assert_eq!(publisher.process.stop(signal, TIMEOUT).code(), Some(0));
         assert!(!net.host.is_bound(Protocol::Tcp, 8080));
     }
 }

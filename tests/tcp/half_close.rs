@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_client_that_has_said_all_gets_a_late_answer() {
+fn a_client_that_has_half_closed_gets_a_late_response() {
     for (bed, length) in Bed::each([1000, FAST]) {
         let (client, server) = bed.pair();
         thread::scope(|scope| {
@@ -12,7 +12,7 @@ fn a_client_that_has_said_all_gets_a_late_answer() {
                 client.shutdown(Shutdown::Write).unwrap();
             });
             assert_eq!(transfer::receive(&mut &server, 1), Transfer::complete(length));
-            // The server has seen the end of the request; only now it begins.
+            // The server has read the end of the request and starts only now.
             scope.spawn(|| {
                 transfer::send(&mut &server, 2, length).unwrap();
                 server.shutdown(Shutdown::Write).unwrap();
@@ -23,7 +23,7 @@ fn a_client_that_has_said_all_gets_a_late_answer() {
 }
 
 #[test]
-fn a_server_that_has_said_all_gets_a_late_request() {
+fn a_server_that_has_half_closed_gets_a_late_request() {
     for (bed, length) in Bed::each([1000, FAST]) {
         let (client, server) = bed.pair();
         thread::scope(|scope| {
@@ -42,7 +42,7 @@ fn a_server_that_has_said_all_gets_a_late_request() {
 }
 
 #[test]
-fn an_end_without_a_single_byte_is_passed_on() {
+fn an_end_without_payload_is_forwarded() {
     let bed = Bed::new("");
     let (client, server) = bed.pair();
     client.shutdown(Shutdown::Write).unwrap();

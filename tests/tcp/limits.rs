@@ -1,4 +1,4 @@
-//! Limits.
+//! Limits on connections and descriptors.
 
 use super::*;
 
@@ -19,19 +19,19 @@ fn try_connect_from(
     namespace.run(|| {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
         socket.bind(&SocketAddr::from((source, 0)).into())?;
-        socket.connect_timeout(&to.into(), PATIENCE)?;
+        socket.connect_timeout(&to.into(), TIMEOUT)?;
         Ok(TcpStream::from(socket))
     })
 }
 
-/// How the proxy turns away who connects from `source`.
+/// The error of a client at `source` that the proxy refuses.
 #[track_caller]
 fn refused_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> io::ErrorKind {
     turned_away(try_connect_from(namespace, source, to))
 }
 
 #[test]
-fn one_client_gets_two_thirds_of_a_ports_connections_and_a_freed_place_is_used_again() {
+fn one_client_gets_two_thirds_of_a_port_and_freed_slots_are_reused() {
     let bed = Bed::new("--max-port-connections 6");
     many_addresses(&bed.net);
     let mut held: Vec<_> = (0..4).map(|_| bed.pair()).collect();
@@ -42,9 +42,9 @@ fn one_client_gets_two_thirds_of_a_ports_connections_and_a_freed_place_is_used_a
         assert_eq!(metrics.port("connections", PORT), 4);
     }
     assert!(!bed.backend.has_waiting(), "a refused client must not reach the backend");
-    let told = bed.publisher.process.wait_for_line("limit of connections reached", PATIENCE);
-    let said = format!("limit=\"client_limit\" largest=\"{}\" connections=4", addr::CLIENT_V4);
-    assert!(told.contains(&said), "{told}");
+    let warning = bed.publisher.process.wait_for_line("limit of connections reached", TIMEOUT);
+    let fields = format!("limit=\"client_limit\" largest=\"{}\" connections=4", addr::CLIENT_V4);
+    assert!(warning.contains(&fields), "{warning}");
     let others: Vec<_> = (1..=2)
         .map(|number| {
             (connect_from(&bed.net.client, address(number), host(8080)), bed.backend.accept())
@@ -64,12 +64,12 @@ fn one_client_gets_two_thirds_of_a_ports_connections_and_a_freed_place_is_used_a
 }
 
 #[test]
-fn at_a_full_port_the_idlest_connection_of_the_largest_client_yields_to_a_smaller_one() {
+fn at_a_full_port_a_smaller_client_evicts_the_idlest_connection_of_the_largest() {
     let bed = Bed::new("--max-port-connections 4");
     many_addresses(&bed.net);
     let held: Vec<_> = (0..3).map(|_| bed.pair()).collect();
     let (other, _) = (connect_from(&bed.net.client, address(1), host(8080)), bed.backend.accept());
-    // By the second: the first and the last have something to say, and the one between them has
+    // Idle time counts in seconds: the first and the last connection are active, the middle one is
     // not.
     thread::sleep(Duration::from_millis(1100));
     carry(&held[0].0, &held[0].1, 100);
@@ -84,7 +84,7 @@ fn at_a_full_port_the_idlest_connection_of_the_largest_client_yields_to_a_smalle
     let metrics = bed.publisher.metrics();
     assert_eq!(metrics.count("tidegate_proxy_evicted_connections_total{reason=\"port_limit\"}"), 1);
     assert_eq!(metrics.port("connection_resets_total", PORT), 1);
-    // One more, and all have the same: the next is refused, and nobody is cut for it.
+    // With one more, all clients are equal: the next one is refused and evicts nobody.
     let _one_more = (connect_from(&bed.net.client, address(3), host(8080)), bed.backend.accept());
     assert_eq!(
         refused_from(&bed.net.client, address(4), host(8080)),
@@ -97,7 +97,7 @@ fn at_a_full_port_the_idlest_connection_of_the_largest_client_yields_to_a_smalle
 }
 
 #[test]
-fn connections_beyond_the_limit_of_all_ports_are_reset_and_one_port_leaves_room_for_another() {
+fn the_total_limit_resets_connections_and_one_port_leaves_room_for_another() {
     let net = Topology::three();
     many_addresses(&net);
     let backend = Backend::tcp(&net.container, container(80));
@@ -125,7 +125,7 @@ fn connections_beyond_the_limit_of_all_ports_are_reset_and_one_port_leaves_room_
 }
 
 #[test]
-fn with_64_descriptors_500_clients_at_once_are_all_answered() {
+fn with_64_descriptors_500_concurrent_clients_are_all_served() {
     raise_open_files(4096);
     let net = Topology::three();
     many_addresses(&net);
@@ -151,10 +151,10 @@ fn with_64_descriptors_500_clients_at_once_are_all_answered() {
     for (number, client) in clients.iter_mut().enumerate() {
         client.write_all(format!("request {number}").as_bytes()).unwrap();
     }
-    // Nobody leaves: what can be accepted has been.
+    // No client disconnects, so everything that can be accepted has been.
     publisher
         .wait_for_metrics(|metrics| metrics.value("tidegate_proxy_accept_pauses_total") >= 1.0);
-    greet(b"while there is no room for anybody else");
+    greet(b"while all slots are taken");
     for client in &clients {
         client.shutdown(Shutdown::Write).unwrap();
     }
@@ -171,7 +171,7 @@ fn with_64_descriptors_500_clients_at_once_are_all_answered() {
 }
 
 #[test]
-fn with_64_descriptors_a_client_that_takes_all_it_gets_keeps_nobody_out() {
+fn with_64_descriptors_a_greedy_client_does_not_lock_out_others() {
     raise_open_files(4096);
     let net = Topology::three();
     many_addresses(&net);
@@ -185,13 +185,13 @@ fn with_64_descriptors_a_client_that_takes_all_it_gets_keeps_nobody_out() {
     );
     let over = std::sync::atomic::AtomicBool::new(false);
     thread::scope(|scope| {
-        // Three of them, who say nothing and connect again and again.
+        // Three threads that send nothing and reconnect in a loop.
         for _ in 0..3 {
             scope.spawn(|| {
                 net.client.run(|| {
                     let mut held = Vec::new();
                     while !over.load(std::sync::atomic::Ordering::Relaxed) && held.len() < 3000 {
-                        held.extend(TcpStream::connect_timeout(&host(8080), PATIENCE));
+                        held.extend(TcpStream::connect_timeout(&host(8080), TIMEOUT));
                         thread::sleep(Duration::from_millis(1));
                     }
                 });
@@ -211,8 +211,8 @@ fn with_64_descriptors_a_client_that_takes_all_it_gets_keeps_nobody_out() {
     assert_eq!(metrics.value("tidegate_proxy_accept_pauses_total"), 0.0);
 }
 
-/// How long `count` requests take, each with a connection of its own, from addresses that nobody
-/// else has: the median and the 99th percentile.
+/// The response times of `count` requests, each on its own connection from an address of its own:
+/// the median and the 99th percentile.
 fn requests(from: &Namespace, count: u32, port: u16) -> (Duration, Duration) {
     let mut times: Vec<Duration> = (0..count)
         .map(|number| {
@@ -227,7 +227,7 @@ fn requests(from: &Namespace, count: u32, port: u16) -> (Duration, Duration) {
 }
 
 #[test]
-fn a_client_that_holds_its_full_share_and_asks_for_more_costs_the_requests_of_others_little() {
+fn a_client_at_its_share_hardly_delays_the_requests_of_others() {
     const COUNT: u32 = 500;
     raise_open_files(4096);
     let net = Topology::three();
@@ -242,8 +242,8 @@ fn a_client_that_holds_its_full_share_and_asks_for_more_costs_the_requests_of_ot
             net.client.run(|| {
                 let mut held = Vec::new();
                 while !over.load(std::sync::atomic::Ordering::Relaxed) {
-                    // Its share first, and then one more a millisecond.
-                    match TcpStream::connect_timeout(&host(8080), PATIENCE) {
+                    // Its share first, and then one more connection per millisecond.
+                    match TcpStream::connect_timeout(&host(8080), TIMEOUT) {
                         Ok(client) if held.len() < 400 => held.push(client),
                         _ => thread::sleep(Duration::from_millis(1)),
                     }
@@ -256,10 +256,10 @@ fn a_client_that_holds_its_full_share_and_asks_for_more_costs_the_requests_of_ot
         over.store(true, std::sync::atomic::Ordering::Relaxed);
         (beside, held)
     });
-    println!("calm {calm:?}, beside one that holds {held} connections {beside:?} (median, 99%)");
-    assert!(held >= 390.0, "{held} are no share");
+    println!("calm {calm:?}, with a client of {held} connections {beside:?} (median, 99%)");
+    assert!(held >= 390.0, "{held} connections are less than the share");
     for ((_, calm), (_, beside)) in calm.iter().zip(&beside) {
-        // What is asserted is what a busy machine leaves of it: the figures are above.
+        // The bound allows for a busy machine; the printed figures are exact.
         assert!(
             *beside < *calm * 4 + Duration::from_millis(20),
             "{calm:?} calm, {beside:?} beside"
@@ -273,7 +273,7 @@ fn a_client_that_holds_its_full_share_and_asks_for_more_costs_the_requests_of_ot
 }
 
 #[test]
-fn waiting_for_descriptors_costs_next_to_no_cpu() {
+fn waiting_for_descriptors_uses_almost_no_cpu() {
     let net = Topology::three();
     many_addresses(&net);
     let echo = EchoServer::tcp(&net.container, container(80));
@@ -289,7 +289,7 @@ fn waiting_for_descriptors_costs_next_to_no_cpu() {
     publisher
         .wait_for_metrics(|metrics| metrics.value("tidegate_proxy_accept_pauses_total") >= 1.0);
     assert_idle(&publisher);
-    // Those who hold the places go without a word; the others get them.
+    // The connections that are served close silently, and the waiting ones take over.
     let (served, waiting) = (echo.open_connections(), clients.len() - echo.open_connections());
     assert!(served > 0 && waiting > 0, "{served} served, {waiting} waiting");
     for client in &clients {
@@ -300,7 +300,7 @@ fn waiting_for_descriptors_costs_next_to_no_cpu() {
 }
 
 #[test]
-fn thirty_thousand_connections_one_after_another_leave_nothing_behind() {
+fn thirty_thousand_sequential_connections_leave_no_state() {
     let net = Topology::three();
     let _echo = EchoServer::tcp(&net.container, container(80));
     let publisher = Publisher::start(&net.host, &format!("8080:80 --to {}", addr::CONTAINER_V4));
@@ -323,10 +323,10 @@ fn thirty_thousand_connections_one_after_another_leave_nothing_behind() {
 }
 
 #[test]
-fn a_backend_is_dialled_more_often_in_a_minute_than_there_are_source_ports() {
+fn a_backend_is_dialled_more_often_per_minute_than_there_are_source_ports() {
     let net = Topology::three();
     net.client.sysctl("net.ipv4.ip_local_port_range", "1024 65535");
-    // Each connection that the client's side ends first leaves one in TIME_WAIT for a minute.
+    // Each connection that the client ends first leaves a port in TIME_WAIT for a minute.
     net.host.sysctl("net.ipv4.ip_local_port_range", "40000 40499");
     let _echo = EchoServer::tcp(&net.container, container(80));
     let publisher = Publisher::start(&net.host, &format!("8080:80 --to {}", addr::CONTAINER_V4));

@@ -29,7 +29,7 @@ fn a_reset_by_the_server_reaches_the_client() {
 }
 
 #[test]
-fn a_reset_reaches_the_other_side_when_that_has_said_all() {
+fn a_reset_reaches_a_peer_that_has_half_closed() {
     for (bed, moved) in Bed::each([0, FAST]) {
         for by_client in [true, false] {
             let (resetter, other) = bed.ordered_pair_after(moved, by_client);
@@ -47,7 +47,7 @@ fn a_reset_reaches_the_other_side_when_that_has_said_all() {
 }
 
 #[test]
-fn a_reset_reaches_the_other_side_when_the_resetting_one_has_said_all() {
+fn a_reset_by_a_side_that_has_half_closed_reaches_the_peer() {
     for (bed, moved) in Bed::each([0, FAST]) {
         for by_client in [true, false] {
             let (resetter, other) = bed.ordered_pair_after(moved, by_client);
@@ -60,7 +60,7 @@ fn a_reset_reaches_the_other_side_when_the_resetting_one_has_said_all() {
 }
 
 #[test]
-fn a_reset_in_the_middle_of_a_transfer_never_looks_like_its_end() {
+fn a_reset_during_a_transfer_never_looks_like_its_end() {
     let bed = Bed::new("");
     for by_client in [true, false] {
         let (sender, receiver) = bed.ordered_pair_after(0, by_client);
@@ -78,7 +78,7 @@ fn a_reset_in_the_middle_of_a_transfer_never_looks_like_its_end() {
 }
 
 #[test]
-fn what_a_server_sends_right_before_its_reset_arrives_as_without_a_proxy() {
+fn data_that_a_server_sends_before_its_reset_arrives_as_without_a_proxy() {
     for (bed, moved) in Bed::each([1, FAST]) {
         same_as_without_a_proxy(&bed, moved, |_, client, mut server| {
             server.write_all(&[b'x'; 8192]).unwrap();
@@ -89,7 +89,7 @@ fn what_a_server_sends_right_before_its_reset_arrives_as_without_a_proxy() {
 }
 
 #[test]
-fn what_a_client_sends_right_before_its_reset_arrives_as_without_a_proxy() {
+fn data_that_a_client_sends_before_its_reset_arrives_as_without_a_proxy() {
     for (bed, moved) in Bed::each([1, FAST]) {
         same_as_without_a_proxy(&bed, moved, |_, mut client, server| {
             client.write_all(&[b'x'; 8192]).unwrap();
@@ -99,17 +99,17 @@ fn what_a_client_sends_right_before_its_reset_arrives_as_without_a_proxy() {
     }
 }
 
-/// A web server that turns an upload down does this: it answers and closes while the client is
-/// still sending.
+/// This is how a web server rejects an upload: it responds and closes while the client is still
+/// sending.
 #[test]
-fn the_answer_to_an_upload_that_is_turned_down_arrives_as_without_a_proxy() {
+fn the_response_to_a_rejected_upload_arrives_as_without_a_proxy() {
     for (mut bed, moved) in Bed::each([1, FAST]) {
         same_as_without_a_proxy(&bed, moved, |stop, client, mut server| {
             push_until_blocked(&client, &mut Pattern::new(3));
-            // What the proxy does in the meantime is then not a matter of luck.
+            // A stopped proxy makes the order of events deterministic.
             stop(true);
             server.write_all(b"413 Content Too Large\r\n").unwrap();
-            // With unread data, that is a reset.
+            // Closing with unread data sends a reset.
             drop(server);
             stop(false);
             read_all(&client)
@@ -119,7 +119,7 @@ fn the_answer_to_an_upload_that_is_turned_down_arrives_as_without_a_proxy() {
 }
 
 #[test]
-fn what_a_server_sends_right_before_it_closes_arrives() {
+fn data_that_a_server_sends_before_its_close_arrives() {
     for (bed, moved) in Bed::each([0, FAST]) {
         let (client, mut server) = bed.pair_after(moved);
         server.write_all(&[b'x'; 300_000]).unwrap();

@@ -1,4 +1,4 @@
-//! Peers that do not read, and the budget of bytes that is held for them.
+//! Peers that do not read, and the budget of bytes held for them.
 
 use super::limits::connect_from;
 use super::*;
@@ -7,14 +7,13 @@ use std::os::fd::AsFd;
 const STALLED: u32 = 400;
 const SLOW: u32 = 100;
 
-/// Kernel memory of the publisher's sockets, in bytes, and its own beyond `own`.
+/// The kernel memory of the sockets of the publisher, plus its own memory beyond `own`, in bytes.
 fn held(publisher: &Publisher, own: u64) -> u64 {
     let sockets: u64 = sockets_of(publisher).iter().map(memory_of).sum();
     sockets + publisher.process.rss().saturating_sub(own)
 }
 
-/// What the kernel has allocated for a socket, both ways (`SO_MEMINFO`;
-/// include/uapi/linux/sock_diag.h).
+/// The kernel memory of a socket in both directions (`SO_MEMINFO`, include/uapi/linux/sock_diag.h).
 fn memory_of(socket: impl AsFd) -> u64 {
     const SO_MEMINFO: i32 = 55;
     const RECEIVED: usize = 0;
@@ -34,28 +33,27 @@ fn memory_of(socket: impl AsFd) -> u64 {
     if result == 0 { u64::from(info[RECEIVED]) + u64::from(info[QUEUED]) } else { 0 }
 }
 
-/// Connects with a small window, as a client that reads nothing has.
+/// Connects with a small window, as for a client that never reads.
 fn stall(net: &Topology) -> TcpStream {
     let client = connect(&net.client, host(8080));
     SockRef::from(&client).set_recv_buffer_size(4096).unwrap();
     client
 }
 
-/// Reads a little from each, again and again, and checks that each gets what it should; how much
-/// the least got.
+/// Reads a little from each client in turns and checks the bytes. Returns the smallest amount.
 fn download_slowly(clients: &[TcpStream], patterns: &mut [Pattern], rounds: usize) -> u64 {
     let mut got = vec![0; clients.len()];
     let (mut chunk, mut expected) = ([0; 8192], [0; 8192]);
     for _ in 0..rounds {
         for ((mut client, pattern), got) in clients.iter().zip(&mut *patterns).zip(&mut got) {
             match client.read(&mut chunk) {
-                Ok(0) => panic!("a download was cut"),
+                Ok(0) => panic!("a download was truncated"),
                 Ok(length) => {
                     pattern.fill(&mut expected[..length]);
                     assert_eq!(chunk[..length], expected[..length]);
                     *got += length as u64;
                 }
-                Err(error) => panic!("a download was cut: {error}"),
+                Err(error) => panic!("a download was reset: {error}"),
             }
         }
         thread::sleep(Duration::from_millis(20));
@@ -64,7 +62,7 @@ fn download_slowly(clients: &[TcpStream], patterns: &mut [Pattern], rounds: usiz
 }
 
 #[test]
-fn four_hundred_stalled_readers_stay_within_the_budget_and_cut_no_slow_download() {
+fn four_hundred_stalled_readers_stay_within_the_budget_and_reset_no_slow_download() {
     raise_open_files(4096);
     let net = Topology::three();
     many_addresses(&net);
@@ -79,10 +77,10 @@ fn four_hundred_stalled_readers_stay_within_the_budget_and_cut_no_slow_download(
     let least = download_slowly(&slow, &mut patterns, 100);
     assert!(least > 100 * 1000, "{least} bytes");
     let held = held(&publisher, own);
-    println!("{} MiB held for {STALLED} stalled readers beside {SLOW} slow downloads", held >> 20);
+    println!("{} MiB held for {STALLED} stalled readers with {SLOW} slow downloads", held >> 20);
     assert!(held <= 256 << 20, "{held} bytes are held");
     let metrics = publisher.metrics();
-    assert_eq!(metrics.port("connections", PORT), u64::from(STALLED + SLOW), "nobody was cut");
+    assert_eq!(metrics.port("connections", PORT), u64::from(STALLED + SLOW), "none was reset");
     assert!(
         metrics.value("tidegate_proxy_held_bytes") >= f64::from(STALLED) * f64::from(384 << 10)
     );
@@ -96,7 +94,7 @@ fn four_hundred_stalled_readers_stay_within_the_budget_and_cut_no_slow_download(
 }
 
 #[test]
-fn beyond_the_budget_the_largest_client_loses_who_has_been_stalled_for_longest() {
+fn beyond_the_budget_the_longest_stalled_connections_of_the_largest_client_are_reset() {
     raise_open_files(4096);
     const BUDGET: u64 = 16 << 20;
     let net = Topology::three();
@@ -114,34 +112,34 @@ fn beyond_the_budget_the_largest_client_loses_who_has_been_stalled_for_longest()
     assert!(least > 100 * 1000, "{least} bytes");
     let metrics = publisher.metrics();
     let cut = metrics.count("tidegate_proxy_evicted_connections_total{reason=\"held_bytes\"}");
-    // What there is room for is 42 that are blocked.
-    assert!((160..=190).contains(&cut), "{cut} were cut");
+    // The budget has room for 42 blocked connections.
+    assert!((160..=190).contains(&cut), "{cut} were reset");
     assert!(metrics.value("tidegate_proxy_held_bytes") <= BUDGET as f64);
     let held = held(&publisher, own);
     assert!(held <= BUDGET, "{held} bytes are held");
     wait_for_reset(&stalled[0]);
     assert!(
         !is_ready(&stalled[199], PollFlags::empty(), Duration::ZERO),
-        "the last one is still there"
+        "the last one is still open"
     );
-    let told =
-        publisher.process.wait_for_line("limit of bytes held for peers that do not read", PATIENCE);
-    assert!(told.contains(&format!("largest=\"{}\"", addr::CLIENT_V4)), "{told}");
+    let warning =
+        publisher.process.wait_for_line("limit of bytes held for peers that do not read", TIMEOUT);
+    assert!(warning.contains(&format!("largest=\"{}\"", addr::CLIENT_V4)), "{warning}");
     assert_eq!(publisher.process.output().matches("limit of bytes held").count(), 1);
 }
 
 #[test]
-fn a_fast_stream_gets_large_buffers_and_gives_them_back_when_it_stalls_or_rests() {
+fn a_fast_stream_gets_large_buffers_and_returns_them_when_it_stalls_or_idles() {
     let bed = Bed::new("");
     let (client, server) = bed.pair_after(4 * MIB);
     let held = |metrics: &support::Metrics| metrics.value("tidegate_proxy_held_bytes");
-    // Both ways.
+    // In both directions.
     let wide = f64::from(5 << 20);
     assert_eq!(held(&bed.publisher.metrics()), wide);
     bed.publisher.wait_for_metrics(|metrics| held(metrics) == 0.0);
     carry(&client, &server, 4 * MIB);
     assert_eq!(held(&bed.publisher.metrics()), wide / 2.0);
-    // What has arrived is there as long as nobody reads it.
+    // Received data stays buffered until it is read.
     let sent = push_until_blocked(&client, &mut Pattern::new(9));
     thread::sleep(Duration::from_millis(2500));
     let stalled = held(&bed.publisher.metrics());

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn an_answer_comes_from_the_address_that_the_client_used() {
+fn a_reply_comes_from_the_address_that_the_client_used() {
     let net = Topology::three();
     net.host.ip_all(
         "addr add 203.0.113.2/24 dev eth0
@@ -14,7 +14,7 @@ fn an_answer_comes_from_the_address_that_the_client_used() {
     let _echo = EchoServer::udp(&net.container, container(53));
     let _publisher =
         Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
-    // One socket talks to all of them: each is a conversation of its own.
+    // One socket talks to all addresses, with a session for each.
     let client = socket(&net.client, unspecified(host(5353)));
     let addresses = [addr::HOST_V4, Ipv4Addr::new(203, 0, 113, 2), Ipv4Addr::new(198, 51, 100, 7)];
     for round in 0..2 {
@@ -40,7 +40,7 @@ fn an_answer_comes_from_the_address_that_the_client_used() {
 }
 
 #[test]
-fn a_broadcast_is_answered_from_the_hosts_own_address() {
+fn a_broadcast_is_answered_from_the_unicast_address_of_the_host() {
     let net = Topology::three();
     net.host.ip_all(
         "addr del 203.0.113.1/24 dev eth0
@@ -63,11 +63,11 @@ fn a_client_with_a_link_local_address_is_answered() {
         Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let to = support::link_local(&net.host, &net.client, 5353);
     let client = socket(&net.client, unspecified(to));
-    assert_eq!(echo(&client, to, b"from next door"), b"from next door");
+    assert_eq!(echo(&client, to, b"link-local"), b"link-local");
 }
 
 #[test]
-fn clients_and_their_sockets_are_kept_apart() {
+fn clients_and_their_sockets_have_separate_sessions() {
     let net = Topology::three();
     let neighbour = net.neighbour();
     let _peers = PeerServer::udp(&net.container, container(53));
@@ -76,7 +76,7 @@ fn clients_and_their_sockets_are_kept_apart() {
     let clients = [&net.client, &net.client, &neighbour, &net.host]
         .map(|from| socket(from, unspecified(host(5353))));
     let ask_all = || {
-        // All questions before the first answer.
+        // All requests are sent before the first reply.
         for client in &clients {
             client.send_to(b"who am I?", host(5353)).unwrap();
         }

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn datagrams_of_every_size_are_echoed_over_either_family() {
+fn datagrams_of_every_size_are_echoed_over_both_families() {
     let net = Topology::three();
     let _v4 = EchoServer::udp(&net.container, container(53));
     let _v6 = EchoServer::udp(&net.container, (addr::CONTAINER_V6, 53).into());
@@ -11,11 +11,11 @@ fn datagrams_of_every_size_are_echoed_over_either_family() {
         let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {backend}"));
         for to in [host(5353), host_v6(5353)] {
             let client = socket(&net.client, unspecified(to));
-            for size in [0, 1, 2, 1199, 1472, 1473, 9000, LARGEST - 1, LARGEST] {
+            for size in [0, 1, 2, 1199, 1472, 1473, 9000, MAX_PAYLOAD - 1, MAX_PAYLOAD] {
                 let sent = payload(size, size as u64);
                 client.send_to(&sent, to).unwrap();
                 let (answer, from) = receive(&client);
-                assert!(answer == sent, "{size} bytes to {to}: {} came back", answer.len());
+                assert!(answer == sent, "{size} bytes to {to}: {} bytes returned", answer.len());
                 assert_eq!(from, to, "{size} bytes");
             }
         }
@@ -27,23 +27,23 @@ fn datagrams_of_every_size_are_echoed_over_either_family() {
 }
 
 #[test]
-fn a_datagram_too_long_for_the_backends_family_is_counted_and_harms_no_other() {
+fn a_datagram_too_long_for_the_family_of_the_backend_is_counted_and_affects_no_other() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
     let publisher =
         Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host_v6(5353)));
     assert_eq!(echo(&client, host_v6(5353), b"before"), b"before");
-    // IPv6 does not count its header into the length.
-    client.send_to(&payload(LARGEST + 20, 1), host_v6(5353)).unwrap();
+    // The length field of IPv6 does not include its header.
+    client.send_to(&payload(MAX_PAYLOAD + 20, 1), host_v6(5353)).unwrap();
     publisher.wait_for_metrics(|metrics| metrics.dropped(PORT_V6, "too_long") == 1);
     assert_eq!(echo(&client, host_v6(5353), b"after"), b"after");
     assert_eq!(publisher.metrics().port("sessions_total", PORT_V6), 1);
 }
 
-/// The kernel keeps such a source out if it is IPv4.
+/// For IPv4, the kernel drops such a source itself.
 #[test]
-fn a_datagram_that_claims_to_come_from_a_published_port_is_not_answered_for_ever() {
+fn a_datagram_forged_from_a_published_port_causes_no_loop() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, (addr::CONTAINER_V6, 53).into());
     let publisher = Publisher::start(
@@ -67,7 +67,7 @@ fn a_datagram_that_claims_to_come_from_a_published_port_is_not_answered_for_ever
         });
     }
     let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT_V6, "reflected") == 3);
-    assert_eq!(metrics.port("sessions_total", PORT_V6), 1, "the client's alone");
+    assert_eq!(metrics.port("sessions_total", PORT_V6), 1, "only the session of the client");
     assert_eq!(echo(&client, host_v6(5353), b"after"), b"after");
 }
 
@@ -79,10 +79,35 @@ fn a_burst_of_mixed_sizes_keeps_every_boundary() {
         Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
     let upstream = meet(&client, host(5353), &server);
-    // Runs of equal ones, which may be joined on the way, and everything that must not be.
+    // Runs of equal sizes, which may be batched, and sizes that must not be.
     let sizes = [
-        1200, 1200, 1200, 700, 0, 0, 1200, 1200, 1, 1, 1, 0, 1473, 1473, 5, 1200, 9000, 9000, 3,
-        LARGEST, 1200, 1200, 1201, 1200, 0, LARGEST, 2,
+        1200,
+        1200,
+        1200,
+        700,
+        0,
+        0,
+        1200,
+        1200,
+        1,
+        1,
+        1,
+        0,
+        1473,
+        1473,
+        5,
+        1200,
+        9000,
+        9000,
+        3,
+        MAX_PAYLOAD,
+        1200,
+        1200,
+        1201,
+        1200,
+        0,
+        MAX_PAYLOAD,
+        2,
     ];
     for round in 0..8 {
         let sent: Vec<Vec<u8>> =
@@ -99,7 +124,7 @@ fn a_burst_of_mixed_sizes_keeps_every_boundary() {
 }
 
 #[test]
-fn segments_of_an_offloading_sender_arrive_whole_in_each_direction() {
+fn gso_segments_arrive_intact_in_each_direction() {
     const SEGMENT: u16 = 1200;
     let net = Topology::three();
     for (listen, to) in
@@ -109,7 +134,7 @@ fn segments_of_an_offloading_sender_arrive_whole_in_each_direction() {
         let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", listen.ip()));
         let client = socket(&net.client, unspecified(to));
         let upstream = meet(&client, to, &server);
-        // The last segment is a short one.
+        // The last segment is shorter.
         let batches: Vec<Vec<u8>> =
             (0..20).map(|seed| payload(50 * usize::from(SEGMENT) + 77, seed)).collect();
         let segments: Vec<Vec<u8>> = batches
@@ -132,24 +157,24 @@ fn segments_of_an_offloading_sender_arrive_whole_in_each_direction() {
         publisher.wait_for_metrics(|metrics| {
             let datagrams =
                 |direction| metrics.labelled("datagrams_total", publish, "direction", direction);
-            // One more said hello.
+            // One more datagram opened the session.
             (datagrams("in"), datagrams("out")) == (count + 1, count)
         });
     }
 }
 
 #[test]
-fn segments_larger_than_the_mtu_towards_the_container_arrive() {
+fn gso_segments_larger_than_the_mtu_to_the_container_arrive() {
     let net = Topology::three();
     let server = socket(&net.container, container(53));
     let publisher =
         Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
     meet(&client, host(5353), &server);
-    // The bridge follows its port.
+    // The MTU of the bridge follows its port.
     net.host.ip(&["link", "set", "port2", "mtu", "1200"]);
     oversized_segments(&client, host(5353), &server);
-    // Also for a client whose session begins under this MTU.
+    // This includes a client with a session that starts under this MTU.
     let another = socket(&net.client, unspecified(host(5353)));
     oversized_segments(&another, host(5353), &server);
     let metrics = publisher.metrics();
@@ -158,7 +183,7 @@ fn segments_larger_than_the_mtu_towards_the_container_arrive() {
 }
 
 #[test]
-fn segments_larger_than_the_mtu_towards_the_client_arrive() {
+fn gso_segments_larger_than_the_mtu_to_the_client_arrive() {
     let net = Topology::three();
     let server = socket(&net.container, container(53));
     let _publisher =

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_silent_session_ends_and_gives_its_descriptor_back() {
+fn an_idle_session_ends_and_releases_its_descriptor() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
     let arguments = format!("5353:53/udp --to {} --udp-idle-timeout 300ms", addr::CONTAINER_V4);
@@ -17,8 +17,8 @@ fn a_silent_session_ends_and_gives_its_descriptor_back() {
         }
         publisher.wait_for_metrics(|metrics| metrics.port("sessions", PORT) == 0);
         wait_until("the descriptors are back", || publisher.process.open_fds() <= idle);
-        // The same socket begins another one.
-        assert_eq!(echo(&clients[0], host(5353), b"hello again"), b"hello again");
+        // The same socket opens a new session.
+        assert_eq!(echo(&clients[0], host(5353), b"new session"), b"new session");
         publisher.wait_for_metrics(|metrics| metrics.port("sessions", PORT) == 0);
         assert_eq!(publisher.metrics().port("sessions_total", PORT), 6 * round);
         assert_eq!(publisher.metrics().port("evicted_sessions_total", PORT), 0);
@@ -26,8 +26,8 @@ fn a_silent_session_ends_and_gives_its_descriptor_back() {
 }
 
 #[test]
-fn traffic_in_one_direction_keeps_a_session() {
-    // Far longer than a pause between two datagrams can become, far shorter than what follows.
+fn traffic_in_one_direction_keeps_a_session_alive() {
+    // Much longer than the pause between two datagrams, and much shorter than the test.
     const IDLE: Duration = Duration::from_millis(1500);
     const TALK: Duration = Duration::from_millis(4000);
     let net = Topology::three();
@@ -56,7 +56,7 @@ fn traffic_in_one_direction_keeps_a_session() {
 }
 
 #[test]
-fn a_full_table_makes_room_at_the_cost_of_the_longest_silent_unanswered_session() {
+fn a_full_table_evicts_the_longest_idle_unanswered_session() {
     let net = Topology::three();
     let server = socket(&net.container, container(53));
     let arguments = format!(
@@ -83,15 +83,15 @@ fn a_full_table_makes_room_at_the_cost_of_the_longest_silent_unanswered_session(
     assert_eq!(metrics.port("sessions_total", PORT), 24);
     assert_eq!(metrics.port("evicted_sessions_total", PORT), 16);
     wait_until("the evicted ones have closed", || publisher.process.open_fds() <= idle + 8);
-    // The answered ones are still there, as are the last of the others.
+    // The answered sessions and the newest unanswered ones are kept.
     for (friend, upstream) in friends.iter().zip(&met) {
         assert_eq!(meet(friend), *upstream);
     }
     assert_eq!(meet(&strangers[19]), strangers_met[19]);
     assert_eq!(publisher.metrics().port("evicted_sessions_total", PORT), 16);
 
-    // Four more that are answered push the last strangers out; then the longest silent friend has
-    // to go.
+    // Four more answered sessions evict the last unanswered ones; then the longest idle answered
+    // session is evicted.
     let more: Vec<UdpSocket> = (0..4).map(|_| new_socket()).collect();
     for client in &more {
         answered(client);
@@ -99,18 +99,18 @@ fn a_full_table_makes_room_at_the_cost_of_the_longest_silent_unanswered_session(
     assert_eq!(
         meet(&friends[0]),
         met[0],
-        "it speaks up, which makes its neighbour the longest silent one"
+        "a datagram refreshes it, so its neighbour is the longest idle"
     );
     answered(&new_socket());
     assert_eq!(meet(&friends[0]), met[0]);
-    assert_ne!(meet(&friends[1]), met[1], "a new session, for the old one made room");
+    assert_ne!(meet(&friends[1]), met[1], "a new session, because the old one was evicted");
     let metrics = publisher.metrics();
     assert_eq!(metrics.port("sessions", PORT), 8);
     assert_eq!(metrics.port("evicted_sessions_total", PORT), 16 + 4 + 2);
 }
 
 #[test]
-fn a_source_with_its_share_replaces_its_own_longest_silent_session_and_nobody_elses() {
+fn a_source_at_its_share_replaces_only_its_own_longest_idle_session() {
     let net = Topology::three();
     net.client.ip(&["addr", "add", "203.0.113.10/24", "dev", "eth0"]);
     let _echo = EchoServer::udp(&net.container, container(53));
@@ -119,11 +119,11 @@ fn a_source_with_its_share_replaces_its_own_longest_silent_session_and_nobody_el
     let from = |address: Ipv4Addr| socket(&net.client, (address, 0).into());
     let modest = from(Ipv4Addr::new(203, 0, 113, 10));
     assert_eq!(echo(&modest, host(5353), b"another"), b"another");
-    // Each from a new port, as a resolver does: all are served.
+    // Each from a new port, like a resolver: all are served.
     for number in 0..20_u8 {
         assert_eq!(echo(&from(addr::CLIENT_V4), host(5353), &[number]), [number]);
     }
-    assert_eq!(echo(&modest, host(5353), b"still here"), b"still here");
+    assert_eq!(echo(&modest, host(5353), b"still open"), b"still open");
     let metrics = publisher.metrics();
     assert_eq!(metrics.port("sessions", PORT), 4);
     assert_eq!(metrics.port("sessions_total", PORT), 21);
@@ -131,7 +131,7 @@ fn a_source_with_its_share_replaces_its_own_longest_silent_session_and_nobody_el
 }
 
 #[test]
-fn six_thousand_ports_of_one_address_at_once_lose_nothing() {
+fn six_thousand_concurrent_ports_of_one_address_lose_nothing() {
     const PORTS: usize = 6000;
     raise_open_files(PORTS as u64 + 1000);
     let net = Topology::three();
@@ -144,8 +144,7 @@ fn six_thousand_ports_of_one_address_at_once_lose_nothing() {
         for client in batch {
             client.send_to(b"a question", host(5353)).unwrap();
         }
-        // No faster than they are dealt with: buffers on the way, which are not ours, hold some
-        // hundreds.
+        // Paced by the proxy: buffers outside of it hold only some hundred packets.
         let sent = 100 * (number as u64 + 1);
         publisher.wait_for_metrics(|metrics| metrics.port("sessions_total", PORT) == sent);
     }
@@ -158,18 +157,18 @@ fn six_thousand_ports_of_one_address_at_once_lose_nothing() {
 }
 
 #[test]
-fn figures_count_every_datagram_and_byte() {
+fn metrics_count_every_datagram_and_byte() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
     let publisher =
         Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
-    let sizes = [0, 1, 1200, 9000, LARGEST];
+    let sizes = [0, 1, 1200, 9000, MAX_PAYLOAD];
     for size in sizes {
         assert_eq!(echo(&client, host(5353), &payload(size, 1)).len(), size);
     }
     let (datagrams, bytes) = (sizes.len() as u64, sizes.iter().sum::<usize>() as u64);
-    // An answer may be here before it is counted.
+    // A reply may arrive before it is counted.
     let metrics = publisher.wait_for_metrics(|metrics| {
         let value = |name, direction| metrics.labelled(name, PORT, "direction", direction);
         ["in", "out"].iter().all(|direction| {
@@ -182,7 +181,7 @@ fn figures_count_every_datagram_and_byte() {
 }
 
 #[test]
-fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_out() {
+fn twenty_thousand_sources_are_bounded_and_do_not_evict_an_active_client() {
     const SOURCES: u32 = 20_000;
     const BATCH: usize = 100;
     const SESSIONS: usize = 1000;
@@ -207,7 +206,7 @@ fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_o
                 forged.send_to(b"forged", host(5353)).unwrap();
             }
         });
-        // No faster than it is dealt with.
+        // Paced by the proxy.
         let sent = u64::from(batch) + BATCH as u64;
         publisher.wait_for_metrics(|metrics| metrics.port("sessions_total", PORT) > sent);
         assert_eq!(echo(&at_work, host(5353), b"?still there"), b"?still there");
@@ -221,14 +220,14 @@ fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_o
     assert_eq!(
         metrics.port("sessions_total", PORT),
         u64::from(SOURCES) + 1,
-        "the client at work kept its own"
+        "the active client kept its session"
     );
     let evicted = u64::from(SOURCES) + 1 - SESSIONS as u64;
     assert_eq!(metrics.port("evicted_sessions_total", PORT), evicted);
     let grown = publisher.process.rss().saturating_sub(memory);
     assert!(grown < 1 << 20, "{grown} bytes more than after a quarter of them");
 
-    // One address with as many ports gets its share and no more.
+    // One address with as many ports gets only its share.
     let greedy: Vec<UdpSocket> =
         (0..150).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
     for client in &greedy {
@@ -242,7 +241,7 @@ fn twenty_thousand_sources_are_held_in_bounds_and_do_not_push_a_client_at_work_o
 }
 
 #[test]
-fn with_64_descriptors_everybody_is_answered_and_one_client_leaves_a_third_to_others() {
+fn with_64_descriptors_all_clients_are_served_and_one_client_leaves_a_third_to_others() {
     let net = Topology::three();
     net.client.ip(&["addr", "add", "203.0.113.10/24", "dev", "eth0"]);
     let _echo = EchoServer::udp(&net.container, container(53));
@@ -267,7 +266,7 @@ fn with_64_descriptors_everybody_is_answered_and_one_client_leaves_a_third_to_ot
 }
 
 #[test]
-fn whom_nobody_answers_does_not_keep_others_out_when_descriptors_are_short() {
+fn unanswered_clients_do_not_lock_out_others_when_descriptors_are_short() {
     let net = Topology::three();
     let server = socket(&net.container, container(53));
     let arguments = format!("5353:53/udp --to {}", addr::CONTAINER_V4);
@@ -297,7 +296,7 @@ fn whom_nobody_answers_does_not_keep_others_out_when_descriptors_are_short() {
         .find(|(datagram, _)| datagram == wanted)
         .map(|(_, from)| from)
     };
-    wait_until("a late client is let in", || {
+    wait_until("a late client gets a session", || {
         late.send_to(b"let me in", host(5353)).unwrap();
         arrived(b"let me in").is_some()
     });
@@ -307,7 +306,7 @@ fn whom_nobody_answers_does_not_keep_others_out_when_descriptors_are_short() {
 }
 
 #[test]
-fn sessions_do_not_hold_up_the_end() {
+fn sessions_do_not_delay_the_exit() {
     let net = Topology::three();
     let _echo = EchoServer::udp(&net.container, container(53));
     let mut publisher = Publisher::start(
@@ -316,5 +315,5 @@ fn sessions_do_not_hold_up_the_end() {
     );
     let client = socket(&net.client, unspecified(host(5353)));
     assert_eq!(echo(&client, host(5353), b"hello"), b"hello");
-    assert_eq!(publisher.process.stop(Signal::TERM, PATIENCE).code(), Some(0));
+    assert_eq!(publisher.process.stop(Signal::TERM, TIMEOUT).code(), Some(0));
 }
