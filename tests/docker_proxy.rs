@@ -1,9 +1,8 @@
-//! The `docker-proxy` binary, driven the way dockerd drives it.
+//! The `docker-proxy` binary, driven as by dockerd.
 //!
-//! dockerd starts one process per port, with a pipe as descriptor 3, reads from it whether the port
-//! is open, and ends the process with SIGINT. Everything here starts the real binary in a namespace
-//! of its own and talks to it through those means only; `dockerd.rs` puts a real dockerd in their
-//! place.
+//! dockerd starts one process per port with a pipe as descriptor 3, reads from the pipe whether the
+//! port is open, and ends the process with SIGINT. These tests start the real binary in a namespace
+//! of its own and use only these means. `dockerd.rs` uses a real dockerd instead.
 
 #[path = "docker_proxy/command_line.rs"]
 mod command_line;

@@ -1,5 +1,5 @@
-//! The dashboards, rules and alerts of `grafana/`, with a real Prometheus that scrapes a
-//! `tidegate up` under traffic.
+//! The dashboards, rules and alerts of `grafana/`, with a real Prometheus that scrapes a `tidegate
+//! up` under traffic.
 
 #[path = "api/ask.rs"]
 mod ask;
@@ -25,15 +25,15 @@ use tidegate_testbed::{Process, Signal, eventually, require_program};
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// Panels whose expression has no data under the traffic of this test, each with the reason. All
-/// others must have some.
+/// Panels whose expression has no data in this test, each with the reason. All others must have
+/// data.
 const WITHOUT_DATA: &[(&str, &str)] = &[];
 
-/// Alerts that depend on how busy the machine is.
+/// Alerts that depend on the load of the machine.
 const SLOWNESS: [&str; 3] = ["TidegateDialSlow", "TidegateNatRetransmits", "TidegateUpstreamSlow"];
 
 #[test]
-fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
+fn every_expression_has_data_and_stored_values_match_the_traffic() {
     for program in ["prometheus", "promtool", "dnsmasq", "dig"] {
         require_program(program);
     }
@@ -45,14 +45,14 @@ fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
     command.args(["up", "--firewall=none", "--metrics", TARGET, "-f"]).arg(&file);
     let mut up = Process::spawn(&mut command);
     up.wait_for_line("Ctrl-C takes", SOON);
-    // One has the NAT engine and no firewall, the other a firewall.
+    // One instance has the NAT engine and no firewall, the other has a firewall.
     let other_socket = scene.directory.path().join("other.sock");
     let mut other = Process::spawn(&mut other(&scene, &other_socket));
     other.wait_for_line("Ctrl-C takes", SOON);
     let server = Prometheus::start(&scene.net.host);
     let traffic = Traffic::prepare(&scene.net, &up);
 
-    // Rates need a scrape before, and one after.
+    // Rates need a scrape before and after.
     for round in 0..ROUNDS {
         server.wait_for_scrapes(2);
         traffic.round(round);
@@ -73,7 +73,7 @@ fn every_expression_has_data_and_what_was_sent_is_what_is_stored() {
     assert_eq!(state(&scene.net.host), before);
 }
 
-/// A project behind nftables, beside the one that has the traffic.
+/// A project with nftables, next to the one with the traffic.
 fn other(scene: &Scene, socket: &Path) -> Command {
     let file = scene.directory.path().join("other.yaml");
     std::fs::write(&file, "name: walled\nservices: { idle: { command: [ sleep, '60' ] } }\n")
@@ -84,7 +84,7 @@ fn other(scene: &Scene, socket: &Path) -> Command {
     command
 }
 
-/// Two changes of rules.
+/// Two changes of the ruleset.
 #[track_caller]
 fn port_comes_and_goes(socket: &Path) {
     let (code, ports) = ask::ask(
@@ -98,12 +98,12 @@ fn port_comes_and_goes(socket: &Path) {
     assert_eq!(code, 204);
 }
 
-/// Exact numbers of bytes, connections, datagrams, questions and flows.
+/// Exact numbers of bytes, connections, datagrams, queries and flows.
 #[track_caller]
 fn stored_exactly(server: &Prometheus, traffic: &Traffic) {
     for (expression, expected) in traffic.expected() {
         let mut last = None;
-        // What has just been closed is counted a moment later, and scraped after that.
+        // Closed connections are counted a moment later, and scraped after that.
         let as_sent = eventually(SOON, || {
             last = server.query(&expression).single();
             last == Some(expected)
@@ -112,7 +112,7 @@ fn stored_exactly(server: &Prometheus, traffic: &Traffic) {
     }
 }
 
-/// Each panel and each variable, with every box of the variables ticked as well as with "All".
+/// Each panel and each variable, with all values selected and with "All".
 fn panels_have_data(server: &Prometheus) {
     let mut complaints = Vec::new();
     for dashboard in dashboards::all() {
@@ -134,7 +134,7 @@ fn panels_have_data(server: &Prometheus) {
                         Answer::Matrix(_) if target.instant => "a matrix, not a vector",
                         answer if answer.has_data() == excused => {
                             if excused {
-                                "has data, and is excused from it"
+                                "has data, although listed in WITHOUT_DATA"
                             } else {
                                 "no data"
                             }
@@ -152,8 +152,8 @@ fn panels_have_data(server: &Prometheus) {
     assert!(complaints.is_empty(), "{}", complaints.join("\n"));
 }
 
-/// Those that record have data; those that alert are evaluated without an error, and what is wrong
-/// here is noticed.
+/// Recording rules have data. Alerting rules are evaluated without errors, and the faults of this
+/// test are pending.
 fn rules_are_evaluated(server: &Prometheus) {
     let rules = server.rules();
     let recorded = rules.iter().filter(|rule| rule.kind == "recording").count();
@@ -174,8 +174,8 @@ fn rules_are_evaluated(server: &Prometheus) {
             (_, answer) => panic!("{}: {answer:?}", rule.name),
         }
     }
-    // A backend that refuses, and a UDP port where nobody listens: the traffic has both. A busy
-    // machine may be slow as well.
+    // The traffic includes a refusing backend and a closed UDP port. A busy machine may be slow as
+    // well.
     pending.retain(|name| !SLOWNESS.contains(name));
     assert_eq!(pending, BTreeSet::from(["TidegateBackendUnreached", "TidegateDatagramsDropped"]));
 }
@@ -202,10 +202,10 @@ fn promtool_accepts_configuration_and_rules_and_their_tests_pass() {
     );
 }
 
-/// Every alert fires in one of promtool's tests and is quiet in another, and the page says what to
-/// do about it; every recording rule is tested both ways.
+/// Every alert fires in one promtool test and is silent in another, and the documentation has its
+/// remedy. Every recording rule is tested both ways.
 #[test]
-fn every_rule_is_tested_and_every_alert_is_on_the_page() {
+fn every_rule_is_tested_and_every_alert_is_documented() {
     let read = |path: &str| std::fs::read_to_string(dashboards::root(path)).unwrap();
     let values = |text: &str, key: &str| -> Vec<String> {
         text.lines()
@@ -244,7 +244,7 @@ fn every_rule_is_tested_and_every_alert_is_on_the_page() {
 }
 
 #[test]
-fn dashboards_have_what_grafana_wants_of_them() {
+fn dashboards_are_valid_for_grafana() {
     let all = dashboards::all();
     let uids: BTreeSet<&str> = all.iter().map(|dashboard| dashboard.uid.as_str()).collect();
     assert_eq!(
@@ -256,10 +256,9 @@ fn dashboards_have_what_grafana_wants_of_them() {
     }
 }
 
-/// What the Compose file mounts is there, and Grafana looks for the dashboards where they are
-/// mounted.
+/// The files that the Compose file mounts exist, and Grafana is configured with their mount points.
 #[test]
-fn the_compose_file_mounts_what_there_is_where_it_is_looked_for() {
+fn the_compose_file_mounts_existing_files_where_they_are_expected() {
     let read = |path: &str| std::fs::read_to_string(dashboards::root(path)).unwrap();
     let compose = read("grafana/compose.yaml");
     let mounts: Vec<(&str, &str)> = compose
@@ -274,11 +273,11 @@ fn the_compose_file_mounts_what_there_is_where_it_is_looked_for() {
     let provider = read("grafana/provisioning/dashboards/tidegate.yml");
     assert!(provider.contains(&format!("path: {}\n", at("dashboards"))), "{provider}");
     assert!(compose.contains(&format!("--config.file={}\n", at("prometheus.yml"))), "{compose}");
-    // Rules are named by their path from the configuration.
+    // The configuration names rules by relative path.
     assert_eq!(Path::new(at("prometheus.yml")).parent(), Path::new(at("rules")).parent());
 }
 
-/// What `promtool` says; it must be content.
+/// The output of `promtool`, which must succeed.
 #[track_caller]
 fn promtool(args: &[&str], input: &str) -> String {
     let mut command = Command::new("promtool");

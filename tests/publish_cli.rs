@@ -1,5 +1,4 @@
-//! `tidegate publish` as a command: what it refuses and how it says so, what it prints, and what it
-//! tells Prometheus.
+//! The command `tidegate publish`: errors, output, and metrics.
 
 #[path = "publish_cli/confined.rs"]
 mod confined;
@@ -25,7 +24,7 @@ use std::time::Instant;
 use clap::CommandFactory;
 use socket2::SockRef;
 use support::{
-    Backend, METRICS, TIMEOUT, Publisher, ask, connect, http, patient, read_all, tidegate,
+    Backend, METRICS, Publisher, TIMEOUT, ask, connect, http, patient, read_all, tidegate,
     wait_until,
 };
 use tidegate_testbed::server::EchoServer;
@@ -33,13 +32,13 @@ use tidegate_testbed::{
     Namespace, Process, Protocol, Signal, Topology, addr, eventually, raise_open_files,
 };
 
-/// How the published port is called where only IPv4 is looked at.
+/// The label of the published port for IPv4.
 const PORT: &str = "0.0.0.0:8080/tcp";
 
 /// The user id of nobody.
 const NOBODY: u32 = 65_534;
 
-/// A port as `--json` tells it.
+/// A port in the output of `--json`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Entry {
     publish: String,
@@ -49,7 +48,7 @@ struct Entry {
     container_port: u16,
 }
 
-/// What the process says with `--json`.
+/// The ports in the output of `--json`.
 #[track_caller]
 fn published(process: &Process) -> Vec<Entry> {
     let told: serde_json::Value =
@@ -74,7 +73,8 @@ fn publish(to: SocketAddr) -> &'static str {
     if to.is_ipv4() { PORT } else { "[::]:8080/tcp" }
 }
 
-/// Runs a command that must end with `code` and returns what it said: nothing on standard output.
+/// Runs a command that must exit with `code` and an empty standard output. Returns its standard
+/// error.
 #[track_caller]
 fn fails(mut command: Command, code: i32) -> String {
     let (status, out, error) = run(&mut command);
@@ -83,7 +83,7 @@ fn fails(mut command: Command, code: i32) -> String {
     error
 }
 
-/// Runs a command that must succeed and returns what it printed.
+/// Runs a command that must succeed and returns its standard output.
 #[track_caller]
 fn succeeds(mut command: Command) -> String {
     let (status, out, error) = run(&mut command);
@@ -91,7 +91,7 @@ fn succeeds(mut command: Command) -> String {
     out
 }
 
-/// Exit status, standard output and standard error of a command that ends by itself.
+/// The exit code, standard output and standard error of a command.
 #[track_caller]
 fn run(command: &mut Command) -> (Option<i32>, String, String) {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -114,7 +114,7 @@ fn run(command: &mut Command) -> (Option<i32>, String, String) {
 fn assert_one_line(said: &str) {
     assert!(said.starts_with("tidegate: error: ") && said.ends_with('\n'), "{said:?}");
     assert_eq!(said.lines().count(), 1, "{said:?}");
-    assert!(!said.contains("os error"), "{said:?} speaks Rust");
+    assert!(!said.contains("os error"), "{said:?} has an error number");
 }
 
 #[track_caller]
@@ -124,7 +124,7 @@ fn assert_nothing_is_bound(namespace: &Namespace) {
     }
 }
 
-/// Connects and reads a byte: how many came, or what went wrong.
+/// Connects and reads a byte. Returns the number of bytes or the error.
 fn connect_and_see(from: &Namespace, to: SocketAddr) -> Result<usize, io::ErrorKind> {
     let read = from.run(|| {
         TcpStream::connect_timeout(&to, TIMEOUT).and_then(|stream| patient(stream).read(&mut [0]))
@@ -132,7 +132,7 @@ fn connect_and_see(from: &Namespace, to: SocketAddr) -> Result<usize, io::ErrorK
     read.map_err(|error| error.kind())
 }
 
-/// A child that is killed and reaped with its guard.
+/// A child process that is killed and reaped on drop.
 struct Killed(Child);
 
 impl Drop for Killed {
@@ -142,7 +142,7 @@ impl Drop for Killed {
     }
 }
 
-/// The program where an ordinary user can execute it, wherever it was built.
+/// A copy of the program that an ordinary user can execute.
 struct Unprivileged {
     directory: tempfile::TempDir,
 }
@@ -152,8 +152,8 @@ impl Unprivileged {
         let directory = tempfile::tempdir().unwrap();
         std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let program = Self { directory };
-        // Not with a descriptor of ours: a child that another test is just starting could hold a
-        // copy of it, and a file that is open for writing cannot be executed.
+        // Copied by another process: a child that another test starts could inherit a descriptor of
+        // ours, and a file open for writing cannot be executed.
         let mut install = Command::new("install");
         install.args(["-m", "755", env!("CARGO_BIN_EXE_tidegate")]).arg(program.path());
         succeeds(install);
@@ -164,21 +164,21 @@ impl Unprivileged {
         self.directory.path().join("tidegate")
     }
 
-    /// `tidegate` with `arguments` in `namespace`, run by nobody, who has no capability at all.
+    /// `tidegate` with `arguments` in `namespace`, run as nobody without capabilities.
     fn command(&self, namespace: &Namespace, arguments: &str) -> Command {
         let mut command = namespace.command(self.path().to_str().unwrap());
         command
             .args(arguments.split_ascii_whitespace())
             .env_remove("TIDEGATE_LOG")
             .current_dir("/");
-        // Behind the entering of the namespace, which takes root.
-        // SAFETY: the closure makes system calls and nothing else.
+        // Runs after entering the namespace, which requires root.
+        // SAFETY: the closure only makes system calls.
         unsafe {
             command.pre_exec(|| {
                 let dropped = libc::setgroups(0, std::ptr::null()) == 0
                     && libc::setresgid(NOBODY, NOBODY, NOBODY) == 0
                     && libc::setresuid(NOBODY, NOBODY, NOBODY) == 0
-                    // Changing the user has cancelled it.
+                    // Changing the user has cleared the parent death signal.
                     && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == 0;
                 if dropped { Ok(()) } else { Err(io::Error::last_os_error()) }
             });
@@ -187,12 +187,12 @@ impl Unprivileged {
     }
 }
 
-/// Reads a page in the text format of Prometheus (exposition format 0.0.4) and returns its
-/// families. Every line has to be right: each family declared once and before its samples, which
-/// stand together, and no series twice.
+/// Parses a page in the Prometheus text format (exposition format 0.0.4) and returns its families.
+/// Checks that each family is declared once and before its samples, that its samples are
+/// contiguous, and that no series is repeated.
 #[track_caller]
 fn check_exposition(page: &str) -> BTreeSet<String> {
-    assert!(page.ends_with('\n'), "the last line has no end");
+    assert!(page.ends_with('\n'), "the last line is not terminated");
     let name_ok = |name: &str| {
         let head = |c: char| c.is_ascii_alphabetic() || c == '_' || c == ':';
         name.starts_with(head) && name.chars().all(|c| head(c) || c.is_ascii_digit())
@@ -229,11 +229,11 @@ fn check_exposition(page: &str) -> BTreeSet<String> {
                 .any(|end| name.strip_suffix(end) == Some(&current));
             assert!(
                 name == current || (kind == Some("histogram") && of_histogram),
-                "{line:?} is not of {current:?}"
+                "{line:?} does not belong to {current:?}"
             );
             assert!(
                 kind != Some("counter") || name.ends_with("_total"),
-                "{line:?}: a counter's name ends in _total"
+                "{line:?}: the name of a counter ends in _total"
             );
             for label in labels.split("\",").filter(|label| !label.is_empty()) {
                 let (key, value) = label.split_once("=\"").unwrap_or_else(|| panic!("{line:?}"));

@@ -1,4 +1,4 @@
-//! Scrapes: a storm of them, and more ports than have series of their own.
+//! Scrapes: a storm of them, and more ports than have their own series.
 
 #[path = "api/ask.rs"]
 mod ask;
@@ -18,16 +18,16 @@ use tidegate_testbed::{Namespace, Process, Signal, Topology, addr};
 
 const SOON: Duration = Duration::from_secs(30);
 
-/// Who scrapes at a time, and what is asked of the proxy meanwhile.
+/// Concurrent scrapers, and requests to the proxy meanwhile.
 const SCRAPERS: usize = 100;
 const REQUESTS: usize = 300;
 
-/// A request that takes longer has not been delayed but held up. How much the storm delays requests
-/// says `cargo bench --bench metrics_cost`; here other tests are at work as well.
-const HELD_UP: Duration = Duration::from_secs(5);
+/// A request that takes longer was blocked, not just delayed. `cargo bench --bench metrics_cost`
+/// measures the delay; this machine also runs other tests.
+const BLOCKED: Duration = Duration::from_secs(5);
 
 #[test]
-fn a_storm_of_scrapes_fails_no_request_and_no_scrape_that_was_let_in() {
+fn a_storm_of_scrapes_fails_no_request_and_no_accepted_scrape() {
     let net = Topology::three();
     let echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let publisher = Publisher::start(&net.host, "8080:80 9000-9399:9000-9399 --to 172.30.0.2");
@@ -72,23 +72,23 @@ fn a_storm_of_scrapes_fails_no_request_and_no_scrape_that_was_let_in() {
     let slowest = times.iter().max().unwrap();
     let pages = pages.load(Ordering::Relaxed);
     println!(
-        "{pages} pages, {} turned away, slowest request {slowest:?}",
+        "{pages} pages, {} refused, slowest request {slowest:?}",
         refused.load(Ordering::Relaxed)
     );
     assert!(pages > 0);
-    assert!(*slowest < HELD_UP, "{slowest:?}");
+    assert!(*slowest < BLOCKED, "{slowest:?}");
     assert_eq!(echo.served(), REQUESTS as u64);
     let metrics = publisher.metrics();
     assert_eq!(metrics.port("connections_total", "0.0.0.0:8080/tcp"), REQUESTS as u64);
     assert_eq!(metrics.refused("0.0.0.0:8080/tcp", "exhausted"), 0);
 }
 
-/// A whole page; `None` when there are too many scrapes.
+/// A complete page; `None` if there are too many scrapes.
 #[track_caller]
 fn scrape() -> Option<String> {
     let mut stream = TcpStream::connect_timeout(&METRICS.parse().unwrap(), SOON).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
-    // A client may be turned away before it has asked.
+    // A client may be refused before it has sent the request.
     let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
     let mut answer = String::new();
     if let Err(error) = stream.read_to_string(&mut answer) {
@@ -102,7 +102,7 @@ fn scrape() -> Option<String> {
     assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
     assert!(
         head.contains(&format!("Content-Length: {}", body.len())),
-        "cut: {head}, {} bytes",
+        "truncated: {head}, {} bytes",
         body.len()
     );
     Some(body.to_owned())
@@ -119,12 +119,12 @@ fn request(to: SocketAddr) {
     assert_eq!(answer, b"echo");
 }
 
-/// How a modest user's scrapes went, the quickest first.
+/// The scrape times of a user with few scrapes, in ascending order.
 fn scrapes(count: usize) -> Vec<Duration> {
     let mut times: Vec<_> = (0..count)
         .map(|_| {
             let begun = Instant::now();
-            scrape().expect("a scrape of one who asks rarely is answered");
+            scrape().expect("the scrape of a user with few scrapes is served");
             let took = begun.elapsed();
             std::thread::sleep(Duration::from_millis(20));
             took
@@ -134,10 +134,10 @@ fn scrapes(count: usize) -> Vec<Duration> {
     times
 }
 
-/// Local clients have one address, and are told apart by their users. What each socket has for its
-/// user is the file system user of the thread that makes it.
+/// Local clients have the same address and are distinguished by user: the file system user of the
+/// thread that creates the socket.
 #[test]
-fn a_greedy_user_costs_the_scrapes_of_another_little() {
+fn a_greedy_user_hardly_delays_the_scrapes_of_another() {
     const COUNT: usize = 50;
     let net = Topology::three();
     let publisher = Publisher::start(&net.host, "8080:80 9000-9019:9000-9019 --to 172.30.0.2");
@@ -146,12 +146,12 @@ fn a_greedy_user_costs_the_scrapes_of_another_little() {
     let greedy = |work: fn(&AtomicBool)| {
         let over = Arc::clone(&over);
         net.host.spawn_thread(move || {
-            // SAFETY: it takes a number, and concerns this thread alone.
+            // SAFETY: setfsuid(2) takes a number and affects only this thread.
             unsafe { libc::setfsuid(65_534) };
             work(&over);
         })
     };
-    // Connections that say nothing, made without end, and scrapes without end.
+    // Silent connections and scrapes in endless loops.
     let silent = |over: &AtomicBool| {
         let mut held = std::collections::VecDeque::new();
         while !over.load(Ordering::Relaxed) {
@@ -169,7 +169,7 @@ fn a_greedy_user_costs_the_scrapes_of_another_little() {
             }
         }
     };
-    // Closed before they are accepted, when the kernel no longer knows whose they were.
+    // Closed before they are accepted, when their user is no longer known.
     let fleeting = |over: &AtomicBool| {
         while !over.load(Ordering::Relaxed) {
             drop(TcpStream::connect(METRICS));
@@ -184,31 +184,31 @@ fn a_greedy_user_costs_the_scrapes_of_another_little() {
     threads.into_iter().for_each(|thread| thread.join().unwrap());
     let (median, last) = (COUNT / 2, COUNT - 1);
     println!(
-        "median {:?} calm, {:?} beside; slowest {:?}, {:?}",
+        "median {:?} calm, {:?} under load; slowest {:?}, {:?}",
         calm[median], beside[median], calm[last], beside[last]
     );
-    // It waits for the page that is being written, and for pieces that are being sent; 33 threads
-    // and the server have two cores.
+    // A scrape waits for the page in progress and for pieces being sent. 33 threads and the server
+    // share two cores.
     assert!(
         beside[median] < calm[median] * 10 + Duration::from_millis(100),
         "{:?}",
         beside[median]
     );
-    assert!(beside[last] < HELD_UP, "{:?}", beside[last]);
+    assert!(beside[last] < BLOCKED, "{:?}", beside[last]);
     let metrics = publisher.metrics();
     assert!(metrics.count("tidegate_scrape_refused_total{reason=\"silent\"}") > 0);
     assert!(
         metrics.count("tidegate_scrape_clients") < metrics.count("tidegate_scrape_clients_limit")
     );
-    let told = publisher.process.output();
+    let log = publisher.process.output();
     let limits: Vec<_> =
-        told.lines().filter(|line| line.contains("limit of metrics clients")).collect();
+        log.lines().filter(|line| line.contains("limit of metrics clients")).collect();
     assert!(!limits.is_empty() && limits.len() <= 4, "{limits:?}");
     assert!(limits.iter().all(|line| line.contains("user 65534 of this host")), "{limits:?}");
 }
 
 #[test]
-fn a_metrics_port_in_use_keeps_no_network_down_and_is_taken_when_it_is_free() {
+fn a_metrics_port_in_use_blocks_no_network_and_is_bound_when_free() {
     let scene = Scene::new();
     let holder = scene.net.host.run(|| std::net::TcpListener::bind(METRICS)).unwrap();
     let file = scene.directory.path().join("compose.yaml");
@@ -217,9 +217,9 @@ fn a_metrics_port_in_use_keeps_no_network_down_and_is_taken_when_it_is_free() {
     let mut command = scene.tidegate();
     let up = Process::spawn(command.env("TIDEGATE_LOG", "info").args(["up", "-f"]).arg(&file));
     up.wait_for_line("Ctrl-C takes", SOON);
-    let told = up.wait_for_line("metrics are not served", SOON);
-    assert!(told.contains("port 9464/tcp on 127.0.0.1 is in use by "), "{told}");
-    assert!(told.contains(&format!("(pid {})", std::process::id())), "{told}");
+    let warning = up.wait_for_line("metrics are not served", SOON);
+    assert!(warning.contains("port 9464/tcp on 127.0.0.1 is in use by "), "{warning}");
+    assert!(warning.contains(&format!("(pid {})", std::process::id())), "{warning}");
     let ps = || String::from_utf8(scene.tidegate().arg("ps").output().unwrap().stdout).unwrap();
     assert!(ps().contains("metrics are not served: 127.0.0.1:9464 is in use"), "{}", ps());
     let status = || ask::get(&scene.socket(), "/v1/status").1["metrics"].clone();
@@ -233,7 +233,7 @@ fn a_metrics_port_in_use_keeps_no_network_down_and_is_taken_when_it_is_free() {
 }
 
 #[test]
-fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
+fn ports_without_their_own_series_are_summed_up_and_sums_stay_correct() {
     let scene = Scene::new();
     let file = scene.directory.path().join("compose.yaml");
     let project =
@@ -274,7 +274,7 @@ fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
     assert_eq!(page.count("tidegate_proxy_dial_seconds_count{publish=\"other/tcp\"}"), 8);
     assert_eq!(page.count("tidegate_proxy_ports{series=\"other\"}"), 4);
     assert_eq!(total(&page), 14);
-    // The API knows all of them.
+    // The API has all of them.
     let (_, figures) = ask::get(&socket, "/v1/figures");
     let begun: Vec<u64> = figures["ports"]
         .as_array()
@@ -284,8 +284,8 @@ fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
         .collect();
     assert_eq!(begun, [2; 7]);
 
-    // Two of the sum go, and one that has series: what the sum has counted stays, and what comes in
-    // the place of the other has series.
+    // Two ports of the sum and one with its own series are removed. The sum keeps its counts, and
+    // the next port gets its own series.
     for id in [ids[0], ids[4], ids[5]] {
         assert_eq!(ask::ask(&socket, "DELETE", &format!("/v1/ports/{id}"), "").0, 204);
     }
@@ -304,7 +304,7 @@ fn ports_beyond_those_with_series_are_told_in_one_sum_and_sums_stay_right() {
     up.stop(Signal::INT, SOON);
 }
 
-/// The page, once `series` has `wanted`.
+/// The page, once `series` has the value `wanted`.
 #[track_caller]
 fn settled(host: &Namespace, series: &str, wanted: u64) -> Metrics {
     let mut page = String::new();
@@ -316,7 +316,7 @@ fn settled(host: &Namespace, series: &str, wanted: u64) -> Metrics {
     Metrics(page)
 }
 
-/// What the label `publish` says of connections.
+/// The values of the label `publish` for connections.
 fn series(page: &str) -> Vec<&str> {
     let lines = page
         .lines()

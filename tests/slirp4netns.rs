@@ -1,8 +1,8 @@
-//! The `slirp4netns` binary, driven the way rootless engines drive it, and by them.
+//! The `slirp4netns` binary, driven like rootless engines do, and by these engines.
 //!
-//! An ordinary user (nobody) starts it on a host that the test has made, for containers in user
-//! namespaces of its own. `rootlesskit.rs` and `podman.rs` put the real callers in the test's
-//! place, `side_by_side.rs` the real slirp4netns beside ours.
+//! An ordinary user (nobody) starts it on a host created by the test, for containers in user
+//! namespaces. `rootlesskit.rs` and `podman.rs` use the real callers, and `side_by_side.rs`
+//! compares it with the real slirp4netns.
 
 #[path = "slirp4netns/command_line.rs"]
 mod command_line;

@@ -1,5 +1,5 @@
-//! The command line, from the outside: what Go's `flag` package takes is taken, and all else is
-//! refused.
+//! The command line: everything that Go's `flag` package accepts is accepted, and everything else
+//! is rejected.
 
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Protocol, Signal};
@@ -7,16 +7,16 @@ use tidegate_testbed::{Namespace, Process, Protocol, Signal};
 use crate::driver::{LOOPBACK, LOOPBACK_UDP, Launch, SOON, back, command, connect, echo, front};
 
 #[test]
-fn every_form_that_go_takes_opens_the_port() {
+fn every_form_that_go_accepts_opens_the_port() {
     let host = Namespace::new();
     let server = EchoServer::tcp(&host, back());
     let forms = [
         LOOPBACK,
-        // Two dashes, the value behind an equals sign, both; any order.
+        // Two dashes, the value after an equals sign, or both, in any order.
         "--proto tcp --host-ip 127.0.0.1 --host-port 8080 --container-ip 127.0.0.1 --container-port 9000",
         "-container-port=9000 -container-ip=127.0.0.1 -host-port=8080 -host-ip=127.0.0.1 -proto=tcp",
         "--container-port=9000 -container-ip 127.0.0.1 --host-port 8080 -host-ip=127.0.0.1",
-        // Defaults: tcp, all addresses.
+        // Defaults: tcp and all addresses.
         "-host-port 8080 -container-ip 127.0.0.1 -container-port 9000",
         // A container address of 0.0.0.0 is the host itself.
         "-host-port 8080 -container-port 9000",
@@ -24,13 +24,13 @@ fn every_form_that_go_takes_opens_the_port() {
         "-host-port 0x1f90 -container-ip 127.0.0.1 -container-port 0X2328",
         "-host-port 0o17620 -container-ip 127.0.0.1 -container-port 021450",
         "-host-port 0b1_1111_1001_0000 -container-ip 127.0.0.1 -container-port +9_000",
-        // The last of several wins, whatever the first were.
+        // The last of several values wins, whatever the others are.
         "-host-port 1 -host-ip nonsense -container-port 2 -host-port 8080 -host-ip 127.0.0.1 -container-port 9000",
         // Switches that are off.
         "-v=false --version=F -use-listen-fd=0 -host-port 8080 -container-ip 127.0.0.1 -container-port 9000",
         // Two dashes alone end the flags.
         "-host-port 8080 -container-ip 127.0.0.1 -container-port 9000 --",
-        // An IPv4 address in IPv6 clothes.
+        // IPv4-mapped IPv6 addresses.
         "-host-ip ::ffff:127.0.0.1 -host-port 8080 -container-ip ::ffff:127.0.0.1 -container-port 9000",
     ];
     for form in forms {
@@ -42,7 +42,7 @@ fn every_form_that_go_takes_opens_the_port() {
 }
 
 #[test]
-fn udp_and_ipv6_are_asked_for_by_their_flags() {
+fn flags_select_udp_and_ipv6() {
     let host = Namespace::new();
     let _udp = Launch::new(&host, LOOPBACK_UDP).start().ready();
     let _v6 =
@@ -53,12 +53,12 @@ fn udp_and_ipv6_are_asked_for_by_their_flags() {
     assert_eq!(host.bound_ports(Protocol::Tcp), [8081].into());
     assert!(
         host.run(|| std::net::TcpStream::connect("127.0.0.1:8081")).is_err(),
-        "it listens on ::1 only"
+        "it listens only on ::1"
     );
 }
 
 #[test]
-fn what_is_not_understood_is_refused_with_the_usage() {
+fn invalid_command_lines_are_rejected_with_the_usage() {
     let host = Namespace::new();
     let ports = "-host-port 8080 -container-port 9000";
     let refusals = [
@@ -120,7 +120,7 @@ fn what_is_not_understood_is_refused_with_the_usage() {
 }
 
 #[test]
-fn the_version_is_told_as_docker_tells_it() {
+fn the_version_has_the_format_of_docker() {
     let host = Namespace::new();
     for arguments in ["-v", "--version", "-version=true", "-host-port 1 -v"] {
         let mut proxy = Process::spawn(&mut command(&host, arguments));
@@ -132,7 +132,7 @@ fn the_version_is_told_as_docker_tells_it() {
 }
 
 #[test]
-fn what_cannot_be_printed_is_no_crash() {
+fn a_failed_write_to_standard_output_is_not_a_crash() {
     let host = Namespace::new();
     for arguments in ["-v >/dev/full", "-h 2>/dev/full"] {
         let mut shell = host.command("sh");
@@ -148,7 +148,7 @@ fn what_cannot_be_printed_is_no_crash() {
 }
 
 #[test]
-fn help_is_no_failure() {
+fn help_exits_successfully() {
     let host = Namespace::new();
     for arguments in ["-h", "--help", "-host-port 1 -help"] {
         let mut proxy = Process::spawn(&mut command(&host, arguments));

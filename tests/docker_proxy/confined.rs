@@ -1,4 +1,4 @@
-//! What is left to somebody who takes the proxy over: tried from inside of it.
+//! What an attacker can do after taking over the proxy, tried from inside of it.
 
 #![cfg(target_arch = "x86_64")]
 

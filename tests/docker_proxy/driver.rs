@@ -1,4 +1,4 @@
-//! What dockerd does to a docker-proxy: descriptors, arguments, and the reading of its answer.
+//! The role of dockerd for a docker-proxy: descriptors, arguments, and the status pipe.
 
 use std::ffi::OsStr;
 use std::io::{ErrorKind, Read, Write};
@@ -12,26 +12,26 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tidegate_testbed::{Namespace, Process, Signal, pass_fd};
 
-/// What is expected to come comes within this time, on a busy machine too.
+/// A timeout with a margin for a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 
 /// The descriptors of dockerd's protocol.
 const STATUS_FD: i32 = 3;
 const LISTEN_FD: i32 = 4;
 
-/// What the tests let docker-proxy listen on, unless it matters.
+/// The listening address of docker-proxy in most tests.
 pub(crate) const FRONT: &str = "127.0.0.1:8080";
 
-/// dockerd's arguments for port 8080 of loopback in front of port 9000 there.
+/// The arguments of dockerd for port 8080 of loopback, forwarded to port 9000 of loopback.
 pub(crate) const LOOPBACK: &str =
     "-proto tcp -host-ip 127.0.0.1 -host-port 8080 -container-ip 127.0.0.1 -container-port 9000";
 
-/// The same for UDP.
+/// [`LOOPBACK`] for UDP.
 pub(crate) const LOOPBACK_UDP: &str =
     "-proto udp -host-ip 127.0.0.1 -host-port 8080 -container-ip 127.0.0.1 -container-port 9000";
 
-/// `docker-proxy ARGUMENTS` in `namespace`, with none of the variables that steer it and no
-/// descriptor but the first three.
+/// `docker-proxy ARGUMENTS` in `namespace`, without its environment variables and with only the
+/// standard descriptors.
 pub(crate) fn command(namespace: &Namespace, arguments: &str) -> Command {
     let mut command = namespace.command(env!("CARGO_BIN_EXE_docker-proxy"));
     command.args(arguments.split_whitespace()).current_dir("/");
@@ -47,7 +47,7 @@ pub(crate) fn command(namespace: &Namespace, arguments: &str) -> Command {
     command
 }
 
-/// A docker-proxy about to be started with a status pipe.
+/// A docker-proxy with a status pipe, before its start.
 pub(crate) struct Launch {
     command: Command,
     status: OwnedFd,
@@ -59,9 +59,9 @@ impl Launch {
         Self::of(command(namespace, arguments))
     }
 
-    /// Any command, with a status pipe.
+    /// Any command with a status pipe.
     pub(crate) fn of(mut command: Command) -> Self {
-        // A pipe of packets: each read gives what one write gave.
+        // In packet mode, each read returns the data of one write.
         let (status, theirs) =
             pipe_with(PipeFlags::DIRECT | PipeFlags::CLOEXEC).expect("make a pipe");
         pass_fd(&mut command, theirs, STATUS_FD);
@@ -73,15 +73,15 @@ impl Launch {
         self
     }
 
-    /// Hands a bound socket down, as dockerd 28 does.
+    /// Passes a bound socket, like dockerd 28.
     pub(crate) fn listen_on(mut self, socket: impl Into<OwnedFd>) -> Self {
         pass_fd(&mut self.command, socket.into(), LISTEN_FD);
         self
     }
 
-    /// Lets the process be sent SIGTERM when the thread that starts it ends, as dockerd does.
+    /// Sets the parent death signal to SIGTERM, like dockerd.
     pub(crate) fn ends_with_its_parent(mut self) -> Self {
-        // SAFETY: one system call.
+        // SAFETY: the closure makes one system call.
         unsafe {
             self.command.pre_exec(|| {
                 rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
@@ -93,73 +93,72 @@ impl Launch {
 
     #[track_caller]
     pub(crate) fn start(mut self) -> Proxy {
-        // With the command go our copies of the descriptors.
+        // This also drops our copies of the descriptors.
         Proxy { process: Process::spawn(&mut self.command), status: self.status }
     }
 }
 
-/// A docker-proxy that may or may not have opened its port.
+/// A started docker-proxy with an unread status pipe.
 pub(crate) struct Proxy {
     process: Process,
     status: OwnedFd,
 }
 
-/// How a docker-proxy that did not open its port said so.
+/// The failure of a docker-proxy.
 pub(crate) struct Refusal {
-    /// What dockerd would show.
+    /// The reason that dockerd shows.
     pub(crate) reason: String,
-    /// What was written to standard error.
+    /// The standard error.
     pub(crate) stderr: String,
     pub(crate) exit_code: Option<i32>,
 }
 
 impl Proxy {
-    /// Reads the answer as dockerd does: `0` and a newline in one piece. After that the pipe must
-    /// be closed.
+    /// Reads the status like dockerd: `0` and a newline in one read. The pipe must then be closed.
     #[track_caller]
     pub(crate) fn ready(self) -> Process {
         let first = self.packet();
-        assert_eq!(first.as_deref(), Some("0\n"), "it said:\n{}", self.process.output());
+        assert_eq!(first.as_deref(), Some("0\n"), "output:\n{}", self.process.output());
         assert_eq!(self.packet(), None, "the pipe must be closed");
         self.process
     }
 
-    /// Reads why the port was not opened, and waits for the end of the process.
+    /// Reads the reason of a failure, and waits for the exit.
     #[track_caller]
     pub(crate) fn refused(mut self) -> Refusal {
         let first = self.packet().unwrap_or_default();
         let reason = first
             .strip_prefix("1\n")
-            .unwrap_or_else(|| panic!("{first:?} is no refusal"))
+            .unwrap_or_else(|| panic!("{first:?} is not a failure"))
             .to_owned();
-        assert_eq!(self.packet(), None, "a refusal is one write as well");
+        assert_eq!(self.packet(), None, "a failure must be one write");
         let exit_code = self.process.wait(SOON).code();
         Refusal { reason, stderr: self.process.wait_for_output(SOON), exit_code }
     }
 
-    /// The process, whatever it has to say.
+    /// The process and the unread pipe.
     pub(crate) fn unread(self) -> (Process, OwnedFd) {
         (self.process, self.status)
     }
 
-    /// What one write(2) brought; `None` if nobody can write any more.
+    /// The data of one write(2); `None` when all writers have closed the pipe.
     #[track_caller]
     fn packet(&self) -> Option<String> {
         let answered = readable_within(&self.status, SOON);
-        assert!(answered, "no answer in {SOON:?}; it said:\n{}", self.process.output());
+        assert!(answered, "no status within {SOON:?}; output:\n{}", self.process.output());
         let mut buffer = [0; 4096];
         let length = rustix::io::read(&self.status, &mut buffer).expect("read the status pipe");
         (length > 0).then(|| String::from_utf8_lossy(&buffer[..length]).into_owned())
     }
 }
 
-/// Whether `fd` has something to read, the end included, before `timeout` is over.
+/// Whether `fd` becomes readable, or reaches its end, within `timeout`.
 fn readable_within(fd: impl AsFd, timeout: Duration) -> bool {
     let timeout = Timespec::try_from(timeout).expect("a timeout of seconds");
     poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).expect("poll") == 1
 }
 
-/// A TCP connection from inside `namespace` that gives up reading after [`SOON`].
+/// A TCP connection from `namespace` with a read timeout of [`SOON`].
 #[track_caller]
 pub(crate) fn connect(namespace: &Namespace, to: impl Into<SocketAddr>) -> TcpStream {
     let to = to.into();
@@ -169,8 +168,7 @@ pub(crate) fn connect(namespace: &Namespace, to: impl Into<SocketAddr>) -> TcpSt
     stream
 }
 
-/// Asserts that a connection from inside `namespace` is reset, at once or when something is read
-/// from it.
+/// Asserts that a connection from `namespace` is reset, at once or on the first read.
 #[track_caller]
 pub(crate) fn assert_reset(namespace: &Namespace, to: impl Into<SocketAddr>) {
     let to = to.into();
@@ -182,7 +180,7 @@ pub(crate) fn assert_reset(namespace: &Namespace, to: impl Into<SocketAddr>) {
     assert_eq!(read.map_err(|error| error.kind()), Err(ErrorKind::ConnectionReset), "{to}");
 }
 
-/// A UDP socket made in `namespace`, connected to `to`, that gives up reading after [`SOON`].
+/// A UDP socket in `namespace`, connected to `to`, with a read timeout of [`SOON`].
 #[track_caller]
 pub(crate) fn udp(namespace: &Namespace, to: impl Into<SocketAddr>) -> UdpSocket {
     let to = to.into();
@@ -199,7 +197,7 @@ pub(crate) fn echo(stream: &mut TcpStream, payload: &[u8]) {
     stream.write_all(payload).expect("send");
     let mut answer = vec![0; payload.len()];
     stream.read_exact(&mut answer).expect("receive what was sent");
-    assert!(answer == payload, "something else came back");
+    assert!(answer == payload, "other data came back");
 }
 
 /// [`FRONT`] as an address.
@@ -207,7 +205,7 @@ pub(crate) fn front() -> SocketAddr {
     FRONT.parse().expect("an address")
 }
 
-/// Where [`LOOPBACK`] and [`LOOPBACK_UDP`] lead.
+/// The target of [`LOOPBACK`] and [`LOOPBACK_UDP`].
 pub(crate) fn back() -> SocketAddr {
     ([127, 0, 0, 1], 9000).into()
 }

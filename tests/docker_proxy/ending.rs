@@ -1,5 +1,5 @@
-//! How the proxy ends. `docker stop` waits for that without limit, so it must be at once and
-//! whatever goes on.
+//! The exit of the proxy. `docker stop` waits for it without a limit, so it must be immediate,
+//! whatever the proxy is doing.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -14,14 +14,14 @@ use crate::driver::{
     LOOPBACK, LOOPBACK_UDP, Launch, SOON, back, command, connect, echo, front, udp,
 };
 
-/// How long ending may take.
+/// The limit for the exit.
 const PROMPT: Duration = Duration::from_millis(200);
 
-/// What dockerd sends when a container stops, and what the kernel sends when dockerd ends.
+/// The signal of dockerd when a container stops, and that of the kernel when dockerd exits.
 const BOTH: [Signal; 2] = [Signal::INT, Signal::TERM];
 
 #[test]
-fn either_signal_right_behind_readiness_ends_it_with_success() {
+fn either_signal_right_after_readiness_ends_it_with_success() {
     let host = Namespace::new();
     for arguments in [LOOPBACK, LOOPBACK_UDP] {
         for signal in BOTH {
@@ -34,22 +34,18 @@ fn either_signal_right_behind_readiness_ends_it_with_success() {
 }
 
 #[test]
-fn a_hundred_connections_end_in_a_reset_on_both_sides() {
+fn a_hundred_connections_are_reset_on_both_sides() {
     let host = Namespace::new();
     let backend = host.run(|| TcpListener::bind(back())).unwrap();
     for signal in BOTH {
         assert_prompt(|| {
-            // Also shows that the port is free again at once.
+            // This also shows that the port is free again at once.
             let proxy = Launch::new(&host, LOOPBACK).start().ready();
             let pairs: Vec<_> = (0..100).map(|_| pair(&host, &backend)).collect();
             let took = end(proxy, signal);
             for (client, server) in pairs {
-                assert_eq!(ending_of(client), Some(ErrorKind::ConnectionReset), "the client's end");
-                assert_eq!(
-                    ending_of(server),
-                    Some(ErrorKind::ConnectionReset),
-                    "the backend's end"
-                );
+                assert_eq!(ending_of(client), Some(ErrorKind::ConnectionReset), "the client side");
+                assert_eq!(ending_of(server), Some(ErrorKind::ConnectionReset), "the backend side");
             }
             took
         });
@@ -57,14 +53,14 @@ fn a_hundred_connections_end_in_a_reset_on_both_sides() {
 }
 
 #[test]
-fn a_transfer_in_progress_never_looks_complete() {
+fn an_interrupted_transfer_never_looks_complete() {
     const LENGTH: u64 = 1 << 40;
     let host = Namespace::new();
     let _source = Source::tcp(&host, back(), 1, LENGTH);
     for signal in BOTH {
         let proxy = Launch::new(&host, LOOPBACK).start().ready();
         let mut client = connect(&host, front());
-        // Enough for payload to go by splice(2).
+        // Enough payload to use splice(2).
         let mut head = vec![0; 16 << 20];
         client.read_exact(&mut head).unwrap();
         end(proxy, signal);
@@ -76,7 +72,7 @@ fn a_transfer_in_progress_never_looks_complete() {
 }
 
 #[test]
-fn stalled_connections_do_not_delay_the_end() {
+fn stalled_connections_do_not_delay_the_exit() {
     let host = Namespace::new();
     let _server = StalledServer::tcp(&host, back());
     for signal in BOTH {
@@ -91,13 +87,13 @@ fn stalled_connections_do_not_delay_the_end() {
 }
 
 #[test]
-fn clients_whose_backend_is_still_being_dialled_are_reset() {
+fn clients_are_reset_while_the_backend_is_dialled() {
     let net = Topology::three();
     let arguments = "-host-port 8080 -container-ip 172.30.0.77 -container-port 80";
     for signal in BOTH {
         assert_prompt(|| {
             let proxy = Launch::new(&net.host, arguments).start().ready();
-            // Nobody has the address, and it takes the kernel three seconds to find out.
+            // The address does not exist, which the kernel finds out after three seconds.
             let clients: Vec<_> =
                 (0..10).map(|_| connect(&net.client, (addr::HOST_V4, 8080))).collect();
             assert!(eventually(SOON, || dialling(&net.host) == clients.len()));
@@ -111,7 +107,7 @@ fn clients_whose_backend_is_still_being_dialled_are_reset() {
 }
 
 #[test]
-fn live_udp_sessions_do_not_delay_the_end() {
+fn open_udp_sessions_do_not_delay_the_exit() {
     let host = Namespace::new();
     let _server = EchoServer::udp(&host, back());
     for signal in BOTH {
@@ -129,7 +125,7 @@ fn live_udp_sessions_do_not_delay_the_end() {
 }
 
 #[test]
-fn signals_inherited_as_ignored_end_it_all_the_same() {
+fn signals_inherited_as_ignored_still_end_it() {
     let host = Namespace::new();
     for signal in BOTH {
         let mut shell = host.command("sh");
@@ -152,7 +148,7 @@ fn it_ends_with_the_thread_that_started_it() {
 }
 
 #[test]
-fn a_signal_during_the_start_ends_it_too() {
+fn a_signal_during_the_start_ends_it() {
     let host = Namespace::new();
     for signal in BOTH {
         for microseconds in (0..5000).step_by(250) {
@@ -161,7 +157,7 @@ fn a_signal_during_the_start_ends_it_too() {
             while begun.elapsed() < Duration::from_micros(microseconds) {
                 std::hint::spin_loop();
             }
-            // Before it can handle signals the kernel ends it; afterwards it does so itself.
+            // Before the handlers are installed, the signal kills it; afterwards it exits itself.
             let status = proxy.stop(signal, SOON);
             let by_kernel =
                 std::os::unix::process::ExitStatusExt::signal(&status) == Some(signal.as_raw());
@@ -171,7 +167,7 @@ fn a_signal_during_the_start_ends_it_too() {
     assert!(host.bound_ports(Protocol::Tcp).is_empty());
 }
 
-/// Ends `proxy`, which must exit with 0, and returns how long that took.
+/// Ends `proxy`, which must exit with 0, and returns the duration.
 #[track_caller]
 fn end(mut proxy: Process, signal: Signal) -> Duration {
     let begun = Instant::now();
@@ -179,8 +175,8 @@ fn end(mut proxy: Process, signal: Signal) -> Duration {
     begun.elapsed()
 }
 
-/// Lets `round` end a proxy a few times. One of them may be held up by whatever else the machine
-/// does, most may not.
+/// Runs `round`, which ends a proxy, several times. A busy machine may delay some rounds, but not
+/// most.
 #[track_caller]
 fn assert_prompt(mut round: impl FnMut() -> Duration) {
     let mut rounds: Vec<Duration> = (0..3).map(|_| round()).collect();
@@ -188,8 +184,8 @@ fn assert_prompt(mut round: impl FnMut() -> Duration) {
     assert!(rounds[1] < PROMPT, "ending took {rounds:?}");
 }
 
-/// A client's connection through the proxy and the backend's end of it, with payload having gone
-/// both ways.
+/// A connection through the proxy: the end of the client and that of the backend, after payload in
+/// both directions.
 fn pair(host: &Namespace, backend: &TcpListener) -> (TcpStream, TcpStream) {
     let mut client = connect(host, front());
     let (mut server, _) = backend.accept().unwrap();
@@ -202,12 +198,12 @@ fn pair(host: &Namespace, backend: &TcpListener) -> (TcpStream, TcpStream) {
     (client, server)
 }
 
-/// How a stream ends: `None` as it should, otherwise with an error.
+/// The error that ended a stream; `None` for an orderly end.
 fn ending_of(mut stream: TcpStream) -> Option<ErrorKind> {
     std::io::copy(&mut stream, &mut std::io::sink()).err().map(|error| error.kind())
 }
 
-/// A connection into which nothing more can be written for now.
+/// A connection whose buffers are full.
 fn stuffed(host: &Namespace) -> TcpStream {
     let mut client = connect(host, front());
     client.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
@@ -216,8 +212,7 @@ fn stuffed(host: &Namespace) -> TcpStream {
     client
 }
 
-/// How many connections of `namespace` are waiting for an answer to their SYN (state 02 of
-/// `/proc/net/tcp`).
+/// The number of connections of `namespace` in SYN_SENT (state 02 in `/proc/net/tcp`).
 fn dialling(namespace: &Namespace) -> usize {
     let table = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/tcp")).unwrap();
     table.lines().filter(|line| line.split_ascii_whitespace().nth(3) == Some("02")).count()

@@ -1,5 +1,5 @@
-//! What docker-proxy does not do and ours does if the environment, which is dockerd's own, asks for
-//! it.
+//! Features beyond docker-proxy, configured by environment variables that the proxy inherits from
+//! dockerd.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -18,11 +18,11 @@ const LIMITS: &str = "TIDEGATE_PROXY_LIMITS";
 const PROXY_PROTOCOL: &str = "TIDEGATE_PROXY_PROTOCOL";
 const SOURCE: &str = "TIDEGATE_PROXY_SOURCE";
 
-/// The proxies of these tests, in front of port 80 of the container.
+/// The arguments of a proxy to port 80 of the container.
 const TO_CONTAINER: &str = "-host-port 8080 -container-ip 172.30.0.2 -container-port 80";
 
 #[test]
-fn the_metrics_of_a_tcp_port_are_exact() {
+fn metrics_of_a_tcp_port_are_exact() {
     let host = Namespace::new();
     let source = Source::tcp(&host, back(), 1, 4_321_000);
     let _proxy = Launch::new(&host, LOOPBACK).env(METRICS, "127.0.0.1:9464").start().ready();
@@ -47,7 +47,7 @@ fn the_metrics_of_a_tcp_port_are_exact() {
         ],
     );
     drop(source);
-    // A connection that finds nobody is told apart.
+    // A connection without a backend is counted separately.
     assert_reset(&host, front());
     assert_settles(
         &host,
@@ -65,12 +65,12 @@ fn the_metrics_of_a_tcp_port_are_exact() {
     assert!(page.contains("\nprocess_open_fds "), "{page}");
     assert!(
         !page.contains(&client.local_addr().unwrap().port().to_string()),
-        "no peer is named in {page}"
+        "{page} contains the address of a peer"
     );
 }
 
 #[test]
-fn the_metrics_of_a_udp_port_are_exact() {
+fn metrics_of_a_udp_port_are_exact() {
     let host = Namespace::new();
     let _server = EchoServer::udp(&host, back());
     let _proxy = Launch::new(&host, LOOPBACK_UDP).env(METRICS, "127.0.0.1:9464").start().ready();
@@ -96,26 +96,26 @@ fn the_metrics_of_a_udp_port_are_exact() {
 }
 
 #[test]
-fn proxies_of_one_host_share_a_range_of_metrics_ports() {
+fn proxies_of_a_host_share_a_range_of_metrics_ports() {
     let host = Namespace::new();
     let tcp = Launch::new(&host, LOOPBACK).env(METRICS, "127.0.0.1:9500-9501").start().ready();
     let _udp = Launch::new(&host, LOOPBACK_UDP).env(METRICS, "127.0.0.1:9500-9501").start().ready();
     assert!(scrape(&host, 9500, "/metrics").1.contains(r#"publish="127.0.0.1:8080/tcp""#));
     assert!(scrape(&host, 9501, "/metrics").1.contains(r#"publish="127.0.0.1:8080/udp""#));
     let third = LOOPBACK.replace("8080", "8081");
-    // A full range keeps no container from starting.
+    // An exhausted range does not prevent a container from starting.
     let launch =
         Launch::new(&host, &third).env(METRICS, "127.0.0.1:9500-9501").env("TIDEGATE_LOG", "info");
     let third = launch.start().ready();
-    let told = third.wait_for_line("metrics are not served", SOON);
-    assert!(told.contains("ports 9500-9501 on 127.0.0.1 are in use"), "{told}");
+    let warning = third.wait_for_line("metrics are not served", SOON);
+    assert!(warning.contains("ports 9500-9501 on 127.0.0.1 are in use"), "{warning}");
     drop(tcp);
     third.wait_for_line("metrics are served now", SOON);
     assert!(scrape(&host, 9500, "/metrics").1.contains(r#"publish="127.0.0.1:8081/tcp""#));
 }
 
 #[test]
-fn metrics_answer_nothing_but_what_they_are_for() {
+fn the_metrics_endpoint_serves_only_metrics() {
     let host = Namespace::new();
     let _proxy = Launch::new(&host, LOOPBACK).env(METRICS, "127.0.0.1:9464").start().ready();
     assert_eq!(scrape(&host, 9464, "/elsewhere").0, "HTTP/1.1 404 Not Found");
@@ -123,7 +123,7 @@ fn metrics_answer_nothing_but_what_they_are_for() {
 }
 
 #[test]
-fn without_being_asked_it_opens_its_port_and_nothing_else() {
+fn without_configuration_only_its_port_is_open() {
     let host = Namespace::new();
     let _proxy = Launch::new(&host, LOOPBACK).env(METRICS, "").env(SOURCE, "").start().ready();
     assert_eq!(host.bound_ports(Protocol::Tcp), [8080].into());
@@ -131,7 +131,7 @@ fn without_being_asked_it_opens_its_port_and_nothing_else() {
 }
 
 #[test]
-fn limits_are_set_by_the_names_of_the_flags_of_publish() {
+fn limits_have_the_names_of_the_flags_of_publish() {
     let host = Namespace::new();
     let _server = EchoServer::tcp(&host, back());
     let launch =
@@ -145,7 +145,7 @@ fn limits_are_set_by_the_names_of_the_flags_of_publish() {
 }
 
 #[test]
-fn version_1_of_the_proxy_protocol_tells_the_backend_who_connects() {
+fn version_1_of_the_proxy_protocol_carries_the_client() {
     let net = Topology::three();
     let backend = net.container.run(|| TcpListener::bind((addr::CONTAINER_V4, 80))).unwrap();
     for (host, family) in [(IpAddr::from(addr::HOST_V4), "TCP4"), (addr::HOST_V6.into(), "TCP6")] {
@@ -159,10 +159,10 @@ fn version_1_of_the_proxy_protocol_tells_the_backend_who_connects() {
 }
 
 #[test]
-fn version_2_of_the_proxy_protocol_tells_the_backend_who_connects() {
+fn version_2_of_the_proxy_protocol_carries_the_client() {
     let net = Topology::three();
     let backend = net.container.run(|| TcpListener::bind((addr::CONTAINER_V4, 80))).unwrap();
-    // Asked for by its version, and as the way to show the source.
+    // Selected by its version, and by the source.
     for (variable, value) in [(PROXY_PROTOCOL, "v2"), (SOURCE, "proxy-protocol")] {
         for host in [IpAddr::from(addr::HOST_V4), addr::HOST_V6.into()] {
             let arguments = with_host(host);
@@ -177,7 +177,7 @@ fn version_2_of_the_proxy_protocol_tells_the_backend_who_connects() {
 }
 
 #[test]
-fn the_proxy_protocol_leaves_datagrams_alone() {
+fn the_proxy_protocol_does_not_affect_datagrams() {
     let host = Namespace::new();
     let _server = EchoServer::udp(&host, back());
     let _proxy = Launch::new(&host, LOOPBACK_UDP).env(PROXY_PROTOCOL, "v2").start().ready();
@@ -189,7 +189,7 @@ fn the_proxy_protocol_leaves_datagrams_alone() {
 }
 
 #[test]
-fn a_variable_that_is_not_understood_is_refused_in_one_clear_line() {
+fn an_invalid_variable_is_rejected_in_one_line() {
     let host = Namespace::new();
     let cases = [
         (
@@ -230,7 +230,7 @@ fn a_variable_that_is_not_understood_is_refused_in_one_clear_line() {
 }
 
 #[test]
-fn the_clients_own_address_is_shown_if_asked_and_its_rules_go_with_the_proxy() {
+fn the_client_address_is_shown_on_request_and_its_rules_are_removed() {
     let net = Topology::three();
     let run = tempfile::tempdir().unwrap();
     let _tcp = PeerServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
@@ -243,8 +243,8 @@ fn the_clients_own_address_is_shown_if_asked_and_its_rules_go_with_the_proxy() {
             seen_by_container(&net.client, protocol, (addr::HOST_V4, 8080)),
             addr::CLIENT_V4
         );
-        assert_ne!(rules(&net.host), before, "answers are led back by a rule");
-        // The host itself is no stranger to the container.
+        assert_ne!(rules(&net.host), before, "a policy rule routes replies back");
+        // The host itself is shown as the gateway.
         assert_eq!(seen_by_container(&net.host, protocol, (addr::HOST_V4, 8080)), addr::GATEWAY_V4);
         assert_eq!(proxy.stop(Signal::INT, SOON).code(), Some(0));
         assert_eq!(rules(&net.host), before);
@@ -252,7 +252,7 @@ fn the_clients_own_address_is_shown_if_asked_and_its_rules_go_with_the_proxy() {
 }
 
 #[test]
-fn proxies_that_show_the_client_do_not_disturb_one_another() {
+fn proxies_that_show_the_client_do_not_affect_each_other() {
     let net = Topology::three();
     let run = tempfile::tempdir().unwrap();
     let _server = PeerServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
@@ -261,15 +261,15 @@ fn proxies_that_show_the_client_do_not_disturb_one_another() {
     let seen = |port| seen_by_container(&net.client, "tcp", (addr::HOST_V4, port));
     let mut first = start("-host-port 8081");
     let mut second = start("-host-port 8082");
-    // As dockerd starts it beside them. A client that speaks IPv6 cannot be shown to a container
-    // that does not.
+    // The IPv6 proxy that dockerd starts as well. An IPv6 client cannot be shown to an IPv4
+    // container.
     let mut third = start("-host-ip :: -host-port 8081");
     assert_eq!((seen(8081), seen(8082)), (addr::CLIENT_V4.into(), addr::CLIENT_V4.into()));
     assert_eq!(seen_by_container(&net.client, "tcp", (addr::HOST_V6, 8081)), addr::GATEWAY_V4);
     assert_eq!(first.stop(Signal::TERM, SOON).code(), Some(0));
     assert_eq!(seen(8082), addr::CLIENT_V4);
 
-    // One that is killed cannot tidy up; the next one does it.
+    // A killed proxy cannot clean up; the next one does.
     second.stop(Signal::KILL, SOON);
     let mut fourth = start("-host-port 8082");
     assert_eq!(seen(8082), addr::CLIENT_V4);
@@ -280,7 +280,7 @@ fn proxies_that_show_the_client_do_not_disturb_one_another() {
 }
 
 #[test]
-fn a_log_that_cannot_be_written_costs_no_connection() {
+fn a_log_that_cannot_be_written_affects_no_connection() {
     let host = Namespace::new();
     let _server = EchoServer::tcp(&host, back());
     let mut proxy = short_of_descriptors(&host, "2>/dev/full");
@@ -292,7 +292,7 @@ fn a_log_that_cannot_be_written_costs_no_connection() {
     }
     drop(crowd);
     assert!(proxy.is_running());
-    // Those of the crowd count until the proxy has seen them go.
+    // The flood counts until the proxy has seen its connections close.
     let answered = || {
         let mut answer = [0; 4];
         let mut client = connect(&host, front());
@@ -305,7 +305,7 @@ fn a_log_that_cannot_be_written_costs_no_connection() {
 }
 
 #[test]
-fn a_warning_that_goes_to_no_terminal_is_plain_text() {
+fn a_warning_outside_of_a_terminal_is_plain_text() {
     let host = Namespace::new();
     let _server = StalledServer::tcp(&host, back());
     let proxy = short_of_descriptors(&host, "");
@@ -315,13 +315,13 @@ fn a_warning_that_goes_to_no_terminal_is_plain_text() {
     assert!(!line.contains('\x1b'), "{line:?}");
 }
 
-/// Connections of one client, more than it gets.
+/// More connections of one client than its share.
 fn crowd(host: &Namespace) -> Vec<TcpStream> {
     host.run(|| (0..40).filter_map(|_| TcpStream::connect_timeout(&front(), SOON).ok()).collect())
 }
 
 #[test]
-fn an_idle_proxy_tells_its_memory() {
+fn an_idle_proxy_prints_its_memory() {
     let host = Namespace::new();
     for (name, arguments) in [("tcp", LOOPBACK), ("udp", LOOPBACK_UDP)] {
         let proxy = Launch::new(&host, arguments).start().ready();
@@ -339,7 +339,8 @@ fn with_host(host: IpAddr) -> String {
     format!("-host-ip {host} {TO_CONTAINER}")
 }
 
-/// Sends `payload` through the proxy; returns what the backend received and the client's address.
+/// Sends `payload` through the proxy. Returns the bytes that the backend received, and the address
+/// of the client.
 fn one_connection(net: &Topology, backend: &TcpListener, host: IpAddr) -> (Vec<u8>, SocketAddr) {
     let mut client = connect(&net.client, (host, 8080));
     client.write_all(b"payload").unwrap();
@@ -350,8 +351,8 @@ fn one_connection(net: &Topology, backend: &TcpListener, host: IpAddr) -> (Vec<u
     (received, client.local_addr().unwrap())
 }
 
-/// Section 2.2 of the PROXY protocol: signature, version and command, family and protocol, length,
-/// addresses, ports.
+/// Section 2.2 of the PROXY protocol specification: signature, version and command, family and
+/// protocol, length, addresses, ports.
 fn version_2_header(client: SocketAddr, host: SocketAddr) -> Vec<u8> {
     let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21".to_vec();
     header.extend(if client.is_ipv4() { [0x11, 0, 12] } else { [0x21, 0, 36] });
@@ -366,7 +367,7 @@ fn version_2_header(client: SocketAddr, host: SocketAddr) -> Vec<u8> {
     header
 }
 
-/// Status line and body of a GET.
+/// The status line and the body of a GET.
 fn scrape(namespace: &Namespace, port: u16, path: &str) -> (String, String) {
     let mut stream = connect(namespace, ([127, 0, 0, 1], port));
     write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
@@ -376,7 +377,7 @@ fn scrape(namespace: &Namespace, port: u16, path: &str) -> (String, String) {
     (head.lines().next().unwrap_or_default().to_owned(), body.to_owned())
 }
 
-/// Waits until the page has exactly these values; counters follow payload by a moment.
+/// Waits until the page has exactly these values, because counters may lag behind payload.
 #[track_caller]
 fn assert_settles(namespace: &Namespace, port: u16, expected: &[(&str, u64)]) {
     let mut page = String::new();
@@ -388,10 +389,10 @@ fn assert_settles(namespace: &Namespace, port: u16, expected: &[(&str, u64)]) {
             .iter()
             .all(|(series, value)| values.get(series) == Some(&value.to_string().as_str()))
     });
-    assert!(settled, "not all of {expected:?} in:\n{page}");
+    assert!(settled, "{expected:?} not reached in:\n{page}");
 }
 
-/// A proxy with a warning to give as soon as a few clients come.
+/// A proxy that logs a warning after a few clients.
 #[track_caller]
 fn short_of_descriptors(host: &Namespace, redirection: &str) -> Process {
     let mut shell = host.command("sh");
@@ -401,15 +402,14 @@ fn short_of_descriptors(host: &Namespace, redirection: &str) -> Process {
     Launch::of(shell).start().ready()
 }
 
-/// A proxy on the host that shows the container its clients. What has to survive a crash is kept in
-/// `run`.
+/// A proxy on the host that shows clients to the container, with the run directory `run`.
 #[track_caller]
 fn showing_clients(net: &Topology, run: &Path, arguments: &str) -> Process {
     let launch = Launch::new(&net.host, arguments).env(SOURCE, "client");
     launch.env("TIDEGATE_RUN_DIR", run).start().ready()
 }
 
-/// Whom a [`PeerServer`] behind `to` sees.
+/// The client address that a [`PeerServer`] behind `to` sees.
 #[track_caller]
 fn seen_by_container(from: &Namespace, protocol: &str, to: impl Into<SocketAddr>) -> IpAddr {
     let mut seen = String::new();
@@ -425,7 +425,7 @@ fn seen_by_container(from: &Namespace, protocol: &str, to: impl Into<SocketAddr>
     seen.parse::<SocketAddr>().unwrap().ip()
 }
 
-/// The namespace's policy rules and the routes of every table.
+/// The policy rules and the routes of all tables of the namespace.
 fn rules(namespace: &Namespace) -> String {
     ["rule", "-6 rule", "route show table all", "-6 route show table all"]
         .map(|what| namespace.ip(&what.split(' ').collect::<Vec<_>>()))

@@ -1,4 +1,4 @@
-//! From a client outside, through the proxy on the host, into the container.
+//! Forwarding from an outside client through the proxy on the host to the container.
 
 use std::io::Read;
 use std::net::{IpAddr, Shutdown, SocketAddr};
@@ -10,7 +10,7 @@ use tidegate_testbed::{Process, Topology, addr, eventually};
 
 use crate::driver::{Launch, SOON, assert_reset, connect, echo, udp};
 
-/// Where the outside reaches the host, by either family.
+/// The host addresses on the side of the client.
 const HOST: [IpAddr; 2] = [IpAddr::V4(addr::HOST_V4), IpAddr::V6(addr::HOST_V6)];
 
 const CONTAINER: IpAddr = IpAddr::V4(addr::CONTAINER_V4);
@@ -24,7 +24,11 @@ fn tcp_over_ipv4_and_ipv6_reaches_an_ipv4_container() {
         let mut client = connect(&net.client, (host, 8080));
         echo(&mut client, b"there and back");
         client.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(client.read(&mut [0; 1]).unwrap(), 0, "half-closes go both ways");
+        assert_eq!(
+            client.read(&mut [0; 1]).unwrap(),
+            0,
+            "half-closes are forwarded in both directions"
+        );
     }
     assert_eq!(server.served(), 2);
 }
@@ -61,7 +65,7 @@ fn the_container_sees_its_gateway_as_the_client() {
 }
 
 #[test]
-fn bulk_goes_both_ways_unchanged() {
+fn bulk_data_arrives_intact_in_both_directions() {
     const LENGTH: u64 = 32 << 20;
     let net = Topology::three();
     let source = Source::tcp(&net.container, (CONTAINER, 80).into(), 1, LENGTH);
@@ -78,7 +82,7 @@ fn bulk_goes_both_ways_unchanged() {
 }
 
 #[test]
-fn a_port_that_nobody_serves_resets_and_works_once_somebody_does() {
+fn a_closed_backend_port_resets_and_works_once_it_is_open() {
     let net = Topology::three();
     let _proxies = publish(&net, "tcp", CONTAINER);
     assert_reset(&net.client, (addr::HOST_V4, 8080));
@@ -103,7 +107,7 @@ fn udp_over_ipv4_and_ipv6_reaches_an_ipv4_container() {
 }
 
 #[test]
-fn udp_to_a_port_that_nobody_serves_works_once_somebody_does() {
+fn a_closed_udp_backend_port_works_once_it_is_open() {
     let net = Topology::three();
     let _proxies = publish(&net, "udp", CONTAINER);
     let client = udp(&net.client, (addr::HOST_V4, 8080));
@@ -112,7 +116,7 @@ fn udp_to_a_port_that_nobody_serves_works_once_somebody_does() {
     }
     let server = EchoServer::udp(&net.container, (CONTAINER, 80).into());
     client.send(b"now?").unwrap();
-    // What was sent before may be answered too, if the proxy took its time.
+    // Earlier datagrams may be answered too, if the proxy was slow.
     client.recv(&mut [0; 10]).unwrap();
     assert!(server.served() >= 1);
 }
@@ -133,15 +137,15 @@ fn launch(net: &Topology, protocol: &str, host: &str, port: u16, container: Sock
     Launch::new(&net.host, &arguments).start().ready()
 }
 
-/// dockerd starts two for every published port, and most of them wait for ever.
+/// dockerd starts two processes for every published port, and most of them stay idle.
 #[test]
-fn what_only_starting_up_has_used_is_given_back_and_comes_back_when_needed() {
+fn startup_pages_are_released_and_mapped_again_on_use() {
     let net = Topology::three();
     let _server = EchoServer::tcp(&net.container, (CONTAINER, 80).into());
     let proxies = publish(&net, "tcp", CONTAINER);
     for proxy in &proxies {
-        // Debug builds are larger; without giving back they hold more than twice as much.
-        assert!(eventually(SOON, || proxy.rss() < 3 << 20), "idle it holds {} bytes", proxy.rss());
+        // Debug builds are larger; without the release they hold more than twice as much.
+        assert!(eventually(SOON, || proxy.rss() < 3 << 20), "idle: {} bytes", proxy.rss());
     }
     for host in HOST {
         let mut client = connect(&net.client, (host, 8080));

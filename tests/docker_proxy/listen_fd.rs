@@ -1,4 +1,4 @@
-//! `-use-listen-fd`: dockerd 28 and later bind the port themselves and hand the socket down as
+//! `-use-listen-fd`: dockerd 28 and later bind the port themselves and pass the socket as
 //! descriptor 4.
 
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use tidegate_testbed::{Namespace, Protocol, Signal, Topology, addr};
 use crate::driver::{LOOPBACK, LOOPBACK_UDP, Launch, SOON, back, connect, echo, front, udp};
 
 #[test]
-fn an_inherited_tcp_socket_is_served_and_stays_the_daemons() {
+fn an_inherited_tcp_socket_is_served_and_kept_by_the_daemon() {
     let host = Namespace::new();
     let server = EchoServer::tcp(&host, back());
     let socket = bound(&host, Type::STREAM, front());
@@ -27,9 +27,9 @@ fn an_inherited_tcp_socket_is_served_and_stays_the_daemons() {
         "accepting must never block the loop"
     );
     assert_eq!(proxy.stop(Signal::INT, SOON).code(), Some(0));
-    assert!(host.is_bound(Protocol::Tcp, 8080), "the daemon's copy keeps the port");
+    assert!(host.is_bound(Protocol::Tcp, 8080), "the copy of the daemon keeps the port open");
 
-    // A second proxy takes the port up again.
+    // A second proxy continues to serve the port.
     let _proxy = Launch::new(&host, &arguments).listen_on(kept).start().ready();
     echo(&mut connect(&host, front()), b"again");
 }
@@ -47,7 +47,7 @@ fn an_inherited_udp_socket_answers_from_the_address_the_client_used() {
     );
     let _proxy = Launch::new(&net.host, &arguments).listen_on(socket).start().ready();
     for to in [SocketAddr::from((addr::HOST_V4, 5353)), second] {
-        // A connected socket takes answers from this address only.
+        // A connected socket receives only from this address.
         let client = udp(&net.client, to);
         client.send(b"question").unwrap();
         let mut answer = [0; 100];
@@ -57,7 +57,7 @@ fn an_inherited_udp_socket_answers_from_the_address_the_client_used() {
 }
 
 #[test]
-fn an_inherited_ipv6_socket_leads_to_an_ipv4_container() {
+fn an_inherited_ipv6_socket_forwards_to_an_ipv4_container() {
     let net = Topology::three();
     let _server = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let socket = bound(&net.host, Type::STREAM, ([0; 16], 8080).into());
@@ -70,7 +70,7 @@ fn an_inherited_ipv6_socket_leads_to_an_ipv4_container() {
 }
 
 #[test]
-fn host_address_and_port_are_informative_beside_a_socket() {
+fn with_a_socket_the_host_address_and_port_are_informative() {
     let host = Namespace::new();
     let _server = EchoServer::tcp(&host, back());
     for informative in ["-host-ip 192.0.2.1 -host-port 1", ""] {
@@ -83,7 +83,7 @@ fn host_address_and_port_are_informative_beside_a_socket() {
 }
 
 #[test]
-fn without_the_flag_descriptor_4_means_nothing() {
+fn without_the_flag_descriptor_4_is_ignored() {
     let host = Namespace::new();
     let _server = EchoServer::tcp(&host, back());
     let stray = host.run(|| TcpListener::bind("127.0.0.1:8081")).unwrap();
@@ -92,7 +92,7 @@ fn without_the_flag_descriptor_4_means_nothing() {
 }
 
 #[test]
-fn what_is_not_the_right_socket_is_refused() {
+fn an_unsuitable_socket_is_rejected() {
     let host = Namespace::new();
     let tcp = format!("{LOOPBACK} -use-listen-fd");
     let udp = format!("{LOOPBACK_UDP} -use-listen-fd");
@@ -112,11 +112,7 @@ fn what_is_not_the_right_socket_is_refused() {
     ];
     for (arguments, socket, reason) in cases {
         let refusal = Launch::new(&host, arguments).listen_on(socket).start().refused();
-        assert!(
-            refusal.reason.starts_with(&format!("{prefix}: {reason}")),
-            "{}",
-            refusal.reason
-        );
+        assert!(refusal.reason.starts_with(&format!("{prefix}: {reason}")), "{}", refusal.reason);
         assert_eq!(refusal.exit_code, Some(1));
     }
     for arguments in [tcp, udp] {
@@ -127,11 +123,11 @@ fn what_is_not_the_right_socket_is_refused() {
 }
 
 #[test]
-fn clients_that_came_before_the_proxy_are_served() {
+fn clients_in_the_backlog_are_served() {
     let host = Namespace::new();
     let _server = EchoServer::tcp(&host, back());
     let socket = bound(&host, Type::STREAM, front());
-    // The kernel completes the handshake as soon as the daemon listens.
+    // The kernel completes handshakes as soon as the daemon listens.
     let mut early = connect(&host, front());
     early.write_all(b"early").unwrap();
     let arguments = format!("{LOOPBACK} -use-listen-fd");
@@ -141,8 +137,8 @@ fn clients_that_came_before_the_proxy_are_served() {
     assert_eq!(&answer, b"early");
 }
 
-/// A socket as dockerd makes it: for TCP it listens, for UDP it tells the address a datagram was
-/// sent to.
+/// A socket as dockerd creates it: a TCP socket listens, and a UDP socket reports destination
+/// addresses.
 fn bound(namespace: &Namespace, kind: Type, address: SocketAddr) -> Socket {
     let socket = namespace.run(|| Socket::new(Domain::for_address(address), kind, None)).unwrap();
     if address.is_ipv6() {

@@ -1,4 +1,4 @@
-//! Descriptor 3: how the proxy says that its port is open, or why it is not.
+//! Descriptor 3: the report of readiness or failure.
 
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
@@ -12,7 +12,7 @@ use crate::driver::{
 };
 
 #[test]
-fn readiness_is_one_write_and_then_the_pipe_is_closed() {
+fn readiness_is_one_write_followed_by_the_close_of_the_pipe() {
     let host = Namespace::new();
     // `ready` asserts both.
     let mut proxy = Launch::new(&host, LOOPBACK).start().ready();
@@ -20,7 +20,7 @@ fn readiness_is_one_write_and_then_the_pipe_is_closed() {
 }
 
 #[test]
-fn the_port_is_open_when_readiness_is_told() {
+fn the_port_is_open_when_readiness_is_reported() {
     let host = Namespace::new();
     let server = EchoServer::tcp(&host, back());
     for _ in 0..10 {
@@ -32,7 +32,7 @@ fn the_port_is_open_when_readiness_is_told() {
 }
 
 #[test]
-fn a_busy_tcp_port_is_refused_with_the_name_of_its_holder() {
+fn a_tcp_port_in_use_is_rejected_with_the_name_of_its_holder() {
     let host = Namespace::new();
     let holder = Launch::new(&host, LOOPBACK).start().ready();
     let refusal = Launch::new(&host, LOOPBACK).start().refused();
@@ -44,9 +44,9 @@ fn a_busy_tcp_port_is_refused_with_the_name_of_its_holder() {
 }
 
 #[test]
-fn a_busy_udp_port_is_refused_with_the_name_of_its_holder() {
+fn a_udp_port_in_use_is_rejected_with_the_name_of_its_holder() {
     let host = Namespace::new();
-    // On another address, which overlaps all the same.
+    // On another address that overlaps.
     let everywhere = LOOPBACK_UDP.replace("-host-ip 127.0.0.1", "-host-ip 0.0.0.0");
     let holder = Launch::new(&host, &everywhere).start().ready();
     let refusal = Launch::new(&host, LOOPBACK_UDP).start().refused();
@@ -57,7 +57,7 @@ fn a_busy_udp_port_is_refused_with_the_name_of_its_holder() {
 }
 
 #[test]
-fn the_ipv4_and_the_ipv6_proxy_of_a_port_stand_side_by_side() {
+fn the_ipv4_and_the_ipv6_proxy_of_a_port_coexist() {
     let host = Namespace::new();
     for protocol in ["tcp", "udp"] {
         let arguments = |ip| {
@@ -71,7 +71,7 @@ fn the_ipv4_and_the_ipv6_proxy_of_a_port_stand_side_by_side() {
 }
 
 #[test]
-fn an_address_that_the_host_does_not_have_is_named() {
+fn a_foreign_address_is_named() {
     let host = Namespace::new();
     let elsewhere = LOOPBACK.replace("-host-ip 127.0.0.1", "-host-ip 192.0.2.77");
     let refusal = Launch::new(&host, &elsewhere).start().refused();
@@ -80,7 +80,7 @@ fn an_address_that_the_host_does_not_have_is_named() {
 }
 
 #[test]
-fn sctp_is_refused_as_a_protocol_that_is_not_supported() {
+fn sctp_is_rejected_as_unsupported() {
     let host = Namespace::new();
     let refusal = Launch::new(&host, &LOOPBACK.replace("tcp", "sctp")).start().refused();
     assert_eq!(refusal.reason, "port 8080/sctp on 127.0.0.1: protocol not supported");
@@ -88,9 +88,9 @@ fn sctp_is_refused_as_a_protocol_that_is_not_supported() {
 }
 
 #[test]
-fn a_refused_start_leaves_the_port_free() {
+fn a_failed_start_releases_the_port() {
     let host = Namespace::new();
-    // The port is bound before the metrics address turns out to be somebody else's.
+    // The port is bound before the metrics address is found to be foreign.
     let refusal = Launch::new(&host, LOOPBACK)
         .env("TIDEGATE_PROXY_METRICS", "192.0.2.1:9464")
         .start()
@@ -100,7 +100,7 @@ fn a_refused_start_leaves_the_port_free() {
 }
 
 #[test]
-fn by_hand_it_runs_without_a_pipe() {
+fn without_a_pipe_it_runs() {
     let host = Namespace::new();
     let server = EchoServer::tcp(&host, back());
     let mut proxy = Process::spawn(&mut command(&host, LOOPBACK));
@@ -120,7 +120,7 @@ fn by_hand_it_runs_without_a_pipe() {
 }
 
 #[test]
-fn a_daemon_that_has_gone_away_is_no_reason_to_fail() {
+fn a_closed_pipe_is_not_an_error() {
     let host = Namespace::new();
     let (mut proxy, status) = Launch::new(&host, LOOPBACK).start().unread();
     drop(status);
@@ -130,7 +130,7 @@ fn a_daemon_that_has_gone_away_is_no_reason_to_fail() {
 }
 
 #[test]
-fn a_regular_file_as_descriptor_3_is_left_alone() {
+fn a_regular_file_as_descriptor_3_is_ignored() {
     let host = Namespace::new();
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(b"precious").unwrap();
@@ -145,7 +145,7 @@ fn a_regular_file_as_descriptor_3_is_left_alone() {
 }
 
 #[test]
-fn a_refusal_is_told_though_standard_error_cannot_be_written() {
+fn a_failure_is_reported_even_if_standard_error_cannot_be_written() {
     let host = Namespace::new();
     let shell = |arguments: &str| {
         let mut command = host.command("sh");
@@ -161,7 +161,7 @@ fn a_refusal_is_told_though_standard_error_cannot_be_written() {
     assert_eq!(refusal.exit_code, Some(2));
 }
 
-/// What the file holds, wherever its offset is.
+/// The content of the file from its beginning.
 fn reopened(file: &File) -> String {
     use std::os::fd::AsRawFd;
     fs::read_to_string(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()

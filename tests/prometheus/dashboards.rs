@@ -1,11 +1,11 @@
-//! The dashboards as files, and their expressions as Grafana would ask them.
+//! The dashboard files, and their expressions as Grafana sends them.
 
 use super::server::Prometheus;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
 
-/// One file of `grafana/dashboards/`.
+/// A file of `grafana/dashboards/`.
 pub(crate) struct Dashboard {
     pub(crate) uid: String,
     pub(crate) panels: Vec<Panel>,
@@ -13,20 +13,20 @@ pub(crate) struct Dashboard {
     json: Value,
 }
 
-/// A panel that asks for something.
+/// A panel with queries.
 pub(crate) struct Panel {
     pub(crate) title: String,
     pub(crate) targets: Vec<Target>,
 }
 
-/// What a panel asks for.
+/// A query of a panel.
 pub(crate) struct Target {
     pub(crate) expression: String,
-    /// At one moment, rather than over time.
+    /// Evaluated at one moment, rather than over a range.
     pub(crate) instant: bool,
 }
 
-/// A variable that the user chooses values of, and how they stand in an expression.
+/// A template variable with values selected by the user, and their pattern in an expression.
 #[derive(Clone)]
 pub(crate) struct Variable {
     name: String,
@@ -34,12 +34,12 @@ pub(crate) struct Variable {
     pattern: String,
 }
 
-/// `path` from the root of the repository.
+/// `path` relative to the root of the repository.
 pub(crate) fn root(path: &str) -> String {
     format!("{}/{path}", env!("CARGO_MANIFEST_DIR"))
 }
 
-/// All of them, with "All" chosen for every variable.
+/// All dashboards, with "All" selected for every variable.
 pub(crate) fn all() -> Vec<Dashboard> {
     let entries = fs::read_dir(root("grafana/dashboards")).unwrap();
     let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
@@ -83,7 +83,7 @@ impl Dashboard {
         }
     }
 
-    /// Identity, variables, titles, units, places, and that links lead to one of `uids`.
+    /// Checks identity, variables, titles, units and positions, and that links point to `uids`.
     #[track_caller]
     pub(crate) fn check(&self, uids: &BTreeSet<&str>) {
         let (json, uid) = (&self.json, &self.uid);
@@ -136,7 +136,7 @@ impl Dashboard {
 }
 
 impl Variable {
-    /// The same with all its values ticked one by one. There must be some.
+    /// The dashboard with all values of its variables selected. There must be some.
     #[track_caller]
     pub(crate) fn ticked(&self, server: &Prometheus) -> Self {
         let (_, query) = self.query.split_once("label_values(").unwrap();
@@ -150,14 +150,14 @@ impl Variable {
     }
 }
 
-/// As Grafana writes a value of a variable into a regular expression that stands in a string.
+/// A value in the escaping of Grafana for a regular expression within a string.
 fn escaped(value: &str) -> String {
     let special =
         |c| if r"\$^*{}[]'+?.()|".contains(c) { format!(r"\\{c}") } else { String::from(c) };
     value.chars().map(special).collect()
 }
 
-/// `expression` with `variables` in it, and with those that Grafana knows by itself.
+/// `expression` with the values of `variables` and of the built-in variables.
 pub(crate) fn interpolate(expression: &str, variables: &[Variable]) -> String {
     let mut text = expression.replace("$__rate_interval", "30s");
     for variable in variables {

@@ -1,4 +1,4 @@
-//! A Prometheus of the machine's package, with the configuration of `grafana/`, and its HTTP API.
+//! An installed Prometheus with the configuration of `grafana/`, and its HTTP API.
 
 use super::dashboards::root;
 use serde_json::Value;
@@ -9,35 +9,35 @@ use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tidegate_testbed::{Namespace, Process, eventually};
 
-/// Where tidegate serves its metrics: the address in the configuration that is delivered.
+/// The metrics address in the configuration.
 pub(crate) const TARGET: &str = "127.0.0.1:9464";
-/// Where another one does, which the test adds.
+/// The metrics address of a second instance, added by the test.
 pub(crate) const OTHER_TARGET: &str = "127.0.0.1:9465";
 const ADDRESS: &str = "127.0.0.1:9090";
 const SOON: Duration = Duration::from_secs(10);
-/// Instead of the configuration's.
+/// The scrape interval, instead of that of the configuration.
 const INTERVAL: &str = "200ms";
 
-/// A Prometheus in a namespace. It is killed when dropped, and its data go with it.
+/// A Prometheus in a namespace, killed and removed with its data on drop.
 pub(crate) struct Prometheus {
     host: Namespace,
     _process: Process,
     _directory: tempfile::TempDir,
 }
 
-/// What it says to an expression.
+/// The result of an expression.
 #[derive(Debug)]
 pub(crate) enum Answer {
-    /// The values of series at a moment.
+    /// Instant values.
     Vector(Vec<f64>),
-    /// The values of series over time.
+    /// Values over a range.
     Matrix(Vec<f64>),
-    /// That it is not to be evaluated.
+    /// The error of the evaluation.
     Error(String),
 }
 
 impl Answer {
-    /// Whether there is a number in it.
+    /// Whether the result contains a number.
     pub(crate) fn has_data(&self) -> bool {
         match self {
             Self::Vector(values) | Self::Matrix(values) => {
@@ -47,7 +47,7 @@ impl Answer {
         }
     }
 
-    /// Its only value, if it has one and no other.
+    /// The only value of the result.
     pub(crate) fn single(&self) -> Option<f64> {
         match self {
             Self::Vector(values) if values.len() == 1 => Some(values[0]),
@@ -56,7 +56,7 @@ impl Answer {
     }
 }
 
-/// A rule as Prometheus has read it.
+/// A rule as loaded by Prometheus.
 pub(crate) struct Rule {
     pub(crate) name: String,
     /// `recording` or `alerting`.
@@ -67,8 +67,8 @@ pub(crate) struct Rule {
 }
 
 impl Prometheus {
-    /// Starts it in `host` with what `grafana/` has for it, but for the intervals, and waits until
-    /// it is ready.
+    /// Starts it in `host` with the configuration of `grafana/` except for intervals, and waits
+    /// until it is ready.
     #[track_caller]
     pub(crate) fn start(host: &Namespace) -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -96,7 +96,7 @@ impl Prometheus {
         Self { host: host.clone(), _process: process, _directory: directory }
     }
 
-    /// Waits until it has scraped each tidegate `more` times from now on.
+    /// Waits until it has scraped each target `more` times.
     #[track_caller]
     pub(crate) fn wait_for_scrapes(&self, more: u64) {
         let last = || {
@@ -129,12 +129,12 @@ impl Prometheus {
         http(&self.host, TARGET, "GET", "/metrics", "")
     }
 
-    /// `expression` now.
+    /// Evaluates `expression` now.
     pub(crate) fn query(&self, expression: &str) -> Answer {
         self.evaluate("/api/v1/query", &form(&[("query", expression)]))
     }
 
-    /// `expression` over the time of the test, in steps of a second.
+    /// Evaluates `expression` over the duration of the test, in steps of a second.
     pub(crate) fn query_range(&self, expression: &str) -> Answer {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
         let (start, end) = ((now - 8.0).to_string(), now.to_string());
@@ -178,7 +178,7 @@ impl Prometheus {
             .collect()
     }
 
-    /// All rules, evaluated once at least.
+    /// All rules, each evaluated at least once.
     #[track_caller]
     pub(crate) fn rules(&self) -> Vec<Rule> {
         let answer = self.get("/api/v1/rules");
@@ -201,12 +201,12 @@ impl Prometheus {
     }
 }
 
-/// The body of the answer at `address`.
+/// The body of the response.
 fn http(host: &Namespace, address: &str, method: &str, path: &str, body: &str) -> String {
     let answer = host.run(|| {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
-        // Of HTTP/1.0, for the answer then comes in one piece and ends with the connection.
+        // HTTP/1.0, so that the response is not chunked and ends with the connection.
         let head = format!(
             "{method} {path} HTTP/1.0\r\nHost: {address}\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\r\n",
             body.len()
@@ -219,7 +219,7 @@ fn http(host: &Namespace, address: &str, method: &str, path: &str, body: &str) -
     answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{path}: {answer}")).1.to_owned()
 }
 
-/// `fields` as a form is sent.
+/// `fields` in form encoding.
 fn form(fields: &[(&str, &str)]) -> String {
     let mut text = String::new();
     for (name, value) in fields {

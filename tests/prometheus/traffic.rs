@@ -1,4 +1,4 @@
-//! Traffic of every kind, in rounds that are all alike, and what of it must be counted.
+//! Traffic of every kind in identical rounds, and the expected counts.
 
 use crate::scene::service_namespace;
 use std::io::{ErrorKind, Read, Write};
@@ -10,10 +10,10 @@ use tidegate_testbed::{Namespace, Process, Topology, addr};
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// How often all of it happens.
+/// The number of rounds.
 pub(crate) const ROUNDS: u32 = 2;
 
-/// Two containers that know each other, ports that are answered and ports that are not.
+/// Two containers on one network, with ports that are open and ports that are closed.
 pub(crate) const PROJECT: &str = r#"
 name: shop
 networks: { home: { enable_ipv6: true, ipam: { config: [ { subnet: 10.81.1.0/24 }, { subnet: "fd81:1::/64" } ] } } }
@@ -26,35 +26,35 @@ services:
   db: { command: [ sleep, "60" ], networks: [ home ] }
 "#;
 
-/// Bytes that each connection sends to the echo, over IPv4 and IPv6.
+/// Bytes of each connection to the echo server, over IPv4 and IPv6.
 const ECHOED: [u64; 2] = [1_000_003, 77_777];
-/// Datagrams to the echo, and the bytes of each.
+/// Datagrams to the echo server, and their size.
 const DATAGRAMS: (u64, usize) = (10, 333);
-/// Datagrams to where nobody listens.
+/// Datagrams to a closed port.
 const LOST: u64 = 3;
-/// Connections to where nobody listens.
+/// Connections to a closed port.
 const REFUSED: u64 = 3;
-/// Bytes that a container sends to the world, and that it receives.
+/// Bytes that a container sends to and receives from an external host.
 const SENT: u64 = 300_007;
 const RECEIVED: u64 = 700_001;
-/// Datagrams that a container exchanges with the world, and the bytes of each.
+/// Datagrams that a container exchanges with an external host, and their size.
 const OUTSIDE: (u64, usize) = (5, 100);
-/// Datagrams from a container to addresses that nobody has, which the engine refuses.
+/// Datagrams from a container to a reserved address, which the engine rejects.
 const FORBIDDEN: (u64, SocketAddr) =
     (4, SocketAddr::new(IpAddr::V4(Ipv4Addr::new(240, 0, 0, 1)), 9999));
 
-/// What is asked, how often in each round, and the type and code that it is counted under. Names
-/// outside are new in each round, for answers are kept.
+/// DNS queries: name, type, number per round, and response code. External names are new in each
+/// round, because responses are cached.
 const QUESTIONS: [(&str, &str, u64, &str); 5] = [
     ("db", "A", 5, "NOERROR"),
     ("db", "AAAA", 2, "NOERROR"),
     ("nobody", "A", 3, "NXDOMAIN"),
     ("ROUND.example.test", "A", 4, "NOERROR"),
-    // The server outside refuses, and there is no other.
+    // The external server refuses, and there is no other.
     ("ROUND.refused.test", "A", 1, "REFUSED"),
 ];
 
-/// Servers in a container and outside, and those who talk to them.
+/// Servers in a container and outside, with their clients.
 pub(crate) struct Traffic<'a> {
     net: &'a Topology,
     inside: Namespace,
@@ -62,7 +62,7 @@ pub(crate) struct Traffic<'a> {
     _echoes: [EchoServer; 2],
 }
 
-/// What is outside.
+/// The external hosts.
 struct World {
     sink: Sink,
     source: Source,
@@ -71,7 +71,7 @@ struct World {
 }
 
 impl<'a> Traffic<'a> {
-    /// Starts the servers, for the project that `up` has brought up.
+    /// Starts the servers for the project of `up`.
     #[track_caller]
     pub(crate) fn prepare(net: &'a Topology, up: &Process) -> Self {
         let inside = service_namespace(up, "box");
@@ -102,7 +102,7 @@ impl<'a> Traffic<'a> {
         Self { net, inside, world, _echoes: echoes }
     }
 
-    /// All of it once.
+    /// Runs one round.
     #[track_caller]
     pub(crate) fn round(&self, round: u32) {
         self.net.client.run(|| {
@@ -116,7 +116,7 @@ impl<'a> Traffic<'a> {
             exchange(&socket, (addr::HOST_V4, 5353).into(), DATAGRAMS);
             for _ in 0..LOST {
                 socket.send_to(b"lost", (addr::HOST_V4, 5354)).unwrap();
-                // One at a time: the error that tells of one is told at the next.
+                // One at a time: the error of a datagram is reported at the next.
                 std::thread::sleep(Duration::from_millis(50));
             }
         });
@@ -142,7 +142,7 @@ impl<'a> Traffic<'a> {
         }
     }
 
-    /// Connections and sessions that stay while what is returned lives.
+    /// Connections and sessions that stay open until the result is dropped.
     pub(crate) fn stay(&self) -> [TcpStream; 2] {
         let client = self.net.client.run(|| {
             let mut stream = connect((addr::HOST_V4, 8080).into());
@@ -158,7 +158,7 @@ impl<'a> Traffic<'a> {
         [client, container]
     }
 
-    /// Expressions and what they must be after [`ROUNDS`] rounds and [`Traffic::stay`].
+    /// Expressions with their values after [`ROUNDS`] rounds and [`Traffic::stay`].
     pub(crate) fn expected(&self) -> Vec<(String, f64)> {
         let rounds = u64::from(ROUNDS);
         let mut all = Vec::new();
@@ -169,7 +169,7 @@ impl<'a> Traffic<'a> {
         let (v4, v6, dead) = ("0.0.0.0:8080/tcp", "[::]:8080/tcp", "0.0.0.0:8081/tcp");
         for direction in ["in", "out"] {
             let label = format!(", direction=\"{direction}\"");
-            // A reset comes after an echo of four bytes, and what stays has exchanged four.
+            // A reset follows an echo of four bytes, and open connections have exchanged four.
             is(port("bytes_total", v4, &label), rounds * (ECHOED[0] + 4) + 4);
             is(port("bytes_total", v6, &label), rounds * ECHOED[1]);
             is(port("bytes_total", dead, &label), 0);
@@ -198,7 +198,7 @@ impl<'a> Traffic<'a> {
         is(port("dial_seconds_count", v4, ""), 2 * rounds + 1);
         is(port("dial_seconds_count", v6, ""), rounds);
         is("sum(tidegate_proxy_dial_seconds_count)".to_owned(), 3 * rounds + 1);
-        // What stays has not ended.
+        // Open connections have not ended.
         is(port("connection_seconds_count", v4, ""), 2 * rounds);
         is(port("connection_seconds_bucket", v6, ", le=\"+Inf\""), rounds);
         is(port("connection_seconds_count", dead, ""), 0);
@@ -206,7 +206,7 @@ impl<'a> Traffic<'a> {
         let nat =
             |family: &str, more: &str| format!("tidegate_nat_{family}{{network=\"shop\", {more}}}");
         let outside = OUTSIDE.0 * OUTSIDE.1 as u64;
-        // Published ports of UDP come in by the engine as well.
+        // The engine carries published UDP ports as well.
         let published = DATAGRAMS.0 * DATAGRAMS.1 as u64;
         is(nat("bytes_total", "direction=\"out\""), rounds * (SENT + outside + published) + 4);
         let lost = LOST * "lost".len() as u64;
@@ -232,14 +232,13 @@ impl<'a> Traffic<'a> {
         }
         let asked: u64 = QUESTIONS.iter().map(|question| question.2).sum();
         is("sum(tidegate_dns_queries_total)".to_owned(), rounds * asked);
-        // Of the names outside the first question goes there, and the rest is answered by the
-        // cache.
+        // The first query for an external name is forwarded, the others are served from the cache.
         let server =
             |family: &str| format!("tidegate_dns_upstream_{family}{{server=\"203.0.113.9:53\"}}");
         is(server("queries_total"), rounds * 2);
         is(server("failures_total"), rounds);
         is(server("seconds_count"), rounds * 2);
-        // The other instance asks nothing.
+        // The other instance sends no queries.
         is("sum(tidegate_dns_cache_lookups_total{result=\"miss\"})".to_owned(), rounds * 2);
         is("sum(tidegate_dns_cache_lookups_total{result=\"hit\"})".to_owned(), rounds * 3);
 
@@ -267,7 +266,7 @@ fn udp() -> UdpSocket {
     socket
 }
 
-/// Sends `length` bytes and has them back, then both sides end in order.
+/// Sends `length` bytes and receives their echo, then both sides end in order.
 #[track_caller]
 fn echo_over_tcp(to: SocketAddr, length: u64) {
     let mut stream = connect(to);
@@ -281,7 +280,7 @@ fn echo_over_tcp(to: SocketAddr, length: u64) {
     });
 }
 
-/// Has four bytes back and resets the connection.
+/// Receives an echo of four bytes and resets the connection.
 #[track_caller]
 fn reset(to: SocketAddr) {
     let mut stream = connect(to);
@@ -290,10 +289,10 @@ fn reset(to: SocketAddr) {
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
 }
 
-/// Is accepted by the port and refused by the container.
+/// A connection that the port accepts and the container refuses.
 #[track_caller]
 fn refused(to: SocketAddr) {
-    // The reset may come before connect(2) has returned.
+    // The reset may come before connect(2) returns.
     let outcome = TcpStream::connect_timeout(&to, SOON).and_then(|mut stream| {
         stream.set_read_timeout(Some(SOON))?;
         stream.read(&mut [0; 1])
@@ -301,7 +300,7 @@ fn refused(to: SocketAddr) {
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
 
-/// Sends datagrams one by one and has each of them back.
+/// Sends datagrams one by one and receives the echo of each.
 #[track_caller]
 fn exchange(socket: &UdpSocket, to: SocketAddr, (count, length): (u64, usize)) {
     for _ in 0..count {

@@ -1,4 +1,4 @@
-//! What is left to somebody who takes the process over: tried from inside of it.
+//! What an attacker can do after taking over the process, tried from inside of it.
 
 #![cfg(target_arch = "x86_64")]
 
@@ -14,7 +14,7 @@ fn a_proxy_to_an_address_can_only_forward() {
     let to = SocketAddr::from((addr::HOST_V4, 8080));
     let before = connect(&net.client, to);
     assert_is_nothing_but_a_proxy(proxy.process.pid(), 80);
-    // It goes on as if nothing had been: threads, pipes and the page of metrics included.
+    // The process continues to work, including threads, pipes and the metrics page.
     assert_eq!(ask(&before, b"from before"), b"from before");
     let payload = vec![7; 4 << 20];
     let clients: Vec<TcpStream> = (0..20).map(|_| connect(&net.client, to)).collect();
@@ -35,7 +35,7 @@ fn a_proxy_to_an_address_can_only_forward() {
 }
 
 #[test]
-fn one_that_shows_its_clients_keeps_what_that_takes() {
+fn a_proxy_that_shows_clients_keeps_the_capabilities_for_it() {
     /// `CAP_NET_BIND_SERVICE`, `CAP_NET_ADMIN`, `CAP_NET_RAW`, `CAP_SYS_ADMIN`, `CAP_SYS_RESOURCE`.
     const KEPT: u64 = 1 << 10 | 1 << 12 | 1 << 13 | 1 << 21 | 1 << 24;
     let net = Topology::three();

@@ -1,28 +1,28 @@
-//! Help.
+//! Help, version and completion.
 
 use super::*;
 
 #[test]
-fn the_help_names_every_flag_and_says_what_it_does() {
+fn the_help_describes_every_flag() {
     let host = Namespace::new();
     let help = succeeds(tidegate(&host, "publish --help"));
     let short = succeeds(tidegate(&host, "publish -h"));
     let cli = tidegate::cli::Cli::command();
     let publish = cli.find_subcommand("publish").unwrap();
     let mut seen = 0;
-    let told = |argument: &&clap::Arg| !argument.is_positional() && !argument.is_hide_set();
-    for argument in publish.get_arguments().filter(told) {
+    let is_shown = |argument: &&clap::Arg| !argument.is_positional() && !argument.is_hide_set();
+    for argument in publish.get_arguments().filter(is_shown) {
         let long = format!("--{}", argument.get_long().unwrap());
         assert!(help.contains(&long) && short.contains(&long), "{long} is not in the help");
         assert!(
             argument.get_help().is_some_and(|help| help.to_string().len() > 10),
-            "{long} is not explained"
+            "{long} has no description"
         );
         seen += 1;
     }
     assert!(seen >= 15, "{seen} flags");
     for word in ["SPEC", "IPv6", "sctp", "SIGTERM", "Examples:"] {
-        // SCTP is no promise yet.
+        // SCTP is not supported yet.
         assert_eq!(help.contains(word), word != "sctp", "{word}");
     }
     assert!(help.lines().all(|line| line.chars().count() <= 100), "a line of the help is too long");
@@ -36,7 +36,7 @@ fn help_version_and_completion_work_for_an_ordinary_user() {
     assert!(succeeds(program.command(&host, "--help")).contains("publish"));
     let script = succeeds(program.command(&host, "completion bash"));
     assert!(script.contains("--udp-idle-timeout"));
-    // A script that the shell can read.
+    // The script is valid for the shell.
     let mut shell = Command::new("bash");
     shell.args(["-n", "-c", &script]);
     succeeds(shell);
@@ -49,7 +49,7 @@ fn help_version_and_completion_work_for_an_ordinary_user() {
 }
 
 #[test]
-fn a_log_that_is_not_read_at_a_terminal_has_no_colours() {
+fn a_log_outside_of_a_terminal_has_no_colours() {
     let net = Topology::three();
     let publisher = Publisher::start_with(&net.host, "8080:80 --to 172.30.0.2", |command| {
         command.env("TIDEGATE_LOG", "debug");
@@ -60,7 +60,7 @@ fn a_log_that_is_not_read_at_a_terminal_has_no_colours() {
 }
 
 #[test]
-fn a_log_filter_that_is_not_understood_is_told() {
+fn an_invalid_log_filter_is_an_error() {
     let host = Namespace::new();
     let mut command = tidegate(&host, "publish 8080:80 --to 172.30.0.2");
     command.env("TIDEGATE_LOG", "=====");

@@ -1,15 +1,15 @@
-//! What it tells Prometheus.
+//! Metrics.
 
 use super::*;
 
 #[test]
-fn the_figures_are_exactly_what_was_carried() {
+fn metrics_match_the_payload_exactly() {
     let net = Topology::three();
     let backend = Backend::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let publisher = Publisher::start(&net.host, "8080:80 8081:81 --to 172.30.0.2");
     let zero = publisher.metrics();
     assert_eq!(zero.port("connections_total", PORT), 0);
-    // Through both families, small and large enough to be spliced.
+    // Over both families, small, and large enough to be spliced.
     let v4 = SocketAddr::from((addr::HOST_V4, 8080));
     let v6 = SocketAddr::from((addr::HOST_V6, 8080));
     for (to, up, down) in [(v4, 1, 0), (v4, 1000, 700_001), (v4, 300_000, 17), (v6, 5, 6)] {
@@ -49,7 +49,7 @@ fn the_figures_are_exactly_what_was_carried() {
     assert_eq!(metrics.port("connection_seconds_count", publish(v4)), 3);
     assert!(metrics.value(&format!("tidegate_proxy_dial_seconds_sum{{publish=\"{PORT}\"}}")) > 0.0);
 
-    // A reset is counted as one, and what was carried before it.
+    // A reset is counted with the payload before it.
     let (client, server) = (connect(&net.client, v4), backend.accept());
     (&client).write_all(b"0123456789").unwrap();
     (&server).read_exact(&mut [0; 10]).unwrap();
@@ -60,7 +60,7 @@ fn the_figures_are_exactly_what_was_carried() {
 }
 
 #[test]
-fn the_page_is_what_prometheus_reads() {
+fn the_page_is_valid_for_prometheus() {
     let net = Topology::three();
     let publisher = Publisher::start(&net.host, "8080:80 [::1]:5353:53/udp --to 172.30.0.2");
     connect_and_see(&net.client, (addr::HOST_V4, 8080).into()).unwrap_err();
@@ -79,15 +79,15 @@ fn the_page_is_what_prometheus_reads() {
     ] {
         assert!(families.contains(family), "{family} is not among {families:?}");
     }
-    // As told by the process itself and by the kernel.
-    let told = publisher.metrics().value("process_open_fds") as usize;
+    // The number reported by the process, and by the kernel.
+    let reported = publisher.metrics().value("process_open_fds") as usize;
     let known = publisher.process.open_fds();
-    // The scrape itself has some open.
-    assert!(told.abs_diff(known) <= 5, "{told} told, {known} known");
+    // The scrape itself has some descriptors open.
+    assert!(reported.abs_diff(known) <= 5, "{reported} reported, {known} known");
 }
 
 #[test]
-fn the_endpoint_answers_nonsense_with_an_error_and_goes_on() {
+fn invalid_requests_get_an_error_and_the_endpoint_continues() {
     let net = Topology::three();
     let publisher = Publisher::start(&net.host, "8080:80 --to 172.30.0.2");
     for (request, status) in [
@@ -109,14 +109,14 @@ fn the_endpoint_answers_nonsense_with_an_error_and_goes_on() {
         ),
     ] {
         let mut stream = connect(&net.host, METRICS.parse().unwrap());
-        // It may have had enough before all of it is sent.
+        // The response may come before all of it is sent.
         let _ = stream.write_all(request.as_bytes());
         let answer = read_all(&stream).0;
         let answer = String::from_utf8_lossy(&answer);
         let what: String = request.chars().take(60).collect();
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{what:?}: {answer:?}");
     }
-    // Half a request and then the end.
+    // Half a request followed by the end.
     let mut stream = connect(&net.host, METRICS.parse().unwrap());
     stream.write_all(b"GET /metr").unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
@@ -125,7 +125,7 @@ fn the_endpoint_answers_nonsense_with_an_error_and_goes_on() {
 }
 
 #[test]
-fn slow_scrapers_hold_up_neither_others_nor_connections() {
+fn slow_scrapers_block_neither_others_nor_connections() {
     let net = Topology::three();
     let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let publisher = Publisher::start(&net.host, "8080:80 --to 172.30.0.2");
@@ -137,26 +137,26 @@ fn slow_scrapers_hold_up_neither_others_nor_connections() {
         })
         .collect();
     publisher.metrics();
-    // As many as there may be, and more: the oldest go, and neither scrapes nor ports notice.
+    // More than the limit: the oldest are evicted, without effect on scrapes and ports.
     let more: Vec<TcpStream> =
         (0..100).map(|_| connect(&net.host, METRICS.parse().unwrap())).collect();
     assert_eq!(ask(&connect(&net.client, (addr::HOST_V4, 8080).into()), b"unmoved"), b"unmoved");
     publisher.metrics();
-    // All were closed in the end, without their having done anything.
+    // All were closed in the end without sending anything.
     for stream in slow.iter().chain(&more) {
         assert!(read_all(stream).0.is_empty());
     }
     let metrics = publisher.metrics();
     let evicted = metrics.count("tidegate_scrape_refused_total{reason=\"silent\"}");
     let late = metrics.count("tidegate_scrape_refused_total{reason=\"timeout\"}");
-    assert!(evicted >= 41 && evicted + late == 105, "{evicted} for others, {late} too late");
+    assert!(evicted >= 41 && evicted + late == 105, "{evicted} evicted, {late} timed out");
     assert_eq!(metrics.port("connections_total", PORT), 1);
 }
 
 #[test]
-fn a_scraper_that_does_not_read_is_given_up() {
+fn a_scraper_that_does_not_read_is_closed() {
     let net = Topology::three();
-    // A page of more than the buffers of one connection.
+    // A page larger than the buffers of a connection.
     let publisher =
         Publisher::start(&net.host, "127.0.0.1:20000-23999:20000-23999 --to 172.30.0.2");
     let idle = publisher.process.open_fds();

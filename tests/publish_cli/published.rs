@@ -1,4 +1,4 @@
-//! What is published.
+//! Published ports and their output.
 
 use super::*;
 
@@ -37,7 +37,7 @@ fn a_free_port_is_the_same_for_both_families_and_is_printed() {
 }
 
 #[test]
-fn the_ports_of_a_range_lead_to_the_containers_ports_in_order() {
+fn the_ports_of_a_range_map_to_container_ports_in_order() {
     let net = Topology::three();
     let backends: Vec<Backend> = (80..85)
         .map(|port| Backend::tcp(&net.container, (addr::CONTAINER_V4, port).into()))
@@ -56,7 +56,7 @@ fn the_ports_of_a_range_lead_to_the_containers_ports_in_order() {
 }
 
 #[test]
-fn of_a_range_for_one_port_the_first_free_one_is_taken() {
+fn the_first_free_port_of_a_range_is_used_for_a_single_port() {
     let net = Topology::three();
     let _busy = net.host.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 9000))).unwrap();
     let _busy_v6 = net.host.run(|| TcpListener::bind((Ipv6Addr::LOCALHOST, 9001))).unwrap();
@@ -70,14 +70,14 @@ fn of_a_range_for_one_port_the_first_free_one_is_taken() {
 }
 
 #[test]
-fn what_was_published_is_told_as_json() {
+fn published_ports_are_printed_as_json() {
     let host = Namespace::new();
     let arguments =
         "publish 127.0.0.1:8080:80 [::1]:5353:53/udp --to 172.30.0.2 --json --metrics 127.0.0.1:0";
     let process = Process::spawn(&mut tidegate(&host, arguments));
     let line = process.wait_for_line("{", TIMEOUT);
-    let told: serde_json::Value = serde_json::from_str(&line).unwrap();
-    let metrics = told["metrics"].as_str().unwrap().strip_prefix("http://").unwrap();
+    let printed: serde_json::Value = serde_json::from_str(&line).unwrap();
+    let metrics = printed["metrics"].as_str().unwrap().strip_prefix("http://").unwrap();
     let (head, _) =
         http(&host, metrics.strip_suffix("/metrics").unwrap(), "GET /metrics HTTP/1.0\r\n\r\n");
     assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
@@ -97,18 +97,18 @@ fn what_was_published_is_told_as_json() {
     assert_eq!(published, expected);
 
     let without = Process::spawn(&mut tidegate(&host, "publish 8081:80 --to 172.30.0.2 --json"));
-    let told: serde_json::Value =
+    let printed: serde_json::Value =
         serde_json::from_str(&without.wait_for_line("{", TIMEOUT)).unwrap();
-    assert!(told["metrics"].is_null());
+    assert!(printed["metrics"].is_null());
 }
 
 #[test]
-fn a_reader_that_goes_away_does_not_end_it() {
+fn a_closed_standard_output_does_not_end_it() {
     let net = Topology::three();
     let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let (reader, writer) = io::pipe().unwrap();
     drop(reader);
-    // Everything it might want to say: a line for each connection as well.
+    // The most verbose output, with a line for each connection.
     let mut command =
         tidegate(&net.host, "publish 8080:80 8081:81 5353:53/udp --to 172.30.0.2 --workers 1");
     command.env("TIDEGATE_LOG", "trace").stdin(Stdio::null());
@@ -118,23 +118,23 @@ fn a_reader_that_goes_away_does_not_end_it() {
     net.host.wait_until_bound(Protocol::Tcp, 8081, TIMEOUT);
     net.host.wait_until_bound(Protocol::Udp, 5353, TIMEOUT);
     for _ in 0..3 {
-        // Nothing listens at port 81 and 53 of the container, which is worth a line.
+        // Ports 81 and 53 of the container are closed, which is logged.
         let refused = net.client.run(|| TcpStream::connect((addr::HOST_V4, 8081)));
         assert!(refused.is_err() || read_all(&patient(refused.unwrap())).1.is_some());
         let socket = net.client.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
         socket.send_to(b"?", (addr::HOST_V4, 5353)).unwrap();
         let served = connect(&net.client, (addr::HOST_V4, 8080).into());
-        assert_eq!(ask(&served, b"still here"), b"still here");
+        assert_eq!(ask(&served, b"still served"), b"still served");
     }
-    assert!(process.0.try_wait().unwrap().is_none(), "it has ended");
+    assert!(process.0.try_wait().unwrap().is_none(), "the process has ended");
     rustix::process::kill_process(rustix::process::Pid::from_child(&process.0), Signal::TERM)
         .unwrap();
-    wait_until("it has ended", || process.0.try_wait().unwrap().is_some());
+    wait_until("the process has ended", || process.0.try_wait().unwrap().is_some());
     assert_eq!(process.0.try_wait().unwrap().unwrap().code(), Some(0));
 }
 
 #[test]
-fn an_error_that_nobody_reads_has_its_exit_status_all_the_same() {
+fn an_error_that_cannot_be_printed_keeps_its_exit_status() {
     let host = Namespace::new();
     let (reader, writer) = io::pipe().unwrap();
     drop(reader);
@@ -146,13 +146,13 @@ fn an_error_that_nobody_reads_has_its_exit_status_all_the_same() {
         let mut command = tidegate(&host, arguments);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer.try_clone().unwrap());
         let mut process = Killed(command.spawn().unwrap());
-        wait_until("it has ended", || process.0.try_wait().unwrap().is_some());
+        wait_until("the process has ended", || process.0.try_wait().unwrap().is_some());
         assert_eq!(process.0.try_wait().unwrap().unwrap().code(), Some(code), "{arguments}");
     }
 }
 
 #[test]
-fn ten_thousand_ports_are_ready_and_answer_in_one_process() {
+fn ten_thousand_ports_of_one_process_are_ready_and_served() {
     const PORTS: u16 = 10_000;
     let limit = raise_open_files(16_384);
     assert!(
@@ -181,8 +181,7 @@ fn ten_thousand_ports_are_ready_and_answer_in_one_process() {
         drop(server);
         assert_eq!(read_all(&client), (port.to_be_bytes().to_vec(), None));
     }
-    // Behind the others is nothing: a reset by the proxy, where a port that is not published
-    // refuses.
+    // The ports have no backend: the proxy resets, while a port that is not published refuses.
     net.client.run(|| {
         for port in (20_000..=last).filter(|port| !backends.contains_key(port)) {
             let end = TcpStream::connect_timeout(&(addr::HOST_V4, port).into(), TIMEOUT)
@@ -195,7 +194,7 @@ fn ten_thousand_ports_are_ready_and_answer_in_one_process() {
         }
     });
     let metrics = publisher.metrics();
-    // The first thousand have series of their own, the others one together.
+    // The first thousand have their own series, the others are summed up.
     let lines =
         metrics.0.lines().filter(|line| line.starts_with("tidegate_proxy_connections_total{"));
     let values: Vec<u64> =
@@ -205,9 +204,9 @@ fn ten_thousand_ports_are_ready_and_answer_in_one_process() {
     assert_eq!(metrics.port("connections_total", "other/tcp"), u64::from(PORTS) - 1000);
 }
 
-/// A port that is printed as published and never accepts would be worse than an error.
+/// A port that is printed as published must accept connections.
 #[test]
-fn with_few_descriptors_either_all_ports_answer_or_it_says_so_and_ends() {
+fn with_few_descriptors_all_ports_are_served_or_it_fails() {
     let net = Topology::three();
     for count in [10, 15, 20, 25, 30] {
         let last = 9000 + count - 1;
@@ -216,7 +215,7 @@ fn with_few_descriptors_either_all_ports_answer_or_it_says_so_and_ends() {
         support::limit_open_files(&mut command, 64);
         let mut process = Process::spawn(&mut command);
         let ready = || process.output().contains("[::]:9000") || process.output().contains("error");
-        wait_until("it says something", ready);
+        wait_until("there is output", ready);
         if process.output().contains("error") {
             let said = process.wait_for_output(TIMEOUT);
             assert_one_line(&said);
@@ -228,6 +227,6 @@ fn with_few_descriptors_either_all_ports_answer_or_it_says_so_and_ends() {
         let mut client = connect(&net.client, (addr::HOST_V4, last).into());
         client.write_all(b"?").unwrap();
         let served = eventually(TIMEOUT / 3, || backend.has_waiting());
-        assert!(served, "of {count} ports none accepts a connection:\n{}", process.output());
+        assert!(served, "none of {count} ports accepts a connection:\n{}", process.output());
     }
 }

@@ -1,9 +1,9 @@
-//! What is refused.
+//! Errors of the command line and of the start.
 
 use super::*;
 
 #[test]
-fn a_command_line_that_makes_no_sense_is_refused_with_its_reason() {
+fn invalid_command_lines_are_rejected_with_the_reason() {
     let host = Namespace::new();
     for (arguments, reason) in [
         ("300.0.0.1:8080:80 --to 172.30.0.2", "300.0.0.1"),
@@ -64,14 +64,14 @@ fn a_command_line_that_makes_no_sense_is_refused_with_its_reason() {
         let ours = line.starts_with("tidegate: error: ");
         assert!(ours || line.starts_with("error: "), "{arguments}: {said}");
         assert!(!ours || said.lines().count() == 1, "{arguments}: {said}");
-        // What was missing stands in the line below.
+        // clap lists missing arguments in the next line.
         assert!(line.contains(reason), "{arguments}: {said}");
     }
     assert_nothing_is_bound(&host);
 }
 
 #[test]
-fn what_cannot_be_done_is_told_in_one_line() {
+fn a_failed_start_is_reported_in_one_line() {
     let net = Topology::three();
     let host = &net.host;
     let directory = tempfile::tempdir().unwrap();
@@ -98,13 +98,16 @@ fn what_cannot_be_done_is_told_in_one_line() {
             "8080:80 --netns /proc/self/ns/mnt".to_owned(),
             "/proc/self/ns/mnt is not a network namespace".to_owned(),
         ),
-        // Beyond the largest pid there may be (PID_MAX_LIMIT of include/linux/threads.h).
+        // Beyond the largest pid (PID_MAX_LIMIT in include/linux/threads.h).
         ("8080:80 --pid 4194305".to_owned(), "no process 4194305".to_owned()),
         (
             "8080 8081:8081 --to 127.0.0.1".to_owned(),
             "port 0.0.0.0:8081/tcp would forward to itself".to_owned(),
         ),
-        ("8080:8080/udp --to ::1".to_owned(), "port [::]:8080/udp would forward to itself".to_owned()),
+        (
+            "8080:8080/udp --to ::1".to_owned(),
+            "port [::]:8080/udp would forward to itself".to_owned(),
+        ),
         (
             "203.0.113.1:8080:8080 --to 203.0.113.1".to_owned(),
             "port 203.0.113.1:8080/tcp would forward to itself at 203.0.113.1:8080".to_owned(),
@@ -122,7 +125,7 @@ fn what_cannot_be_done_is_told_in_one_line() {
 }
 
 #[test]
-fn a_process_that_has_just_ended_is_no_process() {
+fn a_process_that_has_ended_is_an_error() {
     let host = Namespace::new();
     let mut child = Command::new("true").spawn().unwrap();
     let pid = child.id();
@@ -132,7 +135,7 @@ fn a_process_that_has_just_ended_is_no_process() {
 }
 
 #[test]
-fn a_busy_port_is_told_with_its_holder() {
+fn a_port_in_use_is_reported_with_its_holder() {
     let net = Topology::three();
     let holder = Publisher::start(&net.host, "8080:80 5353:53/udp --to 172.30.0.2");
     let holder_is = format!("is in use by tidegate (pid {})", holder.process.pid());
@@ -147,18 +150,18 @@ fn a_busy_port_is_told_with_its_holder() {
         assert_one_line(&said);
         assert!(said.contains(&format!("{port} {holder_is}")), "{arguments}: {said}");
     }
-    // Another program, and one that holds the port on one address only.
+    // A port of another program on a single address.
     let loopback = net.host.run(|| TcpListener::bind((Ipv6Addr::LOCALHOST, 8090))).unwrap();
     let said = fails(tidegate(&net.host, "publish 8090:80 --to 172.30.0.2"), 1);
     assert!(said.contains("port 8090/tcp on [::] is in use by "), "{said}");
     assert!(said.contains(&format!("(pid {})", std::process::id())), "{said}");
     drop(loopback);
-    // A child that another test is just starting may hold a copy of the socket for a moment.
+    // A child process that another test starts may hold a copy of the socket for a moment.
     wait_until("it is closed", || {
         net.host.bound_ports(Protocol::Tcp) == BTreeSet::from([8080, 9464])
     });
     assert_eq!(net.host.bound_ports(Protocol::Udp), BTreeSet::from([5353]));
-    // The port of another namespace is nobody's here.
+    // A port in another namespace is not in use here.
     let mut elsewhere =
         Process::spawn(&mut tidegate(&net.client, "publish 8080:80 --to 172.30.0.2"));
     elsewhere.wait_for_line("0.0.0.0:8080/tcp", TIMEOUT);
@@ -166,16 +169,19 @@ fn a_busy_port_is_told_with_its_holder() {
 }
 
 #[test]
-fn a_busy_metrics_port_is_told_and_keeps_no_port_closed() {
+fn a_metrics_port_in_use_is_reported_and_does_not_block_ports() {
     let net = Topology::three();
     let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let holder = Publisher::start(&net.host, "8080:80 --to 172.30.0.2");
     let arguments = format!("publish 8081:80 --to 172.30.0.2 --json --metrics {METRICS}");
     let process = Process::spawn(&mut tidegate(&net.host, &arguments));
     let holder_is = format!("in use by tidegate (pid {})", holder.process.pid());
-    let told = process.wait_for_line("metrics are not served", TIMEOUT);
-    assert!(told.contains("port 9464/tcp on 127.0.0.1") && told.contains(&holder_is), "{told}");
-    assert!(told.contains("127.0.0.1:9464-9474"), "the remedy: {told}");
+    let warning = process.wait_for_line("metrics are not served", TIMEOUT);
+    assert!(
+        warning.contains("port 9464/tcp on 127.0.0.1") && warning.contains(&holder_is),
+        "{warning}"
+    );
+    assert!(warning.contains("127.0.0.1:9464-9474"), "the remedy: {warning}");
     process.wait_for_line("\"metrics\":null", TIMEOUT);
     assert_eq!(ask(&connect(&net.client, (addr::HOST_V4, 8081).into()), b"open"), b"open");
     drop(holder);
@@ -185,7 +191,7 @@ fn a_busy_metrics_port_is_told_and_keeps_no_port_closed() {
 }
 
 #[test]
-fn a_low_port_without_the_permission_is_told_with_both_remedies_and_the_remedy_works() {
+fn a_low_port_without_permission_is_reported_with_remedies_that_work() {
     let net = Topology::three();
     let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let program = Unprivileged::new();
@@ -218,7 +224,7 @@ fn an_ordinary_user_publishes_high_ports() {
         .read_to_string(&mut status)
         .unwrap();
     assert!(status.contains(&format!("Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}")), "{status}");
-    // More than is copied before splicing begins.
+    // More than is copied before splicing starts.
     let request = vec![b'x'; 300_000];
     for to in [SocketAddr::from((addr::HOST_V4, 8080)), (addr::HOST_V6, 8080).into()] {
         let stream = connect(&net.client, to);
@@ -240,7 +246,7 @@ fn an_ordinary_user_publishes_high_ports() {
 }
 
 #[test]
-fn an_ordinary_user_is_told_what_a_namespace_and_a_clients_address_take() {
+fn an_ordinary_user_gets_the_privilege_for_a_namespace_or_a_client_address() {
     let net = Topology::three();
     let program = Unprivileged::new();
     for arguments in [

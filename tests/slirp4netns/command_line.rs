@@ -1,4 +1,4 @@
-//! What is said, and what is refused.
+//! Output and errors of the command line.
 
 use super::scene::{OURS, Scene, one_line};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use tidegate_testbed::pass_fd;
 
 #[test]
-fn help_and_version_are_what_callers_look_for() {
+fn help_and_version_contain_what_callers_search_for() {
     let output = Command::new(OURS).arg("--help").output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty());
     let help = String::from_utf8(output.stdout).unwrap();
@@ -23,14 +23,14 @@ fn help_and_version_are_what_callers_look_for() {
     let output = Command::new(OURS).arg("-v").output().unwrap();
     let version = String::from_utf8(output.stdout).unwrap();
     assert!(version.starts_with("slirp4netns version ") && output.status.success(), "{version}");
-    // Under its other name.
+    // As a subcommand of tidegate.
     let output =
         Command::new(env!("CARGO_BIN_EXE_tidegate")).args(["slirp4netns", "-v"]).output().unwrap();
     assert_eq!(String::from_utf8(output.stdout).unwrap(), version);
 }
 
 #[test]
-fn what_cannot_be_served_is_refused_in_one_line() {
+fn invalid_options_and_targets_are_rejected_in_one_line() {
     let scene = Scene::new();
     let guest = scene.guest();
     let pid = guest.pid();
@@ -39,7 +39,7 @@ fn what_cannot_be_served_is_refused_in_one_line() {
         (vec!["4194304", "tap0"], "no process 4194304"),
         (vec!["--netns-type=path", "/run/no-such"], "no such namespace /run/no-such"),
         (vec!["--netns-type=path", "/etc/passwd"], "/etc/passwd is not a network namespace"),
-        // Root's.
+        // A process of root.
         (vec!["1"], "process 1"),
         (vec!["-c", "-e", "77", &pid], "--exit-fd 77: this descriptor is not open"),
         (vec!["-c", "-r", "78", &pid], "--ready-fd 78: this descriptor is not open"),
@@ -54,13 +54,13 @@ fn what_cannot_be_served_is_refused_in_one_line() {
         (vec!["-c", &pid, "a name"], "no name for an interface"),
         (vec!["-c", &pid, "averyveryverylong"], "no name for an interface"),
     ] {
-        let told = scene.refused(&arguments);
-        assert!(told.contains(words), "{arguments:?}: {told}");
+        let error = scene.refused(&arguments);
+        assert!(error.contains(words), "{arguments:?}: {error}");
     }
-    // A taken name, of what is no idle TAP.
+    // The name is taken by an interface that is not an idle TAP.
     guest.ip(&["link", "add", "tap0", "type", "veth", "peer", "name", "other"]);
-    let told = scene.refused(&["-c", &pid, "tap0"]);
-    assert!(told.contains("device \"tap0\": an interface of this name already exists"), "{told}");
+    let error = scene.refused(&["-c", &pid, "tap0"]);
+    assert!(error.contains("device \"tap0\": an interface of this name already exists"), "{error}");
     assert!(
         guest.ip(&["-o", "link"]).contains("veth") || guest.ip(&["-o", "link"]).contains("other"),
         "it stays"
@@ -72,7 +72,7 @@ fn what_cannot_be_served_is_refused_in_one_line() {
 }
 
 #[test]
-fn a_ready_descriptor_that_nobody_reads_is_told() {
+fn a_closed_ready_descriptor_is_an_error() {
     let scene = Scene::new();
     let guest = scene.guest();
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
@@ -80,26 +80,26 @@ fn a_ready_descriptor_that_nobody_reads_is_told() {
     let mut command = scene.as_nobody(&scene.ours());
     command.args(["-c", "-r", "9", &guest.pid()]).stdin(Stdio::null());
     pass_fd(&mut command, writer, 9);
-    let told = one_line(&command.output().unwrap());
-    assert!(told.contains("--ready-fd 9: Broken pipe"), "{told}");
+    let error = one_line(&command.output().unwrap());
+    assert!(error.contains("--ready-fd 9: Broken pipe"), "{error}");
 }
 
 #[test]
-fn a_host_without_tun_devices_is_told_what_to_do() {
+fn without_tun_devices_the_error_contains_the_remedy() {
     let scene = Scene::with(|mounts, _| mounts.tmpfs("/dev/net"));
     let guest = scene.guest();
-    let told = scene.refused(&["-c", &guest.pid()]);
+    let error = scene.refused(&["-c", &guest.pid()]);
     assert!(
-        told.contains("open /dev/net/tun: No such file or directory")
-            && told.contains("module tun"),
-        "{told}"
+        error.contains("open /dev/net/tun: No such file or directory")
+            && error.contains("module tun"),
+        "{error}"
     );
 }
 
 #[test]
-fn a_host_without_user_namespaces_has_no_sandbox() {
+fn without_user_namespaces_the_sandbox_is_an_error() {
     let scene = Scene::new();
-    // In a user namespace of its own, where there may be no more of them, and no privileges.
+    // In a user namespace that permits no nested ones, and without capabilities.
     let script = "unshare --user --map-root-user --net sleep 60 & \
                   while [ \"$(cat /proc/$!/comm)\" != sleep ]; do sleep 0.01; done; \
                   echo 0 >/proc/sys/user/max_user_namespaces; \
@@ -108,7 +108,7 @@ fn a_host_without_user_namespaces_has_no_sandbox() {
     command
         .args(["--user", "--map-root-user", "sh", "-c", script, &scene.ours()])
         .stdin(Stdio::null());
-    let told = one_line(&command.output().unwrap());
-    assert!(told.contains("--enable-sandbox: create a user namespace: "), "{told}");
-    assert!(told.contains("user.max_user_namespaces"), "{told}");
+    let error = one_line(&command.output().unwrap());
+    assert!(error.contains("--enable-sandbox: create a user namespace: "), "{error}");
+    assert!(error.contains("user.max_user_namespaces"), "{error}");
 }

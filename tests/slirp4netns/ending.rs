@@ -1,24 +1,24 @@
-//! How it ends, and what it leaves behind, which is nothing.
+//! The exit, which leaves nothing behind.
 
 use super::scene::{SOON, Scene};
 use std::fs;
 use tidegate_testbed::{Process, Signal, eventually, procfs};
 
-/// The copy of `process` that reads the resolvers.
+/// The forked process of `process` that reads the resolvers.
 #[track_caller]
 fn reader_of(process: &Process) -> u32 {
     let tree = procfs::tree(process.pid());
-    assert_eq!(tree.len(), 2, "it, and the one that reads");
+    assert_eq!(tree.len(), 2, "the process and its reader");
     tree[1]
 }
 
 fn is_gone(pid: u32) -> bool {
-    // Whoever inherits orphans may take some time to reap them.
+    // The new parent of an orphan may not have reaped it yet.
     eventually(SOON, || procfs::state(pid).is_none_or(|state| state == 'Z'))
 }
 
 #[test]
-fn it_ends_with_its_caller_or_by_a_signal() {
+fn it_ends_with_its_caller_or_on_a_signal() {
     let scene = Scene::new();
     for options in [&["-c"][..], &["-c", "--enable-sandbox", "--enable-seccomp", "--enable-ipv6"]] {
         for signal in [None, Some(Signal::TERM), Some(Signal::INT)] {
@@ -31,15 +31,15 @@ fn it_ends_with_its_caller_or_by_a_signal() {
                 Some(signal) => slirp.process.signal(signal),
             }
             assert_eq!(slirp.process.wait(SOON).code(), Some(0), "{}", slirp.process.output());
-            // Reaped, not left to others.
+            // It was reaped, not left as an orphan.
             assert_eq!(procfs::state(reader), None);
-            assert!(!guest.ip(&["-o", "link"]).contains("tap0"), "the device goes with it");
+            assert!(!guest.ip(&["-o", "link"]).contains("tap0"), "the device is removed");
         }
     }
 }
 
 #[test]
-fn killed_it_leaves_nothing() {
+fn a_killed_process_leaves_nothing() {
     let scene = Scene::new();
     let guest = scene.guest();
     for _ in 0..3 {
@@ -49,7 +49,7 @@ fn killed_it_leaves_nothing() {
         assert!(is_gone(reader));
         assert!(!guest.ip(&["-o", "link"]).contains("tap0"));
     }
-    // Its caller has closed its end, and its container is gone: it ends all the same.
+    // The exit descriptor also ends it after the container is gone.
     let mut slirp = scene.serve(&guest, &["-c"]);
     drop(guest);
     drop(slirp.exit.take());
@@ -57,7 +57,7 @@ fn killed_it_leaves_nothing() {
 }
 
 #[test]
-fn a_socket_left_by_one_that_was_killed_is_put_away_and_nothing_else() {
+fn only_a_stale_socket_is_replaced() {
     let scene = Scene::new();
     let guest = scene.guest();
     let socket = scene.home("api.sock");
@@ -70,7 +70,7 @@ fn a_socket_left_by_one_that_was_killed_is_put_away_and_nothing_else() {
     }
     fs::remove_file(&socket).unwrap();
     fs::write(&socket, "precious").unwrap();
-    let told = scene.refused(&["-c", &option, &guest.pid()]);
-    assert!(told.contains("Address already in use"), "{told}");
+    let error = scene.refused(&["-c", &option, &guest.pid()]);
+    assert!(error.contains("Address already in use"), "{error}");
     assert_eq!(fs::read_to_string(&socket).unwrap(), "precious");
 }

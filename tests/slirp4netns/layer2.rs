@@ -1,4 +1,4 @@
-//! Those who insist on layer 2: a MAC address, a DHCP client, a TAP that is there already.
+//! Layer 2: a MAC address, a DHCP client, and an existing TAP.
 
 use super::scene::{Guest, SOON, Scene, Slirp};
 use std::fs;
@@ -22,7 +22,7 @@ fn pings(guest: &Guest, to: &impl ToString) {
     assert!(eventually(SOON, ping), "{}", to.to_string());
 }
 
-/// Transfers both ways, by both families.
+/// Transfers in both directions over both families.
 #[track_caller]
 fn transfers(scene: &Scene, guest: &Guest) {
     for address in [addr::CLIENT_V4.into(), addr::CLIENT_V6.into()] {
@@ -32,7 +32,7 @@ fn transfers(scene: &Scene, guest: &Guest) {
 }
 
 #[test]
-fn a_mac_address_makes_a_tap_with_it() {
+fn a_mac_address_selects_a_tap() {
     let scene = Scene::new();
     for mtu in ["--mtu=1500", "--mtu=65521"] {
         let guest = scene.guest();
@@ -59,11 +59,11 @@ fn a_mac_address_makes_a_tap_with_it() {
 }
 
 #[test]
-fn a_dhcp_client_is_given_all_it_needs() {
+fn a_dhcp_client_gets_a_complete_configuration() {
     require_program("busybox");
     let scene = Scene::new();
     let guest = scene.guest();
-    // There already, and taken over, as rootlesskit makes it.
+    // An existing TAP, as rootlesskit creates it, is taken over.
     guest.ip(&["tuntap", "add", "name", "tap0", "mode", "tap"]);
     let mut command = scene.as_nobody(&scene.ours());
     command.args(["--enable-ipv6", "--cidr=10.9.8.0/24"]).env("TIDEGATE_SLIRP_DEVICE", "tap");
@@ -78,13 +78,17 @@ fn a_dhcp_client_is_given_all_it_needs() {
         .args(["udhcpc", "-i", "tap0", "-n", "-q", "-f", "-t", "10", "-T", "1", "-s"])
         .arg(&script);
     let output = client.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{said} {}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("10.9.8.15/24 via 10.9.8.2 dns 10.9.8.3 mtu 1500"), "{said}");
+    let output_text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{output_text} {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output_text.contains("10.9.8.15/24 via 10.9.8.2 dns 10.9.8.3 mtu 1500"),
+        "{output_text}"
+    );
     pings(&guest, &addr::CLIENT_V4);
-    // And by IPv6 it has made itself an address of what the router has told.
-    let told = || guest.ip(&["-6", "route", "show", "default"]).contains("via fe80::2 dev tap0");
-    assert!(eventually(SOON, told));
+    // For IPv6, it has configured an address from the router advertisement.
+    let configured =
+        || guest.ip(&["-6", "route", "show", "default"]).contains("via fe80::2 dev tap0");
+    assert!(eventually(SOON, configured));
     let address = || {
         guest
             .ip(&["-6", "-o", "addr", "show", "dev", "tap0", "scope", "global"])
@@ -96,7 +100,7 @@ fn a_dhcp_client_is_given_all_it_needs() {
 }
 
 #[test]
-fn ports_are_forwarded_to_a_container_that_has_said_nothing_yet() {
+fn ports_are_forwarded_to_a_container_that_has_not_sent_yet() {
     let scene = Scene::new();
     let guest = scene.guest();
     let socket = scene.home("api.sock");

@@ -1,4 +1,4 @@
-//! The real podman, without root.
+//! The real podman without root.
 
 use super::rootlesskit::{get, scene};
 use super::scene::{NOBODY, SOON, Scene};
@@ -8,11 +8,10 @@ use std::time::Duration;
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Process, addr, eventually, find_program, require_program};
 
-/// podman makes containers slowly where nothing is warm.
+/// podman creates containers slowly with a cold cache.
 const TIMEOUT: Duration = Duration::from_secs(90);
 
-/// `script` by nobody in a PID namespace of its own, so that nothing that podman leaves running
-/// outlives it.
+/// Runs `script` as nobody in a PID namespace, so that no process of podman outlives it.
 #[track_caller]
 fn run(scene: &Scene, script: &str) -> Process {
     for program in ["podman", "runc", "conmon", "unshare", "docker-init"] {
@@ -78,7 +77,7 @@ network_cmd_path = "{}"
 }
 
 #[test]
-fn containers_reach_the_world_and_end() {
+fn containers_have_egress_and_exit() {
     let scene = scene();
     scene.resolvers("nameserver 203.0.113.9\n");
     let _server = PeerServer::tcp(&scene.net.client, (addr::CLIENT_V4, 7000).into());
@@ -115,7 +114,7 @@ echo "left: $left"
 }
 
 #[test]
-fn published_ports_lead_to_containers_by_either_handler() {
+fn published_ports_reach_containers_by_either_handler() {
     let scene = scene();
     let script = r#"
 podman run -d --name one -p 8080:80 --network slirp4netns:port_handler=slirp4netns --rootfs "$R" httpd -f -p 80 -h /

@@ -1,4 +1,4 @@
-//! Ports forwarded over the API, and those who ask there to do harm.
+//! Ports forwarded through the API, and malicious clients of the API.
 
 use super::scene::{Guest, SOON, Scene, Slirp, ask};
 use serde_json::{Value, json};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, addr, eventually};
 
-/// Served with an API socket.
+/// A served container with an API socket.
 fn served(scene: &Scene, options: &[&str]) -> (Guest, Slirp, PathBuf) {
     let guest = scene.guest();
     let socket = scene.home("api.sock");
@@ -31,7 +31,7 @@ fn add(protocol: &str, host: &str, port: u16, guest_port: u16) -> Value {
         {"proto": protocol, "host_addr": host, "host_port": port, "guest_addr": "", "guest_port": guest_port}})
 }
 
-/// Who the server behind `to` says that one is.
+/// The client address that the server behind `to` sees.
 fn seen_by_tcp(from: &Namespace, to: impl Into<SocketAddr>) -> Option<String> {
     let to = to.into();
     from.run(|| {
@@ -57,7 +57,7 @@ fn seen_by_udp(from: &Namespace, to: impl Into<SocketAddr>) -> Option<String> {
 }
 
 #[test]
-fn ports_lead_to_the_container_until_they_are_removed() {
+fn ports_reach_the_container_until_they_are_removed() {
     let scene = Scene::new();
     let (guest, slirp, socket) = served(&scene, &["--enable-sandbox", "--enable-seccomp"]);
     let _tcp = PeerServer::tcp(&guest.namespace, "10.0.2.100:80".parse().unwrap());
@@ -65,7 +65,7 @@ fn ports_lead_to_the_container_until_they_are_removed() {
     assert_eq!(answer(&socket, &add("tcp", "0.0.0.0", 8080, 80)), json!({"return": {"id": 1}}));
     assert_eq!(answer(&socket, &add("udp", "0.0.0.0", 5353, 53)), json!({"return": {"id": 2}}));
     assert_eq!(answer(&socket, &add("tcp", "127.0.0.1", 8081, 80)), json!({"return": {"id": 3}}));
-    // The gateway is whom the container sees, as with slirp4netns.
+    // The container sees the gateway, as with slirp4netns.
     let outside = &scene.net.client;
     for seen in [
         seen_by_tcp(outside, (addr::HOST_V4, 8080)),
@@ -78,7 +78,7 @@ fn ports_lead_to_the_container_until_they_are_removed() {
     }
     assert_eq!(seen_by_tcp(outside, (addr::HOST_V4, 8081)), None, "loopback only");
 
-    // Taken, and not for everybody.
+    // A port in use, and a privileged port.
     let failed = json!({"error": {"desc": "bad request: add_hostfwd: slirp_add_hostfwd failed"}});
     assert_eq!(answer(&socket, &add("tcp", "0.0.0.0", 8080, 81)), failed);
     assert_eq!(answer(&socket, &add("tcp", "0.0.0.0", 80, 80)), failed);
@@ -92,13 +92,13 @@ fn ports_lead_to_the_container_until_they_are_removed() {
         json!({"return": {}})
     );
     assert_eq!(seen_by_tcp(outside, (addr::HOST_V4, 8080)), None);
-    // And is free again.
+    // The port is free again.
     assert_eq!(answer(&socket, &add("tcp", "0.0.0.0", 8080, 80)), json!({"return": {"id": 4}}));
     assert!(seen_by_tcp(outside, (addr::HOST_V4, 8080)).is_some());
 }
 
 #[test]
-fn the_container_sees_its_clients_where_that_is_asked_for() {
+fn the_container_sees_the_client_address_on_request() {
     let scene = Scene::new();
     let guest = scene.guest();
     let socket = scene.home("api.sock");
@@ -117,7 +117,7 @@ fn the_container_sees_its_clients_where_that_is_asked_for() {
 }
 
 #[test]
-fn root_forwards_lower_ports_out_of_its_sandbox() {
+fn root_forwards_low_ports_out_of_its_sandbox() {
     let scene = Scene::new();
     let guest = scene.guest();
     let socket = scene.home("api.sock");
@@ -141,12 +141,12 @@ fn root_forwards_lower_ports_out_of_its_sandbox() {
 }
 
 #[test]
-fn nobody_who_asks_badly_keeps_others_from_asking() {
+fn malicious_api_clients_do_not_block_others() {
     let scene = Scene::new();
     let (guest, mut slirp, socket) = served(&scene, &["--enable-sandbox", "--enable-seccomp"]);
     let _tcp = PeerServer::tcp(&guest.namespace, "10.0.2.100:80".parse().unwrap());
     answer(&socket, &add("tcp", "0.0.0.0", 8080, 80));
-    // Many who say nothing, and many who say half of something.
+    // Many clients that send nothing or half a request.
     let mut held: Vec<UnixStream> = Vec::new();
     for n in 0..200 {
         let mut stream = UnixStream::connect(&socket).unwrap();
@@ -160,18 +160,18 @@ fn nobody_who_asks_badly_keeps_others_from_asking() {
         }
     }
     assert!(slirp.process.open_fds() < 100, "{}", slirp.process.open_fds());
-    // One who says too much.
+    // A client that sends too much.
     let mut stream = UnixStream::connect(&socket).unwrap();
     stream.set_write_timeout(Some(SOON)).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     let _ = stream.write_all(&[b' '; 1 << 16]);
-    let mut told = String::new();
-    let _ = stream.read_to_string(&mut told);
-    assert!(told.is_empty() || told.contains("too large message"), "{told}");
+    let mut response = String::new();
+    let _ = stream.read_to_string(&mut response);
+    assert!(response.is_empty() || response.contains("too large message"), "{response}");
     let exact = format!("{}{}", " ".repeat(4096 - 26), r#"{"execute":"list_hostfwd"}"#);
     assert!(ask(&socket, &exact).contains("bad request: too large message"));
     assert!(ask(&socket, &exact[1..]).contains("entries"));
-    // And much that is nothing.
+    // Random bytes.
     let mut noise = 1_u64;
     for length in 0..300 {
         let bytes: Vec<u8> = (0..length)
@@ -186,20 +186,20 @@ fn nobody_who_asks_badly_keeps_others_from_asking() {
         stream.write_all(&bytes).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
-        let mut told = String::new();
-        stream.read_to_string(&mut told).unwrap();
-        assert!(told.contains("bad request"), "{told}");
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        assert!(response.contains("bad request"), "{response}");
     }
     assert!(ask(&socket, &"[".repeat(4000)).contains("cannot parse JSON"));
-    // One that just sends, and keeps its half open, as some callers do.
+    // A client that keeps its sending side open, like some callers.
     let mut stream = UnixStream::connect(&socket).unwrap();
     stream.write_all(b"{\"execute\":\"list_hostfwd\"}\n").unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
-    let mut told = String::new();
-    stream.read_to_string(&mut told).unwrap();
-    assert!(told.contains("entries"), "{told}");
+    let mut response = String::new();
+    stream.read_to_string(&mut response).unwrap();
+    assert!(response.contains("entries"), "{response}");
     assert!(seen_by_tcp(&scene.net.client, (addr::HOST_V4, 8080)).is_some());
-    // The patience with the silent ones ends.
+    // The silent clients time out.
     let begun = Instant::now();
     let gone = eventually(SOON, || slirp.process.open_fds() < 24);
     assert!(gone, "{} descriptors after {:?}", slirp.process.open_fds(), begun.elapsed());

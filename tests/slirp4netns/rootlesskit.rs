@@ -1,4 +1,4 @@
-//! The real rootlesskit, with each of its port drivers that a slirp4netns serves.
+//! The real rootlesskit with each of its port drivers for slirp4netns.
 
 use super::scene::{SOON, Scene};
 use std::fs;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, addr, eventually, require_program};
 
-/// A scene whose user may have a range of users.
+/// A scene with subordinate uids and gids for its user.
 pub(crate) fn scene() -> Scene {
     for program in ["newuidmap", "newgidmap", "busybox", "socat"] {
         require_program(program);
@@ -20,7 +20,7 @@ pub(crate) fn scene() -> Scene {
     })
 }
 
-/// What a web server says.
+/// The response of a web server.
 pub(crate) fn get(from: &Namespace, to: impl Into<SocketAddr>) -> Option<String> {
     let to = to.into();
     from.run(|| {
@@ -54,9 +54,9 @@ fn works_with(driver: &str) {
     let mut rootlesskit = Process::spawn(&mut command);
     rootlesskit.wait_for_line("203.0.113.1:", SOON);
     rootlesskit.wait_for_line("1 received", SOON);
-    let said = rootlesskit.output();
+    let output = rootlesskit.output();
     for words in ["nameserver 10.0.2.3", "inet 10.0.2.100/24", "default via 10.0.2.2 dev tap0"] {
-        assert!(said.contains(words), "{words}: {said}");
+        assert!(output.contains(words), "{words}: {output}");
     }
     for (from, to) in
         [(&scene.net.client, addr::HOST_V4), (&scene.net.host, std::net::Ipv4Addr::LOCALHOST)]
@@ -66,7 +66,7 @@ fn works_with(driver: &str) {
         });
         assert!(answered, "{driver}: {to}: {}", rootlesskit.output());
     }
-    // rootlesskit ends its slirp4netns by SIGKILL, when it is told to end.
+    // On its exit, rootlesskit kills its slirp4netns with SIGKILL.
     rootlesskit.stop(Signal::TERM, SOON);
     assert!(!rootlesskit.output().contains("panicked"), "{}", rootlesskit.output());
 }
@@ -77,6 +77,6 @@ fn it_works_with_the_builtin_port_driver() {
 }
 
 #[test]
-fn it_works_with_slirp4netns_own_port_driver() {
+fn it_works_with_the_port_driver_of_slirp4netns() {
     works_with("slirp4netns");
 }

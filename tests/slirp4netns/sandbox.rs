@@ -1,4 +1,4 @@
-//! What is left of the process when it is ready: tried from inside of it.
+//! What an attacker can do after taking over the ready process, tried from inside of it.
 
 #![cfg(target_arch = "x86_64")]
 
@@ -14,7 +14,7 @@ fn tasks(slirp: &Slirp) -> Vec<String> {
 }
 
 #[test]
-fn no_thread_has_privileges_files_or_system_calls_left() {
+fn no_thread_keeps_privileges_files_or_system_calls() {
     let scene = Scene::new();
     let guest = scene.guest();
     let slirp = scene.serve(&guest, &["-c", "-6", "--enable-sandbox", "--enable-seccomp"]);
@@ -37,7 +37,7 @@ fn no_thread_has_privileges_files_or_system_calls_left() {
 }
 
 #[test]
-fn root_keeps_lower_ports_and_nothing_else() {
+fn root_keeps_low_ports_and_nothing_else() {
     let scene = Scene::new();
     let guest = scene.guest();
     let mut command = scene.as_root(&scene.ours());
@@ -55,7 +55,7 @@ fn root_keeps_lower_ports_and_nothing_else() {
 }
 
 #[test]
-fn without_the_options_nothing_is_given_up() {
+fn without_the_options_nothing_is_dropped() {
     let scene = Scene::new();
     let guest = scene.guest();
     let slirp = scene.serve(&guest, &["-c"]);
@@ -65,17 +65,17 @@ fn without_the_options_nothing_is_given_up() {
     }
 }
 
-/// Memory of its own.
+/// Anonymous private memory.
 const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
 
-/// The process that follows resolv.conf, whatever the options.
+/// The process that reads resolv.conf, which is confined regardless of the options.
 #[test]
 fn the_resolver_process_can_only_read_and_report() {
     let scene = Scene::new();
     let guest = scene.guest();
     let slirp = scene.serve(&guest, &["-c"]);
     let followers = follower(slirp.process.pid());
-    let [follower] = followers[..] else { panic!("one process more: {followers:?}") };
+    let [follower] = followers[..] else { panic!("more than one process: {followers:?}") };
     for task in puppet::tasks(follower) {
         puppet::assert_confined(&task, 0);
         let puppet = Puppet::seize(&task);
@@ -84,7 +84,7 @@ fn the_resolver_process_can_only_read_and_report() {
         let mut calls = puppet.attempts(file);
         let socket = [libc::AF_INET as u64, libc::SOCK_DGRAM as u64, 0, 0, 0, 0];
         let socket =
-            puppet.call(libc::SYS_socket, socket).expect("to ask for the numbers of links");
+            puppet.call(libc::SYS_socket, socket).expect("a socket to query interface indexes");
         calls.extend([
             ("connect", libc::SYS_connect, [socket, file, 16, 0, 0, 0]),
             ("sendto", libc::SYS_sendto, [socket, file, 1, 0, file, 16]),
@@ -125,15 +125,15 @@ fn attacks_from_inside_are_refused() {
             ("pipe2", libc::SYS_pipe2, [file, 0, 0, 0, 0, 0]),
         ]);
         puppet.is_refused(libc::EPERM, &calls);
-        // What it lives on is allowed.
+        // System calls that the engine needs are permitted.
         let socket = [libc::AF_INET as u64, libc::SOCK_DGRAM as u64, 0, 0, 0, 0];
-        let socket = puppet.call(libc::SYS_socket, socket).expect("a socket to the network");
+        let socket = puppet.call(libc::SYS_socket, socket).expect("create an IP socket");
         puppet.call(libc::SYS_close, [socket, 0, 0, 0, 0, 0]).unwrap();
         let memory =
             puppet.call(libc::SYS_mmap, [0, 4096, libc::PROT_READ as u64, PRIVATE, u64::MAX, 0]);
         puppet.call(libc::SYS_munmap, [memory.unwrap(), 4096, 0, 0, 0, 0]).unwrap();
     }
-    // It goes on as if nothing had been.
+    // The process continues to work.
     let ping = guest
         .namespace
         .command("ping")
@@ -143,9 +143,9 @@ fn attacks_from_inside_are_refused() {
     assert!(ping.status.success(), "{}", slirp.process.output());
 }
 
-/// The sandbox alone, with no filter to help it.
+/// The sandbox without the seccomp filter.
 #[test]
-fn there_is_no_file_to_be_opened() {
+fn no_file_can_be_opened() {
     let scene = Scene::new();
     let guest = scene.guest();
     let slirp = scene.serve(&guest, &["-c", "--enable-sandbox"]);
@@ -164,7 +164,7 @@ fn there_is_no_file_to_be_opened() {
             .call(libc::SYS_mount, [0, puppet.path("/"), 0, libc::MS_REMOUNT, 0, 0])
             .unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
-        // The host's network, which the descriptor is of that came with it.
+        // An inherited descriptor of the network namespace of the host.
         let error =
             puppet.call(libc::SYS_unshare, [libc::CLONE_NEWNET as u64, 0, 0, 0, 0, 0]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));

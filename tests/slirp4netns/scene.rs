@@ -1,4 +1,4 @@
-//! A host with an ordinary user on it, the user's containers, and the program that serves them.
+//! A host with an ordinary user, the containers of the user, and the program that serves them.
 
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::fs::{self, File};
@@ -16,19 +16,19 @@ use tidegate_testbed::{
     Mounts, Namespace, Process, Topology, eventually, pass_fd, require_program,
 };
 
-/// How long anything may take that ought to take no time.
+/// The timeout of operations that should be immediate.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
-/// What a transfer has, in bytes.
+/// The size of a bulk transfer in bytes.
 const MUCH: u64 = 64 << 20;
 
-/// The user `nobody` of Debian and most others.
+/// The user id of `nobody` in Debian and most other distributions.
 pub(crate) const NOBODY: u32 = 65_534;
 
 /// The binary under test.
 pub(crate) const OURS: &str = env!("CARGO_BIN_EXE_slirp4netns");
 
-/// A host, with an outside that has the address `addr::CLIENT_V4`.
+/// A host, with an outside namespace at the address `addr::CLIENT_V4`.
 pub(crate) struct Scene {
     pub(crate) net: Topology,
     host: Namespace,
@@ -41,15 +41,15 @@ impl Scene {
         Self::with(|mounts, _| mounts)
     }
 
-    /// With more mounts than the scene's own: its program where nobody may read it, and a
-    /// `resolv.conf`.
+    /// A scene with additional mounts. The scene itself mounts the program, which nobody may not
+    /// read, and a `resolv.conf`.
     #[track_caller]
     pub(crate) fn with(
         change: impl FnOnce(tidegate_testbed::MountsBuilder, &Path) -> tidegate_testbed::MountsBuilder,
     ) -> Self {
         require_program("setpriv");
         let net = Topology::three();
-        // A namespace begins with nobody allowed to ping; a host has everybody as a rule.
+        // A new namespace permits ping to no group; hosts usually permit it to all.
         net.host.sysctl("net.ipv4.ping_group_range", "0 2147483647");
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
@@ -68,38 +68,38 @@ impl Scene {
         Self { net, host, directory }
     }
 
-    /// A path below a directory that nobody may read.
+    /// A path in a directory that nobody may not read.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    /// Where nobody may write.
+    /// A path in a directory that nobody may not write.
     pub(crate) fn home(&self, name: &str) -> PathBuf {
         self.path("home").join(name)
     }
 
-    /// The program under test, as the host knows it.
+    /// The path of the program under test on the host.
     pub(crate) fn ours(&self) -> String {
         self.path("bin/slirp4netns").display().to_string()
     }
 
-    /// What the host's `resolv.conf` says from now on.
+    /// Sets the `resolv.conf` of the host.
     pub(crate) fn resolvers(&self, text: &str) {
         fs::write(self.path("resolv.conf"), text).unwrap();
     }
 
-    /// `program` on the host, by root.
+    /// `program` on the host, as root.
     pub(crate) fn as_root(&self, program: &str) -> Command {
         let mut command = self.host.command(program);
         command.env_remove("TIDEGATE_LOG");
         command
     }
 
-    /// `program` on the host, by nobody.
+    /// `program` on the host, as nobody.
     pub(crate) fn as_nobody(&self, program: &str) -> Command {
         let user = NOBODY.to_string();
         let mut command = self.as_root("setpriv");
-        // Another user's process would not be killed with us but for that.
+        // Without this, changing the user would clear the parent death signal.
         command.args([
             "--reuid",
             &user,
@@ -116,7 +116,7 @@ impl Scene {
         command
     }
 
-    /// A container of nobody's: a network namespace in a user namespace, and a process in there.
+    /// A container of nobody: a network namespace in a user namespace, with a process.
     #[track_caller]
     pub(crate) fn guest(&self) -> Guest {
         let mut command = self.as_nobody("unshare");
@@ -129,7 +129,7 @@ impl Scene {
         Guest { namespace: Namespace::at(format!("/proc/{pid}/ns/net").as_ref()), process }
     }
 
-    /// Ours for `guest`, by nobody, with `options`, once it is ready.
+    /// Serves `guest` with the program under test, as nobody with `options`, until it is ready.
     #[track_caller]
     pub(crate) fn serve(&self, guest: &Guest, options: &[&str]) -> Slirp {
         let mut command = self.as_nobody(&self.ours());
@@ -137,7 +137,7 @@ impl Scene {
         Slirp::start(command, guest)
     }
 
-    /// Ours with `arguments`, which must fail: the one line that it says.
+    /// Runs the program under test with `arguments`, which must fail, and returns its line.
     #[track_caller]
     pub(crate) fn refused(&self, arguments: &[&str]) -> String {
         let output =
@@ -146,7 +146,7 @@ impl Scene {
     }
 }
 
-/// What a failed start says.
+/// The error line of a failed start.
 #[track_caller]
 pub(crate) fn one_line(output: &Output) -> String {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -167,13 +167,13 @@ impl Guest {
         self.process.pid().to_string()
     }
 
-    /// The host's word for it: `ip` as the container would say it.
+    /// Runs `ip` in the container.
     #[track_caller]
     pub(crate) fn ip(&self, arguments: &[&str]) -> String {
         self.namespace.ip(arguments)
     }
 
-    /// Transfers much to a server at `address` of `outside`, and from one, by TCP.
+    /// Makes a bulk TCP transfer to a server at `address` in `outside`, and one from it.
     #[track_caller]
     pub(crate) fn transfers_both_ways(&self, outside: &Namespace, address: IpAddr) {
         let sink = Sink::tcp(outside, (address, 7002).into(), 1);
@@ -189,22 +189,22 @@ impl Guest {
     }
 }
 
-/// A running slirp4netns, ours or another.
+/// A running slirp4netns, ours or the original.
 pub(crate) struct Slirp {
     pub(crate) process: Process,
-    /// Closed, it ends.
+    /// The exit descriptor; the process ends when it is closed.
     pub(crate) exit: Option<OwnedFd>,
 }
 
 impl Slirp {
-    /// Starts `command`, which has its options already, for `guest`, and waits for its word.
+    /// Starts `command`, which already has its options, for `guest`, and waits until it is ready.
     #[track_caller]
     pub(crate) fn start(mut command: Command, guest: &Guest) -> Self {
-        let (ready, told) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let (ready, sender) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         let (hears, exit) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-        // Numbers in no order that anybody would expect.
+        // Descriptor numbers in an unusual order.
         command.args(["--ready-fd=9", "-e", "8", &guest.pid(), "tap0"]);
-        pass_fd(&mut command, told, 9);
+        pass_fd(&mut command, sender, 9);
         pass_fd(&mut command, hears, 8);
         let process = Process::spawn(&mut command);
         drop(command);
@@ -215,7 +215,7 @@ impl Slirp {
     }
 }
 
-/// Asks at an API socket, and returns the answer.
+/// Sends a request to an API socket and returns the response.
 #[track_caller]
 pub(crate) fn ask(socket: &Path, request: &str) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();

@@ -1,11 +1,11 @@
-//! Beside the real slirp4netns: what callers can tell apart is the same.
+//! A comparison with the real slirp4netns: callers must not see a difference.
 
 use super::scene::{Scene, Slirp, ask};
 use serde_json::Value;
 use std::process::Stdio;
 use tidegate_testbed::{find_program, require_program};
 
-/// The real one, in the presence of ours.
+/// The path of the original.
 fn theirs() -> String {
     require_program("slirp4netns");
     find_program("slirp4netns").unwrap().display().to_string()
@@ -35,7 +35,7 @@ fn addresses_and_routes_are_the_same() {
 }
 
 #[test]
-fn the_api_answers_alike() {
+fn api_responses_are_the_same() {
     let scene = Scene::new();
     let sockets = [("theirs", theirs()), ("ours", scene.ours())].map(|(name, program)| {
         let guest = scene.guest();
@@ -50,7 +50,7 @@ fn the_api_answers_alike() {
         "[]",
         "{}",
         r#"{"execute":"nonsense"}"#,
-        // Without a protocol, 1.2 ends by a segmentation fault.
+        // Without a protocol, slirp4netns 1.2 crashes.
         r#"{"execute":"add_hostfwd","arguments":{"proto":"sctp","host_port":PORT,"guest_port":80}}"#,
         r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","host_addr":"nowhere","host_port":PORT,"guest_port":80}}"#,
         r#"{"execute":"add_hostfwd","arguments":{"proto":"tcp","guest_port":80}}"#,
@@ -68,14 +68,14 @@ fn the_api_answers_alike() {
         r#"{"execute":"list_hostfwd"}"#,
     ] {
         let [theirs, ours] = [0, 1].map(|n| {
-            // Both are on one host, so that each has its own port.
+            // Both run on one host, so each has its own port.
             let request = request.replace("PORT", &(18_000 + n).to_string());
             let answer = ask(&sockets[n].2, &request).replace(&(18_000 + n).to_string(), "18000");
             serde_json::from_str::<Value>(&answer)
                 .unwrap_or_else(|error| panic!("{request}: {answer}: {error}"))
         });
         if let Some(entries) = theirs.get("entries") {
-            // 1.2 lists without the word that its documentation has around it: ours has both.
+            // 1.2 omits the outer object that its documentation has; our response has both.
             assert_eq!(ours.get("entries"), Some(entries), "{request}");
             assert_eq!(ours["return"]["entries"], *entries, "{request}");
         } else {
@@ -85,7 +85,7 @@ fn the_api_answers_alike() {
 }
 
 #[test]
-fn what_is_wrong_ends_with_the_same_code() {
+fn errors_have_the_same_exit_code() {
     let scene = Scene::new();
     for arguments in [
         &[][..],

@@ -1,4 +1,4 @@
-//! What a container reaches, and from where.
+//! Egress of a container, and its source address.
 
 use super::scene::{Guest, SOON, Scene};
 use std::io::{Read, Write};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use tidegate_testbed::server::{EchoServer, PeerServer};
 use tidegate_testbed::{addr, eventually};
 
-/// What the server at `to` says, who greets with the address that it sees.
+/// The greeting of the server at `to`, which contains the client address that it sees.
 fn greeting(guest: &Guest, to: SocketAddr) -> std::io::Result<String> {
     guest.namespace.run(|| {
         let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
@@ -18,7 +18,7 @@ fn greeting(guest: &Guest, to: SocketAddr) -> std::io::Result<String> {
     })
 }
 
-/// What comes back for `message`, by UDP.
+/// The UDP response to `message`.
 fn exchange(guest: &Guest, to: SocketAddr, message: &[u8]) -> std::io::Result<Vec<u8>> {
     guest.namespace.run(|| {
         let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
@@ -41,7 +41,7 @@ fn pings(guest: &Guest, to: &impl ToString) -> bool {
 }
 
 #[test]
-fn an_ordinary_users_container_reaches_the_world_by_both_families() {
+fn a_container_of_an_ordinary_user_has_egress_over_both_families() {
     let scene = Scene::new();
     let outside = &scene.net.client;
     let outsides: [IpAddr; 2] = [addr::CLIENT_V4.into(), addr::CLIENT_V6.into()];
@@ -55,9 +55,9 @@ fn an_ordinary_users_container_reaches_the_world_by_both_families() {
             let _peer = PeerServer::tcp(outside, (address, 7000).into());
             let seen = greeting(&guest, (address, 7000).into()).unwrap();
             let host = if address.is_ipv4() { "203.0.113.1:" } else { "[2001:db8:1::1]:" };
-            assert!(seen.starts_with(host), "the host's address: {seen}");
+            assert!(seen.starts_with(host), "the address of the host: {seen}");
             let _echo = EchoServer::udp(outside, (address, 7001).into());
-            // The first may be too long for the path, of which the container is told.
+            // The first datagram may exceed the path MTU, which is reported to the container.
             let large = || exchange(&guest, (address, 7001).into(), &[7; 9000]);
             assert_eq!(large().or_else(|_| large()).unwrap(), [7; 9000]);
             assert!(pings(&guest, &address), "{address}");
@@ -70,7 +70,7 @@ fn an_ordinary_users_container_reaches_the_world_by_both_families() {
 }
 
 #[test]
-fn the_gateway_is_the_hosts_loopback_unless_that_is_disabled() {
+fn the_gateway_is_the_loopback_of_the_host_unless_disabled() {
     let scene = Scene::new();
     let _server = PeerServer::tcp(&scene.net.host, "127.0.0.1:8000".parse().unwrap());
     let _server6 = PeerServer::tcp(&scene.net.host, "[::1]:8000".parse().unwrap());
@@ -83,18 +83,18 @@ fn the_gateway_is_the_hosts_loopback_unless_that_is_disabled() {
         assert!(greeting(&guest, "[fd00::2]:8000".parse().unwrap()).unwrap().starts_with("[::1]:"));
         assert!(
             greeting(&guest, "10.9.8.3:8000".parse().unwrap()).is_err(),
-            "DNS has no other port"
+            "DNS has only its own port"
         );
     }
     let _slirp = scene.serve(&guest, &["-c", "-6", "--disable-host-loopback"]);
     for refused in ["10.0.2.2:8000", "[fd00::2]:8000", "127.0.0.1:8000"] {
         assert!(greeting(&guest, refused.parse().unwrap()).is_err(), "{refused}");
     }
-    assert!(pings(&guest, &"10.0.2.2"), "it is there all the same");
+    assert!(pings(&guest, &"10.0.2.2"), "the gateway still responds");
 }
 
 #[test]
-fn dns_goes_to_the_hosts_resolvers_as_they_change() {
+fn dns_follows_the_resolvers_of_the_host() {
     let scene = Scene::new();
     let outside = &scene.net.client;
     scene.net.client.ip(&["addr", "add", "203.0.113.53/24", "dev", "eth0"]);
@@ -105,7 +105,7 @@ fn dns_goes_to_the_hosts_resolvers_as_they_change() {
     let guest = scene.guest();
     let name_server: SocketAddr = "10.0.2.3:53".parse().unwrap();
     let name_server6: SocketAddr = "[fd00::3]:53".parse().unwrap();
-    // No file can be opened by the one who asks.
+    // The sandboxed process cannot open files.
     let slirp = scene.serve(&guest, &["-c", "-6", "--enable-sandbox", "--enable-seccomp"]);
     assert_eq!(exchange(&guest, name_server, b"question").unwrap(), b"question");
     assert_eq!((first.served(), second.served()), (1, 0));
@@ -134,7 +134,7 @@ fn dns_goes_to_the_hosts_resolvers_as_they_change() {
 }
 
 #[test]
-fn flows_go_out_from_the_address_that_is_asked_for() {
+fn flows_use_the_configured_source_address() {
     let scene = Scene::new();
     scene.net.host.ip_all(
         "addr add 203.0.113.77/24 dev eth0
@@ -165,10 +165,10 @@ fn flows_go_out_from_the_address_that_is_asked_for() {
 }
 
 #[test]
-fn an_idle_tap_gives_way() {
+fn an_idle_tap_is_replaced() {
     let scene = Scene::new();
     let guest = scene.guest();
-    // As rootlesskit makes it.
+    // As rootlesskit creates it.
     guest.ip(&["tuntap", "add", "name", "tap0", "mode", "tap"]);
     guest.ip(&["link", "set", "tap0", "up"]);
     let _slirp = scene.serve(&guest, &["--mtu=65520"]);
@@ -186,7 +186,7 @@ fn an_idle_tap_gives_way() {
 fn a_namespace_is_found_by_its_path_alone() {
     let scene = Scene::new();
     let guest = scene.guest();
-    // Nobody says which user namespace it belongs to.
+    // Its user namespace is not named.
     let path = format!("/proc/{}/ns/net", guest.pid());
     let mut command = scene.as_nobody(&scene.ours());
     command.args(["-c", "--netns-type=path", &path, "uplink"]);
