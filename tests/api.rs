@@ -1,4 +1,4 @@
-//! The API of `tidegate up`, and `tidegate ps`, which asks it: with real sockets, namespaces and
+//! The API of `tidegate up`, and its client `tidegate ps`, with real sockets, namespaces and
 //! traffic.
 
 #[path = "up/scene.rs"]
@@ -20,8 +20,8 @@ use tidegate_testbed::eventually;
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// Two services on two networks, one of them internal, one port published, and a service that has
-/// ended.
+/// Two services on two networks, one of them internal, with published ports, and a service that
+/// exits.
 const PROJECT: &str = r#"
 name: demo
 networks:
@@ -58,9 +58,9 @@ fn ps_lists_services_with_their_ports_and_networks() {
     up.wait_for_line("Ctrl-C takes", SOON);
     wait_for_end_of_job(&scene);
     let output = scene.tidegate().arg("ps").output().unwrap();
-    let (told, said) =
+    let (stdout, stderr) =
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
-    assert!(output.status.success() && said.is_empty(), "{said}");
+    assert!(output.status.success() && stderr.is_empty(), "{stderr}");
     let bridge = |network: &str| {
         let all = get(&scene.socket(), "/v1/networks").1;
         let found =
@@ -68,7 +68,7 @@ fn ps_lists_services_with_their_ports_and_networks() {
         found["bridge"].as_str().unwrap().to_owned()
     };
     let lines: Vec<String> =
-        told.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        stdout.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
     assert_eq!(
         lines,
         [
@@ -92,7 +92,7 @@ fn ps_lists_services_with_their_ports_and_networks() {
 }
 
 #[test]
-fn what_runs_is_told_as_it_is() {
+fn the_status_matches_the_running_project() {
     let scene = Scene::new();
     let up = scene.up(&project());
     up.wait_for_line("Ctrl-C takes", SOON);
@@ -138,7 +138,7 @@ fn what_runs_is_told_as_it_is() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused_in_one_line_and_changes_nothing() {
+fn invalid_requests_are_rejected_in_one_line_without_effect() {
     let scene = Scene::new();
     let _holder = scene.net.host.run(|| std::net::TcpListener::bind("0.0.0.0:9000")).unwrap();
     let me = format!("(pid {})", std::process::id());
@@ -211,20 +211,8 @@ fn what_makes_no_sense_is_refused_in_one_line_and_changes_nothing() {
         ("GET", "/v1/endpoints/wbe", String::new(), 404, "there is no endpoint \"wbe\""),
         ("GET", "/v2", String::new(), 404, "path /v2 does not exist"),
         ("GET", "/v1/endpoints/%ff", String::new(), 400, "UTF-8"),
-        (
-            "PATCH",
-            "/v1/ports",
-            String::new(),
-            405,
-            "/v1/ports does not support this method",
-        ),
-        (
-            "POST",
-            "/v1/ports",
-            "x".repeat(65 << 10),
-            413,
-            "request body exceeds 65536 bytes",
-        ),
+        ("PATCH", "/v1/ports", String::new(), 405, "/v1/ports does not support this method"),
+        ("POST", "/v1/ports", "x".repeat(65 << 10), 413, "request body exceeds 65536 bytes"),
     ] {
         let (got, answer) = ask(&socket, method, target, &body);
         let line =
@@ -235,10 +223,10 @@ fn what_makes_no_sense_is_refused_in_one_line_and_changes_nothing() {
     }
 }
 
-/// Renew the copy, when the API has changed on purpose, with
-/// `RENEW=1 cargo test --test api the_document`.
+/// After an intended change of the API, renew the copy with `RENEW=1 cargo test --test api
+/// the_document`.
 #[test]
-fn the_document_is_the_one_that_is_served() {
+fn the_document_matches_the_served_one() {
     const COPY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/openapi.json");
     let scene = Scene::new();
     let up = scene.up(&project());

@@ -1,9 +1,9 @@
-//! A published port, end to end: a real dockerd with our docker-proxy as its userland proxy.
+//! A published port end to end: a real dockerd with our docker-proxy as its userland proxy.
 //!
-//! Every test has a machine of its own (see `dockerd/machine.rs`) and ends by taking it down and
-//! looking for what was left behind. With `--iptables=false` all traffic to a published port passes
-//! our proxy, so most tests use it; that the container sees the bridge's address as its client
-//! proves the way.
+//! Every test has its own machine (see `dockerd/machine.rs`), and takes it down and checks for
+//! leftovers at the end. With `--iptables=false`, all traffic to a published port passes the proxy,
+//! so most tests use it. The container then sees the address of the bridge as its client, which
+//! proves the path.
 
 #[path = "dockerd/beside.rs"]
 mod beside;
@@ -28,13 +28,13 @@ use daemon::{Container, Daemon, GATEWAY, OTHER_GATEWAY};
 use machine::Machine;
 use place::Place;
 
-/// Everything through the proxy.
+/// All traffic uses the proxy.
 const NO_IPTABLES: &[&str] = &["--iptables=false"];
 
 #[test]
-fn without_iptables_every_way_to_a_published_port_leads_through_the_proxy() {
+fn without_iptables_every_path_to_a_published_port_uses_the_proxy() {
     let machine = Machine::new();
-    // The proxy needs no forwarding either.
+    // The proxy does not need forwarding either.
     machine.net.host.sysctl("net.ipv4.ip_forward", "0");
     machine.net.host.sysctl("net.ipv6.conf.all.forwarding", "0");
     let daemon = Daemon::start(&machine, &["--iptables=false", "--ip-forward=false"]);
@@ -50,12 +50,12 @@ fn without_iptables_every_way_to_a_published_port_leads_through_the_proxy() {
         (&host, addr::HOST_V6.into()),
         (&outside, addr::HOST_V4.into()),
         (&outside, addr::HOST_V6.into()),
-        // The container reaches itself, by its gateway and by the host's address outside.
+        // The container connects to itself, by its gateway and by the outside address of the host.
         (&server.place, GATEWAY.into()),
         (&server.place, addr::HOST_V4.into()),
         (&neighbour.place, GATEWAY.into()),
         (&neighbour.place, addr::HOST_V4.into()),
-        // So does a container of another network, by its own gateway too.
+        // So does a container on another network, also by its own gateway.
         (&stranger.place, OTHER_GATEWAY.into()),
         (&stranger.place, addr::HOST_V4.into()),
         (&server.place, OTHER_GATEWAY.into()),
@@ -72,7 +72,7 @@ fn without_iptables_every_way_to_a_published_port_leads_through_the_proxy() {
 }
 
 #[test]
-fn every_form_of_publishing_starts_the_proxies_it_should_and_answers() {
+fn every_form_of_publishing_starts_the_expected_proxies() {
     let machine = Machine::new();
     let daemon = Daemon::start(&machine, NO_IPTABLES);
     let (host, outside) = (host(&machine), outside(&machine));
@@ -167,16 +167,16 @@ fn every_form_of_publishing_starts_the_proxies_it_should_and_answers() {
 }
 
 #[test]
-fn an_ephemeral_port_is_told_by_docker_port_and_answers_there() {
+fn an_ephemeral_port_is_shown_by_docker_port_and_served() {
     let machine = Machine::new();
     let daemon = Daemon::start(&machine, NO_IPTABLES);
     let container = daemon.run("ephemeral", &["-p", "80", "-p", "53/udp"], &["tcp:80", "udp:53"]);
     assert_eq!(machine.proxies().len(), 4);
     let (host, outside) = (host(&machine), outside(&machine));
     for (port, protocol) in [("80/tcp", Tcp), ("53/udp", Udp)] {
-        let told = told_addresses(&daemon, &container, port);
-        assert_eq!(told.len(), 2, "{port}: {told:?}");
-        for address in told {
+        let addresses = port_addresses(&daemon, &container, port);
+        assert_eq!(addresses.len(), 2, "{port}: {addresses:?}");
+        for address in addresses {
             assert!(address.ip().is_unspecified() && address.port() >= 1024, "{address}");
             let [outer, loopback]: [IpAddr; 2] = if address.is_ipv4() {
                 [addr::HOST_V4.into(), Ipv4Addr::LOCALHOST.into()]
@@ -192,7 +192,7 @@ fn an_ephemeral_port_is_told_by_docker_port_and_answers_there() {
 }
 
 #[test]
-fn a_port_that_cannot_be_opened_fails_docker_run_with_our_words() {
+fn a_port_that_cannot_be_opened_fails_docker_run_with_our_error() {
     let machine = Machine::new();
     let daemon = Daemon::start(&machine, NO_IPTABLES);
     let mut holder = machine.spawn(&machine.server(), &["tcp:8080", "udp:8080"], &[]);
@@ -210,13 +210,13 @@ fn a_port_that_cannot_be_opened_fails_docker_run_with_our_words() {
         machine.assert_no_proxies();
     }
     holder.stop(Signal::KILL);
-    // What was refused works once the port is free.
+    // The refused container starts once the port is free.
     daemon.docker(&["start", "busy-tcp"]);
     let container = daemon.container("busy-tcp");
     outside(&machine).asks(Tcp, (addr::HOST_V4, 8080));
     daemon.remove(container);
 
-    // Only the IPv6 half is taken: the IPv4 one, which was there first, must not stay.
+    // Only the IPv6 port is in use: the IPv4 proxy, which started first, must not remain.
     let binary = env!("CARGO_BIN_EXE_docker-proxy");
     let arguments = [
         "-host-ip",
@@ -250,7 +250,7 @@ fn a_port_that_cannot_be_opened_fails_docker_run_with_our_words() {
 }
 
 #[test]
-fn a_container_that_stops_closes_its_ports_at_once() {
+fn a_stopped_container_closes_its_ports_at_once() {
     let machine = Machine::new();
     let daemon = Daemon::start(&machine, NO_IPTABLES);
     let (host, outside) = (host(&machine), outside(&machine));
@@ -273,7 +273,7 @@ fn a_container_that_stops_closes_its_ports_at_once() {
         println!("docker {}: {took:?}", way.join(" "));
         assert!(took < Duration::from_secs(5), "docker {} took {took:?}", way.join(" "));
         for stream in &mut live {
-            // An end or a reset, depending on whether the server or the proxy was first.
+            // An end or a reset, depending on whether the server or the proxy closes first.
             let _ = stream.read(&mut [0]).map(|read| assert_eq!(read, 0));
         }
         if way[0] == "restart" {
@@ -289,13 +289,13 @@ fn a_container_that_stops_closes_its_ports_at_once() {
         }
         assert_eq!(machine.net.host.bound_ports(Tcp), [9000].into());
         assert!(machine.net.host.bound_ports(Udp).is_empty());
-        assert_eq!(machine.proxies().len(), 2, "those of the other container");
+        assert_eq!(machine.proxies().len(), 2, "the proxies of the other container");
         if way[0] != "rm" {
             daemon.docker(&["start", "server"]);
             daemon.container("server");
         }
     }
-    // The other container's connection has not noticed.
+    // The connection of the other container is not affected.
     place::echo(&mut kept, b"undisturbed");
     daemon.remove(other);
     machine.assert_no_proxies();
@@ -304,7 +304,7 @@ fn a_container_that_stops_closes_its_ports_at_once() {
 }
 
 #[test]
-fn a_daemon_that_stops_takes_containers_and_proxies_along() {
+fn a_stopped_daemon_stops_containers_and_proxies() {
     let machine = Machine::new();
     let daemon = Daemon::start(&machine, NO_IPTABLES);
     let container = daemon.run(
@@ -326,7 +326,7 @@ fn a_daemon_that_stops_takes_containers_and_proxies_along() {
 }
 
 #[test]
-fn with_live_restore_proxies_go_and_come_with_the_daemon_and_containers_stay() {
+fn with_live_restore_proxies_follow_the_daemon_and_containers_stay() {
     let machine = Machine::new();
     let options = ["--iptables=false", "--live-restore"];
     let mut daemon = Daemon::start(&machine, &options);
@@ -339,10 +339,10 @@ fn with_live_restore_proxies_go_and_come_with_the_daemon_and_containers_stay() {
         let mut live = outside.connects((addr::HOST_V4, 8080));
         daemon.end(signal);
         machine.assert_no_proxies();
-        live.read(&mut [0]).expect_err("a cut connection must not look complete");
+        live.read(&mut [0]).expect_err("an interrupted connection must not look complete");
         outside.is_refused(Tcp, (addr::HOST_V4, 8080));
         host.is_refused(Udp, (Ipv4Addr::LOCALHOST, 5353));
-        assert!(machine.is_alive(container.pid), "the container goes on");
+        assert!(machine.is_alive(container.pid), "the container keeps running");
         assert_eq!(host.asks(Tcp, (container.address, 80)), GATEWAY);
 
         daemon = Daemon::start(&machine, &options);
@@ -359,7 +359,7 @@ fn with_live_restore_proxies_go_and_come_with_the_daemon_and_containers_stay() {
 }
 
 #[test]
-fn beside_iptables_the_proxy_carries_what_the_rules_do_not() {
+fn with_iptables_the_proxy_carries_what_the_rules_do_not_match() {
     let machine = Machine::new();
     let daemon = Daemon::start(&machine, &[]);
     let server =
@@ -368,7 +368,8 @@ fn beside_iptables_the_proxy_carries_what_the_rules_do_not() {
     let (host, outside) = (host(&machine), outside(&machine));
     assert_eq!(machine.proxies().len(), 4);
     for protocol in [Tcp, Udp] {
-        // From outside by IPv4 the kernel rewrites the address, and the container sees who asks.
+        // From outside over IPv4, the kernel translates the address, and the container sees the
+        // client.
         assert_eq!(outside.asks(protocol, (addr::HOST_V4, 8080)), addr::CLIENT_V4);
         let through_the_proxy: [(&Place, IpAddr); 7] = [
             (&outside, addr::HOST_V6.into()),
@@ -397,7 +398,7 @@ fn beside_iptables_the_proxy_carries_what_the_rules_do_not() {
 }
 
 #[test]
-fn a_container_with_an_ipv6_address_is_reached_by_it() {
+fn a_container_with_an_ipv6_address_is_reached_over_ipv6() {
     let machine = Machine::new();
     let daemon =
         Daemon::start(&machine, &["--iptables=false", "--ipv6", "--fixed-cidr-v6=fd17::/64"]);
@@ -416,7 +417,7 @@ fn a_container_with_an_ipv6_address_is_reached_by_it() {
         assert_eq!(outside.asks(protocol, (addr::HOST_V4, 8080)), GATEWAY);
         let gateway: Ipv6Addr = "fd17::1".parse().expect("an address");
         assert_eq!(outside.asks(protocol, (addr::HOST_V6, 8080)), gateway);
-        // Its own gateway, as it knows it: hairpin by IPv6.
+        // By its own gateway: hairpin over IPv6.
         assert_eq!(server.place.asks(protocol, (gateway, 8080)), gateway);
     }
     daemon.end(Signal::TERM);
@@ -424,7 +425,7 @@ fn a_container_with_an_ipv6_address_is_reached_by_it() {
 }
 
 #[test]
-fn what_dockerds_environment_asks_for_holds_for_every_proxy() {
+fn the_environment_of_dockerd_applies_to_every_proxy() {
     let machine = Machine::new();
     let environment = [("TIDEGATE_PROXY_METRICS", "127.0.0.1:9500-9509")];
     let daemon = Daemon::start_with(&machine, NO_IPTABLES, &environment);
@@ -448,7 +449,7 @@ fn what_dockerds_environment_asks_for_holds_for_every_proxy() {
 }
 
 #[test]
-fn with_clients_shown_the_container_sees_who_connects_and_no_rule_stays() {
+fn with_clients_shown_the_container_sees_them_and_no_rule_remains() {
     let machine = Machine::new();
     let rules = || machine.net.host.ip(&["rule"]);
     let before = rules();
@@ -460,14 +461,14 @@ fn with_clients_shown_the_container_sees_who_connects_and_no_rule_stays() {
     let check = || {
         for protocol in [Tcp, Udp] {
             assert_eq!(outside.asks(protocol, (addr::HOST_V4, 8080)), addr::CLIENT_V4);
-            // The container has no IPv6, and these would not come back to us.
+            // The container has no IPv6, so these clients are shown as the gateway.
             assert_eq!(outside.asks(protocol, (addr::HOST_V6, 8080)), GATEWAY);
             assert_eq!(host.asks(protocol, (Ipv4Addr::LOCALHOST, 8080)), GATEWAY);
             assert_eq!(server.place.asks(protocol, (GATEWAY, 8080)), GATEWAY);
         }
     };
     check();
-    // Whatever ends the daemon, its proxies still tidy up.
+    // However the daemon ends, its proxies clean up.
     for signal in [Signal::TERM, Signal::KILL] {
         daemon.end(signal);
         machine.assert_no_proxies();
@@ -482,7 +483,7 @@ fn with_clients_shown_the_container_sees_who_connects_and_no_rule_stays() {
     machine.teardown();
 }
 
-/// dockerd's arguments for `PROTOCOL HOST_IP HOST_PORT CONTAINER_PORT`.
+/// The command line of dockerd for `PROTOCOL HOST_IP HOST_PORT CONTAINER_PORT`.
 fn command_line(proxy: &str, container: IpAddr) -> String {
     let [protocol, ip, port, container_port] =
         proxy.split(' ').collect::<Vec<_>>().try_into().expect("four words");
@@ -491,18 +492,19 @@ fn command_line(proxy: &str, container: IpAddr) -> String {
     )
 }
 
-/// Where `docker port` says that a port of the container answers. IPv6 comes in brackets or, from
-/// older clients, without.
+/// The addresses that `docker port` shows for a port of the container. Older clients print IPv6
+/// addresses without brackets.
 #[track_caller]
-fn told_addresses(daemon: &Daemon, container: &Container, port: &str) -> Vec<SocketAddr> {
-    let told = daemon.docker(&["port", &container.name, port]);
+fn port_addresses(daemon: &Daemon, container: &Container, port: &str) -> Vec<SocketAddr> {
+    let output = daemon.docker(&["port", &container.name, port]);
     let address = |line: &str| {
         let (ip, port) = line.rsplit_once(':')?;
         let ip: IpAddr = ip.trim_matches(['[', ']']).parse().ok()?;
         Some(SocketAddr::new(ip, port.parse().ok()?))
     };
-    told.lines()
-        .map(|line| address(line).unwrap_or_else(|| panic!("{line:?} is no address")))
+    output
+        .lines()
+        .map(|line| address(line).unwrap_or_else(|| panic!("{line:?} is not an address")))
         .collect()
 }
 
@@ -511,12 +513,12 @@ fn sorted(mut all: Vec<String>) -> Vec<String> {
     all
 }
 
-/// Outside of the host.
+/// The namespace of the outside client.
 fn outside(machine: &Machine) -> Place {
     Place::open("outside", machine.net.client.path())
 }
 
-/// Where dockerd runs.
+/// The namespace of dockerd.
 fn host(machine: &Machine) -> Place {
     Place::open("host", machine.net.host.path())
 }

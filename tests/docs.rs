@@ -1,4 +1,4 @@
-//! What the documents say is so: metrics that exist, flags that exist, files that exist.
+//! Consistency of the documentation: metrics, flags, files and tests that it names exist.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use tidegate_testbed::{Namespace, Process, Topology, addr, require_root};
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[test]
-fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
+fn the_metrics_page_names_exactly_the_families_of_a_scrape() {
     require_root();
     let net = Topology::three();
     let directory = tempfile::tempdir().unwrap();
@@ -30,10 +30,10 @@ fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
     );
     publish.wait_for_line("metrics at", TIMEOUT);
     net.host.run(|| {
-        let mut asking = TcpStream::connect("127.0.0.1:8080").unwrap();
-        asking.set_read_timeout(Some(TIMEOUT)).unwrap();
-        asking.write_all(b"echo").unwrap();
-        asking.read_exact(&mut [0; 4]).unwrap();
+        let mut client = TcpStream::connect("127.0.0.1:8080").unwrap();
+        client.set_read_timeout(Some(TIMEOUT)).unwrap();
+        client.write_all(b"echo").unwrap();
+        client.read_exact(&mut [0; 4]).unwrap();
     });
     let mut shown = families(&net.host, "127.0.0.1:9464");
 
@@ -47,24 +47,24 @@ fn the_metrics_page_names_exactly_the_families_that_a_scrape_shows() {
     assert_eq!(words(&read("docs/metrics.md"), "tidegate_"), shown);
 }
 
-/// The families of ours that a scrape at `address` shows.
+/// The families of tidegate in a scrape at `address`.
 fn families(host: &Namespace, address: &str) -> BTreeSet<String> {
     let page = host.run(|| {
-        let mut scraping = TcpStream::connect(address).unwrap();
-        scraping.set_read_timeout(Some(TIMEOUT)).unwrap();
-        scraping.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        let mut scraper = TcpStream::connect(address).unwrap();
+        scraper.set_read_timeout(Some(TIMEOUT)).unwrap();
+        scraper.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
         let mut page = String::new();
-        scraping.read_to_string(&mut page).unwrap();
+        scraper.read_to_string(&mut page).unwrap();
         page
     });
     let families = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
     families.filter(|name| name.starts_with("tidegate_")).map(str::to_owned).collect()
 }
 
-/// The page about firewalls is its source with the golden files of the demo in it. With
-/// `UPDATE_GOLDEN=1` it is written.
+/// The firewall page is its source with the golden rulesets of the demo inserted. `UPDATE_GOLDEN=1`
+/// writes it.
 #[test]
-fn the_firewall_page_shows_the_rules_as_they_are() {
+fn the_firewall_page_shows_the_actual_rules() {
     let golden = read("netsetup/golden/demo.txt");
     let part = |name: &str| {
         let (_, rest) = golden.split_once(&format!("# {name}\n")).unwrap();
@@ -82,15 +82,15 @@ fn the_firewall_page_shows_the_rules_as_they_are() {
     }
     assert!(
         page == read("docs/firewall.md"),
-        "docs/firewall.md is not what UPDATE_GOLDEN=1 makes of its source"
+        "docs/firewall.md is outdated; run this test with UPDATE_GOLDEN=1"
     );
 }
 
 #[test]
-fn documents_name_only_metrics_that_are_on_the_metrics_page() {
+fn documents_name_only_documented_metrics() {
     let known = words(&read("docs/metrics.md"), "tidegate_");
     for document in documents() {
-        // Crates and a table of nftables are named in the same way as metrics.
+        // Crates and an nftables table have names like metrics.
         let unknown: Vec<_> = words(&read(&document), "tidegate_")
             .into_iter()
             .filter(|word| word != registry::NFTABLES_USER_TABLE && !known.contains(word))
@@ -100,9 +100,9 @@ fn documents_name_only_metrics_that_are_on_the_metrics_page() {
     }
 }
 
-/// And the dashboards leave none out.
+/// The dashboards also cover all metrics.
 #[test]
-fn dashboards_and_rules_name_exactly_the_metrics_that_are_on_the_metrics_page() {
+fn dashboards_and_rules_name_exactly_the_documented_metrics() {
     let page = read("docs/metrics.md");
     let families = words(&page, "tidegate_");
     let mut known = families.clone();
@@ -134,7 +134,7 @@ fn dashboards_and_rules_name_exactly_the_metrics_that_are_on_the_metrics_page() 
 }
 
 #[test]
-fn flags_in_the_documents_are_flags_of_tidegate() {
+fn documented_flags_exist() {
     let help = |command: &str| {
         let output = Command::new(env!("CARGO_BIN_EXE_tidegate"))
             .args([command, "--help"])
@@ -157,7 +157,7 @@ fn flags_in_the_documents_are_flags_of_tidegate() {
 }
 
 #[test]
-fn links_between_the_documents_lead_somewhere() {
+fn links_between_documents_resolve() {
     for document in documents() {
         let text = read(&document);
         let directory = Path::new(&document).parent().unwrap_or(Path::new(""));
@@ -181,7 +181,7 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(root(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// The documents, by their path from the root.
+/// The documents, as paths relative to the root.
 fn documents() -> Vec<String> {
     let mut documents: Vec<String> =
         ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"].iter().map(ToString::to_string).collect();
@@ -194,7 +194,7 @@ fn documents() -> Vec<String> {
     documents
 }
 
-/// The words of `text` that begin with `prefix`.
+/// The words of `text` with `prefix`.
 fn words(text: &str, prefix: &str) -> BTreeSet<String> {
     text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '-')
         .filter(|word| word.len() > prefix.len() && word.starts_with(prefix))
@@ -202,7 +202,7 @@ fn words(text: &str, prefix: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Each weakness on the security page is shown not to be there by tests that exist.
+/// Each row of the security page names tests of the weakness, and these tests exist.
 #[test]
 fn the_security_page_names_tests_that_exist() {
     let mut sources = String::new();
@@ -233,7 +233,7 @@ fn the_security_page_names_tests_that_exist() {
         .lines()
         .filter(|line| line.starts_with("| CVE-") || line.starts_with("| GHSA-"))
         .collect();
-    let of_the_table =
+    let is_listed =
         |id: &str| rows.iter().any(|row| row.split('|').nth(1).is_some_and(|ids| ids.contains(id)));
     for id in [
         "CVE-2025-54388",
@@ -263,7 +263,7 @@ fn the_security_page_names_tests_that_exist() {
         "CVE-2026-120831",
         "GHSA-jv3w-x3r3-g6rm",
     ] {
-        assert!(of_the_table(id), "{id}");
+        assert!(is_listed(id), "{id}");
     }
     for row in rows {
         let cell = row.split('|').nth(4).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! `tidegate doctor` on a real kernel: as root, as an ordinary user, and where things are hidden.
+//! `tidegate doctor` on a real kernel: as root, as an ordinary user, and with hidden resources.
 
 use serde_json::Value;
 use std::fs;
@@ -10,17 +10,17 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tidegate_testbed::{Mounts, Namespace, Process, Protocol, require_program};
 
-/// Arguments of setpriv(1).
+/// Arguments for setpriv(1).
 const AS_NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
 
-/// A host of its own, and the program where everybody may run it.
+/// A separate host, and the program where all users can run it.
 struct Scene {
     host: Namespace,
     directory: TempDir,
 }
 
-/// What it said.
-struct Told {
+/// The output of the doctor.
+struct Report {
     code: Option<i32>,
     text: String,
 }
@@ -38,26 +38,26 @@ impl Scene {
         Self { host: Namespace::new(), directory }
     }
 
-    fn run(&self, mut command: Command, arguments: &[&str]) -> Told {
+    fn run(&self, mut command: Command, arguments: &[&str]) -> Report {
         command.env("TIDEGATE_RUN_DIR", self.directory.path().join("run"));
         let output = command.args(arguments).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
-        Told { code: output.status.code(), text }
+        Report { code: output.status.code(), text }
     }
 
-    fn as_root(&self, host: &Namespace, arguments: &[&str]) -> Told {
+    fn as_root(&self, host: &Namespace, arguments: &[&str]) -> Report {
         self.run(host.command(self.directory.path().join("tidegate").to_str().unwrap()), arguments)
     }
 
-    fn as_nobody(&self, host: &Namespace, arguments: &[&str]) -> Told {
+    fn as_nobody(&self, host: &Namespace, arguments: &[&str]) -> Report {
         require_program("setpriv");
         let mut command = host.command("setpriv");
         command.args(AS_NOBODY).arg(self.directory.path().join("tidegate"));
         self.run(command, arguments)
     }
 
-    /// All that can be seen of the host's network.
+    /// The network state of the host.
     fn state(&self) -> String {
         let commands: [&[&str]; 4] =
             [&["-o", "addr"], &["route", "show", "table", "all"], &["rule"], &["-6", "rule"]];
@@ -65,41 +65,41 @@ impl Scene {
     }
 }
 
-/// The checks of `--json`.
+/// The checks in the output of `--json`.
 #[track_caller]
-fn checks(told: &Told) -> Vec<Value> {
-    let json: Value =
-        serde_json::from_str(&told.text).unwrap_or_else(|error| panic!("{error}: {}", told.text));
+fn checks(report: &Report) -> Vec<Value> {
+    let json: Value = serde_json::from_str(&report.text)
+        .unwrap_or_else(|error| panic!("{error}: {}", report.text));
     json["checks"].as_array().unwrap().clone()
 }
 
 #[track_caller]
-fn check(told: &Told, name: &str) -> Value {
-    checks(told)
+fn check(report: &Report, name: &str) -> Value {
+    checks(report)
         .into_iter()
         .find(|row| row["check"] == name)
-        .unwrap_or_else(|| panic!("no {name}: {}", told.text))
+        .unwrap_or_else(|| panic!("no {name}: {}", report.text))
 }
 
 #[track_caller]
-fn verdict(told: &Told, name: &str) -> String {
-    check(told, name)["verdict"].as_str().unwrap().to_owned()
+fn verdict(report: &Report, name: &str) -> String {
+    check(report, name)["verdict"].as_str().unwrap().to_owned()
 }
 
 const JSON: [&str; 2] = ["doctor", "--json"];
 
 #[test]
-fn root_of_this_machine_has_what_tidegate_needs_and_nothing_is_left_behind() {
+fn root_on_this_machine_has_everything_required_and_no_state_is_left() {
     let scene = Scene::new();
     let before = scene.state();
-    let told = scene.as_root(&scene.host, &JSON);
-    assert_eq!(told.code, Some(0), "{}", told.text);
+    let report = scene.as_root(&scene.host, &JSON);
+    assert_eq!(report.code, Some(0), "{}", report.text);
     for name in ["kernel", "network-namespaces", "networks", "tun", "low-ports", "run-directory"] {
-        assert_eq!(verdict(&told, name), "ok", "{}", told.text);
+        assert_eq!(verdict(&report, name), "ok", "{}", report.text);
     }
     assert_eq!(scene.state(), before);
     let made = fs::read_dir(scene.directory.path().join("run")).unwrap().count();
-    assert_eq!(made, 0, "not even a directory");
+    assert_eq!(made, 0, "no directory is created");
 }
 
 #[test]
@@ -126,50 +126,53 @@ fn the_table_has_the_same_rows_as_the_json() {
 }
 
 #[test]
-fn an_ordinary_user_is_told_what_takes_root() {
+fn an_ordinary_user_gets_the_checks_that_require_root() {
     let scene = Scene::new();
-    let told = scene.as_nobody(&scene.host, &JSON);
-    assert_eq!(told.code, Some(0), "{}", told.text);
-    let namespaces = check(&told, "network-namespaces");
+    let report = scene.as_nobody(&scene.host, &JSON);
+    assert_eq!(report.code, Some(0), "{}", report.text);
+    let namespaces = check(&report, "network-namespaces");
     assert_eq!(namespaces["verdict"], "limited");
     assert!(namespaces["fix"].as_str().unwrap().contains("run as root"), "{namespaces}");
-    assert_eq!(verdict(&told, "user-namespaces"), "ok");
-    assert_eq!(verdict(&told, "networks"), "ok", "within a user namespace: {}", told.text);
-    assert_eq!(verdict(&told, "low-ports"), "limited");
+    assert_eq!(verdict(&report, "user-namespaces"), "ok");
+    assert_eq!(verdict(&report, "networks"), "ok", "within a user namespace: {}", report.text);
+    assert_eq!(verdict(&report, "low-ports"), "limited");
 }
 
 #[test]
-fn a_user_without_any_namespace_lacks_something() {
+fn a_user_without_any_namespace_has_missing_checks() {
     let scene = Scene::new();
     require_program("unshare");
-    // In a user namespace that may have no further ones, and without its capabilities.
+    // In a user namespace that permits no nested ones, and without capabilities.
     let mut command = scene.host.command("unshare");
     command.args(["--user", "--map-root-user", "sh", "-c"]);
     command.arg(
         "echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all --inh-caps=-all \"$0\" \"$@\"",
     );
     command.arg(scene.directory.path().join("tidegate"));
-    let told = scene.run(command, &JSON);
-    assert_eq!(told.code, Some(1), "{}", told.text);
-    assert_eq!(verdict(&told, "network-namespaces"), "missing");
-    assert_eq!(check(&told, "user-namespaces")["fix"], "sysctl -w user.max_user_namespaces=10000");
+    let report = scene.run(command, &JSON);
+    assert_eq!(report.code, Some(1), "{}", report.text);
+    assert_eq!(verdict(&report, "network-namespaces"), "missing");
+    assert_eq!(
+        check(&report, "user-namespaces")["fix"],
+        "sysctl -w user.max_user_namespaces=10000"
+    );
 }
 
 #[test]
-fn root_of_a_user_namespace_on_the_hosts_network_is_not_taken_for_root() {
+fn root_in_a_user_namespace_on_the_host_network_is_not_treated_as_root() {
     let scene = Scene::new();
     let mut command = scene.host.command("unshare");
     command.args(["--user", "--map-root-user"]).arg(scene.directory.path().join("tidegate"));
-    let told = scene.run(command, &JSON);
-    assert_eq!(verdict(&told, "network-namespaces"), "limited", "{}", told.text);
-    assert_eq!(told.code, Some(0), "{}", told.text);
+    let report = scene.run(command, &JSON);
+    assert_eq!(verdict(&report, "network-namespaces"), "limited", "{}", report.text);
+    assert_eq!(report.code, Some(0), "{}", report.text);
 }
 
 #[test]
 fn services_on_all_addresses_are_listed_with_their_processes() {
     let scene = Scene::new();
-    let told = scene.as_root(&scene.host, &JSON);
-    assert_eq!(verdict(&told, "host-services"), "ok");
+    let report = scene.as_root(&scene.host, &JSON);
+    assert_eq!(verdict(&report, "host-services"), "ok");
     let _sockets = scene.host.run(|| {
         let tcp = ["0.0.0.0:7001", "[::]:7002", "127.0.0.1:7003"]
             .map(|at| TcpListener::bind(at).unwrap());
@@ -186,13 +189,13 @@ fn services_on_all_addresses_are_listed_with_their_processes() {
     let ports: Vec<&str> = details.iter().map(|line| line.split(':').next().unwrap()).collect();
     assert_eq!(ports, ["7001/tcp", "7002/tcp", "7004/udp"]);
     assert!(details.iter().all(|line| line.ends_with(&me)), "{details:?}");
-    // An ordinary user sees the ports, and not whose they are.
+    // An ordinary user sees the ports, but not the processes.
     let row = check(&scene.as_nobody(&scene.host, &JSON), "host-services");
     assert_eq!(row["details"][0], "7001/tcp: process not visible to this user");
 }
 
 #[test]
-fn ports_that_a_project_publishes_are_not_called_open_to_all() {
+fn published_ports_of_a_project_are_not_listed() {
     let scene = Scene::new();
     let container = Namespace::new();
     let file = scene.directory.path().join("compose.yaml");
@@ -210,13 +213,13 @@ fn ports_that_a_project_publishes_are_not_called_open_to_all() {
 }
 
 #[test]
-fn forwarding_and_routes_in_the_pools_are_noticed() {
+fn forwarding_and_overlapping_routes_are_reported() {
     let scene = Scene::new();
     scene.host.sysctl("net.ipv4.ip_forward", "0");
     scene.host.sysctl("net.ipv6.conf.all.forwarding", "0");
-    let told = scene.as_root(&scene.host, &JSON);
+    let report = scene.as_root(&scene.host, &JSON);
     assert_eq!(
-        (verdict(&told, "ip-forward"), verdict(&told, "address-pools")),
+        (verdict(&report, "ip-forward"), verdict(&report, "address-pools")),
         ("ok".into(), "ok".into())
     );
     scene.host.sysctl("net.ipv4.ip_forward", "1");
@@ -225,32 +228,32 @@ fn forwarding_and_routes_in_the_pools_are_noticed() {
          link set far up
          route add 172.28.0.0/24 dev far",
     );
-    let told = scene.as_root(&scene.host, &JSON);
-    assert_eq!(verdict(&told, "ip-forward"), "note");
+    let report = scene.as_root(&scene.host, &JSON);
+    assert_eq!(verdict(&report, "ip-forward"), "note");
     assert!(
-        check(&told, "ip-forward")["found"].as_str().unwrap().starts_with("on (IPv4)"),
+        check(&report, "ip-forward")["found"].as_str().unwrap().starts_with("on (IPv4)"),
         "{}",
-        told.text
+        report.text
     );
-    assert_eq!(check(&told, "address-pools")["details"][0], "172.28.0.0/24 via far");
-    assert_eq!(told.code, Some(0), "neither is required");
+    assert_eq!(check(&report, "address-pools")["details"][0], "172.28.0.0/24 via far");
+    assert_eq!(report.code, Some(0), "neither is required");
 }
 
 #[test]
-fn what_is_hidden_is_noticed() {
+fn hidden_devices_are_reported() {
     let scene = Scene::new();
     let without =
         |path: &str| scene.host.with_mounts(Mounts::builder().tmpfs(path).build(&scene.host));
-    let told = scene.as_root(&without("/dev/net"), &JSON);
-    assert_eq!(verdict(&told, "tun"), "limited", "{}", told.text);
+    let report = scene.as_root(&without("/dev/net"), &JSON);
+    assert_eq!(verdict(&report, "tun"), "limited", "{}", report.text);
     assert!(
-        check(&told, "tun")["found"].as_str().unwrap().starts_with("/dev/net/tun: No such file")
+        check(&report, "tun")["found"].as_str().unwrap().starts_with("/dev/net/tun: No such file")
     );
-    assert_eq!(told.code, Some(0));
+    assert_eq!(report.code, Some(0));
 }
 
 #[test]
-fn without_proc_it_says_what_it_cannot_tell() {
+fn without_proc_undetermined_checks_say_so() {
     let scene = Scene::new();
     require_program("unshare");
     let all = ["ip-forward", "network-namespaces", "address-pools", "host-services"];
@@ -258,9 +261,9 @@ fn without_proc_it_says_what_it_cannot_tell() {
         let mut command = scene.host.command("unshare");
         command.args(["--mount", "sh", "-c", "mount -t tmpfs none \"$0\" && exec \"$@\"", path]);
         command.arg(scene.directory.path().join("tidegate"));
-        let told = scene.run(command, &JSON);
+        let report = scene.run(command, &JSON);
         for name in all {
-            let found = check(&told, name)["found"].as_str().unwrap().to_owned();
+            let found = check(&report, name)["found"].as_str().unwrap().to_owned();
             assert_eq!(
                 found.starts_with("cannot tell: "),
                 hidden.contains(&name),
@@ -268,16 +271,16 @@ fn without_proc_it_says_what_it_cannot_tell() {
             );
             assert!(!found.contains("os error"), "{found}");
         }
-        assert_eq!(verdict(&told, "kernel"), "ok");
+        assert_eq!(verdict(&report, "kernel"), "ok");
     }
 }
 
 #[test]
-fn a_run_directory_that_cannot_be_written_to_is_missing() {
+fn an_unwritable_run_directory_is_missing() {
     let scene = Scene::new();
     let run = scene.directory.path().join("run");
     fs::set_permissions(&run, fs::Permissions::from_mode(0o555)).unwrap();
-    let told = scene.as_nobody(&scene.host, &JSON);
-    assert_eq!(verdict(&told, "run-directory"), "missing");
-    assert_eq!(told.code, Some(1));
+    let report = scene.as_nobody(&scene.host, &JSON);
+    assert_eq!(verdict(&report, "run-directory"), "missing");
+    assert_eq!(report.code, Some(1));
 }

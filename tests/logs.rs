@@ -1,5 +1,4 @@
-//! What is logged: for people or for machines, about ports, networks and endpoints by the same
-//! names, never about peers, and not the same thing a thousand times.
+//! The log: text and JSON, uniform field names, no addresses of peers, and rate limiting.
 
 #[path = "api/ask.rs"]
 mod ask;
@@ -21,14 +20,14 @@ use tidegate_testbed::{
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// Fields that have another name, by the name that they must not have.
+/// Wrong names of fields.
 const MISNAMED: [&str; 6] = ["service", "container", "port", "asker", "net", "ep"];
 
-/// Fields that would tell who the peer is.
+/// Names of fields that would identify a peer.
 const PEERS: [&str; 6] = ["client", "peer", "from", "remote", "source_address", "address"];
 
 #[test]
-fn nobody_learns_from_the_log_who_the_clients_are_or_what_they_look_up() {
+fn the_log_contains_neither_clients_nor_looked_up_names() {
     require_program("dig");
     let net = Topology::three();
     let v4 = SocketAddr::from((addr::HOST_V4, 8080));
@@ -44,9 +43,9 @@ fn nobody_learns_from_the_log_who_the_clients_are_or_what_they_look_up() {
         let mut ports = Vec::new();
         net.client.run(|| {
             let mut held = Vec::new();
-            // An exchange; some that are one too many; one to where nobody listens; a reset.
+            // An exchange, clients beyond the limit, a closed port, and a reset.
             for to in [v4, (addr::HOST_V6, 8080).into(), v4, v4, (addr::HOST_V4, 8081).into()] {
-                // The reset may come before connect(2) has returned.
+                // The reset may come before connect(2) returns.
                 let Ok(mut stream) = TcpStream::connect_timeout(&to, SOON) else { continue };
                 stream.set_read_timeout(Some(SOON)).unwrap();
                 ports.push(stream.local_addr().unwrap().port());
@@ -54,7 +53,7 @@ fn nobody_learns_from_the_log_who_the_clients_are_or_what_they_look_up() {
                 held.push(stream);
             }
             held.drain(..).for_each(support::reset);
-            // Sessions, of which each pushes the one before it out.
+            // Sessions, each of which evicts the previous one.
             for _ in 0..3 {
                 let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
                 socket.set_read_timeout(Some(SOON)).unwrap();
@@ -67,7 +66,7 @@ fn nobody_learns_from_the_log_who_the_clients_are_or_what_they_look_up() {
         assert!(publisher.metrics().refused("0.0.0.0:8080/tcp", "total_limit") > 0);
         publisher.process.stop(Signal::TERM, SOON);
         let log = publisher.process.wait_for_output(SOON);
-        // Not by chance: at DEBUG there is much to be read about those connections.
+        // The check is meaningful: DEBUG logs much about these connections.
         assert_eq!(log.contains("connection refused"), level == "debug", "{log}");
         let named = names_a_peer(&log, &ports);
         assert!(named.is_none(), "{level}: {named:?} in {log}");
@@ -78,7 +77,7 @@ fn nobody_learns_from_the_log_who_the_clients_are_or_what_they_look_up() {
     let up = Process::spawn(command.arg("--firewall=none").env("TIDEGATE_LOG", "info"));
     up.wait_for_line("Ctrl-C takes", SOON);
     let inside = scene::service_namespace(&up, "box");
-    // Nobody can be asked: both answers are failures.
+    // There is no upstream server: both responses are errors.
     let _ = inside
         .command("dig")
         .args(["@127.0.0.11", "+tries=1", "+time=2", "whom-we-ask-for.example.test"])
@@ -89,7 +88,7 @@ fn nobody_learns_from_the_log_who_the_clients_are_or_what_they_look_up() {
     assert!(!log.contains("whom-we-ask-for"), "{log}");
 }
 
-/// An address or a port of the client's that is in `log`.
+/// An address or a port of the client in `log`.
 fn names_a_peer(log: &str, ports: &[u16]) -> Option<String> {
     let addresses = [addr::CLIENT_V4.to_string(), addr::CLIENT_V6.to_string()];
     let ports = ports.iter().map(|port| format!(":{port}"));
@@ -97,14 +96,14 @@ fn names_a_peer(log: &str, ports: &[u16]) -> Option<String> {
 }
 
 #[test]
-fn a_peer_in_a_log_would_be_found() {
+fn the_search_for_peers_finds_them() {
     let line = format!("WARN connection lost client={}:40001", addr::CLIENT_V4);
     assert!(names_a_peer(&line, &[]).is_some());
     assert!(names_a_peer("WARN lost client=[::ffff:1.2.3.4]:40001", &[40_001]).is_some());
 }
 
 #[test]
-fn a_machine_reads_objects_with_the_fields_that_people_read() {
+fn json_has_the_same_fields_as_text() {
     let scene = Scene::new();
     for (json, how) in [(true, "--log-format=json"), (true, ""), (false, "--log-format=human")] {
         let mut command = scene.command("services: { web: { command: [ sleep, '60' ] } }");
@@ -151,65 +150,65 @@ fn a_machine_reads_objects_with_the_fields_that_people_read() {
                 (&"127.0.0.1:8081/tcp".into(), &"web".into())
             );
             assert!(closed["timestamp"].as_str().unwrap().ends_with('Z'));
-            // Every line that is one of the log.
+            // All log lines.
             for line in log.lines().filter(|line| line.contains("INFO") || line.contains("WARN")) {
                 let event: Value =
                     serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
                 assert!(event["message"].is_string() && event["target"].is_string(), "{line}");
             }
         } else {
-            let told = line(" published ");
+            let published = line(" published ");
             for needed in ["INFO", "publish=\"127.0.0.1:8080-8081/tcp\"", "endpoint=\"web\""] {
-                assert!(told.contains(needed), "{needed}: {told}");
+                assert!(published.contains(needed), "{needed}: {published}");
             }
         }
     }
 }
 
 #[test]
-fn the_last_word_is_in_the_format_of_the_log_and_a_format_that_does_not_exist_is_told() {
+fn the_final_error_has_the_log_format_and_an_unknown_format_is_rejected() {
     require_root();
     let host = tidegate_testbed::Namespace::new();
     let fails = |arguments: &str, format: &str, code: i32| {
         let mut command: Command = tidegate(&host, arguments);
         let output = command.env("TIDEGATE_LOG_FORMAT", format).output().unwrap();
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(code), "{said}");
-        said
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{stderr}");
+        stderr
     };
-    let said = fails("publish 8080:80 --to 192.0.2.1 --metrics 192.0.2.1:9464", "json", 1);
-    assert_eq!(said.lines().count(), 1, "{said}");
-    let event: Value = serde_json::from_str(&said).unwrap();
+    let stderr = fails("publish 8080:80 --to 192.0.2.1 --metrics 192.0.2.1:9464", "json", 1);
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    let event: Value = serde_json::from_str(&stderr).unwrap();
     assert_eq!(event["level"], "ERROR");
     assert!(
         event["message"].as_str().unwrap().starts_with("metrics address 192.0.2.1:9464: "),
-        "{said}"
+        "{stderr}"
     );
-    let said = fails("ps", "xml", 1);
+    let stderr = fails("ps", "xml", 1);
     assert_eq!(
-        said,
+        stderr,
         "tidegate: error: TIDEGATE_LOG_FORMAT=\"xml\" is not a log format; use human or json\n"
     );
-    let said = fails("ps --log-format xml", "", 2);
-    assert!(said.contains("human") && said.contains("json"), "{said}");
+    let stderr = fails("ps --log-format xml", "", 2);
+    assert!(stderr.contains("human") && stderr.contains("json"), "{stderr}");
 }
 
 #[test]
-fn a_metrics_address_that_is_not_ours_is_told_by_up_which_leaves_nothing() {
+fn up_rejects_a_foreign_metrics_address_and_leaves_no_state() {
     let scene = Scene::new();
     let before = scene::state(&scene.net.host);
     let file = scene.directory.path().join("compose.yaml");
     std::fs::write(&file, "services: { web: { command: [ sleep, '60' ] } }").unwrap();
-    let told = scene::refused(
+    let error = scene::refused(
         scene.tidegate().args(["up", "--metrics", "192.0.2.1:9464", "-f"]).arg(&file),
     );
-    assert!(told.starts_with("tidegate: error: metrics address 192.0.2.1:9464: "), "{told}");
-    assert_eq!(told.lines().count(), 1, "{told}");
+    assert!(error.starts_with("tidegate: error: metrics address 192.0.2.1:9464: "), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
     assert_eq!(scene::state(&scene.net.host), before);
 }
 
 #[test]
-fn what_repeats_itself_is_said_once_and_counted() {
+fn repeated_warnings_are_logged_once_and_counted() {
     let scene = Scene::new();
     let mut up =
         scene.up_with("services: { web: { command: [ sleep, '60' ] } }", &["--firewall=none"]);
@@ -225,12 +224,12 @@ fn what_repeats_itself_is_said_once_and_counted() {
     assert!(!all.is_empty());
     for _ in 0..TIMES {
         let now = ours();
-        // The only one of its priority.
+        // The only rule with its priority.
         let priority = now.last().unwrap().split(':').next().unwrap().to_owned();
         scene.net.host.ip(&["rule", "del", "priority", &priority]);
         assert!(eventually(SOON, || ours() == all), "not repaired");
     }
-    // A repair is counted when its rule is there already.
+    // A repair is counted after its rule is restored.
     std::thread::sleep(Duration::from_millis(300));
     up.stop(Signal::INT, SOON);
     let log = up.wait_for_output(SOON);
@@ -245,13 +244,13 @@ fn what_repeats_itself_is_said_once_and_counted() {
         .nth(1)
         .and_then(|rest| rest.split(' ').next()?.parse().ok())
         .unwrap();
-    // Two changes may have been one repair, on a busy machine.
+    // On a busy machine, two changes may be repaired at once.
     assert!((1..TIMES).contains(&times), "{log}");
 }
 
-/// What the source calls things in events that people see.
+/// Checks the field names in the source of all logged events.
 #[test]
-fn fields_are_called_the_same_everywhere() {
+fn field_names_are_uniform() {
     let mut seen = 0;
     let mut complaints = Vec::new();
     for path in sources(std::path::Path::new(env!("CARGO_MANIFEST_DIR"))) {
@@ -259,7 +258,7 @@ fn fields_are_called_the_same_everywhere() {
         for level in ["info", "warn", "error"] {
             for call in text.split(&format!("tracing::{level}!(")).skip(1) {
                 let call = call.split(");").next().unwrap_or_default();
-                // Up to the message.
+                // The fields precede the message.
                 let fields = call.split('"').next().unwrap_or_default();
                 seen += 1;
                 for field in fields

@@ -111,10 +111,10 @@ fn run(command: &mut Command) -> (Option<i32>, String, String) {
 }
 
 #[track_caller]
-fn assert_one_line(said: &str) {
-    assert!(said.starts_with("tidegate: error: ") && said.ends_with('\n'), "{said:?}");
-    assert_eq!(said.lines().count(), 1, "{said:?}");
-    assert!(!said.contains("os error"), "{said:?} has an error number");
+fn assert_one_line(stderr: &str) {
+    assert!(stderr.starts_with("tidegate: error: ") && stderr.ends_with('\n'), "{stderr:?}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr:?}");
+    assert!(!stderr.contains("os error"), "{stderr:?} has an error number");
 }
 
 #[track_caller]

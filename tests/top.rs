@@ -42,7 +42,7 @@ fn up(scene: &Scene) -> Process {
     up
 }
 
-/// Clients of `web` that go on until it is dropped.
+/// Clients of `web` that send requests until the drop.
 struct Clients {
     over: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -54,7 +54,7 @@ impl Clients {
         let seen = Arc::clone(&over);
         let thread = client.spawn_thread(move || {
             while !seen.load(Ordering::Relaxed) {
-                // The instance is killed meanwhile.
+                // Errors are expected while the instance is killed.
                 let _ = request();
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -79,7 +79,7 @@ fn request() -> std::io::Result<usize> {
 }
 
 #[test]
-fn in_a_terminal_it_shows_what_happens_and_does_what_keys_say() {
+fn a_terminal_shows_live_rates_and_handles_keys() {
     require_program("tmux");
     let scene = Scene::new();
     let mut instance = up(&scene);
@@ -90,7 +90,7 @@ fn in_a_terminal_it_shows_what_happens_and_does_what_keys_say() {
         scene.socket().display()
     ));
 
-    // Eighty columns and twenty-four lines show all of it, with rates that move.
+    // Eighty columns and twenty-four lines show everything, with changing rates.
     let screen = terminal.wait_for("the rates of web", |screen| {
         screen
             .lines()
@@ -126,26 +126,26 @@ fn in_a_terminal_it_shows_what_happens_and_does_what_keys_say() {
     });
 
     terminal.resize(60, 20);
-    terminal.wait_for("that it is too small", |screen| {
+    terminal.wait_for("the error about the size", |screen| {
         screen.contains("tidegate top needs 80 columns and 12 lines")
     });
     terminal.resize(100, 30);
-    terminal.wait_for("that it is large enough", |screen| screen.contains("q quit"));
+    terminal.wait_for("the view", |screen| screen.contains("q quit"));
 
-    // Its instance goes, and another one comes.
+    // The instance is killed and replaced.
     instance.stop(Signal::KILL, SOON);
-    terminal.wait_for("that it has gone", |screen| {
+    terminal.wait_for("the lost connection", |screen| {
         screen.starts_with("connection lost, retrying: ") && screen.contains("8080/tcp")
     });
     drop(instance);
     let mut instance = up(&scene);
-    terminal.wait_for("that it is back", |screen| {
+    terminal.wait_for("the new instance", |screen| {
         screen.starts_with("tidegate top: shop  up ")
             && screen.lines().any(|line| line.contains("8080/tcp") && line.contains(" kB"))
     });
 
     terminal.keys(&["q"]);
-    terminal.wait_for("its end, and the terminal as it was", |screen| {
+    terminal.wait_for("the exit with a restored terminal", |screen| {
         screen.contains("ENDED 0 echo icanon") && !screen.contains("PUBLISHED")
     });
     drop(clients);
@@ -153,7 +153,7 @@ fn in_a_terminal_it_shows_what_happens_and_does_what_keys_say() {
 }
 
 #[test]
-fn signals_end_it_and_the_terminal_is_as_it_was() {
+fn signals_end_it_with_a_restored_terminal() {
     require_program("tmux");
     let scene = Scene::new();
     let mut instance = up(&scene);
@@ -164,17 +164,17 @@ fn signals_end_it_and_the_terminal_is_as_it_was() {
         terminal.run(&format!("TIDEGATE_SOCKET={} {TIDEGATE} top", scene.socket().display()));
         terminal.wait_for("the view", |screen| screen.contains("q quit"));
         terminal.signal("top", signal);
-        terminal.wait_for("its end", |screen| screen.contains("ENDED 0 echo icanon"));
+        terminal.wait_for("the exit", |screen| screen.contains("ENDED 0 echo icanon"));
     }
     let terminal = Terminal::new(scene.directory.path(), 80, 24);
     terminal.run(&format!("TIDEGATE_SOCKET={} {TIDEGATE} top", scene.socket().display()));
     terminal.wait_for("the view", |screen| screen.contains("q quit"));
     terminal.keys(&["C-c"]);
-    terminal.wait_for("its end", |screen| screen.contains("ENDED 0 echo icanon"));
+    terminal.wait_for("the exit", |screen| screen.contains("ENDED 0 echo icanon"));
     instance.stop(Signal::INT, SOON);
 }
 
-/// Also one whose shell does not pass on that it has gone.
+/// Including a terminal whose shell does not pass on SIGHUP.
 #[test]
 fn it_ends_with_its_terminal() {
     require_program("tmux");
@@ -189,20 +189,23 @@ fn it_ends_with_its_terminal() {
         drop(terminal);
         std::fs::remove_file(scene.directory.path().join("tmux.sock")).unwrap();
         let process = format!("/proc/{pid}");
-        assert!(eventually(SOON, || !Path::new(&process).exists()), "with {trap:?} it goes on");
+        assert!(
+            eventually(SOON, || !Path::new(&process).exists()),
+            "with {trap:?} it keeps running"
+        );
     }
     instance.stop(Signal::INT, SOON);
 }
 
 #[test]
-fn a_frame_is_printed_once_and_as_json() {
+fn once_prints_a_frame_as_text_or_json() {
     let scene = Scene::new();
     let mut instance = up(&scene);
     let clients = Clients::of(&scene.net.client);
     let output = scene.tidegate().args(["top", "--once", "--interval", "500ms"]).output().unwrap();
-    let (text, said) =
+    let (text, stderr) =
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
-    assert!(output.status.success() && said.is_empty(), "{said}");
+    assert!(output.status.success() && stderr.is_empty(), "{stderr}");
     assert!(!text.contains('\u{1b}'), "plain text");
     assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
     for needed in [
@@ -227,7 +230,7 @@ fn a_frame_is_printed_once_and_as_json() {
     let over = all["over_seconds"].as_f64().unwrap();
     assert!((0.9..20.0).contains(&over), "{over}");
     assert_eq!(all["networks"].as_array().unwrap().len(), 2);
-    // Its own bytes, as its client counts them: a rate is no more than what there was.
+    // Its bytes are at least those that a client has counted.
     let (_, before) = figures(&scene);
     let length = scene.net.client.run(request).unwrap() as u64;
     assert!(length > 0);
@@ -239,7 +242,7 @@ fn a_frame_is_printed_once_and_as_json() {
     instance.stop(Signal::INT, SOON);
 }
 
-/// What `all` says of the port called `publish`.
+/// The object of the port `publish`.
 #[track_caller]
 fn port<'a>(all: &'a Value, publish: &str) -> &'a Value {
     let ports = all["ports"].as_array().unwrap();
@@ -257,9 +260,9 @@ fn figures(scene: &Scene) -> (u16, Value) {
 mod ask;
 
 #[test]
-fn what_cannot_be_shown_is_told_in_one_line() {
+fn errors_are_printed_in_one_line() {
     let scene = Scene::new();
-    let told = |arguments: &[&str], socket: &Path| {
+    let run = |arguments: &[&str], socket: &Path| {
         let mut command = scene.tidegate();
         let output =
             command.arg("top").args(arguments).env("TIDEGATE_SOCKET", socket).output().unwrap();
@@ -268,15 +271,18 @@ fn what_cannot_be_shown_is_told_in_one_line() {
     };
     let nowhere = scene.directory.path().join("nowhere.sock");
     for arguments in [&["--once"][..], &["--once", "--json"]] {
-        let (code, said) = told(arguments, &nowhere);
-        assert_eq!((code, said.lines().count()), (1, 1), "{said}");
-        assert!(said.starts_with("tidegate: error: ") && said.contains("nowhere.sock"), "{said}");
+        let (code, stderr) = run(arguments, &nowhere);
+        assert_eq!((code, stderr.lines().count()), (1, 1), "{stderr}");
+        assert!(
+            stderr.starts_with("tidegate: error: ") && stderr.contains("nowhere.sock"),
+            "{stderr}"
+        );
     }
-    // Not a terminal.
-    let (code, said) = told(&[], &nowhere);
+    // Standard output is not a terminal.
+    let (code, stderr) = run(&[], &nowhere);
     assert_eq!(code, 2);
     assert_eq!(
-        said,
+        stderr,
         "tidegate: error: standard output is not a terminal; use --once to print one frame as text\n"
     );
     for (arguments, needed) in [
@@ -286,14 +292,14 @@ fn what_cannot_be_shown_is_told_in_one_line() {
         (&["--json"], "--once"),
         (&["--view", "moon"], "ports"),
     ] {
-        let (code, said) = told(arguments, &nowhere);
-        assert_eq!(code, 2, "{arguments:?}: {said}");
-        assert!(said.contains(needed), "{arguments:?}: {said}");
+        let (code, stderr) = run(arguments, &nowhere);
+        assert_eq!(code, 2, "{arguments:?}: {stderr}");
+        assert!(stderr.contains(needed), "{arguments:?}: {stderr}");
     }
 }
 
 #[test]
-fn nobody_there_is_told_in_a_terminal_as_well() {
+fn a_missing_instance_is_an_error_in_a_terminal_as_well() {
     require_program("tmux");
     let scene = Scene::new();
     let terminal = Terminal::new(scene.directory.path(), 80, 24);

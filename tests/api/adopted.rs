@@ -1,4 +1,4 @@
-//! Containers of others that are restarted: they keep their place and their ports.
+//! Restarted containers of adopted namespaces keep their endpoint and their ports.
 
 use super::ask::{ask, get};
 use crate::SOON;
@@ -19,7 +19,7 @@ services:
   other: { x-netns: OTHER, networks: [ front ], ports: [ "8081:80" ] }
 "#;
 
-/// A path that leads to one namespace now and to another one later, as a container's does.
+/// A path that points to one namespace and later to another, as that of a container.
 struct Named(PathBuf);
 
 impl Named {
@@ -44,7 +44,7 @@ fn up(scene: &Scene, name: &Path, other: &Namespace) -> Process {
     up
 }
 
-/// What the server at `to` says, to a client on the outside.
+/// The response of the server at `to` to an outside client.
 fn answer(scene: &Scene, to: &str) -> Option<String> {
     let to: SocketAddr = to.parse().unwrap();
     let mut stream = scene.net.client.run(|| TcpStream::connect_timeout(&to, SOON)).ok()?;
@@ -59,7 +59,7 @@ fn udp_answer(scene: &Scene, socket: &std::net::UdpSocket) -> bool {
 }
 
 #[test]
-fn a_container_that_is_restarted_keeps_its_ports_and_others_notice_nothing() {
+fn a_restarted_container_keeps_its_ports_and_others_are_not_affected() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     let (name, other) = (Named::new(&scene, "box"), Namespace::new());
@@ -89,10 +89,9 @@ fn a_container_that_is_restarted_keeps_its_ports_and_others_notice_nothing() {
         );
         name.leads_to(&again);
         assert!(eventually(SOON, || service() == "adopted"));
-        let seen =
-            answer(&scene, "203.0.113.1:8080").expect("the container that has come back answers");
-        assert!(seen.starts_with("203.0.113.9:"), "the client's own address: {seen}");
-        assert!(eventually(SOON, || udp_answer(&scene, &udp)), "the same client, by UDP");
+        let seen = answer(&scene, "203.0.113.1:8080").expect("the restarted container responds");
+        assert!(seen.starts_with("203.0.113.9:"), "the address of the client: {seen}");
+        assert!(eventually(SOON, || udp_answer(&scene, &udp)), "the same client, over UDP");
         kept.write_all(b"tide").unwrap();
         kept.read_exact(&mut [0; 4]).unwrap();
         assert_eq!(get(&scene.socket(), "/v1/ports"), ports);
@@ -103,7 +102,7 @@ fn a_container_that_is_restarted_keeps_its_ports_and_others_notice_nothing() {
 }
 
 #[test]
-fn an_endpoint_is_attached_elsewhere_when_that_is_asked_for() {
+fn an_endpoint_is_attached_elsewhere_on_request() {
     let scene = Scene::new();
     let (name, other) = (Named::new(&scene, "box"), Namespace::new());
     let (first, second) = (Namespace::new(), Namespace::new());
@@ -121,7 +120,7 @@ fn an_endpoint_is_attached_elsewhere_when_that_is_asked_for() {
     assert!(answer(&scene, "203.0.113.1:8080").is_some());
     assert!(!state(&first).contains("eth0"));
 
-    // Where it does not fit it stays where it was: the other endpoint's namespace has its own eth0.
+    // On a conflict it stays attached: the namespace of the other endpoint has its own eth0.
     let (code, error) = put(&other.path());
     assert_eq!(
         (
@@ -145,7 +144,7 @@ fn an_endpoint_is_attached_elsewhere_when_that_is_asked_for() {
         );
     }
     assert!(answer(&scene, "203.0.113.1:8080").is_some());
-    // The first path is not looked after any more.
+    // The first path is no longer watched.
     let third = Namespace::new();
     name.leads_to(&third);
     std::thread::sleep(std::time::Duration::from_millis(1500));
@@ -156,10 +155,10 @@ fn an_endpoint_is_attached_elsewhere_when_that_is_asked_for() {
     assert_ne!(state(&second), inside);
 }
 
-/// The path names a process, which moves to another namespace as a stranger with its number would
-/// be in one.
+/// The path names a process that moves to another namespace, as if its pid were reused by a foreign
+/// process.
 #[test]
-fn what_follows_a_process_under_its_number_is_not_attached() {
+fn a_reused_pid_is_not_attached() {
     let scene = Scene::new();
     let (other, first, second) = (Namespace::new(), Namespace::new(), Namespace::new());
     let go = scene.directory.path().join("go");
@@ -180,9 +179,9 @@ fn what_follows_a_process_under_its_number_is_not_attached() {
     assert!(state(&first).contains("eth0"));
 }
 
-/// Also by the ways of published ports, of which metrics and API know until the end.
+/// Including the state of published ports, which metrics and API reference until the end.
 #[test]
-fn an_adopted_namespace_is_left_as_it_was_found() {
+fn an_adopted_namespace_is_restored() {
     let scene = Scene::new();
     let (name, other, again) = (Named::new(&scene, "box"), Namespace::new(), Namespace::new());
     let setting = "net.ipv4.tcp_fwmark_accept";
@@ -206,12 +205,12 @@ fn an_adopted_namespace_is_left_as_it_was_found() {
         [&other, &again].map(all)
     );
 
-    // And when it does not come up after all.
+    // Likewise after a failed start.
     let file = std::fs::read_to_string(&path).unwrap() + "  job: { command: /no/such/program }\n";
     std::fs::write(&path, file).unwrap();
     let mut command = scene.tidegate();
-    let told = refused(command.args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(path));
-    assert!(told.contains("/no/such/program"), "{told}");
+    let error = refused(command.args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(path));
+    assert!(error.contains("/no/such/program"), "{error}");
     assert!(
         eventually(SOON, || [&other, &again].map(all) == before),
         "{:?}",

@@ -1,4 +1,4 @@
-//! A client of the API that is not tidegate's own: plain HTTP, written down.
+//! A minimal HTTP client for the API, independent of that of tidegate.
 
 #![allow(dead_code, reason = "every test crate uses a part of it")]
 
@@ -8,10 +8,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-/// How long an answer may take.
+/// The timeout of a response.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The status and the body of the answer; `null` if it has none.
+/// The status and the body of the response; `null` for an empty body.
 #[track_caller]
 pub(crate) fn ask(socket: &Path, method: &str, target: &str, body: &str) -> (u16, Value) {
     let mut stream =
@@ -20,7 +20,7 @@ pub(crate) fn ask(socket: &Path, method: &str, target: &str, body: &str) -> (u16
     let head =
         format!("{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
     stream.write_all(head.as_bytes()).unwrap();
-    // Who is told that it is too much need not have read it all.
+    // The server may reject a large body before it has read all of it.
     let _ = stream.write_all(body.as_bytes());
     let mut answer = String::new();
     stream

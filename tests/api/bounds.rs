@@ -1,4 +1,4 @@
-//! Clients that are in nobody's way.
+//! Limits on clients.
 
 use super::ask::{TIMEOUT, get};
 use crate::scene::Scene;
@@ -7,11 +7,11 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
-/// More than are let in at a time.
+/// More clients than are served concurrently.
 const MANY: usize = 40;
 
 #[test]
-fn clients_that_say_nothing_are_sent_away_and_do_not_keep_others_out() {
+fn silent_clients_time_out_and_do_not_lock_out_others() {
     let scene = Scene::new();
     let up = scene.up(&project());
     up.wait_for_line("Ctrl-C takes", SOON);
@@ -25,10 +25,10 @@ fn clients_that_say_nothing_are_sent_away_and_do_not_keep_others_out() {
     }
     let start = Instant::now();
     assert_eq!(get(&scene.socket(), "/v1/status").0, 200);
-    println!("let in after {:?}", start.elapsed());
+    println!("served after {:?}", start.elapsed());
     for client in &mut silent {
-        let mut said = String::new();
-        client.read_to_string(&mut said).unwrap();
-        assert!(said.is_empty() || said.starts_with("HTTP/1.1 4"), "{said}");
+        let mut response = String::new();
+        client.read_to_string(&mut response).unwrap();
+        assert!(response.is_empty() || response.starts_with("HTTP/1.1 4"), "{response}");
     }
 }

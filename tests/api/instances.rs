@@ -1,4 +1,4 @@
-//! One instance per socket, and sockets that nobody serves.
+//! One instance per socket, and stale sockets.
 
 use super::ask::get;
 use crate::scene::{Scene, TIDEGATE, refused, state};
@@ -11,30 +11,30 @@ use tidegate_testbed::{Process, Signal};
 /// The user id of nobody.
 const NOBODY: u32 = 65_534;
 
-/// One line on standard error, nothing on standard output, exit 1.
+/// Runs a command that must exit with 1, one line on standard error and an empty standard output.
 #[track_caller]
 fn says(command: &mut Command) -> String {
     let output = command.stdin(Stdio::null()).output().unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(
-        (output.status.code(), output.stdout.len(), said.lines().count()),
+        (output.status.code(), output.stdout.len(), stderr.lines().count()),
         (Some(1), 0, 1),
-        "{said}"
+        "{stderr}"
     );
-    said
+    stderr
 }
 
 #[test]
-fn a_second_project_on_the_same_socket_is_refused_and_on_another_one_runs_beside() {
+fn a_second_project_on_the_same_socket_is_refused_and_on_another_one_starts() {
     let scene = Scene::new();
     let up = scene.up(&project());
     up.wait_for_line("Ctrl-C takes", SOON);
     let before = state(&scene.net.host);
     let other =
         "name: other\nservices: { web: { command: [ sleep, '60' ], ports: [ '9090:80' ] } }\n";
-    let told = scene.refused(other);
+    let error = scene.refused(other);
     assert_eq!(
-        told,
+        error,
         format!(
             "tidegate: error: tidegate is up already (process {}, socket {}); stop that one, or set TIDEGATE_SOCKET to another path\n",
             up.pid(),
@@ -54,28 +54,28 @@ fn a_second_project_on_the_same_socket_is_refused_and_on_another_one_runs_beside
 }
 
 #[test]
-fn a_socket_that_a_killed_instance_left_is_taken_over() {
+fn the_socket_of_a_killed_instance_is_taken_over() {
     let scene = Scene::new();
     let mut up = scene.up(&project());
     up.wait_for_line("Ctrl-C takes", SOON);
     up.stop(Signal::KILL, SOON);
-    assert!(scene.socket().exists(), "a killed process cannot clear up");
-    let said = says(scene.tidegate().arg("ps"));
+    assert!(scene.socket().exists(), "a killed process cannot clean up");
+    let stderr = says(scene.tidegate().arg("ps"));
     assert!(
-        said.starts_with("tidegate: error: tidegate is not running: no listener on socket "),
-        "{said}"
+        stderr.starts_with("tidegate: error: tidegate is not running: no listener on socket "),
+        "{stderr}"
     );
     let mut next = scene.up(&project());
     next.wait_for_line("Ctrl-C takes", SOON);
     assert_eq!(get(&scene.socket(), "/v1/status").1["pid"], next.pid());
     next.stop(Signal::INT, SOON);
     assert!(!scene.socket().exists());
-    let said = says(scene.tidegate().arg("ps"));
-    assert!(said.starts_with("tidegate: error: tidegate is not running: socket "), "{said}");
+    let stderr = says(scene.tidegate().arg("ps"));
+    assert!(stderr.starts_with("tidegate: error: tidegate is not running: socket "), "{stderr}");
 }
 
 #[test]
-fn the_socket_is_its_users_alone() {
+fn the_socket_is_private_to_its_user() {
     let scene = Scene::new();
     let open = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(scene.run.path(), open).unwrap();
@@ -85,16 +85,16 @@ fn the_socket_is_its_users_alone() {
     assert_eq!(mode & 0o7777, 0o600);
     let mut nobody = Command::new(TIDEGATE);
     nobody.arg("ps").env("TIDEGATE_SOCKET", scene.socket()).uid(NOBODY).gid(NOBODY);
-    let said = says(&mut nobody);
-    assert!(said.starts_with("tidegate: error: permission denied for socket "), "{said}");
+    let stderr = says(&mut nobody);
+    assert!(stderr.starts_with("tidegate: error: permission denied for socket "), "{stderr}");
 }
 
 #[test]
-fn what_is_there_and_no_socket_is_left_alone() {
+fn a_file_that_is_not_a_socket_is_left_alone() {
     let scene = Scene::new();
     let precious = scene.directory.path().join("precious");
     std::fs::write(&precious, "kept").unwrap();
-    let told = refused(scene.command(&project()).env("TIDEGATE_SOCKET", &precious));
-    assert!(told.contains("exists and is not a socket of tidegate"), "{told}");
+    let error = refused(scene.command(&project()).env("TIDEGATE_SOCKET", &precious));
+    assert!(error.contains("exists and is not a socket of tidegate"), "{error}");
     assert_eq!(std::fs::read_to_string(&precious).unwrap(), "kept");
 }

@@ -1,4 +1,4 @@
-//! Ports that come and go while the project runs.
+//! Ports added and removed at run time.
 
 use super::ask::{ask, get};
 use crate::SOON;
@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use tidegate_testbed::server::{EchoServer, PeerServer};
 use tidegate_testbed::{Namespace, Process};
 
-/// A pause in a transfer that somebody would notice, on a machine that is busy with other tests.
+/// The longest acceptable pause in a transfer, with a margin for a busy machine.
 const HITCH: Duration = Duration::from_secs(1);
 
-/// Rounds of a transfer, at least.
+/// The minimum number of rounds of a transfer.
 const ROUNDS: u32 = 200;
 
-/// A container of the test's own, on a network with both families.
+/// An adopted container of the test, on a dual-stack network.
 fn adopted(scene: &Scene, container: &Namespace) -> Process {
     let file = format!(
         r#"
@@ -56,14 +56,14 @@ fn connect(from: &Namespace, to: &str) -> std::io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// What a server that tells its client's address says.
+/// The response of a server that sends the address of its client.
 fn seen(from: &Namespace, to: &str) -> std::io::Result<String> {
     let mut text = String::new();
     connect(from, to)?.read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// TCP segments that a namespace has sent again (`RetransSegs` of RFC 4022).
+/// TCP segments retransmitted by a namespace (`RetransSegs` of RFC 4022).
 fn sent_again(namespace: &Namespace) -> u64 {
     let text = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
     let [names, values] = [0, 1]
@@ -73,7 +73,7 @@ fn sent_again(namespace: &Namespace) -> u64 {
 }
 
 #[test]
-fn ports_come_and_go_while_a_transfer_goes_on_without_a_hitch() {
+fn ports_are_added_and_removed_without_interrupting_a_transfer() {
     let (scene, container) = (Scene::new(), Namespace::new());
     let _up = adopted(&scene, &container);
     let _echo = EchoServer::tcp(&container, "10.77.1.2:80".parse().unwrap());
@@ -83,7 +83,7 @@ fn ports_come_and_go_while_a_transfer_goes_on_without_a_hitch() {
     let (rounds, longest) = std::thread::scope(|scope| {
         let transfer = scope.spawn(|| {
             let (mut rounds, mut longest) = (0_u32, Duration::ZERO);
-            // What goes into one segment, so that no delayed acknowledgement is waited for.
+            // The size of one segment, to avoid waiting for a delayed acknowledgement.
             let mut back = [0; 1024];
             while !over.load(Ordering::Relaxed) || rounds < ROUNDS {
                 let block = [rounds as u8; 1024];
@@ -100,7 +100,7 @@ fn ports_come_and_go_while_a_transfer_goes_on_without_a_hitch() {
             let opened = publish(&scene, "8081:81");
             assert_eq!(opened.len(), 2, "IPv4 and IPv6: {opened:?}");
             let seen = seen(&scene.net.client, "203.0.113.1:8081").unwrap();
-            assert!(seen.starts_with("203.0.113.9:"), "the client's own address: {seen}");
+            assert!(seen.starts_with("203.0.113.9:"), "the address of the client: {seen}");
             opened.iter().for_each(|port| close(&scene, port));
             let error = connect(&scene.net.client, "203.0.113.1:8081").unwrap_err();
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
@@ -111,13 +111,13 @@ fn ports_come_and_go_while_a_transfer_goes_on_without_a_hitch() {
     println!("{rounds} rounds, the longest {longest:?}");
     assert!(longest < HITCH, "{rounds} rounds, the longest {longest:?}");
     let sent_again = [&scene.net.client, &scene.net.host, &container].map(sent_again);
-    assert_eq!(sent_again, [0; 3], "segments were lost");
+    assert_eq!(sent_again, [0; 3], "segments were retransmitted");
     let (_, left) = get(&scene.socket(), "/v1/ports");
     assert_eq!(left.as_array().unwrap().len(), 2, "{left}");
 }
 
 #[test]
-fn a_port_that_is_closed_cuts_its_own_connections_and_no_others() {
+fn a_closed_port_resets_only_its_own_connections() {
     let (scene, container) = (Scene::new(), Namespace::new());
     let _up = adopted(&scene, &container);
     let _echo = EchoServer::tcp(&container, "10.77.1.2:80".parse().unwrap());

@@ -1,4 +1,4 @@
-//! `tidegate up` on a host where dockerd is at work with its rules in iptables.
+//! `tidegate up` on a host with a running dockerd and its iptables rules.
 
 use super::{host, outside};
 use crate::daemon::Daemon;
@@ -11,7 +11,8 @@ use tidegate_testbed::{Namespace, Process, Signal, addr};
 
 const OURS: Ipv4Addr = Ipv4Addr::new(10, 79, 1, 10);
 
-/// What iptables has of others: chains, policies that drop, and rules, each table in its order.
+/// The iptables state of other software: chains, DROP policies and rules, in order within each
+/// table.
 fn rules_of_others(machine: &Machine) -> String {
     let saved =
         ["iptables-save", "ip6tables-save"].map(|program| machine.net.host.exec(program, &[]));
@@ -21,12 +22,12 @@ fn rules_of_others(machine: &Machine) -> String {
         |line: &&str| line.starts_with("-A") || line.ends_with(" -") || line.ends_with("DROP");
     let mut lines: Vec<&str> =
         lines.filter(is_something).filter(|line| !line.contains("TIDEGATE")).collect();
-    // Tables are listed in no order; what matters is that within the chains.
+    // The order of tables varies; only the order within chains matters.
     lines.sort_by_key(|line| line.split(' ').nth(1).unwrap_or_default().to_owned());
     lines.join("\n")
 }
 
-/// Our project: a container of our own with a server, published at 8090.
+/// A project of tidegate: a container with a server, published on 8090.
 struct Beside {
     container: Namespace,
     directory: tempfile::TempDir,
@@ -74,7 +75,7 @@ fn is_unreachable(from: &Place, to: impl Into<SocketAddr>) {
 
 #[test]
 fn docker_and_tidegate_live_side_by_side() {
-    // Where Docker has switched forwarding on, it drops what it does not know.
+    // If Docker has enabled forwarding, it drops unknown traffic.
     for (forwarded_before, flags, chosen) in [
         ("0", &[][..], "firewall=iptables"),
         ("0", &["--publish=kernel"], "firewall=iptables"),
@@ -102,12 +103,12 @@ fn docker_and_tidegate_live_side_by_side() {
                 outside.asks(protocol, (addr::HOST_V4, 8090));
                 host.asks(protocol, (addr::HOST_V4, 8080));
                 host.asks(protocol, (addr::HOST_V4, 8090));
-                // By what is published each reaches the other, and itself.
+                // By published ports, each reaches the other and itself.
                 ours.asks(protocol, (addr::HOST_V4, 8080));
                 ours.asks(protocol, (addr::HOST_V4, 8090));
                 theirs.asks(protocol, (addr::HOST_V4, 8090));
             }
-            // By nothing else.
+            // Not by other addresses.
             if forwarded_before == "0" {
                 is_unreachable(&ours, (address, 81));
             }
@@ -117,7 +118,7 @@ fn docker_and_tidegate_live_side_by_side() {
         };
         both_work(&daemon, &theirs.place, theirs.address);
 
-        // A container goes and another comes, and the daemon itself, which makes its rules anew.
+        // Replaces a container, and the daemon, which recreates its rules.
         daemon.remove(theirs);
         let theirs = daemon.run(
             "server",

@@ -1,28 +1,28 @@
-//! The only program in the tests' image: says who connected, then echoes.
+//! The only program in the test image: sends the address of the client, then echoes.
 //!
-//! Built with nothing but the standard library and linked statically, so that the image is this one
-//! file. Its arguments are what it serves: `tcp:80`, `udp:53`, on every IPv4 address, or on every
-//! address where IPv6 is there.
+//! It uses only the standard library and is statically linked, so that the image contains a single
+//! file. The arguments are its services: `tcp:80`, `udp:53`, on all IPv4 addresses, or on all
+//! addresses if IPv6 is available.
 //!
-//! - TCP: a line with the client's address, then every byte that comes in, until the client's
-//!   half-close.
-//! - UDP: each datagram comes back behind a line with the sender's address.
+//! - TCP: a line with the address of the client, then an echo of every byte until the client
+//!   half-closes.
+//! - UDP: a line with the address of the sender, followed by an echo of the datagram.
 //!
-//! It prints `ready` when everything is bound, and ends when it is killed.
+//! It prints `ready` when all ports are bound, and runs until it is killed.
 
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread::{self, JoinHandle};
 
-/// More than any datagram.
-const LARGEST_DATAGRAM: usize = 65_536;
+/// A buffer for any datagram.
+const MAX_DATAGRAM: usize = 65_536;
 
 fn main() -> io::Result<()> {
     let threads =
         std::env::args().skip(1).map(|service| serve(&service)).collect::<io::Result<Vec<_>>>()?;
     println!("ready");
     for thread in threads {
-        // They do not end.
+        // The threads do not end.
         let _ = thread.join();
     }
     Ok(())
@@ -59,16 +59,16 @@ fn converse(mut stream: &TcpStream) -> io::Result<()> {
 }
 
 fn answer(socket: &UdpSocket) {
-    let mut buffer = vec![0; LARGEST_DATAGRAM];
+    let mut buffer = vec![0; MAX_DATAGRAM];
     loop {
-        // Errors are about what was sent before, to a client that has gone.
+        // Errors are ICMP errors about earlier responses.
         let Ok((length, sender)) = socket.recv_from(&mut buffer) else { continue };
         let answer = [format!("{}\n", plain(sender)).as_bytes(), &buffer[..length]].concat();
         let _ = socket.send_to(&answer, sender);
     }
 }
 
-/// The address as the client knows it: IPv4 where the socket is of both families.
+/// The address as the client uses it: IPv4-mapped addresses of dual-stack sockets become IPv4.
 fn plain(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }

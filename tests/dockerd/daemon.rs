@@ -1,4 +1,4 @@
-//! A dockerd on a [`Machine`], its command-line client, and its containers.
+//! A dockerd on a [`Machine`], with its command-line client and its containers.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
@@ -10,40 +10,40 @@ use tidegate_testbed::{Signal, eventually};
 use crate::machine::{Inside, Machine, SOON};
 use crate::place::Place;
 
-/// The bridge's address: the containers' gateway, and what they see instead of their clients.
+/// The address of the bridge: the gateway of containers, which they see instead of clients.
 pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
 
-/// The gateway of the network that [`Daemon::stranger`] is on.
+/// The gateway of the network of [`Daemon::stranger`].
 pub(crate) const OTHER_GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 1);
 
 /// The name of the image.
 const IMAGE: &str = "server";
 
-/// A running dockerd. Dropping it kills it, and nothing that it has started.
+/// A running dockerd. Its drop kills only dockerd, not the processes that it has started.
 pub(crate) struct Daemon<'a> {
     pub(crate) machine: &'a Machine,
     inside: Inside,
 }
 
-/// A container that was started.
+/// A running container.
 pub(crate) struct Container {
     pub(crate) name: String,
-    /// Its first process, by its number on the machine.
+    /// The pid of its first process on the machine.
     pub(crate) pid: u32,
     pub(crate) address: IpAddr,
-    /// Inside of it, for clients.
+    /// Its namespace, for clients.
     pub(crate) place: Place,
 }
 
 impl<'a> Daemon<'a> {
-    /// Starts dockerd with `options` beyond what makes it stay on its machine, and waits until it
-    /// answers.
+    /// Starts dockerd with `options` in addition to those that confine it to the machine, and waits
+    /// until it responds.
     #[track_caller]
     pub(crate) fn start(machine: &'a Machine, options: &[&str]) -> Self {
         Self::start_with(machine, options, &[])
     }
 
-    /// The same with more in its environment.
+    /// Like [`Self::start`], with additional environment variables.
     #[track_caller]
     pub(crate) fn start_with(
         machine: &'a Machine,
@@ -89,7 +89,7 @@ impl<'a> Daemon<'a> {
         let output = self.client(arguments);
         assert!(
             output.status.success(),
-            "docker {}: {}: {}\ndockerd said:\n{}",
+            "docker {}: {}: {}\ndockerd log:\n{}",
             arguments.join(" "),
             output.status,
             text(&output.stderr),
@@ -98,7 +98,7 @@ impl<'a> Daemon<'a> {
         text(&output.stdout)
     }
 
-    /// `docker run OPTIONS` of the server with `services`, waiting until all of these are bound.
+    /// `docker run OPTIONS` of the server with `services`, waiting until all of them are bound.
     #[track_caller]
     pub(crate) fn run(&self, name: &str, options: &[&str], services: &[&str]) -> Container {
         self.docker(&run(name, options, services));
@@ -109,12 +109,12 @@ impl<'a> Daemon<'a> {
     #[track_caller]
     pub(crate) fn run_fails(&self, name: &str, options: &[&str]) -> String {
         let output = self.client(&run(name, options, &["tcp:80"]));
-        // docker's own code for what the daemon refused.
+        // The exit code of docker for an error of the daemon.
         assert_eq!(output.status.code(), Some(125), "docker run {}", options.join(" "));
         text(&output.stderr)
     }
 
-    /// A container on a network of its own.
+    /// A container on a separate network.
     #[track_caller]
     pub(crate) fn stranger(&self) -> Container {
         let [a, b, ..] = OTHER_GATEWAY.octets();
@@ -131,7 +131,7 @@ impl<'a> Daemon<'a> {
         self.run("stranger", &["--network", "elsewhere"], &["tcp:1"])
     }
 
-    /// Removes what [`stranger`](Self::stranger) made.
+    /// Removes a container of [`stranger`](Self::stranger) and its network.
     #[track_caller]
     pub(crate) fn remove_stranger(&self, stranger: Container) {
         self.remove(stranger);
@@ -140,12 +140,12 @@ impl<'a> Daemon<'a> {
 
     /// `docker rm --force`.
     #[track_caller]
-    #[allow(clippy::needless_pass_by_value, reason = "it is gone afterwards")]
+    #[allow(clippy::needless_pass_by_value, reason = "the container is removed")]
     pub(crate) fn remove(&self, container: Container) {
         self.docker(&["rm", "--force", &container.name]);
     }
 
-    /// A container that is running, once its server is ready.
+    /// A running container, once its server is ready.
     #[track_caller]
     pub(crate) fn container(&self, name: &str) -> Container {
         let ready = eventually(SOON, || self.docker(&["logs", name]).contains("ready"));
@@ -162,7 +162,7 @@ impl<'a> Daemon<'a> {
         }
     }
 
-    /// What `docker inspect` says of a container.
+    /// The output of `docker inspect` for a container.
     #[track_caller]
     pub(crate) fn inspect(&self, name: &str) -> Value {
         let text = self.docker(&["inspect", "--type", "container", name]);
@@ -170,16 +170,16 @@ impl<'a> Daemon<'a> {
         all[0].take()
     }
 
-    /// Ends dockerd, and returns once it has ended.
+    /// Ends dockerd and waits for its exit.
     #[track_caller]
     pub(crate) fn end(mut self, signal: Signal) {
         let status = self.inside.stop(signal);
         if signal == Signal::TERM {
-            assert_eq!(status.code(), Some(0), "dockerd said:\n{}", self.log());
+            assert_eq!(status.code(), Some(0), "dockerd log:\n{}", self.log());
         }
     }
 
-    /// What dockerd and containerd said that is out of the ordinary.
+    /// The warnings and errors of dockerd and containerd.
     fn log(&self) -> String {
         let all = self.inside.process().output();
         let lines: Vec<&str> = all.lines().filter(|line| !line.contains("level=info")).collect();
@@ -189,7 +189,7 @@ impl<'a> Daemon<'a> {
     #[track_caller]
     fn client(&self, arguments: &[&str]) -> Output {
         let mut command = self.machine.net.host.command("timeout");
-        // docker gives no limits to itself.
+        // docker has no timeout of its own.
         command.args(["--kill-after=1", &SOON.as_secs().to_string(), "docker", "--host"]);
         command.arg(format!("unix://{}", self.machine.path("docker.sock").display()));
         command.args(arguments);
@@ -206,7 +206,7 @@ impl<'a> Daemon<'a> {
 
 /// The arguments of a `docker run` of the server with `services`.
 fn run<'a>(name: &'a str, options: &[&'a str], services: &[&'a str]) -> Vec<&'a str> {
-    // As the first process of its namespace it ends on no other signal.
+    // As the first process of its PID namespace, it ignores other signals.
     let mut arguments = vec!["run", "--detach", "--name", name, "--stop-signal", "KILL"];
     arguments.extend(options);
     arguments.push(IMAGE);

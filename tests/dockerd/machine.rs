@@ -1,15 +1,15 @@
-//! A machine for dockerd: namespaces of its own for network, mounts and processes, and a private
+//! A machine for dockerd: private namespaces for network, mounts and processes, and a private
 //! image.
 //!
-//! dockerd insists on paths such as `/run/docker`, `/opt/containerd` and `/etc/docker`, starts
+//! dockerd requires paths such as `/run/docker`, `/opt/containerd` and `/etc/docker`, starts
 //! helpers that outlive it, and leaves interfaces and control groups behind when it is killed. So
-//! it runs where all of that is private:
+//! everything that it uses is private:
 //!
 //! - the network is the host of a [`Topology`], which has no egress;
-//! - the mounts are a copy with empty file systems where dockerd would write;
-//! - its processes live in a PID namespace, so whatever it starts is known, and ends when the
-//!   machine does, even if the test is killed;
-//! - control groups, which cannot be hidden, have a parent named after the test.
+//! - the mounts are a copy, with empty file systems where dockerd would write;
+//! - its processes run in a PID namespace, so all of them are known and end with the machine, even
+//!   if the test is killed;
+//! - control groups cannot be hidden; they have a parent named after the test.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -26,20 +26,20 @@ use tidegate_testbed::{
     Mounts, Process, Signal, Topology, eventually, find_program, procfs, require_program,
 };
 
-/// What is expected to come comes within this time, on a busy machine too.
+/// A timeout with a margin for a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
-/// With which the names of control groups begin; the process that made them, and a number, follow.
+/// The prefix of control group names, followed by the pid of the creator and a number.
 const CGROUP_PREFIX: &str = "tidegate-test-";
 
-/// The server inside the containers.
+/// The source of the server in containers.
 const SERVER_SOURCE: &str = include_str!("container_server.rs");
 
-/// The machine's own two processes; nobody else inside has these names.
+/// The two processes of the machine itself; no other process inside has these names.
 const OWN: [&str; 2] = ["docker-init", "sleep"];
 
-/// What dockerd and containerd make outside of their data directory. All of it is hidden, and must
-/// stay away.
+/// Paths that dockerd and containerd create outside of their data directory. They are hidden, and
+/// must not appear on the machine of the test.
 const FOOTPRINTS: [&str; 5] = [
     "/etc/docker/key.json",
     "/opt/containerd",
@@ -48,12 +48,12 @@ const FOOTPRINTS: [&str; 5] = [
     "/var/lib/docker",
 ];
 
-/// Where dockerd can run without anybody noticing.
+/// An isolated environment for dockerd.
 pub(crate) struct Machine {
-    /// The outside ("client"), and the host on which dockerd runs.
+    /// The outside client, and the host that runs dockerd.
     pub(crate) net: Topology,
     init: Process,
-    /// The first process inside, which reaps what others leave, as our own `/proc` knows it.
+    /// The pid of the first process inside, which reaps orphans, in our `/proc`.
     init_pid: u32,
     init_handle: Handle,
     cgroup_parent: String,
@@ -61,30 +61,30 @@ pub(crate) struct Machine {
     directory: TempDir,
 }
 
-/// A process inside, started by us.
+/// A process inside that was started by the test.
 pub(crate) struct Inside {
-    /// nsenter(1), which waits for it and exits as it does.
+    /// nsenter(1), which waits for the process and exits with its status.
     entry: Process,
-    /// Its number in our own `/proc`.
+    /// Its pid in our `/proc`.
     pid: u32,
     handle: Handle,
 }
 
-/// A process that is signalled by descriptor: its number may go to somebody else at any time, as we
-/// do not reap it.
+/// A pidfd for signals. The pid itself can be reused at any time, because the process is not our
+/// child.
 struct Handle(OwnedFd);
 
-/// A process inside, started by whomever.
+/// Any process inside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Found {
-    /// Its number inside.
+    /// Its pid inside.
     pid: u32,
-    /// In clock ticks.
+    /// Its start time in clock ticks.
     started: u64,
     arguments: Vec<String>,
 }
 
-/// What the rest of the world could see of a machine.
+/// The state of the machine of the test that dockerd might change.
 #[derive(Debug, Default)]
 struct Surroundings {
     links: BTreeSet<String>,
@@ -119,17 +119,17 @@ impl Machine {
         machine
     }
 
-    /// A path below the machine's directory, which is the same inside and outside.
+    /// A path in the directory of the machine, valid inside and outside.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    /// For `dockerd --cgroup-parent`.
+    /// The value of `dockerd --cgroup-parent`.
     pub(crate) fn cgroup_parent(&self) -> &str {
         &self.cgroup_parent
     }
 
-    /// The server as a program of the machine, for what is to hold a port outside of containers.
+    /// The path of the server, for occupying ports outside of containers.
     pub(crate) fn server(&self) -> String {
         self.path("rootfs/server").display().to_string()
     }
@@ -151,7 +151,7 @@ impl Machine {
                 command.env_remove(&*name);
             }
         }
-        // dockerd looks for iptables and runc, which an ordinary user's PATH leaves out.
+        // dockerd searches for iptables and runc, which the PATH of an ordinary user lacks.
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("HOME", self.directory.path());
         command.envs(environment.iter().copied());
@@ -166,8 +166,7 @@ impl Machine {
         Inside { entry, pid, handle: Handle::open(pid) }
     }
 
-    /// Everything that lives inside, but for the machine's own two processes, in the order of their
-    /// start.
+    /// All processes inside, except for the two of the machine itself, in order of their start.
     pub(crate) fn processes(&self) -> Vec<Found> {
         let entries = fs::read_dir(self.proc()).into_iter().flatten().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -188,15 +187,15 @@ impl Machine {
         (state != "Z" && !OWN.contains(&process.program())).then_some(process)
     }
 
-    /// The arguments of every docker-proxy inside, the program's own name left out, in the order of
-    /// their start.
+    /// The arguments of every docker-proxy inside, without the program name, in order of their
+    /// start.
     pub(crate) fn proxies(&self) -> Vec<String> {
         let all = self.processes().into_iter();
         let proxies = all.filter(|process| process.program() == "docker-proxy");
         proxies.map(|process| process.arguments[1..].join(" ")).collect()
     }
 
-    /// Waits until there is no docker-proxy inside.
+    /// Waits until no docker-proxy is running inside.
     #[track_caller]
     pub(crate) fn assert_no_proxies(&self) {
         let gone = eventually(Duration::from_secs(2), || self.proxies().is_empty());
@@ -208,20 +207,19 @@ impl Machine {
         self.proc().join(format!("{pid}/ns/net"))
     }
 
-    /// Whether a process inside has not ended yet.
+    /// Whether a process inside is running.
     pub(crate) fn is_alive(&self, pid: u32) -> bool {
         self.stat(pid).is_some_and(|stat| stat.first().is_some_and(|state| state != "Z"))
     }
 
-    /// The fields of `/proc/PID/stat` from the third on, the state.
+    /// The fields of `/proc/PID/stat` from the state (field 3) on.
     fn stat(&self, pid: u32) -> Option<Vec<String>> {
         let stat = fs::read_to_string(self.proc().join(format!("{pid}/stat"))).ok()?;
         let (_, behind_name) = stat.rsplit_once(')')?;
         Some(behind_name.split_ascii_whitespace().map(str::to_owned).collect())
     }
 
-    /// Takes everything down in good order, and checks that dockerd (which must have been stopped)
-    /// left nothing.
+    /// Takes everything down, and checks that dockerd left nothing behind. dockerd must be stopped.
     #[track_caller]
     pub(crate) fn teardown(mut self) {
         let empty = eventually(SOON, || self.processes().is_empty());
@@ -244,24 +242,24 @@ impl Machine {
             new = Surroundings::now().without(&self.before);
             new.is_empty()
         });
-        assert!(same, "the machine's surroundings have changed: {new:#?}");
+        assert!(same, "the test machine has changed: {new:#?}");
     }
 
-    /// The `/proc` of the machine's PID namespace, which has the processes of containers as well.
-    /// Empty once the first process has ended: then there is nobody else.
+    /// The `/proc` of the PID namespace, which includes processes of containers. It is empty once
+    /// the first process has ended.
     fn proc(&self) -> PathBuf {
         format!("/proc/{}/root/proc", self.init_pid).into()
     }
 
-    /// The control groups named after this machine, in every hierarchy.
+    /// The control groups of this machine, in every hierarchy.
     fn control_groups(&self) -> Vec<PathBuf> {
         let ours = |group: &PathBuf| group.ends_with(&self.cgroup_parent[1..]);
         all_control_groups().into_iter().filter(ours).collect()
     }
 
-    /// Ends all processes inside and removes what outlives them.
+    /// Ends all processes inside and removes the state that outlives them.
     fn end(&mut self) {
-        // With the first process end all others. Its parent is unshare(1), which reaps it and ends.
+        // All processes end with the first one. Its parent is unshare(1), which reaps it and exits.
         self.init_handle.signal(Signal::KILL);
         eventually(SOON, || !self.init.is_running());
         for group in self.control_groups() {
@@ -269,7 +267,7 @@ impl Machine {
         }
     }
 
-    /// Writes `image.tar`: a root directory with nothing but the server in it.
+    /// Writes `image.tar`, a root directory that contains only the server.
     #[track_caller]
     fn write_image(&self) {
         let rootfs = self.path("rootfs");
@@ -291,7 +289,7 @@ impl Drop for Machine {
 }
 
 impl Inside {
-    /// Its number as the others inside know it.
+    /// Its pid inside.
     #[track_caller]
     pub(crate) fn inner_pid(&self) -> u32 {
         let status =
@@ -300,14 +298,14 @@ impl Inside {
         line.split_ascii_whitespace()
             .last()
             .and_then(|pid| pid.parse().ok())
-            .expect("a process has a number")
+            .expect("a process has a pid")
     }
 
     pub(crate) fn process(&self) -> &Process {
         &self.entry
     }
 
-    /// Sends `signal` and waits for the end.
+    /// Sends `signal` and waits for the exit.
     #[track_caller]
     pub(crate) fn stop(&mut self, signal: Signal) -> ExitStatus {
         self.handle.signal(signal);
@@ -317,7 +315,7 @@ impl Inside {
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        // The process first: nsenter must be there to reap it.
+        // The process ends first, because nsenter must reap it.
         self.handle.signal(Signal::KILL);
         eventually(SOON, || !self.entry.is_running());
     }
@@ -330,14 +328,14 @@ impl Handle {
         Self(pidfd_open(pid, PidfdFlags::empty()).expect("open a process"))
     }
 
-    /// Nothing happens if the process has ended.
+    /// Sends a signal. This does nothing if the process has ended.
     fn signal(&self, signal: Signal) {
         let _ = pidfd_send_signal(&self.0, signal);
     }
 }
 
 impl Found {
-    /// The last part of the program's path.
+    /// The file name of the program.
     pub(crate) fn program(&self) -> &str {
         let path = self.arguments.first().map_or("", String::as_str);
         path.rsplit('/').next().unwrap_or(path)
@@ -369,14 +367,14 @@ impl Surroundings {
     }
 }
 
-/// A name that no other test has, and that says whose it is.
+/// A unique name that contains the pid of the test.
 fn cgroup_name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     format!("/{CGROUP_PREFIX}{}-{number}", std::process::id())
 }
 
-/// The control groups of every test, in every hierarchy, or in the one there is.
+/// The control groups of all tests, in every hierarchy (v1), or in the unified one (v2).
 fn all_control_groups() -> Vec<PathBuf> {
     let root = PathBuf::from("/sys/fs/cgroup");
     let hierarchies = subdirectories(&root).into_iter().chain([root]);
@@ -386,14 +384,14 @@ fn all_control_groups() -> Vec<PathBuf> {
         .collect()
 }
 
-/// The process that made a control group for a test.
+/// The pid of the test that created a control group.
 fn maker(group: &Path) -> Option<u32> {
     let (pid, _number) =
         group.file_name()?.to_str()?.strip_prefix(CGROUP_PREFIX)?.split_once('-')?;
     pid.parse().ok()
 }
 
-/// Removes the control groups of tests that were killed before they could.
+/// Removes the control groups of killed tests.
 fn sweep_control_groups() {
     for group in all_control_groups() {
         if maker(&group).is_some_and(|pid| procfs::state(pid).is_none()) {
@@ -432,7 +430,7 @@ fn server_binary() -> &'static [u8] {
     })
 }
 
-/// The interface of a line of `ip -o link`: `4: eth0@if3: <...`.
+/// The name of the interface in a line of `ip -o link`: `4: eth0@if3: <...`.
 fn link_name(line: &str) -> Option<&str> {
     let name = line.split(": ").nth(1)?;
     name.split('@').next()
@@ -446,11 +444,11 @@ fn subdirectories(path: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Removes a control group and those below it, all of them empty.
+/// Removes an empty control group and its children.
 fn remove_groups(group: &Path) {
     for below in subdirectories(group) {
         remove_groups(&below);
     }
-    // A process that has just ended holds its group for a moment.
+    // A process that has just ended still occupies its group for a moment.
     eventually(SOON, || fs::remove_dir(group).is_ok() || !group.exists());
 }

@@ -1,5 +1,4 @@
-//! A place to be a client at: a network namespace, and the two questions that the containers'
-//! server answers.
+//! A network namespace for clients, with requests to the server of the containers.
 
 use std::fmt;
 use std::fs::File;
@@ -13,17 +12,17 @@ use std::time::Duration;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tidegate_testbed::Protocol;
 
-/// How long an answer may take.
+/// The timeout of a response.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A network namespace under a name.
+/// A network namespace with a name.
 pub(crate) struct Place {
     name: String,
     net: File,
 }
 
 impl Place {
-    /// The namespace that `path` leads to.
+    /// Opens the namespace at `path`.
     #[track_caller]
     pub(crate) fn open(name: &str, path: impl AsRef<Path>) -> Self {
         let net = File::open(&path);
@@ -32,7 +31,7 @@ impl Place {
         Self { name: name.to_owned(), net }
     }
 
-    /// Runs `f` on a thread inside.
+    /// Runs `f` on a thread in the namespace.
     pub(crate) fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         let done = thread::scope(|scope| {
             let inside = || {
@@ -45,7 +44,7 @@ impl Place {
         done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// Asks the server at `to`, and returns whom it took us for.
+    /// Sends a request to the server at `to`, and returns the client address that it sees.
     #[track_caller]
     pub(crate) fn asks(&self, protocol: Protocol, to: impl Into<SocketAddr>) -> IpAddr {
         let to = to.into();
@@ -55,11 +54,11 @@ impl Place {
         })
     }
 
-    /// Asserts that nobody is at `to`: the host says so at once.
+    /// Asserts that `to` refuses the connection at once.
     #[track_caller]
     pub(crate) fn is_refused(&self, protocol: Protocol, to: impl Into<SocketAddr>) {
         let to = to.into();
-        let error = self.try_ask(protocol, to).expect_err("somebody answers");
+        let error = self.try_ask(protocol, to).expect_err("the request is answered");
         assert_eq!(
             error.kind(),
             ErrorKind::ConnectionRefused,
@@ -67,7 +66,7 @@ impl Place {
         );
     }
 
-    /// A connection that has been greeted by the server.
+    /// A connection on which the greeting of the server was received.
     #[track_caller]
     pub(crate) fn connects(&self, to: impl Into<SocketAddr>) -> TcpStream {
         let to = to.into();
@@ -80,7 +79,7 @@ impl Place {
             }
             io::Result::Ok(stream)
         });
-        connected.unwrap_or_else(|error| panic!("{self} cannot talk to {to}: {error}"))
+        connected.unwrap_or_else(|error| panic!("{self}: no exchange with {to}: {error}"))
     }
 
     fn try_ask(&self, protocol: Protocol, to: SocketAddr) -> io::Result<IpAddr> {
@@ -102,7 +101,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// Sends `payload` over a connection from [`Place::connects`], and expects it back.
+/// Sends `payload` over a connection of [`Place::connects`] and expects it back.
 #[track_caller]
 pub(crate) fn echo(stream: &mut TcpStream, payload: &[u8]) {
     stream.write_all(payload).expect("send");
@@ -111,7 +110,7 @@ pub(crate) fn echo(stream: &mut TcpStream, payload: &[u8]) {
     assert_eq!(answer, payload);
 }
 
-/// What a web server on loopback answers, head and all.
+/// The response of a web server on loopback, with its head.
 #[track_caller]
 pub(crate) fn get(place: &Place, port: u16, path: &str) -> String {
     place.run(|| {
@@ -139,7 +138,7 @@ fn ask_udp(to: SocketAddr, question: &[u8]) -> io::Result<String> {
     let any: IpAddr =
         if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0))?;
-    // Connected, it takes answers from the address it asked, and hears of refusals.
+    // A connected socket receives only from this address, and reports ICMP errors.
     socket.connect(to)?;
     socket.set_read_timeout(Some(TIMEOUT))?;
     socket.send(question)?;

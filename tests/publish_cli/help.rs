@@ -64,7 +64,7 @@ fn an_invalid_log_filter_is_an_error() {
     let host = Namespace::new();
     let mut command = tidegate(&host, "publish 8080:80 --to 172.30.0.2");
     command.env("TIDEGATE_LOG", "=====");
-    let said = fails(command, 1);
-    assert_one_line(&said);
-    assert!(said.contains("TIDEGATE_LOG"), "{said}");
+    let stderr = fails(command, 1);
+    assert_one_line(&stderr);
+    assert!(stderr.contains("TIDEGATE_LOG"), "{stderr}");
 }

@@ -63,9 +63,9 @@ fn the_first_free_port_of_a_range_is_used_for_a_single_port() {
     let process = Process::spawn(&mut tidegate(&net.host, "publish 9000-9002:80 --to 172.30.0.2"));
     process.wait_for_line("0.0.0.0:9002/tcp", TIMEOUT);
     process.wait_for_line("[::]:9002/tcp", TIMEOUT);
-    let said = fails(tidegate(&net.host, "publish 9000-9002:81 --to 172.30.0.2"), 1);
-    assert_one_line(&said);
-    assert!(said.contains("9000-9002"), "{said}");
+    let stderr = fails(tidegate(&net.host, "publish 9000-9002:81 --to 172.30.0.2"), 1);
+    assert_one_line(&stderr);
+    assert!(stderr.contains("9000-9002"), "{stderr}");
     assert_eq!(net.host.bound_ports(Protocol::Tcp), BTreeSet::from([9000, 9001, 9002]));
 }
 
@@ -217,9 +217,9 @@ fn with_few_descriptors_all_ports_are_served_or_it_fails() {
         let ready = || process.output().contains("[::]:9000") || process.output().contains("error");
         wait_until("there is output", ready);
         if process.output().contains("error") {
-            let said = process.wait_for_output(TIMEOUT);
-            assert_one_line(&said);
-            assert!(said.contains("ulimit -n"), "{said}");
+            let stderr = process.wait_for_output(TIMEOUT);
+            assert_one_line(&stderr);
+            assert!(stderr.contains("ulimit -n"), "{stderr}");
             assert_eq!(process.wait(TIMEOUT).code(), Some(1));
             continue;
         }

@@ -59,13 +59,13 @@ fn invalid_command_lines_are_rejected_with_the_reason() {
         ("8080:80 --to 172.30.0.2 --metrics localhost:9464", "localhost:9464"),
         ("8080:80 --to 172.30.0.2 --no-such-flag", "--no-such-flag"),
     ] {
-        let said = fails(tidegate(&host, &format!("publish {arguments}")), 2);
-        let line = said.lines().next().unwrap_or_default();
+        let stderr = fails(tidegate(&host, &format!("publish {arguments}")), 2);
+        let line = stderr.lines().next().unwrap_or_default();
         let ours = line.starts_with("tidegate: error: ");
-        assert!(ours || line.starts_with("error: "), "{arguments}: {said}");
-        assert!(!ours || said.lines().count() == 1, "{arguments}: {said}");
+        assert!(ours || line.starts_with("error: "), "{arguments}: {stderr}");
+        assert!(!ours || stderr.lines().count() == 1, "{arguments}: {stderr}");
         // clap lists missing arguments in the next line.
-        assert!(line.contains(reason), "{arguments}: {said}");
+        assert!(line.contains(reason), "{arguments}: {stderr}");
     }
     assert_nothing_is_bound(&host);
 }
@@ -117,9 +117,9 @@ fn a_failed_start_is_reported_in_one_line() {
             "metrics address 192.0.2.77:9464".to_owned(),
         ),
     ] {
-        let said = fails(tidegate(host, &format!("publish {arguments}")), 1);
-        assert_one_line(&said);
-        assert!(said.contains(&reason), "{arguments}: {said}");
+        let stderr = fails(tidegate(host, &format!("publish {arguments}")), 1);
+        assert_one_line(&stderr);
+        assert!(stderr.contains(&reason), "{arguments}: {stderr}");
     }
     assert_nothing_is_bound(host);
 }
@@ -130,8 +130,8 @@ fn a_process_that_has_ended_is_an_error() {
     let mut child = Command::new("true").spawn().unwrap();
     let pid = child.id();
     child.wait().unwrap();
-    let said = fails(tidegate(&host, &format!("publish 8080:80 --pid {pid}")), 1);
-    assert_eq!(said, format!("tidegate: error: no process {pid}\n"));
+    let stderr = fails(tidegate(&host, &format!("publish 8080:80 --pid {pid}")), 1);
+    assert_eq!(stderr, format!("tidegate: error: no process {pid}\n"));
 }
 
 #[test]
@@ -146,15 +146,15 @@ fn a_port_in_use_is_reported_with_its_holder() {
         ("5353:53/udp", "port 5353/udp on 0.0.0.0"),
         ("8075-8085:75-85", "port 8080/tcp on 0.0.0.0"),
     ] {
-        let said = fails(tidegate(&net.host, &format!("publish {arguments} --to 172.30.0.2")), 1);
-        assert_one_line(&said);
-        assert!(said.contains(&format!("{port} {holder_is}")), "{arguments}: {said}");
+        let stderr = fails(tidegate(&net.host, &format!("publish {arguments} --to 172.30.0.2")), 1);
+        assert_one_line(&stderr);
+        assert!(stderr.contains(&format!("{port} {holder_is}")), "{arguments}: {stderr}");
     }
     // A port of another program on a single address.
     let loopback = net.host.run(|| TcpListener::bind((Ipv6Addr::LOCALHOST, 8090))).unwrap();
-    let said = fails(tidegate(&net.host, "publish 8090:80 --to 172.30.0.2"), 1);
-    assert!(said.contains("port 8090/tcp on [::] is in use by "), "{said}");
-    assert!(said.contains(&format!("(pid {})", std::process::id())), "{said}");
+    let stderr = fails(tidegate(&net.host, "publish 8090:80 --to 172.30.0.2"), 1);
+    assert!(stderr.contains("port 8090/tcp on [::] is in use by "), "{stderr}");
+    assert!(stderr.contains(&format!("(pid {})", std::process::id())), "{stderr}");
     drop(loopback);
     // A child process that another test starts may hold a copy of the socket for a moment.
     wait_until("it is closed", || {
@@ -196,11 +196,11 @@ fn a_low_port_without_permission_is_reported_with_remedies_that_work() {
     let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let program = Unprivileged::new();
     for port in ["80:80", "127.0.0.1:80:80", "80:80/udp"] {
-        let said = fails(program.command(&net.host, &format!("publish {port} --to 172.30.0.2")), 1);
-        assert_one_line(&said);
-        assert!(said.contains("port 80/") && said.contains("permission denied"), "{said}");
-        assert!(said.contains("net.ipv4.ip_unprivileged_port_start"), "{said}");
-        assert!(said.contains("CAP_NET_BIND_SERVICE"), "{said}");
+        let stderr = fails(program.command(&net.host, &format!("publish {port} --to 172.30.0.2")), 1);
+        assert_one_line(&stderr);
+        assert!(stderr.contains("port 80/") && stderr.contains("permission denied"), "{stderr}");
+        assert!(stderr.contains("net.ipv4.ip_unprivileged_port_start"), "{stderr}");
+        assert!(stderr.contains("CAP_NET_BIND_SERVICE"), "{stderr}");
     }
     assert_nothing_is_bound(&net.host);
     net.host.sysctl("net.ipv4.ip_unprivileged_port_start", "80");
@@ -253,9 +253,9 @@ fn an_ordinary_user_gets_the_privilege_for_a_namespace_or_a_client_address() {
         format!("8080:80 --netns {}", net.container.path().display()),
         "8080:80 --to 172.30.0.2 --source client".to_owned(),
     ] {
-        let said = fails(program.command(&net.host, &format!("publish {arguments}")), 1);
-        assert_one_line(&said);
-        assert!(said.contains("CAP_") || said.contains("permission"), "{arguments}: {said}");
+        let stderr = fails(program.command(&net.host, &format!("publish {arguments}")), 1);
+        assert_one_line(&stderr);
+        assert!(stderr.contains("CAP_") || stderr.contains("permission"), "{arguments}: {stderr}");
     }
     assert_nothing_is_bound(&net.host);
 }
