@@ -1,5 +1,5 @@
-//! The pure code that runs per packet, per connection or per port, under criterion:
-//! `cargo bench --bench hot_paths`.
+//! Criterion benchmarks of the pure code that runs per packet, connection or port: `cargo bench
+//! --bench hot_paths`.
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use std::hint::black_box;

@@ -1,11 +1,11 @@
-//! What metrics cost: `cargo bench --bench metrics_cost`, as root, some two minutes.
+//! The cost of metrics: `cargo bench --bench metrics_cost`, as root, about two minutes.
 //!
-//! 1. Counting. A loop's turn (see what a connection's sockets are ready for, receive, send) with
-//!    counters that count and with counters that do not: the same code, compiled twice ([`Tally`]).
-//!    Rounds of both alternate, and what counts is the median of the ratios of neighbouring rounds.
-//! 2. All that is counted of one connection, from being accepted to its end.
-//! 3. A storm of scrapes: how long requests take through `tidegate publish` with 1,000 ports, with
-//!    and without 100 clients that scrape without pause.
+//! 1. Counting. An iteration of an event loop (poll the sockets of a connection, receive, send)
+//!    with active and with inactive counters: the same code, compiled twice ([`Tally`]). Rounds of
+//!    both alternate, and the result is the median of the ratios of adjacent rounds.
+//! 2. All counting for one connection, from accept to its end.
+//! 3. A storm of scrapes: the response times through `tidegate publish` with 1,000 ports, with and
+//!    without 100 clients that scrape in a loop.
 
 use std::hint::black_box;
 use std::io::{self, Read, Write};
@@ -19,10 +19,10 @@ use tidegate_proxy::bench_support::{Carrier, Figures, Tally, Uncounted};
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Topology, addr, raise_open_files, require_root};
 
-/// Message sizes, in bytes. With the smallest there is the least to hide behind.
+/// Message sizes in bytes. The smallest one shows the overhead most clearly.
 const SIZES: [usize; 3] = [1, 1024, 16_384];
 
-/// Rounds of each, and messages of a round.
+/// The number of rounds of each variant, and of messages per round.
 const ROUNDS: usize = 201;
 const MESSAGES: usize = 400;
 
@@ -30,14 +30,14 @@ const CONNECTIONS: u32 = 1_000_000;
 
 const PORTS: u16 = 1000;
 const SCRAPERS: usize = 100;
-/// In all fewer than half of the ephemeral ports: with those in TIME_WAIT, connect(2) looks for a
-/// free one for milliseconds.
+/// In total less than half of the ephemeral ports: with more ports in TIME_WAIT, connect(2)
+/// searches for a free port for milliseconds.
 const REQUESTS: usize = 1000;
 const SOON: Duration = Duration::from_secs(30);
 
 fn main() {
     if !std::env::args().any(|argument| argument == "--bench") {
-        println!("nothing is measured without --bench, which `cargo bench` passes");
+        println!("no measurement without --bench, which `cargo bench` passes");
         return;
     }
     require_root();
@@ -47,7 +47,7 @@ fn main() {
     storm();
 }
 
-/// A connection with the test at both ends.
+/// A connection whose ends both belong to the test.
 struct Line<T: Tally> {
     carrier: Carrier<T>,
     client: TcpStream,
@@ -70,7 +70,7 @@ impl<T: Tally> Line<T> {
         Ok(Self { carrier, client, backend })
     }
 
-    /// The time that turns take for messages of `size` bytes to the backend and back.
+    /// The time of the iterations for messages of `size` bytes to the backend and back.
     fn round(&mut self, size: usize) -> io::Result<Duration> {
         let mut message = vec![b'.'; size];
         let mut spent = Duration::ZERO;
@@ -89,10 +89,10 @@ impl<T: Tally> Line<T> {
 }
 
 fn counting() {
-    // Nothing but `lo`.
+    // Only `lo`.
     let host = Namespace::new();
     println!(
-        "{:>8}  {:>10}  {:>10}  {:>8}   ns for each turn, and the ratio, medians of {ROUNDS} rounds",
+        "{:>8}  {:>10}  {:>10}  {:>8}   ns per iteration, and the ratio, medians of {ROUNDS} rounds",
         "bytes", "counted", "uncounted", "ratio"
     );
     for size in SIZES {
@@ -107,7 +107,7 @@ fn compare(size: usize) -> io::Result<(f64, f64, f64)> {
     let mut uncounted = Line::<Uncounted>::new()?;
     let mut rounds = Vec::with_capacity(ROUNDS);
     for round in 0..ROUNDS + 10 {
-        // Neither always comes first.
+        // The order alternates.
         let (with, without) = if round % 2 == 0 {
             let with = counted.round(size)?;
             (with, uncounted.round(size)?)
@@ -115,7 +115,7 @@ fn compare(size: usize) -> io::Result<(f64, f64, f64)> {
             let without = uncounted.round(size)?;
             (counted.round(size)?, without)
         };
-        // The first ones warm up.
+        // The first rounds warm up.
         if round >= 10 {
             rounds.push((with.as_secs_f64(), without.as_secs_f64()));
         }
@@ -145,7 +145,7 @@ fn connections() {
     let without =
         median((0..9).map(|_| each(&|dial, life| uncounted.connection(dial, life))).collect());
     println!(
-        "\na whole connection: {with:.1} ns of counting, of which its times and the limits' gauge are {without:.1}"
+        "\na whole connection: {with:.1} ns of counting, including {without:.1} ns for its timers and the gauges of limits"
     );
 }
 
@@ -166,7 +166,7 @@ fn storm() {
     let page = net.host.run(scrape).expect("a page");
     println!("\n{PORTS} TCP ports: a page of {page} bytes");
     println!(
-        "{:>8}  {:>9}  {:>9}  {:>9}   us for each request, {REQUESTS} of them",
+        "{:>8}  {:>9}  {:>9}  {:>9}   us per request, {REQUESTS} requests",
         "", "median", "p99", "slowest"
     );
     let mut p99 = [Vec::new(), Vec::new()];
@@ -181,7 +181,7 @@ fn storm() {
                     while !over.load(Ordering::Relaxed) {
                         match scrape() {
                             Ok(_) => drop(pages.fetch_add(1, Ordering::Relaxed)),
-                            // Turned away, for there are too many.
+                            // Refused at the limit.
                             Err(_) => std::thread::sleep(Duration::from_millis(100)),
                         }
                     }
@@ -192,7 +192,7 @@ fn storm() {
         let stormy = requests(&net.client);
         over.store(true, Ordering::Relaxed);
         for scraper in scrapers {
-            scraper.join().expect("a scraper does not panic");
+            scraper.join().expect("scrapers do not panic");
         }
         for (index, (name, times)) in [("quiet", quiet), ("stormy", stormy)].into_iter().enumerate()
         {
@@ -208,13 +208,13 @@ fn storm() {
     println!("p99 in a storm / in quiet, median of the rounds: {ratio:.2}");
 }
 
-/// The times of requests one after the other, sorted. None may fail.
+/// The response times of sequential requests, sorted. None may fail.
 fn requests(client: &Namespace) -> Vec<Duration> {
     let mut times = client.run(|| {
         (0..REQUESTS)
             .map(|_| {
                 let begun = Instant::now();
-                request((addr::HOST_V4, 8080).into()).expect("a request that does not fail");
+                request((addr::HOST_V4, 8080).into()).expect("the request succeeds");
                 begun.elapsed()
             })
             .collect::<Vec<_>>()
@@ -233,7 +233,7 @@ fn request(to: SocketAddr) -> io::Result<()> {
     if answer == b"echo" { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
-/// The bytes of a page; an error for whoever is turned away.
+/// The size of a page in bytes; an error if the scrape is refused.
 fn scrape() -> io::Result<usize> {
     let mut stream = TcpStream::connect("127.0.0.1:9464")?;
     stream.set_read_timeout(Some(SOON))?;

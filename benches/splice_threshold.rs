@@ -1,11 +1,11 @@
-//! From which size of a read on splicing pays: `cargo bench --bench splice_threshold`, as root,
-//! some two minutes.
+//! The read size from which splicing pays: `cargo bench --bench splice_threshold`, as root, about
+//! two minutes.
 //!
 //! A client in one namespace sends messages of one size through `tidegate publish` to a server in
-//! another, which answers each with a byte; so every read of the proxy finds one message, or a part
-//! of it. The same is done with a proxy that only copies and with one that only splices, in
-//! alternating rounds. What counts is the proxy's CPU time per message: where the two columns cross
-//! is where `SPLICE_FROM` (proxy/src/tcp/mod.rs) belongs.
+//! another, which responds to each with a byte. So every read of the proxy returns one message or a
+//! part of it. Alternating rounds use a proxy that only copies and one that only splices. The
+//! result is the CPU time of the proxy per message. `SPLICE_FROM` (proxy/src/tcp/mod.rs) belongs
+//! where the two columns cross.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -16,8 +16,8 @@ use tidegate_testbed::{Process, Protocol, Topology, addr, require_root};
 /// Message sizes, in KiB.
 const SIZES: [usize; 10] = [1, 4, 8, 16, 24, 32, 48, 64, 128, 256];
 
-/// What is compared, by the value of the hidden option `--splice-from`: how the column is called,
-/// what is published.
+/// The variants by the value of the hidden option `--splice-from`: the title of the column, and the
+/// published port.
 const WAYS: [(&str, &str, u16); 2] = [("copied", "1000000000", 8081), ("spliced", "0", 8082)];
 
 const ROUNDS: usize = 5;
@@ -26,7 +26,7 @@ const SOON: Duration = Duration::from_secs(10);
 
 fn main() {
     if !std::env::args().any(|argument| argument == "--bench") {
-        println!("nothing is measured without --bench, which `cargo bench` passes");
+        println!("no measurement without --bench, which `cargo bench` passes");
         return;
     }
     require_root();
@@ -80,8 +80,8 @@ fn main() {
     }
 }
 
-/// Sends messages of `size` bytes for [`TIME`], each after the answer to the one before; how many
-/// there were.
+/// Sends messages of `size` bytes for [`TIME`], each after the response to the previous one.
+/// Returns their number.
 fn exchange(to: SocketAddr, size: usize) -> io::Result<u64> {
     let mut stream = TcpStream::connect_timeout(&to, SOON)?;
     stream.set_nodelay(true)?;
@@ -98,7 +98,7 @@ fn exchange(to: SocketAddr, size: usize) -> io::Result<u64> {
     Ok(messages)
 }
 
-/// Answers the messages of one connection, whose size comes first.
+/// Responds to the messages of one connection, which begins with their size.
 fn serve(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut size = [0; 8];

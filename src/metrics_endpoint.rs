@@ -418,7 +418,6 @@ struct Throttle<'a> {
     begun: Instant,
     /// The length of the text at the last pause.
     paused_at: usize,
-    rested: usize,
 }
 
 impl<'a> Throttle<'a> {

@@ -92,7 +92,7 @@ fn every_form_of_publishing_starts_the_expected_proxies() {
     );
     let everywhere =
         |port| [(Ipv4Addr::UNSPECIFIED, port).into(), (Ipv6Addr::UNSPECIFIED, port).into()];
-    assert_eq!(told_addresses(&daemon, &container, "80/tcp"), everywhere(8080));
+    assert_eq!(port_addresses(&daemon, &container, "80/tcp"), everywhere(8080));
     outside.asks(Tcp, (addr::HOST_V4, 8080));
     outside.asks(Tcp, (addr::HOST_V6, 8080));
     daemon.remove(container);

@@ -1,4 +1,4 @@
-//! The ways to publish a port that are compared, and how each is started.
+//! The compared ways to publish a port, and how each is started.
 
 use std::env;
 use std::fs;
@@ -18,51 +18,51 @@ use tidegate_testbed::{
 
 use crate::lab::{CONTAINER, HOST, Lab, Service};
 
-/// How long a contender may take to be ready.
+/// The longest wait for a contender to be ready.
 const START: Duration = Duration::from_secs(20);
 
-/// Pipes that haproxy may use for splice(2); it needs one for each direction of a busy connection.
+/// The pipes that haproxy may use for splice(2): one per direction of a busy connection.
 const HAPROXY_PIPES: u64 = 64;
 
-/// One way to publish a port.
+/// A way to publish a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
-    /// An nftables rule in the host's namespace: the kernel's own path.
+    /// An nftables rule on the host: the path of the kernel.
     Dnat,
     /// Docker's userland proxy.
     DockerProxy,
-    /// haproxy in TCP mode, with splice(2), a thread per core.
+    /// haproxy in TCP mode with splice(2), one thread per core.
     Haproxy,
-    /// socat, a process per client.
+    /// socat, one process per client.
     Socat,
-    /// netavark, which sets up networks for podman: no way to publish a port on a network that is
-    /// there.
+    /// netavark, which sets up networks for podman. It cannot publish a port on an existing
+    /// network.
     Netavark,
-    /// `tidegate publish --to`; where networks are set up, `tidegate up`.
+    /// `tidegate publish --to`; in scenarios that set up networks, `tidegate up`.
     Publish,
-    /// `tidegate publish --netns`: the upstream socket is made in the container's namespace.
+    /// `tidegate publish --netns`: the upstream socket is created in the container namespace.
     PublishNetns,
-    /// tidegate's docker-proxy.
+    /// The docker-proxy of tidegate.
     DropIn,
-    /// The rules that dockerd has for a published port, by iptables.
+    /// The iptables rules of dockerd for a published port.
     DockerRules,
-    /// The same once more: how far chance alone carries two that are equal.
+    /// The same rules again, to measure the variation between equal contenders.
     DockerRulesAgain,
     /// `tidegate up --publish=kernel --firewall=nftables`.
     KernelNftables,
     /// `tidegate up --publish=kernel --firewall=iptables`.
     KernelIptables,
-    /// The kernel's masquerade, by an nftables rule on the host.
+    /// Masquerade by the kernel, with an nftables rule on the host.
     Masquerade,
-    /// slirp4netns, as rootless containers have it.
+    /// slirp4netns as used by rootless containers.
     Slirp,
-    /// pasta, likewise.
+    /// pasta as used by rootless containers.
     Pasta,
-    /// tidegate's slirp4netns: the NAT engine.
+    /// The slirp4netns of tidegate: the NAT engine.
     Engine,
 }
 
-/// The contenders in the order of columns.
+/// The contenders, in the order of columns.
 pub(crate) const ALL: [Kind; 16] = [
     Kind::Dnat,
     Kind::DockerProxy,
@@ -105,7 +105,7 @@ impl Kind {
         }
     }
 
-    /// Whether it is a part of tidegate.
+    /// Whether it is part of tidegate.
     pub(crate) fn is_ours(self) -> bool {
         matches!(
             self,
@@ -118,13 +118,13 @@ impl Kind {
         )
     }
 
-    /// Whether it can publish a TCP port of a container that has its network.
+    /// Whether it can publish a TCP port of a container with an existing network.
     pub(crate) fn publishes(self) -> bool {
         let with_a_network = self == Self::Netavark || self.translates();
-        !with_a_network && !self.leads_out()
+        !with_a_network && !self.provides_egress()
     }
 
-    /// Whether it is rules by which the kernel translates a published port.
+    /// Whether it translates a published port by rules in the kernel.
     pub(crate) fn translates(self) -> bool {
         matches!(
             self,
@@ -135,8 +135,8 @@ impl Kind {
         )
     }
 
-    /// Whether it leads a container out that has no network.
-    pub(crate) fn leads_out(self) -> bool {
+    /// Whether it provides egress to a container without a network.
+    pub(crate) fn provides_egress(self) -> bool {
         matches!(self, Self::Masquerade | Self::Slirp | Self::Pasta | Self::Engine)
     }
 
@@ -145,7 +145,8 @@ impl Kind {
         self.publishes() && self != Self::Haproxy
     }
 
-    /// Where its program is: an environment variable for our own binaries, else what Cargo built.
+    /// The path of its program: an environment variable for our own binaries, otherwise the result
+    /// of Cargo.
     fn program(self) -> Option<PathBuf> {
         let built = |variable: &str, path: Option<&str>| {
             env::var_os(variable).map(PathBuf::from).or_else(|| path.map(PathBuf::from))
@@ -172,7 +173,7 @@ impl Kind {
     }
 }
 
-/// A contender whose program is there.
+/// A contender with an installed program.
 #[derive(Clone, Debug)]
 pub(crate) struct Contender {
     pub(crate) kind: Kind,
@@ -180,18 +181,18 @@ pub(crate) struct Contender {
 }
 
 impl Contender {
-    /// Looks for the program of `kind`.
+    /// Finds the program of `kind`.
     ///
     /// # Errors
     ///
-    /// Says what to install or to build.
+    /// The error says what to install or to build.
     pub(crate) fn find(kind: Kind) -> Result<Self> {
         let program = kind.program().filter(|path| path.is_file());
         let program = program.with_context(|| match kind {
             Kind::Dnat | Kind::Masquerade => {
                 format!("nft is not installed: apt-get install {}", debian_package("nft"))
             }
-            kind if kind.is_ours() => format!("the program for {} has not been built", kind.name()),
+            kind if kind.is_ours() => format!("the program of {} has not been built", kind.name()),
             peer => {
                 format!(
                     "{0} is not installed: apt-get install {1}",
@@ -203,11 +204,11 @@ impl Contender {
         Ok(Self { kind, program })
     }
 
-    /// What it says about its version, in one line.
+    /// Its version, in one line.
     pub(crate) fn version(&self) -> String {
         let program = self.program.to_string_lossy();
         let line = match self.kind {
-            // Old versions of docker-proxy do not tell theirs; the daemon comes in the same
+            // Old versions of docker-proxy have no version option; the daemon is in the same
             // package.
             Kind::DockerProxy => version_line("dockerd", &["--version"]),
             Kind::Haproxy | Kind::DropIn => version_line(&program, &["-v"]),
@@ -217,7 +218,7 @@ impl Contender {
         line.unwrap_or_else(|| "unknown version".to_owned())
     }
 
-    /// Publishes `service` and returns when all its ports are open.
+    /// Publishes `service` and waits until all its ports are open.
     pub(crate) fn start(&self, lab: &Lab, service: Service) -> Result<Running> {
         let begin = Instant::now();
         let mut files = None;
@@ -242,7 +243,7 @@ impl Contender {
                 bail!("{} publishes a port with its network, not by itself", self.kind.name())
             }
             Kind::Masquerade | Kind::Slirp | Kind::Pasta | Kind::Engine => {
-                bail!("{} publishes nothing", self.kind.name())
+                bail!("{} does not publish ports", self.kind.name())
             }
             Kind::Publish => vec![self.publish(lab, service, "--to", &CONTAINER.to_string())],
             Kind::PublishNetns => {
@@ -268,8 +269,8 @@ impl Contender {
         Ok(())
     }
 
-    /// Starts docker-proxy as dockerd does: the status comes through a pipe that the child has
-    /// as 3.
+    /// Starts docker-proxy like dockerd: the child reports its status through a pipe on descriptor
+    /// 3.
     fn docker_proxy(&self, lab: &Lab, protocol: &str, port: u16) -> Result<Process> {
         let port = port.to_string();
         let (host, container) = (HOST.to_string(), CONTAINER.to_string());
@@ -280,9 +281,9 @@ impl Contender {
         pass_fd(&mut command, child_end.into(), 3);
         let process = Process::spawn(&mut command);
         drop(command);
-        let patience = Timespec::try_from(START)?;
-        let answered = poll(&mut [PollFd::new(&status, PollFlags::IN)], Some(&patience))?;
-        ensure!(answered == 1, "docker-proxy says nothing on its status pipe");
+        let timeout = Timespec::try_from(START)?;
+        let answered = poll(&mut [PollFd::new(&status, PollFlags::IN)], Some(&timeout))?;
+        ensure!(answered == 1, "no status from docker-proxy");
         let mut word = [0; 2];
         let length = status.read(&mut word)?;
         ensure!(word[..length] == *b"0\n", "failed to start: {}", last_line(&process.output()));
@@ -295,7 +296,7 @@ impl Contender {
         }
         let port = service.first_port;
         let threads = thread::available_parallelism()?;
-        // haproxy does not start unless the limit of open files covers the most that it could need.
+        // haproxy does not start unless the limit of open files covers its maximum need.
         let connections = (raise_open_files(0).min(40_000) - 2 * HAPROXY_PIPES - 100) / 2;
         let configuration = format!(
             "global\n\
@@ -316,7 +317,7 @@ impl Contender {
         );
         let file = directory.join("haproxy.cfg");
         fs::write(&file, configuration)?;
-        // -db: stay in the foreground, one process.
+        // -db: a single process in the foreground.
         Ok(Process::spawn(self.command(lab).arg("-db").arg("-f").arg(file)))
     }
 
@@ -324,7 +325,7 @@ impl Contender {
         ensure!(service.ports == 1, "socat publishes one port");
         let port = service.first_port;
         let mut command = self.command(lab);
-        // The default buffer of 8 KiB would say more about the default than about socat.
+        // The default buffer of 8 KiB would put socat at a disadvantage.
         command.args(["-b", "131072"]);
         match service.protocol {
             Protocol::Tcp => {
@@ -332,7 +333,7 @@ impl Contender {
                 command.arg(format!("TCP4:{CONTAINER}:{port}"));
             }
             Protocol::Udp => {
-                // A datagram has no end of stream: only idle time ends the process of a client.
+                // UDP has no end of stream, so only the idle timeout ends the process of a client.
                 command.args(["-T", "5"]);
                 command.arg(format!("UDP4-LISTEN:{port},bind={HOST},reuseaddr,fork"));
                 command.arg(format!("UDP4:{CONTAINER}:{port}"));
@@ -351,41 +352,40 @@ impl Contender {
         Process::spawn(self.command(lab).args(["publish", &spec, target, value]))
     }
 
-    /// Its program, to be run on the host.
+    /// The command of its program, on the host.
     pub(crate) fn command(&self, lab: &Lab) -> Command {
         lab.net.host.command(&self.program.to_string_lossy())
     }
 }
 
-/// A contender at work; what it runs is killed when this is dropped.
+/// A running contender; its processes are killed on drop.
 pub(crate) struct Running {
     processes: Vec<Process>,
     /// Files that the processes need.
     _files: Option<TempDir>,
-    /// From the start to the last open port.
+    /// The time from the start to the last open port.
     pub(crate) ready_after: Duration,
 }
 
 impl Running {
-    /// CPU seconds used so far by all processes and the children they forked; `None` for the
-    /// kernel's path.
+    /// The CPU seconds of all processes and their children; `None` for the path of the kernel.
     pub(crate) fn cpu_seconds(&self) -> Option<f64> {
         self.sum(|process| {
             procfs::tree(process.pid()).into_iter().filter_map(procfs::cpu_seconds).sum()
         })
     }
 
-    /// Resident bytes of all processes; `None` for the kernel's path.
+    /// The resident bytes of all processes; `None` for the path of the kernel.
     pub(crate) fn rss(&self) -> Option<f64> {
         self.sum(|process| process.rss() as f64)
     }
 
-    /// Proportional bytes of all processes; `None` for the kernel's path.
+    /// The proportional bytes of all processes; `None` for the path of the kernel.
     pub(crate) fn pss(&self) -> Option<f64> {
         self.sum(|process| process.pss() as f64)
     }
 
-    /// Open files of all processes.
+    /// The open files of all processes.
     pub(crate) fn open_files(&self) -> usize {
         self.processes.iter().map(Process::open_fds).sum()
     }
@@ -394,7 +394,7 @@ impl Running {
         if self.processes.is_empty() { None } else { Some(self.processes.iter().map(figure).sum()) }
     }
 
-    /// Waits until the kernel shows every port bound. A rule is ready as soon as it is added.
+    /// Waits until every port is bound. A rule is ready as soon as it is added.
     fn wait_until_ready(&mut self, lab: &Lab, service: Service) -> Result<()> {
         if self.processes.is_empty() {
             return Ok(());
@@ -409,23 +409,22 @@ impl Running {
                 return Ok(());
             }
             for process in &mut self.processes {
-                ensure!(process.is_running(), "ended at once: {}", last_line(&process.output()));
+                ensure!(process.is_running(), "exited at once: {}", last_line(&process.output()));
             }
-            // Reading a table of thousands of sockets takes the kernel a while: not without a
-            // pause.
+            // The kernel takes a while to list thousands of sockets, so this pauses in between.
             thread::sleep(Duration::from_millis(2));
             ensure!(Instant::now() < deadline, "{bound} of {wanted} ports open after {START:?}");
         }
     }
 }
 
-/// The second line of `socat -V`: the first names the authors.
+/// The second line of `socat -V`; the first one names the authors.
 fn socat_version(program: &Path) -> Option<String> {
     let output = Command::new(program).arg("-V").output().ok()?;
     String::from_utf8_lossy(&output.stdout).lines().nth(1).map(str::to_owned)
 }
 
-/// Where programs say why they gave up.
+/// The last line of output, usually the error.
 fn last_line(output: &str) -> &str {
-    output.trim_end().lines().last().unwrap_or("it said nothing")
+    output.trim_end().lines().last().unwrap_or("no output")
 }

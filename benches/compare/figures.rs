@@ -1,59 +1,60 @@
-//! The figures that tidegate promises, as data, and the verdict on each.
+//! The performance targets of tidegate as data, and the verdict on each.
 //!
-//! A figure is the worst of its cells. Below its floor the work is not done; a stretch that is
-//! missed is reported and explained.
+//! A figure is the worst of its cells. A missed floor is a failure; a missed stretch target is
+//! reported.
 //!
-//! Two that are equal come out above and below each other by turns, and one of several cells of
-//! them is below almost always. So a figure that is to be at par is all rounds of all its cells
-//! together, and is missed when they show, beyond what chance explains, that it is less.
+//! Two equal contenders alternate in the lead, so the worst of several cells is almost always below
+//! par. A figure whose target is par therefore combines all rounds of all its cells. It is missed
+//! if they show, beyond chance, that the value is less than 1.
 
 use crate::contender::Kind;
 use crate::results::Results;
 use crate::stats::{Summary, is_less_than_one};
 
-/// One row of promises.
+/// A performance target.
 pub(crate) struct Figure {
     pub(crate) title: &'static str,
-    /// The metrics to look at; the worst counts.
+    /// The metrics; the worst one counts.
     pub(crate) cells: &'static [&'static str],
-    /// Whose values.
+    /// The contender whose values are judged.
     pub(crate) subject: Kind,
-    /// What they are compared with; `None` for the bare value.
+    /// The peer of a ratio; `None` for an absolute value.
     pub(crate) against: Option<Kind>,
     pub(crate) better: Better,
     pub(crate) floor: f64,
     pub(crate) stretch: Option<f64>,
-    /// Whether the floor is to be as good as the peer.
+    /// Whether the floor is parity with the peer.
     pub(crate) at_par: bool,
-    /// `x` for a ratio.
+    /// The unit, `x` for a ratio.
     pub(crate) unit: &'static str,
 }
 
-/// Which way a figure improves.
+/// The direction in which a figure improves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Better {
     More,
     Less,
 }
 
-/// What a figure came to.
+/// The result of a figure.
 pub(crate) struct Outcome {
     pub(crate) figure: &'static Figure,
-    /// The worst cell and its value, or all of them; `None` if no cell was measured.
+    /// The worst cell, or the combination of all of them, with its value; `None` without a
+    /// measurement.
     pub(crate) worst: Option<(&'static str, Summary)>,
     pub(crate) verdict: Verdict,
 }
 
-/// How a figure compares with its bounds.
+/// The comparison of a figure with its targets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The stretch is reached, or the floor where there is no stretch.
+    /// The stretch target is reached, or the floor of a figure without one.
     Stretch,
     /// The floor holds.
     Floor,
     /// The floor does not hold.
     Missed,
-    /// There is nothing to judge by.
+    /// There is no measurement.
     NotMeasured,
 }
 
@@ -72,7 +73,7 @@ const CPU: &[&str] = &[
 const NEIGHBOUR_MEDIAN: &[&str] = &["neighbour.syn.median", "neighbour.spoofed.median"];
 const NEIGHBOUR_P99: &[&str] = &["neighbour.syn.p99", "neighbour.spoofed.p99"];
 
-/// The promises.
+/// All performance targets.
 pub(crate) const FIGURES: &[Figure] = &[
     ratio("TCP throughput, 1 stream / docker-proxy", ONE_STREAM, Kind::Publish, Kind::DockerProxy)
         .at_least(1.3, 1.6),
@@ -281,7 +282,7 @@ impl Figure {
         Self { better: Better::Less, floor, ..self }
     }
 
-    /// All rounds of all cells, and whether they show that it is less than one.
+    /// Judges all rounds of all cells together.
     fn judge_par(&'static self, results: &Results) -> Outcome {
         let of = |cell| self.against.map(|peer| results.ratios(cell, self.subject, peer));
         let ratios: Vec<f64> = self.cells.iter().filter_map(|cell| of(cell)).flatten().collect();
@@ -295,7 +296,7 @@ impl Figure {
         Outcome { figure: self, worst: all.map(|all| ("all of them", all)), verdict }
     }
 
-    /// Finds the worst cell and judges it.
+    /// Judges the worst cell.
     pub(crate) fn judge(&'static self, results: &Results) -> Outcome {
         if self.at_par {
             return self.judge_par(results);
@@ -325,7 +326,7 @@ impl Figure {
 }
 
 impl Better {
-    /// Whether `value` is as good as `bound` or better.
+    /// Whether `value` is at least as good as `bound`.
     fn reaches(self, value: f64, bound: f64) -> bool {
         match self {
             Self::More => value >= bound,
@@ -335,7 +336,7 @@ impl Better {
 }
 
 impl Verdict {
-    /// In a word or two, for tables.
+    /// The text in tables.
     pub(crate) fn text(self) -> &'static str {
         match self {
             Self::Stretch => "stretch",
@@ -346,7 +347,7 @@ impl Verdict {
     }
 }
 
-/// Judges every promise.
+/// Judges all figures.
 pub(crate) fn judge_all(results: &Results) -> Vec<Outcome> {
     FIGURES.iter().map(|figure| figure.judge(results)).collect()
 }
@@ -367,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bound_itself_holds() {
+    fn a_value_at_its_bound_holds() {
         assert_eq!(verdict(&UP, 2.0), Verdict::Stretch);
         assert_eq!(verdict(&UP, 1.5), Verdict::Floor);
         assert_eq!(verdict(&UP, 1.49), Verdict::Missed);
@@ -391,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn par_is_missed_when_the_rounds_show_it() {
+    fn par_is_missed_only_beyond_chance() {
         static PAR: Figure = ratio("par", &["x"], Kind::Publish, Kind::DockerProxy).at_par();
         let judge = |ours: &[f64]| {
             let theirs = vec![1.0; ours.len()];
@@ -401,13 +402,13 @@ mod tests {
             (0..16).map(|round| middle + f64::from(round % 4) * 0.02 - 0.03).collect()
         };
         assert_eq!(judge(&around(1.0)), Verdict::Stretch);
-        assert_eq!(judge(&around(0.995)), Verdict::Floor, "that can be chance");
+        assert_eq!(judge(&around(0.995)), Verdict::Floor, "within chance");
         assert_eq!(judge(&around(0.96)), Verdict::Missed);
         assert_eq!(judge(&[]), Verdict::NotMeasured);
     }
 
     #[test]
-    fn without_a_sample_there_is_no_verdict() {
+    fn without_samples_there_is_no_verdict() {
         assert_eq!(UP.judge(&Results::default()).verdict, Verdict::NotMeasured);
     }
 }

@@ -1,9 +1,9 @@
-//! The part of iperf3's JSON output that is used.
+//! The parts of the JSON output of iperf3 that are used.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-/// What the receiving side counted.
+/// The result of the receiving side.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Report {
     pub(crate) bits_per_second: f64,
@@ -11,7 +11,7 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Reads the output of `iperf3 -J`, which reports failures in it as well.
+    /// Parses the output of `iperf3 -J`, which also contains errors.
     pub(crate) fn parse(text: &str) -> Result<Self> {
         let value: Value =
             serde_json::from_str(text).with_context(|| format!("not JSON: {text:?}"))?;
@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_receivers_sum_is_taken() {
+    fn the_sum_of_the_receiver_is_used() {
         let text = r#"{"start": {}, "end": {"sum_sent": {"bytes": 9, "bits_per_second": 90.0},
             "sum_received": {"bytes": 5, "bits_per_second": 40.5}}}"#;
         assert_eq!(Report::parse(text).unwrap(), Report { bits_per_second: 40.5, bytes: 5.0 });

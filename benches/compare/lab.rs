@@ -1,7 +1,7 @@
-//! Where one cell is measured: three fresh namespaces, the same for everybody.
+//! The network of one cell: three new namespaces.
 //!
-//! A lab lasts for one cell of one contender. Ports in TIME_WAIT, learnt TCP metrics, tracked
-//! connections and rules thus never reach the next cell.
+//! A lab lasts for one cell of one contender. So ports in TIME_WAIT, cached TCP metrics, tracked
+//! connections and rules never affect the next cell.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -10,7 +10,7 @@ use tidegate_testbed::{Protocol, Topology, addr};
 /// The address that contenders publish ports on.
 pub(crate) const HOST: Ipv4Addr = addr::HOST_V4;
 
-/// The address that published ports lead to.
+/// The address that published ports forward to.
 pub(crate) const CONTAINER: Ipv4Addr = addr::CONTAINER_V4;
 
 /// The network of one cell.
@@ -28,11 +28,11 @@ pub(crate) struct Service {
 }
 
 impl Lab {
-    /// Makes the namespaces.
+    /// Creates the namespaces.
     pub(crate) fn new(congestion_control: &str) -> Self {
         let net = Topology::builder().congestion_control(congestion_control).build();
         for namespace in [&net.client, &net.host, &net.container] {
-            // A connection per request uses up ports: each stays in TIME_WAIT for a minute.
+            // A connection per request uses up ports, because each stays in TIME_WAIT for a minute.
             namespace.sysctl("net.ipv4.ip_local_port_range", "1024 65535");
         }
         Self { net }
@@ -40,7 +40,7 @@ impl Lab {
 }
 
 impl Service {
-    /// One TCP port, the one that iperf3 likes.
+    /// One TCP port, the default of iperf3.
     pub(crate) const TCP: Self = Self { protocol: Protocol::Tcp, first_port: 5201, ports: 1 };
     /// One UDP port.
     pub(crate) const UDP: Self = Self { protocol: Protocol::Udp, first_port: 5201, ports: 1 };
@@ -50,7 +50,7 @@ impl Service {
         Self { protocol: Protocol::Tcp, first_port: 20_000, ports: count }
     }
 
-    /// Each of its ports for itself.
+    /// A service for each of its ports.
     pub(crate) fn each(self) -> impl Iterator<Item = Self> {
         (self.first_port..=self.last_port()).map(move |first_port| Self {
             first_port,
@@ -64,12 +64,12 @@ impl Service {
         self.first_port + (self.ports - 1)
     }
 
-    /// What the client connects to.
+    /// The published address.
     pub(crate) fn published(&self) -> SocketAddr {
         SocketAddr::new(IpAddr::V4(HOST), self.first_port)
     }
 
-    /// Where the server in the container listens.
+    /// The address of the server in the container.
     pub(crate) fn backend(&self) -> SocketAddr {
         SocketAddr::new(IpAddr::V4(CONTAINER), self.first_port)
     }

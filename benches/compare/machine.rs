@@ -1,4 +1,4 @@
-//! What the figures were measured on, without which they say nothing.
+//! The conditions of a measurement.
 
 use std::fs;
 use std::process::Command;
@@ -10,18 +10,18 @@ use crate::contender::Contender;
 use crate::lab::Lab;
 use crate::options::Options;
 
-/// The machine, the peers and the way of a run.
+/// The machine, the programs and the parameters of a run.
 pub(crate) struct Machine {
-    /// When the run began, in UTC: `2026-09-13T10:20Z`.
+    /// The start of the run in UTC: `2026-09-13T10:20Z`.
     pub(crate) date: String,
     pub(crate) kernel: String,
     pub(crate) cpu: String,
     pub(crate) cores: usize,
-    /// The load average of the minute before the run: what else was going on.
+    /// The load average of the minute before the run, caused by other programs.
     pub(crate) load_before: String,
-    /// What TCP in the namespaces says that it runs.
+    /// The TCP congestion control in the namespaces.
     pub(crate) congestion_control: String,
-    /// Name and version of every program that took part.
+    /// The name and version of every program in the run.
     pub(crate) versions: Vec<(String, String)>,
     pub(crate) rounds: u32,
     pub(crate) seconds: u64,
@@ -29,7 +29,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Looks around.
+    /// Collects the conditions.
     pub(crate) fn describe(options: &Options, contenders: &[Contender]) -> Self {
         let lab = Lab::new(&options.congestion_control);
         let mut versions = vec![("iperf3".to_owned(), version("iperf3", "--version"))];
@@ -48,12 +48,12 @@ impl Machine {
         }
     }
 
-    /// The day of the run, for file names.
+    /// The date of the run, for file names.
     pub(crate) fn day(&self) -> &str {
         self.date.split('T').next().unwrap_or_default()
     }
 
-    /// The machine and the way of the run in two lines.
+    /// The conditions in two lines.
     pub(crate) fn summary(&self) -> String {
         format!(
             "{}, {}, {} cores, load {} before the run, TCP congestion control {}\n{}: {} of {} s per cell, alternating{}",
@@ -65,7 +65,7 @@ impl Machine {
             self.date,
             if self.rounds == 1 { "1 round".to_owned() } else { format!("{} rounds", self.rounds) },
             self.seconds,
-            if self.quick { " (quick: the figures say little)" } else { "" },
+            if self.quick { " (quick: the figures are not meaningful)" } else { "" },
         )
     }
 }
@@ -85,7 +85,7 @@ fn command(program: &str, args: &[&str]) -> String {
         .unwrap_or_default()
 }
 
-/// The first `model name` of `/proc/cpuinfo`; other architectures than x86 may have none.
+/// The first `model name` of `/proc/cpuinfo`, which exists only on some architectures.
 fn cpu_model(cpuinfo: &str) -> String {
     let line = cpuinfo.lines().find(|line| line.starts_with("model name"));
     let name = line.and_then(|line| line.split_once(':')).map(|(_, name)| name.trim());
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cpu_is_named() {
+    fn the_cpu_model_is_found() {
         assert_eq!(cpu_model("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t: fpu\n"), "AMD EPYC");
         assert_eq!(cpu_model(""), "unknown CPU");
     }

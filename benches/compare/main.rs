@@ -1,21 +1,22 @@
-//! Compares tidegate's published ports with the kernel's DNAT, Docker's docker-proxy, haproxy and
-//! socat, and its networks with netavark's.
+//! Compares published ports of tidegate with DNAT by the kernel, Docker's docker-proxy, haproxy and
+//! socat, and its networks with those of netavark.
 //!
 //! ```text
-//! cargo bench --bench compare                                  everything: some 15 minutes, as root
+//! cargo bench --bench compare                                  everything: about 15 minutes, as
+//! root
 //! cargo bench --bench compare -- --quick                       one short round of each cell
-//! cargo bench --bench compare -- --only tcp.1,udp --rounds 3   a part of it
+//! cargo bench --bench compare -- --only tcp.1,udp --rounds 3   some of the cells
 //! cargo bench --bench compare -- --out benches/results         with JSON, SVG and Markdown
 //! ```
 //!
-//! The client, the host and the container are network namespaces joined by veth pairs and a bridge,
-//! made anew for every cell. A cell is one load ([`scenario`]) on one way to publish a port
-//! ([`contender`]); rounds alternate the contenders ([`schedule`]); the promises that tidegate
-//! makes are judged by the worst of their cells ([`figures`]). `TIDEGATE_BENCH_BIN` and
-//! `TIDEGATE_BENCH_DOCKER_PROXY` name other binaries than those that Cargo built.
+//! The client, the host and the container are network namespaces connected by veth pairs and a
+//! bridge, created anew for every cell. A cell is one load ([`scenario`]) on one way to publish a
+//! port ([`contender`]). Rounds alternate the contenders ([`schedule`]). Each target of tidegate is
+//! judged by the worst of its cells ([`figures`]). `TIDEGATE_BENCH_BIN` and
+//! `TIDEGATE_BENCH_DOCKER_PROXY` replace the binaries that Cargo built.
 
-// Cargo sets `test` for a benchmark. Without the harness the tests in the modules below lose their
-// functions and leave the rest of them unused; the target `bench_compare` (tests.rs) runs them.
+// Cargo sets `test` for a benchmark. Without the test harness, the tests in the modules below are
+// unused, and so is the code that only they need. The target `bench_compare` (tests.rs) runs them.
 #![cfg_attr(test, allow(dead_code, unused_imports))]
 
 mod contender;
@@ -45,15 +46,15 @@ use machine::Machine;
 use options::Options;
 use report::Report;
 
-/// Open files to ask for: docker-proxy holds six for each of 10,000 idle connections.
+/// The requested limit of open files: docker-proxy holds six for each of 10,000 idle connections.
 ///
-/// Where the hard limit is lower and fixed, that cell stops at what the limit allows and says so.
+/// With a lower hard limit, that cell stops at the limit and reports it.
 const OPEN_FILES: u64 = 100_000;
 
 fn main() -> ExitCode {
     let options = Options::from_args();
     if !options.bench {
-        println!("nothing is measured without --bench, which `cargo bench` passes");
+        println!("no measurement without --bench, which `cargo bench` passes");
         return ExitCode::SUCCESS;
     }
     match compare(&options) {
@@ -67,10 +68,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs what is asked for and reports it; whether every floor held.
+/// Runs the selected cells and prints the report. Returns whether every floor held.
 fn compare(options: &Options) -> Result<bool> {
     require_root();
-    let _alone = only_one()?;
+    let _lock = lock()?;
     raise_open_files(OPEN_FILES);
     let contenders = contenders(options)?;
     let mut scenarios = scenario::all(options);
@@ -84,7 +85,7 @@ fn compare(options: &Options) -> Result<bool> {
             ))?;
         }
     }
-    ensure!(!scenarios.is_empty(), "none of the cells asked for can be measured");
+    ensure!(!scenarios.is_empty(), "none of the selected cells can be measured");
     let machine = Machine::describe(options, &contenders);
     eprintln!("{}", machine.summary());
 
@@ -101,15 +102,15 @@ fn compare(options: &Options) -> Result<bool> {
     Ok(results.failures.is_empty() && outcomes.iter().all(|outcome| holds(outcome, options)))
 }
 
-/// Makes sure that no second comparison runs on the machine: both would measure each other.
+/// Prevents a second comparison on the machine, which would disturb the first.
 ///
-/// The claim is a Unix socket with an abstract name, which the kernel lets go of with the process.
-fn only_one() -> Result<UnixListener> {
+/// The lock is a Unix socket with an abstract name, which the kernel releases with the process.
+fn lock() -> Result<UnixListener> {
     let name = SocketAddr::from_abstract_name("tidegate-compare")?;
     UnixListener::bind_addr(&name).context("another comparison is running on this machine")
 }
 
-/// Whether a figure's floor holds. In a partial run what was not measured is not held against it.
+/// Whether the floor of a figure holds. In a partial run, cells without a measurement are ignored.
 fn holds(outcome: &Outcome, options: &Options) -> bool {
     let partial = options.quick || !options.only.is_empty() || !options.contenders.is_empty();
     match outcome.verdict {
@@ -119,12 +120,12 @@ fn holds(outcome: &Outcome, options: &Options) -> bool {
     }
 }
 
-/// The contenders that take part.
+/// The contenders of this run.
 fn contenders(options: &Options) -> Result<Vec<Contender>> {
     for name in &options.contenders {
         ensure!(
             contender::ALL.iter().any(|kind| kind.name() == name),
-            "there is no contender {name:?}"
+            "unknown contender {name:?}"
         );
     }
     let wanted =
@@ -140,11 +141,11 @@ fn contenders(options: &Options) -> Result<Vec<Contender>> {
     Ok(found)
 }
 
-/// Goes on without a program that is missing, loudly.
+/// Continues without a missing program, with a warning.
 ///
 /// # Errors
 ///
-/// In CI the same error again: a comparison that lost a peer proves less than it seems to.
+/// In CI, `missing` itself: a comparison without one of its peers proves less than it seems to.
 fn leave_out(missing: anyhow::Error) -> Result<()> {
     if env::var_os("CI").is_some_and(|value| value != "false") {
         return Err(missing);

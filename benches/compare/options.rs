@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
-/// Compares tidegate's published ports with other ways to publish a port.
+/// Compares published ports of tidegate with other ways to publish a port.
 ///
-/// Runs as root; all traffic stays in network namespaces that the benchmark makes itself.
+/// Runs as root; all traffic stays in temporary network namespaces.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "compare")]
 pub(crate) struct Options {
@@ -18,11 +18,12 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=60))]
     pub(crate) seconds: u64,
 
-    /// One short round with fewer cells: shows that everything runs, its figures say little
+    /// One short round with fewer cells, to check that everything runs; its figures are not
+    /// meaningful
     #[arg(long)]
     pub(crate) quick: bool,
 
-    /// Only these cells, or those below them: tcp, tcp.1, tcp.1.up, requests, connections, udp,
+    /// Only these cells or groups of cells: tcp, tcp.1, tcp.1.up, requests, connections, udp,
     /// idle, ports, stalled, forward, rules, setup, egress, neighbour
     #[arg(long, value_delimiter = ',')]
     pub(crate) only: Vec<String>,
@@ -37,7 +38,7 @@ pub(crate) struct Options {
     #[arg(long, default_value = "reno")]
     pub(crate) congestion_control: String,
 
-    /// Directory for the results as JSON, SVG and Markdown; none are written without it
+    /// Directory for the results as JSON, SVG and Markdown; without it, none are written
     #[arg(long)]
     pub(crate) out: Option<PathBuf>,
 
@@ -49,13 +50,13 @@ pub(crate) struct Options {
     #[arg(long)]
     pub(crate) enforce: bool,
 
-    /// What `cargo bench` passes; without it (`cargo test --benches`) nothing is run
+    /// Passed by `cargo bench`; without it (`cargo test --benches`) nothing is measured
     #[arg(long, hide = true)]
     pub(crate) bench: bool,
 }
 
 impl Options {
-    /// Reads the command line of this process.
+    /// Parses the command line of this process.
     pub(crate) fn from_args() -> Self {
         let mut options = Self::parse();
         if options.quick {
@@ -65,7 +66,7 @@ impl Options {
         options
     }
 
-    /// Whether the cell of this name, or a group that it is in, is asked for.
+    /// Whether the cell `name`, or one of its groups, is selected.
     pub(crate) fn wants(&self, name: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|group| is_within(name, group))
     }

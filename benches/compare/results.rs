@@ -1,4 +1,4 @@
-//! What was measured, kept by metric, contender and round.
+//! The samples of a run, by metric, contender and round.
 
 use std::collections::BTreeMap;
 
@@ -9,16 +9,16 @@ use crate::stats::Summary;
 /// All samples of a run.
 #[derive(Default)]
 pub(crate) struct Results {
-    /// In the order in which they were first measured.
+    /// In the order of their first measurement.
     pub(crate) metrics: Vec<Metric>,
     /// The contenders of the run, in the order of columns.
     pub(crate) kinds: Vec<Kind>,
     pub(crate) failures: Vec<Failure>,
-    /// Metric and contender to round and value.
+    /// The values by metric, contender and round.
     samples: BTreeMap<(String, Kind), BTreeMap<u32, f64>>,
 }
 
-/// A cell that could not be measured.
+/// A cell whose measurement failed.
 pub(crate) struct Failure {
     pub(crate) round: u32,
     pub(crate) scenario: String,
@@ -27,7 +27,7 @@ pub(crate) struct Failure {
 }
 
 impl Results {
-    /// Results for `kinds`, empty so far.
+    /// Empty results for `kinds`.
     pub(crate) fn new(kinds: Vec<Kind>) -> Self {
         Self { kinds, ..Self::default() }
     }
@@ -40,27 +40,27 @@ impl Results {
         self.samples.entry((metric.name.clone(), kind)).or_default().insert(round, value);
     }
 
-    /// The samples of one cell in the order of rounds.
+    /// The samples of one cell, in the order of rounds.
     pub(crate) fn samples(&self, metric: &str, kind: Kind) -> Vec<f64> {
         self.rounds(metric, kind).map(|(_, value)| value).collect()
     }
 
-    /// The samples of one cell, summarised; `None` if there are none.
+    /// The summary of one cell; `None` without samples.
     pub(crate) fn summary(&self, metric: &str, kind: Kind) -> Option<Summary> {
         Summary::of(&self.samples(metric, kind))
     }
 
-    /// `ours / theirs` within each round: what changes from round to round cancels out.
+    /// `ours / theirs` within each round, so that drift between rounds cancels out.
     pub(crate) fn ratios(&self, metric: &str, ours: Kind, theirs: Kind) -> Vec<f64> {
         let theirs: BTreeMap<u32, f64> = self.rounds(metric, theirs).collect();
         self.rounds(metric, ours)
             .filter_map(|(round, value)| Some(value / theirs.get(&round)?))
-            // A peer that used no measurable CPU time, say, in a very short run.
+            // In a very short run, for example, a peer may have used no measurable CPU time.
             .filter(|ratio| ratio.is_finite())
             .collect()
     }
 
-    /// The [`ratios`](Self::ratios), summarised.
+    /// The summary of the [`ratios`](Self::ratios).
     pub(crate) fn ratio(&self, metric: &str, ours: Kind, theirs: Kind) -> Option<Summary> {
         Summary::of(&self.ratios(metric, ours, theirs))
     }
@@ -75,7 +75,7 @@ impl Results {
 pub(crate) mod tests {
     use super::*;
 
-    /// Results of one metric, with a row of samples per contender; NaN leaves a round out.
+    /// Results of one metric, with a row of samples per contender; NaN omits a round.
     pub(crate) fn results(metric: &str, cells: &[(Kind, &[f64])]) -> Results {
         let mut results = Results::new(cells.iter().map(|(kind, _)| *kind).collect());
         let metric = Metric { name: metric.into(), title: metric.into(), unit: "1/s" };
@@ -99,7 +99,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_peer_that_used_nothing_gives_no_ratio() {
+    fn a_peer_with_the_value_zero_yields_no_ratio() {
         let cells: [(Kind, &[f64]); 2] = [(Kind::Publish, &[1.0]), (Kind::DockerProxy, &[0.0])];
         assert_eq!(results("x", &cells).ratio("x", Kind::Publish, Kind::DockerProxy), None);
     }

@@ -1,9 +1,8 @@
-//! Who runs when: within a round every cell goes through all contenders before the next cell
-//! begins.
+//! The order of measurements: within a round, all contenders of a cell run before the next cell.
 //!
-//! A machine drifts: its clock, its neighbours, its caches. Contenders that are measured side by
-//! side drift together, so ratios within a round hold where absolute figures do not. The first
-//! contender of a cell changes from round to round, so that none always follows the same one.
+//! A machine drifts: its clock, its other load, its caches. Contenders measured right after each
+//! other drift together, so ratios within a round are stable when absolute figures are not. The
+//! first contender of a cell changes every round, so that no contender always follows the same one.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -39,13 +38,13 @@ pub(crate) fn run(
     results
 }
 
-/// `contenders`, beginning with another one each round.
+/// `contenders`, starting with another one each round.
 fn turn(contenders: &[Contender], round: u32) -> impl Iterator<Item = &Contender> {
     let first = round as usize % contenders.len().max(1);
     contenders[first..].iter().chain(&contenders[..first])
 }
 
-/// Measures one cell once. A failure is noted and does not keep the others from running.
+/// Measures one cell once. A failure is recorded and does not stop the run.
 fn cell(
     options: &Options,
     round: u32,
@@ -78,7 +77,7 @@ fn measure(
     scenario: &dyn Scenario,
     contender: &Contender,
 ) -> Result<Vec<Option<f64>>> {
-    // The testbed panics where something cannot be set up; guards clean up on the way out.
+    // The testbed panics on a failed setup; guards clean up during unwinding.
     catch_unwind(AssertUnwindSafe(|| {
         let lab = Lab::new(&options.congestion_control);
         scenario.measure(&lab, contender, Duration::from_secs(options.seconds))

@@ -1,6 +1,6 @@
-//! The little arithmetic behind every figure.
+//! Statistics of samples.
 
-/// The median of samples and how far the others lie from it.
+/// The median of samples and their range.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Summary {
     /// The middle sample, or the mean of the two middle ones.
@@ -12,7 +12,7 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    /// Summarises `samples`; `None` if there are none.
+    /// Summarises `samples`; `None` without samples.
     pub(crate) fn of(samples: &[f64]) -> Option<Self> {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -25,14 +25,14 @@ impl Summary {
         Some(Self { median, min, max })
     }
 
-    /// The larger distance of an extreme from the median, as a share of the median.
+    /// The larger distance of an extreme from the median, relative to the median.
     pub(crate) fn spread(&self) -> f64 {
         let distance = (self.max - self.median).max(self.median - self.min);
         if distance == 0.0 { 0.0 } else { distance / self.median.abs() }
     }
 }
 
-/// The value below which the share `q` (0 to 1) of `sorted` lies, by the nearest-rank method.
+/// The `q`-quantile (0 to 1) of `sorted`, by the nearest-rank method.
 ///
 /// # Panics
 ///
@@ -42,9 +42,9 @@ pub(crate) fn quantile(sorted: &[u32], q: f64) -> u32 {
     sorted[rank.clamp(1, sorted.len()) - 1]
 }
 
-/// Whether `ratios` show that they are below 1 as a whole, with the 95% certainty that is usual:
-/// Wilcoxon's signed-rank test of their logarithms, one-sided, by the normal approximation. Fewer
-/// than six never do.
+/// Whether `ratios` as a whole are below 1 at a confidence of 95%: the one-sided Wilcoxon
+/// signed-rank test of their logarithms, by normal approximation. With fewer than six ratios, this
+/// is never the case.
 pub(crate) fn is_less_than_one(ratios: &[f64]) -> bool {
     let mut distances: Vec<f64> =
         ratios.iter().map(|ratio| ratio.ln()).filter(|of| *of != 0.0).collect();
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn a_difference_that_chance_explains_is_none() {
+    fn a_difference_within_chance_does_not_count() {
         assert!(!is_less_than_one(&[]));
         assert!(!is_less_than_one(&[0.5; 5]), "too few");
         assert!(is_less_than_one(&[0.9; 6]));

@@ -1,10 +1,10 @@
-//! The benchmark's own tests.
+//! The unit tests of the benchmark.
 //!
-//! A benchmark without the test harness cannot hold tests that `cargo test` runs, so this target
-//! compiles the same modules with it. The root package's manifest declares it as the test
-//! `bench_compare`.
+//! A benchmark without the test harness cannot contain tests for `cargo test`, so this target
+//! compiles the same modules with the harness. The manifest of the root package declares it as the
+//! test `bench_compare`.
 
-// What only the benchmark's `main` uses is dead here.
+// Code that only the `main` of the benchmark uses is dead here.
 #![allow(dead_code)]
 
 mod contender;

@@ -15,6 +15,7 @@ use tokio::time::{sleep, timeout};
 
 /// The most concurrent clients; more wait in the backlog of the socket. Clients are people and
 /// scripts of one user.
+pub(crate) const MAX_CLIENTS: usize = 32;
 
 /// The time for a client to send the head of its request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);

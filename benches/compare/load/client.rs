@@ -1,7 +1,7 @@
-//! The TCP clients: requests on open connections, a connection per request, idle connections, a
-//! blind pusher.
+//! The TCP clients: requests on open connections, a connection per request, idle connections, and a
+//! client that only sends.
 //!
-//! Each function opens its sockets in the calling thread's namespace: call them through
+//! Each function opens its sockets in the namespace of the calling thread: call it through
 //! [`Namespace::run`](tidegate_testbed::Namespace::run).
 
 use std::io::{ErrorKind, Read, Write};
@@ -17,17 +17,17 @@ use socket2::{Domain, Socket, Type};
 use super::{EVENTS, MESSAGE};
 use crate::stats::quantile;
 
-/// How long a connection may take to open, and a reply to come, before the run counts as failed.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The timeout for opening a connection and for a response.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Requests answered before this much time has passed are not counted.
+/// The time before responses are counted.
 const WARM_UP: Duration = Duration::from_millis(200);
 
-/// Connections after which a run of [`connections`] ends early: each leaves a port in TIME_WAIT
-/// behind.
-const MOST_CONNECTIONS: u64 = 50_000;
+/// The number of connections after which [`connections`] ends early, because each leaves a port in
+/// TIME_WAIT.
+const MAX_CONNECTIONS: u64 = 50_000;
 
-/// What came of [`requests`].
+/// The result of [`requests`].
 pub(crate) struct Requests {
     pub(crate) per_second: f64,
     pub(crate) p50: Duration,
@@ -36,8 +36,7 @@ pub(crate) struct Requests {
 
 /// Keeps one request in flight on each of `count` connections for `duration`.
 ///
-/// `at_start` is called when counting begins: the place to read the CPU time of whatever is in
-/// between.
+/// `at_start` is called when counting starts, to read the CPU time of the contender.
 pub(crate) fn requests(
     target: SocketAddr,
     count: usize,
@@ -59,11 +58,11 @@ pub(crate) fn requests(
     })
 }
 
-/// Connections that each have one request under way.
+/// Connections with one request in flight each.
 struct Ring {
     epoll: OwnedFd,
     slots: Vec<Slot>,
-    /// Nanoseconds from a request to the last byte of its reply.
+    /// Nanoseconds from a request to the last byte of its response.
     latencies: Vec<u32>,
 }
 
@@ -88,7 +87,7 @@ impl Ring {
         Ok(Self { epoll, slots, latencies: Vec::new() })
     }
 
-    /// Goes on for `duration` and returns how long it really was.
+    /// Runs for `duration` and returns the actual duration.
     fn run(&mut self, duration: Duration) -> Result<Duration> {
         let start = Instant::now();
         let mut events = Vec::with_capacity(EVENTS);
@@ -106,15 +105,15 @@ impl Ring {
 }
 
 impl Slot {
-    /// Takes what has come; once the reply is whole sends the next request and returns the time it
-    /// took.
+    /// Reads available data. After a complete response, sends the next request and returns the
+    /// response time.
     fn advance(&mut self) -> Result<Option<u32>> {
         let mut buffer = [0; MESSAGE];
         self.received += match self.stream.read(&mut buffer[self.received..]) {
-            Ok(0) => bail!("the connection was closed in the middle"),
+            Ok(0) => bail!("the connection was closed before the response was complete"),
             Ok(length) => length,
             Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
-            Err(error) => return Err(error).context("read a reply"),
+            Err(error) => return Err(error).context("read a response"),
         };
         if self.received < MESSAGE {
             return Ok(None);
@@ -128,9 +127,10 @@ impl Slot {
     }
 }
 
-/// Opens a connection, asks once, closes it, and begins again, `at_a_time` of them side by side.
+/// Opens a connection, sends one request, closes it and repeats, with `at_a_time` connections in
+/// parallel.
 ///
-/// Returns connections per second and how many there were in all.
+/// Returns the connections per second, and their total number.
 pub(crate) fn connections(
     target: SocketAddr,
     at_a_time: usize,
@@ -144,13 +144,13 @@ pub(crate) fn connections(
     let start = Instant::now();
     let mut done = 0;
     let mut events = Vec::with_capacity(EVENTS);
-    while start.elapsed() < duration && done < MOST_CONNECTIONS {
+    while start.elapsed() < duration && done < MAX_CONNECTIONS {
         wait(&epoll, &mut events)?;
         for event in &events {
             let number = event.data.u64() as usize;
             if slots[number].advance().with_context(|| format!("after {done} connections"))? {
                 done += 1;
-                // Closes the finished connection, and with it takes it out of epoll.
+                // Closing the finished connection also removes it from epoll.
                 slots[number] = Visit::start(&epoll, number, target)?;
             }
         }
@@ -176,14 +176,14 @@ impl Visit {
             }
             _ => {}
         }
-        // Edge-triggered, so one registration serves both steps: writable once connected, readable
-        // later.
+        // One edge-triggered registration serves both steps: writable when connected, then
+        // readable.
         let both = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
         epoll::add(epoll, &socket, epoll::EventData::new_u64(number as u64), both)?;
         Ok(Self { socket, asked: false, received: 0 })
     }
 
-    /// Takes the next step; true when the reply is whole.
+    /// Takes the next step. Returns true when the response is complete.
     fn advance(&mut self) -> Result<bool> {
         if !self.asked {
             match self.socket.write(&[b'?'; MESSAGE]) {
@@ -194,17 +194,18 @@ impl Visit {
         }
         let mut buffer = [0; MESSAGE];
         match self.socket.read(&mut buffer) {
-            Ok(0) => bail!("the connection was closed without a reply"),
+            Ok(0) => bail!("the connection was closed without a response"),
             Ok(length) => self.received += length,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error).context("read the reply"),
+            Err(error) => return Err(error).context("read the response"),
         }
         Ok(self.received >= MESSAGE)
     }
 }
 
-/// Opens `count` connections, asks once on each to prove it goes all the way, and leaves them idle.
-/// From one of `sources` after the other; the unspecified address leaves the choice to the kernel.
+/// Opens `count` connections, makes one request on each to verify the path, and leaves them idle.
+/// The connections use the addresses in `sources` in turn; for the unspecified address, the kernel
+/// chooses the source.
 pub(crate) fn idle(
     target: SocketAddr,
     sources: &[Ipv4Addr],
@@ -220,29 +221,29 @@ pub(crate) fn idle(
 fn ask_once(target: SocketAddr, source: Ipv4Addr) -> Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(target), Type::STREAM, None)?;
     socket.bind(&SocketAddr::from((source, 0)).into())?;
-    socket.connect_timeout(&target.into(), PATIENCE)?;
+    socket.connect_timeout(&target.into(), TIMEOUT)?;
     let mut stream = TcpStream::from(socket);
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(&[b'?'; MESSAGE])?;
     stream.read_exact(&mut [0; MESSAGE])?;
     Ok(stream)
 }
 
-/// Writes into one connection until it takes nothing more for `patience`, at most `limit` bytes.
+/// Writes to a connection until it blocks for `quiet`, at most `limit` bytes.
 ///
-/// Returns how many have left its socket by then.
-pub(crate) fn push(target: SocketAddr, patience: Duration, limit: usize) -> Result<usize> {
+/// Returns the number of bytes that have left the socket.
+pub(crate) fn push(target: SocketAddr, quiet: Duration, limit: usize) -> Result<usize> {
     let mut stream = connect(target)?;
     stream.set_nonblocking(true)?;
     let chunk = vec![0; 64 * 1024];
-    let patience = Timespec::try_from(patience)?;
+    let quiet = Timespec::try_from(quiet)?;
     let mut pushed = 0;
     while pushed < limit {
         match stream.write(&chunk) {
             Ok(length) => pushed += length,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                if poll(&mut [PollFd::new(&stream, PollFlags::OUT)], Some(&patience))? == 0 {
+                if poll(&mut [PollFd::new(&stream, PollFlags::OUT)], Some(&quiet))? == 0 {
                     break;
                 }
             }
@@ -252,11 +253,10 @@ pub(crate) fn push(target: SocketAddr, patience: Duration, limit: usize) -> Resu
     Ok(pushed - unacknowledged(&stream)?)
 }
 
-/// What `stream` has taken and its peer has not acknowledged yet, in bytes: what never left this
-/// end (tcp(7), `SIOCOUTQ`).
+/// The unacknowledged bytes of `stream`, which have not left this end (tcp(7), `SIOCOUTQ`).
 fn unacknowledged(stream: &TcpStream) -> Result<usize> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the request writes one int, which `bytes` is.
+    // SAFETY: the request writes one int to `bytes`.
     let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
     if result != 0 {
         return Err(std::io::Error::last_os_error()).context("SIOCOUTQ");
@@ -265,18 +265,18 @@ fn unacknowledged(stream: &TcpStream) -> Result<usize> {
 }
 
 fn connect(target: SocketAddr) -> Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&target, PATIENCE)
+    let stream = TcpStream::connect_timeout(&target, TIMEOUT)
         .with_context(|| format!("connect to {target}"))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
 
-/// Replaces `events` with the next ones; an error if none comes for [`PATIENCE`].
+/// Replaces `events` with the next ones. It is an error if there are none within [`TIMEOUT`].
 fn wait(epoll: &OwnedFd, events: &mut Vec<epoll::Event>) -> Result<()> {
     events.clear();
-    let patience = Timespec::try_from(PATIENCE)?;
-    match epoll::wait(epoll, spare_capacity(events), Some(&patience)) {
-        Ok(0) => bail!("nothing happened for {PATIENCE:?}"),
+    let quiet = Timespec::try_from(TIMEOUT)?;
+    match epoll::wait(epoll, spare_capacity(events), Some(&quiet)) {
+        Ok(0) => bail!("no event within {TIMEOUT:?}"),
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(error) => Err(error).context("epoll_wait"),
     }

@@ -1,8 +1,8 @@
-//! A UDP sender that floods and a receiver that counts.
+//! A UDP sender that floods, and a receiver that counts.
 //!
-//! Both batch as much as the kernel lets them: `sendmmsg` or segmentation offload (`UDP_SEGMENT`)
-//! at the sender, `recvmmsg` with `UDP_GRO` at the receiver. rustix has no `recvmmsg`, hence libc.
-
+//! Both use the largest batches that the kernel supports: `sendmmsg` or segmentation offload
+//! (`UDP_SEGMENT`) to send, `recvmmsg` with `UDP_GRO` to receive. They use libc because rustix has
+//! no `recvmmsg`.
 use std::io;
 use std::mem::{self, size_of};
 use std::net::{SocketAddr, UdpSocket};
@@ -20,25 +20,25 @@ use tidegate_testbed::Namespace;
 /// Messages per system call.
 const BATCH: usize = 64;
 
-/// The largest message with UDP_GRO or UDP_SEGMENT: an IPv4 packet's length field.
-const LARGEST: usize = 65_536;
+/// The largest message with UDP_GRO or UDP_SEGMENT, limited by the length field of IPv4.
+const MAX_MESSAGE: usize = 65_536;
 
-/// What UDP_SEGMENT takes in one call: 64 segments in kernels before 6.9, and 65,507 bytes.
-const MOST_SEGMENTS: usize = 64;
-const MOST_PAYLOAD: usize = 65_507;
+/// The limits of one call with UDP_SEGMENT: 64 segments in kernels before 6.9, and 65,507 bytes.
+const MAX_SEGMENTS: usize = 64;
+const MAX_PAYLOAD: usize = 65_507;
 
-/// Wish for socket buffers, so that the generators' own sockets do not drop.
+/// The requested size of socket buffers, so that the sockets of the generators do not drop.
 const SOCKET_BUFFER: usize = 16 << 20;
 
-/// A thread that sends datagrams as fast as it can until dropped.
+/// A thread that sends datagrams as fast as it can until the drop.
 pub(crate) struct Flood {
     running: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Flood {
-    /// Starts to send datagrams of `size` bytes from `namespace`, from one socket; `offload` sends
-    /// them as segments of large ones.
+    /// Starts to send datagrams of `size` bytes from one socket in `namespace`. With `offload`,
+    /// they are sent as GSO segments.
     pub(crate) fn start(
         namespace: &Namespace,
         target: SocketAddr,
@@ -52,7 +52,7 @@ impl Flood {
         })?;
         let length = if offload {
             set_option(&socket, libc::UDP_SEGMENT, size)?;
-            size * MOST_SEGMENTS.min(MOST_PAYLOAD / size)
+            size * MAX_SEGMENTS.min(MAX_PAYLOAD / size)
         } else {
             size
         };
@@ -62,8 +62,8 @@ impl Flood {
             std::thread::spawn(move || {
                 let payload = vec![0x5a; length];
                 while running.load(Ordering::Relaxed) {
-                    // ENOBUFS under pressure, ECONNREFUSED from a proxy that is not there: the
-                    // receiver's count tells.
+                    // ENOBUFS under pressure, or ECONNREFUSED without a proxy. The count of the
+                    // receiver shows the effect.
                     let _ = send_batch(&socket, &payload);
                 }
             })
@@ -81,7 +81,7 @@ impl Drop for Flood {
     }
 }
 
-/// A thread that receives and counts datagrams until dropped.
+/// A thread that receives and counts datagrams until the drop.
 pub(crate) struct Counter {
     received: Arc<AtomicU64>,
     running: Arc<AtomicBool>,
@@ -94,7 +94,7 @@ impl Counter {
         let socket =
             namespace.run(|| UdpSocket::bind(addr)).with_context(|| format!("bind {addr}"))?;
         set_option(&socket, libc::UDP_GRO, 1)?;
-        // Looks at `running` at least this often.
+        // The interval of checks of `running`.
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
         enlarge_receive_buffer(&socket)?;
         let received = Arc::new(AtomicU64::new(0));
@@ -111,7 +111,7 @@ impl Counter {
         Ok(Self { received, running, thread: Some(thread) })
     }
 
-    /// How many datagrams have come in so far.
+    /// The number of received datagrams.
     pub(crate) fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
@@ -135,14 +135,14 @@ fn send_batch(socket: &UdpSocket, payload: &[u8]) -> io::Result<()> {
     message.msg_hdr.msg_iov = &raw mut part;
     message.msg_hdr.msg_iovlen = 1;
     let mut messages = [message; BATCH];
-    // SAFETY: every header points to `part`, which points to `payload`; both outlive the call,
-    // which only reads them.
+    // SAFETY: all headers point to `part`, which points to `payload`. Both outlive the call, which
+    // only reads them.
     let sent =
         unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), BATCH as u32, 0) };
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Space for one control message that carries an `int`, aligned as `cmsghdr` wants.
+/// A buffer for one control message with an `int`, with the alignment of `cmsghdr`.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 struct Control([u8; 24]);
@@ -155,27 +155,27 @@ struct ReceiveBatch {
 
 impl ReceiveBatch {
     fn new() -> Self {
-        Self { payloads: vec![0; BATCH * LARGEST], controls: [Control([0; 24]); BATCH] }
+        Self { payloads: vec![0; BATCH * MAX_MESSAGE], controls: [Control([0; 24]); BATCH] }
     }
 
-    /// Receives what is there, waiting for the first, and returns the number of datagrams.
+    /// Receives a batch, waiting for the first datagram. Returns the number of datagrams.
     fn receive(&mut self, socket: &UdpSocket) -> u64 {
         // SAFETY: zero is a valid value for each field of these plain C structures.
         let mut parts: [libc::iovec; BATCH] = unsafe { mem::zeroed() };
         // SAFETY: as above.
         let mut messages: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
-        let buffers = self.payloads.chunks_exact_mut(LARGEST).zip(&mut self.controls);
+        let buffers = self.payloads.chunks_exact_mut(MAX_MESSAGE).zip(&mut self.controls);
         for ((message, part), (payload, control)) in
             messages.iter_mut().zip(&mut parts).zip(buffers)
         {
-            *part = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: LARGEST };
+            *part = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: MAX_MESSAGE };
             message.msg_hdr.msg_iov = part;
             message.msg_hdr.msg_iovlen = 1;
             message.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
             message.msg_hdr.msg_controllen = size_of::<Control>();
         }
-        // SAFETY: each header points to a payload and a control buffer of its own, of the lengths
-        // given, and all of them outlive the call.
+        // SAFETY: each header points to its own payload and control buffer with the given lengths,
+        // which outlive the call.
         let count = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
@@ -185,16 +185,16 @@ impl ReceiveBatch {
                 ptr::null_mut(),
             )
         };
-        // An error is the read time-out.
+        // An error is the read timeout.
         messages.iter().take(count.max(0) as usize).map(datagrams).sum()
     }
 }
 
-/// How many datagrams the kernel delivered as this one message.
+/// The number of datagrams in a message of the kernel.
 fn datagrams(message: &libc::mmsghdr) -> u64 {
     let mut segment = 0;
-    // SAFETY: the kernel filled in the control buffer and its length; CMSG_FIRSTHDR answers null if
-    // there is no whole header in it.
+    // SAFETY: the kernel filled in the control buffer and its length. CMSG_FIRSTHDR returns null
+    // without a complete header.
     unsafe {
         let header = libc::CMSG_FIRSTHDR(&raw const message.msg_hdr);
         if !header.is_null()
@@ -204,7 +204,7 @@ fn datagrams(message: &libc::mmsghdr) -> u64 {
             segment = ptr::read_unaligned(libc::CMSG_DATA(header).cast::<libc::c_int>());
         }
     }
-    // Without the message, or for an empty datagram, it is one.
+    // Without a control message, or for an empty datagram, it is a single one.
     if segment > 0 { u64::from(message.msg_len).div_ceil(segment as u64) } else { 1 }
 }
 
@@ -214,7 +214,7 @@ fn set_option(socket: &UdpSocket, option: libc::c_int, value: usize) -> io::Resu
     set_int(socket, libc::SOL_UDP, option, value)
 }
 
-/// Asks for a large buffer beyond `net.core.rmem_max`, which takes CAP_NET_ADMIN.
+/// Sets a receive buffer beyond `net.core.rmem_max`, which requires CAP_NET_ADMIN.
 fn enlarge_receive_buffer(socket: &UdpSocket) -> io::Result<()> {
     set_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, SOCKET_BUFFER as libc::c_int)?;
     debug_assert!(SockRef::from(socket).recv_buffer_size()? >= SOCKET_BUFFER);

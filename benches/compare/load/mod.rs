@@ -1,14 +1,15 @@
-//! Load generators: event-driven, one thread each, so that they are not what is measured.
+//! Load generators. They are event-driven with one thread each, so that they do not limit the
+//! result.
 //!
-//! The clients run inside the client's namespace and speak to the published port; the servers run
-//! inside the container's. Everything is bounded in time and count.
+//! Clients run in the client namespace and connect to the published port; servers run in the
+//! container namespace. All loads are bounded in time and count.
 
 pub(crate) mod client;
 pub(crate) mod datagrams;
 pub(crate) mod server;
 
-/// Bytes of a request, and of the reply to it.
+/// The size of a request and of its response in bytes.
 pub(crate) const MESSAGE: usize = 64;
 
-/// How many events one `epoll_wait` takes.
+/// The most events of one `epoll_wait`.
 const EVENTS: usize = 256;

@@ -1,5 +1,5 @@
-//! The service behind the published port: answers every 64 bytes with 64 bytes, for any number of
-//! connections.
+//! The server behind the published port: sends 64 bytes for every 64 received bytes, on any number
+//! of connections.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -17,12 +17,12 @@ use tidegate_testbed::{Namespace, eventually};
 
 use super::{EVENTS, MESSAGE};
 
-/// Tokens of the two descriptors that are no connection; a connection's token is its descriptor's
+/// The tokens of the listener and the stop descriptor. The token of a connection is its descriptor
 /// number.
 const LISTENER: u64 = u64::MAX;
 const STOP: u64 = u64::MAX - 1;
 
-/// A running server; stops when dropped.
+/// A running server, stopped on drop.
 pub(crate) struct RequestServer {
     open: Arc<AtomicUsize>,
     stop: Arc<OwnedFd>,
@@ -30,7 +30,7 @@ pub(crate) struct RequestServer {
 }
 
 impl RequestServer {
-    /// Starts the server on `addr` in `namespace`; it listens when this returns.
+    /// Starts a server that listens on `addr` in `namespace` on return.
     pub(crate) fn start(namespace: &Namespace, addr: SocketAddr) -> Result<Self> {
         let listener =
             namespace.run(|| listen(addr)).with_context(|| format!("listen on {addr}"))?;
@@ -52,7 +52,7 @@ impl RequestServer {
 
 impl Drop for RequestServer {
     fn drop(&mut self) {
-        // A write of eight bytes to a fresh eventfd succeeds.
+        // A write of eight bytes to a new eventfd succeeds.
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -65,12 +65,12 @@ fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
         Socket::new(Domain::for_address(addr), Type::STREAM.nonblocking().cloexec(), None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
-    // The kernel cuts it down to net.core.somaxconn.
+    // The kernel limits this to net.core.somaxconn.
     socket.listen(65_535)?;
     Ok(socket.into())
 }
 
-/// The state of the server's thread.
+/// The state of the server thread.
 struct Service {
     epoll: OwnedFd,
     listener: TcpListener,
@@ -81,7 +81,7 @@ struct Service {
 
 struct Connection {
     stream: TcpStream,
-    /// Bytes of a request that has not come in whole.
+    /// The received bytes of an incomplete request.
     received: usize,
 }
 
@@ -142,10 +142,10 @@ impl Service {
 }
 
 impl Connection {
-    /// Reads once and answers every whole request; false when the connection is over.
+    /// Reads once and responds to every complete request. Returns false when the connection is
+    /// over.
     ///
-    /// A reply is tiny and its client waits for it, so a send buffer that is full means a client
-    /// that does not keep to the protocol.
+    /// The client waits for each small response, so a full send buffer is a protocol error.
     fn answer(&mut self) -> bool {
         let mut buffer = [0; 4096];
         match self.stream.read(&mut buffer) {

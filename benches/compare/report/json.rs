@@ -1,5 +1,5 @@
-//! The results for programs: every sample, so that nothing has to be measured again to be looked at
-//! anew.
+//! The results as JSON with all samples, so that they can be analysed again without a new
+//! measurement.
 
 use serde_json::{Map, Value, json};
 

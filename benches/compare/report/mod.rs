@@ -1,4 +1,4 @@
-//! Results for people and for programs: text on the terminal; JSON, SVG and Markdown in files.
+//! Reports: text on the terminal; JSON, SVG and Markdown in files.
 
 mod json;
 mod svg;
@@ -14,7 +14,7 @@ use crate::machine::Machine;
 use crate::results::Results;
 use table::{Style, Table};
 
-/// Everything that a report tells.
+/// The content of a report.
 pub(crate) struct Report<'a> {
     pub(crate) machine: &'a Machine,
     pub(crate) outcomes: &'a [Outcome],
@@ -27,8 +27,8 @@ impl Report<'_> {
         self.render(Style::Plain)
     }
 
-    /// Writes `stem.json`, `stem.svg` and `stem.md` into `directory`, which is made if it is not
-    /// there.
+    /// Writes `stem.json`, `stem.svg` and `stem.md` into `directory`, which is created if
+    /// necessary.
     pub(crate) fn write(&self, directory: &Path, stem: &str) -> Result<Vec<PathBuf>> {
         fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
         let picture = format!("\n![every cell, median and extremes]({stem}.svg)\n");
@@ -122,7 +122,7 @@ impl Report<'_> {
                 (failure.round + 1).to_string(),
                 failure.scenario.clone(),
                 failure.kind.name().to_owned(),
-                // Whole outputs of programs may be in it.
+                // The error may contain the whole output of a program.
                 failure.error.lines().next().unwrap_or_default().to_owned(),
             ]);
         }
@@ -130,7 +130,7 @@ impl Report<'_> {
     }
 }
 
-/// Three significant digits, and all those before the point.
+/// Three significant digits, or more before the decimal point.
 pub(crate) fn number(value: f64) -> String {
     let digits = match value.abs() {
         0.0 => 0,
@@ -170,7 +170,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_text_has_machine_figures_and_cells() {
+    fn the_text_contains_machine_figures_and_cells() {
         with_report(|report| {
             let text = report.text();
             assert!(text.contains("reno"), "{text}");
@@ -180,7 +180,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn numbers_have_three_digits() {
+    fn numbers_have_three_significant_digits() {
         let shown = [0.0, 0.1234, 0.9951, 1.234, 9.96, 12.34, 99.6, 1234.5].map(number);
         assert_eq!(shown, ["0", "0.123", "1.00", "1.23", "10.0", "12.3", "100", "1234"]);
     }

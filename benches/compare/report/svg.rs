@@ -1,5 +1,5 @@
-//! A plot of every cell: one panel per metric, a bar per contender, a whisker from the worst to the
-//! best round.
+//! A plot of all cells: a panel per metric, a bar per contender, and a whisker from the worst to
+//! the best round.
 
 use std::fmt::Write;
 
@@ -14,7 +14,7 @@ const HEAD: usize = 90;
 const TITLE: usize = 34;
 const BAR: usize = 20;
 const LABELS: usize = 110;
-/// Room for the figure behind the longest bar.
+/// The width for the figure behind the longest bar.
 const FIGURES: usize = 60;
 const MARGIN: usize = 20;
 
@@ -46,7 +46,7 @@ pub(super) fn render(report: &Report<'_>) -> String {
     svg + "</svg>\n"
 }
 
-/// One metric, with its upper left corner at the origin.
+/// A panel of one metric, with its upper left corner at the origin.
 fn panel(report: &Report<'_>, metric: &Metric) -> String {
     let summaries: Vec<(Kind, Summary)> = report
         .results
@@ -72,7 +72,7 @@ fn bar(top: usize, kind: Kind, summary: &Summary, scale: f64) -> String {
         kind if kind.is_ours() => "#1b7f79",
         _ => "#d9a05b",
     };
-    // A figure may be below zero by a hair: memory that shrank.
+    // A figure may be slightly negative, such as memory that shrank.
     let end = |value: f64| LABELS as f64 + value.max(0.0) * scale;
     let (x, low, high) = (end(summary.median), end(summary.min), end(summary.max));
     let (baseline, middle) = (top + 12, top + 8);

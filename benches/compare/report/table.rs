@@ -1,15 +1,15 @@
-//! A table of text: aligned for a terminal, or Markdown.
+//! Text tables: aligned for a terminal, or Markdown.
 
 use std::iter;
 
-/// How text is set.
+/// The format of a table.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Style {
     Plain,
     Markdown,
 }
 
-/// Rows of equal length below a header.
+/// A header, and rows of equal length.
 pub(super) struct Table {
     rows: Vec<Vec<String>>,
 }
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_line_up() {
+    fn columns_are_aligned() {
         let mut table = Table::new(&["a", "bb"]);
         table.row(["±1%".into(), "x".into()]);
         assert_eq!(table.render(Style::Plain), "a    bb\n---  --\n±1%  x\n");

@@ -1,4 +1,4 @@
-//! A connection per request: how many per second a published port takes.
+//! A connection per request: the rate of new connections of a published port.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::contender::Contender;
 use crate::lab::{Lab, Service};
 use crate::load::{client, server::RequestServer};
 
-/// Connects, asks, gets the answer and closes, `at_a_time` of them side by side.
+/// Connects, makes one request and closes, with `at_a_time` connections in parallel.
 pub(super) struct Connections {
     pub(super) at_a_time: usize,
 }

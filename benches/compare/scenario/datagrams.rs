@@ -1,4 +1,4 @@
-//! UDP: how many datagrams of a flood come out at the container.
+//! UDP: the rate of datagrams of a flood that reach the container.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,11 +10,11 @@ use crate::contender::{Contender, Kind};
 use crate::lab::{Lab, Service};
 use crate::load::datagrams::{Counter, Flood};
 
-/// From the start of the flood to the start of counting.
+/// The time from the start of the flood to the start of counting.
 const WARM_UP: Duration = Duration::from_millis(300);
 
-/// One client that sends datagrams of `size` bytes as fast as it can; with `offload` in large ones
-/// that the kernel cuts (UDP_SEGMENT), as QUIC senders do.
+/// A client that sends datagrams of `size` bytes as fast as it can. With `offload`, the kernel
+/// segments them (UDP_SEGMENT), as for QUIC senders.
 pub(super) struct Datagrams {
     pub(super) size: usize,
     pub(super) offload: bool,

@@ -1,8 +1,8 @@
-//! Egress of a container: through tidegate's slirp4netns, the real one, pasta, and the
-//! kernel's masquerade.
+//! Egress of a container: through the slirp4netns of tidegate, the original one, pasta, and
+//! masquerade by the kernel.
 //!
-//! The container is a namespace without a network of its own; the server is beyond the host, on a
-//! link of 1500 bytes.
+//! The container is a namespace without a network. The server is outside of the host, on a link
+//! with an MTU of 1500 bytes.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -15,7 +15,7 @@ use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use tempfile::NamedTempFile;
 use tidegate_testbed::{Namespace, Process, addr, eventually, procfs};
 
-use super::throughput::{Direction, PATIENCE, serve};
+use super::throughput::{Direction, EXTRA_TIME, serve};
 use super::{Metric, Scenario, per};
 use crate::contender::{Contender, Kind};
 use crate::iperf::Report;
@@ -23,37 +23,37 @@ use crate::lab::{Lab, Service};
 use crate::load::MESSAGE;
 use crate::load::server::RequestServer;
 
-/// Bytes of a datagram.
+/// The size of a datagram in bytes.
 const DATAGRAM: u32 = 1200;
 
-/// Connections that are held to see what they cost.
+/// The number of open connections for the memory measurement.
 const HELD: usize = 5_000;
 
-/// What small exchanges are made with.
+/// The server for small exchanges.
 const SMALL: SocketAddr = SocketAddr::new(IpAddr::V4(addr::CLIENT_V4), 5300);
 
-/// What is done through it.
+/// The load.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Load {
-    /// As much as this many TCP streams carry.
+    /// Bulk transfer over TCP streams.
     Tcp { streams: u32, direction: Direction },
-    /// As many datagrams as arrive.
+    /// A flood of datagrams.
     Udp { direction: Direction },
-    /// A question there and its answer back, on one connection.
+    /// A request and its response, on one connection.
     Latency,
-    /// Connections that ask once and end, so many at a time.
+    /// Connections with one request each, so many in parallel.
     Connections { at_a_time: u32 },
     /// Open connections.
     Held,
 }
 
-/// One load, with one MTU between container and helper.
+/// A load with an MTU between the container and the helper.
 pub(super) struct Egress {
     pub(super) mtu: u32,
     pub(super) load: Load,
 }
 
-/// All that there is to measure.
+/// All loads.
 pub(super) fn all(quick: bool) -> impl Iterator<Item = Egress> {
     let directions = [Direction::Up, Direction::Down];
     let streams: &[u32] = if quick { &[1] } else { &[1, 8] };
@@ -135,7 +135,7 @@ impl Scenario for Egress {
 
     fn takes(&self, kind: Kind) -> bool {
         let has_process = kind != Kind::Masquerade;
-        kind.leads_out() && (has_process || self.load != Load::Held)
+        kind.provides_egress() && (has_process || self.load != Load::Held)
     }
 
     fn most_rounds(&self) -> u32 {
@@ -148,40 +148,40 @@ impl Scenario for Egress {
         contender: &Contender,
         duration: Duration,
     ) -> Result<Vec<Option<f64>>> {
-        let way = Way::start(lab, contender, self.mtu)?;
-        way.container.sysctl("net.ipv4.ip_local_port_range", "1024 65535");
-        // As many connections in a second as it takes.
-        way.container.sysctl("net.ipv4.tcp_tw_reuse", "1");
+        let setup = Setup::start(lab, contender, self.mtu)?;
+        setup.container.sysctl("net.ipv4.ip_local_port_range", "1024 65535");
+        // Permits connections at the highest possible rate.
+        setup.container.sysctl("net.ipv4.tcp_tw_reuse", "1");
         let control = lab.net.host.read_sysctl("net.ipv4.tcp_congestion_control");
-        way.container.sysctl("net.ipv4.tcp_congestion_control", &control);
+        setup.container.sysctl("net.ipv4.tcp_congestion_control", &control);
         match self.load {
-            Load::Tcp { streams, direction } => way.tcp(lab, streams, direction, duration),
-            Load::Udp { direction } => way.udp(lab, direction, duration),
+            Load::Tcp { streams, direction } => setup.tcp(lab, streams, direction, duration),
+            Load::Udp { direction } => setup.udp(lab, direction, duration),
             Load::Latency => {
                 let _server = RequestServer::start(&lab.net.client, SMALL)?;
-                way.latency(duration)
+                setup.latency(duration)
             }
             Load::Connections { at_a_time } => {
                 let _server = RequestServer::start(&lab.net.client, SMALL)?;
-                way.connections(at_a_time, duration)
+                setup.connections(at_a_time, duration)
             }
             Load::Held => {
                 let _server = RequestServer::start(&lab.net.client, SMALL)?;
-                way.held()
+                setup.held()
             }
         }
     }
 }
 
-/// A container that is led out.
-struct Way {
+/// A container with egress.
+struct Setup {
     container: Namespace,
-    /// None for the kernel's own.
+    /// The helper process; `None` for masquerade by the kernel.
     helper: Option<Process>,
     _file: Option<NamespaceFile>,
 }
 
-/// A file that stands for a namespace: pasta cannot open what another process has open.
+/// A file that represents a namespace, because pasta cannot open descriptors of another process.
 struct NamespaceFile(NamedTempFile);
 
 impl NamespaceFile {
@@ -194,12 +194,12 @@ impl NamespaceFile {
 
 impl Drop for NamespaceFile {
     fn drop(&mut self) {
-        // What stays mounted keeps the file there, and somebody sees it.
+        // A leftover mount would keep the file visible.
         let _ = unmount(self.0.path(), UnmountFlags::DETACH);
     }
 }
 
-impl Way {
+impl Setup {
     fn start(lab: &Lab, contender: &Contender, mtu: u32) -> Result<Self> {
         let container = Namespace::new();
         let path = container.path().display().to_string();
@@ -304,7 +304,7 @@ impl Way {
         if direction == Direction::Down {
             client.arg("-R");
         }
-        let output = Process::spawn(&mut client).wait_for_output(duration + PATIENCE);
+        let output = Process::spawn(&mut client).wait_for_output(duration + EXTRA_TIME);
         Report::parse(&output).context("iperf3")
     }
 
@@ -339,7 +339,7 @@ impl Way {
             let threads: Vec<_> = (0..at_a_time).map(|_| scope.spawn(client)).collect();
             threads
                 .into_iter()
-                .map(|thread| thread.join().expect("a client does not panic"))
+                .map(|thread| thread.join().expect("clients do not panic"))
                 .collect::<Result<Vec<u32>>>()
         })?;
         Ok(vec![Some(f64::from(counts.iter().sum::<u32>()) / duration.as_secs_f64())])
@@ -364,7 +364,7 @@ impl Way {
     }
 }
 
-/// Starts a helper, and waits until the container has egress.
+/// Starts a helper and waits until the container has egress.
 fn start(command: &mut Command, container: &Namespace, contender: &Contender) -> Result<Process> {
     let mut process = Process::spawn(command);
     let ready = || container.ip(&["route", "show", "default"]).contains("tap0");
@@ -374,7 +374,7 @@ fn start(command: &mut Command, container: &Namespace, contender: &Contender) ->
         "{name} is not ready: {}",
         process.output()
     );
-    ensure!(process.is_running(), "{name} has ended: {}", process.output());
+    ensure!(process.is_running(), "{name} has exited: {}", process.output());
     Ok(process)
 }
 

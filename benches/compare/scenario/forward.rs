@@ -1,5 +1,4 @@
-//! TCP throughput of ports that the kernel translates: with the rules that Docker has, and with
-//! ours.
+//! TCP throughput of ports that the kernel translates, with the rules of Docker and with ours.
 
 use std::net::Ipv4Addr;
 use std::thread;
@@ -14,11 +13,11 @@ use super::{Metric, Scenario};
 use crate::contender::{Contender, Kind};
 use crate::lab::{CONTAINER, Lab, Service};
 
-/// Where tidegate puts the container.
+/// The address of the container in tidegate.
 const ENDPOINT: Ipv4Addr = Ipv4Addr::new(10, 100, 0, 2);
 
-/// What dockerd 20.10 has in iptables with one network and one published port; the bridge has the
-/// lab's name. As it stands in `iptables-save`, without the chains that nothing leads to.
+/// The iptables rules of dockerd 20.10 for one network and one published port, with the bridge name
+/// of the lab, in the format of `iptables-save`. Unreachable chains are omitted.
 const DOCKER: &str = "\
 *nat
 :DOCKER - [0:0]
@@ -50,7 +49,7 @@ COMMIT
 COMMIT
 ";
 
-/// `streams` connections that carry as much as they can.
+/// Bulk transfers over `streams` connections.
 pub(super) struct Forward {
     pub(super) streams: u32,
     pub(super) direction: Direction,
@@ -110,9 +109,8 @@ services: {{ s: {{ x-netns: {}, networks: {{ n: {{ ipv4_address: {ENDPOINT} }} }
 
 impl Forward {
     fn rate(&self, lab: &Lab, duration: Duration) -> Result<Vec<Option<f64>>> {
-        // Client and server each on a core of its own: at times the scheduler leaves both on one
-        // for a second, which is half of what there is, and more than what is to be told apart
-        // here.
+        // The client and the server run on separate cores. The scheduler sometimes leaves both on
+        // one core for a second, which halves the rate and exceeds the differences to be measured.
         let apart: &[&str] =
             if thread::available_parallelism()?.get() > 1 { &["-A", "0,1"] } else { &[] };
         let report = load(lab, self.streams, self.direction, duration, apart)?;

@@ -1,4 +1,4 @@
-//! Memory that idle connections hold in the process.
+//! The memory of idle connections in the process.
 
 use std::net::Ipv4Addr;
 use std::thread;
@@ -12,26 +12,27 @@ use crate::contender::{Contender, Kind};
 use crate::lab::{Lab, Service};
 use crate::load::{client, server::RequestServer};
 
-/// From the last request to the reading: memory that is handed back lazily gets the chance.
+/// The time from the last request to the reading, in which memory can be released lazily.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// How long the last connections may take to reach the container.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The timeout for the last connections to reach the container.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Open files that a process needs besides its connections.
+/// The open files of a process in addition to its connections.
 const OTHER_FILES: usize = 400;
 
-/// Clients that the connections are of, of this network: one alone gets two thirds of what a port
-/// has.
+/// The number of clients that open the connections. A single client may hold only two thirds of the
+/// connections of a port.
 const CLIENTS: u32 = 8;
+/// The network of the clients, a /24.
 const CLIENTS_NET: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
 
-/// Connections that have answered one request and then rest.
+/// Connections that are idle after one request.
 ///
-/// Where the limit of open files does not allow as many as wanted, for the contender or for our own
-/// process with both ends of each, the cell stops there; `reached` tells.
+/// If the limit of open files is too low, for the contender or for this process with both ends of
+/// each connection, the cell stops at the limit; `reached` is the number.
 pub(super) struct Idle {
-    /// Numbers of connections to stop at, rising; the first is always possible.
+    /// The numbers of connections at which memory is read, ascending; the first is always possible.
     pub(super) counts: &'static [usize],
 }
 
@@ -55,7 +56,7 @@ impl Scenario for Idle {
     }
 
     fn takes(&self, kind: Kind) -> bool {
-        // DNAT has no process; socat forks one for each connection.
+        // DNAT has no process, and socat forks one per connection.
         kind.publishes() && !matches!(kind, Kind::Dnat | Kind::Socat)
     }
 
@@ -72,7 +73,7 @@ impl Scenario for Idle {
         let server = RequestServer::start(&lab.net.container, Service::TCP.backend())?;
         let running = contender.start(lab, Service::TCP)?;
         thread::sleep(SETTLE);
-        let start = running.rss().context("no process to look at")?;
+        let start = running.rss().context("no process to measure")?;
         let files_at_start = running.open_files();
         let mut figures = vec![Some(start / 1e6)];
         let network = format!("{CLIENTS_NET}/24");
@@ -90,12 +91,12 @@ impl Scenario for Idle {
             connections.extend(
                 lab.net.client.run(|| client::idle(Service::TCP.published(), &clients, more))?,
             );
-            server.wait_until_open(wanted, PATIENCE)?;
+            server.wait_until_open(wanted, TIMEOUT)?;
             thread::sleep(SETTLE);
-            let now = running.rss().context("no process to look at")?;
+            let now = running.rss().context("no process to measure")?;
             figures.push(Some((now - start) / wanted as f64 / 1e3));
             figures.push(Some(wanted as f64));
-            // Our own process holds the client's and the server's end.
+            // This process holds the ends of the client and of the server.
             let files_each = ((running.open_files() - files_at_start) / wanted).max(2);
             possible = (open_files_limit() - OTHER_FILES) / files_each;
         }
@@ -103,7 +104,7 @@ impl Scenario for Idle {
     }
 }
 
-/// The limit of open files that this process and its children have.
+/// The limit of open files of this process and its children.
 fn open_files_limit() -> usize {
     raise_open_files(0) as usize
 }

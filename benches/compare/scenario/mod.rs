@@ -1,4 +1,4 @@
-//! What is measured: one module per kind of load, all behind [`Scenario`].
+//! The loads, one module per kind, behind the trait [`Scenario`].
 
 mod connections;
 mod datagrams;
@@ -21,28 +21,27 @@ use crate::contender::{Contender, Kind};
 use crate::lab::Lab;
 use crate::options::Options;
 
-/// One load, and the figures it yields for each contender.
+/// A load with the metrics that it yields for each contender.
 pub(crate) trait Scenario {
-    /// The name by which `--only` selects it, and with which the names of its metrics begin.
+    /// The name for `--only`, and the prefix of its metrics.
     fn name(&self) -> String;
 
-    /// The figures that [`measure`](Self::measure) yields, in its order.
+    /// The metrics of [`measure`](Self::measure), in its order.
     fn metrics(&self) -> Vec<Metric>;
 
-    /// Whether the contender can take part.
+    /// Whether the contender supports the load.
     fn takes(&self, kind: Kind) -> bool {
         kind.publishes()
     }
 
-    /// How many rounds are of use at most: memory hardly differs from one to the next.
+    /// The maximum number of useful rounds: memory hardly varies between rounds.
     fn most_rounds(&self) -> u32 {
         u32::MAX
     }
 
-    /// Puts the load on the contender for about `duration`.
+    /// Applies the load to the contender for about `duration`.
     ///
-    /// A figure that it does not have is `None`: the kernel's own path has no process whose CPU
-    /// time or memory could be read.
+    /// A missing value is `None`: the path of the kernel has no process with CPU time or memory.
     fn measure(
         &self,
         lab: &Lab,
@@ -51,12 +50,12 @@ pub(crate) trait Scenario {
     ) -> Result<Vec<Option<f64>>>;
 }
 
-/// One figure.
+/// A measured quantity.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Metric {
-    /// The key in results and in figures: `tcp.1.up.cpu`.
+    /// The key in results and figures: `tcp.1.up.cpu`.
     pub(crate) name: String,
-    /// For people.
+    /// The title for people.
     pub(crate) title: String,
     /// The unit of its values.
     pub(crate) unit: &'static str,
@@ -68,7 +67,7 @@ impl Metric {
     }
 }
 
-/// The scenarios that the options ask for, in the order of the report.
+/// The scenarios selected by the options, in the order of the report.
 pub(crate) fn all(options: &Options) -> Vec<Box<dyn Scenario>> {
     let mut all: Vec<Box<dyn Scenario>> = Vec::new();
     let streams: &[u32] = if options.quick { &[1, 16] } else { &[1, 4, 16] };
@@ -109,7 +108,7 @@ pub(crate) fn all(options: &Options) -> Vec<Box<dyn Scenario>> {
     all
 }
 
-/// `used / per`, where `used` is the growth of a CPU time over a run.
+/// `used / per`, where `used` is the increase of CPU time during a run.
 fn per(before: Option<f64>, after: Option<f64>, per: f64) -> Option<f64> {
     Some((after? - before?) / per)
 }

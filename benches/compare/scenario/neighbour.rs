@@ -1,8 +1,7 @@
-//! What a flooding container costs its neighbour, both led out by the NAT engine.
+//! The effect of a flooding container on its neighbour, both with egress through the NAT engine.
 //!
-//! The baseline is the same generator with frames that are dropped at its own bridge port: what is
-//! left is what the generator itself costs on the same cores. Both are measured by turns within a
-//! cell.
+//! The baseline is the same generator with frames that are dropped at its bridge port, which costs
+//! only the CPU time of the generator. Baseline and flood alternate within a cell.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -17,19 +16,19 @@ use super::{Metric, Scenario};
 use crate::contender::{Contender, Kind};
 use crate::lab::Lab;
 
-/// Frames a second.
+/// Frames per second.
 const RATE: u32 = 60_000;
 
 /// The pause between two requests of the neighbour.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// What a request takes, roughly, with the pause before it.
+/// The approximate time of a request with the pause before it.
 const TURN: Duration = Duration::from_millis(3);
 
-/// How long a flood goes on before requests are timed.
+/// The time from the start of a flood to the first timed request.
 const BEFORE: Duration = Duration::from_millis(300);
 
-/// How often baseline and flood take turns.
+/// The number of alternations of baseline and flood.
 const TURNS: u32 = 4;
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 83, 1, 2);
@@ -42,7 +41,7 @@ pub(super) struct Neighbour {
     pub(super) any_source: bool,
 }
 
-/// All that there is to measure.
+/// All kinds of floods.
 pub(super) fn all() -> [Neighbour; 3] {
     [
         Neighbour { flood: FloodKind::Syn, any_source: false },

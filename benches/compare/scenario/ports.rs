@@ -1,4 +1,4 @@
-//! What published ports cost while nobody uses them.
+//! The cost of idle published ports.
 
 use std::net::Ipv4Addr;
 use std::thread;
@@ -11,18 +11,17 @@ use crate::contender::{Contender, Kind, Running};
 use crate::lab::{Lab, Service};
 use crate::load::{client, server::RequestServer};
 
-/// How many ports a contender with a process for each really publishes; the figures are scaled up
-/// from here.
+/// The number of ports that a contender with a process per port publishes. Its figures are
+/// extrapolated.
 const SAMPLE: u16 = 50;
 
-/// From the last open port to the reading of memory.
+/// The time from the last open port to the reading of memory.
 const SETTLE: Duration = Duration::from_millis(300);
 
 /// `count` idle ports.
 ///
-/// Memory is the resident set of a single process, which takes the whole of its program. Where each
-/// port has a process it is the sum of proportional sets, which counts the pages of the program
-/// once.
+/// Memory is the resident set of a single process, including its program. With a process per port
+/// it is the sum of the proportional sets, which counts the pages of the program once.
 pub(super) struct Ports {
     pub(super) count: u16,
 }
@@ -68,14 +67,14 @@ impl Scenario for Ports {
     }
 }
 
-/// Connections that each of a pair of processes carries before its memory is read the second time.
+/// The connections that each process of a pair carries before the second reading of its memory.
 const CARRIED: usize = 100;
 
-/// One `docker run -p`: two processes, for IPv4 and for IPv6. Their memory before the first
-/// connection, which is all that most of them ever see, and after some.
+/// One `docker run -p`: two processes, for IPv4 and for IPv6. Their memory is read before the first
+/// connection, a state that most of them never leave, and after some connections.
 ///
-/// The proportional set of a process counts what it shares with the other one by half, and less if
-/// more processes of the same program run on the machine.
+/// The proportional set of a process counts half of the pages shared with the other one, and less
+/// if more processes of the program are running.
 pub(super) struct Pair;
 
 impl Scenario for Pair {

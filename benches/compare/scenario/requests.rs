@@ -1,4 +1,4 @@
-//! Small requests over open connections: how many per second, and how long each takes.
+//! Small requests on open connections: their rate and response times.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::load::{client, server::RequestServer};
 /// Connections, each with one request of 64 bytes in flight.
 const CONNECTIONS: usize = 64;
 
-/// 64 connections that ask and wait, over and over.
+/// 64 connections that send the next request after each response.
 pub(super) struct Requests;
 
 impl Scenario for Requests {

@@ -1,5 +1,4 @@
-//! How long one port takes to come or to go where the kernel translates many, and how many rules
-//! there are.
+//! The time to add or remove a port while the kernel translates many, and the number of rules.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,13 +13,13 @@ use super::{Metric, Scenario};
 use crate::contender::{Contender, Kind};
 use crate::lab::Lab;
 
-/// The first of the ports; the others follow.
+/// The first port; the others follow.
 const FIRST: u32 = 20_000;
 
-/// The port that comes and goes.
+/// The port that is added and removed.
 const PORT: u16 = 8080;
 
-/// How often.
+/// The number of repetitions.
 const TIMES: usize = 10;
 
 /// `ports` published TCP ports of one endpoint.
@@ -69,8 +68,7 @@ impl Scenario for Rules {
         let Up { process: _up, directory } = project(lab, contender, self.ports)?;
         let more = rules(lab) - least;
         let socket = directory.path().join("run/api.sock");
-        // A socket for each family comes and goes with the rule: what that costs where there is no
-        // firewall is in it too.
+        // The time includes the socket for each address family.
         let mut slowest = Duration::ZERO;
         for _ in 0..TIMES {
             let begin = Instant::now();
@@ -105,7 +103,7 @@ services: {{ s: {{ x-netns: {}, ports: [ \"0.0.0.0:{FIRST}-{last}:{FIRST}-{last}
 ",
         endpoint.path().display()
     );
-    // The namespace is kept by who has adopted it.
+    // The process that has adopted the namespace keeps it alive.
     project::up(
         lab,
         contender,
@@ -114,13 +112,13 @@ services: {{ s: {{ x-netns: {}, ports: [ \"0.0.0.0:{FIRST}-{last}:{FIRST}-{last}
     )
 }
 
-/// How many rules the host has in nftables.
+/// The number of nftables rules on the host.
 fn rules(lab: &Lab) -> f64 {
     let listed = lab.net.host.exec("nft", &["-j", "list", "ruleset"]);
     listed.matches("{\"rule\": ").count() as f64
 }
 
-/// The answer's body.
+/// The body of the response.
 fn ask(socket: &Path, method: &str, path: &str, body: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket).context("connect to the API")?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;

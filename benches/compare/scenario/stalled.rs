@@ -1,4 +1,4 @@
-//! What is taken from a client on behalf of a server that does not read.
+//! The amount that is buffered for a server that does not read.
 
 use std::time::Duration;
 
@@ -10,17 +10,17 @@ use crate::contender::Contender;
 use crate::lab::{Lab, Service};
 use crate::load::client;
 
-/// A path that takes nothing for this long has no more room.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// The time without progress after which a path counts as full.
+const QUIET: Duration = Duration::from_secs(2);
 
-/// Where to stop with a path that takes everything.
+/// The limit for a path that never blocks.
 const LIMIT: usize = 1 << 30;
 
-/// A client that pushes, and a server that accepts and never reads.
+/// A client that sends, and a server that accepts and never reads.
 ///
-/// The figure is what has left the client: what the path holds, the server's own receive buffer
-/// included. What still waits in the client's own socket is not the path's; the kernel's own path
-/// shows the least it can be.
+/// The figure is the amount that has left the client, which the path holds, including the receive
+/// buffer of the server. Data in the socket of the client does not belong to the path. The path of
+/// the kernel shows the minimum.
 pub(super) struct Stalled;
 
 impl Scenario for Stalled {
@@ -45,7 +45,7 @@ impl Scenario for Stalled {
         let _server = StalledServer::tcp(&lab.net.container, Service::TCP.backend());
         let _running = contender.start(lab, Service::TCP)?;
         let pushed =
-            lab.net.client.run(|| client::push(Service::TCP.published(), PATIENCE, LIMIT))?;
+            lab.net.client.run(|| client::push(Service::TCP.published(), QUIET, LIMIT))?;
         Ok(vec![Some(pushed as f64 / 1e6)])
     }
 }

@@ -1,4 +1,4 @@
-//! TCP throughput by iperf3, and the CPU time that moving a gigabyte costs.
+//! TCP throughput measured with iperf3, and the CPU time per gigabyte.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -11,10 +11,10 @@ use crate::contender::Contender;
 use crate::iperf::Report;
 use crate::lab::{CONTAINER, HOST, Lab, Service};
 
-/// Time for iperf3 to connect and to exchange results, beyond the load itself.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+/// The time for iperf3 to connect and exchange results, in addition to the load.
+pub(super) const EXTRA_TIME: Duration = Duration::from_secs(20);
 
-/// Which way the bytes go.
+/// The direction of the payload.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Direction {
     /// From the client to the container.
@@ -23,7 +23,7 @@ pub(super) enum Direction {
     Down,
 }
 
-/// `streams` connections that carry as much as they can.
+/// Bulk transfers over `streams` connections.
 pub(super) struct Throughput {
     pub(super) streams: u32,
     pub(super) direction: Direction,
@@ -38,18 +38,17 @@ impl Direction {
     }
 }
 
-/// Starts an iperf3 for one run in `namespace`.
+/// Starts an iperf3 server for one run in `namespace`.
 pub(super) fn serve(namespace: &Namespace, address: Ipv4Addr) -> Process {
     let (address, port) = (address.to_string(), Service::TCP.first_port.to_string());
     let mut command = namespace.command("iperf3");
     let server =
         Process::spawn(command.args(["-s", "-1", "--forceflush", "-B", &address, "-p", &port]));
-    server.wait_for_line("Server listening", PATIENCE);
+    server.wait_for_line("Server listening", EXTRA_TIME);
     server
 }
 
-/// Has the client send to the published port, or be sent from there, with `more` of iperf3's
-/// options.
+/// Runs an iperf3 client against the published port, with additional options `more`.
 pub(super) fn load(
     lab: &Lab,
     streams: u32,
@@ -66,7 +65,7 @@ pub(super) fn load(
     if direction == Direction::Down {
         client.arg("-R");
     }
-    let output = Process::spawn(&mut client).wait_for_output(duration + PATIENCE);
+    let output = Process::spawn(&mut client).wait_for_output(duration + EXTRA_TIME);
     Report::parse(&output).context("iperf3")
 }
 

@@ -1,9 +1,9 @@
-//! How long networks take to come and to go: `tidegate up` on namespaces that are there already,
-//! and netavark doing the same.
+//! The time to set up and take down networks: `tidegate up` with existing namespaces, and netavark
+//! doing the same.
 //!
-//! Times are those of whole processes, from their start: to the exit of netavark, to the
-//! announcement of tidegate that all is up, and from the signal to the exit of tidegate. That the
-//! ports answer is seen to outside of what is timed.
+//! Times are those of whole processes: from the start to the exit of netavark, from the start of
+//! tidegate to its announcement that it is ready, and from the signal to its exit. The check that
+//! ports are served is not part of the time.
 
 mod netavark;
 pub(super) mod project;
@@ -21,22 +21,22 @@ use crate::contender::{Contender, Kind};
 use crate::lab::{HOST, Lab};
 use crate::load::{client, server::RequestServer};
 
-/// Where the first endpoint's port is published; those of the others follow.
+/// The published port of the first endpoint; those of the others follow.
 const FIRST_PORT: u16 = 20_000;
 
-/// Where a server listens in an endpoint.
+/// The port of the server in an endpoint.
 const CONTAINER_PORT: u16 = 80;
 
-/// How long anything may take before it is given up.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// The timeout of every step.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What was timed.
+/// The measured times.
 struct Times {
     ready: Duration,
     gone: Duration,
 }
 
-/// What closes the networks of `tidegate up`.
+/// The firewall option of `tidegate up`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Firewall {
     None,
@@ -58,9 +58,9 @@ impl Firewall {
     }
 }
 
-/// One network, one endpoint, one published TCP port.
+/// One network with one endpoint and one published TCP port.
 ///
-/// netavark publishes the port by its default firewall: before 2.0 that is iptables, then nftables.
+/// netavark publishes the port by its default firewall: iptables before 2.0, then nftables.
 pub(super) struct Single {
     pub(super) firewall: Firewall,
 }
@@ -99,8 +99,8 @@ impl Scenario for Single {
     }
 }
 
-/// Namespaces to be endpoints, made when they are first asked for and kept for the whole run: the
-/// kernel takes seconds to take a thousand of them apart, and the cells after that would feel it.
+/// Namespaces for endpoints, created on first use and kept for the whole run. The kernel takes
+/// seconds to destroy a thousand of them, which would affect later cells.
 #[derive(Clone)]
 pub(super) struct Endpoints {
     count: u16,
@@ -108,7 +108,7 @@ pub(super) struct Endpoints {
 }
 
 impl Endpoints {
-    /// `count` of them.
+    /// A set of `count` namespaces.
     pub(super) fn new(count: u16) -> Self {
         Self { count, made: Rc::default() }
     }
@@ -118,7 +118,7 @@ impl Endpoints {
     }
 }
 
-/// As many endpoints as there are, each with a published TCP port, spread over some networks.
+/// All endpoints, each with a published TCP port, distributed over several networks.
 pub(super) struct Many {
     pub(super) networks: u8,
     pub(super) firewall: Firewall,
@@ -164,7 +164,7 @@ impl Scenario for Many {
     }
 }
 
-/// Makes sure that the published ports of the first and the last of `endpoints` answer the client.
+/// Checks that the published ports of the first and the last of `endpoints` are served.
 fn answer(lab: &Lab, endpoints: &[Namespace]) -> Result<()> {
     let ends = endpoints.iter().zip(FIRST_PORT..);
     let last = endpoints.len().saturating_sub(1);
@@ -176,8 +176,8 @@ fn answer(lab: &Lab, endpoints: &[Namespace]) -> Result<()> {
         let published = SocketAddr::from((HOST, port));
         let asked = lab.net.client.run(|| client::idle(published, &[Ipv4Addr::UNSPECIFIED], 1));
         drop(asked.with_context(|| format!("published port {port}"))?);
-        // What is still open would have to be waited for, or cut.
-        server.wait_until_open(0, PATIENCE)?;
+        // Open connections would delay the exit or be reset.
+        server.wait_until_open(0, TIMEOUT)?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! netavark, called as podman calls it.
+//! netavark, called like podman does.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -11,7 +11,7 @@ use super::{CONTAINER_PORT, FIRST_PORT, Times};
 use crate::contender::Contender;
 use crate::lab::Lab;
 
-/// Sets a network up and takes it down again; `check` is called in between.
+/// Sets up a network and takes it down; `check` is called in between.
 pub(super) fn time(
     lab: &Lab,
     contender: &Contender,
@@ -26,7 +26,7 @@ pub(super) fn time(
     Ok(Times { ready, gone: call("teardown")? })
 }
 
-/// The file with what podman writes to its standard input.
+/// The name of the file with the standard input from podman.
 const INPUT: &str = "input.json";
 
 fn call(
@@ -42,13 +42,13 @@ fn call(
     let begin = Instant::now();
     let output = command.output()?;
     let elapsed = begin.elapsed();
-    let told = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.success(), "netavark {what}: {}: {}", output.status, told.trim());
+    let output_text = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success(), "netavark {what}: {}: {}", output.status, output_text.trim());
     Ok(elapsed)
 }
 
-/// A container on one network, with one published port and no names to resolve. Addresses are
-/// podman's to choose, not netavark's.
+/// A container on one network with one published port and without DNS. podman chooses the
+/// addresses, not netavark.
 fn input() -> String {
     let id = "0123456789abcdef".repeat(4);
     serde_json::json!({

@@ -1,4 +1,4 @@
-//! `tidegate up` with a Compose file whose services adopt namespaces.
+//! `tidegate up` with a Compose file that adopts namespaces.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use anyhow::{Result, ensure};
 use tempfile::TempDir;
 use tidegate_testbed::{Namespace, Process, Signal};
 
-use super::{CONTAINER_PORT, FIRST_PORT, Firewall, PATIENCE, Times};
+use super::{CONTAINER_PORT, FIRST_PORT, Firewall, TIMEOUT, Times};
 use crate::contender::Contender;
 use crate::lab::Lab;
 
-/// In the line that says that everything is up.
+/// Part of the line that tidegate prints when it is ready.
 const ANNOUNCEMENT: &str = "Ctrl-C takes all of it down";
 
-/// Brings `endpoints` up, spread over `networks`, and takes them down again; `check` is called in
+/// Brings up `endpoints`, distributed over `networks`, and takes them down; `check` is called in
 /// between.
 pub(super) fn time(
     lab: &Lab,
@@ -33,21 +33,21 @@ pub(super) fn time(
     check()?;
     let begin = Instant::now();
     up.process.signal(Signal::TERM);
-    // Its output ends with it, to the microsecond; waiting for a process would look once a
-    // millisecond.
-    let told = up.process.wait_for_output(PATIENCE);
+    // The end of its output marks the exit to the microsecond; polling the process would be
+    // accurate only to a millisecond.
+    let output = up.process.wait_for_output(TIMEOUT);
     let gone = begin.elapsed();
-    ensure!(up.process.wait(PATIENCE).success(), "tidegate up failed: {told}");
+    ensure!(up.process.wait(TIMEOUT).success(), "tidegate up failed: {output}");
     Ok(Times { ready, gone })
 }
 
-/// A project that is up, for as long as this lives.
+/// A running project, taken down on drop.
 pub(crate) struct Up {
     pub(crate) process: Process,
     pub(crate) directory: TempDir,
 }
 
-/// Brings `file` up.
+/// Brings up the project in `file`.
 pub(crate) fn up(lab: &Lab, contender: &Contender, file: &str, flags: &[&str]) -> Result<Up> {
     let directory = in_memory()?;
     let path = directory.path().join("compose.yaml");
@@ -55,23 +55,23 @@ pub(crate) fn up(lab: &Lab, contender: &Contender, file: &str, flags: &[&str]) -
     let mut command = contender.command(lab);
     command.arg("up").arg("-f").arg(path).args(flags);
     let process = Process::spawn(command.env("TIDEGATE_RUN_DIR", directory.path().join("run")));
-    process.wait_for_line(ANNOUNCEMENT, PATIENCE);
+    process.wait_for_line(ANNOUNCEMENT, TIMEOUT);
     Ok(Up { process, directory })
 }
 
-/// A directory in memory, as `/run` is on hosts: on a disk a thousand small files make a
-/// difference.
+/// A directory on a tmpfs, like `/run` on hosts: on a disk, a thousand small files would affect the
+/// result.
 fn in_memory() -> io::Result<TempDir> {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }
 }
 
-/// A service for each of `namespaces`, on one of `networks` in turn, with one published port.
+/// A service for each of `namespaces`, on `networks` in turn, with one published port each.
 fn compose(networks: u8, namespaces: &[PathBuf]) -> String {
     let mut text = String::from("name: bench\nnetworks:\n");
     for network in 0..networks {
         let subnet = 100 + network;
-        // Writing to a string succeeds.
+        // Writing to a String cannot fail.
         let _ = writeln!(
             text,
             "  n{network}: {{ ipam: {{ config: [ {{ subnet: 10.{subnet}.0.0/16 }} ] }} }}"
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn services_take_the_networks_in_turn_and_a_port_each() {
+    fn services_use_the_networks_in_turn_with_one_port_each() {
         let namespaces = ["/a", "/b", "/c"].map(PathBuf::from);
         let expected = "\
 name: bench
