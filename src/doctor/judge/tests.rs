@@ -337,7 +337,7 @@ fn services_on_all_addresses_are_listed_with_their_processes() {
 fn limits_apply_to_ordinary_users() {
     let mut host = ordinary();
     expect("low-ports", &host, Verdict::Limited, "below 1024");
-    expect("pipe-memory", &host, Verdict::Ok, "64 connections");
+    expect("pipe-memory", &host, Verdict::Ok, "64 concurrent connections");
     expect("receive-buffer", &host, Verdict::Limited, "sysctl -w net.core.rmem_max=4194304");
     expect("open-files", &host, Verdict::Ok, "soft 1024, hard 524288");
     host.limits = Limits {
@@ -349,7 +349,7 @@ fn limits_apply_to_ordinary_users() {
     expect("low-ports", &host, Verdict::Ok, "from 0");
     expect("pipe-memory", &host, Verdict::Limited, "fs.pipe-user-pages-soft");
     expect("receive-buffer", &host, Verdict::Ok, "4194304");
-    expect("open-files", &host, Verdict::Limited, "512 connections");
+    expect("open-files", &host, Verdict::Limited, "512 concurrent connections");
     // The first three do not apply to root.
     let root = Host { limits: host.limits, ..good() };
     for check in ["low-ports", "pipe-memory", "receive-buffer"] {
