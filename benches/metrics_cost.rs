@@ -58,12 +58,12 @@ impl<T: Tally> Line<T> {
     fn new() -> io::Result<Self> {
         let pair = || -> io::Result<(TcpStream, TcpStream)> {
             let listener = TcpListener::bind("127.0.0.1:0")?;
-            let there = TcpStream::connect(listener.local_addr()?)?;
-            let here = listener.accept()?.0;
-            here.set_nonblocking(true)?;
-            there.set_nodelay(true)?;
-            here.set_nodelay(true)?;
-            Ok((there, here))
+            let client = TcpStream::connect(listener.local_addr()?)?;
+            let server = listener.accept()?.0;
+            server.set_nonblocking(true)?;
+            client.set_nodelay(true)?;
+            server.set_nodelay(true)?;
+            Ok((client, server))
         };
         let ((client, at_client), (backend, at_backend)) = (pair()?, pair()?);
         let carrier = Carrier::new(OwnedFd::from(at_client), OwnedFd::from(at_backend));

@@ -51,12 +51,12 @@ struct Entry {
 /// The ports in the output of `--json`.
 #[track_caller]
 fn published(process: &Process) -> Vec<Entry> {
-    let told: serde_json::Value =
+    let printed: serde_json::Value =
         serde_json::from_str(&process.wait_for_line("{", TIMEOUT)).unwrap();
     let text = |entry: &serde_json::Value, key: &str| entry[key].as_str().unwrap().to_owned();
     let number =
         |entry: &serde_json::Value, key: &str| u16::try_from(entry[key].as_u64().unwrap()).unwrap();
-    let entries = told["published"].as_array().unwrap().iter();
+    let entries = printed["published"].as_array().unwrap().iter();
     entries
         .map(|entry| Entry {
             publish: text(entry, "publish"),

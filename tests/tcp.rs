@@ -70,8 +70,8 @@ impl Bed {
 
     /// A bed that copies and one that splices at any read size, for each of `amounts`.
     fn each<const N: usize>(amounts: [u64; N]) -> impl Iterator<Item = (Self, u64)> {
-        let ways = ["--splice-from 1000000000", "--splice-from 0"];
-        ways.into_iter().flat_map(move |way| amounts.map(|moved| (Self::new(way), moved)))
+        let options = ["--splice-from 1000000000", "--splice-from 0"];
+        options.into_iter().flat_map(move |option| amounts.map(|moved| (Self::new(option), moved)))
     }
 
     /// A connection: the end of the client and that of the server.
@@ -172,7 +172,7 @@ fn heal(host: &Namespace) {
 
 /// The server accepts, sends "too busy" and ends the connection with `end`, before the proxy learns
 /// that its connect succeeded. Returns what the client receives, as it would without a proxy.
-fn answered_before_the_proxy_looks(
+fn answered_before_the_proxy_reads(
     end: impl FnOnce(TcpStream),
 ) -> (Vec<u8>, Option<io::ErrorKind>) {
     let net = Topology::three();

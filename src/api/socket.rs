@@ -192,8 +192,8 @@ fn listen_at(address: &SocketAddrUnix) -> io::Result<UnixListener> {
 }
 
 fn inode(path: &Path) -> io::Result<Inode> {
-    let there = fs::symlink_metadata(path)?;
-    Ok((there.dev(), there.ino()))
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// One line about a failed connect, with the remedy.

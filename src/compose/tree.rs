@@ -86,9 +86,9 @@ pub(super) fn read(text: &str) -> Result<Option<Node>, Fault> {
             Ok((event, span)) => builder.event(event, place(span.start))?,
             Err(error) => {
                 let site = Site { place: place(*error.marker()), ..builder.site(Place::START) };
-                let said: String =
+                let message: String =
                     error.info().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-                return Err(site.fault(format!("invalid YAML: {said}")));
+                return Err(site.fault(format!("invalid YAML: {message}")));
             }
         }
     }

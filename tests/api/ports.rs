@@ -133,7 +133,7 @@ fn a_closed_port_resets_only_its_own_connections() {
 }
 
 #[test]
-fn an_ephemeral_port_is_told_and_numbers_are_not_given_twice() {
+fn an_ephemeral_port_is_reported_and_ids_are_not_reused() {
     let (scene, container) = (Scene::new(), Namespace::new());
     let _up = adopted(&scene, &container);
     let _peer = PeerServer::tcp(&container, "10.77.1.2:80".parse().unwrap());

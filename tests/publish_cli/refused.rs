@@ -196,7 +196,8 @@ fn a_low_port_without_permission_is_reported_with_remedies_that_work() {
     let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let program = Unprivileged::new();
     for port in ["80:80", "127.0.0.1:80:80", "80:80/udp"] {
-        let stderr = fails(program.command(&net.host, &format!("publish {port} --to 172.30.0.2")), 1);
+        let stderr =
+            fails(program.command(&net.host, &format!("publish {port} --to 172.30.0.2")), 1);
         assert_one_line(&stderr);
         assert!(stderr.contains("port 80/") && stderr.contains("permission denied"), "{stderr}");
         assert!(stderr.contains("net.ipv4.ip_unprivileged_port_start"), "{stderr}");

@@ -96,8 +96,8 @@ echo "left: $left"
 "#;
     let mut podman = run(&scene, script);
     let status = podman.wait(TIMEOUT);
-    let said = podman.wait_for_output(SOON);
-    assert!(status.success(), "{said}");
+    let output = podman.wait_for_output(SOON);
+    assert!(status.success(), "{output}");
     for words in [
         "inet 10.0.2.100/24",
         "mtu 65520",
@@ -108,9 +108,9 @@ echo "left: $left"
         "mtu 1400",
         "left: 0",
     ] {
-        assert!(said.contains(words), "{words}: {said}");
+        assert!(output.contains(words), "{words}: {output}");
     }
-    assert_eq!(said.matches("\n203.0.113.1:").count(), 2, "{said}");
+    assert_eq!(output.matches("\n203.0.113.1:").count(), 2, "{output}");
 }
 
 #[test]

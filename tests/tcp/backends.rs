@@ -108,12 +108,12 @@ fn a_client_that_half_closes_while_the_backend_is_dialled_is_served() {
 
 #[test]
 fn a_response_and_reset_before_the_proxy_reads_are_delivered() {
-    let (bytes, error) = answered_before_the_proxy_looks(reset);
+    let (bytes, error) = answered_before_the_proxy_reads(reset);
     assert_eq!((bytes.as_slice(), error), (&b"too busy"[..], Some(io::ErrorKind::ConnectionReset)));
 }
 
 #[test]
 fn a_response_and_close_before_the_proxy_reads_are_delivered() {
-    let (bytes, error) = answered_before_the_proxy_looks(drop);
+    let (bytes, error) = answered_before_the_proxy_reads(drop);
     assert_eq!((bytes.as_slice(), error), (&b"too busy"[..], None));
 }

@@ -1,4 +1,4 @@
-//! A terminal: that of tmux, whose server is a child of the test.
+//! A terminal in tmux, whose server is a child process of the test.
 
 use rustix::process::Pid;
 use std::fs;
@@ -9,21 +9,21 @@ use tidegate_testbed::{Process, Signal, eventually};
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// One window of a tmux of its own, which ends with it.
+/// A window in its own tmux server, which ends with it.
 pub(crate) struct Terminal {
     socket: PathBuf,
-    /// In the foreground, so that it goes when the test is killed.
+    /// Runs in the foreground, so that it ends when the test is killed.
     _server: Process,
 }
 
 impl Terminal {
-    /// Of that size; its socket is in `directory`.
+    /// A terminal of the given size, with the tmux socket in `directory`.
     #[track_caller]
     pub(crate) fn new(directory: &Path, columns: u16, lines: u16) -> Self {
         let socket = directory.join("tmux.sock");
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "tmux", "-D", "-f", "/dev/null", "-S"]).arg(&socket);
-        // A program's colours and shapes are not what is looked at.
+        // The tests ignore colours and attributes.
         command.env("TERM", "xterm").env("LC_ALL", "C.UTF-8").env_remove("TMUX");
         let server = Process::spawn(&mut command);
         assert!(eventually(SOON, || socket.exists()), "tmux: {}", server.output());
@@ -38,26 +38,26 @@ impl Terminal {
         terminal
     }
 
-    /// Runs `command` in it, and tells afterwards how it has ended and how the terminal is.
+    /// Runs `command`, then prints its exit code and the modes of the terminal.
     #[track_caller]
     pub(crate) fn run(&self, command: &str) {
         let modes = "stty -a | grep -ow -e '-*icanon' -e '-*echo' | sort | tr '\\n' ' '";
         self.shell(&format!("{command}; code=$?; echo ENDED $code $({modes}); sleep 600"));
     }
 
-    /// Has the shell run `script`.
+    /// Runs `script` in the shell of the window.
     #[track_caller]
     pub(crate) fn shell(&self, script: &str) {
         self.tmux(&["respawn-window", "-k", script]);
     }
 
-    /// What is on it, line by line.
+    /// The text on the screen.
     #[track_caller]
     pub(crate) fn screen(&self) -> String {
         self.tmux(&["capture-pane", "-p"])
     }
 
-    /// Waits until `wanted` holds for what is on it.
+    /// Waits until `wanted` holds for the screen.
     #[track_caller]
     pub(crate) fn wait_for(&self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
         let mut screen = String::new();
@@ -66,11 +66,11 @@ impl Terminal {
             screen = self.screen();
             wanted(&screen)
         });
-        assert!(held, "waited in vain for {what}:\n{screen}");
+        assert!(held, "not within {SOON:?}: {what}\n{screen}");
         screen
     }
 
-    /// Presses keys, by tmux's names.
+    /// Presses keys, with their tmux names.
     #[track_caller]
     pub(crate) fn keys(&self, keys: &[&str]) {
         for key in keys {
@@ -84,14 +84,13 @@ impl Terminal {
         self.tmux(&["resize-window", "-x", &columns.to_string(), "-y", &lines.to_string()]);
     }
 
-    /// Sends `signal` to the command that [`run`](Self::run) has started and that has `word` among
-    /// its arguments.
+    /// Sends `signal` to the command of [`run`](Self::run) that has the argument `word`.
     #[track_caller]
     pub(crate) fn signal(&self, word: &str, signal: Signal) {
         rustix::process::kill_process(self.pid(word), signal).unwrap();
     }
 
-    /// The process of that command.
+    /// The process with the argument `word`.
     #[track_caller]
     pub(crate) fn pid(&self, word: &str) -> Pid {
         let shell = self.tmux(&["display-message", "-p", "#{pane_pid}"]);
@@ -116,8 +115,8 @@ impl Terminal {
             .env_remove("TMUX")
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "tmux {arguments:?}: {said}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "tmux {arguments:?}: {stderr}");
         String::from_utf8(output.stdout).unwrap()
     }
 }

@@ -266,11 +266,11 @@ fn inherited(option: &'static str, number: RawFd) -> Result<OwnedFd, RunError> {
 /// A socket that receives SIGTERM and SIGINT. They must not kill: peers have to see resets, not a
 /// truncated transfer that looks complete.
 fn signals() -> io::Result<UnixStream> {
-    let (here, there) = UnixStream::pair()?;
+    let (receiver, sender) = UnixStream::pair()?;
     for signal in [SIGTERM, SIGINT] {
-        signal_hook::low_level::pipe::register(signal, there.try_clone()?)?;
+        signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
     }
-    Ok(here)
+    Ok(receiver)
 }
 
 /// The source addresses of outbound flows.

@@ -26,7 +26,7 @@ use tidegate_netsetup::{IptablesState, Kernel, Observed};
 
 /// Probes this host.
 pub(super) fn host() -> Host {
-    let surroundings = surroundings().map_err(|error| said(&error));
+    let surroundings = surroundings().map_err(|error| text_of(&error));
     Host {
         release: rustix::system::uname().release().to_string_lossy().into_owned(),
         capabilities: capabilities(),
@@ -57,7 +57,7 @@ pub(super) fn host() -> Host {
     }
 }
 
-fn said(error: &dyn Display) -> String {
+fn text_of(error: &dyn Display) -> String {
     without_numbers(&error.to_string())
 }
 
@@ -87,7 +87,7 @@ fn setting(name: &str) -> Found<Option<u64>> {
         {
             Ok(None)
         }
-        Err(error) => Err(format!("{path}: {}", said(&error))),
+        Err(error) => Err(format!("{path}: {}", text_of(&error))),
     }
 }
 
@@ -96,8 +96,8 @@ fn iptables() -> Found<[Option<IptablesState>; 2]> {
         return Err("only root may list rules".to_owned());
     }
     let here = Namespace::current()
-        .map_err(|error| format!("/proc/thread-self/ns/net: {}", said(&error)))?;
-    IptablesState::of(&here).map_err(|error| said(&error))
+        .map_err(|error| format!("/proc/thread-self/ns/net: {}", text_of(&error)))?;
+    IptablesState::of(&here).map_err(|error| text_of(&error))
 }
 
 /// Empty if the query is not permitted, or without iptables.
@@ -121,7 +121,7 @@ fn surroundings() -> io::Result<Observed> {
 fn services() -> Found<Vec<Service>> {
     let mut open = Vec::new();
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        let bound = port_holders::bound(protocol).map_err(|error| said(&error))?;
+        let bound = port_holders::bound(protocol).map_err(|error| text_of(&error))?;
         open.extend(
             bound
                 .into_iter()

@@ -56,7 +56,7 @@ pub(super) fn run(kind: Kind) -> Found<Trial> {
     command.args([TRIAL, kind.word()]).env_clear().stdin(Stdio::null()).stderr(Stdio::null());
     command.envs(std::env::vars_os().filter(|(name, _)| name == LACKS));
     let output =
-        command.output().map_err(|error| format!("/proc/self/exe: {}", super::said(&error)))?;
+        command.output().map_err(|error| format!("/proc/self/exe: {}", super::text_of(&error)))?;
     serde_json::from_slice(&output.stdout)
         .map_err(|_| format!("the trial process ended early ({})", output.status))
 }

@@ -3,7 +3,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use super::*;
 
 #[test]
-fn what_dockerd_sends_is_understood() {
+fn the_command_line_of_dockerd_is_parsed() {
     let options = run(
         "-proto tcp -host-ip 0.0.0.0 -host-port 8080 -container-ip 172.17.0.2 -container-port 80",
     );
@@ -30,7 +30,7 @@ fn an_ipv6_address_has_no_brackets() {
 }
 
 #[test]
-fn a_mapped_address_is_ipv4_as_it_is_to_go() {
+fn an_ipv4_mapped_address_becomes_ipv4() {
     assert_eq!(
         run_with("-host-ip ::ffff:192.0.2.1").listen,
         Listen::Bind(socket("192.0.2.1:8080"))
@@ -46,7 +46,7 @@ fn protocol_and_addresses_have_defaults() {
 }
 
 #[test]
-fn every_protocol_is_accepted_and_no_other_word() {
+fn only_known_protocols_are_accepted() {
     for protocol in Protocol::ALL {
         assert_eq!(run_with(&format!("-proto {protocol}")).protocol, protocol);
     }
@@ -62,7 +62,7 @@ mod grammar {
     use super::*;
 
     #[test]
-    fn one_dash_or_two_and_value_apart_or_behind_an_equals_sign() {
+    fn one_or_two_dashes_and_separate_or_attached_values_are_accepted() {
         for args in ["-host-port 9000", "--host-port 9000", "-host-port=9000", "--host-port=9000"] {
             assert_eq!(run_with(args).listen, Listen::Bind(socket("0.0.0.0:9000")), "{args}");
         }
@@ -79,7 +79,7 @@ mod grammar {
     }
 
     #[test]
-    fn a_value_may_look_like_a_flag() {
+    fn a_value_can_look_like_a_flag() {
         assert_eq!(
             error("-container-port 1 -host-port -1"),
             r#"invalid value "-1" for flag -host-port: not a port between 1 and 65535"#
@@ -95,7 +95,7 @@ mod grammar {
     }
 
     #[test]
-    fn a_value_is_everything_behind_the_first_equals_sign() {
+    fn a_value_is_everything_after_the_first_equals_sign() {
         assert_eq!(
             error("-host-port=a=b"),
             r#"invalid value "a=b" for flag -host-port: parse error"#
@@ -124,7 +124,7 @@ mod grammar {
     }
 
     #[test]
-    fn anything_that_is_no_flag_is_refused() {
+    fn positional_arguments_are_rejected() {
         for arg in ["extra", "-"] {
             let expected = format!("unexpected argument {arg:?}: docker-proxy takes only flags");
             assert_eq!(error(&format!("-host-port 1 {arg} -container-port 1")), expected);
@@ -148,7 +148,7 @@ mod grammar {
     }
 
     #[test]
-    fn switches_take_gos_words_for_true_and_false() {
+    fn switches_accept_the_booleans_of_go() {
         for word in ["1", "t", "T", "true", "TRUE", "True"] {
             assert_eq!(parse([format!("-v={word}")]), Ok(Invocation::Version), "{word}");
         }
@@ -163,7 +163,7 @@ mod grammar {
     }
 
     #[test]
-    fn bytes_that_are_not_utf8_are_refused() {
+    fn bytes_that_are_not_utf8_are_rejected() {
         let bytes = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
         assert!(matches!(parse([bytes(b"-\xff")]), Err(FlagError::Unknown(_))));
         assert!(matches!(parse([bytes(b"-host-port=\xff")]), Err(FlagError::InvalidValue { .. })));
@@ -182,12 +182,12 @@ mod help_and_version {
     }
 
     #[test]
-    fn what_is_malformed_is_reported_before_the_version() {
+    fn malformed_flags_are_reported_before_the_version() {
         assert_eq!(error("-v -x"), "flag provided but not defined: -x");
     }
 
     #[test]
-    fn help_is_answered_where_it_stands() {
+    fn help_takes_effect_at_its_position() {
         for args in ["-h", "--h", "-help", "--help", "-h=1", "-v -h", "-h -x"] {
             assert_eq!(parse(args.split(' ')), Ok(Invocation::Help), "{args}");
         }
@@ -195,7 +195,7 @@ mod help_and_version {
     }
 
     #[test]
-    fn usage_is_laid_out_as_gos() {
+    fn usage_has_the_layout_of_go() {
         assert_eq!(
             usage(),
             "Usage of docker-proxy:
@@ -251,7 +251,7 @@ mod ports {
     }
 
     #[test]
-    fn what_is_no_integer_is_gos_error() {
+    fn invalid_integers_have_the_errors_of_go() {
         assert_eq!(
             error("-host-port abc"),
             r#"invalid value "abc" for flag -host-port: parse error"#
@@ -275,7 +275,7 @@ mod ports {
     }
 
     #[test]
-    fn an_inherited_socket_excuses_nothing_else() {
+    fn an_inherited_socket_needs_all_other_flags() {
         assert_eq!(
             error("-use-listen-fd"),
             "flag -container-port is required: a port between 1 and 65535"
@@ -291,7 +291,7 @@ mod integers {
     use super::*;
 
     #[test]
-    fn every_base_of_go_is_read() {
+    fn all_bases_of_go_are_parsed() {
         for (text, value) in [
             ("8080", 8080),
             ("+8080", 8080),
@@ -319,7 +319,7 @@ mod integers {
     }
 
     #[test]
-    fn what_go_refuses_is_refused() {
+    fn integers_that_go_rejects_are_rejected() {
         for text in [
             "", "+", "-", "+-1", "--1", " 1", "1 ", "08", "0x", "0o", "0b", "0b2", "0o8", "0xg",
             "1f", "_1", "-_1", "1_", "1__0", "_", "0_", "0x_", "0x__1", "0x1_", "1.0", "1e3", "٨",
@@ -329,7 +329,7 @@ mod integers {
     }
 
     #[test]
-    fn what_does_not_fit_is_out_of_range() {
+    fn large_integers_are_out_of_range() {
         for text in [
             "9223372036854775808",
             "-9223372036854775809",
@@ -350,7 +350,7 @@ fn run(args: &str) -> Options {
     }
 }
 
-/// The same behind a complete set of flags, so that only what is under test has to be written.
+/// Like [`run`], with the required flags added.
 fn run_with(args: &str) -> Options {
     run(&format!("-host-port 8080 -container-port 80 {args}"))
 }
