@@ -1,11 +1,10 @@
 //! The API of `tidegate up`: HTTP and JSON on a Unix socket.
 //!
 //! ```text
-//! client ─► socket (0600) ─► server: one request per connection, bounded ─► routes ─► view ─►
-//! publisher, service states
-//!                                                                             │
-//!                                                       networks: an order to the task that
-//!                                                       changes them
+//! client ─► socket (0600) ─► server: one request per connection, bounded ─► routes ─► view
+//!                                                                                       │
+//!                                   publisher, service states ◄─────────────────────────┤
+//!                                   networks: an order to the task that changes them ◄──┘
 //! ```
 //!
 //! Handlers answer queries from the state of the running project; the publisher adds and removes
