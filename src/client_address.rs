@@ -2,13 +2,10 @@
 //!
 //! | | TCP | UDP |
 //! |---|---|---|
-//! | [`Source::Proxy`], without the namespace of the container | an address of the host, chosen by
-//! the route | the same |
+//! | [`Source::Proxy`], without the namespace of the container | an address of the host, chosen by the route | the same |
 //! | [`Source::Proxy`], with the namespace of the container | the gateway | the gateway |
-//! | [`Source::Client`], without the namespace of the container | the client: transparent socket,
-//! policy rule for replies | the same |
-//! | [`Source::Client`], with the namespace of the container | the client: short path | the client:
-//! socket inside, policy rule for replies |
+//! | [`Source::Client`], without the namespace of the container | the client: transparent socket, policy rule for replies | the same |
+//! | [`Source::Client`], with the namespace of the container | the client: short path | the client: socket inside, policy rule for replies |
 //!
 //! The short path: the socket is created inside the namespace of the container, bound to the
 //! address of the client (`IP_TRANSPARENT`) and marked. Replies of the container inherit the mark

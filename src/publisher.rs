@@ -33,7 +33,7 @@ use tidegate_proxy::{
 };
 
 /// The most listening sockets: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses.
-/// The API returns them in one response.
+/// More is a configuration error, and the API returns the list in one response.
 pub(crate) const MAX_PORTS: usize = 4 * 65_535;
 
 /// The descriptors of an upstream into a namespace: two for its address book, one for its policy

@@ -2,8 +2,7 @@
 //! socat, and its networks with those of netavark.
 //!
 //! ```text
-//! cargo bench --bench compare                                  everything: about 15 minutes, as
-//! root
+//! cargo bench --bench compare                                  everything: about 15 min, as root
 //! cargo bench --bench compare -- --quick                       one short round of each cell
 //! cargo bench --bench compare -- --only tcp.1,udp --rounds 3   some of the cells
 //! cargo bench --bench compare -- --out benches/results         with JSON, SVG and Markdown

@@ -5,8 +5,7 @@
 //! | `$$` | a dollar sign |
 //! | `$NAME`, `${NAME}` | the variable; an empty string and a warning if it is not set |
 //! | `${NAME:-WORD}`, `${NAME-WORD}` | the variable, or WORD if it is not set (`:`: or empty) |
-//! | `${NAME:+WORD}`, `${NAME+WORD}` | WORD if the variable is set (`:`: and not empty), otherwise
-//! an empty string |
+//! | `${NAME:+WORD}`, `${NAME+WORD}` | WORD if the variable is set (`:`: and not empty), otherwise an empty string |
 //! | `${NAME:?WORD}`, `${NAME?WORD}` | the variable, or an error with the message WORD |
 //!
 //! WORD may contain variables itself, nested up to [`MAX_NESTING`] levels. It ends at the first `}`
@@ -16,7 +15,7 @@
 use super::tree::MAX_TEXT;
 use std::collections::BTreeSet;
 
-/// The most levels that variables may be nested in each other's words.
+/// The maximum nesting depth of variables in words.
 pub(super) const MAX_NESTING: usize = 16;
 
 /// Why a value cannot be interpolated.

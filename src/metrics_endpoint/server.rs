@@ -1,8 +1,8 @@
 //! The metrics listener. One thread accepts clients and reads their requests; each page is sent by
 //! a thread of its own.
 //!
-//! [`Clients`] decides which client is evicted at a limit. Clients on this host are told apart by
-//! user, because they all have the same address; other clients are told apart by address.
+//! [`Clients`] decides which client is evicted at a limit. Clients on this host are distinguished
+//! by user, because they all have the same address; other clients are distinguished by address.
 
 use super::clients::{Begin, Clients, Holder, Id};
 use super::http::{self, MAX_REQUEST, Request};

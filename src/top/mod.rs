@@ -1,10 +1,8 @@
 //! `tidegate top`: live rates of the networks, as an interactive view or as one plain frame.
 //!
 //! ```text
-//! API ─► Figures ─► Rates: the difference of two ─► Sheets: tables of cells ─┬─► view: a terminal,
-//! with keys
-//!                                                                           └─► plain: text,
-//!                                                                           printed once
+//! API ─► Figures ─► Rates: the difference of two ─► Sheets: tables of cells ─┬─► view: interactive
+//!                                                                           └─► plain: one frame
 //! ```
 //!
 //! Everything is pure except [`screen`], which owns the terminal, the keys and the clock.

@@ -6,13 +6,10 @@
 //! the container leave through ordinary sockets of this process ([`tidegate_nat`]).
 //!
 //! ```text
-//!  caller's user namespace          this process                                   container's
-//!  namespaces
-//!  ───────────────────────          ────────────
-//!  ──────────────────────
+//!  caller's user namespace          this process                                   the container's
+//!  ───────────────────────          ────────────                                   ───────────────
 //!                                   options, descriptors, API socket
-//!                                   fork ──────────── joins ──────────────────────► creates the
-//!                                   device
+//!                                   fork ──────────── joins ──────────────────────► makes device
 //!                                        ◄─────────── its descriptor ─────────────┘
 //!                                   fork: reads resolv.conf from now on ─┐
 //!                                   own namespaces                       │

@@ -23,9 +23,9 @@ pub(super) struct ForkedProcess {
 }
 
 impl ForkedProcess {
-    /// Runs `work` in a forked process, which ends after it or with this process. `closed` are
-    /// descriptors whose close the caller of this program waits for; the forked process closes them
-    /// at once.
+    /// Runs `work` in a forked process, which ends after it or with this process. The forked
+    /// process closes the descriptors `closed`, because the caller of this program waits for their
+    /// last copy to be closed.
     ///
     /// Must be called while this process has a single thread. Another thread might hold a lock,
     /// which would stay locked in the forked process.
