@@ -44,8 +44,7 @@ impl Scenario for Stalled {
     ) -> Result<Vec<Option<f64>>> {
         let _server = StalledServer::tcp(&lab.net.container, Service::TCP.backend());
         let _running = contender.start(lab, Service::TCP)?;
-        let pushed =
-            lab.net.client.run(|| client::push(Service::TCP.published(), QUIET, LIMIT))?;
+        let pushed = lab.net.client.run(|| client::push(Service::TCP.published(), QUIET, LIMIT))?;
         Ok(vec![Some(pushed as f64 / 1e6)])
     }
 }
