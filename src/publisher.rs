@@ -33,7 +33,8 @@ use tidegate_proxy::{
 };
 
 /// The most listening sockets: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses.
-/// More is a configuration error, and the API returns the list in one response.
+/// A higher number is a configuration error. The API returns the whole list in one response, so the
+/// list must be bounded.
 pub(crate) const MAX_PORTS: usize = 4 * 65_535;
 
 /// The descriptors of an upstream into a namespace: two for its address book, one for its policy

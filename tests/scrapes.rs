@@ -285,7 +285,7 @@ fn ports_without_their_own_series_are_summed_up_and_sums_stay_correct() {
     assert_eq!(begun, [2; 7]);
 
     // Two ports of the sum and one with its own series are removed. The sum keeps its counts, and
-    // the next port gets its own series.
+    // the next port has its own series.
     for id in [ids[0], ids[4], ids[5]] {
         assert_eq!(ask::ask(&socket, "DELETE", &format!("/v1/ports/{id}"), "").0, 204);
     }

@@ -322,7 +322,7 @@ fn unread(stream: &TcpStream) -> u64 {
 }
 
 /// Runs `scene` over the path of the kernel and through the published port, and compares the
-/// results. The scene gets a function that stops the proxy (true) and continues it.
+/// results. The scene receives a function that stops the proxy (true) and continues it.
 fn same_as_without_a_proxy<T: PartialEq + std::fmt::Debug>(
     bed: &Bed,
     moved: u64,

@@ -109,8 +109,8 @@ pub(super) struct Publish {
     json: bool,
 }
 
-/// Rejects a port that forwards to itself. Such a port would connect to itself until it reaches its
-/// limits.
+/// Rejects a port that forwards to itself. Such a port would connect to itself until the process
+/// reaches its limits.
 fn refuse_loops<'a>(
     container: IpAddr,
     mut listeners: impl Iterator<Item = &'a (Listener, u16)>,

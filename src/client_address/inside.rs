@@ -162,9 +162,9 @@ impl NamespaceUpstream {
         Some(SocketAddr::new(client.ip(), client.port()))
     }
 
-    /// Connects from inside the namespace, from `source`. TCP sockets are marked. A missing source
-    /// or port is chosen.
-    fn inside(
+    /// Connects from `source` inside the namespace. TCP sockets are marked. A missing source
+    /// address or port is chosen automatically.
+    fn connect_inside(
         &self,
         flow: &Flow,
         source: Option<SocketAddr>,
@@ -194,7 +194,7 @@ impl NamespaceUpstream {
         let to = SocketAddr::new(container.address, flow.container_port);
         let socket = match (flow.protocol, container.gateway) {
             (Protocol::Tcp, Some(gateway)) => {
-                self.inside(flow, Some(SocketAddr::new(gateway, 0)), to)?
+                self.connect_inside(flow, Some(SocketAddr::new(gateway, 0)), to)?
             }
             // From the namespace of the event loops, the route selects the gateway address as the
             // source, and replies are routed back.
@@ -203,9 +203,9 @@ impl NamespaceUpstream {
                 begin_connect(&socket, to)?;
                 socket
             }
-            // A namespace without a gateway, or not connected: the source is one of its own
-            // addresses.
-            _ => self.inside(flow, None, to)?,
+            // TCP without a gateway, or UDP to a namespace that is not connected: the source is an
+            // address of the namespace.
+            _ => self.connect_inside(flow, None, to)?,
         };
         Ok(socket.into())
     }
@@ -231,7 +231,7 @@ impl NamespaceUpstream {
             }
             _ => None,
         };
-        Ok(Opened { socket: self.inside(flow, Some(client), to)?, lease })
+        Ok(Opened { socket: self.connect_inside(flow, Some(client), to)?, lease })
     }
 }
 
@@ -250,7 +250,7 @@ impl Upstream for NamespaceUpstream {
 
     fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
         // Only sockets of the current namespace can be checked. With `show_client`, a socket may
-        // belong to either.
+        // belong to the namespace of the container.
         let all_ours =
             !self.show_client && self.containers.iter().all(|container| container.connected);
         all_ours && has_lost_its_address(socket)

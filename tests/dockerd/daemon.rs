@@ -36,7 +36,7 @@ pub(crate) struct Container {
 }
 
 impl<'a> Daemon<'a> {
-    /// Starts dockerd with `options` in addition to those that confine it to the machine, and waits
+    /// Starts dockerd with `options` and the options that confine it to the machine, and waits
     /// until it responds.
     #[track_caller]
     pub(crate) fn start(machine: &'a Machine, options: &[&str]) -> Self {

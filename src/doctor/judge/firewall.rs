@@ -1,7 +1,7 @@
-//! Firewalls: what is available, and which one `tidegate up` chooses.
+//! The available firewalls, and the one that `tidegate up` chooses.
 
+use super::environment::shortened;
 use super::namespaces::inside;
-use super::surroundings::shortened;
 use crate::doctor::host::Host;
 use crate::doctor::report::Row;
 use crate::firewall::preference;

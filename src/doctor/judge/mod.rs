@@ -1,10 +1,10 @@
 //! Verdicts: pure functions from the facts about a host to rows of the report.
 
+mod environment;
 mod features;
 mod firewall;
 mod limits;
 mod namespaces;
-mod surroundings;
 #[cfg(test)]
 mod tests;
 
@@ -23,16 +23,16 @@ pub(super) fn all(host: &Host) -> Vec<Row> {
         features::tcp_peek_offset(host),
         features::udp_offload(host),
         features::ipv6(host),
-        surroundings::ip_forward(host),
-        surroundings::ipv6_force_forwarding(host),
-        surroundings::policy_rules(host),
+        environment::ip_forward(host),
+        environment::ipv6_force_forwarding(host),
+        environment::policy_rules(host),
         firewall::nftables(host),
         firewall::gates(host),
         namespaces::port_guards(host),
         firewall::iptables(host),
         firewall::choice(host),
-        surroundings::address_pools(host),
-        surroundings::host_services(host),
+        environment::address_pools(host),
+        environment::host_services(host),
         limits::low_ports(host),
         limits::open_files(host),
         limits::pipe_memory(host),

@@ -26,7 +26,7 @@ use tidegate_netsetup::{IptablesState, Kernel, Observed};
 
 /// Probes this host.
 pub(super) fn host() -> Host {
-    let surroundings = surroundings().map_err(|error| text_of(&error));
+    let environment = environment().map_err(|error| text_of(&error));
     Host {
         release: rustix::system::uname().release().to_string_lossy().into_owned(),
         capabilities: capabilities(),
@@ -49,8 +49,8 @@ pub(super) fn host() -> Host {
         iptables: iptables(),
         iptables_installed: IptablesState::is_installed(),
         mark_setters: mark_setters(),
-        routes: surroundings.clone().map(|observed| observed.routes),
-        first_rule: surroundings.map(|observed| observed.first_rule_of_others),
+        routes: environment.clone().map(|observed| observed.routes),
+        first_rule: environment.map(|observed| observed.first_rule_of_others),
         services: services(),
         limits: limits(),
         run_directory: run_place(),
@@ -107,7 +107,7 @@ fn mark_setters() -> Vec<String> {
     setters().unwrap_or_default()
 }
 
-fn surroundings() -> io::Result<Observed> {
+fn environment() -> io::Result<Observed> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let here = Namespace::current();
