@@ -43,7 +43,7 @@ fn without_iptables_every_path_to_a_published_port_uses_the_proxy() {
     let neighbour = daemon.run("neighbour", &[], &["tcp:1"]);
     let stranger = daemon.stranger();
     let (host, outside) = (host(&machine), outside(&machine));
-    let ways: [(&Place, IpAddr); 13] = [
+    let paths: [(&Place, IpAddr); 13] = [
         (&host, Ipv4Addr::LOCALHOST.into()),
         (&host, Ipv6Addr::LOCALHOST.into()),
         (&host, addr::HOST_V4.into()),
@@ -60,7 +60,7 @@ fn without_iptables_every_path_to_a_published_port_uses_the_proxy() {
         (&stranger.place, addr::HOST_V4.into()),
         (&server.place, OTHER_GATEWAY.into()),
     ];
-    for (from, to) in ways {
+    for (from, to) in paths {
         for protocol in [Tcp, Udp] {
             assert_eq!(from.asks(protocol, (to, 8080)), GATEWAY, "{from} to {to} ({protocol:?})");
         }
@@ -256,7 +256,7 @@ fn a_stopped_container_closes_its_ports_at_once() {
     let (host, outside) = (host(&machine), outside(&machine));
     let other = daemon.run("other", &["-p", "9000:80"], &["tcp:80"]);
     let publish = ["-p", "8080:80", "-p", "8080:80/udp"];
-    let ways_to_stop: [&[&str]; 4] = [
+    let stop_commands: [&[&str]; 4] = [
         &["stop", "server"],
         &["kill", "server"],
         &["restart", "server"],
@@ -264,19 +264,19 @@ fn a_stopped_container_closes_its_ports_at_once() {
     ];
     daemon.run("server", &publish, &["tcp:80", "udp:80"]);
     let mut kept = host.connects((Ipv4Addr::LOCALHOST, 9000));
-    for way in ways_to_stop {
+    for command in stop_commands {
         let mut live: Vec<_> = (0..50).map(|_| outside.connects((addr::HOST_V4, 8080))).collect();
         outside.asks(Udp, (addr::HOST_V4, 8080));
         let begun = Instant::now();
-        daemon.docker(way);
+        daemon.docker(command);
         let took = begun.elapsed();
-        println!("docker {}: {took:?}", way.join(" "));
-        assert!(took < Duration::from_secs(5), "docker {} took {took:?}", way.join(" "));
+        println!("docker {}: {took:?}", command.join(" "));
+        assert!(took < Duration::from_secs(5), "docker {} took {took:?}", command.join(" "));
         for stream in &mut live {
             // An end or a reset, depending on whether the server or the proxy closes first.
             let _ = stream.read(&mut [0]).map(|read| assert_eq!(read, 0));
         }
-        if way[0] == "restart" {
+        if command[0] == "restart" {
             daemon.container("server");
             outside.asks(Tcp, (addr::HOST_V4, 8080));
             outside.asks(Udp, (addr::HOST_V6, 8080));
@@ -290,7 +290,7 @@ fn a_stopped_container_closes_its_ports_at_once() {
         assert_eq!(machine.net.host.bound_ports(Tcp), [9000].into());
         assert!(machine.net.host.bound_ports(Udp).is_empty());
         assert_eq!(machine.proxies().len(), 2, "the proxies of the other container");
-        if way[0] != "rm" {
+        if command[0] != "rm" {
             daemon.docker(&["start", "server"]);
             daemon.container("server");
         }

@@ -114,7 +114,7 @@ fn stored_exactly(server: &Prometheus, traffic: &Traffic) {
 
 /// Each panel and each variable, with all values selected and with "All".
 fn panels_have_data(server: &Prometheus) {
-    let mut complaints = Vec::new();
+    let mut failures = Vec::new();
     for dashboard in dashboards::all() {
         let ticked: Vec<Variable> =
             dashboard.variables.iter().map(|variable| variable.ticked(server)).collect();
@@ -128,7 +128,7 @@ fn panels_have_data(server: &Prometheus) {
                         server.query_range(&expression)
                     };
                     let excused = WITHOUT_DATA.iter().any(|(title, _)| *title == panel.title);
-                    let what = match &answer {
+                    let result = match &answer {
                         Answer::Error(error) => error.as_str(),
                         Answer::Vector(_) if !target.instant => "a vector, not a matrix",
                         Answer::Matrix(_) if target.instant => "a matrix, not a vector",
@@ -141,15 +141,15 @@ fn panels_have_data(server: &Prometheus) {
                         }
                         _ => continue,
                     };
-                    complaints.push(format!(
-                        "{}: {} ({how}): {what}\n  {expression}",
+                    failures.push(format!(
+                        "{}: {} ({how}): {result}\n  {expression}",
                         dashboard.uid, panel.title
                     ));
                 }
             }
         }
     }
-    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 /// Recording rules have data. Alerting rules are evaluated without errors, and the faults of this

@@ -1,4 +1,4 @@
-//! The pairs of client address and container port that have a UDP socket.
+//! The pairs of client address and container port that have a socket.
 //!
 //! Two UDP sockets bound to the same client address and connected to the same container port would
 //! receive each other's replies. With `SO_REUSEADDR`, the kernel permits both sockets, because one

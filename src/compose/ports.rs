@@ -71,11 +71,11 @@ fn parse(item: &Value<'_>, text: &str) -> Result<PortSpec, Fault> {
     item.checked(text.parse::<PortSpec>().map_err(|error| error.problem))
 }
 
-/// A number, or several numbers separated by characters of `between`. Errors call it `what`.
-fn digits(value: &Value<'_>, what: &str, between: &str) -> Result<String, Fault> {
+/// A number, or several numbers separated by characters of `between`. Errors call the value `noun`.
+fn digits(value: &Value<'_>, noun: &str, between: &str) -> Result<String, Fault> {
     let text = value.scalar()?;
     if text.is_empty() || !text.chars().all(|c| c.is_ascii_digit() || between.contains(c)) {
-        return Err(value.fault(format!("{text:?} is not {what}")));
+        return Err(value.fault(format!("{text:?} is not {noun}")));
     }
     Ok(text)
 }

@@ -101,7 +101,7 @@ impl<'a> Value<'a> {
     }
 
     /// The error for a value of the wrong type.
-    pub(super) fn expected(&self, what: &str) -> Fault {
+    pub(super) fn expected(&self, noun: &str) -> Fault {
         let found = match &self.node.body {
             Body::Scalar { kind: Kind::Null, .. } => "nothing".to_owned(),
             Body::Scalar { kind: Kind::Bool, text } => format!("the boolean {text}"),
@@ -110,7 +110,7 @@ impl<'a> Value<'a> {
             Body::List(_) => "a list".to_owned(),
             Body::Map(_) => "a map".to_owned(),
         };
-        self.fault(format!("expected {what}, found {found}"))
+        self.fault(format!("expected {noun}, found {found}"))
     }
 
     /// The entries of a map, in their order.
@@ -176,10 +176,10 @@ impl<'a> Value<'a> {
         }
     }
 
-    /// A string parsed as a `T`. Errors call it `what`.
-    pub(super) fn parsed<T: FromStr>(&self, what: &str) -> Result<T, Fault> {
+    /// A string parsed as a `T`. Errors call the expected type `noun`.
+    pub(super) fn parsed<T: FromStr>(&self, noun: &str) -> Result<T, Fault> {
         let text = self.string()?;
-        text.parse().map_err(|_| self.fault(format!("{text:?} is not {what}")))
+        text.parse().map_err(|_| self.fault(format!("{text:?} is not {noun}")))
     }
 
     /// `result`, with its error attributed to this value.

@@ -188,11 +188,11 @@ impl Process {
     }
 
     #[track_caller]
-    fn figure<T>(&self, what: &str, read: impl Fn(u32) -> Option<T>) -> T {
+    fn figure<T>(&self, name: &str, read: impl Fn(u32) -> Option<T>) -> T {
         let value = read(self.pid());
         value.unwrap_or_else(|| {
             panic!(
-                "{}: {what} unknown, the process may have ended; output:\n{}",
+                "{}: {name} unknown, the process may have ended; output:\n{}",
                 self.name,
                 self.output()
             )

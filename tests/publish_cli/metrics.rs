@@ -113,8 +113,8 @@ fn invalid_requests_get_an_error_and_the_endpoint_continues() {
         let _ = stream.write_all(request.as_bytes());
         let answer = read_all(&stream).0;
         let answer = String::from_utf8_lossy(&answer);
-        let what: String = request.chars().take(60).collect();
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{what:?}: {answer:?}");
+        let start: String = request.chars().take(60).collect();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{start:?}: {answer:?}");
     }
     // Half a request followed by the end.
     let mut stream = connect(&net.host, METRICS.parse().unwrap());

@@ -31,7 +31,7 @@ fn neighbour_and_host_reach_the_container_directly_in_every_mode() {
         })
         .collect();
     let mut lasting = Talks::beside(&scene);
-    lasting.go_on("before anything is published");
+    lasting.exchange("before anything is published");
     for mode in Mode::STEERING {
         assert_direct(&scene, &format!("{mode:?}: before"));
         let ports = "8080-8082:80-82";
@@ -41,12 +41,12 @@ fn neighbour_and_host_reach_the_container_directly_in_every_mode() {
             &[ports, &format!("{ports}/udp"), &echo, &format!("{echo}/udp")],
             &["--udp-idle-timeout", "300ms", "--drain-timeout", "0"],
         );
-        lasting.go_on("published");
+        lasting.exchange("published");
         assert_direct(&scene, &format!("{mode:?}: published"));
 
         // From the same ports that talk directly, and to the same servers.
         let mut sessions = Talks::through(&scene);
-        sessions.go_on("a session");
+        sessions.exchange("a session");
         for port in SERVED {
             for protocol in [Tcp, Udp] {
                 for family in Family::BOTH {
@@ -54,15 +54,15 @@ fn neighbour_and_host_reach_the_container_directly_in_every_mode() {
                 }
             }
         }
-        lasting.go_on("with sessions");
+        lasting.exchange("with sessions");
         assert_direct(&scene, &format!("{mode:?}: with sessions"));
-        sessions.go_on("the session goes on");
+        sessions.exchange("the session continues");
 
         drop(sessions);
-        lasting.go_on("after the sessions");
+        lasting.exchange("after the sessions");
         assert_direct(&scene, &format!("{mode:?}: after the sessions"));
         publisher.terminate();
-        lasting.go_on("no longer published");
+        lasting.exchange("no longer published");
         assert_direct(&scene, &format!("{mode:?}: no longer published"));
     }
 }
@@ -101,10 +101,10 @@ fn assert_direct(scene: &Scene, when: &str) {
     let (host, neighbour) = (&scene.net.host, &scene.neighbour);
     for family in Family::BOTH {
         for protocol in [Tcp, Udp] {
-            for (who, from) in [("neighbour", neighbour), ("host", host)] {
+            for (peer, from) in [("neighbour", neighbour), ("host", host)] {
                 for port in SERVED {
                     let seen = ask(from, protocol, (family.container(), port));
-                    assert_eq!(seen.peer, seen.own, "{when}: {who}, {protocol:?} port {port}");
+                    assert_eq!(seen.peer, seen.own, "{when}: {peer}, {protocol:?} port {port}");
                 }
             }
             let others = [
@@ -112,9 +112,9 @@ fn assert_direct(scene: &Scene, when: &str) {
                 ("host", family.gateway()),
                 ("client", family.client()),
             ];
-            for (who, address) in others {
+            for (peer, address) in others {
                 let seen = ask(&scene.net.container, protocol, (address, ELSEWHERE));
-                assert_eq!(seen.peer, seen.own, "{when}: container to {who}, {protocol:?}");
+                assert_eq!(seen.peer, seen.own, "{when}: container to {peer}, {protocol:?}");
             }
         }
     }
@@ -155,14 +155,14 @@ impl Talks {
         self.sockets.push(open_datagrams(from, to));
     }
 
-    /// Exchanges `what` on each session.
+    /// Exchanges `case` on each session.
     #[track_caller]
-    fn go_on(&mut self, what: &str) {
+    fn exchange(&mut self, case: &str) {
         for stream in &mut self.streams {
-            echo(stream, what);
+            echo(stream, case);
         }
         for socket in &self.sockets {
-            echo_datagram(socket, what);
+            echo_datagram(socket, case);
         }
     }
 }

@@ -26,19 +26,19 @@ fn an_address_and_port_in_use_falls_back_to_the_gateway() {
         let mut conflicts = 0;
         for family in Family::BOTH.into_iter().filter(|family| mode.towards(*family) == *family) {
             for protocol in [Tcp, Udp] {
-                let what = format!("{mode:?} {protocol:?} {family:?}");
+                let case = format!("{mode:?} {protocol:?} {family:?}");
                 let client = (family.client(), PORT);
                 let taken = occupy(ours, protocol, client);
                 for port in SERVED {
                     // A new port each time: that of the first connection is in TIME_WAIT.
                     let host = (family.host(), ABOVE + port);
-                    let seen = try_ask(&scene.net.client, protocol, client, host).expect(&what);
-                    assert_eq!(seen.peer.ip(), family.gateway(), "{what}: {seen:?}");
+                    let seen = try_ask(&scene.net.client, protocol, client, host).expect(&case);
+                    assert_eq!(seen.peer.ip(), family.gateway(), "{case}: {seen:?}");
                     conflicts += 1;
-                    assert_eq!(publisher.fallbacks("conflict"), conflicts, "{what}");
+                    assert_eq!(publisher.fallbacks("conflict"), conflicts, "{case}");
                     // Other flows are not affected.
                     let seen = ask(&scene.net.client, protocol, host);
-                    assert_eq!(seen.peer, seen.own, "{what}");
+                    assert_eq!(seen.peer, seen.own, "{case}");
                 }
                 drop(taken);
             }
@@ -104,22 +104,22 @@ fn an_ipv4_client_of_an_ipv6_container_is_shown_as_the_gateway() {
     assert_mismatch(&scene, Family::V6);
 }
 
-/// Sends to each of `ways` in turn from one socket, and expects each response from the address it
-/// was sent to. Two of them forward to the same container port.
+/// Sends to each of `targets` in turn from one socket, and expects each response from the address
+/// it was sent to. Two of them forward to the same container port.
 #[track_caller]
-fn assert_sessions(specs: &[&str], ways: &[(IpAddr, u16)]) {
+fn assert_sessions(specs: &[&str], targets: &[(IpAddr, u16)]) {
     let scene = Scene::new();
     let _servers = [SPECIFIC, WILDCARD]
         .map(|port| EchoServer::udp(&scene.net.container, (addr::CONTAINER_V4, port).into()));
     for mode in [Mode::NetnsClient, Mode::ToClient(Family::V4)] {
         let publisher = scene.publish(mode, specs, &[]);
         let socket = bind_datagrams(&scene.net.client, own()).unwrap();
-        for (turn, way) in [ways, ways].concat().into_iter().enumerate() {
-            let way = SocketAddr::from(way);
-            let text = format!("turn {turn} to {way}");
+        for (turn, target) in [targets, targets].concat().into_iter().enumerate() {
+            let target = SocketAddr::from(target);
+            let text = format!("turn {turn} to {target}");
             assert_eq!(
-                answerer(&socket, way, &text),
-                way,
+                answerer(&socket, target, &text),
+                target,
                 "{mode:?}: {text}: the response came from another address"
             );
         }
@@ -160,17 +160,17 @@ fn assert_mismatch(scene: &Scene, family: Family) {
         {
             for port in [SPECIFIC, WILDCARD] {
                 for from in Family::BOTH {
-                    let what = format!("{mode:?} {protocol:?} from {from:?}, port {port}");
+                    let case = format!("{mode:?} {protocol:?} from {from:?}, port {port}");
                     let seen = ask(&scene.net.client, protocol, (from.host(), ABOVE + port));
                     if from == family && shows {
-                        assert_eq!(seen.peer, seen.own, "{what}");
+                        assert_eq!(seen.peer, seen.own, "{case}");
                     } else {
-                        assert_eq!(seen.peer.ip(), family.gateway(), "{what}");
+                        assert_eq!(seen.peer.ip(), family.gateway(), "{case}");
                         mismatched += u64::from(shows);
                     }
                     // The host is never shown as itself, so this is not a fallback.
                     let seen = ask(&scene.net.host, protocol, (from.loopback(), ABOVE + port));
-                    assert_eq!(seen.peer.ip(), family.gateway(), "{what}: the host");
+                    assert_eq!(seen.peer.ip(), family.gateway(), "{case}: the host");
                 }
             }
         }

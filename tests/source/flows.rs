@@ -98,13 +98,13 @@ fn a_closed_container_port_refuses_at_once() {
     for mode in Mode::ALL {
         let publisher = scene.publish(mode, &["8099:99"], &[]);
         for family in Family::BOTH {
-            let ways: [(&Namespace, IpAddr); 4] = [
+            let paths: [(&Namespace, IpAddr); 4] = [
                 (&scene.net.client, family.host()),
                 (&scene.net.host, family.loopback()),
                 (&scene.neighbour, family.gateway()),
                 (&scene.net.container, family.gateway()),
             ];
-            for (from, to) in ways {
+            for (from, to) in paths {
                 let refusal = || {
                     let begun = Instant::now();
                     let ending = connect(from, (family.unspecified(), 0), (to, ABOVE + CLOSED))
@@ -135,20 +135,20 @@ fn the_rule_of_a_udp_client_is_removed_with_its_last_session() {
             if mode == Mode::NetnsClient { &scene.net.container } else { &scene.net.host };
         for family in Family::BOTH.into_iter().filter(|family| mode.towards(*family) == *family) {
             for port in SERVED {
-                let what = format!("{mode:?} {family:?} port {port}");
+                let case = format!("{mode:?} {family:?} port {port}");
                 let rules = || rules_about(steered, family.client(), port);
-                assert!(eventually(SOON, || rules() == 0), "{what}: a stale rule");
+                assert!(eventually(SOON, || rules() == 0), "{case}: a stale rule");
                 ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
                 ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
                 // On a busy machine the sessions may already have ended; then there is no rule.
-                assert!(rules() <= 1, "{what}: one rule serves both sessions");
-                assert!(eventually(SOON, || rules() == 0), "{what}: the rule was not removed");
+                assert!(rules() <= 1, "{case}: one rule serves both sessions");
+                assert!(eventually(SOON, || rules() == 0), "{case}: the rule was not removed");
                 // Traffic that matched the rule is routed directly again.
                 let seen = ask(&scene.net.client, Udp, (family.container(), port));
-                assert_eq!(seen.peer, seen.own, "{what}");
+                assert_eq!(seen.peer, seen.own, "{case}");
                 // The next session adds the rule again.
                 let seen = ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
-                assert_eq!(seen.peer, seen.own, "{what}");
+                assert_eq!(seen.peer, seen.own, "{case}");
             }
         }
         publisher.terminate();
@@ -201,16 +201,16 @@ fn one_of_two_publishers_of_a_container_continues_when_the_other_ends() {
             let host = family.host();
             let mut stream = open(&scene.net.client, (host, 9090));
             let socket = open_datagrams(&scene.net.client, (host, 9090));
-            let mut go_on = |what: &str| {
-                echo(&mut stream, what);
-                echo_datagram(&socket, what);
+            let mut exchange = |case: &str| {
+                echo(&mut stream, case);
+                echo_datagram(&socket, case);
                 let seen = ask(&scene.net.client, Tcp, (host, 9080));
-                assert_eq!(seen.peer, seen.own, "{mode:?}: {what}");
+                assert_eq!(seen.peer, seen.own, "{mode:?}: {case}");
                 let seen = ask(&scene.net.client, Udp, (host, 9080));
                 let shown = if mode == Mode::Netns { family.gateway() } else { family.client() };
-                assert_eq!(seen.peer.ip(), shown, "{mode:?}: {what}");
+                assert_eq!(seen.peer.ip(), shown, "{mode:?}: {case}");
             };
-            go_on("both are running");
+            exchange("both are running");
             for protocol in [Tcp, Udp] {
                 ask(&scene.net.client, protocol, (host, 8080));
             }
@@ -219,11 +219,11 @@ fn one_of_two_publishers_of_a_container_continues_when_the_other_ends() {
             } else {
                 first.terminate();
             }
-            go_on("the first one has ended");
+            exchange("the first one has ended");
             let third = scene.publish(mode, &["8080:80", "8080:80/udp"], &[]);
-            go_on("a third one has started");
+            exchange("a third one has started");
             third.terminate();
-            go_on("the third one has ended");
+            exchange("the third one has ended");
             second.terminate();
             scene.assert_untouched(&before, &format!("{mode:?}, killed: {killed}"));
         }

@@ -22,19 +22,19 @@ fn the_header_carries_the_client_and_the_container_sees_its_gateway() {
             options.extend(version.into_iter().flat_map(|version| ["--proxy-protocol", version]));
             let publisher = scene.publish(mode, &["8080:80"], &options);
             for family in Family::BOTH {
-                let ways: [(&Namespace, IpAddr); 3] = [
+                let paths: [(&Namespace, IpAddr); 3] = [
                     (&scene.net.client, family.host()),
                     (&scene.net.host, family.loopback()),
                     (&scene.neighbour, family.gateway()),
                 ];
-                for (from, to) in ways {
+                for (from, to) in paths {
                     let mut stream = open(from, (to, 8080));
                     stream.write_all(b"payload").unwrap();
                     stream.shutdown(Shutdown::Write).unwrap();
                     let (peer, bytes) = connections.recv_timeout(SOON).expect("a connection");
                     let (client, server) = (stream.local_addr().unwrap(), (to, 8080).into());
-                    let what = format!("{mode:?} {version:?} {client}");
-                    assert_eq!(peer.ip().to_canonical(), mode.towards(family).gateway(), "{what}");
+                    let case = format!("{mode:?} {version:?} {client}");
+                    assert_eq!(peer.ip().to_canonical(), mode.towards(family).gateway(), "{case}");
                     let header = match version {
                         Some("v1") => version_1(client, server),
                         _ => version_2(client, server),
@@ -43,7 +43,7 @@ fn the_header_carries_the_client_and_the_container_sees_its_gateway() {
                     assert_eq!(
                         bytes.escape_ascii().to_string(),
                         expected.escape_ascii().to_string(),
-                        "{what}"
+                        "{case}"
                     );
                 }
             }

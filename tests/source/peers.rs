@@ -97,22 +97,22 @@ fn assert_table(mode: Mode) {
     let _servers = Servers::start(&scene);
     let publisher = scene.publish_all(mode, &[]);
     let mut mismatched = 0;
-    for (who, from, to) in ways(&scene) {
+    for (client, from, to) in paths(&scene) {
         let family = Family::of(to);
         let container = mode.towards(family);
         for protocol in [Tcp, Udp] {
             for port in SERVED {
-                let what = format!("{mode:?}: {who} to {to}, {protocol:?} port {port}");
+                let case = format!("{mode:?}: {client} to {to}, {protocol:?} port {port}");
                 let seen = ask(from, protocol, (to, ABOVE + port));
-                assert!(!seen.peer.ip().is_loopback(), "{what}: {seen:?}");
+                assert!(!seen.peer.ip().is_loopback(), "{case}: {seen:?}");
                 let shows = shows_clients(mode, protocol);
-                if shows && who == OUTSIDE && container == family {
-                    assert_shown(seen, family.client(), true, &what);
+                if shows && client == OUTSIDE && container == family {
+                    assert_shown(seen, family.client(), true, &case);
                 } else {
-                    assert_shown(seen, container.gateway(), false, &what);
+                    assert_shown(seen, container.gateway(), false, &case);
                 }
                 // In the other family, a network shared with the client cannot be detected.
-                mismatched += u64::from(shows && container != family && who != HOST);
+                mismatched += u64::from(shows && container != family && client != HOST);
             }
         }
     }
@@ -127,13 +127,13 @@ fn link_local(namespace: &Namespace) -> (Ipv6Addr, u32) {
     let table =
         namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/if_inet6")).unwrap();
     let line = table.lines().find(|line| line.starts_with("fe80") && line.ends_with(" eth0"));
-    let fields: Vec<&str> = line.expect("eth0 has one").split_whitespace().collect();
+    let fields: Vec<&str> = line.expect("link-local address of eth0").split_whitespace().collect();
     let ip = u128::from_str_radix(fields[0], 16).unwrap();
     (Ipv6Addr::from_bits(ip), u32::from_str_radix(fields[1], 16).unwrap())
 }
 
 /// Clients and the host addresses that they connect to.
-fn ways(scene: &Scene) -> Vec<(&'static str, &Namespace, IpAddr)> {
+fn paths(scene: &Scene) -> Vec<(&'static str, &Namespace, IpAddr)> {
     let net = &scene.net;
     let each = |family: Family| {
         [
@@ -162,7 +162,7 @@ fn shows_clients(mode: Mode, protocol: Protocol) -> bool {
 
 /// Checks the address, and with `with_port` the port of the client as well.
 #[track_caller]
-fn assert_shown(seen: Seen, expected: IpAddr, with_port: bool, what: &str) {
-    assert_eq!(seen.peer.ip(), expected, "{what}: {seen:?}");
-    assert!(!with_port || seen.peer.port() == seen.own.port(), "{what}: {seen:?}");
+fn assert_shown(seen: Seen, expected: IpAddr, with_port: bool, case: &str) {
+    assert_eq!(seen.peer.ip(), expected, "{case}: {seen:?}");
+    assert!(!with_port || seen.peer.port() == seen.own.port(), "{case}: {seen:?}");
 }

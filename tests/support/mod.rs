@@ -293,8 +293,8 @@ pub(crate) fn ask(mut stream: &TcpStream, request: &[u8]) -> Vec<u8> {
 
 /// Waits until `ready` returns true.
 #[track_caller]
-pub(crate) fn wait_until(what: &str, ready: impl FnMut() -> bool) {
-    assert!(eventually(TIMEOUT, ready), "not within {TIMEOUT:?}: {what}");
+pub(crate) fn wait_until(condition: &str, ready: impl FnMut() -> bool) {
+    assert!(eventually(TIMEOUT, ready), "not within {TIMEOUT:?}: {condition}");
 }
 
 /// The link-local address of `eth0` of `host` with `port`, and with the scope id that `client`

@@ -59,14 +59,14 @@ impl Terminal {
 
     /// Waits until `wanted` holds for the screen.
     #[track_caller]
-    pub(crate) fn wait_for(&self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
+    pub(crate) fn wait_for(&self, condition: &str, wanted: impl Fn(&str) -> bool) -> String {
         let mut screen = String::new();
         let held = eventually(SOON, || {
             std::thread::sleep(Duration::from_millis(20));
             screen = self.screen();
             wanted(&screen)
         });
-        assert!(held, "not within {SOON:?}: {what}\n{screen}");
+        assert!(held, "not within {SOON:?}: {condition}\n{screen}");
         screen
     }
 

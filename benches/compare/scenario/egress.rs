@@ -81,7 +81,7 @@ pub(super) fn all(quick: bool) -> impl Iterator<Item = Egress> {
 
 impl Scenario for Egress {
     fn name(&self) -> String {
-        let what = match self.load {
+        let load = match self.load {
             Load::Tcp { streams, direction } => {
                 format!("tcp.{}.{streams}.{}", self.mtu, direction.name())
             }
@@ -90,7 +90,7 @@ impl Scenario for Egress {
             Load::Connections { at_a_time } => format!("connections.{at_a_time}"),
             Load::Held => "held".to_owned(),
         };
-        format!("egress.{what}")
+        format!("egress.{load}")
     }
 
     fn metrics(&self) -> Vec<Metric> {

@@ -135,9 +135,9 @@ fn leave_and_return(old: io::Result<Namespace>) -> Result<(), Code> {
 
 /// Creates a network with one endpoint in the current namespace, as `tidegate up` does.
 fn network() -> Result<(), (String, Code)> {
-    let failed = |what: &str| {
-        let what = what.to_owned();
-        move |error: io::Error| (what, error.into())
+    let failed = |step: &str| {
+        let step = step.to_owned();
+        move |error: io::Error| (step, error.into())
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(failed("event loop"))?;

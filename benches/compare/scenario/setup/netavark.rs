@@ -19,7 +19,7 @@ pub(super) fn time(
     check: impl FnOnce() -> Result<()>,
 ) -> Result<Times> {
     let directory = tempfile::tempdir()?;
-    let call = |what| call(lab, contender, endpoint, directory.path(), what);
+    let call = |action| call(lab, contender, endpoint, directory.path(), action);
     fs::write(directory.path().join(INPUT), input())?;
     let ready = call("setup")?;
     check()?;
@@ -34,16 +34,21 @@ fn call(
     contender: &Contender,
     endpoint: &Namespace,
     directory: &Path,
-    what: &str,
+    action: &str,
 ) -> Result<Duration> {
     let mut command = contender.command(lab);
-    command.arg("--config").arg(directory).args(["--rootless=false", "--aardvark-binary=", what]);
+    command.arg("--config").arg(directory).args(["--rootless=false", "--aardvark-binary=", action]);
     command.arg(endpoint.path()).stdin(File::open(directory.join(INPUT))?);
     let begin = Instant::now();
     let output = command.output()?;
     let elapsed = begin.elapsed();
     let output_text = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.success(), "netavark {what}: {}: {}", output.status, output_text.trim());
+    ensure!(
+        output.status.success(),
+        "netavark {action}: {}: {}",
+        output.status,
+        output_text.trim()
+    );
     Ok(elapsed)
 }
 
