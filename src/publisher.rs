@@ -429,9 +429,13 @@ impl Publisher {
         Ok(opened)
     }
 
-    /// The port options of endpoint `name` for `protocol`. The upstream is created on first use, and
-    /// not under the lock: root in the endpoint can delay it.
-    fn upstream_options(&self, name: &str, protocol: Protocol) -> Result<EndpointOptions, PublishError> {
+    /// The port options of endpoint `name` for `protocol`. The upstream is created on first use,
+    /// and not under the lock: root in the endpoint can delay it.
+    fn upstream_options(
+        &self,
+        name: &str,
+        protocol: Protocol,
+    ) -> Result<EndpointOptions, PublishError> {
         let no_endpoint = || PublishError::NoEndpoint(name.to_owned());
         loop {
             let (namespace, addresses, acl) = {
@@ -445,7 +449,7 @@ impl Publisher {
             let descriptors =
                 self.engine.reserve(UPSTREAM_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
             let upstream = upstream_to(&self.host_context, name, &namespace, &addresses, protocol)?;
-            let upstream = Arc::new(Relocatable::new(upstream, &addresses));
+            let upstream = Arc::new(RelocatableUpstream::new(upstream, &addresses));
             let with = |acl| {
                 let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
                 options.gateway_acl = acl;
@@ -459,7 +463,8 @@ impl Publisher {
                 Arc::clone(&at_gateways)
             };
             let options = EndpointOptions { outside, at_gateways };
-            let new = EndpointUpstream { upstream, options: options.clone(), _descriptors: descriptors };
+            let new =
+                EndpointUpstream { upstream, options: options.clone(), _descriptors: descriptors };
             let mut state = self.state();
             let endpoint = state.endpoints.get_mut(name).ok_or_else(no_endpoint)?;
             let is_first = !endpoint.upstreams.contains_key(&protocol);
@@ -639,13 +644,14 @@ impl Publisher {
         addresses: &[IpAddr],
     ) -> Result<(), PublishError> {
         let mut ready: BTreeMap<Protocol, Arc<dyn Upstream>> = BTreeMap::new();
-        let relocated: Vec<(Protocol, Arc<Relocatable>)> = loop {
+        let relocated: Vec<(Protocol, Arc<RelocatableUpstream>)> = loop {
             let missing = {
                 let mut state = self.state();
                 let Some(found) = state.endpoints.get_mut(endpoint) else {
                     return Err(PublishError::NoEndpoint(endpoint.to_owned()));
                 };
-                let Some(missing) = found.upstreams.keys().find(|one| !ready.contains_key(one)) else {
+                let Some(missing) = found.upstreams.keys().find(|one| !ready.contains_key(one))
+                else {
                     found.namespace = namespace.clone();
                     found.addresses = addresses.to_vec();
                     found.relocations += 1;
@@ -655,7 +661,8 @@ impl Publisher {
                 *missing
             };
             // Not under the lock: root in the endpoint can delay it.
-            let upstream = upstream_to(&self.host_context, endpoint, namespace, addresses, missing)?;
+            let upstream =
+                upstream_to(&self.host_context, endpoint, namespace, addresses, missing)?;
             ready.insert(missing, upstream);
         };
         // Neither is this, which removes state from the old namespace.

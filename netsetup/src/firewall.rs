@@ -286,8 +286,8 @@ impl Firewall {
         state.ruleset.ports = ports;
     }
 
-    /// Which links of the host forward for the networks alone, from the next time that the rules are
-    /// put in place: they do not hold until then.
+    /// Which links of the host forward for the networks alone, from the next time that the rules
+    /// are put in place: they do not hold until then.
     pub fn set_uplinks(&self, uplinks: &[Uplink]) {
         let of = |uplink: &Uplink| {
             let Uplink { link, v4, v6, .. } = uplink.clone();

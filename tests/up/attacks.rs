@@ -443,8 +443,8 @@ fn names_are_answered_while_iptables_hangs() {
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "10.77.1.10");
 }
 
-/// Conntrack tells flows of such protocols apart by their addresses alone: what the far end sends to
-/// the host would be an answer to the container.
+/// Conntrack tells flows of such protocols apart by their addresses alone: what the far end sends
+/// to the host would be an answer to the container.
 #[test]
 fn what_conntrack_cannot_tell_apart_is_not_masqueraded() {
     const PROTOCOLS: [u8; 9] = [4, 33, 41, 47, 50, 51, 89, 112, 115];

@@ -939,8 +939,8 @@ fn without_one_kind_of_guard_the_others_hold() {
 }
 
 /// The networks of an ordinary user end with their process: it is stopped, so that it restores
-/// nothing and its engine forwards nothing. Policy rules have no second guard there, and nobody else
-/// gets into that namespace.
+/// nothing and its engine forwards nothing. Policy rules have no second guard there, and nobody
+/// else gets into that namespace.
 #[test]
 fn without_port_guards_the_networks_of_an_ordinary_user_are_closed() {
     let mut matrix = Matrix::new(ROOTLESS);

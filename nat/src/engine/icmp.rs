@@ -46,8 +46,8 @@ impl<H: Host> Engine<H> {
     ) {
         let key = FlowKey { inside: destination, outside: source, protocol };
         let flow = self.flows.find(&key);
-        // A router of the container's network may report the path MTU. All other errors are accepted
-        // only from the container itself.
+        // A router of the container's network may report the path MTU. All other errors are
+        // accepted only from the container itself.
         let network = |ip| self.settings.policy.network_of(ip);
         let same_network = || network(reporter) == network(destination.ip());
         let sound = reporter == destination.ip()

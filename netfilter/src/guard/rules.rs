@@ -458,8 +458,9 @@ fn first_fragment_v4() -> [Test; 2] {
     [upper, is(at::V4_FRAGMENT + 1, &[0])]
 }
 
-/// Of what is ICMP, drops the errors that are not about a packet to one of `own`. With IP options the type is not where it is looked for: no kernel sends errors
-/// with options, so that is dropped as well.
+/// Of what is ICMP, drops the errors that are not about a packet to one of `own`. With IP options
+/// the type is not where it is looked for: no kernel sends errors with options, so that is dropped
+/// as well.
 fn icmp_errors_v4(own: &[Ipv4Addr]) -> Vec<Rule> {
     let first = || icmp_v4().chain(first_fragment_v4());
     let dropped = Verdict::Drop(SpoofReason::IcmpError);

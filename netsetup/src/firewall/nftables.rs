@@ -827,8 +827,8 @@ fn leave(ruleset: &Ruleset) -> Chain {
     Chain { name: "leave".to_owned(), base: None, rules }
 }
 
-/// Protocols besides TCP and UDP whose ports NAT translates (`nf_nat_l4proto_unique_tuple`): SCTP and
-/// UDP-Lite. Nothing is published for them.
+/// Protocols besides TCP and UDP whose ports NAT translates (`nf_nat_l4proto_unique_tuple`): SCTP
+/// and UDP-Lite. Nothing is published for them.
 const OTHERS_WITH_PORTS: [u8; 2] = [132, 136];
 
 /// By the pair of interfaces what is forwarded, whatever its source; by the source what a process

@@ -30,8 +30,9 @@ use tidegate_model::{Protocol, registry};
 /// The protocols that containers reach the outside by: ICMP, TCP, UDP, ICMPv6, SCTP and UDP-Lite.
 ///
 /// Connection tracking knows a flow of another protocol by its addresses alone
-/// (`nf_conntrack_l4proto_generic`). Masquerade would give the flow of a container the host's address,
-/// and what the far end sends to the host by that protocol would be an answer to the container.
+/// (`nf_conntrack_l4proto_generic`). Masquerade would give the flow of a container the host's
+/// address, and what the far end sends to the host by that protocol would be an answer to the
+/// container.
 pub(super) const MASQUERADED: [u8; 6] = [1, 6, 17, 58, 132, 136];
 
 /// Everything that a firewall shall do for one owner.
