@@ -1,4 +1,4 @@
-# make run | test | bench | lint | install PREFIX=DIR | fuzz
+# make run | test | test-unit | bench | lint | audit | install PREFIX=DIR | fuzz
 #
 # Every target does its own set-up. `make` alone lists them.
 
@@ -10,13 +10,15 @@ BENCH_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = $(notdir $(basename $(wildcard fuzz/fuzz_targets/*.rs)))
 
-.PHONY: help build run test bench bench-quick lint install man fuzz clean
+.PHONY: help build run test test-unit bench bench-quick lint audit install man fuzz clean
 
 help:
 	@echo "make run      build, and bring up examples/hello, published at port $(RUN_PORT)"
 	@echo "make test     install what the tests need (as root, with apt) and run them all"
+	@echo "make test-unit  the unit tests alone: no root, under a minute after the build"
 	@echo "make bench    compare with the peers installed here; results in benches/results/"
 	@echo "make lint     formatting, columns, clippy, documentation, licences and sources of dependencies"
+	@echo "make audit    advisories about dependencies (needs cargo-deny and its database)"
 	@echo "make install  PREFIX=DIR: tidegate, docker-proxy, slirp4netns, manual pages, completion (default /usr/local)"
 	@echo "make fuzz     each fuzz target for FUZZ_SECONDS=$(FUZZ_SECONDS) (needs cargo-fuzz and a nightly)"
 
@@ -33,6 +35,10 @@ run: build
 test:
 	@scripts/test-deps
 	$(CARGO) test --locked --workspace --no-fail-fast
+
+# What needs neither root nor namespaces.
+test-unit:
+	$(CARGO) test --locked --workspace --lib --bins --no-fail-fast
 
 bench:
 	@scripts/test-deps
@@ -53,6 +59,11 @@ lint:
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --locked check bans licenses sources; \
 	 elif [ -n "$$CI" ]; then echo "cargo-deny is missing" >&2; exit 1; \
 	 else echo "note: cargo-deny is not installed; licences and sources were not checked"; fi
+
+# By hand, where the advisory database can be reached; the rest of cargo-deny is in `lint`.
+audit:
+	@command -v cargo-deny >/dev/null || { echo "make audit needs cargo-deny: cargo install --locked cargo-deny" >&2; exit 1; }
+	$(CARGO) deny --locked check advisories
 
 install: build
 	install -d "$(PREFIX)/bin" "$(PREFIX)/share/man/man1" "$(PREFIX)/share/bash-completion/completions" \

@@ -5,6 +5,8 @@
 //! in it, and its OPT record, which is between us and that server (RFC 6891 section 6.1.1), is left
 //! out.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::message::{Given, HEADER, IN, Rcode, Record, flag, kind, short};
 use hickory_server::proto::op::Message;
 use std::time::Duration;

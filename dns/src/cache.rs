@@ -4,6 +4,8 @@
 //! cache evicts from the partition that holds most bytes, and there what would expire first: a
 //! partition that floods the cache evicts its own entries.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::answer::Answer;
 use crate::message::Bits;
 use crate::partition::Partition;

@@ -4,6 +4,8 @@
 //! most. Those are read here, without an allocation. What is anything else is left to hickory's
 //! decoder, see [`non_query`](crate::non_query).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::name::LONGEST;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;

@@ -1,6 +1,8 @@
 //! Names as they are compared: in lower case, in the form of messages (RFC 1035 sections 3.1
 //! and 2.3.3). Pure.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -1,6 +1,8 @@
 //! Messages that are no plain question: what is wrong with them, in hickory's judgement, and the
 //! answer to that. Pure.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::message::{HEADER, Rcode, flag, short};
 use hickory_server::net::xfer::Protocol;
 use hickory_server::proto::op::{Edns, Metadata, OpCode, ResponseCode};

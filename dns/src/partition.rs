@@ -5,6 +5,8 @@
 //! flight are shared within a partition only: a shared entry answers sooner and with an older TTL,
 //! and so tells an asker what others asked before it.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::zone::Asker;
 use std::collections::BTreeMap;
 use std::sync::Arc;

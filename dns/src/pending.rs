@@ -19,6 +19,8 @@
 //! of it. At a limit of all, or of a partition, the largest holder loses its oldest to one that
 //! holds less. What yields is answered (SERVFAIL): a client that hears nothing waits for seconds.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::cache::Key;
 use crate::metrics::Overload;
 use crate::partition::{Holdings, Source};

@@ -1,5 +1,7 @@
 //! `resolv.conf`: the host's read, and those of containers written (resolv.conf(5)). Pure.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6};
 

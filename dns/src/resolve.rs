@@ -10,6 +10,8 @@
 //!    single labels, names of networks that the asker is not on;
 //! 4. everything else is forwarded, for askers with egress.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::message::{Data, Rcode, kind};
 use crate::name::{Reverse, labels, reverse, suffixes};
 use crate::servers::ServerList;

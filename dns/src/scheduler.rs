@@ -23,6 +23,8 @@
 //!   └────push──► parked ──time──► ready
 //! ```
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::partition::{Partition, Source};
 use crate::zone::Asker;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

@@ -1,5 +1,7 @@
 //! Lists of servers, each with a number by which answers of theirs are told apart. Pure.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 

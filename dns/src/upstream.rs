@@ -30,6 +30,8 @@
 //! server would let an asker shorten it for others with quick questions, and would tell an asker
 //! how quick the questions of others are.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};

@@ -10,6 +10,8 @@
 //!
 //! Everything has a limit ([`Limits`]); what exceeds one is refused and changes nothing.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::error::ZoneError;
 use crate::metrics::NetworkStats;
 use crate::name::{Name, suffixes};

@@ -3,6 +3,8 @@
 //! The state, counters and expiry of a flow belong to the tables of `proxy` and `nat`, which use
 //! these types as keys.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;

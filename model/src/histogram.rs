@@ -4,6 +4,8 @@
 //! Counters use relaxed ordering. A snapshot taken while another thread records may include the
 //! bucket but not yet the sum; the next snapshot includes both.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

@@ -1,5 +1,7 @@
 //! Arrival of a client at a local socket.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::net::{IpAddr, SocketAddr};
 
 /// Kernel-reported arrival of a connection or datagram.

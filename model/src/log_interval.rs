@@ -1,3 +1,5 @@
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 

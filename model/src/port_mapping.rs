@@ -10,6 +10,8 @@
 //!
 //! [`parse`] implements the grammar. The reference is `ParsePortSpec` of docker/go-connections.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 mod overlap;
 mod parse;
 #[cfg(test)]

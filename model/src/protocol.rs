@@ -1,5 +1,7 @@
 //! Transport protocols of published ports.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::fmt;
 use std::str::FromStr;
 

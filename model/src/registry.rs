@@ -9,6 +9,8 @@
 //! iproute2's `rt_protos` for route protocols; the constants in the sources of moby (`libnetwork`),
 //! Cilium (`linux_defaults`) and Tailscale (`linuxfw`, `wgengine`).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 

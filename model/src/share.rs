@@ -1,5 +1,7 @@
 //! Shares of a limited resource: holder of a share, size of a share, largest holder.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr};
 

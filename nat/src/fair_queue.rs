@@ -19,6 +19,8 @@
 //! network with the longest queue, drops from the head. Head drop notifies the sender soonest (as
 //! in RFC 8290 section 4.1.2).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::IpAddr;
 

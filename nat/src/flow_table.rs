@@ -29,6 +29,8 @@
 //! Flows through published ports are counted separately from those that the container creates
 //! ([`Origin`]), so a flood of clients does not exhaust the egress of the container.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::limits::{Bucket, Rate};
 use crate::siphash::HashKey;
 use std::collections::{BTreeMap, HashMap};

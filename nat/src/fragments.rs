@@ -5,6 +5,8 @@
 //! legitimate use for IPv4. A packet with overlapping fragments is dropped as a whole, and so are
 //! its further fragments until its reassembly timeout.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::wire::head::MAX_PACKET;
 use crate::wire::ip::{Fragment, Packet};
 use std::collections::BTreeMap;

@@ -4,6 +4,8 @@
 //! individually. Consecutive datagrams with equal properties are sent as one GSO batch
 //! (`UDP_SEGMENT`). Copying their payload costs one hundredth of a system call for each.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::net::SocketAddr;
 use tidegate_reactor::Key;
 use tidegate_reactor::batch::{MAX_BATCH_BYTES, MAX_SEGMENTS};

@@ -6,6 +6,8 @@
 //! [`WouldBlock`](io::ErrorKind::WouldBlock), and [`Engine::ready`](crate::engine::Engine::ready)
 //! reports when to retry.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::wire::icmp::IcmpError;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};

@@ -1,5 +1,7 @@
 //! Rate limits. The caller provides the current time.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::time::{Duration, Instant};
 
 /// A token bucket: `burst` tokens at once, `per_second` sustained.

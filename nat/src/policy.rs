@@ -7,6 +7,8 @@
 //!
 //! An address may embed another one (IPv4-mapped, 6to4, NAT64). Both are checked.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use ipnet::IpNet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tidegate_model::CidrSet;

@@ -1,5 +1,7 @@
 //! Settings and their defaults.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::flow_table::TableLimits;
 use crate::policy::Policy;
 use std::fmt;

@@ -5,6 +5,8 @@
 //! bucket. Initial sequence numbers use the strong variant as the pseudo-random function of RFC
 //! 6528 section 3.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::hash::{BuildHasher, Hasher};
 
 /// A key, generated at random once per process.

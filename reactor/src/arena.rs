@@ -4,6 +4,8 @@
 //! event is read, the connection may have been closed and its slot reused. A [`Key`] therefore
 //! includes the generation of the slot, and a lookup with a stale key returns nothing.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 /// Identifies one use of one slot of an [`Arena`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {

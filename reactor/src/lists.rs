@@ -1,6 +1,8 @@
 //! Intrusive lists of [`Arena`] slots, oldest first. Finding the oldest slot, moving a slot to the
 //! newest end and removing a slot take constant time.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::{Arena, Key};
 
 /// The links of a slot in one list.

@@ -1,5 +1,7 @@
 //! Deadlines by token. The caller provides the current time.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::Token;
 use std::collections::BTreeSet;
 use std::time::Instant;

@@ -1,6 +1,8 @@
 //! Cross-checks between the parts of a Compose file: references, fixed addresses, published ports
 //! and the order of dependencies. Each check takes at most O(n log n) time in the size of the file.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::error::{Fault, Site};
 use super::network::{self, unusable};
 use super::project::Subnet;

@@ -1,5 +1,7 @@
 //! Errors of a Compose file, one line each: file, line, column, key, cause and remedy.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::{MAX_FILE, Place};
 use crate::port_error::without_numbers;
 use std::io;

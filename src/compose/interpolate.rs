@@ -12,6 +12,8 @@
 //! that closes none of them, and is evaluated only if it is used. The reference is the `template`
 //! package of compose-go.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::tree::MAX_TEXT;
 use std::collections::BTreeSet;
 

@@ -1,5 +1,7 @@
 //! Parses the section of a network.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::error::{Fault, Site};
 use super::project::{Names, Network, Subnet};
 use super::service::addresses;

@@ -1,5 +1,7 @@
 //! Parses the `ports` of a service, in the short syntax (`docker run -p`) and the long one.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::error::{Fault, Site};
 use super::value::Value;
 use std::net::IpAddr;

@@ -8,6 +8,8 @@
 //! Bounds in addition to the file size: at most [`MAX_DEPTH`] levels of nesting and, after alias
 //! expansion, at most [`MAX_VALUES`] keys and values with [`MAX_TEXT`] bytes of text.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::Place;
 use super::error::{Fault, Site};
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Tag};

@@ -1,5 +1,7 @@
 //! Typed access to the values of the tree: key paths, variables, and errors with positions.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::error::{Fault, Site};
 use super::interpolate::Interpolation;
 use super::tree::{Body, Kind, MAX_TEXT, Node};

@@ -1,5 +1,7 @@
 //! The report: rows with verdicts, as a table and as JSON.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use serde::Serialize;
 use std::fmt::{self, Write};
 

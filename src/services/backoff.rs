@@ -1,5 +1,7 @@
 //! Whether and when a service that has ended is started again. Pure: told how long it ran.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::Exit;
 use crate::compose::Restart;
 use std::time::Duration;

@@ -5,6 +5,8 @@
 //! move the cursor, retitle the window, paste, or make its text look like another's. A sequence is
 //! removed as a whole, parameters and all.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 /// The longest line, in bytes; what is longer is told in pieces.
 pub(super) const MAX_LINE: usize = 16 * 1024;
 

@@ -1,5 +1,7 @@
 //! In which order services start: those that others depend on first. Pure.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::ServiceError;
 use std::collections::BTreeMap;
 

@@ -1,6 +1,8 @@
 //! From a Compose file to networks with names, addresses and interfaces: pure, but for what is
 //! passed in.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::compose::{self, Project};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
@@ -42,6 +44,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) host_id: [u8; 5],
     /// For hardware addresses and the names of veth ends.
     pub(super) random: &'a mut dyn FnMut() -> [u8; 6],
+    /// The time, for the quarantine of addresses.
+    pub(super) now: Instant,
 }
 
 /// The networks of tidegate on this host, of all projects, as access to ports depends on them.
@@ -76,7 +80,7 @@ pub(super) fn layout(
             }
         }
     }
-    let now = Instant::now();
+    let now = with.now;
     for service in &project.services {
         let mut attachments = Vec::new();
         let mut all = Vec::new();
@@ -274,7 +278,12 @@ services:
         };
         let laid_out = layout(
             &project,
-            &mut Surroundings { observed, host_id: [1, 2, 3, 4, 5], random: &mut random },
+            &mut Surroundings {
+                observed,
+                host_id: [1, 2, 3, 4, 5],
+                random: &mut random,
+                now: Instant::now(),
+            },
         );
         (project, laid_out)
     }

@@ -391,8 +391,12 @@ impl Up {
             let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
             bytes
         };
-        let mut surroundings =
-            Surroundings { observed: &observed, host_id: host_id(), random: &mut random };
+        let mut surroundings = Surroundings {
+            observed: &observed,
+            host_id: host_id(),
+            random: &mut random,
+            now: Instant::now(),
+        };
         let mut layout = layout(project, &mut surroundings)?;
         layout.desired.guards = port_guards::attachment(guards.as_deref(), &project.name);
         layout.desired.rules_ahead = rules_ahead(&observed);

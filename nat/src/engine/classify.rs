@@ -5,6 +5,8 @@
 //! above the budgets ([`FlowTable`](crate::flow_table::FlowTable)) are dropped when they are read
 //! from the device, before the queue.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::Engine;
 use crate::flow_table::{Admission, FlowKey, Origin};
 use crate::host::Host;

@@ -19,6 +19,8 @@
 //! written to the guest as one packet, which the guest kernel segments when the program reads it. A
 //! datagram larger than the MTU of the device is fragmented.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::inbound::Published;
 use super::tcp::{icmp_error_of, is_exhaustion};
 use super::{Engine, Flow};

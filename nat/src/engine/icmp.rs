@@ -1,5 +1,7 @@
 //! ICMP in the engine: echo requests to the engine, errors from the guest, and errors to the guest.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::datagrams::{Session, SessionSocket};
 use super::{Engine, Flow};
 use crate::flow_table::FlowKey;

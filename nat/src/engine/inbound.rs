@@ -25,6 +25,8 @@
 //! retried after a pause. At a limit of flows, another client flow of the container is evicted. At
 //! the limit of one client, its own oldest session is evicted, or its next connection is reset.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::datagrams::{Session, SessionSocket};
 use super::tcp::is_exhaustion;
 use super::{Engine, Flow};

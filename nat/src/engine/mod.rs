@@ -27,6 +27,8 @@
 //!                                     state machine ◄────── new flow: connect
 //! ```
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 pub mod classify;
 mod datagrams;
 mod icmp;

@@ -1,5 +1,7 @@
 //! TCP in the engine: lookup, creation and termination of connections.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::{Engine, Flow};
 use crate::flow_table::{Class, FlowKey};
 use crate::host::{Host, Ready};

@@ -3,6 +3,8 @@
 //! It has 16 addresses and no clock: a lease is granted for a day, but never expires. A seventeenth
 //! client gets the oldest lease.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::{Layer2Options, ipv4_at};
 use crate::wire::checksum::{Sum, pseudo_header};
 use crate::wire::ethernet::MacAddress;

@@ -16,6 +16,8 @@
 //! frame is recorded. A guest that has not sent a frame yet gets the address of its device, or of
 //! the most recent sender.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 mod dhcp;
 mod v6;
 

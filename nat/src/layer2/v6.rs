@@ -1,5 +1,7 @@
 //! IPv6 neighbour and router discovery (RFC 4861). No I/O.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::{Layer2V6, frame};
 use crate::wire::checksum::pseudo_header;
 use crate::wire::ethernet::{MacAddress, kind};

@@ -1,5 +1,7 @@
 //! Connection state and processing of segments from the guest (RFC 9293 section 3.10.7).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::queue::{OutOfOrder, Pending};
 use super::seq::{before, later, up_to};
 use super::{Io, MAX_SCALE, Params};

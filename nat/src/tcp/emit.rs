@@ -1,5 +1,7 @@
 //! Segments to the guest: headers and window advertisement.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::conn::{Connection, Opening, Phase};
 use super::seq::later;
 use super::{Io, SCALE};

@@ -54,6 +54,8 @@
 //! sent, a reset becomes a reset (`SO_LINGER` 0), and a socket error becomes a reset. An aborted
 //! connection never appears complete.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 pub mod conn;
 mod emit;
 pub mod queue;

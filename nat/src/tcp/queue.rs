@@ -1,5 +1,7 @@
 //! Receive buffers of a connection: bytes that the socket did not accept, and data out of order.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::collections::VecDeque;
 
 /// Maximum number of out-of-order ranges. A guest with single packet losses needs one for each gap.

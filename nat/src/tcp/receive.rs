@@ -1,5 +1,7 @@
 //! Payload of received segments: forwarded, stored or dropped.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::conn::{Connection, Inbound};
 use super::seq::{before, later, up_to};
 use super::{Io, count};

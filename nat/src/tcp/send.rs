@@ -1,5 +1,7 @@
 //! Turn of a connection: forwards pending data in both directions.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::conn::{Connection, Inbound, Outcome, Phase};
 use super::seq::before;
 use super::{Io, MAX_WRITE, count};

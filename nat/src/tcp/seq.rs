@@ -1,5 +1,7 @@
 //! Comparison of sequence numbers modulo 2^32 (RFC 9293 section 3.4).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 /// Whether `a` precedes `b`.
 pub(super) const fn before(a: u32, b: u32) -> bool {
     (a.wrapping_sub(b) as i32) < 0

@@ -5,6 +5,8 @@
 //! 5.5). A guest may be stopped for a while, so a connection is given up after 12 consecutive
 //! timeouts, about five minutes (RFC 9293 section 3.8.3 requires at least 100 s).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::Io;
 use super::conn::{Connection, Outcome, Phase};
 use crate::host::Host;

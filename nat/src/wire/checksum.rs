@@ -3,6 +3,8 @@
 //! Sums use 64 bits in native byte order (permitted by RFC 1071 section 2(B)), eight bytes per
 //! addition, and are folded at the end.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::net::IpAddr;
 
 /// An unfolded sum.

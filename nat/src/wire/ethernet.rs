@@ -1,5 +1,7 @@
 //! Ethernet II headers of 14 bytes, and MAC addresses (IEEE 802.3).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;

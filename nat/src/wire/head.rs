@@ -1,6 +1,8 @@
 //! Construction of headers (virtio, IP and transport) in a small buffer. The payload is written
 //! separately, without a copy.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::checksum::{Sum, pseudo_header};
 use super::icmp::IcmpError;
 use super::virtio::{self, Segmentation};

@@ -1,5 +1,7 @@
 //! ICMP (RFC 792) and ICMPv6 (RFC 4443): echo messages and errors.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::checksum::{Sum, pseudo_header};
 use super::{Malformed, ip, protocol, read_u16, read_u32};
 use std::net::{IpAddr, SocketAddr};

@@ -1,5 +1,7 @@
 //! IPv4 (RFC 791) and IPv6 (RFC 8200) packets in a common representation.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::checksum::Sum;
 use super::{Malformed, read_u16, read_u32};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

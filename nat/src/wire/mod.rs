@@ -5,6 +5,8 @@
 //! rely on, so a packet of a hostile guest is either rejected with a reason or safe to read. Views
 //! implement no policy and do not allocate.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 pub mod checksum;
 pub mod ethernet;
 pub mod head;

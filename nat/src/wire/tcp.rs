@@ -1,6 +1,8 @@
 //! TCP segments (RFC 9293 section 3.1) and the supported options: MSS, window scale and timestamps
 //! (RFC 7323).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::checksum::pseudo_header;
 use super::{Malformed, ip, protocol, read_u16, read_u32};
 

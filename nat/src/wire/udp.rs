@@ -1,5 +1,7 @@
 //! UDP datagrams (RFC 768).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::checksum::pseudo_header;
 use super::{Malformed, ip, protocol, read_u16};
 

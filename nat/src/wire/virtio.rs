@@ -1,6 +1,8 @@
 //! The header of each packet of a TUN device with `IFF_VNET_HDR` (include/uapi/linux/virtio_net.h).
 //! It describes pending checksum and segmentation work.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 /// Length of the header in bytes (`TUNSETVNETHDRSZ`).
 pub const LENGTH: usize = 10;
 

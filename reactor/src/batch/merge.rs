@@ -4,6 +4,8 @@
 //! multiples of that size. So all datagrams except the last must have exactly the segment size. The
 //! last may be shorter but not empty.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::ops::Range;
 
 /// Maximum number of datagrams in a GSO batch: `UDP_MAX_SEGMENTS` of include/linux/udp.h (64 until

@@ -19,6 +19,8 @@
 //!
 //! Sources: Go's `flag/flag.go` and `strconv` (1.22), `cmd/docker-proxy/main_linux.go` of moby.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 #[cfg(test)]
 mod tests;
 

@@ -13,6 +13,8 @@
 //! The log has the reason why a port is not available. Unlike slirp4netns, host addresses may be
 //! IPv6.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

@@ -11,6 +11,8 @@
 //!
 //! Source: `main.c` and the manual page of slirp4netns 1.2, and the behaviour of the program.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 #[cfg(test)]
 mod tests;
 

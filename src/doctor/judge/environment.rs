@@ -1,5 +1,7 @@
 //! Settings and software of the host that interact with networks of tidegate.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::doctor::host::{Found, Host, Service};
 use crate::doctor::report::Row;
 use ipnet::IpNet;

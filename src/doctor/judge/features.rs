@@ -1,5 +1,7 @@
 //! Features of the kernel itself.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::doctor::host::Host;
 use crate::doctor::report::Row;
 

@@ -1,5 +1,7 @@
 //! The available firewalls, and the one that `tidegate up` chooses.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::environment::shortened;
 use super::namespaces::inside;
 use crate::doctor::host::Host;

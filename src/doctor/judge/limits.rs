@@ -1,5 +1,7 @@
 //! Resource limits, and the run directory.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use super::known;
 use crate::doctor::host::Host;
 use crate::doctor::report::Row;

@@ -1,5 +1,7 @@
 //! Verdicts: pure functions from the facts about a host to rows of the report.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 mod environment;
 mod features;
 mod firewall;

@@ -1,5 +1,7 @@
 //! Namespaces, and what can be created in them.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::doctor::host::{Code, Found, Host, Inside, Trial, UserNamespaces};
 use crate::doctor::report::Row;
 use crate::port_guards::remedy;
