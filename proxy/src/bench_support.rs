@@ -5,7 +5,7 @@ pub use crate::port::{Tally, Uncounted};
 
 use crate::port::{Direction, Port, PortStats};
 use crate::tcp::{
-    Connection, Holder, Limits, Phase, SPLICE_FROM, Scratch, Seat, Shares, Side, Turn,
+    Connection, Holder, Limits, Phase, Reservation, SPLICE_FROM, Scratch, Shares, Side, Turn,
 };
 use crate::{Direct, PortOptions};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -46,8 +46,9 @@ impl<T: Tally> Carrier<T> {
             Arc::new(Shares::new(Limits { connections: 1, of_client: None, bytes: 1 << 30 }));
         let holder = Holder { client: localhost, port: 0 };
         shares.add(holder, 0);
-        let seat = Seat::new(shares, holder, 0, permit);
-        let connection = Connection::new(client, backend, phase, Arc::new(port), None, None, seat);
+        let reservation = Reservation::new(shares, holder, 0, permit);
+        let connection =
+            Connection::new(client, backend, phase, Arc::new(port), None, None, reservation);
         Self { connection, scratch: Scratch::new(PipePool::new(16, 16, descriptors), SPLICE_FROM) }
     }
 
@@ -57,7 +58,7 @@ impl<T: Tally> Carrier<T> {
         let sides = [Side::Backend, Side::Client];
         let ready = Readiness::of(sides.map(|side| self.connection.socket(side).as_fd()));
         for (side, ready) in sides.into_iter().zip(ready) {
-            self.connection.note(side, ready);
+            self.connection.record_readiness(side, ready);
         }
         matches!(self.connection.turn(&mut self.scratch), Turn::Wait | Turn::Again)
     }
@@ -73,10 +74,10 @@ impl<T: Tally> Figures<T> {
     pub fn connection(&self, dial: Duration, life: Duration) {
         self.0.accepted.add(1);
         self.0.live.fetch_add(1, Ordering::Relaxed);
-        self.0.dialled(dial);
+        self.0.record_dial(dial);
         self.0.add_bytes(Direction::In, 100);
         self.0.add_bytes(Direction::Out, 1000);
-        self.0.lived(life);
+        self.0.record_lifetime(life);
         self.0.live.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -28,7 +28,7 @@ const PAUSE_LOG: Duration = Duration::from_secs(1);
 
 /// Descriptors that a loop needs for itself at a limit: for a client that is being accepted, and
 /// for one that waits.
-const AT_THE_DOOR: usize = 2;
+const DESCRIPTORS_PER_LOOP: usize = 2;
 
 /// What all loops share.
 pub(crate) struct Shared {
@@ -91,7 +91,7 @@ impl Shared {
     }
 
     /// The loop with the fewest TCP connections, running or not.
-    pub(crate) fn idlest(&self) -> usize {
+    pub(crate) fn least_loaded(&self) -> usize {
         let load = |index: &usize| self.loads[*index].load(Ordering::Relaxed);
         (0..self.loads.len()).min_by_key(load).unwrap_or(0)
     }
@@ -145,7 +145,7 @@ impl Shared {
     }
 
     /// Tells every loop that runs, with `message`, and waits until each has dropped its `done`.
-    fn tell_all(&self, message: impl Fn(mpsc::Sender<()>) -> Message) {
+    fn broadcast(&self, message: impl Fn(mpsc::Sender<()>) -> Message) {
         let (done, all_done) = mpsc::channel();
         for running in self.loops().iter().flatten() {
             // A loop that has ended has nothing left to close.
@@ -178,25 +178,26 @@ pub struct Engine {
 /// What is published, and what is remembered of what was.
 #[derive(Default)]
 struct Ports {
-    there: BTreeMap<PublishedPort, Arc<Port>>,
+    published: BTreeMap<PublishedPort, Arc<Port>>,
     /// Those without series that are being closed: until the loops are through with them their
     /// figures may change.
-    leaving: BTreeMap<PublishedPort, Arc<Port>>,
+    closing: BTreeMap<PublishedPort, Arc<Port>>,
     /// Ports with series of their own, of those that are there and of those that are just being
     /// published.
     with_series: usize,
     /// Published TCP ports by their number, for how many sockets.
     tcp_numbers: BTreeMap<u16, usize>,
     /// What ports without series had counted that have gone.
-    gone: Vec<PortSnapshot>,
+    closed_totals: Vec<PortSnapshot>,
 }
 
 impl Ports {
     /// The sum of those without series that are of `protocol`, if there are or were any.
-    fn others(&self, protocol: Protocol) -> Option<PortSnapshot> {
-        let mut sum = self.gone.iter().find(|sum| sum.whose.protocol() == protocol).cloned();
+    fn others_total(&self, protocol: Protocol) -> Option<PortSnapshot> {
+        let mut sum =
+            self.closed_totals.iter().find(|sum| sum.whose.protocol() == protocol).cloned();
         let others =
-            self.there.values().chain(self.leaving.values()).filter(|port| !port.has_series);
+            self.published.values().chain(self.closing.values()).filter(|port| !port.has_series);
         for port in others.filter(|port| port.label.protocol() == protocol) {
             let empty = || PortSnapshot::empty(Whose::Others(protocol));
             sum.get_or_insert_with(empty).add(&PortSnapshot::of(port));
@@ -207,12 +208,12 @@ impl Ports {
     /// Keeps what a port has counted.
     fn remember(&mut self, counted: &PortSnapshot) {
         let protocol = counted.whose.protocol();
-        let index = self.gone.iter().position(|sum| sum.whose.protocol() == protocol);
+        let index = self.closed_totals.iter().position(|sum| sum.whose.protocol() == protocol);
         let index = index.unwrap_or_else(|| {
-            self.gone.push(PortSnapshot::empty(Whose::Others(protocol)));
-            self.gone.len() - 1
+            self.closed_totals.push(PortSnapshot::empty(Whose::Others(protocol)));
+            self.closed_totals.len() - 1
         });
-        self.gone[index].add_counted(counted);
+        self.closed_totals[index].add_counted(counted);
     }
 }
 
@@ -232,7 +233,7 @@ impl Engine {
         let workers = settings.workers.max(1);
         let shared = Shared {
             descriptors: Arc::new(Descriptors::of_process(
-                settings.reserved_descriptors + AT_THE_DOOR * workers,
+                settings.reserved_descriptors + DESCRIPTORS_PER_LOOP * workers,
             )),
             loads: (0..workers).map(|_| AtomicUsize::new(0)).collect(),
             shares: Arc::new(Shares::new(Limits {
@@ -305,8 +306,8 @@ impl Engine {
         {
             *ports.tcp_numbers.entry(port.label.address().port()).or_default() += 1;
         }
-        self.note_numbers(&ports);
-        ports.there.extend(published);
+        self.update_port_count(&ports);
+        ports.published.extend(published);
         drop(ports);
         Ok(ids)
     }
@@ -326,11 +327,11 @@ impl Engine {
     pub fn unpublish(&self, id: PublishedPort) -> bool {
         let port = {
             let mut ports = self.ports();
-            let Some(port) = ports.there.remove(&id) else { return false };
+            let Some(port) = ports.published.remove(&id) else { return false };
             if port.has_series {
                 ports.with_series = ports.with_series.saturating_sub(1);
             } else {
-                ports.leaving.insert(id, Arc::clone(&port));
+                ports.closing.insert(id, Arc::clone(&port));
             }
             if port.label.protocol() == Protocol::Tcp
                 && let Entry::Occupied(mut sockets) =
@@ -341,22 +342,22 @@ impl Engine {
                     sockets.remove();
                 }
             }
-            self.note_numbers(&ports);
+            self.update_port_count(&ports);
             port
         };
         if port.label.protocol() == Protocol::Udp {
             self.shared.loop_guard.remove(port.label.address());
         }
         port.closed.store(true, Ordering::Relaxed);
-        self.shared.tell_all(|done| Message::Unpublish { port: Arc::clone(&port), done });
+        self.shared.broadcast(|done| Message::Unpublish { port: Arc::clone(&port), done });
         let mut ports = self.ports();
-        if ports.leaving.remove(&id).is_some() {
+        if ports.closing.remove(&id).is_some() {
             ports.remember(&PortSnapshot::of(&port));
         }
         true
     }
 
-    fn note_numbers(&self, ports: &Ports) {
+    fn update_port_count(&self, ports: &Ports) {
         self.shared.several_ports.store(ports.tcp_numbers.len() > 1, Ordering::Relaxed);
     }
 
@@ -374,13 +375,13 @@ impl Engine {
     /// Whether a datagram of `client` claims to come from a published port, which answering would
     /// ask, and so on for ever.
     pub fn is_reflected(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
-        self.shared.loop_guard.is_ours(client, acl)
+        self.shared.loop_guard.is_reflected(client, acl)
     }
 
     /// Closes every port at once, lets connections go on until they end or `deadline` has passed,
     /// then resets what is left. `impatient` is asked meanwhile whether to cut it short.
     pub fn drain(&self, deadline: Duration, mut impatient: impl FnMut() -> bool) -> Drained {
-        self.shared.tell_all(|done| Message::Drain { done });
+        self.shared.broadcast(|done| Message::Drain { done });
         let deadline = Instant::now() + deadline;
         while self.shared.connections() > 0 && Instant::now() < deadline && !impatient() {
             std::thread::sleep(DRAIN_POLL);
@@ -421,11 +422,14 @@ impl Engine {
     /// publishing, and the sums of the others.
     pub fn snapshot(&self) -> Vec<PortSnapshot> {
         let ports = self.ports();
-        let own =
-            ports.there.values().filter(|port| port.has_series).map(|port| PortSnapshot::of(port));
+        let own = ports
+            .published
+            .values()
+            .filter(|port| port.has_series)
+            .map(|port| PortSnapshot::of(port));
         let sums = [Protocol::Tcp, Protocol::Udp]
             .into_iter()
-            .filter_map(|protocol| ports.others(protocol));
+            .filter_map(|protocol| ports.others_total(protocol));
         own.chain(sums).collect()
     }
 
@@ -434,7 +438,7 @@ impl Engine {
     pub fn visit(&self, mut each: impl FnMut(PublishedPort, &PortSnapshot)) {
         // Not under the lock, which publishing waits for.
         let ports: Vec<_> =
-            self.ports().there.iter().map(|(id, port)| (*id, Arc::clone(port))).collect();
+            self.ports().published.iter().map(|(id, port)| (*id, Arc::clone(port))).collect();
         for (id, port) in ports {
             each(id, &PortSnapshot::of(&port));
         }
@@ -442,14 +446,14 @@ impl Engine {
 
     /// How full its tables are.
     pub fn fill(&self) -> Fill {
-        let (there, with_series) = {
+        let (published, with_series) = {
             let ports = self.ports();
-            (ports.there.len(), ports.there.values().filter(|port| port.has_series).count())
+            (ports.published.len(), ports.published.values().filter(|port| port.has_series).count())
         };
         let descriptors = &self.shared.descriptors;
         let usage = self.shared.shares.usage();
         Fill {
-            ports: [with_series as u64, (there - with_series) as u64],
+            ports: [with_series as u64, (published - with_series) as u64],
             connections: self.shared.connections() as u64,
             connections_limit: self.shared.settings.max_connections as u64,
             largest_client: usage.most as u64,

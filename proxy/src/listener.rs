@@ -19,7 +19,7 @@ use tidegate_reactor::{
 const BACKLOG: i32 = 4096;
 
 /// Datagrams that can have come before a socket is opened, at the very most.
-const MOST_STALE: usize = 65_536;
+const MAX_STALE_DATAGRAMS: usize = 65_536;
 
 /// When a silent connection is probed, how often, and after how many unanswered probes it is cut: a
 /// vanished peer is noticed after 15 + 9 × 15 s, docker-proxy's (and Go's) figures.
@@ -127,7 +127,7 @@ impl Listener {
     pub fn open(&self) -> Result<(), BindError> {
         let opened = match self.label.protocol() {
             Protocol::Udp => {
-                for _ in 0..MOST_STALE {
+                for _ in 0..MAX_STALE_DATAGRAMS {
                     if rustix::net::recv(
                         &self.socket,
                         &mut [0; 1],

@@ -358,11 +358,11 @@ fn writeln_series(
     out: &mut impl Write,
     family: &Family,
     whose: Whose,
-    value_of_label: Option<&str>,
+    label_value: Option<&str>,
     value: u64,
 ) -> fmt::Result {
     write!(out, "{}{{publish=\"{whose}\"", family.name)?;
-    if let (Some(label), Some(value)) = (family.label, value_of_label) {
+    if let (Some(label), Some(value)) = (family.label, label_value) {
         write!(out, ",{label}=\"{value}\"")?;
     }
     writeln!(out, "}} {value}")

@@ -160,13 +160,13 @@ impl<T: Tally> PortStats<T> {
     }
 
     /// A backend was reached after `time`.
-    pub(crate) fn dialled(&self, time: Duration) {
-        self.times_to_be().dial.record(time);
+    pub(crate) fn record_dial(&self, time: Duration) {
+        self.times_or_init().dial.record(time);
     }
 
     /// A connection or session has ended that went on for `time`.
-    pub(crate) fn lived(&self, time: Duration) {
-        self.times_to_be().life.record(time);
+    pub(crate) fn record_lifetime(&self, time: Duration) {
+        self.times_or_init().life.record(time);
     }
 
     /// How long things took, if there has been anything.
@@ -174,7 +174,7 @@ impl<T: Tally> PortStats<T> {
         self.times.get().map(|times| &**times)
     }
 
-    fn times_to_be(&self) -> &PortTimes {
+    fn times_or_init(&self) -> &PortTimes {
         let new =
             || PortTimes { dial: Histogram::new(&DIAL_BOUNDS), life: Histogram::new(&LIFE_BOUNDS) };
         self.times.get_or_init(|| Box::new(new()))

@@ -1,12 +1,12 @@
-//! One event loop of the engine: its ports, its connections, its sessions.
+//! An event loop of the engine with its ports, connections and sessions.
 
 use crate::cpu_meter::Meter;
 use crate::engine::Shared;
 use crate::listener::Listener;
 use crate::port::{Direction, Port, Refusal, Tally};
 use crate::tcp::{
-    Accepted, Claim, Connection, Crowd, Holder, NARROW_BYTES, Phase, Scratch, Seat, Side, Turn,
-    WIDE_BYTES,
+    AcceptBatch, Accepted, Claim, Connection, Holder, NARROW_BYTES, Phase, Reservation, Scratch,
+    Side, Turn, WIDE_BYTES,
 };
 use crate::udp::{Batches, Relay};
 use std::collections::{HashMap, VecDeque};
@@ -17,40 +17,41 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Arena, Context, Handler, Interest, Key, List, PipePool, Readiness, Token};
 
-/// Pipes that one loop may have lent at a time, and keeps when idle. Each is two descriptors and,
-/// full, up to 1 MiB of kernel memory.
+/// Maximum number of pipes that one loop lends at a time, and number that it keeps when idle. A
+/// pipe takes two descriptors and, when full, up to 1 MiB of kernel memory.
 const PIPES: usize = 256;
 const IDLE_PIPES: usize = 16;
 
-/// How often a connection that carries payload is moved to the end of its list, at most.
-const MOVED: Duration = Duration::from_secs(1);
+/// Minimum interval between two moves of an active connection to the end of its list.
+const REORDER_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a wide half may carry nothing before it is made narrow.
-const WIDE_FOR: Duration = Duration::from_secs(2);
+/// How long a wide half may be idle before it becomes narrow.
+const WIDE_IDLE: Duration = Duration::from_secs(2);
 
-/// Holders whose connections are made narrow at a time when the budget is exceeded.
-const RELIEVED_AT_A_TIME: usize = 8;
+/// Maximum number of holders whose connections become narrow in one pass when the budget is
+/// exceeded.
+const HOLDERS_PER_PASS: usize = 8;
 
-/// Connections of a holder that are looked at for a blocked one.
-const MOST_LOOKED_AT: usize = 4096;
+/// Maximum number of connections of a holder that are searched for a blocked one.
+const MAX_SCANNED: usize = 4096;
 
-/// What a token refers to.
+/// Type of the object that a token refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tag {
-    /// The client's socket of a connection.
+    /// The client socket of a connection.
     Client = Side::Client as isize,
-    /// The backend's.
+    /// The backend socket of a connection.
     Backend = Side::Backend as isize,
-    /// A connection's dial timer.
+    /// The dial timer of a connection.
     Dial,
     /// A published port.
     Port,
-    /// A UDP port's session timer.
+    /// The session timer of a UDP port.
     Sessions,
-    /// A UDP session's socket.
+    /// The socket of a UDP session.
     Session,
-    /// The timer of ports that rest.
-    Rest,
+    /// The timer that resumes paused ports.
+    Resume,
     /// The timer of connections with a wide half.
     Wide,
 }
@@ -63,7 +64,7 @@ impl Tag {
         Self::Port,
         Self::Sessions,
         Self::Session,
-        Self::Rest,
+        Self::Resume,
         Self::Wide,
     ];
 
@@ -76,34 +77,34 @@ impl Tag {
     }
 }
 
-/// What a loop is told.
+/// A command for a loop.
 #[derive(Debug)]
 pub(crate) enum Message {
     /// Serve these ports.
     Publish(Vec<(Arc<Port>, Listener)>),
-    /// Close this port; its flows end now. `done` is dropped when that has happened.
+    /// Close this port and end its flows. `done` is dropped when that is complete.
     Unpublish { port: Arc<Port>, done: mpsc::Sender<()> },
     /// Take over a connection that another loop accepted.
-    Adopt(Box<(Accepted, Seat)>),
-    /// Take over a connection that another loop accepted, for which one of yours has to end, for
-    /// this limit.
-    Supplant { accepted: Box<Accepted>, limit: Refusal },
-    /// One of yours holds most of the bytes, of which there are too many.
-    Relieve,
-    /// Accept nothing more; what is running goes on.
+    Adopt(Box<(Accepted, Reservation)>),
+    /// Take over a connection that another loop accepted, and evict one of your own for it because
+    /// of `limit`.
+    AdmitByEviction { accepted: Box<Accepted>, limit: Refusal },
+    /// The byte budget is exceeded, and one of your connections holds most of it.
+    EnforceByteBudget,
+    /// Stop accepting; running connections continue. `done` is dropped when that is complete.
     Drain { done: mpsc::Sender<()> },
-    /// Cut everything and end.
+    /// Reset all connections and exit.
     Stop,
 }
 
-/// A port as its loop sees it.
+/// State of a published port in its loop.
 pub(crate) enum PortState {
     Tcp {
         port: Arc<Port>,
         listener: Listener,
-        /// Not accepting, for want of descriptors.
-        resting: bool,
-        crowd: Crowd,
+        /// Not accepting, because descriptors are exhausted.
+        paused: bool,
+        accept_batch: AcceptBatch,
     },
     Udp(Box<Relay>),
 }
@@ -124,35 +125,35 @@ impl PortState {
     }
 }
 
-/// Where the session of an event is to be found.
+/// Location of a UDP session: its port and its key in the table of that port.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SessionRef {
     pub(crate) port: Key,
     pub(crate) session: Key,
 }
 
-/// The handler of one loop.
+/// The event handler of one loop.
 pub(crate) struct Worker {
     pub(crate) index: usize,
     pub(crate) shared: Arc<Shared>,
     pub(crate) ports: Arena<PortState>,
     pub(crate) connections: Arena<Connection>,
-    /// The connections of each holder, from the one that has carried nothing for longest, by about
-    /// [`MOVED`].
-    pub(crate) silence: HashMap<Holder, List>,
-    /// Those with a wide half, or with one that has been narrowed and still holds much, in the same
-    /// order.
+    /// The connections of each holder by idle time, longest first, with a resolution of
+    /// [`REORDER_INTERVAL`].
+    pub(crate) idle_order: HashMap<Holder, List>,
+    /// Connections with a half that is wide, or was narrowed and still holds more than
+    /// [`NARROW_BYTES`]; in the same order.
     wide: List,
-    /// Whether their timer is armed.
+    /// Whether the timer of `wide` is armed.
     wide_timer: bool,
     pub(crate) sessions: Arena<SessionRef>,
-    pub(crate) resting: Vec<Key>,
-    /// A client that was accepted when no descriptor was left, and its port.
+    pub(crate) paused: Vec<Key>,
+    /// A client that was accepted when no descriptor was free, and its port.
     pub(crate) waiting: Option<(Key, Accepted)>,
     pub(crate) scratch: Scratch,
     pub(crate) batches: Option<Batches>,
     pub(crate) meter: Meter,
-    /// Something will come of the connection that was accepted last, and soon.
+    /// Until when the first event of the last accepted connection is expected.
     pub(crate) expects_until: Option<Instant>,
     run_queue: VecDeque<Key>,
 }
@@ -166,11 +167,11 @@ impl Worker {
             shared,
             ports: Arena::new(),
             connections: Arena::new(),
-            silence: HashMap::new(),
+            idle_order: HashMap::new(),
             wide: List::default(),
             wide_timer: false,
             sessions: Arena::new(),
-            resting: Vec::new(),
+            paused: Vec::new(),
             waiting: None,
             scratch,
             batches: None,
@@ -184,7 +185,12 @@ impl Worker {
         let label = port.label;
         let state = match label.protocol() {
             tidegate_model::Protocol::Udp => PortState::Udp(Box::new(Relay::new(port, listener))),
-            _ => PortState::Tcp { port, listener, resting: false, crowd: Crowd::default() },
+            _ => PortState::Tcp {
+                port,
+                listener,
+                paused: false,
+                accept_batch: AcceptBatch::default(),
+            },
         };
         let key = self.ports.insert(state);
         let added = match self.ports.get(key) {
@@ -197,7 +203,7 @@ impl Worker {
         }
     }
 
-    /// Closes the ports that `which` names; their UDP sessions end, their TCP connections do not.
+    /// Closes the ports selected by `which` and ends their UDP sessions. TCP connections continue.
     fn close_ports(&mut self, which: impl Fn(&Arc<Port>) -> bool) {
         self.waiting = self.waiting.take().filter(|(_, accepted)| !which(&accepted.port));
         for key in self.ports.keys() {
@@ -211,7 +217,7 @@ impl Worker {
         }
     }
 
-    /// Cuts the connections that `which` names.
+    /// Resets the connections of the ports selected by `which`.
     fn cut_connections(&mut self, cx: &mut Context<'_>, which: impl Fn(&Arc<Port>) -> bool) {
         for key in self.connections.keys() {
             if self.connections.get(key).is_some_and(|connection| which(&connection.port)) {
@@ -222,7 +228,7 @@ impl Worker {
         }
     }
 
-    /// Takes connection `key` out and ends it with `how`.
+    /// Removes connection `key` and ends it with `how`.
     fn end_connection(
         &mut self,
         cx: &mut Context<'_>,
@@ -230,10 +236,10 @@ impl Worker {
         how: impl FnOnce(Connection, &mut Scratch),
     ) {
         let Some(holder) = self.connections.get(key).map(Connection::holder) else { return };
-        if let Some(silence) = self.silence.get_mut(&holder) {
-            silence.remove(&mut self.connections, key, |connection| &mut connection.links);
-            if silence.is_empty() {
-                self.silence.remove(&holder);
+        if let Some(idle_order) = self.idle_order.get_mut(&holder) {
+            idle_order.remove(&mut self.connections, key, |connection| &mut connection.links);
+            if idle_order.is_empty() {
+                self.idle_order.remove(&holder);
             }
         }
         self.unlist_wide(key);
@@ -241,18 +247,18 @@ impl Worker {
         match connection.phase {
             Phase::Dialling { deadline, .. } => cx.timers.disarm(deadline, Tag::Dial.token(key)),
             Phase::Open { since } => {
-                connection.port.stats.lived(cx.now.saturating_duration_since(since));
+                connection.port.stats.record_lifetime(cx.now.saturating_duration_since(since));
             }
         }
         connection.port.stats.live.fetch_sub(1, Ordering::Relaxed);
         self.shared.loads[self.index].fetch_sub(1, Ordering::Relaxed);
         how(connection, &mut self.scratch);
-        if !self.resting.is_empty() {
-            self.wake_resting(cx);
+        if !self.paused.is_empty() {
+            self.resume_accepting(cx);
         }
     }
 
-    /// Ends a connection whose backend was not reached.
+    /// Ends a connection that did not reach its backend.
     pub(crate) fn refuse_connection(&mut self, cx: &mut Context<'_>, key: Key, refusal: Refusal) {
         if let Some(connection) = self.connections.get(key) {
             connection.port.stats.refuse(refusal);
@@ -261,7 +267,7 @@ impl Worker {
         self.end_connection(cx, key, |connection, scratch| connection.refuse(&mut scratch.pipes));
     }
 
-    /// An event on one of a connection's sockets.
+    /// Handles an event on one of the sockets of a connection.
     fn connection_ready(
         &mut self,
         cx: &mut Context<'_>,
@@ -269,7 +275,7 @@ impl Worker {
         side: Side,
         readiness: Readiness,
     ) {
-        if self.learn(cx, key, side, readiness)
+        if self.apply_readiness(cx, key, side, readiness)
             && let Some(connection) = self.connections.get_mut(key)
             && !connection.queued
         {
@@ -278,9 +284,9 @@ impl Worker {
         }
     }
 
-    /// Notes what one of a connection's sockets is ready for, and ends a dial that is over; whether
-    /// payload may flow.
-    pub(crate) fn learn(
+    /// Records the readiness of one side, and completes or fails a dial. Returns whether payload
+    /// may be transferred.
+    pub(crate) fn apply_readiness(
         &mut self,
         cx: &mut Context<'_>,
         key: Key,
@@ -288,20 +294,20 @@ impl Worker {
         readiness: Readiness,
     ) -> bool {
         let Some(connection) = self.connections.get_mut(key) else { return false };
-        connection.note(side, readiness);
+        connection.record_readiness(side, readiness);
         if let Phase::Dialling { since, deadline } = connection.phase {
             match side {
                 Side::Client if connection.has_failed(Side::Client) => {
                     self.refuse_connection(cx, key, Refusal::ClientGone);
                     return false;
                 }
-                // Its bytes wait in the socket.
+                // The payload stays in the receive buffer.
                 Side::Client => return false,
                 Side::Backend if !readiness.is_writable() => return false,
                 Side::Backend => {}
             }
-            // One that was accepted and reset since was reached all the same, and may have said
-            // something.
+            // A backend that accepted and then reset the connection was reached, and may have sent
+            // payload.
             if readiness.is_error()
                 && let Err(error) = connection.connect_result()
                 && error.kind() != io::ErrorKind::ConnectionReset
@@ -310,26 +316,27 @@ impl Worker {
                 self.refuse_connection(cx, key, refusal);
                 return false;
             }
-            // Often it is the round in which it was accepted, whose time stands still.
+            // `cx.now` is the time of the round, which is often the one that accepted this
+            // connection.
             let now = Instant::now();
             connection.phase = Phase::Open { since: now };
-            connection.port.stats.dialled(now.saturating_duration_since(since));
+            connection.port.stats.record_dial(now.saturating_duration_since(since));
             cx.timers.disarm(deadline, Tag::Dial.token(key));
         }
         true
     }
 
-    /// Lets connection `key` move payload, and ends it when it is through.
-    pub(crate) fn take_turn(&mut self, cx: &mut Context<'_>, key: Key) {
+    /// Gives connection `key` its turn, and ends it when it is complete.
+    pub(crate) fn run_connection(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(connection) = self.connections.get_mut(key) else { return };
         connection.queued = false;
         let turn = connection.turn(&mut self.scratch);
-        if connection.take_progress() && cx.now >= connection.moved + MOVED {
-            connection.moved = cx.now;
+        if connection.take_progress() && cx.now >= connection.reordered + REORDER_INTERVAL {
+            connection.reordered = cx.now;
             let (holder, is_listed_wide) = (connection.holder(), connection.is_listed_wide);
-            if let Some(silence) = self.silence.get_mut(&holder) {
-                silence.remove(&mut self.connections, key, |connection| &mut connection.links);
-                silence.append(&mut self.connections, key, |connection| &mut connection.links);
+            if let Some(idle_order) = self.idle_order.get_mut(&holder) {
+                idle_order.remove(&mut self.connections, key, |connection| &mut connection.links);
+                idle_order.append(&mut self.connections, key, |connection| &mut connection.links);
             }
             if is_listed_wide {
                 self.wide
@@ -339,15 +346,15 @@ impl Worker {
             }
         }
         if matches!(turn, Turn::Wait | Turn::Again) {
-            self.settle(cx, key);
+            self.update_budget(cx, key);
         }
         let Some(connection) = self.connections.get_mut(key) else { return };
         match turn {
-            Turn::Wait => self.watch_for_room(cx, key),
+            Turn::Wait => self.watch_writable(cx, key),
             Turn::Again => {
                 connection.queued = true;
                 self.run_queue.push_back(key);
-                self.watch_for_room(cx, key);
+                self.watch_writable(cx, key);
             }
             Turn::Done => self.end_connection(cx, key, |connection, scratch| {
                 connection.close(&mut scratch.pipes);
@@ -356,8 +363,8 @@ impl Worker {
         }
     }
 
-    /// Gives and takes what the halves of connection `key` claim of the budget of bytes.
-    fn settle(&mut self, cx: &mut Context<'_>, key: Key) {
+    /// Applies the budget requests of both halves of connection `key`.
+    fn update_budget(&mut self, cx: &mut Context<'_>, key: Key) {
         let mut holds_more = false;
         for direction in Direction::ALL {
             let Some(connection) = self.connections.get_mut(key) else { return };
@@ -365,47 +372,47 @@ impl Worker {
                 None => {}
                 Some(Claim::Widen) => holds_more |= self.widen(cx, key, direction),
                 Some(Claim::Hold) => {
-                    connection.bound(direction);
+                    connection.limit_receive_buffer(direction);
                     let before = connection.charge(direction, NARROW_BYTES);
-                    connection.seat().charge(before, NARROW_BYTES);
+                    connection.reservation().charge(before, NARROW_BYTES);
                     holds_more = true;
                 }
                 Some(Claim::Release) => {
                     let before = connection.charge(direction, 0);
-                    connection.seat().charge(before, 0);
+                    connection.reservation().charge(before, 0);
                 }
             }
         }
         if holds_more {
-            self.relieve(cx);
+            self.enforce_byte_budget(cx);
         }
     }
 
-    /// Makes a half wide if the budget allows it; whether it holds more in any case.
+    /// Makes a half wide if the budget permits it. Otherwise returns whether its charge has grown.
     fn widen(&mut self, cx: &mut Context<'_>, key: Key, direction: Direction) -> bool {
         let Some(connection) = self.connections.get_mut(key) else { return false };
         let before = connection.charge(direction, 0);
-        connection.seat().charge(before, 0);
-        if !connection.seat().take(WIDE_BYTES) {
+        connection.reservation().charge(before, 0);
+        if !connection.reservation().take(WIDE_BYTES) {
             let now = connection.narrow(direction);
-            connection.seat().charge(0, now);
+            connection.reservation().charge(0, now);
             return now > before;
         }
         connection.widen(direction);
         if !std::mem::replace(&mut connection.is_listed_wide, true) {
             self.wide.append(&mut self.connections, key, |connection| &mut connection.wide_links);
         }
-        self.look_at_wide(cx);
+        self.arm_wide_timer(cx);
         false
     }
 
-    /// Arms the timer of those with a wide half, if it is not.
-    fn look_at_wide(&mut self, cx: &mut Context<'_>) {
+    /// Arms the timer of `wide` unless it is armed.
+    fn arm_wide_timer(&mut self, cx: &mut Context<'_>) {
         if !self.wide_timer
             && let Some(key) = self.wide.oldest()
         {
             self.wide_timer = true;
-            cx.timers.arm(cx.now + WIDE_FOR, Tag::Wide.token(key));
+            cx.timers.arm(cx.now + WIDE_IDLE, Tag::Wide.token(key));
         }
     }
 
@@ -416,15 +423,15 @@ impl Worker {
         }
     }
 
-    /// Makes those narrow that have carried nothing for a while, and gives back what they have of
-    /// the budget as they drain.
+    /// Narrows connections that have been idle for [`WIDE_IDLE`]. Their charge decreases as they
+    /// drain.
     fn narrow_idle(&mut self, now: Instant) {
-        self.narrow_those(|connection| connection.moved + WIDE_FOR <= now);
+        self.narrow_matching(|connection| connection.reordered + WIDE_IDLE <= now);
     }
 
-    /// Makes the wide ones narrow that `which` names; whether there were any.
-    fn narrow_those(&mut self, which: impl Fn(&Connection) -> bool) -> bool {
-        // The budget bounds how many they are.
+    /// Narrows the wide connections selected by `which`. Returns whether any half was wide.
+    fn narrow_matching(&mut self, which: impl Fn(&Connection) -> bool) -> bool {
+        // The byte budget limits the length of this list.
         let keys: Vec<Key> =
             self.wide.iter(&self.connections, |connection| &connection.wide_links).collect();
         let mut were_there = false;
@@ -443,7 +450,7 @@ impl Worker {
                 } else {
                     before
                 };
-                connection.seat().charge(before, now);
+                connection.reservation().charge(before, now);
                 were_there |= was_wide;
                 holds_much |= now > NARROW_BYTES;
             }
@@ -454,30 +461,30 @@ impl Worker {
         were_there
     }
 
-    /// Makes room if more bytes are held than may be: connections read less first, and then one
-    /// ends.
-    fn relieve(&mut self, cx: &mut Context<'_>) {
+    /// If the byte budget is exceeded, narrows idle connections, then those of the largest holder,
+    /// and finally cuts one.
+    fn enforce_byte_budget(&mut self, cx: &mut Context<'_>) {
         if self.shared.shares.over_budget().is_some() {
             self.narrow_idle(cx.now);
         }
-        for _ in 0..RELIEVED_AT_A_TIME {
+        for _ in 0..HOLDERS_PER_PASS {
             let Some((holder, at)) = self.shared.shares.over_budget() else { return };
             if at != self.index {
                 // A loop that has ended holds nothing.
-                return drop(self.shared.send(at, Message::Relieve));
+                return drop(self.shared.send(at, Message::EnforceByteBudget));
             }
-            if !self.narrow_those(|connection| connection.holder() == holder) {
+            if !self.narrow_matching(|connection| connection.holder() == holder) {
                 return self.cut_blocked(cx, holder);
             }
         }
     }
 
-    /// Cuts the blocked connection of `holder` that has carried nothing for longest.
+    /// Cuts the blocked connection of `holder` with the longest idle time.
     fn cut_blocked(&mut self, cx: &mut Context<'_>, holder: Holder) {
-        let Some(silence) = self.silence.get(&holder) else { return };
+        let Some(idle_order) = self.idle_order.get(&holder) else { return };
         let blocked = |key: &Key| self.connections.get(*key).is_some_and(Connection::is_blocked);
-        let mut keys = silence.iter(&self.connections, |connection| &connection.links);
-        let Some(key) = keys.by_ref().take(MOST_LOOKED_AT).find(blocked) else { return };
+        let mut keys = idle_order.iter(&self.connections, |connection| &connection.links);
+        let Some(key) = keys.by_ref().take(MAX_SCANNED).find(blocked) else { return };
         drop(keys);
         if let Some(connection) = self.connections.get(key) {
             self.shared.log_budget(&connection.port, cx.now);
@@ -486,7 +493,7 @@ impl Worker {
         self.cut_connection(cx, key);
     }
 
-    /// Ends a connection that did not end well.
+    /// Ends a connection that has failed.
     pub(crate) fn cut_connection(&mut self, cx: &mut Context<'_>, key: Key) {
         self.end_connection(cx, key, |connection, scratch| {
             connection.port.stats.cut.add(1);
@@ -509,7 +516,7 @@ impl Handler for Worker {
                 None => {}
             },
             Tag::Session => self.relay_out(cx, key),
-            Tag::Dial | Tag::Sessions | Tag::Rest | Tag::Wide => {}
+            Tag::Dial | Tag::Sessions | Tag::Resume | Tag::Wide => {}
         }
     }
 
@@ -526,8 +533,10 @@ impl Handler for Worker {
                 drop(done);
             }
             Message::Adopt(adopted) => self.adopt(cx, adopted.0, adopted.1),
-            Message::Supplant { accepted, limit } => self.seat_here(cx, *accepted, limit),
-            Message::Relieve => self.relieve(cx),
+            Message::AdmitByEviction { accepted, limit } => {
+                self.admit_forwarded(cx, *accepted, limit)
+            }
+            Message::EnforceByteBudget => self.enforce_byte_budget(cx),
             Message::Drain { done } => {
                 self.close_ports(|_| true);
                 drop(done);
@@ -544,11 +553,11 @@ impl Handler for Worker {
         match Tag::of(token) {
             Tag::Dial => self.refuse_connection(cx, token.key(), Refusal::DialTimeout),
             Tag::Sessions => self.expire_sessions(cx, token.key()),
-            Tag::Rest => self.wake_resting(cx),
+            Tag::Resume => self.resume_accepting(cx),
             Tag::Wide => {
                 self.wide_timer = false;
                 self.narrow_idle(cx.now);
-                self.look_at_wide(cx);
+                self.arm_wide_timer(cx);
             }
             Tag::Client | Tag::Backend | Tag::Port | Tag::Session => {}
         }
@@ -557,7 +566,7 @@ impl Handler for Worker {
     fn turn(&mut self, cx: &mut Context<'_>) -> bool {
         for _ in 0..self.run_queue.len() {
             let Some(key) = self.run_queue.pop_front() else { break };
-            self.take_turn(cx, key);
+            self.run_connection(cx, key);
         }
         !self.run_queue.is_empty()
     }

@@ -1,7 +1,7 @@
-//! Taking connections in, and what stands at the door: allow-list, limits, descriptors.
+//! Accepting connections: access check, limits, and file descriptors.
 
 use super::connection::{Connection, Phase, Side, reset_on_close};
-use super::shares::{Holder, Room, Seat, Verdict};
+use super::shares::{Capacity, Holder, Reservation, Verdict};
 use crate::port::{Port, Refusal, Tally};
 use crate::upstream::{Flow, is_exhaustion};
 use crate::worker::{Message, PortState, Tag, Worker};
@@ -19,46 +19,46 @@ use tidegate_reactor::{
     Context, Interest, Key, List, Permit, Readiness, says_destroyed, stream_ingress,
 };
 
-/// Connections accepted from one port before other events have their turn.
+/// Maximum connections accepted from one port before the loop processes other events.
 const BATCH: usize = 64;
 
-/// How soon after a connection its next event comes, where the backend is on this host and answers
-/// at once, and what may be spent on looking out for it: 100 connections a second cost 2% of a
-/// core.
+/// Upper bound of the time to the first event of a new connection if the backend is on this host
+/// and responds immediately. The loop polls for this long after an accept: 100 connections per
+/// second cost 2% of a core.
 const ANSWER: Duration = Duration::from_micros(200);
 
-/// How long a port rests when descriptors have run out and none came back on this loop.
-const REST: Duration = Duration::from_millis(50);
+/// How long a port stops accepting when descriptors are exhausted and none is released on this
+/// loop.
+const PAUSE: Duration = Duration::from_millis(50);
 
-/// How many connections arrive at a port at a time. accept(2) makes a socket and its file before it
-/// finds out that nobody waits, which costs more than a tenth of a connection's system calls; so it
-/// is asked only for as many as there will be. Those that it is not asked for keep the port
-/// readable.
+/// Adaptive number of accept(2) calls per event. accept(2) allocates a socket and a file before it
+/// returns `EAGAIN`, which costs more than a tenth of the system calls of a connection. So the loop
+/// calls it only as often as it expects connections. If more are queued, the port stays readable.
 #[derive(Debug)]
-pub(crate) struct Crowd {
+pub(crate) struct AcceptBatch {
     expected: usize,
-    /// The last round in which as many came.
+    /// The last round in which `expected` connections were queued.
     filled: Option<u64>,
 }
 
-impl Default for Crowd {
+impl Default for AcceptBatch {
     fn default() -> Self {
         Self { expected: 1, filled: None }
     }
 }
 
-impl Crowd {
-    /// How many to accept in `round`: twice as many as last time, if that was the round before and
-    /// there were more.
-    fn expect(&mut self, round: u64) -> usize {
+impl AcceptBatch {
+    /// Returns how many connections to accept in `round`. The number doubles if the previous round
+    /// reached it and was the round before this one.
+    fn next_size(&mut self, round: u64) -> usize {
         if self.filled.is_some_and(|filled| filled + 1 == round) {
             self.expected = (2 * self.expected).min(BATCH);
         }
         self.expected
     }
 
-    /// So many came.
-    fn came(&mut self, round: u64, count: usize) {
+    /// Records how many connections were accepted in `round`.
+    fn record(&mut self, round: u64, count: usize) {
         if count == self.expected {
             self.filled = Some(round);
         } else {
@@ -67,22 +67,22 @@ impl Crowd {
     }
 }
 
-/// A client that has come in and has no backend yet.
+/// An accepted client without a backend connection.
 #[derive(Debug)]
 pub(crate) struct Accepted {
     client: OwnedFd,
     address: SocketAddr,
-    /// The address of ours that it connected to, where that was needed already.
+    /// The local address of the connection, if already determined.
     local: Option<SocketAddr>,
     pub(crate) port: Arc<Port>,
 }
 
-/// What becomes of a client for which there is no place in this loop.
+/// What to do with a client that this loop has no capacity for.
 #[derive(Clone, Copy)]
-enum NoPlace {
-    /// It waits, and its port with it, unless another loop has a connection that can end for it.
+enum Fallback {
+    /// Keep the client and pause port `Key`, unless another loop can evict a connection for it.
     Wait(Key),
-    /// It is refused, for this limit or for want of descriptors.
+    /// Refuse the client because of this limit, or because descriptors are exhausted.
     Refuse(Refusal),
 }
 
@@ -93,23 +93,24 @@ impl Accepted {
 }
 
 impl Worker {
-    /// Accepts what waits at port `key`.
+    /// Accepts queued connections of port `key`.
     pub(crate) fn accept(&mut self, cx: &mut Context<'_>, key: Key) {
-        let Some(PortState::Tcp { crowd, .. }) = self.ports.get_mut(key) else { return };
-        let expected = crowd.expect(cx.round);
+        let Some(PortState::Tcp { accept_batch, .. }) = self.ports.get_mut(key) else { return };
+        let expected = accept_batch.next_size(cx.round);
         let came = (0..expected).find(|_| !self.accept_one(cx, key)).unwrap_or(expected);
-        if let Some(PortState::Tcp { crowd, .. }) = self.ports.get_mut(key) {
-            crowd.came(cx.round, came);
+        if let Some(PortState::Tcp { accept_batch, .. }) = self.ports.get_mut(key) {
+            accept_batch.record(cx.round, came);
         }
     }
 
-    /// Accepts the next one that waits at port `key`; false if there is none, or none can be taken.
+    /// Accepts one queued connection of port `key`. Returns false if the queue is empty or
+    /// descriptors are exhausted.
     fn accept_one(&mut self, cx: &mut Context<'_>, key: Key) -> bool {
         let Some(PortState::Tcp { port, listener, .. }) = self.ports.get(key) else { return false };
-        // Two sockets. Where there are none left, it depends on who comes.
+        // Two sockets. Without free descriptors, the decision depends on the client.
         let permit = self.shared.descriptors.take(2);
         if permit.is_none() && self.waiting.is_some() {
-            self.rest(cx, key);
+            self.pause_for_descriptors(cx, key);
             return false;
         }
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
@@ -117,11 +118,11 @@ impl Worker {
             Ok(accepted) => accepted,
             Err(Errno::AGAIN) => return false,
             Err(errno) if is_exhaustion(&errno.into()) => {
-                self.rest(cx, key);
+                self.pause_for_descriptors(cx, key);
                 return false;
             }
             Err(errno) if says_destroyed(&errno.into()) => return self.revive(cx, key),
-            // The connection that was to be accepted is gone already (accept(2), "Error handling").
+            // The client has already reset the connection (accept(2), "Error handling").
             Err(_) => return true,
         };
         let Some(address) = address.and_then(|address| SocketAddr::try_from(address).ok()) else {
@@ -129,8 +130,8 @@ impl Worker {
         };
         let port = Arc::clone(port);
         let mut accepted = Accepted { client, address: canonical(address), local: None, port };
-        match self.admit(&mut accepted) {
-            Ok(()) => self.seat(cx, accepted, permit, NoPlace::Wait(key)),
+        match self.check_access(&mut accepted) {
+            Ok(()) => self.admit(cx, accepted, permit, Fallback::Wait(key)),
             Err(refusal) => {
                 refuse(&accepted, refusal);
                 true
@@ -138,69 +139,76 @@ impl Worker {
         }
     }
 
-    /// Finds a place for a client, with a `permit` for two descriptors if there was one; false if
-    /// it has to wait.
-    fn seat(
+    /// Admits a client, evicts a connection for it, or applies `fallback`. `permit` covers two
+    /// descriptors and is `None` if none were free. Returns false if the client has to wait.
+    fn admit(
         &mut self,
         cx: &mut Context<'_>,
         accepted: Accepted,
         mut permit: Option<Permit>,
-        no_place: NoPlace,
+        fallback: Fallback,
     ) -> bool {
         let holder = accepted.holder();
-        let room = self.room(&accepted.port, permit.as_ref());
-        let verdict = self.shared.shares.admit(holder, self.index, room);
-        match (verdict, no_place) {
-            (Verdict::Room, _) => {
-                // Another loop may have taken the last ones meanwhile.
+        let capacity = self.capacity(&accepted.port, permit.as_ref());
+        let verdict = self.shared.shares.admit(holder, self.index, capacity);
+        match (verdict, fallback) {
+            (Verdict::Admitted, _) => {
+                // Another loop may have taken the last descriptors meanwhile.
                 permit = permit.or_else(|| self.shared.descriptors.take(2));
                 if let Some(permit) = permit {
                     self.place(cx, accepted, permit);
                     return true;
                 }
                 self.shared.shares.end(holder, self.index);
-                match no_place {
-                    NoPlace::Wait(key) => return self.keep_waiting(cx, key, accepted),
-                    NoPlace::Refuse(_) => self.refuse_at_limit(cx, &accepted, Refusal::Exhausted),
+                match fallback {
+                    Fallback::Wait(key) => return self.keep_waiting(cx, key, accepted),
+                    Fallback::Refuse(_) => self.refuse_at_limit(cx, &accepted, Refusal::Exhausted),
                 }
             }
             (Verdict::Refused(refusal), _) => self.refuse_at_limit(cx, &accepted, refusal),
-            (Verdict::InPlaceOf { holder, at, limit }, _) if at == self.index => {
-                self.supplant(cx, accepted, holder, limit, permit);
+            (Verdict::Evict { holder, at, limit }, _) if at == self.index => {
+                self.evict_and_place(cx, accepted, holder, limit, permit);
             }
-            (Verdict::InPlaceOf { at, limit, .. }, NoPlace::Wait(_)) => {
-                let message = Message::Supplant { accepted: Box::new(accepted), limit };
-                if let Err(Message::Supplant { accepted, .. }) = self.shared.send(at, message) {
+            (Verdict::Evict { at, limit, .. }, Fallback::Wait(_)) => {
+                let message = Message::AdmitByEviction { accepted: Box::new(accepted), limit };
+                if let Err(Message::AdmitByEviction { accepted, .. }) =
+                    self.shared.send(at, message)
+                {
                     self.refuse_at_limit(cx, &accepted, limit);
                 }
             }
-            (Verdict::Wait, NoPlace::Wait(key)) => return self.keep_waiting(cx, key, accepted),
-            (Verdict::InPlaceOf { .. } | Verdict::Wait, NoPlace::Refuse(limit)) => {
+            (Verdict::Wait, Fallback::Wait(key)) => return self.keep_waiting(cx, key, accepted),
+            (Verdict::Evict { .. } | Verdict::Wait, Fallback::Refuse(limit)) => {
                 self.refuse_at_limit(cx, &accepted, limit);
             }
         }
         true
     }
 
-    /// Finds a place for a client that another loop accepted, and for which a connection of this
-    /// loop has to end for `limit`, as things were then.
-    pub(crate) fn seat_here(&mut self, cx: &mut Context<'_>, accepted: Accepted, limit: Refusal) {
+    /// Admits a client that another loop accepted, by evicting a connection of this loop if `limit`
+    /// still requires it.
+    pub(crate) fn admit_forwarded(
+        &mut self,
+        cx: &mut Context<'_>,
+        accepted: Accepted,
+        limit: Refusal,
+    ) {
         let permit = self.shared.descriptors.take(2);
-        self.seat(cx, accepted, permit, NoPlace::Refuse(limit));
+        self.admit(cx, accepted, permit, Fallback::Refuse(limit));
     }
 
-    /// What there is for a connection to `port`, which has this `permit`.
-    fn room(&self, port: &Port, permit: Option<&Permit>) -> Room {
-        Room {
+    /// Returns the capacity for a connection to `port` with this `permit`.
+    fn capacity(&self, port: &Port, permit: Option<&Permit>) -> Capacity {
+        Capacity {
             port_limit: port.options.max_connections,
             descriptors: self.shared.descriptors.left() / 2 + usize::from(permit.is_some()),
             among_others: self.shared.several_ports.load(Ordering::Relaxed),
         }
     }
 
-    /// Cuts the connection of `victim` that has carried nothing for longest, and gives its place
-    /// away.
-    fn supplant(
+    /// Evicts the connection of `victim` with the longest idle time and gives its place to
+    /// `accepted`.
+    fn evict_and_place(
         &mut self,
         cx: &mut Context<'_>,
         accepted: Accepted,
@@ -208,7 +216,7 @@ impl Worker {
         limit: Refusal,
         permit: Option<Permit>,
     ) {
-        let idlest = self.silence.get(&victim).and_then(List::oldest);
+        let idlest = self.idle_order.get(&victim).and_then(List::oldest);
         let Some(idlest) = idlest else { return self.refuse_at_limit(cx, &accepted, limit) };
         if let Some(connection) = self.connections.get(idlest) {
             self.shared.log_limit(&connection.port, limit, cx.now);
@@ -223,11 +231,11 @@ impl Worker {
         self.place(cx, accepted, permit);
     }
 
-    /// Keeps the client until descriptors come back, and accepts nobody meanwhile; false.
+    /// Keeps the client until descriptors are released, and pauses the port. Returns false.
     fn keep_waiting(&mut self, cx: &mut Context<'_>, key: Key, accepted: Accepted) -> bool {
         self.scratch.pipes.shrink();
         self.waiting = Some((key, accepted));
-        self.rest(cx, key);
+        self.pause_for_descriptors(cx, key);
         false
     }
 
@@ -236,8 +244,8 @@ impl Worker {
         refuse(accepted, limit);
     }
 
-    /// Whether the client may come in, as far as it depends on who it is.
-    fn admit(&self, accepted: &mut Accepted) -> Result<(), Refusal> {
+    /// Checks the allow-list and the gateway ACL.
+    fn check_access(&self, accepted: &mut Accepted) -> Result<(), Refusal> {
         let Accepted { client, address, local, port, .. } = accepted;
         let Port { options, stats, label, .. } = &**port;
         stats.accepted.add(1);
@@ -263,41 +271,45 @@ impl Worker {
         Ok(())
     }
 
-    /// Keeps the connection, which is in the book, or hands it to another loop if this one has all
-    /// it can do.
+    /// Keeps the admitted connection, or passes it to another loop if this one is saturated.
     fn place(&mut self, cx: &mut Context<'_>, accepted: Accepted, permit: Permit) {
         let shares = Arc::clone(&self.shared.shares);
-        let mut seat = Seat::new(shares, accepted.holder(), self.index, permit);
+        let mut reservation = Reservation::new(shares, accepted.holder(), self.index, permit);
         accepted.port.stats.live.fetch_add(1, Ordering::Relaxed);
         let saturated = self.meter.is_saturated(cx.now);
-        let target = if saturated { self.shared.idlest() } else { self.index };
+        let target = if saturated { self.shared.least_loaded() } else { self.index };
         if !saturated {
             self.expects_until = Some(cx.now + ANSWER);
         }
         self.shared.loads[target].fetch_add(1, Ordering::Relaxed);
         if target == self.index {
-            return self.adopt(cx, accepted, seat);
+            return self.adopt(cx, accepted, reservation);
         }
-        seat.hand_over(target);
-        let message = Message::Adopt(Box::new((accepted, seat)));
+        reservation.hand_over(target);
+        let message = Message::Adopt(Box::new((accepted, reservation)));
         if let Err(Message::Adopt(refused)) = self.shared.send(target, message) {
-            let (accepted, mut seat) = *refused;
-            // No thread could be started: stay with the one there is.
+            let (accepted, mut reservation) = *refused;
+            // No thread could be started, so the connection stays in this loop.
             self.shared.loads[target].fetch_sub(1, Ordering::Relaxed);
             self.shared.loads[self.index].fetch_add(1, Ordering::Relaxed);
-            seat.hand_over(self.index);
-            self.adopt(cx, accepted, seat);
+            reservation.hand_over(self.index);
+            self.adopt(cx, accepted, reservation);
         }
     }
 
-    /// Begins to dial the backend for a connection that is this loop's now.
-    pub(crate) fn adopt(&mut self, cx: &mut Context<'_>, accepted: Accepted, seat: Seat) {
+    /// Dials the backend for a connection that this loop now owns.
+    pub(crate) fn adopt(
+        &mut self,
+        cx: &mut Context<'_>,
+        accepted: Accepted,
+        reservation: Reservation,
+    ) {
         if accepted.port.closed.load(Ordering::Relaxed) {
             accepted.port.stats.live.fetch_sub(1, Ordering::Relaxed);
             self.shared.loads[self.index].fetch_sub(1, Ordering::Relaxed);
             return reset_on_close(&accepted.client);
         }
-        if let Err((accepted, refusal)) = self.dial(cx, accepted, seat) {
+        if let Err((accepted, refusal)) = self.dial(cx, accepted, reservation) {
             accepted.port.stats.live.fetch_sub(1, Ordering::Relaxed);
             self.shared.loads[self.index].fetch_sub(1, Ordering::Relaxed);
             refuse(&accepted, refusal);
@@ -308,7 +320,7 @@ impl Worker {
         &mut self,
         cx: &mut Context<'_>,
         accepted: Accepted,
-        seat: Seat,
+        reservation: Reservation,
     ) -> Result<(), (Accepted, Refusal)> {
         let options = Arc::clone(&accepted.port.options);
         let wants_local =
@@ -334,35 +346,37 @@ impl Worker {
         });
         let deadline = cx.now + self.shared.settings.dial_timeout;
         let phase = Phase::Dialling { since: cx.now, deadline };
-        let holder = seat.holder();
+        let holder = reservation.holder();
         let Accepted { client, port, .. } = accepted;
         let connection =
-            Connection::new(client, opened.socket, phase, port, header, opened.lease, seat);
+            Connection::new(client, opened.socket, phase, port, header, opened.lease, reservation);
         let key = self.connections.insert(connection);
-        let silence = self.silence.entry(holder).or_default();
-        silence.append(&mut self.connections, key, |connection| &mut connection.links);
-        self.make_a_start(cx, key);
-        self.watch(cx, key);
+        let idle_order = self.idle_order.entry(holder).or_default();
+        idle_order.append(&mut self.connections, key, |connection| &mut connection.links);
+        self.try_immediately(cx, key);
+        self.register(cx, key);
         Ok(())
     }
 
-    /// Does at once what can be done at once: on one host, often the whole connect and the client's
-    /// first message.
-    fn make_a_start(&mut self, cx: &mut Context<'_>, key: Key) {
+    /// Polls both sockets once and forwards the first payload: on one host the connect has often
+    /// completed and the first message of the client has arrived.
+    fn try_immediately(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(connection) = self.connections.get(key) else { return };
         let sides = [Side::Backend, Side::Client];
         let ready = Readiness::of(sides.map(|side| connection.socket(side).as_fd()));
-        let learnt =
-            sides.into_iter().zip(ready).map(|(side, ready)| self.learn(cx, key, side, ready));
-        // Both, and in this order: what the client says first has a meaning only when there is a
-        // backend.
-        if learnt.fold(false, |_, open| open) {
-            self.take_turn(cx, key);
+        let outcomes = sides
+            .into_iter()
+            .zip(ready)
+            .map(|(side, ready)| self.apply_readiness(cx, key, side, ready));
+        // Both sides, the backend first: payload of the client can be forwarded only after the
+        // connect.
+        if outcomes.fold(false, |_, open| open) {
+            self.run_connection(cx, key);
         }
     }
 
-    /// Has epoll watch connection `key`, if there was not an end to it at the start.
-    fn watch(&mut self, cx: &mut Context<'_>, key: Key) {
+    /// Registers connection `key` with epoll, unless it has ended already.
+    fn register(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(connection) = self.connections.get_mut(key) else { return };
         if let Phase::Dialling { deadline, .. } = connection.phase {
             cx.timers.arm(deadline, Tag::Dial.token(key));
@@ -375,12 +389,12 @@ impl Worker {
         }
     }
 
-    /// Has epoll tell of room on a side that connection `key` waits for, from the first time that
-    /// there is none.
-    pub(crate) fn watch_for_room(&mut self, cx: &mut Context<'_>, key: Key) {
+    /// Watches the sides of connection `key` for writability that block a half, from the first time
+    /// that it blocks.
+    pub(crate) fn watch_writable(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(connection) = self.connections.get_mut(key) else { return };
         for (side, tag) in [(Side::Backend, Tag::Backend), (Side::Client, Tag::Client)] {
-            if !connection.must_watch_for_room(side) {
+            if !connection.must_watch_writable(side) {
                 continue;
             }
             let interest = connection.interest(side);
@@ -391,12 +405,12 @@ impl Worker {
         }
     }
 
-    /// Has the socket of port `key`, of which accept(2) says that it does not listen, listen again.
-    /// Whether more may wait there.
+    /// Makes the socket of port `key` listen again after accept(2) has reported that it does not.
+    /// Returns whether more connections may be queued.
     fn revive(&mut self, cx: &mut Context<'_>, key: Key) -> bool {
         let Some(PortState::Tcp { listener, port, .. }) = self.ports.get(key) else { return false };
         match listener.revive() {
-            // The client has gone.
+            // The socket still listens; the error was about the client.
             Ok(false) => true,
             Ok(true) => {
                 self.shared.metrics.revived.increment(1);
@@ -411,8 +425,8 @@ impl Worker {
         }
     }
 
-    /// Stops accepting at port `key` until descriptors come back.
-    fn rest(&mut self, cx: &mut Context<'_>, key: Key) {
+    /// Pauses port `key` because descriptors are exhausted.
+    fn pause_for_descriptors(&mut self, cx: &mut Context<'_>, key: Key) {
         if !self.pause(cx, key) {
             return;
         }
@@ -427,68 +441,68 @@ impl Worker {
         }
     }
 
-    /// Stops accepting at port `key` for a while. Whether it had not yet.
+    /// Stops accepting at port `key` for [`PAUSE`]. Returns false if it was already paused.
     fn pause(&mut self, cx: &mut Context<'_>, key: Key) -> bool {
-        let Some(PortState::Tcp { listener, resting, .. }) = self.ports.get_mut(key) else {
+        let Some(PortState::Tcp { listener, paused, .. }) = self.ports.get_mut(key) else {
             return false;
         };
-        if *resting || cx.epoll.remove(&*listener).is_err() {
+        if *paused || cx.epoll.remove(&*listener).is_err() {
             return false;
         }
-        *resting = true;
-        if self.resting.is_empty() {
-            cx.timers.arm(cx.now + REST, Tag::Rest.token(key));
+        *paused = true;
+        if self.paused.is_empty() {
+            cx.timers.arm(cx.now + PAUSE, Tag::Resume.token(key));
         }
-        self.resting.push(key);
+        self.paused.push(key);
         true
     }
 
-    /// Accepts again at the ports that rest. Without descriptors they will rest again at once.
-    pub(crate) fn wake_resting(&mut self, cx: &mut Context<'_>) {
+    /// Resumes accepting at all paused ports. They pause again if descriptors are still exhausted.
+    pub(crate) fn resume_accepting(&mut self, cx: &mut Context<'_>) {
         if let Some((key, accepted)) = self.waiting.take() {
             let permit = self.shared.descriptors.take(2);
-            // One that has to wait still leaves its port at rest.
-            if !self.seat(cx, accepted, permit, NoPlace::Wait(key)) {
-                if !self.resting.is_empty() {
-                    cx.timers.arm(cx.now + REST, Tag::Rest.token(key));
+            // If the client has to wait further, its port stays paused.
+            if !self.admit(cx, accepted, permit, Fallback::Wait(key)) {
+                if !self.paused.is_empty() {
+                    cx.timers.arm(cx.now + PAUSE, Tag::Resume.token(key));
                 }
                 return;
             }
         }
-        for key in std::mem::take(&mut self.resting) {
-            if let Some(PortState::Tcp { listener, resting, .. }) = self.ports.get_mut(key) {
+        for key in std::mem::take(&mut self.paused) {
+            if let Some(PortState::Tcp { listener, paused, .. }) = self.ports.get_mut(key) {
                 if cx.epoll.add(&*listener, Tag::Port.token(key), Interest::Readable).is_ok() {
-                    *resting = false;
+                    *paused = false;
                 } else {
-                    if self.resting.is_empty() {
-                        cx.timers.arm(cx.now + REST, Tag::Rest.token(key));
+                    if self.paused.is_empty() {
+                        cx.timers.arm(cx.now + PAUSE, Tag::Resume.token(key));
                     }
-                    self.resting.push(key);
+                    self.paused.push(key);
                 }
             }
         }
     }
 }
 
-/// The socket of a port was destroyed, and answers again.
+/// Logs that the destroyed socket of a port was restored.
 pub(crate) fn log_revived(publish: PublishLabel) {
     tracing::warn!(%publish, kind = "listener", "destroyed by other software; restored");
 }
 
-/// The kernel does not report by which interface a client came, so the ACL cannot be applied.
+/// Without the ingress interface the ACL cannot be evaluated, so the client is refused.
 fn ingress_unknown(label: PublishLabel, error: &io::Error) -> Refusal {
     tracing::debug!(publish = %label, %error, "ingress interface of a connection unknown");
     Refusal::NotAllowed
 }
 
-/// Turns a client away at the door, with a reset: it must not take it for an answer.
+/// Refuses a client with a reset; a FIN would look like a response.
 fn refuse(accepted: &Accepted, refusal: Refusal) {
     accepted.port.stats.refuse(refusal);
     tracing::debug!(publish = %accepted.port.label, reason = refusal.as_str(), "connection refused");
     reset_on_close(&accepted.client);
 }
 
-/// What an error on the way to the backend means.
+/// Maps an error of a dial to its reason.
 pub(crate) fn refusal(error: &io::Error) -> Refusal {
     match error.kind() {
         _ if is_exhaustion(error) => Refusal::Exhausted,
@@ -507,13 +521,13 @@ fn local_address(client: &OwnedFd) -> Option<SocketAddr> {
 mod tests {
     use super::*;
 
-    /// What accept(2) is asked for in each round in which the port is readable, with so many
-    /// waiting then.
+    /// Returns the accept limit of each round, for pairs of a round and the number of queued
+    /// connections.
     fn asked(arrivals: &[(u64, usize)]) -> Vec<usize> {
-        let mut crowd = Crowd::default();
+        let mut accept_batch = AcceptBatch::default();
         let ask = |(round, waiting): &(u64, usize)| {
-            let expected = crowd.expect(*round);
-            crowd.came(*round, expected.min(*waiting));
+            let expected = accept_batch.next_size(*round);
+            accept_batch.record(*round, expected.min(*waiting));
             expected
         };
         arrivals.iter().map(ask).collect()
@@ -526,8 +540,8 @@ mod tests {
 
     #[test]
     fn a_crowd_is_met_with_ever_more_up_to_a_batch_and_forgotten_when_it_is_gone() {
-        let crowd: Vec<_> = (1..=8).map(|round| (round, 1000)).collect();
-        assert_eq!(asked(&crowd), [1, 2, 4, 8, 16, 32, 64, 64]);
+        let accept_batch: Vec<_> = (1..=8).map(|round| (round, 1000)).collect();
+        assert_eq!(asked(&accept_batch), [1, 2, 4, 8, 16, 32, 64, 64]);
         assert_eq!(asked(&[(1, 9), (2, 8), (3, 6), (4, 2), (5, 1), (6, 1)]), [1, 2, 4, 8, 2, 1]);
     }
 }

@@ -1,8 +1,8 @@
-//! One connection and how its halves move payload.
+//! A proxied connection and the transfer of payload in its two halves.
 
 use super::{
-    COPY_BYTES, Holder, NARROW_BYTES, READS_PER_TURN, SOON, SPLICE_BYTES, Seat, WIDE_BYTES,
-    WIDEN_AFTER,
+    COPY_BYTES, FAST_WINDOW, Holder, NARROW_BYTES, READS_PER_TURN, Reservation, SPLICE_BYTES,
+    WIDE_BYTES, WIDEN_AFTER,
 };
 use crate::listener::{narrow, widen};
 use crate::port::{Direction, Port, Tally};
@@ -16,49 +16,49 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Interest, Links, Loan, PipePool, Readiness, Splice};
 
-/// One of a connection's two sockets; also the tag of its epoll token.
+/// One of the two sockets of a connection; also the tag of its epoll token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     Client = 0,
     Backend = 1,
 }
 
-/// Where a connection is in its life.
+/// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// The backend is being connected to.
+    /// The connect to the backend is in progress.
     Dialling {
-        /// When that began.
+        /// When the connect started.
         since: Instant,
-        /// When it is given up.
+        /// When the dial times out.
         deadline: Instant,
     },
-    /// Payload may flow.
+    /// Payload may be transferred.
     Open {
-        /// When the backend was reached.
+        /// When the backend was connected.
         since: Instant,
     },
 }
 
-/// What a turn left behind.
+/// Result of a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
-    /// Nothing more to do until an event comes.
+    /// Nothing to do until the next event.
     Wait,
-    /// The budget is used up, the work is not.
+    /// The turn has used up its reads, and more payload is available.
     Again,
-    /// Both directions have ended well.
+    /// EOF was forwarded in both directions.
     Done,
-    /// The connection is broken.
+    /// The connection has failed.
     Broken,
 }
 
-/// What a loop lends to the connection whose turn it is.
+/// Buffers of a loop, lent to the connection that has its turn.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     pub(crate) buffer: Box<[u8]>,
     pub(crate) pipes: PipePool,
-    /// Payload of one read from which the next one is spliced.
+    /// Size of a read in bytes from which the next read is spliced.
     splice_from: usize,
 }
 
@@ -68,9 +68,9 @@ impl Scratch {
     }
 }
 
-/// Payload that was read and not yet delivered.
+/// Payload that was read and is not delivered yet.
 #[derive(Debug)]
-enum Waiting {
+enum Buffered {
     Nothing,
     Copied { bytes: Box<[u8]>, delivered: usize },
     Piped(Loan),
@@ -79,31 +79,32 @@ enum Waiting {
 /// One direction of a connection.
 #[derive(Debug)]
 struct Half {
-    waiting: Waiting,
-    /// The last read brought so much that the next one is worth a pipe.
-    plenty: bool,
-    /// The source may have something to read.
+    buffered: Buffered,
+    /// The last read was large enough to splice the next one.
+    read_was_large: bool,
+    /// The source may be readable.
     readable: bool,
-    /// The source has closed its writing side: read until the end shows.
+    /// The source has closed its write side: read until EOF.
     closing: bool,
-    /// Splicing is over, and a short read does not mean that nothing is left: there is urgent data,
-    /// at whose mark reads stop short and splice(2) returns 0 as if the stream had ended
-    /// (`tcp_read_sock`, net/ipv4/tcp.c); or splice(2) has returned 0, and only a read can tell
-    /// whether that was the end.
+    /// Do not splice, and do not take a short read for an empty socket. Set when there is urgent
+    /// data: reads stop at its mark, and splice(2) returns 0 there as at EOF (`tcp_read_sock`,
+    /// net/ipv4/tcp.c). Also set after splice(2) has returned 0, because only a read can tell
+    /// whether that was EOF.
     copy_only: bool,
-    /// The end was read.
-    ended: bool,
-    /// The sink may have room.
+    /// EOF was read from the source.
+    eof_read: bool,
+    /// The sink may be writable.
     writable: bool,
-    /// The end was passed on.
-    shut: bool,
-    /// It has large buffers, and its part of the budget.
+    /// EOF was forwarded to the sink.
+    eof_forwarded: bool,
+    /// The half has large socket buffers and is charged for them.
     wide: bool,
     /// The receive buffer was fixed at the small size.
     was_narrow: bool,
-    /// What it has of the budget, in bytes.
+    /// Bytes charged to the budget.
     charged: usize,
-    /// Payload delivered since `counted_from`, and whether it was blocked since.
+    /// Payload in bytes delivered since `counted_from`, and whether the half was blocked since
+    /// then.
     delivered: u64,
     counted_from: Instant,
     was_blocked: bool,
@@ -112,14 +113,14 @@ struct Half {
 impl Half {
     fn new(now: Instant) -> Self {
         Self {
-            waiting: Waiting::Nothing,
-            plenty: false,
+            buffered: Buffered::Nothing,
+            read_was_large: false,
             readable: false,
             closing: false,
             copy_only: false,
-            ended: false,
+            eof_read: false,
             writable: false,
-            shut: false,
+            eof_forwarded: false,
             wide: false,
             was_narrow: false,
             charged: 0,
@@ -129,53 +130,52 @@ impl Half {
         }
     }
 
-    /// Payload waits for room at the sink.
+    /// Whether payload waits for the sink to become writable.
     fn is_blocked(&self) -> bool {
-        !self.writable && !matches!(self.waiting, Waiting::Nothing)
+        !self.writable && !matches!(self.buffered, Buffered::Nothing)
     }
 }
 
-/// What a half wants of the budget.
+/// Request of a half to change its charge on the budget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Claim {
-    /// To become wide.
+    /// Become wide.
     Widen,
-    /// It is narrow and blocked, and holds something.
+    /// Charge a narrow half that is blocked.
     Hold,
-    /// It is no longer.
+    /// Release the charge of a narrow half that is no longer blocked.
     Release,
 }
 
-/// A client's connection and the one to the backend.
+/// The connection of a client and the connection to its backend.
 pub(crate) struct Connection<T = AtomicU64> {
     sockets: [OwnedFd; 2],
     /// Indexed by [`Direction`]: `In` reads from the client, `Out` from the backend.
     halves: [Half; 2],
-    /// Whether each side has told of an error.
+    /// Whether an error event was reported, by [`Side`].
     failed: [bool; 2],
-    /// What epoll tells of each side; nothing before it has been asked the first time.
+    /// The registered epoll interest, by [`Side`]; `None` before registration.
     watched: [Option<Interest>; 2],
-    /// A read or a write has failed: what looks like an end from here on is none.
+    /// A read or write has failed, so an apparent EOF from here on is not one.
     broken: bool,
     pub(crate) phase: Phase,
     pub(crate) port: Arc<Port<T>>,
-    /// In the loop's run queue.
+    /// Whether the connection is in the run queue of the loop.
     pub(crate) queued: bool,
-    /// Its place in its holder's list, and since when at the end of it.
+    /// Links in the list of its holder, and when it was last moved to the end of that list.
     pub(crate) links: Links,
-    pub(crate) moved: Instant,
-    /// Its place in the list of those with a wide half, if it is in it.
+    pub(crate) reordered: Instant,
+    /// Links in the list of connections with a wide half, and whether it is in that list.
     pub(crate) wide_links: Links,
     pub(crate) is_listed_wide: bool,
-    /// Payload was delivered since [`Self::take_progress`].
+    /// Payload was delivered since the last [`Self::take_progress`].
     progressed: bool,
     _lease: Option<Lease>,
-    seat: Seat,
+    reservation: Reservation,
 }
 
 impl<T: Tally> Connection<T> {
-    /// A connection whose backend is being dialled. `header` goes to the backend before anything
-    /// else.
+    /// Creates a connection in `phase`. `header` is sent to the backend before any payload.
     pub(crate) fn new(
         client: OwnedFd,
         backend: OwnedFd,
@@ -183,15 +183,15 @@ impl<T: Tally> Connection<T> {
         port: Arc<Port<T>>,
         header: Option<Vec<u8>>,
         lease: Option<Lease>,
-        seat: Seat,
+        reservation: Reservation,
     ) -> Self {
-        let (Phase::Dialling { since: moved, .. } | Phase::Open { since: moved }) = phase;
-        let mut halves = [Half::new(moved), Half::new(moved)];
-        // The client may be written to from the start.
+        let (Phase::Dialling { since, .. } | Phase::Open { since }) = phase;
+        let mut halves = [Half::new(since), Half::new(since)];
+        // An accepted socket is writable.
         halves[Direction::Out as usize].writable = true;
         if let Some(header) = header {
-            halves[Direction::In as usize].waiting =
-                Waiting::Copied { bytes: header.into_boxed_slice(), delivered: 0 };
+            halves[Direction::In as usize].buffered =
+                Buffered::Copied { bytes: header.into_boxed_slice(), delivered: 0 };
         }
         Self {
             sockets: [client, backend],
@@ -203,21 +203,21 @@ impl<T: Tally> Connection<T> {
             port,
             queued: false,
             links: Links::default(),
-            moved,
+            reordered: since,
             wide_links: Links::default(),
             is_listed_wide: false,
             progressed: false,
             _lease: lease,
-            seat,
+            reservation,
         }
     }
 
-    /// Whose it is.
+    /// The client and port that the connection counts for.
     pub(crate) fn holder(&self) -> Holder {
-        self.seat.holder()
+        self.reservation.holder()
     }
 
-    /// Whether it has carried payload since this was last asked.
+    /// Returns whether payload was delivered since the last call.
     pub(crate) fn take_progress(&mut self) -> bool {
         std::mem::take(&mut self.progressed)
     }
@@ -226,8 +226,8 @@ impl<T: Tally> Connection<T> {
         &self.sockets[side as usize]
     }
 
-    /// Notes what an event says about one side.
-    pub(crate) fn note(&mut self, side: Side, readiness: Readiness) {
+    /// Records the readiness of one side.
+    pub(crate) fn record_readiness(&mut self, side: Side, readiness: Readiness) {
         let (reads, writes) = match side {
             Side::Client => (Direction::In, Direction::Out),
             Side::Backend => (Direction::Out, Direction::In),
@@ -240,15 +240,16 @@ impl<T: Tally> Connection<T> {
         self.failed[side as usize] |= readiness.is_error();
     }
 
-    /// Whether payload for `side` waits for room that epoll has not been asked to tell of.
-    pub(crate) fn must_watch_for_room(&self, side: Side) -> bool {
-        self.watched[side as usize] == Some(Interest::InputEdges) && self.waits_for_room(side)
+    /// Whether a half is blocked on `side`, but epoll does not report writability of that side yet.
+    pub(crate) fn must_watch_writable(&self, side: Side) -> bool {
+        self.watched[side as usize] == Some(Interest::InputEdges) && self.is_blocked_towards(side)
     }
 
-    /// What to watch `side` for from now on. To be connected is to have room.
+    /// Returns the epoll interest for `side` and records it. A socket becomes writable when its
+    /// connect completes.
     pub(crate) fn interest(&mut self, side: Side) -> Interest {
         let dialling = side == Side::Backend && matches!(self.phase, Phase::Dialling { .. });
-        let for_room = dialling || self.waits_for_room(side);
+        let for_room = dialling || self.is_blocked_towards(side);
         *self.watched[side as usize].insert(if for_room {
             Interest::Edges
         } else {
@@ -256,7 +257,7 @@ impl<T: Tally> Connection<T> {
         })
     }
 
-    fn waits_for_room(&self, side: Side) -> bool {
+    fn is_blocked_towards(&self, side: Side) -> bool {
         let half = match side {
             Side::Client => &self.halves[Direction::Out as usize],
             Side::Backend => &self.halves[Direction::In as usize],
@@ -264,7 +265,7 @@ impl<T: Tally> Connection<T> {
         half.is_blocked()
     }
 
-    /// What the half of `direction` wants of the budget since its last turn.
+    /// Returns the request of the half of `direction` after its last turn.
     pub(crate) fn claim(&mut self, direction: Direction, now: Instant) -> Option<Claim> {
         let half = &mut self.halves[direction as usize];
         let blocked = half.is_blocked();
@@ -273,7 +274,7 @@ impl<T: Tally> Connection<T> {
             return None;
         }
         if half.delivered >= WIDEN_AFTER {
-            let fast = !half.was_blocked || now < half.counted_from + SOON;
+            let fast = !half.was_blocked || now < half.counted_from + FAST_WINDOW;
             (half.delivered, half.counted_from, half.was_blocked) = (0, now, blocked);
             if fast {
                 return Some(Claim::Widen);
@@ -286,7 +287,7 @@ impl<T: Tally> Connection<T> {
         }
     }
 
-    /// Makes the half of `direction` wide: it has [`WIDE_BYTES`] of the budget.
+    /// Makes the half of `direction` wide, charged with [`WIDE_BYTES`].
     pub(crate) fn widen(&mut self, direction: Direction) {
         let (source, sink) = self.ends(direction);
         widen(source, sink, self.halves[direction as usize].was_narrow);
@@ -294,8 +295,8 @@ impl<T: Tally> Connection<T> {
         (half.wide, half.charged) = (true, WIDE_BYTES);
     }
 
-    /// Makes the half of `direction` narrow. Returns the bytes that it has of the budget from here
-    /// on, which are what it still holds.
+    /// Makes the half of `direction` narrow. Returns its new charge in bytes, which is what it
+    /// still holds.
     pub(crate) fn narrow(&mut self, direction: Direction) -> usize {
         let (source, sink) = self.ends(direction);
         narrow(source, sink);
@@ -303,46 +304,45 @@ impl<T: Tally> Connection<T> {
         let half = &mut self.halves[direction as usize];
         (half.wide, half.was_narrow) = (false, true);
         (half.delivered, half.was_blocked) = (0, false);
-        let held = match &half.waiting {
-            Waiting::Nothing => 0,
-            Waiting::Copied { .. } => NARROW_BYTES,
-            Waiting::Piped(pipe) => NARROW_BYTES + pipe.held(),
+        let held = match &half.buffered {
+            Buffered::Nothing => 0,
+            Buffered::Copied { .. } => NARROW_BYTES,
+            Buffered::Piped(pipe) => NARROW_BYTES + pipe.held(),
         };
         half.charged = (held + unread).min(WIDE_BYTES);
         half.charged
     }
 
-    /// Bounds what the half of `direction`, which is blocked, holds: left to itself the receive
-    /// buffer at its source grows to `tcp_rmem`.
-    pub(crate) fn bound(&mut self, direction: Direction) {
+    /// Fixes the receive buffer of the half of `direction`, which is blocked. Otherwise the kernel
+    /// would grow that buffer up to `tcp_rmem`.
+    pub(crate) fn limit_receive_buffer(&mut self, direction: Direction) {
         if !std::mem::replace(&mut self.halves[direction as usize].was_narrow, true) {
             let (source, sink) = self.ends(direction);
             narrow(source, sink);
         }
     }
 
-    /// Notes what the half of `direction` has of the budget; how much it had before.
+    /// Sets the charge of the half of `direction` in bytes. Returns the previous charge.
     pub(crate) fn charge(&mut self, direction: Direction, bytes: usize) -> usize {
         std::mem::replace(&mut self.halves[direction as usize].charged, bytes)
     }
 
-    /// What the half of `direction` has of the budget, in bytes.
+    /// The charge of the half of `direction` in bytes.
     pub(crate) fn charged(&self, direction: Direction) -> usize {
         self.halves[direction as usize].charged
     }
 
-    /// Whether the half of `direction` is wide.
     pub(crate) fn is_wide(&self, direction: Direction) -> bool {
         self.halves[direction as usize].wide
     }
 
-    /// Whether a half is blocked.
+    /// Whether either half is blocked.
     pub(crate) fn is_blocked(&self) -> bool {
         self.halves.iter().any(Half::is_blocked)
     }
 
-    pub(crate) fn seat(&mut self) -> &mut Seat {
-        &mut self.seat
+    pub(crate) fn reservation(&mut self) -> &mut Reservation {
+        &mut self.reservation
     }
 
     fn ends(&self, direction: Direction) -> (&OwnedFd, &OwnedFd) {
@@ -353,15 +353,15 @@ impl<T: Tally> Connection<T> {
         }
     }
 
-    /// Whether `side` has told of an error.
+    /// Whether an error event was reported for `side`.
     pub(crate) fn has_failed(&self, side: Side) -> bool {
         self.failed[side as usize]
     }
 
-    /// Moves what can be moved.
+    /// Transfers available payload in both directions.
     pub(crate) fn turn(&mut self, scratch: &mut Scratch) -> Turn {
-        // Not before there is a use for it: most published ports are idle, and some have a process
-        // to themselves.
+        // Allocated on first use: most published ports are idle, and under docker-proxy each has
+        // its own process.
         if scratch.buffer.is_empty() {
             scratch.buffer = vec![0; COPY_BYTES].into_boxed_slice();
         }
@@ -370,8 +370,8 @@ impl<T: Tally> Connection<T> {
         for direction in Direction::ALL {
             match self.advance(direction, scratch) {
                 Ok(more) => again |= more,
-                // The other direction may still have something to pass on: the answer of a server
-                // that hung up on a client in the middle of its request.
+                // The other direction may still have payload to forward, such as the response of a
+                // server that closed the connection in the middle of a request.
                 Err(_) => self.broken = true,
             }
         }
@@ -381,26 +381,30 @@ impl<T: Tally> Connection<T> {
         if self.broken {
             return Turn::Broken;
         }
-        if self.halves.iter().all(|half| half.ended && matches!(half.waiting, Waiting::Nothing)) {
+        if self
+            .halves
+            .iter()
+            .all(|half| half.eof_read && matches!(half.buffered, Buffered::Nothing))
+        {
             return Turn::Done;
         }
         Turn::Wait
     }
 
-    /// Moves payload in one direction until the source is empty, the sink is full or the budget is
-    /// used up; true in the last case.
+    /// Transfers payload in one direction until the source is empty, the sink is full, or the reads
+    /// of the turn are used up. Returns true in the last case.
     fn advance(&mut self, direction: Direction, scratch: &mut Scratch) -> io::Result<bool> {
         let [client, backend] = &self.sockets;
         let (source, sink) = match direction {
             Direction::In => (client, backend),
             Direction::Out => (backend, client),
         };
-        let other_ended = self.halves[1 - direction as usize].shut;
+        let other_ended = self.halves[1 - direction as usize].eof_forwarded;
         let half = &mut self.halves[direction as usize];
         let stats = &self.port.stats;
         let mut reads = READS_PER_TURN;
         loop {
-            if !matches!(half.waiting, Waiting::Nothing) {
+            if !matches!(half.buffered, Buffered::Nothing) {
                 if !half.writable {
                     return Ok(false);
                 }
@@ -410,15 +414,15 @@ impl<T: Tally> Connection<T> {
                 stats.add_bytes(direction, delivered);
                 continue;
             }
-            if half.ended {
+            if half.eof_read {
                 if self.broken {
                     return Err(Errno::CONNRESET.into());
                 }
-                // When the other half is through as well, closing says it all.
-                if !half.shut && !other_ended {
+                // If the other half has finished as well, close(2) sends the FIN.
+                if !half.eof_forwarded && !other_ended {
                     shut_down(sink)?;
                 }
-                half.shut = true;
+                half.eof_forwarded = true;
                 return Ok(false);
             }
             if !half.readable {
@@ -428,7 +432,7 @@ impl<T: Tally> Connection<T> {
                 return Ok(true);
             }
             reads -= 1;
-            if (half.plenty && half.wide || scratch.splice_from == 0)
+            if (half.read_was_large && half.wide || scratch.splice_from == 0)
                 && !half.copy_only
                 && let Some(pipe) = scratch.pipes.obtain()
             {
@@ -442,51 +446,50 @@ impl<T: Tally> Connection<T> {
         }
     }
 
-    /// Ends the connection with a reset to both sides; what they had not read yet is lost, as it
-    /// should be.
+    /// Resets both sides. Payload that they have not read is discarded, as a reset requires.
     pub(crate) fn reset(self, pipes: &mut PipePool) {
         reset_on_close(&self.sockets[0]);
         reset_on_close(&self.sockets[1]);
         self.close(pipes);
     }
 
-    /// Ends the connection: what was sent is delivered, then FIN. Borrowed pipes go back.
+    /// Closes both sockets: the kernel delivers sent data and then a FIN. Pipes return to the pool.
     pub(crate) fn close(self, pipes: &mut PipePool) {
         for half in self.halves {
-            if let Waiting::Piped(pipe) = half.waiting {
+            if let Buffered::Piped(pipe) = half.buffered {
                 pipes.release(pipe);
             }
         }
     }
 
-    /// Ends a connection whose backend was never reached: the client is reset.
+    /// Resets the client of a connection that never reached its backend.
     pub(crate) fn refuse(self, pipes: &mut PipePool) {
         reset_on_close(&self.sockets[Side::Client as usize]);
         self.close(pipes);
     }
 
-    /// The result of the connect that has just ended.
+    /// Returns the result of the completed connect (`SO_ERROR`).
     pub(crate) fn connect_result(&self) -> io::Result<()> {
         Ok(sockopt::socket_error(&self.sockets[Side::Backend as usize])??)
     }
 }
 
 impl Half {
-    /// Delivers some of what waits. Returns the bytes that went.
+    /// Delivers buffered payload to the sink. Returns the number of bytes.
     fn deliver(&mut self, sink: &OwnedFd, pipes: &mut PipePool) -> io::Result<u64> {
-        let (moved, empty) = match &mut self.waiting {
-            Waiting::Nothing => return Ok(0),
-            Waiting::Copied { bytes, delivered } => match try_send(sink, &bytes[*delivered..])? {
+        let (moved, empty) = match &mut self.buffered {
+            Buffered::Nothing => return Ok(0),
+            Buffered::Copied { bytes, delivered } => match try_send(sink, &bytes[*delivered..])? {
                 Some(sent) => {
                     *delivered += sent;
                     (sent, *delivered == bytes.len())
                 }
                 None => (0, false),
             },
-            Waiting::Piped(pipe) => match pipe.drain(sink)? {
+            Buffered::Piped(pipe) => match pipe.drain(sink)? {
                 Splice::Moved(sent) => (sent, pipe.held() == 0),
                 Splice::Blocked => (0, false),
-                // A pipe that holds something does not end.
+                // A pipe that holds data never reports EOF.
                 Splice::End => return Err(Errno::PIPE.into()),
             },
         };
@@ -494,20 +497,20 @@ impl Half {
             self.writable = false;
         }
         if empty
-            && let Waiting::Piped(pipe) = std::mem::replace(&mut self.waiting, Waiting::Nothing)
+            && let Buffered::Piped(pipe) = std::mem::replace(&mut self.buffered, Buffered::Nothing)
         {
             pipes.release(pipe);
         }
         Ok(moved as u64)
     }
 
-    /// Reads through the loop's buffer and sends at once; what the sink does not take is kept.
-    /// Returns the bytes that went.
+    /// Reads into the buffer of the loop and sends from it; keeps what the sink does not accept.
+    /// Returns the number of bytes sent.
     fn copy(&mut self, source: &OwnedFd, sink: &OwnedFd, scratch: &mut Scratch) -> io::Result<u64> {
         let buffer = &mut scratch.buffer;
         let read = match recv(source, &mut buffer[..], RecvFlags::empty()) {
             Ok((0, _)) => {
-                self.ended = true;
+                self.eof_read = true;
                 return Ok(0);
             }
             Ok((read, _)) => read,
@@ -518,21 +521,22 @@ impl Half {
             Err(Errno::INTR) => return Ok(0),
             Err(error) => return Err(error.into()),
         };
-        self.plenty = read >= scratch.splice_from;
+        self.read_was_large = read >= scratch.splice_from;
         if read < buffer.len() && !self.closing && !self.copy_only {
             self.readable = false;
         }
         let sent = if self.writable { try_send(sink, &buffer[..read])? } else { None };
         let sent_bytes = sent.unwrap_or(0);
         if sent_bytes < read {
-            // Until the sink says so, it has no more room.
+            // The send buffer is full until an event reports otherwise.
             self.writable = false;
-            self.waiting = Waiting::Copied { bytes: buffer[sent_bytes..read].into(), delivered: 0 };
+            self.buffered =
+                Buffered::Copied { bytes: buffer[sent_bytes..read].into(), delivered: 0 };
         }
         Ok(sent_bytes as u64)
     }
 
-    /// Fills `pipe` from the source.
+    /// Splices from the source into `pipe`.
     fn splice(
         &mut self,
         source: &OwnedFd,
@@ -541,8 +545,8 @@ impl Half {
     ) -> io::Result<()> {
         match pipe.fill(source, SPLICE_BYTES) {
             Ok(Splice::Moved(read)) => {
-                self.plenty = read >= scratch.splice_from / 4;
-                self.waiting = Waiting::Piped(pipe);
+                self.read_was_large = read >= scratch.splice_from / 4;
+                self.buffered = Buffered::Piped(pipe);
                 return Ok(());
             }
             Ok(Splice::Blocked) => self.readable = false,
@@ -557,7 +561,7 @@ impl Half {
     }
 }
 
-/// Sends what there is room for; `None` when there is none.
+/// Sends as much as the send buffer accepts; `None` if it is full.
 fn try_send(sink: impl AsFd, bytes: &[u8]) -> io::Result<Option<usize>> {
     match rustix::io::retry_on_intr(|| send(&sink, bytes, SendFlags::NOSIGNAL)) {
         Ok(sent) => Ok(Some(sent)),
@@ -566,7 +570,7 @@ fn try_send(sink: impl AsFd, bytes: &[u8]) -> io::Result<Option<usize>> {
     }
 }
 
-/// Passes the end on. A sink that is no longer connected has its own way of saying so.
+/// Sends a FIN. A sink that is no longer connected reports its error by an event.
 fn shut_down(sink: impl AsFd) -> io::Result<()> {
     match shutdown(sink, Shutdown::Write) {
         Ok(()) | Err(Errno::NOTCONN) => Ok(()),
@@ -574,8 +578,8 @@ fn shut_down(sink: impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Makes the next close(2) of `socket` a reset.
+/// Makes close(2) of `socket` send a reset.
 pub(super) fn reset_on_close(socket: impl AsFd) {
-    // It fails on what is not a socket only.
+    // Fails only for descriptors that are not sockets.
     let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
 }

@@ -1,54 +1,54 @@
-//! TCP: one connection from the client, one to the backend, and payload moved between them.
+//! TCP proxying: one connection from the client, one to the backend, and payload copied between
+//! them.
 //!
 //! # Theory of operation
 //!
 //! ```text
 //!            accept                    connected
-//!  (backlog) ------> Dialling ------------------------> Open ----> both directions ended: close
+//!  (backlog) ------> Dialling ------------------------> Open ----> EOF in both directions: close
 //!                      |  backend refuses, no route,      |
-//!                      |  no answer in time: reset client |  error on either side: reset both
-//!                      |  client resets: abandon the dial |
-//!                      +----------------------------------+----> gone
+//!                      |  dial timeout: reset the client  |  error on either side: reset both
+//!                      |  client resets: abort the dial   |
+//!                      +----------------------------------+----> removed
 //! ```
 //!
-//! A connection has two halves, one for each direction. A half reads from its source until there is
-//! nothing to read, delivers before it reads again, and so holds at most one buffer or pipe of
-//! payload: when the sink stops reading, the half stops, the source's receive window closes, and
-//! the sender waits. When the source ends (FIN) and everything is delivered, the half shuts the
-//! sink's writing side down (FIN), and the other half goes on.
+//! A connection has two halves, one per direction. A half reads from its source until the source is
+//! empty. It delivers what it has read before it reads again, so it holds at most one buffer or
+//! pipe of payload. When the sink stops reading, the half stops, the receive window of the source
+//! closes, and the sender blocks. After EOF from the source, the half delivers the remaining
+//! payload and sends a FIN to the sink; the other half continues.
 //!
-//! A half begins *narrow*: small socket buffers, and copying through the loop's one buffer. One
-//! that has carried [`WIDEN_AFTER`] without being blocked, or fast, becomes *wide*: large socket
-//! buffers, and where a read brings [`SPLICE_FROM`] bytes or more, it borrows a pipe for the next
-//! one and splices: the payload then stays in the kernel. When that brings less than a quarter of
-//! it, it copies again: an exchange of small messages never splices, however long it goes on. A
-//! drained pipe goes back to the pool at once, so idle connections hold none.
+//! A half starts *narrow*: it has small socket buffers and copies through the buffer of the loop.
+//! It becomes *wide* after [`WIDEN_AFTER`] bytes if it was not blocked or was fast. A wide half has
+//! large socket buffers. After a read of at least [`SPLICE_FROM`] bytes it borrows a pipe and
+//! splices the next read, so that the payload stays in the kernel. After a splice of less than a
+//! quarter of [`SPLICE_FROM`] it copies again, so an exchange of small messages never splices. A
+//! drained pipe returns to the pool immediately, and idle connections hold none.
 //!
-//! What halves may hold for peers that do not drain is budgeted ([`shares`]). A wide half has
-//! [`WIDE_BYTES`] of the budget, and is made narrow again when it carries nothing for a while;
-//! where the budget has nothing left for it, it stays narrow, which slows it down. A narrow half
-//! takes [`NARROW_BYTES`] as long as it is blocked. When that exceeds the budget, of the client
-//! that holds most the connection is cut that has been blocked without carrying anything for
-//! longest.
+//! A byte budget limits what halves hold for peers that do not read ([`shares`]). A wide half is
+//! charged [`WIDE_BYTES`] and becomes narrow after a period without payload. If the budget is
+//! exhausted, a half stays narrow and is slower. A narrow half is charged [`NARROW_BYTES`] while it
+//! is blocked. When the sum of all charges exceeds the budget, one connection of the client that
+//! holds most is cut: the blocked one that has been idle for longest.
 //!
-//! On one host a connect is over by the time connect(2) returns, and a client that speaks first has
-//! spoken by the time it is accepted. So both sockets are asked at once, and the first exchange
-//! goes on its way before epoll has heard of them; the backend, which the connect wakes up, finds
-//! it there already.
+//! On one host, a connect has completed when connect(2) returns, and a client that speaks first has
+//! sent its request before it is accepted. The loop therefore polls both sockets once and forwards
+//! the first exchange before it registers them with epoll. When the connect wakes the backend, the
+//! request has already arrived.
 //!
-//! Who may come in, and who yields when there is no room, is decided in [`shares`]. Each loop has a
-//! list of the connections of each holder, from the one that has carried nothing for longest: the
-//! one that is cut.
+//! [`shares`] decides which clients are admitted and which connection is evicted when a limit is
+//! reached. Each loop keeps one list of connections per holder, ordered by idle time; the first one
+//! is evicted.
 //!
-//! An error is a reset, a timeout, anything that means the connection did not end well. What has
-//! already arrived is passed on first, as far as the other side takes it; then both sides are reset
-//! (`SO_LINGER` with zero seconds, and no `shutdown` before it, which would send a FIN). So a cut
-//! connection never looks complete.
+//! An error is a reset, a timeout, or any other end except EOF. Payload that has already arrived is
+//! forwarded first, as far as the other side accepts it. Then both sides are reset with `SO_LINGER`
+//! of zero seconds. No `shutdown` precedes the reset, because it would send a FIN. A cut connection
+//! therefore never appears complete.
 //!
-//! Readiness is edge-triggered: what a half knows of its sockets is kept in flags, set by events
-//! and cleared by `EAGAIN`. A read that fills less than the buffer has emptied the socket, which
-//! saves the read that would say so, unless the peer has closed: then only a read that returns
-//! nothing is the end.
+//! Readiness is edge-triggered: each half caches the readiness of its sockets in flags, which
+//! events set and `EAGAIN` clears. A read that does not fill the buffer has emptied the socket,
+//! which saves a read that would return `EAGAIN`. This does not hold after the peer has closed:
+//! then only a read of zero bytes marks EOF.
 
 use std::time::Duration;
 
@@ -56,34 +56,33 @@ mod accept;
 mod connection;
 mod shares;
 
-pub(crate) use accept::{Accepted, Crowd, log_revived, refusal};
+pub(crate) use accept::{AcceptBatch, Accepted, log_revived, refusal};
 pub(crate) use connection::{Claim, Connection, Phase, Scratch, Side, Turn};
-pub(crate) use shares::{Holder, Limits, Seat, Shares};
+pub(crate) use shares::{Holder, Limits, Reservation, Shares};
 
-/// Payload of one read from which the next one is spliced, in bytes: below it moving pages through
-/// a pipe costs as much as the copy or more (`cargo bench --bench splice_threshold`;
-/// docs/benchmarks.md has the figures).
+/// Size of a read in bytes from which the next read is spliced. Below it, moving pages through a
+/// pipe costs at least as much as the copy (`cargo bench --bench splice_threshold`; figures in
+/// docs/benchmarks.md).
 pub const SPLICE_FROM: usize = COPY_BYTES;
 
-/// The loop's copy buffer, in bytes, and so the most that a copying half holds.
+/// Size of the copy buffer of a loop in bytes. A copying half holds at most this much.
 pub const COPY_BYTES: usize = 64 << 10;
 
-/// The most that a splicing half holds in its pipe, in bytes.
+/// Maximum payload in the pipe of a splicing half, in bytes.
 pub const SPLICE_BYTES: usize = 1 << 20;
 
-/// Payload after which a half becomes wide, if it was not blocked meanwhile or took no longer than
-/// [`SOON`].
+/// Payload in bytes after which a half becomes wide, if it was not blocked meanwhile or took no
+/// longer than [`FAST_WINDOW`].
 pub const WIDEN_AFTER: u64 = 256 << 10;
-pub(crate) const SOON: Duration = Duration::from_millis(100);
+pub(crate) const FAST_WINDOW: Duration = Duration::from_millis(100);
 
-/// What a wide half can hold at most, in bytes of kernel memory: a full receive buffer at its
-/// source ([`UNREAD_BYTES`](crate::UNREAD_BYTES), with the kernel's bookkeeping), a full pipe, and
-/// what is unsent.
+/// Maximum kernel memory that a wide half holds, in bytes: a full receive buffer at its source
+/// ([`UNREAD_BYTES`](crate::UNREAD_BYTES) plus kernel overhead), a full pipe, and unsent data.
 pub const WIDE_BYTES: usize = 5 << 19;
 
-/// What a narrow half that is blocked holds at most, in bytes of kernel memory: a receive buffer,
-/// what was read, and what is unsent.
+/// Maximum kernel memory that a blocked narrow half holds, in bytes: a receive buffer, the payload
+/// that was read, and unsent data.
 pub const NARROW_BYTES: usize = 384 << 10;
 
-/// Reads of one half in one turn, so that a fast connection does not keep the others waiting.
+/// Maximum number of reads of one half per turn, so that a fast connection does not starve others.
 pub const READS_PER_TURN: u32 = 8;

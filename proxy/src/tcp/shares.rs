@@ -1,23 +1,23 @@
-//! Who holds how many TCP connections at which port, and how many bytes for peers that do not
-//! drain, and who yields at a limit. Pure, but for the lock around it: all loops share one book.
+//! Accounting of TCP connections and held bytes per client and port, and the choice of what is
+//! evicted at a limit. Pure except for the lock: all loops share one [`ShareTable`].
 //!
 //! # Theory of operation
 //!
-//! Connections are limited in all, for each port, and by descriptors. A *client*, an IPv4 address
-//! or an IPv6 /64, may take one connection more as long as [`may_take`] says so of what is free, in
-//! all and at the port: one greedy client gets two thirds of each, without a running connection
-//! being cut for anybody else. A port that is not the only one gets four fifths of all, so that a
-//! client with its share leaves room at its port.
+//! Connections are limited in total, per port, and by file descriptors. A *client* is an IPv4
+//! address or an IPv6 /64. It may take one more connection if [`may_take`] permits it for the free
+//! connections, both in total and at the port. A greedy client thus gets two thirds of each, and no
+//! running connection has to be cut for others. If several ports are published, a port gets at most
+//! four fifths of the total, so that a client with its full share leaves capacity for other ports.
 //!
-//! Where a client may take no more, and another one has more than twice as much, that one yields:
-//! of its connections the one that has carried nothing for longest is cut. Otherwise the newcomer
-//! is refused; if it is only descriptors that are short, and it holds next to nothing, it waits for
-//! the next one.
+//! If a client may not take more and another client has more than twice as many connections, the
+//! connection of that client with the longest idle time is evicted. Otherwise the new connection is
+//! refused. If only descriptors are exhausted and the client has at most one connection, the client
+//! waits for a descriptor.
 //!
-//! Bytes have one budget. A half may become wide as long as [`may_take`] says so of what is left of
-//! it ([`Book::take_bytes`]). What a narrow half holds while it is blocked is charged in any case
-//! ([`Book::charge_bytes`]): if that exceeds the budget, the client that holds most bytes has to
-//! yield ([`Book::over_budget`]).
+//! Bytes have one budget. A half may become wide if [`may_take`] permits it for the rest of the
+//! budget ([`ShareTable::take_bytes`]). The bytes of a blocked narrow half are always charged
+//! ([`ShareTable::charge_bytes`]). If the sum exceeds the budget, a connection of the client that
+//! holds most bytes is evicted ([`ShareTable::over_budget`]).
 
 use crate::port::Refusal;
 use std::collections::hash_map::Entry;
@@ -27,113 +27,115 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tidegate_model::{Ranking, may_take};
 use tidegate_reactor::Permit;
 
-/// Whose connections at which port ([`Port::id`](crate::port::Port::id)).
+/// A client at a port ([`Port::id`](crate::port::Port::id)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Holder {
     pub(crate) client: IpAddr,
     pub(crate) port: u64,
 }
 
-/// What becomes of a new connection.
+/// Decision about a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// There is room, and it is counted.
-    Room,
+    /// Admitted and counted.
+    Admitted,
     /// A limit is reached.
     Refused(Refusal),
-    /// Loop `at` has connections of `holder`, one of which has to end first, for this limit.
-    InPlaceOf { holder: Holder, at: usize, limit: Refusal },
-    /// No descriptor is free, and nobody has more connections than the newcomer.
+    /// A connection of `holder` in loop `at` has to be evicted first, because of `limit`.
+    Evict { holder: Holder, at: usize, limit: Refusal },
+    /// No descriptor is free, and no client has enough connections to be evicted.
     Wait,
 }
 
-/// The limits of a new connection.
+/// Capacity for a new connection at one port.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Room {
-    /// Connections that the port may have.
+pub(crate) struct Capacity {
+    /// Maximum connections of the port.
     pub(crate) port_limit: usize,
-    /// Connections for which there are descriptors left.
+    /// Further connections that the free descriptors allow.
     pub(crate) descriptors: usize,
-    /// Whether others are published beside the port.
+    /// Whether other ports are published.
     pub(crate) among_others: bool,
 }
 
-/// The limits of all ports together.
+/// Limits over all ports.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     pub(crate) connections: usize,
-    /// Connections of one client, if that is limited to less than its share.
+    /// Maximum connections of one client, if lower than its share.
     pub(crate) of_client: Option<usize>,
-    /// Bytes held for peers that do not drain.
+    /// Maximum bytes held for peers that do not read.
     pub(crate) bytes: usize,
 }
 
-/// How much is taken, and who has most.
+/// Current use of the limits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Usage {
-    /// The client that has most connections, and how many, if they are more than one.
+    /// The client with the most connections and their number, if it is more than one.
     pub(crate) largest: Option<(IpAddr, usize)>,
-    /// Connections of the client that has most.
+    /// Number of connections of the client that has most.
     pub(crate) most: usize,
-    /// Bytes held for peers that do not drain.
+    /// Bytes held for peers that do not read.
     pub(crate) bytes: usize,
     /// The client that holds most bytes, and how many.
     pub(crate) largest_of_bytes: Option<(IpAddr, usize)>,
 }
 
-/// The book of all loops.
+/// The [`ShareTable`] that all loops share.
 #[derive(Debug)]
-pub(crate) struct Shares(Mutex<Book>);
+pub(crate) struct Shares(Mutex<ShareTable>);
 
 impl Shares {
     pub(crate) fn new(limits: Limits) -> Self {
-        Self(Mutex::new(Book::new(limits)))
+        Self(Mutex::new(ShareTable::new(limits)))
     }
 
-    /// [`Book::admit`]; the guard of the lock is never handed out, so that nobody holds it twice.
-    pub(crate) fn admit(&self, holder: Holder, at: usize, room: Room) -> Verdict {
-        self.book().admit(holder, at, room)
+    /// See [`ShareTable::admit`]. The lock guard is private to this type, so no caller can lock
+    /// twice.
+    pub(crate) fn admit(&self, holder: Holder, at: usize, capacity: Capacity) -> Verdict {
+        self.table().admit(holder, at, capacity)
     }
 
-    /// [`Book::add`].
+    /// See [`ShareTable::add`].
     pub(crate) fn add(&self, holder: Holder, at: usize) {
-        self.book().add(holder, at);
+        self.table().add(holder, at);
     }
 
-    /// [`Book::end`].
+    /// See [`ShareTable::end`].
     pub(crate) fn end(&self, holder: Holder, at: usize) {
-        self.book().end(holder, at);
+        self.table().end(holder, at);
     }
 
-    /// [`Book::over_budget`].
+    /// See [`ShareTable::over_budget`].
     pub(crate) fn over_budget(&self) -> Option<(Holder, usize)> {
-        self.book().over_budget()
+        self.table().over_budget()
     }
 
-    /// How much of what is there is taken.
+    /// Returns the current use of the limits.
     pub(crate) fn usage(&self) -> Usage {
-        self.book().usage()
+        self.table().usage()
     }
 
-    fn book(&self) -> MutexGuard<'_, Book> {
-        // A panic between two of its statements leaves figures that are off by one.
+    fn table(&self) -> MutexGuard<'_, ShareTable> {
+        // A panic between two updates leaves counts that are off by one, which is acceptable.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A connection's place in the book, and its descriptors; both are given back when it is dropped.
+/// The entry of a connection in the [`ShareTable`], and its descriptors. Dropping it releases both.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub(crate) struct Reservation {
     shares: Arc<Shares>,
     holder: Holder,
     at: usize,
-    /// Its bytes of the budget.
+    /// Bytes charged to the budget.
     bytes: usize,
     _permit: Permit,
 }
 
-impl Seat {
-    /// The place of a connection of `holder` in loop `at`, which is in the book already.
+impl Reservation {
+    /// Creates the reservation of a connection of `holder` in loop `at`, which the table has
+    /// already counted.
     pub(crate) fn new(shares: Arc<Shares>, holder: Holder, at: usize, permit: Permit) -> Self {
         Self { shares, holder, at, bytes: 0, _permit: permit }
     }
@@ -142,39 +144,39 @@ impl Seat {
         self.holder
     }
 
-    /// Takes `more` bytes of the budget, if they are left for its client.
+    /// Takes `more` bytes of the budget if the share of the client permits it.
     pub(crate) fn take(&mut self, more: usize) -> bool {
-        let taken = self.shares.book().take_bytes(self.holder, self.at, more);
+        let taken = self.shares.table().take_bytes(self.holder, self.at, more);
         self.bytes += if taken { more } else { 0 };
         taken
     }
 
-    /// Has `now` bytes of the budget where it had `before`.
+    /// Changes the charge of one half from `before` to `now` bytes.
     pub(crate) fn charge(&mut self, before: usize, now: usize) {
         if before != now {
-            self.shares.book().charge_bytes(self.holder, self.at, before, now);
+            self.shares.table().charge_bytes(self.holder, self.at, before, now);
             self.bytes = self.bytes + now - before;
         }
     }
 
-    /// The connection is to be another loop's. It holds no bytes yet.
+    /// Assigns the connection to loop `to`. It is not charged any bytes at this point.
     pub(crate) fn hand_over(&mut self, to: usize) {
         if to != self.at {
-            self.shares.book().hand_over(self.holder, self.at, to);
+            self.shares.table().hand_over(self.holder, self.at, to);
             self.at = to;
         }
     }
 }
 
-impl Drop for Seat {
+impl Drop for Reservation {
     fn drop(&mut self) {
-        let mut book = self.shares.book();
-        book.charge_bytes(self.holder, self.at, self.bytes, 0);
-        book.end(self.holder, self.at);
+        let mut table = self.shares.table();
+        table.charge_bytes(self.holder, self.at, self.bytes, 0);
+        table.end(self.holder, self.at);
     }
 }
 
-/// How much each client holds of something, connections or bytes.
+/// Amount of one resource, connections or bytes, that each client holds.
 #[derive(Debug, Default)]
 struct Holdings {
     held: usize,
@@ -187,7 +189,7 @@ impl Holdings {
         self.clients.get(&client).copied().unwrap_or(0)
     }
 
-    /// A part of what `client` holds is `now`, and was `before`.
+    /// Changes one part of what `client` holds from `before` to `now`.
     fn change(&mut self, client: IpAddr, before: usize, now: usize) {
         self.held = self.held + now - before;
         let of_client = self.clients.entry(client).or_default();
@@ -199,14 +201,14 @@ impl Holdings {
     }
 }
 
-/// The same, and in which loop each holder has how much.
+/// [`Holdings`] with a breakdown by holder and loop.
 #[derive(Debug, Default)]
-struct Located {
+struct HoldingsByLoop {
     all: Holdings,
     loops: BTreeMap<(Holder, usize), usize>,
 }
 
-impl Located {
+impl HoldingsByLoop {
     fn change(&mut self, holder: Holder, at: usize, before: usize, now: usize) {
         if before != now {
             self.all.change(holder.client, before, now);
@@ -222,8 +224,8 @@ impl Located {
         }
     }
 
-    /// The port and the loop in which `client` has most.
-    fn mainstay(&self, client: IpAddr) -> Option<(Holder, usize)> {
+    /// Returns the port and the loop in which `client` holds most.
+    fn largest_holding(&self, client: IpAddr) -> Option<(Holder, usize)> {
         let of_client = self.loops.range((Holder { client, port: 0 }, 0)..);
         let of_client = of_client.take_while(|((holder, _), _)| holder.client == client);
         of_client.max_by_key(|(_, held)| **held).map(|(key, _)| *key)
@@ -231,44 +233,44 @@ impl Located {
 }
 
 #[derive(Debug)]
-struct Book {
+struct ShareTable {
     limits: Limits,
-    connections: Located,
-    /// Connections of each port.
+    connections: HoldingsByLoop,
+    /// Connections by port.
     ports: HashMap<u64, Holdings>,
-    /// Bytes held for peers that do not drain.
-    bytes: Located,
+    /// Bytes held for peers that do not read.
+    bytes: HoldingsByLoop,
 }
 
-impl Book {
+impl ShareTable {
     fn new(limits: Limits) -> Self {
         Self {
             limits,
-            connections: Located::default(),
+            connections: HoldingsByLoop::default(),
             ports: HashMap::new(),
-            bytes: Located::default(),
+            bytes: HoldingsByLoop::default(),
         }
     }
 
-    /// Judges a new connection of `holder` that loop `at` has accepted, and counts it if there is
-    /// room.
-    fn admit(&mut self, holder: Holder, at: usize, room: Room) -> Verdict {
-        let verdict = self.judge(holder, at, room);
-        if verdict == Verdict::Room {
+    /// Decides about a new connection of `holder` that loop `at` accepted, and counts it if
+    /// admitted.
+    fn admit(&mut self, holder: Holder, at: usize, capacity: Capacity) -> Verdict {
+        let verdict = self.judge(holder, at, capacity);
+        if verdict == Verdict::Admitted {
             self.add(holder, at);
         }
         verdict
     }
 
-    fn judge(&self, holder: Holder, at: usize, room: Room) -> Verdict {
+    fn judge(&self, holder: Holder, at: usize, capacity: Capacity) -> Verdict {
         let all = &self.connections.all;
         let client_held = all.of(holder.client);
         let port = self.ports.get(&holder.port);
         let port_held = port.map_or(0, |port| port.held);
         let held_there = port.map_or(0, |port| port.of(holder.client));
         let within_limit = self.limits.connections.saturating_sub(all.held);
-        let free = within_limit.min(room.descriptors);
-        let port_free = room.port_limit.saturating_sub(port_held);
+        let free = within_limit.min(capacity.descriptors);
+        let port_free = capacity.port_limit.saturating_sub(port_held);
 
         let yields = |of: &Holdings, held: usize| {
             let largest = of.ranking.largest();
@@ -278,7 +280,7 @@ impl Book {
             let client = yields(port?, held_there)?;
             Some(Holder { client, ..holder })
         };
-        let largest = || Some(self.connections.mainstay(yields(all, client_held)?)?.0);
+        let largest = || Some(self.connections.largest_holding(yields(all, client_held)?)?.0);
 
         if self.limits.of_client.is_some_and(|limit| client_held >= limit) {
             return Verdict::Refused(Refusal::ClientLimit);
@@ -294,31 +296,31 @@ impl Book {
             (Refusal::TotalLimit, largest(), Verdict::Refused(Refusal::ClientLimit))
         } else if port_free > 0 && !may_take(held_there, port_free) {
             (Refusal::PortLimit, largest_there(), Verdict::Refused(Refusal::ClientLimit))
-        } else if port_free == 0 || room.among_others && !may_take(port_held / 2, free) {
+        } else if port_free == 0 || capacity.among_others && !may_take(port_held / 2, free) {
             (Refusal::PortLimit, largest_there(), Verdict::Refused(Refusal::PortLimit))
         } else {
-            return Verdict::Room;
+            return Verdict::Admitted;
         };
-        victim.and_then(|victim| self.instead_of(victim, at, limit)).unwrap_or(otherwise)
+        victim.and_then(|victim| self.eviction(victim, at, limit)).unwrap_or(otherwise)
     }
 
-    /// To end a connection of `holder`, in this loop if it has one, which is `at`.
-    fn instead_of(&self, holder: Holder, at: usize, limit: Refusal) -> Option<Verdict> {
+    /// Returns the eviction of a connection of `holder`, in loop `at` if the holder has one there.
+    fn eviction(&self, holder: Holder, at: usize, limit: Refusal) -> Option<Verdict> {
         let loops = &self.connections.loops;
         let here = loops.contains_key(&(holder, at)).then_some(at);
         let elsewhere =
             || loops.range((holder, 0)..).next().filter(|((other, _), _)| *other == holder);
         let at = here.or_else(|| elsewhere().map(|((_, at), _)| *at))?;
-        Some(Verdict::InPlaceOf { holder, at, limit })
+        Some(Verdict::Evict { holder, at, limit })
     }
 
-    /// Counts a connection without judging it: another one has ended for it.
+    /// Counts a connection without a decision, after another one was evicted for it.
     fn add(&mut self, holder: Holder, at: usize) {
         self.connections.change(holder, at, 0, 1);
         self.ports.entry(holder.port).or_default().change(holder.client, 0, 1);
     }
 
-    /// A connection of `holder` in loop `at` has ended.
+    /// Removes a connection of `holder` in loop `at`.
     fn end(&mut self, holder: Holder, at: usize) {
         if !self.connections.loops.contains_key(&(holder, at)) {
             return;
@@ -332,7 +334,7 @@ impl Book {
         }
     }
 
-    /// A connection of `holder` goes from one loop to another.
+    /// Moves a connection of `holder` between loops.
     fn hand_over(&mut self, holder: Holder, from: usize, to: usize) {
         if self.connections.loops.contains_key(&(holder, from)) {
             self.connections.change_in_loop(holder, from, 1, 0);
@@ -340,28 +342,27 @@ impl Book {
         }
     }
 
-    /// Takes `more` bytes for a connection of `holder` in loop `at`, if they are left for its
-    /// client.
+    /// Charges `more` bytes to a connection of `holder` in loop `at`, if the share of the client
+    /// permits it. Returns whether it did.
     fn take_bytes(&mut self, holder: Holder, at: usize, more: usize) -> bool {
         let free = self.limits.bytes.saturating_sub(self.bytes.all.held);
-        let may = more <= free && may_take(self.bytes.all.of(holder.client), free);
-        if may {
+        let granted = more <= free && may_take(self.bytes.all.of(holder.client), free);
+        if granted {
             self.charge_bytes(holder, at, 0, more);
         }
-        may
+        granted
     }
 
-    /// A connection of `holder` in loop `at` holds `now` bytes, and held `before`.
+    /// Changes the charge of a connection of `holder` in loop `at` from `before` to `now` bytes.
     fn charge_bytes(&mut self, holder: Holder, at: usize, before: usize, now: usize) {
         self.bytes.change(holder, at, before, now);
     }
 
-    /// Where more bytes are held than the budget has: of whose connections one has to end, and in
-    /// which loop.
+    /// If the budget is exceeded, returns the holder and the loop of the connection to evict.
     fn over_budget(&self) -> Option<(Holder, usize)> {
         let Holdings { held, ranking, .. } = &self.bytes.all;
         let (client, _) = ranking.largest().filter(|_| *held > self.limits.bytes)?;
-        self.bytes.mainstay(client)
+        self.bytes.largest_holding(client)
     }
 
     fn usage(&self) -> Usage {
@@ -385,39 +386,39 @@ mod tests {
         Holder { client: [192, 0, 2, client].into(), port }
     }
 
-    fn book(connections: usize) -> Book {
-        Book::new(Limits { connections, of_client: None, bytes: 1000 })
+    fn table(connections: usize) -> ShareTable {
+        ShareTable::new(Limits { connections, of_client: None, bytes: 1000 })
     }
 
-    const ROOM: Room = Room { port_limit: 1000, descriptors: 1000, among_others: true };
+    const CAPACITY: Capacity = Capacity { port_limit: 1000, descriptors: 1000, among_others: true };
 
-    /// How many connections `holder` gets of those that it asks for.
-    fn got(book: &mut Book, holder: Holder, asked: usize, room: Room) -> usize {
-        (0..asked).filter(|_| book.admit(holder, 0, room) == Verdict::Room).count()
+    /// Returns how many of `asked` connections are admitted for `holder`.
+    fn got(table: &mut ShareTable, holder: Holder, asked: usize, capacity: Capacity) -> usize {
+        (0..asked).filter(|_| table.admit(holder, 0, capacity) == Verdict::Admitted).count()
     }
 
     #[test]
     fn one_client_gets_two_thirds_and_others_are_served_at_the_same_port_and_at_another() {
-        let mut book = book(9);
-        assert_eq!(got(&mut book, holder(1, 1), 9, ROOM), 6);
-        assert_eq!(book.admit(holder(1, 2), 0, ROOM), Verdict::Refused(Refusal::ClientLimit));
-        let alone = Room { among_others: false, ..ROOM };
-        assert_eq!(got(&mut book, holder(2, 1), 1, alone), 1);
-        assert_eq!(got(&mut book, holder(3, 2), 1, ROOM), 1);
+        let mut table = table(9);
+        assert_eq!(got(&mut table, holder(1, 1), 9, CAPACITY), 6);
+        assert_eq!(table.admit(holder(1, 2), 0, CAPACITY), Verdict::Refused(Refusal::ClientLimit));
+        let alone = Capacity { among_others: false, ..CAPACITY };
+        assert_eq!(got(&mut table, holder(2, 1), 1, alone), 1);
+        assert_eq!(got(&mut table, holder(3, 2), 1, CAPACITY), 1);
     }
 
     #[test]
     fn one_client_gets_two_thirds_of_a_ports_limit() {
-        let mut book = book(1000);
-        let room = Room { port_limit: 3, ..ROOM };
-        assert_eq!(got(&mut book, holder(1, 1), 3, room), 2);
-        assert_eq!(got(&mut book, holder(2, 1), 3, room), 1);
-        let yields = Verdict::InPlaceOf { holder: holder(1, 1), at: 0, limit: Refusal::PortLimit };
-        assert_eq!(book.admit(holder(3, 1), 0, room), yields);
-        book.end(holder(1, 1), 0);
-        assert_eq!(book.admit(holder(3, 1), 0, room), Verdict::Room);
+        let mut table = table(1000);
+        let capacity = Capacity { port_limit: 3, ..CAPACITY };
+        assert_eq!(got(&mut table, holder(1, 1), 3, capacity), 2);
+        assert_eq!(got(&mut table, holder(2, 1), 3, capacity), 1);
+        let yields = Verdict::Evict { holder: holder(1, 1), at: 0, limit: Refusal::PortLimit };
+        assert_eq!(table.admit(holder(3, 1), 0, capacity), yields);
+        table.end(holder(1, 1), 0);
+        assert_eq!(table.admit(holder(3, 1), 0, capacity), Verdict::Admitted);
         assert_eq!(
-            book.admit(holder(4, 1), 0, room),
+            table.admit(holder(4, 1), 0, capacity),
             Verdict::Refused(Refusal::PortLimit),
             "all are equal"
         );
@@ -425,110 +426,111 @@ mod tests {
 
     #[test]
     fn many_clients_of_one_port_leave_a_fifth_to_other_ports() {
-        let mut book = book(10);
-        let clients = (1..=10).map(|client| got(&mut book, holder(client, 1), 1, ROOM));
+        let mut table = table(10);
+        let clients = (1..=10).map(|client| got(&mut table, holder(client, 1), 1, CAPACITY));
         assert_eq!(clients.sum::<usize>(), 8);
-        assert_eq!(got(&mut book, holder(1, 2), 1, ROOM), 1);
-        let alone = Room { among_others: false, ..ROOM };
-        assert_eq!(got(&mut book, holder(9, 1), 1, alone), 1);
+        assert_eq!(got(&mut table, holder(1, 2), 1, CAPACITY), 1);
+        let alone = Capacity { among_others: false, ..CAPACITY };
+        assert_eq!(got(&mut table, holder(9, 1), 1, alone), 1);
     }
 
     #[test]
     fn where_descriptors_run_out_the_largest_yields_and_equals_wait() {
-        let mut book = book(1000);
-        got(&mut book, holder(1, 1), 2, ROOM);
-        got(&mut book, holder(1, 2), 3, ROOM);
-        assert_eq!(book.connections.all.ranking.largest(), Some((holder(1, 1).client, 5)));
-        let short = Room { descriptors: 0, ..ROOM };
-        let yields = Verdict::InPlaceOf { holder: holder(1, 2), at: 0, limit: Refusal::TotalLimit };
-        assert_eq!(book.admit(holder(2, 1), 1, short), yields);
-        assert_eq!(book.admit(holder(1, 1), 0, short), Verdict::Refused(Refusal::ClientLimit));
+        let mut table = table(1000);
+        got(&mut table, holder(1, 1), 2, CAPACITY);
+        got(&mut table, holder(1, 2), 3, CAPACITY);
+        assert_eq!(table.connections.all.ranking.largest(), Some((holder(1, 1).client, 5)));
+        let short = Capacity { descriptors: 0, ..CAPACITY };
+        let yields = Verdict::Evict { holder: holder(1, 2), at: 0, limit: Refusal::TotalLimit };
+        assert_eq!(table.admit(holder(2, 1), 1, short), yields);
+        assert_eq!(table.admit(holder(1, 1), 0, short), Verdict::Refused(Refusal::ClientLimit));
         for _ in 0..3 {
-            book.end(holder(1, 2), 0);
+            table.end(holder(1, 2), 0);
         }
-        book.end(holder(1, 1), 0);
-        assert_eq!(book.admit(holder(2, 1), 0, short), Verdict::Wait);
+        table.end(holder(1, 1), 0);
+        assert_eq!(table.admit(holder(2, 1), 0, short), Verdict::Wait);
     }
 
     #[test]
     fn a_client_may_be_limited_to_less_than_its_share() {
-        let mut book = Book::new(Limits { connections: 100, of_client: Some(2), bytes: 1000 });
-        assert_eq!(got(&mut book, holder(1, 1), 5, ROOM), 2);
+        let mut table =
+            ShareTable::new(Limits { connections: 100, of_client: Some(2), bytes: 1000 });
+        assert_eq!(got(&mut table, holder(1, 1), 5, CAPACITY), 2);
     }
 
     #[test]
     fn a_connection_that_is_handed_over_is_found_in_its_loop() {
-        let mut book = book(3);
-        got(&mut book, holder(1, 1), 2, ROOM);
-        book.hand_over(holder(1, 1), 0, 3);
-        got(&mut book, holder(2, 1), 1, Room { among_others: false, ..ROOM });
+        let mut table = table(3);
+        got(&mut table, holder(1, 1), 2, CAPACITY);
+        table.hand_over(holder(1, 1), 0, 3);
+        got(&mut table, holder(2, 1), 1, Capacity { among_others: false, ..CAPACITY });
         let at = |verdict| match verdict {
-            Verdict::InPlaceOf { at, .. } => Some(at),
+            Verdict::Evict { at, .. } => Some(at),
             _ => None,
         };
-        assert_eq!(at(book.admit(holder(3, 1), 0, ROOM)), Some(0));
-        assert_eq!(at(book.admit(holder(3, 1), 3, ROOM)), Some(3));
+        assert_eq!(at(table.admit(holder(3, 1), 0, CAPACITY)), Some(0));
+        assert_eq!(at(table.admit(holder(3, 1), 3, CAPACITY)), Some(3));
     }
 
     #[test]
     fn a_client_may_take_two_thirds_of_the_bytes_and_the_largest_yields_when_there_are_too_many() {
-        let mut book = book(9);
+        let mut table = table(9);
         let greedy = holder(1, 1);
-        let taken = (0..20).filter(|_| book.take_bytes(greedy, 1, 100)).count();
+        let taken = (0..20).filter(|_| table.take_bytes(greedy, 1, 100)).count();
         assert_eq!(taken, 7, "600 of 1000 are fewer than twice 400");
-        assert!(book.take_bytes(holder(2, 1), 0, 100));
-        book.charge_bytes(holder(2, 2), 0, 0, 200);
-        assert_eq!(book.over_budget(), None, "1000 are held");
-        book.charge_bytes(greedy, 0, 0, 1);
-        assert_eq!(book.over_budget(), Some((greedy, 1)));
-        book.charge_bytes(greedy, 1, 700, 0);
-        assert_eq!((book.over_budget(), book.bytes.all.held), (None, 301));
-        book.charge_bytes(greedy, 0, 1, 0);
-        assert_eq!(book.bytes.all.ranking.largest(), Some((holder(2, 1).client, 300)));
+        assert!(table.take_bytes(holder(2, 1), 0, 100));
+        table.charge_bytes(holder(2, 2), 0, 0, 200);
+        assert_eq!(table.over_budget(), None, "1000 are held");
+        table.charge_bytes(greedy, 0, 0, 1);
+        assert_eq!(table.over_budget(), Some((greedy, 1)));
+        table.charge_bytes(greedy, 1, 700, 0);
+        assert_eq!((table.over_budget(), table.bytes.all.held), (None, 301));
+        table.charge_bytes(greedy, 0, 1, 0);
+        assert_eq!(table.bytes.all.ranking.largest(), Some((holder(2, 1).client, 300)));
     }
 
     proptest! {
-        /// Whatever comes, no limit is exceeded, and who has one connection at most loses none.
+        /// No limit is exceeded, and a client with a single connection never loses it.
         #[test]
         fn limits_hold_and_the_small_lose_nothing(
             steps in prop::collection::vec((0_u8..5, 0_u64..3, 0_usize..2, any::<bool>()), 0..200),
         ) {
-            let mut book = book(12);
+            let mut table = table(12);
             let mut held: Vec<(Holder, usize)> = Vec::new();
             for (client, port, at, ends) in steps {
                 let holder = holder(client, port);
                 if ends {
                     if let Some(index) = held.iter().position(|held| *held == (holder, at)) {
                         held.swap_remove(index);
-                        book.end(holder, at);
+                        table.end(holder, at);
                     }
                     continue;
                 }
-                let room = Room { port_limit: 6, descriptors: 10 - held.len().min(10), among_others: true };
-                match book.admit(holder, at, room) {
-                    Verdict::Room => held.push((holder, at)),
-                    Verdict::InPlaceOf { holder: victim, at, .. } => {
+                let capacity = Capacity { port_limit: 6, descriptors: 10 - held.len().min(10), among_others: true };
+                match table.admit(holder, at, capacity) {
+                    Verdict::Admitted => held.push((holder, at)),
+                    Verdict::Evict { holder: victim, at, .. } => {
                         let of = |client| held.iter().filter(|(held, _)| held.client == client).count();
                         prop_assert!(of(victim.client) > 1);
                         let index = held.iter().position(|held| *held == (victim, at));
                         prop_assert!(index.is_some());
                         held.swap_remove(index.unwrap());
-                        book.end(victim, at);
+                        table.end(victim, at);
                     }
                     Verdict::Refused(_) | Verdict::Wait => {}
                 }
                 prop_assert!(held.len() <= 10);
-                prop_assert_eq!(book.connections.all.held, held.len());
+                prop_assert_eq!(table.connections.all.held, held.len());
                 for port in 0..3 {
                     prop_assert!(held.iter().filter(|(held, _)| held.port == port).count() <= 6);
                 }
             }
             for (holder, at) in held {
-                book.end(holder, at);
+                table.end(holder, at);
             }
-            prop_assert!(book.connections.all.clients.is_empty() && book.ports.is_empty());
-            prop_assert!(book.connections.loops.is_empty());
-            prop_assert_eq!(book.connections.all.ranking.largest(), None);
+            prop_assert!(table.connections.all.clients.is_empty() && table.ports.is_empty());
+            prop_assert!(table.connections.loops.is_empty());
+            prop_assert_eq!(table.connections.all.ranking.largest(), None);
         }
     }
 }

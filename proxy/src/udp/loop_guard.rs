@@ -18,7 +18,7 @@ use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 /// The UDP ports that are published, and a way to ask which addresses are this host's.
 #[derive(Debug, Default)]
 pub(crate) struct LoopGuard {
-    ours: RwLock<BTreeSet<SocketAddr>>,
+    published: RwLock<BTreeSet<SocketAddr>>,
     /// One socket of each family, of the namespace in which ports are published, whichever the
     /// asking thread is in.
     probes: OnceLock<[Option<Mutex<OwnedFd>>; 2]>,
@@ -28,23 +28,23 @@ impl LoopGuard {
     /// Notes that `address` is published. Call it in the namespace of ports.
     pub(crate) fn add(&self, address: SocketAddr) {
         self.probes.get_or_init(|| [AddressFamily::INET, AddressFamily::INET6].map(probe));
-        self.ours.write().unwrap_or_else(PoisonError::into_inner).insert(address);
+        self.published.write().unwrap_or_else(PoisonError::into_inner).insert(address);
     }
 
     pub(crate) fn remove(&self, address: SocketAddr) {
-        self.ours.write().unwrap_or_else(PoisonError::into_inner).remove(&address);
+        self.published.write().unwrap_or_else(PoisonError::into_inner).remove(&address);
     }
 
     /// Whether an answer to `client` would come back to a port of ours.
-    pub(crate) fn is_ours(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
+    pub(crate) fn is_reflected(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
         let (on_it, on_all) = {
-            let ours = self.ours.read().unwrap_or_else(PoisonError::into_inner);
+            let published = self.published.read().unwrap_or_else(PoisonError::into_inner);
             let any: IpAddr = if client.is_ipv4() {
                 Ipv4Addr::UNSPECIFIED.into()
             } else {
                 Ipv6Addr::UNSPECIFIED.into()
             };
-            let has = |ip| ours.contains(&SocketAddr::new(ip, client.port()));
+            let has = |ip| published.contains(&SocketAddr::new(ip, client.port()));
             (has(client.ip()), has(any))
         };
         on_it || on_all && (acl.has_gateway(client.ip()) || self.is_local(client))
@@ -80,13 +80,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_of_this_host_with_a_published_port_is_ours() {
+    fn an_address_of_this_host_with_a_published_port_is_reflected() {
         let guard = LoopGuard::default();
         let acl = GatewayAcl::default();
         let at = |text: &str| text.parse::<SocketAddr>().unwrap();
         guard.add(at("0.0.0.0:7000"));
         guard.add(at("192.0.2.1:7001"));
-        for (client, ours) in [
+        for (client, published) in [
             ("127.0.0.1:7000", true),
             ("127.0.0.9:7000", true),
             ("127.0.0.1:7002", false),
@@ -95,9 +95,9 @@ mod tests {
             ("192.0.2.1:7000", false),
             ("[::1]:7000", false),
         ] {
-            assert_eq!(guard.is_ours(at(client), &acl), ours, "{client}");
+            assert_eq!(guard.is_reflected(at(client), &acl), published, "{client}");
         }
         guard.remove(at("0.0.0.0:7000"));
-        assert!(!guard.is_ours(at("127.0.0.1:7000"), &acl));
+        assert!(!guard.is_reflected(at("127.0.0.1:7000"), &acl));
     }
 }

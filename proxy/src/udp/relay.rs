@@ -21,7 +21,7 @@ use tidegate_reactor::{Arena, Context, Interest, Key, Permit, says_destroyed};
 const BATCHES_PER_TURN: usize = 4;
 
 /// How long a session may get no answer before its path is looked at.
-const TRUST: Duration = Duration::from_millis(500);
+const PATH_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// What a session carries.
 pub(crate) struct Session {
@@ -31,7 +31,7 @@ pub(crate) struct Session {
     to_backend: Offload,
     to_client: Offload,
     /// When the backend last answered, or the path was last found to be in order.
-    trusted: Instant,
+    path_verified: Instant,
     /// When its first datagram came, and its last.
     began: Instant,
     last: Instant,
@@ -63,27 +63,29 @@ impl Relay {
     /// Ends every session and hands out the loop's references to them.
     pub(crate) fn end_sessions(&mut self) -> Vec<Key> {
         let stats = &self.port.stats;
-        let ended =
-            self.sessions.drain().inspect(|session| stats.lived(session.last - session.began));
+        let ended = self
+            .sessions
+            .drain()
+            .inspect(|session| stats.record_lifetime(session.last - session.began));
         let references: Vec<Key> = ended.map(|session| session.reference).collect();
         stats.live.fetch_sub(references.len(), Ordering::Relaxed);
         references
     }
 
     /// Counts a session less. Returns the loop's reference to it.
-    fn ended(&self, session: &Session) -> Key {
+    fn count_ended(&self, session: &Session) -> Key {
         self.port.stats.live.fetch_sub(1, Ordering::Relaxed);
-        self.port.stats.lived(session.last - session.began);
+        self.port.stats.record_lifetime(session.last - session.began);
         session.reference
     }
 
     /// Whether the session's socket can be answered, as far as one knows.
-    fn is_in_order(&mut self, session: Key, now: Instant) -> bool {
+    fn is_path_valid(&mut self, session: Key, now: Instant) -> bool {
         let Some((_, carried)) = self.sessions.get_mut(session) else { return false };
-        if now < carried.trusted + TRUST {
+        if now < carried.path_verified + PATH_CHECK_INTERVAL {
             return true;
         }
-        carried.trusted = now;
+        carried.path_verified = now;
         !self.port.options.upstream.is_stale(carried.socket.as_fd())
     }
 
@@ -128,16 +130,16 @@ impl Worker {
             let mut start = 0;
             while start < count {
                 let datagram = received.get(start);
-                let way = |datagram: &Datagram<'_>| {
+                let path = |datagram: &Datagram<'_>| {
                     (datagram.source, datagram.destination, datagram.sent_to, datagram.interface)
                 };
-                let same = |index: &usize| way(&received.get(*index)) == way(&datagram);
+                let same = |index: &usize| path(&received.get(*index)) == path(&datagram);
                 let run = start..(start + 1..count).take_while(same).last().unwrap_or(start) + 1;
                 start = run.end;
                 let Some(client) = client(&relay.listener, &datagram) else { continue };
-                let opening =
-                    Opening { cx, key, references: &mut self.sessions, shared: &self.shared };
-                let session = match opening.find_or_open(relay, client, &datagram) {
+                let opener =
+                    SessionOpener { cx, key, references: &mut self.sessions, shared: &self.shared };
+                let session = match opener.find_or_open(relay, client, &datagram) {
                     Ok(session) => session,
                     Err(reason) => {
                         let lost: usize = run.map(|index| received.get(index).count()).sum();
@@ -153,14 +155,14 @@ impl Worker {
                 relay.account(Direction::In, &sent);
                 if let Some(error) = sent.error {
                     tracing::debug!(publish = %relay.port.label, %error, "session's path is gone");
-                    end(relay, &mut self.sessions, session);
+                    end_session(relay, &mut self.sessions, session);
                 }
             }
             if count < batch::SLOTS {
                 break;
             }
         }
-        arm(cx, key, relay);
+        arm_timer(cx, key, relay);
     }
 
     /// Carries the backend's answers of one session to its client.
@@ -179,7 +181,7 @@ impl Worker {
                 }
                 Err(error) => {
                     tracing::debug!(publish = %relay.port.label, %error, "session's path is gone");
-                    return end(relay, &mut self.sessions, session);
+                    return end_session(relay, &mut self.sessions, session);
                 }
             };
             let destination =
@@ -191,7 +193,7 @@ impl Worker {
                 Some(&destination),
                 &mut carried.to_client,
             );
-            carried.trusted = cx.now;
+            carried.path_verified = cx.now;
             carried.last = cx.now;
             relay.account(Direction::Out, &sent);
             relay.sessions.touch(session, true, cx.now);
@@ -206,21 +208,21 @@ impl Worker {
         let Some(PortState::Udp(relay)) = self.ports.get_mut(key) else { return };
         relay.timer = None;
         while let Some(session) = relay.sessions.expire(cx.now) {
-            self.sessions.remove(relay.ended(&session));
+            self.sessions.remove(relay.count_ended(&session));
         }
-        arm(cx, key, relay);
+        arm_timer(cx, key, relay);
     }
 }
 
 /// What the making of a session needs of its loop.
-struct Opening<'a, 'b> {
+struct SessionOpener<'a, 'b> {
     cx: &'a mut Context<'b>,
     key: Key,
     references: &'a mut Arena<SessionRef>,
     shared: &'a Shared,
 }
 
-impl Opening<'_, '_> {
+impl SessionOpener<'_, '_> {
     fn find_or_open(
         self,
         relay: &mut Relay,
@@ -239,14 +241,14 @@ impl Opening<'_, '_> {
             return Err(Drop::NotAllowed);
         }
         if let Some(session) = relay.sessions.find(&client) {
-            if relay.is_in_order(session, self.cx.now) {
+            if relay.is_path_valid(session, self.cx.now) {
                 return Ok(session);
             }
             tracing::debug!(publish = %relay.port.label, "session's own address is gone");
-            end(relay, self.references, session);
+            end_session(relay, self.references, session);
         }
-        admit(relay, &client)?;
-        if self.shared.loop_guard.is_ours(client.address, &relay.port.options.gateway_acl) {
+        check_access(relay, &client)?;
+        if self.shared.loop_guard.is_reflected(client.address, &relay.port.options.gateway_acl) {
             return Err(Drop::Reflected);
         }
         self.open(relay, client)
@@ -255,7 +257,7 @@ impl Opening<'_, '_> {
     fn open(self, relay: &mut Relay, client: Client) -> Result<Key, Drop> {
         let free = self.shared.descriptors.left();
         if let Some(evicted) = relay.sessions.make_room(&client, free, self.cx.now) {
-            self.references.remove(relay.ended(&evicted));
+            self.references.remove(relay.count_ended(&evicted));
             relay.port.stats.cut.add(1);
         }
         let permit = self.shared.descriptors.take(1).ok_or(Drop::Exhausted)?;
@@ -287,7 +289,7 @@ impl Opening<'_, '_> {
                 reference,
                 to_backend: offload(),
                 to_client: offload(),
-                trusted: now,
+                path_verified: now,
                 began: now,
                 last: now,
                 _lease: opened.lease,
@@ -309,7 +311,7 @@ impl Opening<'_, '_> {
             .add(&carried.socket, Tag::Session.token(reference), Interest::Readable)
             .is_err()
         {
-            end(relay, self.references, session);
+            end_session(relay, self.references, session);
             return Err(Drop::Exhausted);
         }
         Ok(session)
@@ -317,7 +319,7 @@ impl Opening<'_, '_> {
 }
 
 /// Whether a new client may come in.
-fn admit(relay: &Relay, client: &Client) -> Result<(), Drop> {
+fn check_access(relay: &Relay, client: &Client) -> Result<(), Drop> {
     let allow = relay.port.options.allow.as_ref();
     if allow.is_some_and(|allow| !allow.contains(client.address.ip())) {
         return Err(Drop::NotAllowed);
@@ -331,15 +333,15 @@ fn peer(socket: &OwnedFd) -> Option<SocketAddr> {
     SocketAddr::try_from(peer).ok().map(canonical)
 }
 
-fn end(relay: &mut Relay, references: &mut Arena<SessionRef>, session: Key) {
+fn end_session(relay: &mut Relay, references: &mut Arena<SessionRef>, session: Key) {
     if let Some(ended) = relay.sessions.remove(session) {
-        references.remove(relay.ended(&ended));
+        references.remove(relay.count_ended(&ended));
     }
 }
 
 /// Arms the port's timer if it is not; a session that speaks in the meantime only makes it fire
 /// early.
-fn arm(cx: &mut Context<'_>, key: Key, relay: &mut Relay) {
+fn arm_timer(cx: &mut Context<'_>, key: Key, relay: &mut Relay) {
     if relay.timer.is_none()
         && let Some(expiry) = relay.sessions.next_expiry()
     {

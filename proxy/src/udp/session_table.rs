@@ -74,14 +74,14 @@ struct Session<T> {
 }
 
 /// Tentative sessions at 0, assured ones at 1, each from the longest silent to the most recent.
-type Silence = [List; 2];
+type IdleLists = [List; 2];
 
 /// The sessions of one source.
 #[derive(Debug)]
 struct Source {
     address: IpAddr,
     held: usize,
-    silence: Silence,
+    idle_lists: IdleLists,
 }
 
 /// The sessions of one port, each with a `T`.
@@ -94,7 +94,7 @@ pub struct SessionTable<T> {
     by_source: HashMap<IpAddr, Key>,
     ranking: Ranking<IpAddr>,
     tentative: usize,
-    silence: Silence,
+    idle_lists: IdleLists,
 }
 
 impl<T> SessionTable<T> {
@@ -108,7 +108,7 @@ impl<T> SessionTable<T> {
             by_source: HashMap::new(),
             ranking: Ranking::default(),
             tentative: 0,
-            silence: Silence::default(),
+            idle_lists: IdleLists::default(),
         }
     }
 
@@ -140,17 +140,19 @@ impl<T> SessionTable<T> {
         let source = source.and_then(|source| self.sources.get(*source));
         let victim = match source {
             Some(own) if own.held >= self.limits.per_source || !may_take(own.held, free) => {
-                self.least_of(own, now)
+                self.candidate_of(own, now)
             }
-            _ if self.len() >= self.limits.sessions || !may_take(self.len(), free) => self.least(),
+            _ if self.len() >= self.limits.sessions || !may_take(self.len(), free) => {
+                self.candidate()
+            }
             _ => None,
         };
         self.remove(victim?)
     }
 
     /// The session that its own source misses least.
-    fn least_of(&self, source: &Source, now: Instant) -> Option<Key> {
-        let [tentative, assured] = source.silence.map(|list| list.oldest());
+    fn candidate_of(&self, source: &Source, now: Instant) -> Option<Key> {
+        let [tentative, assured] = source.idle_lists.map(|list| list.oldest());
         let had_time = |key: &Key| {
             self.sessions.get(*key).is_some_and(|session| session.last_seen + ANSWER_TIME <= now)
         };
@@ -158,16 +160,16 @@ impl<T> SessionTable<T> {
     }
 
     /// The session that makes room for another source's.
-    fn least(&self) -> Option<Key> {
-        let oldest = |silence: &Silence| {
-            let [tentative, assured] = silence.map(|list| list.oldest());
+    fn candidate(&self) -> Option<Key> {
+        let oldest = |idle_lists: &IdleLists| {
+            let [tentative, assured] = idle_lists.map(|list| list.oldest());
             tentative.or(assured)
         };
-        let is_flooded = 2 * self.tentative > self.len();
-        let largest = self.ranking.largest().filter(|_| !is_flooded);
+        let is_flood = 2 * self.tentative > self.len();
+        let largest = self.ranking.largest().filter(|_| !is_flood);
         let largest =
             largest.and_then(|(largest, _)| self.sources.get(*self.by_source.get(&largest)?));
-        oldest(largest.map_or(&self.silence, |source| &source.silence))
+        oldest(largest.map_or(&self.idle_lists, |source| &source.idle_lists))
     }
 
     /// Adds a session for `client`, which has none; room was made by [`Self::make_room`].
@@ -175,7 +177,7 @@ impl<T> SessionTable<T> {
         let address = share_of(client.address.ip());
         let sources = &mut self.sources;
         let source = *self.by_source.entry(address).or_insert_with(|| {
-            sources.insert(Source { address, held: 0, silence: Silence::default() })
+            sources.insert(Source { address, held: 0, idle_lists: IdleLists::default() })
         });
         let key = self.sessions.insert(Session {
             client,
@@ -245,7 +247,7 @@ impl<T> SessionTable<T> {
 
     fn oldest(&self) -> Option<(Instant, Key)> {
         let deadline = |key: Key| Some((self.sessions.get(key)?.last_seen + self.limits.idle, key));
-        self.silence.iter().filter_map(|list| deadline(list.oldest()?)).min()
+        self.idle_lists.iter().filter_map(|list| deadline(list.oldest()?)).min()
     }
 
     /// Puts `key` at the recent end of its lists.
@@ -253,9 +255,9 @@ impl<T> SessionTable<T> {
         let Some(session) = self.sessions.get(key) else { return };
         let (kind, source) = (usize::from(session.assured), session.source);
         self.tentative += 1 - kind;
-        self.silence[kind].append(&mut self.sessions, key, |session| &mut session.links);
+        self.idle_lists[kind].append(&mut self.sessions, key, |session| &mut session.links);
         if let Some(source) = self.sources.get_mut(source) {
-            source.silence[kind]
+            source.idle_lists[kind]
                 .append(&mut self.sessions, key, |session| &mut session.source_links);
         }
     }
@@ -265,9 +267,9 @@ impl<T> SessionTable<T> {
         let Some(session) = self.sessions.get(key) else { return };
         let (kind, source) = (usize::from(session.assured), session.source);
         self.tentative -= 1 - kind;
-        self.silence[kind].remove(&mut self.sessions, key, |session| &mut session.links);
+        self.idle_lists[kind].remove(&mut self.sessions, key, |session| &mut session.links);
         if let Some(source) = self.sources.get_mut(source) {
-            source.silence[kind]
+            source.idle_lists[kind]
                 .remove(&mut self.sessions, key, |session| &mut session.source_links);
         }
     }
@@ -446,7 +448,7 @@ mod tests {
         }
 
         /// The session that its own source misses least.
-        fn least_of(&self, host: IpAddr, now: Instant) -> Option<usize> {
+        fn candidate_of(&self, host: IpAddr, now: Instant) -> Option<usize> {
             let of = |which: &dyn Fn(bool, Instant) -> bool| {
                 self.0
                     .iter()
@@ -464,7 +466,7 @@ mod tests {
             let at = if held(host) > 0
                 && (held(host) >= LIMITS.per_source || held(host) >= 2 * free)
             {
-                self.least_of(host, now)
+                self.candidate_of(host, now)
             } else if self.0.len() >= LIMITS.sessions || self.0.len() >= 2 * free {
                 let flooded =
                     2 * self.0.iter().filter(|(_, assured, _)| !assured).count() > self.0.len();
