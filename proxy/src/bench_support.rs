@@ -1,5 +1,5 @@
-//! For the benchmark that says what counting costs: parts of a loop's work with counters that
-//! count, and with counters that do not.
+//! Support for the benchmark of the cost of counting: parts of a loop, generic over counters that
+//! count and counters that do nothing.
 
 pub use crate::port::{Tally, Uncounted};
 
@@ -16,17 +16,17 @@ use std::time::{Duration, Instant};
 use tidegate_model::{Protocol, PublishLabel};
 use tidegate_reactor::{Descriptors, PipePool, Readiness};
 
-/// A connection of a published port, with what a loop lends it.
+/// A connection of a published port with the buffers of its loop.
 pub struct Carrier<T: Tally> {
     connection: Connection<T>,
     scratch: Scratch,
 }
 
 impl<T: Tally> Carrier<T> {
-    /// Between `client` and `backend`, two connected sockets that do not block.
+    /// Creates a connection between `client` and `backend`, two connected non-blocking sockets.
     ///
     /// # Panics
-    /// Never: three descriptors are there.
+    /// Never: enough descriptors are available.
     #[must_use]
     pub fn new(client: OwnedFd, backend: OwnedFd) -> Self {
         let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -52,8 +52,8 @@ impl<T: Tally> Carrier<T> {
         Self { connection, scratch: Scratch::new(PipePool::new(16, 16, descriptors), SPLICE_FROM) }
     }
 
-    /// What a loop does when there is something: looks what there is, and moves it. Whether the
-    /// connection goes on.
+    /// Does the work of a loop for one event: polls the sockets and transfers payload. Returns
+    /// whether the connection is still open.
     pub fn turn(&mut self) -> bool {
         let sides = [Side::Backend, Side::Client];
         let ready = Readiness::of(sides.map(|side| self.connection.socket(side).as_fd()));
@@ -64,13 +64,12 @@ impl<T: Tally> Carrier<T> {
     }
 }
 
-/// The figures of a port by themselves.
+/// The counters of a port alone.
 #[derive(Debug, Default)]
 pub struct Figures<T: Tally>(PortStats<T>);
 
 impl<T: Tally> Figures<T> {
-    /// All that is counted of a connection that is accepted, reached, exchanges a request and an
-    /// answer, and ends.
+    /// Counts a connection with accept, connect, one request, one response, and its end.
     pub fn connection(&self, dial: Duration, life: Duration) {
         self.0.accepted.add(1);
         self.0.live.fetch_add(1, Ordering::Relaxed);

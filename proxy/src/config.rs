@@ -1,4 +1,4 @@
-//! What can be set, and what it is when nobody sets it.
+//! Settings of the engine and of ports, with their defaults.
 
 use crate::{GatewayAcl, ProxyProtocol, TableLimits, Upstream, tcp};
 use std::fmt;
@@ -6,32 +6,32 @@ use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::CidrSet;
 
-/// Settings of a whole [`Engine`](crate::Engine).
+/// Settings of an [`Engine`](crate::Engine).
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Event loops at most, at least 1. They are started as the load asks for them.
+    /// Maximum number of event loops, at least 1. Loops are started on demand.
     pub workers: usize,
-    /// TCP connections over all ports at most, of which one client gets two thirds.
+    /// Maximum TCP connections of all ports. One client gets two thirds.
     pub max_connections: usize,
-    /// TCP connections of one client (an IPv4 address, an IPv6 /64) at most, if that is less than
-    /// its share.
+    /// Maximum TCP connections of one client (an IPv4 address or an IPv6 /64), if lower than its
+    /// share.
     pub max_client_connections: Option<usize>,
-    /// Bytes of memory that TCP connections may hold for peers that do not drain; at least
+    /// Maximum memory in bytes that TCP connections hold for peers that do not read; at least
     /// [`Self::LEAST_HELD_BYTES`].
     pub held_bytes: usize,
-    /// How long a backend may take to accept before the client is reset.
+    /// How long a connect to a backend may take before the client is reset.
     pub dial_timeout: Duration,
-    /// Descriptors to leave alone for the rest of the process.
+    /// Descriptors reserved for the rest of the process.
     pub reserved_descriptors: usize,
-    /// Payload of one read, in bytes, from which the next one is spliced and not copied.
+    /// Size of a read in bytes from which the next read is spliced instead of copied.
     pub splice_from: usize,
-    /// Ports that have series of their own in metrics; what is published beyond that is told in one
-    /// sum for each protocol.
+    /// Maximum number of ports with their own series in metrics. Ports published beyond it are
+    /// summed by protocol.
     pub ports_with_series: usize,
 }
 
 impl Settings {
-    /// What one connection may hold, blocked both ways.
+    /// Bytes that one connection may hold when both directions are blocked.
     pub const LEAST_HELD_BYTES: usize = 2 * tcp::NARROW_BYTES;
 }
 
@@ -39,39 +39,41 @@ impl Default for Settings {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
-            // One loop moves some 60 Gbit/s here; four are more than a host's network card brings.
+            // One loop forwards about 60 Gbit/s on a development machine, so four exceed common
+            // network cards.
             workers: cores.min(4),
             max_connections: 100_000,
             max_client_connections: None,
             held_bytes: 256 << 20,
-            // docker-proxy leaves it to the kernel (127 s); a client has given up by then.
+            // docker-proxy uses the timeout of the kernel (127 s), which is longer than clients
+            // wait.
             dial_timeout: Duration::from_secs(10),
             reserved_descriptors: 24,
             splice_from: tcp::SPLICE_FROM,
-            // 37 series for each TCP port, 3 MB for each scrape.
+            // 37 series per TCP port; 3 MB per scrape.
             ports_with_series: 1000,
         }
     }
 }
 
-/// Options of a published port; ports that share them share one value.
+/// Options of published ports. Several ports can share one value.
 pub struct PortOptions {
-    /// Where its flows go.
+    /// Opens the connections to the backend.
     pub upstream: Arc<dyn Upstream>,
-    /// The header that tells the backend the client's address (TCP).
+    /// PROXY protocol header with the address of the client, sent to the backend (TCP).
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// Who may connect; `None`: everybody.
+    /// Clients that may connect; `None` permits all.
     pub allow: Option<CidrSet>,
-    /// Which clients may use which address of this host.
+    /// Decides by ingress interface which clients may connect at which address of this host.
     pub gateway_acl: GatewayAcl,
-    /// TCP connections of this port at most, of which one client gets two thirds.
+    /// Maximum TCP connections of this port. One client gets two thirds.
     pub max_connections: usize,
-    /// Bounds of the table of UDP sessions.
+    /// Limits of the session table (UDP).
     pub sessions: TableLimits,
 }
 
 impl PortOptions {
-    /// The defaults, towards `upstream`.
+    /// Default options with `upstream`.
     pub fn new(upstream: Arc<dyn Upstream>) -> Self {
         Self {
             upstream,

@@ -1,19 +1,19 @@
-//! How busy a loop is: its thread's share of a core.
+//! CPU use of an event loop, as the share of its thread of one core.
 
 use rustix::time::{ClockId, clock_gettime};
 use std::time::{Duration, Instant};
 
-/// The time over which the share is taken. Shorter, and a burst of connections looks like a load.
+/// Measurement interval. A shorter one would take a burst of connections for sustained load.
 const WINDOW: Duration = Duration::from_millis(100);
 
-/// The share above which a loop counts as saturated: new connections go elsewhere then.
+/// CPU share from which a loop is saturated and new connections go to other loops.
 ///
-/// Below it one loop is the better place for all of them: two take turns on the same caches and
-/// wake each other's peers. On two cores, 16 streams through one loop moved 33 Gbit/s at 0.12
-/// CPU-seconds per GB, through two loops 28 at 0.18.
+/// Below it, one loop is more efficient for all connections: two loops compete for the same caches
+/// and wake each other's peers. On two cores, 16 streams through one loop reached 33 Gbit/s at 0.12
+/// CPU-seconds per GB; through two loops 28 Gbit/s at 0.18.
 const SATURATED: f64 = 0.75;
 
-/// The meter of one loop; lives on the loop's thread.
+/// CPU meter of one loop; used only on its thread.
 #[derive(Debug)]
 pub(crate) struct Meter {
     since: Instant,
@@ -26,7 +26,7 @@ impl Meter {
         Self { since: now, cpu: thread_cpu_time(), share: 0.0 }
     }
 
-    /// Whether this thread has had most of a core lately.
+    /// Whether this thread used at least [`SATURATED`] of a core in the last interval.
     pub(crate) fn is_saturated(&mut self, now: Instant) -> bool {
         let elapsed = now.saturating_duration_since(self.since);
         if elapsed >= WINDOW {
@@ -38,7 +38,7 @@ impl Meter {
     }
 }
 
-/// What the calling thread has had of a core, in user and kernel mode.
+/// CPU time of the calling thread in user and kernel mode.
 fn thread_cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
@@ -52,8 +52,8 @@ mod tests {
     fn a_thread_that_spins_is_saturated_and_one_that_slept_is_not() {
         let mut meter = Meter::new(Instant::now());
         assert!(!meter.is_saturated(Instant::now()));
-        // By the thread's own clock, so that a busy machine changes nothing: it gets its share some
-        // time.
+        // Measured with the CPU clock of the thread, so that load on the machine does not affect
+        // the test.
         let spun = thread_cpu_time() + Duration::from_millis(120);
         while thread_cpu_time() < spun {
             std::hint::black_box(0);

@@ -1,4 +1,4 @@
-//! The engine: starts loops, gives them ports, takes ports away, stops.
+//! The engine: starts event loops, publishes and unpublishes ports, drains and stops.
 
 use crate::config::{PortOptions, Settings};
 use crate::gateway_acl::GatewayAcl;
@@ -20,31 +20,31 @@ use std::time::{Duration, Instant};
 use tidegate_model::{LogInterval, Protocol};
 use tidegate_reactor::{Descriptors, EventLoop, Permit, Sender};
 
-/// How often a draining engine looks whether everything has ended.
+/// Polling interval of [`Engine::drain`].
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
-/// How often the log says that accepting pauses.
+/// Minimum interval between two log events about paused ports.
 const PAUSE_LOG: Duration = Duration::from_secs(1);
 
-/// Descriptors that a loop needs for itself at a limit: for a client that is being accepted, and
-/// for one that waits.
+/// Descriptors that each loop needs when the limit is reached: one for a client that is being
+/// accepted and one for a client that waits.
 const DESCRIPTORS_PER_LOOP: usize = 2;
 
-/// What all loops share.
+/// State shared by all loops.
 pub(crate) struct Shared {
     pub(crate) settings: Settings,
     pub(crate) descriptors: Arc<Descriptors>,
-    /// TCP connections of each loop; the length is the number of loops there may be.
+    /// TCP connections of each loop. The length is the maximum number of loops.
     pub(crate) loads: Box<[AtomicUsize]>,
     pub(crate) shares: Arc<Shares>,
-    /// Whether TCP ports of more than one number are published.
+    /// Whether TCP ports with different port numbers are published.
     pub(crate) several_ports: AtomicBool,
     pub(crate) metrics: ProcessMetrics,
     pub(crate) pause_log: LogInterval,
     limit_logs: [LogInterval; Refusal::ALL.len()],
     budget_log: LogInterval,
     pub(crate) loop_guard: LoopGuard,
-    /// What every thread does first.
+    /// Called by each thread before anything else.
     prepare: Prepare,
     loops: Mutex<Vec<Option<Loop>>>,
 }
@@ -57,12 +57,13 @@ struct Loop {
 }
 
 impl Shared {
-    /// TCP connections over all loops.
+    /// TCP connections of all loops.
     pub(crate) fn connections(&self) -> usize {
         self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum()
     }
 
-    /// Logs, once a minute at most for each, that `limit` is reached at `port`, and who has most.
+    /// Logs that `limit` is reached at `port`, with the largest client; at most once a minute per
+    /// limit.
     pub(crate) fn log_limit(&self, port: &Port, limit: Refusal, now: Instant) {
         if self.limit_logs[limit as usize].is_due(now) {
             let (client, held) = self.shares.usage().largest.unzip();
@@ -76,7 +77,7 @@ impl Shared {
         }
     }
 
-    /// Logs, once a minute at most, that the budget of bytes is used up, and who holds most.
+    /// Logs that the byte budget is exhausted, with the largest client; at most once a minute.
     pub(crate) fn log_budget(&self, port: &Port, now: Instant) {
         if self.budget_log.is_due(now) {
             let (client, bytes) = self.shares.usage().largest_of_bytes.unzip();
@@ -90,16 +91,16 @@ impl Shared {
         }
     }
 
-    /// The loop with the fewest TCP connections, running or not.
+    /// The loop with the fewest TCP connections, started or not.
     pub(crate) fn least_loaded(&self) -> usize {
         let load = |index: &usize| self.loads[*index].load(Ordering::Relaxed);
         (0..self.loads.len()).min_by_key(load).unwrap_or(0)
     }
 
-    /// Tells loop `index`, which is started if it was not yet.
+    /// Sends `message` to loop `index`, and starts the loop if necessary.
     ///
     /// # Errors
-    /// The message comes back when the loop cannot be started or has ended.
+    /// Returns the message if the loop cannot be started or has ended.
     pub(crate) fn send(self: &Arc<Self>, index: usize, message: Message) -> Result<(), Message> {
         let mut loops = self.loops();
         if loops[index].is_none() {
@@ -123,7 +124,7 @@ impl Shared {
             move || {
                 let ready = (shared.prepare)();
                 let failed = ready.is_err();
-                // The one who waits for it is `start`, right here.
+                // `start` waits for this result below.
                 let _ = prepared.send(ready);
                 if failed {
                     return;
@@ -144,55 +145,54 @@ impl Shared {
         self.loops.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells every loop that runs, with `message`, and waits until each has dropped its `done`.
+    /// Sends `message` to every running loop, and waits until each has dropped its `done`.
     fn broadcast(&self, message: impl Fn(mpsc::Sender<()>) -> Message) {
         let (done, all_done) = mpsc::channel();
         for running in self.loops().iter().flatten() {
-            // A loop that has ended has nothing left to close.
+            // A loop that has ended has closed its ports.
             let _ = running.sender.send(message(done.clone()));
         }
         drop(done);
-        // Nothing is ever sent: this returns when the last copy is dropped.
+        // Nothing is sent on this channel; `recv` returns when the last sender is dropped.
         let _ = all_done.recv();
     }
 }
 
-/// A published port, as its owner holds it. Dropping it changes nothing.
+/// Identifies a published port. Dropping it has no effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PublishedPort(u64);
 
-/// How a drain ended.
+/// Result of [`Engine::drain`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drained {
-    /// TCP connections that were cut because the deadline passed.
+    /// TCP connections that were cut at the deadline.
     pub cut: usize,
 }
 
-/// Publishes ports and carries their traffic, on threads of its own.
+/// Publishes ports and forwards their traffic on its own threads.
 pub struct Engine {
     shared: Arc<Shared>,
     ports: Mutex<Ports>,
     next: AtomicU64,
 }
 
-/// What is published, and what is remembered of what was.
+/// The published ports, and totals of closed ones.
 #[derive(Default)]
 struct Ports {
     published: BTreeMap<PublishedPort, Arc<Port>>,
-    /// Those without series that are being closed: until the loops are through with them their
-    /// figures may change.
+    /// Ports without their own series that are being closed. Their counters may change until all
+    /// loops have closed them.
     closing: BTreeMap<PublishedPort, Arc<Port>>,
-    /// Ports with series of their own, of those that are there and of those that are just being
-    /// published.
+    /// Number of ports with their own series, including ports that are being published.
     with_series: usize,
-    /// Published TCP ports by their number, for how many sockets.
+    /// Number of sockets for each published TCP port number.
     tcp_numbers: BTreeMap<u16, usize>,
-    /// What ports without series had counted that have gone.
+    /// Counters of closed ports without their own series, summed by protocol.
     closed_totals: Vec<PortSnapshot>,
 }
 
 impl Ports {
-    /// The sum of those without series that are of `protocol`, if there are or were any.
+    /// The sum of the ports of `protocol` without their own series; `None` if there never was one.
     fn others_total(&self, protocol: Protocol) -> Option<PortSnapshot> {
         let mut sum =
             self.closed_totals.iter().find(|sum| sum.whose.protocol() == protocol).cloned();
@@ -205,7 +205,7 @@ impl Ports {
         sum
     }
 
-    /// Keeps what a port has counted.
+    /// Adds the counters of a closed port to the totals.
     fn remember(&mut self, counted: &PortSnapshot) {
         let protocol = counted.whose.protocol();
         let index = self.closed_totals.iter().position(|sum| sum.whose.protocol() == protocol);
@@ -218,14 +218,14 @@ impl Ports {
 }
 
 impl Engine {
-    /// An engine with no ports; threads are started as they are needed.
+    /// Creates an engine without ports. Threads are started on demand.
     pub fn new(settings: Settings) -> Self {
         Self::with_prepared_threads(settings, || Ok(()))
     }
 
-    /// The same, and every thread calls `prepare` before it does anything: to enter a network
-    /// namespace, for instance. One that fails to is no event loop, which
-    /// [`publish`](Self::publish) tells.
+    /// Like [`new`](Self::new), but each thread first calls `prepare`, for instance to enter a
+    /// network namespace. If `prepare` fails, the loop is not started, and
+    /// [`publish`](Self::publish) returns an error.
     pub fn with_prepared_threads(
         settings: Settings,
         prepare: impl Fn() -> io::Result<()> + Send + Sync + 'static,
@@ -254,12 +254,12 @@ impl Engine {
         Self { shared: Arc::new(shared), ports: Mutex::default(), next: AtomicU64::new(0) }
     }
 
-    /// Serves `listeners`, each for the port of the container beside it, all with the same options.
-    /// UDP ports are spread over the loops. To be called in the namespace that the listeners are
-    /// of, as far as they are the host's.
+    /// Serves `listeners`, each with its container port, with common options. UDP ports are
+    /// distributed over the loops. Must be called in the namespace of the listeners if it is the
+    /// namespace of the host.
     ///
     /// # Errors
-    /// When no event loop can be started (no thread, no descriptor); the listeners are closed then.
+    /// If no event loop can be started (no thread or no descriptor). The listeners are then closed.
     pub fn publish(
         &self,
         listeners: Vec<(Listener, u16)>,
@@ -285,7 +285,7 @@ impl Engine {
             if port.label.protocol() == Protocol::Udp {
                 self.shared.loop_guard.add(port.label.address());
             }
-            // Connections move on to other loops when one is saturated, sessions do not.
+            // TCP connections move to other loops when one is saturated; UDP sessions do not.
             let index = match port.label.protocol() {
                 Protocol::Udp => id as usize % loops,
                 Protocol::Tcp | Protocol::Sctp => 0,
@@ -312,8 +312,8 @@ impl Engine {
         Ok(ids)
     }
 
-    /// How many of `count` ports may have series of their own; they are taken. Also for ports that
-    /// others carry, and that are told beside ours.
+    /// Reserves series for up to `count` ports and returns for how many. Also for ports that are
+    /// forwarded elsewhere, such as by the NAT engine, and reported together with these.
     pub fn take_series(&self, count: usize) -> usize {
         let mut ports = self.ports();
         let left = self.shared.settings.ports_with_series.saturating_sub(ports.with_series);
@@ -322,8 +322,8 @@ impl Engine {
         taken
     }
 
-    /// Closes one port: it can be bound again when this returns. Its connections are reset, its
-    /// sessions end; other ports notice nothing. False if there is no such port (any more).
+    /// Closes a port. Its address is free when this returns. Its connections are reset and its
+    /// sessions end; other ports are not affected. Returns false if the port is not published.
     pub fn unpublish(&self, id: PublishedPort) -> bool {
         let port = {
             let mut ports = self.ports();
@@ -361,25 +361,26 @@ impl Engine {
         self.shared.several_ports.store(ports.tcp_numbers.len() > 1, Ordering::Relaxed);
     }
 
-    /// A UDP port is published at `address` by somebody else: what claims to come from there is not
-    /// answered either. Call it in the namespace of ports.
+    /// Adds the address of a UDP port that is served elsewhere, such as by the NAT engine.
+    /// Datagrams that claim it as their source are dropped as well. Must be called in the namespace
+    /// of the ports.
     pub fn note_port_of_others(&self, address: SocketAddr) {
         self.shared.loop_guard.add(address);
     }
 
-    /// It no longer is.
+    /// Removes an address added by [`note_port_of_others`](Self::note_port_of_others).
     pub fn forget_port_of_others(&self, address: SocketAddr) {
         self.shared.loop_guard.remove(address);
     }
 
-    /// Whether a datagram of `client` claims to come from a published port, which answering would
-    /// ask, and so on for ever.
+    /// Whether a datagram of `client` claims a published port as its source. A reply would go to
+    /// that port, and its service would reply in turn, in an endless loop.
     pub fn is_reflected(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
         self.shared.loop_guard.is_reflected(client, acl)
     }
 
-    /// Closes every port at once, lets connections go on until they end or `deadline` has passed,
-    /// then resets what is left. `impatient` is asked meanwhile whether to cut it short.
+    /// Closes all ports and lets connections continue until they end or `deadline` has passed, then
+    /// resets the rest. Stops earlier if `impatient` returns true.
     pub fn drain(&self, deadline: Duration, mut impatient: impl FnMut() -> bool) -> Drained {
         self.shared.broadcast(|done| Message::Drain { done });
         let deadline = Instant::now() + deadline;
@@ -391,12 +392,12 @@ impl Engine {
         Drained { cut }
     }
 
-    /// Closes every port, resets every connection and ends the threads, at once.
+    /// Closes all ports, resets all connections and ends the threads immediately.
     pub fn stop(&self) {
         *self.ports() = Ports::default();
         let loops: Vec<Loop> = self.shared.loops().iter_mut().filter_map(Option::take).collect();
         for running in &loops {
-            // A loop that has ended needs no telling.
+            // A loop that has ended has no receiver.
             let _ = running.sender.send(Message::Stop);
         }
         for running in loops {
@@ -406,20 +407,19 @@ impl Engine {
         }
     }
 
-    /// Takes `count` descriptors out of those that connections and sessions may have, for as long
-    /// as the permit is kept: for sockets that are opened while the engine runs, and that
-    /// [`Settings::reserved_descriptors`] could not count.
+    /// Reserves `count` descriptors for as long as the permit is held. For sockets that are opened
+    /// while the engine runs and that [`Settings::reserved_descriptors`] does not cover.
     pub fn reserve(&self, count: u32) -> Option<Permit> {
         self.shared.descriptors.take(count)
     }
 
-    /// How many descriptors connections and sessions may still take.
+    /// Number of descriptors still available to connections and sessions.
     pub fn descriptors_left(&self) -> usize {
         self.shared.descriptors.left()
     }
 
-    /// The figures of the published ports that have series of their own, in the order of
-    /// publishing, and the sums of the others.
+    /// The counters of the published ports with their own series, in the order of publishing,
+    /// followed by the sums of all others.
     pub fn snapshot(&self) -> Vec<PortSnapshot> {
         let ports = self.ports();
         let own = ports
@@ -433,10 +433,10 @@ impl Engine {
         own.chain(sums).collect()
     }
 
-    /// Shows `each` the figures of every published port, those without series included, in the
-    /// order of publishing.
+    /// Calls `each` with the counters of every published port, with or without its own series, in
+    /// the order of publishing.
     pub fn visit(&self, mut each: impl FnMut(PublishedPort, &PortSnapshot)) {
-        // Not under the lock, which publishing waits for.
+        // Copied, so that `each` runs without the lock that `publish` needs.
         let ports: Vec<_> =
             self.ports().published.iter().map(|(id, port)| (*id, Arc::clone(port))).collect();
         for (id, port) in ports {
@@ -444,7 +444,7 @@ impl Engine {
         }
     }
 
-    /// How full its tables are.
+    /// The use of the limits of the engine.
     pub fn fill(&self) -> Fill {
         let (published, with_series) = {
             let ports = self.ports();
@@ -464,13 +464,14 @@ impl Engine {
         }
     }
 
-    /// A port that others carry has series of its own no longer.
+    /// Releases the series of one port that is forwarded elsewhere.
     pub fn give_series_back(&self) {
         let mut ports = self.ports();
         ports.with_series = ports.with_series.saturating_sub(1);
     }
 
-    /// Keeps what a port that others carried, and that had no series of its own, has counted.
+    /// Adds the counters of a closed port that was forwarded elsewhere and had no series of its
+    /// own.
     pub fn remember(&self, counted: &PortSnapshot) {
         self.ports().remember(counted);
     }

@@ -1,36 +1,35 @@
-//! Which clients may use a published port at which address of this host, decided by the ingress
-//! interface.
+//! Access control for published ports by ingress interface, client and destination address.
 //!
-//! A socket on all addresses also answers at the gateway addresses of container networks, at
-//! link-local addresses, and at broadcast and multicast addresses, and the kernel delivers what
-//! comes in by any interface (the weak host model, RFC 1122, section 3.3.4.2). A client chooses its
-//! source and destination address, and an address can be link-local, which belongs to no subnet. It
-//! does not choose the bridge that its packets come in by. So that decides, for a port of an
-//! endpoint:
+//! A socket bound to all addresses also accepts traffic to the gateway addresses of container
+//! networks, to link-local addresses, and to broadcast and multicast addresses. The kernel delivers
+//! such packets from any interface (weak host model, RFC 1122 section 3.3.4.2). A client can choose
+//! its source and destination address, and a link-local address belongs to no subnet. A client
+//! cannot choose the bridge that its packets come in by, so the ingress interface decides. For a
+//! port of an endpoint:
 //!
 //! | ingress interface | destination | access |
 //! |---|---|---|
-//! | `lo`, or the client's address is the destination | any | yes: the host itself |
-//! | any other interface than `lo` | a loopback address | no |
-//! | bridge of an internal network | its own gateway | where the endpoint is attached to it |
-//! | | anything else | no |
-//! | bridge of another network of ours | its own gateway | yes |
-//! | | an address in a subnet of another network | no |
-//! | | link-local, multicast, broadcast | where the endpoint is attached to it |
-//! | | another address of the host | yes |
-//! | bridge of an internal network of another project | any | no |
-//! | any other interface | an address in a subnet of ours | no |
-//! | | anything else | yes, unless the client claims an address in a subnet of ours; a datagram also not if it claims one in a subnet of another project |
-//! | unknown | any | no |
+//! | `lo`, or source and destination address are equal | any | allowed: the host itself |
+//! | any other interface than `lo` | a loopback address | denied |
+//! | bridge of an internal network | its own gateway | allowed if the endpoint is attached to it |
+//! | | anything else | denied |
+//! | bridge of another network of the project | its own gateway | allowed |
+//! | | an address in a subnet of another network | denied |
+//! | | link-local, multicast, broadcast | allowed if the endpoint is attached to it |
+//! | | another address of the host | allowed |
+//! | bridge of an internal network of another project | any | denied |
+//! | any other interface | an address in a subnet of the project | denied |
+//! | | anything else | allowed, except with a source address in a subnet of the project; for a datagram also in a subnet of another project |
+//! | unknown | any | denied |
 //!
-//! For what the host sends to itself, the kernel reports the interface that carries the destination
-//! address, so `lo` alone does not identify the host. But only the host has one of its addresses
-//! for both source and destination: a connection like that cannot be made by somebody else, and
-//! [`Listener::drop_forged_own_source`](crate::Listener::drop_forged_own_source) leaves only those
-//! datagrams that were delivered by `lo`.
+//! For traffic of the host to itself, the kernel reports the interface that has the destination
+//! address, so `lo` alone does not identify the host. Equal source and destination addresses do:
+//! nobody else can establish such a connection, and
+//! [`Listener::drop_forged_own_source`](crate::Listener::drop_forged_own_source) drops such
+//! datagrams unless they were delivered by `lo`.
 //!
-//! Broadcasts and multicasts that come in by an uplink are served as before: they reach a port on
-//! all addresses of the host, and say nothing of its networks.
+//! Broadcast and multicast that come in by an uplink are accepted: they reach a port on all
+//! addresses of the host and reveal nothing about its networks.
 
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -41,27 +40,27 @@ use tidegate_model::{Ingress, canonical};
 /// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
 const LOOPBACK: u32 = 1;
 
-/// A bridge, by the index of its interface.
+/// A bridge, identified by its interface index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bridge {
-    /// It is there.
+    /// The bridge exists.
     Present(u32),
-    /// Somebody has deleted it. The index is the one that it had; when it is made again it gets a
-    /// higher one (`dev_new_index`, net/core/dev.c). Until that is known, interfaces with a higher
-    /// index that belong to no network could be the bridge, and are denied.
+    /// The bridge was deleted; the value is its last index. A new bridge gets a higher index
+    /// (`dev_new_index`, net/core/dev.c). Until that index is known, interfaces with a higher index
+    /// that belong to no network could be the bridge, and are denied.
     Missing(u32),
 }
 
-/// A container network, as far as access to ports depends on it.
+/// The properties of a container network that determine access to ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GatewayNetwork {
-    /// Its name.
+    /// The name of the network.
     pub name: String,
-    /// By which its members come.
+    /// The bridge of the network.
     pub bridge: Bridge,
-    /// It has no egress, and reaches nothing of the host but what belongs to it.
+    /// The network has no egress, and its members reach only addresses of the host on this network.
     pub internal: bool,
-    /// Its subnets, each with the gateway address.
+    /// The subnets, each with its gateway address.
     pub subnets: Vec<(IpNet, IpAddr)>,
 }
 
@@ -75,33 +74,33 @@ impl GatewayNetwork {
     }
 }
 
-/// The networks of a project: one value for all its ports, so that a bridge that is made again is
-/// known at all of them at once.
+/// The networks of a project. All its ports share one value, so that the index of a recreated
+/// bridge applies to all of them at once.
 #[derive(Debug, Default)]
 pub struct GatewayNetworks {
     networks: RwLock<Vec<GatewayNetwork>>,
-    /// Networks of other projects on this host, by the indexes of their bridges.
+    /// Networks of other projects on this host, by bridge index.
     of_others: RwLock<BTreeMap<u32, ForeignNetwork>>,
 }
 
 /// A network of another project on this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ForeignNetwork {
-    /// It has no egress, and reaches nothing of ours.
+    /// The network has no egress, and its members reach no port of this project.
     pub internal: bool,
-    /// Its subnets.
+    /// The subnets of the network.
     pub subnets: Vec<IpNet>,
 }
 
 impl GatewayNetworks {
-    /// With these networks.
+    /// Creates a value with these networks.
     #[must_use]
     pub fn new(networks: Vec<GatewayNetwork>) -> Self {
         Self { networks: RwLock::new(networks), of_others: RwLock::default() }
     }
 
-    /// Notes the index of each bridge, by the name of its network. One without an index is missing.
-    /// Returns the names of the networks whose bridge is another one now.
+    /// Sets the bridge index of each network by name. A network without an index has no bridge.
+    /// Returns the names of the networks whose index has changed.
     pub fn set_bridges(&self, indexes: &BTreeMap<String, u32>) -> Vec<String> {
         let mut changed = Vec::new();
         for network in &mut *self.networks.write().unwrap_or_else(PoisonError::into_inner) {
@@ -115,18 +114,18 @@ impl GatewayNetworks {
         changed
     }
 
-    /// Sets the networks of other projects, by the indexes of their bridges. Those of this project
-    /// may be among them.
+    /// Sets the networks of other projects by bridge index. Networks of this project may be
+    /// included.
     pub fn set_others(&self, networks: BTreeMap<u32, ForeignNetwork>) {
         *self.of_others.write().unwrap_or_else(PoisonError::into_inner) = networks;
     }
 
-    /// For one decision: no system call is made while this is held.
+    /// For one decision; no system call is made while the lock is held.
     fn read(&self) -> RwLockReadGuard<'_, Vec<GatewayNetwork>> {
         self.networks.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What `ingress` is to networks of other projects.
+    /// Compares `ingress` with the networks of other projects.
     fn foreign(&self, ingress: &Ingress) -> Foreign {
         let networks = self.of_others.read().unwrap_or_else(PoisonError::into_inner);
         let client = canonical(ingress.client).ip();
@@ -140,12 +139,14 @@ impl GatewayNetworks {
     }
 }
 
-/// A client and the networks of other projects.
+/// Relation of a client to the networks of other projects.
 #[derive(Clone, Copy, Debug)]
 struct Foreign {
-    /// It comes by the bridge of an internal one, unless that bridge is ours.
+    /// The ingress interface is the bridge of an internal network. This may be a network of this
+    /// project.
     internal: bool,
-    /// It has an address in a subnet of one, and does not come by its bridge.
+    /// The source address is in the subnet of a network, but the ingress interface is not its
+    /// bridge.
     forged: bool,
 }
 
@@ -153,42 +154,42 @@ struct Foreign {
 #[derive(Clone, Debug, Default)]
 pub struct GatewayAcl {
     networks: Option<Arc<GatewayNetworks>>,
-    /// The networks that the endpoint is attached to.
+    /// Names of the networks that the endpoint is attached to.
     attached: Arc<BTreeSet<String>>,
-    /// The sockets are in another namespace than the bridges.
+    /// The sockets are in a different namespace from the bridges.
     elsewhere: bool,
 }
 
 impl GatewayAcl {
-    /// For an endpoint that is attached to the networks named `attached`. A port that belongs to no
-    /// endpoint has none.
+    /// Creates the list of an endpoint that is attached to the networks named `attached`. A port
+    /// without an endpoint is attached to none.
     #[must_use]
     pub fn new(networks: Arc<GatewayNetworks>, attached: impl IntoIterator<Item = String>) -> Self {
         let attached = Arc::new(attached.into_iter().collect());
         Self { networks: Some(networks), attached, elsewhere: false }
     }
 
-    /// The same for sockets of another namespace than the networks: no bridge is there, and nothing
-    /// that members send arrives with an address of theirs.
+    /// Returns the list for sockets in a different namespace from the networks. There is no bridge
+    /// in that namespace, and traffic of members does not arrive there with their addresses.
     #[must_use]
     pub fn for_sockets_elsewhere(&self) -> Self {
         Self { elsewhere: true, ..self.clone() }
     }
 
-    /// Whether it denies nothing, so that no ingress has to be asked for.
+    /// Whether the list denies nothing, so that the ingress need not be determined.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.networks.is_none()
     }
 
-    /// Whether `address` is a gateway of one of the networks.
+    /// Whether `address` is a gateway address of one of the networks.
     #[must_use]
     pub fn has_gateway(&self, address: IpAddr) -> bool {
         let Some(networks) = &self.networks else { return false };
         networks.read().iter().any(|network| network.has_gateway(address))
     }
 
-    /// Whether the client of `ingress` must not be served.
+    /// Whether access is denied to the client of `ingress`.
     #[must_use]
     pub fn denies(&self, ingress: &Ingress) -> bool {
         let Some(networks) = &self.networks else { return false };
@@ -211,7 +212,7 @@ impl GatewayAcl {
         if is_host {
             return true;
         }
-        // Where `route_localnet` is set, as kube-proxy does, these come in from the link
+        // With `route_localnet` set, as by kube-proxy, such packets come in from the link
         // (CVE-2020-8558).
         if destination.is_loopback() {
             return false;
@@ -223,16 +224,17 @@ impl GatewayAcl {
             Some(network) => {
                 self.allows_member(networks, network, client, destination, to_group, handshake)
             }
-            // A connection proves its client's address.
+            // A completed handshake proves the source address.
             None if foreign.internal || foreign.forged && !handshake => false,
             None => !networks.iter().any(|network| {
-                let could_be_it = matches!(network.bridge, Bridge::Missing(old) if interface > old);
-                network.contains(client) || network.contains(destination) || could_be_it
+                let could_be_bridge =
+                    matches!(network.bridge, Bridge::Missing(old) if interface > old);
+                network.contains(client) || network.contains(destination) || could_be_bridge
             }),
         }
     }
 
-    /// What came in by the bridge of `network`.
+    /// Decides about traffic that came in by the bridge of `network`.
     fn allows_member(
         &self,
         networks: &[GatewayNetwork],
@@ -254,16 +256,16 @@ impl GatewayAcl {
         let in_another = |address| {
             !network.contains(address) && networks.iter().any(|other| other.contains(address))
         };
-        // A connection proves its client's address: a container on two networks may use either
-        // bridge.
+        // A completed handshake proves the source address, and a container on two networks may use
+        // either bridge.
         if in_another(destination) || !handshake && in_another(client) {
             return false;
         }
         at_own_gateway || is_attached || !(link_local || to_group)
     }
 
-    /// What came to a socket in another namespace. A member's traffic gets there by the NAT engine
-    /// only, with an address of the host.
+    /// Decides about traffic to a socket in a different namespace from the networks. Traffic of
+    /// members reaches it only through the NAT engine, with an address of the host.
     fn allows_elsewhere(
         &self,
         networks: &[GatewayNetwork],
@@ -292,7 +294,7 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// Three networks, the last of them internal.
+    /// Three networks, the last one internal.
     fn networks() -> Arc<GatewayNetworks> {
         let network = |name: &str, index, number: u32, internal| GatewayNetwork {
             name: name.to_owned(),
@@ -330,19 +332,19 @@ mod tests {
         Ingress { handshake: true, ..datagram(interface, client, destination) }
     }
 
-    /// Each destination by each interface, for a port of an endpoint on `front`, one on `shut`, one
-    /// on `front` and `shut`, and a port of no endpoint.
+    /// All destinations by each interface, for a port of an endpoint on `front`, one on `shut`, one
+    /// on `front` and `shut`, and a port without an endpoint.
     #[test]
     fn the_ingress_interface_decides() {
         let ports = [&["front"][..], &["shut"], &["front", "shut"], &[]].map(attached);
         let (y, n) = (true, false);
         for (interface, client, destination, allowed) in [
-            // The host itself, which the kernel reports by the interface of the address.
+            // The host itself. The kernel reports the interface that has the destination address.
             (LOOPBACK, "127.0.0.1", "127.0.0.1", [y, y, y, y]),
             (SHUT, "10.77.3.1", "10.77.3.1", [y, y, y, y]),
             (SHUT, "fe80::1", "fe80::1", [y, y, y, y]),
             (UPLINK, "203.0.113.1", "203.0.113.1", [y, y, y, y]),
-            // A network of ours.
+            // A network of the project.
             (FRONT, "10.77.1.7", "10.77.1.1", [y, y, y, y]),
             (FRONT, "fd77:1::7", "fd77:1::1", [y, y, y, y]),
             (FRONT, "10.77.1.7", "203.0.113.1", [y, y, y, y]),
@@ -360,7 +362,7 @@ mod tests {
             (FRONT, "10.77.1.7", "203.0.113.255", [y, n, y, n]),
             (BACK, "fe80::7", "fe80::2", [n, n, n, n]),
             (BACK, "10.77.2.7", "10.77.2.1", [y, y, y, y]),
-            // Claims to be of another network.
+            // Source address of another network.
             (FRONT, "10.77.2.7", "203.0.113.1", [n, n, n, n]),
             // An internal network.
             (SHUT, "10.77.3.7", "10.77.3.1", [n, y, y, n]),
@@ -383,10 +385,10 @@ mod tests {
             (UPLINK, "fe80::9", "fe80::5", [y, y, y, y]),
             (UPLINK, "fe80::9", "ff02::1", [y, y, y, y]),
             (UPLINK, "203.0.113.9", "203.0.113.255", [y, y, y, y]),
-            // Loopback is the host's alone.
+            // Loopback addresses are reachable from the host only.
             (UPLINK, "203.0.113.9", "127.0.0.1", [n, n, n, n]),
             (FRONT, "10.77.1.7", "127.0.0.1", [n, n, n, n]),
-            // The kernel does not say.
+            // Unknown interface.
             (0, "203.0.113.9", "203.0.113.1", [n, n, n, n]),
         ] {
             for (port, allowed) in ports.iter().zip(allowed) {
@@ -394,9 +396,9 @@ mod tests {
                     datagram(interface, client, destination),
                     connection(interface, client, destination),
                 ] {
-                    // What only datagrams can claim, or be sent to.
-                    let is_claimed = interface == FRONT && client == "10.77.2.7";
-                    if ingress.handshake && (ingress.to_group || is_claimed) {
+                    // Cases that exist for datagrams only.
+                    let is_forged = interface == FRONT && client == "10.77.2.7";
+                    if ingress.handshake && (ingress.to_group || is_forged) {
                         continue;
                     }
                     assert_eq!(
@@ -410,19 +412,16 @@ mod tests {
         }
         let unknown = Ingress { destination: None, ..datagram(FRONT, "10.77.1.7", "10.77.1.1") };
         assert!(ports[0].denies(&unknown));
-        assert!(
-            !GatewayAcl::default().denies(&unknown),
-            "without networks there is nothing to control"
-        );
+        assert!(!GatewayAcl::default().denies(&unknown), "an empty list denies nothing");
     }
 
     #[test]
-    fn a_connection_proves_the_address_of_its_client() {
+    fn a_handshake_proves_the_source_address() {
         let port = attached(&["front"]);
-        // A container on two networks that uses the other one's bridge.
+        // A container on two networks that uses the bridge of the other one.
         assert!(!port.denies(&connection(FRONT, "10.77.2.7", "203.0.113.1")));
         assert!(port.denies(&datagram(FRONT, "10.77.2.7", "203.0.113.1")));
-        // The host from one of its addresses to another.
+        // The host, from one of its addresses to another.
         assert!(!port.denies(&connection(UPLINK, "10.77.1.1", "203.0.113.1")));
         assert!(port.denies(&datagram(UPLINK, "10.77.1.1", "203.0.113.1")));
         assert!(!port.denies(&connection(UPLINK, "::ffff:203.0.113.9", "203.0.113.1")));
@@ -430,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bridge_that_is_made_again_has_another_index() {
+    fn a_recreated_bridge_has_a_new_index() {
         let networks = networks();
         let port = GatewayAcl::new(Arc::clone(&networks), ["front".to_owned()]);
         let indexes = |shut: Option<u32>| {
@@ -439,7 +438,7 @@ mod tests {
         };
         let (again, vpn) = (20, 19);
         assert_eq!(networks.set_bridges(&indexes(None)), [""; 0]);
-        // It may be the bridge, by which anything can come.
+        // The new interface could be the deleted bridge, with any source address.
         assert!(port.denies(&datagram(again, "203.0.113.77", "203.0.113.1")));
         assert!(port.denies(&connection(again, "fe80::7", "fe80::1")));
         assert!(!port.denies(&connection(UPLINK, "203.0.113.9", "203.0.113.1")));
@@ -449,9 +448,9 @@ mod tests {
         assert!(!port.denies(&connection(vpn, "192.0.2.7", "203.0.113.1")));
         assert!(
             !port.denies(&connection(SHUT, "192.0.2.7", "203.0.113.1")),
-            "somebody else's by now"
+            "the old index belongs to another interface"
         );
-        // Missing twice in a row, it is still known by the index that it had.
+        // After two updates without the bridge, its last index is still known.
         networks.set_bridges(&indexes(None));
         networks.set_bridges(&indexes(None));
         assert!(!port.denies(&connection(vpn, "192.0.2.7", "203.0.113.1")));
@@ -463,22 +462,25 @@ mod tests {
         const THEIRS: u32 = 30;
         let networks = networks();
         let port = GatewayAcl::new(Arc::clone(&networks), ["front".to_owned(), "shut".to_owned()]);
-        let asked = [
+        let ingresses = [
             connection(THEIRS, "10.78.3.7", "203.0.113.1"),
             connection(THEIRS, "fe80::7", "fe80::3"),
             datagram(THEIRS, "fe80::7", "ff02::1"),
         ];
-        assert!(asked.iter().all(|ingress| !port.denies(ingress)), "not known to be one");
+        assert!(ingresses.iter().all(|ingress| !port.denies(ingress)), "not yet known as internal");
         let foreign = ForeignNetwork { internal: true, subnets: Vec::new() };
         networks.set_others([THEIRS, SHUT].map(|index| (index, foreign.clone())).into());
-        assert!(asked.iter().all(|ingress| port.denies(ingress)));
-        assert!(!port.denies(&connection(SHUT, "10.77.3.7", "10.77.3.1")), "ours");
+        assert!(ingresses.iter().all(|ingress| port.denies(ingress)));
+        assert!(
+            !port.denies(&connection(SHUT, "10.77.3.7", "10.77.3.1")),
+            "a network of the project"
+        );
         assert!(!port.denies(&connection(UPLINK, "203.0.113.9", "203.0.113.1")));
     }
 
-    /// The answer to a forged datagram would go into the other project's network.
+    /// The reply to a forged datagram would be sent into the network of the other project.
     #[test]
-    fn a_datagram_with_an_address_of_another_project_comes_by_its_bridge() {
+    fn datagrams_with_a_source_of_another_project_are_accepted_from_its_bridge_only() {
         const THEIRS: u32 = 30;
         let networks = networks();
         let port = GatewayAcl::new(Arc::clone(&networks), ["front".to_owned()]);
@@ -490,25 +492,25 @@ mod tests {
         for client in ["10.78.1.7", "fd78:1::7", "::ffff:10.78.1.7"] {
             for (interface, allowed) in [(THEIRS, true), (UPLINK, false), (THEIRS + 1, false)] {
                 let datagram = datagram(interface, client, "203.0.113.1");
-                assert_eq!(!port.denies(&datagram), allowed, "{client} by {interface}");
+                assert_eq!(!port.denies(&datagram), allowed, "{client} via interface {interface}");
                 assert!(!port.denies(&connection(interface, client, "203.0.113.1")));
             }
         }
         assert!(!port.denies(&datagram(UPLINK, "203.0.113.9", "203.0.113.1")));
     }
 
-    /// As an ordinary user: the sockets are the host's, the bridges are not.
+    /// Without root, the sockets are in the namespace of the host, and the bridges are not.
     #[test]
-    fn sockets_of_another_namespace_know_no_bridge() {
+    fn sockets_in_another_namespace_ignore_bridge_indexes() {
         let port = attached(&["front"]).for_sockets_elsewhere();
         for (interface, client, destination, datagrams, connections) in [
             (LOOPBACK, "127.0.0.1", "127.0.0.1", true, true),
             (UPLINK, "203.0.113.1", "203.0.113.1", true, true),
             (UPLINK, "203.0.113.9", "203.0.113.1", true, true),
-            // An interface that has by chance the index of a bridge.
+            // An interface with the index of a bridge by coincidence.
             (SHUT, "203.0.113.9", "203.0.113.1", true, true),
             (SHUT, "fe80::9", "fe80::1", true, true),
-            // Somebody's LAN may have the subnet as well; a datagram proves nothing.
+            // A LAN may use the same subnet; a datagram does not prove its source address.
             (UPLINK, "10.77.1.7", "203.0.113.1", false, true),
             (UPLINK, "10.77.3.7", "203.0.113.1", false, false),
             (UPLINK, "203.0.113.9", "10.77.1.1", false, false),

@@ -1,18 +1,18 @@
-//! Published ports: what arrives at a port of the host is carried to a port of a container.
+//! Published ports: forwarding of TCP and UDP from ports of the host to ports of containers.
 //!
-//! The [`Engine`] runs a few event loops (`tidegate_reactor`), each with its share of the ports,
-//! connections and UDP sessions; nothing is shared between loops but counters and the book of
-//! shares. Where a flow goes says an [`Upstream`], so this crate knows neither networks nor
-//! namespaces nor containers.
+//! The [`Engine`] runs a few event loops (`tidegate_reactor`), each with its part of the ports,
+//! connections and UDP sessions. Loops share only counters and the table of client shares. An
+//! [`Upstream`] opens the connection to a backend, so this crate does not depend on networks,
+//! namespaces or containers.
 //!
-//! What it promises, each under test:
-//! - What one side does the other sees: half-close, reset, refusal, backpressure. Bytes are never
-//!   lost, reordered or invented, and a cut connection never looks complete.
-//! - Every table, queue and buffer has a limit. At the limit the largest holder yields, which is
-//!   counted, and the others are served.
-//! - Ports come and go without disturbing other ports' flows.
+//! Guarantees, all covered by tests:
+//! - Half-close, reset, refusal and backpressure of one side are visible to the other. Bytes are
+//!   never lost, reordered or added, and a cut connection never appears complete.
+//! - Every table, queue and buffer has a limit. At the limit the largest holder is evicted and
+//!   counted, and all others are served.
+//! - Publishing or closing a port does not affect the flows of other ports.
 //!
-//! TCP is in [`tcp`], UDP in [`udp`]; both begin with a theory of operation.
+//! TCP is in [`tcp`], UDP in [`udp`]; the documentation of both starts with a theory of operation.
 
 mod config;
 

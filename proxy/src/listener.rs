@@ -1,4 +1,4 @@
-//! A bound socket, made here or taken over.
+//! Bound sockets of published ports, created here or inherited.
 
 use rustix::io::Errno;
 use rustix::net::{SocketType, sockopt};
@@ -14,41 +14,39 @@ use tidegate_reactor::{
     set_window_clamp,
 };
 
-/// The queue of connections that wait to be accepted; the kernel caps it at `net.core.somaxconn`,
-/// whose default it is.
+/// Accept queue length, the default of `net.core.somaxconn`, at which the kernel caps it.
 const BACKLOG: i32 = 4096;
 
-/// Datagrams that can have come before a socket is opened, at the very most.
+/// Maximum number of datagrams that [`Listener::open`] discards.
 const MAX_STALE_DATAGRAMS: usize = 65_536;
 
-/// When a silent connection is probed, how often, and after how many unanswered probes it is cut: a
-/// vanished peer is noticed after 15 + 9 × 15 s, docker-proxy's (and Go's) figures.
+/// TCP keepalive: idle time, interval, and number of probes. A vanished peer is detected after 15 +
+/// 9 × 15 s, as by docker-proxy (the defaults of Go).
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_time(Duration::from_secs(15))
     .with_interval(Duration::from_secs(15))
     .with_retries(9);
 
-/// Payload that may wait unsent in a socket's send buffer, in bytes (`TCP_NOTSENT_LOWAT`), where
-/// the half that writes to it is narrow, and where it is wide. What is in flight comes on top, and
-/// is the receiver's own window. Without it the send buffer grows to `tcp_wmem` (4 MiB) in front of
-/// a peer that has stopped reading.
+/// Maximum unsent payload in a send buffer in bytes (`TCP_NOTSENT_LOWAT`), for a narrow and a wide
+/// half. Data in flight is not included; the window of the receiver bounds it. Without this limit
+/// the send buffer of a peer that has stopped reading grows to `tcp_wmem` (4 MiB).
 const UNSENT_NARROW: u32 = 64 << 10;
 const UNSENT_WIDE: u32 = 256 << 10;
 
-/// Payload that may wait to be read in a stream socket whose half is wide, in bytes (the kernel
-/// doubles it for its own bookkeeping). Left to itself the receive buffer grows to `tcp_rmem` (6 to
-/// 32 MiB) in front of a backend that has stopped reading. The price is the window: 1 MiB or a
-/// little more for each round trip.
+/// Receive buffer of the source of a wide half in bytes, not counting kernel overhead (the kernel
+/// doubles the value for that). Without a fixed size the buffer grows to `tcp_rmem` (6 to 32 MiB)
+/// when the other side has stopped reading. The cost is a window of at most 1 MiB or slightly more
+/// per round trip.
 pub const UNREAD_BYTES: usize = 1 << 20;
 
-/// The same where the half is narrow: the kernel's own beginning (`tcp_rmem`).
+/// Receive buffer of the source of a narrow half in bytes: the initial size of `tcp_rmem`.
 const UNREAD_NARROW: usize = 64 << 10;
 
-/// What socket buffers of a UDP port are asked to be, in bytes; the kernel caps it at
-/// `net.core.rmem_max`. A sender with segmentation offload delivers 64 KiB in one go.
+/// Requested socket buffer size of UDP ports in bytes; the kernel caps it at `net.core.rmem_max`. A
+/// sender with segmentation offload delivers up to 64 KiB at once.
 pub const UDP_BUFFER: usize = 4 << 20;
 
-/// A socket that a published port answers on.
+/// The socket of a published port.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
@@ -59,46 +57,46 @@ pub struct Listener {
 #[derive(Debug, thiserror::Error)]
 #[error("listen {label}: {source}")]
 pub struct BindError {
-    /// What was to be opened.
+    /// The address and protocol.
     pub label: PublishLabel,
-    /// Why not: in use, not permitted, no such address here, protocol not supported.
+    /// The cause: in use, not permitted, no such address on this host, or protocol not supported.
     pub source: io::Error,
 }
 
-/// A descriptor that was handed over and is not what it was said to be.
+/// An inherited descriptor that cannot serve the port.
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {
     /// Not a socket, or closed.
     #[error("it is not a socket: {0}")]
     NotASocket(#[source] io::Error),
-    /// A socket of another type.
+    /// A socket of a different type.
     #[error("it is not a {0} socket")]
     WrongType(Protocol),
-    /// A TCP socket that nobody called listen(2) on.
+    /// A TCP socket without listen(2).
     #[error("it is not listening")]
     NotListening,
-    /// A socket that does not speak IP, or is not bound.
+    /// Not an IP socket, or not bound.
     #[error("it has no IP address")]
     NoAddress,
 }
 
 impl Listener {
-    /// Opens `address` for `protocol`, in the calling thread's namespace. Port 0 takes any free
-    /// one.
+    /// Opens `address` for `protocol` in the namespace of the calling thread. Port 0 selects a free
+    /// port.
     ///
     /// # Errors
-    /// [`BindError`]; nothing is left open then.
+    /// [`BindError`]; no socket is left open.
     pub fn bind(address: SocketAddr, protocol: Protocol) -> Result<Self, BindError> {
         let reserved = Self::reserve(address, protocol)?;
         reserved.open()?;
         Ok(reserved)
     }
 
-    /// Takes `address` for `protocol`, so that nobody else has it, and answers nobody there before
+    /// Binds `address` for `protocol` without serving it: clients are refused until
     /// [`open`](Self::open).
     ///
     /// # Errors
-    /// [`BindError`]; nothing is left open then.
+    /// [`BindError`]; no socket is left open.
     pub fn reserve(address: SocketAddr, protocol: Protocol) -> Result<Self, BindError> {
         let error = |source| BindError { label: PublishLabel::new(address, protocol), source };
         let socket = bind(address, protocol).map_err(error)?;
@@ -106,11 +104,11 @@ impl Listener {
         Ok(Self { socket: socket.into(), label: PublishLabel::new(bound, protocol) })
     }
 
-    /// Prepares a UDP port that has a [`GatewayAcl`](crate::GatewayAcl), before it is opened: a
-    /// source address that is the destination identifies the host then.
+    /// Prepares a UDP port with a [`GatewayAcl`](crate::GatewayAcl), before it is opened.
+    /// Afterwards equal source and destination addresses identify the host.
     ///
     /// # Errors
-    /// [`BindError`]: what setsockopt(2) says.
+    /// [`BindError`] with the error of setsockopt(2).
     pub fn drop_forged_own_source(&self) -> Result<(), BindError> {
         if self.label.protocol() != Protocol::Udp {
             return Ok(());
@@ -119,11 +117,10 @@ impl Listener {
         result.map_err(|source| BindError { label: self.label, source })
     }
 
-    /// Answers from here on. Clients that came before were refused, and what they sent is thrown
-    /// away.
+    /// Starts serving the port. Discards datagrams that arrived before.
     ///
     /// # Errors
-    /// [`BindError`]: someone else has taken the address at the same time.
+    /// [`BindError`] if another socket has started to listen on the address meanwhile.
     pub fn open(&self) -> Result<(), BindError> {
         let opened = match self.label.protocol() {
             Protocol::Udp => {
@@ -145,11 +142,11 @@ impl Listener {
         opened.map_err(|errno| BindError { label: self.label, source: errno.into() })
     }
 
-    /// Takes over a socket that someone else has bound (and, for TCP, is listening on), as newer
-    /// dockerd hands them down.
+    /// Adopts a socket that another process has bound (and, for TCP, listens on), as newer versions
+    /// of dockerd pass to their proxy.
     ///
     /// # Errors
-    /// [`AdoptError`] says what is wrong with it.
+    /// [`AdoptError`] with the reason.
     pub fn adopt(socket: OwnedFd, protocol: Protocol) -> Result<Self, AdoptError> {
         let kind =
             sockopt::socket_type(&socket).map_err(|errno| AdoptError::NotASocket(errno.into()))?;
@@ -176,11 +173,11 @@ impl Listener {
         Ok(Self { socket: socket.into(), label: PublishLabel::new(address, protocol) })
     }
 
-    /// Answers again after other software has destroyed the socket (`ss -K`). Whether that had
-    /// happened.
+    /// Restores the socket after other software destroyed it (`ss -K`). Returns whether it was
+    /// destroyed.
     ///
     /// # Errors
-    /// The kernel's; the port is not answered at then.
+    /// Errors of the system calls; the port is then not served.
     pub(crate) fn revive(&self) -> io::Result<bool> {
         let address = self.label.address();
         match self.label.protocol() {
@@ -191,14 +188,14 @@ impl Listener {
         }
     }
 
-    /// What it is called in metrics and messages: its bound address and protocol.
+    /// The bound address and protocol, as shown in metrics and messages.
     pub fn label(&self) -> PublishLabel {
         self.label
     }
 }
 
 impl From<Listener> for OwnedFd {
-    /// For who carries its traffic in another way.
+    /// For callers that forward the traffic themselves.
     fn from(listener: Listener) -> Self {
         listener.socket
     }
@@ -214,17 +211,17 @@ fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Socket> {
     let (kind, ip_protocol) = match protocol {
         Protocol::Tcp => (Type::STREAM, IpProtocol::TCP),
         Protocol::Udp => (Type::DGRAM, IpProtocol::UDP),
-        // No kernel with SCTP has been at hand to prove it on.
+        // Not implemented: no kernel with SCTP was available for tests.
         Protocol::Sctp => return Err(Errno::PROTONOSUPPORT.into()),
     };
     let socket =
         Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), Some(ip_protocol))?;
     if address.is_ipv6() {
-        // The IPv4 half of the port has a socket of its own.
+        // A separate socket serves the IPv4 address of the port.
         socket.set_only_v6(true)?;
     }
     if protocol == Protocol::Tcp {
-        // Past connections in TIME_WAIT do not hold the port; a live listener still does.
+        // Connections in TIME_WAIT do not block the port; a listening socket still does.
         socket.set_reuse_address(true)?;
     }
     prepare(&socket, address, protocol)?;
@@ -237,16 +234,16 @@ fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Resu
         enable_stream_ingress(socket, address.is_ipv6())?;
         return prepare_stream(socket);
     }
-    // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
+    // Receive offload requires Linux 5.0. Without it only throughput is lower.
     let _ = enable_gro(socket);
     prepare_datagrams(socket);
     batch::enable_packet_info(socket, address.is_ipv6())
 }
 
-/// What both sockets of a TCP connection are set to. A listener's settings pass to what it accepts,
-/// which saves a connection three system calls. The receive buffer is the kernel's at first, which
-/// grows with what is read: one that is fixed before the handshake would bound the window for good
-/// (`tcp_select_initial_window`).
+/// Sets the options of both sockets of a TCP connection. Accepted sockets inherit them from the
+/// listener, which saves three system calls per connection. The receive buffer is not fixed here,
+/// because a size set before the handshake would bound the window permanently
+/// (`tcp_select_initial_window`). Until it is fixed, the kernel grows it as data is read.
 pub(crate) fn prepare_stream(stream: impl AsFd) -> io::Result<()> {
     let socket = SockRef::from(&stream);
     socket.set_tcp_nodelay(true)?;
@@ -255,9 +252,9 @@ pub(crate) fn prepare_stream(stream: impl AsFd) -> io::Result<()> {
 }
 
 /// Sets the buffers between `source` and `sink` for a wide half. The receive buffer is fixed at
-/// [`UNREAD_BYTES`]; with neither the privilege nor a `net.core.rmem_max` that allows it, it is
-/// left to the kernel: a much smaller one would cost more throughput than the bound is worth. One
-/// that was narrow is as large as `rmem_max` then.
+/// [`UNREAD_BYTES`]. Without the privilege, and with a `net.core.rmem_max` below that size, the
+/// kernel manages the buffer: a much smaller one would cost more throughput than the limit is
+/// worth. A buffer that was narrow before is then set as large as `rmem_max` permits.
 pub(crate) fn widen(source: impl AsFd, sink: impl AsFd, was_narrow: bool) {
     static ALLOWED: LazyLock<bool> = LazyLock::new(|| {
         let limit = std::fs::read_to_string("/proc/sys/net/core/rmem_max").ok();
@@ -268,23 +265,23 @@ pub(crate) fn widen(source: impl AsFd, sink: impl AsFd, was_narrow: bool) {
     if sockopt::set_socket_recv_buffer_size_force(&source, UNREAD_BYTES).is_err()
         && (*ALLOWED || was_narrow)
     {
-        // A socket whose peer has gone has no use for it.
+        // An error means that the peer has closed the socket, which needs no buffer then.
         let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_BYTES);
     }
-    // The buffer is twice that, of which the kernel's bookkeeping takes a part.
+    // The kernel doubles the buffer size and uses a part of it for overhead.
     let _ = set_window_clamp(&source, 2 * UNREAD_BYTES as u32);
     let _ = SockRef::from(&sink).set_tcp_notsent_lowat(UNSENT_WIDE);
 }
 
-/// Sets the buffers between `source` and `sink` for a narrow half. What has arrived stays; what
-/// arrives beyond the buffer from here on is dropped, and sent again when there is room
+/// Sets the buffers between `source` and `sink` for a narrow half. Data already received is kept.
+/// The kernel drops data beyond the new size, and the sender retransmits it later
 /// (`tcp_try_rmem_schedule`).
 pub(crate) fn narrow(source: impl AsFd, sink: impl AsFd) {
     let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_NARROW);
     let _ = SockRef::from(&sink).set_tcp_notsent_lowat(UNSENT_NARROW);
 }
 
-/// Lets the kernel deliver GSO batches of datagrams.
+/// Enables receive offload: the kernel delivers GSO batches of datagrams.
 pub(crate) fn enable_gro(datagrams: impl AsFd) -> io::Result<()> {
     if Feature::UdpGso.is_forced_off() {
         return Err(Errno::NOPROTOOPT.into());
@@ -292,7 +289,7 @@ pub(crate) fn enable_gro(datagrams: impl AsFd) -> io::Result<()> {
     batch::enable_receive_offload(datagrams)
 }
 
-/// Larger buffers for a datagram socket, as far as the system allows; less is no error.
+/// Requests larger buffers for a datagram socket. A cap by the system is not an error.
 pub(crate) fn prepare_datagrams(datagrams: impl AsFd) {
     let socket = SockRef::from(&datagrams);
     if sockopt::set_socket_recv_buffer_size_force(&datagrams, UDP_BUFFER).is_err() {
@@ -307,7 +304,7 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 
     #[test]
-    fn a_busy_port_is_told_with_its_label() {
+    fn a_port_in_use_is_reported_with_its_label() {
         let holder = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = holder.local_addr().unwrap();
         let error = Listener::bind(address, Protocol::Tcp).unwrap_err();
@@ -319,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn sctp_is_refused_as_the_kernel_would() {
+    fn sctp_is_refused_with_the_error_of_the_kernel() {
         let error =
             Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0)), Protocol::Sctp).unwrap_err();
         assert_eq!(error.source.raw_os_error(), Some(Errno::PROTONOSUPPORT.raw_os_error()));

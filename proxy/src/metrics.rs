@@ -1,17 +1,16 @@
-//! What the proxy counts, and how it is told to Prometheus.
+//! Metrics of the proxy in the Prometheus text format.
 //!
-//! Families of the whole process go through the `metrics` facade. Those of a port come from the
-//! port's own counters at scrape time and are gone with the port: there is nothing to expire, and a
-//! quiet port is not forgotten.
+//! Families of the whole process use the `metrics` facade. Families of a port are written from the
+//! counters of that port at scrape time and disappear with the port. No series expires, so an idle
+//! port keeps its series.
 //!
-//! A TCP port has 37 series and a UDP port 26, of which histograms are 22 and 11. They bear the
-//! label `publish` alone: which container is slow to be reached, and which port's connections are
-//! short, are questions about ports, and one bucket more for each direction or reason would double
-//! the page. What the page may be is bounded by
-//! [`ports_with_series`](crate::Settings::ports_with_series): the ports that are published when so
-//! many have series are told in one sum for each protocol, as `publish="other/tcp"` and
-//! `"other/udp"`. A port stays with what it was given, and what ports of the sum have counted stays
-//! in it when they go, so that no counter ever runs backwards.
+//! A TCP port has 37 series, 22 of them of histograms; a UDP port has 26, of which 11. Histograms
+//! have only the label `publish`. Dial times and lifetimes are questions about one port, and a
+//! further label for direction or reason would double the page.
+//! [`ports_with_series`](crate::Settings::ports_with_series) bounds the page: ports published
+//! beyond it are summed by protocol as `publish="other/tcp"` and `"other/udp"`. A port never
+//! changes between its own series and the sum, and the sum keeps the counts of closed ports, so no
+//! counter decreases.
 
 use crate::port::{Direction, Drop, Port, Refusal};
 use metrics::{Counter, counter, describe_counter};
@@ -19,22 +18,23 @@ use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use tidegate_model::{HistogramReading, Protocol, PublishLabel, registry};
 
-/// Bounds of the time until a backend is reached, in seconds: from a container on this host, over a
-/// full listen queue, to the first and the second retransmission of a SYN (RFC 6298: after 1 s, and
-/// 2 s later). The dial timeout is the bound of all.
+/// Bucket bounds of the dial time in seconds: from a container on this host, over a full accept
+/// queue, to the first and the second retransmission of a SYN (RFC 6298: after 1 s, and 2 s later).
+/// The dial timeout bounds the last bucket.
 pub(crate) const DIAL_BOUNDS: [f64; 8] = [0.000_1, 0.000_5, 0.002_5, 0.01, 0.05, 0.25, 1.0, 3.0];
 
-/// Bounds of the time that connections and sessions go on, in seconds: from one request to an hour.
+/// Bucket bounds of the lifetime of connections and sessions in seconds: from one request to an
+/// hour.
 pub(crate) const LIFE_BOUNDS: [f64; 8] = [0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0];
 
-/// What kind of series a family has.
+/// Type of a metric family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Only ever grows.
+    /// Never decreases.
     Counter,
-    /// Goes up and down.
+    /// Increases and decreases.
     Gauge,
-    /// Times by buckets.
+    /// Durations in buckets.
     Histogram,
 }
 
@@ -48,16 +48,16 @@ impl Kind {
     }
 }
 
-/// A family of series, one for each port (and label value).
+/// A metric family with one series per port and label value.
 #[derive(Clone, Copy, Debug)]
 pub struct Family {
-    /// Its name.
+    /// The name of the family.
     pub name: &'static str,
-    /// Counter, gauge or histogram.
+    /// The type of the family.
     pub kind: Kind,
-    /// What it tells, in a sentence.
+    /// The help text, one sentence.
     pub help: &'static str,
-    /// Its label beside `publish`, if it has one.
+    /// The label besides `publish`, if any.
     pub label: Option<&'static str>,
 }
 
@@ -158,7 +158,7 @@ const SESSION_LIFE: Family = family(
     "Time from the first datagram of a UDP session to its last, of those that have ended.",
 );
 
-/// The families of a port.
+/// The families of ports.
 pub const FAMILIES: [Family; 15] = [
     CONNECTIONS_TOTAL,
     CONNECTIONS,
@@ -177,17 +177,17 @@ pub const FAMILIES: [Family; 15] = [
     SESSION_LIFE,
 ];
 
-/// Whose figures they are.
+/// The port or ports that a series is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whose {
-    /// A port's.
+    /// A port with its own series.
     Port(PublishLabel),
-    /// All those of a protocol that have no series of their own.
+    /// The sum of all ports of a protocol without their own series.
     Others(Protocol),
 }
 
 impl Whose {
-    /// The protocol.
+    /// The protocol of the port or ports.
     pub fn protocol(self) -> Protocol {
         match self {
             Self::Port(label) => label.protocol(),
@@ -206,20 +206,20 @@ impl fmt::Display for Whose {
     }
 }
 
-/// The figures of one port, or of several together, at one moment.
+/// Counters of one port, or of several ports summed, at one point in time.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PortSnapshot {
-    /// Whose they are.
+    /// The port or ports.
     pub whose: Whose,
-    /// TCP connections accepted, or UDP sessions begun.
+    /// TCP connections accepted, or UDP sessions started.
     pub accepted: u64,
-    /// TCP connections or UDP sessions now.
+    /// Current TCP connections or UDP sessions.
     pub live: u64,
-    /// TCP connections or UDP sessions that there may be.
+    /// Maximum of TCP connections or UDP sessions.
     pub limit: u64,
     /// TCP connections that ended in a reset, or UDP sessions evicted.
     pub cut: u64,
-    /// Payload, indexed by [`Direction`].
+    /// Payload in bytes, indexed by [`Direction`].
     pub bytes: [u64; Direction::ALL.len()],
     /// Datagrams, indexed by [`Direction`].
     pub datagrams: [u64; Direction::ALL.len()],
@@ -227,14 +227,14 @@ pub struct PortSnapshot {
     pub refused: [u64; Refusal::ALL.len()],
     /// Datagrams dropped, indexed by [`Drop`].
     pub dropped: [u64; Drop::ALL.len()],
-    /// How long it took to reach the backend (TCP).
+    /// Time from accept to the connect of the backend (TCP).
     pub dial: HistogramReading<{ DIAL_BOUNDS.len() }>,
-    /// How long TCP connections went on, or UDP sessions.
+    /// Lifetime of TCP connections or UDP sessions.
     pub life: HistogramReading<{ LIFE_BOUNDS.len() }>,
 }
 
 impl PortSnapshot {
-    /// Of nothing.
+    /// A snapshot with all values zero.
     pub fn empty(whose: Whose) -> Self {
         Self {
             whose,
@@ -274,14 +274,14 @@ impl PortSnapshot {
         }
     }
 
-    /// Adds what `other` has counted, and what it has now.
+    /// Adds the counters and gauges of `other`.
     pub fn add(&mut self, other: &Self) {
         self.live += other.live;
         self.limit += other.limit;
         self.add_counted(other);
     }
 
-    /// Adds what `other` has counted, which is not there any more.
+    /// Adds the counters of `other`, which is closed, but not its gauges.
     pub(crate) fn add_counted(&mut self, other: &Self) {
         self.accepted += other.accepted;
         self.cut += other.cut;
@@ -296,7 +296,7 @@ impl PortSnapshot {
         self.life.add(&other.life);
     }
 
-    /// Writes the series of `family`, if it has such.
+    /// Writes the series of `family`, if it applies to the protocol.
     fn describe(&self, family: &Family, out: &mut impl Write) -> fmt::Result {
         let tcp = self.whose.protocol() == Protocol::Tcp;
         let one = |out: &mut _, value: u64| writeln_series(out, family, self.whose, None, value);
@@ -368,10 +368,10 @@ fn writeln_series(
     writeln!(out, "}} {value}")
 }
 
-/// Writes the families of `ports` in the text format of Prometheus (exposition format 0.0.4).
+/// Writes the families of `ports` in the Prometheus text format (exposition format 0.0.4).
 ///
 /// # Errors
-/// Only those of `out`.
+/// Only errors of `out`.
 pub fn describe(ports: &[PortSnapshot], out: &mut impl Write) -> fmt::Result {
     for family in &FAMILIES {
         head(family.name, family.kind, family.help, out)?;
@@ -384,24 +384,24 @@ fn head(name: &str, kind: Kind, help: &str, out: &mut impl Write) -> fmt::Result
     writeln!(out, "# HELP {name} {help}\n# TYPE {name} {}", kind.as_str())
 }
 
-/// How full the tables of an engine are.
+/// Use of the limits of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fill {
-    /// Published ports that have series of their own, and those that have none.
+    /// Published ports with their own series, and without.
     pub ports: [u64; 2],
-    /// TCP connections of all ports together.
+    /// TCP connections of all ports.
     pub connections: u64,
-    /// The most that there may be.
+    /// Maximum of `connections`.
     pub connections_limit: u64,
     /// TCP connections of the client that has most.
     pub largest_client: u64,
-    /// Bytes that TCP connections hold, or may hold, for peers that do not drain.
+    /// Bytes that TCP connections hold, or are permitted to hold, for peers that do not read.
     pub held_bytes: u64,
-    /// The most that they may.
+    /// Maximum of `held_bytes`.
     pub held_bytes_limit: u64,
-    /// Descriptors taken by connections, sessions, and what was reserved.
+    /// Descriptors in use by connections, sessions and reservations.
     pub descriptors: u64,
-    /// The most that may be.
+    /// Maximum of `descriptors`.
     pub descriptors_limit: u64,
 }
 
@@ -417,10 +417,10 @@ pub const FILL_FAMILIES: [&str; 7] = [
 ];
 
 impl Fill {
-    /// Writes its families in the text format of Prometheus (exposition format 0.0.4).
+    /// Writes the families in the Prometheus text format (exposition format 0.0.4).
     ///
     /// # Errors
-    /// Only those of `out`.
+    /// Only errors of `out`.
     pub fn describe(&self, out: &mut impl Write) -> fmt::Result {
         let [
             ports,
@@ -467,17 +467,17 @@ impl Fill {
     }
 }
 
-/// The families of the process, resolved once.
+/// Counters of the process, registered once.
 pub(crate) struct ProcessMetrics {
     pub(crate) accept_pauses: Counter,
     evicted: [Counter; EVICTING.len()],
-    /// Connections that had to end for the budget of bytes.
+    /// Connections evicted because of the byte budget.
     pub(crate) evicted_for_bytes: Counter,
-    /// Sockets of ports that other software had destroyed.
+    /// Sockets of ports restored after other software destroyed them.
     pub(crate) revived: Counter,
 }
 
-/// The limits of connections for which a running one may have to end.
+/// Connection limits at which running connections are evicted.
 const EVICTING: [Refusal; 2] = [Refusal::PortLimit, Refusal::TotalLimit];
 
 impl ProcessMetrics {
@@ -502,7 +502,7 @@ impl ProcessMetrics {
         }
     }
 
-    /// The counter of connections that had to end for `limit`.
+    /// The counter of connections evicted because of `limit`.
     pub(crate) fn evicted(&self, limit: Refusal) -> &Counter {
         let index = EVICTING.iter().position(|evicting| *evicting == limit);
         &self.evicted[index.unwrap_or(EVICTING.len() - 1)]
@@ -535,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn each_family_is_told_once_and_only_for_the_protocol_it_is_of() {
+    fn each_family_is_written_once_and_only_for_its_protocol() {
         let mut text = String::new();
         describe(&[port("0.0.0.0:8080/tcp"), port("[::]:53/udp")], &mut text).unwrap();
         for family in FAMILIES {
@@ -555,7 +555,7 @@ mod tests {
         assert!(!text.contains("tidegate_proxy_dial_seconds_count{publish=\"[::]:53/udp\"}"));
     }
 
-    /// What the documents say of how many there are.
+    /// docs/metrics.md states these numbers.
     #[test]
     fn a_tcp_port_has_37_series_and_a_udp_port_26() {
         for (label, count) in [("0.0.0.0:80/tcp", 37), ("0.0.0.0:80/udp", 26)] {
@@ -570,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_of_several_ports_add_up_and_what_has_gone_counts_and_is_not_there() {
+    fn snapshots_add_up_and_closed_ports_add_no_gauges() {
         let mut sum = PortSnapshot::empty(Whose::Others(Protocol::Udp));
         let (one, gone) = (port("[::]:53/udp"), port("[::]:54/udp"));
         sum.add(&one);
@@ -587,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn how_full_the_tables_are_is_told_beside_what_they_may_hold() {
+    fn usage_is_written_with_its_limits() {
         let fill = Fill {
             ports: [1000, 24],
             connections: 7,

@@ -1,4 +1,4 @@
-//! A published port as all loops see it: its options and its figures.
+//! A published port as shared by all loops: its options and counters.
 
 use crate::PortOptions;
 use crate::metrics::{DIAL_BOUNDS, LIFE_BOUNDS};
@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tidegate_model::{Histogram, PublishLabel};
 
-/// Which way payload goes.
+/// Direction of payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From the client to the container.
@@ -18,10 +18,10 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// Both, in the order in which they index arrays.
+    /// All directions, in array index order.
     pub const ALL: [Self; 2] = [Self::In, Self::Out];
 
-    /// The label's value in metrics.
+    /// The label value in metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::In => "in",
@@ -30,7 +30,7 @@ impl Direction {
     }
 }
 
-/// Declares an enum whose values are a label's values, and their table.
+/// Declares an enum of label values, with all variants as an array.
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $label:literal,)* }) => {
         $(#[$doc])*
@@ -38,10 +38,10 @@ macro_rules! reasons {
         pub enum $name { $($(#[$variant_doc])* $variant,)* }
 
         impl $name {
-            /// All of them, in the order in which they index arrays.
+            /// All variants, in array index order.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
-            /// The label's value in metrics.
+            /// The label value in metrics.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $label,)* }
             }
@@ -50,26 +50,26 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// Why a TCP connection was not made.
+    /// Why a TCP connection was refused.
     Refusal {
-        /// The client is not on the port's allow-list, or the [`GatewayAcl`](crate::GatewayAcl)
-        /// denies it.
+        /// The client is not on the allow-list of the port, or denied by the
+        /// [`GatewayAcl`](crate::GatewayAcl).
         NotAllowed = "not_allowed",
-        /// The client has its share of the connections, of the port's or of all.
+        /// The client has reached its share of the connections of the port or in total.
         ClientLimit = "client_limit",
-        /// The port has as many connections as it may have.
+        /// The port has reached its maximum number of connections.
         PortLimit = "port_limit",
-        /// All ports together have.
+        /// All ports together have reached the maximum number of connections.
         TotalLimit = "total_limit",
-        /// The process or the system has no descriptors or memory left.
+        /// The process or the system is out of descriptors or memory.
         Exhausted = "exhausted",
-        /// The backend's port is closed.
+        /// The port of the backend is closed.
         BackendRefused = "backend_refused",
-        /// There is no way to the backend.
+        /// The backend is unreachable.
         BackendUnreachable = "backend_unreachable",
-        /// The backend did not answer in time.
+        /// The backend did not accept in time.
         DialTimeout = "dial_timeout",
-        /// The client gave up while the backend was being dialled.
+        /// The client reset the connection during the dial.
         ClientGone = "client_gone",
     }
 }
@@ -77,27 +77,28 @@ reasons! {
 reasons! {
     /// Why a datagram was dropped.
     Drop {
-        /// The client is not on the port's allow-list, or the [`GatewayAcl`](crate::GatewayAcl)
-        /// denies it.
+        /// The client is not on the allow-list of the port, or denied by the
+        /// [`GatewayAcl`](crate::GatewayAcl).
         NotAllowed = "not_allowed",
-        /// It claims to come from a published port of ours, which answering would ask.
+        /// The source is a published port or the backend itself, so a reply would cause an endless
+        /// loop.
         Reflected = "reflected",
-        /// No descriptors or memory for another session.
+        /// No descriptor or memory for a session.
         Exhausted = "exhausted",
-        /// There is no way to the backend.
+        /// The backend is unreachable.
         BackendUnreachable = "backend_unreachable",
-        /// The backend's port is closed, so it told.
+        /// The port of the backend is closed, as reported by ICMP.
         BackendRefused = "backend_refused",
         /// The send buffer was full.
         NoRoom = "no_room",
-        /// Longer than the path takes.
+        /// Larger than the path MTU, where fragmentation is not permitted.
         TooLong = "too_long",
     }
 }
 
-/// Something that counts: an atomic number, or, to measure what counting costs, [`Uncounted`].
+/// A counter: an atomic integer, or [`Uncounted`] to measure the cost of counting.
 pub trait Tally: fmt::Debug + Default + Send + Sync {
-    /// Counts `more`.
+    /// Adds `more`.
     fn add(&self, more: u64);
 }
 
@@ -107,7 +108,7 @@ impl Tally for AtomicU64 {
     }
 }
 
-/// Counts nothing.
+/// A counter that does nothing.
 #[derive(Debug, Default)]
 pub struct Uncounted;
 
@@ -115,32 +116,30 @@ impl Tally for Uncounted {
     fn add(&self, _: u64) {}
 }
 
-/// The figures of one port. Counted with relaxed atomics: they are read by scrapes and by the API
-/// only.
+/// Counters of one port. Relaxed atomics suffice, because only scrapes and the API read them.
 #[derive(Debug, Default)]
 pub(crate) struct PortStats<T = AtomicU64> {
-    /// TCP connections accepted, UDP sessions begun.
+    /// TCP connections accepted, or UDP sessions started.
     pub(crate) accepted: T,
-    /// TCP connections or UDP sessions that are there now. Not only a figure: limits are judged by
-    /// it.
+    /// Current TCP connections or UDP sessions.
     pub(crate) live: AtomicUsize,
     pub(crate) bytes: [T; Direction::ALL.len()],
     pub(crate) datagrams: [T; Direction::ALL.len()],
     pub(crate) refused: [T; Refusal::ALL.len()],
     pub(crate) dropped: [T; Drop::ALL.len()],
-    /// TCP connections that ended in a reset; UDP sessions evicted to make room.
+    /// TCP connections that ended in a reset, or UDP sessions evicted.
     pub(crate) cut: T,
-    /// Made with the first connection: most published ports are idle.
+    /// Allocated with the first connection, because most published ports are idle.
     times: OnceLock<Box<PortTimes>>,
 }
 
-/// How long things took at a port.
+/// Histograms of one port.
 #[derive(Debug)]
 pub(crate) struct PortTimes {
-    /// From accepting a client to reaching its backend (TCP).
+    /// From accept to the connect of the backend (TCP).
     pub(crate) dial: Histogram<{ DIAL_BOUNDS.len() }>,
-    /// TCP connections from then on to their end; UDP sessions from their first datagram to their
-    /// last.
+    /// TCP: from the connect of the backend to the end of the connection. UDP: from the first
+    /// datagram of the session to the last.
     pub(crate) life: Histogram<{ LIFE_BOUNDS.len() }>,
 }
 
@@ -159,17 +158,17 @@ impl<T: Tally> PortStats<T> {
         }
     }
 
-    /// A backend was reached after `time`.
+    /// Records that a backend was connected after `time`.
     pub(crate) fn record_dial(&self, time: Duration) {
         self.times_or_init().dial.record(time);
     }
 
-    /// A connection or session has ended that went on for `time`.
+    /// Records that a connection or session ended after `time`.
     pub(crate) fn record_lifetime(&self, time: Duration) {
         self.times_or_init().life.record(time);
     }
 
-    /// How long things took, if there has been anything.
+    /// The histograms; `None` before the first connection.
     pub(crate) fn times(&self) -> Option<&PortTimes> {
         self.times.get().map(|times| &**times)
     }
@@ -184,14 +183,16 @@ impl<T: Tally> PortStats<T> {
 /// A published port.
 #[derive(Debug)]
 pub(crate) struct Port<T = AtomicU64> {
-    /// No other port of the engine has or had it.
+    /// Unique in the engine and never reused.
     pub(crate) id: u64,
     pub(crate) label: PublishLabel,
     pub(crate) container_port: u16,
     pub(crate) options: Arc<PortOptions>,
     pub(crate) stats: PortStats<T>,
-    /// It is being closed, which a connection that is handed from loop to loop may outrun.
+    /// Set on close. A connection that is passed between loops may arrive after the message that
+    /// closes its port.
     pub(crate) closed: AtomicBool,
-    /// Whether it has series of its own, for life: were it to change, counters would run backwards.
+    /// Whether the port has its own series. Constant, because a change would make counters
+    /// decrease.
     pub(crate) has_series: bool,
 }

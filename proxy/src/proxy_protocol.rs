@@ -1,23 +1,24 @@
-//! The PROXY protocol, sender's side, versions 1 and 2. Pure.
+//! Sender of the PROXY protocol, versions 1 and 2. Pure functions.
 //!
-//! One header before the first byte of a connection tells the backend who the client is and what it
-//! connected to. Source: HAProxy's "The PROXY protocol", versions 1 & 2 (proxy-protocol.txt,
-//! revision of 2020/03/05), sections 2.1 and 2.2. Only the PROXY command over TCP is sent; no TLVs.
+//! A header before the first byte of a connection contains the addresses of the client and of the
+//! socket that it connected to. Source: HAProxy, "The PROXY protocol", versions 1 & 2
+//! (proxy-protocol.txt, revision of 2020/03/05), sections 2.1 and 2.2. Only the command PROXY over
+//! TCP is implemented, without TLVs.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-/// Which version of the header goes to the backend.
+/// Version of the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyProtocol {
-    /// The human-readable line.
+    /// Text header, one line.
     V1,
-    /// The binary header.
+    /// Binary header.
     V2,
 }
 
-/// The twelve bytes that no other protocol begins with (section 2.2).
+/// Signature of 12 bytes that no other protocol starts with (section 2.2).
 const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 /// Version 2, command PROXY.
 const VERSION_AND_COMMAND: u8 = 0x21;
@@ -25,10 +26,10 @@ const TCP_OVER_IPV4: u8 = 0x11;
 const TCP_OVER_IPV6: u8 = 0x21;
 
 impl ProxyProtocol {
-    /// The header for a connection that `client` made to `local`, an address of this host.
+    /// Returns the header for a connection from `client` to `local`, an address of this host.
     ///
-    /// Both are of the same family, as the two ends of a connection are; should they not be, both
-    /// are told as IPv6 (an IPv4 one mapped), which every receiver can read.
+    /// Both ends of a connection have the same family. If they do not, the header is of IPv6, with
+    /// the IPv4 address mapped, which every receiver supports.
     pub fn header(self, client: SocketAddr, local: SocketAddr) -> Vec<u8> {
         let (source, destination) = match (client.ip(), local.ip()) {
             (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => {
@@ -85,7 +86,7 @@ impl fmt::Display for ProxyProtocol {
     }
 }
 
-/// A version of the PROXY protocol that does not exist.
+/// An unknown version of the PROXY protocol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("PROXY protocol version {0:?} is not known: say v1 or v2")]
 pub struct UnknownVersion(String);
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_of_two_families_are_told_as_ipv6() {
+    fn addresses_of_different_families_are_sent_as_ipv6() {
         let header = ProxyProtocol::V1.header(address("192.0.2.1:1"), address("[2001:db8::2]:2"));
         assert_eq!(header, b"PROXY TCP6 ::ffff:192.0.2.1 2001:db8::2 1 2\r\n");
     }

@@ -1,8 +1,8 @@
-//! Where a flow goes: the seam between the proxy and whoever knows the backend.
+//! Connections to backends: the interface between the proxy and the rest of the program.
 //!
-//! The proxy forwards; it does not choose. Which address a flow goes to, from which address and in
-//! which network namespace its socket is made, says an [`Upstream`]: the binary implements it over
-//! a namespace, the NAT engine or the mesh.
+//! The proxy forwards, it does not route. An [`Upstream`] determines the backend of a flow, the
+//! source address, and the network namespace of the socket. The binary implements it over a
+//! namespace, the NAT engine or the mesh.
 
 use crate::listener::prepare_stream;
 use rustix::io::Errno;
@@ -13,28 +13,28 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use tidegate_model::Protocol;
 use tidegate_reactor::{SourcePorts, begin_connect};
 
-/// A client that asks to be connected.
+/// A new flow of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
     /// TCP or UDP.
     pub protocol: Protocol,
-    /// The client's own address and port.
+    /// The address and port of the client.
     pub client: SocketAddr,
-    /// The address of this host that the client used; `None` unless
+    /// The local address that the client connected to; `None` unless
     /// [`Upstream::wants_local_address`].
     pub local: Option<SocketAddr>,
-    /// The port of the container that the published port stands for.
+    /// The container port that the published port maps to.
     pub container_port: u16,
 }
 
-/// Kept for as long as the flow lives, then dropped: what an upstream holds on its behalf.
+/// A resource that an upstream holds for a flow; dropped with it.
 pub type Lease = Box<dyn Send>;
 
-/// A socket on its way to the backend.
+/// A socket connected, or connecting, to the backend.
 pub struct Opened {
-    /// Non-blocking, close-on-exec; UDP: connected, TCP: connected or connecting.
+    /// Non-blocking and close-on-exec. UDP: connected; TCP: connected or connecting.
     pub socket: OwnedFd,
-    /// What ends with the flow, if anything does.
+    /// A resource that is dropped with the flow.
     pub lease: Option<Lease>,
 }
 
@@ -44,35 +44,36 @@ impl From<OwnedFd> for Opened {
     }
 }
 
-/// Opens the way to a backend, flow by flow. Called on the data plane's threads: it must not wait.
+/// Opens connections to backends. Called on data plane threads, so implementations must not block.
 pub trait Upstream: Send + Sync {
-    /// A socket for `flow`. A TCP connect is begun, not awaited.
+    /// Opens a socket for `flow`. A TCP connect may still be in progress when this returns.
     ///
     /// # Errors
-    /// What the system says. Lack of descriptors or memory ([`is_exhaustion`]) pauses accepting;
-    /// everything else refuses this flow.
+    /// Errors of the system calls. If descriptors or memory are exhausted ([`is_exhaustion`]),
+    /// accepting pauses; any other error refuses this flow.
     fn open(&self, flow: &Flow) -> io::Result<Opened>;
 
-    /// Whether the UDP `socket` that this upstream has opened has lost the address it sends from,
-    /// so that answers cannot find it. Asked from time to time of sessions that get none.
+    /// Whether the UDP `socket`, opened by this upstream, has lost its local address, so that
+    /// replies cannot arrive. Called periodically for sessions without replies.
     fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
         let _ = socket;
         false
     }
 
-    /// Whether [`Flow::local`] is to be filled in; it costs a system call for each TCP connection.
+    /// Whether [`Flow::local`] is required. It costs one system call per TCP connection.
     fn wants_local_address(&self) -> bool {
         false
     }
 }
 
-/// Whether `error` says that this process or the system has run out of something that comes back.
+/// Whether `error` means that the process or the system is out of descriptors or memory.
 pub fn is_exhaustion(error: &io::Error) -> bool {
     let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
     Errno::from_io_error(error).is_some_and(|errno| exhausted.contains(&errno))
 }
 
-/// A backend reached from this process's own namespace, from whatever address the route says.
+/// An upstream that connects to a container from the namespace of this process, with the source
+/// address that routing selects.
 #[derive(Debug)]
 pub struct Direct {
     container: IpAddr,
@@ -80,12 +81,12 @@ pub struct Direct {
 }
 
 impl Direct {
-    /// The way to `container`.
+    /// Creates an upstream to `container`.
     pub fn new(container: IpAddr) -> Self {
         Self { container, ports: SourcePorts::default() }
     }
 
-    /// The container's address.
+    /// The address of the container.
     pub fn container(&self) -> IpAddr {
         self.container
     }
@@ -108,11 +109,10 @@ impl Upstream for Direct {
     }
 }
 
-/// Whether the address that `socket` sends from is not one of the calling thread's namespace any
-/// more.
+/// Whether the local address of `socket` no longer exists in the namespace of the calling thread.
 ///
-/// The kernel tells that to a connected IPv4 socket, and not to an IPv6 one, whose datagrams go on
-/// leaving.
+/// The kernel reports this to a connected IPv4 socket, but not to an IPv6 socket, which continues
+/// to send.
 pub fn has_lost_its_address(socket: BorrowedFd<'_>) -> bool {
     let local =
         rustix::net::getsockname(socket).ok().and_then(|local| SocketAddr::try_from(local).ok());
@@ -124,11 +124,11 @@ pub fn has_lost_its_address(socket: BorrowedFd<'_>) -> bool {
     }
 }
 
-/// A non-blocking socket for `protocol`, of the family of `address`, in the calling thread's
-/// namespace. A stream socket has the same options as the client's.
+/// Creates a non-blocking socket for `protocol` with the family of `address`, in the namespace of
+/// the calling thread. A stream socket gets the same options as the socket of the client.
 ///
 /// # Errors
-/// What socket(2) and setsockopt(2) say; SCTP is `EPROTONOSUPPORT`.
+/// Errors of socket(2) and setsockopt(2); `EPROTONOSUPPORT` for SCTP.
 pub fn socket(protocol: Protocol, address: IpAddr) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let (kind, protocol) = match protocol {
@@ -139,7 +139,8 @@ pub fn socket(protocol: Protocol, address: IpAddr) -> io::Result<OwnedFd> {
     let socket =
         socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, Some(protocol))?;
     if kind == SocketType::STREAM {
-        // Before the connect, not between it and the first bytes: the backend is awake by then.
+        // Before the connect, because afterwards it would delay the first bytes to a backend that
+        // is already awake.
         prepare_stream(&socket)?;
     }
     Ok(socket)

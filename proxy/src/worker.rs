@@ -534,7 +534,7 @@ impl Handler for Worker {
             }
             Message::Adopt(adopted) => self.adopt(cx, adopted.0, adopted.1),
             Message::AdmitByEviction { accepted, limit } => {
-                self.admit_forwarded(cx, *accepted, limit)
+                self.admit_forwarded(cx, *accepted, limit);
             }
             Message::EnforceByteBudget => self.enforce_byte_budget(cx),
             Message::Drain { done } => {

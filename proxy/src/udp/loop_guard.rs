@@ -1,9 +1,9 @@
-//! Datagrams that claim to come from a published port of our own.
+//! Detection of datagrams with a published port as their source.
 //!
-//! Answering one is asking ourselves, whose answer is asked again, for ever: two ports of services
-//! that answer everything keep a core busy with a single datagram (CERT advisory CA-1996-01, "UDP
-//! port denial-of-service attack"). The kernel drops such a source if it is IPv4 and comes from
-//! outside (a martian, `fib_validate_source`); of IPv6 it lets it in.
+//! A reply to such a datagram goes to a published port, and its service replies in turn. Two ports
+//! of services that reply to everything keep a core busy with a single datagram (CERT advisory
+//! CA-1996-01, "UDP port denial-of-service attack"). The kernel drops such a source as a martian
+//! (`fib_validate_source`) if it is IPv4 and comes from outside, but it accepts it over IPv6.
 
 use crate::gateway_acl::GatewayAcl;
 use rustix::io::Errno;
@@ -15,17 +15,17 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 
-/// The UDP ports that are published, and a way to ask which addresses are this host's.
+/// The published UDP ports, and sockets to determine which addresses are local.
 #[derive(Debug, Default)]
 pub(crate) struct LoopGuard {
     published: RwLock<BTreeSet<SocketAddr>>,
-    /// One socket of each family, of the namespace in which ports are published, whichever the
-    /// asking thread is in.
+    /// One socket per family in the namespace where ports are published, regardless of the
+    /// namespace of the calling thread.
     probes: OnceLock<[Option<Mutex<OwnedFd>>; 2]>,
 }
 
 impl LoopGuard {
-    /// Notes that `address` is published. Call it in the namespace of ports.
+    /// Adds the published address `address`. Must be called in the namespace of the ports.
     pub(crate) fn add(&self, address: SocketAddr) {
         self.probes.get_or_init(|| [AddressFamily::INET, AddressFamily::INET6].map(probe));
         self.published.write().unwrap_or_else(PoisonError::into_inner).insert(address);
@@ -35,7 +35,7 @@ impl LoopGuard {
         self.published.write().unwrap_or_else(PoisonError::into_inner).remove(&address);
     }
 
-    /// Whether an answer to `client` would come back to a port of ours.
+    /// Whether a reply to `client` would go to a published port.
     pub(crate) fn is_reflected(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
         let (on_it, on_all) = {
             let published = self.published.read().unwrap_or_else(PoisonError::into_inner);
@@ -50,8 +50,8 @@ impl LoopGuard {
         on_it || on_all && (acl.has_gateway(client.ip()) || self.is_local(client))
     }
 
-    /// Whether the address is this host's: the kernel then answers from it. Without a probe nothing
-    /// is known, and nothing is refused.
+    /// Whether the address of `client` is local: the kernel then selects it as the source address.
+    /// Without a probe socket the answer is false.
     fn is_local(&self, client: SocketAddr) -> bool {
         if client.ip().is_loopback() {
             return true;
@@ -60,7 +60,7 @@ impl LoopGuard {
             self.probes.get().and_then(|probes| probes[usize::from(client.is_ipv6())].as_ref());
         let Some(probe) = probe else { return false };
         let probe = probe.lock().unwrap_or_else(PoisonError::into_inner);
-        // Of a datagram socket this looks for a route and sends nothing.
+        // connect(2) of a datagram socket only looks up a route; nothing is sent.
         let own = connect(&*probe, &client).and_then(|()| getsockname(&*probe));
         let _ = connect_unspec(&*probe);
         own.ok()

@@ -1,23 +1,23 @@
-//! UDP: one connected socket to the backend for each client, so that answers find their way back.
+//! UDP proxying: each client has a socket connected to the backend, so that replies can be matched
+//! to it.
 //!
 //! # Theory of operation
-//! A datagram that arrives at a published port belongs to a session, found by its sender and by the
-//! address of ours it was sent to. A new session opens a socket towards the backend and connects
-//! it: from then on the kernel delivers the backend's answers to that socket and nobody else's.
-//! They leave through the published socket, from the very address the client had used. Sessions
-//! live in a bounded [`session_table`], and end when they are silent for the idle timeout, when
-//! they must make room, or when their path turns out to be gone (the next datagram then opens a new
-//! one).
+//! A datagram to a published port belongs to a session, identified by the address of the client and
+//! the local address that it was sent to. A new session opens a socket and connects it to the
+//! backend. From then on the kernel delivers replies of the backend to that socket. Replies leave
+//! through the published socket, with the local address that the client used as their source.
+//! Sessions are kept in a bounded [`session_table`]. A session ends after the idle timeout, when it
+//! is evicted, or when its path is no longer available; the next datagram then opens a new session.
 //!
-//! Datagrams are received and sent many at a time (`tidegate_reactor::batch`): neighbours in a
-//! batch that belong to the same session go out as one run.
+//! Datagrams are received and sent in batches (`tidegate_reactor::batch`). Consecutive datagrams of
+//! a session in a batch are sent together.
 //!
-//! A datagram whose sender is a published port of ours would be answered for ever, and opens no
-//! session ([`loop_guard`]).
+//! A datagram with a published port as its source would cause an endless loop of replies. It opens
+//! no session ([`loop_guard`]).
 //!
-//! A closed port at the backend (`ECONNREFUSED`, from ICMP) is counted and changes nothing: the
-//! backend may be starting. UDP promises no delivery, so a full send buffer drops, and that is
-//! counted too.
+//! A closed port of the backend (`ECONNREFUSED`, from ICMP) is counted and does not end the
+//! session, because the backend may be starting. UDP does not guarantee delivery, so a full send
+//! buffer drops datagrams; these are counted as well.
 
 mod loop_guard;
 mod relay;

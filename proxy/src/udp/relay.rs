@@ -1,4 +1,4 @@
-//! The moving of datagrams, both ways.
+//! Forwarding of datagrams in both directions.
 
 use super::session_table::{Client, SessionTable};
 use crate::engine::Shared;
@@ -17,29 +17,29 @@ use tidegate_model::{Feature, Ingress, Protocol, canonical};
 use tidegate_reactor::batch::{self, Datagram, Destination, Offload, RecvBatch, SendBatch, Sent};
 use tidegate_reactor::{Arena, Context, Interest, Key, Permit, says_destroyed};
 
-/// Batches taken from one socket before other sockets have their turn.
+/// Maximum number of batches received from one socket before other sockets are processed.
 const BATCHES_PER_TURN: usize = 4;
 
-/// How long a session may get no answer before its path is looked at.
+/// How long a session may go without replies before its path is verified.
 const PATH_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What a session carries.
+/// A session with its backend socket.
 pub(crate) struct Session {
     socket: OwnedFd,
-    /// Its entry among the loop's sessions, which its events name.
+    /// Key of its [`SessionRef`], used in epoll tokens.
     reference: Key,
     to_backend: Offload,
     to_client: Offload,
-    /// When the backend last answered, or the path was last found to be in order.
+    /// When the backend last replied, or the path was last verified.
     path_verified: Instant,
-    /// When its first datagram came, and its last.
+    /// When the first datagram arrived, and the last.
     began: Instant,
     last: Instant,
     _lease: Option<Lease>,
     _permit: Permit,
 }
 
-/// A published UDP port: its socket and its sessions.
+/// A published UDP port with its socket and sessions.
 pub(crate) struct Relay {
     pub(crate) port: Arc<Port>,
     pub(crate) listener: Listener,
@@ -47,7 +47,7 @@ pub(crate) struct Relay {
     timer: Option<Instant>,
 }
 
-/// A loop's scratch space for datagrams, made when the first UDP port comes.
+/// Buffers of a loop for datagrams, allocated with its first UDP port.
 #[derive(Debug, Default)]
 pub(crate) struct Batches {
     received: RecvBatch,
@@ -60,7 +60,7 @@ impl Relay {
         Self { port, listener, sessions, timer: None }
     }
 
-    /// Ends every session and hands out the loop's references to them.
+    /// Ends all sessions and returns the keys of their [`SessionRef`]s.
     pub(crate) fn end_sessions(&mut self) -> Vec<Key> {
         let stats = &self.port.stats;
         let ended = self
@@ -72,14 +72,14 @@ impl Relay {
         references
     }
 
-    /// Counts a session less. Returns the loop's reference to it.
+    /// Counts the end of a session and returns the key of its [`SessionRef`].
     fn count_ended(&self, session: &Session) -> Key {
         self.port.stats.live.fetch_sub(1, Ordering::Relaxed);
         self.port.stats.record_lifetime(session.last - session.began);
         session.reference
     }
 
-    /// Whether the session's socket can be answered, as far as one knows.
+    /// Whether replies can reach the socket of the session, as far as known.
     fn is_path_valid(&mut self, session: Key, now: Instant) -> bool {
         let Some((_, carried)) = self.sessions.get_mut(session) else { return false };
         if now < carried.path_verified + PATH_CHECK_INTERVAL {
@@ -89,7 +89,7 @@ impl Relay {
         !self.port.options.upstream.is_stale(carried.socket.as_fd())
     }
 
-    /// Counts what became of a run.
+    /// Counts the result of sending a run of datagrams.
     fn account(&self, direction: Direction, sent: &Sent) {
         let stats = &self.port.stats;
         stats.add_bytes(direction, sent.bytes);
@@ -102,13 +102,13 @@ impl Relay {
 }
 
 impl Worker {
-    /// Carries what clients sent to port `key` to the backend.
+    /// Forwards datagrams of clients of port `key` to the backend.
     pub(crate) fn relay_in(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(PortState::Udp(relay)) = self.ports.get_mut(key) else { return };
         let Batches { received, sending } = self.batches.get_or_insert_default();
         for _ in 0..BATCHES_PER_TURN {
-            // An error here is a client's ICMP for an answer of ours; the next receive is clear of
-            // it.
+            // The error is an ICMP error for an earlier reply to a client. The next receive
+            // succeeds.
             let count = match received.receive(&relay.listener) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -165,7 +165,7 @@ impl Worker {
         arm_timer(cx, key, relay);
     }
 
-    /// Carries the backend's answers of one session to its client.
+    /// Forwards replies of the backend to the client of a session.
     pub(crate) fn relay_out(&mut self, cx: &mut Context<'_>, reference: Key) {
         let Some(&SessionRef { port, session }) = self.sessions.get(reference) else { return };
         let Some(PortState::Udp(relay)) = self.ports.get_mut(port) else { return };
@@ -203,7 +203,7 @@ impl Worker {
         }
     }
 
-    /// Ends the sessions of port `key` that have been silent for too long.
+    /// Ends the sessions of port `key` that have reached the idle timeout.
     pub(crate) fn expire_sessions(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(PortState::Udp(relay)) = self.ports.get_mut(key) else { return };
         relay.timer = None;
@@ -214,7 +214,7 @@ impl Worker {
     }
 }
 
-/// What the making of a session needs of its loop.
+/// State of the loop that opening a session requires.
 struct SessionOpener<'a, 'b> {
     cx: &'a mut Context<'b>,
     key: Key,
@@ -236,7 +236,7 @@ impl SessionOpener<'_, '_> {
             interface: datagram.interface,
             handshake: false,
         };
-        // Where there is a session too: a forged datagram may differ by its interface alone.
+        // Also for existing sessions: a forged datagram may differ by its ingress interface only.
         if relay.port.options.gateway_acl.denies(&ingress) {
             return Err(Drop::NotAllowed);
         }
@@ -273,11 +273,11 @@ impl SessionOpener<'_, '_> {
             tracing::debug!(publish = %relay.port.label, %error, "backend cannot be reached");
             if is_exhaustion(&error) { Drop::Exhausted } else { Drop::BackendUnreachable }
         })?;
-        // The backend would be answered by itself, and so on.
+        // The reply would go to the backend itself, in an endless loop.
         if peer(&opened.socket) == Some(client.address) {
             return Err(Drop::Reflected);
         }
-        // Before Linux 5.0 there is no receive offload; nothing is lost but speed.
+        // Receive offload requires Linux 5.0. Without it only throughput is lower.
         let _ = enable_gro(&opened.socket);
         prepare_datagrams(&opened.socket);
         let now = self.cx.now;
@@ -318,7 +318,7 @@ impl SessionOpener<'_, '_> {
     }
 }
 
-/// Whether a new client may come in.
+/// Checks the allow-list for a new client.
 fn check_access(relay: &Relay, client: &Client) -> Result<(), Drop> {
     let allow = relay.port.options.allow.as_ref();
     if allow.is_some_and(|allow| !allow.contains(client.address.ip())) {
@@ -327,7 +327,7 @@ fn check_access(relay: &Relay, client: &Client) -> Result<(), Drop> {
     Ok(())
 }
 
-/// Whom a connected socket talks to.
+/// The remote address of a connected socket.
 fn peer(socket: &OwnedFd) -> Option<SocketAddr> {
     let peer = rustix::net::getpeername(socket).ok()??;
     SocketAddr::try_from(peer).ok().map(canonical)
@@ -339,8 +339,8 @@ fn end_session(relay: &mut Relay, references: &mut Arena<SessionRef>, session: K
     }
 }
 
-/// Arms the port's timer if it is not; a session that speaks in the meantime only makes it fire
-/// early.
+/// Arms the session timer of the port unless it is armed. Traffic of the session in the meantime
+/// makes the timer expire early, which is harmless.
 fn arm_timer(cx: &mut Context<'_>, key: Key, relay: &mut Relay) {
     if relay.timer.is_none()
         && let Some(expiry) = relay.sessions.next_expiry()
@@ -350,7 +350,7 @@ fn arm_timer(cx: &mut Context<'_>, key: Key, relay: &mut Relay) {
     }
 }
 
-/// Who sent `datagram`; `None` for what cannot be answered.
+/// The client of `datagram`; `None` if a reply is not possible.
 fn client(listener: &Listener, datagram: &Datagram<'_>) -> Option<Client> {
     let address = canonical(datagram.source?);
     let bound = listener.label().address().ip();
@@ -359,7 +359,7 @@ fn client(listener: &Listener, datagram: &Datagram<'_>) -> Option<Client> {
     (address.port() != 0).then_some(Client { address, local })
 }
 
-/// How long GSO batches may be at first.
+/// The initial GSO capability of a path.
 fn offload() -> Offload {
     if Feature::UdpGso.is_forced_off() { Offload::OFF } else { Offload::default() }
 }

@@ -1,32 +1,32 @@
-//! The sessions of one published UDP port: who is talking, in what order they fell silent, and who
-//! has to go when the table is full. Pure: the caller brings the time, and owns what a session
-//! carries.
+//! Sessions of one published UDP port: lookup, idle order, and eviction when the table is full.
+//! Pure: the caller passes the time and stores its own value with each session.
 //!
 //! # Theory of operation
-//! A session is one client socket talking to one of our addresses ([`Client`]). It is *tentative*
-//! until the backend has answered once and *assured* from then on, the kernel's words for the same
-//! thing (`nf_conntrack_core.c`, `early_drop`). Each kind has a list from the longest silent to the
-//! most recent.
+//! A session is a client socket that communicates with one local address ([`Client`]). It is
+//! *tentative* until the first reply of the backend and *assured* afterwards, as in conntrack
+//! (`early_drop`, `nf_conntrack_core.c`). Sessions of each kind are in a list by idle time, longest
+//! first.
 //!
-//! | move | when |
+//! | transition | condition |
 //! |---|---|
 //! | none -> tentative | a datagram of an unknown client, within the limits |
-//! | tentative -> assured | the backend's first answer |
-//! | any -> the end of its list | a datagram in either direction |
-//! | any -> none | silent for the idle timeout; evicted; removed by the caller |
+//! | tentative -> assured | the first reply of the backend |
+//! | any -> end of its list | a datagram in either direction |
+//! | any -> none | idle timeout; eviction; removal by the caller |
 //!
-//! Every new session is let in; at a limit another one ends for it ([`SessionTable::make_room`]).
+//! Every new session is accepted. At a limit, another session is evicted for it
+//! ([`SessionTable::make_room`]).
 //!
-//! - At the limit of its source (an IPv4 address or an IPv6 /64), one of the same source: its
-//!   longest silent tentative one that the backend has had time to answer, then its longest silent
-//!   assured one, then its longest silent one. A resolver that asks from a new port each time loses
-//!   what it no longer needs.
-//! - At the limit of the port, the longest silent tentative one if most are tentative: a flood of
-//!   forged sources evicts itself, and not the clients at work. Otherwise one of the source that
-//!   has most.
+//! - At the limit of a source (an IPv4 address or an IPv6 /64), a session of the same source is
+//!   evicted: the longest idle tentative one whose backend has had time to reply, then the longest
+//!   idle assured one, then the longest idle one. A resolver that uses a new port for each query
+//!   thus loses sessions that it no longer needs.
+//! - At the limit of the port, the longest idle tentative session is evicted if most sessions are
+//!   tentative. A flood of forged sources then evicts its own sessions. Otherwise a session of the
+//!   source with the most sessions is evicted.
 //!
-//! Besides its fixed limit, a source may have twice as many sessions as there are free descriptors
-//! ([`may_take`]), and so may a port.
+//! In addition, a source may have at most twice as many sessions as there are free descriptors
+//! ([`may_take`]); the same applies to a port.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -34,30 +34,30 @@ use std::time::{Duration, Instant};
 use tidegate_model::{Ranking, may_take, share_of};
 use tidegate_reactor::{Arena, Key, Links, List};
 
-/// How long a backend may take to answer before its session is a candidate to make room: those that
-/// come all at once are not to push one another out.
+/// How long a backend may take to reply before its tentative session is evicted first. Sessions
+/// that start at the same time do not evict one another within it.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
 
-/// What tells one session from another: the client, and the address of ours it talks to (a client
-/// that talks to two of them gets each answer from the right one).
+/// Identity of a session: the client, and the local address that it sends to. A client of two local
+/// addresses has two sessions, and gets each reply from the right address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Client {
-    /// The client's address and port.
+    /// The address and port of the client.
     pub address: SocketAddr,
-    /// The address of this host that it sent to; `None` where it is not known.
+    /// The local address that the client sent to; `None` if unknown.
     pub local: Option<IpAddr>,
 }
 
-/// The bounds of one table.
+/// Limits of a table.
 #[derive(Clone, Copy, Debug)]
 pub struct TableLimits {
-    /// Sessions in all; at least 1.
+    /// Maximum number of sessions, at least 1.
     pub sessions: usize,
-    /// Sessions of one source, an IPv4 address or an IPv6 /64; at least 1.
+    /// Maximum number of sessions of one source (an IPv4 address or an IPv6 /64), at least 1.
     pub per_source: usize,
-    /// A session that is silent for so long in both directions ends. docker-proxy has 90 s, passt
-    /// 180 s; RFC 4787 REQ-5 wants no less than 2 minutes of a NAT and allows less for single
-    /// applications.
+    /// Idle timeout: a session without datagrams in both directions for this long ends.
+    /// docker-proxy uses 90 s, passt 180 s. RFC 4787 REQ-5 requires at least 2 minutes for a NAT
+    /// and permits less for specific applications.
     pub idle: Duration,
 }
 
@@ -67,13 +67,13 @@ struct Session<T> {
     source: Key,
     last_seen: Instant,
     assured: bool,
-    /// In the list of all of its kind, and in that of its source.
+    /// Links in the list of its kind, and in the list of its source.
     links: Links,
     source_links: Links,
     value: T,
 }
 
-/// Tentative sessions at 0, assured ones at 1, each from the longest silent to the most recent.
+/// Tentative sessions at index 0, assured ones at 1, each by idle time, longest first.
 type IdleLists = [List; 2];
 
 /// The sessions of one source.
@@ -84,7 +84,7 @@ struct Source {
     idle_lists: IdleLists,
 }
 
-/// The sessions of one port, each with a `T`.
+/// The sessions of one port, each with a value of type `T`.
 #[derive(Debug)]
 pub struct SessionTable<T> {
     limits: TableLimits,
@@ -98,7 +98,7 @@ pub struct SessionTable<T> {
 }
 
 impl<T> SessionTable<T> {
-    /// An empty table; allocates nothing yet.
+    /// Creates an empty table without allocating.
     pub fn new(limits: TableLimits) -> Self {
         Self {
             limits,
@@ -112,12 +112,12 @@ impl<T> SessionTable<T> {
         }
     }
 
-    /// How many sessions there are.
+    /// Number of sessions.
     pub fn len(&self) -> usize {
         self.sessions.len()
     }
 
-    /// Whether there are none.
+    /// Whether the table is empty.
     pub fn is_empty(&self) -> bool {
         self.sessions.is_empty()
     }
@@ -127,14 +127,14 @@ impl<T> SessionTable<T> {
         self.by_client.get(client).copied()
     }
 
-    /// What session `key` carries, and whose it is.
+    /// The value of session `key`, and its client.
     pub fn get_mut(&mut self, key: Key) -> Option<(Client, &mut T)> {
         self.sessions.get_mut(key).map(|session| (session.client, &mut session.value))
     }
 
-    /// Takes the session out, if any, that has to end for a new one of `client`, while the process
-    /// may open `free` more descriptors. Without a session to take out and without a descriptor,
-    /// there is no room.
+    /// Removes and returns the session that has to be evicted for a new one of `client`, if any.
+    /// `free` is the number of free descriptors. If `free` is 0 and nothing is returned, a session
+    /// cannot be opened.
     pub fn make_room(&mut self, client: &Client, free: usize, now: Instant) -> Option<T> {
         let source = self.by_source.get(&share_of(client.address.ip()));
         let source = source.and_then(|source| self.sources.get(*source));
@@ -150,7 +150,7 @@ impl<T> SessionTable<T> {
         self.remove(victim?)
     }
 
-    /// The session that its own source misses least.
+    /// The session to evict for a new one of the same source.
     fn candidate_of(&self, source: &Source, now: Instant) -> Option<Key> {
         let [tentative, assured] = source.idle_lists.map(|list| list.oldest());
         let had_time = |key: &Key| {
@@ -159,7 +159,7 @@ impl<T> SessionTable<T> {
         tentative.filter(had_time).or(assured).or(tentative)
     }
 
-    /// The session that makes room for another source's.
+    /// The session to evict for a new one of another source.
     fn candidate(&self) -> Option<Key> {
         let oldest = |idle_lists: &IdleLists| {
             let [tentative, assured] = idle_lists.map(|list| list.oldest());
@@ -172,7 +172,7 @@ impl<T> SessionTable<T> {
         oldest(largest.map_or(&self.idle_lists, |source| &source.idle_lists))
     }
 
-    /// Adds a session for `client`, which has none; room was made by [`Self::make_room`].
+    /// Adds a session for `client`, which must not have one. Call [`Self::make_room`] before.
     pub fn insert(&mut self, client: Client, value: T, now: Instant) -> Key {
         let address = share_of(client.address.ip());
         let sources = &mut self.sources;
@@ -197,7 +197,7 @@ impl<T> SessionTable<T> {
         key
     }
 
-    /// Notes a datagram of session `key`; `answer` if it came from the backend.
+    /// Records a datagram of session `key`; `answer` if the backend sent it.
     pub fn touch(&mut self, key: Key, answer: bool, now: Instant) {
         if self.sessions.get(key).is_none() {
             return;
@@ -210,7 +210,7 @@ impl<T> SessionTable<T> {
         self.append(key);
     }
 
-    /// Ends session `key` and hands out what it carried.
+    /// Removes session `key` and returns its value.
     pub fn remove(&mut self, key: Key) -> Option<T> {
         self.sessions.get(key)?;
         self.unlink(key);
@@ -228,18 +228,18 @@ impl<T> SessionTable<T> {
         Some(session.value)
     }
 
-    /// Takes out one session that has been silent for the idle timeout.
+    /// Removes and returns one session that has reached the idle timeout.
     pub fn expire(&mut self, now: Instant) -> Option<T> {
         let due = self.oldest().filter(|(deadline, _)| *deadline <= now)?;
         self.remove(due.1)
     }
 
-    /// When the next session is due to end, as things stand.
+    /// The earliest idle timeout.
     pub fn next_expiry(&self) -> Option<Instant> {
         self.oldest().map(|(deadline, _)| deadline)
     }
 
-    /// Takes out every session.
+    /// Removes and returns all sessions.
     pub fn drain(&mut self) -> impl Iterator<Item = T> {
         let keys = self.sessions.keys();
         keys.into_iter().filter_map(|key| self.remove(key))
@@ -250,7 +250,7 @@ impl<T> SessionTable<T> {
         self.idle_lists.iter().filter_map(|list| deadline(list.oldest()?)).min()
     }
 
-    /// Puts `key` at the recent end of its lists.
+    /// Appends session `key` to its lists as the most recent one.
     fn append(&mut self, key: Key) {
         let Some(session) = self.sessions.get(key) else { return };
         let (kind, source) = (usize::from(session.assured), session.source);
@@ -262,7 +262,7 @@ impl<T> SessionTable<T> {
         }
     }
 
-    /// Takes `key` out of its lists.
+    /// Removes session `key` from its lists.
     fn unlink(&mut self, key: Key) {
         let Some(session) = self.sessions.get(key) else { return };
         let (kind, source) = (usize::from(session.assured), session.source);
@@ -291,7 +291,7 @@ mod tests {
         start + Duration::from_secs(seconds)
     }
 
-    /// Descriptors enough.
+    /// Enough free descriptors.
     const PLENTY: usize = 1000;
 
     #[test]
@@ -438,7 +438,7 @@ mod tests {
         ]
     }
 
-    /// The same rules, in the plainest possible words: a vector in the order of last activity.
+    /// The same rules in a simple implementation: a vector in the order of last activity.
     #[derive(Default)]
     struct Oracle(Vec<(Client, bool, Instant)>);
 
@@ -447,7 +447,7 @@ mod tests {
             self.0.iter().position(|(known, ..)| known == client)
         }
 
-        /// The session that its own source misses least.
+        /// The session to evict for a new one of the same source.
         fn candidate_of(&self, host: IpAddr, now: Instant) -> Option<usize> {
             let of = |which: &dyn Fn(bool, Instant) -> bool| {
                 self.0
