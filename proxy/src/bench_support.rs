@@ -40,7 +40,7 @@ impl<T: Tally> Carrier<T> {
             has_series: true,
         };
         let descriptors = Arc::new(Descriptors::new(64));
-        let permit = descriptors.take(2).expect("the first two of many");
+        let permit = descriptors.take(2).expect("64 descriptors are available");
         let phase = Phase::Open { since: Instant::now() };
         let shares =
             Arc::new(Shares::new(Limits { connections: 1, of_client: None, bytes: 1 << 30 }));

@@ -107,7 +107,7 @@ impl Shared {
             match self.start(index) {
                 Ok(started) => loops[index] = Some(started),
                 Err(error) => {
-                    tracing::error!(%error, "no event loop could be started");
+                    tracing::error!(%error, "event loop could not be started");
                     return Err(message);
                 }
             }
@@ -137,7 +137,7 @@ impl Shared {
         )?;
         is_prepared
             .recv()
-            .unwrap_or_else(|_| Err(io::Error::other("an event loop's thread panicked")))?;
+            .unwrap_or_else(|_| Err(io::Error::other("the thread of an event loop panicked")))?;
         Ok(Loop { sender, thread })
     }
 
@@ -297,7 +297,7 @@ impl Engine {
             if !share.is_empty() && self.shared.send(index, Message::Publish(share)).is_err() {
                 let mut ports = self.ports();
                 ports.with_series = ports.with_series.saturating_sub(taken);
-                return Err(io::Error::other("no event loop could be started"));
+                return Err(io::Error::other("event loop could not be started"));
             }
         }
         let ids = published.iter().map(|(id, _)| *id).collect();
@@ -402,7 +402,7 @@ impl Engine {
         }
         for running in loops {
             if running.thread.join().is_err() {
-                tracing::error!("an event loop panicked");
+                tracing::error!("event loop panicked");
             }
         }
     }

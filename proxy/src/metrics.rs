@@ -74,13 +74,13 @@ const CONNECTIONS_TOTAL: Family = family(
     "tidegate_proxy_connections_total",
     Kind::Counter,
     None,
-    "TCP connections that clients made to a published port, refused ones included.",
+    "TCP connections accepted at a published port, including refused ones.",
 );
 const CONNECTIONS: Family = family(
     "tidegate_proxy_connections",
     Kind::Gauge,
     None,
-    "TCP connections through a published port now.",
+    "Current TCP connections of a published port.",
 );
 const RESETS: Family = family(
     "tidegate_proxy_connection_resets_total",
@@ -98,64 +98,68 @@ const BYTES: Family = family(
     "tidegate_proxy_bytes_total",
     Kind::Counter,
     Some("direction"),
-    "Payload carried: in to the container, out to the client.",
+    "Payload forwarded, in bytes: in to the container, out to the client.",
 );
 const SESSIONS_TOTAL: Family = family(
     "tidegate_proxy_sessions_total",
     Kind::Counter,
     None,
-    "UDP sessions begun at a published port.",
+    "UDP sessions started at a published port.",
 );
-const SESSIONS: Family =
-    family("tidegate_proxy_sessions", Kind::Gauge, None, "UDP sessions of a published port now.");
+const SESSIONS: Family = family(
+    "tidegate_proxy_sessions",
+    Kind::Gauge,
+    None,
+    "Current UDP sessions of a published port.",
+);
 const EVICTED: Family = family(
     "tidegate_proxy_evicted_sessions_total",
     Kind::Counter,
     None,
-    "UDP sessions ended before their time to make room for new ones.",
+    "UDP sessions evicted for new ones.",
 );
 const DATAGRAMS: Family = family(
     "tidegate_proxy_datagrams_total",
     Kind::Counter,
     Some("direction"),
-    "Datagrams carried: in to the container, out to the client.",
+    "Datagrams forwarded: in to the container, out to the client.",
 );
 const DROPPED: Family = family(
     "tidegate_proxy_dropped_datagrams_total",
     Kind::Counter,
     Some("reason"),
-    "Datagrams that were not carried; of backend_refused, those the backend told about.",
+    "Datagrams dropped; for backend_refused, ICMP errors of the backend.",
 );
 
 const CONNECTIONS_LIMIT: Family = family(
     "tidegate_proxy_port_connections_limit",
     Kind::Gauge,
     None,
-    "TCP connections that a published port may have at a time.",
+    "Maximum concurrent TCP connections of a published port.",
 );
 const SESSIONS_LIMIT: Family = family(
     "tidegate_proxy_port_sessions_limit",
     Kind::Gauge,
     None,
-    "UDP sessions that a published port may have at a time.",
+    "Maximum concurrent UDP sessions of a published port.",
 );
 const DIAL: Family = family(
     "tidegate_proxy_dial_seconds",
     Kind::Histogram,
     None,
-    "Time from accepting a client of a published port to reaching its backend.",
+    "Time from accept at a published port to the connect of the backend.",
 );
 const CONNECTION_LIFE: Family = family(
     "tidegate_proxy_connection_seconds",
     Kind::Histogram,
     None,
-    "Time from reaching the backend to the end of a TCP connection, of those that have ended.",
+    "Time from the connect of the backend to the end of a TCP connection, for ended connections.",
 );
 const SESSION_LIFE: Family = family(
     "tidegate_proxy_session_seconds",
     Kind::Histogram,
     None,
-    "Time from the first datagram of a UDP session to its last, of those that have ended.",
+    "Time from the first to the last datagram of a UDP session, for ended sessions.",
 );
 
 /// The families of ports.
@@ -431,7 +435,7 @@ impl Fill {
             descriptors,
             descriptors_limit,
         ] = FILL_FAMILIES;
-        let help = "Published ports, one for each socket: those with series of their own, and those told in one sum.";
+        let help = "Published ports, one per socket: own if the port has its own series, other if it is part of a sum.";
         head(ports, Kind::Gauge, help, out)?;
         for (series, count) in ["own", "other"].iter().zip(self.ports) {
             writeln!(out, "{ports}{{series=\"{series}\"}} {count}")?;
@@ -439,26 +443,26 @@ impl Fill {
         for (name, help, value) in [
             (
                 connections_limit,
-                "TCP connections that all published ports together may have.",
+                "Maximum TCP connections of all published ports.",
                 self.connections_limit,
             ),
             (
                 largest_client,
-                "TCP connections of the client (an IPv4 address, an IPv6 /64) that has most.",
+                "TCP connections of the client (an IPv4 address or an IPv6 /64) that has most.",
                 self.largest_client,
             ),
             (
                 held,
-                "Memory that TCP connections hold, or may hold, for peers that do not drain, in bytes.",
+                "Memory that TCP connections hold, or are permitted to hold, for peers that do not read, in bytes.",
                 self.held_bytes,
             ),
-            (held_limit, "Memory that they may hold, in bytes.", self.held_bytes_limit),
+            (held_limit, "Maximum of tidegate_proxy_held_bytes.", self.held_bytes_limit),
             (
                 descriptors,
-                "File descriptors taken by published ports, connections and sessions.",
+                "File descriptors in use by published ports, connections and sessions.",
                 self.descriptors,
             ),
-            (descriptors_limit, "File descriptors that those may take.", self.descriptors_limit),
+            (descriptors_limit, "Maximum of tidegate_proxy_descriptors.", self.descriptors_limit),
         ] {
             head(name, Kind::Gauge, help, out)?;
             writeln!(out, "{name} {value}")?;
@@ -486,11 +490,11 @@ impl ProcessMetrics {
         const EVICTED: &str = "tidegate_proxy_evicted_connections_total";
         describe_counter!(
             PAUSES,
-            "Times that a port stopped accepting because descriptors had run out."
+            "Times that a port paused accepting because descriptors were exhausted."
         );
         describe_counter!(
             EVICTED,
-            "TCP connections of the largest client that were cut at a limit, for others or for the budget of bytes."
+            "TCP connections of the largest client evicted at a limit, for another client or for the byte budget."
         );
         describe_counter!(registry::REPAIRS_METRIC, registry::REPAIRS_HELP);
         let evicted = |reason: &'static str| counter!(EVICTED, "reason" => reason);

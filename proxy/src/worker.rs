@@ -198,7 +198,7 @@ impl Worker {
             None => Ok(()),
         };
         if let Err(error) = added {
-            tracing::error!(publish = %label, %error, "port cannot be watched; see fs.epoll.max_user_watches");
+            tracing::error!(publish = %label, %error, "epoll registration of port failed; see fs.epoll.max_user_watches");
             self.ports.remove(key);
         }
     }

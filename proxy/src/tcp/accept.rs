@@ -37,7 +37,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(crate) struct AcceptBatch {
     expected: usize,
-    /// The last round in which `expected` connections were queued.
+    /// The last round that accepted `expected` connections.
     filled: Option<u64>,
 }
 
@@ -48,8 +48,8 @@ impl Default for AcceptBatch {
 }
 
 impl AcceptBatch {
-    /// Returns how many connections to accept in `round`. The number doubles if the previous round
-    /// reached it and was the round before this one.
+    /// Returns how many connections to accept in `round`. The number doubles if the
+    /// previous round reached it.
     fn next_size(&mut self, round: u64) -> usize {
         if self.filled.is_some_and(|filled| filled + 1 == round) {
             self.expected = (2 * self.expected).min(BATCH);
@@ -255,7 +255,7 @@ impl Worker {
         if !options.gateway_acl.is_empty() {
             let listen = label.address();
             let ingress = stream_ingress(client, listen.is_ipv6())
-                .map_err(|error| ingress_unknown(*label, &error))?;
+                .map_err(|error| refuse_unknown_ingress(*label, &error))?;
             *local = Some(SocketAddr::new(ingress.local, listen.port()));
             let ingress = Ingress {
                 client: *address,
@@ -337,7 +337,7 @@ impl Worker {
         let opened = match options.upstream.open(&flow) {
             Ok(opened) => opened,
             Err(error) => {
-                tracing::debug!(publish = %accepted.port.label, %error, "backend cannot be dialled");
+                tracing::debug!(publish = %accepted.port.label, %error, "backend dial failed");
                 return Err((accepted, refusal(&error)));
             }
         };
@@ -399,7 +399,7 @@ impl Worker {
             }
             let interest = connection.interest(side);
             if cx.epoll.modify(connection.socket(side), tag.token(key), interest).is_err() {
-                tracing::debug!(publish = %connection.port.label, "a connection cannot be watched and is cut");
+                tracing::debug!(publish = %connection.port.label, "epoll registration failed; connection cut");
                 return self.cut_connection(cx, key);
             }
         }
@@ -436,7 +436,7 @@ impl Worker {
             tracing::warn!(
                 publish = %port.label,
                 limit = self.shared.descriptors.limit(),
-                "accepting pauses: all file descriptors are in use; raise the limit (ulimit -n)"
+                "accepting paused: file descriptors exhausted; raise the limit (ulimit -n)"
             );
         }
     }
@@ -490,8 +490,8 @@ pub(crate) fn log_revived(publish: PublishLabel) {
 }
 
 /// Without the ingress interface the ACL cannot be evaluated, so the client is refused.
-fn ingress_unknown(label: PublishLabel, error: &io::Error) -> Refusal {
-    tracing::debug!(publish = %label, %error, "ingress interface of a connection unknown");
+fn refuse_unknown_ingress(label: PublishLabel, error: &io::Error) -> Refusal {
+    tracing::debug!(publish = %label, %error, "ingress interface of connection unknown");
     Refusal::NotAllowed
 }
 
@@ -523,7 +523,7 @@ mod tests {
 
     /// Returns the accept limit of each round, for pairs of a round and the number of queued
     /// connections.
-    fn asked(arrivals: &[(u64, usize)]) -> Vec<usize> {
+    fn batch_sizes(arrivals: &[(u64, usize)]) -> Vec<usize> {
         let mut accept_batch = AcceptBatch::default();
         let ask = |(round, waiting): &(u64, usize)| {
             let expected = accept_batch.next_size(*round);
@@ -534,14 +534,17 @@ mod tests {
     }
 
     #[test]
-    fn those_who_come_one_by_one_are_accepted_without_asking_for_a_second() {
-        assert_eq!(asked(&[(1, 1), (3, 1), (5, 1), (9, 1)]), [1, 1, 1, 1]);
+    fn single_connections_are_accepted_one_per_event() {
+        assert_eq!(batch_sizes(&[(1, 1), (3, 1), (5, 1), (9, 1)]), [1, 1, 1, 1]);
     }
 
     #[test]
-    fn a_crowd_is_met_with_ever_more_up_to_a_batch_and_forgotten_when_it_is_gone() {
-        let accept_batch: Vec<_> = (1..=8).map(|round| (round, 1000)).collect();
-        assert_eq!(asked(&accept_batch), [1, 2, 4, 8, 16, 32, 64, 64]);
-        assert_eq!(asked(&[(1, 9), (2, 8), (3, 6), (4, 2), (5, 1), (6, 1)]), [1, 2, 4, 8, 2, 1]);
+    fn the_accept_batch_doubles_while_connections_are_queued_and_then_shrinks() {
+        let queued: Vec<_> = (1..=8).map(|round| (round, 1000)).collect();
+        assert_eq!(batch_sizes(&queued), [1, 2, 4, 8, 16, 32, 64, 64]);
+        assert_eq!(
+            batch_sizes(&[(1, 9), (2, 8), (3, 6), (4, 2), (5, 1), (6, 1)]),
+            [1, 2, 4, 8, 2, 1]
+        );
     }
 }

@@ -267,20 +267,20 @@ impl ShareTable {
         let client_held = all.of(holder.client);
         let port = self.ports.get(&holder.port);
         let port_held = port.map_or(0, |port| port.held);
-        let held_there = port.map_or(0, |port| port.of(holder.client));
+        let client_held_at_port = port.map_or(0, |port| port.of(holder.client));
         let within_limit = self.limits.connections.saturating_sub(all.held);
         let free = within_limit.min(capacity.descriptors);
         let port_free = capacity.port_limit.saturating_sub(port_held);
 
-        let yields = |of: &Holdings, held: usize| {
+        let evictable = |of: &Holdings, held: usize| {
             let largest = of.ranking.largest();
             largest.filter(|(_, most)| *most > 2 * held + 1).map(|(client, _)| client)
         };
-        let largest_there = || {
-            let client = yields(port?, held_there)?;
+        let largest_at_port = || {
+            let client = evictable(port?, client_held_at_port)?;
             Some(Holder { client, ..holder })
         };
-        let largest = || Some(self.connections.largest_holding(yields(all, client_held)?)?.0);
+        let largest = || Some(self.connections.largest_holding(evictable(all, client_held)?)?.0);
 
         if self.limits.of_client.is_some_and(|limit| client_held >= limit) {
             return Verdict::Refused(Refusal::ClientLimit);
@@ -294,10 +294,10 @@ impl ShareTable {
             (Refusal::TotalLimit, largest(), otherwise)
         } else if !may_take(client_held, free) {
             (Refusal::TotalLimit, largest(), Verdict::Refused(Refusal::ClientLimit))
-        } else if port_free > 0 && !may_take(held_there, port_free) {
-            (Refusal::PortLimit, largest_there(), Verdict::Refused(Refusal::ClientLimit))
+        } else if port_free > 0 && !may_take(client_held_at_port, port_free) {
+            (Refusal::PortLimit, largest_at_port(), Verdict::Refused(Refusal::ClientLimit))
         } else if port_free == 0 || capacity.among_others && !may_take(port_held / 2, free) {
-            (Refusal::PortLimit, largest_there(), Verdict::Refused(Refusal::PortLimit))
+            (Refusal::PortLimit, largest_at_port(), Verdict::Refused(Refusal::PortLimit))
         } else {
             return Verdict::Admitted;
         };
@@ -393,56 +393,56 @@ mod tests {
     const CAPACITY: Capacity = Capacity { port_limit: 1000, descriptors: 1000, among_others: true };
 
     /// Returns how many of `asked` connections are admitted for `holder`.
-    fn got(table: &mut ShareTable, holder: Holder, asked: usize, capacity: Capacity) -> usize {
+    fn admitted(table: &mut ShareTable, holder: Holder, asked: usize, capacity: Capacity) -> usize {
         (0..asked).filter(|_| table.admit(holder, 0, capacity) == Verdict::Admitted).count()
     }
 
     #[test]
-    fn one_client_gets_two_thirds_and_others_are_served_at_the_same_port_and_at_another() {
+    fn one_client_gets_two_thirds_and_others_are_served_at_any_port() {
         let mut table = table(9);
-        assert_eq!(got(&mut table, holder(1, 1), 9, CAPACITY), 6);
+        assert_eq!(admitted(&mut table, holder(1, 1), 9, CAPACITY), 6);
         assert_eq!(table.admit(holder(1, 2), 0, CAPACITY), Verdict::Refused(Refusal::ClientLimit));
         let alone = Capacity { among_others: false, ..CAPACITY };
-        assert_eq!(got(&mut table, holder(2, 1), 1, alone), 1);
-        assert_eq!(got(&mut table, holder(3, 2), 1, CAPACITY), 1);
+        assert_eq!(admitted(&mut table, holder(2, 1), 1, alone), 1);
+        assert_eq!(admitted(&mut table, holder(3, 2), 1, CAPACITY), 1);
     }
 
     #[test]
-    fn one_client_gets_two_thirds_of_a_ports_limit() {
+    fn one_client_gets_two_thirds_of_the_limit_of_a_port() {
         let mut table = table(1000);
         let capacity = Capacity { port_limit: 3, ..CAPACITY };
-        assert_eq!(got(&mut table, holder(1, 1), 3, capacity), 2);
-        assert_eq!(got(&mut table, holder(2, 1), 3, capacity), 1);
-        let yields = Verdict::Evict { holder: holder(1, 1), at: 0, limit: Refusal::PortLimit };
-        assert_eq!(table.admit(holder(3, 1), 0, capacity), yields);
+        assert_eq!(admitted(&mut table, holder(1, 1), 3, capacity), 2);
+        assert_eq!(admitted(&mut table, holder(2, 1), 3, capacity), 1);
+        let eviction = Verdict::Evict { holder: holder(1, 1), at: 0, limit: Refusal::PortLimit };
+        assert_eq!(table.admit(holder(3, 1), 0, capacity), eviction);
         table.end(holder(1, 1), 0);
         assert_eq!(table.admit(holder(3, 1), 0, capacity), Verdict::Admitted);
         assert_eq!(
             table.admit(holder(4, 1), 0, capacity),
             Verdict::Refused(Refusal::PortLimit),
-            "all are equal"
+            "no client has more than twice as many"
         );
     }
 
     #[test]
-    fn many_clients_of_one_port_leave_a_fifth_to_other_ports() {
+    fn clients_of_one_port_leave_a_fifth_to_other_ports() {
         let mut table = table(10);
-        let clients = (1..=10).map(|client| got(&mut table, holder(client, 1), 1, CAPACITY));
+        let clients = (1..=10).map(|client| admitted(&mut table, holder(client, 1), 1, CAPACITY));
         assert_eq!(clients.sum::<usize>(), 8);
-        assert_eq!(got(&mut table, holder(1, 2), 1, CAPACITY), 1);
+        assert_eq!(admitted(&mut table, holder(1, 2), 1, CAPACITY), 1);
         let alone = Capacity { among_others: false, ..CAPACITY };
-        assert_eq!(got(&mut table, holder(9, 1), 1, alone), 1);
+        assert_eq!(admitted(&mut table, holder(9, 1), 1, alone), 1);
     }
 
     #[test]
-    fn where_descriptors_run_out_the_largest_yields_and_equals_wait() {
+    fn without_descriptors_the_largest_client_is_evicted_and_equal_ones_wait() {
         let mut table = table(1000);
-        got(&mut table, holder(1, 1), 2, CAPACITY);
-        got(&mut table, holder(1, 2), 3, CAPACITY);
+        admitted(&mut table, holder(1, 1), 2, CAPACITY);
+        admitted(&mut table, holder(1, 2), 3, CAPACITY);
         assert_eq!(table.connections.all.ranking.largest(), Some((holder(1, 1).client, 5)));
         let short = Capacity { descriptors: 0, ..CAPACITY };
-        let yields = Verdict::Evict { holder: holder(1, 2), at: 0, limit: Refusal::TotalLimit };
-        assert_eq!(table.admit(holder(2, 1), 1, short), yields);
+        let eviction = Verdict::Evict { holder: holder(1, 2), at: 0, limit: Refusal::TotalLimit };
+        assert_eq!(table.admit(holder(2, 1), 1, short), eviction);
         assert_eq!(table.admit(holder(1, 1), 0, short), Verdict::Refused(Refusal::ClientLimit));
         for _ in 0..3 {
             table.end(holder(1, 2), 0);
@@ -452,18 +452,18 @@ mod tests {
     }
 
     #[test]
-    fn a_client_may_be_limited_to_less_than_its_share() {
+    fn the_client_limit_applies_below_the_share() {
         let mut table =
             ShareTable::new(Limits { connections: 100, of_client: Some(2), bytes: 1000 });
-        assert_eq!(got(&mut table, holder(1, 1), 5, CAPACITY), 2);
+        assert_eq!(admitted(&mut table, holder(1, 1), 5, CAPACITY), 2);
     }
 
     #[test]
-    fn a_connection_that_is_handed_over_is_found_in_its_loop() {
+    fn a_connection_that_was_handed_over_is_evicted_in_its_new_loop() {
         let mut table = table(3);
-        got(&mut table, holder(1, 1), 2, CAPACITY);
+        admitted(&mut table, holder(1, 1), 2, CAPACITY);
         table.hand_over(holder(1, 1), 0, 3);
-        got(&mut table, holder(2, 1), 1, Capacity { among_others: false, ..CAPACITY });
+        admitted(&mut table, holder(2, 1), 1, Capacity { among_others: false, ..CAPACITY });
         let at = |verdict| match verdict {
             Verdict::Evict { at, .. } => Some(at),
             _ => None,
@@ -473,14 +473,14 @@ mod tests {
     }
 
     #[test]
-    fn a_client_may_take_two_thirds_of_the_bytes_and_the_largest_yields_when_there_are_too_many() {
+    fn one_client_gets_two_thirds_of_the_bytes_and_the_largest_is_evicted_above_the_budget() {
         let mut table = table(9);
         let greedy = holder(1, 1);
         let taken = (0..20).filter(|_| table.take_bytes(greedy, 1, 100)).count();
-        assert_eq!(taken, 7, "600 of 1000 are fewer than twice 400");
+        assert_eq!(taken, 7, "600 of 1000 held is less than twice the free 400");
         assert!(table.take_bytes(holder(2, 1), 0, 100));
         table.charge_bytes(holder(2, 2), 0, 0, 200);
-        assert_eq!(table.over_budget(), None, "1000 are held");
+        assert_eq!(table.over_budget(), None, "exactly the budget of 1000 is held");
         table.charge_bytes(greedy, 0, 0, 1);
         assert_eq!(table.over_budget(), Some((greedy, 1)));
         table.charge_bytes(greedy, 1, 700, 0);
@@ -492,7 +492,7 @@ mod tests {
     proptest! {
         /// No limit is exceeded, and a client with a single connection never loses it.
         #[test]
-        fn limits_hold_and_the_small_lose_nothing(
+        fn limits_hold_and_single_connections_are_never_evicted(
             steps in prop::collection::vec((0_u8..5, 0_u64..3, 0_usize..2, any::<bool>()), 0..200),
         ) {
             let mut table = table(12);

@@ -154,7 +154,7 @@ impl Worker {
                     sending.forward(&carried.socket, received, run, None, &mut carried.to_backend);
                 relay.account(Direction::In, &sent);
                 if let Some(error) = sent.error {
-                    tracing::debug!(publish = %relay.port.label, %error, "session's path is gone");
+                    tracing::debug!(publish = %relay.port.label, %error, "session path lost");
                     end_session(relay, &mut self.sessions, session);
                 }
             }
@@ -180,7 +180,7 @@ impl Worker {
                     continue;
                 }
                 Err(error) => {
-                    tracing::debug!(publish = %relay.port.label, %error, "session's path is gone");
+                    tracing::debug!(publish = %relay.port.label, %error, "session path lost");
                     return end_session(relay, &mut self.sessions, session);
                 }
             };
@@ -244,7 +244,7 @@ impl SessionOpener<'_, '_> {
             if relay.is_path_valid(session, self.cx.now) {
                 return Ok(session);
             }
-            tracing::debug!(publish = %relay.port.label, "session's own address is gone");
+            tracing::debug!(publish = %relay.port.label, "local address of session lost");
             end_session(relay, self.references, session);
         }
         check_access(relay, &client)?;
@@ -270,7 +270,7 @@ impl SessionOpener<'_, '_> {
             container_port: relay.port.container_port,
         };
         let opened = relay.port.options.upstream.open(&flow).map_err(|error| {
-            tracing::debug!(publish = %relay.port.label, %error, "backend cannot be reached");
+            tracing::debug!(publish = %relay.port.label, %error, "backend unreachable");
             if is_exhaustion(&error) { Drop::Exhausted } else { Drop::BackendUnreachable }
         })?;
         // The reply would go to the backend itself, in an endless loop.

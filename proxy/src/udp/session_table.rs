@@ -295,7 +295,7 @@ mod tests {
     const PLENTY: usize = 1000;
 
     #[test]
-    fn the_longest_silent_session_makes_room() {
+    fn the_longest_idle_session_is_evicted() {
         let start = Instant::now();
         let mut table = SessionTable::new(LIMITS);
         let keys: Vec<_> = (1..=3)
@@ -306,12 +306,12 @@ mod tests {
         assert_eq!(
             table.make_room(&client(4, 1), PLENTY, seconds(start, 9)),
             None,
-            "there is room now"
+            "the table is no longer full"
         );
     }
 
     #[test]
-    fn a_flood_of_forged_sources_evicts_itself_and_not_a_client_at_work() {
+    fn a_flood_of_forged_sources_evicts_its_own_sessions() {
         let start = Instant::now();
         let mut table = SessionTable::new(TableLimits { sessions: 5, ..LIMITS });
         for port in 1..=2 {
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_with_its_share_loses_its_own_unanswered_session_first_and_then_its_oldest() {
+    fn a_source_at_its_limit_loses_its_own_tentative_session_first() {
         let start = Instant::now();
         let mut table = SessionTable::new(TableLimits { sessions: 9, per_source: 3, ..LIMITS });
         table.insert(client(2, 1), 'x', start);
@@ -344,10 +344,14 @@ mod tests {
             ended
         };
         let later = seconds(start, 9);
-        assert_eq!(replace(4, 'd', later), Some('b'), "nobody has answered it");
-        assert_eq!(replace(5, 'e', later), Some('a'), "the other one may yet be answered");
+        assert_eq!(replace(4, 'd', later), Some('b'), "tentative");
+        assert_eq!(
+            replace(5, 'e', later),
+            Some('a'),
+            "'d' is tentative, but within the time to reply"
+        );
         assert_eq!(replace(6, 'f', later), Some('c'));
-        assert_eq!(replace(7, 'g', later), Some('d'), "all have come at once");
+        assert_eq!(replace(7, 'g', later), Some('d'), "all are tentative and new");
         assert_eq!(table.make_room(&client(2, 2), PLENTY, later), None);
     }
 
@@ -366,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn where_descriptors_are_short_a_source_gets_two_thirds_and_the_largest_yields() {
+    fn with_few_descriptors_a_source_gets_two_thirds_and_the_largest_is_evicted() {
         let now = Instant::now();
         let mut table = SessionTable::new(TableLimits { sessions: 100, per_source: 100, ..LIMITS });
         let mut free = 9;
@@ -377,14 +381,18 @@ mod tests {
         }
         assert_eq!((table.len(), free), (6, 3));
         for host in 2..=4 {
-            assert_eq!(table.make_room(&client(host, 1), 0, now), Some(1), "of the largest");
+            assert_eq!(
+                table.make_room(&client(host, 1), 0, now),
+                Some(1),
+                "a session of the largest source"
+            );
             let key = table.insert(client(host, 1), host, now);
             table.touch(key, true, now);
         }
     }
 
     #[test]
-    fn a_source_that_is_answered_yields_to_one_that_has_less() {
+    fn a_session_of_the_largest_source_is_evicted_for_a_smaller_one() {
         let now = Instant::now();
         let mut table = SessionTable::new(LIMITS);
         for (host, port) in [(1, 1), (2, 1), (2, 2)] {
@@ -399,7 +407,7 @@ mod tests {
         let start = Instant::now();
         let mut table = SessionTable::new(LIMITS);
         let sending = table.insert(client(1, 1), "sends", start);
-        let answering = table.insert(client(2, 1), "is sent to", start);
+        let answering = table.insert(client(2, 1), "receives", start);
         table.insert(client(3, 1), "silent", start);
         for step in 1..=3 {
             table.touch(sending, false, seconds(start, step * 60));
@@ -412,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn one_client_socket_and_two_of_our_addresses_are_two_sessions() {
+    fn one_client_and_two_local_addresses_are_two_sessions() {
         let mut table = SessionTable::new(LIMITS);
         let to = |local: [u8; 4]| Client { local: Some(local.into()), ..client(1, 1) };
         let first = table.insert(to([192, 0, 2, 10]), 1, Instant::now());
@@ -468,11 +476,11 @@ mod tests {
             {
                 self.candidate_of(host, now)
             } else if self.0.len() >= LIMITS.sessions || self.0.len() >= 2 * free {
-                let flooded =
+                let is_flood =
                     2 * self.0.iter().filter(|(_, assured, _)| !assured).count() > self.0.len();
                 let largest =
                     self.0.iter().map(|(c, ..)| c.address.ip()).max_by_key(|ip| (held(*ip), *ip));
-                let largest = largest.filter(|ip| held(*ip) > 1 && !flooded);
+                let largest = largest.filter(|ip| held(*ip) > 1 && !is_flood);
                 let of = |assured: bool| {
                     let is_its =
                         |c: &Client| largest.is_none_or(|largest| c.address.ip() == largest);
@@ -493,7 +501,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn agrees_with_a_plain_list(steps in prop::collection::vec(step(), 0..200), free in 0_usize..5) {
+        fn agrees_with_the_oracle(steps in prop::collection::vec(step(), 0..200), free in 0_usize..5) {
             let mut now = Instant::now();
             let mut table = SessionTable::new(LIMITS);
             let mut oracle = Oracle::default();
