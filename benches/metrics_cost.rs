@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tidegate_proxy::bench_support::{Carrier, Figures, Tally, Uncounted};
+use tidegate_proxy::bench_support::{BenchConnection, BenchCounters, Tally, Uncounted};
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{Namespace, Process, Topology, addr, raise_open_files, require_root};
 
@@ -49,7 +49,7 @@ fn main() {
 
 /// A connection whose ends both belong to the test.
 struct Line<T: Tally> {
-    carrier: Carrier<T>,
+    carrier: BenchConnection<T>,
     client: TcpStream,
     backend: TcpStream,
 }
@@ -66,7 +66,7 @@ impl<T: Tally> Line<T> {
             Ok((client, server))
         };
         let ((client, at_client), (backend, at_backend)) = (pair()?, pair()?);
-        let carrier = Carrier::new(OwnedFd::from(at_client), OwnedFd::from(at_backend));
+        let carrier = BenchConnection::new(OwnedFd::from(at_client), OwnedFd::from(at_backend));
         Ok(Self { carrier, client, backend })
     }
 
@@ -140,7 +140,8 @@ fn connections() {
         }
         begun.elapsed().as_secs_f64() * 1e9 / f64::from(CONNECTIONS)
     };
-    let (counted, uncounted) = (Figures::<AtomicU64>::default(), Figures::<Uncounted>::default());
+    let (counted, uncounted) =
+        (BenchCounters::<AtomicU64>::default(), BenchCounters::<Uncounted>::default());
     let with = median((0..9).map(|_| each(&|dial, life| counted.connection(dial, life))).collect());
     let without =
         median((0..9).map(|_| each(&|dial, life| uncounted.connection(dial, life))).collect());

@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
 use tidegate_netns::LocalPeers;
-use tidegate_proxy::{Fill, GatewayAcl, PortSnapshot, describe};
+use tidegate_proxy::{EngineUsage, GatewayAcl, PortSnapshot, describe};
 use tidegate_reactor::enable_stream_ingress;
 
 /// The time for a client to send its request, and the longest wait for it to read more of the page.
@@ -225,7 +225,7 @@ impl Recorder {
     /// If a thread cannot be started.
     pub fn serve(
         self,
-        ports: impl Fn() -> (Vec<PortSnapshot>, Fill) + Send + Sync + 'static,
+        ports: impl Fn() -> (Vec<PortSnapshot>, EngineUsage) + Send + Sync + 'static,
     ) -> io::Result<()> {
         gauge!("tidegate_build_info", "version" => crate::version::VERSION, "commit" => crate::version::COMMIT)
             .set(1.0);
@@ -326,7 +326,7 @@ fn bind(address: MetricsAddress) -> Result<TcpListener, EndpointError> {
 /// The source of the metrics page.
 struct Page {
     handle: PrometheusHandle,
-    ports: Box<dyn Fn() -> (Vec<PortSnapshot>, Fill) + Send + Sync>,
+    ports: Box<dyn Fn() -> (Vec<PortSnapshot>, EngineUsage) + Send + Sync>,
     collector: Collector,
     more: Vec<Families>,
     /// The last rendered page, and when rendering started.
@@ -401,9 +401,9 @@ impl Page {
         self.collector.collect();
         let mut text = self.handle.render();
         // Writing to a String cannot fail.
-        let (ports, fill) = (self.ports)();
-        let _ =
-            describe(&ports, &mut Throttle::new(&mut text)).and_then(|()| fill.describe(&mut text));
+        let (ports, usage) = (self.ports)();
+        let _ = describe(&ports, &mut Throttle::new(&mut text))
+            .and_then(|()| usage.describe(&mut text));
         self.more.iter().for_each(|families| families(&mut text));
         text
     }

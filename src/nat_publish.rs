@@ -17,7 +17,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tidegate_model::Ingress;
 use tidegate_nat::{DropReason, Forward, ForwardId, ForwardSource, ForwardStats, Guard, Nat};
-use tidegate_proxy::{Drop, Engine, GatewayAcl, Listener, PortSnapshot, Whose};
+use tidegate_proxy::{
+    DropReason as DatagramDrop, Engine, GatewayAcl, Listener, PortSnapshot, SeriesLabel,
+};
 
 /// The engine, and who else publishes ports.
 #[derive(Clone)]
@@ -65,18 +67,18 @@ impl NatPublisher {
             source: ForwardSource::Client,
         };
         // Before anything comes in.
-        self.others.note_port_of_others(label.address());
+        self.others.add_foreign_udp_port(label.address());
         let guard = Arc::new(AccessGuard { acl: acl.clone(), others: Arc::clone(&self.others) });
         let published = self.nat.publish_on(OwnedFd::from(listener), forward, Some(guard));
         let found = published.map(|id| (id, self.nat.forward_stats(id).unwrap_or_default()));
         match found {
             Ok((id, stats)) => {
-                let has_series = self.others.take_series(1) > 0;
+                let has_series = self.others.reserve_series(1) > 0;
                 let is_closed = AtomicBool::new(false);
                 Ok(NatPort { way: self.clone(), id, forward, stats, has_series, is_closed })
             }
             Err(error) => {
-                self.others.forget_port_of_others(label.address());
+                self.others.remove_foreign_udp_port(label.address());
                 Err(io::Error::other(error))
             }
         }
@@ -87,18 +89,18 @@ impl NatPort {
     /// Its figures, in the words of the publisher's own ports.
     pub(crate) fn snapshot(&self) -> PortSnapshot {
         let stats = &self.stats;
-        let mut dropped = [0; Drop::ALL.len()];
+        let mut dropped = [0; DatagramDrop::ALL.len()];
         for reason in DropReason::ALL {
             let as_told = match reason {
-                DropReason::ShutOut | DropReason::Malformed => Drop::NotAllowed,
-                DropReason::NoRoom => Drop::NoRoom,
-                DropReason::TooBig => Drop::TooLong,
-                DropReason::Policy | DropReason::Unreachable => Drop::BackendUnreachable,
-                _ => Drop::Exhausted,
+                DropReason::ShutOut | DropReason::Malformed => DatagramDrop::NotAllowed,
+                DropReason::NoRoom => DatagramDrop::NoRoom,
+                DropReason::TooBig => DatagramDrop::TooLong,
+                DropReason::Policy | DropReason::Unreachable => DatagramDrop::BackendUnreachable,
+                _ => DatagramDrop::Exhausted,
             };
             dropped[as_told as usize] += stats.dropped[reason as usize].get();
         }
-        dropped[Drop::BackendRefused as usize] += stats.refusals.get();
+        dropped[DatagramDrop::BackendRefused as usize] += stats.refusals.get();
         // The engine counts out first, the publisher in.
         let turned = |[out, into]: [u64; 2]| [into, out];
         PortSnapshot {
@@ -109,7 +111,7 @@ impl NatPort {
             bytes: turned(stats.bytes.each_ref().map(tidegate_nat::Count::get)),
             datagrams: turned(stats.datagrams.each_ref().map(tidegate_nat::Count::get)),
             dropped,
-            ..PortSnapshot::empty(Whose::Port(self.forward.label()))
+            ..PortSnapshot::empty(SeriesLabel::Port(self.forward.label()))
         }
     }
 
@@ -122,16 +124,16 @@ impl NatPort {
     pub(crate) fn close(&self) {
         if !self.is_closed.swap(true, Ordering::Relaxed) {
             self.way.nat.unpublish(self.id);
-            self.way.others.forget_port_of_others(self.forward.listen);
+            self.way.others.remove_foreign_udp_port(self.forward.listen);
         }
     }
 }
 
-impl std::ops::Drop for NatPort {
+impl Drop for NatPort {
     fn drop(&mut self) {
         self.close();
         if self.has_series {
-            self.way.others.give_series_back();
+            self.way.others.release_series();
         }
     }
 }

@@ -28,8 +28,8 @@ use tidegate_nat::Nat;
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Firewall, Opening};
 use tidegate_proxy::{
-    Drained, Engine, Fill, GatewayAcl, Listener, Permit, PortOptions, PortSnapshot, PublishedPort,
-    Settings, Upstream, Whose,
+    Drained, Engine, EngineUsage, GatewayAcl, Listener, Permit, PortOptions, PortSnapshot,
+    PublishedPort, SeriesLabel, Settings, Upstream,
 };
 
 /// The most listening sockets: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses.
@@ -254,23 +254,23 @@ impl Publisher {
                 ports.push(figures);
                 continue;
             }
-            let whose = Whose::Others(figures.whose.protocol());
-            match ports.iter_mut().find(|sum| sum.whose == whose) {
+            let series = SeriesLabel::Others(figures.series.protocol());
+            match ports.iter_mut().find(|sum| sum.series == series) {
                 Some(sum) => sum.add(&figures),
-                None => ports.push(PortSnapshot { whose, ..figures }),
+                None => ports.push(PortSnapshot { series, ..figures }),
             }
         }
         ports
     }
 
     /// The fill levels of the tables.
-    pub(crate) fn fill(&self) -> Fill {
+    pub(crate) fn usage(&self) -> EngineUsage {
         let state = self.state();
-        let mut fill = self.engine.fill();
+        let mut usage = self.engine.usage();
         for port in state.ports.values().filter_map(|port| port.nat_port.as_ref()) {
-            fill.ports[usize::from(!port.has_series())] += 1;
+            usage.ports[usize::from(!port.has_series())] += 1;
         }
-        fill
+        usage
     }
 
     /// Adds an endpoint.
@@ -520,7 +520,7 @@ impl Publisher {
             nat_port.close();
             let mut state = self.state();
             if state.closing.remove(&id).is_some() {
-                self.engine.remember(&nat_port.snapshot());
+                self.engine.add_closed(&nat_port.snapshot());
             }
         }
         let closed = port.published.into_iter().all(|socket| self.engine.unpublish(socket));
@@ -616,12 +616,12 @@ impl Publisher {
     /// The open ports with their metrics, which include those of their gateway sockets.
     pub(crate) fn figures(&self) -> Vec<(OpenPort, PortSnapshot)> {
         let mut figures: BTreeMap<PublishedPort, PortSnapshot> = BTreeMap::new();
-        self.engine.visit(|port, snapshot| {
+        self.engine.for_each_port(|port, snapshot| {
             figures.insert(port, snapshot.clone());
         });
         let state = self.state();
         let of = |port: &Port| {
-            let mut sum = PortSnapshot::empty(Whose::Port(port.view.label));
+            let mut sum = PortSnapshot::empty(SeriesLabel::Port(port.view.label));
             port.published
                 .iter()
                 .filter_map(|socket| figures.get(socket))

@@ -86,7 +86,7 @@ fn a_hundred_thousand_added_and_removed_ports_leave_series_and_memory_flat() {
             assert!(left.keys().all(known), "{left:?}");
             after_each.push(left.len());
             resident.push(procfs::rss(std::process::id()).unwrap());
-            assert_eq!(engine.fill().ports, [0, 0], "batch {batch}");
+            assert_eq!(engine.usage().ports, [0, 0], "batch {batch}");
         }
         // The counts of the sum stay, and its sessions have ended.
         let page = page(&engine);
@@ -111,7 +111,7 @@ fn a_hundred_thousand_added_and_removed_ports_leave_series_and_memory_flat() {
 fn page(engine: &Engine) -> Metrics {
     let mut page = String::new();
     describe(&engine.snapshot(), &mut page).unwrap();
-    engine.fill().describe(&mut page).unwrap();
+    engine.usage().describe(&mut page).unwrap();
     Metrics(page)
 }
 

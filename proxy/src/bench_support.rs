@@ -17,12 +17,12 @@ use tidegate_model::{Protocol, PublishLabel};
 use tidegate_reactor::{Descriptors, PipePool, Readiness};
 
 /// A connection of a published port with the buffers of its loop.
-pub struct Carrier<T: Tally> {
+pub struct BenchConnection<T: Tally> {
     connection: Connection<T>,
     scratch: Scratch,
 }
 
-impl<T: Tally> Carrier<T> {
+impl<T: Tally> BenchConnection<T> {
     /// Creates a connection between `client` and `backend`, two connected non-blocking sockets.
     ///
     /// # Panics
@@ -66,9 +66,9 @@ impl<T: Tally> Carrier<T> {
 
 /// The counters of a port alone.
 #[derive(Debug, Default)]
-pub struct Figures<T: Tally>(PortStats<T>);
+pub struct BenchCounters<T: Tally>(PortStats<T>);
 
-impl<T: Tally> Figures<T> {
+impl<T: Tally> BenchCounters<T> {
     /// Counts a connection with accept, connect, one request, one response, and its end.
     pub fn connection(&self, dial: Duration, life: Duration) {
         self.0.accepted.add(1);

@@ -3,7 +3,7 @@
 use crate::config::{PortOptions, Settings};
 use crate::gateway_acl::GatewayAcl;
 use crate::listener::Listener;
-use crate::metrics::{Fill, PortSnapshot, ProcessMetrics, Whose};
+use crate::metrics::{EngineUsage, PortSnapshot, ProcessMetrics, SeriesLabel};
 use crate::port::{Port, PortStats, Refusal};
 use crate::tcp::{Limits, Shares};
 use crate::udp::LoopGuard;
@@ -195,22 +195,22 @@ impl Ports {
     /// The sum of the ports of `protocol` without their own series; `None` if there never was one.
     fn others_total(&self, protocol: Protocol) -> Option<PortSnapshot> {
         let mut sum =
-            self.closed_totals.iter().find(|sum| sum.whose.protocol() == protocol).cloned();
+            self.closed_totals.iter().find(|sum| sum.series.protocol() == protocol).cloned();
         let others =
             self.published.values().chain(self.closing.values()).filter(|port| !port.has_series);
         for port in others.filter(|port| port.label.protocol() == protocol) {
-            let empty = || PortSnapshot::empty(Whose::Others(protocol));
+            let empty = || PortSnapshot::empty(SeriesLabel::Others(protocol));
             sum.get_or_insert_with(empty).add(&PortSnapshot::of(port));
         }
         sum
     }
 
     /// Adds the counters of a closed port to the totals.
-    fn remember(&mut self, counted: &PortSnapshot) {
-        let protocol = counted.whose.protocol();
-        let index = self.closed_totals.iter().position(|sum| sum.whose.protocol() == protocol);
+    fn add_closed(&mut self, counted: &PortSnapshot) {
+        let protocol = counted.series.protocol();
+        let index = self.closed_totals.iter().position(|sum| sum.series.protocol() == protocol);
         let index = index.unwrap_or_else(|| {
-            self.closed_totals.push(PortSnapshot::empty(Whose::Others(protocol)));
+            self.closed_totals.push(PortSnapshot::empty(SeriesLabel::Others(protocol)));
             self.closed_totals.len() - 1
         });
         self.closed_totals[index].add_counted(counted);
@@ -268,7 +268,7 @@ impl Engine {
         let loops = self.shared.loads.len();
         let mut shares: Vec<Vec<(Arc<Port>, Listener)>> = (0..loops).map(|_| Vec::new()).collect();
         let mut published = Vec::with_capacity(listeners.len());
-        let mut with_series = self.take_series(listeners.len());
+        let mut with_series = self.reserve_series(listeners.len());
         let taken = with_series;
         for (listener, container_port) in listeners {
             let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -314,7 +314,7 @@ impl Engine {
 
     /// Reserves series for up to `count` ports and returns for how many. Also for ports that are
     /// forwarded elsewhere, such as by the NAT engine, and reported together with these.
-    pub fn take_series(&self, count: usize) -> usize {
+    pub fn reserve_series(&self, count: usize) -> usize {
         let mut ports = self.ports();
         let left = self.shared.settings.ports_with_series.saturating_sub(ports.with_series);
         let taken = left.min(count);
@@ -352,7 +352,7 @@ impl Engine {
         self.shared.broadcast(|done| Message::Unpublish { port: Arc::clone(&port), done });
         let mut ports = self.ports();
         if ports.closing.remove(&id).is_some() {
-            ports.remember(&PortSnapshot::of(&port));
+            ports.add_closed(&PortSnapshot::of(&port));
         }
         true
     }
@@ -364,12 +364,12 @@ impl Engine {
     /// Adds the address of a UDP port that is served elsewhere, such as by the NAT engine.
     /// Datagrams that claim it as their source are dropped as well. Must be called in the namespace
     /// of the ports.
-    pub fn note_port_of_others(&self, address: SocketAddr) {
+    pub fn add_foreign_udp_port(&self, address: SocketAddr) {
         self.shared.loop_guard.add(address);
     }
 
-    /// Removes an address added by [`note_port_of_others`](Self::note_port_of_others).
-    pub fn forget_port_of_others(&self, address: SocketAddr) {
+    /// Removes an address added by [`add_foreign_udp_port`](Self::add_foreign_udp_port).
+    pub fn remove_foreign_udp_port(&self, address: SocketAddr) {
         self.shared.loop_guard.remove(address);
     }
 
@@ -435,7 +435,7 @@ impl Engine {
 
     /// Calls `each` with the counters of every published port, with or without its own series, in
     /// the order of publishing.
-    pub fn visit(&self, mut each: impl FnMut(PublishedPort, &PortSnapshot)) {
+    pub fn for_each_port(&self, mut each: impl FnMut(PublishedPort, &PortSnapshot)) {
         // Copied, so that `each` runs without the lock that `publish` needs.
         let ports: Vec<_> =
             self.ports().published.iter().map(|(id, port)| (*id, Arc::clone(port))).collect();
@@ -445,14 +445,14 @@ impl Engine {
     }
 
     /// The use of the limits of the engine.
-    pub fn fill(&self) -> Fill {
+    pub fn usage(&self) -> EngineUsage {
         let (published, with_series) = {
             let ports = self.ports();
             (ports.published.len(), ports.published.values().filter(|port| port.has_series).count())
         };
         let descriptors = &self.shared.descriptors;
         let usage = self.shared.shares.usage();
-        Fill {
+        EngineUsage {
             ports: [with_series as u64, (published - with_series) as u64],
             connections: self.shared.connections() as u64,
             connections_limit: self.shared.settings.max_connections as u64,
@@ -465,15 +465,15 @@ impl Engine {
     }
 
     /// Releases the series of one port that is forwarded elsewhere.
-    pub fn give_series_back(&self) {
+    pub fn release_series(&self) {
         let mut ports = self.ports();
         ports.with_series = ports.with_series.saturating_sub(1);
     }
 
     /// Adds the counters of a closed port that was forwarded elsewhere and had no series of its
     /// own.
-    pub fn remember(&self, counted: &PortSnapshot) {
-        self.ports().remember(counted);
+    pub fn add_closed(&self, counted: &PortSnapshot) {
+        self.ports().add_closed(counted);
     }
 
     fn ports(&self) -> MutexGuard<'_, Ports> {

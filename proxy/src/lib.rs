@@ -34,8 +34,10 @@ pub use config::{PortOptions, Settings};
 pub use engine::{Drained, Engine, PublishedPort};
 pub use gateway_acl::{Bridge, ForeignNetwork, GatewayAcl, GatewayNetwork, GatewayNetworks};
 pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
-pub use metrics::{FAMILIES, FILL_FAMILIES, Family, Fill, Kind, PortSnapshot, Whose, describe};
-pub use port::{Direction, Drop, Refusal};
+pub use metrics::{
+    EngineUsage, FAMILIES, Family, Kind, PortSnapshot, SeriesLabel, USAGE_FAMILIES, describe,
+};
+pub use port::{Direction, DropReason, Refusal};
 pub use proxy_protocol::ProxyProtocol;
 pub use tidegate_reactor::Permit;
 pub use udp::session_table::TableLimits;

@@ -12,7 +12,7 @@
 //! changes between its own series and the sum, and the sum keeps the counts of closed ports, so no
 //! counter decreases.
 
-use crate::port::{Direction, Drop, Port, Refusal};
+use crate::port::{Direction, DropReason, Port, Refusal};
 use metrics::{Counter, counter, describe_counter};
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -183,14 +183,14 @@ pub const FAMILIES: [Family; 15] = [
 
 /// The port or ports that a series is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Whose {
+pub enum SeriesLabel {
     /// A port with its own series.
     Port(PublishLabel),
     /// The sum of all ports of a protocol without their own series.
     Others(Protocol),
 }
 
-impl Whose {
+impl SeriesLabel {
     /// The protocol of the port or ports.
     pub fn protocol(self) -> Protocol {
         match self {
@@ -201,7 +201,7 @@ impl Whose {
 }
 
 /// The value of the label `publish`.
-impl fmt::Display for Whose {
+impl fmt::Display for SeriesLabel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Port(label) => label.fmt(f),
@@ -214,7 +214,7 @@ impl fmt::Display for Whose {
 #[derive(Clone, Debug, PartialEq)]
 pub struct PortSnapshot {
     /// The port or ports.
-    pub whose: Whose,
+    pub series: SeriesLabel,
     /// TCP connections accepted, or UDP sessions started.
     pub accepted: u64,
     /// Current TCP connections or UDP sessions.
@@ -229,8 +229,8 @@ pub struct PortSnapshot {
     pub datagrams: [u64; Direction::ALL.len()],
     /// Connections refused, indexed by [`Refusal`].
     pub refused: [u64; Refusal::ALL.len()],
-    /// Datagrams dropped, indexed by [`Drop`].
-    pub dropped: [u64; Drop::ALL.len()],
+    /// Datagrams dropped, indexed by [`DropReason`].
+    pub dropped: [u64; DropReason::ALL.len()],
     /// Time from accept to the connect of the backend (TCP).
     pub dial: HistogramReading<{ DIAL_BOUNDS.len() }>,
     /// Lifetime of TCP connections or UDP sessions.
@@ -239,9 +239,9 @@ pub struct PortSnapshot {
 
 impl PortSnapshot {
     /// A snapshot with all values zero.
-    pub fn empty(whose: Whose) -> Self {
+    pub fn empty(series: SeriesLabel) -> Self {
         Self {
-            whose,
+            series,
             accepted: 0,
             live: 0,
             limit: 0,
@@ -264,7 +264,7 @@ impl PortSnapshot {
         };
         let times = stats.times();
         Self {
-            whose: Whose::Port(port.label),
+            series: SeriesLabel::Port(port.label),
             accepted: read(&stats.accepted),
             live: stats.live.load(Ordering::Relaxed) as u64,
             limit: limit as u64,
@@ -302,8 +302,8 @@ impl PortSnapshot {
 
     /// Writes the series of `family`, if it applies to the protocol.
     fn describe(&self, family: &Family, out: &mut impl Write) -> fmt::Result {
-        let tcp = self.whose.protocol() == Protocol::Tcp;
-        let one = |out: &mut _, value: u64| writeln_series(out, family, self.whose, None, value);
+        let tcp = self.series.protocol() == Protocol::Tcp;
+        let one = |out: &mut _, value: u64| writeln_series(out, family, self.series, None, value);
         match family.name {
             name if name == CONNECTIONS_TOTAL.name && tcp => one(out, self.accepted),
             name if name == CONNECTIONS.name && tcp => one(out, self.live),
@@ -313,7 +313,7 @@ impl PortSnapshot {
                 let mut labelled =
                     Refusal::ALL.iter().map(|reason| reason.as_str()).zip(self.refused);
                 labelled.try_for_each(|(label, value)| {
-                    writeln_series(out, family, self.whose, Some(label), value)
+                    writeln_series(out, family, self.series, Some(label), value)
                 })
             }
             name if name == BYTES.name => self.describe_directions(family, &self.bytes, out),
@@ -325,9 +325,10 @@ impl PortSnapshot {
                 self.describe_directions(family, &self.datagrams, out)
             }
             name if name == DROPPED.name && !tcp => {
-                let mut labelled = Drop::ALL.iter().map(|reason| reason.as_str()).zip(self.dropped);
+                let mut labelled =
+                    DropReason::ALL.iter().map(|reason| reason.as_str()).zip(self.dropped);
                 labelled.try_for_each(|(label, value)| {
-                    writeln_series(out, family, self.whose, Some(label), value)
+                    writeln_series(out, family, self.series, Some(label), value)
                 })
             }
             name if name == DIAL.name && tcp => self.dial.describe(name, &self.labels(), out),
@@ -349,23 +350,23 @@ impl PortSnapshot {
     ) -> fmt::Result {
         let mut labelled = Direction::ALL.iter().map(|direction| direction.as_str()).zip(values);
         labelled.try_for_each(|(label, value)| {
-            writeln_series(out, family, self.whose, Some(label), *value)
+            writeln_series(out, family, self.series, Some(label), *value)
         })
     }
 
     fn labels(&self) -> String {
-        format!("publish=\"{}\"", self.whose)
+        format!("publish=\"{}\"", self.series)
     }
 }
 
 fn writeln_series(
     out: &mut impl Write,
     family: &Family,
-    whose: Whose,
+    series: SeriesLabel,
     label_value: Option<&str>,
     value: u64,
 ) -> fmt::Result {
-    write!(out, "{}{{publish=\"{whose}\"", family.name)?;
+    write!(out, "{}{{publish=\"{series}\"", family.name)?;
     if let (Some(label), Some(value)) = (family.label, label_value) {
         write!(out, ",{label}=\"{value}\"")?;
     }
@@ -390,7 +391,7 @@ fn head(name: &str, kind: Kind, help: &str, out: &mut impl Write) -> fmt::Result
 
 /// Use of the limits of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fill {
+pub struct EngineUsage {
     /// Published ports with their own series, and without.
     pub ports: [u64; 2],
     /// TCP connections of all ports.
@@ -409,8 +410,8 @@ pub struct Fill {
     pub descriptors_limit: u64,
 }
 
-/// The families of [`Fill`].
-pub const FILL_FAMILIES: [&str; 7] = [
+/// The families of [`EngineUsage`].
+pub const USAGE_FAMILIES: [&str; 7] = [
     "tidegate_proxy_ports",
     "tidegate_proxy_connections_limit",
     "tidegate_proxy_client_connections_max",
@@ -420,7 +421,7 @@ pub const FILL_FAMILIES: [&str; 7] = [
     "tidegate_proxy_descriptors_limit",
 ];
 
-impl Fill {
+impl EngineUsage {
     /// Writes the families in the Prometheus text format (exposition format 0.0.4).
     ///
     /// # Errors
@@ -434,7 +435,7 @@ impl Fill {
             held_limit,
             descriptors,
             descriptors_limit,
-        ] = FILL_FAMILIES;
+        ] = USAGE_FAMILIES;
         let help = "Published ports, one per socket: own if the port has its own series, other if it is part of a sum.";
         head(ports, Kind::Gauge, help, out)?;
         for (series, count) in ["own", "other"].iter().zip(self.ports) {
@@ -520,7 +521,7 @@ mod tests {
 
     static TIMES: Histogram<8> = Histogram::new(&LIFE_BOUNDS);
 
-    fn snapshot(whose: Whose) -> PortSnapshot {
+    fn snapshot(series: SeriesLabel) -> PortSnapshot {
         TIMES.record(std::time::Duration::from_millis(20));
         PortSnapshot {
             accepted: 3,
@@ -530,12 +531,12 @@ mod tests {
             bytes: [10, 20],
             datagrams: [4, 5],
             life: TIMES.read(),
-            ..PortSnapshot::empty(whose)
+            ..PortSnapshot::empty(series)
         }
     }
 
     fn port(label: &str) -> PortSnapshot {
-        snapshot(Whose::Port(label.parse().unwrap()))
+        snapshot(SeriesLabel::Port(label.parse().unwrap()))
     }
 
     #[test]
@@ -575,7 +576,7 @@ mod tests {
 
     #[test]
     fn snapshots_add_up_and_closed_ports_add_no_gauges() {
-        let mut sum = PortSnapshot::empty(Whose::Others(Protocol::Udp));
+        let mut sum = PortSnapshot::empty(SeriesLabel::Others(Protocol::Udp));
         let (one, gone) = (port("[::]:53/udp"), port("[::]:54/udp"));
         sum.add(&one);
         sum.add_counted(&gone);
@@ -592,7 +593,7 @@ mod tests {
 
     #[test]
     fn usage_is_written_with_its_limits() {
-        let fill = Fill {
+        let usage = EngineUsage {
             ports: [1000, 24],
             connections: 7,
             connections_limit: 100_000,
@@ -603,8 +604,8 @@ mod tests {
             descriptors_limit: 1000,
         };
         let mut text = String::new();
-        fill.describe(&mut text).unwrap();
-        for family in FILL_FAMILIES {
+        usage.describe(&mut text).unwrap();
+        for family in USAGE_FAMILIES {
             assert_eq!(text.matches(&format!("# TYPE {family} gauge\n")).count(), 1, "{family}");
         }
         assert!(text.contains("tidegate_proxy_ports{series=\"other\"} 24\n"), "{text}");

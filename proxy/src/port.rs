@@ -76,7 +76,7 @@ reasons! {
 
 reasons! {
     /// Why a datagram was dropped.
-    Drop {
+    DropReason {
         /// The client is not on the allow-list of the port, or denied by the
         /// [`GatewayAcl`](crate::GatewayAcl).
         NotAllowed = "not_allowed",
@@ -126,7 +126,7 @@ pub(crate) struct PortStats<T = AtomicU64> {
     pub(crate) bytes: [T; Direction::ALL.len()],
     pub(crate) datagrams: [T; Direction::ALL.len()],
     pub(crate) refused: [T; Refusal::ALL.len()],
-    pub(crate) dropped: [T; Drop::ALL.len()],
+    pub(crate) dropped: [T; DropReason::ALL.len()],
     /// TCP connections that ended in a reset, or UDP sessions evicted.
     pub(crate) cut: T,
     /// Allocated with the first connection, because most published ports are idle.
@@ -152,7 +152,7 @@ impl<T: Tally> PortStats<T> {
         self.refused[refusal as usize].add(1);
     }
 
-    pub(crate) fn drop_datagrams(&self, reason: Drop, count: u64) {
+    pub(crate) fn drop_datagrams(&self, reason: DropReason, count: u64) {
         if count > 0 {
             self.dropped[reason as usize].add(count);
         }

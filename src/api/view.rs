@@ -192,7 +192,7 @@ impl View {
     }
 
     pub(super) fn figures(&self) -> Figures {
-        let fill = self.publisher.fill();
+        let usage = self.publisher.usage();
         let figures = self.publisher.figures();
         Figures {
             project: self.project.clone(),
@@ -200,8 +200,8 @@ impl View {
             started: time(self.started),
             elapsed_ms: self.begun.elapsed().as_millis() as u64,
             ports: figures.iter().map(|(port, figures)| port_figures(port, figures)).collect(),
-            connections: Fill { used: fill.connections, limit: fill.connections_limit },
-            descriptors: Fill { used: fill.descriptors, limit: fill.descriptors_limit },
+            connections: Fill { used: usage.connections, limit: usage.connections_limit },
+            descriptors: Fill { used: usage.descriptors, limit: usage.descriptors_limit },
             networks: self.network_figures(),
             nat: self.nat.as_ref().map(nat_figures),
             upstreams: self.names.upstreams().iter().map(upstream_figures).collect(),

@@ -184,7 +184,7 @@ impl Publish {
                 let served = recorder.status().served();
                 let view = Arc::clone(&engine);
                 recorder
-                    .serve(move || (view.snapshot(), view.fill()))
+                    .serve(move || (view.snapshot(), view.usage()))
                     .context("metrics endpoint")?;
                 served
             }

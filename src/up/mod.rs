@@ -534,7 +534,7 @@ impl Up {
                 let recorder = recorder.controlled_by(acl);
                 let told = Arc::clone(&publisher);
                 recorder
-                    .serve(move || (told.snapshot(), told.fill()))
+                    .serve(move || (told.snapshot(), told.usage()))
                     .context("metrics endpoint")?;
             }
             let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);

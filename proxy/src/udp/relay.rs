@@ -3,7 +3,7 @@
 use super::session_table::{Client, SessionTable};
 use crate::engine::Shared;
 use crate::listener::{Listener, enable_gro, prepare_datagrams};
-use crate::port::{Direction, Drop, Port, Tally};
+use crate::port::{Direction, DropReason, Port, Tally};
 use crate::tcp::log_revived;
 use crate::upstream::{Flow, Lease, is_exhaustion};
 use crate::worker::{PortState, SessionRef, Tag, Worker};
@@ -94,10 +94,10 @@ impl Relay {
         let stats = &self.port.stats;
         stats.add_bytes(direction, sent.bytes);
         stats.datagrams[direction as usize].add(sent.datagrams);
-        stats.drop_datagrams(Drop::NoRoom, sent.no_room);
-        stats.drop_datagrams(Drop::TooLong, sent.too_long);
-        stats.drop_datagrams(Drop::BackendUnreachable, sent.failed);
-        stats.drop_datagrams(Drop::BackendRefused, sent.refusals);
+        stats.drop_datagrams(DropReason::NoRoom, sent.no_room);
+        stats.drop_datagrams(DropReason::TooLong, sent.too_long);
+        stats.drop_datagrams(DropReason::BackendUnreachable, sent.failed);
+        stats.drop_datagrams(DropReason::BackendRefused, sent.refusals);
     }
 }
 
@@ -176,7 +176,7 @@ impl Worker {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    relay.port.stats.drop_datagrams(Drop::BackendRefused, 1);
+                    relay.port.stats.drop_datagrams(DropReason::BackendRefused, 1);
                     continue;
                 }
                 Err(error) => {
@@ -228,7 +228,7 @@ impl SessionOpener<'_, '_> {
         relay: &mut Relay,
         client: Client,
         datagram: &Datagram<'_>,
-    ) -> Result<Key, Drop> {
+    ) -> Result<Key, DropReason> {
         let ingress = Ingress {
             client: client.address,
             destination: datagram.sent_to,
@@ -238,7 +238,7 @@ impl SessionOpener<'_, '_> {
         };
         // Also for existing sessions: a forged datagram may differ by its ingress interface only.
         if relay.port.options.gateway_acl.denies(&ingress) {
-            return Err(Drop::NotAllowed);
+            return Err(DropReason::NotAllowed);
         }
         if let Some(session) = relay.sessions.find(&client) {
             if relay.is_path_valid(session, self.cx.now) {
@@ -249,18 +249,18 @@ impl SessionOpener<'_, '_> {
         }
         check_access(relay, &client)?;
         if self.shared.loop_guard.is_reflected(client.address, &relay.port.options.gateway_acl) {
-            return Err(Drop::Reflected);
+            return Err(DropReason::Reflected);
         }
         self.open(relay, client)
     }
 
-    fn open(self, relay: &mut Relay, client: Client) -> Result<Key, Drop> {
+    fn open(self, relay: &mut Relay, client: Client) -> Result<Key, DropReason> {
         let free = self.shared.descriptors.left();
         if let Some(evicted) = relay.sessions.make_room(&client, free, self.cx.now) {
             self.references.remove(relay.count_ended(&evicted));
             relay.port.stats.cut.add(1);
         }
-        let permit = self.shared.descriptors.take(1).ok_or(Drop::Exhausted)?;
+        let permit = self.shared.descriptors.take(1).ok_or(DropReason::Exhausted)?;
         let flow = Flow {
             protocol: Protocol::Udp,
             client: client.address,
@@ -271,11 +271,15 @@ impl SessionOpener<'_, '_> {
         };
         let opened = relay.port.options.upstream.open(&flow).map_err(|error| {
             tracing::debug!(publish = %relay.port.label, %error, "backend unreachable");
-            if is_exhaustion(&error) { Drop::Exhausted } else { Drop::BackendUnreachable }
+            if is_exhaustion(&error) {
+                DropReason::Exhausted
+            } else {
+                DropReason::BackendUnreachable
+            }
         })?;
         // The reply would go to the backend itself, in an endless loop.
         if peer(&opened.socket) == Some(client.address) {
-            return Err(Drop::Reflected);
+            return Err(DropReason::Reflected);
         }
         // Receive offload requires Linux 5.0. Without it only throughput is lower.
         let _ = enable_gro(&opened.socket);
@@ -301,9 +305,9 @@ impl SessionOpener<'_, '_> {
         });
         relay.port.stats.accepted.add(1);
         relay.port.stats.live.fetch_add(1, Ordering::Relaxed);
-        let session = session.ok_or(Drop::Exhausted)?;
+        let session = session.ok_or(DropReason::Exhausted)?;
         let Some((_, carried)) = relay.sessions.get_mut(session) else {
-            return Err(Drop::Exhausted);
+            return Err(DropReason::Exhausted);
         };
         if self
             .cx
@@ -312,17 +316,17 @@ impl SessionOpener<'_, '_> {
             .is_err()
         {
             end_session(relay, self.references, session);
-            return Err(Drop::Exhausted);
+            return Err(DropReason::Exhausted);
         }
         Ok(session)
     }
 }
 
 /// Checks the allow-list for a new client.
-fn check_access(relay: &Relay, client: &Client) -> Result<(), Drop> {
+fn check_access(relay: &Relay, client: &Client) -> Result<(), DropReason> {
     let allow = relay.port.options.allow.as_ref();
     if allow.is_some_and(|allow| !allow.contains(client.address.ip())) {
-        return Err(Drop::NotAllowed);
+        return Err(DropReason::NotAllowed);
     }
     Ok(())
 }

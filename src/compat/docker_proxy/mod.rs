@@ -155,7 +155,7 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     engine.publish(vec![(listener, options.container.port())], &Arc::new(port_options))?;
     if let Some(recorder) = recorder {
         let view = Arc::clone(&engine);
-        recorder.serve(move || (view.snapshot(), view.fill()))?;
+        recorder.serve(move || (view.snapshot(), view.usage()))?;
     }
     if source != Source::Client {
         confine::proxy_is_ready();
