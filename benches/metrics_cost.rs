@@ -49,7 +49,7 @@ fn main() {
 
 /// A connection whose ends both belong to the test.
 struct Line<T: Tally> {
-    carrier: BenchConnection<T>,
+    connection: BenchConnection<T>,
     client: TcpStream,
     backend: TcpStream,
 }
@@ -66,8 +66,8 @@ impl<T: Tally> Line<T> {
             Ok((client, server))
         };
         let ((client, at_client), (backend, at_backend)) = (pair()?, pair()?);
-        let carrier = BenchConnection::new(OwnedFd::from(at_client), OwnedFd::from(at_backend));
-        Ok(Self { carrier, client, backend })
+        let connection = BenchConnection::new(OwnedFd::from(at_client), OwnedFd::from(at_backend));
+        Ok(Self { connection, client, backend })
     }
 
     /// The time of the iterations for messages of `size` bytes to the backend and back.
@@ -78,7 +78,7 @@ impl<T: Tally> Line<T> {
             for (from, to) in [(&self.client, &self.backend), (&self.backend, &self.client)] {
                 { from }.write_all(&message)?;
                 let begun = Instant::now();
-                let goes_on = black_box(self.carrier.turn());
+                let goes_on = black_box(self.connection.turn());
                 spent += begun.elapsed();
                 assert!(goes_on, "a connection ended");
                 { to }.read_exact(&mut message)?;
