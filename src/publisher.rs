@@ -458,7 +458,7 @@ impl Publisher {
             };
             let at_gateways = with(acl.clone());
             let outside = if self.host_context.is_rootless() {
-                with(acl.for_sockets_elsewhere())
+                with(acl.for_other_namespace())
             } else {
                 Arc::clone(&at_gateways)
             };

@@ -43,7 +43,7 @@ impl<T: Tally> BenchConnection<T> {
         let permit = descriptors.take(2).expect("64 descriptors are available");
         let phase = Phase::Open { since: Instant::now() };
         let shares =
-            Arc::new(Shares::new(Limits { connections: 1, of_client: None, bytes: 1 << 30 }));
+            Arc::new(Shares::new(Limits { connections: 1, per_client: None, bytes: 1 << 30 }));
         let holder = Holder { client: localhost, port: 0 };
         shares.add(holder, 0);
         let reservation = Reservation::new(shares, holder, 0, permit);

@@ -238,7 +238,7 @@ impl Engine {
             loads: (0..workers).map(|_| AtomicUsize::new(0)).collect(),
             shares: Arc::new(Shares::new(Limits {
                 connections: settings.max_connections,
-                of_client: settings.max_client_connections,
+                per_client: settings.max_client_connections,
                 bytes: settings.held_bytes,
             })),
             several_ports: AtomicBool::new(false),
@@ -255,8 +255,9 @@ impl Engine {
     }
 
     /// Serves `listeners`, each with its container port, with common options. UDP ports are
-    /// distributed over the loops. Must be called in the namespace of the listeners if it is the
-    /// namespace of the host.
+    /// distributed over the loops. Must be called in the namespace in which ports are published,
+    /// because it creates the probe sockets of [`LoopGuard`] there. Individual listeners may be in
+    /// other namespaces.
     ///
     /// # Errors
     /// If no event loop can be started (no thread or no descriptor). The listeners are then closed.
@@ -306,14 +307,14 @@ impl Engine {
         {
             *ports.tcp_numbers.entry(port.label.address().port()).or_default() += 1;
         }
-        self.update_port_count(&ports);
+        self.update_several_ports(&ports);
         ports.published.extend(published);
         drop(ports);
         Ok(ids)
     }
 
-    /// Reserves series for up to `count` ports and returns for how many. Also for ports that are
-    /// forwarded elsewhere, such as by the NAT engine, and reported together with these.
+    /// Reserves series for up to `count` ports and returns for how many. Also covers ports that the
+    /// NAT engine forwards and that are reported together with these.
     pub fn reserve_series(&self, count: usize) -> usize {
         let mut ports = self.ports();
         let left = self.shared.settings.ports_with_series.saturating_sub(ports.with_series);
@@ -342,7 +343,7 @@ impl Engine {
                     sockets.remove();
                 }
             }
-            self.update_port_count(&ports);
+            self.update_several_ports(&ports);
             port
         };
         if port.label.protocol() == Protocol::Udp {
@@ -357,13 +358,13 @@ impl Engine {
         true
     }
 
-    fn update_port_count(&self, ports: &Ports) {
+    fn update_several_ports(&self, ports: &Ports) {
         self.shared.several_ports.store(ports.tcp_numbers.len() > 1, Ordering::Relaxed);
     }
 
-    /// Adds the address of a UDP port that is served elsewhere, such as by the NAT engine.
-    /// Datagrams that claim it as their source are dropped as well. Must be called in the namespace
-    /// of the ports.
+    /// Adds the address of a UDP port that another component serves, such as the NAT engine.
+    /// Datagrams with this source are dropped as well. Must be called in the namespace in which
+    /// ports are published.
     pub fn add_foreign_udp_port(&self, address: SocketAddr) {
         self.shared.loop_guard.add(address);
     }
@@ -373,8 +374,8 @@ impl Engine {
         self.shared.loop_guard.remove(address);
     }
 
-    /// Whether a datagram of `client` claims a published port as its source. A reply would go to
-    /// that port, and its service would reply in turn, in an endless loop.
+    /// Whether the source of a datagram, `client`, is a published port. A reply would go to that
+    /// port, and its service would reply in turn, in an endless loop.
     pub fn is_reflected(&self, client: SocketAddr, acl: &GatewayAcl) -> bool {
         self.shared.loop_guard.is_reflected(client, acl)
     }
@@ -464,14 +465,13 @@ impl Engine {
         }
     }
 
-    /// Releases the series of one port that is forwarded elsewhere.
+    /// Releases the series of one port that another component serves.
     pub fn release_series(&self) {
         let mut ports = self.ports();
         ports.with_series = ports.with_series.saturating_sub(1);
     }
 
-    /// Adds the counters of a closed port that was forwarded elsewhere and had no series of its
-    /// own.
+    /// Adds the counters of a closed port that another component served without its own series.
     pub fn add_closed(&self, counted: &PortSnapshot) {
         self.ports().add_closed(counted);
     }

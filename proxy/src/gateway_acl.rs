@@ -80,7 +80,7 @@ impl GatewayNetwork {
 pub struct GatewayNetworks {
     networks: RwLock<Vec<GatewayNetwork>>,
     /// Networks of other projects on this host, by bridge index.
-    of_others: RwLock<BTreeMap<u32, ForeignNetwork>>,
+    foreign: RwLock<BTreeMap<u32, ForeignNetwork>>,
 }
 
 /// A network of another project on this host.
@@ -96,7 +96,7 @@ impl GatewayNetworks {
     /// Creates a value with these networks.
     #[must_use]
     pub fn new(networks: Vec<GatewayNetwork>) -> Self {
-        Self { networks: RwLock::new(networks), of_others: RwLock::default() }
+        Self { networks: RwLock::new(networks), foreign: RwLock::default() }
     }
 
     /// Sets the bridge index of each network by name. A network without an index has no bridge.
@@ -116,8 +116,8 @@ impl GatewayNetworks {
 
     /// Sets the networks of other projects by bridge index. Networks of this project may be
     /// included.
-    pub fn set_others(&self, networks: BTreeMap<u32, ForeignNetwork>) {
-        *self.of_others.write().unwrap_or_else(PoisonError::into_inner) = networks;
+    pub fn set_foreign_networks(&self, networks: BTreeMap<u32, ForeignNetwork>) {
+        *self.foreign.write().unwrap_or_else(PoisonError::into_inner) = networks;
     }
 
     /// For one decision; no system call is made while the lock is held.
@@ -126,8 +126,8 @@ impl GatewayNetworks {
     }
 
     /// Compares `ingress` with the networks of other projects.
-    fn foreign(&self, ingress: &Ingress) -> Foreign {
-        let networks = self.of_others.read().unwrap_or_else(PoisonError::into_inner);
+    fn classify_foreign(&self, ingress: &Ingress) -> Foreign {
+        let networks = self.foreign.read().unwrap_or_else(PoisonError::into_inner);
         let client = canonical(ingress.client).ip();
         let has_client =
             |network: &ForeignNetwork| network.subnets.iter().any(|net| net.contains(&client));
@@ -157,7 +157,7 @@ pub struct GatewayAcl {
     /// Names of the networks that the endpoint is attached to.
     attached: Arc<BTreeSet<String>>,
     /// The sockets are in a different namespace from the bridges.
-    elsewhere: bool,
+    other_namespace: bool,
 }
 
 impl GatewayAcl {
@@ -166,14 +166,14 @@ impl GatewayAcl {
     #[must_use]
     pub fn new(networks: Arc<GatewayNetworks>, attached: impl IntoIterator<Item = String>) -> Self {
         let attached = Arc::new(attached.into_iter().collect());
-        Self { networks: Some(networks), attached, elsewhere: false }
+        Self { networks: Some(networks), attached, other_namespace: false }
     }
 
     /// Returns the list for sockets in a different namespace from the networks. There is no bridge
     /// in that namespace, and traffic of members does not arrive there with their addresses.
     #[must_use]
-    pub fn for_sockets_elsewhere(&self) -> Self {
-        Self { elsewhere: true, ..self.clone() }
+    pub fn for_other_namespace(&self) -> Self {
+        Self { other_namespace: true, ..self.clone() }
     }
 
     /// Whether the list denies nothing, so that the ingress need not be determined.
@@ -193,7 +193,7 @@ impl GatewayAcl {
     #[must_use]
     pub fn denies(&self, ingress: &Ingress) -> bool {
         let Some(networks) = &self.networks else { return false };
-        let foreign = networks.foreign(ingress);
+        let foreign = networks.classify_foreign(ingress);
         !self.allows(&networks.read(), foreign, ingress)
     }
 
@@ -217,8 +217,8 @@ impl GatewayAcl {
         if destination.is_loopback() {
             return false;
         }
-        if self.elsewhere {
-            return self.allows_elsewhere(networks, client, destination, handshake);
+        if self.other_namespace {
+            return self.allows_from_other_namespace(networks, client, destination, handshake);
         }
         match networks.iter().find(|network| network.bridge == Bridge::Present(interface)) {
             Some(network) => {
@@ -266,7 +266,7 @@ impl GatewayAcl {
 
     /// Decides about traffic to a socket in a different namespace from the networks. Traffic of
     /// members reaches it only through the NAT engine, with an address of the host.
-    fn allows_elsewhere(
+    fn allows_from_other_namespace(
         &self,
         networks: &[GatewayNetwork],
         client: IpAddr,
@@ -469,7 +469,7 @@ mod tests {
         ];
         assert!(ingresses.iter().all(|ingress| !port.denies(ingress)), "not yet known as internal");
         let foreign = ForeignNetwork { internal: true, subnets: Vec::new() };
-        networks.set_others([THEIRS, SHUT].map(|index| (index, foreign.clone())).into());
+        networks.set_foreign_networks([THEIRS, SHUT].map(|index| (index, foreign.clone())).into());
         assert!(ingresses.iter().all(|ingress| port.denies(ingress)));
         assert!(
             !port.denies(&connection(SHUT, "10.77.3.7", "10.77.3.1")),
@@ -488,7 +488,7 @@ mod tests {
             internal: false,
             subnets: ["10.78.1.0/24", "fd78:1::/64"].map(|net| net.parse().unwrap()).into(),
         };
-        networks.set_others([(THEIRS, foreign)].into());
+        networks.set_foreign_networks([(THEIRS, foreign)].into());
         for client in ["10.78.1.7", "fd78:1::7", "::ffff:10.78.1.7"] {
             for (interface, allowed) in [(THEIRS, true), (UPLINK, false), (THEIRS + 1, false)] {
                 let datagram = datagram(interface, client, "203.0.113.1");
@@ -502,7 +502,7 @@ mod tests {
     /// Without root, the sockets are in the namespace of the host, and the bridges are not.
     #[test]
     fn sockets_in_another_namespace_ignore_bridge_indexes() {
-        let port = attached(&["front"]).for_sockets_elsewhere();
+        let port = attached(&["front"]).for_other_namespace();
         for (interface, client, destination, datagrams, connections) in [
             (LOOPBACK, "127.0.0.1", "127.0.0.1", true, true),
             (UPLINK, "203.0.113.1", "203.0.113.1", true, true),

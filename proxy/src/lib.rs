@@ -42,5 +42,5 @@ pub use proxy_protocol::ProxyProtocol;
 pub use tidegate_reactor::Permit;
 pub use udp::session_table::TableLimits;
 pub use upstream::{
-    Direct, Flow, Lease, Opened, Upstream, has_lost_its_address, is_exhaustion, socket,
+    Direct, Flow, Lease, Opened, Upstream, has_lost_local_address, is_exhaustion, socket,
 };

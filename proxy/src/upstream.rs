@@ -105,7 +105,7 @@ impl Upstream for Direct {
     }
 
     fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
-        has_lost_its_address(socket)
+        has_lost_local_address(socket)
     }
 }
 
@@ -113,7 +113,7 @@ impl Upstream for Direct {
 ///
 /// The kernel reports this to a connected IPv4 socket, but not to an IPv6 socket, which continues
 /// to send.
-pub fn has_lost_its_address(socket: BorrowedFd<'_>) -> bool {
+pub fn has_lost_local_address(socket: BorrowedFd<'_>) -> bool {
     let local =
         rustix::net::getsockname(socket).ok().and_then(|local| SocketAddr::try_from(local).ok());
     let Some(mut local) = local else { return false };

@@ -102,7 +102,7 @@ pub(crate) enum PortState {
     Tcp {
         port: Arc<Port>,
         listener: Listener,
-        /// Not accepting, because descriptors are exhausted.
+        /// Not accepting: descriptors are exhausted, or the socket could not be restored.
         paused: bool,
         accept_batch: AcceptBatch,
     },

@@ -14,7 +14,7 @@ use tidegate_model::{Protocol, registry};
 use tidegate_netns::{
     AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl,
 };
-use tidegate_proxy::{Flow, Lease, Opened, Upstream, has_lost_its_address, socket};
+use tidegate_proxy::{Flow, Lease, Opened, Upstream, has_lost_local_address, socket};
 use tidegate_reactor::{SourcePorts, begin_connect};
 
 /// The sysctls that make TCP replies inherit the mark of their connection: replies of accepted
@@ -253,6 +253,6 @@ impl Upstream for NamespaceUpstream {
         // belong to the namespace of the container.
         let all_ours =
             !self.show_client && self.containers.iter().all(|container| container.connected);
-        all_ours && has_lost_its_address(socket)
+        all_ours && has_lost_local_address(socket)
     }
 }

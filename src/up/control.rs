@@ -501,7 +501,7 @@ impl Instance {
     /// Adapts networks to links, routes and rules of others that have come and gone.
     async fn adapt_to_host(&mut self) -> Result<(), SetupError> {
         let observed = self.setup.surroundings().await?;
-        self.up.gateway_networks.set_others(foreign_networks(&observed));
+        self.up.gateway_networks.set_foreign_networks(foreign_networks(&observed));
         let desired = &mut self.up.layout.desired;
         let ahead = rules_ahead(&observed);
         if ahead != desired.rules_ahead {

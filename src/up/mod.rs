@@ -466,7 +466,7 @@ impl Up {
         let bridges =
             bridge_indexes(&layout, host_context.networks()).context("look for the bridges")?;
         let gateway_networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&bridges)));
-        gateway_networks.set_others(foreign_networks(&observed));
+        gateway_networks.set_foreign_networks(foreign_networks(&observed));
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
         let publisher =
@@ -529,8 +529,7 @@ impl Up {
                 });
                 // As a port that belongs to no endpoint.
                 let acl = GatewayAcl::new(Arc::clone(&gateway_networks), []);
-                let acl =
-                    if host_context.is_rootless() { acl.for_sockets_elsewhere() } else { acl };
+                let acl = if host_context.is_rootless() { acl.for_other_namespace() } else { acl };
                 let recorder = recorder.controlled_by(acl);
                 let told = Arc::clone(&publisher);
                 recorder

@@ -97,9 +97,9 @@ impl Worker {
     pub(crate) fn accept(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(PortState::Tcp { accept_batch, .. }) = self.ports.get_mut(key) else { return };
         let expected = accept_batch.next_size(cx.round);
-        let came = (0..expected).find(|_| !self.accept_one(cx, key)).unwrap_or(expected);
+        let accepted = (0..expected).find(|_| !self.accept_one(cx, key)).unwrap_or(expected);
         if let Some(PortState::Tcp { accept_batch, .. }) = self.ports.get_mut(key) {
-            accept_batch.record(cx.round, came);
+            accept_batch.record(cx.round, accepted);
         }
     }
 
@@ -202,7 +202,7 @@ impl Worker {
         Capacity {
             port_limit: port.options.max_connections,
             descriptors: self.shared.descriptors.left() / 2 + usize::from(permit.is_some()),
-            among_others: self.shared.several_ports.load(Ordering::Relaxed),
+            several_ports: self.shared.several_ports.load(Ordering::Relaxed),
         }
     }
 
@@ -216,13 +216,15 @@ impl Worker {
         limit: Refusal,
         permit: Option<Permit>,
     ) {
-        let idlest = self.idle_order.get(&victim).and_then(List::oldest);
-        let Some(idlest) = idlest else { return self.refuse_at_limit(cx, &accepted, limit) };
-        if let Some(connection) = self.connections.get(idlest) {
+        let longest_idle = self.idle_order.get(&victim).and_then(List::oldest);
+        let Some(longest_idle) = longest_idle else {
+            return self.refuse_at_limit(cx, &accepted, limit);
+        };
+        if let Some(connection) = self.connections.get(longest_idle) {
             self.shared.log_limit(&connection.port, limit, cx.now);
         }
         self.shared.metrics.evicted(limit).increment(1);
-        self.cut_connection(cx, idlest);
+        self.cut_connection(cx, longest_idle);
         let Some(permit) = permit.or_else(|| self.shared.descriptors.take(2)) else {
             return self.refuse_at_limit(cx, &accepted, Refusal::Exhausted);
         };
@@ -389,8 +391,8 @@ impl Worker {
         }
     }
 
-    /// Watches the sides of connection `key` for writability that block a half, from the first time
-    /// that it blocks.
+    /// Adds writability to the epoll interest of each side of connection `key` that blocks a half.
+    /// Until then epoll reports readability only.
     pub(crate) fn watch_writable(&mut self, cx: &mut Context<'_>, key: Key) {
         let Some(connection) = self.connections.get_mut(key) else { return };
         for (side, tag) in [(Side::Backend, Tag::Backend), (Side::Client, Tag::Client)] {

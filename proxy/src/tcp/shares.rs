@@ -55,7 +55,7 @@ pub(crate) struct Capacity {
     /// Further connections that the free descriptors allow.
     pub(crate) descriptors: usize,
     /// Whether other ports are published.
-    pub(crate) among_others: bool,
+    pub(crate) several_ports: bool,
 }
 
 /// Limits over all ports.
@@ -63,7 +63,7 @@ pub(crate) struct Capacity {
 pub(crate) struct Limits {
     pub(crate) connections: usize,
     /// Maximum connections of one client, if lower than its share.
-    pub(crate) of_client: Option<usize>,
+    pub(crate) per_client: Option<usize>,
     /// Maximum bytes held for peers that do not read.
     pub(crate) bytes: usize,
 }
@@ -282,7 +282,7 @@ impl ShareTable {
         };
         let largest = || Some(self.connections.largest_holding(evictable(all, client_held)?)?.0);
 
-        if self.limits.of_client.is_some_and(|limit| client_held >= limit) {
+        if self.limits.per_client.is_some_and(|limit| client_held >= limit) {
             return Verdict::Refused(Refusal::ClientLimit);
         }
         let (limit, victim, otherwise) = if free == 0 {
@@ -296,7 +296,7 @@ impl ShareTable {
             (Refusal::TotalLimit, largest(), Verdict::Refused(Refusal::ClientLimit))
         } else if port_free > 0 && !may_take(client_held_at_port, port_free) {
             (Refusal::PortLimit, largest_at_port(), Verdict::Refused(Refusal::ClientLimit))
-        } else if port_free == 0 || capacity.among_others && !may_take(port_held / 2, free) {
+        } else if port_free == 0 || capacity.several_ports && !may_take(port_held / 2, free) {
             (Refusal::PortLimit, largest_at_port(), Verdict::Refused(Refusal::PortLimit))
         } else {
             return Verdict::Admitted;
@@ -387,10 +387,11 @@ mod tests {
     }
 
     fn table(connections: usize) -> ShareTable {
-        ShareTable::new(Limits { connections, of_client: None, bytes: 1000 })
+        ShareTable::new(Limits { connections, per_client: None, bytes: 1000 })
     }
 
-    const CAPACITY: Capacity = Capacity { port_limit: 1000, descriptors: 1000, among_others: true };
+    const CAPACITY: Capacity =
+        Capacity { port_limit: 1000, descriptors: 1000, several_ports: true };
 
     /// Returns how many of `asked` connections are admitted for `holder`.
     fn admitted(table: &mut ShareTable, holder: Holder, asked: usize, capacity: Capacity) -> usize {
@@ -402,7 +403,7 @@ mod tests {
         let mut table = table(9);
         assert_eq!(admitted(&mut table, holder(1, 1), 9, CAPACITY), 6);
         assert_eq!(table.admit(holder(1, 2), 0, CAPACITY), Verdict::Refused(Refusal::ClientLimit));
-        let alone = Capacity { among_others: false, ..CAPACITY };
+        let alone = Capacity { several_ports: false, ..CAPACITY };
         assert_eq!(admitted(&mut table, holder(2, 1), 1, alone), 1);
         assert_eq!(admitted(&mut table, holder(3, 2), 1, CAPACITY), 1);
     }
@@ -430,7 +431,7 @@ mod tests {
         let clients = (1..=10).map(|client| admitted(&mut table, holder(client, 1), 1, CAPACITY));
         assert_eq!(clients.sum::<usize>(), 8);
         assert_eq!(admitted(&mut table, holder(1, 2), 1, CAPACITY), 1);
-        let alone = Capacity { among_others: false, ..CAPACITY };
+        let alone = Capacity { several_ports: false, ..CAPACITY };
         assert_eq!(admitted(&mut table, holder(9, 1), 1, alone), 1);
     }
 
@@ -454,7 +455,7 @@ mod tests {
     #[test]
     fn the_client_limit_applies_below_the_share() {
         let mut table =
-            ShareTable::new(Limits { connections: 100, of_client: Some(2), bytes: 1000 });
+            ShareTable::new(Limits { connections: 100, per_client: Some(2), bytes: 1000 });
         assert_eq!(admitted(&mut table, holder(1, 1), 5, CAPACITY), 2);
     }
 
@@ -463,7 +464,7 @@ mod tests {
         let mut table = table(3);
         admitted(&mut table, holder(1, 1), 2, CAPACITY);
         table.hand_over(holder(1, 1), 0, 3);
-        admitted(&mut table, holder(2, 1), 1, Capacity { among_others: false, ..CAPACITY });
+        admitted(&mut table, holder(2, 1), 1, Capacity { several_ports: false, ..CAPACITY });
         let at = |verdict| match verdict {
             Verdict::Evict { at, .. } => Some(at),
             _ => None,
@@ -506,7 +507,7 @@ mod tests {
                     }
                     continue;
                 }
-                let capacity = Capacity { port_limit: 6, descriptors: 10 - held.len().min(10), among_others: true };
+                let capacity = Capacity { port_limit: 6, descriptors: 10 - held.len().min(10), several_ports: true };
                 match table.admit(holder, at, capacity) {
                     Verdict::Admitted => held.push((holder, at)),
                     Verdict::Evict { holder: victim, at, .. } => {
