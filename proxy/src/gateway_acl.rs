@@ -23,8 +23,8 @@
 //! | unknown | any | denied |
 //!
 //! For traffic of the host to itself, the kernel reports the interface that has the destination
-//! address, so `lo` alone does not identify the host. Equal source and destination addresses do:
-//! nobody else can establish such a connection, and
+//! address, so `lo` alone does not identify the host. Equal source and destination addresses do: no
+//! other host can establish such a connection, and
 //! [`Listener::drop_forged_own_source`](crate::Listener::drop_forged_own_source) drops such
 //! datagrams unless they were delivered by `lo`.
 //!

@@ -18,9 +18,9 @@
 //! ([`SessionTable::make_room`]).
 //!
 //! - At the limit of a source (an IPv4 address or an IPv6 /64), a session of the same source is
-//!   evicted: the longest idle tentative one whose backend has had time to reply, then the longest
-//!   idle assured one, then the longest idle one. A resolver that uses a new port for each query
-//!   thus loses sessions that it no longer needs.
+//!   evicted. The first choice is the longest idle tentative session, if it has been idle for
+//!   [`ANSWER_TIME`]; then the longest idle assured one; then the longest idle tentative one. A
+//!   resolver that uses a new port for each query thus loses sessions that it no longer needs.
 //! - At the limit of the port, the longest idle tentative session is evicted if most sessions are
 //!   tentative. A flood of forged sources then evicts its own sessions. Otherwise a session of the
 //!   source with the most sessions is evicted.
@@ -437,12 +437,12 @@ mod tests {
     }
 
     fn step() -> impl Strategy<Value = Step> {
-        let who = || (0u8..4, 0u16..4);
+        let address = || (0u8..4, 0u16..4);
         prop_oneof![
-            4 => who().prop_map(|(host, port)| Step::Datagram(host, port)),
-            2 => who().prop_map(|(host, port)| Step::Answer(host, port)),
+            4 => address().prop_map(|(host, port)| Step::Datagram(host, port)),
+            2 => address().prop_map(|(host, port)| Step::Answer(host, port)),
             2 => (0u64..120).prop_map(Step::Wait),
-            1 => who().prop_map(|(host, port)| Step::Remove(host, port)),
+            1 => address().prop_map(|(host, port)| Step::Remove(host, port)),
         ]
     }
 
