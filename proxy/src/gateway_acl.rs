@@ -31,6 +31,8 @@
 //! Broadcast and multicast that come in by an uplink are accepted: they reach a port on all
 //! addresses of the host and reveal nothing about its networks.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

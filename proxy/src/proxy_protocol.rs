@@ -5,6 +5,8 @@
 //! (proxy-protocol.txt, revision of 2020/03/05), sections 2.1 and 2.2. Only the command PROXY over
 //! TCP is implemented, without TLVs.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;

@@ -19,6 +19,8 @@
 //! ([`ShareTable::charge_bytes`]). If the sum exceeds the budget, a connection of the client that
 //! holds most bytes is evicted ([`ShareTable::over_budget`]).
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use crate::port::Refusal;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};

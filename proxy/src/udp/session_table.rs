@@ -28,6 +28,8 @@
 //! In addition, a source may have at most twice as many sessions as there are free descriptors
 //! ([`may_take`]); the same applies to a port.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
