@@ -19,6 +19,8 @@
 //! | [`Feature`] | kernel features that are optional, and their overrides |
 //! | [`registry`] | identifiers that tidegate claims on the host, and the ranges of other software that it avoids |
 
+#![forbid(unsafe_code)]
+
 mod cidr_set;
 pub mod feature;
 mod flow_key;

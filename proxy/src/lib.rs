@@ -14,6 +14,8 @@
 //!
 //! TCP is in [`tcp`], UDP in [`udp`]; the documentation of both starts with a theory of operation.
 
+#![forbid(unsafe_code)]
+
 mod config;
 
 #[doc(hidden)]

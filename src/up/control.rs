@@ -593,8 +593,10 @@ impl Instance {
         if let Err(problem) = attached {
             return self.note_failed_attachment(endpoint, problem, done);
         }
-        // Before its ports: should those not follow, the next look tries again, here.
-        self.up.adopted.set(endpoint, path.clone(), false);
+        // Before its ports are relocated: if that fails, the next check tries this path again. An
+        // endpoint that was gone stays so until its ports answer.
+        let gone = self.up.adopted.get(endpoint).is_some_and(|(_, gone)| gone);
+        self.up.adopted.set(endpoint, path.clone(), gone);
         // What goes on is a check of the namespace that it has left.
         self.work.abandon(endpoint);
         let old = self.up.publisher.namespace(endpoint).map(|namespace| namespace.id());
@@ -637,6 +639,7 @@ impl Instance {
         if let Err(problem) = relocated {
             return self.note_failed_attachment(endpoint, problem, done);
         }
+        self.up.adopted.set(endpoint, path.clone(), false);
         watch(&mut self.watch, endpoint, &namespace);
         tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "re-attached");
         self.note_health(endpoint.to_owned(), None);

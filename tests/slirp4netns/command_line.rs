@@ -51,8 +51,8 @@ fn invalid_options_and_targets_are_rejected_in_one_line() {
         ),
         (vec!["-c", "--api-socket=/proc/socket", &pid], "--api-socket \"/proc/socket\""),
         (vec!["-c", "--userns-path=/proc/1/ns/user", &pid], "--userns-path"),
-        (vec!["-c", &pid, "a name"], "no name for an interface"),
-        (vec!["-c", &pid, "averyveryverylong"], "no name for an interface"),
+        (vec!["-c", &pid, "a name"], "is not a valid interface name"),
+        (vec!["-c", &pid, "averyveryverylong"], "is not a valid interface name"),
     ] {
         let error = scene.refused(&arguments);
         assert!(error.contains(words), "{arguments:?}: {error}");
