@@ -463,6 +463,8 @@ impl Matrix {
         let firewall = self.mode.flags.iter().any(|flag| *flag != "--firewall=none");
         match from {
             _ if own == network => Some(true),
+            // Internal guards are BPF programs, which take root.
+            From::Inmate if self.mode.rootless => None,
             From::Inmate => Some(false),
             From::Host => None,
             // The gateways of an ordinary user's networks are in another namespace.
