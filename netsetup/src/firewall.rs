@@ -286,9 +286,10 @@ impl Firewall {
         state.ruleset.ports = ports;
     }
 
-    /// Which links of the host forward for the networks alone, from the next time that the rules
+    /// Which links of the host forward for the networks alone, and which bridges other projects
+    /// have, from the next time that the rules
     /// are put in place: they do not hold until then.
-    pub fn set_uplinks(&self, uplinks: &[Uplink]) {
+    pub fn set_uplinks(&self, uplinks: &[Uplink], bridges: BTreeSet<String>) -> bool {
         let of = |uplink: &Uplink| {
             let Uplink { link, v4, v6, .. } = uplink.clone();
             [(v4, (link.clone(), false)), (v6, (link, true))]
@@ -296,10 +297,14 @@ impl Firewall {
         let ours = uplinks.iter().filter(|uplink| uplink.ours).flat_map(of);
         let uplinks: Vec<_> = ours.filter(|(is, _)| *is).map(|(_, uplink)| uplink).collect();
         let mut state = self.state();
-        if state.ruleset.uplinks != uplinks {
-            state.ruleset.uplinks = uplinks;
+        // Without such links it does not matter which bridges there are.
+        let bridges = if uplinks.is_empty() { BTreeSet::new() } else { bridges };
+        let changes = (&state.ruleset.uplinks, &state.ruleset.bridges) != (&uplinks, &bridges);
+        if changes {
+            (state.ruleset.uplinks, state.ruleset.bridges) = (uplinks, bridges);
             state.stale = state.in_force;
         }
+        changes
     }
 
     /// Which answers leave by which reply path, from the next time that the rules are put in place:

@@ -37,7 +37,7 @@ use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
-use tidegate_model::{Ingress, canonical};
+use tidegate_model::{Ingress, canonical, registry};
 
 /// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
 const LOOPBACK: u32 = 1;
@@ -205,7 +205,11 @@ impl GatewayAcl {
         let Some(destination) = destination.map(|address| address.to_canonical()) else {
             return false;
         };
-        if interface == 0 {
+        // No kernel sends to an IPv6 address from an IPv4-mapped one, and no host has the addresses
+        // of NAT engines: a service would take such a client for the host.
+        let is_mapped = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+        let forged_family = is_mapped(ingress.client.ip()) && destination.is_ipv6();
+        if interface == 0 || forged_family || registry::ENGINE_ADDRESSES.contains(&client) {
             return false;
         }
         let is_gateway = |address| networks.iter().any(|network| network.has_gateway(address));
@@ -251,16 +255,19 @@ impl GatewayAcl {
         if network.internal {
             return is_attached && at_own_gateway;
         }
-        let link_local = match destination {
+        let is_link_local = |address: IpAddr| match address {
             IpAddr::V4(v4) => v4.is_link_local(),
             IpAddr::V6(v6) => v6.is_unicast_link_local(),
         };
+        let link_local = is_link_local(destination);
         let in_another = |address| {
             !network.contains(address) && networks.iter().any(|other| other.contains(address))
         };
         // A completed handshake proves the source address, and a container on two networks may use
-        // either bridge.
-        if in_another(destination) || !handshake && in_another(client) {
+        // either bridge. The reply to a datagram with a source outside of the network would go
+        // there.
+        let is_member = network.contains(client) || is_link_local(client);
+        if in_another(destination) || !handshake && !is_member {
             return false;
         }
         at_own_gateway || is_attached || !(link_local || to_group)
@@ -502,6 +509,27 @@ mod tests {
     }
 
     /// Without root, the sockets are in the namespace of the host, and the bridges are not.
+    #[test]
+    fn nobody_speaks_for_the_host_or_for_others() {
+        let port = attached(&["front"]);
+        for (interface, client, destination) in [
+            // IPv4-mapped addresses over IPv6, and those of NAT engines.
+            (UPLINK, "::ffff:127.0.0.1", "2001:db8::1"),
+            (UPLINK, "::ffff:203.0.113.9", "2001:db8::1"),
+            (FRONT, "::ffff:10.77.1.7", "fd77:1::1"),
+            (UPLINK, "169.254.116.103", "203.0.113.1"),
+            (FRONT, "fd74:6964:6567:6174::1", "fd77:1::1"),
+        ] {
+            assert!(port.denies(&datagram(interface, client, destination)), "{client}");
+            assert!(port.denies(&connection(interface, client, destination)), "{client}");
+        }
+        // A router in a container claims a client of the outside.
+        assert!(port.denies(&datagram(FRONT, "203.0.113.77", "10.77.1.1")));
+        assert!(!port.denies(&datagram(FRONT, "10.77.1.7", "10.77.1.1")));
+        // A socket of both families shows IPv4 clients so.
+        assert!(!port.denies(&datagram(UPLINK, "::ffff:203.0.113.9", "::ffff:203.0.113.1")));
+    }
+
     #[test]
     fn sockets_in_another_namespace_ignore_bridge_indexes() {
         let port = attached(&["front"]).for_other_namespace();

@@ -170,6 +170,7 @@ impl Listener {
             .and_then(|()| socket.set_cloexec(true))
             .and_then(|()| prepare(&socket, address, protocol));
         prepared.map_err(AdoptError::NotASocket)?;
+        accept_from_loopback(&socket, address);
         Ok(Self { socket: socket.into(), label: PublishLabel::new(address, protocol) })
     }
 
@@ -226,7 +227,20 @@ fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Socket> {
     }
     prepare(&socket, address, protocol)?;
     socket.bind(&address.into())?;
+    accept_from_loopback(&socket, address);
     Ok(socket)
+}
+
+/// Binds a socket at a loopback address to the interface `lo`, after the address: conflicts with
+/// sockets at all addresses are found as before. With `route_localnet` set, as by kube-proxy,
+/// packets to 127.0.0.0/8 come in from links too (CVE-2020-8558). Before Linux 5.7 this takes a
+/// privilege.
+fn accept_from_loopback(socket: &Socket, address: SocketAddr) {
+    if address.ip().to_canonical().is_loopback()
+        && let Err(error) = socket.bind_device(Some(b"lo"))
+    {
+        tracing::debug!(%address, %error, "socket not bound to the loopback interface");
+    }
 }
 
 fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Result<()> {

@@ -23,8 +23,8 @@ use super::layout::foreign_networks;
 use super::names::{NameServers, NewServer};
 use super::repair_schedule::{Check, SETTLE};
 use super::{
-    Instance, Signals, bridge_indexes, preceding_rule, reply_paths, rules_ahead, uplinks,
-    warn_of_preceding_rule,
+    Instance, Signals, bridge_indexes, foreign_bridges, preceding_rule, reply_paths, rules_ahead,
+    uplinks, warn_of_preceding_rule,
 };
 use crate::api::{Order, Problem};
 use crate::firewall::BypassedRules;
@@ -525,11 +525,12 @@ impl Instance {
             } else {
                 Vec::new()
             };
-            if uplinks != desired.uplinks || reply_paths != desired.reply_paths {
+            let bridges = foreign_bridges(&observed, desired);
+            let rules_change = firewall.set_uplinks(&uplinks, bridges);
+            if rules_change || uplinks != desired.uplinks || reply_paths != desired.reply_paths {
                 // A new link, or the host has begun to forward: not our networks that someone has
                 // changed.
                 (desired.uplinks, desired.reply_paths) = (uplinks, reply_paths);
-                firewall.set_uplinks(&desired.uplinks);
                 firewall.set_reply_paths(&desired.reply_paths);
                 self.setup.update(desired).await?;
             }

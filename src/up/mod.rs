@@ -410,7 +410,8 @@ impl Up {
             if chosen.publish == PublishBy::Kernel {
                 layout.desired.reply_paths = reply_paths(&observed, &project.name);
             }
-            firewall.set_uplinks(&layout.desired.uplinks);
+            let _ = firewall
+                .set_uplinks(&layout.desired.uplinks, foreign_bridges(&observed, &layout.desired));
             firewall.set_reply_paths(&layout.desired.reply_paths);
             firewall.prepare(zones(&layout.desired), openings(&layout, &ports, chosen.publish));
         }
@@ -676,11 +677,20 @@ fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
         (part.v4 || part.v6).then_some(part)
     };
     // Nobody comes by the networks of containers, of ours or of others.
-    let uplinks =
-        observed.uplinks.iter().filter(|uplink| !egress::is_bridge_of_containers(&uplink.link));
+    let uplinks = observed.uplinks.iter().filter(|uplink| {
+        !egress::is_bridge_of_containers(&uplink.link)
+            && !observed.bridges.contains_key(&uplink.link)
+    });
     uplinks
         .flat_map(|uplink| [true, false].into_iter().filter_map(|ours| one(uplink, ours)))
         .collect()
+}
+
+/// The bridges of other projects.
+fn foreign_bridges(observed: &Observed, desired: &Desired) -> BTreeSet<String> {
+    let is_ours =
+        |name: &String| desired.networks.iter().any(|network| network.bridge.name == *name);
+    observed.bridges.keys().filter(|name| !is_ours(name)).cloned().collect()
 }
 
 /// How far ahead of their usual priorities our policy rules have to be to precede those of other

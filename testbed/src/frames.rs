@@ -421,8 +421,29 @@ impl Forger {
                 let quoted = udp6((gateway6, 9), (outside6, 53), MARKER);
                 let kind6 = self.pick(&[1, 2, 3, 4]);
                 let error = [&[kind6, 0, 0, 0, 0, 0, 5, 0][..], &quoted].concat();
-                match self.next() % 5 {
+                match self.next() % 8 {
                     0 => ip4(&packet),
+                    // The first fragment of such an error. The trailer of the frame quotes a packet
+                    // to the sender.
+                    5 => {
+                        let mut first = ipv4(own4, gateway4, 1, &[kind, 0, 0, 0, 0, 0, 0, 0]);
+                        first[6] = 0x20;
+                        ip4(&[first, udp4((outside, 53), (own4, 9), &[])].concat())
+                    }
+                    // About a packet to the sender, with a segment routing header to another host.
+                    6 => {
+                        let header = [&[17, 2, 4, 0, 0, 0, 0, 0][..], &outside6.octets()].concat();
+                        let quoted = ipv6(gateway6, own6, 43, &[&header[..], &[0; 8]].concat());
+                        let head = [kind6, 0, 0, 0, 0, 0, 5, 0];
+                        ip6(&icmp6(own6, gateway6, &[&head[..], &quoted].concat()))
+                    }
+                    // A router advertisement in a fragment.
+                    7 => {
+                        let advertisement = [134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+                        let header = [58, 0, 0, 0, 0, 0, 0, 1];
+                        let fragment = [&header[..], &advertisement].concat();
+                        ip6(&ipv6(own_link, ALL_NODES, 44, &fragment))
+                    }
                     // Only the ICMP header; the quoted packet would be in later fragments.
                     1 => {
                         packet[6] = 0x20;

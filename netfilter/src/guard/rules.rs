@@ -47,10 +47,10 @@
 //! (`ndisc_parse_options`), so a message with more than one option is not looked through but
 //! dropped.
 //!
-//! Every fragment has the source address. Linux ignores fragmented neighbour discovery (RFC 6980,
-//! `ndisc_suppress_frag_ndisc`, net/ipv6/ndisc.c), but not fragmented ICMP errors. So the first
-//! fragment of an ICMPv6 error is dropped (no error is larger than 1280 bytes), and that of an ICMP
-//! error has to show the quoted destination. The payload of later fragments is not looked at.
+//! Every fragment has the source address, and only the first has a header. The first fragment of an
+//! ICMP error is dropped, and of ICMPv6 that of everything but echoes: a guard sees one frame, and
+//! the receiver what several make together. No kernel fragments errors (at most 576 bytes, RFC
+//! 1812, 4.3.2.3, and 1280, RFC 4443, 2.4) or neighbour discovery (RFC 6980).
 
 use ipnet::IpNet;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -245,8 +245,11 @@ mod at {
     pub(super) const V4_DESTINATION: u16 = NETWORK + 16;
     /// The type of an ICMP message behind a header without options.
     pub(super) const V4_ICMP: u16 = NETWORK + 20;
-    /// The destination of the packet that an ICMP error quotes (RFC 792).
+    /// The protocol and the destination of the packet that an ICMP error quotes (RFC 792).
+    pub(super) const V4_QUOTED_PROTOCOL: u16 = V4_ICMP + 8 + 9;
     pub(super) const V4_QUOTED_DESTINATION: u16 = V4_ICMP + 8 + 16;
+    /// The type of an IGMP message behind the router alert option (RFC 3376, 4).
+    pub(super) const V4_IGMP: u16 = NETWORK + 24;
     pub(super) const V6_PAYLOAD_LENGTH: u16 = NETWORK + 4;
     pub(super) const V6_NEXT: u16 = NETWORK + 6;
     pub(super) const V6_SOURCE: u16 = NETWORK + 8;
@@ -255,7 +258,9 @@ mod at {
     /// extension header.
     pub(super) const V6_PAYLOAD: u16 = NETWORK + 40;
     pub(super) const V6_TCP_FLAGS: u16 = V6_PAYLOAD + 13;
-    /// The destination of the packet that an ICMPv6 error quotes (RFC 4443, 3).
+    /// What follows the IPv6 header of the packet that an ICMPv6 error quotes, and its destination
+    /// (RFC 4443, 3).
+    pub(super) const V6_QUOTED_NEXT: u16 = V6_PAYLOAD + 8 + 6;
     pub(super) const V6_QUOTED_DESTINATION: u16 = V6_PAYLOAD + 8 + 24;
     /// Of a fragment header (RFC 8200, 4.5): the offset, in its upper 13 bits, and what follows.
     pub(super) const V6_FRAGMENT_OFFSET: u16 = V6_PAYLOAD + 2;
@@ -292,6 +297,12 @@ const AFTER_EXTENSION: [u8; 9] = [4, TCP, UDP, 41, 47, 50, 59, 115, 132];
 /// ICMP errors: destination unreachable, source quench, time exceeded, parameter problem (RFC 792).
 const ICMP_ERRORS: [u8; 4] = [3, 4, 11, 12];
 const ICMP_REDIRECT: u8 = 5;
+
+/// An IGMP membership query, which a router sends (RFC 3376, 4.1).
+const IGMP_QUERY: u8 = 0x11;
+
+/// Echo requests and replies.
+const ECHO_V6: [u8; 2] = [128, 129];
 
 /// MLD: reports of version 1, its done message, reports of version 2.
 const MLD_REPORTS: [u8; 3] = [131, 132, 143];
@@ -415,6 +426,7 @@ fn own(policy: &PortPolicy) -> Vec<Rule> {
             not_to_loopback(),
             is(at::V4_SOURCE, &ip.octets()),
             is_not(at::V4_PROTOCOL, &[ICMP]),
+            is_not(at::V4_PROTOCOL, &[IGMP]),
         ]
     });
     let v6 = policy.v6_sources().into_iter().map(|ip| {
@@ -464,12 +476,16 @@ fn first_fragment_v4() -> [Test; 2] {
 fn icmp_errors_v4(own: &[Ipv4Addr]) -> Vec<Rule> {
     let first = || icmp_v4().chain(first_fragment_v4());
     let dropped = Verdict::Drop(SpoofReason::IcmpError);
+    // Where more fragments follow, the frame may quote one packet behind the end of the fragment,
+    // and the next fragment another one.
+    let whole = Test::Bits { at: at::V4_FRAGMENT, value: 0, mask: 0x20 };
     let mut rules = vec![rule(first().chain([is_not(at::V4_HEAD, &WITHOUT_OPTIONS)]), dropped)];
     for kind in ICMP_ERRORS {
         let error = || first().chain([is(at::V4_ICMP, &[kind])]);
         rules.extend(own.iter().map(|ip| {
             let about = is(at::V4_QUOTED_DESTINATION, &ip.octets());
-            rule(error().chain([about]), Verdict::Accept)
+            let no_ping = is_not(at::V4_QUOTED_PROTOCOL, &[ICMP]);
+            rule(error().chain([whole.clone(), about, no_ping]), Verdict::Accept)
         }));
         rules.push(rule(error(), dropped));
     }
@@ -486,11 +502,17 @@ fn icmp_errors_v6(own: &[Ipv6Addr]) -> Vec<Rule> {
     let dropped = Verdict::Drop(SpoofReason::IcmpError);
     let head = |next: u8| [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[next])].into_iter();
     let error = || head(ICMPV6).chain([is_error_v6(at::V6_PAYLOAD)]);
+    // The kernel takes the last segment of a quoted segment routing header for the destination
+    // (`seg6_icmp_srh`), so only packets without extension headers are quoted.
+    let quoted = || {
+        let extensions = EXTENSIONS.into_iter().chain([FRAGMENT, ICMPV6, 135, 139, 140]);
+        extensions.map(|next| is_not(at::V6_QUOTED_NEXT, &[next]))
+    };
     let mut rules: Vec<Rule> = own
         .iter()
         .map(|ip| {
             let about = is(at::V6_QUOTED_DESTINATION, &ip.octets());
-            rule(error().chain([about]), Verdict::Accept)
+            rule(error().chain([about]).chain(quoted()), Verdict::Accept)
         })
         .collect();
     rules.push(rule(error(), dropped));
@@ -500,7 +522,10 @@ fn icmp_errors_v6(own: &[Ipv6Addr]) -> Vec<Rule> {
         head(FRAGMENT).chain([upper, lower])
     };
     let of = |inner: u8| is(at::V6_PAYLOAD, &[inner]);
-    rules.push(rule(first().chain([of(ICMPV6), is_error_v6(at::AFTER_FRAGMENT)]), dropped));
+    rules.extend(ECHO_V6.map(|kind| {
+        rule(first().chain([of(ICMPV6), is(at::AFTER_FRAGMENT, &[kind])]), Verdict::Accept)
+    }));
+    rules.push(rule(first().chain([of(ICMPV6)]), dropped));
     for extension in EXTENSIONS {
         let harmless = AFTER_EXTENSION.iter().map(|inner| is_not(at::AFTER_FRAGMENT, &[*inner]));
         rules.push(rule(
@@ -510,6 +535,16 @@ fn icmp_errors_v6(own: &[Ipv6Addr]) -> Vec<Rule> {
     }
     rules.push(rule(first().chain([of(FRAGMENT)]), Verdict::Drop(SpoofReason::ExtensionHeader)));
     rules
+}
+
+/// Drops IGMP queries: a bridge takes the port of their sender for that of a router, and sends it
+/// all multicast (`br_ip4_multicast_query`).
+fn igmp_queries() -> [Rule; 2] {
+    [(0x45, at::V4_ICMP), (0x46, at::V4_IGMP)].map(|(head, at)| {
+        let igmp = [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[IGMP])];
+        let query = [is(at::V4_HEAD, &[head]), is(at, &[IGMP_QUERY])];
+        rule(igmp.into_iter().chain(query), Verdict::Drop(SpoofReason::Router))
+    })
 }
 
 /// Drops extension headers behind which ICMPv6 could be.
@@ -566,10 +601,12 @@ fn ipv4(policy: &PortPolicy) -> Vec<Rule> {
         return vec![rule([v4()], foreign_source)];
     }
     let igmp = [v4(), is(at::V4_SOURCE, &[0; 4]), is(at::V4_PROTOCOL, &[IGMP])];
-    let mut rules = vec![to_loopback(), rule(igmp, Verdict::Accept)];
+    let mut rules = vec![to_loopback()];
+    rules.extend(igmp_queries());
+    rules.push(rule(igmp, Verdict::Accept));
     let foreign = policy.v4.iter().map(|ip| is_not(at::V4_SOURCE, &ip.octets()));
     rules.push(rule([v4()].into_iter().chain(foreign), foreign_source));
-    // From here on the source is the endpoint's, and the protocol ICMP.
+    // From here on the source is the endpoint's, and the protocol ICMP or IGMP.
     rules.push(redirect_v4());
     rules.extend(icmp_errors_v4(&policy.v4));
     rules.extend(
@@ -801,6 +838,10 @@ pub(super) mod tests {
         // With another option, which is a stranger's link-layer address.
         let second = |message: Vec<u8>, kind: u8| [&message[..], &[kind, 1], &OTHER].concat();
         let own_option = [&[1, 1][..], &MAC].concat();
+        let quoting = |mut error: Vec<u8>, next: u8| {
+            error[8 + 6] = next;
+            error
+        };
         let asks_routers =
             |options: &[u8]| [&[ROUTER_SOLICITATION, 0, 0, 0, 0, 0, 0, 0][..], options].concat();
         for (source, next, payload, expected) in [
@@ -889,6 +930,12 @@ pub(super) mod tests {
             (OWN, ICMPV6, error_v6(2, OWN, "2001:db8::1"), Verdict::Drop(IcmpError)),
             (OWN, ICMPV6, error_v6(3, "fd09::1", "fd09::8"), Verdict::Drop(IcmpError)),
             (OWN, ICMPV6, vec![2, 0, 0, 0], Verdict::Drop(IcmpError)),
+            // With a segment routing header in the quote, or about an echo.
+            (OWN, ICMPV6, quoting(error_v6(1, "fd09::1", OWN), 43), Verdict::Drop(IcmpError)),
+            (OWN, ICMPV6, quoting(error_v6(1, "fd09::1", OWN), ICMPV6), Verdict::Drop(IcmpError)),
+            (OWN, ICMPV6, quoting(error_v6(1, "fd09::1", OWN), TCP), Verdict::Accept),
+            // Neighbour discovery in a fragment.
+            (OWN, 44, vec![ICMPV6, 0, 0, 1, 0, 0, 0, 1, 134], Verdict::Drop(IcmpError)),
         ] {
             let frame = ethernet(MAC, IPV6, &packet_v6(source, next, &payload));
             assert_eq!(judge(&frame), expected, "{source} {next} {payload:02x?}");
@@ -943,7 +990,15 @@ pub(super) mod tests {
                 if [3, 11].contains(&kind) { Verdict::Drop(IcmpError) } else { expected };
             assert_eq!(short, expected, "{kind}, cut short");
         }
-        let mut fragment = message_v4(3, server);
+        let mut about_ping = message_v4(3, own);
+        about_ping[20 + 8 + 9] = ICMP;
+        let about_ping = judge(&ethernet(MAC, IPV4, &about_ping));
+        assert_eq!(
+            about_ping,
+            Verdict::Drop(IcmpError),
+            "a ping socket is found by its identifier"
+        );
+        let mut fragment = message_v4(3, own);
         for (field, expected) in [
             ([0x20, 0], Verdict::Drop(IcmpError)),
             ([0x20, 1], Verdict::Accept),
@@ -956,6 +1011,21 @@ pub(super) mod tests {
         with_options[0] = 0x46;
         let verdict = judge(&ethernet(MAC, IPV4, &with_options));
         assert_eq!(verdict, Verdict::Drop(IcmpError));
+    }
+
+    #[test]
+    fn an_endpoint_is_no_multicast_router() {
+        let igmp = |options: &[u8], kind: u8| {
+            let mut packet = packet_v4([10, 9, 0, 7], IGMP)[..20].to_vec();
+            packet[0] = 0x45 + options.len() as u8 / 4;
+            packet.extend(options);
+            packet.extend([kind, 0, 0, 0, 0, 0, 0, 0]);
+            judge(&ethernet(MAC, IPV4, &packet))
+        };
+        for options in [&[][..], &[0x94, 4, 0, 0]] {
+            assert_eq!(igmp(options, IGMP_QUERY), Verdict::Drop(SpoofReason::Router));
+            assert_eq!(igmp(options, 0x22), Verdict::Accept, "a report");
+        }
     }
 
     #[test]

@@ -28,6 +28,7 @@ fn ruleset(zones: Vec<Zone>, ports: impl IntoIterator<Item = Opening>) -> Rulese
         ports: ports.into_iter().collect(),
         replies: Vec::new(),
         uplinks: Vec::new(),
+        bridges: Default::default(),
         gated: true,
     }
 }
@@ -135,7 +136,8 @@ fn a_host_with_two_uplinks_is_as_it_was() {
 fn a_host_that_forwards_for_nobody_else_is_as_it_was() {
     let host = ruleset(vec![zone("tg-front", &FRONT, false)], []);
     let uplinks = vec![("eth0".to_owned(), false), ("eth0".to_owned(), true)];
-    is_golden("no-router", &Ruleset { uplinks, ..host }, false);
+    let bridges = ["their-bridge".to_owned()].into();
+    is_golden("no-router", &Ruleset { uplinks, bridges, ..host }, false);
 }
 
 /// Guards at all bridge ports verify sources: no hook does.

@@ -4,7 +4,7 @@
 //! many networks and ports there are, a packet passes the same number of rules, and a port that
 //! comes or goes is an element.
 
-use super::ruleset::{MASQUERADED, is_source_port};
+use super::ruleset::{MAPPED, MASQUERADED, is_source_port};
 use super::{Backend, Opening, Ports, Ruleset, Zone, on_link};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::BTreeSet;
@@ -378,6 +378,10 @@ fn sets(ruleset: &Ruleset) -> Vec<Set> {
             ..set("same", vec![Field::Interface, Field::Interface])
         },
         Set {
+            elements: ruleset.bridges.iter().map(|name| element([interface(name)])).collect(),
+            ..set("bridges", vec![Field::Interface])
+        },
+        Set {
             constant: true,
             elements: MASQUERADED.map(protocol).map(|one| element([one])).into(),
             ..set("masqueraded", vec![Field::Protocol])
@@ -696,6 +700,8 @@ fn translate(ruleset: &Ruleset) -> Chain {
     // The kernel itself drops these in IPv4 (`__fib_validate_source`, net/ipv4/fib_frontend.c).
     let own = vec![Match::Family { v6: true }, not_from_host(), Match::FromHostAddress];
     rules.push(rule(own, drop(), "claims to come from the host itself"));
+    let mapped = Match::Is { key: Key::SourceV6, value: Value::Net(MAPPED), not: false };
+    rules.push(rule(vec![mapped], drop(), "an IPv4 address over IPv6: no kernel sends that"));
     for family in &FAMILIES {
         let ports = [Key::Protocol, Key::DestinationPort];
         let translate = |keys: Vec<Key>, map: &str| {
@@ -801,6 +807,7 @@ fn postrouting(ruleset: &Ruleset) -> Chain {
             // What the host itself sends over IPv6 has the output interface for both (`ip6_xmit`).
             is(Key::OutInterface, Value::Interface(link.clone()), true),
             is(Key::OutInterface, elsewhere, true),
+            not_in([Key::OutInterface], "bridges"),
         ];
         rule(matches, drop(), NO_ROUTER)
     }));
@@ -926,7 +933,11 @@ fn element(key: impl IntoIterator<Item = Value>) -> Element {
 }
 
 fn bridge(zone: &Zone) -> Value {
-    Value::Interface(zone.bridge.clone())
+    interface(&zone.bridge)
+}
+
+fn interface(name: &str) -> Value {
+    Value::Interface(name.to_owned())
 }
 
 fn subnets_of<'a>(ruleset: &'a Ruleset, family: &'a Family) -> impl Iterator<Item = IpNet> + 'a {

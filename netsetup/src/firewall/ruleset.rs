@@ -22,9 +22,9 @@
 //! Nothing is ever a chain's policy, and what is neither from nor to a network of ours is left
 //! alone.
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv6Net};
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use tidegate_model::{Protocol, registry};
 
 /// The protocols that containers reach the outside by: ICMP, TCP, UDP, ICMPv6, SCTP and UDP-Lite.
@@ -34,6 +34,11 @@ use tidegate_model::{Protocol, registry};
 /// address, and what the far end sends to the host by that protocol would be an answer to the
 /// container.
 pub(super) const MASQUERADED: [u8; 6] = [1, 6, 17, 58, 132, 136];
+
+/// IPv4-mapped IPv6 addresses (RFC 4291, 2.5.5.2). A socket of both families would show such a
+/// client as that IPv4 address.
+pub(super) const MAPPED: IpNet =
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96));
 
 /// Everything that a firewall shall do for one owner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,6 +55,8 @@ pub struct Ruleset {
     /// Links of a host that forwards for nobody which forward for the networks alone, each for
     /// IPv4, or with `true` for IPv6.
     pub uplinks: Vec<(String, bool)>,
+    /// The bridges of other projects on the host, to which such links forward too.
+    pub bridges: BTreeSet<String>,
     /// Gates at the bridges' exits keep networks closed when the rules are gone, not policy rules.
     pub gated: bool,
 }

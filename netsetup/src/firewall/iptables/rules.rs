@@ -9,7 +9,7 @@
 
 use super::program::Family;
 use super::saved::{DOCKER_USER, Saved};
-use crate::firewall::ruleset::MASQUERADED;
+use crate::firewall::ruleset::{MAPPED, MASQUERADED};
 use crate::firewall::{Opening, Ruleset, Zone, on_link};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -298,6 +298,9 @@ impl With<'_> {
             // The kernel itself drops these in IPv4 (`__fib_validate_source`).
             let own = "-m addrtype --src-type LOCAL";
             to_network.push(rule(own, "DROP", "claims to come from the host itself"));
+            let mapped = format!("-s {MAPPED}");
+            let why = "an IPv4 address over IPv6: no kernel sends that";
+            to_network.push(rule(&mapped, "DROP", why));
         }
         to_network.push(rule(
             "-m conntrack --ctstate DNAT",
@@ -343,7 +346,12 @@ impl With<'_> {
             });
         }
 
-        for (link, _) in self.ruleset.uplinks.iter().filter(|(_, v6)| *v6 == self.family.is_v6()) {
+        let uplinks = || self.ruleset.uplinks.iter().filter(|(_, v6)| *v6 == self.family.is_v6());
+        let bridges = self.ruleset.bridges.iter().filter(|_| uplinks().next().is_some());
+        forward.extend(bridges.map(|bridge| {
+            rule(&format!("-o {bridge}"), "RETURN", "a network of another project: its to say")
+        }));
+        for (link, _) in uplinks() {
             let elsewhere = format!("-i {link} ! -o {}+", registry::BRIDGE_PREFIX);
             forward.push(rule(
                 &elsewhere,
