@@ -230,3 +230,27 @@ fn with_few_descriptors_all_ports_are_served_or_it_fails() {
         assert!(served, "none of {count} ports accepts a connection:\n{}", process.output());
     }
 }
+
+/// Other software has set `route_localnet`, and packets to loopback addresses come in from links.
+#[test]
+fn a_port_on_a_loopback_address_responds_to_the_host_only() {
+    let net = Topology::three();
+    for namespace in [&net.host, &net.client] {
+        namespace.sysctl("net.ipv4.conf.all.route_localnet", "1");
+    }
+    net.client.ip_all("addr del 127.0.0.1/8 dev lo\nroute add 127.0.0.0/8 via 203.0.113.1");
+    let _echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
+    let [ours, of_others]: [SocketAddr; 2] =
+        ["127.0.0.1:8080", "127.0.0.1:9191"].map(|at| at.parse().unwrap());
+    let _others = EchoServer::tcp(&net.host, of_others);
+    let mut command = tidegate(&net.host, "publish 127.0.0.1:8080:80 --to 172.30.0.2");
+    let process = Process::spawn(&mut command);
+    process.wait_for_line("127.0.0.1:8080", TIMEOUT);
+    let reaches = |from: &tidegate_testbed::Namespace, to: SocketAddr| {
+        let patience = std::time::Duration::from_millis(500);
+        from.run(|| std::net::TcpStream::connect_timeout(&to, patience)).is_ok()
+    };
+    assert!(reaches(&net.host, ours));
+    assert!(reaches(&net.client, of_others), "such packets arrive");
+    assert!(!reaches(&net.client, ours));
+}

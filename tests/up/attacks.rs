@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
-use tidegate_testbed::frames::{LinkSocket, ethernet, udp6};
+use tidegate_testbed::frames::{LinkSocket, checksum, ethernet, udp6};
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
 
@@ -550,7 +550,7 @@ fn a_host_that_forwards_for_nobody_is_made_no_router_by_a_rule_of_others() {
         let beside = scene.up_beside(
             &format!(
                 "name: beside
-networks: {{ net: {{ ipam: {{ config: [ {{ subnet: 10.78.1.0/24 }} ] }} }} }}
+networks: {{ net: {{ driver_opts: {{ com.docker.network.bridge.name: theirs0 }}, ipam: {{ config: [ {{ subnet: 10.78.1.0/24 }} ] }} }} }}
 services: {{ box: {{ x-netns: {}, networks: [ net ] }} }}
 ",
                 two.path().display()
@@ -565,4 +565,38 @@ services: {{ box: {{ x-netns: {}, networks: [ net ] }} }}
         assert!(eventually(SOON, || reaches(&one) && reaches(&two)), "{firewall}: egress");
         assert!(!reaches(&uplink.client), "{firewall}");
     }
+}
+
+/// The kernel finds a ping socket by its identifier and its own address, whoever the sender is.
+#[test]
+fn an_echo_reply_from_another_network_is_not_delivered() {
+    let scene = Scene::new();
+    scene.net.client.sysctl("net.ipv4.icmp_echo_ignore_all", "1");
+    let (server, stranger) = (Namespace::new(), Namespace::new());
+    let more =
+        format!(" }}\n  stranger: {{ x-netns: {}, networks: [ away ]", stranger.path().display());
+    let _up = up(&scene, &file(&server, &more), &["--firewall=none"]);
+    let raw = stranger
+        .run(|| Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::ICMPV4)))
+        .unwrap();
+    let host = SocketAddr::from(([203, 0, 113, 1], 0)).into();
+    thread::scope(|scope| {
+        let ping = scope.spawn(|| {
+            let mut ping = server.command("ping");
+            ping.args(["-c", "10", "-i", "0.3", "-W", "1", "203.0.113.9"]).output().unwrap()
+        });
+        for number in 0_u32.. {
+            if ping.is_finished() {
+                break;
+            }
+            let mut reply = [0; 16];
+            reply[4..6].copy_from_slice(&(number as u16).to_be_bytes());
+            reply[6..8].copy_from_slice(&1_u16.to_be_bytes());
+            let sum = checksum(&reply);
+            reply[2..4].copy_from_slice(&sum.to_be_bytes());
+            let _ = raw.send_to(&reply, &host);
+        }
+        let output = String::from_utf8(ping.join().unwrap().stdout).unwrap();
+        assert!(output.contains(" 0 received"), "{output}");
+    });
 }
