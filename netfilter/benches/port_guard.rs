@@ -1,11 +1,11 @@
-//! What a port guard costs: time per frame of 64 bytes through a bridge, with each mechanism and
-//! without a guard.
+//! Cost of a port guard: time per 64-byte frame through a bridge, with each mechanism and without a
+//! guard.
 //!
 //! One thread, pinned to a core, sends from a member of the bridge. The kernel delivers in a
-//! softirq of the same core, so the time of the loop is all of the time that a frame takes. All
-//! runs are at one port, each with a guard follows one without, and the cost is the median of their
-//! differences: the machine's speed drifts by more than that from minute to minute, and two bridges
-//! differ by more from where their objects lie in memory.
+//! softirq on the same core, so the loop measures the total time per frame. All runs use one bridge
+//! port and alternate between no guard and a guard; the cost is the median of the paired
+//! differences. Unpaired runs would hide it: within minutes, the speed of the machine drifts by
+//! more than the cost, and two bridges differ by more because of memory layout.
 //!
 //! `cargo bench -p tidegate-netfilter --bench port_guard [-- --rounds N]`
 
@@ -17,7 +17,7 @@ use tidegate_testbed::frames::{LinkSocket, Mac, ethernet, udp4, udp6};
 
 const MEMBER: Mac = [2, 0, 0, 0, 0, 7];
 const NEIGHBOR: Mac = [2, 0, 0, 0, 0, 8];
-/// In one run, of some 10 ms.
+/// Frames per run; a run takes about 10 ms.
 const FRAMES: u32 = 2_000;
 const SETTLES: Duration = Duration::from_millis(10);
 
@@ -41,7 +41,7 @@ fn main() {
             bridge.guard(guards);
             let guarded = frames.each_ref().map(|(_, frame)| bridge.time_per_frame(frame));
             bridge.unguard(guards);
-            // The first one warms caches up.
+            // The first round warms up caches.
             if round > 0 {
                 for (runs, pair) in runs.iter_mut().zip(bare.into_iter().zip(guarded)) {
                     runs.push(pair);
@@ -53,7 +53,7 @@ fn main() {
         let times =
             (0..15).map(|_| program_time(&policy(), frame, 1_000_000).unwrap().as_nanos() as f64);
         let [_, time, _] = quartiles(times);
-        println!("{name}  {:22} {time:5.0} ns, run by the kernel", "program of BPF alone");
+        println!("{name}  {:22} {time:5.0} ns, run by the kernel", "BPF program alone");
     }
     println!(
         "ns per frame of 64 bytes through a bridge, sender included; medians of {rounds} rounds (quartiles)"
@@ -84,7 +84,7 @@ fn quartiles(times: impl Iterator<Item = f64>) -> [f64; 3] {
     [1, 2, 3].map(|quarter| times[times.len() * quarter / 4])
 }
 
-/// Of the endpoint's own, each 64 bytes long or the least there is.
+/// Valid frames of the endpoint, 64 bytes long or of the minimum length.
 fn frames() -> [(&'static str, Vec<u8>); 2] {
     let v4 = udp4(([10, 9, 0, 7].into(), 1), ([10, 9, 0, 8].into(), 2), &[0; 22]);
     let v6 = udp6(("fd09::7".parse().unwrap(), 1), ("fd09::8".parse().unwrap(), 2), &[0; 2]);
@@ -94,7 +94,7 @@ fn frames() -> [(&'static str, Vec<u8>); 2] {
     ]
 }
 
-/// A bridge with two members, of which one sends.
+/// A bridge with a sending member and a neighbour.
 struct Bridge {
     host: Namespace,
     _neighbor: Namespace,
@@ -102,17 +102,17 @@ struct Bridge {
     _member: Namespace,
 }
 
-/// The port of the member that sends.
+/// The bridge port of the sending member.
 const PORT: &str = "veth-m";
 
-/// Whose guards these are.
+/// Owner of the guards.
 const OWNER: &str = "bench";
 
 impl Bridge {
     fn new() -> Self {
         let (host, member, neighbor) = (Namespace::new(), Namespace::new(), Namespace::new());
         host.ip_all("link add br0 type bridge mcast_snooping 0");
-        // The path of frames is the bridge's alone.
+        // Excludes iptables from the path of bridged frames.
         host.sysctl("net.bridge.bridge-nf-call-iptables", "0");
         host.sysctl("net.bridge.bridge-nf-call-ip6tables", "0");
         for (link, namespace, mac) in [(PORT, &member, MEMBER), ("veth-n", &neighbor, NEIGHBOR)] {
@@ -153,7 +153,7 @@ impl Bridge {
         self.host.ip(&["-o", "link", "show", PORT]).split(':').next().unwrap().parse().unwrap()
     }
 
-    /// After the kernel has cleared away what was there before, and with warm caches.
+    /// Measures after the kernel has released the previous guard, with warm caches.
     fn time_per_frame(&self, frame: &[u8]) -> f64 {
         std::thread::sleep(SETTLES);
         for _ in 0..FRAMES / 10 {

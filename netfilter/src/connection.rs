@@ -1,10 +1,10 @@
-//! Changes of tables, all or nothing.
+//! Atomic changes of nftables tables.
 
 use crate::encode::{
     INET, batch_begin, batch_end, delete_chain, delete_elements, delete_set, delete_table,
     flush_chain, message, new_chain, new_elements, new_rule, new_set, new_table, request,
 };
-use crate::identity::{Object, TableIdentity, without_counts};
+use crate::identity::{Object, TableIdentity, without_counters};
 use crate::socket::NetfilterSocket;
 use crate::table::{Chain, Set, Table};
 use crate::wire::{Attributes, Message, attribute, attributes, number, text};
@@ -18,58 +18,58 @@ use std::io;
 const OWNER: u32 = 2;
 const PERSIST: u32 = 4;
 
-/// How often a change is tried that others have come in the way of.
+/// Maximum attempts at a transaction that conflicts with concurrent changes.
 const ATTEMPTS: u32 = 5;
 
-/// A name that nobody else's table has, to try things with.
+/// Name of the temporary table that [`Connection::can_own`] creates.
 const TRIAL: &str = "tidegate-trial";
 
-/// A change of what a namespace has.
+/// A change to the tables of a network namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// A table comes in the place of what is there under its name.
+    /// Creates a table, replacing an existing table of the same name.
     Replace {
         /// The table.
         table: Table,
-        /// It belongs to this connection: others can neither change nor delete it, and when the
-        /// connection ends it stays. Needs a kernel that [can do that](Connection::can_own).
+        /// The table is owned by this connection: other processes can neither change nor delete it.
+        /// It persists after the connection closes. Requires [kernel support](Connection::can_own).
         owned: bool,
     },
-    /// A table goes, if it is there.
+    /// Deletes a table if it exists.
     Remove {
         /// Its name.
         table: String,
     },
-    /// In a table that others use too, some chains and sets come in the place of those of their
-    /// names. The table is made if it is missing, and so is `kept`; what is in that chain stays.
+    /// Replaces the chains and sets of `part` in a shared table. Creates the table and the chain
+    /// `kept` if they are missing; existing rules in `kept` are preserved.
     ReplacePart {
-        /// The chains and sets, and the table's name.
+        /// Name of the table, and the chains and sets to replace.
         part: Table,
-        /// A chain that they may jump to.
+        /// Name of a chain that the new chains may jump to.
         kept: String,
     },
-    /// Chains and sets of these names go. If nothing of others is left in the table, and nothing in
-    /// the chain `kept`, the table goes with them.
+    /// Deletes the chains and sets in `names`. Also deletes the table if it has no other chains and
+    /// sets and the chain `kept` is empty.
     RemovePart {
         /// The table's name.
         table: String,
-        /// Of the chains and sets.
+        /// Names of the chains and sets.
         names: BTreeSet<String>,
-        /// The chain that is not deleted if it has rules.
+        /// Name of the chain that is preserved if it has rules.
         kept: String,
     },
-    /// Elements are added to a set, and others deleted from it.
+    /// Deletes the elements in `removed` from a set and adds those in `added`.
     Elements {
         /// The table's name.
         table: String,
-        /// The set with what is added.
+        /// The set, with the elements to add.
         added: Set,
-        /// The same set with what is deleted.
+        /// The same set, with the elements to delete.
         removed: Set,
     },
 }
 
-/// A family of tables beside `inet`.
+/// A table family other than `inet`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TableFamily {
     /// `ip`
@@ -79,7 +79,7 @@ pub enum TableFamily {
 }
 
 impl TableFamily {
-    /// `NFPROTO_*`, which is `AF_*`.
+    /// `NFPROTO_*`, equal to `AF_*`.
     pub(crate) const fn number(self) -> u8 {
         match self {
             Self::Ipv4 => 2,
@@ -88,38 +88,38 @@ impl TableFamily {
     }
 }
 
-/// Why nothing was changed.
+/// The cause of a failed transaction, which changed nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The kernel refused a part of it.
+    /// The kernel rejected a message of the transaction.
     #[error("{about}: {source}")]
     Refused {
-        /// Which part.
+        /// Object of the rejected message.
         about: String,
-        /// Why.
+        /// Error code of the kernel.
         source: io::Error,
     },
-    /// The table belongs to another process, which is running.
-    #[error("table {0} belongs to another process; stop that first")]
+    /// The table is owned by another running process.
+    #[error("table {0} is owned by another process; stop that process first")]
     Owned(String),
-    /// The kernel was not heard.
+    /// Communication with the kernel failed.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// A table that is there.
+/// An existing table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listed {
     /// Its name.
     pub name: String,
-    /// The socket that it belongs to.
+    /// Netlink port ID of the owner.
     pub owner: Option<u32>,
-    /// It stays when that ends.
+    /// The table persists after its owner exits.
     pub persists: bool,
 }
 
 impl Listed {
-    /// Of the attributes of a table.
+    /// Parses the attributes of a table.
     fn new(table: &[u8]) -> Self {
         let flags = attribute(table, 2).and_then(number).unwrap_or(0);
         Self {
@@ -130,8 +130,8 @@ impl Listed {
     }
 }
 
-/// A connection to the packet filter of one namespace. The tables that it owns it owns as long as
-/// it lives.
+/// A connection to the packet filter of one network namespace. Its ownership of tables ends when it
+/// is dropped.
 pub struct Connection {
     socket: NetfilterSocket,
 }
@@ -143,15 +143,15 @@ impl fmt::Debug for Connection {
 }
 
 impl Connection {
-    /// Connects to the namespace of the calling thread.
+    /// Connects to the calling thread's network namespace.
     ///
     /// # Errors
-    /// No descriptor is left, or the kernel has no netfilter.
+    /// The process is out of file descriptors, or the kernel lacks netfilter.
     pub fn open() -> io::Result<Self> {
         Ok(Self { socket: NetfilterSocket::open()? })
     }
 
-    /// Carries all of `changes` out, or none.
+    /// Applies `changes` in one atomic transaction.
     ///
     /// # Errors
     /// [`Error`].
@@ -159,9 +159,9 @@ impl Connection {
         self.transact(changes, false).map(drop)
     }
 
-    /// Puts `table` in the place of one of its name, and returns what identifies it and its
-    /// contents. It does not belong to this connection. Sets of the table are not part of its
-    /// identity, only their number is.
+    /// Replaces the table with the name of `table`, or creates it, and returns its identity. This
+    /// connection does not own the table. The identity covers the number of the table's sets, but
+    /// not their contents.
     ///
     /// # Errors
     /// [`Error`].
@@ -170,27 +170,27 @@ impl Connection {
         Ok(TableIdentity::new(objects))
     }
 
-    /// Whether the table is as [`replace`](Self::replace) has put it: with the same chains and
-    /// rules, as many sets, and not dormant.
+    /// Returns whether the table is unchanged since [`replace`](Self::replace): the same chains and
+    /// rules, the same number of sets, and not dormant.
     ///
-    /// Every object is asked for by its own name or number. A dump of chains lists those of all
-    /// tables (`nf_tables_dump_chains`), and a dump is begun again whenever somebody has changed
-    /// anything meanwhile.
+    /// Requests each object by its name or handle instead of dumping the table: a dump of chains
+    /// traverses the chains of all tables (`nf_tables_dump_chains`), and any concurrent change of
+    /// the ruleset restarts a dump.
     ///
     /// # Errors
-    /// The kernel's: `EPERM` without the privilege to ask.
+    /// Errors of the kernel; `EPERM` without the privilege for the request.
     pub fn is_intact(&mut self, identity: &TableIdentity) -> io::Result<bool> {
         for object in identity.objects() {
             match self.find(&object.request())? {
-                Some(found) if object.is(&found) => {}
+                Some(found) if object.matches(&found) => {}
                 _ => return Ok(false),
             }
         }
         Ok(true)
     }
 
-    /// Carries all of `changes` out, or none. With `echo` the kernel tells what it has made of it:
-    /// tables, chains and rules in the order of their making.
+    /// Commits `changes` in one transaction. With `echo`, returns the tables, chains and rules that
+    /// the kernel created, in order of creation.
     fn transact(&mut self, changes: &[Change], echo: bool) -> Result<Vec<Object>, Error> {
         let mut attempt = 0;
         loop {
@@ -202,39 +202,38 @@ impl Connection {
             }
             messages.push(batch_end());
             if echo {
-                messages.iter_mut().for_each(Object::have_echoed);
+                messages.iter_mut().for_each(Object::request_echo);
             }
             let mut objects = Vec::new();
-            let refused = self.socket.send_all(&messages, |kind, attributes| {
-                objects.extend(Object::made(kind, attributes));
+            let rejected = self.socket.send_all(&messages, |kind, attributes| {
+                objects.extend(Object::from_echo(kind, attributes));
             })?;
-            let Some(first) = refused.into_iter().next() else { return Ok(objects) };
-            // What was there while it was planned was gone when it was done, or the other way
-            // round.
-            let overtaken = [Errno::NOENT, Errno::EXIST, Errno::BUSY];
-            let overtaken =
-                Errno::from_io_error(&first.source).is_some_and(|errno| overtaken.contains(&errno));
-            if !overtaken || attempt == ATTEMPTS {
+            let Some(first) = rejected.into_iter().next() else { return Ok(objects) };
+            // A table, chain or set was created or deleted between planning and commit.
+            let conflicts = [Errno::NOENT, Errno::EXIST, Errno::BUSY];
+            let conflicts =
+                Errno::from_io_error(&first.source).is_some_and(|errno| conflicts.contains(&errno));
+            if !conflicts || attempt == ATTEMPTS {
                 let about = messages[first.index].about.clone();
                 return Err(Error::Refused { about, source: first.source });
             }
         }
     }
 
-    /// How many changes this namespace has seen, ours and those of others, modulo 2^32: one more
-    /// for each transaction.
+    /// Returns the ruleset generation of the network namespace. The kernel increments it for every
+    /// transaction of any process, modulo 2^32.
     ///
     /// # Errors
-    /// As of [`tables`](Self::tables).
+    /// Same as [`tables`](Self::tables).
     pub fn generation(&mut self) -> io::Result<u32> {
-        let answer = self.socket.ask(&list(request::GET_GENERATION, Attributes::default()))?;
+        let answer = self.socket.get(&list(request::GET_GENERATION, Attributes::default()))?;
         attribute(&answer, 1).and_then(number).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
-    /// The tables of the family `inet`.
+    /// Lists the tables of the family `inet`.
     ///
     /// # Errors
-    /// The kernel's: `EPERM` without the privilege to ask.
+    /// Errors of the kernel: `EPERM` without CAP_NET_ADMIN.
     pub fn tables(&mut self) -> io::Result<Vec<Listed>> {
         let mut tables = Vec::new();
         self.socket.dump(&list(request::GET_TABLE, Attributes::default()), |table| {
@@ -243,35 +242,35 @@ impl Connection {
         Ok(tables)
     }
 
-    /// The table `name` of the family `inet`, if it is there.
+    /// Returns the table `name` of family `inet`, or `None` if it does not exist.
     fn table(&mut self, name: &str) -> io::Result<Option<Listed>> {
-        let asked = list(request::GET_TABLE, Attributes::default().text(1, name));
-        Ok(self.find(&asked)?.map(|table| Listed::new(&table)))
+        let request_message = list(request::GET_TABLE, Attributes::default().text(1, name));
+        Ok(self.find(&request_message)?.map(|table| Listed::new(&table)))
     }
 
-    /// Asks for one thing: its attributes, if it is there.
-    fn find(&mut self, asked: &Message) -> io::Result<Option<Vec<u8>>> {
-        match self.socket.ask(asked) {
+    /// Requests one object and returns its attributes, or `None` if it does not exist.
+    fn find(&mut self, message: &Message) -> io::Result<Option<Vec<u8>>> {
+        match self.socket.get(message) {
             Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Ok(None),
             found => found.map(Some),
         }
     }
 
-    /// Whether the table `name` is there and this connection owns it, so that nobody else can have
-    /// changed it.
+    /// Returns whether the table `name` exists and is owned by this connection. If so, no other
+    /// process can have changed it.
     ///
     /// # Errors
-    /// As of [`tables`](Self::tables).
+    /// Same as [`tables`](Self::tables).
     pub fn owns(&mut self, name: &str) -> io::Result<bool> {
         let port = self.socket.port();
         Ok(self.table(name)?.is_some_and(|table| table.owner == Some(port)))
     }
 
-    /// Whether this kernel lets tables belong to a connection and stay when it ends. It is tried,
-    /// and leaves nothing.
+    /// Returns whether the kernel supports owned tables that persist. Probes by creating and
+    /// deleting a table.
     ///
     /// # Errors
-    /// Tables cannot be made at all.
+    /// Tables cannot be created at all.
     pub fn can_own(&mut self) -> Result<bool, Error> {
         let trial = |owned| {
             let table = Table { name: TRIAL.to_owned(), ..Table::default() };
@@ -288,50 +287,56 @@ impl Connection {
         Ok(false)
     }
 
-    /// Whether there is a table of that family and name.
+    /// Returns whether the table `name` exists in `family`.
     ///
     /// # Errors
-    /// As of [`tables`](Self::tables).
+    /// Same as [`tables`](Self::tables).
     pub fn has_table(&mut self, family: TableFamily, name: &str) -> io::Result<bool> {
-        let asked = list(request::GET_TABLE, Attributes::default().text(1, name));
-        Ok(self.find(&Message { family: family.number(), ..asked })?.is_some())
+        let request_message = list(request::GET_TABLE, Attributes::default().text(1, name));
+        Ok(self.find(&Message { family: family.number(), ..request_message })?.is_some())
     }
 
-    /// Whether there is a chain of that name in the table `table` of that family.
+    /// Returns whether the chain `name` exists in `table` of `family`.
     ///
     /// # Errors
-    /// As of [`tables`](Self::tables).
+    /// Same as [`tables`](Self::tables).
     pub fn has_chain(&mut self, family: TableFamily, table: &str, name: &str) -> io::Result<bool> {
-        let asked = list(request::GET_CHAIN, Attributes::default().text(1, table).text(3, name));
-        Ok(self.find(&Message { family: family.number(), ..asked })?.is_some())
+        let request_message =
+            list(request::GET_CHAIN, Attributes::default().text(1, table).text(3, name));
+        Ok(self.find(&Message { family: family.number(), ..request_message })?.is_some())
     }
 
-    /// The base chains of `postrouting` behind `priority` whose tables have a rule that changes
-    /// bits of `mask` in a packet mark, as `FAMILY TABLE CHAIN`. About which packets such a rule is
-    /// nobody looks.
+    /// Lists the `postrouting` base chains with a priority above `priority` that have a rule
+    /// setting bits of `mask` in the packet mark, as `FAMILY TABLE CHAIN`. Rules of any chain in
+    /// the same table count, and the conditions of the rules are ignored.
     ///
     /// # Errors
-    /// As of [`tables`](Self::tables).
+    /// Same as [`tables`](Self::tables).
     pub fn mark_setters(&mut self, priority: i32, mask: u32) -> io::Result<Vec<String>> {
         /// `NF_INET_POST_ROUTING`.
         const POSTROUTING: u32 = 4;
         let mut found = Vec::new();
         for (family, name) in [(INET, "inet"), (2, "ip"), (10, "ip6")] {
-            let asked = |request, attributes| Message { family, ..list(request, attributes) };
+            let request_message =
+                |request, attributes| Message { family, ..list(request, attributes) };
             let mut chains = Vec::new();
-            self.socket.dump(&asked(request::GET_CHAIN, Attributes::default()), |chain| {
-                // NFTA_CHAIN_TABLE, _NAME, _HOOK; NFTA_HOOK_HOOKNUM, _PRIORITY
-                let of = |kind| attribute(chain, kind).map(text).unwrap_or_default();
-                let hook = attribute(chain, 4).unwrap_or_default();
-                let number_of = |kind| attribute(hook, kind).and_then(number);
-                let is_behind = number_of(2).is_some_and(|at| at.cast_signed() > priority);
-                if number_of(1) == Some(POSTROUTING) && is_behind {
-                    chains.push((of(1), of(3)));
-                }
-            })?;
+            self.socket.dump(
+                &request_message(request::GET_CHAIN, Attributes::default()),
+                |chain| {
+                    // NFTA_CHAIN_TABLE, _NAME, _HOOK; NFTA_HOOK_HOOKNUM, _PRIORITY
+                    let of = |kind| attribute(chain, kind).map(text).unwrap_or_default();
+                    let hook = attribute(chain, 4).unwrap_or_default();
+                    let number_of = |kind| attribute(hook, kind).and_then(number);
+                    let is_behind = number_of(2).is_some_and(|at| at.cast_signed() > priority);
+                    if number_of(1) == Some(POSTROUTING) && is_behind {
+                        chains.push((of(1), of(3)));
+                    }
+                },
+            )?;
             for (table, chain) in chains {
                 let mut sets = false;
-                let rules = asked(request::GET_RULE, Attributes::default().text(1, &table));
+                let rules =
+                    request_message(request::GET_RULE, Attributes::default().text(1, &table));
                 // NFTA_RULE_EXPRESSIONS
                 self.socket.dump(&rules, |rule| {
                     sets |= sets_mark(attribute(rule, 4).unwrap_or_default(), mask);
@@ -344,24 +349,23 @@ impl Connection {
         Ok(found)
     }
 
-    /// Removes a table that nobody uses: one without rules, and without a chain that is jumped to
-    /// or that drops. Whether it was there and is gone.
+    /// Deletes an unused table: one without rules whose chains all have the policy `accept`.
+    /// Returns whether a table was deleted.
     ///
-    /// It is for the tables that the variant of iptables makes which is made of nf_tables: it makes
-    /// them when they are first asked for, and leaves them.
+    /// iptables-nft creates such tables on first use and never deletes them.
     ///
     /// # Errors
-    /// The kernel was not heard.
+    /// Communication with the kernel failed.
     pub fn remove_unused(&mut self, family: TableFamily, name: &str) -> io::Result<bool> {
-        /// `NLM_F_NONREC`: only if nothing is in it.
+        /// `NLM_F_NONREC`: fails unless the object is empty.
         const IF_EMPTY: u16 = 0x100;
         /// `NF_ACCEPT`.
         const ACCEPT: u32 = 1;
         let of_family = |message: Message| Message { family: family.number(), ..message };
         let mut chains = Vec::new();
         let mut in_use = false;
-        let asked = list(request::GET_CHAIN, Attributes::default().text(1, name));
-        self.socket.dump(&of_family(asked), |chain| {
+        let request_message = list(request::GET_CHAIN, Attributes::default().text(1, name));
+        self.socket.dump(&of_family(request_message), |chain| {
             if attribute(chain, 1).map(text).as_deref() == Some(name) {
                 in_use |= attribute(chain, 5).and_then(number) != Some(ACCEPT);
                 chains.extend(attribute(chain, 3).map(text));
@@ -375,35 +379,35 @@ impl Connection {
             chains.iter().map(|chain| delete_chain(name, chain)).chain([delete_table(name)]);
         messages.extend(deletions.map(|message| Message { flags: IF_EMPTY, ..of_family(message) }));
         messages.push(batch_end());
-        // Refused: a rule was put there meanwhile.
+        // A rejection means that a rule was added concurrently.
         Ok(self.socket.send_all(&messages, |_, _| ())?.is_empty())
     }
 
-    /// A number that changes with the table `name`, or with those of its chains and sets that `of`
-    /// picks: with each chain, rule, set and element. `None` if the table is not there. Counters do
-    /// not change it.
+    /// Returns a hash over the chains, rules, sets and elements of the table `name`, restricted to
+    /// the chains and sets whose name satisfies `filter`. Counters are excluded. Returns `None` if
+    /// the table does not exist.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Errors of the kernel.
     pub fn fingerprint(
         &mut self,
         name: &str,
-        of: impl Fn(&str) -> bool,
+        filter: impl Fn(&str) -> bool,
     ) -> io::Result<Option<u64>> {
         if self.table(name)?.is_none() {
             return Ok(None);
         }
         let mut hasher = DefaultHasher::new();
-        for chain in self.chains(name)?.into_iter().filter(|chain| of(chain)) {
+        for chain in self.chains(name)?.into_iter().filter(|chain| filter(chain)) {
             chain.hash(&mut hasher);
             self.rules(name, &chain)?.hash(&mut hasher);
         }
-        for (set, handle) in self.sets(name)?.into_iter().filter(|(set, _)| of(set)) {
+        for (set, handle) in self.sets(name)?.into_iter().filter(|(set, _)| filter(set)) {
             (&set, handle).hash(&mut hasher);
-            // A sum, for they come in no order, and there may be thousands.
+            // A sum of hashes: elements are listed in no particular order and may number thousands.
             let (mut count, mut sum) = (0_usize, 0_u64);
-            let asked = Attributes::default().text(1, name).text(2, &set);
-            self.socket.dump(&list(request::GET_ELEMENTS, asked), |answer| {
+            let request_message = Attributes::default().text(1, name).text(2, &set);
+            self.socket.dump(&list(request::GET_ELEMENTS, request_message), |answer| {
                 for (_, element) in attributes(attribute(answer, 3).unwrap_or_default()) {
                     let mut hasher = DefaultHasher::new();
                     element.hash(&mut hasher);
@@ -416,7 +420,7 @@ impl Connection {
         Ok(Some(hasher.finish()))
     }
 
-    /// The messages of one change, of what is there now.
+    /// Appends the messages for one change, based on the current contents of the kernel.
     fn plan(
         &mut self,
         change: &Change,
@@ -425,19 +429,19 @@ impl Connection {
     ) -> Result<(), Error> {
         match change {
             Change::Replace { table, owned } => {
-                if self.is_there(&table.name)? {
+                if self.exists(&table.name)? {
                     messages.push(delete_table(&table.name));
                 }
                 messages.push(new_table(&table.name, if *owned { OWNER | PERSIST } else { 0 }));
                 contents(table, ids, messages);
             }
             Change::Remove { table } => {
-                if self.is_there(table)? {
+                if self.exists(table)? {
                     messages.push(delete_table(table));
                 }
             }
             Change::ReplacePart { part, kept } => {
-                if self.is_there(&part.name)? {
+                if self.exists(&part.name)? {
                     let names = part.sets.iter().map(|set| set.name.clone());
                     let names =
                         names.chain(part.chains.iter().map(|chain| chain.name.clone())).collect();
@@ -450,7 +454,7 @@ impl Connection {
                 contents(part, ids, messages);
             }
             Change::RemovePart { table, names, kept } => {
-                if !self.is_there(table)? {
+                if !self.exists(table)? {
                     return Ok(());
                 }
                 let others = self
@@ -489,8 +493,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether the table is there, and may be changed.
-    fn is_there(&mut self, name: &str) -> Result<bool, Error> {
+    /// Returns whether the table exists. Fails if another process owns it.
+    fn exists(&mut self, name: &str) -> Result<bool, Error> {
         let port = self.socket.port();
         match self.table(name)? {
             None => Ok(false),
@@ -501,13 +505,13 @@ impl Connection {
         }
     }
 
-    /// The names of a table's chains.
+    /// Lists the chains of a table.
     fn chains(&mut self, table: &str) -> io::Result<Vec<String>> {
         let mut chains = Vec::new();
         self.socket.dump(
             &list(request::GET_CHAIN, Attributes::default().text(1, table)),
             |chain| {
-                // The kernel tells of all tables.
+                // The kernel lists the chains of all tables.
                 if attribute(chain, 1).map(text).as_deref() == Some(table) {
                     chains.extend(attribute(chain, 3).map(text));
                 }
@@ -516,7 +520,7 @@ impl Connection {
         Ok(chains)
     }
 
-    /// The names and numbers of a table's sets, but for those without a name that rules have.
+    /// Lists the named sets of a table, with their handles. Anonymous sets belong to rules.
     fn sets(&mut self, table: &str) -> io::Result<Vec<(String, Vec<u8>)>> {
         let mut sets = Vec::new();
         self.socket.dump(&list(request::GET_SET, Attributes::default().text(1, table)), |set| {
@@ -530,28 +534,28 @@ impl Connection {
         Ok(sets)
     }
 
-    /// The numbers and expressions of a chain's rules: one that takes the place of another has its
-    /// number. Counters are left out.
+    /// Lists the handles and the expressions, without counters, of the rules of a chain. The handle
+    /// alone does not identify a rule: a replacement keeps it (`nf_tables_newrule`).
     fn rules(&mut self, table: &str, chain: &str) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let mut rules = Vec::new();
-        let asked = Attributes::default().text(1, table).text(2, chain);
-        self.socket.dump(&list(request::GET_RULE, asked), |rule| {
+        let request_message = Attributes::default().text(1, table).text(2, chain);
+        self.socket.dump(&list(request::GET_RULE, request_message), |rule| {
             let of = |kind| attribute(rule, kind).unwrap_or_default();
-            rules.push((of(3).to_vec(), without_counts(of(4))));
+            rules.push((of(3).to_vec(), without_counters(of(4))));
         })?;
         Ok(rules)
     }
 }
 
-/// Whether a rule of these expressions changes bits of `mask` in the packet mark: `meta mark set`,
-/// or a target of iptables that does.
+/// Returns whether a rule with these expressions changes bits of `mask` in the packet mark, by
+/// `meta mark set` or by the iptables target MARK.
 fn sets_mark(expressions: &[u8], mask: u32) -> bool {
     /// `NFT_META_MARK`.
     const MARK: u32 = 3;
     let native = |bytes: Option<&[u8]>| {
         bytes.and_then(|bytes| Some(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)))
     };
-    // Bits that the value of the register may differ in from what was loaded.
+    // Bits of the register that may differ from the loaded value.
     let mut changed = u32::MAX;
     for (_, expression) in attributes(expressions) {
         // NFTA_EXPR_NAME, NFTA_EXPR_DATA
@@ -588,7 +592,7 @@ fn list(request: u16, attributes: Attributes) -> Message {
     message(request, 0, attributes, String::new())
 }
 
-/// Sets, then chains, then rules: each may name those before it.
+/// Order: sets, chains, rules. Each may reference the preceding ones.
 fn contents(table: &Table, ids: &mut u32, messages: &mut Vec<Message>) {
     for set in &table.sets {
         *ids += 1;

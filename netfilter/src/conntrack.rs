@@ -1,8 +1,8 @@
-//! Connection tracking: entries that outlive what they were made for.
+//! Deletion of stale connection tracking entries.
 //!
-//! Where a packet goes is decided for the first one of a flow and remembered for the others. A UDP
-//! flow that goes on is sent where its port once led, for as long as it does not pause; so when a
-//! port is opened, moved or closed, what is remembered of it has to go.
+//! NAT is decided for the first packet of a flow; later packets follow the conntrack entry. A UDP
+//! flow without pauses keeps its old destination indefinitely. After a port is published, relocated
+//! or closed, its conntrack entries must therefore be deleted.
 
 use crate::connection::TableFamily;
 use crate::socket::NetfilterSocket;
@@ -12,22 +12,22 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
-/// A flow, as its first packet was before any translation, and as answers to it are.
+/// A flow: the addresses of its first packet before NAT, and the addresses of its replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// The protocol.
+    /// Transport protocol.
     pub protocol: Transport,
-    /// The client.
+    /// Source of the original direction.
     pub client: SocketAddr,
-    /// The destination that it asked.
-    pub asked: SocketAddr,
-    /// The server.
+    /// Destination of the original direction, before destination NAT.
+    pub destination: SocketAddr,
+    /// Source of the reply direction: the server after destination NAT.
     pub server: SocketAddr,
-    /// Whom the answers are addressed to: behind source NAT an address and a port of the host.
-    pub answered: SocketAddr,
+    /// Destination of the reply direction. With source NAT, an address and port of the host.
+    pub reply_destination: SocketAddr,
 }
 
-/// The flows that one namespace keeps track of.
+/// The conntrack table of one network namespace.
 pub struct Conntrack(NetfilterSocket);
 
 impl fmt::Debug for Conntrack {
@@ -44,26 +44,26 @@ mod field {
 }
 
 impl Conntrack {
-    /// Those of the namespace of the calling thread.
+    /// Opens the table of the calling thread's network namespace.
     ///
     /// # Errors
-    /// No descriptor is left, or the kernel has no netfilter.
+    /// The process is out of file descriptors, or the kernel lacks netfilter.
     pub fn open() -> io::Result<Self> {
         Ok(Self(NetfilterSocket::open()?))
     }
 
-    /// Forgets the flows of `families` that `which` picks, and returns how many they were. Packets
-    /// that still come begin new ones.
+    /// Deletes the flows of `families` that match `filter` and returns their number. Later packets
+    /// create new flows.
     ///
-    /// The kernel goes through its whole table for each family, however few flows it has: 10 ms
-    /// where it has 256 Ki places.
+    /// A dump walks the whole hash table once per family, regardless of the number of flows: 10 ms
+    /// for 256 Ki buckets.
     ///
     /// # Errors
-    /// The kernel's.
-    pub fn forget(
+    /// Errors of the kernel.
+    pub fn delete(
         &mut self,
         families: &[TableFamily],
-        which: impl Fn(&Flow) -> bool,
+        filter: impl Fn(&Flow) -> bool,
     ) -> io::Result<usize> {
         if is_empty() {
             return Ok(0);
@@ -71,34 +71,34 @@ impl Conntrack {
         let mut found = Vec::new();
         for family in families.iter().map(|family| family.number()) {
             self.0.dump(&message(GET, family, Attributes::default()), |entry| {
-                if flow(entry).is_some_and(|flow| which(&flow)) {
+                if flow(entry).is_some_and(|flow| filter(&flow)) {
                     let of = |kind| attribute(entry, kind).map(<[u8]>::to_vec);
                     found.push((family, of(field::ORIGINAL), of(field::ZONE)));
                 }
             })?;
         }
-        let mut forgotten = 0;
+        let mut deleted = 0;
         for (family, original, zone) in found {
             let mut key = Attributes::default()
                 .bytes(field::ORIGINAL | NESTED, &original.unwrap_or_default());
             if let Some(zone) = zone {
                 key = key.bytes(field::ZONE, &zone);
             }
-            match self.0.order(&message(DELETE, family, key)) {
-                // It ended by itself meanwhile.
+            match self.0.execute(&message(DELETE, family, key)) {
+                // The entry expired after the dump.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 result => {
                     result?;
-                    forgotten += 1;
+                    deleted += 1;
                 }
             }
         }
-        Ok(forgotten)
+        Ok(deleted)
     }
 }
 
-/// Whether the calling thread's namespace keeps track of nothing. What cannot be told is not taken
-/// for it.
+/// Returns whether the conntrack table of the calling thread's network namespace is empty. Returns
+/// `false` if the count cannot be read.
 fn is_empty() -> bool {
     std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")
         .is_ok_and(|count| count.trim() == "0")
@@ -122,14 +122,14 @@ fn message(request: u16, family: u8, attributes: Attributes) -> Message {
     }
 }
 
-/// What an entry says; `None` for protocols without ports.
+/// Decodes an entry. Returns `None` for protocols other than TCP and UDP.
 fn flow(entry: &[u8]) -> Option<Flow> {
-    let (protocol, client, asked) = direction(attribute(entry, field::ORIGINAL)?)?;
-    let (_, server, answered) = direction(attribute(entry, field::REPLY)?)?;
-    Some(Flow { protocol, client, asked, server, answered })
+    let (protocol, client, destination) = direction(attribute(entry, field::ORIGINAL)?)?;
+    let (_, server, reply_destination) = direction(attribute(entry, field::REPLY)?)?;
+    Some(Flow { protocol, client, destination, server, reply_destination })
 }
 
-/// Protocol, source and destination.
+/// Decodes a tuple into protocol, source and destination.
 fn direction(tuple: &[u8]) -> Option<(Transport, SocketAddr, SocketAddr)> {
     // CTA_TUPLE_IP, CTA_TUPLE_PROTO
     let (addresses, ports) = (attribute(tuple, 1)?, attribute(tuple, 2)?);

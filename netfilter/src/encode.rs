@@ -1,4 +1,4 @@
-//! Tables as messages of nf_tables.
+//! Encoding of tables as nf_tables messages.
 
 use crate::expression::{INTERFACE_LENGTH, LIST_ELEMENT, address, bytes_of, data, expressions};
 use crate::table::{Chain, Element, Field, Hook, Kind, Rule, Set, Value};
@@ -33,10 +33,10 @@ pub(crate) const INET: u8 = 1;
 pub(crate) const CREATE: u16 = 0x400;
 pub(crate) const APPEND: u16 = 0x800;
 
-/// Bytes of elements in one message: an attribute holds 64 KiB.
-const MOST_ELEMENTS: usize = 48 << 10;
+/// Maximum bytes of set elements per message. The length field of an attribute limits it to 64 KiB.
+const MAX_ELEMENTS_BYTES: usize = 48 << 10;
 
-/// A request about something in a table of the family `inet`.
+/// Builds a request for the `inet` family.
 pub(crate) fn message(request: u16, flags: u16, attributes: Attributes, about: String) -> Message {
     Message { kind: NFTABLES << 8 | request, flags, family: INET, resource: 0, attributes, about }
 }
@@ -46,7 +46,8 @@ pub(crate) fn batch_begin() -> Message {
     batch(0x10)
 }
 
-/// Ends it (`NFNL_MSG_BATCH_END`): what is in between is carried out, all of it or nothing.
+/// Ends a transaction (`NFNL_MSG_BATCH_END`). The kernel applies the messages in between
+/// atomically.
 pub(crate) fn batch_end() -> Message {
     batch(0x11)
 }
@@ -63,19 +64,19 @@ fn batch(kind: u16) -> Message {
     }
 }
 
-/// Makes a table, or if it is there sets its flags.
+/// Creates a table, or sets the flags of an existing one.
 pub(crate) fn new_table(name: &str, flags: u32) -> Message {
     let attributes = Attributes::default().text(1, name).number(2, flags);
     message(request::NEW_TABLE, CREATE, attributes, format!("table {name}"))
 }
 
-/// Deletes a table with all that is in it.
+/// Deletes a table and its contents.
 pub(crate) fn delete_table(name: &str) -> Message {
     let attributes = Attributes::default().text(1, name);
     message(request::DELETE_TABLE, 0, attributes, format!("table {name}"))
 }
 
-/// Makes a chain without its rules.
+/// Creates a chain without rules.
 pub(crate) fn new_chain(table: &str, chain: &Chain) -> Message {
     let mut attributes = Attributes::default().text(1, table).text(3, &chain.name);
     if let Some(base) = &chain.base {
@@ -108,7 +109,7 @@ pub(crate) fn flush_chain(table: &str, chain: &str) -> Message {
     message(request::DELETE_RULE, 0, attributes, format!("rules of chain {chain} of table {table}"))
 }
 
-/// Deletes a chain that has no rules.
+/// Deletes an empty chain.
 pub(crate) fn delete_chain(table: &str, chain: &str) -> Message {
     let attributes = Attributes::default().text(1, table).text(3, chain);
     message(request::DELETE_CHAIN, 0, attributes, format!("chain {chain} of table {table}"))
@@ -118,15 +119,15 @@ pub(crate) fn delete_chain(table: &str, chain: &str) -> Message {
 pub(crate) fn new_rule(table: &str, chain: &str, rule: &Rule) -> Message {
     let attributes = Attributes::default().text(1, table).text(2, chain);
     let attributes = attributes.nest(4, &expressions(&rule.matches, &rule.actions));
-    let attributes = match comment(&rule.why) {
+    let attributes = match comment(&rule.comment) {
         Some(comment) => attributes.bytes(7, &comment),
         None => attributes,
     };
-    let about = format!("rule {:?} in chain {chain} of table {table}", rule.why);
+    let about = format!("rule {:?} in chain {chain} of table {table}", rule.comment);
     message(request::NEW_RULE, CREATE | APPEND, attributes, about)
 }
 
-/// A comment as nft(8) leaves it with a rule: type, length, text with its NUL.
+/// Encodes a rule comment in the userdata format of nft(8): type, length, NUL-terminated text.
 pub(crate) fn comment(text: &str) -> Option<Vec<u8>> {
     /// `NFTNL_UDATA_RULE_COMMENT` of libnftnl.
     const COMMENT: u8 = 0;
@@ -134,7 +135,7 @@ pub(crate) fn comment(text: &str) -> Option<Vec<u8>> {
     Some([&[COMMENT, length], text.as_bytes(), &[0]].concat())
 }
 
-/// Makes a set without its elements. `id` is its own within a transaction.
+/// Creates a set without elements. `id` must be unique within the transaction.
 pub(crate) fn new_set(table: &str, set: &Set, id: u32) -> Message {
     /// `NFT_SET_*`.
     const CONSTANT: u32 = 2;
@@ -161,8 +162,8 @@ pub(crate) fn new_set(table: &str, set: &Set, id: u32) -> Message {
     }
     let mut description = Attributes::default();
     if set.constant && !set.intervals {
-        // NFTA_SET_DESC_SIZE: with it a hash of fixed size is taken, which is never moved while it
-        // is asked.
+        // NFTA_SET_DESC_SIZE: selects a hash table of fixed size, which is never resized during
+        // lookups.
         description = description.number(1, set.elements.len().max(1) as u32);
     }
     if concatenation {
@@ -180,8 +181,8 @@ pub(crate) fn new_set(table: &str, set: &Set, id: u32) -> Message {
     message(request::NEW_SET, CREATE, attributes, format!("set {} of table {table}", set.name))
 }
 
-/// What nft(8) has to be told to list names of interfaces: they are in the host's byte order. Type,
-/// length, value.
+/// Set userdata that nft(8) needs to list interface names: the keys are in host byte order. Encoded
+/// as type, length, value.
 fn key_byte_order() -> Vec<u8> {
     /// `NFTNL_UDATA_SET_KEYBYTEORDER` of libnftnl.
     const KEY_BYTE_ORDER: u8 = 0;
@@ -190,18 +191,18 @@ fn key_byte_order() -> Vec<u8> {
     [&[KEY_BYTE_ORDER, 4][..], &HOST.to_ne_bytes()].concat()
 }
 
-/// Deletes a set that no rule asks.
+/// Deletes a set that no rule references.
 pub(crate) fn delete_set(table: &str, set: &str) -> Message {
     let attributes = Attributes::default().text(1, table).text(2, set);
     message(request::DELETE_SET, 0, attributes, format!("set {set} of table {table}"))
 }
 
-/// Adds the elements of `set` to it, in as many messages as it takes.
+/// Adds the elements of `set` to the set of that name, split into as many messages as necessary.
 pub(crate) fn new_elements(table: &str, set: &Set) -> Vec<Message> {
     elements(request::NEW_ELEMENTS, CREATE, table, set)
 }
 
-/// Deletes the elements of `set` from it.
+/// Deletes the elements of `set` from the set of that name.
 pub(crate) fn delete_elements(table: &str, set: &Set) -> Vec<Message> {
     elements(request::DELETE_ELEMENTS, 0, table, set)
 }
@@ -214,7 +215,7 @@ fn elements(kind: u16, flags: u16, table: &str, set: &Set) -> Vec<Message> {
         message(kind, flags, attributes, format!("elements of set {} of table {table}", set.name))
     };
     for element in set.elements.iter().flat_map(|element| encode(set, element)) {
-        if list.len() + element.len() > MOST_ELEMENTS {
+        if list.len() + element.len() > MAX_ELEMENTS_BYTES {
             messages.push(finish(std::mem::take(&mut list)));
         }
         list = list.nest(LIST_ELEMENT, &element);
@@ -235,19 +236,20 @@ mod element {
     pub(super) const INTERVAL_END: u32 = 1;
 }
 
-/// An element: one, or for a range of single values its beginning and the first value behind it.
+/// Encodes one element. In an interval set without concatenation, a range is encoded as its first
+/// value and an end marker at the first value after it.
 fn encode(set: &Set, element: &Element) -> Vec<Attributes> {
-    let [first, last] = [true, false].map(|first| joined(&element.key, first));
+    let [first, last] = [true, false].map(|first| concatenated(&element.key, first));
     let mut encoded = Attributes::default().nest(element::KEY, &data(&first));
     if set.intervals && set.key.len() > 1 {
         encoded = encoded.nest(element::KEY_END, &data(&last));
     }
     if !element.data.is_empty() {
-        encoded = encoded.nest(element::DATA, &data(&joined(&element.data, true)));
+        encoded = encoded.nest(element::DATA, &data(&concatenated(&element.data, true)));
     }
     let mut all = vec![encoded];
     if set.intervals && set.key.len() == 1 {
-        // Behind the last of all there is nothing, and nothing that ends the range.
+        // A range up to the highest value has no successor and no end marker.
         if let Some(end) = successor(&last) {
             let end = Attributes::default().nest(element::KEY, &data(&end));
             all.push(end.number(element::FLAGS, element::INTERVAL_END));
@@ -256,9 +258,9 @@ fn encode(set: &Set, element: &Element) -> Vec<Attributes> {
     all
 }
 
-/// Values one after the other, each begun at a multiple of 4 bytes where there are several. Of
-/// networks the first address or the last.
-fn joined(values: &[Value], first: bool) -> Vec<u8> {
+/// Concatenates values. Several values are padded to multiples of 4 bytes each. A network
+/// contributes its first or last address.
+fn concatenated(values: &[Value], first: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     for value in values {
         bytes.extend(match value {
@@ -273,14 +275,14 @@ fn joined(values: &[Value], first: bool) -> Vec<u8> {
 }
 
 fn last_of(net: &IpNet) -> IpAddr {
-    // For IPv6 too: not what is said to be its broadcast address, but the last one.
+    // `Ipv6Net::broadcast` returns the last address of the prefix.
     match net {
         IpNet::V4(net) => net.broadcast().into(),
         IpNet::V6(net) => net.broadcast().into(),
     }
 }
 
-/// The number after `bytes`, in network order.
+/// Returns `bytes` + 1, as a number in network byte order.
 fn successor(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut next = bytes.to_vec();
     for byte in next.iter_mut().rev() {
@@ -293,8 +295,8 @@ fn successor(bytes: &[u8]) -> Option<Vec<u8>> {
     None
 }
 
-/// nft(8)'s number of a type, which the kernel keeps for it (`enum datatypes` of nftables); of a
-/// concatenation 6 bits for each.
+/// Type number of nft(8), which the kernel stores without interpreting it (`enum datatypes` of
+/// nftables). A concatenation uses 6 bits per type.
 fn type_of(fields: &[Field]) -> u32 {
     fields.iter().fold(0, |all, field| {
         all << 6
@@ -308,7 +310,7 @@ fn type_of(fields: &[Field]) -> u32 {
     })
 }
 
-/// Bytes of a value.
+/// Length of a value in bytes.
 fn length(field: Field) -> u32 {
     match field {
         Field::Interface => INTERFACE_LENGTH as u32,
@@ -319,7 +321,7 @@ fn length(field: Field) -> u32 {
     }
 }
 
-/// Bytes of what [`joined`] makes.
+/// Length of the output of [`concatenated`] in bytes.
 fn length_of(fields: &[Field]) -> u32 {
     match fields {
         [field] => length(*field),
@@ -332,7 +334,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_ends_before_the_number_behind_it() {
+    fn successor_carries_and_stops_at_the_maximum() {
         assert_eq!(successor(&[10, 9, 1, 255]), Some(vec![10, 9, 2, 0]));
         assert_eq!(successor(&[255, 255]), None);
     }

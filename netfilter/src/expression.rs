@@ -1,9 +1,9 @@
-//! Rules as expressions of nf_tables: small steps over registers
+//! Encoding of rules as nf_tables expressions, which operate on registers
 //! (`include/uapi/linux/netfilter/nf_tables.h`).
 //!
-//! Registers are 4 bytes wide here (`NFT_REG32_*`); a concatenation lies in them one field after
-//! the other, each begun in a new one. A condition loads what it is about into the first ones and
-//! compares; the rule ends where that fails.
+//! The encoding uses 4-byte registers (`NFT_REG32_*`). A concatenation occupies consecutive
+//! registers, and every field starts in a new one. A match loads its packet field into the first
+//! registers and compares; if the comparison fails, the kernel skips the rest of the rule.
 
 use crate::table::{Action, Key, Match, Transport, Value};
 use crate::wire::Attributes;
@@ -17,18 +17,18 @@ const DATA_VALUE: u16 = 1;
 /// `NFTA_DATA_VERDICT`.
 const DATA_VERDICT: u16 = 2;
 
-/// The register of verdicts (`NFT_REG_VERDICT`).
+/// The verdict register (`NFT_REG_VERDICT`).
 const VERDICT: u32 = 0;
-/// The first register of 4 bytes (`NFT_REG32_00`).
+/// The first 4-byte register (`NFT_REG32_00`).
 const FIRST: u32 = 8;
 
 /// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
 const PROTOCOL_FAMILY: [u8; 2] = [2, 10];
 
-/// Bytes of an interface's name in a register (`IFNAMSIZ`).
+/// Bytes of an interface name in registers (`IFNAMSIZ`).
 pub(crate) const INTERFACE_LENGTH: usize = 16;
 
-/// The expressions of a rule, as its attribute has them.
+/// Encodes matches and actions as the expression list of a rule.
 pub(crate) fn expressions(matches: &[Match], actions: &[Action]) -> Attributes {
     let mut list = Expressions::default();
     for one in matches {
@@ -40,12 +40,12 @@ pub(crate) fn expressions(matches: &[Match], actions: &[Action]) -> Attributes {
     list.0
 }
 
-/// A value as set elements, comparisons and verdicts have it.
+/// Wraps a value in `struct nft_data` attributes (`NFTA_DATA_VALUE`).
 pub(crate) fn data(bytes: &[u8]) -> Attributes {
     Attributes::default().bytes(DATA_VALUE, bytes)
 }
 
-/// The bytes of `value`; of a network its first address.
+/// Encodes `value`. A network is encoded as its first address.
 pub(crate) fn bytes_of(value: &Value) -> Vec<u8> {
     match value {
         Value::Interface(name) => {
@@ -53,7 +53,7 @@ pub(crate) fn bytes_of(value: &Value) -> Vec<u8> {
             bytes.resize(INTERFACE_LENGTH, 0);
             bytes
         }
-        // A comparison of fewer bytes than the register has.
+        // A prefix match compares fewer bytes than the register holds.
         Value::InterfacePrefix(prefix) => prefix.as_bytes().to_vec(),
         Value::Group(group) => group.to_ne_bytes().to_vec(),
         Value::Net(net) => address(net.network()),
@@ -63,7 +63,7 @@ pub(crate) fn bytes_of(value: &Value) -> Vec<u8> {
     }
 }
 
-/// The bytes of an address.
+/// Encodes an address.
 pub(crate) fn address(ip: IpAddr) -> Vec<u8> {
     match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
@@ -78,7 +78,7 @@ fn number_of(protocol: Transport) -> u8 {
     }
 }
 
-/// How many registers of 4 bytes the value of `key` takes.
+/// Number of 4-byte registers for the value of `key`.
 fn registers(key: Key) -> u32 {
     match key {
         Key::InInterface
@@ -119,7 +119,7 @@ mod meta {
 const EQUAL: u32 = 0;
 const DIFFERENT: u32 = 1;
 
-/// Headers that payload is loaded from (`NFT_PAYLOAD_NETWORK_HEADER`,
+/// Header bases of payload expressions (`NFT_PAYLOAD_NETWORK_HEADER`,
 /// `NFT_PAYLOAD_TRANSPORT_HEADER`).
 const NETWORK: u32 = 1;
 const TRANSPORT: u32 = 2;
@@ -129,17 +129,17 @@ const TRANSPORT: u32 = 2;
 pub(crate) struct Expressions(Attributes);
 
 impl Expressions {
-    /// As the rule's attribute has them.
+    /// Returns the encoded list.
     pub(crate) fn into_attributes(self) -> Attributes {
         self.0
     }
 
-    /// Loads `length` bytes from offset `at` of a frame without VLAN tags, Ethernet header
-    /// included; 16 bytes at most. The rule ends where the frame is shorter.
+    /// Loads `length` bytes at offset `at` of a frame without VLAN tags, counted from the Ethernet
+    /// header; at most 16 bytes. If the frame is too short, the rule does not match.
     ///
-    /// What is behind the Ethernet header is loaded from the network header, in aligned words where
-    /// it can be: the kernel reads those in place (`nft_payload_fast_eval`), and copies all else
-    /// (`skb_copy_bits`).
+    /// Data after the Ethernet header is loaded relative to the network header, in aligned words if
+    /// possible. The kernel reads aligned words in place (`nft_payload_fast_eval`) and copies
+    /// everything else (`skb_copy_bits`).
     pub(crate) fn load_frame(&mut self, at: u16, length: usize) {
         /// `NFT_PAYLOAD_LL_HEADER`.
         const LINK: u32 = 0;
@@ -155,17 +155,17 @@ impl Expressions {
         }
     }
 
-    /// Goes on if what was loaded last is `value`, or with `not` if it differs.
+    /// Matches if the loaded value equals `value`, or differs from it with `not`.
     pub(crate) fn loaded_is(&mut self, value: &[u8], not: bool) {
         self.compare(if not { DIFFERENT } else { EQUAL }, value);
     }
 
-    /// Goes on if the byte that was loaded last has the bits of `value` where `mask` has ones.
+    /// Matches if the loaded byte, masked with `mask`, equals `value`.
     pub(crate) fn loaded_bits_are(&mut self, mask: u8, value: u8) {
         self.masked(&[mask], EQUAL, &[value]);
     }
 
-    /// Goes on for packets beyond `rate` a second, after a burst of `burst`
+    /// Matches packets in excess of `rate` per second, after a burst of `burst`
     /// (`net/netfilter/nft_limit.c`).
     pub(crate) fn over_rate(&mut self, rate: NonZeroU32, burst: u32) {
         // NFTA_LIMIT_RATE, _UNIT in seconds, _BURST, _TYPE: NFT_LIMIT_PKTS, _FLAGS: NFT_LIMIT_F_INV
@@ -174,7 +174,7 @@ impl Expressions {
         self.push("limit", &limit);
     }
 
-    /// Goes on for frames of that ethertype, as the kernel has read it.
+    /// Matches frames by ethertype as parsed by the kernel (`skb->protocol`).
     pub(crate) fn ethertype_is(&mut self, ethertype: &[u8]) {
         self.meta(meta::ETHERTYPE, FIRST);
         self.compare(EQUAL, ethertype);
@@ -192,7 +192,7 @@ impl Expressions {
         self.push("meta", &load);
     }
 
-    /// Goes on if what is in the first registers compares with `value`.
+    /// Compares the first registers with `value`.
     fn compare(&mut self, operation: u32, value: &[u8]) {
         let compare =
             Attributes::default().number(1, FIRST).number(2, operation).nest(3, &data(value));
@@ -204,21 +204,21 @@ impl Expressions {
         self.push("payload", &load.number(3, offset).number(4, length));
     }
 
-    /// What is in the first registers is masked, then has bits flipped.
+    /// Masks the first registers, then XORs them with `flip`.
     fn bitwise(&mut self, mask: &[u8], flip: &[u8]) {
         let bits =
             Attributes::default().number(1, FIRST).number(2, FIRST).number(3, mask.len() as u32);
         self.push("bitwise", &bits.nest(4, &data(mask)).nest(5, &data(flip)));
     }
 
-    /// What is in the first registers is masked, and has to compare with `value`.
+    /// Masks the first registers and compares the result with `value`.
     fn masked(&mut self, mask: &[u8], operation: u32, value: &[u8]) {
         self.bitwise(mask, &vec![0; mask.len()]);
         self.compare(operation, value);
     }
 
-    /// Goes on for packets of the family that `key` is about, if it is about one.
-    fn family_of(&mut self, key: Key) {
+    /// Matches the address family of `key`, if it has one.
+    fn match_family_of(&mut self, key: Key) {
         let v6 = match key {
             Key::SourceV4 | Key::DestinationV4 => false,
             Key::SourceV6 | Key::DestinationV6 => true,
@@ -229,7 +229,7 @@ impl Expressions {
             | Key::Protocol
             | Key::SourcePort
             | Key::DestinationPort => return,
-            // The kernel looks at the family by itself (`nft_ct_get_eval`).
+            // The kernel checks the family (`nft_ct_get_eval`).
             Key::OriginalSourceV4
             | Key::OriginalSourceV6
             | Key::OriginalDestinationV4
@@ -255,26 +255,26 @@ impl Expressions {
             Key::SourcePort => self.payload(TRANSPORT, 0, 2, register),
             Key::DestinationPort => self.payload(TRANSPORT, 2, 2, register),
             Key::OriginalSourceV4 => {
-                self.of_connection(ct::SOURCE_V4, Some(ct::ORIGINAL), register);
+                self.load_ct(ct::SOURCE_V4, Some(ct::ORIGINAL), register);
             }
             Key::OriginalSourceV6 => {
-                self.of_connection(ct::SOURCE_V6, Some(ct::ORIGINAL), register);
+                self.load_ct(ct::SOURCE_V6, Some(ct::ORIGINAL), register);
             }
             Key::OriginalDestinationV4 => {
-                self.of_connection(ct::DESTINATION_V4, Some(ct::ORIGINAL), register);
+                self.load_ct(ct::DESTINATION_V4, Some(ct::ORIGINAL), register);
             }
             Key::OriginalDestinationV6 => {
-                self.of_connection(ct::DESTINATION_V6, Some(ct::ORIGINAL), register);
+                self.load_ct(ct::DESTINATION_V6, Some(ct::ORIGINAL), register);
             }
-            Key::ReplySourceV4 => self.of_connection(ct::SOURCE_V4, Some(ct::REPLY), register),
-            Key::ReplySourceV6 => self.of_connection(ct::SOURCE_V6, Some(ct::REPLY), register),
+            Key::ReplySourceV4 => self.load_ct(ct::SOURCE_V4, Some(ct::REPLY), register),
+            Key::ReplySourceV6 => self.load_ct(ct::SOURCE_V6, Some(ct::REPLY), register),
         }
     }
 
-    /// Loads `keys` one after the other.
+    /// Loads `keys` into consecutive registers.
     fn load_all(&mut self, keys: &[Key]) {
         for key in keys {
-            self.family_of(*key);
+            self.match_family_of(*key);
         }
         let mut register = FIRST;
         for key in keys {
@@ -302,15 +302,15 @@ impl Expressions {
                     _ => self.compare(operation, &bytes_of(value)),
                 }
             }
-            Match::Established => self.connection(ct::STATE, ct::ESTABLISHED | ct::RELATED),
-            Match::Known => self.connection(ct::STATE, ct::ESTABLISHED),
+            Match::Established => self.ct_has_any(ct::STATE, ct::ESTABLISHED | ct::RELATED),
+            Match::Known => self.ct_has_any(ct::STATE, ct::ESTABLISHED),
             Match::Translated => {
-                self.connection(ct::STATUS, ct::TRANSLATED_SOURCE | ct::TRANSLATED_DESTINATION);
+                self.ct_has_any(ct::STATUS, ct::TRANSLATED_SOURCE | ct::TRANSLATED_DESTINATION);
             }
-            Match::Invalid => self.connection(ct::STATE, ct::INVALID),
-            Match::TranslatedDestination => self.connection(ct::STATUS, ct::TRANSLATED_DESTINATION),
+            Match::Invalid => self.ct_has_any(ct::STATE, ct::INVALID),
+            Match::TranslatedDestination => self.ct_has_any(ct::STATUS, ct::TRANSLATED_DESTINATION),
             Match::Reply => {
-                self.of_connection(ct::DIRECTION, None, FIRST);
+                self.load_ct(ct::DIRECTION, None, FIRST);
                 self.compare(EQUAL, &[ct::REPLY]);
             }
             Match::ToHost | Match::NotToHost => {
@@ -323,7 +323,7 @@ impl Expressions {
                 self.compare(operation, &2_u32.to_ne_bytes());
             }
             Match::FromHostAddress => {
-                // As above: NFTA_FIB_F_SADDR, RTN_LOCAL
+                // Same attributes, with NFTA_FIB_F_SADDR; RTN_LOCAL
                 let lookup = Attributes::default().number(1, FIRST).number(2, 3).number(3, 1);
                 self.push("fib", &lookup);
                 self.compare(EQUAL, &2_u32.to_ne_bytes());
@@ -352,8 +352,8 @@ impl Expressions {
         }
     }
 
-    /// Loads what the packet's connection has as `key`, of one direction where it has two.
-    fn of_connection(&mut self, key: u32, direction: Option<u8>, register: u32) {
+    /// Loads the conntrack field `key`, with a direction for fields of tuples.
+    fn load_ct(&mut self, key: u32, direction: Option<u8>, register: u32) {
         // NFTA_CT_DREG, NFTA_CT_KEY, NFTA_CT_DIRECTION
         let load = Attributes::default().number(1, register).number(2, key);
         let load = match direction {
@@ -363,9 +363,9 @@ impl Expressions {
         self.push("ct", &load);
     }
 
-    /// Goes on if the connection that the packet belongs to has one of `bits`.
-    fn connection(&mut self, key: u32, bits: u32) {
-        self.of_connection(key, None, FIRST);
+    /// Matches if the conntrack field `key` has one of `bits` set.
+    fn ct_has_any(&mut self, key: u32, bits: u32) {
+        self.load_ct(key, None, FIRST);
         self.masked(&bits.to_ne_bytes(), DIFFERENT, &0_u32.to_ne_bytes());
     }
 

@@ -1,82 +1,83 @@
-//! A gate at a link's egress: a BPF program that outlasts the process that attached it and every
-//! flush of firewall rules. It goes with its link.
+//! Egress gates. A gate is a BPF program at the egress of a link. It persists after its process
+//! exits and survives every flush of firewall rules; the kernel removes it together with the link.
 //!
 //! ```text
-//!  forwarded, or sent by the host ─► gate: came in by a link, without the mark, not by one that may? ─► drop
+//!  forwarded, or sent by the host ─► gate: received on a link, and not allowed by the policy? ─► drop
 //!                                              │ no
 //!                                              ▼
 //!                                            link
 //! ```
 //!
-//! Policy rules that do the same cost every packet of the host more: as soon as there is one, the
-//! kernel looks routes and sources up in full, and has no hints from one packet to the next
-//! (`fib4_has_custom_rules`, net/ipv4).
+//! Policy routing rules with the same effect slow down every packet of the host. As soon as one
+//! custom rule exists, the kernel does full route and source lookups and loses the hints that it
+//! otherwise keeps between packets (`fib4_has_custom_rules`, net/ipv4).
 //!
-//! Needs CAP_NET_ADMIN and CAP_BPF on the host itself; those of a user namespace do not count.
-//! Attached through tcx (Linux 6.6), else through the qdisc `clsact`.
+//! Gates need CAP_NET_ADMIN and CAP_BPF in the initial user namespace; capabilities in a child user
+//! namespace are not sufficient. They are attached through tcx (Linux 6.6) if available, otherwise
+//! through the `clsact` qdisc.
 
 use crate::bpf::{Direction, Instruction, LinkProgram, detach_tcx, field, tcx_programs, verdict};
 use std::io;
 
-/// What lists of programs (bpftool-prog(8)) call it; at most 15 bytes.
+/// Name of the program in bpftool-prog(8); at most 15 bytes.
 const NAME: &str = "tg_gate";
 
-/// What a gate lets pass besides what the host itself sends.
+/// Condition under which a gate passes a forwarded packet. Packets sent by the host always pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GatePolicy {
-    /// Packets that have `mark` in the bits of `mask` of their packet mark.
+    /// The packet mark, masked with `mask`, equals `mark`.
     Marked {
-        /// The value.
+        /// Expected value of the masked bits.
         mark: u32,
-        /// The bits that are compared.
+        /// Bits of the packet mark to compare.
         mask: u32,
     },
-    /// Packets that came in by one of the links of these numbers.
+    /// The packet was received on one of the links with these interface indexes.
     From(Vec<u32>),
 }
 
-/// The program, loaded.
+/// A loaded egress gate.
 #[derive(Debug)]
 pub struct Gate(LinkProgram);
 
 impl Gate {
-    /// A gate that lets pass what the host itself sends, and what `policy` says.
+    /// Loads a gate that passes packets sent by the host and packets that satisfy `policy`.
     ///
     /// # Errors
-    /// BPF programs are not available here: `EPERM` without the privilege.
+    /// BPF programs are unavailable; `EPERM` without the required capabilities.
     pub fn new(policy: &GatePolicy) -> io::Result<Self> {
         LinkProgram::load(NAME, Direction::Egress, &program(policy)).map(Self)
     }
 
-    /// Whether a gate of the same policy is attached to the link numbered `index` of the calling
-    /// thread's namespace.
+    /// Returns whether a gate with the same policy is attached to the link with interface index
+    /// `index` in the calling thread's network namespace.
     ///
     /// # Errors
-    /// `ENODEV` without such a link.
+    /// `ENODEV` if the link does not exist.
     pub fn is_attached(&self, index: u32) -> io::Result<bool> {
         self.0.is_attached(index)
     }
 
-    /// Attaches it to the link numbered `index` of the calling thread's namespace, ahead of what is
-    /// there. If it is attached there already, nothing changes.
+    /// Attaches the gate to the link with interface index `index` in the calling thread's network
+    /// namespace, ahead of existing programs. Does nothing if it is already attached.
     ///
     /// # Errors
-    /// `ENODEV` without such a link.
+    /// `ENODEV` if the link does not exist.
     pub fn attach(&self, index: u32) -> io::Result<()> {
         self.0.attach(index)
     }
 }
 
-/// How many programs are attached to the link numbered `index` of the calling thread's namespace:
-/// for tests.
+/// Counts the programs attached to the link with interface index `index` in the calling thread's
+/// network namespace. For tests.
 #[doc(hidden)]
 pub fn count_programs(index: u32) -> io::Result<usize> {
     let count = |direction| tcx_programs(index, direction).map(|ids| ids.len());
     Ok(count(Direction::Ingress)? + count(Direction::Egress)?)
 }
 
-/// Detaches all programs from the link numbered `index` of the calling thread's namespace, gates
-/// and port guards: for tests of what holds without them.
+/// Detaches all programs, gates and port guards, from the link with interface index `index` in the
+/// calling thread's network namespace. For tests that run without them.
 #[doc(hidden)]
 pub fn detach_programs(index: u32) -> io::Result<()> {
     for direction in [Direction::Ingress, Direction::Egress] {
@@ -114,7 +115,7 @@ fn program(policy: &GatePolicy) -> Vec<Instruction> {
     code.push(of(0x95, 0, 0, 0, 0));
     for (at, one) in code.iter_mut().enumerate() {
         if one.is_conditional_jump() {
-            *one = one.jumping((end - at - 1) as i16);
+            *one = one.with_offset((end - at - 1) as i16);
         }
     }
     code

@@ -1,9 +1,10 @@
-//! What identifies a table and its contents.
+//! Identity of a table and its contents.
 //!
-//! The kernel numbers what is made, and gives no number to two tables, or to two objects of one
-//! table. A chain counts its rules and a table its chains and sets. So a table is as it was made if
-//! what it consists of is found under its number, the counts are the same, and each rule says the
-//! same: one that takes the place of another keeps its number (`nf_tables_newrule`).
+//! The kernel assigns each object a handle and never reuses it: table handles are unique among
+//! tables, chain and rule handles within their table. A chain counts its rules, and a table its
+//! chains and sets. A table is therefore unchanged if the handles and counts of its objects are
+//! unchanged and each rule has the same expressions. The expressions are compared because a
+//! replacement keeps the handle of the rule (`nf_tables_newrule`).
 
 use crate::encode::{message, request};
 use crate::wire::{Attributes, Message, NFTABLES, attribute, attributes, text};
@@ -11,15 +12,15 @@ use crate::wire::{Attributes, Message, NFTABLES, attribute, attributes, text};
 /// `NLM_F_ECHO`.
 const ECHO: u16 = 8;
 
-/// A table as it was made.
+/// Identity of a table at the time of its creation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableIdentity(Vec<Object>);
 
 impl TableIdentity {
-    /// The table, and then the chains and rules that were made with it.
+    /// Builds the identity from the table and the chains and rules created with it.
     pub(crate) fn new(mut objects: Vec<Object>) -> Self {
-        // Chains before rules: the kernel looks a rule up by going through all of its chain, and
-        // how many a chain has it tells with the chain.
+        // Chains before rules: a rule lookup traverses its chain, and the rule count of the chain
+        // detects most changes without one.
         objects.sort_by_key(|object| object.kind);
         Self(objects)
     }
@@ -29,7 +30,7 @@ impl TableIdentity {
     }
 }
 
-/// What an object is. In the order in which they are asked for.
+/// Type of an object. The variants are in the order of the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum ObjectKind {
     Table,
@@ -40,7 +41,7 @@ enum ObjectKind {
 impl ObjectKind {
     const ALL: [Self; 3] = [Self::Table, Self::Chain, Self::Rule];
 
-    /// The requests that make and get one (`NFT_MSG_*`).
+    /// Requests that create and get an object (`NFT_MSG_*`).
     const fn requests(self) -> (u16, u16) {
         match self {
             Self::Table => (request::NEW_TABLE, request::GET_TABLE),
@@ -49,8 +50,8 @@ impl ObjectKind {
         }
     }
 
-    /// The attributes that a request for one names it by.
-    const fn names(self) -> &'static [u16] {
+    /// Attributes that identify an object in a request.
+    const fn key_attributes(self) -> &'static [u16] {
         match self {
             // NFTA_TABLE_NAME
             Self::Table => &[1],
@@ -61,8 +62,8 @@ impl ObjectKind {
         }
     }
 
-    /// The attributes that are compared.
-    const fn compared(self) -> &'static [u16] {
+    /// Attributes that are compared.
+    const fn compared_attributes(self) -> &'static [u16] {
         match self {
             // NFTA_TABLE_FLAGS, _USE, _HANDLE
             Self::Table => &[2, 3, 4],
@@ -73,18 +74,18 @@ impl ObjectKind {
         }
     }
 
-    /// The values of those attributes.
-    fn compared_of(self, attributes: &[u8]) -> Vec<Option<Vec<u8>>> {
-        let values = self.compared().iter().map(|kind| attribute(attributes, *kind));
+    /// Returns the values of the compared attributes.
+    fn compared_values(self, attributes: &[u8]) -> Vec<Option<Vec<u8>>> {
+        let values = self.compared_attributes().iter().map(|kind| attribute(attributes, *kind));
         match self {
             Self::Table | Self::Chain => values.map(|value| value.map(<[u8]>::to_vec)).collect(),
-            Self::Rule => values.map(|value| value.map(without_counts)).collect(),
+            Self::Rule => values.map(|value| value.map(without_counters)).collect(),
         }
     }
 }
 
-/// The expressions of a rule, but for counters.
-pub(crate) fn without_counts(expressions: &[u8]) -> Vec<u8> {
+/// Returns the expressions of a rule without its counters, whose values change with the traffic.
+pub(crate) fn without_counters(expressions: &[u8]) -> Vec<u8> {
     // NFTA_EXPR_NAME
     let is_counter = |expression| attribute(expression, 1).map(text).as_deref() == Some("counter");
     attributes(expressions)
@@ -97,44 +98,46 @@ pub(crate) fn without_counts(expressions: &[u8]) -> Vec<u8> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Object {
     kind: ObjectKind,
-    names: Vec<Option<Vec<u8>>>,
+    keys: Vec<Option<Vec<u8>>>,
     compared: Vec<Option<Vec<u8>>>,
 }
 
 impl Object {
-    /// Has the kernel echo what it makes of `message`, if that makes such an object.
-    pub(crate) fn have_echoed(message: &mut Message) {
-        if ObjectKind::ALL.iter().any(|kind| of_nftables(kind.requests().0) == message.kind) {
+    /// Requests an echo for `message` if it creates a table, chain or rule.
+    pub(crate) fn request_echo(message: &mut Message) {
+        if ObjectKind::ALL.iter().any(|kind| message_type(kind.requests().0) == message.kind) {
             message.flags |= ECHO;
         }
     }
 
-    /// The object that an echo of this type, with these attributes, tells of.
-    pub(crate) fn made(kind: u16, attributes: &[u8]) -> Option<Self> {
-        let kind = ObjectKind::ALL.into_iter().find(|one| of_nftables(one.requests().0) == kind)?;
-        let names = kind.names().iter().map(|name| attribute(attributes, *name));
-        let names = names.map(|name| name.map(<[u8]>::to_vec)).collect();
-        Some(Self { kind, names, compared: kind.compared_of(attributes) })
+    /// Parses an echo: its message type and attributes. Returns `None` for other types of objects.
+    pub(crate) fn from_echo(kind: u16, attributes: &[u8]) -> Option<Self> {
+        let kind =
+            ObjectKind::ALL.into_iter().find(|one| message_type(one.requests().0) == kind)?;
+        let keys = kind.key_attributes().iter().map(|key| attribute(attributes, *key));
+        let keys = keys.map(|key| key.map(<[u8]>::to_vec)).collect();
+        Some(Self { kind, keys, compared: kind.compared_values(attributes) })
     }
 
-    /// Asks for it.
+    /// Builds the request for the current attributes of the object.
     pub(crate) fn request(&self) -> Message {
-        let mut asked = Attributes::default();
-        for (kind, name) in self.kind.names().iter().zip(&self.names) {
-            if let Some(name) = name {
-                asked = asked.bytes(*kind, name);
+        let mut request_attributes = Attributes::default();
+        for (kind, key) in self.kind.key_attributes().iter().zip(&self.keys) {
+            if let Some(key) = key {
+                request_attributes = request_attributes.bytes(*kind, key);
             }
         }
-        message(self.kind.requests().1, 0, asked, String::new())
+        message(self.kind.requests().1, 0, request_attributes, String::new())
     }
 
-    /// Whether these attributes, with which the request was answered, are those that it had.
-    pub(crate) fn is(&self, attributes: &[u8]) -> bool {
-        self.kind.compared_of(attributes) == self.compared
+    /// Returns whether the attributes of a reply equal those at creation.
+    pub(crate) fn matches(&self, attributes: &[u8]) -> bool {
+        self.kind.compared_values(attributes) == self.compared
     }
 }
 
-fn of_nftables(request: u16) -> u16 {
+/// Returns the netlink message type of a request (`NFNL_SUBSYS_NFTABLES`).
+fn message_type(request: u16) -> u16 {
     NFTABLES << 8 | request
 }
 
@@ -152,19 +155,19 @@ mod tests {
     }
 
     #[test]
-    fn an_object_is_asked_for_by_name_and_told_by_its_number_and_counts() {
-        let made = Object::made(of_nftables(request::NEW_TABLE), &table(0, 2)).unwrap();
-        let asked = Attributes::default().text(1, "ours");
-        assert_eq!(made.request(), message(request::GET_TABLE, 0, asked, String::new()));
-        assert!(made.is(&table(0, 2)));
-        assert!(!made.is(&table(1, 2)), "dormant");
-        assert!(!made.is(&table(0, 3)), "one chain more");
-        assert_eq!(Object::made(of_nftables(request::NEW_SET), &table(0, 2)), None);
+    fn table_is_requested_by_name_and_compared_by_flags_and_counts() {
+        let created = Object::from_echo(message_type(request::NEW_TABLE), &table(0, 2)).unwrap();
+        let key = Attributes::default().text(1, "ours");
+        assert_eq!(created.request(), message(request::GET_TABLE, 0, key, String::new()));
+        assert!(created.matches(&table(0, 2)));
+        assert!(!created.matches(&table(1, 2)), "dormant");
+        assert!(!created.matches(&table(0, 3)), "additional chain");
+        assert_eq!(Object::from_echo(message_type(request::NEW_SET), &table(0, 2)), None);
     }
 
     #[test]
-    fn rules_are_asked_for_behind_their_chains() {
-        let object = |request| Object::made(of_nftables(request), &[]).unwrap();
+    fn rules_are_requested_after_chains() {
+        let object = |request| Object::from_echo(message_type(request), &[]).unwrap();
         let [table, chain, rule] =
             [request::NEW_TABLE, request::NEW_CHAIN, request::NEW_RULE].map(object);
         let identity = TableIdentity::new(vec![rule.clone(), table.clone(), chain.clone()]);

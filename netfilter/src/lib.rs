@@ -1,19 +1,19 @@
-//! The kernel's packet filter: tables of nftables as values, which are written down for people and
-//! sent to the kernel.
+//! Interface to the kernel's packet filter. nftables tables are plain values: they can be printed
+//! in the syntax of nft(8) and committed to the kernel.
 //!
 //! ```text
-//! Table ──Display──► what nft(8) reads and lists
-//!      └──Change───► messages ──► one transaction: all of it, or nothing
+//! Table ──Display──► text in the syntax of nft(8)
+//!      └──Change───► netlink messages ──► one atomic transaction
 //! ```
 //!
-//! It speaks to the kernel itself (nfnetlink), needs neither the program `nft` nor a C library, and
-//! can do what they cannot yet everywhere: tables that [belong](Change::Replace) to a connection
-//! and outlast it. It knows nothing of networks or containers. What a table says is the business of
-//! who makes it.
+//! The crate talks nfnetlink directly and needs neither the `nft` program nor a C library.
+//! Distributed versions of these do not yet support tables that are [owned](Change::Replace) by a
+//! connection and persist after it closes; the crate does. It has no notion of networks or
+//! containers: the caller decides the contents of a table.
 //!
-//! Beside the tables, where no flush reaches them, are BPF programs: a [`Gate`] at the egress of a
-//! bridge, behind the firewall, and [`PortGuards`] at the ingress of its ports, before everything
-//! else.
+//! BPF programs complement the tables, because a ruleset flush does not remove them: a [`Gate`] at
+//! the egress of a bridge, after the firewall, and [`PortGuards`] at the ingress of the bridge
+//! ports, before all other processing.
 
 mod bpf;
 mod connection;

@@ -1,18 +1,17 @@
-//! Questions and orders to the kernel's netfilter socket, one at a time.
+//! Netlink sockets with one request in flight at a time.
 //!
-//! The kernel has handled a message when `send(2)` returns, and what it has to say waits in the
-//! socket.
+//! The kernel processes netlink requests synchronously: when `send(2)` returns, the replies are in
+//! the receive queue.
 
 use crate::wire::{Message, NETLINK_HEADER, Request};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// The most that the kernel puts into one datagram of a dump, in bytes (`netlink_recvmsg` caps it
-/// at 32 KiB).
+/// Maximum length of a dump datagram, in bytes (`netlink_recvmsg` caps it at 32 KiB).
 const DATAGRAM: usize = 32 << 10;
 
-/// How often a dump is begun again because what it lists was changed meanwhile.
+/// Maximum attempts at a dump that concurrent changes interrupt (`NLM_F_DUMP_INTR`).
 const DUMP_ATTEMPTS: u32 = 8;
 
 /// `NLM_F_ACK`, `NLM_F_DUMP`, `NLM_F_DUMP_INTR`.
@@ -24,16 +23,16 @@ const INTERRUPTED: u16 = 0x10;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
 
-/// The kernel refused something.
+/// A message that the kernel rejected.
 #[derive(Debug)]
-pub(crate) struct Refusal {
-    /// Which message of those that were sent.
+pub(crate) struct Rejection {
+    /// Index among the messages sent.
     pub(crate) index: usize,
-    /// Why.
+    /// Error code of the kernel.
     pub(crate) source: io::Error,
 }
 
-/// A netfilter socket in one namespace.
+/// A netlink socket in one network namespace, of the netfilter family unless opened otherwise.
 pub(crate) struct NetfilterSocket {
     socket: Socket,
     port: u32,
@@ -41,34 +40,35 @@ pub(crate) struct NetfilterSocket {
 }
 
 impl NetfilterSocket {
-    /// Opens one in the calling thread's namespace.
+    /// Opens a netfilter socket in the calling thread's network namespace.
     pub(crate) fn open() -> io::Result<Self> {
-        Self::speaking(NETLINK_NETFILTER)
+        Self::open_family(NETLINK_NETFILTER)
     }
 
-    /// Opens a socket of another netlink family (`NETLINK_*`) in the calling thread's namespace.
-    pub(crate) fn speaking(family: isize) -> io::Result<Self> {
+    /// Opens a socket of netlink family `NETLINK_*` in the calling thread's network namespace.
+    pub(crate) fn open_family(family: isize) -> io::Result<Self> {
         let mut socket = Socket::new(family)?;
         let port = socket.bind_auto()?.port_number();
-        // Connected to the kernel, so that no other process can put an answer into our socket.
+        // Connected to the kernel, so that other processes cannot inject replies.
         socket.connect(&SocketAddr::new(0, 0))?;
-        // Errors need not repeat what they are about.
+        // NETLINK_CAP_ACK: errors without a copy of the request.
         socket.set_cap_ack(true)?;
         Ok(Self { socket, port, sequence: 0 })
     }
 
-    /// What the kernel calls this socket, and whoever owns a table by it.
+    /// Returns the netlink port ID, by which the kernel also identifies the owner of a table.
     pub(crate) fn port(&self) -> u32 {
         self.port
     }
 
-    /// Sends `messages` together and returns what was refused of them; `NLM_F_ACK` is not needed
-    /// for that. What the kernel echoes is handed on: its type and its attributes.
+    /// Sends `messages` in one datagram and returns the rejected ones. The kernel reports errors
+    /// even without `NLM_F_ACK`. Calls `each_echo` with the type and the attributes of each object
+    /// that the kernel echoes (`NLM_F_ECHO`).
     pub(crate) fn send_all(
         &mut self,
         messages: &[Message],
-        mut echoed: impl FnMut(u16, &[u8]),
-    ) -> io::Result<Vec<Refusal>> {
+        mut each_echo: impl FnMut(u16, &[u8]),
+    ) -> io::Result<Vec<Rejection>> {
         self.discard()?;
         let first = self.sequence.wrapping_add(1);
         let mut buffer = Vec::new();
@@ -77,7 +77,7 @@ impl NetfilterSocket {
             message.write(self.sequence, 0, &mut buffer);
         }
         self.send(&buffer)?;
-        let mut refused = Vec::new();
+        let mut rejected = Vec::new();
         self.socket.set_non_blocking(true)?;
         let received = self.drain(|kind, sequence, payload| {
             let index = sequence.wrapping_sub(first) as usize;
@@ -85,28 +85,28 @@ impl NetfilterSocket {
                 return;
             }
             if kind != ERROR {
-                echoed(kind, payload.get(Message::HEAD..).unwrap_or_default());
+                each_echo(kind, payload.get(Message::HEAD..).unwrap_or_default());
             } else if let Some(source) = error_of(payload) {
-                refused.push(Refusal { index, source });
+                rejected.push(Rejection { index, source });
             }
         });
         self.socket.set_non_blocking(false)?;
-        received.map(|()| refused)
+        received.map(|()| rejected)
     }
 
-    /// Sends one message and waits for the kernel's word on it.
-    pub(crate) fn order(&mut self, message: &impl Request) -> io::Result<()> {
+    /// Sends one message and waits for its acknowledgement.
+    pub(crate) fn execute(&mut self, message: &impl Request) -> io::Result<()> {
         self.request(message, ACK, |_| ()).map(drop)
     }
 
-    /// Asks for one thing: its attributes.
-    pub(crate) fn ask(&mut self, message: &Message) -> io::Result<Vec<u8>> {
+    /// Requests one object and returns its attributes.
+    pub(crate) fn get(&mut self, message: &Message) -> io::Result<Vec<u8>> {
         let mut answer = Vec::new();
         self.request(message, ACK, |attributes| answer = attributes.to_vec())?;
         Ok(answer)
     }
 
-    /// Asks for all there is that `message` lets through: the attributes of each.
+    /// Dumps all objects that match `message` and calls `each` with the attributes of each object.
     pub(crate) fn dump(
         &mut self,
         message: &impl Request,
@@ -119,11 +119,11 @@ impl NetfilterSocket {
                 return Ok(());
             }
         }
-        Err(io::Error::other("what was to be listed keeps changing"))
+        Err(io::Error::other("dump interrupted repeatedly by concurrent changes"))
     }
 
-    /// Sends a request and hands on all that is answered, up to the final word. Says whether that
-    /// was a consistent picture.
+    /// Sends a request and passes every reply to `each`, until the final status. Returns whether
+    /// the replies are a consistent snapshot.
     fn request<M: Request>(
         &mut self,
         message: &M,
@@ -135,7 +135,7 @@ impl NetfilterSocket {
         let mut buffer = Vec::new();
         message.write(self.sequence, flags, &mut buffer);
         self.send(&buffer)?;
-        let mut whole = true;
+        let mut consistent = true;
         let mut outcome = None;
         let sequence = self.sequence;
         while outcome.is_none() {
@@ -144,9 +144,9 @@ impl NetfilterSocket {
                 if number != sequence {
                     continue;
                 }
-                whole &= flags & INTERRUPTED == 0;
+                consistent &= flags & INTERRUPTED == 0;
                 match kind {
-                    // Both carry a code: zero, or the negative number of an error.
+                    // Both carry a status: zero or a negative errno.
                     ERROR | DONE => outcome = Some(error_of(payload)),
                     _ => each(payload.get(M::HEAD..).unwrap_or_default()),
                 }
@@ -154,24 +154,24 @@ impl NetfilterSocket {
         }
         match outcome.flatten() {
             Some(error) => Err(error),
-            None => Ok(whole),
+            None => Ok(consistent),
         }
     }
 
     fn send(&self, buffer: &[u8]) -> io::Result<()> {
         if buffer.len() > DATAGRAM {
-            // SAFETY: the descriptor is open for as long as the socket is.
+            // SAFETY: the descriptor stays open while `self.socket` lives.
             let socket = unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) };
-            // Beyond the limit that holds for everyone, which a table with thousands of ports
-            // exceeds; twice, for the kernel's own accounting. Without the privilege a smaller one
-            // may do.
+            // SO_SNDBUFFORCE exceeds `net.core.wmem_max`, which a table with thousands of ports
+            // requires. The factor 2 covers the overhead that the kernel accounts. Without
+            // CAP_NET_ADMIN the call fails, and the default buffer may still suffice.
             let _ =
                 rustix::net::sockopt::set_socket_send_buffer_size_force(socket, 2 * buffer.len());
         }
         self.socket.send(buffer, 0).map(drop)
     }
 
-    /// Throws away answers to what was given up half-way.
+    /// Discards replies to requests that were abandoned.
     fn discard(&self) -> io::Result<()> {
         self.socket.set_non_blocking(true)?;
         let drained = self.drain(|_, _, _| ());
@@ -179,7 +179,7 @@ impl NetfilterSocket {
         drained
     }
 
-    /// Takes all that has come, without waiting.
+    /// Reads all queued replies without blocking.
     fn drain(&self, mut each: impl FnMut(u16, u32, &[u8])) -> io::Result<()> {
         loop {
             match self.receive() {
@@ -208,7 +208,7 @@ impl NetfilterSocket {
     }
 }
 
-/// The messages of a datagram: type, flags, number, and what is behind the header.
+/// Iterates over the messages of a datagram as (type, flags, sequence number, payload).
 fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u16, u32, &[u8])> {
     std::iter::from_fn(move || {
         let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;

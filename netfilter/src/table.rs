@@ -1,7 +1,7 @@
-//! A table of nftables as a value.
+//! nftables tables as plain values.
 //!
-//! Only what tidegate uses of the language, each with the name that nft(8) has for it in its
-//! comment. The family is always `inet`: one table for IPv4 and IPv6.
+//! Covers the subset of the nftables language that tidegate uses. The doc comment of each item
+//! gives its nft(8) syntax. The family is always `inet`: one table for IPv4 and IPv6.
 
 use ipnet::IpNet;
 
@@ -10,40 +10,39 @@ use ipnet::IpNet;
 pub struct Table {
     /// Its name.
     pub name: String,
-    /// Sets and maps; names differ.
+    /// Sets and maps with unique names.
     pub sets: Vec<Set>,
-    /// Chains, the ones that are jumped to before those that jump; names differ.
+    /// Chains with unique names. Jump targets precede the chains that jump to them.
     pub chains: Vec<Chain>,
 }
 
-/// A named set, or with `data` a map.
+/// A named set, or a map if `data` is not empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Set {
     /// Its name.
     pub name: String,
-    /// What its elements consist of; with more than one field a concatenation.
+    /// Type of the elements; several fields form a concatenation.
     pub key: Vec<Field>,
-    /// What an element leads to; empty for a set.
+    /// Type of the mapped data; empty for a set.
     pub data: Vec<Field>,
     /// Elements may be ranges (`flags interval`).
     pub intervals: bool,
-    /// The elements stay as they are (`flags constant`), which makes a set without intervals
-    /// quicker to ask.
+    /// The elements never change (`flags constant`). Speeds up lookups in sets without intervals.
     pub constant: bool,
-    /// The elements. None is part of another.
+    /// The elements. Ranges do not overlap.
     pub elements: Vec<Element>,
 }
 
 /// An element of a set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Element {
-    /// One value for each field of the set's key.
+    /// One value per field of the set's key.
     pub key: Vec<Value>,
-    /// One for each field of its data.
+    /// One value per field of the set's data.
     pub data: Vec<Value>,
 }
 
-/// A type of values.
+/// The type of a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Field {
     /// `ifname`.
@@ -61,23 +60,23 @@ pub enum Field {
 /// A value of a [`Field`].
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Value {
-    /// An interface's name.
+    /// An interface name.
     Interface(String),
-    /// All interfaces with names that begin so.
+    /// All interfaces whose name has this prefix.
     InterfacePrefix(String),
-    /// A group of interfaces (ip-link(8), `group`).
+    /// An interface group (ip-link(8), `group`).
     Group(u32),
-    /// An address, or in a set with intervals all of a network.
+    /// An address, or a prefix in a set with intervals.
     Net(IpNet),
     /// A protocol.
     Protocol(Transport),
-    /// Another protocol, by its number.
+    /// Another protocol number.
     OtherProtocol(u8),
     /// A port.
     Port(u16),
 }
 
-/// A protocol above IP.
+/// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Transport {
     /// `tcp`, 6.
@@ -91,8 +90,7 @@ pub enum Transport {
 pub struct Chain {
     /// Its name.
     pub name: String,
-    /// Where packets come from; `None` for a chain that is jumped to. Its policy is always
-    /// `accept`.
+    /// The hook of a base chain, `None` for a regular chain. The policy is always `accept`.
     pub base: Option<Base>,
     /// Its rules.
     pub rules: Vec<Rule>,
@@ -101,25 +99,25 @@ pub struct Chain {
 /// `type KIND hook HOOK priority PRIORITY`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Base {
-    /// What its rules may do.
+    /// Chain type.
     pub kind: Kind,
-    /// Which packets it sees.
+    /// Hook of the chain.
     pub hook: Hook,
-    /// Chains with lower ones see them first (`raw` is -300, `mangle` -150, `dstnat` -100, `filter`
-    /// 0, `srcnat` 100).
+    /// Chains with lower values are traversed first (`raw` is -300, `mangle` -150, `dstnat` -100,
+    /// `filter` 0, `srcnat` 100).
     pub priority: i32,
 }
 
-/// A kind of base chain.
+/// A base chain type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `filter`.
     Filter,
-    /// `nat`: sees the first packet of a connection.
+    /// `nat`: traversed by the first packet of a connection only.
     Nat,
 }
 
-/// A hook of the kernel (`NF_INET_*`).
+/// A netfilter hook (`NF_INET_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     /// `prerouting`.
@@ -134,60 +132,60 @@ pub enum Hook {
     Postrouting,
 }
 
-/// A rule: if all of `matches` hold, `actions` are carried out in order.
+/// A rule: `actions` run in order if all `matches` hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     /// The conditions.
     pub matches: Vec<Match>,
-    /// What follows.
+    /// The statements.
     pub actions: Vec<Action>,
-    /// Why: the rule's comment, at most 128 bytes. No quotes.
-    pub why: String,
+    /// The comment of the rule, at most 128 bytes, without quotes.
+    pub comment: String,
 }
 
 /// A condition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Match {
-    /// What `keys` give, concatenated, is in the set of this name: `iifname . ip daddr @own`. With
-    /// `not` it is not: `iifname != @bridges`.
+    /// Lookup of the concatenated `keys` in a set: `iifname . ip daddr @own`, or with `not`:
+    /// `iifname != @bridges`.
     In {
-        /// What of the packet.
+        /// Packet field to match.
         keys: Vec<Key>,
         /// The set's name.
         set: String,
-        /// The opposite.
+        /// Negates the match.
         not: bool,
     },
-    /// What `key` gives is that value: `iifname "lo"`, `ip daddr 127.0.0.0/8`.
+    /// Comparison of `key` with `value`: `iifname "lo"`, `ip daddr 127.0.0.0/8`.
     Is {
-        /// What of the packet.
+        /// Packet field to match.
         key: Key,
         /// The value.
         value: Value,
-        /// The opposite.
+        /// Negates the match.
         not: bool,
     },
     /// `ct state established,related`.
     Established,
-    /// `ct state established`: a part of a connection that is known, not only about one.
+    /// `ct state established`: part of a tracked connection. Excludes related packets such as ICMP
+    /// errors.
     Known,
-    /// `ct status snat,dnat`: one of its ends was translated.
+    /// `ct status snat,dnat`: source or destination was translated.
     Translated,
     /// `ct state invalid`.
     Invalid,
-    /// `ct status dnat`: its destination was translated.
+    /// `ct status dnat`: destination was translated.
     TranslatedDestination,
-    /// `ct direction reply`: it answers what began the connection.
+    /// `ct direction reply`: sent by the responder of the connection.
     Reply,
-    /// `fib daddr type local`: its destination is a unicast address of the host.
+    /// `fib daddr type local`: destination is a unicast address of the host.
     ToHost,
-    /// `fib saddr type local`: its source is an address of the host.
+    /// `fib saddr type local`: source is an address of the host.
     FromHostAddress,
-    /// `fib daddr type != local`: its destination is a broadcast or multicast address, or
-    /// elsewhere.
+    /// `fib daddr type != local`: destination is a broadcast, multicast or remote address.
     NotToHost,
-    /// `iif 0`: it did not come in by an interface, so the host itself sends it. In `postrouting`,
-    /// where the kernel gives the input interface from Linux 5.7 on (`ip_output`, `ip6_output`).
+    /// `iif 0`: no input interface, so the packet is sent by the host. Valid in `postrouting`,
+    /// where the kernel sets the input interface since Linux 5.7 (`ip_output`, `ip6_output`).
     FromHost,
     /// `meta nfproto ipv6`, or `ipv4`.
     Family {
@@ -196,11 +194,11 @@ pub enum Match {
     },
     /// `meta l4proto != ipv6-icmp`.
     NotIcmpv6,
-    /// `tcp flags syn / syn,rst`: it begins a connection, or accepts one.
+    /// `tcp flags syn / syn,rst`: SYN or SYN-ACK.
     Syn,
 }
 
-/// What of a packet. Those of one family do not match packets of the other.
+/// A packet field. Fields of one address family do not match packets of the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
     /// `iifname`.
@@ -219,15 +217,15 @@ pub enum Key {
     DestinationV4,
     /// `ip6 daddr`.
     DestinationV6,
-    /// `ct original ip saddr`: who began the connection.
+    /// `ct original ip saddr`: the initiator of the connection.
     OriginalSourceV4,
     /// `ct original ip6 saddr`.
     OriginalSourceV6,
-    /// `ct original ip daddr`: whom it was addressed to, before destination NAT.
+    /// `ct original ip daddr`: the destination before destination NAT.
     OriginalDestinationV4,
     /// `ct original ip6 daddr`.
     OriginalDestinationV6,
-    /// `ct reply ip saddr`: who answers, behind destination NAT.
+    /// `ct reply ip saddr`: the responder after destination NAT.
     ReplySourceV4,
     /// `ct reply ip6 saddr`.
     ReplySourceV6,
@@ -239,7 +237,7 @@ pub enum Key {
     DestinationPort,
 }
 
-/// What is done with a packet.
+/// A statement of a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// `counter`.
@@ -252,45 +250,45 @@ pub enum Action {
     Return,
     /// `jump CHAIN`.
     Jump(String),
-    /// `goto CHAIN`: a packet that comes to its end does not come back.
+    /// `goto CHAIN`: evaluation does not return to this chain.
     Goto(String),
-    /// `meta mark set meta mark & 0xKEPT ^ 0xVALUE`: `value` in the bits of `mask`, the others as
-    /// they were.
+    /// `meta mark set meta mark & 0xKEPT ^ 0xVALUE`: sets the bits of `mask` to `value` and keeps
+    /// the others.
     Mark {
-        /// The new bits.
+        /// New value of the bits.
         value: u32,
-        /// Which bits.
+        /// Bits to set.
         mask: u32,
     },
-    /// `tcp option maxseg size set rt mtu`: segments fit the path.
+    /// `tcp option maxseg size set rt mtu`: clamps the MSS to the path MTU.
     ClampSegments,
-    /// `udp dport set PORT` (`tcp`, `sport`): in this packet, with its checksum, and without the
-    /// kernel remembering it. Of packets of `protocol` only.
+    /// `udp dport set PORT` (`tcp`, `sport`): rewrites the port of this packet and updates its
+    /// checksum, without a conntrack entry. Valid for packets of `protocol` only.
     SetPort {
-        /// Where in the packet the checksum is.
+        /// Determines the offset of the checksum.
         protocol: Transport,
-        /// The source's port, not the destination's.
+        /// Rewrites the source port instead of the destination port.
         source: bool,
         /// The new port.
         port: u16,
     },
     /// `masquerade`.
     Masquerade,
-    /// `masquerade to :FIRST-LAST`: the source port is in that range behind it. For protocols that
-    /// have ports.
+    /// `masquerade to :FIRST-LAST`: restricts the translated source port to a range. For protocols
+    /// with ports.
     MasqueradeTo {
         /// The lowest port.
         first: u16,
-        /// The highest one.
+        /// The highest port.
         last: u16,
     },
-    /// `dnat ip to KEYS map @MAP` (`ip6`), the map's data an address and a port.
+    /// `dnat ip to KEYS map @MAP` (`ip6`). The map data is an address and a port.
     Translate {
-        /// What of the packet is looked up.
+        /// Lookup key.
         keys: Vec<Key>,
         /// The map's name.
         map: String,
-        /// Of IPv6.
+        /// Address family IPv6.
         v6: bool,
     },
 }

@@ -1,11 +1,11 @@
-//! Tables as nft(8) reads them.
+//! Output of tables in the syntax of nft(8).
 
 use crate::table::{
     Action, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
 };
 use std::fmt::{self, Display, Formatter};
 
-/// What nft(8) reads with `-f`. With `{:#}` sets are without their elements.
+/// Prints the table as input for `nft -f`. The alternate form `{:#}` omits set elements.
 impl Display for Table {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "table inet {} {{", self.name)?;
@@ -94,8 +94,8 @@ impl Display for Rule {
             let separator = if number > 0 { " " } else { "" };
             write!(f, "{separator}{one}")?;
         }
-        if !self.why.is_empty() {
-            write!(f, " comment \"{}\"", self.why)?;
+        if !self.comment.is_empty() {
+            write!(f, " comment \"{}\"", self.comment)?;
         }
         Ok(())
     }
@@ -103,10 +103,10 @@ impl Display for Rule {
 
 impl Display for Match {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let different = |not: &bool| if *not { "!= " } else { "" };
+        let negation = |not: &bool| if *not { "!= " } else { "" };
         match self {
-            Self::In { keys, set, not } => write!(f, "{} {}@{set}", Joined(keys), different(not)),
-            Self::Is { key, value, not } => write!(f, "{key} {}{value}", different(not)),
+            Self::In { keys, set, not } => write!(f, "{} {}@{set}", Joined(keys), negation(not)),
+            Self::Is { key, value, not } => write!(f, "{key} {}{value}", negation(not)),
             Self::Established => f.write_str("ct state established,related"),
             Self::Known => f.write_str("ct state established"),
             Self::Translated => f.write_str("ct status snat,dnat"),
@@ -204,7 +204,7 @@ impl Display for Value {
             Self::Net(net) => write!(f, "{}", net.trunc()),
             Self::Protocol(Transport::Tcp) => f.write_str("tcp"),
             Self::Protocol(Transport::Udp) => f.write_str("udp"),
-            // As getprotobynumber(3) has it, and nft(8) shows it.
+            // Names from getprotobynumber(3), as printed by nft(8).
             Self::OtherProtocol(1) => f.write_str("icmp"),
             Self::OtherProtocol(58) => f.write_str("ipv6-icmp"),
             Self::OtherProtocol(132) => f.write_str("sctp"),
@@ -215,7 +215,7 @@ impl Display for Value {
     }
 }
 
-/// A concatenation.
+/// Prints a concatenation.
 struct Joined<'a, T>(&'a [T]);
 
 impl<T: Display> Display for Joined<'_, T> {

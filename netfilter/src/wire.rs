@@ -1,46 +1,46 @@
-//! Netlink attributes, and the messages of nf_tables that they make
-//! (`include/uapi/linux/netfilter/nfnetlink.h`).
+//! Netlink attributes and nfnetlink messages (`include/uapi/linux/netfilter/nfnetlink.h`).
 
-/// The nf_tables part of netfilter (`NFNL_SUBSYS_NFTABLES`).
+/// The nf_tables subsystem (`NFNL_SUBSYS_NFTABLES`).
 pub(crate) const NFTABLES: u16 = 10;
-/// The connection tracking part (`NFNL_SUBSYS_CTNETLINK`).
+/// The connection tracking subsystem (`NFNL_SUBSYS_CTNETLINK`).
 pub(crate) const CONNTRACK: u16 = 1;
 
 /// `NLA_F_NESTED`.
 const NESTED: u16 = 0x8000;
-/// The flags in an attribute's type.
+/// Mask that removes the flag bits from an attribute type.
 const TYPE_MASK: u16 = 0x3fff;
 
-/// A message without its header: what is asked for, for which family, and the attributes.
+/// An nfnetlink message without its netlink header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Message {
-    /// Subsystem in the upper byte, request in the lower one.
+    /// Subsystem in the upper byte, request in the lower byte.
     pub(crate) kind: u16,
-    /// `NLM_F_*`, beyond `NLM_F_REQUEST`.
+    /// `NLM_F_*` flags in addition to `NLM_F_REQUEST`.
     pub(crate) flags: u16,
     /// `NFPROTO_*`.
     pub(crate) family: u8,
-    /// In network order behind the family; the subsystem for the ends of a batch.
+    /// `res_id` of `struct nfgenmsg`, in network byte order. Holds the subsystem in the messages
+    /// that begin and end a batch.
     pub(crate) resource: u16,
-    /// The attributes.
+    /// Attributes after `struct nfgenmsg`.
     pub(crate) attributes: Attributes,
-    /// What it is about, should the kernel refuse it.
+    /// Object of the request, for the error message if the kernel rejects it.
     pub(crate) about: String,
 }
 
 /// Length of `struct nlmsghdr`, in bytes.
 pub(crate) const NETLINK_HEADER: usize = 16;
 
-/// A message to the kernel: `struct nlmsghdr`, a head that the netlink family defines, attributes.
+/// A netlink request: `struct nlmsghdr`, a header defined by the netlink family, and attributes.
 pub(crate) trait Request {
-    /// Length of the head, in requests and in what the kernel answers, in bytes.
+    /// Length of the family header in requests and replies, in bytes.
     const HEAD: usize;
 
-    /// Appends it to `buffer`.
+    /// Appends the encoded request to `buffer`.
     fn write(&self, sequence: u32, more_flags: u16, buffer: &mut Vec<u8>);
 }
 
-/// Appends a message to `buffer`. `flags` are beyond `NLM_F_REQUEST`.
+/// Appends a message to `buffer`. `NLM_F_REQUEST` is added to `flags`.
 pub(crate) fn write(
     kind: u16,
     flags: u16,
@@ -52,7 +52,7 @@ pub(crate) fn write(
     /// `NLM_F_REQUEST`.
     const REQUEST: u16 = 1;
     let length = NETLINK_HEADER + head.len() + attributes.len();
-    // A message that is too long for its length is never made: sets are split.
+    // Cannot overflow: large sets are split into several messages.
     buffer.extend((length as u32).to_ne_bytes());
     buffer.extend(kind.to_ne_bytes());
     buffer.extend((REQUEST | flags).to_ne_bytes());
@@ -73,7 +73,7 @@ impl Request for Message {
     }
 }
 
-/// A list of attributes as it stands in a message.
+/// An encoded list of attributes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Attributes(Vec<u8>);
 
@@ -84,19 +84,19 @@ impl Attributes {
         self
     }
 
-    /// A number in network order, as nearly all of netfilter has them.
+    /// Appends a `u32` in network byte order, the byte order of nearly all netfilter attributes.
     pub(crate) fn number(self, kind: u16, value: u32) -> Self {
         self.bytes(kind, &value.to_be_bytes())
     }
 
-    /// A string, with the NUL that ends it.
+    /// Appends a NUL-terminated string.
     pub(crate) fn text(self, kind: u16, value: &str) -> Self {
         let mut bytes = value.as_bytes().to_vec();
         bytes.push(0);
         self.bytes(kind, &bytes)
     }
 
-    /// A list of attributes.
+    /// Appends a nested list of attributes.
     pub(crate) fn nest(self, kind: u16, inner: &Self) -> Self {
         self.bytes(kind | NESTED, &inner.0)
     }
@@ -109,13 +109,14 @@ impl Attributes {
         self.0.resize(self.0.len().next_multiple_of(4), 0);
     }
 
-    /// How long it is, in bytes.
+    /// Length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
 }
 
-/// The attributes in `bytes`, each with its type and value. Ends where something is malformed.
+/// Iterates over the attributes in `bytes` as (type, value). Stops at the first malformed
+/// attribute.
 pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
@@ -126,17 +127,17 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
     })
 }
 
-/// The value of the first attribute of type `kind`.
+/// Returns the value of the first attribute of type `kind`.
 pub(crate) fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(one, _)| *one == kind).map(|(_, value)| value)
 }
 
-/// A number in network order.
+/// Decodes a `u32` in network byte order.
 pub(crate) fn number(value: &[u8]) -> Option<u32> {
     Some(u32::from_be_bytes(value.get(..4)?.try_into().ok()?))
 }
 
-/// A string up to its NUL.
+/// Decodes a string up to its NUL terminator.
 pub(crate) fn text(value: &[u8]) -> String {
     let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
     String::from_utf8_lossy(&value[..end]).into_owned()
@@ -147,15 +148,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn attributes_round_trip() {
         let inner = Attributes::default().text(1, "abc").number(2, 7);
         let all = Attributes::default().bytes(9, &[1]).nest(3, &inner);
         let read: Vec<_> = attributes(&all.0).collect();
-        assert_eq!(read[0], (9, &[1_u8][..]), "padding is not part of it");
-        assert_eq!(read[1].0, 3, "without its flags");
+        assert_eq!(read[0], (9, &[1_u8][..]), "value without padding");
+        assert_eq!(read[1].0, 3, "type without flags");
         assert_eq!(text(attribute(read[1].1, 1).unwrap()), "abc");
         assert_eq!(attribute(read[1].1, 2).and_then(number), Some(7));
-        assert_eq!(attributes(&[9, 0, 1, 0, 0]).count(), 0, "longer than it is");
-        assert_eq!(attributes(&[0, 0, 1, 0]).count(), 0, "shorter than its own header");
+        assert_eq!(attributes(&[9, 0, 1, 0, 0]).count(), 0, "length exceeds the buffer");
+        assert_eq!(attributes(&[0, 0, 1, 0]).count(), 0, "length below the attribute header");
     }
 }

@@ -1,4 +1,4 @@
-//! Gates, at real exits.
+//! Egress gates on a forwarding host.
 
 use tidegate_netfilter::{Gate, GatePolicy};
 use tidegate_testbed::Namespace;
@@ -6,7 +6,7 @@ use tidegate_testbed::Namespace;
 const MARK: u32 = 0x7467_0000;
 const MASK: u32 = 0xffff_0000;
 
-/// A host that forwards between `left` and `right`, each with a machine at its end.
+/// A host that forwards between the links `left` and `right`, with one machine behind each.
 struct Router {
     host: Namespace,
     left: Namespace,
@@ -68,19 +68,19 @@ fn is_reached(from: &Namespace, address: &str) -> bool {
     from.command("ping").args(["-c", "1", "-W", "1", address]).output().unwrap().status.success()
 }
 
-/// The one that put it there has ended each time.
+/// Each gate outlives the object that attached it.
 #[test]
-fn only_what_the_host_sends_and_what_is_marked_leaves() {
+fn gate_passes_packets_of_the_host_and_marked_packets_only() {
     let router = Router::new();
     let Router { host, left, right } = &router;
-    assert!(is_reached(left, "192.0.2.34"), "the router routes");
+    assert!(is_reached(left, "192.0.2.34"), "forwarded without a gate");
     assert!(!router.has_gate("right"));
     router.put("right");
     assert!(router.has_gate("right"));
     assert!(!router.has_gate("left"));
-    assert!(!is_reached(left, "192.0.2.34"), "forwarded, without a mark");
+    assert!(!is_reached(left, "192.0.2.34"), "forwarded without a mark");
     assert!(is_reached(host, "192.0.2.34"), "sent by the host");
-    assert!(!is_reached(right, "192.0.2.18"), "the answer is forwarded too");
+    assert!(!is_reached(right, "192.0.2.18"), "the reply is forwarded too");
     for (mark, passes) in
         [("0x74670000", true), ("0x7467abcd", true), ("0x64670000", false), ("0x1", false)]
     {
@@ -92,15 +92,15 @@ fn only_what_the_host_sends_and_what_is_marked_leaves() {
         assert_eq!(is_reached(left, "192.0.2.34"), passes, "{mark}");
     }
     host.exec("nft", &["flush", "ruleset"]);
-    assert!(!is_reached(left, "192.0.2.34"), "rules that are gone let nothing through");
+    assert!(!is_reached(left, "192.0.2.34"), "dropped after the ruleset is flushed");
 }
 
 #[test]
-fn it_goes_with_its_link_and_one_is_enough() {
+fn gate_is_removed_with_its_link_and_attaches_once() {
     let router = Router::new();
     router.put("right");
     let index = router.index("right");
-    // Of one process, the kernel has it once; nobody minds.
+    // The kernel keeps one copy of a program that is attached twice.
     router.host.run(|| {
         let gate = gate(MARK, MASK);
         gate.attach(index).unwrap();
@@ -108,14 +108,14 @@ fn it_goes_with_its_link_and_one_is_enough() {
     });
     assert!(!is_reached(&router.left, "192.0.2.34"));
     let other = router.host.run(|| gate(0x0100_0000, 0xff00_0000).is_attached(index)).unwrap();
-    assert!(!other, "one that asks for another mark is another");
+    assert!(!other, "a gate with another mark is a different gate");
     router.host.ip(&["link", "del", "right"]);
     let gone = router.host.run(|| gate(MARK, MASK).is_attached(index)).unwrap_err();
     assert_eq!(gone.raw_os_error(), Some(libc::ENODEV));
 }
 
 #[test]
-fn one_for_links_lets_in_what_came_by_them() {
+fn gate_for_links_passes_packets_received_on_them() {
     let router = Router::new();
     let (left, right) = (router.index("left"), router.index("right"));
     let attach = |links: &[u32]| {
@@ -125,6 +125,6 @@ fn one_for_links_lets_in_what_came_by_them() {
     attach(&[left]);
     assert!(is_reached(&router.left, "192.0.2.34"));
     attach(&[right]);
-    assert!(!is_reached(&router.left, "192.0.2.34"), "each gate decides");
+    assert!(!is_reached(&router.left, "192.0.2.34"), "every gate must pass the packet");
     assert!(is_reached(&router.host, "192.0.2.34"), "sent by the host");
 }

@@ -1,4 +1,4 @@
-//! Against the kernel, with nft(8) as the judge.
+//! Tables in the kernel, compared with nft(8).
 
 use serde_json::Value as Json;
 use std::fs;
@@ -39,7 +39,7 @@ fn set<const N: usize>(name: &str, key: [Field; N], elements: Vec<Element>) -> S
 }
 
 fn rule(matches: Vec<Match>, actions: Vec<Action>) -> Rule {
-    Rule { matches, actions, why: "because".to_owned() }
+    Rule { matches, actions, comment: "because".to_owned() }
 }
 
 fn is_in<const N: usize>(keys: [Key; N], set: &str, not: bool) -> Match {
@@ -62,7 +62,7 @@ fn ports(count: u16) -> Set {
     }
 }
 
-/// One that has everything once.
+/// A table with every language element.
 fn everything() -> Table {
     let own = |bridge: &str, subnet: &str| element([interface(bridge), net(subnet)]);
     let mut ports6 = ports(1);
@@ -258,7 +258,7 @@ fn replace(table: &Table, owned: bool) -> [Change; 1] {
     [Change::Replace { table: table.clone(), owned }]
 }
 
-/// What nft(8) lists, without what differs from one time to the next.
+/// Ruleset as listed by nft(8), without fields that vary between runs.
 fn listed(namespace: &Namespace) -> Json {
     let mut all: Json =
         serde_json::from_str(&namespace.exec("nft", &["-j", "-s", "list", "ruleset"])).unwrap();
@@ -281,7 +281,7 @@ fn tidy(json: &mut Json) {
 }
 
 #[test]
-fn what_is_sent_is_what_nft_makes_of_the_text() {
+fn committed_table_equals_text_loaded_by_nft() {
     let (ours, theirs) = (Namespace::new(), Namespace::new());
     let table = everything();
     connect(&ours).commit(&replace(&table, false)).unwrap();
@@ -298,7 +298,7 @@ fn what_is_sent_is_what_nft_makes_of_the_text() {
 }
 
 #[test]
-fn what_nft_lists_can_be_fed_back_to_it() {
+fn nft_listing_can_be_loaded_again() {
     let (ours, theirs) = (Namespace::new(), Namespace::new());
     connect(&ours).commit(&replace(&everything(), false)).unwrap();
     let text = ours.exec("nft", &["-s", "list", "ruleset"]);
@@ -310,21 +310,21 @@ fn what_nft_lists_can_be_fed_back_to_it() {
 }
 
 #[test]
-fn a_table_that_is_owned_is_out_of_reach_for_others() {
+fn owned_table_cannot_be_changed_by_other_processes() {
     let namespace = Namespace::new();
     let mut owner = connect(&namespace);
     assert!(owner.can_own().unwrap());
-    assert_eq!(owner.tables().unwrap(), [], "the trial leaves nothing");
+    assert_eq!(owner.tables().unwrap(), [], "the probe leaves nothing behind");
     owner.commit(&replace(&everything(), true)).unwrap();
     let before = listed(&namespace);
     namespace.exec("nft", &["flush", "ruleset"]);
-    for harm in [
+    for change in [
         "delete table inet everything",
         "flush chain inet everything raw",
         "add rule inet everything raw accept",
     ] {
-        let refused = namespace.command("nft").args(harm.split(' ')).output().unwrap();
-        assert!(!refused.status.success(), "{harm}");
+        let refused = namespace.command("nft").args(change.split(' ')).output().unwrap();
+        assert!(!refused.status.success(), "{change}");
     }
     assert_eq!(listed(&namespace), before);
     assert!(owner.owns("everything").unwrap());
@@ -336,7 +336,7 @@ fn a_table_that_is_owned_is_out_of_reach_for_others() {
 }
 
 #[test]
-fn an_owned_table_outlasts_its_owner_and_the_next_one_takes_it_over() {
+fn owned_table_persists_and_can_be_replaced_by_the_next_owner() {
     let namespace = Namespace::new();
     let mut first = connect(&namespace);
     first.commit(&replace(&everything(), true)).unwrap();
@@ -356,7 +356,7 @@ fn an_owned_table_outlasts_its_owner_and_the_next_one_takes_it_over() {
 }
 
 #[test]
-fn a_change_is_made_as_a_whole_or_not_at_all_and_the_error_names_what_is_wrong() {
+fn commit_is_atomic_and_the_error_names_the_rejected_object() {
     let namespace = Namespace::new();
     let mut connection = connect(&namespace);
     connection.commit(&replace(&everything(), true)).unwrap();
@@ -373,13 +373,13 @@ fn a_change_is_made_as_a_whole_or_not_at_all_and_the_error_names_what_is_wrong()
 }
 
 #[test]
-fn whatever_changes_changes_the_fingerprint() {
+fn every_change_alters_the_fingerprint() {
     let namespace = Namespace::new();
     let mut connection = connect(&namespace);
-    let print =
+    let fingerprint =
         |connection: &mut Connection| connection.fingerprint("everything", |_| true).unwrap();
-    assert_eq!(print(&mut connection), None);
-    for harm in [
+    assert_eq!(fingerprint(&mut connection), None);
+    for change in [
         "add rule inet everything raw accept",
         "insert rule inet everything raw accept",
         "flush chain inet everything inner",
@@ -390,18 +390,18 @@ fn whatever_changes_changes_the_fingerprint() {
         "delete table inet everything",
     ] {
         connection.commit(&replace(&everything(), false)).unwrap();
-        let before = print(&mut connection);
-        assert_eq!(print(&mut connection), before);
-        namespace.exec("nft", &[harm]);
-        assert_ne!(print(&mut connection), before, "{harm}");
+        let before = fingerprint(&mut connection);
+        assert_eq!(fingerprint(&mut connection), before);
+        namespace.exec("nft", &[change]);
+        assert_ne!(fingerprint(&mut connection), before, "{change}");
     }
 }
 
 #[test]
-fn whatever_changes_the_rules_of_a_table_changes_its_identity() {
+fn changes_to_a_table_are_detected_by_its_identity() {
     let namespace = Namespace::new();
     let mut connection = connect(&namespace);
-    for harm in [
+    for change in [
         "add rule inet everything raw accept",
         "insert rule inet everything raw accept",
         "flush chain inet everything inner",
@@ -415,34 +415,34 @@ fn whatever_changes_the_rules_of_a_table_changes_its_identity() {
         assert!(connection.is_intact(&identity).unwrap());
         namespace.exec("nft", &["add table inet elsewhere"]);
         assert!(connection.is_intact(&identity).unwrap());
-        namespace.exec("nft", &[harm]);
-        assert!(!connection.is_intact(&identity).unwrap(), "{harm}");
+        namespace.exec("nft", &[change]);
+        assert!(!connection.is_intact(&identity).unwrap(), "{change}");
     }
 }
 
-/// As many chains, flags and counts as before.
+/// Names, flags and counts are the same as before the replacement.
 #[test]
-fn a_table_or_rule_in_the_place_of_another_has_another_identity() {
+fn replacing_a_table_or_rule_changes_the_identity() {
     let namespace = Namespace::new();
     let mut connection = connect(&namespace);
     let identity = connection.replace(everything()).unwrap();
-    let again = connection.replace(everything()).unwrap();
-    assert_ne!(identity, again);
+    let replaced = connection.replace(everything()).unwrap();
+    assert_ne!(identity, replaced);
     assert!(!connection.is_intact(&identity).unwrap());
-    let print =
+    let fingerprint =
         |connection: &mut Connection| connection.fingerprint("everything", |_| true).unwrap();
-    let before = print(&mut connection);
+    let before = fingerprint(&mut connection);
     let listed = namespace.exec("nft", &["-a", "list", "chain", "inet", "everything", "raw"]);
     let rule = listed.lines().find(|line| line.contains("comment")).unwrap();
-    let number = rule.rsplit(' ').next().unwrap();
-    let replace = ["replace", "rule", "inet", "everything", "raw", "handle", number, "accept"];
+    let handle = rule.rsplit(' ').next().unwrap();
+    let replace = ["replace", "rule", "inet", "everything", "raw", "handle", handle, "accept"];
     namespace.exec("nft", &replace);
-    assert!(!connection.is_intact(&again).unwrap());
-    assert_ne!(print(&mut connection), before);
+    assert!(!connection.is_intact(&replaced).unwrap());
+    assert_ne!(fingerprint(&mut connection), before);
 }
 
 #[test]
-fn chains_of_others_do_not_delay_the_check_of_a_table() {
+fn identity_check_does_not_depend_on_the_number_of_foreign_chains() {
     let namespace = Namespace::new();
     let mut connection = connect(&namespace);
     let identity = connection.replace(everything()).unwrap();
@@ -456,13 +456,13 @@ fn chains_of_others_do_not_delay_the_check_of_a_table() {
     let dumped = begin.elapsed();
     let begin = Instant::now();
     assert!(connection.is_intact(&identity).unwrap());
-    let asked = begin.elapsed();
-    println!("beside 50,000 chains: {dumped:?} by dumps, {asked:?} by name");
-    assert!(asked < dumped / 2, "{asked:?}");
+    let requested = begin.elapsed();
+    println!("with 50,000 foreign chains: {dumped:?} by dump, {requested:?} by name");
+    assert!(requested < dumped / 2, "{requested:?}");
 }
 
 #[test]
-fn a_part_comes_and_goes_beside_what_is_somebody_elses() {
+fn part_is_replaced_and_removed_without_affecting_foreign_chains() {
     let namespace = Namespace::new();
     let mut connection = connect(&namespace);
     let part = |owner: &str| {
@@ -487,7 +487,7 @@ fn a_part_comes_and_goes_beside_what_is_somebody_elses() {
     let both = listed(&namespace);
     connection.commit(&[put("one")]).unwrap();
     connection.commit(&[put("two")]).unwrap();
-    assert_eq!(listed(&namespace), both, "what is in the chain stays");
+    assert_eq!(listed(&namespace), both, "rules in the chain are kept");
     connection.commit(&[take("one")]).unwrap();
     let left = namespace.exec("nft", &["list", "table", "inet", "shared"]);
     assert!(
@@ -500,11 +500,11 @@ fn a_part_comes_and_goes_beside_what_is_somebody_elses() {
     namespace.exec("nft", &["flush chain inet shared USER"]);
     connection.commit(&[put("one")]).unwrap();
     connection.commit(&[take("one")]).unwrap();
-    assert_eq!(connection.tables().unwrap(), [], "nobody is left");
+    assert_eq!(connection.tables().unwrap(), [], "the table is deleted with its last part");
 }
 
 #[test]
-fn one_port_among_ten_thousand_is_an_element() {
+fn one_of_ten_thousand_ports_is_changed_by_element() {
     let namespace = Namespace::new();
     let mut connection = connect(&namespace);
     let table = Table { name: "many".to_owned(), sets: vec![ports(10_000)], chains: vec![] };
@@ -526,7 +526,7 @@ fn one_port_among_ten_thousand_is_an_element() {
 }
 
 #[test]
-fn changes_are_heard_of() {
+fn generation_changes_with_foreign_transactions() {
     let namespace = Namespace::new();
     let changes = namespace.run(ChangeListener::of_rules).unwrap();
     assert!(!changes.drain());
@@ -537,10 +537,9 @@ fn changes_are_heard_of() {
     assert!(changes.drain());
 }
 
-/// A packet meets the rules that were meant: a map's entry translates, and of two networks on two
-/// links each has its own.
+/// Functional test of a DNAT map, and of a set keyed by link and source network.
 #[test]
-fn packets_are_translated_and_dropped_as_the_table_says() {
+fn packets_follow_the_nat_map_and_the_drop_rule() {
     let (host, outside) = (Namespace::new(), Namespace::new());
     host.ip_all(&format!(
         "link add eth0 type veth peer name eth0 netns {}
@@ -581,7 +580,7 @@ fn packets_are_translated_and_dropped_as_the_table_says() {
     let server = host.run(|| UdpSocket::bind("192.0.2.2:6000")).unwrap();
     server.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     let client = outside.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
-    // A link that has just come up loses what is sent first.
+    // A link that has just come up drops the first packets.
     let reaches =
         || client.send_to(b"!", "192.0.2.2:6000").is_ok() && server.recv(&mut [0; 9]).is_ok();
     assert!(eventually(Duration::from_secs(10), reaches));

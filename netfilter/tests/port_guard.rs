@@ -1,5 +1,5 @@
-//! Port guards at the ports of a real bridge, by each mechanism: frames that root in a container
-//! makes by hand, and what an unmodified kernel sends.
+//! Port guards of each mechanism at the ports of a real bridge: forged frames, as root in a
+//! container can send them, and the frames of an unmodified kernel.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -28,7 +28,7 @@ fn v6(text: &str) -> Ipv6Addr {
     text.parse().unwrap()
 }
 
-/// A bridge with two members, of which the guarded one is hostile.
+/// A bridge with a guarded, hostile member and a neighbour.
 struct Bridge {
     host: Namespace,
     member: Namespace,
@@ -75,7 +75,7 @@ impl Bridge {
         Self { host, member, neighbor, guards, index }
     }
 
-    /// The kernels of the members say nothing by themselves.
+    /// The kernels of the members send nothing on their own.
     fn silent(mechanism: Mechanism, any_address: bool) -> Self {
         let bridge = Self::new(mechanism, any_address);
         for namespace in [&bridge.member, &bridge.neighbor] {
@@ -113,7 +113,7 @@ impl Bridge {
                 take();
             }
         }
-        // A veth pair delivers in a softirq, perhaps of the other core.
+        // A veth pair delivers in a softirq, possibly on another core.
         thread::sleep(Duration::from_millis(100));
         take();
         received
@@ -150,27 +150,27 @@ fn forged_frames_reach_neither_neighbor_nor_host() {
 }
 
 #[test]
-fn the_endpoints_own_frames_pass() {
+fn valid_frames_of_the_endpoint_pass() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::silent(mechanism, false);
         let own6 = v6("fd09::7");
         let frames = [
             ethernet(BROADCAST, MEMBER, 0x0800, &udp4((OWN, 1), (GATEWAY, 2), b"own")),
             ethernet(NEIGHBOR, MEMBER, 0x0800, &ipv4(OWN, NEIGHBOR_V4, 6, &[0; 20])),
-            // What it is told is too large for it was sent to it.
+            // An error that quotes a packet to the endpoint.
             ethernet(BROADCAST, MEMBER, 0x0800, &too_big4(OWN, GATEWAY, (OWN, 53), 9, 1280)),
             arp(1, MEMBER, OWN, GATEWAY),
             ethernet(BROADCAST, MEMBER, 0x86dd, &udp6((own6, 1), (v6("ff02::1"), 2), b"own")),
             ethernet(BROADCAST, MEMBER, 0x86dd, &advertisement(own6, v6("ff02::1"), own6, MEMBER)),
         ];
-        // The neighbour hears all of them, the host those that are not for the neighbour alone.
+        // The neighbour receives all frames, the host those not unicast to the neighbour.
         assert_eq!(bridge.send(frames.into_iter()), [6, 5], "{mechanism}");
         assert_eq!(bridge.dropped(), [], "{mechanism}");
     }
 }
 
 #[test]
-fn with_any_address_the_mac_address_is_checked() {
+fn any_address_still_checks_the_mac_address() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::silent(mechanism, true);
         let mut forger = forger(2);
@@ -183,9 +183,9 @@ fn with_any_address_the_mac_address_is_checked() {
         let loopback = (0..100).map(|_| forger.frame("loopback"));
         assert_eq!(bridge.send(loopback), [0, 0], "{mechanism}: to loopback addresses");
         let mut forger = self::forger(2);
-        // To all stations, so to the host.
+        // Broadcast, so the host receives it.
         let errors = (0..100).map(|_| forger.frame("icmp"));
-        assert_eq!(bridge.send(errors), [0, 0], "{mechanism}: errors that the host takes");
+        assert_eq!(bridge.send(errors), [0, 0], "{mechanism}: errors received by the host");
         let server = Ipv4Addr::new(203, 0, 113, 9);
         let error = too_big4(OWN, NEIGHBOR_V4, (server, 53), 9, 1280);
         let to_neighbor = ethernet(NEIGHBOR, MEMBER, 0x0800, &error);
@@ -193,7 +193,7 @@ fn with_any_address_the_mac_address_is_checked() {
     }
 }
 
-/// What may begin a TCP connection, and what cannot: of each kind, whether it is policed and the
+/// Frames that may open a TCP connection, and frames that cannot: name, whether it is policed,
 /// frame.
 fn policed_kinds() -> Vec<(&'static str, bool, Vec<u8>)> {
     let own6 = v6("fd09::7");
@@ -207,7 +207,7 @@ fn policed_kinds() -> Vec<(&'static str, bool, Vec<u8>)> {
     let changed = |at: usize, value: u8| {
         let mut packet = syn4((OWN, 1), (GATEWAY, 2), 3);
         packet[at] = value;
-        // A bridge that passes packets to iptables drops those whose header does not add up
+        // A bridge that passes packets to iptables drops those with an invalid header checksum
         // (`br_validate_ipv4`).
         packet[10..12].fill(0);
         let head = 4 * usize::from(packet[0] & 0xf);
@@ -239,8 +239,8 @@ fn policed_kinds() -> Vec<(&'static str, bool, Vec<u8>)> {
 }
 
 #[test]
-fn a_flood_of_new_connections_is_policed_and_nothing_else_is() {
-    /// A rate at which none is due before the test is over, beyond those of the burst.
+fn policer_limits_new_connections_only() {
+    /// So slow that only the burst passes during the test.
     const SLOW: Option<NonZeroU32> = NonZeroU32::new(1);
     const FRAMES: usize = 200;
     const BURST: usize = 32;
@@ -262,9 +262,9 @@ fn a_flood_of_new_connections_is_policed_and_nothing_else_is() {
             assert!(expected.contains(&passed), "{mechanism}: {kind}: {passed} passed");
             assert_eq!(dropped().policed as usize, before + FRAMES - passed, "{mechanism}: {kind}");
             police(None).unwrap();
-            assert_eq!(flood(), FRAMES, "{mechanism}: {kind}, once the policer is lifted");
+            assert_eq!(flood(), FRAMES, "{mechanism}: {kind}, with the policer disabled again");
             let counted = dropped().policed as usize;
-            assert_eq!(counted, before + FRAMES - passed, "{mechanism}: what was counted is kept");
+            assert_eq!(counted, before + FRAMES - passed, "{mechanism}: counters are kept");
             assert_eq!(dropped().spoofed.iter().sum::<u64>(), 0, "{mechanism}: {kind}");
             let unknown = bridge.host.run(|| bridge.guards.police("veth-n", SLOW));
             assert_eq!(unknown.unwrap_err().kind(), ErrorKind::NotFound);
@@ -272,10 +272,10 @@ fn a_flood_of_new_connections_is_policed_and_nothing_else_is() {
     }
 }
 
-/// Boot with duplicate address detection, MLD, IGMP, ARP and neighbour discovery, an address that
-/// is renewed.
+/// Covers boot with duplicate address detection, MLD, IGMP, ARP and neighbour discovery, and
+/// address renewal.
 #[test]
-fn nothing_that_an_unmodified_kernel_sends_is_dropped() {
+fn frames_of_an_unmodified_kernel_are_not_dropped() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::new(mechanism, false);
         bridge.host.ip_all("addr add 10.9.0.1/24 dev br0");
@@ -292,7 +292,7 @@ fn nothing_that_an_unmodified_kernel_sends_is_dropped() {
             let mut ping = namespace.command("ping");
             ping.args(["-c", "1", "-W", "1", address]).output().unwrap().status.success()
         };
-        // An application that sends meanwhile gets ::1 for a source, which no receiver takes (RFC
+        // Packets sent before detection completes have the source ::1, which receivers drop (RFC
         // 4291, 2.5.3).
         let detected = |namespace: &Namespace| {
             eventually(SOON, || namespace.ip(&["-6", "addr", "show", "tentative"]).is_empty())
@@ -305,7 +305,7 @@ fn nothing_that_an_unmodified_kernel_sends_is_dropped() {
         };
         assert!(detected(&bridge.member) && detected(&bridge.neighbor));
         assert!(eventually(SOON, all), "{mechanism}");
-        // Groups that are joined and left: IGMP and MLD.
+        // IGMP and MLD: join and leave groups.
         bridge.member.run(|| {
             let group = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
             group.join_multicast_v4(&"239.1.2.3".parse().unwrap(), &OWN).unwrap();
@@ -323,7 +323,7 @@ fn nothing_that_an_unmodified_kernel_sends_is_dropped() {
 }
 
 #[test]
-fn it_goes_with_its_link_and_is_missed_when_it_is_removed() {
+fn guard_is_removed_with_its_link_and_external_removal_is_detected() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::silent(mechanism, false);
         let policy = PortPolicy {
@@ -337,7 +337,7 @@ fn it_goes_with_its_link_and_is_missed_when_it_is_removed() {
             || bridge.host.run(|| bridge.guards.is_attached(bridge.index, "veth-m", &policy));
         let forged = || bridge.send([forger(3).frame("mac")].into_iter());
         let remove: &[(&str, &[&str])] = match mechanism {
-            // What removes it is not at hand everywhere (bpftool).
+            // Removal needs bpftool, which is not installed everywhere.
             Mechanism::Tcx => &[],
             Mechanism::Clsact | Mechanism::Classic => {
                 &[("tc", &["qdisc", "del", "dev", "veth-m", "clsact"])]
@@ -352,7 +352,7 @@ fn it_goes_with_its_link_and_is_missed_when_it_is_removed() {
         }
         assert!(is_attached().unwrap(), "{mechanism}");
         assert_eq!(forged(), [0, 0], "{mechanism}");
-        // Another policy takes the place of this one.
+        // A different policy replaces this one.
         let sent = ethernet(BROADCAST, MEMBER, 0x0800, &udp4((OWN, 1), (GATEWAY, 2), MARKER));
         let own = || bridge.send([sent.clone()].into_iter());
         let moved = PortPolicy { v4: vec![[10, 9, 0, 9].into()], ..policy.clone() };

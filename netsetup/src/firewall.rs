@@ -340,7 +340,7 @@ impl Firewall {
         self.change(after, before, |port| port.protocol == Protocol::Udp)
     }
 
-    /// `forgets` tells of which ports the flows are forgotten.
+    /// `forgets` tells of which ports the flows are deleted.
     fn change(
         &self,
         added: &[Opening],
@@ -449,11 +449,11 @@ fn forget_shadows(subnets: &[IpNet], ports: &BTreeSet<(Protocol, u16)>) -> io::R
     let is_one = |flow: &Flow| {
         let is_ours = subnets.iter().any(|net| net.contains(&flow.client.ip()));
         is_ours
-            && flow.client.ip() != flow.answered.ip()
-            && ports.contains(&(protocol_of(flow), flow.answered.port()))
+            && flow.client.ip() != flow.reply_destination.ip()
+            && ports.contains(&(protocol_of(flow), flow.reply_destination.port()))
     };
-    let forgotten = Conntrack::open()?.forget(&[TableFamily::Ipv4, TableFamily::Ipv6], is_one)?;
-    tracing::debug!(flows = forgotten, "forgotten: from ports that are published now");
+    let deleted = Conntrack::open()?.delete(&[TableFamily::Ipv4, TableFamily::Ipv6], is_one)?;
+    tracing::debug!(flows = deleted, "deleted: from ports that are published now");
     Ok(())
 }
 
@@ -476,27 +476,28 @@ fn forget(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
         let protocol = protocol_of(flow);
         let at = |address: IpAddr| {
             // In the order of a set: all ports that differ in where they lead.
-            let port = |to| Opening { protocol, address, port: flow.asked.port(), to };
+            let port = |to| Opening { protocol, address, port: flow.destination.port(), to };
             ports
                 .range(port(None)..)
                 .take_while(|one| {
-                    (one.protocol, one.address, one.port) == (protocol, address, flow.asked.port())
+                    (one.protocol, one.address, one.port)
+                        == (protocol, address, flow.destination.port())
                 })
                 .any(|one| one.to.is_some())
         };
-        let any = if flow.asked.is_ipv4() {
+        let any = if flow.destination.is_ipv4() {
             IpAddr::from(Ipv4Addr::UNSPECIFIED)
         } else {
             Ipv6Addr::UNSPECIFIED.into()
         };
-        at(flow.asked.ip())
+        at(flow.destination.ip())
             || at(any)
-            || [flow.client, flow.asked, flow.server].into_iter().any(inside)
+            || [flow.client, flow.destination, flow.server].into_iter().any(inside)
     };
-    let forgotten = Conntrack::open()?.forget(&families, is_one)?;
+    let deleted = Conntrack::open()?.delete(&families, is_one)?;
     tracing::debug!(
-        flows = forgotten,
-        "forgotten: older than the rules, or of ports that have changed"
+        flows = deleted,
+        "deleted: older than the rules, or of ports that have changed"
     );
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The way from 127.0.0.11:53 to the ports of a server, in the container's namespace.
+//! Redirect of 127.0.0.11:53 to the ports of a server, in the container's network namespace.
 //!
 //! ```text
 //! table inet tidegate_dns {
@@ -15,11 +15,11 @@
 //! }
 //! ```
 //!
-//! Ports are rewritten, packet by packet, and nothing is remembered: a translation (`dnat`, what
-//! Docker has) costs an entry of connection tracking for each question, a quarter of the time that
-//! an answer takes, and the names of a busy container when that table is full. Where a container
-//! tracks connections for reasons of its own, it sees both directions with port 53: questions are
-//! rewritten after that (-200), answers before.
+//! The rules rewrite the port of each packet and keep no state. A translation (`dnat`, as Docker
+//! uses) costs a conntrack entry per query and a quarter of the response time, and name resolution
+//! fails in a busy container when the conntrack table is full. If a container uses conntrack for
+//! other reasons, conntrack sees port 53 in both directions: queries are rewritten after connection
+//! tracking (-200), responses before it.
 
 use crate::resolv_conf::{PORT, SERVER};
 use std::net::IpAddr;
@@ -30,15 +30,15 @@ use tidegate_netfilter::{
 };
 use tidegate_netns::{Namespace, drop_elsewhere};
 
-/// `mangle` and `raw` of nft(8); connections are tracked at -200.
+/// Priorities `mangle` and `raw` of nft(8); connection tracking has priority -200.
 const AFTER_TRACKING: i32 = -150;
 const BEFORE_TRACKING: i32 = -300;
 
-/// The table, as long as this is there.
+/// The installed table. Removed on drop.
 ///
-/// Every method blocks for as long as root in the container likes: the kernel carries out one
-/// transaction of a namespace at a time (`commit_mutex`, which closing a socket of nftables takes
-/// as well), and each visits all chains that the namespace has (`nf_tables_commit`).
+/// Root in the container can block every method for any length of time: the kernel serializes the
+/// transactions of a network namespace (`commit_mutex`, which closing an nftables socket also
+/// takes), and each transaction traverses all chains of the namespace (`nf_tables_commit`).
 #[derive(Debug)]
 pub(super) struct Redirect {
     namespace: Namespace,
@@ -47,13 +47,13 @@ pub(super) struct Redirect {
 }
 
 impl Redirect {
-    /// Leads port 53 to `ports`: of UDP, of TCP.
+    /// Redirects port 53 to `ports`, (UDP, TCP).
     pub(super) fn set_up(namespace: &Namespace, ports: (u16, u16)) -> Result<Self, Error> {
         let identity = make(namespace, ports)?;
         Ok(Self { namespace: namespace.clone(), ports, identity })
     }
 
-    /// Makes the table again if it is not as it was made. Whether it was not.
+    /// Replaces the table if it was modified or deleted. Returns whether it was.
     pub(super) fn repair(&mut self) -> Result<bool, Error> {
         let identity = &self.identity;
         let is_intact = || Connection::open()?.is_intact(identity);
@@ -65,7 +65,7 @@ impl Redirect {
     }
 }
 
-/// Makes the table, in the place of one that is there.
+/// Creates the table, or replaces an existing one.
 fn make(namespace: &Namespace, ports: (u16, u16)) -> Result<TableIdentity, Error> {
     let table = table(ports);
     namespace.with(|| Connection::open()?.replace(table))?
@@ -77,14 +77,13 @@ impl Drop for Redirect {
         let remove = || {
             let mut connection = Connection::open()?;
             connection.commit(&[change])?;
-            // The kernel lets go of what was deleted when the socket is closed, after a grace
-            // period of some 12 ms, which a thousand servers that end together would have to wait
-            // for one after the other.
+            // Closing the socket frees the deleted objects after an RCU grace period of about
+            // 12 ms. A thousand servers that stop together would wait for it one after another.
             drop_elsewhere(connection);
             Ok::<_, Error>(())
         };
         if let Err(error) = self.namespace.with(remove).map_err(Error::from).flatten() {
-            tracing::debug!(namespace = %self.namespace.id(), %error, "the redirection of DNS stays");
+            tracing::debug!(namespace = %self.namespace.id(), %error, "DNS redirect not removed");
         }
     }
 }
@@ -100,7 +99,7 @@ fn table((udp, tcp): (u16, u16)) -> Table {
                 is(side, Value::Port(from)),
             ],
             actions: vec![Action::SetPort { protocol, source, port: to }],
-            why: "names of containers".to_owned(),
+            comment: "names of containers".to_owned(),
         };
         let ends = |port| if source { (port, PORT) } else { (PORT, port) };
         [(Transport::Udp, ends(udp)), (Transport::Tcp, ends(tcp))]

@@ -1,8 +1,8 @@
-//! The qdisc `clsact` and its classifier `cls_bpf` (net/sched/cls_bpf.c), over rtnetlink.
+//! The `clsact` qdisc and the `cls_bpf` classifier (net/sched/cls_bpf.c), over rtnetlink.
 //!
-//! A classifier takes a loaded program by its descriptor, or a program of *classic* BPF by its
-//! instructions. The latter needs no CAP_BPF: CAP_NET_ADMIN over the network namespace will do, so
-//! it serves in a user namespace too.
+//! A classifier runs a loaded eBPF program, given as a file descriptor, or a *classic* BPF program,
+//! given as instructions. Classic BPF needs only CAP_NET_ADMIN over the network namespace, not
+//! CAP_BPF, so it also works in a user namespace.
 
 use super::Direction;
 use crate::socket::NetfilterSocket;
@@ -20,14 +20,14 @@ const REPLACE: u16 = 0x100;
 const EXCLUSIVE: u16 = 0x200;
 const CREATE: u16 = 0x400;
 
-/// `TC_H_CLSACT`: the parent of the qdisc, whose handle is `ffff:`.
+/// `TC_H_CLSACT`: parent of the qdisc. The handle of the qdisc is `ffff:`.
 const PARENT: u32 = 0xffff_fff1;
 const HANDLE: u32 = 0xffff_0000;
 
-/// The preference of our classifiers: the first to be asked, since lower ones come first.
-const PREFERENCE: u32 = 1;
-/// The number of a classifier within its preference.
-const NUMBER: u32 = 1;
+/// Priority of tidegate's classifiers. 1 is the highest: lower values run first.
+const PRIORITY: u32 = 1;
+/// Handle of the classifier within its priority.
+const FILTER_HANDLE: u32 = 1;
 
 /// `TCA_KIND`, `TCA_OPTIONS`.
 const KIND: u16 = 1;
@@ -41,55 +41,55 @@ mod option {
     pub(super) const NAME: u16 = 7;
     pub(super) const FLAGS: u16 = 8;
     pub(super) const ID: u16 = 11;
-    /// `TCA_BPF_FLAG_ACT_DIRECT`: what the program returns is the verdict.
+    /// `TCA_BPF_FLAG_ACT_DIRECT`: the return value of the program is the verdict.
     pub(super) const DIRECT: u32 = 1;
 }
 
-/// What a classifier runs.
+/// The program of a classifier.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Code<'a> {
-    /// A loaded program's descriptor.
+    /// File descriptor of a loaded eBPF program.
     Descriptor(u32),
-    /// Instructions of classic BPF (`struct sock_filter`).
+    /// Classic BPF instructions (`struct sock_filter`).
     Classic(&'a [Classic]),
 }
 
-/// An instruction of classic BPF (`struct sock_filter`).
+/// A classic BPF instruction (`struct sock_filter`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Classic {
     pub(crate) code: u16,
-    /// How many instructions are skipped if the condition holds, and if it does not.
+    /// Number of instructions to skip if the condition is true, and if it is false.
     pub(crate) jumps: [u8; 2],
     pub(crate) k: u32,
 }
 
-/// A classifier that is attached.
+/// The program of an attached classifier.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Attached {
-    /// A loaded program, by its number.
+    /// ID of a loaded eBPF program.
     Program(u32),
-    /// A program of classic BPF: its instructions as the kernel has them.
+    /// Classic BPF instructions, as encoded by the kernel.
     Classic(Vec<u8>),
 }
 
-/// A connection to rtnetlink in one namespace.
+/// An rtnetlink connection in one network namespace.
 pub(crate) struct Clsact(NetfilterSocket);
 
 impl Clsact {
-    /// In the calling thread's namespace.
+    /// Opens a connection in the calling thread's network namespace.
     ///
     /// # Errors
-    /// No descriptor is left.
+    /// The process is out of file descriptors.
     pub(crate) fn open() -> io::Result<Self> {
-        NetfilterSocket::speaking(NETLINK_ROUTE).map(Self)
+        NetfilterSocket::open_family(NETLINK_ROUTE).map(Self)
     }
 
-    /// Attaches `code` under `name` to the link numbered `index`, in the place of what we have
-    /// there.
+    /// Attaches `code` as `name` to the link with interface index `index`, replacing tidegate's
+    /// previous classifier.
     ///
     /// # Errors
-    /// `ENODEV` without such a link; `EPERM` without CAP_NET_ADMIN; `ENOENT` or `EOPNOTSUPP` where
-    /// the kernel has no `clsact` or no `cls_bpf`.
+    /// `ENODEV` if the link does not exist; `EPERM` without CAP_NET_ADMIN; `ENOENT` or `EOPNOTSUPP`
+    /// if the kernel lacks `clsact` or `cls_bpf`.
     pub(crate) fn attach(
         &mut self,
         index: u32,
@@ -103,7 +103,7 @@ impl Clsact {
             head: [0, index, HANDLE, PARENT, 0],
             attributes: Attributes::default().text(KIND, "clsact"),
         };
-        match self.0.order(&qdisc) {
+        match self.0.execute(&qdisc) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             result => result?,
         }
@@ -117,7 +117,7 @@ impl Clsact {
         };
         let options =
             options.text(option::NAME, name).bytes(option::FLAGS, &option::DIRECT.to_ne_bytes());
-        self.0.order(&TrafficControl {
+        self.0.execute(&TrafficControl {
             kind: NEW_FILTER,
             flags: CREATE | REPLACE,
             head: filter(index, direction),
@@ -125,10 +125,11 @@ impl Clsact {
         })
     }
 
-    /// What is attached under `name` to the link numbered `index`.
+    /// Returns the program attached as `name` to the link with interface index `index`. Returns
+    /// `None` without a `clsact` qdisc.
     ///
     /// # Errors
-    /// The kernel's. Without the qdisc, nothing is attached.
+    /// Errors of the kernel.
     pub(crate) fn attached(
         &mut self,
         index: u32,
@@ -144,7 +145,7 @@ impl Clsact {
         };
         let listed = self.0.dump(&asked, |attributes| {
             let options = attribute(attributes, OPTIONS).unwrap_or_default();
-            // The kernel keeps names of loaded programs alone (`cls_bpf_prog_from_efd`).
+            // The kernel keeps the name for eBPF programs only (`cls_bpf_prog_from_efd`).
             let named = attribute(options, option::NAME).map(text).as_deref() == Some(name);
             let id =
                 attribute(options, option::ID).filter(|_| named).and_then(|id| id.try_into().ok());
@@ -155,14 +156,14 @@ impl Clsact {
                 .or(found.take());
         });
         match listed {
-            // No qdisc there.
+            // The link has no qdisc.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(None),
             result => result.map(|()| found),
         }
     }
 }
 
-/// Instructions as the kernel takes and gives them.
+/// Encodes instructions as `struct sock_filter`.
 pub(crate) fn bytes_of(instructions: &[Classic]) -> Vec<u8> {
     let bytes = |one: &Classic| {
         let mut bytes = one.code.to_ne_bytes().to_vec();
@@ -173,7 +174,7 @@ pub(crate) fn bytes_of(instructions: &[Classic]) -> Vec<u8> {
     instructions.iter().flat_map(bytes).collect()
 }
 
-/// A message about qdiscs and classifiers. Its head is `struct tcmsg`: family, link, handle,
+/// A traffic control request. Its header is `struct tcmsg`: family, interface index, handle,
 /// parent, info.
 struct TrafficControl {
     kind: u16,
@@ -199,9 +200,9 @@ fn parent(direction: Direction) -> u32 {
     }
 }
 
-/// The head of a message about our classifier: preference in the upper half of the last field,
-/// `ETH_P_ALL` in network order in the lower one.
+/// Header of a request for tidegate's classifier. The last field holds the priority in its upper
+/// half and `ETH_P_ALL` in network byte order in its lower half.
 fn filter(index: u32, direction: Direction) -> [u32; 5] {
     const ALL: u16 = 3;
-    [0, index, NUMBER, parent(direction), PREFERENCE << 16 | u32::from(ALL.to_be())]
+    [0, index, FILTER_HANDLE, parent(direction), PRIORITY << 16 | u32::from(ALL.to_be())]
 }

@@ -1,12 +1,11 @@
-//! BPF programs at the ingress and egress of links: loading, attaching, counters.
+//! BPF programs at link ingress and egress: loading, attachment and counters.
 //!
-//! Two attachment points serve the same programs. tcx (Linux 6.6, `kernel/bpf/tcx.c`) takes them
-//! through bpf(2); before that, a clsact qdisc with the classifier `cls_bpf` takes them through
-//! rtnetlink ([`clsact`]). Either way a program outlasts the process that attached it and goes with
-//! its link.
+//! Programs are attached through tcx (Linux 6.6, `kernel/bpf/tcx.c`) with bpf(2), or on older
+//! kernels through a clsact qdisc with a `cls_bpf` classifier over rtnetlink ([`clsact`]). In both
+//! cases a program persists after its process exits and is removed with its link.
 //!
-//! The programs are a few hundred instructions at most and are assembled here, so what a loader
-//! such as aya brings (ELF objects, relocations, pinning) has no use.
+//! The programs have a few hundred instructions at most and are assembled in this crate. A loader
+//! such as aya, with ELF objects, relocations and pinning, is therefore unnecessary.
 
 pub(crate) mod clsact;
 
@@ -35,20 +34,20 @@ mod command {
 const CLASSIFIER: u32 = 3;
 /// `BPF_MAP_TYPE_ARRAY`.
 const ARRAY: u32 = 2;
-/// `BPF_F_BEFORE`: ahead of the programs that are there, so that none of them accepts a packet
+/// `BPF_F_BEFORE`: attaches ahead of existing programs, so that none of them accepts a packet
 /// first.
 const BEFORE: u32 = 1 << 3;
-/// The most programs at one hook (`BPF_MPROG_MAX`).
+/// Maximum number of programs at one hook (`BPF_MPROG_MAX`).
 const PROGRAMS: usize = 64;
-/// The index of `lo` in every network namespace.
+/// Interface index of `lo` in every network namespace.
 pub(crate) const LOOPBACK: u32 = 1;
 
-/// A direction of a link.
+/// A traffic direction of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
-    /// What the link receives.
+    /// Received by the link.
     Ingress,
-    /// What is sent through it.
+    /// Transmitted through the link.
     Egress,
 }
 
@@ -62,16 +61,16 @@ impl Direction {
     }
 }
 
-/// What the kernel identifies the instructions of a program by: a hash.
+/// Hash of the instructions of a program (`bpf_prog_calc_tag`).
 type Tag = [u8; 8];
 
 /// A loaded program.
 #[derive(Debug)]
 pub(crate) struct Program {
     descriptor: OwnedFd,
-    /// Its number, as lists of attached programs give it.
+    /// ID of the program.
     pub(crate) id: u32,
-    /// Equal for programs with equal instructions.
+    /// Equal for programs with the same instructions.
     tag: Tag,
 }
 
@@ -79,8 +78,8 @@ impl Program {
     /// Loads `instructions` under `name` (at most 15 bytes, for bpftool-prog(8)).
     ///
     /// # Errors
-    /// `EPERM` without CAP_BPF and CAP_NET_ADMIN in the initial user namespace; `EINVAL` where the
-    /// kernel is too old.
+    /// `EPERM` without CAP_BPF and CAP_NET_ADMIN in the initial user namespace; `EINVAL` on an old
+    /// kernel.
     pub(crate) fn load(name: &str, instructions: &[Instruction]) -> io::Result<Self> {
         let license = c"Apache-2.0";
         let mut attributes = Load {
@@ -91,18 +90,19 @@ impl Program {
             ..Load::default()
         };
         attributes.name[..name.len()].copy_from_slice(name.as_bytes());
-        // SAFETY: `Load` is the head of `union bpf_attr` for this command; what it points to
-        // outlives the call.
+        // SAFETY: `Load` is the head of `union bpf_attr` for this command; its pointees outlive the
+        // call.
         let descriptor = unsafe { open(command::LOAD, &mut attributes) }?;
         let Loaded { id, tag, .. } = info(&descriptor)?;
         Ok(Self { descriptor, id, tag })
     }
 
-    /// Attaches it through tcx to the link numbered `index` of the calling thread's namespace,
-    /// ahead of other programs. If it is attached there already, nothing changes.
+    /// Attaches the program through tcx to the link with interface index `index` in the calling
+    /// thread's network namespace, ahead of existing programs. Does nothing if it is already
+    /// attached.
     ///
     /// # Errors
-    /// `ENODEV` without such a link; `EINVAL` before Linux 6.6.
+    /// `ENODEV` if the link does not exist; `EINVAL` before Linux 6.6.
     pub(crate) fn attach_tcx(&self, index: u32, direction: Direction) -> io::Result<()> {
         let mut attributes = Attach {
             link: index,
@@ -118,12 +118,12 @@ impl Program {
         }
     }
 
-    /// The descriptor, for `cls_bpf`.
+    /// Returns the file descriptor, for `cls_bpf`.
     pub(crate) fn descriptor(&self) -> u32 {
         self.descriptor.as_raw_fd() as u32
     }
 
-    /// Runs it `times` times on `frame`, as if received: its verdict, and what one run took.
+    /// Runs the program `times` times on `frame`. Returns its verdict and the mean time of a run.
     pub(crate) fn test_run(&self, frame: &[u8], times: u32) -> io::Result<(i32, Duration)> {
         let mut attributes = TestRun {
             program: self.descriptor.as_raw_fd() as u32,
@@ -139,11 +139,11 @@ impl Program {
     }
 }
 
-/// The ids of the programs that tcx has at the link numbered `index` of the calling thread's
-/// namespace, first to last.
+/// Lists the IDs of the tcx programs at the link with interface index `index` in the calling
+/// thread's network namespace, in execution order.
 ///
 /// # Errors
-/// `ENODEV` without such a link; `EINVAL` before Linux 6.6.
+/// `ENODEV` if the link does not exist; `EINVAL` before Linux 6.6.
 pub(crate) fn tcx_programs(index: u32, direction: Direction) -> io::Result<Vec<u32>> {
     let mut ids = [0_u32; PROGRAMS];
     let mut attributes = Query {
@@ -159,22 +159,22 @@ pub(crate) fn tcx_programs(index: u32, direction: Direction) -> io::Result<Vec<u
     Ok(ids.into_iter().take(attributes.count as usize).collect())
 }
 
-/// A program for one hook of links: through tcx where the kernel has it, else through the qdisc
-/// `clsact`.
+/// A program for one hook of links. Uses tcx if the kernel supports it, otherwise the `clsact`
+/// qdisc.
 #[derive(Debug)]
 pub(crate) struct LinkProgram {
     program: Program,
     direction: Direction,
-    /// The classifier's name, too.
+    /// Name of the program and of its classifier.
     name: &'static str,
     tcx: bool,
 }
 
 impl LinkProgram {
-    /// Loads it. Chooses the attachment point in the calling thread's namespace.
+    /// Loads the program and probes for tcx in the calling thread's network namespace.
     ///
     /// # Errors
-    /// As of [`Program::load`].
+    /// Same as [`Program::load`].
     pub(crate) fn load(
         name: &'static str,
         direction: Direction,
@@ -185,11 +185,11 @@ impl LinkProgram {
         Ok(Self { program, direction, name, tcx })
     }
 
-    /// Whether a program with the same instructions is attached to the link numbered `index` of the
-    /// calling thread's namespace.
+    /// Returns whether a program with the same instructions is attached to the link with interface
+    /// index `index` in the calling thread's network namespace.
     ///
     /// # Errors
-    /// `ENODEV` without such a link.
+    /// `ENODEV` if the link does not exist.
     pub(crate) fn is_attached(&self, index: u32) -> io::Result<bool> {
         let ids = if self.tcx {
             tcx_programs(index, self.direction)?
@@ -199,15 +199,16 @@ impl LinkProgram {
                 _ => Vec::new(),
             }
         };
-        // A program that may not be looked at (that takes CAP_SYS_ADMIN) counts as somebody else's.
+        // Reading the tag takes CAP_SYS_ADMIN. A program whose tag cannot be read counts as a
+        // foreign program.
         Ok(ids.into_iter().any(|id| tag_of(id).is_ok_and(|tag| tag == self.program.tag)))
     }
 
-    /// Attaches it to the link numbered `index` of the calling thread's namespace, ahead of what is
-    /// there. If it is attached there already, nothing changes.
+    /// Attaches the program to the link with interface index `index` in the calling thread's
+    /// network namespace, ahead of existing programs. Does nothing if it is already attached.
     ///
     /// # Errors
-    /// `ENODEV` without such a link.
+    /// `ENODEV` if the link does not exist.
     pub(crate) fn attach(&self, index: u32) -> io::Result<()> {
         if self.tcx {
             return self.program.attach_tcx(index, self.direction);
@@ -217,11 +218,11 @@ impl LinkProgram {
     }
 }
 
-/// Detaches the program with that id from the link numbered `index` of the calling thread's
-/// namespace.
+/// Detaches the program with ID `id` from the link with interface index `index` in the calling
+/// thread's network namespace.
 ///
 /// # Errors
-/// `ENODEV` without such a link, `ENOENT` without such a program.
+/// `ENODEV` if the link does not exist, `ENOENT` if the program does not exist.
 pub(crate) fn detach_tcx(index: u32, direction: Direction, id: u32) -> io::Result<()> {
     let mut attributes = ById { id, ..ById::default() };
     // SAFETY: `ById` is the head of `union bpf_attr` for this command.
@@ -236,7 +237,7 @@ pub(crate) fn detach_tcx(index: u32, direction: Direction, id: u32) -> io::Resul
     unsafe { bpf(command::DETACH, &mut attributes) }.map(drop)
 }
 
-/// The tag of the program numbered `id`. Needs CAP_SYS_ADMIN.
+/// Returns the tag of the program with ID `id`. Needs CAP_SYS_ADMIN.
 fn tag_of(id: u32) -> io::Result<Tag> {
     let mut attributes = ById { id, ..ById::default() };
     // SAFETY: `ById` is the head of `union bpf_attr` for this command.
@@ -244,15 +245,15 @@ fn tag_of(id: u32) -> io::Result<Tag> {
     info(&program).map(|loaded| loaded.tag)
 }
 
-/// Counters that a program increments.
+/// An array map of counters that a program increments.
 #[derive(Debug)]
 pub(crate) struct Counters(OwnedFd);
 
 impl Counters {
-    /// `count` of them, at zero, under `name` (at most 15 bytes).
+    /// Creates `count` counters with value 0. `name` has at most 15 bytes.
     ///
     /// # Errors
-    /// As of [`Program::load`].
+    /// Same as [`Program::load`].
     pub(crate) fn new(name: &str, count: u32) -> io::Result<Self> {
         let mut attributes =
             MapCreate { kind: ARRAY, key: 4, value: 8, entries: count, ..MapCreate::default() };
@@ -261,10 +262,10 @@ impl Counters {
         unsafe { open(command::MAP_CREATE, &mut attributes) }.map(Self)
     }
 
-    /// The value of the counter numbered `index`.
+    /// Returns the value of counter `index`.
     ///
     /// # Errors
-    /// There is none of that number.
+    /// `index` is out of range.
     pub(crate) fn read(&self, index: u32) -> io::Result<u64> {
         let mut value = 0_u64;
         let mut attributes = Lookup {
@@ -280,10 +281,10 @@ impl Counters {
         Ok(value)
     }
 
-    /// Sets the counter numbered `index`.
+    /// Sets the value of counter `index`.
     ///
     /// # Errors
-    /// There is none of that number.
+    /// `index` is out of range.
     pub(crate) fn write(&self, index: u32, value: u64) -> io::Result<()> {
         let mut attributes = Lookup {
             map: self.0.as_raw_fd() as u32,
@@ -297,7 +298,7 @@ impl Counters {
         unsafe { bpf(command::MAP_UPDATE, &mut attributes) }.map(drop)
     }
 
-    /// The descriptor, for instructions.
+    /// Returns the file descriptor, for instructions.
     pub(crate) fn descriptor(&self) -> i32 {
         self.0.as_raw_fd()
     }
@@ -310,8 +311,8 @@ fn info(program: &OwnedFd) -> io::Result<Loaded> {
         length: size_of::<Loaded>() as u32,
         info: (&raw mut loaded) as u64,
     };
-    // SAFETY: `Info` is the head of `union bpf_attr` for this command, and `loaded` is as long as
-    // it says.
+    // SAFETY: `Info` is the head of `union bpf_attr` for this command, and `loaded` has the length
+    // it states.
     unsafe { bpf(command::INFO, &mut attributes) }?;
     Ok(loaded)
 }
@@ -321,14 +322,14 @@ fn info(program: &OwnedFd) -> io::Result<Loaded> {
 #[repr(C)]
 pub(crate) struct Instruction {
     code: u8,
-    /// The source in the upper half, the destination in the lower.
+    /// Source register in the upper 4 bits, destination register in the lower 4 bits.
     registers: u8,
     offset: i16,
     immediate: i32,
 }
 
 impl Instruction {
-    /// From its fields: `BPF_CLASS | BPF_OP | BPF_SRC`, destination, source, offset, immediate.
+    /// Builds an instruction. `code` is `BPF_CLASS | BPF_OP | BPF_SRC`.
     pub(crate) const fn new(
         code: u8,
         destination: u8,
@@ -339,13 +340,13 @@ impl Instruction {
         Self { code, registers: source << 4 | destination, offset, immediate }
     }
 
-    /// Whether it is `BPF_JMP32 | BPF_JEQ | BPF_K`.
+    /// Returns whether the instruction is `BPF_JMP32 | BPF_JEQ | BPF_K`.
     pub(crate) const fn is_conditional_jump(self) -> bool {
         self.code == 0x16
     }
 
-    /// The same instruction with another jump offset.
-    pub(crate) const fn jumping(self, offset: i16) -> Self {
+    /// Returns the instruction with the given jump offset.
+    pub(crate) const fn with_offset(self, offset: i16) -> Self {
         Self { offset, ..self }
     }
 }
@@ -354,27 +355,27 @@ impl Instruction {
 pub(crate) mod field {
     pub(crate) const LENGTH: i16 = 0;
     pub(crate) const MARK: i16 = 8;
-    /// Non-zero for a frame with a VLAN tag, which the kernel has moved out of the frame.
+    /// Non-zero if the frame had a VLAN tag, which the kernel moves out of the frame.
     pub(crate) const VLAN_PRESENT: i16 = 20;
-    /// The beginning and the end of what of the frame is linear.
+    /// Start and end of the linear part of the frame.
     pub(crate) const DATA: i16 = 76;
     pub(crate) const DATA_END: i16 = 80;
-    /// The link by which the packet came in; 0 for what the host itself sends.
+    /// Interface index of the ingress link; 0 for packets sent by the host.
     pub(crate) const INGRESS_INTERFACE: i16 = 36;
 }
 
-/// Verdicts of tcx and of `cls_bpf` in direct-action mode: the next program decides (`TCX_NEXT`,
-/// `TC_ACT_UNSPEC`), or the packet is dropped (`TCX_DROP`, `TC_ACT_SHOT`).
+/// Verdicts of tcx and of `cls_bpf` in direct-action mode: continue with the next program
+/// (`TCX_NEXT`, `TC_ACT_UNSPEC`) or drop the packet (`TCX_DROP`, `TC_ACT_SHOT`).
 pub(crate) mod verdict {
     pub(crate) const NEXT: i32 = -1;
     pub(crate) const DROP: i32 = 2;
 }
 
-/// Calls the kernel. Returns its result.
+/// Invokes bpf(2).
 ///
 /// # Safety
-/// `attributes` is laid out as `union bpf_attr` for `command`, and what it points to as the kernel
-/// reads and writes it.
+/// `attributes` must have the layout of `union bpf_attr` for `command`, and its pointers must be
+/// valid for the accesses of the kernel.
 unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
     // SAFETY: the caller's promise.
     let result = unsafe {
@@ -392,14 +393,14 @@ unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
     }
 }
 
-/// The same for a command that returns a new descriptor.
+/// Invokes bpf(2) with a command that returns a new file descriptor.
 ///
 /// # Safety
-/// As of [`bpf`].
+/// Same as [`bpf`].
 unsafe fn open<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
     // SAFETY: the caller's promise.
     let descriptor = unsafe { bpf(command, attributes) }?;
-    // SAFETY: the kernel has just made it, and nothing else knows of it.
+    // SAFETY: the kernel has just created the descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 

@@ -1,21 +1,22 @@
-//! Rules as programs: eBPF and classic BPF, from one sequence of steps. Pure.
+//! Compilation of rules to eBPF and classic BPF, through a common intermediate representation.
+//! Pure.
 //!
-//! The steps are those that classic BPF has: loads from an offset of the frame, comparisons with a
-//! constant, forward jumps. Where a load is beyond the end of the frame, classic BPF ends with 0,
-//! which would be "accept"; so the length is compared first.
+//! The steps follow classic BPF: loads at an offset of the frame, comparisons with a constant,
+//! forward jumps. In classic BPF a load beyond the end of the frame terminates the program with 0,
+//! which means "accept". The steps therefore compare the length first.
 //!
-//! eBPF has the same loads (`BPF_LD | BPF_ABS`), but each is a function call there
-//! (`bpf_gen_ld_abs`). So it reads the packet directly, and has the kernel make as much of it
-//! linear as rules look at (`bpf_skb_pull_data`), if it is not.
+//! eBPF has the same loads (`BPF_LD | BPF_ABS`), but implements each as a function call
+//! (`bpf_gen_ld_abs`). The eBPF program uses direct packet access instead, after it has linearised
+//! the part that the rules read (`bpf_skb_pull_data`).
 
-use super::rules::{OTHERWISE, Rule, SpoofReason, Test, Verdict};
+use super::rules::{DEFAULT_VERDICT, Rule, SpoofReason, Test, Verdict};
 use crate::bpf::clsact::Classic;
 use crate::bpf::{Instruction, field, verdict};
 
-/// The length of an Ethernet header, which every frame has (`eth_type_trans`).
+/// Length of the Ethernet header. Every frame has one (`eth_type_trans`).
 const ETHERNET: u16 = 14;
 
-/// Bytes that are loaded at once.
+/// Width of a load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Width {
     Byte,
@@ -50,7 +51,7 @@ impl Width {
         }
     }
 
-    /// The number that a direct load gives for bytes whose value in network order is `constant`.
+    /// Converts `constant` from network byte order to the result of a direct load of this width.
     fn as_loaded(self, constant: u32) -> u32 {
         match self {
             Self::Byte => constant,
@@ -60,46 +61,46 @@ impl Width {
     }
 }
 
-/// A place to jump to.
+/// Identifier of a jump target.
 type Label = usize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// The accumulator is that part of the frame.
+    /// Loads part of the frame into the accumulator.
     Load(Width, u16),
-    /// The accumulator is not 0 if the frame had a VLAN tag.
+    /// Sets the accumulator to a non-zero value if the frame had a VLAN tag.
     Tagged,
     /// Jumps if the accumulator equals the constant, or differs from it. The width is that of the
-    /// load.
+    /// preceding load.
     IfEqual(Width, u32, Label),
     IfDifferent(Width, u32, Label),
-    /// Jumps if the frame has fewer bytes.
+    /// Jumps if the frame has fewer bytes than the constant.
     IfShorter(u16, Label),
-    /// The accumulator keeps these bits.
+    /// Masks the accumulator.
     And(u8),
-    /// Where jumps to a label arrive.
-    Here(Label),
+    /// Defines a label.
+    Define(Label),
     Jump(Label),
     End(Verdict),
 }
 
-/// The steps of `rules`, which end with `otherwise` where no rule matches. `labels` counts the
+/// Compiles `rules` to steps. The verdict is `otherwise` if no rule matches. `labels` counts the
 /// labels in use.
 fn steps(rules: &[Rule], otherwise: Verdict, labels: &mut Label) -> Vec<Step> {
     let mut steps = Vec::new();
-    // The beginning of each rule, and what follows the last.
+    // Labels: the start of each rule, and the end of the last one.
     let begin = *labels;
     *labels += rules.len() + 1;
     for (number, rule) in rules.iter().enumerate() {
         let next = begin + number + 1;
-        steps.push(Step::Here(begin + number));
-        // Rules that begin with the same test fail together.
+        steps.push(Step::Define(begin + number));
+        // Adjacent rules with the same first test fail together.
         let others =
             rules[number + 1..].iter().position(|other| other.tests.first() != rule.tests.first());
         let others = begin + others.map_or(rules.len(), |distance| number + 1 + distance);
         let mut known = ETHERNET;
         for (place, test) in rule.tests.iter().enumerate() {
-            let miss = if place == 0 { others } else { next };
+            let mismatch = if place == 0 { others } else { next };
             match test {
                 Test::Bits { at, value, mask } => {
                     if at + 1 > known {
@@ -107,34 +108,36 @@ fn steps(rules: &[Rule], otherwise: Verdict, labels: &mut Label) -> Vec<Step> {
                         steps.push(Step::IfShorter(known, next));
                     }
                     steps.extend([Step::Load(Width::Byte, *at), Step::And(*mask)]);
-                    steps.push(Step::IfDifferent(Width::Byte, (*value).into(), miss));
+                    steps.push(Step::IfDifferent(Width::Byte, (*value).into(), mismatch));
                 }
-                Test::Tagged => steps.extend([Step::Tagged, Step::IfEqual(Width::Word, 0, miss)]),
+                Test::Tagged => {
+                    steps.extend([Step::Tagged, Step::IfEqual(Width::Word, 0, mismatch)]);
+                }
                 Test::Bytes { at, value, not } => {
                     let end = at + value.len() as u16;
                     if end > known {
                         steps.push(Step::IfShorter(end, next));
                         known = end;
                     }
-                    compare(*at, value, *not, miss, labels, &mut steps);
+                    compare(*at, value, *not, mismatch, labels, &mut steps);
                 }
             }
         }
         steps.push(Step::End(rule.verdict));
         if rule.tests.is_empty() {
-            // The kernel refuses instructions that nothing leads to (`check_cfg`).
+            // The verifier rejects unreachable instructions (`check_cfg`).
             return steps;
         }
     }
-    steps.extend([Step::Here(begin + rules.len()), Step::End(otherwise)]);
+    steps.extend([Step::Define(begin + rules.len()), Step::End(otherwise)]);
     steps
 }
 
-/// The steps of `rules`; what they accept is policed if it passes one of the `policed` tests.
+/// Compiles `rules` to steps. Accepted frames that pass one of the `policed` tests are policed.
 fn policed_steps(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Step> {
     let mut labels = 0;
-    let mut all = steps(rules, OTHERWISE, &mut labels);
-    // The kernel refuses instructions that nothing leads to.
+    let mut all = steps(rules, DEFAULT_VERDICT, &mut labels);
+    // The verifier rejects unreachable instructions.
     if policed.is_empty() || !all.contains(&Step::End(Verdict::Accept)) {
         return all;
     }
@@ -145,19 +148,20 @@ fn policed_steps(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Step> {
             *step = Step::Jump(police);
         }
     }
-    all.push(Step::Here(police));
+    all.push(Step::Define(police));
     let rule = |tests: &Vec<Test>| Rule { tests: tests.clone(), verdict: Verdict::Police };
     let policed: Vec<Rule> = policed.iter().map(rule).collect();
     all.extend(steps(&policed, Verdict::Accept, &mut labels));
     all
 }
 
-/// Goes on if the bytes from `at` are `value`, or with `not` if they are not; else jumps to `miss`.
+/// Compares the bytes at `at` with `value`. Jumps to `mismatch` if they differ, or with `not` if
+/// they are equal.
 fn compare(
     at: u16,
     value: &[u8],
     not: bool,
-    miss: Label,
+    mismatch: Label,
     labels: &mut Label,
     steps: &mut Vec<Step>,
 ) {
@@ -173,28 +177,28 @@ fn compare(
         let (now, later) = rest.split_at(width.bytes());
         let constant = now.iter().fold(0, |all, byte| all << 8 | u32::from(*byte));
         let load = Step::Load(width, at);
-        // A comparison leaves in the accumulator what it found there.
+        // A comparison preserves the accumulator.
         if !matches!(steps[..], [.., before, Step::IfEqual(..) | Step::IfDifferent(..)] if before == load)
         {
             steps.push(load);
         }
         steps.push(match (not, later.is_empty()) {
-            (false, _) => Step::IfDifferent(width, constant, miss),
+            (false, _) => Step::IfDifferent(width, constant, mismatch),
             (true, false) => Step::IfDifferent(width, constant, differs),
-            (true, true) => Step::IfEqual(width, constant, miss),
+            (true, true) => Step::IfEqual(width, constant, mismatch),
         });
         at += width.bytes() as u16;
         rest = later;
     }
     if steps.iter().any(|step| matches!(step, Step::IfDifferent(_, _, label) if *label == differs))
     {
-        steps.push(Step::Here(differs));
+        steps.push(Step::Define(differs));
         *labels += 1;
     }
 }
 
-/// Registers of eBPF: results, arguments of calls, what survives calls (the context, the beginning
-/// and the end of the frame), the stack.
+/// eBPF registers: result, call arguments, callee-saved registers (context, start and end of the
+/// frame), stack.
 mod register {
     pub(super) const RESULT: u8 = 0;
     pub(super) const FIRST: u8 = 1;
@@ -203,21 +207,21 @@ mod register {
     pub(super) const CONTEXT: u8 = 6;
     pub(super) const BEGIN: u8 = 7;
     pub(super) const END: u8 = 8;
-    /// Once the frame is of no more interest.
+    /// Reused once the frame is no longer needed.
     pub(super) const INTERVAL: u8 = BEGIN;
     pub(super) const NOW: u8 = END;
     pub(super) const STACK: u8 = 10;
 }
 
-/// Jumps whose distance is not known yet: which instruction, to which label.
+/// Jumps with an unresolved distance: index of the instruction, target label.
 type Pending = Vec<(usize, Label)>;
 
-/// The program of eBPF. Drops are counted by reason in `counters`, the descriptor of an array of
-/// them.
+/// Compiles to eBPF. The program counts drops by reason in the array map with file descriptor
+/// `counters`.
 ///
-/// What the rules accept and a `policed` test matches is dropped beyond a rate, which the array
-/// holds too ([`INTERVAL`]). The policer is GCRA (ITU-T I.371, annex A): [`DUE`] is when the next
-/// frame is due, and it may come [`BURST`] intervals early.
+/// Accepted frames that match a `policed` test are dropped in excess of a rate, which is also
+/// stored in the array ([`INTERVAL`]). The policer is GCRA (ITU-T I.371, annex A): [`DUE`] is the
+/// theoretical arrival time of the next frame, with a tolerance of [`BURST`] intervals.
 pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> Vec<Instruction> {
     use register::{BEGIN, CONTEXT, END, FIRST, RESULT, SECOND, STACK};
     let of = Instruction::new;
@@ -236,7 +240,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
     let read = |to, offset| of(0x61, to, CONTEXT, offset, 0);
     // BPF_ALU64 | BPF_ADD | BPF_K
     let add = |to, value| of(0x07, to, 0, 0, value);
-    // BPF_JMP | BPF_JGT | BPF_X: is FIRST beyond the end?
+    // BPF_JMP | BPF_JGT | BPF_X: jumps if FIRST is beyond the end of the frame.
     let beyond = |offset| of(0x2d, FIRST, END, offset, 0);
     let (count, police, accept) = (Label::MAX, Label::MAX - 1, Label::MAX - 2);
     // BPF_JMP | BPF_JA
@@ -247,7 +251,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
         copy(CONTEXT, FIRST),
         read(BEGIN, field::DATA),
         read(END, field::DATA_END),
-        // Of a short frame, all of it.
+        // Pulls the whole frame if it is shorter.
         set(SECOND, longest.into()),
         read(RESULT, field::LENGTH),
         // BPF_JMP | BPF_JGE | BPF_X
@@ -256,7 +260,8 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
         copy(FIRST, BEGIN),
         // BPF_ALU64 | BPF_ADD | BPF_X
         of(0x0f, FIRST, SECOND, 0, 0),
-        // BPF_JMP | BPF_JLE | BPF_X: all that rules look at is linear. The call may copy the frame.
+        // BPF_JMP | BPF_JLE | BPF_X: skips the call, which may copy the frame, if the part that the
+        // rules read is linear.
         of(0xbd, FIRST, END, 4, 0),
         copy(FIRST, CONTEXT),
         // bpf_skb_pull_data
@@ -266,7 +271,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
         copy(FIRST, BEGIN),
         add(FIRST, ETHERNET.into()),
     ];
-    // No frame is that short.
+    // For the verifier: no frame is shorter than an Ethernet header.
     code.extend([beyond(1), of(0x05, 0, 0, 2, 0), set(RESULT, verdict::DROP), exit]);
     for step in steps {
         let mut jump = |one: Instruction, label, code: &mut Vec<Instruction>| {
@@ -295,7 +300,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
                 code.extend([copy(FIRST, BEGIN), add(FIRST, length.into())]);
                 jump(beyond(0), label, &mut code);
             }
-            Step::Here(label) => drop(places.insert(label, code.len())),
+            Step::Define(label) => drop(places.insert(label, code.len())),
             Step::Jump(label) => jump(go, label, &mut code),
             Step::End(Verdict::Accept) => code.extend([set(RESULT, verdict::NEXT), exit]),
             Step::End(Verdict::Police) => jump(go, police, &mut code),
@@ -305,9 +310,9 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
             }
         }
     }
-    // The place in the array numbered FIRST: on the stack (BPF_STX | BPF_MEM | BPF_W), BPF_LD |
-    // BPF_IMM | BPF_DW with BPF_PSEUDO_MAP_FD, which is two instructions long, and
-    // bpf_map_lookup_elem.
+    // Looks up the array entry with index FIRST: stores the index on the stack (BPF_STX | BPF_MEM |
+    // BPF_W), loads the map (BPF_LD | BPF_IMM | BPF_DW with BPF_PSEUDO_MAP_FD, two instructions
+    // long) and calls bpf_map_lookup_elem.
     let find = [
         of(0x63, STACK, FIRST, -4, 0),
         copy(SECOND, STACK),
@@ -316,7 +321,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
         of(0, 0, 0, 0, 0),
         of(0x85, 0, 0, 0, 1),
     ];
-    // BPF_JMP | BPF_JEQ | BPF_K: is it zero?
+    // BPF_JMP | BPF_JEQ | BPF_K: jumps if the register is zero.
     let is_zero = |register, offset| of(0x15, register, 0, offset, 0);
     if polices {
         use register::{INTERVAL as EVERY, NOW};
@@ -338,7 +343,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
         to_accept(is_zero(RESULT, 0), &mut code);
         code.extend([
             load(FIRST, RESULT),
-            // The earliest that counts: now less the burst. BPF_ALU64 | BPF_MUL | BPF_K,
+            // Lower bound of the arrival time: now minus the burst. BPF_ALU64 | BPF_MUL | BPF_K,
             // BPF_ALU64 | BPF_SUB | BPF_X
             copy(SECOND, EVERY),
             of(0x27, SECOND, 0, 0, BURST),
@@ -347,7 +352,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
             // BPF_JMP | BPF_JGE | BPF_X
             of(0x3d, FIRST, register::THIRD, 1, 0),
             copy(FIRST, register::THIRD),
-            // BPF_JMP | BPF_JGT | BPF_X: too early, over the next two and the accept
+            // BPF_JMP | BPF_JGT | BPF_X: the frame is too early; skips the update and the accept.
             of(0x2d, FIRST, NOW, 4, 0),
             // BPF_ALU64 | BPF_ADD | BPF_X; BPF_STX | BPF_MEM | BPF_DW
             of(0x0f, FIRST, EVERY, 0, 0),
@@ -359,7 +364,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
     places.insert(count, code.len());
     code.extend(find);
     code.extend([
-        // Over the next two.
+        // Skips the next two instructions.
         is_zero(RESULT, 2),
         set(FIRST, 1),
         // BPF_STX | BPF_ATOMIC | BPF_DW, BPF_ADD
@@ -368,14 +373,14 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
         exit,
     ]);
     for (from, label) in pending {
-        // A program is far shorter than 32,767 instructions.
+        // Programs are far shorter than 32,767 instructions.
         let distance = (places[&label] - from - 1) as i16;
-        code[from] = code[from].jumping(distance);
+        code[from] = code[from].with_offset(distance);
     }
     code
 }
 
-/// The program of classic BPF. It counts nothing: the qdisc counts drops of all reasons in one sum.
+/// Compiles to classic BPF. The program has no counters; the qdisc counts all drops in one sum.
 pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
     /// `SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT`.
     const VLAN_PRESENT: u32 = 0xffff_f000 + 48;
@@ -383,9 +388,9 @@ pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
     let mut code = Vec::new();
     let mut pending = Pending::new();
     let mut places = std::collections::BTreeMap::new();
-    for step in steps(rules, OTHERWISE, &mut 0) {
-        // Distances of conditional jumps are 8 bits wide, so each skips an unconditional one, or
-        // does not.
+    for step in steps(rules, DEFAULT_VERDICT, &mut 0) {
+        // Conditional jumps have 8-bit distances. Each one therefore only skips, or does not skip,
+        // an unconditional jump.
         let mut jump = |operation, jumps, constant, label, code: &mut Vec<Classic>| {
             code.push(of(operation, jumps, constant));
             pending.push((code.len(), label));
@@ -397,7 +402,7 @@ pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
             // BPF_ALU | BPF_AND | BPF_K
             Step::And(bits) => code.push(of(0x54, [0, 0], bits.into())),
             Step::Tagged => code.push(of(0x20, [0, 0], VLAN_PRESENT)),
-            // BPF_JEQ; BPF_JGE, which is the opposite of "below"
+            // BPF_JEQ, BPF_JGE (negated: "shorter")
             Step::IfEqual(_, constant, label) => jump(0x15, [0, 1], constant, label, &mut code),
             Step::IfDifferent(_, constant, label) => jump(0x15, [1, 0], constant, label, &mut code),
             Step::IfShorter(length, label) => {
@@ -405,7 +410,7 @@ pub(super) fn classic(rules: &[Rule]) -> Vec<Classic> {
                 code.push(of(0x80, [0, 0], 0));
                 jump(0x35, [1, 0], length.into(), label, &mut code);
             }
-            Step::Here(label) => drop(places.insert(label, code.len())),
+            Step::Define(label) => drop(places.insert(label, code.len())),
             Step::Jump(label) => {
                 pending.push((code.len(), label));
                 // BPF_JMP | BPF_JA
@@ -428,14 +433,14 @@ fn result(end: Verdict) -> u32 {
     }
 }
 
-/// Counters of [`extended`]: those of [`SpoofReason::ALL`], then the frames dropped by the policer.
+/// Array index of the frames dropped by the policer. Indexes below it count [`SpoofReason::ALL`].
 pub(super) const POLICED: u32 = SpoofReason::ALL.len() as u32;
-/// Nanoseconds between two policed frames; 0 while the policer is off.
+/// Array index of the interval between policed frames, in nanoseconds; 0 while the policer is off.
 pub(super) const INTERVAL: u32 = POLICED + 1;
-/// When the next policed frame is due, on the kernel's monotonic clock.
+/// Array index of the theoretical arrival time of the next policed frame, on the monotonic clock.
 pub(super) const DUE: u32 = INTERVAL + 1;
-/// The length of the array.
+/// Length of the array.
 pub(super) const COUNTERS: u32 = DUE + 1;
 
-/// How many policed frames may come at once.
+/// Burst tolerance of the policer, in frames.
 pub(super) const BURST: i32 = 32;

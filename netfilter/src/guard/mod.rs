@@ -1,19 +1,20 @@
-//! Port guards: what an endpoint sends must come from its own addresses.
+//! Port guards: anti-spoofing for the frames of an endpoint.
 //!
-//! A guard is attached to the host's end of an endpoint's veth pair, at ingress, before the link
-//! becomes a port of a bridge. It sees each frame before the bridge and before any firewall, and
-//! drops what carries a source that is not the endpoint's ([`rules`]). So behind it a source
-//! address means an endpoint.
+//! A guard is attached at the ingress of the host's end of an endpoint's veth pair, before that
+//! link joins a bridge. It processes each frame before the bridge and any firewall. It drops frames
+//! with a source address that does not belong to the endpoint ([`rules`]). After the guard, a
+//! source address therefore identifies an endpoint.
 //!
-//! | mechanism | where | counts drops by reason | needs |
+//! | mechanism | attachment point | counts drops by reason | needs |
 //! |---|---|---|---|
-//! | [`Tcx`](Mechanism::Tcx) | BPF program at the link | yes | Linux 6.6, CAP_BPF on the host |
-//! | [`Clsact`](Mechanism::Clsact) | the same, in the qdisc `clsact` | yes | CAP_BPF on the host |
-//! | [`Nftables`](Mechanism::Nftables) | chain of the family `netdev` | yes | CAP_NET_ADMIN over the namespace |
-//! | [`Classic`](Mechanism::Classic) | classic BPF in the qdisc `clsact` | no | CAP_NET_ADMIN over the namespace |
+//! | [`Tcx`](Mechanism::Tcx) | BPF program, tcx | yes | Linux 6.6, CAP_BPF on the host |
+//! | [`Clsact`](Mechanism::Clsact) | BPF program, `clsact` qdisc | yes | CAP_BPF on the host |
+//! | [`Nftables`](Mechanism::Nftables) | chain of family `netdev` | yes | CAP_NET_ADMIN over the namespace |
+//! | [`Classic`](Mechanism::Classic) | classic BPF program, `clsact` qdisc | no | CAP_NET_ADMIN over the namespace |
 //!
-//! A guard can also police what may begin TCP connections ([`PortGuards::police`]): a flood then
-//! ends at the port of the endpoint that sends it. Classic BPF has no state and cannot.
+//! A guard can also police frames that may open TCP connections ([`PortGuards::police`]). This
+//! stops a flood at the bridge port of the flooding endpoint. Classic BPF is stateless and cannot
+//! police.
 
 mod compile;
 mod nftables;
@@ -34,29 +35,29 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tidegate_model::registry;
 
-/// The name of the programs and of the counters (bpftool-prog(8)), and of the classifier.
+/// Names of the programs and counters in bpftool(8), and of the classifier.
 const NAME: &str = "tg_port_guard";
 const COUNTERS: &str = "tg_port_drops";
 const INTERNAL_NAME: &str = "tg_internal";
 
-/// How a guard is attached.
+/// The mechanism that implements a guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mechanism {
-    /// A BPF program, through tcx.
+    /// eBPF program attached through tcx.
     Tcx,
-    /// A BPF program, through the qdisc `clsact`.
+    /// eBPF program in a `clsact` qdisc.
     Clsact,
-    /// A chain of nftables at the link's ingress.
+    /// nftables chain at the ingress hook of the link.
     Nftables,
-    /// A program of classic BPF, through the qdisc `clsact`.
+    /// Classic BPF program in a `clsact` qdisc.
     Classic,
 }
 
 impl Mechanism {
-    /// All of them, the preferred one first.
+    /// All mechanisms, in order of preference.
     pub const ALL: [Self; 4] = [Self::Tcx, Self::Clsact, Self::Nftables, Self::Classic];
 
-    /// What it is called in logs and reports.
+    /// Name in logs and reports.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -77,9 +78,9 @@ impl fmt::Display for Mechanism {
 /// Frames dropped at one bridge port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dropped {
-    /// Those that an endpoint may not send, in the order of [`SpoofReason::ALL`].
+    /// Frames dropped by the rules, in the order of [`SpoofReason::ALL`].
     pub spoofed: [u64; SpoofReason::ALL.len()],
-    /// Those beyond the rate of the policer.
+    /// Frames in excess of the policer rate.
     pub policed: u64,
 }
 
@@ -93,33 +94,35 @@ impl Dropped {
     }
 }
 
-/// The port guards of one owner, all of one mechanism. To be used in the namespace of the bridges.
+/// The port guards of one owner, with a common mechanism. Methods must be called in the network
+/// namespace of the bridges.
 #[derive(Debug)]
 pub struct PortGuards {
     mechanism: Mechanism,
-    /// The table that chains of [`Mechanism::Nftables`] are in.
+    /// Table for the chains of [`Mechanism::Nftables`].
     table: String,
-    /// By link.
+    /// Key: link name.
     installed: Mutex<BTreeMap<String, Installed>>,
 }
 
-/// A guard that was attached.
+/// An attached guard.
 #[derive(Debug)]
 struct Installed {
-    /// The link's number, and what is enforced there.
+    /// Interface index of the link.
     index: u32,
     policy: PortPolicy,
-    /// The program's number, for BPF.
+    /// Program ID, for eBPF.
     program: u32,
     counters: Option<Counters>,
-    /// What guards at this link before this one had dropped.
+    /// Frames dropped by previous guards of this link.
     earlier: Dropped,
-    /// The rate of the policer.
+    /// Policer rate, in frames per second.
     rate: Option<NonZeroU32>,
 }
 
 impl Installed {
-    /// Sets the policer of a BPF program to the rate. It begins with a full burst.
+    /// Configures the policer of an eBPF program with the rate. The policer starts with a full
+    /// burst.
     fn set_policer(&self) -> io::Result<()> {
         let interval = self.rate.map_or(0, |rate| 1_000_000_000 / u64::from(rate.get()));
         match &self.counters {
@@ -132,11 +135,11 @@ impl Installed {
 }
 
 impl PortGuards {
-    /// Chooses the first of `candidates` that works, by trying it at `lo` in the namespace of the
-    /// calling thread: to be called in one that was made for that.
+    /// Chooses the first of `candidates` that works. Probes by attaching a guard to `lo` in the
+    /// calling thread's network namespace, which should be a temporary one.
     ///
     /// # Errors
-    /// None works: what was in the way of each.
+    /// The failure of each candidate, if none works.
     pub fn probe(
         candidates: &[Mechanism],
         owner: &str,
@@ -156,35 +159,37 @@ impl PortGuards {
                 .and_then(|()| guards.is_attached(LOOPBACK, "lo", &policy))
             {
                 Ok(true) => return Ok(Self { installed: Mutex::default(), ..guards }),
-                Ok(false) => failures.push((mechanism, io::Error::other("it is not in effect"))),
+                Ok(false) => {
+                    failures.push((mechanism, io::Error::other("attached guard not found")));
+                }
                 Err(error) => failures.push((mechanism, error)),
             }
         }
         Err(failures)
     }
 
-    /// How they are attached.
+    /// Returns the mechanism of the guards.
     pub fn mechanism(&self) -> Mechanism {
         self.mechanism
     }
 
-    /// Attaches a guard that enforces `policy` to the link `link`, numbered `index`, in the place
-    /// of the one that is there.
+    /// Attaches a guard with `policy` to the link `link` with interface index `index`, replacing
+    /// the current guard.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Errors of the kernel.
     pub fn attach(&self, index: u32, link: &str, policy: &PortPolicy) -> io::Result<()> {
         let mut installed = self.installed();
         let rate = installed.get(link).and_then(|one| one.rate);
         self.replace(&mut installed, index, link, policy, rate)
     }
 
-    /// Polices what may begin a TCP connection at the link `link`: `rate` frames a second pass, and
-    /// the rest is dropped; without a rate, all pass. It holds for guards that are attached there
-    /// later too.
+    /// Polices frames that may open a TCP connection at the link `link`. At most `rate` frames per
+    /// second pass; `None` disables the policer. The setting also applies to guards attached to
+    /// this link later.
     ///
     /// # Errors
-    /// The kernel's. `ENOENT`: there is no guard at this link. `EOPNOTSUPP` of
+    /// Errors of the kernel. `ENOENT` if the link has no guard; `EOPNOTSUPP` for
     /// [`Mechanism::Classic`].
     pub fn police(&self, link: &str, rate: Option<NonZeroU32>) -> io::Result<()> {
         let mut installed = self.installed();
@@ -255,10 +260,11 @@ impl PortGuards {
         Ok(())
     }
 
-    /// Whether a guard that enforces `policy` is attached to the link `link`, numbered `index`.
+    /// Returns whether a guard with `policy` is attached to the link `link` with interface index
+    /// `index`.
     ///
     /// # Errors
-    /// The kernel's: there is no such link.
+    /// Errors of the kernel, for example a missing link.
     pub fn is_attached(&self, index: u32, link: &str, policy: &PortPolicy) -> io::Result<bool> {
         let installed = self.installed();
         let Some(one) = installed.get(link) else { return Ok(false) };
@@ -287,38 +293,39 @@ impl PortGuards {
         }
     }
 
-    /// The guard of `link` is no longer of interest; it goes with its link.
+    /// Discards the state of the guard of `link`. The kernel removes the guard itself with its
+    /// link.
     pub fn forget(&self, link: &str) {
         self.installed().remove(link);
     }
 
-    /// The frames dropped at each link. A counter that cannot be read counts as it was last.
+    /// Returns the frames dropped at each link. Counters that cannot be read count as 0.
     pub fn dropped(&self) -> BTreeMap<String, Dropped> {
         let installed = self.installed();
         installed.iter().map(|(link, one)| (link.clone(), self.total(link, one))).collect()
     }
 
-    /// Makes the table of nftables for the guards of `owner`, which does not go with a link, in the
-    /// calling thread's namespace.
+    /// Creates the nftables table for the guards of `owner` in the calling thread's network
+    /// namespace. Unlike the chains, it is not removed with a link.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Errors of the kernel.
     pub fn make_table(owner: &str) -> io::Result<()> {
         nftables::make(&mut NetfilterSocket::open()?, &table_of(owner))
     }
 
-    /// Whether it is there.
+    /// Returns whether the table of [`make_table`](Self::make_table) exists.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Errors of the kernel.
     pub fn has_table(owner: &str) -> io::Result<bool> {
         nftables::has_table(&mut NetfilterSocket::open()?, &table_of(owner))
     }
 
-    /// Removes it.
+    /// Removes the table of [`make_table`](Self::make_table).
     ///
     /// # Errors
-    /// The kernel's. That it is not there is none.
+    /// Errors of the kernel. A missing table is not an error.
     pub fn remove_table(owner: &str) -> io::Result<()> {
         nftables::remove(&mut NetfilterSocket::open()?, &table_of(owner))
     }
@@ -345,7 +352,8 @@ impl PortGuards {
     }
 }
 
-/// What the program for `policy` takes for `frame`, of which it runs `times` times: for benches.
+/// Measures the mean run time of the program for `policy` on `frame`, over `times` runs. For
+/// benchmarks.
 #[doc(hidden)]
 pub fn program_time(policy: &PortPolicy, frame: &[u8], times: u32) -> io::Result<Duration> {
     let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
@@ -354,45 +362,47 @@ pub fn program_time(policy: &PortPolicy, frame: &[u8], times: u32) -> io::Result
     program.test_run(frame, times).map(|(_, time)| time)
 }
 
-/// A guard at the ingress of an internal network's bridge: the host takes what its members send to
-/// its gateway addresses alone, and forwards nothing of theirs. A BPF program, as a
-/// [`Gate`](crate::Gate) is.
+/// A guard at the ingress of an internal network's bridge. The host accepts packets from members
+/// only if they are addressed to the gateway addresses, and forwards none. Like a
+/// [`Gate`](crate::Gate), it is an eBPF program.
 #[derive(Debug)]
 pub struct InternalGuard(LinkProgram);
 
 impl InternalGuard {
-    /// For a bridge that has these addresses, each with the prefix of its network.
+    /// Loads a guard for a bridge with the addresses `gateways`, each with the prefix of its
+    /// network.
     ///
     /// # Errors
-    /// BPF programs are not available here: `EPERM` without the privilege.
+    /// BPF programs are unavailable; `EPERM` without the required capabilities.
     pub fn new(gateways: &[IpNet]) -> io::Result<Self> {
         let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
         let code = compile::extended(&internal_rules(gateways), &[], counters.descriptor());
         LinkProgram::load(INTERNAL_NAME, Direction::Ingress, &code).map(Self)
     }
 
-    /// Whether a guard for the same addresses is attached to the link numbered `index` of the
-    /// calling thread's namespace.
+    /// Returns whether a guard for the same addresses is attached to the link with interface index
+    /// `index` in the calling thread's network namespace.
     ///
     /// # Errors
-    /// `ENODEV` without such a link.
+    /// `ENODEV` if the link does not exist.
     pub fn is_attached(&self, index: u32) -> io::Result<bool> {
         self.0.is_attached(index)
     }
 
-    /// Attaches it there, ahead of other programs.
+    /// Attaches the guard to the link with interface index `index` in the calling thread's network
+    /// namespace, ahead of existing programs.
     ///
     /// # Errors
-    /// `ENODEV` without such a link.
+    /// `ENODEV` if the link does not exist.
     pub fn attach(&self, index: u32) -> io::Result<()> {
         self.0.attach(index)
     }
 }
 
-/// The rate of a policer, and the tests of which a frame passes one if it is policed.
+/// Policer rate, and alternative test lists. A frame that passes any list is policed.
 type Policer = (NonZeroU32, Vec<Vec<Test>>);
 
-/// The name of the table of `owner`.
+/// Name of the nftables table of `owner`.
 fn table_of(owner: &str) -> String {
     format!("{}{owner}", registry::NFTABLES_PREFIX)
 }

@@ -1,10 +1,11 @@
-//! Rules as a chain of nftables, in a table of the family `netdev`: one chain for each port, at the
-//! ingress hook of its link.
+//! Port guards as nftables chains of family `netdev`, one per bridge port, at the ingress hook of
+//! its link.
 //!
-//! The chain goes with its link; the table has to be removed. Before Linux 6.9 others can flush it.
+//! The kernel removes the chain with its link; the table must be deleted explicitly. The table is
+//! not owned, so other processes can flush it.
 
 use super::compile::BURST;
-use super::rules::{OTHERWISE, Rule, SpoofReason, Test, Verdict};
+use super::rules::{DEFAULT_VERDICT, Rule, SpoofReason, Test, Verdict};
 use super::{Dropped, Policer};
 use crate::encode::{self, request};
 use crate::expression::Expressions;
@@ -17,16 +18,15 @@ use std::num::NonZeroU32;
 /// `NFPROTO_NETDEV`.
 const NETDEV: u8 = 5;
 
-/// Ahead of chains that others have at the hook (`NF_IP_PRI_FIRST` is lower still, and nobody uses
-/// it).
+/// Ahead of other chains at the hook. `NF_IP_PRI_FIRST` is lower but unused in practice.
 const PRIORITY: i32 = -1000;
 
-/// Where the kernel has a VLAN tag, it shows it in the place of the ethertype
-/// (`nft_payload_copy_vlan`).
+/// Ethertypes of VLAN tags. For a tagged frame, nft_payload reconstructs the VLAN header, so the
+/// tag appears in place of the ethertype (`nft_payload_copy_vlan`).
 const VLAN_TAGS: [[u8; 2]; 2] = [[0x81, 0x00], [0x88, 0xa8]];
 const ETHERTYPE: u16 = 12;
 
-/// Puts `rules` at the ingress of `link`, as the chain of that name in `table`.
+/// Attaches `rules` at the ingress of `link`, as the chain `link` of `table`.
 pub(super) fn attach(
     socket: &mut NetfilterSocket,
     table: &str,
@@ -40,15 +40,15 @@ pub(super) fn attach(
         messages.push(netdev(encode::delete_chain(table, link)));
     }
     messages.push(new_chain(table, link));
-    messages.extend(rendered(rules, policer).iter().map(|rule| new_rule(table, link, rule)));
+    messages.extend(nft_rules(rules, policer).iter().map(|rule| new_rule(table, link, rule)));
     messages.push(encode::batch_end());
     match socket.send_all(&messages, |_, _| ())?.into_iter().next() {
         None => Ok(()),
-        Some(refused) => Err(refused.source),
+        Some(rejected) => Err(rejected.source),
     }
 }
 
-/// Whether the chain of `link` is there, with as many rules as it was made with.
+/// Returns whether the chain of `link` exists and has the expected number of rules.
 pub(super) fn is_attached(
     socket: &mut NetfilterSocket,
     table: &str,
@@ -58,10 +58,10 @@ pub(super) fn is_attached(
 ) -> io::Result<bool> {
     let mut found = 0;
     for_each_rule(socket, table, link, |_| found += 1)?;
-    Ok(found == rendered(rules, policer).len())
+    Ok(found == nft_rules(rules, policer).len())
 }
 
-/// The frames that were dropped at `link`, by reason.
+/// Reads the number of frames dropped at `link`, by reason.
 pub(super) fn dropped(
     socket: &mut NetfilterSocket,
     table: &str,
@@ -89,33 +89,33 @@ pub(super) fn dropped(
     Ok(dropped)
 }
 
-/// Makes the table, without chains.
+/// Creates the table without chains.
 pub(super) fn make(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
     let messages =
         [encode::batch_begin(), netdev(encode::new_table(table, 0)), encode::batch_end()];
     match socket.send_all(&messages, |_, _| ())?.into_iter().next() {
         None => Ok(()),
-        Some(refused) => Err(refused.source),
+        Some(rejected) => Err(rejected.source),
     }
 }
 
-/// Whether the table is there.
+/// Returns whether the table exists.
 pub(super) fn has_table(socket: &mut NetfilterSocket, table: &str) -> io::Result<bool> {
     let mut found = false;
-    let asked = encode::message(request::GET_TABLE, 0, Attributes::default(), String::new());
+    let request = encode::message(request::GET_TABLE, 0, Attributes::default(), String::new());
     // NFTA_TABLE_NAME
-    socket.dump(&netdev(asked), |one| {
+    socket.dump(&netdev(request), |one| {
         found |= attribute(one, 1).map(text).as_deref() == Some(table);
     })?;
     Ok(found)
 }
 
-/// Removes the table, if it is there.
+/// Deletes the table if it exists.
 pub(super) fn remove(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
     let messages =
         [encode::batch_begin(), netdev(encode::delete_table(table)), encode::batch_end()];
     match socket.send_all(&messages, |_, _| ())?.into_iter().next() {
-        Some(refused) if refused.source.kind() != io::ErrorKind::NotFound => Err(refused.source),
+        Some(rejected) if rejected.source.kind() != io::ErrorKind::NotFound => Err(rejected.source),
         _ => Ok(()),
     }
 }
@@ -130,8 +130,8 @@ fn netdev(message: Message) -> Message {
 
 fn has_chain(socket: &mut NetfilterSocket, table: &str, chain: &str) -> io::Result<bool> {
     let mut found = false;
-    let asked = encode::message(request::GET_CHAIN, 0, Attributes::default(), String::new());
-    socket.dump(&netdev(asked), |one| {
+    let request = encode::message(request::GET_CHAIN, 0, Attributes::default(), String::new());
+    socket.dump(&netdev(request), |one| {
         // NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME
         let is = |kind, name| attribute(one, kind).map(text).as_deref() == Some(name);
         found |= is(1, table) && is(3, chain);
@@ -145,9 +145,9 @@ fn for_each_rule(
     chain: &str,
     mut each: impl FnMut(&[u8]),
 ) -> io::Result<()> {
-    let asked = Attributes::default().text(1, table).text(2, chain);
-    let asked = encode::message(request::GET_RULE, 0, asked, String::new());
-    let listed = socket.dump(&netdev(asked), |rule| {
+    let request = Attributes::default().text(1, table).text(2, chain);
+    let request = encode::message(request::GET_RULE, 0, request, String::new());
+    let listed = socket.dump(&netdev(request), |rule| {
         let is = |kind, name| attribute(rule, kind).map(text).as_deref() == Some(name);
         if is(1, table) && is(2, chain) {
             each(rule);
@@ -169,11 +169,11 @@ fn new_chain(table: &str, link: &str) -> Message {
     netdev(encode::message(request::NEW_CHAIN, encode::CREATE, attributes, about))
 }
 
-/// The comment of a policer's rules.
+/// Comment of policer rules.
 const POLICED: &str = "policed";
 
-/// A rule as nftables has it: conditions on the frame, and what happens then.
-struct Rendered {
+/// A rule in the form of nftables: tests and an outcome.
+struct NftRule {
     tests: Vec<Test>,
     end: End,
 }
@@ -181,7 +181,7 @@ struct Rendered {
 #[derive(Clone, Copy)]
 enum End {
     Verdict(Verdict),
-    /// Drop what is beyond that rate.
+    /// Drops frames in excess of the rate.
     Police(NonZeroU32),
 }
 
@@ -189,32 +189,33 @@ fn is_tag(bytes: &[u8]) -> bool {
     VLAN_TAGS.iter().any(|tag| tag == bytes)
 }
 
-/// A frame with a VLAN tag has another ethertype here, and no other rule accepts it: so the tags
-/// come last, and cost the endpoint's own frames nothing.
+/// Converts rules for nftables. Tagged frames have the ethertype of the tag here, which no other
+/// rule accepts. The rules for tags therefore come last, where they do not slow down the endpoint's
+/// valid frames.
 ///
-/// The policer comes first: what it lets pass has to pass the rules as well.
-fn rendered(rules: &[Rule], policer: Option<&Policer>) -> Vec<Rendered> {
+/// The policer comes first. Frames within its rate are still subject to the rules.
+fn nft_rules(rules: &[Rule], policer: Option<&Policer>) -> Vec<NftRule> {
     let (tagged, others): (Vec<&Rule>, Vec<&Rule>) =
         rules.iter().partition(|rule| rule.tests == [Test::Tagged]);
     let mut all = Vec::new();
     if let Some((rate, policed)) = policer {
         let rules =
-            policed.iter().map(|tests| Rendered { tests: tests.clone(), end: End::Police(*rate) });
+            policed.iter().map(|tests| NftRule { tests: tests.clone(), end: End::Police(*rate) });
         all.extend(rules);
     }
     for rule in others {
-        all.push(Rendered { tests: rule.tests.clone(), end: End::Verdict(rule.verdict) });
+        all.push(NftRule { tests: rule.tests.clone(), end: End::Verdict(rule.verdict) });
     }
     for rule in tagged {
         let is = |tag: [u8; 2]| Test::Bytes { at: ETHERTYPE, value: tag.to_vec(), not: false };
         let end = End::Verdict(rule.verdict);
-        all.extend(VLAN_TAGS.map(|tag| Rendered { tests: vec![is(tag)], end }));
+        all.extend(VLAN_TAGS.map(|tag| NftRule { tests: vec![is(tag)], end }));
     }
-    all.push(Rendered { tests: Vec::new(), end: End::Verdict(OTHERWISE) });
+    all.push(NftRule { tests: Vec::new(), end: End::Verdict(DEFAULT_VERDICT) });
     all
 }
 
-fn new_rule(table: &str, link: &str, rule: &Rendered) -> Message {
+fn new_rule(table: &str, link: &str, rule: &NftRule) -> Message {
     let mut expressions = Expressions::default();
     let mut loaded = None;
     for test in &rule.tests {
@@ -226,11 +227,11 @@ fn new_rule(table: &str, link: &str, rule: &Rendered) -> Message {
                 loaded = None;
                 continue;
             }
-            // Rendered as ethertypes.
+            // Already converted to ethertype tests.
             Test::Tagged => continue,
         };
-        // Where a rule asks for an ethertype, it is the one that the kernel has read, unless there
-        // is a VLAN tag: asking the kernel first is a fraction of a load from the frame.
+        // Except for VLAN tags, an ethertype in the frame equals the ethertype parsed by the
+        // kernel. Testing the latter first costs a fraction of a load from the frame.
         let ethertype = usize::from(ETHERTYPE.wrapping_sub(*at));
         if let Some(ethertype) =
             value.get(ethertype..ethertype + 2).filter(|_| !not && !is_tag(value))

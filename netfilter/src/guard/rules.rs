@@ -1,81 +1,82 @@
-//! What a port guard lets pass, as a list of rules: pure.
+//! The rules of port guards. Pure.
 //!
 //! # Theory of operation
 //!
-//! A frame is compared with one rule after the other. The first rule whose tests all hold decides;
-//! a frame that no rule matches is dropped. A test of bytes that the frame does not have does not
-//! hold, negated or not. Three back ends render the same list: eBPF, classic BPF
-//! ([`compile`](super::compile)) and nftables ([`nftables`](super::nftables)).
+//! Rules are evaluated in order. The first rule with all tests passing decides; a frame that
+//! matches no rule is dropped. A test beyond the end of the frame fails, negated or not. Three back
+//! ends implement the same list: eBPF, classic BPF ([`compile`](super::compile)) and nftables
+//! ([`nftables`](super::nftables)).
 //!
 //! ```text
 //! destination 01:80:c2:00:00:00 to :0f  ─► drop
-//! (any source address allowed: see below)
+//! (with any source address allowed: see below)
 //! VLAN tag                             ─► drop
-//! source MAC address own and
-//!   IPv4 source own, destination not 127.0.0.0/8, not ICMP ─► accept
-//!   IPv6 source own, neither ICMPv6, extension headers nor fragments ─► accept
-//! source MAC address not the endpoint's ─► drop
+//! own source MAC address and
+//!   own IPv4 source, destination not 127.0.0.0/8, neither ICMP nor IGMP ─► accept
+//!   own IPv6 source, no ICMPv6, extension headers or fragments ─► accept
+//! foreign source MAC address           ─► drop
 //! IPv4   destination 127.0.0.0/8 (RFC 1122, 3.2.1.3)          ─► drop
+//!        IGMP queries (RFC 3376, 4.1)                         ─► drop
 //!        source 0.0.0.0 for IGMP (RFC 3376, 4.2.13)           ─► accept
-//!        source own, ICMP: no redirects, errors about packets to own addresses only ─► accept
-//! IPv6   source `::`: duplicate address detection of an own target (RFC 4862, 5.4.2), MLD reports
+//!        own source, ICMP: no redirects; errors only for packets to own addresses, not ICMP ─► accept
+//! IPv6   source `::`: duplicate address detection of own target (RFC 4862, 5.4.2), MLD reports
 //!        (RFC 3810, 5.2.13)                                         ─► accept
-//!        source own: router and neighbour solicitations and advertisements with at most one option, which is
+//!        own source: router and neighbour solicitations and advertisements with at most one option,
 //!        the own link-layer address; neighbour advertisements for own targets only; no router advertisements, no
-//!        redirects; errors about packets to own addresses only; extension headers that lead to none of
-//!        them                                                       ─► accept
-//! ARP    sender own, or a probe for an own address ─► accept (RFC 5227, 2.1.1)
-//! all else                             ─► drop
+//!        redirects; errors only for packets to own addresses; extension headers that cannot hide any of
+//!        these                                                      ─► accept
+//! ARP    own sender, or probe for an own address ─► accept (RFC 5227, 2.1.1)
+//! default                              ─► drop
 //! ```
 //!
-//! An endpoint that may send from any address is bound to its MAC address. It sends IPv4, IPv6 and
-//! ARP, no redirects and nothing to 127.0.0.0/8. It may report errors to its neighbours; an error
-//! that the host takes (the frame is not for one neighbour alone) has to be about a packet to an
-//! own address.
+//! An endpoint with `any_address` is restricted to its MAC address. It may send IPv4, IPv6 and ARP,
+//! except for redirects and packets to 127.0.0.0/8. It may send ICMP errors to its neighbours. An
+//! error that may reach the host, in a frame that is not unicast to a neighbour, must quote a
+//! packet to an own address.
 //!
-//! The host believes an ICMP error about any flow that it knows: it ends sockets, lowers the MTU of
-//! a path, or translates the error back to the container that the flow belongs to. The error
-//! quotes the packet that it is about (RFC 792, RFC 4443, 2.4). An endpoint receives no packets but
-//! those to its own addresses, so the quoted destination shows whether it may report an error.
+//! ICMP errors are restricted because the host processes an error for any flow it tracks: it aborts
+//! sockets, lowers the path MTU, or translates the error back to the container that owns the flow.
+//! An error quotes the offending packet (RFC 792, RFC 4443, 2.4). An endpoint only receives packets
+//! to its own addresses, so the quoted destination shows whether it may report an error.
 //!
-//! The group addresses of link control (IEEE 802.1Q, table 8-1) come first, for every endpoint: a
-//! bridge does not take such a frame itself but leaves it to its port (`br_handle_frame`,
-//! net/bridge/br_input.c), so that the packet in it seems to come in by an interface that no rule
-//! about the bridge knows.
+//! The link control group addresses (IEEE 802.1Q, table 8-1) come first, for every endpoint. A
+//! bridge passes such a frame up on the bridge port instead of processing it (`br_handle_frame`,
+//! net/bridge/br_input.c). The input interface of its packet is then the port, which no firewall
+//! rule for the bridge matches.
 //!
-//! A receiver takes the last link-layer address among the options of a message
-//! (`ndisc_parse_options`), so a message with more than one option is not looked through but
-//! dropped.
+//! Receivers use the last link-layer address option of a message (`ndisc_parse_options`). Messages
+//! with more than one option are therefore dropped without parsing the options.
 //!
-//! Every fragment has the source address, and only the first has a header. The first fragment of an
-//! ICMP error is dropped, and of ICMPv6 that of everything but echoes: a guard sees one frame, and
-//! the receiver what several make together. No kernel fragments errors (at most 576 bytes, RFC
-//! 1812, 4.3.2.3, and 1280, RFC 4443, 2.4) or neighbour discovery (RFC 6980).
+//! Every fragment carries the source address, but only the first carries the header of the payload.
+//! A guard evaluates single frames, whereas the receiver reassembles the packet. The first fragment
+//! of an ICMP error is therefore dropped, as is that of every ICMPv6 message except echoes. No
+//! kernel fragments errors (at most 576 bytes, RFC 1812, 4.3.2.3, and 1280 bytes, RFC 4443, 2.4) or
+//! neighbour discovery (RFC 6980).
 
 use ipnet::IpNet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-/// What an endpoint may send from.
+/// The addresses of an endpoint, from which it may send.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortPolicy {
-    /// Its hardware address.
+    /// MAC address of the endpoint.
     pub mac: [u8; 6],
-    /// The hardware address of the bridge: a unicast frame with another destination address is for
-    /// a neighbour, not for the host.
+    /// MAC address of the bridge. A unicast frame to another address is for a neighbour, not for
+    /// the host.
     pub bridge: [u8; 6],
-    /// Its IPv4 addresses.
+    /// IPv4 addresses of the endpoint.
     pub v4: Vec<Ipv4Addr>,
-    /// Its IPv6 addresses, without the link-local one. If there are none, it may send no IPv6 at
-    /// all.
+    /// IPv6 addresses of the endpoint, without the link-local address. If empty, all IPv6 is
+    /// dropped.
     pub v6: Vec<Ipv6Addr>,
-    /// It may have other addresses too (a router, VRRP): source addresses other than `mac` are not
-    /// checked.
+    /// Disables checks of source addresses other than `mac`, for endpoints with additional
+    /// addresses (routers, VRRP).
     pub any_address: bool,
 }
 
 impl PortPolicy {
-    /// The IPv6 addresses that it may send from: its own, and the link-local address of its MAC
-    /// address.
+    /// Returns the permitted IPv6 source addresses: `v6`, and the link-local address derived from
+    /// `mac`.
     fn v6_sources(&self) -> Vec<Ipv6Addr> {
         if self.v6.is_empty() {
             return Vec::new();
@@ -86,7 +87,8 @@ impl PortPolicy {
     }
 }
 
-/// The link-local address that the kernel derives from a MAC address (RFC 4291, appendix A).
+/// Returns the link-local address that the kernel derives from a MAC address (RFC 4291, appendix
+/// A).
 pub(super) fn link_local([a, b, c, d, e, f]: [u8; 6]) -> Ipv6Addr {
     let id = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
     let mut octets = [0; 16];
@@ -95,39 +97,39 @@ pub(super) fn link_local([a, b, c, d, e, f]: [u8; 6]) -> Ipv6Addr {
     octets.into()
 }
 
-/// Why a frame is dropped.
+/// The reason for a drop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SpoofReason {
-    /// The source MAC address is not the endpoint's.
+    /// Foreign source MAC address.
     Mac,
-    /// A VLAN tag.
+    /// VLAN tag.
     Vlan,
-    /// An ethertype other than IPv4, IPv6 and ARP, or a frame that is cut short.
+    /// Ethertype other than IPv4, IPv6 and ARP, or a truncated frame.
     Ethertype,
-    /// The sender in ARP is not the endpoint.
+    /// ARP with a foreign sender.
     Arp,
-    /// The IPv4 source address is not the endpoint's.
+    /// Foreign IPv4 source address.
     Ipv4Source,
-    /// The IPv6 source address is not the endpoint's.
+    /// Foreign IPv6 source address.
     Ipv6Source,
-    /// A neighbour advertisement for an address, or a link-layer address, that is not the
-    /// endpoint's.
+    /// Neighbour discovery with a foreign target or link-layer address.
     NeighborDiscovery,
-    /// A router advertisement, or a redirect of ICMP or ICMPv6.
+    /// Router advertisement, or ICMP or ICMPv6 redirect.
     Router,
-    /// Extension headers behind which such a message could be.
+    /// Extension headers that could hide an ICMPv6 message.
     ExtensionHeader,
-    /// To a group address of link control (spanning tree, LLDP), which a bridge leaves to its port.
+    /// Destination is a link control group address (spanning tree, LLDP), which a bridge passes up
+    /// on the port.
     LinkControl,
-    /// To 127.0.0.0/8, which a host with `route_localnet` takes from a link.
+    /// Destination in 127.0.0.0/8, which a host with `route_localnet` accepts from a link.
     Loopback,
-    /// An ICMP or ICMPv6 error about a packet that was not sent to the endpoint, or one that is
-    /// hidden by IP options or fragments.
+    /// ICMP or ICMPv6 error that quotes a packet not sent to the endpoint, or that is hidden by IP
+    /// options or fragments.
     IcmpError,
 }
 
 impl SpoofReason {
-    /// All of them, in the order of their counters.
+    /// All reasons, in the order of their counters.
     pub const ALL: [Self; 12] = [
         Self::Mac,
         Self::Vlan,
@@ -143,7 +145,7 @@ impl SpoofReason {
         Self::IcmpError,
     ];
 
-    /// The value of the label `reason`.
+    /// Value of the metric label `reason`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -163,26 +165,26 @@ impl SpoofReason {
     }
 }
 
-/// The end of a rule.
+/// The outcome of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Accept,
-    /// Accept, up to the rate of the policer.
+    /// Accepts the frame within the rate of the policer, and drops it otherwise.
     Police,
     Drop(SpoofReason),
 }
 
-/// Which of the frames that a guard accepts are policed while an endpoint floods: those that may
-/// begin a TCP connection. Each has its own test; a frame that none matches is not policed.
+/// Returns test lists for the accepted frames that are policed during a flood: those that may open
+/// a TCP connection. A frame is policed if it passes any of the lists.
 ///
-/// A SYN is recognised where the header has its usual length. What hides the flags (IP options,
-/// fragments, extension headers) is policed as a whole: no kernel sends a SYN that way unless it is
-/// told to.
+/// A SYN is recognised behind a header of standard length. All packets with IP options, fragments
+/// or extension headers, which hide the flags, are policed: by default no kernel sends a SYN in
+/// this form.
 pub(super) fn policed(policy: &PortPolicy) -> Vec<Vec<Test>> {
-    /// SYN, of SYN and ACK.
+    /// SYN set, ACK clear.
     const SYN: u8 = 0x02;
     const SYN_ACK: u8 = 0x12;
-    // The protocol first: what is no TCP fails all of these tests at once.
+    // Test the protocol first: the lists share it, so non-TCP packets fail all of them at once.
     let v4 = || [is(at::V4_PROTOCOL, &[TCP]), is(at::ETHERTYPE, &IPV4)].into_iter();
     let v6 = |next: u8| [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[next])].into_iter();
     let mut policed: Vec<Vec<Test>> = vec![
@@ -203,22 +205,22 @@ pub(super) fn policed(policy: &PortPolicy) -> Vec<Vec<Test>> {
     policed
 }
 
-/// What no rule decides.
-pub(super) const OTHERWISE: Verdict = Verdict::Drop(SpoofReason::Ethertype);
+/// Verdict for frames that match no rule.
+pub(super) const DEFAULT_VERDICT: Verdict = Verdict::Drop(SpoofReason::Ethertype);
 
-/// A condition on a frame.
+/// A test on a frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Test {
-    /// The bytes from offset `at` of the frame, Ethernet header included, are `value`; with `not`,
-    /// they differ.
+    /// The bytes at offset `at`, counted from the Ethernet header, equal `value`, or differ from it
+    /// with `not`.
     Bytes { at: u16, value: Vec<u8>, not: bool },
-    /// The byte at offset `at` has the bits of `value` where `mask` has ones.
+    /// The byte at offset `at`, masked with `mask`, equals `value`.
     Bits { at: u16, value: u8, mask: u8 },
-    /// The frame had a VLAN tag. The kernel has moved it out of the frame (`skb_vlan_untag`).
+    /// The frame had a VLAN tag, which the kernel has moved out of the frame (`skb_vlan_untag`).
     Tagged,
 }
 
-/// A rule: if all tests hold, the verdict.
+/// A rule: the verdict applies if all tests pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Rule {
     pub(super) tests: Vec<Test>,
@@ -239,35 +241,34 @@ mod at {
     pub(super) const V4_HEAD: u16 = NETWORK;
     pub(super) const V4_FRAGMENT: u16 = NETWORK + 6;
     pub(super) const V4_PROTOCOL: u16 = NETWORK + 9;
-    /// Of a header without options.
+    /// In a header without options.
     pub(super) const V4_TCP_FLAGS: u16 = NETWORK + 20 + 13;
     pub(super) const V4_SOURCE: u16 = NETWORK + 12;
     pub(super) const V4_DESTINATION: u16 = NETWORK + 16;
-    /// The type of an ICMP message behind a header without options.
+    /// Type of an ICMP message after a header without options.
     pub(super) const V4_ICMP: u16 = NETWORK + 20;
-    /// The protocol and the destination of the packet that an ICMP error quotes (RFC 792).
+    /// Protocol and destination of the packet quoted by an ICMP error (RFC 792).
     pub(super) const V4_QUOTED_PROTOCOL: u16 = V4_ICMP + 8 + 9;
     pub(super) const V4_QUOTED_DESTINATION: u16 = V4_ICMP + 8 + 16;
-    /// The type of an IGMP message behind the router alert option (RFC 3376, 4).
+    /// Type of an IGMP message after the router alert option (RFC 3376, 4).
     pub(super) const V4_IGMP: u16 = NETWORK + 24;
     pub(super) const V6_PAYLOAD_LENGTH: u16 = NETWORK + 4;
     pub(super) const V6_NEXT: u16 = NETWORK + 6;
     pub(super) const V6_SOURCE: u16 = NETWORK + 8;
     pub(super) const V6_DESTINATION: u16 = NETWORK + 24;
-    /// What follows the IPv6 header: the type of an ICMPv6 message, or the next header of an
-    /// extension header.
+    /// After the IPv6 header: type of an ICMPv6 message, or next header of an extension header.
     pub(super) const V6_PAYLOAD: u16 = NETWORK + 40;
     pub(super) const V6_TCP_FLAGS: u16 = V6_PAYLOAD + 13;
-    /// What follows the IPv6 header of the packet that an ICMPv6 error quotes, and its destination
-    /// (RFC 4443, 3).
+    /// Next header and destination of the packet quoted by an ICMPv6 error (RFC 4443, 3).
     pub(super) const V6_QUOTED_NEXT: u16 = V6_PAYLOAD + 8 + 6;
     pub(super) const V6_QUOTED_DESTINATION: u16 = V6_PAYLOAD + 8 + 24;
-    /// Of a fragment header (RFC 8200, 4.5): the offset, in its upper 13 bits, and what follows.
+    /// Fragment header (RFC 8200, 4.5): the field with the offset in its upper 13 bits, and the
+    /// payload.
     pub(super) const V6_FRAGMENT_OFFSET: u16 = V6_PAYLOAD + 2;
     pub(super) const AFTER_FRAGMENT: u16 = V6_PAYLOAD + 8;
-    /// Of neighbour solicitations and advertisements (RFC 4861, 4.3 and 4.4).
+    /// Target of neighbour solicitations and advertisements (RFC 4861, 4.3 and 4.4).
     pub(super) const ND_TARGET: u16 = V6_PAYLOAD + 8;
-    /// The type of an ICMPv6 message behind a hop-by-hop header of 8 bytes.
+    /// Type of an ICMPv6 message after a hop-by-hop header of 8 bytes.
     pub(super) const AFTER_HOP_BY_HOP: u16 = V6_PAYLOAD + 8;
 }
 
@@ -275,7 +276,7 @@ const IPV4: [u8; 2] = [0x08, 0x00];
 const ARP: [u8; 2] = [0x08, 0x06];
 const IPV6: [u8; 2] = [0x86, 0xdd];
 
-/// Ethernet and IPv4, addresses of 6 and 4 bytes.
+/// Ethernet and IPv4, with address lengths 6 and 4.
 const ARP_FORMAT: [u8; 6] = [0, 1, 0x08, 0x00, 6, 4];
 const ARP_REQUEST: [u8; 2] = [0, 1];
 const ARP_REPLY: [u8; 2] = [0, 2];
@@ -289,22 +290,22 @@ const ICMPV6: u8 = 58;
 const HOP_BY_HOP: u8 = 0;
 const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, 43, 51, 60];
 const FRAGMENT: u8 = 44;
-/// What may follow one of them: tunnels, TCP, UDP, GRE, ESP, nothing, L2TP, SCTP. Not ICMPv6, which
-/// could be neighbour discovery or an error, and not a fragment or a second extension header, which
-/// could hide it.
+/// Permitted next headers after an extension header: tunnels, TCP, UDP, GRE, ESP, no next header,
+/// L2TP, SCTP. ICMPv6 is excluded because it could be neighbour discovery or an error; fragment and
+/// further extension headers are excluded because they could hide ICMPv6.
 const AFTER_EXTENSION: [u8; 9] = [4, TCP, UDP, 41, 47, 50, 59, 115, 132];
 
 /// ICMP errors: destination unreachable, source quench, time exceeded, parameter problem (RFC 792).
 const ICMP_ERRORS: [u8; 4] = [3, 4, 11, 12];
 const ICMP_REDIRECT: u8 = 5;
 
-/// An IGMP membership query, which a router sends (RFC 3376, 4.1).
+/// IGMP membership query, sent by multicast routers (RFC 3376, 4.1).
 const IGMP_QUERY: u8 = 0x11;
 
-/// Echo requests and replies.
+/// Echo request, echo reply.
 const ECHO_V6: [u8; 2] = [128, 129];
 
-/// MLD: reports of version 1, its done message, reports of version 2.
+/// MLDv1 report, MLDv1 done, MLDv2 report.
 const MLD_REPORTS: [u8; 3] = [131, 132, 143];
 const ROUTER_SOLICITATION: u8 = 133;
 const ROUTER_ADVERTISEMENT: u8 = 134;
@@ -312,19 +313,18 @@ const NEIGHBOR_SOLICITATION: u8 = 135;
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
 
-/// The options that carry a link-layer address, of a solicitation's source and of an
-/// advertisement's target.
+/// Link-layer address options: of the source in solicitations, of the target in advertisements.
 const SOURCE_LINK_LAYER: u8 = 1;
 const TARGET_LINK_LAYER: u8 = 2;
-/// Messages that may carry them: the type, the bytes before the options (RFC 4861, 4.1, 4.3 and
-/// 4.4), the option.
+/// Messages that may carry these options: type, length without options (RFC 4861, 4.1, 4.3 and
+/// 4.4), option.
 const DISCOVERY: [(u8, u16, u8); 3] = [
     (ROUTER_SOLICITATION, 8, SOURCE_LINK_LAYER),
     (NEIGHBOR_SOLICITATION, 24, SOURCE_LINK_LAYER),
     (NEIGHBOR_ADVERTISEMENT, 24, TARGET_LINK_LAYER),
 ];
 
-/// What the group addresses of link control have in common: 01:80:c2:00:00:00 to 01:80:c2:00:00:0f
+/// Common prefix of the link control group addresses, 01:80:c2:00:00:00 to 01:80:c2:00:00:0f
 /// (`is_link_local_ether_addr`).
 const LINK_CONTROL: [u8; 5] = [0x01, 0x80, 0xc2, 0, 0];
 
@@ -340,8 +340,8 @@ fn rule(tests: impl IntoIterator<Item = Test>, verdict: Verdict) -> Rule {
     Rule { tests: tests.into_iter().collect(), verdict }
 }
 
-/// The rules of `policy`. What a busy endpoint sends most is decided first, with few and wide
-/// comparisons.
+/// Builds the rules of `policy`. The most frequent frames of a busy endpoint come first, with few
+/// and wide comparisons.
 pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
     use Verdict::Drop;
     let group = at::DESTINATION_MAC + LINK_CONTROL.len() as u16;
@@ -363,15 +363,15 @@ pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
     rules
 }
 
-/// What the host takes from the members of an internal network, at the ingress of its bridge:
-/// packets for its gateway addresses, from addresses of the network, and what resolves those.
-/// Nothing is forwarded, whatever routes and policy rules there are.
+/// Builds the rules at the ingress of an internal network's bridge. They accept packets from
+/// addresses of the network to its gateway addresses, ARP and neighbour discovery. Nothing is
+/// forwarded, regardless of routes and policy rules.
 pub(super) fn internal_rules(gateways: &[IpNet]) -> Vec<Rule> {
     let mut rules = vec![rule([is(at::ETHERTYPE, &ARP)], Verdict::Accept)];
     for net in gateways {
         match net {
             IpNet::V4(net) => {
-                // Without options: a source route (RFC 791, 3.1) would lead on.
+                // No options: a source route (RFC 791, 3.1) would be forwarded.
                 let mut tests = vec![is(at::ETHERTYPE, &IPV4), is(at::V4_HEAD, &[0x45])];
                 tests.extend(within(at::V4_SOURCE, &net.network().octets(), net.prefix_len()));
                 tests.push(is(at::V4_DESTINATION, &net.addr().octets()));
@@ -383,8 +383,8 @@ pub(super) fn internal_rules(gateways: &[IpNet]) -> Vec<Rule> {
                 tests.extend(within(at::V6_SOURCE, &net.network().octets(), net.prefix_len()));
                 tests.push(is(at::V6_DESTINATION, &net.addr().octets()));
                 rules.push(rule(tests, Verdict::Accept));
-                // To the gateway, and to addresses that lead no further than the link (fe80::/10,
-                // ff02::/16): with another one it would be forwarded.
+                // To the gateway and to link-local destinations (fe80::/10, ff02::/16). Other
+                // destinations would be forwarded.
                 let destinations: [(&[u8], u8); 3] =
                     [(&net.addr().octets(), 128), (&[0xfe, 0x80], 10), (&[0xff, 0x02], 16)];
                 for kind in [NEIGHBOR_SOLICITATION, NEIGHBOR_ADVERTISEMENT] {
@@ -401,7 +401,7 @@ pub(super) fn internal_rules(gateways: &[IpNet]) -> Vec<Rule> {
     rules
 }
 
-/// The address at that offset is in the network of that address and prefix.
+/// Returns tests that match an address at offset `at` within a prefix.
 fn within(at: u16, network: &[u8], prefix: u8) -> Vec<Test> {
     let (bytes, bits) = (usize::from(prefix / 8), prefix % 8);
     let mut tests = Vec::new();
@@ -415,9 +415,9 @@ fn within(at: u16, network: &[u8], prefix: u8) -> Vec<Test> {
     tests
 }
 
-/// Packets from own addresses in which nothing else has to be looked at.
+/// Rules for packets from own addresses that need no further inspection.
 fn own(policy: &PortPolicy) -> Vec<Rule> {
-    // The source MAC address and the ethertype are neighbours.
+    // The source MAC address and the ethertype are adjacent, so one comparison covers both.
     let head = |ethertype: &[u8]| is(at::SOURCE_MAC, &[&policy.mac[..], ethertype].concat());
     let plain = |protocol: &u8| is_not(at::V6_NEXT, &[*protocol]);
     let v4 = policy.v4.iter().map(|ip| {
@@ -443,7 +443,7 @@ fn not_to_loopback() -> Test {
     is_not(at::V4_DESTINATION, &LOOPBACK)
 }
 
-/// Drops what is addressed to a loopback address. The kernel itself drops packets to `::1`
+/// Drops packets to IPv4 loopback addresses. The kernel drops packets to `::1` itself
 /// (`ip6_rcv_core`).
 fn to_loopback() -> Rule {
     let tests = [is(at::ETHERTYPE, &IPV4), is(at::V4_DESTINATION, &LOOPBACK)];
@@ -457,62 +457,65 @@ fn redirect_v4() -> Rule {
     rule(tests, Verdict::Drop(SpoofReason::Router))
 }
 
-/// Version 4, five words.
+/// IPv4 version and header length without options: version 4, five 32-bit words.
 const WITHOUT_OPTIONS: [u8; 1] = [0x45];
 
 fn icmp_v4() -> impl Iterator<Item = Test> {
     [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[ICMP])].into_iter()
 }
 
-/// A fragment that does not begin at offset 0 carries no header of ICMP.
+/// Tests for fragment offset 0. Later fragments carry no ICMP header.
 fn first_fragment_v4() -> [Test; 2] {
     let upper = Test::Bits { at: at::V4_FRAGMENT, value: 0, mask: 0x1f };
     [upper, is(at::V4_FRAGMENT + 1, &[0])]
 }
 
-/// Of what is ICMP, drops the errors that are not about a packet to one of `own`. With IP options
-/// the type is not where it is looked for: no kernel sends errors with options, so that is dropped
-/// as well.
+/// Drops ICMP errors unless they quote a packet to one of `own`. ICMP with IP options is dropped as
+/// well: options shift the type field, and no kernel sends errors with options.
 fn icmp_errors_v4(own: &[Ipv4Addr]) -> Vec<Rule> {
     let first = || icmp_v4().chain(first_fragment_v4());
     let dropped = Verdict::Drop(SpoofReason::IcmpError);
-    // Where more fragments follow, the frame may quote one packet behind the end of the fragment,
-    // and the next fragment another one.
-    let whole = Test::Bits { at: at::V4_FRAGMENT, value: 0, mask: 0x20 };
+    // A first fragment can end before the quote, and its frame carry a decoy quote as padding. The
+    // receiver then takes the quote from the next fragment.
+    let unfragmented = Test::Bits { at: at::V4_FRAGMENT, value: 0, mask: 0x20 };
     let mut rules = vec![rule(first().chain([is_not(at::V4_HEAD, &WITHOUT_OPTIONS)]), dropped)];
     for kind in ICMP_ERRORS {
         let error = || first().chain([is(at::V4_ICMP, &[kind])]);
         rules.extend(own.iter().map(|ip| {
-            let about = is(at::V4_QUOTED_DESTINATION, &ip.octets());
-            let no_ping = is_not(at::V4_QUOTED_PROTOCOL, &[ICMP]);
-            rule(error().chain([whole.clone(), about, no_ping]), Verdict::Accept)
+            let quotes_own = is(at::V4_QUOTED_DESTINATION, &ip.octets());
+            let quotes_no_icmp = is_not(at::V4_QUOTED_PROTOCOL, &[ICMP]);
+            let tests = [unfragmented.clone(), quotes_own, quotes_no_icmp];
+            rule(error().chain(tests), Verdict::Accept)
         }));
         rules.push(rule(error(), dropped));
     }
     rules
 }
 
-/// ICMPv6 errors have types below 128 (RFC 4443, 2.1).
+/// Tests for an ICMPv6 error: types below 128 (RFC 4443, 2.1).
 fn is_error_v6(at: u16) -> Test {
     Test::Bits { at, value: 0, mask: 0x80 }
 }
 
-/// As [`icmp_errors_v4`]. In a fragment, and behind other headers, an error is dropped.
+/// Drops ICMPv6 errors like [`icmp_errors_v4`]. Errors in fragments or after extension headers are
+/// always dropped.
 fn icmp_errors_v6(own: &[Ipv6Addr]) -> Vec<Rule> {
     let dropped = Verdict::Drop(SpoofReason::IcmpError);
     let head = |next: u8| [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[next])].into_iter();
     let error = || head(ICMPV6).chain([is_error_v6(at::V6_PAYLOAD)]);
-    // The kernel takes the last segment of a quoted segment routing header for the destination
-    // (`seg6_icmp_srh`), so only packets without extension headers are quoted.
-    let quoted = || {
+    // The kernel uses the last segment of a quoted segment routing header as the destination
+    // (`seg6_icmp_srh`), so errors must quote packets without extension headers. Quotes of ICMPv6
+    // are rejected as well: the kernel finds a ping socket by the echo identifier alone.
+    let quotes_plain_packet = || {
         let extensions = EXTENSIONS.into_iter().chain([FRAGMENT, ICMPV6, 135, 139, 140]);
         extensions.map(|next| is_not(at::V6_QUOTED_NEXT, &[next]))
     };
     let mut rules: Vec<Rule> = own
         .iter()
         .map(|ip| {
-            let about = is(at::V6_QUOTED_DESTINATION, &ip.octets());
-            rule(error().chain([about]).chain(quoted()), Verdict::Accept)
+            let quotes_own = is(at::V6_QUOTED_DESTINATION, &ip.octets());
+            let tests = [quotes_own].into_iter().chain(quotes_plain_packet());
+            rule(error().chain(tests), Verdict::Accept)
         })
         .collect();
     rules.push(rule(error(), dropped));
@@ -537,8 +540,8 @@ fn icmp_errors_v6(own: &[Ipv6Addr]) -> Vec<Rule> {
     rules
 }
 
-/// Drops IGMP queries: a bridge takes the port of their sender for that of a router, and sends it
-/// all multicast (`br_ip4_multicast_query`).
+/// Drops IGMP queries. A bridge treats the port that receives a query as a router port and forwards
+/// all multicast to it (`br_ip4_multicast_query`).
 fn igmp_queries() -> [Rule; 2] {
     [(0x45, at::V4_ICMP), (0x46, at::V4_IGMP)].map(|(head, at)| {
         let igmp = [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[IGMP])];
@@ -547,7 +550,7 @@ fn igmp_queries() -> [Rule; 2] {
     })
 }
 
-/// Drops extension headers behind which ICMPv6 could be.
+/// Drops extension headers that could precede ICMPv6.
 fn hidden_v6() -> impl Iterator<Item = Rule> {
     EXTENSIONS.into_iter().map(|extension| {
         let head = [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[extension])].into_iter();
@@ -556,13 +559,13 @@ fn hidden_v6() -> impl Iterator<Item = Rule> {
     })
 }
 
-/// What an endpoint with any address may send from its MAC address.
+/// Rules for an endpoint with `any_address`, after the check of the MAC address.
 fn any_address(policy: &PortPolicy) -> Vec<Rule> {
     use Verdict::{Accept, Drop};
     let v6 = || is(at::ETHERTYPE, &IPV6);
     let plain = EXTENSIONS.into_iter().chain([ICMPV6, FRAGMENT]);
     let plain = plain.map(|next| is_not(at::V6_NEXT, &[next]));
-    // Most of what is sent, and then what only ICMP is in.
+    // Most traffic first; the remaining rules concern ICMP.
     let mut rules = vec![
         rule(
             [is(at::ETHERTYPE, &IPV4), is_not(at::V4_PROTOCOL, &[ICMP]), not_to_loopback()],
@@ -576,8 +579,8 @@ fn any_address(policy: &PortPolicy) -> Vec<Rule> {
             Drop(SpoofReason::Router),
         ),
     ];
-    // For one neighbour alone: it may be about what the endpoint forwards. A bridge takes frames to
-    // groups, and its own.
+    // ICMP unicast to a neighbour may concern traffic that the endpoint forwards. The bridge itself
+    // receives group frames and frames to its own address.
     let unicast = Test::Bits { at: at::DESTINATION_MAC, value: 0, mask: 1 };
     for icmp in [
         [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[ICMP])],
@@ -606,18 +609,19 @@ fn ipv4(policy: &PortPolicy) -> Vec<Rule> {
     rules.push(rule(igmp, Verdict::Accept));
     let foreign = policy.v4.iter().map(|ip| is_not(at::V4_SOURCE, &ip.octets()));
     rules.push(rule([v4()].into_iter().chain(foreign), foreign_source));
-    // From here on the source is the endpoint's, and the protocol ICMP or IGMP.
+    // From here on the source is valid and the protocol is ICMP or IGMP.
     rules.push(redirect_v4());
     rules.extend(icmp_errors_v4(&policy.v4));
     rules.extend(
         policy.v4.iter().map(|ip| rule([v4(), is(at::V4_SOURCE, &ip.octets())], Verdict::Accept)),
     );
-    // It is cut short.
+    // The frame is truncated.
     rules.push(rule([v4()], foreign_source));
     rules
 }
 
-/// A report behind a hop-by-hop header of 8 bytes with the router alert option (RFC 2710, 3).
+/// Tests for an MLD message after a hop-by-hop header of 8 bytes with the router alert option (RFC
+/// 2710, 3).
 fn mld(kind: u8) -> impl Iterator<Item = Test> {
     let head = [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[HOP_BY_HOP])].into_iter();
     head.chain([is(at::V6_PAYLOAD, &[ICMPV6, 0]), is(at::AFTER_HOP_BY_HOP, &[kind])])
@@ -653,25 +657,27 @@ fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
     if own.is_empty() {
         return vec![rule([v6()], Drop(SpoofReason::Ipv6Source))];
     }
-    let nobody = || is(at::V6_SOURCE, &[0; 16]);
+    let unspecified = || is(at::V6_SOURCE, &[0; 16]);
     let next = |protocol: u8| is(at::V6_NEXT, &[protocol]);
     let icmp = |kind: u8| [v6(), next(ICMPV6), is(at::V6_PAYLOAD, &[kind])];
     let with = |head: [Test; 3], more: Vec<Test>| head.into_iter().chain(more);
 
     let mut rules = Vec::new();
     for target in &own {
-        let detection =
-            with(icmp(NEIGHBOR_SOLICITATION), vec![nobody(), is(at::ND_TARGET, &target.octets())]);
+        let detection = with(
+            icmp(NEIGHBOR_SOLICITATION),
+            vec![unspecified(), is(at::ND_TARGET, &target.octets())],
+        );
         rules.push(rule(detection, Accept));
     }
     rules.extend(MLD_REPORTS.iter().map(|kind| {
-        let from_nobody = mld(*kind).chain([nobody()]);
-        rule(from_nobody, Accept)
+        let from_unspecified = mld(*kind).chain([unspecified()]);
+        rule(from_unspecified, Accept)
     }));
     let foreign = own.iter().map(|ip| is_not(at::V6_SOURCE, &ip.octets()));
     rules.push(rule([v6()].into_iter().chain(foreign), Drop(SpoofReason::Ipv6Source)));
 
-    // From here on the source is the endpoint's.
+    // From here on the source is valid.
     for kind in [ROUTER_ADVERTISEMENT, REDIRECT] {
         rules.push(rule(icmp(kind), Drop(SpoofReason::Router)));
     }
@@ -699,7 +705,7 @@ pub(super) mod tests {
     pub(in crate::guard) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
     const BRIDGE: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
-    /// What the list says of `frame`: the oracle that the back ends are compared with.
+    /// Evaluates `rules` on `frame`. The oracle for the back ends.
     pub(in crate::guard) fn verdict(rules: &[Rule], frame: &[u8], tagged: bool) -> Verdict {
         let holds = |test: &Test| match test {
             Test::Tagged => tagged,
@@ -714,7 +720,7 @@ pub(super) mod tests {
         rules
             .iter()
             .find(|rule| rule.tests.iter().all(holds))
-            .map_or(OTHERWISE, |rule| rule.verdict)
+            .map_or(DEFAULT_VERDICT, |rule| rule.verdict)
     }
 
     pub(in crate::guard) fn policy() -> PortPolicy {
@@ -774,14 +780,14 @@ pub(super) mod tests {
         message
     }
 
-    /// An ICMPv6 error about a packet from `source` to `destination`.
+    /// An ICMPv6 error that quotes a packet from `source` to `destination`.
     fn error_v6(kind: u8, source: &str, destination: &str) -> Vec<u8> {
         let mut quoted = packet_v6(source, UDP, &[0; 8]);
         quoted[24..40].copy_from_slice(&destination.parse::<Ipv6Addr>().unwrap().octets());
         [&[kind, 0, 0, 0, 0, 0, 0, 0][..], &quoted].concat()
     }
 
-    /// An ICMP message from the endpoint's address, about a packet to `destination`.
+    /// An ICMP message from the endpoint's address that quotes a packet to `destination`.
     fn message_v4(kind: u8, destination: [u8; 4]) -> Vec<u8> {
         let mut quoted = packet_v4([198, 51, 100, 1], UDP);
         quoted[16..20].copy_from_slice(&destination);
@@ -789,7 +795,7 @@ pub(super) mod tests {
         [&header[..20], &[kind, 0, 0, 0, 0, 0, 0, 0], &quoted].concat()
     }
 
-    fn judge(frame: &[u8]) -> Verdict {
+    fn evaluate(frame: &[u8]) -> Verdict {
         verdict(&rules(&policy()), frame, false)
     }
 
@@ -798,12 +804,12 @@ pub(super) mod tests {
     const LINK_LOCAL: &str = "fe80::ff:fe00:7";
 
     #[test]
-    fn link_local_addresses_are_those_of_the_kernel() {
+    fn link_local_address_matches_the_kernel() {
         assert_eq!(link_local(MAC).to_string(), LINK_LOCAL);
     }
 
     #[test]
-    fn ipv4_and_arp_come_from_the_endpoint_alone() {
+    fn foreign_ipv4_and_arp_sources_are_dropped() {
         use SpoofReason::{Arp, Ethertype, Ipv4Source, Mac};
         let own = [10, 9, 0, 7];
         for (frame, expected) in [
@@ -823,26 +829,26 @@ pub(super) mod tests {
             (ethernet(MAC, [0x88, 0xa8], &[0; 60]), Verdict::Drop(Ethertype)),
             (ethernet(MAC, IPV4, &packet_v4(own, UDP)[..14]), Verdict::Drop(Ipv4Source)),
         ] {
-            assert_eq!(judge(&frame), expected, "{frame:02x?}");
+            assert_eq!(evaluate(&frame), expected, "{frame:02x?}");
         }
         let tagged = ethernet(MAC, IPV4, &packet_v4(own, UDP));
         assert_eq!(verdict(&rules(&policy()), &tagged, true), Verdict::Drop(SpoofReason::Vlan));
     }
 
     #[test]
-    fn ipv6_and_neighbor_discovery_come_from_the_endpoint_alone() {
+    fn foreign_ipv6_and_neighbor_discovery_are_dropped() {
         use SpoofReason::{ExtensionHeader, IcmpError, Ipv6Source, NeighborDiscovery, Router};
         let mld = |kind| [&[ICMPV6, 0, 5, 2, 0, 0, 1, 0][..], &[kind, 0, 0, 0]].concat();
         let solicited = |target, option| discovery(NEIGHBOR_SOLICITATION, target, option);
         let advertised = |target, option| discovery(NEIGHBOR_ADVERTISEMENT, target, option);
-        // With another option, which is a stranger's link-layer address.
+        // Appends a second option with a foreign link-layer address.
         let second = |message: Vec<u8>, kind: u8| [&message[..], &[kind, 1], &OTHER].concat();
         let own_option = [&[1, 1][..], &MAC].concat();
         let quoting = |mut error: Vec<u8>, next: u8| {
             error[8 + 6] = next;
             error
         };
-        let asks_routers =
+        let router_solicitation =
             |options: &[u8]| [&[ROUTER_SOLICITATION, 0, 0, 0, 0, 0, 0, 0][..], options].concat();
         for (source, next, payload, expected) in [
             (OWN, UDP, vec![0; 8], Verdict::Accept),
@@ -865,8 +871,8 @@ pub(super) mod tests {
             (LINK_LOCAL, ICMPV6, advertised(OWN, Some((2, MAC))), Verdict::Accept),
             (OWN, ICMPV6, advertised("fd09::8", Some((2, MAC))), Verdict::Drop(NeighborDiscovery)),
             (OWN, ICMPV6, advertised(OWN, Some((2, OTHER))), Verdict::Drop(NeighborDiscovery)),
-            // A nonce (RFC 7527, 4) where an address is not yet in use; otherwise the own
-            // link-layer address alone.
+            // A nonce (RFC 7527, 4) is valid in duplicate address detection only; otherwise the own
+            // link-layer address is the only valid option.
             ("::", ICMPV6, solicited(OWN, Some((14, OTHER))), Verdict::Accept),
             (OWN, ICMPV6, solicited("fd09::1", None), Verdict::Accept),
             (
@@ -899,10 +905,15 @@ pub(super) mod tests {
                 second(advertised(OWN, Some((14, MAC))), 2),
                 Verdict::Drop(NeighborDiscovery),
             ),
-            (OWN, ICMPV6, asks_routers(&[]), Verdict::Accept),
-            (OWN, ICMPV6, asks_routers(&own_option), Verdict::Accept),
-            (OWN, ICMPV6, second(asks_routers(&[]), 1), Verdict::Drop(NeighborDiscovery)),
-            (OWN, ICMPV6, second(asks_routers(&own_option), 1), Verdict::Drop(NeighborDiscovery)),
+            (OWN, ICMPV6, router_solicitation(&[]), Verdict::Accept),
+            (OWN, ICMPV6, router_solicitation(&own_option), Verdict::Accept),
+            (OWN, ICMPV6, second(router_solicitation(&[]), 1), Verdict::Drop(NeighborDiscovery)),
+            (
+                OWN,
+                ICMPV6,
+                second(router_solicitation(&own_option), 1),
+                Verdict::Drop(NeighborDiscovery),
+            ),
             // Routers.
             (LINK_LOCAL, ICMPV6, vec![ROUTER_ADVERTISEMENT; 16], Verdict::Drop(Router)),
             (LINK_LOCAL, ICMPV6, vec![REDIRECT; 16], Verdict::Drop(Router)),
@@ -911,39 +922,39 @@ pub(super) mod tests {
             (LINK_LOCAL, HOP_BY_HOP, mld(143), Verdict::Accept),
             (LINK_LOCAL, HOP_BY_HOP, mld(ROUTER_ADVERTISEMENT), Verdict::Drop(ExtensionHeader)),
             ("::", HOP_BY_HOP, mld(ROUTER_ADVERTISEMENT), Verdict::Drop(Ipv6Source)),
-            // Behind destination options, as ip6_tunnel has them.
+            // After destination options, as sent by ip6_tunnel.
             (OWN, 60, vec![41, 0, 4, 1, 4, 1, 1, 0], Verdict::Accept),
             (OWN, 60, vec![ICMPV6, 0, 4, 1, 4, 1, 1, 0, 134], Verdict::Drop(ExtensionHeader)),
             (OWN, 60, vec![60, 0, 4, 1, 4, 1, 1, 0], Verdict::Drop(ExtensionHeader)),
             (OWN, 44, vec![ICMPV6, 0, 0, 1, 0, 0, 0, 1, 128], Verdict::Accept),
             (OWN, 44, vec![UDP, 0, 0, 1, 0, 0, 0, 1], Verdict::Accept),
-            // An error in a first fragment; a later one may have any payload.
+            // An error in a first fragment; later fragments may have any payload.
             (OWN, 44, vec![ICMPV6, 0, 0, 1, 0, 0, 0, 1, 2], Verdict::Drop(IcmpError)),
             (OWN, 44, vec![ICMPV6, 0, 0, 9, 0, 0, 0, 1, 2], Verdict::Accept),
             (OWN, 44, vec![60, 0, 0, 1, 0, 0, 0, 1, ICMPV6], Verdict::Drop(ExtensionHeader)),
             (OWN, 44, vec![60, 0, 0, 1, 0, 0, 0, 1, 41], Verdict::Accept),
             (OWN, 44, vec![44, 0, 0, 1, 0, 0, 0, 1, UDP], Verdict::Drop(ExtensionHeader)),
             (OWN, 60, vec![44, 0, 4, 1, 4, 1, 1, 0], Verdict::Drop(ExtensionHeader)),
-            // Errors about packets to own addresses, and to others.
+            // Errors that quote packets to own addresses and to foreign addresses.
             (OWN, ICMPV6, error_v6(1, "fd09::1", OWN), Verdict::Accept),
             (OWN, ICMPV6, error_v6(2, "2001:db8::1", LINK_LOCAL), Verdict::Accept),
             (OWN, ICMPV6, error_v6(2, OWN, "2001:db8::1"), Verdict::Drop(IcmpError)),
             (OWN, ICMPV6, error_v6(3, "fd09::1", "fd09::8"), Verdict::Drop(IcmpError)),
             (OWN, ICMPV6, vec![2, 0, 0, 0], Verdict::Drop(IcmpError)),
-            // With a segment routing header in the quote, or about an echo.
+            // Quotes with a segment routing header, with ICMPv6, and with TCP.
             (OWN, ICMPV6, quoting(error_v6(1, "fd09::1", OWN), 43), Verdict::Drop(IcmpError)),
             (OWN, ICMPV6, quoting(error_v6(1, "fd09::1", OWN), ICMPV6), Verdict::Drop(IcmpError)),
             (OWN, ICMPV6, quoting(error_v6(1, "fd09::1", OWN), TCP), Verdict::Accept),
-            // Neighbour discovery in a fragment.
+            // Fragmented router advertisement.
             (OWN, 44, vec![ICMPV6, 0, 0, 1, 0, 0, 0, 1, 134], Verdict::Drop(IcmpError)),
         ] {
             let frame = ethernet(MAC, IPV6, &packet_v6(source, next, &payload));
-            assert_eq!(judge(&frame), expected, "{source} {next} {payload:02x?}");
+            assert_eq!(evaluate(&frame), expected, "{source} {next} {payload:02x?}");
         }
     }
 
     #[test]
-    fn nothing_goes_to_the_group_addresses_of_link_control() {
+    fn frames_to_link_control_groups_are_dropped() {
         for policy in [policy(), PortPolicy { any_address: true, ..policy() }] {
             let rules = rules(&policy);
             for (last, expected) in [
@@ -968,7 +979,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn icmp_errors_are_about_packets_to_the_endpoint() {
+    fn icmp_errors_must_quote_packets_to_the_endpoint() {
         use SpoofReason::{IcmpError, Router};
         let (own, server) = ([10, 9, 0, 7], [198, 51, 100, 1]);
         for (kind, quoted, expected) in [
@@ -983,21 +994,18 @@ pub(super) mod tests {
             (5, own, Verdict::Drop(Router)),
         ] {
             let message = message_v4(kind, quoted);
-            assert_eq!(judge(&ethernet(MAC, IPV4, &message)), expected, "{kind} {quoted:?}");
-            // Without the quoted destination an error is dropped.
-            let short = judge(&ethernet(MAC, IPV4, &message[..44]));
+            assert_eq!(evaluate(&ethernet(MAC, IPV4, &message)), expected, "{kind} {quoted:?}");
+            // A truncated error without the quoted destination is dropped.
+            let short = evaluate(&ethernet(MAC, IPV4, &message[..44]));
             let expected =
                 if [3, 11].contains(&kind) { Verdict::Drop(IcmpError) } else { expected };
-            assert_eq!(short, expected, "{kind}, cut short");
+            assert_eq!(short, expected, "{kind}, truncated");
         }
-        let mut about_ping = message_v4(3, own);
-        about_ping[20 + 8 + 9] = ICMP;
-        let about_ping = judge(&ethernet(MAC, IPV4, &about_ping));
-        assert_eq!(
-            about_ping,
-            Verdict::Drop(IcmpError),
-            "a ping socket is found by its identifier"
-        );
+        // The kernel finds a ping socket by the echo identifier alone.
+        let mut quotes_icmp = message_v4(3, own);
+        quotes_icmp[20 + 8 + 9] = ICMP;
+        let verdict = evaluate(&ethernet(MAC, IPV4, &quotes_icmp));
+        assert_eq!(verdict, Verdict::Drop(IcmpError));
         let mut fragment = message_v4(3, own);
         for (field, expected) in [
             ([0x20, 0], Verdict::Drop(IcmpError)),
@@ -1005,31 +1013,31 @@ pub(super) mod tests {
             ([0x01, 0], Verdict::Accept),
         ] {
             fragment[6..8].copy_from_slice(&field);
-            assert_eq!(judge(&ethernet(MAC, IPV4, &fragment)), expected, "{field:02x?}");
+            assert_eq!(evaluate(&ethernet(MAC, IPV4, &fragment)), expected, "{field:02x?}");
         }
         let mut with_options = message_v4(8, server);
         with_options[0] = 0x46;
-        let verdict = judge(&ethernet(MAC, IPV4, &with_options));
+        let verdict = evaluate(&ethernet(MAC, IPV4, &with_options));
         assert_eq!(verdict, Verdict::Drop(IcmpError));
     }
 
     #[test]
-    fn an_endpoint_is_no_multicast_router() {
+    fn igmp_queries_are_dropped_and_reports_accepted() {
         let igmp = |options: &[u8], kind: u8| {
             let mut packet = packet_v4([10, 9, 0, 7], IGMP)[..20].to_vec();
             packet[0] = 0x45 + options.len() as u8 / 4;
             packet.extend(options);
             packet.extend([kind, 0, 0, 0, 0, 0, 0, 0]);
-            judge(&ethernet(MAC, IPV4, &packet))
+            evaluate(&ethernet(MAC, IPV4, &packet))
         };
         for options in [&[][..], &[0x94, 4, 0, 0]] {
             assert_eq!(igmp(options, IGMP_QUERY), Verdict::Drop(SpoofReason::Router));
-            assert_eq!(igmp(options, 0x22), Verdict::Accept, "a report");
+            assert_eq!(igmp(options, 0x22), Verdict::Accept, "IGMPv3 report");
         }
     }
 
     #[test]
-    fn nothing_goes_to_loopback_addresses() {
+    fn packets_to_loopback_addresses_are_dropped() {
         for policy in [policy(), PortPolicy { any_address: true, ..policy() }] {
             let mut packet = packet_v4([10, 9, 0, 7], UDP);
             packet[16..20].copy_from_slice(&[127, 0, 0, 1]);
@@ -1052,55 +1060,55 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn an_internal_network_reaches_its_gateway_and_nothing_behind_it() {
+    fn internal_guard_accepts_packets_to_the_gateway_only() {
         let gateways = ["10.9.0.1/20", "fd09::1/64"].map(|net| net.parse().unwrap());
         let rules = internal_rules(&gateways);
-        let judge = |ethertype: [u8; 2], packet: &[u8]| {
+        let evaluate = |ethertype: [u8; 2], packet: &[u8]| {
             verdict(&rules, &ethernet(MAC, ethertype, packet), false)
         };
-        let refused = Verdict::Drop(SpoofReason::Ethertype);
+        let denied = Verdict::Drop(SpoofReason::Ethertype);
         for (source, to, expected) in [
             ([10, 9, 15, 7], [10, 9, 0, 1], Verdict::Accept),
-            ([10, 9, 16, 7], [10, 9, 0, 1], refused),
-            ([203, 0, 113, 9], [10, 9, 0, 1], refused),
-            ([10, 9, 0, 7], [203, 0, 113, 1], refused),
-            ([10, 9, 0, 7], [10, 9, 15, 255], refused),
-            ([10, 9, 0, 7], [255; 4], refused),
+            ([10, 9, 16, 7], [10, 9, 0, 1], denied),
+            ([203, 0, 113, 9], [10, 9, 0, 1], denied),
+            ([10, 9, 0, 7], [203, 0, 113, 1], denied),
+            ([10, 9, 0, 7], [10, 9, 15, 255], denied),
+            ([10, 9, 0, 7], [255; 4], denied),
         ] {
             let mut packet = packet_v4(source, UDP);
             packet[16..20].copy_from_slice(&to);
-            assert_eq!(judge(IPV4, &packet), expected, "{source:?} to {to:?}");
+            assert_eq!(evaluate(IPV4, &packet), expected, "{source:?} to {to:?}");
             packet[0] = 0x46;
-            assert_eq!(judge(IPV4, &packet), refused, "{source:?} to {to:?}, with options");
+            assert_eq!(evaluate(IPV4, &packet), denied, "{source:?} to {to:?}, with options");
         }
         for (source, to, next, kind, expected) in [
             ("fd09::7", "fd09::1", TCP, 0, Verdict::Accept),
-            ("fd09::7", "2001:db8::1", TCP, 0, refused),
-            ("2001:db8::9", "fd09::1", TCP, 0, refused),
-            ("::", "fd09::1", ICMPV6, 128, refused),
-            ("fe80::7", "fe80::1", TCP, 0, refused),
-            ("fe80::7", "fe80::1", ICMPV6, 128, refused),
-            ("fe80::7", "ff02::1", UDP, 0, refused),
+            ("fd09::7", "2001:db8::1", TCP, 0, denied),
+            ("2001:db8::9", "fd09::1", TCP, 0, denied),
+            ("::", "fd09::1", ICMPV6, 128, denied),
+            ("fe80::7", "fe80::1", TCP, 0, denied),
+            ("fe80::7", "fe80::1", ICMPV6, 128, denied),
+            ("fe80::7", "ff02::1", UDP, 0, denied),
             ("fd09::7", "ff02::1:ff00:1", ICMPV6, NEIGHBOR_SOLICITATION, Verdict::Accept),
             ("fd09::7", "fe80::1", ICMPV6, NEIGHBOR_ADVERTISEMENT, Verdict::Accept),
             ("fe80::7", "fd09::1", ICMPV6, NEIGHBOR_SOLICITATION, Verdict::Accept),
-            ("fd09::7", "2001:db8:1::9", ICMPV6, NEIGHBOR_SOLICITATION, refused),
-            ("fd09::7", "fd09::9", ICMPV6, NEIGHBOR_ADVERTISEMENT, refused),
-            ("fd09::7", "ff0e::1", ICMPV6, NEIGHBOR_ADVERTISEMENT, refused),
+            ("fd09::7", "2001:db8:1::9", ICMPV6, NEIGHBOR_SOLICITATION, denied),
+            ("fd09::7", "fd09::9", ICMPV6, NEIGHBOR_ADVERTISEMENT, denied),
+            ("fd09::7", "ff0e::1", ICMPV6, NEIGHBOR_ADVERTISEMENT, denied),
         ] {
             let mut packet = packet_v6(source, next, &[kind; 24]);
             packet[24..40].copy_from_slice(&to.parse::<Ipv6Addr>().unwrap().octets());
-            assert_eq!(judge(IPV6, &packet), expected, "{source} to {to}");
+            assert_eq!(evaluate(IPV6, &packet), expected, "{source} to {to}");
         }
-        assert_eq!(judge(ARP, &[0; 28]), Verdict::Accept);
-        assert_eq!(judge([0x88, 0xcc], &[0; 28]), refused);
+        assert_eq!(evaluate(ARP, &[0; 28]), Verdict::Accept);
+        assert_eq!(evaluate([0x88, 0xcc], &[0; 28]), denied);
     }
 
     #[test]
-    fn an_endpoint_with_any_address_is_bound_to_its_mac_address() {
+    fn any_address_restricts_the_endpoint_to_its_mac_address() {
         use SpoofReason::{Ethertype, IcmpError, Mac, Router, Vlan};
         let rules = rules(&PortPolicy { any_address: true, ..policy() });
-        let judge = |to, source, ethertype, packet: &[u8]| {
+        let evaluate = |to, source, ethertype, packet: &[u8]| {
             verdict(&rules, &ethernet_to(to, source, ethertype, packet), false)
         };
         let foreign = packet_v4([198, 51, 100, 1], UDP);
@@ -1117,7 +1125,7 @@ pub(super) mod tests {
             (BRIDGE, MAC, IPV6, &fragment, Verdict::Accept),
             (BRIDGE, MAC, ARP, &[0; 28], Verdict::Accept),
             (BRIDGE, MAC, [0x88, 0x64], &[0; 28], Verdict::Drop(Ethertype)),
-            // It forwards for its neighbours, and tells them of errors.
+            // It forwards for its neighbours and sends errors to them.
             (OTHER, MAC, IPV4, &error, Verdict::Accept),
             (OTHER, MAC, IPV6, &error_v6, Verdict::Accept),
             (BRIDGE, MAC, IPV4, &error, Verdict::Drop(IcmpError)),
@@ -1128,7 +1136,11 @@ pub(super) mod tests {
             (BRIDGE, MAC, IPV4, &message_v4(8, server), Verdict::Accept),
             (OTHER, MAC, IPV4, &message_v4(5, server), Verdict::Drop(Router)),
         ] {
-            assert_eq!(judge(to, source, ethertype, packet), expected, "{to:02x?} {packet:02x?}");
+            assert_eq!(
+                evaluate(to, source, ethertype, packet),
+                expected,
+                "{to:02x?} {packet:02x?}"
+            );
         }
         let tagged = verdict(&rules, &ethernet(MAC, IPV4, &foreign), true);
         assert_eq!(tagged, Verdict::Drop(Vlan));

@@ -1,4 +1,4 @@
-//! The back ends against the list of rules.
+//! Back ends compared with the rule list.
 
 use super::compile::{classic, extended};
 use super::rules::tests::{MAC, ethernet_to, packet_v4, packet_v6, policy, verdict};
@@ -6,7 +6,7 @@ use super::rules::{PortPolicy, Rule, Verdict, policed, rules};
 use crate::bpf::clsact::Classic;
 use crate::bpf::{Counters, Program, verdict as code};
 
-/// A linear congruential generator (Knuth, MMIX): the same frames in each run.
+/// A linear congruential generator (Knuth, MMIX), for reproducible frames.
 struct Random(u64);
 
 impl Random {
@@ -20,7 +20,7 @@ impl Random {
         from[self.below(from.len())]
     }
 
-    /// A frame that is nearly right: parts of the endpoint's own, some bytes changed, some cut off.
+    /// Generates an almost valid frame: fields of the endpoint, some of them altered or truncated.
     fn frame(&mut self) -> Vec<u8> {
         let mac = if self.below(8) == 0 { [2, 0, 0, 0, 0, 9] } else { MAC };
         let to = *self.pick(&[
@@ -69,7 +69,7 @@ impl Random {
     }
 }
 
-/// Runs classic BPF as `net/core/filter.c` does, as far as guards use it.
+/// Interprets the subset of classic BPF that guards use, like `net/core/filter.c`.
 fn run(program: &[Classic], frame: &[u8]) -> i32 {
     let (mut at, mut accumulator) = (0, 0);
     loop {
@@ -128,7 +128,7 @@ fn expected(rules: &[Rule], frame: &[u8]) -> i32 {
 }
 
 #[test]
-fn classic_bpf_decides_as_the_rules_do() {
+fn classic_bpf_matches_the_rules() {
     let mut random = Random(1);
     for policy in policies() {
         let rules = rules(&policy);
@@ -141,9 +141,9 @@ fn classic_bpf_decides_as_the_rules_do() {
     }
 }
 
-/// In the kernel. Needs CAP_BPF.
+/// Runs in the kernel. Needs CAP_BPF.
 #[test]
-fn ebpf_decides_as_the_rules_do_and_counts_by_reason() {
+fn ebpf_matches_the_rules_and_counts_drops_by_reason() {
     let mut random = Random(2);
     for policy in policies() {
         let rules = rules(&policy);
@@ -153,7 +153,7 @@ fn ebpf_decides_as_the_rules_do_and_counts_by_reason() {
         let mut dropped = [0; super::SpoofReason::ALL.len()];
         for _ in 0..20_000 {
             let frame = random.frame();
-            // The test run itself refuses what is shorter than its network header
+            // The test run rejects frames shorter than their network header
             // (`bpf_prog_test_run_skb`).
             if frame.len() < 14 + 40 {
                 continue;

@@ -284,11 +284,11 @@ pub(crate) fn table_name(owner: &str) -> String {
 pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
     let owner = &ruleset.owner;
     let of = |name: &str| format!("{name}-{owner}");
-    let jump = |matches: Vec<Match>, why: &str| {
-        rule(matches, vec![Action::Jump(registry::USER_CHAIN.to_owned())], why)
+    let jump = |matches: Vec<Match>, comment: &str| {
+        rule(matches, vec![Action::Jump(registry::USER_CHAIN.to_owned())], comment)
     };
-    let go = |matches: Vec<Match>, why: &str| {
-        rule(matches, vec![Action::Goto(registry::USER_CHAIN.to_owned())], why)
+    let go = |matches: Vec<Match>, comment: &str| {
+        rule(matches, vec![Action::Goto(registry::USER_CHAIN.to_owned())], comment)
     };
     let mut sets = Vec::new();
     let forward = Chain {
@@ -330,14 +330,14 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
             elements: everywhere.iter().map(|port| element(key(port))).collect(),
             ..set("", vec![Field::Protocol, Field::Port])
         });
-        let why = "a published port that a socket of ours serves: the user comes first";
+        let comment = "a published port that a socket of ours serves: the user comes first";
         rules.push(jump(
             vec![is_in([family.destination, Key::Protocol, Key::DestinationPort], &at)],
-            why,
+            comment,
         ));
         rules.push(jump(
             vec![not_loopback(family), is_in([Key::Protocol, Key::DestinationPort], &any)],
-            why,
+            comment,
         ));
     }
     let input = Chain {
@@ -693,8 +693,8 @@ fn translate(ruleset: &Ruleset) -> Chain {
     let mut rules: Vec<Rule> =
         FAMILIES.iter().map(|family| false_source(ruleset, family)).collect();
     let hairpin = vec![by_ours(Key::InGroup, ruleset)];
-    let why = "containers are served by our sockets: they may ask for their own port";
-    rules.push(rule(hairpin, accept(), why));
+    let comment = "containers are served by our sockets: they may ask for their own port";
+    rules.push(rule(hairpin, accept(), comment));
     rules.extend(strays(ruleset));
     rules.extend(FAMILIES.iter().map(|family| not_on_loopback(family, vec![not_from_host()])));
     // The kernel itself drops these in IPv4 (`__fib_validate_source`, net/ipv4/fib_frontend.c).
@@ -783,8 +783,8 @@ fn reply_paths(ruleset: &Ruleset) -> [Chain; 4] {
 /// the mark that the gates look at, and nobody else sees it. A hook more for what the host sends,
 /// and none for what it forwards. Conntrack confirms connections at the same priority.
 fn postrouting(ruleset: &Ruleset) -> Chain {
-    let jump = |key, chain: &str, why| {
-        rule(vec![by_ours(key, ruleset)], vec![Action::Jump(chain.to_owned())], why)
+    let jump = |key, chain: &str, comment| {
+        rule(vec![by_ours(key, ruleset)], vec![Action::Jump(chain.to_owned())], comment)
     };
     let mut rules = vec![
         rule(vec![Match::FromHost], accept(), "sent by the host itself"),
@@ -863,8 +863,8 @@ fn base(name: &str, kind: Kind, hook: Hook, priority: i32, rules: Vec<Rule>) -> 
     Chain { name: name.to_owned(), base: Some(Base { kind, hook, priority }), rules }
 }
 
-fn rule(matches: Vec<Match>, actions: Vec<Action>, why: &str) -> Rule {
-    Rule { matches, actions, why: why.to_owned() }
+fn rule(matches: Vec<Match>, actions: Vec<Action>, comment: &str) -> Rule {
+    Rule { matches, actions, comment: comment.to_owned() }
 }
 
 fn accept() -> Vec<Action> {
